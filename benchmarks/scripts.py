@@ -56,6 +56,7 @@ def _options() -> argparse.Namespace:
     names = ", ".join(load_scripts())
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {names}; default all")
     parser.add_argument("--sources", type=Path, help="folder of the checkouts; data is written there, too")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each script; default 3")
     parser.add_argument("--prepare", action="store_true")
     parser.add_argument("--truth-only", action="store_true")
     parser.add_argument("--page", action="store_true")
@@ -73,7 +74,7 @@ def _run(script: PublicScript, sources: Path, options: argparse.Namespace) -> di
     work = prepare(script, sources)
     if options.prepare:
         return None
-    truth = measure(script, sources, work)
+    truth = measure(script, sources, work, repeats=options.repeats)
     predicted = {} if options.truth_only else {"predicted": predict(script, sources, work)}
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

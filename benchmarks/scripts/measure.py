@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,9 +34,16 @@ def prepare(script: PublicScript, sources: Path) -> Path:
     return work
 
 
-def measure(script: PublicScript, sources: Path, work: Path) -> dict[str, Any]:
-    """Run the script to the end of its second optimizer step and return the peaks of its ranks. Raise
-    ScriptError if a rank does not reach it in 10 minutes."""
+def measure(script: PublicScript, sources: Path, work: Path, *, repeats: int) -> dict[str, Any]:
+    """Run the script `repeats` times to the end of its second optimizer step. Return the peaks, their median
+    (`peak_bytes`), and the periods of the last run's ranks. Raise ScriptError if a rank does not reach its
+    second step in 10 minutes."""
+    runs = [_measure_once(script, sources, work) for _ in range(repeats)]
+    peaks = [run["peak_bytes"] for run in runs]
+    return runs[-1] | {"peak_bytes": statistics.median(peaks), "peaks_bytes": peaks}
+
+
+def _measure_once(script: PublicScript, sources: Path, work: Path) -> dict[str, Any]:
     begin_s = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         environment = _child_environment(script, work) | {"MEMFIT_TRUTH": folder}

@@ -81,7 +81,8 @@ def page(records: Sequence[Mapping[str, Any]]) -> str:
         "",
         "`measured`: the peak of live tensor bytes of torch's CPU allocator, counted in the script's own",
         "processes, from the first forward pass that computes gradients to the end of the second optimizer",
-        "step; the highest over ranks. `set-up`: the peak before that, from the process's start.",
+        "step; the highest over ranks, the median over runs (their range follows if they differ, as where a",
+        "script sets no seed). `set-up`: the peak before that, from the process's start.",
         "`predicted`: `memfit estimate -- COMMAND`, with its interval.",
         "",
         f"All: {summarize(records)}",
@@ -114,7 +115,7 @@ def _row(record: Mapping[str, Any], script: PublicScript) -> str:
         script.kind,
         script.ranks,
         script.use.replace("_", " "),
-        _mib(truth["peak_bytes"]),
+        _measured(truth["peaks_bytes"]),
         _mib(setup),
         _mib(answer["value"]) if answer else "not answered",
         f"{_mib(answer['low'])} to {_mib(answer['high'])}" if answer else "",
@@ -124,6 +125,13 @@ def _row(record: Mapping[str, Any], script: PublicScript) -> str:
         f"{predicted['wall_s']:.1f}",
     )
     return f"| {' | '.join(map(str, cells))} |"
+
+
+def _measured(peaks_bytes: Sequence[int]) -> str:
+    """Return the median, and the range behind it if the runs differ."""
+    low, high = min(peaks_bytes), max(peaks_bytes)
+    spread = "" if low == high else f" ({_mib(low)} to {_mib(high)})"
+    return f"{_mib(statistics.median(peaks_bytes))}{spread}"
 
 
 def _mib(size_bytes: float) -> str:
