@@ -107,5 +107,7 @@ def _last_lines(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def environment_of(script: PublicScript) -> dict[str, str]:
-    """Return the fingerprint of this machine and the versions of the script's packages."""
-    return dict(fingerprint()) | {p: version(p) for p in script.packages}
+    """Return the fingerprint of this machine, the versions of the script's packages and memfit's commit."""
+    head = ["git", "-C", str(_SOURCE), "describe", "--always", "--abbrev=12", "--dirty"]
+    commit = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()
+    return dict(fingerprint()) | {p: version(p) for p in script.packages} | {"memfit commit": commit}

@@ -53,21 +53,25 @@ def summarize(records: Iterable[Mapping[str, Any]]) -> str:
     )
 
 
-def latest() -> list[dict[str, Any]]:
-    """Return the latest record of each listed script, in the list's order."""
+def read_records() -> list[dict[str, Any]]:
+    """Return all records, in the order in which they were taken."""
     lines = RECORDS.read_text(encoding="utf-8").splitlines() if RECORDS.exists() else []
-    records = {r["script"]: r for r in map(json.loads, lines)}
-    return [records[name] for name in load_scripts() if name in records]
+    return [json.loads(line) for line in lines]
 
 
 def write_page() -> None:
     """Write benchmarks/scripts.md, if there are records."""
-    if records := latest():
+    if records := read_records():
         PAGE.write_text(page(records), encoding="utf-8")
 
 
-def page(records: Sequence[Mapping[str, Any]]) -> str:
+def page(history: Sequence[Mapping[str, Any]]) -> str:
+    """Return the page of the latest record of each listed script, in the list's order. Of the held-out
+    scripts it also has the first records' errors."""
     scripts = load_scripts()
+    first, latest = ({r["script"]: r for r in rows} for rows in (reversed(history), history))
+    records = [latest[name] for name in scripts if name in latest]
+    held_out = [first[r["script"]] for r in records if r["use"] == "held_out"]
     parts = {use: [r for r in records if r["use"] == use] for use in ("development", "held_out")}
     lines = [
         "# Public training scripts, unmodified",
@@ -87,6 +91,7 @@ def page(records: Sequence[Mapping[str, Any]]) -> str:
         "",
         f"All: {summarize(records)}",
         *(f"{use.replace('_', ' ').capitalize()}: {summarize(rows)}" for use, rows in parts.items()),
+        f"Held out, when memfit was first run on them: {summarize(held_out)}",
         "",
         f"| {' | '.join(_COLUMNS)} |",
         "|---|---|--:|---|--:|--:|--:|--:|--:|---|--:|--:|",

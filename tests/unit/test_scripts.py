@@ -142,3 +142,11 @@ def test_the_page_counts_scripts_without_an_answer() -> None:
     assert "| lora | " in text
     assert "not answered" in text
     assert "+1.000%" in text
+
+
+def test_the_page_keeps_the_first_errors_of_held_out_scripts() -> None:
+    answers = [{"allocated_bytes": {"value": v, "low": 0, "high": 200}} for v in (150, 101)]
+    records = [_record("mace", a) | {"use": "held_out"} for a in answers]
+    text = page(records)
+    assert "first run on them: 1 of 1 answered; worst 50.000%" in text
+    assert "Held out: 1 of 1 answered; worst 1.000%" in text
