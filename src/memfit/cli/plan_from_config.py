@@ -58,6 +58,10 @@ def review_files(
     job, carried = _modelled(*_published(carried, job))
     job_request, size, carried = _sized(carried, job, goal, runtime, on)
     job_request, carried = _clipped(job_request, carried, clipping_setting(setup).limit)
+    if carried.ema is not None:
+        job_request = dataclasses.replace(
+            job_request, job=dataclasses.replace(job_request.job, ema=carried.ema)
+        )
     job_request, carried = _on_engine(job_request, carried, goal.engine)
     from memfit.workflows import config_review
 
@@ -71,7 +75,8 @@ def review_files(
             job_request, carried.plan, progress, parameters=size.parameter_count
         )
     if as_json:
-        emit({"workload": workload, "clip": job_request.job.clip or None, **_view(carried, findings, result)})
+        of_job = {"clip": job_request.job.clip or None, "ema": job_request.job.ema}
+        emit({"workload": workload, **of_job, **_view(carried, findings, result)})
     else:
         _print(result, lang)
     return carried.plan
@@ -250,6 +255,7 @@ def _view(
         "micro_batch": carried.micro_batch,
         "batch": carried.batch,
         "length": carried.length,
+        "carried": list(carried.carried),
         "left_out": [dataclasses.asdict(note) for note in carried.left_out],
         "findings": findings_view(findings),
         "better": [estimate_view(e) for e in result.better],
@@ -266,6 +272,11 @@ def _print_carried(carried: memfit.lint.draft.Carried, lang: str) -> None:
     words, output = load_words(lang), console()
     title = words.get("lint.carried", engine=carried.engine, plan=carried.plan.label, batch=carried.batch)
     output.print(Text(title, style="bold"))
+    if carried.carried:
+        options = ", ".join(carried.carried)
+        output.print(
+            Text(words.get("lint.options", count=len(carried.carried), options=options), style="dim")
+        )
     for note in carried.left_out:
         option, reason = words.of(note.option), words.of(note.reason)
         output.print(Text(words.get("lint.left_out", option=option, reason=reason), style="dim"))

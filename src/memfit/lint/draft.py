@@ -28,8 +28,10 @@ class Carried:
     samples per forward pass of one rank; ``batch``: samples per optimizer step of all ranks; ``length``:
     tokens per sample. Each of the three is None if the files do not determine it. ``left_out``: the settings
     that the plan leaves out; ``size``: the size of the built-in job alphafold2 that OpenFold's settings
-    describe, "" for other files or if no size does; ``model``: the model that Megatron-LM's or torchtitan's
-    settings describe, None if they describe none and for other files."""
+    describe, "" for other files or if no size does; ``model``: the model that the settings describe or name,
+    None if they describe none; ``carried``: names of the options of a front end's file, such as Axolotl's,
+    that are in the plan or the job; ``ema``: the decay of the average of weights that the files ask for, None
+    if they ask for none."""
 
     plan: Plan
     engine: str
@@ -39,6 +41,8 @@ class Carried:
     size: str = ""
     length: int | None = None
     model: DescribedModel | None = None
+    carried: tuple[str, ...] = ()
+    ema: float | None = None
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -55,6 +59,8 @@ class Draft:
     length: int | None = None
     size: str = ""
     model: DescribedModel | None = None
+    carried: list[str] = dataclasses.field(default_factory=list)
+    ema: float | None = None
 
     def take(self, technique: str, option: str, **knobs: KnobValue) -> None:
         """Add the technique named ``technique``, with the settings ``knobs``, to the plan; it replaces an
@@ -75,6 +81,10 @@ class Draft:
     def leave(self, option: str, reason: str) -> None:
         """Add ``option``, a setting of the file, to ``left_out`` with ``reason``."""
         self.left_out.append(LeftOut(option=option, reason=reason))
+
+    def drop(self, technique: str) -> None:
+        """Remove the technique named ``technique`` from the plan, if it is there."""
+        self.plan = self.plan.without(technique)
 
     def accumulate(self, steps: int | None) -> None:
         """Add gradient accumulation over ``steps`` micro-batches to the plan if ``steps`` is above 1; for 1

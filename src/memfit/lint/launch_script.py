@@ -25,6 +25,7 @@ _FLAG = re.compile(r"--[A-Za-z][\w-]*")
 _OPENS, _CLOSES = re.compile(r"\b(?:if|case|for|while|until)\b"), re.compile(r"\b(?:fi|esac|done)\b")
 _OPERATORS = frozenset({"\\", "|", "||", "&", "&&", ">"})
 _NUMBER = re.compile(r"-[\d.][\d.e-]*")
+_QUOTED_VALUE = re.compile(r"=([\"'])([^\s\"'(){}\[\];]*)\1")  # of a flag, as in --dtype="float32"
 _INTEGER = re.compile(r"0[0-7]*|[1-9][0-9]*")  # in shell arithmetic; octal after a leading 0
 _MOST_ROUNDS = 6  # of substitution, for variables whose values refer to other variables
 _WORK: Mapping[str, Callable[[int, int], int]] = {
@@ -112,6 +113,7 @@ def _hidden(match: re.Match[str]) -> str:
 
 
 def _words(line: str) -> list[str]:
+    line = _QUOTED_VALUE.sub(r"=\2", line)
     return re.sub(r"[\"'(){}\[\];]", " ", line).split()
 
 

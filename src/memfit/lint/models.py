@@ -1,8 +1,9 @@
 """Find the model that a configuration describes, and the hf: job that builds a model of the same sizes.
 
 Sizes and defaults of Megatron-LM are those of its training/arguments.py at d98e8a6. Flavors of torchtitan are
-those of its models at v0.2.2 (models/llama3 and models/qwen3, read 2026-11).
-"""
+those of its models at v0.2.2 (models/llama3 and models/qwen3, read 2026-11). Sizes of models of the Hugging
+Face Hub are those of their config.json, compared with litgpt/config.py of Lightning-AI/litgpt at 26857050fe3f
+(2026-06-29)."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import json
 import re
 import urllib.parse
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from memfit.lint.parse import Options
@@ -220,3 +222,95 @@ def of_torchtitan(given: Options) -> DescribedModel | None:
         (f"torchtitan's {name} {flavor}", "predicted as the model of transformers with the same sizes"),
     )
     return DescribedModel(layers=layers, width=width, job=job, differences=differences)
+
+
+# -- Hugging Face Hub ------------------------------------------------------------------------------------
+
+# Pattern of the model's name, in lower case and without its owner -> (model type of transformers; width, size
+# of the feed-forward network, layers, heads, groups of keys and values, vocabulary; further settings).
+_TIED_EMBEDDINGS: Mapping[str, Any] = {"tie_word_embeddings": True}
+_HUB: Mapping[str, tuple[str, tuple[int, ...], Mapping[str, Any]]] = {
+    r"(code)?llama-?2?-7b": ("llama", (4096, 11_008, 32, 32, 32, 32_000), {}),
+    r"llama-?2?-13b": ("llama", (5120, 13_824, 40, 40, 40, 32_000), {}),
+    r"llama-?2-70b": ("llama", (8192, 28_672, 80, 64, 8, 32_000), {}),
+    r"llama-?3(\.1)?-8b": ("llama", (4096, 14_336, 32, 32, 8, 128_256), {}),
+    r"llama-?3(\.1|\.3)?-70b": ("llama", (8192, 28_672, 80, 64, 8, 128_256), {}),
+    r"llama-?3\.2-1b": ("llama", (2048, 8192, 16, 32, 8, 128_256), _TIED_EMBEDDINGS),
+    r"llama-?3\.2-3b": ("llama", (3072, 8192, 28, 24, 8, 128_256), _TIED_EMBEDDINGS),
+    r"tinyllama[-_]1\.1b": ("llama", (2048, 5632, 22, 32, 4, 32_000), {}),
+    r"mistral-7b-(instruct-)?v0\.3": ("mistral", (4096, 14_336, 32, 32, 8, 32_768), {}),
+    r"mistral-7b": ("mistral", (4096, 14_336, 32, 32, 8, 32_000), {}),
+    r"mixtral-8x7b": ("mixtral", (4096, 14_336, 32, 32, 8, 32_000), {}),
+    r"qwen2(\.5)?-0\.5b": ("qwen2", (896, 4864, 24, 14, 2, 151_936), _TIED_EMBEDDINGS),
+    r"qwen2(\.5)?-1\.5b": ("qwen2", (1536, 8960, 28, 12, 2, 151_936), _TIED_EMBEDDINGS),
+    r"qwen2\.5-3b": ("qwen2", (2048, 11_008, 36, 16, 2, 151_936), _TIED_EMBEDDINGS),
+    r"qwen2(\.5)?-7b": ("qwen2", (3584, 18_944, 28, 28, 4, 152_064), {}),
+    r"qwen2\.5-14b": ("qwen2", (5120, 13_824, 48, 40, 8, 152_064), {}),
+    r"qwen2\.5-32b": ("qwen2", (5120, 27_648, 64, 40, 8, 152_064), {}),
+    r"qwen2(\.5)?-72b": ("qwen2", (8192, 29_568, 80, 64, 8, 152_064), {}),
+    r"gemma-2-2b": ("gemma2", (2304, 9216, 26, 8, 4, 256_000), {"head_dim": 256}),
+    r"gemma-2-9b": ("gemma2", (3584, 14_336, 42, 16, 8, 256_000), {"head_dim": 256}),
+    r"gemma-2-27b": ("gemma2", (4608, 36_864, 46, 32, 16, 256_000), {"head_dim": 128}),
+    r"gemma-2b": ("gemma", (2048, 16_384, 18, 8, 1, 256_000), {"head_dim": 256}),
+    r"gemma-7b": ("gemma", (3072, 24_576, 28, 16, 16, 256_000), {"head_dim": 256}),
+    r"phi-3-mini": ("phi3", (3072, 8192, 32, 32, 32, 32_064), {"pad_token_id": 32_000}),
+} | {
+    rf"qwen3-{re.escape(flavor.lower())}": (
+        "qwen3",
+        (width, ffn_size, layers, heads, groups, 151_936),
+        {"head_dim": 128, **(_TIED_EMBEDDINGS if flavor in _TIED else {})},
+    )
+    for flavor, (width, ffn_size, layers, heads, groups) in _QWEN3.items()
+    if flavor != "debugmodel"
+}
+_SIZE_NAMES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+_OTHER_KINDS = re.compile(r"[-_.](vl|vision|awq|gptq|moe|a\d+b|fp8|audio|omni|embedding|reward)\b|\dx\d")
+
+
+def of_hub(name: str | None, file: str, length: int | None) -> DescribedModel | None:
+    """Return the model called ``name`` on the Hugging Face Hub, or in a local folder; None without a name.
+    Its configuration is that of the folder ``name``, also relative to the configuration ``file``; or that in
+    this machine's cache of the Hub; or that of the model's family and size, if memfit knows these. Nothing is
+    downloaded. Without any of these, the model has no ``job``. ``length``: tokens per sample, for which the
+    model must have positions; None if unknown."""
+    if not name:
+        return None
+    for folder in (Path(file).parent / name, Path(name).expanduser(), _cached(name)):
+        if folder is not None and (folder / "config.json").is_file():
+            return DescribedModel(layers=None, width=None, job=f"hf:{folder}")
+    short_name = name.rstrip("/").rpartition("/")[2].lower()
+    for pattern, (kind, sizes, more) in _HUB.items():
+        is_other = _OTHER_KINDS.search(short_name) and kind != "mixtral"
+        if is_other or not re.search(rf"(?<![a-z0-9]){pattern}(?![0-9])", short_name):
+            continue
+        settings = {**dict(zip(_SIZE_NAMES, sizes, strict=True)), **more}
+        if length is not None:
+            settings["max_position_embeddings"] = max(length, 4096)
+        difference = (name, "predicted for the sizes that memfit knows of this model, with random weights")
+        return DescribedModel(
+            layers=sizes[2], width=sizes[0], job=_job(kind, settings), differences=(difference,)
+        )
+    missing = (
+        f"{name} is neither a local folder nor in the cache of the Hugging Face Hub, and memfit does not "
+        "know its sizes"
+    )
+    return DescribedModel(layers=None, width=None, missing=missing)
+
+
+def _cached(name: str) -> Path | None:
+    """Return the folder of the model ``name`` in this machine's cache of the Hugging Face Hub, or None."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        path = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:  # the name of a folder, such as one with three parts
+        return None
+    return Path(path).parent if isinstance(path, str) else None

@@ -1,5 +1,6 @@
-"""Read configuration files and launch scripts of DeepSpeed, Accelerate, the Trainer, Megatron-LM, torchtitan
-and OpenFold. The keys or flags in a file identify its library; a .toml file can only be torchtitan's."""
+"""Read configuration files and launch scripts of DeepSpeed, Accelerate, the Trainer, Megatron-LM, torchtitan,
+OpenFold, Axolotl, LLaMA-Factory, Lightning and MACE. The keys or flags in a file identify its library; a
+.toml file can only be torchtitan's."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from memfit.lint.launch_script import Script, read_script
+from memfit.lint.shipped_deepspeed import shipped_configuration
 from memfit.types.errors import UserError
 
 Found = Iterator[dict[str, Any]]  # one dict per finding: the values that fill the text of the rule
@@ -25,6 +27,10 @@ KINDS = {
     "torchtitan": "torchtitan TOML",
     "openfold": "OpenFold arguments of train_openfold.py as a script",
     "openfold_config": "OpenFold's JSON of changed settings",
+    "axolotl": "Axolotl YAML",
+    "llamafactory": "LLaMA-Factory YAML or command-line flags",
+    "lightning": "YAML of Lightning's command line",
+    "mace": "mace_run_train flags as a script or YAML",
 }
 _MOST_BYTES = 1 << 20  # larger files are refused: they are data given by mistake, not configurations
 
@@ -107,6 +113,74 @@ _MARKS = {
         "resume_from_jax_params",
         "script_modules",
     },
+}
+# Files of these front ends have many keys of other libraries too. Kind -> (keys of which each of its files
+# has one, keys of which it has at least two more).
+_FRONT_ENDS = {
+    "axolotl": (
+        {"base_model"},
+        {
+            "micro_batch_size",
+            "sequence_len",
+            "datasets",
+            "pretraining_dataset",
+            "adapter",
+            "num_epochs",
+            "sample_packing",
+            "val_set_size",
+            "load_in_8bit",
+            "load_in_4bit",
+            "pad_to_sequence_len",
+            "dataset_prepared_path",
+        },
+    ),
+    "llamafactory": (
+        {"stage", "finetuning_type"},
+        {"model_name_or_path", "cutoff_len", "template", "dataset_dir", "lora_target", "dataset", "do_train"},
+    ),
+    "mace": (
+        {"train_file", "E0s", "r_max", "foundation_model", "multiheads_finetuning", "hidden_irreps"},
+        {
+            "E0s",
+            "r_max",
+            "hidden_irreps",
+            "num_channels",
+            "max_L",
+            "valid_fraction",
+            "valid_batch_size",
+            "energy_key",
+            "forces_key",
+            "default_dtype",
+            "max_num_epochs",
+            "ema_decay",
+            "num_interactions",
+            "atomic_numbers",
+            "foundation_model",
+            "forces_weight",
+            "start_swa",
+        },
+    ),
+}
+_MACE_PROGRAMS = (
+    "mace_run_train",
+    "mace.cli.run_train",
+    "mace/cli/run_train.py",
+    "mace/scripts/run_train.py",
+)
+# Arguments of Lightning's Trainer, of which the section trainer of a file of its command line has one.
+_LIGHTNING = {
+    "accelerator",
+    "devices",
+    "strategy",
+    "precision",
+    "max_epochs",
+    "max_steps",
+    "num_nodes",
+    "accumulate_grad_batches",
+    "gradient_clip_val",
+    "callbacks",
+    "logger",
+    "gpus",
 }
 _SCRIPTS = ("megatron", "trainer", "openfold")
 # Top-level names of OpenFold's configuration. A change of it is a flat key such as "globals.chunk_size".
@@ -196,12 +270,13 @@ class Options:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """The settings of one set-up. Each of the first seven fields holds the settings of one kind of file, None
-    if there are none of this kind; settings of DeepSpeed and Megatron-LM may also stand in another library's
-    file. ``ranks``: the number of processes, None if unknown; ``parameters``: the number of parameters of the
-    job's model, None if unknown; ``missing``: names of files that a file names but that do not exist or do
-    not end in .json (the file of OpenFold's --experiment_config_json may end otherwise). It also has text of
-    the Trainer's accelerator_config or fsdp_config that is not valid JSON."""
+    """The settings of one set-up. Each of the first eleven fields holds the settings of one kind of file,
+    None if there are none of this kind; settings of DeepSpeed and Megatron-LM may also stand in another
+    library's file, and a file of LLaMA-Factory also holds arguments of the Trainer. ``ranks``: the number of
+    processes, None if unknown; ``parameters``: the number of parameters of the job's model, None if unknown;
+    ``missing``: names of files that a file names but that do not exist or do not end in .json (the file of
+    OpenFold's --experiment_config_json may end otherwise). It also has text of the Trainer's
+    accelerator_config or fsdp_config that is not valid JSON."""
 
     deepspeed: Options | None = None
     accelerate: Options | None = None
@@ -210,6 +285,10 @@ class Setup:
     torchtitan: Options | None = None
     openfold: Options | None = None
     openfold_config: Options | None = None
+    axolotl: Options | None = None
+    llamafactory: Options | None = None
+    lightning: Options | None = None
+    mace: Options | None = None
     ranks: int | None = None
     parameters: int | None = None
     missing: tuple[str, ...] = ()
@@ -261,6 +340,10 @@ def read(paths: Sequence[Path], *, ranks: int | None = None, parameters: int | N
                 allowed="at most one file of each kind, such as one DeepSpeed JSON and one Accelerate YAML",
             )
         options_by_kind[kind] = options
+    if (flags := options_by_kind.get("mace")) is not None:
+        options_by_kind["mace"] = _with_config(flags, missing)
+    if (factory := options_by_kind.get("llamafactory")) is not None:
+        options_by_kind.setdefault("trainer", factory)
     if (options_of_trainer := options_by_kind.get("trainer")) is not None:
         options_by_kind["trainer"] = _with_mappings(options_of_trainer, missing)
     for kind, options in list(options_by_kind.items()):
@@ -274,6 +357,10 @@ def read(paths: Sequence[Path], *, ranks: int | None = None, parameters: int | N
 def _read_one(path: Path) -> tuple[str, Options]:
     text = _text(path)
     data = _data(path, text)
+    if (front_end := _front_end(data, text)) is not None:
+        if isinstance(data, Script):
+            return front_end, Options(file=str(path), data=data.flags, env=data.env, unsure=data.unsure)
+        return front_end, Options(file=str(path), data=_section_of_fit(data))
     if isinstance(data, Script):
         kind = max(_SCRIPTS, key=lambda k: len(_MARKS[k] & data.flags.keys()))
         if not _MARKS[kind] & (data.flags.keys() | data.unsure):
@@ -300,6 +387,41 @@ def _read_one(path: Path) -> tuple[str, Options]:
     underscored = {str(k) for k in data if "_" in str(k)}  # Megatron-LM's own parser accepts only hyphens
     uses_library_defaults = not _MARKS["megatron"] & underscored
     return kind, Options(file=str(path), data=_sections(kind, settings), defaults=uses_library_defaults)
+
+
+def _front_end(data: Mapping[Any, Any] | Script, text: str) -> str | None:
+    """Return "axolotl", "llamafactory", "mace" or "lightning" if ``data``, the content of a file, is settings
+    of this front end, otherwise None. ``text``: the file as it is written."""
+    keys = {str(key) for key in (data.flags if isinstance(data, Script) else data)}
+    for kind, (any_of, two_of) in _FRONT_ENDS.items():
+        is_allowed = kind != "axolotl" or not isinstance(data, Script)
+        if is_allowed and keys & any_of and len(keys & (two_of | any_of)) > 2:
+            return kind
+    if isinstance(data, Script):
+        return "mace" if any(program in text for program in _MACE_PROGRAMS) else None
+    trainer = _section_of_fit(data).get("trainer")
+    return "lightning" if isinstance(trainer, Mapping) and _LIGHTNING & trainer.keys() else None
+
+
+def _section_of_fit(data: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return the section "fit" of ``data`` if it has a section trainer: Lightning's command line accepts the
+    settings of several subcommands in one file. Otherwise return ``data``."""
+    fit = data.get("fit")
+    return dict(fit if isinstance(fit, Mapping) and "trainer" in fit else data)
+
+
+def _with_config(flags: Options, missing: list[str]) -> Options:
+    """Return the flags of mace_run_train together with the settings of the YAML file that its flag --config
+    names; flags take precedence. If the file does not exist or holds no keys, add its name to ``missing``."""
+    name = flags.get("config")
+    if name is None:
+        return flags
+    target = _named(flags, name)
+    data = _data(target, _text(target)) if target is not None else None
+    if not isinstance(data, dict):
+        missing.append(str(name))
+        return flags
+    return dataclasses.replace(flags, data={**data, **flags.data})
 
 
 def _changes(path: Path, data: Mapping[Any, Any]) -> dict[str, Any] | None:
@@ -432,7 +554,7 @@ def _follow(kind: str, options: Options, options_by_kind: dict[str, Options], mi
     may stand in Accelerate's file; those of DeepSpeed may stand in the file itself or in a JSON file that it
     names. If the named file does not exist or its name does not end in .json, add the name to ``missing``."""
     reference: Any = None
-    if kind == "trainer":
+    if kind in ("trainer", "axolotl"):
         reference = options.raw("deepspeed")
     elif kind == "accelerate" and str(options.raw("distributed_type")).upper() == "DEEPSPEED":
         precision = Setup(accelerate=options, trainer=options_by_kind.get("trainer")).mixed_precision
@@ -447,6 +569,11 @@ def _follow(kind: str, options: Options, options_by_kind: dict[str, Options], mi
         options_by_kind["deepspeed"] = Options(file=options.file, data=reference)
     elif (named := _named_json(options, reference, missing)) is not None:
         options_by_kind["deepspeed"] = named
+    elif {"axolotl", "llamafactory"} & options_by_kind.keys() and (
+        shipped := shipped_configuration(str(reference))
+    ):
+        options_by_kind["deepspeed"] = Options(file=f"{reference}, as the library ships it", data=shipped)
+        missing.remove(str(reference))
 
 
 def _follow_changes(options_by_kind: dict[str, Options], missing: list[str]) -> None:
@@ -576,6 +703,8 @@ def _ranks(options_by_kind: Mapping[str, Options]) -> int | None:
     if (options := options_by_kind.get("openfold")) is not None:
         counts = [1 if options.raw(n) is None else options.count(n) for n in ("gpus", "num_nodes")]
         return counts[0] * counts[1] if counts[0] and counts[1] else None
+    if (options := options_by_kind.get("lightning")) is not None:
+        return _devices_of_lightning(options)
     for options in _scripts(options_by_kind):
         nodes = 1 if options.raw("nnodes") is None else options.count("nnodes")
         processes_per_node = options.count("nproc_per_node") or options.count("num_gpus")
@@ -585,4 +714,18 @@ def _ranks(options_by_kind: Mapping[str, Options]) -> int | None:
 
 
 def _scripts(options_by_kind: Mapping[str, Options]) -> Iterable[Options]:
-    return (options_by_kind[k] for k in ("megatron", "trainer") if k in options_by_kind)
+    return (options_by_kind[k] for k in ("megatron", "trainer", "mace") if k in options_by_kind)
+
+
+def _devices_of_lightning(options: Options) -> int | None:
+    """Return devices x nodes of Lightning's Trainer; None if the file leaves the devices of a node open, as
+    "auto" and -1 do."""
+    value, nodes = options.get("trainer.devices"), options.get("trainer.num_nodes")
+    value = options.get("trainer.gpus") if value is None else value
+    if isinstance(value, str) and "," in value:
+        value = [part for part in value.split(",") if part.strip()]
+    devices = len(value) if isinstance(value, list) else options.size("trainer.devices")
+    if devices is None and not isinstance(value, list):
+        devices = options.size("trainer.gpus")
+    count = 1 if nodes is None else options.size("trainer.num_nodes")
+    return devices * count if devices and count else None

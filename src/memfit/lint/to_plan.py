@@ -14,19 +14,22 @@ from typing import Any
 from memfit.lint.clipping import NORMS
 from memfit.lint.draft import Carried, Draft
 from memfit.lint.parse import KINDS, Options, Setup
+from memfit.lint.to_plan_fine_tuning import from_axolotl, from_llamafactory
 from memfit.lint.to_plan_hugging_face import from_deepspeed, from_hugging_face
+from memfit.lint.to_plan_lightning import from_lightning
+from memfit.lint.to_plan_mace import from_mace
 from memfit.lint.to_plan_openfold import from_openfold
 from memfit.lint.to_plan_scripts import from_megatron, from_torchtitan
 
 
 def over(setup: Setup) -> Carried:
     """Convert ``setup`` to a plan. If several libraries are configured, only one decides how the model is
-    distributed, the first of OpenFold, Megatron-LM, torchtitan, DeepSpeed, and Accelerate with the Trainer.
-    An unknown number of processes counts as 1; with Megatron-LM and torchtitan, as the smallest number that
-    their degrees of parallelism allow. ``left_out`` of the result lists the settings that no plan can
-    express, settings that the plan depends on but that are known only when a script runs, and the files in
-    ``setup.missing``. Raises UserError for a crop, batch or blocks_per_ckpt of OpenFold that is not a whole
-    number above 0; blocks_per_ckpt may also be null."""
+    distributed, the first of OpenFold, Axolotl, LLaMA-Factory, Lightning, MACE, Megatron-LM, torchtitan,
+    DeepSpeed, and Accelerate with the Trainer. An unknown number of processes counts as 1; with Megatron-LM
+    and torchtitan, as the smallest number that their degrees of parallelism allow. ``left_out`` of the result
+    lists the settings that no plan can express, settings that the plan depends on but that are known only
+    when a script runs, and the files in ``setup.missing``. Raises UserError for a crop, batch or
+    blocks_per_ckpt of OpenFold that is not a whole number above 0; blocks_per_ckpt may also be null."""
     engine, apply = _whose(setup)
     draft = Draft(ranks=setup.ranks or 1)
     tracked_options: dict[str, Any] = {
@@ -51,6 +54,8 @@ def over(setup: Setup) -> Carried:
         size=draft.size,
         length=draft.length,
         model=draft.model,
+        carried=tuple(draft.carried),
+        ema=draft.ema,
     )
 
 
@@ -79,6 +84,9 @@ def _undetermined(tracked_options: Mapping[str, _TrackedOptions]) -> Iterator[st
 def _whose(setup: Setup) -> tuple[str, Callable[[Setup, Draft], None]]:
     if setup.openfold is not None or setup.openfold_config is not None:
         return "native" if setup.deepspeed is None else "deepspeed", from_openfold
+    for kind, engine, apply in _FRONT_ENDS:
+        if getattr(setup, kind) is not None:
+            return engine, apply
     if setup.megatron is not None:
         return "megatron", from_megatron
     if setup.torchtitan is not None:
@@ -86,3 +94,12 @@ def _whose(setup: Setup) -> tuple[str, Callable[[Setup, Draft], None]]:
     if setup.deepspeed is not None:
         return "accelerate" if setup.accelerate or setup.trainer else "deepspeed", from_deepspeed
     return "accelerate", from_hugging_face
+
+
+# Front ends: (kind, engine that would run the plan, function that adds the file's options to the draft).
+_FRONT_ENDS: tuple[tuple[str, str, Callable[[Setup, Draft], None]], ...] = (
+    ("axolotl", "accelerate", from_axolotl),
+    ("llamafactory", "accelerate", from_llamafactory),
+    ("lightning", "native", from_lightning),
+    ("mace", "native", from_mace),
+)

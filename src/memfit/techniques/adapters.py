@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def _apply_lora(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
-    _adapt(bench, int(settings["rank"]))
+    _adapt(bench, int(settings["rank"]), trains_outside=settings["outside"] == "trained")
 
 
 def _apply_qlora(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
@@ -25,17 +25,17 @@ def _apply_qlora(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
     from memfit.techniques.nf4 import Nf4Linear
 
-    _adapt(bench, int(settings["rank"]))
+    _adapt(bench, int(settings["rank"]), trains_outside=settings["outside"] == "trained")
     for module in bench.model.modules():
         if isinstance(module, LoraLayer):
             module.base_layer = Nf4Linear(module.base_layer)
 
 
-def _adapt(bench: Workbench, rank: int) -> None:
+def _adapt(bench: Workbench, rank: int, *, trains_outside: bool) -> None:
     """Add two trained matrices of the inner width ``rank`` to every Linear of the repeated blocks, and freeze
-    all other parameters of the blocks. All floating-point parameters outside the blocks (input projection,
-    head) become trainable, because a new task's head must be trained; all other parameters are frozen. Raises
-    UserError if no repeated blocks, or no Linears in them, are found."""
+    all other parameters of the blocks. With ``trains_outside``, all floating-point parameters outside the
+    blocks (input projection, head) become trainable, as the head of a new task must be; otherwise they are
+    frozen. Raises UserError if no repeated blocks, or no Linears in them, are found."""
     from peft import LoraConfig, inject_adapter_in_model
 
     path, _ = find_blocks(bench.model, bench.job.blocks)
@@ -52,7 +52,8 @@ def _adapt(bench: Workbench, rank: int) -> None:
         )
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), bench.model)
     for name, param in bench.model.named_parameters():
-        param.requires_grad_(param.is_floating_point() and ("lora_" in name or id(param) in outside_ids))
+        is_outside = trains_outside and id(param) in outside_ids
+        param.requires_grad_(param.is_floating_point() and ("lora_" in name or is_outside))
 
 
 def block_linears(model: torch.nn.Module, path: str) -> Iterable[tuple[str, torch.nn.Linear]]:
@@ -75,6 +76,12 @@ _RANK = Knob(
     default=8,
     doc="inner width of the two small matrices whose product, times 2, is added to each Linear weight",
 )
+_OUTSIDE = Knob(
+    name="outside",
+    default="trained",
+    doc="whether the parameters outside the blocks, such as embeddings and head, are trained",
+    choices=("trained", "frozen"),
+)
 
 LORA = Technique(
     name="lora",
@@ -84,7 +91,7 @@ LORA = Technique(
     settings=_ranks,
     order=10,
     slot="adapters",
-    knobs=(_RANK,),
+    knobs=(_RANK, _OUTSIDE),
     needs=("peft",),
 )
 QLORA = Technique(
@@ -95,7 +102,7 @@ QLORA = Technique(
     settings=_ranks,
     order=10,
     slot="adapters",
-    knobs=(_RANK,),
+    knobs=(_RANK, _OUTSIDE),
     needs=("peft", "bitsandbytes"),
     devices=BITSANDBYTES,
     forbids=("bf16-parameters",),

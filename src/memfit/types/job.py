@@ -11,6 +11,8 @@ from memfit.types.errors import UserError
 
 Bound = int | float | Mapping[str, int | float]
 DEFAULT_EMA_DECAY = 0.999
+# Fields of a Job that say where things are in the model and the batch.
+STRUCTURE = ("blocks", "more_blocks", "head", "tensor_parallel", "sequence_dim", "experts", "islands")
 
 if TYPE_CHECKING:
     import torch
@@ -167,9 +169,9 @@ class JobRef:
 
     ``spec`` is the name of a built-in job, ``path.py:attribute`` or ``hf:PATH_OR_NAME`` (Hugging Face).
     ``data`` and ``weights`` are paths. ``batch``: samples per step over all ranks. ``length``: tokens
-    (residues, bases) of a sample. ``clip``: the largest gradient norm; 0: gradients are not clipped. ``ema``: the decay of an average of
-    the weights. None of any field keeps the job's own setting. ``dimensions``: further sizes, name -> number, such as {"crop":
-    96}; those that it lacks keep the job's own number.
+    (residues, bases) of a sample. ``clip``: the largest gradient norm; 0: gradients are not clipped. ``ema``:
+    the decay of an average of the weights. None of any field keeps the job's own setting. ``dimensions``:
+    further sizes, name -> number, such as {"crop": 96}; those that it lacks keep the job's own number.
     """
 
     spec: str

@@ -1,0 +1,321 @@
+"""Files of Axolotl, LLaMA-Factory, Lightning's command line and mace_run_train, read into plans."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from memfit.lint.clipping import clipping_setting
+from memfit.lint.draft import Carried
+from memfit.lint.option_reasons import option_reasons
+from memfit.lint.parse import Options, read
+from memfit.lint.to_plan import over
+
+FILES = Path(__file__).parents[1] / "data/front_ends"
+NAMES = sorted(path.name for path in FILES.iterdir())
+LIBRARIES = ("axolotl", "lightning", "llamafactory", "mace")
+
+
+def kind(name: str) -> str:
+    return name.partition("-")[0]
+
+
+def carried(name: str, *, ranks: int | None = None) -> Carried:
+    return over(read([FILES / name], ranks=ranks))
+
+
+def written(folder: Path, name: str, **options: Any) -> Carried:
+    (folder / name).write_text(yaml.safe_dump(options))
+    return over(read([folder / name]))
+
+
+def techniques(found: Carried) -> dict[str, dict[str, Any]]:
+    return {use.technique: dict(use.settings) for use in found.plan.uses}
+
+
+def reasons(found: Carried) -> dict[str, str]:
+    return {option: note.reason for note in found.left_out for option in note.option.split(", ")}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_option_of_a_file_is_carried_over_or_has_a_reason(name: str) -> None:
+    options: Options = getattr(read([FILES / name]), kind(name))
+    table = option_reasons(kind(name))
+    found = carried(name)
+
+    def names(data: Any, section: str = "") -> list[str]:
+        inner = [(f"{section}.{key}".lstrip("."), value) for key, value in data.items()]
+        return [
+            path
+            for key, value in inner
+            for path in (names(value, key) if isinstance(value, dict) and key in table.sections else [key])
+            if value is not None
+        ]
+
+    first_words = {option.partition(" ")[0] for option in reasons(found)}
+    assert [n for n in names(options.data) if n not in found.carried and n not in first_words] == []
+    assert not set(found.carried) & first_words
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_is_recognised_and_read_only_as_its_library(name: str) -> None:
+    setup = read([FILES / name])
+    assert [library for library in LIBRARIES if getattr(setup, library) is not None] == [kind(name)]
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_no_option_has_two_reasons_or_is_carried_over_as_well(library: str) -> None:
+    text = resources.files("memfit.lint").joinpath(f"reasons/{library}.toml").read_text(encoding="utf-8")
+    data = tomllib.loads(text)
+    names = [*data["carried"].split(), *(n for group in data["group"] for n in group["options"].split())]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
+
+
+# -- Axolotl -----------------------------------------------------------------------------------------------
+
+
+def test_axolotls_qlora_is_a_plan_with_frozen_weights_in_4_bits() -> None:
+    found = carried("axolotl-qlora.yml")
+    assert techniques(found) == {
+        "qlora": {"rank": 32, "outside": "frozen"},
+        "bf16-autocast": {},
+        "adamw-8bit": {},
+        "activation-checkpointing": {"every": 1},
+        "gradient-accumulation": {"micro_batches": 4},
+    }
+    assert (found.micro_batch, found.batch, found.length) == (2, 8, 4096)
+    assert found.model is not None
+    assert found.model.job.startswith("hf:llama?hidden_size=2048&")
+
+
+def test_axolotls_fsdp2_on_several_ranks_is_sharded_with_its_own_clipping() -> None:
+    setup = read([FILES / "axolotl-fsdp2.yml"], ranks=4)
+    plan = techniques(over(setup))
+    assert {k: plan["fsdp2"][k] for k in ("offload", "reshard", "precision", "sync")} == {
+        "offload": True,
+        "reshard": True,
+        "precision": "bf16",
+        "sync": "last",
+    }
+    assert "activation-checkpointing" in plan
+    assert over(setup).batch == 8
+    assert clipping_setting(setup).limit == 0.5
+
+
+def test_axolotl_trains_a_whole_model_in_bf16_only_without_sharding(tmp_path: Path) -> None:
+    base = {"base_model": "m", "datasets": [], "sequence_len": 8, "micro_batch_size": 1}
+    alone = techniques(written(tmp_path, "a.yml", **base))
+    assert alone == {"bf16-parameters": {"rounding": "stochastic"}}
+    low = written(tmp_path, "a.yml", **base, optimizer="adamw_8bit")
+    assert techniques(low) == {"bf16-parameters": {"rounding": "stochastic"}}
+    assert "float32 only" in reasons(low)["optimizer adamw-8bit"]
+    sharded = techniques(written(tmp_path, "a.yml", **base, fsdp=["full_shard"], fsdp_config={"a": 1}))
+    assert "bf16-parameters" not in sharded
+
+
+def test_a_deepspeed_file_that_axolotl_ships_is_known_by_its_name() -> None:
+    found = carried("axolotl-zero3.yml", ranks=8)
+    assert techniques(found)["zero"]["stage"] == 3
+    assert not any(option.startswith("the file") for option in reasons(found))
+    assert "did you mean context_parallel_size?" in reasons(found)["context_paralel_size"]
+
+
+def test_an_own_deepspeed_file_takes_precedence_over_a_shipped_one(tmp_path: Path) -> None:
+    (tmp_path / "deepspeed_configs").mkdir()
+    own = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": "auto"}}
+    (tmp_path / "deepspeed_configs/zero3_bf16.json").write_text(json.dumps(own))
+    (tmp_path / "a.yml").write_text((FILES / "axolotl-zero3.yml").read_text())
+    assert techniques(over(read([tmp_path / "a.yml"], ranks=8)))["zero"]["stage"] == 1
+
+
+def test_adapters_with_weights_of_8_bits_are_predicted_with_16_and_the_reason(tmp_path: Path) -> None:
+    found = written(
+        tmp_path,
+        "a.yml",
+        base_model="m",
+        datasets=[],
+        micro_batch_size=1,
+        adapter="lora",
+        load_in_8bit=True,
+        lora_target_modules=["q_proj"],
+        gradient_checkpointing="offload",
+    )
+    assert techniques(found)["lora"] == {"rank": 8, "outside": "frozen"}
+    assert techniques(found)["bf16-parameters"] == {"rounding": "master"}
+    assert set(reasons(found)) >= {
+        "frozen weights of 8 bits",
+        "lora_target_modules",
+        "gradient_checkpointing offload",
+    }
+
+
+def test_axolotls_parallel_sizes_give_the_number_of_ranks(tmp_path: Path) -> None:
+    found = written(
+        tmp_path,
+        "a.yml",
+        base_model="m",
+        datasets=[],
+        micro_batch_size=1,
+        fsdp_version=2,
+        fsdp_config={"reshard_after_forward": True},
+        dp_shard_size=4,
+        tensor_parallel_size=2,
+    )
+    assert found.plan.ranks == 8
+    assert techniques(found)["tensor-parallel"]["degree"] == 2
+    assert found.batch == 4
+
+
+# -- LLaMA-Factory -----------------------------------------------------------------------------------------
+
+
+def test_llama_factory_recomputes_unless_it_is_switched_off() -> None:
+    assert techniques(carried("llamafactory-lora.yaml")) == {
+        "lora": {"rank": 16, "outside": "frozen"},
+        "bf16-parameters": {"rounding": "master"},
+        "activation-checkpointing": {"every": 1},
+        "adamw-fused": {},
+        "gradient-accumulation": {"micro_batches": 8},
+    }
+    script = carried("llamafactory-qlora.sh")
+    assert "activation-checkpointing" not in techniques(script)
+    assert (script.micro_batch, script.batch) == (4, 16)
+
+
+def test_preferences_and_unknown_options_of_llama_factory_are_said() -> None:
+    found = carried("llamafactory-zero2.yaml", ranks=4)
+    assert techniques(found)["zero"]["offload"] == "optimizer"
+    assert found.batch == 32
+    assert "stage dpo" in reasons(found)
+    assert "use_galore" in found.carried  # it is off
+    unknown = reasons(carried("llamafactory-qlora.sh"))["resume_lora_training"]
+    assert unknown == "memfit knows no such option of LLaMA-Factory: predicted without it"
+
+
+def test_adapters_under_zero_stage_3_are_predicted_without_recomputation(tmp_path: Path) -> None:
+    found = written(
+        tmp_path,
+        "a.yaml",
+        stage="sft",
+        finetuning_type="lora",
+        model_name_or_path="m",
+        bf16=True,
+        deepspeed="examples/deepspeed/ds_z3_config.json",
+    )
+    assert "lora" in techniques(found)
+    assert "recomputation of blocks" in reasons(found)
+
+
+# -- Lightning ---------------------------------------------------------------------------------------------
+
+
+def test_lightnings_ddp_has_the_ranks_of_its_devices_and_nodes() -> None:
+    found = carried("lightning-ddp.yaml")
+    assert (found.plan.ranks, found.micro_batch, found.batch) == (8, 16, 256)
+    assert techniques(found) == {
+        "ddp": {"bucket_mib": 25, "bucket_view": False, "sync": "last"},
+        "bf16-autocast": {},
+        "gradient-accumulation": {"micro_batches": 2},
+    }
+    assert clipping_setting(read([FILES / "lightning-ddp.yaml"])).limit == 0.5
+
+
+def test_lightnings_fsdp_by_class_is_fsdp2_and_clipping_by_value_is_left_out() -> None:
+    found = carried("lightning-fsdp.yaml")
+    plan = techniques(found)
+    assert (found.plan.ranks, plan["fsdp2"]["reshard"], plan["fsdp2"]["offload"]) == (2, False, True)
+    assert "activation-checkpointing" in plan
+    assert "trainer.gradient_clip_val" in reasons(found)
+    assert clipping_setting(read([FILES / "lightning-fsdp.yaml"])).limit is None
+
+
+def test_lightnings_deepspeed_by_name_has_lightnings_own_bucket() -> None:
+    found = carried("lightning-deepspeed.yaml", ranks=2)
+    zero = techniques(found)["zero"]
+    assert (zero["stage"], zero["offload"], zero["reduce_bucket_elements"]) == (3, "parameters", 200_000_000)
+    assert found.batch == 8
+    assert clipping_setting(read([FILES / "lightning-deepspeed.yaml"])).limit == 0.0
+
+
+@pytest.mark.parametrize(
+    ("precision", "technique", "note"),
+    [
+        ("32-true", None, None),
+        (16, "fp16-autocast", None),
+        ("bf16-true", "bf16-parameters", None),
+        ("64-true", None, "trainer.precision 64-true"),
+        ("transformer-engine", "bf16-autocast", "trainer.precision transformer-engine"),
+    ],
+)
+def test_lightnings_precisions_become_techniques_or_notes(
+    precision: Any, technique: str | None, note: str | None, tmp_path: Path
+) -> None:
+    found = written(tmp_path, "a.yaml", trainer={"precision": precision, "devices": 1}, model={})
+    assert set(techniques(found)) == ({technique} if technique else set())
+    assert note is None or note in reasons(found)
+
+
+# -- MACE --------------------------------------------------------------------------------------------------
+
+
+def test_mace_flags_give_batch_average_and_clipping_and_the_model_is_left_out() -> None:
+    setup = read([FILES / "mace-slurm.sh"])
+    found = over(setup)
+    assert (found.plan.uses, found.micro_batch, found.ema) == ((), 32, 0.995)
+    assert clipping_setting(setup).limit == 5.0
+    assert {"default_dtype float32", "hidden_irreps", "amsgrad"} <= set(reasons(found))
+
+
+def test_mace_flags_take_precedence_over_the_file_of_config() -> None:
+    setup = read([FILES / "mace-distributed.sh"])
+    found = over(setup)
+    assert (found.plan.ranks, found.micro_batch, found.batch) == (2, 8, 16)
+    assert "ddp" in techniques(found)
+    assert clipping_setting(setup).limit == 0.0
+    assert "weight_pt" in reasons(found)
+    alone = read([FILES / "mace-config.yml"])
+    assert clipping_setting(alone).limit == 10.0
+    assert over(alone).plan.ranks == 1
+
+
+def test_a_mace_configuration_that_does_not_exist_is_said(tmp_path: Path) -> None:
+    (tmp_path / "run.sh").write_text("mace_run_train --config missing.yml --batch_size 3\n")
+    assert "the file missing.yml" in reasons(over(read([tmp_path / "run.sh"])))
+
+
+# -- models of the Hub -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "job"),
+    [
+        ("meta-llama/Meta-Llama-3-8B-Instruct", "hf:llama?hidden_size=4096&intermediate_size=14336&"),
+        ("unsloth/Qwen2.5-7B-Instruct", "hf:qwen2?hidden_size=3584&"),
+        ("Qwen/Qwen3-8B", "hf:qwen3?hidden_size=4096&"),
+        ("mistralai/Mixtral-8x7B-v0.1", "hf:mixtral?hidden_size=4096&"),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", ""),
+        ("TheBloke/Llama-2-7B-AWQ", ""),
+        ("Qwen/Qwen3-30B-A3B", ""),
+        ("meta-llama/Llama-3.1-405B", ""),
+        ("mine/llama-2-700b", ""),
+    ],
+)
+def test_the_sizes_of_well_known_models_are_those_of_their_name(name: str, job: str, tmp_path: Path) -> None:
+    found = written(tmp_path, "a.yml", base_model=name, datasets=[], micro_batch_size=1)
+    assert found.model is not None
+    assert found.model.job.startswith(job) if job else found.model.job == ""
+    assert job or name in found.model.missing
+
+
+def test_a_local_folder_beside_the_file_is_the_model(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text('{"model_type": "llama"}')
+    found = written(tmp_path, "a.yml", base_model="model", datasets=[], micro_batch_size=1)
+    assert found.model is not None
+    assert found.model.job == f"hf:{tmp_path / 'model'}"
