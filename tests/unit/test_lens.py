@@ -120,3 +120,35 @@ def test_softmax_backward_on_cuda_allocates_a_temporary_product(device: str, ten
     last = [a for a in made if a.step == max(m.step for m in made)]
     assert [a.requested_bytes for a in last] == tensors * [4 * _COUNT]
     assert all(a.end is not None for a in last)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_an_lstm_computes_the_same_with_one_kernel_a_layer(
+    layers: int, *, bias: bool, bidirectional: bool
+) -> None:
+    lstm = torch.nn.LSTM(
+        8, 16, layers, batch_first=bidirectional, bias=bias, bidirectional=bidirectional
+    ).eval()
+    x = torch.randn(3, 5, 8)
+    out, (hidden, cell) = lstm(x)
+    with use_device_kernels("cuda"):
+        out_again, (hidden_again, cell_again) = lstm(x)
+    for one, other in ((out, out_again), (hidden, hidden_again), (cell, cell_again)):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_an_lstm_of_an_accelerator_is_one_kernel_a_layer_in_every_dtype(dtype: torch.dtype) -> None:
+    """Torch chooses the kernel on a CPU by its instructions; a prediction for a GPU must not."""
+    job = Job(
+        name="lstm",
+        build_model=lambda: torch.nn.LSTM(8, 16, 2).to(dtype),
+        batch_size=4,
+        make_batch=lambda step, seed: torch.zeros(5, 4, 8, dtype=dtype),
+        loss=lambda model, batch: model(batch)[0].sum(),
+    )
+    ops = [op.op for op in trace(job, Plan(), device="cuda").ops if op.step == 1]
+    assert sum("mkldnn_rnn_layer." in op for op in ops) == 2
+    assert sum("mkldnn_rnn_layer_backward." in op for op in ops) == 2
