@@ -1,12 +1,11 @@
 """The process that runs a user's script on fake parameters, traces its first steps and predicts their memory.
 
-``python -m memfit.capture.child SPEC.json`` reads a `ScriptSpec` and writes a `ScriptAnswer` to the file that it
-names. The process ends as soon as the steps are traced.
+``python -m memfit.capture.child SPEC.json`` reads a `ScriptSpec` and writes a `ScriptAnswer` to the file that
+it names. The process ends as soon as the steps are traced.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import runpy
@@ -15,7 +14,6 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from memfit.capture.device_redirect import DeviceRedirect, device_patches
@@ -32,12 +30,12 @@ from memfit.report.explain import traced_estimate
 from memfit.techniques.base import Space
 from memfit.trace.tracer import fake_patches, recording_patches
 from memfit.types.errors import UserError
-from memfit.types.gc_pause import pause_gc
 from memfit.types.job import Job
-from memfit.types.machine import Machine
 from memfit.types.plan import Plan
-from memfit.types.units import format_bytes
+from memfit.types.result import Estimate
 from memfit.types.serialization import dumps, loads
+from memfit.types.trace import Trace
+from memfit.types.units import format_bytes
 
 _PACKAGE = str(Path(__file__).parents[1])
 
@@ -63,21 +61,21 @@ class _Session:
                 fake_patches(self.trace.fake),
                 recording_patches(self.trace.recorder),
                 sandboxed(Path(self.spec.scratch)) as self.sandbox,
+                script_patches(self.trace),
+                LoopMode(self.trace),
+                device_patches(self.trace, self.machine) as self.redirect,
+                script_ranks(self.trace, self.redirect, self.program.ranks) as self.ranks,
             ):
-                with (
-                    script_patches(self.trace),
-                    LoopMode(self.trace),
-                    device_patches(self.trace, self.machine) as self.redirect,
-                    script_ranks(self.trace, self.redirect, self.program.ranks) as self.ranks,
-                ):
-                    if self.program.module:
-                        runpy.run_module(self.program.module, run_name="__main__", alter_sys=True)
-                    else:
-                        runpy.run_path(self.program.script, run_name="__main__")
+                if self.program.module:
+                    runpy.run_module(self.program.module, run_name="__main__", alter_sys=True)
+                else:
+                    runpy.run_path(self.program.script, run_name="__main__")
             problem = "the script ended"
         except SystemExit as ending:
-            problem = f"the script ended with {'code ' if isinstance(ending.code, int) else ''}{ending.code or 0}"
-        except BaseException as error:
+            problem = (
+                f"the script ended with {'code ' if isinstance(ending.code, int) else ''}{ending.code or 0}"
+            )
+        except BaseException as error:  # noqa: BLE001  whatever the script raises is told in one line
             problem = self._described(error)
         self.fail(problem)
 
@@ -85,8 +83,8 @@ class _Session:
         sys.argv = [program.script or program.module, *program.arguments]
         sys.dont_write_bytecode = True
         os.environ.update(program.environment)
-        # The folder of a script, or for a module the current one, comes first on the path, as for python itself.
-        sys.path.insert(0, str(Path(program.script).resolve().parent) if program.script else os.getcwd())
+        # As for python itself, the folder of a script, or for a module the current one, comes first.
+        sys.path.insert(0, str(Path(program.script).resolve().parent if program.script else Path.cwd()))
 
     def end(self, trace: ScriptTrace) -> NoReturn:
         """Price the trace, write the answer and end the process."""
@@ -97,8 +95,8 @@ class _Session:
     def _answer(self, trace: ScriptTrace) -> ScriptAnswer:
         if trace.is_host and trace.foreign_bytes:
             self.notes.append(
-                f"{format_bytes(trace.foreign_bytes)} of weights are mapped from files, as safetensors does; they "
-                "are no memory that torch allocates, and are not in the peak"
+                f"{format_bytes(trace.foreign_bytes)} of weights are mapped from files, as safetensors does; "
+                "they are no memory that torch allocates, and are not in the peak"
             )
         job = Job(
             name=self.program.name,
@@ -113,12 +111,16 @@ class _Session:
         pricer = Pricer(
             job=job,
             machine=self.machine,
-            space=Space(batch_size=1, block_count=0, has_head=False, vocabulary=0, device=trace.recorder.device),
+            space=Space(
+                batch_size=1, block_count=0, has_head=False, vocabulary=0, device=trace.recorder.device
+            ),
             traces={(plan, 0): trace.finish(plan.ranks)},
         )
         if self.spec.probe and self.machine.is_here and self.machine.device.is_host:
             probe_workspaces(pricer, plan)
         estimate = pricer.whole(plan)
+        if self.machine.device.is_host:
+            estimate = _with_late_collective(estimate, pricer.trace(plan))
         explained = traced_estimate(estimate, pricer.trace(plan, estimate.rank), pricer.calibration)
         full_trace = explained.trace
         if not self.spec.whole_trace:
@@ -129,7 +131,7 @@ class _Session:
             trace=full_trace,
             peak_clock=explained.peak_clock,
             model=type(trace.model).__name__,
-            optimizers=tuple(dict.fromkeys(type(o).__name__ for o in trace.updates)),
+            optimizers=tuple(dict.fromkeys(type(o).__name__ for o in trace.optimizers.values())),
             ranks=plan.ranks,
             notes=tuple(self.notes),
         )
@@ -138,10 +140,14 @@ class _Session:
         self._leave()
         steps = max(self.trace.updates.values(), default=0)
         if steps and self.trace.begun and problem.startswith("the script ended"):
-            self.notes.append(f"the script made {steps} optimizer step only: a later one may need more memory")
+            self.notes.append(
+                f"the script made {steps} optimizer step only: a later one may need more memory"
+            )
             self.end(self.trace)
-        before = "before its first forward pass with gradients" if not self.trace.begun else (
-            "before its first optimizer step" if not steps else "before its second optimizer step"
+        before = (
+            "before its first forward pass with gradients"
+            if not self.trace.begun
+            else ("before its first optimizer step" if not steps else "before its second optimizer step")
         )
         self._write(
             ScriptAnswer(
@@ -156,8 +162,8 @@ class _Session:
             self.notes += self.sandbox.notes()
         if self.redirect is not None and self.trace.is_host and self.redirect.redirected:
             self.notes.append(
-                f"the script trains on {', '.join(self.redirect.redirected)}, but the prediction is for a CPU: name "
-                "the device with --on, such as --on H100-SXM"
+                f"the script trains on {', '.join(self.redirect.redirected)}, but the prediction is for a "
+                "CPU: name the device with --on, such as --on H100-SXM"
             )
 
     def _write(self, answer: ScriptAnswer) -> NoReturn:
@@ -184,6 +190,16 @@ class _Session:
 def _at_peak(trace: Any, peak_clock: int) -> Any:
     alive = (a for a in trace.allocations if a.start <= peak_clock and (a.end is None or a.end > peak_clock))
     return dataclasses.replace(trace, allocations=tuple(alive), ops=())
+
+
+def _with_late_collective(estimate: Estimate, trace: Trace) -> Estimate:
+    """Return the estimate of a rank with the largest collective's tensors added to the upper end of its peak:
+    gloo ends collectives on its own threads, and may hold their memory until the next one."""
+    late_bytes = max((op.moved_bytes for op in trace.ops if op.group), default=0)
+    allocated = estimate.allocated_bytes
+    return dataclasses.replace(
+        estimate, allocated_bytes=dataclasses.replace(allocated, high=allocated.high + late_bytes)
+    )
 
 
 def _not_built(*arguments: Any) -> Any:

@@ -24,6 +24,54 @@ from memfit.types.device_kind import CUDA, HOST
 from memfit.types.machine import Machine
 from memfit.types.trace import Category
 
+# Functions of torch.cuda, torch.accelerator and the like: those that answer 0, those that make an object
+# for a `with` statement or a stream, and those that return nothing.
+_NUMBERS = (
+    "memory_allocated",
+    "max_memory_allocated",
+    "memory_reserved",
+    "max_memory_reserved",
+    "memory_cached",
+    "max_memory_cached",
+    "current_allocated_memory",
+    "driver_allocated_memory",
+)
+_INERT = (
+    "Stream",
+    "Event",
+    "stream",
+    "device",
+    "device_of",
+    "current_stream",
+    "default_stream",
+    "device_index",
+)
+_SILENT = (
+    "synchronize",
+    "empty_cache",
+    "set_device",
+    "set_device_index",
+    "set_device_idx",
+    "ipc_collect",
+    "manual_seed",
+    "manual_seed_all",
+    "seed",
+    "seed_all",
+    "init",
+    "_lazy_init",
+    "_lazy_call",
+    "_check_capability",
+    "set_stream",
+    "reset_peak_memory_stats",
+    "reset_max_memory_allocated",
+    "reset_max_memory_cached",
+    "reset_accumulated_memory_stats",
+    "set_rng_state",
+    "set_rng_state_all",
+    "set_per_process_memory_fraction",
+    "cudart",
+)
+_IS_CUDA: Any = torch.Tensor.is_cuda
 _HERE = (HOST, "meta")  # devices that are not redirected
 
 
@@ -47,7 +95,7 @@ class DeviceRedirect(TorchFunctionMode):
         if not trace.is_host:
             self._handlers |= {
                 torch.Tensor.device.__get__: self._device,
-                torch.Tensor.is_cuda.__get__: lambda tensor: self._device(tensor).type == CUDA,
+                _IS_CUDA.__get__: lambda tensor: self._device(tensor).type == CUDA,
                 torch.Tensor.get_device: lambda tensor: 0 if self.is_on_target(tensor) else -1,
             }
 
@@ -66,7 +114,8 @@ class DeviceRedirect(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def names_accelerator(self, device: Any) -> bool:
-        """Return whether ``device``, as the script gave it, is not the host. An index names an accelerator."""
+        """Return whether ``device``, as the script gave it, is not the host. An index names an
+        accelerator."""
         if isinstance(device, bool) or device is None:
             return False
         kind = CUDA if isinstance(device, int) else torch.device(device).type
@@ -105,14 +154,15 @@ class DeviceRedirect(TorchFunctionMode):
         return self._moved(tensor, torch.device(HOST), None)
 
     def _moved(self, tensor: torch.Tensor, device: Any, dtype: Any, *, copy: bool = False) -> Any:
-        """Return the tensor on ``device`` (None: where it is) in ``dtype`` (None: its own), as Tensor.to does."""
+        """Return the tensor on ``device`` (None: where it is) in ``dtype`` (None: its own), as Tensor.to
+        does."""
         trace = self.trace
         to_accelerator = device is not None and self.names_accelerator(device)
         if trace.is_host or device is None or trace.inside:
             target = torch.device(device) if device is not None and not to_accelerator else None
-            is_meta = target is not None and target.type == "meta"
-            options = {"device": target} if is_meta else {}
-            return torch.Tensor.to(tensor, dtype=dtype or tensor.dtype, copy=copy, **options)
+            if target is not None and target.type == "meta":
+                return torch.Tensor.to(tensor, target, dtype or tensor.dtype, copy=copy)
+            return torch.Tensor.to(tensor, dtype=dtype or tensor.dtype, copy=copy)
         is_there = self.is_on_target(tensor)
         if is_there == to_accelerator:
             return torch.Tensor.to(tensor, dtype=dtype or tensor.dtype, copy=copy)
@@ -152,7 +202,9 @@ def device_patches(trace: ScriptTrace, machine: Machine) -> Iterator[DeviceRedir
             stack.enter_context(mock.patch.object(owner, name, replacement))
         if not trace.is_host:
             stack.enter_context(
-                mock.patch.object(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", _answer(None))
+                mock.patch.object(
+                    torch.optim.Optimizer, "_accelerator_graph_capture_health_check", _answer(None)
+                )
             )
             for owner, name, replacement in _present(trace, machine):
                 stack.enter_context(mock.patch.object(owner, name, replacement, create=True))
@@ -187,7 +239,7 @@ def _device_arguments(redirect: DeviceRedirect) -> list[tuple[Any, str, Any]]:
     class Generator(torch.Generator):
         def __new__(cls, device: Any = HOST) -> Any:
             redirect.names_accelerator(device)
-            return super().__new__(cls, device=HOST)
+            return super().__new__(cls, device=HOST)  # type: ignore[call-arg]
 
     def of_host(inner: Callable[..., Any]) -> Callable[..., Any]:
         return lambda device=CUDA, *rest: inner(HOST if redirect.names_accelerator(device) else device, *rest)
@@ -274,18 +326,10 @@ def _present(trace: ScriptTrace, machine: Machine) -> list[tuple[Any, str, Any]]
         "get_arch_list": [],
         "current_accelerator": torch.device(kind),
     }
-    numbers = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
-    numbers += ("memory_cached", "max_memory_cached", "current_allocated_memory", "driver_allocated_memory")
-    inert = ("Stream", "Event", "stream", "device", "device_of", "current_stream", "default_stream", "device_index")
-    silent = ("synchronize", "empty_cache", "set_device", "set_device_index", "set_device_idx", "ipc_collect")
-    silent += ("manual_seed", "manual_seed_all", "seed", "seed_all", "init", "_lazy_init", "set_stream")
-    silent += ("reset_peak_memory_stats", "reset_max_memory_allocated", "reset_max_memory_cached")
-    silent += ("reset_accumulated_memory_stats", "set_rng_state", "set_rng_state_all", "_lazy_call", "_check_capability")
-    silent += ("set_per_process_memory_fraction", "cudart")
     replacements: dict[str, Any] = {name: _answer(value) for name, value in answers.items()}
-    replacements |= {name: _answer(0) for name in numbers}
-    replacements |= {name: _Inert for name in inert}
-    replacements |= {name: _answer(None) for name in silent}
+    replacements |= {name: _answer(0) for name in _NUMBERS}
+    replacements |= dict.fromkeys(_INERT, _Inert)
+    replacements |= {name: _answer(None) for name in _SILENT}
     replacements["get_rng_state"] = lambda *arguments, **options: torch.get_rng_state()
     replacements |= {name: _answer(False) for name in ("is_current_stream_capturing", "_is_in_bad_fork")}
     homes = [torch.accelerator, getattr(torch, kind, None)]

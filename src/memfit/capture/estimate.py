@@ -1,4 +1,5 @@
-"""Predict the memory of a training script by running it unmodified, in a child process, up to its first steps."""
+"""Predict the memory of a training script by running it unmodified, in a child process, up to its first
+steps."""
 
 from __future__ import annotations
 
@@ -11,14 +12,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from memfit.capture.program import load_program
-from memfit.capture.sandbox import remove_created
 from memfit.capture.result import ScriptAnswer, ScriptSpec
+from memfit.capture.sandbox import remove_created
 from memfit.runtime.child_process import CHILD_ENV, dying_with_parent
 from memfit.types.errors import UserError
 from memfit.types.serialization import dumps, loads
 
 _SHOWN_LINES = 6  # of the script's output, in an error
-_ROOT = str(Path(__file__).parents[2])  # memfit may be imported from a folder that is on this process's path only
+_ROOT = str(
+    Path(__file__).parents[2]
+)  # memfit may be imported from a folder that is on this process's path only
 
 
 def estimate_script(
@@ -31,12 +34,13 @@ def estimate_script(
     show_output: bool = False,
     whole_trace: bool = False,
 ) -> ScriptAnswer:
-    """Run the script of ``command`` in a child process until its second optimizer step, on fake parameters, and
+    """Run the script of ``command`` in a child process until its second optimizer step, on fake parameters,
+    and
     return the prediction for that step on ``machine``. Nothing is trained.
 
-    ``limit_s``: seconds after which the script is ended. ``show_output``: whether the script's output is shown,
-    on standard error. The other arguments are as in `ScriptSpec`. Raises UserError if the command is none that
-    `load_program` reads, and if the script ends, fails or is ended before its first optimizer step.
+    ``limit_s``: seconds after which the script is ended. ``show_output``: whether the script's output is
+    shown, on standard error. The other arguments are as in `ScriptSpec`. Raises UserError if the command is
+    none that `load_program` reads, and if the script ends, fails or is ended before its first optimizer step.
     """
     program = load_program(command)
     with tempfile.TemporaryDirectory(prefix="memfit-script-") as folder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import re
 import shutil
@@ -48,22 +49,19 @@ def load_program(command: Sequence[str]) -> Program:
         key, _, value = first.partition("=")
         program = load_program(rest)
         return dataclasses.replace(program, environment={key: value, **program.environment})
+    if name in ("srun", "mpirun", "mpiexec"):
+        program = load_program(_without_options(rest))
+        return dataclasses.replace(program, ranks=_ranks_option(rest) or program.ranks)
     if name == "env":
         return load_program(rest)
     if name in _RUNNERS and rest[:1] == ["run"]:
         return load_program(_without_options(rest[1:]))
-    if name in ("srun", "mpirun", "mpiexec"):
-        program = load_program(_without_options(rest))
-        return dataclasses.replace(program, ranks=_ranks_option(rest) or program.ranks)
     if _PYTHON.fullmatch(name):
         return _of_python(rest)
-    if name == "torchrun":
-        return _of_torchrun(rest)
     if name == "accelerate" and rest[:1] == ["launch"]:
         return _of_accelerate(rest[1:])
-    if name == "deepspeed":
-        return _of_deepspeed(rest)
-    return _of_executable(first, rest)
+    readers = {"torchrun": _of_torchrun, "deepspeed": _of_deepspeed}
+    return readers[name](rest) if name in readers else _of_executable(first, rest)
 
 
 def _of_python(arguments: list[str]) -> Program:
@@ -75,7 +73,9 @@ def _of_python(arguments: list[str]) -> Program:
         if option.startswith("-m") and not option.startswith("--"):
             return _of_module([option[2:], *arguments[index + 1 :]])
         if option == "-c":
-            raise UserError("the program is given as text with -c", allowed="a script file, or a module with -m")
+            raise UserError(
+                "the program is given as text with -c", allowed="a script file, or a module with -m"
+            )
         index += 2 if option in _PYTHON_WITH_VALUE else 1
     if index == len(arguments):
         raise UserError("the command names no script", hint="memfit estimate -- python train.py ARGS")
@@ -98,7 +98,8 @@ def _of_module(arguments: list[str]) -> Program:
 def _of_script(path: str, arguments: list[str]) -> Program:
     if not Path(path).is_file():
         raise UserError(
-            f"the script {path} does not exist", hint="give its path from the current folder, or an absolute one"
+            f"the script {path} does not exist",
+            hint="give its path from the current folder, or an absolute one",
         )
     return Program(script=path, arguments=tuple(arguments))
 
@@ -117,8 +118,8 @@ def _of_executable(name: str, arguments: list[str]) -> Program:
 
 
 _ALLOWED = (
-    "python, torchrun, accelerate launch, deepspeed, srun, or the name of a program written in Python, then its "
-    "arguments"
+    "python, torchrun, accelerate launch, deepspeed, srun, or the name of a program written in Python, then "
+    "its arguments"
 )
 
 
@@ -180,9 +181,9 @@ def _of_deepspeed(arguments: list[str]) -> Program:
     return dataclasses.replace(_of_script(arguments[index], arguments[index + 1 :]), ranks=ranks)
 
 
-def _parsed(parser: object, arguments: list[str], launcher: str) -> object:
+def _parsed(parser: argparse.ArgumentParser, arguments: list[str], launcher: str) -> argparse.Namespace:
     try:
-        return parser.parse_args(arguments)  # type: ignore[attr-defined]
+        return parser.parse_args(arguments)
     except SystemExit as error:
         raise UserError(f"{launcher} does not accept the arguments {' '.join(arguments)}") from error
 

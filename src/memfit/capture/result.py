@@ -10,11 +10,11 @@ from memfit.types.trace import Trace
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ScriptSpec:
-    """A script to trace. ``command``: the command that starts it. ``machine``: the machine for which its memory
-    is predicted, as in `memfit.inputs.machine_of`. ``answer``: the file for the `ScriptAnswer`. ``scratch``: an
-    empty folder for what the script would write. ``bound``: as in `Job`. ``probe``: whether workspaces of
-    kernels may be measured. ``whole_trace``: whether the answer holds all allocations, not only those that are
-    alive at the peak."""
+    """A script to trace. ``command``: the command that starts it. ``machine``: the machine for which its
+    memory is predicted, as in `memfit.inputs.machine_of`. ``answer``: the file for the `ScriptAnswer`.
+    ``scratch``: an empty folder for what the script would write. ``bound``: as in `Job`. ``probe``: whether
+    workspaces of kernels may be measured. ``whole_trace``: whether the answer holds all allocations, not only
+    those that are alive at the peak."""
 
     command: tuple[str, ...]
     machine: str
@@ -27,7 +27,8 @@ class ScriptSpec:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ScriptAnswer:
-    """What is known of a script's training steps. ``estimate``, ``trace`` and ``peak_clock`` are None if no step
+    """What is known of a script's training steps. ``estimate``, ``trace`` and ``peak_clock`` are None if no
+    step
     could be traced; ``problem`` then says why. ``notes``: what the script was kept from, and what is assumed.
     """
 

@@ -17,7 +17,7 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -51,7 +51,7 @@ class Sandbox:
         self._journal = os.open(scratch / _JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self._free = tuple(os.path.realpath(p) for p in _free_folders(scratch))
         # a project may lie in a folder for temporary files
-        self._protected = tuple(dict.fromkeys(map(os.path.realpath, (os.getcwd(), sys.path[0] or "."))))
+        self._protected = tuple({os.path.realpath(p) for p in (Path.cwd(), sys.path[0] or ".")})
 
     def notes(self) -> list[str]:
         """Return sentences that say what the script was kept from and what it did outside this process."""
@@ -60,11 +60,15 @@ class Sandbox:
         if tops:
             notes.append(f"what the script wrote is removed again: {_few(tops)}")
         if self.kept:
-            notes.append(f"existing files that the script would have changed are as they were: {_few(self.kept)}")
+            notes.append(
+                f"existing files that the script would have changed are as they were: {_few(self.kept)}"
+            )
         if self.hosts:
             notes.append(f"the script connected to {_few(self.hosts)}")
         if self.programs:
-            notes.append(f"the script started other programs, which are not kept from writing: {_few(self.programs)}")
+            notes.append(
+                f"the script started other programs, which are not kept from writing: {_few(self.programs)}"
+            )
         return notes
 
     # -- patches --------------------------------------------------------------------------------------
@@ -112,7 +116,7 @@ class Sandbox:
             source_name = self._existing(source)
             if source_name is not None:
                 self.kept[source_name] = None
-                if os.path.isdir(source_name):
+                if Path(source_name).is_dir():
                     return None
                 source = self._copy(source_name)
             if (target_name := self._existing(target)) is not None:
@@ -138,7 +142,8 @@ class Sandbox:
     # -- paths ----------------------------------------------------------------------------------------
 
     def place(self, path: Any, *, writes: bool) -> Any:
-        """Return the path to open instead of ``path``: a copy of an existing file that the script writes or has
+        """Return the path to open instead of ``path``: a copy of an existing file that the script writes or
+        has
         written. A new file is listed as created."""
         if not self.active or isinstance(path, int):
             return path
@@ -157,13 +162,13 @@ class Sandbox:
     def _copy(self, name: str) -> str:
         if name not in self._copies:
             copy = self._new_copy(name)
-            if name not in self._removed and os.path.getsize(name) <= _MOST_COPIED_BYTES:
+            if name not in self._removed and Path(name).stat().st_size <= _MOST_COPIED_BYTES:
                 shutil.copyfile(name, copy)
             self._copies[name] = copy
         return self._copies[name]
 
     def _new_copy(self, name: str) -> str:
-        return str(self.scratch / f"{len(self._copies)}-{os.path.basename(name)[-80:]}")
+        return str(self.scratch / f"{len(self._copies)}-{Path(name).name[-80:]}")
 
     def _existing(self, path: Any) -> str | None:
         """Return the absolute path of a file or folder that the script did not make, or None if it does not
@@ -172,7 +177,7 @@ class Sandbox:
             return None
         name = os.path.realpath(os.fsdecode(path))
         try:
-            mode = os.stat(name).st_mode
+            mode = Path(name).stat().st_mode
         except OSError:
             return None
         is_plain = stat.S_ISREG(mode) or stat.S_ISDIR(mode)
@@ -202,7 +207,7 @@ class Sandbox:
         if event == "socket.getaddrinfo" and args[0] not in (None, "", "localhost", "127.0.0.1", "::1"):
             self.hosts[str(args[0])] = None
         elif event == "subprocess.Popen":
-            self.programs[os.path.basename(str(args[0]))] = None
+            self.programs[Path(str(args[0])).name] = None
 
 
 @contextlib.contextmanager
@@ -266,7 +271,8 @@ def _outermost(names: dict[str, None]) -> list[str]:
     return tops
 
 
-def _few(names: Any) -> str:
-    shown = [os.path.relpath(n) if os.path.isabs(n) and n.startswith(os.getcwd() + os.sep) else n for n in names]
+def _few(names: Iterable[str]) -> str:
+    here = f"{Path.cwd()}{os.sep}"
+    shown = [name.removeprefix(here) for name in names]
     rest = f" and {len(shown) - 4} more" if len(shown) > 4 else ""
     return ", ".join(shown[:4]) + rest

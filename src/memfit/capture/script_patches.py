@@ -142,14 +142,15 @@ def _optimizer_hooks(trace: ScriptTrace) -> Iterator[None]:
 
 
 def _single_process_iterator(trace: ScriptTrace) -> Any:
-    """Return a ``DataLoader._get_iterator`` that loads in this process. What worker processes would load is not
+    """Return a ``DataLoader._get_iterator`` that loads in this process. What worker processes would load is
+    not
     counted: it comes in shared memory."""
 
     def get_iterator(loader: Any) -> Any:
         workers, timeout = loader.num_workers, loader.timeout
         loader.num_workers, loader.timeout = 0, 0
         try:
-            iterator = dataloader._SingleProcessDataLoaderIter(loader)
+            iterator: Any = dataloader._SingleProcessDataLoaderIter(loader)
         finally:
             loader.num_workers, loader.timeout = workers, timeout
         trace.workers = max(trace.workers, workers)
@@ -160,7 +161,7 @@ def _single_process_iterator(trace: ScriptTrace) -> Any:
                 with trace.uncounted():
                     return inner()
 
-            iterator._next_data = next_data  # type: ignore[method-assign]
+            iterator._next_data = next_data
         return iterator
 
     return get_iterator

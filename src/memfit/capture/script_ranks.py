@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from torch.distributed import device_mesh, fsdp
 
 from memfit.capture.device_redirect import DeviceRedirect
 from memfit.capture.script_trace import ScriptTrace, is_real
@@ -22,7 +23,8 @@ from memfit.types.plan import Use, use
 
 
 class ScriptRanks:
-    """The ranks of a script. ``count``: the size of its process group, 1 without one. ``uses``: the techniques
+    """The ranks of a script. ``count``: the size of its process group, 1 without one. ``uses``: the
+    techniques
     of several ranks that it uses, of those that memfit knows."""
 
     def __init__(self, trace: ScriptTrace, redirect: DeviceRedirect, launched: int) -> None:
@@ -33,7 +35,8 @@ class ScriptRanks:
         self._stack = contextlib.ExitStack()
 
     def join(self, backend: Any = None, *args: Any, world_size: int = -1, **options: Any) -> None:
-        """Stand for ``torch.distributed.init_process_group``: make a fake group of the script's world size."""
+        """Stand for ``torch.distributed.init_process_group``: make a fake group of the script's world
+        size."""
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
         self.count = world_size if world_size > 0 else int(os.environ.get("WORLD_SIZE", "1"))
@@ -46,7 +49,9 @@ class ScriptRanks:
 
     def wrap_ddp(self, inner: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(inner)
-        def init(ddp: Any, module: Any, device_ids: Any = None, output_device: Any = None, **options: Any) -> None:
+        def init(
+            ddp: Any, module: Any, device_ids: Any = None, output_device: Any = None, **options: Any
+        ) -> None:
             with self.trace.region():
                 inner(ddp, module, **options)
                 ready_for_fakes(ddp, self.trace.recorder.note_real)
@@ -57,6 +62,8 @@ class ScriptRanks:
     def shard(self, inner: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(inner)
         def fully_shard(module: Any, **options: Any) -> Any:
+            if options.get("mesh") is None:  # a mesh holds real numbers
+                options["mesh"] = device_mesh.init_device_mesh(HOST, (self.count,))
             with self.trace.region():
                 out = inner(module, **options)
             self.uses["fsdp2"] = use("fsdp2")
@@ -64,7 +71,9 @@ class ScriptRanks:
 
         return fully_shard
 
-    def spawn(self, function: Callable[..., Any], args: Any = (), nprocs: int = 1, *rest: Any, **options: Any) -> None:
+    def spawn(
+        self, function: Callable[..., Any], args: Any = (), nprocs: int = 1, *rest: Any, **options: Any
+    ) -> None:
         """Stand for ``torch.multiprocessing.spawn``: run rank 0 in this process."""
         os.environ.setdefault("WORLD_SIZE", str(nprocs))
         function(0, *args)
@@ -74,7 +83,9 @@ class ScriptRanks:
 
         @functools.wraps(inner)
         def make(device_type: str, *args: Any, **options: Any) -> Any:
-            return inner(HOST if self.redirect.names_accelerator(device_type) else device_type, *args, **options)
+            return inner(
+                HOST if self.redirect.names_accelerator(device_type) else device_type, *args, **options
+            )
 
         return make
 
@@ -87,12 +98,21 @@ _NEW_GROUP, _ALL_REDUCE, _ALL_GATHER = dist.new_group, dist.all_reduce, dist.all
 def script_ranks(trace: ScriptTrace, redirect: DeviceRedirect, launched: int) -> Iterator[ScriptRanks]:
     """Inside this context, the process group that the script makes is a fake one, in which this process is
     rank 0. ``launched``: how many processes the script's launcher would start."""
-    from torch.distributed import device_mesh, fsdp
-
     ranks = ScriptRanks(trace, redirect, launched)
     if launched > 1:
-        names = {"WORLD_SIZE": launched, "LOCAL_WORLD_SIZE": launched, "RANK": 0, "LOCAL_RANK": 0, "GROUP_RANK": 0}
-        names |= {"ROLE_RANK": 0, "ROLE_WORLD_SIZE": launched, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
+        names: dict[str, int | str] = {
+            "WORLD_SIZE": launched,
+            "LOCAL_WORLD_SIZE": launched,
+            "RANK": 0,
+            "LOCAL_RANK": 0,
+            "GROUP_RANK": 0,
+        }
+        names |= {
+            "ROLE_RANK": 0,
+            "ROLE_WORLD_SIZE": launched,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": 29500,
+        }
         os.environ.update({name: str(value) for name, value in names.items()})
     distributed = torch.nn.parallel.DistributedDataParallel
     with contextlib.ExitStack() as stack:
@@ -111,7 +131,7 @@ def script_ranks(trace: ScriptTrace, redirect: DeviceRedirect, launched: int) ->
             (torch.multiprocessing, "spawn", ranks.spawn),
             (distributed, "__init__", ranks.wrap_ddp(distributed.__init__)),
             (fsdp, "fully_shard", ranks.shard(fsdp.fully_shard)),
-            (dist, "init_device_mesh", ranks.mesh(dist.init_device_mesh)),
+            (dist, "init_device_mesh", ranks.mesh(device_mesh.init_device_mesh)),
             (device_mesh, "init_device_mesh", ranks.mesh(device_mesh.init_device_mesh)),
         ):
             stack.enter_context(mock.patch.object(owner, name, replacement))
@@ -121,7 +141,9 @@ def script_ranks(trace: ScriptTrace, redirect: DeviceRedirect, launched: int) ->
             ranks._stack.close()
 
 
-def _new_group(ranks: Any = None, timeout: Any = None, backend: Any = None, *rest: Any, **options: Any) -> Any:
+def _new_group(
+    ranks: Any = None, timeout: Any = None, backend: Any = None, *rest: Any, **options: Any
+) -> Any:
     return _NEW_GROUP(ranks, timeout, "fake", *rest, **options)
 
 

@@ -1,8 +1,8 @@
 """Trace the first training steps of a script that runs unmodified.
 
-The script's parameters are fake tensors, which have shapes but no data. What depends on them is fake, too, and
-is recorded; all else (data sets, samplers, batches, random numbers) is computed for real. While the outermost
-module's forward, a backward or an optimizer's step runs, all new tensors are fake.
+The script's parameters are fake tensors, which have shapes but no data. What depends on them is fake, too,
+and is recorded; all else (data sets, samplers, batches, random numbers) is computed for real. While the
+outermost module's forward, a backward or an optimizer's step runs, all new tensors are fake.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ from torch.utils._python_dispatch import (
 from torch.utils.weak import WeakIdKeyDictionary
 
 from memfit.model.batch_objects import map_batch
+from memfit.techniques.optimizers import counts_steps_on_host
 from memfit.trace import operators
 from memfit.trace.allocation_recorder import AllocationRecorder
 from memfit.trace.data_dependent import Guesses
 from memfit.trace.fake_process_group import members
 from memfit.trace.fake_storage import plain_tensors
+from memfit.trace.tracer import not_tracing
 from memfit.types.job import Bound
 from memfit.types.trace import Category, Phase, Trace
 
@@ -46,8 +48,8 @@ class ScriptTrace:
     """The record of a script's training steps, and the state of its tracing.
 
     ``device``: kind of the device for which the memory is predicted. ``fake``: the mode of all fake tensors.
-    ``recorder`` records nothing until `begin`. ``on_traced`` is called when every optimizer that has been used
-    has made two steps.
+    ``recorder`` records nothing until `begin`. ``on_traced`` is called when every optimizer that has been
+    used has made two steps.
     """
 
     def __init__(self, device: str, *, bound: Bound | None, on_traced: Callable[[ScriptTrace], None]) -> None:
@@ -58,7 +60,8 @@ class ScriptTrace:
         self.begun = False
         self.forwards = 0  # of outermost modules, since `begin`
         self.micro_batches = 0  # backwards since the last optimizer step
-        self.updates: WeakIdKeyDictionary = WeakIdKeyDictionary()  # optimizer -> number of its steps
+        self.optimizers: dict[int, Any] = {}  # that have made steps, by id
+        self.updates: dict[int, int] = {}  # number of their steps, by id
         self.model: torch.nn.Module | None = None  # the first that was trained
         self.foreign_bytes = 0  # of parameters in memory that torch's allocator did not make
         self.drawn = 0  # random numbers of parameters
@@ -68,6 +71,7 @@ class ScriptTrace:
         self._twins: WeakIdKeyDictionary = WeakIdKeyDictionary()  # real tensor -> its fake copy
         self._roots: dict[str, torch.nn.Module] = {}
         self._adopted: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._patches = contextlib.ExitStack()
         self._uncounted = False  # batches of worker processes come in memory that torch does not allocate
 
     @property
@@ -171,7 +175,8 @@ class ScriptTrace:
             self.recorder.modes_above = above
 
     def _draw(self, func: Any, args: Any, kwargs: Any) -> None:
-        """Draw the random numbers of an operator on a real tensor that is dropped, so that later ones, such as
+        """Draw the random numbers of an operator on a real tensor that is dropped, so that later ones, such
+        as
         the order of the samples, are those of the script's own run. Stop after `_MOST_DRAWN`."""
         tensor = args[0]
         if not func._schema.is_mutable or not isinstance(tensor, FakeTensor):
@@ -187,6 +192,7 @@ class ScriptTrace:
         """Start to record: ``model`` is about to be trained. All tensors that exist count from now on."""
         self.begun, self.model = True, model
         self.recorder.paused = False
+        self._patches.enter_context(not_tracing())  # the script may have imported modules to patch
         self._find_roots(model)
         self.recorder.modules.watch_all(self._roots)
         for name, root in self._roots.items():
@@ -249,7 +255,7 @@ class ScriptTrace:
             self.begin(module)
         if self.begun:
             self.adopt(module, "" if module is self.model else type(module).__name__)
-            if not self.recorder.current is Phase.FORWARD:
+            if self.recorder.current is not Phase.FORWARD:
                 self._close_backward()
                 self.recorder.phase(Phase.FORWARD)
             self.forwards += 1
@@ -280,12 +286,15 @@ class ScriptTrace:
         """Note that an optimizer has made a step; call ``on_traced`` if it was the last to trace."""
         if not self.begun:
             return
+        steps_on_host = not self.is_host and counts_steps_on_host(optimizer)
         for param, state in optimizer.state.items():
             owner = self.recorder.owner(param)
-            for tensor in _pytree.tree_leaves(state):
-                if is_fake(tensor):
-                    self.recorder.label(tensor, Category.OPTIMIZER_STATE, module=owner)
-        self.updates[optimizer] = self.updates.get(optimizer, 0) + 1
+            for tensor in filter(is_fake, _pytree.tree_leaves(state)):
+                self.recorder.label(tensor, Category.OPTIMIZER_STATE, module=owner)
+                if steps_on_host and not tensor.dim():
+                    self.recorder.move(tensor, NOWHERE)
+        self.optimizers[id(optimizer)] = optimizer
+        self.updates[id(optimizer)] = self.updates.get(id(optimizer), 0) + 1
         self.recorder.phase(Phase.SETUP)
         counts = set(self.updates.values())
         if len(counts) == 1:
@@ -297,6 +306,7 @@ class ScriptTrace:
     def finish(self, ranks: int) -> Trace:
         """Return the trace of the steps that were made. ``ranks``: the size of the script's process group."""
         self.recorder.modules.close()
+        self._patches.close()
         groups = members()
         allocations, ops, spans = self.recorder.finish()
         params = {id(p): p for root in self._roots.values() for p in root.parameters()}.values()
@@ -316,7 +326,9 @@ class ScriptTrace:
             guessed=tuple(filter(None, self.recorder.guesses.open)),
             assumed=tuple(self.recorder.guesses.assumed),
             model_bytes=sum(
-                t.numel() * t.element_size() for r in self._roots.values() for t in (*r.parameters(), *r.buffers())
+                t.numel() * t.element_size()
+                for r in self._roots.values()
+                for t in (*r.parameters(), *r.buffers())
             ),
         )
 

@@ -28,9 +28,9 @@ class ScriptOptions:
         list[str] | None,
         typer.Argument(
             metavar="-- COMMAND...",
-            help="The command that starts your training, as you would type it: python train.py ARGS, python -m "
-            "MODULE ARGS, torchrun, accelerate launch, deepspeed or srun with their options, or the name of a "
-            "program written in Python.",
+            help="The command that starts your training, as you would type it: python train.py ARGS, python "
+            "-m MODULE ARGS, torchrun, accelerate launch, deepspeed or srun with their options, or the name "
+            "of a program written in Python.",
         ),
     ] = None
     memory: Annotated[
@@ -56,7 +56,9 @@ class ScriptOptions:
     time_limit: Annotated[
         float,
         typer.Option(
-            metavar="SECONDS", min=1, help="End the script after so many seconds. Default: 1800 (half an hour)."
+            metavar="SECONDS",
+            min=1,
+            help="End the script after so many seconds. Default: 1800 (half an hour).",
         ),
     ] = 1800.0
     html: Annotated[
@@ -109,7 +111,9 @@ def _bounds(texts: list[str]) -> dict[str, int | float] | None:
         except ValueError:
             separator = ""
         if not (line and separator):
-            raise UserError(f"--bound {text}", allowed="FILE.py:LINE=N with a number N, such as train.py:12=4096")
+            raise UserError(
+                f"--bound {text}", allowed="FILE.py:LINE=N with a number N, such as train.py:12=4096"
+            )
     return bounds or None
 
 
@@ -129,9 +133,7 @@ def _show(
     from memfit.report.files import write_whole
 
     assert answer.estimate is not None and answer.trace is not None and answer.peak_clock is not None
-    explained = TracedEstimate(
-        estimate=answer.estimate, trace=answer.trace, peak_clock=answer.peak_clock
-    )
+    explained = TracedEstimate(estimate=answer.estimate, trace=answer.trace, peak_clock=answer.peak_clock)
     cap_bytes = cap_bytes or int(machine.device.memory_bytes.value)
     facts = ScriptFacts(
         program=answer.program,

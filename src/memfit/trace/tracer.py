@@ -226,7 +226,7 @@ def _run_steps(
     """Run ``steps`` training steps, each on what ``make_inputs`` returns for its index, and return the number
     of micro-batches run in the last one."""
     micro_batches = min(step.bench.micro_batches, max_micro_batches)
-    with _not_tracing():  # building the model may have imported modules to patch
+    with not_tracing():  # building the model may have imported modules to patch
         return _run_recorded(
             recorder, step, make_inputs, steps=steps, micro_batches=micro_batches, update=update
         )
@@ -345,7 +345,7 @@ def fake_patches(fake: FakeTensorMode) -> Iterator[None]:
     failures = logging.getLogger("torch._subclasses.fake_tensor")
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(failures, "disabled", True))
-        stack.enter_context(_not_tracing())
+        stack.enter_context(not_tracing())
         stack.enter_context(mock.patch.object(torch.nn.Module, "_apply", _apply_without_swap()))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(mock.patch.object(FakeTensor, "__deepcopy__", _deep_copy, create=True))
@@ -375,7 +375,7 @@ def recording_patches(recorder: AllocationRecorder) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _not_tracing() -> Iterator[None]:
+def not_tracing() -> Iterator[None]:
     """Inside this context, make transformers, if it is already imported, take the branch of code that is not
     being traced. It is not imported for this, because that takes as long as a prediction."""
     with contextlib.ExitStack() as stack:

@@ -1,0 +1,332 @@
+"""`memfit estimate -- COMMAND`: which programs it runs, on which devices and ranks, and what it leaves
+alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scripts.corpus import PublicScript
+from scripts.measure import measure
+from torch import nn
+
+import memfit
+from memfit.capture.estimate import estimate_script
+from memfit.capture.program import load_program
+from memfit.capture.result import ScriptAnswer
+from memfit.runtime.counting_allocator import available
+from memfit.types.errors import UserError
+
+_counts = pytest.mark.skipif(available() is not None, reason=f"no counting allocator: {available()}")
+_LOOP = """
+import sys
+import torch
+from torch import nn
+from torch.nn import functional
+
+{before}
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.BatchNorm1d(256), nn.Linear(256, 10)){to}
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+for step in range(4):
+    inputs, labels = torch.randn(32, 64){to}, torch.randint(0, 10, (32,)){to}
+    {context}
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    print(step, loss.item())
+{after}
+"""
+_PLAIN = "loss = functional.cross_entropy(model(inputs), labels)"
+
+
+def _script(folder: Path, *, before: str = "", after: str = "", to: str = "", context: str = _PLAIN) -> str:
+    path = folder / "train.py"
+    path.write_text(_LOOP.format(before=before, after=after, to=to, context=context))
+    return str(path)
+
+
+def _peak_bytes(answer: ScriptAnswer) -> float:
+    assert answer.estimate is not None
+    return answer.estimate.allocated_bytes.value
+
+
+def _model() -> nn.Module:
+    return nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.BatchNorm1d(256), nn.Linear(256, 10))
+
+
+# -- devices ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("to", [".cuda()", '.to("cuda", non_blocking=True)', '.to(torch.device("cuda", 0))'])
+def test_a_script_for_a_gpu_is_predicted_as_its_step_is(to: str, tmp_path: Path) -> None:
+    answer = estimate_script([sys.executable, _script(tmp_path, to=to)], machine="H100-SXM")
+    batch = (torch.randn(32, 64), torch.randint(0, 10, (32,)))
+    step = memfit.estimate(
+        _model(), batch, loss=nn.functional.cross_entropy, optimizer="adamw", clip=1.0, machine="H100-SXM"
+    )
+    assert _peak_bytes(answer) == pytest.approx(step.allocated_bytes.value, rel=1e-4)
+    assert answer.model == "Sequential"
+    assert answer.optimizers == ("AdamW",)
+
+
+def test_autocast_and_a_gradient_scaler_on_a_gpu_are_followed(tmp_path: Path) -> None:
+    context = (
+        'with torch.autocast("cuda", dtype=torch.float16):\n'
+        "        loss = scaler.scale(functional.cross_entropy(model(inputs), labels))"
+    )
+    path = tmp_path / "train.py"
+    script = _LOOP.format(
+        before='scaler = torch.amp.GradScaler("cuda")', after="", to=".cuda()", context=context
+    ).replace("optimizer.step()\n", "scaler.step(optimizer); scaler.update()\n")
+    path.write_text(script.replace("nn.utils", "scaler.unscale_(optimizer); nn.utils"))
+    half = estimate_script([sys.executable, str(path)], machine="H100-SXM")
+    assert half.estimate is not None
+    whole = estimate_script([sys.executable, _script(tmp_path, to=".cuda()")], machine="H100-SXM")
+    assert whole.estimate is not None
+    assert half.estimate.flops_per_step == whole.estimate.flops_per_step
+    assert half.estimate.phase_peak_bytes["forward"] < whole.estimate.phase_peak_bytes["forward"] * 1.01
+
+
+def test_a_script_that_asks_for_a_gpu_gets_the_target_and_runs_on_a_cpu_otherwise(tmp_path: Path) -> None:
+    before = (
+        'device = "cuda" if torch.cuda.is_available() else "cpu"\n'
+        'assert (device == "cuda") == (sys.argv[1] == "gpu")\n'
+        'if device == "cuda":\n'
+        "    assert torch.cuda.get_device_properties(0).total_memory > 70e9\n"
+    )
+    script = _script(tmp_path, before=before, to=".to(device)")
+    estimate_script([sys.executable, script, "gpu"], machine="H100-SXM")
+    assert estimate_script([sys.executable, script, "cpu"], machine="this:cpu").notes == ()
+
+
+def test_a_gpu_named_for_a_prediction_of_a_cpu_is_said(tmp_path: Path) -> None:
+    answer = estimate_script([sys.executable, _script(tmp_path, to=".cuda()")], machine="this:cpu")
+    assert any("the script trains on cuda" in note and "--on" in note for note in answer.notes)
+
+
+def test_a_model_larger_than_this_machines_memory_is_predicted(tmp_path: Path) -> None:
+    path = tmp_path / "large.py"
+    path.write_text(
+        textwrap.dedent("""
+        import torch
+        from torch import nn
+        model = nn.Sequential(*[nn.Linear(65536, 65536, bias=False) for _ in range(16)])  # 256 GiB
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(2):
+            model(torch.randn(1, 65536)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        """)
+    )
+    answer = estimate_script([sys.executable, str(path)], machine="this:cpu", probe=False)
+    assert _peak_bytes(answer) == pytest.approx(2 * 16 * 65536**2 * 4, rel=0.01)
+
+
+# -- ranks --------------------------------------------------------------------------------------------
+
+_RANKS = """
+import torch
+import torch.distributed as dist
+from torch import nn
+{imports}
+
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+blocks = [nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256)) for _ in range(3)]
+model = nn.Sequential(*blocks)
+{wrap}
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+for step in range(3):
+    loss = model(torch.randn(16, 256)).square().mean()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+dist.destroy_process_group()
+"""
+_WRAPS = {
+    "ddp": (
+        "from torch.nn.parallel import DistributedDataParallel",
+        "model = DistributedDataParallel(model)",
+    ),
+    "fsdp2": (
+        "from torch.distributed.fsdp import fully_shard",
+        "for block in blocks: fully_shard(block)\nfully_shard(model)",
+    ),
+}
+
+
+@_counts
+@pytest.mark.parametrize("wrap", _WRAPS)
+def test_the_peak_of_a_distributed_script_is_that_of_its_two_processes(wrap: str, tmp_path: Path) -> None:
+    path = tmp_path / "ranks.py"
+    path.write_text(_RANKS.format(imports=_WRAPS[wrap][0], wrap=_WRAPS[wrap][1]))
+    command = f"torchrun --standalone --nproc-per-node 2 {path}"
+    script = PublicScript(
+        name="ranks",
+        kind="",
+        use="development",
+        repository="",
+        commit="",
+        path="ranks.py",
+        sha256="",
+        packages=(),
+        prepare="nothing",
+        folder="{work}",
+        command=command,
+        ranks=2,
+    )
+    truth = measure(script, tmp_path, tmp_path, repeats=1)
+    answer = estimate_script(command.split(), machine="this:cpu")
+    assert answer.ranks == 2
+    assert answer.estimate is not None
+    assert answer.estimate.plan.get(wrap) is not None
+    peak = answer.estimate.allocated_bytes
+    assert peak.low <= truth["peak_bytes"] <= peak.high
+    # gloo may end a collective later than predicted, but not earlier
+    assert peak.value <= truth["peak_bytes"] * 1.001
+    assert wrap == "fsdp2" or peak.value >= truth["peak_bytes"] * 0.999
+
+
+# -- side effects -------------------------------------------------------------------------------------
+
+
+def test_a_script_leaves_no_file_and_changes_none(tmp_path: Path) -> None:
+    before = textwrap.dedent("""
+        import os, shutil
+        from pathlib import Path
+        os.makedirs("out/deep", exist_ok=True)
+        Path("out/new.json").write_text("{}")
+        with open("log.txt", "a") as file: file.write("more\\n")
+        Path("config.yaml").write_text("overwritten")
+        assert Path("config.yaml").read_text() == "overwritten"
+        os.remove("old.pt")
+        shutil.rmtree("runs")
+        os.replace("out/new.json", "best.json")
+        assert Path("best.json").read_text() == "{}"
+        """)
+    _script(tmp_path, before=before)
+    kept = {
+        "log.txt": "first\n",
+        "config.yaml": "a: 1",
+        "old.pt": "weights",
+        "best.json": "best",
+        "runs/1": "r",
+    }
+    (tmp_path / "runs").mkdir()
+    for name, text in kept.items():
+        (tmp_path / name).write_text(text)
+    command = [
+        sys.executable,
+        "-m",
+        "memfit",
+        "estimate",
+        "--json",
+        "--on",
+        "this:cpu",
+        "--",
+        "python",
+        "train.py",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    notes: list[str] = json.loads(done.stdout)["script"]["notes"]
+    assert {n: (tmp_path / n).read_text() for n in kept} == kept
+    assert {p.name for p in tmp_path.iterdir()} == {"train.py", *(n.partition("/")[0] for n in kept)}
+    assert any("removed again: out" in note for note in notes)
+    assert any("as they were" in note and "config.yaml" in note for note in notes)
+
+
+# -- errors -------------------------------------------------------------------------------------------
+
+
+def _problem(path: Path, text: str, **options: Any) -> str:
+    path.write_text(textwrap.dedent(text))
+    with pytest.raises(UserError) as error:
+        estimate_script([sys.executable, str(path)], machine="this:cpu", **options)
+    return str(error.value)
+
+
+def test_a_script_that_fails_is_told_with_its_line(tmp_path: Path) -> None:
+    problem = _problem(tmp_path / "bad.py", "import torch\n\nraise ValueError('no data here')\n")
+    assert "the script raised ValueError at bad.py:3: no data here" in problem
+    assert "Traceback" not in problem
+
+
+def test_a_script_that_does_not_train_is_told(tmp_path: Path) -> None:
+    assert "before its first forward pass" in _problem(tmp_path / "no.py", "print('only this')")
+    problem = _problem(tmp_path / "exits.py", "import sys\nprint('usage: exits.py X')\nsys.exit(2)")
+    assert "ended with code 2" in problem
+    assert "usage: exits.py X" in problem
+
+
+def test_a_script_that_hangs_is_ended(tmp_path: Path) -> None:
+    assert "was ended after 2 s" in _problem(tmp_path / "slow.py", "import time\ntime.sleep(60)", limit_s=2)
+
+
+def test_one_step_alone_is_predicted_and_said(tmp_path: Path) -> None:
+    path = _script(tmp_path)
+    Path(path).write_text(Path(path).read_text().replace("range(4)", "range(1)"))
+    answer = estimate_script([sys.executable, path], machine="this:cpu")
+    assert any("1 optimizer step only" in note for note in answer.notes)
+
+
+# -- commands -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("python -u train.py --lr 1", ("", ("--lr", "1"), 1)),
+        ("python3.11 -m pkg.train -x", ("pkg.train", ("-x",), 1)),
+        ("env CUDA_VISIBLE_DEVICES=0 python train.py", ("", (), 1)),
+        ("uv run python train.py", ("", (), 1)),
+        ("torchrun --nproc-per-node=4 --nnodes 2 train.py a", ("", ("a",), 8)),
+        ("torchrun --standalone --nproc_per_node 2 -m pkg.train a", ("pkg.train", ("a",), 2)),
+        ("python -m torch.distributed.run --nproc-per-node 2 train.py", ("", (), 2)),
+        ("srun -n 4 --gpus-per-task=1 python train.py --n 2", ("", ("--n", "2"), 4)),
+        ("deepspeed --num_gpus 4 train.py --deepspeed ds.json", ("", ("--deepspeed", "ds.json"), 4)),
+    ],
+)
+def test_a_launchers_command_is_read(
+    command: str, expected: tuple[str, tuple[str, ...], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "train.py").touch()
+    monkeypatch.chdir(tmp_path)
+    program = load_program(command.split())
+    module, arguments, ranks = expected
+    assert (program.module, program.arguments, program.ranks) == (module, arguments, ranks)
+    assert program.script == ("" if module else "train.py")
+
+
+def test_accelerate_launch_is_read_with_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    (tmp_path / "train.py").touch()
+    monkeypatch.chdir(tmp_path)
+    program = load_program(
+        ["accelerate", "launch", "--num_processes", "1", "--mixed_precision", "bf16", "train.py", "a"]
+    )
+    assert program.arguments == ("a",)
+    assert program.environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("python missing.py", "missing.py does not exist"),
+        ("python -c 'print(1)'", "with -c"),
+        ("python", "names no script"),
+        ("ls -l", "is no Python script"),
+        ("no-such-command", "does not exist"),
+        ("torchrun --nproc-per-node auto train.py", "depends on the machine"),
+    ],
+)
+def test_another_command_is_refused_in_one_line(command: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_program(command.split())
