@@ -34,22 +34,28 @@ def error_ratio(record: Mapping[str, Any]) -> float | None:
     return predicted["value"] / record["truth"]["peak_bytes"] - 1 if predicted else None
 
 
-def is_inside(record: Mapping[str, Any]) -> bool | None:
-    """Say whether the measured peak is in the predicted interval. None without a prediction."""
+def runs_inside(record: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return how many measured runs are in the predicted interval, and of how many. None without a
+    prediction."""
     predicted = record.get("predicted", {}).get("allocated_bytes")
-    return predicted["low"] <= record["truth"]["peak_bytes"] <= predicted["high"] if predicted else None
+    if not predicted:
+        return None
+    peaks = record["truth"]["peaks_bytes"]
+    return sum(predicted["low"] <= p <= predicted["high"] for p in peaks), len(peaks)
 
 
 def summarize(records: Iterable[Mapping[str, Any]]) -> str:
-    """Say in one sentence how many scripts were answered, and the worst and median errors."""
+    """Say in one sentence how many scripts were answered, the worst and median errors, and of how many every
+    run was in the predicted interval."""
     rows = list(records)
     errors = [abs(e) for r in rows if (e := error_ratio(r)) is not None]
     if not errors:
         return f"0 of {len(rows)} answered."
-    inside = sum(bool(is_inside(r)) for r in rows)
+    inside = [n == of for r in rows for n, of in [runs_inside(r) or (0, 1)]]
     return (
         f"{len(errors)} of {len(rows)} answered; worst {max(errors):.3%},"
-        f" median {statistics.median(errors):.3%}; {inside} of {len(errors)} inside the predicted interval."
+        f" median {statistics.median(errors):.3%}; every run of"
+        f" {sum(inside)} inside the predicted interval."
     )
 
 
@@ -87,7 +93,7 @@ def page(history: Sequence[Mapping[str, Any]]) -> str:
         "processes, from the first forward pass that computes gradients to the end of the second optimizer",
         "step; the highest over ranks, the median over runs (their range follows if they differ, as where a",
         "script sets no seed). `set-up`: the peak before that, from the process's start.",
-        "`predicted`: `memfit estimate -- COMMAND`, with its interval.",
+        "`predicted`: `memfit estimate -- COMMAND`, with its interval; `inside`: the runs with a peak in it.",
         "",
         f"All: {summarize(records)}",
         *(f"{use.replace('_', ' ').capitalize()}: {summarize(rows)}" for use, rows in parts.items()),
@@ -113,7 +119,7 @@ def _source(script: PublicScript) -> str:
 def _row(record: Mapping[str, Any], script: PublicScript) -> str:
     truth, predicted = record["truth"], record["predicted"]
     setup = max(r["setup"]["peak_bytes"] for r in truth["ranks"])
-    error, inside = error_ratio(record), is_inside(record)
+    error, inside = error_ratio(record), runs_inside(record)
     answer = predicted.get("allocated_bytes")
     cells = (
         script.name,
@@ -125,7 +131,7 @@ def _row(record: Mapping[str, Any], script: PublicScript) -> str:
         _mib(answer["value"]) if answer else "not answered",
         f"{_mib(answer['low'])} to {_mib(answer['high'])}" if answer else "",
         "" if error is None else f"{error:+.3%}",
-        {True: "yes", False: "no", None: ""}[inside],
+        f"{inside[0]} of {inside[1]}" if inside else "",
         f"{truth['wall_s']:.1f}",
         f"{predicted['wall_s']:.1f}",
     )
@@ -148,9 +154,10 @@ def line(record: Mapping[str, Any]) -> str:
     text = f"{record['script']:12} {truth['peak_bytes']:>13,} bytes measured in {truth['wall_s']:5.1f} s"
     if "error" in predicted:
         return f"{text}; not predicted: {predicted['error']}"
-    if (error := error_ratio(record)) is None:
+    error, inside = error_ratio(record), runs_inside(record)
+    if error is None or inside is None:
         return text
     return (
-        f"{text}; {predicted['allocated_bytes']['value']:>13,} predicted in {predicted['wall_s']:5.1f} s,"
-        f" {error:+.3%}, {'inside' if is_inside(record) else 'outside'} the interval"
+        f"{text}; {predicted['allocated_bytes']['value']:>13,.0f} predicted in {predicted['wall_s']:5.1f} s,"
+        f" {error:+.3%}, {inside[0]} of {inside[1]} runs inside the interval"
     )

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from scripts.corpus import PublicScript, ScriptError, check_unmodified, load_scripts
 from scripts.measure import measure, predict, prepare
-from scripts.page import error_ratio, is_inside, page, summarize
+from scripts.page import error_ratio, page, runs_inside, summarize
 from scripts.prepare import PREPARE
 
 from memfit.runtime.counting_allocator import available
@@ -109,7 +109,7 @@ def test_the_peak_of_an_unmodified_script_is_predicted(
     error = error_ratio(record)
     assert error is not None, record["predicted"]
     assert abs(error) < 0.01
-    assert is_inside(record)
+    assert runs_inside(record) == (1, 1)
 
 
 @_counts
