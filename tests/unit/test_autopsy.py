@@ -211,8 +211,8 @@ def test_a_survived_error_does_not_explain_a_later_death() -> None:
 
 
 _BUS_ERROR = (
-    "RuntimeError: DataLoader worker (pid 3) is killed by signal: Bus error. It is possible that dataloader's "
-    "workers are out of shared memory. Please try to raise your shared memory limit."
+    "RuntimeError: DataLoader worker (pid 3) is killed by signal: Bus error. It is possible that "
+    "dataloader's workers are out of shared memory. Please try to raise your shared memory limit."
 )
 
 

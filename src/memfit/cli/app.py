@@ -12,6 +12,7 @@ import typer.main
 
 from memfit import __version__
 from memfit.cli import (
+    autopsy,
     baseline,
     decide,
     doctor,
@@ -32,6 +33,7 @@ from memfit.cli import (
     run,
     scale,
     techniques,
+    watch,
 )
 from memfit.cli.options import grouped
 from memfit.cli.output import check_choice, emit
@@ -56,6 +58,8 @@ for _name, _function in (
     ("estimate", estimate.estimate),
     ("explain", explain.explain),
     ("run", run.run),
+    ("autopsy", autopsy.autopsy),
+    ("watch", watch.watch),
     ("lint", lint.lint),
     ("baseline", baseline.baseline),
     ("export", export.export),
@@ -74,9 +78,7 @@ for _name, _function in (
     ("doctor", doctor.doctor),
 ):
     # What follows the script's name are the script's arguments, also without "--" before it.
-    app.command(_name, context_settings={"allow_interspersed_args": _name != "estimate"})(
-        grouped(_function)
-    )
+    app.command(_name, context_settings={"allow_interspersed_args": _name != "estimate"})(grouped(_function))
 
 
 @app.callback()

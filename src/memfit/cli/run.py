@@ -244,6 +244,11 @@ def lines(run: Run) -> Iterator[str]:
         filter(None, (run.spec.plan.label, f"{measurement.outcome.value} {cap}", measurement.reason))
     )
     yield from _recovery_lines(run)
+    if measurement.outcome is OutcomeKind.OOM:
+        from memfit.cli.autopsy import in_one_line
+        from memfit.monitoring.autopsy import diagnose_run
+
+        yield f"  why     {in_one_line(diagnose_run(measurement.reason, measurement.steps_done))}"
     if measurement.peak_bytes is not None:
         yield f"  peak    {_peak(run, measurement.peak_bytes)}, {measurement.peak_source}"
     if (step := step_s(measurement)) is not None:

@@ -43,6 +43,7 @@ _AMBIGUOUS: Final = re.compile(
     r"CU\w+_STATUS_(?:NOT_INITIALIZED|INTERNAL_ERROR)|unable to find an engine to execute|"
     r"GET was unable to find an engine"
 )
+_RECORD: Final = re.compile(rb'\s*\{"kind": ?"(?:start|step|values|alarm|end|exit)"')
 _SKIPPED: Final = re.compile(r"skip\w*|retry\w*|retrying|attempting to recover", re.IGNORECASE)
 _OTHER_ENDS: Final = (
     (re.compile(r"[Ww]atchdog caught collective operation timeout"), "a collective operation timed out"),
@@ -490,6 +491,11 @@ def _stack_text(stack: LiveStack) -> str:
 # -- watched trainings ------------------------------------------------------------------------------------
 
 
+def is_record(head: bytes) -> bool:
+    """Return whether a file that begins with ``head`` is the record of a watched training."""
+    return _RECORD.match(head) is not None
+
+
 def diagnose_record(record: WatchRecord) -> Diagnosis:
     """Return why a watched training ended, judged by the rank that ended with an error of memory, or else by
     the fullest."""
@@ -561,6 +567,21 @@ def _log_of(record: RankRecord) -> TrainingLog:
         memory=memory if values else None,
         samples=(),
     )
+
+
+def diagnose_run(reason: str, steps_done: int) -> Diagnosis:
+    """Return why a run of memfit ended whose outcome is out of memory. ``reason``: what its worker reported.
+    ``steps_done``: optimizer steps that it finished."""
+    kills = list(host_kills([reason]))
+    if kills:
+        return _killed(kills[-1], None)
+    failure = next(iter(allocation_failures([reason])), None)
+    if failure is None:
+        failure = AllocationFailure(device="cpu", row=0, text=reason)
+    log = TrainingLog(
+        last_step=steps_done, epochs=0, in_evaluation=False, progress_rows=(), memory=None, samples=()
+    )
+    return judge(failure, PhaseOfDeath(), log)
 
 
 # -- several pieces of evidence ---------------------------------------------------------------------------

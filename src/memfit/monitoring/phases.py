@@ -62,7 +62,8 @@ def phase_of(frames: Sequence[StackFrame]) -> PhaseOfDeath:
     if not frames:
         return PhaseOfDeath()
     in_backward = any(_is_backward(f) for f in frames)
-    name = next((n for f in reversed(frames) if (n := _activity(f))), "")
+    activities = [n for f in reversed(frames) if (n := _activity(f))]
+    name = next((n for n in activities if n != "build"), "build" if activities else "")  # others build, too
     return PhaseOfDeath(
         name="backward" if in_backward and name == "forward" else name,
         in_evaluation=any(_is_evaluation(f) for f in frames),

@@ -6,6 +6,21 @@ from typing import Final
 
 from memfit.monitoring.diagnosis import DeathCause
 
+_TITLES: Final = {
+    DeathCause.TENSORS_TOO_LARGE: "the tensors of a step are too large for the memory",
+    DeathCause.FRAGMENTATION: "enough memory was free, but in pieces that were too small (fragmentation)",
+    DeathCause.LEAK: "memory grew from step to step (leak)",
+    DeathCause.LONGER_SAMPLE: "one step needed more than those before it, as a longer sample does",
+    DeathCause.EVALUATION: "the evaluation needed more memory than the training",
+    DeathCause.OPTIMIZER_STEP: "the optimizer's step did not fit; its first adds the state",
+    DeathCause.CHECKPOINT: "saving or loading a checkpoint needed the memory",
+    DeathCause.LATE_GROWTH: "it needed more memory after steps that had fitted",
+    DeathCause.OUTSIDE_TORCH: "memory outside torch's allocator was short, or took the room",
+    DeathCause.HOST_KILLED: "the process was killed because memory of the host ran out",
+    DeathCause.SHARED_MEMORY: "shared memory (/dev/shm) was too small",
+    DeathCause.NOT_MEMORY: "the training did not end because memory ran out",
+    DeathCause.UNKNOWN: "the evidence does not say why it ended",
+}
 _SMALLER: Final = "`memfit plan` finds the techniques that make the step fit, with what each costs in time"
 _STATE_TOO_LARGE: Final = (
     "the optimizer's state and temporary tensors do not fit: a smaller state (8-bit Adam, Adafactor), "
@@ -67,6 +82,11 @@ _WATCH: Final = "`memfit watch -- COMMAND`, then `memfit autopsy` with its file"
 _KERNEL_LOG: Final = (
     "the kernel's log: `dmesg -T | memfit autopsy -`, or the state that the scheduler reports"
 )
+
+
+def title_of(cause: DeathCause) -> str:
+    """Return the cause as a sentence without a full stop."""
+    return _TITLES[cause]
 
 
 def advice_for(cause: DeathCause, memory: str) -> tuple[str, ...]:

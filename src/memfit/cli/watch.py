@@ -1,0 +1,168 @@
+"""``memfit watch``: watch a training that a command runs, or show what one has recorded."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from memfit.cli.options import JsonOptions
+from memfit.cli.output import console, emit
+from memfit.types.errors import UserError
+
+if TYPE_CHECKING:
+    from memfit.monitoring.summary import WatchSummary
+
+_PERIOD_S: Final = 1.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class WatchOptions:
+    """The record to show or the command to watch, and where and how it is watched."""
+
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="FILE | -- COMMAND...",
+            help="FILE.jsonl: show this record, while its training runs or afterwards. -- COMMAND: run this "
+            "command, as you would type it, and record the steps of each Python process in it that trains "
+            "with torch, for example: -- torchrun --nproc-per-node 8 train.py",
+        ),
+    ] = None
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.jsonl",
+            help="Record to which the steps of COMMAND are appended. Ranks other than 0 write to files "
+            "beside it, such as run.1.jsonl. Default: run.jsonl.",
+        ),
+    ] = None
+    prediction: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.json",
+            help="Predicted memory with which COMMAND is compared: the output of `memfit estimate --json -- "
+            'COMMAND` in a file, or an object such as {"allocated_bytes": 8000000000}. Default: none.',
+        ),
+    ] = None
+    limits: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Thresholds of the alarms of COMMAND: a TOML file such as `headroom_ratio = 0.1`, or a plan "
+            "file (.yaml) with them under the key watch. Default: those of docs/watch.md.",
+        ),
+    ] = None
+
+
+def watch(options: WatchOptions, output: JsonOptions) -> None:
+    """Watch a training: memory, time, loss and alarms of each step and rank.
+
+    With a command, runs it unchanged and records the training in it. With a file, shows a record, live in a
+    terminal. The exit code is that of the command.
+
+    Example: memfit watch -- python train.py --epochs 3
+    """
+    words = options.words or []
+    if not words:
+        raise UserError(
+            "memfit watch has nothing to watch",
+            allowed="a record, as in `memfit watch run.jsonl`, or a command, as in `memfit watch -- python "
+            "train.py`",
+        )
+    if _is_record(words):
+        given = [n for n in ("file", "prediction", "limits") if getattr(options, n) is not None]
+        if given:
+            raise UserError(f"--{given[0]} is for a command; {words[0]} is a record", allowed="--json")
+        _show(words[0], as_json=output.json)
+    else:
+        if output.json:
+            raise UserError(
+                "--json is for a record", hint="run the command, then `memfit watch --json run.jsonl`"
+            )
+        _run(words, options)
+
+
+def _is_record(words: list[str]) -> bool:
+    path = Path(words[0])
+    return len(words) == 1 and (path.suffix == ".jsonl" or (path.is_file() and not os.access(path, os.X_OK)))
+
+
+def _show(path: str, *, as_json: bool) -> None:
+    from memfit.monitoring.record import RecordReader, read_records
+    from memfit.monitoring.summary import summarize
+    from memfit.report.watch_terminal import print_watch, watch_text
+
+    summary = summarize(read_records(path))
+    screen = console()
+    if as_json:
+        emit(summary)
+    elif summary.is_over or not screen.is_terminal:
+        print_watch(summary, console=screen)
+    else:
+        from rich.live import Live
+
+        reader = RecordReader(path)
+        try:
+            with Live(watch_text(summary), console=screen, auto_refresh=False) as live:
+                while not summary.is_over:
+                    time.sleep(_PERIOD_S)
+                    summary = summarize(reader.update())
+                    live.update(watch_text(summary), refresh=True)
+        except KeyboardInterrupt:  # the usual way to leave a training that goes on
+            pass
+
+
+def _run(command: list[str], options: WatchOptions) -> None:
+    from memfit.monitoring.command import run_watched
+    from memfit.monitoring.limits import limits_of
+    from memfit.monitoring.prediction import predicted_intervals
+    from memfit.monitoring.record import read_records
+    from memfit.monitoring.summary import summarize
+
+    file = options.file or Path("run.jsonl")
+    if not file.suffix or file.is_dir():
+        raise UserError(
+            f"--file {file} is not a file name", allowed="a name with a suffix, such as run.jsonl"
+        )
+    end = run_watched(
+        command,
+        file,
+        prediction=predicted_intervals(options.prediction),
+        limits=dataclasses.asdict(limits_of(options.limits)),
+    )
+    print(f"memfit: {_line(summarize(read_records(file)), file)}", file=sys.stderr)
+    if end.code:
+        from memfit.cli.autopsy import in_one_line
+        from memfit.monitoring.autopsy import diagnose_record
+
+        diagnosis = diagnose_record(read_records(file))
+        if diagnosis.is_out_of_memory:
+            print(f"memfit: why it ended: {in_one_line(diagnosis)}", file=sys.stderr)
+        raise typer.Exit(end.code if end.code > 0 else 128 - end.code)
+
+
+def _line(summary: WatchSummary, file: Path) -> str:
+    from memfit.types.units import format_bytes
+
+    trained = [r for r in summary.ranks if r.recorded_steps]
+    if not trained:
+        return f"no process of the command trained with torch; {file} has the end of the command only"
+    name = (
+        "peak_allocated_bytes"
+        if any("peak_allocated_bytes" in r.peaks for r in trained)
+        else "peak_host_bytes"
+    )
+    what = "of tensors" if name == "peak_allocated_bytes" else "of resident memory"
+    peak = max(r.peaks.get(name, 0) for r in trained)
+    kinds = sorted({a.kind for a in summary.alarms})
+    return (
+        f"{max(r.recorded_steps for r in trained)} steps of {len(trained)} "
+        f"{'rank' if len(trained) == 1 else 'ranks'} recorded in {file}; peak {what} {format_bytes(peak)}; "
+        f"{len(summary.alarms)} alarms{': ' if kinds else ''}{', '.join(kinds)}"
+    )

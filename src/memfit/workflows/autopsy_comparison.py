@@ -1,0 +1,103 @@
+"""Compare a death from lack of memory with the prediction; find the nearest plan that would have fitted."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from memfit.monitoring.diagnosis import DeathCause, Diagnosis
+from memfit.planner.capacity import needed_bytes
+from memfit.planner.request import Progress, Request, make_pricer
+from memfit.planner.safer_plans import safer_plan
+from memfit.planner.search import search
+from memfit.techniques.registry import check
+from memfit.types.errors import NothingFits
+from memfit.types.plan import Plan
+from memfit.types.result import Estimate
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DeathComparison:
+    """The prediction of the plan that died, and a plan that would have fitted.
+
+    ``needed_bytes``: what the plan is predicted to need of the device. ``measured_bytes``: the least that its
+    tensors needed: those that were allocated and the request that failed; None if the evidence does not say.
+    ``limit_bytes``: the memory that it could use. ``nearest``: the plan that fits and differs least, as an
+    estimate; None if there is none, of which ``why_not`` says why. ``nearest_bytes``: what it is predicted to
+    need.
+    """
+
+    predicted: Estimate
+    needed_bytes: int
+    measured_bytes: int | None
+    limit_bytes: int
+    nearest: Estimate | None
+    nearest_bytes: int | None = None
+    why_not: str = ""
+
+    @property
+    def excess_ratio(self) -> float | None:
+        """By what share the tensors needed at least more than the predicted peak; negative: less, so that
+        the prediction was not exceeded when it died. None if that was not measured."""
+        if self.measured_bytes is None:
+            return None
+        return self.measured_bytes / self.predicted.allocated_bytes.value - 1
+
+    @property
+    def step_ratio(self) -> float | None:
+        """The step time of the nearest plan relative to that of the plan that died; None if unknown."""
+        before, after = self.predicted.step_s, self.nearest.step_s if self.nearest else None
+        return after.value / before.value if before is not None and after is not None else None
+
+
+def compare_with_prediction(
+    diagnosis: Diagnosis, request: Request, plan: Plan, progress: Progress
+) -> DeathComparison:
+    """Predict ``plan`` for the request's job and machine, and compare it with the figures of the diagnosis.
+
+    The memory that it could use is the request's cap; without one what the evidence says, less what others
+    used; or else the memory of the machine's device. The nearest plan differs in recomputation,
+    micro-batches, offload and chunking only; if none of these fits, it is the one that a search recommends.
+    Raises UserError if the job does not support the plan.
+    """
+    _, pricer = make_pricer(request)
+    progress("trace", 0, 0, plan.label)
+    predicted = pricer.whole(check(plan, request.machine))
+    figures = diagnosis.figures
+    allocated, asked = figures.get("allocated_bytes"), figures.get("request_bytes")
+    limit_bytes = (
+        request.cap_bytes or _limit_bytes(diagnosis) or int(request.machine.device.memory_bytes.value)
+    )
+    choice = safer_plan(pricer, plan, limit_bytes=limit_bytes)
+    if isinstance(choice, str):
+        nearest, why_not = _by_search(request, limit_bytes, progress)
+    else:
+        nearest, why_not = choice.estimate, ""
+    return DeathComparison(
+        predicted=predicted,
+        needed_bytes=needed_bytes(predicted, request.machine),
+        measured_bytes=None if allocated is None else allocated + (asked or 0),
+        limit_bytes=limit_bytes,
+        nearest=nearest,
+        nearest_bytes=needed_bytes(nearest, request.machine) if nearest is not None else None,
+        why_not=why_not,
+    )
+
+
+def _limit_bytes(diagnosis: Diagnosis) -> int | None:
+    """Return the memory that the training could use by the evidence: its own limit, or the device's capacity;
+    less what was used outside torch's allocator if that was the cause."""
+    figures = diagnosis.figures
+    limit = figures.get("allowed_bytes") or figures.get("capacity_bytes")
+    if limit is None or diagnosis.memory == "host":
+        return None
+    is_outside = diagnosis.cause is DeathCause.OUTSIDE_TORCH
+    return limit - figures.get("outside_bytes", 0) if is_outside else limit
+
+
+def _by_search(request: Request, limit_bytes: int, progress: Progress) -> tuple[Estimate | None, str]:
+    """Return what a search recommends, and "", or None and why nothing fits."""
+    try:
+        result = search(dataclasses.replace(request, cap_bytes=limit_bytes), progress).result
+    except NothingFits as error:
+        return None, str(error)
+    return (result.recommended.estimate, "") if result.recommended else (None, "no plan fits")
