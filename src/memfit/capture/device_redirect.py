@@ -162,6 +162,8 @@ class DeviceRedirect(TorchFunctionMode):
             target = torch.device(device) if device is not None and not to_accelerator else None
             if target is not None and target.type == "meta":
                 return torch.Tensor.to(tensor, target, dtype or tensor.dtype, copy=copy)
+            # torch copies from "cpu" to "cpu:0", whose tensors are on "cpu" as well
+            copy = copy or (target is not None and target.index is not None)
             return torch.Tensor.to(tensor, dtype=dtype or tensor.dtype, copy=copy)
         is_there = self.is_on_target(tensor)
         if is_there == to_accelerator:
@@ -178,7 +180,7 @@ class DeviceRedirect(TorchFunctionMode):
             out = torch.Tensor.to(source, dtype=dtype or tensor.dtype, copy=True)
             life = trace.recorder.note_real(out, "to the device")
             life.place = ""
-            if is_real(tensor) and trace.begun:
+            if is_real(tensor):
                 life.category = Category.INPUT
         values = trace.recorder.concrete_values.of(source)
         if values is not None:

@@ -34,9 +34,11 @@ def script_patches(trace: ScriptTrace) -> Iterator[None]:
             (torch.autograd, "grad", _backward(trace, torch.autograd.grad)),
             (torch.amp.GradScaler, "_maybe_opt_step", _step_without_overflow),
             (torch, "save", lambda *args, **options: None),
+            (FakeTensor, "__format__", _format),
             (DataLoader, "_get_iterator", _single_process_iterator(trace)),
         ):
-            stack.enter_context(mock.patch.object(owner, name, replacement))
+            stack.enter_context(mock.patch.object(owner, name, replacement, create=True))
+        stack.enter_context(trace.foreign.noticed())
         stack.enter_context(_optimizer_hooks(trace))
         stack.enter_context(LoopFunctions())
         yield
@@ -49,6 +51,11 @@ class LoopFunctions(torch.overrides.TorchFunctionMode):
         if (func in _NOT_FINITE or func in _FINITE) and isinstance(args[0], FakeTensor):
             return torch.full(args[0].shape, func in _FINITE, dtype=torch.bool)
         return func(*args, **(kwargs or {}))
+
+
+def _format(tensor: torch.Tensor, spec: str) -> str:
+    """Format a tensor as torch formats one with data: a number if it has no dimensions."""
+    return format(tensor.item(), spec) if tensor.dim() == 0 else object.__format__(tensor, spec)
 
 
 def _parameter_new(trace: ScriptTrace) -> Any:

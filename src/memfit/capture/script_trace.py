@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils.weak import WeakIdKeyDictionary
 
+from memfit.capture.foreign_memory import ForeignMemory
 from memfit.model.batch_objects import map_batch
 from memfit.techniques.optimizers import counts_steps_on_host
 from memfit.trace import operators
@@ -48,14 +49,13 @@ class ScriptTrace:
     """The record of a script's training steps, and the state of its tracing.
 
     ``device``: kind of the device for which the memory is predicted. ``fake``: the mode of all fake tensors.
-    ``recorder`` records nothing until `begin`. ``on_traced`` is called when every optimizer that has been
+    What ``recorder`` has recorded before `begin` is dropped. ``on_traced`` is called when every optimizer that has been
     used has made two steps.
     """
 
     def __init__(self, device: str, *, bound: Bound | None, on_traced: Callable[[ScriptTrace], None]) -> None:
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.recorder = AllocationRecorder(device, lines=True, guesses=Guesses(bound))
-        self.recorder.paused = True
         self.on_traced = on_traced
         self.begun = False
         self.forwards = 0  # of outermost modules, since `begin`
@@ -63,9 +63,11 @@ class ScriptTrace:
         self.optimizers: dict[int, Any] = {}  # that have made steps, by id
         self.updates: dict[int, int] = {}  # number of their steps, by id
         self.model: torch.nn.Module | None = None  # the first that was trained
+        self.foreign = ForeignMemory()
         self.foreign_bytes = 0  # of parameters in memory that torch's allocator did not make
         self.drawn = 0  # random numbers of parameters
         self.inner_modes: list[Callable[[], Any]] = []  # further modes of a region
+        self.setup_peak_bytes = 0  # of fake tensors before `begin`: building and evaluation
         self.workers = 0  # most worker processes of a data loader
         self._depth = 0  # of regions in which all new tensors are fake
         self._twins: WeakIdKeyDictionary = WeakIdKeyDictionary()  # real tensor -> its fake copy
@@ -84,7 +86,7 @@ class ScriptTrace:
         """Return a fake tensor like the real tensor ``data``, which is not kept."""
         with _disable_current_modes(), self.fake:
             fake = torch.empty_strided(data.size(), data.stride(), dtype=data.dtype)
-        is_foreign = not data.untyped_storage().resizable()
+        is_foreign = self.foreign.holds(data)
         if is_foreign:
             self.foreign_bytes += data.numel() * data.element_size()
         if is_foreign or not self.is_host:  # on an accelerator: until it is moved there
@@ -114,7 +116,7 @@ class ScriptTrace:
         life = self.recorder.note_real(tensor, category or "data")
         if category is not None and life.category is None:
             life.category = category
-        if self._uncounted or not tensor.untyped_storage().resizable():
+        if self._uncounted or self.foreign.holds(tensor):
             life.place = NOWHERE
 
     def as_fake(self, value: Any) -> Any:
@@ -191,7 +193,7 @@ class ScriptTrace:
     def begin(self, model: torch.nn.Module) -> None:
         """Start to record: ``model`` is about to be trained. All tensors that exist count from now on."""
         self.begun, self.model = True, model
-        self.recorder.paused = False
+        self.setup_peak_bytes = self.recorder.restart()
         self._patches.enter_context(not_tracing())  # the script may have imported modules to patch
         self._find_roots(model)
         self.recorder.modules.watch_all(self._roots)
@@ -225,7 +227,7 @@ class ScriptTrace:
     def _keep(self, module: torch.nn.Module, real: torch.Tensor) -> None:
         """Keep a real buffer alive as long as its module, and label it."""
         vars(module).setdefault("_memfit_buffers", []).append(real)
-        if self.is_host and real.untyped_storage().resizable():
+        if self.is_host and not self.foreign.holds(real):
             self.recorder.note_real(real, "buffer").category = Category.PARAMETER
 
     def _make_fake(self, param: torch.nn.Parameter) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import dataclasses
+import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterator
@@ -162,6 +163,20 @@ class AllocationRecorder(TorchDispatchMode):
         new_life = self._born(size_bytes, old_life.op, old_life.module, old_life.category)
         self._end(old_life)
         self._known[storage._cdata] = (reference, new_life)
+
+    def restart(self) -> int:
+        """Forget all operator calls and ended storages, and count the clock anew, as if the storages that are
+        alive were made now. Return the peak of live bytes at the model's device until now."""
+        levels = [(x.start, x.size_bytes) for x in self.lives if not x.place]
+        levels += [(x.end, -x.size_bytes) for x in self.lives if not x.place and x.end is not None]
+        peak_bytes = max(itertools.accumulate(size for _, size in sorted(levels)), default=0)
+        self.lives = [life for life in self.lives if life.end is None]
+        for clock, life in enumerate(self.lives):
+            life.start, life.phase, life.step = clock, Phase.SETUP, 0
+        self.clock, self._span_start, self.step = len(self.lives), 0, 0
+        self.spans.clear()
+        self._calls.clear()
+        return peak_bytes
 
     # -- called by torch ----------------------------------------------------------------------------
 
