@@ -5,12 +5,17 @@
 The protocol was committed, with the thresholds (`AlarmLimits` and the constants of monitoring/alarms.py),
 before the first result. A small transformer trains on sequences of noisy lengths (log-normal, 16 to 256
 tokens), with AdamW and gradient clipping; logits and loss of a step are still alive when it is recorded. Each
-run is a process of its own. Memory is once the resident memory of the process, once counted by memfit's
+run is a process of its own. Memory is once that which the C library has handed out, once counted by memfit's
 allocator.
 
-- leaks: 1 MiB a step is kept from step 1 or from step 101 on, seeds 0 to 4, both kinds of counting: 20 runs.
-  An alarm "creep" must come within 60 steps after the leak began, and none before.
-- honest: seeds 100 to 119, 300 steps, both kinds of counting: 40 runs. There must be no alarm of any kind.
+This is the second version. The first tested resident memory, whose noise hid 8 of 10 leaks, and recorded too
+few of the short steps, which hid 2 of 10 from the counting allocator (record "first leaks"). The thresholds
+stayed; what the C library has handed out is now tested too, and the first quarter of a second of recording
+does not count as cost. Seeds are new.
+
+- leaks: 1 MiB a step is kept from step 1 or from step 101 on, seeds 10 to 14, both kinds of counting: 20
+  runs. An alarm "creep" must come within 60 steps after the leak began, and none before.
+- honest: seeds 200 to 219, 300 steps, both kinds of counting: 40 runs. There must be no alarm of any kind.
 - cost: one run in which the watch is on and off in turn, step by step, for 1,000 pairs; the median of the
   paired differences over the median step without it, with the 95 % interval of 2,000 bootstrap samples. It
   must be below 1 %. The start of the watch is not in it.
@@ -51,7 +56,7 @@ RECORDS = Path(__file__).parent / "records" / "watch.jsonl"
 PAGE = Path(__file__).with_suffix(".md")
 MIB = 2**20
 VOCABULARY, WIDTH, BATCH = 2048, 64, 8
-COUNTERS = ("resident memory", "counting allocator")
+COUNTERS = ("C library", "counting allocator")
 
 
 class Model(nn.Module):
@@ -160,7 +165,7 @@ def watched_run(counter: str, steps: int, seed: int, leak_from: int = 0) -> dict
         file = Path(folder) / "run.jsonl"
         subprocess.run(command("run", file, counter, steps, seed, leak_from), check=True)
         record = read_records(file)
-    values = [s.allocated_bytes or s.host_bytes or 0 for s in record.ranks[0].steps]
+    values = [s.allocated_bytes or s.heap_bytes or 0 for s in record.ranks[0].steps]
     return {
         "counter": counter,
         "seed": seed,
@@ -174,13 +179,13 @@ def watched_run(counter: str, steps: int, seed: int, leak_from: int = 0) -> dict
 def leaks() -> Iterator[dict[str, Any]]:
     for counter in COUNTERS:
         for leak_from in (1, 101):
-            for seed in range(5):
+            for seed in range(10, 15):
                 yield watched_run(counter, leak_from + 99, seed, leak_from)
 
 
 def honest() -> Iterator[dict[str, Any]]:
     for counter in COUNTERS:
-        for seed in range(100, 120):
+        for seed in range(200, 220):
             yield watched_run(counter, 300, seed)
 
 
@@ -264,7 +269,7 @@ def page(results: dict[str, dict[str, Any]]) -> str:
 
 
 def _leaks(rows: list[dict[str, Any]]) -> Iterator[str]:
-    yield "| counted by | leak from step | steps until the alarm, seeds 0 to 4 | earlier alarms | spread |"
+    yield "| counted by | leak from step | steps until the alarm, seeds 10 to 14 | earlier alarms | spread |"
     yield "|---|--:|---|--:|--:|"
     for counter in COUNTERS:
         for leak_from in (1, 101):

@@ -34,8 +34,10 @@ _PREDICTED: Final = {
     "device_bytes": "device_bytes",
     "peak_host_bytes": "host_bytes",
 }
+_CREEPING: Final = ("allocated_bytes", "heap_bytes", "host_bytes")
 _NAMES: Final = {
     "allocated_bytes": "the memory of tensors",
+    "heap_bytes": "the memory that the process has allocated",
     "host_bytes": "the resident memory of the process",
     "peak_allocated_bytes": "the peak of tensors",
     "peak_reserved_bytes": "the peak of reserved memory",
@@ -159,7 +161,7 @@ class AlarmDetector:
         self._limits, self._rank, self._total_bytes = limits, rank, total_bytes
         self._prediction = prediction or {}
         self._count = 0
-        self._creep = {name: CreepTest(limits.creep_bytes) for name in ("allocated_bytes", "host_bytes")}
+        self._creep = {name: CreepTest(limits.creep_bytes) for name in _CREEPING}
         self._peaks: dict[str, int] = {}  # of the first steps, or at the last alarm
         self._retries: int | None = None
         self._losses: deque[float] = deque(maxlen=_LOSSES)

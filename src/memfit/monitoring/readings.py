@@ -11,7 +11,7 @@ import torch
 from memfit.runtime import cgroup, devices
 from memfit.runtime.counting_allocator import active_allocator
 from memfit.runtime.energy import EnergyMeter
-from memfit.runtime.memory import rss_bytes, rss_peak_bytes
+from memfit.runtime.memory import heap_bytes, rss_bytes, rss_peak_bytes
 from memfit.types.device_kind import HOST
 
 _DRIVER_PERIOD_S: Final = 0.25  # between questions to the driver or the operating system that take longer
@@ -60,18 +60,22 @@ class MemoryReadings:
             values |= {
                 "device_bytes": total_bytes - free_bytes,
                 "headroom_bytes": free_bytes,
+                "heap_bytes": heap_bytes(),
                 "host_bytes": rss_bytes(),
                 "peak_host_bytes": rss_peak_bytes(),
             }
         return values
 
     def _host(self, asks_driver: bool) -> dict[str, int | None]:
-        values: dict[str, int | None] = {"host_bytes": rss_bytes()}
-        if asks_driver:
-            values |= {"peak_host_bytes": rss_peak_bytes(), "headroom_bytes": _host_headroom_bytes()}
+        heap = heap_bytes()
+        values = {"heap_bytes": heap}
         if self._counter is not None:
             values["allocated_bytes"] = self._counter.live_bytes()
             values["peak_allocated_bytes"] = self._counter.peak_bytes()
+        if asks_driver or heap is None:
+            values["host_bytes"] = rss_bytes()
+        if asks_driver:
+            values |= {"peak_host_bytes": rss_peak_bytes(), "headroom_bytes": _host_headroom_bytes()}
         return values
 
 

@@ -71,6 +71,7 @@ class WatchStep:
     - ``allocator_retries``: how often the allocator freed its cache to find a block, since the process began.
     - ``device_bytes``: what all processes use of the device.
     - ``host_bytes``: resident memory of the process, ``peak_host_bytes``: its peak.
+    - ``heap_bytes``: what the C library's allocator has handed out, the tensors of a processor among it.
     - ``headroom_bytes``: free memory of the device; for a processor, what the process can still take.
 
     ``energy_j``: joules since the watch began.
@@ -88,6 +89,7 @@ class WatchStep:
     device_bytes: int | None = None
     host_bytes: int | None = None
     peak_host_bytes: int | None = None
+    heap_bytes: int | None = None
     headroom_bytes: int | None = None
     loss: float | None = None
     grad_norm: float | None = None
@@ -257,7 +259,7 @@ class _RankFile:
 
     def __init__(self, path: Path, rank: int) -> None:
         self._path, self._rank, self._offset = path, rank, 0
-        self._starts = self._unreadable = 0
+        self._starts = self._commands = self._unreadable = 0
         self._begin(None)
 
     def _begin(self, start: WatchStart | None) -> None:
@@ -269,7 +271,7 @@ class _RankFile:
 
     @property
     def has_lines(self) -> bool:
-        return bool(self._starts or self._steps or self._end or self.exit)
+        return bool(self._starts or self._commands or self._steps or self._end or self.exit)
 
     @property
     def world_size(self) -> int | None:
@@ -303,6 +305,7 @@ class _RankFile:
                 self._starts += 1
             case "command":
                 self._begin(None)
+                self._commands += 1
             case "step":
                 self._steps.append(WatchStep(**_known(WatchStep, values)))
             case "values":

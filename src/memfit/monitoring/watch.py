@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 _BUDGET_RATIO: Final = 0.005  # of the time, for what memfit does
-_ALLOWANCE_S: Final = 0.05  # beside it, for the first steps
+_ALLOWANCE_S: Final = 0.25  # beside it, for the first steps
 _LONGEST_MESSAGE: Final = 4000
 _MOST_PENDING: Final = 16
 _LOGGED: Final = (

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
+import functools
 import mmap
 from collections.abc import Iterator
 from pathlib import Path
@@ -129,8 +131,8 @@ def _tree(events: list[Any]) -> Iterator[Any]:
 
 def rss_bytes() -> int:
     """Return the resident bytes of this process now."""
-    with contextlib.suppress(OSError):
-        return int(_STATM.read_bytes().split()[1]) * mmap.PAGESIZE  # four times as fast as _STATUS
+    with contextlib.suppress(OSError), _STATM.open("rb", buffering=0) as file:  # faster than _STATUS
+        return int(file.read().split()[1]) * mmap.PAGESIZE
     import psutil
 
     return int(psutil.Process().memory_info().rss)
@@ -146,6 +148,34 @@ def rss_peak_bytes() -> int:
 
     memory = psutil.Process().memory_info()
     return int(getattr(memory, "peak_wset", memory.rss))
+
+
+class _MallInfo(ctypes.Structure):
+    """What glibc's mallinfo2 returns (man 3 mallinfo)."""
+
+    _fields_ = (
+        *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd")),
+        *((name, ctypes.c_size_t) for name in ("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")),
+    )
+
+
+@functools.cache
+def _mallinfo() -> Any:
+    function = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if function is not None:
+        function.restype = _MallInfo
+    return function
+
+
+def heap_bytes() -> int | None:
+    """Return the bytes that the C library's allocator has handed out and not got back, or None where it does
+    not tell (it needs glibc 2.33). This includes the tensors of a processor, but not Python's small objects.
+    Unlike resident memory, it does not include freed memory that is kept for reuse."""
+    function = _mallinfo()
+    if function is None:
+        return None
+    info = function()
+    return int(info.uordblks + info.hblkhd)
 
 
 def reset_rss_peak() -> bool:
