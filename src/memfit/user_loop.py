@@ -25,10 +25,9 @@ from memfit.techniques.rank_mesh import make_world
 from memfit.types.conformance import Conformance
 from memfit.types.device_kind import HOST, device_kind
 from memfit.types.errors import UserError, suggest
-from memfit.types.job import Job, OptimizerChoice
+from memfit.types.job import STRUCTURE, Job, OptimizerChoice
 from memfit.types.plan import Plan
 
-_FIELDS = ("blocks", "more_blocks", "head", "tensor_parallel", "sequence_dim", "experts", "islands")
 _APPLIED: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()  # models to which a plan was applied
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "OptimizedModule")
 
@@ -81,7 +80,7 @@ class Fit:
             part, terms = self._step.local(batch)
         else:
             part = moved(batch, self._step.bench.torch_device)
-        micro_batches = self._step.split(part, terms)
+        micro_batches = self._step.split(part, terms, allow_fewer=True)
         self._is_open, self._is_complete = True, False
         self._watch()
         for micro_batch in micro_batches:
@@ -215,11 +214,11 @@ def apply_plan(  # noqa: PLR0913
     job_plan = _plan(plan)
     _must_be_plain(model)
     for name in fields:
-        if name not in _FIELDS:
+        if name not in STRUCTURE:
             raise UserError(
                 f"memfit.apply has no argument {name!r}",
-                allowed=", ".join(_FIELDS),
-                hint=suggest(name, _FIELDS),
+                allowed=", ".join(STRUCTURE),
+                hint=suggest(name, STRUCTURE),
             )
     torch_device = torch.device(device) if device is not None else next(model.parameters()).device
     user_groups = UserGroups(_optimizer(optimizer, model, torch_device), model)

@@ -245,6 +245,22 @@ def test_micro_batches_are_weighted_by_their_loss_terms() -> None:
     assert float(fit.step()) == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_the_last_batch_of_a_loader_may_be_smaller_than_the_micro_batches() -> None:
+    fit = memfit.apply(PLANS["gradient-accumulation"], make_model())
+    run_loop(fit, 1)
+    assert [part["x"].shape[0] for part in parts_of(fit, make_batch(0, samples=3))] == [1, 1, 1]
+    assert [part["x"].shape[0] for part in parts_of(fit, make_batch(0, samples=6))] == [2, 2, 1, 1]
+
+
+def parts_of(fit: memfit.Fit, batch: Batch) -> list[Batch]:
+    parts = []
+    for part in fit.split(batch):
+        fit.backward(loss_of(fit.model, part))
+        parts.append(part)
+    fit.step()
+    return parts
+
+
 def test_evaluation_changes_no_mode_and_keeps_no_graph() -> None:
     model = make_model()
     model.blocks[1].eval()
@@ -269,6 +285,20 @@ def test_a_step_that_does_not_follow_the_plan_does_not_conform() -> None:
         fit.backward(loss_of(fit.model, part))
     with pytest.raises(NotConforming, match="autocast"):
         fit.step()
+
+
+def test_blocks_of_a_single_layer_are_not_said_to_be_checked() -> None:
+    """Recomputation calls their forward without any hook."""
+    layers = nn.Sequential(nn.Sequential(*[nn.Linear(8, 8) for _ in range(3)]), nn.Flatten(0))
+    fit = memfit.apply("activation-checkpointing", layers)
+    for x in fit.split(torch.randn(4, 8)):
+        with fit.forward():
+            loss = fit.model(x).mean()
+        fit.backward(loss)
+    fit.step()
+    assert fit.conformance is not None
+    assert "activation-checkpointing" not in fit.conformance.checked
+    assert any("second run" in text for text in fit.conformance.unseen)
 
 
 def test_without_conform_the_first_step_is_not_compared() -> None:

@@ -19,6 +19,7 @@ from memfit.cli.options import (
     RuntimeOptions,
 )
 from memfit.cli.output import check_language
+from memfit.cli.plan_diff import DiffOptions, print_diff, script_of
 from memfit.cli.progress import Bars
 from memfit.cli.request import (
     best_so_far,
@@ -34,6 +35,7 @@ from memfit.types.parsing import parse_duration
 from memfit.types.plan import Bounds, Plan
 
 if TYPE_CHECKING:
+    import memfit.export.source_edits
     import memfit.planner.request
 
 
@@ -143,7 +145,9 @@ def _refuse_options_with_from(limits: BoundsOptions, from_options: FromOptions, 
         )
 
 
-def _refuse_options_with_largest(limits: BoundsOptions, from_options: FromOptions, save: SaveOptions) -> None:
+def _refuse_options_with_largest(
+    limits: BoundsOptions, from_options: FromOptions, save: SaveOptions, largest: LargestOptions
+) -> None:
     """Raise UserError if one of the options is given that cannot be used with --largest."""
     options = {
         "--from": from_options.from_files,
@@ -162,6 +166,42 @@ def _refuse_options_with_largest(limits: BoundsOptions, from_options: FromOption
         )
 
 
+def _refuse_options_with_diff(
+    limits: BoundsOptions, from_options: FromOptions, save: SaveOptions, largest: LargestOptions
+) -> None:
+    """Raise UserError if one of the options is given that cannot be used with --diff."""
+    options = {
+        "--from": from_options.from_files,
+        "--corrected-by": from_options.corrected_by,
+        "--measure": save.measure,
+        "--largest": largest.largest,
+        "--explain-infeasible": limits.explain_infeasible,
+    }
+    if unusable := [name for name, value in options.items() if value]:
+        raise UserError(
+            f"{', '.join(unusable)} cannot be used with --diff", allowed="--diff without these options"
+        )
+
+
+def _print_diff_or_largest(
+    script: memfit.export.source_edits.Source | None,
+    job_request: memfit.planner.request.Request,
+    largest: LargestOptions,
+    save: SaveOptions,
+    output: OutputOptions,
+) -> None:
+    """Print the edit of ``script``, or without one the answer to --largest. With --save, write the plan of
+    the edit."""
+    if script is None:
+        print_largest(job_request, largest, as_json=output.json, force=save.force)
+        return
+    if save.save is not None:
+        writable(save.save, overwrite=save.force)
+    chosen_plan = print_diff(script, job_request, largest.plans, as_json=output.json)
+    if save.save is not None:
+        write_plan(save.save, chosen_plan, note=f"for {job_request.job.spec}, of the edit of {script.path}")
+
+
 def plan(  # noqa: PLR0913
     job: JobOptions,
     goal: GoalOptions,
@@ -171,20 +211,26 @@ def plan(  # noqa: PLR0913
     from_options: FromOptions,
     save: SaveOptions,
     largest: LargestOptions,
+    diff: DiffOptions,
     output: OutputOptions,
 ) -> None:
     """Recommend a plan that fits the memory. Nothing is trained, except for a few steps with --measure.
 
     Prints the recommended plan and its best alternatives, what each technique in it saves (memory) and costs
     (time), and why other plans were left out. With --from, predicts and lints an existing set-up and shows
-    better plans, if there are any. With --largest, finds the largest batch or other size that fits."""
+    better plans, if there are any. With --largest, finds the largest batch or other size that fits. With
+    --diff, prints the edit of your own script that applies the plan."""
     language_code = check_language(output.lang)
-    if largest.largest is not None:
-        _refuse_options_with_largest(limits, from_options, save)
+    job_request: memfit.planner.request.Request
+    if diff.diff is not None or largest.largest is not None:
+        (_refuse_options_with_diff if diff.diff is not None else _refuse_options_with_largest)(
+            limits, from_options, save, largest
+        )
+        script = script_of(diff, largest.plans)
         job_request = request(
             job, goal, runtime, on.on, ranks=save.nproc, bounds=bounds_of(job, limits, on.on)
         )
-        print_largest(job_request, largest, as_json=output.json, force=save.force)
+        _print_diff_or_largest(script, job_request, largest, save, output)
         return
     refuse_without_largest(largest)
     if save.save is not None:

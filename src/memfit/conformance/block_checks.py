@@ -57,9 +57,10 @@ def recomputation(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
     without a plan recomputes them, too; if that is unknown, they are no difference, and a `NotChecked` names
     them.
 
-    Also yields `NotChecked` if the plan has checkpointing and no block ran, or if gradients pass through none
-    of the covered blocks. Yields nothing if the plan has no checkpointing and no block ran. With chunking,
-    only covered blocks are judged."""
+    Also yields `NotChecked` if the plan has checkpointing and no block ran, if gradients pass through none of
+    the covered blocks, and for covered blocks that contain no modules, whose second run cannot be observed.
+    Yields nothing if the plan has no checkpointing and no block ran. With chunking, only covered blocks are
+    judged."""
     use = _checkpointing(plan)
     if not observed.activity.ran:
         if use is not None:
@@ -79,7 +80,14 @@ def recomputation(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
     due_blocks = planned_blocks & observed.activity.passed
     if use is not None and not due_blocks:
         yield NotChecked(f"{feature}: no gradient passes through the blocks that would run again")
-    wrong = bool(due_blocks - recomputed_blocks or unexpected_blocks)
+    missing_blocks = due_blocks - recomputed_blocks
+    unseen_blocks = missing_blocks & observed.activity.undivided
+    if unseen_blocks:
+        unseen_text = _listed(sorted(unseen_blocks))
+        yield NotChecked(f"{feature}: blocks {unseen_text} contain no modules, so a second run is not seen")
+    wrong = bool(missing_blocks - unseen_blocks or unexpected_blocks)
+    if unseen_blocks and unseen_blocks == due_blocks and not wrong:
+        return
     yield Checked(feature, f"blocks {planned_text} run again in backward", text, wrong=wrong)
 
 

@@ -25,6 +25,7 @@ class BlockListener:
         self.passed = set[int]()
         self.autocast = set[tuple[int, str]]()
         self.computed = defaultdict[torch.dtype, int](int)
+        self.undivided = set[int]()
 
     def listen(
         self,
@@ -52,6 +53,7 @@ class BlockListener:
 
             return enters
 
+        self.undivided = {i for i, block in enumerate(blocks) if next(block.children(), None) is None}
         return [
             module.register_forward_pre_hook(hook(index), with_kwargs=True)
             for index, block in enumerate(blocks)
@@ -83,6 +85,7 @@ class BlockListener:
             passed=frozenset(self.passed),
             autocast=frozenset(self.autocast),
             computed=dict(self.computed),
+            undivided=frozenset(self.undivided),
         )
 
 

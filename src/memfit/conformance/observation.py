@@ -131,6 +131,8 @@ class BlockActivity:
       floating-point parameters that ran in forward.
     - ``computed``: dtype -> elements of floating-point parameters with which layers ran in forward, added up
       over all calls and blocks.
+    - ``undivided``: blocks that contain no modules. If recomputation calls their forward directly, no hook
+      sees it.
 
     Modules that are to stay in float32 are left out of ``autocast`` and ``computed``.
     """
@@ -140,6 +142,7 @@ class BlockActivity:
     passed: frozenset[int] = frozenset()
     autocast: frozenset[tuple[int, str]] = frozenset()
     computed: Mapping[torch.dtype, int] = dataclasses.field(default_factory=dict)
+    undivided: frozenset[int] = frozenset()
 
     def recomputed(self) -> set[int]:
         """Return the blocks whose layers that ran again in backward have at least 75 % of the elements of

@@ -101,14 +101,15 @@ def _steps(spec: RunSpec) -> Iterator[ScriptStep]:
         if use.technique == "ddp" and spec.engine == "accelerate" and not _default_buckets(use):
             yield ScriptStep(name="ddp", text=_BUCKETS.format(**use.settings))
         elif use.technique not in applied and not _by_accelerate(spec, use):
-            yield ScriptStep(name=use.technique, text=_text(use, plan))
+            yield ScriptStep(name=use.technique, text=step_text(use, plan))
     clipped_by_file = spec.engine in ("deepspeed", "megatron") or plan.get("zero") is not None
     if spec.clip and not (clipped_by_file and spec.engine != "native"):
         call = "accelerator" if spec.engine == "accelerate" else "torch.nn.utils"
         yield ScriptStep(name=CLIP, text=f"{call}.clip_grad_norm_(model.parameters(), {spec.clip:g})")
 
 
-def _text(use: Use, plan: Plan) -> str:
+def step_text(use: Use, plan: Plan) -> str:
+    """Return what a script must call or do for the technique ``use`` of ``plan``, for a person to read."""
     settings = dict(use.settings)
     if use.technique == "activation-checkpointing":
         interval = int(settings["every"])

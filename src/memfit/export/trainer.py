@@ -18,7 +18,7 @@ from memfit.types.plan import Plan
 
 ARGUMENTS = "training_args.json"
 
-_OPTIMIZERS = {
+OPTIMIZERS = {
     "adamw-fused": "adamw_torch_fused",
     "adamw-8bit": "adamw_bnb_8bit",
     "adamw-paged": "paged_adamw_8bit",
@@ -43,7 +43,7 @@ def files(handover: Handover) -> Files:
     and ``handover.own_files``. Raises UserError, which lists all reasons, if TrainingArguments cannot express
     the plan, or if the plan has ZeRO and the engine has no deepspeed.json. Raises UserError, too, if the
     batch cannot be split into equal parts for the data-parallel ranks and micro-batches."""
-    reasons = tuple(_why_not(handover.plan))
+    reasons = tuple(why_not(handover.plan))
     if handover.plan.get("zero") is not None and "deepspeed.json" not in handover.engine_files:
         reasons += ("zero needs DeepSpeed: --engine deepspeed",)
     if reasons:
@@ -54,10 +54,11 @@ def files(handover: Handover) -> Files:
     return {**extra_files, ARGUMENTS: json.dumps(arguments(handover), indent=2) + "\n"}
 
 
-def _why_not(plan: Plan) -> Iterator[str]:
+def why_not(plan: Plan) -> Iterator[str]:
+    """Yield the reasons why TrainingArguments cannot express the plan, DeepSpeed's file aside."""
     for use in plan.uses:
         name, knobs = use.technique, use.settings
-        if name not in _SAID | _OPTIMIZERS.keys():
+        if name not in _SAID | OPTIMIZERS.keys():
             yield f"{name} is not supported"
         elif name == "activation-checkpointing" and knobs["every"] != 1:
             yield "activation-checkpointing: it recomputes every block or none, so every must be 1"
@@ -72,7 +73,22 @@ def _why_not(plan: Plan) -> Iterator[str]:
 def arguments(handover: Handover) -> dict[str, Any]:
     """Return the TrainingArguments that determine memory for the plan, name -> value. Raises UserError if the
     batch cannot be split into equal parts for the data-parallel ranks and micro-batches."""
-    plan, batch_size = handover.plan, handover.config.spec.batch_size
+    spec = handover.config.spec
+    return training_arguments(
+        handover.plan,
+        batch_size=spec.batch_size,
+        clip=spec.clip,
+        deepspeed="deepspeed.json" in handover.engine_files,
+    )
+
+
+def training_arguments(
+    plan: Plan, *, batch_size: int, clip: float | None = None, deepspeed: bool = False
+) -> dict[str, Any]:
+    """Return the TrainingArguments that determine memory for ``plan``, name -> value. ``batch_size``: samples
+    of a whole step. ``clip``: the largest gradient norm. ``deepspeed``: whether deepspeed.json is used.
+    Raises UserError if the batch cannot be split into equal parts for the data-parallel ranks and
+    micro-batches."""
     accumulation = plan.get("gradient-accumulation")
     steps = int(accumulation.settings["micro_batches"]) if accumulation is not None else 1
     share = layout(plan).data * steps
@@ -82,9 +98,7 @@ def arguments(handover: Handover) -> dict[str, Any]:
             "micro-batch of each data-parallel rank",
             allowed=f"--batch with a multiple of {share}",
         )
-    optimizer = next(
-        (_OPTIMIZERS[u.technique] for u in plan.uses if u.technique in _OPTIMIZERS), "adamw_torch"
-    )
+    optimizer = next((OPTIMIZERS[u.technique] for u in plan.uses if u.technique in OPTIMIZERS), "adamw_torch")
     arguments_by_name: dict[str, Any] = {
         "output_dir": "out",
         "per_device_train_batch_size": batch_size // share,
@@ -93,10 +107,15 @@ def arguments(handover: Handover) -> dict[str, Any]:
         "fp16": plan.get("fp16-autocast") is not None,
         "optim": optimizer,
         **_recomputation(plan),
-        **_data_parallel(handover, accumulated=steps > 1),
+        # The Trainer refuses a clipping norm that differs from DeepSpeed's file.
+        **(
+            {"deepspeed": "deepspeed.json", "max_grad_norm": clip or 0.0}
+            if deepspeed
+            else _data_parallel(plan, accumulated=steps > 1)
+        ),
     }
-    if handover.config.spec.clip:
-        arguments_by_name["max_grad_norm"] = handover.config.spec.clip
+    if clip:
+        arguments_by_name["max_grad_norm"] = clip
     if optimizer == "sgd":
         arguments_by_name["optim_args"] = "momentum=0.9"
     if plan.get("compile") is not None:
@@ -115,12 +134,8 @@ def _recomputation(plan: Plan) -> dict[str, Any]:
     return {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
 
 
-def _data_parallel(handover: Handover, *, accumulated: bool) -> dict[str, Any]:
-    plan = handover.plan
+def _data_parallel(plan: Plan, *, accumulated: bool) -> dict[str, Any]:
     arguments_by_name: dict[str, Any] = {}
-    if "deepspeed.json" in handover.engine_files:
-        # The Trainer refuses a clipping norm that differs from DeepSpeed's file.
-        return {"deepspeed": "deepspeed.json", "max_grad_norm": handover.config.spec.clip or 0.0}
     if (ddp := plan.get("ddp")) is not None:
         arguments_by_name["ddp_bucket_cap_mb"] = int(ddp.settings["bucket_mib"])
     if (fsdp := plan.get("fsdp2")) is not None:

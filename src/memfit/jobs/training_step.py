@@ -190,11 +190,15 @@ class TrainingStep:
         local_part = map_batch(torch.clone, part) if device == HOST else moved(part, device)
         return local_part, self._terms(batch) / world.layout.data
 
-    def split(self, batch: Any, terms_per_rank: float | None = None) -> list[MicroBatch]:
+    def split(
+        self, batch: Any, terms_per_rank: float | None = None, *, allow_fewer: bool = False
+    ) -> list[MicroBatch]:
         """Return the micro-batches of the plan, in their order. ``batch`` is this rank's part of the batch;
-        ``terms_per_rank`` is as in `run`. Raises UserError if ``batch`` cannot be split as the plan
-        requires."""
-        parts = split(batch, self.bench.micro_batches)
+        ``terms_per_rank`` is as in `run`. ``allow_fewer``: a batch of fewer samples than the plan has
+        micro-batches, such as the last one of a DataLoader, is split into single samples. Raises UserError if
+        ``batch`` cannot be split as the plan requires."""
+        count = self.bench.micro_batches
+        parts = split(batch, min(count, batch_length(batch)) if allow_fewer and count > 1 else count)
         terms = [self._terms(part) for part in parts]
         total = terms_per_rank or sum(terms)
         return [

@@ -1,0 +1,95 @@
+"""``memfit plan --diff``: a plan as an edit of the user's own training script."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from memfit.cli.output import emit
+from memfit.cli.progress import Bars
+from memfit.cli.request import recommended_plan
+from memfit.types.errors import UserError
+from memfit.types.job import STRUCTURE
+from memfit.types.sanitize import escape_controls, one_line
+
+if TYPE_CHECKING:
+    import memfit.export.source_edits
+    import memfit.planner.request
+    from memfit.types.plan import Plan
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DiffOptions:
+    """The script for which the plan is printed as an edit, None for none."""
+
+    diff: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.py",
+            help="Instead of the comparison: print the edit of this training script that applies the plan, "
+            "as a diff for `patch -p0` or `git apply -p0`. The script of the Trainer gets TrainingArguments, "
+            "that of Accelerate gets arguments of Accelerator, and a loop of plain PyTorch the lines of "
+            "memfit.apply. The file is only read. Uses the recommended plan or that of --plan. Not with "
+            "--from or --measure. Example: memfit plan protein-ss --diff train.py | patch -p0.",
+        ),
+    ] = None
+
+
+def script_of(options: DiffOptions, plans: list[Path] | None) -> memfit.export.source_edits.Source | None:
+    """Return the script of --diff, None without that option. ``plans``: the files of --plan. Raises UserError
+    if the script cannot be read or is not Python, and if there are several plans."""
+    if options.diff is None:
+        return None
+    if plans is not None and len(plans) > 1:
+        raise UserError(
+            f"--plan is given {len(plans)} times, but --diff prints one plan", allowed="one --plan"
+        )
+    from memfit.export.script_diff import read_script
+
+    return read_script(options.diff)
+
+
+def print_diff(
+    source: memfit.export.source_edits.Source,
+    job_request: memfit.planner.request.Request,
+    plans: list[Path] | None,
+    *,
+    as_json: bool,
+) -> Plan:
+    """Print the edit of the script ``source`` and return the plan: that of the file in ``plans``, or the
+    recommended one. The diff is on standard output; the plan and what the user should know of the edit are on
+    standard error. If the script cannot be edited, standard output has the reason and the lines to insert.
+    With ``as_json``, all is on standard output."""
+    from memfit.export.script_diff import script_diff
+    from memfit.jobs.registry import load
+    from memfit.techniques.plan_file import read_plan
+    from memfit.techniques.registry import short_label
+    from memfit.workflows.single_run import resolve_plan
+
+    with Bars("en") as progress:
+        if plans:
+            plan = resolve_plan(job_request, read_plan(plans[0]), progress)
+        else:
+            plan = recommended_plan(job_request, progress)
+    job = load(job_request.job)
+    defaults = {field.name: field.default for field in dataclasses.fields(job)}
+    structure = {n: v for n in STRUCTURE if (v := getattr(job, n)) != defaults[n]}
+    edit = script_diff(source, plan, batch_size=job.batch_size, structure=structure)
+    if as_json:
+        emit({"plan": plan.label, **{f.name: getattr(edit, f.name) for f in dataclasses.fields(edit)}})
+        return plan
+    print(f"plan: {short_label(plan)}", file=sys.stderr)
+    for remark in edit.remarks:
+        print(f"note: {one_line(remark)}", file=sys.stderr)
+    if edit.reason:
+        print(f"{source.path} cannot be edited safely: {one_line(edit.reason)}. Insert by hand:")
+        print("\n".join(f"    {escape_controls(line)}" for line in edit.lines))
+    elif edit.diff:
+        print(edit.diff, end="")
+    else:
+        print(f"{source.path} needs no edit for this plan.", file=sys.stderr)
+    return plan

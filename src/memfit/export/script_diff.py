@@ -1,0 +1,210 @@
+"""A plan as an edit of the user's own training script, in the idiom of the script's library.
+
+Hugging Face's TrainingArguments get keyword arguments, Accelerate's Accelerator too, and a loop of plain
+PyTorch gets the lines of ``memfit.apply``. The script is only read.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from memfit.export import trainer
+from memfit.export.loop_edit import apply_lines, edit_loop, loop_lines
+from memfit.export.script_steps import step_text
+from memfit.export.source_edits import Replacement, Source, literal, name_of, source_of
+from memfit.techniques.rank_mesh import layout
+from memfit.types.errors import UserError
+from memfit.types.plan import Plan
+
+_ARGUMENTS = frozenset({"TrainingArguments", "Seq2SeqTrainingArguments"})
+# Classes of trl that derive from TrainingArguments and have other defaults.
+_DERIVED = frozenset(
+    {"SFTConfig", "DPOConfig", "KTOConfig", "ORPOConfig", "CPOConfig", "RewardConfig", "GRPOConfig"}
+)
+_DEFAULTS = {
+    "bf16": False,
+    "fp16": False,
+    "gradient_checkpointing": False,
+    "gradient_accumulation_steps": 1,
+    "optim": "adamw_torch",
+}
+_BATCH, _STEPS = "per_device_train_batch_size", "gradient_accumulation_steps"
+_BY_ACCELERATOR = frozenset({"bf16-autocast", "fp16-autocast", "gradient-accumulation"})
+_BY_LAUNCH = frozenset({"ddp", "fsdp2", "zero"})
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ScriptDiff:
+    """An edit of a script. ``diff``: the unified diff, for ``patch -p0``; "" if nothing changes or the script
+    cannot be edited. ``reason``: why it cannot be edited, "" if it can. ``lines``: what to insert by hand
+    then. ``remarks``: what the user should know of the edit."""
+
+    diff: str
+    reason: str = ""
+    lines: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+
+def read_script(path: Path) -> Source:
+    """Return the source of the script ``path``. Raises UserError if it cannot be read or is not Python."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(f"{path} cannot be read: {reason}", allowed="a Python script") from error
+    return Source(path.as_posix(), text)
+
+
+def script_diff(
+    source: Source, plan: Plan, *, batch_size: int, structure: Mapping[str, Any] = {}
+) -> ScriptDiff:
+    """Return the edit of the script that makes it train with ``plan``. ``batch_size``: samples of a whole
+    step, for which the plan was made. ``structure``: the job's fields that say where things are in the model,
+    such as blocks, name -> value. Raises UserError if the script's library cannot express the plan."""
+    if calls := source.calls(_ARGUMENTS | _DERIVED):
+        return _trainer_diff(source, calls, plan, batch_size)
+    if _mentions(source, "TrainingArguments") or _mentions(source, "HfArgumentParser"):
+        values = {**trainer.training_arguments(plan, batch_size=batch_size), "output_dir": None}
+        lines = tuple(f"{k}={source_of(v)}" for k, v in values.items() if v is not None)
+        reason = "the script takes its TrainingArguments from elsewhere, such as the command line"
+        return ScriptDiff(diff="", reason=reason, lines=lines)
+    if calls := source.calls(frozenset({"Accelerator"})):
+        return _accelerate_diff(source, calls, plan)
+    try:
+        text, remarks = edit_loop(source, plan, structure)
+    except UserError as error:
+        lines = ("import memfit", *apply_lines(plan, "model", "optimizer", structure), *loop_lines("batch"))
+        return ScriptDiff(diff="", reason=error.given, lines=lines)
+    return ScriptDiff(diff=_checked(source, text), remarks=remarks)
+
+
+def _checked(source: Source, text: str) -> str:
+    """Return the diff to ``text``, after a check that it is Python."""
+    ast.parse(text)
+    return source.diff(text)
+
+
+def _mentions(source: Source, name: str) -> bool:
+    return any(name_of(n) == name for n in ast.walk(source.tree) if isinstance(n, ast.Name | ast.Attribute))
+
+
+# -- Hugging Face's Trainer -----------------------------------------------------------------------
+
+
+def _trainer_diff(source: Source, calls: list[ast.Call], plan: Plan, batch_size: int) -> ScriptDiff:
+    if reasons := tuple(trainer.why_not(plan)):
+        raise UserError(
+            f"TrainingArguments cannot express this plan: {'; '.join(reasons)}",
+            hint="leave these techniques out with --without, or give another --plan",
+        )
+    values = trainer.training_arguments(plan, batch_size=batch_size, deepspeed=plan.get("zero") is not None)
+    if not any(use.technique in trainer.OPTIMIZERS for use in plan.uses):
+        del values["optim"]  # the script's own
+    for name in ("output_dir", "max_grad_norm"):
+        values.pop(name, None)
+    call = calls[0]
+    has_unpacked = any(k.arg is None for k in call.keywords)
+    if len(calls) > 1 or has_unpacked:
+        lines = tuple(f"{k}={source_of(v)}" for k, v in values.items())
+        what = f"{len(calls)} calls of" if len(calls) > 1 else "a call with ** of"
+        return ScriptDiff(diff="", reason=f"the script has {what} {name_of(call.func)}", lines=lines)
+    remarks = list(_launch_remarks(plan))
+    if plan.get("zero") is not None:
+        remarks.append("deepspeed.json is written by `memfit export --to trainer --engine deepspeed`")
+    sources = {name: source_of(value) for name, value in values.items()}
+    sources[_BATCH], remark = _batch_source(source, call, plan, batch_size)
+    remarks += [remark] if remark else []
+    present = {k.arg for k in call.keywords}
+    keeps_defaults = name_of(call.func) in _ARGUMENTS
+    wanted = {
+        name: text
+        for name, text in sources.items()
+        if name in present or not keeps_defaults or _DEFAULTS.get(name, ...) != values[name]
+    }
+    if _BATCH not in present and sources[_BATCH] == "8" and keeps_defaults:
+        del wanted[_BATCH]
+    text = source.replaced(source.with_keywords(call, wanted))
+    return ScriptDiff(diff=_checked(source, text), remarks=tuple(remarks))
+
+
+def _batch_source(source: Source, call: ast.Call, plan: Plan, batch_size: int) -> tuple[str, str]:
+    """Return (the source of the batch of one device and micro-batch; a remark, "" if there is none). With one
+    rank, the batch of a whole step stays as the script has it."""
+    accumulation = plan.get("gradient-accumulation")
+    steps = int(accumulation.settings["micro_batches"]) if accumulation is not None else 1
+    share = layout(plan).data * steps
+    arguments = {k.arg: k.value for k in call.keywords}
+    batch, old_steps = arguments.get(_BATCH), arguments.get(_STEPS)
+    if batch is None or plan.ranks > 1:
+        return str(batch_size // share), ""
+    old = literal(batch), 1 if old_steps is None else literal(old_steps)
+    if isinstance(old[0], int) and isinstance(old[1], int):
+        whole = old[0] * old[1]
+        if whole % steps:
+            raise UserError(
+                f"the script's batch of {whole} samples cannot be split into {steps} equal micro-batches",
+                hint=f"change it to a multiple of {steps}",
+            )
+        differs = f"the plan was made for a batch of {batch_size}, but the script trains with {whole}"
+        return str(whole // steps), differs if whole != batch_size else ""
+    product = source.of(batch) if old_steps is None else f"{source.of(batch)} * {source.of(old_steps)}"
+    return (product if steps == 1 else f"{product} // {steps}"), (
+        f"the plan was made for a batch of {batch_size}: give the script that, too"
+    )
+
+
+def _launch_remarks(plan: Plan) -> Iterator[str]:
+    if plan.ranks > 1:
+        yield f"start it with torchrun --nproc-per-node {plan.ranks}"
+
+
+# -- Accelerate -----------------------------------------------------------------------------------
+
+
+def _accelerate_diff(source: Source, calls: list[ast.Call], plan: Plan) -> ScriptDiff:
+    call, values = calls[0], dict[str, Any]()
+    for name in ("bf16", "fp16"):
+        if plan.get(f"{name}-autocast") is not None:
+            values["mixed_precision"] = name
+    changes: list[Replacement] = []
+    accumulation, reason = plan.get("gradient-accumulation"), ""
+    if accumulation is not None:
+        steps = int(accumulation.settings["micro_batches"])
+        values[_STEPS] = steps
+        changes, reason = _smaller_batches(source, steps)
+    if len(calls) > 1 or any(k.arg is None for k in call.keywords):
+        reason = "the script has several calls of Accelerator, or one with **"
+    others = [u for u in plan.uses if u.technique not in _BY_ACCELERATOR | _BY_LAUNCH]
+    remarks = [f"Accelerate does not apply {use.technique}: {step_text(use, plan)}" for use in others]
+    if any(use.technique in _BY_LAUNCH for use in plan.uses):
+        remarks.append("`memfit export --engine accelerate` writes accelerate.yaml for `accelerate launch`")
+    sources = {name: source_of(value) for name, value in values.items()}
+    if reason:
+        lines = (f"Accelerator({', '.join(f'{k}={v}' for k, v in sources.items())})",)
+        return ScriptDiff(diff="", reason=reason, lines=lines, remarks=tuple(remarks))
+    text = source.replaced([*source.with_keywords(call, sources), *changes])
+    return ScriptDiff(diff=_checked(source, text), remarks=tuple(remarks))
+
+
+def _smaller_batches(source: Source, steps: int) -> tuple[list[Replacement], str]:
+    """Return (the changes that divide the batch of the training DataLoader by ``steps``; why there are none,
+    "" if there are)."""
+    if not _mentions(source, "accumulate"):
+        return [], "the loop has no `with accelerator.accumulate(model):`, which gradient accumulation needs"
+    loaders = [
+        call
+        for call in source.calls(frozenset({"DataLoader"}))
+        if any(k.arg == "shuffle" and literal(k.value) is True for k in call.keywords)
+    ]
+    sizes = [k.value for call in loaders for k in call.keywords if k.arg == "batch_size"]
+    if len(loaders) != 1 or len(sizes) != 1:
+        return [], "the script does not show the batch size of its training DataLoader"
+    size = literal(sizes[0])
+    if isinstance(size, int) and size % steps:
+        raise UserError(f"the script's batch of {size} samples cannot be split into {steps} micro-batches")
+    text = str(size // steps) if isinstance(size, int) else f"{source.of(sizes[0])} // {steps}"
+    return [Replacement(start=source.start(sizes[0]), end=source.end(sizes[0]), text=text)], ""

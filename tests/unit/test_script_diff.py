@@ -1,0 +1,304 @@
+"""memfit plan --diff: a plan as an edit of the user's own script."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memfit.export.script_diff import ScriptDiff, script_diff
+from memfit.export.source_edits import Source
+from memfit.techniques.plan_file import parse_plan
+from memfit.types.errors import UserError
+
+PLAIN = '''"""Trains a small network."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+torch.manual_seed(0)
+blocks = nn.Sequential(*[nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(4)])
+model = nn.Sequential(nn.Linear(16, 64), blocks, nn.Linear(64, 4))
+data = torch.utils.data.TensorDataset(torch.randn(60, 16), torch.randint(0, 4, (60,)))
+loader = torch.utils.data.DataLoader(data, batch_size=16)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+
+for epoch in range(2):
+    for index, (x, y) in enumerate(loader):
+        x, y = x.to("cpu"), y.to("cpu")
+        # forward
+        out = model(x)
+        loss = F.cross_entropy(out, y)
+
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+print(sum(p.double().abs().sum().item() for p in model.parameters()))
+'''
+# As in many tutorials: the loop is in a function that is called once for each epoch.
+FUNCTIONS = """import torch
+from torch import nn
+
+
+def train(net, batches, opt):
+    net.train()
+    total = 0.0
+    for batch in batches:
+        opt.zero_grad()
+        loss = net(batch).pow(2).mean()
+        loss.backward()
+        opt.step()
+        total += loss.item()
+    return total
+
+
+def main():
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3)]
+    network = nn.Sequential(nn.Linear(4, 8), nn.Sequential(*layers), nn.Linear(8, 2))
+    opt = torch.optim.AdamW(network.parameters())
+    batches = [torch.randn(8, 4) for _ in range(3)]
+    print([train(network, batches, opt) for _ in range(2)])
+
+
+if __name__ == "__main__":
+    main()
+"""
+TRAINER = """from transformers import TrainingArguments
+args = TrainingArguments(
+    output_dir="out",
+    per_device_train_batch_size=8,  # samples
+    bf16=False,
+    max_steps=2,  # few
+)
+"""
+ACCELERATE = """from accelerate import Accelerator
+accelerator = Accelerator(cpu=True)
+loader = DataLoader(data, shuffle=True, batch_size=8)
+for batch in loader:
+    with accelerator.accumulate(model):
+        accelerator.backward(model(batch))
+"""
+
+
+def diff(
+    text: str, techniques: dict[str, Any], *, ranks: int = 1, batch: int = 8, **structure: Any
+) -> ScriptDiff:
+    plan = parse_plan({"ranks": ranks, "techniques": techniques}, what="the plan")
+    return script_diff(Source("train.py", text), plan, batch_size=batch, structure=structure)
+
+
+def patched(text: str, edit: ScriptDiff, folder: Path, tool: str = "patch") -> str:
+    """The script after ``patch -p0`` or ``git apply -p0``."""
+    assert edit.diff, edit.reason
+    (folder / "train.py").write_text(text)
+    command = ["patch", "-p0"] if tool == "patch" else ["git", "apply", "-p0"]
+    run = subprocess.run(
+        command, input=edit.diff, cwd=folder, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return (folder / "train.py").read_text()
+
+
+def output(script: str, folder: Path) -> Any:
+    (folder / "run.py").write_text(script)
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "run.py"], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    return ast.literal_eval(run.stdout.strip().splitlines()[-1])
+
+
+@pytest.mark.parametrize("tool", ["patch", "git"])
+def test_the_edit_of_a_plain_loop_trains_the_same(tool: str, tmp_path: Path) -> None:
+    edit = diff(PLAIN, {"activation-checkpointing": {}, "adamw-single": {}}, batch=16)
+    text = patched(PLAIN, edit, tmp_path, tool)
+    assert "clip=1.0" in text
+    assert output(text, tmp_path) == output(PLAIN, tmp_path)  # both techniques are bitwise equal
+
+
+def test_the_edit_with_micro_batches_trains_nearly_the_same_and_warns_of_what_is_logged(
+    tmp_path: Path,
+) -> None:
+    logging = PLAIN.replace("scheduler.step()\n", "scheduler.step()\n        last = loss.item()\n")
+    edit = diff(logging, {"gradient-accumulation": {"micro_batches": 4}}, batch=16)
+    assert edit.remarks == ("after fit.split, loss is that of the last micro-batch: check what you log",)
+    assert output(patched(logging, edit, tmp_path), tmp_path) == pytest.approx(
+        output(PLAIN, tmp_path), rel=1e-6
+    )
+
+
+def test_a_loop_in_a_function_gets_the_plan_where_the_optimizer_is_made(tmp_path: Path) -> None:
+    edit = diff(FUNCTIONS, {"activation-checkpointing": {}, "optimizer-in-backward": {}})
+    text = patched(FUNCTIONS, edit, tmp_path)
+    assert text.index("memfit.apply(") > text.index("def main")
+    assert "network, opt = fit.model, fit.optimizer" in text
+    assert output(text, tmp_path) == output(FUNCTIONS, tmp_path)
+
+
+def test_fields_of_the_job_are_arguments_of_apply() -> None:
+    assert 'blocks="1"' in diff(PLAIN, {"activation-checkpointing": {}}, blocks="1").diff
+
+
+REFUSED = {
+    "several statements on one line": (
+        PLAIN.replace("out = model(x)\n", "out = model(x); z = 1\n"),
+        "one line",
+    ),
+    "accumulation of its own": (
+        PLAIN.replace("        optimizer.step()\n", "        if index % 2:\n            optimizer.step()\n"),
+        "no OPTIMIZER.step",
+    ),
+    "a scaled loss": (PLAIN.replace("loss.backward()", "(loss / 2).backward()"), "on a variable"),
+    "two losses": (PLAIN.replace("loss.backward()", "out.sum().backward(); loss.backward()"), "2 times"),
+    "a scaler": (
+        PLAIN.replace("import torch\n", "import torch\nfrom torch.amp import GradScaler\n", 1),
+        "GradScaler",
+    ),
+    "another model later": (
+        PLAIN.replace("scheduler = torch", "model = torch.compile(model)\nscheduler = torch"),
+        "changes model after",
+    ),
+    "changed gradients": (
+        PLAIN.replace(
+            "torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)", "model[0].weight.grad.zero_()"
+        ),
+        "changes gradients",
+    ),
+    "a norm that is not constant": (
+        PLAIN.replace("parameters(), 1.0)", "parameters(), epoch)"),
+        "changes gradients",
+    ),
+    "no loop": ("import torch\n", "backward 0 times"),
+    "text of several lines": (
+        PLAIN.replace("out = model(x)\n", 'out = model(x)\n        print("""\n""")\n'),
+        "text of several lines",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_script_that_cannot_be_edited_safely_gets_the_reason_and_the_lines(name: str) -> None:
+    text, reason = REFUSED[name]
+    edit = diff(text, {"bf16-autocast": {}})
+    assert not edit.diff
+    assert reason in edit.reason
+    assert "\n" not in edit.reason
+    assert any("memfit.apply(" in line for line in edit.lines)
+    assert any("fit.backward(loss)" in line for line in edit.lines)
+
+
+def test_a_plan_of_several_ranks_needs_a_script_of_several_ranks() -> None:
+    edit = diff(PLAIN, {"ddp": {}}, ranks=2)
+    assert "no init_process_group" in edit.reason
+
+
+def test_training_arguments_are_changed_and_added(tmp_path: Path) -> None:
+    techniques = {
+        "activation-checkpointing": {},
+        "bf16-autocast": {},
+        "gradient-accumulation": {"micro_batches": 2},
+    }
+    edit = diff(TRAINER, techniques)
+    text = patched(TRAINER, edit, tmp_path)
+    assert text == TRAINER.replace("=8,  #", "=4,  #").replace("bf16=False", "bf16=True").replace(
+        "# few\n",
+        "# few\n    gradient_accumulation_steps=2,\n    gradient_checkpointing=True,\n"
+        '    gradient_checkpointing_kwargs={"use_reentrant": False},\n',
+    )
+
+
+def test_the_batch_of_training_arguments_is_divided_whatever_expression_it_is() -> None:
+    text = "a = TrainingArguments('out', per_device_train_batch_size=options.batch)\n"
+    edit = diff(text, {"gradient-accumulation": {"micro_batches": 4}})
+    assert "+a = TrainingArguments('out', per_device_train_batch_size=options.batch // 4, " in edit.diff
+    accumulated = text.replace("batch)", "batch, gradient_accumulation_steps=2)")
+    edit = diff(accumulated, {"gradient-accumulation": {"micro_batches": 4}})
+    assert "options.batch * 2 // 4, gradient_accumulation_steps=4)" in edit.diff
+
+
+def test_a_batch_that_differs_from_the_plans_is_said() -> None:
+    assert "the script trains with 8" in diff(TRAINER, {"bf16-autocast": {}}, batch=16).remarks[0]
+
+
+def test_other_defaults_of_derived_classes_are_overridden() -> None:
+    """SFTConfig recomputes by default."""
+    edit = diff(TRAINER.replace("TrainingArguments", "SFTConfig"), {"bf16-autocast": {}})
+    assert "gradient_checkpointing=False" in edit.diff
+
+
+def test_a_plan_that_training_arguments_cannot_express_is_refused_with_all_reasons() -> None:
+    with pytest.raises(UserError, match="activation-offload is not supported; chunked-cross-entropy"):
+        diff(TRAINER, {"chunked-cross-entropy": {}, "activation-offload": {}})
+
+
+def test_arguments_from_a_command_line_are_printed() -> None:
+    text = (
+        "from transformers import HfArgumentParser, TrainingArguments\nHfArgumentParser(TrainingArguments)\n"
+    )
+    edit = diff(text, {"bf16-autocast": {}})
+    assert not edit.diff
+    assert "bf16=True" in edit.lines
+
+
+def test_accelerator_gets_its_arguments_and_a_smaller_batch() -> None:
+    edit = diff(
+        ACCELERATE, {"bf16-autocast": {}, "gradient-accumulation": {"micro_batches": 2}, "adafactor": {}}
+    )
+    assert (
+        '+accelerator = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=2)'
+        in edit.diff
+    )
+    assert "+loader = DataLoader(data, shuffle=True, batch_size=4)" in edit.diff
+    assert edit.remarks[0].startswith("Accelerate does not apply adafactor")
+
+
+def test_accelerate_without_accumulate_is_not_edited() -> None:
+    edit = diff(ACCELERATE.replace("accumulate", "other"), {"gradient-accumulation": {"micro_batches": 2}})
+    assert not edit.diff
+    assert "accumulate" in edit.reason
+
+
+def test_a_file_that_is_not_python_is_refused() -> None:
+    with pytest.raises(UserError, match=r"train\.py cannot be parsed"):
+        diff("for", {})
+
+
+def test_a_file_without_a_last_line_end_is_patched(tmp_path: Path) -> None:
+    text = "a = Accelerator()"
+    assert (
+        patched(text, diff(text, {"bf16-autocast": {}}), tmp_path)
+        == 'a = Accelerator(mixed_precision="bf16")'
+    )
+
+
+def test_columns_count_bytes(tmp_path: Path) -> None:
+    text = 'a, ü = "日本", TrainingArguments("é", bf16=False)\n'
+    assert patched(text, diff(text, {"bf16-autocast": {}}), tmp_path).startswith(
+        'a, ü = "日本", TrainingArguments("é", bf16=True'
+    )
+
+
+def test_the_command_prints_the_diff_and_writes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(PLAIN)
+    (tmp_path / "plan.yaml").write_text("techniques:\n  bf16-autocast: {}\n")
+    command = [sys.executable, "-m", "memfit", "plan", "protein-ss", "--batch", "16"]
+    run = subprocess.run(
+        [*command, "--diff", "train.py", "--plan", "plan.yaml"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("--- train.py\n+++ train.py\n")
+    assert "bf16-autocast" in run.stderr
+    assert (tmp_path / "train.py").read_text() == PLAIN
