@@ -26,7 +26,7 @@ def batch(device: str, samples: int = BATCH) -> torch.Tensor:
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> torch.Tensor:
-    loss = model(x).square().mean()
+    loss: torch.Tensor = model(x).square().mean()
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()

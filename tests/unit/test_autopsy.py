@@ -504,6 +504,22 @@ def test_the_record_of_a_watch_shows_a_leak(tmp_path: Path) -> None:
     assert diagnosis.figures["request_bytes"] == GIB
 
 
+def test_a_leak_on_the_host_is_certain_if_the_watch_has_alarmed(tmp_path: Path) -> None:
+    steps: list[dict[str, Any]] = [
+        {"kind": "step", "step": n, "time_s": 1.0, "host_bytes": 1000 + 20 * n} for n in range(60)
+    ]
+    end = {"kind": "end", "time_s": 9.0, "error": "MemoryError", "message": ""}
+    alone = record_of(tmp_path, *steps, end)
+    assert (alone.cause, alone.certainty, alone.memory) == (DeathCause.LEAK, Certainty.LIKELY, "host")
+    alarm = {
+        "kind": "alarm", "alarm": "creep", "step": 50, "rank": 0, "quantity": "host_bytes", "value": 20.0,
+        "limit": 1.0, "text": "the resident memory grows",
+    }  # fmt: skip
+    both = record_of(tmp_path, *steps, alarm, end)
+    assert both.certainty is Certainty.CERTAIN
+    assert any("the resident memory grows" in e for e in both.evidence)
+
+
 def test_the_record_of_a_watch_shows_a_step_that_needed_more(tmp_path: Path) -> None:
     steps = [step_line(n, 10) for n in range(1, 60)]
     end = {"kind": "end", "time_s": 9.0, "error": "OutOfMemoryError", "message": full().partition(": ")[2]}

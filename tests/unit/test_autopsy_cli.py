@@ -66,7 +66,9 @@ def test_standard_input_may_be_text_or_a_snapshot(
 
 def test_the_record_of_a_watch_is_read(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
-    path.write_text('{"kind": "exit", "time_s": 1.0, "code": -9, "oom_kills": 2}\n')
+    path.write_text(
+        '{"kind": "command", "time_s": 0.0}\n{"kind": "exit", "time_s": 1.0, "code": -9, "oom_kills": 2}\n'
+    )
     assert json_of(capsys, path)["cause"] == "host-killed"
 
 
@@ -121,9 +123,9 @@ def test_the_prediction_is_compared_and_the_nearest_plan_named(
 ) -> None:
     path = tmp_path / "log"
     path.write_text(
-        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 100.00 MiB. GPU 0 has a total capacity "
-        "of 24.00 GiB of which 10.00 MiB is free. Of the allocated memory 500.00 MiB is allocated by PyTorch, "
-        "and 10.00 MiB is reserved by PyTorch but unallocated.\n"
+        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 100.00 MiB. GPU 0 has a total "
+        "capacity of 24.00 GiB of which 10.00 MiB is free. Of the allocated memory 500.00 MiB is allocated "
+        "by PyTorch, and 10.00 MiB is reserved by PyTorch but unallocated.\n"
     )
     answer = json_of(
         capsys, path, "--job", "char-lm", "--batch", "64", "--on", "RTX-4090", "--memory", "1.5GiB"

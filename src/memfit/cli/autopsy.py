@@ -13,7 +13,7 @@ import typer
 from memfit.cli.options import GoalOptions, JobOptions, JsonOptions, RuntimeOptions
 from memfit.cli.output import emit
 from memfit.cli.progress import Bars
-from memfit.monitoring.diagnosis import Diagnosis
+from memfit.monitoring.diagnosis import Certainty, Diagnosis
 from memfit.types.errors import UserError
 from memfit.types.sanitize import replace_controls
 from memfit.types.units import format_bytes, format_seconds
@@ -178,7 +178,7 @@ def lines(diagnosis: Diagnosis) -> Iterator[str]:
     from memfit.monitoring.remedies import title_of
 
     title = title_of(diagnosis.cause)
-    certainty = "" if diagnosis.certainty == diagnosis.cause else f" ({diagnosis.certainty})"
+    certainty = "" if diagnosis.certainty is Certainty.UNKNOWN else f" ({diagnosis.certainty})"
     yield f"{diagnosis.cause}{certainty}: {title}"
     yield from _labelled("because", diagnosis.evidence)
     if diagnosis.alternatives:

@@ -43,7 +43,7 @@ _AMBIGUOUS: Final = re.compile(
     r"CU\w+_STATUS_(?:NOT_INITIALIZED|INTERNAL_ERROR)|unable to find an engine to execute|"
     r"GET was unable to find an engine"
 )
-_RECORD: Final = re.compile(rb'\s*\{"kind": ?"(?:start|step|values|alarm|end|exit)"')
+_RECORD: Final = re.compile(rb'\s*\{"kind": ?"(?:command|start|step|values|alarm|end|exit)"')
 _SKIPPED: Final = re.compile(r"skip\w*|retry\w*|retrying|attempting to recover", re.IGNORECASE)
 _OTHER_ENDS: Final = (
     (re.compile(r"[Ww]atchdog caught collective operation timeout"), "a collective operation timed out"),
@@ -390,7 +390,7 @@ def _by_start(log: TrainingLog) -> _Judgement:
 def _growth_text(series: NumberSeries) -> str:
     first, last = series.values[0], series.values[-1]
     values = (format_bytes(first), format_bytes(last)) if series.has_unit else (f"{first:g}", f"{last:g}")
-    return f"{series.key!r} grows over {len(series.values)} lines of the log, from {values[0]} to {values[1]}"
+    return f"{series.key!r} grows over {len(series.values)} values, from {values[0]} to {values[1]}"
 
 
 def _figures_text(failure: AllocationFailure) -> str:
@@ -531,7 +531,8 @@ def _headroom(record: WatchRecord) -> list[str]:
 
 
 def _of_rank(record: RankRecord) -> Diagnosis | None:
-    """Return the diagnosis of a rank that ended with an error of memory, None for another."""
+    """Return the diagnosis of a rank that ended with an error of memory, None for another. A leak is certain
+    if an alarm of the watch has found it as well."""
     if record.end is None or not record.end.error:
         return None
     text = f"{record.end.error}: {record.end.message}"
@@ -542,6 +543,8 @@ def _of_rank(record: RankRecord) -> Diagnosis | None:
         else:
             return None
     diagnosis = judge(failure, PhaseOfDeath(), _log_of(record))
+    if diagnosis.cause is DeathCause.LEAK and any(a.kind == "creep" for a in record.alarms):
+        diagnosis = dataclasses.replace(diagnosis, certainty=Certainty.CERTAIN, alternatives=(), capture=())
     alarms = tuple(f"alarm at step {a.step}: {a.text}" for a in record.alarms if a.kind in _ALARMS)
     return dataclasses.replace(diagnosis, evidence=(*diagnosis.evidence, *alarms[-3:]))
 
@@ -551,7 +554,8 @@ _ALARMS: Final = ("creep", "maximum", "above-prediction", "fragmentation", "head
 
 def _log_of(record: RankRecord) -> TrainingLog:
     """Return the steps of a rank as what a log would tell: memory after each step."""
-    quantity = "allocated_bytes" if record.peak("allocated_bytes") is not None else "host_bytes"
+    quantities = ("allocated_bytes", "heap_bytes", "host_bytes")  # of a device, of the C library, resident
+    quantity = next((q for q in quantities if record.peak(q) is not None), quantities[-1])
     values = [(row, v) for row, s in enumerate(record.steps) if (v := getattr(s, quantity)) is not None]
     memory = NumberSeries(
         key=quantity,
