@@ -89,7 +89,7 @@ def job_of(
         make_batch=lambda step, seed: value,
         loss=lambda model, batch: model(batch),
         batch_size=batch_length(value),
-        optimizer=_optimizer_of(optimizer, model),
+        optimizer=optimizer_of(optimizer, model),
         bound=bound,
         ema=ema,
         clip=clip,
@@ -271,7 +271,7 @@ def model_loss(output: Any) -> torch.Tensor:
 # -- the optimizer --------------------------------------------------------------------------------
 
 
-def _optimizer_of(optimizer: Any, model: Any) -> OptimizerChoice:
+def optimizer_of(optimizer: Any, model: Any) -> OptimizerChoice:
     if optimizer is None or isinstance(optimizer, OptimizerChoice):
         return optimizer or OptimizerChoice()
     if isinstance(optimizer, str):

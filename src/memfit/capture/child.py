@@ -6,6 +6,7 @@ it names. The process ends as soon as the steps are traced.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import runpy
@@ -14,23 +15,27 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from memfit.capture.device_redirect import DeviceRedirect, device_patches
 from memfit.capture.program import Program, load_program
-from memfit.capture.result import ScriptAnswer, ScriptSpec
+from memfit.capture.result import PlanSearch, ScriptAnswer, ScriptSpec
 from memfit.capture.sandbox import Sandbox, sandboxed
 from memfit.capture.script_patches import script_patches
 from memfit.capture.script_ranks import ScriptRanks, script_ranks
 from memfit.capture.script_trace import LoopMode, ScriptTrace
 from memfit.inputs import machine_of
+from memfit.jobs.registry import add_job
 from memfit.planner.evaluate import Pricer
+from memfit.planner.request import Request
+from memfit.planner.search import search
 from memfit.planner.workspace_probes import probe_workspaces
 from memfit.report.explain import traced_estimate
 from memfit.techniques.base import Space
 from memfit.trace.tracer import fake_patches, recording_patches
-from memfit.types.errors import UserError
-from memfit.types.job import Job
+from memfit.types.errors import MemfitError, UserError
+from memfit.types.job import Job, JobRef
 from memfit.types.plan import Plan
 from memfit.types.result import Estimate
 from memfit.types.serialization import dumps, loads
@@ -52,20 +57,14 @@ class _Session:
         self.ranks: ScriptRanks | None = None
         self.sandbox: Sandbox | None = None
         self.notes: list[str] = []
+        self.stack = contextlib.ExitStack()
 
     def run(self) -> NoReturn:
         """Run the script until its steps are traced; write the answer and end the process."""
         try:
             self._enter(self.program)
-            with (
-                fake_patches(self.trace.fake),
-                recording_patches(self.trace.recorder),
-                sandboxed(Path(self.spec.scratch)) as self.sandbox,
-                script_patches(self.trace),
-                LoopMode(self.trace),
-                device_patches(self.trace, self.machine) as self.redirect,
-                script_ranks(self.trace, self.redirect, self.program.ranks) as self.ranks,
-            ):
+            with self.stack:
+                self._patch()
                 if self.program.module:
                     runpy.run_module(self.program.module, run_name="__main__", alter_sys=True)
                 else:
@@ -90,7 +89,45 @@ class _Session:
         """Price the trace, write the answer and end the process."""
         with _disable_current_modes():
             self._leave()
-            self._write(self._answer(trace))
+            answer = self._answer(trace)
+            if self.spec.search is not None:
+                self._unpatch()
+                answer = self._with_plans(answer, trace, self.spec.search)
+            self._write(answer)
+
+    def _patch(self) -> None:
+        enter = self.stack.enter_context
+        enter(fake_patches(self.trace.fake))
+        enter(recording_patches(self.trace.recorder))
+        self.sandbox = enter(sandboxed(Path(self.spec.scratch)))
+        enter(script_patches(self.trace))
+        enter(LoopMode(self.trace))
+        self.redirect = enter(device_patches(self.trace, self.machine))
+        self.ranks = enter(script_ranks(self.trace, self.redirect, self.program.ranks))
+
+    def _unpatch(self) -> None:
+        """Let torch be as it was, although the script has not returned."""
+        while torch._C._len_torch_function_stack():
+            torch._C._pop_torch_function_stack()
+        with contextlib.suppress(Exception):  # a mode is left that was popped just now
+            self.stack.close()
+        torch.set_grad_enabled(True)
+
+    def _with_plans(self, answer: ScriptAnswer, trace: ScriptTrace, wanted: PlanSearch) -> ScriptAnswer:
+        """Return the answer with plans for the script's step, or with the reason why there are none."""
+        name = self.program.name
+        try:
+            if len(trace.optimizers) > 1:
+                raise UserError(f"no plan can be searched for {name}: its step has several optimizers")
+            (optimizer,) = trace.optimizers.values()
+            job = trace.calls.job(name, optimizer, trace.accumulated, clip=trace.clip, workers=trace.workers)
+            add_job(name, job)
+            request = Request(job=JobRef(spec=name), machine=self.machine, **_fields(wanted))
+            planning = search(request, lambda *progress: None)
+        except MemfitError as error:
+            _print_traceback(error)
+            return dataclasses.replace(answer, no_plans=str(error))
+        return dataclasses.replace(answer, plans=planning.result)
 
     def _answer(self, trace: ScriptTrace) -> ScriptAnswer:
         if trace.is_host and trace.foreign_bytes:
@@ -176,8 +213,7 @@ class _Session:
 
     def _described(self, error: BaseException) -> str:
         """Return a line that says what the script raised, and where in the user's code."""
-        if os.environ.get("MEMFIT_TRACEBACK"):
-            traceback.print_exception(error)
+        _print_traceback(error)
         frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_PACKAGE)]
         own = [f for f in frames if "/lib/python" not in f.filename and not f.filename.startswith("<")]
         place = f" at {Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""
@@ -200,6 +236,15 @@ def _with_late_collective(estimate: Estimate, trace: Trace) -> Estimate:
     return dataclasses.replace(
         estimate, allocated_bytes=dataclasses.replace(allocated, high=allocated.high + late_bytes)
     )
+
+
+def _print_traceback(error: BaseException) -> None:
+    if os.environ.get("MEMFIT_TRACEBACK"):
+        traceback.print_exception(error)
+
+
+def _fields(record: Any) -> dict[str, Any]:
+    return {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
 
 
 def _not_built(*arguments: Any) -> Any:

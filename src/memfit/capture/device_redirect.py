@@ -19,7 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
-from memfit.capture.script_trace import NOWHERE, ScriptTrace, is_real
+from memfit.capture.script_trace import NOWHERE, ScriptTrace
+from memfit.capture.tensors import is_real
 from memfit.types.device_kind import CUDA, HOST
 from memfit.types.machine import Machine
 from memfit.types.trace import Category
@@ -182,6 +183,7 @@ class DeviceRedirect(TorchFunctionMode):
             life.place = ""
             if is_real(tensor):
                 life.category = Category.INPUT
+                trace.calls.note_copy(out, tensor)
         values = trace.recorder.concrete_values.of(source)
         if values is not None:
             trace.recorder.concrete_values.attach(out, values.to(out.dtype, copy=True))

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from memfit.capture.program import load_program
-from memfit.capture.result import ScriptAnswer, ScriptSpec
+from memfit.capture.result import PlanSearch, ScriptAnswer, ScriptSpec
 from memfit.capture.sandbox import remove_created
 from memfit.runtime.child_process import CHILD_ENV, dying_with_parent
 from memfit.types.errors import UserError
@@ -29,6 +29,7 @@ def estimate_script(
     *,
     machine: str = "this",
     bound: int | float | Mapping[str, int | float] | None = None,
+    search: PlanSearch | None = None,
     probe: bool = True,
     limit_s: float = 1800.0,
     show_output: bool = False,
@@ -50,6 +51,7 @@ def estimate_script(
             answer=str(Path(folder) / "answer.json"),
             scratch=str(Path(folder) / "files"),
             bound=dict(bound) if isinstance(bound, Mapping) else bound,
+            search=search,
             probe=probe,
             whole_trace=whole_trace,
         )

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 
-from memfit.types.result import Estimate
+from memfit.planner.selection import Objective
+from memfit.types.plan import Accuracy
+from memfit.types.result import Estimate, SearchResult
 from memfit.types.trace import Trace
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PlanSearch:
+    """What plans to search for a script's step; the fields are those of `planner.request.Request`."""
+
+    cap_bytes: int | None = None
+    goal: Objective = Objective.FASTEST
+    accuracy: Accuracy = Accuracy.ROUNDING
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ScriptSpec:
     """A script to trace. ``command``: the command that starts it. ``machine``: the machine for which its
     memory is predicted, as in `memfit.inputs.machine_of`. ``answer``: the file for the `ScriptAnswer`.
-    ``scratch``: an empty folder for what the script would write. ``bound``: as in `Job`. ``probe``: whether
+    ``scratch``: an empty folder for what the script would write. ``bound``: as in `Job`. ``search``: what plans to search, or None. ``probe``: whether
     workspaces of kernels may be measured. ``whole_trace``: whether the answer holds all allocations, not only
     those that are alive at the peak."""
 
@@ -21,6 +32,7 @@ class ScriptSpec:
     answer: str
     scratch: str
     bound: int | float | dict[str, int | float] | None = None
+    search: PlanSearch | None = None
     probe: bool = True
     whole_trace: bool = False
 
@@ -29,7 +41,8 @@ class ScriptSpec:
 class ScriptAnswer:
     """What is known of a script's training steps. ``estimate``, ``trace`` and ``peak_clock`` are None if no
     step
-    could be traced; ``problem`` then says why. ``notes``: what the script was kept from, and what is assumed.
+    could be traced; ``problem`` then says why. ``notes``: what the script was kept from, and what is
+    assumed. ``plans``: the searched plans, None if none were asked for or can be searched; ``no_plans`` then says why.
     """
 
     program: str
@@ -43,3 +56,5 @@ class ScriptAnswer:
     problem: str = ""
     hint: str = ""
     notes: tuple[str, ...] = ()
+    plans: SearchResult | None = None
+    no_plans: str = ""

@@ -11,11 +11,12 @@ from unittest import mock
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils import _pytree
 from torch.utils.data import DataLoader, dataloader
 from torch.utils.weak import WeakIdKeyDictionary
 
-from memfit.capture.script_trace import ScriptTrace, is_fake, is_real
+from memfit.capture.script_trace import ScriptTrace
+from memfit.capture.tensors import has_fakes, is_fake, is_real
+from memfit.model.batch_objects import batch_tensors
 
 _NOT_FINITE = frozenset({torch.isnan, torch.isinf, torch.Tensor.isnan, torch.Tensor.isinf})
 _FINITE = frozenset({torch.isfinite, torch.Tensor.isfinite})
@@ -33,6 +34,7 @@ def script_patches(trace: ScriptTrace) -> Iterator[None]:
             (torch.autograd, "backward", _backward(trace, torch.autograd.backward)),
             (torch.autograd, "grad", _backward(trace, torch.autograd.grad)),
             (torch.amp.GradScaler, "_maybe_opt_step", _step_without_overflow),
+            (torch.nn.utils, "clip_grad_norm_", _clipping(trace)),
             (torch, "save", lambda *args, **options: None),
             (FakeTensor, "__format__", _format),
             (DataLoader, "_get_iterator", _single_process_iterator(trace)),
@@ -40,17 +42,26 @@ def script_patches(trace: ScriptTrace) -> Iterator[None]:
             stack.enter_context(mock.patch.object(owner, name, replacement, create=True))
         stack.enter_context(trace.foreign.noticed())
         stack.enter_context(_optimizer_hooks(trace))
-        stack.enter_context(LoopFunctions())
+        stack.enter_context(LoopFunctions(trace))
         yield
 
 
 class LoopFunctions(torch.overrides.TorchFunctionMode):
-    """Mode in which fake tensors count as finite, so that a script's checks for overflow pass."""
+    """Mode in which fake tensors count as finite, so that a script's checks for overflow pass. Calls of the
+    script's loop are noted (`StepCalls`)."""
+
+    def __init__(self, trace: ScriptTrace) -> None:
+        super().__init__()
+        self.trace = trace
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if (func in _NOT_FINITE or func in _FINITE) and isinstance(args[0], FakeTensor):
             return torch.full(args[0].shape, func in _FINITE, dtype=torch.bool)
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        is_noted = self.trace.begun and not self.trace.inside and not self.trace.calls.done
+        if is_noted and has_fakes((args, kwargs)) and batch_tensors(out):
+            self.trace.calls.note_call(func, args, kwargs or {}, out)
+        return out
 
 
 def _format(tensor: torch.Tensor, spec: str) -> str:
@@ -86,11 +97,6 @@ def _module_call(trace: ScriptTrace) -> Any:
     return call
 
 
-def has_fakes(value: Any) -> bool:
-    """Return whether there is a fake tensor in nested lists, tuples and mappings."""
-    return any(map(is_fake, _pytree.tree_leaves(value)))
-
-
 def _backward(trace: ScriptTrace, inner: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(inner)
     def backward(*args: Any, **kwargs: Any) -> Any:
@@ -99,6 +105,17 @@ def _backward(trace: ScriptTrace, inner: Callable[..., Any]) -> Callable[..., An
         return trace.backward(inner, args, kwargs)
 
     return backward
+
+
+def _clipping(trace: ScriptTrace) -> Callable[..., Any]:
+    inner = torch.nn.utils.clip_grad_norm_
+
+    @functools.wraps(inner)
+    def clip(parameters: Any, max_norm: float, *args: Any, **kwargs: Any) -> Any:
+        trace.clip = float(max_norm)
+        return inner(parameters, max_norm, *args, **kwargs)
+
+    return clip
 
 
 def _step_without_overflow(

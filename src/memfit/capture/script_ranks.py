@@ -15,7 +15,8 @@ import torch.multiprocessing
 from torch.distributed import device_mesh, fsdp
 
 from memfit.capture.device_redirect import DeviceRedirect
-from memfit.capture.script_trace import ScriptTrace, is_real
+from memfit.capture.script_trace import ScriptTrace
+from memfit.capture.tensors import is_real
 from memfit.trace.fake_process_group import GlooScratch, rank_patches, ready_for_fakes
 from memfit.trace.stream_patches import streams
 from memfit.types.device_kind import HOST

@@ -23,13 +23,14 @@ from torch.utils._python_dispatch import (
 from torch.utils.weak import WeakIdKeyDictionary
 
 from memfit.capture.foreign_memory import ForeignMemory
+from memfit.capture.step_calls import StepCalls
+from memfit.capture.tensors import KEPT_BUFFERS, is_fake, is_real
 from memfit.model.batch_objects import map_batch
 from memfit.techniques.optimizers import counts_steps_on_host
 from memfit.trace import operators
 from memfit.trace.allocation_recorder import AllocationRecorder
 from memfit.trace.data_dependent import Guesses
 from memfit.trace.fake_process_group import members
-from memfit.trace.fake_storage import plain_tensors
 from memfit.trace.tracer import not_tracing
 from memfit.types.job import Bound
 from memfit.types.trace import Category, Phase, Trace
@@ -49,8 +50,8 @@ class ScriptTrace:
     """The record of a script's training steps, and the state of its tracing.
 
     ``device``: kind of the device for which the memory is predicted. ``fake``: the mode of all fake tensors.
-    What ``recorder`` has recorded before `begin` is dropped. ``on_traced`` is called when every optimizer that has been
-    used has made two steps.
+    What ``recorder`` has recorded before `begin` is dropped. ``on_traced`` is called when every optimizer
+    that has been used has made two steps.
     """
 
     def __init__(self, device: str, *, bound: Bound | None, on_traced: Callable[[ScriptTrace], None]) -> None:
@@ -68,6 +69,9 @@ class ScriptTrace:
         self.drawn = 0  # random numbers of parameters
         self.inner_modes: list[Callable[[], Any]] = []  # further modes of a region
         self.setup_peak_bytes = 0  # of fake tensors before `begin`: building and evaluation
+        self.calls = StepCalls()
+        self.accumulated = 1  # micro-batches of the last update
+        self.clip: float | None = None  # largest norm of the gradients
         self.workers = 0  # most worker processes of a data loader
         self._depth = 0  # of regions in which all new tensors are fake
         self._twins: WeakIdKeyDictionary = WeakIdKeyDictionary()  # real tensor -> its fake copy
@@ -226,7 +230,7 @@ class ScriptTrace:
 
     def _keep(self, module: torch.nn.Module, real: torch.Tensor) -> None:
         """Keep a real buffer alive as long as its module, and label it."""
-        vars(module).setdefault("_memfit_buffers", []).append(real)
+        vars(module).setdefault(KEPT_BUFFERS, []).append(real)
         if self.is_host and not self.foreign.holds(real):
             self.recorder.note_real(real, "buffer").category = Category.PARAMETER
 
@@ -261,15 +265,19 @@ class ScriptTrace:
                 self._close_backward()
                 self.recorder.phase(Phase.FORWARD)
             self.forwards += 1
-        args, kwargs = self.as_fake(args), self.as_fake(kwargs)
         with self.region():
-            return call(*args, **kwargs)
+            out = call(*self.as_fake(args), **self.as_fake(kwargs))
+        if self.begun:
+            is_trained = any(p.requires_grad for p in module.parameters())
+            self.calls.note_call(module, args, kwargs, out, model=module if is_trained else None)
+        return out
 
     def backward(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run a backward pass."""
         if self.begun:
             self.recorder.phase(Phase.BACKWARD)
             self.micro_batches += 1
+            self.calls.note_loss(args[0] if args else kwargs.get("tensors"))
         with self.region():
             out = call(*self.as_fake(args), **self.as_fake(kwargs))
         if self.begun:
@@ -300,7 +308,7 @@ class ScriptTrace:
         self.recorder.phase(Phase.SETUP)
         counts = set(self.updates.values())
         if len(counts) == 1:
-            self.micro_batches = 0
+            self.accumulated, self.micro_batches = max(1, self.micro_batches), 0
             if counts == {_STEPS}:
                 self.on_traced(self)
             self.recorder.next_step()
@@ -359,20 +367,6 @@ class LoopMode(TorchDispatchMode):
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False
-
-
-def is_real(tensor: Any) -> bool:
-    """Return whether ``tensor`` is an ordinary tensor with data in host memory."""
-    return (
-        type(tensor) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
-        and tensor.device.type == "cpu"
-        and not isinstance(tensor, FakeTensor)
-    )
-
-
-def is_fake(value: Any) -> bool:
-    """Return whether ``value`` is a fake tensor, or a wrapper such as DTensor around fake ones."""
-    return isinstance(value, torch.Tensor) and any(isinstance(t, FakeTensor) for t in plain_tensors(value))
 
 
 def _existing(kind: type[_Kind]) -> list[_Kind]:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from memfit.cli.options import JsonOptions, LanguageOptions, MachineOptions
-from memfit.cli.output import check_language, console, emit
+from memfit.cli.output import check_choice, check_language, console, emit
 from memfit.cli.progress import Bars
 from memfit.cli.request import machine_of, writable
 from memfit.types.errors import UserError
 from memfit.types.parsing import parse_bytes
+from memfit.types.plan import Accuracy
 
 if TYPE_CHECKING:
     from memfit.capture.result import ScriptAnswer
@@ -49,6 +50,28 @@ class ScriptOptions:
             "says where it assumed one. Repeat the option for further lines.",
         ),
     ] = None
+    plans: Annotated[
+        bool,
+        typer.Option(
+            "--plans",
+            help="Also search for plans, as `memfit plan` does: techniques with which the script's step fits "
+            "the memory, and what each costs in time. Default: only the estimate of the script as it is.",
+        ),
+    ] = False
+    goal: Annotated[
+        str,
+        typer.Option(
+            metavar="GOAL",
+            help="With --plans, what a recommended plan minimizes, as in `memfit plan`. Default: fastest.",
+        ),
+    ] = "fastest"
+    accuracy: Annotated[
+        str,
+        typer.Option(
+            metavar="CLASS",
+            help="With --plans, how much a plan may change results, as in `memfit plan`. Default: rounding.",
+        ),
+    ] = "rounding"
     show_output: Annotated[
         bool,
         typer.Option("--show-output", help="Show on standard error what the script prints. Default: hidden."),
@@ -90,11 +113,19 @@ def estimate(options: ScriptOptions, on: MachineOptions, lang: LanguageOptions, 
     with Bars(language_code) as progress:
         progress("script", 0, 0, " ".join(options.command))
         from memfit.capture.estimate import estimate_script
+        from memfit.capture.result import PlanSearch
+        from memfit.planner.selection import Objective
 
+        wanted = PlanSearch(
+            cap_bytes=cap_bytes,
+            goal=Objective(check_choice("--goal", options.goal, Objective)),
+            accuracy=Accuracy(check_choice("--accuracy", options.accuracy, Accuracy)),
+        )
         answer = estimate_script(
             options.command,
             machine=on.on,
             bound=_bounds(options.bound or []),
+            search=wanted if options.plans else None,
             limit_s=options.time_limit,
             show_output=options.show_output,
             whole_trace=options.html is not None,
@@ -126,11 +157,14 @@ def _show(
     lang: str,
     as_json: bool,
 ) -> None:
+    from rich.text import Text
+
     from memfit.planner.capacity import fits_under, needed_bytes
     from memfit.report import explain_html
     from memfit.report.explain import TracedEstimate, contributors
     from memfit.report.explain_terminal import ScriptFacts, print_script
     from memfit.report.files import write_whole
+    from memfit.report.terminal import print_search
 
     assert answer.estimate is not None and answer.trace is not None and answer.peak_clock is not None
     explained = TracedEstimate(estimate=answer.estimate, trace=answer.trace, peak_clock=answer.peak_clock)
@@ -152,9 +186,16 @@ def _show(
         page = explain_html.render_explained(explained, job=answer.program, lang=lang)
         write_whole(options.html, page.encode())
     if as_json:
-        from memfit.cli.views import estimate_view
+        from memfit.cli.views import estimate_view, search_view
 
         view: dict[str, Any] = {"script": facts, "estimate": estimate_view(answer.estimate)}
+        if options.plans:
+            view["plans"] = search_view(answer.plans) if answer.plans else None
+            view["no_plans"] = answer.no_plans
         emit({**view, "contributors": contributors(explained)})
-    else:
-        print_script(explained, facts, console=console(), lang=lang)
+        return
+    print_script(explained, facts, console=console(), lang=lang)
+    if answer.plans is not None:
+        print_search(answer.plans, console=console(), lang=lang)
+    elif options.plans:
+        console().print(Text(answer.no_plans, style="yellow"))

@@ -68,10 +68,18 @@ def _built_in(name: str) -> BuiltIn:
     )
 
 
+_OF_THIS_PROCESS: dict[str, Job] = {}
+
+
+def add_job(spec: str, job: Job) -> None:
+    """Let `load` return ``job`` for ``spec`` in this process. Other processes cannot load it."""
+    _OF_THIS_PROCESS[spec] = job
+
+
 def load(ref: JobRef) -> Job:
-    """Return the job that ``ref`` names: a built-in job, ``hf:NAME``, or the user's ``path.py:attribute``.
-    What ``ref`` states of size, data, weights, batch, length, dimensions, steps, clip and ema applies; None
-    keeps the job's own.
+    """Return the job that ``ref`` names: one of `add_job`, a built-in job, ``hf:NAME``, or the user's
+    ``path.py:attribute``. What ``ref`` states of size, data, weights, batch, length, dimensions, steps, clip
+    and ema applies; None keeps the job's own.
 
     A clip of 0 turns clipping off. Raises UserError for an unknown job or size; for steps, batch or length
     below 1; for a length of a built-in job outside 16 to 262,144; for an option that the job does not accept;
@@ -90,6 +98,8 @@ def load(ref: JobRef) -> Job:
 
 
 def _make(ref: JobRef) -> Job:
+    if ref.spec in _OF_THIS_PROCESS:
+        return _OF_THIS_PROCESS[ref.spec]
     ref = _split_length(ref)
     names_of_options = ("size", "data", "weights", "batch", "length")
     options: dict[str, Any] = {

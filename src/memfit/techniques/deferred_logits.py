@@ -16,7 +16,9 @@ _RESHAPES = ("view", "reshape", "flatten", "contiguous", "float", "to", "type_as
 
 class LazyLogits:
     """Stands for ``linear(hidden, head)``, of shape ``(..., vocabulary)`` and cast to ``cast`` if that is
-    set, until its values are needed.
+    set, until its values are needed, in the autocast under which the head was called: ``autocast`` is its
+    dtype, or None. ``like``: logits of the same call; the autocast is theirs. By default it is the current
+    one.
 
     It is not a tensor subclass. Its shape, dtype and device are known without computing. Reshapes, indexing
     and casts that leave the last dimension, the vocabulary, whole return deferred logits again. A plain
@@ -26,21 +28,32 @@ class LazyLogits:
     """
 
     def __init__(
-        self, hidden: torch.Tensor, head: torch.nn.Linear, chunks: int, *, cast: torch.dtype | None = None
+        self,
+        hidden: torch.Tensor,
+        head: torch.nn.Linear,
+        chunks: int,
+        *,
+        cast: torch.dtype | None = None,
+        like: LazyLogits | None = None,
     ) -> None:
         self.hidden, self.head, self.chunks, self.cast = hidden, head, chunks, cast
+        kind = hidden.device.type
+        current = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        self.autocast: torch.dtype | None = like.autocast if like is not None else current
         self.shape = torch.Size((*hidden.shape[:-1], head.out_features))
         self.dtype, self.device, self.requires_grad = cast or hidden.dtype, hidden.device, True
         self.real_logits: torch.Tensor | None = None
 
     def with_hidden(self, hidden: torch.Tensor) -> LazyLogits:
         """Return deferred logits of the hidden states ``hidden`` with the same head, chunks and cast."""
-        return LazyLogits(hidden, self.head, self.chunks, cast=self.cast)
+        return LazyLogits(hidden, self.head, self.chunks, cast=self.cast, like=self)
 
     def make(self) -> torch.Tensor:
         """Return the real logits. The first call computes them, and later calls return the same tensor."""
         if self.real_logits is None:
-            logits = functional.linear(self.hidden, self.weight, self.head.bias)
+            kind = self.hidden.device.type
+            with torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None):
+                logits = functional.linear(self.hidden, self.weight, self.head.bias)
             self.real_logits = logits if self.cast is None else logits.to(self.cast)
         return self.real_logits
 
@@ -205,7 +218,9 @@ def _cast(lazy: LazyLogits, name: str, args: tuple[Any, ...], kwargs: Mapping[st
         "type_as": (getattr(args[0], "dtype", None) if args else None,),
     }
     dtypes = [d for d in dtypes_by_method.get(name, (*args, *kwargs.values())) if isinstance(d, torch.dtype)]
-    return LazyLogits(lazy.hidden, lazy.head, lazy.chunks, cast=dtypes[0]) if dtypes else lazy
+    if not dtypes:
+        return lazy
+    return LazyLogits(lazy.hidden, lazy.head, lazy.chunks, cast=dtypes[0], like=lazy)
 
 
 def _keeps_last(index: tuple[Any, ...], dims: int) -> bool:
@@ -237,8 +252,8 @@ def _cross_entropy(
         return functional.cross_entropy(lazy.make(), target, ignore_index=ignore_index, reduction=reduction)
     hidden = lazy.hidden.reshape(-1, lazy.hidden.shape[-1])
     weight, bias = lazy.weight, lazy.head.bias
-    if torch.is_autocast_enabled(hidden.device.type):
-        hidden, weight = (t.to(torch.get_autocast_dtype(hidden.device.type)) for t in (hidden, weight))
+    if lazy.autocast is not None:
+        hidden, weight = hidden.to(lazy.autocast), weight.to(lazy.autocast)
     return _ChunkedCrossEntropy.apply(  # type: ignore[no-any-return,no-untyped-call]
         hidden, weight, bias, target.reshape(-1), lazy.chunks, ignore_index, reduction
     )

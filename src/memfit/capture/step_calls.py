@@ -1,0 +1,255 @@
+"""The training step of a script as a Job, so that plans for it can be searched.
+
+While the first micro-batch runs, the calls of the script's loop are recorded: of outermost modules, and of
+torch functions on what they returned, up to the loss. The job's loss repeats these calls. Recorded are no
+tensors but which call made them, so that recording keeps nothing alive.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils import _pytree
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.weak import WeakIdKeyDictionary
+
+from memfit.capture.tensors import KEPT_BUFFERS, is_fake, is_real
+from memfit.inputs import optimizer_of
+from memfit.jobs.training_step import batch_length, repeat
+from memfit.jobs.user_job import guard_job
+from memfit.model.batch_objects import batch_tensors, map_batch
+from memfit.trace.fake_copy import FakeCopies
+from memfit.types.errors import UserError
+from memfit.types.job import Job
+
+_INIT_STD = 0.02  # of weights whose values are not known, where a trial computes with them
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Made:
+    """Stands for a tensor that a recorded call returned: the ``index``-th tensor of call ``call``."""
+
+    call: int
+    index: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Item:
+    """Stands for the item ``index`` of the batch."""
+
+    index: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Param:
+    """Stands for a parameter or buffer of the model, by name."""
+
+    name: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Call:
+    """One call of the loop. ``function`` None is the model. ``autocast`` is the dtype of the autocast around
+    it, or None."""
+
+    function: Any
+    arguments: Any  # (args, kwargs) with stand-ins for tensors
+    autocast: torch.dtype | None
+    has_grad: bool
+
+
+class StepCalls:
+    """Records the calls of a script's loop from the first forward to the loss.
+
+    ``problem``: why no job can be made of them, or "". ``micro_batch``: copies of the real tensors, and of
+    the objects that hold them, that the calls take.
+    """
+
+    def __init__(self) -> None:
+        self.model: torch.nn.Module | None = None
+        self.micro_batch: list[Any] = []
+        self.problem = ""
+        self.done = False
+        self._calls: list[_Call] = []
+        self._made: WeakIdKeyDictionary = WeakIdKeyDictionary()  # fake tensor -> _Made
+        self._items: WeakIdKeyDictionary = WeakIdKeyDictionary()  # real tensor or object -> _Item
+        self._copies: WeakIdKeyDictionary = WeakIdKeyDictionary()  # copy on the device -> real tensor
+        self._loss: Any = None
+
+    def note_copy(self, copied: torch.Tensor, real: torch.Tensor) -> None:
+        """Note that ``copied``, on the target device, has the values of the script's tensor ``real``."""
+        if not self.done:
+            self._copies[copied] = self._item(real)
+
+    def note_call(self, function: Any, args: Any, kwargs: Any, out: Any, *, model: Any = None) -> None:
+        """Record a call that returned ``out``. ``model``: the module, if it has trainable parameters."""
+        if self.done or self.problem:
+            return
+        if model is not None and self.model is None:
+            self.model = model
+        elif model is not None and model is not self.model:
+            self.problem = (
+                f"the step trains several models ({type(self.model).__name__}, {type(model).__name__})"
+            )
+            return
+        is_autocast = torch.is_autocast_enabled("cpu")
+        arguments = _pytree.tree_map(self._stand_in, (args, kwargs))
+        call = _Call(
+            None if model is not None else function,
+            arguments,
+            torch.get_autocast_dtype("cpu") if is_autocast else None,
+            torch.is_grad_enabled(),
+        )
+        for index, tensor in enumerate(batch_tensors(out)):
+            self._made[tensor] = _Made(len(self._calls), index)
+        self._calls.append(call)
+
+    def note_loss(self, loss: Any) -> None:
+        """Record the tensor from which backward starts; what follows is not recorded."""
+        if self.done:
+            return
+        self.done = True
+        self._loss = self._made.get(loss) if isinstance(loss, torch.Tensor) else None
+        if self._loss is None and not self.problem:
+            self.problem = "the loss is made by operators that memfit does not see in the script's loop"
+
+    def _stand_in(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            for known in (self._made, self._copies, self._items):
+                if (found := known.get(value)) is not None:
+                    return found
+            if is_real(value):
+                return self._item(value)
+            if (name := self._parameter_name(value)) is not None:
+                return _Param(name)
+            self.problem = "the step uses a tensor that was computed before its forward pass"
+            return None
+        if batch_tensors(value):
+            if any(map(is_fake, batch_tensors(value))):
+                self.problem = f"the step passes on a {type(value).__name__} that holds results"
+                return None
+            return self._item(value)
+        return value
+
+    def _item(self, value: Any) -> _Item:
+        if value not in self._items:
+            self._items[value] = _Item(len(self.micro_batch))
+            with _disable_current_modes():
+                self.micro_batch.append(map_batch(lambda t: t.detach().clone(), value))
+        item: _Item = self._items[value]
+        return item
+
+    def _parameter_name(self, value: torch.Tensor) -> str | None:
+        if self.model is None:
+            return None
+        named = (*self.model.named_parameters(), *self.model.named_buffers())
+        return next((name for name, tensor in named if tensor is value), None)
+
+    # -- the job --------------------------------------------------------------------------------------
+
+    def job(self, name: str, optimizer: Any, micro_batches: int, *, clip: float | None, workers: int) -> Job:
+        """Return the job whose step is that of the script: ``micro_batches`` micro-batches, and one update of
+        ``optimizer``. Raises UserError if the calls cannot be repeated on a copy of the model."""
+        if self.problem or self.model is None or not self.done:
+            reason = self.problem or "no training step was seen"
+            raise UserError(f"no plan can be searched for {name}: {reason}", hint=_HINT)
+        model = _unwrapped(self.model)
+        micro_batch = self.micro_batch[0] if len(self.micro_batch) == 1 else tuple(self.micro_batch)
+        batch = repeat(micro_batch, micro_batches)
+        job = Job(
+            name=name,
+            build_model=lambda: _copy(model),
+            make_batch=lambda step, seed: batch,
+            loss=self._repeat_calls,
+            batch_size=batch_length(batch),
+            optimizer=optimizer_of(optimizer, model),
+            clip=clip,
+            workers=workers,
+        )
+        return guard_job(job, "the script's training step")
+
+    def _repeat_calls(self, model: Any, batch: Any) -> torch.Tensor:
+        items = (batch,) if len(self.micro_batch) == 1 else batch
+        results: list[list[torch.Tensor]] = []
+        bare = _bare(model)
+
+        def value_of(stand_in: Any) -> Any:
+            if isinstance(stand_in, _Made):
+                return results[stand_in.call][stand_in.index]
+            if isinstance(stand_in, _Item):
+                return items[stand_in.index]
+            if isinstance(stand_in, _Param):
+                owner, _, attribute = stand_in.name.rpartition(".")
+                return getattr(bare.get_submodule(owner), attribute)
+            return stand_in
+
+        for call in self._calls:
+            args, kwargs = _pytree.tree_map(value_of, call.arguments)
+            function = model if call.function is None else call.function
+            with call_context(call.autocast, has_grad=call.has_grad):
+                results.append(batch_tensors(function(*args, **kwargs)))
+        loss = results[self._loss.call][self._loss.index]
+        return loss if loss.numel() == 1 else loss.sum()
+
+
+_HINT = "write the step as a job (docs/guides/scientist.md), or use memfit.apply in the loop"
+
+
+@contextlib.contextmanager
+def call_context(autocast: torch.dtype | None, *, has_grad: bool) -> Iterator[None]:
+    """Enter autocast with this dtype, unless it is None, and let gradients be recorded or not."""
+    with contextlib.ExitStack() as stack:
+        if autocast is not None:
+            stack.enter_context(torch.autocast("cpu", dtype=autocast))
+        if not has_grad:
+            stack.enter_context(torch.no_grad())
+        yield
+
+
+def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    inner: torch.nn.Module = getattr(model, "_orig_mod", model)
+    if isinstance(inner, torch.nn.parallel.DistributedDataParallel):
+        return _unwrapped(inner.module)
+    return inner
+
+
+def _bare(model: Any) -> torch.nn.Module:
+    return _unwrapped(getattr(model, "module", model) if not hasattr(model, "get_submodule") else model)
+
+
+def _copy(model: torch.nn.Module) -> torch.nn.Module:
+    """Return a copy of a model on fake tensors: of the active fake mode, or without one with random weights.
+    Tied parameters stay tied."""
+    fake = torch._guards.active_fake_mode()
+
+    def made(tensor: torch.Tensor) -> torch.Tensor:
+        fresh = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
+        if fake is None:
+            _fill(fresh)
+        if isinstance(tensor, torch.nn.Parameter):
+            return torch.nn.Parameter(fresh, tensor.requires_grad)
+        return fresh
+
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        registered = (*module._parameters.values(), *module._buffers.values())
+        others = [t for t in vars(module).values() if isinstance(t, torch.Tensor)]
+        for tensor in (*registered, *others):
+            if tensor is not None and id(tensor) not in memo:
+                memo[id(tensor)] = made(tensor)
+        if KEPT_BUFFERS in vars(module):
+            memo[id(vars(module)[KEPT_BUFFERS])] = []
+    with FakeCopies(fake):
+        return copy.deepcopy(model, memo)
+
+
+def _fill(tensor: torch.Tensor) -> None:
+    if tensor.is_floating_point():
+        tensor.normal_(0.0, _INIT_STD) if tensor.dim() > 1 else tensor.fill_(1.0)
+    else:
+        tensor.zero_()
