@@ -46,7 +46,7 @@ class LargestOptions:
             "--plan",
             metavar="FILE.yaml",
             help="With --largest: answer for the plan in this file, as written by --save. Can be given "
-            "several times. Default: the plans of the frontier of a search, at most five; with --buckets, "
+            "several times. Default: the plans of the frontier of a search, at most four; with --buckets, "
             "the recommended one. With --diff: print the edit for this plan. Not without one of the two.",
         ),
     ] = None

@@ -27,7 +27,7 @@ from memfit.types.job import Dimension, Job, JobRef
 from memfit.types.plan import Plan
 from memfit.types.result import Choice
 
-_MOST_PLANS = 5
+_MOST_PLANS = 4
 _OTHER_VALUES = (0.25, 0.5, 1, 2, 4)  # of the job's own value of the first of two dimensions
 _BUCKETS = 8
 _SYNONYMS = (("batch", "batch_size"), ("length", "seq_len"), ("hidden", "width"))
@@ -132,7 +132,7 @@ def largest(
 ) -> LargestReport:
     """Return the largest value of the job's ``dimension`` that fits the request's machine, for each plan.
 
-    ``plans``: those to answer for; none: at most ``most_plans`` (None: five) of a search with the job's own
+    ``plans``: those to answer for; none: at most ``most_plans`` (None: four) of a search with the job's own
     sizes or, if nothing fits these, with the smallest value of the dimension: the recommended one, then
     those of its frontier. With ``along`` or ``values`` the
     question is asked for each of ``values`` of the dimension ``along``, by default a quarter of the job's
