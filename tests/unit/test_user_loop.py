@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,13 @@ def test_a_loop_under_fit_trains_as_the_worker_does(name: str) -> None:
     assert fit.conformance is not None
     assert not fit.conformance.differences
     assert losses[0] != losses[-1]  # it trains
+
+
+def test_the_example_of_the_documentation_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "apply.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    exec(compile(example, "apply.md", "exec"), {})
+    assert "as planned (ranks, parameters, gradient-accumulation, activation-chec" in capsys.readouterr().out
 
 
 # -- groups, learning rates, schedulers -----------------------------------------------------------

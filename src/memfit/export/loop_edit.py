@@ -120,8 +120,8 @@ def edit_loop(source: Source, plan: Plan, structure: Mapping[str, Any]) -> tuple
         setup.insert(0, "global fit")
     edits[place, place - 1] = [f"{place_indent}{line}\n" for line in setup]
     if not any(_imports_memfit(s) for s in source.tree.body):
-        line = _import_line(source)
-        edits.setdefault((line, line - 1), []).insert(0, "import memfit\n")
+        import_line = _import_line(source)
+        edits.setdefault((import_line, import_line - 1), []).insert(0, "import memfit\n")
     for (start, end), new_lines in sorted(edits.items(), reverse=True):
         lines[start - 1 : end] = new_lines
     return "".join(lines), tuple(_remarks(loop, plan, names))
@@ -320,12 +320,10 @@ def _calls(statement: ast.stmt, model: str) -> bool:
             if isinstance(target, ast.Name) and target.id == model:
                 return True
             is_method = isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name)
-            if is_method and target.value.id == model and target.attr not in _NO_FORWARD:  # type: ignore[union-attr,attr-defined]
+            if is_method and target.value.id == model and target.attr not in _NO_FORWARD:  # type: ignore[attr-defined]
                 return True
-            if any(
-                isinstance(a, ast.Name) and a.id == model for a in node.args
-            ):  # compute_loss(model, batch)
-                return True
+            if any(isinstance(a, ast.Name) and a.id == model for a in node.args):
+                return True  # such as compute_loss(model, batch)
     return False
 
 

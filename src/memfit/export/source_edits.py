@@ -110,7 +110,8 @@ class Source:
         rest = self.text.encode()[place : self._starts[last.end_lineno]].decode()
         if not self._on_own_lines(call):
             return Replacement(start=place, end=place, text="".join(f", {item}" for item in items))
-        first_of_line = min(n.lineno for n in [*call.args, *call.keywords] if n.end_lineno == last.end_lineno)
+        nodes: list[Any] = [*call.args, *call.keywords]
+        first_of_line = min(n.lineno for n in nodes if n.end_lineno == last.end_lineno)
         indent = self.indent(first_of_line)
         if re.fullmatch(r",[ \t]*(#.*)?\r?\n?", rest):  # after the comma and the comment of the last line
             place += len(rest.rstrip("\r\n").encode())
@@ -118,7 +119,8 @@ class Source:
         return Replacement(start=place, end=place, text="".join(f",\n{indent}{item}" for item in items))
 
     def _on_own_lines(self, call: ast.Call) -> bool:
-        return all(n.lineno > call.func.lineno for n in [*call.args, *call.keywords])
+        nodes: list[Any] = [*call.args, *call.keywords]
+        return all(n.lineno > call.func.lineno for n in nodes)
 
 
 def name_of(node: ast.expr) -> str:

@@ -74,8 +74,9 @@ class UserGroups:
         if it must be replaced but has state or a learning-rate scheduler, or holds not just the trainable
         parameters of the model.
         """
-        if optimizer is self.optimizer:
-            return self.optimizer  # its groups are as the user made them
+        own_optimizer: torch.optim.Optimizer = self.optimizer
+        if optimizer is own_optimizer:
+            return own_optimizer
         self._must_be_replaceable(optimizer)
         for group in self.optimizer.param_groups:
             group["params"] = []
@@ -87,7 +88,7 @@ class UserGroups:
                 settings = self.settings[groups[group["params"][0]]]
                 self.set(group, settings, kind, self.rate_factor(group, kind))
             self.set(optimizer.defaults, self.settings[0], kind, self.rate_factor(optimizer.defaults, kind))
-            return optimizer  # type: ignore[no-any-return]
+            return optimizer
         return PlanOptimizer(optimizer, groups, self)
 
     def _make(self, params: list[torch.nn.Parameter]) -> Any:
