@@ -19,7 +19,7 @@ from torch import nn
 import memfit
 from memfit.capture.estimate import estimate_script
 from memfit.capture.program import load_program
-from memfit.capture.result import ScriptAnswer
+from memfit.capture.result import PlanSearch, ScriptAnswer
 from memfit.runtime.counting_allocator import available
 from memfit.types.errors import UserError
 
@@ -330,3 +330,88 @@ def test_accelerate_launch_is_read_with_its_settings(tmp_path: Path, monkeypatch
 def test_another_command_is_refused_in_one_line(command: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_program(command.split())
+
+
+# -- batches and plans --------------------------------------------------------------------------------
+
+_LENGTHS = """
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+rows = [torch.zeros(64 if i < 16 else 256, 32) for i in range(32)]
+loader = DataLoader(rows, batch_size=8, collate_fn=lambda r: torch.stack(r))
+model = nn.Sequential(nn.Linear(32, 512), nn.GELU(), nn.Linear(512, 32))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for batch in loader:
+    model(batch).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+"""
+
+
+def test_larger_batches_later_in_the_epoch_are_in_the_interval_and_said(tmp_path: Path) -> None:
+    path = tmp_path / "lengths.py"
+    path.write_text(_LENGTHS)
+    short = estimate_script([sys.executable, str(path)], machine="this:cpu")
+    path.write_text(_LENGTHS.replace("i < 16", "False"))
+    long = estimate_script([sys.executable, str(path)], machine="this:cpu")
+    assert short.estimate is not None
+    assert short.estimate.allocated_bytes.high == pytest.approx(_peak_bytes(long), rel=0.02)
+    assert any("batches of the script differ in size" in note for note in short.notes)
+    assert long.notes == ()
+
+
+def test_plans_are_searched_for_the_step_of_a_script(tmp_path: Path) -> None:
+    path = tmp_path / "blocks.py"
+    path.write_text(
+        textwrap.dedent("""
+        import torch
+        from torch import nn
+        from torch.nn import functional
+
+        class Block(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.up, self.down = nn.Linear(128, 512), nn.Linear(512, 128)
+
+            def forward(self, x):
+                return x + self.down(functional.gelu(self.up(x)))
+
+        model = nn.Sequential(*[Block() for _ in range(6)], nn.Linear(128, 10))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        for step in range(4):
+            inputs, labels = torch.randn(512, 128), torch.randint(0, 10, (512,))
+            with torch.no_grad():
+                inputs = inputs / inputs.norm(dim=1, keepdim=True)
+            loss = functional.cross_entropy(model(inputs), labels, label_smoothing=0.1) / 2
+            loss.backward()
+            if step % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+        """)
+    )
+    search = PlanSearch(cap_bytes=30 * 2**20)
+    answer = estimate_script([sys.executable, str(path)], machine="this:cpu", search=search)
+    assert answer.plans is not None, answer.no_plans
+    assert answer.plans.baseline.needed_bytes > 30 * 2**20
+    assert answer.plans.recommended is not None
+    assert answer.plans.recommended.needed_bytes <= 30 * 2**20
+
+
+def test_no_plan_is_searched_for_a_step_that_cannot_be_repeated(tmp_path: Path) -> None:
+    path = tmp_path / "two.py"
+    path.write_text(
+        textwrap.dedent("""
+        import torch
+        from torch import nn
+        first, second = nn.Linear(8, 8), nn.Linear(8, 8)
+        optimizer = torch.optim.SGD([*first.parameters(), *second.parameters()], lr=0.1)
+        for _ in range(2):
+            second(first(torch.randn(4, 8))).sum().backward()
+            optimizer.step()
+        """)
+    )
+    answer = estimate_script([sys.executable, str(path)], machine="this:cpu", search=PlanSearch())
+    assert _peak_bytes(answer) > 0
+    assert "trains several models (Linear, Linear)" in answer.no_plans

@@ -39,9 +39,10 @@ from memfit.types.job import Job, JobRef
 from memfit.types.plan import Plan
 from memfit.types.result import Estimate
 from memfit.types.serialization import dumps, loads
-from memfit.types.trace import Trace
+from memfit.types.trace import Category, Trace
 from memfit.types.units import format_bytes
 
+_ALIKE_RATIO = 1.02  # batches that differ by less are of one size
 _PACKAGE = str(Path(__file__).parents[1])
 
 
@@ -158,6 +159,7 @@ class _Session:
         estimate = pricer.whole(plan)
         if self.machine.device.is_host:
             estimate = _with_late_collective(estimate, pricer.trace(plan))
+        estimate = self._with_other_batches(estimate, trace)
         explained = traced_estimate(estimate, pricer.trace(plan, estimate.rank), pricer.calibration)
         full_trace = explained.trace
         if not self.spec.whole_trace:
@@ -172,6 +174,28 @@ class _Session:
             ranks=plan.ranks,
             notes=tuple(self.notes),
         )
+
+    def _with_other_batches(self, estimate: Estimate, trace: ScriptTrace) -> Estimate:
+        """Return the estimate with its interval widened to other batches of the script's loader: down to one
+        of median size, up to the largest, which is said. Activations and temporary tensors are taken to grow
+        with the batch."""
+        typical, most, count = trace.batches.ratios()
+        if max(most, 1 / typical) < _ALIKE_RATIO:
+            return estimate
+        growing = (Category.ACTIVATION, Category.TEMPORARY)
+        varying_bytes = sum(estimate.at_peak_bytes.get(str(category), 0) for category in growing)
+        varying_bytes += trace.batches.traced_bytes
+        peak = estimate.allocated_bytes
+        typical_bytes, most_bytes = (peak.value + varying_bytes * (ratio - 1) for ratio in (typical, most))
+        if most >= _ALIKE_RATIO:
+            self.notes.append(
+                f"batches of the script differ in size: of {count} in an epoch, the largest is {most:.2f} times "
+                f"as large as those of the traced steps; the peak with it is about {format_bytes(most_bytes)}"
+            )
+        widened = dataclasses.replace(
+            peak, low=max(0.0, min(peak.low, typical_bytes)), high=max(peak.high, most_bytes)
+        )
+        return dataclasses.replace(estimate, allocated_bytes=widened)
 
     def fail(self, problem: str, hint: str = "") -> NoReturn:
         self._leave()

@@ -23,9 +23,9 @@ class PlanSearch:
 class ScriptSpec:
     """A script to trace. ``command``: the command that starts it. ``machine``: the machine for which its
     memory is predicted, as in `memfit.inputs.machine_of`. ``answer``: the file for the `ScriptAnswer`.
-    ``scratch``: an empty folder for what the script would write. ``bound``: as in `Job`. ``search``: what plans to search, or None. ``probe``: whether
-    workspaces of kernels may be measured. ``whole_trace``: whether the answer holds all allocations, not only
-    those that are alive at the peak."""
+    ``scratch``: an empty folder for what the script would write. ``bound``: as in `Job`. ``search``: what
+    plans to search, or None. ``probe``: whether workspaces of kernels may be measured. ``whole_trace``:
+    whether the answer holds all allocations, not only those that are alive at the peak."""
 
     command: tuple[str, ...]
     machine: str
@@ -40,9 +40,9 @@ class ScriptSpec:
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ScriptAnswer:
     """What is known of a script's training steps. ``estimate``, ``trace`` and ``peak_clock`` are None if no
-    step
-    could be traced; ``problem`` then says why. ``notes``: what the script was kept from, and what is
-    assumed. ``plans``: the searched plans, None if none were asked for or can be searched; ``no_plans`` then says why.
+    step could be traced; ``problem`` then says why. ``notes``: what the script was kept from, and what is
+    assumed. ``plans``: the searched plans, None if none were asked for or can be searched; ``no_plans`` then
+    says why.
     """
 
     program: str

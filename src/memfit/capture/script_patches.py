@@ -178,14 +178,15 @@ def _single_process_iterator(trace: ScriptTrace) -> Any:
         finally:
             loader.num_workers, loader.timeout = workers, timeout
         trace.workers = max(trace.workers, workers)
-        if workers:
-            inner = iterator._next_data
+        inner = iterator._next_data
 
-            def next_data() -> Any:
-                with trace.uncounted():
-                    return inner()
+        def next_data() -> Any:
+            with trace.uncounted() if workers else contextlib.nullcontext():
+                batch = inner()
+            trace.batches.note(batch, loader)
+            return batch
 
-            iterator._next_data = next_data
+        iterator._next_data = next_data
         return iterator
 
     return get_iterator

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils.weak import WeakIdKeyDictionary
 
+from memfit.capture.batch_sizes import BatchSizes
 from memfit.capture.foreign_memory import ForeignMemory
 from memfit.capture.step_calls import StepCalls
 from memfit.capture.tensors import KEPT_BUFFERS, is_fake, is_real
@@ -70,6 +71,7 @@ class ScriptTrace:
         self.inner_modes: list[Callable[[], Any]] = []  # further modes of a region
         self.setup_peak_bytes = 0  # of fake tensors before `begin`: building and evaluation
         self.calls = StepCalls()
+        self.batches = BatchSizes()
         self.accumulated = 1  # micro-batches of the last update
         self.clip: float | None = None  # largest norm of the gradients
         self.workers = 0  # most worker processes of a data loader

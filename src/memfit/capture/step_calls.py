@@ -193,7 +193,7 @@ class StepCalls:
             function = model if call.function is None else call.function
             with call_context(call.autocast, has_grad=call.has_grad):
                 results.append(batch_tensors(function(*args, **kwargs)))
-        loss = results[self._loss.call][self._loss.index]
+        loss: torch.Tensor = results[self._loss.call][self._loss.index]
         return loss if loss.numel() == 1 else loss.sum()
 
 

@@ -1,0 +1,52 @@
+"""How much the batches of a script differ in size, by looking at more of them than are traced."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+from memfit.model.batch_objects import batch_tensors
+
+_MOST_BATCHES = 32
+_LIMIT_S = 5.0
+
+
+class BatchSizes:
+    """The sizes of the batches that a data loader gives. The loader that the script used last before its
+    second optimizer step counts, and no other. ``traced_bytes``: the largest of its batches that the script
+    took."""
+
+    def __init__(self) -> None:
+        self.traced_bytes = 0
+        self._loader: Any = None
+        self._is_closed = False
+
+    def note(self, batch: Any, loader: Any) -> None:
+        """Note a batch that ``loader`` has given to the script."""
+        if self._is_closed:
+            return
+        size_bytes = bytes_of(batch)
+        self.traced_bytes = max(size_bytes, self.traced_bytes) if loader is self._loader else size_bytes
+        self._loader = loader
+
+    def ratios(self) -> tuple[float, float, int]:
+        """Return (median, largest, number) of the batches of a new epoch, at most 32, as ratios to the
+        largest traced one; (1, 1, 0) without a loader."""
+        self._is_closed = True
+        sizes: list[int] = []
+        begin_s = time.monotonic()
+        try:
+            batches = self._loader._get_iterator() if self._loader is not None else iter(())
+            while len(sizes) < _MOST_BATCHES and time.monotonic() < begin_s + _LIMIT_S:
+                sizes.append(bytes_of(next(batches)))
+        except Exception:  # noqa: BLE001  the loader is at its end, or the script's data set fails
+            pass
+        if not sizes or not self.traced_bytes:
+            return 1.0, 1.0, 0
+        return statistics.median(sizes) / self.traced_bytes, max(sizes) / self.traced_bytes, len(sizes)
+
+
+def bytes_of(batch: Any) -> int:
+    """Return the bytes of all tensors of a batch."""
+    return sum(t.numel() * t.element_size() for t in batch_tensors(batch))
