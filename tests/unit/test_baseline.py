@@ -23,8 +23,9 @@ from memfit.lint.location import locate
 from memfit.report.baseline_drift import compare_baseline, drift_text
 from memfit.report.baseline_file import baseline_text, read_baseline
 from memfit.report.sarif import LEVELS
-from memfit.types.baseline import OTHERS, BaselineFile, MemoryBaseline, ModuleMemory
+from memfit.types.baseline import OTHERS, BaselineFile, BaselineTarget, MemoryBaseline, ModuleMemory
 from memfit.types.errors import UserError
+from memfit.workflows.baseline import job_path, target_in
 
 ROOT = Path(__file__).parents[2]
 MIB = 2**20
@@ -207,6 +208,21 @@ def test_paths_are_relative_to_the_folder_of_the_file(
     code, out, _ = ask("baseline", "check", "--file", "peaks.toml")
     assert code == 1
     assert "the plan was bf16-autocast; it is plain" in out
+    assert out.splitlines()[-1].endswith("`memfit baseline write --file peaks.toml`")
+
+
+def test_a_folder_of_a_hugging_face_model_is_a_path_and_a_name_is_not(tmp_path: Path) -> None:
+    ci = tmp_path / "ci"
+    (tmp_path / "models/mine").mkdir(parents=True)
+    for job, moved in (("hf:models/mine?layers=2", "hf:../models/mine?layers=2"), ("hf:llama", "hf:llama")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(tmp_path)
+            target = target_in(ci, BaselineTarget(job=job, machine="H100-SXM"))
+            assert target.job == moved
+            assert job_path(target, Path("ci")) == job
+            inside = BaselineTarget(job="hf:models/mine", machine="H100-SXM")
+            patch.chdir("/")
+            assert (tmp_path / "models/mine").samefile(job_path(inside, tmp_path).removeprefix("hf:"))
 
 
 def test_writing_one_job_keeps_the_others(ask: Ask, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -190,7 +191,7 @@ def _check(options: BaselineOptions, *, as_json: bool) -> None:
     if as_json:
         emit({"file": options.file.as_posix(), "jobs": comparisons})
     else:
-        _print(comparisons, tolerance=options.tolerance or _TOLERANCE)
+        _print(comparisons, options)
     if any(comparison.drifts for comparison in comparisons):
         raise typer.Exit(1)
 
@@ -205,9 +206,10 @@ def _tell(folder: Path, progress: Bars) -> memfit.workflows.baseline.Tell:
     return tell
 
 
-def _print(comparisons: Sequence[BaselineComparison], *, tolerance: str) -> None:
+def _print(comparisons: Sequence[BaselineComparison], options: BaselineOptions) -> None:
     from memfit.report.baseline_drift import drift_text
 
+    tolerance, command = options.tolerance or _TOLERANCE, _write_command(options.file)
     for comparison in comparisons:
         for drift in comparison.drifts:
             print(f"{comparison.title}, {drift_text(drift)}")
@@ -216,9 +218,14 @@ def _print(comparisons: Sequence[BaselineComparison], *, tolerance: str) -> None
         for note in comparison.notes:
             print(f"    {note}")
     if any(comparison.drifts for comparison in comparisons):
-        print("If this is intended, store the new peaks: `memfit baseline write`")
+        print(f"If this is intended, store the new peaks: `{command}`")
     elif any(comparison.fell for comparison in comparisons):
-        print("To keep what was saved, store the lower peaks: `memfit baseline write`")
+        print(f"To keep what was saved, store the lower peaks: `{command}`")
+
+
+def _write_command(file: Path) -> str:
+    is_default = file == BaselineOptions(action="write").file
+    return "memfit baseline write" + ("" if is_default else f" --file {shlex.quote(str(file))}")
 
 
 def _write_sarif(path: Path, file: Path, comparisons: Sequence[BaselineComparison]) -> None:
@@ -247,7 +254,7 @@ def _sarif_result(title: str, drift: MemoryDrift, file: Path) -> memfit.report.s
         rule="memory-growth",
         level="error",
         text=f"The predicted memory grew: {title}, {drift_text(drift)}.",
-        advice="If this is intended, store the new peaks with `memfit baseline write`.",
+        advice=f"If this is intended, store the new peaks with `{_write_command(file)}`.",
         file=place,
         line=line,
     )

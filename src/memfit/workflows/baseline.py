@@ -133,7 +133,7 @@ def target_in(folder: Path, target: BaselineTarget) -> BaselineTarget:
 
     return dataclasses.replace(
         target,
-        job=_with_path(target.job, moved),
+        job=_with_path(target.job, Path(), moved),
         plan=moved(target.plan) if _is_path(target.plan) else target.plan,
         machine=moved(machine) if _is_path(machine) else machine,
     )
@@ -141,7 +141,7 @@ def target_in(folder: Path, target: BaselineTarget) -> BaselineTarget:
 
 def job_path(target: BaselineTarget, folder: Path) -> str:
     """Return the target's job with its path relative to the current folder instead of ``folder``."""
-    return _with_path(target.job, lambda path: os.path.relpath(folder / path))
+    return _with_path(target.job, folder, lambda path: os.path.relpath(folder / path))
 
 
 def _moved(path_or_name: str, folder: Path) -> str:
@@ -152,12 +152,12 @@ def _is_path(text: str) -> bool:
     return text.endswith((".yaml", ".yml", ".toml"))
 
 
-def _with_path(spec: str, move: Callable[[str], str]) -> str:
-    """Return the job ``spec`` with ``move`` applied to its path: of FILE.py:NAME, and of hf:FOLDER if the
-    text is the path of a file or folder, or looks like one."""
+def _with_path(spec: str, folder: Path, move: Callable[[str], str]) -> str:
+    """Return the job ``spec`` with ``move`` applied to its path: of FILE.py:NAME, and of hf:PATH if the text
+    begins with a dot or slash or exists in ``folder``; else it is a name."""
     if spec.startswith(huggingface.PREFIX):
         path, mark, settings = spec.removeprefix(huggingface.PREFIX).partition("?")
-        is_path = path.startswith((".", "/")) or Path(path).exists()
+        is_path = path.startswith((".", "/")) or (folder / path).exists()
         return f"{huggingface.PREFIX}{move(path) if is_path else path}{mark}{settings}"
     path, mark, name = spec.rpartition(":")
     return f"{move(path)}:{name}" if mark else spec
