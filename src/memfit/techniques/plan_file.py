@@ -16,7 +16,7 @@ from memfit.techniques.registry import check, make_use
 from memfit.types.errors import MemfitError, UserError, suggest
 from memfit.types.plan import Plan
 
-_KEYS_OF_A_PLAN = ("techniques", "ranks", "note")
+_KEYS_OF_A_PLAN = ("techniques", "ranks", "note", "watch")
 
 
 def read_plan(path: Path) -> Plan:
@@ -35,7 +35,8 @@ def read_plan(path: Path) -> Plan:
 
 
 def parse_plan(data: object, *, what: str) -> Plan:
-    """Return the plan that parsed YAML ``data`` describes. The key ``note`` is ignored.
+    """Return the plan that parsed YAML ``data`` describes. The keys ``note`` and ``watch`` (thresholds of
+    alarms, `memfit.monitoring.limits`) are ignored.
 
     Raises UserError if ``data`` is not a mapping. Raises UserError if there are unknown keys, a wrong value
     of ``techniques`` or ``ranks``, unknown techniques or settings, or values that are not allowed: one
