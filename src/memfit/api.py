@@ -26,18 +26,23 @@ from memfit.cost.host import host_holds, host_line, with_host_memory
 from memfit.inputs import job_of, machine_of, on_ranks, plan_of, says_ranks
 from memfit.jobs.training_step import repeat
 from memfit.jobs.user_job import guarded
+from memfit.lint import to_plan
+from memfit.lint.clipping import clipping_setting
+from memfit.lint.trainer_setup import setup_of_trainer
 from memfit.monitoring.watch import watch
 from memfit.planner.batch_shape import with_batch_shape
 from memfit.planner.capacity import fits_under, needed_bytes
 from memfit.planner.evaluate import Pricer
 from memfit.planner.largest import LargestValue, batch_multiple, find_largest, prober
+from memfit.planner.request import space_of
+from memfit.planner.safer_plans import FAILURES, pricer_of_batch, safer_plan
 from memfit.planner.workload import workload_of
 from memfit.planner.workspace_probes import probe_workspaces
 from memfit.report.workload_text import workload_text
 from memfit.runtime import local_machine
 from memfit.techniques.base import Space
-from memfit.techniques.rank_mesh import SEVERAL
-from memfit.techniques.registry import proposable
+from memfit.techniques.rank_mesh import SEVERAL, layout
+from memfit.techniques.registry import proposable, technique
 from memfit.trace.lifecycle import Lifecycle, lifecycle
 from memfit.trace.real_weights import WeightsSource, built_weights, offering
 from memfit.types.conformance import Conformance, Difference, NotConforming
@@ -137,6 +142,25 @@ class Prediction:
         not enough, such as "needs 300 GiB of host memory for 8 ranks, the host has 256 GiB: does not fit". If
         the host's memory is unknown or assumed, it says so. "" on a CPU, or if the need is unknown."""
         return host_line(self.estimate, self.machine)
+
+    def safer(self, batch: Any = None) -> Prediction:
+        """Return the prediction of the plan with which to continue after a training ran out of memory under
+        this one, as `memfit run --on-oom next-plan` does: it fits ``cap_bytes``, its effect class is not
+        higher, and it differs only in micro-batches, recomputation, offload of activations and chunking.
+
+        ``batch``: the batch that failed, for example a longer one; None: that of this prediction. Nothing is
+        trained and no plan applied. Raises UserError, which says why, if there is no such plan."""
+        space = space_of(self.job, self.machine.device.kind, self.plan.ranks)
+        pricer = dataclasses.replace(self.pricer, space=space)
+        if batch is not None:
+            pricer = pricer_of_batch(pricer, batch)
+        try:
+            choice = safer_plan(pricer, self.plan, limit_bytes=self.cap_bytes)
+        except FAILURES as error:
+            raise UserError(f"{self.plan.label} cannot be predicted for this batch: {error}") from error
+        if isinstance(choice, str):
+            raise UserError(f"no safer plan: {choice}")
+        return dataclasses.replace(self, estimate=choice.estimate, job=pricer.job, pricer=pricer)
 
     @property
     def not_included(self) -> tuple[str, ...]:
@@ -344,40 +368,71 @@ def _weights(job: Job) -> WeightsSource:
     )
 
 
-def from_trainer(trainer: Any, machine: Any = None, *, probe: bool = True) -> Prediction:
-    """Predict the step that a Hugging Face ``Trainer`` would run in one process.
+def from_trainer(
+    trainer: Any, machine: Any = None, *, probe: bool = True, ranks: int | None = None
+) -> Prediction:
+    """Predict the step that a Hugging Face ``Trainer`` would run, on one process or on several.
 
     It uses the trainer's model, loss and optimizer; the first batch of its loader, repeated once for each
-    accumulated micro-batch; and of its ``TrainingArguments`` ``fp16``, ``bf16``, ``gradient_checkpointing``
-    and ``gradient_accumulation_steps``, which become the plan, ``max_grad_norm`` and
-    ``dataloader_num_workers``. Other arguments, such as ``fsdp`` and ``deepspeed``, are ignored. ``machine``
-    and ``probe`` are as in `estimate`. Call it before ``trainer.train()``. Raises UserError as `estimate`
-    does.
-    """
+    accumulated micro-batch and each data-parallel rank; and of its ``TrainingArguments`` those that
+    `memfit.lint.to_plan` reads: precision, recomputation, accumulation, compilation, DDP, ``fsdp`` and
+    ``deepspeed``, also if only ``accelerate launch`` chose them, ``max_grad_norm`` and
+    ``dataloader_num_workers``. What of them no plan can express is listed in the prediction's
+    ``estimate.assumptions``. ``ranks``: the number of processes; by default the world size of the launch.
+    ``machine`` and ``probe`` are as in `estimate`. Call it before ``trainer.train()``, and in a launch of
+    several processes on each of them.
+
+    Raises UserError as `estimate` does; for Megatron-LM, XLA and tensor, context or sequence parallelism; and
+    for one process with several devices, which would use ``torch.nn.DataParallel``, unless ``ranks`` is
+    given."""
     import torch
 
     args = trainer.args
-    uses = [use(f"{name}-autocast") for name in ("fp16", "bf16") if getattr(args, name)]
-    if args.gradient_checkpointing:
-        uses.append(use("activation-checkpointing", every=1))
-    micro_batches = args.gradient_accumulation_steps
-    if micro_batches > 1:
-        uses.append(use("gradient-accumulation", micro_batches=micro_batches))
+    if ranks is None and args.n_gpu > 1:
+        raise UserError(
+            f"this Trainer would use {args.n_gpu} devices in one process by torch.nn.DataParallel, which "
+            "memfit does not predict",
+            hint="give ranks=N for a launch of one process per device, as by torchrun --nproc-per-node N",
+        )
+    setup = setup_of_trainer(trainer, ranks or args.world_size)
+    carried = to_plan.over(setup)
+    plan, optimizer = carried.plan, None
+    if not _has_deepspeed_optimizer(trainer):
+        names = [u.technique for u in plan.uses if technique(u.technique).slot == "optimizer"]
+        plan = functools.reduce(Plan.without, names, plan)
+        optimizer_class, settings = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+
+        def optimizer(params: Any) -> Any:
+            return optimizer_class(params, **settings)
+
+    accumulation = plan.get("gradient-accumulation")
+    micro_batches = int(accumulation.settings["micro_batches"]) if accumulation is not None else 1
     with torch.random.fork_rng(devices=[]):
         micro_batch = dict(next(iter(trainer.get_train_dataloader())))
-    batch = repeat(micro_batch, micro_batches)
-    optimizer_class, settings = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
-    return estimate(
+    prediction = estimate(
         trainer.model,
-        batch,
+        repeat(micro_batch, micro_batches * layout(plan).data),
         loss=trainer.compute_loss,
-        optimizer=lambda params: optimizer_class(params, **settings),
-        plan=Plan(uses=tuple(uses)),
+        optimizer=optimizer,
+        plan=plan,
         machine=machine,
-        clip=args.max_grad_norm or None,
+        clip=clipping_setting(setup).limit or None,
         workers=args.dataloader_num_workers,
         probe=probe,
     )
+    notes = [f"without {note.option}: {note.reason}" for note in carried.left_out]
+    if plan.ranks > prediction.machine.device_count:
+        notes.append(f"each of the {plan.ranks} processes has a device of its own")
+    estimate_with_notes = dataclasses.replace(
+        prediction.estimate, assumptions=(*notes, *prediction.estimate.assumptions)
+    )
+    return dataclasses.replace(prediction, estimate=estimate_with_notes)
+
+
+def _has_deepspeed_optimizer(trainer: Any) -> bool:
+    """Return whether DeepSpeed's configuration, not the trainer, chooses the optimizer."""
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    return plugin is not None and "optimizer" in plugin.deepspeed_config
 
 
 @pause_gc()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import memfit
 from memfit.cli.run import RunOptions, lines, most_recoveries, print_recovery
 from memfit.cli.views import run_view
 from memfit.jobs import checkpoints
@@ -125,12 +126,12 @@ def test_a_plan_of_the_frontier_cannot_follow_if_it_has_a_higher_class_or_anothe
         )
 
     monkeypatch.setattr(Pricer, "whole", whole)
-    assert _next(pricer, Plan(), 110, frontier=[_plan("chunked-cross-entropy")]) == _plan(CHECKPOINTING)
-    assert _next(pricer, _plan("sgd"), 80, frontier=[_plan("chunked-cross-entropy", CHECKPOINTING)]) == _plan(
+    assert _next(pricer, Plan(), 130, frontier=[_plan("chunked-cross-entropy")]) == _plan(CHECKPOINTING)
+    assert _next(pricer, _plan("sgd"), 90, frontier=[_plan("chunked-cross-entropy", CHECKPOINTING)]) == _plan(
         "sgd", _micro(2)
     )
     cut = _plan(_micro(2), "chunked-cross-entropy")
-    assert _next(pricer, _plan(_micro(2)), 80, frontier=[cut]) == cut
+    assert _next(pricer, _plan(_micro(2)), 90, frontier=[cut]) == cut
 
 
 @pytest.mark.parametrize("kind", [DependenceKind.DEPENDENT, DependenceKind.NOT_TESTED])
@@ -147,6 +148,21 @@ def test_a_batch_is_not_cut_unless_its_samples_are_known_to_be_independent(
     assert isinstance(cut, SaferPlan)
     expected = _plan(_micro(4)) if kind is DependenceKind.NOT_TESTED else _plan(_micro(2), CHECKPOINTING)
     assert cut.estimate.plan == expected
+
+
+def test_a_training_loop_of_the_user_gets_the_next_plan_for_the_batch_that_failed() -> None:
+    job = load(JobRef(spec=f"{JOB}:job"))
+    prediction = memfit.estimate(
+        job.build_model(), job.make_batch(0, 0), loss=job.loss, machine="this:cpu", probe=False
+    )
+    prediction = dataclasses.replace(prediction, cap_bytes=80 * MIB)
+    long = job.make_batch(LONG, 0)
+    safer = prediction.safer(long)
+    assert safer.plan == _plan(CHECKPOINTING)
+    assert safer.fits
+    assert not dataclasses.replace(safer, estimate=safer.pricer.whole(Plan())).fits
+    with pytest.raises(UserError, match="no safer plan: of the plans of effect class E0 that are left"):
+        dataclasses.replace(prediction, cap_bytes=20 * MIB).safer(long)
 
 
 # --- how often, and from where

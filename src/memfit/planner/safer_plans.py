@@ -12,10 +12,12 @@ import dataclasses
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
+from memfit.cost.memory_estimate import ASSUMED_RESERVED_RATIO
 from memfit.engines.registry import supporting_engine
-from memfit.planner.capacity import fits_under, needed_bytes
+from memfit.planner.capacity import CPU_HEADROOM_BYTES, CPU_HEADROOM_RATIO, fits_under, needed_bytes
 from memfit.planner.evaluate import Pricer
 from memfit.planner.workspace_probes import probe_workspaces
+from memfit.techniques.recompute import optimal
 from memfit.techniques.registry import (
     check,
     effect_of,
@@ -26,17 +28,23 @@ from memfit.techniques.registry import (
 )
 from memfit.types.dependence import DependenceKind
 from memfit.types.errors import MemfitError
-from memfit.types.plan import EffectClass, Plan
+from memfit.types.plan import EffectClass, Plan, Use
 from memfit.types.result import Estimate
 from memfit.types.units import format_bytes
 
 _ACCUMULATION, _OFFLOAD = "gradient-accumulation", "activation-offload"
+_CHECKPOINTING = "activation-checkpointing"
+_MIB = 2**20
 _RECOMPUTATION = "recomputation"  # a slot
 # These may differ between a plan and a safer one. Others decide parameters, optimizer, precision or ranks.
 _MAY_DIFFER = (_ACCUMULATION, _OFFLOAD, "chunked-cross-entropy", "chunking")
+# What tracing a plan can raise, beside errors of the user's own functions, which are UserErrors.
+FAILURES = (MemfitError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 # A plan that failed although it was predicted to fit needs more than predicted: of a safer one at most this
 # share of what the failed one was predicted to need.
 _UNEXPLAINED_RATIO = 0.9
+# Share of the limit that the next plan should need at most, as later batches may be larger still.
+_SPARING_RATIO = 0.9
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,36 +81,47 @@ def safer_plan(
     predicted. It is none of ``tried``, and differs from ``failed`` only in micro-batches, recomputation,
     offload of activations and chunking.
 
-    It is the first of these: a plan of ``frontier``, with other micro-batches only if there is one, and the
-    largest that fits; ``failed`` with the fewest additional micro-batches, if its effect class allows them
-    and the samples of a batch are known to be independent, or the plan splits them already; the same with
-    activation checkpointing of every block; the same with activation offload, too. Raises UserError if
-    ``failed`` cannot be predicted.
+    Plans that need at most 90 % of the limit go before others, as later batches may be larger still. Among
+    them, it is the first of these:
+
+    - a plan of ``frontier``, with other micro-batches only if there is one, and the largest that fits
+    - ``failed`` with the fewest additional micro-batches, if its effect class allows them, and if the samples
+      of a batch are known to be independent, or are not tested and cut already
+    - the same with activation checkpointing of every block
+    - ``failed`` with optimal-checkpointing, which recomputes as many tensors as it takes
+    - the second again with activation checkpointing and activation offload
+
+    Raises one of `FAILURES` if ``failed`` cannot be predicted.
     """
+    if _probes(pricer):
+        probe_workspaces(pricer, failed)
     failed_bytes = needed_bytes(pricer.whole(failed), pricer.machine)
     if failed_bytes <= limit_bytes:
         limit_bytes = int(failed_bytes * _UNEXPLAINED_RATIO)
     search = _Search(pricer=pricer, failed=failed, limit_bytes=limit_bytes, tried={failed, *tried})
-    estimate = search.of_frontier(frontier) or search.of_extensions()
-    if estimate is None:
-        return search.why_not()
-    return SaferPlan(
-        estimate=estimate,
-        needed_bytes=needed_bytes(estimate, pricer.machine),
-        failed_bytes=failed_bytes,
-        limit_bytes=limit_bytes,
-    )
+    for share in (_SPARING_RATIO, 1.0):
+        search.limit_bytes = int(share * limit_bytes)
+        if (estimate := search.of_frontier(frontier) or search.of_extensions()) is not None:
+            return SaferPlan(
+                estimate=estimate,
+                needed_bytes=needed_bytes(estimate, pricer.machine),
+                failed_bytes=failed_bytes,
+                limit_bytes=limit_bytes,
+            )
+    return search.why_not()
 
 
 @dataclasses.dataclass(kw_only=True)
 class _Search:
-    """The search for a safer plan than ``failed`` within ``limit_bytes``. ``smallest``: the least bytes that
-    a plan that was priced needs, and this plan; None if none was priced."""
+    """The search for a safer plan than ``failed`` within ``limit_bytes``. ``estimates``: of the plans that
+    were priced; None for one that cannot be used. ``smallest``: the least bytes that one of them needs, and
+    its plan; None if there is none."""
 
     pricer: Pricer
     failed: Plan
     limit_bytes: int
     tried: Collection[Plan]
+    estimates: dict[Plan, Estimate | None] = dataclasses.field(default_factory=dict)
     smallest: tuple[int, Plan] | None = None
 
     def of_frontier(self, frontier: Sequence[Plan]) -> Estimate | None:
@@ -143,12 +162,14 @@ class _Search:
     def _extensions(self) -> Iterator[list[Plan]]:
         """Yield lists of plans to try, those that change least first. The plans of a list differ in their
         number of micro-batches only, fewest first."""
-        base = self.failed
-        for names in ((), ("activation-checkpointing",), (_OFFLOAD,)):
-            for name in names:
-                base = self._with(base, name)
-            splits = self._splits(base)
-            if variants := [p for p in (base, *splits) if p not in self.tried and self._can_follow(p)]:
+        recomputing = self._with(self.failed, _CHECKPOINTING)
+        for plans in (
+            self._with_splits(self.failed),
+            self._with_splits(recomputing),
+            self._within_budget(),
+            self._with_splits(self._with(recomputing.without(optimal.NAME), _OFFLOAD)),
+        ):
+            if variants := [plan for plan in plans if self._can_follow(plan)]:
                 yield variants
 
     def _with(self, plan: Plan, name: str) -> Plan:
@@ -156,17 +177,24 @@ class _Search:
         place of others of its slot. The plan is returned unchanged if it proposes none."""
         definition = technique(name)
         settings = next(iter(definition.settings(self.pricer.space)), None)
-        if settings is None:
-            return plan
-        others = [
-            u for u in plan.uses if not definition.slot or technique(u.technique).slot != definition.slot
-        ]
-        return dataclasses.replace(plan, uses=tuple(others)).with_use(make_use(name, settings))
+        return plan if settings is None else _replaced(plan, make_use(name, settings))
 
-    def _splits(self, plan: Plan) -> list[Plan]:
-        """Return the plan with each larger number of micro-batches, ascending, at least doubling."""
+    def _within_budget(self) -> list[Plan]:
+        """Return the failed plan with optimal-checkpointing, which recomputes as many tensors as it takes to
+        stay within the limit. Empty if next to nothing is left for tensors."""
+        if self.pricer.machine.device.is_host:
+            tensor_bytes = (self.limit_bytes - CPU_HEADROOM_BYTES) / CPU_HEADROOM_RATIO
+        else:
+            tensor_bytes = self.limit_bytes / ASSUMED_RESERVED_RATIO
+        budget_mib = int(tensor_bytes) // _MIB
+        if budget_mib < 1:
+            return []
+        return [_replaced(self.failed, make_use(optimal.NAME, {"budget_mib": budget_mib}))]
+
+    def _with_splits(self, plan: Plan) -> list[Plan]:
+        """Return the plan, and it with each larger number of micro-batches, ascending, at least doubling."""
         count = _micro_batches(plan)
-        largest, plans = self.pricer.space.parts[-1], []
+        largest, plans = self.pricer.space.parts[-1], [plan]
         for parts in self.pricer.space.parts:
             if parts >= 2 * count or count < parts == largest:
                 count = parts
@@ -202,20 +230,37 @@ class _Search:
 
     def _fitting(self, plan: Plan) -> Estimate | None:
         """Return the plan's estimate if it fits the limit, else None, also for a plan that does not suit the
-        model. On the processor of this machine, workspaces of kernels are probed if they decide this."""
-        fits = fits_under(self.limit_bytes, self.pricer.machine)
-        device = self.pricer.machine.device
-        with contextlib.suppress(MemfitError):
-            estimate = self.pricer.whole(plan)
-            is_probed_here = self.pricer.machine.is_here and device.is_host
-            if not fits(estimate) and is_probed_here and estimate.allocated_bytes.value < self.limit_bytes:
-                probe_workspaces(self.pricer, plan)
-                estimate = self.pricer.whole(plan)
-            needed = needed_bytes(estimate, self.pricer.machine)
-            if self.smallest is None or needed < self.smallest[0]:
-                self.smallest = needed, plan
-            return estimate if fits(estimate) else None
-        return None
+        model."""
+        if plan not in self.estimates:
+            self.estimates[plan] = None
+            with contextlib.suppress(*FAILURES):
+                self.estimates[plan] = self._priced(plan)
+        estimate = self.estimates[plan]
+        return estimate if estimate and self._fits(estimate) else None
+
+    def _priced(self, plan: Plan) -> Estimate | None:
+        """Return the plan's estimate; None if, once its tensors to recompute are chosen, it is a plan that
+        was tried. On the processor of this machine, workspaces of kernels are probed if they decide whether
+        it fits."""
+        estimate = self.pricer.whole(plan)
+        if estimate.plan in self.tried:
+            return None
+        is_close = not self._fits(estimate) and estimate.allocated_bytes.value < self.limit_bytes
+        if is_close and _probes(self.pricer):
+            probe_workspaces(self.pricer, estimate.plan)
+            estimate = self.pricer.whole(estimate.plan)
+        needed = needed_bytes(estimate, self.pricer.machine)
+        if self.smallest is None or needed < self.smallest[0]:
+            self.smallest = needed, estimate.plan
+        return estimate
+
+    def _fits(self, estimate: Estimate) -> bool:
+        return fits_under(self.limit_bytes, self.pricer.machine)(estimate)
+
+
+def _probes(pricer: Pricer) -> bool:
+    """Return whether workspaces of kernels are probed: on the processor of this machine."""
+    return pricer.machine.is_here and pricer.machine.device.is_host
 
 
 def _core(plan: Plan) -> Plan:
@@ -226,6 +271,13 @@ def _core(plan: Plan) -> Plan:
         if u.technique not in _MAY_DIFFER and technique(u.technique).slot != _RECOMPUTATION
     )
     return Plan(uses=uses, ranks=plan.ranks)
+
+
+def _replaced(plan: Plan, added: Use) -> Plan:
+    """Return the plan with ``added`` in place of techniques of the same slot."""
+    slot = technique(added.technique).slot
+    others = tuple(u for u in plan.uses if not slot or technique(u.technique).slot != slot)
+    return dataclasses.replace(plan, uses=others).with_use(added)
 
 
 def _micro_batches(plan: Plan) -> int:

@@ -10,12 +10,11 @@ from typing import Protocol
 
 from memfit.jobs import checkpoints
 from memfit.planner.request import Request, make_pricer
-from memfit.planner.safer_plans import SaferPlan, pricer_of_batch, safer_plan
+from memfit.planner.safer_plans import FAILURES, SaferPlan, pricer_of_batch, safer_plan
 from memfit.runtime import local_machine
 from memfit.runtime.restart import Losses, newest
 from memfit.techniques.registry import effect_of
 from memfit.types.device_kind import HOST
-from memfit.types.errors import MemfitError
 from memfit.types.launch import CheckpointSettings, RunSpec
 from memfit.types.plan import Plan
 from memfit.types.result import Estimate, OutcomeKind, Recovery, Run
@@ -103,7 +102,7 @@ def _next_plan(
         job, pricer = make_pricer(dataclasses.replace(request, ranks=ranks), replicas=False)
         batch_pricer = pricer_of_batch(pricer, job.make_batch(step, spec.seed))
         return safer_plan(batch_pricer, spec.plan, limit_bytes=limit_bytes, frontier=frontier, tried=tried)
-    except MemfitError as error:
+    except FAILURES as error:
         return f"plans cannot be predicted for the batch of step {step}: {error}"
 
 
