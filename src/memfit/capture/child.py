@@ -184,13 +184,14 @@ class _Session:
             return estimate
         growing = (Category.ACTIVATION, Category.TEMPORARY)
         varying_bytes = sum(estimate.at_peak_bytes.get(str(category), 0) for category in growing)
-        varying_bytes += trace.batches.traced_bytes
+        varying_bytes += 2 * trace.batches.traced_bytes  # the last one is freed when the next is there
         peak = estimate.allocated_bytes
         typical_bytes, most_bytes = (peak.value + varying_bytes * (ratio - 1) for ratio in (typical, most))
         if most >= _ALIKE_RATIO:
             self.notes.append(
-                f"batches of the script differ in size: of {count} in an epoch, the largest is {most:.2f} times "
-                f"as large as those of the traced steps; the peak with it is about {format_bytes(most_bytes)}"
+                f"batches of the script differ in size: of {count} in an epoch, the largest is {most:.2f} "
+                "times as large as those of the traced steps; the peak with it is about "
+                f"{format_bytes(most_bytes)}"
             )
         widened = dataclasses.replace(
             peak, low=max(0.0, min(peak.low, typical_bytes)), high=max(peak.high, most_bytes)
