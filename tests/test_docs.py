@@ -57,6 +57,8 @@ def test_every_command_of_the_manual_has_help(command: str) -> None:
 
 def options() -> list[tuple[str, str]]:
     lines = [w for w in console_lines(MANUAL) if w[0] == "memfit" and len(w) > 1]
+    # what follows "--" are the options of the user's command
+    lines = [w[: w.index("--")] if "--" in w else w for w in lines]
     return sorted({(w[1], part.split("=")[0]) for w in lines for part in w if part.startswith("--")})
 
 
