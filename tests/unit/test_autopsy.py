@@ -36,11 +36,10 @@ def diagnosis_of(name: str) -> Diagnosis:
 # -- prepared deaths --------------------------------------------------------------------------------------
 
 
-def test_the_prepared_deaths_are_thirty_of_ten_kinds() -> None:
+def test_the_prepared_deaths_are_at_least_thirty_of_ten_kinds() -> None:
     causes = [label["cause"] for label in _LABELS.values()]
     assert len(causes) >= 30
-    assert len(set(causes)) == 10
-    assert all(causes.count(c) >= 3 for c in causes)
+    assert sum(causes.count(c) >= 3 for c in set(causes)) == 10
     assert {p.stem for p in _DEATHS.glob("*.txt")} == set(_LABELS)
 
 

@@ -49,6 +49,7 @@ _OTHER_ENDS: Final = (
     (re.compile(r"[Ww]atchdog caught collective operation timeout"), "a collective operation timed out"),
     (re.compile(r"DUE TO TIME LIMIT|TIMEOUT|time limit exceeded", re.IGNORECASE), "it reached a time limit"),
     (re.compile(r"\bSIGTERM\b|signal 15\b|Terminated\s*$|PREEMPTION"), "it was told to stop (SIGTERM)"),
+    (re.compile(r"^\W*KeyboardInterrupt"), "it was interrupted (Ctrl-C)"),
     (re.compile(r"Segmentation fault|SIGSEGV"), "it crashed (segmentation fault)"),
     (re.compile(r"No space left on device"), "a disk was full"),
     (re.compile(r"illegal memory access|device-side assert"), "a kernel made an invalid access"),

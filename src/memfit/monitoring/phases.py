@@ -11,7 +11,7 @@ from memfit.monitoring.traceback_text import StackFrame
 
 _EVALUATION: Final = re.compile(
     r"^_*(?:run_|do_)?(?:evaluat\w*|eval(?:_\w+)?|(?:validate|validation|val|test|dev|predict|prediction)"
-    r"(?:_(?:epoch|step|loop|one_epoch|model|phase|batch|impl))|validate|validation|val|test|sanity_check)$"
+    r"(?:_(?:epoch|step|loop|one_epoch|model|phase|batch|impl))|validate|\w*validation|val|test|sanity_check)$"
 )
 _EVALUATION_CALL: Final = re.compile(
     r"\b(?:evaluate\w*|validate|validation_step|evaluation_loop|trainer\.(?:test|predict))\("
