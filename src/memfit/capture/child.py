@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 import runpy
 import sys
 import traceback
@@ -42,6 +43,7 @@ from memfit.types.serialization import dumps, loads
 from memfit.types.trace import Category, Trace
 from memfit.types.units import format_bytes
 
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _ALIKE_RATIO = 1.02  # batches that differ by less are of one size
 _PACKAGE = str(Path(__file__).parents[1])
 
@@ -144,6 +146,10 @@ class _Session:
             batch_size=1,
             workers=trace.workers,
         )
+        if not trace.has_optimizer:
+            self.notes.append(
+                "the script makes no optimizer of torch: two forward and backward passes are predicted"
+            )
         assert self.ranks is not None
         plan = Plan(uses=tuple(self.ranks.uses.values()), ranks=self.ranks.count)
         pricer = Pricer(
@@ -242,7 +248,7 @@ class _Session:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_PACKAGE)]
         own = [f for f in frames if "/lib/python" not in f.filename and not f.filename.startswith("<")]
         place = f" at {Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""
-        text = (str(error).splitlines() or [""])[0]
+        text = _COLOURS.sub("", (str(error).splitlines() or [""])[0])
         if isinstance(error, UserError):
             return f"{text}{place}"
         return f"the script raised {type(error).__name__}{place}: {text[:300]}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from memfit.runtime.child_process import CHILD_ENV, dying_with_parent
 from memfit.types.errors import UserError
 from memfit.types.serialization import dumps, loads
 
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _SHOWN_LINES = 6  # of the script's output, in an error
 _ROOT = str(
     Path(__file__).parents[2]
@@ -99,7 +101,8 @@ def _run(spec: ScriptSpec, folder: Path, output: Path, limit_s: float, *, show_o
 def _end_of(output: Path) -> str:
     """Return the last lines of the script's output, for an error; "" if there are none or they were shown."""
     with contextlib.suppress(OSError):
-        lines = [" ".join(line.split()) for line in output.read_text(errors="replace").splitlines()]
+        text = _COLOURS.sub("", output.read_text(errors="replace"))
+        lines = [" ".join(line.split()) for line in text.splitlines()]
         if lines := [line for line in lines if line][-_SHOWN_LINES:]:
             return f"; the end of its output: {' | '.join(lines)[-600:]}"
     return ""

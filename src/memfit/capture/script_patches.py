@@ -35,6 +35,7 @@ def script_patches(trace: ScriptTrace) -> Iterator[None]:
             (torch.autograd, "grad", _backward(trace, torch.autograd.grad)),
             (torch.amp.GradScaler, "_maybe_opt_step", _step_without_overflow),
             (torch.nn.utils, "clip_grad_norm_", _clipping(trace)),
+            (torch.optim.Optimizer, "__init__", _optimizer_init(trace)),
             (torch, "save", lambda *args, **options: None),
             (FakeTensor, "__format__", _format),
             (DataLoader, "_get_iterator", _single_process_iterator(trace)),
@@ -105,6 +106,17 @@ def _backward(trace: ScriptTrace, inner: Callable[..., Any]) -> Callable[..., An
         return trace.backward(inner, args, kwargs)
 
     return backward
+
+
+def _optimizer_init(trace: ScriptTrace) -> Callable[..., None]:
+    inner = torch.optim.Optimizer.__init__
+
+    @functools.wraps(inner)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        trace.has_optimizer = True
+        inner(self, *args, **kwargs)
+
+    return init
 
 
 def _clipping(trace: ScriptTrace) -> Callable[..., Any]:

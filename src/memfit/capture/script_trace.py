@@ -62,6 +62,8 @@ class ScriptTrace:
         self.begun = False
         self.forwards = 0  # of outermost modules, since `begin`
         self.micro_batches = 0  # backwards since the last optimizer step
+        self.has_optimizer = False  # whether the script has made one of torch's optimizers
+        self.has_optimizer = False  # whether the script has made one of torch's optimizers
         self.optimizers: dict[int, Any] = {}  # that have made steps, by id
         self.updates: dict[int, int] = {}  # number of their steps, by id
         self.model: torch.nn.Module | None = None  # the first that was trained
@@ -262,6 +264,7 @@ class ScriptTrace:
         if not self.begun and torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()):
             self.begin(module)
         if self.begun:
+            self._close_step_without_optimizer()
             self.adopt(module, "" if module is self.model else type(module).__name__)
             if self.recorder.current is not Phase.FORWARD:
                 self._close_backward()
@@ -273,6 +276,16 @@ class ScriptTrace:
             is_trained = any(p.requires_grad for p in module.parameters())
             self.calls.note_call(module, args, kwargs, out, model=module if is_trained else None)
         return out
+
+    def _close_step_without_optimizer(self) -> None:
+        """If the script has no optimizer of torch, take each backward pass for a step."""
+        if self.has_optimizer or self.recorder.current is Phase.FORWARD or not self.micro_batches:
+            return
+        if self.micro_batches >= _STEPS:
+            self.on_traced(self)
+        self._close_backward()
+        self.recorder.phase(Phase.SETUP)
+        self.recorder.next_step()
 
     def backward(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run a backward pass."""
