@@ -104,7 +104,7 @@ class RunOptions:
             "next-plan: continue from the newest checkpoint of --save, or without one from where the run "
             "began, under a plan that is predicted to need less memory for the batch that failed, and that "
             "changes the results no more (its effect class is not higher): more micro-batches if the class "
-            "is E1 or above, then activation checkpointing, then activation offload. Example: memfit run "
+            "is E1 or above, then recomputation, then activation offload. Example: memfit run "
             "my.py:job --memory 2GiB --save run/ --save-every 50 --on-oom next-plan",
         ),
     ] = "stop"
