@@ -46,7 +46,7 @@ def noise(seed: int, count: int, size: float) -> list[float]:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_leak_under_noise_of_three_steps_of_it_grows_steadily(seed: int) -> None:
+def test_a_leak_under_noise_of_twice_its_size_grows_steadily(seed: int) -> None:
     values = [GIB + i * MIB + n for i, n in enumerate(noise(seed, 40, 2 * MIB))]
     assert steady_growth(points(values), LEAST) == pytest.approx(MIB, rel=0.2)
 
