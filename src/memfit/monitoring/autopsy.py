@@ -328,13 +328,10 @@ def _by_phase(phase: PhaseOfDeath, log: TrainingLog) -> _Judgement | None:
         return DeathCause.CHECKPOINT, Certainty.CERTAIN, [f"it died while {action} a checkpoint"], []
     if phase.in_evaluation or (log.in_evaluation and not phase.in_training):
         evidence = ["it died in an evaluation, not in a training step"]
-        is_after_training = phase.in_training or log.is_late or log.in_evaluation or bool(log.progress_rows)
-        return (
-            DeathCause.EVALUATION,
-            Certainty.CERTAIN if is_after_training else Certainty.LIKELY,
-            evidence,
-            [],
-        )
+        if phase.in_training or log.in_evaluation or log.epochs or log.progress_rows:
+            return DeathCause.EVALUATION, Certainty.CERTAIN, evidence, []
+        evidence.append("the log shows no training before it")
+        return DeathCause.EVALUATION, Certainty.LIKELY, evidence, [DeathCause.TENSORS_TOO_LARGE]
     if phase.name == "optimizer":
         if phase.adds_state:
             text = "it died while the optimizer made its state, which the first step does"
