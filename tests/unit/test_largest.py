@@ -16,7 +16,7 @@ import memfit
 from memfit.cli.app import app
 from memfit.jobs.registry import load
 from memfit.planner.batch_shape import with_batch_shape
-from memfit.planner.largest import LargestValue, TracedSize, batch_multiple, find_largest
+from memfit.planner.largest import LargestValue, TracedSize, batch_multiple, find_largest, length_multiple
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 from memfit.types.plan import Plan, use
@@ -132,7 +132,11 @@ def test_a_first_value_that_is_refused_is_an_error() -> None:
 def test_batches_are_multiples_of_micro_batches_and_data_parallel_ranks() -> None:
     plan = Plan(ranks=2, uses=(use("ddp"), use("gradient-accumulation", micro_batches=3)))
     assert batch_multiple(plan) == 6
+    pipeline = use("pipeline", stages=2, schedule="gpipe", micro_batches=4)
+    assert batch_multiple(Plan(ranks=4, uses=(use("ddp"), pipeline))) == 8
     assert batch_multiple(Plan()) == 1
+    assert length_multiple(Plan(ranks=2, uses=(use("context-parallel"),))) == 4
+    assert length_multiple(Plan()) == 1
 
 
 # -- sizes of jobs --------------------------------------------------------------------------------

@@ -117,9 +117,16 @@ LIMIT_TEXTS: Mapping[str, str] = {
 def batch_multiple(plan: Plan) -> int:
     """Return the number of which the plan's batch must be a multiple so that all micro-batches of all ranks
     have equal sizes."""
-    settings = [plan.get(name) for name in ("gradient-accumulation", "pipeline-parallel")]
+    settings = [plan.get(name) for name in ("gradient-accumulation", "pipeline")]
     micro_batches = [int(use.settings.get("micro_batches", 1)) for use in settings if use is not None]
     return layout(plan).data * math.prod(micro_batches)
+
+
+def length_multiple(plan: Plan) -> int:
+    """Return the number of which the length of a sample must be a multiple so that the plan's ranks can
+    divide it."""
+    degrees = layout(plan)
+    return math.lcm(2 * degrees.context if degrees.context > 1 else 1, degrees.tensor)
 
 
 def find_largest(

@@ -15,7 +15,7 @@ from memfit.engines.registry import supporting_engine
 from memfit.jobs.registry import load
 from memfit.planner.batch_shape import length_of, with_batch_shape
 from memfit.planner.evaluate import Pricer
-from memfit.planner.largest import LargestValue, batch_multiple, find_largest, prober
+from memfit.planner.largest import LargestValue, batch_multiple, find_largest, length_multiple, prober
 from memfit.planner.machine_calibration import calibrate
 from memfit.planner.request import Progress, Request, make_pricer
 from memfit.planner.search import search
@@ -185,7 +185,8 @@ def _row(  # noqa: PLR0913
     step: int | None,
     progress: Progress,
 ) -> LargestRow:
-    multiple = math.lcm(asked.multiple, batch_multiple(plan) if asked.name.startswith("batch") else 1)
+    multiples = {"batch": batch_multiple, "length": length_multiple}
+    multiple = next((multiples[names[0]] for names in _SYNONYMS[:2] if asked.name in names), lambda plan: 1)
     count = 0
 
     def job_of(value: int) -> Job:
@@ -204,7 +205,7 @@ def _row(  # noqa: PLR0913
             plan=plan,
             cap_bytes=request.cap_bytes or 0,
             start=start,
-            step=math.lcm(multiple, step or 1),
+            step=math.lcm(asked.multiple, multiple(plan), step or 1),
         )
     except UserError as error:
         return LargestRow(plan=plan, value=None, result=None, problem=str(error))
