@@ -130,7 +130,8 @@ def test_the_edit_with_micro_batches_trains_nearly_the_same_and_warns_of_what_is
 ) -> None:
     logging = PLAIN.replace("scheduler.step()\n", "scheduler.step()\n        last = loss.item()\n")
     edit = diff(logging, {"gradient-accumulation": {"micro_batches": 4}}, batch=16)
-    assert edit.remarks == ("after fit.split, loss is that of the last micro-batch: check what you log",)
+    assert edit.remarks[0] == "after fit.split, loss is that of the last micro-batch: check what you log"
+    assert "mean over the samples" in edit.remarks[1]
     assert output(patched(logging, edit, tmp_path), tmp_path) == pytest.approx(
         output(PLAIN, tmp_path), rel=1e-6
     )
@@ -177,6 +178,14 @@ REFUSED = {
         PLAIN.replace("parameters(), 1.0)", "parameters(), epoch)"),
         "changes gradients",
     ),
+    "a number of samples": (
+        PLAIN.replace("# forward\n", "n = len(x)\n").replace("F.cross_entropy(out, y)", "out.sum() / n"),
+        "computes n from x",
+    ),
+    "a sum as loss": (
+        PLAIN.replace("F.cross_entropy(out, y)", 'F.cross_entropy(out, y, reduction="sum")'),
+        "reduction=",
+    ),
     "no loop": ("import torch\n", "backward 0 times"),
     "text of several lines": (
         PLAIN.replace("out = model(x)\n", 'out = model(x)\n        print("""\n""")\n'),
@@ -188,7 +197,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_script_that_cannot_be_edited_safely_gets_the_reason_and_the_lines(name: str) -> None:
     text, reason = REFUSED[name]
-    edit = diff(text, {"bf16-autocast": {}})
+    edit = diff(text, {"gradient-accumulation": {}}, batch=16)
     assert not edit.diff
     assert reason in edit.reason
     assert "\n" not in edit.reason

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from memfit.export.source_edits import Source, name_of, source_of
+from memfit.export.source_edits import Source, literal, name_of, source_of
 from memfit.techniques.registry import make_use
 from memfit.types.errors import UserError
 from memfit.types.plan import Plan, Use
@@ -91,6 +91,8 @@ def edit_loop(source: Source, plan: Plan, structure: Mapping[str, Any]) -> tuple
     loop = _find(source, plan)
     lines = list(source.lines)
     names = _batch_names(loop)
+    if plan.get("gradient-accumulation") is not None:
+        _must_split_alike(source, loop, names)
     statements = loop.body
     indent = source.indent(statements[loop.backward].lineno)
     unit = indent[len(source.indent(loop.loop.lineno)) :] or "    "
@@ -148,6 +150,7 @@ def _remarks(loop: Loop, plan: Plan, names: list[str]) -> Iterator[str]:
         used = {n.id for s in loop.body[loop.backward + 1 :] for n in ast.walk(s) if isinstance(n, ast.Name)}
         if shown := sorted(used & {loop.loss, *names}):
             yield f"after fit.split, {', '.join(shown)} is that of the last micro-batch: check what you log"
+        yield "the loss must be a mean over the samples; for a mean over other terms, give loss_terms="
     if plan.ranks > 1:
         yield f"start it with torchrun --nproc-per-node {plan.ranks}"
     if _needs_example(plan):
@@ -354,6 +357,29 @@ def _batch_names(loop: Loop) -> list[str]:
     if not names:
         raise UserError("the script does not show which variables hold the batch")
     return names
+
+
+def _must_split_alike(source: Source, loop: Loop, names: list[str]) -> None:
+    """Raise UserError if the script has a loss that is a sum, or if one of the variables of the batch is
+    computed from another one that forward reads, too: the number of samples, for example, is not that of a
+    micro-batch."""
+    keywords = [n for n in ast.walk(source.tree) if isinstance(n, ast.keyword)]
+    if any(k.arg == "reduction" and literal(k.value) == "sum" for k in keywords):
+        raise UserError(
+            'the script has a loss with reduction="sum", but micro-batches are parts of a mean over the batch'
+        )
+    for statement in loop.body[: loop.forward]:
+        stored = _stored(statement)
+        loaded = {
+            n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)
+        }
+        if sources := sorted((loaded - set(stored)) & set(names)):
+            computed_names = ", ".join(n for n in stored if n in names)
+            if computed_names:
+                raise UserError(
+                    f"the loop computes {computed_names} from {', '.join(sources)} before the model runs, "
+                    "and the model uses both, so they cannot be split into micro-batches alike"
+                )
 
 
 def _stored(node: ast.AST) -> list[str]:
