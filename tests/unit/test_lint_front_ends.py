@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tomllib
 from importlib import resources
@@ -10,7 +11,9 @@ from typing import Any
 
 import pytest
 import yaml
+from test_lint_to_plan import variants
 
+from memfit.lint.check import check
 from memfit.lint.clipping import clipping_setting
 from memfit.lint.draft import Carried
 from memfit.lint.option_reasons import option_reasons
@@ -75,6 +78,19 @@ def test_no_option_has_two_reasons_or_is_carried_over_as_well(library: str) -> N
     data = tomllib.loads(text)
     names = [*data["carried"].split(), *(n for group in data["group"] for n in group["options"].split())]
     assert sorted({name for name in names if names.count(name) > 1}) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unexpected_values_of_a_front_end_never_raise_an_error(name: str) -> None:
+    setup = read([FILES / name])
+    options: Options = getattr(setup, kind(name))
+    for data in variants(options.data):
+        odd_options = dataclasses.replace(options, data=data)
+        changed = {kind(name): odd_options} | ({"trainer": odd_options} if setup.trainer else {})
+        odd = dataclasses.replace(setup, **changed)
+        check(odd)
+        clipping_setting(odd)
+        assert over(odd).plan.ranks >= 1
 
 
 # -- Axolotl -----------------------------------------------------------------------------------------------

@@ -19,7 +19,17 @@ from memfit.cli import plan_from_config
 from memfit.decision.case import parse_case
 from memfit.decision.decide import decide
 from memfit.jobs import registry
-from memfit.lint import draft, to_plan, to_plan_hugging_face, to_plan_openfold, to_plan_scripts
+from memfit.lint import (
+    draft,
+    to_plan,
+    to_plan_fine_tuning,
+    to_plan_hugging_face,
+    to_plan_lightning,
+    to_plan_mace,
+    to_plan_openfold,
+    to_plan_scripts,
+)
+from memfit.lint.option_reasons import option_reasons
 from memfit.planner import block_costs
 from memfit.report.html import render_html
 from memfit.report.words import load_words
@@ -103,7 +113,16 @@ def literal(node: Any) -> str:
 
 def left_out_reasons() -> list[str]:
     """Why settings of a configuration, and plans of a search for many devices, are left out."""
-    lint = (draft, to_plan, to_plan_hugging_face, to_plan_openfold, to_plan_scripts)
+    lint = (
+        draft,
+        to_plan,
+        to_plan_fine_tuning,
+        to_plan_hugging_face,
+        to_plan_lightning,
+        to_plan_mace,
+        to_plan_openfold,
+        to_plan_scripts,
+    )
     reasons = [literal(call.args[1]) for module in lint for call in calls(module, "leave")]
     reasons += [literal(call.args[2]) for call in calls(plan_from_config, "_left_out")]
     for table in (
@@ -113,6 +132,8 @@ def left_out_reasons() -> list[str]:
         to_plan_scripts._MEGATRON_REASONS,
     ):
         reasons += table.values()
+    for library in ("axolotl", "lightning", "llamafactory", "mace"):
+        reasons += option_reasons(library).reasons.values()
     parallel = (axial_parallel, context_parallel, gathered_attention, tensor_parallel)
     for call in (call for module in (*parallel, float8, block_costs) for call in calls(module, "UserError")):
         texts = {keyword.arg or "": literal(keyword.value) for keyword in call.keywords}

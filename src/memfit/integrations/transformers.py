@@ -18,7 +18,7 @@ from memfit.api import Prediction, from_trainer
 from memfit.inputs import plan_of
 from memfit.integrations.record import Recorder
 from memfit.lint import to_plan
-from memfit.lint.parse import Options, Setup
+from memfit.lint.trainer_setup import setup_of_arguments
 from memfit.types.errors import UserError
 from memfit.types.plan import Plan
 
@@ -93,7 +93,4 @@ def plan_of_arguments(args: Any) -> Plan:
     """Return the plan that the TrainingArguments ``args`` express, with DeepSpeed's configuration if they use
     one, on the current number of ranks (``args.world_size``). Settings that no plan can express are left
     out."""
-    trainer = Options(file="TrainingArguments", data=args.to_dict())
-    plugin = args.deepspeed_plugin
-    deepspeed = None if plugin is None else Options(file="DeepSpeed", data=plugin.deepspeed_config)
-    return to_plan.over(Setup(trainer=trainer, deepspeed=deepspeed, ranks=args.world_size)).plan
+    return to_plan.over(setup_of_arguments(args, ranks=args.world_size)).plan

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def _apply_lora(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
-    _adapt(bench, int(settings["rank"]), trains_outside=settings["outside"] == "trained")
+    _adapt(bench, int(settings["rank"]), trains_outside=settings.get("outside") != "frozen")
 
 
 def _apply_qlora(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
@@ -25,7 +25,7 @@ def _apply_qlora(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
     from memfit.techniques.nf4 import Nf4Linear
 
-    _adapt(bench, int(settings["rank"]), trains_outside=settings["outside"] == "trained")
+    _adapt(bench, int(settings["rank"]), trains_outside=settings.get("outside") != "frozen")
     for module in bench.model.modules():
         if isinstance(module, LoraLayer):
             module.base_layer = Nf4Linear(module.base_layer)
@@ -68,7 +68,7 @@ def block_linears(model: torch.nn.Module, path: str) -> Iterable[tuple[str, torc
 
 
 def _ranks(space: Space) -> Iterable[Mapping[str, KnobValue]]:
-    return [{"rank": 8}] if space.block_count and space.linears else []
+    return [{"rank": 8, "outside": "trained"}] if space.block_count and space.linears else []
 
 
 _RANK = Knob(

@@ -6,6 +6,7 @@ import contextlib
 import contextvars
 import itertools
 import sys
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -28,30 +29,64 @@ def fake_ranks(plan: Plan, rank: int) -> Iterator[World]:
     process has a fake process group, whose collectives return at once. For a plan of one rank no group is
     made. Enter this outside a fake tensor mode, because a device mesh holds real numbers.
 
+    Process groups that this process already has, as in a training script under torchrun, are set aside
+    meanwhile: inside the context they are unknown to torch.distributed, and afterwards they are as before.
+
     Raises UserError if the degrees of parallelism do not match the number of ranks. For a plan of several
-    ranks, raises MemfitError if this process already has a process group. If the plan has tensor parallelism,
-    a UserError inside the context that reports an error of the user's code is replaced by one that names
-    tensor parallelism as the cause.
-    """
+    ranks, raises MemfitError inside another such context. If the plan has tensor parallelism, a UserError
+    inside the context that reports an error of the user's code is replaced by one that names tensor
+    parallelism as the cause."""
     if plan.ranks == 1:
         yield make_world(plan, rank=0, device="cpu")
         return
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    if dist.is_initialized():
-        raise MemfitError(
-            "a plan with several ranks cannot be traced while this process has an initialised process group"
-        )
-    _forget_other_worlds(layout(plan), rank)
-    hook = sys.excepthook  # torch installs one that adds the rank to every later traceback
-    dist.init_process_group("fake", rank=rank, world_size=plan.ranks, store=FakeStore())
+    if dist.is_initialized() and dist.get_backend() == "fake":
+        raise MemfitError("a plan with several ranks cannot be traced within the trace of another one")
+    with _own_groups_set_aside():
+        _forget_other_worlds(layout(plan), rank)
+        hook = sys.excepthook  # torch installs one that adds the rank to every later traceback
+        dist.init_process_group("fake", rank=rank, world_size=plan.ranks, store=FakeStore())
+        try:
+            with rank_patches(), _blame_tensor_parallel(plan):
+                yield make_world(plan, rank=rank, device="cpu")
+        finally:
+            dist.destroy_process_group()
+            sys.excepthook = hook
+
+
+@contextlib.contextmanager
+def _own_groups_set_aside() -> Iterator[None]:
+    """Let torch.distributed have no process groups inside this context, and this process's own ones again
+    afterwards. The groups themselves are not touched. Without own groups, do nothing."""
+    from torch.distributed import distributed_c10d as c10d
+
+    own_world, backend, method = c10d._world, c10d._backend, c10d._default_pg_init_method
+    if own_world.default_pg is None:
+        yield
+        return
+    c10d._unregister_all_process_groups()
+    c10d._world = types.SimpleNamespace(  # type: ignore[assignment]  # torch's own way to override it
+        default_pg=None,
+        pg_map={},
+        pg_names={},
+        pg_group_ranks={},
+        pg_backend_config={},
+        group_count=0,
+        tags_to_pg={},
+        pg_to_tag={},
+        pg_coalesce_state={},
+        comms=[],
+        pg_config_info=[],
+    )
     try:
-        with rank_patches(), _blame_tensor_parallel(plan):
-            yield make_world(plan, rank=rank, device="cpu")
+        yield
     finally:
-        dist.destroy_process_group()
-        sys.excepthook = hook
+        c10d._world, c10d._backend, c10d._default_pg_init_method = own_world, backend, method
+        for group, name in own_world.pg_names.items():
+            c10d._register_process_group(name, group)
+        c10d._update_default_pg(own_world.default_pg)
 
 
 @contextlib.contextmanager
