@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from memfit.monitoring.watch import Watch
+from memfit.monitoring.watch import TrainingWatch
 
 
 class _TrainerHooks:
@@ -39,14 +39,14 @@ class _TrainerHooks:
     ) -> None:
         self._trainer, self._logger = trainer, logger
         self._new_watch = functools.partial(
-            Watch,
+            TrainingWatch,
             file=file if file is not None else Path(trainer.args.output_dir) / "run.jsonl",
             prediction=prediction,
             limits=limits,
             on_alarm=on_alarm,
         )
         self._new_watch()  # checks the arguments
-        self._watch: Watch | None = None
+        self._watch: TrainingWatch | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         logger = self._logger if self._logger is not None else self._tensorboard()
@@ -84,8 +84,10 @@ class _LightningHooks:
         logger: Any = None,
     ) -> None:
         self._file, self._logger = file, logger
-        self._new_watch = functools.partial(Watch, prediction=prediction, limits=limits, on_alarm=on_alarm)
-        self._watch: Watch | None = None
+        self._new_watch = functools.partial(
+            TrainingWatch, prediction=prediction, limits=limits, on_alarm=on_alarm
+        )
+        self._watch: TrainingWatch | None = None
         self._step = 0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:

@@ -6,15 +6,15 @@ import atexit
 import functools
 import json
 
-from memfit.monitoring.watch import Watch
+from memfit.monitoring.watch import TrainingWatch
 from memfit.runtime.oom import is_oom_error
 
 
 @functools.cache
-def begin(settings: str) -> Watch:
+def begin(settings: str) -> TrainingWatch:
     """Begin the watch of this process, once. It ends with the process. ``settings``: JSON with the arguments
-    ``file``, ``prediction`` and ``limits`` of `Watch`."""
-    watch = Watch(**json.loads(settings))
+    ``file``, ``prediction`` and ``limits`` of `TrainingWatch`."""
+    watch = TrainingWatch(**json.loads(settings))
     watch.__enter__()
     atexit.register(watch.close)
     return watch

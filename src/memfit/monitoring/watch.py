@@ -66,7 +66,7 @@ class _Recording:
     detector: AlarmDetector
 
 
-class Watch:
+class TrainingWatch:
     """Records the steps of a training between ``with`` and the end of its block. See `memfit.watch`."""
 
     def __init__(
@@ -105,7 +105,7 @@ class Watch:
 
     # -- what the training calls
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> TrainingWatch:
         self._guard(self._begin)
         return self
 
@@ -325,7 +325,7 @@ def watch(
     limits: AlarmLimits | Mapping[str, Any] | str | Path | None = None,
     on_alarm: Callable[[Alarm], object] | None = None,
     logger: Any = None,
-) -> Watch:
+) -> TrainingWatch:
     """Watch a training on this rank: ``with memfit.watch(file="run.jsonl") as watch: ...``. Call it on every
     rank.
 
@@ -347,7 +347,7 @@ def watch(
     the resident memory of the process is recorded. No counter is reset. An error in memfit ends the watch,
     not the training. Raises UserError for wrong arguments.
     """
-    return Watch(
+    return TrainingWatch(
         model,
         optimizer,
         file=file,
