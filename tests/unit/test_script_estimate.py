@@ -107,6 +107,71 @@ def test_a_script_that_asks_for_a_gpu_gets_the_target_and_runs_on_a_cpu_otherwis
     assert estimate_script([sys.executable, script, "cpu"], machine="this:cpu").notes == ()
 
 
+_MAKE_OPTIMIZER = "optimizer = torch.optim.AdamW(model.parameters())"
+_STEP = "loss = model(inputs).square().mean(); loss.backward(); optimizer.step(); optimizer.zero_grad()"
+_CLOSURE = """
+    def closure():
+        optimizer.zero_grad()
+        loss = model(inputs).square().mean()
+        loss.backward()
+        return loss
+    optimizer.step(closure)
+"""
+_ORDERS = {
+    "optimizer before the move": (f"{_MAKE_OPTIMIZER}; model.cuda(); device = 'cuda'", _STEP),
+    "an index for a device": (f"device = torch.device(0); model.to(device); {_MAKE_OPTIMIZER}", _STEP),
+    "a model made on the device": (
+        f"device = 'cuda'\nwith torch.device(device): model = make()\n{_MAKE_OPTIMIZER}",
+        _STEP,
+    ),
+    "a closure": (f"device = 'cuda'; model.to(device); {_MAKE_OPTIMIZER}", _CLOSURE),
+    "DataParallel": (f"device = 'cuda'; model = nn.DataParallel(model.cuda()); {_MAKE_OPTIMIZER}", _STEP),
+}
+
+
+@pytest.mark.parametrize("order", _ORDERS)
+def test_parameters_gradients_and_states_are_on_the_gpu_in_any_order_of_the_script(
+    order: str, tmp_path: Path
+) -> None:
+    setup, step = _ORDERS[order]
+    path = tmp_path / "train.py"
+    path.write_text(
+        "import torch\nfrom torch import nn\n"
+        "make = lambda: nn.Sequential(nn.Linear(512, 1024), nn.ReLU(), nn.Linear(1024, 512))\n"
+        f"model = make()\n{setup}\nfor _ in range(3):\n"
+        f"    inputs = torch.randn(64, 512, device=device)\n    {step}\n"
+    )
+    estimate = estimate_script([sys.executable, str(path)], machine="H100-SXM").estimate
+    assert estimate is not None
+    parameters = 4 * (2 * 512 * 1024 + 1536)
+    assert estimate.at_peak_bytes["parameter"] == pytest.approx(parameters, rel=0.01)
+    assert estimate.at_peak_bytes["gradient"] == pytest.approx(parameters, rel=0.01)
+    assert estimate.at_peak_bytes["optimizer_state"] == pytest.approx(2 * parameters, rel=0.01)
+    assert estimate.peak_phase == "optimizer"
+
+
+def test_a_script_without_an_optimizer_of_torch_is_predicted_for_two_passes(tmp_path: Path) -> None:
+    path = tmp_path / "manual.py"
+    path.write_text(
+        textwrap.dedent("""
+        import torch
+        from torch import nn
+        model = nn.Linear(512, 512)
+        while True:
+            loss = model(torch.randn(64, 512)).square().mean()
+            loss.backward()
+            for p in model.parameters():
+                p.data.add_(p.grad, alpha=-0.1)
+                p.grad = None
+            if loss.item() < 1e-3:
+                break
+        """)
+    )
+    answer = estimate_script([sys.executable, str(path)], machine="this:cpu", limit_s=60)
+    assert _peak_bytes(answer) > 2 * 512 * 512 * 4
+    assert any("no optimizer of torch" in note for note in answer.notes)
+
+
 def test_a_gpu_named_for_a_prediction_of_a_cpu_is_said(tmp_path: Path) -> None:
     answer = estimate_script([sys.executable, _script(tmp_path, to=".cuda()")], machine="this:cpu")
     assert any("the script trains on cuda" in note and "--on" in note for note in answer.notes)

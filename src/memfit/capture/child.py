@@ -44,6 +44,8 @@ from memfit.types.trace import Category, Trace
 from memfit.types.units import format_bytes
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+# Dispatch modes belong to a thread: what other threads send to a device would not be seen.
+_ONE_THREAD = {"HF_DEACTIVATE_ASYNC_LOAD": "1"}
 _ALIKE_RATIO = 1.02  # batches that differ by less are of one size
 _PACKAGE = str(Path(__file__).parents[1])
 
@@ -84,7 +86,7 @@ class _Session:
     def _enter(self, program: Program) -> None:
         sys.argv = [program.script or program.module, *program.arguments]
         sys.dont_write_bytecode = True
-        os.environ.update(program.environment)
+        os.environ.update({**_ONE_THREAD, **program.environment})
         # As for python itself, the folder of a script, or for a module the current one, comes first.
         sys.path.insert(0, str(Path(program.script).resolve().parent if program.script else Path.cwd()))
 

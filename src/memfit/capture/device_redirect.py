@@ -92,6 +92,7 @@ class DeviceRedirect(TorchFunctionMode):
             torch.Tensor.to: self._to,
             torch.Tensor.cuda: self._cuda,
             torch.Tensor.cpu: self._cpu,
+            torch.device: self._named_device,
         }
         if not trace.is_host:
             self._handlers |= {
@@ -113,6 +114,12 @@ class DeviceRedirect(TorchFunctionMode):
             with self.trace.region():  # a new tensor on the target device
                 return self._born_on_target(func(*args, **kwargs))
         return func(*args, **kwargs)
+
+    def _named_device(self, name: Any, *args: Any, **kwargs: Any) -> torch.device:
+        """Return ``torch.device(name)``; an index alone is one of the target's."""
+        if isinstance(name, int) and not args and not kwargs:
+            return torch.device(CUDA if self.trace.is_host else self.target.type, name)
+        return torch.device(name, *args, **kwargs)
 
     def names_accelerator(self, device: Any) -> bool:
         """Return whether ``device``, as the script gave it, is not the host. An index names an
@@ -143,10 +150,15 @@ class DeviceRedirect(TorchFunctionMode):
             device, dtype = self._device(other), other.dtype
             copy = kwargs.get("copy", args[2] if len(args) > 2 else False)
         else:
-            named = {k: v for k, v in kwargs.items() if k != "copy"}
-            device, dtype, _, _ = torch._C._nn._parse_to(*args[:3], **named)
+            named = {k: self._without_index(v) for k, v in kwargs.items() if k != "copy"}
+            device, dtype, _, _ = torch._C._nn._parse_to(*map(self._without_index, args[:3]), **named)
             copy = kwargs.get("copy", args[3] if len(args) > 3 else False)
         return self._moved(tensor, device, dtype, copy=copy)
+
+    def _without_index(self, argument: Any) -> Any:
+        """Return a device for the index of one, and any other argument as it is."""
+        is_index = isinstance(argument, int) and not isinstance(argument, bool)
+        return self._named_device(argument) if is_index else argument
 
     def _cuda(self, tensor: torch.Tensor, device: Any = None, **options: Any) -> Any:
         return self._moved(tensor, torch.device(CUDA) if device is None else device, None)
@@ -344,10 +356,18 @@ def _present(trace: ScriptTrace, machine: Machine) -> list[tuple[Any, str, Any]]
         patches += [(home, name, value) for name, value in replacements.items() if hasattr(home, name)]
         memory = getattr(home, "memory", None)
         patches += [(memory, name, value) for name, value in replacements.items() if hasattr(memory, name)]
+    # what torch's compiler imports where the device is present
+    patches.append((torch._C, f"_{kind}_getCurrentRawStream", _answer(0)))
+    patches.append((torch.nn.DataParallel, "forward", _on_one_device))
     if kind == CUDA:
         nvtx = ("range_push", "range_pop", "mark", "range_start", "range_end")
         patches += [(torch.cuda.nvtx, name, _answer(0)) for name in nvtx]
     return patches
+
+
+def _on_one_device(self: torch.nn.DataParallel[Any], *inputs: Any, **kwargs: Any) -> Any:
+    """Stands for ``DataParallel.forward`` with one device."""
+    return self.module(*inputs, **kwargs)
 
 
 def _answer(value: Any) -> Callable[..., Any]:

@@ -24,6 +24,7 @@ from unittest import mock
 
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _JOURNAL = "created.txt"
+_READING_PROGRAMS = frozenset({"uname", "nvidia-smi", "rocm-smi", "lscpu", "ldconfig", "which"})
 _MOST_COPIED_BYTES = 2**30
 # Trackers that would write or send before the first step, and the settings that keep them quiet.
 _QUIET_TRACKERS = {
@@ -206,8 +207,8 @@ class Sandbox:
             return
         if event == "socket.getaddrinfo" and args[0] not in (None, "", "localhost", "127.0.0.1", "::1"):
             self.hosts[str(args[0])] = None
-        elif event == "subprocess.Popen":
-            self.programs[Path(str(args[0])).name] = None
+        elif event == "subprocess.Popen" and (name := Path(str(args[0])).name) not in _READING_PROGRAMS:
+            self.programs[name] = None
 
 
 @contextlib.contextmanager

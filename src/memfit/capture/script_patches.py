@@ -31,6 +31,7 @@ def script_patches(trace: ScriptTrace) -> Iterator[None]:
         for owner, name, replacement in (
             (torch.nn.Parameter, "__new__", _parameter_new(trace)),
             (torch.nn.Module, "__call__", _module_call(trace)),
+            (torch.nn.Module, "_apply", _apply_in_place),
             (torch.autograd, "backward", _backward(trace, torch.autograd.backward)),
             (torch.autograd, "grad", _backward(trace, torch.autograd.grad)),
             (torch.amp.GradScaler, "_maybe_opt_step", _step_without_overflow),
@@ -79,6 +80,26 @@ def _parameter_new(trace: ScriptTrace) -> Any:
         return inner(cls, data, requires_grad)
 
     return staticmethod(new)
+
+
+def _apply_in_place(module: Any, fn: Callable[..., Any], recurse: bool = True) -> Any:
+    """Stands for ``Module._apply``: convert the tensors of parameters, which stay the same objects, as the
+    script's optimizer may hold them."""
+    for child in module.children() if recurse else ():
+        child._apply(fn)
+    for param in module._parameters.values():
+        if param is None:
+            continue
+        with torch.no_grad():
+            converted = fn(param)
+            if converted is not param:
+                param.data = converted
+            if param.grad is not None:
+                param.grad = fn(param.grad)
+    for key, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[key] = fn(buffer)
+    return module
 
 
 def _module_call(trace: ScriptTrace) -> Any:
