@@ -32,6 +32,7 @@ class PublicScript:
     command: str  # with placeholders
     module: str | None = None  # where a package installs the script
     ranks: int = 1
+    torch_seed: int | None = None  # torch's first seed, for a script that sets none
     any_cifar: bool = False  # CIFAR-10 without torchvision's check of its files
     note: str = ""
 

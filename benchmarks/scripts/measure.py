@@ -98,6 +98,7 @@ def _child_environment(script: PublicScript, work: Path) -> dict[str, str]:
             "HF_HOME": str(work / "hf"),
         }
         | ({"MEMFIT_ANY_CIFAR": "1"} if script.any_cifar else {})
+        | ({} if script.torch_seed is None else {"MEMFIT_TORCH_SEED": str(script.torch_seed)})
     )
 
 

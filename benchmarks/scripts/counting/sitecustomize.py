@@ -3,7 +3,8 @@
 Python imports this module at start when its folder is on PYTHONPATH. It does nothing unless the environment
 names a folder in MEMFIT_TRUTH. Then the import of torch also installs the counting allocator, and each
 process that takes two optimizer steps writes `rank-<RANK>.json` there and ends. Nothing here imports memfit's
-tracer or its cost model. With MEMFIT_ANY_CIFAR, torchvision does not check the MD5 sums of CIFAR-10's files.
+tracer or its cost model. With MEMFIT_TORCH_SEED, torch starts with that seed in place of a random one. With
+MEMFIT_ANY_CIFAR, torchvision does not check the MD5 sums of CIFAR-10's files.
 """
 
 from __future__ import annotations
@@ -45,8 +46,11 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
-def _start_count(torch: Any) -> None:
-    _Measurement(Path(os.environ["MEMFIT_TRUTH"])).start()
+def _after_torch(torch: Any) -> None:
+    if seed := os.environ.get("MEMFIT_TORCH_SEED"):
+        torch.manual_seed(int(seed))
+    if folder := os.environ.get("MEMFIT_TRUTH"):
+        _Measurement(Path(folder)).start()
 
 
 def _accept_any_cifar(cifar: Any) -> None:
@@ -118,7 +122,7 @@ class _Measurement:
             time.sleep(0.05)
 
 
-if os.environ.get("MEMFIT_TRUTH"):
-    sys.meta_path.insert(0, _Finder("torch", _start_count))
+if os.environ.get("MEMFIT_TRUTH") or os.environ.get("MEMFIT_TORCH_SEED"):
+    sys.meta_path.insert(0, _Finder("torch", _after_torch))
 if os.environ.get("MEMFIT_ANY_CIFAR"):
     sys.meta_path.insert(0, _Finder("torchvision.datasets.cifar", _accept_any_cifar))
