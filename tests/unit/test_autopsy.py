@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import random
 import struct
 import time
 from collections.abc import Callable
@@ -263,6 +264,24 @@ def test_tracebacks_of_loggers_and_notebooks_are_read() -> None:
         assert read.error == "ValueError"
         assert read.user_frame is not None
         assert read.user_frame.place == place
+
+
+@pytest.mark.parametrize("part", ["a", "1", "a:", "1 ", "_1 ", "[a] ", "2024", " ", "/a", "GPU 0; "])
+def test_long_lines_are_read_in_time(part: str) -> None:
+    text = f"{part * 100_000}\n" * 20 + (_DEATHS / "leak_running_loss_1.txt").read_text()
+    started = time.monotonic()
+    assert diagnose_log(text).cause is DeathCause.LEAK
+    assert time.monotonic() - started < 20
+
+
+def test_broken_logs_get_an_answer_too() -> None:
+    numbers = random.Random(1)
+    logs = [p.read_text(encoding="utf-8") for p in sorted(_DEATHS.glob("*.txt"))]
+    for _ in range(100):
+        first, last = numbers.choices(logs, k=2)
+        text = first[numbers.randrange(len(first)) :] + last[: numbers.randrange(len(last))]
+        diagnosis = diagnose_log("".join(c for c in text if numbers.random() > 0.01))
+        assert diagnosis.evidence
 
 
 # -- snapshots --------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from memfit.types.units import format_bytes, format_seconds
 if TYPE_CHECKING:
     import memfit.workflows.autopsy_comparison
 
-_MOST_TEXT_BYTES = 32 * 2**20  # of the end of a log
+_MOST_TEXT_BYTES = 8 * 2**20  # of the end of a log
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +35,7 @@ class EvidenceOptions:
             help="Evidence of one death, each a file or - for standard input: the log of the training or its "
             "error message; a memory snapshot of torch (torch.cuda.memory._dump_snapshot), of which no code "
             "is run, or its content as JSON; the file of `memfit watch`; the kernel's log, as `dmesg -T` "
-            "prints it; the output of a scheduler. Of a log, the last 32 MiB are read.",
+            "prints it; the output of a scheduler. Of a log, the last 8 MiB are read.",
         ),
     ]
     job: Annotated[

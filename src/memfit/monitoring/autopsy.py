@@ -22,6 +22,7 @@ from memfit.monitoring.traceback_text import TracebackText, read_tracebacks
 from memfit.monitoring.training_log import NumberSeries, TrainingLog, outlier, read_training_log
 from memfit.types.units import GIB, format_bytes
 
+_LONGEST_LINE: Final = 4000  # characters
 _LARGE_SHARE: Final = 0.1  # of the memory: below it, free parts do not matter
 _OUTSIDE_SHARE: Final = 0.25
 _USUAL_OUTSIDE_BYTES: Final = 2 * GIB  # context, libraries, a desktop
@@ -61,7 +62,7 @@ _OTHER_ENDS: Final = (
 
 def diagnose_log(text: str) -> Diagnosis:
     """Return why a training ended, judged by the end of its log, an error message, or the kernel's log."""
-    lines = re.split(r"\r\n|\r|\n", text)
+    lines = [_shortened(line) for line in re.split(r"\r\n|\r|\n", text)]
     kills = list(host_kills(lines))
     stated = [k for k in kills if k.kind != "sigkill"]
     tracebacks = [t for t in read_tracebacks(lines) if not _CONSEQUENCE.search(f"{t.error}: {t.message}")]
@@ -81,6 +82,12 @@ def diagnose_log(text: str) -> Diagnosis:
     if kills and (last is None or kills[-1].row >= last.start):
         return _killed(kills[-1], read_training_log(lines[: kills[-1].row]))
     return _with_place(_other_end(lines, last), last)
+
+
+def _shortened(line: str) -> str:
+    """Return a line without the middle of one that is too long for a log, such as of printed data."""
+    half = _LONGEST_LINE // 2
+    return line if len(line) <= _LONGEST_LINE else f"{line[:half]} ... {line[-half:]}"
 
 
 def _fatal_failure(lines: Sequence[str], last: TracebackText | None) -> AllocationFailure | None:

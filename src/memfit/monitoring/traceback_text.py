@@ -11,7 +11,9 @@ _HEADER: Final = "Traceback (most recent call last)"
 _RANK: Final = re.compile(r"^\s*\[(?:rank|default)?(\d+)\]:\s?")
 _TIME: Final = re.compile(r"^\d{4}-\d\d-\d\d[T ][\d:.,]+Z?\s+(?=\S)")
 # What loggers put before a line: times, levels, names in brackets.
-_LOGGED: Final = re.compile(r"^(?:\s*(?:\d[\d:.,/TZ+-]*|\[[^\]]*\]|\([^)]*\)|[A-Z]{3,}:?))+\s+(?=[A-Za-z_])")
+_LOGGED: Final = re.compile(
+    r"^\s*(?:(?:\d[\d:.,/TZ+-]*|(?:\[[^\]]*\])+|\([^)]*\)|[A-Z]{3,}:?)\s+)+(?=[A-Za-z_])"
+)
 _PATH: Final = re.compile(r"^(?:[/~]|[A-Za-z]:\\)\S+(?P<calls> in)?\s*$")  # the rest is on the next line
 _EDGE: Final = re.compile(r"^[\s│|]*│ ?|\s*│\s*$")
 _PLAIN: Final = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)(?:, in (?P<function>\S+))?')

@@ -26,7 +26,7 @@ _EPOCH: Final = re.compile(r"\b(?:epoch|ep)\b['\"]?\s*[=:#]?\s*\[?\s*(\d+(?:\.\d
 _LOGGED_LOSS: Final = re.compile(r"['\"]loss['\"]: ")
 _YOLO: Final = re.compile(r"^\s*(\d+)/(\d+)\s+(\d+(?:\.\d+)?)G\s")
 _NUMBER: Final = re.compile(
-    r"(?P<key>[A-Za-z_][\w:./-]*(?: [A-Za-z_][\w:./-]*){0,2}?)\s*[=:]?\s*"
+    r"(?<![\w:./-])(?P<key>[A-Za-z_][\w:./-]*(?: [A-Za-z_][\w:./-]*){0,2}?)\s*[=:]?\s*"
     r"(?<![\w.])(?P<value>\d+(?:\.\d+)?)\s*(?P<unit>[KMGT]i?B\b|[GM]\b)?"
 )
 _MEMORY: Final = re.compile(r"mem|alloc|reserv|vram|\brss", re.IGNORECASE)
@@ -160,6 +160,8 @@ def _numbers(line: str) -> list[tuple[str, float, bool]]:
     """Return (name, value, whether it is in bytes) of the memory and sample sizes that a line prints."""
     if yolo := _YOLO.match(line):
         return [("GPU_mem", float(yolo[3]) * GIB, True)]
+    if not (_MEMORY.search(line) or _SAMPLE.search(line)):
+        return []
     return [
         (key, float(m["value"]) * _UNIT.get((m["unit"] or " ")[0].upper(), 1), bool(m["unit"]))
         for m in _NUMBER.finditer(line)
