@@ -480,3 +480,44 @@ def test_no_plan_is_searched_for_a_step_that_cannot_be_repeated(tmp_path: Path) 
     answer = estimate_script([sys.executable, str(path)], machine="this:cpu", search=PlanSearch())
     assert _peak_bytes(answer) > 0
     assert "trains several models (Linear, Linear)" in answer.no_plans
+
+
+def test_the_recommended_plan_is_an_edit_of_the_script_whose_peak_is_the_predicted_one(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "train.py"
+    path.write_text(
+        textwrap.dedent("""
+        import torch
+        from torch import nn
+        from torch.nn import functional
+
+        torch.manual_seed(0)
+        block = lambda: nn.Sequential(nn.Linear(256, 1024), nn.GELU(), nn.Linear(1024, 256))
+        model = nn.Sequential(*[block() for _ in range(4)])
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        for step in range(3):
+            inputs = torch.randn(512, 256)
+            loss = functional.mse_loss(model(inputs), inputs)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        """)
+    )
+    command = [sys.executable, "-m", "memfit", "estimate", "--on", "this:cpu", "--memory", "45MiB", "--plans"]
+    command += ["--accuracy", "exact", "--save", "plan.yaml", "--diff", "--", "python", "train.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    patch = done.stdout[done.stdout.index("--- train.py") :]
+    subprocess.run(["patch", "-p0"], cwd=tmp_path, input=patch, text=True, check=True, capture_output=True)
+    edited = estimate_script([sys.executable, str(path)], machine="this:cpu")
+    planned = memfit.estimate(
+        nn.Sequential(
+            *[nn.Sequential(nn.Linear(256, 1024), nn.GELU(), nn.Linear(1024, 256)) for _ in range(4)]
+        ),
+        torch.randn(512, 256),
+        loss=lambda model, batch: nn.functional.mse_loss(model(batch), batch),
+        plan=str(tmp_path / "plan.yaml"),
+        machine="this:cpu",
+    )
+    assert planned.plan.uses
+    assert _peak_bytes(edited) == pytest.approx(planned.allocated_bytes.value, rel=0.01)

@@ -132,7 +132,7 @@ class _Session:
         except MemfitError as error:
             _print_traceback(error)
             return dataclasses.replace(answer, no_plans=str(error))
-        return dataclasses.replace(answer, plans=planning.result)
+        return dataclasses.replace(answer, plans=planning.result, batch_size=job.batch_size)
 
     def _answer(self, trace: ScriptTrace) -> ScriptAnswer:
         if trace.is_host and trace.foreign_bytes:

@@ -42,7 +42,8 @@ class ScriptAnswer:
     """What is known of a script's training steps. ``estimate``, ``trace`` and ``peak_clock`` are None if no
     step could be traced; ``problem`` then says why. ``notes``: what the script was kept from, and what is
     assumed. ``plans``: the searched plans, None if none were asked for or can be searched; ``no_plans`` then
-    says why.
+    says why. ``batch_size``: samples of
+    a step, known with ``plans``.
     """
 
     program: str
@@ -58,3 +59,4 @@ class ScriptAnswer:
     notes: tuple[str, ...] = ()
     plans: SearchResult | None = None
     no_plans: str = ""
+    batch_size: int = 0

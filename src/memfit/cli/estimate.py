@@ -19,6 +19,7 @@ from memfit.types.plan import Accuracy
 if TYPE_CHECKING:
     from memfit.capture.result import ScriptAnswer
     from memfit.types.machine import Machine
+    from memfit.types.plan import Plan
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +57,22 @@ class ScriptOptions:
             "--plans",
             help="Also search for plans, as `memfit plan` does: techniques with which the script's step fits "
             "the memory, and what each costs in time. Default: only the estimate of the script as it is.",
+        ),
+    ] = False
+    save: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.yaml",
+            help="With --plans: write the recommended plan to this file, for memfit.apply in the script. A "
+            "file that exists is not overwritten.",
+        ),
+    ] = None
+    diff: Annotated[
+        bool,
+        typer.Option(
+            "--diff",
+            help="With --plans: print, after the rest, the edit of the script that applies the recommended "
+            "plan, as a diff for `patch -p0`. The script itself is not changed.",
         ),
     ] = False
     goal: Annotated[
@@ -108,6 +125,10 @@ def estimate(options: ScriptOptions, on: MachineOptions, lang: LanguageOptions, 
         raise UserError("no command is given", hint="memfit estimate -- python train.py ARGS")
     cap_bytes = parse_bytes(options.memory) if options.memory is not None else None
     machine = machine_of(on.on, "world")
+    if (options.save is not None or options.diff) and not options.plans:
+        raise UserError("--save and --diff are for a recommended plan", hint="add --plans")
+    if options.save is not None:
+        writable(options.save, overwrite=False)
     if options.html is not None:
         writable(options.html)
     with Bars(language_code) as progress:
@@ -165,6 +186,7 @@ def _show(
     from memfit.report.explain_terminal import ScriptFacts, print_script
     from memfit.report.files import write_whole
     from memfit.report.terminal import print_search
+    from memfit.techniques.plan_file import plan_text
 
     assert answer.estimate is not None and answer.trace is not None and answer.peak_clock is not None
     explained = TracedEstimate(estimate=answer.estimate, trace=answer.trace, peak_clock=answer.peak_clock)
@@ -185,6 +207,10 @@ def _show(
     if options.html is not None:
         page = explain_html.render_explained(explained, job=answer.program, lang=lang)
         write_whole(options.html, page.encode())
+    recommended = answer.plans.recommended if answer.plans is not None else None
+    if options.save is not None and recommended is not None:
+        note = f"for {' '.join(options.command or ())}"
+        write_whole(options.save, plan_text(recommended.estimate.plan, note=note).encode())
     if as_json:
         from memfit.cli.views import estimate_view, search_view
 
@@ -199,3 +225,18 @@ def _show(
         print_search(answer.plans, console=console(), lang=lang)
     elif options.plans:
         console().print(Text(answer.no_plans, style="yellow"))
+    if options.diff and recommended is not None:
+        _print_edit(options.command or [], recommended.estimate.plan, answer.batch_size)
+
+
+def _print_edit(command: list[str], plan: Plan, batch_size: int) -> None:
+    from memfit.capture.program import load_program
+    from memfit.cli.plan_diff import print_edit
+    from memfit.export.script_diff import read_script
+
+    script = load_program(command).script
+    if not script:
+        raise UserError(
+            "--diff edits a script, but the command runs a module", hint="give the path of its file"
+        )
+    print_edit(read_script(Path(script)), plan, batch_size, {}, as_json=False)

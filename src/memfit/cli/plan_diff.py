@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -64,10 +65,8 @@ def print_diff(
     recommended one. The diff is on standard output; the plan and what the user should know of the edit are on
     standard error. If the script cannot be edited, standard output has the reason and the lines to insert.
     With ``as_json``, all is on standard output."""
-    from memfit.export.script_diff import script_diff
     from memfit.jobs.registry import load
     from memfit.techniques.plan_file import read_plan
-    from memfit.techniques.registry import short_label
     from memfit.workflows.single_run import resolve_plan
 
     with Bars("en") as progress:
@@ -78,10 +77,27 @@ def print_diff(
     job = load(job_request.job)
     defaults = {field.name: field.default for field in dataclasses.fields(job)}
     structure = {n: v for n in STRUCTURE if (v := getattr(job, n)) != defaults[n]}
-    edit = script_diff(source, plan, batch_size=job.batch_size, structure=structure)
+    print_edit(source, plan, job.batch_size, structure, as_json=as_json)
+    return plan
+
+
+def print_edit(
+    source: memfit.export.source_edits.Source,
+    plan: Plan,
+    batch_size: int,
+    structure: Mapping[str, Any],
+    *,
+    as_json: bool,
+) -> None:
+    """Print the edit of a script for a plan, as `print_diff` does. ``batch_size`` and ``structure`` are as in
+    `export.script_diff`."""
+    from memfit.export.script_diff import script_diff
+    from memfit.techniques.registry import short_label
+
+    edit = script_diff(source, plan, batch_size=batch_size, structure=structure)
     if as_json:
         emit({"plan": plan.label, **{f.name: getattr(edit, f.name) for f in dataclasses.fields(edit)}})
-        return plan
+        return
     print(f"plan: {short_label(plan)}", file=sys.stderr)
     for remark in edit.remarks:
         print(f"note: {one_line(remark)}", file=sys.stderr)
@@ -92,4 +108,3 @@ def print_diff(
         print(edit.diff, end="")
     else:
         print(f"{source.path} needs no edit for this plan.", file=sys.stderr)
-    return plan
