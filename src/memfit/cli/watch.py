@@ -16,7 +16,7 @@ from memfit.cli.output import console, emit
 from memfit.types.errors import UserError
 
 if TYPE_CHECKING:
-    from memfit.monitoring.summary import WatchSummary
+    import memfit.monitoring.summary
 
 _PERIOD_S: Final = 1.0
 
@@ -147,7 +147,7 @@ def _run(command: list[str], options: WatchOptions) -> None:
         raise typer.Exit(end.code if end.code > 0 else 128 - end.code)
 
 
-def _line(summary: WatchSummary, file: Path) -> str:
+def _line(summary: memfit.monitoring.summary.WatchSummary, file: Path) -> str:
     from memfit.types.units import format_bytes
 
     trained = [r for r in summary.ranks if r.recorded_steps]

@@ -1,7 +1,7 @@
 """Watch a training: measure each step, write it to a file, and raise alarms. It is ``memfit.watch``.
 
-What memfit itself does takes at most half a percent of the time; if steps are too short for that, not every
-step is recorded. If memfit fails, the watch ends with one line on standard error, and the training goes on.
+Recording takes at most half a percent of the time; if steps are too short for that, not every step is
+recorded. If memfit fails, the watch ends with one line on standard error, and the training goes on.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class TrainingWatch:
         self._is_over = False
         self._number = self._hook_steps = 0
         self._began_s = time.perf_counter()
-        self._spent_s = 0.0  # by memfit, without the start
+        self._spent_s = 0.0  # on recording
         self._last_end_s: float | None = None
         self._backward_s: float | None = None  # when the first backward pass of the step began
         self._loss: Any = None
@@ -145,7 +145,6 @@ class TrainingWatch:
         """Call a function unless the watch is over. Its error ends the watch, not the training."""
         if self._is_over:
             return []
-        began_s = time.perf_counter()
         try:
             return function(*arguments)
         except Exception as error:  # noqa: BLE001 (a training must not end because its watch fails)
@@ -153,8 +152,6 @@ class TrainingWatch:
             self._hooks.close()
             print(f"memfit: the watch has ended: {type(error).__name__}: {error}", file=sys.stderr)
             return []
-        finally:
-            self._spent_s += time.perf_counter() - began_s
 
     def _notify(self, alarms: list[Alarm]) -> None:
         self.alarms += alarms
@@ -205,7 +202,6 @@ class TrainingWatch:
         """Return what a recording needs. The first call opens the file and writes its first line."""
         if self._recording is not None:
             return self._recording
-        began_s = time.perf_counter()
         device = device or self._device()
         (rank, world_size), readings = _rank(), MemoryReadings(device)
         predicted = dict(self._prediction)
@@ -220,7 +216,6 @@ class TrainingWatch:
             ),
         )
         self._recording.file.write("start", self._start(device, rank, world_size))
-        self._spent_s -= time.perf_counter() - began_s
         return self._recording
 
     def _start(self, device: torch.device, rank: int, world_size: int) -> dict[str, Any]:
@@ -250,17 +245,21 @@ class TrainingWatch:
         loss = self._loss if loss is None else loss
         grad_norm = self._grad_norm if grad_norm is None else grad_norm
         self._loss = self._grad_norm = self._backward_s = None
+        if self._spent_s > _BUDGET_RATIO * (now_s - self._began_s) + _ALLOWANCE_S:
+            self._last_end_s = time.perf_counter()
+            return []
+        recording = self._started(device)
+        recorded_s = time.perf_counter()
         try:
-            if self._spent_s > _BUDGET_RATIO * (now_s - self._began_s) + _ALLOWANCE_S:
-                return []
             values: dict[str, Any] = {"step": self._number, "time_s": round(time.time(), 3)}
             if last_s is not None:
                 values["step_s"] = round(now_s - last_s, 6)
                 if backward_s is not None:
                     values["before_backward_s"] = round(backward_s - last_s, 6)
-            return self._record(self._started(device), values, {"loss": loss, "grad_norm": grad_norm})
+            return self._record(recording, values, {"loss": loss, "grad_norm": grad_norm})
         finally:
             self._last_end_s = time.perf_counter()
+            self._spent_s += self._last_end_s - recorded_s
 
     def _record(
         self, recording: _Recording, values: dict[str, Any], scalars: Mapping[str, Any]
