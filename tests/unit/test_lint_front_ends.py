@@ -171,6 +171,15 @@ def test_adapters_with_weights_of_8_bits_are_predicted_with_16_and_the_reason(tm
     }
 
 
+def test_adapters_in_fp16_are_predicted_in_bf16(tmp_path: Path) -> None:
+    found = written(
+        tmp_path, "a.yaml", stage="sft", finetuning_type="lora", model_name_or_path="m", fp16=True
+    )
+    assert techniques(found)["bf16-parameters"] == {"rounding": "master"}
+    assert "fp16-autocast" not in techniques(found)
+    assert "fp16" in reasons(found)
+
+
 def test_axolotls_parallel_sizes_give_the_number_of_ranks(tmp_path: Path) -> None:
     found = written(
         tmp_path,

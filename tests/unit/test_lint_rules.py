@@ -79,6 +79,20 @@ def changed(more: Mapping[str, Any] | None = None, **settings: Any) -> File:
     return "changes.json", json.dumps({f"globals.{k}": v for k, v in settings.items()} | dict(more or {}))
 
 
+def ax(**options: Any) -> File:
+    base = {"base_model": "m", "datasets": [], "micro_batch_size": 1}
+    return "axolotl.yml", yaml.safe_dump(base | options)
+
+
+def lf(**options: Any) -> File:
+    base = {"stage": "sft", "model_name_or_path": "m", "finetuning_type": "full", "template": "t"}
+    return "factory.yaml", yaml.safe_dump(base | options)
+
+
+def li(**trainer: Any) -> File:
+    return "lightning.yaml", yaml.safe_dump({"trainer": {"devices": 2, **trainer}, "model": {}})
+
+
 def mesh(**degrees: int) -> dict[str, int]:
     return {f"{name}_parallel_degree": degree for name, degree in degrees.items()}
 
@@ -497,7 +511,30 @@ OPENFOLD = {
     "openfold-deepspeed-accumulation": case((of(DS), ds(gradient_accumulation_steps=1)), (of(DS), SHARDED)),
     "openfold-deepspeed-stage3": case((of(DS), ds(**zero(3))), (of(DS), ds(**zero(2)))),
 }
-CASES: Mapping[str, Case] = DEEPSPEED | ACCELERATE | TRAINER | MEGATRON | TORCHTITAN | OPENFOLD
+GATHERED = {"stage3_gather_16bit_weights_on_model_save": True}
+FRONT_ENDS = {
+    "axolotl-bits-without-adapter": case(ax(load_in_8bit=True), ax(load_in_8bit=True, adapter="lora")),
+    "axolotl-qlora-bits": case(ax(adapter="qlora"), ax(adapter="qlora", load_in_4bit=True)),
+    "axolotl-packing-attention": case(
+        ax(sample_packing=True), ax(sample_packing=True, attn_implementation="flash_attention_2")
+    ),
+    "llamafactory-quantized-full": case(
+        lf(quantization_bit=4, finetuning_type="full"), lf(quantization_bit=4, finetuning_type="lora")
+    ),
+    "llamafactory-pure-bf16-zero3": case(
+        (lf(pure_bf16=True, deepspeed="ds.json"), ds(**zero(3, **GATHERED))),
+        (lf(pure_bf16=True, deepspeed="ds.json"), ds(**zero(2))),
+    ),
+    "lightning-fsdp-norm": case(
+        li(strategy="fsdp", gradient_clip_val=1.0),
+        li(strategy="fsdp", gradient_clip_val=1.0, gradient_clip_algorithm="value"),
+    ),
+    "lightning-deepspeed-value": case(
+        li(strategy="deepspeed_stage_2", gradient_clip_val=1.0, gradient_clip_algorithm="value"),
+        li(strategy="deepspeed_stage_2", gradient_clip_val=1.0),
+    ),
+}
+CASES: Mapping[str, Case] = DEEPSPEED | ACCELERATE | TRAINER | MEGATRON | TORCHTITAN | OPENFOLD | FRONT_ENDS
 
 
 def findings(files: tuple[File, ...], c: Case, folder: Path, *, lang: str = "en") -> tuple[Finding, ...]:

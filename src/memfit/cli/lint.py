@@ -30,8 +30,8 @@ class LintOptions:
         typer.Argument(
             metavar="FILE...",
             help="Configuration files that belong to one set-up, at most one of each kind: DeepSpeed, "
-            "Accelerate, Trainer, Megatron-LM, torchtitan, OpenFold. Configuration files that they "
-            "name are read as well.",
+            "Accelerate, Trainer, Megatron-LM, torchtitan, OpenFold, Axolotl, LLaMA-Factory, Lightning, "
+            "MACE. Configuration files that they name are read as well.",
         ),
     ]
     ranks: Annotated[
@@ -65,7 +65,8 @@ def lint(options: LintOptions, lang: LanguageOptions, output: JsonOptions) -> No
     """Find contradictions, options without effect and known pitfalls in configuration files.
 
     Reads DeepSpeed JSON, Accelerate YAML, Hugging Face TrainingArguments, Megatron-LM arguments, torchtitan
-    TOML and OpenFold's settings. All files together are one set-up. Exits with code 1 if one of the findings
+    TOML, OpenFold's settings, Axolotl YAML, LLaMA-Factory YAML, YAML of Lightning's command line and flags of
+    mace_run_train. All files together are one set-up. Exits with code 1 if one of the findings
     is an error; warnings and notes do not change the exit code."""
     language_code = check_language(lang.lang)
     if options.sarif is not None:

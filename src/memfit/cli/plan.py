@@ -98,10 +98,10 @@ class FromOptions:
             "--from",
             metavar="FILE",
             help="Configuration file of your own for DeepSpeed, Accelerate, Trainer, Megatron-LM, "
-            "torchtitan or OpenFold. Can be given several times: all files together are one set-up, "
-            "with at most one file of each kind. The set-up is predicted and linted, and compared with "
-            "better plans. Not with --nproc, --measure, --corrected-by, --deadline, --budget, "
-            "--micro-batch, --without or --explain-infeasible.",
+            "torchtitan, OpenFold, Axolotl, LLaMA-Factory, Lightning or MACE. Can be given several times: "
+            "all files together are one set-up, with at most one file of each kind. The set-up is predicted "
+            "and linted, and compared with better plans. Not with --nproc, --measure, --corrected-by, "
+            "--deadline, --budget, --micro-batch, --without or --explain-infeasible.",
         ),
     ] = None
     corrected_by: Annotated[

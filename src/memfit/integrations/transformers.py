@@ -30,11 +30,12 @@ class MemfitCallback(TrainerCallback):  # type: ignore[misc]
 
     ``trainer``: the Trainer to which it is added. ``plan``: anything that `memfit.estimate` accepts as a
     plan; by default what `plan_of_arguments` returns. ``prediction``: an earlier prediction to use; without
-    it, training on several ranks or with DeepSpeed is not predicted, because `memfit.from_trainer` predicts
-    one process without DeepSpeed. ``path``: the file; by default memfit.json in the output folder. For ranks
-    other than 0 its name has the rank before the suffix, as in memfit.1.json. ``strict``: if the plan was not
-    applied, training stops with NotConforming; otherwise only the file says so. ``blocks``: module path of
-    the repeated blocks; by default they are searched. Raises UserError for a plan that cannot be read.
+    it, training on several ranks or with DeepSpeed is not predicted, because that takes time on every rank:
+    pass what `memfit.from_trainer` returns. ``path``: the file; by default memfit.json in the output folder.
+    For ranks other than 0 its name has the rank before the suffix, as in memfit.1.json. ``strict``: if the
+    plan was not applied, training stops with NotConforming; otherwise only the file says so. ``blocks``:
+    module path of the repeated blocks; by default they are searched. Raises UserError for a plan that cannot
+    be read.
     """
 
     def __init__(
@@ -54,7 +55,8 @@ class MemfitCallback(TrainerCallback):  # type: ignore[misc]
                 if args.world_size > 1 or args.deepspeed_plugin is not None:
                     raise UserError(
                         "MemfitCallback cannot itself predict a Trainer on several ranks or with DeepSpeed",
-                        hint="pass a prediction: MemfitCallback(trainer, prediction=...)",
+                        hint="pass a prediction: MemfitCallback(trainer, "
+                        "prediction=memfit.from_trainer(trainer))",
                     )
                 prediction = from_trainer(trainer)
             except UserError as error:

@@ -13,6 +13,7 @@ from typing import Any
 
 from memfit.lint import (
     rules_deepspeed,
+    rules_front_ends,
     rules_hugging_face,
     rules_megatron,
     rules_openfold,
@@ -35,6 +36,7 @@ CHECKS: Mapping[str, tuple[tuple[str, ...], Callable[..., Found]]] = {
         rules_megatron,
         rules_torchtitan,
         rules_openfold,
+        rules_front_ends,
     )
     for kinds, checks in module.CHECKS.items()
     for check in checks

@@ -296,13 +296,21 @@ class Setup:
     @property
     def fsdp(self) -> Options | None:
         """The settings of the file that switches FSDP on; None if none does. These are Accelerate's if its
-        distributed_type is FSDP, otherwise the Trainer's if its argument fsdp is neither empty nor off."""
+        distributed_type is FSDP, otherwise the Trainer's if its argument fsdp is neither empty nor off, or
+        Axolotl's if it has an fsdp_config; its version is then 1 unless the file says otherwise."""
         if self.accelerate is not None and str(self.accelerate.raw("distributed_type")).upper() == "FSDP":
             return self.accelerate
         trainer_uses_fsdp = (
             self.trainer is not None and bool(self.trainer.get("fsdp")) and not self.trainer.off("fsdp")
         )
-        return self.trainer if trainer_uses_fsdp else None
+        if trainer_uses_fsdp or self.axolotl is None:
+            return self.trainer if trainer_uses_fsdp else None
+        section = self.axolotl.section("fsdp_config")
+        if not section:
+            return None
+        section = {str(k).removeprefix("fsdp_"): v for k, v in section.items()}
+        version = self.axolotl.raw("fsdp_version") or section.get("version") or 1
+        return dataclasses.replace(self.axolotl, data={"fsdp_config": {**section, "version": version}})
 
     @property
     def mixed_precision(self) -> str | None:

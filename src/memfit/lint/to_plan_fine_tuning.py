@@ -19,6 +19,7 @@ _PARALLEL_SIZES = (
     "dp_replicate_size",
 )
 _RECOMPUTATION = "activation-checkpointing"
+_AUTOCASTS = ("bf16-autocast", "fp16-autocast")
 _OWN_OPTIMIZERS = ("adamw-fused", "adamw-single")  # replaced by the AdamW of bf16-parameters
 
 
@@ -158,7 +159,9 @@ def _adapt(draft: Draft, *, rank: int, bits: int, option: str) -> None:
             f"frozen weights of {bits} bits",
             "memfit has frozen weights of 4 and 16 bits: predicted with 16, which takes more memory",
         )
-    if bits != 4 and draft.plan.get("bf16-autocast") is not None:
+    if bits != 4 and draft.plan.get("fp16-autocast") is not None:
+        draft.leave("fp16", "predicted as bf16: the same number of bytes, without the loss scale")
+    if bits != 4 and any(map(draft.plan.get, _AUTOCASTS)):
         _replace_autocast(draft, option, rounding="master")
     elif bits != 4 and draft.plan.get("fsdp2") is not None:
         draft.leave(
@@ -178,8 +181,9 @@ def store_in_bf16(draft: Draft, option: str) -> None:
 
 
 def _replace_autocast(draft: Draft, option: str, *, rounding: str) -> None:
-    """Replace bf16 autocast by bf16-parameters, and an optimizer that conflicts with it by memfit's AdamW."""
-    draft.drop("bf16-autocast")
+    """Replace autocast by bf16-parameters, and an optimizer that conflicts with these by memfit's AdamW."""
+    for name in _AUTOCASTS:
+        draft.drop(name)
     for use in draft.plan.uses:
         conflicts = conflict(draft.plan.with_use(make_use("bf16-parameters", {"rounding": rounding})))
         if conflicts and technique(use.technique).slot == "optimizer":

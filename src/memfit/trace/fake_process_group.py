@@ -60,13 +60,14 @@ def fake_ranks(plan: Plan, rank: int) -> Iterator[World]:
 def _own_groups_set_aside() -> Iterator[None]:
     """Let torch.distributed have no process groups inside this context, and this process's own ones again
     afterwards. The groups themselves are not touched. Without own groups, do nothing."""
+    from torch._C._distributed_c10d import _register_process_group, _unregister_all_process_groups
     from torch.distributed import distributed_c10d as c10d
 
     own_world, backend, method = c10d._world, c10d._backend, c10d._default_pg_init_method
     if own_world.default_pg is None:
         yield
         return
-    c10d._unregister_all_process_groups()
+    _unregister_all_process_groups()
     c10d._world = types.SimpleNamespace(  # type: ignore[assignment]  # torch's own way to override it
         default_pg=None,
         pg_map={},
@@ -85,7 +86,7 @@ def _own_groups_set_aside() -> Iterator[None]:
     finally:
         c10d._world, c10d._backend, c10d._default_pg_init_method = own_world, backend, method
         for group, name in own_world.pg_names.items():
-            c10d._register_process_group(name, group)
+            _register_process_group(name, group)
         c10d._update_default_pg(own_world.default_pg)
 
 
