@@ -145,6 +145,11 @@ def test_a_loop_in_a_function_gets_the_plan_where_the_optimizer_is_made(tmp_path
     assert output(text, tmp_path) == output(FUNCTIONS, tmp_path)
 
 
+def test_a_sum_in_the_evaluation_is_no_reason_against_micro_batches() -> None:
+    text = PLAIN + 'F.cross_entropy(model(x), y, reduction="sum")\n'
+    assert diff(text, {"gradient-accumulation": {}}, batch=16).diff
+
+
 def test_fields_of_the_job_are_arguments_of_apply() -> None:
     assert 'blocks="1"' in diff(PLAIN, {"activation-checkpointing": {}}, blocks="1").diff
 
@@ -184,6 +189,11 @@ REFUSED = {
     ),
     "a sum as loss": (
         PLAIN.replace("F.cross_entropy(out, y)", 'F.cross_entropy(out, y, reduction="sum")'),
+        "reduction=",
+    ),
+    "a sum as loss in a function": (
+        PLAIN.replace("F.cross_entropy(out, y)", "loss_of(out, y)")
+        + 'def loss_of(out, y):\n    return F.cross_entropy(out, y, reduction="sum")\n',
         "reduction=",
     ),
     "no loop": ("import torch\n", "backward 0 times"),

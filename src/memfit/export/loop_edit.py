@@ -360,10 +360,13 @@ def _batch_names(loop: Loop) -> list[str]:
 
 
 def _must_split_alike(source: Source, loop: Loop, names: list[str]) -> None:
-    """Raise UserError if the script has a loss that is a sum, or if one of the variables of the batch is
-    computed from another one that forward reads, too: the number of samples, for example, is not that of a
-    micro-batch."""
-    keywords = [n for n in ast.walk(source.tree) if isinstance(n, ast.keyword)]
+    """Raise UserError if the loop, or a function that it calls, has a loss that is a sum, or if one of the
+    variables of the batch is computed from another one that forward reads, too: the number of samples, for
+    example, is not that of a micro-batch."""
+    statements: list[ast.AST] = [*loop.body[: loop.backward]]
+    calls = {name_of(n.func) for s in statements for n in ast.walk(s) if isinstance(n, ast.Call)}
+    statements += [n for n in ast.walk(source.tree) if isinstance(n, ast.FunctionDef) and n.name in calls]
+    keywords = [n for s in statements for n in ast.walk(s) if isinstance(n, ast.keyword)]
     if any(k.arg == "reduction" and literal(k.value) == "sum" for k in keywords):
         raise UserError(
             'the script has a loss with reduction="sum", but micro-batches are parts of a mean over the batch'
