@@ -52,8 +52,9 @@ def _run(
         steps=12,
         capped=cap_bytes is not None,
         progress=lambda *args: None,
-        keep=keep,
-        recoveries=RecoverySettings(most=2, on_recovery=lambda recovery, count: log.append(recovery)),
+        recovery=RecoverySettings(
+            keep=keep, most=2, on_recovery=lambda recovery, count: log.append(recovery)
+        ),
     )
 
 

@@ -325,7 +325,7 @@ def test_the_engine_that_replays_cannot_recover() -> None:
             steps=1,
             capped=False,
             progress=lambda *args: None,
-            recoveries=RecoverySettings(most=1),
+            recovery=RecoverySettings(most=1),
         )
 
 

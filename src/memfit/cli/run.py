@@ -154,10 +154,12 @@ def run(
             steps=job.steps,
             capped=capped,
             progress=progress,
-            keep=checkpoint_settings(options),
             store=Store(store.store),
-            recoveries=RecoverySettings(
-                most=most, frontier=frontier, on_recovery=functools.partial(print_recovery, most=most)
+            recovery=RecoverySettings(
+                keep=checkpoint_settings(options),
+                most=most,
+                frontier=frontier,
+                on_recovery=functools.partial(print_recovery, most=most),
             ),
         )
     if output.json:

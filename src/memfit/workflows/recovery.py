@@ -31,10 +31,12 @@ class Train(Protocol):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RecoverySettings:
-    """How a run recovers from running out of memory: at most ``most`` times (0: never), by plans of
-    ``frontier``, which a search has found, before others. ``on_recovery`` is called before the run continues,
-    with the recovery and the number of those so far, this one included."""
+    """Which checkpoints a run saves and resumes from (``keep``), and how it recovers from running out of
+    memory: at most ``most`` times (0: never), by plans of ``frontier``, which a search has found, before
+    others. ``on_recovery`` is called before the run continues, with the recovery and the number of those so
+    far, this one included."""
 
+    keep: CheckpointSettings = dataclasses.field(default_factory=CheckpointSettings)
     most: int = 0
     frontier: tuple[Plan, ...] = ()
     on_recovery: Callable[[Recovery, int], None] = lambda recovery, count: None

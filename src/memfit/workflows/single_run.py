@@ -23,7 +23,7 @@ from memfit.techniques.registry import check, refuse_wrong_weights
 from memfit.types import serialization
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
-from memfit.types.launch import CheckpointSettings, RunSpec
+from memfit.types.launch import RunSpec
 from memfit.types.plan import Plan
 from memfit.types.result import (
     Estimate,
@@ -32,8 +32,6 @@ from memfit.types.result import (
     Run,
 )
 from memfit.workflows.recovery import NO_RECOVERY, RecoverySettings, train_with_recoveries
-
-_NOT_KEPT = CheckpointSettings()
 
 
 def explain(request: Request, plan: Plan, progress: Progress) -> Estimate:
@@ -79,7 +77,7 @@ def anatomy(
     )
 
 
-def run_plan(  # noqa: PLR0913
+def run_plan(
     request: Request,
     plan: Plan,
     *,
@@ -87,17 +85,16 @@ def run_plan(  # noqa: PLR0913
     steps: int | None,
     capped: bool,
     progress: Progress,
-    keep: CheckpointSettings = _NOT_KEPT,
     store: Store | None = None,
-    recoveries: RecoverySettings = NO_RECOVERY,
+    recovery: RecoverySettings = NO_RECOVERY,
 ) -> Run:
     """Train a plan on the request's engine and return the run: its prediction and its measurement.
 
     ``seed`` None: that of the checkpoint to resume from, or 0 without one. ``steps`` None: the job's own
     number. ``capped``: whether the run is stopped at a memory limit, which is the request's cap, or what the
-    plan is predicted to need if the request has none. ``keep``: whether checkpoints are saved and resumed
-    from. ``store``: where the run is stored; None: nowhere. ``recoveries``: whether the run continues
-    under a safer plan if memory runs out (`train_with_recoveries`).
+    plan is predicted to need if the request has none. ``store``: where the run is stored; None: nowhere.
+    ``recovery``: whether checkpoints are saved and resumed from, and whether the run continues under a safer
+    plan if memory runs out (`train_with_recoveries`).
 
     The engine "replay" trains nothing. It returns the last run of the same job, seed and plan in ``store``
     (None: the default store), with its prediction replaced by a new one, and stores nothing. Raises UserError
@@ -108,7 +105,7 @@ def run_plan(  # noqa: PLR0913
     process that trains refuses the plan or the job.
     """
     ready_engine(request.engine, plan, request.device)
-    if request.engine == "replay" and recoveries.most:
+    if request.engine == "replay" and recovery.most:
         raise UserError("engine replay trains nothing, so it cannot recover from running out of memory")
     device = request.machine.device
     if request.is_here and not device.is_host:
@@ -122,7 +119,7 @@ def run_plan(  # noqa: PLR0913
             hint="`memfit explain` predicts it without running it",
         )
     job = make_pricer(request)[0]
-    keep, seed = checkpoints.settled(keep, seed, steps or job.steps)
+    keep, seed = checkpoints.settled(recovery.keep, seed, steps or job.steps)
     is_replay = request.engine == "replay"
     stored_runs = _stored(store or Store(), request, seed) if is_replay else []
     estimate = explain(request, plan, progress)
@@ -152,7 +149,7 @@ def run_plan(  # noqa: PLR0913
     def train(spec: RunSpec, estimate: Estimate, losses: Losses, *, strict: bool) -> Run:
         return run_spec(spec, estimate, progress, spec.name, strict=strict, losses=losses)
 
-    result = train_with_recoveries(train, request, spec, estimate, recoveries)
+    result = train_with_recoveries(train, request, spec, estimate, recovery)
     if store is not None:
         store.append("run", "run", result)
     return result
