@@ -414,6 +414,9 @@ MANY_KEYWORDS = {
     "api.py largest",
     "user_loop.py apply_plan",
     "cli/plan.py plan",  # one for each group of options
+    "workflows/single_run.py run_plan",
+    "workflows/largest.py _row",
+    "workflows/size_pairs.py report_pairs",
 }
 
 
