@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 from memfit.types.plan import Plan, use
 from memfit.workflows.largest import bucket_edges
+from memfit.workflows.size_pairs import drawn_steps
 
 CAP = 1_000_000
 
@@ -377,3 +379,62 @@ def test_buckets_hold_about_equally_many_sequences() -> None:
 
 def test_tiny_words_at_another_batch_is_what_is_traced() -> None:
     assert with_batch_shape(tiny.words(), 3).batch_size == 3
+
+
+# -- data with two sizes --------------------------------------------------------------------------
+
+
+def lengths(*words: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["lengths", *words])
+    text = str(result.exception) if isinstance(result.exception, Exception) else result.output
+    return result.exit_code, text
+
+
+def test_two_sizes_of_the_data_give_quantiles_that_agree_with_traces(tmp_path: Path) -> None:
+    rows = [(20 + 7 * n % 90, 60 + 31 * n % 800) for n in range(60)]
+    (tmp_path / "sizes.csv").write_text("nodes,edges\n" + "".join(f"{a},{b}\n" for a, b in rows))
+    (tmp_path / "sizes.jsonl").write_text(
+        "".join(json.dumps({"nodes": a, "edges": b}) + "\n" for a, b in rows)
+    )
+    words = ["--job", graph_file(tmp_path), "--columns", "nodes,edges", "--batch", "4", "--on", "this:cpu"]
+    code, text = lengths(str(tmp_path / "sizes.csv"), *words, "--memory", "1GiB", "--json")
+    assert code == 0, text
+    report = json.loads(text[text.index("{") :])
+    peaks = report["quantile_bytes"]
+    assert peaks["p50"] < peaks["p99"] <= peaks["max"]
+    assert report["oom_per_step"] == 0
+    for held_out in report["held_out"]:
+        assert abs(held_out["predicted_bytes"] / held_out["traced_bytes"] - 1) < 0.01
+    code, same = lengths(str(tmp_path / "sizes.jsonl"), *words, "--memory", "1GiB", "--json")
+    assert json.loads(same[same.index("{") :]) == report
+    half_fits = str(peaks["p50"] + report["margin_bytes"])
+    code, text = lengths(str(tmp_path / "sizes.csv"), *words, "--memory", half_fits)
+    assert "60 samples, 4 per step (sum of their sizes)" in text
+    assert re.search(r"out of [\d.]+ MiB: 0\.(4\d*|5) per step", text)
+
+
+@pytest.mark.parametrize("combination", ["sum", "largest"])
+def test_steps_sum_graphs_and_pad_samples(combination: str) -> None:
+    pairs = torch.tensor([[1, 10], [2, 20], [3, 30]]).numpy()
+    steps = drawn_steps(pairs, 3, combination)
+    assert (steps == ([6, 60] if combination == "sum" else [3, 30])).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "message"),
+    [
+        ("nodes,edges\n3,0\n", [], "sample 1: edges is '0'"),
+        ("nodes,edges\n", [], "has no samples"),
+        ("nodes,arcs\n3,4\n", [], "sample 1 has no 'edges'"),
+        ("nodes,edges\n3,4\n", ["--combine", "mean"], "unknown --combine: 'mean'"),
+        ("nodes,edges\n3,4\n", ["--column", "nodes"], "--columns cannot be used with --column"),
+    ],
+)
+def test_wrong_data_of_two_sizes_are_refused(
+    tmp_path: Path, text: str, words: list[str], message: str
+) -> None:
+    (tmp_path / "sizes.csv").write_text(text)
+    sizes = [str(tmp_path / "sizes.csv"), "--columns", "nodes,edges", "--job", graph_file(tmp_path)]
+    code, output = lengths(*sizes, *words)
+    assert code != 0
+    assert message in output

@@ -11,9 +11,11 @@ import typer
 
 from memfit.cli.log_filters import quiet_libraries
 from memfit.cli.options import JsonOptions, MachineOptions
-from memfit.cli.output import emit, print_table
+from memfit.cli.output import check_choice, emit, print_table
 from memfit.cli.request import machine_of, print_workload
+from memfit.types.errors import UserError
 from memfit.types.job import JobRef
+from memfit.types.machine import Machine
 from memfit.types.parsing import parse_bytes
 from memfit.types.plan import Plan
 from memfit.types.units import format_bytes
@@ -90,6 +92,25 @@ class LengthOptions:
             "first such array of whole numbers. Ignored for other files.",
         ),
     ] = None
+    columns: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,NAME",
+            help="Two sizes of each sample instead of one length, such as nodes,edges or crop,rows: columns "
+            "of a .csv file or keys of the lines of a .jsonl file. The job must have sizes of these names "
+            "(see `memfit plan --largest`), of which a step gets what --combine makes of --batch samples. "
+            "Not with --column, --max-length and --extra-tokens.",
+        ),
+    ] = None
+    combine: Annotated[
+        str,
+        typer.Option(
+            metavar="sum|largest",
+            help="With --columns: the sizes of a step of several samples. sum (the default): of all its "
+            "samples, as of graphs in one batch; largest: those of the largest, as of padded samples. "
+            "Ignored without --columns.",
+        ),
+    ] = "sum"
     max_length: Annotated[
         int | None,
         typer.Option(
@@ -117,6 +138,9 @@ def lengths(options: LengthOptions, on: MachineOptions, output: JsonOptions) -> 
     running out of memory per step and per epoch, which sequences make the batch of the longest to try first,
     and a comparison of six ways to make batches, such as sorted by length or packed."""
     cap_bytes = parse_bytes(options.memory) if options.memory is not None else None
+    if options.columns is not None:
+        _lengths_of_two(options, machine_of(on.on, "world"), cap_bytes, as_json=output.json)
+        return
     machine = machine_of(on.on, "world")
     quiet_libraries()
     import memfit.workflows.sequence_lengths as house
@@ -150,6 +174,47 @@ def lengths(options: LengthOptions, on: MachineOptions, output: JsonOptions) -> 
     else:
         print_workload(workload, "en")
         _print(length_report)
+
+
+def _lengths_of_two(
+    options: LengthOptions, machine: Machine, cap_bytes: int | None, *, as_json: bool
+) -> None:
+    """Print what two sizes of each sample mean for memory. Raises UserError for wrong options or files."""
+    names = tuple(name.strip() for name in (options.columns or "").split(","))
+    if len(names) != 2 or not all(names) or names[0] == names[1]:
+        raise UserError(f"--columns {options.columns}", allowed="two names with a comma, such as nodes,edges")
+    if options.column or options.max_length or options.extra_tokens:
+        raise UserError("--columns cannot be used with --column, --max-length or --extra-tokens")
+    quiet_libraries()
+    from memfit.techniques.plan_file import read_plan
+    from memfit.types.serialization import to_plain
+    from memfit.workflows.size_pairs import COMBINATIONS, read_pairs, report_pairs
+
+    report = report_pairs(
+        JobRef(spec=options.job, size=options.size),
+        (names[0], names[1]),
+        read_pairs(options.file, (names[0], names[1])),
+        batch=options.batch or 1,
+        combination=check_choice("--combine", options.combine, COMBINATIONS),
+        plan=read_plan(options.plan) if options.plan else Plan(),
+        machine=machine,
+        cap_bytes=cap_bytes or int(machine.device.memory_bytes.value),
+    )
+    if as_json:
+        emit(to_plain(report))
+        return
+    print(f"{report.samples} samples, {report.batch} per step ({report.combination} of their sizes)")
+    rows = [
+        (name, *map(str, report.quantile_sizes[name]), format_bytes(size))
+        for name, size in report.quantile_bytes.items()
+    ]
+    print_table((f"{report.draws} random steps", *report.names, "predicted peak"), rows)
+    worst = max(abs(h.error_ratio) for h in report.held_out)
+    print(f"on {len(report.held_out)} steps that the fit did not use: the error is at most {worst:.2%}")
+    print(
+        f"probability of running out of {format_bytes(report.cap_bytes)}: {report.oom_per_step:.3g} per "
+        f"step, with {format_bytes(report.margin_bytes)} kept free for memory beside the tensors"
+    )
 
 
 def _print(report: memfit.workflows.sequence_lengths.LengthReport) -> None:

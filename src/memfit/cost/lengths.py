@@ -45,21 +45,35 @@ class Shape:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SizePair:
+    """Two sizes of a step that decide its memory together, such as nodes and edges, or residues and rows of
+    an alignment. ``terms``: all products of them up to the third degree, ten in all."""
+
+    first: int
+    second: int
+
+    @property
+    def terms(self) -> tuple[float, ...]:
+        a, b = float(self.first), float(self.second)
+        return (1.0, a, b, a * a, a * b, b * b, a**3, a * a * b, a * b * b, b**3)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PeakModel:
     """Peak of the live tensor bytes of a step, as a function of the shape of its batch.
 
-    ``instants``: an array of shape (instants, 6). Each row has the coefficients of the live bytes after one
-    allocation, for the six terms of `Shape.terms`: 1, length, pairs of a query and a key per row, rows, rows
-    x length, and pairs in all rows. The peak is the highest of these sums.
+    ``instants``: an array of shape (instants, terms). Each row has the coefficients of the live bytes after
+    one allocation, for the terms of the shape, such as the six of `Shape.terms`: 1, length, pairs of a query
+    and a key per row, rows, rows x length, and pairs in all rows. The peak is the highest of these sums.
     """
 
     instants: npt.NDArray[np.float64]
 
-    def peak_bytes(self, shape: Shape) -> int:
+    def peak_bytes(self, shape: Shape | SizePair) -> int:
         return round(float((self.instants @ np.array(shape.terms)).max()))
 
 
-def fit(shapes: Sequence[Shape], traces: Sequence[Trace]) -> PeakModel:
+def fit(shapes: Sequence[Shape] | Sequence[SizePair], traces: Sequence[Trace]) -> PeakModel:
     """Fit the peak model by least squares to ``traces`` of a step. ``shapes``: the shape of the batch of each
     trace, in the same order.
 

@@ -48,7 +48,7 @@ def expected_bytes(estimate: Estimate, machine: Machine) -> int:
     """Return the bytes of one device's memory that the estimate's plan is expected to need: the same quantity
     as `needed_bytes`, without its margin and with the value of each interval instead of its upper end. A step
     that needs this much may need more, up to `needed_bytes`, or less. On a CPU it is the peak of tensors:
-    under a hard cap, processes held 0.99 to 1.01 times that (benchmarks/largest.md)."""
+    under a hard cap, processes held 0.97 to 1.02 times that (benchmarks/largest.md)."""
     if machine.device.is_host:
         return int(estimate.allocated_bytes.value)
     values = dataclasses.replace(estimate, traced=False)  # of which `needed_bytes` takes the values

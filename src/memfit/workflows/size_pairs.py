@@ -1,0 +1,185 @@
+"""The memory of data whose samples have two sizes, such as nodes and edges: the peaks of random batches."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from memfit.cost.lengths import Ints, SizePair, fit
+from memfit.cost.memory import levels
+from memfit.jobs.builtin.fasta import read_text
+from memfit.jobs.registry import load
+from memfit.planner.capacity import needed_bytes
+from memfit.planner.evaluate import Pricer
+from memfit.planner.request import Progress, space_of
+from memfit.trace.tracer import trace
+from memfit.types.errors import UserError
+from memfit.types.job import Job, JobRef
+from memfit.types.machine import Machine
+from memfit.types.plan import Plan
+
+COMBINATIONS = ("sum", "largest")
+_DRAWS = 2000
+_GRID = 4  # values of each size that are traced: 16 traces for ten terms
+_SHARES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOutPair:
+    """A step of two sizes that was traced to test the prediction, not to fit it."""
+
+    sizes: tuple[int, int]
+    predicted_bytes: int
+    traced_bytes: int
+
+    @property
+    def error_ratio(self) -> float:
+        return self.predicted_bytes / self.traced_bytes - 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PairReport:
+    """What the sizes of data mean for the memory of a step that combines ``batch`` random samples.
+
+    ``quantile_bytes``: "p50", "p90", "p99" and "max" -> peak of tensors that this share of the drawn steps
+    does not exceed; ``quantile_sizes``: the sizes of the step at that place. ``oom_per_step``: share of the
+    drawn steps that do not fit ``cap_bytes``, to which ``margin_bytes`` are added that the largest step needs
+    beside its tensors. ``held_out``: traced steps that the fit did not use. ``draws``: number of steps drawn.
+    """
+
+    names: tuple[str, str]
+    samples: int
+    batch: int
+    combination: str
+    draws: int
+    cap_bytes: int
+    margin_bytes: int
+    oom_per_step: float
+    quantile_bytes: Mapping[str, int]
+    quantile_sizes: Mapping[str, tuple[int, int]]
+    held_out: tuple[HeldOutPair, ...]
+
+
+def read_pairs(path: str, names: tuple[str, str]) -> Ints:
+    """Return the two sizes of each sample, of the shape (samples, 2): the columns ``names`` of a .csv file
+    with a header line, or these keys of each line of a .jsonl file. Raises UserError if the file cannot be
+    read, lacks one of them, has no samples, or has a value that is not a whole number of at least 1."""
+    rows = list(_rows(path))
+    pairs = [tuple(_size(row, name, f"{path} sample {n}") for name in names) for n, row in enumerate(rows, 1)]
+    if not pairs:
+        raise UserError(f"{path} has no samples", allowed="at least one line with two sizes")
+    return np.array(pairs, np.int64)
+
+
+def _rows(path: str) -> Iterator[Mapping[str, object]]:
+    if path.endswith(".csv"):
+        yield from csv.DictReader(io.StringIO(read_text(path)))
+        return
+    if not path.endswith(".jsonl"):
+        raise UserError(f"--columns reads two sizes from {path}", allowed="a file .csv or .jsonl")
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise UserError(f"{path} line {number} is not a JSON object", allowed='such as {"nodes": 12}')
+        yield row
+
+
+def _size(row: Mapping[str, object], name: str, where: str) -> int:
+    if name not in row:
+        raise UserError(f"{where} has no {name!r}", allowed=", ".join(map(str, row)))
+    text = str(row[name]).strip()
+    if not text.isdecimal() or not 1 <= int(text) < 2**31:
+        raise UserError(f"{where}: {name} is {text[:40]!r}", allowed="a whole number from 1 to 2,147,483,647")
+    return int(text)
+
+
+def drawn_steps(pairs: Ints, batch: int, combination: str) -> Ints:
+    """Return the sizes of 2,000 random steps, (steps, 2): of ``batch`` samples, drawn without replacement,
+    the sum of each size, as of graphs in one batch, or the largest, as of padded samples. The same arguments
+    give the same steps."""
+    rng = np.random.default_rng(0)
+    batch = min(batch, len(pairs))
+    chosen = np.stack([rng.choice(len(pairs), batch, replace=False) for _ in range(_DRAWS)])
+    samples = pairs[chosen]
+    steps: Ints = samples.sum(axis=1) if combination == "sum" else samples.max(axis=1)
+    return steps
+
+
+def report_pairs(  # noqa: PLR0913
+    ref: JobRef,
+    names: tuple[str, str],
+    pairs: Ints,
+    *,
+    batch: int,
+    combination: str,
+    plan: Plan,
+    machine: Machine,
+    cap_bytes: int,
+    progress: Progress = lambda stage, done, total, detail: None,
+) -> PairReport:
+    """Return what ``pairs`` mean for the memory of the job, whose sizes ``names`` are set for each step.
+
+    The peak is fitted, allocation by allocation, to 16 traces that span the drawn steps, and tested on three
+    more. Raises UserError if the job has no such sizes, or if which operators a step runs depends on them.
+    """
+    steps = drawn_steps(pairs, batch, combination)
+    device = machine.device.kind
+
+    def job_at(first: int, second: int) -> Job:
+        others = {n: v for n, v in zip(names, (first, second), strict=True) if n not in ("batch", "length")}
+        sizes = dict(zip(names, (first, second), strict=True))
+        return load(
+            dataclasses.replace(
+                ref,
+                batch=sizes.get("batch", ref.batch),
+                length=sizes.get("length", ref.length),
+                dimensions=dict(ref.dimensions) | others,
+            )
+        )
+
+    points = [SizePair(first=a, second=b) for a in _grid(steps[:, 0]) for b in _grid(steps[:, 1])]
+    traces = []
+    for done, point in enumerate(points):
+        progress("trace", done, len(points), f"{names[0]} {point.first}, {names[1]} {point.second}")
+        traces.append(trace(job_at(point.first, point.second), plan, device=device))
+    model = fit(points, traces)
+    peaks = np.array([model.peak_bytes(SizePair(first=int(a), second=int(b))) for a, b in steps])
+    order = np.argsort(peaks, kind="stable")
+    places = {name: order[int(np.ceil(share * len(order))) - 1] for name, share in _SHARES.items()}
+    held_out, margin = [], 0
+    for place in dict.fromkeys(int(places[name]) for name in ("p50", "p90", "max")):
+        first, second = (int(n) for n in steps[place])
+        job = job_at(first, second)
+        pricer = Pricer(job=job, machine=machine, space=space_of(job, device))
+        traced_bytes = int(levels(pricer.trace(plan))[1].max())
+        margin = max(0, needed_bytes(pricer.whole(plan), machine) - traced_bytes)
+        held_out.append(
+            HeldOutPair(sizes=(first, second), predicted_bytes=int(peaks[place]), traced_bytes=traced_bytes)
+        )
+    return PairReport(
+        names=names,
+        samples=len(pairs),
+        batch=min(batch, len(pairs)),
+        combination=combination,
+        draws=len(steps),
+        cap_bytes=cap_bytes,
+        margin_bytes=margin,
+        oom_per_step=float((peaks + margin > cap_bytes).mean()),
+        quantile_bytes={name: int(peaks[place]) for name, place in places.items()},
+        quantile_sizes={name: (int(steps[p, 0]), int(steps[p, 1])) for name, p in places.items()},
+        held_out=tuple(held_out),
+    )
+
+
+def _grid(values: Ints) -> list[int]:
+    """Return four sizes that span the values: at least four in a row if the values span fewer."""
+    low, high = int(values.min()), int(values.max())
+    return [int(v) for v in np.linspace(low, max(high, low + _GRID - 1), _GRID)]
