@@ -20,6 +20,8 @@ does not count as cost. Seeds are new.
   paired differences over the median step without it, with the 95 % interval of 2,000 bootstrap samples. It
   must be below 1 %. The start of the watch is not in it. A first run (record "first cost") measured wall time
   alone, which other work on the machine made too noisy to decide: now the processor time of the process, too.
+  A second (record "second cost") gave 1.3 and 1.6 %, with what takes longest, questions to the operating
+  system, asked four times a second: it is asked once a second since.
 - ranks: `memfit watch -- torchrun` with two ranks, of which one reads its data 30 ms slower: both are merged,
   and this rank is named.
 - kills: 20 runs that are killed (SIGKILL) at a random instant of their first 3 s of training: each file is

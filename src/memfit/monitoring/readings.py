@@ -14,7 +14,7 @@ from memfit.runtime.energy import EnergyMeter
 from memfit.runtime.memory import heap_bytes, rss_bytes, rss_peak_bytes
 from memfit.types.device_kind import HOST
 
-_DRIVER_PERIOD_S: Final = 0.25  # between questions to the driver or the operating system that take longer
+_DRIVER_PERIOD_S: Final = 1.0  # between questions to the driver or the operating system that take longer
 _ENERGY_PERIOD_S: Final = 1.0
 
 
@@ -41,7 +41,7 @@ class MemoryReadings:
 
     def read(self) -> dict[str, int | None]:
         """Return what can be measured now, by the names of `WatchStep`. What needs a question to the driver
-        is left out if it was asked less than a quarter of a second ago."""
+        is left out if it was asked less than a second ago."""
         asks_driver = time.monotonic() >= self._next_driver_s
         if asks_driver:
             self._next_driver_s = time.monotonic() + _DRIVER_PERIOD_S
