@@ -169,6 +169,7 @@ class Fit:
     def close(self) -> None:
         """Release what the plan holds: hooks of optimizers, and files of offloaded tensors. The model keeps
         what else the plan changed in it. Nothing of this object can be used afterwards."""
+        self._close_step()
         self._step.close()
 
     def _take_step(self) -> None:

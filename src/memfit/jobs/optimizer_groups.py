@@ -74,9 +74,9 @@ class UserGroups:
         if it must be replaced but has state or a learning-rate scheduler, or holds not just the trainable
         parameters of the model.
         """
-        own_optimizer: torch.optim.Optimizer = self.optimizer
-        if optimizer is own_optimizer:
-            return own_optimizer
+        is_kept = optimizer is self.optimizer
+        if is_kept:
+            return self.optimizer
         self._must_be_replaceable(optimizer)
         for group in self.optimizer.param_groups:
             group["params"] = []
