@@ -384,7 +384,8 @@ def from_trainer(
 
     Raises UserError as `estimate` does; for Megatron-LM, XLA and tensor, context or sequence parallelism; and
     for one process with several devices, which would use ``torch.nn.DataParallel``, unless ``ranks`` is
-    given."""
+    given.
+    """
     import torch
 
     args = trainer.args

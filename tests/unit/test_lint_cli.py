@@ -124,6 +124,18 @@ def test_plan_from_a_two_rank_configuration_lists_plans_that_need_less_memory(as
     assert ask("plan", "own.py:job", "--from", "useless.json", *TWO, "--save", "plan.yaml")[0] == 2
 
 
+def test_plan_from_flags_of_mace_predicts_their_average_of_weights(ask: Ask, tmp_path: Path) -> None:
+    flags = "--train_file a.xyz --distributed --ema --ema_decay 0.9 --batch_size 4 --clip_grad 2 --max_L 1"
+    (tmp_path / "run.sh").write_text(f"torchrun --nproc_per_node 2 mace/cli/run_train.py {flags}\n")
+    code, out, _ = ask("plan", "own.py:job", "--from", "run.sh", *TWO, "--json")
+    told = json.loads(out)
+    assert code == 0
+    assert (told["ema"], told["clip"], "on 2 ranks" in told["given"]["label"]) == (0.9, 2.0, True)
+    assert {"ema", "ema_decay", "clip_grad", "distributed"} <= set(told["carried"])
+    assert "max_L" in {option for left in told["left_out"] for option in left["option"].split(", ")}
+    assert told["given"]["at_peak_bytes"]["ema"] > 0
+
+
 def test_plan_from_a_one_rank_configuration_also_shows_the_recommended_plan(
     ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
