@@ -17,6 +17,7 @@ import yaml
 from memfit.lint import phrases
 from memfit.lint.check import CHECKS, Finding, Severity, check, texts
 from memfit.lint.openfold import PRESETS, TUNED
+from memfit.lint.option_reasons import option_reasons
 from memfit.lint.option_schema import known
 from memfit.lint.parse import read
 
@@ -747,14 +748,18 @@ PAIRS = (
 )
 # Words in findings that are no names of settings: libraries, commands and values of JSON and YAML.
 NAMES = {"accelerate", "launch", "memfit", "plan", "torch", "torchtitan", "transformers", *PRESETS}
-NAMES |= {"null", "true", "false", "all"}
+NAMES |= {"null", "true", "false", "all", "lora", "qlora", "norm", "value"}
 
 
 def setting_names() -> set[str]:
     """Names and enumerated values of the libraries' settings."""
     tables = [known(library) for library in ("accelerate", "deepspeed", "megatron", "torchtitan", "trainer")]
     specs = [(key, spec) for table in tables for keys in table.now.values() for key, spec in keys.items()]
-    return {*(key for key, _ in specs), *(str(value) for _, spec in specs for value in spec.values)}
+    tables_of_reasons = [option_reasons(name) for name in ("axolotl", "lightning", "llamafactory")]
+    options = {
+        part for table in front_ends for n in {*table.carried, *table.reasons} for part in n.split(".")
+    }
+    return {*options, *(key for key, _ in specs), *(str(value) for _, spec in specs for value in spec.values)}
 
 
 def test_japanese_findings_contain_no_english_but_names_and_use_every_phrase(tmp_path: Path) -> None:
