@@ -88,7 +88,7 @@ def page(history: Sequence[Mapping[str, Any]]) -> str:
         "is checked), on one machine's CPU, with arguments and data of ours",
         "([scripts.toml](scripts/scripts.toml), [prepare.py](scripts/prepare.py)). They were listed before",
         "memfit was first run on them; capture was developed with the half called development. After the",
-        "first run on the held-out half its errors were mended, too: only that first run is of unseen scripts.",
+        "first run on the held-out half its errors were mended, too: only that run is of unseen scripts.",
         "",
         "`measured`: the peak of live tensor bytes of torch's CPU allocator, counted in the script's own",
         "processes, from the first forward pass that computes gradients to the end of the second optimizer",
