@@ -137,7 +137,7 @@ def test_batches_are_multiples_of_micro_batches_and_data_parallel_ranks() -> Non
     pipeline = use("pipeline", stages=2, schedule="gpipe", micro_batches=4)
     assert batch_multiple(Plan(ranks=4, uses=(use("ddp"), pipeline))) == 8
     assert batch_multiple(Plan()) == 1
-    assert length_multiple(Plan(ranks=2, uses=(use("context-parallel"),))) == 4
+    assert length_multiple(Plan(ranks=2, uses=(use("context-parallel", degree=2),))) == 4
     assert length_multiple(Plan()) == 1
 
 

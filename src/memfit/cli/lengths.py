@@ -53,7 +53,7 @@ class LengthOptions:
             metavar="NAME",
             help="Size of the job; `memfit jobs` lists the sizes of each built-in job. Default: the job's "
             "default size, tiny for a built-in job and for hf:. SIZE@N sets the number of positions; "
-            "without @N a built-in job gets as many as the longest sequence has, at least 16, and hf: the "
+            "without @N a built-in job gets as many as the longest sequence has, at least 64, and hf: the "
             "number of its size. A job FILE.py:NAME refuses SIZE@N.",
         ),
     ] = None
@@ -153,7 +153,7 @@ def lengths(options: LengthOptions, on: MachineOptions, output: JsonOptions) -> 
     values = values.clip(max=options.max_length) if options.max_length else values
     size = options.size
     if options.job in names() and "@" not in (size or ""):
-        size = f"{size or 'tiny'}@{max(16, int(values.max()))}"  # enough positions for the longest sequence
+        size = f"{size or 'tiny'}@{max(64, int(values.max()))}"  # enough positions for all that is traced
     job = load(JobRef(spec=options.job, size=size, batch=options.batch))
     length_report = house.report(
         job,

@@ -154,13 +154,14 @@ def peak_model(job: Job, plan: Plan, longest: int, device: str) -> PeakModel:
     "cpu" or "cuda".
 
     It is fitted to six traces: three lengths (a quarter, a half and all of ``longest``, rounded up to
-    multiples of 16; 16, 32 and 64 if these are not distinct), each with one and with two rows per
+    multiples of 16 but not above ``longest``, for which alone a model may have positions; 16, 32 and 64 if
+    these are not distinct), each with one and with two rows per
     micro-batch. Raises UserError if which operators a step runs depends on the length, or if no tensor of the
     job's batch has a second dimension.
     """
     accumulation = plan.get("gradient-accumulation")
     rows = int(accumulation.settings["micro_batches"]) if accumulation else 1
-    lengths = sorted({max(_SHORTEST, -(-longest * q // 64) * 16) for q in (1, 2, 4)})
+    lengths = sorted({max(_SHORTEST, min(longest, -(-longest * q // 64) * 16)) for q in (1, 2, 4)})
     if len(lengths) < 3:
         lengths = [_SHORTEST, 2 * _SHORTEST, 4 * _SHORTEST]
     shapes = [Shape(rows=r, length=n) for r in (rows, 2 * rows) for n in lengths]
