@@ -168,6 +168,11 @@ class _Session:
         if self.machine.device.is_host:
             estimate = _with_late_collective(estimate, pricer.trace(plan))
         estimate = self._with_other_batches(estimate, trace)
+        if trace.setup_peak_bytes > estimate.allocated_bytes.high:
+            self.notes.append(
+                f"before its first training step, the script needs {format_bytes(trace.setup_peak_bytes)}, "
+                "more than a training step: it evaluates the model, or builds it"
+            )
         explained = traced_estimate(estimate, pricer.trace(plan, estimate.rank), pricer.calibration)
         full_trace = explained.trace
         if not self.spec.whole_trace:
@@ -181,6 +186,7 @@ class _Session:
             optimizers=tuple(dict.fromkeys(type(o).__name__ for o in trace.optimizers.values())),
             ranks=plan.ranks,
             notes=tuple(self.notes),
+            before_training_bytes=trace.setup_peak_bytes,
         )
 
     def _with_other_batches(self, estimate: Estimate, trace: ScriptTrace) -> Estimate:

@@ -42,8 +42,8 @@ class ScriptAnswer:
     """What is known of a script's training steps. ``estimate``, ``trace`` and ``peak_clock`` are None if no
     step could be traced; ``problem`` then says why. ``notes``: what the script was kept from, and what is
     assumed. ``plans``: the searched plans, None if none were asked for or can be searched; ``no_plans`` then
-    says why. ``batch_size``: samples of
-    a step, known with ``plans``.
+    says why. ``batch_size``: samples of a step, known with ``plans``. ``before_training_bytes``: peak of live
+    tensors while the model was built and evaluated, before its first training step.
     """
 
     program: str
@@ -60,3 +60,4 @@ class ScriptAnswer:
     plans: SearchResult | None = None
     no_plans: str = ""
     batch_size: int = 0
+    before_training_bytes: int = 0

@@ -191,6 +191,10 @@ def _show(
     assert answer.estimate is not None and answer.trace is not None and answer.peak_clock is not None
     explained = TracedEstimate(estimate=answer.estimate, trace=answer.trace, peak_clock=answer.peak_clock)
     cap_bytes = cap_bytes or int(machine.device.memory_bytes.value)
+    needed = needed_bytes(answer.estimate, machine)
+    step_bytes = answer.estimate.allocated_bytes.value
+    if answer.before_training_bytes > step_bytes:
+        needed = max(needed, int(needed / step_bytes * answer.before_training_bytes))
     facts = ScriptFacts(
         program=answer.program,
         model=answer.model,
@@ -200,8 +204,8 @@ def _show(
         machine=machine.name,
         ranks=answer.ranks,
         cap_bytes=cap_bytes,
-        needed_bytes=needed_bytes(answer.estimate, machine),
-        fits=fits_under(cap_bytes, machine)(answer.estimate),
+        needed_bytes=needed,
+        fits=needed <= cap_bytes and fits_under(cap_bytes, machine)(answer.estimate),
         notes=answer.notes,
     )
     if options.html is not None:
