@@ -756,9 +756,8 @@ def setting_names() -> set[str]:
     tables = [known(library) for library in ("accelerate", "deepspeed", "megatron", "torchtitan", "trainer")]
     specs = [(key, spec) for table in tables for keys in table.now.values() for key, spec in keys.items()]
     tables_of_reasons = [option_reasons(name) for name in ("axolotl", "lightning", "llamafactory")]
-    options = {
-        part for table in front_ends for n in {*table.carried, *table.reasons} for part in n.split(".")
-    }
+    names = {name for table in tables_of_reasons for name in {*table.carried, *table.reasons}}
+    options = {part for name in names for part in name.split(".")}
     return {*options, *(key for key, _ in specs), *(str(value) for _, spec in specs for value in spec.values)}
 
 
