@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import types
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from torch._subclasses import FakeTensorMode
 
 import memfit
 from memfit.cli import main
+from memfit.cli.safe_console import SafeConsole
 from memfit.monitoring.alarms import alarms_of
 from memfit.monitoring.command import run_watched
 from memfit.monitoring.readings import MemoryReadings
@@ -447,7 +450,7 @@ def test_a_command_that_does_not_exist_is_an_error() -> None:
 
 def test_two_ranks_are_recorded_and_the_slow_one_is_named() -> None:
     text = """
-import time, torch, torch.distributed as dist
+import os, time, torch, torch.distributed as dist
 from torch import nn
 dist.init_process_group("gloo")
 model = nn.parallel.DistributedDataParallel(nn.Linear(8, 8))
@@ -457,6 +460,7 @@ for _ in range(15):
     model(torch.ones(2, 8)).square().mean().backward()
     optimizer.step()
 dist.destroy_process_group()
+os._exit(0)  # as child_ranks.leave: a thread of gloo may abort a process that ends
 """
     ranks = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
     assert run(*ranks, script(text)) == 0
@@ -501,3 +505,22 @@ def test_wrong_use_is_one_line(
     assert main(["watch", *words]) == 2
     assert message in capsys.readouterr().err
     assert not Path("run.jsonl").exists()
+
+
+def test_a_record_is_shown_live_until_its_training_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr("memfit.cli.watch._PERIOD_S", 0.05)
+    monkeypatch.setattr(
+        "memfit.cli.watch.console", lambda: SafeConsole(file=screen, force_terminal=True, width=100)
+    )
+    path = Path("run.jsonl")
+    path.write_bytes(b"".join(lines(3)))
+
+    def go_on() -> None:
+        with path.open("ab") as file:
+            file.write(b'{"kind": "step", "step": 77, "time_s": 1.0}\n{"kind": "end", "time_s": 2.0}\n')
+
+    threading.Timer(0.2, go_on).start()
+    assert main(["watch", "run.jsonl"]) == 0
+    assert "step 3" in screen.getvalue()
+    assert "step 77" in screen.getvalue()
