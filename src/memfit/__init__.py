@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         estimate,
         from_trainer,
         largest,
+        next_plan,
         watch,
     )
 
@@ -56,6 +57,7 @@ __all__ = [
     "estimate",
     "from_trainer",
     "largest",
+    "next_plan",
     "watch",
 ]
 __version__ = "0.1.0"

@@ -18,6 +18,7 @@ import inspect
 import io
 import math
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from memfit.conformance.monitor import Monitor
@@ -29,6 +30,7 @@ from memfit.jobs.user_job import guarded
 from memfit.lint import to_plan
 from memfit.lint.clipping import clipping_setting
 from memfit.lint.trainer_setup import setup_of_trainer
+from memfit.monitoring.record import OutOfMemory
 from memfit.monitoring.watch import watch
 from memfit.planner.batch_shape import with_batch_shape
 from memfit.planner.capacity import fits_under, needed_bytes
@@ -38,9 +40,11 @@ from memfit.planner.request import space_of
 from memfit.planner.safer_plans import FAILURES, pricer_of_batch, safer_plan
 from memfit.planner.workload import workload_of
 from memfit.planner.workspace_probes import probe_workspaces
+from memfit.report.files import write_whole
 from memfit.report.workload_text import workload_text
 from memfit.runtime import local_machine
 from memfit.techniques.base import Space
+from memfit.techniques.plan_file import plan_text
 from memfit.techniques.rank_mesh import SEVERAL, layout
 from memfit.techniques.registry import proposable, technique
 from memfit.trace.lifecycle import Lifecycle, lifecycle
@@ -67,6 +71,7 @@ __all__ = [
     "estimate",
     "from_trainer",
     "largest",
+    "next_plan",
     "watch",
 ]
 _FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
@@ -366,6 +371,27 @@ def _weights(job: Job) -> WeightsSource:
     return WeightsSource(
         lambda: built_weights(job.build_model), _MOST_COMPUTED_FLOPS, _FREE_RATIO * local_machine.free_bytes()
     )
+
+
+def next_plan(
+    prediction: Prediction, file: str | Path, *, batch: Callable[[], Any] | None = None
+) -> Callable[[OutOfMemory], str]:
+    """Return an ``on_oom`` for `watch`, which writes to the plan file ``file`` the plan with which to
+    continue after memory ran out under ``prediction.plan`` (`Prediction.safer`).
+
+    ``batch``: returns the batch that failed, which may be longer than that of the prediction. The script
+    loads the plan from the file when it starts, and its own last checkpoint; `memfit watch --restarts N --
+    COMMAND` starts it again. The file is replaced whole. The function that is returned raises UserError if
+    there is no safer plan, and then the file is as it was.
+    """
+
+    def write(event: OutOfMemory) -> str:
+        safer = prediction.safer(batch() if batch is not None else None)
+        note = f"after {prediction.plan.label} ran out of memory in step {event.step}"
+        write_whole(Path(file), plan_text(safer.plan, note=note).encode())
+        return f"{safer.plan.label} in {file}, {note}"
+
+    return write
 
 
 def from_trainer(

@@ -50,6 +50,15 @@ class WatchOptions:
             'COMMAND` in a file, or an object such as {"allocated_bytes": 8000000000}. Default: none.',
         ),
     ] = None
+    restarts: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Start COMMAND again, at most N times, when it ran out of memory and its "
+            "memfit.watch(on_oom=memfit.next_plan(...)) has written a safer plan. Default: 0, never.",
+        ),
+    ] = 0
     limits: Annotated[
         Path | None,
         typer.Option(
@@ -76,7 +85,7 @@ def watch(options: WatchOptions, output: JsonOptions) -> None:
             "train.py`",
         )
     if _is_record(words):
-        given = [n for n in ("file", "prediction", "limits") if getattr(options, n) is not None]
+        given = [n for n in ("file", "prediction", "limits", "restarts") if getattr(options, n)]
         if given:
             raise UserError(f"--{given[0]} is for a command; {words[0]} is a record", allowed="--json")
         _show(words[0], as_json=output.json)
@@ -130,12 +139,16 @@ def _run(command: list[str], options: WatchOptions) -> None:
         raise UserError(
             f"--file {file} is not a file name", allowed="a name with a suffix, such as run.jsonl"
         )
-    end = run_watched(
-        command,
-        file,
-        prediction=predicted_intervals(options.prediction),
-        limits=dataclasses.asdict(limits_of(options.limits)),
-    )
+    prediction, limits = predicted_intervals(options.prediction), limits_of(options.limits)
+    for restart in range(options.restarts + 1):
+        end = run_watched(command, file, prediction=prediction, limits=dataclasses.asdict(limits))
+        recoveries = [r.end.recovery for r in read_records(file).ranks if r.end and r.end.recovery]
+        if not end.code or not recoveries or restart == options.restarts:
+            break
+        print(
+            f"memfit: out of memory; start {restart + 1} of {options.restarts} with {recoveries[0]}",
+            file=sys.stderr,
+        )
     print(f"memfit: {_line(summarize(read_records(file)), file)}", file=sys.stderr)
     if end.code:
         from memfit.cli.autopsy import in_one_line

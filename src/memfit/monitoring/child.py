@@ -16,6 +16,7 @@ def begin(settings: str) -> TrainingWatch:
     ``file``, ``prediction`` and ``limits`` of `TrainingWatch`."""
     watch = TrainingWatch(**json.loads(settings))
     watch.__enter__()
+    TrainingWatch.of_process = watch
     atexit.register(watch.close)
     return watch
 

@@ -119,13 +119,23 @@ class Alarm:
 class WatchEnd:
     """The end of a process by itself. ``error``: the type of the error that ended it, such as
     "OutOfMemoryError", or "". ``message``: the error's text, at most its first 4,000 characters. ``memory``:
-    what could then be measured, by the names of WatchStep's fields.
+    what could then be measured, by the names of WatchStep's fields. ``recovery``: what ``on_oom`` returned,
+    such as the plan with which to start again; "" if there is nothing to start again with.
     """
 
     time_s: float
     error: str = ""
     message: str = ""
+    recovery: str = ""
     memory: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class OutOfMemory:
+    """An error with which a watched training ran out of memory. ``step``: number of the step that failed."""
+
+    step: int
+    error: BaseException
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,6 +25,11 @@ _IN_EPOCH: Final = re.compile(r"\]\s*\[\s*(\d+)\s*/\s*\d+\s*\]")
 _EPOCH: Final = re.compile(r"\b(?:epoch|ep)\b['\"]?\s*[=:#]?\s*\[?\s*(\d+(?:\.\d+)?)", re.IGNORECASE)
 _LOGGED_LOSS: Final = re.compile(r"['\"]loss['\"]: ")
 _YOLO: Final = re.compile(r"^\s*(\d+)/(\d+)\s+(\d+(?:\.\d+)?)G\s")
+# What a line of a training has beside the number of its step, and a line of its settings has not.
+_MEASURED: Final = re.compile(
+    r"loss|ppl|perplexity|\bacc|\blr\b|learning[_ ]rate|it/s|s/it|\b[mn]?s\b", re.IGNORECASE
+)
+_DIGITS: Final = re.compile(r"[\d.:]+")
 _NUMBER: Final = re.compile(
     r"(?<![\w:./-])(?P<key>[A-Za-z_][\w:./-]*(?: [A-Za-z_][\w:./-]*){0,2}?)\s*[=:]?\s*"
     r"(?<![\w.])(?P<value>\d+(?:\.\d+)?)\s*(?P<unit>[KMGT]i?B\b|[GM]\b)?"
@@ -109,12 +114,13 @@ def read_training_log(lines: Sequence[str]) -> TrainingLog:
     rows: list[int] = []
     in_evaluation = False
     series: dict[str, list[tuple[int, float, bool]]] = {}
+    steps_of_row = _steps(lines)
     for row, line in enumerate(lines):
         if "out of memory" in line.lower() or "Tried to allocate" in line or 'File "' in line:
             continue
         for key, value, has_unit in _numbers(line):
             series.setdefault(key, []).append((row, value, has_unit))
-        numbers, epoch = _steps(line), _EPOCH.search(line)
+        numbers, epoch = steps_of_row.get(row, []), _EPOCH.search(line)
         if numbers or epoch:
             in_evaluation = _EVALUATION.search(line) is not None
         if in_evaluation:
@@ -147,13 +153,31 @@ def outlier(series: NumberSeries, row_count: int) -> float | None:
     return last / max(earlier)
 
 
-def _steps(line: str) -> list[int]:
-    """Return the numbers of steps that a line of a training or an evaluation shows."""
-    if _OTHER_BAR.search(line):
-        return []
-    matches = [*_BAR.finditer(line), *_STEP.finditer(line), *_IN_EPOCH.finditer(line)]
-    yolo = _YOLO.match(line)
-    return [int(m[1]) for m in matches] + ([int(yolo[1])] if yolo else [])
+def _steps(lines: Sequence[str]) -> dict[int, list[int]]:
+    """Return row -> numbers of steps that this line of a training or an evaluation shows. A number after
+    "step" or the like counts if its line also shows something measured, such as a loss, or if it differs from
+    that of another line with the same text before it: "Total optimization steps = 375" is a setting."""
+    steps: dict[int, list[int]] = {}
+    rows_of_text: dict[str, list[tuple[int, int]]] = {}
+    for row, line in enumerate(lines):
+        if _OTHER_BAR.search(line):
+            continue
+        matches = [*_BAR.finditer(line), *_IN_EPOCH.finditer(line)]
+        matches += [yolo] if (yolo := _YOLO.match(line)) else []
+        is_measured = _MEASURED.search(line) is not None
+        for match in _STEP.finditer(line):
+            if is_measured:
+                matches.append(match)
+            else:
+                text = _DIGITS.sub("", line[: match.start(1)])
+                rows_of_text.setdefault(text, []).append((row, int(match[1])))
+        if matches:
+            steps[row] = [int(m[1]) for m in matches]
+    for entries in rows_of_text.values():
+        if len({step for _, step in entries}) > 1:
+            for row, step in entries:
+                steps.setdefault(row, []).append(step)
+    return steps
 
 
 def _numbers(line: str) -> list[tuple[str, float, bool]]:

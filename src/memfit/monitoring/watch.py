@@ -15,7 +15,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from traceback import clear_frames
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import torch
 
@@ -24,7 +25,7 @@ from memfit.monitoring.limits import AlarmLimits, limits_of
 from memfit.monitoring.loggers import Loggers
 from memfit.monitoring.prediction import predicted_intervals
 from memfit.monitoring.readings import EnergyReadings, MemoryReadings
-from memfit.monitoring.record import FORMAT, Alarm, LineFile, WatchStep, rank_path
+from memfit.monitoring.record import FORMAT, Alarm, LineFile, OutOfMemory, WatchStep, rank_path
 from memfit.monitoring.scalars import PendingScalars, scalar_tensor, split_scalars
 from memfit.monitoring.training_hooks import (
     StepHook,
@@ -33,6 +34,7 @@ from memfit.monitoring.training_hooks import (
     observe_clipping,
 )
 from memfit.runtime import devices
+from memfit.runtime.oom import is_oom_error
 from memfit.store.environment import fingerprint
 from memfit.types.device_kind import HOST
 from memfit.types.errors import UserError
@@ -67,7 +69,13 @@ class _Recording:
 
 
 class TrainingWatch:
-    """Records the steps of a training between ``with`` and the end of its block. See `memfit.watch`."""
+    """Records the steps of a training between ``with`` and the end of its block. See `memfit.watch`.
+
+    ``of_process``: the watch that ``memfit watch -- COMMAND`` began in this process. A watch in the script
+    takes its place and its file.
+    """
+
+    of_process: ClassVar[TrainingWatch | None] = None
 
     def __init__(
         self,
@@ -78,6 +86,7 @@ class TrainingWatch:
         prediction: Any = None,
         limits: AlarmLimits | Mapping[str, Any] | str | Path | None = None,
         on_alarm: Callable[[Alarm], object] | None = None,
+        on_oom: Callable[[OutOfMemory], str | None] | None = None,
         logger: Any = None,
     ) -> None:
         self._path = Path(file)
@@ -89,6 +98,7 @@ class TrainingWatch:
         self._model, self._optimizer = model, optimizer
         self._prediction = predicted_intervals(prediction)
         self._limits, self._on_alarm, self._loggers = limits_of(limits), on_alarm, Loggers(logger)
+        self._on_oom = on_oom
         self.alarms: list[Alarm] = []
         self._recording: _Recording | None = None
         self._hooks = contextlib.ExitStack()
@@ -106,6 +116,11 @@ class TrainingWatch:
     # -- what the training calls
 
     def __enter__(self) -> TrainingWatch:
+        outer = TrainingWatch.of_process
+        if outer is not None and outer is not self and not outer._is_over:
+            self._path = outer._path
+            outer._is_over = True
+            outer._hooks.close()
         self._guard(self._begin)
         return self
 
@@ -134,10 +149,22 @@ class TrainingWatch:
 
     def close(self, error: BaseException | None = None) -> None:
         """End the watch. ``error``: what ended the training, if it failed. Later calls do nothing."""
-        alarms = self._guard(self._end, error)
+        alarms = self._guard(self._end, error, self._recovery(error))
         self._is_over = True
         self._hooks.close()
         self._notify(alarms)
+
+    def _recovery(self, error: BaseException | None) -> str:
+        """If memory ran out, return what ``on_oom`` says about how to go on. The tensors of the frames in
+        which the error was raised are freed before. If ``on_oom`` raises a UserError, it is printed."""
+        if error is None or self._on_oom is None or self._is_over or not is_oom_error(error):
+            return ""
+        clear_frames(error.__traceback__)
+        try:
+            return self._on_oom(OutOfMemory(step=self._number + 1, error=error)) or ""
+        except UserError as reason:
+            print(f"memfit: no recovery: {reason}", file=sys.stderr)
+            return ""
 
     # -- memfit's own work, of which an error ends the watch
 
@@ -298,7 +325,7 @@ class TrainingWatch:
         recording.file.write("values", {"step": step, **values})
         return recording.detector.add_values(step, values.get("loss"), values.get("grad_norm"))
 
-    def _end(self, error: BaseException | None) -> list[Alarm]:
+    def _end(self, error: BaseException | None, recovery: str) -> list[Alarm]:
         if self._recording is None and error is None:
             return []  # nothing was trained in this process
         recording = self._started()
@@ -308,6 +335,7 @@ class TrainingWatch:
             "time_s": time.time(),
             "error": type(error).__name__ if error is not None else "",
             "message": str(error)[:_LONGEST_MESSAGE] if error is not None else "",
+            "recovery": recovery,
             "memory": {name: v for name, v in recording.readings.read().items() if v is not None},
         }
         recording.file.write("end", end)
@@ -323,6 +351,7 @@ def watch(
     prediction: Any = None,
     limits: AlarmLimits | Mapping[str, Any] | str | Path | None = None,
     on_alarm: Callable[[Alarm], object] | None = None,
+    on_oom: Callable[[OutOfMemory], str | None] | None = None,
     logger: Any = None,
 ) -> TrainingWatch:
     """Watch a training on this rank: ``with memfit.watch(file="run.jsonl") as watch: ...``. Call it on every
@@ -342,6 +371,13 @@ def watch(
     SummaryWriter, a logger of Lightning, a run of W&B, an Accelerator, or a function of values and step; by
     default the active runs of W&B and MLflow, if there are any.
 
+    ``on_oom``: called when the block ends because memory ran out, such as what `memfit.next_plan` returns.
+    The text that it returns is recorded, and `memfit watch --restarts N -- COMMAND` then starts the command
+    again. The error is raised in any case.
+
+    In a process of `memfit watch -- COMMAND`, this watch takes the place of the command's and writes to its
+    file.
+
     On a processor, tensors are counted only if memfit's counting allocator is active in this process; else
     the resident memory of the process is recorded. No counter is reset. An error in memfit ends the watch,
     not the training. Raises UserError for wrong arguments.
@@ -353,6 +389,7 @@ def watch(
         prediction=prediction,
         limits=limits,
         on_alarm=on_alarm,
+        on_oom=on_oom,
         logger=logger,
     )
 
