@@ -186,6 +186,30 @@ def test_bars_of_downloads_and_loading_are_no_training_steps() -> None:
     assert diagnose_log(log + traceback("loss = model(x)")).cause is DeathCause.TENSORS_TOO_LARGE
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "  Total optimization steps = 375\n  0%|          | 0/375 [00:00<?, ?it/s]",
+        "engine/trainer: task=detect, epochs=100, batch=16, imgsz=640",
+        "Resuming from the checkpoint of step 5000",
+    ],
+)
+def test_numbers_of_steps_in_settings_are_no_finished_steps(line: str) -> None:
+    diagnosis = diagnose_log(f"{line}\n{traceback('loss = model(batch)')}")
+    assert diagnosis.cause is DeathCause.TENSORS_TOO_LARGE
+
+
+def test_steps_without_a_loss_count_if_their_numbers_differ() -> None:
+    diagnosis = diagnose_log(f"step 1\nstep 2\n{traceback('loss = model(batch)')}")
+    assert diagnosis.cause is DeathCause.LATE_GROWTH
+
+
+def test_ranks_that_wait_in_vain_do_not_hide_the_cause() -> None:
+    others = traceback("dist.barrier()", error="DistStoreError: Timed out after 1801 seconds")
+    diagnosis = diagnose_log(f"{traceback('loss = model(batch)')}\n{others}")
+    assert diagnosis.is_out_of_memory
+
+
 def test_an_error_of_another_rank_that_follows_does_not_hide_the_cause() -> None:
     text = (
         "[rank1]: Traceback (most recent call last):\n"

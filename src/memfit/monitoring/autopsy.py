@@ -32,6 +32,7 @@ _ROUNDING: Final = 0.95  # the allocator asks for a little more than a tensor ne
 _CONSEQUENCE: Final = re.compile(
     r"ChildFailedError|ProcessRaisedException|ProcessExitedException|CalledProcessError|exited unexpectedly|"
     r"Caught \w+ in (?:DataLoader|replica)|[Cc]onnection (?:closed|reset)|Connection refused|Broken pipe|"
+    r"DistStoreError|DistNetworkError|remote process exited|"
     r"ncclRemoteError|NCCL communicator was aborted|KeyboardInterrupt|SystemExit|EOFError|killed by signal",
 )
 _LIBRARY: Final = re.compile(
@@ -206,7 +207,9 @@ def _other_end(lines: Sequence[str], last: TracebackText | None) -> Diagnosis:
             if pattern.search(line):
                 evidence = [f"{meaning}: {line.strip()[:200]}"]
                 return _diagnosis(DeathCause.NOT_MEMORY, Certainty.LIKELY, evidence)
-    evidence = ["no error of an allocator, no kill and no traceback is in this text"]
+    evidence = [
+        "this text has no error of an allocator, no kill and no traceback but those that another death causes"
+    ]
     return _diagnosis(DeathCause.UNKNOWN, Certainty.UNKNOWN, evidence)
 
 

@@ -26,9 +26,7 @@ _EPOCH: Final = re.compile(r"\b(?:epoch|ep)\b['\"]?\s*[=:#]?\s*\[?\s*(\d+(?:\.\d
 _LOGGED_LOSS: Final = re.compile(r"['\"]loss['\"]: ")
 _YOLO: Final = re.compile(r"^\s*(\d+)/(\d+)\s+(\d+(?:\.\d+)?)G\s")
 # What a line of a training has beside the number of its step, and a line of its settings has not.
-_MEASURED: Final = re.compile(
-    r"loss|ppl|perplexity|\bacc|\blr\b|learning[_ ]rate|it/s|s/it|\b[mn]?s\b", re.IGNORECASE
-)
+_MEASURED: Final = re.compile(r"loss|ppl|perplexity|\bacc|\blr\b|learning[_ ]rate|it/s|s/it", re.IGNORECASE)
 _DIGITS: Final = re.compile(r"[\d.:]+")
 _NUMBER: Final = re.compile(
     r"(?<![\w:./-])(?P<key>[A-Za-z_][\w:./-]*(?: [A-Za-z_][\w:./-]*){0,2}?)\s*[=:]?\s*"
