@@ -170,8 +170,12 @@ REFUSED = {
         "GradScaler",
     ),
     "another model later": (
-        PLAIN.replace("scheduler = torch", "model = torch.compile(model)\nscheduler = torch"),
+        PLAIN.replace("scheduler = torch", "model = wrapped(model)\nscheduler = torch"),
         "changes model after",
+    ),
+    "a model that is compiled": (
+        PLAIN.replace("optimizer = torch", "model = torch.compile(model)\noptimizer = torch", 1),
+        "torch.compile",
     ),
     "changed gradients": (
         PLAIN.replace(
@@ -280,6 +284,14 @@ def test_accelerator_gets_its_arguments_and_a_smaller_batch() -> None:
     assert edit.remarks[0].startswith("Accelerate does not apply adafactor")
 
 
+@pytest.mark.parametrize(("old_steps", "batch"), [("4", "16"), ("steps", "8 * steps // 2")])
+def test_the_batch_of_accelerate_stays_if_the_script_accumulates_already(old_steps: str, batch: str) -> None:
+    text = ACCELERATE.replace("cpu=True", f"cpu=True, gradient_accumulation_steps={old_steps}")
+    edit = diff(text, {"gradient-accumulation": {"micro_batches": 2}})
+    assert "gradient_accumulation_steps=2)" in edit.diff
+    assert f"+loader = DataLoader(data, shuffle=True, batch_size={batch})" in edit.diff
+
+
 def test_accelerate_without_accumulate_is_not_edited() -> None:
     edit = diff(ACCELERATE.replace("accumulate", "other"), {"gradient-accumulation": {"micro_batches": 2}})
     assert not edit.diff
@@ -297,6 +309,12 @@ def test_a_file_without_a_last_line_end_is_patched(tmp_path: Path) -> None:
         patched(text, diff(text, {"bf16-autocast": {}}), tmp_path)
         == 'a = Accelerator(mixed_precision="bf16")'
     )
+
+
+def test_a_form_feed_does_not_end_a_line(tmp_path: Path) -> None:
+    text = "a = 1\n\x0c\nb = '\x1c'\nc = Accelerator(cpu=True)\n"
+    edit = diff(text, {"bf16-autocast": {}})
+    assert patched(text, edit, tmp_path) == text.replace("=True", '=True, mixed_precision="bf16"')
 
 
 def test_columns_count_bytes(tmp_path: Path) -> None:

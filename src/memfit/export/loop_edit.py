@@ -163,7 +163,10 @@ def _remarks(loop: Loop, plan: Plan, names: list[str]) -> Iterator[str]:
 def _find(source: Source, plan: Plan) -> Loop:
     names = {name_of(n) for n in ast.walk(source.tree) if isinstance(n, ast.Name | ast.Attribute)}
     names |= {n.name for n in ast.walk(source.tree) if isinstance(n, ast.alias)}
-    if in_the_way := sorted(names & _IN_THE_WAY):
+    compiles = any(
+        ast.unparse(n) == "torch.compile" for n in ast.walk(source.tree) if isinstance(n, ast.Attribute)
+    )
+    if in_the_way := sorted(names & _IN_THE_WAY | ({"torch.compile"} if compiles else set())):
         raise UserError(
             f"the script uses {', '.join(in_the_way)}, which the plan replaces or must come before"
         )

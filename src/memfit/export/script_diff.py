@@ -141,20 +141,30 @@ def _batch_source(source: Source, call: ast.Call, plan: Plan, batch_size: int) -
     batch, old_steps = arguments.get(_BATCH), arguments.get(_STEPS)
     if batch is None or plan.ranks > 1:
         return str(batch_size // share), ""
-    old = literal(batch), 1 if old_steps is None else literal(old_steps)
-    if isinstance(old[0], int) and isinstance(old[1], int):
-        whole = old[0] * old[1]
+    text, whole = _micro_batch(source, batch, old_steps, steps)
+    if whole is None:
+        return text, f"the plan was made for a batch of {batch_size}: give the script that, too"
+    differs = f"the plan was made for a batch of {batch_size}, but the script trains with {whole}"
+    return text, differs if whole != batch_size else ""
+
+
+def _micro_batch(
+    source: Source, batch: ast.expr, old_steps: ast.expr | None, steps: int
+) -> tuple[str, int | None]:
+    """Return (the source of the batch of one of ``steps`` micro-batches; the batch of a whole step, None if
+    the script does not state it). The script now trains with ``old_steps`` (None: one) micro-batches of
+    ``batch`` samples. Raises UserError if the whole cannot be split into equal parts."""
+    size, count = literal(batch), 1 if old_steps is None else literal(old_steps)
+    if isinstance(size, int) and isinstance(count, int):
+        whole = size * count
         if whole % steps:
             raise UserError(
                 f"the script's batch of {whole} samples cannot be split into {steps} equal micro-batches",
                 hint=f"change it to a multiple of {steps}",
             )
-        differs = f"the plan was made for a batch of {batch_size}, but the script trains with {whole}"
-        return str(whole // steps), differs if whole != batch_size else ""
+        return str(whole // steps), whole
     product = source.of(batch) if old_steps is None else f"{source.of(batch)} * {source.of(old_steps)}"
-    return (product if steps == 1 else f"{product} // {steps}"), (
-        f"the plan was made for a batch of {batch_size}: give the script that, too"
-    )
+    return (product if steps == 1 else f"{product} // {steps}"), None
 
 
 def _launch_remarks(plan: Plan) -> Iterator[str]:
@@ -175,7 +185,7 @@ def _accelerate_diff(source: Source, calls: list[ast.Call], plan: Plan) -> Scrip
     if accumulation is not None:
         steps = int(accumulation.settings["micro_batches"])
         values[_STEPS] = steps
-        changes, reason = _smaller_batches(source, steps)
+        changes, reason = _smaller_batches(source, call, steps)
     if len(calls) > 1 or any(k.arg is None for k in call.keywords):
         reason = "the script has several calls of Accelerator, or one with **"
     others = [u for u in plan.uses if u.technique not in _BY_ACCELERATOR | _BY_LAUNCH]
@@ -190,9 +200,9 @@ def _accelerate_diff(source: Source, calls: list[ast.Call], plan: Plan) -> Scrip
     return ScriptDiff(diff=_checked(source, text), remarks=tuple(remarks))
 
 
-def _smaller_batches(source: Source, steps: int) -> tuple[list[Replacement], str]:
-    """Return (the changes that divide the batch of the training DataLoader by ``steps``; why there are none,
-    "" if there are)."""
+def _smaller_batches(source: Source, call: ast.Call, steps: int) -> tuple[list[Replacement], str]:
+    """Return (the changes that make the batch of the training DataLoader one of ``steps`` micro-batches; why
+    there are none, "" if there are). ``call``: that of Accelerator, which may accumulate already."""
     if not _mentions(source, "accumulate"):
         return [], "the loop has no `with accelerator.accumulate(model):`, which gradient accumulation needs"
     loaders = [
@@ -203,8 +213,6 @@ def _smaller_batches(source: Source, steps: int) -> tuple[list[Replacement], str
     sizes = [k.value for call in loaders for k in call.keywords if k.arg == "batch_size"]
     if len(loaders) != 1 or len(sizes) != 1:
         return [], "the script does not show the batch size of its training DataLoader"
-    size = literal(sizes[0])
-    if isinstance(size, int) and size % steps:
-        raise UserError(f"the script's batch of {size} samples cannot be split into {steps} micro-batches")
-    text = str(size // steps) if isinstance(size, int) else f"{source.of(sizes[0])} // {steps}"
+    old_steps = next((k.value for k in call.keywords if k.arg == _STEPS), None)
+    text, _ = _micro_batch(source, sizes[0], old_steps, steps)
     return [Replacement(start=source.start(sizes[0]), end=source.end(sizes[0]), text=text)], ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import io
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -34,7 +35,7 @@ class Source:
                 f"{path} cannot be parsed as Python: {' '.join(str(error).split())[:160]}",
                 allowed="a Python script",
             ) from error
-        self.lines = text.splitlines(keepends=True)
+        self.lines = _lines(text)
         self._starts = [0]
         for line in self.lines:
             self._starts.append(self._starts[-1] + len(line.encode()))
@@ -50,8 +51,8 @@ class Source:
         return self.offset(node.end_lineno, node.end_col_offset)
 
     def of(self, node: ast.expr) -> str:
-        """Return the source of an expression, in parentheses unless it is a name, an attribute, a constant or
-        a call."""
+        """Return the source of an expression, in parentheses unless it is a name, an attribute, a constant, a
+        call or a subscript."""
         text = self.text.encode()[self.start(node) : self.end(node)].decode()
         is_simple = isinstance(node, ast.Name | ast.Attribute | ast.Constant | ast.Call | ast.Subscript)
         return text if is_simple else f"({text})"
@@ -72,9 +73,7 @@ class Source:
     def diff(self, new_text: str) -> str:
         """Return the unified diff from this source to ``new_text``, for ``patch -p0`` and ``git apply -p0``;
         "" if they are equal."""
-        lines = difflib.unified_diff(
-            self.lines, new_text.splitlines(keepends=True), fromfile=self.path, tofile=self.path
-        )
+        lines = difflib.unified_diff(self.lines, _lines(new_text), fromfile=self.path, tofile=self.path)
         return "".join(
             line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in lines
         )
@@ -123,6 +122,11 @@ class Source:
         return all(n.lineno > call.func.lineno for n in nodes)
 
 
+def _lines(text: str) -> list[str]:
+    """Return the lines with their ends as ``ast`` counts them: str.splitlines also splits at form feeds."""
+    return io.StringIO(text).readlines()
+
+
 def name_of(node: ast.expr) -> str:
     """Return the last name of a dotted name, such as "AdamW" for ``torch.optim.AdamW``; "" for others."""
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
@@ -132,7 +136,7 @@ def literal(node: ast.expr | None) -> Any:
     """Return the value of a literal, else None."""
     try:
         return None if node is None else ast.literal_eval(node)
-    except ValueError:
+    except (ValueError, TypeError):
         return None
 
 
