@@ -464,6 +464,13 @@ def test_plans_are_searched_for_the_step_of_a_script(tmp_path: Path) -> None:
     assert answer.plans.recommended.needed_bytes <= 30 * 2**20
 
 
+def test_a_command_whose_script_cannot_be_edited_is_refused_before_it_runs(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "memfit", "estimate", "--plans", "--diff", "--", "python", "-m", "this"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "the command runs a module" in done.stderr
+
+
 def test_no_plan_is_searched_for_a_step_that_cannot_be_repeated(tmp_path: Path) -> None:
     path = tmp_path / "two.py"
     path.write_text(

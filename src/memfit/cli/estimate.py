@@ -18,6 +18,9 @@ from memfit.types.plan import Accuracy
 
 if TYPE_CHECKING:
     from memfit.capture.result import ScriptAnswer
+    from memfit.export.script_diff import ScriptDiff
+    from memfit.export.source_edits import Source
+    from memfit.report.explain_terminal import ScriptFacts
     from memfit.types.machine import Machine
     from memfit.types.plan import Plan
 
@@ -72,7 +75,7 @@ class ScriptOptions:
         typer.Option(
             "--diff",
             help="With --plans: print, after the rest, the edit of the script that applies the recommended "
-            "plan, as a diff for `patch -p0`. The script itself is not changed.",
+            "plan, as a diff for `patch -p0`. The script itself is not changed. Default: no edit.",
         ),
     ] = False
     goal: Annotated[
@@ -106,7 +109,7 @@ class ScriptOptions:
         typer.Option(
             metavar="FILE",
             help="Also write an HTML page with a treemap and a timeline of the memory to this file, which is "
-            "overwritten if it exists.",
+            "overwritten if it exists. Default: no page.",
         ),
     ] = None
 
@@ -127,6 +130,7 @@ def estimate(options: ScriptOptions, on: MachineOptions, lang: LanguageOptions, 
     machine = machine_of(on.on, "world")
     if (options.save is not None or options.diff) and not options.plans:
         raise UserError("--save and --diff are for a recommended plan", hint="add --plans")
+    source = _script_source(options.command) if options.diff else None
     if options.save is not None:
         writable(options.save, overwrite=False)
     if options.html is not None:
@@ -151,7 +155,7 @@ def estimate(options: ScriptOptions, on: MachineOptions, lang: LanguageOptions, 
             show_output=options.show_output,
             whole_trace=options.html is not None,
         )
-    _show(answer, machine, cap_bytes, options, lang=language_code, as_json=output.json)
+    _show(answer, machine, cap_bytes, options, source, lang=language_code, as_json=output.json)
 
 
 def _bounds(texts: list[str]) -> dict[str, int | float] | None:
@@ -174,40 +178,24 @@ def _show(
     machine: Machine,
     cap_bytes: int | None,
     options: ScriptOptions,
+    source: Source | None,
     *,
     lang: str,
     as_json: bool,
 ) -> None:
     from rich.text import Text
 
-    from memfit.planner.capacity import fits_under, needed_bytes
+    from memfit.cli.plan_diff import print_edit
     from memfit.report import explain_html
     from memfit.report.explain import TracedEstimate, contributors
-    from memfit.report.explain_terminal import ScriptFacts, print_script
+    from memfit.report.explain_terminal import print_script
     from memfit.report.files import write_whole
     from memfit.report.terminal import print_search
     from memfit.techniques.plan_file import plan_text
 
     assert answer.estimate is not None and answer.trace is not None and answer.peak_clock is not None
     explained = TracedEstimate(estimate=answer.estimate, trace=answer.trace, peak_clock=answer.peak_clock)
-    cap_bytes = cap_bytes or int(machine.device.memory_bytes.value)
-    needed = needed_bytes(answer.estimate, machine)
-    step_bytes = answer.estimate.allocated_bytes.value
-    if answer.before_training_bytes > step_bytes:
-        needed = max(needed, int(needed / step_bytes * answer.before_training_bytes))
-    facts = ScriptFacts(
-        program=answer.program,
-        model=answer.model,
-        parameter_count=answer.trace.parameter_count,
-        trainable_count=answer.trace.trainable_count,
-        optimizers=answer.optimizers,
-        machine=machine.name,
-        ranks=answer.ranks,
-        cap_bytes=cap_bytes,
-        needed_bytes=needed,
-        fits=needed <= cap_bytes and fits_under(cap_bytes, machine)(answer.estimate),
-        notes=answer.notes,
-    )
+    facts = _facts(answer, machine, cap_bytes)
     if options.html is not None:
         page = explain_html.render_explained(explained, job=answer.program, lang=lang)
         write_whole(options.html, page.encode())
@@ -222,6 +210,8 @@ def _show(
         if options.plans:
             view["plans"] = search_view(answer.plans) if answer.plans else None
             view["no_plans"] = answer.no_plans
+        if source is not None and recommended is not None:
+            view["edit"] = _edit(source, recommended.estimate.plan, answer.batch_size)
         emit({**view, "contributors": contributors(explained)})
         return
     print_script(explained, facts, console=console(), lang=lang)
@@ -229,13 +219,52 @@ def _show(
         print_search(answer.plans, console=console(), lang=lang)
     elif options.plans:
         console().print(Text(answer.no_plans, style="yellow"))
-    if options.diff and recommended is not None:
-        _print_edit(options.command or [], recommended.estimate.plan, answer.batch_size)
+    if source is not None and recommended is not None:
+        print_edit(source, recommended.estimate.plan, answer.batch_size, {}, as_json=False)
 
 
-def _print_edit(command: list[str], plan: Plan, batch_size: int) -> None:
+def _facts(answer: ScriptAnswer, machine: Machine, cap_bytes: int | None) -> ScriptFacts:
+    """Return what is said of the script beside its estimate: what it trains, and whether it fits
+    ``cap_bytes`` of one device, None for all its memory. If the script needs more before its first step than
+    in a step, the needed memory is larger in the same proportion."""
+    from memfit.planner.capacity import fits_under, needed_bytes
+    from memfit.report.explain_terminal import ScriptFacts
+
+    assert answer.estimate is not None and answer.trace is not None
+    cap_bytes = cap_bytes or int(machine.device.memory_bytes.value)
+    needed = needed_bytes(answer.estimate, machine)
+    step_bytes = answer.estimate.allocated_bytes.value
+    if answer.before_training_bytes > step_bytes:
+        needed = max(needed, int(needed / step_bytes * answer.before_training_bytes))
+    return ScriptFacts(
+        program=answer.program,
+        model=answer.model,
+        parameter_count=answer.trace.parameter_count,
+        trainable_count=answer.trace.trainable_count,
+        optimizers=answer.optimizers,
+        machine=machine.name,
+        ranks=answer.ranks,
+        cap_bytes=cap_bytes,
+        needed_bytes=needed,
+        fits=needed <= cap_bytes and fits_under(cap_bytes, machine)(answer.estimate),
+        notes=answer.notes,
+    )
+
+
+def _edit(source: Source, plan: Plan, batch_size: int) -> ScriptDiff:
+    """Return the edit of the script for the plan; without a diff, its reason says why there is none."""
+    from memfit.export.script_diff import ScriptDiff, script_diff
+
+    try:
+        return script_diff(source, plan, batch_size=batch_size)
+    except UserError as error:
+        return ScriptDiff(diff="", reason=str(error))
+
+
+def _script_source(command: list[str]) -> Source:
+    """Return the source of the script that the command runs. Raises UserError if it cannot be read, is not
+    Python, or if the command runs a module."""
     from memfit.capture.program import load_program
-    from memfit.cli.plan_diff import print_edit
     from memfit.export.script_diff import read_script
 
     script = load_program(command).script
@@ -243,4 +272,4 @@ def _print_edit(command: list[str], plan: Plan, batch_size: int) -> None:
         raise UserError(
             "--diff edits a script, but the command runs a module", hint="give the path of its file"
         )
-    print_edit(read_script(Path(script)), plan, batch_size, {}, as_json=False)
+    return read_script(Path(script))
