@@ -89,6 +89,13 @@ def test_a_reversed_series_has_the_opposite_trend(values: list[int]) -> None:
     assert theil_sen_slope(points(values)) == pytest.approx(-theil_sen_slope(points(values[::-1])))
 
 
+def test_steps_of_one_number_are_no_steady_growth() -> None:
+    """A training may number its epochs instead of its steps."""
+    values = [n * MIB for n in range(40)]
+    assert steady_growth([(1.0, v) for v in values], LEAST) is None
+    assert steady_growth([(float(n // 10), v) for n, v in enumerate(values)], LEAST) is not None
+
+
 def test_the_trend_score_of_distinct_values_is_that_of_kendalls_tau() -> None:
     from scipy.stats import kendalltau
 

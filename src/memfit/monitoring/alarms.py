@@ -66,14 +66,16 @@ def mann_kendall_z(values: Sequence[float]) -> float:
 
 
 def theil_sen_slope(points: Sequence[tuple[float, float]]) -> float:
-    """Return the median slope of all pairs of points (x, y), of which no two have the same x."""
+    """Return the median slope of all pairs of points (x, y) with different x, of which there is at least
+    one."""
     return statistics.median(
-        (y2 - y1) / (x2 - x1) for (x1, y1), (x2, y2) in itertools.combinations(points, 2)
+        (y2 - y1) / (x2 - x1) for (x1, y1), (x2, y2) in itertools.combinations(points, 2) if x1 != x2
     )
 
 
 def steady_growth(points: Sequence[tuple[float, float]], least_growth: float) -> float | None:
-    """Return the growth per step of 40 points (step, value), or None if they do not grow steadily.
+    """Return the growth per step of 40 points (step, value), or None if they do not grow steadily, or if
+    their steps do not.
 
     They do if the medians of their 8 blocks of 5 increase from each block to the next, with at most one
     exception and not at the end, by a quarter of the mean increase at least; if the later half grows by at
@@ -84,7 +86,7 @@ def steady_growth(points: Sequence[tuple[float, float]], least_growth: float) ->
     medians = [statistics.median(values[i : i + _BLOCK]) for i in range(0, len(values), _BLOCK)]
     total = medians[-1] - medians[0]
     span = points[-1][0] - points[0][0]
-    if total <= 0 or total < least_growth * (1 - 1.5 * _BLOCK / _WINDOW):
+    if span <= 0 or total <= 0 or total < least_growth * (1 - 1.5 * _BLOCK / _WINDOW):
         return None
     increases = [b - a for a, b in itertools.pairwise(medians)]
     least_increase = _STEADY * total / len(increases)

@@ -37,11 +37,17 @@ def run_watched(
     }
     paths = [str(_STARTUP), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = {**os.environ, SETTINGS: json.dumps(settings), "PYTHONPATH": os.pathsep.join(paths)}
-    try:
-        record = LineFile(file)
-        record.write("command", {"time_s": time.time()})
-    except OSError as error:
-        raise UserError(f"cannot write the record {file}: {error.strerror or error}") from error
+    with contextlib.ExitStack() as stack:
+        try:
+            record = stack.enter_context(contextlib.closing(LineFile(file)))
+            record.write("command", {"time_s": time.time()})
+        except OSError as error:
+            raise UserError(f"cannot write the record {file}: {error.strerror or error}") from error
+        return _run(command, env, record)
+
+
+def _run(command: Sequence[str], env: Mapping[str, str], record: LineFile) -> CommandExit:
+    """Run a command, and write its end to the record. Raises UserError if it cannot be started."""
     kills_before = oom_kills_here()
     try:
         child = subprocess.Popen(list(command), env=env)
