@@ -12,7 +12,6 @@ from memfit.lint.parse import Options
 
 # Axolotl's option -> argument of the Trainer with the same values.
 _SAME = {
-    "gradient_accumulation_steps": "gradient_accumulation_steps",
     "max_grad_norm": "max_grad_norm",
     "torch_compile": "torch_compile",
     "ddp_bucket_cap_mb": "ddp_bucket_cap_mb",

@@ -104,9 +104,9 @@ def _deepspeed(options: Options, steps: int, precision: str) -> dict[str, Any]:
     """Return the configuration that Lightning's DeepSpeedStrategy builds: that of its argument config or,
     without it, that of its other arguments and of its name, such as deepspeed_stage_3_offload."""
     name = str(options.get("trainer.strategy"))
-    stage = re.search(r"stage_(\d)", name)
+    own_stage, stage = _init(options, "stage"), re.search(r"stage_(\d)", name)
     zero: dict[str, Any] = {
-        "stage": _init(options, "stage") or (int(stage[1]) if stage else 2),
+        "stage": own_stage if own_stage is not None else int(stage[1]) if stage else 2,
         "reduce_bucket_size": _init(options, "reduce_bucket_size") or 200_000_000,
         "overlap_comm": _init(options, "overlap_comm") is not False,
     }
