@@ -360,6 +360,13 @@ def test_ranks_are_merged_and_those_of_an_earlier_larger_training_left_out(tmp_p
     assert [(r.rank, len(r.steps)) for r in record.ranks] == [(0, 4), (1, 5)]
 
 
+def test_ranks_from_before_a_command_that_has_not_trained_are_left_out(tmp_path: Path) -> None:
+    command = b'{"kind": "command", "time_s": 9e9}\n'
+    (tmp_path / "run.jsonl").write_bytes(b"".join(lines(4, 0, world_size=2)) + command)
+    (tmp_path / "run.1.jsonl").write_bytes(b"".join(lines(4, 1, world_size=2)))
+    assert [(r.rank, len(r.steps)) for r in read_records(tmp_path / "run.jsonl").ranks] == [(0, 0)]
+
+
 def test_a_restarted_training_begins_a_new_record_in_the_same_file() -> None:
     for count in (3, 2):
         with memfit.watch():
@@ -414,6 +421,14 @@ def test_an_uncaught_error_and_running_out_of_memory_before_training_are_recorde
     assert end is not None
     assert end.error == "OutOfMemoryError"
     assert recorded().steps == ()
+
+
+def test_an_uncaught_error_is_recorded_if_the_program_replaces_the_hook() -> None:
+    hook = "sys.excepthook = lambda *error: None\n"
+    assert run(sys.executable, script(TRAINING + hook + "raise LookupError('lost')\n")) == 1
+    end = recorded().end
+    assert end is not None
+    assert (end.error, end.message) == ("LookupError", "lost")
 
 
 def test_processes_that_do_not_train_write_nothing() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import functools
 import json
+import sys
 
 from memfit.monitoring.watch import TrainingWatch
 from memfit.runtime.oom import is_oom_error
@@ -17,7 +18,8 @@ def begin(settings: str) -> TrainingWatch:
     watch = TrainingWatch(**json.loads(settings))
     watch.__enter__()
     TrainingWatch.of_process = watch
-    atexit.register(watch.close)
+    # A program may replace the hook of uncaught errors; Python keeps the error here before it calls one.
+    atexit.register(lambda: _close(watch, getattr(sys, "last_value", None)))
     return watch
 
 
@@ -26,6 +28,9 @@ def fail(settings: str, error: BaseException) -> None:
     memory. Processes that only start others are thus left out."""
     if begin.cache_info().currsize == 0 and not is_oom_error(error):
         return
-    watch = begin(settings)
-    if watch.is_recording or is_oom_error(error):
+    _close(begin(settings), error)
+
+
+def _close(watch: TrainingWatch, error: BaseException | None) -> None:
+    if watch.is_recording or (error is not None and is_oom_error(error)):
         watch.close(error)

@@ -256,8 +256,7 @@ class RecordReader:
         for rank, path in rank_paths(self._path).items():
             self._files.setdefault(rank, _RankFile(path, rank)).update()
         first = self._files.get(0)
-        ranks = first.world_size if first is not None else None  # others are of an earlier training
-        files = [self._files[rank] for rank in sorted(self._files) if ranks is None or rank < ranks]
+        files = [f for _, f in sorted(self._files.items()) if first is None or f is first or first.is_with(f)]
         exits = [f.exit for f in files if f.exit is not None]
         return WatchRecord(
             ranks=tuple(f.record() for f in files if f.has_lines), exit=exits[-1] if exits else None
@@ -270,6 +269,7 @@ class _RankFile:
     def __init__(self, path: Path, rank: int) -> None:
         self._path, self._rank, self._offset = path, rank, 0
         self._starts = self._commands = self._unreadable = 0
+        self._command_s: float | None = None  # when the command began
         self._begin(None)
 
     def _begin(self, start: WatchStart | None) -> None:
@@ -283,9 +283,12 @@ class _RankFile:
     def has_lines(self) -> bool:
         return bool(self._starts or self._commands or self._steps or self._end or self.exit)
 
-    @property
-    def world_size(self) -> int | None:
-        return self._start.world_size if self._start is not None else None
+    def is_with(self, other: _RankFile) -> bool:
+        """Return whether the file of another rank is of the same training as this one, of rank 0. Others are
+        of an earlier one: of more ranks or, if rank 0 has not begun yet, from before its command."""
+        if self._start is not None:
+            return other._rank < self._start.world_size
+        return self._command_s is None or other._start is None or other._start.time_s >= self._command_s
 
     def update(self) -> None:
         try:
@@ -316,6 +319,7 @@ class _RankFile:
             case "command":
                 self._begin(None)
                 self._commands += 1
+                self._command_s = values.get("time_s")
             case "step":
                 self._steps.append(WatchStep(**_known(WatchStep, values)))
             case "values":
