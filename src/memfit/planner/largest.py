@@ -202,8 +202,8 @@ def _bisect(
             low = units
         else:
             high = units
-    found = sizes.get(low)
-    return (found if found is not None and accepted(found) else None), sizes[int(high)]
+    best = sizes.get(low)
+    return (best if best is not None and accepted(best) else None), sizes[int(high)]
 
 
 def _unaffected(sizes: Mapping[int, TracedSize], first: int) -> bool:
@@ -268,8 +268,7 @@ def prober(
     engine and calibration of ``base``.
 
     ``prepare`` is called with the pricer of that job before its estimate counts, if it is near the cap and
-    does not fit. Whether samples depend on
-    each other is tested once, with the job of ``base``.
+    does not fit. Whether samples depend on each other is tested once, with the job of ``base``.
     """
     machine = base.machine
     fits, host_fits = fits_under(cap_bytes, machine), host_holds_under(cap_bytes, machine)

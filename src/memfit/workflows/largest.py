@@ -134,10 +134,9 @@ def largest(
 
     ``plans``: those to answer for; none: at most ``most_plans`` (None: four) of a search with the job's own
     sizes or, if nothing fits these, with the smallest value of the dimension: the recommended one, then
-    those of its frontier. With ``along`` or ``values`` the
-    question is asked for each of ``values`` of the dimension ``along``, by default a quarter of the job's
-    own, half, the same, twice and four times as much. ``step``: only multiples of it are tried; None: what
-    the job and the plan need.
+    those of its frontier. With ``along`` the question is asked for each of ``values`` of this dimension, by
+    default a quarter of the job's own, half, the same, twice and four times as much; without it, ``values``
+    are ignored. ``step``: only multiples of it are tried; None: what the job and the plan need.
 
     Raises UserError for a dimension that the job does not have or a plan that the engine does not support,
     and NothingFits if no plan of a search fits even with the smallest value.
