@@ -66,7 +66,7 @@ def test_adapters_of_a_lower_rank_are_reported(name: str) -> None:
     if missing := TECHNIQUES[name].missing:
         pytest.skip(f"{', '.join(missing)} is not installed")
     inner = adapters._adapt
-    with mock.patch.object(adapters, "_adapt", lambda bench, rank: inner(bench, rank // 2)):
+    with mock.patch.object(adapters, "_adapt", lambda bench, rank, **how: inner(bench, rank // 2, **how)):
         told = _told((name, {"rank": 8}))
     assert f"{name}: adapters: planned " in told
     assert "found 0 of that rank; ranks of the matrices: 4" in told
