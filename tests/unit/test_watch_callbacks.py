@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -58,6 +59,16 @@ def test_a_hugging_face_trainer_is_watched(tmp_path: Path) -> None:
     assert [s.step for s in rank.steps] == [1, 2, 3, 4]
     assert all(s.loss is not None and s.grad_norm is not None for s in rank.steps)
     assert rank.end is not None
+
+
+def test_a_training_after_one_that_failed_is_watched_once(tmp_path: Path) -> None:
+    handler = SimpleNamespace(callbacks=[])
+    trainer = SimpleNamespace(args=SimpleNamespace(output_dir=str(tmp_path)), callback_handler=handler)
+    hooks = callbacks._TrainerHooks(trainer)
+    for _ in range(2):
+        hooks.on_train_begin(None, None, None)
+    hooks.on_train_end(None, None, None)
+    assert not hasattr(torch.autograd.backward, "memfit_observers")
 
 
 def test_a_lightning_trainer_is_watched_and_its_logger_used(tmp_path: Path) -> None:

@@ -49,6 +49,8 @@ class _TrainerHooks:
         self._watch: TrainingWatch | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        if self._watch is not None:  # of a training that failed, which the Trainer tells no callback
+            self._watch.close()
         logger = self._logger if self._logger is not None else self._tensorboard()
         self._watch = self._new_watch(more.get("model"), False, logger=logger)
         self._watch.__enter__()
