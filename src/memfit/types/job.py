@@ -184,3 +184,14 @@ class JobRef:
     clip: float | None = None
     ema: float | None = None
     dimensions: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def with_sizes(self, sizes: Mapping[str, int]) -> JobRef:
+        """Return the reference to the job with these sizes: name -> number, of which "batch" and "length" are
+        fields of their own."""
+        others = {name: size for name, size in sizes.items() if name not in ("batch", "length")}
+        return dataclasses.replace(
+            self,
+            batch=sizes.get("batch", self.batch),
+            length=sizes.get("length", self.length),
+            dimensions=dict(self.dimensions) | others,
+        )

@@ -96,17 +96,7 @@ class _Sizes:
     def build(self, values: Mapping[str, int]) -> Job:
         if self.fixed:
             return with_batch_shape(self.job, values.get("batch"), values.get("length"))
-        return load(self.ref_at(values))
-
-    def ref_at(self, values: Mapping[str, int]) -> JobRef:
-        """Return the reference to the job with these sizes."""
-        others = {name: value for name, value in values.items() if name not in ("batch", "length")}
-        return dataclasses.replace(
-            self.ref,
-            batch=values.get("batch", self.ref.batch),
-            length=values.get("length", self.ref.length),
-            dimensions=dict(self.ref.dimensions) | others,
-        )
+        return load(self.ref.with_sizes(values))
 
 
 def _sizes(ref: JobRef) -> _Sizes:
@@ -255,7 +245,7 @@ def _plans(
         if sizes.fixed:
             raise
         smallest = max(asked.multiple, request.ranks if asked.name == "batch" else 1)
-        smaller_request = dataclasses.replace(request, job=sizes.ref_at({asked.name: smallest}))
+        smaller_request = dataclasses.replace(request, job=sizes.ref.with_sizes({asked.name: smallest}))
         planning = search(smaller_request, progress)
     result = planning.result
     recommended = [result.recommended] if result.recommended else []

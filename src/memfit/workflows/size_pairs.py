@@ -134,16 +134,7 @@ def report_pairs(  # noqa: PLR0913
     device = machine.device.kind
 
     def job_at(first: int, second: int) -> Job:
-        others = {n: v for n, v in zip(names, (first, second), strict=True) if n not in ("batch", "length")}
-        sizes = dict(zip(names, (first, second), strict=True))
-        return load(
-            dataclasses.replace(
-                ref,
-                batch=sizes.get("batch", ref.batch),
-                length=sizes.get("length", ref.length),
-                dimensions=dict(ref.dimensions) | others,
-            )
-        )
+        return load(ref.with_sizes(dict(zip(names, (first, second), strict=True))))
 
     points = [SizePair(first=a, second=b) for a in _grid(steps[:, 0]) for b in _grid(steps[:, 1])]
     traces = []
