@@ -113,6 +113,7 @@ def print_largest(
         if not along:
             raise UserError("--out needs --buckets or two sizes in --largest")
         writable(options.out, overwrite=force)
+    from memfit.report.files import write_whole
     from memfit.techniques.plan_file import read_plan
     from memfit.types.serialization import dumps
     from memfit.workflows.largest import largest
@@ -131,7 +132,7 @@ def print_largest(
             progress=progress,
         )
     if options.out is not None:
-        options.out.write_text(dumps(report.buckets, indent=2) + "\n", encoding="utf-8")
+        write_whole(options.out, (dumps(report.buckets, indent=2) + "\n").encode())
     if as_json:
         emit({"workload": workload, **_plain(report)})
     else:

@@ -85,9 +85,9 @@ def watch(options: WatchOptions, output: JsonOptions) -> None:
             "train.py`",
         )
     if _is_record(words):
-        given = [n for n in ("file", "prediction", "limits", "restarts") if getattr(options, n)]
-        if given:
-            raise UserError(f"--{given[0]} is for a command; {words[0]} is a record", allowed="--json")
+        unused = [n for n in ("file", "prediction", "limits", "restarts") if getattr(options, n)]
+        if unused:
+            raise UserError(f"--{unused[0]} is for a command; {words[0]} is a record", allowed="--json")
         _show(words[0], as_json=output.json)
     else:
         if output.json:
@@ -173,9 +173,9 @@ def _line(summary: memfit.monitoring.summary.WatchSummary, file: Path) -> str:
     )
     what = "of tensors" if name == "peak_allocated_bytes" else "of resident memory"
     peak = max(r.peaks.get(name, 0) for r in trained)
-    kinds = sorted({a.kind for a in summary.alarms})
+    count, kinds = len(summary.alarms), sorted({a.kind for a in summary.alarms})
     return (
         f"{max(r.recorded_steps for r in trained)} steps of {len(trained)} "
         f"{'rank' if len(trained) == 1 else 'ranks'} recorded in {file}; peak {what} {format_bytes(peak)}; "
-        f"{len(summary.alarms)} alarms{': ' if kinds else ''}{', '.join(kinds)}"
+        f"{count} {'alarm' if count == 1 else 'alarms'}{': ' if kinds else ''}{', '.join(kinds)}"
     )

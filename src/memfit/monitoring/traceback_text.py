@@ -25,7 +25,6 @@ _ARROW: Final = re.compile(r"^\s*(?:-+>|❱)\s*(?P<line>\d+)\s(?P<code>.*)")
 _ERROR: Final = re.compile(
     r"^(?P<type>(?:[A-Za-z_]\w*\.)*_*[A-Z]\w*(?:Error|Exception|Interrupt|Exit))\b(?::\s?(?P<message>.*)|\s*)$"
 )
-_CHAIN: Final = ("During handling of the above exception", "direct cause of the following exception")
 _LIBRARIES: Final = (
     "site-packages/", "dist-packages/", "/lib/python3", "/python3.", "/torch/", "<frozen", "<string>",
 )  # fmt: skip
@@ -56,7 +55,6 @@ class StackFrame:
 class TracebackText:
     """A traceback in a log. ``frames``: outermost first. ``error``: type of the exception without its
     package. ``start`` and ``end``: indices of its first line and of the line with the exception.
-    ``is_chained``: it was raised while the one before was handled.
     """
 
     frames: tuple[StackFrame, ...]
@@ -64,7 +62,6 @@ class TracebackText:
     message: str
     start: int
     end: int
-    is_chained: bool
 
     @property
     def user_frame(self) -> StackFrame | None:
@@ -91,7 +88,6 @@ class _Reader:
         self._rows = rows
         self._frames: list[StackFrame] = []
         self._start = -1
-        self._is_chained = False
         self._half_line = ""
         self._tracebacks: list[TracebackText] = []
 
@@ -99,8 +95,6 @@ class _Reader:
         for i, (row, line) in enumerate(self._rows):
             if _HEADER in line:
                 self._frames, self._start = [], row
-            elif any(text in line for text in _CHAIN):
-                self._is_chained = True
             elif frame := _frame(line) or _frame(self._half_line + line.strip()):
                 self._half_line = ""
                 self._start = row if self._start < 0 else self._start
@@ -133,10 +127,9 @@ class _Reader:
                 message=" ".join(message.split()),
                 start=self._start,
                 end=self._rows[i][0],
-                is_chained=self._is_chained,
             )
         )
-        self._frames, self._start, self._is_chained = [], -1, False
+        self._frames, self._start = [], -1
 
 
 def _error(line: str) -> re.Match[str] | None:
