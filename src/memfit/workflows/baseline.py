@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.metadata
 import linecache
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ from typing import Any, Final
 
 import torch
 
-from memfit import __version__, catalog
+from memfit import catalog
 from memfit.cost.device_overhead import with_workspaces
 from memfit.cost.module_memory import Place, largest_modules, module_memory
 from memfit.inputs import on_ranks, plan_of
@@ -202,7 +203,7 @@ def predict(target: BaselineTarget, job: Job, plan: Plan, machine: Machine, fold
     return MemoryBaseline(
         **{f.name: getattr(target, f.name) for f in dataclasses.fields(BaselineTarget)},
         plan_label=plan.label,
-        memfit=__version__,
+        memfit=_version(),
         torch=torch.__version__.partition("+")[0],
         parameter_count=sum(p.numel() for p in model.parameters()),
         allocated_bytes=int(estimate.allocated_bytes.value),
@@ -212,6 +213,13 @@ def predict(target: BaselineTarget, job: Job, plan: Plan, machine: Machine, fold
         category_bytes=dict(sorted(estimate.at_peak_bytes.items())),
         modules=module_memory(trace, _fold_of(model), _place_in(folder)),
     )
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("memfit")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def shortened(prediction: MemoryBaseline) -> MemoryBaseline:
