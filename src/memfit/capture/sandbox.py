@@ -14,6 +14,7 @@ import functools
 import io
 import os
 import shutil
+import sqlite3
 import stat
 import sys
 import tempfile
@@ -25,6 +26,8 @@ from unittest import mock
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _JOURNAL = "created.txt"
 _READING_PROGRAMS = frozenset({"uname", "nvidia-smi", "rocm-smi", "lscpu", "ldconfig", "which"})
+_CHANGING = ("truncate", "chmod", "lchmod", "chown", "lchown", "utime", "setxattr", "removexattr")
+_MOST_WATCHED = 20_000  # files
 _MOST_COPIED_BYTES = 2**30
 # Trackers that would write or send before the first step, and the settings that keep them quiet.
 _QUIET_TRACKERS = {
@@ -48,11 +51,13 @@ class Sandbox:
         self.created: dict[str, None] = {}
         self.active = True
         self._copies: dict[str, str] = {}  # existing file -> its copy in the scratch folder
-        self._removed: set[str] = set()
+        self._removed: set[str | None] = set()
+        self._is_hdf5_patched = False
         self._journal = os.open(scratch / _JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self._free = tuple(os.path.realpath(p) for p in _free_folders(scratch))
         # a project may lie in a folder for temporary files
         self._protected = tuple({os.path.realpath(p) for p in (Path.cwd(), sys.path[0] or ".")})
+        self._before = _states(self._protected)
 
     def notes(self) -> list[str]:
         """Return sentences that say what the script was kept from and what it did outside this process."""
@@ -64,6 +69,11 @@ class Sandbox:
             notes.append(
                 f"existing files that the script would have changed are as they were: {_few(self.kept)}"
             )
+        if unseen := self._unseen():
+            notes.append(
+                "files changed meanwhile, by another process or a library that writes without Python's "
+                f"knowledge; look at them: {_few(unseen)}"
+            )
         if self.hosts:
             notes.append(f"the script connected to {_few(self.hosts)}")
         if self.programs:
@@ -71,6 +81,12 @@ class Sandbox:
                 f"the script started other programs, which are not kept from writing: {_few(self.programs)}"
             )
         return notes
+
+    def _unseen(self) -> list[str]:
+        """Return the files of the project that are new or were changed, but not by the patches below."""
+        after = _states(self._protected) if self._before else {}
+        changed = (name for name, state in after.items() if self._before.get(name) != state)
+        return [name for name in changed if not self._is_free(name) and not self._is_created(name)]
 
     # -- patches --------------------------------------------------------------------------------------
 
@@ -94,11 +110,57 @@ class Sandbox:
     def make_folder(self, inner: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(inner)
         def mkdir(path: Any, *args: Any, **kwargs: Any) -> Any:
+            if self._existing(path) in self._removed:
+                return None
             out = inner(path, *args, **kwargs)
             self._note_created(path)
             return out
 
         return mkdir
+
+    def change(self, inner: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function whose first argument is a path, and that changes the file but does not open it,
+        for one that changes a copy. Folders that exist are not changed."""
+
+        @functools.wraps(inner)
+        def changed(path: Any, *args: Any, **kwargs: Any) -> Any:
+            name = self._existing(path)
+            if name is None or kwargs.get("dir_fd") is not None:
+                return inner(path, *args, **kwargs)
+            self.kept[name] = None
+            return None if Path(name).is_dir() else inner(self._copy(name), *args, **kwargs)
+
+        return changed
+
+    def link(self, inner: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``os.symlink`` or ``os.link``. A link in place of a file that the script has removed is not
+        made."""
+
+        @functools.wraps(inner)
+        def linked(source: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
+            if self._existing(target) in self._removed:
+                return None
+            if inner.__name__ == "link" and (name := self._existing(source)) is not None:
+                source = self._copy(name)  # what is written to a hard link is written to the file
+                out: Any = shutil.copyfile(source, target)
+            else:
+                out = inner(source, target, *args, **kwargs)
+            self._note_created(target)
+            return out
+
+        return linked
+
+    def connect(self, inner: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(inner)
+        def connected(database: Any, *args: Any, **kwargs: Any) -> Any:
+            is_file = kwargs.get("uri") is not True and os.fsdecode(database) not in ("", ":memory:")
+            if is_file:
+                database = self.place(database, writes=True)
+                for ending in ("-journal", "-wal", "-shm"):
+                    self._note_created(f"{os.fsdecode(database)}{ending}")
+            return inner(database, *args, **kwargs)
+
+        return connected
 
     def remove(self, inner: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(inner)
@@ -136,9 +198,19 @@ class Sandbox:
             if name is None:
                 return inner(path, *args, **kwargs)
             self.kept[name] = None
+            self._removed.add(name)
             return None
 
         return rmtree
+
+    def open_hdf5(self, inner: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(inner)
+        def init(file: Any, name: Any, mode: str = "r", *args: Any, **kwargs: Any) -> None:
+            if isinstance(name, str | bytes | os.PathLike):
+                name = self.place(name, writes=mode != "r")
+            inner(file, name, mode, *args, **kwargs)
+
+        return init
 
     # -- paths ----------------------------------------------------------------------------------------
 
@@ -195,16 +267,26 @@ class Sandbox:
     def _note_created(self, path: Any) -> None:
         if not self.active or isinstance(path, int):
             return
-        name = os.path.realpath(os.fsdecode(path))
+        name = os.fsdecode(path)
+        if Path(name).is_symlink():  # the link itself, not the file that it leads to
+            name = str(Path(os.path.realpath(Path(name).parent), Path(name).name))
+        else:
+            name = os.path.realpath(name)
         if self._is_free(name) or self._is_created(name):
             return
         self.created[name] = None
         os.write(self._journal, name.encode() + b"\0")
 
     def listen(self, event: str, args: Any) -> None:
-        """Note connections and programs that are started; for `sys.addaudithook`."""
+        """Note connections and programs that are started, and patch h5py once it is imported; for
+        `sys.addaudithook`."""
         if not self.active:
             return
+        if event == "import" and not self._is_hdf5_patched:
+            hdf5 = getattr(sys.modules.get("h5py._hl.files"), "File", None)
+            if hdf5 is not None:
+                self._is_hdf5_patched = True
+                hdf5.__init__ = self.open_hdf5(hdf5.__init__)
         if event == "socket.getaddrinfo" and args[0] not in (None, "", "localhost", "127.0.0.1", "::1"):
             self.hosts[str(args[0])] = None
         elif event == "subprocess.Popen" and (name := Path(str(args[0])).name) not in _READING_PROGRAMS:
@@ -231,6 +313,11 @@ def sandboxed(scratch: Path) -> Iterator[Sandbox]:
             (os, "rmdir", sandbox.remove(os.rmdir)),
             (os, "rename", sandbox.rename(os.rename)),
             (os, "replace", sandbox.rename(os.replace)),
+            *((os, name, sandbox.change(getattr(os, name))) for name in _CHANGING if hasattr(os, name)),
+            (os, "symlink", sandbox.link(os.symlink)),
+            (os, "link", sandbox.link(os.link)),
+            (sqlite3, "connect", sandbox.connect(sqlite3.connect)),
+            (sqlite3.dbapi2, "connect", sandbox.connect(sqlite3.dbapi2.connect)),
             (shutil, "rmtree", sandbox.remove_tree(shutil.rmtree)),
         ):
             stack.enter_context(mock.patch.object(owner, name, replacement))
@@ -250,6 +337,20 @@ def remove_created(scratch: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
+
+
+def _states(folders: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Return the size and time of change of all files in ``folders`` and below; {} if they are many."""
+    states: dict[str, tuple[int, int]] = {}
+    for folder in folders:
+        for parent, _, names in os.walk(folder):
+            if len(states) + len(names) > _MOST_WATCHED:
+                return {}
+            for name in names:
+                with contextlib.suppress(OSError):
+                    state = os.lstat(os.path.join(parent, name))  # noqa: PTH118  for many files
+                    states[os.path.join(parent, name)] = (state.st_size, state.st_mtime_ns)  # noqa: PTH118
+    return states
 
 
 def _free_folders(scratch: Path) -> list[str]:
