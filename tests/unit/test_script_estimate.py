@@ -265,7 +265,7 @@ def test_the_peak_of_a_distributed_script_is_that_of_its_two_processes(wrap: str
 
 def test_a_script_leaves_no_file_and_changes_none(tmp_path: Path) -> None:
     before = textwrap.dedent("""
-        import os, shutil
+        import os, shutil, sqlite3, subprocess
         from pathlib import Path
         os.makedirs("out/deep", exist_ok=True)
         Path("out/new.json").write_text("{}")
@@ -274,8 +274,24 @@ def test_a_script_leaves_no_file_and_changes_none(tmp_path: Path) -> None:
         assert Path("config.yaml").read_text() == "overwritten"
         os.remove("old.pt")
         shutil.rmtree("runs")
+        os.makedirs("runs")
         os.replace("out/new.json", "best.json")
         assert Path("best.json").read_text() == "{}"
+        for name in ("runs.db", "new.db"):
+            connection = sqlite3.connect(name)
+            connection.execute("create table more (a)")
+            connection.commit()
+        os.truncate("log.txt", 0)
+        os.chmod("config.yaml", 0o600)
+        os.utime("config.yaml", (1, 1))
+        os.unlink("latest")
+        os.symlink("out", "latest")
+        os.symlink("out", "newest")
+        os.link("link.txt", "hard.txt")
+        Path("hard.txt").write_text("more")
+        torch.save({}, "ck.pt.part")
+        os.replace("ck.pt.part", "ck.pt")
+        subprocess.run("echo more > by_shell.txt", shell=True)
         """)
     _script(tmp_path, before=before)
     kept = {
@@ -284,10 +300,15 @@ def test_a_script_leaves_no_file_and_changes_none(tmp_path: Path) -> None:
         "old.pt": "weights",
         "best.json": "best",
         "runs/1": "r",
+        "runs.db": "",
+        "link.txt": "linked",
+        "ck.pt": "checkpoint",
     }
     (tmp_path / "runs").mkdir()
     for name, text in kept.items():
         (tmp_path / name).write_text(text)
+    (tmp_path / "latest").symlink_to("runs")
+    state = (tmp_path / "config.yaml").stat()
     command = [
         sys.executable,
         "-m",
@@ -303,9 +324,79 @@ def test_a_script_leaves_no_file_and_changes_none(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     notes: list[str] = json.loads(done.stdout)["script"]["notes"]
     assert {n: (tmp_path / n).read_text() for n in kept} == kept
-    assert {p.name for p in tmp_path.iterdir()} == {"train.py", *(n.partition("/")[0] for n in kept)}
-    assert any("removed again: out" in note for note in notes)
+    names = {"train.py", "latest", "by_shell.txt", *(n.partition("/")[0] for n in kept)}
+    assert {p.name for p in tmp_path.iterdir()} == names
+    after = (tmp_path / "config.yaml").stat()
+    assert (after.st_mode, after.st_mtime_ns) == (state.st_mode, state.st_mtime_ns)
+    assert (tmp_path / "latest").readlink() == Path("runs")
+    assert any("without Python's knowledge" in note and "by_shell.txt" in note for note in notes)
+    assert any("removed again: ck.pt.part, " in note for note in notes)
     assert any("as they were" in note and "config.yaml" in note for note in notes)
+
+
+# -- kinds of scripts ---------------------------------------------------------------------------------
+
+
+def test_a_resumed_script_is_predicted_as_one_that_starts_anew(tmp_path: Path) -> None:
+    model = _model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(8, 64)).sum().backward()
+    optimizer.step()
+    saved = str(tmp_path / "saved.pt")
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, saved)
+    new = estimate_script([sys.executable, _script(tmp_path)], machine="this:cpu")
+    path = Path(_script(tmp_path))
+    load = (
+        f"saved = torch.load({saved!r}); model.load_state_dict(saved['model']); "
+        "optimizer.load_state_dict(saved['optimizer']); del saved\nfor step in"
+    )
+    path.write_text(path.read_text().replace("for step in", load))
+    assert _peak_bytes(estimate_script([sys.executable, str(path)], machine="this:cpu")) == pytest.approx(
+        _peak_bytes(new), rel=1e-3
+    )
+
+
+def test_a_batch_that_only_the_model_keeps_counts_until_backward(tmp_path: Path) -> None:
+    peaks = []
+    for context in (
+        "batch = inputs[labels]; loss = model(batch).sum()",
+        "loss = model(inputs[labels]).sum()",
+    ):
+        path = Path(_script(tmp_path, context=context))
+        path.write_text(path.read_text().replace("AdamW", "SGD"))  # the peak is in backward
+        peaks.append(_peak_bytes(estimate_script([sys.executable, str(path)], machine="this:cpu")))
+    assert peaks[1] == pytest.approx(peaks[0], rel=1e-3)
+
+
+def test_lazy_meta_and_own_parameters_and_a_default_device_are_predicted_as_plain_ones(
+    tmp_path: Path,
+) -> None:
+    plain = estimate_script([sys.executable, _script(tmp_path, to=".cuda()")], machine="H100-SXM")
+    path = Path(_script(tmp_path, before='torch.set_default_device("cuda")'))
+    text = path.read_text().replace("nn.Linear(64, 256)", "nn.LazyLinear(256)")
+    text = text.replace("nn.BatchNorm1d(256)", 'nn.BatchNorm1d(256, device="meta").to_empty(device="cuda")')
+    text = text.replace("for step in", "model(torch.randn(32, 64))\nfor step in").replace(
+        "optimizer =",
+        "class Own(nn.Parameter): pass\nmodel[3].weight = Own(torch.randn(10, 256))\noptimizer =",
+    )
+    path.write_text(text)
+    other = estimate_script([sys.executable, str(path)], machine="H100-SXM")
+    assert _peak_bytes(other) == pytest.approx(_peak_bytes(plain), rel=1e-3)
+
+
+def test_lbfgs_makes_all_its_iterations_and_says_how_its_history_grows(tmp_path: Path) -> None:
+    path = Path(_script(tmp_path))
+    loop = "def closure():\n    optimizer.zero_grad(); loss = model(inputs).square().mean(); loss.backward()"
+    text = path.read_text().partition("optimizer =")[0]
+    path.write_text(
+        f"{text}\nimport sys\noptimizer = torch.optim.LBFGS(model.parameters(), max_iter=4, history_size=9)\n"
+        f"inputs = torch.randn(32, 64)\n{loop}\n    return loss\nfor _ in range(3): optimizer.step(closure)\n"
+    )
+    answer = estimate_script([sys.executable, str(path)], machine="this:cpu")
+    model_bytes = sum(p.numel() * p.element_size() for p in _model().parameters())
+    assert _peak_bytes(answer) > 16 * model_bytes  # seven pairs of vectors, and the model with its gradients
+    (note,) = (note for note in answer.notes if "LBFGS" in note)
+    assert "more directions" in note
 
 
 # -- errors -------------------------------------------------------------------------------------------
@@ -329,6 +420,14 @@ def test_a_script_that_does_not_train_is_told(tmp_path: Path) -> None:
     problem = _problem(tmp_path / "exits.py", "import sys\nprint('usage: exits.py X')\nsys.exit(2)")
     assert "ended with code 2" in problem
     assert "usage: exits.py X" in problem
+
+
+def test_a_script_that_asks_or_trains_in_a_thread_is_told_why_it_fails(tmp_path: Path) -> None:
+    problem = _problem(tmp_path / "asks.py", "import torch\nname = input('name? ')")
+    assert "EOFError at asks.py:2" in problem
+    text = "import threading\ndef train(): raise ValueError('here')\nthreading.Thread(target=train).start()"
+    problem = _problem(tmp_path / "threads.py", text)
+    assert "ValueError at threads.py:2: here, in a thread that the script started" in problem
 
 
 def test_a_script_that_hangs_is_ended(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import os
 import re
 import runpy
 import sys
+import threading
 import traceback
 from pathlib import Path
 from typing import Any, NoReturn
@@ -62,19 +63,21 @@ class _Session:
         self.ranks: ScriptRanks | None = None
         self.sandbox: Sandbox | None = None
         self.notes: list[str] = []
+        self.thread_problem = ""  # what ended a thread of the script
         self.stack = contextlib.ExitStack()
 
     def run(self) -> NoReturn:
         """Run the script until its steps are traced; write the answer and end the process."""
         try:
             self._enter(self.program)
+            threading.excepthook = self._note_thread
             with self.stack:
                 self._patch()
                 if self.program.module:
                     runpy.run_module(self.program.module, run_name="__main__", alter_sys=True)
                 else:
                     runpy.run_path(self.program.script, run_name="__main__")
-            problem = "the script ended"
+            problem = self.thread_problem or "the script ended"
         except SystemExit as ending:
             problem = (
                 f"the script ended with {'code ' if isinstance(ending.code, int) else ''}{ending.code or 0}"
@@ -82,6 +85,12 @@ class _Session:
         except BaseException as error:  # noqa: BLE001  whatever the script raises is told in one line
             problem = self._described(error)
         self.fail(problem)
+
+    def _note_thread(self, failure: Any) -> None:
+        self.thread_problem = (
+            f"{self._described(failure.exc_value)}, in a thread that the script started; memfit follows only "
+            "the main one"
+        )
 
     def _enter(self, program: Program) -> None:
         sys.argv = [program.script or program.module, *program.arguments]
@@ -152,6 +161,9 @@ class _Session:
             self.notes.append(
                 "the script makes no optimizer of torch: two forward and backward passes are predicted"
             )
+        for optimizer in trace.optimizers.values():
+            if isinstance(optimizer, torch.optim.LBFGS) and (growth := _history_growth(optimizer)):
+                self.notes.append(f"LBFGS keeps more directions in later steps: {format_bytes(growth)} more")
         assert self.ranks is not None
         plan = Plan(uses=tuple(self.ranks.uses.values()), ranks=self.ranks.count)
         pricer = Pricer(
@@ -220,6 +232,8 @@ class _Session:
                 f"the script made {steps} optimizer step only: a later one may need more memory"
             )
             self.end(self.trace)
+        if problem.startswith("the script raised EOFError"):
+            hint = "the script reads its standard input, which is empty here: give what it asks as arguments"
         before = (
             "before its first forward pass with gradients"
             if not self.trace.begun
@@ -265,6 +279,14 @@ class _Session:
 def _at_peak(trace: Any, peak_clock: int) -> Any:
     alive = (a for a in trace.allocations if a.start <= peak_clock and (a.end is None or a.end > peak_clock))
     return dataclasses.replace(trace, allocations=tuple(alive), ops=())
+
+
+def _history_growth(optimizer: torch.optim.LBFGS) -> int:
+    """Return the bytes by which the history of LBFGS grows until it is full: of each pair of vectors."""
+    params = optimizer.param_groups[0]["params"]
+    vector_bytes = sum(p.numel() * p.element_size() for p in params)
+    pairs = len(optimizer.state[params[0]].get("old_dirs") or [])
+    return int(2 * vector_bytes * (optimizer.param_groups[0]["history_size"] - pairs))
 
 
 def _with_late_collective(estimate: Estimate, trace: Trace) -> Estimate:

@@ -16,8 +16,9 @@ from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 from torch.utils import _pytree
+from torch.utils._device import DeviceContext
 
 from memfit.capture.script_trace import NOWHERE, ScriptTrace
 from memfit.capture.tensors import is_real
@@ -270,11 +271,25 @@ def _device_arguments(redirect: DeviceRedirect) -> list[tuple[Any, str, Any]]:
     return [
         (torch.amp.autocast_mode.autocast, "__init__", init),
         (torch, "load", load_here),
+        (torch, "set_default_device", functools.partial(_set_default_device, torch.set_default_device)),
         (torch, "Generator", Generator),
         (torch, "is_autocast_enabled", of_host(torch.is_autocast_enabled)),
         (torch, "get_autocast_dtype", of_host(torch.get_autocast_dtype)),
         (torch.amp.GradScaler, "__init__", scaler),
     ]
+
+
+def _set_default_device(inner: Callable[..., None], device: Any) -> None:
+    """Stands for ``torch.set_default_device``: a `DeviceRedirect` sees the device that new tensors get."""
+    _sort_modes(contexts_last=False)  # as torch has left them
+    inner(device)
+    _sort_modes(contexts_last=True)
+
+
+def _sort_modes(*, contexts_last: bool) -> None:
+    modes = [_pop_mode() for _ in range(torch._C._len_torch_function_stack())][::-1]
+    for mode in sorted(modes, key=lambda mode: isinstance(mode, DeviceContext) is contexts_last):
+        _push_mode(mode)
 
 
 def _foreach_by_default(params: Any, differentiable: bool, use_fused: bool = False) -> tuple[bool, bool]:
@@ -354,8 +369,8 @@ def _present(trace: ScriptTrace, machine: Machine) -> list[tuple[Any, str, Any]]
     patches = []
     for home in filter(None, homes):
         patches += [(home, name, value) for name, value in replacements.items() if hasattr(home, name)]
-        memory = getattr(home, "memory", None)
-        patches += [(memory, name, value) for name, value in replacements.items() if hasattr(memory, name)]
+        for part in (getattr(home, "memory", None), getattr(home, "random", None)):
+            patches += [(part, name, value) for name, value in replacements.items() if hasattr(part, name)]
     # what torch's compiler imports where the device is present
     patches.append((torch._C, f"_{kind}_getCurrentRawStream", _answer(0)))
     patches.append((torch.nn.DataParallel, "forward", _on_one_device))

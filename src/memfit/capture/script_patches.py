@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import (  # type: ignore[attr-defined]
+    UninitializedBuffer,
+    UninitializedParameter,
+    UninitializedTensorMixin,
+    is_lazy,
+)
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.data import DataLoader, dataloader
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -20,6 +29,11 @@ from memfit.model.batch_objects import batch_tensors
 
 _NOT_FINITE = frozenset({torch.isnan, torch.isinf, torch.Tensor.isnan, torch.Tensor.isinf})
 _FINITE = frozenset({torch.isfinite, torch.Tensor.isfinite})
+_COMPARISONS = frozenset(
+    getattr(owner, f"{around}{name}{around}")
+    for owner, around in ((torch, ""), (torch.Tensor, ""), (torch.Tensor, "__"))
+    for name in ("lt", "le", "gt", "ge")
+)
 
 
 @contextlib.contextmanager
@@ -37,11 +51,19 @@ def script_patches(trace: ScriptTrace) -> Iterator[None]:
             (torch.amp.GradScaler, "_maybe_opt_step", _step_without_overflow),
             (torch.nn.utils, "clip_grad_norm_", _clipping(trace)),
             (torch.optim.Optimizer, "__init__", _optimizer_init(trace)),
-            (torch, "save", lambda *args, **options: None),
+            (torch, "save", _save),
             (FakeTensor, "__format__", _format),
+            (FakeTensor, "data_ptr", lambda tensor: tensor.untyped_storage().data_ptr()),
+            (torch.UntypedStorage, "data_ptr", _data_pointer(torch.UntypedStorage.data_ptr)),
+            (UninitializedTensorMixin, "materialize", _materialize(trace)),
+            (UninitializedParameter, "__new__", _on_host(UninitializedParameter.__new__)),
+            (UninitializedBuffer, "__new__", _on_host(UninitializedBuffer.__new__)),
             (DataLoader, "_get_iterator", _single_process_iterator(trace)),
         ):
             stack.enter_context(mock.patch.object(owner, name, replacement, create=True))
+        if safetensors := _safetensors():
+            stack.enter_context(mock.patch.object(safetensors, "save_file", _save))
+            stack.enter_context(mock.patch.object(safetensors, "save", lambda *args, **options: b""))
         stack.enter_context(trace.foreign.noticed())
         stack.enter_context(_optimizer_hooks(trace))
         stack.enter_context(LoopFunctions(trace))
@@ -49,7 +71,8 @@ def script_patches(trace: ScriptTrace) -> Iterator[None]:
 
 
 class LoopFunctions(torch.overrides.TorchFunctionMode):
-    """Mode in which fake tensors count as finite, so that a script's checks for overflow pass. Calls of the
+    """Mode in which fake tensors count as finite, so that a script's checks for overflow pass. A number that
+    is not known, such as a loss, compares as 1 does, which is what its ``item()`` answers. Calls of the
     script's loop are noted (`StepCalls`)."""
 
     def __init__(self, trace: ScriptTrace) -> None:
@@ -59,6 +82,10 @@ class LoopFunctions(torch.overrides.TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if (func in _NOT_FINITE or func in _FINITE) and isinstance(args[0], FakeTensor):
             return torch.full(args[0].shape, func in _FINITE, dtype=torch.bool)
+        is_asked = func in _COMPARISONS and self.trace.begun and isinstance(args[1], int | float)
+        if is_asked and self.trace.is_unknown_number(args[0]):
+            with _disable_current_modes():
+                return func(torch.ones(()), args[1])
         out = func(*args, **(kwargs or {}))
         is_noted = self.trace.begun and not self.trace.inside and not self.trace.calls.done
         if is_noted and has_fakes((args, kwargs)) and batch_tensors(out):
@@ -71,15 +98,61 @@ def _format(tensor: torch.Tensor, spec: str) -> str:
     return format(tensor.item(), spec) if tensor.dim() == 0 else object.__format__(tensor, spec)
 
 
+def _safetensors() -> Any:
+    """Return the module of safetensors that writes files of torch's tensors, or None if there is none."""
+    try:
+        import safetensors.torch
+    except ImportError:
+        return None
+    return safetensors.torch
+
+
+def _save(values: Any, file: Any = None, *args: Any, **options: Any) -> None:
+    """Stands for ``torch.save`` and the like: make an empty file."""
+    if isinstance(file, str | os.PathLike):
+        open(file, "wb").close()  # noqa: PTH123  the sandbox's open
+
+
+def _data_pointer(inner: Callable[..., int]) -> Callable[..., int]:
+    """Return a ``data_ptr`` by which storages without data differ, as those with data do."""
+    return lambda storage: storage._cdata if storage.device.type == "meta" else inner(storage)
+
+
 def _parameter_new(trace: ScriptTrace) -> Any:
     inner = torch.nn.Parameter.__new__
 
     def new(cls: Any, data: Any = None, requires_grad: bool = True) -> Any:
-        if cls is torch.nn.Parameter and data is not None and is_real(data):
+        if data is not None and is_real(data):
             data = trace.fake_parameter(data)
         return inner(cls, data, requires_grad)
 
     return staticmethod(new)
+
+
+def _on_host(inner: Callable[..., Any]) -> Any:
+    """Return a ``__new__`` of a lazy module's tensor, which has no data yet."""
+
+    def new(cls: Any, requires_grad: bool = True, device: Any = None, dtype: Any = None, **rest: Any) -> Any:
+        return inner(cls, requires_grad, "cpu", dtype, **rest)
+
+    return staticmethod(new)
+
+
+def _materialize(trace: ScriptTrace) -> Callable[..., None]:
+    """Return a stand-in for the function that gives a lazy module's parameter or buffer its shape."""
+    inner = UninitializedTensorMixin.materialize
+
+    @functools.wraps(inner)
+    def materialize(tensor: Any, shape: Any, device: Any = None, dtype: Any = None) -> None:
+        is_parameter = isinstance(tensor, UninitializedParameter)
+        with _disable_current_modes():
+            inner(tensor, shape, "cpu", dtype)
+        if is_parameter or trace.inside:
+            trace.make_fake(tensor)
+        if trace.inside:
+            trace.recorder.move(tensor, "")
+
+    return materialize
 
 
 def _apply_in_place(module: Any, fn: Callable[..., Any], recurse: bool = True) -> Any:
@@ -88,16 +161,18 @@ def _apply_in_place(module: Any, fn: Callable[..., Any], recurse: bool = True) -
     for child in module.children() if recurse else ():
         child._apply(fn)
     for param in module._parameters.values():
-        if param is None:
+        if param is None or is_lazy(param):
             continue
         with torch.no_grad():
             converted = fn(param)
-            if converted is not param:
+            if converted is not param and torch._has_compatible_shallow_copy_type(param, converted):
                 param.data = converted
+            elif converted is not param:  # it was on "meta"
+                torch.utils.swap_tensors(param, torch.nn.Parameter(converted, param.requires_grad))
             if param.grad is not None:
                 param.grad = fn(param.grad)
     for key, buffer in module._buffers.items():
-        if buffer is not None:
+        if buffer is not None and not is_lazy(buffer):
             module._buffers[key] = fn(buffer)
     return module
 
@@ -136,6 +211,9 @@ def _optimizer_init(trace: ScriptTrace) -> Callable[..., None]:
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         trace.has_optimizer = True
         inner(self, *args, **kwargs)
+        if isinstance(self, torch.optim.LBFGS):  # it does all its iterations
+            for group in self.param_groups:
+                group["tolerance_grad"] = group["tolerance_change"] = -math.inf
 
     return init
 
@@ -168,6 +246,7 @@ def _optimizer_hooks(trace: ScriptTrace) -> Iterator[None]:
         running.append(stack)
         if not is_outermost:
             return None
+        trace.adopt_states(optimizer)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if not callable(closure):
             stack.enter_context(trace.region())

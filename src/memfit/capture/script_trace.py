@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
@@ -63,7 +64,6 @@ class ScriptTrace:
         self.forwards = 0  # of outermost modules, since `begin`
         self.micro_batches = 0  # backwards since the last optimizer step
         self.has_optimizer = False  # whether the script has made one of torch's optimizers
-        self.has_optimizer = False  # whether the script has made one of torch's optimizers
         self.optimizers: dict[int, Any] = {}  # that have made steps, by id
         self.updates: dict[int, int] = {}  # number of their steps, by id
         self.model: torch.nn.Module | None = None  # the first that was trained
@@ -82,6 +82,7 @@ class ScriptTrace:
         self._roots: dict[str, torch.nn.Module] = {}
         self._adopted: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._patches = contextlib.ExitStack()
+        self._from_workers: WeakIdKeyDictionary = WeakIdKeyDictionary()  # real tensors that are not counted
         self._uncounted = False  # batches of worker processes come in memory that torch does not allocate
 
     @property
@@ -112,11 +113,16 @@ class ScriptTrace:
             self.recorder.move(twin, NOWHERE)  # the real tensor is what is counted
             self.note_real(real, Category.INPUT)
             self._twins[real] = twin
+            if self.is_host and real.layout is torch.strided:
+                # what saves the copy for backward keeps the memory of the real tensor
+                vars(twin.untyped_storage())["real"] = real.untyped_storage()
         return twin
 
     def note_real(self, tensor: torch.Tensor, category: Category | None = None) -> None:
         """Record the memory of a real tensor, if torch's allocator made it, on the device on which the script
         runs: real tensors lie in host memory, which is not counted if the target is an accelerator."""
+        if self._uncounted and isinstance(tensor, torch.Tensor):
+            self._from_workers[tensor] = True
         if not (self.begun and self.is_host) or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             return
         if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
@@ -124,7 +130,7 @@ class ScriptTrace:
         life = self.recorder.note_real(tensor, category or "data")
         if category is not None and life.category is None:
             life.category = category
-        if self._uncounted or self.foreign.holds(tensor):
+        if tensor in self._from_workers or self.foreign.holds(tensor):
             life.place = NOWHERE
 
     def as_fake(self, value: Any) -> Any:
@@ -139,6 +145,11 @@ class ScriptTrace:
             yield
         finally:
             self._uncounted = before
+
+    @property
+    def counts_nothing(self) -> bool:
+        """Whether real tensors are not counted now (`uncounted`)."""
+        return self._uncounted
 
     # -- operators ----------------------------------------------------------------------------------
 
@@ -227,8 +238,10 @@ class ScriptTrace:
                     self._keep(module, buffer)
             for param in module._parameters.values():
                 if param is not None and is_real(param):
-                    self._make_fake(param)
+                    self.make_fake(param)
         for path, tensor in (*root.named_parameters(), *root.named_buffers()):
+            if is_lazy(tensor):
+                continue
             owner = ".".join(filter(None, (name, path.rpartition(".")[0])))
             self.recorder.label(tensor, Category.PARAMETER, module=owner)
 
@@ -238,10 +251,26 @@ class ScriptTrace:
         if self.is_host and not self.foreign.holds(real):
             self.recorder.note_real(real, "buffer").category = Category.PARAMETER
 
-    def _make_fake(self, param: torch.nn.Parameter) -> None:
-        """Turn a real parameter into a fake one without changing the object, which optimizers hold."""
-        fake = torch.nn.Parameter(self.fake_parameter(param.data), param.requires_grad)
-        torch.utils.swap_tensors(param, fake)
+    def make_fake(self, tensor: torch.Tensor) -> None:
+        """Turn a real parameter or buffer into a fake one without changing the object, which optimizers
+        hold."""
+        fake = self.fake_parameter(tensor.data)
+        if isinstance(tensor, torch.nn.Parameter):
+            fake = torch.nn.Parameter(fake, tensor.requires_grad)
+        torch.utils.swap_tensors(tensor, fake)
+
+    def adopt_states(self, optimizer: torch.optim.Optimizer) -> None:
+        """Turn the real tensors of an optimizer's state, which the script has loaded, into fake ones."""
+        for param, state in optimizer.state.items():
+            for tensor in state.values() if isinstance(state, dict) else ():
+                if is_real(tensor) and tensor.dim() and is_fake(param):
+                    self.make_fake(tensor)
+                    self.recorder.label(tensor, Category.OPTIMIZER_STATE)
+
+    def is_unknown_number(self, value: Any) -> bool:
+        """Return whether ``value`` is a fake floating-point number whose value is not known."""
+        is_number = isinstance(value, FakeTensor) and value.dim() == 0 and value.is_floating_point()
+        return is_number and self.recorder.concrete_values.of(value) is None
 
     def _find_roots(self, model: torch.nn.Module) -> None:
         """Name the outermost modules that exist and have parameters: "" for that of ``model``, for others
@@ -373,7 +402,9 @@ class LoopMode(TorchDispatchMode):
         if any(issubclass(kind, FakeTensor) for kind in types):
             return self.trace.call(func, args, kwargs)
         out = func(*args, **kwargs)
-        if self.trace.begun:
+        # a view of a data set's tensor is no tensor of a worker process
+        is_skipped = self.trace.counts_nothing and any(r.alias_info for r in func._schema.returns)
+        if (self.trace.begun or self.trace.counts_nothing) and not is_skipped:
             for tensor in _pytree.tree_leaves(out):
                 if isinstance(tensor, torch.Tensor):
                     self.trace.note_real(tensor)
