@@ -20,6 +20,64 @@ BUILTIN = None  # functions of C++ have no signature to compare
 
 # file that patches -> function -> its parameters
 PATCHED: dict[str, dict[str, str | None]] = {
+    "capture/device_redirect.py": {
+        "torch.amp.autocast_mode.autocast.__init__": "self device_type dtype enabled cache_enabled",
+        "torch.amp.GradScaler.__init__": (
+            "self device init_scale growth_factor backoff_factor growth_interval enabled"
+        ),
+        "torch.load": "f map_location pickle_module weights_only mmap pickle_load_args",
+        "torch.is_autocast_enabled": BUILTIN,
+        "torch.get_autocast_dtype": BUILTIN,
+        "torch.nn.DataParallel.forward": "self inputs kwargs",
+        "torch.optim.optimizer._default_to_fused_or_foreach": "params differentiable use_fused",
+        "torch.optim.Optimizer._accelerator_graph_capture_health_check": "self",
+        "torch.Tensor.to": BUILTIN,
+        "torch.Tensor.cuda": BUILTIN,
+        "torch.Tensor.cpu": BUILTIN,
+    },
+    "capture/foreign_memory.py": {
+        "torch.from_numpy": BUILTIN,
+        "torch.frombuffer": BUILTIN,
+        "torch.as_tensor": BUILTIN,
+        "torch.asarray": BUILTIN,
+        "torch.from_dlpack": "ext_tensor device copy",
+    },
+    "capture/script_patches.py": {
+        "torch.nn.Parameter.__new__": "cls data requires_grad",
+        "torch.nn.Module.__call__": "self args kwargs",
+        "torch.nn.Module._apply": "self fn recurse",
+        "torch.autograd.backward": "tensors grad_tensors retain_graph create_graph grad_variables inputs",
+        "torch.autograd.grad": (
+            "outputs inputs grad_outputs retain_graph create_graph only_inputs allow_unused "
+            "is_grads_batched materialize_grads"
+        ),
+        "torch.amp.GradScaler._maybe_opt_step": "self optimizer optimizer_state args kwargs",
+        "torch.nn.utils.clip_grad_norm_": "parameters max_norm norm_type error_if_nonfinite foreach",
+        "torch.optim.Optimizer.__init__": "self params defaults",
+        "torch.utils.data.DataLoader._get_iterator": "self",
+        "torch.utils.data.dataloader._SingleProcessDataLoaderIter._next_data": "self",
+    },
+    "capture/script_ranks.py": {
+        "torch.distributed.init_process_group": (
+            "backend init_method timeout world_size rank store group_name pg_options device_id _ranks"
+        ),
+        "torch.distributed.new_group": (
+            "ranks timeout backend pg_options use_local_synchronization group_desc device_id sort_ranks"
+        ),
+        "torch.distributed.get_backend": "group",
+        "torch.distributed.all_reduce": "tensor op group async_op",
+        "torch.distributed.all_gather": "tensor_list tensor group async_op",
+        "torch.distributed.all_gather_object": "object_list obj group",
+        "torch.distributed.gather_object": "obj object_gather_list dst group group_dst",
+        "torch.multiprocessing.spawn.spawn": "fn args nprocs join daemon start_method",
+        "torch.distributed.fsdp.fully_shard": (
+            "module mesh reshard_after_forward shard_placement_fn mp_policy offload_policy ignored_params "
+            "dp_mesh_dims"
+        ),
+        "torch.distributed.device_mesh.init_device_mesh": (
+            "device_type mesh_shape mesh_dim_names backend_override"
+        ),
+    },
     "conformance/autograd_graph.py": {
         "torch.autograd.backward": "tensors grad_tensors retain_graph create_graph grad_variables inputs",
         "torch._C._autograd._push_saved_tensors_default_hooks": BUILTIN,
@@ -113,6 +171,7 @@ PATCHED: dict[str, dict[str, str | None]] = {
 }
 # What these patch belongs to another library or to the user's model; those libraries' own tests load them.
 NOT_TORCH = {
+    "capture/sandbox.py",
     "conformance/cross_rank_dependence.py",
     "engines/accelerate/step.py",
     "engines/megatron/step.py",

@@ -40,6 +40,7 @@ class ScriptRanks:
         size."""
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
+        world_size = args[2] if len(args) > 2 else world_size
         self.count = world_size if world_size > 0 else int(os.environ.get("WORLD_SIZE", "1"))
         self.backend = str(backend or ("gloo" if self.trace.is_host else "nccl")).rpartition(":")[2]
         _INIT("fake", rank=0, world_size=self.count, store=FakeStore())
@@ -73,11 +74,11 @@ class ScriptRanks:
         return fully_shard
 
     def spawn(
-        self, function: Callable[..., Any], args: Any = (), nprocs: int = 1, *rest: Any, **options: Any
+        self, fn: Callable[..., Any], args: Any = (), nprocs: int = 1, *rest: Any, **options: Any
     ) -> None:
         """Stand for ``torch.multiprocessing.spawn``: run rank 0 in this process."""
         os.environ.setdefault("WORLD_SIZE", str(nprocs))
-        function(0, *args)
+        fn(0, *args)
 
     def mesh(self, inner: Callable[..., Any]) -> Callable[..., Any]:
         """Return ``inner``, whose first argument is the type of a device, for the host's."""
