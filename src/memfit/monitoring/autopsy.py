@@ -198,10 +198,15 @@ def _library_failure(lines: Sequence[str], last: TracebackText | None) -> Diagno
 
 
 def _other_end(lines: Sequence[str], last: TracebackText | None) -> Diagnosis:
-    """Return the diagnosis of a log without any sign that memory ran out."""
+    """Return the diagnosis of a log whose last error is not one of memory."""
     if last is not None:
         text = f"the training ended with {last.error}: {last.message}"[:240].rstrip(": ")
-        return _diagnosis(DeathCause.NOT_MEMORY, Certainty.CERTAIN, [text])
+        earlier = [f for f in allocation_failures(lines) if f.row < last.start]
+        if not earlier or len(read_training_log(lines[earlier[-1].row : last.start]).progress_rows) >= 2:
+            return _diagnosis(DeathCause.NOT_MEMORY, Certainty.CERTAIN, [text])
+        evidence = [text, f"before that, memory ran out: {' '.join(lines[earlier[-1].row].split())[:200]}"]
+        others = [DeathCause.TENSORS_TOO_LARGE]
+        return _diagnosis(DeathCause.NOT_MEMORY, Certainty.LIKELY, evidence, alternatives=others)
     for line in reversed(lines[-200:]):
         for pattern, meaning in _OTHER_ENDS:
             if pattern.search(line):
