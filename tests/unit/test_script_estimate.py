@@ -384,6 +384,27 @@ def test_lazy_meta_and_own_parameters_and_a_default_device_are_predicted_as_plai
     assert _peak_bytes(other) == pytest.approx(_peak_bytes(plain), rel=1e-3)
 
 
+def test_sparse_gradients_of_embedding_bags_and_anomaly_detection_are_followed(tmp_path: Path) -> None:
+    text = """
+        import torch
+        from torch import nn
+        torch.autograd.set_detect_anomaly(True)
+        bag = nn.EmbeddingBag(5000, 64, mode="mean", sparse=True)
+        optimizer = torch.optim.SparseAdam(bag.parameters())
+        for _ in range(3):
+            loss = bag(torch.randint(0, 5000, (16, 4))).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        """
+    path = tmp_path / "train.py"
+    path.write_text(textwrap.dedent(text))
+    answer = estimate_script([sys.executable, str(path)], machine="this:cpu")
+    weights_and_states = 3 * 5000 * 64 * 4
+    assert weights_and_states < _peak_bytes(answer) < 1.1 * weights_and_states  # no dense gradient
+    assert any("sparse gradients" in note for note in answer.notes)
+
+
 def test_lbfgs_makes_all_its_iterations_and_says_how_its_history_grows(tmp_path: Path) -> None:
     path = Path(_script(tmp_path))
     loop = "def closure():\n    optimizer.zero_grad(); loss = model(inputs).square().mean(); loss.backward()"

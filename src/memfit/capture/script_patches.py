@@ -52,6 +52,7 @@ def script_patches(trace: ScriptTrace) -> Iterator[None]:
             (torch.nn.utils, "clip_grad_norm_", _clipping(trace)),
             (torch.optim.Optimizer, "__init__", _optimizer_init(trace)),
             (torch, "save", _save),
+            (torch, "set_anomaly_enabled", _without_nan_check(torch.set_anomaly_enabled)),
             (FakeTensor, "__format__", _format),
             (FakeTensor, "data_ptr", lambda tensor: tensor.untyped_storage().data_ptr()),
             (torch.UntypedStorage, "data_ptr", _data_pointer(torch.UntypedStorage.data_ptr)),
@@ -111,6 +112,11 @@ def _save(values: Any, file: Any = None, *args: Any, **options: Any) -> None:
     """Stands for ``torch.save`` and the like: make an empty file."""
     if isinstance(file, str | os.PathLike):
         open(file, "wb").close()  # noqa: PTH123  the sandbox's open
+
+
+def _without_nan_check(inner: Callable[..., None]) -> Callable[..., None]:
+    """Return a function that enables anomaly detection, for gradients that have no values."""
+    return lambda mode, check_nan=True: inner(mode, False)
 
 
 def _data_pointer(inner: Callable[..., int]) -> Callable[..., int]:

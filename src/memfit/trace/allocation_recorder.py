@@ -113,7 +113,7 @@ class AllocationRecorder(TorchDispatchMode):
         self.stream_tracker = StreamTracker()
         self._works: dict[Any, operators.OperatorWork] = {}
         self._sole = sole_counts()
-        self._sparse_seen = False
+        self.sparse_seen = False  # whether an operator has made a sparse tensor
         self._line_of_node: dict[int, str] = {}
         # Storage of a collective's result -> tensor it sends, kept until the result is waited for.
         self._flying: dict[int, Any] = {}
@@ -200,9 +200,9 @@ class AllocationRecorder(TorchDispatchMode):
         if func is operators.COMING:
             return AsyncCollectiveTensor(args[0])
         fact = operators.fact(func)
-        if fact.composite:
+        if (decompose := operators.decomposition(func, fact, args)) is not None:
             with self:
-                return func.decompose(*args, **kwargs)
+                return decompose(*args, **kwargs)
         values = self.concrete_values.values(func, args, kwargs)
         if func is operators.ITEM:
             is_listed = self.current not in (Phase.OPTIMIZER, Phase.SETUP)
@@ -230,7 +230,7 @@ class AllocationRecorder(TorchDispatchMode):
         out = func(*args, **kwargs) if out is None else out
         if func in operators.MAKERS:
             self._note(out, fact.name, self.modules.name(self.current))
-        elif self._sparse_seen and operators.is_sparse(out) and operators.is_sparse(args[0]):
+        elif self.sparse_seen and operators.is_sparse(out) and operators.is_sparse(args[0]):
             setattr(out, _ROWS, _rows_of(args[0]))
         return out
 
@@ -242,7 +242,7 @@ class AllocationRecorder(TorchDispatchMode):
         Record the storages of its outputs and temporary tensors, and the call with its cost. While the model
         is built on the host, the call is not recorded.
         """
-        if func in operators.SPARSE_MAKERS or (self._sparse_seen and any(map(operators.is_sparse, args))):
+        if func in operators.SPARSE_MAKERS or (self.sparse_seen and any(map(operators.is_sparse, args))):
             return self._sparse(func, fact, args, kwargs)
         module = self.modules.name(self.current)
         owners = self._owners(args) if not module and self.current in (Phase.SETUP, Phase.OPTIMIZER) else []
@@ -291,8 +291,9 @@ class AllocationRecorder(TorchDispatchMode):
 
         Fake sparse tensors hold no rows, so `_Rows` holds their size. A call that makes one from dense
         tensors gives it the size of these. The results of other calls have the size of their largest sparse
-        argument; coalescing multiplies it by the fraction of distinct rows. If an optimizer coalesces rows,
-        the copies of them that it works on (torch/optim/_functional.py) are recorded as well.
+        argument, and sums that of all; coalescing multiplies it by the fraction of distinct rows. If an
+        optimizer coalesces rows, the copies of them that it works on (torch/optim/_functional.py) are
+        recorded as well.
         """
         if func is operators.IS_COALESCED:  # rows may repeat, and coalescing them is work
             return _rows_of(args[0]).joined
@@ -301,6 +302,8 @@ class AllocationRecorder(TorchDispatchMode):
         input_rows = [_rows_of(t) for t in args if operators.is_sparse(t)]
         size_bytes = max((rows.size_bytes for rows in input_rows), default=0)
         distinct_ratio = min((rows.distinct_ratio for rows in input_rows), default=1.0)
+        if func is operators.ADD and len(input_rows) > 1:  # torch concatenates the rows
+            size_bytes = sum(rows.size_bytes for rows in input_rows)
         if func is operators.COALESCE:
             size_bytes, distinct_ratio = int(size_bytes * distinct_ratio), 1.0
         if func in operators.SPARSE_MAKERS:
@@ -312,7 +315,7 @@ class AllocationRecorder(TorchDispatchMode):
             if indices is not None and indices.numel():
                 with no_dispatch():
                     distinct_ratio = indices.unique(dim=-1).numel() / indices.numel()
-        self._sparse_seen = True
+        self.sparse_seen = True
         output_rows = [_Rows(size_bytes, distinct_ratio) for t in tensors_in(out) if operators.is_sparse(t)]
         for tensor, rows in zip(filter(operators.is_sparse, tensors_in(out)), output_rows, strict=True):
             setattr(tensor, _ROWS, rows)

@@ -288,6 +288,29 @@ def is_sparse(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.layout is torch.sparse_coo
 
 
+def decomposition(func: Any, fact: OperatorFact, args: Any) -> Callable[..., Any] | None:
+    """Return a function that makes the calls of which an operator consists, or None if it is one call."""
+    if fact.composite:
+        return func.decompose  # type: ignore[no-any-return]
+    return _sparse_bag_backward if func is _BAG_BACKWARD and args[_IS_SPARSE_BAG] else None
+
+
+def _sparse_bag_backward(
+    grad: Any, indices: Any, offsets: Any, bag_of: Any, sizes: Any, most: Any, rows: int, *rest: Any
+) -> Any:
+    """Return the sparse gradient of an embedding bag's weights: the calls that
+    ``_embedding_bag_sparse_backward`` makes (aten/src/ATen/native/EmbeddingBag.cpp)."""
+    scales_by_count, mode, _, sample_weights, padding = (*rest, -1)[:5]
+    if bag_of.numel() != indices.numel():
+        bag_of = torch.zeros_like(indices).cumsum(0)
+    of_index = grad.index_select(0, bag_of)
+    if mode == _MEAN:
+        of_index = of_index * sizes.to(grad.dtype).reciprocal().index_select(0, bag_of).unsqueeze(1)
+    if sample_weights is not None:
+        of_index = of_index * sample_weights.unsqueeze(1)
+    return _ATEN.embedding_backward(of_index, indices, rows, padding, scales_by_count, True)
+
+
 def tensors_in(*values: Any) -> list[torch.Tensor]:
     """Return the tensors among ``values``, and inside lists, tuples and dicts there, in order. The walk is
     hand-written because it runs for every operator."""
@@ -386,6 +409,9 @@ SPARSE_MAKERS = frozenset(
 )
 IS_COALESCED = _ATEN.is_coalesced.default
 COALESCE = _ATEN._coalesce.default
+_MEAN = 1  # mode of an embedding bag
+_BAG_BACKWARD = _ATEN._embedding_bag_backward.default
+_IS_SPARSE_BAG = 9  # its argument
 SOFTMAX_BACKWARD = _ATEN._softmax_backward_data.default
 NORMS = NORM_GRADIENTS | {_ATEN.native_layer_norm.default, GROUP_NORM, _ATEN.native_batch_norm.default}
 LIFT = _ATEN.lift_fresh.default
