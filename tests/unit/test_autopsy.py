@@ -102,7 +102,7 @@ def test_a_message_over_several_lines_is_read_whole() -> None:
 # -- rules ------------------------------------------------------------------------------------------------
 
 _FULL = (
-    "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate {request}. GPU 0 has a total "
+    "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate {request}. GPU 0 has a total capacity of "
     "80.00 GiB of which {free} is free. Including non-PyTorch memory, this process has {process} memory in "
     "use. Of the allocated memory {allocated} is allocated by PyTorch, and {unallocated} is reserved by "
     "PyTorch but unallocated."
@@ -609,8 +609,8 @@ def test_an_error_after_one_of_memory_is_not_surely_the_reason() -> None:
     text = (
         "step 10 loss 2.0\nTraceback (most recent call last):\n"
         '  File "train.py", line 40, in <module>\n    loss.backward()\n'
-        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total "
-        "23.64 GiB of which 1.00 GiB is free.\n\n"
+        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has "
+        "a total capacity of 23.64 GiB of which 1.00 GiB is free.\n\n"
         "During handling of the above exception, another exception occurred:\n\n"
         "Traceback (most recent call last):\n"
         '  File "train.py", line 60, in <module>\n    save_checkpoint(state)\n'
