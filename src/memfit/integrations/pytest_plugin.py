@@ -1,5 +1,5 @@
-"""A plugin for pytest: the fixture ``memfit_memory`` fails a test when the predicted memory of a training step
-grew since it was stored; ``pytest --memfit-update`` stores it.
+"""A plugin for pytest: the fixture ``memfit_memory`` fails a test when the predicted memory of a training
+step grew since it was stored; ``pytest --memfit-update`` stores it.
 
 ::
 

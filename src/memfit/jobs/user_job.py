@@ -66,8 +66,8 @@ def _call(function: Any, options: dict[str, Any], spec: str) -> Job:
     except (TypeError, ValueError) as error:
         raise UserError(
             f"{spec} cannot be called with {', '.join(options) or 'no arguments'}: {error}",
-            allowed="a function that accepts each given one of size, data, weights, batch, length and of --dim "
-            "by keyword, and has defaults for all other arguments",
+            allowed="a function that accepts each given one of size, data, weights, batch, length and of "
+            "--dim by keyword, and has defaults for all other arguments",
         ) from error
     job = guarded(lambda: function(**options), spec)
     if not isinstance(job, Job):

@@ -185,9 +185,7 @@ def _correction(calibration: Calibration, words: Words) -> str:
     return words.get("terminal.corrected", ratio=ratio, spread=_text(percent, words), **placeholders)
 
 
-def print_estimate(
-    estimate: Estimate, *, console: Console, lang: str, title: str | None = None
-) -> None:
+def print_estimate(estimate: Estimate, *, console: Console, lang: str, title: str | None = None) -> None:
     """Print the prediction for one plan, in this order: the title (by default one that names the plan); the
     peak of live tensors with its range, and the step
     time; other kinds of memory; whether the host has enough memory; the probability that the plan does not
