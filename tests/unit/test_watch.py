@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import threading
 import types
 from pathlib import Path
@@ -187,6 +188,7 @@ def test_a_leak_of_one_mib_a_step_is_reported_within_60_steps(capsys: pytest.Cap
         for _ in range(60):
             training.steps()
             leaked.append(torch.ones(MIB // 4))
+            time.sleep(0.03)  # of much shorter steps, not all are recorded
     creeps = [a for a in watch.alarms if (a.kind, a.quantity) == ("creep", "heap_bytes")]
     assert creeps
     assert creeps[0].value == pytest.approx(MIB, rel=0.1)
@@ -500,7 +502,8 @@ def test_a_record_is_shown_as_text_and_as_json(capsys: pytest.CaptureFixture[str
     assert main(["watch", "run.jsonl", "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
     assert summary["ranks"][0]["recorded_steps"] == 3
-    assert summary["alarms"][0]["value"] == "nan"
+    # a long-lived process may be above the prediction, too
+    assert [a["value"] for a in summary["alarms"] if a["kind"] == "non-finite"] == ["nan"]
 
 
 @pytest.mark.parametrize(

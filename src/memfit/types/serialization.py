@@ -101,7 +101,9 @@ def to_user_error(error: pydantic.ValidationError, what: str) -> UserError:
     accepted = [m[1] for m in matches if m]
     accepted = accepted or (["a list"] if main_error["type"] == "sequence_str" else [])
     if not accepted:
-        why_it_is_invalid = _short(main_error["msg"].removeprefix("Value error, "), 6 * _LONGEST)
+        # pytest adds lines to the text of an assertion
+        message = main_error["msg"].removeprefix("Value error, ").partition("\n")[0]
+        why_it_is_invalid = _short(message, 6 * _LONGEST)
         return UserError(f"{what} is invalid{at_field}: {why_it_is_invalid}")
     given_value = _short(ascii(main_error["input"]))
     return UserError(f"{what} is invalid{at_field}: it is {given_value}", allowed=" or ".join(accepted))
