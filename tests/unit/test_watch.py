@@ -8,8 +8,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import threading
+import time
 import types
 from pathlib import Path
 from typing import Any
