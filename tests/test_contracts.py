@@ -413,6 +413,7 @@ MANY_KEYWORDS = {
     "api.py apply",
     "api.py largest",
     "user_loop.py apply_plan",
+    "monitoring/watch.py __init__",
     "cli/plan.py plan",  # one for each group of options
     "workflows/single_run.py run_plan",
     "workflows/largest.py _row",

@@ -47,6 +47,7 @@ from memfit.types.units import format_bytes
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 # Dispatch modes belong to a thread: what other threads send to a device would not be seen.
 _ONE_THREAD = {"HF_DEACTIVATE_ASYNC_LOAD": "1"}
+_THREAD_LIMIT_S = 10.0
 _ALIKE_RATIO = 1.02  # batches that differ by less are of one size
 _SPARSE_ERROR = 0.15  # of the peak of steps with sparse gradients: the largest of three scripts was 0.11
 _PACKAGE = str(Path(__file__).parents[1])
@@ -78,6 +79,7 @@ class _Session:
                     runpy.run_module(self.program.module, run_name="__main__", alter_sys=True)
                 else:
                     runpy.run_path(self.program.script, run_name="__main__")
+            _await_threads()
             problem = self.thread_problem or "the script ended"
         except SystemExit as ending:
             problem = (
@@ -321,6 +323,14 @@ def _print_traceback(error: BaseException) -> None:
 
 def _fields(record: Any) -> dict[str, Any]:
     return {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+
+
+def _await_threads() -> None:
+    """Wait for the threads that the script started, as Python does at its end, but not for long: those of a
+    pool wait for work."""
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join(_THREAD_LIMIT_S)
 
 
 def _not_built(*arguments: Any) -> Any:
