@@ -140,3 +140,26 @@ def test_another_error_asks_for_no_plan(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="labels"), memfit.watch(file=tmp_path / "run.jsonl", on_oom=never):
         raise ValueError("labels")
+
+
+def test_a_watch_in_the_script_keeps_the_commands_file_prediction_and_limits(tmp_path: Path) -> None:
+    (tmp_path / "limits.toml").write_text("headroom_ratio = 0.125\n")
+    (tmp_path / "predicted.json").write_text('{"allocated_bytes": 1000000}')
+    (tmp_path / "train.py").write_text(
+        "import torch, memfit\n"
+        "model = torch.nn.Linear(4, 4)\n"
+        "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n"
+        "with memfit.watch(file='other.jsonl') as watch:\n"
+        "    for _ in range(3):\n"
+        "        model(torch.ones(2, 4)).sum().backward()\n"
+        "        optimizer.step()\n"
+    )
+    command = [sys.executable, "-m", "memfit", "watch", "--limits", "limits.toml", "--prediction"]
+    command += ["predicted.json", "--", sys.executable, "train.py"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    (rank,) = read_records(tmp_path / "run.jsonl").ranks
+    assert rank.start is not None
+    assert rank.start.limits["headroom_ratio"] == 0.125
+    assert rank.start.prediction["allocated_bytes"].value == 1_000_000
+    assert len(rank.steps) == 3
+    assert not (tmp_path / "other.jsonl").exists()

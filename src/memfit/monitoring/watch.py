@@ -72,7 +72,7 @@ class TrainingWatch:
     """Records the steps of a training between ``with`` and the end of its block. See `memfit.watch`.
 
     ``of_process``: the watch that ``memfit watch -- COMMAND`` began in this process. A watch in the script
-    takes its place and its file.
+    takes its place and its file, and its prediction and limits unless it has its own.
     """
 
     of_process: ClassVar[TrainingWatch | None] = None
@@ -98,7 +98,7 @@ class TrainingWatch:
         self._model, self._optimizer = model, optimizer
         self._prediction = predicted_intervals(prediction)
         self._limits, self._on_alarm, self._loggers = limits_of(limits), on_alarm, Loggers(logger)
-        self._on_oom = on_oom
+        self._on_oom, self._has_own_limits = on_oom, limits is not None
         self.alarms: list[Alarm] = []
         self._recording: _Recording | None = None
         self._hooks = contextlib.ExitStack()
@@ -119,6 +119,8 @@ class TrainingWatch:
         outer = TrainingWatch.of_process
         if outer is not None and outer is not self and not outer._is_over:
             self._path = outer._path
+            self._prediction = self._prediction or outer._prediction
+            self._limits = self._limits if self._has_own_limits else outer._limits
             outer._is_over = True
             outer._hooks.close()
         self._guard(self._begin)
@@ -375,8 +377,8 @@ def watch(
     The text that it returns is recorded, and `memfit watch --restarts N -- COMMAND` then starts the command
     again. The error is raised in any case.
 
-    In a process of `memfit watch -- COMMAND`, this watch takes the place of the command's and writes to its
-    file.
+    In a process of `memfit watch -- COMMAND`, this watch takes the place of the command's, writes to its
+    file, and has its prediction and limits unless these are given here.
 
     On a processor, tensors are counted only if memfit's counting allocator is active in this process; else
     the resident memory of the process is recorded. No counter is reset. An error in memfit ends the watch,
