@@ -198,7 +198,7 @@ def _problem_text(error: Any) -> str:
     value = error["input"]
     if error["type"] == "dataclass_type" and isinstance(value, (int, float)):
         return f'{value}, but a figure needs a source: {{value = {value}, source = "...", date = "..."}}'
-    return str(error["msg"].lower())
+    return str(error["msg"].lower().partition("\n")[0])  # pytest adds lines to the text of an assertion
 
 
 def _unknown_keys(data_type: Any, data: Any, prefix: str = "") -> Iterator[str]:
