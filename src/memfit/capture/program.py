@@ -105,7 +105,7 @@ def _of_script(path: str, arguments: list[str]) -> Program:
 
 
 def _of_executable(name: str, arguments: list[str]) -> Program:
-    path = name if Path(name).is_file() else shutil.which(name) or _beside_python(name)
+    path = name if Path(name).is_file() else shutil.which(name) or _installed_script(name)
     if path is None:
         raise UserError(f"the command {name} does not exist", allowed=_ALLOWED)
     if path.endswith(".py"):
@@ -123,7 +123,7 @@ _ALLOWED = (
 )
 
 
-def _beside_python(name: str) -> str | None:
+def _installed_script(name: str) -> str | None:
     path = Path(sys.executable).with_name(name)
     return str(path) if path.is_file() else None
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from memfit.cli.output import emit, print_table
+from memfit.cli.output import emit, print_table, refuse_options
 from memfit.cli.progress import Bars
 from memfit.cli.request import print_workload_of, writable
 from memfit.types.errors import UserError
@@ -96,11 +96,8 @@ def refuse_without_largest(options: LargestOptions) -> None:
         "--step": options.step,
         "--out": options.out,
     }
-    if unused := [name for name, value in names.items() if value]:
-        raise UserError(
-            f"{', '.join(unused)} cannot be used without --largest",
-            hint="give --largest batch, or another size of the job",
-        )
+    hint = "give --largest batch, or another size of the job"
+    refuse_options(names, "cannot be used without --largest", hint=hint)
 
 
 def print_largest(

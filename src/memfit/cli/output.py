@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from memfit.types.errors import UserError, suggest
@@ -43,6 +43,13 @@ def check_choice(option_or_argument: str, value: str, allowed: Iterable[str]) ->
         allowed=", ".join(allowed_values),
         hint=suggest(value, allowed_values, cutoff=0.4),
     )
+
+
+def refuse_options(options: Mapping[str, object], reason: str, *, allowed: str = "", hint: str = "") -> None:
+    """Raise UserError if a value of ``options``, option -> value, is set: not None, False, 0 or empty. The
+    error names all of these options, and then says ``reason``, such as "cannot be used with --from"."""
+    if names := [name for name, value in options.items() if value]:
+        raise UserError(f"{', '.join(names)} {reason}", allowed=allowed, hint=hint)
 
 
 def check_language(code: str) -> str:

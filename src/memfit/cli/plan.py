@@ -18,7 +18,7 @@ from memfit.cli.options import (
     OutputOptions,
     RuntimeOptions,
 )
-from memfit.cli.output import check_language
+from memfit.cli.output import check_language, refuse_options
 from memfit.cli.plan_diff import DiffOptions, print_diff, script_of
 from memfit.cli.progress import Bars
 from memfit.cli.request import (
@@ -138,11 +138,8 @@ def _refuse_options_with_from(limits: BoundsOptions, from_options: FromOptions, 
         "--without": limits.without,
         "--explain-infeasible": limits.explain_infeasible,
     }
-    if given_options := [name for name, value in options.items() if value]:
-        raise UserError(
-            f"{', '.join(given_options)} cannot be used with --from",
-            allowed="--from without these options: the set-up is predicted exactly as its files describe it",
-        )
+    allowed = "--from without these options: the set-up is predicted exactly as its files describe it"
+    refuse_options(options, "cannot be used with --from", allowed=allowed)
 
 
 def _refuse_options_with_largest(
@@ -159,11 +156,7 @@ def _refuse_options_with_largest(
         "--micro-batch": limits.micro_batch,
         "--explain-infeasible": limits.explain_infeasible,
     }
-    if unusable := [name for name, value in options.items() if value]:
-        raise UserError(
-            f"{', '.join(unusable)} cannot be used with --largest",
-            allowed="--largest without these options",
-        )
+    refuse_options(options, "cannot be used with --largest", allowed="--largest without these options")
 
 
 def _refuse_options_with_diff(
@@ -177,10 +170,7 @@ def _refuse_options_with_diff(
         "--largest": largest.largest,
         "--explain-infeasible": limits.explain_infeasible,
     }
-    if unusable := [name for name, value in options.items() if value]:
-        raise UserError(
-            f"{', '.join(unusable)} cannot be used with --diff", allowed="--diff without these options"
-        )
+    refuse_options(options, "cannot be used with --diff", allowed="--diff without these options")
 
 
 def _print_diff_or_largest(
