@@ -21,6 +21,7 @@ class BatchSizes:
         self.traced_bytes = 0
         self._loader: Any = None
         self._is_closed = False
+        self.problem = ""  # what ended the look at further batches, if the script's data set failed
 
     def note(self, batch: Any, loader: Any) -> None:
         """Note a batch that ``loader`` has given to the script."""
@@ -40,8 +41,10 @@ class BatchSizes:
             batches = self._loader._get_iterator() if self._loader is not None else iter(())
             while len(sizes) < _MOST_BATCHES and time.monotonic() < begin_s + _LIMIT_S:
                 sizes.append(bytes_of(next(batches)))
-        except Exception:  # noqa: BLE001  the loader is at its end, or the script's data set fails
-            pass
+        except StopIteration:
+            pass  # the epoch has fewer batches
+        except Exception as error:  # noqa: BLE001  the script's data set is foreign code: its first batches count
+            self.problem = f"{type(error).__name__} in batch {len(sizes) + 1} of an epoch"
         if not sizes or not self.traced_bytes:
             return 1.0, 1.0, 0
         return statistics.median(sizes) / self.traced_bytes, max(sizes) / self.traced_bytes, len(sizes)

@@ -223,6 +223,8 @@ class _Session:
         of median size, up to the largest, which is said. Activations and temporary tensors are taken to grow
         with the batch."""
         typical, most, count = trace.batches.ratios()
+        if trace.batches.problem:
+            self.notes.append(f"not all batches could be compared in size: {trace.batches.problem}")
         if max(most, 1 / typical) < _ALIKE_RATIO:
             return estimate
         growing = (Category.ACTIVATION, Category.TEMPORARY)
