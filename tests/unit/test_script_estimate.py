@@ -509,6 +509,7 @@ def test_accelerate_launch_is_read_with_its_settings(tmp_path: Path, monkeypatch
         ("python", "names no script"),
         ("ls -l", "is no Python script"),
         ("no-such-command", "does not exist"),
+        ("pyton train.py", "did you mean 'python'"),
         ("torchrun --nproc-per-node auto train.py", "depends on the machine"),
     ],
 )

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from memfit.types.errors import UserError
+from memfit.types.errors import UserError, suggest
 
 _PYTHON = re.compile(r"python(\d(\.\d+)?)?(\.exe)?")
 _PYTHON_WITH_VALUE = frozenset({"-W", "-X", "--check-hash-based-pycs"})
@@ -107,7 +107,8 @@ def _of_script(path: str, arguments: list[str]) -> Program:
 def _of_executable(name: str, arguments: list[str]) -> Program:
     path = name if Path(name).is_file() else shutil.which(name) or _installed_script(name)
     if path is None:
-        raise UserError(f"the command {name} does not exist", allowed=_ALLOWED)
+        launchers = ("python", "torchrun", "accelerate", "deepspeed", "srun", "mpirun")
+        raise UserError(f"the command {name} does not exist", allowed=_ALLOWED, hint=suggest(name, launchers))
     if path.endswith(".py"):
         return Program(script=path, arguments=tuple(arguments))
     with Path(path).open("rb") as file:
