@@ -275,7 +275,7 @@ def optimizer_of(optimizer: Any, model: Any) -> OptimizerChoice:
     if optimizer is None or isinstance(optimizer, OptimizerChoice):
         return optimizer or OptimizerChoice()
     if isinstance(optimizer, str):
-        choice = OptimizerChoice(name=optimizer.lower())
+        choice = OptimizerChoice(name=optimizer if ":" in optimizer else optimizer.lower())
         default_optimizer(choice, device_kind(HOST))  # raises UserError for an unknown name
         return choice
     if isinstance(optimizer, torch.optim.Optimizer):
@@ -285,8 +285,9 @@ def optimizer_of(optimizer: Any, model: Any) -> OptimizerChoice:
     else:
         raise UserError(
             f"the argument optimizer is a {type(optimizer).__name__}",
-            allowed="adamw, adam, sgd or adafactor as text, a torch.optim.Optimizer of the argument model, a "
-            "function that makes one from a list of parameters, an OptimizerChoice, or None: AdamW",
+            allowed="adamw, adam, sgd, adafactor or an import path such as torch.optim:Muon as text, a "
+            "torch.optim.Optimizer of the argument model, a function that makes one from a list of "
+            "parameters, an OptimizerChoice, or None: AdamW",
         )
     name = getattr(optimizer, "__name__", type(optimizer).__name__)
     return OptimizerChoice(name=name, make=lambda params: guarded(lambda: make(params), "your optimizer"))

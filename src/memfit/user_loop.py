@@ -314,9 +314,10 @@ def _optimizer(optimizer: Any, model: torch.nn.Module, device: torch.device) -> 
         return optimizer
     params = [p for p in model.parameters() if p.requires_grad]
     if optimizer is None or isinstance(optimizer, str):
-        optimizer = OptimizerChoice(name=optimizer.lower() if optimizer else "adamw")
+        name = optimizer or "adamw"
+        optimizer = OptimizerChoice(name=name if ":" in name else name.lower())
     if isinstance(optimizer, OptimizerChoice):
-        instance: Any = default_optimizer(optimizer, device_kind(device.type))(params)
+        instance: Any = default_optimizer(optimizer, device_kind(device.type), model)(params)
     elif callable(optimizer):
         instance = optimizer(params)
     else:

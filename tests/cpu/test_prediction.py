@@ -247,6 +247,7 @@ LOWERS = {
     "adamw-8bit": ("wide", SMALL_ADAM),
     "adafactor": ("wide", use("adafactor")),
     "sgd": ("wide", use("sgd")),
+    "optimizer": ("wide", make_use("optimizer", {"path": "torch.optim:Muon", "others": "adamw"})),
     "optimizer-in-backward": ("wide", IN_BACKWARD),
     "lora": ("wide", LORA),
     "qlora": ("wide", QLORA),

@@ -66,6 +66,7 @@ PLANS = {
     "adamw-fused": _plan("adamw-fused"),
     "adafactor": _plan("adafactor"),
     "sgd": _plan("sgd"),
+    "optimizer": _plan("optimizer", path="torch.optim:RAdam"),
     "optimizer-in-backward": _plan("optimizer-in-backward"),
 }
 

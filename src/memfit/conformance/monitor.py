@@ -218,6 +218,7 @@ class Monitor(Prepared):
             fsdp_groups=tuple(snapshot.fsdp_group_blocks(self)),
             states=tuple(snapshot.optimizer_states(self)),
             update_kernels=snapshot.update_kernels(self.optimizer) if names_kernel else frozenset(),
+            optimizer_classes=snapshot.optimizer_classes(self.optimizer),
             offload_policy=snapshot.offload_policy(self) if may_offload else None,
             activity=activity,
             saved=saved,

@@ -334,6 +334,7 @@ class Observations:
     - ``states``: one for each key of the optimizer's state.
     - ``update_kernels``: how torch's AdamW updates: "fused", "foreach" or "single". Empty without a torch
       optimizer, or if the plan names none of these.
+    - ``optimizer_classes``: the classes of the innermost optimizers, as MODULE:CLASS.
     - ``offload_policy``: which of "parameters" and "optimizer" the settings of FSDP2 or of the ZeRO optimizer
       move to the host; None if there is no such object.
 
@@ -370,6 +371,7 @@ class Observations:
     fsdp_groups: tuple[Mapping[int, int], ...] = ()
     states: tuple[ObservedState, ...] = ()
     update_kernels: frozenset[str] = frozenset()
+    optimizer_classes: frozenset[str] = frozenset()
     offload_policy: frozenset[str] | None = None
 
     activity: BlockActivity = dataclasses.field(default_factory=BlockActivity)

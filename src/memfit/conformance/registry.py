@@ -48,6 +48,7 @@ CHECKS = (
     ConformanceCheck(technique_checks.adapters, ("lora", "qlora")),
     ConformanceCheck(technique_checks.eight_bits, (float8.NAME,)),
     ConformanceCheck(technique_checks.update_kernel, ("adamw-fused", "adamw-single")),
+    ConformanceCheck(technique_checks.imported_class, ("optimizer",)),
     ConformanceCheck(tensor_parallel_check.tensor_parallel, ("tensor-parallel",)),
     ConformanceCheck(distributed_checks.shards, _SHARDING),
     ConformanceCheck(distributed_checks.units, ("fsdp2",)),
@@ -98,6 +99,7 @@ _PARTLY = {
     "activation-offload": "whether more than three quarters of the bytes are offloaded is not checked",
     "float8-linear": "what runs inside torchao's layers is not checked",
     "lora": "whether the adapters are updated is not checked",
+    "optimizer": "its settings and parameter groups are not checked",
     "sgd": "another optimizer with the same bytes of state is not detected",
 }
 # Knobs whose effect is not checked. They are reported if the plan does not use their default.

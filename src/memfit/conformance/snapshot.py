@@ -27,6 +27,7 @@ from memfit.conformance.sharding import (
     whole,
 )
 from memfit.model.blocks import find_head
+from memfit.techniques.optimizers import innermost
 from memfit.types.errors import UserError
 
 
@@ -215,6 +216,12 @@ def update_kernels(optimizer: Any) -> frozenset[str]:
     inner_optimizers = [o for o in layers(optimizer) if hasattr(o, "param_groups")][-1:]
     inner_optimizers = list(getattr(optimizer, "optimizers", {}).values()) or inner_optimizers
     return frozenset(_kernel(group) for o in inner_optimizers for group in getattr(o, "param_groups", ()))
+
+
+def optimizer_classes(optimizer: Any) -> frozenset[str]:
+    """Return the classes of the innermost optimizers, each as MODULE:CLASS. The set is empty for None."""
+    kinds = () if optimizer is None else map(type, innermost(optimizer))
+    return frozenset(f"{kind.__module__}:{kind.__qualname__}" for kind in kinds)
 
 
 def _kernel(group: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from memfit.conformance.findings import Checked, CheckFinding, NotChecked, join_values
 from memfit.conformance.observation import Observations, ObservedState
 from memfit.techniques import float8
+from memfit.techniques.imported_optimizer import optimizer_class
 from memfit.types.plan import Plan
 
 # Elements. bitsandbytes and torchao keep states of smaller parameters in float32. torchao also does so if a
@@ -289,6 +290,17 @@ def update_kernel(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
     yield Checked(
         use.technique, f"a {planned_kernel} update", join_values(kernels), wrong=kernels != [planned_kernel]
     )
+
+
+def imported_class(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
+    """Check whether the class at the path of the technique optimizer is among those of the optimizers that
+    run. Yields nothing without this technique. Raises UserError if there is no such class."""
+    use = plan.get("optimizer")
+    if use is None:
+        return
+    kind = optimizer_class(str(use.settings["path"]))
+    planned, classes = f"{kind.__module__}:{kind.__qualname__}", observed.optimizer_classes
+    yield Checked("optimizer", planned, join_values(sorted(classes)), wrong=planned not in classes)
 
 
 def in_backward_updates(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:

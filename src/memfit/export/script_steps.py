@@ -61,6 +61,8 @@ _CALLS: Mapping[str, str] = {
     "adamw-single": "torch.optim.AdamW(..., foreach=False)",
     "adafactor": "Adafactor, such as torch.optim.Adafactor",
     "sgd": "torch.optim.SGD with momentum",
+    "optimizer": "the optimizer {path}, arguments: {arguments}; group of the blocks' matrices: {matrices}; "
+    "optimizer of other parameters: {others}",
     "optimizer-in-backward": "update each parameter in a register_post_accumulate_grad_hook",
     "lora": "LoRA adapters of rank {rank}, such as peft.get_peft_model, with all other weights frozen",
     "qlora": "4-bit frozen weights with LoRA adapters of rank {rank}",

@@ -88,7 +88,7 @@ class TrainingStep:
             model=model,
             device=device_kind(device),
             torch_device=torch_device,
-            make_optimizer=default_optimizer(job.optimizer, device_kind(device)),
+            make_optimizer=default_optimizer(job.optimizer, device_kind(device), model, job.blocks),
             world=world or World(layout=layout(plan)),
             first_part=lambda parts: moved(split(job.make_batch(0, 0), parts)[0], first_device),
         )

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from memfit.types.errors import UserError, suggest
+from memfit.types.errors import OUT_OF_MEMORY_TEXTS, UserError, suggest
 from memfit.types.job import Dimension, Job
 
 
@@ -57,7 +57,6 @@ def source_digest(spec: str) -> str:
     )
 
 
-_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "could not create a primitive", "bad_alloc")
 
 
 def _call(function: Any, options: dict[str, Any], spec: str) -> Job:
@@ -207,7 +206,7 @@ def guarded(action: Any, spec: str) -> Any:
     except (UserError, MemoryError):
         raise
     except (Exception, SystemExit) as error:  # user code may raise anything
-        if any(text in str(error) for text in _OUT_OF_MEMORY):
+        if any(text in str(error) for text in OUT_OF_MEMORY_TEXTS):
             raise  # an outcome of the run, not a mistake
         if _NO_GRADIENT in str(error):
             raise UserError(

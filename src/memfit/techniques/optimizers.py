@@ -1,15 +1,23 @@
 """Optimizers: AdamW as torch runs it, fused or one parameter at a time, in 8 bits (also paged) or 4 bits;
-Adafactor; SGD; and optimizer steps inside backward."""
+Adafactor; SGD; any other by its import path; and optimizer steps inside backward."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-from memfit.techniques.base import MakeOptimizer, OptimizerLike, Space, Technique, Workbench
+from memfit.techniques.base import Knob, MakeOptimizer, OptimizerLike, Space, Technique, Workbench
+from memfit.techniques.imported_optimizer import (
+    ALLOWED_PATH,
+    PATH,
+    imported_optimizer,
+    parse_arguments,
+)
 from memfit.types.device_kind import BITSANDBYTES, DeviceKind
-from memfit.types.errors import look_up
+from memfit.types.errors import UserError, suggest
 from memfit.types.job import OptimizerChoice
 from memfit.types.plan import EffectClass, KnobValue
 
@@ -17,27 +25,42 @@ if TYPE_CHECKING:
     import torch
 
 
-def default_optimizer(choice: OptimizerChoice, device: DeviceKind) -> MakeOptimizer:
+def default_optimizer(
+    choice: OptimizerChoice,
+    device: DeviceKind,
+    model: torch.nn.Module | None = None,
+    blocks: str | None = None,
+) -> MakeOptimizer:
     """Return the maker of plain training's optimizer, which is called with a list of parameters. It calls
-    ``choice.make`` if that is set (see `_own`), and otherwise makes torch's optimizer of the name
-    ``choice.name``: "adamw", "adam", "sgd" or "adafactor".
+    ``choice.make`` if that is set (see `_own`). Otherwise it makes the optimizer at the import path
+    ``choice.name`` if that has a colon (`imported_optimizer`, which ``model`` and ``blocks`` are for), and
+    else torch's optimizer of this name: "adamw", "adam", "sgd" or "adafactor".
 
     ``foreach`` of torch's optimizer is set explicitly to what torch chooses for ``device`` (on for CUDA, off
     for CPU; always off for Adafactor), because a prediction for a device is traced on CPU tensors. Raises
-    UserError at once if ``choice.make`` is None and the name is another one.
+    UserError at once if ``choice.make`` is None and there is no optimizer of this name or import path.
     """
     makers = {"adamw": _adamw, "adam": _adamw, "sgd": _sgd, "adafactor": _adafactor}
     if choice.make is not None:
         return functools.partial(_own, choice.make, device)
-    return functools.partial(look_up("optimizer", choice.name, makers), choice, device)
+    if ":" in choice.name:
+        adamw = functools.partial(_adamw, dataclasses.replace(choice, name="adamw"), device)
+        return functools.partial(_own, imported_optimizer(choice, adamw, model, blocks), device)
+    if choice.name not in makers:
+        raise UserError(
+            f"unknown optimizer {choice.name!r}",
+            allowed=f"{', '.join(makers)}; or {ALLOWED_PATH}",
+            hint=suggest(choice.name, makers),
+        )
+    return functools.partial(makers[choice.name], choice, device)
 
 
 def _own(make: MakeOptimizer, device: DeviceKind, params: list[torch.nn.Parameter]) -> OptimizerLike:
-    """Return the optimizer that ``make``, the user's function, makes. If torch chooses
-    ``foreach`` for ``device``, set it to True in parameter groups in which it is None and ``fused`` is
-    off."""
+    """Return the optimizer that ``make``, the user's function, makes. If torch chooses ``foreach`` for
+    ``device``, set it to True in parameter groups in which it is None and ``fused`` is off, also in those of
+    optimizers that it wraps."""
     optimizer = make(params)
-    for group in getattr(optimizer, "param_groups", []):
+    for group in [g for inner in innermost(optimizer) for g in getattr(inner, "param_groups", [])]:
         if device.foreach and group.get("foreach", False) is None and not group.get("fused"):
             group["foreach"] = True
     return optimizer
@@ -280,6 +303,22 @@ def _replace(maker: Any) -> Any:
     return apply
 
 
+def _apply_imported(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
+    matrices = parse_arguments(str(settings["matrices"]), "technique optimizer: the setting matrices")
+    choice = dataclasses.replace(
+        bench.job.optimizer,
+        name=str(settings["path"]),
+        make=None,
+        arguments=parse_arguments(str(settings["arguments"]), "technique optimizer: the setting arguments"),
+        matrices=matrices or None,
+        others=str(settings["others"]),
+    )
+    bench.make_optimizer = default_optimizer(choice, bench.device, bench.model, bench.job.blocks)
+
+
+_TEXT = re.compile(r"[^\n]*")
+
+
 def _once(space: Space) -> Iterable[Mapping[str, KnobValue]]:
     return [{}]
 
@@ -352,6 +391,38 @@ ADAFACTOR = _technique(
     _adafactor,
 )
 SGD = _technique("sgd", "SGD with momentum: one moment instead of two", EffectClass.E3, _sgd)
+IMPORTED = Technique(
+    name="optimizer",
+    summary="any installed torch optimizer by its import path: Muon, Lion, Adam-mini, GaLore and others",
+    effect=EffectClass.E3,
+    apply=_apply_imported,
+    settings=_not_searched,
+    order=40,
+    slot="optimizer",
+    knobs=(
+        Knob(name="path", default="torch.optim:AdamW", doc="PACKAGE.MODULE:CLASS", pattern=PATH),
+        Knob(
+            name="arguments",
+            default="",
+            doc="keyword arguments of the class; lr and weight_decay are the job's unless they are set here",
+            pattern=_TEXT,
+        ),
+        Knob(
+            name="matrices",
+            default="",
+            doc="settings of a parameter group of the matrices of the repeated blocks, such as GaLore's rank",
+            pattern=_TEXT,
+        ),
+        Knob(
+            name="others",
+            default="same",
+            doc="what updates the parameters that are not matrices of the repeated blocks",
+            choices=("same", "adamw"),
+        ),
+    ),
+    # These update copies or shards of parameters, which have other shapes and no names.
+    forbids=("bf16-parameters", "zero", "sharded-ddp", "fsdp2", "tensor-parallel"),
+)
 IN_BACKWARD = Technique(
     name="optimizer-in-backward",
     summary="step each parameter as soon as its gradient is complete, then free the gradient",

@@ -59,6 +59,7 @@ TECHNIQUES: Mapping[str, Technique] = {
         optimizers.ADAMW_SINGLE,
         optimizers.ADAFACTOR,
         optimizers.SGD,
+        optimizers.IMPORTED,
         optimizers.IN_BACKWARD,
         adapters.LORA,
         adapters.QLORA,

@@ -21,6 +21,14 @@ from memfit.types.units import format_bytes
 
 _Entry = TypeVar("_Entry")
 
+# Parts of the messages of errors that say that memory ran out, whatever their class.
+OUT_OF_MEMORY_TEXTS = (
+    "can't allocate memory",
+    "out of memory",
+    "could not create a primitive",
+    "bad_alloc",
+)
+
 
 class MemfitError(Exception):
     """Base class of memfit's errors. ``exit_code``: the exit status of the command line for this error; 1

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
-from memfit.types.errors import UserError
+from memfit.types.errors import UserError, suggest
 
 Bound = int | float | Mapping[str, int | float]
 DEFAULT_EMA_DECAY = 0.999
+# Degraded trainings that a job's test must be able to tell from plain training.
+NegativeControl = Literal["half-steps", "tenth-learning-rate", "eight-bit-weights"]
+NEGATIVE_CONTROLS: Final[tuple[str, ...]] = get_args(NegativeControl)
 # Fields of a Job that say where things are in the model and the batch.
 STRUCTURE = ("blocks", "more_blocks", "head", "tensor_parallel", "sequence_dim", "experts", "islands")
 
@@ -43,8 +46,15 @@ class OptimizerChoice:
     """The optimizer of plain training and its hyperparameters: learning rate, betas, eps and weight decay. A
     technique may replace the algorithm, but not the hyperparameters.
 
-    ``name``: "adamw", "adam", "sgd" or "adafactor". If ``make`` is given, ``make(params)`` builds a
-    user-defined optimizer instead; ``name`` is then only its name, and the hyperparameters here are not used.
+    ``name``: "adamw", "adam", "sgd" or "adafactor", or the import path of any installed torch optimizer, such
+    as "torch.optim:Muon". The latter gets ``arguments``, and the learning rate and weight decay if it has
+    parameters ``lr`` and ``weight_decay`` that the arguments do not set. ``matrices``: settings of a
+    parameter group of the matrices of the repeated blocks, such as GaLore's rank; None: there is no such
+    group. ``others``: "adamw" if the optimizer gets only these matrices, as Muon must, and AdamW all other
+    parameters; "same" if it gets all.
+
+    If ``make`` is given, ``make(params)`` builds a user-defined optimizer instead; ``name`` is then only its
+    name, and the hyperparameters here are not used. Raises UserError for any other value of ``others``.
     """
 
     name: str = "adamw"
@@ -53,6 +63,13 @@ class OptimizerChoice:
     eps: float = 1e-8
     weight_decay: float = 0.0
     make: Callable[[list[torch.nn.Parameter]], Any] | None = None
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    matrices: Mapping[str, Any] | None = None
+    others: str = "same"
+
+    def __post_init__(self) -> None:
+        if self.others not in ("same", "adamw"):
+            raise UserError(f"OptimizerChoice(others={self.others!r})", allowed="same, adamw")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +95,13 @@ class Job:
     many terms were averaged (default: the batch size), so that accumulated micro-batches are weighted
     correctly. ``evaluate(model)`` returns the metric on held-out data, in the metric's unit.
 
+    ``surrogates``: further endpoints beside ``metric``, each with a margin of its own, such as the held-out
+    loss. ``evaluate`` then returns a mapping, the name of each endpoint -> its value. A plan is equivalent only if it is
+    equivalent in every endpoint. ``negative_control``: the degraded training that the test must judge
+    different, or a proof of concept says "not sensitive" instead of "equivalent". "half-steps": half of the
+    optimizer steps. "tenth-learning-rate": a tenth of the learning rate. "eight-bit-weights": after each
+    step, the weights are rounded to 8 bits, without a copy of higher precision.
+
     ``blocks`` and ``head`` are module paths: the repeated blocks (None: the longest ``nn.ModuleList`` or
     ``nn.Sequential`` that is found), and the output projection whose logits the loss reads. Activation
     checkpointing also recomputes other stacks of blocks of the same class, and the stacks at the paths
@@ -88,6 +112,8 @@ class Job:
     the pattern of modules called with (tokens, chosen experts, weights). Context parallelism cuts the
     dimension ``sequence_dim`` of the batch's tensors, and requires inputs and targets to be aligned in the
     batch.
+
+    ``optimizer``: an `OptimizerChoice`, or just its name or import path.
 
     ``bound`` answers what depends on data and cannot be predicted. It gives the number of elements (an
     integer) or the share of the possible ones (a float) that ``nonzero``, ``masked_select``, a boolean index,
@@ -104,7 +130,8 @@ class Job:
     same job with a small model, for the test of samples' dependence if this model is too large for it.
     ``dimensions``: the sizes that can be set when the job is loaded; memfit fills it in.
 
-    Raises UserError unless 0 < ``ema`` < 1, ``clip`` > 0, and ``workers`` is a whole number of at least 0.
+    Raises UserError unless 0 < ``ema`` < 1, ``clip`` > 0, ``workers`` is a whole number of at least 0,
+    ``negative_control`` is one of the above, and ``surrogates`` has names of its own beside a ``metric``.
     """
 
     name: str
@@ -117,8 +144,10 @@ class Job:
     size: str = "tiny"
     title: str = ""
     loss_terms: Callable[[Any], int] | None = None
-    evaluate: Callable[[torch.nn.Module], float] | None = None
+    evaluate: Callable[[torch.nn.Module], float | Mapping[str, float]] | None = None
     metric: Metric | None = None
+    surrogates: tuple[Metric, ...] = ()
+    negative_control: NegativeControl = "half-steps"
     optimizer: OptimizerChoice = dataclasses.field(default_factory=OptimizerChoice)
     blocks: str | None = None
     more_blocks: tuple[str, ...] = ()
@@ -140,6 +169,8 @@ class Job:
     dimensions: tuple[Dimension, ...] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.optimizer, str):
+            object.__setattr__(self, "optimizer", OptimizerChoice(name=self.optimizer))
         if isinstance(self.ema, bool):
             object.__setattr__(self, "ema", DEFAULT_EMA_DECAY if self.ema else None)
         if self.ema is not None and not (_is_number(self.ema) and 0 < self.ema < 1):
@@ -157,6 +188,24 @@ class Job:
                 f"Job(workers=...), the number of worker processes of the DataLoader, is {self.workers!r}",
                 allowed="a whole number, 0 or more",
             )
+        if self.negative_control not in NEGATIVE_CONTROLS:
+            raise UserError(
+                f"Job(negative_control=...) is {self.negative_control!r}",
+                allowed=", ".join(NEGATIVE_CONTROLS),
+                hint=suggest(str(self.negative_control), NEGATIVE_CONTROLS),
+            )
+        names = [endpoint.name for endpoint in self.endpoints]
+        if (self.surrogates and self.metric is None) or len(set(names)) < len(names):
+            raise UserError(
+                f"Job(surrogates=...) has the endpoints {', '.join(s.name for s in self.surrogates)}, and "
+                f"the metric is {self.metric.name if self.metric else None}",
+                allowed="surrogates beside a metric, each with another name",
+            )
+
+    @property
+    def endpoints(self) -> tuple[Metric, ...]:
+        """The metric and its surrogates; empty if there is no metric."""
+        return (*((self.metric,) if self.metric else ()), *self.surrogates)
 
 
 def _is_number(value: object) -> bool:

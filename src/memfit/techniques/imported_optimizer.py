@@ -1,0 +1,199 @@
+"""Any installed torch optimizer by its import path, such as ``torch.optim:Muon`` or ``lion_pytorch:Lion``.
+
+It is traced and run as it is. Only how its parameters and settings are passed is decided here.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from memfit.model.blocks import find_blocks
+from memfit.techniques.base import MakeOptimizer, OptimizerLike
+from memfit.types.errors import OUT_OF_MEMORY_TEXTS, MemfitError, UserError, suggest
+from memfit.types.job import OptimizerChoice
+
+if TYPE_CHECKING:
+    import torch
+
+PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+ALLOWED_PATH = "PACKAGE.MODULE:CLASS of an installed torch.optim.Optimizer, such as torch.optim:Muon"
+_OTHERS = "others=adamw gives it only the matrices of the repeated blocks, and AdamW the other parameters"
+_FROM_THE_JOB = {"lr": "learning_rate", "weight_decay": "weight_decay"}
+
+
+def optimizer_class(path: str) -> type[torch.optim.Optimizer]:
+    """Return the class at ``path``, which is PACKAGE.MODULE:CLASS. Importing the module runs it. Raises
+    UserError if the path has another form, the module cannot be imported, it has no such attribute, or this
+    is not a subclass of `torch.optim.Optimizer`."""
+    import torch
+
+    if not PATH.fullmatch(path):
+        raise UserError(f"the optimizer {path!r} is no import path", allowed=ALLOWED_PATH)
+    module_name, _, name = path.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        package = module_name.partition(".")[0]
+        is_missing = isinstance(error, ModuleNotFoundError) and error.name == package
+        raise UserError(
+            f"the optimizer {path} cannot be imported: {_first_line(error)}",
+            allowed=ALLOWED_PATH,
+            hint=f"install the package that provides the module {package}" if is_missing else "",
+        ) from error
+    kinds = {
+        n: v
+        for n, v in vars(module).items()
+        if isinstance(v, type) and issubclass(v, torch.optim.Optimizer) and v is not torch.optim.Optimizer
+    }
+    if name in kinds:
+        return kinds[name]
+    attribute = getattr(module, name, None)
+    problem = "does not exist" if attribute is None else "is not a subclass of torch.optim.Optimizer"
+    raise UserError(
+        f"the optimizer {path} {problem}",
+        allowed=f"of {module_name}: {', '.join(sorted(kinds)) or 'none, it has no optimizer'}",
+        hint=suggest(name, kinds),
+    )
+
+
+def parse_arguments(text: str, what: str) -> dict[str, Any]:
+    """Return the keyword arguments in ``text``, such as ``lr=0.02, betas=(0.9, 0.95)``, whose values are
+    Python literals. Raises UserError, which names ``what``, for any other text."""
+    allowed = "NAME=VALUE, NAME=VALUE with Python literals, such as lr=0.02, betas=(0.9, 0.95)"
+    try:
+        call = ast.parse(f"f({text})", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
+            raise ValueError(text)
+        return {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    except (ValueError, SyntaxError) as error:
+        raise UserError(f"{what} is {text!r}", allowed=allowed) from error
+
+
+def imported_optimizer(
+    choice: OptimizerChoice,
+    make_adamw: MakeOptimizer,
+    model: torch.nn.Module | None = None,
+    blocks: str | None = None,
+) -> MakeOptimizer:
+    """Return a maker of the optimizer at the import path ``choice.name``.
+
+    It gets ``choice.arguments``, and the learning rate and weight decay of ``choice`` if its class has
+    parameters ``lr`` and ``weight_decay`` that the arguments do not set. A class whose first parameter begins
+    with "named" gets pairs of name and parameter, else it gets a list of parameters. With
+    ``choice.matrices``, the matrices of the repeated blocks of ``model`` are a parameter group of their own
+    with these settings. With ``choice.others`` = "adamw", the optimizer gets only these matrices, and
+    ``make_adamw`` is called with all other parameters. ``blocks`` is the path of the blocks.
+
+    Raises UserError at once if there is no such class, if it has no parameter of the name of an argument, or
+    if the blocks are needed and not found. The maker raises UserError if the class refuses the parameters or
+    arguments, and if it needs names or blocks but updates copies of the model's parameters. So does the
+    optimizer's step for errors other than those of memory.
+    """
+    kind = optimizer_class(choice.name)
+    arguments, takes_names = _arguments(kind, choice)
+    selects = bool(choice.matrices) or choice.others == "adamw"
+    prefix = ""
+    if selects and model is not None:
+        prefix = f"{find_blocks(model, blocks)[0]}.".lstrip(".")
+
+    def construct(groups: list[dict[str, Any]]) -> OptimizerLike:
+        groups = [group for group in groups if group["params"]]
+        plain = len(groups) == 1 and len(groups[0]) == 1
+        call = functools.partial(kind, groups[0]["params"] if plain else groups, **arguments)
+        with contextlib.redirect_stdout(sys.stderr):  # some print what they do with each parameter
+            optimizer: Any = _in_one_line(call, choice, hint=_OTHERS)()
+        optimizer.step = _in_one_line(optimizer.step, choice)
+        return optimizer  # type: ignore[no-any-return]
+
+    def make(params: list[torch.nn.Parameter]) -> OptimizerLike:
+        names = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
+        if (selects or takes_names) and any(id(p) not in names for p in params):
+            raise UserError(
+                f"the optimizer {choice.name} needs the names of the model's parameters, but the plan "
+                "updates copies of them",
+                allowed="a plan without bf16-parameters, zero and sharded-ddp",
+            )
+        matrices = [p for p in params if selects and p.dim() == 2 and names[id(p)].startswith(prefix)]
+        ids = set(map(id, matrices))
+        others = [p for p in params if id(p) not in ids]
+
+        def listed(selected: list[torch.nn.Parameter]) -> list[Any]:
+            return [(names[id(p)], p) for p in selected] if takes_names else selected
+
+        own = {"params": listed(matrices), **(choice.matrices or {})}
+        if choice.others != "adamw":
+            return construct([{"params": listed(others)}, own])
+        parts = {"matrices": construct([own])} if matrices else {}
+        if others:
+            parts["others"] = make_adamw(others)
+        return SeparateOptimizers(parts) if len(parts) > 1 else next(iter(parts.values()))
+
+    return make
+
+
+def _arguments(kind: type[Any], choice: OptimizerChoice) -> tuple[dict[str, Any], bool]:
+    """Return (the keyword arguments of the class, whether its first parameter takes named parameters)."""
+    parameters = list(inspect.signature(kind).parameters.values())
+    first, accepted = parameters[0].name if parameters else "", {p.name for p in parameters[1:]}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    for name in choice.arguments:
+        if name not in accepted and not takes_any:
+            raise UserError(
+                f"the optimizer {choice.name} has no argument {name!r}",
+                allowed=", ".join(p.name for p in parameters[1:]) or "none",
+                hint=suggest(name, accepted),
+            )
+    own = {name: getattr(choice, field) for name, field in _FROM_THE_JOB.items() if name in accepted}
+    return {**own, **choice.arguments}, first.startswith("named")
+
+
+def _in_one_line(function: Callable[..., Any], choice: OptimizerChoice, hint: str = "") -> Any:
+    """Return ``function`` with its errors as UserErrors of one line, with the hint ``hint`` unless
+    ``choice.others`` is "adamw". memfit's own errors, and those of a lack of memory, are raised unchanged."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            is_own = isinstance(error, MemfitError) or type(error).__module__.startswith("memfit.")
+            no_memory = isinstance(error, MemoryError) or any(t in str(error) for t in OUT_OF_MEMORY_TEXTS)
+            if is_own or no_memory:
+                raise
+            raise UserError(
+                f"the optimizer {choice.name} raised {type(error).__name__}: {_first_line(error)}",
+                hint="" if choice.others == "adamw" else hint,
+            ) from error
+
+    return call
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0][:200]
+
+
+class SeparateOptimizers:
+    """Runs several optimizers, each with parameters of its own, as one. ``optimizers`` maps names to them."""
+
+    def __init__(self, optimizers: Mapping[str, OptimizerLike]) -> None:
+        self.optimizers = optimizers
+
+    def step(self) -> None:
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=set_to_none)
+
+    @property
+    def state(self) -> dict[Any, Any]:
+        return {key: value for o in self.optimizers.values() for key, value in o.state.items()}
