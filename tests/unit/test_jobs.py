@@ -29,6 +29,7 @@ from memfit.model.blocks import find_blocks, find_head
 from memfit.types.errors import UserError
 from memfit.types.job import Job, JobRef
 from memfit.types.plan import Plan
+from memfit.worker.degraded_training import scores_by_endpoint
 
 BUILT_IN = ("protein-ss", "protein-lm", "char-lm")
 
@@ -140,7 +141,7 @@ def test_an_untrained_model_is_no_better_than_naive(name: str) -> None:
     assert job.evaluate is not None
     assert job.metric is not None
     model = job.build_model()
-    value = job.evaluate(model)
+    value = scores_by_endpoint(job, job.evaluate(model))[job.metric.name]
     assert model.training, "evaluation gives the model back as it was"
     better = value > job.metric.naive + job.metric.margin
     assert not (better if job.metric.higher_is_better else value < job.metric.naive - job.metric.margin)
@@ -222,7 +223,9 @@ def test_q3_is_the_share_of_right_residues_and_naive_predicts_the_training_major
     )
     assert protein_ss.metric(chains, 8).naive == 50.0
     assert protein_ss.metric(chains, 3).naive == pytest.approx(100 / 3), "only what is scored counts"
-    assert protein_ss.q3(AlwaysThird(), chains, 8, 2) == 50.0
+    scores = protein_ss.scores(AlwaysThird(), chains, 8, 2)
+    assert scores["Q3"] == 50.0
+    assert scores["expected Q3"] < 50.0, "the model is not certain of its third state"
     assert load("protein-ss").metric.naive == pytest.approx(38.2, abs=0.05)  # type: ignore[union-attr]
 
 

@@ -96,10 +96,10 @@ class Job:
     correctly. ``evaluate(model)`` returns the metric on held-out data, in the metric's unit.
 
     ``surrogates``: further endpoints beside ``metric``, each with a margin of its own, such as the held-out
-    loss. ``evaluate`` then returns a mapping, the name of each endpoint -> its value. A plan is equivalent only if it is
-    equivalent in every endpoint. ``negative_control``: the degraded training that the test must judge
-    different, or a proof of concept says "not sensitive" instead of "equivalent". "half-steps": half of the
-    optimizer steps. "tenth-learning-rate": a tenth of the learning rate. "eight-bit-weights": after each
+    loss. ``evaluate`` then returns a mapping, the name of each endpoint -> its value. A plan is equivalent
+    only if it is equivalent in every endpoint. ``negative_control``: the degraded training that the test must
+    judge different, or a proof of concept says "not sensitive" instead of "equivalent". "half-steps": half of
+    the optimizer steps. "tenth-learning-rate": a tenth of the learning rate. "eight-bit-weights": after each
     step, the weights are rounded to 8 bits, without a copy of higher precision.
 
     ``blocks`` and ``head`` are module paths: the repeated blocks (None: the longest ``nn.ModuleList`` or

@@ -37,7 +37,9 @@ class RunSpec:
 
     ``cap_bytes``: memory that the process may use above what it has when the cap is set; None: no cap.
     ``timeout_s``: seconds after which it is stopped; None: never. ``steps``: number of steps from the very
-    first one, including those done before a checkpoint that is resumed.
+    first one, including those done before a checkpoint that is resumed. ``degraded``: a negative control of
+    the job ("half-steps": ``steps`` is already half of them); "last-bit": each initial weight is changed by
+    at most one unit in its last place, which stands for a repetition of plain training; "": neither.
     """
 
     name: str  # "baseline", "recommended", "ablation: ..."
@@ -59,6 +61,7 @@ class RunSpec:
     timeout_s: float | None = None
     keep: CheckpointSettings = dataclasses.field(default_factory=CheckpointSettings)
     source_digest: str = ""  # digest of the file that contains a user's job
+    degraded: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,11 +27,14 @@ class OutcomeKind(enum.StrEnum):
 
 
 class VerdictKind(enum.StrEnum):
-    """Result of an equivalence test: "equivalent", "different" or "undecided"."""
+    """Result of an equivalence test: "equivalent", "different", "undecided", or "not_sensitive": the
+    difference lies inside the margin, but that of the negative control would not have been judged different.
+    """
 
     EQUIVALENT = "equivalent"
     DIFFERENT = "different"
     UNDECIDED = "undecided"
+    NOT_SENSITIVE = "not_sensitive"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +134,7 @@ class Measurement:
     grad_norms: tuple[float, ...] = ()
     headroom_bytes: tuple[int, ...] = ()  # cap minus the step's peak
     metric: float | None = None
+    surrogates: Mapping[str, float] = dataclasses.field(default_factory=dict)  # endpoints beside the metric
     energy_j: float | None = None
     energy_boundary: str = ""
     timeline_bytes: tuple[int, ...] = ()  # live bytes over the last step, thinned
@@ -156,13 +160,69 @@ class Cause:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EndpointDifference:
+    """The difference of two trainings in one endpoint of a job (its metric or a surrogate), in ``unit``: the
+    mean over pairs of runs of the same seed, with the 90 % interval ``low`` to ``high``. ``kind``: what the
+    equivalence test with ``margin`` concludes from them.
+    """
+
+    name: str
+    unit: str
+    margin: float
+    difference: float
+    low: float
+    high: float
+    kind: VerdictKind
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ControlResult:
+    """How the equivalence test judged a job's negative control, a degraded training, against plain training.
+
+    ``control``: such as "half-steps". ``noticed``: whether it was judged different in an endpoint.
+    ``source``: "study", a power study stored with memfit, made on the day ``date`` (ISO); or "pair", one pair
+    of runs of this PoC, whose difference gets the width of the interval of the plan that is judged.
+    ``pairs``: number of pairs of runs. ``problem``: why the control could not be judged; then ``endpoints``
+    is empty.
+    """
+
+    control: str
+    noticed: bool
+    source: str
+    pairs: int
+    endpoints: tuple[EndpointDifference, ...] = ()
+    date: str = ""
+    problem: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PowerStudy:
+    """Whether the test of one job, with its own steps and batch, judges its negative control different and a
+    repetition of plain training equivalent. ``control`` and ``repetition``: their differences to plain
+    training in each endpoint, over the seeds ``seeds``. ``date``: the day of the last run (ISO).
+    """
+
+    job: str
+    size: str
+    steps: int
+    batch_size: int
+    negative_control: str
+    seeds: tuple[int, ...]
+    control: tuple[EndpointDifference, ...]
+    repetition: tuple[EndpointDifference, ...]
+    date: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """Whether the runs of a plan (the candidate) are scientifically equivalent to plain training (the
     baseline).
 
     ``effect``: the plan's effect class, which decides the test. ``test``: name of the test. ``reason``: the
     result in words. If metrics were not compared, as for the class E0 or with too few runs, ``metric`` is ""
-    and ``margin``, ``difference``, ``low``, ``high`` and ``power`` are None.
+    and ``margin``, ``difference``, ``low``, ``high`` and ``power`` are None. ``surrogates``: the same of the
+    job's endpoints beside the metric. ``control``: how the test judged the job's negative control; None if
+    the verdict does not depend on it, and in records of older versions.
     """
 
     kind: VerdictKind
@@ -177,6 +237,8 @@ class Verdict:
     pairs: int = 0
     power: float | None = None  # probability of showing equivalence if there is no difference
     cause: Cause | None = None  # the reason in structured form; None in records of older versions
+    surrogates: tuple[EndpointDifference, ...] = ()
+    control: ControlResult | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -531,3 +593,4 @@ class Poc:
     took_s: float = 0.0
     report: str = ""  # path of the HTML file
     finished: bool = True  # False: the PoC was interrupted; its content is still valid
+    control: Run | None = None  # the negative control, trained with seed 0; None: not trained

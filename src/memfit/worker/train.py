@@ -12,7 +12,7 @@ import hashlib
 import importlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -314,8 +314,10 @@ def _guarded(job: Job, spec: RunSpec, gauge: _Gauge, limit: MemoryLimit | None) 
     raised. ``limit``: the memory cap, lifted before the evaluation; None: no cap."""
     from memfit.runtime.energy import EnergyMeter
     from memfit.runtime.memory_cap import is_oom_error
+    from memfit.worker.degraded_training import scores_by_endpoint
 
-    outcome, reason, metric, digest = OutcomeKind.OK, "", None, ""
+    outcome, reason, digest = OutcomeKind.OK, "", ""
+    scores: Mapping[str, float] = {}
     meter = EnergyMeter(str(gauge.device))
     energy: tuple[float | None, str] = (None, "")
     try:
@@ -328,7 +330,7 @@ def _guarded(job: Job, spec: RunSpec, gauge: _Gauge, limit: MemoryLimit | None) 
                 limit.lift()  # the cap applies to training; a batch of held-out data may be larger
             tell("stage", stage="evaluate")
             with step.contexts():
-                metric = job.evaluate(step.model)
+                scores = scores_by_endpoint(job, job.evaluate(step.model))
         _still(step, job, gauge.elements)
         digest = _digest(step.model)
         step.close()
@@ -340,14 +342,17 @@ def _guarded(job: Job, spec: RunSpec, gauge: _Gauge, limit: MemoryLimit | None) 
         gauge.turn(gauge.phase)
         outcome = OutcomeKind.OOM
         reason = f"out of memory in {gauge.phase} of step {gauge.first + len(gauge.losses)}"
-    return _measurement(spec, gauge, limit, outcome, reason, energy, metric, digest)
+    return _measurement(spec, gauge, limit, outcome, reason, energy, scores, digest)
 
 
 def _train(job: Job, spec: RunSpec, gauge: _Gauge, meter: EnergyMeter) -> TrainingStep:
     import torch
 
+    from memfit.worker.degraded_training import degrade
+
     torch.manual_seed(spec.seed)
     step = gauge.make_step(job, spec.plan, world=gauge.world)
+    after_step = degrade(step, spec.degraded)
     gauge.settle()  # building the step made groups with their own threads
     keeper = _keeper(spec, step)
     if keeper is not None and step.average is not None:
@@ -364,6 +369,7 @@ def _train(job: Job, spec: RunSpec, gauge: _Gauge, meter: EnergyMeter) -> Traini
         inputs = step.local(job.make_batch(index, spec.seed))
         gauge.turn("between")
         _one_step(step, inputs, index, spec, gauge)
+        after_step()
         del inputs
         if keeper is not None and index == gauge.first:
             keeper.check()
@@ -479,7 +485,7 @@ def _measurement(
     outcome: OutcomeKind,
     reason: str,
     energy: tuple[float | None, str],
-    metric: float | None,
+    scores: Mapping[str, float],
     digest: str,
 ) -> Measurement:
     used_bytes = gauge.used_bytes or (limit.used_bytes() if limit is not None else None)
@@ -503,7 +509,8 @@ def _measurement(
         losses=tuple(gauge.losses),
         grad_norms=tuple(gauge.grad_norms),
         headroom_bytes=tuple(gauge.headroom),
-        metric=metric,
+        metric=next(iter(scores.values()), None),
+        surrogates=dict(list(scores.items())[1:]),
         energy_j=energy[0],
         energy_boundary=energy[1],
         timeline_bytes=gauge.timeline,

@@ -73,8 +73,9 @@ def make(options: BuiltInOptions) -> Job:
         ),
         loss=loss,
         loss_terms=lambda part: int(part["valid"].sum()),
-        evaluate=lambda model: q3(model, chains, shape.length, shape.batch_size),
-        metric=metric(chains, shape.length),
+        evaluate=lambda model: scores(model, chains, shape.length, shape.batch_size),
+        metric=(q3 := metric(chains, shape.length)),
+        surrogates=(dataclasses.replace(q3, name="expected Q3"),),
         optimizer=OptimizerChoice(learning_rate=5e-4 if options.label == "tiny" else 1e-4),
         batch_size=shape.batch_size,
         dimensions=options.dimensions_of(shape, _DIMENSIONS, {"hidden": 2 * shape.heads}),
@@ -172,18 +173,21 @@ def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
     return token_loss(model(batch["features"], batch["valid"]), batch["state"])
 
 
-def q3(model: torch.nn.Module, chains: Chains, length: int, batch_size: int) -> float:
-    """Return the percentage of residues of the test chains whose state is predicted correctly. Only the first
-    ``length`` residues of a chain count. At most ``batch_size`` chains are evaluated at once."""
-    correct = total = 0
+def scores(model: torch.nn.Module, chains: Chains, length: int, batch_size: int) -> dict[str, float]:
+    """Return "Q3", the percentage of residues of the test chains whose state is predicted correctly, and
+    "expected Q3", the mean probability of the correct state in percent. Only the first ``length`` residues of
+    a chain count. At most ``batch_size`` chains are evaluated at once."""
+    correct = probability = total = 0.0
     test = np.arange(chains.train_count, chains.count)
     with evaluating(model) as device:
         for indices in equal_parts(test, batch_size):
             batch = to_device(_pack(chains, indices, np.zeros_like(indices), length), device)
-            predictions = model(batch["features"], batch["valid"]).argmax(-1)
-            correct += int(((predictions == batch["state"]) & batch["valid"]).sum())
-            total += int(batch["valid"].sum())
-    return 100 * correct / total
+            shares = model(batch["features"], batch["valid"]).float().softmax(-1)[batch["valid"]]
+            states = batch["state"][batch["valid"]]
+            correct += float((shares.argmax(-1) == states).sum())
+            probability += float(shares.gather(-1, states[:, None]).sum())
+            total += len(states)
+    return {"Q3": 100 * correct / total, "expected Q3": 100 * probability / total}
 
 
 def metric(chains: Chains, length: int) -> Metric:

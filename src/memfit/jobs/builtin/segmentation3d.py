@@ -44,6 +44,7 @@ _GAP: Final = 8  # planes on either side that belong to no set
 _TEST_REGION: Final = ((34, 154), _HELD_OUT, (24, 144))  # first voxel and end along x, y, z
 _TEST_PATCH: Final = 24
 _TEST_SEED: Final = 20_090_101
+_DICE: Final = "Dice of grey and white matter"
 _LEVELS: Final = 128  # levels of intensity, for the naive result
 
 
@@ -77,7 +78,8 @@ def make(options: BuiltInOptions) -> Job:
         loss=loss,
         loss_terms=lambda part: len(part["volume"]),
         evaluate=lambda model: mean_dice(model, head, shape),
-        metric=metric(head),
+        metric=(hard := metric(head)),
+        surrogates=(dataclasses.replace(hard, name=f"soft {_DICE}"),),
         optimizer=OptimizerChoice(learning_rate=5e-3),
         batch_size=shape.batch_size,
         dimensions=options.dimensions_of(shape, _DIMENSIONS, {"crop": 2 ** (len(shape.features) - 1)}),
@@ -216,20 +218,34 @@ def _of_output(logits: torch.Tensor, tissue: torch.Tensor, step: int) -> torch.T
     return entropy - ((2 * overlap + 1e-5) / (sizes + 1e-5)).mean()
 
 
-def mean_dice(model: torch.nn.Module, head: Head, shape: UNetSize) -> float:
-    """Return the mean Dice of grey and white matter, as the model predicts them in the held-out region, in
-    percent. The model gets one cube at a time, with the edge ``shape.patch``, since a network of many stages
-    takes no smaller ones."""
+def mean_dice(model: torch.nn.Module, head: Head, shape: UNetSize) -> dict[str, float]:
+    """Return the mean Dice of grey and white matter in the held-out region, in percent: "Dice of grey and
+    white matter" of the tissue that the model predicts, and "soft Dice of grey and white matter" of the
+    probabilities of the tissues. The model gets one cube at a time, with the edge ``shape.patch``, since a
+    network of many stages takes no smaller ones."""
     import torch
 
     cubes = _test_cubes(head, shape.patch, shape.channels)
     with evaluating(model) as device:
-        predictions = [
-            model(torch.tensor(volume[None], device=device))[-1].argmax(1)[0].cpu().numpy()
+        probabilities = [
+            model(torch.tensor(volume[None], device=device))[-1].float().softmax(1)[0].cpu().numpy()
             for volume in cubes["volume"]
         ]
     scored = cubes["scored"]
-    return dice(np.stack(predictions)[scored], cubes["tissue"][scored])
+    shares = np.stack(probabilities, axis=1)[:, scored]  # (classes, voxels)
+    truth = cubes["tissue"][scored]
+    return {_DICE: dice(shares.argmax(0), truth), f"soft {_DICE}": _soft_dice(shares, truth)}
+
+
+def _soft_dice(shares: Array, truth: Array) -> float:
+    """Return `dice` of the probabilities ``shares`` (classes, voxels) in place of predicted labels."""
+    overlaps = [
+        2
+        * shares[tissue][truth == tissue].sum(dtype=np.float64)
+        / (shares[tissue].sum(dtype=np.float64) + (truth == tissue).sum())
+        for tissue in (1, 2)
+    ]
+    return 100 * float(np.mean(overlaps))
 
 
 def dice(found: Array, truth: Array) -> float:
@@ -272,7 +288,7 @@ def metric(head: Head) -> Metric:
     )
     commonest = counts.argmax(axis=0)
     return Metric(
-        name="Dice of grey and white matter",
+        name=_DICE,
         unit="percentage points",
         higher_is_better=True,
         margin=0.75,

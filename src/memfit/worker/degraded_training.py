@@ -1,0 +1,81 @@
+"""Trainings that differ from a job's plain training on purpose: its negative controls, and its repetition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from memfit.techniques.optimizers import innermost
+from memfit.types.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from memfit.jobs.training_step import TrainingStep
+    from memfit.types.job import Job
+
+_LEVELS = 127  # of each sign in 8 bits
+
+
+def degrade(step: TrainingStep, degraded: str) -> Callable[[], None]:
+    """Change ``step`` before its first run as `RunSpec.degraded` says, and return what has to be called after
+    each step. Raises UserError for an optimizer without learning rates in its ``param_groups``.
+    """
+    if degraded == "tenth-learning-rate":
+        groups = [g for inner in innermost(step.optimizer) for g in getattr(inner, "param_groups", [])]
+        if not groups or any("lr" not in group for group in groups):
+            raise UserError(
+                f"the job's optimizer, {type(step.optimizer).__name__}, has no learning rate to be divided",
+                allowed="Job(negative_control=...) other than 'tenth-learning-rate' for this optimizer",
+            )
+        for group in groups:
+            group["lr"] = group["lr"] / 10
+    elif degraded == "last-bit":
+        change_last_bits(step.model)
+    elif degraded == "eight-bit-weights":
+        return lambda: round_weights(step.model)
+    return lambda: None
+
+
+def change_last_bits(model: torch.nn.Module) -> None:
+    """Move each number of the parameters up or down by one unit in its last place, or keep it, each with
+    equal probability, the same in every run. The random numbers of training stay as they are."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.is_floating_point():
+                direction = torch.randint(-1, 2, weight.shape, generator=generator).to(weight)
+                target = torch.where(direction == 0, weight, direction * torch.inf)
+                weight.copy_(torch.nextafter(weight, target))
+
+
+def round_weights(model: torch.nn.Module) -> None:
+    """Round each parameter of ``model`` to 8 bits: to the nearest of 255 equally spaced numbers between minus
+    and plus its largest absolute value."""
+    import torch
+
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.is_floating_point() and weight.numel():
+                spacing = weight.abs().amax().clamp_min(torch.finfo(weight.dtype).tiny) / _LEVELS
+                weight.copy_((weight / spacing).round() * spacing)
+
+
+def scores_by_endpoint(job: Job, scores: Any) -> Mapping[str, float]:
+    """Return name -> value of the job's endpoints from what its ``evaluate`` returned: a number, or a
+    mapping if the job has surrogates. Without a metric, the number's name is "". Empty if it returned None.
+    Raises UserError if an endpoint is missing.
+    """
+    if scores is None:
+        return {}
+    name = job.metric.name if job.metric is not None else ""
+    values = dict(scores) if isinstance(scores, Mapping) else {name: float(scores)}
+    wanted = [endpoint.name for endpoint in job.endpoints] or [name]
+    if missing := [n for n in wanted if n not in values]:
+        raise UserError(
+            f"the job's evaluate returned {', '.join(values) or 'nothing'}, but not {', '.join(missing)}",
+            allowed="a mapping with the name of the metric and of each surrogate",
+        )
+    return {n: float(values[n]) for n in wanted}
