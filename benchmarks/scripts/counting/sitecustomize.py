@@ -1,10 +1,12 @@
-"""Measure the peak of live tensor bytes of an unmodified training script, per optimizer step.
+"""Measure the peak of live tensor bytes and the loss of a training script, per optimizer step.
 
 Python imports this module at start when its folder is on PYTHONPATH. It does nothing unless the environment
 names a folder in MEMFIT_TRUTH. Then the import of torch also installs the counting allocator, and each
-process that takes two optimizer steps writes `rank-<RANK>.json` there and ends. Nothing here imports memfit's
-tracer or its cost model. With MEMFIT_TORCH_SEED, torch starts with that seed in place of a random one. With
-MEMFIT_ANY_CIFAR, torchvision does not check the MD5 sums of CIFAR-10's files.
+process that takes two optimizer steps, or as many as MEMFIT_TRUTH_STEPS says, writes `rank-<RANK>.json` there
+and ends. The loss of a step is the sum of what `backward` was called on, as each micro-batch passes its share
+of it. Nothing here imports memfit's tracer or its cost model. With MEMFIT_TORCH_SEED, torch starts with that
+seed in place of a random one. With MEMFIT_ANY_CIFAR, torchvision does not check the MD5 sums of CIFAR-10's
+files.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_STEPS = 2
+_STEPS = int(os.environ.get("MEMFIT_TRUTH_STEPS", "2"))
 _WAIT_S = 30.0
 
 
@@ -72,14 +74,31 @@ class _Measurement:
         self._setup: dict[str, Any] | None = None
         self._steps: list[dict[str, Any]] = []
         self._process = os.getpid()
+        self._losses: list[float] = []
+        self._depth = 0  # of backward passes and of optimizer steps, which may run inside each other
 
     def start(self) -> None:
+        import torch
         from torch.nn.modules.module import register_module_forward_pre_hook
-        from torch.optim.optimizer import register_optimizer_step_post_hook
+        from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
         self._allocator.install()
         self._handle = register_module_forward_pre_hook(self._before_forward)
+        register_optimizer_step_pre_hook(self._before_step)
         register_optimizer_step_post_hook(self._after_step)
+        torch.autograd.backward = self._recorded(torch.autograd.backward)
+
+    def _recorded(self, backward: Callable[..., None]) -> Callable[..., None]:
+        def call(tensors: Any, *arguments: Any, **options: Any) -> None:
+            if self._depth == 0 and getattr(tensors, "numel", lambda: 0)() == 1:
+                self._losses.append(tensors.detach().item())
+            self._depth += 1
+            try:
+                backward(tensors, *arguments, **options)
+            finally:
+                self._depth -= 1
+
+        return call
 
     def _before_forward(self, module: Any, arguments: Any) -> None:
         import torch
@@ -89,10 +108,16 @@ class _Measurement:
             self._handle.remove()
             self._setup = self._next_period()
 
+    def _before_step(self, optimizer: Any, arguments: Any, options: Any) -> None:
+        self._depth += 1
+
     def _after_step(self, optimizer: Any, arguments: Any, options: Any) -> None:
-        if os.getpid() != self._process:
+        self._depth -= 1
+        if os.getpid() != self._process or self._depth:
             return
-        self._steps.append(self._next_period() | {"optimizer": type(optimizer).__name__})
+        loss = {"loss": sum(self._losses), "backward_calls": len(self._losses)}
+        self._losses.clear()
+        self._steps.append(self._next_period() | {"optimizer": type(optimizer).__name__} | loss)
         if len(self._steps) == _STEPS:
             self._write()
             os._exit(0)

@@ -176,7 +176,7 @@ def _launch_remarks(plan: Plan) -> Iterator[str]:
 
 
 def _accelerate_diff(source: Source, calls: list[ast.Call], plan: Plan) -> ScriptDiff:
-    call, values = calls[0], dict[str, Any]()
+    values: dict[str, Any] = {}
     for name in ("bf16", "fp16"):
         if plan.get(f"{name}-autocast") is not None:
             values["mixed_precision"] = name
@@ -185,9 +185,9 @@ def _accelerate_diff(source: Source, calls: list[ast.Call], plan: Plan) -> Scrip
     if accumulation is not None:
         steps = int(accumulation.settings["micro_batches"])
         values[_STEPS] = steps
-        changes, reason = _smaller_batches(source, call, steps)
-    if len(calls) > 1 or any(k.arg is None for k in call.keywords):
-        reason = "the script has several calls of Accelerator, or one with **"
+        changes, reason = _smaller_batches(source, calls, steps)
+    if any(k.arg is None for call in calls for k in call.keywords):
+        reason = "the script has a call of Accelerator with **"
     others = [u for u in plan.uses if u.technique not in _BY_ACCELERATOR | _BY_LAUNCH]
     remarks = [f"Accelerate does not apply {use.technique}: {step_text(use, plan)}" for use in others]
     if any(use.technique in _BY_LAUNCH for use in plan.uses):
@@ -196,13 +196,17 @@ def _accelerate_diff(source: Source, calls: list[ast.Call], plan: Plan) -> Scrip
     if reason:
         lines = (f"Accelerator({', '.join(f'{k}={v}' for k, v in sources.items())})",)
         return ScriptDiff(diff="", reason=reason, lines=lines, remarks=tuple(remarks))
-    text = source.replaced([*source.with_keywords(call, sources), *changes])
-    return ScriptDiff(diff=_checked(source, text), remarks=tuple(remarks))
+    for call in calls:  # those of several branches
+        changes += source.with_keywords(call, sources)
+    return ScriptDiff(diff=_checked(source, source.replaced(changes)), remarks=tuple(remarks))
 
 
-def _smaller_batches(source: Source, call: ast.Call, steps: int) -> tuple[list[Replacement], str]:
+def _smaller_batches(
+    source: Source, accelerators: list[ast.Call], steps: int
+) -> tuple[list[Replacement], str]:
     """Return (the changes that make the batch of the training DataLoader one of ``steps`` micro-batches; why
-    there are none, "" if there are). ``call``: that of Accelerator, which may accumulate already."""
+    there are none, "" if there are). ``accelerators``: the calls of Accelerator, which may accumulate
+    already."""
     if not _mentions(source, "accumulate"):
         return [], "the loop has no `with accelerator.accumulate(model):`, which gradient accumulation needs"
     loaders = [
@@ -213,6 +217,8 @@ def _smaller_batches(source: Source, call: ast.Call, steps: int) -> tuple[list[R
     sizes = [k.value for call in loaders for k in call.keywords if k.arg == "batch_size"]
     if len(loaders) != 1 or len(sizes) != 1:
         return [], "the script does not show the batch size of its training DataLoader"
-    old_steps = next((k.value for k in call.keywords if k.arg == _STEPS), None)
-    text, _ = _micro_batch(source, sizes[0], old_steps, steps)
+    stated = [next((k.value for k in call.keywords if k.arg == _STEPS), None) for call in accelerators]
+    if len({None if node is None else source.of(node) for node in stated}) > 1:
+        return [], "the calls of Accelerator differ in gradient_accumulation_steps"
+    text, _ = _micro_batch(source, sizes[0], stated[0], steps)
     return [Replacement(start=source.start(sizes[0]), end=source.end(sizes[0]), text=text)], ""
