@@ -30,12 +30,13 @@ from pydantic import TypeAdapter
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from scripts.corpus import PublicScript, ScriptError, check_unmodified, load_scripts
+from scripts.measure import environment_of, measure, predict, prepare
+
 from memfit.export.script_diff import ScriptDiff, read_script, script_diff
 from memfit.techniques.plan_file import parse_plan
 from memfit.techniques.registry import effect_of
 from memfit.types.plan import Plan
-from scripts.corpus import PublicScript, ScriptError, check_unmodified, load_scripts
-from scripts.measure import environment_of, measure, predict, prepare
 
 HERE = Path(__file__).parent
 RECORDS, PAGE = HERE / "records" / "script_edits.jsonl", HERE / "script_edits.md"

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from memfit.store.environment import fingerprint
-
 from scripts.corpus import PublicScript, ScriptError
 from scripts.prepare import PREPARE
 
