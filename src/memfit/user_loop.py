@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor
 
 from memfit.conformance.monitor import Monitor
 from memfit.conformance.sharding import world_size
@@ -49,6 +50,8 @@ class Fit:
         self.optimizer, self.plan = optimizer, step.plan
         self.conformance: Conformance | None = None
         self._step, self._conform = step, conform
+        # `memfit estimate` runs the script on tensors without values: they cannot be compared with a plan
+        self._is_traced = any(isinstance(p, FakeTensor) for p in step.model.parameters())
         self._elements = elements
         self._monitor: Monitor | None = None
         self._micro_batch: MicroBatch | None = None  # the one that waits for backward
@@ -123,7 +126,7 @@ class Fit:
         is updated.
 
         After the first update, what the step did is compared with the plan, and the result is in
-        ``conformance``. Raises NotConforming if it differs; UserError if not all micro-batches of `split`
+        ``conformance``; not while `memfit estimate` traces the loop. Raises NotConforming if it differs; UserError if not all micro-batches of `split`
         have run.
         """
         if not (self._is_open and self._is_complete):
@@ -132,13 +135,15 @@ class Fit:
                 hint="call it after the loop `for part in fit.split(batch)`",
             )
         monitor, updates_count = self._monitor, self._updates_count
-        if monitor is not None:
+        if monitor is not None and not self._is_traced:
             monitor.before_update()
         norm = self._step.update()
         self._close_step()
         if monitor is not None and self._updates_count > updates_count:
-            monitor.clipping.before = float(norm)
-            self.conformance = monitor.conclude()
+            self._conform = False  # only the first step is compared
+            if not self._is_traced:
+                monitor.clipping.before = float(norm)
+                self.conformance = monitor.conclude()
         return norm
 
     def discard(self) -> None:
@@ -177,7 +182,7 @@ class Fit:
         self.optimizer.step()
 
     def _watch(self) -> None:
-        if not self._conform or self.conformance is not None:
+        if not self._conform:
             return
         job = self._step.job
         self._monitor = Monitor(
