@@ -17,17 +17,19 @@ from memfit.report.quantities import (
     predicted,
     sourced,
 )
+from memfit.report.sensitivity import control_sentence, endpoint_values
 from memfit.types.result import NamedVerdict, Poc, Run
 from memfit.verify.aggregate import ok_runs, peak_bytes
 
 
 def answer(poc: Poc) -> tuple[Sentence, ...]:
-    """Return three sentences: (1) whether plain training fits the PoC's memory cap, as measured, or as
-    predicted if it did not run under the cap; (2) the recommended plan with its measured peak memory, or the
+    """Return three or four sentences: (1) whether plain training fits the PoC's memory cap, as measured, or
+    as predicted if it did not run under the cap; (2) the recommended plan with its measured peak memory, or the
     predicted one if it did not run, or how its run ended if none completed, or that no plan fits; (3) whether
     its results are equivalent to those of plain training and a repeated run gives the same results, or that
-    this was not measured."""
-    return (_plain(poc), _recommended(poc), _science(poc))
+    this was not measured; (4) if this is known, whether the test would have noticed a degraded training."""
+    sentences = (_plain(poc), _recommended(poc), _science(poc), _sensitivity(poc))
+    return tuple(sentence for sentence in sentences if sentence is not None)
 
 
 def _plain(poc: Poc) -> Sentence:
@@ -94,14 +96,28 @@ def _science(poc: Poc) -> Sentence:
         return Sentence(key="answer.science.missing", values={"reproducible": reproducibility})
     verdict = named_verdict.verdict
     if verdict.difference is None or verdict.margin is None:
-        return Sentence(key=f"answer.science.{verdict.kind}", values={"reproducible": reproducibility})
+        is_bitwise = verdict.cause is not None and verdict.cause.kind == "equal_bits"
+        kind = "equal_bits" if is_bitwise else verdict.kind
+        return Sentence(key=f"answer.science.{kind}", values={"reproducible": reproducibility})
     values = {**_interval(named_verdict, poc), "reproducible": reproducibility}
     sentence = Sentence(key=f"answer.science.{verdict.kind}_interval", values=values)
     return sourced(sentence, verdict_anchor(named_verdict.name))
 
 
+def _sensitivity(poc: Poc) -> Sentence | None:
+    verdict = next((n.verdict for n in poc.verdicts if n.name == "recommended"), None)
+    sentence = control_sentence(verdict) if verdict is not None else None
+    return sentence and sourced(sentence, verdict_anchor("recommended"))
+
+
 def _interval(named_verdict: NamedVerdict, poc: Poc) -> dict[str, Figure | str | Sentence]:
+    """Return the figures of the endpoint that decided the verdict: a surrogate that its cause names, else the
+    metric."""
     verdict, unit = named_verdict.verdict, poc.metric_unit
+    cause = verdict.cause
+    if cause is not None and cause.kind.startswith("surrogate_"):
+        decisive = next(s for s in verdict.surrogates if s.name == cause.detail)
+        return {**endpoint_values(decisive), "pairs": measured(verdict.pairs, "count")}
 
     def bound(value: float | None) -> Figure:
         return Figure(value=value, unit=difference_unit(unit), mark=Mark.MEASURED, signed=True)

@@ -14,9 +14,11 @@
 
   function sheet(way, terms) {
     const factor = !way.predicted ? 1 : way.plain ? terms.plain_time_factor : terms.recommended_time_factor;
-    const works = way.kind !== "nothing", hours = way.hours * factor, yearly = hours * terms.runs_per_year;
+    const works = way.kind !== "nothing", hours = way.hours * factor;
+    const busy = hours / Math.min(way.parallel_runs, Math.max(1, terms.runs_per_year)), yearly = busy * terms.runs_per_year;
+    const pue = { desk: terms.desk_pue_ratio, cloud: terms.cloud_pue_ratio }[way.site] ?? terms.pue_ratio;
     const machines = works ? Math.max(1, Math.ceil(yearly / (HOURS * terms.utilisation_ratio) - 1e-9)) : 0;
-    const taxed = 1 + terms.tax_ratio, kw = ((way.power_w ?? 0) / 1000) * terms.pue_ratio;
+    const taxed = 1 + terms.tax_ratio, kw = ((way.power_w ?? 0) / 1000) * pue;
     const purchase = (way.price ? at(way.price, terms.per_usd) * terms.hardware_factor : 0) * machines * taxed;
     const rent = way.per_hour ? at(way.per_hour, terms.per_usd) * terms.rental_factor : 0;
     const perKwh = at(terms.energy_per_kwh, terms.per_usd) + at(terms.levy_per_kwh, terms.per_usd);
@@ -121,8 +123,12 @@
     return { ...terms, [name]: whole ? times(now, value / whole) : { usd: 0, own: value } };
   }
 
-  function placed(way, terms, name, value) {
+  // `factor`: on a price of the catalog, between its sellers
+  function placed(way, terms, name, value, factor = 1) {
     const next = { ...way }, mine = page.own_terms;
+    for (const [field] of page.offers) {
+      if (way[field] !== null && way.priced_device) next[field] = times(way[field], factor);
+    }
     if (name === "setup_hours" && !way.plain) next.setup_hours += value - terms.setup_hours;
     for (const [field, own, common] of page.offers) {
       if (way[field] === null || way.of_catalog || !(own in mine)) continue;
@@ -130,6 +136,14 @@
       next[field] = times(way[field], ratio);
     }
     return next;
+  }
+
+  // the lowest and highest factor between sellers on the prices of the best option and the reference
+  function sellers(name, [best, reference]) {
+    const same = best.priced_device !== "" && best.kind === reference.kind && best.priced_device === reference.priced_device;
+    const ends = (way, on) => (on && way.priced_device ? [way.price_low, way.price_high] : [1, 1]);
+    const first = name === "best_price_factor";
+    return [ends(best, first), ends(reference, first ? same : name === "reference_price_factor" && !same)];
   }
 
   // a range that follows its slider
@@ -169,7 +183,7 @@
     if (poc) found.spent = (poc.energy_j / 3.6e6) * perKwh * (1 + terms.tax_ratio) + poc.hours * terms.labour_per_hour;
     const trial = pilot === null || ways[pilot].kind === "purchase" ? null : oneRun(ways[pilot], terms);
     if (trial) {
-      let way = ways[pilot], dear = terms;
+      let way = placed(ways[pilot], terms, "", 0, ways[pilot].price_high), dear = terms;
       for (const [name, bound] of Object.entries(ends)) {
         const end = scaled(terms, name, bound);
         way = placed(way, terms, name, end);
@@ -206,10 +220,11 @@
       const own = sheets[index], way = ways[index];
       row.querySelector("[data-name]").textContent = page.labels[index];
       row.querySelector("[data-plan]").textContent = page.plans[index];
+      row.querySelector("[data-identifier]").textContent = page.identifiers[index];
       row.classList.toggle("best", index === best && row.dataset.slot !== "reference");
       row.querySelector("[data-enough]").hidden = own.enough;
       row.querySelector("[data-untried]").hidden = !way.untried.length;
-      row.querySelector("[data-names]").textContent = way.untried.join(", ");
+      row.querySelector("[data-names]").textContent = page.untried[index];
       for (const cell of row.querySelectorAll("[data-figure]")) {
         const name = cell.dataset.figure;
         const value = name === "saved" ? (reference && way.kind !== "nothing" ? saved(own, reference) : null) : own[name];
@@ -234,9 +249,10 @@
         const pair = [ways[best], ways[slots.reference]];
         const ends = rows.map((row) => {
           const { name, low, high } = page.swings.find((s) => s.name === row.dataset.swing);
-          return [low, high].map((bound) => {
-            const end = scaled(terms, name, bound), next = swung(terms, name, end);
-            return saved(...pair.map((way) => sheet(placed(way, terms, name, end), next))) ?? share;
+          const factors = sellers(name, pair);
+          return [low, high].map((bound, end) => {
+            const value = scaled(terms, name, bound), next = swung(terms, name, value);
+            return saved(...pair.map((way, i) => sheet(placed(way, terms, name, value, factors[i][end]), next))) ?? share;
           });
         });
         const all = [...ends.flat(), share], low = Math.min(...all), span = Math.max(...all) - low || 1;

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -20,7 +20,16 @@ from memfit.report.decision import MONEY, decision_view
 from memfit.report.decision_answers import DECISIVE
 from memfit.report.decision_rows import DecisionView, way_name
 from memfit.report.files import write_whole
-from memfit.report.provenance import CASE, POC, SAVING, ProvenanceRecord, report_records, term_anchor
+from memfit.report.plan_words import glossary, in_words, plan_phrase, plan_title, technique_names
+from memfit.report.provenance import (
+    CASE,
+    POC,
+    SAVING,
+    ProvenanceRecord,
+    choices,
+    report_records,
+    term_anchor,
+)
 from memfit.report.quantities import (
     MANY,
     Figure,
@@ -33,6 +42,7 @@ from memfit.report.quantities import (
 )
 from memfit.report.rows import PocView
 from memfit.report.sliders import slider_inputs
+from memfit.report.summary import summary
 from memfit.report.view import poc_view
 from memfit.report.words import Words, load_words
 from memfit.types.decision import DRAWS, Decision
@@ -43,6 +53,8 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 
+# placeholders of identifiers, which the page shows as names
+_NAMES: Final = frozenset({"plan", "technique", "first", "second", "names"})
 _LONG: Final = 24  # characters; a longer figure contains a long unit and may wrap
 
 
@@ -73,6 +85,8 @@ def render_html(poc: Poc, *, lang: str, decision: Decision | None = None) -> str
         poc=poc,
         decision=decision_page,
         records=records,
+        summary=summary(poc, decision_page),
+        glossary=glossary(_plan_labels(poc, decision), words),
         **_drawings(view, words),
         **_script(decision_page, words),
     )
@@ -85,6 +99,16 @@ def _labels(
     these anchors."""
     terms = {term_anchor(t.name): words.name("term", t.name) for t in decision.numbers} if decision else {}
     return {r.anchor: r.label for r in records} | terms
+
+
+def _plan_labels(poc: Poc, decision: Decision | None) -> Iterator[str]:
+    """Yield the labels of all plans and the identifiers of all techniques that the page names."""
+    yield from (run.spec.plan.label for run in poc.runs)
+    for choice in choices(poc):
+        yield choice.estimate.plan.label
+        yield from (reason.technique for reason in choice.reasons)
+    yield from (row.recommended.plan.label for row in poc.paper if row.recommended is not None)
+    yield from (way.plan for way in (decision.ways if decision is not None else ()))
 
 
 def _script(decision_page: DecisionView | None, words: Words) -> Mapping[str, Any]:
@@ -104,9 +128,18 @@ def _script(decision_page: DecisionView | None, words: Words) -> Mapping[str, An
         }
     data = slider_inputs(decision_page.decision, [(w.slot, w.index) for w in decision_page.ways])
     labels = [sentence_text(way_name(way), words) for way in decision_page.decision.ways]
-    plain = words.get("way.plain")
-    plans = ["" if w.kind == "nothing" else plain if w.plain else w.plan for w in decision_page.decision.ways]
-    texts = {"labels": labels, "plans": plans, "many": words.texts["unit.many"], "least": MANY}
+    ways = decision_page.decision.ways
+    plans = ["" if w.kind == "nothing" else plan_title("plain" if w.plain else w.plan, words) for w in ways]
+    identifiers = ["" if w.plain or w.kind == "nothing" else w.plan for w in ways]
+    untried = [technique_names(", ".join(w.untried), words) if w.untried else "" for w in ways]
+    texts = {
+        "labels": labels,
+        "plans": plans,
+        "identifiers": identifiers,
+        "untried": untried,
+        "many": words.texts["unit.many"],
+        "least": MANY,
+    }
     text = json.dumps({**data, **texts}, ensure_ascii=False)
     text = text.translate(TURNING)
     for character in "<>&\u2028\u2029":  # nothing in the text can close the element or open another
@@ -207,8 +240,8 @@ def helpers(words: Words, labels: Mapping[str, str] | None) -> Mapping[str, Any]
     """Return the names that all templates can use.
 
     Functions: ``t`` (text of a key of the word catalogs, filled), ``num`` (a figure with its mark), ``say``
-    (a sentence, a figure or a text), ``moment`` (a date) and ``asset`` (the content of a file of this
-    package, not escaped). Makers of figures: ``assumed``, ``counted`` (measured) and ``guessed`` (predicted).
+    (a sentence, a figure or a text), ``plan_name`` (a plan in words), ``technique_names`` (techniques in
+    words), ``moment`` (a date) and ``asset`` (the content of a file of this package, not escaped). Makers of figures: ``assumed``, ``counted`` (measured) and ``guessed`` (predicted).
     Anchors of records: those that begin with ``of_``. Constants: ``labels`` (empty if None) and
     ``case_classes``.
     """
@@ -219,25 +252,38 @@ def helpers(words: Words, labels: Mapping[str, str] | None) -> Mapping[str, Any]
     def t(key: str, **values: object) -> Markup:
         html_values = {k: num(v) if isinstance(v, Figure) else named(k, v) for k, v in values.items()}
         text_values = {
-            k: figure_text(v, words) if isinstance(v, Figure) else html_values[k] for k, v in values.items()
+            k: figure_text(v, words) if isinstance(v, Figure) else _bare(html_values[k])
+            for k, v in values.items()
         }
         return Markup(escape(words.template(key, text_values))).format(**html_values)
 
     def named(key: str, value: object) -> object:
         _no_bare_number(value)
-        if key in ("plan", "technique"):
-            return Markup('<span class="plan">{}</span>').format(value)
-        return words.of(value) if type(value) is str else value
+        if type(value) is not str:
+            return value
+        if key in _NAMES:
+            name = plan_phrase(value, words) if key == "plan" else technique_names(value, words)
+            return Markup('<span class="plan-name" title="{}">{}</span>').format(value, name)
+        return in_words(value, words)
 
     def say(sentence: Sentence | Figure | str) -> Markup:
         if isinstance(sentence, str):
-            return escape(words.of(sentence))
+            return escape(in_words(sentence, words))
         if isinstance(sentence, Figure):
             return num(sentence)
         return t(sentence.key, **{k: _shown(v) for k, v in sentence.values.items()})
 
     def _shown(value: object) -> object:
         return say(value) if isinstance(value, Sentence) else value
+
+    def _bare(value: object) -> object:
+        return value.striptags() if isinstance(value, Markup) else value
+
+    def plan_name(label: str) -> str:
+        return plan_title(label, words)
+
+    def names(identifiers: Sequence[str]) -> str:
+        return technique_names(", ".join(identifiers), words) if identifiers else ""
 
     def asset(name: str) -> Markup:
         return Markup(_asset(name))
@@ -253,6 +299,8 @@ def helpers(words: Words, labels: Mapping[str, str] | None) -> Mapping[str, Any]
         "moment": moment,
         "say": say,
         "asset": asset,
+        "plan_name": plan_name,
+        "technique_names": names,
         "assumed": assumed,
         "counted": measured,
         "guessed": predicted,

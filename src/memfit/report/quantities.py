@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final, TypeVar, cast
 
+from memfit.report.plan_words import in_words
 from memfit.report.words import Words
 from memfit.types.units import format_bytes, format_seconds
 
@@ -164,17 +165,21 @@ def _times(ratio: float) -> str:
     return _plain(ratio, 2) if ratio < 10 else f"{math.floor(ratio + 0.5):,}"
 
 
-def sentence_text(sentence: Sentence, words: Words) -> str:
-    """Return the sentence as text in the language of ``words``."""
-    return words.get(sentence.key, **{k: value_text(v, words) for k, v in sentence.values.items()})
+def sentence_text(sentence: Sentence, words: Words, *, plans_in_words: bool = False) -> str:
+    """Return the sentence as text in the language of ``words``. ``plans_in_words``: whether plans and
+    techniques in it are named in words; otherwise by their identifiers, which commands take."""
+    texts = {k: value_text(v, words, plans_in_words=plans_in_words) for k, v in sentence.values.items()}
+    return words.get(sentence.key, **texts)
 
 
-def value_text(value: Figure | str | Sentence, words: Words) -> str:
+def value_text(value: Figure | str | Sentence, words: Words, *, plans_in_words: bool = False) -> str:
     """Return a figure, a text or a sentence as text in the language of ``words``. A text is translated if the
-    catalogs have a translation of it."""
+    catalogs have a translation of it. ``plans_in_words``: as in `sentence_text`."""
     if isinstance(value, Figure):
         return figure_text(value, words)
-    return words.of(value) if isinstance(value, str) else sentence_text(value, words)
+    if isinstance(value, Sentence):
+        return sentence_text(value, words, plans_in_words=plans_in_words)
+    return in_words(value, words) if plans_in_words else words.of(value)
 
 
 def _scaled(value: float, scales: tuple[tuple[float, str], ...]) -> str:

@@ -15,7 +15,7 @@ from typing import Any, Final
 from memfit.types.errors import UserError
 
 LANGUAGES: Final = ("en", "ja")
-_JAPANESE: Final = re.compile("[\u3040-\u30ff\u4e00-\u9fff]")
+JAPANESE: Final = re.compile("[\u3001-\u303f\u3040-\u30ff\u4e00-\u9fff\uff01-\uff60]")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,15 +40,17 @@ class Words:
 
     def template(self, key: str, values: Mapping[str, object]) -> str:
         """Return the text of ``key`` with its placeholders not yet filled. ``values``: what they will be
-        filled with; it matters in Japanese only, where the space after a placeholder is removed if its value
-        is a text that ends in a Japanese character and the next character is Japanese.
+        filled with; it matters in Japanese only, where the space before or after a placeholder is removed if
+        the characters on its two sides are Japanese.
 
         Raises KeyError for an unknown key.
         """
         text = self.texts[key]
         for name, value in values.items() if self.lang == "ja" else ():
-            if isinstance(value, str) and value and _JAPANESE.match(value[-1]):
-                text = re.sub(rf"(\{{{name}\}}) (?={_JAPANESE.pattern})", r"\1", text)
+            if isinstance(value, str) and value and JAPANESE.match(value[-1]):
+                text = re.sub(rf"(\{{{name}\}}) (?={JAPANESE.pattern})", r"\1", text)
+            if isinstance(value, str) and value and JAPANESE.match(value[0]):
+                text = re.sub(rf"(?<={JAPANESE.pattern}) (\{{{name}\}})", r"\1", text)
         return text
 
     def name(self, group: str, value: str) -> str:
@@ -77,7 +79,7 @@ def load_words(lang: str) -> Words:
     if lang not in LANGUAGES:
         raise UserError(f"no such language: {lang!r}", allowed=", ".join(LANGUAGES))
     texts: dict[str, str] = {}
-    for file in (f"{lang}.toml", f"{lang}_decision.toml"):
+    for file in (f"{lang}.toml", f"{lang}_decision.toml", f"{lang}_techniques.toml"):
         text = resources.files("memfit.report").joinpath("words", file).read_text(encoding="utf-8")
         texts |= dict(_flatten(tomllib.loads(text)))
     return Words(lang=lang, texts=texts, translations=_translations(lang))
