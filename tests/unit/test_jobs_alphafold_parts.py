@@ -214,14 +214,15 @@ def test_frames_are_composed_in_each_round_and_earlier_rotations_carry_no_gradie
             s = _norm(s, module.norm_attention)
             s = _norm(s + module.transition(s), module.norm_transition)
             step = module.update(s)[0]
-            placed = [t @ _matrix(u[:3], 10 * u[3:]) for t, u in zip(placed, step, strict=True)]
+            placed = [t @ _matrix(u[:3], u[3:]) for t, u in zip(placed, step, strict=True)]
             if index < 2:
                 placed = [torch.cat([t[:, :3].detach(), t[:, 3:]], 1) for t in placed]
         a = module.angles.first(s.relu()) + module.angles.initial(initial.relu())
         for layers in module.angles.residual:
             a = a + layers[3](layers[1](a.relu()).relu())
         angles = module.angles.out(a.relu()).view(1, N, 2, 2)
-        return s, torch.stack(placed)[None], angles
+        frames = torch.stack(placed)[None]
+        return s, torch.cat([frames[..., :3], 10 * frames[..., 3:]], -1), angles  # units of 10 Angstrom
 
     s, frames, angles = by_hand()
     found = module(given, z, mask)
@@ -275,3 +276,34 @@ def test_distance_logits_sum_both_directions_and_the_other_heads_match_hand_comp
     layers = heads.confidence.layers
     hidden = layers[3](layers[1](_norm(single, layers[0])).relu()).relu()
     torch.testing.assert_close(confidence, layers[5](hidden))
+
+
+# -- the loss of fine-tuning ------------------------------------------------------------------------------
+
+
+def test_violations_are_of_bonds_beyond_12_deviations_and_of_atoms_that_overlap() -> None:
+    """Supplement 1.9.11: a real chain has next to none."""
+    folds = alphafold2.built_in_folds()
+    atoms = torch.tensor(folds.atoms[folds.offset[0] : folds.offset[0] + 30])[None].double()
+    mask, follows = torch.ones(1, 30).double(), torch.ones(1, 30).double()
+    follows[:, 0] = 0
+    assert float(structure.violations(atoms, mask, follows)) < 0.01
+    along = torch.nn.functional.normalize(atoms[0, 10, 0] - atoms[0, 9, 2], dim=-1)
+    apart = atoms.clone()
+    apart[0, 10:] += 2 * along  # angles stay, as the bond is stretched along itself
+    length = float((apart[0, 10, 0] - apart[0, 9, 2]).norm())
+    found = float(structure.violations(apart, mask, follows) - structure.violations(atoms, mask, follows))
+    assert found == pytest.approx((length - 1.329 - 12 * 0.014) / 29, abs=1e-3)
+    follows[0, 10] = 0  # a break of the chain is no bond
+    assert float(structure.violations(apart, mask, follows)) < 0.01
+    clash = torch.zeros(1, 2, 3, 3).double()
+    clash[0, 0, :, 1] = torch.tensor([0.0, 10.0, 20.0])
+    clash[0, 1] = clash[0, 0] + torch.tensor([1.0, 0.0, 0.0])
+    wanted = (1.55 + 1.55 - 1.5 - 1) + 2 * (1.7 + 1.7 - 1.5 - 1)
+    found = float(structure.violations(clash, torch.ones(1, 2).double(), torch.zeros(1, 2).double()))
+    assert found == pytest.approx(wanted / 6, abs=1e-3)
+
+
+def test_only_the_size_finetune_is_trained_with_violations() -> None:
+    assert alphafold2.make(size="finetune").loss is alphafold2.fine_tuning_loss
+    assert alphafold2.make(size="initial").loss is alphafold2.make().loss is alphafold2.loss

@@ -21,6 +21,12 @@ CLAMP: Final = 10.0  # Angstrom beyond which an aligned error counts no more
 CLAMPED_SHARE: Final = 0.9  # of the loss; the rest is unclamped (supplement 1.11.5, there by batch)
 _EPS: Final = 1e-4  # Angstrom^2 under a root
 CA: Final = 1  # place in (N, CA, C)
+# Mean and standard deviation of the bond from C to the next N, Angstrom; of the cosines of CA-C-N and C-N-CA.
+_PEPTIDE: Final = (1.329, 0.014)
+_PEPTIDE_COSINES: Final = ((-0.4473, 0.0311), (-0.5203, 0.0353))
+_TOLERATED: Final = 12  # standard deviations
+_RADII: Final = (1.55, 1.7, 1.7)  # van der Waals, of N CA C, Angstrom
+_OVERLAP: Final = 1.5  # Angstrom by which radii may overlap
 
 
 class Frames(NamedTuple):
@@ -175,7 +181,8 @@ class StructureModule(nn.Module):
     """AlphaFold 2's structure module (algorithm 20). s (batch, residues, c_s) and z (batch, residues,
     residues, c_z) are the single and the pair representation; ``mask`` (batch, residues) is 0 at padding.
     Returns the last single representation, and the frames (rotations, translations in Angstrom) and torsion
-    angles after each iteration. All iterations have the same weights."""
+    angles after each iteration. All iterations have the same weights. Inside, positions are in units of 10
+    Angstrom, for which the weights of algorithm 22 were made."""
 
     def __init__(self, widths: StructureWidths) -> None:
         super().__init__()
@@ -201,8 +208,8 @@ class StructureModule(nn.Module):
             s = self.norm_attention(self.dropout(s))
             s = self.norm_transition(self.dropout(s + self.transition(s)))
             step = self.update(s)
-            frames = frames.then(Frames(rotation_of(step[..., :3]), step[..., 3:] * SCALE))
-            history.append((*frames, self.angles(s, initial)))
+            frames = frames.then(Frames(rotation_of(step[..., :3]), step[..., 3:]))
+            history.append((frames.rotation, frames.translation * SCALE, self.angles(s, initial)))
             if index < self.iterations - 1:
                 frames = Frames(frames.rotation.detach(), frames.translation)
         rotations, translations, angles = (torch.stack(k) for k in zip(*history, strict=True))
@@ -269,6 +276,36 @@ def _dihedral(*points: torch.Tensor) -> torch.Tensor:
     return functional.normalize(
         torch.stack([sine, (first_normal * second_normal).sum(-1)], dim=-1), dim=-1, eps=1e-6
     )
+
+
+def violations(atoms: torch.Tensor, mask: torch.Tensor, follows: torch.Tensor) -> torch.Tensor:
+    """Return the loss of violated geometry of each sample, (batch,), of backbones ``atoms`` (batch, residues,
+    3 of N CA C, 3) in Angstrom (equations 44 to 47 of AlphaFold 2's supplement, of backbone atoms only): how
+    far peptide bonds and the cosines of their two angles are beyond 12 standard deviations of their ideal,
+    averaged over bonds; and how far atoms of different residues are closer than their radii less 1.5
+    Angstrom, summed over pairs and divided by the number of atoms. ``mask`` (batch, residues) is 0 at
+    padding; ``follows`` (batch, residues) is 1 where a residue continues the chain of the one before."""
+    n, ca, c = atoms.unbind(-2)
+    bonds = follows[:, 1:]
+    peptide = n[:, 1:] - c[:, :-1]
+    length = (peptide.square().sum(-1) + _EPS).sqrt()
+    towards = functional.normalize(peptide, dim=-1, eps=1e-6)
+    cosines = (
+        (functional.normalize(ca[:, :-1] - c[:, :-1], dim=-1, eps=1e-6) * towards).sum(-1),
+        -(functional.normalize(ca[:, 1:] - n[:, 1:], dim=-1, eps=1e-6) * towards).sum(-1),
+    )
+    excess = functional.relu((length - _PEPTIDE[0]).abs() - _TOLERATED * _PEPTIDE[1])
+    for cosine, (ideal, deviation) in zip(cosines, _PEPTIDE_COSINES, strict=True):
+        excess = excess + functional.relu((cosine - ideal).abs() - _TOLERATED * deviation)
+    bond_loss = (excess * bonds).sum(-1) / bonds.sum(-1).clamp(min=1)
+    points, radii = atoms.flatten(1, 2), atoms.new_tensor(_RADII).repeat(atoms.shape[1])
+    residue = torch.arange(atoms.shape[1], device=atoms.device).repeat_interleave(len(_RADII))
+    is_bond = (residue[:, None] + 1 == residue) & (radii[:, None] > radii)  # also CA to N: never a clash
+    pairs = (residue[:, None] < residue) & ~is_bond
+    own = mask.repeat_interleave(len(_RADII), dim=1)
+    overlap = functional.relu(radii[:, None] + radii - _OVERLAP - _distances(points))
+    counted = own.unsqueeze(1) * own.unsqueeze(2) * pairs
+    return bond_loss + (overlap * counted).sum((1, 2)) / own.sum(-1).clamp(min=1)
 
 
 def lddt(points: torch.Tensor, true: torch.Tensor, held: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,94 @@
+"""Simulated alignments whose columns evolve together where residues are in contact.
+
+A Potts model gives a sequence the energy of its fields and of its couplings. The fields are real (the
+family's profile), the couplings lie on the real contacts of the chain, and every contact favours the same
+pairs of amino acids, by a potential that is counted in real structures. No row of these alignments is a real
+sequence. ``scripts/alignments.py`` makes the alignments that come with memfit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Final
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+CONTACT_ANGSTROM: Final = 8.0  # between CB atoms
+_COUPLED_APART: Final = 3  # least separation along the chain of a coupled pair
+_COUNTED_APART: Final = 6  # least separation of the pairs that the potential is counted from
+
+
+def contact_map(atoms: Array) -> Array:
+    """Return, bool (n, n), which residues of the backbone ``atoms`` (n, 3 of N CA C, 3) in Angstrom are in
+    contact: CB atoms under 8 Angstrom apart."""
+    import torch
+
+    from memfit.jobs.builtin.alphafold.model import beta_of
+
+    beta = beta_of(torch.from_numpy(atoms)).numpy()
+    return np.asarray(((beta[:, None] - beta[None]) ** 2).sum(-1) < CONTACT_ANGSTROM**2)
+
+
+def contact_potential(chains: Iterable[tuple[Array, Array]]) -> Array:
+    """Return the logarithm, float (20, 20), of how much more often two amino acids are in contact than by
+    chance. ``chains``: pairs of (residue numbers (n,), atoms (n, 3, 3) in Angstrom). Pairs at least 6
+    residues apart are counted, from a count of one each; residues with a number of 20 or more are not."""
+    touching, all_pairs = np.ones((20, 20)), np.ones((20, 20))
+    for residue, atoms in chains:
+        first, second = np.triu_indices(len(residue), _COUNTED_APART)
+        known = (residue[first] < 20) & (residue[second] < 20)
+        first, second = first[known], second[known]
+        np.add.at(all_pairs, (residue[first], residue[second]), 1)
+        touches = contact_map(atoms)[first, second]
+        np.add.at(touching, (residue[first[touches]], residue[second[touches]]), 1)
+    touching, all_pairs = touching + touching.T, all_pairs + all_pairs.T
+    return np.asarray(np.log((touching / touching.sum()) / (all_pairs / all_pairs.sum())))
+
+
+def sample_alignment(
+    profile: Array,
+    contacts: Array,
+    potential: Array,
+    rng: np.random.Generator,
+    *,
+    rows: int,
+    strength: float,
+    spread: float = 0.5,
+    sweeps: int = 30,
+) -> Array:
+    """Return ``rows`` sequences, residue numbers 0 to 19, uint8 (rows, n), drawn from a Potts model by Gibbs
+    sampling: ``sweeps`` passes over all columns, all rows at once, from rows drawn column by column.
+
+    ``profile`` (n, 20): shares of the amino acids in each column. ``contacts`` (n, n) bool: which columns are
+    coupled, if at least 3 apart. The coupling of two columns is ``potential`` (20, 20) times ``strength``
+    times a number drawn from a lognormal distribution of the width ``spread``, less its means under the two
+    profiles, so that columns keep about their profile.
+    """
+    length = len(profile)
+    scale = np.triu(contacts, _COUPLED_APART) * rng.lognormal(0.0, spread, (length, length)) * strength
+    weight, pairwise = (scale + scale.T).astype(np.float32), potential.astype(np.float32)
+    fields = (np.log(profile + 1e-4) - weight @ (profile @ pairwise)).astype(np.float32)
+    eye = np.eye(20, dtype=np.float32)
+    rows_of_columns = np.stack([rng.choice(20, rows, p=p / p.sum()) for p in profile.astype(float)])
+    one_hot = eye[rows_of_columns]  # (n, rows, 20)
+    groups = _uncoupled_groups(weight > 0)
+    for _ in range(sweeps):
+        for columns in groups:
+            energy = (weight[columns] @ one_hot.reshape(length, -1)).reshape(len(columns), rows, 20)
+            energy = energy @ pairwise + fields[columns][:, None]
+            cumulative = np.exp(energy - energy.max(-1, keepdims=True)).cumsum(-1)
+            drawn = rng.random((len(columns), rows, 1), np.float32) * cumulative[..., -1:]
+            rows_of_columns[columns] = letters = (cumulative < drawn).sum(-1)
+            one_hot[columns] = eye[letters]
+    return rows_of_columns.T.astype(np.uint8)
+
+
+def _uncoupled_groups(coupled: Array) -> list[Array]:
+    """Return the columns in groups without a coupled pair, those with most couplings first."""
+    group = np.full(len(coupled), -1)
+    for column in np.argsort(-coupled.sum(1), kind="stable"):
+        taken = set(group[coupled[column]].tolist())
+        group[column] = next(g for g in range(len(coupled) + 1) if g not in taken)
+    return [np.flatnonzero(group == g) for g in range(group.max() + 1)]
