@@ -101,4 +101,4 @@ def test_fsdp2_is_not_proposed_for_a_scalar_parameter() -> None:
 def test_a_search_for_many_devices_leaves_out_fsdp2_for_a_scalar_parameter() -> None:
     on = machine("4xL4")
     scale = Scale(Pricer(job=JOB, machine=on, space=space_of(JOB, "cuda", 4)), aim(on))
-    assert "fsdp2" in scale._limits(4).without
+    assert "fsdp2" in scale.limits(4).without

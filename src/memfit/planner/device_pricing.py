@@ -122,7 +122,7 @@ class Scale:
     def sketches(self, ranks: int) -> GridSketches:
         if ranks not in self.found:
             self.tell("search", 0, 0, f"{ranks} devices")
-            limits = self._limits(ranks)
+            limits = self.limits(ranks)
             with pause_gc():
                 self.found[ranks] = find(
                     self.traced, self.machine, self.model, limits, (self.cap_bytes, self._host_cap(ranks))
@@ -130,7 +130,7 @@ class Scale:
             self.sketched[ranks] = [*self.found[ranks].sketches]
         return self.found[ranks]
 
-    def _limits(self, ranks: int) -> Limits:
+    def limits(self, ranks: int) -> Limits:
         devices_per_host, known_techniques = (
             per_host(self.machine),
             self.engine.known - self.pricer.space.refused,

@@ -101,6 +101,31 @@ def find(traced: BlockTracer, machine: Machine, model: TimeModel, limits: Limits
     ``model`` predicts the seconds of operators. ``caps``: the highest (bytes on the device, bytes in host
     memory) with which a rank fits. Raises UserError if there is no grid.
     """
+    pricing, grid_precisions, refusals = priced_grids(traced, machine, model, limits)
+    shares = [grid_precisions[offset::_SHARES] for offset in range(_SHARES)]
+    share_results = side_by_side([functools.partial(pricing.best, share, caps) for share in shares])
+    sketches, considered = list[Sketch](), 0
+    for share, results in zip(shares, share_results, strict=True):
+        for (grid, _), (plan_count, picks) in zip(share, results, strict=True):
+            considered += plan_count
+            sketches += [Sketch(grid, *pick) for pick in picks]
+    sketches.sort(key=lambda s: (s.step_s, s.allocated_bytes))
+    return GridSketches(
+        sketches=tuple(_few(sketches, caps)),
+        considered=considered,
+        refused=tuple(refusals),
+        neighbours=pricing.neighbours,
+    )
+
+
+def priced_grids(
+    traced: BlockTracer, machine: Machine, model: TimeModel, limits: Limits
+) -> tuple[_Pricing, list[tuple[Grid, str]], list[str]]:
+    """Return (what predicts the plans of a grid, (grid, compute precision) of all plans that ``limits`` and
+    the model allow, texts that say why the model cannot be divided or traced in other ways).
+
+    ``model`` predicts the seconds of operators. Raises UserError if there is no grid.
+    """
     optimistic_limits = dataclasses.replace(limits, sharing=traced.sharing, vocabulary=max(limits.tensor) > 1)
     tasks = _todo(machine, optimistic_limits)
     # in one call, because most models can be cut
@@ -120,20 +145,7 @@ def find(traced: BlockTracer, machine: Machine, model: TimeModel, limits: Limits
         for grid, compute, states in tasks
         if grid.inside and grid.ends
     ]
-    shares = [grid_precisions[offset::_SHARES] for offset in range(_SHARES)]
-    share_results = side_by_side([functools.partial(pricing.best, share, caps) for share in shares])
-    sketches, considered = list[Sketch](), 0
-    for share, results in zip(shares, share_results, strict=True):
-        for (grid, _), (plan_count, picks) in zip(share, results, strict=True):
-            considered += plan_count
-            sketches += [Sketch(grid, *pick) for pick in picks]
-    sketches.sort(key=lambda s: (s.step_s, s.allocated_bytes))
-    return GridSketches(
-        sketches=tuple(_few(sketches, caps)),
-        considered=considered,
-        refused=tuple(refusals),
-        neighbours=pricing.neighbours,
-    )
+    return pricing, grid_precisions, refusals
 
 
 def _todo(machine: Machine, limits: Limits) -> _Todo:
