@@ -39,4 +39,4 @@ def test_the_first_command_of_the_managers_guides_runs(tmp_path: Path) -> None:
     assert "</html>" in (tmp_path / "r.html").read_text(encoding="utf-8")
     assert "purchase" in run("decide")
     run("report", "--lang", "ja", "--out", "r.ja.html")
-    assert "概念実証" in (tmp_path / "r.ja.html").read_text(encoding="utf-8")
+    assert "PoC（概念実証）" in (tmp_path / "r.ja.html").read_text(encoding="utf-8")

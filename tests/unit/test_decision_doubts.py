@@ -84,7 +84,7 @@ def test_where_plain_training_is_the_answer_no_phrase_claims_a_saving() -> None:
     assert made.saved_percent > 0, "the machine that there is saves, memory saving does not"
     assert "does not pay" in card(view, "money")
     first = phrases(view).splitlines()[0]
-    assert first.startswith("Saving memory does not pay here: the cheapest way is plain training")
+    assert first.startswith("Saving memory does not pay here: the cheapest option is plain training")
     assert " less" not in first
     assert ("more" in first) != ("times as much" in first)
 
@@ -392,7 +392,7 @@ def test_gate_limits_of_an_older_version_are_refused_until_they_are_reset(tmp_pa
     for kind in ("begin", "poc"):
         store.append(record.poc_id, kind, record)
     store.append(record.poc_id, proof_of_concept.GATES, {"text": "[accuracy]\nverdicts = []\n"})
-    with pytest.raises(UserError, match="memfit scale without --gates resets them"):
+    with pytest.raises(UserError, match="memfit decide --gates default resets them"):
         proof_of_concept.decide(store, poc_id=None, case=None)
     store.append(record.poc_id, proof_of_concept.GATES, {"text": ""})
     assert not proof_of_concept.decide(store, poc_id=None, case=None)[1].own_limits

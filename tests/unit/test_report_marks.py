@@ -38,7 +38,8 @@ machine = "A100-80GB-PCIe"
 per_hour = {value = 180, low = 150, high = 220}
 """
 VOID = {"meta", "link", "br", "img", "input", "hr"}
-NAMES = {"plan", "role", "chip", "note", "mono"}  # classes of names: a digit in a name is not a figure
+# classes of names: a digit in a name is not a figure
+NAMES = {"plan", "plan-name", "role", "chip", "note", "mono"}
 DIGIT = re.compile(r"\d")
 
 

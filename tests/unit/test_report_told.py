@@ -165,6 +165,6 @@ def test_the_japanese_page_uses_the_translations() -> None:
         machine="this machine",
     )
     page = render_html(poc, lang="ja", decision=decide(poc, parse_case("", "it")))
-    assert "タンパク質のマスク言語モデル（ESM-2）：手元のメモリーに収まる学習" in page
+    assert "タンパク質のマスク言語モデル（ESM-2）：限られたメモリーでの学習" in page
     for left in ("Masked language", "this machine", "an assumption", "interval of the predicted"):
         assert left not in page

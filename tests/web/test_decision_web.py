@@ -102,24 +102,35 @@ def test_the_page_has_no_overflow_errors_or_accessibility_violations(opened: Any
     assert grave == []
 
 
+PARTS = (".headline", ".three", ".memory", ".next")  # the first screen
+
+
 @at("yen-en", "yen-ja", "bare-en", "bare-ja", "none-en", "none-ja")
-def test_the_four_cards_fit_the_first_screen(opened: Any) -> None:
-    cards = opened.query_selector_all(".four .card")
-    assert len(cards) == 4
-    for card in cards:
-        box = card.bounding_box()
+def test_sentence_numbers_picture_and_next_step_fit_the_first_screen(opened: Any) -> None:
+    for part in PARTS:
+        box = opened.query_selector(f"#answer {part}").bounding_box()
         assert box["y"] + box["height"] <= 900
-        assert len(card.query_selector_all("p")) >= 1
+    assert len(opened.query_selector_all("#answer .three > div")) == 3
+    assert len(opened.query_selector_all("#answer .memory .row")) == 3
+    assert len(opened.query_selector_all(".four .card")) == 4
 
 
 @at("yen-en", "yen-ja", "bare-en", "bare-ja", width=390)
-def test_the_four_short_answers_fit_a_phone_screen(opened: Any) -> None:
+def test_the_first_screen_fits_a_phone(opened: Any) -> None:
     opened.set_viewport_size({"width": 390, "height": 844})
-    for card in opened.query_selector_all(".four .card"):
-        short = card.query_selector(".brief, .purse-facts")
-        assert short is not None
-        box = short.bounding_box()
+    for part in PARTS:
+        box = opened.query_selector(f"#answer {part}").bounding_box()
         assert box["y"] + box["height"] <= 844
+
+
+@at("yen-en", "yen-ja", "bare-en", "bare-ja", width=718)
+def test_the_first_screen_prints_as_one_page(opened: Any) -> None:
+    """A4 is 794 px wide and 1,123 px high; Chromium's margins are 38 px."""
+    opened.emulate_media(media="print")
+    box = opened.query_selector("main > .meta").bounding_box()
+    assert box["y"] + box["height"] <= 1123 - 2 * 38
+    decision = opened.query_selector("#decision")
+    assert decision.evaluate("e => getComputedStyle(e).breakBefore") == "page"
 
 
 # -- sliders ---------------------------------------------------------------------------------------------

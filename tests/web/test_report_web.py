@@ -118,7 +118,7 @@ def test_the_page_has_no_overflow_empty_charts_or_console_errors(
 def test_the_japanese_page_shows_japanese_text(opened: tuple[Any, list[str]]) -> None:
     page, _ = opened
     assert page.evaluate("document.documentElement.lang") == "ja"
-    assert "学習結果は変わりません" in page.inner_text("#answer")
+    assert "事前に定めた許容範囲に収まりました" in page.inner_text("#answer")
     if not page.evaluate(DRAWS_JAPANESE):
         pytest.skip("no Japanese font on this machine")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from memfit.report.provenance import POC, prediction_anchor
 from memfit.report.quantities import Figure, Mark, Sentence, assumed, predicted, sourced
 from memfit.report.rows import ChoiceRow, SearchView
+from memfit.types.plan import Accuracy
 from memfit.types.result import Choice, Reason, SearchResult, Sensitivity
 
 
@@ -90,7 +91,9 @@ def _reason(reason: Reason) -> Sentence:
             "time": predicted(reason.time_ratio, "ratio"),
             "count": predicted(reason.plan_count, "count"),
             "least": predicted(reason.least_bytes, "bytes"),
-            "detail": reason.detail,
+            "detail": Sentence(key=f"accuracy.{reason.detail}")
+            if reason.kind == "left_out_accuracy" and reason.detail in set(Accuracy)
+            else reason.detail,
         },
     )
 

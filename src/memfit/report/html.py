@@ -236,35 +236,49 @@ def _marked(words: Words, labels: Mapping[str, str] | None) -> Callable[[Figure]
     return num
 
 
+def _named(key: str, value: object, words: Words) -> object:
+    """Return the value of a placeholder: a text as `in_words`, an engine by its name, and the identifier of a
+    plan or a technique as its name with the identifier as its tooltip. Values that are no text are unchanged.
+    """
+    from markupsafe import Markup
+
+    _no_bare_number(value)
+    if type(value) is not str:
+        return value
+    if key == "engine":
+        return words.texts.get(f"engine.{value}", value)
+    if key not in _NAMES:
+        return in_words(value, words)
+    name = plan_phrase(value, words) if key == "plan" else technique_names(value, words)
+    return Markup('<span class="plan-name" title="{}">{}</span>').format(value, name)
+
+
+def _bare(value: object) -> object:
+    from markupsafe import Markup
+
+    return value.striptags() if isinstance(value, Markup) else value
+
+
 def helpers(words: Words, labels: Mapping[str, str] | None) -> Mapping[str, Any]:
     """Return the names that all templates can use.
 
     Functions: ``t`` (text of a key of the word catalogs, filled), ``num`` (a figure with its mark), ``say``
     (a sentence, a figure or a text), ``plan_name`` (a plan in words), ``technique_names`` (techniques in
-    words), ``moment`` (a date) and ``asset`` (the content of a file of this package, not escaped). Makers of figures: ``assumed``, ``counted`` (measured) and ``guessed`` (predicted).
-    Anchors of records: those that begin with ``of_``. Constants: ``labels`` (empty if None) and
-    ``case_classes``.
+    words), ``moment`` (a date) and ``asset`` (the content of a file of this package, not escaped). Makers of
+    figures: ``assumed``, ``counted`` (measured) and ``guessed`` (predicted). Anchors of records: those that
+    begin with ``of_``. Constants: ``labels`` (empty if None) and ``case_classes``.
     """
     from markupsafe import Markup, escape
 
     num = _marked(words, labels)
 
     def t(key: str, **values: object) -> Markup:
-        html_values = {k: num(v) if isinstance(v, Figure) else named(k, v) for k, v in values.items()}
+        html_values = {k: num(v) if isinstance(v, Figure) else _named(k, v, words) for k, v in values.items()}
         text_values = {
             k: figure_text(v, words) if isinstance(v, Figure) else _bare(html_values[k])
             for k, v in values.items()
         }
         return Markup(escape(words.template(key, text_values))).format(**html_values)
-
-    def named(key: str, value: object) -> object:
-        _no_bare_number(value)
-        if type(value) is not str:
-            return value
-        if key in _NAMES:
-            name = plan_phrase(value, words) if key == "plan" else technique_names(value, words)
-            return Markup('<span class="plan-name" title="{}">{}</span>').format(value, name)
-        return in_words(value, words)
 
     def say(sentence: Sentence | Figure | str) -> Markup:
         if isinstance(sentence, str):
@@ -275,15 +289,6 @@ def helpers(words: Words, labels: Mapping[str, str] | None) -> Mapping[str, Any]
 
     def _shown(value: object) -> object:
         return say(value) if isinstance(value, Sentence) else value
-
-    def _bare(value: object) -> object:
-        return value.striptags() if isinstance(value, Markup) else value
-
-    def plan_name(label: str) -> str:
-        return plan_title(label, words)
-
-    def names(identifiers: Sequence[str]) -> str:
-        return technique_names(", ".join(identifiers), words) if identifiers else ""
 
     def asset(name: str) -> Markup:
         return Markup(_asset(name))
@@ -299,8 +304,8 @@ def helpers(words: Words, labels: Mapping[str, str] | None) -> Mapping[str, Any]
         "moment": moment,
         "say": say,
         "asset": asset,
-        "plan_name": plan_name,
-        "technique_names": names,
+        "plan_name": lambda label: plan_title(label, words),
+        "technique_names": lambda names: technique_names(", ".join(names), words) if names else "",
         "assumed": assumed,
         "counted": measured,
         "guessed": predicted,

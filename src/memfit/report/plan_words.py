@@ -58,10 +58,12 @@ def is_plan_label(text: str) -> bool:
 
 def in_words(text: str, words: Words) -> str:
     """Return a text of another package for readers: a plan's label in words; of any other text its
-    translation, in which identifiers of techniques that have a hyphen are replaced by their names."""
+    translation, in which identifiers of engines, and of techniques that have a hyphen, are replaced by their
+    names."""
     if is_plan_label(text):
         return plan_phrase(text, words)
     named = _IDENTIFIER.sub(lambda m: _prose(m[0], words), words.of(text))
+    named = _ENGINE.sub(lambda m: words.texts.get(f"engine.{m[0]}", m[0]), named)
     return _JAPANESE_SPACE.sub("", named)
 
 
@@ -89,6 +91,7 @@ _IDENTIFIER: Final = re.compile(
         "|".join(sorted((name for name in TECHNIQUES if "-" in name), key=len, reverse=True))
     )
 )
+_ENGINE: Final = re.compile(r"(?<![\w-])(?:accelerate|colossalai|deepspeed|fairscale|megatron)(?![\w-])")
 
 
 def _prose(identifier: str, words: Words) -> str:

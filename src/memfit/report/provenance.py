@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 
 from memfit import catalog
-from memfit.catalog import finance
+from memfit.catalog.prices import server_usd
 from memfit.report.quantities import Figure, Sentence, assumed
 from memfit.types.decision import Decision
 from memfit.types.errors import UserError
@@ -143,7 +143,8 @@ def _poc(poc: Poc) -> ProvenanceRecord:
 def _runs(poc: Poc) -> Iterator[ProvenanceRecord]:
     for i, run in enumerate(poc.runs):
         spec, m = run.spec, run.measurement
-        what = _said("run", role=_role(spec.role), plan=spec.plan.label, seed=str(spec.seed))
+        kind = "run" if spec.plan.uses else "run_plain"
+        what = _said(kind, role=_role(spec.role), plan=spec.plan.label, seed=str(spec.seed))
         notes = (f"{poc.poc_id} / {spec.name} / {i + 1}", spec.engine, m.peak_source, m.energy_boundary)
         sources = tuple(n for n in notes if n)
         yield ProvenanceRecord(anchor=run_anchor(i), label=f"R{i + 1}", what=what, of=(POC,), sources=sources)
@@ -159,7 +160,9 @@ def _groups(poc: Poc) -> Iterator[ProvenanceRecord]:
         yield ProvenanceRecord(
             anchor=group_anchor(spec.role, spec.plan),
             label=f"G{number}",
-            what=_said("group", role=_role(spec.role), plan=spec.plan.label),
+            what=_said(
+                "group" if spec.plan.uses else "group_plain", role=_role(spec.role), plan=spec.plan.label
+            ),
             of=_of(poc, ok_runs(runs) or runs),
         )
 
@@ -287,7 +290,7 @@ def _facts(name: str) -> Iterator[tuple[Sentence, str, str]]:
     facts: Mapping[str, tuple[Fact | None, str]] = {
         "memory": (device.memory_bytes, "bytes"),
         "price": (device.usd_to_buy, "usd"),
-        "host": (finance.host_usd(host) if host else None, "usd"),
+        "host": (server_usd(host), "usd"),
         "rent": (device.usd_per_hour, "usd"),
         "power": (device.power_w, "W"),
         "embodied": (device.embodied_kg, "kg"),

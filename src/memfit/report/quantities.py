@@ -154,9 +154,17 @@ def figure_text(figure: Figure, words: Words) -> str:
     sign = "+" if figure.signed and figure.value > 0 else ""
     unit = words.translations.get(figure.unit, figure.unit)  # unit of a job's own metric
     text = (sign + number_text(figure.value, unit)).replace("-", "\u2212")
+    if figure.unit == "s":
+        return _duration(text, words)
     if figure.unit == "saving" and figure.value < MANY:
         return words.get("unit.many", value=text, times=_times(1 - figure.value / 100))
     return words.get(f"unit.{figure.unit}", value=text) if figure.unit in _WORDED else text
+
+
+def _duration(text: str, words: Words) -> str:
+    """Return a time as `number_text` gives it with its unit in the language of ``words``."""
+    value, _, unit = text.rpartition(" ")
+    return words.get(f"duration.{unit}", value=value) if f"duration.{unit}" in words.texts else text
 
 
 def _times(ratio: float) -> str:
