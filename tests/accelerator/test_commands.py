@@ -179,10 +179,10 @@ def test_a_proof_of_concept_runs_on_the_accelerator(poc: tuple[dict[str, Any], s
     assert NAME in report
 
 
-def test_scale_names_the_device_of_the_proof_of_concept(
+def test_the_check_of_gates_names_the_device_of_the_proof_of_concept(
     poc: tuple[dict[str, Any], str, str], memfit_on_device: Command, store: Path
 ) -> None:
-    result = memfit_on_device("scale", "--store", store)
+    result = memfit_on_device("decide", "--gates", "default", "--store", store)
     assert f"PoC {poc[0]['poc_id']}: net tiny, {NAME} of this machine" in result.stdout
 
 

@@ -1,6 +1,6 @@
 """Colossal-AI: the arguments of its plugins, and its DDP compared with one native process.
 
-What trains or builds a plugin needs the engine's own environment (`memfit engine install colossalai`,
+What trains or builds a plugin needs the engine's own environment (`memfit doctor --install colossalai`,
 5.7 GiB); without it those tests are skipped.
 """
 
@@ -176,7 +176,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_without_an_environment_the_install_command_is_given(home: Path) -> None:
     probe = ENGINE.probe()
-    assert (probe.problem, probe.fix) == ("not installed", "memfit engine install colossalai")
+    assert (probe.problem, probe.fix) == ("not installed", "memfit doctor --install colossalai")
 
 
 def test_a_deleted_environment_is_reported(home: Path) -> None:
@@ -219,10 +219,11 @@ def test_a_failed_installation_reports_the_error_of_pip(home: Path) -> None:
     assert recorded("tiny") is None
 
 
-def test_the_engine_command_lists_engines_and_explains_refusals(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["engine", "install", "megatron"]) == 2
+def test_engines_are_listed_and_one_without_an_environment_is_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["doctor", "--install", "megatron"]) == 2
     assert "needs no environment of its own" in capsys.readouterr().err
-    assert main(["engine", "install"]) == 2
-    assert main(["engine", "list", "--json"]) == 0
+    assert main(["list", "engines", "--json"]) == 0
     names = [e["name"] for e in json.loads(capsys.readouterr().out)["engines"]]
     assert "colossalai" in names

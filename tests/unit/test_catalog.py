@@ -228,7 +228,7 @@ def test_a_misspelt_or_ambiguous_device_name_is_refused_with_similar_names(
     assert caught.value.given == f"unknown device: {given_name!r} is not in memfit's catalog"
     assert all(name in caught.value.hint for name in suggested)
     assert "\n" not in str(caught.value)
-    assert "(`memfit machines` lists all)" in caught.value.hint
+    assert "(`memfit list machines` lists all)" in caught.value.hint
 
 
 def test_only_what_memfit_machines_lists_is_referred_to_it() -> None:
@@ -236,10 +236,10 @@ def test_only_what_memfit_machines_lists_is_referred_to_it() -> None:
     with pytest.raises(UserError) as caught:
         find("C1", what="currency", rows=rows)
     assert caught.value.allowed == ", ".join(rows)
-    assert "memfit machines" not in caught.value.hint
+    assert "memfit list machines" not in caught.value.hint
     with pytest.raises(UserError, match="NVLink5, ") as caught:
         catalog.link("NVLink")
-    assert "memfit machines" not in str(caught.value)
+    assert "memfit list machines" not in str(caught.value)
 
 
 def test_an_unrecognisable_name_is_refused_with_the_list_and_no_suggestion() -> None:

@@ -19,7 +19,7 @@ import pytest
 import report_fixture as fixture
 
 import memfit.workflows
-from memfit.cli import doctor, main, views
+from memfit.cli import app, doctor, main, views
 from memfit.cli.log_filters import quiet_libraries
 from memfit.cli.options import GoalOptions
 from memfit.cli.output import check_choice
@@ -53,7 +53,7 @@ TRACE = Trace(
         ),
     ),
 )
-COMMANDS = ("poc", "plan", "explain", "run", "lengths", "report", "jobs", "techniques", "machines", "doctor")
+COMMANDS = [name for commands in app.COMMANDS.values() for name in commands]
 
 
 class FakePipeline(SimpleNamespace):
@@ -126,6 +126,12 @@ def test_help_is_quick_and_imports_no_heavy_library() -> None:
         took_s.append(float(seconds))
     assert min(took_s) < 0.3
     assert all(f"  {command}" in child.stdout for command in COMMANDS)
+    assert all(f"\n{task}:\n" in child.stdout for task in app.COMMANDS)
+
+
+def test_there_are_at_most_fifteen_commands_whose_lines_in_the_help_are_not_cut(ask: Ask) -> None:
+    assert len(COMMANDS) <= 15
+    assert "..." not in ask("--help")[1].replace("[ARGS]...", "")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -158,7 +164,19 @@ def test_the_help_names_the_goals_and_accuracies_that_exist() -> None:
     [
         ("pln", "did you mean 'plan'?"),
         ("poc --sedes 3", "--seeds"),
-        ("lengths", "Missing argument 'FILE'"),
+        ("estimate", "neither a job nor a command is given"),
+        ("estimate protien-ss", "did you mean 'protein-ss'?"),
+        ("estimate protein-ss --plans", "--plans cannot be used with a JOB"),
+        ("estimate --steps 3 --lines -- python x.py", "--steps cannot be used with a COMMAND"),
+        ("estimate protein-ss --column n", "--column cannot be used without --lengths"),
+        ("estimate --lengths f --steps 3", "--steps cannot be used with --lengths"),
+        ("estimate protein-ss --engines --html a.html", "--html cannot be used with --engines"),
+        ("list job", "did you mean 'jobs'?"),
+        ("list jobs H100-SXM", "takes no name"),
+        ("doctor --into folder", "--into needs --install"),
+        ("decide --size paper", "--size need a stage"),
+        ("decide --gates default --template", "--template cannot be used with --gates"),
+        ("record --compare a b --schema", "exclude each other"),
         ("plan --steps 0", "--steps"),
         ("plan --batch many", "--batch"),
         ("plan --threads -1", "--threads"),
@@ -171,11 +189,11 @@ def test_the_help_names_the_goals_and_accuracies_that_exist() -> None:
         ("plan --on H10", "H100-SXM"),
         ("plan --on nowhere.toml", "nowhere.toml cannot be read: No such file"),
         ("plan --place atlantis", "atlantis"),
-        ("explain --plan missing.yaml", "missing.yaml: No such file"),
-        ("explain a.yaml b.yaml c.yaml", "3 plan files"),
-        ("explain a.yaml b.yaml --html x.html", "show one plan"),
-        ("explain a.yaml --recommended", "the plan is given both as a file and by"),
-        ("explain --snapshot no/such/folder.pickle", "there is no folder no/such"),
+        ("estimate protein-ss --plan missing.yaml", "missing.yaml: No such file"),
+        ("estimate a.yaml b.yaml c.yaml", "3 plan files"),
+        ("estimate a.yaml b.yaml --html x.html", "show one plan"),
+        ("estimate a.yaml --recommended", "the plan is given both as a file and by"),
+        ("estimate protein-ss --snapshot no/such/folder.pickle", "there is no folder no/such"),
         ("run --plan missing.yaml --recommended", "--plan and --recommended"),
         ("plan --save no/such/folder.yaml", "there is no folder no/such"),
         ("poc --out no/such/folder.html", "there is no folder no/such"),
@@ -204,7 +222,7 @@ def test_a_mistake_with_json_is_also_reported_as_one_json_object(ask: Ask, pipel
 def test_an_unknown_key_in_a_plan_gets_a_suggestion(ask: Ask, pipeline: FakePipeline, tmp_path: Path) -> None:
     file = tmp_path / "plan.yaml"
     file.write_text("techniqes: {}\n")
-    code, _, err = ask("explain", "--plan", str(file))
+    code, _, err = ask("estimate", "protein-ss", "--plan", str(file))
     assert code == 2
     assert "did you mean 'techniques'?" in err
 
@@ -301,7 +319,7 @@ def test_poc_receives_its_store_seeds_and_command_line(
     assert pipeline.asked["request"].is_here
 
 
-def test_explain_takes_the_plain_plan_a_plan_file_or_the_recommended_plan(
+def test_an_estimate_takes_the_plain_plan_a_plan_file_or_the_recommended_plan(
     ask: Ask, pipeline: FakePipeline, tmp_path: Path
 ) -> None:
     file = tmp_path / "plan.yaml"
@@ -311,23 +329,23 @@ def test_explain_takes_the_plain_plan_a_plan_file_or_the_recommended_plan(
         (["--plan", str(file)], Plan(uses=(use("bf16-autocast"),))),
         (["--recommended"], fixture.RECOMMENDED),
     ):
-        assert ask("explain", *words)[0] == 0
+        assert ask("estimate", "protein-ss", *words)[0] == 0
         assert pipeline.asked["plan"] == plan
 
 
-def test_explain_writes_the_requested_files_and_names_source_lines_unless_disabled(
+def test_an_estimate_writes_the_requested_files_and_names_source_lines_unless_disabled(
     ask: Ask, pipeline: FakePipeline, tmp_path: Path
 ) -> None:
     page, pickled, chrome = (tmp_path / name for name in ("a.html", "b.pickle", "c.json"))
     words = ("--html", str(page), "--snapshot", str(pickled), "--perfetto", str(chrome), "--json")
-    code, out, _ = ask("explain", *words)
+    code, out, _ = ask("estimate", "protein-ss", *words)
     assert code == 0
     assert json.loads(out)["contributors"][0]["line"] == "mine.py:3"
     assert page.read_text().startswith("<!doctype html>")
     assert pickled.read_bytes()[:2] == b"\x80\x04"
     assert json.loads(chrome.read_text())["traceEvents"]
     assert pipeline.asked["lines"]
-    ask("explain", "--no-lines")
+    ask("estimate", "protein-ss", "--no-lines")
     assert not pipeline.asked["lines"]
 
 
@@ -338,11 +356,11 @@ def test_two_plan_files_are_compared_with_or_without_a_job(
     one.write_text("techniques: {}\n")
     other.write_text("techniques: {bf16-autocast: {}}\n")
     for words, job in (([], "protein-ss"), (["char-lm"], "char-lm")):
-        code, out, _ = ask("explain", *words, str(one), str(other), "--json")
+        code, out, _ = ask("estimate", *words, str(one), str(other), "--json")
         assert (code, pipeline.asked["request"].job.spec) == (0, job)
         assert pipeline.asked["plans"] == [Plan(), Plan(uses=(use("bf16-autocast"),))]
         assert json.loads(out)["change_bytes"] == 0
-    assert ask("explain", str(one), str(other))[1].splitlines()[1] == "Why they differ"
+    assert ask("estimate", str(one), str(other))[1].splitlines()[1] == "Why they differ"
 
 
 @pytest.mark.parametrize(
@@ -364,8 +382,8 @@ def test_a_run_that_runs_out_of_memory_exits_with_code_one(ask: Ask, pipeline: F
 
 
 def test_results_are_printed_in_the_requested_language(ask: Ask, pipeline: FakePipeline) -> None:
-    for command in ("plan", "explain", "poc"):
-        english, japanese = ask(command)[1], ask(command, "--lang", "ja")[1]
+    for command in (["plan"], ["estimate", "protein-ss"], ["poc"]):
+        english, japanese = ask(*command)[1], ask(*command, "--lang", "ja")[1]
         assert english != japanese
         assert any("\u3040" <= sign <= "\u30ff" for sign in japanese)  # kana
 
@@ -374,12 +392,13 @@ def test_results_are_printed_in_the_requested_language(ask: Ask, pipeline: FakeP
 
 
 @pytest.mark.parametrize(
-    "command", ["poc", "plan", "explain", "run", "report", "jobs", "techniques", "machines"]
+    "command",
+    ["poc", "plan", "estimate protein-ss", "run", "report", "list jobs", "list techniques", "list machines"],
 )
 def test_json_output_is_one_object_without_progress_lines(
     command: str, ask: Ask, pipeline: FakePipeline
 ) -> None:
-    _, out, _ = ask(command, "--json")
+    _, out, _ = ask(*command.split(), "--json")
     assert isinstance(json.loads(out), dict)
 
 
@@ -579,7 +598,7 @@ def test_errors_in_the_users_own_code_are_reported_in_one_line(
     body: str, told: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "own.py").write_text(body)
-    assert main(["explain", f"{tmp_path / 'own.py'}:job"]) == 2
+    assert main(["estimate", f"{tmp_path / 'own.py'}:job"]) == 2
     err = capfd.readouterr().err
     assert told in err
     lines = err.strip().splitlines()  # on a busy machine a progress line on loading may come first

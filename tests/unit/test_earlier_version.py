@@ -34,7 +34,7 @@ def test_a_store_of_an_earlier_version_gives_the_same_record(store: Path, tmp_pa
 
 
 def test_records_of_an_earlier_version_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compare", str(DATA / "record.json"), str(DATA / "record.json")]) == 0
+    assert main(["record", "--compare", str(DATA / "record.json"), str(DATA / "record.json")]) == 0
     assert "optimizer-in-backward" in capsys.readouterr().out
 
 

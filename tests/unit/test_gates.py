@@ -131,20 +131,20 @@ def stored(folder: Path) -> str:
     return str(folder / "s")
 
 
-def test_scale_exits_with_1_and_names_the_failed_gate(
+def test_decide_exits_with_1_and_names_the_failed_gate(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store, limits = stored(tmp_path), tmp_path / "gates.toml"
-    assert main(["scale", "--store", store]) == 0
+    assert main(["decide", "--gates", "default", "--store", store]) == 0
     text = capsys.readouterr().out
     assert all(t in text for t in ("Every gate holds", "--pilot MACHINE", "engine: native", "spent: "))
-    assert main(["scale", "--store", store, "--json"]) == 0
+    assert main(["decide", "--gates", "default", "--store", store, "--json"]) == 0
     whole = json.loads(capsys.readouterr().out)["stages"]
     assert list(whole) == ["poc", "pilot", "full"]
     assert (whole["poc"]["state"], whole["poc"]["engine"]) == ("done", "native")
     assert whole["poc"]["spent"] is not None
     limits.write_text("[time]\nstep_ratio = 0.5\n")
-    asked = ["scale", "--store", store, "--gates", str(limits), "--pilot", "H100-SXM", "--json"]
+    asked = ["decide", "--store", store, "--gates", str(limits), "--pilot", "H100-SXM", "--json"]
     assert main(asked) == 1
     told = json.loads(capsys.readouterr().out)
     assert (told["holds"], told["stages"]) == (False, {})
@@ -158,7 +158,7 @@ def test_attended_minutes_given_on_the_command_line_are_stored_with_the_poc(
 ) -> None:
     store, limits = stored(tmp_path), tmp_path / "gates.toml"
     limits.write_text("[effort]\nattended_minutes = 60\n")
-    asked = ["scale", "--store", store, "--gates", str(limits)]
+    asked = ["decide", "--store", store, "--gates", str(limits)]
     assert main(asked) == 1
     told = capsys.readouterr().out
     assert "attended minutes is not measured" in told
@@ -224,6 +224,6 @@ def test_an_unknown_limit_gets_a_suggestion() -> None:
         rollout_gates.parse_gates("[time]\nstep_ration = 2", "gates.toml")
 
 
-def test_scale_reports_an_unknown_pilot_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["scale", "--store", stored(tmp_path), "--pilot", "H900"]) == 2
+def test_decide_reports_an_unknown_pilot_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["decide", "--store", stored(tmp_path), "--pilot", "H900"]) == 2
     assert "H900" in capsys.readouterr().err

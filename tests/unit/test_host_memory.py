@@ -196,14 +196,14 @@ def test_host_memory_cannot_be_given_for_a_cpu() -> None:
         memfit.estimate(by_hand.job(64, 2, 2), host_memory="64GiB")
 
 
-def test_explain_takes_host_memory_and_lists_what_is_not_included(
+def test_an_estimate_takes_host_memory_and_lists_what_is_not_included(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     from memfit.cli import main
 
     plan = tmp_path / "away.yaml"
     plan.write_text("techniques:\n  activation-offload: {to: host}\n")
-    words = ["explain", f"{_PATH}:long", "--plan", str(plan), "--on", "H100-SXM", "--host-memory", "3GiB"]
+    words = ["estimate", f"{_PATH}:long", "--plan", str(plan), "--on", "H100-SXM", "--host-memory", "3GiB"]
     assert main(words) in (0, None)
     out = " ".join(capsys.readouterr().out.split())
     assert "The host has 3 GiB, less than the" in out

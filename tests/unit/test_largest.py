@@ -385,7 +385,7 @@ def test_tiny_words_at_another_batch_is_what_is_traced() -> None:
 
 
 def lengths(*words: str) -> tuple[int, str]:
-    result = CliRunner().invoke(app, ["lengths", *words])
+    result = CliRunner().invoke(app, ["estimate", "--lengths", *words])
     text = str(result.exception) if isinstance(result.exception, Exception) else result.output
     return result.exit_code, text
 

@@ -273,11 +273,14 @@ def test_a_report_agrees_with_whole_traces() -> None:
     assert list(found.quantile_bytes.values()) == sorted(found.quantile_bytes.values())
 
 
-def test_the_lengths_command_prints_text_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_estimate_of_lengths_prints_text_and_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from memfit.cli import main
 
     (tmp_path / "n.txt").write_text("\n".join(map(str, range(20, 60))))
-    arguments = ["lengths", str(tmp_path / "n.txt"), "--job", "char-lm", "--batch", "4", "--max-length", "50"]
+    words = ["--lengths", str(tmp_path / "n.txt"), "--batch", "4", "--max-length", "50"]
+    arguments = ["estimate", "char-lm", *words]
     assert main([*arguments, "--memory", "100MiB", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["longest"] == 50

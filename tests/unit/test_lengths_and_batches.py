@@ -150,11 +150,11 @@ def _answer(arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["explain", "engines"])
-def test_explain_and_engines_begin_with_the_workload(
-    command: str, own: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("option", ["", " --engines"])
+def test_an_estimate_and_a_comparison_of_engines_begin_with_the_workload(
+    option: str, own: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = f"{command} {own}:job --batch 6 --length 16 --on H100-SXM"
+    asked = f"estimate {own}:job --batch 6 --length 16 --on H100-SXM{option}"
     assert _answer(asked, capsys).splitlines()[0] == "own: 20 parameters, batch 6 × 16 × 4, on H100-SXM"
     told = json.loads(_answer(f"{asked} --json", capsys))
     assert next(iter(told)) == "workload"

@@ -361,7 +361,7 @@ def test_impossible_values_in_the_tables_of_a_machine_file_are_refused(
 
 
 def _told(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    return main(("machines", *words)), *capsys.readouterr()
+    return main(("list", "machines", *words)), *capsys.readouterr()
 
 
 def test_the_machines_command_lists_every_device_network_host_and_place(

@@ -39,7 +39,11 @@ def test_a_changed_record_with_the_id_of_our_own_poc_is_refused(
     ours: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     forged = written(tmp_path / "forged.json", effort={"failed_attempts": 0, "packages": 0})
-    for command in (["record", "--add", forged], ["scale", forged], ["compare", forged, ID]):
+    for command in (
+        ["record", "--add", forged],
+        ["decide", "--gates", "default", forged],
+        ["record", "--compare", forged, ID],
+    ):
         assert main([*command, "--store", ours]) == 2, command
         told = capsys.readouterr().err
         assert f"has the ID {ID}" in told
@@ -62,7 +66,7 @@ def test_our_own_record_imported_again_counts_as_our_own(
     same = written(tmp_path / "same.json")
     assert main(["record", "--store", ours, "--add", same]) == 0
     assert not Store(Path(ours)).records(kind=TAKEN)
-    assert main(["scale", same, "--store", ours, "--json"]) == 0
+    assert main(["decide", "--gates", "default", same, "--store", ours, "--json"]) == 0
     assert json.loads(capsys.readouterr().out.partition("\n")[2])["taken_from"] == ""
 
 
@@ -84,7 +88,7 @@ def test_a_ratio_of_zero_is_printed(ours: str, tmp_path: Path, capsys: pytest.Ca
         baseline={"metric_by_seed": dict.fromkeys(plain, 0.0)},
         recommended={"metric_by_seed": {seed: changed[seed] - plain[seed] for seed in changed}},
     )
-    assert main(["compare", ID, theirs, "--store", ours]) == 0
+    assert main(["record", "--compare", ID, theirs, "--store", ours]) == 0
     row = next(line for line in capsys.readouterr().out.splitlines() if "baseline: Q3" in line)
     assert "0.000" in row
 
@@ -99,18 +103,18 @@ def test_the_source_of_an_imported_record_is_named_by_every_command(
     other = written(tmp_path / "other.json", poc_id="theirs", place="elsewhere")
     assert main(["record", "--store", ours, "--add", other]) == 2
     capsys.readouterr()
-    assert main(["scale", "theirs", "--store", ours]) == 0
+    assert main(["decide", "--gates", "default", "theirs", "--store", ours]) == 0
     assert "Not measured here: the record is from group B." in capsys.readouterr().out
-    assert main(["scale", "theirs", "--store", ours, "--lang", "ja"]) == 0
+    assert main(["decide", "--gates", "default", "theirs", "--store", ours, "--lang", "ja"]) == 0
     assert "提供元：group B" in capsys.readouterr().out
-    assert main(["scale", "theirs", "--store", ours, "--json"]) == 0
+    assert main(["decide", "--gates", "default", "theirs", "--store", ours, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["taken_from"] == "group B"
-    assert main(["compare", ID, "theirs", "--store", ours]) == 0
+    assert main(["record", "--compare", ID, "theirs", "--store", ours]) == 0
     assert "B was not measured here: group B reports it" in capsys.readouterr().out
     for command in (["decide", "theirs"], ["report", "--poc", "theirs"]):
         assert main([*command, "--store", ours]) == 2
         assert "is a record from group B, not measured here" in capsys.readouterr().err
-    assert main(["scale", "theirs", "--store", ours, "--attended-minutes", "5"]) == 2
+    assert main(["decide", "--gates", "default", "theirs", "--store", ours, "--attended-minutes", "5"]) == 2
     assert main(["record", "--store", ours, "--from", "group B"]) == 2
 
 
@@ -120,7 +124,7 @@ def test_a_job_file_named_by_an_imported_record_is_not_run(
     evil, ran = tmp_path / "evil.py", tmp_path / "ran"
     evil.write_text(f"import pathlib\n\npathlib.Path({str(ran)!r}).touch()\n")
     theirs = written(tmp_path / "theirs.json", poc_id="theirs", model={"job": f"{evil}:job"})
-    asked = ["scale", theirs, "--store", ours, "--pilot", "RTX-4090"]
+    asked = ["decide", "--gates", "default", theirs, "--store", ours, "--pilot", "RTX-4090"]
     assert main(asked) == 2
     told = capsys.readouterr().err
     assert "memfit does not run a file because a record from others names it" in told
@@ -143,12 +147,12 @@ def test_control_characters_in_imported_texts_are_not_printed(
     )
     assert main(["record", "--store", ours, "--add", theirs, "--from", HOSTILE]) == 0
     for command in (
-        ["compare", ID, theirs],
-        ["compare", "theirs", ID],
-        ["compare", "theirs", ID, "--json"],
-        ["scale", theirs],
-        ["scale", "theirs"],
-        ["scale", "theirs", "--pilot", "L4"],
+        ["record", "--compare", ID, theirs],
+        ["record", "--compare", "theirs", ID],
+        ["record", "--compare", "theirs", ID, "--json"],
+        ["decide", "--gates", "default", theirs],
+        ["decide", "--gates", "default", "theirs"],
+        ["decide", "--gates", "default", "theirs", "--pilot", "L4"],
         ["record", "--poc", "theirs"],
         ["decide", "theirs"],
     ):

@@ -15,7 +15,7 @@ from memfit.types.machine import Fact
 
 _BRANDS: Final = re.compile(r"\b(nvidia|amd|tesla|geforce|instinct)\b")
 _FEW_ROWS: Final = 12  # a longer list of all names would hide the closest ones
-_LISTED: Final = ("device", "host", "network", "place")  # what `memfit machines` lists
+_LISTED: Final = ("device", "host", "network", "place")  # what `memfit list machines` lists
 
 Row = Mapping[str, Any]
 
@@ -48,7 +48,7 @@ def find(name: str, *, what: str, rows: Mapping[str, Row]) -> str:
     compared after `normalized_name`.
 
     If there is none, raises UserError: "unknown" ``what``, the closest names if there are any, and all keys.
-    If there are close names and more than 12 keys, and `memfit machines` lists these, the error names that
+    If there are close names and more than 12 keys, and `memfit list machines` lists these, the error names that
     command instead of all keys.
     """
     names_by_key = {
@@ -66,7 +66,7 @@ def find(name: str, *, what: str, rows: Mapping[str, Row]) -> str:
     if matches and len(rows) > _FEW_ROWS and what in _LISTED:
         raise UserError(
             f"unknown {what}: {name!r} is not in memfit's catalog",
-            hint=f"{did_you_mean} (`memfit machines` lists all)",
+            hint=f"{did_you_mean} (`memfit list machines` lists all)",
         )
     raise UserError(
         f"unknown {what}: {name!r} is not in memfit's catalog",

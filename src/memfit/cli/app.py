@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
-from typing import Annotated, Final, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Final, cast
 
 import typer
 import typer.main
+from typer.core import TyperGroup
 
 from memfit import __version__
 from memfit.cli import (
@@ -16,25 +17,20 @@ from memfit.cli import (
     baseline,
     decide,
     doctor,
-    engine,
-    engines,
     estimate,
-    explain,
     export,
-    jobs,
-    lengths,
     lint,
-    machines,
+    listing,
     plan,
     poc,
     precision,
     record,
     report,
     run,
-    scale,
-    techniques,
     watch,
 )
+from memfit.cli.aliases import rewrite
+from memfit.cli.estimate import EstimateCommand
 from memfit.cli.options import grouped
 from memfit.cli.output import check_choice, emit
 from memfit.types.errors import Interrupted, MemfitError
@@ -44,41 +40,56 @@ INTERRUPTED: Final = Interrupted.exit_code
 # Newer releases of typer contain their own copy of click. This is the UsageError of the click in use.
 _USAGE_ERROR: Final = cast("type[Exception]", typer.BadParameter.__mro__[1])
 
+# A task -> its commands, each with its function and its line in `memfit --help`.
+COMMANDS: Final[Mapping[str, Mapping[str, tuple[Callable[..., None], str]]]] = {
+    "Predict": {
+        "estimate": (estimate.estimate, "The memory of a script as it is, or of a job, before it runs."),
+        "plan": (plan.plan, "The plan that fits the memory, and its alternatives, with reasons."),
+        "lint": (lint.lint, "Known mistakes in the configuration files of other libraries."),
+        "baseline": (baseline.baseline, "A gate for CI: fail when the predicted memory grows."),
+    },
+    "Train": {
+        "poc": (poc.poc, "A proof of concept: predict, search, run, measure, judge, report."),
+        "run": (run.run, "Train with one plan, and measure its memory and time."),
+        "watch": (watch.watch, "Memory, time, loss and alarms of each step of your training."),
+        "autopsy": (autopsy.autopsy, "Why a training ran out of memory, with the evidence."),
+        "precision": (precision.precision, "Which modules must stay in float32, by measurement."),
+    },
+    "Hand over and decide": {
+        "export": (export.export, "A plan as files for launchers, clusters and other libraries."),
+        "report": (report.report, "The HTML report of a proof of concept."),
+        "decide": (decide.decide, "Money, carbon, risk, and the gates to a pilot and to full size."),
+        "record": (record.record, "A proof of concept as JSON for others; compare two of them."),
+    },
+    "Look up": {
+        "list": (listing.list_known, "The jobs, techniques, machines and engines that memfit knows."),
+        "doctor": (doctor.doctor, "What this machine has, what works on it, and what to install."),
+    },
+}
+
+
+class _TaskGroup(TyperGroup):
+    """The commands, which the help lists by task."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the commands of each task, with one line each, to ``formatter``."""
+        for task, commands in COMMANDS.items():
+            with formatter.section(task):
+                formatter.write_dl([(name, line) for name, (_, line) in commands.items()])
+
+
 app = typer.Typer(
     name="memfit",
+    cls=_TaskGroup,
     help="Fit the training of a PyTorch model into the memory you have: predict, prove, report.",
     epilog="Start with `memfit doctor`, then `memfit poc`.",
     invoke_without_command=True,
     rich_markup_mode=None,  # plain help does not load rich
     add_completion=False,
 )
-for _name, _function in (
-    ("poc", poc.poc),
-    ("plan", plan.plan),
-    ("estimate", estimate.estimate),
-    ("explain", explain.explain),
-    ("run", run.run),
-    ("autopsy", autopsy.autopsy),
-    ("watch", watch.watch),
-    ("lint", lint.lint),
-    ("baseline", baseline.baseline),
-    ("export", export.export),
-    ("lengths", lengths.lengths),
-    ("precision", precision.precision),
-    ("report", report.report),
-    ("record", record.record),
-    ("compare", record.compare),
-    ("scale", scale.scale),
-    ("decide", decide.decide),
-    ("jobs", jobs.jobs),
-    ("techniques", techniques.techniques),
-    ("machines", machines.machines),
-    ("engine", engine.engine),
-    ("engines", engines.engines),
-    ("doctor", doctor.doctor),
-):
-    # What follows the script's name are the script's arguments, also without "--" before it.
-    app.command(_name, context_settings={"allow_interspersed_args": _name != "estimate"})(grouped(_function))
+for _commands in COMMANDS.values():
+    for _name, (_function, _line) in _commands.items():
+        app.command(_name, cls=EstimateCommand if _name == "estimate" else None)(grouped(_function))
 
 
 @app.callback()
@@ -104,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     "exit_code": ...}}, unless an interrupted search has already printed the best plan so far there. Any other
     exception is raised; with --json it is first printed in the same two ways. If the reader of standard
     output closes the pipe, the exit code is 1 and nothing is printed about it."""
-    argv = list(sys.argv[1:] if arguments is None else arguments)
+    argv = rewrite(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in (argv[: argv.index("--")] if "--" in argv else argv)
     try:
         _known_command(argv)

@@ -44,7 +44,7 @@ class BaselineOptions:
         list[str] | None,
         typer.Argument(
             metavar="[JOB...]",
-            help="For write: built-in jobs (`memfit jobs` lists them), FILE.py:NAME or hf:PATH_OR_NAME. "
+            help="For write: built-in jobs (`memfit list jobs` lists them), FILE.py:NAME or hf:PATH_OR_NAME. "
             "Default: the jobs of --file, each with its own options. Refused with check.",
         ),
     ] = None

@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 
 from memfit.cli.log_filters import quiet_libraries
-from memfit.cli.options import EffortOptions, OutputOptions, StoreOptions
-from memfit.cli.output import check_language, console, emit
+from memfit.cli.options import EffortOptions, GoalOptions, OutputOptions, RuntimeOptions, StoreOptions
+from memfit.cli.output import check_language, console, emit, refuse_options
+from memfit.cli.scale import ScaleOptions, check_gates
 from memfit.types.errors import UserError
 
 
@@ -22,9 +23,10 @@ class DecideOptions:
     poc: Annotated[
         str | None,
         typer.Argument(
-            metavar="[ID]",
+            metavar="[ID|FILE]",
             help="ID of the proof of concept in the store from whose measurements the costs are computed; "
-            "one that was run here, not a record from others. Default: the one begun last.",
+            "one that was run here, not a record from others. With --gates, --pilot or --full also a record "
+            "from others: its file, or its ID in the store. Default: the proof of concept begun last.",
         ),
     ] = None
     case: Annotated[
@@ -47,12 +49,34 @@ class DecideOptions:
     ] = False
 
 
-def decide(options: DecideOptions, effort: EffortOptions, store: StoreOptions, output: OutputOptions) -> None:
-    """Compare the costs of four options: the machine you have, a purchase, the cloud, and doing nothing.
+def decide(
+    options: DecideOptions,
+    scale: ScaleOptions,
+    effort: EffortOptions,
+    goal: GoalOptions,
+    runtime: RuntimeOptions,
+    store: StoreOptions,
+    output: OutputOptions,
+) -> None:
+    """Compare the costs of four options: the machine you have, a purchase, the cloud, and doing nothing. With
+    --gates, check instead whether a proof of concept may go on to a pilot and to the full size.
 
     The costs follow from the measurements of a proof of concept, the figures in memfit's catalog of machines,
-    and your own figures, given with --case."""
+    and your own figures, given with --case. With --gates, --pilot or --full, the figures of the proof of
+    concept are checked against limits, called gates; if all are kept, the pilot on the machine --pilot and
+    the full-size training on the machine --full are predicted. If one is not kept, the exit code is 1."""
     language_code = check_language(output.lang)
+    if scale.gates is not None or scale.pilot is not None or scale.full is not None:
+        refuse_options(
+            {"--case": options.case, "--template": options.template},
+            "cannot be used with --gates, --pilot or --full",
+            hint="`memfit decide --case FILE` stores your figures for later commands",
+        )
+        check_gates(options.poc, scale, effort, goal, runtime, store, output)
+        return
+    refuse_options(
+        {"--size": scale.size, "--job": scale.job}, "need a stage to predict", hint="add --pilot or --full"
+    )
     if options.template:
         if options.case is not None or options.poc is not None:
             raise UserError(
@@ -71,7 +95,9 @@ def decide(options: DecideOptions, effort: EffortOptions, store: StoreOptions, o
     records = Store(store.store)
     if effort.attended_minutes is not None:
         proof_of_concept.store_attended_minutes(records, options.poc, effort.attended_minutes)
-    poc, decision = proof_of_concept.decide(records, poc_id=options.poc, case=options.case)
+    poc, decision = proof_of_concept.decide(
+        records, poc_id=options.poc, case=options.case, lang=language_code
+    )
     if output.json:
         emit({"poc_id": poc.poc_id, "decision": serialization.to_plain(decision)})
     else:

@@ -9,14 +9,16 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
+
+import typer
 
 from memfit.cli.log_filters import quiet_libraries
 from memfit.cli.options import JsonOptions, StoreOptions
-from memfit.cli.output import console, emit
+from memfit.cli.output import console, emit, refuse_options
 from memfit.cli.progress import Bars
 from memfit.types.errors import MemfitError
-from memfit.types.units import format_bytes
+from memfit.types.units import format_bytes, format_seconds
 
 # Optional package -> the extra of memfit that installs it.
 EXTRAS: Final[Mapping[str, str]] = {"bitsandbytes": "lowbit", "torchao": "lowbit", "peft": "lora"}
@@ -48,9 +50,36 @@ class Check:
     fix: str = ""
 
 
-def doctor(store: StoreOptions, output: JsonOptions) -> None:
-    """Show this machine, which tools, packages, techniques and engines work on it, what to install for those
-    that do not, and where memfit keeps its files."""
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class InstallOptions:
+    """The engine to install, None for none, and the folder for its virtual environment."""
+
+    install: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ENGINE",
+            help="Instead of checks: create a virtual environment with this engine, whose dependencies "
+            "conflict with memfit's. `memfit list engines` shows the names; engines that run in memfit's own "
+            "environment need no other and are refused.",
+        ),
+    ] = None
+    into: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="With --install: folder for the virtual environment, which must be new or empty. Default: "
+            "memfit/engines/ENGINE in your data folder (on Linux ~/.local/share).",
+        ),
+    ] = None
+
+
+def doctor(options: InstallOptions, store: StoreOptions, output: JsonOptions) -> None:
+    """Show what this machine has, which tools, packages, techniques and engines work on it, what to install
+    for those that do not, and where memfit keeps its files. With --install, install an engine."""
+    if options.install is not None:
+        _install(options.install, options.into, as_json=output.json)
+        return
+    refuse_options({"--into": options.into}, "needs --install")
     with Bars("en") as progress:
         checks_by_group = {"machine": list(machine()), "tools": list(tools())}
         progress("packages", 0, 0, ", ".join(EXTRAS))
@@ -69,6 +98,20 @@ def doctor(store: StoreOptions, output: JsonOptions) -> None:
         width = max(len(check.name) for checks in checks_by_group.values() for check in checks)
         for group, checks in checks_by_group.items():
             _print(group, checks, width)
+
+
+def _install(name: str, into: Path | None, *, as_json: bool) -> None:
+    from memfit.engines.registry import engine
+    from memfit.runtime.engine_environment import install
+    from memfit.types.serialization import to_plain
+
+    with Bars("en") as progress:
+        environment = install(engine(name), into, lambda line: progress("install", 0, 0, line))
+    if as_json:
+        emit({"engine": name, "environment": to_plain(environment)})
+    else:
+        size, duration = format_bytes(environment.installed_bytes), format_seconds(environment.took_s)
+        print(f"{name} is installed in {environment.folder}: {size}, in {duration}")
 
 
 def machine() -> Iterator[Check]:

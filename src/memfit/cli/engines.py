@@ -1,4 +1,4 @@
-"""``memfit engines``: compare the engines for one job, machine and plan."""
+"""``memfit estimate JOB --engines``: compare the engines for one job, machine and plan."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from memfit.cli.options import (
     GoalOptions,
     JobOptions,
-    JsonOptions,
     MachineOptions,
     PlanOptions,
     RuntimeOptions,
@@ -21,28 +20,26 @@ if TYPE_CHECKING:
     import memfit.workflows.engine_comparison
 
 
-def engines(
+def compare_engines(
     job: JobOptions,
     plan_options: PlanOptions,
     goal: GoalOptions,
     on: MachineOptions,
     runtime: RuntimeOptions,
-    output: JsonOptions,
+    *,
+    as_json: bool,
 ) -> None:
-    """Compare the engines that train, for one plan: that of --plan or --recommended, else plain training.
-
-    Shows for each engine whether it supports the plan, its predicted peak memory and step time, whether it is
-    installed, the number of lines of its configuration files, and facts about its installation and
-    maintenance."""
+    """Print for each engine whether it supports the plan of --plan or --recommended, else plain training; its
+    predicted peak memory and step time; and facts about its installation and maintenance."""
     plan = plan_file(plan_options)
     job_request = request(job, goal, runtime, on.on)
-    workload = print_workload_of(job_request, lang="en", quiet=output.json)
+    workload = print_workload_of(job_request, lang="en", quiet=as_json)
     with Bars("en") as progress:
         from memfit.workflows.engine_comparison import choices
 
         compared_plan = plan or recommended_plan(job_request, progress)
         engine_choices = choices(job_request, compared_plan, progress)
-    if output.json:
+    if as_json:
         views = [view(c) for c in engine_choices]
         emit(
             {

@@ -1,275 +1,150 @@
-"""``memfit estimate``: predict the memory of a training script as it is, before it trains."""
+"""``memfit estimate``: predict the memory of a training before it runs, of a job or of a script as it is."""
 
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from memfit.cli.options import JsonOptions, LanguageOptions, MachineOptions
-from memfit.cli.output import check_choice, check_language, console, emit
-from memfit.cli.progress import Bars
-from memfit.cli.request import machine_of, writable
-from memfit.types.errors import UserError
-from memfit.types.parsing import parse_bytes
-from memfit.types.plan import Accuracy
+from memfit.cli.engines import compare_engines
+from memfit.cli.estimate_job import TraceFileOptions, estimate_job
+from memfit.cli.estimate_script import ScriptOptions, estimate_command
+from memfit.cli.lengths import LengthOptions, print_lengths
+from memfit.cli.options import (
+    GoalOptions,
+    JobOptions,
+    JsonOptions,
+    LanguageOptions,
+    MachineOptions,
+    PlanOptions,
+    RuntimeOptions,
+    SizeOptions,
+)
+from memfit.cli.output import check_language, refuse_options
+from memfit.types.errors import UserError, suggest
 
-if TYPE_CHECKING:
-    from memfit.capture.result import ScriptAnswer
-    from memfit.export.script_diff import ScriptDiff
-    from memfit.export.source_edits import Source
-    from memfit.report.explain_terminal import ScriptFacts
-    from memfit.types.machine import Machine
-    from memfit.types.plan import Plan
+_PLAN_ENDINGS = (".yaml", ".yml")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ScriptOptions:
-    """The command that starts the script, and how it is run."""
+class EstimateOptions:
+    """What to predict, a job with plan files or a command, and whether to compare the engines."""
 
-    command: Annotated[
+    targets: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="-- COMMAND...",
-            help="The command that starts your training, as you would type it: python train.py ARGS, python "
-            "-m MODULE ARGS, torchrun, accelerate launch, deepspeed or srun with their options, or the name "
-            "of a program written in Python.",
+            metavar="[JOB [A.yaml [B.yaml]]] | -- COMMAND...",
+            help="JOB: a job as for `memfit plan`, such as protein-lm or FILE.py:NAME; only with plan files "
+            "it can be left out, for protein-ss. A.yaml: the plan to predict, in place of --plan. A.yaml "
+            "B.yaml: show why the memory of these two plans differs. COMMAND: the command that starts your "
+            "own training, as you would type it: python train.py ARGS, python -m MODULE ARGS, torchrun, "
+            "accelerate launch, deepspeed or srun with their options, or the name of a program written in "
+            "Python.",
         ),
     ] = None
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Memory of one device that the training must fit in, for example 24GiB. Default: the memory "
-            "of the device.",
-        ),
-    ] = None
-    bound: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FILE.py:LINE=N",
-            help="The number that a line of your code reads from a tensor, where it depends on data; memfit "
-            "says where it assumed one. Repeat the option for further lines.",
-        ),
-    ] = None
-    plans: Annotated[
+    engines: Annotated[
         bool,
         typer.Option(
-            "--plans",
-            help="Also search for plans, as `memfit plan` does: techniques with which the script's step fits "
-            "the memory, and what each costs in time. Default: only the estimate of the script as it is.",
+            "--engines",
+            help="For a JOB: compare the engines that can train it with the plan: whether each supports the "
+            "plan, its predicted peak memory and step time, whether it is installed, the number of lines of "
+            "its configuration files, and facts about its installation and maintenance.",
         ),
     ] = False
-    save: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE.yaml",
-            help="With --plans: write the recommended plan to this file, for memfit.apply in the script. A "
-            "file that exists is not overwritten.",
-        ),
-    ] = None
-    diff: Annotated[
-        bool,
-        typer.Option(
-            "--diff",
-            help="With --plans: print, after the rest, the edit of the script that applies the recommended "
-            "plan, as a diff for `patch -p0`. The script itself is not changed. Default: no edit.",
-        ),
-    ] = False
-    goal: Annotated[
-        str,
-        typer.Option(
-            metavar="GOAL",
-            help="With --plans, what a recommended plan minimizes, as in `memfit plan`. Default: fastest.",
-        ),
-    ] = "fastest"
-    accuracy: Annotated[
-        str,
-        typer.Option(
-            metavar="CLASS",
-            help="With --plans, how much a plan may change results, as in `memfit plan`. Default: rounding.",
-        ),
-    ] = "rounding"
-    show_output: Annotated[
-        bool,
-        typer.Option("--show-output", help="Show on standard error what the script prints. Default: hidden."),
-    ] = False
-    time_limit: Annotated[
-        float,
-        typer.Option(
-            metavar="SECONDS",
-            min=1,
-            help="End the script after so many seconds. Default: 1800 (half an hour).",
-        ),
-    ] = 1800.0
-    html: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Also write an HTML page with a treemap and a timeline of the memory to this file, which is "
-            "overwritten if it exists. Default: no page.",
-        ),
-    ] = None
 
 
-def estimate(options: ScriptOptions, on: MachineOptions, lang: LanguageOptions, output: JsonOptions) -> None:
-    """Predict the memory of your training script as it is, before it trains.
+class EstimateCommand(TyperCommand):
+    """The command line of ``memfit estimate``. Options after a JOB are memfit's; those after the first word
+    of a COMMAND are the command's own, also without "--" before it."""
 
-    The script runs unmodified, in a process of its own, until its second optimizer step. Its parameters have
-    shapes but no data, so a model that is too large for this machine can be predicted, too. A script that
-    needs a GPU can be predicted without one: name it with --on.
-
-    Example: memfit estimate --on H100-SXM -- python train.py --batch-size 32
-    """
-    language_code = check_language(lang.lang)
-    if not options.command:
-        raise UserError("no command is given", hint="memfit estimate -- python train.py ARGS")
-    cap_bytes = parse_bytes(options.memory) if options.memory is not None else None
-    machine = machine_of(on.on, "world")
-    if (options.save is not None or options.diff) and not options.plans:
-        raise UserError("--save and --diff are for a recommended plan", hint="add --plans")
-    source = _script_source(options.command) if options.diff else None
-    if options.save is not None:
-        writable(options.save, overwrite=False)
-    if options.html is not None:
-        writable(options.html)
-    with Bars(language_code) as progress:
-        progress("script", 0, 0, " ".join(options.command))
-        from memfit.capture.estimate import estimate_script
-        from memfit.capture.result import PlanSearch
-        from memfit.planner.selection import Objective
-
-        wanted = PlanSearch(
-            cap_bytes=cap_bytes,
-            goal=Objective(check_choice("--goal", options.goal, Objective)),
-            accuracy=Accuracy(check_choice("--accuracy", options.accuracy, Accuracy)),
-        )
-        answer = estimate_script(
-            options.command,
-            machine=on.on,
-            bound=_bounds(options.bound or []),
-            search=wanted if options.plans else None,
-            limit_s=options.time_limit,
-            show_output=options.show_output,
-            whole_trace=options.html is not None,
-        )
-    _show(answer, machine, cap_bytes, options, source, lang=language_code, as_json=output.json)
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse ``args`` into the parameters of ``ctx`` and return what remains."""
+        ctx.allow_interspersed_args = False
+        _, words, _ = self.make_parser(ctx).parse_args(args=list(args))
+        ctx.allow_interspersed_args = not words or is_job(words[0])
+        return super().parse_args(ctx, args)
 
 
-def _bounds(texts: list[str]) -> dict[str, int | float] | None:
-    bounds: dict[str, int | float] = {}
-    for text in texts:
-        line, separator, number = text.rpartition("=")
-        try:
-            bounds[line] = float(number) if "." in number else int(number)
-        except ValueError:
-            separator = ""
-        if not (line and separator):
-            raise UserError(
-                f"--bound {text}", allowed="FILE.py:LINE=N with a number N, such as train.py:12=4096"
-            )
-    return bounds or None
+def is_job(word: str) -> bool:
+    """Return whether ``word`` names a job or a plan file, not the program of a command: it is the name of a
+    built-in job or similar to one and no program, hf:NAME or FILE.py:NAME, or ends in .yaml or .yml."""
+    from memfit.jobs.registry import names
+
+    if word in names() or word.startswith("hf:") or ".py:" in word or word.endswith(_PLAN_ENDINGS):
+        return True
+    is_program = Path(word).is_file() or shutil.which(word) is not None
+    return not is_program and bool(suggest(word, names()))
 
 
-def _show(
-    answer: ScriptAnswer,
-    machine: Machine,
-    cap_bytes: int | None,
-    options: ScriptOptions,
-    source: Source | None,
-    *,
-    lang: str,
-    as_json: bool,
+def estimate(  # noqa: PLR0913
+    options: EstimateOptions,
+    files: TraceFileOptions,
+    sizes: SizeOptions,
+    plan_options: PlanOptions,
+    goal: GoalOptions,
+    on: MachineOptions,
+    runtime: RuntimeOptions,
+    lengths: LengthOptions,
+    script: ScriptOptions,
+    lang: LanguageOptions,
+    output: JsonOptions,
 ) -> None:
-    from rich.text import Text
+    """Predict the memory of a training before it runs: of a JOB, or of your own script as it is.
 
-    from memfit.cli.plan_diff import print_edit
-    from memfit.report import explain_html
-    from memfit.report.explain import TracedEstimate, contributors
-    from memfit.report.explain_terminal import print_script
-    from memfit.report.files import write_whole
-    from memfit.report.terminal import print_search
-    from memfit.techniques.plan_file import plan_text
+    Shows what uses the memory of a step, by module and line. A script runs unmodified, in a process of its
+    own, until its second optimizer step. Its parameters have shapes but no data, so a model that is too large
+    for this machine can be predicted, too. A script that needs a GPU can be predicted without one: name it
+    with --on.
 
-    assert answer.estimate is not None and answer.trace is not None and answer.peak_clock is not None
-    explained = TracedEstimate(estimate=answer.estimate, trace=answer.trace, peak_clock=answer.peak_clock)
-    facts = _facts(answer, machine, cap_bytes)
-    if options.html is not None:
-        page = explain_html.render_explained(explained, job=answer.program, lang=lang)
-        write_whole(options.html, page.encode())
-    recommended = answer.plans.recommended if answer.plans is not None else None
-    if options.save is not None and recommended is not None:
-        note = f"for {' '.join(options.command or ())}"
-        write_whole(options.save, plan_text(recommended.estimate.plan, note=note).encode())
-    if as_json:
-        from memfit.cli.views import estimate_view, search_view
-
-        view: dict[str, Any] = {"script": facts, "estimate": estimate_view(answer.estimate)}
-        if options.plans:
-            view["plans"] = search_view(answer.plans) if answer.plans else None
-            view["no_plans"] = answer.no_plans
-        if source is not None and recommended is not None:
-            view["edit"] = _edit(source, recommended.estimate.plan, answer.batch_size)
-        emit({**view, "contributors": contributors(explained)})
+    Examples: memfit estimate --on H100-SXM -- python train.py --batch-size 32; memfit estimate protein-lm
+    --size 650M --html peak.html"""
+    language_code = check_language(lang.lang)
+    targets = options.targets or []
+    if targets and not is_job(targets[0]):
+        job_only = _set_options(sizes, plan_options, runtime, lengths)
+        job_only |= {"--engines": options.engines, "--engine": bool(goal.engine)}
+        job_only["--host-memory"] = bool(goal.host_memory)
+        refuse_options(job_only, "cannot be used with a COMMAND", hint="they are for `memfit estimate JOB`")
+        estimate_command(targets, script, files, goal, on.on, lang=language_code, as_json=output.json)
         return
-    print_script(explained, facts, console=console(), lang=lang)
-    if answer.plans is not None:
-        print_search(answer.plans, console=console(), lang=lang)
-    elif options.plans:
-        console().print(Text(answer.no_plans, style="yellow"))
-    if source is not None and recommended is not None:
-        print_edit(source, recommended.estimate.plan, answer.batch_size, {}, as_json=False)
-
-
-def _facts(answer: ScriptAnswer, machine: Machine, cap_bytes: int | None) -> ScriptFacts:
-    """Return what is said of the script beside its estimate: what it trains, and whether it fits
-    ``cap_bytes`` of one device, None for all its memory. If the script needs more before its first step than
-    in a step, the needed memory is larger in the same proportion."""
-    from memfit.planner.capacity import fits_under, needed_bytes
-    from memfit.report.explain_terminal import ScriptFacts
-
-    assert answer.estimate is not None and answer.trace is not None
-    cap_bytes = cap_bytes or int(machine.device.memory_bytes.value)
-    needed = needed_bytes(answer.estimate, machine)
-    step_bytes = answer.estimate.allocated_bytes.value
-    if answer.before_training_bytes > step_bytes:
-        needed = max(needed, int(needed / step_bytes * answer.before_training_bytes))
-    return ScriptFacts(
-        program=answer.program,
-        model=answer.model,
-        parameter_count=answer.trace.parameter_count,
-        trainable_count=answer.trace.trainable_count,
-        optimizers=answer.optimizers,
-        machine=machine.name,
-        ranks=answer.ranks,
-        cap_bytes=cap_bytes,
-        needed_bytes=needed,
-        fits=needed <= cap_bytes and fits_under(cap_bytes, machine)(answer.estimate),
-        notes=answer.notes,
+    refuse_options(
+        _set_options(script),
+        "cannot be used with a JOB: they are for a COMMAND after --",
+        hint="`memfit plan JOB` searches for plans of a job",
     )
-
-
-def _edit(source: Source, plan: Plan, batch_size: int) -> ScriptDiff:
-    """Return the edit of the script for the plan; without a diff, its reason says why there is none."""
-    from memfit.export.script_diff import ScriptDiff, script_diff
-
-    try:
-        return script_diff(source, plan, batch_size=batch_size)
-    except UserError as error:
-        return ScriptDiff(diff="", reason=str(error))
-
-
-def _script_source(command: list[str]) -> Source:
-    """Return the source of the script that the command runs. Raises UserError if it cannot be read, is not
-    Python, or if the command runs a module."""
-    from memfit.capture.program import load_program
-    from memfit.export.script_diff import read_script
-
-    script = load_program(command).script
-    if not script:
+    if not targets and lengths.lengths is None:
         raise UserError(
-            "--diff edits a script, but the command runs a module", hint="give the path of its file"
+            "neither a job nor a command is given",
+            hint="memfit estimate -- python train.py ARGS, or memfit estimate JOB (`memfit list jobs`)",
         )
-    return read_script(Path(script))
+    jobs = [target for target in targets[:1] if not target.endswith(_PLAN_ENDINGS)]
+    job_sizes = {f.name: getattr(sizes, f.name) for f in dataclasses.fields(SizeOptions)}
+    job, plan_paths = JobOptions(**job_sizes, job=jobs[0] if jobs else None), targets[len(jobs) :]
+    if lengths.lengths is not None:
+        other = _set_options(files, runtime) | {"plan files": plan_paths, "--engines": options.engines}
+        other |= {"--recommended": plan_options.recommended, "--engine": goal.engine}
+        other |= {f"--{name}": job_sizes[name] for name in ("data", "weights", "steps", "length", "dim")}
+        refuse_options(other, "cannot be used with --lengths")
+        print_lengths(lengths, job, plan_options.plan, goal.memory, on.on, as_json=output.json)
+    elif options.engines:
+        refuse_options(_set_options(files) | {"plan files": plan_paths}, "cannot be used with --engines")
+        compare_engines(job, plan_options, goal, on, runtime, as_json=output.json)
+    else:
+        refuse_options(_set_options(lengths), "cannot be used without --lengths")
+        estimate_job(
+            job, plan_paths, files, plan_options, goal, on, runtime, lang=language_code, as_json=output.json
+        )
+
+
+def _set_options(*groups: Any) -> dict[str, bool]:
+    """Return for each option of the dataclasses ``groups``, such as "--size", whether it is not its
+    default."""
+    return {
+        f"--{field.name.replace('_', '-')}": getattr(group, field.name) != field.default
+        for group in groups
+        for field in dataclasses.fields(group)
+    }

@@ -1,4 +1,4 @@
-"""``memfit lengths``: show how the lengths of the user's sequences affect memory."""
+"""``memfit estimate JOB --lengths FILE``: show how the lengths of the user's sequences affect memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from memfit.cli.log_filters import quiet_libraries
-from memfit.cli.options import JsonOptions, MachineOptions
+from memfit.cli.options import JobOptions
 from memfit.cli.output import check_choice, emit, print_table
 from memfit.cli.request import machine_of, print_workload
 from memfit.types.errors import UserError
@@ -23,83 +23,46 @@ from memfit.types.units import format_bytes
 if TYPE_CHECKING:
     import memfit.workflows.sequence_lengths
 
+_DEFAULT_JOB = "protein-lm"
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LengthOptions:
-    """The file with the lengths of sequences, how it is read, the job with its size, batch and memory, and
-    the file of the plan."""
+    """The file with the lengths of sequences, None for no question about lengths, and how it is read."""
 
-    file: Annotated[
-        str,
-        typer.Argument(
+    lengths: Annotated[
+        str | None,
+        typer.Option(
             metavar="FILE",
-            help="File with your sequences or their lengths. .fasta, .fa or .faa (also with .gz): the "
-            "sequences, of which each letter counts as a token; .csv with a header line, or .npz: the "
-            "lengths (see --column); any other file: the lengths, one whole number per line.",
-        ),
-    ]
-    job: Annotated[
-        str,
-        typer.Option(
-            metavar="JOB",
-            help="Job whose memory is predicted: a built-in job (`memfit jobs` lists them), FILE.py:NAME for "
-            "a job of your own, or hf:PATH_OR_NAME for a Hugging Face configuration. Default: protein-lm. "
-            "potential, weather and segmentation3d have no length and are refused.",
-        ),
-    ] = "protein-lm"
-    size: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Size of the job; `memfit jobs` lists the sizes of each built-in job. Default: the job's "
-            "default size, tiny for a built-in job and for hf:. SIZE@N sets the number of positions; "
-            "without @N a built-in job gets as many as the longest sequence has, at least 64, and hf: the "
-            "number of its size. A job FILE.py:NAME refuses SIZE@N.",
-        ),
-    ] = None
-    batch: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="Sequences per optimizer step. Default: the job's number. If the file has fewer sequences "
-            "than this number, given or default, each step takes all of them.",
-        ),
-    ] = None
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Memory of one device that the training must fit in, for example 24GiB. Default: all "
-            "memory of one device of the machine --on; without --on, that of this computer's GPU or, if it "
-            "has none, its main memory.",
-        ),
-    ] = None
-    plan: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE.yaml",
-            help="Predict training with the plan in this file, as written by `memfit plan --save`. "
-            "Default: plain training.",
+            help="For a JOB (default here: protein-lm): show how the lengths of your sequences affect the "
+            "memory of training: the predicted peak of a batch by padded length and of random batches, the "
+            "longest length that fits, the probability of running out of memory, the batch to try first, and "
+            "six ways to make batches, such as sorted by length or packed. FILE has the sequences or their "
+            "lengths. .fasta, .fa or .faa (also with .gz): the sequences, of which each letter counts as a "
+            "token; .csv with a header line, or .npz: the lengths (see --column); any other file: the "
+            "lengths, one whole number per line. Without --size NAME@N a built-in job gets as many positions "
+            "as the longest sequence has, at least 64. With --batch sequences per step, or all of a shorter "
+            "file. --memory: by default all memory of one device of --on. potential, weather and "
+            "segmentation3d have no length and are refused.",
         ),
     ] = None
     column: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Name of the column of the .csv file, or of the one-dimensional array of the .npz file, "
-            "that holds the lengths. Default: the first column whose first value is a whole number, or the "
-            "first such array of whole numbers. Ignored for other files.",
+            help="With --lengths: name of the column of the .csv file, or of the one-dimensional array of "
+            "the .npz file, that holds the lengths. Default: the first column whose first value is a whole "
+            "number, or the first such array of whole numbers. Ignored for other files.",
         ),
     ] = None
     columns: Annotated[
         str | None,
         typer.Option(
             metavar="NAME,NAME",
-            help="Two sizes of each sample instead of one length, such as nodes,edges or crop,rows: columns "
-            "of a .csv file or keys of the lines of a .jsonl file. The job must have sizes of these names "
-            "(see `memfit plan --largest`), of which a step gets what --combine makes of --batch samples. "
-            "Not with --column, --max-length and --extra-tokens.",
+            help="With --lengths: two sizes of each sample instead of one length, such as nodes,edges or "
+            "crop,rows: columns of a .csv file or keys of the lines of a .jsonl file. The job must have "
+            "sizes of these names (see `memfit plan --largest`), of which a step gets what --combine makes "
+            "of --batch samples. Not with --column, --max-length and --extra-tokens.",
         ),
     ] = None
     combine: Annotated[
@@ -116,7 +79,8 @@ class LengthOptions:
         typer.Option(
             metavar="N",
             min=1,
-            help="Cut each sequence, its --extra-tokens included, to at most N tokens. Default: not cut.",
+            help="With --lengths: cut each sequence, its --extra-tokens included, to at most N tokens. "
+            "Default: not cut.",
         ),
     ] = None
     extra_tokens: Annotated[
@@ -124,24 +88,31 @@ class LengthOptions:
         typer.Option(
             metavar="N",
             min=0,
-            help="Number of special tokens to add to the length of each sequence, before it is cut to "
-            "--max-length. Default: 0.",
+            help="With --lengths: number of special tokens to add to the length of each sequence, before it "
+            "is cut to --max-length. Default: 0.",
         ),
     ] = 0
 
 
-def lengths(options: LengthOptions, on: MachineOptions, output: JsonOptions) -> None:
-    """Show how the lengths of your sequences affect the memory of training.
-
-    Prints the predicted peak memory of a batch by padded length and of random batches (median, 90th and 99th
-    percentile, maximum), the longest length to which a whole batch can be padded and fit, the probability of
-    running out of memory per step and per epoch, which sequences make the batch of the longest to try first,
-    and a comparison of six ways to make batches, such as sorted by length or packed."""
-    cap_bytes = parse_bytes(options.memory) if options.memory is not None else None
+def print_lengths(
+    options: LengthOptions,
+    job_options: JobOptions,
+    plan: Path | None,
+    memory: str | None,
+    on: str,
+    *,
+    as_json: bool,
+) -> None:
+    """Print the answer to --lengths for the job, of which size and batch count. ``plan``: the plan file, None
+    for plain training; ``memory``: that of one device, None for all of it; ``on``: the machine, as in
+    --on."""
+    assert options.lengths is not None
+    spec = job_options.job or _DEFAULT_JOB
+    cap_bytes = parse_bytes(memory) if memory is not None else None
+    machine = machine_of(on, "world")
     if options.columns is not None:
-        _lengths_of_two(options, machine_of(on.on, "world"), cap_bytes, as_json=output.json)
+        _print_two_sizes(options, spec, job_options, plan, machine, cap_bytes, as_json=as_json)
         return
-    machine = machine_of(on.on, "world")
     quiet_libraries()
     import memfit.workflows.sequence_lengths as house
     from memfit.jobs.registry import load, names
@@ -149,18 +120,18 @@ def lengths(options: LengthOptions, on: MachineOptions, output: JsonOptions) -> 
     from memfit.techniques.plan_file import read_plan
     from memfit.types.serialization import to_plain
 
-    values = house.read_lengths(options.file, column=options.column) + options.extra_tokens
+    values = house.read_lengths(options.lengths, column=options.column) + options.extra_tokens
     values = values.clip(max=options.max_length) if options.max_length else values
-    size = options.size
-    if options.job in names() and "@" not in (size or ""):
+    size = job_options.size
+    if spec in names() and "@" not in (size or ""):
         size = f"{size or 'tiny'}@{max(64, int(values.max()))}"  # enough positions for all that is traced
-    job = load(JobRef(spec=options.job, size=size, batch=options.batch))
+    job = load(JobRef(spec=spec, size=size, batch=job_options.batch))
     length_report = house.report(
         job,
         values,
-        batch=options.batch or job.batch_size,
+        batch=job_options.batch or job.batch_size,
         machine=machine,
-        plan=read_plan(options.plan) if options.plan else Plan(),
+        plan=read_plan(plan) if plan else Plan(),
         cap_bytes=cap_bytes or int(machine.device.memory_bytes.value),
     )
     workload = dataclasses.replace(
@@ -169,15 +140,22 @@ def lengths(options: LengthOptions, on: MachineOptions, output: JsonOptions) -> 
         length=length_report.longest,
         assumed=(),
     )
-    if output.json:
+    if as_json:
         emit({"workload": workload, **to_plain(length_report)})
     else:
         print_workload(workload, "en")
         _print(length_report)
 
 
-def _lengths_of_two(
-    options: LengthOptions, machine: Machine, cap_bytes: int | None, *, as_json: bool
+def _print_two_sizes(
+    options: LengthOptions,
+    spec: str,
+    job_options: JobOptions,
+    plan: Path | None,
+    machine: Machine,
+    cap_bytes: int | None,
+    *,
+    as_json: bool,
 ) -> None:
     """Print what two sizes of each sample mean for memory. Raises UserError for wrong options or files."""
     names = tuple(name.strip() for name in (options.columns or "").split(","))
@@ -191,12 +169,12 @@ def _lengths_of_two(
     from memfit.workflows.size_pairs import COMBINATIONS, read_pairs, report_pairs
 
     report = report_pairs(
-        JobRef(spec=options.job, size=options.size),
+        JobRef(spec=spec, size=job_options.size),
         (names[0], names[1]),
-        read_pairs(options.file, (names[0], names[1])),
-        batch=options.batch or 1,
+        read_pairs(options.lengths or "", (names[0], names[1])),
+        batch=job_options.batch or 1,
         combination=check_choice("--combine", options.combine, COMBINATIONS),
-        plan=read_plan(options.plan) if options.plan else Plan(),
+        plan=read_plan(plan) if plan else Plan(),
         machine=machine,
         cap_bytes=cap_bytes or int(machine.device.memory_bytes.value),
     )

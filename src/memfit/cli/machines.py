@@ -1,16 +1,13 @@
-"""``memfit machines``: list the machines of the catalog, or every figure of one entry with its source."""
+"""``memfit list machines``: the machines of the catalog, or every figure of one entry with its source."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Annotated, Any, Final
-
-import typer
+from typing import Any, Final
 
 from memfit import catalog
 from memfit.catalog.machine_file import facts_in
-from memfit.cli.options import JsonOptions
 from memfit.cli.output import emit, print_table
 from memfit.types.errors import UserError
 from memfit.types.machine import Device, Fact, Host, Link, Place
@@ -31,28 +28,12 @@ _UNITS: Final = {
 }
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class NameOptions:
-    """The name of the machine or of the catalog's entry to show, or the machine file; None: list all
-    entries."""
-
-    name: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="NAME",
-            help="What to show, with the source of every figure: a machine of the catalog or FILE.toml as "
-            "in --on of `memfit plan`, or a network, host, link or place of the catalog; not this, the "
-            "machine that memfit runs on. Default: a list of all entries, the links only with --json.",
-        ),
-    ] = None
-
-
-def machines(options: NameOptions, output: JsonOptions) -> None:
-    """List the devices, networks, hosts and places of the catalog, with --json also the links, or show every
-    figure of one entry with its source."""
-    if options.name is not None:
-        kind, entry = _found(options.name)
-        if output.json:
+def print_machines(name: str | None, *, as_json: bool) -> None:
+    """Print the devices, networks, hosts and places of the catalog, with ``as_json`` also the links, or every
+    figure of the entry ``name`` with its source. Raises UserError for an unknown name."""
+    if name is not None:
+        kind, entry = _found(name)
+        if as_json:
             emit({kind: entry})
         else:
             _print_one(kind, entry)
@@ -64,7 +45,7 @@ def machines(options: NameOptions, output: JsonOptions) -> None:
         "hosts": [catalog.host(name) for name in catalog.host_names()],
         "places": [catalog.place(name) for name in catalog.place_names()],
     }
-    if output.json:
+    if as_json:
         emit(catalog_entries)
         return
     print_table(
@@ -78,7 +59,7 @@ def machines(options: NameOptions, output: JsonOptions) -> None:
     )
     print_table(("place", "USD/kWh", "g CO2/kWh"), map(_place, catalog_entries["places"]))
     print("--on takes hosts x devices x device @ network, for example 64x8xH100-SXM@IB-NDR, or FILE.toml.")
-    print("`memfit machines NAME` shows every figure of one entry with its source and date.")
+    print("`memfit list machines NAME` shows every figure of one entry with its source and date.")
 
 
 def _print_one(kind: str, entry: Any) -> None:
@@ -125,7 +106,7 @@ def _found(name: str) -> tuple[str, Any]:
     did_you_mean_or_list = (
         f"did you mean {candidates}?"
         if candidates
-        else "`memfit machines` lists them, links only with --json"
+        else "`memfit list machines` lists them, links only with --json"
     )
     raise UserError(
         f"no machine, network, host, link or place has the name {name!r}", hint=did_you_mean_or_list

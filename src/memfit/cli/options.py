@@ -18,28 +18,18 @@ _DEFAULT_JOB = "protein-ss"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class JobOptions:
-    """The job to train, and what replaces its default size, data, initial weights, steps, batch and length;
-    None: not replaced."""
+class SizeOptions:
+    """What replaces a job's default size, data, initial weights, steps, batch, length and other sizes; None:
+    not replaced."""
 
-    job: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[JOB]",
-            help="What to train: a built-in job (`memfit jobs` lists them), FILE.py:NAME for a job of your "
-            "own, or hf:PATH_OR_NAME for a Hugging Face configuration. NAME is a memfit.Job, which refuses "
-            "--size, --data, --weights, --batch and --length, or a function that returns one and takes "
-            "these as arguments. Default: protein-ss; for `memfit plan --from`, the job of the model that "
-            "the files describe, if there is one.",
-        ),
-    ] = None
     size: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Size of the job: for a built-in job, a name that `memfit jobs` lists (default: the first); "
-            "for hf:, tiny (default) or paper; for FILE.py:NAME, what its function accepts, or none if NAME "
-            "is a memfit.Job. SIZE@N also sets --length N; a job FILE.py:NAME refuses it, use --length.",
+            help="Size of the job: for a built-in job, a name that `memfit list jobs` lists (default: the "
+            "first); for hf:, tiny (default) or paper; for FILE.py:NAME, what its function accepts, or none "
+            "if NAME is a memfit.Job. SIZE@N also sets --length N; a job FILE.py:NAME refuses it, use "
+            "--length.",
         ),
     ] = None
     data: Annotated[
@@ -101,6 +91,23 @@ class JobOptions:
         ),
     ] = None
 
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class JobOptions(SizeOptions):
+    """The job to train, None for the default job, and what replaces its default sizes."""
+
+    job: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[JOB]",
+            help="What to train: a built-in job (`memfit list jobs` lists them), FILE.py:NAME for a job of "
+            "your own, or hf:PATH_OR_NAME for a Hugging Face configuration. NAME is a memfit.Job, which "
+            "refuses --size, --data, --weights, --batch and --length, or a function that returns one and "
+            "takes these as arguments. Default: protein-ss; for `memfit plan --from`, the job of the model "
+            "that the files describe, if there is one.",
+        ),
+    ] = None
+
     @property
     def spec(self) -> str:
         """The job as the user named it, or the default job, "protein-ss"."""
@@ -137,7 +144,9 @@ class GoalOptions:
             metavar="SIZE",
             help="Memory that the training must fit in on each device, for example 24GiB. Without a search "
             "for a plan it is ignored, except by `memfit plan --from`, which checks whether the plan of the "
-            "files fits it, and by `memfit run`, which limits the training to it (see --capped). Default: on "
+            "files fits it, by `memfit estimate -- COMMAND`, which checks the script in the same way (by "
+            "default against all memory of the device), by `memfit estimate --lengths`, and by `memfit run`, "
+            "which limits the training to it (see --capped). Default: on "
             "another machine's GPU, its memory; on this machine's GPU, what is free of its memory now; on a "
             "CPU, where each process counts as a device, and always in `memfit poc`, only a demonstration: "
             "a quarter of the peak memory of plain training (the job may set another share) or, if no plan "
@@ -179,7 +188,7 @@ class GoalOptions:
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Engine that runs the training; `memfit engine` lists them. Default: native, which is "
+            help="Engine that runs the training; `memfit list engines` lists them. Default: native, which is "
             "memfit itself; with --from, the engine of those files. `memfit plan --from` predicts with "
             "native if their engine, as memfit runs it, does not support the plan or the model.",
         ),
@@ -191,8 +200,8 @@ ExcludedTechniques = Annotated[
     typer.Option(
         "--without",
         metavar="TECHNIQUE",
-        help="Technique that no recommended plan may use; `memfit techniques` lists the names. Repeat the "
-        "option for further techniques. Default: all techniques may be used.",
+        help="Technique that no recommended plan may use; `memfit list techniques` lists the names. Repeat "
+        "the option for further techniques. Default: all techniques may be used.",
     ),
 ]
 
@@ -255,7 +264,7 @@ class RuntimeOptions:
         typer.Option(
             metavar="PLACE",
             help="Place of the electricity, for its price and CO2: world (the average of the world; the "
-            "default) or another name that `memfit machines` lists. Ignored with --on FILE.toml: the "
+            "default) or another name that `memfit list machines` lists. Ignored with --on FILE.toml: the "
             "machine file says the place.",
         ),
     ] = "world"
@@ -277,7 +286,7 @@ class RuntimeOptions:
             "of threads and version of torch, and time operators again. This happens when a search for "
             "plans for this machine begins: in `memfit poc`; without --on or with --on this, in `memfit "
             "plan` (with --from only for files of one process) and in other commands with --recommended; "
-            "in `memfit scale` with --pilot this or --full this. Ignored without such a search.",
+            "in `memfit decide` with --pilot this or --full this. Ignored without such a search.",
         ),
     ] = False
 
@@ -293,7 +302,7 @@ class MachineOptions:
             help="Machine to plan for: this (the GPU of this machine or, without one, its CPU; the default), "
             "this:cpu (its CPU), H100-SXM (one device), 8xH100-SXM (devices of one host), "
             "64x8xH100-SXM@IB-NDR (hosts x devices of each @ network between the hosts) or FILE.toml (a file "
-            "that describes your machine). `memfit machines` lists the names of devices and networks.",
+            "that describes your machine). `memfit list machines` lists the names of devices and networks.",
         ),
     ] = "this"
 

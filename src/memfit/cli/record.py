@@ -1,5 +1,5 @@
-"""``memfit record``: write a proof of concept as a record, which others can read, or add a record of others
-to the store. ``memfit compare``: compare two records."""
+"""``memfit record``: write a proof of concept as a record, which others can read, add a record of others to
+the store, or compare two records."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RecordOptions:
     """The ID of the record to write and the file for it; the record of others to add to the store and who
-    reports it; or whether to print the format of records."""
+    reports it; two records to compare; or whether to print the format of records."""
 
     poc: Annotated[
         str | None,
@@ -66,41 +66,29 @@ class RecordOptions:
         bool,
         typer.Option(
             "--schema",
-            help="Only print the format of records, as a JSON Schema. Not with --poc, --out or --add.",
+            help="Only print the format of records, as a JSON Schema. Not with --poc, --out, --add or "
+            "--compare.",
         ),
     ] = False
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class CompareOptions:
-    """The two records to compare, each a file or an ID in the store."""
-
-    a: Annotated[
-        str,
-        typer.Argument(
-            metavar="A",
-            help="First record to compare: a file, or the ID of a proof of concept in the store or of a "
-            "record that was added to it from others.",
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            metavar="A B",
+            help="Instead of writing a record, compare two, and say which quantities are not comparable and "
+            "why. A and B: a file, or the ID of a proof of concept in the store or of a record that was "
+            "added to it from others. Not with --poc, --out, --add or --schema.",
         ),
-    ]
-    b: Annotated[
-        str,
-        typer.Argument(
-            metavar="B",
-            help="Second record to compare: a file, or the ID of a proof of concept in the store or of a "
-            "record that was added to it from others.",
-        ),
-    ]
+    ] = None
 
 
 def record(options: RecordOptions, store: StoreOptions, output: JsonOptions) -> None:
-    """Write the record of a proof of concept, one JSON file that others can read, or add a record from others
-    to the store."""
-    if sum((options.schema, options.add is not None, options.poc is not None or options.out is not None)) > 1:
+    """Write the record of a proof of concept, one JSON file that others can read; add a record from others to
+    the store; or compare two records."""
+    writes = options.poc is not None or options.out is not None
+    if sum((options.schema, options.add is not None, options.compare is not None, writes)) > 1:
         raise UserError(
-            "--schema, --add, and writing a record (--poc, --out) exclude each other",
-            allowed="--schema alone; --add without --schema, --poc and --out; or --poc, --out, both or "
-            "neither of them, without --schema and --add",
+            "--schema, --add, --compare, and writing a record (--poc, --out) exclude each other",
+            allowed="one of --schema, --add and --compare alone; or --poc, --out, both or neither of them",
         )
     if options.said_by is not None and options.add is None:
         raise UserError(
@@ -113,6 +101,9 @@ def record(options: RecordOptions, store: StoreOptions, output: JsonOptions) -> 
 
     if options.schema:
         emit(exchange.schema())
+        return
+    if options.compare is not None:
+        _compare(options.compare, store.store, as_json=output.json)
         return
     records = Store(store.store)
     if options.add is not None:
@@ -135,17 +126,15 @@ def record(options: RecordOptions, store: StoreOptions, output: JsonOptions) -> 
         emit({"record": str(options.out)}) if output.json else print(options.out)
 
 
-def compare(options: CompareOptions, store: StoreOptions, output: JsonOptions) -> None:
-    """Compare two records, each a file or an ID in the store, and say which quantities are not comparable and
-    why."""
-    quiet_libraries()
+def _compare(names: tuple[str, str], store: Path | None, *, as_json: bool) -> None:
+    """Print the quantities of the two records ``names``, and which are not comparable and why."""
     from memfit.store import exchange
 
-    found_records = [find_record(name, store.store) for name in (options.a, options.b)]
+    found_records = [find_record(name, store) for name in names]
     rows = exchange.compare(*(origin.record for origin in found_records))
     sources = {side: origin.taken_from for side, origin in zip("AB", found_records, strict=True)}
-    if output.json:
-        header = {"a": options.a, "b": options.b, "taken_from": sources}
+    if as_json:
+        header = {"a": names[0], "b": names[1], "taken_from": sources}
         emit(header | {"compared": [r.model_dump() for r in rows]})
         return
     print_table(

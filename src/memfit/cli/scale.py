@@ -1,4 +1,4 @@
-"""``memfit scale``: go from a proof of concept to a pilot and to the full size, one gate at a time."""
+"""``memfit decide --gates``: from a proof of concept to a pilot and to the full size, gate by gate."""
 
 from __future__ import annotations
 
@@ -36,43 +36,37 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ScaleOptions:
-    """The record of a proof of concept, the file with limits that its figures must keep, and for the next two
-    stages, the pilot and the full-size training, their machines, the size and the job."""
+    """The file with limits that the figures of a proof of concept must keep, and for the next two stages, the
+    pilot and the full-size training, their machines, the size and the job."""
 
-    record: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[RECORD]",
-            help="Record of a proof of concept to check: a file, or the ID of a proof of concept in the "
-            "store or of a record that was added to it from others. Default: the record of the proof "
-            "of concept begun last.",
-        ),
-    ] = None
     gates: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            metavar="FILE.toml",
-            help="TOML file with your own limits for the figures of the record, such as step_ratio = 1.5 "
-            "under [time]; false disables a limit. Limits that the file does not name keep their defaults, "
-            "as do all without this option. `memfit scale --json` prints all limits.",
+            metavar="default|FILE.toml",
+            help="Instead of costs: check the figures of the record against limits, called gates, and exit "
+            "with code 1 if one is not kept. default: memfit's own limits; FILE.toml: a TOML file with your "
+            "limits, such as step_ratio = 1.5 under [time]; false disables a limit; limits that the file "
+            "does not name keep their defaults. With --json all limits are printed. Default: no check "
+            "without --pilot and --full, otherwise memfit's own limits.",
         ),
     ] = None
     pilot: Annotated[
         str | None,
         typer.Option(
             metavar="MACHINE",
-            help="Machine for which the pilot is predicted, the stage between the proof of concept and the "
-            "full-size training; given as in --on of `memfit plan`. Nothing is predicted if a figure of the "
-            "record does not keep its limit (see --gates). Default: the pilot is not predicted.",
+            help="Check --gates, and name the machine for which the pilot is predicted, the stage between "
+            "the proof of concept and the full-size training; given as in --on of `memfit plan`. Nothing is "
+            "predicted if a figure of the record does not keep its limit. Default: the pilot is not "
+            "predicted.",
         ),
     ] = None
     full: Annotated[
         str | None,
         typer.Option(
             metavar="MACHINE",
-            help="Machine for which the full-size training is predicted, given as in --on of `memfit plan`. "
-            "Nothing is predicted if a figure of the record does not keep its limit (see --gates). Default: "
-            "the full-size training is not predicted.",
+            help="Check --gates, and name the machine for which the full-size training is predicted, given "
+            "as in --on of `memfit plan`. Nothing is predicted if a figure of the record does not keep its "
+            "limit. Default: the full-size training is not predicted.",
         ),
     ] = None
     size: Annotated[
@@ -94,7 +88,8 @@ class ScaleOptions:
     ] = None
 
 
-def scale(
+def check_gates(
+    record_name: str | None,
     options: ScaleOptions,
     effort: EffortOptions,
     goal: GoalOptions,
@@ -102,11 +97,9 @@ def scale(
     store: StoreOptions,
     output: OutputOptions,
 ) -> None:
-    """Check the figures of a proof of concept against limits, called gates, and predict the next two stages:
-    the pilot on the machine --pilot and the full-size training on the machine --full.
-
-    A stage without a machine is not predicted. If a figure does not keep its limit, no stage is predicted and
-    the exit code is 1."""
+    """Print whether the figures of a record keep the limits, and predict the stages whose machines are given.
+    ``record_name``: a file, or the ID of a proof of concept or of a record from others; None for the proof of
+    concept begun last. If a figure does not keep its limit, no stage is predicted and the exit code is 1."""
     lang = check_language(output.lang)
     machines = {n: m for n, m in (("pilot", options.pilot), ("full", options.full)) if m is not None}
     for name in machines.values():
@@ -114,8 +107,9 @@ def scale(
     quiet_libraries()
     from memfit.decision import rollout_gates
 
-    limits = rollout_gates.read(options.gates) if options.gates is not None else rollout_gates.Gates()
-    sourced_record = find_record(options.record, store.store)
+    gates_path = None if options.gates in (None, "default") else Path(options.gates)
+    limits = rollout_gates.read(gates_path) if gates_path is not None else rollout_gates.Gates()
+    sourced_record = find_record(record_name, store.store)
     if effort.attended_minutes is not None:
         sourced_record = _attended(sourced_record, effort.attended_minutes, store)
     record = sourced_record.record
@@ -129,7 +123,7 @@ def scale(
             plans.append(planning)
         if not sourced_record.taken_from:
             _keep(record.poc_id, plans, store)
-    decision = None if sourced_record.taken_from else _decision(record.poc_id, stages, options.gates, store)
+    decision = None if sourced_record.taken_from else _decision(record.poc_id, stages, gates_path, store)
     if output.json:
         stages = stages if decision is None or failed else _with_money(stages, decision[1])
         details = {

@@ -19,7 +19,7 @@ from memfit.types import serialization
 from memfit.types.errors import UserError, suggest
 
 _Number = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
-Kind = Literal["equivalent", "undecided", "different"]
+Kind = Literal["equivalent", "undecided", "different", "not_sensitive"]
 
 
 def _none_if_false(value: Any) -> Any:
@@ -143,7 +143,7 @@ def parse_gates(text: str, path: str) -> Gates:
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path} is not TOML, as limits for `memfit scale` must be: {error}") from error
+        raise UserError(f"{path} is not TOML, as limits for `memfit decide --gates` must be: {error}") from error
     try:
         return Gates.model_validate(data)
     except pydantic.ValidationError as error:
@@ -152,7 +152,7 @@ def parse_gates(text: str, path: str) -> Gates:
         location = ".".join(map(str, error.errors()[0]["loc"]))
         keys = [f"{n}.{k}" for n, part in Gates().model_dump().items() for k in part]
         raise UserError(
-            f"{path} has a key that is no limit of `memfit scale`: {location}",
+            f"{path} has a key that is no limit of `memfit decide --gates`: {location}",
             allowed=", ".join(keys),
             hint=suggest(location, keys),
         ) from error

@@ -158,7 +158,7 @@ def _what(name: str, handover: Handover) -> str:
         )
     descriptions = {
         RUN: "the run, as `memfit run` would execute it",
-        "plan.yaml": "the plan, for `memfit explain --plan` and `memfit.conform`",
+        "plan.yaml": "the plan, for `memfit estimate JOB --plan` and `memfit.conform`",
         "torchrun.sh": "the script that every node executes",
         "training_args.json": "the plan as TrainingArguments",
         "torchtitan.toml": "the plan for torchtitan v0.2.2",

@@ -56,7 +56,7 @@ _ADVICE: Final = {
     DeathCause.LEAK: (_KEPT_TENSORS,),
     DeathCause.LONGER_SAMPLE: (
         "limit or bucket the length of samples, or make batches of equal token counts",
-        "`memfit lengths FILE` says what the lengths of your data imply",
+        "`memfit estimate --lengths FILE` says what the lengths of your data imply",
     ),
     DeathCause.EVALUATION: (_EVALUATION,),
     DeathCause.OPTIMIZER_STEP: (_STATE_TOO_LARGE, _SMALLER),

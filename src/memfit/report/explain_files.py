@@ -195,7 +195,7 @@ def chrome_trace(explained: TracedEstimate) -> bytes:
         }
     )
     metadata = {
-        "made by": "memfit explain",
+        "made by": "memfit estimate",
         "clock": "one tick, shown as 1 us, for each operator, allocation and free: an order, not time",
     }
     document = {"traceEvents": trace_events, "displayTimeUnit": "ms", "otherData": metadata}

@@ -55,7 +55,7 @@ def _stored_poc(store: Store, poc_id: str) -> Poc:
         reporter = taken_from(taken_rows[-1])
         raise UserError(
             f"{poc_id} is a record from {reporter}, not measured here, so the store has no PoC with its runs",
-            hint="`memfit scale` and `memfit compare` can read it",
+            hint="`memfit decide --gates` and `memfit record --compare` can read it",
         )
     if not begin_rows:
         raise UserError(f"no PoC {poc_id!r} in {store.path}", allowed=", ".join(store.poc_ids()) or "none")

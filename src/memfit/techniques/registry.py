@@ -201,7 +201,7 @@ def check(plan: Plan, machine: Machine | None = None) -> Plan:
             "8-bit floats",
             allowed="CPUs, which emulate them, and devices with a peak rate for float8, such as H100, L4, "
             "L40S, RTX 4090, B200 and MI300X",
-            hint="`memfit machines` lists the peak rates of devices",
+            hint="`memfit list machines` lists the peak rates of devices",
         )
     if (why_techniques_or_settings_conflict := conflict(plan)) is not None:
         raise UserError(

@@ -170,7 +170,7 @@ def machine_named(name: str) -> Machine:
         raise UserError(
             f"a baseline cannot be for the machine {name}: on another computer that is another machine",
             allowed=f"a name of the catalog, such as {MACHINE} or 8xH100-SXM, or a machine file (.toml)",
-            hint="`memfit machines` lists the names",
+            hint="`memfit list machines` lists the names",
         )
     return catalog.from_toml(name) if name.endswith(".toml") else catalog.machine(name)
 

@@ -149,7 +149,7 @@ ENGINE = Engine(
     summary="Colossal-AI's Booster: DDP, LowLevelZero, Gemini and HybridParallel plugins",
     distribution="colossalai",
     tested=("0.5", "0.6"),
-    install="memfit engine install colossalai",
+    install="memfit doctor --install colossalai",
     requirements=("colossalai>=0.5,<0.6", "torch<=2.5.1"),
     carries=frozenset({"ddp", "zero", "tensor-parallel", "pipeline", "gradient-accumulation"}),
     applied_by_memfit=frozenset(

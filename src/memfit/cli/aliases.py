@@ -1,0 +1,98 @@
+"""Old names of commands, which still work in this version: each is rewritten to its new form."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+Words = list[str]
+
+# Options without a value of the commands in `ALIASES`.
+_FLAGS: Final = {"--json", "--help", "--recommended", "--recalibrate", "--lines", "--no-lines"}
+_DEFAULT_JOB: Final = "protein-ss"
+
+
+def _estimate(arguments: Words, options: Words) -> Words:
+    return ["estimate", *(arguments or [_DEFAULT_JOB]), *options]
+
+
+def _estimate_engines(arguments: Words, options: Words) -> Words:
+    return [*_estimate(arguments, options), "--engines"]
+
+
+def _estimate_lengths(arguments: Words, options: Words) -> Words:
+    job: Words = []
+    if "--job" in options:
+        index = options.index("--job")
+        job, options = options[index + 1 : index + 2], options[:index] + options[index + 2 :]
+    return ["estimate", *job, "--lengths", *arguments, *options]
+
+
+def _list_or_install_engines(arguments: Words, options: Words) -> Words:
+    if arguments[:1] == ["install"]:
+        return ["doctor", "--install", *arguments[1:], *options]
+    return ["list", "engines", *arguments[1:], *options]
+
+
+def _decide_gates(arguments: Words, options: Words) -> Words:
+    has_gates = any(option in options for option in ("--gates", "--pilot", "--full"))
+    return ["decide", *arguments, *options, *([] if has_gates else ["--gates", "default"])]
+
+
+# The old name -> (the new form for the user, the new words from the old arguments and options).
+ALIASES: Final[Mapping[str, tuple[str, Callable[[Words, Words], Words]]]] = {
+    "explain": ("memfit estimate JOB", _estimate),
+    "engines": ("memfit estimate JOB --engines", _estimate_engines),
+    "lengths": ("memfit estimate JOB --lengths FILE", _estimate_lengths),
+    "jobs": ("memfit list jobs", lambda arguments, options: ["list", "jobs", *arguments, *options]),
+    "techniques": (
+        "memfit list techniques",
+        lambda arguments, options: ["list", "techniques", *arguments, *options],
+    ),
+    "machines": (
+        "memfit list machines",
+        lambda arguments, options: ["list", "machines", *arguments, *options],
+    ),
+    "engine": ("memfit list engines, or memfit doctor --install ENGINE", _list_or_install_engines),
+    "compare": (
+        "memfit record --compare A B",
+        lambda arguments, options: ["record", "--compare", *arguments, *options],
+    ),
+    "scale": ("memfit decide --gates default", _decide_gates),
+}
+
+
+def rewrite(argv: Sequence[str]) -> Words:
+    """Return ``argv`` with an old name of a command and its arguments replaced by the new form, which is then
+    also printed on standard error; other words unchanged. With --help it is the new command's help."""
+    words = list(argv)
+    if not words or words[0] not in ALIASES:
+        return words
+    form, new_words = ALIASES[words[0]]
+    print(
+        f"memfit: `memfit {words[0]}` is now `{form}`; the old name works in this version only",
+        file=sys.stderr,
+    )
+    rewritten = new_words(*_split(words[1:]))
+    return [rewritten[0], "--help"] if "--help" in words else rewritten
+
+
+def _split(words: Sequence[str]) -> tuple[Words, Words]:
+    """Return (the arguments, the options with their values) of ``words``, each in their order. An option
+    --NAME=VALUE becomes two words."""
+    arguments: Words = []
+    options: Words = []
+    rest = iter(words)
+    for word in rest:
+        if word == "--":
+            arguments += rest
+        elif not word.startswith("--"):
+            arguments.append(word)
+        elif "=" in word:
+            options += word.split("=", 1)
+        else:
+            options.append(word)
+            if word not in _FLAGS:
+                options += [value for value in [next(rest, None)] if value is not None]
+    return arguments, options

@@ -1,0 +1,236 @@
+"""``memfit estimate -- COMMAND``: predict the memory of a training script as it is, before it trains."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from memfit.cli.estimate_job import TraceFileOptions, write_trace_files
+from memfit.cli.options import GoalOptions
+from memfit.cli.output import check_choice, console, emit
+from memfit.cli.progress import Bars
+from memfit.cli.request import machine_of, writable
+from memfit.types.errors import UserError
+from memfit.types.parsing import parse_bytes
+from memfit.types.plan import Accuracy
+
+if TYPE_CHECKING:
+    from memfit.capture.result import ScriptAnswer
+    from memfit.export.script_diff import ScriptDiff
+    from memfit.export.source_edits import Source
+    from memfit.report.explain_terminal import ScriptFacts
+    from memfit.types.machine import Machine
+    from memfit.types.plan import Plan
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ScriptOptions:
+    """How the script is run, and whether plans for it are searched, saved and printed as an edit."""
+
+    bound: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE.py:LINE=N",
+            help="The number that a line of your code reads from a tensor, where it depends on data; memfit "
+            "says where it assumed one. Repeat the option for further lines.",
+        ),
+    ] = None
+    plans: Annotated[
+        bool,
+        typer.Option(
+            "--plans",
+            help="Also search for plans, as `memfit plan` does: techniques with which the script's step fits "
+            "the memory, and what each costs in time. Default: only the estimate of the script as it is.",
+        ),
+    ] = False
+    save: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.yaml",
+            help="With --plans: write the recommended plan to this file, for memfit.apply in the script. A "
+            "file that exists is not overwritten.",
+        ),
+    ] = None
+    diff: Annotated[
+        bool,
+        typer.Option(
+            "--diff",
+            help="With --plans: print, after the rest, the edit of the script that applies the recommended "
+            "plan, as a diff for `patch -p0`. The script itself is not changed. Default: no edit.",
+        ),
+    ] = False
+    show_output: Annotated[
+        bool,
+        typer.Option("--show-output", help="Show on standard error what the script prints. Default: hidden."),
+    ] = False
+    time_limit: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            min=1,
+            help="End the script after so many seconds. Default: 1800 (half an hour).",
+        ),
+    ] = 1800.0
+
+
+def estimate_command(
+    command: list[str],
+    options: ScriptOptions,
+    files: TraceFileOptions,
+    goal: GoalOptions,
+    on: str,
+    *,
+    lang: str,
+    as_json: bool,
+) -> None:
+    """Run ``command`` until its second optimizer step, print the predicted memory, and with --plans the plans
+    that a search finds; write ``files``. ``on``: the machine, as in --on. Raises UserError for options that
+    do not go together."""
+    cap_bytes = parse_bytes(goal.memory) if goal.memory is not None else None
+    machine = machine_of(on, "world")
+    if (options.save is not None or options.diff) and not options.plans:
+        raise UserError("--save and --diff are for a recommended plan", hint="add --plans")
+    source = _script_source(command) if options.diff else None
+    if options.save is not None:
+        writable(options.save, overwrite=False)
+    for path in files.paths:
+        writable(path)
+    with Bars(lang) as progress:
+        progress("script", 0, 0, " ".join(command))
+        from memfit.capture.estimate import estimate_script
+        from memfit.capture.result import PlanSearch
+        from memfit.planner.selection import Objective
+
+        wanted = PlanSearch(
+            cap_bytes=cap_bytes,
+            goal=Objective(check_choice("--goal", goal.goal, Objective)),
+            accuracy=Accuracy(check_choice("--accuracy", goal.accuracy, Accuracy)),
+        )
+        answer = estimate_script(
+            command,
+            machine=on,
+            bound=_bounds(options.bound or []),
+            search=wanted if options.plans else None,
+            limit_s=options.time_limit,
+            show_output=options.show_output,
+            whole_trace=bool(files.paths),
+        )
+    facts = _facts(answer, machine, cap_bytes)
+    _show(answer, facts, command, options, files, source, lang=lang, as_json=as_json)
+
+
+def _bounds(texts: list[str]) -> dict[str, int | float] | None:
+    bounds: dict[str, int | float] = {}
+    for text in texts:
+        line, separator, number = text.rpartition("=")
+        try:
+            bounds[line] = float(number) if "." in number else int(number)
+        except ValueError:
+            separator = ""
+        if not (line and separator):
+            raise UserError(
+                f"--bound {text}", allowed="FILE.py:LINE=N with a number N, such as train.py:12=4096"
+            )
+    return bounds or None
+
+
+def _show(
+    answer: ScriptAnswer,
+    facts: ScriptFacts,
+    command: list[str],
+    options: ScriptOptions,
+    files: TraceFileOptions,
+    source: Source | None,
+    *,
+    lang: str,
+    as_json: bool,
+) -> None:
+    from rich.text import Text
+
+    from memfit.cli.plan_diff import print_edit
+    from memfit.report.explain import TracedEstimate, contributors
+    from memfit.report.explain_terminal import print_script
+    from memfit.report.files import write_whole
+    from memfit.report.terminal import print_search
+    from memfit.techniques.plan_file import plan_text
+
+    assert answer.estimate is not None and answer.trace is not None and answer.peak_clock is not None
+    explained = TracedEstimate(estimate=answer.estimate, trace=answer.trace, peak_clock=answer.peak_clock)
+    write_trace_files(explained, files, lang=lang, job=answer.program)
+    recommended = answer.plans.recommended if answer.plans is not None else None
+    if options.save is not None and recommended is not None:
+        note = f"for {' '.join(command)}"
+        write_whole(options.save, plan_text(recommended.estimate.plan, note=note).encode())
+    if as_json:
+        from memfit.cli.views import estimate_view, search_view
+
+        view: dict[str, Any] = {"script": facts, "estimate": estimate_view(answer.estimate)}
+        if options.plans:
+            view["plans"] = search_view(answer.plans) if answer.plans else None
+            view["no_plans"] = answer.no_plans
+        if source is not None and recommended is not None:
+            view["edit"] = _edit(source, recommended.estimate.plan, answer.batch_size)
+        emit({**view, "contributors": contributors(explained)})
+        return
+    print_script(explained, facts, console=console(), lang=lang)
+    if answer.plans is not None:
+        print_search(answer.plans, console=console(), lang=lang)
+    elif options.plans:
+        console().print(Text(answer.no_plans, style="yellow"))
+    if source is not None and recommended is not None:
+        print_edit(source, recommended.estimate.plan, answer.batch_size, {}, as_json=False)
+
+
+def _facts(answer: ScriptAnswer, machine: Machine, cap_bytes: int | None) -> ScriptFacts:
+    """Return what is said of the script beside its estimate: what it trains, and whether it fits
+    ``cap_bytes`` of one device, None for all its memory. If the script needs more before its first step than
+    in a step, the needed memory is larger in the same proportion."""
+    from memfit.planner.capacity import fits_under, needed_bytes
+    from memfit.report.explain_terminal import ScriptFacts
+
+    assert answer.estimate is not None and answer.trace is not None
+    cap_bytes = cap_bytes or int(machine.device.memory_bytes.value)
+    needed = needed_bytes(answer.estimate, machine)
+    step_bytes = answer.estimate.allocated_bytes.value
+    if answer.before_training_bytes > step_bytes:
+        needed = max(needed, int(needed / step_bytes * answer.before_training_bytes))
+    return ScriptFacts(
+        program=answer.program,
+        model=answer.model,
+        parameter_count=answer.trace.parameter_count,
+        trainable_count=answer.trace.trainable_count,
+        optimizers=answer.optimizers,
+        machine=machine.name,
+        ranks=answer.ranks,
+        cap_bytes=cap_bytes,
+        needed_bytes=needed,
+        fits=needed <= cap_bytes and fits_under(cap_bytes, machine)(answer.estimate),
+        notes=answer.notes,
+    )
+
+
+def _edit(source: Source, plan: Plan, batch_size: int) -> ScriptDiff:
+    """Return the edit of the script for the plan; without a diff, its reason says why there is none."""
+    from memfit.export.script_diff import ScriptDiff, script_diff
+
+    try:
+        return script_diff(source, plan, batch_size=batch_size)
+    except UserError as error:
+        return ScriptDiff(diff="", reason=str(error))
+
+
+def _script_source(command: list[str]) -> Source:
+    """Return the source of the script that the command runs. Raises UserError if it cannot be read, is not
+    Python, or if the command runs a module."""
+    from memfit.capture.program import load_program
+    from memfit.export.script_diff import read_script
+
+    script = load_program(command).script
+    if not script:
+        raise UserError(
+            "--diff edits a script, but the command runs a module", hint="give the path of its file"
+        )
+    return read_script(Path(script))
