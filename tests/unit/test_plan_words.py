@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import runpy
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +15,7 @@ from memfit.techniques.base import Space
 from memfit.techniques.registry import TECHNIQUES, make_use
 from memfit.types.plan import Plan, use
 
+ROOT = Path(__file__).parents[2]
 EN, JA = load_words("en"), load_words("ja")
 OFFLOADED = Plan(
     uses=(use("activation-checkpointing", every=2), use("activation-offload", minimum_kib=64, to="disk"))
@@ -85,3 +88,8 @@ def test_the_glossary_holds_the_techniques_that_occur_sorted_by_name() -> None:
     found = glossary([OFFLOADED.label, "plain", "lora"], EN)
     assert list(found) == ["activation-checkpointing", "activation-offload", "lora"]
     assert found["lora"][1].startswith("The large model stays as it is")
+
+
+def test_the_glossary_page_of_the_documentation_is_that_of_the_words() -> None:
+    module = runpy.run_path(str(ROOT / "scripts" / "glossary.py"))
+    assert module["PAGE"].read_text(encoding="utf-8") == module["page"]()

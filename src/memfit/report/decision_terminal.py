@@ -27,7 +27,8 @@ def print_decision(poc: Poc, decision: Decision, *, console: Console, lang: str)
     for name, sentences in view.questions.items():
         console.print(Text(words.get(f"decide.{name}_q"), style="bold"))
         for sentence in sentences:
-            console.print(Text(f"  {sentence_text(sentence, words).strip()}"))
+            text = sentence_text(sentence, words, plans_in_words=True)
+            console.print(Text(f"  {text.strip()}"))
     if view.best is not None:
         console.print(Text(_work(decision, words), style="dim"))
         _print_ways(view, console, words)
