@@ -78,10 +78,17 @@ def published(*, residues: int, rows: int, extra_rows: int, batch_size: int) -> 
 def small(*, residues: int, batch_size: int) -> FoldSize:
     """Return the size of a network about a hundredth as large as the published one: 16 rows, 112 extra rows,
     and all parts but the templates, for which the built-in data has no structures."""
-    shared: dict[str, Any] = {"c_z": 32, "pair_head_width": 8, "triangle": 32, "outer": 8, "transition": 2}
+    shared: dict[str, Any] = {
+        "c_z": 32,
+        "pair_heads": 2,
+        "pair_head_width": 16,
+        "triangle": 32,
+        "outer": 8,
+        "transition": 2,
+    }
     return FoldSize(
         widths=Widths(c_m=48, msa_heads=4, msa_head_width=12, **shared),
-        extra=Widths(c_m=16, msa_heads=4, msa_head_width=4, global_columns=True, **shared),
+        extra=Widths(c_m=16, msa_heads=2, msa_head_width=8, global_columns=True, **shared),
         template=Widths(c_m=16, msa_heads=4, msa_head_width=4, **shared),
         structure=StructureWidths(
             c_s=48, c_z=32, heads=4, head_width=12, value_points=4, iterations=4, angle_width=32
