@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,93 @@ def main():
 
 if __name__ == "__main__":
     main()
+"""
+# As in references of torchvision: branches with and without a scaler, an optimizer made in branches, wrappers
+# under a condition, and clipping as an option.
+BRANCHES = """import sys
+import torch
+from torch import nn
+
+
+def train(net, opt, batches, options, scaler=None):
+    net.train()
+    total = 0.0
+    for x, y in batches:
+        with torch.autocast("cpu", enabled=scaler is not None):
+            out = net(x)
+            loss = nn.functional.mse_loss(out, y)
+
+        opt.zero_grad()
+        if scaler is not None:
+            scaler.scale(loss).backward()
+            if options["norm"] is not None:
+                scaler.unscale_(opt)
+                nn.utils.clip_grad_norm_(net.parameters(), options["norm"])
+            scaler.step(opt)
+            scaler.update()
+        else:
+            loss.backward()
+            if options["norm"] is not None:
+                nn.utils.clip_grad_norm_(net.parameters(), options["norm"])
+            opt.step()
+        total += loss.item()
+    return total
+
+
+def main(settings):
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3)]
+    network = nn.Sequential(nn.Linear(4, 8), nn.Sequential(*layers), nn.Linear(8, 2))
+    if settings["name"] == "sgd":
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    elif settings["name"] == "adamw":
+        optimizer = torch.optim.AdamW(network.parameters(), lr=0.1)
+    else:
+        raise ValueError(settings)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1)
+    if "distributed" in sys.argv:
+        network = nn.parallel.DistributedDataParallel(network)
+    batches = [(torch.randn(8, 4), torch.randn(8, 2)) for _ in range(3)]
+    losses = []
+    for epoch in range(2):
+        losses.append(train(network, optimizer, batches, options=settings))
+        scheduler.step()
+    print(losses)
+
+
+if __name__ == "__main__":
+    main({"name": "adamw", "norm": 0.5})
+"""
+# As in nanoGPT: micro-batches of the loop's own, the next batch loaded before backward, a scaler that is off.
+OWN_STEPS = """import contextlib
+import torch
+from torch import nn
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    steps, norm = 1, 0.5
+    context = contextlib.nullcontext() if steps else torch.autocast("cpu")
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    layers = [nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3)]
+    model = nn.Sequential(nn.Linear(4, 8), nn.Sequential(*layers), nn.Linear(8, 1))
+    optimizer = torch.optim.AdamW(model.parameters())
+    x = torch.randn(8, 4)
+    losses = []
+    for epoch in range(3):
+        for step in range(steps):
+            with context:
+                loss = model(x).square().mean()
+                loss = loss / steps
+            x = torch.randn(8, 4)
+            scaler.scale(loss).backward()
+        if norm != 0.0:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), norm)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+    print(losses)
 """
 TRAINER = """from transformers import TrainingArguments
 args = TrainingArguments(
@@ -145,6 +233,58 @@ def test_a_loop_in_a_function_gets_the_plan_where_the_optimizer_is_made(tmp_path
     assert output(text, tmp_path) == output(FUNCTIONS, tmp_path)
 
 
+def test_a_loop_with_a_scaler_in_one_branch_trains_the_same(tmp_path: Path) -> None:
+    text = BRANCHES.replace('options["norm"]', "options.norm").replace(
+        'main({"name": "adamw", "norm": 0.5})',
+        "class Settings(dict):\n        norm = 0.5\n\n    main(Settings(name='adamw'))",
+    )
+    edit = diff(text, {"activation-checkpointing": {}})
+    edited = patched(text, edit, tmp_path)
+    assert "clip=settings.norm if settings.norm is not None else None" in edited
+    assert "scaler.scale" not in edited
+    assert edited.index("global fit") < edited.index("scheduler =")
+    assert any("changes network after the plan is applied" in remark for remark in edit.remarks)
+    assert any("the plan decides the precision" in remark for remark in edit.remarks)
+    assert output(edited, tmp_path) == output(text, tmp_path)
+
+
+def test_a_loop_with_micro_batches_of_its_own_trains_the_same_if_there_is_one(tmp_path: Path) -> None:
+    edit = diff(OWN_STEPS, {"activation-checkpointing": {}})
+    edited = patched(OWN_STEPS, edit, tmp_path)
+    assert edited.index("fit.backward(loss)") < edited.index("        x = torch.randn(8, 4)\n")
+    assert any("micro-batches must be one" in remark for remark in edit.remarks)
+    assert output(edited, tmp_path) == output(OWN_STEPS, tmp_path)
+    (tmp_path / "run.py").write_text(edited.replace("steps, norm = 1", "steps, norm = 2"))
+    run = subprocess.run(
+        [sys.executable, "run.py"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert "fit.split was called before the step before it ended" in run.stderr
+
+
+def test_an_edited_script_is_predicted_although_its_traced_step_cannot_be_compared_with_the_plan(
+    tmp_path: Path,
+) -> None:
+    patched(OWN_STEPS, diff(OWN_STEPS, {"adamw-single": {}}), tmp_path)  # it clips to a norm
+    command = [sys.executable, "-m", "memfit", "estimate", "--json", "--", sys.executable, "train.py"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["estimate"]["allocated_bytes"]["value"] > 0
+
+
+def test_a_wrapper_under_a_condition_is_a_remark() -> None:
+    text = PLAIN.replace(
+        "optimizer = torch", "if len(loader) > 9:\n    model = nn.DataParallel(model)\noptimizer = torch", 1
+    )
+    edit = diff(text, {"adamw-single": {}})
+    assert edit.diff
+    assert any("uses DataParallel under a condition" in remark for remark in edit.remarks)
+
+
+def test_the_name_of_the_main_module_is_no_condition() -> None:
+    text = OWN_STEPS.replace("    x = torch", "    model = nn.DataParallel(model)\n    x = torch", 1)
+    assert "DataParallel" in diff(text, {"adamw-single": {}}).reason
+
+
 def test_a_sum_in_the_evaluation_is_no_reason_against_micro_batches() -> None:
     text = PLAIN + 'F.cross_entropy(model(x), y, reduction="sum")\n'
     assert diff(text, {"gradient-accumulation": {}}, batch=16).diff
@@ -165,9 +305,23 @@ REFUSED = {
     ),
     "a scaled loss": (PLAIN.replace("loss.backward()", "(loss / 2).backward()"), "on a variable"),
     "two losses": (PLAIN.replace("loss.backward()", "out.sum().backward(); loss.backward()"), "2 times"),
-    "a scaler": (
-        PLAIN.replace("import torch\n", "import torch\nfrom torch.amp import GradScaler\n", 1),
-        "GradScaler",
+    "a scaler elsewhere": (
+        PLAIN.replace("loss.backward()", "loss = scaler.scale(loss)\n        loss.backward()"),
+        "uses its GradScaler elsewhere",
+    ),
+    "autocast elsewhere": (
+        PLAIN.replace("out = model(x)", "out = cast(x)")
+        .replace("F.cross_entropy(out, y)", "F.cross_entropy(model(x), y)")
+        .replace("for epoch", "def cast(x):\n    with torch.autocast('cpu'):\n        return x\n\nfor epoch"),
+        "uses autocast in line",
+    ),
+    "branches that differ": (
+        PLAIN.replace(
+            "        loss.backward()\n",
+            "        if epoch:\n            loss.backward()\n            optimizer.step()\n"
+            "        else:\n            out.backward()\n            optimizer.step()\n",
+        ),
+        "differ in more than a GradScaler",
     ),
     "another model later": (
         PLAIN.replace("scheduler = torch", "model = wrapped(model)\nscheduler = torch"),
@@ -185,7 +339,7 @@ REFUSED = {
     ),
     "a norm that is not constant": (
         PLAIN.replace("parameters(), 1.0)", "parameters(), epoch)"),
-        "changes gradients",
+        "clips them to epoch, which may change",
     ),
     "a number of samples": (
         PLAIN.replace("# forward\n", "n = len(x)\n").replace("F.cross_entropy(out, y)", "out.sum() / n"),

@@ -117,6 +117,8 @@ def step_text(use: Use, plan: Plan) -> str:
         interval = int(settings["every"])
         settings["blocks"] = "every block" if interval == 1 else f"one block of {interval}"
     text = _CALLS[use.technique].format(**settings)
+    if use.technique == "lora" and settings.get("dora"):
+        text = f"{text}, with use_dora=True"
     reduces_once = any(plan_use.settings.get("sync") == "last" for plan_use in plan.uses)
     return (
         f"{text}, the only one that reduces gradients" if use.technique == _SPLIT and reduces_once else text

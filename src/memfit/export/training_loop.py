@@ -557,7 +557,7 @@ def _setup(source: Source, place: _Place, update: Update, model: str) -> dict[st
     return {
         "model": names[model],
         "optimizer": optimizer,
-        "clip": _clip(place, update, arguments if statements is not place.scope else None),
+        "clip": _clip(place, update, arguments if user is not place.loop else None, statements[at:]),
         "after": after,
         "before": None if after is not None else statements[at],
         "is_global": user is not place.loop and statements is not source.tree.body,
@@ -624,13 +624,14 @@ def _innermost(statements: Statements, user: ast.AST, optimizer: str) -> tuple[S
     return statements, at
 
 
-def _clip(place: _Place, update: Update, arguments: dict[str, ast.expr] | None) -> str:
+def _clip(place: _Place, update: Update, arguments: dict[str, ast.expr] | None, later: Statements) -> str:
     """Return the source of the argument ``clip``: what the loop clips to, in the names of the place where the
-    plan is applied. ``arguments``: those of the loop's function there, None if it is the same scope. Raises
-    UserError if it uses a variable that changes in the loop or is not known there."""
+    plan is applied. ``arguments``: those of the loop's function there, None if it is the same scope;
+    ``later``: the statements that follow there. Raises UserError if it uses a variable that changes in the
+    loop or is not known there."""
     if update.clip is None:
         return ""
-    own = set(stored(place.loop)) if arguments is None else {n for s in place.scope for n in stored(s)}
+    own = {n for s in (later if arguments is None else place.scope) for n in stored(s)}
     parameters = set[str]()
     if arguments is not None and place.function is not None:
         parameters = {a.arg for a in place.function.args.posonlyargs + place.function.args.args}
