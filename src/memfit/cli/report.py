@@ -12,11 +12,13 @@ from memfit.cli.log_filters import quiet_libraries
 from memfit.cli.options import JsonOptions, LanguageOptions, StoreOptions
 from memfit.cli.output import check_language, emit
 from memfit.cli.request import writable
+from memfit.types.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ReportOptions:
-    """The proof of concept, the file with the user's figures, and the HTML file to write."""
+    """The proof of concept, the watched training, the file with the user's figures, and the HTML file to
+    write."""
 
     out: Annotated[
         Path | None,
@@ -44,20 +46,50 @@ class ReportOptions:
             "figures of your own if there is none.",
         ),
     ] = None
+    watch: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.jsonl",
+            help="Record of a training that `memfit watch` or memfit.watch wrote: memory against its "
+            "prediction, free memory, step time, loss and alarms, per step and rank. With --poc: a chapter "
+            "of the report of that proof of concept. Without: a page of its own, FILE.LANG.html in the "
+            "current folder. Example: memfit report --watch run.jsonl.",
+        ),
+    ] = None
 
 
 def report(options: ReportOptions, store: StoreOptions, lang: LanguageOptions, output: JsonOptions) -> None:
-    """Write the HTML report of a proof of concept in the store. The report of one that was interrupted shows
-    the runs that ended."""
+    """Write the HTML report of a proof of concept in the store, of a watched training, or of both. The report
+    of a proof of concept that was interrupted shows the runs that ended."""
     language_code = check_language(lang.lang)
     path = writable(options.out) if options.out is not None else None
     quiet_libraries()
-    from memfit.store import Store
-    from memfit.workflows import proof_of_concept
+    watch = None
+    if options.watch is not None:
+        from memfit.monitoring.record import read_records
 
-    report_path = proof_of_concept.report(
-        Store(store.store), poc_id=options.poc, case=options.case, path=path, lang=language_code
-    )
+        watch = read_records(options.watch)
+    if options.watch is not None and watch is not None and options.poc is None:
+        if options.case is not None:
+            raise UserError(
+                "--case is for the report of a proof of concept", allowed="--poc ID with --watch and --case"
+            )
+        from memfit.report.html import write_watch_html
+
+        own_path = path or Path(f"{options.watch.stem}.{language_code}.html")
+        report_path = write_watch_html(watch, own_path, lang=language_code)
+    else:
+        from memfit.store import Store
+        from memfit.workflows import proof_of_concept
+
+        report_path = proof_of_concept.report(
+            Store(store.store),
+            poc_id=options.poc,
+            case=options.case,
+            path=path,
+            lang=language_code,
+            watch=watch,
+        )
     if output.json:
         emit({"report": str(report_path)})
     else:

@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from memfit.monitoring.record import WatchRecord
 from memfit.report import charts, report_charts
 from memfit.report.case import CLASSES
 from memfit.report.decision import MONEY, decision_view
@@ -44,6 +45,7 @@ from memfit.report.rows import PocView
 from memfit.report.sliders import slider_inputs
 from memfit.report.summary import summary
 from memfit.report.view import poc_view
+from memfit.report.watch_chapter import WATCH, watch_chapter, watch_record
 from memfit.report.words import Words, load_words
 from memfit.types.decision import DRAWS, Decision
 from memfit.types.result import Poc
@@ -58,25 +60,31 @@ _NAMES: Final = frozenset({"plan", "technique", "first", "second", "names"})
 _LONG: Final = 24  # characters; a longer figure contains a long unit and may wrap
 
 
-def write_html(poc: Poc, path: Path, *, lang: str, decision: Decision | None = None) -> Path:
+def write_html(
+    poc: Poc, path: Path, *, lang: str, decision: Decision | None = None, watch: WatchRecord | None = None
+) -> Path:
     """Write the report as HTML to ``path`` and return that path. Missing folders are made, and an existing
     file is replaced. The file is written completely or not at all. ``decision`` None: a report without its
-    decision part.
+    decision part. ``watch``: the record of a watched training, which becomes a chapter; None: without it.
 
     Raises UserError for a language without a catalog, and OSError if the folder cannot be written to.
     """
-    text = render_html(poc, lang=lang, decision=decision)
+    text = render_html(poc, lang=lang, decision=decision, watch=watch)
     path.parent.mkdir(parents=True, exist_ok=True)
     return write_whole(path, text.encode())
 
 
-def render_html(poc: Poc, *, lang: str, decision: Decision | None = None) -> str:
+def render_html(
+    poc: Poc, *, lang: str, decision: Decision | None = None, watch: WatchRecord | None = None
+) -> str:
     """Return the report as the text of an HTML page; if ``decision`` is None, without its decision part.
+    ``watch``: as in `write_html`.
     Raises UserError for a language without a catalog."""
     words = load_words(lang)
     view = poc_view(poc)
     decision_page = decision_view(poc, decision) if decision is not None else None
     records = report_records(poc, decision, view.case.created if view.case else "")
+    records += (watch_record(watch),) if watch is not None else ()
     return render(
         "report.html.j2",
         words,
@@ -86,10 +94,26 @@ def render_html(poc: Poc, *, lang: str, decision: Decision | None = None) -> str
         decision=decision_page,
         records=records,
         summary=summary(poc, decision_page),
+        watch=watch_chapter(watch, words) if watch is not None else None,
         glossary=glossary(_plan_labels(poc, decision), words),
         **_drawings(view, words),
         **_script(decision_page, words),
     )
+
+
+def write_watch_html(watch: WatchRecord, path: Path, *, lang: str) -> Path:
+    """Write a page about a watched training alone to ``path``, as `write_html` does, and return that path."""
+    words = load_words(lang)
+    record = watch_record(watch)
+    text = render(
+        "watch_page.html.j2",
+        words,
+        labels={record.anchor: record.label},
+        watch=watch_chapter(watch, words),
+        records=(record,),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return write_whole(path, text.encode())
 
 
 def _labels(
@@ -237,16 +261,16 @@ def _marked(words: Words, labels: Mapping[str, str] | None) -> Callable[[Figure]
 
 
 def _named(key: str, value: object, words: Words) -> object:
-    """Return the value of a placeholder: a text as `in_words`, an engine by its name, and the identifier of a
-    plan or a technique as its name with the identifier as its tooltip. Values that are no text are unchanged.
-    """
+    """Return the value of a placeholder: a text as `in_words`, an engine or a currency by its name, and the
+    identifier of a plan or a technique as its name with the identifier as its tooltip. Values that are no
+    text are unchanged."""
     from markupsafe import Markup
 
     _no_bare_number(value)
     if type(value) is not str:
         return value
-    if key == "engine":
-        return words.texts.get(f"engine.{value}", value)
+    if key in ("engine", "currency"):
+        return words.texts.get(f"{key}.{value}", value)
     if key not in _NAMES:
         return in_words(value, words)
     name = plan_phrase(value, words) if key == "plan" else technique_names(value, words)
@@ -311,6 +335,7 @@ def helpers(words: Words, labels: Mapping[str, str] | None) -> Mapping[str, Any]
         "guessed": predicted,
         "of_poc": POC,
         "of_case": CASE,
+        "of_watch": WATCH,
         "of_saving": SAVING,
         "of_term": term_anchor,
         "labels": labels or {},

@@ -79,7 +79,7 @@ def load_words(lang: str) -> Words:
     if lang not in LANGUAGES:
         raise UserError(f"no such language: {lang!r}", allowed=", ".join(LANGUAGES))
     texts: dict[str, str] = {}
-    for file in (f"{lang}.toml", f"{lang}_decision.toml", f"{lang}_techniques.toml"):
+    for file in (f"{lang}.toml", f"{lang}_decision.toml", f"{lang}_techniques.toml", f"{lang}_watch.toml"):
         text = resources.files("memfit.report").joinpath("words", file).read_text(encoding="utf-8")
         texts |= dict(_flatten(tomllib.loads(text)))
     return Words(lang=lang, texts=texts, translations=_translations(lang))
