@@ -1,11 +1,13 @@
 """`memfit plan --largest` against runs: does the value found run under the cap, and does the next one die?
 
-    python benchmarks/largest.py [--only WORD]    ask, run, record, write the page
-    python benchmarks/largest.py --page           the page from the records only
+    python benchmarks/largest.py [--only WORD]               ask, run, record, write the page
+    python benchmarks/largest.py --measure [--only WORD]     the same questions to `--largest --measure`
+    python benchmarks/largest.py --page                      the page from the records only
 
 The questions were fixed before the first of them was asked. For each, the largest safe value, the largest
 that is expected to fit, and the next of either are trained for three steps in memfit's worker under the same
 hard cap. Then larger and smaller values are run until the largest that runs is known to a step, or to 0.25 %.
+With --measure, memfit itself runs values; the two that it answers with are then each run three times more.
 """
 
 from __future__ import annotations
@@ -31,9 +33,10 @@ from memfit.workflows.largest import largest
 from memfit.workflows.single_run import run_spec
 
 HERE = Path(__file__).parent
+MEASURED = HERE / "records" / "largest_measured.jsonl"
 RECORDS, PAGE = HERE / "records" / "largest.jsonl", HERE / "largest.md"
 MIB = 2**20
-STEPS = 3
+STEPS, REPEATS = 3, 3
 RESOLUTION = 0.0025  # of the value: the largest that runs is not searched more finely
 
 
@@ -155,6 +158,39 @@ def answer(question: Question) -> dict[str, Any]:
     }
 
 
+def measured_answer(question: Question) -> dict[str, Any]:
+    """Ask with --measure, and run the largest value that ran and the next one three times more."""
+    request = Request(
+        job=JobRef(spec=question.job),
+        machine=local_machine.this_machine("world", "cpu"),
+        cap_bytes=question.cap_mib * MIB,
+    )
+    begun = time.perf_counter()
+    row = largest(request, question.dimension, plans=[question.plan], measure=True).rows[0]
+    asked_s = time.perf_counter() - begun
+    assert row.result is not None, row.problem
+    measured = row.result.measured
+    assert measured is not None
+    again = {
+        name: [run(question, size.value)["outcome"] for _ in range(REPEATS)] if size else []
+        for name, size in (("ran", measured.ran), ("died", measured.died))
+    }
+    print(question.name, measured.ran, measured.died, again, flush=True)
+    return {
+        "question": question.name,
+        "cap_mib": question.cap_mib,
+        "plan": question.plan.label,
+        "step": row.result.step,
+        "safe": row.result.safe.value if row.result.safe else None,
+        "ran": measured.ran.value if measured.ran else None,
+        "died": measured.died.value if measured.died else None,
+        "runs": [[r.value, r.outcome.value, r.process_bytes] for r in measured.runs],
+        "again": again,
+        "asked_s": asked_s,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
 def _boundary(runs_at: Any, runs: Mapping[int, Mapping[str, Any]], step: int) -> tuple[int, int]:
     """Return (the largest value that runs, a value that dies), which are next to each other or at most
     RESOLUTION apart."""
@@ -169,7 +205,7 @@ def _boundary(runs_at: Any, runs: Mapping[int, Mapping[str, Any]], step: int) ->
     return low, high
 
 
-def page(records: list[dict[str, Any]]) -> str:
+def page(records: list[dict[str, Any]], measured: list[dict[str, Any]]) -> str:
     lines = [
         "# The largest value that fits",
         "",
@@ -179,6 +215,7 @@ def page(records: list[dict[str, Any]]) -> str:
     for half, rule in ((1, "the tensors plus 3 %"), (2, "the tensors alone")):
         lines += ["", f"## Questions {half}: expected on a CPU is {rule}", ""]
         lines += _section([r for r in records if r.get("half", 1) == half])
+    lines += _measured_section(measured)
     return "\n".join(lines) + "\n"
 
 
@@ -214,6 +251,39 @@ def _section(records: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _measured_section(records: list[dict[str, Any]]) -> list[str]:
+    if not records:
+        return []
+    adjacent = [r for r in records if r["ran"] and r["died"] and r["died"] - r["ran"] == r["step"]]
+    ran = sum(bool(r["again"]["ran"]) and set(r["again"]["ran"]) == {"ok"} for r in records)
+    died = sum(bool(r["again"]["died"]) and set(r["again"]["died"]) == {"oom"} for r in records)
+    gaps = [(r["died"] - r["ran"]) / r["ran"] for r in records if r["ran"] and r["died"]]
+    others = f"; the others are at most {max(gaps):.2%} apart" if len(adjacent) < len(records) else ""
+    lines = [
+        "",
+        "## The same questions with --measure",
+        "",
+        "memfit runs values under the cap itself, three steps each, at most 12 of them. Afterwards, the",
+        f"largest that ran and the next, which ran out of memory, were each run {REPEATS} times more.",
+        "",
+        f"- in {len(adjacent)} of {len(records)} the two are next to each other{others}",
+        f"- the largest that ran did so in all {REPEATS} further runs in {ran} of {len(records)}",
+        f"- the next one ran out of memory in all {REPEATS} further runs in {died} of {len(records)}",
+        "",
+        "| job: size | plan | cap MiB | largest safe | ran | again | died | again | runs | s |",
+        "|---|---|--:|--:|--:|---|--:|---|--:|--:|",
+    ]
+    for r in records:
+        again = [
+            f"{v.count(w)} of {len(v)}" for v, w in ((r["again"]["ran"], "ok"), (r["again"]["died"], "oom"))
+        ]
+        numbers = [f"{r[name]:,}" if r[name] else "none" for name in ("safe", "ran", "died")]
+        cells = [r["question"], r["plan"], str(r["cap_mib"]), numbers[0], numbers[1], again[0], numbers[2]]
+        cells += [again[1], str(len(r["runs"])), f"{r['asked_s']:.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
 def _outcome(record: Mapping[str, Any], name: str) -> str | None:
     return next((r["outcome"] for r in record["runs"] if r["value"] == record[name]), None)
 
@@ -226,14 +296,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", default="")
     parser.add_argument("--half", type=int, default=0, help="1 or 2; 0: both")
+    parser.add_argument("--measure", action="store_true", help="ask with --measure")
     parser.add_argument("--page", action="store_true")
     args = parser.parse_args()
     for question in QUESTIONS if not args.page else ():
         if args.only in question.name and args.half in (0, question.half):
-            with RECORDS.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(answer(question)) + "\n")
-    by_question = {r["question"]: r for r in map(json.loads, RECORDS.read_text().splitlines())}
-    PAGE.write_text(page(list(by_question.values())), encoding="utf-8")
+            record = measured_answer(question) if args.measure else answer(question)
+            with (MEASURED if args.measure else RECORDS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+    PAGE.write_text(page(_latest(RECORDS), _latest(MEASURED)), encoding="utf-8")
+
+
+def _latest(records: Path) -> list[dict[str, Any]]:
+    """Return the latest record of each question."""
+    lines = records.read_text(encoding="utf-8").splitlines() if records.exists() else []
+    return list({r["question"]: r for r in map(json.loads, lines)}.values())
 
 
 if __name__ == "__main__":

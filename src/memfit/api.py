@@ -35,7 +35,8 @@ from memfit.monitoring.watch import watch
 from memfit.planner.batch_shape import with_batch_shape
 from memfit.planner.capacity import fits_under, needed_bytes
 from memfit.planner.evaluate import Pricer
-from memfit.planner.largest import LargestValue, batch_multiple, find_largest, prober
+from memfit.planner.largest import LargestValue, MeasuredSize, batch_multiple, find_largest, prober
+from memfit.planner.largest_runs import MEASURED_STEPS, measured_size, with_boundary
 from memfit.planner.request import space_of
 from memfit.planner.safer_plans import FAILURES, pricer_of_batch, safer_plan
 from memfit.planner.workload import workload_of
@@ -53,7 +54,8 @@ from memfit.types.conformance import Conformance, Difference, NotConforming
 from memfit.types.dependence import DependenceKind
 from memfit.types.errors import MemfitError, UserError
 from memfit.types.gc_pause import pause_gc
-from memfit.types.job import Bound, Job
+from memfit.types.job import Bound, Job, JobRef
+from memfit.types.launch import RunSpec
 from memfit.types.machine import Machine
 from memfit.types.parsing import parse_bytes
 from memfit.types.plan import Plan, Use, use
@@ -61,6 +63,7 @@ from memfit.types.result import NOT_INCLUDED, Estimate, Interval
 from memfit.types.units import format_bytes
 from memfit.types.workload import Workload
 from memfit.user_loop import Fit, apply_plan
+from memfit.worker.forked import train_forked
 
 __all__ = [
     "Fit",
@@ -733,8 +736,10 @@ def largest(  # noqa: PLR0913
     step: int = 1,
     bound: Bound | None = None,
     clip: float | None = None,
+    measure: bool = False,
 ) -> LargestValue:
-    """Return the largest number for which a training step fits ``memory`` of one device; nothing is trained.
+    """Return the largest number for which a training step fits ``memory`` of one device. Nothing is trained,
+    unless ``measure`` is true.
 
     With ``batch``, the number is that of samples: ``model`` and ``batch`` are as in `estimate`, and the batch
     is repeated or cut. A Job without ``batch`` is varied in the same way. Otherwise ``model`` is a function
@@ -753,7 +758,11 @@ def largest(  # noqa: PLR0913
 
     The result's ``value`` is the largest that is safe, or None if none fits; ``safe_next`` is the next
     multiple, which was traced and does not fit; ``expected`` is the largest that fits without memfit's
-    margin. Raises UserError as `estimate` does, and if the first number cannot be predicted.
+    margin. With ``measure``, numbers are also trained for three steps each in forked copies of this process,
+    under a hard cap of ``memory``, until one that runs is next to one that runs out of memory: then they are
+    in ``measured``, and ``value`` is the largest that ran. That needs Linux, this machine's processor, a plan
+    with one rank, and ``memory``. Raises UserError as `estimate` does, if the first number cannot be
+    predicted, and if ``measure`` is not possible.
     """
     target, samples = machine_of(machine), batch is not None or isinstance(model, Job)
     settings: dict[str, Any] = {"loss": loss, "optimizer": optimizer, "bound": bound, "clip": clip}
@@ -780,7 +789,13 @@ def largest(  # noqa: PLR0913
     cap_bytes = parse_bytes(memory) if isinstance(memory, str) else memory
     cap_bytes = cap_bytes or int(target.device.memory_bytes.value)
     is_cpu_here = target.is_here and target.device.is_host
-    return find_largest(
+    if measure and (memory is None or not is_cpu_here):
+        raise UserError(
+            "measure=True needs a cap and the processor of this machine",
+            allowed="memory='4GiB' or less than the machine has, without machine= or with machine='this'",
+            hint="for an accelerator: `memfit plan FILE.py:NAME --largest SIZE --measure`",
+        )
+    traced = find_largest(
         prober(
             pricer,
             target_plan,
@@ -794,3 +809,25 @@ def largest(  # noqa: PLR0913
         start=start or 1,
         step=math.lcm(step, batch_multiple(target_plan) if samples else 1),
     )
+    if not measure:
+        return traced
+    return with_boundary(lambda value: _trained(job_at(value), target_plan, cap_bytes, value), traced)
+
+
+def _trained(job: Job, plan: Plan, cap_bytes: int, value: int) -> MeasuredSize:
+    """Train ``job`` for a few steps under the cap, in a forked copy of this process, and return how that
+    ended for ``value``."""
+    spec = RunSpec(
+        name=plan.label,
+        role="run",
+        job=JobRef(spec="the object given to memfit.largest"),
+        plan=plan,
+        seed=0,
+        steps=MEASURED_STEPS,
+        batch_size=job.batch_size,
+        clip=job.clip,
+        cap_bytes=cap_bytes,
+        threads=1,  # others do not survive a fork
+        evaluate=False,
+    )
+    return measured_size(value, train_forked(spec, job))

@@ -36,8 +36,9 @@ class LargestOptions:
             "hidden, layers or other size of the job (see --dim) that fits, for each plan of the frontier. "
             "With two sizes, such as length,batch, the largest of the second for several values of the "
             "first. Every answer is traced, and so is the next larger value, which does not fit. Without "
-            "--memory: all memory of the device. Example: memfit plan protein-lm --largest batch --on "
-            "H100-SXM.",
+            "--memory: all memory of the device. With --measure, values are also trained on this machine for "
+            "three steps each under a hard cap of that size, until one that runs is next to one that runs "
+            "out of memory. Example: memfit plan protein-lm --largest batch --on H100-SXM.",
         ),
     ] = None
     plans: Annotated[
@@ -101,10 +102,16 @@ def refuse_without_largest(options: LargestOptions) -> None:
 
 
 def print_largest(
-    job_request: memfit.planner.request.Request, options: LargestOptions, *, as_json: bool, force: bool
+    job_request: memfit.planner.request.Request,
+    options: LargestOptions,
+    *,
+    as_json: bool,
+    force: bool,
+    measure: bool = False,
 ) -> None:
     """Find the largest values that ``options`` ask for, print them, and write them to the file of --out.
-    Raises UserError for sizes that the job does not have and for options that do not go together."""
+    ``measure``: whether values are run under the cap, too. Raises UserError for sizes that the job does not
+    have and for options that do not go together."""
     along, dimension, values = _question(options)
     if options.out is not None:
         if not along:
@@ -126,6 +133,7 @@ def print_largest(
             plans=plans,
             most_plans=1 if options.buckets else None,
             step=options.step,
+            measure=measure,
             progress=progress,
         )
     if options.out is not None:
@@ -206,9 +214,24 @@ def _print(report: memfit.workflows.largest.LargestReport) -> None:
         f"({report.cap_reason})"
     )
     numbers = {plan: str(n) for n, plan in enumerate(dict.fromkeys(r.plan for r in report.rows), start=1)}
+    runs = [row.result.measured for row in report.rows if row.result and row.result.measured]
+    columns = ("ran", "ran out of memory") if runs else ()
     print_table(
-        ("plan", *along, f"largest {report.dimension}", "needs", "next", "needs", "expected up to", "speed"),
-        [(numbers[row.plan], *([str(row.value)] if along else []), *_cells(row)) for row in report.rows],
+        (
+            "plan",
+            *along,
+            f"largest {report.dimension}",
+            "needs",
+            "next",
+            "needs",
+            "expected up to",
+            *columns,
+            "speed",
+        ),
+        [
+            (numbers[row.plan], *([str(row.value)] if along else []), *_cells(row, has_runs=bool(runs)))
+            for row in report.rows
+        ],
     )
     for plan, number in numbers.items():
         print(f"plan {number}: {plan.label}")
@@ -216,14 +239,22 @@ def _print(report: memfit.workflows.largest.LargestReport) -> None:
         "largest: safe, with the margin that memfit keeps; expected up to: the largest whose expected memory "
         "fits without it, which may run out of memory"
     )
+    if runs:
+        limit = next((size.limit for m in runs for size in m.runs if size.limit), "")
+        count = sum(len(measured.runs) for measured in runs)
+        print(
+            f"ran, ran out of memory: measured under a hard cap of {format_bytes(report.cap_bytes)} "
+            f"({limit}), {runs[0].steps} steps each, {count} runs"
+        )
     for line in _remarks(report, numbers):
         print(replace_controls(line))
 
 
-def _cells(row: memfit.workflows.largest.LargestRow) -> tuple[str, ...]:
+def _cells(row: memfit.workflows.largest.LargestRow, *, has_runs: bool) -> tuple[str, ...]:
+    """Return the cells of a row after its plan. ``has_runs``: whether any value was run."""
     result = row.result
     if result is None:
-        return "none", "", "", "", "", ""
+        return ("none", "", "", "", "", *(("", "") if has_runs else ()), "")
     safe, following, expected = result.safe, result.safe_next, result.expected
     return (
         str(safe.value) if safe else "none",
@@ -231,8 +262,16 @@ def _cells(row: memfit.workflows.largest.LargestRow) -> tuple[str, ...]:
         str(following.value) if following else "",
         ("refused" if following.problem else format_bytes(following.needed_bytes)) if following else "",
         str(expected.value) if expected else "none",
+        *(_measured_cells(result.measured) if has_runs else ()),
         _speed(safe),
     )
+
+
+def _measured_cells(measured: memfit.planner.largest.MeasuredLargest | None) -> tuple[str, str]:
+    if measured is None:
+        return "", ""
+    ran, died = measured.ran, measured.died
+    return str(ran.value) if ran else "none", str(died.value) if died else "none"
 
 
 def _speed(size: memfit.planner.largest.TracedSize | None) -> str:
@@ -264,5 +303,16 @@ def _remarks(report: memfit.workflows.largest.LargestReport, numbers: Mapping[Pl
                 f"{where}: no {report.dimension} fits; the smallest, {smallest.value}, needs "
                 f"{format_bytes(smallest.needed_bytes)}"
             ] = None
+        if result is not None and result.measured is not None:
+            lines |= dict.fromkeys(f"{where}: {text}" for text in _measured_remarks(result))
     yield from lines
     yield from (f"note: {note}" for note in report.notes)
+
+
+def _measured_remarks(result: memfit.planner.largest.LargestValue) -> Iterator[str]:
+    measured = result.measured
+    assert measured is not None
+    if (failed := measured.failed) is not None:
+        yield f"{failed.value} ended in another way, so no further value was run: {failed.reason}"
+    elif measured.ran and measured.died and measured.died.value - measured.ran.value > result.step:
+        yield f"no value between {measured.ran.value} and {measured.died.value} was run"

@@ -60,7 +60,8 @@ class SaveOptions:
             "--measure",
             help="Before recommending, train the best plans by prediction and similar ones for a few steps "
             "each on this machine: the measured step times then decide. Needs --goal fastest, cheapest "
-            "or greenest. Not with --from or --on another machine.",
+            "or greenest. Not with --from or --on another machine. With --largest: run the values that are "
+            "found, and the next ones, under the cap of --memory.",
         ),
     ] = False
     measure_time: Annotated[
@@ -149,7 +150,6 @@ def _refuse_options_with_largest(
     options = {
         "--from": from_options.from_files,
         "--corrected-by": from_options.corrected_by,
-        "--measure": save.measure,
         "--save": save.save,
         "--deadline": limits.deadline,
         "--budget": limits.budget,
@@ -183,7 +183,7 @@ def _print_diff_or_largest(
     """Print the edit of ``script``, or without one the answer to --largest. With --save, write the plan of
     the edit."""
     if script is None:
-        print_largest(job_request, largest, as_json=output.json, force=save.force)
+        print_largest(job_request, largest, as_json=output.json, force=save.force, measure=save.measure)
         return
     if save.save is not None:
         writable(save.save, overwrite=save.force)

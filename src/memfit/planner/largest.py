@@ -20,6 +20,7 @@ from memfit.techniques.registry import splits_batch
 from memfit.types.errors import UserError
 from memfit.types.job import Job
 from memfit.types.plan import Plan
+from memfit.types.result import OutcomeKind
 from memfit.types.units import format_bytes
 
 _LARGEST_RATIO = 2**16  # no larger multiple of the first value is tried
@@ -54,6 +55,38 @@ class TracedSize:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredSize:
+    """One value that was trained for a few steps under the cap. ``outcome``, ``reason``: how that ended.
+    ``tensor_bytes``: the peak of tensors; ``process_bytes``: that of what the cap counts. None: unknown.
+    ``limit``: what enforced the cap, such as "RLIMIT_DATA"."""
+
+    value: int
+    outcome: OutcomeKind
+    reason: str = ""
+    tensor_bytes: int | None = None
+    process_bytes: int | None = None
+    limit: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredLargest:
+    """What ran under the cap, for ``steps`` steps each. ``ran``: the largest value that did, None if none
+    did; ``died``: the smallest above it that ran out of memory, None if none did. Values between the two were
+    not run. ``runs``: all, in ascending order of values."""
+
+    steps: int
+    ran: MeasuredSize | None
+    died: MeasuredSize | None
+    runs: tuple[MeasuredSize, ...]
+
+    @property
+    def failed(self) -> MeasuredSize | None:
+        """The run that ended the search because it failed for another reason than memory, None without."""
+        outcomes = (OutcomeKind.OK, OutcomeKind.OOM)
+        return next((run for run in self.runs if run.outcome not in outcomes), None)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LargestValue:
     """The largest values of ``dimension`` for which ``plan`` fits ``cap_bytes`` of one device, among the
     multiples of ``step``.
@@ -66,7 +99,7 @@ class LargestValue:
     ``limit``: "memory"; "job" if the job refuses ``safe_next``, whose ``problem`` says why, although the
     memory would be enough; "none" if the needed memory hardly depends on the dimension; or "untried" if the
     largest value that memfit tries fits. In the last two cases there is no next value. ``traced``: every
-    value that was tried, in ascending order.
+    value that was tried, in ascending order. ``measured``: what ran under the cap, None if nothing was run.
     """
 
     dimension: str
@@ -79,10 +112,14 @@ class LargestValue:
     expected_next: TracedSize | None
     limit: str
     traced: tuple[TracedSize, ...]
+    measured: MeasuredLargest | None = None
 
     @property
     def value(self) -> int | None:
-        """The largest safe value, or None if no value fits."""
+        """The largest value that ran, if that was measured, else the largest safe one; None if there is
+        none."""
+        if self.measured is not None:
+            return self.measured.ran.value if self.measured.ran else None
         return self.safe.value if self.safe else None
 
     def __str__(self) -> str:
@@ -90,7 +127,7 @@ class LargestValue:
         if self.safe is None:
             smallest = self.safe_next
             needs = f": {smallest.value} needs {format_bytes(smallest.needed_bytes)}" if smallest else ""
-            return f"{self.plan.label}: no {self.dimension} fits {cap}{needs}"
+            return f"{self.plan.label}: no {self.dimension} fits {cap}{needs}{self._measured_text()}"
         text = (
             f"{self.plan.label}: largest {self.dimension} that fits {cap}: {self.safe.value}, which needs "
             f"{format_bytes(self.safe.needed_bytes)}"
@@ -103,7 +140,14 @@ class LargestValue:
             text += f"; {LIMIT_TEXTS[self.limit]}"
         if self.expected is not None and self.expected.value > self.safe.value:
             text += f"; up to {self.expected.value} is expected to fit, without a margin"
-        return text
+        return text + self._measured_text()
+
+    def _measured_text(self) -> str:
+        if self.measured is None:
+            return ""
+        ran, died = self.measured.ran, self.measured.died
+        text = f"; measured: {ran.value} ran" if ran else "; measured: none ran"
+        return text + (f", {died.value} ran out of memory" if died else "")
 
 
 LIMIT_TEXTS: Mapping[str, str] = {

@@ -11,21 +11,32 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from memfit.cost.lengths import Ints
-from memfit.engines.registry import supporting_engine
+from memfit.engines.registry import ready_engine, supporting_engine
 from memfit.jobs.registry import load
+from memfit.jobs.user_job import source_digest
 from memfit.planner.batch_shape import length_of, with_batch_shape
 from memfit.planner.evaluate import Pricer
-from memfit.planner.largest import LargestValue, batch_multiple, find_largest, length_multiple, prober
+from memfit.planner.largest import (
+    LargestValue,
+    MeasuredSize,
+    batch_multiple,
+    find_largest,
+    length_multiple,
+    prober,
+)
+from memfit.planner.largest_runs import MEASURED_STEPS, measured_size, with_boundary
 from memfit.planner.machine_calibration import calibrate
-from memfit.planner.request import Progress, Request, make_pricer
+from memfit.planner.request import Progress, Request, make_pricer, model_sizes
 from memfit.planner.search import search
 from memfit.planner.workspace_probes import probe_workspaces
 from memfit.runtime import local_machine
 from memfit.techniques.registry import check
 from memfit.types.errors import NothingFits, UserError, suggest
 from memfit.types.job import Dimension, Job, JobRef
+from memfit.types.launch import RunSpec
 from memfit.types.plan import Plan
 from memfit.types.result import Choice
+from memfit.workflows.single_run import measure_spec
 
 _MOST_PLANS = 4
 _OTHER_VALUES = (0.25, 0.5, 1, 2, 4)  # of the job's own value of the first of two dimensions
@@ -109,7 +120,7 @@ def _sizes(ref: JobRef) -> _Sizes:
     return _Sizes(ref=ref, job=job, dimensions=dimensions, fixed=True)
 
 
-def largest(
+def largest(  # noqa: PLR0913
     request: Request,
     dimension: str,
     *,
@@ -118,6 +129,7 @@ def largest(
     plans: Sequence[Plan] = (),
     most_plans: int | None = None,
     step: int | None = None,
+    measure: bool = False,
     progress: Progress = lambda stage, done, total, detail: None,
 ) -> LargestReport:
     """Return the largest value of the job's ``dimension`` that fits the request's machine, for each plan.
@@ -126,13 +138,18 @@ def largest(
     sizes or, if nothing fits these, with the smallest value of the dimension: the recommended one, then
     those of its frontier. With ``along`` the question is asked for each of ``values`` of this dimension, by
     default a quarter of the job's own, half, the same, twice and four times as much; without it, ``values``
-    are ignored. ``step``: only multiples of it are tried; None: what the job and the plan need.
+    are ignored. ``step``: only multiples of it are tried; None: what the job and the plan need. ``measure``:
+    whether values are also run, each for a few steps in a process of its own under the cap, until one that
+    runs out of memory is next to one that does not (`planner.largest_runs`).
 
-    Raises UserError for a dimension that the job does not have or a plan that the engine does not support,
-    and NothingFits if no plan of a search fits even with the smallest value.
+    Raises UserError for a dimension that the job does not have, for a plan that the engine does not support,
+    and if ``measure`` is asked for another machine, without a cap on a processor, or of a job that takes no
+    sizes; NothingFits if no plan of a search fits even with the smallest value.
     """
     sizes = _sizes(request.job)
     asked = sizes.resolve(dimension)
+    if measure:
+        _must_be_measurable(request, sizes)
     other = sizes.resolve(along) if along else None
     if other is not None and other.name == asked.name:
         raise UserError(f"{asked.name} is asked for along itself", allowed="two different sizes")
@@ -149,7 +166,7 @@ def largest(
         start = asked.value
         for value in other_values:
             fixed = {} if other is None or value is None else {other.name: value}
-            row = _row(request, pricer, sizes, asked, plan, fixed, start, step, progress)
+            row = _row(request, pricer, sizes, asked, plan, fixed, start, step, progress, measure=measure)
             rows.append(dataclasses.replace(row, value=value))
             if row.result is not None and row.result.value is not None:
                 start = row.result.value
@@ -173,6 +190,8 @@ def _row(  # noqa: PLR0913
     start: int,
     step: int | None,
     progress: Progress,
+    *,
+    measure: bool,
 ) -> LargestRow:
     multiples = {"batch": batch_multiple, "length": length_multiple}
     multiple = next((multiples[names[0]] for names in _SYNONYMS[:2] if asked.name in names), lambda plan: 1)
@@ -196,9 +215,69 @@ def _row(  # noqa: PLR0913
             start=start,
             step=math.lcm(asked.multiple, multiple(plan), step or 1),
         )
+        if measure:
+            result = with_boundary(
+                lambda value: _trained(request, sizes, plan, {**fixed, asked.name: value}, value, progress),
+                result,
+            )
     except UserError as error:
         return LargestRow(plan=plan, value=None, result=None, problem=str(error))
     return LargestRow(plan=plan, value=None, result=result)
+
+
+def _must_be_measurable(request: Request, sizes: _Sizes) -> None:
+    """Raise UserError if values cannot be run: on another machine, without a cap on a processor, where other
+    programs need what remains of the memory, or for a job that other processes cannot load with a size."""
+    if not request.is_here:
+        raise UserError(
+            "--measure runs values on this machine, but the question is about another one",
+            allowed="--measure without --on, or with --on this",
+        )
+    if request.cap_bytes is None and request.machine.device.is_host:
+        raise UserError(
+            "--measure on a processor needs a cap below the machine's memory",
+            allowed="--memory SIZE, such as --memory 4GiB",
+        )
+    if sizes.fixed:
+        raise UserError(
+            f"{sizes.ref.spec} takes no sizes, so other sizes of it cannot be run",
+            allowed="a job that is a function with a size as argument, such as job(batch=8)",
+        )
+
+
+def _trained(
+    request: Request,
+    sizes: _Sizes,
+    plan: Plan,
+    values: Mapping[str, int],
+    value: int,
+    progress: Progress,
+) -> MeasuredSize:
+    """Train the job of ``values`` for a few steps under the request's cap, and return how that ended for
+    ``value``."""
+    ready_engine(request.engine, plan, request.device)
+    ref = sizes.ref.with_sizes(values)
+    job = load(ref)
+    progress("run", 0, 0, f"{', '.join(f'{name} {n}' for name, n in values.items())}: {plan.label}")
+    spec = RunSpec(
+        name=plan.label,
+        role="run",
+        job=ref,
+        plan=plan,
+        engine=request.engine,
+        seed=0,
+        steps=MEASURED_STEPS,
+        batch_size=job.batch_size,
+        clip=job.clip,
+        sizes=model_sizes(request.engine, job),
+        cap_bytes=request.cap_bytes,
+        device=request.device,
+        threads=request.threads or max(1, local_machine.threads() // plan.ranks),
+        evaluate=False,
+        timeout_s=request.timeout_s,
+        source_digest=source_digest(ref.spec),
+    )
+    return measured_size(value, measure_spec(spec))
 
 
 def _workspaces(request: Request, base: Pricer) -> Callable[[Pricer, Plan], None]:

@@ -116,7 +116,7 @@ def run_plan(
         raise UserError(
             f"a plan with {plan.ranks} ranks cannot run on this machine",
             allowed=f"at most {max_ranks} ranks, {reason}",
-            hint="`memfit explain` predicts it without running it",
+            hint="`memfit estimate JOB` predicts it without running it",
         )
     job = make_pricer(request)[0]
     keep, seed = checkpoints.settled(recovery.keep, seed, steps or job.steps)
@@ -228,13 +228,15 @@ def run_spec(
         predicted_peak_bytes=int(estimate.allocated_bytes.value),
         predicted_phase_peak_bytes=estimate.phase_peak_bytes,
         predicted_step_s=estimate.step_s.value if estimate.step_s else None,
-        measurement=_measured(spec, listen, losses),
+        measurement=measure_spec(spec, listen, losses),
         dependence=estimate.dependence,
     )
 
 
-def _measured(
-    spec: RunSpec, listen: Callable[[Mapping[str, object]], None], losses: Losses | None = None
+def measure_spec(
+    spec: RunSpec,
+    listen: Callable[[Mapping[str, object]], None] = lambda event: None,
+    losses: Losses | None = None,
 ) -> Measurement:
     """Run all ranks of ``spec`` and return the measurement of one of them. ``listen`` is called with each
     event of rank 0.

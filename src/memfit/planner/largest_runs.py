@@ -1,0 +1,110 @@
+"""The largest value of a size that runs under a cap, by short runs: what traces leave open, runs decide.
+
+Traces give a safe value and an expected one; what lies between may run out of memory. `find_boundary` runs
+values, each once, until one that runs out of memory is next to one that does not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+from memfit.planner.largest import LargestValue, MeasuredLargest, MeasuredSize, TracedSize
+from memfit.types.result import Measurement, OutcomeKind
+
+MOST_RUNS = 12
+MEASURED_STEPS = 3
+_ALTERNATES = 2  # runs after which every second one is in the middle
+_LOWER = 0.9  # of the smallest value that ran out of memory, if none has run
+
+
+def measured_size(value: int, measurement: Measurement) -> MeasuredSize:
+    """Return the outcome of a run at ``value``."""
+    return MeasuredSize(
+        value=value,
+        outcome=measurement.outcome,
+        reason=measurement.reason,
+        tensor_bytes=measurement.peak_bytes,
+        process_bytes=measurement.process_peak_bytes,
+        limit=measurement.limit_kind,
+    )
+
+
+def find_boundary(
+    run: Callable[[int], MeasuredSize], traced: LargestValue, *, most_runs: int = MOST_RUNS
+) -> MeasuredLargest:
+    """Return the largest value that runs and the next one that runs out of memory, among the multiples of
+    ``traced.step``.
+
+    ``run`` trains one value under the cap. The first is the largest safe value of ``traced``, or the smallest
+    that the job takes. If the values of ``traced`` end for another reason than memory, only that one is run,
+    and there is none that runs out of memory. After ``most_runs``, or after a run that fails for another
+    reason, the answer is as far as it got.
+    """
+    first = traced.safe or traced.safe_next
+    assert first is not None
+    runs: dict[int, MeasuredSize] = {}
+    value: int | None = first.value
+    while value is not None and len(runs) < most_runs:
+        runs[value] = run(value)
+        if runs[value].outcome not in (OutcomeKind.OK, OutcomeKind.OOM):
+            break
+        ends = traced.limit != "memory" and runs[value].outcome is OutcomeKind.OK
+        value = None if ends else _next_value(runs, traced)
+    low, high = _bounds(runs)
+    return MeasuredLargest(
+        steps=MEASURED_STEPS,
+        ran=runs.get(low),
+        died=None if high is None else runs[high],
+        runs=tuple(runs[v] for v in sorted(runs)),
+    )
+
+
+def _bounds(runs: Mapping[int, MeasuredSize]) -> tuple[int, int | None]:
+    """Return (the largest value that ran, 0 for none; the smallest above it that ran out of memory)."""
+    low = max((v for v, r in runs.items() if r.outcome is OutcomeKind.OK), default=0)
+    high = min((v for v, r in runs.items() if r.outcome is OutcomeKind.OOM and v > low), default=None)
+    return low, high
+
+
+def _next_value(runs: Mapping[int, MeasuredSize], traced: LargestValue) -> int | None:
+    """Return the next value to run: where memory, as measured at the largest value that ran, is predicted to
+    reach the cap. None if the values next to each other were run, or the job refuses larger ones."""
+    step = traced.step
+    low, high = _bounds(runs)
+    if high is not None and high - low <= step:
+        return None
+    refused = min((t.value for t in traced.traced if t.problem and t.value > low), default=None)
+    if high is None and refused is not None and refused - low <= step:
+        return None
+    if low == 0:
+        assert high is not None
+        return max(step, min(high - step, int(high * _LOWER) // step * step))
+    if high is not None and len(runs) > _ALTERNATES and len(runs) % 2:
+        return (low + high) // 2 // step * step
+    used_bytes, points = runs[low].process_bytes, [t for t in traced.traced if not t.problem]
+    expected = _interpolated(points, low)
+    ratio = used_bytes / expected if used_bytes and expected else 1.0
+    target = low + step
+    most = 2 * low if high is None else high - step
+    most = most if refused is None else min(most, refused - step)
+    while target < most and _interpolated(points, target) * ratio <= traced.cap_bytes:
+        target += max(step, (most - target) // 2 // step * step)
+    while target > low + step and _interpolated(points, target) * ratio > traced.cap_bytes:
+        target -= max(step, (target - low) // 8 // step * step)
+    return max(low + step, min(target, most))
+
+
+def _interpolated(points: Sequence[TracedSize], value: int) -> float:
+    """Return the expected bytes at ``value``, on the line through the two traced values next to it."""
+    if len(points) == 1:
+        return points[0].expected_bytes
+    index = next((i for i, p in enumerate(points) if p.value >= value), len(points) - 1)
+    left, right = points[max(0, index - 1)], points[max(1, index)]
+    slope = (right.expected_bytes - left.expected_bytes) / (right.value - left.value)
+    return left.expected_bytes + slope * (value - left.value)
+
+
+def with_boundary(run: Callable[[int], MeasuredSize], traced: LargestValue) -> LargestValue:
+    """Return ``traced`` with what `find_boundary` measured."""
+    return dataclasses.replace(traced, measured=find_boundary(run, traced))

@@ -1,0 +1,87 @@
+"""Train a job that only this process has, in a forked copy of it, as the worker would."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+from memfit.jobs.registry import add_job
+from memfit.runtime.oom import is_oom_error
+from memfit.types import serialization
+from memfit.types.device_kind import HOST
+from memfit.types.errors import UserError
+from memfit.types.job import Job
+from memfit.types.launch import RunSpec
+from memfit.types.result import Measurement, OutcomeKind
+
+# Of glibc's mallopt: blocks of at least 64 KiB are mapped separately, freed memory is returned at once, and
+# all threads use one heap, as the environment of the worker has it.
+_MALLOC_OPTIONS = ((-3, 65536), (-1, 0), (-8, 1))
+
+
+def train_forked(spec: RunSpec, job: Job) -> Measurement:
+    """Train ``job`` as ``spec`` says, on one thread of a forked copy of this process, and return what it
+    measured. ``spec.job`` is only a name. What goes wrong there is the outcome of the measurement. Raises
+    UserError if this process cannot be forked: not on Linux, for a device other than the processor, and if
+    the plan has several ranks."""
+    if not hasattr(os, "fork") or spec.device != HOST or spec.plan.ranks > 1:
+        raise UserError(
+            "objects of this process can be run under a cap only on Linux, on its processor, with one rank",
+            allowed="a function FILE.py:NAME that returns a memfit.Job, with "
+            "`memfit plan FILE.py:NAME --largest SIZE --measure`",
+        )
+    reader, writer = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    process = os.fork()
+    if process == 0:
+        os.close(reader)
+        _train(spec, job, writer)
+    os.close(writer)
+    with os.fdopen(reader, encoding="utf-8") as events:
+        results = [event for line in events if (event := _event(line)).get("event") == "result"]
+    status = os.waitpid(process, 0)[1]
+    if results:
+        return serialization.loads(Measurement, json.dumps(results[-1]["measurement"]), what="measurement")
+    return Measurement(
+        outcome=OutcomeKind.FAILED, reason=f"the process ended with status {status} without a result"
+    )
+
+
+def _event(line: str) -> dict[str, Any]:
+    if not line.startswith('{"event":'):
+        return {}
+    event: dict[str, Any] = json.loads(line)
+    return event
+
+
+def _train(spec: RunSpec, job: Job, writer: int) -> NoReturn:
+    """Train in this process, write the result as an event to ``writer``, and end the process."""
+    from memfit.runtime.progress_events import tell
+    from memfit.worker.train import main
+
+    os.dup2(writer, 1)
+    sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    code = 0
+    try:
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc only
+        for option, value in _MALLOC_OPTIONS if mallopt is not None else ():
+            mallopt(option, value)
+        add_job(spec.job.spec, job)
+        with tempfile.TemporaryDirectory(prefix="memfit-") as folder:
+            path = Path(folder) / "spec.json"
+            path.write_text(serialization.dumps(spec), encoding="utf-8")
+            main(path)
+    except BaseException as error:  # noqa: BLE001  the parent must hear of it, whatever it is
+        text = traceback.format_exception_only(error)[-1].strip()
+        outcome = OutcomeKind.OOM if is_oom_error(error) else OutcomeKind.FAILED
+        tell("result", measurement=Measurement(outcome=outcome, reason=text))
+        code = 1
+    sys.stdout.flush()
+    os._exit(code)
