@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Final
+
+from memfit.report.plan_words import is_plan_label
 from memfit.report.provenance import POC, prediction_anchor
 from memfit.report.quantities import Figure, Mark, Sentence, assumed, predicted, sourced
 from memfit.report.rows import ChoiceRow, SearchView
@@ -91,15 +94,22 @@ def _reason(reason: Reason) -> Sentence:
             "time": predicted(reason.time_ratio, "ratio"),
             "count": predicted(reason.plan_count, "count"),
             "least": predicted(reason.least_bytes, "bytes"),
-            "detail": Sentence(key=f"accuracy.{reason.detail}")
-            if reason.kind == "left_out_accuracy" and reason.detail in set(Accuracy)
-            else reason.detail,
+            "detail": _detail(reason),
         },
     )
 
 
-def _reason_key(kind: str, *, timed: bool) -> str:
-    is_comparison = kind in {
+def _detail(reason: Reason) -> Sentence | str:
+    """Return the reason's detail: an accuracy or the plan of a comparison as a sentence, else its text."""
+    if reason.kind == "left_out_accuracy" and reason.detail in set(Accuracy):
+        return Sentence(key=f"accuracy.{reason.detail}")
+    if reason.kind in _COMPARISONS and is_plan_label(reason.detail):
+        return Sentence(key="reason.rival", values={"plan": reason.detail})
+    return reason.detail
+
+
+_COMPARISONS: Final = frozenset(
+    {
         "saves",
         "costs",
         "left_out_slower",
@@ -108,4 +118,8 @@ def _reason_key(kind: str, *, timed: bool) -> str:
         "without_worse",
         "without_as_good",
     }
-    return f"reason.{kind}" if timed or not is_comparison else f"reason.{kind}_untimed"
+)
+
+
+def _reason_key(kind: str, *, timed: bool) -> str:
+    return f"reason.{kind}" if timed or kind not in _COMPARISONS else f"reason.{kind}_untimed"
