@@ -10,8 +10,9 @@ import ast
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from memfit.export.loop_update import end, stored
 from memfit.export.source_edits import Source, literal, name_of, source_of
-from memfit.export.training_loop import Loop, end, find_loop, stored, wrappers
+from memfit.export.training_loop import Loop, find_loop, wrappers
 from memfit.techniques.registry import make_use
 from memfit.types.errors import UserError
 from memfit.types.plan import Plan, Use
@@ -57,14 +58,16 @@ def edit_loop(source: Source, plan: Plan, structure: Mapping[str, Any]) -> tuple
     lines = list(source.lines)
     edits = _loop_edits(source, loop)
     example = f"next(iter({source.of(_iterable(loop))}))" if _needs_example(plan) else ""
-    setup = apply_lines(plan, loop.model, loop.optimizer, structure, clip=loop.clip, batch=example)
-    if loop.is_global:
+    setup = apply_lines(
+        plan, loop.setup.model, loop.setup.optimizer, structure, clip=loop.setup.clip, batch=example
+    )
+    if loop.setup.is_global:
         setup.insert(0, "global fit")
-    if loop.after is not None:
-        place, indent = end(loop.after) + 1, source.indent(loop.after.lineno)
+    if loop.setup.after is not None:
+        place, indent = end(loop.setup.after) + 1, source.indent(loop.setup.after.lineno)
     else:
-        assert loop.before is not None
-        place, indent = loop.before.lineno, source.indent(loop.before.lineno)
+        assert loop.setup.before is not None
+        place, indent = loop.setup.before.lineno, source.indent(loop.setup.before.lineno)
     edits[place, place - 1] = [f"{indent}{line}\n" for line in setup]
     if not any(_imports_memfit(s) for s in source.tree.body):
         import_line = _import_line(source)
@@ -132,7 +135,7 @@ def _settings(use: Use) -> Mapping[str, Any]:
 
 
 def _remarks(source: Source, loop: Loop, plan: Plan) -> Iterator[str]:
-    yield from loop.remarks
+    yield from loop.setup.remarks
     for name, _, line in wrappers(source):
         yield f"line {line} uses {name} under a condition: start the script so that it does not"
     if loop.autocast is not None or any(name_of(c.func) == "GradScaler" for c in _calls(source)):

@@ -12,6 +12,20 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from memfit.export.loop_update import (
+    FUNCTIONS,
+    LOOPS,
+    Place,
+    Statements,
+    Update,
+    assignment,
+    find_place,
+    find_update,
+    lists_of,
+    loaded,
+    must_be_on_lines,
+    stored,
+)
 from memfit.export.source_edits import Source, name_of
 from memfit.types.errors import UserError
 from memfit.types.plan import Plan
@@ -20,39 +34,31 @@ from memfit.types.plan import Plan
 _IN_THE_WAY = frozenset({"no_sync", "FullyShardedDataParallel", "fully_shard", "get_peft_model"})
 _WRAPPERS = frozenset({"DataParallel", "DistributedDataParallel", "torch.compile"})
 _NO_FORWARD = frozenset({"train", "eval", "to", "zero_grad", "parameters", "named_parameters"})
-_LOOPS = (ast.For, ast.While)
-_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-Statements = list[ast.stmt]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Update:
-    """From backward to the optimizer's step. ``loss``, ``optimizer``: names of variables. ``backward``,
-    ``step``: the statements that run them, which may be one ``if``. ``step_body``: the statement list of
-    ``step``. ``clip``, ``condition``: the norm to which gradients are clipped and when, None if they are not,
-    or always. ``removed``: statements that the plan's step replaces."""
+class Setup:
+    """Where the plan is applied: after the statement ``after`` or, if that is None, before ``before``.
+    ``model``, ``optimizer``: the variables there. ``clip``: source of the norm to which gradients are
+    clipped, valid there; "" if they are not. ``is_global``: the loop is in another function. ``remarks``:
+    what the user should know."""
 
-    loss: str
+    model: str
     optimizer: str
-    backward: ast.stmt
-    step: ast.stmt
-    step_body: Statements
-    clip: ast.expr | None
-    condition: ast.expr | None
-    removed: tuple[ast.stmt, ...]
+    clip: str
+    after: ast.stmt | None
+    before: ast.stmt | None
+    is_global: bool
+    remarks: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Loop:
     """A training loop. ``body``: the statements with backward; ``forward``, ``backward``: indices in it of
-    the first statement that calls the model and of the one that runs backward. ``update``: see there.
-    ``loop``: the innermost loop. ``autocast``: the statement ``with autocast(...)`` around the forward pass,
-    None without. ``prefetch``: statements between forward and backward that load the next batch. ``batch``:
-    the variables that hold the batch. ``model``, ``optimizer``: the variables where the plan is applied.
-    ``clip``: source of the norm to which gradients are clipped, valid there; "" if they are not.
-    ``setup_body``: the statement list in which the plan is applied, before the statement ``before`` of it if
-    there is one, else after ``after``. ``is_global``: the loop is in another function.
-    ``own_accumulation``: the script accumulates gradients itself. ``remarks``: what the user should know."""
+    the first statement that calls the model and of the one that runs backward. ``loop``: the innermost loop.
+    ``autocast``: the statement ``with autocast(...)`` around the forward pass, None without. ``prefetch``:
+    statements between forward and backward that load the next batch. ``batch``: the variables that hold the
+    batch. ``own_accumulation``: the script accumulates gradients itself."""
 
     body: Statements
     forward: int
@@ -62,37 +68,18 @@ class Loop:
     autocast: ast.With | None
     prefetch: tuple[ast.stmt, ...]
     batch: tuple[str, ...]
-    model: str
-    optimizer: str
-    clip: str
-    after: ast.stmt | None
-    before: ast.stmt | None
-    is_global: bool
     own_accumulation: bool
-    remarks: tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Place:
-    """A loop in a script. ``function``: the innermost function that holds it, None at the top. ``scope``: the
-    statements of that function or of the module. ``loop``: the innermost loop; ``body``: a statement list in
-    it; ``index``: of the statement with backward."""
-
-    function: ast.FunctionDef | ast.AsyncFunctionDef | None
-    scope: Statements
-    loop: Any
-    body: Statements
-    index: int
+    setup: Setup
 
 
 def find_loop(source: Source, plan: Plan) -> Loop:
     """Return the training loop of the script. Raises UserError, whose ``given`` is the reason, if there is
     none of a form that can be edited safely for ``plan``."""
     _must_not_be_in_the_way(source, plan)
-    place = _place(source)
-    update = _update(source, place)
+    place = find_place(source)
+    update = find_update(source, place)
     for body in (place.body, update.step_body):
-        _must_be_on_lines(body)
+        must_be_on_lines(body)
     model = _model(place.scope, place.body[: place.index], update.optimizer)
     forward = next((i for i, s in enumerate(place.body[: place.index]) if calls(s, model)), None)
     if forward is None:
@@ -101,8 +88,6 @@ def find_loop(source: Source, plan: Plan) -> Loop:
         raise UserError("the forward pass contains a text of several lines, which cannot be indented")
     autocast = _autocast(source, place, forward)
     batch, prefetch = _batch(place, forward, model)
-    setup = _setup(source, place, update, model)
-    own_accumulation = update.step_body is not place.body
     return Loop(
         body=place.body,
         forward=forward,
@@ -112,8 +97,8 @@ def find_loop(source: Source, plan: Plan) -> Loop:
         autocast=autocast,
         prefetch=prefetch,
         batch=batch,
-        own_accumulation=own_accumulation,
-        **setup,
+        own_accumulation=update.step_body is not place.body,
+        setup=_setup(source, place, update, model),
     )
 
 
@@ -158,224 +143,7 @@ def _with_conditions(node: ast.AST, *, is_conditional: bool) -> Iterator[tuple[a
         yield from _with_conditions(child, is_conditional=is_conditional or branches)
 
 
-# -- from backward to step ------------------------------------------------------------------------
-
-
-def _place(source: Source) -> _Place:
-    count = sum(isinstance(n, ast.Call) and name_of(n.func) == "backward" for n in ast.walk(source.tree))
-    for place in _places(source.tree.body, None, source.tree.body, None):
-        if count == 1 and _is_backward(place.body[place.index]):
-            return place
-        if count == 2 and _branches(place.body[place.index]) is not None:
-            return place
-    if count != 1:
-        raise UserError(f"the script calls backward {count} times, not once")
-    raise UserError("backward is not a statement of its own in a loop")
-
-
-def _places(statements: Statements, function: Any, scope: Statements, loop: Any) -> Iterator[_Place]:
-    for index, statement in enumerate(statements):
-        if loop is not None:
-            yield _Place(function=function, scope=scope, loop=loop, body=statements, index=index)
-        is_function = isinstance(statement, _FUNCTIONS)
-        for inner in lists_of(statement):
-            if is_function:
-                yield from _places(inner, statement, inner, None)
-            else:
-                yield from _places(
-                    inner, function, scope, statement if isinstance(statement, _LOOPS) else loop
-                )
-
-
-def lists_of(statement: ast.AST) -> list[Statements]:
-    """Return the statement lists of a compound statement."""
-    fields = [getattr(statement, name, None) for name in ("body", "orelse", "finalbody")]
-    fields += [h.body for h in getattr(statement, "handlers", [])]
-    return [f for f in fields if isinstance(f, list) and f]
-
-
-def _is_backward(statement: ast.stmt) -> bool:
-    call = statement.value if isinstance(statement, ast.Expr) else None
-    return isinstance(call, ast.Call) and name_of(call.func) == "backward"
-
-
-def _branches(statement: ast.stmt) -> tuple[Statements, Statements] | None:
-    """Return the two branches of an ``if`` that both run backward, else None."""
-    if isinstance(statement, ast.If) and all(
-        any(_is_backward(s) for s in branch) for branch in (statement.body, statement.orelse)
-    ):
-        return statement.body, statement.orelse
-    return None
-
-
-def _update(source: Source, place: _Place) -> Update:
-    statement = place.body[place.index]
-    if (branches := _branches(statement)) is not None:
-        first, last = (_sequence(place, branch, is_whole=True) for branch in branches)
-        keys = [(u.loss, u.optimizer, *map(_text, (u.clip, u.condition))) for u in (first, last)]
-        if keys[0] != keys[1]:
-            raise UserError("the two branches that run backward differ in more than a GradScaler")
-        zeroed = [s for s in place.body if _method(s, "zero_grad") is not None]
-        update = dataclasses.replace(
-            first, backward=statement, step=statement, step_body=place.body, removed=tuple(zeroed)
-        )
-    else:
-        update = _sequence(place, place.body[place.index :], is_whole=False)
-    spans = [(s.lineno, end(s)) for s in (update.backward, update.step, *update.removed)]
-    for node in ast.walk(source.tree):
-        if isinstance(node, ast.Call) and name_of(node.func) in {"unscale_", "scale"}:
-            is_own = isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name)
-            if is_own and not any(a <= node.lineno <= b for a, b in spans):
-                raise UserError(f"the script uses its GradScaler elsewhere, in line {node.lineno}")
-    return update
-
-
-def _text(node: ast.expr | None) -> str:
-    return "" if node is None else ast.unparse(node)
-
-
-def _sequence(place: _Place, statements: Statements, *, is_whole: bool) -> Update:
-    """Return what ``statements`` do from their first backward on. ``is_whole``: they must do nothing else;
-    else the step may follow the loop. Their `zero_grad` is removed, too."""
-    index = next(i for i, s in enumerate(statements) if _is_backward(s))
-    loss, scaler = _loss(statements[index])
-    rest, step_body = statements[index + 1 :], place.body
-    if not is_whole and _step_index(place, rest, scaler) is None and (parent := _parent(place)) is not None:
-        step_body, position = parent
-        if rest:
-            raise UserError("no OPTIMIZER.step() follows backward in the same block")
-        rest = step_body[position + 1 :]
-    if (step := _step_index(place, rest, scaler)) is None:
-        raise UserError("no OPTIMIZER.step() follows backward in the same block")
-    clip = condition = None
-    removed: list[ast.stmt] = []
-    for statement in rest[:step]:
-        if (clipping := _clipping(statement, scaler)) is not None:
-            clip, condition = clipping
-            removed.append(statement)
-        elif scaler and _method(statement, "unscale_", arguments=1) == scaler:
-            removed.append(statement)
-        elif _changes_gradients(statement):
-            text = ast.unparse(statement)
-            raise UserError(f"between backward and step, the script changes gradients: {text[:60]}")
-    removed += [s for s in rest[step + 1 :] if scaler and _method(s, "update") == scaler]
-    if is_whole and len(removed) + 2 != len(statements):
-        raise UserError("a branch that runs backward does more than clip and step")
-    if not is_whole:
-        bodies = [place.body] if step_body is place.body else [place.body, step_body]
-        removed += [s for body in bodies for s in body if _method(s, "zero_grad") is not None]
-    return Update(
-        loss=loss,
-        optimizer=str(_stepped(rest[step], scaler)),
-        backward=statements[index],
-        step=rest[step],
-        step_body=step_body,
-        clip=clip,
-        condition=condition,
-        removed=tuple(removed),
-    )
-
-
-def _changes_gradients(statement: ast.stmt) -> bool:
-    text = ast.unparse(statement)
-    return ".grad" in text or "clip_grad" in text or "unscale" in text
-
-
-def _loss(statement: ast.stmt) -> tuple[str, str]:
-    """Return (the loss, the GradScaler or "") of ``LOSS.backward()`` or ``SCALER.scale(LOSS).backward()``."""
-    call: Any = statement.value  # type: ignore[attr-defined]
-    target = call.func.value if isinstance(call.func, ast.Attribute) else None
-    if not (call.args or call.keywords):
-        if isinstance(target, ast.Name):
-            return target.id, ""
-        if isinstance(target, ast.Call) and isinstance(target.func, ast.Attribute):
-            owner, arguments = target.func.value, [*target.args, *target.keywords]
-            is_scaled = target.func.attr == "scale" and isinstance(owner, ast.Name) and len(arguments) == 1
-            if is_scaled and isinstance(arguments[0], ast.Name):
-                return arguments[0].id, owner.id  # type: ignore[attr-defined]
-    raise UserError("backward is not called as LOSS.backward() on a variable")
-
-
-def _parent(place: _Place) -> tuple[Statements, int] | None:
-    """Return (the statement list that holds the loop of micro-batches, its index there), None unless that
-    list is in a loop, too."""
-    for outer in _places(place.scope, place.function, place.scope, None):
-        if outer.body[outer.index] is place.loop and isinstance(place.loop, ast.For):
-            return outer.body, outer.index
-    return None
-
-
-def _step_index(place: _Place, statements: Statements, scaler: str) -> int | None:
-    names = [(i, name) for i, s in enumerate(statements) if (name := _stepped(s, scaler)) is not None]
-    return next((i for i, name in names if scaler or _is_optimizer(place, name)), None)
-
-
-def _stepped(statement: ast.stmt, scaler: str) -> str | None:
-    """Return the optimizer that the statement steps: X of ``X.step()``, or of ``SCALER.step(X)``."""
-    if not scaler:
-        return _method(statement, "step")
-    if _method(statement, "step", arguments=1) != scaler:
-        return None
-    argument = statement.value.args[0]  # type: ignore[attr-defined]
-    return argument.id if isinstance(argument, ast.Name) else None
-
-
-def _method(statement: ast.stmt, name: str, *, arguments: int = 0) -> str | None:
-    """Return X if the statement is ``X.name()`` of a variable X with so many arguments; any for zero_grad."""
-    call = statement.value if isinstance(statement, ast.Expr) else None
-    if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == name):
-        return None
-    fits = name == "zero_grad" or (len(call.args) == arguments and not call.keywords)
-    return call.func.value.id if isinstance(call.func.value, ast.Name) and fits else None
-
-
-def _is_optimizer(place: _Place, name: str) -> bool:
-    """Return whether the variable is an optimizer: it is one by its name, it is made with parameters(), or
-    the loop calls its zero_grad."""
-    assigned = assignment(place.scope, name)
-    has_parameters = assigned is not None and "parameters()" in ast.unparse(assigned)
-    zeroes = any(_method(s, "zero_grad") == name for s in place.body)
-    return has_parameters or zeroes or name in {"opt", "optim"} or "optimizer" in name
-
-
-def _clipping(statement: ast.stmt, scaler: str) -> tuple[ast.expr, ast.expr | None] | None:
-    """Return (the norm, the condition) of ``clip_grad_norm_(model.parameters(), NORM)``, alone or in an
-    ``if``, else None."""
-    if isinstance(statement, ast.If) and not statement.orelse:
-        inner = [s for s in statement.body if not (scaler and _method(s, "unscale_", arguments=1) == scaler)]
-        norm = _norm(inner[0]) if len(inner) == 1 else None
-        return None if norm is None else (norm, statement.test)
-    norm = _norm(statement)
-    return None if norm is None else (norm, None)
-
-
-def _norm(statement: ast.stmt) -> ast.expr | None:
-    call = statement.value if isinstance(statement, ast.Expr) else None
-    if not isinstance(call, ast.Call) or name_of(call.func) != "clip_grad_norm_":
-        return None
-    norms = [*call.args[1:2], *(k.value for k in call.keywords if k.arg == "max_norm")]
-    others = len(call.args) > 2 or any(k.arg != "max_norm" for k in call.keywords)
-    is_simple = len(norms) == 1 and isinstance(norms[0], ast.Constant | ast.Name | ast.Attribute)
-    return norms[0] if is_simple and not others else None
-
-
-def _must_be_on_lines(body: Statements) -> None:
-    edges = [x for s in body for x in (s.lineno, end(s) + 0.5)]
-    if sorted(edges) != edges:
-        raise UserError("several statements of the loop are on one line")
-
-
 # -- model and batch ------------------------------------------------------------------------------
-
-
-def assignment(scope: Statements, name: str) -> Any:
-    """Return the only assignment to the variable among the statements, else None."""
-    assignments = [
-        s
-        for s in scope
-        if isinstance(s, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in s.targets)
-    ]
-    return assignments[0] if len(assignments) == 1 else None
 
 
 def _model(scope: Statements, before: Statements, optimizer: str) -> str:
@@ -429,7 +197,7 @@ def _spans_text(statement: ast.stmt) -> bool:
     return any(n.end_lineno != n.lineno for n in [*texts, *joined])
 
 
-def _autocast(source: Source, place: _Place, forward: int) -> ast.With | None:
+def _autocast(source: Source, place: Place, forward: int) -> ast.With | None:
     """Return the statement ``with autocast(...):`` from forward to backward, None if the script has none.
     Raises UserError if it uses autocast in another place that the loop may reach."""
     withs = [s for s in place.body[forward : place.index] if isinstance(s, ast.With)]
@@ -444,7 +212,7 @@ def _autocast(source: Source, place: _Place, forward: int) -> ast.With | None:
             known |= {id(n) for a in _assignments(source, context.id) for n in ast.walk(a)}
     called = {name_of(n.func) for n in _nodes(place.body) if isinstance(n, ast.Call)}
     for function in ast.walk(source.tree):
-        if isinstance(function, _FUNCTIONS) and function is not place.function:
+        if isinstance(function, FUNCTIONS) and function is not place.function:
             is_method = any(isinstance(c, ast.ClassDef) and function in c.body for c in ast.walk(source.tree))
             holds_loop = any(n is place.loop for n in ast.walk(function))
             if function.name not in called and not is_method and not holds_loop:  # such as an evaluation
@@ -475,7 +243,7 @@ def _assignments(source: Source, name: str) -> list[ast.Assign]:
     ]
 
 
-def _batch(place: _Place, forward: int, model: str) -> tuple[tuple[str, ...], tuple[ast.stmt, ...]]:
+def _batch(place: Place, forward: int, model: str) -> tuple[tuple[str, ...], tuple[ast.stmt, ...]]:
     """Return (the variables that each step of the loop sets and forward reads; the statements between forward
     and backward that only load the next batch into them)."""
     bound: list[str] = stored(place.loop.target) if isinstance(place.loop, ast.For) else []
@@ -485,7 +253,7 @@ def _batch(place: _Place, forward: int, model: str) -> tuple[tuple[str, ...], tu
     computed = {n for s in between if calls(s, model) for n in stored(s)}
     prefetch = [s for s in between if _loads_next(s, between, computed, model)]
     bound += [n for s in prefetch for n in stored(s) if n not in bound]
-    read = {n for s in between if s not in prefetch for n in _loaded(s)}
+    read = {n for s in between if s not in prefetch for n in loaded(s)}
     names = tuple(n for n in dict.fromkeys(bound) if n in read)
     if not names:
         raise UserError("the script does not show which variables hold the batch")
@@ -498,36 +266,19 @@ def _loads_next(statement: ast.stmt, between: Statements, computed: set[str], mo
     if not isinstance(statement, ast.Assign) or calls(statement, model):
         return False
     index, names = between.index(statement), set(stored(statement))
-    earlier = {n for s in between[:index] for n in _loaded(s)} - {
+    earlier = {n for s in between[:index] for n in loaded(s)} - {
         n for s in between[:index] for n in stored(s)
     }
-    later = {n for s in between[index + 1 :] for n in _loaded(s)}
-    return bool(names) and names <= earlier and not names & later and not _loaded(statement) & computed
-
-
-def stored(node: ast.AST) -> list[str]:
-    """Return the names to which the node assigns, not counting those inside functions that it defines."""
-    if isinstance(node, (*_FUNCTIONS, ast.Lambda)):
-        return []
-    own = [node.id] if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else []
-    return own + [n for child in ast.iter_child_nodes(node) for n in stored(child)]
-
-
-def _loaded(node: ast.AST) -> set[str]:
-    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
-
-
-def end(statement: ast.stmt) -> int:
-    """Return the last line of a statement."""
-    return statement.end_lineno or statement.lineno
+    later = {n for s in between[index + 1 :] for n in loaded(s)}
+    return bool(names) and names <= earlier and not names & later and not loaded(statement) & computed
 
 
 # -- where the plan is applied --------------------------------------------------------------------
 
 
-def _setup(source: Source, place: _Place, update: Update, model: str) -> dict[str, Any]:
-    """Return the fields of Loop that say where and with what names the plan is applied: after the optimizer
-    is made, or before the loop if that is made elsewhere. Raises UserError if the script does not show where,
+def _setup(source: Source, place: Place, update: Update, model: str) -> Setup:
+    """Return where and with what names the plan is applied: after the optimizer is made, or before the loop
+    if that is made elsewhere. Raises UserError if the script does not show where,
     or if the model changes between."""
     names = {update.optimizer: update.optimizer, model: model}
     user: ast.AST = place.loop
@@ -547,28 +298,28 @@ def _setup(source: Source, place: _Place, update: Update, model: str) -> dict[st
     between = statements[statements.index(after) + 1 : at] if after is not None else []
     for statement in between:
         changes = names[model] in stored(statement) or f"{names[model]}.to(" in ast.unparse(statement)
-        if changes and not isinstance(statement, (ast.If, *_FUNCTIONS)):
+        if changes and not isinstance(statement, (ast.If, *FUNCTIONS)):
             raise UserError(f"the script changes {names[model]} after it makes {optimizer}")
         if changes and isinstance(statement, ast.If):
             remarks.append(
                 f"if {ast.unparse(statement.test)[:60]}, the script changes {names[model]} after the plan is "
                 "applied, for which the plan was not made"
             )
-    return {
-        "model": names[model],
-        "optimizer": optimizer,
-        "clip": _clip(place, update, arguments if user is not place.loop else None, statements[at:]),
-        "after": after,
-        "before": None if after is not None else statements[at],
-        "is_global": user is not place.loop and statements is not source.tree.body,
-        "remarks": tuple(remarks),
-    }
+    return Setup(
+        model=names[model],
+        optimizer=optimizer,
+        clip=_clip(place, update, arguments if user is not place.loop else None, statements[at:]),
+        after=after,
+        before=None if after is not None else statements[at],
+        is_global=user is not place.loop and statements is not source.tree.body,
+        remarks=tuple(remarks),
+    )
 
 
-def _caller(source: Source, place: _Place, optimizer: str) -> tuple[Statements, ast.AST, dict[str, ast.expr]]:
+def _caller(source: Source, place: Place, optimizer: str) -> tuple[Statements, ast.AST, dict[str, ast.expr]]:
     """Return (the statements of the function or module that makes the optimizer; the node that runs the loop
     from there; the arguments of the loop's function by parameter)."""
-    functions = [n for n in ast.walk(source.tree) if isinstance(n, _FUNCTIONS)]
+    functions = [n for n in ast.walk(source.tree) if isinstance(n, FUNCTIONS)]
     scopes = [source.tree.body, *(f.body for f in functions)]
     calls_of_loop = [
         (scope, node, _arguments(place.function, node))
@@ -606,7 +357,7 @@ def _outside_functions(statements: Statements) -> Iterator[ast.AST]:
     waiting: list[ast.AST] = [*statements]
     while waiting:
         node = waiting.pop()
-        if not isinstance(node, _FUNCTIONS):
+        if not isinstance(node, FUNCTIONS):
             yield node
             waiting += ast.iter_child_nodes(node)
 
@@ -617,14 +368,14 @@ def _innermost(statements: Statements, user: ast.AST, optimizer: str) -> tuple[S
     at = next((i for i, s in enumerate(statements) if any(n is user for n in ast.walk(s))), None)
     if at is None:
         return statements, len(statements)
-    if not isinstance(statements[at], _LOOPS) and optimizer in stored(statements[at]):
+    if not isinstance(statements[at], LOOPS) and optimizer in stored(statements[at]):
         for inner in lists_of(statements[at]):
             if any(n is user for n in _nodes(inner)):
                 return _innermost(inner, user, optimizer)
     return statements, at
 
 
-def _clip(place: _Place, update: Update, arguments: dict[str, ast.expr] | None, later: Statements) -> str:
+def _clip(place: Place, update: Update, arguments: dict[str, ast.expr] | None, later: Statements) -> str:
     """Return the source of the argument ``clip``: what the loop clips to, in the names of the place where the
     plan is applied. ``arguments``: those of the loop's function there, None if it is the same scope;
     ``later``: the statements that follow there. Raises UserError if it uses a variable that changes in the
@@ -639,7 +390,7 @@ def _clip(place: _Place, update: Update, arguments: dict[str, ast.expr] | None, 
     for node in (update.clip, update.condition):
         if node is None:
             continue
-        for name in _loaded(node):
+        for name in loaded(node):
             argument = None if arguments is None else arguments.get(name)
             if name in own or (name in parameters and not isinstance(argument, ast.Name)):
                 raise UserError(

@@ -1,0 +1,284 @@
+"""Find what a training loop of plain PyTorch does from backward to the optimizer's step."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from memfit.export.source_edits import Source, name_of
+from memfit.types.errors import UserError
+
+LOOPS = (ast.For, ast.While)
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+Statements = list[ast.stmt]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """From backward to the optimizer's step. ``loss``, ``optimizer``: names of variables. ``backward``,
+    ``step``: the statements that run them, which may be one ``if``. ``step_body``: the statement list of
+    ``step``. ``clip``, ``condition``: the norm to which gradients are clipped and when, None if they are not,
+    or always. ``removed``: statements that the plan's step replaces."""
+
+    loss: str
+    optimizer: str
+    backward: ast.stmt
+    step: ast.stmt
+    step_body: Statements
+    clip: ast.expr | None
+    condition: ast.expr | None
+    removed: tuple[ast.stmt, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """A loop in a script. ``function``: the innermost function that holds it, None at the top. ``scope``: the
+    statements of that function or of the module. ``loop``: the innermost loop; ``body``: a statement list in
+    it; ``index``: of the statement with backward."""
+
+    function: ast.FunctionDef | ast.AsyncFunctionDef | None
+    scope: Statements
+    loop: Any
+    body: Statements
+    index: int
+
+
+def find_place(source: Source) -> Place:
+    """Return where the script runs backward: in one statement of a loop, or in both branches of an ``if``.
+    Raises UserError if there is no such place."""
+    count = sum(isinstance(n, ast.Call) and name_of(n.func) == "backward" for n in ast.walk(source.tree))
+    for place in places(source.tree.body, None, source.tree.body, None):
+        if count == 1 and _is_backward(place.body[place.index]):
+            return place
+        if count == 2 and _branches(place.body[place.index]) is not None:
+            return place
+    if count != 1:
+        raise UserError(f"the script calls backward {count} times, not once")
+    raise UserError("backward is not a statement of its own in a loop")
+
+
+def places(statements: Statements, function: Any, scope: Statements, loop: Any) -> Iterator[Place]:
+    """Yield a place for each statement in a loop, inner ones too. ``function``, ``scope`` and ``loop`` are
+    those that hold ``statements``, as in `Place`."""
+    for index, statement in enumerate(statements):
+        if loop is not None:
+            yield Place(function=function, scope=scope, loop=loop, body=statements, index=index)
+        is_function = isinstance(statement, FUNCTIONS)
+        for inner in lists_of(statement):
+            if is_function:
+                yield from places(inner, statement, inner, None)
+            else:
+                yield from places(inner, function, scope, statement if isinstance(statement, LOOPS) else loop)
+
+
+def lists_of(statement: ast.AST) -> list[Statements]:
+    """Return the statement lists of a compound statement."""
+    fields = [getattr(statement, name, None) for name in ("body", "orelse", "finalbody")]
+    fields += [h.body for h in getattr(statement, "handlers", [])]
+    return [f for f in fields if isinstance(f, list) and f]
+
+
+def _is_backward(statement: ast.stmt) -> bool:
+    call = statement.value if isinstance(statement, ast.Expr) else None
+    return isinstance(call, ast.Call) and name_of(call.func) == "backward"
+
+
+def _branches(statement: ast.stmt) -> tuple[Statements, Statements] | None:
+    """Return the two branches of an ``if`` that both run backward, else None."""
+    if isinstance(statement, ast.If) and all(
+        any(_is_backward(s) for s in branch) for branch in (statement.body, statement.orelse)
+    ):
+        return statement.body, statement.orelse
+    return None
+
+
+def find_update(source: Source, place: Place) -> Update:
+    """Return what the loop does from the backward at ``place`` to the step. Raises UserError if the step does
+    not follow, if gradients change between, or if a GradScaler is also used elsewhere."""
+    statement = place.body[place.index]
+    if (branches := _branches(statement)) is not None:
+        first, last = (_sequence(place, branch, is_whole=True) for branch in branches)
+        keys = [(u.loss, u.optimizer, *map(_text, (u.clip, u.condition))) for u in (first, last)]
+        if keys[0] != keys[1]:
+            raise UserError("the two branches that run backward differ in more than a GradScaler")
+        zeroed = [s for s in place.body if _method(s, "zero_grad") is not None]
+        update = dataclasses.replace(
+            first, backward=statement, step=statement, step_body=place.body, removed=tuple(zeroed)
+        )
+    else:
+        update = _sequence(place, place.body[place.index :], is_whole=False)
+    spans = [(s.lineno, end(s)) for s in (update.backward, update.step, *update.removed)]
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Call) and name_of(node.func) in {"unscale_", "scale"}:
+            is_own = isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name)
+            if is_own and not any(a <= node.lineno <= b for a, b in spans):
+                raise UserError(f"the script uses its GradScaler elsewhere, in line {node.lineno}")
+    return update
+
+
+def _text(node: ast.expr | None) -> str:
+    return "" if node is None else ast.unparse(node)
+
+
+def _sequence(place: Place, statements: Statements, *, is_whole: bool) -> Update:
+    """Return what ``statements`` do from their first backward on. ``is_whole``: they must do nothing else;
+    else the step may follow the loop. Their `zero_grad` is removed, too."""
+    index = next(i for i, s in enumerate(statements) if _is_backward(s))
+    loss, scaler = _loss(statements[index])
+    rest, step_body = statements[index + 1 :], place.body
+    if not is_whole and _step_index(place, rest, scaler) is None and (parent := _parent(place)) is not None:
+        step_body, position = parent
+        if rest:
+            raise UserError("no OPTIMIZER.step() follows backward in the same block")
+        rest = step_body[position + 1 :]
+    if (step := _step_index(place, rest, scaler)) is None:
+        raise UserError("no OPTIMIZER.step() follows backward in the same block")
+    clip = condition = None
+    removed: list[ast.stmt] = []
+    for statement in rest[:step]:
+        if (clipping := _clipping(statement, scaler)) is not None:
+            clip, condition = clipping
+            removed.append(statement)
+        elif scaler and _method(statement, "unscale_", arguments=1) == scaler:
+            removed.append(statement)
+        elif _changes_gradients(statement):
+            text = ast.unparse(statement)
+            raise UserError(f"between backward and step, the script changes gradients: {text[:60]}")
+    removed += [s for s in rest[step + 1 :] if scaler and _method(s, "update") == scaler]
+    if is_whole and len(removed) + 2 != len(statements):
+        raise UserError("a branch that runs backward does more than clip and step")
+    if not is_whole:
+        bodies = [place.body] if step_body is place.body else [place.body, step_body]
+        removed += [s for body in bodies for s in body if _method(s, "zero_grad") is not None]
+    return Update(
+        loss=loss,
+        optimizer=str(_stepped(rest[step], scaler)),
+        backward=statements[index],
+        step=rest[step],
+        step_body=step_body,
+        clip=clip,
+        condition=condition,
+        removed=tuple(removed),
+    )
+
+
+def _changes_gradients(statement: ast.stmt) -> bool:
+    text = ast.unparse(statement)
+    return ".grad" in text or "clip_grad" in text or "unscale" in text
+
+
+def _loss(statement: ast.stmt) -> tuple[str, str]:
+    """Return (the loss, the GradScaler or "") of ``LOSS.backward()`` or ``SCALER.scale(LOSS).backward()``."""
+    call: Any = statement.value  # type: ignore[attr-defined]
+    target = call.func.value if isinstance(call.func, ast.Attribute) else None
+    if not (call.args or call.keywords):
+        if isinstance(target, ast.Name):
+            return target.id, ""
+        if isinstance(target, ast.Call) and isinstance(target.func, ast.Attribute):
+            owner, arguments = target.func.value, [*target.args, *target.keywords]
+            is_scaled = target.func.attr == "scale" and isinstance(owner, ast.Name) and len(arguments) == 1
+            if is_scaled and isinstance(arguments[0], ast.Name):
+                return arguments[0].id, owner.id  # type: ignore[attr-defined]
+    raise UserError("backward is not called as LOSS.backward() on a variable")
+
+
+def _parent(place: Place) -> tuple[Statements, int] | None:
+    """Return (the statement list that holds the loop of micro-batches, its index there), None unless that
+    list is in a loop, too."""
+    for outer in places(place.scope, place.function, place.scope, None):
+        if outer.body[outer.index] is place.loop and isinstance(place.loop, ast.For):
+            return outer.body, outer.index
+    return None
+
+
+def _step_index(place: Place, statements: Statements, scaler: str) -> int | None:
+    names = [(i, name) for i, s in enumerate(statements) if (name := _stepped(s, scaler)) is not None]
+    return next((i for i, name in names if scaler or _is_optimizer(place, name)), None)
+
+
+def _stepped(statement: ast.stmt, scaler: str) -> str | None:
+    """Return the optimizer that the statement steps: X of ``X.step()``, or of ``SCALER.step(X)``."""
+    if not scaler:
+        return _method(statement, "step")
+    if _method(statement, "step", arguments=1) != scaler:
+        return None
+    argument = statement.value.args[0]  # type: ignore[attr-defined]
+    return argument.id if isinstance(argument, ast.Name) else None
+
+
+def _method(statement: ast.stmt, name: str, *, arguments: int = 0) -> str | None:
+    """Return X if the statement is ``X.name()`` of a variable X with so many arguments; any for zero_grad."""
+    call = statement.value if isinstance(statement, ast.Expr) else None
+    if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == name):
+        return None
+    fits = name == "zero_grad" or (len(call.args) == arguments and not call.keywords)
+    return call.func.value.id if isinstance(call.func.value, ast.Name) and fits else None
+
+
+def _is_optimizer(place: Place, name: str) -> bool:
+    """Return whether the variable is an optimizer: it is one by its name, it is made with parameters(), or
+    the loop calls its zero_grad."""
+    assigned = assignment(place.scope, name)
+    has_parameters = assigned is not None and "parameters()" in ast.unparse(assigned)
+    zeroes = any(_method(s, "zero_grad") == name for s in place.body)
+    return has_parameters or zeroes or name in {"opt", "optim"} or "optimizer" in name
+
+
+def _clipping(statement: ast.stmt, scaler: str) -> tuple[ast.expr, ast.expr | None] | None:
+    """Return (the norm, the condition) of ``clip_grad_norm_(model.parameters(), NORM)``, alone or in an
+    ``if``, else None."""
+    if isinstance(statement, ast.If) and not statement.orelse:
+        inner = [s for s in statement.body if not (scaler and _method(s, "unscale_", arguments=1) == scaler)]
+        norm = _norm(inner[0]) if len(inner) == 1 else None
+        return None if norm is None else (norm, statement.test)
+    norm = _norm(statement)
+    return None if norm is None else (norm, None)
+
+
+def _norm(statement: ast.stmt) -> ast.expr | None:
+    call = statement.value if isinstance(statement, ast.Expr) else None
+    if not isinstance(call, ast.Call) or name_of(call.func) != "clip_grad_norm_":
+        return None
+    norms = [*call.args[1:2], *(k.value for k in call.keywords if k.arg == "max_norm")]
+    others = len(call.args) > 2 or any(k.arg != "max_norm" for k in call.keywords)
+    is_simple = len(norms) == 1 and isinstance(norms[0], ast.Constant | ast.Name | ast.Attribute)
+    return norms[0] if is_simple and not others else None
+
+
+def must_be_on_lines(body: Statements) -> None:
+    """Raise UserError if statements share a line."""
+    edges = [x for s in body for x in (s.lineno, end(s) + 0.5)]
+    if sorted(edges) != edges:
+        raise UserError("several statements of the loop are on one line")
+
+
+# -- names and lines ------------------------------------------------------------------------------
+
+
+def assignment(scope: Statements, name: str) -> Any:
+    """Return the only assignment to the variable among the statements, else None."""
+    assignments = [
+        s
+        for s in scope
+        if isinstance(s, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in s.targets)
+    ]
+    return assignments[0] if len(assignments) == 1 else None
+
+
+def stored(node: ast.AST) -> list[str]:
+    """Return the names to which the node assigns, not counting those inside functions that it defines."""
+    if isinstance(node, (*FUNCTIONS, ast.Lambda)):
+        return []
+    own = [node.id] if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else []
+    return own + [n for child in ast.iter_child_nodes(node) for n in stored(child)]
+
+
+def loaded(node: ast.AST) -> set[str]:
+    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+
+
+def end(statement: ast.stmt) -> int:
+    """Return the last line of a statement."""
+    return statement.end_lineno or statement.lineno
