@@ -6,7 +6,9 @@
 scripts/script_edits.toml has the edits (scripts, plans, number of steps) and the margins, fixed before the
 first run; scripts.py says where the scripts come from. The diff is printed, and applied with `patch` to a
 copy beside the script, which is removed again. Peaks and losses are counted in the script's own processes by
-scripts/counting/sitecustomize.py, which knows nothing of the plan. Every number in the page comes from
+scripts/counting/sitecustomize.py, which knows nothing of the plan. If losses differ by more than the margin,
+a control runs (added after the first results): the script as published, with each of its first weights off by
+the rounding of the type in which the edited one computes. Every number in the page comes from
 benchmarks/records/script_edits.jsonl; of several records of an edit the latest counts.
 """
 
@@ -40,6 +42,21 @@ from memfit.types.plan import Plan
 
 HERE = Path(__file__).parent
 RECORDS, PAGE = HERE / "records" / "script_edits.jsonl", HERE / "script_edits.md"
+_COLUMNS = (
+    "script",
+    "plan",
+    "class",
+    "edit",
+    "before",
+    "measured",
+    "predicted",
+    "error",
+    "loss",
+    "allowed",
+    "control",
+    "holds",
+)
+ROUNDING = {"E0": 0.0, "E1": 2.0**-24, "E2": 2.0**-9}  # of float32, of bfloat16
 LIST = HERE / "scripts" / "script_edits.toml"
 
 
@@ -100,7 +117,8 @@ def _record(edit: Edit, protocol: Protocol, sources: Path, originals: dict[str, 
         check_unmodified(script, sources)
         record = _run(edit, protocol, script, sources, originals)
     except ScriptError as error:
-        record = {"edit": edit.name, "plan": edit.parsed().label, "error": str(error)}
+        reason = [part.strip() for part in str(error).split(" | ") if part.strip()][-1]
+        record = {"edit": edit.name, "plan": edit.parsed().label, "error": reason}
     record |= {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "script": script.name,
@@ -137,7 +155,7 @@ def _run(
     with _edited(script, diff, sources) as copy:
         measured = measure(copy, sources, work, repeats=1, steps=protocol.steps)
         predicted = predict(copy, sources, work)
-    return {
+    record = {
         "edit": edit.name,
         "effect": edit.effect,
         "plan": plan.label,
@@ -158,6 +176,10 @@ def _run(
         },
         "predicted": predicted,
     }
+    if loss_ratio(record) > protocol.loss_ratio[edit.effect] and (nudge := ROUNDING[edit.effect]):
+        control = measure(script, sources, work, repeats=1, steps=protocol.steps, nudge=nudge)
+        record["control"] = {"nudge": nudge, "losses": _losses(control)}
+    return record
 
 
 @contextlib.contextmanager
@@ -186,9 +208,10 @@ def _losses(measured: Mapping[str, Any]) -> list[float]:
 # -- the page -------------------------------------------------------------------------------------
 
 
-def loss_ratio(record: Mapping[str, Any]) -> float:
-    """Return the largest relative difference between the losses of the copy and of the original."""
-    pairs = zip(record["edited"]["losses"], record["original"]["losses"], strict=True)
+def loss_ratio(record: Mapping[str, Any], of: str = "edited") -> float:
+    """Return the largest relative difference between the losses of the copy and of the original. ``of``:
+    "control" for those of the control in place of the copy's."""
+    pairs = zip(record[of]["losses"], record["original"]["losses"], strict=True)
     return max(abs(a - b) / abs(b) if a != b else 0.0 for a, b in pairs)
 
 
@@ -224,13 +247,16 @@ def page(protocol: Protocol, history: Sequence[Mapping[str, Any]]) -> str:
         "bytes of the edited script, from its first forward pass to the end of its second step; `before`:",
         "that of the script. `predicted`: `memfit estimate -- COMMAND` of the edited script. `loss`: the",
         "largest relative difference from the losses of the script as published over",
-        f"{protocol.steps} steps from the same seed, recorded where `backward` is called.",
+        f"{protocol.steps} steps from the same seed, recorded where `backward` is called. `control`, where",
+        "that is more than allowed: the same difference of the script as published, with its first weights",
+        "off by the rounding of float32 (E1) or bfloat16 (E2). If it is as large, the training itself",
+        "enlarges any rounding so much.",
         "",
         f"- {_summary(protocol, records)}",
         f"- in the first record of each edit: {_summary(protocol, [first[r['edit']] for r in records])}",
         "",
-        "| script | plan | class | edit | before | measured | predicted | error | loss | allowed | holds |",
-        "|---|---|---|---|--:|--:|--:|--:|--:|--:|---|",
+        f"| {' | '.join(_COLUMNS)} |",
+        "|---|---|---|---|--:|--:|--:|--:|--:|--:|--:|---|",
         *(_row(protocol, r) for r in records),
     ]
     replaced = [r for r in records if r.get("replace")]
@@ -246,15 +272,18 @@ def _summary(protocol: Protocol, records: Sequence[Mapping[str, Any]]) -> str:
     peaks, losses = zip(*(holds(protocol, r) for r in records), strict=True)
     errors = [abs(e) for r in records if "error" not in r and (e := peak_error(r)) is not None]
     worst = f", worst {max(errors):.3%}" if errors else ""
+    chaotic = sum("control" in r and loss_ratio(r) <= loss_ratio(r, "control") for r in records)
+    more = f", {chaotic} more differ no more than their control" if chaotic else ""
     return (
         f"{sum(peaks)} of {len(records)} peaks within {protocol.peak_ratio:.1%} of the prediction{worst};"
-        f" {sum(losses)} of {len(records)} losses as the effect class says"
+        f" {sum(losses)} of {len(records)} losses as the effect class says{more}"
     )
 
 
 def _row(protocol: Protocol, record: Mapping[str, Any]) -> str:
     if "error" in record:
-        return f"| {record['edit']} | {record['plan']} | {record['error']} |" + " |" * 8
+        reason = record["error"]
+        return f"| {record['script']} | {record['plan']} | {record['edit'][-2:]} | {reason} |" + " |" * 8
     error, ratio = peak_error(record), loss_ratio(record)
     predicted = record["predicted"].get("allocated_bytes")
     cells = (
@@ -269,6 +298,7 @@ def _row(protocol: Protocol, record: Mapping[str, Any]) -> str:
         ("equal" if ratio == 0 else f"{ratio:.1e}")
         + ("" if record["original"]["reproducible"] else " (the original's own losses differ)"),
         f"{protocol.loss_ratio[record['effect']]:g}",
+        f"{loss_ratio(record, 'control'):.1e}" if "control" in record else "",
         "yes" if all(holds(protocol, record)) else "no",
     )
     return f"| {' | '.join(cells)} |"

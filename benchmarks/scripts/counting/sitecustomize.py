@@ -5,8 +5,9 @@ names a folder in MEMFIT_TRUTH. Then the import of torch also installs the count
 process that takes two optimizer steps, or as many as MEMFIT_TRUTH_STEPS says, writes `rank-<RANK>.json` there
 and ends. The loss of a step is the sum of what `backward` was called on, as each micro-batch passes its share
 of it. Nothing here imports memfit's tracer or its cost model. With MEMFIT_TORCH_SEED, torch starts with that
-seed in place of a random one. With MEMFIT_ANY_CIFAR, torchvision does not check the MD5 sums of CIFAR-10's
-files.
+seed in place of a random one. With MEMFIT_TRUTH_NUDGE, each weight is multiplied by 1 plus or minus that
+number before the first forward pass, with signs drawn apart from torch's own random numbers. With
+MEMFIT_ANY_CIFAR, torchvision does not check the MD5 sums of CIFAR-10's files.
 """
 
 from __future__ import annotations
@@ -106,6 +107,8 @@ class _Measurement:
         trains = module.training and torch.is_grad_enabled()
         if trains and any(p.requires_grad for p in module.parameters()):
             self._handle.remove()
+            if nudge := float(os.environ.get("MEMFIT_TRUTH_NUDGE", "0")):
+                _nudge(module, nudge)
             self._setup = self._next_period()
 
     def _before_step(self, optimizer: Any, arguments: Any, options: Any) -> None:
@@ -145,6 +148,16 @@ class _Measurement:
         limit_s = time.monotonic() + _WAIT_S  # a rank that leaves early would end the others
         while len(list(self._folder.glob("rank-*.json"))) < ranks and time.monotonic() < limit_s:
             time.sleep(0.05)
+
+
+def _nudge(module: Any, ratio: float) -> None:
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for param in module.parameters():
+            signs = torch.randint(0, 2, param.shape, generator=generator) * 2 - 1
+            param.mul_(1 + ratio * signs)
 
 
 if os.environ.get("MEMFIT_TRUTH") or os.environ.get("MEMFIT_TORCH_SEED"):
