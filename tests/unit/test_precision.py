@@ -371,8 +371,8 @@ def test_alphafolds_known_islands_are_found(fold: tuple[PrecisionAdvice, ...]) -
     assert masked <= set(fp16.islands) <= masked | {"recycle", "structure"}
     reasons = {e.pattern.replace("*", "0"): e.reason for e in fp16.examined}
     assert {reasons[path] for path in masked} == {"overflow"}
-    # Frames are composed, round after round. Distances of the last round's atoms are cut into bins, which only
-    # matters once training has spread the atoms.
+    # Frames are composed, round after round. Distances of the last round's atoms are cut into bins, which
+    # only matters once training has spread the atoms.
     assert {"structure"} <= set(bf16.islands) <= {"recycle", "structure"}
     kinds = {e.pattern: e.kind for e in bf16.examined}
     assert {kinds[pattern] for pattern in bf16.sums} & {"LayerNorm"}
