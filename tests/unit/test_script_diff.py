@@ -452,6 +452,34 @@ def test_accelerate_without_accumulate_is_not_edited() -> None:
     assert "accumulate" in edit.reason
 
 
+LIGHTNING = """import lightning as L
+loader = DataLoader(data, batch_size=20, shuffle=True)
+trainer = L.Trainer(max_epochs=20)
+trainer.fit(model, loader)
+"""
+
+
+def test_lightnings_trainer_gets_precision_and_accumulation_and_a_smaller_batch() -> None:
+    edit = diff(LIGHTNING, {"bf16-autocast": {}, "gradient-accumulation": {"micro_batches": 2}, "sgd": {}})
+    assert (
+        '+trainer = L.Trainer(max_epochs=20, precision="bf16-mixed", accumulate_grad_batches=2)' in edit.diff
+    )
+    assert "+loader = DataLoader(data, batch_size=10, shuffle=True)" in edit.diff
+    assert edit.remarks[0].startswith("Lightning does not apply sgd")
+
+
+def test_a_trainer_of_another_library_is_none_of_lightning() -> None:
+    text = LIGHTNING.replace("import lightning as L", "import other as L")
+    assert "backward 0 times" in diff(text, {"bf16-autocast": {}}).reason
+
+
+def test_accelerators_in_two_branches_get_the_same_arguments() -> None:
+    text = "if a:\n    x = Accelerator(cpu=True)\nelse:\n    x = Accelerator()\n"
+    edit = diff(text, {"bf16-autocast": {}})
+    assert '+    x = Accelerator(cpu=True, mixed_precision="bf16")' in edit.diff
+    assert '+    x = Accelerator(mixed_precision="bf16")' in edit.diff
+
+
 def test_a_file_that_is_not_python_is_refused() -> None:
     with pytest.raises(UserError, match=r"train\.py cannot be parsed"):
         diff("for", {})

@@ -33,8 +33,8 @@ class DiffOptions:
             metavar="FILE.py",
             help="Instead of the comparison: print the edit of this training script that applies the plan, "
             "as a diff for `patch -p0` or `git apply -p0`. The script of the Trainer gets TrainingArguments, "
-            "that of Accelerate gets arguments of Accelerator, and a loop of plain PyTorch the lines of "
-            "memfit.apply. The file is only read. Uses the recommended plan or that of --plan. Not with "
+            "that of Accelerate or Lightning arguments of Accelerator or Trainer, and a loop of plain PyTorch "
+            "the lines of memfit.apply. The file is only read. Uses the recommended plan or that of --plan. Not with "
             "--from or --measure. Example: memfit plan protein-ss --diff train.py | patch -p0.",
         ),
     ] = None

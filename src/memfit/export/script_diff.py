@@ -1,7 +1,7 @@
 """A plan as an edit of the user's own training script, in the idiom of the script's library.
 
-Hugging Face's TrainingArguments get keyword arguments, Accelerate's Accelerator too, and a loop of plain
-PyTorch gets the lines of ``memfit.apply``. The script is only read.
+Hugging Face's TrainingArguments get keyword arguments, Accelerate's Accelerator and Lightning's Trainer too,
+and a loop of plain PyTorch gets the lines of ``memfit.apply``. The script is only read.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ _DEFAULTS = {
     "optim": "adamw_torch",
 }
 _BATCH, _STEPS = "per_device_train_batch_size", "gradient_accumulation_steps"
-_BY_ACCELERATOR = frozenset({"bf16-autocast", "fp16-autocast", "gradient-accumulation"})
 _BY_LAUNCH = frozenset({"ddp", "fsdp2", "zero"})
 
 
@@ -72,8 +71,9 @@ def script_diff(
         lines = tuple(f"{k}={source_of(v)}" for k, v in values.items() if v is not None)
         reason = "the script takes its TrainingArguments from elsewhere, such as the command line"
         return ScriptDiff(diff="", reason=reason, lines=lines)
-    if calls := source.calls(frozenset({"Accelerator"})):
-        return _accelerate_diff(source, calls, plan)
+    for library, is_used in ((_ACCELERATE, True), (_LIGHTNING, _imports_lightning(source))):
+        if is_used and (calls := source.calls(frozenset({library.call}))):
+            return _library_diff(source, calls, plan, library)
     try:
         text, remarks = edit_loop(source, plan, structure)
     except UserError as error:
@@ -172,29 +172,74 @@ def _launch_remarks(plan: Plan) -> Iterator[str]:
         yield f"start it with torchrun --nproc-per-node {plan.ranks}"
 
 
-# -- Accelerate -----------------------------------------------------------------------------------
+# -- Accelerate and Lightning ---------------------------------------------------------------------
 
 
-def _accelerate_diff(source: Source, calls: list[ast.Call], plan: Plan) -> ScriptDiff:
-    values: dict[str, Any] = {}
-    for name in ("bf16", "fp16"):
-        if plan.get(f"{name}-autocast") is not None:
-            values["mixed_precision"] = name
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Library:
+    """How a library that runs the training step takes a plan: as keyword arguments of the calls of ``call``.
+    ``precision``: technique -> (keyword, value). ``steps``: keyword for the number of micro-batches.
+    ``accumulates``: name that a loop which accumulates contains, "" if every loop does. ``launch``: where
+    techniques of several ranks are given."""
+
+    name: str
+    call: str
+    precision: Mapping[str, tuple[str, str]]
+    steps: str
+    accumulates: str
+    launch: str
+
+
+_ACCELERATE = _Library(
+    name="Accelerate",
+    call="Accelerator",
+    precision={
+        "bf16-autocast": ("mixed_precision", "bf16"),
+        "fp16-autocast": ("mixed_precision", "fp16"),
+    },
+    steps=_STEPS,
+    accumulates="accumulate",
+    launch="`memfit export --engine accelerate` writes accelerate.yaml for `accelerate launch`",
+)
+_LIGHTNING = _Library(
+    name="Lightning",
+    call="Trainer",
+    precision={
+        "bf16-autocast": ("precision", "bf16-mixed"),
+        "fp16-autocast": ("precision", "16-mixed"),
+    },
+    steps="accumulate_grad_batches",
+    accumulates="",
+    launch="Lightning takes several ranks as Trainer(devices=..., strategy=...), which is left to you",
+)
+
+
+def _imports_lightning(source: Source) -> bool:
+    modules = [n.module or "" for n in ast.walk(source.tree) if isinstance(n, ast.ImportFrom)]
+    modules += [a.name for n in ast.walk(source.tree) if isinstance(n, ast.Import) for a in n.names]
+    return any(m.partition(".")[0] in {"lightning", "pytorch_lightning"} for m in modules)
+
+
+def _library_diff(source: Source, calls: list[ast.Call], plan: Plan, library: _Library) -> ScriptDiff:
+    values: dict[str, Any] = dict(
+        argument for name, argument in library.precision.items() if plan.get(name) is not None
+    )
     changes: list[Replacement] = []
     accumulation, reason = plan.get("gradient-accumulation"), ""
     if accumulation is not None:
         steps = int(accumulation.settings["micro_batches"])
-        values[_STEPS] = steps
-        changes, reason = _smaller_batches(source, calls, steps)
+        values[library.steps] = steps
+        changes, reason = _smaller_batches(source, calls, steps, library)
     if any(k.arg is None for call in calls for k in call.keywords):
-        reason = "the script has a call of Accelerator with **"
-    others = [u for u in plan.uses if u.technique not in _BY_ACCELERATOR | _BY_LAUNCH]
-    remarks = [f"Accelerate does not apply {use.technique}: {step_text(use, plan)}" for use in others]
+        reason = f"the script has a call of {library.call} with **"
+    own = {*library.precision, "gradient-accumulation"}
+    others = [u for u in plan.uses if u.technique not in own | _BY_LAUNCH]
+    remarks = [f"{library.name} does not apply {use.technique}: {step_text(use, plan)}" for use in others]
     if any(use.technique in _BY_LAUNCH for use in plan.uses):
-        remarks.append("`memfit export --engine accelerate` writes accelerate.yaml for `accelerate launch`")
+        remarks.append(library.launch)
     sources = {name: source_of(value) for name, value in values.items()}
     if reason:
-        lines = (f"Accelerator({', '.join(f'{k}={v}' for k, v in sources.items())})",)
+        lines = (f"{library.call}({', '.join(f'{k}={v}' for k, v in sources.items())})",)
         return ScriptDiff(diff="", reason=reason, lines=lines, remarks=tuple(remarks))
     for call in calls:  # those of several branches
         changes += source.with_keywords(call, sources)
@@ -202,12 +247,11 @@ def _accelerate_diff(source: Source, calls: list[ast.Call], plan: Plan) -> Scrip
 
 
 def _smaller_batches(
-    source: Source, accelerators: list[ast.Call], steps: int
+    source: Source, calls: list[ast.Call], steps: int, library: _Library
 ) -> tuple[list[Replacement], str]:
     """Return (the changes that make the batch of the training DataLoader one of ``steps`` micro-batches; why
-    there are none, "" if there are). ``accelerators``: the calls of Accelerator, which may accumulate
-    already."""
-    if not _mentions(source, "accumulate"):
+    there are none, "" if there are). ``calls``: those of the library, which may accumulate already."""
+    if library.accumulates and not _mentions(source, library.accumulates):
         return [], "the loop has no `with accelerator.accumulate(model):`, which gradient accumulation needs"
     loaders = [
         call
@@ -217,8 +261,8 @@ def _smaller_batches(
     sizes = [k.value for call in loaders for k in call.keywords if k.arg == "batch_size"]
     if len(loaders) != 1 or len(sizes) != 1:
         return [], "the script does not show the batch size of its training DataLoader"
-    stated = [next((k.value for k in call.keywords if k.arg == _STEPS), None) for call in accelerators]
+    stated = [next((k.value for k in call.keywords if k.arg == library.steps), None) for call in calls]
     if len({None if node is None else source.of(node) for node in stated}) > 1:
-        return [], "the calls of Accelerator differ in gradient_accumulation_steps"
+        return [], f"the calls of {library.call} differ in {library.steps}"
     text, _ = _micro_batch(source, sizes[0], stated[0], steps)
     return [Replacement(start=source.start(sizes[0]), end=source.end(sizes[0]), text=text)], ""
