@@ -22,7 +22,7 @@ from memfit.verify.equivalence import pairs_needed, tost
 from memfit.verify.student import central_probability, critical_t, tost_power
 
 E0, E1, E2, E3 = EffectClass
-EQUIVALENT, DIFFERENT, UNDECIDED = VerdictKind
+EQUIVALENT, DIFFERENT, UNDECIDED, _ = VerdictKind
 Q3 = Metric(
     name="Q3",
     unit="%",

@@ -143,7 +143,9 @@ def parse_gates(text: str, path: str) -> Gates:
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path} is not TOML, as limits for `memfit decide --gates` must be: {error}") from error
+        raise UserError(
+            f"{path} is not TOML, as limits for `memfit decide --gates` must be: {error}"
+        ) from error
     try:
         return Gates.model_validate(data)
     except pydantic.ValidationError as error:

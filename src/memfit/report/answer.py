@@ -24,10 +24,11 @@ from memfit.verify.aggregate import ok_runs, peak_bytes
 
 def answer(poc: Poc) -> tuple[Sentence, ...]:
     """Return three or four sentences: (1) whether plain training fits the PoC's memory cap, as measured, or
-    as predicted if it did not run under the cap; (2) the recommended plan with its measured peak memory, or the
-    predicted one if it did not run, or how its run ended if none completed, or that no plan fits; (3) whether
-    its results are equivalent to those of plain training and a repeated run gives the same results, or that
-    this was not measured; (4) if this is known, whether the test would have noticed a degraded training."""
+    as predicted if it did not run under the cap; (2) the recommended plan with its measured peak memory, or
+    the predicted one if it did not run, or how its run ended if none completed, or that no plan fits; (3)
+    whether its results are equivalent to those of plain training and a repeated run gives the same results,
+    or that this was not measured; (4) if this is known, whether the test would have noticed a degraded
+    training."""
     sentences = (_plain(poc), _recommended(poc), _science(poc), _sensitivity(poc))
     return tuple(sentence for sentence in sentences if sentence is not None)
 

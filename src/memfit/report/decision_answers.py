@@ -29,7 +29,13 @@ Filled = Mapping[str, Figure | str | Sentence]
 
 
 # These sentences change the meaning of the short answer on money, so a small screen must not fold them.
-DECISIVE: Final = ("decide.money.with_saving", "decide.money.with_saving_more")
+DECISIVE: Final = (
+    "decide.money.with_saving",
+    "decide.money.with_saving_more",
+    "decide.money.project",
+    "decide.money.by_default",
+)
+_NOTED_PROJECTS: Final = ("alphafold2",)  # of which project_note says what their money leaves out
 
 
 def questions(poc: Poc, view: DecisionView) -> Mapping[str, tuple[Sentence, ...]]:
@@ -97,9 +103,9 @@ def _money(view: DecisionView) -> tuple[Sentence, ...]:
     key = headline(view)
     if view.reference is not None:
         values["reference"] = view.reference.name
-    sentences = [Sentence(key=f"decide.money.{key}", values=values)]
-    # refers to the way named in the sentence before
-    sentences.append(Sentence(key="decide.money.first", values=values))
+    sentences = [Sentence(key=f"decide.money.{key}", values=values), *_basis(view)]
+    # refers to the way named in the first sentence
+    sentences.insert(1, Sentence(key="decide.money.first", values=values))
     sentences += _with_saving(view) if best.plain else []
     if best.untried:
         sentences.append(Sentence(key="decide.money.untried", values={"names": ", ".join(best.untried)}))
@@ -110,6 +116,25 @@ def _money(view: DecisionView) -> tuple[Sentence, ...]:
     if best.at_least:
         sentences.append(_unknown(view, best))
     return tuple(sentences)
+
+
+def _basis(view: DecisionView) -> list[Sentence]:
+    """Return what the money is for, its currency and place, and what the project leaves out, if there is no
+    case file; empty with one."""
+    decision = view.decision
+    if not decision.by_default:
+        return []
+    values: dict[str, Figure | str | Sentence] = {
+        "currency": decision.currency,
+        "place": Sentence(key=f"place.{decision.place}"),
+    }
+    if not decision.project:
+        return [Sentence(key="decide.money.by_default", values=values)]
+    values["project"] = Sentence(key=f"project.{decision.project}")
+    sentences = [Sentence(key="decide.money.project", values=values)]
+    if decision.project in _NOTED_PROJECTS:
+        sentences.append(Sentence(key=f"project_note.{decision.project}"))
+    return sentences
 
 
 def _unpriced(row: AlternativeRow) -> Sentence:
@@ -244,10 +269,16 @@ def _next(view: DecisionView) -> tuple[Sentence, ...]:
         return (Sentence(key="decide.next.stopped", values=failed_gate), *limit_notes)
     if not pilot.stage.machine:
         return (Sentence(key="decide.next.predict"),)
-    placeholders: Filled = {"machine": pilot.stage.machine, "cost": pilot.to_spend, "memory": pilot.stop}
+    part = view.decision.pilot_ratio
+    placeholders: Filled = {
+        "machine": pilot.stage.machine,
+        "cost": pilot.to_spend,
+        "memory": pilot.stop,
+        "share": assumed(100 * part, "percent", stage_anchor("pilot")),
+    }
     has_memory_limit = pilot.stop.value is not None
     return (
-        Sentence(key="decide.next.pilot", values=placeholders),
+        Sentence(key="decide.next.pilot" if part == 1 else "decide.next.pilot_part", values=placeholders),
         Sentence(
             key="decide.next.stop" if has_memory_limit else "decide.next.stop_unpriced", values=placeholders
         ),
@@ -286,7 +317,7 @@ def _same_text(first: Figure, second: Figure) -> bool:
     return len(texts) == 2 and texts[0] == texts[1]
 
 
-_KINDS: Final = ("equivalent", "different", "undecided")
+_KINDS: Final = ("equivalent", "different", "undecided", "not_sensitive")
 
 
 def _gate_value(text: str, name: str) -> Sentence | Figure:

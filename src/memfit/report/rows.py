@@ -133,10 +133,11 @@ class ChoiceRow:
 class VerdictRow:
     """A verdict: whether a plan's results are equivalent to those of plain training.
 
-    ``kind``: equivalent, different or undecided. ``difference``: of the metric, in its unit, with the
-    interval ``low`` to ``high``; results within the ``margin`` count as equivalent. ``in_margins``: low,
-    difference and high divided by the margin, for drawing; None if one of them is unknown or the margin is
-    unknown or 0.
+    ``kind``: equivalent, different, undecided or not_sensitive. ``difference``: of the metric, in its unit,
+    with the interval ``low`` to ``high``; results within the ``margin`` count as equivalent. ``in_margins``:
+    low, difference and high divided by the margin, for drawing; None if one of them is unknown or the margin
+    is unknown or 0. ``notes``: on the endpoints beside the metric, and whether the test would have noticed
+    the negative control.
     """
 
     name: str
@@ -153,6 +154,7 @@ class VerdictRow:
     pairs: Figure
     power: Figure
     in_margins: tuple[float, float, float] | None  # low, difference, high
+    notes: tuple[Sentence, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -42,6 +42,7 @@ _STYLES: Final = {
     "different": "red",
     "timeout": "yellow",
     "undecided": "yellow",
+    "not_sensitive": "yellow",
 }
 MOST_MODULES: Final = 15
 MOST_ASSUMPTIONS: Final = 5
@@ -326,7 +327,8 @@ def _print_verdicts(rows: Sequence[VerdictRow], console: Console, words: Words) 
         line.append("  " + words.get("terminal.verdict", plan=row.plan, effect=row.effect, meaning=effect))
         console.print(line)
         detail = value_text(row.why, words) if row.in_margins is None else _verdict_line(row, words)
-        console.print(Padding(Text(detail, style="dim"), (0, 0, 0, 4)))
+        for text in (detail, *(sentence_text(note, words).strip() for note in row.notes)):
+            console.print(Padding(Text(text, style="dim"), (0, 0, 0, 4)))
 
 
 def _verdict_line(row: VerdictRow, words: Words) -> str:

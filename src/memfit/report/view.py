@@ -51,6 +51,7 @@ from memfit.report.rows import (
     Timeline,
     VerdictRow,
 )
+from memfit.report.sensitivity import control_sentence, surrogate_sentences
 from memfit.types.result import (
     Cause,
     Estimate,
@@ -285,6 +286,7 @@ def _verdict(name: str, plan: str, verdict: Verdict, poc: Poc) -> VerdictRow:
         in_margins=(bounds_in_margins[0], bounds_in_margins[1], bounds_in_margins[2])
         if len(bounds_in_margins) == 3
         else None,
+        notes=tuple(s for s in (*surrogate_sentences(verdict), control_sentence(verdict)) if s is not None),
     )
 
 

@@ -36,14 +36,18 @@ class Tost:
 
     @property
     def kind(self) -> VerdictKind:
-        """ "equivalent" if the interval lies inside (-margin, margin), "different" if entirely outside, else
-        "undecided".
-        """
-        if -self.margin < self.low and self.high < self.margin:
-            return VerdictKind.EQUIVALENT
-        if self.low >= self.margin or self.high <= -self.margin:
-            return VerdictKind.DIFFERENT
-        return VerdictKind.UNDECIDED
+        """The `interval_kind` of ``low`` and ``high``."""
+        return interval_kind(self.low, self.high, margin=self.margin)
+
+
+def interval_kind(low: float, high: float, *, margin: float) -> VerdictKind:
+    """Return "equivalent" if the interval lies inside (-margin, margin), "different" if entirely outside,
+    else "undecided"."""
+    if -margin < low and high < margin:
+        return VerdictKind.EQUIVALENT
+    if low >= margin or high <= -margin:
+        return VerdictKind.DIFFERENT
+    return VerdictKind.UNDECIDED
 
 
 def tost(differences: Sequence[float], *, margin: float) -> Tost:

@@ -6,15 +6,17 @@ Doubt gives `undecided`: a run that did not finish, seeds that do not pair, too 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
 from memfit.types.job import Metric
 from memfit.types.plan import EffectClass
-from memfit.types.result import Cause, OutcomeKind, Run, Verdict, VerdictKind
+from memfit.types.result import Cause, EndpointDifference, OutcomeKind, Run, Verdict, VerdictKind
 from memfit.verify import float32
 from memfit.verify.bits import first_difference
 from memfit.verify.equivalence import MIN_PAIRS, Tost, pairs_needed, tost
+from memfit.verify.sensitivity import endpoint_difference, overall
 
 Pairs = list[tuple[Run, Run]]
 _TOST = "paired two one-sided t tests, 5 % each"
@@ -28,7 +30,12 @@ _E3_NOTE = "a changed algorithm is judged by its metric alone and is not ranked 
 
 
 def verdict(
-    baseline: Sequence[Run], candidate: Sequence[Run], *, effect: EffectClass, metric: Metric | None
+    baseline: Sequence[Run],
+    candidate: Sequence[Run],
+    *,
+    effect: EffectClass,
+    metric: Metric | None,
+    surrogates: Sequence[Metric] = (),
 ) -> Verdict:
     """Judge the runs of a plan, `candidate`, against those of plain training, `baseline`, on the same seeds.
 
@@ -37,7 +44,8 @@ def verdict(
     - E0: losses and trained weights must be bitwise equal on every seed.
     - E1: the losses of the first steps must be within float32 tolerance (see `float32`), else the verdict is
       different; then as E2.
-    - E2 and E3: the metric must be equivalent within its fixed margin.
+    - E2 and E3: the metric must be equivalent within its fixed margin, and so must each of the `surrogates`.
+      The verdict is different if one of them is. As all must be equivalent, the level of the test stays 5 %.
 
     The verdict is undecided if the seeds do not pair one to one, a run did not complete with finite losses,
     the numbers of steps differ, or a digest of the weights (E0), the metric or enough pairs for its test (E1
@@ -60,7 +68,7 @@ def verdict(
             pairs=len(pairs),
             cause=cause,
         )
-    return _by_metric(pairs, effect, metric)
+    return _by_metric(pairs, effect, metric, surrogates)
 
 
 def _paired(baseline: Sequence[Run], candidate: Sequence[Run]) -> Pairs:
@@ -164,29 +172,52 @@ def _beyond_reason(cause: Cause) -> str:
     )
 
 
-def _by_metric(pairs: Pairs, effect: EffectClass, metric: Metric | None) -> Verdict:
+def _by_metric(
+    pairs: Pairs, effect: EffectClass, metric: Metric | None, surrogates: Sequence[Metric]
+) -> Verdict:
     if metric is None:
         no_metric = "the job has no metric with a margin"
         return _undecided(effect, no_metric, Cause(kind="no_metric"), pairs=len(pairs))
-    differences = [d for a, b in pairs if (d := _difference(a, b)) is not None]
-    if len(differences) < len(pairs):
-        cause = Cause(kind="not_finite", detail=metric.name)
-        return _undecided(effect, f"a run has no finite {metric.name}", cause, pairs=len(pairs))
-    if len(differences) < MIN_PAIRS:
+    differences = {}
+    for endpoint in (metric, *surrogates):
+        differences[endpoint.name] = _differences(pairs, endpoint.name, is_metric=endpoint is metric)
+        if len(differences[endpoint.name]) < len(pairs):
+            cause = Cause(kind="not_finite", detail=endpoint.name)
+            return _undecided(effect, f"a run has no finite {endpoint.name}", cause, pairs=len(pairs))
+    if len(pairs) < MIN_PAIRS:
         too_few = f"{len(pairs)} pair(s) of seeds; equivalence needs at least {MIN_PAIRS}"
         return _undecided(effect, too_few, Cause(kind="few_pairs", needed_count=MIN_PAIRS), pairs=len(pairs))
-    return _from_tost(tost(differences, margin=metric.margin), effect, metric)
+    tests = [tost(differences[e.name], margin=e.margin) for e in (metric, *surrogates)]
+    others = tuple(endpoint_difference(t, e) for t, e in zip(tests[1:], surrogates, strict=True))
+    return _with_surrogates(_from_tost(tests[0], effect, metric), others)
 
 
-def _difference(a: Run, b: Run) -> float | None:
-    baseline_score, candidate_score = a.measurement.metric, b.measurement.metric
-    if (
-        baseline_score is None
-        or candidate_score is None
-        or not math.isfinite(candidate_score - baseline_score)
-    ):
-        return None
-    return candidate_score - baseline_score
+def _differences(pairs: Pairs, name: str, *, is_metric: bool) -> list[float]:
+    """Return the differences of the pairs in the endpoint ``name``, without those that are not finite."""
+    differences = []
+    for pair in pairs:
+        a, b = (run.measurement.metric if is_metric else run.measurement.surrogates.get(name) for run in pair)
+        if a is not None and b is not None and math.isfinite(b - a):
+            differences.append(b - a)
+    return differences
+
+
+def _with_surrogates(verdict: Verdict, surrogates: Sequence[EndpointDifference]) -> Verdict:
+    """Return the verdict on the metric, extended to the surrogates: different if one is, else undecided if
+    one is."""
+    kind = overall([verdict.kind, *(s.kind for s in surrogates)])
+    verdict = dataclasses.replace(verdict, surrogates=tuple(surrogates))
+    if kind is verdict.kind:
+        return verdict
+    decisive = next(s for s in surrogates if s.kind is kind)
+    interval = f"90 % interval {decisive.low:+.4g} to {decisive.high:+.4g}, margin {decisive.margin:.4g}"
+    difference = f"{decisive.name} differs by {decisive.difference:+.4g} {decisive.unit}"
+    return dataclasses.replace(
+        verdict,
+        kind=kind,
+        reason=f"{verdict.reason}; but {difference} ({interval}): {kind}",
+        cause=Cause(kind=f"surrogate_{kind}", detail=decisive.name),
+    )
 
 
 def _from_tost(test: Tost, effect: EffectClass, metric: Metric) -> Verdict:

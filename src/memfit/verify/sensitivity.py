@@ -26,7 +26,7 @@ from memfit.types.result import (
     Verdict,
     VerdictKind,
 )
-from memfit.verify.equivalence import Tost, tost
+from memfit.verify.equivalence import Tost, interval_kind, tost
 
 _STUDIES = "power_studies.json"
 
@@ -78,9 +78,8 @@ def scores(run: Run, endpoints: Sequence[Metric]) -> Mapping[str, float] | None:
     if measurement.outcome is not OutcomeKind.OK or not endpoints:
         return None
     values = {endpoints[0].name: measurement.metric, **measurement.surrogates}
-    found = {e.name: value for e in endpoints if (value := values.get(e.name)) is not None}
-    is_complete = len(found) == len(endpoints) and all(map(math.isfinite, found.values()))
-    return found if is_complete else None
+    finite = {e.name: v for e in endpoints if (v := values.get(e.name)) is not None and math.isfinite(v)}
+    return finite if len(finite) == len(endpoints) else None
 
 
 def judge_pair(baseline: Run, control: Run, endpoints: Sequence[Metric], verdict: Verdict) -> ControlResult:
@@ -113,10 +112,6 @@ def judge_pair(baseline: Run, control: Run, endpoints: Sequence[Metric], verdict
 
 def _with_width(difference: float, width: float, endpoint: Metric) -> EndpointDifference:
     low, high, margin = difference - width / 2, difference + width / 2, endpoint.margin
-    if low >= margin or high <= -margin:
-        kind = VerdictKind.DIFFERENT
-    else:
-        kind = VerdictKind.EQUIVALENT if -margin < low and high < margin else VerdictKind.UNDECIDED
     return EndpointDifference(
         name=endpoint.name,
         unit=endpoint.unit,
@@ -124,7 +119,7 @@ def _with_width(difference: float, width: float, endpoint: Metric) -> EndpointDi
         difference=difference,
         low=low,
         high=high,
-        kind=kind,
+        kind=interval_kind(low, high, margin=margin),
     )
 
 

@@ -20,13 +20,16 @@ from memfit.cost.step_time_calibration import correct_calibration, factor
 from memfit.decision import case as cases
 from memfit.decision import rollout_gates
 from memfit.decision.decide import decide as decide_on
+from memfit.decision.projects import default_case
 from memfit.engines.registry import engine
+from memfit.monitoring.record import WatchRecord
 from memfit.planner import search as plan_search
 from memfit.planner import trials
 from memfit.planner.machine_calibration import calibrate
 from memfit.planner.request import Planning, Progress, Request, autocast, model_sizes
 from memfit.planner.selection import Objective
 from memfit.planner.single_device import is_long
+from memfit.planner.technique_groups import best_of_groups
 from memfit.planner.workload import workload_of
 from memfit.report.case import case_offers
 from memfit.report.html import write_html
@@ -45,6 +48,7 @@ from memfit.types.machine import Calibration
 from memfit.types.plan import Plan, Use, use
 from memfit.types.result import (
     Cause,
+    ControlResult,
     Interaction,
     Measurement,
     NamedVerdict,
@@ -58,6 +62,7 @@ from memfit.types.result import (
 )
 from memfit.verify import reproducibility, verdict
 from memfit.verify.aggregate import median_step_s
+from memfit.verify.sensitivity import degraded, judge_pair, judge_study, power_study, with_control
 from memfit.workflows import reference_machines
 from memfit.workflows.effort import effort
 from memfit.workflows.single_run import anatomy, explain, run_plan, run_spec
@@ -79,8 +84,9 @@ __all__ = [
 
 # Records beside a PoC's own: the user's figures, later predictions, machines of stages, limits.
 CASE, OFFER, STAGE, GATES = "case", "offer", "stage", "gates"
-_KEPT_GATES = "the gates stored by the last memfit scale --gates (memfit scale without --gates resets them)"
+_KEPT_GATES = "the gates stored by the last memfit decide --gates (memfit decide --gates default resets them)"
 BASELINE, RECOMMENDED, ABLATION = "baseline", "recommended", "ablation"
+CONTROL = "negative control"
 _TIMELINE_POINTS = 400
 _TRIALS_S = 60.0  # seconds of a proof of concept for rivals of its recommendation
 # facts that must agree for machines whose times correct each other
@@ -103,6 +109,9 @@ def poc(
     recommended plan and ablations (variants of these two); judge whether the results of each plan are
     equivalent to those of the baseline; write the report.
 
+    If the metric says that they are, the job's negative control must be judged different, or the verdict is
+    "not_sensitive": by the job's stored power study, or else by training the control with seed 0.
+
     Every run is stored in ``store`` as soon as it ends. If the request is for this machine, the batch is
     first halved until plain training fits its free memory or has one sample per rank.
 
@@ -122,12 +131,13 @@ def poc(
     calibrate(planning.pricer, planning.request, progress, plans=list(dict.fromkeys(s.plan for s in specs)))
     for index, spec in enumerate(specs):
         proof = runner.add_run(proof, runner.shortened(spec), f"{spec.name} ({index + 1} of {len(specs)})")
-    proof = runner.conclude(proof)
+    proof = runner.conclude(runner.add_control(proof))
     path = report_path or store.path.parent / "reports" / f"{proof.poc_id}.{lang}.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     proof = dataclasses.replace(proof, took_s=time.perf_counter() - started, report=str(path))
     store.append(proof.poc_id, "poc", proof)
-    write_html(proof, path, lang=lang, decision=decide_on(proof, cases.DecisionCase()))
+    decision = decide_on(proof, default_case(proof, lang), by_default=True)
+    write_html(proof, path, lang=lang, decision=decision)
     return proof
 
 
@@ -161,26 +171,34 @@ def search(
 
 
 def report(
-    store: Store, *, poc_id: str | None, path: Path | None, lang: str, case: Path | None = None
+    store: Store,
+    *,
+    poc_id: str | None,
+    path: Path | None,
+    lang: str,
+    case: Path | None = None,
+    watch: WatchRecord | None = None,
 ) -> Path:
     """Write the HTML report of a stored PoC, with its decision, to ``path``, and return that path. ``poc_id``
     None: the latest PoC. ``path`` None: memfit-ID.LANG.html in the current folder.
 
     The report of an interrupted PoC shows the runs that ended. ``case``: file with the user's figures, as in
-    `decide`. Raises UserError if there is no such PoC, if the file or what is stored is wrong, or for a
-    language without a catalog; OSError if the report cannot be written.
+    `decide`. ``watch``: the record of a watched training, which becomes a chapter. Raises UserError if there
+    is no such PoC, if the file or what is stored is wrong, or for a language without a catalog; OSError if
+    the report cannot be written.
     """
-    proof, decision = decide(store, poc_id=poc_id, case=case)
+    proof, decision = decide(store, poc_id=poc_id, case=case, lang=lang)
     path = path or Path(f"memfit-{proof.poc_id}.{lang}.html")
-    return write_html(proof, path, lang=lang, decision=decision)
+    return write_html(proof, path, lang=lang, decision=decision, watch=watch)
 
 
-def decide(store: Store, *, poc_id: str | None, case: Path | None) -> tuple[Poc, Decision]:
+def decide(store: Store, *, poc_id: str | None, case: Path | None, lang: str = "en") -> tuple[Poc, Decision]:
     """Return a stored PoC, and the decision about adopting its recommended plan. ``poc_id`` None: the latest
     PoC.
 
     ``case``: file with the user's figures (`DecisionCase`), such as prices; it is then stored with the PoC.
-    None: the last such file stored with the PoC, or defaults if there is none. Also taken into account are
+    None: the last such file stored with the PoC, or defaults if there is none: a typical project of the job,
+    and currency and place by ``lang``, the language of the reader. Also taken into account are
     the predictions for other machines that were stored with the PoC, the machines of its stages, and the last
     stored limits of the gates.
 
@@ -198,7 +216,7 @@ def decide(store: Store, *, poc_id: str | None, case: Path | None) -> tuple[Poc,
             last_case["name"],
         )
     else:
-        user_case, name = cases.DecisionCase(), ""
+        user_case, name = default_case(proof, lang), ""
     later_offers = offers_of(store, resolved_id)
     stage_machines = {
         s["name"]: s["machine"] for s in map(json.loads, (r.body for r in store.records(resolved_id, STAGE)))
@@ -212,6 +230,7 @@ def decide(store: Store, *, poc_id: str | None, case: Path | None) -> tuple[Poc,
         name=name,
         named=stage_machines,
         limits=stored_gates[-1] if stored_gates else rollout_gates.Gates(),
+        by_default=case is None and not case_records,
     )
     if case is not None:
         store.append(resolved_id, CASE, {"name": name, "text": case.read_text(encoding="utf-8")})
@@ -365,8 +384,9 @@ class _Story:
            turn exposes both to the same noise.
         3. The recommended plan again with seed 0 under the cap, to test whether a run is reproducible.
         4. Ablations, all with seed 0 and without the cap: the recommended plan without each of its techniques
-           in turn, then plain training with autocast, and, if the model has repeated blocks, plain training
-           with checkpointing, then with autocast and checkpointing.
+           in turn; the best plan that fits with autocast, with recomputation and, on several ranks, with
+           sharded states (`best_of_groups`); plain training with autocast; and, if the model has repeated
+           blocks, plain training with checkpointing, then with autocast and checkpointing.
 
         Ablations are left out if their plan was already yielded or has a technique that the user excluded.
         """
@@ -389,6 +409,8 @@ class _Story:
             reduced_plan = without(self.recommended, technique_use.technique)
             with contextlib.suppress(UserError):  # a budget that cannot be met without it
                 yield f"without {technique_use.technique}", self.planning.pricer.resolve(reduced_plan)
+        for group, plan in best_of_groups(self.planning):
+            yield f"best with {group}", plan
         yield "precision only", self.baseline.with_use(self.mixed)
         if self.planning.pricer.space.block_count:
             yield "checkpointing only", self.baseline.with_use(_CHECKPOINTING)
@@ -441,14 +463,31 @@ class _Story:
         self.store.append(poc.poc_id, "run", run)
         return dataclasses.replace(poc, runs=(*poc.runs, run))
 
+    def add_control(self, poc: Poc) -> Poc:
+        """Train the job's negative control with seed 0, if the metric judges the recommended plan equivalent
+        and there is no stored power study."""
+        baseline_runs, recommended_runs = _judged_runs(poc.runs)
+        outcome = self._verdict(baseline_runs, recommended_runs)
+        if outcome.kind is not VerdictKind.EQUIVALENT or not outcome.metric:
+            return poc
+        plain_spec = baseline_runs[0].spec
+        if power_study(self.planning.job, plain_spec) is not None:
+            return poc
+        spec = degraded(
+            dataclasses.replace(plain_spec, name=CONTROL, role=CONTROL), self.planning.job.negative_control
+        )
+        label = f"{CONTROL}: {spec.degraded}"
+        run = run_spec(spec, self.planning.pricer.whole(spec.plan), self.progress, label)
+        self.store.append(poc.poc_id, "control", run)
+        return dataclasses.replace(poc, control=run)
+
     def conclude(self, poc: Poc) -> Poc:
         runs = poc.runs
-        baseline_runs = [r for r in runs if r.spec.role == BASELINE and r.spec.cap_bytes is None]
-        recommended_runs = [r for r in runs if r.spec.name == RECOMMENDED]
+        baseline_runs, recommended_runs = _judged_runs(runs)
         repeated_runs = [r for r in runs if r.spec.name == "recommended again"]
         return dataclasses.replace(
             poc,
-            verdicts=tuple(self._verdicts(baseline_runs, recommended_runs, runs)),
+            verdicts=tuple(self._verdicts(baseline_runs, recommended_runs, runs, poc.control)),
             interactions=tuple(self._interactions(runs)),
             reproducibility=reproducibility(recommended_runs[0], repeated_runs[0]),
             effort=effort(self.planning.request.job, self.recommended, runs, self.store),
@@ -456,19 +495,28 @@ class _Story:
             finished=True,
         )
 
+    def _verdict(self, base: Sequence[Run], other: Sequence[Run]) -> Verdict:
+        job, first_run = self.planning.job, other[0]
+        effect = effect_of(first_run.spec.plan, first_run.dependence)
+        return verdict(base, other, effect=effect, metric=job.metric, surrogates=job.surrogates)
+
+    def _control_result(self, outcome: Verdict, plain: Run, control: Run | None) -> ControlResult | None:
+        job = self.planning.job
+        if (study := power_study(job, plain.spec)) is not None:
+            return judge_study(study)
+        return None if control is None else judge_pair(plain, control, job.endpoints, outcome)
+
     def _verdicts(
-        self, baseline_runs: Sequence[Run], recommended_runs: Sequence[Run], runs: Sequence[Run]
+        self,
+        baseline_runs: Sequence[Run],
+        recommended_runs: Sequence[Run],
+        runs: Sequence[Run],
+        control: Run | None = None,
     ) -> Iterator[NamedVerdict]:
-        metric = self.planning.job.metric
-
-        def named(name: str, base: Sequence[Run], other: Sequence[Run]) -> NamedVerdict:
-            plan = other[0].spec.plan
-            effect = effect_of(plan, other[0].dependence)
-            outcome = verdict(base, other, effect=effect, metric=metric)
-            return NamedVerdict(name=name, plan=plan, verdict=outcome)
-
         if self.recommended != self.baseline:
-            yield named(RECOMMENDED, baseline_runs, recommended_runs)
+            outcome = self._verdict(baseline_runs, recommended_runs)
+            outcome = with_control(outcome, self._control_result(outcome, baseline_runs[0], control))
+            yield NamedVerdict(name=RECOMMENDED, plan=self.recommended, verdict=outcome)
         else:
             identity_verdict = Verdict(
                 kind=VerdictKind.EQUIVALENT,
@@ -479,7 +527,8 @@ class _Story:
             )
             yield NamedVerdict(name=RECOMMENDED, plan=self.baseline, verdict=identity_verdict)
         for other in (r for r in runs if r.spec.role == ABLATION):
-            yield named(other.spec.name, baseline_runs[:1], [other])
+            outcome = self._verdict(baseline_runs[:1], [other])
+            yield NamedVerdict(name=other.spec.name, plan=other.spec.plan, verdict=outcome)
 
     def _interactions(self, runs: Sequence[Run]) -> Iterator[Interaction]:
         """Yield the interaction of autocast and checkpointing on plain training with seed 0, for each of the
@@ -501,6 +550,15 @@ class _Story:
                     second_only=second_only,
                     both=both,
                 )
+
+
+def _judged_runs(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
+    """Return the runs that the verdict compares: those of the baseline without the cap, and those of the
+    recommended plan."""
+    return (
+        [r for r in runs if r.spec.role == BASELINE and r.spec.cap_bytes is None],
+        [r for r in runs if r.spec.name == RECOMMENDED],
+    )
 
 
 def _notes(job: JobRef, requested_job: JobRef, *, covers_other_sizes: bool) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from memfit.store.exchange.record import FORMAT, VERSION, Shared, agrees_with_medians, checked
 from memfit.types.errors import UserError
-from memfit.types.result import Choice, OutcomeKind, Poc, Run, Verdict
+from memfit.types.result import Choice, EndpointDifference, OutcomeKind, Poc, Run, Verdict
 from memfit.verify.aggregate import ok_runs, peak_bytes, step_s
 
 _AS_IT_IS = (
@@ -92,7 +92,26 @@ def _step_time_ratio(
 def _judgement(verdict: Verdict) -> Mapping[str, Any]:
     names = ("test", "margin", "difference", "low", "high", "pairs")
     fields = {name: getattr(verdict, name) for name in names}
-    return fields | {"kind": verdict.kind.value, "effect": verdict.effect.label}
+    control = verdict.control
+    return fields | {
+        "kind": verdict.kind.value,
+        "effect": verdict.effect.label,
+        "surrogates": [_endpoint(s) for s in verdict.surrogates],
+        "control": control
+        and {
+            "control": control.control,
+            "noticed": control.noticed,
+            "source": control.source,
+            "pairs": control.pairs,
+            "endpoints": [_endpoint(e) for e in control.endpoints],
+            "date": control.date,
+        },
+    }
+
+
+def _endpoint(result: EndpointDifference) -> Mapping[str, Any]:
+    names = ("name", "unit", "margin", "difference", "low", "high")
+    return {name: getattr(result, name) for name in names}
 
 
 def _worst(capped_runs: Sequence[Run]) -> str:

@@ -23,8 +23,10 @@ from memfit.techniques.registry import conflict, effect_of, make_plain_plan, mak
 from memfit.types import serialization
 from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, Plan
+from memfit.types.result import VerdictKind
 from memfit.types.sanitize import escape_controls
-from memfit.verify.equivalence import MIN_PAIRS, tost
+from memfit.verify.equivalence import MIN_PAIRS, interval_kind, tost
+from memfit.verify.sensitivity import overall
 
 FORMAT, VERSION = "memfit-record", 1
 _MOST_BYTES = 16 * 2**20
@@ -113,8 +115,44 @@ class Side(Part):
     metric_by_seed: Mapping[str, Finite]
 
 
+class Endpoint(Part):
+    """The difference in an endpoint of the job, in ``unit``: the mean over pairs of runs, and its interval.
+    Results within ``margin`` count as equivalent."""
+
+    name: NotBlank
+    unit: str
+    margin: Positive
+    difference: Finite
+    low: Finite
+    high: Finite
+
+    @property
+    def kind(self) -> VerdictKind:
+        return interval_kind(self.low, self.high, margin=self.margin)
+
+
+class Control(Part):
+    """How the test judged the job's negative control, a training that is degraded on purpose, such as
+    "half-steps". ``noticed``: whether the control was judged different from plain training. ``source``:
+    "study", a power study stored with memfit, made on the day ``date``; "pair", one pair of runs of this
+    proof of concept. ``pairs``: number of pairs of runs. ``endpoints``: the control's difference to plain
+    training in each endpoint."""
+
+    control: NotBlank
+    noticed: bool
+    source: Literal["study", "pair"]
+    pairs: Count
+    endpoints: Sequence[Endpoint]
+    date: str
+
+
 class Judgement(Part):
-    kind: Literal["equivalent", "different", "undecided"]
+    """The verdict on the recommended plan. "not_sensitive": the results are inside the margin, but the test
+    would not have noticed the negative control. ``surrogates``: endpoints beside the metric, absent if there
+    are none; the plan is equivalent only if it is in each. ``control``: absent if the verdict does not depend
+    on the metric, and in older records."""
+
+    kind: Literal["equivalent", "different", "undecided", "not_sensitive"]
     effect: Effect
     test: str
     margin: Positive | None
@@ -122,6 +160,8 @@ class Judgement(Part):
     low: Finite | None
     high: Finite | None
     pairs: Count
+    surrogates: Sequence[Endpoint] = ()
+    control: Control | None = None
 
     @pydantic.model_validator(mode="after")
     def _ordered(self) -> Judgement:
@@ -193,11 +233,15 @@ def schema() -> Mapping[str, Any]:
 
 def text(record: Shared) -> str:
     """Return the canonical JSON text of a record, with sorted keys and a line break at the end: equal records
-    have equal bytes. A ``step_time_ratio`` of None is left out. Characters that a terminal would interpret
-    are escaped."""
+    have equal bytes. A ``step_time_ratio`` of None, and no surrogates and no control of the verdict, are left
+    out. Characters that a terminal would interpret are escaped."""
     data = record.model_dump(mode="json")
+    # The text of a record that is older than these fields stays the same.
     if data["step_time_ratio"] is None:
-        del data["step_time_ratio"]  # the text of a record that is older than this field stays the same
+        del data["step_time_ratio"]
+    for name in ("surrogates", "control"):
+        if data["verdict"] is not None and not data["verdict"][name]:
+            del data["verdict"][name]
     return escape_controls(json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False)) + "\n"
 
 
@@ -346,7 +390,8 @@ def _of_verdict(record: Shared, verdict: Judgement, *, same: bool) -> Iterator[s
     """Yield the inconsistencies of the verdict. ``same``: the record's two plans are equal, so that the
     verdict "equivalent" needs no proof."""
     baseline_scores, recommended_scores = record.baseline.metric_by_seed, record.recommended.metric_by_seed
-    equivalent = verdict.kind == "equivalent"
+    equivalent = verdict.kind in ("equivalent", "not_sensitive")
+    yield from _of_control(verdict)
     if verdict.effect != record.recommended.effect:
         yield f"verdict.effect is {verdict.effect}, but recommended.effect is {record.recommended.effect}"
     if equivalent and not same:
@@ -365,10 +410,24 @@ def _of_verdict(record: Shared, verdict: Judgement, *, same: bool) -> Iterator[s
                 )
 
 
+def _of_control(verdict: Judgement) -> Iterator[str]:
+    """Yield the inconsistencies of the negative control: "not_sensitive" needs one that was not noticed, and
+    one that was noticed differs in an endpoint by more than its margin."""
+    control = verdict.control
+    if verdict.kind == "not_sensitive" and (control is None or control.noticed):
+        yield "the verdict is not_sensitive, but verdict.control does not say that the control was missed"
+    if control is not None:
+        kinds = [endpoint.kind for endpoint in control.endpoints]
+        if control.noticed != (VerdictKind.DIFFERENT in kinds):
+            result = ", ".join(kinds) or "none"
+            yield f"verdict.control.noticed is {control.noticed}, but its endpoints are judged: {result}"
+
+
 def _of_equivalence(
     verdict: Judgement, baseline_scores: Mapping[str, float], recommended_scores: Mapping[str, float]
 ) -> Iterator[str]:
-    """Yield the inconsistencies of a verdict that two different plans are equivalent. Such a verdict needs at
+    """Yield the inconsistencies of a verdict that two different plans are equivalent, or would be if the test
+    were sensitive. Such a verdict needs at
     least one pair of runs, scores of the same seeds in both plans, as many pairs as seeds if there are
     scores, and a margin unless its effect class is E0."""
     if verdict.pairs == 0:
@@ -400,9 +459,9 @@ def _of_metric(
             yield f"verdict.{name} is null, but verdict.margin is given"
             return
     low, high = verdict.low or 0.0, verdict.high or 0.0
-    if verdict.kind == "equivalent" and not -margin < low <= high < margin:
+    if verdict.kind in ("equivalent", "not_sensitive") and not -margin < low <= high < margin:
         yield (
-            f"the verdict is equivalent, but its interval {low:g} to {high:g} is not inside its margin "
+            f"the verdict is {verdict.kind}, but its interval {low:g} to {high:g} is not inside its margin "
             f"{margin:g}"
         )
     if (
@@ -423,8 +482,11 @@ def _of_metric(
         expected = getattr(result, name)
         if value is None or not math.isclose(value, expected, rel_tol=_ROUNDING, abs_tol=_ROUNDING * margin):
             yield f"verdict.{name} is {value:g}, but the scores give {expected:g}"
-    if verdict.kind != result.kind.value:
-        yield f"the verdict is {verdict.kind}, but the scores give {result.kind.value}"
+    kind = overall([result.kind, *(s.kind for s in verdict.surrogates)])
+    if kind is VerdictKind.EQUIVALENT and verdict.control is not None and not verdict.control.noticed:
+        kind = VerdictKind.NOT_SENSITIVE
+    if verdict.kind != kind.value:
+        yield f"the verdict is {verdict.kind}, but the scores give {kind.value}"
 
 
 def _seeds(scores: Mapping[str, float]) -> str:
