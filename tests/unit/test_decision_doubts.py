@@ -16,7 +16,7 @@ import pytest
 from report_fixture import RECOMMENDED, full_poc, offers
 
 from memfit import catalog
-from memfit.catalog import finance
+from memfit.catalog import prices
 from memfit.decision import money
 from memfit.decision.case import TEMPLATE, DecisionCase, parse_case
 from memfit.decision.decide import decide
@@ -134,15 +134,15 @@ def pilot(made: Decision) -> Any:
 
 def test_upper_bound_of_the_pilot_uses_the_upper_ends_of_time_power_and_rates() -> None:
     """By hand: 10,000 steps of 1.25 s are 3.47 h; steps may take 1.3 times as long, and power and rates their
-    own upper ends; 2 hours of set-up at 60 $."""
+    own upper ends; 2 hours of set-up at 60 $. A desktop stands beside a desk."""
     made, view = seen(CARD)
     stage, terms = pilot(made), {t.name: t for t in made.numbers}
     kwh = 10_000 * 1.25 / 3600 * 0.5
     end = {
         n: known(terms[n].high)
-        for n in ("energy_per_kwh", "pue_ratio", "recommended_time_factor", "tax_ratio")
+        for n in ("energy_per_kwh", "desk_pue_ratio", "recommended_time_factor", "tax_ratio")
     }
-    most = kwh * end["energy_per_kwh"] * end["pue_ratio"] * end["recommended_time_factor"]
+    most = kwh * end["energy_per_kwh"] * end["desk_pue_ratio"] * end["recommended_time_factor"]
     assert end["recommended_time_factor"] >= 1.3
     assert stage.most == pytest.approx(2 * 60 + most * (1 + end["tax_ratio"]))
     assert stage.most > stage.to_spend
@@ -262,11 +262,9 @@ def test_every_machine_in_the_table_shows_its_prices_and_watts_with_source_and_d
 
 def test_every_catalog_price_has_a_known_kind() -> None:
     for name in catalog.device_names():
-        device = catalog.device(name)
-        for fact in (device.usd_per_hour, device.usd_to_buy):
-            assert fact is None or finance.price_kind(fact.source), (name, fact)
-    assert finance.price_kind("Akash on demand, starting price, read by a price comparison") == "starting"
-    assert {f"price_kind.{k}" for k in finance.PRICE_KINDS} <= WORDS.texts.keys()
+        for deal in ("rent", "buy"):
+            assert all(price.kind in prices.KINDS for price in prices.seller_prices(name, deal))
+    assert {f"price_kind.{kind}" for kind in prices.KINDS} <= WORDS.texts.keys()
 
 
 # -- what was evaluated, and the libraries of the plan --------------------------------------------------

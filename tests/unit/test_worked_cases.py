@@ -170,23 +170,28 @@ def decided(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
     return run
 
 
-# The present cost of the best option and of the reference of each case, to the coin, worked out line by line.
+# The present cost of the best option and of the reference of each case, to the coin, worked out line by
+# line.
 #
-# Laboratory, own 4090: 18,000 steps x 2.5 s = 12.5 h a run, 60 runs 750 h. 0.56 kW x 750 h = 420 kWh at 33.79 = 14,191.80;
-# basic charge 12 x 275.61 x 0.56 = 1,852.10; with a tenth of tax 17,648.31. Care 12 h x 4,200 = 50,400. A year
-# 68,048.31, five years at 3 % x 4.579707187 = 311,641.24. Set-up 6 h x 4,200 = 25,200. Together 336,841.
-# Laboratory, rented A6000: 14.5 h a run, 870 h a year, at 0.82 x 154.5 = 126.69: 110,220.30; storage 30,000; with tax
-# 154,242.33. Care 30 h = 126,000. A year 280,242.33, x 4.579707187 = 1,283,427.81. Set-up 33,600. Together 1,317,028.
-# Group, two servers: 25 h a run, 12,500 h a year. 8.4 kW x 1.3 x 12,500 h = 136,500 kWh at 0.128 = 17,472; demand
-# 12 x 11.5 x 10.92 kW x 2 = 3,013.92; with 6 % of tax 21,715.08. Care 19,000, support 4 % of 646,600 = 25,864. A year
-# 66,579.08, x 4.329476671 = 288,252.55. Bought in year 0 and 3: 646,600 x 1.863837599 = 1,205,157.39. A third is
-# left after year 5: 215,533.33 / 1.276281563 = 168,876.01. Set-up 100 h x 95 = 9,500. Together 1,334,033.94.
-# Group, rented B300: 16.667 h a run, 8,333.33 h a year, at 8 x 7.44 = 59.52: 496,000; storage 5,760; with tax 531,865.60.
-# Care 7,600. A year 539,465.60, x 4.329476671 = 2,335,603.73. Set-up 2,280. Together 2,337,883.73.
-# Not worth it, own 4090: 2.5 h a run, 500 h a year. 0.48 kW x 1.2 x 500 h = 288 kWh at 0.3052 = 87.90. Care 300. A year
-# 387.90, x 4.579707187 = 1,776.46.
-# Not worth it, rented 4090: 500 h at 0.515 x 0.8573 = 0.4415: 220.75. Care 600. A year 820.75, x 4.579707187 = 3,758.82.
-# Set-up 240. Together 3,998.82.
+# Laboratory, own 4090: 18,000 steps x 2.5 s = 12.5 h a run, 60 runs 750 h. 0.56 kW x 750 h = 420 kWh at
+# 33.79 = 14,191.80; basic charge 12 x 275.61 x 0.56 = 1,852.10; with a tenth of tax 17,648.31. Care 12 h x
+# 4,200 = 50,400. A year 68,048.31, five years at 3 % x 4.579707187 = 311,641.24. Set-up 6 h x 4,200 =
+# 25,200. Together 336,841.
+# Laboratory, rented A6000: 14.5 h a run, 870 h a year, at 0.82 x 154.5 = 126.69: 110,220.30; storage 30,000;
+# with tax 154,242.33. Care 30 h = 126,000. A year 280,242.33, x 4.579707187 = 1,283,427.81. Set-up 33,600.
+# Together 1,317,028.
+# Group, two servers: 25 h a run, 12,500 h a year. 8.4 kW x 1.3 x 12,500 h = 136,500 kWh at 0.128 = 17,472;
+# demand 12 x 11.5 x 10.92 kW x 2 = 3,013.92; with 6 % of tax 21,715.08. Care 19,000, support 4 % of 646,600
+# = 25,864. A year 66,579.08, x 4.329476671 = 288,252.55. Bought in year 0 and 3: 646,600 x 1.863837599 =
+# 1,205,157.39. A third is left after year 5: 215,533.33 / 1.276281563 = 168,876.01. Set-up 100 h x 95 =
+# 9,500. Together 1,334,033.94.
+# Group, rented B300: 16.667 h a run, 8,333.33 h a year, at 8 x 7.44 = 59.52: 496,000; storage 5,760; with
+# tax 531,865.60. Care 7,600. A year 539,465.60, x 4.329476671 = 2,335,603.73. Set-up 2,280. Together
+# 2,337,883.73.
+# Not worth it, own 4090: 2.5 h a run, 500 h a year. 0.48 kW x 1.2 x 500 h = 288 kWh at 0.3052 = 87.90. Care
+# 300. A year 387.90, x 4.579707187 = 1,776.46.
+# Not worth it, rented 4090: 500 h at 0.515 x 0.8573 = 0.4415: 220.75. Care 600. A year 820.75, x 4.579707187
+# = 3,758.82. Set-up 240. Together 3,998.82.
 BY_HAND = {
     "laboratory": ("336841", "1317028", "74.42"),
     "group": ("1334033.94", "2337883.73", "42.94"),
@@ -225,13 +230,14 @@ LABORATORY_OFFERS: tuple[Told, ...] = (
     ("A100-80GB-SXM", True, True, 1.2, 650.0),
     ("A100-80GB-SXM", False, True, 1.5, 640.0),
 )
-# The catalog. On demand, the middle of an A6000's five sellers (0.50 0.57 0.82 1.09 1.93 $ an hour) is 0.82 $;
-# of an A100's six (1.29 1.79 2.30 2.79 3.28 3.4309) 2.545 $; of a 4090's two (0.29 0.74) 0.515 $. New, an A6000 has
-# one seller, 5,189.96 $; the middle of a 4090's three (1,900 2,000 3,129.99) is 2,000 $. A GB of memory has
-# risen from 3.44 $ (32 GB at 109.99, to the cent per GB) to the middle of 13.59 $ and 26.55 $, 20.07 $: by 16.63 $. A
-# workstation of 2,500 $ with 128 GB is now 4,628.64 $, a PCIe server of 20,000 $ with 1,000 GB 36,630 $. 154.5
-# yen to the dollar. Making a card: 62 kg and 3.5 kg for each of the die's cm2 and 0.92 kg for each GB: A100 8.26
-# cm2, 80 GB: 164.51 kg; A6000 6.28 cm2, 48 GB: 128.14 kg; 4090 6.09 cm2, 24 GB: 105.395 kg.
+# The catalog. On demand, the middle of an A6000's five sellers (0.50 0.57 0.82 1.09 1.93 $ an hour) is 0.82
+# $; of an A100's six (1.29 1.79 2.30 2.79 3.28 3.4309) 2.545 $; of a 4090's two (0.29 0.74) 0.515 $. New, an
+# A6000 has one seller, 5,189.96 $; the middle of a 4090's three (1,900 2,000 3,129.99) is 2,000 $. A GB of
+# memory has risen from 3.44 $ (32 GB at 109.99, to the cent per GB) to the middle of 13.59 $ and 26.55 $,
+# 20.07 $: by 16.63 $. A workstation of 2,500 $ with 128 GB is now 4,628.64 $, a PCIe server of 20,000 $ with
+# 1,000 GB 36,630 $. 154.5 yen to the dollar. Making a card: 62 kg and 3.5 kg for each of the die's cm2 and
+# 0.92 kg for each GB: A100 8.26 cm2, 80 GB: 164.51 kg; A6000 6.28 cm2, 48 GB: 128.14 kg; 4090 6.09 cm2, 24
+# GB: 105.395 kg.
 A6000_PRICE, A6000_HOUR, A100_HOUR, R4090_PRICE, R4090_HOUR = (
     str(num(usd) * num("154.5")) for usd in ("41819.96", "0.82", "2.545", "6628.64", "0.515")
 )
@@ -374,8 +380,8 @@ GROUP_OFFERS: tuple[Told, ...] = (
 
 
 BUY, RENT = ("purchase", "8xH100-SXM", False, False), ("cloud", "8xH100-SXM", False, False)
-# The middle of a B300's two sellers (6.99 and 7.89 $ per device and hour); it is not for sale. Making one takes 62 +
-# 3.5 x 16.2 + 0.92 x 288 = 383.66 kg of CO2.
+# The middle of a B300's two sellers (6.99 and 7.89 $ per device and hour); it is not for sale. Making one
+# takes 62 + 3.5 x 16.2 + 0.92 x 288 = 383.66 kg of CO2.
 OTHER = ("cloud", "8xB300", True, True)
 
 

@@ -13,16 +13,6 @@ from memfit.catalog.tables import fact, facts, find, table
 from memfit.types.errors import UserError
 from memfit.types.machine import Fact
 
-PRICE_KINDS: Final = {  # kind of price -> words that sources use for it
-    "spot": ("spot",),
-    "starting": ("starting price",),
-    "reserved": ("active worker",),
-    "launch": ("launch price",),
-    "street": ("street price",),
-    "named": ("named by", "quotation", "quotes"),
-    "list": ("list price",),
-    "on_demand": ("on demand", "on-demand", "Secure Cloud"),
-}
 # suffixes and prefixes that catalog.host adds to the name of a part
 _PART: Final = re.compile(r"^\d+/\d+ of | with \d+ devices$")
 
@@ -139,9 +129,25 @@ def supplier_co2(name: str) -> Fact:
     return fact(_rows("suppliers")[catalog_name]["co2_g_per_kwh"], _sources())
 
 
+def site_pue(name: str) -> Fact:
+    """Return the PUE, electricity of the whole site over that of its computers, of a "desk" or a "cloud"; any
+    other name raises KeyError. That of a server room is the place's, see `catalog.place`.
+    """
+    return fact(_rows("sites")[name]["pue_ratio"], _sources())
+
+
+def labour_cost(place: str) -> tuple[Fact, str]:
+    """Return (what an hour of a research engineer costs the employer, code of its currency) in ``place``; for
+    a place for which the catalog has no number, that of "world".
+    """
+    row = _rows("labour").get(_place(place), _rows("labour")["world"])
+    return fact(row["per_hour"], _sources()), row["currency"]
+
+
 def host_usd(name: str) -> Fact | None:
-    """Return the price in US dollars of a whole server of the catalog without its accelerators. None if the
-    catalog has no such server or no price of it.
+    """Return the price in US dollars of a whole server of the catalog without its accelerators, with its
+    memory at the price of that time (`prices.server_usd` has today's). None if the catalog has no such server
+    or no price of it.
 
     ``name`` may also be that of a part of the server, such as ``"1/8 of HGX-H100"``; the price is still that
     of the whole server.
@@ -152,13 +158,6 @@ def host_usd(name: str) -> Fact | None:
         return None
     row = _rows("hosts").get(catalog_name)
     return fact(row["usd_to_buy"], _sources()) if row else None
-
-
-def price_kind(source: str) -> str:
-    """Return the kind of a price, from the text of its source: the first key of `PRICE_KINDS` of which the
-    text contains a word, such as "list" for a text with "list price"; "" if there is none.
-    """
-    return next((kind for kind, names in PRICE_KINDS.items() if any(n in source for n in names)), "")
 
 
 def default(name: str) -> Fact:

@@ -9,6 +9,8 @@ import functools
 from fractions import Fraction
 from typing import Any, Final
 
+from memfit.catalog.embodied import estimated_kg
+from memfit.catalog.prices import typical_price
 from memfit.catalog.tables import fact, facts, find, table
 from memfit.types.machine import Device, Fact, Host, Link, Place
 
@@ -175,13 +177,18 @@ def _device(name: str) -> Device:
     gpus, libraries = table("gpus.toml"), table("libraries.toml")
     sources = gpus["sources"] | libraries["sources"]
     row = gpus["devices"][name] | libraries["devices"].get(name, {})
+    figures: dict[str, Fact | None] = {
+        "usd_per_hour": typical_price(name, "rent"),
+        "usd_to_buy": typical_price(name, "buy"),
+        "embodied_kg": estimated_kg(name),
+    }
     return Device(
         name=name,
         kind="cuda",
         peak_flops={dtype: fact(peak, sources) for dtype, peak in row["peak_flops"].items()},
         link=link(row["link"]) if "link" in row else None,
         efficiency_ratio=efficiency(row["architecture"], name),
-        **facts(row, sources, _DEVICE_FACTS),
+        **(figures | facts(row, sources, _DEVICE_FACTS)),
     )
 
 

@@ -6,20 +6,23 @@ An `Alternative` is a machine that is owned, bought or rented, with plain traini
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Final
+from typing import Any, Final
 
 from memfit import catalog
-from memfit.catalog import finance
+from memfit.catalog import prices
 from memfit.decision.case import Cloud, DecisionCase, Existing, ExistingMachine, Purchase
 from memfit.techniques.registry import TECHNIQUES
 from memfit.types.decision import Alternative, Amount
 from memfit.types.errors import UserError, suggest
+from memfit.types.machine import Fact
 from memfit.types.machine import Machine as CatalogMachine
 from memfit.types.plan import EffectClass, Plan
 from memfit.types.result import Offer
 
-_ANY_NUMBER: Final = ("workstation", "PCIe")  # hosts sold with any number of devices
+_DESKTOP: Final = "workstation"
+_ANY_NUMBER: Final = (_DESKTOP, "PCIe")  # hosts sold with any number of devices
 PLAIN: Final = "plain training"
 _SURE: Final = 100.0  # percent: the upper end of the memory fits
 
@@ -66,9 +69,9 @@ class AlternativeInputs:
     def _needs_a_machine(self, kind: str, section: ExistingMachine) -> None:
         """Raise UserError if the section ``kind`` of the case, which names no machine, sets figures of one.
 
-        Setup hours, operating hours and the price of storage may be set without a machine.
+        Setup hours, operating hours, the price of storage and the site may be set without a machine.
         """
-        optional_keys = {"setup_hours", "operating_hours_per_year", "storage_per_month"}
+        optional_keys = {"setup_hours", "operating_hours_per_year", "storage_per_month", "site"}
         keys = sorted(section.model_fields_set - optional_keys)
         if keys:
             raise UserError(
@@ -82,10 +85,11 @@ class AlternativeInputs:
         hours_by_plain = {True: section.hours_plain, False: section.hours_recommended}
         candidates = []
         for plain, hours in hours_by_plain.items():
-            offer = next((o for o in self.offers if o.machine == name and o.plain is plain), None)
+            offer, at_once = self._offer_for(name, machine, plain)
             if hours is None and (offer is None or not offer.fits or offer.step_s is None):
                 continue
-            candidates.append(self._way(kind, section, name, plain, hours, offer, machine))
+            way = self._way(kind, section, name, plain, hours, offer, machine)
+            candidates.append(dataclasses.replace(way, parallel_runs=at_once if hours is None else 1))
         if not candidates and machine is None:
             raise UserError(
                 f"the machine {name!r} in section [{kind}] of the case is not in the catalog, and neither "
@@ -97,9 +101,23 @@ class AlternativeInputs:
             raise UserError(
                 f"for the machine {name!r} in section [{kind}] of the case, the record has no prediction of "
                 "a plan, plain or recommended, that fits its memory and has a step time",
-                hint=f"`memfit scale --pilot {name}` predicts it; or set hours_plain or hours_recommended",
+                hint=f"`memfit decide --pilot {name}` predicts it; or set hours_plain or hours_recommended",
             )
         return candidates
+
+    def _offer_for(self, name: str, machine: CatalogMachine | None, plain: bool) -> tuple[Offer | None, int]:
+        """Return (the prediction for the machine, 1). If there is none, but one for a single device of it:
+        (that prediction with the watts of all devices, number of devices). Each device then trains a run of
+        its own, so that nothing is assumed about their communication. (None, 1) if there is neither.
+        """
+        offers = {o.machine: o for o in self.offers if o.plain is plain}
+        if name in offers or machine is None or machine.device_count == 1:
+            return offers.get(name), 1
+        single = offers.get(machine.device.name)
+        if single is None:
+            return None, 1
+        power_w = None if single.power_w is None else single.power_w * machine.device_count
+        return dataclasses.replace(single, power_w=power_w), machine.device_count
 
     def _way(
         self,
@@ -115,20 +133,24 @@ class AlternativeInputs:
         way = self._labelled(kind, name, plain, offer)
         price: Amount | None = None
         per_hour: Amount | None = None
+        catalog_price: Fact | None = None
         if isinstance(section, Purchase):
-            price = Amount(own=section.price.value) if section.price else price_of(machine)
+            catalog_price = None if section.price else machine_price(machine)
+            price = Amount(own=section.price.value) if section.price else _amount(catalog_price)
             if price is None:
                 raise UserError(
-                    f"the catalog has no price for the machine {name} in section [purchase] of the case, or "
-                    "its devices are sold only in whole servers, which their number does not fill",
+                    f"the catalog has no street price for the machine {name} in section [purchase] of the "
+                    "case, or its devices are sold only in whole servers, which their number does not fill",
                     hint="add price = ..., the price of one machine with all its devices, without tax, in "
                     "the currency of the case",
                 )
         if isinstance(section, Cloud):
-            per_hour = Amount(own=section.per_hour.value) if section.per_hour else rent_of(machine)
+            catalog_price = None if section.per_hour else machine_rent(machine)
+            per_hour = Amount(own=section.per_hour.value) if section.per_hour else _amount(catalog_price)
             if per_hour is None:
                 raise UserError(
-                    f"the catalog has no rental price for the machine {name} in section [cloud] of the case",
+                    f"the catalog has no on-demand price for the machine {name} in section [cloud] of the "
+                    "case",
                     hint="add per_hour = ..., the rent for an hour of one machine with all its devices, "
                     "without tax, in the currency of the case",
                 )
@@ -145,12 +167,15 @@ class AlternativeInputs:
             plain_j=self._plain_j(name),
             of_catalog=False,
             unknown=way.unknown if power_w or kind == "cloud" else (*way.unknown, f"{kind}.power_w"),
+            site=self._site(kind, machine),
+            **_priced(machine, catalog_price),
         )
 
     def _of_catalog(self, offer: Offer) -> Iterator[Alternative]:
         machine = catalog.machine(offer.machine)
-        prices = {"purchase": price_of(machine), "cloud": rent_of(machine)}
-        for kind, amount in prices.items():
+        facts = {"purchase": machine_price(machine), "cloud": machine_rent(machine)}
+        for kind, fact in facts.items():
+            amount = _amount(fact)
             if amount is None or offer.step_s is None:
                 continue
             yield dataclasses.replace(
@@ -161,7 +186,24 @@ class AlternativeInputs:
                 per_hour=amount if kind == "cloud" else None,
                 embodied_kg=_embodied_kg(machine),
                 plain_j=self._plain_j(offer.machine),
+                site=self._site(kind, machine),
+                **_priced(machine, fact),
             )
+
+    def _site(self, kind: str, machine: CatalogMachine | None) -> str:
+        """Return where a machine stands, for its PUE: "cloud" if it is rented, "desk" if it is a desktop,
+        else "" for a server room. If the case has a PUE, it counts for every owned machine, which is then "".
+
+        The section of the case may say "desk" or "server-room".
+        """
+        if kind == "cloud":
+            return "cloud"
+        if self.case.money.pue_ratio is not None:
+            return ""
+        section = self.case.existing if kind == "existing" else self.case.purchase
+        host_name = catalog.host_of(machine.device.name) if machine is not None else ""
+        site = section.site or ("desk" if host_name == _DESKTOP else "server-room")
+        return "desk" if site == "desk" else ""
 
     def _labelled(self, kind: str, name: str, plain: bool, offer: Offer | None) -> Alternative:
         """Return an option of this kind on the machine ``name``, with its plan's label, people's working
@@ -280,16 +322,17 @@ def _known(name: str) -> CatalogMachine | None:
         return None
 
 
-def price_of(machine: CatalogMachine | None) -> Amount | None:
-    """Return the catalog's purchase price of the machine: its devices and the servers around them.
+def machine_price(machine: CatalogMachine | None) -> Fact | None:
+    """Return the catalog's purchase price of the machine in US dollars, with its range: its devices and the
+    servers around them.
 
-    Return None without a machine, if a price is unknown, or if the devices are sold only in whole servers and
-    their number does not fill whole servers.
+    The errors of both are taken as independent. Return None without a machine, if a price is unknown, or if
+    the devices are sold only in whole servers and their number does not fill whole servers.
     """
     if machine is None:
         return None
     device, host_name = machine.device, catalog.host_of(machine.device.name)
-    server = finance.host_usd(host_name) if host_name else None
+    server = prices.server_usd(host_name) if host_name else None
     if device.usd_to_buy is None or server is None:
         return None
     devices_in_host = catalog.devices_of(host_name)
@@ -297,17 +340,49 @@ def price_of(machine: CatalogMachine | None) -> Amount | None:
         return None
     devices_per_host = machine.devices_per_host or min(machine.device_count, devices_in_host)
     servers = -(-machine.device_count // devices_per_host)
-    return Amount(usd=device.usd_to_buy.value * machine.device_count + server.value * servers)
+    parts = ((device.usd_to_buy, machine.device_count), (server, servers))
+    value = sum(fact.value * count for fact, count in parts)
+    below = math.hypot(*(count * (fact.value - _end(fact, fact.low)) for fact, count in parts))
+    above = math.hypot(*(count * (_end(fact, fact.high) - fact.value) for fact, count in parts))
+    return dataclasses.replace(device.usd_to_buy, value=value, low=value - below, high=value + above)
 
 
-def rent_of(machine: CatalogMachine | None) -> Amount | None:
-    """Return the catalog's rental price per hour of the machine with all its devices. Return None without a
-    machine or if the price is unknown.
+def machine_rent(machine: CatalogMachine | None) -> Fact | None:
+    """Return the catalog's rental price per hour of the machine with all its devices, with its range. Return
+    None without a machine or if the price is unknown.
     """
-    if machine is None:
+    hourly = machine.device.usd_per_hour if machine is not None else None
+    if machine is None or hourly is None:
         return None
-    hourly = machine.device.usd_per_hour
-    return Amount(usd=hourly.value * machine.device_count) if hourly is not None else None
+    count = machine.device_count
+    return dataclasses.replace(
+        hourly,
+        value=hourly.value * count,
+        low=_end(hourly, hourly.low) * count,
+        high=_end(hourly, hourly.high) * count,
+    )
+
+
+def _end(fact: Fact, bound: float | None) -> float:
+    return fact.value if bound is None else bound
+
+
+def _amount(fact: Fact | None) -> Amount | None:
+    return None if fact is None else Amount(usd=fact.value)
+
+
+def _priced(machine: CatalogMachine | None, fact: Fact | None) -> dict[str, Any]:
+    """Return the fields of an option that say whose price of the catalog it has, and the spread between
+    sellers; none for a price that is the user's.
+    """
+    if machine is None or fact is None or not fact.value:
+        return {}
+    return {
+        "priced_device": machine.device.name,
+        "device_count": machine.device_count,
+        "price_low": _end(fact, fact.low) / fact.value,
+        "price_high": _end(fact, fact.high) / fact.value,
+    }
 
 
 def _power_w(machine: CatalogMachine | None) -> float | None:

@@ -40,15 +40,21 @@ class Assumptions:
 
 
 def collect_assumptions(
-    case: DecisionCase, *, place: str, offers: Sequence[Offer], seen: Mapping[bool, float] | None = None
+    case: DecisionCase,
+    *,
+    place: str,
+    offers: Sequence[Offer],
+    seen: Mapping[bool, float] | None = None,
+    project: Mapping[str, Fact] | None = None,
 ) -> Assumptions:
     """Collect the numbers of the decision: the user's where the case has them, else the catalog's.
 
     `place`: used if the case names no place, tariff or supplier. `offers`: predictions, for the ranges of
-    step times. `seen`: measured over predicted step time of plain training (True) and of the recommended plan
-    (False) in the runs of the proof of concept. Raises UserError for a currency, place, tariff or electricity
-    supplier that the catalog does not have, for a place, tariff and supplier that do not belong together, and
-    for an implausible exchange rate.
+    step times. `project`: name -> number of a typical project, used in place of the catalog's default.
+    `seen`: measured over predicted step time of plain training (True) and of the recommended plan (False) in
+    the runs of the proof of concept. Raises UserError for a currency, place, tariff or electricity supplier
+    that the catalog does not have, for a place, tariff and supplier that do not belong together, and for an
+    implausible exchange rate.
     """
     currency = finance.currency(case.currency)
     case_place = _where(case, place)
@@ -56,7 +62,7 @@ def collect_assumptions(
     electricity_prices = _Electricity(case, currency, case_place, rate)
     numbers = [
         rate,
-        *_work(case),
+        *_work(case, project or {}),
         *_money(case, case_place),
         *electricity_prices.electricity(),
         *_factors(case, offers, seen or {}),
@@ -81,6 +87,8 @@ def collect_assumptions(
         basic_per_kw_month=electricity_prices.amounts["basic_per_kw_month"],
         co2_g_per_kwh=value("co2_g_per_kwh"),
         pue_ratio=value("pue_ratio"),
+        desk_pue_ratio=value("desk_pue_ratio"),
+        cloud_pue_ratio=value("cloud_pue_ratio"),
         value_per_run=value("value_per_run"),
         longest_run_hours=case.work.longest_run_hours,
     )
@@ -137,7 +145,7 @@ def _rate(case: DecisionCase, currency: finance.Currency) -> Term:
     return _number("per_usd", figure, currency.per_usd, "")
 
 
-def _work(case: DecisionCase) -> Iterable[Term]:
+def _work(case: DecisionCase, project: Mapping[str, Fact]) -> Iterable[Term]:
     work = case.work
     for name, figure, unit in (
         ("steps_per_run", work.steps_per_run, "steps"),
@@ -145,7 +153,7 @@ def _work(case: DecisionCase) -> Iterable[Term]:
         ("runs_per_year", work.runs_per_year, "runs"),
         ("utilisation_ratio", work.utilisation_ratio, ""),
     ):
-        yield _number(name, figure, finance.default(name), unit)
+        yield _number(name, figure, project.get(name) or finance.default(name), unit)
     yield _number("value_per_run", work.value_per_run, None, "money")
 
 
@@ -163,6 +171,8 @@ def _money(case: DecisionCase, place: str) -> Iterable[Term]:
     yield _number("life_years", money.life_years, finance.write_off_years(place), "years")
     yield _number("support_ratio", money.support_ratio, finance.default("support_ratio"), "")
     yield _number("pue_ratio", money.pue_ratio, catalog.place(place).pue_ratio, "")
+    yield _number("desk_pue_ratio", None, finance.site_pue("desk"), "")
+    yield _number("cloud_pue_ratio", None, finance.site_pue("cloud"), "")
     grid = finance.supplier_co2(case.supplier) if case.supplier else catalog.place(place).co2_g_per_kwh
     yield _number("co2_g_per_kwh", money.co2_g_per_kwh, grid, "g/kWh")
 
@@ -222,15 +232,13 @@ class _Electricity:
 def _factors(
     case: DecisionCase, offers: Sequence[Offer], step_errors: Mapping[bool, float]
 ) -> Iterable[Term]:
-    """Yield the uncertain factors, of value 1 and with a range: on the catalog's purchase prices, on its
-    rental prices, and on the predicted step times of plain training and of the recommended plan.
+    """Yield the uncertain factors, of value 1 and with a range: on the predicted step times of plain training
+    and of the recommended plan.
 
     Also yield the purchase and rental price of the case, if given. ``step_errors``: measured over predicted
     step time of plain training (True) and of the recommended plan (False); it widens the range of that
     factor.
     """
-    for name, default in (("hardware_factor", "hardware_spread"), ("rental_factor", "rental_spread")):
-        yield _number(name, None, finance.default(default), "factor")
     for name, price in (("purchase_price", case.purchase.price), ("rental_price", case.cloud.per_hour)):
         if price is not None:
             yield _number(name, price, None, "money")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pydantic
 
@@ -173,7 +173,15 @@ class ExistingMachine(_Strict):
     operating_hours_per_year: Bare | None = None
 
 
-class Existing(ExistingMachine):
+class OwnedMachine(ExistingMachine):
+    """Figures of a machine that the user has or buys. ``site``: "desk" or "server-room", for the PUE; if
+    unset, a desktop is at a desk and all else in a server room.
+    """
+
+    site: Literal["desk", "server-room"] | None = None
+
+
+class Existing(OwnedMachine):
     """The section [existing] of the case file: a machine that the user already has. ``machines``: how many of
     these the user has, by default 1.
 
@@ -183,7 +191,7 @@ class Existing(ExistingMachine):
     machines: Whole = 1
 
 
-class Purchase(ExistingMachine):
+class Purchase(OwnedMachine):
     """The section [purchase]: a machine to buy.
 
     ``price``: of one machine with all its devices, without tax; if unset, the catalog's.
@@ -285,7 +293,7 @@ TEMPLATE = """\
 # A number may have a range: {value = 25.5, low = 20, high = 32, source = "bill of May", date = "2026-05-31"}
 
 currency = "USD"
-# place = "japan"                    # its prices, taxes and write-off; `memfit machines` lists the places
+# place = "japan"                    # its prices, taxes and write-off; `memfit list machines` lists the places
 # tariff = "japan-high-voltage"      # instead of the place's average price
 # supplier = "tepco-ep"              # instead of the grid's average CO2
 
@@ -307,7 +315,7 @@ currency = "USD"
 # discount_ratio = 0.03
 # life_years = 5                     # after which a machine is written off
 # support_ratio = 0.1                # share of the price per year
-# pue_ratio = 1.56
+# pue_ratio = 1.56                   # of your own machines; a rented one has that of a cloud
 # co2_g_per_kwh = 481
 
 [effort]
@@ -319,6 +327,7 @@ currency = "USD"
 # hours_plain = 24                   # per run, if you know better than the prediction
 # hours_recommended = 30
 # power_w = 500
+# site = "desk"                      # or "server-room"; for the electricity of cooling
 # setup_hours = 0
 # operating_hours_per_year = 0
 
@@ -328,6 +337,7 @@ currency = "USD"
 # hours_plain = 24
 # hours_recommended = 30
 # power_w = 500
+# site = "server-room"
 # setup_hours = 0
 # operating_hours_per_year = 0
 

@@ -10,12 +10,14 @@ from memfit.decision import money, monte_carlo, rollout_gates
 from memfit.decision.alternatives import AlternativeInputs, missing_inputs
 from memfit.decision.assumptions import Assumptions, collect_assumptions
 from memfit.decision.case import DecisionCase, term
+from memfit.decision.price_rows import saving_without_a_price
+from memfit.decision.projects import project_of
 from memfit.decision.risks import risks
 from memfit.decision.stages import stages
 from memfit.types.decision import Alternative, CostSheet, Decision, Swing, Term
 from memfit.types.errors import UserError
 from memfit.types.plan import Plan
-from memfit.types.result import Offer, Poc
+from memfit.types.result import Interval, Offer, Poc
 from memfit.verify.aggregate import ok_runs, step_s
 
 
@@ -27,6 +29,7 @@ def decide(
     name: str = "",
     named: Mapping[str, str] | None = None,
     limits: rollout_gates.Gates | None = None,
+    by_default: bool = False,
 ) -> Decision:
     """Return the decision: the options, their costs, the saving and how certain it is, stages and risks.
 
@@ -34,14 +37,24 @@ def decide(
     machine and kind of plan (plain or recommended). Only predictions of one job size are used: that of the
     last in `more`, else of the PoC's first. `name`: path of the case file; "" without one. `named`: stage
     ("pilot" or "full") -> machine that the user chose for it. `limits`: of the gate before the pilot; None:
-    the default limits. Raises UserError for a case that names an unknown currency, place, tariff or supplier,
-    contradicts itself, or lacks the hours or price of a machine.
+    the default limits. `by_default`: whether `case` holds defaults and not the user's figures; the money is
+    then for a typical project of the job, if the catalog has one. Raises UserError for a case that names an
+    unknown currency, place, tariff or supplier, contradicts itself, or lacks the hours or price of a machine.
     """
     size = more[-1].size if more else poc.offers[0].size if poc.offers else ""
     # predictions of the same work
     offers_by_machine = {(o.machine, o.plain): o for o in (*poc.offers, *more) if o.size == size}
     offers = list(offers_by_machine.values())
-    assumptions = collect_assumptions(case, place=_place(poc.place), offers=offers, seen=_step_errors(poc))
+    project = project_of(poc.job_name, size) if by_default else None
+    if project is not None:
+        offers = project.possible_offers(offers)
+    assumptions = collect_assumptions(
+        case,
+        place=_place(poc.place),
+        offers=offers,
+        seen=_step_errors(poc),
+        project=project.work if project is not None else None,
+    )
     attended_minutes = poc.effort.attended_minutes
     setup_figure = case.effort.setup_hours
     plan_hours = (
@@ -74,9 +87,12 @@ def decide(
     gates = limits or rollout_gates.Gates()
     decision = dataclasses.replace(
         decision,
-        stages=stages(poc, decision, offers, named or {}, gates),
         own_limits=gates != rollout_gates.Gates(),
+        project=project.name if project is not None else "",
+        pilot_ratio=project.pilot_ratio if project is not None else 1.0,
+        by_default=by_default,
     )
+    decision = dataclasses.replace(decision, stages=stages(poc, decision, offers, named or {}, gates))
     return dataclasses.replace(decision, risks=risks(poc, decision))
 
 
@@ -141,10 +157,7 @@ def _without_stages(
     existing = [i for i, w in enumerate(ways) if w.kind == "existing"]
     by_kind = {kind: [i for i, w in enumerate(ways) if w.kind == kind] for kind in ("purchase", "cloud")}
     user_by_kind = {kind: [i for i in indices if not ways[i].of_catalog] for kind, indices in by_kind.items()}
-    best = money.cheapest(ways, sheets, range(len(ways)))
-    reference = money.cheapest(
-        ways, sheets, [i for indices in by_kind.values() for i in indices if ways[i].plain]
-    )
+    best, reference = money.compared(ways, sheets)
     candidates = [
         *zip(("existing", "existing_plain"), existing, strict=False),
         *(
@@ -158,13 +171,16 @@ def _without_stages(
     slots = tuple((slot, index) for slot, index in candidates if index is not None)
     shown_indices = tuple(dict.fromkeys(index for _, index in slots))
     saving = interval = chance = years = None
-    kind, swings = "", tuple[Swing, ...]()
+    kind, swings, without_a_price = "", tuple[Swing, ...](), None
     if best is not None and reference is not None:
         pair = ways[best], ways[reference]
         saving = money.saved_percent(sheets[best], sheets[reference])
         kind, years = money.payback(sheets[best], sheets[reference], assumptions.terms.life_years)
+        numbers = (*numbers, *monte_carlo.price_factors(*pair))
         spread = monte_carlo.interval(*pair, assumptions.terms, numbers)
         interval, chance = spread if spread is not None else (None, None)
+        without_a_price = saving_without_a_price(ways, sheets, assumptions.terms)
+        interval = _hull(interval, without_a_price)
         swings = monte_carlo.tornado(*pair, assumptions.terms, numbers)
     return Decision(
         currency=assumptions.currency.code,
@@ -191,4 +207,14 @@ def _without_stages(
         swings=swings,
         asked=missing_inputs([ways[i] for i in shown_indices], case),
         why_none="" if best is not None else _why_none(sheets),
+        without_a_price_percent=without_a_price,
+    )
+
+
+def _hull(interval: Interval | None, other: Interval | None) -> Interval | None:
+    """Return ``interval``, widened so that it contains ``other``; ``interval`` if one of them is None."""
+    if interval is None or other is None:
+        return interval
+    return dataclasses.replace(
+        interval, low=min(interval.low, other.low), high=max(interval.high, other.high)
     )

@@ -22,10 +22,11 @@ def sheet(way: Alternative, terms: Terms) -> CostSheet:
     """
     does_work = way.kind != "nothing"
     hours = run_hours(way, terms)
-    hours_per_year = hours * terms.runs_per_year
+    machine_hours = hours_per_run(way, terms)
+    hours_per_year = machine_hours * terms.runs_per_year
     machines = machines_needed(hours_per_year, terms) if does_work else 0
     tax_factor = 1 + terms.tax_ratio
-    meter_kw = None if way.power_w is None else way.power_w / 1000 * terms.pue_ratio
+    meter_kw = None if way.power_w is None else way.power_w / 1000 * pue_of(way, terms)
     price = way.price.at(terms.per_usd) * terms.hardware_factor if way.price else 0.0
     purchase = price * machines * tax_factor
     rent_per_hour = way.per_hour.at(terms.per_usd) * terms.rental_factor if way.per_hour else 0.0
@@ -52,12 +53,12 @@ def sheet(way: Alternative, terms: Terms) -> CostSheet:
         if value is None or not cost_known
         else value * terms.runs_per_year * annuity_factor - present_cost
     )
-    operation_g = None if meter_kw is None else hours * meter_kw * terms.co2_g_per_kwh
-    embodied_g = _embodied(way, hours, terms)
+    operation_g = None if meter_kw is None else machine_hours * meter_kw * terms.co2_g_per_kwh
+    embodied_g = _embodied(way, machine_hours, terms)
     return CostSheet(
         machines=machines,
         hours_per_year=hours_per_year,
-        kwh_per_run=None if meter_kw is None else hours * meter_kw,
+        kwh_per_run=None if meter_kw is None else machine_hours * meter_kw,
         setup=setup,
         purchase=purchase,
         initial=setup + purchase,
@@ -87,6 +88,21 @@ def run_hours(way: Alternative, terms: Terms) -> float:
     if not way.predicted:
         return way.hours
     return way.hours * (terms.plain_time_factor if way.plain else terms.recommended_time_factor)
+
+
+def hours_per_run(way: Alternative, terms: Terms) -> float:
+    """Return the hours that a machine is busy for one run: the run's duration over the number of runs that
+    the machine does at once. A machine with fewer runs in a year than that is as busy as with one alone.
+    """
+    at_once = min(way.parallel_runs, max(1.0, terms.runs_per_year))
+    return run_hours(way, terms) / at_once
+
+
+def pue_of(way: Alternative, terms: Terms) -> float:
+    """Return the PUE of the option's site: a desk, a cloud, or the server room."""
+    by_site = {"desk": terms.desk_pue_ratio, "cloud": terms.cloud_pue_ratio}
+    ratio = by_site.get(way.site)
+    return terms.pue_ratio if ratio is None else ratio
 
 
 def machines_needed(hours_per_year: float, terms: Terms) -> int:
@@ -142,6 +158,14 @@ def cheapest(ways: Sequence[Alternative], sheets: Sequence[CostSheet], among: Se
     costs = {i: sheets[i].present_cost for i in among if sheets[i].enough and ways[i].kind != "nothing"}
     known_costs = {i: cost for i, cost in costs.items() if cost is not None}
     return min(known_costs, key=lambda i: known_costs[i], default=None)
+
+
+def compared(ways: Sequence[Alternative], sheets: Sequence[CostSheet]) -> tuple[int | None, int | None]:
+    """Return (index of the best option, index of the reference): the cheapest that does all the work, and the
+    cheapest with plain training on a machine that is bought or rented. None for one that does not exist.
+    """
+    reference_ways = [i for i, w in enumerate(ways) if w.plain and w.kind in ("purchase", "cloud")]
+    return cheapest(ways, sheets, range(len(ways))), cheapest(ways, sheets, reference_ways)
 
 
 def saved_percent(sheet: CostSheet, reference: CostSheet) -> float | None:

@@ -8,7 +8,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from memfit.decision.money import saved_percent, sheet
-from memfit.types.decision import DRAWS, OFFERS, OWN, Alternative, Amount, Swing, Term, Terms
+from memfit.types.decision import (
+    DRAWS,
+    OFFERS,
+    OWN,
+    PRICE_FACTORS,
+    Alternative,
+    Amount,
+    Swing,
+    Term,
+    Terms,
+)
 from memfit.types.result import Interval
 
 _DUST: Final = 1e-9  # relative to the saving: a smaller swing is rounding
@@ -101,7 +111,7 @@ def ranged(numbers: Sequence[Term]) -> dict[str, Interval]:
     """Return {name: range} of those of ``numbers`` that the formulas of an option use and whose low end is
     below the high end.
     """
-    fields = {*OWN, *(f.name for f in dataclasses.fields(Terms))}
+    fields = {*OWN, *PRICE_FACTORS, *(f.name for f in dataclasses.fields(Terms))}
     return {
         t.name: Interval(value=t.value, low=t.low, high=t.high)
         for t in numbers
@@ -117,22 +127,54 @@ def _saver(
     percent, or None if that is unknown. Numbers that are not named keep their values.
     """
     user_values = {t.name: t.value for t in numbers if t.name in OWN and t.value is not None}
+    own_names = {*OWN, *PRICE_FACTORS}
+    factors = PRICE_FACTORS[0], PRICE_FACTORS[0 if has_same_price(best, reference) else 1]
 
     def saved_at(values: Mapping[str, float]) -> float | None:
         moved_terms = replace_numbers(
-            terms, {name: value for name, value in values.items() if name not in OWN}
+            terms, {name: value for name, value in values.items() if name not in own_names}
         )
-        ways = (with_draw(way, values, user_values, terms) for way in (best, reference))
+        pairs = zip((best, reference), factors, strict=True)
+        ways = (with_draw(way, values, user_values, terms, values.get(name, 1.0)) for way, name in pairs)
         return saved_percent(*(sheet(way, moved_terms) for way in ways))
 
     return saved_at
 
 
+def price_factors(best: Alternative, reference: Alternative) -> tuple[Term, ...]:
+    """Return the factors on the catalog's prices of the two options, each of value 1 with the spread between
+    sellers as its range. One factor if both have the same price; none for a price that is the user's.
+    """
+    ways = (best,) if has_same_price(best, reference) else (best, reference)
+    return tuple(
+        Term(
+            name=name,
+            value=1.0,
+            unit="factor",
+            low=way.price_low,
+            high=way.price_high,
+            source=f"the lowest and the highest of the sellers' prices of {way.machine}, over their median",
+        )
+        for name, way in zip(PRICE_FACTORS, ways, strict=False)
+        if way.priced_device
+    )
+
+
+def has_same_price(one: Alternative, other: Alternative) -> bool:
+    """Return whether both options have the same price of the catalog: the same device, rented or bought."""
+    return bool(one.priced_device) and (one.kind, one.priced_device) == (other.kind, other.priced_device)
+
+
 def with_draw(
-    way: Alternative, values: Mapping[str, float], own: Mapping[str, float], terms: Terms
+    way: Alternative,
+    values: Mapping[str, float],
+    own: Mapping[str, float],
+    terms: Terms,
+    price_factor: float = 1.0,
 ) -> Alternative:
     """Return the option with its setup hours and its user-given price changed from the values in ``own`` to
-    those in ``values``, both {name: value}. Setup hours change only if the plan is not plain training.
+    those in ``values``, both {name: value}, and a price of the catalog multiplied by ``price_factor``. Setup
+    hours change only if the plan is not plain training.
 
     A price that the user gave has a range of its own. The price is therefore multiplied by the factor on the
     catalog's prices in ``terms`` and divided by that in ``values``, so that a draw of this factor has no
@@ -143,6 +185,8 @@ def with_draw(
         changes["setup_hours"] = way.setup_hours + values["setup_hours"] - own["setup_hours"]
     for field, name, common in OFFERS:
         amount: Amount | None = getattr(way, field)
+        if amount is not None and way.priced_device:
+            changes[field] = Amount(usd=amount.usd * price_factor, own=amount.own * price_factor)
         if amount is None or way.of_catalog or name not in own:
             continue
         common_factor = getattr(terms, common)

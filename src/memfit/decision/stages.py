@@ -11,7 +11,7 @@ from memfit.decision import monte_carlo, rollout_gates
 from memfit.decision.alternatives import usable_bytes
 from memfit.decision.money import HOURS_PER_YEAR, run_hours, sheet
 from memfit.store import exchange
-from memfit.types.decision import OWN, Alternative, Amount, Decision, Stage, Terms
+from memfit.types.decision import OWN, PRICE_FACTORS, Alternative, Amount, Decision, Stage, Terms
 from memfit.types.errors import UserError
 from memfit.types.result import Offer, Poc
 
@@ -190,12 +190,16 @@ def pilot(decision: Decision) -> Alternative | None:
 
 
 def pilot_cost(decision: Decision, way: Alternative | None) -> float | None:
-    """Return the cost of a pilot with the option ``way``: setup and one run. Monthly charges are paid for
-    each month begun.
+    """Return the cost of a pilot with the option ``way``: setup and one run, or that share of one which the
+    decision's project has for its pilot. Monthly charges are paid for each month begun.
 
     None if there is no option, if it is a purchase, or if the cost of electricity is unknown.
     """
-    return None if way is None or way.kind == "purchase" else _one_run(way, decision.terms)[0]
+    return (
+        None
+        if way is None or way.kind == "purchase"
+        else _one_run(_in_pilot(way, decision), decision.terms)[0]
+    )
 
 
 def pilot_most(decision: Decision, way: Alternative | None) -> float | None:
@@ -211,16 +215,27 @@ def pilot_most(decision: Decision, way: Alternative | None) -> float | None:
     dear_terms = monte_carlo.replace_numbers(
         decision.terms, {n: end for n, end in ends.items() if n not in OWN}
     )
-    cost, people = _one_run(monte_carlo.with_draw(way, ends, user_values, decision.terms), dear_terms)
+    trial = _in_pilot(way, decision)
+    dear_way = monte_carlo.with_draw(trial, ends, user_values, decision.terms, way.price_high)
+    cost, people = _one_run(dear_way, dear_terms)
     return None if cost is None else cost + people
+
+
+def _in_pilot(way: Alternative, decision: Decision) -> Alternative:
+    return dataclasses.replace(way, hours=way.hours * decision.pilot_ratio)
 
 
 def _expensive_ends(decision: Decision) -> dict[str, float]:
     """Return {name of a number: most expensive end of its range}: the low end of utilisation_ratio, the high
-    end of all others. Numbers without a range are left out.
+    end of all others. Numbers without a range are left out, and so are the factors on prices, because the
+    pilot's machine has a spread between sellers of its own.
     """
     spans = monte_carlo.ranged(decision.numbers).items()
-    return {name: span.low if name == "utilisation_ratio" else span.high for name, span in spans}
+    return {
+        name: span.low if name == "utilisation_ratio" else span.high
+        for name, span in spans
+        if name not in PRICE_FACTORS
+    }
 
 
 def _one_run(way: Alternative, base_terms: Terms) -> tuple[float | None, float]:

@@ -167,7 +167,8 @@
   }
 
   // set-up, electricity and rental of one run, and its labour, as in decision/stages.py
-  function oneRun(way, there) {
+  function oneRun(full, there) {
+    const way = { ...full, hours: full.hours * page.stages.pilot_ratio };
     const part = Math.max(1, Math.ceil((12 * sheet(way, there).hours) / HOURS)) / 12;
     const basic = times(there.basic_per_kw_month, part);
     const terms = { ...there, runs_per_year: 1, years: 1, basic_per_kw_month: basic };

@@ -68,6 +68,7 @@ def decision_view(poc: Poc, decision: Decision) -> DecisionView:
         phrases=(),
         terms=tuple(_term(decision, term) for term in decision.numbers),
         prices=tuple(price_rows(decision)),
+        without_a_price=_without_a_price(decision),
         energy_saved=energy and (sourced(_energy_saved(*energy), POC), energy[1]),
         sliders=sliders(decision),
     )
@@ -86,6 +87,11 @@ def _energy_saved(percent: float, boundary: str) -> Figure:
     It is marked as predicted if ``boundary`` (what the energy includes) contains "model", else as measured.
     """
     return predicted(percent, "saving") if "model" in boundary else measured(percent, "saving")
+
+
+def _without_a_price(decision: Decision) -> tuple[Figure, Figure] | None:
+    interval = decision.without_a_price_percent
+    return None if interval is None else (_percent(interval.low), _percent(interval.high))
 
 
 def _percent(value: float | None) -> Figure:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 from memfit import catalog
-from memfit.catalog import finance
+from memfit.catalog.prices import SellerPrice, seller_prices, server_usd
 from memfit.report.decision_rows import PriceRow, money_figure, way_name
 from memfit.report.provenance import machine_anchor, term_anchor, way_anchor
 from memfit.report.quantities import Sentence, assumed, predicted
@@ -19,8 +20,9 @@ def price_rows(decision: Decision) -> Iterator[PriceRow]:
     with the same kind (existing, purchase or cloud), machine and origin (the catalog or the user) as an
     earlier one is skipped, and so is doing nothing.
 
-    A price is yielded only if it is known. Rented machines have no row of watts, because their price includes
-    electricity; existing machines have no price.
+    Of a price of the catalog, each seller has a row: first those of the kind that is used, then the others,
+    which are only shown. A price is yielded only if it is known. Rented machines have no row of watts,
+    because their price includes electricity; existing machines have no price.
     """
     priced_keys = set()
     for index in dict.fromkeys(index for _, index in decision.slots):
@@ -39,16 +41,24 @@ def _of(decision: Decision, index: int, way: Alternative) -> Iterator[PriceRow]:
         value = money_figure(decision, offer.value, term_anchor(offer.name))
         what = "own_rent" if way.kind == "cloud" else "own_price"
         yield PriceRow(name=name, what=what, value=value, kind="", source=offer.source, date=offer.date)
-    elif device is not None:
-        server = finance.host_usd(catalog.host_of(device.name)) if catalog.host_of(device.name) else None
-        prices = {"device": device.usd_to_buy, "server": server} if way.kind == "purchase" else {}
-        if way.kind == "cloud":
-            prices = {"rent": device.usd_per_hour}
-        for what, fact in prices.items():
-            if fact is not None:
-                yield _price(name, what, fact, way.machine)
+    elif device is not None and way.kind == "cloud":
+        yield from (_seller(name, "rent", price, way.machine) for price in seller_prices(device.name, "rent"))
+    elif device is not None and way.kind == "purchase":
+        yield from (
+            _seller(name, "device", price, way.machine) for price in seller_prices(device.name, "buy")
+        )
+        server = server_usd(catalog.host_of(device.name))
+        if server is not None:
+            yield _price(name, "server", server, way.machine)
     if way.kind != "cloud":  # a rental price includes electricity
         yield _watts(name, index, way, device)
+
+
+def _seller(name: Sentence, what: str, price: SellerPrice, machine: str) -> PriceRow:
+    row = _price(name, what, price.usd, machine)
+    return dataclasses.replace(
+        row, kind=price.kind, seller=price.seller, region=price.region, is_used=price.is_used
+    )
 
 
 def _price(name: Sentence, what: str, fact: Fact, machine: str) -> PriceRow:
@@ -56,7 +66,7 @@ def _price(name: Sentence, what: str, fact: Fact, machine: str) -> PriceRow:
         name=name,
         what=what,
         value=assumed(fact.value, f"money $ {3 if what == 'rent' else 0}", machine_anchor(machine)),
-        kind=finance.price_kind(fact.source),
+        kind="",
         source=fact.source,
         date=fact.date,
     )

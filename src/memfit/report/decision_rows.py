@@ -80,8 +80,9 @@ class PriceRow:
     """One price of a machine, or its watts. ``name``: the option it is for.
 
     ``what``: "rent", "device" or "server" (prices of the catalog), "own_rent" or "own_price" (of the user's
-    offers), or "watts". ``kind``: kind of a price of the catalog, as its source states it; "" for the others.
-    ``date``: of the source.
+    offers), or "watts". ``kind``, ``seller``, ``region``: of a seller's price of the catalog; "" for the
+    others. ``is_used``: False for a price of another kind than decisions use, which is only shown. ``date``:
+    of the source.
     """
 
     name: Sentence
@@ -90,6 +91,9 @@ class PriceRow:
     kind: str
     source: str
     date: str
+    seller: str = ""
+    region: str = ""
+    is_used: bool = True
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +119,8 @@ class DecisionView:
     probability of any saving in percent. ``swings``: (name of a number, saving if that number is at the low
     end of its range, at the high end). ``energy_saved``: (percent of plain training's energy that the
     recommended plan saved in the PoC's runs, what that energy includes), None if not measured.
+    ``without_a_price``: lowest and highest saving if any one price of the catalog is left out, None if none
+    is used.
     """
 
     decision: Decision
@@ -135,6 +141,7 @@ class DecisionView:
     terms: tuple[TermRow, ...]
     prices: tuple[PriceRow, ...]
     energy_saved: tuple[Figure, str] | None
+    without_a_price: tuple[Figure, Figure] | None
     sliders: Mapping[str, Mapping[str, float]]
 
 
@@ -151,5 +158,8 @@ def money_figure(decision: Decision, value: float | None, source: str = "") -> F
 
 def way_name(way: Alternative) -> Sentence:
     """Return the name of an option by its kind and machine: "buying MACHINE", "renting MACHINE", "the
-    existing MACHINE" or "doing nothing"."""
-    return Sentence(key=f"way.{way.kind}", values={"machine": way.machine})
+    existing MACHINE" or "doing nothing"; if the machine does several runs at once, how many."""
+    name = Sentence(key=f"way.{way.kind}", values={"machine": way.machine})
+    if way.parallel_runs == 1:
+        return name
+    return Sentence(key="way.at_once", values={"way": name, "count": str(way.parallel_runs)})

@@ -47,8 +47,8 @@ def _slider(start: float, low: float, high: float, step: float) -> Mapping[str, 
 def _stages(decision: Decision) -> Mapping[str, Any]:
     """Return what decision.js needs to compute the money of the stages again: "poc" (energy in joules and
     hours of work), "pilot" and "full" (indices of their options, which keep their machines when sliders
-    move), each None if unknown; and "ends", at which end of its range each number makes the pilot most
-    expensive."""
+    move), each None if unknown; "pilot_ratio", the share of a run that the pilot trains; and "ends", at which
+    end of its range each number makes the pilot most expensive."""
     stages = {stage.name: stage for stage in decision.stages}
     poc, pilot, full = (stages.get(name) for name in ("poc", "pilot", "full"))
     return {
@@ -56,6 +56,7 @@ def _stages(decision: Decision) -> Mapping[str, Any]:
         "pilot": pilot.way if pilot else None,
         "full": full.way if full else None,
         "ends": pilot.ends if pilot else {},
+        "pilot_ratio": decision.pilot_ratio,
     }
 
 

@@ -17,6 +17,9 @@ OFFERS: Final = (
 )
 # names of terms given by the user that belong to one option, not to all
 OWN: Final = ("setup_hours", *(own for _, own, _ in OFFERS))
+# Factors on the catalog's price of the best option's machine and of the reference's: the spread between sellers. If
+# both have the same price, only the first is used, and it moves both.
+PRICE_FACTORS: Final = ("best_price_factor", "reference_price_factor")
 DRAWS: Final = 4000  # draws of the uncertain numbers for the interval of the saving
 
 
@@ -67,7 +70,8 @@ class Terms:
     working hour of people, 0 if it was not given. ``per_usd``: how many units of the user's currency one US
     dollar costs. Prices of electricity: ``energy_per_kwh``, ``levy_per_kwh`` (a surcharge), and
     ``basic_per_kw_month`` (a charge by power). ``co2_g_per_kwh``: grams of CO2 per kWh. ``pue_ratio``:
-    electricity of the whole site over that of its computers.
+    electricity of the whole site over that of its computers, in the user's server room;
+    ``desk_pue_ratio`` and ``cloud_pue_ratio``: beside a desk and in a cloud, None: as ``pue_ratio``.
 
     ``value_per_run``: what a finished run is worth to the user; None: unknown. ``longest_run_hours``: an
     option whose run takes longer does not count as doing the work; None: no limit. ``hardware_factor`` and
@@ -89,6 +93,8 @@ class Terms:
     basic_per_kw_month: Amount
     co2_g_per_kwh: float
     pue_ratio: float
+    desk_pue_ratio: float | None = None
+    cloud_pue_ratio: float | None = None
     value_per_run: float | None = None
     longest_run_hours: float | None = None
     hardware_factor: float = 1.0
@@ -103,7 +109,8 @@ class Alternative:
 
     ``kind``: "existing", "purchase", "cloud" (to rent) or "nothing". ``plan``: the plan's label. ``plain``:
     whether it is plain training. ``price`` (to buy) and ``per_hour`` (to rent) are for one machine with all
-    its devices; None if the kind has no such price. ``power_w``: of the machine's devices and host, without
+    its devices; None if the kind has no such price. ``price_low`` and ``price_high``: the lowest and the
+    highest price between sellers, over ``price`` or ``per_hour``; 1 for a price of the user. ``power_w``: of the machine's devices and host, without
     the site's overhead (PUE); None if unknown. ``hours``: duration of one run. ``storage_per_month``: price
     per month of storing the data in the cloud.
     """
@@ -113,6 +120,15 @@ class Alternative:
     plan: str = ""
     plain: bool = True
     hours: float = 0.0
+    # how many runs the machine does at once, each on one of its devices, if the prediction is for one device
+    parallel_runs: int = 1
+    # "desk" or "cloud": where the machine is, for its PUE; "": the server room, or the user's own PUE
+    site: str = ""
+    # catalog device whose price it has, and how many; "": the price is the user's, or it has none
+    priced_device: str = ""
+    device_count: int = 1
+    price_low: float = 1.0
+    price_high: float = 1.0
     # whether memfit predicted the hours, so that a time factor of Terms applies; False: the user gave them
     predicted: bool = True
     power_w: float | None = None
@@ -291,3 +307,11 @@ class Decision:
     stages: tuple[Stage, ...] = ()
     why_none: str = ""  # why there is no best: no_offers, none_priced or none_does_it
     own_limits: bool = False  # whether the gate uses limits given by the user
+    # name of the typical project that the money is for, see projects.toml; "" with a case file or without one
+    project: str = ""
+    # share of a run that the pilot trains; below 1 for a project that is a single long run
+    pilot_ratio: float = 1.0
+    # whether currency, place and working hours are defaults, because there is no case file
+    by_default: bool = False
+    # lowest and highest saving if any one of the catalog's prices is left out; None: unknown, or none is used
+    without_a_price_percent: Interval | None = None

@@ -1,0 +1,158 @@
+"""The money without a case file: a typical project, the reader's currency and place, estimated hours."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_fixture import full_poc
+
+from memfit import catalog
+from memfit.catalog import tables
+from memfit.cli.app import main
+from memfit.decision import case as cases
+from memfit.decision import money
+from memfit.decision.decide import decide
+from memfit.decision.projects import default_case, estimated_hours, project_of
+from memfit.jobs.registry import describe
+from memfit.report.case import case_offers
+from memfit.store import Store
+from memfit.types.decision import Decision
+from memfit.types.result import Interval, Offer, Poc
+from memfit.types.units import GIB
+
+
+def folding() -> Poc:
+    return dataclasses.replace(full_poc(), job_name="alphafold2", offers=case_offers("alphafold2"))
+
+
+def by_default(poc: Poc, lang: str = "en") -> Decision:
+    return decide(poc, default_case(poc, lang), by_default=True)
+
+
+def offer(machine: str, *, plain: bool, step_s: float = 1.0) -> Offer:
+    return Offer(
+        machine=machine,
+        size="tiny",
+        plan="plain training" if plain else "checkpointing",
+        plain=plain,
+        fits=True,
+        memory_bytes=Interval(value=GIB, low=GIB, high=GIB),
+        step_s=Interval(value=step_s, low=step_s, high=step_s),
+        power_w=300.0,
+    )
+
+
+def term(decision: Decision, name: str) -> Any:
+    return next(t for t in decision.numbers if t.name == name)
+
+
+def test_each_project_is_a_built_in_job_at_one_of_its_sizes_and_sourced() -> None:
+    sizes = {b.name: b.sizes for b in describe()}
+    for name, row in tables.table("projects.toml")["projects"].items():
+        assert row["size"] in sizes[name]
+        project = project_of(name, row["size"])
+        assert project is not None
+        assert set(project.work) == {"steps_per_run", "runs_per_year", "years"}
+        assert all(fact.source and fact.date for fact in project.work.values())
+    assert project_of("alphafold2", "tiny") is None, "a project is of one size"
+    assert project_of("my_train.py:job", "paper") is None
+
+
+def test_alphafold_has_the_samples_of_its_publication_and_cards_that_hold_fine_tuning() -> None:
+    decision = by_default(folding())
+    assert decision.project == "alphafold2"
+    assert decision.steps_per_run == 10_000_000 + 1_500_000 * 221 // 100
+    assert "Jumper" in term(decision, "steps_per_run").source
+    assert decision.best is not None
+    best = decision.ways[decision.best]
+    assert catalog.device(best.machine).memory_bytes.value > 50 * GIB
+    cost = decision.sheets[decision.best].present_cost
+    assert cost is not None
+    assert cost > 5_000, "a sum that moves a manager"
+
+
+def test_japanese_asks_for_yen_and_the_tariffs_of_japan() -> None:
+    decision = by_default(folding(), "ja")
+    assert (decision.currency, decision.place) == ("JPY", "japan")
+    assert term(decision, "energy_per_kwh").value == pytest.approx(17.48)
+    assert term(decision, "basic_per_kw_month").value > 0
+    english = by_default(folding(), "en")
+    assert (english.currency, english.place) == ("USD", "world")
+
+
+def test_a_place_that_the_user_named_stays() -> None:
+    decision = by_default(dataclasses.replace(folding(), place="germany"), "ja")
+    assert (decision.currency, decision.place) == ("JPY", "germany")
+
+
+def test_hours_of_labour_are_estimated_from_what_was_counted() -> None:
+    effort = dataclasses.replace(
+        full_poc().effort, commands=2, changed_lines=30, packages=4, failed_attempts=1, attended_minutes=None
+    )
+    figure = estimated_hours(effort)
+    assert figure.value == pytest.approx(8 + 2 * 0.25 + 30 * 0.1 + 4 * 0.1 + 1)
+    assert figure.bounds[0] < figure.value < figure.bounds[1]
+    assert "2 commands, 30 lines, 4 packages, 1 failed" in figure.source
+    counted = dataclasses.replace(folding(), effort=dataclasses.replace(effort, attended_minutes=90.0))
+    hours = term(by_default(counted), "setup_hours")
+    assert (hours.value, hours.mark) == (1.5, "measured"), "minutes that a person counted are not estimated"
+    hours = term(by_default(dataclasses.replace(folding(), effort=effort)), "setup_hours")
+    assert (hours.value, hours.mark) == (pytest.approx(figure.value), "assumed")
+
+
+def test_a_case_file_is_not_mixed_with_the_project() -> None:
+    decision = decide(folding(), cases.DecisionCase(), name="case.toml")
+    assert (decision.project, decision.by_default) == ("", False)
+    assert decision.steps_per_run == 10_000
+    assert term(decision, "labour_per_hour").value is None
+
+
+SAID = {"en": ("USD", "as published"), "ja": ("JPY", "論文どおり", "日本")}
+
+
+@pytest.mark.parametrize("lang", SAID)
+def test_the_first_screen_says_what_the_money_is_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], lang: str
+) -> None:
+    poc, store = folding(), tmp_path / "s.sqlite3"
+    for kind in ("begin", "poc"):
+        Store(store).append(poc.poc_id, kind, poc)
+    assert main(["decide", "--lang", lang, "--store", str(store)]) == 0
+    screen = capsys.readouterr().out
+    assert all(word in screen for word in SAID[lang])
+    assert main(["decide", "--json", "--lang", lang, "--store", str(store)]) == 0
+    assert json.loads(capsys.readouterr().out)["decision"]["project"] == "alphafold2"
+
+
+@pytest.mark.parametrize("device", catalog.device_names())
+def test_each_device_with_a_count_is_a_machine_of_a_case(device: str) -> None:
+    poc = dataclasses.replace(full_poc(), offers=tuple(offer(device, plain=p) for p in (True, False)))
+    name = f"4x{device}"
+    case = cases.DecisionCase.model_validate({"existing": {"machine": name}})
+    found = decide(poc, case, name="case.toml")
+    way = next(w for w in found.ways if w.kind == "existing" and w.plain)
+    assert (way.machine, way.parallel_runs) == (name, 4)
+
+
+def test_four_devices_do_four_times_the_runs_of_one() -> None:
+    device = "V100-16GB-SXM2"
+    poc = dataclasses.replace(full_poc(), offers=tuple(offer(device, plain=p) for p in (True, False)))
+    sheets = {}
+    for name in (device, f"4x{device}"):
+        cloud = {"machine": name, "setup_hours": 0, "operating_hours_per_year": 0}
+        case = cases.DecisionCase.model_validate({"cloud": cloud, "work": {"runs_per_year": 12}})
+        found = decide(poc, case, name="case.toml")
+        index = next(
+            i for i, w in enumerate(found.ways) if w.kind == "cloud" and w.plain and not w.of_catalog
+        )
+        sheets[name] = found.sheets[index]
+        assert found.ways[index].hours == pytest.approx(10_000 / 3600), "a run takes as long"
+    one, four = sheets.values()
+    assert four.hours_per_year == pytest.approx(one.hours_per_year / 4)
+    assert four.present_cost == pytest.approx(one.present_cost)
+    lonely = dataclasses.replace(found.terms, runs_per_year=1)
+    assert money.sheet(found.ways[index], lonely).hours_per_year == pytest.approx(10_000 / 3600)
