@@ -72,7 +72,7 @@ def test_device_is_physically_plausible(device: Device) -> None:
     assert device.power_w is not None
     assert 50 <= device.power_w.value <= 1400
     assert device.usd_per_hour is None or 0.1 < device.usd_per_hour.value < 20
-    assert device.embodied_kg is None or 100 < device.embodied_kg.value < 1000
+    assert device.embodied_kg is None or 50 < device.embodied_kg.value < 1000
     peaks = {dtype: fact.value for dtype, fact in device.peak_flops.items()}
     assert set(peaks) <= {"float32", "tf32", "float16", "bfloat16", "float8"}
     assert 5e12 < peaks["float32"] <= peaks["float16"]
