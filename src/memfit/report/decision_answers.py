@@ -93,7 +93,7 @@ def _money(view: DecisionView) -> tuple[Sentence, ...]:
     values: dict[str, Figure | str | Sentence] = {
         "way": best.name,
         "cost": best.money["present_cost"],
-        "years": assumed(view.decision.terms.years, "count", term_anchor("years")),
+        "period": _period(view),
         "initial": best.money["initial"],
         "running": best.money["running_per_year"],
         "saved": view.saved,
@@ -116,6 +116,12 @@ def _money(view: DecisionView) -> tuple[Sentence, ...]:
     if best.at_least:
         sentences.append(_unknown(view, best))
     return tuple(sentences)
+
+
+def _period(view: DecisionView) -> Sentence:
+    years = view.decision.terms.years
+    figure = assumed(years, "count", term_anchor("years"))
+    return Sentence(key="period.one" if years == 1 else "period.many", values={"years": figure})
 
 
 def _basis(view: DecisionView) -> list[Sentence]:
