@@ -7,22 +7,25 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import words
 
 from memfit.planner import capacity, search, single_device
 from memfit.planner.capacity import needed_bytes
-from memfit.planner.explanations import explain_techniques, smallest_traced
+from memfit.planner.explanations import explain_techniques, traced_for_reasons
 from memfit.planner.recompute_budget import Cap
 from memfit.planner.request import Request
-from memfit.planner.selection import Objective, Prices, decide
+from memfit.planner.selection import Objective, Prices, decide, within_bounds
 from memfit.planner.shortlist import counterfactuals
+from memfit.planner.sketch_errors import may_fit, sketch_errors
 from memfit.report.choices import search_view
 from memfit.report.quantities import sentence_text
 from memfit.report.words import load_words
 from memfit.techniques.registry import short_label
 from memfit.types.job import JobRef
 from memfit.types.machine import Device, Fact, Machine
-from memfit.types.plan import Accuracy, Plan, use
+from memfit.types.plan import Accuracy, Bounds, Plan, use
 from memfit.types.result import Estimate, Interval, Reason
 
 PLAIN = Plan()
@@ -108,8 +111,14 @@ def test_where_no_plan_with_a_technique_fits_the_smallest_is_traced_and_named() 
     )
 
 
-def test_a_technique_with_a_sketch_that_may_fit_is_not_reported_as_too_large() -> None:
-    assert "adamw-8bit" not in reasons(TRACED)
+def test_a_technique_with_a_sketch_that_may_fit_is_called_not_looked_at() -> None:
+    assert reasons(TRACED)["adamw-8bit"] == Reason(
+        kind="left_out_not_looked_at", technique="adamw-8bit", plan_count=1
+    )
+
+
+def test_traced_plans_that_do_not_fit_are_no_proof_for_others_that_may() -> None:
+    assert reasons(TRACED)["bf16-autocast"].kind == "left_out_not_looked_at"
 
 
 @pytest.mark.parametrize(
@@ -147,30 +156,45 @@ def test_the_reason_with_the_priced_plans_is_printed_in_both_languages(lang: str
 class Scale:
     """The parts of a search that reasons use; ``whole`` are the traces of its sketches."""
 
-    def __init__(self, cap_bytes: int, whole: Sequence[Estimate] = ()) -> None:
-        self.aim = SimpleNamespace(goal=Objective.FASTEST, cap_bytes=cap_bytes)
-        self.whole, self.refused = {e.plan: e for e in whole}, dict[Plan, str]()
+    def __init__(self, cap_bytes: int, whole: Sequence[Estimate] = (), bounds: Bounds | None = None) -> None:
+        self.aim = SimpleNamespace(goal=Objective.FASTEST, cap_bytes=cap_bytes, host=lambda e: True)
+        self.whole, self.refused, self.bounds = {e.plan: e for e in whole}, dict[Plan, str](), bounds or Bounds()
+        self.pairs: list[tuple[Estimate, Estimate]] = []
 
     def needs(self, e: Estimate) -> int:
         return int(e.allocated_bytes.value)
 
     def fits(self, e: Estimate) -> bool:
-        return self.needs(e) <= self.aim.cap_bytes
+        return self.needs(e) <= self.aim.cap_bytes and within_bounds(self.bounds, e)
+
+    def expected(self, e: Estimate) -> Estimate:
+        return e
 
     def traced_or_refused(self, sketch: Estimate) -> Estimate | None:
-        return self.whole.get(sketch.plan)
+        trace = self.whole.get(sketch.plan)
+        if trace is None:
+            self.refused[sketch.plan] = "it could not be traced"
+        else:
+            self.pairs.append((sketch, trace))
+        return trace
 
 
 WINNER = priced(plan(CHECKPOINTED), 30, 1.3)
-KNOWN = [WINNER, *SKETCHES]
+OTHERS = [e for e in SKETCHES if e.plan != WINNER.plan]
+KNOWN = [WINNER, *OTHERS]
 
 
-def told_of(scale: Scale, known: Sequence[Estimate]) -> dict[str, Reason]:
-    return {r.technique: r for r in explain_techniques(scale, WINNER, known, scale.fits)}  # type: ignore[arg-type]
+def told_of(scale: Scale, known: Sequence[Estimate], *, by_traces: bool = False) -> dict[str, Reason]:
+    told = explain_techniques(scale, WINNER, known, scale.fits, by_traces=by_traces)  # type: ignore[arg-type]
+    return {r.technique: r for r in told}
+
+
+def traced_of(scale: Scale, known: Sequence[Estimate], *, quick: bool = True) -> list[Estimate]:
+    return list(traced_for_reasons(scale, WINNER, known, scale.fits, quick=quick))  # type: ignore[arg-type]
 
 
 def test_on_many_devices_a_technique_that_does_not_fit_is_reported_with_the_priced_plans() -> None:
-    told = told_of(Scale(32), KNOWN)
+    told = told_of(Scale(27), KNOWN)
     assert told["adamw-8bit"] == Reason(
         kind="left_out_too_large",
         technique="adamw-8bit",
@@ -183,20 +207,75 @@ def test_on_many_devices_a_technique_that_does_not_fit_is_reported_with_the_pric
 
 
 def test_on_many_devices_a_sketch_slightly_above_the_cap_is_traced_before_it_is_too_large() -> None:
-    found = priced(plan(MIXED, THIRDS, LOW_BIT), 31, 1.4)
-    scale = Scale(32, [found])
-    sure = list(smallest_traced(scale, WINNER, KNOWN, scale.fits))  # type: ignore[arg-type]
-    assert sure == [found]
-    assert told_of(scale, [*KNOWN[:-2], found, KNOWN[-1]])["adamw-8bit"].kind == "left_out_slower"
-    tight = Scale(31 - 10, [found])  # farther above the cap than sketches err
-    assert not list(smallest_traced(tight, WINNER, KNOWN[1:], tight.fits))  # type: ignore[arg-type]
+    trace = priced(plan(MIXED, THIRDS, LOW_BIT), 31, 1.4)
+    scale = Scale(32, [trace])
+    assert traced_of(scale, KNOWN, quick=False) == [trace]
+    known = [trace if e.plan == trace.plan else e for e in KNOWN]
+    assert told_of(scale, known)["adamw-8bit"].kind == "left_out_slower"
+    tight = Scale(21, [trace])  # farther above the cap than sketches err
+    assert not traced_of(tight, KNOWN, quick=False)
+
+
+def test_on_many_devices_a_sketch_that_may_fit_and_was_not_traced_is_called_not_looked_at() -> None:
+    told = told_of(Scale(32), KNOWN)
+    assert told["adamw-8bit"] == Reason(kind="left_out_not_looked_at", technique="adamw-8bit", plan_count=1)
+    needed = told["activation-checkpointing"]
+    assert (needed.kind, needed.plan_count) == ("needed_not_looked_at", 2)
+
+
+def test_where_traces_are_quick_a_technique_is_left_out_only_by_traces() -> None:
+    trace = priced(plan(MIXED, HALVES), 44, 0.9)
+    scale = Scale(40, [trace, priced(plan(MIXED, THIRDS, LOW_BIT), 38, 1.4)])
+    traced = traced_of(scale, KNOWN)  # the best sketch does not fit; the smallest does
+    assert {e.plan for e in traced} >= {trace.plan, plan(MIXED, THIRDS, LOW_BIT)}
+    known = {e.plan: e for e in (*KNOWN, *traced)}
+    told = told_of(scale, [*known.values()], by_traces=True)
+    assert told["bf16-autocast"].detail == short_label(plan(MIXED, THIRDS, LOW_BIT))
+    assert told_of(Scale(40), KNOWN, by_traces=True)["bf16-autocast"].kind == "left_out_not_looked_at"
+
+
+def test_plans_that_could_not_be_traced_are_no_reason() -> None:
+    scale = Scale(40)
+    assert not traced_of(scale, KNOWN)
+    assert told_of(scale, KNOWN)["adamw-8bit"].plan_count == 1  # the smaller of its two was refused
 
 
 def test_a_plan_that_fits_but_is_late_is_not_reported_as_too_large() -> None:
-    scale = Scale(1000)
-    late = {r.technique: r for r in explain_techniques(scale, WINNER, KNOWN, lambda e: e == WINNER)}  # type: ignore[arg-type]
+    bounds = Bounds(deadline_s=0.5, steps=1)
+    late = told_of(Scale(1000, bounds=bounds), KNOWN)
     assert late["adamw-8bit"].kind == "left_out_late"
     assert late["activation-checkpointing"].kind == "needed_late"
+
+
+# --- errors of sketches
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 10**9), st.floats(0.5, 4.0)), min_size=4, max_size=12),
+    st.integers(0, 10**9),
+)
+def test_no_plan_that_was_traced_needs_less_than_its_sketch_allows(
+    pairs: list[tuple[int, float]], offset_bytes: int
+) -> None:
+    plans = [plan(use("gradient-accumulation", micro_batches=n + 2)) for n in range(len(pairs))]
+    sketches = [priced(of, peak, 1.0, traced=False) for of, (peak, _) in zip(plans, pairs, strict=True)]
+    traces = [
+        priced(of, peak * ratio + offset_bytes, 1.0) for of, (peak, ratio) in zip(plans, pairs, strict=True)
+    ]
+    errors = sketch_errors(sketches, traces, CAP.needs)
+    for sketch, trace in zip(sketches, traces, strict=True):
+        assert errors.least_need(CAP.needs(sketch)) <= CAP.needs(trace)
+
+
+def test_a_constant_part_that_sketches_do_not_know_is_learned_from_traces() -> None:
+    plans = [plan(use("gradient-accumulation", micro_batches=n)) for n in (2, 3, 4, 5, 6)]
+    sketches = [priced(of, 10 * n, 1.0, traced=False) for n, of in enumerate(plans, 1)]
+    traces = [priced(of, 10 * n + 400, 1.0) for n, of in enumerate(plans[:4], 1)]
+    errors = sketch_errors(sketches, traces, CAP.needs)
+    assert 440 < errors.least_need(50) <= 450
+    cap = Cap(bytes=430, needs=CAP.needs, refuses=CAP.refuses)
+    assert not may_fit(sketches, traces, cap, Bounds())(sketches[-1])
+    assert may_fit(sketches, traces[:3], cap, Bounds())(sketches[-1])  # too few traces to know
 
 
 # --- the search

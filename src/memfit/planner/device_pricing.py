@@ -172,6 +172,14 @@ class Scale:
         self.sketched[ranks] += neighbours
         return [self.estimate(s) for s in neighbours]
 
+    def extremes(self, counts: Sequence[int]) -> list[Estimate]:
+        """Return, as estimates, the `GridSketches.extremes` for each of these numbers of devices that was
+        searched: for every technique, the best and the smallest plans with it, and without it.
+        """
+        found = [self.found[ranks].extremes for ranks in counts if ranks in self.found]
+        sketches = {s.plan: s for extremes in found for chosen in extremes.values() for s in chosen}
+        return [self.estimate(sketch) for sketch in sketches.values()]
+
     def over(self, counts: Sequence[int]) -> list[Estimate]:
         """Return, as estimates, the sketches that `grid_search.find` selects for each of these numbers of
         devices. A number for which no plan is possible is left out. If no plan is possible for any of them,

@@ -11,46 +11,69 @@ from typing import TYPE_CHECKING, Any
 
 from memfit.cost.host import host_line
 from memfit.planner.plan_space import complexity
+from memfit.planner.recompute_budget import Cap
 from memfit.planner.selection import Objective, best, missed_bounds, none_fits, score, within_bounds
+from memfit.planner.sketch_errors import may_fit
 from memfit.techniques.registry import short_label
 from memfit.types.errors import NothingFits, UserError
-from memfit.types.plan import Bounds, Plan
+from memfit.types.plan import Bounds
 from memfit.types.result import Estimate, Reason, Sensitivity
 
 if TYPE_CHECKING:
     from memfit.planner.device_pricing import Scale
 
-_SKETCH_ERROR = 0.2  # relative memory error of a sketch after correction by traced plans
+_TRIES, _LONG_TRIES = 3, 2  # most plans traced for the reason about one technique; if traces are long
 _GAIN = 0.03  # relative change of the score that is worth reporting
 
 
 def explain_techniques(
-    scale: Scale, winner: Estimate, known: Sequence[Estimate], fits: Callable[[Estimate], bool]
+    scale: Scale,
+    winner: Estimate,
+    known: Sequence[Estimate],
+    fits: Callable[[Estimate], bool],
+    *,
+    by_traces: bool = False,
 ) -> Iterator[Reason]:
     """Yield one reason for each technique of the recommended plan, the ``winner``, and for each other
     technique of a plan in ``known``.
 
     For a technique of the winner, the winner is compared with the best fitting plan of ``known`` without it;
-    for another technique, with the best fitting plan that has it. Best is the lowest score by the goal. The
-    kind of the reason says whether that plan is worse by more than 3 % ("without_worse", "left_out_slower")
-    or not ("without_as_good", "left_out_not_needed"). Sketches that predict a better score than the winner's
-    are compared only if no other plan fits (see `is_comparable`). If none of these plans fits, the reason is
-    that of `none_fits`.
+    for another technique, with the best fitting plan that has it. Best is the lowest score by the goal. If
+    ``by_traces``, only traced plans are compared; else sketches, corrected by `Scale.expected`, are, too, but
+    those that predict a better score than the winner's only if no other plan fits (see `is_comparable`). The
+    kind of the reason says whether the plan is worse by more than 3 % ("without_worse",
+    "left_out_slower") or not ("without_as_good", "left_out_not_needed").
 
-    ``known``: estimates by whole traces, and sketches corrected by `Scale.expected`.
+    If none of these plans fits, though some that were not traced may, their number is given
+    ("needed_not_looked_at", "left_out_not_looked_at"). If none may, the reason is that of `none_fits`.
+
+    ``known``: estimates by whole traces, and sketches. Those of plans that could not be traced do not count.
     """
     goal = scale.aim.goal
+    may = _may_fit(scale)
+    known = [e for e in known if e.plan not in scale.refused]
 
     def relative(e: Estimate) -> float:
         return score(e, goal) / score(winner, goal)
 
     for name, has_technique, alternatives in _with_or_without(winner, known):
-        fitting_rivals = [e for e in alternatives if fits(e)]
-        fitting_rivals = [e for e in fitting_rivals if is_comparable(e, winner, goal)] or fitting_rivals
-        if not fitting_rivals:
-            yield none_fits(name, alternatives, scale.needs, scale.aim.cap_bytes, inside=has_technique)
+        expected = [scale.expected(e) for e in alternatives]
+        rivals = [
+            e
+            for e, known_as in zip(expected, alternatives, strict=True)
+            if fits(e) and (e.traced or may(known_as))
+        ]
+        if by_traces:
+            rivals = [e for e in rivals if e.traced]
+        rivals = [e for e in rivals if is_comparable(e, winner, goal)] or rivals
+        if not rivals:
+            if untraced_count := sum(not e.traced and may(e) for e in alternatives):
+                kind = "needed_not_looked_at" if has_technique else "left_out_not_looked_at"
+                yield Reason(kind=kind, technique=name, plan_count=untraced_count)
+            else:
+                yield none_fits(name, expected, scale.needs, scale.aim.cap_bytes, inside=has_technique)
             continue
-        rival = min(fitting_rivals, key=lambda e: (relative(e), complexity(e.plan, e.dependence)))
+        rival = min(rivals, key=lambda e: (relative(e), complexity(e.plan, e.dependence)))
         is_worse = relative(rival) > 1 + _GAIN
         ratio = rival.step_s.value / winner.step_s.value if rival.step_s and winner.step_s else None
         saved_bytes = int(winner.allocated_bytes.value - rival.allocated_bytes.value)
@@ -68,29 +91,58 @@ def explain_techniques(
         )
 
 
-def smallest_traced(
-    scale: Scale, winner: Estimate, known: Sequence[Estimate], fits: Callable[[Estimate], bool]
+def traced_for_reasons(
+    scale: Scale,
+    winner: Estimate,
+    known: Sequence[Estimate],
+    fits: Callable[[Estimate], bool],
+    *,
+    quick: bool,
 ) -> Iterator[Estimate]:
-    """Trace plans whose sketches need a little more memory than the cap, so that they may fit in truth, and
-    yield their estimates.
+    """Trace plans on which the reasons of `explain_techniques` rest, and yield their estimates.
 
-    There is at most one plan for each technique, in the order of their names: for a technique of the winner,
-    the plan of ``known`` without it that needs the least device memory; for any other technique of ``known``,
-    such a plan with it. It is traced only if none of the plans without (or with) the technique fits, if it
-    was not traced yet, and if 80 % of what its sketch needs is within the cap, because sketches are up to 20
-    % off. Plans that cannot be traced are skipped.
+    For a technique of the winner, they are plans of ``known`` without it; for any other technique of
+    ``known``, plans with it; the techniques in the order of their names. Nothing is traced for a technique if
+    such a plan was traced and fits. Else at most three are traced, until one fits: the best one by the goal
+    whose sketch fits, then those that need the least device memory. Plans that cannot fit (`_may_fit`) are
+    traced only if none was, and plans that cannot be traced are skipped.
+
+    ``quick``: whether traces are quick. If not, nothing is traced for a technique if a sketch fits, and at
+    most two plans are otherwise.
     """
-    traced_plans = set[Plan]()
+    traced = {e.plan: e for e in known if e.traced}
+    refused = set(scale.refused)
     for _, _, alternatives in _with_or_without(winner, known):
-        smallest = min(alternatives, key=scale.needs, default=None)
-        if smallest is None or smallest.traced or any(map(fits, alternatives)):
-            continue
-        may_fit = scale.needs(smallest) * (1 - _SKETCH_ERROR) <= scale.aim.cap_bytes
-        if not may_fit or smallest.plan in {*traced_plans, *scale.refused}:
-            continue
-        traced_plans.add(smallest.plan)
-        if (traced := scale.traced_or_refused(smallest)) is not None:
-            yield traced
+        for attempt in range(_TRIES if quick else _LONG_TRIES):
+            estimates = [traced.get(e.plan, e) for e in alternatives if e.plan not in refused]
+            fitting = [e for e in estimates if fits(e)]
+            if any(e.traced for e in fitting) or (fitting and not quick):
+                break
+            untraced = [e for e in estimates if not e.traced]
+            possible = list(filter(_may_fit(scale), untraced))
+            if quick and len(untraced) == len(estimates):
+                possible = possible or untraced  # the smallest, so that the reason rests on a trace
+            if not possible:
+                break
+            fitting = [e for e in possible if fits(e)]
+            if attempt == 0 and fitting:
+                chosen = min(fitting, key=lambda e: (score(e, scale.aim.goal), complexity(e.plan)))
+            else:
+                chosen = min(possible, key=lambda e: (scale.needs(e), complexity(e.plan)))
+            trace = scale.traced_or_refused(chosen)
+            if trace is None:
+                refused.add(chosen.plan)
+            else:
+                traced[chosen.plan] = trace
+                yield trace
+
+
+def _may_fit(scale: Scale) -> Callable[[Estimate], bool]:
+    """Return a function that tells whether the plan of a sketch may fit when it is traced, by the plans that
+    were traced so far (`may_fit`).
+    """
+    cap = Cap(bytes=scale.aim.cap_bytes, needs=scale.needs, refuses=lambda plan: (), host=scale.aim.host)
+    return may_fit([s for s, _ in scale.pairs], [t for _, t in scale.pairs], cap, scale.bounds)
 
 
 def _with_or_without(

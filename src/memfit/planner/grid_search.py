@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy
@@ -19,7 +19,7 @@ from memfit.planner.block_traces import BlockTracer, Key
 from memfit.planner.grid_axes import Communicate, GridInputs, Priced, Rates
 from memfit.planner.grid_costs import price
 from memfit.planner.layout_costs import Composer, LayoutCut
-from memfit.planner.parallelism_grid import Grid, GridLayout, Limits, Uses, grids
+from memfit.planner.parallelism_grid import CUTTING, Grid, GridLayout, Limits, Uses, grids
 from memfit.planner.selection import TIE_RATIO
 from memfit.planner.sharding_costs import State, compute_of, state_of
 from memfit.techniques.registry import effect_of, technique
@@ -31,6 +31,7 @@ from memfit.types.plan import Plan
 from memfit.types.trace import OpCall, Phase
 
 _KEPT_PER_GRID, _KEPT_PER_LAYOUT, _KEPT_TIED = 3, 3, 60
+_KEPT_SMALLEST = 4  # of the plans with a technique, and of those without it
 _BLAS_THREADS = 2  # the caller's thread and autograd's, each with its own BLAS handle
 _LEVELS_PER_DOUBLING = 4  # memory levels per doubling; the best plan of each level is kept for the frontier
 _WORTH = 0.005  # a relative gain in time below this adds no point to the frontier
@@ -70,18 +71,23 @@ class Sketch:
 # grid, compute precision, and the grid's states in that precision
 _Todo = list[tuple[Grid, str, tuple[Uses, ...]]]
 _Picked = tuple[tuple[int, ...], float, float, float]  # a sketch without its grid
+_Extremes = dict[tuple[str, bool], list[_Picked]]  # by (technique, whether the plans have it)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GridSketches:
     """Result of a search over grids for one number of devices.
 
-    ``sketches``: the plans that `find` selects, in no particular order. ``considered``: number of plans whose
+    ``sketches``: the plans that `find` selects, in no particular order. ``extremes``: for each technique of a
+    plan, and for the plans (with it, without it), of all that were predicted: the fastest one that fits, if
+    there is one, and those that need the least device memory in their grids (the least first, at most 4), of
+    the ones that fit host memory if there are any. ``considered``: number of plans whose
     time and memory were predicted. ``refused``: a text for each degree by which the model cannot be divided
     and each technique that it cannot be traced with, which says why.
     """
 
     sketches: tuple[Sketch, ...]
+    extremes: Mapping[tuple[str, bool], tuple[Sketch, ...]]  # by (technique, whether the plans have it)
     considered: int
     refused: tuple[str, ...]
     neighbours: Callable[[Sketch], list[Sketch]]  # plans of its grid that differ from it along one axis
@@ -105,13 +111,16 @@ def find(traced: BlockTracer, machine: Machine, model: TimeModel, limits: Limits
     shares = [grid_precisions[offset::_SHARES] for offset in range(_SHARES)]
     share_results = side_by_side([functools.partial(pricing.best, share, caps) for share in shares])
     sketches, considered = list[Sketch](), 0
+    extremes = list[tuple[Grid, _Extremes]]()
     for share, results in zip(shares, share_results, strict=True):
-        for (grid, _), (plan_count, picks) in zip(share, results, strict=True):
+        for (grid, _), (plan_count, picks, grid_extremes) in zip(share, results, strict=True):
             considered += plan_count
             sketches += [Sketch(grid, *pick) for pick in picks]
+            extremes += [(grid, grid_extremes)] if plan_count else []
     sketches.sort(key=lambda s: (s.step_s, s.allocated_bytes))
     return GridSketches(
         sketches=tuple(_few(sketches, caps)),
+        extremes=_merged(extremes, caps),
         considered=considered,
         refused=tuple(refusals),
         neighbours=pricing.neighbours,
@@ -271,14 +280,20 @@ class _Pricing:
 
         return dataclasses.replace(grid, inside=kept(grid.inside), ends=kept(grid.ends))
 
-    def best(self, parts: Sequence[tuple[Grid, str]], caps: Caps) -> list[tuple[int, list[_Picked]]]:
-        """Return (number of plans, the plans that `_best` selects) for each pair of a grid and its compute
-        precision; (0, []) if the model cannot run with the grid's layout.
+    def best(
+        self, parts: Sequence[tuple[Grid, str]], caps: Caps
+    ) -> list[tuple[int, list[_Picked], _Extremes]]:
+        """Return (number of plans, the plans that `_best` selects, `_extremes`) for each pair of a grid and
+        its compute precision; (0, [], {}) if the model cannot run with the grid's layout.
         """
         results = []
         for grid, compute in parts:
             priced = self.price(grid, compute)
-            results.append((priced.step_s.size, _best(grid, priced, caps)) if priced else (0, []))
+            results.append(
+                (priced.step_s.size, _best(grid, priced, caps), _extremes(grid, priced, caps))
+                if priced
+                else (0, [], {})
+            )
         return results
 
     def neighbours(self, sketch: Sketch) -> list[Sketch]:
@@ -418,6 +433,88 @@ def _best(grid: Grid, priced: Priced, caps: Caps) -> list[_Picked]:
         picks[int(flat_index[numpy.argmin(step[flat_index])])] = None
     picks[int(numpy.argmin(memory))] = None
     return [_picked(grid, priced, flat_index) for flat_index in picks]
+
+
+def _extremes(grid: Grid, priced: Priced, caps: Caps) -> _Extremes:
+    """Return, for each technique of the grid's plans, and for the plans (with it, without it): the fastest
+    that fits, if there is one, and the one that needs the least device memory, of those that fit host memory
+    if there are any. The technique "" stands for all plans of the grid. ``caps``: as in `_best`.
+    """
+    every_index = [numpy.arange(size) for size in grid.shape]
+    found: _Extremes = {("", False): _fastest_and_smallest(grid, priced, caps, every_index)}
+    for name, axis, indices in _placed(grid):
+        for has in (True, False):
+            chosen = [i for i in range(grid.shape[axis]) if (i in indices) == has]
+            if chosen:
+                kept = [*every_index[:axis], numpy.array(chosen), *every_index[axis + 1 :]]
+                found[name, has] = _fastest_and_smallest(grid, priced, caps, kept)
+    return found
+
+
+def _placed(grid: Grid) -> Iterator[tuple[str, int, set[int]]]:
+    """Yield (technique, axis of the grid, indices along it whose plans have the technique) for each technique
+    that the plans of the grid differ in or share, except those of its layout.
+    """
+    if grid.layout.stages == 1:
+        split = {i for i, (_, count) in enumerate(grid.micro) if count > 1}
+        if split:
+            yield "gradient-accumulation", 0, split
+    for axis, values in enumerate((grid.inside, grid.ends, grid.away, grid.states), start=1):
+        for name in dict.fromkeys(u.technique for uses in values for u in uses):
+            yield name, axis, {i for i, uses in enumerate(values) if any(u.technique == name for u in uses)}
+
+
+def _fastest_and_smallest(
+    grid: Grid, priced: Priced, caps: Caps, kept: Sequence[numpy.ndarray]
+) -> list[_Picked]:
+    part = numpy.ix_(*kept)
+    step, memory = priced.step_s[part], priced.allocated_bytes[part]
+    host_fits = priced.host_bytes[part] <= caps[1]
+    fitting = (memory <= caps[0]) & host_fits
+    flat_indices = [int(numpy.argmin(numpy.where(fitting, step, math.inf)))] if fitting.any() else []
+    flat_indices.append(
+        int(numpy.argmin(numpy.where(host_fits, memory, math.inf) if host_fits.any() else memory))
+    )
+    picks = []
+    for flat_index in dict.fromkeys(flat_indices):
+        place = numpy.unravel_index(flat_index, step.shape)
+        index = tuple(int(along[i]) for along, i in zip(kept, place, strict=True))
+        picks.append(_picked(grid, priced, int(numpy.ravel_multi_index(index, grid.shape))))
+    return picks
+
+
+def _merged(
+    extremes: Sequence[tuple[Grid, _Extremes]], caps: Caps
+) -> Mapping[tuple[str, bool], tuple[Sketch, ...]]:
+    """Return the extremes of all grids together, as `GridSketches` has them."""
+    layouts = {
+        id(grid): {u.technique for u in grid.plan((0,) * 5).uses if u.technique in CUTTING}
+        for grid, _ in extremes
+    }
+    names = {name for _, found in extremes for name, _ in found if name} | set().union(*layouts.values())
+    merged: dict[tuple[str, bool], tuple[Sketch, ...]] = {}
+    for name in sorted(names):
+        for has in (True, False):
+            sketches = list[Sketch]()
+            for grid, found in extremes:
+                if (name, True) in found or (name, False) in found:
+                    picks = found.get((name, has), [])
+                else:  # all plans of the grid have it, or none
+                    picks = found["", False] if (name in layouts[id(grid)]) == has else []
+                sketches += [Sketch(grid, *pick) for pick in picks]
+            merged[name, has] = _ends_of(sketches, caps)
+    return {key: sketches for key, sketches in merged.items() if sketches}
+
+
+def _ends_of(sketches: Sequence[Sketch], caps: Caps) -> tuple[Sketch, ...]:
+    """Return the fastest fitting sketch, if there is one, then the four that need the least device memory, of
+    those that fit host memory if there are any.
+    """
+    fitting = [s for s in sketches if s.allocated_bytes <= caps[0] and s.host_bytes <= caps[1]]
+    on_host = [s for s in sketches if s.host_bytes <= caps[1]] or sketches
+    smallest = sorted(on_host, key=lambda s: (s.allocated_bytes, s.step_s))[:_KEPT_SMALLEST]
+    fastest = [min(fitting, key=lambda s: (s.step_s, s.allocated_bytes))] if fitting else []
+    return (*fastest, *smallest)
 
 
 def _burden(grid: Grid) -> numpy.ndarray:

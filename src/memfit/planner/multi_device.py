@@ -13,10 +13,10 @@ from memfit.planner.explanations import (
     is_comparable,
     nothing_fits,
     sensitivity,
-    smallest_traced,
+    traced_for_reasons,
     unsupported_reasons,
 )
-from memfit.planner.multi_device_shortlist import FinalistTracer
+from memfit.planner.multi_device_shortlist import FinalistTracer, is_quick
 from memfit.planner.plan_space import dependence_reasons, may_share
 from memfit.planner.selection import Objective, best, frontier, within_bounds
 from memfit.techniques.registry import effect_of, make_plain_plan
@@ -89,11 +89,13 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
 
     sketch, known_plans = scale.sketch_of(winner.plan), {e.plan for e in candidates}
     neighbours = scale.neighbours(sketch) if sketch is not None else []
-    expected += [scale.expected(e) for e in neighbours if e.plan not in known_plans]
-    priced = [*expected, baseline]
-    traced_by_plan = {e.plan: e for e in smallest_traced(scale, winner, priced, fits)}
-    priced = [traced_by_plan.get(e.plan, e) for e in priced]
-    technique_reasons = (*explain_techniques(scale, winner, priced, fits), *unsupported_reasons(scale))
+    others = [e for e in (*neighbours, *scale.extremes(sizes)) if e.plan not in known_plans]
+    known = {e.plan: e for e in (*candidates, *others, baseline)}
+    quick = is_quick(scale)
+    for traced in traced_for_reasons(scale, winner, [*known.values()], fits, quick=quick):
+        known[traced.plan] = traced
+    reasons = explain_techniques(scale, winner, [*known.values()], fits, by_traces=quick)
+    technique_reasons = (*reasons, *unsupported_reasons(scale))
     recommended = choice(winner, (*dependence_reasons(winner.plan, pricer.dependence), *technique_reasons))
     considered = sum(f.considered for n, f in scale.found.items() if n in sizes)
     ordered = sorted(by_plan.values(), key=lambda e: e.allocated_bytes.value)

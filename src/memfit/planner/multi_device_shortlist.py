@@ -33,6 +33,11 @@ _NEAR = 0.97  # factor by which ratios of trace to sketch differed per doubling 
 Fits = Callable[[Estimate], bool]
 
 
+def is_quick(scale: Scale) -> bool:
+    """Return whether the model has at most 12 blocks, so that whole traces are quick."""
+    return _TRACED_BLOCKS // scale.traced.blocks > _FINALISTS
+
+
 class FinalistTracer:
     """Traces finalists, the plans with the most promising sketches, one by one, until no other plan may be
     better than the best traced one or enough traced plans fit.
@@ -52,7 +57,9 @@ class FinalistTracer:
         self._ratios: dict[Plan, float] = {}  # score of the whole trace over that of the sketch
         self._unknown = _TOO_LARGE if self.goal is Objective.SMALLEST else _TOO_SLOW
         self._heaviest = 1.0
-        self._most = max(_FINALISTS, min(_MOST_FINALISTS, _TRACED_BLOCKS // scale.traced.blocks))
+        self._most = (
+            min(_MOST_FINALISTS, _TRACED_BLOCKS // scale.traced.blocks) if is_quick(scale) else _FINALISTS
+        )
         self._equal = 1 + TIE_RATIO * (self._most == _FINALISTS)
 
     def run(self, estimates: Sequence[Estimate], basis: Plan) -> list[Estimate]:

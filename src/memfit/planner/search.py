@@ -15,6 +15,7 @@ from memfit.planner.capacity import Fits, fits_under, needed_bytes, states_bytes
 from memfit.planner.evaluate import Pricer
 from memfit.planner.machine_calibration import begin_calibration, score_band, timings
 from memfit.planner.plan_space import may_share, may_split
+from memfit.planner.recompute_budget import Cap
 from memfit.planner.request import Planning, Progress, Request, limit_parts, make_pricer
 from memfit.planner.selection import (
     Prices,
@@ -24,7 +25,8 @@ from memfit.planner.selection import (
     respects_micro_batch,
     within_bounds,
 )
-from memfit.planner.single_device import price_plans
+from memfit.planner.single_device import memory_cap, price_plans
+from memfit.planner.sketch_errors import may_fit
 from memfit.runtime import local_machine
 from memfit.techniques.recompute.optimal import NAME
 from memfit.techniques.registry import effect_of, make_plain_plan, proposable, refuse_wrong_weights
@@ -113,7 +115,7 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
             fits=fits,
             left_out=left_out,
             inside=inside,
-            price=_prices(pricer, request, sketches),
+            price=_prices(pricer, request, sketches, memory_cap(request, cap_bytes)),
         )
     except KeyboardInterrupt:
         partial_result = _best_so_far(pricer, request, cap_bytes, fits, sketches)
@@ -139,13 +141,15 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
     )
 
 
-def _prices(pricer: Pricer, request: Request, sketches: list[Estimate]) -> Prices:
+def _prices(pricer: Pricer, request: Request, sketches: list[Estimate], cap: Cap) -> Prices:
+    bounds = dataclasses.replace(request.bounds, steps=pricer.job.steps)
     return Prices(
         pricer.whole,
         pricer.trace_all if request.ranks == 1 else lambda plans: None,
         score_band(pricer, request),
-        lambda e: needed_bytes(e, request.machine),
+        cap.needs,
         sketches,
+        lambda traced: may_fit(sketches, traced, cap, bounds),
     )
 
 

@@ -235,7 +235,8 @@ class Prices:
     ``whole`` returns the estimate of one plan. ``prepare`` is called beforehand with all plans that ``whole``
     will be called with, for example to trace them in parallel. ``needs`` returns the bytes of an estimate
     that are compared with the cap. ``sketches``: the estimates of all searched plans that were composed from
-    traces of parts.
+    traces of parts. ``may_fit``, called with all traced estimates, returns a function that tells whether the
+    plan of a sketch may fit when it is traced; None: it may if its sketch fits.
     """
 
     whole: Callable[[Plan], Estimate]
@@ -243,6 +244,7 @@ class Prices:
     band: Band = TIMED  # step times within it count as equal
     needs: Callable[[Estimate], int] = lambda e: int(e.allocated_bytes.value)
     sketches: Sequence[Estimate] = ()
+    may_fit: Callable[[Sequence[Estimate]], Callable[[Estimate], bool]] | None = None
 
 
 def decide(
@@ -356,22 +358,25 @@ def _why_not(
     cap_bytes: int,
 ) -> tuple[Reason, ...]:
     """Return one reason for each technique that the winner lacks and a plan of ``estimates`` (all traced) or
-    of the sketches has. If a traced plan with the technique fits, the reason compares the winner with the
-    best of these by the goal. Else it says that no plan with it fits.
+    of the sketches has:
 
-    Nothing is reported for a technique if none of its plans was traced and one of its sketches fits.
+    - If a traced plan with the technique fits, the winner is compared with the best of these by the goal.
+    - Else, if plans with it may fit that were not traced, their number is given ("left_out_not_looked_at").
+    - Else no plan with it fits (`none_fits`).
     """
+    may_fit = prices.may_fit(estimates) if prices.may_fit else fits
+    traced_plans = {e.plan for e in estimates}
     reasons = []
     for name in missing_techniques(winner, [*estimates, *prices.sketches]):
         traced = [e for e in estimates if e.plan.get(name)]
         rivals = [e for e in traced if fits(e)]
-        sketched = [e for e in prices.sketches if e.plan.get(name)]
+        sketched = [e for e in prices.sketches if e.plan.get(name) and e.plan not in traced_plans]
         if rivals:
             reasons.append(_compared(winner, min(rivals, key=lambda e: by_goal(e, goal)), name, goal))
-        elif traced or not any(map(fits, sketched)):
-            traced_plans = {e.plan for e in traced}
-            priced = [*traced, *(e for e in sketched if e.plan not in traced_plans)]
-            reasons.append(none_fits(name, priced, prices.needs, cap_bytes, inside=False))
+        elif possible := sum(map(may_fit, sketched)):
+            reasons.append(Reason(kind="left_out_not_looked_at", technique=name, plan_count=possible))
+        else:
+            reasons.append(none_fits(name, [*traced, *sketched], prices.needs, cap_bytes, inside=False))
     return tuple(reasons)
 
 
@@ -394,11 +399,12 @@ def none_fits(
 
     ``inside``: True if the winner has the technique and the ``priced`` plans lack it; False if they have it
     and the winner lacks it. The reason gives the number of ``priced`` plans and the bytes of the one that
-    needs the least. Its kind says whether that is more than ``cap_bytes`` ("needed_priced",
-    "left_out_too_large"), or another limit is not met ("needed_late", "left_out_late"). If ``priced`` is
-    empty, the kind is "needed".
+    needs the least, of those traced whole if there are any. Its kind says whether that is more than
+    ``cap_bytes`` ("needed_priced", "left_out_too_large"), or another limit is not met ("needed_late",
+    "left_out_late"). If ``priced`` is empty, the kind is "needed".
     """
-    smallest = min(priced, key=lambda e: (needs(e), complexity(e.plan)), default=None)
+    of_traces = [e for e in priced if e.traced] or priced
+    smallest = min(of_traces, key=lambda e: (needs(e), complexity(e.plan)), default=None)
     if smallest is None:
         return Reason(kind="needed", technique=name)
     exceeds_cap = needs(smallest) > cap_bytes

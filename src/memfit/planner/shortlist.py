@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 
 from memfit.planner.recompute_budget import Cap
 from memfit.planner.selection import Objective, frontier, missing_techniques, score, simplest_first
+from memfit.planner.sketch_errors import may_fit
 from memfit.techniques.registry import make_plain_plan
-from memfit.types.plan import Plan
+from memfit.types.plan import Bounds, Plan
 from memfit.types.result import Estimate
 
 _ROUNDS = 3  # most rounds of more finalists
@@ -76,27 +77,37 @@ def until_some_fit(
 
 
 def counterfactuals(
-    sketches: Sequence[Estimate], traced: Sequence[Estimate], winner: Estimate, *, cap: Cap, goal: Objective
+    sketches: Sequence[Estimate],
+    traced: Sequence[Estimate],
+    winner: Estimate,
+    *,
+    cap: Cap,
+    goal: Objective,
+    bounds: Bounds | None = None,
+    compares: bool = True,
 ) -> list[Plan]:
     """Return plans to trace for each technique that a sketch has and the winner lacks, so that the reason for
     leaving it out rests on a trace. Plans that were traced already are left out.
 
-    For each technique they are, of the plans with it: the best by the goal that may fit the device, and, if
-    no traced one fits, the one that needs the least device memory. A plan may fit if its sketch does after
-    multiplication by the lowest ratio of needed memory, trace to sketch, that was found (at most 1).
+    For each technique they are, of the plans with it: the best by the goal that may fit (`may_fit`), if
+    ``compares`` or no traced plan with it fits; and, if none fits, the one that needs the least device memory
+    of those that may fit, or of all if none was traced. Empty for a technique if a traced plan with it fits
+    and ``compares`` is False, or if no other plan with it may fit.
     """
-    by_plan = {e.plan: e for e in sketches}
-    ratios = [cap.needs(e) / cap.needs(by_plan[e.plan]) for e in traced if e.plan in by_plan]
-    lowest_ratio, traced_plans = min([1.0, *ratios]), {e.plan for e in traced}
-    plans_to_trace = []
+    traced_plans = {e.plan for e in traced}
+    may = may_fit(sketches, traced, cap, bounds or Bounds())
+    plans_to_trace: list[Plan] = []
     for name in missing_techniques(winner, sketches):
-        with_technique = [e for e in sketches if e.plan.get(name)]
-        may_fit = _ordered([e for e in with_technique if cap.needs(e) * lowest_ratio <= cap.bytes], goal)
-        technique_plans = [e.plan for e in may_fit[:1]]
-        if not any(e.plan.get(name) and cap.has(e) for e in traced):
-            smallest = min(with_technique, key=lambda e: (cap.needs(e), e.plan.fingerprint))
-            technique_plans.append(smallest.plan)
-        plans_to_trace += [plan for plan in technique_plans if plan not in traced_plans]
+        traced_rivals = [e for e in traced if e.plan.get(name)]
+        untraced = [e for e in sketches if e.plan.get(name) and e.plan not in traced_plans]
+        candidates = _ordered(list(filter(may, untraced)), goal)
+        has_fitting = any(map(cap.has, traced_rivals))
+        if has_fitting and not compares:
+            continue
+        smallest = candidates if traced_rivals else untraced
+        plans_to_trace += [e.plan for e in candidates[:1]]
+        if not has_fitting and smallest:
+            plans_to_trace.append(min(smallest, key=lambda e: (cap.needs(e), e.plan.fingerprint)).plan)
     return list(dict.fromkeys(plans_to_trace))
 
 

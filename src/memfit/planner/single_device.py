@@ -7,6 +7,8 @@ rest on traces.
 
 from __future__ import annotations
 
+import dataclasses
+
 from memfit.engines.registry import engine
 from memfit.planner.capacity import Fits, host_holds_under, needed_bytes
 from memfit.planner.evaluate import Pricer
@@ -31,7 +33,9 @@ _FEWER_FINALISTS = 8  # used if traces are long, as for models with thousands of
 _LONG_TRACE_CALLS = 10_000
 # Most rounds, and seconds of each, to measure the best plan and its rivals while the best plan still changes.
 _SETTLING_ROUNDS, _SETTLING_BUDGET_S = 3, 3.0
-_COUNTERFACTUAL_ROUNDS = 2
+# Rounds of plans traced for the reasons: first the best with each technique, then only for techniques with
+# which no traced plan fits, though another may. Long traces: one round, of at most so many plans.
+_COMPARING_ROUNDS, _FITTING_ROUNDS, _LONG_COUNTERFACTUALS = 2, 4, 4
 
 
 def _no_micro_batches(request: Request, dependence: SampleDependence | None) -> UserError:
@@ -105,18 +109,12 @@ def price_plans(
             calibrate(pricer, request, progress, plans=these)
 
     look(finalist_plans)
-    cap = Cap(
-        bytes=cap_bytes,
-        needs=lambda e: needed_bytes(e, request.machine),
-        refuses=refusals_of,
-        host=host_holds_under(cap_bytes, request.machine),
-    )
+    cap = memory_cap(request, cap_bytes)
     finalist_plans += until_some_fit(
         pricer.whole, look, sketches, finalist_plans, cap=cap, goal=request.goal, most=finalist_count
     )
     estimates = _with_rivals(pricer, request, fits, [pricer.whole(plan) for plan in finalist_plans], progress)
-    if not is_long(pricer):
-        estimates = _with_counterfactuals(pricer, request, fits, estimates, sketches, cap, progress)
+    estimates = _with_counterfactuals(pricer, request, fits, estimates, sketches, cap, progress)
     if pricer.space.ranks == 1 and NAME not in request.bounds.without and not is_long(pricer):
         estimates += budgeted(pricer.whole, sketches, estimates, request.goal, cap, progress)
     return estimates, len(all_plans), left_out
@@ -168,14 +166,27 @@ def _with_counterfactuals(
     estimate fits, nothing is added.
 
     If another plan is the best one then, `_with_rivals` adds the plans that lack one of its techniques. All
-    of this is done at most twice.
+    of this is done at most 6 times; after the first two, only for techniques with which no traced plan fits.
+    If traces are long, it is done once, for at most 4 plans: those with the most such techniques.
     """
-    for _ in range(_COUNTERFACTUAL_ROUNDS):
+    bounds = dataclasses.replace(request.bounds, steps=pricer.job.steps)
+    rounds = 1 if is_long(pricer) else _COMPARING_ROUNDS + _FITTING_ROUNDS
+    for index in range(rounds):
         band = score_band(pricer, request)
         winner = best(filter(fits, estimates), request.goal, band)
         if winner is None:
             break
-        candidate_plans = counterfactuals(sketches, estimates, winner, cap=cap, goal=request.goal)
+        candidate_plans = counterfactuals(
+            sketches,
+            estimates,
+            winner,
+            cap=cap,
+            goal=request.goal,
+            bounds=bounds,
+            compares=rounds > 1 and index < _COMPARING_ROUNDS,
+        )
+        if rounds == 1:
+            candidate_plans = _covering(candidate_plans, winner.plan)[:_LONG_COUNTERFACTUALS]
         if not candidate_plans:
             break
         if request.ranks == 1:
@@ -189,6 +200,31 @@ def _with_counterfactuals(
         if new_winner is None or new_winner.plan != winner.plan:
             estimates = _with_rivals(pricer, request, fits, estimates, progress)
     return estimates
+
+
+def _covering(candidates: list[Plan], winner: Plan) -> list[Plan]:
+    """Return the candidates such that each adds the most techniques that neither the ``winner`` nor an
+    earlier one has; those that add none are left out.
+    """
+    covered, ordered = {u.technique for u in winner.uses}, list[Plan]()
+    while candidates:
+        chosen = max(candidates, key=lambda p: len({u.technique for u in p.uses} - covered))
+        added = {u.technique for u in chosen.uses} - covered
+        if not added:
+            break
+        covered |= added
+        ordered.append(chosen)
+    return ordered
+
+
+def memory_cap(request: Request, cap_bytes: int) -> Cap:
+    """Return the memory limit of a search for the request: ``cap_bytes`` of a device, and the host's."""
+    return Cap(
+        bytes=cap_bytes,
+        needs=lambda e: needed_bytes(e, request.machine),
+        refuses=engine(request.engine).supports,
+        host=host_holds_under(cap_bytes, request.machine),
+    )
 
 
 def is_long(pricer: Pricer) -> bool:

@@ -18,10 +18,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from memfit.cost.estimate import interval_around
 from memfit.cost.step_time_calibration import correct_calibration, factor
 from memfit.engines.registry import engine, render
-from memfit.planner.capacity import needed_bytes
 from memfit.planner.plan_space import plans, usable
 from memfit.planner.request import Planning, Progress, model_sizes
 from memfit.planner.selection import Band, Objective, Prices, best, reasons_for, score, simplest_first
+from memfit.planner.single_device import memory_cap
+from memfit.planner.sketch_errors import may_fit
 from memfit.runtime import local_machine
 from memfit.runtime.child_process import run
 from memfit.runtime.ranks import run_ranks
@@ -185,6 +186,8 @@ class _Trials:
         )
         assert fastest is not None
         winner = priced[fastest.plan]
+        cap = memory_cap(planning.request, planning.cap_bytes)
+        bounds = dataclasses.replace(planning.request.bounds, steps=planning.job.steps)
         reasons = reasons_for(
             winner,
             [*priced.values(), *(pricer.whole(e.plan) for e in planning.estimates)],
@@ -193,7 +196,8 @@ class _Trials:
             Prices(
                 pricer.whole,
                 sketches=planning.sketches,
-                needs=lambda e: needed_bytes(e, planning.request.machine),
+                needs=cap.needs,
+                may_fit=lambda traced: may_fit(planning.sketches, traced, cap, bounds),
             ),
             planning.cap_bytes,
         )

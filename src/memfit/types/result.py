@@ -342,7 +342,8 @@ class Reason:
     technique fits the device's memory; the smallest needs ``least_bytes``. "needed_priced": the same of the
     plans without it. "left_out_late" (plans with it) and "needed_late" (plans without it): the device has
     enough memory for the smallest of these plans, but none meets device memory, host memory, deadline and
-    cost limit together.
+    cost limit together. "left_out_not_looked_at" (plans with it) and "needed_not_looked_at" (plans without
+    it): no traced one of these plans fits, but ``plan_count`` others that were not traced may.
     """
 
     kind: str
