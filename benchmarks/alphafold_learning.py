@@ -47,7 +47,7 @@ CHECKPOINTS = HERE / "records" / "alphafold_learning.checkpoints"
 
 # -- protocol: fixed before the first run -----------------------------------------------------------------
 
-STEPS, EVERY, SEEDS = 1000, 100, (0, 1, 2)
+STEPS, EVERY, SEEDS = 2000, 200, (0, 1, 2)
 SHAPE = small(residues=64, batch_size=4)
 PLANS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "plain": {},
