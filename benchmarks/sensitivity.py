@@ -3,7 +3,8 @@ repetition of plain training without any technique must be judged equivalent.
 
     python benchmarks/sensitivity.py [JOB ...]   train what is not in the records yet, write the page
     python benchmarks/sensitivity.py --page      the page from the records only
-    python benchmarks/sensitivity.py --package   the power studies that memfit ships, from the records
+    python benchmarks/sensitivity.py --package   the power studies that memfit ships, from the records: that of
+                                                 each job's latest protocol
 
 StudyProtocol, fixed in a commit before the first run (`PROTOCOLS` below):
 
@@ -97,7 +98,8 @@ def main() -> None:
         for protocol in (p for p in PROTOCOLS if not options.jobs or p.job in options.jobs):
             train(protocol)
     if options.package:
-        studies = [study for p in PROTOCOLS if (study := power_study(p)) is not None and passes(study)]
+        latest = {p.job: p for p in PROTOCOLS}.values()  # also studies that show no sensitivity
+        studies = [study for p in latest if (study := power_study(p)) is not None]
         PACKAGED.write_text(serialization.dumps(studies, indent=1) + "\n", encoding="utf-8")
     PAGE.write_text(page(), encoding="utf-8")
 
@@ -232,6 +234,8 @@ def page() -> str:
         "repeated with nothing changed is bitwise equal and would show nothing.) The control must be judged",
         "different and the repetition equivalent.",
         "",
+        *_conditions(),
+        "",
         "| job | seeds | steps | control | control judged | repetition judged | sensitive |",
         "|---|--:|--:|---|---|---|---|",
         *(_row(p) for p in PROTOCOLS),
@@ -249,6 +253,19 @@ def page() -> str:
         *_notes(),
     ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _conditions() -> Iterator[str]:
+    """Yield a line for each processor, version of torch and commit of the trainings."""
+    records = [r for p in PROTOCOLS for r in recorded(p)]
+    for key in dict.fromkeys((_environment(r), r["commit"][:8]) for r in records):
+        days = sorted({r["created"][:10] for r in records if (_environment(r), r["commit"][:8]) == key})
+        yield f"- {key[0]}, commit {key[1]}, {' and '.join(dict.fromkeys((days[0], days[-1])))}"
+
+
+def _environment(record: dict[str, Any]) -> str:
+    environment = record["environment"]
+    return f"{environment.get('processor')}, one thread, torch {environment.get('torch')}"
 
 
 def _label(protocol: StudyProtocol) -> str:
