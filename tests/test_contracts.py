@@ -416,6 +416,7 @@ MANY_KEYWORDS = {
     "monitoring/watch.py __init__",
     "cli/plan.py plan",  # one for each group of options
     "workflows/single_run.py run_plan",
+    "workflows/largest.py largest",
     "workflows/largest.py _row",
     "workflows/size_pairs.py report_pairs",
 }

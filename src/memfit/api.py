@@ -361,10 +361,9 @@ def _priced(pricer: Pricer, plan: Plan, probe: bool) -> Estimate:
                 probe_workspaces(pricer, plan)
             return pricer.whole(plan)
     except _FAILURES as error:  # outside the user's own functions, whose errors are already UserErrors
-        first_line_of_error = (str(error).splitlines() or [""])[0]
         raise UserError(
             "memfit cannot predict this training step, as it does not run on fake tensors, which have shapes "
-            f"but no data: {type(error).__name__}: {first_line_of_error[:200]}",
+            f"but no data: {type(error).__name__}: {first_line(error)[:200]}",
             hint="if the same step trains without memfit, this is a limitation of memfit; if it fails "
             "there too, correct the step",
         ) from error
@@ -795,7 +794,7 @@ def largest(  # noqa: PLR0913
             allowed="memory='4GiB' or less than the machine has, without machine= or with machine='this'",
             hint="for an accelerator: `memfit plan FILE.py:NAME --largest SIZE --measure`",
         )
-    traced = find_largest(
+    answer = find_largest(
         prober(
             pricer,
             target_plan,
@@ -810,8 +809,8 @@ def largest(  # noqa: PLR0913
         step=math.lcm(step, batch_multiple(target_plan) if samples else 1),
     )
     if not measure:
-        return traced
-    return with_boundary(lambda value: _trained(job_at(value), target_plan, cap_bytes, value), traced)
+        return answer
+    return with_boundary(lambda value: _trained(job_at(value), target_plan, cap_bytes, value), answer)
 
 
 def _trained(job: Job, plan: Plan, cap_bytes: int, value: int) -> MeasuredSize:

@@ -10,7 +10,7 @@ import ast
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from memfit.export.loop_update import end, stored
+from memfit.export.loop_update import end, stored_names
 from memfit.export.source_edits import Source, literal, name_of, source_of
 from memfit.export.training_loop import Loop, find_loop, wrappers
 from memfit.techniques.registry import make_use
@@ -38,13 +38,13 @@ def apply_lines(
     return [*lines, f"{model}, {optimizer} = fit.model, fit.optimizer"]
 
 
-def loop_lines(batch: str, loss: str = "loss") -> list[str]:
+def loop_lines(batch: str) -> list[str]:
     """Return the lines of a step in a loop, for a person to insert."""
     return [
         f"for {batch} in fit.split({batch}):",
         "    with fit.forward():",
-        f"        {loss} = ...  # forward and loss, as before",
-        f"    fit.backward({loss})  # in place of {loss}.backward()",
+        "        loss = ...  # forward and loss, as before",
+        "    fit.backward(loss)  # in place of loss.backward()",
         "fit.step()  # in place of optimizer.step(); it frees the gradients, too",
     ]
 
@@ -175,7 +175,7 @@ def _must_split_alike(source: Source, loop: Loop) -> None:
             'the script has a loss with reduction="sum", but micro-batches are parts of a mean over the batch'
         )
     for statement in loop.body[: loop.forward]:
-        changed = stored(statement)
+        changed = stored_names(statement)
         loaded = {
             n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)
         }

@@ -33,7 +33,7 @@ class Update:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class LoopPlace:
     """A loop in a script. ``function``: the innermost function that holds it, None at the top. ``scope``: the
     statements of that function or of the module. ``loop``: the innermost loop; ``body``: a statement list in
     it; ``index``: of the statement with backward."""
@@ -45,7 +45,7 @@ class Place:
     index: int
 
 
-def find_place(source: Source) -> Place:
+def find_place(source: Source) -> LoopPlace:
     """Return where the script runs backward: in one statement of a loop, or in both branches of an ``if``.
     Raises UserError if there is no such place."""
     count = sum(isinstance(n, ast.Call) and name_of(n.func) == "backward" for n in ast.walk(source.tree))
@@ -59,12 +59,12 @@ def find_place(source: Source) -> Place:
     raise UserError("backward is not a statement of its own in a loop")
 
 
-def places(statements: Statements, function: Any, scope: Statements, loop: Any) -> Iterator[Place]:
+def places(statements: Statements, function: Any, scope: Statements, loop: Any) -> Iterator[LoopPlace]:
     """Yield a place for each statement in a loop, inner ones too. ``function``, ``scope`` and ``loop`` are
-    those that hold ``statements``, as in `Place`."""
+    those that hold ``statements``, as in `LoopPlace`."""
     for index, statement in enumerate(statements):
         if loop is not None:
-            yield Place(function=function, scope=scope, loop=loop, body=statements, index=index)
+            yield LoopPlace(function=function, scope=scope, loop=loop, body=statements, index=index)
         is_function = isinstance(statement, FUNCTIONS)
         for inner in lists_of(statement):
             if is_function:
@@ -94,7 +94,7 @@ def _branches(statement: ast.stmt) -> tuple[Statements, Statements] | None:
     return None
 
 
-def find_update(source: Source, place: Place) -> Update:
+def find_update(source: Source, place: LoopPlace) -> Update:
     """Return what the loop does from the backward at ``place`` to the step. Raises UserError if the step does
     not follow, if gradients change between, or if a GradScaler is also used elsewhere."""
     statement = place.body[place.index]
@@ -122,7 +122,7 @@ def _text(node: ast.expr | None) -> str:
     return "" if node is None else ast.unparse(node)
 
 
-def _sequence(place: Place, statements: Statements, *, is_whole: bool) -> Update:
+def _sequence(place: LoopPlace, statements: Statements, *, is_whole: bool) -> Update:
     """Return what ``statements`` do from their first backward on. ``is_whole``: they must do nothing else;
     else the step may follow the loop. Their `zero_grad` is removed, too."""
     index = next(i for i, s in enumerate(statements) if _is_backward(s))
@@ -184,7 +184,7 @@ def _loss(statement: ast.stmt) -> tuple[str, str]:
     raise UserError("backward is not called as LOSS.backward() on a variable")
 
 
-def _parent(place: Place) -> tuple[Statements, int] | None:
+def _parent(place: LoopPlace) -> tuple[Statements, int] | None:
     """Return (the statement list that holds the loop of micro-batches, its index there), None unless that
     list is in a loop, too."""
     for outer in places(place.scope, place.function, place.scope, None):
@@ -193,7 +193,7 @@ def _parent(place: Place) -> tuple[Statements, int] | None:
     return None
 
 
-def _step_index(place: Place, statements: Statements, scaler: str) -> int | None:
+def _step_index(place: LoopPlace, statements: Statements, scaler: str) -> int | None:
     names = [(i, name) for i, s in enumerate(statements) if (name := _stepped(s, scaler)) is not None]
     return next((i for i, name in names if scaler or _is_optimizer(place, name)), None)
 
@@ -217,7 +217,7 @@ def _method(statement: ast.stmt, name: str, *, arguments: int = 0) -> str | None
     return call.func.value.id if isinstance(call.func.value, ast.Name) and fits else None
 
 
-def _is_optimizer(place: Place, name: str) -> bool:
+def _is_optimizer(place: LoopPlace, name: str) -> bool:
     """Return whether the variable is an optimizer: it is one by its name, it is made with parameters(), or
     the loop calls its zero_grad."""
     assigned = assignment(place.scope, name)
@@ -267,15 +267,15 @@ def assignment(scope: Statements, name: str) -> Any:
     return assignments[0] if len(assignments) == 1 else None
 
 
-def stored(node: ast.AST) -> list[str]:
+def stored_names(node: ast.AST) -> list[str]:
     """Return the names to which the node assigns, not counting those inside functions that it defines."""
     if isinstance(node, (*FUNCTIONS, ast.Lambda)):
         return []
     own = [node.id] if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else []
-    return own + [n for child in ast.iter_child_nodes(node) for n in stored(child)]
+    return own + [n for child in ast.iter_child_nodes(node) for n in stored_names(child)]
 
 
-def loaded(node: ast.AST) -> set[str]:
+def loaded_names(node: ast.AST) -> set[str]:
     return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
 
 

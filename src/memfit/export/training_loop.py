@@ -15,16 +15,16 @@ from typing import Any
 from memfit.export.loop_update import (
     FUNCTIONS,
     LOOPS,
-    Place,
+    LoopPlace,
     Statements,
     Update,
     assignment,
     find_place,
     find_update,
     lists_of,
-    loaded,
+    loaded_names,
     must_be_on_lines,
-    stored,
+    stored_names,
 )
 from memfit.export.source_edits import Source, name_of
 from memfit.types.errors import UserError
@@ -37,7 +37,7 @@ _NO_FORWARD = frozenset({"train", "eval", "to", "zero_grad", "parameters", "name
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Setup:
+class LoopSetup:
     """Where the plan is applied: after the statement ``after`` or, if that is None, before ``before``.
     ``model``, ``optimizer``: the variables there. ``clip``: source of the norm to which gradients are
     clipped, valid there; "" if they are not. ``is_global``: the loop is in another function. ``remarks``:
@@ -69,7 +69,7 @@ class Loop:
     prefetch: tuple[ast.stmt, ...]
     batch: tuple[str, ...]
     own_accumulation: bool
-    setup: Setup
+    setup: LoopSetup
 
 
 def find_loop(source: Source, plan: Plan) -> Loop:
@@ -197,7 +197,7 @@ def _spans_text(statement: ast.stmt) -> bool:
     return any(n.end_lineno != n.lineno for n in [*texts, *joined])
 
 
-def _autocast(source: Source, place: Place, forward: int) -> ast.With | None:
+def _autocast(source: Source, place: LoopPlace, forward: int) -> ast.With | None:
     """Return the statement ``with autocast(...):`` from forward to backward, None if the script has none.
     Raises UserError if it uses autocast in another place that the loop may reach."""
     withs = [s for s in place.body[forward : place.index] if isinstance(s, ast.With)]
@@ -243,17 +243,17 @@ def _assignments(source: Source, name: str) -> list[ast.Assign]:
     ]
 
 
-def _batch(place: Place, forward: int, model: str) -> tuple[tuple[str, ...], tuple[ast.stmt, ...]]:
+def _batch(place: LoopPlace, forward: int, model: str) -> tuple[tuple[str, ...], tuple[ast.stmt, ...]]:
     """Return (the variables that each step of the loop sets and forward reads; the statements between forward
     and backward that only load the next batch into them)."""
-    bound: list[str] = stored(place.loop.target) if isinstance(place.loop, ast.For) else []
+    bound: list[str] = stored_names(place.loop.target) if isinstance(place.loop, ast.For) else []
     for statement in place.body[:forward]:
-        bound += [n for n in stored(statement) if n not in bound]
+        bound += [n for n in stored_names(statement) if n not in bound]
     between = place.body[forward : place.index]
-    computed = {n for s in between if calls(s, model) for n in stored(s)}
+    computed = {n for s in between if calls(s, model) for n in stored_names(s)}
     prefetch = [s for s in between if _loads_next(s, between, computed, model)]
-    bound += [n for s in prefetch for n in stored(s) if n not in bound]
-    read = {n for s in between if s not in prefetch for n in loaded(s)}
+    bound += [n for s in prefetch for n in stored_names(s) if n not in bound]
+    read = {n for s in between if s not in prefetch for n in loaded_names(s)}
     names = tuple(n for n in dict.fromkeys(bound) if n in read)
     if not names:
         raise UserError("the script does not show which variables hold the batch")
@@ -265,25 +265,25 @@ def _loads_next(statement: ast.stmt, between: Statements, computed: set[str], mo
     that forward computed, and is read by no later statement before backward."""
     if not isinstance(statement, ast.Assign) or calls(statement, model):
         return False
-    index, names = between.index(statement), set(stored(statement))
-    earlier = {n for s in between[:index] for n in loaded(s)} - {
-        n for s in between[:index] for n in stored(s)
+    index, names = between.index(statement), set(stored_names(statement))
+    earlier = {n for s in between[:index] for n in loaded_names(s)} - {
+        n for s in between[:index] for n in stored_names(s)
     }
-    later = {n for s in between[index + 1 :] for n in loaded(s)}
-    return bool(names) and names <= earlier and not names & later and not loaded(statement) & computed
+    later = {n for s in between[index + 1 :] for n in loaded_names(s)}
+    return bool(names) and names <= earlier and not names & later and not loaded_names(statement) & computed
 
 
 # -- where the plan is applied --------------------------------------------------------------------
 
 
-def _setup(source: Source, place: Place, update: Update, model: str) -> Setup:
+def _setup(source: Source, place: LoopPlace, update: Update, model: str) -> LoopSetup:
     """Return where and with what names the plan is applied: after the optimizer is made, or before the loop
     if that is made elsewhere. Raises UserError if the script does not show where,
     or if the model changes between."""
     names = {update.optimizer: update.optimizer, model: model}
     user: ast.AST = place.loop
     statements, arguments = place.scope, dict[str, ast.expr]()
-    if not any(update.optimizer in stored(s) for s in place.scope):
+    if not any(update.optimizer in stored_names(s) for s in place.scope):
         statements, user, arguments = _caller(source, place, update.optimizer)
         for name in list(names):
             argument = arguments.get(name)
@@ -292,12 +292,12 @@ def _setup(source: Source, place: Place, update: Update, model: str) -> Setup:
     if model not in arguments and statements is not place.scope:
         names[model] = _model(statements, [], optimizer)
     statements, at = _innermost(statements, user, optimizer)
-    made = [s for s in statements[:at] if optimizer in stored(s)]
+    made = [s for s in statements[:at] if optimizer in stored_names(s)]
     after = made[-1] if made else None
     remarks = []
     between = statements[statements.index(after) + 1 : at] if after is not None else []
     for statement in between:
-        changes = names[model] in stored(statement) or f"{names[model]}.to(" in ast.unparse(statement)
+        changes = names[model] in stored_names(statement) or f"{names[model]}.to(" in ast.unparse(statement)
         if changes and not isinstance(statement, (ast.If, *FUNCTIONS)):
             raise UserError(f"the script changes {names[model]} after it makes {optimizer}")
         if changes and isinstance(statement, ast.If):
@@ -305,7 +305,7 @@ def _setup(source: Source, place: Place, update: Update, model: str) -> Setup:
                 f"if {ast.unparse(statement.test)[:60]}, the script changes {names[model]} after the plan is "
                 "applied, for which the plan was not made"
             )
-    return Setup(
+    return LoopSetup(
         model=names[model],
         optimizer=optimizer,
         clip=_clip(place, update, arguments if user is not place.loop else None, statements[at:]),
@@ -316,7 +316,9 @@ def _setup(source: Source, place: Place, update: Update, model: str) -> Setup:
     )
 
 
-def _caller(source: Source, place: Place, optimizer: str) -> tuple[Statements, ast.AST, dict[str, ast.expr]]:
+def _caller(
+    source: Source, place: LoopPlace, optimizer: str
+) -> tuple[Statements, ast.AST, dict[str, ast.expr]]:
     """Return (the statements of the function or module that makes the optimizer; the node that runs the loop
     from there; the arguments of the loop's function by parameter)."""
     functions = [n for n in ast.walk(source.tree) if isinstance(n, FUNCTIONS)]
@@ -334,11 +336,11 @@ def _caller(source: Source, place: Place, optimizer: str) -> tuple[Statements, a
         (scope, node, arguments)
         for scope, node, arguments in calls_of_loop
         if isinstance(argument := arguments.get(optimizer), ast.Name)
-        and any(argument.id in stored(s) for s in scope)
+        and any(argument.id in stored_names(s) for s in scope)
     ]
     if len(makers) == 1:
         return makers[0]
-    visible = [s for s in scopes if any(optimizer in stored(statement) for statement in s)]
+    visible = [s for s in scopes if any(optimizer in stored_names(statement) for statement in s)]
     made = [s for s in visible if "parameters()" in ast.unparse(ast.Module(body=s, type_ignores=[]))]
     if len(made) != 1:
         raise UserError(f"the script does not show where {optimizer} is made")
@@ -368,21 +370,21 @@ def _innermost(statements: Statements, user: ast.AST, optimizer: str) -> tuple[S
     at = next((i for i, s in enumerate(statements) if any(n is user for n in ast.walk(s))), None)
     if at is None:
         return statements, len(statements)
-    if not isinstance(statements[at], LOOPS) and optimizer in stored(statements[at]):
+    if not isinstance(statements[at], LOOPS) and optimizer in stored_names(statements[at]):
         for inner in lists_of(statements[at]):
             if any(n is user for n in _nodes(inner)):
                 return _innermost(inner, user, optimizer)
     return statements, at
 
 
-def _clip(place: Place, update: Update, arguments: dict[str, ast.expr] | None, later: Statements) -> str:
+def _clip(place: LoopPlace, update: Update, arguments: dict[str, ast.expr] | None, later: Statements) -> str:
     """Return the source of the argument ``clip``: what the loop clips to, in the names of the place where the
     plan is applied. ``arguments``: those of the loop's function there, None if it is the same scope;
     ``later``: the statements that follow there. Raises UserError if it uses a variable that changes in the
     loop or is not known there."""
     if update.clip is None:
         return ""
-    own = {n for s in (later if arguments is None else place.scope) for n in stored(s)}
+    own = {n for s in (later if arguments is None else place.scope) for n in stored_names(s)}
     parameters = set[str]()
     if arguments is not None and place.function is not None:
         parameters = {a.arg for a in place.function.args.posonlyargs + place.function.args.args}
@@ -390,7 +392,7 @@ def _clip(place: Place, update: Update, arguments: dict[str, ast.expr] | None, l
     for node in (update.clip, update.condition):
         if node is None:
             continue
-        for name in loaded(node):
+        for name in loaded_names(node):
             argument = None if arguments is None else arguments.get(name)
             if name in own or (name in parameters and not isinstance(argument, ast.Name)):
                 raise UserError(

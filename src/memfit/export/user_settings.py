@@ -285,12 +285,6 @@ def keep_settings(
     )
 
 
-def unused_files(setup: Setup, kept: Mapping[str, str]) -> tuple[str, ...]:
-    """Return those of the user's files whose settings no exported file keeps. ``kept``: exported file -> the
-    user's file whose settings it keeps."""
-    return tuple(name for name in setup.files if name not in kept.values())
-
-
 # Options of torchrun, deepspeed and accelerate launch, which the exported script sets itself.
 _OF_LAUNCHERS = frozenset(
     {

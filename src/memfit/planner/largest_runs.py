@@ -31,17 +31,17 @@ def measured_size(value: int, measurement: Measurement) -> MeasuredSize:
 
 
 def find_boundary(
-    run: Callable[[int], MeasuredSize], traced: LargestValue, *, most_runs: int = MOST_RUNS
+    run: Callable[[int], MeasuredSize], prediction: LargestValue, *, most_runs: int = MOST_RUNS
 ) -> MeasuredLargest:
     """Return the largest value that runs and the next one that runs out of memory, among the multiples of
-    ``traced.step``.
+    ``prediction.step``.
 
-    ``run`` trains one value under the cap. The first is the largest safe value of ``traced``, or the smallest
-    that the job takes. If the values of ``traced`` end for another reason than memory, only that one is run,
-    and there is none that runs out of memory. After ``most_runs``, or after a run that fails for another
-    reason, the answer is as far as it got.
+    ``run`` trains one value under the cap. The first is the largest safe value of ``prediction``, or the
+    smallest that the job takes. If the values of ``prediction`` end for another reason than memory, only that
+    one is run, and there is none that runs out of memory. After ``most_runs``, or after a run that fails for
+    another reason, the answer is as far as it got.
     """
-    first = traced.safe or traced.safe_next
+    first = prediction.safe or prediction.safe_next
     assert first is not None
     runs: dict[int, MeasuredSize] = {}
     value: int | None = first.value
@@ -49,8 +49,8 @@ def find_boundary(
         runs[value] = run(value)
         if runs[value].outcome not in (OutcomeKind.OK, OutcomeKind.OOM):
             break
-        ends = traced.limit != "memory" and runs[value].outcome is OutcomeKind.OK
-        value = None if ends else _next_value(runs, traced)
+        ends = prediction.limit != "memory" and runs[value].outcome is OutcomeKind.OK
+        value = None if ends else _next_value(runs, prediction)
     low, high = _bounds(runs)
     return MeasuredLargest(
         steps=MEASURED_STEPS,
@@ -67,14 +67,14 @@ def _bounds(runs: Mapping[int, MeasuredSize]) -> tuple[int, int | None]:
     return low, high
 
 
-def _next_value(runs: Mapping[int, MeasuredSize], traced: LargestValue) -> int | None:
+def _next_value(runs: Mapping[int, MeasuredSize], prediction: LargestValue) -> int | None:
     """Return the next value to run: where memory, as measured at the largest value that ran, is predicted to
     reach the cap. None if the values next to each other were run, or the job refuses larger ones."""
-    step = traced.step
+    step = prediction.step
     low, high = _bounds(runs)
     if high is not None and high - low <= step:
         return None
-    refused = min((t.value for t in traced.traced if t.problem and t.value > low), default=None)
+    refused = min((t.value for t in prediction.traced if t.problem and t.value > low), default=None)
     if high is None and refused is not None and refused - low <= step:
         return None
     if low == 0:
@@ -82,15 +82,15 @@ def _next_value(runs: Mapping[int, MeasuredSize], traced: LargestValue) -> int |
         return max(step, min(high - step, int(high * _LOWER) // step * step))
     if high is not None and len(runs) > _ALTERNATES and len(runs) % 2:
         return (low + high) // 2 // step * step
-    used_bytes, points = runs[low].process_bytes, [t for t in traced.traced if not t.problem]
+    used_bytes, points = runs[low].process_bytes, [t for t in prediction.traced if not t.problem]
     expected = _interpolated(points, low)
     ratio = used_bytes / expected if used_bytes and expected else 1.0
     target = low + step
     most = 2 * low if high is None else high - step
     most = most if refused is None else min(most, refused - step)
-    while target < most and _interpolated(points, target) * ratio <= traced.cap_bytes:
+    while target < most and _interpolated(points, target) * ratio <= prediction.cap_bytes:
         target += max(step, (most - target) // 2 // step * step)
-    while target > low + step and _interpolated(points, target) * ratio > traced.cap_bytes:
+    while target > low + step and _interpolated(points, target) * ratio > prediction.cap_bytes:
         target -= max(step, (target - low) // 8 // step * step)
     return max(low + step, min(target, most))
 
@@ -105,6 +105,6 @@ def _interpolated(points: Sequence[TracedSize], value: int) -> float:
     return left.expected_bytes + slope * (value - left.value)
 
 
-def with_boundary(run: Callable[[int], MeasuredSize], traced: LargestValue) -> LargestValue:
-    """Return ``traced`` with what `find_boundary` measured."""
-    return dataclasses.replace(traced, measured=find_boundary(run, traced))
+def with_boundary(run: Callable[[int], MeasuredSize], prediction: LargestValue) -> LargestValue:
+    """Return ``prediction`` with what `find_boundary` measured."""
+    return dataclasses.replace(prediction, measured=find_boundary(run, prediction))

@@ -83,25 +83,25 @@ class WatchChapter:
 
 def watch_chapter(record: WatchRecord, words: Words) -> WatchChapter:
     """Return the chapter on a record. All its figures come from the record `watch_record`."""
-    found = summarize(record)
+    totals = summarize(record)
     alarms = alarms_of(record)
-    steps = max((r.step for r in found.ranks if r.step is not None), default=0)
-    devices = sorted({r.device_name for r in found.ranks if r.device_name})
-    key = ("watch.head" if devices else "watch.head_processor") + ("_one" if len(found.ranks) == 1 else "")
+    steps = max((r.step for r in totals.ranks if r.step is not None), default=0)
+    devices = sorted({r.device_name for r in totals.ranks if r.device_name})
+    key = ("watch.head" if devices else "watch.head_processor") + ("_one" if len(totals.ranks) == 1 else "")
     head = Sentence(
         key=key,
-        values={"ranks": _count(len(found.ranks)), "steps": _count(steps), "device": ", ".join(devices)},
+        values={"ranks": _count(len(totals.ranks)), "steps": _count(steps), "device": ", ".join(devices)},
     )
     return WatchChapter(
         head=head,
-        ending=_ending(found),
-        ranks=tuple(_rank_row(r, found) for r in found.ranks[:_MOST_RANKS]),
-        predictions=tuple(_prediction_rows(found)),
+        ending=_ending(totals),
+        ranks=tuple(_rank_row(r, totals) for r in totals.ranks[:_MOST_RANKS]),
+        predictions=tuple(_prediction_rows(totals)),
         alarms=tuple(_alarm(alarm) for alarm in alarms[-_MOST_ALARMS:]),
-        hidden_ranks=_hidden(len(found.ranks), _MOST_RANKS),
+        hidden_ranks=_hidden(len(totals.ranks), _MOST_RANKS),
         hidden_alarms=_hidden(len(alarms), _MOST_ALARMS),
-        several=len(found.ranks) > 1,
-        plots={name: svg for name, svg in _plots(record, found, alarms, words) if svg},
+        several=len(totals.ranks) > 1,
+        plots={name: svg for name, svg in _plots(record, totals, alarms, words) if svg},
     )
 
 
@@ -133,22 +133,22 @@ def _hidden(count: int, most: int) -> Figure | None:
     return _count(count - most) if count > most else None
 
 
-def _ending(found: WatchSummary) -> Sentence | None:
-    if found.exit is None:
+def _ending(totals: WatchSummary) -> Sentence | None:
+    if totals.exit is None:
         return None
-    killed = found.exit.code < 0
-    values = {"code": _count(abs(found.exit.code))}
+    killed = totals.exit.code < 0
+    values = {"code": _count(abs(totals.exit.code))}
     return Sentence(key="watch.killed" if killed else "watch.exit", values=values)
 
 
-def _rank_row(rank: RankSummary, found: WatchSummary) -> RankRow:
+def _rank_row(rank: RankSummary, totals: WatchSummary) -> RankRow:
     def of(name: str, unit: str, values: dict[str, float] | dict[str, int]) -> Figure:
         return measured(values.get(name), unit, WATCH)
 
     end = rank.end
     return RankRow(
         name=f"{rank.rank}" + (f" ({rank.host})" if rank.host else ""),
-        is_fullest=len(found.ranks) > 1 and rank.rank == found.fullest_rank,
+        is_fullest=len(totals.ranks) > 1 and rank.rank == totals.fullest_rank,
         state=rank.state,
         error=f"{end.error}: {end.message.partition(chr(10))[0][:160]}" if end and end.error else "",
         step=measured(rank.step, "count", WATCH),
@@ -163,12 +163,12 @@ def _rank_row(rank: RankSummary, found: WatchSummary) -> RankRow:
     )
 
 
-def _prediction_rows(found: WatchSummary) -> list[PredictionRow]:
+def _prediction_rows(totals: WatchSummary) -> list[PredictionRow]:
     rows = []
     for name, peak_name in _OF_PREDICTION.items():
-        interval = found.prediction.get(name)
-        peaks = [r.peaks[peak_name] for r in found.ranks if peak_name in r.peaks]
-        if interval is None or not peaks or (name == "host_bytes" and len(found.ranks) > 1):
+        interval = totals.prediction.get(name)
+        peaks = [r.peaks[peak_name] for r in totals.ranks if peak_name in r.peaks]
+        if interval is None or not peaks or (name == "host_bytes" and len(totals.ranks) > 1):
             continue
         error = Figure(
             value=100 * (interval.value / max(peaks) - 1),
@@ -209,11 +209,11 @@ def _alarm(alarm: Alarm) -> Sentence:
 
 
 def _plots(
-    record: WatchRecord, found: WatchSummary, alarms: Sequence[Alarm], words: Words
+    record: WatchRecord, totals: WatchSummary, alarms: Sequence[Alarm], words: Words
 ) -> list[tuple[str, str]]:
     memory = next((n for n in _MEMORY if any(r.peak(n) is not None for r in record.ranks)), "")
     key = next((name for name, peak in _OF_PREDICTION.items() if peak == memory), "")
-    interval = found.prediction.get(key)
+    interval = totals.prediction.get(key)
     rules = [] if interval is None else [("watch.rule.predicted", interval.value)]
     start = next((r.start for r in record.ranks if r.start is not None), None)
     least = (start.total_bytes or 0) * start.limits.get("headroom_ratio", 0.0) if start is not None else 0.0
