@@ -15,10 +15,11 @@ from memfit.planner import capacity, search, single_device
 from memfit.planner.capacity import needed_bytes
 from memfit.planner.explanations import explain_techniques, traced_for_reasons
 from memfit.planner.recompute_budget import Cap
-from memfit.planner.request import Request
+from memfit.planner.request import Planning, Request
 from memfit.planner.selection import Objective, Prices, decide, within_bounds
 from memfit.planner.shortlist import counterfactuals
 from memfit.planner.sketch_errors import may_fit, sketch_errors
+from memfit.planner.technique_groups import best_of_groups
 from memfit.report.choices import search_view
 from memfit.report.quantities import sentence_text
 from memfit.report.words import load_words
@@ -158,7 +159,11 @@ class Scale:
 
     def __init__(self, cap_bytes: int, whole: Sequence[Estimate] = (), bounds: Bounds | None = None) -> None:
         self.aim = SimpleNamespace(goal=Objective.FASTEST, cap_bytes=cap_bytes, host=lambda e: True)
-        self.whole, self.refused, self.bounds = {e.plan: e for e in whole}, dict[Plan, str](), bounds or Bounds()
+        self.whole, self.refused, self.bounds = (
+            {e.plan: e for e in whole},
+            dict[Plan, str](),
+            bounds or Bounds(),
+        )
         self.pairs: list[tuple[Estimate, Estimate]] = []
 
     def needs(self, e: Estimate) -> int:
@@ -318,3 +323,44 @@ def test_a_search_traces_a_plan_with_every_technique_that_it_leaves_out(
     for name, reason in told.items():
         fitting = [e for e in traced if e.plan.get(name) and needed_bytes(e, PROCESSOR) <= found.cap_bytes]
         assert bool(fitting) == (reason.kind != "left_out_too_large")
+
+
+# --- the groups that a proof of concept compares
+
+
+def planned(traced: Sequence[Estimate], whole: Sequence[Estimate], *, ranks: int = 1) -> Planning:
+    """A finished search of 40 bytes; ``whole`` are the traces of its sketches."""
+    by_plan = {e.plan: e for e in (*traced, *whole)}
+    result = SimpleNamespace(recommended=SimpleNamespace(estimate=TRACED[1]), trials=())
+    return SimpleNamespace(  # type: ignore[return-value]
+        request=SimpleNamespace(
+            ranks=ranks, goal=Objective.FASTEST, machine=PROCESSOR, engine="native", bounds=Bounds()
+        ),
+        job=SimpleNamespace(steps=1),
+        pricer=SimpleNamespace(whole=by_plan.__getitem__, space=SimpleNamespace(half="bfloat16")),
+        cap_bytes=needed_bytes(priced(PLAIN, 40, 1.0), PROCESSOR),
+        result=result,
+        estimates=traced,
+        sketches=SKETCHES,
+        fits=CAP.has,
+    )
+
+
+def test_a_proof_of_concept_compares_the_best_traced_plan_of_each_group() -> None:
+    rival = priced(plan(MIXED, THIRDS, LOW_BIT), 38, 1.4)
+    best = dict(best_of_groups(planned([*TRACED, rival], [])))
+    assert best == {"mixed precision": rival.plan, "checkpointing": plan(CHECKPOINTED)}
+
+
+def test_a_group_of_which_no_traced_plan_fits_is_traced_until_one_does() -> None:
+    rival = priced(plan(MIXED, THIRDS, LOW_BIT), 38, 1.4)
+    best = dict(best_of_groups(planned(TRACED, [rival])))
+    assert best["mixed precision"] == rival.plan
+    too_large = priced(rival.plan, 41, 1.4)
+    assert "mixed precision" not in dict(best_of_groups(planned(TRACED, [too_large])))
+
+
+def test_sharding_is_compared_on_several_ranks_only() -> None:
+    sharded = priced(Plan(uses=(use("fsdp2"),), ranks=2), 30, 1.0)
+    assert dict(best_of_groups(planned([*TRACED, sharded], [], ranks=2)))["sharding"] == sharded.plan
+    assert "sharding" not in dict(best_of_groups(planned([*TRACED, sharded], [])))

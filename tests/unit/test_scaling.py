@@ -24,7 +24,16 @@ from memfit.planner.block_traces import BlockTracer
 from memfit.planner.capacity import needed_bytes
 from memfit.planner.device_pricing import Aim, Scale
 from memfit.planner.evaluate import Pricer
-from memfit.planner.grid_search import GridSketches, Sketch, _picked, _Pricing, _todo, find
+from memfit.planner.grid_search import (
+    GridSketches,
+    Sketch,
+    _extremes,
+    _merged,
+    _picked,
+    _Pricing,
+    _todo,
+    find,
+)
 from memfit.planner.multi_device import search_scale
 from memfit.planner.parallelism_grid import Limits, grids, no_grid_error
 from memfit.planner.request import space_of
@@ -192,6 +201,43 @@ def _found(on: Machine, **changes: Any) -> GridSketches:
         limits(tensor=(1, 2), context=(1,), chunks=False, without=frozenset(FEW), **changes),
         (2.0**40, math.inf),
     )
+
+
+@pytest.mark.parametrize("tight", [True, False])
+def test_law_the_extremes_of_each_technique_are_those_of_all_plans(tight: bool) -> None:
+    """The fastest fitting plan and the smallest one, with each technique and without it, by enumeration."""
+    wanted = limits(ranks=2, batch=4, tensor=(1, 2), context=(1,), without=frozenset({*FEW, "fsdp2"}))
+    found, todo = pricing(wanted, H100)
+    priced = [(dataclasses.replace(g, states=states), found.price(dataclasses.replace(g, states=states), c))
+              for g, c, states in todo]  # fmt: skip
+    grids_of = [(grid, p) for grid, p in priced if p is not None]
+    memory = sorted(float(m) for _, p in grids_of for m in p.allocated_bytes.ravel())
+    caps = (memory[len(memory) // 3] if tight else math.inf, 1.0 if tight else math.inf)
+    merged = _merged([(grid, _extremes(grid, p, caps)) for grid, p in grids_of], caps)
+    rows = [
+        (
+            {u.technique for u in grid.plan(index).uses},
+            float(p.step_s[index]),
+            float(p.allocated_bytes[index]),
+            float(p.host_bytes[index]),
+        )
+        for grid, p in grids_of
+        for index in itertools.product(*map(range, grid.shape))
+    ]
+    names = {name for techniques, *_ in rows for name in techniques}
+    assert {name for name, _ in merged} == names >= {"pipeline", "tensor-parallel", "gradient-accumulation"}
+    for name, has in itertools.product(names, (True, False)):
+        related = [r for r in rows if (name in r[0]) == has]
+        fitting = [r for r in related if r[2] <= caps[0] and r[3] <= caps[1]]
+        on_host = [r for r in related if r[3] <= caps[1]] or related
+        sketches = merged.get((name, has), ())
+        assert bool(sketches) == bool(related)
+        assert all((sketch.plan.get(name) is not None) == has for sketch in sketches)
+        if fitting:
+            assert sketches[0].step_s == min(r[1] for r in fitting)
+            assert sketches[0].allocated_bytes <= caps[0]
+        if related:
+            assert min(s.allocated_bytes for s in sketches) == min(r[2] for r in on_host)
 
 
 def test_a_search_of_the_grids_is_deterministic() -> None:

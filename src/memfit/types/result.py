@@ -343,7 +343,7 @@ class Reason:
     plans without it. "left_out_late" (plans with it) and "needed_late" (plans without it): the device has
     enough memory for the smallest of these plans, but none meets device memory, host memory, deadline and
     cost limit together. "left_out_not_looked_at" (plans with it) and "needed_not_looked_at" (plans without
-    it): no traced one of these plans fits, but ``plan_count`` others that were not traced may.
+    it): none of these plans that were traced fits, but ``plan_count`` others may.
     """
 
     kind: str
