@@ -104,7 +104,7 @@ def test_phrases_say_that_the_roll_out_stops_where_a_gate_stopped_it() -> None:
     record = poc()
     made = decide(record, parse_case(CARD, "it"), limits=Gates(time=TimeLimits(step_ratio=0.01)))
     first, second, *_ = phrases(decision_view(record, made)).splitlines()
-    assert "The gate has stopped the roll-out: time" in first
+    assert "The roll-out has stopped at the gate “" in first
     assert second.startswith("We stop here for now")
     _, view = seen(CARD)
     first, second, *_ = phrases(view).splitlines()
@@ -197,7 +197,7 @@ def test_a_machine_that_fits_only_the_expected_memory_is_likely_and_not_proposed
     low, mode, high = (x * 24.7 * GIB for x in (0.8, 0.93, 1.0))
     inside = 1 - (high - here.usable_bytes) ** 2 / ((high - low) * (high - mode))
     assert here.fit_percent == pytest.approx(100 * inside)
-    assert card(view, "fits").startswith("Likely, with a probability of")
+    assert card(view, "fits").startswith("It probably fits")
     assert "Yes" not in card(view, "fits")
     assert not [w for w in made.ways if w.of_catalog and w.machine == "RTX-4090"]
     made, view = seen(CARD, **tight(23.0))

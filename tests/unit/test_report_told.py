@@ -18,6 +18,7 @@ from memfit.catalog import finance
 from memfit.cli import plan_from_config
 from memfit.decision.case import parse_case
 from memfit.decision.decide import decide
+from memfit.decision.projects import estimated_hours, project_of
 from memfit.jobs import registry
 from memfit.lint import (
     draft,
@@ -80,6 +81,11 @@ def own_texts() -> list[str]:
     sources = [finance.default(name).source for name in finance.default_names()]
     prices = {catalog.place(name).usd_per_kwh.source for name in catalog.place_names()}
     sources += sorted(source for source in prices if "recalled" in source)
+    sources += [finance.site_pue(site).source for site in ("desk", "cloud")]
+    sources += [finance.labour_cost(place)[0].source for place in ("world", "us", "japan", "germany")]
+    sources.append(estimated_hours(full_poc().effort).source)
+    for project in filter(None, (project_of("alphafold2", "initial"), project_of("protein-ss", "paper"))):
+        sources += [fact.source for fact in project.work.values()]
     return [*jobs, *judge._TESTS.values(), *catalog.place_names(), *sources]
 
 
