@@ -151,9 +151,11 @@ def test_objects_of_this_process_are_run_under_the_cap() -> None:
 
 def test_measuring_needs_a_cap_and_this_machine() -> None:
     model = nn.Linear(4, 4)
-    for options in ({}, {"memory": "1GiB", "machine": "H100-SXM"}):
+    for machine, memory in ((None, None), ("H100-SXM", "1GiB")):
         with pytest.raises(UserError, match="measure=True needs a cap"):
-            memfit.largest(model, torch.randn(2, 4), loss=mean_square, measure=True, **options)
+            memfit.largest(
+                model, torch.randn(2, 4), loss=mean_square, measure=True, memory=memory, machine=machine
+            )
 
 
 def test_the_question_to_measure_another_machine_or_a_fixed_job_is_refused(tmp_path: Path) -> None:

@@ -70,9 +70,9 @@ def _train(spec: RunSpec, job: Job, writer: int) -> NoReturn:
     sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
     code = 0
     try:
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc only
-        for option, value in _MALLOC_OPTIONS if mallopt is not None else ():
-            mallopt(option, value)
+        if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:  # glibc only
+            for option, value in _MALLOC_OPTIONS:
+                mallopt(option, value)
         add_job(spec.job.spec, job)
         with tempfile.TemporaryDirectory(prefix="memfit-") as folder:
             path = Path(folder) / "spec.json"
