@@ -3,10 +3,9 @@ repetition of plain training without any technique must be judged equivalent.
 
     python benchmarks/sensitivity.py [JOB ...]   train what is not in the records yet, write the page
     python benchmarks/sensitivity.py --page      the page from the records only
-    python benchmarks/sensitivity.py --package   the power studies that memfit ships, from the records: that of
-                                                 each job's latest protocol
+    python benchmarks/sensitivity.py --package   the power studies that memfit ships, made from the records
 
-StudyProtocol, fixed in a commit before the first run (`PROTOCOLS` below):
+Protocol, fixed in a commit before the first run (`PROTOCOLS` below):
 
 - Steps, batch, metric, surrogates, margins and negative control are the job's own, those of its proof of
   concept. The margin comes from the science, as the job states it.
