@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import importlib.util
+import re
 
 import pytest
 import torch
@@ -130,6 +132,7 @@ CHUNKED = use("chunked-cross-entropy", chunks=4)
 SMALL_ADAM = use("adamw-8bit")
 IN_BACKWARD = use("optimizer-in-backward")
 LORA, QLORA = use("lora", rank=4), use("qlora", rank=4)
+DORA = use("lora", rank=4, dora=True)
 EIGHT_BITS = use("float8-linear", scaling="tensorwise")
 DISK = use("activation-offload", to="disk", minimum_kib=4)
 
@@ -150,9 +153,20 @@ MATRIX: list[tuple[str, tuple[Use, ...]]] = [
     ("words", (CHUNKED, AUTOCAST)),
     *(
         ("wide", (u,))
-        for u in (SMALL_ADAM, use("adafactor"), use("sgd"), IN_BACKWARD, LORA, QLORA, MASTER, STOCHASTIC)
+        for u in (
+            SMALL_ADAM,
+            use("adafactor"),
+            use("sgd"),
+            IN_BACKWARD,
+            LORA,
+            DORA,
+            QLORA,
+            MASTER,
+            STOCHASTIC,
+        )
     ),
     ("wide", (IN_BACKWARD, SMALL_ADAM)),
+    ("wide", (DORA,)),
     *(("protein-lm", (u,)) for u in (FULL, AUTOCAST, FLOAT16)),
     ("char-lm", (FLOAT16, FULL, ACCUMULATE)),
     ("protein-lm", (ACCUMULATE, FULL, AUTOCAST)),
@@ -170,6 +184,19 @@ MATRIX: list[tuple[str, tuple[Use, ...]]] = [
 ]
 
 
+GROUP = "rank=16, update_proj_gap=200, scale=0.25, proj_type='std'"
+IMPORTED = {  # class -> settings; those of other packages than torch are measured where these are installed
+    "torch.optim:Muon": {"others": "adamw"},
+    "torch.optim:RAdam": {},
+    "torch.optim:RMSprop": {"arguments": "momentum=0.9, centered=True"},
+    "lion_pytorch:Lion": {},
+    "adam_mini:Adam_mini": {"arguments": "dim=256, n_heads=4, verbose=False"},
+    "galore_torch:GaLoreAdamW": {"arguments": "no_deprecation_warning=True", "matrices": GROUP},
+    "pytorch_optimizer:SOAP": {},
+}
+MATRIX += [("wide", (make_use("optimizer", {"path": p, **s}),)) for p, s in IMPORTED.items()]
+
+
 @pytest.fixture(scope="module")
 def counter() -> CountingAllocator:
     torch.set_num_threads(1)
@@ -179,7 +206,9 @@ def counter() -> CountingAllocator:
 
 
 def _missing(uses: tuple[Use, ...]) -> str:
-    return ", ".join(p for u in uses for p in technique(u.technique).missing)
+    paths = [str(u.settings["path"]) for u in uses if u.technique == "optimizer"]
+    imported = [p for path in paths if importlib.util.find_spec(p := re.split("[.:]", path)[0]) is None]
+    return ", ".join([*(p for u in uses for p in technique(u.technique).missing), *imported])
 
 
 def measured(job: Job, plan: Plan, counter: CountingAllocator) -> dict[str, int]:

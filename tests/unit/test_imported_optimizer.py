@@ -32,11 +32,14 @@ def losses(step: TrainingStep, steps: int = 3) -> list[float]:
     ("path", "said"),
     [
         ("torch.optim.Muon", "is no import path; allowed: PACKAGE.MODULE:CLASS"),
-        ("no_such_package_at_all:Lion", "install the package that provides the module no_such_package_at_all"),
+        (
+            "no_such_package_at_all:Lion",
+            "install the package that provides the module no_such_package_at_all",
+        ),
         ("torch.optim.nowhere:Lion", "cannot be imported: No module named 'torch.optim.nowhere'"),
         ("torch.optim:Muonn", "does not exist; allowed: of torch.optim: ASGD.*did you mean 'Muon'"),
         ("torch.optim:Optimizer", "is not a subclass of torch.optim.Optimizer"),
-        ("torch.nn:Linear", "is not a subclass.*of torch.nn: none, it has no optimizer"),
+        ("torch.nn:Linear", "is not a subclass.*of torch.nn: no class"),
     ],
 )
 def test_a_path_that_names_no_optimizer_is_refused_with_what_there_is(path: str, said: str) -> None:
@@ -61,7 +64,7 @@ def test_arguments_are_python_literals() -> None:
 
 
 def test_an_argument_that_the_class_does_not_have_is_refused_before_anything_runs() -> None:
-    with pytest.raises(UserError, match="no argument 'momentumm'.*did you mean 'momentum'"):
+    with pytest.raises(UserError, match=r"no argument 'momentumm'.*did you mean 'momentum'"):
         step_with(path="torch.optim:Muon", arguments="momentumm=0.9")
 
 
@@ -107,7 +110,7 @@ def test_a_job_takes_the_path_alone_and_trains_as_torch_does() -> None:
 
 
 def test_muon_without_others_is_refused_with_the_way_out() -> None:
-    with pytest.raises(UserError, match="Muon only supports 2D parameters.*others=adamw"):
+    with pytest.raises(UserError, match=r"Muon only supports 2D parameters.*others=adamw"):
         step_with(path="torch.optim:Muon")
 
 
@@ -176,7 +179,7 @@ def test_an_optimizer_that_needs_a_closure_is_refused() -> None:
 
 
 def test_an_error_of_the_optimizers_step_is_one_line_but_a_lack_of_memory_is_an_outcome() -> None:
-    with pytest.raises(UserError, match=r"NeedsGraph raised RuntimeError: call backward with create_graph=True$"):
+    with pytest.raises(UserError, match=r"NeedsGraph raised RuntimeError: call .* create_graph=True$"):
         losses(step_with(path=f"{HERE}:NeedsGraph"))
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         losses(step_with(path=f"{HERE}:NoMemory"))

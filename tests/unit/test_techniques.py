@@ -200,7 +200,8 @@ def test_adapters_are_not_proposed_to_blocks_without_linear_layers() -> None:
 def settings_of(name: str) -> st.SearchStrategy[dict[str, object]]:
     def values(knob: Knob) -> st.SearchStrategy[object]:
         if knob.pattern is not None:
-            return st.sampled_from(("", "none", "0badcafe:3-9,12"))
+            texts = ("", "none", "0badcafe:3-9,12", "torch.optim:Muon", "lr=0.1, betas=(0.9, 0.99)")
+            return st.sampled_from([text for text in texts if knob.accepts(text)])
         return st.sampled_from(knob.choices) if knob.choices else st.integers(knob.minimum, 10**6)
 
     return st.fixed_dictionaries({k.name: values(k) for k in technique(name).knobs})
@@ -343,6 +344,20 @@ def test_adapters_freeze_the_blocks_and_train_the_rest(name: str) -> None:
     assert all("lora_" in n or not n.startswith("blocks.") for n in trainable)
     # rank 2 beside each of 3 x (16 -> 64 -> 16), then embedding and head with bias
     assert sum(before[n].numel() for n in trainable) == 3 * 2 * 2 * (16 + 64) + 512 * 16 + 512 * 17
+
+
+@needs("peft")
+def test_dora_trains_the_norms_of_rows_too_and_starts_as_the_plain_model() -> None:
+    torch.manual_seed(0)
+    step = TrainingStep(words(), Plan(uses=(make_use("lora", {"rank": 2, "dora": True}),)))
+    norms = {n: p for n, p in step.model.named_parameters() if "lora_magnitude_vector" in n}
+    assert sum(p.numel() for p in norms.values()) == 3 * (64 + 16)
+    before = {n: p.detach().clone() for n, p in norms.items()}
+    loss = float(step.run(step.job.make_batch(0, 0))[0])
+    torch.manual_seed(0)
+    plain = TrainingStep(words(), Plan(uses=(make_use("lora", {"rank": 2}),)))
+    assert loss == pytest.approx(float(plain.run(plain.job.make_batch(0, 0))[0]), rel=1e-3)
+    assert not any(torch.equal(p, before[n]) for n, p in norms.items())
 
 
 @needs("peft")

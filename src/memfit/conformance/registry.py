@@ -106,6 +106,7 @@ _PARTLY = {
 _UNCHECKED_KNOBS = {
     "ddp": ("bucket_mib", "bucket_view", "sync"),
     "fsdp2": ("units", "prefetch", "sync"),
+    "lora": ("dora",),
     "zero": ("overlap", "live_elements", "prefetch_elements"),
 }
 

@@ -104,7 +104,7 @@ def _steps(spec: RunSpec) -> Iterator[ScriptStep]:
             yield ScriptStep(name="ddp", text=_BUCKETS.format(**use.settings))
         elif use.technique not in applied and not _by_accelerate(spec, use):
             yield ScriptStep(name=use.technique, text=step_text(use, plan))
-    clipped_by_file = spec.engine in ("deepspeed", "megatron") or plan.get("zero") is not None
+    clipped_by_file = spec.engine in ("deepspeed", "megatron") or "zero" in plan
     if spec.clip and not (clipped_by_file and spec.engine != "native"):
         call = "accelerator" if spec.engine == "accelerate" else "torch.nn.utils"
         yield ScriptStep(name=CLIP, text=f"{call}.clip_grad_norm_(model.parameters(), {spec.clip:g})")
@@ -136,9 +136,9 @@ def _by_accelerate(spec: RunSpec, use: Use) -> bool:
     activation-checkpointing of every block under fsdp2 (accelerate.yaml switches it on), and for
     gradient-accumulation under zero (DeepSpeed's file sets it). False for all else."""
     if use.technique == _SPLIT:
-        return spec.engine == "accelerate" and spec.plan.get("zero") is not None
+        return spec.engine == "accelerate" and "zero" in spec.plan
     every_block = use.technique == "activation-checkpointing" and use.settings["every"] == 1
-    return every_block and spec.engine == "accelerate" and spec.plan.get("fsdp2") is not None
+    return every_block and spec.engine == "accelerate" and "fsdp2" in spec.plan
 
 
 def check_acknowledged(steps: Sequence[ScriptStep], acknowledged: Sequence[str], *, script: str) -> None:

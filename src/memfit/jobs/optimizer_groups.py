@@ -20,7 +20,7 @@ from memfit.techniques.zero.sharded_ddp import ShardedDdp
 from memfit.types.errors import UserError
 from memfit.types.job import OptimizerChoice
 
-_ADAPTER = re.compile(r"\.(base_layer|lora_[AB]\.\w+)")
+_ADAPTER = re.compile(r"\.(base_layer|lora_[AB]\.\w+|lora_magnitude_vector\.\w+)")
 # Settings that choose a kernel or belong to the loss scale; the plan decides them.
 _OF_THE_PLAN = frozenset({"foreach", "fused", "capturable", "differentiable", "loss_scale", "good_steps"})
 _OF_ANY_OPTIMIZER = frozenset({"betas", "eps", "weight_decay"})

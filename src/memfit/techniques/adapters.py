@@ -1,5 +1,6 @@
-"""LoRA and QLoRA through peft: the parameters of the blocks are frozen, and two small matrices are trained
-for each Linear weight. QLoRA also stores these weights in 4 bits."""
+"""LoRA, DoRA and QLoRA through peft: the parameters of the blocks are frozen, and two small matrices are
+trained for each Linear weight. DoRA also trains the norm of each row of the weights, and QLoRA stores them in
+4 bits."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 
 
 def _apply_lora(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
-    _adapt(bench, int(settings["rank"]), trains_outside=settings.get("outside") != "frozen")
+    trains_outside, dora = settings.get("outside") != "frozen", bool(settings.get("dora", False))
+    _adapt(bench, int(settings["rank"]), trains_outside=trains_outside, dora=dora)
 
 
 def _apply_qlora(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
@@ -31,9 +33,10 @@ def _apply_qlora(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
             module.base_layer = Nf4Linear(module.base_layer)
 
 
-def _adapt(bench: Workbench, rank: int, *, trains_outside: bool) -> None:
-    """Add two trained matrices of the inner width ``rank`` to every Linear of the repeated blocks, and freeze
-    all other parameters of the blocks. With ``trains_outside``, all floating-point parameters outside the
+def _adapt(bench: Workbench, rank: int, *, trains_outside: bool, dora: bool = False) -> None:
+    """Add two trained matrices of the inner width ``rank`` to every Linear of the repeated blocks, and with
+    ``dora`` the trained norms of its weight's rows. Freeze all other parameters of the blocks. With
+    ``trains_outside``, all floating-point parameters outside the
     blocks (input projection, head) become trainable, as the head of a new task must be; otherwise they are
     frozen. Raises UserError if no repeated blocks, or no Linears in them, are found."""
     from peft import LoraConfig, inject_adapter_in_model
@@ -50,7 +53,8 @@ def _adapt(bench: Workbench, rank: int, *, trains_outside: bool) -> None:
             f"{type(bench.model).__name__}",
             allowed="repeated blocks that contain nn.Linear",
         )
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), bench.model)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, use_dora=dora)
+    inject_adapter_in_model(config, bench.model)
     for name, param in bench.model.named_parameters():
         is_outside = trains_outside and id(param) in outside_ids
         param.requires_grad_(param.is_floating_point() and ("lora_" in name or is_outside))
@@ -68,7 +72,7 @@ def block_linears(model: torch.nn.Module, path: str) -> Iterable[tuple[str, torc
 
 
 def _ranks(space: Space) -> Iterable[Mapping[str, KnobValue]]:
-    return [{"rank": 8, "outside": "trained"}] if space.block_count and space.linears else []
+    return [{"rank": 8, "outside": "trained", "dora": False}] if space.block_count and space.linears else []
 
 
 _RANK = Knob(
@@ -82,16 +86,22 @@ _OUTSIDE = Knob(
     doc="whether the parameters outside the blocks, such as embeddings and head, are trained",
     choices=("trained", "frozen"),
 )
+_DORA = Knob(
+    name="dora",
+    default=False,
+    doc="whether the norm of each row of the weights is trained, too (DoRA, Liu et al. 2024)",
+    choices=(False, True),
+)
 
 LORA = Technique(
     name="lora",
-    summary="freeze the blocks and train low-rank updates beside their weights (Hu et al. 2021)",
+    summary="freeze the blocks and train low-rank updates beside their weights (Hu et al. 2021); also DoRA",
     effect=EffectClass.E3,
     apply=_apply_lora,
     settings=_ranks,
     order=10,
     slot="adapters",
-    knobs=(_RANK, _OUTSIDE),
+    knobs=(_RANK, _OUTSIDE, _DORA),
     needs=("peft",),
 )
 QLORA = Technique(

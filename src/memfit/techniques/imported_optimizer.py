@@ -12,7 +12,7 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from memfit.model.blocks import find_blocks
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 ALLOWED_PATH = "PACKAGE.MODULE:CLASS of an installed torch.optim.Optimizer, such as torch.optim:Muon"
 _OTHERS = "others=adamw gives it only the matrices of the repeated blocks, and AdamW the other parameters"
+_ABOUT_SHAPES = re.compile(r"\b2-?D\b|ndim|dimension|matri", re.IGNORECASE)
+_MOST_NAMES = 20
 _FROM_THE_JOB = {"lr": "learning_rate", "weight_decay": "weight_decay"}
 
 
@@ -59,9 +61,17 @@ def optimizer_class(path: str) -> type[torch.optim.Optimizer]:
     problem = "does not exist" if attribute is None else "is not a subclass of torch.optim.Optimizer"
     raise UserError(
         f"the optimizer {path} {problem}",
-        allowed=f"of {module_name}: {', '.join(sorted(kinds)) or 'none, it has no optimizer'}",
+        allowed=f"of {module_name}: {_some(kinds)}",
         hint=suggest(name, kinds),
     )
+
+
+def _some(names: Iterable[str]) -> str:
+    """Return at most 20 of the names, sorted, and how many there are if these are not all; "no class" if
+    there are none."""
+    names = sorted(names)
+    rest = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return f"{', '.join(names[:_MOST_NAMES])}{rest}" if names else "no class"
 
 
 def parse_arguments(text: str, what: str) -> dict[str, Any]:
@@ -109,7 +119,7 @@ def imported_optimizer(
         plain = len(groups) == 1 and len(groups[0]) == 1
         call = functools.partial(kind, groups[0]["params"] if plain else groups, **arguments)
         with contextlib.redirect_stdout(sys.stderr):  # some print what they do with each parameter
-            optimizer: Any = _in_one_line(call, choice, hint=_OTHERS)()
+            optimizer: Any = _in_one_line(call, choice)()
         optimizer.step = _in_one_line(optimizer.step, choice)
         return optimizer  # type: ignore[no-any-return]
 
@@ -155,9 +165,9 @@ def _arguments(kind: type[Any], choice: OptimizerChoice) -> tuple[dict[str, Any]
     return {**own, **choice.arguments}, first.startswith("named")
 
 
-def _in_one_line(function: Callable[..., Any], choice: OptimizerChoice, hint: str = "") -> Any:
-    """Return ``function`` with its errors as UserErrors of one line, with the hint ``hint`` unless
-    ``choice.others`` is "adamw". memfit's own errors, and those of a lack of memory, are raised unchanged."""
+def _in_one_line(function: Callable[..., Any], choice: OptimizerChoice) -> Callable[..., Any]:
+    """Return ``function`` with its errors as UserErrors of one line. memfit's own errors, and those of a lack
+    of memory, are raised unchanged."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -168,9 +178,11 @@ def _in_one_line(function: Callable[..., Any], choice: OptimizerChoice, hint: st
             no_memory = isinstance(error, MemoryError) or any(t in str(error) for t in OUT_OF_MEMORY_TEXTS)
             if is_own or no_memory:
                 raise
+            message = _first_line(error)
+            may_help = choice.others != "adamw" and _ABOUT_SHAPES.search(message)
             raise UserError(
-                f"the optimizer {choice.name} raised {type(error).__name__}: {_first_line(error)}",
-                hint="" if choice.others == "adamw" else hint,
+                f"the optimizer {choice.name} raised {type(error).__name__}: {message}",
+                hint=_OTHERS if may_help else "",
             ) from error
 
     return call

@@ -31,7 +31,8 @@ from torch.overrides import TorchFunctionMode
 
 from memfit.techniques.synthetic_kernel import kernel, read_bytes
 from memfit.trace.autograd_patches import plain_formulas
-from memfit.types.device_kind import DeviceKind, device_kind
+from memfit.trace.evoformer_kernel import trace_evoformer_attention
+from memfit.types.device_kind import CUDA, DeviceKind, device_kind
 
 _HALF = (torch.float16, torch.bfloat16)
 _LSTM_MODE = 2  # among torch's recurrent networks
@@ -67,7 +68,8 @@ class DeviceKernelMode(TorchFunctionMode):
 def use_device_kernels(device: str) -> Iterator[None]:
     """Inside this context, patch the derivatives that differ for fake tensors (`plain_formulas`) and, unless
     ``device`` is "cpu", use `DeviceKernelMode` in forward and in what backward recomputes. Torch disables
-    function modes before its autograd engine runs, so the mode is entered again there."""
+    function modes before its autograd engine runs, so the mode is entered again there. For "cuda", also
+    replace the kernels of DeepSpeed's attention for Evoformers (`trace_evoformer_attention`)."""
     if (kind := device_kind(device)).is_host:
         with plain_formulas():
             yield
@@ -79,7 +81,9 @@ def use_device_kernels(device: str) -> Iterator[None]:
         with mode:
             return engine(*args, **kwargs)
 
-    with plain_formulas(), mode, mock.patch.object(torch.autograd, "_engine_run_backward", run_in_mode):
+    evoformer = trace_evoformer_attention() if kind.name == CUDA else contextlib.nullcontext()
+    patch = mock.patch.object(torch.autograd, "_engine_run_backward", run_in_mode)
+    with plain_formulas(), mode, evoformer, patch:
         yield
 
 
