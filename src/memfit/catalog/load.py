@@ -177,7 +177,7 @@ def _device(name: str) -> Device:
     gpus, libraries = table("gpus.toml"), table("libraries.toml")
     sources = gpus["sources"] | libraries["sources"]
     row = gpus["devices"][name] | libraries["devices"].get(name, {})
-    figures: dict[str, Fact | None] = {
+    figures: dict[str, Any] = {
         "usd_per_hour": typical_price(name, "rent"),
         "usd_to_buy": typical_price(name, "buy"),
         "embodied_kg": estimated_kg(name),
