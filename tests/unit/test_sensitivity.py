@@ -502,7 +502,7 @@ def test_a_record_whose_verdict_contradicts_its_control_is_refused(
     with pytest.raises(UserError, match=fault):
         exchange.parse_record(json.dumps(claim), what="it")
     claim = record(poc_with(MISSED))
-    claim["verdict"]["control"]["noticed"] = True
+    claim["verdict"]["kind"], claim["verdict"]["control"]["noticed"] = "equivalent", True
     with pytest.raises(UserError, match="noticed is True"):
         exchange.parse_record(json.dumps(claim), what="it")
 
