@@ -107,7 +107,7 @@ def make(options: BuiltInOptions) -> Job:
         dimensions=options.dimensions_of(shape, _DIMENSIONS),
         tokens_per_batch=shape.batch_size * shape.residues,
         length_unit="residues",
-        steps=40,
+        steps=60,
         blocks="blocks",
         more_blocks=("extra", "template.blocks") if shape.templates else ("extra",),
         islands=("structure", "recycle", "heads"),
