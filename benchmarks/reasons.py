@@ -378,6 +378,7 @@ def page(records: Sequence[Mapping[str, Any]]) -> str:
         if record["round"] != "enumeration":
             rounds.setdefault(record["round"], {})[record["number"]] = record
     plan_count = sum(len(e["rows"]) for e in enumerations.values())
+    empty = sum(not any(r.get("fits", False) for r in e["rows"]) for e in enumerations.values())
     lines = [
         "# Are the reasons true?",
         "",
@@ -386,6 +387,10 @@ def page(records: Sequence[Mapping[str, Any]]) -> str:
         "reason of the search is held against them. The rules were fixed before the first enumeration and",
         "stand at the top of `benchmarks/reasons.py`. Memory and times are predictions: tested is the",
         "search, not the predictor.",
+        "",
+        f"In {empty} spaces of the first draw no plan fits, so that few reasons are given. In the second",
+        'draw the cap is what one of the enumerated plans needs. "Before" and "mended" are the search',
+        "before and after what the first round and the reported case showed was mended.",
     ]
     for name, answers in sorted(rounds.items()):
         lines += ["", f"## Round: {name}", "", *_table(answers), "", *_false(answers, enumerations)]
@@ -414,12 +419,15 @@ def _table(answers: Mapping[int, Mapping[str, Any]]) -> list[str]:
 
 
 def _false(answers: Mapping[int, Mapping[str, Any]], spaces: Mapping[int, Mapping[str, Any]]) -> list[str]:
-    lines = ["| space | job | says | technique | the enumeration has |", "|--:|---|---|---|---|"]
+    lines = [
+        "| space | job | says | technique | best by the enumeration, or what was said |",
+        "|--:|---|---|---|---|",
+    ]
     for number, record in sorted(answers.items()):
         for reason in record["reasons"]:
             if reason["true"] is False:
                 ratio = reason.get("best_ratio")
-                shown = "nothing" if ratio is None else f"{ratio:.3f}: {reason['best_plan']}"
+                shown = reason.get("detail", "") if ratio is None else f"{ratio:.3f}: {reason['best_plan']}"
                 kind = next((g for g, kinds in GROUPS.items() if reason["kind"] in kinds), reason["kind"])
                 job = spaces[number]["job"]
                 lines.append(f"| {number} | {job} | {kind} | {reason['technique']} | {shown} |")

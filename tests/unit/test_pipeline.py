@@ -334,6 +334,12 @@ def test_plain_training_may_be_the_recommendation(whole: Whole, request_: Reques
     assert list(story._interactions([])) == []
 
 
+def test_a_proof_of_concept_runs_a_plan_with_checkpointing_whatever_it_recommends(whole: Whole) -> None:
+    """Nothing of bf16 is allowed here by the accuracy that was asked for."""
+    plans = [r.spec.plan for r in whole[0].runs if r.measurement.outcome is OutcomeKind.OK]
+    assert any(plan.get("activation-checkpointing") for plan in plans)
+
+
 def test_only_ablations_that_are_many_times_slower_run_fewer_steps(
     whole: Whole, request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ from memfit.planner.explanations import explain_techniques, traced_for_reasons
 from memfit.planner.recompute_budget import Cap
 from memfit.planner.request import Planning, Request
 from memfit.planner.selection import Objective, Prices, decide, within_bounds
-from memfit.planner.shortlist import counterfactuals
+from memfit.planner.shortlist import counterfactuals, until_one_fits
 from memfit.planner.sketch_errors import may_fit, sketch_errors
 from memfit.planner.technique_groups import best_of_groups
 from memfit.report.choices import search_view
@@ -151,6 +152,20 @@ def test_the_reason_with_the_priced_plans_is_printed_in_both_languages(lang: str
     assert [t for t in texts if "adamw-8bit" in t and said in t]
 
 
+def test_before_nothing_is_said_to_fit_the_plans_that_may_are_traced() -> None:
+    traces = {e.plan: e for e in (*TRACED, priced(plan(MIXED, THIRDS, LOW_BIT), 31, 1.4))}
+    looked = list[list[Plan]]()
+    chosen = [PLAIN, plan(MIXED), plan(MIXED, HALVES)]
+    added = until_one_fits(
+        traces.__getitem__, looked.append, SKETCHES, chosen, cap=replace(CAP, bytes=32), bounds=Bounds()
+    )
+    assert added == [plan(CHECKPOINTED), plan(MIXED, THIRDS, LOW_BIT)]
+    assert looked == [added]
+    assert not until_one_fits(
+        traces.__getitem__, looked.append, SKETCHES, [*traces], cap=CAP, bounds=Bounds()
+    )
+
+
 # --- many devices
 
 
@@ -242,7 +257,8 @@ def test_where_traces_are_quick_a_technique_is_left_out_only_by_traces() -> None
 def test_plans_that_could_not_be_traced_are_no_reason() -> None:
     scale = Scale(40)
     assert not traced_of(scale, KNOWN)
-    assert told_of(scale, KNOWN)["adamw-8bit"].plan_count == 1  # the smaller of its two was refused
+    assert plan(MIXED, THIRDS, LOW_BIT) in scale.refused  # which the answer reports by themselves
+    assert "adamw-8bit" not in told_of(scale, KNOWN)
 
 
 def test_a_plan_that_fits_but_is_late_is_not_reported_as_too_large() -> None:
@@ -362,5 +378,6 @@ def test_a_group_of_which_no_traced_plan_fits_is_traced_until_one_does() -> None
 
 def test_sharding_is_compared_on_several_ranks_only() -> None:
     sharded = priced(Plan(uses=(use("fsdp2"),), ranks=2), 30, 1.0)
-    assert dict(best_of_groups(planned([*TRACED, sharded], [], ranks=2)))["sharding"] == sharded.plan
-    assert "sharding" not in dict(best_of_groups(planned([*TRACED, sharded], [])))
+    traced = [*TRACED, priced(plan(MIXED, THIRDS, LOW_BIT), 38, 1.4), sharded]
+    assert dict(best_of_groups(planned(traced, [], ranks=2)))["sharding"] == sharded.plan
+    assert "sharding" not in dict(best_of_groups(planned(traced, [])))

@@ -8,13 +8,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from memfit.planner.recompute_budget import Cap
-from memfit.planner.selection import Objective, frontier, missing_techniques, score, simplest_first
+from memfit.planner.selection import (
+    Objective,
+    frontier,
+    missing_techniques,
+    score,
+    simplest_first,
+    within_bounds,
+)
 from memfit.planner.sketch_errors import may_fit
 from memfit.techniques.registry import make_plain_plan
 from memfit.types.plan import Bounds, Plan
 from memfit.types.result import Estimate
 
-_ROUNDS = 3  # most rounds of more finalists
+_ROUNDS, _PER_ROUND = 3, 4  # most rounds of more finalists; plans of a round if none fits yet
 _SKETCHED_RATIO, _SIMPLEST = 0.30, 4  # error of sketched times; number of simplest plans added
 _SPARE = 6  # finalists reserved for plans that are not the best by the goal
 
@@ -71,6 +78,39 @@ def until_some_fit(
         )
         if not round_plans:
             break
+        look(round_plans)
+        added += round_plans
+    return added
+
+
+def until_one_fits(
+    whole: Callable[[Plan], Estimate],
+    look: Callable[[list[Plan]], None],
+    sketches: Sequence[Estimate],
+    chosen: Sequence[Plan],
+    *,
+    cap: Cap,
+    bounds: Bounds,
+) -> list[Plan]:
+    """If none of the ``chosen`` plans fits, trace others that may fit (`may_fit`), those that need the least
+    device memory first, in at most 3 rounds of 4, until one fits. Return them.
+
+    ``look`` is called with the plans of a round to trace them. ``whole`` returns the estimate of a plan.
+    """
+    added: list[Plan] = []
+    for _ in range(_ROUNDS):
+        traced = [*map(whole, (*chosen, *added))]
+        if any(cap.has(e) and within_bounds(bounds, e) for e in traced):
+            break
+        traced_plans = {e.plan for e in traced}
+        may = may_fit(sketches, traced, cap, bounds)
+        untraced = sorted(
+            (e for e in sketches if e.plan not in traced_plans and may(e)),
+            key=lambda e: (cap.needs(e), e.plan.fingerprint),
+        )
+        if not untraced:
+            break
+        round_plans = [e.plan for e in untraced[:_PER_ROUND]]
         look(round_plans)
         added += round_plans
     return added

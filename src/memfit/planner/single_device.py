@@ -20,12 +20,12 @@ from memfit.planner.selection import (
     best,
     respects_micro_batch,
 )
-from memfit.planner.shortlist import counterfactuals, finalists, until_some_fit
+from memfit.planner.shortlist import counterfactuals, finalists, until_one_fits, until_some_fit
 from memfit.techniques.recompute.optimal import NAME
 from memfit.techniques.registry import make_plain_plan, without
 from memfit.types.dependence import DependenceCause, SampleDependence
 from memfit.types.errors import UserError
-from memfit.types.plan import Plan
+from memfit.types.plan import Bounds, Plan
 from memfit.types.result import Estimate, Reason
 
 FINALISTS = 14
@@ -113,6 +113,9 @@ def price_plans(
     finalist_plans += until_some_fit(
         pricer.whole, look, sketches, finalist_plans, cap=cap, goal=request.goal, most=finalist_count
     )
+    finalist_plans += until_one_fits(
+        pricer.whole, look, sketches, finalist_plans, cap=cap, bounds=_bounds(request, pricer)
+    )
     estimates = _with_rivals(pricer, request, fits, [pricer.whole(plan) for plan in finalist_plans], progress)
     estimates = _with_counterfactuals(pricer, request, fits, estimates, sketches, cap, progress)
     if pricer.space.ranks == 1 and NAME not in request.bounds.without and not is_long(pricer):
@@ -169,7 +172,7 @@ def _with_counterfactuals(
     of this is done at most 6 times; after the first two, only for techniques with which no traced plan fits.
     If traces are long, it is done once, for at most 4 plans: those with the most such techniques.
     """
-    bounds = dataclasses.replace(request.bounds, steps=pricer.job.steps)
+    bounds = _bounds(request, pricer)
     rounds = 1 if is_long(pricer) else _COMPARING_ROUNDS + _FITTING_ROUNDS
     for index in range(rounds):
         band = score_band(pricer, request)
@@ -215,6 +218,10 @@ def _covering(candidates: list[Plan], winner: Plan) -> list[Plan]:
         covered |= added
         ordered.append(chosen)
     return ordered
+
+
+def _bounds(request: Request, pricer: Pricer) -> Bounds:
+    return dataclasses.replace(request.bounds, steps=pricer.job.steps)
 
 
 def memory_cap(request: Request, cap_bytes: int) -> Cap:
