@@ -48,8 +48,8 @@ def find(name: str, *, what: str, rows: Mapping[str, Row]) -> str:
     compared after `normalized_name`.
 
     If there is none, raises UserError: "unknown" ``what``, the closest names if there are any, and all keys.
-    If there are close names and more than 12 keys, and `memfit list machines` lists these, the error names that
-    command instead of all keys.
+    If there are close names and more than 12 keys, and `memfit list machines` lists these, the error names
+    that command instead of all keys.
     """
     names_by_key = {
         normalized_name(a): name for name, row in rows.items() for a in (name, *row.get("aliases", ()))

@@ -23,7 +23,7 @@ class DecideOptions:
     poc: Annotated[
         str | None,
         typer.Argument(
-            metavar="[ID|FILE]",
+            metavar="ID|FILE",
             help="ID of the proof of concept in the store from whose measurements the costs are computed; "
             "one that was run here, not a record from others. With --gates, --pilot or --full also a record "
             "from others: its file, or its ID in the store. Default: the proof of concept begun last.",

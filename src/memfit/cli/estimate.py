@@ -17,9 +17,8 @@ from memfit.cli.lengths import LengthOptions, print_lengths
 from memfit.cli.options import (
     GoalOptions,
     JobOptions,
-    JsonOptions,
-    LanguageOptions,
     MachineOptions,
+    OutputOptions,
     PlanOptions,
     RuntimeOptions,
     SizeOptions,
@@ -37,7 +36,7 @@ class EstimateOptions:
     targets: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[JOB [A.yaml [B.yaml]]] | -- COMMAND...",
+            metavar="JOB [A.yaml [B.yaml]] | -- COMMAND",
             help="JOB: a job as for `memfit plan`, such as protein-lm or FILE.py:NAME; only with plan files "
             "it can be left out, for protein-ss. A.yaml: the plan to predict, in place of --plan. A.yaml "
             "B.yaml: show why the memory of these two plans differs. COMMAND: the command that starts your "
@@ -90,8 +89,7 @@ def estimate(  # noqa: PLR0913
     runtime: RuntimeOptions,
     lengths: LengthOptions,
     script: ScriptOptions,
-    lang: LanguageOptions,
-    output: JsonOptions,
+    output: OutputOptions,
 ) -> None:
     """Predict the memory of a training before it runs: of a JOB, or of your own script as it is.
 
@@ -102,7 +100,7 @@ def estimate(  # noqa: PLR0913
 
     Examples: memfit estimate --on H100-SXM -- python train.py --batch-size 32; memfit estimate protein-lm
     --size 650M --html peak.html"""
-    language_code = check_language(lang.lang)
+    language_code = check_language(output.lang)
     targets = options.targets or []
     if targets and not is_job(targets[0]):
         job_only = _set_options(sizes, plan_options, runtime, lengths)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from memfit.cli.options import JsonOptions, LanguageOptions
+from memfit.cli.options import OutputOptions
 from memfit.cli.output import check_language, console, emit
 from memfit.cli.request import writable
 from memfit.types.errors import UserError
@@ -61,14 +61,14 @@ class LintOptions:
     ] = None
 
 
-def lint(options: LintOptions, lang: LanguageOptions, output: JsonOptions) -> None:
+def lint(options: LintOptions, output: OutputOptions) -> None:
     """Find contradictions, options without effect and known pitfalls in configuration files.
 
     Reads DeepSpeed JSON, Accelerate YAML, Hugging Face TrainingArguments, Megatron-LM arguments, torchtitan
     TOML, OpenFold's settings, Axolotl YAML, LLaMA-Factory YAML, YAML of Lightning's command line and flags of
     mace_run_train. All files together are one set-up. Exits with code 1 if one of the findings
     is an error; warnings and notes do not change the exit code."""
-    language_code = check_language(lang.lang)
+    language_code = check_language(output.lang)
     if options.sarif is not None:
         writable(options.sarif)
     from memfit.lint.check import check

@@ -35,7 +35,7 @@ class ListOptions:
     name: Annotated[
         str | None,
         typer.Argument(
-            metavar="[NAME]",
+            metavar="NAME",
             help="For machines: show every figure of one entry with its source: a machine of the catalog or "
             "FILE.toml as in --on of `memfit plan`, or a network, host, link or place of the catalog; not "
             "this, the machine that memfit runs on. Default: all entries, the links only with --json.",

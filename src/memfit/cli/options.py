@@ -99,7 +99,7 @@ class JobOptions(SizeOptions):
     job: Annotated[
         str | None,
         typer.Argument(
-            metavar="[JOB]",
+            metavar="JOB",
             help="What to train: a built-in job (`memfit list jobs` lists them), FILE.py:NAME for a job of "
             "your own, or hf:PATH_OR_NAME for a Hugging Face configuration. NAME is a memfit.Job, which "
             "refuses --size, --data, --weights, --batch and --length, or a function that returns one and "
@@ -378,19 +378,6 @@ class EffortOptions:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class LanguageOptions:
-    """The language of the result and of the progress, "en" or "ja"."""
-
-    lang: Annotated[
-        str,
-        typer.Option(
-            metavar="en|ja",
-            help="Language of the result: en (English, the default) or ja (Japanese). Errors are in English.",
-        ),
-    ] = "en"
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class JsonOptions:
     """Whether to print the result or the error as JSON."""
 
@@ -405,7 +392,7 @@ class JsonOptions:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class OutputOptions:
+class OutputOptions(JsonOptions):
     """The language of the result, "en" or "ja", and whether to print the result or the error as JSON."""
 
     lang: Annotated[
@@ -415,14 +402,6 @@ class OutputOptions:
             help="Language of the result: en (English, the default) or ja (Japanese). Errors are in English.",
         ),
     ] = "en"
-    json: Annotated[
-        bool,
-        typer.Option(
-            "--json",
-            help="Print the result or the error as one JSON object on standard output. Default: the result "
-            "as text; an error is printed as text on standard error in any case.",
-        ),
-    ] = False
 
 
 def grouped(function: Callable[..., None]) -> Callable[..., None]:

@@ -15,8 +15,7 @@ from memfit.cli.options import (
     ExcludedTechniques,
     GoalOptions,
     JobOptions,
-    JsonOptions,
-    LanguageOptions,
+    OutputOptions,
     RuntimeOptions,
     StoreOptions,
 )
@@ -70,15 +69,14 @@ def poc(
     runtime: RuntimeOptions,
     device: DeviceOptions,
     store: StoreOptions,
-    lang: LanguageOptions,
-    output: JsonOptions,
+    output: OutputOptions,
 ) -> None:
     """Predict, search, train, verify and report on this machine.
 
     Searches a plan, trains plain training and this plan with each of --seeds seeds, tests whether their
     results are equivalent, and writes an HTML report. Exits with code 1 if no run of the recommended plan
     succeeds."""
-    language_code = check_language(lang.lang)
+    language_code = check_language(output.lang)
     path = writable(options.out) if options.out is not None else None
     job_request = request(
         job,

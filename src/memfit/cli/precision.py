@@ -8,7 +8,7 @@ from typing import Annotated, Final
 import typer
 
 from memfit.cli.log_filters import quiet_libraries
-from memfit.cli.options import JobOptions, JsonOptions, LanguageOptions
+from memfit.cli.options import JobOptions, OutputOptions
 from memfit.cli.output import check_choice, check_language, console, emit
 from memfit.cli.progress import Bars
 from memfit.cli.request import print_workload
@@ -57,13 +57,13 @@ class PrecisionOptions:
     ] = "cuda"
 
 
-def precision(job: JobOptions, options: PrecisionOptions, lang: LanguageOptions, output: JsonOptions) -> None:
+def precision(job: JobOptions, options: PrecisionOptions, output: OutputOptions) -> None:
     """Show which modules must stay in float32, and the error they would cause in half precision.
 
     The code of each module runs in half precision and in float64 on real activations and gradients. The
     recorded results of its child modules are used instead of running these, so that an error is attributed to
     the module that causes it."""
-    language_code = check_language(lang.lang)
+    language_code = check_language(output.lang)
     dtype = check_choice("--dtype", options.dtype, (*_DTYPES, "both"))
     device = check_choice("--device", options.device, ("cuda", "cpu"))
     quiet_libraries()

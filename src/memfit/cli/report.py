@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from memfit.cli.log_filters import quiet_libraries
-from memfit.cli.options import JsonOptions, LanguageOptions, StoreOptions
+from memfit.cli.options import OutputOptions, StoreOptions
 from memfit.cli.output import check_language, emit
 from memfit.cli.request import writable
 from memfit.types.errors import UserError
@@ -58,10 +58,10 @@ class ReportOptions:
     ] = None
 
 
-def report(options: ReportOptions, store: StoreOptions, lang: LanguageOptions, output: JsonOptions) -> None:
+def report(options: ReportOptions, store: StoreOptions, output: OutputOptions) -> None:
     """Write the HTML report of a proof of concept in the store, of a watched training, or of both. The report
     of a proof of concept that was interrupted shows the runs that ended."""
-    language_code = check_language(lang.lang)
+    language_code = check_language(output.lang)
     path = writable(options.out) if options.out is not None else None
     quiet_libraries()
     watch = None

@@ -83,8 +83,8 @@ def fit(shapes: Sequence[Shape] | Sequence[SizePair], traces: Sequence[Trace]) -
     free_positions = [_allocations_before_free(t) for t in traces]
     if any(not np.array_equal(c, free_positions[0]) for c in free_positions):
         raise UserError(
-            "memfit estimate --lengths cannot predict this job: which operators a step runs depends on the length of "
-            "the sequences, so no formula gives the peak memory of a step by that length",
+            "memfit estimate --lengths cannot predict this job: which operators a step runs depends on the "
+            "length of the sequences, so no formula gives the peak memory of a step by that length",
             hint="run `memfit estimate JOB` for each length that you need, with --length",
         )
     terms = np.array([s.terms for s in shapes])

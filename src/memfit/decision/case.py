@@ -293,7 +293,7 @@ TEMPLATE = """\
 # A number may have a range: {value = 25.5, low = 20, high = 32, source = "bill of May", date = "2026-05-31"}
 
 currency = "USD"
-# place = "japan"                    # its prices, taxes and write-off; `memfit list machines` lists the places
+# place = "japan"                    # its prices, taxes and write-off; `memfit list machines` lists them
 # tariff = "japan-high-voltage"      # instead of the place's average price
 # supplier = "tepco-ep"              # instead of the grid's average CO2
 

@@ -59,7 +59,8 @@ def ready_engine(name: str, plan: Plan, device: str = HOST) -> Engine:
         where = "the CPU ranks of memfit's runs" if device == HOST else f"devices of the kind {device!r}"
         raise UserError(
             f"engine {name} cannot train this plan on {where}: {', '.join(cuda_only_parts)} requires CUDA",
-            hint="`memfit estimate JOB` predicts the plan, and `memfit export` writes the engine's configuration",
+            hint="`memfit estimate JOB` predicts the plan, and `memfit export` writes the engine's "
+            "configuration",
         )
     if (probe := candidate.probe()).problem:
         raise UserError(f"engine {name} cannot be used here: {probe.problem}", hint=probe.fix)

@@ -461,7 +461,8 @@ def no_grid_error(limits: Limits) -> UserError:
             f"the engine (--engine) supports none of the plans for {limits.ranks} devices that a search "
             "considers",
             allowed="an engine with DDP, FSDP2 or ZeRO on several ranks",
-            hint="`memfit estimate JOB --plan FILE --engines` prices a plan of yours and shows which engines support it",
+            hint="`memfit estimate JOB --plan FILE --engines` prices a plan of yours and shows which engines "
+            "support it",
         )
     if limits.batch % limits.ranks == 0:
         return UserError(
