@@ -52,7 +52,7 @@ from memfit.trace.lifecycle import Lifecycle, lifecycle
 from memfit.trace.real_weights import WeightsSource, built_weights, offering
 from memfit.types.conformance import Conformance, Difference, NotConforming
 from memfit.types.dependence import DependenceKind
-from memfit.types.errors import MemfitError, UserError
+from memfit.types.errors import MemfitError, UserError, first_line
 from memfit.types.gc_pause import pause_gc
 from memfit.types.job import Bound, Job, JobRef
 from memfit.types.launch import RunSpec
@@ -434,13 +434,11 @@ def from_trainer(
         def optimizer(params: Any) -> Any:
             return optimizer_class(params, **settings)
 
-    accumulation = plan.get("gradient-accumulation")
-    micro_batches = int(accumulation.settings["micro_batches"]) if accumulation is not None else 1
     with torch.random.fork_rng(devices=[]):
         micro_batch = dict(next(iter(trainer.get_train_dataloader())))
     prediction = estimate(
         trainer.model,
-        repeat(micro_batch, micro_batches * layout(plan).data),
+        repeat(micro_batch, plan.micro_batches * layout(plan).data),
         loss=trainer.compute_loss,
         optimizer=optimizer,
         plan=plan,

@@ -126,8 +126,8 @@ class Fit:
         is updated.
 
         After the first update, what the step did is compared with the plan, and the result is in
-        ``conformance``; not while `memfit estimate` traces the loop. Raises NotConforming if it differs; UserError if not all micro-batches of `split`
-        have run.
+        ``conformance``; not while `memfit estimate` traces the loop. Raises NotConforming if it differs;
+        UserError if not all micro-batches of `split` have run.
         """
         if not (self._is_open and self._is_complete):
             raise UserError(
@@ -277,7 +277,7 @@ def _plan(plan: Any) -> Plan:
             if job_plan.ranks > ranks
             else "",
         )
-    if job_plan.get("pipeline") is not None:
+    if "pipeline" in job_plan:
         raise UserError(
             "memfit.apply cannot apply pipeline to a loop: its schedule decides when forward and backward of "
             "each part of the model run",

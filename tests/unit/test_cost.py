@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memfit.cost.estimate import estimate, modelled_boundary
-from memfit.cost.memory import levels, memory_profile, state_bytes, step_ops, timeline
+from memfit.cost.memory import levels, memory_profile, step_ops, timeline
 from memfit.cost.op_time import ASSUMED_EFFICIENCY_RATIO, ASSUMED_OVERHEAD_S, TimeModel, time_model
 from memfit.cost.step_time import host_bytes_s, simulate_step
 from memfit.types.machine import Calibration, Device, Fact, Host, Machine
@@ -116,10 +116,6 @@ def test_scratch_memory_inside_a_kernel_is_added_where_the_kernel_runs() -> None
 def test_a_probe_that_finds_only_the_outputs_leaves_the_peak_operator_unchanged() -> None:
     plain = memory_profile(SMALL, Calibration())
     assert memory_profile(SMALL, Calibration(op_peak_bytes={"known": 50})).peak_op == plain.peak_op
-
-
-def test_state_bytes_are_the_optimizer_state_alive_at_the_end() -> None:
-    assert state_bytes(SMALL) == 60
 
 
 @given(sizes=st.lists(st.integers(1, 1000), min_size=1, max_size=60), points=st.integers(1, 20))

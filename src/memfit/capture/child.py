@@ -36,7 +36,7 @@ from memfit.planner.workspace_probes import probe_workspaces
 from memfit.report.explain import traced_estimate
 from memfit.techniques.base import Space
 from memfit.trace.tracer import fake_patches, recording_patches
-from memfit.types.errors import MemfitError, UserError
+from memfit.types.errors import MemfitError, UserError, first_line
 from memfit.types.job import Job, JobRef
 from memfit.types.plan import Plan
 from memfit.types.result import Estimate
@@ -191,7 +191,8 @@ class _Session:
         explained = traced_estimate(estimate, pricer.trace(plan, estimate.rank), pricer.calibration)
         full_trace = explained.trace
         if not self.spec.whole_trace:
-            full_trace = _at_peak(full_trace, explained.peak_clock)
+            live = full_trace.live_at(explained.peak_clock)
+            full_trace = dataclasses.replace(full_trace, allocations=live, ops=())
         return ScriptAnswer(
             program=self.program.name,
             estimate=explained.estimate,
@@ -289,15 +290,10 @@ class _Session:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_PACKAGE)]
         own = [f for f in frames if "/lib/python" not in f.filename and not f.filename.startswith("<")]
         place = f" at {Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""
-        text = _COLOURS.sub("", (str(error).splitlines() or [""])[0])
+        text = _COLOURS.sub("", first_line(error))
         if isinstance(error, UserError):
             return f"{text}{place}"
         return f"the script raised {type(error).__name__}{place}: {text[:300]}"
-
-
-def _at_peak(trace: Any, peak_clock: int) -> Any:
-    alive = (a for a in trace.allocations if a.start <= peak_clock and (a.end is None or a.end > peak_clock))
-    return dataclasses.replace(trace, allocations=tuple(alive), ops=())
 
 
 def _history_growth(optimizer: torch.optim.LBFGS) -> int:

@@ -43,11 +43,6 @@ _STEPS = 2  # the second has the optimizer state that the first one made
 NOWHERE = "nowhere"
 
 
-class StepsTraced(BaseException):
-    """Raised inside the script when its steps are traced, to leave it. It is no Exception, so that the
-    script's own handlers let it pass."""
-
-
 class ScriptTrace:
     """The record of a script's training steps, and the state of its tracing.
 

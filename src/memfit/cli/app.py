@@ -33,7 +33,7 @@ from memfit.cli.aliases import rewrite
 from memfit.cli.estimate import EstimateCommand
 from memfit.cli.options import grouped
 from memfit.cli.output import check_choice, emit
-from memfit.types.errors import Interrupted, MemfitError
+from memfit.types.errors import Interrupted, MemfitError, first_line
 from memfit.types.sanitize import one_line
 
 INTERRUPTED: Final = Interrupted.exit_code
@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except Exception as error:
         if as_json:
-            _fail(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", 1, as_json)
+            _fail(f"{type(error).__name__}: {first_line(error)}", 1, as_json)
         raise
     if code == INTERRUPTED:
         return _fail("interrupted; runs and records already in the store are kept", INTERRUPTED, as_json)

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.utils import _pytree
 
 from memfit.conformance.observation import InputDigests
+from memfit.model.tensors import tensor_leaves
 
 _LOOKS = 16  # forward passes of one step that are recorded
 
@@ -27,7 +27,7 @@ class InputDigester:
         inputs of a forward pass, and whether they contain different samples (along dimension 0). Tensors that
         are scalars, empty or on the meta device are left out. Does nothing if there are no others, or if 16
         passes have been recorded."""
-        leaves = [t for t in _pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        leaves = tensor_leaves((args, kwargs))
         tensors = [getattr(t, "_local_tensor", t).detach() for t in leaves]
         tensors = [t for t in tensors if t.numel() and t.dim() and not t.is_meta]
         if not tensors or len(self._digests) == _LOOKS:

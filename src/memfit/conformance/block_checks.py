@@ -33,7 +33,7 @@ def parameter_dtypes(plan: Plan, observed: Observations) -> Iterator[CheckFindin
     float16."""
     zero = plan.get("zero")
     is_bf16 = plan.get("bf16-parameters") or (zero is not None and zero.settings["precision"] == "bf16")
-    if plan.get("qlora") is not None:
+    if "qlora" in plan:
         return
     feature = "bf16-parameters" if plan.get("bf16-parameters") else "parameter dtype"
     planned_dtype = torch.bfloat16 if is_bf16 else torch.float32
@@ -102,7 +102,7 @@ def _recomputed(plan: Plan, observed: Observations) -> tuple[set[int], set[int]]
     if use is not None:
         planned_blocks = {i for i in observed.activity.ran if i % int(use.settings.get("every", 1)) == 0}
     recomputed_blocks = observed.activity.recomputed()
-    if plan.get("chunking") is not None:
+    if "chunking" in plan:
         recomputed_blocks &= planned_blocks  # slices of the other blocks run again
     return planned_blocks, recomputed_blocks
 
@@ -122,7 +122,7 @@ def autocast(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
         return
     kinds = {kind for _, kind in observed.activity.autocast}
     text = _listed(kinds)
-    if plan.get(feature) is not None:
+    if feature in plan:
         is_wrong = yield from _outside(feature, observed)
         yield Checked(feature, str(_AUTOCAST[feature]), text, wrong=is_wrong)
         return

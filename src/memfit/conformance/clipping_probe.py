@@ -81,7 +81,7 @@ class Clipping:
     def _flat(self) -> bool:
         """Return whether an optimizer's tensor that is no DTensor is on one rank of a shard group only, as
         with zero and sharded-ddp."""
-        return any(self._prepared.plan.get(name) is not None for name in ("zero", "sharded-ddp"))
+        return any(name in self._prepared.plan for name in ("zero", "sharded-ddp"))
 
     def observed(self) -> UpdateNorms:
         """Return what was recorded so far, without ``before``."""

@@ -138,6 +138,6 @@ def reach_of(prepared: Prepared) -> PartReach:
         prepared.layout.coordinate(dist.get_rank() if dist.is_initialized() else 0),
         prepared.plan,
     )
-    can_try = prepared.layout.context > 1 and plan.get("compile") is None
+    can_try = prepared.layout.context > 1 and "compile" not in plan
     group = tuple(v for name, v in coordinate.items() if name != "context")
     return PartReach(prepared.blocks if can_try else [], place=coordinate["context"], group=group)

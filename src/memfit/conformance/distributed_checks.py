@@ -23,7 +23,7 @@ def shards(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
     model for each group of ranks that shards one. Yields nothing if the plan does not shard parameters, with
     expert-parallel, or if the ranks hold no elements."""
     degree, feature = shard_degree(plan, "parameters")
-    if degree == 1 or plan.get("expert-parallel") is not None:
+    if degree == 1 or "expert-parallel" in plan:
         return
     held_elements = sum(r.held_elements for r in observed.ranks)
     expected_elements = sum(r.part_elements for r in observed.ranks)
@@ -41,7 +41,7 @@ def units(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
     half of the parameters of more than one block. Yields `NotChecked` if no group has more than half of the
     parameters of any block, or of those outside the blocks. Yields nothing without fsdp2, or with fewer than
     two blocks."""
-    if plan.get("fsdp2") is None or observed.block_count < 2:
+    if "fsdp2" not in plan or observed.block_count < 2:
         return
     block_totals = collections.Counter[int]()
     for counts in observed.fsdp_groups:
@@ -94,7 +94,7 @@ def replicas(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
     replica_count = mesh.data * mesh.context
     if replica_count == 1 or mesh.ranks != replica_count or shard_degree(plan, "parameters")[0] > 1:
         return
-    if plan.get("expert-parallel") is not None:
+    if "expert-parallel" in plan:
         return
     norms = observed.this_rank.norms.values()
     deviation = max(
@@ -158,7 +158,7 @@ def _on_devices(plan: Plan, observed: Observations, planned_names: Sequence[str]
     if they are in ``planned_names``, else with over half. What has no bytes on this rank is returned if it is
     in ``planned_names``. If parameters are planned on the host with zero, those that ZeRO 3 keeps whole on
     every rank because they are small (`persists`) do not count."""
-    keeps_small = "parameters" in planned_names and plan.get("zero") is not None
+    keeps_small = "parameters" in planned_names and "zero" in plan
     params = (p for p in observed.parameters if not (keeps_small and persists(plan, p.whole_elements)))
     bytes_by_name = {
         "parameters": [(p.shard_bytes, p.shard_device) for p in params],

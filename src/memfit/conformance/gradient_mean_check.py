@@ -47,7 +47,7 @@ def mean_gradients(plan: Plan, observed: Observations) -> Iterator[CheckFinding]
     feature = next((u.technique for u in plan.uses if u.technique in _AVERAGING), "replicas")
     feature = f"{feature}: mean of gradients"
     pipeline = plan.get("pipeline")
-    if plan.get("expert-parallel") is not None:
+    if "expert-parallel" in plan:
         yield NotChecked(f"{feature}: experts are not the same on all ranks")
         return
     if pipeline is not None and str(pipeline.settings["schedule"]).startswith("zero-bubble"):
@@ -70,7 +70,7 @@ def mean_gradients(plan: Plan, observed: Observations) -> Iterator[CheckFinding]
 def _copies(plan: Plan, group: Sequence[RankObservation]) -> list[list[GradientFigures]]:
     """Return the gradients of the ranks of ``group`` in lists, each of the ranks whose shards together are
     whole gradients. If neither gradients nor optimizer state are sharded, each list has one rank."""
-    dimensions = ("shard", "context") if plan.get("fsdp2") is not None else ("shard",)
+    dimensions = ("shard", "context") if "fsdp2" in plan else ("shard",)
     is_sharded = any(shard_degree(plan, kind)[0] > 1 for kind in ("optimizer state", "gradients"))
     copies = collections.defaultdict[tuple[int, ...], list[GradientFigures]](list)
     for rank in group:

@@ -94,7 +94,7 @@ class Averages:
             after=self.after,
             began=bool(self.began),
             waiting=self.waiting,
-            has_user_hooks=has_comm_hooks or (self.hooked and prepared.plan.get("fsdp2") is not None),
+            has_user_hooks=has_comm_hooks or (self.hooked and "fsdp2" in prepared.plan),
         )
 
     def _patch(self, target: Any, name: str, wrapper: Callable[..., Any]) -> None:
@@ -192,9 +192,7 @@ def _held(prepared: Prepared, params: list[nn.Parameter]) -> Iterator[_Piece]:
     """Yield the gradients with which this rank updates: of ``params`` (the model's trained parameters) whole
     or as DTensors, or the parts that memfit's ZeRO and sharded DDP, DeepSpeed's ZeRO or FairScale keep on
     this rank. Gradients whose elements on this rank are not adjacent are left out."""
-    plain_copies = (
-        prepared.layout.shard * prepared.layout.context if prepared.plan.get("fsdp2") is not None else 1
-    )
+    plain_copies = prepared.layout.shard * prepared.layout.context if "fsdp2" in prepared.plan else 1
     for layer in layers(prepared.optimizer):
         if hasattr(layer, "own_gradients"):  # memfit's ZeRO and sharded DDP
             yield from itertools.starmap(_Piece, layer.own_gradients())

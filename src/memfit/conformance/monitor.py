@@ -75,7 +75,7 @@ class Monitor(Prepared):
         self.micro_batches = micro_batches
         self.order, self.reach, self.inputs = Order(plan), reach_of(self), InputDigester()
         self.averages, self.clipping, self.activity = Averages(self), Clipping(self), BlockListener()
-        offloads = plan.get("activation-offload") is not None
+        offloads = "activation-offload" in plan
         self.graph = Graph(model, self._on_backward, weighs=offloads)
         self._handles: list[Any] = []
         self._forwards = 0
@@ -167,7 +167,7 @@ class Monitor(Prepared):
 
     def _on_backward(self) -> None:
         self.order.on_backward()
-        if self._gathered_blocks is None and self.plan.get("fsdp2") is not None:
+        if self._gathered_blocks is None and "fsdp2" in self.plan:
             self._gathered_blocks = snapshot.gathered_blocks(self)
 
     # -- what was observed ----------------------------------------------------------------------------
@@ -196,9 +196,9 @@ class Monitor(Prepared):
                 self, self.graph, self._learned, measures_norms=has_step and self._compares_norms()
             )
         )
-        head = snapshot.head(self) if plan.get("chunked-cross-entropy") is not None else None
-        names_kernel = plan.get("adamw-fused") is not None or plan.get("adamw-single") is not None
-        may_offload = plan.get("fsdp2") is not None or plan.get("zero") is not None
+        head = snapshot.head(self) if "chunked-cross-entropy" in plan else None
+        names_kernel = "adamw-fused" in plan or "adamw-single" in plan
+        may_offload = "fsdp2" in plan or "zero" in plan
         return Observations(
             rank=dist.get_rank() if world_size() > 1 else 0,
             ranks=tuple(from_all(self._rank_observation(params))),
@@ -257,7 +257,7 @@ class Monitor(Prepared):
         """Return whether ranks are compared by the norms of their parameters: with several ranks that do not
         shard parameters, with a pipeline, or with tensor parallelism."""
         has_replicas = self.layout.ranks > 1 and shard_degree(self.plan, "parameters")[0] == 1
-        return has_replicas or self.plan.get("pipeline") is not None or self.layout.tensor > 1
+        return has_replicas or "pipeline" in self.plan or self.layout.tensor > 1
 
     # -- comparing ------------------------------------------------------------------------------------
 

@@ -11,13 +11,13 @@ def shard_degree(plan: Plan, what: str) -> tuple[int, str]:
     for findings). ``what`` is "parameters", "gradients" or "optimizer state". The name says which technique
     shards, for example "fsdp2: gradients"; without fsdp2, zero and sharded-ddp it is ``what`` itself."""
     mesh = layout(plan)
-    if plan.get("fsdp2") is not None:
+    if "fsdp2" in plan:
         return mesh.shard * mesh.context, f"fsdp2: {what}"
     if (use := plan.get("zero")) is not None:
         stage = int(use.settings["stage"])
         required_stage = {"optimizer state": 1, "gradients": 2, "parameters": 3}[what]
         return (mesh.shard if stage >= required_stage else 1), f"zero stage {stage}: {what}"
-    if plan.get("sharded-ddp") is not None and what != "parameters":
+    if "sharded-ddp" in plan and what != "parameters":
         return mesh.shard, f"sharded-ddp: {what}"
     return 1, what
 

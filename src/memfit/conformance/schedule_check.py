@@ -21,10 +21,8 @@ def micro_batches(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
     `NotChecked` if the plan has gradient-accumulation or a pipeline and no forward or backward pass was
     observed. Yields nothing if one micro-batch is planned without a pipeline and passes were observed, or if
     the plan has neither technique and no passes were observed."""
-    accumulation, pipeline = plan.get("gradient-accumulation"), plan.get("pipeline")
-    planned_count = observed.micro_batches or (
-        int(accumulation.settings["micro_batches"]) if accumulation else 1
-    )
+    pipeline = plan.get("pipeline")
+    planned_count = observed.micro_batches or plan.micro_batches
     if pipeline is not None:  # every stage on this rank runs each micro-batch
         planned_count *= int(pipeline.settings["micro_batches"]) * int(pipeline.settings["virtual"])
         order = observed.this_rank.order
@@ -39,7 +37,7 @@ def micro_batches(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
             found_count = max(observed.passes, default=0) or found_count
         wrong = found_count != planned_count if pipeline is not None else bool(found_count % planned_count)
         yield Checked(feature, f"{planned_count} micro-batches", str(found_count), wrong=wrong)
-    elif accumulation is not None or pipeline is not None:
+    elif "gradient-accumulation" in plan or pipeline is not None:
         yield NotChecked(f"{feature}: no forward or backward pass was observed")
 
 

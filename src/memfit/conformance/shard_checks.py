@@ -21,7 +21,7 @@ def parameters(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
     else at least 99 % of its part of the model (before data-parallel sharding). Yields `NotChecked` if they
     should be sharded and this rank holds none. Yields nothing with expert-parallel, or if the model has no
     parameters."""
-    if plan.get("expert-parallel") is not None:
+    if "expert-parallel" in plan:
         return
     params = observed.parameters
     held_elements, whole_part = sum(p.local_elements for p in params), observed.part_elements(params)
@@ -57,12 +57,12 @@ def gradients(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
     params = observed.trained
     degree, feature = shard_degree(plan, "gradients")
     held_elements = observed.gradient_elements
-    if plan.get("expert-parallel") is not None or degree == 1 or held_elements is None:
+    if "expert-parallel" in plan or degree == 1 or held_elements is None:
         return
     whole_part = observed.part_elements(params)
     max_elements = _shard(plan, observed, params, degree)
     # Gradients were not reduced to shards.
-    unreduced = plan.get("fsdp2") is not None and not held_elements
+    unreduced = "fsdp2" in plan and not held_elements
     yield Checked(
         feature,
         f"1/{degree} of {whole_part:,} elements on a rank before the update",
@@ -92,7 +92,7 @@ def optimizer_state(plan: Plan, observed: Observations) -> Iterator[CheckFinding
     trained parameters. Yields one `Checked`, whose ``wrong`` is whether it has state for more. Yields
     `NotChecked` instead if there is no state, whether the plan shards it or not. Yields nothing with
     expert-parallel, or if there is state and the plan does not shard it."""
-    if plan.get("expert-parallel") is not None:
+    if "expert-parallel" in plan:
         return
     state_elements = sum(max((t.elements for t in s.tensors), default=0) for s in observed.states)
     degree, feature = shard_degree(plan, "optimizer state")
@@ -118,9 +118,9 @@ def _shard(plan: Plan, observed: Observations, params: Sequence[ObservedParamete
     sizes = [p.whole_elements for p in params]
     if (whole_part := observed.part_elements(params)) > sum(sizes):
         return whole_part / degree + _PADDING * degree
-    if plan.get("sharded-ddp") is not None:
+    if "sharded-ddp" in plan:
         return sum(sizes) / degree + max(sizes, default=0) * (degree - 1) / degree
-    by_rows = plan.get("fsdp2") is not None
+    by_rows = "fsdp2" in plan
     # Parameters that FSDP2 was told to ignore.
     ignored_names = {p.name for p in params if by_rows and not p.has_mesh}
     if sum(p.whole_elements for p in params if p.name in ignored_names) > _IGNORED_RATIO * sum(sizes):

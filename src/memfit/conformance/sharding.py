@@ -40,7 +40,7 @@ def meshes_of(plan: Plan, model: nn.Module) -> Iterator[None]:
     """Inside this context, `placed` reads device meshes whose dimensions have no names as those of tensor
     parallelism if the plan has tensor-parallel and no module of the model uses FSDP2, else as data-parallel.
     Outside, it reads them as data-parallel."""
-    only_tensor = plan.get("tensor-parallel") is not None and not any(True for _ in fsdp_groups(model))
+    only_tensor = "tensor-parallel" in plan and not any(True for _ in fsdp_groups(model))
     token = _UNNAMED_IS_TENSOR.set(only_tensor)
     try:
         yield

@@ -24,7 +24,7 @@ class Order:
     `on_forward` and `on_backward`."""
 
     def __init__(self, plan: Plan) -> None:
-        self._listens = plan.get("pipeline") is not None
+        self._listens = "pipeline" in plan
         self.staged, self.plain = "", ""
         self._stack = contextlib.ExitStack()
 

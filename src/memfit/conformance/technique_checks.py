@@ -200,7 +200,7 @@ def eight_bits(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
     """Check, with float8-linear, whether all linear layers of the blocks whose sizes it supports are
     torchao's Float8Linear. Yields `NotChecked` if there are no layers of such sizes. Yields nothing without
     float8-linear."""
-    if plan.get(float8.NAME) is None:
+    if float8.NAME not in plan:
         return
     eligible_linears = [m for m in observed.block_linears if float8.fits((m.in_features, m.out_features))]
     if not eligible_linears:
@@ -308,7 +308,7 @@ def in_backward_updates(plan: Plan, observed: Observations) -> Iterator[CheckFin
     together have more elements than the largest parameter. Yields `NotChecked` if no gradient was observed,
     or if one parameter has at least half of the trained elements. Yields nothing without
     optimizer-in-backward."""
-    if plan.get("optimizer-in-backward") is None:
+    if "optimizer-in-backward" not in plan:
         return
     sizes = [p.whole_elements for p in observed.trained]
     largest = max(sizes, default=0)

@@ -24,7 +24,7 @@ def tensor_parallel(plan: Plan, observed: Observations) -> Iterator[CheckFinding
     If there are no DTensors and the size of the whole model is unknown, yields `NotChecked`; but a difference
     if all matrices have the same norms on all ranks after a backward pass."""
     mesh = layout(plan)
-    if mesh.tensor == 1 or plan.get("expert-parallel") is not None:
+    if mesh.tensor == 1 or "expert-parallel" in plan:
         return
     # DTensors know their whole size.
     has_dtensors = any(p.has_mesh for p in observed.parameters)
@@ -82,11 +82,11 @@ def summed(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
     outputs differ and dropout may explain it. Yields nothing without tensor-parallel, with expert-parallel,
     or with one tensor-parallel rank."""
     use, degree = plan.get("tensor-parallel"), layout(plan).tensor
-    if use is None or degree == 1 or plan.get("expert-parallel") is not None:
+    if use is None or degree == 1 or "expert-parallel" in plan:
         return
     yield _whole_alike(observed)
     feature = "tensor-parallel: sums over ranks"
-    if use.settings["sequence"] or plan.get("compile") is not None:
+    if use.settings["sequence"] or "compile" in plan:
         yield NotChecked(
             f"{feature}: each rank holds only its part of the blocks' output, or the blocks are compiled"
         )

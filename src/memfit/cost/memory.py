@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy
 
@@ -48,6 +49,14 @@ def levels(trace: Trace) -> tuple[numpy.ndarray, numpy.ndarray]:
     )
 
 
+def live_peak_bytes(trace: Trace) -> int:
+    """Return the highest number of live bytes between the operators of the trace; at the same clock, frees
+    come before allocations."""
+    changes = [(a.start, a.size_bytes) for a in trace.allocations]
+    changes += [(a.end, -a.size_bytes) for a in trace.allocations if a.end is not None]
+    return max(itertools.accumulate(size for _, size in sorted(changes)), default=0)
+
+
 def memory_profile(trace: Trace, calibration: Calibration) -> MemoryProfile:
     """Return the profile of the trace. It counts the live bytes between operators, and those inside the
     operators of which ``calibration.op_peak_bytes`` has the peak, because they were run alone to measure it.
@@ -75,9 +84,7 @@ def memory_profile(trace: Trace, calibration: Calibration) -> MemoryProfile:
         phase_peak[str(op.phase)] = max(phase_peak[str(op.phase)], op_peak)
     # A probe that finds only the outputs adds nothing: ties go to the level between operators.
     top_bytes, peak_clock, phase, op_name, probed = max(peaks, key=lambda p: (p[0], not p[4]))
-    live_allocations = [
-        a for a in trace.allocations if a.start <= peak_clock and (a.end is None or a.end > peak_clock)
-    ]
+    live_allocations = trace.live_at(peak_clock)
     categories = _sum_by(live_allocations, lambda a: str(a.category))
     modules = _sum_by(live_allocations, lambda a: a.module)
     if (workspace_bytes := top_bytes - sum(categories.values())) > 0:
@@ -152,7 +159,7 @@ def _inside(
             yield op, (int(live[index]) if index >= 0 else 0) + op_peak_bytes
 
 
-def _sum_by(allocations: list[Allocation], key: Callable[[Allocation], str]) -> dict[str, int]:
+def _sum_by(allocations: Iterable[Allocation], key: Callable[[Allocation], str]) -> dict[str, int]:
     total = Counter[str]()
     for a in allocations:
         total[key(a)] += a.size_bytes
@@ -161,13 +168,6 @@ def _sum_by(allocations: list[Allocation], key: Callable[[Allocation], str]) -> 
 
 def _op_at(trace: Trace, clock: int) -> str:
     return next((a.op for a in trace.allocations if a.start == clock), "")
-
-
-def state_bytes(trace: Trace) -> int:
-    """Return the bytes of optimizer state that are alive when the trace ends."""
-    return sum(
-        a.size_bytes for a in trace.allocations if a.end is None and str(a.category) == "optimizer_state"
-    )
 
 
 def timeline(trace: Trace, points: int) -> tuple[int, ...]:
@@ -179,7 +179,7 @@ def timeline(trace: Trace, points: int) -> tuple[int, ...]:
     traced are shown as copies of those that represent them.
     """
     clock, live = levels(trace)
-    step_spans = [s for s in trace.spans if s.step == trace.steps - 1 and s.phase is not Phase.SETUP]
+    step_spans = trace.last_step_spans
     micro_spans, optimizer_spans = [s for s in step_spans if s.phase is not Phase.OPTIMIZER], step_spans[-1:]
     stretches = []
     for span in (*micro_spans, *_repeated(trace) * trace.repeated_micro_steps, *optimizer_spans):
@@ -195,10 +195,10 @@ def step_ops(trace: Trace) -> tuple[tuple[OpCall, int], ...]:
     Of equal micro-steps only some are traced. A call in a micro-step that represents n others, which were not
     traced, counts n + 1 times.
     """
-    ops = [op for op in trace.ops if op.step == trace.steps - 1 and op.phase is not Phase.SETUP]
     repeated_spans, repetitions = _repeated(trace), trace.repeated_micro_steps
     return tuple(
-        (op, 1 + repetitions if any(s.start <= op.clock < s.end for s in repeated_spans) else 1) for op in ops
+        (op, 1 + repetitions if any(s.start <= op.clock < s.end for s in repeated_spans) else 1)
+        for op in trace.last_step_ops
     )
 
 

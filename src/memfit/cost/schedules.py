@@ -1,14 +1,9 @@
-"""Pipeline schedules: the order of work on every rank, and the dependencies between results.
-
-``simulate`` simulates arbitrary stages exactly. ``closed_s`` has the formulas for equal stages (Huang et al.
-2019, GPipe; Narayanan et al. 2021, 1F1B and interleaved; Qi et al. 2023, ZB-H1), for numbers or numpy arrays.
-"""
+"""Pipeline schedules: the order of work on every rank, and the dependencies between results."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 KINDS = ("gpipe", "1f1b", "interleaved", "zero-bubble")
 _FORWARD, _BACKWARD, _WEIGHT = range(3)
@@ -180,41 +175,3 @@ def _ready(
     else:
         end = end_times.get((_BACKWARD, stage + 1, micro))
     return None if end is None else end + send_s
-
-
-def closed_s(
-    kind: str,
-    forward_s: Any,
-    backward_s: Any,
-    micro_batches: Any,
-    ranks: Any,
-    *,
-    weight_s: Any = 0.0,
-    send_s: Any = 0.0,
-    virtual: Any = 1,
-) -> Any:
-    """Return the seconds of a pipeline step, without the optimizer, by a formula for equal stages. All
-    arguments but ``kind`` may be numbers or numpy arrays. ``kind``: the schedule, "gpipe", "1f1b",
-    "interleaved" or "zero-bubble"; any other fails an assertion.
-
-    ``forward_s`` and ``backward_s``: seconds of one micro-batch through all stages of one rank. ``weight_s``:
-    the part of ``backward_s`` that no other work waits for; used for "zero-bubble" only. ``virtual``: number
-    of stages per rank; used for "interleaved" only. ``send_s``: seconds to send from one stage to the next.
-
-    The formula is exact for "gpipe", and for "1f1b" if the number of micro-batches is a multiple of
-    ``ranks``. For the other two it counts the sends of the first and the last micro-batch only.
-    """
-    micro_batch_s, other_ranks = forward_s + backward_s, ranks - 1
-    if kind == "gpipe":
-        return (micro_batches + other_ranks) * micro_batch_s + 2 * other_ranks * send_s
-    if kind == "1f1b":
-        round_trips = other_ranks * micro_batches / ranks + (ranks - 2) * (ranks > 1)
-        return (micro_batches + other_ranks) * micro_batch_s + 2 * round_trips * send_s
-    if kind == "interleaved":
-        return (micro_batches + other_ranks / virtual) * micro_batch_s + 2 * other_ranks * send_s
-    assert kind == "zero-bubble", kind
-    return (
-        micro_batches * micro_batch_s
-        + other_ranks * (micro_batch_s - 2 * weight_s)
-        + 2 * other_ranks * send_s
-    )

@@ -156,9 +156,8 @@ def _pieces(simulator: StreamSimulator, trace: Trace, micros: int) -> tuple[floa
     """
     ops = [o for o in trace.ops if o.step == trace.steps - 1]
     seconds: dict[Phase, float] = {Phase.FORWARD: 0.0, Phase.BACKWARD: 0.0, Phase.OPTIMIZER: 0.0}
-    for span in trace.spans:
-        span_ops = [o for o in ops if span.start <= o.clock < span.end]
-        if span_ops and span.step == trace.steps - 1 and span.phase is not Phase.SETUP:
+    for span in trace.last_step_spans:
+        if span_ops := [o for o in ops if span.start <= o.clock < span.end]:
             repetitions = 1 + trace.repeated_micro_steps * (span in trace.repeated_spans)
             seconds[span.phase] += repetitions * simulator.simulate(span_ops).step_s
     forward, backward = (seconds[p] / micros for p in (Phase.FORWARD, Phase.BACKWARD))

@@ -68,7 +68,7 @@ def _fit(runs: Seen) -> tuple[float, dict[str, float]]:
     import numpy
 
     names = sorted({use.technique for plan, _ in runs for use in plan.uses})
-    rows = [[1.0, *(float(plan.get(name) is not None) for name in names)] for plan, _ in runs]
+    rows = [[1.0, *(float(name in plan) for name in names)] for plan, _ in runs]
     ridge_rows = _RIDGE * numpy.eye(len(names) + 1)[1:]  # the base is not shrunk
     matrix = numpy.vstack([numpy.array(rows), ridge_rows])
     targets = numpy.concatenate([[math.log(ratio) for _, ratio in runs], numpy.zeros(len(names))])

@@ -142,9 +142,9 @@ class StreamSimulator:
         """
         repetitions = trace.repeated_micro_steps
         if trace.repeated_spans:  # a pipeline, whose phases follow its schedule
-            whole_step, spans = self.simulate(_simulated_ops(trace)), trace.repeated_spans
+            whole_step, spans = self.simulate(trace.last_step_ops), trace.repeated_spans
             span_steps = [
-                self.simulate(o for o in _simulated_ops(trace) if s.start <= o.clock < s.end) for s in spans
+                self.simulate(o for o in trace.last_step_ops if s.start <= o.clock < s.end) for s in spans
             ]
             return _added(whole_step, span_steps, repetitions)
         before, micro, after = split(trace)
@@ -283,19 +283,14 @@ def split(trace: Trace) -> tuple[list[OpCall], list[OpCall], list[OpCall]]:
 
     If the step has no forward or no backward, all operators are in the third list.
     """
-    step_spans = [s for s in trace.spans if s.step == trace.steps - 1 and s.phase is not Phase.SETUP]
-    ops = _simulated_ops(trace)
-    window_start, window_end = _window(step_spans)
+    ops = trace.last_step_ops
+    window_start, window_end = _window(trace.last_step_spans)
     before = [o for o in ops if o.clock < window_start]
     return (
         before,
         [o for o in ops if window_start <= o.clock < window_end],
         [o for o in ops if o.clock >= window_end],
     )
-
-
-def _simulated_ops(trace: Trace) -> list[OpCall]:
-    return [o for o in trace.ops if o.step == trace.steps - 1 and o.phase is not Phase.SETUP]
 
 
 def _window(spans: Sequence[PhaseSpan]) -> tuple[int, int]:

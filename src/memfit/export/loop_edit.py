@@ -53,7 +53,7 @@ def edit_loop(source: Source, plan: Plan, structure: Mapping[str, Any]) -> tuple
     """Return (the text of the edited script; remarks for the user). ``structure`` is as in `apply_lines`.
     Raises UserError, whose ``given`` is the reason, if the script has no loop that can be edited safely."""
     loop = find_loop(source, plan)
-    if plan.get("gradient-accumulation") is not None:
+    if "gradient-accumulation" in plan:
         _must_split_alike(source, loop)
     lines = list(source.lines)
     edits = _loop_edits(source, loop)
@@ -145,7 +145,7 @@ def _remarks(source: Source, loop: Loop, plan: Plan) -> Iterator[str]:
         )
     if loop.own_accumulation:
         yield "the script's own micro-batches must be one for each step: those of the plan replace them"
-    if plan.get("gradient-accumulation") is not None:
+    if "gradient-accumulation" in plan:
         index = loop.body.index(loop.update.backward)
         used = {n.id for s in loop.body[index + 1 :] for n in ast.walk(s) if isinstance(n, ast.Name)}
         if shown := sorted(used & {loop.update.loss, *loop.batch}):

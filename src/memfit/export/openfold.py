@@ -98,7 +98,7 @@ def changes(handover: Handover) -> dict[str, Any]:
     size, residues = _size(handover)
     preset = PRESETS[SIZES[size]]
     spec, plan = handover.config.spec, handover.plan
-    checkpointing = plan.get("activation-checkpointing") is not None
+    checkpointing = "activation-checkpointing" in plan
     return {
         "data.train.crop_size": residues or preset.residues,
         "data.train.max_msa_clusters": preset.rows,
@@ -114,7 +114,7 @@ def changes(handover: Handover) -> dict[str, Any]:
 def arguments(handover: Handover) -> dict[str, Any]:
     """Return the arguments of train_openfold.py, name without leading dashes -> value."""
     plan = handover.plan
-    is_bf16 = any(plan.get(name) is not None for name in ("bf16-autocast", "bf16-parameters"))
+    is_bf16 = any(name in plan for name in ("bf16-autocast", "bf16-parameters"))
     arguments_by_name: dict[str, Any] = {
         "config_preset": SIZES[_size(handover)[0]],
         "experiment_config_json": CHANGES,
@@ -129,14 +129,14 @@ def arguments(handover: Handover) -> dict[str, Any]:
 def _by_deepspeed(plan: Plan) -> bool:
     """Return whether the plan needs DeepSpeed: it has zero, or bf16-parameters, which Lightning alone trains
     only without fp32 masters."""
-    return plan.get("zero") is not None or plan.get("bf16-parameters") is not None
+    return "zero" in plan or "bf16-parameters" in plan
 
 
 def deepspeed(handover: Handover) -> dict[str, Any]:
     """Return the content of deepspeed_config.json: what memfit's engine deepspeed writes for the plan, but
     without the accumulation steps, which Lightning sets itself and refuses in the file. A plan with
     bf16-parameters becomes ZeRO stage 2 in bf16, as in OpenFold's own file."""
-    spec, is_bf16 = handover.config.spec, handover.plan.get("bf16-parameters") is not None
+    spec, is_bf16 = handover.config.spec, "bf16-parameters" in handover.plan
     if is_bf16:
         zero = make_use("zero", {"precision": "bf16", "reduce_bucket_elements": _BUCKET_ELEMENTS})
         plan = dataclasses.replace(spec.plan, uses=(zero,))
@@ -157,12 +157,12 @@ def notes(plan: Plan) -> Iterator[str]:
         "Attention over extra-MSA rows runs in OpenFold's own kernel, which keeps less than in the plan. "
         "`globals.use_deepspeed_evo_attention` would keep no logits at all; it is off, as in the plan."
     )
-    if plan.get("bf16-parameters") is not None:
+    if "bf16-parameters" in plan:
         yield (
             "DeepSpeed shards gradients, masters and optimizer state over processes (ZeRO stage 2); the plan "
             "does not shard them, which is about 1 GiB."
         )
-    if any(plan.get(name) is not None for name in ("bf16-autocast", "bf16-parameters")):
+    if any(name in plan for name in ("bf16-autocast", "bf16-parameters")):
         yield (
             "memfit's plan computes `structure`, `recycle` and `heads` in float32; OpenFold has its own "
             "exceptions, most of them for fp16, and with DeepSpeed it has bf16 parameters everywhere."

@@ -140,7 +140,7 @@ def _clipping(target: str, handover: Handover) -> str:
 
 
 def _openfold_clipping(handover: Handover) -> str:
-    if handover.plan.get("zero") is None and handover.plan.get("bf16-parameters") is None:
+    if "zero" not in handover.plan and "bf16-parameters" not in handover.plan:
         return "No file here clips gradients, and the prediction assumes no clipping."
     if handover.config.spec.clip:
         return f"DeepSpeed's file clips gradients to a norm of {handover.config.spec.clip:g}."

@@ -101,7 +101,7 @@ def _trainer_diff(source: Source, calls: list[ast.Call], plan: Plan, batch_size:
             f"TrainingArguments cannot express this plan: {'; '.join(reasons)}",
             hint="leave these techniques out with --without, or give another --plan",
         )
-    values = trainer.training_arguments(plan, batch_size=batch_size, deepspeed=plan.get("zero") is not None)
+    values = trainer.training_arguments(plan, batch_size=batch_size, deepspeed="zero" in plan)
     if not any(use.technique in trainer.OPTIMIZERS for use in plan.uses):
         del values["optim"]  # the script's own
     for name in ("output_dir", "max_grad_norm"):
@@ -113,7 +113,7 @@ def _trainer_diff(source: Source, calls: list[ast.Call], plan: Plan, batch_size:
         what = f"{len(calls)} calls of" if len(calls) > 1 else "a call with ** of"
         return ScriptDiff(diff="", reason=f"the script has {what} {name_of(call.func)}", lines=lines)
     remarks = list(_launch_remarks(plan))
-    if plan.get("zero") is not None:
+    if "zero" in plan:
         remarks.append("deepspeed.json is written by `memfit export --to trainer --engine deepspeed`")
     sources = {name: source_of(value) for name, value in values.items()}
     sources[_BATCH], remark = _batch_source(source, call, plan, batch_size)
@@ -134,8 +134,7 @@ def _trainer_diff(source: Source, calls: list[ast.Call], plan: Plan, batch_size:
 def _batch_source(source: Source, call: ast.Call, plan: Plan, batch_size: int) -> tuple[str, str]:
     """Return (the source of the batch of one device and micro-batch; a remark, "" if there is none). With one
     rank, the batch of a whole step stays as the script has it."""
-    accumulation = plan.get("gradient-accumulation")
-    steps = int(accumulation.settings["micro_batches"]) if accumulation is not None else 1
+    steps = plan.micro_batches
     share = layout(plan).data * steps
     arguments = {k.arg: k.value for k in call.keywords}
     batch, old_steps = arguments.get(_BATCH), arguments.get(_STEPS)
@@ -221,13 +220,10 @@ def _imports_lightning(source: Source) -> bool:
 
 
 def _library_diff(source: Source, calls: list[ast.Call], plan: Plan, library: _Library) -> ScriptDiff:
-    values: dict[str, Any] = dict(
-        argument for name, argument in library.precision.items() if plan.get(name) is not None
-    )
+    values: dict[str, Any] = dict(argument for name, argument in library.precision.items() if name in plan)
     changes: list[Replacement] = []
-    accumulation, reason = plan.get("gradient-accumulation"), ""
-    if accumulation is not None:
-        steps = int(accumulation.settings["micro_batches"])
+    steps, reason = plan.micro_batches, ""
+    if "gradient-accumulation" in plan:
         values[library.steps] = steps
         changes, reason = _smaller_batches(source, calls, steps, library)
     if any(k.arg is None for call in calls for k in call.keywords):

@@ -84,8 +84,8 @@ def _why_not(plan: Plan) -> Iterator[str]:
             if knobs[knob] != value:
                 yield f"{name}: {reason}, so {knob} must be {json.dumps(value)}"
         if name == "fsdp2":
-            yield from _fsdp_not(knobs, staged=plan.get("pipeline") is not None)
-            if plan.get("bf16-autocast") is not None:
+            yield from _fsdp_not(knobs, staged="pipeline" in plan)
+            if "bf16-autocast" in plan:
                 yield "bf16-autocast: not used with FSDP, whose own precision applies to gathered parameters"
         if name == "tensor-parallel" and knobs["vocabulary"] == "whole":
             yield "tensor-parallel: embedding and head are always split, so vocabulary must not be 'whole'"
@@ -117,10 +117,10 @@ def newer_cannot(plan: Plan) -> tuple[str, ...]:
                 checkpointing is not None and checkpointing.settings["every"] != 1,
                 "recomputing every k-th block",
             ),
-            (plan.get("selective-checkpointing") is not None, "v0.2's op policy of recomputation"),
-            (plan.get("optimizer-in-backward") is not None, "optimizer steps in backward"),
-            (plan.get("ddp") is not None, "DDP's own buckets"),
-            (plan.get("float8-linear") is not None, "v0.2's float8 converter"),
+            ("selective-checkpointing" in plan, "v0.2's op policy of recomputation"),
+            ("optimizer-in-backward" in plan, "optimizer steps in backward"),
+            ("ddp" in plan, "DDP's own buckets"),
+            ("float8-linear" in plan, "v0.2's float8 converter"),
             (
                 tensor is not None and tensor.settings["vocabulary"] == "gathered",
                 "gathering the logits of a split head",
@@ -135,9 +135,7 @@ def sections(handover: Handover) -> Sections:
     the batch cannot be split into equal parts for the data-parallel ranks and micro-batches."""
     plan = handover.plan
     place, fsdp = layout(plan), plan.get("fsdp2")
-    is_bf16 = plan.get("bf16-autocast") is not None or (
-        fsdp is not None and fsdp.settings["precision"] == "bf16"
-    )
+    is_bf16 = "bf16-autocast" in plan or (fsdp is not None and fsdp.settings["precision"] == "bf16")
     experts, tensor = plan.get("expert-parallel"), plan.get("tensor-parallel")
     parallelism: dict[str, Any] = {
         "data_parallel_replicate_degree": place.replicate,
@@ -160,8 +158,8 @@ def sections(handover: Handover) -> Sections:
     if handover.config.spec.clip:
         training["max_norm"] = handover.config.spec.clip
     kernel = next((_KERNELS[u.technique] for u in plan.uses if u.technique in _KERNELS), "foreach")
-    steps_in_backward = plan.get("optimizer-in-backward") is not None
-    compile_section = {"components": ["model"]} if plan.get("compile") is not None else {}
+    steps_in_backward = "optimizer-in-backward" in plan
+    compile_section = {"components": ["model"]} if "compile" in plan else {}
     return {
         "training": training,
         "parallelism": {**parallelism, **pipeline},
@@ -190,8 +188,7 @@ def _batches(handover: Handover) -> tuple[dict[str, Any], dict[str, Any]]:
     are those of the pipeline's micro-batches, {} without a pipeline. Raises UserError if the batch cannot be
     split into equal parts for the data-parallel ranks and micro-batches."""
     plan, batch_size = handover.plan, handover.config.spec.batch_size
-    accumulation, stages = plan.get("gradient-accumulation"), plan.get("pipeline")
-    steps = int(accumulation.settings["micro_batches"]) if accumulation is not None else 1
+    steps, stages = plan.micro_batches, plan.get("pipeline")
     pipeline_batches = int(stages.settings["micro_batches"]) if stages is not None else 1
     parts = layout(plan).data * steps * pipeline_batches
     if batch_size % parts:
@@ -211,7 +208,7 @@ def _batches(handover: Handover) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _recomputation(plan: Plan) -> dict[str, Any]:
-    if plan.get("selective-checkpointing") is not None:
+    if "selective-checkpointing" in plan:
         return {"mode": "selective", "selective_ac_option": "op"}
     if (use := plan.get("activation-checkpointing")) is None:
         return {"mode": "none"}

@@ -44,7 +44,7 @@ def files(handover: Handover) -> Files:
     the plan, or if the plan has ZeRO and the engine has no deepspeed.json. Raises UserError, too, if the
     batch cannot be split into equal parts for the data-parallel ranks and micro-batches."""
     reasons = tuple(why_not(handover.plan))
-    if handover.plan.get("zero") is not None and "deepspeed.json" not in handover.engine_files:
+    if "zero" in handover.plan and "deepspeed.json" not in handover.engine_files:
         reasons += ("zero needs DeepSpeed: --engine deepspeed",)
     if reasons:
         raise UserError(f"TrainingArguments cannot express this plan: {'; '.join(reasons)}")
@@ -66,7 +66,7 @@ def why_not(plan: Plan) -> Iterator[str]:
             yield "compile: the whole model is one graph, so scope must be 'model'"
         elif name == "ddp" and knobs["bucket_view"]:
             yield "ddp: gradients are separate from the Trainer's buckets, so bucket_view must be false"
-    if plan.get("fsdp2") is not None:
+    if "fsdp2" in plan:
         yield from engine("accelerate").reasons(plan)
 
 
@@ -89,8 +89,7 @@ def training_arguments(
     of a whole step. ``clip``: the largest gradient norm. ``deepspeed``: whether deepspeed.json is used.
     Raises UserError if the batch cannot be split into equal parts for the data-parallel ranks and
     micro-batches."""
-    accumulation = plan.get("gradient-accumulation")
-    steps = int(accumulation.settings["micro_batches"]) if accumulation is not None else 1
+    steps = plan.micro_batches
     share = layout(plan).data * steps
     if batch_size % share:
         raise UserError(
@@ -104,7 +103,7 @@ def training_arguments(
         "per_device_train_batch_size": batch_size // share,
         "gradient_accumulation_steps": steps,
         "bf16": _half(plan),
-        "fp16": plan.get("fp16-autocast") is not None,
+        "fp16": "fp16-autocast" in plan,
         "optim": optimizer,
         **_recomputation(plan),
         # The Trainer refuses a clipping norm that differs from DeepSpeed's file.
@@ -118,18 +117,18 @@ def training_arguments(
         arguments_by_name["max_grad_norm"] = clip
     if optimizer == "sgd":
         arguments_by_name["optim_args"] = "momentum=0.9"
-    if plan.get("compile") is not None:
+    if "compile" in plan:
         arguments_by_name["torch_compile"] = True
     return arguments_by_name
 
 
 def _half(plan: Plan) -> bool:
     use = plan.get("fsdp2") or plan.get("zero")
-    return plan.get("bf16-autocast") is not None or (use is not None and use.settings["precision"] == "bf16")
+    return "bf16-autocast" in plan or (use is not None and use.settings["precision"] == "bf16")
 
 
 def _recomputation(plan: Plan) -> dict[str, Any]:
-    if plan.get("activation-checkpointing") is None or plan.get("fsdp2") is not None:
+    if "activation-checkpointing" not in plan or "fsdp2" in plan:
         return {"gradient_checkpointing": False}
     return {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
 
@@ -144,7 +143,7 @@ def _data_parallel(plan: Plan, *, accumulated: bool) -> dict[str, Any]:
             "version": 2,
             "reshard_after_forward": bool(fsdp.settings["reshard"]),
             "cpu_offload": bool(fsdp.settings["offload"]),
-            "activation_checkpointing": plan.get("activation-checkpointing") is not None,
+            "activation_checkpointing": "activation-checkpointing" in plan,
             "state_dict_type": "SHARDED_STATE_DICT",
         }
     sync = next((u.settings["sync"] for u in (ddp, fsdp) if u is not None), "last")

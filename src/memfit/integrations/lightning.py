@@ -62,12 +62,11 @@ def trainer_arguments(plan: Any) -> dict[str, Any]:
             if "zero" in unsupported
             else "",
         )
-    accumulation = plan.get("gradient-accumulation")
     return {
         "devices": plan.ranks,
         "strategy": _strategy(plan),
         "precision": next((precision for name, precision in _MIXED.items() if plan.get(name)), "32-true"),
-        "accumulate_grad_batches": int(accumulation.settings["micro_batches"]) if accumulation else 1,
+        "accumulate_grad_batches": plan.micro_batches,
     }
 
 
@@ -79,7 +78,7 @@ def _strategy(plan: Plan) -> Any:
         return DDPStrategy(
             bucket_cap_mb=int(knobs["bucket_mib"]), gradient_as_bucket_view=bool(knobs["bucket_view"])
         )
-    if plan.get("fsdp2") is not None:
+    if "fsdp2" in plan:
         if layout(plan).replicate > 1:
             raise UserError(
                 "Lightning's ModelParallelStrategy cannot apply fsdp2 with several replicas (HSDP)",

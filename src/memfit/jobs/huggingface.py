@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from memfit.jobs.builtin.batches import as_tensors, step_rng
-from memfit.types.errors import UserError, suggest
+from memfit.types.errors import UserError, first_line, suggest
 from memfit.types.job import Dimension, Job, OptimizerChoice
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ def _from_folder(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}/config.json cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{folder}/config.json cannot be loaded: {first_line(error)}") from error
 
 
 def task_of(config: Any, name: str) -> str:

@@ -268,7 +268,7 @@ class TrainingStep:
     def _weight_average(self) -> WeightAverage | None:
         if self.job.ema is None:
             return None
-        has_adapters = self.plan.get("lora") is not None or self.plan.get("qlora") is not None
+        has_adapters = "lora" in self.plan or "qlora" in self.plan
         return WeightAverage(self.bench, self.model, self.job.ema, frozen=not has_adapters)
 
     def _forgo(self) -> torch.Tensor:

@@ -42,6 +42,4 @@ def _changes(plan: Plan, parameters: int | None) -> Iterator[tuple[str, dict[str
         yield "fsdp2", {"reshard": True}
     else:
         yield "bf16-autocast", {}
-    accumulation = plan.get("gradient-accumulation")
-    steps = int(accumulation.settings["micro_batches"]) if accumulation is not None else 1
-    yield "gradient-accumulation", {"micro_batches": 2 * steps}
+    yield "gradient-accumulation", {"micro_batches": 2 * plan.micro_batches}

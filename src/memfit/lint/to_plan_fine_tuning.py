@@ -143,7 +143,7 @@ def _adapt(draft: Draft, *, rank: int, bits: int, option: str) -> None:
     are predicted as of 16. An optimizer for which memfit has no such parameters is left out."""
     name = "qlora" if bits == 4 else "lora"
     zero = draft.plan.get("zero")
-    if zero is not None and zero.settings["stage"] == 3 and draft.plan.get(_RECOMPUTATION) is not None:
+    if zero is not None and zero.settings["stage"] == 3 and _RECOMPUTATION in draft.plan:
         draft.drop(_RECOMPUTATION)
         draft.leave(
             "recomputation of blocks",
@@ -151,7 +151,7 @@ def _adapt(draft: Draft, *, rank: int, bits: int, option: str) -> None:
             "recomputation, which takes more memory",
         )
     draft.take(name, option, rank=rank, outside="frozen")
-    if draft.plan.get(name) is None:
+    if name not in draft.plan:
         draft.leave(option, "predicted with all parameters trained, which takes far more memory")
         return
     if bits not in (4, 16):
@@ -159,11 +159,11 @@ def _adapt(draft: Draft, *, rank: int, bits: int, option: str) -> None:
             f"frozen weights of {bits} bits",
             "memfit has frozen weights of 4 and 16 bits: predicted with 16, which takes more memory",
         )
-    if bits != 4 and draft.plan.get("fp16-autocast") is not None:
+    if bits != 4 and "fp16-autocast" in draft.plan:
         draft.leave("fp16", "predicted as bf16: the same number of bytes, without the loss scale")
     if bits != 4 and any(map(draft.plan.get, _AUTOCASTS)):
         _replace_autocast(draft, option, rounding="master")
-    elif bits != 4 and draft.plan.get("fsdp2") is not None:
+    elif bits != 4 and "fsdp2" in draft.plan:
         draft.leave(
             "frozen weights of 16 bits",
             "memfit's FSDP2 keeps shards of frozen weights in float32: predicted so, which takes more memory",
@@ -174,7 +174,7 @@ def store_in_bf16(draft: Draft, option: str) -> None:
     """Replace bf16 autocast, if the plan has it, by parameters, gradients and moments in bfloat16, which
     memfit has with its own AdamW; another optimizer is left out. ``option``: the setting of the file that
     asks for it."""
-    if draft.plan.get("bf16-autocast") is not None:
+    if "bf16-autocast" in draft.plan:
         for name in _OWN_OPTIMIZERS:
             draft.drop(name)
         _replace_autocast(draft, option, rounding="stochastic")

@@ -108,7 +108,7 @@ def _megatron_data(options: Options, data_ranks: int, tensor: int, draft: Draft)
         draft.take("fsdp2", "--use-torch-fsdp2", precision="bf16" if is_half else "as-is")
         return
     is_only_parallelism = (
-        draft.plan.get("context-parallel") is None and draft.plan.get("pipeline") is None and tensor == 1
+        "context-parallel" not in draft.plan and "pipeline" not in draft.plan and tensor == 1
     )
     if is_half and not options.on("grad_reduce_in_bf16"):
         draft.leave(
@@ -145,7 +145,7 @@ def _megatron_data(options: Options, data_ranks: int, tensor: int, draft: Draft)
             "of the batch",
         )
     elif data_ranks > 1:
-        accumulates = draft.plan.get("gradient-accumulation") is not None
+        accumulates = "gradient-accumulation" in draft.plan
         draft.take("ddp", "data parallel", sync="last" if accumulates else "every")
     if is_half:
         draft.take("bf16-parameters", "--bf16", rounding="master")

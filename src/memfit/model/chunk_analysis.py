@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from memfit.model.chunking_probe import LiveBytes, ModuleCall, columns_bytes, tried
 from memfit.model.linear_roles import PlaceholderValues, without_values
+from memfit.model.tensors import tensor_leaves
 
 _MOST_PARAMETERS = 2**25  # of a module that is run on random numbers
 _MOST_TENSORS = 6
@@ -106,7 +107,7 @@ class _Watch(PlaceholderValues):
             input_storages = {
                 _storage(t) for t in _pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)
             }
-            outputs = [t for t in _pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+            outputs = tensor_leaves(out)
             call.inside_bytes += sum(t.nbytes for t in outputs if _storage(t) not in input_storages)
             if func is torch.ops.aten.convolution.default:
                 call.columns_bytes += columns_bytes(out, args[1])

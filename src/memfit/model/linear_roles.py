@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from memfit.model.batch_objects import map_batch
 from memfit.model.blocks import equal_blocks
 from memfit.model.grouped_mm import grouped_products
+from memfit.model.tensors import tensor_leaves
 
 COLWISE, ROWWISE = "colwise", "rowwise"
 
@@ -173,7 +174,7 @@ class LinearFlow(PlaceholderValues):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = super().__torch_dispatch__(func, types, args, kwargs)
-        inputs = [t for t in _pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        inputs = tensor_leaves((args, kwargs))
         module_name = self._stack[-1].name if self._stack else ""
         if module_name not in self.linears:
             for tensor in inputs:

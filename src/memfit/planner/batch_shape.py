@@ -9,6 +9,7 @@ import torch
 from torch.utils import _pytree
 
 from memfit.jobs.training_step import batch_length
+from memfit.model.tensors import tensor_leaves
 from memfit.types.errors import UserError
 from memfit.types.job import Job
 
@@ -50,7 +51,7 @@ def with_batch_shape(job: Job, rows: int | None = None, length: int | None = Non
 def length_of(job: Job) -> int:
     """Return the length of the samples of the job's first batch, as `with_batch_shape` finds it. Raises
     UserError if no tensor of the batch has a second dimension."""
-    tensors = [t for t in _pytree.tree_leaves(job.make_batch(0, 0)) if isinstance(t, torch.Tensor)]
+    tensors = tensor_leaves(job.make_batch(0, 0))
     sizes = Counter(size for t in tensors for size in t.shape[1:])
     if not sizes:
         raise UserError(

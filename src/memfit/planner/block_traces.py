@@ -21,7 +21,7 @@ from memfit.techniques.registry import make_use
 from memfit.trace.trace_pool import side_by_side
 from memfit.trace.tracer import fake_model, trace
 from memfit.trace.truncated_model import FirstBlocks
-from memfit.types.errors import UserError
+from memfit.types.errors import UserError, first_line
 from memfit.types.gc_pause import pause_gc
 from memfit.types.job import Job
 from memfit.types.parts import Parts, UpdateCosts
@@ -167,7 +167,7 @@ class BlockTracer:
         except UserError as error:
             return str(error)
         except Exception as error:  # noqa: BLE001  a trace that fails is left out, and the others go on
-            return str(error).partition("\n")[0][:200] or type(error).__name__
+            return first_line(error)[:200]
 
     def _small(self, samples: int, blocks: int) -> Job:
         return dataclasses.replace(

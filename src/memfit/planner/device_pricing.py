@@ -25,7 +25,7 @@ from memfit.planner.selection import Objective
 from memfit.techniques.rank_mesh import layout
 from memfit.techniques.registry import TECHNIQUES, short_label, unsupported_techniques
 from memfit.trace.fake_process_group import optimizer_steps_only
-from memfit.types.errors import UserError
+from memfit.types.errors import UserError, first_line
 from memfit.types.gc_pause import pause_gc
 from memfit.types.machine import Machine
 from memfit.types.plan import Accuracy, Bounds, Plan
@@ -285,7 +285,7 @@ class Scale:
         except UserError as error:
             reason = str(error)
         except Exception as error:  # noqa: BLE001  the next best plan is still an answer
-            reason = str(error).partition("\n")[0][:200] or type(error).__name__
+            reason = first_line(error)[:200]
         self.refused[sketch.plan] = f"{short_label(sketch.plan)} could not be traced: {reason}"
         return None
 

@@ -451,7 +451,7 @@ def _digested(traced: Trace) -> _Part:
     last step, without its batch.
     """
     clock, live_bytes = levels(traced)
-    last_spans = [s for s in traced.spans if s.step == traced.steps - 1 and s.phase is not Phase.SETUP]
+    last_spans = traced.last_step_spans
     input_size = sum(
         a.size_bytes
         for a in traced.allocations
@@ -514,7 +514,7 @@ def _added(gradient: Allocation) -> OpCall:
 
 
 def _with_gradients_moved(
-    traced: Trace, last_spans: list[PhaseSpan], gradients: list[Allocation]
+    traced: Trace, last_spans: Sequence[PhaseSpan], gradients: list[Allocation]
 ) -> tuple[dict[Phase, int], dict[Phase, int]]:
     """Return the highest live bytes of each phase, as `_tops` does, in two cases that were not traced: (in a
     micro-batch after the first, if the optimizer steps in backward).

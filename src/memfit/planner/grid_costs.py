@@ -196,8 +196,8 @@ class _Line:
 
 
 def _pipelined(layout: GridLayout, counts: Array, stage_times: _Line) -> Array:
-    """Return the seconds from the first forward to the last backward of all micro-batches in a pipeline, as
-    `cost.schedules.closed_s` computes them for equal stages. ``counts``: numbers of micro-batches.
+    """Return the seconds from the first forward to the last backward of all micro-batches in a pipeline.
+    ``counts``: numbers of micro-batches. tests/unit/test_schedules.py has the formulas for equal stages.
 
     Zero-bubble schedules postpone half of the backward work, so a stage waits only for the forwards of the
     others.

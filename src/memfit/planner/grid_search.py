@@ -31,6 +31,7 @@ from memfit.types.plan import Plan
 from memfit.types.trace import OpCall, Phase
 
 _KEPT_PER_GRID, _KEPT_PER_LAYOUT, _KEPT_TIED = 3, 3, 60
+_NOT_ON_HOST_BYTES = 1e18  # above every peak: plans that do not fit host memory come after all that do
 _KEPT_SMALLEST = 4  # of the plans with a technique, and of those without it
 _BLAS_THREADS = 2  # the caller's thread and autograd's, each with its own BLAS handle
 _LEVELS_PER_DOUBLING = 4  # memory levels per doubling; the best plan of each level is kept for the frontier
@@ -440,14 +441,32 @@ def _extremes(grid: Grid, priced: Priced, caps: Caps) -> _Extremes:
     that fits, if there is one, and the one that needs the least device memory, of those that fit host memory
     if there are any. The technique "" stands for all plans of the grid. ``caps``: as in `_best`.
     """
-    every_index = [numpy.arange(size) for size in grid.shape]
-    found: _Extremes = {("", False): _fastest_and_smallest(grid, priced, caps, every_index)}
+    host_fits = priced.host_bytes <= caps[1]
+    fitting = (priced.allocated_bytes <= caps[0]) & host_fits
+    orders = (
+        numpy.where(fitting, priced.step_s, math.inf),
+        priced.allocated_bytes + numpy.where(host_fits, 0.0, _NOT_ON_HOST_BYTES),
+    )
+    axes = range(len(grid.shape))
+    lowest = [[order.min(axis=tuple(a for a in axes if a != axis)) for axis in axes] for order in orders]
+
+    def picks(axis: int, positions: Sequence[int]) -> list[_Picked]:
+        """Return the first plan by either order of those at these positions of an axis."""
+        indices = dict[tuple[int, ...], None]()
+        for order, by_axis in zip(orders, lowest, strict=True):
+            position = min(positions, key=lambda i: float(by_axis[axis][i]))
+            if by_axis[axis][position] < math.inf:
+                slab = numpy.take(order, position, axis)
+                place = [int(i) for i in numpy.unravel_index(int(numpy.argmin(slab)), slab.shape)]
+                indices[*place[:axis], position, *place[axis:]] = None
+        return [_picked(grid, priced, int(numpy.ravel_multi_index(i, grid.shape))) for i in indices]
+
+    found: _Extremes = {("", False): picks(0, range(grid.shape[0]))}
     for name, axis, indices in _placed(grid):
         for has in (True, False):
-            chosen = [i for i in range(grid.shape[axis]) if (i in indices) == has]
-            if chosen:
-                kept = [*every_index[:axis], numpy.array(chosen), *every_index[axis + 1 :]]
-                found[name, has] = _fastest_and_smallest(grid, priced, caps, kept)
+            positions = [i for i in range(grid.shape[axis]) if (i in indices) == has]
+            if positions:
+                found[name, has] = picks(axis, positions)
     return found
 
 
@@ -462,25 +481,6 @@ def _placed(grid: Grid) -> Iterator[tuple[str, int, set[int]]]:
     for axis, values in enumerate((grid.inside, grid.ends, grid.away, grid.states), start=1):
         for name in dict.fromkeys(u.technique for uses in values for u in uses):
             yield name, axis, {i for i, uses in enumerate(values) if any(u.technique == name for u in uses)}
-
-
-def _fastest_and_smallest(
-    grid: Grid, priced: Priced, caps: Caps, kept: Sequence[numpy.ndarray]
-) -> list[_Picked]:
-    part = numpy.ix_(*kept)
-    step, memory = priced.step_s[part], priced.allocated_bytes[part]
-    host_fits = priced.host_bytes[part] <= caps[1]
-    fitting = (memory <= caps[0]) & host_fits
-    flat_indices = [int(numpy.argmin(numpy.where(fitting, step, math.inf)))] if fitting.any() else []
-    flat_indices.append(
-        int(numpy.argmin(numpy.where(host_fits, memory, math.inf) if host_fits.any() else memory))
-    )
-    picks = []
-    for flat_index in dict.fromkeys(flat_indices):
-        place = numpy.unravel_index(flat_index, step.shape)
-        index = tuple(int(along[i]) for along, i in zip(kept, place, strict=True))
-        picks.append(_picked(grid, priced, int(numpy.ravel_multi_index(index, grid.shape))))
-    return picks
 
 
 def _merged(

@@ -17,7 +17,7 @@ from memfit.planner.capacity import expected_bytes, fits_under, host_holds_under
 from memfit.planner.evaluate import Pricer
 from memfit.techniques.rank_mesh import layout
 from memfit.techniques.registry import splits_batch
-from memfit.types.errors import UserError
+from memfit.types.errors import UserError, first_line
 from memfit.types.job import Job
 from memfit.types.plan import Plan
 from memfit.types.result import OutcomeKind
@@ -332,7 +332,8 @@ def prober(
                 prepare(pricer, plan)
                 estimate = pricer.whole(plan)
         except (UserError, *_FAILURES) as error:
-            return TracedSize(value=value, problem=_first_line(error))
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            return TracedSize(value=value, problem=f"{kind}{first_line(error)}")
         step_s = estimate.step_s.value if estimate.step_s else None
         expected = expected_bytes(estimate, machine)
         return TracedSize(
@@ -350,6 +351,3 @@ def prober(
     return probe
 
 
-def _first_line(error: BaseException) -> str:
-    text = (str(error).splitlines() or [""])[0]
-    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"

@@ -246,7 +246,7 @@ def _ways(pricer: Pricer, request: Request, estimates: Sequence[Estimate], fits:
     split_plans = [
         plan.with_use(use(name, micro_batches=micro_batches))
         for plan in (make_plain_plan(request.ranks), *(e.plan for e in by_peak))
-        if plan.get(NAME) is None  # its choice of tensors holds for the whole batch
+        if NAME not in plan  # its choice of tensors holds for the whole batch
     ]
     refusals_of = engine(request.engine).supports
     possible_plans = [p for p in split_plans if proposable(p) and not refusals_of(p)]

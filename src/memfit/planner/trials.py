@@ -343,16 +343,11 @@ def _shortlist(planning: Planning) -> list[Plan]:
     for e in near:
         sets.setdefault(_techniques(e.plan), []).append(e)
     leaders = [members[0] for members in sets.values()]
-    fewest = [min(members, key=_micro_batches) for members in sets.values()]
+    fewest = [min(members, key=lambda e: e.plan.micro_batches) for members in sets.values()]
     fewest.sort(key=lambda e: len(e.plan.uses))
     estimates = [recommended.estimate, *leaders[:3], *simplest_first(fitting, goal)[:2]]
     estimates += [*fewest[: FIRST // 2], *leaders[3:], *fewest[FIRST // 2 :]]
     return list(_that_fit(planning, [e.plan for e in estimates], FIRST))
-
-
-def _micro_batches(e: Estimate) -> int:
-    accumulation = e.plan.get("gradient-accumulation")
-    return int(accumulation.settings["micro_batches"]) if accumulation else 1
 
 
 def _neighbours(

@@ -13,7 +13,6 @@ from memfit.engines.environment import Environment, environments_folder, record
 from memfit.types.errors import RunError, UserError
 
 OnLine = Callable[[str], None]
-_LIMIT_S = 3600.0
 
 
 def install(engine: Engine, into: Path | None, on_line: OnLine) -> Environment:

@@ -16,6 +16,7 @@ from torch.utils import _pytree
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from memfit.model.tensors import tensor_leaves
 from memfit.techniques.rank_mesh import World, layout, make_world
 from memfit.trace.streams import group_of
 from memfit.types.errors import MemfitError, UserError
@@ -99,7 +100,7 @@ def _blame_tensor_parallel(plan: Plan) -> Iterator[None]:
         yield
     except UserError as error:
         is_own_error = error.__cause__ is None or isinstance(error.__cause__, MemfitError)
-        if plan.get("tensor-parallel") is None or is_own_error:
+        if "tensor-parallel" not in plan or is_own_error:
             raise
         raise UserError(
             f"the model fails under tensor-parallel: {error.given}",
@@ -273,7 +274,7 @@ class _RealIntegers(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = [t for t in _pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        tensors = tensor_leaves((args, kwargs))
         is_maker = func is torch.ops.aten.empty.memory_format and kwargs.get("dtype") is torch.int32
         if is_maker or (tensors and all(type(t) is torch.Tensor for t in tensors)):
             with no_dispatch():

@@ -15,6 +15,8 @@ import torch
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from memfit.model.tensors import tensor_leaves
+
 _GOLDEN = 0.6180339887498949  # its multiples are evenly distributed modulo 1
 # Used where numbers must not depend on the position. The second is for dropout: it keeps every element.
 _SAME, _SAME_KEPT = (
@@ -91,7 +93,7 @@ class FixedRandom(TorchDispatchMode):
 def _widened(args: Any, kwargs: Any) -> tuple[Any, Any]:
     """Return the arguments with tensors of lower precision converted to float64 (or complex128), if another
     argument is float64 or complex128. Return them unchanged otherwise."""
-    tensors = [t for t in _pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    tensors = tensor_leaves((args, kwargs))
     kinds = {t.dtype for t in tensors}
     if not kinds & {torch.float64, torch.complex128} or kinds.isdisjoint(_WIDE):
         return args, kwargs

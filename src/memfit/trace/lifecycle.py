@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from memfit.jobs.training_step import TrainingStep, split
 from memfit.model.batch_objects import map_batch
+from memfit.model.tensors import tensor_leaves
 from memfit.trace.allocation_recorder import AllocationRecorder
 from memfit.trace.data_dependent import Guesses
 from memfit.trace.device_kernels import use_device_kernels
@@ -288,7 +289,7 @@ def _loaded(state: Any) -> Any:
 def _lives_of(recorder: AllocationRecorder, state: Any) -> dict[int, str]:
     """Return {id of the lifetime record: "nowhere"} for the storages in ``state`` that ``recorder`` has
     recorded. With these entries in ``aside``, `_Watch` does not count them."""
-    tensors = [t for t in _pytree.tree_leaves(state) if isinstance(t, torch.Tensor)]
+    tensors = tensor_leaves(state)
     keys = {plain.untyped_storage()._cdata for t in tensors for plain in plain_tensors(t)}
     return {id(recorder._known[k][1]): "nowhere" for k in keys if k in recorder._known}
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import random
 import time
 import warnings
@@ -23,16 +22,16 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree
 
+from memfit.cost.memory import live_peak_bytes
 from memfit.jobs.training_step import batch_length, split
 from memfit.runtime import local_machine
 from memfit.trace.fixed_random import FixedRandom, TimeLimitExceeded
 from memfit.trace.tracer import fake_model, trace
 from memfit.trace.truncated_model import with_blocks
 from memfit.types.dependence import DependenceCause, DependenceKind, SampleDependence
-from memfit.types.errors import UserError
+from memfit.types.errors import UserError, first_line
 from memfit.types.job import Job
 from memfit.types.plan import Plan
-from memfit.types.trace import Trace
 from memfit.types.units import format_bytes
 
 _SAMPLES = (8, 4, 2)  # numbers of samples of the real batch to try, largest first
@@ -80,7 +79,7 @@ def _tried(job: Job) -> SampleDependence:
     except TimeLimitExceeded:
         result = _not_tested(f"the trial takes more processor time than {_MOST_S:g} s")
     except Exception as error:  # noqa: BLE001  any error of the user's code on parts of a batch
-        result = _not_tested(_first_line(error))
+        result = _not_tested(first_line(error)[:160])
     if result.kind is DependenceKind.NOT_TESTED:
         return _by_batch_norms(job, result)
     return result
@@ -88,10 +87,6 @@ def _tried(job: Job) -> SampleDependence:
 
 def _not_tested(reason: str) -> SampleDependence:
     return SampleDependence(kind=DependenceKind.NOT_TESTED, reason=reason)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{str(error).partition(chr(10))[0][:160] or type(error).__name__}"
 
 
 # -- BatchNorm layers, if no trial is possible ------------------------------------------------------------
@@ -195,7 +190,7 @@ class _Cost:
         job_trace = trace(job, Plan(), steps=1, update=False)
         flops = _PASSES * sum(op.flops for op in job_trace.ops)
         calls = _CALLS * len(job_trace.ops)
-        return cls(2 * _peak_bytes(job_trace), flops / _FLOPS_PER_S, calls * _CALL_S)
+        return cls(2 * live_peak_bytes(job_trace), flops / _FLOPS_PER_S, calls * _CALL_S)
 
     def reason(self, samples: int) -> str:
         """Return why the cost of a trial is too high, as a clause that names ``samples``, its number of
@@ -210,12 +205,6 @@ class _Cost:
                 f"{_MOST_COST_S:g} s"
             )
         return ""
-
-
-def _peak_bytes(job_trace: Trace) -> int:
-    changes = [(a.start, a.size_bytes) for a in job_trace.allocations]
-    changes += [(a.end, -a.size_bytes) for a in job_trace.allocations if a.end is not None]
-    return max(itertools.accumulate(size for _, size in sorted(changes)), default=0)
 
 
 def _most_bytes() -> int:
@@ -297,7 +286,7 @@ class _Trial:
             except TimeLimitExceeded:
                 raise
             except Exception as error:  # noqa: BLE001  the job may not accept random values
-                random_result = _not_tested(_first_line(error))
+                random_result = _not_tested(first_line(error)[:160])
             if random_result.kind is DependenceKind.NOT_TESTED:
                 reason = f"{real_result.reason}; random samples could not be tried: {random_result.reason}"
                 return dataclasses.replace(real_result, reason=reason)
@@ -334,7 +323,7 @@ class _Trial:
         except TimeLimitExceeded:
             raise
         except Exception as error:  # noqa: BLE001  any error of the user's code
-            return _not_tested(f"the loss fails on half of the batch: {_first_line(error)}")
+            return _not_tested(f"the loss fails on half of the batch: {first_line(error)[:160]}")
         difference = self._difference(batch, halves, batch_gradients, part_gradients, setting)
         if difference is not None:
             return difference

@@ -178,8 +178,7 @@ def shortened(job: Job, plan: Plan, rank: int, blocks: int) -> MemoryLine | None
         return MemoryLine(job=job, plan=plan, rank=rank, short_job=job, short_plan=plan, short_rank=rank)
     stages, micros = place.pipeline, int(pipeline.settings["micro_batches"])
     schedule = pipeline.settings["schedule"]
-    accumulation = plan.get("gradient-accumulation")
-    parts = place.data * micros * (int(accumulation.settings["micro_batches"]) if accumulation else 1)
+    parts = place.data * micros * plan.micro_batches
     ranks_per_stage = plan.ranks // stages
     stage = rank // ranks_per_stage
     if schedule == "interleaved":

@@ -100,7 +100,7 @@ def _repeats(plan: Plan, *, cpu: bool) -> bool:
     """Return whether traces under ``plan`` may be built from traces with fewer blocks. Not under
     optimal-checkpointing, which recomputes different operators in each block, nor for a pipeline on a CPU,
     where each rank builds the whole model, and the peak may be there."""
-    return plan.get("optimal-checkpointing") is None and not (cpu and plan.get("pipeline"))
+    return "optimal-checkpointing" not in plan and not (cpu and plan.get("pipeline"))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

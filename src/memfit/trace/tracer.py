@@ -47,7 +47,7 @@ from memfit.trace.value_guess_retry import (
 )
 from memfit.trace.value_patches import values_read
 from memfit.types.device_kind import device_kind
-from memfit.types.errors import UserError
+from memfit.types.errors import UserError, first_line
 from memfit.types.job import Job
 from memfit.types.plan import Plan
 from memfit.types.trace import Category, Phase, Trace
@@ -453,10 +453,9 @@ def _guesses_blamed(recorder: AllocationRecorder) -> Iterator[None]:
 def _blamed(error: Exception, guesses: list[str]) -> UserError | None:
     if not guesses or not isinstance(error, RuntimeError | ValueError | IndexError | TypeError):
         return None
-    first_line_of_error = (str(error).splitlines() or [repr(error)])[0]
     last_guess = guesses[-1]
     user_error = UserError(
-        f"the step does not run on fake tensors: {first_line_of_error[:200]}",
+        f"the step does not run on fake tensors: {first_line(error)[:200]}",
         hint=f"before, memfit had to guess a value ({last_guess}); give the true one as bound= of Job(...) "
         "or estimate(...)",
     )

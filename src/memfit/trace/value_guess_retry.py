@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from memfit.cost.memory import live_peak_bytes
 from memfit.trace.assumed_values import AssumedCase, assuming
 from memfit.trace.real_weights import following, offered_weights
 from memfit.types.errors import UserError
@@ -105,14 +105,14 @@ def cover_assumed_cases(run: Callable[Concatenate[Job, P], Trace]) -> Callable[C
         trace = run(job, *args, **kwargs)
         if not trace.assumed:
             return trace
-        usual_peak_bytes, source = _peak_bytes(trace), offered_weights()
+        usual_peak_bytes, source = live_peak_bytes(trace), offered_weights()
         if source is not None and source.allows(trace, usual_peak_bytes):
             with contextlib.suppress(UserError, *_FAILURES), following(source.load()):
                 trace = run(job, *args, **kwargs)
-        peaks = [_peak_bytes(trace), usual_peak_bytes]
+        peaks = [live_peak_bytes(trace), usual_peak_bytes]
         for case in (AssumedCase.LOW, AssumedCase.HIGH):
             with contextlib.suppress(UserError, *_FAILURES), assuming(case):  # some values are impossible
-                peaks.append(_peak_bytes(run(job, *args, **kwargs)))
+                peaks.append(live_peak_bytes(run(job, *args, **kwargs)))
         places, case_count = " and ".join(trace.assumed), len(peaks) - 2
         note = f"values at {places} were assumed; the interval covers the peaks of {case_count} other cases"
         is_relevant = min(peaks) < max(peaks) or not case_count
@@ -124,12 +124,6 @@ def cover_assumed_cases(run: Callable[Concatenate[Job, P], Trace]) -> Callable[C
         )
 
     return wrapper
-
-
-def _peak_bytes(trace: Trace) -> int:
-    changes = [(a.start, a.size_bytes) for a in trace.allocations]
-    changes += [(a.end, -a.size_bytes) for a in trace.allocations if a.end is not None]
-    return max(itertools.accumulate(size for _, size in sorted(changes)), default=0)
 
 
 def _with_bounds(job: Job, overrides: Mapping[str, int]) -> Job:

@@ -74,6 +74,11 @@ def suggest(name: str, names: Iterable[str], *, cutoff: float = 0.6) -> str:
     return f"did you mean {matches[0]!r}?" if matches else ""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of the error's text, or the name of its class if it has no text."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
 class NothingFits(MemfitError):
     """No plan of the allowed effect classes fits the memory, or none that fits meets the deadline and the
     limit on cost. Exit code 3.

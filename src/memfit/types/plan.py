@@ -82,6 +82,15 @@ class Plan:
     def get(self, technique: str) -> Use | None:
         return next((u for u in self.uses if u.technique == technique), None)
 
+    def __contains__(self, technique: str) -> bool:
+        return self.get(technique) is not None
+
+    @property
+    def micro_batches(self) -> int:
+        """Number of micro-batches of a step on each rank, by gradient accumulation; 1 without it."""
+        accumulation = self.get("gradient-accumulation")
+        return int(accumulation.settings["micro_batches"]) if accumulation is not None else 1
+
     def without(self, technique: str) -> Plan:
         return dataclasses.replace(self, uses=tuple(u for u in self.uses if u.technique != technique))
 

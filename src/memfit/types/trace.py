@@ -135,6 +135,20 @@ class Trace:
     communicators: tuple[tuple[str, int], ...] = ()  # (name, number of ranks) of every process group in use
     members: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)  # their ranks
 
+    @property
+    def last_step_spans(self) -> tuple[PhaseSpan, ...]:
+        """The spans of the last step, without those of setup."""
+        return tuple(s for s in self.spans if s.step == self.steps - 1 and s.phase is not Phase.SETUP)
+
+    @property
+    def last_step_ops(self) -> tuple[OpCall, ...]:
+        """The operators of the last step, without those of setup."""
+        return tuple(op for op in self.ops if op.step == self.steps - 1 and op.phase is not Phase.SETUP)
+
+    def live_at(self, clock: int) -> tuple[Allocation, ...]:
+        """Return the allocations that are alive at ``clock``."""
+        return tuple(a for a in self.allocations if a.start <= clock and (a.end is None or a.end > clock))
+
     def untraced_passes(self, phase: Phase) -> int:
         """Return how many passes of ``phase``, forward or backward, one step has beside the traced ones."""
         per_micro_step = sum(s.phase is phase for s in self.repeated_spans) or 1

@@ -60,7 +60,7 @@ class Checkpointer:
                 allowed=f"{', '.join(e.name for e in ENGINES.values() if e.saves)}, or a run without --save "
                 "and --resume",
             )
-        if spec.engine == "fairscale" and spec.plan.get("fsdp2") is not None:
+        if spec.engine == "fairscale" and "fsdp2" in spec.plan:
             raise UserError(
                 "checkpoints are not supported for plans with fsdp2 on engine fairscale, which flattens "
                 "parameters",

@@ -222,10 +222,7 @@ def _conform(
     from memfit.conformance.module_hooks import PlainModel
     from memfit.conformance.monitor import Monitor
 
-    accumulation = spec.plan.get("gradient-accumulation")
-    micro_batches = min(
-        _WATCHED, int(accumulation.settings["micro_batches"]) if accumulation is not None else 1
-    )
+    micro_batches = min(_WATCHED, spec.plan.micro_batches)
     monitor = Monitor(
         step.model,
         step.optimizer,

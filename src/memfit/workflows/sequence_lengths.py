@@ -159,8 +159,7 @@ def peak_model(job: Job, plan: Plan, longest: int, device: str) -> PeakModel:
     micro-batch. Raises UserError if which operators a step runs depends on the length, or if no tensor of the
     job's batch has a second dimension.
     """
-    accumulation = plan.get("gradient-accumulation")
-    rows = int(accumulation.settings["micro_batches"]) if accumulation else 1
+    rows = plan.micro_batches
     lengths = sorted({max(_SHORTEST, min(longest, -(-longest * q // 64) * 16)) for q in (1, 2, 4)})
     if len(lengths) < 3:
         lengths = [_SHORTEST, 2 * _SHORTEST, 4 * _SHORTEST]

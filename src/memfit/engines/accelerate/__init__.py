@@ -16,9 +16,9 @@ CONFIG = "accelerate.yaml"
 
 
 def _reasons(plan: Plan) -> tuple[str, ...]:
-    reasons = list(deepspeed.ENGINE.reasons(plan)) if plan.get("zero") is not None else []
+    reasons = list(deepspeed.ENGINE.reasons(plan)) if "zero" in plan else []
     for dtype in ("bf16", "fp16"):
-        if plan.get("fsdp2") is not None and plan.get(f"{dtype}-autocast") is not None:
+        if "fsdp2" in plan and plan.get(f"{dtype}-autocast") is not None:
             reasons.append(
                 f"{dtype}-autocast: with FSDP2, Accelerate's {dtype} setting casts parameters, not operators"
             )
@@ -42,7 +42,7 @@ def _reasons(plan: Plan) -> tuple[str, ...]:
 def _files(spec: RunSpec) -> dict[str, str]:
     import yaml
 
-    deepspeed_files = deepspeed.ENGINE.files(spec) if spec.plan.get("zero") is not None else {}
+    deepspeed_files = deepspeed.ENGINE.files(spec) if "zero" in spec.plan else {}
     return {CONFIG: yaml.safe_dump(config(spec.plan), sort_keys=False), **deepspeed_files}
 
 
@@ -78,7 +78,7 @@ def config(plan: Plan) -> dict[str, Any]:
             "fsdp_cpu_ram_efficient_loading": False,
             "fsdp_activation_checkpointing": False,
         }
-    if plan.get("zero") is not None:  # settings in DeepSpeed's own file must not be repeated here
+    if "zero" in plan:  # settings in DeepSpeed's own file must not be repeated here
         content["distributed_type"] = "DEEPSPEED"
         content["deepspeed_config"] = {"deepspeed_config_file": deepspeed.CONFIG, "zero3_init_flag": False}
         del content["mixed_precision"]
@@ -88,7 +88,7 @@ def config(plan: Plan) -> dict[str, Any]:
 def _asks_cuda(plan: Plan) -> tuple[str, ...]:
     """Return ("fp16-autocast",) if the plan uses that technique, else (). On a CPU, an Accelerator set to
     fp16 silently trains in float32."""
-    return ("fp16-autocast",) if plan.get("fp16-autocast") is not None else ()
+    return ("fp16-autocast",) if "fp16-autocast" in plan else ()
 
 
 ENGINE = Engine(
@@ -102,7 +102,7 @@ ENGINE = Engine(
     applied_by_memfit=APPLIED_BY_MEMFIT | {"adamw-4bit", "bf16-parameters"},
     reasons=_reasons,
     asks_cuda=_asks_cuda,
-    no_scalars=lambda plan: plan.get("zero") is not None,
+    no_scalars=lambda plan: "zero" in plan,
     own_trace=True,
     files=_files,
 )

@@ -43,7 +43,7 @@ class Step(TrainingStep):
         """Create the step. If the plan has zero and ``folder`` is set, as in a run, its class is
         `_ThroughDeepspeed`. Without ``folder``, in a trace, it is this class, and memfit's own ZeRO stands
         for DeepSpeed's."""
-        uses_deepspeed = plan.get("zero") is not None and cls.folder is not None
+        uses_deepspeed = "zero" in plan and cls.folder is not None
         return super().__new__(_ThroughDeepspeed if uses_deepspeed else cls)
 
     def _prepare(self) -> OptimizerLike:

@@ -78,7 +78,7 @@ def _gemini(plan: Plan) -> dict[str, Any]:
         "offload_optim_frac": 0.0 if knobs["offload"] == "none" else 1.0,
         "offload_param_frac": 1.0 if knobs["offload"] == "parameters" else 0.0,
         "precision": str(knobs["precision"]),
-        "enable_gradient_accumulation": plan.get("gradient-accumulation") is not None,
+        "enable_gradient_accumulation": "gradient-accumulation" in plan,
     }
 
 

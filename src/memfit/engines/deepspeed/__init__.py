@@ -24,23 +24,23 @@ def as_zero(plan: Plan) -> Plan:
     """Return the plan with zero of stage 0 in place of ddp; a plan without ddp is returned unchanged. Stage 0
     is DeepSpeed's DDP: it averages gradients over ranks after backward, in pieces of its own size. The
     settings of ddp are therefore dropped."""
-    if plan.get("ddp") is None:
+    if "ddp" not in plan:
         return plan
     return plan.without("ddp").with_use(make_use("zero", {"stage": 0}))
 
 
 def _reasons(plan: Plan) -> tuple[str, ...]:
     reasons = []
-    if plan.ranks > 1 and plan.get("ddp") is None and plan.get("zero") is None:
+    if plan.ranks > 1 and "ddp" not in plan and "zero" not in plan:
         reasons.append("several ranks: DeepSpeed requires zero or ddp")
-    accumulates = plan.get("gradient-accumulation") is not None
+    accumulates = "gradient-accumulation" in plan
     if accumulates and (ddp := plan.get("ddp")) is not None and ddp.settings["sync"] != "last":
         reasons.append("ddp: sync must be 'last', because DeepSpeed reduces gradients once per step")
     if (zero := plan.get("zero")) is not None:
         knobs = zero.settings
         if int(knobs["stage"]) == 0 and (knobs["precision"] != "fp32" or knobs["offload"] != "none"):
             reasons.append("zero: stage 0 requires precision 'fp32' and offload 'none'")
-        if int(knobs["stage"]) == 3 and plan.get("chunked-cross-entropy") is not None:
+        if int(knobs["stage"]) == 3 and "chunked-cross-entropy" in plan:
             reasons.append(
                 "chunked-cross-entropy: ZeRO stage 3 has freed the head's weight when the loss runs"
             )
@@ -56,8 +56,7 @@ def config(spec: RunSpec) -> dict[str, Any]:
     optimizer, which the program that trains creates. DDP, and a plan of one rank without zero, are written as
     ZeRO stage 0."""
     zero = as_zero(spec.plan).get("zero")
-    accumulation = spec.plan.get("gradient-accumulation")
-    micro_batches = int(accumulation.settings["micro_batches"]) if accumulation is not None else 1
+    micro_batches = spec.plan.micro_batches
     is_bf16 = zero is not None and zero.settings["precision"] == "bf16"
     return {
         "train_micro_batch_size_per_gpu": max(1, spec.batch_size // (spec.plan.ranks * micro_batches)),

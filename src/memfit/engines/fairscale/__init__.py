@@ -17,11 +17,11 @@ CONFIG = "fairscale.json"
 
 
 def _reasons(plan: Plan) -> tuple[str, ...]:
-    if plan.get("fsdp2") is not None:
+    if "fsdp2" in plan:
         return (
             "fsdp2: FairScale's FullyShardedDataParallel requires CUDA streams and is the FSDP of torch 1",
         )
-    if plan.ranks > 1 and plan.get("sharded-ddp") is None:
+    if plan.ranks > 1 and "sharded-ddp" not in plan:
         return ("several ranks: FairScale requires sharded-ddp",)
     return ()
 

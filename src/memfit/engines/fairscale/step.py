@@ -66,7 +66,7 @@ class Step(TrainingStep):
     def _checkpoint(self, block: torch.nn.Module) -> None:
         from fairscale.nn.checkpoint import checkpoint_wrapper
 
-        if self.plan.get("bf16-autocast") is not None or "forward" in vars(block):
+        if "bf16-autocast" in self.plan or "forward" in vars(block):
             recompute(block)
             return
         checkpoint_wrapper(block)

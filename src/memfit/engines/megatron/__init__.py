@@ -22,7 +22,7 @@ def _reasons(plan: Plan) -> tuple[str, ...]:
 
 
 def _why_not(plan: Plan) -> Iterator[str]:
-    accumulates = plan.get("gradient-accumulation") is not None
+    accumulates = "gradient-accumulation" in plan
     for use in plan.uses:
         name, knobs = use.technique, use.settings
         for knob, value, reason in _ONLY.get(name, ()):
@@ -105,7 +105,7 @@ def _degrees(plan: Plan, mesh: Layout, sizes: Mapping[str, str]) -> dict[str, st
         )
     elif virtual > 1:
         options["num-virtual-stages-per-pipeline-rank"] = str(virtual)
-    if plan.get("activation-checkpointing") is not None:
+    if "activation-checkpointing" in plan:
         options |= {
             "recompute-granularity": "full",
             "recompute-method": "uniform",
@@ -125,7 +125,7 @@ def _data_parallel(plan: Plan, mesh: Layout) -> dict[str, str]:
         if zero.settings["overlap"]:
             bucket = str(zero.settings["reduce_bucket_elements"])
             options |= {"overlap-grad-reduce": "", "ddp-bucket-size": bucket}
-    if plan.get("bf16-parameters") is not None or (zero is not None and zero.settings["precision"] == "bf16"):
+    if "bf16-parameters" in plan or (zero is not None and zero.settings["precision"] == "bf16"):
         options["bf16"] = ""
     return options
 
@@ -145,7 +145,7 @@ def _batches(spec: RunSpec, mesh: Layout) -> dict[str, str]:
 
 
 def _step(spec: RunSpec) -> dict[str, str]:
-    sgd = spec.plan.get("sgd") is not None
+    sgd = "sgd" in spec.plan
     return {"optimizer": "sgd" if sgd else "adam", "train-iters": str(spec.steps), "seed": str(spec.seed + 1)}
 
 
