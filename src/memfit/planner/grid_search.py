@@ -31,7 +31,7 @@ from memfit.types.plan import Plan
 from memfit.types.trace import OpCall, Phase
 
 _KEPT_PER_GRID, _KEPT_PER_LAYOUT, _KEPT_TIED = 3, 3, 60
-_NOT_ON_HOST_BYTES = 1e18  # above every peak: plans that do not fit host memory come after all that do
+_NOT_ON_HOST = 1e9  # factor on peaks by which plans that do not fit host memory come after all that do
 _KEPT_SMALLEST = 4  # of the plans with a technique, and of those without it
 _BLAS_THREADS = 2  # the caller's thread and autograd's, each with its own BLAS handle
 _LEVELS_PER_DOUBLING = 4  # memory levels per doubling; the best plan of each level is kept for the frontier
@@ -445,7 +445,7 @@ def _extremes(grid: Grid, priced: Priced, caps: Caps) -> _Extremes:
     fitting = (priced.allocated_bytes <= caps[0]) & host_fits
     orders = (
         numpy.where(fitting, priced.step_s, math.inf),
-        priced.allocated_bytes + numpy.where(host_fits, 0.0, _NOT_ON_HOST_BYTES),
+        priced.allocated_bytes * numpy.where(host_fits, 1.0, _NOT_ON_HOST),
     )
     axes = range(len(grid.shape))
     lowest = [[order.min(axis=tuple(a for a in axes if a != axis)) for axis in axes] for order in orders]
