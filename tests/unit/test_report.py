@@ -132,10 +132,12 @@ def test_every_japanese_text_has_a_japanese_character() -> None:
         "explain.brand",
         "lint.instead",
         "record.poc",
+        "scale.reason",
         "stages.gate_line",
         "stages.poc",
         "summary.alone",
         "summary.both",
+        "watch.brand",
     }
     assert {key for key in plain if not key.startswith(("engine.", "plan."))} <= signs
 

@@ -42,10 +42,10 @@ def plan_phrase(label: str, words: Words) -> str:
 def plan_title(label: str, words: Words) -> str:
     """Return a plan in words as `plan_phrase` does, with a capital letter at its beginning, unless its first
     word has a digit."""
-    return capitalized(plan_phrase(label, words))
+    return capitalize(plan_phrase(label, words))
 
 
-def capitalized(phrase: str) -> str:
+def capitalize(phrase: str) -> str:
     """Return the phrase with a capital letter at its beginning, unless its first word has a digit."""
     return phrase if re.match(r"\S*\d", phrase) else phrase[:1].upper() + phrase[1:]
 
@@ -80,7 +80,7 @@ def glossary(labels: Iterable[str], words: Words) -> Mapping[str, tuple[str, str
     parts = (part for label in labels for part in _RANKS.sub("", label).split(" + "))
     identifiers = {m[1] for part in parts if (m := _USE.fullmatch(part)) and m[1] in TECHNIQUES}
     texts = {
-        i: (capitalized(words.get(f"technique.{i}.name")), words.get(f"technique.{i}.picture"))
+        i: (capitalize(words.get(f"technique.{i}.name")), words.get(f"technique.{i}.picture"))
         for i in identifiers
     }
     return dict(sorted(texts.items(), key=lambda item: item[1][0].lower()))
