@@ -349,5 +349,3 @@ def prober(
         )
 
     return probe
-
-
