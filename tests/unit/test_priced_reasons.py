@@ -14,7 +14,11 @@ from tiny import words
 
 from memfit.planner import capacity, search, single_device
 from memfit.planner.capacity import needed_bytes
-from memfit.planner.explanations import explain_techniques, traced_for_reasons
+from memfit.planner.explanations import (
+    explain_techniques,
+    traced_before_nothing_fits,
+    traced_for_reasons,
+)
 from memfit.planner.recompute_budget import Cap
 from memfit.planner.request import Planning, Request
 from memfit.planner.selection import Objective, Prices, decide, within_bounds
@@ -252,6 +256,15 @@ def test_where_traces_are_quick_a_technique_is_left_out_only_by_traces() -> None
     told = told_of(scale, [*known.values()], by_traces=True)
     assert told["bf16-autocast"].detail == short_label(plan(MIXED, THIRDS, LOW_BIT))
     assert told_of(Scale(40), KNOWN, by_traces=True)["bf16-autocast"].kind == "left_out_not_looked_at"
+
+
+def test_on_many_devices_plans_that_may_fit_are_traced_before_nothing_fits() -> None:
+    larger, smaller = priced(plan(CHECKPOINTED), 33, 1.3), priced(plan(MIXED, THIRDS, LOW_BIT), 31, 1.4)
+    scale = Scale(32, [larger, smaller])
+    found = list(traced_before_nothing_fits(scale, SKETCHES, scale.fits))  # type: ignore[arg-type]
+    assert found == [larger, smaller]
+    scale = Scale(20, [larger, smaller])  # farther below all sketches than these err
+    assert not list(traced_before_nothing_fits(scale, SKETCHES, scale.fits))  # type: ignore[arg-type]
 
 
 def test_plans_that_could_not_be_traced_are_no_reason() -> None:

@@ -137,6 +137,28 @@ def traced_for_reasons(
                 yield trace
 
 
+def traced_before_nothing_fits(
+    scale: Scale, known: Sequence[Estimate], fits: Callable[[Estimate], bool]
+) -> Iterator[Estimate]:
+    """Trace plans of the sketches in ``known`` that may fit (`_may_fit`), those that need the least device
+    memory first, until one fits, at most three, and yield their estimates. Plans that cannot be traced are
+    skipped.
+    """
+    tried = {e.plan for e in known if e.traced} | scale.refused.keys()
+    for _ in range(_TRIES):
+        may = _may_fit(scale)
+        possible = [e for e in known if e.plan not in tried and may(e)]
+        if not possible:
+            return
+        smallest = min(possible, key=lambda e: (scale.needs(e), complexity(e.plan)))
+        tried.add(smallest.plan)
+        trace = scale.traced_or_refused(smallest)
+        if trace is not None:
+            yield trace
+            if fits(trace):
+                return
+
+
 def _may_fit(scale: Scale) -> Callable[[Estimate], bool]:
     """Return a function that tells whether the plan of a sketch may fit when it is traced, by the plans that
     were traced so far (`may_fit`).

@@ -6,6 +6,8 @@ Nothing depends on how long a computation took, so the answer is the same every 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from memfit.planner.device_pricing import Aim, Scale
 from memfit.planner.evaluate import Pricer
 from memfit.planner.explanations import (
@@ -13,6 +15,7 @@ from memfit.planner.explanations import (
     is_comparable,
     nothing_fits,
     sensitivity,
+    traced_before_nothing_fits,
     traced_for_reasons,
     unsupported_reasons,
 )
@@ -58,6 +61,9 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
     sizes = counts(ranks, goal)
     estimates = scale.over(sizes)
     finalists = FinalistTracer(scale, fits).run(estimates, plain_plan)
+    if not any(map(fits, finalists)):
+        known = {e.plan: e for e in (*estimates, *scale.extremes(sizes), *finalists)}
+        finalists += traced_before_nothing_fits(scale, [*known.values()], fits)
     traced_plans = {e.plan for e in finalists}
     candidates = [
         *finalists,
@@ -87,15 +93,7 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
     def choice(e: Estimate, reasons: tuple[Reason, ...] = ()) -> Choice:
         return Choice(estimate=e, fits=fits(e), effect=effect_of(e.plan, e.dependence), reasons=reasons)
 
-    sketch, known_plans = scale.sketch_of(winner.plan), {e.plan for e in candidates}
-    neighbours = scale.neighbours(sketch) if sketch is not None else []
-    others = [e for e in (*neighbours, *scale.extremes(sizes)) if e.plan not in known_plans]
-    known = {e.plan: e for e in (*candidates, *others, baseline)}
-    quick = is_quick(scale)
-    for traced in traced_for_reasons(scale, winner, [*known.values()], fits, quick=quick):
-        known[traced.plan] = traced
-    reasons = explain_techniques(scale, winner, [*known.values()], fits, by_traces=quick)
-    technique_reasons = (*reasons, *unsupported_reasons(scale))
+    technique_reasons = _technique_reasons(scale, winner, [*candidates, baseline], sizes, fits)
     recommended = choice(winner, (*dependence_reasons(winner.plan, pricer.dependence), *technique_reasons))
     considered = sum(f.considered for n, f in scale.found.items() if n in sizes)
     ordered = sorted(by_plan.values(), key=lambda e: e.allocated_bytes.value)
@@ -109,3 +107,25 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
         smallest=choice(smallest),
         sensitivity=tuple(sensitivity(scale, winner, candidates, ranks)),
     )
+
+
+def _technique_reasons(
+    scale: Scale,
+    winner: Estimate,
+    candidates: Sequence[Estimate],
+    sizes: Sequence[int],
+    fits: Callable[[Estimate], bool],
+) -> tuple[Reason, ...]:
+    """Return why techniques are in the plan of ``winner`` or not, and which plans are impossible. The winner
+    is compared with the ``candidates``, with the plans that differ from it along one axis of its grid, and
+    with the best and the smallest plans with each technique and without it (`Scale.extremes`).
+
+    ``sizes``: the numbers of devices that were searched.
+    """
+    sketch, quick = scale.sketch_of(winner.plan), is_quick(scale)
+    neighbours = scale.neighbours(sketch) if sketch is not None else []
+    known = {e.plan: e for e in (*neighbours, *scale.extremes(sizes), *candidates)}
+    for traced in traced_for_reasons(scale, winner, [*known.values()], fits, quick=quick):
+        known[traced.plan] = traced
+    reasons = explain_techniques(scale, winner, [*known.values()], fits, by_traces=quick)
+    return (*reasons, *unsupported_reasons(scale))
