@@ -336,7 +336,7 @@ def _predicted(
     job: Job, plan: Plan, machine: Machine, cap_bytes: int | None = None, *, probe: bool
 ) -> Prediction:
     device_kind = machine.device.kind
-    space = Space(batch_size=job.batch_size, block_count=0, has_head=False, vocabulary=0, device=device_kind)
+    space = Space(batch_size=job.batch_size, block_count=0, vocabulary=0, device=device_kind)
     pricer = Pricer(job=job, machine=machine, space=space)
     cap = cap_bytes or int(machine.device.memory_bytes.value)
     return Prediction(
@@ -781,7 +781,7 @@ def largest(  # noqa: PLR0913
 
     target_plan = _plan_on(plan, target)
     first_job, kind = job_at(start or 1), target.device.kind
-    space = Space(batch_size=first_job.batch_size, block_count=0, has_head=False, vocabulary=0, device=kind)
+    space = Space(batch_size=first_job.batch_size, block_count=0, vocabulary=0, device=kind)
     pricer = Pricer(job=first_job, machine=target, space=space)
     cap_bytes = parse_bytes(memory) if isinstance(memory, str) else memory
     cap_bytes = cap_bytes or int(target.device.memory_bytes.value)

@@ -54,9 +54,7 @@ def test_every_technique_has_a_name_and_a_picture_of_one_sentence(lang: str, nam
 @pytest.mark.parametrize("lang", LANGUAGES)
 @pytest.mark.parametrize("name", TECHNIQUES)
 def test_settings_that_the_search_tries_have_different_words(lang: str, name: str) -> None:
-    space = Space(
-        batch_size=8, block_count=12, has_head=True, vocabulary=32000, device="cuda", slices=True, ranks=8
-    )
+    space = Space(batch_size=8, block_count=12, vocabulary=32000, device="cuda", slices=True, ranks=8)
     spaces = (space, dataclasses.replace(space, device="cpu", ranks=1))
     plans = [
         Plan(uses=(make_use(name, dict(settings)),))

@@ -183,9 +183,9 @@ def test_the_heaviest_operators_are_probed_first(pricer: Pricer) -> None:
 
 def test_the_plan_space_is_derived_from_the_model() -> None:
     space = space_of(words(BLOCKS), "cpu")
-    assert (space.block_count, space.batch_size, space.vocabulary, space.has_head) == (BLOCKS, 8, 512, True)
+    assert (space.block_count, space.batch_size, space.vocabulary) == (BLOCKS, 8, 512)
     bare = space_of(regression(), "cuda")
-    assert (bare.block_count, bare.has_head, bare.device) == (0, False, "cuda")
+    assert (bare.block_count, bare.vocabulary, bare.device) == (0, 0, "cuda")
 
 
 @pytest.mark.parametrize("wrong", [{"blocks": "layers"}, {"head": "projection"}])

@@ -40,7 +40,7 @@ OF_NORMS = SampleDependence(
 OF_SYNCED = dataclasses.replace(OF_NORMS, cause=DependenceCause.SYNC_BATCH_NORM, across_ranks=False)
 OF_WEIGHTS = dataclasses.replace(OF_NORMS, cause=DependenceCause.WEIGHTS)
 UNTESTED = SampleDependence(kind=DependenceKind.NOT_TESTED, reason="the model is too large for a trial")
-SPACE = Space(batch_size=8, block_count=2, has_head=False, vocabulary=0, device="cpu")
+SPACE = Space(batch_size=8, block_count=2, vocabulary=0, device="cpu")
 
 
 @pytest.mark.parametrize("job", DEPENDENT, ids=lambda job: job.name)

@@ -19,7 +19,7 @@ from memfit.techniques.registry import conflict, effect_of, make_use
 from memfit.types.plan import Accuracy, EffectClass, Plan, use
 from memfit.types.result import Estimate, Interval, Reason
 
-SPACE = Space(batch_size=4, block_count=4, has_head=True, vocabulary=1000, device="cpu")
+SPACE = Space(batch_size=4, block_count=4, vocabulary=1000, device="cpu")
 EVERY_PLAN = [
     Plan(),
     Plan(uses=(use("activation-checkpointing", every=1),)),
@@ -81,7 +81,7 @@ def test_a_missing_package_leaves_its_techniques_out_with_the_reason(monkeypatch
 
 
 def test_techniques_that_do_not_apply_to_the_job_are_not_tried() -> None:
-    bare = Space(batch_size=1, block_count=0, has_head=False, vocabulary=0, device="cpu")
+    bare = Space(batch_size=1, block_count=0, vocabulary=0, device="cpu")
     assert not names(Accuracy.ANY, bare) & {"gradient-accumulation", "activation-checkpointing", "lora"}
 
 

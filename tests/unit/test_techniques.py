@@ -42,7 +42,7 @@ from memfit.types.errors import UserError
 from memfit.types.job import JobRef, OptimizerChoice
 from memfit.types.plan import EffectClass, Plan, Use, use
 
-SPACE = Space(batch_size=8, block_count=3, has_head=True, vocabulary=VOCABULARY, device="cpu")
+SPACE = Space(batch_size=8, block_count=3, vocabulary=VOCABULARY, device="cpu")
 
 
 def needs(package: str) -> pytest.MarkDecorator:
@@ -133,13 +133,13 @@ def test_a_plan_without_a_technique_that_it_lacks_is_the_same_plan(name: str) ->
 def test_every_proposed_setting_is_valid_user_input() -> None:
     for found in TECHNIQUES.values():
         for device in ("cpu", "cuda"):
-            space = Space(batch_size=8, block_count=5, has_head=True, vocabulary=1000, device=device)
+            space = Space(batch_size=8, block_count=5, vocabulary=1000, device=device)
             for settings in found.settings(space):
                 assert make_use(found.name, settings).settings == settings
 
 
 def test_techniques_that_do_not_apply_to_the_job_are_not_proposed() -> None:
-    bare = Space(batch_size=1, block_count=0, has_head=False, vocabulary=0, device="cpu")
+    bare = Space(batch_size=1, block_count=0, vocabulary=0, device="cpu")
     proposed = {t.name for t in TECHNIQUES.values() if list(t.settings(bare))}
     assert not proposed & {
         "gradient-accumulation",
@@ -588,7 +588,7 @@ def test_a_setting_whose_package_is_missing_is_neither_proposed_nor_accepted(
     narrow = TECHNIQUES["bf16-parameters"]
     assert narrow.lacks({"rounding": "stochastic"}) == ("torchao",)
     assert not narrow.lacks({"rounding": "master"})
-    space = Space(batch_size=8, block_count=4, has_head=True, vocabulary=64, device="cuda")
+    space = Space(batch_size=8, block_count=4, vocabulary=64, device="cuda")
     proposed = {u for plan in plans(space, [narrow]) for u in plan.uses}
     assert [u.settings["rounding"] for u in proposed] == ["master"]
     with pytest.raises(UserError, match=r"rounding=stochastic\) needs torchao, which is not installed"):

@@ -172,9 +172,7 @@ class _Session:
         pricer = Pricer(
             job=job,
             machine=self.machine,
-            space=Space(
-                batch_size=1, block_count=0, has_head=False, vocabulary=0, device=trace.recorder.device
-            ),
+            space=Space(batch_size=1, block_count=0, vocabulary=0, device=trace.recorder.device),
             traces={(plan, 0): trace.finish(plan.ranks)},
         )
         if self.spec.probe and self.machine.is_here and self.machine.device.is_host:

@@ -112,7 +112,7 @@ def space_of(job: Job, device: str, ranks: int = 1, half: str = "bfloat16") -> S
 
     ``device``: its kind, such as "cuda". ``half``: what `half_precision_of` returns for the machine. If the
     job does not name its blocks and none are found, ``block_count`` is 0; if it does not name its head and
-    none is found, ``has_head`` is False. Raises UserError if the job names blocks or a head that the model
+    none is found, ``vocabulary`` is 0. Raises UserError if the job names blocks or a head that the model
     does not have.
     """
     from memfit.model.chunk_analysis import worth_cutting
@@ -137,7 +137,6 @@ def space_of(job: Job, device: str, ranks: int = 1, half: str = "bfloat16") -> S
     return Space(
         batch_size=max(1, job.batch_size // ranks),
         block_count=block_count,
-        has_head=vocabulary > 0,
         vocabulary=vocabulary,
         device=device,
         ranks=ranks,

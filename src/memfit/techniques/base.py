@@ -97,7 +97,6 @@ class Space:
 
     batch_size: int  # of one rank
     block_count: int
-    has_head: bool
     vocabulary: int  # output size of the head; 0 if there is no head
     device: str  # its kind, such as "cpu" or "cuda"
     ranks: int = 1

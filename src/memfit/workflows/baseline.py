@@ -192,9 +192,7 @@ def predict(target: BaselineTarget, job: Job, plan: Plan, machine: Machine, fold
     """Return the prediction for ``target``, which is ``job`` under ``plan`` on ``machine``, with the rows of
     all modules. Paths of lines are relative to ``folder``. Raises UserError if the model does not support the
     plan."""
-    space = Space(
-        batch_size=job.batch_size, block_count=0, has_head=False, vocabulary=0, device=machine.device.kind
-    )
+    space = Space(batch_size=job.batch_size, block_count=0, vocabulary=0, device=machine.device.kind)
     pricer = Pricer(job=job, machine=machine, space=space, lines=True)
     estimate = pricer.whole(plan)
     trace = with_workspaces(pricer.trace(plan, estimate.rank), machine.device)
