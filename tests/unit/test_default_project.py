@@ -135,7 +135,7 @@ def test_each_device_with_a_count_is_a_machine_of_a_case(device: str) -> None:
     case = cases.DecisionCase.model_validate({"existing": {"machine": name}})
     found = decide(poc, case, name="case.toml")
     way = next(w for w in found.ways if w.kind == "existing" and w.plain)
-    assert (way.machine, way.parallel_runs) == (name, 4)
+    assert (way.machine, way.parallel_count) == (name, 4)
 
 
 def test_four_devices_do_four_times_the_runs_of_one() -> None:

@@ -89,7 +89,7 @@ class AlternativeInputs:
             if hours is None and (offer is None or not offer.fits or offer.step_s is None):
                 continue
             way = self._way(kind, section, name, plain, hours, offer, machine)
-            candidates.append(dataclasses.replace(way, parallel_runs=at_once if hours is None else 1))
+            candidates.append(dataclasses.replace(way, parallel_count=at_once if hours is None else 1))
         if not candidates and machine is None:
             raise UserError(
                 f"the machine {name!r} in section [{kind}] of the case is not in the catalog, and neither "
@@ -380,8 +380,8 @@ def _priced(machine: CatalogMachine | None, fact: Fact | None) -> dict[str, Any]
     return {
         "priced_device": machine.device.name,
         "device_count": machine.device_count,
-        "price_low": _end(fact, fact.low) / fact.value,
-        "price_high": _end(fact, fact.high) / fact.value,
+        "price_low_ratio": _end(fact, fact.low) / fact.value,
+        "price_high_ratio": _end(fact, fact.high) / fact.value,
     }
 
 

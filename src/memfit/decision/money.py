@@ -94,7 +94,7 @@ def hours_per_run(way: Alternative, terms: Terms) -> float:
     """Return the hours that a machine is busy for one run: the run's duration over the number of runs that
     the machine does at once. A machine with fewer runs in a year than that is as busy as with one alone.
     """
-    at_once = min(way.parallel_runs, max(1.0, terms.runs_per_year))
+    at_once = min(way.parallel_count, max(1.0, terms.runs_per_year))
     return run_hours(way, terms) / at_once
 
 

@@ -151,8 +151,8 @@ def price_factors(best: Alternative, reference: Alternative) -> tuple[Term, ...]
             name=name,
             value=1.0,
             unit="factor",
-            low=way.price_low,
-            high=way.price_high,
+            low=way.price_low_ratio,
+            high=way.price_high_ratio,
             source=f"the lowest and the highest of the sellers' prices of {way.machine}, over their median",
         )
         for name, way in zip(PRICE_FACTORS, ways, strict=False)

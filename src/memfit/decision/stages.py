@@ -216,7 +216,7 @@ def pilot_most(decision: Decision, way: Alternative | None) -> float | None:
         decision.terms, {n: end for n, end in ends.items() if n not in OWN}
     )
     trial = _in_pilot(way, decision)
-    dear_way = monte_carlo.with_draw(trial, ends, user_values, decision.terms, way.price_high)
+    dear_way = monte_carlo.with_draw(trial, ends, user_values, decision.terms, way.price_high_ratio)
     cost, people = _one_run(dear_way, dear_terms)
     return None if cost is None else cost + people
 

@@ -15,7 +15,7 @@
   function sheet(way, terms) {
     const factor = !way.predicted ? 1 : way.plain ? terms.plain_time_factor : terms.recommended_time_factor;
     const works = way.kind !== "nothing", hours = way.hours * factor;
-    const busy = hours / Math.min(way.parallel_runs, Math.max(1, terms.runs_per_year)), yearly = busy * terms.runs_per_year;
+    const busy = hours / Math.min(way.parallel_count, Math.max(1, terms.runs_per_year)), yearly = busy * terms.runs_per_year;
     const pue = { desk: terms.desk_pue_ratio, cloud: terms.cloud_pue_ratio }[way.site] ?? terms.pue_ratio;
     const machines = works ? Math.max(1, Math.ceil(yearly / (HOURS * terms.utilisation_ratio) - 1e-9)) : 0;
     const taxed = 1 + terms.tax_ratio, kw = ((way.power_w ?? 0) / 1000) * pue;
@@ -141,7 +141,7 @@
   // the lowest and highest factor between sellers on the prices of the best option and the reference
   function sellers(name, [best, reference]) {
     const same = best.priced_device !== "" && best.kind === reference.kind && best.priced_device === reference.priced_device;
-    const ends = (way, on) => (on && way.priced_device ? [way.price_low, way.price_high] : [1, 1]);
+    const ends = (way, on) => (on && way.priced_device ? [way.price_low_ratio, way.price_high_ratio] : [1, 1]);
     const first = name === "best_price_factor";
     return [ends(best, first), ends(reference, first ? same : name === "reference_price_factor" && !same)];
   }
@@ -184,7 +184,7 @@
     if (poc) found.spent = (poc.energy_j / 3.6e6) * perKwh * (1 + terms.tax_ratio) + poc.hours * terms.labour_per_hour;
     const trial = pilot === null || ways[pilot].kind === "purchase" ? null : oneRun(ways[pilot], terms);
     if (trial) {
-      let way = placed(ways[pilot], terms, "", 0, ways[pilot].price_high), dear = terms;
+      let way = placed(ways[pilot], terms, "", 0, ways[pilot].price_high_ratio), dear = terms;
       for (const [name, bound] of Object.entries(ends)) {
         const end = scaled(terms, name, bound);
         way = placed(way, terms, name, end);

@@ -160,6 +160,6 @@ def way_name(way: Alternative) -> Sentence:
     """Return the name of an option by its kind and machine: "buying MACHINE", "renting MACHINE", "the
     existing MACHINE" or "doing nothing"; if the machine does several runs at once, how many."""
     name = Sentence(key=f"way.{way.kind}", values={"machine": way.machine})
-    if way.parallel_runs == 1:
+    if way.parallel_count == 1:
         return name
-    return Sentence(key="way.at_once", values={"way": name, "count": str(way.parallel_runs)})
+    return Sentence(key="way.at_once", values={"way": name, "count": str(way.parallel_count)})

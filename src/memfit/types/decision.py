@@ -17,8 +17,8 @@ OFFERS: Final = (
 )
 # names of terms given by the user that belong to one option, not to all
 OWN: Final = ("setup_hours", *(own for _, own, _ in OFFERS))
-# Factors on the catalog's price of the best option's machine and of the reference's: the spread between sellers. If
-# both have the same price, only the first is used, and it moves both.
+# Factors on the catalog's price of the best option's machine and of the reference's: the spread between
+# sellers. If both have the same price, only the first is used, and it moves both.
 PRICE_FACTORS: Final = ("best_price_factor", "reference_price_factor")
 DRAWS: Final = 4000  # draws of the uncertain numbers for the interval of the saving
 
@@ -109,9 +109,10 @@ class Alternative:
 
     ``kind``: "existing", "purchase", "cloud" (to rent) or "nothing". ``plan``: the plan's label. ``plain``:
     whether it is plain training. ``price`` (to buy) and ``per_hour`` (to rent) are for one machine with all
-    its devices; None if the kind has no such price. ``price_low`` and ``price_high``: the lowest and the
-    highest price between sellers, over ``price`` or ``per_hour``; 1 for a price of the user. ``power_w``: of the machine's devices and host, without
-    the site's overhead (PUE); None if unknown. ``hours``: duration of one run. ``storage_per_month``: price
+    its devices; None if the kind has no such price. ``price_low_ratio`` and ``price_high_ratio``: the lowest
+    and the highest price between sellers, over ``price`` or ``per_hour``; 1 for a price of the user.
+    ``power_w``: of the machine's devices and host, without the site's overhead (PUE); None if unknown.
+    ``hours``: duration of one run. ``storage_per_month``: price
     per month of storing the data in the cloud.
     """
 
@@ -121,14 +122,14 @@ class Alternative:
     plain: bool = True
     hours: float = 0.0
     # how many runs the machine does at once, each on one of its devices, if the prediction is for one device
-    parallel_runs: int = 1
+    parallel_count: int = 1
     # "desk" or "cloud": where the machine is, for its PUE; "": the server room, or the user's own PUE
     site: str = ""
     # catalog device whose price it has, and how many; "": the price is the user's, or it has none
     priced_device: str = ""
     device_count: int = 1
-    price_low: float = 1.0
-    price_high: float = 1.0
+    price_low_ratio: float = 1.0
+    price_high_ratio: float = 1.0
     # whether memfit predicted the hours, so that a time factor of Terms applies; False: the user gave them
     predicted: bool = True
     power_w: float | None = None
