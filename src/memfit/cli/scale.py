@@ -123,7 +123,9 @@ def check_gates(
             plans.append(planning)
         if not sourced_record.taken_from:
             _keep(record.poc_id, plans, store)
-    decision = None if sourced_record.taken_from else _decision(record.poc_id, stages, gates_path, store)
+    decision = (
+        None if sourced_record.taken_from else _decision(record.poc_id, stages, gates_path, store, lang)
+    )
     if output.json:
         stages = stages if decision is None or failed else _with_money(stages, decision[1])
         details = {
@@ -252,12 +254,13 @@ def _keep(poc_id: str, plannings: list[memfit.planner.request.Planning], store: 
 
 
 def _decision(
-    poc_id: str, stages: dict[str, Any], gates: Path | None, store: StoreOptions
+    poc_id: str, stages: dict[str, Any], gates: Path | None, store: StoreOptions, lang: str
 ) -> tuple[memfit.types.result.Poc, memfit.types.decision.Decision]:
     """Return the proof of concept and its decision: the costs of each stage and option, with the figures of
     the user that were stored last. Before that, store the machines of ``stages``, and the text of ``gates``,
     the file with limits, so that the report shows these gates. If ``gates`` is None, an empty text is stored,
-    which stands for the default limits."""
+    which stands for the default limits. ``lang``: the reader's language, for the currency and the place if
+    the user gave no figures."""
     from memfit.store import Store
     from memfit.workflows import proof_of_concept
 
@@ -266,7 +269,7 @@ def _decision(
         records.append(poc_id, proof_of_concept.STAGE, {"name": name, "machine": stage["machine"]})
     text = gates.read_text(encoding="utf-8") if gates is not None else ""
     records.append(poc_id, proof_of_concept.GATES, {"text": text})  # the report shows the gate checked last
-    return proof_of_concept.decide(records, poc_id=poc_id, case=None)
+    return proof_of_concept.decide(records, poc_id=poc_id, case=None, lang=lang)
 
 
 def _with_money(stages: dict[str, Any], decision: memfit.types.decision.Decision) -> dict[str, Any]:
