@@ -27,7 +27,7 @@ HOST_OFFLOAD = "activation-offload to host"
 GROUPS = (
     ("plain", "gradient-accumulation", "bf16-autocast", "fp16-autocast", "activation-offload", HOST_OFFLOAD),
     ("activation-checkpointing", "selective-checkpointing", "optimal-checkpointing", "bf16-parameters"),
-    ("adafactor", "sgd", "adamw-fused", "adamw-single", "optimizer-in-backward", "lora"),
+    ("adafactor", "sgd", "adamw-fused", "adamw-single", "optimizer", "optimizer-in-backward", "lora"),
     ("chunked-cross-entropy", "chunking"),
 )
 NAMES = [name for group in GROUPS for name in group]
