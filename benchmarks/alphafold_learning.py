@@ -6,8 +6,9 @@
 
 Every run trains the tiny size of the job ``alphafold2`` under one plan, on simulated alignments, with one
 thread. Every EVERY steps it adds a line to benchmarks/records/alphafold_learning.jsonl with its scores on
-held-out chains, and saves a checkpoint beside the records, in a folder that git ignores. A run that was
-stopped goes on from its last checkpoint. Runs come in the order of the protocol, the most important first.
+held-out chains, and saves a checkpoint beside the records, in a folder that git ignores; so it does when its
+time is up. A run that was stopped goes on from its last checkpoint. Runs come in the order of the protocol,
+the most important first.
 """
 
 from __future__ import annotations
@@ -95,19 +96,34 @@ def train(name: str, seed: int, deadline: float) -> bool:
     if not resume:
         add(point(name, seed, 0, step.model, folds, cpu_s=0.0, losses=[]))
     losses: list[float] = []
-    begun = time.process_time()
+    begun = time.process_time() - paused_s(name, seed, done)
     while done < STEPS and time.monotonic() < deadline:
         losses.append(float(step.run(job.make_batch(done, seed))[0]))
         done += 1
         if keeper.due(done):
             spent = time.process_time() - begun
             add(point(name, seed, done, step.model, folds, cpu_s=spent, losses=losses))
-            keeper.save(done)
-            for old in sorted(folder.glob("step-*"))[:-1]:
-                shutil.rmtree(old)
             losses, begun = [], time.process_time()
+            keep(keeper, done, folder)
+    if losses:
+        spent = time.process_time() - begun
+        add({"kind": "pause", "run": name, "seed": seed, "step": done, "cpu_s": spent})
+        keep(keeper, done, folder)
     step.close()
     return done >= STEPS
+
+
+def keep(keeper: Checkpointer, done: int, folder: Path) -> None:
+    """Save a checkpoint and delete the one before."""
+    keeper.save(done)
+    for old in sorted(folder.glob("step-*"))[:-1]:
+        shutil.rmtree(old)
+
+
+def paused_s(name: str, seed: int, done: int) -> float:
+    """CPU seconds of the steps between the last point of a run and step ``done``, at which it was stopped."""
+    pauses = [r for r in lines() if r["kind"] == "pause" and (r["run"], r["seed"]) == (name, seed)]
+    return next((r["cpu_s"] for r in reversed(pauses) if r["step"] == done), 0.0) if done % EVERY else 0.0
 
 
 def point(
@@ -120,7 +136,7 @@ def point(
     cpu_s: float,
     losses: list[float],
 ) -> dict[str, Any]:
-    """A line of the record. ``cpu_s``: of the steps since the last point."""
+    """A line of the record. ``cpu_s``: of the steps since the last point. ``losses``: those of this block."""
     return {
         "kind": "point",
         "run": name,
