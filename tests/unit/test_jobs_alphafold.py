@@ -357,9 +357,7 @@ def test_built_in_backbones_have_real_bond_lengths_and_normalised_profiles() -> 
     assert np.allclose(folds.profile.sum(-1), 1, atol=1e-5)
 
 
-def test_hidden_residues_are_masked_or_in_a_tenth_each_random_of_the_profile_or_themselves() -> (
-    None
-):
+def test_hidden_residues_are_masked_or_in_a_tenth_each_random_of_the_profile_or_themselves() -> None:
     """Supplement 1.2.7."""
     job = alphafold2.make(batch=16)
     batch, again = job.make_batch(2, 1), job.make_batch(2, 1)
