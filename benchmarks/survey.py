@@ -25,7 +25,7 @@ BEGIN, END = "<!-- written by benchmarks/survey.py -->", "<!-- end -->"
 MACHINE = "H100-SXM"
 PLANS = {
     "plain": {},
-    "saved": {"bf16-autocast": {}, "activation-checkpointing": {}, "adamw-fused": {}},
+    "saved": {"bf16-autocast": {}, "activation-checkpointing": {}},
 }
 _LARGEST_GIB = 10  # from which no decimals are shown
 
@@ -131,10 +131,10 @@ def memory_rows(models: list[dict[str, Any]], records: Mapping[str, dict[str, An
     for model in models:
         record = records.get(model.get("same_as", model["name"]))
         cells = [model["name"], model["field"], model["published"]]
-        cells += [_count(record["parameters"]), _shape(record)] if record else ["", ""]
+        cells += [_count(record.get("parameters")), _shape(record)] if record else ["", ""]
         cells += [model["survey"]] if has_survey else []
         if record:
-            cells += [_gib(record["peaks"][name]) for name in PLANS]
+            cells += [_gib(record["peaks"].get(name)) for name in PLANS]
         else:
             cells += ["unknown", "unknown"]
         yield f"| {' | '.join(cells)} |"
@@ -157,16 +157,18 @@ def _shape(record: Mapping[str, Any]) -> str:
     return f"{batch} × {length:,}" if length else str(batch)
 
 
-def _count(parameters: int) -> str:
+def _count(parameters: int | None) -> str:
+    if parameters is None:
+        return ""
     for unit, size in (("B", 1e9), ("M", 1e6)):
         if parameters >= size:
             return f"{parameters / size:.3g} {unit}"
     return f"{parameters / 1e3:.3g} k"
 
 
-def _gib(peak: int | str) -> str:
-    if isinstance(peak, str):
-        return "not possible"
+def _gib(peak: int | str | None) -> str:
+    if not isinstance(peak, int):
+        return "unknown" if peak is None else "not possible"
     gib = peak / 2**30
     return f"{gib:,.0f}" if gib >= _LARGEST_GIB else f"{gib:.2g}"
 
