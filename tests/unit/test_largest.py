@@ -385,7 +385,7 @@ def test_tiny_words_at_another_batch_is_what_is_traced() -> None:
 
 
 def lengths(*words: str) -> tuple[int, str]:
-    result = CliRunner().invoke(app, ["estimate", "--lengths", *words])
+    result = CliRunner().invoke(app, ["estimate", *words])
     text = str(result.exception) if isinstance(result.exception, Exception) else result.output
     return result.exit_code, text
 
@@ -396,8 +396,9 @@ def test_two_sizes_of_the_data_give_quantiles_that_agree_with_traces(tmp_path: P
     (tmp_path / "sizes.jsonl").write_text(
         "".join(json.dumps({"nodes": a, "edges": b}) + "\n" for a, b in rows)
     )
-    words = ["--job", graph_file(tmp_path), "--columns", "nodes,edges", "--batch", "4", "--on", "this:cpu"]
-    code, text = lengths(str(tmp_path / "sizes.csv"), *words, "--memory", "1GiB", "--json")
+    columns = ["--columns", "nodes,edges"]
+    words = [graph_file(tmp_path), *columns, "--batch", "4", "--on", "this:cpu"]
+    code, text = lengths(*words, "--lengths", str(tmp_path / "sizes.csv"), "--memory", "1GiB", "--json")
     assert code == 0, text
     report = json.loads(text[text.index("{") :])
     peaks = report["quantile_bytes"]
@@ -405,10 +406,10 @@ def test_two_sizes_of_the_data_give_quantiles_that_agree_with_traces(tmp_path: P
     assert report["oom_per_step"] == 0
     for held_out in report["held_out"]:
         assert abs(held_out["predicted_bytes"] / held_out["traced_bytes"] - 1) < 0.01
-    code, same = lengths(str(tmp_path / "sizes.jsonl"), *words, "--memory", "1GiB", "--json")
+    code, same = lengths(*words, "--lengths", str(tmp_path / "sizes.jsonl"), "--memory", "1GiB", "--json")
     assert json.loads(same[same.index("{") :]) == report
     half_fits = str(peaks["p50"] + report["margin_bytes"])
-    code, text = lengths(str(tmp_path / "sizes.csv"), *words, "--memory", half_fits)
+    code, text = lengths(*words, "--lengths", str(tmp_path / "sizes.csv"), "--memory", half_fits)
     assert "60 samples, 4 per step (sum of their sizes)" in text
     assert re.search(r"out of [\d.]+ MiB: 0\.(4\d*|5) per step", text)
 
@@ -434,7 +435,7 @@ def test_wrong_data_of_two_sizes_are_refused(
     tmp_path: Path, text: str, words: list[str], message: str
 ) -> None:
     (tmp_path / "sizes.csv").write_text(text)
-    sizes = [str(tmp_path / "sizes.csv"), "--columns", "nodes,edges", "--job", graph_file(tmp_path)]
+    sizes = [graph_file(tmp_path), "--lengths", str(tmp_path / "sizes.csv"), "--columns", "nodes,edges"]
     code, output = lengths(*sizes, *words)
     assert code != 0
     assert message in output

@@ -410,7 +410,7 @@ def test_the_machines_command_shows_a_machine_file_with_its_sources(
     [
         ("IB-NRD", "did you mean IB-NDR"),
         ("HGX-H10", "HGX-H100"),
-        ("zzz", "`memfit machines` lists them"),
+        ("zzz", "`memfit list machines` lists them"),
         ("2x8xT4", "names no network"),
         ("japn", "did you mean japan"),
         ("8xT4@IB-NRD", "did you mean IB-NDR"),
