@@ -77,7 +77,7 @@ def test_an_unknown_technique_and_a_foreign_text_are_kept() -> None:
 
 def test_identifiers_inside_a_sentence_become_names() -> None:
     reason = "bf16-parameters is not supported by deepspeed"
-    assert in_words(reason, EN) == "bf16 parameter storage is not supported by deepspeed"
+    assert in_words(reason, EN) == "bf16 parameter storage is not supported by DeepSpeed"
     assert in_words(reason, JA) == "DeepSpeed はパラメーターの bf16 化に非対応"
     assert technique_names("lora, adamw-8bit", EN) == "LoRA, 8-bit AdamW"
 

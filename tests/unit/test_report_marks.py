@@ -17,8 +17,8 @@ from memfit.report import html
 from memfit.report.html import render_html
 from memfit.report.quantities import Mark, figure_text, measured, predicted, sourced
 from memfit.report.words import LANGUAGES, load_words
-from memfit.types.result import Cause, VerdictKind
-from memfit.verify import judge
+from memfit.types.result import Cause, EndpointDifference, VerdictKind
+from memfit.verify import judge, sensitivity
 from memfit.workflows import proof_of_concept
 
 CASE = """
@@ -153,19 +153,26 @@ def test_sentences_on_cards_contain_no_unmarked_numbers(lang: str) -> None:
 
 @pytest.mark.parametrize("lang", LANGUAGES)
 def test_every_verdict_cause_has_a_sentence_on_the_page(lang: str) -> None:
-    source = (Path(judge.__file__).read_text(), Path(proof_of_concept.__file__).read_text())
+    source = [Path(module.__file__ or "").read_text() for module in (judge, sensitivity, proof_of_concept)]
     kinds = {kind for text in source for kind in re.findall(r'Cause\(\s*kind="(\w+)"', text)} | {
         "better",
         "worse",
+        "surrogate_different",
+        "surrogate_undecided",
     }
     words = load_words(lang)
     assert {key.removeprefix("why.") for key in words.texts if key.startswith("why.")} == kinds
     cause = Cause(kind="", seed=1, step=2, difference=0.25, limit_ratio=0.125, needed_count=7, detail="<b>")
+    surrogate = EndpointDifference(
+        name="<b>", unit="", margin=1.0, difference=0.5, low=0.0, high=1.0, kind=VerdictKind.UNDECIDED
+    )
     for kind in kinds:
         poc = full_poc()
         first = poc.verdicts[0]
         because = dataclasses.replace(cause, kind=kind)
-        open_ = dataclasses.replace(first.verdict, kind=VerdictKind.UNDECIDED, cause=because)
+        open_ = dataclasses.replace(
+            first.verdict, kind=VerdictKind.UNDECIDED, cause=because, surrogates=(surrogate,)
+        )
         page = render_html(
             dataclasses.replace(poc, verdicts=(dataclasses.replace(first, verdict=open_),)), lang=lang
         )
