@@ -84,8 +84,8 @@ PROTOCOLS = (
         job="alphafold2",
         seeds=(0, 1, 2, 3),
         note=(
-            "the job was rebuilt on the day of these studies. `python benchmarks/sensitivity.py alphafold2` makes "
-            "the trainings that are missing. Until then, its proof of concept trains the control itself."
+            "the job was rebuilt on the day of these studies. `python benchmarks/sensitivity.py alphafold2` "
+            "makes the missing trainings. Until then, its proof of concept trains the control itself."
         ),
     ),
 )
