@@ -72,7 +72,7 @@ def block_linears(model: torch.nn.Module, path: str) -> Iterable[tuple[str, torc
 
 
 def _ranks(space: Space) -> Iterable[Mapping[str, KnobValue]]:
-    return [{"rank": 8, "outside": "trained", "dora": False}] if space.block_count and space.linears else []
+    return [{"rank": 8, "outside": "trained"}] if space.block_count and space.linears else []
 
 
 _RANK = Knob(
@@ -98,7 +98,7 @@ LORA = Technique(
     summary="freeze the blocks and train low-rank updates beside their weights (Hu et al. 2021); also DoRA",
     effect=EffectClass.E3,
     apply=_apply_lora,
-    settings=_ranks,
+    settings=lambda space: [{**settings, "dora": False} for settings in _ranks(space)],
     order=10,
     slot="adapters",
     knobs=(_RANK, _OUTSIDE, _DORA),
