@@ -84,7 +84,7 @@ PROTOCOLS = (
         version=2,
         seeds=(10, 11, 12, 13, 14),
         note=(
-            "Dice alone told half the training from all of it and found the repetition equivalent; the soft Dice "
+            "by Dice alone, half the training is different and the repetition equivalent; the soft Dice "
             "is noisier and left the repetition undecided. The surrogate was dropped. Fresh seeds."
         ),
     ),
