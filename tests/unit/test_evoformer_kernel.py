@@ -58,5 +58,5 @@ def test_what_the_kernel_refuses_is_one_line(attention: Any) -> None:
 def test_a_trace_for_the_processor_leaves_the_kernel_as_it_is(attention: Any) -> None:
     with FakeTensorMode(), use_device_kernels("cpu"):
         query, key, value, *biases = inputs()
-        with pytest.raises((AssertionError, ValueError), match="must be on cuda|CPU backend"):  # DeepSpeed's
+        with pytest.raises((AssertionError, ValueError), match=r"must be on cuda|CPU backend"):  # DeepSpeed's
             attention(query, key, value, list(biases))
