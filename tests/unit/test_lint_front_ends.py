@@ -162,7 +162,7 @@ def test_adapters_with_weights_of_8_bits_are_predicted_with_16_and_the_reason(tm
         lora_target_modules=["q_proj"],
         gradient_checkpointing="offload",
     )
-    assert techniques(found)["lora"] == {"rank": 8, "outside": "frozen"}
+    assert techniques(found)["lora"] == {"rank": 8, "outside": "frozen", "dora": False}
     assert techniques(found)["bf16-parameters"] == {"rounding": "master"}
     assert set(reasons(found)) >= {
         "frozen weights of 8 bits",
@@ -202,7 +202,7 @@ def test_axolotls_parallel_sizes_give_the_number_of_ranks(tmp_path: Path) -> Non
 
 def test_llama_factory_recomputes_unless_it_is_switched_off() -> None:
     assert techniques(carried("llamafactory-lora.yaml")) == {
-        "lora": {"rank": 16, "outside": "frozen"},
+        "lora": {"rank": 16, "outside": "frozen", "dora": False},
         "bf16-parameters": {"rounding": "master"},
         "activation-checkpointing": {"every": 1},
         "adamw-fused": {},

@@ -176,6 +176,7 @@ NOT_TORCH = {
     "engines/accelerate/step.py",
     "engines/megatron/step.py",
     "techniques/parallel/context_parallel.py",
+    "trace/evoformer_kernel.py",
     "trace/truncated_model.py",
 }
 
