@@ -210,8 +210,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "no loss": ({"loss": 3}, "the argument loss is a int"),
     "unknown optimizer": (
         {"optimizer": "adamx"},
-        "unknown optimizer 'adamx'; allowed: adamw, adam, sgd, adafactor; or PACKAGE.MODULE:CLASS of an "
-        "installed torch.optim.Optimizer, such as torch.optim:Muon; did you mean 'adam'?",
+        "or PACKAGE.MODULE:CLASS of an installed torch.optim.Optimizer, such as torch.optim:Muon; did you",
     ),
     "no optimizer": ({"optimizer": 3}, "the argument optimizer is a int"),
     "another's optimizer": ({"optimizer": torch.optim.SGD(net().parameters())}, "of the argument model"),
