@@ -22,6 +22,9 @@ WITHOUT = [
         "optimizer-in-backward",
         "selective-checkpointing",
         "optimal-checkpointing",
+        "activation-offload",
+        "adamw-8bit",
+        "chunking",
     )
     for argument in ("--without", name)
 ]
