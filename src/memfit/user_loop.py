@@ -21,6 +21,7 @@ from memfit.conformance.sharding import world_size
 from memfit.inputs import batch_of, loss_of, on_ranks, plan_of
 from memfit.jobs.optimizer_groups import PlanOptimizer, UserGroups
 from memfit.jobs.training_step import MicroBatch, TrainingStep, batch_length, moved, weighted
+from memfit.techniques.imported_optimizer import parse_arguments
 from memfit.techniques.optimizers import default_optimizer
 from memfit.techniques.rank_mesh import make_world
 from memfit.types.conformance import Conformance
@@ -203,6 +204,18 @@ class Fit:
         self._is_open = self._is_complete = False
 
 
+def _must_take_the_users_rates(plan: Plan) -> None:
+    """Raise UserError if the plan's optimizer has settings of its own that those of the user's would
+    replace: the loop's optimizer says them, and its schedule changes them."""
+    use = plan.get("optimizer")
+    own = parse_arguments(str(use.settings["arguments"]), "arguments") if use is not None else {}
+    if fixed := sorted(own.keys() & {"lr", "betas", "eps", "weight_decay"}):
+        raise UserError(
+            f"the plan sets {fixed[0]} of its optimizer, which memfit.apply takes from your optimizer",
+            hint=f"leave {fixed[0]} out of the plan's arguments and give it to the optimizer of your loop",
+        )
+
+
 def apply_plan(  # noqa: PLR0913
     plan: Any,
     model: torch.nn.Module,
@@ -218,6 +231,7 @@ def apply_plan(  # noqa: PLR0913
 ) -> Fit:
     """Apply ``plan`` to ``model`` in place and return a `Fit`. The arguments are those of `memfit.apply`."""
     job_plan = _plan(plan)
+    _must_take_the_users_rates(job_plan)
     _must_be_plain(model)
     for name in fields:
         if name not in STRUCTURE:

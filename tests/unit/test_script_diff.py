@@ -337,6 +337,14 @@ REFUSED = {
         ),
         "changes gradients",
     ),
+    "a part of the model that is clipped": (
+        PLAIN.replace("(model.parameters(), 1.0)", "(model[0].parameters(), 1.0)"),
+        "changes gradients",
+    ),
+    "a second optimizer": (
+        PLAIN.replace("# forward\n", "other.zero_grad()\n        other.step()\n"),
+        "more than one optimizer",
+    ),
     "a norm that is not constant": (
         PLAIN.replace("parameters(), 1.0)", "parameters(), epoch)"),
         "clips them to epoch, which may change",

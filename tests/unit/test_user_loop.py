@@ -117,6 +117,7 @@ PLANS: dict[str, dict[str, dict[str, Any]]] = {
     "sgd": {"sgd": {}},
     "adamw-8bit": {"adamw-8bit": {}},
     "lora": {"lora": {"rank": 4}},
+    "optimizer": {"optimizer": {"path": "torch.optim:Muon", "others": "adamw"}},
     "zero": {"zero": {"stage": 2}},
     "several": {
         "activation-checkpointing": {"every": 1},
@@ -371,6 +372,12 @@ def wrong_calls() -> dict[str, tuple[Any, str]]:
         "betas": (
             lambda m: memfit.apply("adamw-single", m, torch.optim.SGD(m.parameters(), lr=0.1)),
             "betas",
+        ),
+        "rate of the plan": (
+            lambda m: memfit.apply(
+                {"techniques": {"optimizer": {"path": "torch.optim:Adamax", "arguments": "lr=0.1"}}}, m
+            ),
+            "the plan sets lr",
         ),
         "groups": (lambda m: memfit.apply("zero", m, two_groups(m)), "one parameter group"),
         "no example": (lambda m: memfit.apply("chunking", m), "batch=batch"),

@@ -172,7 +172,9 @@ class AlternativeInputs:
         )
 
     def _of_catalog(self, offer: Offer) -> Iterator[Alternative]:
-        machine = catalog.machine(offer.machine)
+        machine = _known(offer.machine)
+        if machine is None:
+            return
         facts = {"purchase": machine_price(machine), "cloud": machine_rent(machine)}
         for kind, fact in facts.items():
             amount = _amount(fact)

@@ -4,6 +4,7 @@ and working hours estimated from what the program counted."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -11,6 +12,7 @@ from memfit import catalog
 from memfit.catalog import finance
 from memfit.catalog.tables import facts, table
 from memfit.decision.case import AdoptionEffort, CaseFigure, DecisionCase, Money
+from memfit.types.errors import UserError
 from memfit.types.machine import Fact
 from memfit.types.result import Effort, Offer, Poc
 from memfit.types.units import GIB
@@ -35,7 +37,8 @@ class Project:
 
     def possible_offers(self, offers: Sequence[Offer]) -> list[Offer]:
         """Return ``offers`` without recommended plans on devices that have less memory than a later phase of
-        the project needs. Plain training is kept, as it is only what the plan is compared with.
+        the project needs. Plain training is kept, as it is only what the plan is compared with, and so are
+        plans on machines that the catalog does not have.
         """
         return [o for o in offers if o.plain or _device_bytes(o.machine) >= self.least_bytes]
 
@@ -130,4 +133,7 @@ def _catalog_place(name: str) -> str:
 
 
 def _device_bytes(machine: str) -> float:
-    return catalog.machine(machine).device.memory_bytes.value
+    try:
+        return catalog.machine(machine).device.memory_bytes.value
+    except UserError:
+        return math.inf

@@ -277,7 +277,7 @@ def _energy_j(poc: Poc, terms: Terms) -> float | None:
     estimate = poc.search.baseline.estimate
     power_w = estimate.energy_j / estimate.step_s.value if estimate.energy_j and estimate.step_s else None
     joules = 0.0
-    for run in poc.runs:
+    for run in (*poc.runs, *([poc.control] if poc.control else [])):
         measured_j = run.measurement.energy_j
         if measured_j is None and power_w is None:
             return None

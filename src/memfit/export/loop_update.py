@@ -135,22 +135,13 @@ def _sequence(place: LoopPlace, statements: Statements, *, is_whole: bool) -> Up
         rest = step_body[position + 1 :]
     if (step := _step_index(place, rest, scaler)) is None:
         raise UserError("no OPTIMIZER.step() follows backward in the same block")
-    clip = condition = None
-    removed: list[ast.stmt] = []
-    for statement in rest[:step]:
-        if (clipping := _clipping(statement, scaler)) is not None:
-            clip, condition = clipping
-            removed.append(statement)
-        elif scaler and _method(statement, "unscale_", arguments=1) == scaler:
-            removed.append(statement)
-        elif _changes_gradients(statement):
-            text = ast.unparse(statement)
-            raise UserError(f"between backward and step, the script changes gradients: {text[:60]}")
+    clip, condition, removed = _gradient_changes(rest[:step], scaler)
     removed += [s for s in rest[step + 1 :] if scaler and _method(s, "update") == scaler]
     if is_whole and len(removed) + 2 != len(statements):
         raise UserError("a branch that runs backward does more than clip and step")
     if not is_whole:
         bodies = [place.body] if step_body is place.body else [place.body, step_body]
+        _must_be_only(str(_stepped(rest[step], scaler)), bodies, scaler)
         removed += [s for body in bodies for s in body if _method(s, "zero_grad") is not None]
     return Update(
         loss=loss,
@@ -226,6 +217,38 @@ def _is_optimizer(place: LoopPlace, name: str) -> bool:
     return has_parameters or zeroes or name in {"opt", "optim"} or "optimizer" in name
 
 
+def _gradient_changes(
+    statements: Statements, scaler: str
+) -> tuple[ast.expr | None, ast.expr | None, list[ast.stmt]]:
+    """Return (the norm to which the ``statements`` between backward and step clip, the condition under which
+    they do, the statements that the plan's step replaces). Raises UserError for other changes of
+    gradients."""
+    clip = condition = None
+    removed: list[ast.stmt] = []
+    for statement in statements:
+        if (clipping := _clipping(statement, scaler)) is not None:
+            if clip is not None:
+                raise UserError(
+                    "between backward and step, the script changes gradients: it clips them twice"
+                )
+            clip, condition = clipping
+            removed.append(statement)
+        elif scaler and _method(statement, "unscale_", arguments=1) == scaler:
+            removed.append(statement)
+        elif _changes_gradients(statement):
+            text = ast.unparse(statement)
+            raise UserError(f"between backward and step, the script changes gradients: {text[:60]}")
+    return clip, condition, removed
+
+
+def _must_be_only(optimizer: str, bodies: list[Statements], scaler: str) -> None:
+    """Raise UserError if the loop zeroes the gradients of another optimizer and steps it, too."""
+    statements = [s for body in bodies for s in body]
+    stepped = {_stepped(s, scaler) for s in statements} - {None, optimizer}
+    if others := sorted(map(str, stepped & {_method(s, "zero_grad") for s in statements})):
+        raise UserError(f"the loop trains with more than one optimizer: {optimizer} and {others[0]}")
+
+
 def _clipping(statement: ast.stmt, scaler: str) -> tuple[ast.expr, ast.expr | None] | None:
     """Return (the norm, the condition) of ``clip_grad_norm_(model.parameters(), NORM)``, alone or in an
     ``if``, else None."""
@@ -243,8 +266,21 @@ def _norm(statement: ast.stmt) -> ast.expr | None:
         return None
     norms = [*call.args[1:2], *(k.value for k in call.keywords if k.arg == "max_norm")]
     others = len(call.args) > 2 or any(k.arg != "max_norm" for k in call.keywords)
-    is_simple = len(norms) == 1 and isinstance(norms[0], ast.Constant | ast.Name | ast.Attribute)
+    is_whole = bool(call.args) and _is_whole_model(call.args[0])
+    is_simple = is_whole and len(norms) == 1 and isinstance(norms[0], ast.Constant | ast.Name | ast.Attribute)
     return norms[0] if is_simple and not others else None
+
+
+def _is_whole_model(node: ast.expr) -> bool:
+    """Return whether ``node`` is ``model.parameters()``, also of ``self.model`` or ``model.module``; not of a
+    part of a model."""
+    if not (isinstance(node, ast.Call) and not node.args and isinstance(node.func, ast.Attribute)):
+        return False
+    model = node.func.value
+    if isinstance(model, ast.Attribute):
+        is_named = model.attr == "module" or (isinstance(model.value, ast.Name) and model.value.id == "self")
+        return node.func.attr == "parameters" and is_named
+    return node.func.attr == "parameters" and isinstance(model, ast.Name)
 
 
 def must_be_on_lines(body: Statements) -> None:

@@ -162,7 +162,14 @@ def _micro_batch(
                 hint=f"change it to a multiple of {steps}",
             )
         return str(whole // steps), whole
-    product = source.of(batch) if old_steps is None else f"{source.of(batch)} * {source.of(old_steps)}"
+    parts = [
+        source.of(part)
+        if isinstance(part, ast.Name | ast.Attribute | ast.Constant)
+        else f"({source.of(part)})"
+        for part in (batch, old_steps)
+        if part is not None
+    ]
+    product = " * ".join(parts)
     return (product if steps == 1 else f"{product} // {steps}"), None
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from memfit.techniques.imported_optimizer import SeparateOptimizers
 from memfit.techniques.optimizers import EagerStep, StepInBackward, innermost
 from memfit.techniques.precision import MasterWeights
 from memfit.techniques.zero.base import Reducing
@@ -258,7 +259,7 @@ def _inner_groups(optimizer: Any) -> Iterator[tuple[type, Group, list[torch.nn.P
     """Yield (class, group, the model's parameters that the group updates) for each group of each torch
     optimizer inside ``optimizer``."""
     match optimizer:
-        case StepInBackward():
+        case StepInBackward() | SeparateOptimizers():
             for single in optimizer.optimizers.values():
                 yield from _inner_groups(single)
         case MasterWeights():

@@ -57,8 +57,6 @@ def source_digest(spec: str) -> str:
     )
 
 
-
-
 def _call(function: Any, options: dict[str, Any], spec: str) -> Job:
     try:
         inspect.signature(function).bind(**options)

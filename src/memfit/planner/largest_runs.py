@@ -49,7 +49,7 @@ def find_boundary(
         runs[value] = run(value)
         if runs[value].outcome not in (OutcomeKind.OK, OutcomeKind.OOM):
             break
-        ends = prediction.limit != "memory" and runs[value].outcome is OutcomeKind.OK
+        ends = prediction.limit != "memory" and all(r.outcome is OutcomeKind.OK for r in runs.values())
         value = None if ends else _next_value(runs, prediction)
     low, high = _bounds(runs)
     return MeasuredLargest(
@@ -69,7 +69,7 @@ def _bounds(runs: Mapping[int, MeasuredSize]) -> tuple[int, int | None]:
 
 def _next_value(runs: Mapping[int, MeasuredSize], prediction: LargestValue) -> int | None:
     """Return the next value to run: where memory, as measured at the largest value that ran, is predicted to
-    reach the cap. None if the values next to each other were run, or the job refuses larger ones."""
+    reach the cap. None if the values next to each other were run, or the job refuses all others."""
     step = prediction.step
     low, high = _bounds(runs)
     if high is not None and high - low <= step:
@@ -79,7 +79,10 @@ def _next_value(runs: Mapping[int, MeasuredSize], prediction: LargestValue) -> i
         return None
     if low == 0:
         assert high is not None
-        return max(step, min(high - step, int(high * _LOWER) // step * step))
+        floor = max((t.value for t in prediction.traced if t.problem and t.value < high), default=0)
+        if high - floor <= step:
+            return None
+        return max(floor + step, min(high - step, int(high * _LOWER) // step * step))
     if high is not None and len(runs) > _ALTERNATES and len(runs) % 2:
         return (low + high) // 2 // step * step
     used_bytes, points = runs[low].process_bytes, [t for t in prediction.traced if not t.problem]

@@ -64,6 +64,12 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
     if not any(map(fits, finalists)):
         known = {e.plan: e for e in (*estimates, *scale.extremes(sizes), *finalists)}
         finalists += traced_before_nothing_fits(scale, [*known.values()], fits)
+    if not any(map(fits, finalists)):
+        bounds = ((aim.bounds.deadline_s, Objective.FASTEST), (aim.bounds.budget_usd, Objective.CHEAPEST))
+        for requested, objective in bounds:  # how close the best plans by these goals come
+            if requested is not None:
+                finalists += FinalistTracer(scale, scale.fits_memory, objective).run(estimates, plain_plan)
+        finalists = [*{e.plan: e for e in finalists}.values()]
     traced_plans = {e.plan for e in finalists}
     candidates = [
         *finalists,
@@ -75,13 +81,6 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
     candidates = [e for e in candidates if e.plan != baseline.plan]
     winner = best([e for e in (*finalists, baseline) if e.traced and fits(e)], goal)
     if winner is None:
-        bounds = ((aim.bounds.deadline_s, Objective.FASTEST), (aim.bounds.budget_usd, Objective.CHEAPEST))
-        for requested, objective in bounds:  # how close the best plans by these goals come
-            if requested is not None:
-                finalists = [
-                    *finalists,
-                    *FinalistTracer(scale, scale.fits_memory, objective).run(estimates, plain_plan),
-                ]
         raise nothing_fits(scale, [*finalists, baseline], ranks)
     expected = [scale.expected(e) for e in candidates]  # compare like with like
     frontier_estimates = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -44,9 +45,14 @@ def train_forked(spec: RunSpec, job: Job) -> Measurement:
         os.close(reader)
         _train(spec, job, writer)
     os.close(writer)
-    with os.fdopen(reader, encoding="utf-8") as events:
-        results = [event for line in events if (event := _event(line)).get("event") == "result"]
-    status = os.waitpid(process, 0)[1]
+    try:
+        with os.fdopen(reader, encoding="utf-8") as events:
+            results = [event for line in events if (event := _event(line)).get("event") == "result"]
+    except BaseException:  # an interrupt: the copy must not train on
+        os.kill(process, signal.SIGKILL)
+        raise
+    finally:
+        status = os.waitpid(process, 0)[1]
     if results:
         return serialization.loads(Measurement, json.dumps(results[-1]["measurement"]), what="measurement")
     return Measurement(
@@ -57,18 +63,30 @@ def train_forked(spec: RunSpec, job: Job) -> Measurement:
 def _event(line: str) -> dict[str, Any]:
     if not line.startswith('{"event":'):
         return {}
-    event: dict[str, Any] = json.loads(line)
+    try:
+        event: dict[str, Any] = json.loads(line)
+    except ValueError:  # the copy was killed while it wrote the line
+        return {}
     return event
 
 
 def _train(spec: RunSpec, job: Job, writer: int) -> NoReturn:
-    """Train in this process, write the result as an event to ``writer``, and end the process."""
+    """Train in this process, write the result as an event to ``writer``, and end the process: nothing may
+    return or raise into the program that was copied."""
+    code = 1
+    try:
+        os.dup2(writer, 1)
+        sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+        code = _run(spec, job)
+        sys.stdout.flush()
+    finally:
+        os._exit(code)
+
+
+def _run(spec: RunSpec, job: Job) -> int:
     from memfit.runtime.progress_events import tell
     from memfit.worker.train import main
 
-    os.dup2(writer, 1)
-    sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
-    code = 0
     try:
         if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:  # glibc only
             for option, value in _MALLOC_OPTIONS:
@@ -82,6 +100,5 @@ def _train(spec: RunSpec, job: Job, writer: int) -> NoReturn:
         text = traceback.format_exception_only(error)[-1].strip()
         outcome = OutcomeKind.OOM if is_oom_error(error) else OutcomeKind.FAILED
         tell("result", measurement=Measurement(outcome=outcome, reason=text))
-        code = 1
-    sys.stdout.flush()
-    os._exit(code)
+        return 1
+    return 0

@@ -233,7 +233,9 @@ def _must_be_measurable(request: Request, sizes: _Sizes) -> None:
             "--measure runs values on this machine, but the question is about another one",
             allowed="--measure without --on, or with --on this",
         )
-    if request.cap_bytes is None and request.machine.device.is_host:
+    device = request.machine.device
+    is_below = request.cap_bytes is not None and request.cap_bytes < device.memory_bytes.value
+    if device.is_host and not is_below:
         raise UserError(
             "--measure on a processor needs a cap below the machine's memory",
             allowed="--memory SIZE, such as --memory 4GiB",
