@@ -10,8 +10,14 @@ from tiny import regression, words
 from torch import nn
 
 from memfit.jobs.training_step import TrainingStep
-from memfit.techniques.imported_optimizer import SeparateOptimizers, optimizer_class, parse_arguments
-from memfit.techniques.registry import make_use
+from memfit.techniques.base import Space
+from memfit.techniques.imported_optimizer import (
+    SeparateOptimizers,
+    needs_names,
+    optimizer_class,
+    parse_arguments,
+)
+from memfit.techniques.registry import TECHNIQUES, make_use
 from memfit.types.errors import UserError
 from memfit.types.job import Job, OptimizerChoice
 from memfit.types.plan import Plan
@@ -198,3 +204,20 @@ def test_updates_in_backward_train_the_same() -> None:
     torch.manual_seed(0)
     inside = losses(TrainingStep(words(), Plan(uses=uses)))
     assert inside == losses(step_with(**settings))
+
+
+@pytest.mark.parametrize(
+    ("choice", "named"),
+    [
+        (OptimizerChoice(name="torch.optim:Muon", others="adamw"), True),
+        (OptimizerChoice(name="torch.optim:Adamax"), False),
+        (OptimizerChoice(), False),
+    ],
+)
+def test_a_search_tries_no_copies_of_parameters_for_an_optimizer_that_needs_their_names(
+    choice: OptimizerChoice, named: bool
+) -> None:
+    assert needs_names(choice) is named
+    space = Space(batch_size=4, block_count=2, vocabulary=0, device="cpu", named=named)
+    assert ("bf16-parameters" in space.refused) is named
+    assert bool(TECHNIQUES["bf16-parameters"].settings(space)) is not named

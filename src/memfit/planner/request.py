@@ -118,6 +118,7 @@ def space_of(job: Job, device: str, ranks: int = 1, half: str = "bfloat16") -> S
     from memfit.model.chunk_analysis import worth_cutting
     from memfit.model.scalar_parameters import scalars
     from memfit.techniques.adapters import block_linears
+    from memfit.techniques.imported_optimizer import needs_names
     from memfit.trace.tracer import fake_model
 
     model = fake_model(job)
@@ -145,6 +146,7 @@ def space_of(job: Job, device: str, ranks: int = 1, half: str = "bfloat16") -> S
         scalars=bool(scalars(model)),
         clipped=job.clip is not None,
         adamw=is_adamw(job.optimizer),
+        named=needs_names(job.optimizer),
         slices=ranks == 1 and worth_cutting(job, model),
     )
 

@@ -107,6 +107,7 @@ class Space:
     least_part: int = 1  # number of samples in the smallest micro-batch
     clipped: bool = False  # gradients are clipped by their total norm
     adamw: bool = True  # the job's optimizer is AdamW with the job's hyperparameters
+    named: bool = False  # the job's optimizer needs the names of the model's parameters
 
     @property
     def parts(self) -> tuple[int, ...]:
@@ -119,9 +120,11 @@ class Space:
     def refused(self) -> frozenset[str]:
         """Names of techniques that the search does not propose for the job: fsdp2 if the model has parameters
         without dimensions; optimizer-in-backward if gradients are clipped by their total norm; adamw-8bit,
-        adamw-4bit, adamw-fused and adamw-single if the job's optimizer is not AdamW."""
+        adamw-4bit, adamw-fused and adamw-single if the job's optimizer is not AdamW; if it needs names of
+        parameters, techniques that give it copies or parts of them."""
         reasons = {
-            "fsdp2": self.scalars,
+            "fsdp2": self.scalars or self.named,
+            **dict.fromkeys(("bf16-parameters", "zero", "sharded-ddp", "tensor-parallel"), self.named),
             "optimizer-in-backward": self.clipped,
             **dict.fromkeys(("adamw-8bit", "adamw-4bit", "adamw-fused", "adamw-single"), not self.adamw),
         }

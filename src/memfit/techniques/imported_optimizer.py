@@ -87,6 +87,16 @@ def parse_arguments(text: str, what: str) -> dict[str, Any]:
         raise UserError(f"{what} is {text!r}", allowed=allowed) from error
 
 
+def needs_names(choice: OptimizerChoice) -> bool:
+    """Return whether the optimizer can only be made from the model's parameters with their names: its class
+    takes named parameters, or matrices of the blocks are chosen. False for memfit's own names. Raises
+    UserError for an import path or an argument that is wrong."""
+    if choice.make is not None or ":" not in choice.name:
+        return False
+    takes_names = _arguments(optimizer_class(choice.name), choice)[1]
+    return takes_names or bool(choice.matrices) or choice.others == "adamw"
+
+
 def imported_optimizer(
     choice: OptimizerChoice,
     make_adamw: MakeOptimizer,

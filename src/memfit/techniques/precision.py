@@ -122,6 +122,8 @@ def _in(half: str, *settings: Mapping[str, KnobValue]) -> Callable[[Space], _Set
     return lambda space: settings if space.half == half else ()
 
 
+_ROUNDINGS = _in("bfloat16", {"rounding": "master"}, {"rounding": "stochastic"})
+
 AUTOCAST = Technique(
     name="bf16-autocast",
     summary="matrix products and activations in bfloat16, parameters and optimizer in float32",
@@ -149,7 +151,7 @@ PARAMETERS = Technique(
     summary="parameters, gradients and activations in bfloat16",
     effect=EffectClass.E2,
     apply=_apply_parameters,
-    settings=_in("bfloat16", {"rounding": "master"}, {"rounding": "stochastic"}),
+    settings=lambda space: () if "bf16-parameters" in space.refused else _ROUNDINGS(space),
     order=75,
     slot="precision",
     knobs=(
