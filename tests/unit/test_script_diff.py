@@ -341,6 +341,15 @@ REFUSED = {
         PLAIN.replace("(model.parameters(), 1.0)", "(model[0].parameters(), 1.0)"),
         "changes gradients",
     ),
+    "a condition that changes": (
+        PLAIN.replace(
+            "torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)",
+            "if model.count > 3:\n"
+            "            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)\n"
+            "        model.count += 1",
+        ),
+        "may change",
+    ),
     "a second optimizer": (
         PLAIN.replace("# forward\n", "other.zero_grad()\n        other.step()\n"),
         "more than one optimizer",

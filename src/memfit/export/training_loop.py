@@ -377,6 +377,10 @@ def _innermost(statements: Statements, user: ast.AST, optimizer: str) -> tuple[S
     return statements, at
 
 
+def _is_stored_attribute(node: ast.AST) -> bool:
+    return isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+
+
 def _clip(place: LoopPlace, update: Update, arguments: dict[str, ast.expr] | None, later: Statements) -> str:
     """Return the source of the argument ``clip``: what the loop clips to, in the names of the place where the
     plan is applied. ``arguments``: those of the loop's function there, None if it is the same scope;
@@ -385,6 +389,7 @@ def _clip(place: LoopPlace, update: Update, arguments: dict[str, ast.expr] | Non
     if update.clip is None:
         return ""
     own = {n for s in (later if arguments is None else place.scope) for n in stored_names(s)}
+    stored = {ast.unparse(t) for s in place.scope for t in ast.walk(s) if _is_stored_attribute(t)}
     parameters = set[str]()
     if arguments is not None and place.function is not None:
         parameters = {a.arg for a in place.function.args.posonlyargs + place.function.args.args}
@@ -392,6 +397,11 @@ def _clip(place: LoopPlace, update: Update, arguments: dict[str, ast.expr] | Non
     for node in (update.clip, update.condition):
         if node is None:
             continue
+        if any(isinstance(n, ast.Call) or ast.unparse(n) in stored for n in ast.walk(node)):
+            raise UserError(
+                f"between backward and step, the script changes gradients: it clips them where "
+                f"{ast.unparse(node)}, which may change"
+            )
         for name in loaded_names(node):
             argument = None if arguments is None else arguments.get(name)
             if name in own or (name in parameters and not isinstance(argument, ast.Name)):
