@@ -457,7 +457,8 @@ def records() -> list[dict[str, Any]]:
 
 def append(record: Mapping[str, Any]) -> None:
     with RECORDS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+        text = json.dumps(record).replace(f"{HERE.parent}/", "")  # names no folder of this machine
+        file.write(text + "\n")
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from report_fixture import full_poc
 from rich.console import Console
+from tiny import Q3
 from torch.nn import functional
 
 from memfit.decision import rollout_gates
@@ -46,15 +47,6 @@ from memfit.verify.sensitivity import judge_pair, judge_study, power_study, with
 from memfit.worker.degraded_training import change_last_bits, degrade, round_weights, scores_by_endpoint
 from memfit.workflows import proof_of_concept
 
-Q3 = Metric(
-    name="Q3",
-    unit="%",
-    higher_is_better=True,
-    margin=2.0,
-    margin_source="test",
-    naive=38.0,
-    naive_name="coil",
-)
 LOSS = dataclasses.replace(Q3, name="held-out loss", unit="nats", higher_is_better=False, margin=0.1)
 ENDPOINTS = (Q3, LOSS)
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import Q3
 
 from memfit.types.job import JobRef, Metric
 from memfit.types.launch import RunSpec
@@ -23,15 +24,6 @@ from memfit.verify.student import central_probability, critical_t, tost_power
 
 E0, E1, E2, E3 = EffectClass
 EQUIVALENT, DIFFERENT, UNDECIDED, _ = VerdictKind
-Q3 = Metric(
-    name="Q3",
-    unit="%",
-    higher_is_better=True,
-    margin=2.0,
-    margin_source="test",
-    naive=38.0,
-    naive_name="coil",
-)
 
 
 def make_run(seed: int = 0, *, name: str = "baseline", **measured: Any) -> Run:

@@ -1,4 +1,4 @@
-"""Jobs of a few kilobytes, shared by the tests of trace, search, step and worker."""
+"""Jobs of a few kilobytes, shared by the tests of trace, search, step and worker, and a metric."""
 
 from __future__ import annotations
 
@@ -6,10 +6,20 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from memfit.types.job import Job
+from memfit.types.job import Job, Metric
 
 VOCABULARY, WIDTH, LENGTH, BATCH = 512, 16, 12, 8
 PADDING = -100
+
+Q3 = Metric(
+    name="Q3",
+    unit="%",
+    higher_is_better=True,
+    margin=2.0,
+    margin_source="test",
+    naive=38.0,
+    naive_name="coil",
+)
 
 
 class Block(nn.Module):

@@ -176,8 +176,8 @@ class Scale:
         """Return, as estimates, the `GridSketches.extremes` for each of these numbers of devices that was
         searched: for every technique, the best and the smallest plans with it, and without it.
         """
-        found = [self.found[ranks].extremes for ranks in counts if ranks in self.found]
-        sketches = {s.plan: s for extremes in found for chosen in extremes.values() for s in chosen}
+        results = [self.found[ranks] for ranks in counts if ranks in self.found]
+        sketches = {s.plan: s for result in results for chosen in result.extremes.values() for s in chosen}
         return [self.estimate(sketch) for sketch in sketches.values()]
 
     def over(self, counts: Sequence[int]) -> list[Estimate]:
