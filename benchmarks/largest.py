@@ -113,12 +113,16 @@ def run(question: Question, value: int) -> dict[str, Any]:
     }
 
 
-def answer(question: Question) -> dict[str, Any]:
-    request = Request(
+def request_of(question: Question) -> Request:
+    return Request(
         job=JobRef(spec=question.job),
         machine=local_machine.this_machine("world", "cpu"),
         cap_bytes=question.cap_mib * MIB,
     )
+
+
+def answer(question: Question) -> dict[str, Any]:
+    request = request_of(question)
     begun = time.perf_counter()
     report = largest(request, question.dimension, plans=[question.plan])
     asked_s = time.perf_counter() - begun
@@ -160,11 +164,7 @@ def answer(question: Question) -> dict[str, Any]:
 
 def measured_answer(question: Question) -> dict[str, Any]:
     """Ask with --measure, and run the largest value that ran and the next one three times more."""
-    request = Request(
-        job=JobRef(spec=question.job),
-        machine=local_machine.this_machine("world", "cpu"),
-        cap_bytes=question.cap_mib * MIB,
-    )
+    request = request_of(question)
     begun = time.perf_counter()
     row = largest(request, question.dimension, plans=[question.plan], measure=True).rows[0]
     asked_s = time.perf_counter() - begun

@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
+from memfit.cli.gates import GateOptions, check_gates
 from memfit.cli.log_filters import quiet_libraries
 from memfit.cli.options import EffortOptions, GoalOptions, OutputOptions, RuntimeOptions, StoreOptions
 from memfit.cli.output import check_language, console, emit, refuse_options
-from memfit.cli.scale import ScaleOptions, check_gates
 from memfit.types.errors import UserError
 
 
@@ -51,7 +51,7 @@ class DecideOptions:
 
 def decide(
     options: DecideOptions,
-    scale: ScaleOptions,
+    gates: GateOptions,
     effort: EffortOptions,
     goal: GoalOptions,
     runtime: RuntimeOptions,
@@ -66,16 +66,16 @@ def decide(
     concept are checked against limits, called gates; if all are kept, the pilot on the machine --pilot and
     the full-size training on the machine --full are predicted. If one is not kept, the exit code is 1."""
     language_code = check_language(output.lang)
-    if scale.gates is not None or scale.pilot is not None or scale.full is not None:
+    if gates.gates is not None or gates.pilot is not None or gates.full is not None:
         refuse_options(
             {"--case": options.case, "--template": options.template},
             "cannot be used with --gates, --pilot or --full",
             hint="`memfit decide --case FILE` stores your figures for later commands",
         )
-        check_gates(options.poc, scale, effort, goal, runtime, store, output)
+        check_gates(options.poc, gates, effort, goal, runtime, store, output)
         return
     refuse_options(
-        {"--size": scale.size, "--job": scale.job}, "need a stage to predict", hint="add --pilot or --full"
+        {"--size": gates.size, "--job": gates.job}, "need a stage to predict", hint="add --pilot or --full"
     )
     if options.template:
         if options.case is not None or options.poc is not None:

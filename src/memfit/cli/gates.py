@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ScaleOptions:
+class GateOptions:
     """The file with limits that the figures of a proof of concept must keep, and for the next two stages, the
     pilot and the full-size training, their machines, the size and the job."""
 
@@ -90,7 +90,7 @@ class ScaleOptions:
 
 def check_gates(
     record_name: str | None,
-    options: ScaleOptions,
+    options: GateOptions,
     effort: EffortOptions,
     goal: GoalOptions,
     runtime: RuntimeOptions,
