@@ -7,6 +7,7 @@ import functools
 import itertools
 import math
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from memfit.cost.estimate import interval_around
 from memfit.cost.money import bill
 from memfit.cost.op_time import time_model
 from memfit.engines.registry import engine
+from memfit.planner import multi_device
 from memfit.planner.block_traces import BlockTracer
 from memfit.planner.capacity import needed_bytes
 from memfit.planner.device_pricing import Aim, Scale
@@ -39,12 +41,12 @@ from memfit.planner.parallelism_grid import Limits, grids, no_grid_error
 from memfit.planner.request import space_of
 from memfit.planner.selection import Objective, frontier, score
 from memfit.techniques.rank_mesh import layout
-from memfit.techniques.registry import TECHNIQUES, conflict, make_plain_plan
+from memfit.techniques.registry import TECHNIQUES, conflict, make_plain_plan, make_use
 from memfit.types.errors import NothingFits, UserError
 from memfit.types.job import Job
 from memfit.types.machine import Calibration, Machine
 from memfit.types.plan import Accuracy, Bounds, EffectClass, Plan
-from memfit.types.result import Estimate
+from memfit.types.result import Estimate, Interval
 
 # Left out where the techniques do not matter: each one needs more traces.
 FEW = ("compile", "zero", "context-parallel", "adamw-single", "selective-checkpointing", "bf16-autocast")
@@ -469,6 +471,30 @@ def test_a_recommendation_is_no_slower_than_plain_training_that_fits() -> None:
     for other in (c.estimate for c in found.frontier):
         assert other.traced or score(other, Objective.FASTEST) >= least  # nobody knows if it is faster
     assert not any(u.settings.get("offload") for u in found.recommended.estimate.plan.uses)
+
+
+def test_a_plan_that_is_traced_for_a_reason_and_is_better_is_recommended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    faster: list[Estimate] = []
+
+    def traced(scale: Any, winner: Estimate, *rest: Any, **options: Any) -> Iterator[Estimate]:
+        if not faster:  # as if one more plan had been traced, in half of the winner's time
+            assert winner.step_s is not None
+            times = winner.step_s
+            half = Interval(value=times.value / 2, low=times.low / 2, high=times.high / 2)
+            plan = dataclasses.replace(
+                winner.plan, uses=(*winner.plan.uses, make_use("activation-checkpointing", {}))
+            )
+            faster.append(dataclasses.replace(winner, plan=plan, step_s=half))
+            yield faster[0]
+
+    monkeypatch.setattr(multi_device, "traced_for_reasons", traced)
+    on = machine("2xH100-SXM")
+    found = search_scale(pricer_of(8, on), 2, aim(on))
+    assert found.recommended is not None
+    assert found.recommended.estimate.plan == faster[0].plan
+    assert faster[0].plan in [choice.estimate.plan for choice in found.frontier]
 
 
 def test_pipelines_have_enough_micro_batches_for_their_schedule() -> None:

@@ -23,7 +23,10 @@ from memfit.planner.multi_device_shortlist import FinalistTracer, is_quick
 from memfit.planner.plan_space import dependence_reasons, may_share
 from memfit.planner.selection import Objective, best, frontier, within_bounds
 from memfit.techniques.registry import effect_of, make_plain_plan
+from memfit.types.plan import Plan
 from memfit.types.result import Choice, Estimate, Reason, SearchResult
+
+_ELECTIONS = 3  # a plan that is traced for a reason may turn out better than the winner
 
 
 def counts(ranks: int, goal: Objective) -> tuple[int, ...]:
@@ -82,6 +85,9 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
     winner = best([e for e in (*finalists, baseline) if e.traced and fits(e)], goal)
     if winner is None:
         raise nothing_fits(scale, [*finalists, baseline], ranks)
+    winner, known = _elected(scale, winner, [*candidates, baseline], sizes, fits)
+    traced = [e for e in known.values() if e.traced and e.plan != baseline.plan]
+    candidates = [*{e.plan: e for e in (*candidates, *traced)}.values()]
     expected = [scale.expected(e) for e in candidates]  # compare like with like
     frontier_estimates = [
         e for e in frontier([*(e for e in expected if is_comparable(e, winner, goal)), baseline]) if fits(e)
@@ -92,7 +98,10 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
     def choice(e: Estimate, reasons: tuple[Reason, ...] = ()) -> Choice:
         return Choice(estimate=e, fits=fits(e), effect=effect_of(e.plan, e.dependence), reasons=reasons)
 
-    technique_reasons = _technique_reasons(scale, winner, [*candidates, baseline], sizes, fits)
+    technique_reasons = (
+        *explain_techniques(scale, winner, [*known.values()], fits, by_traces=is_quick(scale)),
+        *unsupported_reasons(scale),
+    )
     recommended = choice(winner, (*dependence_reasons(winner.plan, pricer.dependence), *technique_reasons))
     considered = sum(f.considered for n, f in scale.found.items() if n in sizes)
     ordered = sorted(by_plan.values(), key=lambda e: e.allocated_bytes.value)
@@ -108,23 +117,43 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
     )
 
 
-def _technique_reasons(
+def _elected(
     scale: Scale,
     winner: Estimate,
     candidates: Sequence[Estimate],
     sizes: Sequence[int],
     fits: Callable[[Estimate], bool],
-) -> tuple[Reason, ...]:
-    """Return why techniques are in the plan of ``winner`` or not, and which plans are impossible. The winner
-    is compared with the ``candidates``, with the plans that differ from it along one axis of its grid, and
-    with the best and the smallest plans with each technique and without it (`Scale.extremes`).
+) -> tuple[Estimate, dict[Plan, Estimate]]:
+    """Return (the winner, what it is compared with as `_known_beside` has it).
+
+    The winner is the best of the ``candidates`` and of the plans that are traced for reasons: one of these
+    may be better than the ``winner`` so far.
+    """
+    for _ in range(_ELECTIONS):
+        known = _known_beside(scale, winner, candidates, sizes, fits)
+        elected = best([e for e in known.values() if e.traced and fits(e)], scale.aim.goal)
+        if elected is None or elected.plan == winner.plan:
+            break
+        winner, candidates = elected, [*known.values()]
+    return winner, known
+
+
+def _known_beside(
+    scale: Scale,
+    winner: Estimate,
+    candidates: Sequence[Estimate],
+    sizes: Sequence[int],
+    fits: Callable[[Estimate], bool],
+) -> dict[Plan, Estimate]:
+    """Return {plan: estimate} of the plans with which the winner is compared: the ``candidates``, the plans
+    that differ from it along one axis of its grid, and the best and the smallest plans with each technique
+    and without it (`Scale.extremes`). Those on which reasons rest are traced (`traced_for_reasons`).
 
     ``sizes``: the numbers of devices that were searched.
     """
-    sketch, quick = scale.sketch_of(winner.plan), is_quick(scale)
+    sketch = scale.sketch_of(winner.plan)
     neighbours = scale.neighbours(sketch) if sketch is not None else []
     known = {e.plan: e for e in (*neighbours, *scale.extremes(sizes), *candidates)}
-    for traced in traced_for_reasons(scale, winner, [*known.values()], fits, quick=quick):
+    for traced in traced_for_reasons(scale, winner, [*known.values()], fits, quick=is_quick(scale)):
         known[traced.plan] = traced
-    reasons = explain_techniques(scale, winner, [*known.values()], fits, by_traces=quick)
-    return (*reasons, *unsupported_reasons(scale))
+    return known
