@@ -8,6 +8,7 @@ import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
+from unittest import mock
 
 from memfit.techniques.base import Knob, MakeOptimizer, OptimizerLike, Space, Technique, Workbench
 from memfit.techniques.imported_optimizer import (
@@ -224,7 +225,9 @@ class EagerStep:
     def step(self) -> None:
         import torch
 
-        with torch.compiler.set_stance("force_eager"):
+        # Not by set_stance: torchao asks for a compiled function for each parameter, which takes longer than
+        # to run it.
+        with mock.patch.object(torch, "compile", lambda function, **options: function):
             self.inner.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -99,7 +99,7 @@ class AllocationRecorder(TorchDispatchMode):
         self.concrete_values = ConcreteValues()
         self.guesses = guesses or Guesses()
         self.guesses.concrete_values = self.concrete_values
-        self.results = operators.Results(self.guesses)
+        self.results = operators.Results(self.guesses, device)
         self.offloaded_bytes = self.restored_bytes = self.offloaded_tensors = 0
         self.paused = False
         # Where new tensors are placed: "" (the model's device), "host", "nowhere" (not counted), or the name
@@ -111,7 +111,6 @@ class AllocationRecorder(TorchDispatchMode):
         self._known: dict[int, tuple[weakref.ref[Any], _Life]] = {}
         self._calls: list[operators.OperatorCall] = []
         self.stream_tracker = StreamTracker()
-        self._works: dict[Any, operators.OperatorWork] = {}
         self._sole = sole_counts()
         self.sparse_seen = False  # whether an operator has made a sparse tensor
         self._line_of_node: dict[int, str] = {}
@@ -183,7 +182,10 @@ class AllocationRecorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _DEVICE:
             return args[0].fake_device  # autograd asks very often, and every fake tensor knows its device
-        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunction():  # function modes concern the step, not what is recorded of it
+            return self._dispatch(func, types, args, kwargs or {})
+
+    def _dispatch(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         if any(kind is not FakeTensor and is_traceable_wrapper_subclass_type(kind) for kind in types):
             self._outer = func
             return NotImplemented  # its inner operators arrive here one by one
@@ -223,11 +225,13 @@ class AllocationRecorder(TorchDispatchMode):
             return self.guesses.item(args[0], is_listed=False)
         if self.guesses.decides(func):
             return self.guesses.call(func, args, kwargs)
-        return operators.built(func, args, kwargs)
+        return self.results.built(func, args, kwargs)
 
     def _silent(self, func: Any, fact: operators.OperatorFact, args: Any, kwargs: Any) -> Any:
-        out = operators.view(func, args, kwargs)
-        out = func(*args, **kwargs) if out is None else out
+        if func in operators.MAKERS:
+            out = self.results.of(operators.call_key(func, args, kwargs), func, args, kwargs)
+        elif (out := operators.view(func, args, kwargs)) is None:
+            out = func(*args, **kwargs)
         if func in operators.MAKERS:
             self._note(out, fact.name, self.modules.name(self.current))
         elif self.sparse_seen and operators.is_sparse(out) and operators.is_sparse(args[0]):
@@ -249,7 +253,7 @@ class AllocationRecorder(TorchDispatchMode):
         module = module or (owners[0] if len(owners) == 1 else "")
         start_clock = self.clock
         self.clock += 1
-        key = (func, operators.key(args), operators.key(kwargs) if kwargs else ())
+        key = operators.call_key(func, args, kwargs)
         if self._writes(func, args, kwargs):
             self.guesses.positions(func, args)
             func, out = operators.IN_PLACE[func], args[0]
@@ -271,9 +275,7 @@ class AllocationRecorder(TorchDispatchMode):
                 self.resized(tensor.untyped_storage())
         self.guesses.scratch.clear()
         self._fly(func, args, out)
-        work = self._works.get(key)
-        if work is None:
-            work = self._works[key] = operators.work(func, fact, args, kwargs, out)
+        work = self.results.work(key, func, fact, args, kwargs, out)
         # Building the model on the host is not device work.
         if self.place != "host" or self.current is not Phase.SETUP:
             self._record(

@@ -37,6 +37,7 @@ _MOST_FILLED = 64  # most elements of a tensor whose random numbers are kept
 _NAME = "_memfit_shadow"
 _LIFT: Any = torch.ops.aten.lift_fresh.default
 _CAST: Any = torch.ops.aten._to_copy.default
+_ITEM: Any = torch.ops.aten._local_scalar_dense.default
 _EMBEDDING: Any = torch.ops.aten.embedding.default
 
 
@@ -98,6 +99,8 @@ class ConcreteValues:
         tensor, whatever their size, and None is returned. Raises UserError if an embedding is looked up at a
         row that it does not have.
         """
+        if func is _ITEM:
+            return self._item(args[0])
         if func is _EMBEDDING and self.on:
             self._check_rows(args[0], args[1])
         if self.follows_all and self.on and func in FILLS and (real := self.of(args[0])) is not None:
@@ -116,6 +119,13 @@ class ConcreteValues:
         if kwargs:  # such as ``out``, where the first argument is not written to
             self._forget(func, args, kwargs)
         return None
+
+    def _item(self, tensor: torch.Tensor) -> Any:
+        real = self.of(tensor) if self.may_follow((tensor,)) else None
+        if real is None:
+            return None
+        with unset_fake_temporarily():
+            return real.item()
 
     def _check_rows(self, table: torch.Tensor, indices: torch.Tensor) -> None:
         """Raise UserError if a known index, such as that of a position, is not a row of the table. A fake

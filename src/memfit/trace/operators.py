@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed._functional_collectives  # registers its operators
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.flop_counter import flop_registry
 
 from memfit.trace.data_dependent import Guesses
@@ -64,16 +64,23 @@ def _composite(func: Any) -> bool:
     return bool(has_kernel("CompositeImplicitAutograd") and not has_kernel("CPU"))
 
 
-def view(func: Any, args: Any, kwargs: Any) -> FakeTensor | None:
-    """Return the result of a common view operator, such as transpose, on a fake tensor, in half the time that
-    the fake mode takes. Return None, without running it, for other operators, for calls with keyword
-    arguments, and if the first argument is not a fake tensor or has known values (``constant``)."""
+def view(func: Any, args: Any, kwargs: Any) -> FakeTensor | list[FakeTensor] | None:
+    """Return the result of a common view operator, such as transpose or split, on a fake tensor, in half the
+    time that the fake mode takes. Return None, without running it, for other operators, for calls with
+    keyword arguments, and if the first argument is not a fake tensor or has known values (``constant``)."""
     if func not in _VIEWS or kwargs or type(args[0]) is not FakeTensor or args[0].constant is not None:
         return None
     mode = args[0].fake_mode
-    with in_kernel_invocation_manager(mode):
-        out = func(*args)
-    return make_fake(mode, out, args[0].fake_device)
+    # What torch's in_kernel_invocation_manager does: fake tensors act as the meta tensors that they wrap.
+    with torch._C._DisableTorchDispatch(), torch._C._PreserveDispatchKeyGuard():
+        mode.in_kernel_invocation = True
+        torch._C._set_meta_in_tls_dispatch_include(True)
+        try:
+            out = func(*args)
+        finally:
+            mode.in_kernel_invocation = False
+    device = args[0].fake_device
+    return make_fake(mode, out, device) if func not in _SPLITS else [make_fake(mode, t, device) for t in out]
 
 
 _STATE: dict[torch.device, dict[str, Any]] = {}  # attributes of a fake tensor by device, except its mode
@@ -102,34 +109,48 @@ def make_fake(mode: FakeTensorMode, meta: torch.Tensor, device: torch.device) ->
 @dataclasses.dataclass(frozen=True, slots=True)
 class NewTensors:
     """New tensors of known layout that an operator makes whenever its arguments have certain shapes;
-    ``make()`` makes them.
+    ``make(mode)`` makes them as fake tensors of a mode.
 
-    ``layouts`` holds (size, stride, dtype, device) of each. ``several``: the operator returns a tuple.
+    ``layouts`` holds (size, stride, dtype, device) of each. ``container``: tuple or list, which the operator
+    returns; None if it returns a tensor.
     """
 
-    mode: FakeTensorMode
     layouts: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device], ...]
-    several: bool
+    container: type | None
 
-    def make(self) -> Any:
-        with in_kernel_invocation_manager(self.mode):
+    def make(self, mode: FakeTensorMode) -> Any:
+        with torch._C._DisableTorchDispatch():
             metas = [
                 (torch.empty_strided(size, stride, dtype=dtype, device="meta"), device)
                 for size, stride, dtype, device in self.layouts
             ]
-        out = tuple(make_fake(self.mode, meta, device) for meta, device in metas)
-        return out if self.several else out[0]
+        out = [make_fake(mode, meta, device) for meta, device in metas]
+        return self.container(out) if self.container else out[0]
+
+
+def _lifted(mode: FakeTensorMode, real: torch.Tensor) -> FakeTensor:
+    """Return the fake tensor of a real one without dimensions, such as an optimizer's step counter. It knows
+    its value (``constant``), as the result of FakeTensorMode.from_tensor does, which takes ten times longer.
+    """
+    with torch._C._DisableTorchDispatch():
+        meta = torch.empty((), dtype=real.dtype, device="meta")
+    fake = make_fake(mode, meta, real.device)
+    fake.constant = real
+    mode.fake_tensor_converter.add_constant_storage_mapping(fake)
+    return fake
 
 
 @functools.cache
 def only_writes(func: Any) -> bool:
-    """Return whether an ATen operator only writes element by element into its first argument and returns it,
-    such as ``aten.add_.Tensor`` and most operators of an optimizer step."""
+    """Return whether an ATen operator only writes element by element, or random numbers, into its first
+    argument and returns it, such as ``aten.add_.Tensor`` and most operators of an optimizer step."""
+    if func in _WRITERS:
+        return True
     arguments, returns = func._schema.arguments, func._schema.returns
     writes = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
     return (
         func.namespace == "aten"
-        and torch.Tag.pointwise in func.tags
+        and (torch.Tag.pointwise in func.tags or torch.Tag.nondeterministic_seeded in func.tags)
         and writes.count(True) == 1
         and writes[0]
         and len(returns) == 1
@@ -137,12 +158,22 @@ def only_writes(func: Any) -> bool:
     )
 
 
+@functools.cache
+def only_writes_list(func: Any) -> bool:
+    """Return whether an ATen operator only writes element by element into the tensors of its first argument,
+    a list, and returns nothing, such as ``aten._foreach_add_.List`` in an optimizer step."""
+    arguments, returns = func._schema.arguments, func._schema.returns
+    writes = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
+    is_foreach = func.namespace == "aten" and func._schema.name.startswith("aten::_foreach_")
+    return is_foreach and not returns and writes[0] and writes.count(True) == 1
+
+
 def new_tensors(func: Any, inputs: list[torch.Tensor], out: Any) -> NewTensors | None:
     """Return how to make the outputs ``out`` again for equal arguments, of which ``inputs`` are the tensors.
-    Return None if the operator is not of ATen, writes to an argument or is one of `MAKERS`, if a tensor has
-    known values (``constant``), or if an output is not a new fake tensor that fills a storage of its own."""
-    outputs = out if isinstance(out, tuple) else (out,)
-    if func.namespace != "aten" or func._schema.is_mutable or func in MAKERS:
+    Return None if the operator is not of ATen or writes to an argument, if a tensor has known values
+    (``constant``), or if an output is not a new fake tensor that fills a storage of its own."""
+    outputs = tuple(out) if isinstance(out, list | tuple) else (out,)
+    if func.namespace != "aten" or func._schema.is_mutable:
         return None
     input_storages = {t.untyped_storage()._cdata for t in inputs}
     if not outputs or not all(type(t) is FakeTensor and t.constant is None and _plain(t) for t in outputs):
@@ -155,33 +186,74 @@ def new_tensors(func: Any, inputs: list[torch.Tensor], out: Any) -> NewTensors |
     ):
         return None
     layouts = tuple((t.size(), t.stride(), t.dtype, t.fake_device) for t in outputs)
-    return NewTensors(outputs[0].fake_mode, layouts, isinstance(out, tuple))
+    container = list if isinstance(out, list) else tuple if isinstance(out, tuple) else None
+    return NewTensors(layouts, container)
+
+
+_KEPT_CALLS = 50_000
+# Of all traces of this process: by the `call_key`, what an operator makes, whether it changes only values
+# (True) or must be run each time (None); by (kind of device, `call_key`), its work.
+_RESULTS: dict[Any, NewTensors | bool | None] = {}
+_WORKS: dict[Any, OperatorWork] = {}
+
+
+def call_key(func: Any, args: Any, kwargs: Any) -> Any:
+    """Return a hashable key that is equal for calls of an operator with equal arguments (`key`) under equal
+    default dtypes."""
+    return func, torch.get_default_dtype(), key(args), key(kwargs) if kwargs else ()
 
 
 class Results:
-    """Cache of operator results: of equal calls, torch computes only the first, if the result depends on
-    nothing but the layouts of the arguments."""
+    """Results of operators in one trace, on fake tensors of one mode. Of equal calls in a process, torch
+    computes only the first, if the result depends on nothing but the layouts of the arguments."""
 
-    def __init__(self, guesses: Guesses) -> None:
-        self._guesses = guesses
-        self._made: dict[Any, NewTensors | None] = {}
-        self._written = set[Any]()  # calls known to change only values
+    def __init__(self, guesses: Guesses, device: str) -> None:
+        self._guesses, self._device = guesses, device
+        self._mode: FakeTensorMode | None = None
+        for kept in (_RESULTS, _WORKS):
+            if len(kept) > _KEPT_CALLS:
+                kept.clear()
 
-    def of(self, key: Any, func: Any, args: Any, kwargs: Any, values: Any) -> Any:
+    def of(self, call: Any, func: Any, args: Any, kwargs: Any, values: Any = None) -> Any:
         """Return the operator's result on fake tensors: new tensors, or the first argument for an operator
-        that `only_writes`. ``key`` is equal for equal calls (the operator and the `key` of its arguments).
-        ``values`` is as in `Guesses.call`."""
-        entry = self._made.get(key)
-        if entry is not None:
-            return entry.make()
-        if key in self._written and args[0].constant is None:
-            return args[0]
+        that `only_writes`. ``call`` is the `call_key`, and ``values`` is as in `Guesses.call`."""
+        if func is LIFT and self._mode is not None and type(args[0]) is torch.Tensor and not args[0].dim():
+            return _lifted(self._mode, args[0])
+        entry = _RESULTS.get(call)
+        if entry is True:
+            if only_writes_list(func):
+                if not any(getattr(t, "constant", None) is not None for t in args[0]):
+                    return None
+            elif args[0].constant is None:
+                return args[0]
+        elif entry and self._mode is not None and not self._guesses.decides(func):
+            return entry.make(self._mode)
         out = self._guesses.call(func, args, kwargs, values)
-        if only_writes(func) and out is args[0] and type(out) is FakeTensor:
-            self._written.add(key)
-        elif key not in self._made and not self._guesses.decides(func):
-            self._made[key] = new_tensors(func, tensors_in(args, kwargs), out)
+        if (only_writes(func) and out is args[0] and type(out) is FakeTensor) or only_writes_list(func):
+            _RESULTS[call] = True
+        elif not self._guesses.decides(func):
+            if call not in _RESULTS:
+                _RESULTS[call] = new_tensors(func, tensors_in(args, kwargs), out)
+            self._mode = self._mode or next((t.fake_mode for t in tensors_in(out) if type(t) is FakeTensor), None)
         return out
+
+    def work(self, call: Any, func: Any, of: OperatorFact, args: Any, kwargs: Any, out: Any) -> OperatorWork:
+        """Return the `work` of a call. ``call`` is its `call_key`."""
+        entry = _WORKS.get((self._device, call))
+        if entry is None:
+            entry = _WORKS[self._device, call] = work(func, of, args, kwargs, out)
+        return entry
+
+    def built(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operator of a model's construction that is not recorded, and return its result. Filling a
+        fake tensor with zeros, a constant, or uniform or normal numbers is skipped, because fake parameters
+        need no initialisation: the tensor is returned."""
+        if func in _INITIALISERS and type(args[0]) is FakeTensor and args[0].constant is None:
+            return args[0]
+        if func in MAKERS:
+            return self.of(call_key(func, args, kwargs), func, args, kwargs)
+        fake_view = view(func, args, kwargs)
+        return func(*args, **kwargs) if fake_view is None else fake_view
 
 
 def _plain(tensor: torch.Tensor) -> bool:
@@ -190,16 +262,6 @@ def _plain(tensor: torch.Tensor) -> bool:
     last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
     elements = last + 1 if tensor.numel() else 0
     return tensor.untyped_storage().nbytes() == elements * tensor.element_size()
-
-
-def built(func: Any, args: Any, kwargs: Any) -> Any:
-    """Run an operator of a model's construction that is not recorded, and return its result. Filling a fake
-    tensor with zeros, a constant, or uniform or normal numbers is skipped, because fake parameters need no
-    initialisation: the tensor is returned."""
-    if func in _INITIALISERS and type(args[0]) is FakeTensor and args[0].constant is None:
-        return args[0]
-    fake_view = view(func, args, kwargs)
-    return func(*args, **kwargs) if fake_view is None else fake_view
 
 
 def work(func: Any, of: OperatorFact, args: Any, kwargs: Any, out: Any) -> OperatorWork:
@@ -273,7 +335,16 @@ def key(value: Any) -> Any:
     dtype, device, conjugation and storage size, and for equal plain values: those of the same type whose
     texts are equal."""
     kind = type(value)
-    if kind is FakeTensor or isinstance(value, torch.Tensor):
+    if kind is FakeTensor:  # whose ``device`` would be another call of the dispatcher
+        return (
+            value.shape,
+            value.stride(),
+            value.dtype,
+            value.fake_device,
+            value.is_conj(),
+            value.untyped_storage().nbytes(),
+        )
+    if isinstance(value, torch.Tensor):
         storage = value.untyped_storage()
         return (value.shape, value.stride(), value.dtype, value.device, value.is_conj(), storage.nbytes())
     if kind is tuple or isinstance(value, list | tuple):
@@ -439,8 +510,13 @@ _VIEWS = frozenset(
         _ATEN.alias.default,
         _ATEN._unsafe_view.default,
         _ATEN.squeeze.dim,
+        _ATEN.split.Tensor,
+        _ATEN.split_with_sizes.default,
+        _ATEN.unbind.int,
     }
 )
+_SPLITS = frozenset({_ATEN.split.Tensor, _ATEN.split_with_sizes.default, _ATEN.unbind.int})
+_WRITERS = frozenset({_ATEN.zero_.default, _ATEN.copy_.default, _ATEN.masked_fill_.Scalar})
 _INITIALISERS = frozenset(
     {_ATEN.normal_.default, _ATEN.uniform_.default, _ATEN.fill_.Scalar, _ATEN.zero_.default}
 )
