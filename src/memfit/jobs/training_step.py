@@ -153,10 +153,15 @@ class TrainingStep:
         on_phase(Phase.OPTIMIZER)
         if not update:
             return loss_sum, self._forgo()
+        return loss_sum, self.finish()
+
+    def finish(self) -> torch.Tensor:
+        """Run what follows the last backward pass of a step: `update`, and the update of the moving average
+        of weights. Return the gradient norm as `update` does."""
         norm = self.update()
         if self.average is not None:
             self.average.update()
-        return loss_sum, norm
+        return norm
 
     def prime(self, on_phase: OnPhase = _ignore) -> None:
         """Create the optimizer's state as a first step does, by an optimizer step with gradients of zero.

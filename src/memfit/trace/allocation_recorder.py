@@ -36,7 +36,9 @@ _PRODUCT = ("aten.bmm.default", "aten.mm.default")  # makes attention scores; co
 
 
 @dataclasses.dataclass(slots=True)
-class _Life:
+class Life:
+    """A storage that was recorded: the clocks of its allocation and release, and what it is for."""
+
     start: int
     size_bytes: int
     phase: Phase
@@ -93,7 +95,7 @@ class AllocationRecorder(TorchDispatchMode):
         self.clock = 0
         self.step = 0
         self.current = Phase.SETUP
-        self.lives: list[_Life] = []
+        self.lives: list[Life] = []
         self.spans: list[PhaseSpan] = []
         self.modules = ModuleStack()
         self.concrete_values = ConcreteValues()
@@ -108,7 +110,7 @@ class AllocationRecorder(TorchDispatchMode):
         # Dispatch modes entered after this one; each holds a reference to the arguments during a call.
         self.modes_above = 0
         self._span_start = 0
-        self._known: dict[int, tuple[weakref.ref[Any], _Life]] = {}
+        self._known: dict[int, tuple[weakref.ref[Any], Life]] = {}
         self._calls: list[operators.OperatorCall] = []
         self.stream_tracker = StreamTracker()
         self._sole = sole_counts()
@@ -139,7 +141,7 @@ class AllocationRecorder(TorchDispatchMode):
                 life.category = category
                 life.module = life.module if module is None else module
 
-    def note_real(self, tensor: torch.Tensor, op: str) -> _Life:
+    def note_real(self, tensor: torch.Tensor, op: str) -> Life:
         """Record the storage of a tensor that this mode did not see being made, as if the operator ``op``
         made it now. Do nothing if it is recorded already. Return the record of the storage's lifetime. Raises
         UserError for a tensor that is neither dense nor sparse COO."""
@@ -149,6 +151,40 @@ class AllocationRecorder(TorchDispatchMode):
         self.offloaded_bytes += out_bytes
         self.restored_bytes += back_bytes
         self.offloaded_tensors += 1
+
+    @property
+    def offloaded(self) -> tuple[int, int, int]:
+        """Bytes copied out and back, and the number of tensors, that `note_offload` counted in this step."""
+        return self.offloaded_bytes, self.restored_bytes, self.offloaded_tensors
+
+    @offloaded.setter
+    def offloaded(self, counts: tuple[int, int, int]) -> None:
+        self.offloaded_bytes, self.restored_bytes, self.offloaded_tensors = counts
+
+    @property
+    def call_count(self) -> int:
+        return len(self._calls)
+
+    def repeat_calls(self, first: int, last: int, shift: int) -> None:
+        """Record the calls ``first`` to ``last`` - 1 again in the present step, ``shift`` later."""
+        self._calls += [
+            dataclasses.replace(call, clock=call.clock + shift, step=self.step)
+            for call in self._calls[first:last]
+        ]
+
+    def uses_streams(self, first: int) -> bool:
+        """Return whether a call since the call ``first`` ran on another stream than the model's."""
+        return any(call.stream_use is not None for call in self._calls[first:])
+
+    def life_of(self, tensor: torch.Tensor) -> Life | None:
+        """Return the record of a plain tensor's storage, or None if it is not recorded."""
+        entry = self._known.get(tensor.untyped_storage()._cdata)
+        return entry[1] if entry is not None and entry[0]() is not None else None
+
+    def adopt(self, tensor: torch.Tensor, life: Life) -> None:
+        """Let ``life`` be the record of the tensor's storage, which is not recorded yet."""
+        storage = tensor.untyped_storage()
+        self._known[storage._cdata] = (weakref.ref(storage, self._death(storage._cdata)), life)
 
     def resized(self, storage: torch.UntypedStorage) -> None:
         """Record that a storage was resized in place: a block of the new size begins and then the old block
@@ -160,7 +196,7 @@ class AllocationRecorder(TorchDispatchMode):
         reference, old_life = entry
         # Torch allocates the new block, copies the contents and then frees the old block.
         new_life = self._born(size_bytes, old_life.op, old_life.module, old_life.category)
-        self._end(old_life)
+        self.end(old_life)
         self._known[storage._cdata] = (reference, new_life)
 
     def restart(self) -> int:
@@ -329,7 +365,7 @@ class AllocationRecorder(TorchDispatchMode):
                 self._note_rows(copy, fact.name, self.modules.name(self.current))
         return out
 
-    def _note_rows(self, rows: _Rows, op: str, module: str) -> _Life:
+    def _note_rows(self, rows: _Rows, op: str, module: str) -> Life:
         entry = self._known.get(id(rows))
         if entry is not None and entry[0]() is rows:
             return entry[1]
@@ -477,7 +513,7 @@ class AllocationRecorder(TorchDispatchMode):
             return False
         return not this_node or len(set(node.next_functions)) < len(node.next_functions)
 
-    def _note(self, tensor: torch.Tensor, op: str, module: str) -> _Life:
+    def _note(self, tensor: torch.Tensor, op: str, module: str) -> Life:
         if operators.is_sparse(tensor):
             return self._note_rows(_rows_of(tensor), op, module)
         storage = strided_storage(tensor)
@@ -500,10 +536,10 @@ class AllocationRecorder(TorchDispatchMode):
             line = self._line_of_node.get(running_node(), "")
         return line
 
-    def _born(self, size_bytes: int, op: str, module: str, category: Category | None = None) -> _Life:
+    def _born(self, size_bytes: int, op: str, module: str, category: Category | None = None) -> Life:
         line = self._line() if self.lines else ""
         node = running_node() if self.current in (Phase.FORWARD, Phase.BACKWARD) else 0
-        life = _Life(
+        life = Life(
             self.clock,
             size_bytes,
             self.current,
@@ -519,7 +555,8 @@ class AllocationRecorder(TorchDispatchMode):
         self.lives.append(life)
         return life
 
-    def _end(self, life: _Life) -> None:
+    def end(self, life: Life) -> None:
+        """Record that a storage ends now."""
         life.end = self.clock
         self.clock += 1
 
@@ -527,7 +564,7 @@ class AllocationRecorder(TorchDispatchMode):
         def died(reference: Any) -> None:
             entry = self._known.get(key)
             if entry is not None and entry[0] is reference:
-                self._end(entry[1])
+                self.end(entry[1])
                 del self._known[key]
 
         return died
@@ -546,7 +583,7 @@ class AllocationRecorder(TorchDispatchMode):
         ops = tuple(call.finish() for call in self._calls)
         return tuple(self._allocation(x, bounds) for x in self.lives), ops, tuple(self.spans)
 
-    def _allocation(self, life: _Life, bounds: list[int]) -> Allocation:
+    def _allocation(self, life: Life, bounds: list[int]) -> Allocation:
         category = life.category
         if category is None:
             index = bisect.bisect_right(bounds, life.start)

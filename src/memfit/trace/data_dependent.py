@@ -57,6 +57,7 @@ class Guesses:
         self.concrete_values = ConcreteValues()
         self.assumptions: dict[str, None] = {}
         self.scratch: list[torch.Tensor] = []
+        self.questions = 0  # values that were asked for, known or not
         self._asked: Counter[str] = Counter()
         self._value_dependent = set[Any]()  # operators whose results depended on values
         self._loop: tuple[int, int, int] = (0, 0, 0)
@@ -77,6 +78,7 @@ class Guesses:
         Raises UserError if a line without a bound asks more than 1000 times with ``is_listed=True`` (a
         million times if the line is not known).
         """
+        self.questions += 1
         is_bool, is_float = tensor.dtype == torch.bool, tensor.dtype.is_floating_point
         is_guess = value is not None and is_assumed(self.concrete_values.of(tensor))
         place = reading_line() if is_bool and (value is None or (is_guess and value)) else ""
@@ -145,6 +147,7 @@ class Guesses:
         try:
             return func(*args, **kwargs)
         except (DynamicOutputShapeException, DataDependentOutputException):
+            self.questions += 1
             op, line = func.overloadpacket.__name__, library_line()
             self._value_dependent.add(func)
             is_guess = values is None or any(map(is_assumed, _pytree.tree_leaves(values)))
@@ -173,6 +176,7 @@ class Guesses:
         it is ``most`` (in the case LOW at most 1) for an operator whose result has an upper limit, such as
         nonzero or unique. Raises UserError for another operator.
         """
+        self.questions += 1
         line = library_line()
         bound = self._given(op, line)
         if bound is None:
@@ -214,6 +218,7 @@ class Guesses:
         ("numpy" or "tolist"): known or else assumed ones. If none can be assumed (`ConcreteValues.assume`),
         as for integers and for large tensors, all elements are the bound of the calling line (or of the key
         "item"), or 1 without a bound."""
+        self.questions += 1
         values, line = self.concrete_values.assume(tensor), library_line()
         if values is None:
             bound = self._given("item", line)

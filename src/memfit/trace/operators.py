@@ -172,7 +172,7 @@ def new_tensors(func: Any, inputs: list[torch.Tensor], out: Any) -> NewTensors |
     """Return how to make the outputs ``out`` again for equal arguments, of which ``inputs`` are the tensors.
     Return None if the operator is not of ATen or writes to an argument, if a tensor has known values
     (``constant``), or if an output is not a new fake tensor that fills a storage of its own."""
-    outputs = tuple(out) if isinstance(out, list | tuple) else (out,)
+    outputs = list(out) if isinstance(out, list | tuple) else [out]
     if func.namespace != "aten" or func._schema.is_mutable:
         return None
     input_storages = {t.untyped_storage()._cdata for t in inputs}
@@ -185,9 +185,17 @@ def new_tensors(func: Any, inputs: list[torch.Tensor], out: Any) -> NewTensors |
         or any(getattr(t, "constant", None) is not None for t in inputs)
     ):
         return None
-    layouts = tuple((t.size(), t.stride(), t.dtype, t.fake_device) for t in outputs)
-    container = list if isinstance(out, list) else tuple if isinstance(out, tuple) else None
-    return NewTensors(layouts, container)
+    return _layouts(outputs, type(out) if isinstance(out, list | tuple) else None)
+
+
+def fresh_layout(tensor: torch.Tensor) -> NewTensors | None:
+    """Return how to make a new tensor of the same layout. Return None unless it is a fake tensor that fills a
+    storage from its beginning."""
+    return _layouts([tensor], None) if type(tensor) is FakeTensor and _plain(tensor) else None
+
+
+def _layouts(tensors: list[Any], container: type | None) -> NewTensors:
+    return NewTensors(tuple((t.size(), t.stride(), t.dtype, t.fake_device) for t in tensors), container)
 
 
 _KEPT_CALLS = 50_000
@@ -234,7 +242,9 @@ class Results:
         elif not self._guesses.decides(func):
             if call not in _RESULTS:
                 _RESULTS[call] = new_tensors(func, tensors_in(args, kwargs), out)
-            self._mode = self._mode or next((t.fake_mode for t in tensors_in(out) if type(t) is FakeTensor), None)
+            self._mode = self._mode or next(
+                (t.fake_mode for t in tensors_in(out) if type(t) is FakeTensor), None
+            )
         return out
 
     def work(self, call: Any, func: Any, of: OperatorFact, args: Any, kwargs: Any, out: Any) -> OperatorWork:

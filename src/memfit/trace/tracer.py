@@ -36,6 +36,7 @@ from memfit.trace.fake_process_group import (
     ready_for_fakes,
     without_host,
 )
+from memfit.trace.pass_replay import PassReplay
 from memfit.trace.real_weights import attach_weights
 from memfit.trace.stream_patches import streams
 from memfit.trace.truncated_model import FirstBlocks, remember
@@ -139,7 +140,7 @@ def trace(
         micro_batches = _run_steps(
             recorder,
             step,
-            partial(_fake_inputs, recorder, fake, step),
+            fake,
             steps=steps,
             max_micro_batches=max_micro_batches,
             update=update,
@@ -198,44 +199,44 @@ def fake_model(job: Job) -> torch.nn.Module:
 _FAKES: weakref.WeakKeyDictionary[Any, torch.nn.Module] = weakref.WeakKeyDictionary()
 
 
-def _fake_inputs(
-    recorder: AllocationRecorder, fake: FakeTensorMode, step: TrainingStep, index: int
-) -> tuple[Any, float]:
-    """Return (this rank's batch on fake tensors, mean number of loss terms per rank) for the step ``index``.
-    The batch is recorded as input, and its real values are attached to it. Each step has a batch of its own,
-    because lengths and graphs differ between batches."""
+def _local_batch(step: TrainingStep, index: int) -> tuple[Any, float]:
+    """Return (this rank's batch, mean number of loss terms per rank) for the step ``index``. Each step has a
+    batch of its own, because lengths and graphs differ between batches."""
     with _disable_current_modes():
         batch = step.job.make_batch(index, 0)
-    part, terms = step.local(batch)
+    return step.local(batch)
+
+
+def _fake_batch(recorder: AllocationRecorder, fake: FakeTensorMode, step: TrainingStep, part: Any) -> Any:
+    """Return the batch ``part`` on fake tensors. It is recorded as input, and its real values are attached to
+    it."""
     inputs = map_batch(fake.from_tensor, part)
     recorder.label(inputs, Category.INPUT)
     attach_weights(recorder.concrete_values, step.model)
     recorder.concrete_values.seed(inputs, part)
-    return inputs, terms
+    return inputs
 
 
 def _run_steps(
     recorder: AllocationRecorder,
     step: TrainingStep,
-    make_inputs: Callable[[int], Any],
+    fake: FakeTensorMode,
     *,
     steps: int,
     max_micro_batches: int,
     update: bool,
 ) -> int:
-    """Run ``steps`` training steps, each on what ``make_inputs`` returns for its index, and return the number
-    of micro-batches run in the last one."""
+    """Run ``steps`` training steps, each on its own batch of fake tensors of the mode ``fake``, and return
+    the number of micro-batches run in the last one."""
     micro_batches = min(step.bench.micro_batches, max_micro_batches)
     with not_tracing():  # building the model may have imported modules to patch
-        return _run_recorded(
-            recorder, step, make_inputs, steps=steps, micro_batches=micro_batches, update=update
-        )
+        return _run_recorded(recorder, step, fake, steps=steps, micro_batches=micro_batches, update=update)
 
 
 def _run_recorded(
     recorder: AllocationRecorder,
     step: TrainingStep,
-    make_inputs: Callable[[int], Any],
+    fake: FakeTensorMode,
     *,
     steps: int,
     micro_batches: int,
@@ -245,25 +246,34 @@ def _run_recorded(
     step.bench.on_offload = recorder.note_offload
     recorder.modules.watch(step.model)
     recorder.phase(Phase.SETUP)  # the model is built; batches are made between steps
+    one_process = step.bench.world.layout.ranks == 1
+    is_whole = one_process and update and step.bench.micro_batches == 1 and not step.bench.step_in_backward
+    earlier: PassReplay | None = None
     try:
         for index in range(steps):
-            mark, inputs, outputs = _marker(recorder, step), None, None
-            recorder.offloaded_bytes = recorder.restored_bytes = recorder.offloaded_tensors = 0
+            mark, inputs, outputs = _marker(recorder, step), None, None  # type: Any, Any, Any
+            recorder.offloaded = (0, 0, 0)
             if index < steps - 1 and primed(step.plan):
                 step.prime(mark)
+            elif earlier is not None and earlier.repeats((part := _local_batch(step, index))[0]):
+                earlier.replay(mark)
+                outputs = step.finish()
             else:
-                inputs, terms = make_inputs(index)
+                part = _local_batch(step, index)
+                earlier = PassReplay(recorder, step, part[0]) if is_whole and index < steps - 1 else None
+                inputs = _fake_batch(recorder, fake, step, part[0])
                 # One process needs an earlier step only for the state that its optimizer makes.
-                is_early_step = index < steps - 1 and step.bench.world.layout.ranks == 1
                 outputs = step.run(
                     inputs,
-                    mark,
-                    micro_batches_played=1 if is_early_step else micro_batches,
+                    earlier.watched(mark) if earlier is not None else mark,
+                    micro_batches_played=1 if index < steps - 1 and one_process else micro_batches,
                     update=update,
-                    terms_per_rank=terms,
+                    terms_per_rank=part[1],
                 )
             recorder.phase(Phase.SETUP)
             del outputs, inputs
+            if earlier is not None:
+                earlier.end()
             _label_state(recorder, step)
             recorder.next_step()
     finally:

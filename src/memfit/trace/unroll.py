@@ -14,9 +14,10 @@ of operators on all parameters, and how far back a stream is waited for.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from memfit.model.blocks import child_prefix
 from memfit.types.trace import Allocation, OpCall, Phase, PhaseSpan, Trace, rounded
@@ -256,8 +257,9 @@ def _worked(candidate: _Unrolled, extra_work: dict[int, tuple[_Work, _Work]]) ->
         copies[origin] += 1
 
 
-def _events(trace: Trace, tag: Callable[[str], int | None]) -> list[_Event]:
+def _events(trace: Trace, period_of: Callable[[str], int | None]) -> list[_Event]:
     events = []
+    tag = functools.cache(period_of)
     for i, a in enumerate(trace.allocations):
         block = tag(a.module)
         events.append(_Event(_ALLOCATE, block, i, a.start))
@@ -292,10 +294,8 @@ def canonical(trace: Trace) -> Trace:
     return dataclasses.replace(
         trace,
         spans=tuple(spans),
-        allocations=tuple(
-            dataclasses.replace(a, start=starts[i], end=ends.get(i)) for i, a in enumerate(trace.allocations)
-        ),
-        ops=tuple(dataclasses.replace(o, clock=clocks[i]) for i, o in enumerate(trace.ops)),
+        allocations=tuple(a.at(starts[i], ends.get(i), a.module) for i, a in enumerate(trace.allocations)),
+        ops=tuple(o.at(clocks[i], o.module) for i, o in enumerate(trace.ops)),
     )
 
 
@@ -319,6 +319,7 @@ class _Unrolled:
         self.born = self._births()
         self.origin: list[int] = []
         self.op_origin: list[int] = []
+        self._names: dict[tuple[str, int | None, int | None], str] = {}
         self.trace = self._write()
 
     # -- reading ------------------------------------------------------------------------------------
@@ -353,7 +354,8 @@ class _Unrolled:
     # -- writing ------------------------------------------------------------------------------------
 
     def _write(self) -> Trace:
-        changes: list[dict[str, Any]] = []  # what differs from the shallow allocation
+        starts, modules = list[int](), list[str]()
+        ends: list[int | None] = []
         ops: list[OpCall] = []
         spans: list[PhaseSpan] = []
         indices: dict[_Place, int] = {}  # new place -> new index
@@ -365,29 +367,31 @@ class _Unrolled:
                 occurrence = occurrences[block] = occurrences.get(block, -1) + 1
                 for offset, event in enumerate(events):
                     if event.kind == _ALLOCATE:
-                        indices[_Place(c, block, occurrence, offset)] = len(changes)
+                        indices[_Place(c, block, occurrence, offset)] = len(starts)
                         module = self._renamed(self.shallow.allocations[event.index].module, template, block)
-                        changes.append({"start": clock, "end": None, "module": module})
+                        starts.append(clock)
+                        ends.append(None)
+                        modules.append(module)
                         self.origin.append(event.index)
                     elif event.kind == _FREE:
                         target = indices.get(self._like(self.born[event.index], template, block))
-                        if target is None or changes[target]["end"] is not None:
+                        if target is None or ends[target] is not None:
                             raise Mismatch(
                                 "a block frees an allocation whose counterpart in the unrolled trace does "
                                 "not exist or is freed already"
                             )
-                        changes[target]["end"] = clock
+                        ends[target] = clock
                     else:
                         op = self.shallow.ops[event.index]
                         module = self._renamed(op.module, template, block)
-                        ops.append(dataclasses.replace(op, clock=clock, module=module))
+                        ops.append(op.at(clock, module))
                         self.op_origin.append(event.index)
                     clock += 1
             spans.append(dataclasses.replace(chapter.span, start=start, end=clock))
         originals = self.shallow.allocations
         allocations = tuple(
-            dataclasses.replace(originals[i], **change)
-            for i, change in zip(self.origin, changes, strict=True)
+            originals[i].at(start, end, module)
+            for i, start, end, module in zip(self.origin, starts, ends, modules, strict=True)
         )
         return dataclasses.replace(self.shallow, allocations=allocations, ops=tuple(ops), spans=tuple(spans))
 
@@ -429,6 +433,12 @@ class _Unrolled:
         return place._replace(block=new_block)
 
     def _renamed(self, module: str, template: int | None, block: int | None) -> str:
+        key = module, template, block
+        if key not in self._names:
+            self._names[key] = self._rename(module, template, block)
+        return self._names[key]
+
+    def _rename(self, module: str, template: int | None, block: int | None) -> str:
         period = self.shallow_blocks.period_of(module)
         if period is None:
             return module

@@ -66,6 +66,25 @@ class Allocation:
     # "" is the compute stream; others, such as "all-gather", have their own pool in the CUDA allocator
     stream: str = ""
 
+    def at(self, start: int, end: int | None, module: str) -> Allocation:
+        """Return the same allocation with these clocks and this module, in half the time of
+        dataclasses.replace: long traces have 100,000 of them.
+        """
+        return Allocation(
+            start=start,
+            end=end,
+            size_bytes=self.size_bytes,
+            category=self.category,
+            phase=self.phase,
+            step=self.step,
+            module=module,
+            op=self.op,
+            line=self.line,
+            file=self.file,
+            requested_bytes=self.requested_bytes,
+            stream=self.stream,
+        )
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class OpCall:
@@ -88,6 +107,23 @@ class OpCall:
     stream: str = ""  # "" is the compute stream; a collective uses the stream of its group
     group: str = ""
     waits: tuple[str, int] | None = None
+
+    def at(self, clock: int, module: str) -> OpCall:
+        """Return the same call at this clock and in this module, as fast as `Allocation.at`."""
+        return OpCall(
+            clock=clock,
+            op=self.op,
+            signature=self.signature,
+            phase=self.phase,
+            step=self.step,
+            module=module,
+            dtype=self.dtype,
+            flops=self.flops,
+            moved_bytes=self.moved_bytes,
+            stream=self.stream,
+            group=self.group,
+            waits=self.waits,
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
