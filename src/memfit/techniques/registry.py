@@ -219,8 +219,8 @@ def check(plan: Plan, machine: Machine | None = None) -> Plan:
 
 def effect_of(plan: Plan, dependence: SampleDependence | None = None) -> EffectClass:
     """Return how far the plan may change the numbers of training: the strongest effect of its techniques,
-    where a technique with the setting precision=bf16 counts as E2 at least. Return E0 for a plan without
-    techniques. If ``dependence``, which describes the job's samples, is given and `changes_training` is true
+    where a technique with the setting precision=bf16 counts as E2 at least, and one with dropless=true, which
+    only reorders sums, as E1. Return E0 for a plan without techniques. If ``dependence``, which describes the job's samples, is given and `changes_training` is true
     for it, return E3."""
     if dependence is not None and changes_training(plan, dependence):
         return EffectClass.E3
@@ -263,6 +263,8 @@ def refuse_wrong_weights(plan: Plan, dependence: SampleDependence) -> None:
 
 
 def _effect(technique_use: Use) -> EffectClass:
+    if technique_use.settings.get("dropless") is True:
+        return EffectClass.E1
     is_bf16 = technique_use.settings.get("precision") == "bf16"
     return max(technique(technique_use.technique).effect, EffectClass.E2 if is_bf16 else EffectClass.E0)
 

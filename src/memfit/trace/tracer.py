@@ -287,6 +287,7 @@ def _begin(recorder: AllocationRecorder, model_bytes: list[int], bench: Workbenc
     else:
         bench.first_part = partial(_first_part, recorder, bench.first_part)
     bench.on_kept = lambda tensor, category: recorder.label(tensor, Category(category))
+    bench.on_assumption = lambda sentence: recorder.guesses.assumptions.update({sentence: None})
     _label_model(recorder, bench.model)
 
 
