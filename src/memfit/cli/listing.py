@@ -28,9 +28,10 @@ class ListOptions:
         typer.Argument(
             metavar="jobs|models|techniques|machines|engines",
             help="jobs: the built-in jobs, what each trains on what data, and its sizes, the default size "
-            "first; models: those that hf:NAME builds without a folder and without a network; techniques: those of which plans are made, with their effects on results and their "
-            "settings; machines: the devices, networks, hosts and places of the catalog; engines: the "
-            "programs that run a training, and the installed version of each, or what keeps it from running.",
+            "first; models: those that hf:NAME builds without a folder and without a network; techniques: "
+            "those of which plans are made, with their effects on results and their settings; machines: the "
+            "devices, networks, hosts and places of the catalog; engines: the programs that run a training, "
+            "and the installed version of each, or what keeps it from running.",
         ),
     ]
     name: Annotated[
@@ -101,9 +102,7 @@ def _models(name: str | None, *, as_json: bool) -> None:
         ),
     )
     if name is None:
-        print(
-            "memfit plan hf:NAME builds one, with random weights. Case and owner of a name may be left out."
-        )
+        print("`memfit plan hf:NAME` plans for one. Case does not matter, and the owner may be left out.")
         print("`memfit list models NAME` shows the settings of one model and their source.")
         return
     print_table(("setting", "value"), ((key, str(value)) for key, value in models[0].settings.items()))

@@ -68,6 +68,8 @@ def make(
         raise UserError(f"{PREFIX}{name} trains on random data and does not accept --data")
     config = read_config(name)
     task, batch_size = task_of(config, PREFIX + name), batch or _BATCH_SIZE
+    if task == SEQ2SEQ and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = getattr(config, "pad_token_id", None) or 0  # as T5's config.json has
     settable = dict(dimensions or {})
     target = settable.pop("target", None) if task == SEQ2SEQ else None
     _set_dimensions(config, settable, task, name)

@@ -231,7 +231,8 @@ def of_torchtitan(given: Options) -> DescribedModel | None:
 # of the feed-forward network, layers, heads, groups of keys and values, vocabulary; further settings).
 _TIED_EMBEDDINGS: Mapping[str, Any] = {"tie_word_embeddings": True}
 _HUB: Mapping[str, tuple[str, tuple[int, ...], Mapping[str, Any]]] = {
-    r"(code)?llama-?2?-7b": ("llama", (4096, 11_008, 32, 32, 32, 32_000), {}),
+    r"(codellama-7b-python|llama-?2?-7b)": ("llama", (4096, 11_008, 32, 32, 32, 32_000), {}),
+    r"codellama-7b": ("llama", (4096, 11_008, 32, 32, 32, 32_016), {}),
     r"llama-?2?-13b": ("llama", (5120, 13_824, 40, 40, 40, 32_000), {}),
     r"llama-?2-70b": ("llama", (8192, 28_672, 80, 64, 8, 32_000), {}),
     r"llama-?3(\.1)?-8b": ("llama", (4096, 14_336, 32, 32, 8, 128_256), {}),
@@ -279,8 +280,8 @@ def of_hub(name: str | None, file: str, length: int | None) -> DescribedModel | 
     """Return the model called ``name`` on the Hugging Face Hub, or in a local folder; None without a name.
     Its configuration is that of the folder ``name``, also relative to the configuration ``file``; or that in
     this machine's cache of the Hub; or that of the model's family and size, if memfit knows these; or that of
-    memfit's table of published models. Nothing is downloaded. Without any of these, the model has no ``job``. ``length``: tokens per sample, for which the
-    model must have positions; None if unknown."""
+    memfit's table of published models. Nothing is downloaded. Without any of these, the model has no ``job``.
+    ``length``: tokens per sample, for which the model must have positions; None if unknown."""
     if not name:
         return None
     for folder in (Path(file).parent / name, Path(name).expanduser(), cached_folder(name)):
@@ -300,12 +301,8 @@ def of_hub(name: str | None, file: str, length: int | None) -> DescribedModel | 
         )
     if published := find_published(name):
         repository, model = published
-        difference = (
-            name,
-            "predicted for its published sizes"
-            + (f": {model.note}" if model.note else "")
-            + ", with random weights",
-        )
+        note = f", {model.note}," if model.note else ""
+        difference = (name, f"predicted for its published sizes{note} with random weights")
         return DescribedModel(
             layers=model.settings.get("num_hidden_layers"),
             width=model.settings.get("hidden_size"),
