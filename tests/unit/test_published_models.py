@@ -64,7 +64,7 @@ def test_every_name_of_the_table_means_one_model() -> None:
         ("Llama-3.1-8B", "meta-llama/Llama-3.1-8B"),
         ("Qwen/qwen2.5-coder-7b-instruct", "Qwen/Qwen2.5-Coder-7B-Instruct"),
         ("bert-base-uncased", "bert-base-uncased"),
-        ("google/gemma-3-4b-it", "google/gemma-3-4b-it (the language model, without the vision encoder)"),
+        ("google/gemma-3-4b-it", "google/gemma-3-4b-it (without the vision encoder)"),
     ],
 )
 def test_case_and_owner_of_a_name_do_not_matter(name: str, repository: str) -> None:

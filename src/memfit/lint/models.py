@@ -301,13 +301,12 @@ def of_hub(name: str | None, file: str, length: int | None) -> DescribedModel | 
         )
     if published := find_published(name):
         repository, model = published
-        note = f", {model.note}," if model.note else ""
-        difference = (name, f"predicted for its published sizes{note} with random weights")
+        difference = (name, "predicted for the sizes that memfit knows of this model, with random weights")
         return DescribedModel(
             layers=model.settings.get("num_hidden_layers"),
             width=model.settings.get("hidden_size"),
             job=f"hf:{repository}",
-            differences=(difference,),
+            differences=(difference, *(((name, f"predicted {model.note}"),) if model.note else ())),
         )
     missing = (
         f"{name} is neither a local folder nor in the cache of the Hugging Face Hub, and memfit does not "
