@@ -8,6 +8,7 @@ script makes), conformance/registry.py, integrations/lightning.py, and lint/to_p
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 from memfit.techniques import (
@@ -100,6 +101,18 @@ def make_use(name: str, settings: Mapping[str, object]) -> Use:
     values: dict[str, KnobValue] = {k.name: k.default for k in definition.knobs}
     values.update({k: v for k, v in settings.items() if isinstance(v, str | int | float | bool)})
     return use(name, **values)
+
+
+def with_defaults(plan: Plan) -> Plan:
+    """Return ``plan`` with the default value of each setting that its techniques lack, such as one that a
+    technique did not have yet when the plan was stored. Techniques and settings that do not exist any more
+    stay as they are."""
+    uses = []
+    for plan_use in plan.uses:
+        definition = TECHNIQUES.get(plan_use.technique)
+        defaults = {k.name: k.default for k in definition.knobs} if definition is not None else {}
+        uses.append(use(plan_use.technique, **{**defaults, **plan_use.settings}))
+    return dataclasses.replace(plan, uses=tuple(uses))
 
 
 def make_plain_plan(ranks: int = 1) -> Plan:
