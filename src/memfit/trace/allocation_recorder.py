@@ -27,6 +27,7 @@ from memfit.trace.concrete_values import ConcreteValues
 from memfit.trace.data_dependent import Guesses
 from memfit.trace.fake_storage import of_kernels_types, plain_tensors, sole_counts, strided_storage
 from memfit.trace.operators import tensors_in
+from memfit.trace.optimizer_scalars import OptimizerScalars
 from memfit.trace.source_location import ModuleStack, newest_node, running_node, user_place
 from memfit.trace.streams import StreamTracker, StreamUse
 from memfit.types.device_kind import device_kind
@@ -83,7 +84,8 @@ class AllocationRecorder(TorchDispatchMode):
     returns the record: (allocations, operator calls, phase spans). ``device`` ("cpu" or "cuda") decides how
     sizes are rounded and what some kernels allocate. With ``lines``, each allocation records the line of the
     user's code that made it. ``guesses`` gives the answers where the step reads values of fake tensors (None:
-    a new `Guesses` without bounds).
+    a new `Guesses` without bounds). ``follows_optimizer_scalars``: whether the optimizer's own counts and
+    factors are computed (`OptimizerScalars`), on which its update may branch; off by default.
     """
 
     def __init__(self, device: str, *, lines: bool = False, guesses: Guesses | None = None) -> None:
@@ -99,6 +101,8 @@ class AllocationRecorder(TorchDispatchMode):
         self.concrete_values = ConcreteValues()
         self.guesses = guesses or Guesses()
         self.guesses.concrete_values = self.concrete_values
+        self.optimizer_scalars = OptimizerScalars()
+        self.follows_optimizer_scalars = False
         self.results = operators.Results(self.guesses)
         self.offloaded_bytes = self.restored_bytes = self.offloaded_tensors = 0
         self.paused = False
@@ -126,6 +130,7 @@ class AllocationRecorder(TorchDispatchMode):
         self._close_span()
         self.current = phase
         self.concrete_values.on = self.concrete_values.seeded and phase is not Phase.OPTIMIZER
+        self.optimizer_scalars.on = self.follows_optimizer_scalars and phase is Phase.OPTIMIZER
 
     def next_step(self) -> None:
         self.step += 1
@@ -203,7 +208,8 @@ class AllocationRecorder(TorchDispatchMode):
         if (decompose := operators.decomposition(func, fact, args)) is not None:
             with self:
                 return decompose(*args, **kwargs)
-        values = self.concrete_values.values(func, args, kwargs)
+        followed = self.optimizer_scalars if self.optimizer_scalars.on else self.concrete_values
+        values = followed.values(func, args, kwargs)
         if func is operators.ITEM:
             is_listed = self.current not in (Phase.OPTIMIZER, Phase.SETUP)
             if self.current is Phase.OPTIMIZER and values is None and args[0].dtype.is_floating_point:
@@ -215,7 +221,7 @@ class AllocationRecorder(TorchDispatchMode):
             else self._watched(func, fact, args, kwargs, values)
         )
         if values is not None and (func not in operators.MAKERS or self.concrete_values.follows_all):
-            self.concrete_values.attach(out, values)
+            followed.attach(out, values)
         return out
 
     def _unrecorded(self, func: Any, args: Any, kwargs: Any) -> Any:
