@@ -244,6 +244,9 @@ def _run_recorded(
     step.bench.on_gradient = lambda param: recorder.label(param.grad, Category.GRADIENT)
     step.bench.on_offload = recorder.note_offload
     recorder.modules.watch(step.model)
+    choice = step.job.optimizer
+    is_own = choice.make is None and ":" not in choice.name and "optimizer" not in step.plan
+    recorder.follows_optimizer_scalars = not is_own  # the updates of memfit's own do not branch
     recorder.phase(Phase.SETUP)  # the model is built; batches are made between steps
     try:
         for index in range(steps):
