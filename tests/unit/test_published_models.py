@@ -87,6 +87,16 @@ def test_settings_of_a_model_of_the_table_can_be_changed() -> None:
         read_config("llama-3.1-8b?hiden_size=64")
 
 
+@pytest.mark.parametrize("layers", [3, 40])
+def test_lists_of_layers_follow_the_number_of_layers(layers: int) -> None:
+    config = read_config(f"google/gemma-3-1b-pt?num_hidden_layers={layers}")
+    period = ["sliding_attention"] * 5 + ["full_attention"]
+    assert config.layer_types == (period * 7)[:layers]
+    job = load(JobRef(spec="hf:Qwen/Qwen3-0.6B", dimensions={"layers": layers}))
+    with torch.device("meta"):
+        assert len(job.build_model().get_submodule("model.layers")) == layers
+
+
 def test_a_setting_that_config_json_gives_as_null_is_none() -> None:
     assert read_config("mistralai/Mistral-7B-v0.3").sliding_window is None
     assert read_config("mistralai/Mistral-7B-v0.1").sliding_window == 4096
@@ -113,7 +123,7 @@ def test_an_unknown_name_gets_similar_ones_and_the_way_out(capsys: pytest.Captur
     error = capsys.readouterr().err.strip()
     assert "\n" not in error
     assert "no Hugging Face configuration 'meta-llama/Lama-3.1-8B'" in error
-    assert "such as meta-llama/Llama-3.1-8B" in error
+    assert "`memfit list models` lists, such as meta-llama/Llama-3.1-8B or " in error
     assert "hf download meta-llama/Lama-3.1-8B config.json --local-dir FOLDER" in error
 
 
@@ -203,10 +213,11 @@ def test_the_target_of_an_encoder_decoder_is_as_long_as_its_source_by_default() 
 
 
 def test_what_the_data_of_a_model_do_not_have_is_refused() -> None:
-    with pytest.raises(UserError, match=r"trains on images, which have no --length; .*\?image_size=64"):
+    with pytest.raises(UserError, match=r"trains on images, which have no --length; .*\?image_size=224"):
         load(JobRef(spec=SMALL_VIT, length=64))
     with pytest.raises(UserError, match="no dimension 'target'; allowed: batch, length, layers, hidden"):
         load(JobRef(spec="hf:llama", dimensions={"target": 4}))
+    assert [d.name for d in load(JobRef(spec="hf:swin")).dimensions] == ["batch"]
     with pytest.raises(UserError, match="allowed: 1 to 448 tokens"):
         load(JobRef(spec="hf:openai/whisper-tiny", length=449))
     with pytest.raises(UserError, match=r"no head for which memfit has a loss.* such as CLIP"):

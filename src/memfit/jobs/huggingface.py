@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from memfit.catalog.published_models import PublishedModel, cached_folder, find_published, similar_names
-from memfit.jobs.huggingface_tasks import IMAGES, SEQ2SEQ, auto_model, random_batch, task_of
+from memfit.jobs.huggingface_tasks import IMAGES, SEQ2SEQ, SPEECH, auto_model, random_batch, task_of
 from memfit.types.errors import UserError, first_line, suggest
 from memfit.types.job import Dimension, Job, OptimizerChoice
 
@@ -74,7 +75,11 @@ def make(
     target = settable.pop("target", None) if task == SEQ2SEQ else None
     _set_dimensions(config, settable, task, name)
     if task == IMAGES:
-        _refuse_length(length, name)
+        if length is not None:
+            raise UserError(
+                f"{PREFIX}{name} trains on images, which have no --length",
+                hint=f"{PREFIX}{name.partition('?')[0]}?image_size=224 sets their size",
+            )
         lengths: tuple[int, ...] = ()
     else:
         lengths = (_length(config, task, length, size, name),)
@@ -92,7 +97,7 @@ def make(
         tokens_per_batch=batch_size * sum(lengths[:1]),
         assumed=tuple(option for option, value in given.items() if value is None),
         optimizer=OptimizerChoice(learning_rate=1e-4),
-        data_source="random tokens" if lengths else "random images",
+        data_source={IMAGES: "random images", SPEECH: "random audio"}.get(task, "random tokens"),
         dimensions=(
             Dimension(name="batch", value=batch_size),
             *(Dimension(name=n, value=v) for n, v in zip(("length", "target"), lengths, strict=False)),
@@ -101,18 +106,13 @@ def make(
     )
 
 
-def _refuse_length(length: int | None, name: str) -> None:
-    if length is not None:
-        raise UserError(
-            f"{PREFIX}{name} trains on images, which have no --length",
-            hint=f"another size of the images: {PREFIX}{name.partition('?')[0]}?image_size={length}",
-        )
-
-
 def _dimensions(config: Any) -> list[Dimension]:
     """Return the layers and the width of the network, if the configuration states them under their usual
     names. Only multiples of the number of heads are possible for the width. Models with encoder and decoder
-    have no dimension "layers", because num_hidden_layers is the number of one of the two."""
+    have no dimension "layers", because num_hidden_layers is the number of one of the two; models of several
+    stages, such as Swin, have neither."""
+    if hasattr(config, "depths"):
+        return []
     multiples = {"hidden": int(getattr(config, "num_attention_heads", None) or 1)}
     return [
         Dimension(name=name, value=getattr(config, setting), multiple=multiples.get(name, 1))
@@ -137,7 +137,7 @@ def _set_dimensions(config: Any, dimensions: Mapping[str, int], task: str, name:
                 f"the dimension {dimension} of {PREFIX}{name} is set to {value}",
                 allowed=f"multiples of {allowed[dimension]}, its number of heads",
             )
-        setattr(config, _DIMENSIONS[dimension], value)
+        _set(config, _DIMENSIONS[dimension], value)
 
 
 def _shown_name(name: str, config: Any) -> str:
@@ -270,17 +270,16 @@ def _from_table(repository: str, model: PublishedModel) -> Any:
 
 
 def _unknown_name(name: str) -> UserError:
-    similar = [
-        *similar_names(name),
-        *difflib.get_close_matches(name, list(_model_types()), n=3),
-    ]
+    models = similar_names(name) or ["meta-llama/Llama-3.1-8B", "bert-base-uncased"]
+    types = difflib.get_close_matches(name, list(_model_types()), n=3) or ["gpt2", "llama", "bert"]
+    repository = name if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) else "OWNER/NAME"
     return UserError(
         f"no Hugging Face configuration {name!r}",
-        allowed="a folder with config.json, a model that `memfit list models` lists, one in this machine's "
-        "cache of the Hugging Face Hub, or a model type that transformers knows, such as "
-        f"{', '.join(similar or ('gpt2', 'llama', 'bert'))}",
-        hint=f"for any other model, download its config.json, for example by `hf download {name} config.json "
-        f"--local-dir FOLDER`, and give {PREFIX}FOLDER",
+        allowed=f"a model that `memfit list models` lists, such as {' or '.join(models)}; a model type of "
+        f"transformers, such as {' or '.join(types)}; a model in this machine's cache of the Hugging Face "
+        "Hub; a folder with config.json",
+        hint=f"for any other model, download its config.json, for example by `hf download {repository} "
+        f"config.json --local-dir FOLDER`, and give {PREFIX}FOLDER",
     )
 
 
@@ -295,9 +294,24 @@ def _change(config: Any, changes: str, name: str) -> None:
                 hint=suggest(key, config.to_dict()),
             )
         try:
-            setattr(config, key, json.loads(text))
+            value = json.loads(text)
         except ValueError:
-            setattr(config, key, text)
+            value = text
+        _set(config, key, value)
+
+
+def _set(config: Any, setting: str, value: Any) -> None:
+    """Set the setting. If it changes the number of layers, lists with an entry for each layer, such as
+    layer_types, are made as long, by repeating their shortest period."""
+    layers = getattr(config, "num_hidden_layers", None)
+    setattr(config, setting, value)
+    changed = getattr(config, "num_hidden_layers", None)
+    if changed == layers or not isinstance(changed, int):
+        return
+    for name, entries in list(vars(config).items()):
+        if "layer" in name and isinstance(entries, list) and len(entries) == layers:
+            period = next(n for n in range(1, layers + 1) if entries[n:] == entries[:-n])
+            setattr(config, name, [entries[i % period] for i in range(changed)])
 
 
 def _from_folder(folder: Path) -> Any:
