@@ -630,6 +630,12 @@ def test_lightnings_schedule_counts_updates_and_its_settings_in_batches_are_name
     assert "line 4" in edit.remarks[-1]
 
 
+def test_a_module_that_optimizes_manually_gets_no_accumulation() -> None:
+    text = LIGHTNING + "module.automatic_optimization = False\n"
+    assert "optimizes manually" in diff(text, {"gradient-accumulation": {"micro_batches": 2}}).reason
+    assert diff(text, {"bf16-autocast": {}}).diff
+
+
 def test_a_trainer_of_another_library_is_none_of_lightning() -> None:
     text = LIGHTNING.replace("import lightning as L", "import other as L")
     assert "backward 0 times" in diff(text, {"bf16-autocast": {}}).reason

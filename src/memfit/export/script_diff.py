@@ -267,6 +267,12 @@ def _library_diff(source: Source, calls: list[ast.Call], plan: Plan, library: _L
     return ScriptDiff(diff=_checked(source, source.replaced(changes)), remarks=tuple(remarks))
 
 
+def _is_manual(source: Source) -> bool:
+    """Return whether a module of Lightning sets ``automatic_optimization`` to False."""
+    assigned = [n for n in ast.walk(source.tree) if isinstance(n, ast.Assign) and literal(n.value) is False]
+    return any(name_of(target) == "automatic_optimization" for n in assigned for target in n.targets)
+
+
 def _smaller_batches(
     source: Source, calls: list[ast.Call], steps: int, library: _Library
 ) -> tuple[list[Replacement], list[str], str]:
@@ -276,6 +282,8 @@ def _smaller_batches(
     if library.accumulates and not _mentions(source, library.accumulates):
         reason = "the loop has no `with accelerator.accumulate(model):`, which gradient accumulation needs"
         return [], [], reason
+    if library is _LIGHTNING and _is_manual(source):
+        return [], [], "the module optimizes manually, for which Lightning accumulates no gradients"
     loaders = [
         call
         for call in source.calls(frozenset({"DataLoader"}))
