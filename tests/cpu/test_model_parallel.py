@@ -78,6 +78,22 @@ class _Mixture(nn.Module):
         return self.head(x)
 
 
+class _SkewedBlock(_MixtureBlock):
+    """Of 128 choices, the first two of four experts get 40 each: 1.25 times an even share."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.norm(x).flatten(0, 1)
+        weights = self.router(tokens).softmax(-1)[:, :2]
+        chosen = torch.arange(4).repeat_interleave(torch.tensor([40, 40, 24, 24])).view(-1, 2)
+        return x + self.experts(tokens, chosen.repeat(len(tokens) // 64, 1), weights).view_as(x)
+
+
+class _Skewed(_Mixture):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([_SkewedBlock(32) for _ in range(2)])
+
+
 def _tied() -> nn.Module:
     model = Gpt(SIZE)
     model.head.weight = model.embed.weight
@@ -161,6 +177,23 @@ def _esm() -> nn.Module:
     return model
 
 
+def _mixtral() -> nn.Module:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    return MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=128,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            max_position_embeddings=64,
+        )
+    )
+
+
 def _batch(step: int, seed: int) -> dict[str, torch.Tensor]:
     tokens = torch.randint(4, 31, (4, 33), generator=torch.Generator().manual_seed(1000 * seed + step))
     return {"input_ids": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
@@ -184,7 +217,9 @@ JOBS = {
         _job("gpt", lambda: Gpt(SIZE)),
         _job("tied", _tied),
         _job("mixture", _Mixture, experts="blocks.*.experts"),
+        _job("skewed", _Skewed, experts="blocks.*.experts"),
         _job("rotary", _Rotary),
+        _job("mixtral", _mixtral, _its_loss),
         _job("llama", _llama, _its_loss),
         _job("esm", _esm, _its_loss),
     )
@@ -210,7 +245,16 @@ CASES = (
     ("folds", _plan(axial_parallel={}, fsdp2={}, activation_checkpointing={})),
     ("mixture", _plan(expert_parallel=EVERY_TOKEN, ddp={})),
     ("mixture", _plan(expert_parallel=EVERY_TOKEN, fsdp2={})),
+    ("mixture", _plan(expert_parallel={"dropless": True}, ddp={})),
+    ("mixtral", _plan(expert_parallel={"dropless": True}, fsdp2={}, activation_checkpointing={})),
+    ("skewed", _plan(expert_parallel={"dropless": True}, ddp={})),
+    ("skewed", _plan(expert_parallel={"dropless": True}, fsdp2={})),
 )
+
+# Elsewhere, the load of the experts is not that which a prediction assumes.
+PREDICTED = [
+    i for i, (name, plan) in enumerate(CASES) if "dropless=True" not in plan.label or name == "skewed"
+]
 
 
 def _measure(job: Job, plan: Plan, world: Any, counter: CountingAllocator | None) -> dict[str, Any]:
@@ -266,12 +310,12 @@ def test_two_ranks_train_as_one_process(index: int, ranks: list[list[list[dict[s
 
 @pytest.mark.skipif(available() is not None, reason=f"no counting allocator: {available()}")
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .FSDPAlphaFold.")  # gives what a Linear does: a view
-@pytest.mark.parametrize("index", range(len(CASES)), ids=lambda i: f"{CASES[i][0]}-{CASES[i][1].label}")
+@pytest.mark.parametrize("index", PREDICTED, ids=lambda i: f"{CASES[i][0]}-{CASES[i][1].label}")
 def test_the_predicted_peak_of_each_rank_is_the_measured_one(
     index: int, ranks: list[list[list[dict[str, Any]]]]
 ) -> None:
     name, plan = CASES[index]
-    for rank in range(2):
+    for rank in range(1 if name == "skewed" else 2):  # the experts of the first rank are the busiest
         predicted = memory_profile(trace(JOBS[name], plan, rank=rank), Calibration()).peak_bytes
         measured = min(run["peak"] for run in ranks[rank][index])
         assert predicted == pytest.approx(measured, rel=WORST_RATIO), rank

@@ -59,3 +59,21 @@ def test_an_old_name_gives_the_answer_of_its_new_form(capsys: pytest.CaptureFixt
     old = json.loads(capsys.readouterr().out)
     assert main(["list", "machines", "L4", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == old
+
+
+@pytest.mark.parametrize(
+    ("typed", "hint"),
+    [
+        ("explian", "did you mean `memfit estimate JOB` (formerly explain)?"),
+        ("machnies", "did you mean `memfit list machines` (formerly machines)?"),
+        ("esitmate", "did you mean 'estimate'?"),
+        ("zzzz", ""),
+    ],
+)
+def test_a_mistyped_name_is_answered_with_the_nearest_one_and_an_old_one_with_its_new_form(
+    typed: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([typed]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"memfit: unknown command: '{typed}'; allowed: ")
+    assert err.endswith(f"; {hint}\n") if hint else "did you mean" not in err

@@ -18,9 +18,11 @@ from memfit.techniques.imported_optimizer import (
     parse_arguments,
 )
 from memfit.techniques.registry import TECHNIQUES, make_use
+from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
 from memfit.types.job import Job, OptimizerChoice
 from memfit.types.plan import Plan
+from memfit.types.trace import Phase
 
 
 def step_with(job: Job | None = None, **settings: Any) -> TrainingStep:
@@ -221,3 +223,22 @@ def test_a_search_tries_no_copies_of_parameters_for_an_optimizer_that_needs_thei
     space = Space(batch_size=4, block_count=2, vocabulary=0, device="cpu", named=named)
     assert ("bf16-parameters" in space.refused) is named
     assert bool(TECHNIQUES["bf16-parameters"].settings(space)) is not named
+
+
+def update_operators(**settings: Any) -> set[str]:
+    """The names of the operators of the traced update, without namespace and overload."""
+    traced = trace(words(), Plan(uses=(make_use("optimizer", settings),)))
+    return {part for op in traced.ops if op.phase is Phase.OPTIMIZER for part in op.op.split(".")}
+
+
+def test_an_update_that_changes_with_its_step_is_traced_as_late_in_the_training() -> None:
+    assert "sqrt" in update_operators(path="torch.optim:RAdam")
+    assert "sub" not in update_operators(path="torch.optim:ASGD")
+    assert "sub" in update_operators(path="torch.optim:ASGD", arguments="t0=1000")  # it averages
+
+
+def test_an_update_in_backward_is_traced_as_late_too_and_its_own_values_are_no_assumptions() -> None:
+    uses = (make_use("optimizer", {"path": "torch.optim:RAdam"}), make_use("optimizer-in-backward", {}))
+    traced = trace(words(), Plan(uses=uses))
+    assert any("sqrt" in op.op.split(".") for op in traced.ops)
+    assert not any(".item()" in sentence for sentence in traced.assumptions)

@@ -491,7 +491,7 @@ def test_hugging_face_configurations_that_cannot_be_used_are_refused(tmp_path: P
     (tmp_path / "config.json").write_text("{not json")
     assert "config.json" in refusal(f"hf:{tmp_path}")
     assert "has no head for which memfit has a loss" in refusal("hf:clip")
-    assert "a file of your own can train any model" in refusal("hf:t5")
+    assert "a file of your own can train any model" in refusal("hf:clip")
     assert "does not accept --data" in refusal("hf:gpt2", data="x")
     assert "unknown size" in refusal("hf:gpt2", size="8M")
 

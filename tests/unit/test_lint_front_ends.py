@@ -180,6 +180,26 @@ def test_adapters_in_fp16_are_predicted_in_bf16(tmp_path: Path) -> None:
     assert "fp16" in reasons(found)
 
 
+def test_dora_of_a_file_is_the_setting_of_lora(tmp_path: Path) -> None:
+    common = {"micro_batch_size": 1, "base_model": "m", "datasets": [], "bf16": True}
+    axolotl = written(tmp_path, "a.yml", **common, adapter="lora", peft_use_dora=True)
+    factory = written(
+        tmp_path, "b.yaml", stage="sft", finetuning_type="lora", model_name_or_path="m", use_dora=True
+    )
+    assert techniques(axolotl)["lora"] == techniques(factory)["lora"]
+    assert techniques(axolotl)["lora"]["dora"] is True
+    assert "peft_use_dora" in axolotl.carried
+    assert "use_dora" in factory.carried
+
+
+def test_dora_over_weights_of_4_bits_is_left_out_with_the_reason(tmp_path: Path) -> None:
+    common = {"micro_batch_size": 1, "base_model": "m", "datasets": [], "load_in_4bit": True}
+    axolotl = written(tmp_path, "a.yml", **common, adapter="qlora", peft_use_dora=True)
+    assert "qlora" in techniques(axolotl)
+    assert "frozen weights of 16 bits only" in reasons(axolotl)["peft_use_dora"]
+    assert "peft_use_dora" not in axolotl.carried
+
+
 def test_axolotls_parallel_sizes_give_the_number_of_ranks(tmp_path: Path) -> None:
     found = written(
         tmp_path,
@@ -326,8 +346,9 @@ def test_a_mace_configuration_that_does_not_exist_is_said(tmp_path: Path) -> Non
         ("mistralai/Mixtral-8x7B-v0.1", "hf:mixtral?hidden_size=4096&"),
         ("Qwen/Qwen2.5-VL-7B-Instruct", ""),
         ("TheBloke/Llama-2-7B-AWQ", ""),
-        ("Qwen/Qwen3-30B-A3B", ""),
-        ("meta-llama/Llama-3.1-405B", ""),
+        ("Qwen/Qwen3-30B-A3B", "hf:Qwen/Qwen3-30B-A3B"),
+        ("meta-llama/Llama-3.1-405B", "hf:meta-llama/Llama-3.1-405B"),
+        ("mine/Qwen3-30B-A3B-AWQ", ""),
         ("mine/llama-2-700b", ""),
     ],
 )

@@ -21,7 +21,7 @@ from memfit.cost.estimate import interval_around
 from memfit.cost.money import bill
 from memfit.cost.op_time import time_model
 from memfit.engines.registry import engine
-from memfit.planner import multi_device
+from memfit.planner import device_pricing, multi_device
 from memfit.planner.block_traces import BlockTracer
 from memfit.planner.capacity import needed_bytes
 from memfit.planner.device_pricing import Aim, Scale
@@ -98,6 +98,23 @@ def job(batch: int, blocks: int = BLOCKS) -> Job:
         batch_size=batch,
         tokens_per_batch=batch * LENGTH,
     )
+
+
+_TRACERS: dict[tuple[int, str], BlockTracer] = {}
+
+
+def block_tracer(job: Job, device: str) -> BlockTracer:
+    """Return the one tracer of this job object, which it keeps alive."""
+    key = (id(job), device)
+    if key not in _TRACERS:
+        _TRACERS[key] = BlockTracer(job, device)
+    return _TRACERS[key]
+
+
+@pytest.fixture(autouse=True)
+def _shared_small_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Searches of the same job share its small traces."""
+    monkeypatch.setattr(device_pricing, "BlockTracer", block_tracer)
 
 
 @functools.cache
@@ -293,8 +310,12 @@ def aim(on: Machine, *, goal: str = "fastest", accuracy: str = "exact", **change
     )
 
 
-def pricer_of(batch: int, on: Machine, blocks: int = 4) -> Pricer:
-    small = job(batch, blocks)
+shared_job = functools.cache(job)
+
+
+@functools.cache
+def pricer_of(batch: int, spec: str, blocks: int = 4) -> Pricer:
+    small, on = shared_job(batch, blocks), machine(spec)
     return Pricer(job=small, machine=on, space=space_of(small, "cuda", on.device_count))
 
 
@@ -303,7 +324,7 @@ _SHARES = (0.0, 0.2, 0.35, 0.6, 1.0)
 
 @functools.cache
 def _two_cards() -> Pricer:
-    return pricer_of(4, machine("2xL4"), 3)
+    return pricer_of(4, "2xL4", 3)
 
 
 @functools.cache
@@ -338,7 +359,7 @@ def test_law_a_whole_search_with_a_looser_cap_or_deadline_is_never_worse(shares:
 
 
 def test_no_sketch_on_the_frontier_is_dominated() -> None:
-    scale = Scale(pricer_of(8, machine("4xL4")), aim(machine("4xL4"), accuracy="rounding"))
+    scale = Scale(pricer_of(8, "4xL4"), aim(machine("4xL4"), accuracy="rounding"))
     estimates = scale.estimates(4)
     edge = frontier(estimates)
     for one in edge:
@@ -358,8 +379,10 @@ def test_a_deadline_met_on_a_slow_network_is_met_on_a_faster_one() -> None:
     fast = dataclasses.replace(slow, network=dataclasses.replace(slow.network, bytes_s=wide))
     steps = 1000
     times = []
+    small = shared_job(8, 4)
     for on in (slow, fast):
-        scale = Scale(pricer_of(8, on), aim(on, accuracy="rounding"))
+        pricer = Pricer(job=small, machine=on, space=space_of(small, "cuda", on.device_count))
+        scale = Scale(pricer, aim(on, accuracy="rounding"))
         times.append(min(score(e, Objective.FASTEST) for e in scale.estimates(4)) * steps)
     assert times[1] <= times[0]
 
@@ -367,26 +390,26 @@ def test_a_deadline_met_on_a_slow_network_is_met_on_a_faster_one() -> None:
 def test_the_error_when_nothing_fits_names_ways_out() -> None:
     on = machine("2xL4")
     with pytest.raises(NothingFits) as caught:
-        search_scale(pricer_of(4, on), 2, aim(on, cap_bytes=600 * 2**20))
+        search_scale(_two_cards(), 2, aim(on, cap_bytes=500 * 2**20))
     assert "more on each device" in str(caught.value.explained())
     late = Bounds(steps=10**9, deadline_s=1.0)
     with pytest.raises(NothingFits) as caught:
-        search_scale(pricer_of(4, on), 2, aim(on, bounds=late))
+        search_scale(_two_cards(), 2, aim(on, bounds=late))
     assert any("deadline" in way for way in caught.value.ways)
 
 
 def test_the_model_is_cut_if_there_are_fewer_samples_than_devices() -> None:
-    on = machine("8xL4")
+    on = machine("4xL4")
     pricer = Pricer(job=job(3, 4), machine=on, space=space_of(job(3, 4), "cuda", 1))
-    found = search_scale(pricer, 8, aim(on))
+    found = search_scale(pricer, 4, aim(on))
     assert found.recommended is not None
     assert layout(found.recommended.estimate.plan).data in (1, 3)
     assert found.baseline.estimate.plan == make_plain_plan(3)  # a replica needs a sample
 
 
 def test_a_search_for_the_fewest_devices_may_leave_devices_idle() -> None:
-    on = machine("4xL4")
-    found = search_scale(pricer_of(8, on), 4, aim(on, goal="fewest"))
+    on = machine("2xL4")
+    found = search_scale(pricer_of(8, "2xL4"), 2, aim(on, goal="fewest"))
     assert found.recommended is not None
     estimate = found.recommended.estimate
     assert estimate.plan.ranks == 1
@@ -398,7 +421,7 @@ def test_a_search_for_the_fewest_devices_may_leave_devices_idle() -> None:
 def test_a_device_count_without_plans_is_skipped_if_others_have_plans() -> None:
     on = machine("4xL4")
     whole = Bounds(without=("tensor-parallel", "pipeline"))
-    scale = Scale(pricer_of(8, on), aim(on, goal="cheapest", bounds=whole))
+    scale = Scale(pricer_of(8, "4xL4"), aim(on, goal="cheapest", bounds=whole))
     assert {e.plan.ranks for e in scale.over((3, 2))} == {2}
     with pytest.raises(UserError, match="a batch of 8 cannot be shared evenly by 3 devices"):
         scale.over((3,))
@@ -406,7 +429,7 @@ def test_a_device_count_without_plans_is_skipped_if_others_have_plans() -> None:
 
 def test_a_sketch_is_expected_to_err_as_traced_plans_did_in_time_energy_cost_and_co2() -> None:
     on = machine("4xL4")
-    scale = Scale(pricer_of(8, on), aim(on))
+    scale = Scale(pricer_of(8, "4xL4"), aim(on))
     sketch = Estimate(
         plan=make_plain_plan(4),
         allocated_bytes=interval_around(2.0**30, 0.1),
@@ -429,9 +452,10 @@ def test_a_sketch_is_expected_to_err_as_traced_plans_did_in_time_energy_cost_and
 def test_a_search_without_bf16_techniques_stays_in_float32() -> None:
     on = machine("2xL4")
     left = Bounds(without=("bf16-autocast", "bf16-parameters", "tensor-parallel", "pipeline", "zero"))
-    found = search_scale(pricer_of(8, on), 2, aim(on, goal="cheapest", accuracy="rounding", bounds=left))
+    pricer = pricer_of(8, "2xL4")
+    found = search_scale(pricer, 2, aim(on, goal="cheapest", accuracy="rounding", bounds=left))
     assert found.recommended is not None
-    scale = Scale(pricer_of(8, on), aim(on, accuracy="rounding", bounds=left))
+    scale = Scale(pricer, aim(on, accuracy="rounding", bounds=left))
     plans = [e.plan for e in scale.estimates(1)]
     assert plans
     assert all(p.get("bf16-autocast") is None for p in plans)
@@ -458,8 +482,8 @@ def test_an_engine_is_blamed_only_if_native_would_have_plans() -> None:
 def test_a_recommendation_is_no_slower_than_plain_training_that_fits() -> None:
     """Its reasons compare traces with traces and sketches with sketches. The optimizer of a small model is
     not offloaded, because copies and operators of many small tensors would have to be started."""
-    on = machine("4xH100-SXM")
-    found = search_scale(pricer_of(8, on), 4, aim(on, accuracy="rounding"))
+    on = machine("2xH100-SXM")
+    found = search_scale(pricer_of(8, "2xH100-SXM"), 2, aim(on, accuracy="rounding"))
     assert found.recommended is not None
     assert found.baseline.fits
     assert score(found.recommended.estimate, Objective.FASTEST) <= 1.03 * score(
@@ -491,7 +515,7 @@ def test_a_plan_that_is_traced_for_a_reason_and_is_better_is_recommended(
 
     monkeypatch.setattr(multi_device, "traced_for_reasons", traced)
     on = machine("2xH100-SXM")
-    found = search_scale(pricer_of(8, on), 2, aim(on))
+    found = search_scale(pricer_of(8, "2xH100-SXM"), 2, aim(on))
     assert found.recommended is not None
     assert found.recommended.estimate.plan == faster[0].plan
     assert faster[0].plan in [choice.estimate.plan for choice in found.frontier]
@@ -520,9 +544,9 @@ def test_plain_training_without_enough_host_memory_is_shown_as_not_fitting() -> 
 
 
 def test_excluded_techniques_are_in_no_plan() -> None:
-    on = machine("4xL4")
+    on = machine("2xL4")
     unwanted = Bounds(without=("fsdp2", "tensor-parallel"))
-    found = search_scale(pricer_of(8, on), 4, aim(on, bounds=unwanted))
+    found = search_scale(pricer_of(8, "2xL4"), 2, aim(on, bounds=unwanted))
     plans: list[Plan] = [c.estimate.plan for c in found.frontier]
     assert plans
     assert not any(p.get("fsdp2") or p.get("tensor-parallel") for p in plans)
@@ -538,9 +562,10 @@ def test_a_technique_that_cannot_be_traced_does_not_end_the_search(
         return "no such operator" if chunked else inner(self, key)
 
     monkeypatch.setattr(BlockTracer, "_traced", fails)
-    on = machine("4xL4")
-    found = search_scale(pricer_of(8, on), 4, aim(on))
+    on, small = machine("2xL4"), job(8, 3)  # a job of its own: its traces are shared with no other search
+    found = search_scale(Pricer(job=small, machine=on, space=space_of(small, "cuda", 2)), 2, aim(on))
     assert found.recommended is not None
+    assert "no such operator" in block_tracer(small, "cuda").kept.values()
 
 
 @pytest.mark.parametrize(

@@ -225,6 +225,36 @@ def test_the_edit_with_micro_batches_trains_nearly_the_same_and_warns_of_what_is
     )
 
 
+def test_a_count_of_steps_in_the_forward_pass_counts_steps_of_micro_batches_too(tmp_path: Path) -> None:
+    counting = PLAIN.replace(
+        "\n        optimizer.zero_grad()",
+        "\n        done += 1\n        scheduler.step()\n        total += loss.item()\n"
+        "        optimizer.zero_grad()",
+    ).replace("        scheduler.step()\nprint(", "print(done, scheduler.last_epoch, ")
+    counting = counting.replace("for epoch", "done, total = 0, 0.0\nfor epoch")
+    edit = diff(counting, {"gradient-accumulation": {"micro_batches": 4}}, batch=16)
+    assert edit.remarks[:2] == (
+        "moved behind the micro-batches, to run once for each step: lines 23, 24",
+        "run once for each micro-batch now, so check what they count or log: line 25",
+    )
+    text = patched(counting, edit, tmp_path)
+    assert text.index("done += 1") > text.index("fit.backward(loss)")
+    ours, theirs = (
+        subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True
+        ).stdout.split()
+        for script in (text, counting)
+    )
+    assert ours[:2] == theirs[:2] == ["8", "8"]
+    assert float(ours[2]) == pytest.approx(float(theirs[2]), rel=1e-6)
+
+
+def test_a_schedule_of_the_length_of_the_loader_keeps_its_meaning_in_a_plain_loop(tmp_path: Path) -> None:
+    text = PLAIN.replace("1 / (1 + step)", "1 - step / (2 * len(loader))")
+    edit = diff(text, {"gradient-accumulation": {"micro_batches": 4}}, batch=16)
+    assert output(patched(text, edit, tmp_path), tmp_path) == pytest.approx(output(text, tmp_path), rel=1e-6)
+
+
 def test_a_loop_in_a_function_gets_the_plan_where_the_optimizer_is_made(tmp_path: Path) -> None:
     edit = diff(FUNCTIONS, {"activation-checkpointing": {}, "optimizer-in-backward": {}})
     text = patched(FUNCTIONS, edit, tmp_path)
@@ -371,6 +401,32 @@ REFUSED = {
         + 'def loss_of(out, y):\n    return F.cross_entropy(out, y, reduction="sum")\n',
         "reduction=",
     ),
+    "continue between forward and backward": (
+        PLAIN.replace("        loss.b", "        if loss.isnan():\n            continue\n        loss.b"),
+        "line 24 leaves a step with continue before the optimizer's step",
+    ),
+    "continue between backward and step": (
+        PLAIN.replace(
+            "backward()\n", "backward()\n        if loss > 9:\n            print(9)\n            continue\n"
+        ),
+        "line 26 leaves a step with continue",
+    ),
+    "break out of a step": (
+        PLAIN.replace("backward()\n", "backward()\n        if loss > 9:\n            break\n"),
+        "line 25 leaves a step with break",
+    ),
+    "return out of a step": (
+        FUNCTIONS.replace("backward()\n", "backward()\n        if loss > 9:\n            return total\n"),
+        "line 13 leaves a step with return",
+    ),
+    "errors that are caught": (
+        FUNCTIONS.replace(
+            "        loss = net(batch).pow(2).mean()\n        loss.backward()\n        opt.step()\n",
+            "        try:\n            loss = net(batch).pow(2).mean()\n            loss.backward()\n"
+            "            opt.step()\n        except RuntimeError:\n            print('skipped')\n",
+        ),
+        "line 10 catches errors of a step",
+    ),
     "no loop": ("import torch\n", "backward 0 times"),
     "text of several lines": (
         PLAIN.replace("out = model(x)\n", 'out = model(x)\n        print("""\n""")\n'),
@@ -388,6 +444,17 @@ def test_a_script_that_cannot_be_edited_safely_gets_the_reason_and_the_lines(nam
     assert "\n" not in edit.reason
     assert any("memfit.apply(" in line for line in edit.lines)
     assert any("fit.backward(loss)" in line for line in edit.lines)
+
+
+def test_a_jump_that_stays_in_a_step_or_comes_before_or_after_it_is_no_reason() -> None:
+    text = PLAIN.replace("# forward\n", "if len(x) < 2:\n            continue\n").replace(
+        "scheduler.step()\n", "scheduler.step()\n        if index > 9:\n            break\n"
+    )
+    text = text.replace(
+        "        loss.backward()\n", "        for i in x:\n            break\n        loss.backward()\n"
+    )
+    edit = diff(text, {"activation-checkpointing": {}}, batch=16)
+    assert edit.diff, edit.reason
 
 
 def test_a_plan_of_several_ranks_needs_a_script_of_several_ranks() -> None:
@@ -469,6 +536,75 @@ def test_accelerate_without_accumulate_is_not_edited() -> None:
     assert "accumulate" in edit.reason
 
 
+SCHEDULED = """from accelerate import Accelerator
+accelerator = Accelerator()
+loader = DataLoader(data, shuffle=True, batch_size=8)
+optimizer = AdamW(model.parameters())
+updates = 3 * len(loader)
+scheduler = get_scheduler("linear", optimizer, num_warmup_steps=5, num_training_steps=updates)
+model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+for epoch in range(3):
+    for step, batch in enumerate(loader):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(batch))
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        if step % 10 == 0:
+            print(step, len(loader))
+"""
+
+
+def test_the_schedule_of_accelerate_counts_updates_and_what_counts_batches_is_named() -> None:
+    edit = diff(SCHEDULED, {"gradient-accumulation": {"micro_batches": 4}})
+    assert "+loader = DataLoader(data, shuffle=True, batch_size=2)" in edit.diff
+    assert "+updates = 3 * -(-len(loader) // 4)" in edit.diff
+    assert edit.remarks == (
+        "the schedule of line 5 counts updates of 4 micro-batches: check its length",
+        (
+            "iterations of the loop and batches of the DataLoader are now micro-batches, 4 for each update; "
+            "check what counts them: lines 15, 16"
+        ),
+    )
+
+
+def test_a_schedule_that_steps_with_each_iteration_of_accelerate_is_named_or_right() -> None:
+    text = SCHEDULED.replace("loader, scheduler =", "loader =").replace("loader, scheduler)", "loader)")
+    edit = diff(text.replace("step % 10", "True"), {"gradient-accumulation": {"micro_batches": 4}})
+    assert "+updates" not in edit.diff  # both its length and its steps count iterations
+    constant = diff(text.replace("len(loader)\n", "99\n"), {"gradient-accumulation": {"micro_batches": 4}})
+    assert "lines 13, 15, 16" in constant.remarks[-1]
+    synchronized = text.replace(
+        "            scheduler.step()\n",
+        "            if accelerator.sync_gradients:\n                scheduler.step()\n",
+    )
+    edit = diff(synchronized, {"gradient-accumulation": {"micro_batches": 4}})
+    assert "+updates = 3 * -(-len(loader) // 4)" in edit.diff
+
+
+def test_a_schedule_of_a_script_that_accumulates_already_is_adapted_or_named() -> None:
+    text = SCHEDULED.replace("Accelerator()", "Accelerator(gradient_accumulation_steps=each)")
+    plan = {"gradient-accumulation": {"micro_batches": 4}}
+    divided = diff(text.replace("3 * len(loader)", "3 * len(loader) // each"), plan)
+    assert "+updates = 3 * len(loader) // 4" in divided.diff
+    assert "lines 5, 15" in diff(text, plan).remarks[-1]
+    same = text.replace("steps=each", "steps=4").replace("size=8", "size=2")
+    assert diff(same, plan).remarks == ()
+    assert diff(same, plan).diff == ""
+
+
+def test_what_else_uses_the_length_of_a_schedule_keeps_it_as_it_is() -> None:
+    edit = diff(SCHEDULED + "stop_after(updates)\n", {"gradient-accumulation": {"micro_batches": 4}})
+    assert "+updates" not in edit.diff
+    assert "lines 5, 15, 16" in edit.remarks[-1]
+
+
+def test_a_reader_of_the_trainers_batch_is_named() -> None:
+    text = TRAINER + "steps = len(data) // args.per_device_train_batch_size\n"
+    edit = diff(text, {"gradient-accumulation": {"micro_batches": 2}})
+    assert any(r.startswith("line 8 reads per_device_train_batch_size") for r in edit.remarks)
+
+
 LIGHTNING = """import lightning as L
 loader = DataLoader(data, batch_size=20, shuffle=True)
 trainer = L.Trainer(max_epochs=20)
@@ -483,6 +619,21 @@ def test_lightnings_trainer_gets_precision_and_accumulation_and_a_smaller_batch(
     )
     assert "+loader = DataLoader(data, batch_size=10, shuffle=True)" in edit.diff
     assert edit.remarks[0].startswith("Lightning does not apply sgd")
+
+
+def test_lightnings_schedule_counts_updates_and_its_settings_in_batches_are_named() -> None:
+    text = LIGHTNING.replace("=20)\n", "=20, limit_train_batches=50)\n").replace(
+        "trainer =", "schedule = OneCycleLR(optimizer, 0.1, len(loader))\ntrainer ="
+    )
+    edit = diff(text, {"gradient-accumulation": {"micro_batches": 2}})
+    assert "+schedule = OneCycleLR(optimizer, 0.1, -(-len(loader) // 2))" in edit.diff
+    assert "line 4" in edit.remarks[-1]
+
+
+def test_a_module_that_optimizes_manually_gets_no_accumulation() -> None:
+    text = LIGHTNING + "module.automatic_optimization = False\n"
+    assert "optimizes manually" in diff(text, {"gradient-accumulation": {"micro_batches": 2}}).reason
+    assert diff(text, {"bf16-autocast": {}}).diff
 
 
 def test_a_trainer_of_another_library_is_none_of_lightning() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
 Words = list[str]
@@ -76,6 +77,18 @@ def rewrite(argv: Sequence[str]) -> Words:
     )
     rewritten = new_words(*_split(words[1:]))
     return [rewritten[0], "--help"] if "--help" in words else rewritten
+
+
+def suggest_command(word: str, commands: Iterable[str]) -> str:
+    """Return the hint "did you mean ...?" with the name that is most similar to ``word``: one of
+    ``commands``, or an old name in its new form. Return "" if none is similar."""
+    matches = difflib.get_close_matches(word, [*commands, *ALIASES], n=1, cutoff=0.4)
+    if not matches:
+        return ""
+    name = matches[0]
+    if name in ALIASES:
+        return f"did you mean `{ALIASES[name][0]}` (formerly {name})?"
+    return f"did you mean {name!r}?"
 
 
 def _split(words: Sequence[str]) -> tuple[Words, Words]:

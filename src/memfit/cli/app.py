@@ -29,11 +29,11 @@ from memfit.cli import (
     run,
     watch,
 )
-from memfit.cli.aliases import rewrite
+from memfit.cli.aliases import rewrite, suggest_command
 from memfit.cli.estimate import EstimateCommand
 from memfit.cli.options import grouped
-from memfit.cli.output import check_choice, emit
-from memfit.types.errors import Interrupted, MemfitError, first_line
+from memfit.cli.output import emit
+from memfit.types.errors import Interrupted, MemfitError, UserError, first_line
 from memfit.types.sanitize import one_line
 
 INTERRUPTED: Final = Interrupted.exit_code
@@ -142,12 +142,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _known_command(argv: Sequence[str]) -> None:
-    """Raise UserError if there is no command of the name in ``argv``; its hint is the nearest name if one is
-    similar. The name is the first word that does not begin with "-", because options before the command take
-    no values. Without such a word, nothing is checked."""
+    """Raise UserError if there is no command of the name in ``argv``; its hint is the nearest name, old ones
+    too, if one is similar. The name is the first word that does not begin with "-", because options before
+    the command take no values. Without such a word, nothing is checked."""
     command = next((word for word in argv if not word.startswith("-")), None)
-    if command is not None:
-        check_choice("command", command, (c.name for c in app.registered_commands if c.name))
+    names = [c.name for c in app.registered_commands if c.name]
+    if command is not None and command not in names:
+        raise UserError(
+            f"unknown command: {command!r}",
+            allowed=", ".join(names),
+            hint=suggest_command(command, names),
+        )
 
 
 def _usage(error: BaseException) -> str:

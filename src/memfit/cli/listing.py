@@ -14,6 +14,7 @@ from memfit.cli.output import check_choice, emit, print_table
 from memfit.types.errors import UserError
 
 if TYPE_CHECKING:
+    import memfit.catalog.published_models
     import memfit.engines.base
     import memfit.techniques.base
 
@@ -25,11 +26,12 @@ class ListOptions:
     what: Annotated[
         str,
         typer.Argument(
-            metavar="jobs|techniques|machines|engines",
+            metavar="jobs|models|techniques|machines|engines",
             help="jobs: the built-in jobs, what each trains on what data, and its sizes, the default size "
-            "first; techniques: those of which plans are made, with their effects on results and their "
-            "settings; machines: the devices, networks, hosts and places of the catalog; engines: the "
-            "programs that run a training, and the installed version of each, or what keeps it from running.",
+            "first; models: those that hf:NAME builds without a folder and without a network; techniques: "
+            "those of which plans are made, with their effects on results and their settings; machines: the "
+            "devices, networks, hosts and places of the catalog; engines: the programs that run a training, "
+            "and the installed version of each, or what keeps it from running.",
         ),
     ]
     name: Annotated[
@@ -38,17 +40,20 @@ class ListOptions:
             metavar="NAME",
             help="For machines: show every figure of one entry with its source: a machine of the catalog or "
             "FILE.toml as in --on of `memfit plan`, or a network, host, link or place of the catalog; not "
-            "this, the machine that memfit runs on. Default: all entries, the links only with --json.",
+            "this, the machine that memfit runs on. For models: show one model and its settings, with their "
+            "sources. Default: all entries, the links only with --json.",
         ),
     ] = None
 
 
 def list_known(options: ListOptions, output: JsonOptions) -> None:
-    """List the built-in jobs, the techniques, the machines of the catalog, or the engines."""
+    """List the built-in jobs, models that hf:NAME builds, the techniques, the machines of the catalog, or the
+    engines."""
     listings = {"jobs": _jobs, "techniques": _techniques, "engines": _engines}
-    what = check_choice("list", options.what, (*listings, "machines"))
-    if what == "machines":
-        print_machines(options.name, as_json=output.json)
+    of_catalog = {"models": _models, "machines": print_machines}
+    what = check_choice("list", options.what, (*listings, *of_catalog))
+    if what in of_catalog:
+        of_catalog[what](options.name, as_json=output.json)
         return
     if options.name is not None:
         raise UserError(f"`memfit list {what}` takes no name, but {options.name!r} is given")
@@ -69,6 +74,60 @@ def _jobs(*, as_json: bool) -> None:
         ((job.name, ", ".join(job.sizes), f"{job.title}\n{job.data_source}") for job in descriptions),
     )
     print("Your own: FILE.py:NAME, a Job in a Python file, or hf:PATH_OR_NAME, a Hugging Face configuration.")
+    print("`memfit list models` lists the models that hf:NAME builds without a folder.")
+
+
+def _models(name: str | None, *, as_json: bool) -> None:
+    """Print the models of the table of published configurations; if ``name`` is given, that model with its
+    settings. Raises UserError for a name that the table does not have."""
+    from memfit.catalog.published_models import find_published, published_models, similar_names
+    from memfit.report.quantities import number_text
+
+    if name is None:
+        models = published_models()
+    elif match := find_published(name.removeprefix("hf:")):
+        models = (match[1],)
+    else:
+        similar = similar_names(name)
+        hint = f"did you mean {' or '.join(similar)}?" if similar else "`memfit list models` lists all"
+        raise UserError(f"memfit's table of models has no {name!r}", hint=hint)
+    if as_json:
+        emit({"models": [_model_view(model) for model in models]})
+        return
+    print_table(
+        ("model", "type", "published parameters", "the same shapes"),
+        (
+            (m.name, m.model_type, number_text(m.parameters.value, "parameters"), ", ".join(m.same))
+            for m in models
+        ),
+    )
+    if name is None:
+        print("`memfit plan hf:NAME` plans for one. Case does not matter, and the owner may be left out.")
+        print("`memfit list models NAME` shows the settings of one model and their source.")
+        return
+    print_table(("setting", "value"), ((key, str(value)) for key, value in models[0].settings.items()))
+    print(f"Settings: {models[0].source} ({models[0].date})")
+    print(f"Parameters: {models[0].parameters.source} ({models[0].parameters.date})")
+    if models[0].note:
+        print(f"memfit builds it {models[0].note}.")
+
+
+def _model_view(model: memfit.catalog.published_models.PublishedModel) -> dict[str, Any]:
+    """Return plain data for ``--json``: the model's "name"; "same", the names of the same shapes; its "type"
+    in transformers; its "settings"; its "parameters", a Fact; "note": how the model that is built differs;
+    the "source" and the "date" of the settings."""
+    from memfit.types.serialization import to_plain
+
+    return {
+        "name": model.name,
+        "same": list(model.same),
+        "type": model.model_type,
+        "settings": dict(model.settings),
+        "parameters": to_plain(model.parameters),
+        "note": model.note,
+        "source": model.source,
+        "date": model.date,
+    }
 
 
 def _techniques(*, as_json: bool) -> None:

@@ -101,10 +101,11 @@ class JobOptions(SizeOptions):
         typer.Argument(
             metavar="JOB",
             help="What to train: a built-in job (`memfit list jobs` lists them), FILE.py:NAME for a job of "
-            "your own, or hf:PATH_OR_NAME for a Hugging Face configuration. NAME is a memfit.Job, which "
-            "refuses --size, --data, --weights, --batch and --length, or a function that returns one and "
-            "takes these as arguments. Default: protein-ss; for `memfit plan --from`, the job of the model "
-            "that the files describe, if there is one.",
+            "your own, or hf:PATH_OR_NAME for a Hugging Face configuration: a folder with config.json, or a "
+            "name such as hf:meta-llama/Llama-3.1-8B (`memfit list models`). The NAME of FILE.py:NAME is a "
+            "memfit.Job, which refuses --size, --data, --weights, --batch and --length, or a function that "
+            "returns one and takes these as arguments. Default: protein-ss; for `memfit plan --from`, the "
+            "job of the model that the files describe, if there is one.",
         ),
     ] = None
 

@@ -333,6 +333,9 @@ def _sent(signature: str) -> tuple[str, int]:
         return "", 0
     if name.startswith("_c10d_functional") and kind == "all_gather":
         return kind, sizes[0] * next((a for a in args[1:] if isinstance(a, int)), 1)
+    if name.startswith("_c10d_functional") and kind == "all_to_all":  # (input, rows received, rows sent)
+        received, sent = (sum(a) if isinstance(a, list) else 0 for a in args[1:3])
+        return kind, sizes[0] * max(received, sent) // max(1, sent) if sent else sizes[0]
     takes_largest = kind in ("all_gather", "reduce_scatter", "all_to_all") and len(sizes) > 1
     return kind, max(sizes) if takes_largest else sizes[0]
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from memfit.export.loop_update import end, stored_names
 from memfit.export.source_edits import Source, literal, name_of, source_of
+from memfit.export.step_counters import repeated_lines
 from memfit.export.training_loop import Loop, find_loop, wrappers
 from memfit.techniques.registry import make_use
 from memfit.types.errors import UserError
@@ -86,7 +87,8 @@ def _loop_edits(source: Source, loop: Loop) -> Edits:
     targets = ", ".join(loop.batch)
     argument = targets if len(loop.batch) == 1 else f"({targets})"
     block = [f"{indent}for {targets} in fit.split({argument}):\n", f"{indent}{unit}with fit.forward():\n"]
-    omitted = {i for s in (*update.removed, *loop.prefetch) for i in range(s.lineno, end(s) + 1)}
+    after = sorted((*loop.prefetch, *loop.counters), key=lambda s: s.lineno)
+    omitted = {i for s in (*update.removed, *after) for i in range(s.lineno, end(s) + 1)}
     dedent, inside = 0, range(0)
     if loop.autocast is not None:
         content = loop.autocast.body[0].lineno
@@ -103,7 +105,7 @@ def _loop_edits(source: Source, loop: Loop) -> Edits:
         comments[:0] = [f"{indent}{unit}{text}\n"] if text else []
         block.pop()
     block += [*comments, f"{indent}{unit}fit.backward({update.loss})\n"]
-    for statement in loop.prefetch:
+    for statement in after:
         block += source.lines[statement.lineno - 1 : end(statement)]
     edits: Edits = {}
     step = [f"{source.indent(update.step.lineno)}fit.step()\n"]
@@ -144,9 +146,19 @@ def _remarks(source: Source, loop: Loop, plan: Plan) -> Iterator[str]:
             "float32 without bf16-autocast or fp16-autocast"
         )
     if loop.own_accumulation:
-        yield "the script's own micro-batches must be one for each step: those of the plan replace them"
+        yield (
+            "the script's own micro-batches must be one for each step, of the whole batch: those of the plan "
+            "replace them, and counts of batches, as for a learning-rate schedule, change"
+        )
     if "gradient-accumulation" in plan:
         index = loop.body.index(loop.update.backward)
+        between, moved = loop.body[loop.forward : index], (*loop.update.removed, *loop.prefetch)
+        if loop.counters:
+            lines = [s.lineno for s in loop.counters]
+            yield f"moved behind the micro-batches, to run once for each step: {_at(lines)}"
+        repeated = repeated_lines(between, (*moved, *loop.counters), loop.batch)
+        if repeated and not loop.own_accumulation:
+            yield f"run once for each micro-batch now, so check what they count or log: {_at(repeated)}"
         used = {n.id for s in loop.body[index + 1 :] for n in ast.walk(s) if isinstance(n, ast.Name)}
         if shown := sorted(used & {loop.update.loss, *loop.batch}):
             yield f"after fit.split, {', '.join(shown)} is that of the last micro-batch: check what you log"
@@ -155,6 +167,10 @@ def _remarks(source: Source, loop: Loop, plan: Plan) -> Iterator[str]:
         yield f"start it with torchrun --nproc-per-node {plan.ranks}"
     if _needs_example(plan):
         yield "the plan looks at a run of the model on an example batch; give loss= if the model has none"
+
+
+def _at(lines: list[int]) -> str:
+    return f"line{'s' if len(lines) > 1 else ''} {', '.join(map(str, lines))}"
 
 
 def _calls(source: Source) -> Iterator[ast.Call]:

@@ -76,7 +76,7 @@ def places(statements: Statements, function: Any, scope: Statements, loop: Any) 
 def lists_of(statement: ast.AST) -> list[Statements]:
     """Return the statement lists of a compound statement."""
     fields = [getattr(statement, name, None) for name in ("body", "orelse", "finalbody")]
-    fields += [h.body for h in getattr(statement, "handlers", [])]
+    fields += [h.body for name in ("handlers", "cases") for h in getattr(statement, name, [])]
     return [f for f in fields if isinstance(f, list) and f]
 
 

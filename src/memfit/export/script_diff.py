@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from memfit.export import trainer
+from memfit.export.batch_counts import BatchCounts
 from memfit.export.loop_edit import apply_lines, edit_loop, loop_lines
 from memfit.export.script_steps import step_text
 from memfit.export.source_edits import Replacement, Source, literal, name_of, source_of
@@ -118,6 +119,7 @@ def _trainer_diff(source: Source, calls: list[ast.Call], plan: Plan, batch_size:
     sources = {name: source_of(value) for name, value in values.items()}
     sources[_BATCH], remark = _batch_source(source, call, plan, batch_size)
     remarks += [remark] if remark else []
+    remarks += _batch_remarks(source, plan, call)
     present = {k.arg for k in call.keywords}
     keeps_defaults = name_of(call.func) in _ARGUMENTS
     wanted = {
@@ -171,6 +173,21 @@ def _micro_batch(
     ]
     product = " * ".join(parts)
     return (product if steps == 1 else f"{product} // {steps}"), None
+
+
+def _batch_remarks(source: Source, plan: Plan, call: ast.Call) -> Iterator[str]:
+    """Yield a remark if the script reads the batch size of its TrainingArguments, and the plan changes it."""
+    old_steps = next((literal(k.value) for k in call.keywords if k.arg == _STEPS), 1)
+    lines = [
+        n.lineno
+        for n in ast.walk(source.tree)
+        if isinstance(n, ast.Attribute) and n.attr in {_BATCH, "train_batch_size"}
+    ]
+    if lines and old_steps != plan.micro_batches:
+        yield (
+            f"line {lines[0]} reads {_BATCH}, which is now that of one of {plan.micro_batches} "
+            "micro-batches: check what it counts, such as the steps of a schedule"
+        )
 
 
 def _launch_remarks(plan: Plan) -> Iterator[str]:
@@ -229,10 +246,10 @@ def _imports_lightning(source: Source) -> bool:
 def _library_diff(source: Source, calls: list[ast.Call], plan: Plan, library: _Library) -> ScriptDiff:
     values: dict[str, Any] = dict(argument for name, argument in library.precision.items() if name in plan)
     changes: list[Replacement] = []
-    steps, reason = plan.micro_batches, ""
+    steps, reason, counted = plan.micro_batches, "", list[str]()
     if "gradient-accumulation" in plan:
         values[library.steps] = steps
-        changes, reason = _smaller_batches(source, calls, steps, library)
+        changes, counted, reason = _smaller_batches(source, calls, steps, library)
     if any(k.arg is None for call in calls for k in call.keywords):
         reason = f"the script has a call of {library.call} with **"
     own = {*library.precision, "gradient-accumulation"}
@@ -240,6 +257,7 @@ def _library_diff(source: Source, calls: list[ast.Call], plan: Plan, library: _L
     remarks = [f"{library.name} does not apply {use.technique}: {step_text(use, plan)}" for use in others]
     if any(use.technique in _BY_LAUNCH for use in plan.uses):
         remarks.append(library.launch)
+    remarks += counted
     sources = {name: source_of(value) for name, value in values.items()}
     if reason:
         lines = (f"{library.call}({', '.join(f'{k}={v}' for k, v in sources.items())})",)
@@ -249,13 +267,23 @@ def _library_diff(source: Source, calls: list[ast.Call], plan: Plan, library: _L
     return ScriptDiff(diff=_checked(source, source.replaced(changes)), remarks=tuple(remarks))
 
 
+def _is_manual(source: Source) -> bool:
+    """Return whether a module of Lightning sets ``automatic_optimization`` to False."""
+    assigned = [n for n in ast.walk(source.tree) if isinstance(n, ast.Assign) and literal(n.value) is False]
+    return any(name_of(target) == "automatic_optimization" for n in assigned for target in n.targets)
+
+
 def _smaller_batches(
     source: Source, calls: list[ast.Call], steps: int, library: _Library
-) -> tuple[list[Replacement], str]:
-    """Return (the changes that make the batch of the training DataLoader one of ``steps`` micro-batches; why
-    there are none, "" if there are). ``calls``: those of the library, which may accumulate already."""
+) -> tuple[list[Replacement], list[str], str]:
+    """Return (the changes that make the batch of the training DataLoader one of ``steps`` micro-batches; what
+    the user should check of what counts them; why there are no changes, "" if there are). ``calls``: those of
+    the library, which may accumulate already."""
     if library.accumulates and not _mentions(source, library.accumulates):
-        return [], "the loop has no `with accelerator.accumulate(model):`, which gradient accumulation needs"
+        reason = "the loop has no `with accelerator.accumulate(model):`, which gradient accumulation needs"
+        return [], [], reason
+    if library is _LIGHTNING and _is_manual(source):
+        return [], [], "the module optimizes manually, for which Lightning accumulates no gradients"
     loaders = [
         call
         for call in source.calls(frozenset({"DataLoader"}))
@@ -263,9 +291,11 @@ def _smaller_batches(
     ]
     sizes = [k.value for call in loaders for k in call.keywords if k.arg == "batch_size"]
     if len(loaders) != 1 or len(sizes) != 1:
-        return [], "the script does not show the batch size of its training DataLoader"
+        return [], [], "the script does not show the batch size of its training DataLoader"
     stated = [next((k.value for k in call.keywords if k.arg == library.steps), None) for call in calls]
     if len({None if node is None else source.of(node) for node in stated}) > 1:
-        return [], f"the calls of {library.call} differ in {library.steps}"
+        return [], [], f"the calls of {library.call} differ in {library.steps}"
     text, _ = _micro_batch(source, sizes[0], stated[0], steps)
-    return [Replacement(start=source.start(sizes[0]), end=source.end(sizes[0]), text=text)], ""
+    counts = BatchCounts(source, loaders[0], steps, stated[0])
+    size = Replacement(start=source.start(sizes[0]), end=source.end(sizes[0]), text=text)
+    return [size, *counts.changes], counts.remarks, ""

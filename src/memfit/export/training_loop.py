@@ -27,6 +27,8 @@ from memfit.export.loop_update import (
     stored_names,
 )
 from memfit.export.source_edits import Source, name_of
+from memfit.export.step_counters import step_counters
+from memfit.export.step_exits import must_end_each_step
 from memfit.types.errors import UserError
 from memfit.types.plan import Plan
 
@@ -57,8 +59,9 @@ class Loop:
     """A training loop. ``body``: the statements with backward; ``forward``, ``backward``: indices in it of
     the first statement that calls the model and of the one that runs backward. ``loop``: the innermost loop.
     ``autocast``: the statement ``with autocast(...)`` around the forward pass, None without. ``prefetch``:
-    statements between forward and backward that load the next batch. ``batch``: the variables that hold the
-    batch. ``own_accumulation``: the script accumulates gradients itself."""
+    statements between forward and backward that load the next batch. ``counters``: statements there that
+    count steps, if the plan has micro-batches. ``batch``: the variables that hold the batch.
+    ``own_accumulation``: the script accumulates gradients itself."""
 
     body: Statements
     forward: int
@@ -67,6 +70,7 @@ class Loop:
     loop: Any
     autocast: ast.With | None
     prefetch: tuple[ast.stmt, ...]
+    counters: tuple[ast.stmt, ...]
     batch: tuple[str, ...]
     own_accumulation: bool
     setup: LoopSetup
@@ -86,8 +90,11 @@ def find_loop(source: Source, plan: Plan) -> Loop:
         raise UserError(f"no statement before backward calls the model {model}")
     if any(_spans_text(s) for s in place.body[forward : place.index]):
         raise UserError("the forward pass contains a text of several lines, which cannot be indented")
+    must_end_each_step(source, place, update, forward)
     autocast = _autocast(source, place, forward)
     batch, prefetch = _batch(place, forward, model)
+    own_accumulation = update.step_body is not place.body
+    counts = plan.micro_batches > 1 and not own_accumulation
     return Loop(
         body=place.body,
         forward=forward,
@@ -96,8 +103,9 @@ def find_loop(source: Source, plan: Plan) -> Loop:
         loop=place.loop,
         autocast=autocast,
         prefetch=prefetch,
+        counters=step_counters(place.body[forward : place.index], batch) if counts else (),
         batch=batch,
-        own_accumulation=update.step_body is not place.body,
+        own_accumulation=own_accumulation,
         setup=_setup(source, place, update, model),
     )
 

@@ -1,23 +1,24 @@
-"""``hf:PATH_OR_NAME``: the model of a Hugging Face configuration, from a local folder or of transformers.
+"""``hf:PATH_OR_NAME``: the model of a Hugging Face configuration, found without a network.
 
-Nothing is downloaded. A name is a model type known to transformers (its default configuration); a path is a
-folder with ``config.json``. ``hf:llama?num_hidden_layers=2&hidden_size=64`` changes settings of either.
-Weights are random unless ``--weights`` names a folder. Tokens are random: such a job is for memory and speed,
-so it has no metric.
+A path is a folder with ``config.json``. A name is a model type known to transformers (its default
+configuration), a repository of the Hub whose configuration memfit's table has, or a repository in this
+machine's cache of the Hub. ``hf:llama?num_hidden_layers=2&hidden_size=64`` changes settings of any of these.
+Weights are random unless ``--weights`` names a folder. The data are random: such a job is for memory and
+speed, so it has no metric.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+import re
 import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
-
-from memfit.jobs.builtin.batches import as_tensors, step_rng
+from memfit.catalog.published_models import PublishedModel, cached_folder, find_published, similar_names
+from memfit.jobs.huggingface_tasks import IMAGES, SEQ2SEQ, SPEECH, auto_model, random_batch, task_of
 from memfit.types.errors import UserError, first_line, suggest
 from memfit.types.job import Dimension, Job, OptimizerChoice
 
@@ -30,14 +31,14 @@ _TINY_LENGTH, _PAPER_LENGTH = 128, 2048
 _BATCH_SIZE: Final = 4
 MOST_TOKENS: Final = 1 << 24
 _RESERVED_POSITIONS: Final = 4  # additional rows in tables of positions, as in RoBERTa and OPT
-_LENGTH_NAMES: Final = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
+_LENGTH_NAMES: Final = (
+    "max_target_positions",
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "max_sequence_length",
+)
 _DIMENSIONS: Final = {"layers": "num_hidden_layers", "hidden": "hidden_size"}
-_ENDINGS: Final = {
-    "ForCausalLM": "causal-lm",
-    "LMHeadModel": "causal-lm",
-    "ForMaskedLM": "masked-lm",
-    "ForSequenceClassification": "classification",
-}
 
 
 def make(
@@ -50,40 +51,56 @@ def make(
     length: int | None = None,
     dimensions: Mapping[str, int] | None = None,
 ) -> Job:
-    """Return the job of ``hf:name``, a folder with config.json or a model type of transformers, such as
-    llama, optionally with changed settings, as in ``llama?num_hidden_layers=2``. It trains on random tokens.
+    """Return the job of ``hf:name``, such as ``hf:meta-llama/Llama-3.1-8B`` or ``hf:FOLDER``, optionally with
+    changed settings, as in ``llama?num_hidden_layers=2`` (`read_config`). It trains on random data.
 
-    ``length``: tokens of a sequence. Without it, the size "tiny" uses 128 tokens and "paper" 2,048, or fewer
-    if the model is made for fewer. ``batch``: sequences of a step; without it, four. The job lists which of
-    the two were not given in its ``assumed``. ``dimensions``: "layers" and "hidden" replace the settings
-    num_hidden_layers and hidden_size, and nothing that depends on them. ``weights``: a folder of
-    safetensors; by default random weights. Raises UserError for any ``data``, an unknown name, setting or
-    dimension, a broken ``config.json``, an architecture without a causal, masked or classification head, a
-    length for which the model has no positions or that is above MOST_TOKENS (16,777,216), and unusable
-    ``weights``, when the model is built.
+    ``length``: tokens of a sequence; of a model with encoder and decoder, tokens of the source; of a speech
+    model, tokens of the transcript. Without it, the size "tiny" uses 128 tokens and "paper" 2,048, or fewer
+    if the model is made for fewer. Images have no length. ``batch``: samples of a step; without it, four. The
+    job lists which of the two were not given in its ``assumed``. ``dimensions``: "layers" and "hidden"
+    replace the settings num_hidden_layers and hidden_size, and nothing that depends on them; "target" is the
+    number of tokens of the target of a model with encoder and decoder, by default ``length``. ``weights``: a
+    folder of safetensors; by default random weights. Raises UserError for any ``data``, an unknown name,
+    setting or dimension, a broken ``config.json``, an architecture without a head that `task_of` knows, a
+    length for which the model has no positions or that is above MOST_TOKENS (16,777,216), a length of images,
+    and unusable ``weights``, when the model is built.
     """
     if data is not None:
-        raise UserError(f"{PREFIX}{name} trains on random tokens and does not accept --data")
+        raise UserError(f"{PREFIX}{name} trains on random data and does not accept --data")
     config = read_config(name)
-    _set_dimensions(config, dimensions or {}, name)
-    task, batch_size = task_of(config, name), batch or _BATCH_SIZE
-    assumptions = tuple(o for o, value in (("batch", batch), ("length", length)) if value is None)
-    length = _length(config, task, length, size, name)
+    task, batch_size = task_of(config, PREFIX + name), batch or _BATCH_SIZE
+    if task == SEQ2SEQ and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = getattr(config, "pad_token_id", None) or 0  # as T5's config.json has
+    settable = dict(dimensions or {})
+    target = settable.pop("target", None) if task == SEQ2SEQ else None
+    _set_dimensions(config, settable, task, name)
+    if task == IMAGES:
+        if length is not None:
+            raise UserError(
+                f"{PREFIX}{name} trains on images, which have no --length",
+                hint=f"{PREFIX}{name.partition('?')[0]}?image_size=224 sets their size",
+            )
+        lengths: tuple[int, ...] = ()
+    else:
+        lengths = (_length(config, task, length, size, name),)
+    if task == SEQ2SEQ:
+        lengths = (*lengths, _length(config, task, target or lengths[0], size, name))
+    given = {"batch": batch} if task == IMAGES else {"batch": batch, "length": length}
     return Job(
         name=_shown_name(name, config),
         title=f"{type(config).__name__.removesuffix('Config')} ({task})",
         size=size,
         build_model=lambda: _build(config, task, weights),
-        make_batch=lambda step, seed: _batch(config, task, (batch_size, length), (step, seed)),
+        make_batch=lambda step, seed: random_batch(config, task, (batch_size, *lengths), (step, seed)),
         loss=lambda model, part: model(**part).loss,
         batch_size=batch_size,
-        tokens_per_batch=batch_size * length,
-        assumed=assumptions,
+        tokens_per_batch=batch_size * sum(lengths[:1]),
+        assumed=tuple(option for option, value in given.items() if value is None),
         optimizer=OptimizerChoice(learning_rate=1e-4),
-        data_source="random tokens",
+        data_source={IMAGES: "random images", SPEECH: "random audio"}.get(task, "random tokens"),
         dimensions=(
             Dimension(name="batch", value=batch_size),
-            Dimension(name="length", value=length),
+            *(Dimension(name=n, value=v) for n, v in zip(("length", "target"), lengths, strict=False)),
             *_dimensions(config),
         ),
     )
@@ -91,22 +108,28 @@ def make(
 
 def _dimensions(config: Any) -> list[Dimension]:
     """Return the layers and the width of the network, if the configuration states them under their usual
-    names. Only multiples of the number of heads are possible for the width."""
+    names. Only multiples of the number of heads are possible for the width. Models with encoder and decoder
+    have no dimension "layers", because num_hidden_layers is the number of one of the two; models of several
+    stages, such as Swin, have neither."""
+    if hasattr(config, "depths"):
+        return []
     multiples = {"hidden": int(getattr(config, "num_attention_heads", None) or 1)}
     return [
         Dimension(name=name, value=getattr(config, setting), multiple=multiples.get(name, 1))
         for name, setting in _DIMENSIONS.items()
         if isinstance(getattr(config, setting, None), int)
+        and not (name == "layers" and getattr(config, "is_encoder_decoder", False))
     ]
 
 
-def _set_dimensions(config: Any, dimensions: Mapping[str, int], name: str) -> None:
+def _set_dimensions(config: Any, dimensions: Mapping[str, int], task: str, name: str) -> None:
     allowed = {dimension.name: dimension.multiple for dimension in _dimensions(config)}
+    of_data = {IMAGES: ("batch",), SEQ2SEQ: ("batch", "length", "target")}.get(task, ("batch", "length"))
     for dimension, value in dimensions.items():
         if dimension not in allowed:
             raise UserError(
                 f"{PREFIX}{name} has no dimension {dimension!r}",
-                allowed=", ".join(("batch", "length", *allowed)),
+                allowed=", ".join((*of_data, *allowed)),
                 hint=suggest(dimension, allowed),
             )
         if value % allowed[dimension]:
@@ -114,15 +137,22 @@ def _set_dimensions(config: Any, dimensions: Mapping[str, int], name: str) -> No
                 f"the dimension {dimension} of {PREFIX}{name} is set to {value}",
                 allowed=f"multiples of {allowed[dimension]}, its number of heads",
             )
-        setattr(config, _DIMENSIONS[dimension], value)
+        _set(config, _DIMENSIONS[dimension], value)
 
 
 def _shown_name(name: str, config: Any) -> str:
-    """Return the job's name, such as ``hf:llama``; if settings were changed, with the number of layers and
-    the width in place of the changes, such as ``hf:llama (2 layers of width 64)``."""
+    """Return the job's name, such as ``hf:llama`` or ``hf:meta-llama/Llama-3.1-8B``; if settings were
+    changed, with the number of layers and the width in place of the changes, such as ``hf:llama (2 layers of
+    width 64)``. How the model that is built differs from the repository's is
+    added in parentheses."""
     base, changes, _ = name.partition("?")
     layers, width = (getattr(config, n, None) for n in ("num_hidden_layers", "hidden_size"))
-    return f"{PREFIX}{base}" + (f" ({layers} layers of width {width})" if changes else "")
+    changed = f" ({layers} layers of width {width})" if changes else ""
+    published = _of_table(base)
+    if published is None:
+        return f"{PREFIX}{base}{changed}"
+    repository, model = published
+    return f"{PREFIX}{repository}{changed}" + (f" ({model.note})" if model.note else "")
 
 
 def _longest(config: Any) -> int | None:
@@ -166,7 +196,7 @@ def _positions(config: Any, task: str, longest: int) -> int | None:
     import torch
 
     with torch.device("meta"):
-        model = _auto_models()[task].from_config(config)
+        model = auto_model(task).from_config(config)
     sizes = range(longest, longest + _RESERVED_POSITIONS + 1)
     row_counts = []
     for module in model.modules():
@@ -181,29 +211,76 @@ def _positions(config: Any, task: str, longest: int) -> int | None:
 
 
 def read_config(name: str) -> Any:
-    """Return the configuration of ``name``, a folder with config.json or a model type of transformers.
-    Settings after a ``?``, as in ``llama?num_hidden_layers=2``, are changed, and the cache of keys and values
-    for generation is turned off. Raises UserError if there is no such configuration or setting, or if the
-    folder's configuration cannot be loaded."""
-    from transformers import CONFIG_MAPPING
-
+    """Return the configuration of ``name``: a folder with config.json; else a model type of transformers;
+    else a model of the table of published configurations, whose owner and case may be left out; else a
+    repository in this machine's cache of the Hugging Face Hub. Settings after a ``?``, as in
+    ``llama?num_hidden_layers=2``, are changed, and the cache of keys and values for generation is turned off.
+    Raises UserError if there is no such configuration or setting, if the folder's configuration cannot be
+    loaded, and if transformers cannot be imported or does not know the model type."""
+    types = _model_types()
     name, _, changes = name.partition("?")
-    folder = Path(name).expanduser()
-    if (folder / "config.json").is_file():
+    if (Path(name).expanduser() / "config.json").is_file():
+        config = _from_folder(Path(name).expanduser())
+    elif name in types:
+        config = types[name]()
+    elif published := _of_table(name):
+        config = _from_table(*published)
+    elif folder := cached_folder(name):
         config = _from_folder(folder)
-    elif name in CONFIG_MAPPING:
-        config = CONFIG_MAPPING[name]()
     else:
-        suggestions = difflib.get_close_matches(name, list(CONFIG_MAPPING), n=3)
-        raise UserError(
-            f"no Hugging Face configuration {name!r}",
-            allowed="a folder with config.json, or a model type that transformers knows, "
-            f"such as {', '.join(suggestions or ('gpt2', 'llama', 'bert'))}",
-        )
+        raise _unknown_name(name)
     _change(config, changes, name)
     if hasattr(config, "use_cache"):
         config.use_cache = False  # keys and values are cached for generation, not for training
     return config
+
+
+def _model_types() -> Any:
+    """Return model type -> class of its configuration, of the installed transformers."""
+    try:
+        from transformers import CONFIG_MAPPING
+    except ImportError as error:
+        raise UserError(
+            f"{PREFIX} jobs are built by transformers, which cannot be imported: {first_line(error)}",
+            hint="pip install transformers",
+        ) from error
+    return CONFIG_MAPPING
+
+
+def _of_table(name: str) -> tuple[str, PublishedModel] | None:
+    """Return the repository and the model of the table of published configurations that ``name``, without
+    settings, means. Return None if there is none, or if ``name`` is a folder with config.json or a model
+    type."""
+    if (Path(name).expanduser() / "config.json").is_file() or name in _model_types():
+        return None
+    return find_published(name)
+
+
+def _from_table(repository: str, model: PublishedModel) -> Any:
+    types = _model_types()
+    if model.model_type not in types:
+        import transformers
+
+        raise UserError(
+            f"{PREFIX}{repository} is of the model type {model.model_type}, which transformers "
+            f"{transformers.__version__} does not have",
+            hint="pip install --upgrade transformers",
+        )
+    return types[model.model_type](**model.settings)
+
+
+def _unknown_name(name: str) -> UserError:
+    models = similar_names(name) or ["meta-llama/Llama-3.1-8B", "bert-base-uncased"]
+    types = difflib.get_close_matches(name, list(_model_types()), n=3) or ["gpt2", "llama", "bert"]
+    repository = name if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) else "OWNER/NAME"
+    return UserError(
+        f"no Hugging Face configuration {name!r}",
+        allowed=f"a model that `memfit list models` lists, such as {' or '.join(models)}; a model type of "
+        f"transformers, such as {' or '.join(types)}; a model in this machine's cache of the Hugging Face "
+        "Hub; a folder with config.json",
+        hint=f"for any other model, download its config.json, for example by `hf download {repository} "
+        f"config.json --local-dir FOLDER`, and give {PREFIX}FOLDER",
+    )
 
 
 def _change(config: Any, changes: str, name: str) -> None:
@@ -217,9 +294,24 @@ def _change(config: Any, changes: str, name: str) -> None:
                 hint=suggest(key, config.to_dict()),
             )
         try:
-            setattr(config, key, json.loads(text))
+            value = json.loads(text)
         except ValueError:
-            setattr(config, key, text)
+            value = text
+        _set(config, key, value)
+
+
+def _set(config: Any, setting: str, value: Any) -> None:
+    """Set the setting. If it changes the number of layers, lists with an entry for each layer, such as
+    layer_types, are made as long, by repeating their shortest period."""
+    layers = getattr(config, "num_hidden_layers", None)
+    setattr(config, setting, value)
+    changed = getattr(config, "num_hidden_layers", None)
+    if changed == layers or not isinstance(changed, int):
+        return
+    for name, entries in list(vars(config).items()):
+        if "layer" in name and isinstance(entries, list) and len(entries) == layers:
+            period = next(n for n in range(1, layers + 1) if entries[n:] == entries[:-n])
+            setattr(config, name, [entries[i % period] for i in range(changed)])
 
 
 def _from_folder(folder: Path) -> Any:
@@ -231,69 +323,10 @@ def _from_folder(folder: Path) -> Any:
         raise UserError(f"{folder}/config.json cannot be loaded: {first_line(error)}") from error
 
 
-def task_of(config: Any, name: str) -> str:
-    """Return the task of the job: "causal-lm", "masked-lm" or "classification".
-
-    It is that of the first architecture in the configuration that has such a head. Without one, it is the
-    first of masked-lm, causal-lm and classification for which transformers has a model of this type; models
-    with encoder and decoder have none. Raises UserError if there is no task. ``name``: for the message.
-    """
-    for architecture in getattr(config, "architectures", None) or ():
-        for ending, task in _ENDINGS.items():
-            if architecture.endswith(ending):
-                return task
-    for task, auto in _auto_models().items():
-        if type(config) in auto._model_mapping and not getattr(config, "is_encoder_decoder", False):
-            return task
-    raise UserError(
-        f"{PREFIX}{name} ({type(config).__name__}) has no head for which memfit has a loss",
-        allowed="architectures with a masked-LM, causal-LM or sequence-classification head",
-        hint="a file of your own can train any model: FILE.py:NAME, see README",
-    )
-
-
-def _auto_models() -> Mapping[str, Any]:
-    """Return task -> the class of transformers that builds a model with the head for it.
-
-    The masked task comes first: bidirectional models have a causal head too, but not the reverse.
-    """
-    import transformers
-
-    return {
-        "masked-lm": transformers.AutoModelForMaskedLM,
-        "causal-lm": transformers.AutoModelForCausalLM,
-        "classification": transformers.AutoModelForSequenceClassification,
-    }
-
-
 def _build(config: Any, task: str, weights: str | None) -> torch.nn.Module:
     from memfit.jobs.weights import load_weights
 
-    model: torch.nn.Module = _auto_models()[task].from_config(config)
+    model: torch.nn.Module = auto_model(task).from_config(config)
     if weights:
         load_weights(model, weights, may_miss=("classifier", "score") if task == "classification" else ())
     return model
-
-
-def _batch(config: Any, task: str, shape: tuple[int, int], at: tuple[int, int]) -> dict[str, torch.Tensor]:
-    """Return a batch of random tokens: ``input_ids`` (batch, length), without the padding token, and
-    ``labels``: a random class for each sequence (batch,) if ``task`` is "classification"; else tokens (batch,
-    length), for "causal-lm" all of them, for "masked-lm" those that `_some` chooses and -100 elsewhere.
-    ``shape``: (batch, length). ``at``: (step, seed), on which alone the batch depends."""
-    rng = step_rng(*at)
-    pad = getattr(config, "pad_token_id", None)
-    tokens = rng.integers(0, config.vocab_size, size=shape)
-    # padding would make sequence lengths, and rows used by classifiers, unequal
-    tokens[tokens == pad] = 0 if pad != 0 else 1
-    if task == "classification":
-        return as_tensors({"input_ids": tokens, "labels": rng.integers(0, config.num_labels, size=shape[0])})
-    labels = tokens if task == "causal-lm" else _some(tokens, rng)
-    return as_tensors({"input_ids": tokens, "labels": labels})
-
-
-def _some(tokens: np.ndarray[Any, Any], rng: np.random.Generator) -> np.ndarray[Any, Any]:
-    """Return ``tokens`` (batch, length) as labels, with -100 (no label) at all but 15 % of the positions of
-    each row. These are random, equally many in every row so that micro-batches have equal weights, and at
-    least one."""
-    order = rng.random(tokens.shape).argsort(axis=1)
-    return np.where(order < max(1, round(0.15 * tokens.shape[1])), tokens, -100)

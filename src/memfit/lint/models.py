@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from memfit.catalog.published_models import cached_folder, find_published
 from memfit.lint.parse import Options
 
 _GPT2_TOKENS = 50_257
@@ -230,7 +231,8 @@ def of_torchtitan(given: Options) -> DescribedModel | None:
 # of the feed-forward network, layers, heads, groups of keys and values, vocabulary; further settings).
 _TIED_EMBEDDINGS: Mapping[str, Any] = {"tie_word_embeddings": True}
 _HUB: Mapping[str, tuple[str, tuple[int, ...], Mapping[str, Any]]] = {
-    r"(code)?llama-?2?-7b": ("llama", (4096, 11_008, 32, 32, 32, 32_000), {}),
+    r"(codellama-7b-python|llama-?2?-7b)": ("llama", (4096, 11_008, 32, 32, 32, 32_000), {}),
+    r"codellama-7b": ("llama", (4096, 11_008, 32, 32, 32, 32_016), {}),
     r"llama-?2?-13b": ("llama", (5120, 13_824, 40, 40, 40, 32_000), {}),
     r"llama-?2-70b": ("llama", (8192, 28_672, 80, 64, 8, 32_000), {}),
     r"llama-?3(\.1)?-8b": ("llama", (4096, 14_336, 32, 32, 8, 128_256), {}),
@@ -277,12 +279,12 @@ _OTHER_KINDS = re.compile(r"[-_.](vl|vision|awq|gptq|moe|a\d+b|fp8|audio|omni|em
 def of_hub(name: str | None, file: str, length: int | None) -> DescribedModel | None:
     """Return the model called ``name`` on the Hugging Face Hub, or in a local folder; None without a name.
     Its configuration is that of the folder ``name``, also relative to the configuration ``file``; or that in
-    this machine's cache of the Hub; or that of the model's family and size, if memfit knows these. Nothing is
-    downloaded. Without any of these, the model has no ``job``. ``length``: tokens per sample, for which the
-    model must have positions; None if unknown."""
+    this machine's cache of the Hub; or that of the model's family and size, if memfit knows these; or that of
+    memfit's table of published models. Nothing is downloaded. Without any of these, the model has no ``job``.
+    ``length``: tokens per sample, for which the model must have positions; None if unknown."""
     if not name:
         return None
-    for folder in (Path(file).parent / name, Path(name).expanduser(), _cached(name)):
+    for folder in (Path(file).parent / name, Path(name).expanduser(), cached_folder(name)):
         if folder is not None and (folder / "config.json").is_file():
             return DescribedModel(layers=None, width=None, job=f"hf:{folder}")
     short_name = name.rstrip("/").rpartition("/")[2].lower()
@@ -297,20 +299,17 @@ def of_hub(name: str | None, file: str, length: int | None) -> DescribedModel | 
         return DescribedModel(
             layers=sizes[2], width=sizes[0], job=_job(kind, settings), differences=(difference,)
         )
+    if published := find_published(name):
+        repository, model = published
+        difference = (name, "predicted for the sizes that memfit knows of this model, with random weights")
+        return DescribedModel(
+            layers=model.settings.get("num_hidden_layers"),
+            width=model.settings.get("hidden_size"),
+            job=f"hf:{repository}",
+            differences=(difference, *(((name, f"predicted {model.note}"),) if model.note else ())),
+        )
     missing = (
         f"{name} is neither a local folder nor in the cache of the Hugging Face Hub, and memfit does not "
         "know its sizes"
     )
     return DescribedModel(layers=None, width=None, missing=missing)
-
-
-def _cached(name: str) -> Path | None:
-    """Return the folder of the model ``name`` in this machine's cache of the Hugging Face Hub, or None."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        path = try_to_load_from_cache(name, "config.json")
-    except HFValidationError:  # the name of a folder, such as one with three parts
-        return None
-    return Path(path).parent if isinstance(path, str) else None

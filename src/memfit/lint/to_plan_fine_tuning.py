@@ -39,6 +39,7 @@ def from_axolotl(setup: Setup, draft: Draft) -> None:
     if adapter in ("lora", "qlora"):
         bits = 4 if adapter == "qlora" and bits == 16 else bits
         _adapt(draft, rank=options.size("lora_r") or 8, bits=bits, option=f"adapter {adapter}")
+        _add_norms(draft, options, "peft_use_dora")
     elif adapter:
         draft.leave(f"adapter {adapter}", "memfit has adapters of LoRA and QLoRA only: predicted without it")
     elif bits < 16:
@@ -100,6 +101,7 @@ def from_llamafactory(setup: Setup, draft: Draft) -> None:
     bits = options.count("quantization_bit") or 16
     if kind == "lora":
         _adapt(draft, rank=options.size("lora_rank") or 8, bits=bits, option="finetuning_type lora")
+        _add_norms(draft, options, "use_dora")
     elif kind != "full":
         draft.leave(
             f"finetuning_type {kind}", "memfit does not support it: predicted with all parameters trained"
@@ -167,6 +169,19 @@ def _adapt(draft: Draft, *, rank: int, bits: int, option: str) -> None:
         draft.leave(
             "frozen weights of 16 bits",
             "memfit's FSDP2 keeps shards of frozen weights in float32: predicted so, which takes more memory",
+        )
+
+
+def _add_norms(draft: Draft, options: Options, option: str) -> None:
+    """Make the draft's LoRA a DoRA if the ``option`` of the file is on. If the draft has no LoRA, as with
+    weights of 4 bits, the option is listed as left out."""
+    if options.on(option) and (lora := draft.plan.get("lora")) is not None:
+        draft.take("lora", option, **{**lora.settings, "dora": True})
+    elif options.on(option):
+        draft.leave(
+            option,
+            "memfit has DoRA with frozen weights of 16 bits only: predicted without it, which takes less "
+            "memory",
         )
 
 

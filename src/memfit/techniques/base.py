@@ -211,8 +211,8 @@ class Workbench:
     - ``counted_elsewhere`` holds the names of parameters that several pipeline ranks hold and that this rank
       leaves out of the gradient norm, because another one counts them.
     - ``closers`` are functions that are called when the step is closed.
-    - ``on_gradient``, ``on_ddp``, ``on_offload``, ``on_kept`` and ``place`` are set by the tracer, to be told
-      what happens. In a real run they are None or do nothing.
+    - ``on_gradient``, ``on_ddp``, ``on_offload``, ``on_kept``, ``on_assumption`` and ``place`` are set by the
+      tracer, to be told what happens. In a real run they are None or do nothing.
     """
 
     job: Job
@@ -249,6 +249,8 @@ class Workbench:
     on_offload: Callable[[int, int], None] | None = None
     # Set by the tracer: called with a "parameter" or "gradient" that replaces the model's own.
     on_kept: Callable[[torch.Tensor, str], None] = lambda tensor, category: None
+    # Set by the tracer: called with a sentence about what a trace assumes and a run finds out.
+    on_assumption: Callable[[str], None] = lambda sentence: None
     # Set by the tracer: returns a context in which new tensors count as memory of the host ("host"), of the
     # stream of that name, or ("") of the device.
     place: Callable[[str], contextlib.AbstractContextManager[Any]] = lambda name: contextlib.nullcontext()

@@ -8,6 +8,7 @@ script makes), conformance/registry.py, integrations/lightning.py, and lint/to_p
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 from memfit.techniques import (
@@ -100,6 +101,18 @@ def make_use(name: str, settings: Mapping[str, object]) -> Use:
     values: dict[str, KnobValue] = {k.name: k.default for k in definition.knobs}
     values.update({k: v for k, v in settings.items() if isinstance(v, str | int | float | bool)})
     return use(name, **values)
+
+
+def with_defaults(plan: Plan) -> Plan:
+    """Return ``plan`` with the default value of each setting that its techniques lack, such as one that a
+    technique did not have yet when the plan was stored. Techniques and settings that do not exist any more
+    stay as they are."""
+    uses = []
+    for plan_use in plan.uses:
+        definition = TECHNIQUES.get(plan_use.technique)
+        defaults = {k.name: k.default for k in definition.knobs} if definition is not None else {}
+        uses.append(use(plan_use.technique, **{**defaults, **plan_use.settings}))
+    return dataclasses.replace(plan, uses=tuple(uses))
 
 
 def make_plain_plan(ranks: int = 1) -> Plan:
@@ -219,8 +232,8 @@ def check(plan: Plan, machine: Machine | None = None) -> Plan:
 
 def effect_of(plan: Plan, dependence: SampleDependence | None = None) -> EffectClass:
     """Return how far the plan may change the numbers of training: the strongest effect of its techniques,
-    where a technique with the setting precision=bf16 counts as E2 at least. Return E0 for a plan without
-    techniques. If ``dependence``, which describes the job's samples, is given and `changes_training` is true
+    where a technique with the setting precision=bf16 counts as E2 at least, and one with dropless=true, which
+    only reorders sums, as E1. Return E0 for a plan without techniques. If ``dependence``, which describes the job's samples, is given and `changes_training` is true
     for it, return E3."""
     if dependence is not None and changes_training(plan, dependence):
         return EffectClass.E3
@@ -263,6 +276,8 @@ def refuse_wrong_weights(plan: Plan, dependence: SampleDependence) -> None:
 
 
 def _effect(technique_use: Use) -> EffectClass:
+    if technique_use.settings.get("dropless") is True:
+        return EffectClass.E1
     is_bf16 = technique_use.settings.get("precision") == "bf16"
     return max(technique(technique_use.technique).effect, EffectClass.E2 if is_bf16 else EffectClass.E0)
 

@@ -23,11 +23,13 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 
 from memfit.model.batch_objects import batch_tensors
 from memfit.trace import operators
+from memfit.trace.assumed_values import is_assumed
 from memfit.trace.concrete_values import ConcreteValues
 from memfit.trace.data_dependent import Guesses
 from memfit.trace.fake_storage import of_kernels_types, plain_tensors, sole_counts, strided_storage
 from memfit.trace.operators import tensors_in
-from memfit.trace.source_location import ModuleStack, newest_node, running_node, user_place
+from memfit.trace.optimizer_scalars import COUNTING, count_from_late_step
+from memfit.trace.source_location import ModuleStack, library_line, newest_node, running_node, user_place
 from memfit.trace.streams import StreamTracker, StreamUse
 from memfit.types.device_kind import device_kind
 from memfit.types.trace import Allocation, Category, OpCall, Phase, PhaseSpan, rounded
@@ -74,6 +76,7 @@ def _rows_of(tensor: torch.Tensor) -> _Rows:
 _SPARSE_COPIES = 5  # copies of a gradient's rows that SparseAdam holds at the same time
 # Stands for an optimizer's unknown scalar (step count, product of momenta): formulas divide by x and by 1 - x
 _SCALAR = 0.5
+_UPDATING = frozenset({Phase.BACKWARD, Phase.OPTIMIZER})  # phases in which an optimizer steps
 _DEVICE: Any = torch.ops.prim.device.default
 _NOTHING = operators.OperatorWork("[]", "", 0, 0)
 
@@ -85,7 +88,9 @@ class AllocationRecorder(TorchDispatchMode):
     returns the record: (allocations, operator calls, phase spans). ``device`` ("cpu" or "cuda") decides how
     sizes are rounded and what some kernels allocate. With ``lines``, each allocation records the line of the
     user's code that made it. ``guesses`` gives the answers where the step reads values of fake tensors (None:
-    a new `Guesses` without bounds).
+    a new `Guesses` without bounds). ``follows_optimizer_scalars``: whether the optimizer's own counts and
+    factors of one element are computed, from a late step on (`count_from_late_step`), because its update may
+    branch on them; off by default.
     """
 
     def __init__(self, device: str, *, lines: bool = False, guesses: Guesses | None = None) -> None:
@@ -101,6 +106,9 @@ class AllocationRecorder(TorchDispatchMode):
         self.concrete_values = ConcreteValues()
         self.guesses = guesses or Guesses()
         self.guesses.concrete_values = self.concrete_values
+        self.optimizer_scalars = ConcreteValues()
+        self.optimizer_scalars.max_elements = 1
+        self.follows_optimizer_scalars = False
         self.results = operators.Results(self.guesses, device)
         self.offloaded_bytes = self.restored_bytes = self.offloaded_tensors = 0
         self.paused = False
@@ -127,6 +135,7 @@ class AllocationRecorder(TorchDispatchMode):
         self._close_span()
         self.current = phase
         self.concrete_values.on = self.concrete_values.seeded and phase is not Phase.OPTIMIZER
+        self.optimizer_scalars.on = self.follows_optimizer_scalars and phase is Phase.OPTIMIZER
 
     def next_step(self) -> None:
         self.step += 1
@@ -241,20 +250,31 @@ class AllocationRecorder(TorchDispatchMode):
         if (decompose := operators.decomposition(func, fact, args)) is not None:
             with self:
                 return decompose(*args, **kwargs)
-        values = self.concrete_values.values(func, args, kwargs)
+        followed = self.optimizer_scalars if self.optimizer_scalars.on else self.concrete_values
+        values = followed.values(func, args, kwargs)
+        if self.follows_optimizer_scalars and func in COUNTING and self.current in _UPDATING:
+            count_from_late_step(followed, args)
         if func is operators.ITEM:
-            is_listed = self.current not in (Phase.OPTIMIZER, Phase.SETUP)
-            if self.current is Phase.OPTIMIZER and values is None and args[0].dtype.is_floating_point:
-                values = _SCALAR
-            return self.guesses.item(args[0], is_listed=is_listed, value=values)
+            return self._item(args[0], values)
         out = (
             self._silent(func, fact, args, kwargs)
             if fact.silent
             else self._watched(func, fact, args, kwargs, values)
         )
         if values is not None and (func not in operators.MAKERS or self.concrete_values.follows_all):
-            self.concrete_values.attach(out, values)
+            followed.attach(out, values)
         return out
+
+    def _item(self, tensor: Any, value: Any) -> bool | int | float:
+        """Return the answer to ``tensor.item()``. ``value``: the known or assumed value, or None.
+        Answers to an optimizer are not listed as assumptions: those in its phase, and known ones in backward
+        that no line of the user asks for."""
+        is_listed = self.current not in (Phase.OPTIMIZER, Phase.SETUP)
+        if self.current is Phase.OPTIMIZER and value is None and tensor.dtype.is_floating_point:
+            value = _SCALAR
+        if self.current is Phase.BACKWARD and value is not None and not library_line():
+            is_listed = is_assumed(self.concrete_values.of(tensor))
+        return self.guesses.item(tensor, is_listed=is_listed, value=value)
 
     def _unrecorded(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is operators.ITEM and args[0].constant is None:

@@ -245,6 +245,9 @@ def _run_recorded(
     step.bench.on_gradient = lambda param: recorder.label(param.grad, Category.GRADIENT)
     step.bench.on_offload = recorder.note_offload
     recorder.modules.watch(step.model)
+    choice = step.job.optimizer
+    is_own = choice.make is None and ":" not in choice.name and "optimizer" not in step.plan
+    recorder.follows_optimizer_scalars = not is_own  # the updates of memfit's own do not branch
     recorder.phase(Phase.SETUP)  # the model is built; batches are made between steps
     one_process = step.bench.world.layout.ranks == 1
     is_whole = one_process and update and step.bench.micro_batches == 1 and not step.bench.step_in_backward
@@ -297,6 +300,7 @@ def _begin(recorder: AllocationRecorder, model_bytes: list[int], bench: Workbenc
     else:
         bench.first_part = partial(_first_part, recorder, bench.first_part)
     bench.on_kept = lambda tensor, category: recorder.label(tensor, Category(category))
+    bench.on_assumption = lambda sentence: recorder.guesses.assumptions.update({sentence: None})
     _label_model(recorder, bench.model)
 
 

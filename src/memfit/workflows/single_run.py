@@ -19,7 +19,7 @@ from memfit.runtime.child_process import STOPPED, run
 from memfit.runtime.ranks import run_ranks
 from memfit.runtime.restart import Losses, OnEvent, run_through
 from memfit.store.database import Store
-from memfit.techniques.registry import check, refuse_wrong_weights
+from memfit.techniques.registry import check, refuse_wrong_weights, with_defaults
 from memfit.types import serialization
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
@@ -173,11 +173,11 @@ def _stored(store: Store, request: Request, seed: int) -> list[Run]:
 
 def _replayed(stored_runs: Sequence[Run], request: Request, estimate: Estimate) -> Run:
     """Return the last of the stored runs that has the plan of ``estimate``, with ``estimate`` as its
-    prediction instead of the stored one.
+    prediction instead of the stored one. Settings that a stored plan lacks have their default values.
 
     Raises UserError if no run has this plan, or if the user's job file has changed since that run.
     """
-    matches = [r for r in stored_runs if r.spec.plan == estimate.plan]
+    matches = [r for r in stored_runs if with_defaults(r.spec.plan) == estimate.plan]
     if not matches:
         raise UserError(
             f"no stored run of this job with this seed has the plan {estimate.plan.label}",

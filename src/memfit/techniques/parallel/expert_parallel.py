@@ -4,9 +4,15 @@ are sent to them.
 The experts of a mixture are one module called with ``(tokens (N, width), chosen (N, k), weights (N, k))``
 that returns ``(N, width)``. ``Job.experts`` names such modules. A module holds its experts in an
 ``nn.ModuleList``, each called with tokens, or as Hugging Face does in ``gate_up_proj`` and ``down_proj``,
-with one slice per expert. Every expert has room for the same number of tokens from every rank, its capacity,
-which is ``capacity_percent`` of an even share of that rank's choices. Choices beyond it are dropped (Lepikhin
-et al. 2020, arXiv 2006.16668), so that memory does not depend on the router.
+with one slice per expert.
+
+By default every expert has room for the same number of tokens from every rank, its capacity, which is
+``capacity_percent`` of an even share of that rank's choices. Choices beyond it are dropped (Lepikhin et al.
+2020, arXiv 2006.16668), so that memory does not depend on the router. With ``dropless``, every choice is sent
+(Gale et al. 2022, arXiv 2211.15841), and memory depends on the router. A trace then assumes that the rank's
+experts get ``capacity_percent`` of an even share of every rank's choices. The default is the capacity of 1.25
+at which models that are trained to balance their experts drop less than 1 % of the tokens (Fedus et al. 2021,
+arXiv 2101.03961, section 2.2).
 """
 
 from __future__ import annotations
@@ -14,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from memfit.techniques.base import Knob, Space, Technique, Workbench
@@ -34,39 +40,61 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
             f"expert-parallel of degree {settings['degree']} does not fit {ranks} data-parallel ranks",
             allowed=f"degree={ranks}, if that is at least 2; and fsdp2, if used, with replicas=1",
         )
-    group = mesh.get_group()
-    for name in _mixtures(bench):
+    group, percent = mesh.get_group(), int(settings["capacity_percent"])
+    for name in mixtures(bench.model, bench.job.experts):
         module = bench.model.get_submodule(name)
         experts = _deal(module, name, bench.world.layout.data_index(bench.world.rank), ranks)
-        dispatcher = _Travel(
-            group=group,
-            ranks=ranks,
-            experts=experts.total,
-            capacity_percent=int(settings["capacity_percent"]),
-            run=experts.run,
-        )
-        module.forward = dispatcher.forward
+        dispatcher = _Travel(group=group, ranks=ranks, experts=experts, capacity_percent=percent)
+        module.forward = dispatcher.send_all if settings["dropless"] else dispatcher.send_capacity
         for param_name, param in module.named_parameters():
             bench.own_parameters.add(f"{name}.{param_name}")
             # These gradients sum the terms of every rank, while other gradients are averaged over ranks.
             param.register_hook(lambda grad: grad / ranks)
+    if settings["dropless"]:
+        bench.on_assumption(
+            f"experts of the busiest rank get {percent / 100:g} times an even share of the tokens "
+            "(expert-parallel's capacity_percent)"
+        )
 
 
-def _mixtures(bench: Workbench) -> list[str]:
-    """Return the names of the modules that hold experts: those that match the pattern ``Job(experts=...)``.
-    If that is None, return those that are built like Hugging Face's: their parameters are gate_up_proj and
-    down_proj, of three dimensions each, and they have act_fn. Raises UserError if there are none."""
-    names = [name for name, _ in bench.model.named_modules()]
-    if (pattern := bench.job.experts) is not None:
-        mixtures = [n for n in names if fnmatch.fnmatchcase(n, pattern)]
+def mixtures(model: torch.nn.Module, pattern: str | None) -> list[str]:
+    """Return the names of the modules that hold experts: those that match ``pattern``, which is that of
+    ``Job(experts=...)``. If it is None, return those that are built like Hugging Face's: their parameters are
+    gate_up_proj and down_proj, of three dimensions each, and they have act_fn. Raises UserError if there are
+    none."""
+    names = [name for name, _ in model.named_modules()]
+    if pattern is not None:
+        matches = [n for n in names if fnmatch.fnmatchcase(n, pattern)]
     else:
-        mixtures = [n for n in names if _is_grouped(bench.model.get_submodule(n))]
-    if not mixtures:
+        matches = [n for n in names if _is_grouped(model.get_submodule(n))]
+    if not matches:
         raise UserError(
             "expert-parallel finds no experts in the model" + (f" at {pattern!r}" if pattern else ""),
             hint='name them in Job(experts="blocks.*.experts")',
         )
-    return mixtures
+    return matches
+
+
+def count_experts(module: Any, name: str) -> int:
+    """Return the number of experts of the module, whose name is ``name``. Raises UserError if the module
+    neither has a ModuleList of experts as its only child nor is built like Hugging Face's (see `mixtures`)."""
+    children = list(module.named_children())
+    if _is_grouped(module):
+        return int(module.gate_up_proj.shape[0])
+    if len(children) == 1 and (total := _length(children[0][1])):
+        return total
+    raise UserError(
+        f"{name} is not a module of experts",
+        allowed="a module whose only child is an nn.ModuleList of experts; or one whose own parameters "
+        "are only gate_up_proj and down_proj, of three dimensions each, and that has an attribute act_fn",
+        hint="correct Job(experts=...), the pattern of the paths of such modules",
+    )
+
+
+def _length(module: torch.nn.Module) -> int:
+    import torch
+
+    return len(module) if isinstance(module, torch.nn.ModuleList) else 0
 
 
 def _is_grouped(module: torch.nn.Module) -> bool:
@@ -78,47 +106,49 @@ def _is_grouped(module: torch.nn.Module) -> bool:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Dealt:
-    """The experts of one mixture that this rank keeps. ``run`` applies them: it maps the tokens of each of
-    them, shape (experts of this rank, n, width), to results of the same shape. ``total`` is the number of
-    experts of all ranks."""
+    """The experts of one mixture that this rank keeps. ``run`` applies them all at once: it maps the tokens
+    of each of them, shape (experts of this rank, n, width), to results of the same shape. ``run_each`` applies
+    them one by one to a list with the tokens of each, of shape (n, width) with an n of its own. ``own`` and
+    ``total`` are the numbers of experts of this rank and of all ranks."""
 
+    own: int
     total: int
     run: Callable[[torch.Tensor], torch.Tensor]
+    run_each: Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]
 
 
 def _deal(module: Any, name: str, rank: int, ranks: int) -> _Dealt:
     """Remove all experts but those of ``rank`` from the module, whose name is ``name``, and return those of
-    ``rank``. Raises UserError if the module neither has a ModuleList of experts as its only child nor is
-    built like Hugging Face's (see `_mixtures`), or if the number of experts is no multiple of ``ranks``."""
+    ``rank``. Raises UserError as `count_experts` does, or if the number of experts is no multiple of
+    ``ranks``."""
     import torch
 
-    lists = [(n, m) for n, m in module.named_children() if isinstance(m, torch.nn.ModuleList)]
-    is_grouped = _is_grouped(module)
-    total = module.gate_up_proj.shape[0] if is_grouped else len(lists[0][1]) if len(lists) == 1 else 0
-    if not total or (not is_grouped and len(list(module.named_children())) > 1):
-        raise UserError(
-            f"{name} is not a module of experts",
-            allowed="a module whose only child is an nn.ModuleList of experts; or one whose own parameters "
-            "are only gate_up_proj and down_proj, of three dimensions each, and that has an attribute act_fn",
-            hint="correct Job(experts=...), the pattern of the paths of such modules",
-        )
+    total = count_experts(module, name)
     if total % ranks:
         raise UserError(
             f"{total} experts of {name} cannot be shared equally by {ranks} data-parallel ranks",
             allowed=f"a number of data-parallel ranks that divides {total}",
         )
-    own_slice = slice(rank * (total // ranks), (rank + 1) * (total // ranks))
-    if is_grouped:
+    own = total // ranks
+    own_slice = slice(rank * own, (rank + 1) * own)
+    if _is_grouped(module):
         for param in _GROUPED:
             weights = getattr(module, param).detach()[own_slice].clone()
             setattr(module, param, torch.nn.Parameter(weights))
-        return _Dealt(total=total, run=lambda tokens: _gated(module, tokens))
-    path, experts = lists[0]
+        return _Dealt(
+            own=own,
+            total=total,
+            run=lambda tokens: _gated(module, tokens),
+            run_each=lambda parts: _gated_each(module, parts),
+        )
+    path, experts = next(module.named_children())
     own_experts = torch.nn.ModuleList(list(experts)[own_slice])
     setattr(module, path, own_experts)
-    return _Dealt(
-        total=total, run=lambda tokens: torch.stack([e(t) for e, t in zip(own_experts, tokens, strict=True)])
-    )
+
+    def run_each(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [e(t) for e, t in zip(own_experts, parts, strict=True)]
+
+    return _Dealt(own=own, total=total, run=lambda tokens: torch.stack(run_each(tokens)), run_each=run_each)
 
 
 def _gated(module: Any, tokens: torch.Tensor) -> torch.Tensor:
@@ -130,37 +160,103 @@ def _gated(module: Any, tokens: torch.Tensor) -> torch.Tensor:
     return torch.bmm(module.act_fn(gate) * up, module.down_proj.to(tokens.dtype).mT)
 
 
+def _gated_each(module: Any, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the results of `_gated` for experts that get different numbers of tokens. ``parts`` and the
+    results are one tensor of shape (n, width) for each expert."""
+    from torch.nn.functional import linear
+
+    results = []
+    for tokens, gate_up, down in zip(
+        parts, module.gate_up_proj.unbind(), module.down_proj.unbind(), strict=True
+    ):
+        gate, up = linear(tokens, gate_up.to(tokens.dtype)).chunk(2, dim=-1)
+        results.append(linear(module.act_fn(gate) * up, down.to(tokens.dtype)))
+    return results
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Travel:
     """Sends tokens to the ranks of their experts, runs the experts there, and sends the results back.
-    ``experts`` is the number of experts of all ranks. ``run`` is that of `_Dealt`. Each expert takes, from
-    each rank, at most ``capacity_percent`` of an even share of that rank's choices."""
+
+    `send_capacity` and `send_all` are forwards of the module of experts. ``tokens`` has shape (N, width),
+    ``chosen`` (indices of experts) and ``weights`` have shape (N, k). They return, for each token, the sum of
+    its k experts' results times their weights, shape (N, width)."""
 
     group: Any
     ranks: int
-    experts: int
+    experts: _Dealt
     capacity_percent: int
-    run: Callable[[torch.Tensor], torch.Tensor]
 
-    def forward(self, tokens: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """The forward of the module of experts. ``tokens`` has shape (N, width), ``chosen`` (indices of
-        experts) and ``weights`` have shape (N, k). Return, for each token, the sum of its k experts' results
-        times their weights, shape (N, width). Choices beyond an expert's capacity add zero. N must be the
-        same on every rank, because the capacity depends on it."""
+    def send_capacity(
+        self, tokens: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Each expert takes, from each rank, at most `_capacity` choices. Others add zero. N must be the same
+        on every rank, because the capacity depends on it."""
         import torch
 
-        choices, width = chosen.shape[-1], tokens.shape[-1]
-        capacity = math.ceil(chosen.numel() * self.capacity_percent / (100 * self.experts))
+        total, choices, width = self.experts.total, chosen.shape[-1], tokens.shape[-1]
+        capacity = self._capacity(chosen.numel())
         by_expert, order = chosen.reshape(-1).sort(stable=True)
         slots = self._slots(by_expert, capacity)
-        rows = tokens.new_zeros(self.experts * capacity + 1, width)  # the last row receives dropped tokens
+        rows = tokens.new_zeros(total * capacity + 1, width)  # the last row receives dropped tokens
         rows = rows.index_copy(0, slots, tokens[order // choices])[:-1]
-        own_tokens = self._swap(rows).view(self.ranks, -1, capacity, width).transpose(0, 1)
-        outputs = self.run(own_tokens.flatten(1, 2)).view(-1, self.ranks, capacity, width).transpose(0, 1)
-        results = self._swap(outputs.reshape(-1, width))
+        even = [rows.shape[0] // self.ranks] * self.ranks
+        own_tokens = self._swap(rows, even, even).view(self.ranks, -1, capacity, width).transpose(0, 1)
+        outputs = self.experts.run(own_tokens.flatten(1, 2)).view(-1, self.ranks, capacity, width)
+        results = self._swap(outputs.transpose(0, 1).reshape(-1, width), even, even)
         results = torch.cat([results, results.new_zeros(1, width)])[slots]
-        weighted_results = results * weights.reshape(-1)[order].unsqueeze(-1).to(results.dtype)
-        return torch.zeros_like(tokens).index_add(0, order // choices, weighted_results)
+        return _summed(tokens, results, weights, order)
+
+    def send_all(self, tokens: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Each expert takes all choices of it. Ranks first tell each other how many they will send."""
+        import torch
+
+        own, ranks = self.experts.own, self.ranks
+        by_expert, order = chosen.reshape(-1).sort(stable=True)
+        counts = self._counts(by_expert)
+        incoming_counts = self._swap(counts, [own] * ranks, [own] * ranks)
+        sent, received = self._sizes(counts, incoming_counts, chosen.numel())
+        sent_sizes, received_sizes = [sum(s) for s in sent], [sum(r) for r in received]
+        rows = self._swap(tokens[order // chosen.shape[-1]], received_sizes, sent_sizes)
+        if own == 1:
+            results = self.experts.run_each([rows])[0]
+        else:
+            parts = rows.split([n for per_expert in received for n in per_expert])
+            outputs = self.experts.run_each([torch.cat(parts[e::own]) for e in range(own)])
+            per_rank = [o.split([r[e] for r in received]) for e, o in enumerate(outputs)]
+            results = torch.cat([o[r] for r in range(ranks) for o in per_rank])
+        return _summed(tokens, self._swap(results, sent_sizes, received_sizes), weights, order)
+
+    def _capacity(self, choices: int) -> int:
+        return math.ceil(choices * self.capacity_percent / (100 * self.experts.total))
+
+    def _sizes(
+        self, counts: torch.Tensor, incoming_counts: torch.Tensor, choices: int
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Return (tokens that this rank sends, tokens that it receives): for each rank, a list with the
+        number for each of the receiver's experts.
+
+        Numbers are read from the device. On torch's fake process group they are unknown, and it is assumed
+        that this rank's experts get ``capacity_percent`` of an even share of every rank's ``choices``. The
+        rest of its own choices is spread evenly over the others."""
+        import torch.distributed as dist
+
+        own, ranks = self.experts.own, self.ranks
+        if dist.get_backend(self.group) != "fake":
+            return counts.view(ranks, own).tolist(), incoming_counts.view(ranks, own).tolist()
+        busy = min(self._capacity(choices), choices // own)
+        others = self.experts.total - own
+        rest = choices - busy * own
+        spread = [rest // others + (i < rest % others) for i in range(others)]
+        rank = dist.get_rank(self.group)
+        sizes = [*spread[: rank * own], *[busy] * own, *spread[rank * own :]]
+        return [sizes[r * own : (r + 1) * own] for r in range(ranks)], [[busy] * own] * ranks
+
+    def _counts(self, by_expert: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        counts = torch.zeros(self.experts.total, dtype=torch.int64, device=by_expert.device)
+        return counts.scatter_add(0, by_expert, torch.ones_like(by_expert))
 
     def _slots(self, by_expert: torch.Tensor, capacity: int) -> torch.Tensor:
         """Return, for each of the choices, which are sorted by expert, the row in which its token is sent.
@@ -169,20 +265,29 @@ class _Travel:
         import torch
 
         numbers = torch.arange(by_expert.numel(), device=by_expert.device)
-        counts = torch.zeros(self.experts, dtype=torch.int64, device=by_expert.device)
-        counts = counts.scatter_add(0, by_expert, torch.ones_like(by_expert))
+        counts = self._counts(by_expert)
         index = numbers - (counts.cumsum(0) - counts)[by_expert]
-        return torch.where(index < capacity, by_expert * capacity + index, self.experts * capacity)
+        return torch.where(index < capacity, by_expert * capacity + index, self.experts.total * capacity)
 
-    def _swap(self, rows: torch.Tensor) -> torch.Tensor:
-        """Cut ``rows`` into one equal part for each rank, and send the i-th part to the i-th rank. Return the
-        parts received, in the order of ranks. Called twice, it returns the original rows."""
+    def _swap(self, rows: torch.Tensor, received: list[int], sent: list[int]) -> torch.Tensor:
+        """Send the first ``sent[0]`` of the rows to the first rank, the next ``sent[1]`` to the second, and so
+        on. Return the ``received[i]`` rows of each rank i, in the order of ranks."""
         import torch
         from torch.distributed._functional_collectives import all_to_all_single
 
-        part_sizes = [rows.shape[0] // self.ranks] * self.ranks
-        result: torch.Tensor = all_to_all_single(rows.contiguous(), part_sizes, part_sizes, self.group)
+        result: torch.Tensor = all_to_all_single(rows.contiguous(), received, sent, self.group)
         return torch.ops._c10d_functional.wait_tensor(result)  # type: ignore[no-any-return]
+
+
+def _summed(
+    tokens: torch.Tensor, results: torch.Tensor, weights: torch.Tensor, order: torch.Tensor
+) -> torch.Tensor:
+    """Return, for each token, the sum of its results times their weights. ``results`` has one row for each
+    entry of ``order``, the indices of all choices in the order in which they were sent."""
+    import torch
+
+    weighted_results = results * weights.reshape(-1)[order].unsqueeze(-1).to(results.dtype)
+    return torch.zeros_like(tokens).index_add(0, order // weights.shape[-1], weighted_results)
 
 
 def _nothing(space: Space) -> Iterable[Mapping[str, KnobValue]]:
@@ -192,7 +297,7 @@ def _nothing(space: Space) -> Iterable[Mapping[str, KnobValue]]:
 TECHNIQUE = Technique(
     name="expert-parallel",
     summary="the experts of each mixture are distributed over the data-parallel ranks",
-    effect=EffectClass.E3,  # tokens beyond an expert's capacity are dropped
+    effect=EffectClass.E3,  # tokens beyond an expert's capacity are dropped; with dropless it is E1
     apply=_apply,
     settings=_nothing,
     order=47,
@@ -205,7 +310,14 @@ TECHNIQUE = Technique(
         Knob(
             name="capacity_percent",
             default=125,
-            doc="tokens that an expert takes, in percent of an even share; tokens beyond that are dropped",
+            doc="tokens that an expert takes, in percent of an even share; tokens beyond that are dropped; with "
+            "dropless=true, the share that a prediction assumes for the experts of the busiest rank",
+        ),
+        Knob(
+            name="dropless",
+            default=False,
+            doc="whether every token is sent to its experts, however many choose the same one",
+            choices=(False, True),
         ),
     ),
     forbids=("tensor-parallel", "context-parallel", "pipeline", "zero", "lora", "qlora", "compile"),

@@ -1,0 +1,190 @@
+"""Find what a script of Accelerate or Lightning computes from its number of batches, which an edit to
+micro-batches changes: the length of a learning-rate schedule is adapted to it, all else is named."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from typing import Any, Final
+
+from memfit.export.source_edits import Replacement, Source, literal, name_of
+
+_SHOWN: Final = frozenset({"print", "info", "debug", "warning", "tqdm"})  # calls whose numbers train nothing
+_OF_TRAINER: Final = frozenset({"limit_train_batches", "val_check_interval"})  # Lightning's, in batches
+
+
+class BatchCounts:
+    """What counts the batches of the DataLoader that ``loader`` makes in ``source``.
+
+    The batches become ``steps`` micro-batches of an update. ``stated``: how many they were before, None for
+    one. `changes`: the edits that keep the schedules. `remarks`: what the user should check.
+    """
+
+    def __init__(self, source: Source, loader: ast.Call, steps: int, stated: ast.expr | None) -> None:
+        self.source, self.steps = source, steps
+        self.changes: list[Replacement] = []
+        self.remarks: list[str] = []
+        self._parents = {inner: n for n in ast.walk(source.tree) for inner in ast.iter_child_nodes(n)}
+        self._names = _targets(self._statement(loader))
+        old_steps = 1 if stated is None else literal(stated)
+        if old_steps == steps:
+            return
+        lines = {node.lineno for node in self._iterations()}
+        adapted = set[int]()
+        for count in self._counts():
+            schedules = self._schedules_of(count)
+            if schedules is None:
+                lines.add(count.lineno)
+            elif all(map(self._steps_with_updates, schedules)):
+                edits = self._adapt(count, None if old_steps == 1 else stated)
+                (adapted if edits else lines).add(count.lineno)
+                self.changes += [edit for edit in edits if edit not in self.changes]
+        lines |= {line for schedule in self._schedules() for line in self._early_steps(schedule)}
+        if adapted:
+            self.remarks.append(
+                f"the schedule of {_at(adapted)} counts updates of {steps} micro-batches: check its length"
+            )
+        if lines:
+            share = f"{steps} for each update" if old_steps == 1 else "of another number for each update"
+            self.remarks.append(
+                f"iterations of the loop and batches of the DataLoader are now micro-batches, {share}; "
+                f"check what counts them: {_at(lines)}"
+            )
+
+    # -- what counts ------------------------------------------------------------------------------
+
+    def _counts(self) -> Iterator[ast.Call]:
+        """Yield each ``len(LOADER)`` that is not only shown."""
+        for call in self.source.calls(frozenset({"len"})):
+            argument: Any = call.args[0] if call.args else None
+            name = name_of(argument.func if isinstance(argument, ast.Call) else argument) if argument else ""
+            counts = name in self._names or ("train" in name and "loader" in name)
+            if counts and not any(name_of(c.func) in _SHOWN for c in self._above(call, ast.Call)):
+                yield call
+
+    def _iterations(self) -> Iterator[Any]:
+        """Yield each use of the number of an iteration, and each count of iterations, in the loop of
+        Accelerate and in Lightning's training step; and Lightning's settings in batches."""
+        for node in ast.walk(self.source.tree):
+            if isinstance(node, ast.For) and _accumulates(node):
+                yield from self._counting(node, _index(node))
+            elif isinstance(node, ast.FunctionDef) and node.name == "training_step":
+                yield from self._counting(node, "".join(a.arg for a in node.args.args[2:3]))
+            elif isinstance(node, ast.keyword) and node.arg in _OF_TRAINER:
+                yield from [node.value] if isinstance(literal(node.value), int) else []
+
+    def _counting(self, node: ast.For | ast.FunctionDef, index: str) -> Iterator[Any]:
+        for use in (n for s in node.body for n in ast.walk(s)):
+            is_index = isinstance(use, ast.Name) and use.id == index and isinstance(use.ctx, ast.Load)
+            is_count = isinstance(use, ast.AugAssign) and isinstance(use.value, ast.Constant)
+            if (is_index or is_count) and not self._is_synchronized(use):
+                yield use
+
+    # -- schedules --------------------------------------------------------------------------------
+
+    def _schedules(self) -> Iterator[ast.Call]:
+        return (n for n in ast.walk(self.source.tree) if isinstance(n, ast.Call) and _is_schedule(n))
+
+    def _schedules_of(self, node: ast.AST, seen: frozenset[str] = frozenset()) -> list[ast.Call] | None:
+        """Return the calls that make schedules from the value ``node``, also through variables; None if
+        something else uses it, too, or nothing does."""
+        if inside := next((c for c in self._above(node, ast.Call) if _is_schedule(c)), None):
+            return [inside]
+        statement = self._statement(node)
+        names = _targets(statement)
+        if not isinstance(statement, ast.Assign) or len(names) != 1 or names & seen:
+            return None
+        uses = [
+            self._schedules_of(n, seen | names)
+            for n in ast.walk(self.source.tree)
+            if isinstance(n, ast.Name) and n.id in names and isinstance(n.ctx, ast.Load)
+        ]
+        found = [schedule for schedules in uses if schedules is not None for schedule in schedules]
+        return found if uses and None not in uses else None
+
+    def _steps_with_updates(self, schedule: ast.Call) -> bool:
+        """Return whether the schedule steps once for each update: Lightning's do, and those of Accelerate
+        that it prepares, or that step only if gradients are synchronized."""
+        if not any(map(_accumulates, ast.walk(self.source.tree))):
+            return True
+        name = next(iter(_targets(self._statement(schedule))), "")
+        for prepare in self.source.calls(frozenset({"prepare"})):
+            if any(a is schedule or (isinstance(a, ast.Name) and a.id == name) for a in prepare.args):
+                return True
+        steps = list(self._step_calls(name))
+        return bool(steps) and all(map(self._is_synchronized, steps))
+
+    def _early_steps(self, schedule: ast.Call) -> Iterator[int]:
+        """Yield the line of each step of a schedule, without ``len(LOADER)``, that now runs once for each
+        micro-batch."""
+        is_by_batches = any(schedule in (self._schedules_of(c) or ()) for c in self._counts())
+        if not is_by_batches and not self._steps_with_updates(schedule):
+            for step in self._step_calls(next(iter(_targets(self._statement(schedule))), "")):
+                if any(map(_accumulates, self._above(step, ast.For))) and not self._is_synchronized(step):
+                    yield step.lineno
+
+    def _step_calls(self, name: str) -> Iterator[ast.Call]:
+        for call in self.source.calls(frozenset({"step"})):
+            if isinstance(call.func, ast.Attribute) and name_of(call.func.value) == name:
+                yield call
+
+    def _adapt(self, count: ast.Call, stated: ast.expr | None) -> list[Replacement]:
+        """Return the edits that make ``count`` a number of updates: it is divided by the number of
+        micro-batches, or the old number of them in its statement is replaced."""
+        if stated is None:
+            text = f"-(-{self.source.of(count)} // {self.steps})"
+            return [Replacement(start=self.source.start(count), end=self.source.end(count), text=text)]
+        old = ast.unparse(stated)
+        divisors = [
+            n
+            for n in ast.walk(self._statement(count))
+            if isinstance(n, ast.Name | ast.Attribute) and ast.unparse(n) == old
+        ]
+        return [
+            Replacement(start=self.source.start(n), end=self.source.end(n), text=str(self.steps))
+            for n in divisors
+        ]
+
+    # -- the tree ---------------------------------------------------------------------------------
+
+    def _above(self, node: ast.AST, kind: Any) -> Iterator[Any]:
+        while (parent := self._parents.get(node)) is not None:
+            node = parent
+            if isinstance(node, kind):
+                yield node
+
+    def _statement(self, node: ast.AST) -> ast.AST:
+        statement: ast.stmt = next(self._above(node, ast.stmt))
+        return statement
+
+    def _is_synchronized(self, node: ast.AST) -> bool:
+        return any("sync_gradients" in ast.unparse(c.test) for c in self._above(node, ast.If))
+
+
+def _is_schedule(call: ast.Call) -> bool:
+    name = name_of(call.func)
+    return name.endswith("LR") or "schedule" in name.lower() or name == "CosineAnnealingWarmRestarts"
+
+
+def _accumulates(node: ast.AST) -> bool:
+    """Return whether ``node`` is a loop of Accelerate that accumulates gradients, and holds no other."""
+    calls = [n for n in ast.walk(node) if isinstance(n, ast.Call)] if isinstance(node, ast.For) else []
+    inner = [n for n in ast.walk(node) if isinstance(n, ast.For) and n is not node]
+    return any(name_of(c.func) == "accumulate" for c in calls) and not any(map(_accumulates, inner))
+
+
+def _index(loop: ast.For) -> str:
+    """Return INDEX of a loop ``for INDEX, BATCH in enumerate(...)``, "" for others."""
+    is_counted = isinstance(loop.iter, ast.Call) and name_of(loop.iter.func) == "enumerate"
+    first = loop.target.elts[0] if isinstance(loop.target, ast.Tuple) else None
+    return first.id if is_counted and isinstance(first, ast.Name) else ""
+
+
+def _targets(statement: ast.AST) -> set[str]:
+    """Return the last names of the targets of an assignment; none for other statements."""
+    targets = statement.targets if isinstance(statement, ast.Assign) else []
+    return {name_of(t) for t in targets} - {""}
+
+
+def _at(lines: set[int]) -> str:
+    return f"line{'s' if len(lines) > 1 else ''} {', '.join(map(str, sorted(lines)))}"
