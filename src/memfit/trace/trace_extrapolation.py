@@ -25,7 +25,8 @@ from memfit.types.plan import Plan
 from memfit.types.trace import Trace
 
 _TRIES = 3  # each is one period deeper
-_LARGE = 500_000_000  # number of parameters above which two processes are faster than one
+# Number of parameters, or of tensors of parameters, above which two processes are faster than one
+_LARGE, _MANY_TENSORS = 500_000_000, 1_000
 
 
 def deep_trace(job: Job, plan: Plan, *, rank: int = 0, **options: Any) -> Trace:
@@ -71,7 +72,8 @@ def traces_of(job: Job, requests: Sequence[tuple[Plan, int]], **options: Any) ->
                 deep_rank.key(d): partial(_or_none, deep_rank.line.trace, d, **options)
                 for d in deep_rank.depths()[:2]
             }
-    large = sum(p.numel() for p in model.parameters()) >= _LARGE
+    sizes = [p.numel() for p in model.parameters()]
+    large = sum(sizes) >= _LARGE or len(sizes) >= _MANY_TENSORS
     del model
     results = side_by_side(list(calls.values())) if large else [call() for call in calls.values()]
     traces = dict(zip(calls, results, strict=True))
