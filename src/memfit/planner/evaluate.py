@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -39,6 +40,7 @@ from memfit.trace.trace_extrapolation import deep_traces, repeated, traces_of
 from memfit.trace.trace_pool import side_by_side
 from memfit.trace.tracer import fake_model, stepping, trace
 from memfit.trace.truncated_model import with_blocks
+from memfit.trace.unroll import Blocks, Mismatch, longer
 from memfit.types.dependence import SampleDependence
 from memfit.types.gc_pause import pause_gc
 from memfit.types.job import Job
@@ -49,7 +51,6 @@ from memfit.types.trace import Allocation, Category, OpCall, Phase, PhaseSpan, T
 from memfit.worker.train import step_maker
 
 _ACCUMULATION = "gradient-accumulation"
-_FEW_BLOCKS = 4  # models with at most this many blocks are not worth cutting
 _SKETCH_MEMORY_RATIO, _SKETCH_TIME_RATIO = 0.10, 0.40
 
 # The numbers a sketch adds up, as one vector so that parts compose by plain arithmetic.
@@ -274,19 +275,18 @@ class Pricer:
         """Trace, in parallel, the parts that the sketches of ``plans`` are composed from and that are not
         cached. ``tell`` is called as in `trace_all`, with the label of the part's plan.
         """
-        parts = {
-            (plan, blocks, steps, "")
-            for composed_plan in plans
-            for plan, steps in self._composed_of(composed_plan)[1]
-            for blocks in self._cut(plan) or (0,)
-        }
-        missing_keys = sorted(parts - self.parts.keys(), key=lambda key: (key[0].fingerprint, *key[1:]))
+        parts = {part for composed_plan in plans for part in self._composed_of(composed_plan)[1]}
+        missing_parts = sorted(
+            (part for part in parts if not self._keys(*part) <= self.parts.keys()),
+            key=lambda part: (part[0].fingerprint, part[1]),
+        )
         with pause_gc():
             new_parts = side_by_side(
-                [functools.partial(self._part, *key[:3]) for key in missing_keys],
-                lambda done, i: tell(done, len(missing_keys), missing_keys[i][0].label),
+                [functools.partial(self._parts, *part) for part in missing_parts],
+                lambda done, i: tell(done, len(missing_parts), missing_parts[i][0].label),
             )
-        self.parts |= dict(zip(missing_keys, new_parts, strict=True))
+        for found in new_parts:
+            self.parts |= found
 
     def _composed_of(self, plan: Plan) -> tuple[float, list[tuple[Plan, int]]]:
         """Return (weight of the first part, parts), for the parts that the plan's sketch is composed of. A
@@ -393,18 +393,16 @@ class Pricer:
         """Return (smaller, larger) numbers of blocks with which parts are traced, and then extrapolated
         linearly to all blocks of the model. None if parts are traced with all blocks.
 
-        They are (2, 3), or (max(2, k), max(2, k) + k) if activation-checkpointing recomputes every k-th
-        block. It is None if the model has no more blocks than the larger number, or at most 4, or if its
-        blocks are not all alike.
+        They are (3, 4), or (3k, 4k) if activation-checkpointing recomputes every k-th block. It is None if
+        the model has no more blocks than the larger number, or if its blocks are not all alike.
         """
         recompute = plan.get("activation-checkpointing")
         period = int(recompute.settings["every"]) if recompute else 1
-        small_count, large_count = max(2, period), max(2, period) + period
-        return (
-            (small_count, large_count)
-            if self.space.block_count > max(_FEW_BLOCKS, large_count) and self.repeats
-            else None
-        )
+        is_deep = self.space.block_count > 4 * period
+        return (3 * period, 4 * period) if is_deep and self.repeats else None
+
+    def _keys(self, plan: Plan, steps: int) -> set[_Key]:
+        return {(plan, blocks, steps, "") for blocks in self._cut(plan) or (0,)}
 
     def _vector(self, plan: Plan, *, steps: int = 1) -> numpy.ndarray:
         cut = self._cut(plan)
@@ -425,17 +423,42 @@ class Pricer:
         if key not in self.vectors:
             part_key = (plan, blocks, steps, "")
             if part_key not in self.parts:
-                self.parts[part_key] = self._part(plan, blocks, steps)
+                self.parts |= self._parts(plan, steps)
             memory_entries, micro_ops, optimizer_ops, micros = self.parts[part_key]
             seconds = [self.model.total_s(ops) if self.model else 0.0 for ops in (micro_ops, optimizer_ops)]
             self.vectors[key] = numpy.array([*memory_entries, seconds[0] / micros, seconds[1]])
         return self.vectors[key]
 
-    def _part(self, plan: Plan, blocks: int, steps: int) -> _Part:
-        job = with_blocks(self.job, blocks) if blocks else self.job
-        return _digested(
-            trace(job, plan, device=self.device, steps=steps, max_micro_batches=1, update=steps > 1)
-        )
+    def _parts(self, plan: Plan, steps: int) -> dict[_Key, _Part]:
+        """Trace the part and return what was seen in it, by the numbers of blocks of `_cut`. For forward and
+        backward the model is traced with the smaller number, and its middle blocks are repeated for the
+        larger one (`longer`); where they do not repeat, it is traced with both. An optimizer's operators take
+        the tensors of all blocks at once, so its part is traced with both as well.
+        """
+        cut = self._cut(plan)
+        if cut is None:
+            return {(plan, 0, steps, ""): _digested(self._traced_part(self.job, plan, steps))}
+        small = self._traced_part(with_blocks(self.job, cut[0]), plan, steps)
+        large = self._longer(small, cut) if steps == 1 else None
+        if large is None:
+            large = self._traced_part(with_blocks(self.job, cut[1]), plan, steps)
+        return {
+            (plan, blocks, steps, ""): _digested(t) for blocks, t in zip(cut, (small, large), strict=True)
+        }
+
+    def _longer(self, traced: Trace, cut: tuple[int, int]) -> Trace | None:
+        found = repeated(fake_model(self.job), self.job)
+        if found is None or traced.host_step_bytes:
+            return None
+        blocks = Blocks(path=found[0], first=0, count=cut[0], period=math.lcm(cut[1] - cut[0], found[2]))
+        if blocks.period != cut[1] - cut[0]:
+            return None
+        with contextlib.suppress(Mismatch):
+            return longer(traced, blocks)
+        return None
+
+    def _traced_part(self, job: Job, plan: Plan, steps: int) -> Trace:
+        return trace(job, plan, device=self.device, steps=steps, max_micro_batches=1, update=steps > 1)
 
 
 def _digested(traced: Trace) -> _Part:

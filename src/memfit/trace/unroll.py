@@ -154,6 +154,18 @@ def unroll(shallow: Trace, deeper: Trace, shallow_blocks: Blocks, target_blocks:
     return dataclasses.replace(deep.trace, allocations=tuple(allocations), ops=ops, **totals)
 
 
+def longer(trace: Trace, blocks: Blocks) -> Trace:
+    """Return the trace with one period of blocks more than ``blocks``, those of ``trace``: its middle period
+    is repeated. Unlike `unroll`, nothing shows that a model of this depth has this trace, and what grows with
+    the depth outside the blocks does not grow here. Raises Mismatch if the blocks are fewer than three
+    periods or do not repeat."""
+    periods = -(-blocks.count // blocks.period)
+    if periods < 3:
+        raise Mismatch("the trace has fewer than three periods of blocks, so none lies between two others")
+    longer_blocks = dataclasses.replace(blocks, count=blocks.count + blocks.period)
+    return _Unrolled(trace, blocks, longer_blocks, periods // 2).trace
+
+
 def renumbered(trace: Trace, path: str, numbers: Mapping[int, int]) -> Trace:
     """Return the trace with the numbers of the blocks in the container at ``path`` replaced in module paths:
     each key of ``numbers`` by its value. Blocks whose number is no key keep it."""
