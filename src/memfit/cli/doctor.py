@@ -330,11 +330,12 @@ def engines() -> Iterator[Check]:
 
 
 def files(store: StoreOptions) -> Iterator[Check]:
-    """Yield two checks with plain information: the path of the store with its size, if it exists, and the
-    path of the cache's folder."""
+    """Yield checks with plain information: the path of the store with its size, if it exists, the path of the
+    cache's folder, and where predictions are kept, how many and how large they are, and how to clear them."""
     import platformdirs
 
     from memfit.store import default_path
+    from memfit.store.prediction_cache import PredictionCache, default_folder, limit_bytes
 
     path = store.store or default_path()
     state = (
@@ -343,6 +344,17 @@ def files(store: StoreOptions) -> Iterator[Check]:
     yield Check(name="store", ok=None, detail=f"{path} ({state})")
     yield Check(
         name="cache", ok=None, detail=f"{platformdirs.user_cache_path('memfit')} (the counting allocator)"
+    )
+    folder = default_folder()
+    if folder is None:
+        yield Check(name="predictions", ok=None, detail="not kept on disk: MEMFIT_CACHE is off")
+        return
+    count, size_bytes = PredictionCache(folder).usage()
+    yield Check(
+        name="predictions",
+        ok=None,
+        detail=f"{folder} ({count} entries, {format_bytes(size_bytes)} of at most "
+        f"{format_bytes(limit_bytes())}; to clear them, delete this folder)",
     )
 
 

@@ -94,9 +94,10 @@ def print_workload_of(search_request: memfit.planner.request.Request, *, lang: s
     it on standard output in the language ``lang``, unless ``quiet``. Raises UserError if the job cannot be
     loaded."""
     from memfit.jobs.registry import load
-    from memfit.planner.workload import workload_of
+    from memfit.planner.workload import stored_workload
 
-    workload = workload_of(load(search_request.job), search_request.machine.name)
+    ref = search_request.job
+    workload = stored_workload(ref, load(ref), search_request.machine.name)
     if not quiet:
         print_workload(workload, lang)
     return workload

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from memfit.jobs import huggingface
+from memfit.jobs.opened_files import OPENED_WHILE_LOADING, note_opened_files
 from memfit.jobs.user_job import load_user_job
 from memfit.types.errors import UserError, suggest
 from memfit.types.gc_pause import pause_gc
@@ -76,6 +77,11 @@ def add_job(spec: str, job: Job) -> None:
     _OF_THIS_PROCESS[spec] = job
 
 
+def of_this_process() -> tuple[str, ...]:
+    """Return the specs given to `add_job`."""
+    return tuple(_OF_THIS_PROCESS)
+
+
 def load(ref: JobRef) -> Job:
     """Return the job that ``ref`` names: one of `add_job`, a built-in job, ``hf:NAME``, or the user's
     ``path.py:attribute``. What ``ref`` states of size, data, weights, batch, length, dimensions, steps, clip
@@ -90,7 +96,7 @@ def load(ref: JobRef) -> Job:
     for name, value in (numbers | {f"--dim {name}": n for name, n in ref.dimensions.items()}).items():
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}", allowed="a whole number of at least 1")
-    with pause_gc():
+    with pause_gc(), note_opened_files(OPENED_WHILE_LOADING):
         job = _make(ref)
     job = job if ref.steps is None else dataclasses.replace(job, steps=ref.steps)
     job = job if ref.ema is None else dataclasses.replace(job, ema=ref.ema)

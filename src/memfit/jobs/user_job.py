@@ -158,6 +158,21 @@ def shadowed_modules(spec: str) -> Iterator[str]:
                 )
 
 
+def imported_files(spec: str) -> Iterator[Path]:
+    """Yield the user's file, which the job ``spec``, ``path.py:attribute``, names, and those of the modules
+    beside it that it imports, at its top or inside functions, directly or through other modules beside it.
+    Nothing for other jobs. Nothing is imported."""
+    path = Path(spec.rpartition(":")[0])
+    pending, visited = [path] if path.suffix == ".py" and path.is_file() else [], set[Path]()
+    while pending:
+        file = pending.pop().resolve()
+        if file not in visited:
+            visited.add(file)
+            yield file
+            files = (_own_module(path.parent, name) for name in _imported_names(file))
+            pending += [f for f in files if f is not None]
+
+
 def _own_module(folder: Path, name: str) -> Path | None:
     files = (folder / f"{name}.py", folder / name / "__init__.py")
     return next((file for file in files if file.is_file()), None)

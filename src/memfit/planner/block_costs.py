@@ -165,11 +165,12 @@ def _travel(ops: Sequence[OpCall]) -> Travel:
     return tuple((kind, float(size)) for kind, size in transfers if kind)
 
 
-def updating_of(trace: Trace, seconds: Seconds) -> UpdateCosts:
-    """Return the costs of the optimizer's step, each divided by the number of trainable parameter elements.
+def updating_of(trace: Trace, larger: Trace, seconds: Seconds) -> UpdateCosts:
+    """Return the costs of the optimizer's step.
 
     ``trace``: two steps on one rank. Time, bytes moved and the peak of temporary tensors are those of the
-    second step's optimizer phase; the optimizer state is what is alive at the end. ``seconds`` returns the
+    second step's optimizer phase; the optimizer state is what is alive at the end. ``larger``: the same for a
+    model of more blocks. The peak of temporary tensors lies on the line through both. ``seconds`` returns the
     total time of a sequence of operators.
     """
     view = _Look(trace, "", seconds)
@@ -179,9 +180,14 @@ def updating_of(trace: Trace, seconds: Seconds) -> UpdateCosts:
         a.size_bytes for a in trace.allocations if a.category is Category.OPTIMIZER_STATE and a.end is None
     )
     elements = trace.trainable_count
+    larger_view = _Look(larger, "", seconds)
+    larger_span = larger_view.span(Phase.OPTIMIZER)
+    top_bytes, larger_top_bytes = view.top(window), larger_view.top((larger_span.start, larger_span.end))
+    slope = max(0.0, (larger_top_bytes - top_bytes) / max(1, larger.trainable_count - elements))
     return UpdateCosts(
         update_s=seconds(view.within(window)) / elements,
         moved_bytes=sum(o.moved_bytes for o in view.within(window)) / elements,
         state_bytes=state_bytes / elements,
-        top_bytes=view.top(window) / elements,
+        top_bytes=slope,
+        tensor_top_bytes=max(0.0, top_bytes - slope * elements),
     )

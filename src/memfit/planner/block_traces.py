@@ -1,11 +1,12 @@
 """The small traces from which a search for many devices takes the costs of parts of the model: of three
-blocks and one or two samples, on tensor- and context-parallel ranks.
+blocks and one or two samples, on tensor-, context- and expert-parallel ranks.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -13,19 +14,21 @@ import torch
 from torch.utils import _pytree
 
 from memfit.cost.host import HostTensors
-from memfit.model.blocks import find_blocks
+from memfit.jobs.training_step import TrainingStep
+from memfit.model.blocks import child_prefix, find_blocks
 from memfit.planner.block_costs import BLOCKS, Seconds, parts_of, updating_of
 from memfit.planner.parallelism_grid import Uses
 from memfit.techniques.parallel.axial_parallel import axial_modules
+from memfit.techniques.parallel.expert_parallel import count_experts, mixtures
 from memfit.techniques.registry import make_use
 from memfit.trace.trace_pool import side_by_side
-from memfit.trace.tracer import fake_model, trace
+from memfit.trace.tracer import fake_model, stepping, trace
 from memfit.trace.truncated_model import FirstBlocks
 from memfit.types.errors import UserError, first_line
 from memfit.types.gc_pause import pause_gc
 from memfit.types.job import Job
 from memfit.types.parts import Parts, UpdateCosts
-from memfit.types.plan import Plan
+from memfit.types.plan import KnobValue, Plan
 from memfit.types.trace import Trace
 
 _PRECISION: dict[str, Uses] = {
@@ -35,15 +38,18 @@ _PRECISION: dict[str, Uses] = {
 }
 
 
+_DROPLESS: dict[str, KnobValue] = {"dropless": True}
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Key:
-    """Identifies one small trace: of a plan on ``tensor`` x ``context`` ranks, with three blocks of the
-    model.
+    """Identifies one small trace: of a plan on ``tensor`` x ``context`` x ``experts`` ranks, with three
+    blocks of the model.
 
-    ``tensor``, ``context``: degrees of tensor and context parallelism. ``sequence``, ``vocabulary``: the
-    settings of these names of the technique tensor-parallel. ``compute``: precision, "fp32", "autocast" or
-    "bf16". ``uses``: the plan's techniques beside parallelism and precision. ``samples``: number of samples
-    in the micro-batch.
+    ``tensor``, ``context``, ``experts``: degrees of tensor, context and expert parallelism. ``sequence``,
+    ``vocabulary``: the settings of these names of the technique tensor-parallel. ``compute``: precision,
+    "fp32", "autocast" or "bf16". ``uses``: the plan's techniques beside parallelism and precision.
+    ``samples``: number of samples in the micro-batch of a rank.
     """
 
     tensor: int
@@ -53,6 +59,7 @@ class Key:
     compute: str
     uses: Uses
     samples: int
+    experts: int = 1
 
 
 class BlockTracer:
@@ -60,8 +67,11 @@ class BlockTracer:
     model's pieces that are seen in them.
 
     The traces are cached. ``kept``: each trace of three blocks by its `Key`, or the text of the error that
-    tracing raised. ``updates``: each trace of the optimizer's step by the set of techniques under which it
-    was made. Creating a BlockTracer raises UserError if the model has no repeated blocks.
+    tracing raised. ``updates``: the traces of the optimizer's step with one block and with two, by the set of
+    techniques under which they were made. ``experts``: number of experts of a mixture, the greatest common
+    divisor if mixtures differ; 0 if the model has none, or some outside the blocks. ``expert_elements``:
+    number of their trained elements in an average block. Creating a BlockTracer raises UserError if the model
+    has no repeated blocks.
     """
 
     def __init__(self, job: Job, device: str) -> None:
@@ -71,8 +81,9 @@ class BlockTracer:
         self.blocks = len(blocks)
         self.tensors = sum(p.requires_grad for p in model.parameters())
         self.sharing = "axial-parallel" if axial_modules(model) else "context-parallel"
+        self.experts, self.expert_elements = _experts(model, job, self.path, self.blocks)
         self.kept: dict[Key, Trace | str] = {}
-        self.updates: dict[Uses, Trace] = {}
+        self.updates: dict[Uses, tuple[Trace, Trace]] = {}
         self.model_bytes = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
         self._batch = job.make_batch(0, 0)  # made once, with real tensors
 
@@ -120,7 +131,7 @@ class BlockTracer:
     def updating(self, uses: Uses, seconds: Seconds) -> UpdateCosts:
         if uses not in self.updates:
             self.trace((), [uses])
-        return updating_of(self.updates[uses], seconds)
+        return updating_of(*self.updates[uses], seconds)
 
     def trace(self, keys: Iterable[Key], updates: Sequence[Uses] = ()) -> None:
         """Make, in parallel, the trace of each of ``keys``, and a trace of the optimizer's step under each
@@ -144,8 +155,11 @@ class BlockTracer:
         for (_, cache, task_key, _), result in zip(tasks, results, strict=True):
             cache[task_key] = result
 
-    def _updated(self, uses: Uses) -> Trace:
-        return trace(self._small(1, 1), Plan(uses=uses), device=self.device, steps=2)
+    def _updated(self, uses: Uses) -> tuple[Trace, Trace]:
+        single, double = (
+            trace(self._small(1, blocks), Plan(uses=uses), device=self.device, steps=2) for blocks in (1, 2)
+        )
+        return single, double
 
     def _traced(self, key: Key) -> Trace | str:
         uses: list[Any] = [*_PRECISION[key.compute], *key.uses]
@@ -154,16 +168,19 @@ class BlockTracer:
             uses.append(make_use("tensor-parallel", knobs))
         if key.context > 1:
             uses.append(make_use(self.sharing, {"degree": key.context}))
-        plan = Plan(uses=tuple(uses), ranks=key.tensor * key.context)
+        if key.experts > 1:
+            uses += [make_use("ddp", {}), make_use("expert-parallel", _DROPLESS | {"degree": key.experts})]
+        plan = Plan(uses=tuple(uses), ranks=key.tensor * key.context * key.experts)
         try:
-            return trace(
-                self._small(key.samples, BLOCKS),
-                plan,
-                device=self.device,
-                steps=1,
-                max_micro_batches=1,
-                update=False,
-            )
+            with stepping(_WithoutAveraging):
+                return trace(
+                    self._small(key.samples * key.experts, BLOCKS),
+                    plan,
+                    device=self.device,
+                    steps=1,
+                    max_micro_batches=1,
+                    update=False,
+                )
         except UserError as error:
             return str(error)
         except Exception as error:  # noqa: BLE001  a trace that fails is left out, and the others go on
@@ -178,6 +195,25 @@ class BlockTracer:
         )
 
 
+class _WithoutAveraging(TrainingStep):
+    """Applies all techniques but ddp, which is in the plan only because its ranks see different samples."""
+
+    carried = frozenset({"ddp"})
+
+
+def _experts(model: torch.nn.Module, job: Job, path: str, blocks: int) -> tuple[int, float]:
+    """Return `BlockTracer.experts` and `BlockTracer.expert_elements`."""
+    try:
+        names = mixtures(model, job.experts)
+        counts = [count_experts(model.get_submodule(name), name) for name in names]
+    except UserError:
+        return 0, 0.0
+    if not all(name.startswith(child_prefix(path)) for name in names):
+        return 0, 0.0
+    params = (p for name in names for p in model.get_submodule(name).parameters() if p.requires_grad)
+    return math.gcd(*counts), sum(p.numel() for p in params) / blocks
+
+
 def _loads(key: Key) -> int:
     """Return the place of the trace ``key`` in the order in which traces are made: -1 (first) if it uses
     torch.compile, 1 (last) if it is of several ranks and therefore uses distributed tensors, else 0.
@@ -186,7 +222,7 @@ def _loads(key: Key) -> int:
     """
     if any(u.technique == "compile" for u in key.uses):
         return -1
-    return int(key.tensor > 1 or key.context > 1)
+    return int(key.tensor > 1 or key.context > 1 or key.experts > 1)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

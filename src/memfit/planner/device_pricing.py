@@ -144,6 +144,7 @@ class Scale:
             device=self.pricer.device,
             tensor=degrees,
             context=tuple(d for d in degrees if d <= 8),
+            experts=self.traced.experts,
             chunks=self.pricer.space.vocabulary >= 512,
             effect=self.aim.accuracy.highest,
             micro_batch=self.bounds.micro_batch,

@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any
 
 import numpy
@@ -28,14 +28,16 @@ from memfit.cost.op_time import TimeModel, time_model
 from memfit.cost.recompute_ilp import GAP_RATIO
 from memfit.cost.step_time import simulate_step, sketched_s
 from memfit.cost.step_time_calibration import factor
-from memfit.cost.stream_simulator import SimulatedStep
 from memfit.engines.registry import engine
 from memfit.model.scalar_parameters import refuse_scalars
 from memfit.planner.recompute_budget import ChosenPlans, nominal_s, open_budget, resolved_plans
+from memfit.planner.stored_predictions import Result, StoredPredictions, Traces
+from memfit.store import trace_columns
+from memfit.store.prediction_cache import digest_of
 from memfit.techniques.base import Space
 from memfit.techniques.rank_mesh import layout
 from memfit.techniques.registry import make_plain_plan, splits_batch, technique
-from memfit.trace.sample_dependence import sample_dependence
+from memfit.trace.sample_dependence import sample_dependence, trial_limit_bytes
 from memfit.trace.trace_extrapolation import deep_traces, repeated, traces_of
 from memfit.trace.trace_pool import side_by_side
 from memfit.trace.tracer import fake_model, stepping, trace
@@ -47,6 +49,7 @@ from memfit.types.job import Job
 from memfit.types.machine import Calibration, Machine
 from memfit.types.plan import Plan, use
 from memfit.types.result import Estimate
+from memfit.types.serialization import to_plain
 from memfit.types.trace import Allocation, Category, OpCall, Phase, PhaseSpan, Trace
 from memfit.worker.train import step_maker
 
@@ -76,7 +79,8 @@ class Pricer:
     have no step time. ``parts``: what was seen in each traced part (`_digested`), from which sketches are
     composed. ``vectors``: the same as numbers to add up, with the seconds that the calibration gives.
     ``choices``: for plans with a memory budget for recomputation, the plan with the tensors to recompute
-    chosen.
+    chosen. ``stored``: what was predicted of the job before, on disk; None: nothing is read from disk or kept
+    there, nor is it if the pricer's job is replaced by another.
     """
 
     job: Job
@@ -86,15 +90,20 @@ class Pricer:
     calibration: Calibration = dataclasses.field(default_factory=Calibration)
     model: TimeModel | None = None
     lines: bool = False  # whether traces record the user's source line of each allocation
-    traces: dict[tuple[Plan, int], Trace] = dataclasses.field(default_factory=dict)  # by (plan, rank)
+    traces: MutableMapping[tuple[Plan, int], Trace] = dataclasses.field(default_factory=Traces)
     parts: dict[_Key, Any] = dataclasses.field(default_factory=dict)
     vectors: dict[_Key, numpy.ndarray] = dataclasses.field(default_factory=dict)
     choices: ChosenPlans = dataclasses.field(default_factory=ChosenPlans)
     gap_ratio: float = GAP_RATIO  # optimality gap of the recomputation chosen under a budget
     # reserved over allocated bytes of the plain plan, once traced
     reserved_ratio: float = ASSUMED_RESERVED_RATIO
+    stored: StoredPredictions | None = None
+    plain: dict[int, tuple[int, HostTensors]] = dataclasses.field(default_factory=dict)  # see `_plain`
 
     def __post_init__(self) -> None:
+        if not isinstance(self.traces, Traces):
+            given_traces, self.traces = self.traces, Traces()
+            self.traces.update(given_traces)
         self.recalibrate(self.calibration)
 
     @property
@@ -106,12 +115,19 @@ class Pricer:
         """Whether the model has repeated blocks that are all alike (`repeated`), so that traces with few of
         them can represent the whole model. It becomes False if such a trace fails.
         """
+        stored = self._stored()
+        return stored.keep(bool, self._repeats, "repeats") if stored is not None else self._repeats()
+
+    def _repeats(self) -> bool:
         return repeated(fake_model(self.job), self.job) is not None
 
     @functools.cached_property
     def dependence(self) -> SampleDependence:
         """Whether and how the samples of a batch of the job depend on each other; tested on first access."""
-        return sample_dependence(self.job)
+        if (stored := self._stored()) is None:
+            return sample_dependence(self.job)
+        limit_bytes = trial_limit_bytes()
+        return stored.keep(SampleDependence, lambda: sample_dependence(self.job), "dependence", limit_bytes)
 
     def dependence_under(self, plan: Plan) -> SampleDependence | None:
         """Return `dependence` if the plan splits the batch into micro-batches or over data-parallel ranks,
@@ -121,8 +137,22 @@ class Pricer:
 
     def recalibrate(self, calibration: Calibration) -> None:
         self.calibration = calibration
-        self.model = time_model(self.machine.device, calibration, self.seen())
+        seen_ops = self.seen() if calibration.op_s else ()  # only timed operators matter
+        self.model = time_model(self.machine.device, calibration, seen_ops)
         self.choices, self.vectors = ChosenPlans(), {}  # both depend on the seconds of operators
+        self._pricing_digest = ""
+
+    def _stored(self) -> StoredPredictions | None:
+        return self.stored if self.stored is not None and self.stored.job is self.job else None
+
+    def _pricing(self) -> str:
+        """Return a digest of all that the predictions depend on beside the traces: the machine and what is
+        known of the seconds of its operators."""
+        if not self._pricing_digest:
+            curves = sorted(self.model.curves.items()) if self.model else None
+            facts = to_plain(self.machine), to_plain(self.calibration), to_plain(curves)
+            self._pricing_digest = digest_of(*facts)
+        return self._pricing_digest
 
     def resolve(self, plan: Plan) -> Plan:
         """Return the plan with the tensors to recompute chosen, if it has optimal-checkpointing with a memory
@@ -131,6 +161,13 @@ class Pricer:
         """
         if open_budget(plan) is None:
             return plan
+        if (stored := self._stored()) is None or plan in self.choices.kept:
+            return self._chosen(plan)
+        facts = (self.device, self.gap_ratio, self._pricing(), plan.fingerprint)
+        self.choices.kept[plan] = stored.keep(Plan, lambda: self._chosen(plan), "chosen tensors", *facts)
+        return self._chosen(plan)
+
+    def _chosen(self, plan: Plan) -> Plan:
         op_seconds = self.model.op_s if self.model else nominal_s
         return self.choices.of(
             self.job,
@@ -154,12 +191,39 @@ class Pricer:
         return self.traces[plan, rank]
 
     def _trace(self, plan: Plan, ranks: Iterable[int]) -> None:
-        missing_ranks = [rank for rank in ranks if (plan, rank) not in self.traces]
-        if not missing_ranks:
-            return
-        with pause_gc():
-            traces = self._made(plan, missing_ranks)
-        self.traces |= {(plan, rank): traced for rank, traced in zip(missing_ranks, traces, strict=True)}
+        if missing_ranks := self._missing(plan, ranks):
+            with pause_gc():
+                self._add([(plan, rank) for rank in missing_ranks], self._result(plan, missing_ranks))
+
+    def _missing(self, plan: Plan, ranks: Iterable[int]) -> list[int]:
+        """Add to the traces those of the plan on these ranks that are on disk. Return the ranks without a
+        trace."""
+        stored = self._stored()
+        for rank in ranks:
+            if stored is not None and (plan, rank) not in self.traces:
+                data = stored.read_bytes("trace", *self._facts(plan, rank))
+                if data is not None:
+                    self.traces[plan, rank] = data
+        return [rank for rank in ranks if (plan, rank) not in self.traces]
+
+    def _facts(self, plan: Plan, rank: int) -> tuple[Any, ...]:
+        """Return what decides the plan's trace beside the job."""
+        return self.engine, self.device, self.lines, plan.fingerprint, rank
+
+    def _result(self, plan: Plan, ranks: list[int]) -> Result:
+        """Trace the plan on these ranks. The value is a list of the traces, as bytes if they may be kept."""
+        stored, is_own = self._stored(), engine(self.engine).own_trace
+        if stored is None or is_own:  # an engine's own step depends on more than the job's content
+            return Result(self._made(plan, ranks), may_be_kept=False)
+        return _as_bytes(stored.run(lambda: self._made(plan, ranks)))
+
+    def _add(self, keys: Sequence[tuple[Plan, int]], result: Result) -> None:
+        """Add the traces in the value of the result, and keep them on disk if they may be kept."""
+        stored = self._stored()
+        for (plan, rank), traced in zip(keys, result.value, strict=True):
+            self.traces[plan, rank] = traced
+            if stored is not None and result.may_be_kept:
+                stored.write_bytes(traced, "trace", *self._facts(plan, rank))
 
     def _made(self, plan: Plan, ranks: list[int]) -> Sequence[Trace]:
         """Trace the plan on these ranks and return the traces, one per rank. If the engine has a training
@@ -196,9 +260,13 @@ class Pricer:
         with contextlib.suppress(Exception), pause_gc():
             concrete_plans = [self.resolve(plan) for plan in plans]
             keys = [(plan, rank) for plan in concrete_plans for rank in layout(plan).distinct_ranks()]
-            missing_keys = [key for key in keys if key not in self.traces]
-            traces = traces_of(self.job, missing_keys, device=self.device, lines=self.lines)
-            self.traces |= dict(zip(missing_keys, traces, strict=True))
+            missing_keys = [key for key in keys if self._missing(key[0], [key[1]])]
+
+            def make() -> list[Trace]:
+                return traces_of(self.job, missing_keys, device=self.device, lines=self.lines)
+
+            stored = self._stored()
+            self._add(missing_keys, _as_bytes(stored.run(make)) if stored else Result(make(), False))
 
     # -- exact ----------------------------------------------------------------------------------------
 
@@ -223,24 +291,36 @@ class Pricer:
         plan = self.resolve(plan)
         ranks = layout(plan).distinct_ranks()
         self._trace(plan, ranks)
+        stored, facts = self._stored(), ()
+        if stored is not None and not engine(self.engine).own_trace:
+            facts = (self._pricing(), *self._facts(plan, -1))
+            estimates = stored.read(list[Estimate], "estimates", *facts)
+        else:
+            estimates = None
+        if estimates is None:
+            estimates = self._estimates(plan, ranks)
+            if stored is not None and facts:
+                stored.write(estimates, "estimates", *facts)
+        if plan == make_plain_plan(plan.ranks) and estimates[-1].reserved_bytes is not None:
+            self.reserved_ratio = estimates[-1].reserved_bytes.value / estimates[-1].allocated_bytes.value
+        return [dataclasses.replace(e, dependence=self.dependence_under(plan)) for e in estimates]
+
+    def _estimates(self, plan: Plan, ranks: Sequence[int]) -> list[Estimate]:
         with pause_gc():
             traces = [self.trace(plan, rank) for rank in ranks]
             step = simulate_step(traces, plan, self.machine, self.model) if self.model else None
-            return [self._of_rank(plan, traced, step) for traced in traces]
-
-    def _of_rank(self, plan: Plan, traced: Trace, step: SimulatedStep | None) -> Estimate:
-        rank_estimate = estimate(
-            traced,
-            plan,
-            machine=self.machine,
-            calibration=self.calibration,
-            model=self.model,
-            step=step,
-            workers=self.job.workers,
-        )
-        if plan == make_plain_plan(plan.ranks) and rank_estimate.reserved_bytes is not None:
-            self.reserved_ratio = rank_estimate.reserved_bytes.value / rank_estimate.allocated_bytes.value
-        return dataclasses.replace(rank_estimate, dependence=self.dependence_under(plan))
+            return [
+                estimate(
+                    traced,
+                    plan,
+                    machine=self.machine,
+                    calibration=self.calibration,
+                    model=self.model,
+                    step=step,
+                    workers=self.job.workers,
+                )
+                for traced in traces
+            ]
 
     def trace_all(
         self, plans: Sequence[Plan], tell: Callable[[int, int, str], None] = lambda *progress: None
@@ -254,18 +334,19 @@ class Pricer:
         an interrupt are kept.
         """
         missing_plans = [
-            p for p in dict.fromkeys(resolved_plans(plans, self.resolve)) if (p, 0) not in self.traces
+            p for p in dict.fromkeys(resolved_plans(plans, self.resolve)) if self._missing(p, [0])
         ]
-        traces_by_index: dict[int, Sequence[Trace]] = {}
+        results: dict[int, Result] = {}
         try:
             with pause_gc():
                 side_by_side(
-                    [functools.partial(self._made, plan, [0]) for plan in missing_plans],
+                    [functools.partial(self._result, plan, [0]) for plan in missing_plans],
                     lambda done, i: tell(done, len(missing_plans), missing_plans[i].label),
-                    traces_by_index,
+                    results,
                 )
         finally:  # after an interrupt, the finished ones are kept
-            self.traces |= {(missing_plans[i], 0): traces[0] for i, traces in traces_by_index.items()}
+            for index, result in results.items():
+                self._add([(missing_plans[index], 0)], result)
 
     # -- quick ----------------------------------------------------------------------------------------
 
@@ -277,16 +358,35 @@ class Pricer:
         """
         parts = {part for composed_plan in plans for part in self._composed_of(composed_plan)[1]}
         missing_parts = sorted(
-            (part for part in parts if not self._keys(*part) <= self.parts.keys()),
+            (part for part in parts if not self._has_part(*part)),
             key=lambda part: (part[0].fingerprint, part[1]),
         )
+        if missing_parts:
+            fake_model(self.job)  # before processes are forked, each of which would build it
         with pause_gc():
             new_parts = side_by_side(
-                [functools.partial(self._parts, *part) for part in missing_parts],
+                [functools.partial(self._part, *part) for part in missing_parts],
                 lambda done, i: tell(done, len(missing_parts), missing_parts[i][0].label),
             )
-        for found in new_parts:
-            self.parts |= found
+        for result in new_parts:
+            self._add_part(result)
+
+    def _has_part(self, plan: Plan, steps: int) -> bool:
+        """Return whether the part is known, with all numbers of blocks of `_cut`, after adding it if it is on
+        disk."""
+        stored = self._stored()
+        for key in self._keys(plan, steps):
+            if key not in self.parts and stored is not None:
+                part = stored.read(_Part, "part", self.device, key[0].fingerprint, *key[1:])
+                if part is not None:
+                    self.parts[key] = part
+        return self._keys(plan, steps) <= self.parts.keys()
+
+    def _add_part(self, result: Result) -> None:
+        self.parts |= result.value
+        if (stored := self._stored()) is not None and result.may_be_kept:
+            for key, part in result.value.items():
+                stored.write(part, "part", self.device, key[0].fingerprint, *key[1:])
 
     def _composed_of(self, plan: Plan) -> tuple[float, list[tuple[Plan, int]]]:
         """Return (weight of the first part, parts), for the parts that the plan's sketch is composed of. A
@@ -353,15 +453,14 @@ class Pricer:
         }
         phase = max(peaks, key=lambda p: peaks[p])
         seconds = float(micros * vector[_MICRO_S] + vector[_STEP_S]) * factor(self.calibration, plan)
-        plain_trace = self.trace(make_plain_plan(plan.ranks))
-        parameter_count = plain_trace.parameter_count
+        parameter_count, plain_tensors = self._plain(plan.ranks)
         step_s = sketched_s(seconds, plan, parameter_count, self.machine, micros) if self.model else None
         cost = bill(self.machine, step_s=step_s)
         allocated = interval_around(peaks[phase], _SKETCH_MEMORY_RATIO)
         memory = sketch_footprint(allocated, self.machine, reserved_ratio=self.reserved_ratio)
         host_kept_bytes = float(vector[_HOST])
         tensors = dataclasses.replace(
-            HostTensors.of(plain_trace), kept_bytes=host_kept_bytes, building_bytes=host_kept_bytes
+            plain_tensors, kept_bytes=host_kept_bytes, building_bytes=host_kept_bytes
         )
         host = host_memory(tensors, plan, self.machine, allocated=allocated, workers=self.job.workers)
         return Estimate(
@@ -388,6 +487,13 @@ class Pricer:
             host_memory_bytes=known_host(self.machine)[0],
             host_memory_assumed=known_host(self.machine)[1],
         )
+
+    def _plain(self, ranks: int) -> tuple[int, HostTensors]:
+        """Return (number of parameters, host memory of the tensors) of the plain plan's trace."""
+        if ranks not in self.plain:
+            plain_trace = self.trace(make_plain_plan(ranks))
+            self.plain[ranks] = plain_trace.parameter_count, HostTensors.of(plain_trace)
+        return self.plain[ranks]
 
     def _cut(self, plan: Plan) -> tuple[int, int] | None:
         """Return (smaller, larger) numbers of blocks with which parts are traced, and then extrapolated
@@ -422,14 +528,21 @@ class Pricer:
         key = (plan, blocks, steps, self.machine.name)
         if key not in self.vectors:
             part_key = (plan, blocks, steps, "")
-            if part_key not in self.parts:
-                self.parts |= self._parts(plan, steps)
+            if not self._has_part(plan, steps):
+                self._add_part(self._part(plan, steps))
             memory_entries, micro_ops, optimizer_ops, micros = self.parts[part_key]
             seconds = [self.model.total_s(ops) if self.model else 0.0 for ops in (micro_ops, optimizer_ops)]
             self.vectors[key] = numpy.array([*memory_entries, seconds[0] / micros, seconds[1]])
         return self.vectors[key]
 
-    def _parts(self, plan: Plan, steps: int) -> dict[_Key, _Part]:
+    def _part(self, plan: Plan, steps: int) -> Result:
+        """Return what `_seen` returns."""
+        stored = self._stored()
+        if stored is None:
+            return Result(self._seen(plan, steps), may_be_kept=False)
+        return stored.run(lambda: self._seen(plan, steps))
+
+    def _seen(self, plan: Plan, steps: int) -> dict[_Key, _Part]:
         """Trace the part and return what was seen in it, by the numbers of blocks of `_cut`. For forward and
         backward the model is traced with the smaller number, and its middle blocks are repeated for the
         larger one (`longer`); where they do not repeat, it is traced with both. An optimizer's operators take
@@ -459,6 +572,11 @@ class Pricer:
 
     def _traced_part(self, job: Job, plan: Plan, steps: int) -> Trace:
         return trace(job, plan, device=self.device, steps=steps, max_micro_batches=1, update=steps > 1)
+
+
+def _as_bytes(result: Result) -> Result:
+    """Return the result with its traces as bytes, which take less time to send and less memory."""
+    return dataclasses.replace(result, value=[trace_columns.to_bytes(t) for t in result.value])
 
 
 def _digested(traced: Trace) -> _Part:

@@ -69,6 +69,7 @@ class GridInputs:
     ends: Sequence[Sequence[Parts]]
     states: Sequence[State]
     averaged: bool = False  # whether the loop keeps an averaged copy of the weights
+    expert_elements: float = 0.0  # of one block's experts on one rank, under expert parallelism
 
 
 def _line(parts: Sequence[Parts], which: str, field: str, sizes: Array) -> Array:
@@ -115,12 +116,14 @@ class Axes:
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Elements:
     """Numbers of trainable parameter elements on one rank before they are sharded over data-parallel ranks:
-    of one block, of what lies before all blocks, and of what lies after them.
+    of one block, of what lies before all blocks, and of what lies after them. ``expert``: those of one block
+    that are on this rank only, because experts are distributed; they are never sharded.
     """
 
     block: float
     before: float
     after: float
+    expert: float = 0.0
 
 
 def deepest(blocks: int, layout: GridLayout) -> int:

@@ -34,9 +34,10 @@ def price(grid: Grid, inputs: GridInputs, rates: Rates) -> Priced:
     parts = inputs.inside[0][0]
     ends = inputs.ends[0][0]
     elements = Elements(
-        block=parts.block.parameter_bytes / element_bytes,
+        block=parts.block.parameter_bytes / element_bytes - inputs.expert_elements,
         before=ends.before.parameter_bytes / element_bytes,
         after=ends.after.parameter_bytes / element_bytes,
+        expert=inputs.expert_elements,
     )
     offloaded = numpy.array([float(bool(u)) for u in grid.away]).reshape(1, 1, 1, -1, 1)
     seconds = _seconds(layout, axes, elements, rates, offloaded)
@@ -106,6 +107,8 @@ def _seconds(layout: GridLayout, axes: Axes, elements: Elements, rates: Rates, o
         )
         step = _pipelined(layout, counts, stage_times) + once_s + _highest([step for *_, step in ends])
     step = step + _handed_on(axes, rank_elements, each_micro, rates)
+    expert_bytes = depth * elements.expert * axes.states(lambda s: 3 * s.gradient)  # read two, write one
+    step = step + (counts - 1) * expert_bytes / rates.copied_bytes_s
     return step + _update(axes, elements, depth, layout, rates)
 
 
@@ -249,7 +252,7 @@ def _update(axes: Axes, elements: Elements, depth: int, layout: GridLayout, rate
         rank_elements = depth * elements.block + elements.before + elements.after
 
     def seconds(state: State) -> float:
-        shard_elements = rank_elements / state.state_shards
+        shard_elements = rank_elements / state.state_shards + depth * elements.expert
         if state.offload:  # updated by the host's cores, copied there and back over the bus
             transfer_s = shard_elements * (state.gradient + state.stored) / rates.host_bytes_s
             calls = _CALLS_AWAY["zero" if state.kind == "zero" else "fsdp2"] * axes.inputs.tensors
@@ -325,6 +328,7 @@ def _stage(
 ) -> tuple[Array, Array]:
     counts, states = axes.counts, axes.states
     rank_elements = depth * elements.block + elements.before * first + elements.after * last
+    expert_elements = depth * elements.expert
     root_elements = elements.before * first + elements.after * last
     kept_share = 1 - (1 - _OFFLOADED_KEEPS) * offloaded
     kept_block = axes.inside("kept_bytes")
@@ -338,12 +342,8 @@ def _stage(
     ) * kept_share
 
     on_device = states(lambda s: s.offload != "all")
-    state_here = states(lambda s: not s.offload)
-    parameters = rank_elements * states(lambda s: s.stored / s.parameter_shards) * on_device
-    state = rank_elements * states(lambda s: s.updating.state_bytes / s.state_shards) * state_here
-    gradient = rank_elements * states(lambda s: s.gradient / s.gradient_shards) * on_device
-    bucket = rank_elements * states(lambda s: s.gradient * s.bucket) + states(lambda s: s.bucket_bytes)
-    accumulates = counts > 1
+    model_state = _model_state(axes, rank_elements, expert_elements)
+    gradient, accumulates = model_state.gradient, counts > 1
     # In one round of interleaved micro-batches, each chunk runs them all in a row and then reduces.
     unreduced_elements = rank_elements / numpy.where(counts <= layout.stages, layout.virtual, 1)
     whole_gradients = (
@@ -352,7 +352,9 @@ def _stage(
         * states(lambda s: s.reduced * (not s.every and s.gradient_shards > 1))
     )
     resident_bytes = (
-        parameters + state + bucket + gradient * numpy.maximum(states(lambda s: s.kind == "ddp"), accumulates)
+        model_state.fixed
+        + gradient * numpy.maximum(states(lambda s: s.kind == "ddp"), accumulates)
+        + model_state.expert_gradient * accumulates
     )
 
     is_sharded = states(lambda s: s.parameter_shards > 1)
@@ -378,18 +380,65 @@ def _stage(
         backward_base + loss_bytes + axes.ends("after", "backward_top_bytes") * last,
         backward_base + axes.inside("backward_top_bytes") + kept_block * (1 - kept_share),
     )
-    growing_gradient = gradient * (1 - accumulates) * (1 - states(lambda s: s.kind == "ddp"))
+    growing_gradient = (1 - accumulates) * (
+        gradient * (1 - states(lambda s: s.kind == "ddp")) + model_state.expert_gradient
+    )
     backward_end = (
         base_bytes + growing_gradient + (kept_block + axes.ends("before", "kept_bytes") * first) * kept_share
     )
     backward_end = backward_end + axes.inside("backward_top_bytes") + is_sharded * backward_open
-    update_base = parameters + state + bucket + gradient
-    update_top = rank_elements * states(lambda s: s.updating.top_bytes / s.state_shards) * state_here
-    peak = _highest([forward_peak, backward_peak, backward_end, update_base + update_top])
+    update_peak = (
+        model_state.fixed
+        + gradient
+        + model_state.expert_gradient
+        + expert_elements * states(lambda s: s.updating.top_bytes)
+        + rank_elements * states(lambda s: s.updating.top_bytes / s.state_shards * (not s.offload))
+        + states(lambda s: _tensor_top(s, layout) * (not s.offload))
+    )
+    peak = _highest([forward_peak, backward_peak, backward_end, update_peak])
     # the averaged copy of the weights, if the loop keeps one, is in float32
-    average_bytes = 4.0 * axes.inputs.averaged * rank_elements * states(lambda s: 1 / s.parameter_shards)
+    averaged_elements = rank_elements * states(lambda s: 1 / s.parameter_shards) + expert_elements
+    average_bytes = 4.0 * axes.inputs.averaged * averaged_elements
     host = kept_bytes * offloaded * waiting_micros + rank_elements * states(_host_bytes)
+    host = host + states(lambda s: _tensor_top(s, layout) * bool(s.offload))
     return peak + average_bytes * on_device, host + average_bytes * (1 - on_device)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _ModelState:
+    """Bytes on the device of one rank: ``fixed``, of parameters, optimizer state and gradient buckets, which
+    are there all the time; ``gradient``, of the gradients of all parameters but experts that only this rank
+    has; ``expert_gradient``, of the gradients of these.
+    """
+
+    fixed: Array
+    gradient: Array
+    expert_gradient: Array
+
+
+def _model_state(axes: Axes, rank_elements: Array, expert_elements: Array) -> _ModelState:
+    """Return the bytes of ``rank_elements`` parameters, which data-parallel ranks may share, and of
+    ``expert_elements`` parameters of experts that only this rank has, which are never offloaded.
+    """
+    states = axes.states
+    on_device, state_here = states(lambda s: s.offload != "all"), states(lambda s: not s.offload)
+    parameters = rank_elements * states(lambda s: s.stored / s.parameter_shards) * on_device
+    state = rank_elements * states(lambda s: s.updating.state_bytes / s.state_shards) * state_here
+    bucket = rank_elements * states(lambda s: s.gradient * s.bucket) + states(lambda s: s.bucket_bytes)
+    experts = expert_elements * states(lambda s: s.stored + s.updating.state_bytes)
+    return _ModelState(
+        fixed=parameters + state + bucket + experts,
+        gradient=rank_elements * states(lambda s: s.gradient / s.gradient_shards) * on_device,
+        expert_gradient=expert_elements * states(lambda s: s.gradient),
+    )
+
+
+def _tensor_top(state: State, layout: GridLayout) -> float:
+    """Return the bytes of temporary tensors of the optimizer's step that do not grow with the number of
+    blocks, on one rank. They are those of the largest parameter, which is one of experts if these are
+    distributed.
+    """
+    return state.updating.tensor_top_bytes / (state.state_shards if layout.experts == 1 else layout.experts)
 
 
 def _host_bytes(state: State) -> float:

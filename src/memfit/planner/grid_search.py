@@ -186,8 +186,8 @@ def _by_compute(grid: Grid) -> Iterator[tuple[str, tuple[Uses, ...]]]:
 
 
 def _cuttable(traced: BlockTracer, machine: Machine, limits: Limits) -> tuple[Limits, list[str]]:
-    """Return (the limits with only those tensor and context degrees by which the model can be divided, texts
-    that say why it cannot be divided by others).
+    """Return (the limits with only those tensor and context degrees by which the model can be divided, and
+    without experts if they cannot be distributed; texts that say why it cannot be divided in other ways).
 
     A trace with each degree is tried, largest first. The first one that works and the degrees of the limits
     that divide it are kept; (1,) if none works. ``sharing`` of the result is the technique that fits the
@@ -215,8 +215,26 @@ def _cuttable(traced: BlockTracer, machine: Machine, limits: Limits) -> tuple[Li
     if not vocabulary_shared and len(limits.tensor) > 1:  # the size of the vocabulary may not be divisible
         cut_settings["vocabulary"] = "whole"
         tensor = upto(limits.tensor, lambda d: dataclasses.replace(uncut_key, tensor=d, **cut_settings))
+    experts = limits.experts
+    if limits.expert_degree > 1:
+        key = dataclasses.replace(uncut_key, experts=limits.expert_degree)
+        traced.trace([key])
+        if isinstance(refusal := traced.kept[key], str):
+            refusals.append(refusal)
+            experts = 0
+    elif experts and limits.ranks > 1 and "expert-parallel" not in limits.without:
+        refusals.append(
+            f"expert-parallel on {limits.ranks} devices is not modelled: memfit distributes experts over all "
+            f"data-parallel ranks, without other parallelism, and {experts} experts cannot be shared equally "
+            f"by {limits.ranks} ranks"
+        )
     outcome = dataclasses.replace(
-        limits, tensor=tensor, context=context, sharing=traced.sharing, vocabulary=vocabulary_shared
+        limits,
+        tensor=tensor,
+        context=context,
+        sharing=traced.sharing,
+        vocabulary=vocabulary_shared,
+        experts=experts,
     )
     return outcome, refusals
 
@@ -231,6 +249,7 @@ class _Pricing:
             max(limits.tensor),
             max(limits.context),
             vocabulary="parallel-loss" if limits.vocabulary else "whole",
+            experts=limits.expert_degree,
         )
         self.traced = traced
         link = machine.host.device_bytes_s if machine.host else None
@@ -264,11 +283,13 @@ class _Pricing:
         empty. A text that says why is appended to ``refused`` for each of them, unless it is there already.
         """
 
+        layout = GridLayout(ranks=1, experts=grid.layout.experts)
+
         def kept(axis: tuple[Uses, ...]) -> tuple[Uses, ...]:
             traceable_uses = []
             for uses in axis:
                 try:
-                    self.composer.block(GridLayout(ranks=1), compute, uses)
+                    self.composer.block(layout, compute, uses)
                 except UserError as error:
                     refusal = (
                         f"{' + '.join(u.technique for u in uses) or 'plain training'} cannot be traced with "
@@ -332,6 +353,7 @@ class _Pricing:
             ends=ends,
             states=states,
             averaged=self.traced.job.ema is not None,
+            expert_elements=self.traced.expert_elements / layout.experts * (layout.experts > 1),
         )
         return price(grid, inputs, self.rates)
 
@@ -340,8 +362,8 @@ class _Pricing:
         return state_of(uses, ranks, self.composer.updating(_updating(uses)), staged=staged)
 
     def _with_collectives(self, layout: GridLayout, cuts: Sequence[LayoutCut]) -> list[Parts]:
-        """Return the parts of each layout cut, with the time of its tensor- and context-parallel collectives
-        added to its forward and backward.
+        """Return the parts of each layout cut, with the time of its tensor-, context- and expert-parallel
+        collectives added to its forward and backward.
         """
         devices_per_host = self.rates.per_host
         near_ranks = (
@@ -354,6 +376,7 @@ class _Pricing:
             for transfers, ranks, near_count in (
                 (cut.tensor_travel, layout.tensor, near_ranks[0]),
                 (cut.context_travel, layout.context, near_ranks[1]),
+                (cut.expert_travel, layout.experts, min(layout.experts, devices_per_host)),
             ):
                 total_s += sum(
                     self.rates.communicate(k, b, ranks, near_count) for k, b in transfers[which][way]

@@ -27,13 +27,15 @@ class LayoutCut:
     """Parts of a model under one layout, for one micro-batch size, as one rank runs them. Their times do not
     include the collectives of tensor and context parallelism.
 
-    ``tensor_travel`` and ``context_travel`` hold these collectives: name of the piece ("before", "block",
-    "after") -> (those of its forward, those of its backward).
+    ``tensor_travel``, ``context_travel`` and ``expert_travel`` hold these collectives and those of expert
+    parallelism: name of the piece ("before", "block", "after") -> (those of its forward, those of its
+    backward).
     """
 
     parts: Parts
     tensor_travel: dict[str, tuple[Travel, Travel]]
     context_travel: dict[str, tuple[Travel, Travel]]
+    expert_travel: dict[str, tuple[Travel, Travel]]
 
 
 class Composer:
@@ -43,7 +45,8 @@ class Composer:
     parts in another precision are scaled from these. ``tensor``, ``context``: the largest degrees of tensor
     and context parallelism. Only degree 1 and these are traced; parts for degrees between them are
     interpolated. ``vocabulary``: how tensor-parallel ranks hold the vocabulary in traces of blocks; a value
-    of the setting ``vocabulary`` of tensor-parallel.
+    of the setting ``vocabulary`` of tensor-parallel. ``experts``: the degree of expert parallelism, which is
+    traced as it is.
     """
 
     def __init__(
@@ -55,10 +58,11 @@ class Composer:
         context: int,
         *,
         vocabulary: str,
+        experts: int,
     ) -> None:
         self.vocabulary = vocabulary
         self.traced, self.seconds, self.compute = traced, seconds, compute
-        self.tensor, self.context = tensor, context
+        self.tensor, self.context, self.experts = tensor, context, experts
 
     def keys(self, inside: Sequence[Uses], ends: Sequence[Uses], computes: Sequence[str]) -> Iterator[Key]:
         """Yield the keys of all traces from which `block` and `ends` compose the parts for these values of
@@ -78,6 +82,8 @@ class Composer:
         if self.context > 1:
             for uses in ((), (_FULL,)):
                 yield self._key(uses=uses, context=self.context)
+        if self.experts > 1:
+            yield from self._expert_keys(inside, computes)
 
     def block(self, layout: GridLayout, compute: str, uses: Uses) -> list[LayoutCut]:
         """Return [parts for one sample in a micro-batch, parts for two] under a layout. Only their piece
@@ -91,7 +97,7 @@ class Composer:
         if period > 1:
             other_uses = tuple(u for u in uses if u.technique != _FULL.technique)
             single = _mixed(single, self._composed(layout, compute, other_uses, self.vocabulary), period)
-        return [single, self._twice(single)]
+        return [single, self._twice(single, layout.experts)]
 
     def ends(self, layout: GridLayout, compute: str, uses: Uses) -> list[LayoutCut]:
         """Return [parts for one sample in a micro-batch, parts for two] under a layout. Only their pieces
@@ -100,8 +106,9 @@ class Composer:
         ``uses``: techniques of the grid axis ``ends``, such as a loss in chunks. Raises UserError if the
         model cannot be divided or traced that way.
         """
+        layout = dataclasses.replace(layout, experts=1)  # experts are in the blocks
         single = self._composed(layout, compute, uses, layout.vocabulary)
-        return [single, self._twice(single)]
+        return [single, self._twice(single, 1)]
 
     @functools.cache  # noqa: B019  lives as long as one search
     def updating(self, uses: Uses) -> UpdateCosts:
@@ -119,6 +126,7 @@ class Composer:
         context: int = 1,
         vocabulary: str = "",
         compute: str = "",
+        experts: int = 1,
     ) -> Key:
         vocabulary = vocabulary or (self.vocabulary if tensor > 1 else "whole")
         return Key(
@@ -129,7 +137,23 @@ class Composer:
             compute=compute or self.compute,
             uses=uses,
             samples=samples,
+            experts=experts,
         )
+
+    def _expert_keys(self, inside: Sequence[Uses], computes: Sequence[str]) -> Iterator[Key]:
+        for uses in {_traceable(u) for u in (*inside, ())}:
+            if not _named(uses, "compile"):
+                yield self._key(uses=uses, experts=self.experts)
+        for compute in computes:
+            yield self._key(compute=compute, experts=self.experts)
+        yield self._double_key(self.experts)
+
+    def _double_key(self, experts: int) -> Key:
+        """Return the key of the trace of two samples without other techniques, on ``experts`` ranks if the
+        job's batch has two samples for each of them, else on one rank.
+        """
+        has_enough = self.traced.job.batch_size >= 2 * experts
+        return self._key(samples=2, experts=experts if has_enough else 1)
 
     @functools.cache  # noqa: B019
     def _parts(self, key: Key) -> Parts:
@@ -137,10 +161,14 @@ class Composer:
 
     @functools.cache  # noqa: B019
     def _composed(self, layout: GridLayout, compute: str, uses: Uses, vocabulary: str) -> LayoutCut:
-        base, plain_parts = self._parts(self._key(uses=uses)), self._parts(self._key())
+        key = functools.partial(self._key, experts=layout.experts)
+        base, plain_parts = self._parts(key(uses=uses)), self._parts(key())
         parts, tensor_travel, context_travel = base, _no_travel(), _no_travel()
+        expert_travel = _travel(base, 1.0) if layout.experts > 1 else _no_travel()
         if compute != self.compute:
-            parts = _scaled(parts, plain_parts, self._parts(self._key(compute=compute)), 1.0)
+            compute_parts = self._parts(key(compute=compute))
+            parts = _scaled(parts, plain_parts, compute_parts, 1.0)
+            expert_travel = _rescaled(expert_travel, plain_parts, compute_parts)
         if layout.tensor > 1:
             most_cut_parts, weight = (
                 self._at_most(layout, uses, base, vocabulary),
@@ -156,7 +184,12 @@ class Composer:
             )
             context_travel = _travel(self._parts(cut_key), 1 / layout.tensor)
             parts = _scaled(parts, uncut_parts, self._parts(cut_key), _weight(layout.context, self.context))
-        return LayoutCut(parts=parts, tensor_travel=tensor_travel, context_travel=context_travel)
+        return LayoutCut(
+            parts=parts,
+            tensor_travel=tensor_travel,
+            context_travel=context_travel,
+            expert_travel=expert_travel,
+        )
 
     def _at_most(self, layout: GridLayout, uses: Uses, base: Parts, vocabulary: str) -> Parts:
         """Return the parts for one sample at the largest tensor-parallel degree.
@@ -178,15 +211,17 @@ class Composer:
             return dataclasses.replace(most_cut_parts, before=ends.before, after=ends.after)
         return most_cut_parts
 
-    def _twice(self, single: LayoutCut) -> LayoutCut:
+    def _twice(self, single: LayoutCut, experts: int) -> LayoutCut:
         """Return the parts for two samples in a micro-batch, computed from those for one.
 
         Times do not double: they are multiplied by the ratio that traces of two samples and of one have
         without other techniques. Of the memory and FLOPs, what does not grow with the number of samples, such
         as gradients and cast weights, is taken from the same two traces; the rest doubles. Parameters stay
-        the same, and the collectives' bytes double.
+        the same, and the collectives' bytes double. ``experts``: the degree of expert parallelism.
         """
-        plain_parts, double_parts = self._parts(self._key()), self._parts(self._key(samples=2))
+        double_key = self._double_key(experts)
+        double_parts = self._parts(double_key)
+        plain_parts = self._parts(dataclasses.replace(double_key, samples=1))
 
         def grown(which: str) -> PartCosts:
             piece: PartCosts
@@ -203,14 +238,14 @@ class Composer:
             values["parameter_bytes"] = piece.parameter_bytes
             return dataclasses.replace(piece, **values)
 
-        doubled_travel = {
-            which: (_times(single.tensor_travel[which], 2.0), _times(single.context_travel[which], 2.0))
-            for which in PIECES
-        }
+        def doubled(travel: dict[str, tuple[Travel, Travel]]) -> dict[str, tuple[Travel, Travel]]:
+            return {which: _times(travel[which], 2.0) for which in PIECES}
+
         return LayoutCut(
             parts=Parts(before=grown("before"), block=grown("block"), after=grown("after")),
-            tensor_travel={w: t for w, (t, _) in doubled_travel.items()},
-            context_travel={w: c for w, (_, c) in doubled_travel.items()},
+            tensor_travel=doubled(single.tensor_travel),
+            context_travel=doubled(single.context_travel),
+            expert_travel=doubled(single.expert_travel),
         )
 
 
@@ -256,6 +291,23 @@ def _no_travel() -> dict[str, tuple[Travel, Travel]]:
 def _travel(parts: Parts, share: float) -> dict[str, tuple[Travel, Travel]]:
     pieces = {which: getattr(parts, which) for which in PIECES}
     return {w: _times((p.forward_travel, p.backward_travel), share) for w, p in pieces.items()}
+
+
+def _rescaled(
+    travel: dict[str, tuple[Travel, Travel]], denominator: Parts, numerator: Parts
+) -> dict[str, tuple[Travel, Travel]]:
+    """Return the collectives with their bytes multiplied by the ratio of those of ``numerator`` to those of
+    ``denominator``, piece by piece; unchanged where the latter has none.
+    """
+
+    def total(parts: Parts, which: str) -> float:
+        piece: PartCosts = getattr(parts, which)
+        return sum(b for _, b in (*piece.forward_travel, *piece.backward_travel))
+
+    return {
+        w: _times(t, total(numerator, w) / total(denominator, w) if total(denominator, w) else 1.0)
+        for w, t in travel.items()
+    }
 
 
 def _named(uses: Uses, name: str) -> bool:

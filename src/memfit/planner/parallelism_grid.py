@@ -17,7 +17,7 @@ from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue, Plan, Use
 
 Uses = tuple[Use, ...]
-CUTTING = ("tensor-parallel", "context-parallel", "axial-parallel", "pipeline")
+CUTTING = ("tensor-parallel", "context-parallel", "axial-parallel", "pipeline", "expert-parallel")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +28,8 @@ class Limits:
     repeated blocks of the model. ``device``: "cpu" or "cuda". ``tensor``, ``context``: degrees of tensor and
     context parallelism that the model can be cut by. ``sharing``: the technique by which context-parallel
     ranks divide each sample, "context-parallel" or "axial-parallel". ``pipeline``: whether pipeline stages
-    are allowed. ``chunks``: whether the loss may be computed in chunks. ``effect``: the strongest effect on
+    are allowed. ``experts``: number of experts of a mixture of experts, 0 if the model has none. ``chunks``:
+    whether the loss may be computed in chunks. ``effect``: the strongest effect on
     the numbers that is allowed; techniques that divide work over ranks may always reorder sums (E1).
     """
 
@@ -41,6 +42,7 @@ class Limits:
     context: tuple[int, ...] = (1,)
     sharing: str = "context-parallel"
     pipeline: bool = True
+    experts: int = 0
     chunks: bool = False
     vocabulary: bool = True  # whether tensor-parallel ranks can share it
     effect: EffectClass = EffectClass.E2
@@ -53,6 +55,14 @@ class Limits:
     splits: bool = True  # whether a rank's samples may be trained in micro-batches
     shares: bool = True  # whether ranks may train on different samples of the batch
 
+    @property
+    def expert_degree(self) -> int:
+        """Number of ranks that experts may be distributed over: all ranks, if each then has the same number
+        of experts; else 1.
+        """
+        divides = self.experts and self.experts % self.ranks == 0 and "expert-parallel" not in self.without
+        return self.ranks if divides else 1
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GridLayout:
@@ -63,6 +73,7 @@ class GridLayout:
     and ``vocabulary`` ("whole" or "parallel-loss") are settings of tensor-parallel. ``schedule`` and
     ``virtual`` (stages per rank) are settings of the pipeline; "" and 1 without one. ``sharing``: the
     technique by which context-parallel ranks divide each sample, "context-parallel" or "axial-parallel".
+    ``experts``: the data-parallel ranks that experts are distributed over, 1 or all of them.
     """
 
     ranks: int
@@ -74,6 +85,7 @@ class GridLayout:
     stages: int = 1
     schedule: str = ""
     virtual: int = 1
+    experts: int = 1
 
     @property
     def data(self) -> int:
@@ -90,6 +102,8 @@ class GridLayout:
             )
         if self.context > 1:
             uses.append(_use(self.sharing, degree=self.context))
+        if self.experts > 1:
+            uses.append(_use("expert-parallel", degree=self.experts, dropless=True))
         return tuple(uses)
 
 
@@ -210,6 +224,10 @@ def _layouts(limits: Limits) -> Iterator[GridLayout]:
                 )
             if conflict(Plan(uses=probe_uses, ranks=limits.ranks)) is None and _fine(probe_uses, limits):
                 yield layout
+    if limits.expert_degree > 1:
+        layout = GridLayout(ranks=limits.ranks, experts=limits.expert_degree)
+        if _fine(layout.uses, limits):
+            yield layout
 
 
 def _pipelines(limits: Limits, ranks: int) -> Iterator[tuple[int, str, int]]:
@@ -334,6 +352,9 @@ def _data(limits: Limits, layout: GridLayout) -> list[Uses]:
                 ),
             )
         )
+    if layout.experts > 1:  # FSDP2 leaves experts alone: their precision and place are those of the model
+        alone = {"precision": "as-is", "offload": False, "replicas": 1}
+        return [o for o in options if o[0].technique == "ddp" or alone.items() <= o[0].settings.items()]
     if layout.tensor == layout.context == layout.stages == 1:
         for stage, precision in itertools.product((1, 2, 3), ("bf16", "fp32")):
             for place in ("none", "optimizer", *(("parameters",) if stage == 3 else ())):

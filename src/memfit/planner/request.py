@@ -13,6 +13,7 @@ from memfit.planner.plan_space import may_split
 from memfit.planner.selection import (
     Objective,
 )
+from memfit.planner.stored_predictions import stored_predictions
 from memfit.techniques.base import Space
 from memfit.techniques.optimizers import is_adamw
 from memfit.types.dependence import DependenceKind
@@ -178,13 +179,16 @@ def make_pricer(request: Request, *, replicas: bool = True) -> tuple[Job, Pricer
             f"a batch of {job.batch_size} has fewer samples than the {ranks} ranks",
             allowed=f"--batch {ranks} or more",
         )
-    space = space_of(job, request.machine.device.kind, request.ranks, half_precision_of(request.machine))
+    stored = stored_predictions(request.job, job)
+    how = request.machine.device.kind, request.ranks, half_precision_of(request.machine)
+    space = stored.keep(Space, lambda: space_of(job, *how), "space", *how) if stored else space_of(job, *how)
     return job, Pricer(
         job=job,
         machine=request.machine,
         space=space,
         engine=request.engine,
         calibration=request.correction,
+        stored=stored,
     )
 
 

@@ -62,7 +62,7 @@ def pricer_of_batch(pricer: Pricer, batch: Any) -> Pricer:
     """Return a pricer of the same job, machine and calibration, for which every step has the batch
     ``batch``."""
     job = dataclasses.replace(pricer.job, make_batch=lambda step, seed: batch)
-    return dataclasses.replace(pricer, job=job, traces={}, parts={}, vectors={})
+    return dataclasses.replace(pricer, job=job, traces={}, parts={}, vectors={}, plain={})
 
 
 def safer_plan(

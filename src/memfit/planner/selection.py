@@ -206,13 +206,19 @@ def frontier(estimates: Sequence[Estimate]) -> list[Estimate]:
     as good in peak, step time and effect class, and better in one of them. Of estimates equal in all three,
     only that of the simplest plan (see `complexity`) is returned. An unknown step time counts as infinite.
     """
-    undominated = [e for e in estimates if not any(_dominates(o, e) for o in estimates if o is not e)]
+    merits = [_merits(e) for e in estimates]
+    undominated = [
+        e for e, own in zip(estimates, merits, strict=True) if not any(_beats(m, own) for m in merits)
+    ]
     return sorted(
         undominated, key=lambda e: (e.allocated_bytes.value, score(e, Objective.FASTEST), e.plan.fingerprint)
     )
 
 
-def _merits(e: Estimate) -> tuple[float, float, int, int, int, str]:
+_Merits = tuple[float, float, int, int, int, str]
+
+
+def _merits(e: Estimate) -> _Merits:
     return (
         e.allocated_bytes.value,
         score(e, Objective.FASTEST),
@@ -221,9 +227,8 @@ def _merits(e: Estimate) -> tuple[float, float, int, int, int, str]:
     )
 
 
-def _dominates(e: Estimate, other_e: Estimate) -> bool:
-    a, b = _merits(e), _merits(other_e)
-    no_worse = all(x <= y for x, y in zip(a[:3], b[:3], strict=True))
+def _beats(a: _Merits, b: _Merits) -> bool:
+    no_worse = a[0] <= b[0] and a[1] <= b[1] and a[2] <= b[2]
     return no_worse and (a[:3] != b[:3] or a[3:] < b[3:])
 
 

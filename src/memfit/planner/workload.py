@@ -7,8 +7,10 @@ import dataclasses
 import torch
 from torch.utils import _pytree
 
+from memfit.jobs.registry import names
+from memfit.planner.stored_predictions import stored_predictions
 from memfit.trace.tracer import fake_model
-from memfit.types.job import Job
+from memfit.types.job import Job, JobRef
 from memfit.types.workload import Workload
 
 
@@ -30,6 +32,15 @@ def workload_of(job: Job, machine: str = "") -> Workload:
         machine=machine,
     )
     return workload if length else _with_shape(workload, job)
+
+
+def stored_workload(ref: JobRef, job: Job, machine: str = "") -> Workload:
+    """Return `workload_of` the job that ``ref`` names and `load` has returned. That of a built-in job is read
+    from disk if it is there, because building its model takes seconds."""
+    stored = stored_predictions(ref, job) if ref.spec in names() else None
+    if stored is None:
+        return workload_of(job, machine)
+    return stored.keep(Workload, lambda: workload_of(job, machine), "workload", machine)
 
 
 def _model(job: Job) -> str:

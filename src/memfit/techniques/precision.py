@@ -40,7 +40,12 @@ def _apply_parameters(bench: Workbench, settings: Mapping[str, KnobValue]) -> No
     bench.forward_contexts.append(lambda: Bf16Inputs(bench.model))
     if settings["rounding"] == "master":
         inner = bench.make_optimizer
-        bench.make_optimizer = lambda params: MasterWeights(params, inner)
+
+        def with_masters(params: list[torch.nn.Parameter]) -> MasterWeights:
+            with bench.place(bench.parameters_on):  # a model that is built on the host has moved by now
+                return MasterWeights(params, inner)
+
+        bench.make_optimizer = with_masters
     else:
         from memfit.techniques.optimizers import stochastic_adamw
 

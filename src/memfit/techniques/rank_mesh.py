@@ -225,15 +225,15 @@ def join_alone(device: str) -> bool:
 
 def builds_on_host(plan: Plan, device: str) -> bool:
     """Return whether the whole model is built in host memory and the accelerator then gets a part or copy of
-    it. True under ZeRO 3, ZeRO with the precision bf16, fsdp2 that shards over several ranks, and pipeline or
-    tensor parallelism. False for other plans, and if ``device`` is "cpu"."""
+    it. True under ZeRO 3, ZeRO with the precision bf16, fsdp2 that shards over several ranks, and pipeline,
+    tensor or expert parallelism. False for other plans, and if ``device`` is "cpu"."""
     return not device_kind(device).is_host and (_shards(plan) or _cuts(plan))
 
 
 def moves_parameters(plan: Plan, device: str) -> bool:
     """Return whether the model is built in host memory and its parameters then move to the accelerator: under
-    pipeline or tensor parallelism (`builds_on_host`). False if shards or a bf16 copy of the parameters are
-    made there instead (ZeRO, fsdp2)."""
+    pipeline, tensor or expert parallelism (`builds_on_host`). False if shards or a bf16 copy of the
+    parameters are made there instead (ZeRO, fsdp2)."""
     return builds_on_host(plan, device) and not _shards(plan)
 
 
@@ -247,4 +247,4 @@ def _shards(plan: Plan) -> bool:
 
 def _cuts(plan: Plan) -> bool:
     place = layout(plan)
-    return place.pipeline > 1 or place.tensor > 1
+    return place.pipeline > 1 or place.tensor > 1 or "expert-parallel" in plan

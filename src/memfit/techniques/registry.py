@@ -233,8 +233,8 @@ def check(plan: Plan, machine: Machine | None = None) -> Plan:
 def effect_of(plan: Plan, dependence: SampleDependence | None = None) -> EffectClass:
     """Return how far the plan may change the numbers of training: the strongest effect of its techniques,
     where a technique with the setting precision=bf16 counts as E2 at least, and one with dropless=true, which
-    only reorders sums, as E1. Return E0 for a plan without techniques. If ``dependence``, which describes the job's samples, is given and `changes_training` is true
-    for it, return E3."""
+    only reorders sums, as E1. Return E0 for a plan without techniques. If ``dependence``, which describes the
+    job's samples, is given and `changes_training` is true for it, return E3."""
     if dependence is not None and changes_training(plan, dependence):
         return EffectClass.E3
     return max(map(_effect, plan.uses), default=EffectClass.E0)

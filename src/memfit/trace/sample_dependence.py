@@ -146,7 +146,7 @@ def _affordable(job: Job) -> Job:
 
 
 def _smaller(job: Job) -> Iterator[Job]:
-    limit_bytes = _most_bytes()
+    limit_bytes = trial_limit_bytes()
     model = fake_model(job)
     if _parameter_bytes(model) <= limit_bytes:
         yield job
@@ -195,7 +195,7 @@ class _Cost:
     def reason(self, samples: int) -> str:
         """Return why the cost of a trial is too high, as a clause that names ``samples``, its number of
         samples. Return "" if it is within the limits of memory and time."""
-        limit_bytes, seconds = _most_bytes(), self.flops_s + self.call_s
+        limit_bytes, seconds = trial_limit_bytes(), self.flops_s + self.call_s
         if self.needed_bytes > limit_bytes:
             needed_text, limit_text = format_bytes(self.needed_bytes), format_bytes(limit_bytes)
             return f"a trial of {samples} samples needs {needed_text}, more than the limit of {limit_text}"
@@ -207,7 +207,8 @@ class _Cost:
         return ""
 
 
-def _most_bytes() -> int:
+def trial_limit_bytes() -> int:
+    """Return the bytes that a trial may take: 1 GiB, or a quarter of the free memory if that is less."""
     return min(_MOST_BYTES, local_machine.free_bytes() // _FREE_SHARE)
 
 

@@ -126,8 +126,8 @@ def trace(
         recorder.place = ""
         _label_state(recorder, step)
         recorder.move(list(step.model.buffers()), "")
-        if moves_parameters(plan, device):
-            recorder.move(list(step.model.parameters()), "")
+        moves_all, own = moves_parameters(plan, device), step.bench.own_parameters
+        recorder.move([p for n, p in step.model.named_parameters() if moves_all or n in own], "")
         if not recorder.kind.checked:
             recorder.guesses.assumptions[
                 f"the kernels of CUDA stand for those of {device} devices; no prediction for these was "

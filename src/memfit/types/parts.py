@@ -56,11 +56,14 @@ PIECES = ("before", "block", "after")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateCosts:
-    """Costs of the optimizer's step, each divided by the number of parameter elements that it updates:
-    seconds, bytes of optimizer state, highest bytes of temporary tensors, and bytes read plus written.
+    """Costs of the optimizer's step. All but ``tensor_top_bytes`` are divided by the number of parameter
+    elements that it updates: seconds, bytes of optimizer state, highest bytes of temporary tensors, and bytes
+    read plus written. ``tensor_top_bytes``: the part of the temporary tensors that does not grow with the
+    number of blocks, such as those for one parameter at a time.
     """
 
     update_s: float
     state_bytes: float
     top_bytes: float  # highest memory above parameters, gradients and state
+    tensor_top_bytes: float
     moved_bytes: float  # bytes read plus bytes written

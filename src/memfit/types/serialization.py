@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import json
 import re
+import types
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -66,6 +69,39 @@ def loads(kind: type[T], text: str, *, what: str = "record") -> T:
         return pydantic.TypeAdapter(kind).validate_json(text)
     except pydantic.ValidationError as error:
         raise to_user_error(error, what) from error
+
+
+def restore(kind: Any, plain: Any) -> Any:
+    """Return the value of type ``kind`` of which `to_plain` has returned ``plain``. Numbers keep their type:
+    an integer in a field for floats stays one. Only for what memfit itself has written: types are not
+    checked.
+
+    ``kind``: a dataclass, an enum, ``tuple[...]``, ``list[...]``, a mapping with text as keys, a union of one
+    of these with None, or a type of plain values.
+    """
+    if plain is None:
+        return None
+    if dataclasses.is_dataclass(kind):
+        hints = _hints(kind)
+        return kind(**{name: restore(hints[name], value) for name, value in plain.items()})  # type: ignore[operator]
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return kind(plain)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        branches = [a for a in arguments if a is not type(None)]
+        return restore(branches[0], plain) if len(branches) == 1 else plain
+    if origin is tuple and arguments[-1] is not Ellipsis:
+        return tuple(restore(a, v) for a, v in zip(arguments, plain, strict=True))
+    if origin in (tuple, list):
+        return origin(restore(arguments[0], v) for v in plain)
+    if isinstance(plain, dict):
+        return {k: restore(arguments[1], v) for k, v in plain.items()}
+    return plain
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
 
 
 _SHOULD = re.compile(r"(?:Input|String|Value|List|Tuple) should (?:be )?(.+)", re.DOTALL)

@@ -77,7 +77,7 @@ def mixtures(model: torch.nn.Module, pattern: str | None) -> list[str]:
 
 def count_experts(module: Any, name: str) -> int:
     """Return the number of experts of the module, whose name is ``name``. Raises UserError if the module
-    neither has a ModuleList of experts as its only child nor is built like Hugging Face's (see `mixtures`)."""
+    neither has a ModuleList of experts as its only child nor is built like Hugging Face's (`mixtures`)."""
     children = list(module.named_children())
     if _is_grouped(module):
         return int(module.gate_up_proj.shape[0])
@@ -107,9 +107,9 @@ def _is_grouped(module: torch.nn.Module) -> bool:
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Dealt:
     """The experts of one mixture that this rank keeps. ``run`` applies them all at once: it maps the tokens
-    of each of them, shape (experts of this rank, n, width), to results of the same shape. ``run_each`` applies
-    them one by one to a list with the tokens of each, of shape (n, width) with an n of its own. ``own`` and
-    ``total`` are the numbers of experts of this rank and of all ranks."""
+    of each of them, shape (experts of this rank, n, width), to results of the same shape. ``run_each``
+    applies them one by one to a list with the tokens of each, of shape (n, width) with an n of its own.
+    ``own`` and ``total`` are the numbers of experts of this rank and of all ranks."""
 
     own: int
     total: int
@@ -270,8 +270,8 @@ class _Travel:
         return torch.where(index < capacity, by_expert * capacity + index, self.experts.total * capacity)
 
     def _swap(self, rows: torch.Tensor, received: list[int], sent: list[int]) -> torch.Tensor:
-        """Send the first ``sent[0]`` of the rows to the first rank, the next ``sent[1]`` to the second, and so
-        on. Return the ``received[i]`` rows of each rank i, in the order of ranks."""
+        """Send the first ``sent[0]`` of the rows to the first rank, the next ``sent[1]`` to the second, and
+        so on. Return the ``received[i]`` rows of each rank i, in the order of ranks."""
         import torch
         from torch.distributed._functional_collectives import all_to_all_single
 
@@ -310,8 +310,8 @@ TECHNIQUE = Technique(
         Knob(
             name="capacity_percent",
             default=125,
-            doc="tokens that an expert takes, in percent of an even share; tokens beyond that are dropped; with "
-            "dropless=true, the share that a prediction assumes for the experts of the busiest rank",
+            doc="tokens that an expert takes, in percent of an even share; tokens beyond that are dropped; "
+            "with dropless=true, the share that a prediction assumes for the experts of the busiest rank",
         ),
         Knob(
             name="dropless",
