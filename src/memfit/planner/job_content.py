@@ -89,7 +89,10 @@ def job_content(ref: JobRef, job: Job) -> JobContent | None:
     facts = [_software(), _variables(_OF_LIBRARIES if is_built_in else re.compile(".*")), to_plain(ref)]
     try:
         if is_built_in:
-            return JobContent(digest=digest_of(*facts, _described(plain_fields)), files=frozenset())
+            # Modules that are loaded already, such as the script that is run, are none of a built-in job's.
+            return JobContent(
+                digest=digest_of(*facts, _described(plain_fields)), files=frozenset(_own_modules())
+            )
         with _unchanged_generators():
             return _content_of_files(ref, job, facts)
     except (_UnknownContentError, OSError):
