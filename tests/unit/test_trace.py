@@ -39,6 +39,48 @@ def plain() -> Trace:
     return trace(regression(), Plan())
 
 
+# --- models with few blocks
+
+
+class Counted(nn.Module):
+    """A block that counts how many of its kind have built their contents."""
+
+    built = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        type(self).built += 1
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x).relu()
+
+
+class TwoStacks(nn.Module):
+    """Two stacks of blocks of one class, of which the second is the longer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.ModuleList(Counted() for _ in range(2))
+        self.blocks = nn.ModuleList(Counted() for _ in range(6))
+        self.last = Counted()
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in (*self.first, *self.blocks, self.last):
+            x = block(x)
+        return self.head(x)
+
+
+def test_blocks_that_a_short_model_drops_are_not_built_beside_others_of_their_class() -> None:
+    job = dataclasses.replace(regression(), build_model=TwoStacks)
+    fake_model(job)
+    Counted.built = 0
+    short = trace(with_blocks(job, 3), Plan())
+    assert Counted.built == 2 + 3 + 1
+    assert short.parameter_count == 6 * (8 * 8 + 8) + 8 * 4 + 4
+
+
 # --- categories
 
 

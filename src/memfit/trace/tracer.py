@@ -39,7 +39,7 @@ from memfit.trace.fake_process_group import (
 from memfit.trace.pass_replay import PassReplay
 from memfit.trace.real_weights import attach_weights
 from memfit.trace.stream_patches import streams
-from memfit.trace.truncated_model import FirstBlocks, remember
+from memfit.trace.truncated_model import FirstBlocks, note_modules, remember
 from memfit.trace.value_guess_retry import (
     GuessFailed,
     check_guessed_numbers,
@@ -187,9 +187,10 @@ def fake_model(job: Job) -> torch.nn.Module:
         fp32_modules.find(model, job.islands)
         return model
     recorder = AllocationRecorder("cpu", guesses=Guesses(job.bound))  # answers initialisers that read values
-    with _fake_world(), recorder:
+    order: list[torch.nn.Module] = []
+    with _fake_world(), recorder, note_modules(order):
         model = recorder.unseen(job.build_model)()
-    remember(job, model)
+    remember(job, model, order)
     fp32_modules.find(model, job.islands)
     with contextlib.suppress(TypeError):
         _FAKES[job.build_model] = model

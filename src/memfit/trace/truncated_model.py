@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import operator
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -29,41 +30,68 @@ class FirstBlocks:
     def __call__(self) -> torch.nn.Module:
         entry = _KNOWN.get(self.job.build_model)
         if entry is not None:
-            kind, path = entry
-            with contextlib.suppress(Exception), _hollow_beyond(kind, self.count):
-                return keep_blocks(self.job.build_model(), path, self.count)
+            with contextlib.suppress(Exception), _hollow_beyond(entry, self.count):
+                return keep_blocks(self.job.build_model(), entry.path, self.count)
         return keep_blocks(self.job.build_model(), self.job.blocks, self.count)
 
 
-# build_model -> (class of the blocks, their path), for models in which only the blocks have that class.
-_KNOWN: weakref.WeakKeyDictionary[Any, tuple[type, str]] = weakref.WeakKeyDictionary()
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Built:
+    """How a model's blocks are built: ``count`` modules of the class ``kind``, one after another, after
+    ``first`` others of that class. ``path``: of the module that contains them."""
+
+    kind: type
+    path: str
+    first: int
+    count: int
 
 
-def remember(job: Job, model: object) -> None:
-    """Remember the class and path of the model's blocks for the job's ``build_model``, so that `FirstBlocks`
-    need not build the blocks that it drops. Do nothing if the model has no blocks or if other modules have
-    their class."""
+_KNOWN: weakref.WeakKeyDictionary[Any, _Built] = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def note_modules(order: list[torch.nn.Module]) -> Iterator[None]:
+    """Inside this context, append to ``order`` each module when its construction begins."""
+    inner = torch.nn.Module.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        order.append(self)
+        inner(self, *args, **kwargs)
+
+    with mock.patch.object(torch.nn.Module, "__init__", init):
+        yield
+
+
+def remember(job: Job, model: object, order: Sequence[torch.nn.Module]) -> None:
+    """Remember how the job's ``build_model``, which has returned ``model``, builds the blocks, so that
+    `FirstBlocks` need not build those that it drops. ``order``: the modules in the order of their
+    construction. Do nothing if the model has no blocks or if it does not build them one after another."""
     if not isinstance(model, torch.nn.Module):
         return  # the caller reports the error
     with contextlib.suppress(UserError, TypeError):  # no blocks, or a function that cannot be remembered
         path, blocks = find_blocks(model, job.blocks)
         kind = type(blocks[0])
-        if sum(type(m) is kind for m in model.modules()) == len(blocks):
-            _KNOWN[job.build_model] = (kind, path)
+        alike = [module for module in order if type(module) is kind]
+        first = next((i for i, module in enumerate(alike) if module is blocks[0]), len(alike))
+        built = alike[first : first + len(blocks)]
+        if len(built) == len(blocks) and all(map(operator.is_, built, blocks)):
+            _KNOWN[job.build_model] = _Built(kind=kind, path=path, first=first, count=len(blocks))
 
 
 @contextlib.contextmanager
-def _hollow_beyond(kind: Any, count: int) -> Iterator[None]:
-    """Inside this context, let only the first ``count`` modules of class ``kind`` (not of subclasses) that
-    are made build their contents; later ones stay empty. The caller drops these, and building them takes
-    longer than tracing those that stay."""
+def _hollow_beyond(built: _Built, count: int) -> Iterator[None]:
+    """Inside this context, let only the first ``count`` of the blocks build their contents; later ones stay
+    empty. The caller drops these, and building them takes longer than tracing those that stay. Subclasses of
+    the blocks' class, and other modules of it, build theirs."""
+    kind: Any = built.kind
     inner, made = kind.__init__, 0
+    hollow = range(built.first + count, built.first + built.count)
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         nonlocal made
-        if type(self) is kind:
-            made += 1
-        if type(self) is kind and made > count:
+        index = made if type(self) is kind else -1
+        made += type(self) is kind
+        if index in hollow:
             torch.nn.Module.__init__(self)
         else:
             inner(self, *args, **kwargs)
