@@ -15,6 +15,8 @@ fi
 say "putting other trainers' parsers into .parsers"
 bash scripts/parsers.sh || echo "   could not be installed: their tests will be skipped" >&2
 
+# Tests start hundreds of processes: none should compile the modules of memfit anew.
+unset PYTHONDONTWRITEBYTECODE
 export OMP_NUM_THREADS=1 # two threads can be far slower than one on tiny operators when cores are shared
 
 say "ruff"; ruff check .; ruff format --check .
