@@ -22,6 +22,7 @@ from memfit.capture.program import load_program
 from memfit.capture.result import PlanSearch, ScriptAnswer
 from memfit.runtime.counting_allocator import available
 from memfit.types.errors import UserError
+from memfit.types.plan import Accuracy
 
 _counts = pytest.mark.skipif(available() is not None, reason=f"no counting allocator: {available()}")
 _LOOP = """
@@ -578,7 +579,7 @@ def test_plans_are_searched_for_the_step_of_a_script(tmp_path: Path) -> None:
                 optimizer.zero_grad()
         """)
     )
-    search = PlanSearch(cap_bytes=30 * 2**20)
+    search = PlanSearch(cap_bytes=30 * 2**20, accuracy=Accuracy.EXACT)
     answer = estimate_script([sys.executable, str(path)], machine="this:cpu", search=search)
     assert answer.plans is not None, answer.no_plans
     assert answer.plans.baseline.needed_bytes > 30 * 2**20
