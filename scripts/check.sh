@@ -20,7 +20,10 @@ unset PYTHONDONTWRITEBYTECODE
 export OMP_NUM_THREADS=1 # two threads can be far slower than one on tiny operators when cores are shared
 
 say "ruff"; ruff check .; ruff format --check .
-say "mypy"; mypy
-say "import-linter"; lint-imports --no-cache
+say "mypy and import-linter"
+mypy &
+types=$!
+lint-imports --no-cache
+wait "$types"
 say "pytest"
 exec python -m pytest -n auto "$@"
