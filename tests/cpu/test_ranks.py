@@ -29,7 +29,7 @@ JOB = JobRef(spec=f"{Path(__file__).parents[2] / 'benchmarks' / 'rank_jobs.py'}:
 WORST_RATIO, STEPS = 0.005, 2
 # A thread of gloo may hold a finished collective's tensors until it is scheduled again, which only ever adds
 # memory: the lowest peak of each phase over a fixed number of runs is that of the training.
-RUNS = 3
+RUNS = 4
 PHASES = (Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER)
 PLANS = [
     {"ddp": {"bucket_mib": 1}},
