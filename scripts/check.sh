@@ -15,10 +15,15 @@ fi
 say "putting other trainers' parsers into .parsers"
 bash scripts/parsers.sh || echo "   could not be installed: their tests will be skipped" >&2
 
+# Tests start hundreds of processes: none should compile the modules of memfit anew.
+unset PYTHONDONTWRITEBYTECODE
 export OMP_NUM_THREADS=1 # two threads can be far slower than one on tiny operators when cores are shared
 
 say "ruff"; ruff check .; ruff format --check .
-say "mypy"; mypy
-say "import-linter"; lint-imports --no-cache
+say "mypy and import-linter"
+mypy &
+types=$!
+lint-imports --no-cache
+wait "$types"
 say "pytest"
 exec python -m pytest -n auto "$@"

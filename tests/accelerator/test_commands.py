@@ -16,7 +16,7 @@ from memfit.techniques.registry import TECHNIQUES
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 NAME = "Simulated accelerator"
 MIB = 2**20
-# A search weighs two techniques here, and times the operators of the whole batch only: what it does with others
+# A search weighs two techniques here and times only operators of the whole batch. What it does with others
 # does not depend on the device.
 SEARCHED = ("activation-checkpointing", "ddp")
 WITHOUT = [argument for name in TECHNIQUES if name not in SEARCHED for argument in ("--without", name)]

@@ -25,17 +25,17 @@ def test_a_killed_run_continues_where_it_was_and_marks_what_is_simulated(
     device_environment: Callable[..., dict[str, str]], tmp_path: Path
 ) -> None:
     records = tmp_path / "records.jsonl"
-    command = [sys.executable, "-W", "ignore", str(SCRIPT), "--only", "engines", "--records", str(records)]
+    command = [sys.executable, "-W", "ignore", str(SCRIPT), "--only", "steps", "--records", str(records)]
     environment = {**os.environ, **device_environment(capacity_bytes=2**31)}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         first = child.stdout.readline()  # the first measurement has been recorded
         child.send_signal(signal.SIGKILL)
     before = lines(records)
-    assert first.startswith("engines: ")
+    assert first.startswith("steps: ")
     assert before
     again = subprocess.run(
-        [*command, "--minutes", "0.001"],
+        [*command, "--minutes", "1e-9"],  # none of those that are left is begun
         env=environment,
         capture_output=True,
         text=True,
@@ -57,6 +57,7 @@ def test_a_rehearsed_step_has_predictions_beside_measurements(
     script = (
         "import json, sys; sys.path.insert(0, sys.argv[1]); import importlib;"
         "a = importlib.import_module('all');"
+        "print(next(iter(a.cases(['engines'], simulated=True))).name);"
         "case = next(c for c in a.cases(['steps'], simulated=True) if 'char-lm' in c.name);"
         "print(json.dumps(case.measure()))"
     )
@@ -69,7 +70,9 @@ def test_a_rehearsed_step_has_predictions_beside_measurements(
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    values = json.loads(done.stdout.splitlines()[-1])["values"]
+    first_engine, *_, measured_step = done.stdout.splitlines()
+    assert first_engine.startswith("native: protein-lm")
+    values = json.loads(measured_step)["values"]
     predicted, measured = values["allocated"]
     assert predicted == pytest.approx(measured, rel=0.005)
     assert None not in values["time after calibration"]

@@ -7,6 +7,7 @@ The file is also the program that each rank runs.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import os
 import sys
@@ -39,6 +40,9 @@ SIZE = dataclasses.replace(
 )
 
 
+folds = functools.cache(alphafold2.built_in_folds)  # reading them takes longer than a step
+
+
 def _whole_model(**changed: Any) -> nn.Module:
     """With weights that make every part count: initially what is added to a residual is zero."""
     model = AlphaFold(dataclasses.replace(SIZE, **changed))
@@ -61,7 +65,7 @@ def _without_dropout() -> nn.Module:
 
 def _batch(step: int, seed: int) -> dict[str, torch.Tensor]:
     """Chains of which one has residues missing inside and at its end; one of its two templates is real."""
-    batch = alphafold2.train_batch(alphafold2.built_in_folds(), SIZE, step=step, seed=seed)
+    batch = alphafold2.train_batch(folds(), SIZE, step=step, seed=seed)
     batch["mask"][0, 16:], batch["mask"][0, 5] = 0, 0
     numbers = torch.Generator().manual_seed(step)
     batch["template"] = torch.randn(batch["template"].shape, generator=numbers)

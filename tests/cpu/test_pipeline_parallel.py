@@ -115,6 +115,12 @@ def _plan(ranks: int, schedule: str = "1f1b", virtual: int = 1, micro_batches: i
     return Plan(ranks=ranks, uses=(make_use("pipeline", knobs), *(make_use(k, v) for k, v in uses.items())))
 
 
+def _uneven(plan: Plan, first: int = 0, last: int = 0) -> Plan:
+    use = plan.get("pipeline")
+    assert use is not None
+    return plan.with_use(make_use("pipeline", use.settings | {"first_fewer": first, "last_fewer": last}))
+
+
 TWO = (
     ("gpt", _plan(2, "gpipe")),
     ("gpt", _plan(2)),
@@ -125,6 +131,9 @@ TWO = (
     ("gpt", _plan(2, micro_batches=2, gradient_accumulation={"micro_batches": 2})),
     ("llama", _plan(2)),
     ("esm", _plan(2, "interleaved", 2)),
+    ("tied", _uneven(_plan(2, activation_checkpointing={}), last=2)),
+    ("gpt", _uneven(_plan(2), first=1, last=1)),
+    ("gpt", _uneven(_plan(2, "gpipe"), first=2)),
 )
 FOUR = (
     ("gpt", _plan(4, ddp={})),
@@ -330,11 +339,21 @@ class _Sums(_Skip):
         (_Sums, _plan(2), "not a chain"),
         (None, _plan(2, micro_batches=3), "pipeline cannot divide the 8 samples"),
         (None, _plan(8), "at most 4 stages"),
+        (None, _uneven(_plan(2), last=4), "with first_fewer=0 and last_fewer=4"),
         (None, _plan(2, "interleaved"), "virtual=2 or more"),
         (None, _plan(4, "zero-bubble", ddp={}, stages=2), "data-parallel"),
         (None, _plan(4, "interleaved", 2, ddp={}), "allowed: fsdp2"),
     ],
-    ids=["skip", "sum-between", "uneven", "too-many-stages", "virtual", "zero-bubble-ddp", "interleaved-ddp"],
+    ids=[
+        "skip",
+        "sum-between",
+        "uneven",
+        "too-many-stages",
+        "empty-stage",
+        "virtual",
+        "zero-bubble-ddp",
+        "interleaved-ddp",
+    ],
 )
 def test_a_pipeline_that_cannot_be_cut_is_refused_with_the_reason(model: Any, plan: Plan, word: str) -> None:
     job = JOBS["gpt"]

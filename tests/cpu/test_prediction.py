@@ -111,7 +111,9 @@ JOBS = {
     "protein-ss": lambda: _built_in("protein-ss", 8),
     "protein-lm": lambda: _built_in("protein-lm", 4),
     "char-lm": lambda: _built_in("char-lm", 8),
-    "alphafold2": lambda: _built_in("alphafold2", 2),
+    "alphafold2": lambda: dataclasses.replace(
+        load(JobRef(spec="alphafold2", batch=1, dimensions={"crop": 32})), steps=2
+    ),
     "molecules": _molecules,
     "genome": lambda: _built_in("genome", 4),
     "potential": lambda: _built_in("potential", 8),

@@ -195,3 +195,5 @@ def test_a_search_says_what_distributed_experts_would_change() -> None:
     assert found.recommended is not None
     assert found.recommended.fits
     assert "expert-parallel" in {r.technique for r in found.recommended.reasons}
+    loads = [r.detail for r in found.recommended.reasons if r.kind == "expert_load"]
+    assert loads == ["1.25"] * ("expert-parallel" in found.recommended.estimate.plan)

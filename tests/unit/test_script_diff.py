@@ -249,6 +249,16 @@ def test_a_count_of_steps_in_the_forward_pass_counts_steps_of_micro_batches_too(
     assert float(ours[2]) == pytest.approx(float(theirs[2]), rel=1e-6)
 
 
+def test_a_term_of_the_loss_is_no_count_of_steps() -> None:
+    text = PLAIN.replace("out, y)\n", "out, y)\n        loss += penalty\n")
+    edit = diff(text, {"gradient-accumulation": {"micro_batches": 4}}, batch=16)
+    assert [line[1:].strip() for line in edit.diff.splitlines() if line.startswith("+")][-3:-1] == [
+        "loss += penalty",
+        "fit.backward(loss)",
+    ]
+    assert not any("line 21" in remark for remark in edit.remarks)
+
+
 def test_a_schedule_of_the_length_of_the_loader_keeps_its_meaning_in_a_plain_loop(tmp_path: Path) -> None:
     text = PLAIN.replace("1 / (1 + step)", "1 - step / (2 * len(loader))")
     edit = diff(text, {"gradient-accumulation": {"micro_batches": 4}}, batch=16)
@@ -387,6 +397,10 @@ REFUSED = {
     "a norm that is not constant": (
         PLAIN.replace("parameters(), 1.0)", "parameters(), epoch)"),
         "clips them to epoch, which may change",
+    ),
+    "a loss that begins before the model is called": (
+        PLAIN.replace("# forward\n", "loss = 0.0\n").replace("loss = F", "loss += F"),
+        "line 20 adds to loss, which begins before the model is called",
     ),
     "a number of samples": (
         PLAIN.replace("# forward\n", "n = len(x)\n").replace("F.cross_entropy(out, y)", "out.sum() / n"),

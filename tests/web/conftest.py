@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,8 @@ FLAGS = (
     "--disable-sync",
 )
 
+
+_HERE, _LONGEST = Path(__file__).parent, "test_decision_web.py"
 
 # Elements that stick out of the page although no scrolling box of theirs holds them.
 OVERFLOWING = """() => [...document.querySelectorAll("body *")].filter(e => {
@@ -45,6 +48,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.web)
             if reason:
                 item.add_marker(pytest.mark.skip(reason=reason))
+    # These are the last files. The longest one comes first, so that no worker waits for another at the end.
+    items.sort(key=lambda item: item.path.parent == _HERE and 1 + (item.path.name != _LONGEST))
 
 
 @pytest.fixture(scope="session")

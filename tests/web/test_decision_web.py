@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -47,6 +48,7 @@ operating_hours_per_year = 10
 EVIL = "</script><script>window.hit = 1</script><img src=x onerror='window.hit = 1'>{0}[red]"
 
 
+@functools.cache
 def made(text: str = YEN) -> Decision:
     return decide(dataclasses.replace(full_poc(), offers=offers()), parse_case(text, "it"))
 

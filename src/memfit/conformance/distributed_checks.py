@@ -178,7 +178,8 @@ def stages(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
     pipeline.
 
     Blocks: at most ``virtual`` * ceil(number of blocks / number of stages), where ``virtual`` is the number
-    of stages per rank. Yields `NotChecked` if the size of the whole model is unknown.
+    of stages per rank; blocks that the first and last stage have fewer by choice are added to the blocks.
+    Yields `NotChecked` if the size of the whole model is unknown.
 
     Parameters: none that get no gradient here, but on ranks of other stages. If all ranks train the same
     parameters with equal norms, this is the difference yielded instead. Yields `NotChecked` if on some rank
@@ -190,7 +191,8 @@ def stages(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
     held_blocks = [
         i for i, params in enumerate(observed.block_parameters) if any(p.whole_elements for p in params)
     ]
-    max_blocks = virtual * math.ceil(observed.block_count / (layout(plan).pipeline * virtual))
+    fewer = int(use.settings["first_fewer"]) + int(use.settings["last_fewer"])
+    max_blocks = virtual * math.ceil((observed.block_count + fewer) / (layout(plan).pipeline * virtual))
     if observed.model_elements:
         yield Checked(
             "pipeline: blocks",

@@ -10,7 +10,7 @@ import ast
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from memfit.export.loop_update import end, stored_names
+from memfit.export.loop_update import Statements, end, lists_of, loaded_names, stored_names
 from memfit.export.source_edits import Source, literal, name_of, source_of
 from memfit.export.step_counters import repeated_lines
 from memfit.export.training_loop import Loop, find_loop, wrappers
@@ -178,10 +178,10 @@ def _calls(source: Source) -> Iterator[ast.Call]:
 
 
 def _must_split_alike(source: Source, loop: Loop) -> None:
-    """Raise UserError if the loop, or a function that it calls, has a loss that is a sum, or if one of the
-    variables of the batch is computed from another one that forward reads, too: the number of samples, for
-    example, is not that of a micro-batch."""
-    names = list(loop.batch)
+    """Raise UserError if the loop, or a function that it calls, has a loss that is a sum, if the loss begins
+    before the model is called, or if one of the variables of the batch is computed from another one that
+    forward reads, too: the number of samples, for example, is not that of a micro-batch."""
+    names, loss = list(loop.batch), loop.update.loss
     statements: list[ast.AST] = [*loop.body[: loop.backward]]
     calls = {name_of(n.func) for s in statements for n in ast.walk(s) if isinstance(n, ast.Call)}
     statements += [n for n in ast.walk(source.tree) if isinstance(n, ast.FunctionDef) and n.name in calls]
@@ -189,6 +189,13 @@ def _must_split_alike(source: Source, loop: Loop) -> None:
     if any(k.arg == "reduction" and literal(k.value) == "sum" for k in keywords):
         raise UserError(
             'the script has a loss with reduction="sum", but micro-batches are parts of a mean over the batch'
+        )
+    setters = (s for s in _leaves(loop.body[loop.forward : loop.backward]) if loss in stored_names(s))
+    first = next(setters, None)
+    if first is not None and (isinstance(first, ast.AugAssign) or loss in loaded_names(first)):
+        raise UserError(
+            f"line {first.lineno} adds to {loss}, which begins before the model is called, so that "
+            "micro-batches would add up in it"
         )
     for statement in loop.body[: loop.forward]:
         changed = stored_names(statement)
@@ -202,6 +209,13 @@ def _must_split_alike(source: Source, loop: Loop) -> None:
                     f"the loop computes {computed_names} from {', '.join(sources)} before the model runs, "
                     "and the model uses both, so they cannot be split into micro-batches alike"
                 )
+
+
+def _leaves(statements: Statements) -> Iterator[ast.stmt]:
+    """Yield the statements, and those inside of compound ones in place of these, in their order."""
+    for statement in statements:
+        inner = lists_of(statement)
+        yield from (leaf for part in inner for leaf in _leaves(part)) if inner else [statement]
 
 
 def _iterable(loop: Loop) -> ast.expr:

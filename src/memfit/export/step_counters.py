@@ -12,17 +12,18 @@ from memfit.export.source_edits import name_of
 _HARMLESS = frozenset({"train", "eval", "zero_grad", "backward"})  # methods that may run several times
 
 
-def step_counters(between: Statements, batch: Sequence[str]) -> tuple[ast.stmt, ...]:
+def step_counters(between: Statements, kept: Sequence[str]) -> tuple[ast.stmt, ...]:
     """Return the statements of ``between``, those from the forward pass to backward, that count steps and can
-    run after it instead: ``N += 1``, ``N = N + 1`` or ``SCHEDULER.step()``. They read nothing that the others
-    set, nor the variables ``batch``, and none of the later ones reads what they set."""
+    run after it instead: ``N += 1``, ``N = N + 1`` or ``SCHEDULER.step()``. They neither read nor set what
+    the others set, nor the variables ``kept``, those of the batch and the loss; and none of the later ones
+    reads what they set."""
     counters = []
     for index, statement in enumerate(between):
         names = _counted(statement)
         others = {n for s in between if s is not statement for n in stored_names(s)}
         later = {n for s in between[index + 1 :] for n in loaded_names(s) | set(stored_names(s))}
         reads = loaded_names(statement)
-        if names and not reads & (others | set(batch)) and not names & later:
+        if names and not (reads | names) & (others | set(kept)) and not names & later:
             counters.append(statement)
     return tuple(counters)
 

@@ -42,6 +42,10 @@ _ONLY: Mapping[str, tuple[tuple[str, object, str], ...]] = {
     ),
     "tensor-parallel": (("sequence", True, "it always uses sequence parallelism as well"),),
     "compile": (("scope", "blocks", "it compiles block by block"),),
+    "pipeline": (
+        ("first_fewer", 0, "it weighs embedding and head by its own rule"),
+        ("last_fewer", 0, "it weighs embedding and head by its own rule"),
+    ),
     "selective-checkpointing": (("keep", "every-second-matmul", "its op policy keeps every second matmul"),),
 }
 _SAID = {

@@ -103,7 +103,7 @@ def find_loop(source: Source, plan: Plan) -> Loop:
         loop=place.loop,
         autocast=autocast,
         prefetch=prefetch,
-        counters=step_counters(place.body[forward : place.index], batch) if counts else (),
+        counters=step_counters(place.body[forward : place.index], (*batch, update.loss)) if counts else (),
         batch=batch,
         own_accumulation=own_accumulation,
         setup=_setup(source, place, update, model),

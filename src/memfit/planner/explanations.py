@@ -16,7 +16,7 @@ from memfit.planner.selection import Objective, best, missed_bounds, none_fits, 
 from memfit.planner.sketch_errors import may_fit
 from memfit.techniques.registry import short_label
 from memfit.types.errors import NothingFits, UserError
-from memfit.types.plan import Bounds
+from memfit.types.plan import Bounds, Plan
 from memfit.types.result import Estimate, Reason, Sensitivity
 
 if TYPE_CHECKING:
@@ -193,6 +193,17 @@ def unsupported_reasons(scale: Scale) -> list[Reason]:
     """
     refusals = [r for f in scale.found.values() for r in f.refused] + list(scale.refused.values())
     return [Reason(kind="cannot", technique="", detail=text) for text in dict.fromkeys(refusals)]
+
+
+def load_reasons(plan: Plan) -> list[Reason]:
+    """Return one reason of kind "expert_load" if the prices of the plan rest on an assumed load of experts;
+    its detail is that load over an even one.
+    """
+    use = plan.get("expert-parallel")
+    if use is None or not use.settings["dropless"]:
+        return []
+    load_ratio = int(use.settings["capacity_percent"]) / 100
+    return [Reason(kind="expert_load", technique="", detail=f"{load_ratio:g}")]
 
 
 def sensitivity(

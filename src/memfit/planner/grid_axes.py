@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import numpy
 
-from memfit.planner.parallelism_grid import Grid, GridLayout
+from memfit.planner.parallelism_grid import Grid, GridLayout, rank_blocks
 from memfit.planner.sharding_costs import State
 from memfit.types.parts import Parts
 
@@ -126,8 +126,8 @@ class Elements:
     expert: float = 0.0
 
 
-def deepest(blocks: int, layout: GridLayout) -> int:
-    """Return the number of blocks on the pipeline rank that has most of them, in all of its virtual stages
-    together; all blocks if there is no pipeline. ``blocks``: number of blocks of the model.
+def depths(blocks: int, layout: GridLayout) -> tuple[int, ...]:
+    """Return the number of blocks on each pipeline rank, in all of its virtual stages together; all blocks if
+    there is no pipeline. ``blocks``: number of blocks of the model.
     """
-    return -(-blocks // (layout.stages * layout.virtual)) * layout.virtual
+    return rank_blocks(blocks, layout.stages, layout.virtual, layout.schedule, layout.fewer)

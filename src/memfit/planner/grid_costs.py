@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy
 
-from memfit.planner.grid_axes import GATHERED, Array, Axes, Elements, GridInputs, Priced, Rates, deepest
+from memfit.planner.grid_axes import GATHERED, Array, Axes, Elements, GridInputs, Priced, Rates, depths
 from memfit.planner.parallelism_grid import Grid, GridLayout
 from memfit.planner.sharding_costs import State
 
@@ -56,7 +56,8 @@ def price(grid: Grid, inputs: GridInputs, rates: Rates) -> Priced:
 
 def _seconds(layout: GridLayout, axes: Axes, elements: Elements, rates: Rates, offloaded: Array) -> Array:
     inputs, counts, is_pipelined = axes.inputs, axes.counts, layout.stages > 1
-    depth = deepest(inputs.blocks, layout)
+    sizes = depths(inputs.blocks, layout)
+    depth = max(sizes)
     gather_s, reduce_s = _travel(layout, axes, elements.block, rates)
     offload_s = 2 * axes.inside("kept_bytes") * offloaded / rates.host_bytes_s
     each_micro = numpy.maximum(axes.states(lambda s: s.every or s.kind == "zero"), counts == 1)
@@ -97,11 +98,15 @@ def _seconds(layout: GridLayout, axes: Axes, elements: Elements, rates: Rates, o
         step = step + once_s + counts * (blocks_s + exposed_s + first_s + last_s + micro_s)
     else:
         send_s = rates.communicate("send", axes.hidden(), 2, _spread(layout, rates))
+        block_s = blocks_s / depth
         ends = [(first_s, *root(elements.before)), (last_s, *root(elements.after))]
-        busiest_s = blocks_s + exposed_s + _highest([end_s + micro_s for end_s, micro_s, _ in ends])
+        works = [
+            n * block_s + end_s + micro_s
+            for n, (end_s, micro_s, _) in zip((sizes[0], sizes[-1]), ends, strict=True)
+        ]
         stage_times = _Line(
-            busiest=busiest_s,
-            through=layout.stages * (blocks_s + exposed_s) + first_s + last_s,
+            busiest=_highest([blocks_s, *works]) + exposed_s,
+            through=inputs.blocks * block_s + layout.stages * exposed_s + first_s + last_s,
             ahead=depth * forward,
             send=send_s,
         )
@@ -276,16 +281,15 @@ def _update(axes: Axes, elements: Elements, depth: int, layout: GridLayout, rate
 
 def _bytes(layout: GridLayout, axes: Axes, elements: Elements, offloaded: Array) -> tuple[Array, Array]:
     """Return (peak bytes on the device, bytes in host memory) of one rank; with a pipeline, each is the
-    higher one of a rank in the first and of one in the last stage.
+    highest one of a rank in the first stage, of one in the last stage, and of one in the second stage if that
+    has more blocks than the first.
     """
-    depth = deepest(axes.inputs.blocks, layout)
-    if layout.stages == 1:
-        stages = [_stage(layout, axes, elements, depth, offloaded, first=True, last=True)]
-    else:
-        stages = [
-            _stage(layout, axes, elements, depth, offloaded, first=True, last=False),
-            _stage(layout, axes, elements, depth, offloaded, first=False, last=True),
-        ]
+    sizes = depths(axes.inputs.blocks, layout)
+    stages = [_stage(layout, axes, elements, sizes[0], offloaded, rank=0)]
+    if layout.stages > 1:
+        stages.append(_stage(layout, axes, elements, sizes[-1], offloaded, rank=layout.stages - 1))
+    if layout.stages > 2 and sizes[1] > sizes[0]:
+        stages.append(_stage(layout, axes, elements, sizes[1], offloaded, rank=1))
     peak = _highest([p for p, _ in stages])
     host = _highest([h for _, h in stages])
     return peak, host
@@ -298,10 +302,10 @@ def _highest(arrays: Sequence[Array]) -> Array:
     return highest
 
 
-def _waiting(layout: GridLayout, counts: Array, *, first: bool) -> Array:
+def _waiting(layout: GridLayout, counts: Array, *, rank: int) -> Array:
     """Return the largest number of micro-batches whose activations a pipeline rank keeps at once, for each of
     ``counts``, the numbers of micro-batches. A micro-batch in one of the rank's ``virtual`` stages counts as
-    1 / ``virtual``. ``first``: whether it is the first rank of the pipeline; else it is the last.
+    1 / ``virtual``. ``rank``: the rank's index along the pipeline.
 
     Sources: Narayanan et al. 2021; torch.distributed.pipelining.schedules.
     """
@@ -309,10 +313,10 @@ def _waiting(layout: GridLayout, counts: Array, *, first: bool) -> Array:
     if layout.schedule == "gpipe":
         return counts
     if layout.schedule == "1f1b":
-        return numpy.minimum(counts, p if first else 1)
+        return numpy.minimum(counts, p - rank)
     if layout.schedule == "zero-bubble-v":
         return numpy.minimum(counts, p)
-    warmup = (v - 1) * p + 2 * (p - 1 if first else 0) + 1
+    warmup = (v - 1) * p + 2 * (p - 1 - rank) + 1
     return numpy.minimum(counts * v, warmup) / v
 
 
@@ -323,9 +327,12 @@ def _stage(
     depth: int,
     offloaded: Array,
     *,
-    first: bool,
-    last: bool,
+    rank: int,
 ) -> tuple[Array, Array]:
+    """Return (peak bytes on the device, bytes in host memory) of the pipeline rank ``rank``, which has
+    ``depth`` blocks.
+    """
+    first, last = rank == 0, rank == layout.stages - 1
     counts, states = axes.counts, axes.states
     rank_elements = depth * elements.block + elements.before * first + elements.after * last
     expert_elements = depth * elements.expert
@@ -334,7 +341,7 @@ def _stage(
     kept_block = axes.inside("kept_bytes")
     kept_bytes = depth * kept_block + axes.hidden() * (not first)
     kept_bytes = kept_bytes + axes.ends("before", "kept_bytes") * first
-    waiting_micros = _waiting(layout, counts, first=first) if layout.stages > 1 else numpy.ones_like(counts)
+    waiting_micros = _waiting(layout, counts, rank=rank) if layout.stages > 1 else numpy.ones_like(counts)
     # other schedules start the backward right after the loss
     waiting_losses = (waiting_micros - 1) * (layout.schedule == "gpipe")
     held_bytes = (

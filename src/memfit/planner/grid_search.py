@@ -141,6 +141,7 @@ def priced_grids(
     # in one call, because most models can be cut
     traced.trace(*_Pricing(traced, machine, model, optimistic_limits).needed(tasks))
     limits, refusals = _cuttable(traced, machine, limits)
+    limits = _with_ends(traced, model, limits, _computes(machine, limits)[0])
     if limits != optimistic_limits:
         tasks = _todo(machine, limits)
     if not tasks:
@@ -156,6 +157,19 @@ def priced_grids(
         if grid.inside and grid.ends
     ]
     return pricing, grid_precisions, refusals
+
+
+def _with_ends(traced: BlockTracer, model: TimeModel, limits: Limits, compute: str) -> Limits:
+    """Return the limits with the time of what lies before and after all blocks, in blocks, as they are
+    without any technique; unchanged if that cannot be traced.
+    """
+    key = Key(tensor=1, sequence=False, vocabulary="whole", context=1, compute=compute, uses=(), samples=1)
+    try:
+        parts = traced.parts(key, lambda ops: model.total_s((o, 1) for o in ops))
+    except UserError:
+        return limits
+    block_s, *end_s = (p.forward_s + p.backward_s for p in (parts.block, parts.before, parts.after))
+    return dataclasses.replace(limits, ends=(end_s[0] / block_s, end_s[1] / block_s)) if block_s else limits
 
 
 def _todo(machine: Machine, limits: Limits) -> _Todo:

@@ -68,7 +68,7 @@ class Composer:
         """Yield the keys of all traces from which `block` and `ends` compose the parts for these values of
         the grid axes ``inside`` and ``ends`` in these precisions.
         """
-        yield self._key(samples=2)
+        yield self._double_key(1)
         for uses in {_traceable(u) for u in (*inside, *ends, (), (_FULL,))}:
             yield self._key(uses=uses)
             if self.tensor > 1 and not _named(uses, "compile") and uses not in ends[1:]:
@@ -120,7 +120,6 @@ class Composer:
         self,
         *,
         uses: Uses = (),
-        samples: int = 1,
         tensor: int = 1,
         sequence: bool = False,
         context: int = 1,
@@ -136,7 +135,7 @@ class Composer:
             context=context,
             compute=compute or self.compute,
             uses=uses,
-            samples=samples,
+            samples=1,
             experts=experts,
         )
 
@@ -153,7 +152,7 @@ class Composer:
         job's batch has two samples for each of them, else on one rank.
         """
         has_enough = self.traced.job.batch_size >= 2 * experts
-        return self._key(samples=2, experts=experts if has_enough else 1)
+        return dataclasses.replace(self._key(experts=experts if has_enough else 1), samples=2)
 
     @functools.cache  # noqa: B019
     def _parts(self, key: Key) -> Parts:

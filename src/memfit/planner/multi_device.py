@@ -13,6 +13,7 @@ from memfit.planner.evaluate import Pricer
 from memfit.planner.explanations import (
     explain_techniques,
     is_comparable,
+    load_reasons,
     nothing_fits,
     sensitivity,
     traced_before_nothing_fits,
@@ -100,6 +101,7 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
 
     technique_reasons = (
         *explain_techniques(scale, winner, [*known.values()], fits, by_traces=is_quick(scale)),
+        *load_reasons(winner.plan),
         *unsupported_reasons(scale),
     )
     recommended = choice(winner, (*dependence_reasons(winner.plan, pricer.dependence), *technique_reasons))

@@ -10,13 +10,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from memfit.planner.selection import TIE_RATIO
+from memfit.techniques.parallel.pipeline import stage_sizes
 from memfit.techniques.registry import conflict, effect_of, make_use, proposable, technique
 from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue, Plan, Use
 
 Uses = tuple[Use, ...]
+_MOST_FEWER = 8  # blocks that the first or the last stage may have fewer
 CUTTING = ("tensor-parallel", "context-parallel", "axial-parallel", "pipeline", "expert-parallel")
 
 
@@ -43,6 +47,8 @@ class Limits:
     sharing: str = "context-parallel"
     pipeline: bool = True
     experts: int = 0
+    # time of what lies before and after all blocks, over that of one block
+    ends: tuple[float, float] = (0.0, 0.0)
     chunks: bool = False
     vocabulary: bool = True  # whether tensor-parallel ranks can share it
     effect: EffectClass = EffectClass.E2
@@ -73,6 +79,7 @@ class GridLayout:
     and ``vocabulary`` ("whole" or "parallel-loss") are settings of tensor-parallel. ``schedule`` and
     ``virtual`` (stages per rank) are settings of the pipeline; "" and 1 without one. ``sharing``: the
     technique by which context-parallel ranks divide each sample, "context-parallel" or "axial-parallel".
+    ``fewer``: blocks that the first and the last stage of the pipeline have fewer than an even share.
     ``experts``: the data-parallel ranks that experts are distributed over, 1 or all of them.
     """
 
@@ -85,11 +92,24 @@ class GridLayout:
     stages: int = 1
     schedule: str = ""
     virtual: int = 1
+    fewer: tuple[int, int] = (0, 0)
     experts: int = 1
 
     @property
     def data(self) -> int:
         return self.ranks // (self.tensor * self.context * self.stages)
+
+    def pipeline(self, micro_batches: int) -> Use:
+        """Return the pipeline with these stages."""
+        return _use(
+            "pipeline",
+            stages=self.stages,
+            schedule=self.schedule,
+            virtual=self.virtual,
+            micro_batches=micro_batches,
+            first_fewer=self.fewer[0],
+            last_fewer=self.fewer[1],
+        )
 
     @property
     def uses(self) -> Uses:
@@ -136,15 +156,7 @@ class Grid:
         uses = [*self.layout.uses, *itertools.chain(*axis_uses)]
         micro_batches = self.micro[index[0]][1]
         if self.layout.stages > 1:
-            uses.append(
-                _use(
-                    "pipeline",
-                    stages=self.layout.stages,
-                    schedule=self.layout.schedule,
-                    virtual=self.layout.virtual,
-                    micro_batches=micro_batches,
-                )
-            )
+            uses.append(self.layout.pipeline(micro_batches))
         elif micro_batches > 1:
             uses.append(_use("gradient-accumulation", micro_batches=micro_batches))
         return Plan(uses=tuple(uses), ranks=self.layout.ranks)
@@ -167,14 +179,7 @@ def grids(limits: Limits) -> Iterator[Grid]:
             continue
         layout_uses = layout.uses
         if layout.stages > 1:
-            pipeline = _use(
-                "pipeline",
-                stages=layout.stages,
-                schedule=layout.schedule,
-                virtual=layout.virtual,
-                micro_batches=2,
-            )
-            layout_uses = (*layout_uses, pipeline)
+            layout_uses = (*layout_uses, layout.pipeline(2))
         states = _carried(_states(limits, layout, layout_uses), layout_uses, limits)
         inside = _allowed(_inside(), layout_uses, limits)
         ends = _allowed(_ends(limits, layout), layout_uses, limits)
@@ -204,7 +209,7 @@ def _layouts(limits: Limits) -> Iterator[GridLayout]:
         model_ranks = tensor * context
         if limits.ranks % model_ranks:
             continue
-        for stages, schedule, virtual in _pipelines(limits, limits.ranks // model_ranks):
+        for stages, schedule, virtual, fewer in _pipelines(limits, limits.ranks // model_ranks):
             layout = GridLayout(
                 ranks=limits.ranks,
                 tensor=tensor,
@@ -215,6 +220,7 @@ def _layouts(limits: Limits) -> Iterator[GridLayout]:
                 stages=stages,
                 schedule=schedule,
                 virtual=virtual,
+                fewer=fewer,
             )
             probe_uses = layout.uses
             if stages > 1:
@@ -230,7 +236,59 @@ def _layouts(limits: Limits) -> Iterator[GridLayout]:
             yield layout
 
 
-def _pipelines(limits: Limits, ranks: int) -> Iterator[tuple[int, str, int]]:
+def _pipelines(limits: Limits, ranks: int) -> Iterator[tuple[int, str, int, tuple[int, int]]]:
+    """Yield (stages, schedule, virtual, fewer) of all pipelines over some of ``ranks`` ranks: with an even
+    division of the blocks, and then, if its busiest rank would be quicker, with `_best_fewer`.
+    """
+    for stages, schedule, virtual in _even_pipelines(limits, ranks):
+        yield stages, schedule, virtual, (0, 0)
+        if stages > 1:
+            fewer = _best_fewer(limits.blocks, stages, virtual, schedule, limits.ends)
+            if fewer != (0, 0):
+                yield stages, schedule, virtual, fewer
+
+
+@functools.cache
+def _best_fewer(
+    blocks: int, stages: int, virtual: int, schedule: str, ends: tuple[float, float]
+) -> tuple[int, int]:
+    """Return how many blocks fewer the first and the last stage should have, so that the busiest rank has the
+    least work. ``ends``: as in `Limits`. Return (0, 0) unless that rank has over 3 % less work than with an
+    even division. Of equally good divisions, the one nearest to an even one is returned. The schedule
+    "zero-bubble-v" has both ends on one rank and is always divided evenly.
+    """
+    if schedule == "zero-bubble-v":
+        return 0, 0
+
+    def busiest(fewer: tuple[int, int]) -> float:
+        try:
+            sizes = rank_blocks(blocks, stages, virtual, schedule, fewer)
+        except UserError:
+            return math.inf
+        works = [float(n) for n in sizes]
+        works[0] += ends[0]
+        works[-1] += ends[1]
+        return max(works)
+
+    most = [min(_MOST_FEWER, math.ceil(end)) for end in ends]
+    options = sorted(itertools.product(range(most[0] + 1), range(most[1] + 1)), key=lambda f: (sum(f), f))
+    best = min(options, key=busiest)
+    return best if busiest(best) * (1 + TIE_RATIO) < busiest((0, 0)) else (0, 0)
+
+
+def rank_blocks(
+    blocks: int, stages: int, virtual: int, schedule: str, fewer: tuple[int, int]
+) -> tuple[int, ...]:
+    """Return the number of blocks on each of ``stages`` pipeline ranks, in all its ``virtual`` stages. Raises
+    UserError if a stage would get none.
+    """
+    sizes = stage_sizes(blocks, stages * virtual, *fewer)
+    if schedule == "zero-bubble-v":  # the last stage is on the first rank
+        return tuple(sizes[r] + sizes[-1 - r] for r in range(stages))
+    return tuple(sum(sizes[r::stages]) for r in range(stages))
+
+
+def _even_pipelines(limits: Limits, ranks: int) -> Iterator[tuple[int, str, int]]:
     yield 1, "", 1
     if not limits.pipeline:
         return

@@ -14,6 +14,7 @@ from memfit.types.plan import Plan
 Degrees = dict[tuple[str, str], int]
 
 _DEGREES = ("stages", "virtual", "degree")
+_SIZES = ("micro_batches", "first_fewer", "last_fewer")
 
 
 def kind(plan: Plan) -> tuple[object, Degrees]:
@@ -21,14 +22,13 @@ def kind(plan: Plan) -> tuple[object, Degrees]:
     they are sketches, composed from traces of parts.
 
     Plans are of the same kind if they have the same techniques that cut the model (`CUTTING`) and the same
-    data-parallel technique, all with the same settings, except degrees and numbers of micro-batches of the
-    cutting ones. Degrees: (technique, setting) -> number of ranks, pipeline stages or virtual stages.
+    data-parallel technique, all with the same settings, except degrees, numbers of micro-batches and sizes of
+    stages of the cutting ones. Degrees: (technique, setting) -> number of ranks, pipeline stages or virtual
+    stages.
     """
     cutting_settings = [(u.technique, k, v) for u in plan.uses if u.technique in CUTTING for k, v in u.knobs]
     degrees = {(name, k): int(v) for name, k, v in cutting_settings if k in _DEGREES}
-    cutting_kind = tuple(
-        setting for setting in cutting_settings if setting[1] not in (*_DEGREES, "micro_batches")
-    )
+    cutting_kind = tuple(setting for setting in cutting_settings if setting[1] not in (*_DEGREES, *_SIZES))
     data = (u for u in plan.uses if technique(u.technique).slot == "data-parallel")
     return (tuple(dict.fromkeys(name for name, _, _ in cutting_settings)), cutting_kind, *data), degrees
 

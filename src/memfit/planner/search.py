@@ -34,7 +34,7 @@ from memfit.types.dependence import DependenceCause
 from memfit.types.errors import NothingFits, UserError
 from memfit.types.job import Job
 from memfit.types.plan import Bounds, use
-from memfit.types.result import Choice, Estimate, SearchResult
+from memfit.types.result import Choice, Estimate, Reason, SearchResult
 
 # Of the cap: techniques that only affect states smaller than this are not worth a search.
 _SMALL_STATES_RATIO = 1 / 16
@@ -43,6 +43,10 @@ _DEMONSTRATION_SPARE_RATIO = 1.1
 _REACHABLE = (
     _DEMONSTRATION + " what the smallest plan needs plus 10 %, because no plan fits {share:.0%} of the "
     "baseline's predicted peak"
+)
+_NOT_A_CHAIN = (
+    "tensor, context, expert and pipeline parallelism are not modelled for this model, which is no chain of "
+    "at least 3 equal blocks; plans that divide the batch over the devices were searched"
 )
 _GAP_RATIO = 0.05  # optimality gap in a search, where a better answer takes longer than it saves
 
@@ -62,11 +66,12 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
     SearchInterrupted with the result so far. Before that, and in a search with tensor, context and pipeline
     parallelism, it raises KeyboardInterrupt.
     """
-    if request.machine.device_count > 1 and not request.is_here:
+    if may_divide := request.machine.device_count > 1 and not request.is_here:
         ranks = request.ranks if request.ranks > 1 else request.machine.device_count
         request = dataclasses.replace(request, ranks=ranks)
         if (planning := _search_many(request, progress)) is not None:
             return planning
+    unsearched = (Reason(kind="cannot", technique="", detail=_NOT_A_CHAIN),) * may_divide
     progress("trace", 0, 0, "plain training")
     job, pricer = make_pricer(request)
     _refuse_ranks(request, pricer)
@@ -113,7 +118,7 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
             cap_bytes=cap_bytes,
             considered=considered,
             fits=fits,
-            left_out=left_out,
+            left_out=(*left_out, *unsearched),
             inside=inside,
             price=_prices(pricer, request, sketches, memory_cap(request, cap_bytes)),
         )
@@ -137,7 +142,7 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
         estimates=estimates,
         sketches=sketches,
         fits=fits,
-        left_out=left_out,
+        left_out=(*left_out, *unsearched),
     )
 
 

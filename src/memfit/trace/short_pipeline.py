@@ -171,11 +171,14 @@ class _Short:
 def shortened(job: Job, plan: Plan, rank: int, blocks: int) -> MemoryLine | None:
     """Return ``rank`` of ``plan`` with the shorter pipeline in which it is traced, for a model with
     ``blocks`` blocks. If the plan has no pipeline, the result's short plan is the plan itself. Return None if
-    no shorter pipeline can stand for the schedule (it is none of GPipe, 1F1B and those of `_interleaved`), or
-    if the batch does not divide into equal micro-batches."""
+    no shorter pipeline can stand for the schedule (it is none of GPipe, 1F1B and those of `_interleaved`), if
+    the first or the last stage has fewer blocks by choice, or if the batch does not divide into equal
+    micro-batches."""
     pipeline, place = plan.get("pipeline"), layout(plan)
     if pipeline is None:
         return MemoryLine(job=job, plan=plan, rank=rank, short_job=job, short_plan=plan, short_rank=rank)
+    if pipeline.settings["first_fewer"] or pipeline.settings["last_fewer"]:
+        return None
     stages, micros = place.pipeline, int(pipeline.settings["micro_batches"])
     schedule = pipeline.settings["schedule"]
     parts = place.data * micros * plan.micro_batches

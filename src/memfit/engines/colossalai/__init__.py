@@ -119,6 +119,8 @@ def _why_not(plan: Plan) -> Iterator[str]:
         yield from _zero_reasons(zero.settings)
     if pipeline is not None and pipeline.settings["schedule"] not in _STYLES:
         yield f"pipeline: schedule {pipeline.settings['schedule']!r} is not one of 1f1b and interleaved"
+    if pipeline is not None and (pipeline.settings["first_fewer"] or pipeline.settings["last_fewer"]):
+        yield "pipeline: Colossal-AI divides layers evenly, so first_fewer and last_fewer must be 0"
     if tensor is not None and tensor.settings["vocabulary"] == "whole":
         yield "tensor-parallel: Colossal-AI always shards embedding and head: vocabulary must not be 'whole'"
 

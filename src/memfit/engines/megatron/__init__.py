@@ -40,6 +40,10 @@ def _why_not(plan: Plan) -> Iterator[str]:
 # Technique -> settings for which Megatron supports one value: (setting, value, reason).
 _ONLY: Mapping[str, tuple[tuple[str, object, str], ...]] = {
     "tensor-parallel": (("vocabulary", "gathered", "Megatron always shards embedding and head"),),
+    "pipeline": (
+        ("first_fewer", 0, "layers are divided evenly"),
+        ("last_fewer", 0, "layers are divided evenly"),
+    ),
     "activation-checkpointing": (("every", 1, "Megatron recomputes either all layers or none"),),
     "ddp": (("bucket_view", True, "gradients are always views of Megatron's buffer"),),
     "fsdp2": (

@@ -148,7 +148,9 @@ def _deal(module: Any, name: str, rank: int, ranks: int) -> _Dealt:
     def run_each(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return [e(t) for e, t in zip(own_experts, parts, strict=True)]
 
-    return _Dealt(own=own, total=total, run=lambda tokens: torch.stack(run_each(tokens)), run_each=run_each)
+    return _Dealt(
+        own=own, total=total, run=lambda tokens: torch.stack(run_each(list(tokens))), run_each=run_each
+    )
 
 
 def _gated(module: Any, tokens: torch.Tensor) -> torch.Tensor:

@@ -34,8 +34,33 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     schedule, virtual = str(settings["schedule"]), int(settings["virtual"])
     _check(schedule, virtual, bench.world.layout)
     bench.pipeline = Pipeline(
-        bench, schedule=schedule, virtual=virtual, micro_batches=int(settings["micro_batches"])
+        bench,
+        schedule=schedule,
+        virtual=virtual,
+        micro_batches=int(settings["micro_batches"]),
+        first_fewer=int(settings["first_fewer"]),
+        last_fewer=int(settings["last_fewer"]),
     )
+
+
+def stage_sizes(blocks: int, stages: int, first_fewer: int = 0, last_fewer: int = 0) -> list[int]:
+    """Divide ``blocks`` blocks among ``stages`` stages. Return the number of blocks of each.
+
+    Were there ``first_fewer`` and ``last_fewer`` blocks more, numbers would differ by at most one, the larger
+    ones first. The first and the last stage then lack these. Raises UserError if a stage would get no block.
+    """
+    base, remainder = divmod(blocks + first_fewer + last_fewer, stages)
+    sizes = [base + (s < remainder) for s in range(stages)]
+    sizes[0] -= first_fewer
+    sizes[-1] -= last_fewer
+    if min(sizes) < 1:
+        fewer = f", with first_fewer={first_fewer} and last_fewer={last_fewer},"
+        fewer *= bool(first_fewer + last_fewer)
+        raise UserError(
+            f"{stages} pipeline stages{fewer} are more than the model's {blocks} blocks can fill",
+            allowed=f"at most {blocks} stages on all ranks together: stages times virtual",
+        )
+    return sizes
 
 
 def _check(schedule: str, virtual: int, layout: Layout) -> None:
@@ -91,6 +116,18 @@ TECHNIQUE = Technique(
             name="micro_batches",
             default=4,
             doc="equal parts into which a rank's batch, or each micro-batch of gradient-accumulation, is cut",
+        ),
+        Knob(
+            name="first_fewer",
+            default=0,
+            doc="blocks that the first stage has fewer than an even share, because it has the embedding",
+            minimum=0,
+        ),
+        Knob(
+            name="last_fewer",
+            default=0,
+            doc="blocks that the last stage has fewer than an even share, because it has the head",
+            minimum=0,
         ),
     ),
     forbids=("optimizer-in-backward", "qlora"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Sequence, Set
 from typing import Any, cast
 from unittest import mock
@@ -21,6 +22,7 @@ from torch.utils import _pytree
 
 from memfit.techniques.base import Piece, WeightedLoss, Workbench
 from memfit.techniques.parallel.block_dataflow import TensorPlaceholder, ZeroFiller, record_chain
+from memfit.techniques.parallel.pipeline import stage_sizes
 from memfit.types.device_kind import DeviceKind
 from memfit.types.errors import UserError
 from memfit.types.trace import Phase
@@ -51,7 +53,16 @@ class Pipeline:
     or if the schedule does not support the numbers of stages and micro-batches.
     """
 
-    def __init__(self, bench: Workbench, *, schedule: str, virtual: int, micro_batches: int) -> None:
+    def __init__(
+        self,
+        bench: Workbench,
+        *,
+        schedule: str,
+        virtual: int,
+        micro_batches: int,
+        first_fewer: int = 0,
+        last_fewer: int = 0,
+    ) -> None:
         mesh = bench.world.sub("pipeline")
         assert mesh is not None, "a pipeline of one stage"
         self.bench, self.micro_batches, self.group = bench, micro_batches, mesh.get_group()
@@ -59,7 +70,8 @@ class Pipeline:
         count = ranks * virtual
         parts = bench.world.layout.data * bench.micro_batches * micro_batches
         self.chain = record_chain(bench, parts)
-        self.bounds = _even(len(self.chain.blocks), count)
+        ends = [0, *itertools.accumulate(stage_sizes(len(self.chain.blocks), count, first_fewer, last_fewer))]
+        self.bounds = list(itertools.pairwise(ends))
         self.rank_of = generate_stage_to_rank_mapping(
             ranks, count, style="v" if schedule == "zero-bubble-v" else "loop"
         )
@@ -392,19 +404,6 @@ class _Work:
 
 def _as_it_is(loss: torch.Tensor, target: None) -> torch.Tensor:
     return loss
-
-
-def _even(blocks: int, stages: int) -> list[tuple[int, int]]:
-    """Divide ``blocks`` blocks among ``stages`` stages. Return (index of the first block, index after the
-    last) of each stage. Numbers of blocks differ by at most one, and the larger ones come first. Raises
-    UserError if there are more stages than blocks."""
-    if stages > blocks:
-        raise UserError(
-            f"{stages} pipeline stages are more than the model's {blocks} blocks",
-            allowed=f"at most {blocks} stages on all ranks together: stages times virtual",
-        )
-    sizes = [blocks // stages + (s < blocks % stages) for s in range(stages)]
-    return [(sum(sizes[:s]), sum(sizes[: s + 1])) for s in range(stages)]
 
 
 def _drop(module: torch.nn.Module, key: str, tensors: dict[str, Any], device: torch.device) -> None:
