@@ -110,6 +110,11 @@ class Pricer:
     def device(self) -> str:
         return self.machine.device.kind
 
+    @property
+    def _decoded(self) -> Traces:
+        assert isinstance(self.traces, Traces)
+        return self.traces
+
     @functools.cached_property
     def repeats(self) -> bool:
         """Whether the model has repeated blocks that are all alike (`repeated`), so that traces with few of
@@ -203,7 +208,7 @@ class Pricer:
             if stored is not None and (plan, rank) not in self.traces:
                 data = stored.read_bytes("trace", *self._facts(plan, rank))
                 if data is not None:
-                    self.traces[plan, rank] = data
+                    self._decoded.add((plan, rank), data)
         return [rank for rank in ranks if (plan, rank) not in self.traces]
 
     def _facts(self, plan: Plan, rank: int) -> tuple[Any, ...]:
@@ -221,7 +226,7 @@ class Pricer:
         """Add the traces in the value of the result, and keep them on disk if they may be kept."""
         stored = self._stored()
         for (plan, rank), traced in zip(keys, result.value, strict=True):
-            self.traces[plan, rank] = traced
+            self._decoded.add((plan, rank), traced)
             if stored is not None and result.may_be_kept:
                 stored.write_bytes(traced, "trace", *self._facts(plan, rank))
 

@@ -95,8 +95,8 @@ def stored_predictions(ref: JobRef, job: Job) -> StoredPredictions | None:
 
 
 class Traces(MutableMapping[tuple[Plan, int], Trace]):
-    """Traces by (plan, rank). One that was added as bytes (`trace_columns.to_bytes`) is decoded when it is
-    first read."""
+    """Traces by (plan, rank). One that was added as bytes (`trace_columns.to_bytes`), by `add`, is decoded
+    when it is first read."""
 
     def __init__(self) -> None:
         self._entries: dict[tuple[Plan, int], Trace | bytes] = {}
@@ -107,7 +107,10 @@ class Traces(MutableMapping[tuple[Plan, int], Trace]):
             entry = self._entries[key] = trace_columns.from_bytes(entry)
         return entry
 
-    def __setitem__(self, key: tuple[Plan, int], trace: Trace | bytes) -> None:
+    def __setitem__(self, key: tuple[Plan, int], trace: Trace) -> None:
+        self._entries[key] = trace
+
+    def add(self, key: tuple[Plan, int], trace: Trace | bytes) -> None:
         self._entries[key] = trace
 
     def __delitem__(self, key: tuple[Plan, int]) -> None:
