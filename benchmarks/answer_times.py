@@ -124,8 +124,8 @@ def _traced(request: Mapping[str, Any]) -> dict[str, float]:
     from memfit.types.plan import Plan
 
     deep_trace(load(JobRef(spec="char-lm")), Plan(), device="cuda")
-    sizes = {key: request.get(key) for key in ("size", "batch", "length")}
-    job = load(JobRef(spec=request["job"], **sizes))
+    size, batch, length = (request.get(key) for key in ("size", "batch", "length"))
+    job = load(JobRef(spec=request["job"], size=size, batch=batch, length=length))
     plan = parse_plan({"techniques": request["techniques"], "ranks": request.get("ranks", 1)}, what="plan")
     with pause_gc():
         start = time.perf_counter()
