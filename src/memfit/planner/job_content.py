@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
+import math
 import os
 import random
 import re
@@ -31,7 +32,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import memfit
 from memfit.jobs import registry
-from memfit.jobs.opened_files import OPENED_WHILE_LOADING, note_opened_files
+from memfit.jobs.opened_files import (
+    OPENED_WHILE_LOADING,
+    not_loaded_at,
+    note_opened_files,
+    process_start,
+)
 from memfit.jobs.user_job import imported_files
 from memfit.store.environment import fingerprint
 from memfit.store.prediction_cache import FOLDER_VARIABLE, LIMIT_VARIABLE, digest_of
@@ -43,11 +49,12 @@ _MEMFIT: Final = Path(memfit.__file__).resolve().parent
 _MOST_FILE_BYTES: Final = 256 * 2**20  # read by the job, together; more is not hashed, and nothing is kept
 _MOST_TENSOR_BYTES: Final = 2**30  # of one tensor or array; a larger one is not hashed
 _MOST_VALUES: Final = 300_000  # of a job's modules, model and batches
-# Environment variables that say something about the terminal and the session, not about a computation.
+# Environment variables that say something about the terminal, the session or folders of caches, not about a
+# computation. torch sets one of a cache itself, when it is first needed.
 _SESSION: Final = re.compile(
     rf"_|PWD|OLDPWD|SHLVL|COLUMNS|LINES|COLORTERM|NO_COLOR|FORCE_COLOR|PS1|WINDOWID|DISPLAY|WAYLAND_DISPLAY|STY"
     rf"|LS_COLORS|PYTEST_CURRENT_TEST|{FOLDER_VARIABLE}|{LIMIT_VARIABLE}"
-    r"|(TERM|TMUX|SSH|DBUS|XDG_SESSION|VSCODE|HIST|GPG)(_.*)?|TERM.*"
+    r"|(TERM|TMUX|SSH|DBUS|XDG_SESSION|VSCODE|HIST|GPG)(_.*)?|TERM.*|.*_CACHE_DIR"
 )
 # Variables that the built-in jobs, torch and its libraries may read.
 _OF_LIBRARIES: Final = re.compile(
@@ -60,25 +67,34 @@ _DATABASES: Final = frozenset({"sqlite3", "_sqlite3", "mmap", "dbm", "_dbm", "_g
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class JobContent:
-    """``digest``: that of everything that decides the job's traces. ``files``: absolute paths of the files
-    outside the installed packages whose content is part of it."""
+    """``digest``: that of everything that decides the job's traces. ``files``: absolute path of each file
+    outside the installed packages whose content is part of it -> its `_status`; None for a job of memfit,
+    which has none."""
 
     digest: str
-    files: frozenset[str]
+    files: Mapping[str, Any] | None
 
     def covers(self, opened: Iterable[str]) -> bool:
-        """Return whether the files ``opened`` since, and the modules loaded since, are in the digest."""
-        return {*_own(opened), *_own_modules()} <= self.files
+        """Return whether the files ``opened`` since, and the modules loaded since, are in the digest, and all
+        files in it are unchanged."""
+        if self.files is None:
+            return True
+        try:
+            is_unchanged = all(_status(file) == status for file, status in self.files.items())
+        except OSError:
+            return False
+        return is_unchanged and {*_own(opened), *_own_modules()} <= self.files.keys()
 
 
 def job_content(ref: JobRef, job: Job) -> JobContent | None:
     """Return the content of the job that ``ref`` names and `load` has returned.
 
     None if it cannot be known: for jobs that exist in this process only, if batches differ between two calls
-    with the same arguments, if the job's files have more than 256 MiB or it has very many values, or if one
-    of these is of a type whose content cannot be read.
+    with the same arguments, if the job's files have more than 256 MiB or it has very many values, if one of
+    these is of a type whose content cannot be read, or if a file of the job or of memfit has changed after
+    this process has loaded it.
     """
-    if ref.spec in registry.of_this_process():
+    if ref.spec in registry.of_this_process() or _memfit_changed_s() > process_start():
         return None
     is_built_in = ref.spec in registry.names() and not ref.data and not ref.weights
     plain_fields = {
@@ -89,10 +105,7 @@ def job_content(ref: JobRef, job: Job) -> JobContent | None:
     facts = [_software(), _variables(_OF_LIBRARIES if is_built_in else re.compile(".*")), to_plain(ref)]
     try:
         if is_built_in:
-            # Modules that are loaded already, such as the script that is run, are none of a built-in job's.
-            return JobContent(
-                digest=digest_of(*facts, _described(plain_fields)), files=frozenset(_own_modules())
-            )
+            return JobContent(digest=digest_of(*facts, _described(plain_fields)), files=None)
         with _unchanged_generators():
             return _content_of_files(ref, job, facts)
     except (_UnknownContentError, OSError):
@@ -104,20 +117,22 @@ class _UnknownContentError(Exception):
 
 
 def _content_of_files(ref: JobRef, job: Job, facts: list[Any]) -> JobContent:
-    opened = set(OPENED_WHILE_LOADING)
+    opened = dict(OPENED_WHILE_LOADING)
     with note_opened_files(opened):
         model = fake_model(job)
         batches = [_described(job.make_batch(step, 0)) for step in (0, 0, 1)]
     if batches[0] != batches[1]:
         raise _UnknownContentError("the batch differs between calls with the same arguments")
     files = {*_own(opened), *_own_modules(), *_own(map(str, imported_files(ref.spec)))}
-    if sum(Path(f).stat().st_size for f in files) > _MOST_FILE_BYTES:
+    statuses = {file: _status(file) for file in sorted(files)}
+    if sum(size for _, size, _ in statuses.values()) > _MOST_FILE_BYTES:
         raise _UnknownContentError("the job's files are too large to be hashed")
+    _refuse_changed(statuses, opened)
     modules = _modules_of(ref, files)
     digest = digest_of(
         *facts,
         str(Path.cwd()),
-        [(f, hashlib.sha256(Path(f).read_bytes()).hexdigest()) for f in sorted(files)],
+        [(file, hashlib.sha256(Path(file).read_bytes()).hexdigest()) for file in statuses],
         batches,
         _described(
             [
@@ -129,7 +144,19 @@ def _content_of_files(ref: JobRef, job: Job, facts: list[Any]) -> JobContent:
         _library_files(model, modules),
         _status(ref.weights),
     )
-    return JobContent(digest=digest, files=frozenset(files))
+    return JobContent(digest=digest, files=statuses)
+
+
+def _refuse_changed(statuses: Mapping[str, Any], opened: Mapping[str, float]) -> None:
+    """Raise _UnknownContentError if one of the files has changed after this process has read it or has loaded
+    it as a module. ``opened``: file -> the time when it was first opened."""
+    read_s = dict(opened)
+    for module in list(sys.modules.values()):
+        if (file := _module_file(module)) in statuses:
+            read_s[file] = min(not_loaded_at(module), read_s.get(file, math.inf))
+    for file, (_, _, changed_ns) in statuses.items():
+        if changed_ns / 1e9 > read_s.get(file, math.inf):
+            raise _UnknownContentError(f"{file} has changed after it was read")
 
 
 # -- this machine and its software --------------------------------------------------------------------
@@ -161,6 +188,11 @@ def _memfit_digest() -> str:
             digest.update(f"{path.relative_to(_MEMFIT)}\0".encode())
             digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
+
+
+def _memfit_changed_s() -> float:
+    """Return the time of the last change of a file of memfit."""
+    return max(path.stat().st_mtime for path in _MEMFIT.rglob("*.py"))
 
 
 def _distributions() -> list[Any]:
@@ -291,12 +323,12 @@ def _described(value: Any) -> str:
             continue
         numbers[id(current)] = len(numbers)
         kept.append(current)  # its id stays its own
-        if len(numbers) + len(pending) > _MOST_VALUES:
-            raise _UnknownContentError("too many values")
         text, parts = _head(current)
         parts = list(parts)
         digest.update(f"{text} {len(parts)}\0".encode())
         pending.extend(reversed(parts))
+        if len(numbers) + len(pending) > _MOST_VALUES:
+            raise _UnknownContentError("too many values")
     return digest.hexdigest()
 
 

@@ -61,7 +61,7 @@ class StoredPredictions:
     def run(self, call: Callable[[], Any]) -> Result:
         """Call the function, and return its value with whether the value may be kept. It may not if the call
         opened files or loaded modules that are not in the job's content."""
-        opened = set[str]()
+        opened = dict[str, float]()
         with note_opened_files(opened):
             value = call()
         return Result(value, self.content.covers(opened))
