@@ -72,6 +72,8 @@ BANNED = {
 # Who may read environment variables: one file records them, and one hands them on to a child process.
 READS_ENVIRONMENT = {
     "store/environment.py",
+    "store/prediction_cache.py",
+    "planner/job_content.py",
     "runtime/child_process.py",
     "runtime/devices.py",
     "monitoring/command.py",

@@ -18,7 +18,7 @@ from memfit.planner.evaluate import Pricer
 from memfit.planner.grid_search import Sketch, _picked, _Pricing, _with_ends
 from memfit.planner.parallelism_grid import Limits, _best_fewer, grids, rank_blocks
 from memfit.planner.request import space_of
-from memfit.techniques.parallel.pipeline import stage_sizes
+from memfit.techniques.parallel.stage_sizes import stage_sizes
 from memfit.techniques.registry import make_use
 from memfit.types.errors import UserError
 from memfit.types.job import Job

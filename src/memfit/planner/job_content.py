@@ -30,7 +30,6 @@ import numpy
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-import memfit
 from memfit.jobs import registry
 from memfit.jobs.opened_files import (
     OPENED_WHILE_LOADING,
@@ -45,7 +44,7 @@ from memfit.trace.tracer import fake_model
 from memfit.types.job import Job, JobRef
 from memfit.types.serialization import to_plain
 
-_MEMFIT: Final = Path(memfit.__file__).resolve().parent
+_MEMFIT: Final = Path(__file__).resolve().parents[1]
 _MOST_FILE_BYTES: Final = 256 * 2**20  # read by the job, together; more is not hashed, and nothing is kept
 _MOST_TENSOR_BYTES: Final = 2**30  # of one tensor or array; a larger one is not hashed
 _MOST_VALUES: Final = 300_000  # of a job's modules, model and batches

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from memfit.planner.selection import TIE_RATIO
-from memfit.techniques.parallel.pipeline import stage_sizes
+from memfit.techniques.parallel.stage_sizes import stage_sizes
 from memfit.techniques.registry import conflict, effect_of, make_use, proposable, technique
 from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue, Plan, Use

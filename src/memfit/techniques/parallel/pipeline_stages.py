@@ -22,7 +22,7 @@ from torch.utils import _pytree
 
 from memfit.techniques.base import Piece, WeightedLoss, Workbench
 from memfit.techniques.parallel.block_dataflow import TensorPlaceholder, ZeroFiller, record_chain
-from memfit.techniques.parallel.pipeline import stage_sizes
+from memfit.techniques.parallel.stage_sizes import stage_sizes
 from memfit.types.device_kind import DeviceKind
 from memfit.types.errors import UserError
 from memfit.types.trace import Phase
