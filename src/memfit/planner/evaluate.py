@@ -202,6 +202,7 @@ class Pricer:
             if stored is not None and (plan, rank) not in self.traces:
                 data = stored.read_bytes("trace", *self._facts(plan, rank))
                 if data is not None:
+                    assert isinstance(self.traces, Traces)
                     self.traces[plan, rank] = data
         return [rank for rank in ranks if (plan, rank) not in self.traces]
 
