@@ -192,8 +192,8 @@ def test_models_are_known_by_the_names_people_use(model: str, layers: int, hidde
 
 def test_hugging_face_attends_and_loses_as_its_version_does() -> None:
     def peak(**more: str) -> int:
-        given = {"seq_len": "2048", "vocab": "32000", "software": "transformers 4.44", "kv_heads": "4"}
-        return predict(_setup(**{**given, **more})).allocated_bytes
+        given = {"layers": "2", "seq_len": "2048", "vocab": "32000", "software": "transformers 4.44"}
+        return predict(_setup(**{**given, "kv_heads": "4", **more})).allocated_bytes
 
     flash = peak(attn_impl="flash-attn 2")
     assert peak(attn_impl="eager") > flash

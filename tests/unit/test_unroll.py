@@ -15,6 +15,7 @@ from memfit.cost.memory import memory_profile, step_ops
 from memfit.planner.evaluate import Pricer
 from memfit.planner.request import space_of
 from memfit.techniques.rank_mesh import layout
+from memfit.techniques.registry import make_use
 from memfit.trace.trace_extrapolation import deep_trace, deep_traces
 from memfit.trace.tracer import trace
 from memfit.trace.truncated_model import with_blocks
@@ -145,7 +146,10 @@ def _watched_depths(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
 
 
 def test_on_a_cpu_a_deep_trace_of_a_stage_has_the_peaks_of_a_whole_trace() -> None:
-    plan = Plan(ranks=4, uses=(use("pipeline", stages=4, micro_batches=4, schedule="gpipe", virtual=1),))
+    plan = Plan(
+        ranks=4,
+        uses=(make_use("pipeline", {"stages": 4, "micro_batches": 4, "schedule": "gpipe", "virtual": 1}),),
+    )
     deep, whole = deep_trace(job(depth=8), plan), trace(job(depth=8), plan)
     peaks = [memory_profile(t, Calibration()).phase_peak_bytes for t in (deep, whole)]
     assert peaks[0] == peaks[1]
@@ -243,7 +247,10 @@ def test_a_deep_trace_of_a_bare_sequential_equals_the_trace_of_the_whole_model(
 
 
 def test_a_stage_of_a_bare_sequential_has_the_modules_and_peaks_of_a_whole_trace() -> None:
-    plan = Plan(ranks=4, uses=(use("pipeline", stages=4, micro_batches=4, schedule="gpipe", virtual=1),))
+    plan = Plan(
+        ranks=4,
+        uses=(make_use("pipeline", {"stages": 4, "micro_batches": 4, "schedule": "gpipe", "virtual": 1}),),
+    )
     for rank, deep in enumerate(deep_traces(_bare(34), plan, range(4), device="cuda")):
         whole = trace(_bare(34), plan, rank=rank, device="cuda")
         assert len(deep.ops) < len(whole.ops)
@@ -290,7 +297,7 @@ def test_a_stage_traced_in_a_shorter_pipeline_has_the_same_peaks_and_flops(
         "virtual": virtual,
     }
     copies = 1 + any(u.technique == "fsdp2" for u in used)
-    plan = Plan(ranks=stages * copies, uses=(*used, use("pipeline", **settings)))
+    plan = Plan(ranks=stages * copies, uses=(*used, make_use("pipeline", settings)))
     rows = micros * copies
     many = dataclasses.replace(
         job(depth=depth),

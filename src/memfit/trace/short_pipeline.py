@@ -177,7 +177,7 @@ def shortened(job: Job, plan: Plan, rank: int, blocks: int) -> MemoryLine | None
     pipeline, place = plan.get("pipeline"), layout(plan)
     if pipeline is None:
         return MemoryLine(job=job, plan=plan, rank=rank, short_job=job, short_plan=plan, short_rank=rank)
-    if pipeline.settings["first_fewer"] or pipeline.settings["last_fewer"]:
+    if pipeline.settings.get("first_fewer") or pipeline.settings.get("last_fewer"):
         return None
     stages, micros = place.pipeline, int(pipeline.settings["micro_batches"])
     schedule = pipeline.settings["schedule"]

@@ -82,8 +82,7 @@ def restore(kind: Any, plain: Any) -> Any:
     if plain is None:
         return None
     if dataclasses.is_dataclass(kind):
-        hints = _hints(kind)  # type: ignore[arg-type]
-        return kind(**{name: restore(hints[name], value) for name, value in plain.items()})  # type: ignore[operator]
+        return _restore_dataclass(kind, plain)
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         return kind(plain)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -97,6 +96,11 @@ def restore(kind: Any, plain: Any) -> Any:
     if isinstance(plain, dict):
         return {k: restore(arguments[1], v) for k, v in plain.items()}
     return plain
+
+
+def _restore_dataclass(kind: Any, plain: Mapping[str, Any]) -> Any:
+    hints = _hints(kind)
+    return kind(**{name: restore(hints[name], value) for name, value in plain.items()})
 
 
 @functools.cache
