@@ -13,9 +13,9 @@ import torch
 from tiny import regression, words
 from torch import nn
 
-from memfit.jobs.training_step import TrainingStep
 from memfit.trace.pass_replay import PassReplay
-from memfit.trace.tracer import stepping, trace
+from memfit.trace.op_recording import record
+from memfit.trace.tracer import trace
 from memfit.trace.unroll import canonical
 from memfit.types.job import Job
 from memfit.types.plan import Plan, use
@@ -35,20 +35,12 @@ def passes_run(job: Job, plan: Plan | None = None, device: str = "cuda") -> tupl
     """Return (how often the trace of two steps runs the job's loss, the trace)."""
     calls: list[int] = []
 
-    def make_step(*args: Any, **kwargs: Any) -> TrainingStep:
-        step = TrainingStep(*args, **kwargs)
-        loss = step.job.loss
+    def counted(model: Any, part: Any) -> torch.Tensor:
+        calls.append(1)
+        return job.loss(model, part)
 
-        def counted(model: Any, part: Any) -> torch.Tensor:
-            calls.append(1)
-            return loss(model, part)
-
-        step.job = dataclasses.replace(step.job, loss=counted)
-        return step
-
-    with stepping(make_step):
-        return_value = trace(job, plan or Plan(), device=device)
-    return len(calls), return_value
+    found = trace(dataclasses.replace(job, loss=counted), plan or Plan(), device=device)
+    return len(calls), found
 
 
 class Changing(nn.Module):
@@ -136,3 +128,9 @@ def test_traces_for_two_devices_in_one_process_do_not_mix_the_work_of_operators(
     alone = trace(words(), plan, device="cpu")
     trace(words(), plan, device="cuda")
     assert trace(words(), plan, device="cpu").ops == alone.ops
+
+
+def test_a_recording_of_operators_runs_the_last_step() -> None:
+    recording = record(words(), Plan())
+    spans = [s for s in recording.trace.spans if s.phase == "forward"]
+    assert spans[-1].start <= recording.start < spans[-1].end

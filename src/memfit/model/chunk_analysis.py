@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -131,18 +131,38 @@ def _reach(func: Any, args: Any) -> int:
 
 @dataclasses.dataclass(slots=True)
 class ChunkTrials:
-    """``known``: results of trials (`tried`), by a key of everything that decides them. ``peak_bytes``: the
-    largest memory that a trial has taken."""
+    """``known``: what `tried` returned and the bytes that it took, by a key of everything that decides them.
+    ``peak_bytes``: the largest memory that a trial takes. Trials that were made before in this process are
+    not made again, but count."""
 
-    known: dict[object, Any] = dataclasses.field(default_factory=dict)
+    known: dict[object, tuple[Any, int]] = dataclasses.field(default_factory=dict)
     peak_bytes: int = 0
+
+    def result(self, key: object, run: Callable[[], Any], *, is_lasting: bool) -> Any:
+        """Return the result of the trial ``key``, which ``run()`` makes. ``is_lasting``: the key stays valid
+        when its model is gone."""
+        known = _LASTING if is_lasting else self.known
+        if key not in known:
+            if len(_LASTING) >= _MOST_LASTING:
+                _LASTING.clear()
+            with _disable_current_modes(), torch.no_grad(), LiveBytes() as live:
+                result = run()
+            known[key] = result, live.peak_bytes
+        result, peak_bytes = known[key]
+        self.peak_bytes = max(self.peak_bytes, peak_bytes)
+        return result
+
+
+_LASTING: dict[object, tuple[Any, int]] = {}
+_MOST_LASTING = 4096
 
 
 def first_calls(job: Any, model: nn.Module) -> dict[str, ModuleCall]:
     """Return module path -> the first call of that module, for all modules that are called when the job's
     loss is computed on its first batch. The model itself is left out. A copy of the model without values
     runs. Results for the last 4 models are cached."""
-    parts = (job.build_model, job.make_batch, job.loss)
+    # A model cut to its first blocks is built by another function each time, for the same ``origin``.
+    parts = (getattr(job.build_model, "origin", job.build_model), job.make_batch, job.loss)
     tensors = tuple((n, t.dtype, tuple(t.shape)) for n, t in model.state_dict(keep_vars=True).items())
     wrapped_names = tuple(n for n, m in model.named_modules() if "forward" in vars(m) or m._forward_pre_hooks)
     key = (*map(id, parts), tensors, wrapped_names)
@@ -222,12 +242,10 @@ def _cut(module: nn.Module, call: ModuleCall, trials: ChunkTrials) -> ChunkCut |
     form = _form(call.leaves, call.spec)
     kinds = tuple((n, type(m)) for n, m in module.named_modules())
     parameters = tuple((n, tuple(p.shape)) for n, p in module.named_parameters())
-    key = (kinds, tuple(shapes.items()), form, parameters, _constants(module))
-    if key not in trials.known:
-        with _disable_current_modes(), torch.no_grad(), LiveBytes() as live:
-            trials.known[key] = tried(module, call, shapes)
-        trials.peak_bytes = max(trials.peak_bytes, live.peak_bytes)
-    result = trials.known[key]
+    constants = _constants(module)
+    key = (kinds, tuple(shapes.items()), form, parameters, constants)
+    is_lasting = not any(_BY_ID in text for text in (*constants, *map(str, form)))
+    result = trials.result(key, lambda: tried(module, call, shapes), is_lasting=is_lasting)
     if result is None:
         return None
     axes, out_axis = result
@@ -270,4 +288,7 @@ def _state_text(value: Any, depth: int = 3) -> str:
     is_plain = not isinstance(value, torch.Tensor | nn.Module) and not callable(value)
     if depth and is_plain and hasattr(value, "__dict__"):
         return f"{type(value)}{_state_text(vars(value), depth - 1)}"
-    return f"{type(value)} {id(value)}"
+    return f"{type(value)}{_BY_ID}{id(value)}"
+
+
+_BY_ID = "\0"  # no text of a value has it

@@ -251,7 +251,10 @@ def _run_recorded(
     recorder.follows_optimizer_scalars = not is_own  # the updates of memfit's own do not branch
     recorder.phase(Phase.SETUP)  # the model is built; batches are made between steps
     one_process = step.bench.world.layout.ranks == 1
-    is_whole = one_process and update and step.bench.micro_batches == 1 and not step.bench.step_in_backward
+    # A step of another kind may observe each of its passes.
+    is_plain = type(step) is TrainingStep and _STEP.get() is TrainingStep
+    has_one_pass = one_process and step.bench.micro_batches == 1 and not step.bench.step_in_backward
+    may_copy = is_plain and has_one_pass and update
     earlier: PassReplay | None = None
     try:
         for index in range(steps):
@@ -264,7 +267,7 @@ def _run_recorded(
                 outputs = step.finish()
             else:
                 part = _local_batch(step, index)
-                earlier = PassReplay(recorder, step, part[0]) if is_whole and index < steps - 1 else None
+                earlier = PassReplay(recorder, step, part[0]) if may_copy and index < steps - 1 else None
                 inputs = _fake_batch(recorder, fake, step, part[0])
                 # One process needs an earlier step only for the state that its optimizer makes.
                 outputs = step.run(
@@ -289,7 +292,9 @@ def _run_recorded(
 def _unwatched(job: Job, recorder: AllocationRecorder) -> Job:
     if not isinstance(job.build_model, FirstBlocks):
         return job
-    return dataclasses.replace(job, build_model=recorder.unseen(job.build_model))
+    build: Any = recorder.unseen(job.build_model)
+    build.origin = job.build_model.origin
+    return dataclasses.replace(job, build_model=build)
 
 
 def _begin(recorder: AllocationRecorder, model_bytes: list[int], bench: Workbench) -> None:

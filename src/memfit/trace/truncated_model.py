@@ -27,6 +27,11 @@ class FirstBlocks:
     job: Job
     count: int
 
+    @property
+    def origin(self) -> Any:
+        """The function that builds the whole model."""
+        return self.job.build_model
+
     def __call__(self) -> torch.nn.Module:
         entry = _KNOWN.get(self.job.build_model)
         if entry is not None:
