@@ -13,8 +13,8 @@ import torch
 from tiny import regression, words
 from torch import nn
 
-from memfit.trace.pass_replay import PassReplay
 from memfit.trace.op_recording import record
+from memfit.trace.pass_replay import PassReplay
 from memfit.trace.tracer import trace
 from memfit.trace.unroll import canonical
 from memfit.types.job import Job

@@ -119,6 +119,12 @@ PATCHED: dict[str, dict[str, str | None]] = {
     "techniques/parallel/pipeline_stages.py": {
         "torch.distributed.pipelining.schedules._batch_p2p": "p2p_ops desc",
     },
+    "techniques/optimizers.py": {
+        "torch.compile": (
+            "model fullgraph dynamic backend mode options name disable recompile_limit isolate_recompiles "
+            "shapes_spec"
+        ),
+    },
     "trace/autograd_patches.py": {
         "torch.prod": BUILTIN,
         "torch.Tensor.prod": BUILTIN,
@@ -160,6 +166,7 @@ PATCHED: dict[str, dict[str, str | None]] = {
             "self op_schema"
         ),
     },
+    "trace/truncated_model.py": {"torch.nn.Module.__init__": "self args kwargs"},
     "trace/value_patches.py": {
         "torch._VF._pad_packed_sequence": BUILTIN,
         "torch.ctc_loss": BUILTIN,
@@ -175,9 +182,9 @@ NOT_TORCH = {
     "conformance/cross_rank_dependence.py",
     "engines/accelerate/step.py",
     "engines/megatron/step.py",
+    "jobs/opened_files.py",
     "techniques/parallel/context_parallel.py",
     "trace/evoformer_kernel.py",
-    "trace/truncated_model.py",
 }
 
 

@@ -86,6 +86,17 @@ job = Job(name="mine", build_model=build_model, make_batch=make_batch, loss=loss
 """
 
 
+@pytest.fixture(autouse=True)
+def without_modules_of_other_tests(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files that other tests have loaded in this process, and changed since, forbid to keep anything."""
+    temporary = str(tmp_path_factory.getbasetemp().parent)
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None) or "").startswith(temporary):
+            monkeypatch.delitem(sys.modules, name)
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of the cache, which is switched on."""

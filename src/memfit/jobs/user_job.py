@@ -5,13 +5,14 @@ from __future__ import annotations
 import ast
 import dataclasses
 import hashlib
+import importlib.machinery
 import importlib.util
 import inspect
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from memfit.types.errors import OUT_OF_MEMORY_TEXTS, UserError, suggest
@@ -119,15 +120,25 @@ def _run_file(path: Path, spec: str) -> ModuleType:
         )
     resolved = path.resolve()
     name = f"memfit_user_{hashlib.sha256(str(resolved).encode()).hexdigest()[:12]}"
-    module_spec = importlib.util.spec_from_file_location(name, resolved)
+    loader = _FromSource(name, str(resolved)) if resolved.suffix == ".py" else None
+    module_spec = importlib.util.spec_from_file_location(name, resolved, loader=loader)
     if module_spec is None or module_spec.loader is None:
         raise UserError(f"{path} is not a Python file", allowed="a file ending in .py")
-    module, loader = importlib.util.module_from_spec(module_spec), module_spec.loader
+    module, run = importlib.util.module_from_spec(module_spec), module_spec.loader.exec_module
     sys.modules[name] = module  # dataclasses and pickle look their module up there
     if str(resolved.parent) not in sys.path:
         sys.path.append(str(resolved.parent))
-    guarded(lambda: loader.exec_module(module), spec)
+    guarded(lambda: run(module), spec)
     return module
+
+
+class _FromSource(importlib.machinery.SourceFileLoader):
+    """Compiles a file each time it is loaded. Python's compiled copy beside it also serves a file of the same
+    length that was written within the same second."""
+
+    def get_code(self, fullname: str) -> CodeType | None:
+        path = self.get_filename(fullname)
+        return self.source_to_code(self.get_data(path), path)
 
 
 def shadowed_modules(spec: str) -> Iterator[str]:

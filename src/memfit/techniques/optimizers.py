@@ -227,7 +227,7 @@ class EagerStep:
 
         # Not by set_stance: torchao asks for a compiled function for each parameter, which takes longer than
         # to run it.
-        with mock.patch.object(torch, "compile", lambda function, **options: function):
+        with mock.patch.object(torch, "compile", lambda model, **options: model):
             self.inner.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
