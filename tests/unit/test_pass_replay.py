@@ -50,6 +50,7 @@ class Changing(nn.Module):
         super().__init__()
         self.layer, self.change, self.calls = nn.Linear(8, 4), change, 0
         self.cache: torch.Tensor | None = None
+        self.notes: list[str] = []
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.change(self)
@@ -62,6 +63,10 @@ def changing(change: Callable[[Changing], Any]) -> Job:
 
 def count(model: Changing) -> None:
     model.calls += 1
+
+
+def note(model: Changing) -> None:
+    model.notes.append("called")
 
 
 def keep(model: Changing) -> None:
@@ -94,8 +99,15 @@ def test_a_copied_pass_equals_one_that_runs(plan: Plan, device: str, monkeypatch
 
 @pytest.mark.parametrize(
     "change",
-    [count, keep, read, draw, draw_by_numpy],
-    ids=["counts its calls", "keeps a tensor", "reads a value", "draws from random", "draws from numpy"],
+    [count, note, keep, read, draw, draw_by_numpy],
+    ids=[
+        "counts its calls",
+        "notes its calls",
+        "keeps a tensor",
+        "reads a value",
+        "draws from random",
+        "draws from numpy",
+    ],
 )
 def test_a_pass_that_leaves_something_behind_runs_again(change: Callable[[Changing], Any]) -> None:
     assert passes_run(changing(lambda model: None))[0] == 1

@@ -99,8 +99,8 @@ class BatchCounts:
             for n in ast.walk(self.source.tree)
             if isinstance(n, ast.Name) and n.id in names and isinstance(n.ctx, ast.Load)
         ]
-        found = [schedule for schedules in uses if schedules is not None for schedule in schedules]
-        return found if uses and None not in uses else None
+        schedules = [schedule for of_use in uses if of_use is not None for schedule in of_use]
+        return schedules if uses and None not in uses else None
 
     def _steps_with_updates(self, schedule: ast.Call) -> bool:
         """Return whether the schedule steps once for each update: Lightning's do, and those of Accelerate

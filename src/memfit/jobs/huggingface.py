@@ -85,7 +85,7 @@ def make(
         lengths = (_length(config, task, length, size, name),)
     if task == SEQ2SEQ:
         lengths = (*lengths, _length(config, task, target or lengths[0], size, name))
-    given = {"batch": batch} if task == IMAGES else {"batch": batch, "length": length}
+    options = {"batch": batch} if task == IMAGES else {"batch": batch, "length": length}
     return Job(
         name=_shown_name(name, config),
         title=f"{type(config).__name__.removesuffix('Config')} ({task})",
@@ -95,7 +95,7 @@ def make(
         loss=lambda model, part: model(**part).loss,
         batch_size=batch_size,
         tokens_per_batch=batch_size * sum(lengths[:1]),
-        assumed=tuple(option for option, value in given.items() if value is None),
+        assumed=tuple(option for option, value in options.items() if value is None),
         optimizer=OptimizerChoice(learning_rate=1e-4),
         data_source={IMAGES: "random images", SPEECH: "random audio"}.get(task, "random tokens"),
         dimensions=(

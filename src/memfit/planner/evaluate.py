@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any
 
@@ -124,7 +123,11 @@ class Pricer:
         return stored.keep(bool, self._repeats, "repeats") if stored is not None else self._repeats()
 
     def _repeats(self) -> bool:
-        return repeated(fake_model(self.job), self.job) is not None
+        return self._blocks is not None
+
+    @functools.cached_property
+    def _blocks(self) -> tuple[str, int, int] | None:
+        return repeated(fake_model(self.job), self.job)
 
     @functools.cached_property
     def dependence(self) -> SampleDependence:
@@ -541,13 +544,13 @@ class Pricer:
         return self.vectors[key]
 
     def _part(self, plan: Plan, steps: int) -> Result:
-        """Return what `_seen` returns."""
+        """Return what `_digest_part` returns."""
         stored = self._stored()
         if stored is None:
-            return Result(self._seen(plan, steps), may_be_kept=False)
-        return stored.run(lambda: self._seen(plan, steps))
+            return Result(self._digest_part(plan, steps), may_be_kept=False)
+        return stored.run(lambda: self._digest_part(plan, steps))
 
-    def _seen(self, plan: Plan, steps: int) -> dict[_Key, _Part]:
+    def _digest_part(self, plan: Plan, steps: int) -> dict[_Key, _Part]:
         """Trace the part and return what was seen in it, by the numbers of blocks of `_cut`. For forward and
         backward the model is traced with the smaller number, and its middle blocks are repeated for the
         larger one (`longer`); where they do not repeat, it is traced with both. An optimizer's operators take
@@ -555,27 +558,31 @@ class Pricer:
         """
         cut = self._cut(plan)
         if cut is None:
-            return {(plan, 0, steps, ""): _digested(self._traced_part(self.job, plan, steps))}
-        small = self._traced_part(with_blocks(self.job, cut[0]), plan, steps)
+            return {(plan, 0, steps, ""): _digested(self._trace_part(self.job, plan, steps))}
+        small = self._trace_part(with_blocks(self.job, cut[0]), plan, steps)
         large = self._longer(small, cut) if steps == 1 else None
         if large is None:
-            large = self._traced_part(with_blocks(self.job, cut[1]), plan, steps)
+            large = self._trace_part(with_blocks(self.job, cut[1]), plan, steps)
         return {
             (plan, blocks, steps, ""): _digested(t) for blocks, t in zip(cut, (small, large), strict=True)
         }
 
     def _longer(self, traced: Trace, cut: tuple[int, int]) -> Trace | None:
-        found = repeated(fake_model(self.job), self.job)
-        if found is None or traced.host_step_bytes:
+        """Return the trace of a part with ``cut[1]`` blocks, made from the one with ``cut[0]``. None if its
+        blocks do not repeat with the plan's period, or if the step keeps bytes in host memory, which `longer`
+        would not add to.
+        """
+        if self._blocks is None or traced.host_step_bytes:
             return None
-        blocks = Blocks(path=found[0], first=0, count=cut[0], period=math.lcm(cut[1] - cut[0], found[2]))
-        if blocks.period != cut[1] - cut[0]:
+        path, _, model_period = self._blocks
+        period = cut[1] - cut[0]
+        if period % model_period:
             return None
         with contextlib.suppress(Mismatch):
-            return longer(traced, blocks)
+            return longer(traced, Blocks(path=path, first=0, count=cut[0], period=period))
         return None
 
-    def _traced_part(self, job: Job, plan: Plan, steps: int) -> Trace:
+    def _trace_part(self, job: Job, plan: Plan, steps: int) -> Trace:
         return trace(job, plan, device=self.device, steps=steps, max_micro_batches=1, update=steps > 1)
 
 

@@ -197,11 +197,11 @@ def _memfit_changed_s() -> float:
 def _distributions() -> list[Any]:
     """Return the name, which includes the version, and the time of installation of each installed package."""
     endings = (".dist-info", ".egg-info", ".egg-link", ".pth")
-    found = []
+    packages = []
     for folder in dict.fromkeys(sys.path):
         with contextlib.suppress(OSError), os.scandir(folder or ".") as entries:
-            found += [(e.name, e.stat().st_mtime_ns) for e in entries if e.name.endswith(endings)]
-    return sorted(found)
+            packages += [(e.name, e.stat().st_mtime_ns) for e in entries if e.name.endswith(endings)]
+    return sorted(packages)
 
 
 def _variables(names: re.Pattern[str]) -> dict[str, str]:

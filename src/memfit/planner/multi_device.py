@@ -126,13 +126,13 @@ def _elected(
     sizes: Sequence[int],
     fits: Callable[[Estimate], bool],
 ) -> tuple[Estimate, dict[Plan, Estimate]]:
-    """Return (the winner, what it is compared with as `_known_beside` has it).
+    """Return (the winner, what it is compared with as `_plans_compared_with` has it).
 
     The winner is the best of the ``candidates`` and of the plans that are traced for reasons: one of these
     may be better than the ``winner`` so far.
     """
     for _ in range(_ELECTIONS):
-        known = _known_beside(scale, winner, candidates, sizes, fits)
+        known = _plans_compared_with(scale, winner, candidates, sizes, fits)
         elected = best([e for e in known.values() if e.traced and fits(e)], scale.aim.goal)
         if elected is None or elected.plan == winner.plan:
             break
@@ -140,7 +140,7 @@ def _elected(
     return winner, known
 
 
-def _known_beside(
+def _plans_compared_with(
     scale: Scale,
     winner: Estimate,
     candidates: Sequence[Estimate],

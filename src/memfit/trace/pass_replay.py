@@ -94,8 +94,8 @@ class PassReplay:
     def repeats(self, batch: Any) -> bool:
         """Return whether a pass on ``batch`` is equal to this one: the batch has the same layout; the pass
         left nothing behind but gradients, each in a storage of its own; it ran on one stream and read no
-        values; and it changed no number, text or switch of a module, nor the state of Python's or numpy's
-        random numbers."""
+        values; and it changed no number, text, switch or length of a container of a module, nor the state of
+        Python's or numpy's random numbers."""
         return (
             self._gradients is not None
             and self._states[Phase.FORWARD] == self._states[Phase.OPTIMIZER]
@@ -150,7 +150,7 @@ class PassReplay:
         numpy = sys.modules.get("numpy.random")
         drawn = numpy.get_state()[1:3] if numpy is not None else (b"", 0)
         settings = [
-            tuple(item for item in vars(module).items() if isinstance(item[1], _PLAIN))
+            tuple((k, v if isinstance(v, _PLAIN) else len(v)) for k, v in vars(module).items() if _shows(v))
             for module in self._step.model.modules()
         ]
         return (
@@ -160,6 +160,11 @@ class PassReplay:
             bytes(drawn[0]),
             drawn[1],
         )
+
+
+def _shows(value: Any) -> bool:
+    """Return whether a module's attribute is a plain value, or a container whose length is compared."""
+    return isinstance(value, (*_PLAIN, list, dict, set, tuple))
 
 
 def _layouts(batch: Any) -> Any:
