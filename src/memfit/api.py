@@ -24,6 +24,7 @@ from typing import Any
 from memfit.conformance.monitor import Monitor
 from memfit.conformance.sharding import world_size
 from memfit.cost.host import host_holds, host_line, with_host_memory
+from memfit.files.replace import write_whole
 from memfit.inputs import job_of, machine_of, on_ranks, plan_of, says_ranks
 from memfit.jobs.training_step import repeat
 from memfit.jobs.user_job import guarded
@@ -41,7 +42,6 @@ from memfit.planner.request import space_of
 from memfit.planner.safer_plans import FAILURES, pricer_of_batch, safer_plan
 from memfit.planner.workload import workload_of
 from memfit.planner.workspace_probes import probe_workspaces
-from memfit.report.files import write_whole
 from memfit.report.workload_text import workload_text
 from memfit.runtime import local_machine
 from memfit.techniques.base import Space

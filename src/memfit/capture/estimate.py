@@ -8,13 +8,13 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from memfit.capture.program import load_program
 from memfit.capture.result import PlanSearch, ScriptAnswer, ScriptSpec
 from memfit.capture.sandbox import remove_created
+from memfit.files.temporary import temporary_folder
 from memfit.runtime.child_process import CHILD_ENV, dying_with_parent
 from memfit.types.errors import UserError
 from memfit.types.serialization import dumps, loads
@@ -46,21 +46,21 @@ def estimate_script(
     none that `load_program` reads, and if the script ends, fails or is ended before its first optimizer step.
     """
     program = load_program(command)
-    with tempfile.TemporaryDirectory(prefix="memfit-script-") as folder:
+    with temporary_folder("memfit-script-") as folder:
         spec = ScriptSpec(
             command=tuple(command),
             machine=machine,
-            answer=str(Path(folder) / "answer.json"),
-            scratch=str(Path(folder) / "files"),
+            answer=str(folder / "answer.json"),
+            scratch=str(folder / "files"),
             bound=dict(bound) if isinstance(bound, Mapping) else bound,
             search=search,
             probe=probe,
             whole_trace=whole_trace,
         )
         Path(spec.scratch).mkdir()
-        output = Path(folder) / "output.txt"
+        output = folder / "output.txt"
         try:
-            reason = _run(spec, Path(folder), output, limit_s, show_output=show_output)
+            reason = _run(spec, folder, output, limit_s, show_output=show_output)
         finally:
             remove_created(Path(spec.scratch))
         answer_file = Path(spec.answer)
@@ -80,7 +80,7 @@ def _run(spec: ScriptSpec, folder: Path, output: Path, limit_s: float, *, show_o
     with contextlib.ExitStack() as stack:
         sink = sys.stderr if show_output else stack.enter_context(output.open("wb"))
         process = subprocess.Popen(
-            dying_with_parent([sys.executable, "-m", "memfit.capture.child", str(spec_file)]),
+            dying_with_parent([sys.executable, "-P", "-m", "memfit.capture.child", str(spec_file)]),
             env={**os.environ, **CHILD_ENV, "PYTHONPATH": paths},
             stdin=subprocess.DEVNULL,
             stdout=sink,

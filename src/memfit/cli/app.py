@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -33,9 +34,12 @@ from memfit.cli.aliases import rewrite, suggest_command
 from memfit.cli.estimate import EstimateCommand
 from memfit.cli.options import grouped
 from memfit.cli.output import emit
+from memfit.cli.termination import interrupted_by_signals
+from memfit.files.temporary import remove_abandoned
 from memfit.types.errors import Interrupted, MemfitError, UserError, first_line
 from memfit.types.sanitize import one_line
 
+_DISK_ERRORS: Final = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 INTERRUPTED: Final = Interrupted.exit_code
 # Newer releases of typer contain their own copy of click. This is the UsageError of the click in use.
 _USAGE_ERROR: Final = cast("type[Exception]", typer.BadParameter.__mro__[1])
@@ -109,13 +113,20 @@ def _top(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line ``arguments``, for example ["plan", "char-lm", "--json"], and return its exit
-    code: 0 success, 1 failure, 2 invalid use, 3 no plan fits, 130 interrupted. By default, ``arguments`` are
-    those of the process. An error that memfit raises on purpose, or Ctrl-C, is printed as one line on
-    standard error. With --json it is also printed on standard output, as {"error": {"message": ...,
-    "exit_code": ...}}, unless an interrupted search has already printed the best plan so far there. Any other
-    exception is raised; with --json it is first printed in the same two ways. If the reader of standard
-    output closes the pipe, the exit code is 1 and nothing is printed about it."""
-    argv = rewrite(sys.argv[1:] if arguments is None else arguments)
+    code: 0 success, 1 failure, 2 invalid use, 3 no plan fits, 130 interrupted, 143 and 129 ended by SIGTERM
+    and SIGHUP. By default, ``arguments`` are those of the process. An error that memfit raises on purpose, or
+    Ctrl-C, is printed as one line on standard error. With --json it is also printed on standard output, as
+    {"error": {"message": ..., "exit_code": ...}}, unless an interrupted search has already printed the best
+    plan so far there. Any other exception is raised; with --json it is first printed in the same two ways. If
+    the reader of standard output closes the pipe, the exit code is 1 and nothing is printed about it.
+    Temporary folders of processes that were killed are removed first."""
+    remove_abandoned()
+    with interrupted_by_signals() as termination:
+        return termination.exit_code(_main(sys.argv[1:] if arguments is None else arguments))
+
+
+def _main(arguments: Sequence[str]) -> int:
+    argv = rewrite(arguments)
     as_json = "--json" in (argv[: argv.index("--")] if "--" in argv else argv)
     try:
         _known_command(argv)
@@ -132,6 +143,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # interpreter's last flush does not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        return _fail(f"cannot write{where}: {error.strerror}", 1, as_json)
     except Exception as error:
         if as_json:
             _fail(f"{type(error).__name__}: {first_line(error)}", 1, as_json)

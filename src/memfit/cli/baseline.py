@@ -230,7 +230,7 @@ def _write_command(file: Path) -> str:
 
 def _write_sarif(path: Path, file: Path, comparisons: Sequence[BaselineComparison]) -> None:
     from memfit import __version__
-    from memfit.report.files import write_whole
+    from memfit.files.replace import write_whole
     from memfit.report.sarif import sarif_text
 
     results = [

@@ -17,6 +17,7 @@ from memfit.cli.log_filters import quiet_libraries
 from memfit.cli.options import JsonOptions, StoreOptions
 from memfit.cli.output import console, emit, refuse_options
 from memfit.cli.progress import Bars
+from memfit.runtime.child_process import dying_with_parent
 from memfit.types.errors import MemfitError
 from memfit.types.units import format_bytes, format_seconds
 
@@ -274,7 +275,7 @@ def _import(names: Sequence[str]) -> tuple[str, int]:
     for two minutes."""
     try:
         child = subprocess.run(
-            (sys.executable, "-P", "-c", _IMPORT, *names),
+            dying_with_parent([sys.executable, "-P", "-c", _IMPORT, *names]),
             capture_output=True,
             check=False,
             timeout=_IMPORT_LIMIT_S,

@@ -133,8 +133,8 @@ def write_trace_files(
 ) -> None:
     """Write the memory of the traced step to ``files``. ``job``: what the page calls the training. All files
     are rendered before the first is written."""
+    from memfit.files.replace import write_whole
     from memfit.report import explain_files, explain_html
-    from memfit.report.files import write_whole
 
     outputs: tuple[tuple[Path | None, Callable[[], bytes]], ...] = (
         (files.html, lambda: explain_html.render_explained(explanation, job=job, lang=lang).encode()),

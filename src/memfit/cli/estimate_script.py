@@ -151,9 +151,9 @@ def _show(
     from rich.text import Text
 
     from memfit.cli.plan_diff import print_edit
+    from memfit.files.replace import write_whole
     from memfit.report.explain import TracedEstimate, contributors
     from memfit.report.explain_terminal import print_script
-    from memfit.report.files import write_whole
     from memfit.report.terminal import print_search
     from memfit.techniques.plan_file import plan_text
 

@@ -117,7 +117,7 @@ def print_largest(
         if not along:
             raise UserError("--out needs --buckets or two sizes in --largest")
         writable(options.out, overwrite=force)
-    from memfit.report.files import write_whole
+    from memfit.files.replace import write_whole
     from memfit.techniques.plan_file import read_plan
     from memfit.types.serialization import dumps
     from memfit.workflows.largest import largest

@@ -92,7 +92,7 @@ def lint(options: LintOptions, output: OutputOptions) -> None:
 
 def _write_sarif(path: Path, findings: Sequence[memfit.lint.check.Finding]) -> None:
     from memfit import __version__
-    from memfit.report.files import write_whole
+    from memfit.files.replace import write_whole
     from memfit.report.sarif import SarifResult, sarif_text
 
     results = []

@@ -306,6 +306,7 @@ def bounds_of(job: JobOptions, options: BoundsOptions, on: str) -> Bounds:
 def write_plan(path: Path, plan: Plan, *, note: str) -> None:
     """Write ``plan`` to ``path`` as YAML, with ``note`` as its first entry. An existing file is
     overwritten."""
+    from memfit.files.replace import write_whole
     from memfit.techniques.plan_file import plan_text
 
-    path.write_text(plan_text(plan, note=note), encoding="utf-8")
+    write_whole(path, plan_text(plan, note=note).encode())

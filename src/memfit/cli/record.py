@@ -14,6 +14,7 @@ from memfit.cli.log_filters import quiet_libraries
 from memfit.cli.options import JsonOptions, StoreOptions
 from memfit.cli.output import console, emit, print_table
 from memfit.cli.request import writable
+from memfit.files.replace import write_whole
 from memfit.types.errors import UserError
 from memfit.types.sanitize import one_line
 
@@ -122,7 +123,7 @@ def record(options: RecordOptions, store: StoreOptions, output: JsonOptions) -> 
     if options.out is None:
         print(text, end="")
     else:
-        writable(options.out).write_text(text, encoding="utf-8")
+        write_whole(writable(options.out), text.encode())
         emit({"record": str(options.out)}) if output.json else print(options.out)
 
 

@@ -14,6 +14,7 @@ from memfit.cli.options import DeviceOptions, GoalOptions, JobOptions, PlanOptio
 from memfit.cli.output import check_choice, console, emit
 from memfit.cli.progress import Bars
 from memfit.cost.host import with_host_memory
+from memfit.files.replace import must_be_writable
 from memfit.types.errors import Interrupted, UserError
 from memfit.types.machine import Calibration, Machine
 from memfit.types.parsing import parse_bytes
@@ -236,14 +237,16 @@ def show_search(
 
 def writable(path: Path, *, overwrite: bool = True) -> Path:
     """Return ``path``, the path of a file that will be written later. Raises UserError if it is a folder, if
-    its folder does not exist, if it exists and ``overwrite`` is False, or if there is no permission to write
-    the file, or its folder if the file does not exist. Call it before any long work begins."""
+    its folder does not exist, if it exists and ``overwrite`` is False, and if the file or a new one in its
+    folder cannot be written. Call it before any long work begins."""
     if path.is_dir():
         raise UserError(f"{path} is a folder, not a file that can be written", hint="give a file name")
     if not path.parent.is_dir():
         raise UserError(f"{path} cannot be written: there is no folder {path.parent}", hint="create it first")
     if path.exists() and not overwrite:
         raise UserError(f"{path} already exists", hint="--force overwrites it")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UserError(f"no permission to write {path}", hint="choose another folder")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise UserError(f"no permission to write {path}", hint="choose another file")
+    if path.is_file() or not path.exists():  # other things, such as /dev/stdout, are written to directly
+        must_be_writable(path.parent, path.name)
     return path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from memfit.files.replace import write_whole
 from memfit.types import serialization
 from memfit.types.errors import UserError
 
@@ -43,9 +44,8 @@ def recorded(name: str) -> Environment | None:
 
 def record(name: str, environment: Environment) -> None:
     """Store ``environment`` as the record of the engine ``name``, in place of any earlier record."""
-    path = _record(name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(serialization.dumps(environment, indent=2) + "\n", encoding="utf-8")
+    text = f"{serialization.dumps(environment, indent=2)}\n"
+    write_whole(_record(name), text.encode(), make_folder=True)
 
 
 def _record(name: str) -> Path:

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from pathlib import Path
 from typing import Final
 
 from memfit.export.base import Files
+from memfit.files.temporary import temporary_folder
 from memfit.types.errors import UserError
 
 MANIFEST: Final = "export.json"  # what was written, with digests; written last
@@ -43,8 +43,8 @@ def write(folder: Path, files: Files, *, force: bool = False) -> None:
 
 def _write(folder: Path, files: Files, *, replacing: bool) -> None:
     manifest = json.dumps({"files": {n: digest(t) for n, t in sorted(files.items())}}, indent=2) + "\n"
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.absolute().parent) as staging:
-        new = Path(staging) / "new"
+    with temporary_folder(f".{folder.name}-", folder.absolute().parent) as staging:
+        new = staging / "new"
         new.mkdir()
         for name, text in {**files, MANIFEST: manifest}.items():
             (new / name).write_bytes(text.encode())

@@ -12,6 +12,7 @@ import torch
 
 from memfit.api import Prediction
 from memfit.conformance.monitor import Monitor
+from memfit.files.replace import write_whole
 from memfit.runtime.memory import PeakCounter, peak_counter
 from memfit.types.conformance import NotConforming
 from memfit.types.plan import Plan
@@ -100,10 +101,7 @@ class Recorder:
         }
 
     def write(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary_path = path.with_name(f"{path.name}.new")
-        temporary_path.write_text(json.dumps(self.content(), indent=2) + "\n", encoding="utf-8")
-        temporary_path.replace(path)
+        write_whole(path, f"{json.dumps(self.content(), indent=2)}\n".encode(), make_folder=True)
 
     @property
     def line(self) -> str:

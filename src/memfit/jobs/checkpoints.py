@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from memfit.files.replace import must_be_writable, write_whole
 from memfit.types import serialization
 from memfit.types.errors import UserError
 from memfit.types.launch import Checkpoint, CheckpointSettings
@@ -61,8 +62,8 @@ def settled(keep: CheckpointSettings, seed: int | None, steps: int) -> tuple[Che
     The returned seed is ``seed``, or if that is None, that of the checkpoint to resume from, or 0 without
     one. ``steps``: steps of the whole run, those done before the checkpoint included. Raises UserError if
     there is no complete checkpoint to resume from, if it has another seed than ``seed`` or has done at least
-    ``steps`` steps, if the folder to save in is a file, and if that folder contains checkpoints of later
-    steps than the run starts from (see `must_be_free`).
+    ``steps`` steps, if the folder to save in is a file or cannot be written, and if it contains checkpoints
+    of later steps than the run starts from (see `must_be_free`).
     """
     completed_steps, resume_seed = 0, seed or 0
     if keep.resume:
@@ -84,6 +85,7 @@ def settled(keep: CheckpointSettings, seed: int | None, steps: int) -> tuple[Che
         raise UserError(f"--save {keep.save} is a file", allowed="a folder, existing or new")
     if keep.save:
         must_be_free(Path(keep.save), completed_steps)
+        must_be_writable(Path(keep.save), "checkpoints")
         keep = dataclasses.replace(keep, save=str(Path(keep.save).resolve()))
     return keep, resume_seed
 
@@ -158,14 +160,12 @@ def publish(partial: Path, said: Checkpoint) -> Path:
     """Finish a save and return the folder's final path: write the description ``said`` into the folder
     ``partial``, whose other files must already be durable, rename the folder to its name without
     ``.partial``, and write this name into the file ``latest`` beside it."""
-    _write(partial / ABOUT, serialization.dumps(said, indent=2) + "\n")
+    write_whole(partial / ABOUT, f"{serialization.dumps(said, indent=2)}\n".encode())
     _sync(partial)
     path = partial.with_suffix("")
     partial.rename(path)
     _sync(path.parent)
-    pointer = path.parent / f"{LATEST}{PARTIAL}"
-    _write(pointer, path.name + "\n")
-    pointer.replace(path.parent / LATEST)
+    write_whole(path.parent / LATEST, f"{path.name}\n".encode())
     _sync(path.parent)
     return path
 
@@ -179,13 +179,6 @@ def _newest_first(folder: Path) -> Iterator[Path]:
 
 def _step(path: Path) -> int:
     return int(path.name.removesuffix(PARTIAL).partition("-")[2])
-
-
-def _write(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _sync(folder: Path) -> None:

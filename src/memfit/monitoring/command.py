@@ -28,8 +28,9 @@ def run_watched(
     """Run a command and wait for its end. Each Python process of it that trains with torch appends what it
     measures to ``file`` or, for ranks other than 0, to a file beside it (`rank_path`); the end of the command
     is appended to ``file``. Standard input and output are those of this process. Ctrl-C reaches the command
-    alone; the signal SIGTERM is passed on to it. ``prediction`` and ``limits``: as for `memfit.watch`, as
-    plain data. Raises UserError if the command cannot be started or the file cannot be written."""
+    alone; the signals SIGTERM and SIGHUP are passed on to it. ``prediction`` and ``limits``: as for
+    `memfit.watch`, as plain data. Raises UserError if the command cannot be started or the file cannot be
+    written."""
     settings = {
         "file": str(file.absolute()),
         "prediction": to_plain(prediction) or None,
@@ -67,13 +68,16 @@ def _run(command: Sequence[str], env: Mapping[str, str], record: LineFile) -> Co
 
 @contextlib.contextmanager
 def _signals_to(child: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Leave Ctrl-C to the child, which the terminal sends it too, and pass SIGTERM on."""
+    """Leave Ctrl-C to the child, which the terminal sends it too, and pass SIGTERM and SIGHUP on."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     handlers = {
         signal.SIGINT: signal.signal(signal.SIGINT, lambda number, frame: None),
-        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, frame: child.send_signal(number)),
+        **{
+            number: signal.signal(number, lambda number, frame: child.send_signal(number))
+            for number in (signal.SIGTERM, signal.SIGHUP)
+        },
     }
     try:
         yield

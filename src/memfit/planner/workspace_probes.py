@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import json
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -21,11 +20,13 @@ import torch
 
 from memfit.cost.workspaces import bound_bytes, input_bytes, unprobed_signatures
 from memfit.engines import native
+from memfit.files.replace import write_whole
 from memfit.planner.evaluate import Pricer
 from memfit.runtime import local_machine
 from memfit.runtime.child_process import run
 from memfit.store.environment import digest, fingerprint
 from memfit.techniques.rank_mesh import layout
+from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 from memfit.types.launch import RunSpec
 from memfit.types.plan import Plan
@@ -171,13 +172,8 @@ class _Kept:
         self.taken |= fresh
         merged = [*{**_read(self.path), **self.taken}.items()][-_MOST_KEPT:]
         # if the folder cannot be written, the operator is probed again next time
-        with contextlib.suppress(OSError):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(
-                "w", dir=self.path.parent, suffix=".json", delete=False
-            ) as draft:
-                json.dump(dict(merged), draft)
-            Path(draft.name).replace(self.path)
+        with contextlib.suppress(UserError):
+            write_whole(self.path, json.dumps(dict(merged)).encode(), durable=False, make_folder=True)
 
 
 def _read(path: Path) -> dict[str, Taken]:

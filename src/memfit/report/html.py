@@ -14,13 +14,13 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from memfit.files.replace import write_whole
 from memfit.monitoring.record import WatchRecord
 from memfit.report import charts, report_charts
 from memfit.report.case import CLASSES
 from memfit.report.decision import MONEY, decision_view
 from memfit.report.decision_answers import DECISIVE
 from memfit.report.decision_rows import DecisionView, way_name
-from memfit.report.files import write_whole
 from memfit.report.plan_words import glossary, in_words, plan_phrase, plan_title, technique_names
 from memfit.report.provenance import (
     CASE,
@@ -67,11 +67,10 @@ def write_html(
     file is replaced. The file is written completely or not at all. ``decision`` None: a report without its
     decision part. ``watch``: the record of a watched training, which becomes a chapter; None: without it.
 
-    Raises UserError for a language without a catalog, and OSError if the folder cannot be written to.
+    Raises UserError for a language without a catalog, and if the file cannot be written.
     """
     text = render_html(poc, lang=lang, decision=decision, watch=watch)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return write_whole(path, text.encode())
+    return write_whole(path, text.encode(), make_folder=True)
 
 
 def render_html(
@@ -112,8 +111,7 @@ def write_watch_html(watch: WatchRecord, path: Path, *, lang: str) -> Path:
         watch=watch_chapter(watch, words),
         records=(record,),
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return write_whole(path, text.encode())
+    return write_whole(path, text.encode(), make_folder=True)
 
 
 def _labels(

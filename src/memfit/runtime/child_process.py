@@ -13,6 +13,7 @@ without a result.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import math
 import os
@@ -27,6 +28,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Final
 
+from memfit.files.temporary import temporary_folder
 from memfit.runtime.cgroup import Group, oom_kills_here
 from memfit.runtime.oom import is_oom_text
 from memfit.types import serialization
@@ -51,16 +53,35 @@ STOPPED: Final = "stopped because another rank failed"
 _STDERR_KEPT_BYTES: Final = 4096
 _TICK_S: Final = 0.2
 _ASK: Final = """
-import ctypes, os, sys
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: holds across exec
-if os.getppid() != int(sys.argv[1]):
-    sys.exit("the parent process has died")
+import os, signal, sys
+parent, argv = int(sys.argv[1]), sys.argv[2:]
+def check_parent():
+    if os.getppid() != parent:
+        sys.exit("the parent process has died")
 try:
-    os.execvp(sys.argv[2], sys.argv[2:])
+    if sys.platform == "linux":
+        import ctypes
+        ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: holds across exec
+        check_parent()
+        os.execvp(argv[0], argv)
+    import subprocess
+    check_parent()
+    with subprocess.Popen(argv) as child:
+        while True:
+            try:
+                code = child.wait(0.2)
+                break
+            except subprocess.TimeoutExpired:
+                if os.getppid() != parent:
+                    child.kill()
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL) if -code not in (signal.SIGKILL, signal.SIGSTOP) else None
+        os.kill(os.getpid(), -code)
+    sys.exit(code)
 except OSError as error:
-    sys.exit(f"cannot start {sys.argv[2]}: {error.strerror}")
+    sys.exit(f"cannot start {argv[0]}: {error.strerror}")
 """
+_PR_SET_PDEATHSIG: Final = 1  # of Linux's prctl
 _VMSTAT: Final = Path("/proc/vmstat")
 
 
@@ -75,9 +96,9 @@ def run(
     wrong in the child is not raised: it is the outcome of the measurement (failed, timeout or oom). Only an
     interruption of this process (Ctrl-C, an error in `on_event`) is raised, after the child and its process
     group have been killed."""
-    with tempfile.TemporaryDirectory(prefix="memfit-") as folder, tempfile.TemporaryFile() as errors:
+    with temporary_folder() as folder, tempfile.TemporaryFile() as errors:
         for name, text in config.files.items():
-            (Path(folder) / name).write_text(text, encoding="utf-8")
+            (folder / name).write_text(text, encoding="utf-8")
         watch = _Watch(config, folder, errors, stop or threading.Event())
         try:
             watch.follow(on_event)
@@ -90,7 +111,7 @@ class _Watch:
     """A child process, which constructing this starts, and what it has reported so far. Call `follow`, then
     `end` (also after an error), then `measurement`."""
 
-    def __init__(self, config: LaunchConfig, folder: str, errors: IO[bytes], stop: threading.Event) -> None:
+    def __init__(self, config: LaunchConfig, folder: Path, errors: IO[bytes], stop: threading.Event) -> None:
         self._spec, self._errors, self._stop = config.spec, errors, stop
         self._started_s = time.monotonic()
         self._kills_here, self._machine_kills = oom_kills_here(), _machine_oom_kills()
@@ -99,8 +120,8 @@ class _Watch:
         self._losses: list[float] = []
         self._result: object = None
         self._process = subprocess.Popen(
-            dying_with_parent([part.replace("{dir}", folder) for part in config.argv]),
-            env={**os.environ, **CHILD_ENV, **config.env},
+            dying_with_parent([part.replace("{dir}", str(folder)) for part in config.argv]),
+            env=child_environment({**CHILD_ENV, **config.env}),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -274,10 +295,30 @@ def _machine_oom_kills() -> int:
     return 0
 
 
+def child_environment(variables: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment variables of this process and ``variables``. Empty entries of PYTHONPATH, as a
+    colon at its end makes them, are left out: they stand for the current folder, from which a child must not
+    import unless the user names it."""
+    environment = {**os.environ, **variables}
+    if folders := [p for p in environment.pop("PYTHONPATH", "").split(os.pathsep) if p]:
+        environment["PYTHONPATH"] = os.pathsep.join(folders)
+    return environment
+
+
+def die_with_parent(parent: int) -> None:
+    """On Linux, let the kernel kill this process, a forked copy of the process ``parent``, as soon as the
+    thread that forked it ends. End it at once if ``parent`` has died already."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 def dying_with_parent(argv: Sequence[str]) -> list[str]:
-    """Return a command that runs `argv` in such a way that Linux kills it when this process dies, however it
+    """Return a command that runs `argv` in such a way that it is killed when this process dies, however it
     dies. If this process has died before it starts, `argv` is not run.
 
-    The command is a small Python program that asks for this and then replaces itself with `argv`, because
-    running Python code between fork and exec is unsafe with threads."""
+    The command is a small Python program, because running Python code between fork and exec is unsafe with
+    threads. On Linux it asks the kernel for this and replaces itself with `argv`. Elsewhere it starts `argv`,
+    looks five times a second whether this process lives, and ends as `argv` ended."""
     return [sys.executable, "-I", "-S", "-c", _ASK, str(os.getpid()), *argv]

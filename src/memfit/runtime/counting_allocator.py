@@ -23,6 +23,7 @@ from typing import Any, Final, NamedTuple
 import platformdirs
 import torch
 
+from memfit.runtime.child_process import dying_with_parent
 from memfit.types.errors import MemfitError
 
 _SOURCE: Final = Path(__file__).with_name("counting_allocator.cpp")
@@ -241,7 +242,11 @@ def _compile(command: tuple[str, ...], target: Path) -> None:
     os.close(handle)
     try:
         subprocess.run(
-            (*command, "-o", draft), check=True, capture_output=True, text=True, timeout=_BUILD_LIMIT_S
+            dying_with_parent((*command, "-o", draft)),
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=_BUILD_LIMIT_S,
         )
         Path(draft).replace(target)
     except (OSError, subprocess.SubprocessError) as error:

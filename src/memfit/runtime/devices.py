@@ -22,6 +22,7 @@ import time
 import weakref
 from typing import TYPE_CHECKING, Any, Final
 
+from memfit.runtime.child_process import child_environment, dying_with_parent
 from memfit.types.device_kind import CUDA, HOST
 from memfit.types.errors import MemfitError, UserError
 
@@ -84,8 +85,8 @@ def accelerators() -> tuple[Accelerator, ...]:
     line of its error."""
     if not accelerator_kind():
         return ()
-    command = [sys.executable, "-m", "memfit.worker", "devices"]
-    env = {**os.environ, _SAFE_PATH: "1"}
+    command = dying_with_parent([sys.executable, "-m", "memfit.worker", "devices"])
+    env = child_environment({_SAFE_PATH: "1"})
     try:
         child = subprocess.run(
             command, env=env, capture_output=True, text=True, timeout=_DESCRIBE_LIMIT_S, check=False

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from memfit.engines.base import Engine
 from memfit.engines.environment import Environment, environments_folder, record
+from memfit.runtime.child_process import dying_with_parent
 from memfit.types.errors import RunError, UserError
 
 OnLine = Callable[[str], None]
@@ -54,7 +55,11 @@ def install(engine: Engine, into: Path | None, on_line: OnLine) -> Environment:
 def _run(command: list[str], on_line: OnLine) -> None:
     last_line = ""
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True
+        dying_with_parent(command),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        text=True,
     ) as child:
         assert child.stdout is not None
         for line in child.stdout:

@@ -12,11 +12,13 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
+
+from memfit.files.replace import DRAFT, write_whole
+from memfit.types.errors import UserError
 
 FOLDER_VARIABLE: Final = "MEMFIT_CACHE"
 LIMIT_VARIABLE: Final = "MEMFIT_CACHE_LIMIT"
@@ -45,7 +47,6 @@ def default_folder() -> Path | None:
 def limit_bytes() -> int:
     """Return how many bytes the cache may take: the environment variable ``MEMFIT_CACHE_LIMIT``, such as
     "500MiB", or if that is not set 2 GiB. Raises UserError if the variable is not a number of bytes."""
-    from memfit.types.errors import UserError
     from memfit.types.parsing import parse_bytes
 
     setting = os.environ.get(LIMIT_VARIABLE, "")
@@ -119,16 +120,9 @@ class PredictionCache:
     def write_packed(self, name: str, data: bytes) -> None:
         """Add the entry whose file is ``data``, from `pack`, or replace it."""
         path = self._path(name)
-        draft_path = ""
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".draft", delete=False) as draft:
-                draft_path = draft.name
-                draft.write(data)
-            Path(draft_path).replace(path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                Path(draft_path).unlink()
+            write_whole(path, data, durable=False, make_folder=True)
+        except UserError:
             return
         self._unchecked_bytes += len(data)
         if self._unchecked_bytes >= min(_CHECKED_EVERY_BYTES, self.limit_bytes):
@@ -147,7 +141,7 @@ class PredictionCache:
         """Yield (time of the last use, bytes, path) of each entry, and of each draft that a process which was
         killed has left."""
         for path in self.folder.glob("[0-9a-f][0-9a-f]/*"):
-            if path.suffix in (_SUFFIX, ".draft"):
+            if path.suffix in (_SUFFIX, DRAFT):
                 with contextlib.suppress(OSError):
                     status = path.stat()
                     yield status.st_mtime, status.st_size, path

@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from memfit.runtime.child_process import die_with_parent
+
 _T = TypeVar("_T")
 Tell = Callable[[int, int], None]
 
@@ -113,15 +115,18 @@ def _copy(calls: Sequence[Callable[[], Any]]) -> tuple[Connection, Any]:
     without an answer."""
     context = multiprocessing.get_context("fork")
     parent_end, child_end = context.Pipe()
-    process = context.Process(target=_answer, args=(calls, child_end), daemon=True)
+    process = context.Process(target=_answer, args=(calls, child_end, os.getpid()), daemon=True)
     process.start()
     child_end.close()
     return parent_end, process
 
 
-def _answer(calls: Sequence[Callable[[], Any]], channel: Connection) -> None:
-    # Ctrl-C is handled by the original process, which ends its copies
+def _answer(calls: Sequence[Callable[[], Any]], channel: Connection, parent: int) -> None:
+    die_with_parent(parent)
+    # Ctrl-C is handled by the original process, which ends its copies by SIGTERM
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
     torch.set_num_threads(1)  # the original's threads do not exist in a copy
     gc.freeze()  # objects of the original stay: collect only what the calls leave
     while True:

@@ -7,12 +7,12 @@ import json
 import os
 import signal
 import sys
-import tempfile
 import traceback
-from pathlib import Path
 from typing import Any, NoReturn
 
+from memfit.files.temporary import temporary_folder
 from memfit.jobs.registry import add_job
+from memfit.runtime.child_process import die_with_parent
 from memfit.runtime.oom import is_oom_error
 from memfit.types import serialization
 from memfit.types.device_kind import HOST
@@ -37,12 +37,14 @@ def train_forked(spec: RunSpec, job: Job) -> Measurement:
             allowed="a function FILE.py:NAME that returns a memfit.Job, with "
             "`memfit plan FILE.py:NAME --largest SIZE --measure`",
         )
+    parent = os.getpid()
     reader, writer = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
     process = os.fork()
     if process == 0:
         os.close(reader)
+        die_with_parent(parent)
         _train(spec, job, writer)
     os.close(writer)
     try:
@@ -92,8 +94,8 @@ def _run(spec: RunSpec, job: Job) -> int:
             for option, value in _MALLOC_OPTIONS:
                 mallopt(option, value)
         add_job(spec.job.spec, job)
-        with tempfile.TemporaryDirectory(prefix="memfit-") as folder:
-            path = Path(folder) / "spec.json"
+        with temporary_folder() as folder:
+            path = folder / "spec.json"
             path.write_text(serialization.dumps(spec), encoding="utf-8")
             main(path)
     except BaseException as error:  # noqa: BLE001  the parent must hear of it, whatever it is

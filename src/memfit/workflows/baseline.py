@@ -20,13 +20,13 @@ import torch
 from memfit import catalog
 from memfit.cost.device_overhead import with_workspaces
 from memfit.cost.module_memory import Place, largest_modules, module_memory
+from memfit.files.replace import write_whole
 from memfit.inputs import on_ranks, plan_of
 from memfit.jobs import huggingface
 from memfit.jobs.registry import load
 from memfit.planner.evaluate import Pricer
 from memfit.report.baseline_drift import compare_baseline
 from memfit.report.baseline_file import baseline_text, read_baseline
-from memfit.report.files import write_whole
 from memfit.techniques.base import Space
 from memfit.techniques.rank_mesh import SEVERAL
 from memfit.techniques.registry import check
@@ -95,10 +95,7 @@ def write_test(path: Path, prediction: MemoryBaseline) -> None:
 
 
 def _write(path: Path, baseline: BaselineFile) -> None:
-    try:
-        write_whole(path, baseline_text(baseline).encode())
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    write_whole(path, baseline_text(baseline).encode())
 
 
 def _predictions(targets: Sequence[BaselineTarget], folder: Path, tell: Tell) -> Iterator[MemoryBaseline]:

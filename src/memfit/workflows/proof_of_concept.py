@@ -22,6 +22,7 @@ from memfit.decision import rollout_gates
 from memfit.decision.decide import decide as decide_on
 from memfit.decision.projects import default_case
 from memfit.engines.registry import engine
+from memfit.files.replace import must_be_writable
 from memfit.monitoring.record import WatchRecord
 from memfit.planner import search as plan_search
 from memfit.planner import trials
@@ -84,6 +85,7 @@ __all__ = [
 
 # Records beside a PoC's own: the user's figures, later predictions, machines of stages, limits.
 CASE, OFFER, STAGE, GATES = "case", "offer", "stage", "gates"
+REPORTS = "reports"  # folder beside the store
 _KEPT_GATES = "the gates stored by the last memfit decide --gates (memfit decide --gates default resets them)"
 BASELINE, RECOMMENDED, ABLATION = "baseline", "recommended", "ablation"
 CONTROL = "negative control"
@@ -123,6 +125,7 @@ def poc(
     cannot be timed.
     """
     load_words(lang)  # a wrong language is an error before anything is trained
+    must_be_writable(report_path.parent if report_path else store.path.parent / REPORTS, "the report")
     started = time.perf_counter()
     planning = search(request, progress, must_run=True, measure_s=_TRIALS_S)
     runner = _Story(planning, store, seeds, steps or planning.job.steps, command, progress)
@@ -132,8 +135,7 @@ def poc(
     for index, spec in enumerate(specs):
         proof = runner.add_run(proof, runner.shortened(spec), f"{spec.name} ({index + 1} of {len(specs)})")
     proof = runner.conclude(runner.add_control(proof))
-    path = report_path or store.path.parent / "reports" / f"{proof.poc_id}.{lang}.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = report_path or store.path.parent / REPORTS / f"{proof.poc_id}.{lang}.html"
     proof = dataclasses.replace(proof, took_s=time.perf_counter() - started, report=str(path))
     store.append(proof.poc_id, "poc", proof)
     decision = decide_on(proof, default_case(proof, lang), by_default=True)
@@ -184,8 +186,8 @@ def report(
 
     The report of an interrupted PoC shows the runs that ended. ``case``: file with the user's figures, as in
     `decide`. ``watch``: the record of a watched training, which becomes a chapter. Raises UserError if there
-    is no such PoC, if the file or what is stored is wrong, or for a language without a catalog; OSError if
-    the report cannot be written.
+    is no such PoC, if the file or what is stored is wrong, for a language without a catalog, and if the
+    report cannot be written.
     """
     proof, decision = decide(store, poc_id=poc_id, case=case, lang=lang)
     path = path or Path(f"memfit-{proof.poc_id}.{lang}.html")

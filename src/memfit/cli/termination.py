@@ -1,0 +1,55 @@
+"""End a command on the signals that ask for it: SIGTERM, as from Slurm or a container, and SIGHUP, as from a
+terminal that was closed. Both interrupt it as Ctrl-C does, so that its child processes and temporary folders
+go with it."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Final
+
+_ENDING: Final = (signal.SIGTERM, signal.SIGHUP)
+
+
+class Terminated(KeyboardInterrupt):
+    """A signal has asked this process to end. Raised in the main thread, where Ctrl-C raises
+    KeyboardInterrupt."""
+
+
+class Termination:
+    """``number``: the signal that has asked the process to end; 0: none has."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def exit_code(self, otherwise: int) -> int:
+        """Return 128 and the signal's number, as shells count, or ``otherwise`` if there was none."""
+        return 128 + self.number if self.number else otherwise
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        for each in _ENDING:  # a second signal must not interrupt the clean-up
+            signal.signal(each, signal.SIG_IGN)
+        self.number = number
+        raise Terminated(signal.Signals(number).name)
+
+
+@contextlib.contextmanager
+def interrupted_by_signals() -> Iterator[Termination]:
+    """Inside this context, SIGTERM and SIGHUP raise `Terminated`. A signal that is ignored stays ignored, as
+    under nohup. Outside the main thread, nothing is changed."""
+    termination = Termination()
+    if threading.current_thread() is not threading.main_thread():
+        yield termination
+        return
+    handlers = {number: signal.getsignal(number) for number in _ENDING}
+    changed = [number for number, handler in handlers.items() if handler is signal.SIG_DFL]
+    for number in changed:
+        signal.signal(number, termination._end)
+    try:
+        yield termination
+    finally:
+        for number in changed:
+            signal.signal(number, handlers[number])
