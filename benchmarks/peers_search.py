@@ -198,15 +198,14 @@ def _job(name: str, question: Question) -> Any:
 
 def memfit(name: str) -> dict[str, Any]:
     begun = time.perf_counter()
-    from search import _searched
+    from search import searched
 
     from memfit.catalog import machine
     from memfit.techniques.registry import short_label
 
     question = QUESTIONS[name]
-    found, _, _ = _searched(
-        _job(name, question), machine(question["on"]), without=tuple(question.get("without", ()))
-    )
+    without = question.get("without", ())
+    found = searched(_job(name, question), machine(question["on"]), lambda *progress: None, without)
     chosen = found.recommended.estimate
     return {
         "seconds": time.perf_counter() - begun,

@@ -1,5 +1,6 @@
-"""Jobs of ten architectures whose sizes are in their names: ``regret_jobs.py:gpt_w192_d6_n128_b8`` has width
-192, depth 6, length (or image side, or nodes) 128 and batch 8. Drawn at random by regret_drawn.py."""
+"""Jobs of twelve architectures whose sizes are in their names: ``regret_jobs.py:gpt_w192_d6_n128_b8`` has
+width 192, depth 6, length (or image side, or nodes) 128 and batch 8. Drawn at random by regret_drawn.py, from
+`ARCHITECTURES`, and by small_spaces.py."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from torch.nn import functional
 
 from memfit import Job
 
-VOCABULARY, CLASSES = 2000, 10
+VOCABULARY, CLASSES, EXPERTS = 2000, 10, 8
 Data = dict[str, torch.Tensor]
 
 
@@ -27,12 +28,65 @@ class Attention(nn.Module):
             nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def attend(self, x: torch.Tensor) -> torch.Tensor:
         batch, length, width = x.shape
-        parts = self.qkv(self.norm(x)).view(batch, length, 3, self.heads, width // self.heads)
+        parts = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads)
         query, key, value = parts.permute(2, 0, 3, 1, 4)
         mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
-        x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+        return self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attend(self.norm(x))
+        return x + self.mlp(x)
+
+
+class Experts(nn.Module):
+    """Every expert on every token; one that was not chosen counts nothing."""
+
+    def __init__(self, width: int, count: int) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+            for _ in range(count)
+        )
+
+    def forward(self, tokens: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        shares = [(weights * (chosen == i)).sum(-1, keepdim=True) for i in range(len(self.members))]
+        return sum(
+            (m(tokens) * w for m, w in zip(self.members, shares, strict=True)), torch.zeros_like(tokens)
+        )
+
+
+class Mixture(Attention):
+    """Attention, then two of eight experts for each token."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, causal=True)
+        self.mlp = nn.LayerNorm(width)
+        self.router, self.experts = nn.Linear(width, EXPERTS), Experts(width, EXPERTS)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attend(self.norm(x))
+        tokens = self.mlp(x).flatten(0, 1)
+        weights, chosen = self.router(tokens).softmax(-1).topk(2)
+        return x + self.experts(tokens, chosen, weights).view_as(x)
+
+
+class Decoder(Attention):
+    """Attention that also reads the encoder's hidden states."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, causal=True)
+        self.query, self.memory = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.cross = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor, encoded: torch.Tensor) -> torch.Tensor:
+        x = x + self.attend(self.norm(x))
+        batch, length, width = x.shape
+        query = self.query(x).view(batch, length, self.heads, -1).transpose(1, 2)
+        key, value = self.memory(encoded).view(batch, -1, 2, self.heads, width // self.heads).unbind(2)
+        read = functional.scaled_dot_product_attention(query, key.transpose(1, 2), value.transpose(1, 2))
+        x = x + self.cross(read.transpose(1, 2).reshape(batch, length, width))
         return x + self.mlp(x)
 
 
@@ -93,6 +147,26 @@ class Tokens(nn.Module):
         x = self.embed(tokens) + self.place
         for block in self.blocks:
             x = block(x)
+        return self.head(self.norm(x))
+
+
+class EncoderDecoder(nn.Module):
+    """The encoder reads the tokens in reverse order, the decoder reads them as they are."""
+
+    def __init__(self, width: int, depth: int, length: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, width)
+        self.place = nn.Parameter(torch.zeros(length, width))
+        self.encoder = nn.ModuleList(Attention(width, causal=False) for _ in range(depth))
+        self.decoder = nn.ModuleList(Decoder(width) for _ in range(depth))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, VOCABULARY)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        encoded, x = self.embed(tokens.flip(1)) + self.place, self.embed(tokens) + self.place
+        for block in self.encoder:
+            encoded = block(encoded)
+        for block in self.decoder:
+            x = block(x, encoded)
         return self.head(self.norm(x))
 
 
@@ -204,13 +278,15 @@ _MODELS: dict[str, Callable[[int, int, int], nn.Module]] = {
     "unet": lambda w, d, n: UNet(w, d),
     "mlp": lambda w, d, n: Perceptron(w, d),
     "gnn": lambda w, d, n: Graph(w, d),
+    "moe": lambda w, d, n: Tokens(w, n, [Mixture(w) for _ in range(d)]),
+    "encdec": EncoderDecoder,
 }
-ARCHITECTURES = tuple(_MODELS)
+ARCHITECTURES = tuple(kind for kind in _MODELS if kind not in ("moe", "encdec"))
 
 
 def _batch(kind: str, length: int, count: int, seed: int) -> Data:
     draw = torch.Generator().manual_seed(seed)
-    if kind in ("gpt", "bert", "mixer", "rnn"):
+    if kind in ("gpt", "bert", "mixer", "rnn", "moe", "encdec"):
         tokens = torch.randint(0, VOCABULARY, (count, length + 1), generator=draw)
         return {"x": tokens[:, :-1].contiguous(), "y": tokens[:, 1:].contiguous()}
     labels = torch.randint(0, CLASSES, (count,), generator=draw)
@@ -248,4 +324,5 @@ def __getattr__(name: str) -> Any:
         batch_size=count,
         make_batch=lambda step, seed: _batch(kind, length, count, 1000 * seed + step),
         steps=100,
+        experts="blocks.*.experts" if kind == "moe" else None,
     )

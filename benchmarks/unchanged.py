@@ -84,27 +84,38 @@ SEARCHES = {
 
 
 def llama() -> Any:
-    return _transformer("Llama", 4, **_sizes("_LLAMA"))
+    sizes = {"num_hidden_layers": 4, "hidden_size": 1024, "intermediate_size": 2816, "vocab_size": 32000}
+    return _transformer("Llama", 4, **sizes, num_attention_heads=16, num_key_value_heads=8)
 
 
 def gpt2() -> Any:
-    return _transformer("GPT2", 8, **_sizes("_GPT2"))
+    return _transformer("GPT2", 8, n_layer=4, n_embd=768, n_head=12, vocab_size=8192)
 
 
 def bert() -> Any:
-    return _transformer("Bert", 8, **_sizes("_BERT"))
-
-
-def _sizes(name: str) -> dict[str, int]:
-    import search
-
-    return dict(getattr(search, name))
+    sizes = {"num_hidden_layers": 4, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
+    return _transformer("Bert", 8, **sizes)
 
 
 def _transformer(kind: str, batch: int, **sizes: int) -> Any:
-    import search
+    import torch
+    import transformers
 
-    return search._transformer(kind, batch, **sizes)()
+    from memfit.types.job import Job
+
+    config = getattr(transformers, f"{kind}Config")(**sizes, use_cache=False)
+    head = transformers.AutoModelForMaskedLM if kind == "Bert" else transformers.AutoModelForCausalLM
+
+    def given(step: int, seed: int) -> Any:
+        return {n: torch.zeros(batch, 512, dtype=torch.long) for n in ("input_ids", "labels")}
+
+    return Job(
+        name=kind.lower(),
+        build_model=lambda: head.from_config(config),
+        make_batch=given,
+        loss=lambda model, part: model(**part).loss,
+        batch_size=batch,
+    )
 
 
 def searches() -> Iterator[Answer]:

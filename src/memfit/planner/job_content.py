@@ -384,6 +384,8 @@ def _head_of_partial(value: functools.partial[Any]) -> tuple[str, Iterable[Any]]
 
 @_head.register(random.Random)
 def _head_of_random(value: random.Random) -> tuple[str, Iterable[Any]]:
+    if isinstance(value, random.SystemRandom):  # numbers of the operating system
+        raise _UnknownContentError("a generator without a state")
     return _class_name(type(value)), [value.getstate()]
 
 
