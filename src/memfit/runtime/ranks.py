@@ -10,8 +10,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
+from memfit.files.temporary import temporary_folder
 from memfit.runtime.child_process import Event, run
-from memfit.types.launch import LaunchConfig
+from memfit.types.launch import RENDEZVOUS, LaunchConfig
 from memfit.types.result import Measurement, OutcomeKind
 
 GRACE_S: Final = 60.0  # time for the other ranks to report why they fail too
@@ -26,20 +27,24 @@ def run_ranks(
     If a rank ends with another outcome than OK, the other ranks wait in a collective. They end if the backend
     notices the closed connection, as gloo does. Those that have not ended `GRACE_S` (60) seconds later are
     killed, and their measurements have the outcome failed. An interruption of this process, or an error in
-    ``on_event``, kills all ranks and is raised."""
+    ``on_event``, kills all ranks and is raised.
+
+    The ranks find each other through a file in a folder that only this user can read, so that no port is open
+    for it, to this machine or others."""
     ranks, port, stop = config.spec.plan.ranks, free_port(), threading.Event()
     timers: list[threading.Timer] = []
 
     def one(rank: int) -> Measurement:
         env = {**config.env, **rank_env(rank, ranks, port)}
-        rank_config = dataclasses.replace(config, env=env)
+        files = {**config.files, RENDEZVOUS: str(meeting / "store")}
+        rank_config = dataclasses.replace(config, env=env, files=files)
         measurement = run(rank_config, on_event=lambda event: on_event(rank, event), stop=stop)
         if measurement.outcome is not OutcomeKind.OK:
             timers.append(threading.Timer(GRACE_S, stop.set))
             timers[-1].start()
         return measurement
 
-    with ThreadPoolExecutor(ranks) as pool:
+    with temporary_folder() as meeting, ThreadPoolExecutor(ranks) as pool:
         try:
             return tuple(pool.map(one, range(ranks)))
         # Including interruptions: the pool waits for its threads, and these wait for their children.

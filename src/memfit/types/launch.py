@@ -13,6 +13,7 @@ from memfit.types.job import JobRef
 from memfit.types.plan import Plan
 
 Shape = tuple[int, ...]
+RENDEZVOUS = "rendezvous.txt"  # names the file through which the ranks of a launch find each other
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

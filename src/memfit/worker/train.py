@@ -20,7 +20,7 @@ from memfit.runtime.progress_events import tell
 from memfit.types import serialization
 from memfit.types.device_kind import HOST
 from memfit.types.errors import MemfitError, UserError
-from memfit.types.launch import RunSpec
+from memfit.types.launch import RENDEZVOUS, RunSpec
 from memfit.types.result import Measurement, OutcomeKind
 from memfit.types.trace import Phase
 
@@ -130,7 +130,8 @@ def _run(spec: RunSpec, path: Path) -> None:
     counter = peak_counter(device)
     spec = dataclasses.replace(spec, keep=restarted(spec.keep))
     job = load(spec.job)
-    with join_world(spec.plan, spec.device) as world, gloo_first(spec.plan.ranks > 1) as settle:
+    rendezvous = path.parent / RENDEZVOUS
+    with join_world(spec.plan, spec.device, rendezvous) as world, gloo_first(spec.plan.ranks > 1) as settle:
         tell("stage", stage="warm-up")
         make_step = functools.partial(
             step_maker(spec.engine, path.parent), device=spec.device, torch_device=str(device)
@@ -152,22 +153,30 @@ def _run(spec: RunSpec, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def join_world(plan: Plan, device: str = HOST) -> Iterator[World]:
+def join_world(plan: Plan, device: str = HOST, rendezvous: Path | None = None) -> Iterator[World]:
     """Yield the plan's world on devices of the kind ``device``: its layout, this process's rank, and the mesh
     of ranks. With several ranks, join a process group of the device's own backend by the environment
     variables that torchrun sets, and leave it at the end unless an exception is raised. With one, there is no
-    process group."""
+    process group.
+
+    If the file ``rendezvous`` exists, the ranks find each other through the file that it names, so that no
+    port is open for it. Otherwise they use the address that torchrun sets."""
     import torch.distributed as dist
     from torch.distributed import distributed_c10d
 
-    from memfit.runtime.devices import collective_backend
+    from memfit.runtime.devices import collective_backend, launch_rank
     from memfit.techniques.rank_mesh import make_world
 
     if plan.ranks == 1:
         yield make_world(plan, rank=0, device=device)
         return
     distributed_c10d.default_pg_timeout = _COLLECTIVE_LIMIT  # also for groups that are made later
-    dist.init_process_group(collective_backend(device))
+    if rendezvous is not None and rendezvous.exists():
+        rank, ranks = launch_rank()
+        store = dist.FileStore(rendezvous.read_text(encoding="utf-8"), ranks)
+        dist.init_process_group(collective_backend(device), store=store, rank=rank, world_size=ranks)
+    else:
+        dist.init_process_group(collective_backend(device))
     yield make_world(plan, rank=dist.get_rank(), device=device)
     dist.destroy_process_group()  # not after an exception, when other ranks may wait in a collective
 
