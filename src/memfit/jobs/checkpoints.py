@@ -12,12 +12,14 @@ A save is written into ``.partial``, made durable, then renamed; ``latest`` is u
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from memfit.files.read import read_text
 from memfit.files.replace import must_be_writable, write_whole
 from memfit.types import serialization
 from memfit.types.errors import UserError
@@ -119,29 +121,55 @@ def must_be_free(folder: Path, after: int) -> None:
 
 def about(path: Path) -> Checkpoint:
     """Return the description stored in the checkpoint folder ``path``, in memfit.json. Raises UserError if it
-    cannot be parsed, and OSError if there is no such file."""
-    return serialization.loads(Checkpoint, (path / ABOUT).read_text(encoding="utf-8"), what=f"{path / ABOUT}")
+    cannot be read or parsed, if its SHA-256 is not that of its other fields, or if it names files outside the
+    folder."""
+    description = serialization.loads(Checkpoint, read_text(path / ABOUT), what=f"{path / ABOUT}")
+    has_checksums = bool(description.files_sha256 or description.sha256)
+    if has_checksums and description.sha256 != _sha256_of_description(description):
+        raise UserError(f"{path / ABOUT} is damaged: its content is not what was saved")
+    if any(Path(name).name != name for name in (*description.files_bytes, *description.files_sha256)):
+        raise UserError(f"{path / ABOUT} names files outside its folder", allowed="names of files beside it")
+    return description
+
+
+def _sha256_of_description(description: Checkpoint) -> str:
+    text = serialization.dumps(dataclasses.replace(description, sha256=""))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def incomplete(path: Path) -> str:
     """Return why the folder ``path`` is not a complete checkpoint, such as "no memfit.json"; "" if it is
     complete. It is complete if its name does not end in ``.partial``, and if every file in its description
-    exists with the size that is stated there; contents are not read."""
+    exists with the size and the SHA-256 that are stated there. All files are read for this. Of checkpoints
+    whose description has no SHA-256, only the sizes are compared."""
     if path.suffix == PARTIAL:
         return "its save was interrupted"
     if not (path / ABOUT).is_file():
         return f"no {ABOUT}"
     try:
-        files_bytes = about(path).files_bytes
+        description = about(path)
     except UserError as error:
         return error.given
-    for name, size_bytes in files_bytes.items():
+    for name, size_bytes in description.files_bytes.items():
         file = path / name
-        found_bytes = file.stat().st_size if file.is_file() else None
-        if found_bytes != size_bytes:
-            problem = "is missing" if found_bytes is None else f"has {found_bytes} bytes of {size_bytes}"
+        actual_bytes = file.stat().st_size if file.is_file() else None
+        if actual_bytes != size_bytes:
+            problem = "is missing" if actual_bytes is None else f"has {actual_bytes} bytes of {size_bytes}"
             return f"{name} {problem}"
+    for name, sha256 in description.files_sha256.items():
+        try:
+            if sha256_of(path / name) != sha256:
+                return f"{name} is damaged: its content is not what was saved"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror or error}"
     return ""
+
+
+def sha256_of(file: Path) -> str:
+    """Return the SHA-256 of the file's content, as hexadecimal digits. Raises OSError if it cannot be
+    read."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def begin(folder: Path, step: int) -> Path:
@@ -160,6 +188,7 @@ def publish(partial: Path, said: Checkpoint) -> Path:
     """Finish a save and return the folder's final path: write the description ``said`` into the folder
     ``partial``, whose other files must already be durable, rename the folder to its name without
     ``.partial``, and write this name into the file ``latest`` beside it."""
+    said = dataclasses.replace(said, sha256=_sha256_of_description(said))
     write_whole(partial / ABOUT, f"{serialization.dumps(said, indent=2)}\n".encode())
     _sync(partial)
     path = partial.with_suffix("")

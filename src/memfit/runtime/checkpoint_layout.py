@@ -8,6 +8,7 @@ Therefore nothing is gathered to save, and any plan can read what another one wr
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -22,7 +23,7 @@ from torch.distributed.checkpoint.metadata import (
     MetadataIndex,
     TensorProperties,
 )
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import ReadItem, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -130,6 +131,10 @@ class PiecesLoadPlanner(DefaultLoadPlanner):
         """Set up the planner without torch's flattening, which turns values of unknown types into None."""
         self.original_state_dict = self.state_dict = state_dict
         self.metadata, self.is_coordinator = metadata, is_coordinator
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Set a value that is no tensor. torch's planner would also run code that the value names."""
+        self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
 
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
         value = self.state_dict[index.fqn]

@@ -72,6 +72,8 @@ class Checkpoint:
     ``step``: number of steps done. ``job``: the job's name. ``plan``: the plan's label. ``shapes``: name ->
     shape of each parameter and buffer, as a whole if it is sharded. ``optimizer``: name of the optimizer's
     class. ``state``: names of what the optimizer keeps per parameter. ``files_bytes``: file name -> size.
+    ``files_sha256``: file name -> SHA-256 of its content, as hexadecimal digits; empty in checkpoints of
+    versions that stored none. ``sha256``: that of the description itself, without this field.
     """
 
     step: int
@@ -84,6 +86,8 @@ class Checkpoint:
     optimizer: str
     state: tuple[str, ...]
     files_bytes: Mapping[str, int]
+    files_sha256: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    sha256: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

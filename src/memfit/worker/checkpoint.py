@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -41,6 +41,7 @@ from memfit.techniques.recompute.selective_recompute import rng_state, set_rng_s
 from memfit.types.device_kind import HOST
 from memfit.types.errors import MemfitError, UserError
 from memfit.types.launch import Checkpoint, RunSpec, Shape
+from memfit.worker.checkpoint_reader import CheckpointReader
 
 _NAMED = 3  # number of differing tensors that an error names
 Shapes = Mapping[str, Shape]
@@ -80,8 +81,8 @@ class Checkpointer:
         """Load the checkpoint that the run resumes from, random state included, and return the number of
         steps that it has done. All ranks must call it. Raises UserError if its description cannot be parsed,
         if it belongs to another model or optimizer, or if its parameters differ in a number, such as the
-        optimizer's step, that this plan keeps once for all of them. Files that are missing or damaged raise
-        other errors."""
+        optimizer's step, that this plan keeps once for all of them. Raises MemfitError if files are missing
+        or damaged, and UserError if their metadata name anything but the format's classes."""
         path = Path(self.spec.keep.resume)
         metadata = checkpoints.about(path)
         _must_be_alike(path, metadata.shapes, self._shapes())
@@ -127,9 +128,14 @@ class Checkpointer:
                     planner=PiecesSavePlanner(),
                     no_dist=_alone(),
                 )
+            files = _everyone(set(self._own_files(partial_folder)))
             if self.rank == 0:
-                files = {f.name: f.stat().st_size for f in partial_folder.iterdir()}
-                checkpoints.publish(partial_folder, dataclasses.replace(metadata, files_bytes=files))
+                metadata = dataclasses.replace(
+                    metadata,
+                    files_bytes={name: size for name, size, _ in sorted(files)},
+                    files_sha256={name: sha256 for name, _, sha256 in sorted(files)},
+                )
+                checkpoints.publish(partial_folder, metadata)
         except (OSError, CheckpointException) as error:
             reason = str(error).strip().splitlines()[-1]
             raise MemfitError(
@@ -137,6 +143,14 @@ class Checkpointer:
             ) from error
         _from_first(None)
         tell("saved", step=done, path=str(partial_folder.with_suffix("")))
+
+    def _own_files(self, folder: Path) -> Iterator[tuple[str, int, str]]:
+        """Yield (name, bytes, SHA-256) of the files that this rank has written into ``folder``; rank 0 also
+        wrote those that belong to no rank."""
+        for file in folder.iterdir():
+            is_of_rank = file.name.startswith("__")
+            if file.name.startswith(f"__{self.rank}_") or (self.rank == 0 and not is_of_rank):
+                yield file.name, file.stat().st_size, checkpoints.sha256_of(file)
 
     def _about(self, done: int, entries: list[Entry]) -> Checkpoint:
         spec = self.spec
@@ -190,14 +204,18 @@ class Checkpointer:
         return bool(initial.get(entry.key) != entry.state[entry.key])
 
     def _read(self, path: Path, entries: list[Entry], random_key: str) -> None:
-        reader = FileSystemReader(path)
+        reader = CheckpointReader(path, checkpoints.about(path).files_bytes)
         metadata = reader.read_metadata().state_dict_metadata
         target = {k: v for k, v in self._tensors().items() if k in metadata}
         target |= {e.text: e.into for e in entries if e.text in metadata}
         random_states = {k: v for k, v in self._random_states(random_key).items() if k in metadata}
         target |= random_states
-        with _quiet():
-            load(target, storage_reader=reader, planner=PiecesLoadPlanner(), no_dist=_alone())
+        try:
+            with _quiet():
+                load(target, storage_reader=reader, planner=PiecesLoadPlanner(), no_dist=_alone())
+        except CheckpointException as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise MemfitError(f"the checkpoint {path} cannot be loaded: {reason[:300]}") from error
         torch.set_rng_state(target[random_key])
         if (device_key := f"{random_key}.{self.device.type}") in random_states:
             set_rng_state(self.device, target[device_key])

@@ -173,7 +173,8 @@ def join_world(plan: Plan, device: str = HOST, rendezvous: Path | None = None) -
     distributed_c10d.default_pg_timeout = _COLLECTIVE_LIMIT  # also for groups that are made later
     if rendezvous is not None and rendezvous.exists():
         rank, ranks = launch_rank()
-        store = dist.FileStore(rendezvous.read_text(encoding="utf-8"), ranks)
+        named_file = rendezvous.read_text(encoding="utf-8")
+        store = dist.FileStore(named_file, ranks)  # type: ignore[attr-defined]
         dist.init_process_group(collective_backend(device), store=store, rank=rank, world_size=ranks)
     else:
         dist.init_process_group(collective_backend(device))

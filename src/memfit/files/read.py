@@ -1,0 +1,194 @@
+"""Read files that nobody vouches for: regular files only, of bounded size, depth and number lengths. Whatever
+is wrong with one is a UserError of one short line.
+
+Every reader of memfit starts here. Files that memfit itself wrote into its cache, or ships, are read as they
+are.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import stat
+import tomllib
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from memfit.types.errors import UserError
+
+MOST_BYTES: Final = 64 * 2**20
+MOST_JSON_BYTES: Final = 16 * 2**20  # the list of the tensors of the largest models has 9 MB
+MOST_TOML_BYTES: Final = 256 * 2**10  # the parsers of TOML and YAML take seconds for more
+MOST_YAML_BYTES: Final = 256 * 2**10
+_MOST_DOTS: Final = 200  # in a line of TOML: the parser's memory grows with the square of the parts of a key
+_MOST_VALUES: Final = 1_000_000
+_DEEPEST: Final = 64
+_MOST_BITS: Final = 400  # of a whole number: about 120 digits
+_LARGEST_RATIO: Final = 200  # of a compressed file
+_KINDS: Final[Mapping[Callable[[int], bool], str]] = {
+    stat.S_ISDIR: "a folder",
+    stat.S_ISFIFO: "a named pipe",
+    stat.S_ISSOCK: "a socket",
+    stat.S_ISCHR: "a device",
+    stat.S_ISBLK: "a device",
+}
+_SHOWN: Final = 200  # characters of a parser's message
+
+
+def read_bytes(path: Path, *, most_bytes: int = MOST_BYTES) -> bytes:
+    """Return the content of a regular file; a symbolic link to one is followed. Raises UserError if it cannot
+    be read, if it is no regular file, and if it has more than ``most_bytes``. It never waits for a writer."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise _not_a_file(path, status.st_mode)
+            data = file.read(most_bytes + 1)
+    except IsADirectoryError:
+        raise _not_a_file(path, stat.S_IFDIR) from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:  # a zero byte in the name
+        raise UserError(f"cannot read {str(path)!r}: {error}") from error
+    if len(data) > most_bytes:
+        raise UserError(f"{path} is too large to be read", allowed=f"at most {most_bytes} bytes")
+    return data
+
+
+def read_text(path: Path, *, most_bytes: int = MOST_BYTES, encoding: str = "utf-8") -> str:
+    """Return the text of a regular file, with its line ends as "\\n". Raises UserError as `read_bytes` does,
+    and if the file is no text in ``encoding``."""
+    data = read_bytes(path, most_bytes=most_bytes)
+    try:
+        return io.TextIOWrapper(io.BytesIO(data), encoding=encoding).read()
+    except UnicodeError as error:
+        raise UserError(f"{path} is not text in UTF-8: {_short(error)}") from error
+
+
+def read_data_text(path: Path, *, most_bytes: int) -> str:
+    """Return the text, in UTF-8, of a data file, decompressed if its name ends in ``.gz``. Raises UserError
+    as `read_text` does, and if it unpacks to more than ``most_bytes`` or to more than 64 MiB and 200 times
+    its own size."""
+    if path.suffix != ".gz":
+        return read_text(path, most_bytes=most_bytes)
+    data = read_bytes(path, most_bytes=most_bytes)
+    limit_bytes = min(most_bytes, max(MOST_BYTES, _LARGEST_RATIO * len(data)))
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+            unpacked = file.read(limit_bytes + 1)
+        if len(unpacked) > limit_bytes:
+            raise UserError(
+                f"{path} unpacks to too much", allowed=f"at most {limit_bytes} bytes from this file"
+            )
+        return io.TextIOWrapper(io.BytesIO(unpacked), encoding="utf-8").read()
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} is not a gzip file that can be unpacked: {_short(error)}") from error
+    except UnicodeError as error:
+        raise UserError(f"{path} is not text in UTF-8: {_short(error)}") from error
+
+
+def read_json(path: Path, *, most_bytes: int = MOST_JSON_BYTES) -> Any:
+    """Return the content of a JSON file. Raises UserError as `read_text` and `parse_json` do."""
+    return parse_json(read_text(path, most_bytes=most_bytes), what=str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return the content of a TOML file. Raises UserError as `read_text` and `parse_toml` do."""
+    return parse_toml(read_text(path, most_bytes=MOST_TOML_BYTES), what=str(path))
+
+
+def read_yaml(path: Path) -> Any:
+    """Return the content of a YAML file. Raises UserError as `read_text` and `parse_yaml` do."""
+    return parse_yaml(read_text(path, most_bytes=MOST_YAML_BYTES), what=str(path))
+
+
+def parse_json(text: str, *, what: str) -> Any:
+    """Return the value of JSON text. Raises UserError if it is none, or is beyond the limits of this module.
+    ``what`` names the text in messages."""
+    try:
+        return bounded(json.loads(text), what=what)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{what} is not JSON: {error.msg} in line {error.lineno}") from error
+    except (ValueError, RecursionError) as error:
+        raise _unreadable(what, "JSON", error) from error
+
+
+def parse_toml(text: str, *, what: str) -> dict[str, Any]:
+    """Return the content of TOML text. Raises UserError as `parse_json` does."""
+    if len(text) > MOST_TOML_BYTES:
+        raise UserError(f"{what} is too large to be read", allowed=f"at most {MOST_TOML_BYTES} characters")
+    if any(line.count(".") > _MOST_DOTS for line in text.splitlines()):
+        raise UserError(f"{what} has a line with more than {_MOST_DOTS} dots, too many for TOML")
+    try:
+        data = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _unreadable(what, "TOML", error) from error
+    bounded(data, what=what)
+    return data
+
+
+def parse_yaml(text: str, *, what: str) -> Any:
+    """Return the value of YAML text. Aliases are followed as far as the whole stays within the limits of this
+    module. Raises UserError as `parse_json` does."""
+    import yaml
+
+    from memfit.files.yaml_loader import BoundedLoader
+
+    if len(text) > MOST_YAML_BYTES:
+        raise UserError(f"{what} is too large to be read", allowed=f"at most {MOST_YAML_BYTES} characters")
+    try:
+        return bounded(yaml.load(text, BoundedLoader), what=what)
+    # The constructors of the safe loader raise all of these, for example for `!!int ''`.
+    except (
+        yaml.YAMLError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise _unreadable(what, "YAML", error) from error
+
+
+def bounded(value: Any, *, what: str) -> Any:
+    """Return ``value``, parsed from a file, if it is within the limits of this module: at most a million
+    values, 64 levels, and whole numbers of about 120 digits. Raises UserError otherwise."""
+    count, level = 0, [value]
+    for _ in range(_DEEPEST):
+        count += len(level)
+        if count > _MOST_VALUES:
+            raise UserError(f"{what} has too many values", allowed=f"at most {_MOST_VALUES}")
+        if any(isinstance(v, int) and v.bit_length() > _MOST_BITS for v in level):
+            raise UserError(f"{what} has a whole number of more than {_MOST_BITS} bits")
+        level = [inner for v in level for inner in _inside(v)]
+        if not level:
+            return value
+    raise UserError(f"{what} is nested too deeply", allowed=f"at most {_DEEPEST} levels")
+
+
+def _inside(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return [*value.keys(), *value.values()]
+    return value if isinstance(value, list | tuple | set) else ()
+
+
+def _not_a_file(path: Path, mode: int) -> UserError:
+    kind = next((name for is_kind, name in _KINDS.items() if is_kind(mode)), "no regular file")
+    return UserError(f"{path} is {kind}, not a file that can be read")
+
+
+def _unreadable(what: str, form: str, error: Exception) -> UserError:
+    if isinstance(error, RecursionError):
+        return UserError(f"{what} is nested too deeply", allowed=f"at most {_DEEPEST} levels")
+    return UserError(f"{what} is not valid {form}: {_short(error)}")
+
+
+def _short(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
