@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -23,7 +24,12 @@ from memfit.files import replace
 from memfit.files.replace import write_whole
 from memfit.files.temporary import OWNER, remove_abandoned, temporary_folder
 from memfit.runtime import child_process
+from memfit.runtime.ranks import run_ranks
 from memfit.types.errors import UserError
+from memfit.types.job import JobRef
+from memfit.types.launch import LaunchConfig, RunSpec
+from memfit.types.plan import Plan
+from memfit.types.result import OutcomeKind
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux's kernel")
 TRACING = """
@@ -245,3 +251,32 @@ def test_a_folder_that_cannot_be_written_is_an_error_before_training_begins(
     assert main([*arguments, *store]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "cannot be written into /proc" in line
+
+
+JOINING = """
+import json, pathlib, sys
+import psutil
+import torch
+from memfit.types.launch import RENDEZVOUS
+from memfit.types.plan import Plan
+from memfit.techniques.registry import make_use
+from memfit.worker.train import join_world
+plan = Plan(ranks=2, uses=(make_use("ddp", {}),))
+with join_world(plan, rendezvous=pathlib.Path(sys.argv[1]) / RENDEZVOUS):
+    torch.distributed.all_reduce(torch.ones(2))
+    ports = [c for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    print(json.dumps({"event": "listens", "on": sorted({c.laddr.ip for c in ports})}), flush=True)
+    torch.distributed.barrier()
+print(json.dumps({"event": "result", "measurement": {"outcome": "ok"}}))
+"""
+
+
+@LINUX
+def test_ranks_listen_to_this_machine_alone() -> None:
+    events: list[Any] = []
+    spec = RunSpec(name="test", role="run", job=JobRef(spec="x"), plan=Plan(ranks=2), seed=0, steps=1)
+    argv = (sys.executable, "-c", JOINING, "{dir}")
+    config = LaunchConfig(engine="test", argv=argv, env={}, files={}, spec=spec)
+    measurements = run_ranks(config, on_event=lambda rank, event: events.append(event))
+    assert {m.outcome for m in measurements} == {OutcomeKind.OK}, measurements
+    assert [e["on"] for e in events if e["event"] == "listens"] == [["127.0.0.1"]] * 2
