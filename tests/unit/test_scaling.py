@@ -552,6 +552,13 @@ def test_excluded_techniques_are_in_no_plan() -> None:
     assert not any(p.get("fsdp2") or p.get("tensor-parallel") for p in plans)
 
 
+def test_gradient_accumulation_that_is_excluded_is_in_no_grid() -> None:
+    excluded = limits(without=frozenset({"gradient-accumulation"}))
+    assert {count for grid in grids(excluded) if grid.layout.stages == 1 for _, count in grid.micro} == {1}
+    pipelines = {count for grid in grids(excluded) if grid.layout.stages > 1 for _, count in grid.micro}
+    assert max(pipelines) > 1  # a pipeline's micro-batches are its own
+
+
 def test_a_technique_that_cannot_be_traced_does_not_end_the_search(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

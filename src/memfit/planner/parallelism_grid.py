@@ -307,7 +307,8 @@ def _even_pipelines(limits: Limits, ranks: int) -> Iterator[tuple[int, str, int]
 def _micro(limits: Limits, layout: GridLayout) -> tuple[tuple[int, int], ...]:
     rank_batch = limits.batch // layout.data
     splits = [(rank_batch // count, count) for count in _divisors(rank_batch)]
-    if not limits.splits:
+    without_accumulation = layout.stages == 1 and "gradient-accumulation" in limits.without
+    if without_accumulation or not limits.splits:
         splits = [f for f in splits if f[1] == 1]
     if limits.micro_batch:
         splits = [f for f in splits if f[0] == limits.micro_batch]
