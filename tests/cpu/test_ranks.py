@@ -34,9 +34,18 @@ PHASES = (Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER)
 PLANS = [
     {"ddp": {"bucket_mib": 1}},
     {"fsdp2": {}},
-    {"zero": {"stage": 3, "reduce_bucket_elements": 1_000_000}},
+    {
+        "zero": {
+            "stage": 3,
+            "reduce_bucket_elements": 1_000_000,
+            "offload": "optimizer",
+            "nvme": "optimizer",
+            "sub_group_elements": 500_000,
+        }
+    },
 ]
 LONG_PLANS = [
+    {"zero": {"stage": 3, "reduce_bucket_elements": 1_000_000}},
     {"ddp": {"sync": "last"}, "gradient-accumulation": {"micro_batches": 2}},
     {"fsdp2": {"reshard": False}, "gradient-accumulation": {"micro_batches": 2}},
     {"zero": {"stage": 2, "reduce_bucket_elements": 1_000_000}},

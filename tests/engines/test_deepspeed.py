@@ -27,6 +27,8 @@ from memfit.cost.memory import memory_profile
 from memfit.engines.deepspeed import CONFIG, ENGINE
 from memfit.engines.registry import render
 from memfit.jobs.training_step import TrainingStep
+from memfit.lint.check import check
+from memfit.lint.parse import read
 from memfit.runtime.counting_allocator import CountingAllocator, available
 from memfit.runtime.gloo import gloo_first
 from memfit.techniques.rank_mesh import make_world
@@ -310,6 +312,32 @@ def test_the_deepspeed_parser_reads_the_settings_of_the_plan(tmp_path: Path) -> 
         "clip": 0.0,
         "untested": True,
     }
+
+
+@installed
+def test_the_deepspeed_configuration_of_a_plan_with_nvme_is_read_by_its_parser_and_the_linter(
+    tmp_path: Path,
+) -> None:
+    knobs = {"stage": 3, "offload": "parameters", "nvme": "optimizer", "sub_group_elements": 7_000_000}
+    text = render(_spec(_plan(2, zero=knobs))).files[CONFIG]
+    section = json.loads(text)["zero_optimization"]
+    assert section["sub_group_size"] == 7_000_000
+    assert section["offload_param"]["device"] == "cpu"
+    code = (
+        "import json, sys; from deepspeed.runtime.zero.offload_config import *;"
+        "c = DeepSpeedZeroOffloadOptimizerConfig(**json.loads(sys.argv[1]));"
+        "print(c.device, c.buffer_count, c.pipeline, c.nvme_path)"
+    )
+    parsed = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(section["offload_optimizer"])],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **ENGINE.environment("cpu")},
+    )
+    assert parsed.stdout.splitlines()[-1] == "nvme 4 False /local_nvme"
+    (tmp_path / CONFIG).write_text(text)
+    assert not check(read([tmp_path / CONFIG], ranks=2))
 
 
 _SECTION = """

@@ -59,6 +59,8 @@ def test_a_deepspeed_file_becomes_a_zero_plan_with_unsupported_options_left_out(
         "precision": "bf16",
         "overlap": True,
         "offload": "optimizer",
+        "nvme": "none",
+        "sub_group_elements": 100_000_000,
         "persist_elements": 100_000,
         "reduce_bucket_elements": 500_000_000,
         "prefetch_elements": 50_000_000,
@@ -88,6 +90,17 @@ def test_deepspeed_stage_3_settings_are_kept_and_auto_values_are_left_out(tmp_pa
         "fp16.enabled auto",
         "sparse_attention",
     }
+
+
+def test_optimizer_state_on_nvme_is_kept_at_stage_3_only(tmp_path: Path) -> None:
+    away = {"device": "nvme", "nvme_path": "/disk"}
+    found = carried(tmp_path, ds(**zero(3, offload_optimizer=away, sub_group_size=2e8)), ranks=4)
+    assert (knobs(found, "zero")["offload"], knobs(found, "zero")["nvme"]) == ("optimizer", "optimizer")
+    assert knobs(found, "zero")["sub_group_elements"] == 200_000_000
+    assert left(found) == set()
+    found = carried(tmp_path, ds(**zero(2, offload_optimizer=away)), ranks=4)
+    assert knobs(found, "zero")["nvme"] == "none"
+    assert left(found) == {"offload_optimizer to nvme"}
 
 
 @pytest.mark.parametrize(

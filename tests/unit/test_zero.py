@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from memfit.jobs.training_step import TrainingStep
 from memfit.techniques.registry import make_use
 from memfit.trace.tracer import trace
+from memfit.types.errors import UserError
 from memfit.types.job import Job, OptimizerChoice
 from memfit.types.plan import Plan
 from memfit.types.trace import Category
@@ -51,11 +53,11 @@ def _plan(micro_batches: int, ranks: int = 1, **uses: dict[str, Any]) -> Plan:
     return Plan(ranks=ranks, uses=tuple(make_use(name, settings) for name, settings in named.items()))
 
 
-def _curve(plan: Plan, device: str = "cpu") -> list[float]:
+def _curve(plan: Plan, device: str = "cpu", job: Job = JOB) -> list[float]:
     """Losses and gradient norms of `STEPS`."""
     torch.manual_seed(0)
-    step = TrainingStep(JOB, plan, device=device)
-    results = [step.run(JOB.make_batch(index, 0)) for index in range(len(STEPS))]
+    step = TrainingStep(job, plan, device=device)
+    results = [step.run(job.make_batch(index, 0)) for index in range(len(STEPS))]
     step.close()
     return [float(value) for result in results for value in result]
 
@@ -82,6 +84,39 @@ def test_zero_trains_as_plain_training_if_steps_leave_parameters_unused(
     """The gradients of an earlier step count neither in the norm nor in the update."""
     plain = _curve(_plan(micro_batches))
     assert _curve(_plan(micro_batches, zero={**SMALL, **zero})) == pytest.approx(plain, rel=1e-5)
+
+
+ON_NVME = {"stage": 3, "offload": "optimizer", "nvme": "optimizer", "sub_group_elements": 10, **SMALL}
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_optimizer_state_on_nvme_trains_bit_by_bit_as_in_host_memory(micro_batches: int) -> None:
+    adamw = OptimizerChoice(name="adamw", learning_rate=0.1)
+    job = dataclasses.replace(JOB, optimizer=adamw, clip=0.5)
+    on_host = {"stage": 3, "offload": "optimizer", **SMALL}
+    assert _curve(_plan(micro_batches, zero=ON_NVME), job=job) == _curve(
+        _plan(micro_batches, zero=on_host), job=job
+    )
+
+
+def test_a_step_reads_and_writes_each_stored_element_once_and_host_memory_holds_one_sub_group() -> None:
+    job = dataclasses.replace(JOB, optimizer=OptimizerChoice(name="adamw"))
+    traced = trace(job, _plan(1, zero=ON_NVME), device="cuda")
+    elements = 2 * (8 * 4 + 4)
+    stored_bytes = 16 * elements  # master copy, gradient, two moments
+    assert traced.storage_bytes == stored_bytes
+    assert traced.storage_read_bytes == traced.storage_written_bytes == stored_bytes
+    # Sub-groups of whole tensors of at least 10 elements: (32), (4 + 32), (4). Buffers, and in the first step
+    # moments beside them, are for the largest; low-precision gradients stay in host memory.
+    assert 36 * 16 < traced.host_step_bytes - 4 * elements < 36 * 32
+    at_once = trace(job, _plan(1, zero=ON_NVME | {"sub_group_elements": 1_000}), device="cuda")
+    assert at_once.host_step_bytes > 1.5 * traced.host_step_bytes
+
+
+@pytest.mark.parametrize("wrong", [{"stage": 2}, {"offload": "none"}], ids=str)
+def test_only_offloaded_state_of_stage_3_can_be_on_nvme(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="stage 3"):
+        trace(JOB, _plan(1, zero=ON_NVME | wrong))
 
 
 @pytest.mark.parametrize("stage", [2, 3])

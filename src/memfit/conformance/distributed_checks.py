@@ -133,6 +133,8 @@ def offloaded_states(plan: Plan, observed: Observations) -> Iterator[CheckFindin
     on_host = observed.saved.device in ("", "cpu")
     found_names = observed.offload_policy if on_host else _on_devices(plan, observed, planned_names)
     feature = f"{use.technique}: offload"
+    if use.settings.get("nvme", "none") != "none":
+        yield NotChecked("zero: nvme: whether state is on local storage is not checked")
     if found_names is None:
         if planned_names:
             yield NotChecked(f"{feature}: no object that moves tensors to the host was found")

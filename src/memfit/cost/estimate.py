@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from memfit.cost.device_overhead import with_workspaces
-from memfit.cost.host import HostTensors, host_memory, known_host
+from memfit.cost.host import HostTensors, host_memory, known_host, ranks_of_host
 from memfit.cost.memory import memory_profile, step_ops
 from memfit.cost.memory_estimate import footprint
 from memfit.cost.money import bill, hosts_w
@@ -27,6 +27,11 @@ MEMORY_RATIO = 0.01
 CALIBRATED_TIME_RATIO = 0.25
 KERNELS_TIME_RATIO = 0.30
 CATALOG_TIME_RATIO = 0.60
+
+_UNKNOWN_STORAGE = (
+    "the step time is not predicted, because the rate of the host's local storage is unknown or its ranks "
+    "share processors; a machine file can give storage_bytes_s"
+)
 
 
 def estimate(
@@ -58,7 +63,7 @@ def estimate(
         allocated = dataclasses.replace(allocated, high=max(allocated.high, unprobed_workspaces.high_bytes))
     memory = footprint(trace, allocated, machine)
     host = host_memory(tensors, plan, machine, allocated=allocated, workers=workers)
-    ops = step_ops(trace)
+    ops, local_ranks = step_ops(trace), ranks_of_host(plan, machine)
     step_s = step.step_s * factor(calibration, plan) if step is not None else None
     cost = bill(machine, step_s=step_s)
     return Estimate(
@@ -83,11 +88,14 @@ def estimate(
         host_parts_bytes=host.parts_bytes,
         host_memory_bytes=known_host(machine)[0],
         host_memory_assumed=known_host(machine)[1],
+        storage_bytes=trace.storage_bytes * local_ranks,
+        storage_written_bytes=trace.storage_written_bytes * local_ranks,
         oom_probability=memory.oom_probability,
         rank=trace.rank,
         assumptions=(
             *trace.assumptions,
             *([unprobed_workspaces.assumption()] if unprobed_workspaces else []),
+            *([_UNKNOWN_STORAGE] if trace.storage_bytes and step is None else []),
         ),
     )
 

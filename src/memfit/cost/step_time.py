@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from memfit.cost.collectives import collective_s
+from memfit.cost.host import ranks_of_host
 from memfit.cost.op_time import TimeModel
 from memfit.cost.schedules import simulate
 from memfit.cost.stream_simulator import SimulatedStep, StreamSimulator, payload_bytes
@@ -28,15 +29,19 @@ def simulate_step(
     all ranks in the order of its schedule.
 
     ``traces``: one for each rank that differs from the others, those of `Layout.distinct_ranks` in that
-    order. Returns None for several ranks on a CPU: they share its cores, which is not modelled.
+    order. Returns None for several ranks on a CPU: they share its cores, which is not modelled. Returns None,
+    too, for a plan that keeps state on local storage if the rate of that is unknown.
     """
     if plan.ranks > 1 and machine.device.is_host:
+        return None
+    storage = storage_rates(machine, model, ranks_of_host(plan, machine))
+    if storage is None and any(t.storage_bytes for t in traces):
         return None
     pairs = [(StreamSimulator(model=model, machine=machine, members=t.members), t) for t in traces]
     pipeline = plan.get("pipeline")
     if pipeline is not None:
         return _piped(pairs, plan, pipeline, machine)
-    steps = [_with_offload(p.step(t), t, machine, model) for p, t in pairs]
+    steps = [_with_offload(p.step(t), t, machine, model, storage) for p, t in pairs]
     return max(steps, key=lambda step: step.step_s)
 
 
@@ -69,14 +74,51 @@ def sketched_s(compute_s: float, plan: Plan, parameters: int, machine: Machine, 
     return compute_s + max(0.0, exchange_s - compute_s / 2)
 
 
-def _with_offload(step: SimulatedStep, trace: Trace, machine: Machine, model: TimeModel) -> SimulatedStep:
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StorageRates:
+    """Rates of local storage for one rank while all ranks of its host use it, in bytes per second."""
+
+    read_bytes_s: float
+    write_bytes_s: float
+
+    def seconds(self, *, read_bytes: float, written_bytes: float) -> float:
+        """Return the seconds to read and to write that much, one after the other."""
+        return read_bytes / self.read_bytes_s + written_bytes / self.write_bytes_s
+
+
+def storage_rates(machine: Machine, model: TimeModel, local_ranks: int) -> StorageRates | None:
+    """Return the rates of local storage for each of ``local_ranks`` ranks of one host; None if they are
+    unknown.
+
+    If the rate of this machine's disk was measured, as a file is written and read back through the page
+    cache, that counts; else the host's ``storage_bytes_s``, whose low end is the rate of writes.
+    """
+    if model.calibration.disk_bytes_s:
+        rate = model.calibration.disk_bytes_s / local_ranks
+        return StorageRates(read_bytes_s=rate, write_bytes_s=rate)
+    fact = machine.host.storage_bytes_s if machine.host else None
+    if fact is None:
+        return None
+    writes = fact.value if fact.low is None else fact.low
+    return StorageRates(read_bytes_s=fact.value / local_ranks, write_bytes_s=writes / local_ranks)
+
+
+def _with_offload(
+    step: SimulatedStep, trace: Trace, machine: Machine, model: TimeModel, storage: StorageRates | None
+) -> SimulatedStep:
     """Return ``step`` with the seconds that compute waits for offloading added: the copies of tensors to host
-    memory or disk and back. They also become its work of the "host link".
+    memory or disk and back, and reads and writes of state on local storage. They also become its work of the
+    "host link" and of "storage". Reads and writes of state are taken to overlap with nothing, as in DeepSpeed
+    unless its pipeline_read and pipeline_write are set.
     """
     copy_s = _whole(trace, trace.offloaded_bytes + trace.restored_bytes) / host_bytes_s(machine, model)
     copy_s += model.calibration.disk_file_s * _whole(trace, trace.offloaded_tensors)
-    busy = {**step.busy_s, "host link": copy_s} if copy_s else step.busy_s
-    return dataclasses.replace(step, step_s=step.step_s + copy_s, busy_s=busy)
+    storage_s = 0.0
+    if storage is not None:
+        read_bytes, written_bytes = trace.storage_read_bytes, trace.storage_written_bytes
+        storage_s = storage.seconds(read_bytes=read_bytes, written_bytes=written_bytes)
+    added = {name: s for name, s in (("host link", copy_s), ("storage", storage_s)) if s}
+    return dataclasses.replace(step, step_s=step.step_s + copy_s + storage_s, busy_s={**step.busy_s, **added})
 
 
 def _whole(trace: Trace, traced_quantity: int) -> float:

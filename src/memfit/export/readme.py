@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from memfit.engines import deepspeed
 from memfit.export import openfold, torchtitan
 from memfit.export.base import RUN, Files, Handover
 from memfit.export.script_steps import script_steps
@@ -172,6 +173,13 @@ def _what(name: str, handover: Handover) -> str:
 
 def _notes(target: str, handover: Handover) -> Iterator[str]:
     spec = handover.config.spec
+    zero = handover.plan.get("zero")
+    if zero is not None and zero.settings["nvme"] != "none" and handover.config.engine != "native":
+        yield (
+            f"Optimizer state goes to `nvme_path` in `{deepspeed.CONFIG}`, which is `{deepspeed.NVME_PATH}` "
+            "unless your file says otherwise: give a folder on a local NVMe disk of each node. DeepSpeed "
+            "writes there with libaio, which must be installed."
+        )
     if target == "torchtitan":
         yield "The training step is torchtitan's own; its configuration decides whether losses are chunked."
         yield from (

@@ -109,8 +109,8 @@ _FREE_OF_DEEPSPEED = frozenset(
         "zero_optimization.reduce_scatter",
         "zero_optimization.allgather_bucket_size",
         "zero_optimization.round_robin_gradients",
-        "zero_optimization.sub_group_size",
         "zero_optimization.stage3_max_reuse_distance",
+        "zero_optimization.offload_optimizer.nvme_path",
         "zero_optimization.offload_optimizer.pin_memory",
         "zero_optimization.offload_param.pin_memory",
     }

@@ -18,6 +18,7 @@ from memfit.techniques.optimizers import EagerStep, StepInBackward, innermost
 from memfit.techniques.precision import MasterWeights
 from memfit.techniques.zero.base import Reducing
 from memfit.techniques.zero.sharded_ddp import ShardedDdp
+from memfit.techniques.zero.zero_stage12 import ZeroNone
 from memfit.types.errors import UserError
 from memfit.types.job import OptimizerChoice
 
@@ -265,7 +266,7 @@ def _inner_groups(optimizer: Any) -> Iterator[tuple[type, Group, list[torch.nn.P
         case MasterWeights():
             for param, single in zip(optimizer.params, optimizer.inner, strict=True):
                 yield from ((kind, group, [param]) for kind, group, _ in _inner_groups(single))
-        case Reducing() if hasattr(optimizer, "master"):
+        case Reducing() if not isinstance(optimizer, ZeroNone):
             yield from _of_all(optimizer.inner, optimizer.params)
         case EagerStep() | Reducing() | ShardedDdp():
             yield from _inner_groups(optimizer.inner)

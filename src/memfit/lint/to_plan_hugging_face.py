@@ -114,22 +114,28 @@ def _zero_knobs(
         knobs["overlap"] = config.on("zero_optimization.overlap_comm")
     elif config.raw("zero_optimization.memory_efficient_linear") is False:
         knobs["memory_efficient_linear"] = False
-    knobs["offload"] = _offload(config, stage, draft)
-    return knobs
+    return knobs | _offload(config, stage, draft)
 
 
-def _offload(config: Options, stage: int, draft: Draft) -> str:
+def _offload(config: Options, stage: int, draft: Draft) -> dict[str, KnobValue]:
     devices = {
         n: str(config.get(f"zero_optimization.offload_{n}.device") or "none") for n in ("param", "optimizer")
     }
     if config.on("zero_optimization.cpu_offload"):
         devices["optimizer"] = "cpu"
     for name, device in devices.items():
-        if device == "nvme":
+        if device == "nvme" and not (name == "optimizer" and stage == 3):
             draft.leave(f"offload_{name} to nvme", "predicted as offloaded to host memory")
+    knobs: dict[str, KnobValue] = {
+        "offload": "optimizer" if devices["optimizer"] != "none" else "none",
+    }
     if stage == 3 and devices["param"] != "none":
-        return "parameters"
-    return "optimizer" if devices["optimizer"] != "none" else "none"
+        knobs["offload"] = "parameters"
+    if stage == 3 and devices["optimizer"] == "nvme":
+        elements = config.get("zero_optimization.sub_group_size")
+        knobs["nvme"] = "optimizer"
+        knobs["sub_group_elements"] = int(elements) if isinstance(elements, int | float) else 1_000_000_000
+    return knobs
 
 
 def _precision(setup: Setup, config: Options, draft: Draft) -> str:

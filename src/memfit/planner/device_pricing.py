@@ -12,6 +12,7 @@ from memfit.cost.estimate import interval_around, modelled_boundary, scaled
 from memfit.cost.host import host_memory, known_host, memory_bytes
 from memfit.cost.memory_estimate import ASSUMED_RESERVED_RATIO, sketch_footprint
 from memfit.cost.money import bill
+from memfit.cost.step_time import storage_rates
 from memfit.cost.stream_simulator import StreamSimulator
 from memfit.engines import native
 from memfit.engines.registry import engine
@@ -149,6 +150,7 @@ class Scale:
             effect=self.aim.accuracy.highest,
             micro_batch=self.bounds.micro_batch,
             splits=may_split(self.pricer.dependence, self.aim.accuracy),
+            storage=storage_rates(self.machine, self.model, 1) is not None,
             shares=may_share(self.pricer.dependence, self.aim.accuracy),
             refuses=None if self.engine.name == native.ENGINE.name else self.engine.supports,
             without=frozenset(self.bounds.without)

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import numpy
 
+from memfit.cost.step_time import StorageRates
 from memfit.planner.parallelism_grid import Grid, GridLayout, rank_blocks
 from memfit.planner.sharding_costs import State
 from memfit.types.parts import Parts
@@ -40,6 +41,7 @@ class Rates:
     ``communicate`` returns the seconds of a collective or of a point-to-point send. ``per_host``: number of
     devices in one host. Rates in bytes per second: ``host_bytes_s``, of copies between one device and its
     host's memory; ``host_update_bytes_s``, at which the optimizer of one rank reads and writes host memory.
+    ``storage``: those of local storage for one rank, None if unknown.
     """
 
     communicate: Communicate
@@ -52,6 +54,7 @@ class Rates:
     # time of a kernel that runs beside a collective, over its time alone: the collective takes
     # multiprocessors
     kernel_slowdown: float
+    storage: StorageRates | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ import numpy
 from memfit.planner.grid_axes import GATHERED, Array, Axes, Elements, GridInputs, Priced, Rates, depths
 from memfit.planner.parallelism_grid import Grid, GridLayout
 from memfit.planner.sharding_costs import State
+from memfit.techniques.zero.zero import BUFFER_COUNT
 
 # Copies per tensor: its gradient to the host and its new value back. FSDP2 also updates tensor by tensor.
 _CALLS_AWAY = {"zero": 2, "fsdp2": 4}
@@ -262,6 +263,9 @@ def _update(axes: Axes, elements: Elements, depth: int, layout: GridLayout, rate
             transfer_s = shard_elements * (state.gradient + state.stored) / rates.host_bytes_s
             calls = _CALLS_AWAY["zero" if state.kind == "zero" else "fsdp2"] * axes.inputs.tensors
             transfer_s += calls / layout.stages * rates.host_call_s
+            if state.sub_group and rates.storage is not None:  # all of it is read and written once
+                stored_bytes = shard_elements * _stored_bytes(state)
+                transfer_s += rates.storage.seconds(read_bytes=stored_bytes, written_bytes=stored_bytes)
             return transfer_s + shard_elements * state.updating.moved_bytes / rates.host_update_bytes_s
         gather_s = 0.0
         if state.kind == "zero" and state.parameter_shards == 1 and state.state_shards > 1:
@@ -406,7 +410,7 @@ def _stage(
     # the averaged copy of the weights, if the loop keeps one, is in float32
     averaged_elements = rank_elements * states(lambda s: 1 / s.parameter_shards) + expert_elements
     average_bytes = 4.0 * axes.inputs.averaged * averaged_elements
-    host = kept_bytes * offloaded * waiting_micros + rank_elements * states(_host_bytes)
+    host = kept_bytes * offloaded * waiting_micros + states(lambda s: _host_bytes(s, rank_elements))
     host = host + states(lambda s: _tensor_top(s, layout) * bool(s.offload))
     return peak + average_bytes * on_device, host + average_bytes * (1 - on_device)
 
@@ -448,23 +452,39 @@ def _tensor_top(state: State, layout: GridLayout) -> float:
     return state.updating.tensor_top_bytes / (state.state_shards if layout.experts == 1 else layout.experts)
 
 
-def _host_bytes(state: State) -> float:
-    """Return the bytes of host memory on a rank per parameter before sharding; 0 without offload.
+def _host_bytes(state: State, rank_elements: float) -> float:
+    """Return the bytes of host memory on a rank that has ``rank_elements`` parameters before sharding; 0
+    without offload.
 
     Under FSDP2, these are the parameter, its gradient and the optimizer's state. Under ZeRO, they are the
     fp32 master copy and its gradient, the rest of the optimizer's state, and a buffer through which
     parameters or gradients pass, plus the parameter if parameters are offloaded too. In both cases the
     temporary tensors of the update are added. All is divided by the number of ranks over which the
-    optimizer's state is sharded.
+    optimizer's state is sharded. What is on local storage is counted for the elements that pass through host
+    memory at a time, with the state as the optimizer makes it in its first step beside the buffers.
     """
     if not state.offload:
         return 0.0
+    shard_elements = rank_elements / state.state_shards
     if state.kind != "zero":
         kept_bytes = state.stored + state.gradient + state.updating.state_bytes
-    else:
-        moments = state.updating.state_bytes - 4.0 * (state.stored < 4.0)
-        kept_bytes = 4.0 + 4.0 + moments + state.stored * (1 + (state.offload == "all"))
-    return (kept_bytes + state.updating.top_bytes) / state.state_shards
+        return shard_elements * (kept_bytes + state.updating.top_bytes)
+    kept_bytes = state.stored * (1 + (state.offload == "all"))
+    if not state.sub_group:
+        return shard_elements * (kept_bytes + _stored_bytes(state) + state.updating.top_bytes)
+    passing_bytes = 4.0 * BUFFER_COUNT + _moment_bytes(state) + state.updating.top_bytes
+    return shard_elements * kept_bytes + min(shard_elements, state.sub_group) * passing_bytes
+
+
+def _stored_bytes(state: State) -> float:
+    """Return the bytes per element of the fp32 master copy, its gradient and the optimizer's state under ZeRO
+    with offload."""
+    return 4.0 + 4.0 + _moment_bytes(state)
+
+
+def _moment_bytes(state: State) -> float:
+    """Return the bytes per element of the optimizer's state under ZeRO, without a master copy."""
+    return state.updating.state_bytes - 4.0 * (state.stored < 4.0)
 
 
 def _opened(axes: Axes, block: float, root: float, depth: int) -> tuple[Array, Array]:
@@ -475,7 +495,7 @@ def _opened(axes: Axes, block: float, root: float, depth: int) -> tuple[Array, A
     number of blocks on the rank. Counted are the gathered parameters of the block at work and outside the
     blocks, those of the block gathered ahead with their flat buffer, and in backward the copy of the gradient
     in the buffer of its reduction (torch.distributed.fsdp, overlapping copies). Without resharding after
-    forward, the gathered parameters of all blocks are counted.
+    forward, the gathered parameters of all blocks are counted; under ZeRO 3, as many as it keeps for reuse.
     """
     block_bytes, root_bytes = (
         axes.states(lambda s: block * s.gathered),
@@ -489,4 +509,5 @@ def _opened(axes: Axes, block: float, root: float, depth: int) -> tuple[Array, A
     backward_open = (
         root_bytes + reshard * 3 * block_bytes + (1 - reshard) * depth * block_bytes + reducing_bytes
     )
-    return forward_open, backward_open
+    live_bytes = axes.states(lambda s: s.gathered * min(s.live, root + depth * block))
+    return numpy.maximum(forward_open, live_bytes), numpy.maximum(backward_open, live_bytes)

@@ -14,6 +14,7 @@ import numpy
 
 from memfit.cost.collectives import collective_s
 from memfit.cost.op_time import ASSUMED_ISSUE_S, ASSUMED_LINK_BYTES_S, TimeModel
+from memfit.cost.step_time import storage_rates
 from memfit.cost.stream_simulator import ASSUMED_HOST_BYTES_S, StreamSimulator
 from memfit.planner.block_traces import BlockTracer, Key
 from memfit.planner.grid_axes import Communicate, GridInputs, Priced, Rates
@@ -276,6 +277,7 @@ class _Pricing:
             host_call_s=ASSUMED_ISSUE_S[Phase.BACKWARD],
             copied_bytes_s=_COPIED_BYTES / model.op_s(_COPY),
             workspace_bytes=_BLAS_THREADS * (blas.value if blas else 0.0),
+            storage=storage_rates(machine, model, min(per_host(machine), limits.ranks)),
             kernel_slowdown=StreamSimulator(model=model, machine=machine, members={}).kernel_slowdown,
         )
 

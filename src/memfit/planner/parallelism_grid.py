@@ -59,6 +59,7 @@ class Limits:
     refuses: Callable[[Plan], object] | None = None
     micro_batch: int = 0  # required samples per micro-batch; 0: any
     splits: bool = True  # whether a rank's samples may be trained in micro-batches
+    storage: bool = False  # whether hosts have local storage of a known rate
     shares: bool = True  # whether ranks may train on different samples of the batch
 
     @property
@@ -415,11 +416,24 @@ def _data(limits: Limits, layout: GridLayout) -> list[Uses]:
         alone = {"precision": "as-is", "offload": False, "replicas": 1}
         return [o for o in options if o[0].technique == "ddp" or alone.items() <= o[0].settings.items()]
     if layout.tensor == layout.context == layout.stages == 1:
-        for stage, precision in itertools.product((1, 2, 3), ("bf16", "fp32")):
-            for place in ("none", "optimizer", *(("parameters",) if stage == 3 else ())):
-                bucket = {"reduce_bucket_elements": 50_000_000}
-                options.append((_use("zero", stage=stage, precision=precision, offload=place, **bucket),))
+        options += [(use,) for use in zero_uses(storage=limits.storage)]
     return options
+
+
+def zero_uses(*, storage: bool) -> Iterator[Use]:
+    """Yield the uses of zero that a search considers. ``storage``: whether optimizer state may be kept on
+    local storage."""
+    for stage, precision in itertools.product((1, 2, 3), ("bf16", "fp32")):
+        for place in ("none", "optimizer", *(("parameters",) if stage == 3 else ())):
+            for nvme in ("none", "optimizer") if storage and stage == 3 and place != "none" else ("none",):
+                yield _use(
+                    "zero",
+                    stage=stage,
+                    precision=precision,
+                    offload=place,
+                    nvme=nvme,
+                    reduce_bucket_elements=50_000_000,
+                )
 
 
 def _allowed(axis: Iterable[Uses], layout_uses: Uses, limits: Limits) -> tuple[Uses, ...]:

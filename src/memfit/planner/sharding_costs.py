@@ -20,6 +20,8 @@ class State:
     if it is not. ``replicas``: number of groups of ranks that each hold all shards; gradients are reduced
     over these, too. ``reshard``: whether gathered parameters are freed after forward. ``offload``: what is in
     host memory; "optimizer" is the optimizer state alone, "all" also parameters and gradients.
+    ``sub_group``: if optimizer state is on local storage, the elements that pass through host memory at a
+    time; else 0. ``live``: elements of gathered parameters that are kept for reuse; 0 if none are.
     """
 
     compute: str  # "bf16", "autocast", "fp32"
@@ -39,6 +41,8 @@ class State:
     offload: str  # "", "optimizer", "all"
     kind: str  # "", "ddp", "fsdp2", "zero"
     updating: UpdateCosts
+    sub_group: int = 0
+    live: int = 0
 
 
 def compute_of(uses: Sequence[Use]) -> str:
@@ -113,6 +117,8 @@ def state_of(uses: Sequence[Use], ranks: int, updating: UpdateCosts, *, staged: 
             offload={"none": "", "optimizer": "optimizer", "parameters": "all"}[str(knobs["offload"])],
             kind="zero",
             updating=master_updating,
+            live=int(knobs["live_elements"]) if stage == 3 else 0,
+            sub_group=int(knobs["sub_group_elements"]) if knobs["nvme"] != "none" else 0,
         )
     if "ddp" in settings_by_name:
         knobs = settings_by_name["ddp"]

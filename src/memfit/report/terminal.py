@@ -213,6 +213,16 @@ def print_estimate(estimate: Estimate, *, console: Console, lang: str, title: st
     if view.peak_phase and view.peak_op:
         phase = words.name("phase", view.peak_phase)
         console.print(Text(words.get("terminal.at", phase=phase, op=view.peak_op)))
+    if estimate.storage_bytes:
+        console.print(
+            Text(
+                words.get(
+                    "terminal.storage",
+                    size=_text(predicted(estimate.storage_bytes, "bytes"), words),
+                    written=_text(predicted(estimate.storage_written_bytes, "bytes"), words),
+                )
+            )
+        )
     if (split := _split(estimate.dependence, words)) is not None:
         console.print(split)
     for assumption in estimate.assumptions[:MOST_ASSUMPTIONS]:

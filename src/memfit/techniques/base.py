@@ -211,8 +211,8 @@ class Workbench:
     - ``counted_elsewhere`` holds the names of parameters that several pipeline ranks hold and that this rank
       leaves out of the gradient norm, because another one counts them.
     - ``closers`` are functions that are called when the step is closed.
-    - ``on_gradient``, ``on_ddp``, ``on_offload``, ``on_kept``, ``on_assumption`` and ``place`` are set by the
-      tracer, to be told what happens. In a real run they are None or do nothing.
+    - ``on_gradient``, ``on_ddp``, ``on_offload``, ``on_storage``, ``on_kept``, ``on_assumption`` and
+      ``place`` are set by the tracer, to be told what happens. In a real run they are None or do nothing.
     """
 
     job: Job
@@ -247,6 +247,9 @@ class Workbench:
     on_ddp: Callable[[Any], None] | None = None
     # Set by the tracer: called with the bytes that leave memory and that come back.
     on_offload: Callable[[int, int], None] | None = None
+    # Set by the tracer: called with the bytes that are written to local storage, those that are read from it,
+    # and those that it holds.
+    on_storage: Callable[[int, int, int], None] | None = None
     # Set by the tracer: called with a "parameter" or "gradient" that replaces the model's own.
     on_kept: Callable[[torch.Tensor, str], None] = lambda tensor, category: None
     # Set by the tracer: called with a sentence about what a trace assumes and a run finds out.

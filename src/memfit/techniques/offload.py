@@ -176,48 +176,60 @@ class DiskSpool(_Away):
         return SpooledTensor(tensor, self.spool)
 
 
-class Spool:
-    """A temporary file that holds pieces of data, each at its place, an offset in the file. The first write
-    creates the file. A place that has been freed is reused for data of the same size before the file grows,
-    because overwriting pages that the kernel holds is several times faster than writing new ones."""
+class DiskFile:
+    """A temporary file without a name, so that it disappears however the process ends. The first write
+    creates it, in the folder of temporary files (TMPDIR)."""
 
     def __init__(self) -> None:
         self._file: Any = None
         self._lock = threading.Lock()  # backward may run on its own threads
-        self._end = 0
-        self._free: dict[int, list[int]] = {}
 
-    def write(self, data: memoryview) -> int:
-        """Write ``data`` and return its place, an offset in bytes. Raises OSError if the disk is full."""
-        if self._file is None:
-            self._file = tempfile.TemporaryFile(prefix="memfit-offload-", buffering=0)  # noqa: SIM115
-        free_places = self._free.get(data.nbytes)
-        place = free_places.pop() if free_places else self._end
-        self._end = max(self._end, place + data.nbytes)
+    def write(self, data: memoryview, place: int) -> None:
+        """Write ``data`` from ``place`` on, an offset in bytes. Raises OSError if the disk is full."""
         with self._lock:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(prefix="memfit-offload-", buffering=0)  # noqa: SIM115
             self._file.seek(place)
             while data.nbytes:
                 data = data[self._file.write(data) :]
-        return place
 
     def read(self, data: memoryview, place: int) -> None:
-        """Fill ``data`` from the file at ``place``, which `write` returned. Raises OSError if the file ends
-        before ``data`` is full."""
+        """Fill ``data`` from ``place`` on. Raises OSError if the file ends before ``data`` is full."""
         with self._lock:
             self._file.seek(place)
             while data.nbytes:
                 if not (count := self._file.readinto(data)):
-                    raise OSError("the file of offloaded activations is truncated")
+                    raise OSError("the file of offloaded tensors is truncated")
                 data = data[count:]
-
-    def free(self, place: int, size_bytes: int) -> None:
-        """Free a place, to which `write` wrote ``size_bytes`` bytes, for reuse."""
-        self._free.setdefault(size_bytes, []).append(place)
 
     def close(self) -> None:
         """Close the file, which deletes it. Do nothing if nothing has been written."""
         if self._file is not None:
             self._file.close()
+
+
+class Spool:
+    """A temporary file that holds pieces of data, each at its place, an offset in the file. A place that has
+    been freed is reused for data of the same size before the file grows, because overwriting pages that the
+    kernel holds is several times faster than writing new ones."""
+
+    def __init__(self) -> None:
+        self._file = DiskFile()
+        self._end = 0
+        self._free: dict[int, list[int]] = {}
+        self.read, self.close = self._file.read, self._file.close
+
+    def write(self, data: memoryview) -> int:
+        """Write ``data`` and return its place, an offset in bytes. Raises OSError if the disk is full."""
+        free_places = self._free.get(data.nbytes)
+        place = free_places.pop() if free_places else self._end
+        self._end = max(self._end, place + data.nbytes)
+        self._file.write(data, place)
+        return place
+
+    def free(self, place: int, size_bytes: int) -> None:
+        """Free a place, to which `write` wrote ``size_bytes`` bytes, for reuse."""
+        self._free.setdefault(size_bytes, []).append(place)
 
 
 class SpooledTensor:
@@ -232,7 +244,7 @@ class SpooledTensor:
         self.size_bytes = tensor.numel() * tensor.element_size()
         self.place: int | None = None
         if not isinstance(tensor, FakeTensor):
-            self.place = spool.write(_raw(tensor.detach().cpu()))
+            self.place = spool.write(raw_bytes(tensor.detach().cpu()))
 
     def back(self) -> Any:
         """Return the elements as a new one-dimensional tensor on the device of the original (without values
@@ -242,7 +254,7 @@ class SpooledTensor:
         if self.place is None:
             return torch.empty(self.count, dtype=self.dtype, device=self.device)
         tensor = torch.empty(self.count, dtype=self.dtype)
-        self.spool.read(_raw(tensor), self.place)
+        self.spool.read(raw_bytes(tensor), self.place)
         return tensor.to(self.device)
 
     def __del__(self) -> None:
@@ -250,7 +262,8 @@ class SpooledTensor:
             self.spool.free(self.place, self.size_bytes)
 
 
-def _raw(tensor: Any) -> memoryview:
+def raw_bytes(tensor: Any) -> memoryview:
+    """Return the bytes of ``tensor``, which must be contiguous and in host memory, without a copy."""
     import torch
 
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())

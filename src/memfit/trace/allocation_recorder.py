@@ -111,6 +111,7 @@ class AllocationRecorder(TorchDispatchMode):
         self.follows_optimizer_scalars = False
         self.results = operators.Results(self.guesses, device)
         self.offloaded_bytes = self.restored_bytes = self.offloaded_tensors = 0
+        self.storage_written_bytes = self.storage_read_bytes = self.storage_bytes = 0
         self.paused = False
         # Where new tensors are placed: "" (the model's device), "host", "nowhere" (not counted), or the name
         # of another stream's pool.
@@ -160,6 +161,16 @@ class AllocationRecorder(TorchDispatchMode):
         self.offloaded_bytes += out_bytes
         self.restored_bytes += back_bytes
         self.offloaded_tensors += 1
+
+    def note_storage(self, written_bytes: int, read_bytes: int, size_bytes: int) -> None:
+        self.storage_written_bytes += written_bytes
+        self.storage_read_bytes += read_bytes
+        self.storage_bytes = max(self.storage_bytes, size_bytes)
+
+    def start_counts(self) -> None:
+        """Count from now on what a step offloads, writes to local storage and reads from it."""
+        self.offloaded = (0, 0, 0)
+        self.storage_written_bytes = self.storage_read_bytes = 0
 
     @property
     def offloaded(self) -> tuple[int, int, int]:

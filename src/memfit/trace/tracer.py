@@ -161,6 +161,9 @@ def trace(
         offloaded_bytes=recorder.offloaded_bytes,
         restored_bytes=recorder.restored_bytes,
         offloaded_tensors=recorder.offloaded_tensors,
+        storage_written_bytes=recorder.storage_written_bytes,
+        storage_read_bytes=recorder.storage_read_bytes,
+        storage_bytes=recorder.storage_bytes,
         assumptions=tuple(recorder.guesses.assumptions),
         guessed=tuple(filter(None, recorder.guesses.open)),
         assumed=tuple(recorder.guesses.assumed),
@@ -245,6 +248,7 @@ def _run_recorded(
 ) -> int:
     step.bench.on_gradient = lambda param: recorder.label(param.grad, Category.GRADIENT)
     step.bench.on_offload = recorder.note_offload
+    step.bench.on_storage = recorder.note_storage
     recorder.modules.watch(step.model)
     choice = step.job.optimizer
     is_own = choice.make is None and ":" not in choice.name and "optimizer" not in step.plan
@@ -259,7 +263,7 @@ def _run_recorded(
     try:
         for index in range(steps):
             mark, inputs, outputs = _marker(recorder, step), None, None  # type: Any, Any, Any
-            recorder.offloaded = (0, 0, 0)
+            recorder.start_counts()
             if index < steps - 1 and primed(step.plan):
                 step.prime(mark)
             elif earlier is not None and earlier.repeats((part := _local_batch(step, index))[0]):

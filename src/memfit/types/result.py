@@ -83,6 +83,9 @@ class Estimate:
     host_parts_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)  # offload, workers, ...
     host_memory_bytes: int | None = None  # memory of the host; None: unknown
     host_memory_assumed: bool = False
+    # of one host's local storage, for all its ranks: the most that it holds, and what a step writes to it
+    storage_bytes: int = 0
+    storage_written_bytes: int = 0
     oom_probability: float | None = None  # of needing more than the memory that the estimate was made for
     rank: int = 0  # the rank with the highest peak, among distinct ranks
     assumptions: tuple[str, ...] = ()  # of the trace: values that were needed and could not be known

@@ -157,6 +157,10 @@ class Trace:
     offloaded_bytes: int = 0  # written out in the traced part of one step
     restored_bytes: int = 0  # read back; more than written if several operators keep one tensor
     offloaded_tensors: int = 0  # number of pieces written out
+    # On local storage: written and read in one step, and the most that it holds.
+    storage_written_bytes: int = 0
+    storage_read_bytes: int = 0
+    storage_bytes: int = 0
     assumptions: tuple[str, ...] = ()  # e.g. answers given to .item()
     guessed: tuple[str, ...] = ()  # lines that needed a number which only the weights decide
     assumed: tuple[str, ...] = ()  # lines that needed a value which only a run has, assumed within its range

@@ -73,6 +73,12 @@ class Checkpointer:
                 hint="remove expert-parallel from the plan: the experts of each rank have no names of their "
                 "own to save by",
             )
+        zero = spec.plan.get("zero")
+        if zero is not None and zero.settings["nvme"] != "none":
+            raise UserError(
+                "checkpoints are not supported for plans with zero that keep optimizer state on NVMe",
+                allowed='nvme="none", or a run without --save and --resume',
+            )
         self.device = torch.device(step.bench.torch_device)
         self.optimizers = optimizers(step.optimizer)
         self.begun = [_numbers(group) for group in self._groups()]

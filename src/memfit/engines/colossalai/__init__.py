@@ -133,6 +133,8 @@ def _zero_reasons(knobs: Mapping[str, Any]) -> Iterator[str]:
         yield f"zero: Colossal-AI sizes buckets in {_MI} elements: reduce_bucket_elements must be a multiple"
     if stage in (1, 2) and offload == "parameters":
         yield "zero: Colossal-AI offloads parameters only in stage 3: offload must be 'none' or 'optimizer'"
+    if knobs["nvme"] != "none":
+        yield "zero: Colossal-AI's offload to NVMe is not supported: nvme must be 'none'"
     if stage == 0:
         yield "zero: Colossal-AI has no stage 0; the technique ddp is its equivalent"
 

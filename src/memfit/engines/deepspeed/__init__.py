@@ -13,11 +13,13 @@ from typing import Any
 
 from memfit.engines.base import APPLIED_BY_MEMFIT, Engine
 from memfit.techniques.registry import make_use
+from memfit.techniques.zero.zero import BUFFER_COUNT
 from memfit.types.device_kind import HOST
 from memfit.types.launch import RunSpec
 from memfit.types.plan import Plan, Use
 
 CONFIG = "deepspeed.json"
+NVME_PATH = "/local_nvme"  # the folder in DeepSpeed's documentation
 
 
 def as_zero(plan: Plan) -> Plan:
@@ -88,13 +90,14 @@ def _zero(use: Use) -> dict[str, Any]:
     if stage == 3:
         section |= {
             "offload_param": _to_host(knobs["offload"] == "parameters"),
-            "sub_group_size": 1_000_000_000,
             "stage3_prefetch_bucket_size": int(knobs["prefetch_elements"]),
             "stage3_param_persistence_threshold": int(knobs["persist_elements"]),
             "stage3_max_live_parameters": int(knobs["live_elements"]),
             "stage3_max_reuse_distance": int(knobs["live_elements"]),
             "memory_efficient_linear": bool(knobs["memory_efficient_linear"]),
         }
+    if knobs["nvme"] != "none":
+        section |= {"offload_optimizer": _to_storage(), "sub_group_size": int(knobs["sub_group_elements"])}
     return section
 
 
@@ -102,10 +105,22 @@ def _to_host(enabled: bool) -> dict[str, Any]:
     return {"device": HOST, "pin_memory": True} if enabled else {"device": "none"}
 
 
+def _to_storage() -> dict[str, Any]:
+    return {
+        "device": "nvme",
+        "nvme_path": NVME_PATH,
+        "pin_memory": True,
+        "buffer_count": BUFFER_COUNT,
+        "pipeline_read": False,
+        "pipeline_write": False,
+        "fast_init": False,
+    }
+
+
 ENGINE = Engine(
     name="deepspeed",
     saves=True,
-    summary="DeepSpeed: ZeRO 0 to 3, states and parameters in host memory",
+    summary="DeepSpeed: ZeRO 0 to 3, states and parameters in host memory, states on NVMe",
     distribution="deepspeed",
     tested=("0.19", "0.20"),
     install="pip install 'memfit[deepspeed]'",

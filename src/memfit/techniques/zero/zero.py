@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
     from memfit.techniques.zero.base import Reducing
 
+# With nvme, buffers in host memory for one sub-group: master copy, gradient and Adam's two moments
+# (DeepSpeed's buffer_count).
+BUFFER_COUNT = 4
+
 
 def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     import torch
@@ -39,6 +43,12 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
         raise UserError(
             f"zero with stage={stage} cannot offload parameters, which it keeps whole on the device",
             allowed='offload="none" or offload="optimizer"; offload="parameters" only with stage=3',
+        )
+    if settings["nvme"] != "none" and (stage < 3 or offload == "none"):
+        raise UserError(
+            f"zero with stage={stage}, offload={offload!r} and nvme={settings['nvme']!r}: only stage 3 keeps "
+            "optimizer state on NVMe, and only state that is offloaded",
+            allowed='nvme="none"; or stage=3 and offload="optimizer" or "parameters"',
         )
     bench.parameters_on = "host" if offload == "parameters" else ""
     with bench.place("" if stage < 3 else "host"):  # stages 1 and 2 move the model to the device first
@@ -100,6 +110,20 @@ TECHNIQUE = Technique(
             doc="what is kept in host memory; optimizer: fp32 master copy, its gradient and optimizer state, "
             "all updated there; parameters (stage 3 only): also this rank's pieces of parameters",
             choices=("none", "optimizer", "parameters"),
+        ),
+        Knob(
+            name="nvme",
+            default="none",
+            doc="stage 3 with offload: what of it is on local storage instead of in host memory; optimizer: "
+            "fp32 master copy, its gradient and optimizer state, which pass through host memory to be "
+            "updated (ZeRO-Infinity)",
+            choices=("none", "optimizer"),
+        ),
+        Knob(
+            name="sub_group_elements",
+            default=100_000_000,
+            doc="with nvme: least number of elements that are read, updated and written back at a time; host "
+            "memory holds 16 bytes for each of them",
         ),
         Knob(
             name="persist_elements",

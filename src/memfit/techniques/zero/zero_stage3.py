@@ -18,6 +18,7 @@ import torch
 from torch.distributed.distributed_c10d import ReduceScatterOptions
 
 from memfit.techniques.zero.base import Group, Reducing, all_gather, norm64
+from memfit.techniques.zero.stored_state import StoredState
 from memfit.techniques.zero.zero_stage3_autograd import LinearPatch, tapped, watch_reads
 
 if TYPE_CHECKING:
@@ -28,7 +29,12 @@ if TYPE_CHECKING:
 class ZeroThree(Reducing):
     """Stage 3: every parameter is cut into as many pieces of one size as there are ranks; pieces at the end
     are padded. Each rank keeps one piece of each parameter. Its pieces of trained parameters are in one flat
-    buffer. A step updates an fp32 master copy of that buffer and copies it back."""
+    buffer. A step updates an fp32 master copy of that buffer and copies it back.
+
+    ``stored`` keeps the master copy and the optimizer's state if they are on local storage; there is no
+    ``master`` then. Otherwise it is None."""
+
+    stored: StoredState | None = None
 
     def _prepare(self, settings: Mapping[str, KnobValue]) -> list[torch.nn.Parameter]:
         bench, params = self.bench, self.params
@@ -36,11 +42,11 @@ class ZeroThree(Reducing):
         with torch.no_grad():
             self.shards = shards = Shards(bench, params, settings, self.group)
             flat = shards.flat
-            with bench.place(self.state_on):
-                self.master = torch.nn.Parameter(flat.float().clone().to(bench.device_at(self.state_on)))
-                if self.state_on:
-                    self.master.grad = torch.zeros_like(self.master)
-                torch.zeros_like(self.master)
+            if settings["nvme"] != "none":
+                sizes = [shards.size[p] for p in params]
+                self.stored = StoredState(bench, flat, sizes, int(settings["sub_group_elements"]))
+            else:
+                self._make_master(flat)
             with bench.place(""):
                 self.buffers = [torch.empty(self.limit, dtype=flat.dtype, device=bench.torch_device)]
             with bench.place(self.state_on):
@@ -57,7 +63,15 @@ class ZeroThree(Reducing):
             self._watch(module)
             bench.closers.append(watch_reads(module, shards.read))
             bench.closers += linear.during(module) if linear is not None else []
-        return [self.master]
+        return [self.master] if self.stored is None else self.stored.masters
+
+    def _make_master(self, flat: torch.Tensor) -> None:
+        device = self.bench.device_at(self.state_on)
+        with self.bench.place(self.state_on):
+            self.master = torch.nn.Parameter(flat.float().clone().to(device))
+            if self.state_on:
+                self.master.grad = torch.zeros_like(self.master)
+            torch.zeros_like(self.master)
 
     def _watch(self, module: torch.nn.Module) -> None:
         """Add hooks to the module. They gather its parameters before its forward and before its backward, and
@@ -126,8 +140,11 @@ class ZeroThree(Reducing):
             with self.bench.place(""):
                 grad = total.to(self.bench.torch_device, copy=True) if on_host else total
                 self.norms[param] = norm64(grad)
-                assert self.master.grad is not None
-                self.shards.of(param, self.master.grad).copy_(grad.float())
+                if self.stored is not None:
+                    self.stored.write_gradient(self.shards.place[param], grad.float())
+                else:
+                    assert self.master.grad is not None
+                    self.shards.of(param, self.master.grad).copy_(grad.float())
         param.grad = None
 
     def _after_backward(self) -> None:
@@ -152,6 +169,14 @@ class ZeroThree(Reducing):
 
     def step(self) -> None:
         self.micro_batch = -1
+        if self.stored is not None:
+            self._step_by_sub_groups(self.stored)
+        else:
+            self._step_at_once()
+        with torch.no_grad():
+            self.shards.gather(list(self.shards.persistent))
+
+    def _step_at_once(self) -> None:
         with self.bench.place(self.state_on):
             if not self.state_on:
                 parts = [self.shards.of(p, self.grads) for p in self.params]
@@ -162,7 +187,23 @@ class ZeroThree(Reducing):
                 self.master.grad = None
         with torch.no_grad():
             self.shards.flat.copy_(self.master)
-            self.shards.gather(list(self.shards.persistent))
+
+    def _step_by_sub_groups(self, stored: StoredState) -> None:
+        """Update one sub-group after the other: only the one in memory has a gradient, and optimizers leave
+        parameters without a gradient alone."""
+        for start, master in stored.loaded(self.inner.state):
+            with self.bench.place("host"), torch.no_grad():
+                if self.scale is not None and master.grad is not None:
+                    master.grad.mul_(self.scale.to(master.grad.device))
+            with self.bench.place("host"):
+                self.inner.step()
+            with torch.no_grad():
+                self.shards.flat.narrow(0, start, master.numel()).copy_(master)
+        self.scale = None
+
+    @property
+    def state(self) -> Any:
+        return super().state if self.stored is None else self.stored.state(self.inner.state)
 
 
 class Shards:
