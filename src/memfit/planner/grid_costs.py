@@ -16,7 +16,7 @@ import numpy
 from memfit.planner.grid_axes import GATHERED, Array, Axes, Elements, GridInputs, Priced, Rates, depths
 from memfit.planner.parallelism_grid import Grid, GridLayout
 from memfit.planner.sharding_costs import State
-from memfit.techniques.zero.zero import BUFFER_COUNT
+from memfit.techniques.zero import BUFFER_COUNT
 
 # Copies per tensor: its gradient to the host and its new value back. FSDP2 also updates tensor by tensor.
 _CALLS_AWAY = {"zero": 2, "fsdp2": 4}

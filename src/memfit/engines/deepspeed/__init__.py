@@ -13,7 +13,7 @@ from typing import Any
 
 from memfit.engines.base import APPLIED_BY_MEMFIT, Engine
 from memfit.techniques.registry import make_use
-from memfit.techniques.zero.zero import BUFFER_COUNT
+from memfit.techniques.zero import BUFFER_COUNT
 from memfit.types.device_kind import HOST
 from memfit.types.launch import RunSpec
 from memfit.types.plan import Plan, Use

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from memfit.techniques.offload import DiskFile, raw_bytes
-from memfit.techniques.zero.zero import BUFFER_COUNT
+from memfit.techniques.zero import BUFFER_COUNT
 
 if TYPE_CHECKING:
     from memfit.techniques.base import Workbench

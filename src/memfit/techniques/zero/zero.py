@@ -20,10 +20,6 @@ if TYPE_CHECKING:
 
     from memfit.techniques.zero.base import Reducing
 
-# With nvme, buffers in host memory for one sub-group: master copy, gradient and Adam's two moments
-# (DeepSpeed's buffer_count).
-BUFFER_COUNT = 4
-
 
 def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     import torch
