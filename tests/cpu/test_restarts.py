@@ -1,13 +1,17 @@
-"""A rank dies in training: the run resumes from its last checkpoint and ends like an undisturbed one."""
+"""A rank dies or hangs in training: the run resumes from its last checkpoint and ends like an undisturbed one.
+On SIGTERM it saves and ends."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from memfit.jobs import checkpoints
+from memfit.runtime.child_process import Event
 from memfit.runtime.restart import RESTARTS
 from memfit.techniques.registry import make_use
 from memfit.types.job import JobRef
@@ -16,7 +20,7 @@ from memfit.types.plan import Plan
 from memfit.types.result import Estimate, Interval, OutcomeKind
 from memfit.workflows.single_run import run_spec
 
-STEPS = 7
+STEPS = 9
 SOURCE = """
 import os
 import signal
@@ -27,19 +31,32 @@ from torch import nn
 
 from memfit import Job
 
+TARGET, IN_STEP = os.getpid(), bool(IS_IN_STEP)
 DEATHS = Path(__file__).parent / "deaths"
 
 
-def make_batch(step, seed):
+STEP = -1
+
+
+def disturb():
     left = int(DEATHS.read_text())
-    if step == 5 and left and os.environ.get("RANK", "0") == os.environ.get("LAST", "1"):
+    if STEP == 5 and left and os.environ.get("RANK", "0") == "LAST":
         DEATHS.write_text(str(left - 1))
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(TARGET, signal.SIGNAL)
+
+
+def make_batch(step, seed):
+    global STEP
+    STEP = step
+    if not IN_STEP:
+        disturb()
     generator = torch.Generator().manual_seed(1000 * seed + step)
     return torch.randn(8, 4, generator=generator)
 
 
 def loss(model, batch):
+    if IN_STEP:
+        disturb()
     return (model(batch) - batch).square().mean()
 
 
@@ -50,9 +67,22 @@ job = Job(
 """
 
 
-def _run(folder: Path, plan: Plan, deaths: int, *, save: bool = True) -> tuple[Any, list[str]]:
+def _run(
+    folder: Path,
+    plan: Plan,
+    deaths: int,
+    *,
+    save: bool = True,
+    signal: str = "SIGKILL",
+    in_step: bool = False,
+) -> tuple[Any, list[str]]:
+    """Train with ``deaths`` times a signal in step 5: to the last rank, or if it is SIGTERM, to this
+    process. ``in_step``: while the step runs, and not while its batch is made."""
     folder.mkdir()
-    (folder / "job.py").write_text(SOURCE.replace('"LAST", "1"', f'"LAST", "{plan.ranks - 1}"'))
+    target = str(os.getpid()) if signal == "SIGTERM" else "os.getpid()"
+    source = SOURCE.replace('"LAST"', f'"{plan.ranks - 1}"').replace("SIGNAL", signal)
+    source = source.replace("os.getpid(), bool(IS_IN_STEP)", f"{target}, {in_step}")
+    (folder / "job.py").write_text(source)
     (folder / "deaths").write_text(str(deaths))
     keep = CheckpointSettings(save=str(folder / "kept"), every_steps=2) if save else CheckpointSettings()
     spec = RunSpec(
@@ -67,11 +97,15 @@ def _run(folder: Path, plan: Plan, deaths: int, *, save: bool = True) -> tuple[A
         batch_size=8,
         keep=keep,
         cap_bytes=64 * 2**20,
+        stall_s=6.0 if signal == "SIGSTOP" else None,
     )
     told: list[str] = []
 
     def progress(stage: str, done: int, total: int, text: str) -> None:
         told.extend([text] if "started again" in text else [])
+
+    def on_notice(event: Event) -> None:
+        told.extend([str(event["text"])] if event["event"] == "stalled" else [])
 
     none = Interval(value=0.0, low=0.0, high=0.0)
     estimate = Estimate(
@@ -84,16 +118,22 @@ def _run(folder: Path, plan: Plan, deaths: int, *, save: bool = True) -> tuple[A
         flops_per_step=0,
         traced=False,
     )
-    return run_spec(spec, estimate, progress, "x").measurement, told
+    return run_spec(spec, estimate, progress, "x", strict=True, on_notice=on_notice).measurement, told
 
 
 ALONE, TWO = Plan(), Plan(ranks=2, uses=(make_use("fsdp2", {}),))
 
 
-@pytest.mark.parametrize("plan", [ALONE, TWO], ids=["one rank", "two ranks"])
-def test_a_restarted_run_ends_with_the_losses_of_an_undisturbed_run(plan: Plan, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("plan", "in_step"),
+    [(ALONE, False), (TWO, False), (TWO, True)],
+    ids=["one rank", "two ranks", "in a step"],
+)
+def test_a_restarted_run_ends_with_the_losses_of_an_undisturbed_run(
+    plan: Plan, in_step: bool, tmp_path: Path
+) -> None:
     undisturbed, nothing = _run(tmp_path / "whole", plan, 0)
-    disturbed, told = _run(tmp_path / "died", plan, 1)
+    disturbed, told = _run(tmp_path / "died", plan, 1, in_step=in_step)
     assert (undisturbed.outcome, disturbed.outcome) == (OutcomeKind.OK, OutcomeKind.OK), disturbed.reason
     assert len(undisturbed.losses) == STEPS
     assert disturbed.losses == undisturbed.losses
@@ -101,7 +141,27 @@ def test_a_restarted_run_ends_with_the_losses_of_an_undisturbed_run(plan: Plan, 
     assert disturbed.limit_kind == undisturbed.limit_kind != ""
     assert len(disturbed.step_s) == STEPS - 4  # it resumed from the checkpoint of four steps
     assert not nothing
-    assert told == ["x: started again, killed by SIGKILL"]
+    assert told == [f"x: started again, {'rank 1: ' if plan.ranks > 1 else ''}killed by SIGKILL"]
+    (restart,) = disturbed.restarts
+    assert (restart.rank, restart.step, restart.first_step) == (plan.ranks - 1, 5, 4)
+
+
+def test_a_rank_that_hangs_is_named_and_the_run_restarts(tmp_path: Path) -> None:
+    disturbed, told = _run(tmp_path / "hung", TWO, 1, signal="SIGSTOP", in_step=True)
+    assert disturbed.outcome is OutcomeKind.OK, disturbed.reason
+    assert "rank 1 in forward of step 5, stopped by a signal" in told[0]
+    assert disturbed.restarts[0].reason.startswith("ended after no progress for ")
+    assert len(disturbed.losses) == STEPS
+
+
+@pytest.mark.parametrize("plan", [ALONE, TWO], ids=["one rank", "two ranks"])
+def test_on_sigterm_the_run_saves_and_can_be_resumed(plan: Plan, tmp_path: Path) -> None:
+    undisturbed, _ = _run(tmp_path / "whole", plan, 0)
+    stopped, told = _run(tmp_path / "stopped", plan, 1, signal="SIGTERM", in_step=plan.ranks > 1)
+    assert (stopped.outcome, told) == (OutcomeKind.INTERRUPTED, []), stopped.reason
+    assert stopped.reason.startswith(f"stopped by SIGTERM after {stopped.steps_done} steps, which are saved")
+    assert stopped.losses == undisturbed.losses[: stopped.steps_done]
+    assert checkpoints.find(tmp_path / "stopped" / "kept")[1].step == stopped.steps_done
 
 
 def _ends(found: tuple[Any, Sequence[str]]) -> tuple[OutcomeKind, int]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +25,7 @@ from memfit.cli.output import check_choice, emit
 from memfit.cli.progress import Bars
 from memfit.cli.request import device_here, plan_file, print_workload_of, recommended_plans, request
 from memfit.types.errors import UserError
-from memfit.types.launch import CheckpointSettings
+from memfit.types.launch import RESUMABLE_EXIT, CheckpointSettings
 from memfit.types.parsing import parse_duration
 from memfit.types.plan import Plan
 from memfit.types.result import OutcomeKind, Recovery, Run
@@ -34,7 +35,7 @@ from memfit.types.units import format_bytes, format_seconds
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
-    """The memory cap, seed, time limit and checkpoints of the run; None: the default."""
+    """The memory cap, seed, limits of time and checkpoints of the run; None: the default."""
 
     capped: Annotated[
         bool | None,
@@ -71,8 +72,9 @@ class RunOptions:
             metavar="DIR",
             help="Folder for checkpoints: one at the end and, with --save-every, earlier ones. It is "
             "created if it does not exist. It must not hold a checkpoint of a later step than that at "
-            "which the run begins. With it, if a process dies in training, all restart from the newest "
-            "checkpoint, or if there is none, from where the run began, at most 3 times. Refused for a job "
+            "which the run begins. With it, if a process dies or hangs in training, all restart from the "
+            "newest checkpoint, or if there is none, from where the run began, at most 3 times without a new "
+            "checkpoint. Refused for a job "
             "with Job(ema=...), a plan with expert-parallel, and engines that cannot save. Default: no "
             "checkpoints.",
         ),
@@ -86,6 +88,35 @@ class RunOptions:
             "Another number is refused without --save.",
         ),
     ] = 0
+    keep_last: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="With --save: after each save, delete all complete checkpoints in the folder but the N "
+            "newest ones. 2 or more leave an older one if the newest is damaged. 0 (default): delete none. "
+            "Another number is refused without --save.",
+        ),
+    ] = 0
+    grace: Annotated[
+        str,
+        typer.Option(
+            metavar="TIME",
+            help="With --save: on SIGTERM, the run saves at the end of the step, or with several processes "
+            "of the step after it, and ends with exit code 75. What has not ended this long after the signal "
+            "is killed. Give a little less than your scheduler allows before it kills. On SIGUSR1, the run "
+            "saves and goes on. Default: 25s.",
+        ),
+    ] = "25s"
+    stall_limit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="If no process makes progress in a training step for this time, end all, and with --save "
+            "restart them. The process that hangs is named earlier, after two steps' time. Default: 20 "
+            "times the longest of the last 20 steps, at least 5 minutes.",
+        ),
+    ] = None
     resume: Annotated[
         Path | None,
         typer.Option(
@@ -132,7 +163,8 @@ def run(
     """Train one plan, and compare its measured memory and time with the prediction.
 
     Exits with code 1 if the run does not complete, for example because it reaches the memory cap or the time
-    limit."""
+    limit; with 75 if SIGTERM ended it and --resume can continue it; with 143 if SIGTERM ended it without a
+    checkpoint."""
     timeout_s = parse_duration(options.timeout) if options.timeout is not None else None
     most = most_recoveries(options)
     plan = plan_file(plan_options)
@@ -160,6 +192,8 @@ def run(
                 most=most,
                 frontier=frontier,
                 on_recovery=functools.partial(print_recovery, most=most),
+                stall_s=parse_duration(options.stall_limit) if options.stall_limit is not None else None,
+                on_notice=functools.partial(print_notice, folder=options.save),
             ),
         )
     if output.json:
@@ -168,18 +202,58 @@ def run(
         emit({"workload": workload, **run_view(finished_run)})
     else:
         print(replace_controls("\n".join(lines(finished_run))))
-    if finished_run.measurement.outcome is not OutcomeKind.OK:
-        raise typer.Exit(1)
+    if (code := exit_code(finished_run)) != 0:
+        raise typer.Exit(code)
+
+
+_TERMINATED = 143  # what a shell reports of a process that SIGTERM ended
+
+
+def exit_code(run: Run) -> int:
+    """Return the exit status of the command: 0 if the run completed; 75 if SIGTERM ended it and there is a
+    checkpoint to resume from; 143 if SIGTERM ended it and there is none; else 1."""
+    outcome = run.measurement.outcome
+    if outcome is OutcomeKind.INTERRUPTED:
+        from memfit.runtime.restart import newest
+
+        return RESUMABLE_EXIT if newest(run.spec.keep).resume else _TERMINATED
+    return 0 if outcome is OutcomeKind.OK else 1
 
 
 def checkpoint_settings(options: RunOptions) -> CheckpointSettings:
-    """Return the settings of --save, --save-every and --resume. "" as the folder to save to, or as the
-    checkpoint to resume, means none. Raises UserError for --save-every without --save."""
-    if options.save_every and options.save is None:
-        raise UserError("--save-every needs --save", allowed="--save DIR --save-every N")
+    """Return the settings of --save, --save-every, --keep-last, --grace and --resume. "" as the folder to
+    save to, or as the checkpoint to resume, means none. Raises UserError for --save-every and --keep-last
+    without --save."""
+    for name, value in (("--save-every", options.save_every), ("--keep-last", options.keep_last)):
+        if value and options.save is None:
+            raise UserError(f"{name} needs --save", allowed=f"--save DIR {name} N")
     return CheckpointSettings(
-        save=str(options.save or ""), every_steps=options.save_every, resume=str(options.resume or "")
+        save=str(options.save or ""),
+        every_steps=options.save_every,
+        resume=str(options.resume or ""),
+        keep_last=options.keep_last,
+        grace_s=parse_duration(options.grace),
     )
+
+
+def print_notice(event: Mapping[str, object], *, folder: Path | None) -> None:
+    """Print to standard error that ranks stall or have been restarted. The stack traces of a run that is
+    ended because it stalls are written to a file in ``folder``, where it saves, or without one printed."""
+    if event["event"] == "restarted":
+        print(
+            f"memfit: {one_line(str(event['why']))}; restart {event['restart']}", file=sys.stderr, flush=True
+        )
+        return
+    print(f"memfit: {one_line(str(event['text']))}", file=sys.stderr)
+    stacks = event["stacks"]
+    if event["final"] and isinstance(stacks, Mapping):
+        text = "\n".join(f"rank {rank}\n{stack or 'no answer'}" for rank, stack in stacks.items())
+        if folder is not None and folder.is_dir():
+            file = folder / f"stacks-{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}.txt"
+            file.write_text(text, encoding="utf-8")
+            text = f"memfit: stack traces of all ranks are in {file}"
+        print(replace_controls(text), file=sys.stderr)
+    sys.stderr.flush()
 
 
 def most_recoveries(options: RunOptions) -> int:
@@ -245,6 +319,10 @@ def lines(run: Run) -> Iterator[str]:
     yield ": ".join(
         filter(None, (run.spec.plan.label, f"{measurement.outcome.value} {cap}", measurement.reason))
     )
+    for restart in measurement.restarts:
+        rank = f"rank {restart.rank}: " if run.spec.plan.ranks > 1 else ""
+        start = restart.checkpoint or "where the run began, as there was no checkpoint"
+        yield f"  restart after {rank}{restart.reason}, in step {restart.step}; from {start}"
     yield from _recovery_lines(run)
     if measurement.outcome is OutcomeKind.OOM:
         from memfit.cli.autopsy import in_one_line
@@ -267,7 +345,7 @@ def lines(run: Run) -> Iterator[str]:
             f"  loss    {measurement.losses[0]:.4g} at first, {measurement.losses[-1]:.4g} after "
             f"{count}{additional} steps"
         )
-    if keep.save and measurement.outcome is OutcomeKind.OK:
+    if keep.save and measurement.outcome in (OutcomeKind.OK, OutcomeKind.INTERRUPTED):
         yield f"  saved   {keep.save}"
     if measurement.metric is not None:
         yield f"  metric  {measurement.metric:.4g} on held-out data"

@@ -137,11 +137,11 @@ def _sha256_of_description(description: Checkpoint) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def incomplete(path: Path) -> str:
+def incomplete(path: Path, *, contents: bool = True) -> str:
     """Return why the folder ``path`` is not a complete checkpoint, such as "no memfit.json"; "" if it is
     complete. It is complete if its name does not end in ``.partial``, and if every file in its description
-    exists with the size and the SHA-256 that are stated there. All files are read for this. Of checkpoints
-    whose description has no SHA-256, only the sizes are compared."""
+    exists with the size and the SHA-256 that are stated there. All files are read for this. Without
+    ``contents``, and of checkpoints whose description has no SHA-256, only the sizes are compared."""
     if path.suffix == PARTIAL:
         return "its save was interrupted"
     if not (path / ABOUT).is_file():
@@ -156,7 +156,7 @@ def incomplete(path: Path) -> str:
         if actual_bytes != size_bytes:
             problem = "is missing" if actual_bytes is None else f"has {actual_bytes} bytes of {size_bytes}"
             return f"{name} {problem}"
-    for name, sha256 in description.files_sha256.items():
+    for name, sha256 in description.files_sha256.items() if contents else ():
         try:
             if sha256_of(path / name) != sha256:
                 return f"{name} is damaged: its content is not what was saved"
@@ -197,6 +197,19 @@ def publish(partial: Path, said: Checkpoint) -> Path:
     write_whole(path.parent / LATEST, f"{path.name}\n".encode())
     _sync(path.parent)
     return path
+
+
+def prune(folder: Path, keep_last: int) -> tuple[Path, ...]:
+    """Delete the complete checkpoints in ``folder`` but the ``keep_last`` newest ones, at least one, and
+    return the paths of those deleted. Incomplete ones do not count and stay; contents are not read for this.
+    A deletion that is interrupted leaves a folder that is named ``.partial`` and never taken for a
+    checkpoint."""
+    complete_ones = [path for path in _newest_first(folder) if not incomplete(path, contents=False)]
+    old_ones = complete_ones[max(1, keep_last) :]
+    for path in old_ones:
+        path.rename(path.with_name(path.name + PARTIAL))
+        shutil.rmtree(path.with_name(path.name + PARTIAL))
+    return tuple(old_ones)
 
 
 def _newest_first(folder: Path) -> Iterator[Path]:

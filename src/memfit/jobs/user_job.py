@@ -17,6 +17,7 @@ from typing import Any
 
 from memfit.types.errors import OUT_OF_MEMORY_TEXTS, UserError, suggest
 from memfit.types.job import Dimension, Job
+from memfit.types.peer_errors import is_peer_error
 
 
 def load_user_job(spec: str, options: dict[str, Any]) -> Job:
@@ -222,8 +223,9 @@ def guarded(action: Any, spec: str) -> Any:
     """Return ``action()``. Convert any error that it raises, SystemExit included, to a UserError of one line
     with the file and line of the innermost call that is in the folder of the user's file.
 
-    UserError, MemoryError and errors whose text says that memory ran out are raised unchanged. ``spec``: the
-    user's job, ``path.py:attribute``, or a name for what else runs; the message begins with it.
+    UserError, MemoryError, errors whose text says that memory ran out, and errors of a collective whose other
+    ranks are gone are raised unchanged. ``spec``: the user's job, ``path.py:attribute``, or a name for what
+    else runs; the message begins with it.
     """
     try:
         return action()
@@ -232,6 +234,8 @@ def guarded(action: Any, spec: str) -> Any:
     except (Exception, SystemExit) as error:  # user code may raise anything
         if any(text in str(error) for text in OUT_OF_MEMORY_TEXTS):
             raise  # an outcome of the run, not a mistake
+        if isinstance(error, RuntimeError) and is_peer_error(str(error)):
+            raise  # another rank has died
         if _NO_GRADIENT in str(error):
             raise UserError(
                 f"{spec}: ddp waits for gradients of parameters that the loss does not use",

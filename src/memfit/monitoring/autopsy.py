@@ -20,6 +20,7 @@ from memfit.monitoring.record import RankRecord, WatchRecord
 from memfit.monitoring.remedies import advice_for, capture_for
 from memfit.monitoring.traceback_text import TracebackText, read_tracebacks
 from memfit.monitoring.training_log import NumberSeries, TrainingLog, outlier, read_training_log
+from memfit.types.peer_errors import PEER_ERRORS
 from memfit.types.units import GIB, format_bytes
 
 _LONGEST_LINE: Final = 4000  # characters
@@ -31,9 +32,8 @@ _ROUNDING: Final = 0.95  # the allocator asks for a little more than a tensor ne
 # Errors of other ranks and of launchers, which follow from the death of a process.
 _CONSEQUENCE: Final = re.compile(
     r"ChildFailedError|ProcessRaisedException|ProcessExitedException|CalledProcessError|exited unexpectedly|"
-    r"Caught \w+ in (?:DataLoader|replica)|[Cc]onnection (?:closed|reset)|Connection refused|Broken pipe|"
-    r"DistStoreError|DistNetworkError|remote process exited|"
-    r"ncclRemoteError|NCCL communicator was aborted|KeyboardInterrupt|SystemExit|EOFError|killed by signal",
+    r"Caught \w+ in (?:DataLoader|replica)|KeyboardInterrupt|SystemExit|EOFError|killed by signal|"
+    + PEER_ERRORS
 )
 _LIBRARY: Final = re.compile(
     r"\bNCCL\b.*out of memory|NCCL WARN Failed to CUDA [cm]alloc|CU\w+_STATUS_ALLOC_FAILED|"

@@ -98,7 +98,7 @@ def _memory_key(plain: Sentence, plan: Sentence, *, is_plain: bool) -> str:
     if is_plain:
         return "plain"
     prefix = "fits" if plain_end in ("ok", "predicted_fits") else "saves"
-    prefix = "open" if plain_end in ("timeout", "failed") else prefix
+    prefix = "open" if plain_end in ("timeout", "interrupted", "failed") else prefix
     return f"{prefix}_predicted" if plan_end == "predicted" else prefix
 
 

@@ -41,6 +41,7 @@ _STYLES: Final = {
     "failed": "red",
     "different": "red",
     "timeout": "yellow",
+    "interrupted": "yellow",
     "undecided": "yellow",
     "not_sensitive": "yellow",
 }

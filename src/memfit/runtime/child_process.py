@@ -30,6 +30,7 @@ from typing import IO, Final
 
 from memfit.files.temporary import temporary_folder
 from memfit.runtime.cgroup import Group, oom_kills_here
+from memfit.runtime.heartbeat import HEARTBEAT
 from memfit.runtime.oom import is_oom_text
 from memfit.types import serialization
 from memfit.types.errors import UserError
@@ -38,6 +39,51 @@ from memfit.types.result import Measurement, OutcomeKind
 from memfit.types.units import format_bytes
 
 Event = Mapping[str, object]
+STOPPED: Final = "stopped because another rank failed"
+
+
+class Child:
+    """A child process as other threads see it, from before its start until after its end. They can send it
+    signals and stop it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pid: int | None = None
+        self._stopped = threading.Event()
+        self.stop_reason = ""
+        self.folder: Path | None = None
+        """The temporary folder with the child's files, while it exists."""
+
+    @property
+    def stopped(self) -> bool:
+        return self._stopped.is_set()
+
+    @property
+    def pid(self) -> int | None:
+        """Number of the process; None before it starts and after it has ended."""
+        return self._pid
+
+    def stop(self, reason: str = STOPPED) -> None:
+        """Have the child killed soon. ``reason``: why, in words; of several calls the first counts."""
+        with self._lock:
+            self.stop_reason = self.stop_reason or reason
+        self._stopped.set()
+
+    def send(self, number: int) -> None:
+        """Send the signal ``number`` to the child's process. Do nothing unless it runs."""
+        with self._lock:
+            if self._pid is not None:
+                os.kill(self._pid, number)
+
+    def begin(self, folder: Path, pid: int) -> None:
+        with self._lock:
+            self.folder, self._pid = folder, pid
+
+    def end(self) -> None:
+        """To be called before the process is reaped: its number may be reused afterwards."""
+        with self._lock:
+            self.folder = self._pid = None
+
 
 CHILD_ENV: Final[Mapping[str, str]] = {
     # glibc maps blocks of at least 64 KiB separately and unmaps them when they are freed, and uses one heap
@@ -49,7 +95,6 @@ CHILD_ENV: Final[Mapping[str, str]] = {
     "OMP_WAIT_POLICY": "passive",
     "KINETO_LOG_LEVEL": "5",  # hides the profiler's messages, which would bury the reason on standard error
 }
-STOPPED: Final = "stopped because another rank failed"
 _STDERR_KEPT_BYTES: Final = 4096
 _TICK_S: Final = 0.2
 _ASK: Final = """
@@ -86,20 +131,21 @@ _VMSTAT: Final = Path("/proc/vmstat")
 
 
 def run(
-    config: LaunchConfig, *, on_event: Callable[[Event], None], stop: threading.Event | None = None
+    config: LaunchConfig, *, on_event: Callable[[Event], None], child: Child | None = None
 ) -> Measurement:
     """Run the child process of `config` to its end and return its measurement. ``{dir}`` in argv is replaced
     by a temporary folder that contains `config.files`. ``on_event`` is called with every event when it
     arrives, the result included.
 
-    The child is killed at the time limit of the spec, and soon after another thread sets ``stop``. What goes
-    wrong in the child is not raised: it is the outcome of the measurement (failed, timeout or oom). Only an
-    interruption of this process (Ctrl-C, an error in `on_event`) is raised, after the child and its process
-    group have been killed."""
+    The child is killed at the time limit of the spec, and soon after another thread stops it through
+    ``child``. What goes wrong in the child is not raised: it is the outcome of the measurement (failed,
+    timeout or oom). Only an interruption of this process (Ctrl-C, an error in `on_event`) is raised, after
+    the child and its process group have been killed."""
     with temporary_folder() as folder, tempfile.TemporaryFile() as errors:
         for name, text in config.files.items():
             (folder / name).write_text(text, encoding="utf-8")
-        watch = _Watch(config, folder, errors, stop or threading.Event())
+        (folder / HEARTBEAT).touch()
+        watch = _Watch(config, folder, errors, child or Child())
         try:
             watch.follow(on_event)
         finally:
@@ -111,8 +157,8 @@ class _Watch:
     """A child process, which constructing this starts, and what it has reported so far. Call `follow`, then
     `end` (also after an error), then `measurement`."""
 
-    def __init__(self, config: LaunchConfig, folder: Path, errors: IO[bytes], stop: threading.Event) -> None:
-        self._spec, self._errors, self._stop = config.spec, errors, stop
+    def __init__(self, config: LaunchConfig, folder: Path, errors: IO[bytes], child: Child) -> None:
+        self._spec, self._errors, self._child = config.spec, errors, child
         self._started_s = time.monotonic()
         self._kills_here, self._machine_kills = oom_kills_here(), _machine_oom_kills()
         self._group_kills = self._steps = self._first_step = 0
@@ -127,6 +173,7 @@ class _Watch:
             stderr=errors,
             start_new_session=True,  # a process group of its own, killed as a whole
         )
+        child.begin(Path(folder), self._process.pid)
 
     def follow(self, on_event: Callable[[Event], None]) -> None:
         """Read the child's output and call ``on_event`` with every event, until the child exits, its time is
@@ -185,12 +232,13 @@ class _Watch:
         """Return the seconds until the child's time limit: 0 after it or once the run is stopped, infinite if
         there is no limit."""
         limit_s = math.inf if self._spec.timeout_s is None else self._spec.timeout_s
-        return 0.0 if self._stop.is_set() else max(0.0, self._started_s + limit_s - time.monotonic())
+        return 0.0 if self._child.stopped else max(0.0, self._started_s + limit_s - time.monotonic())
 
     def end(self) -> None:
         """Kill the child's process group and wait for the child. If the child may have made a control group
         (`Group.of`), read how many of its processes the kernel has killed because memory ran out, and remove
         it."""
+        self._child.end()
         # macOS forbids signals to a group of zombies.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
@@ -205,12 +253,14 @@ class _Watch:
     def measurement(self) -> Measurement:
         """Return the measurement that the child reported, of several the last. If it cannot be parsed, return
         a failed one with the reason. If there is none, return one with the outcome and reason of `_ending`.
-        These two have only the reported steps and losses and the time."""
+        These two, and one that reports only an error, have the reported steps and losses and the time."""
         if self._result is not None:
             try:
-                return serialization.loads(Measurement, json.dumps(self._result), what="the child's result")
+                result = serialization.loads(Measurement, json.dumps(self._result), what="the child's result")
             except UserError as error:
                 return self._without_result(OutcomeKind.FAILED, str(error))
+            is_error = result.outcome is OutcomeKind.FAILED and result.peak_bytes is None
+            return self._without_result(result.outcome, result.reason) if is_error else result
         return self._without_result(*self._ending())
 
     def _without_result(self, outcome: OutcomeKind, reason: str) -> Measurement:
@@ -225,13 +275,13 @@ class _Watch:
 
     def _ending(self) -> tuple[OutcomeKind, str]:
         """Return (outcome, reason) of an end without a result, by the first of these that applies: FAILED if
-        stopped because of ``stop``; TIMEOUT after the time limit; OOM if memory ran out; else FAILED.
+        another thread stopped it; TIMEOUT after the time limit; OOM if memory ran out; else FAILED.
 
         SIGKILL alone does not prove an out-of-memory kill: the kernel must have counted one since the start
         (`_oom_kill`). Any exit code but 0 counts as out of memory if the end of standard error says so."""
         code, lines = self._process.returncode, self._last_words()
-        if self._timed_out and self._stop.is_set():
-            return OutcomeKind.FAILED, STOPPED
+        if self._timed_out and self._child.stopped:
+            return OutcomeKind.FAILED, self._child.stop_reason
         if self._timed_out:
             return OutcomeKind.TIMEOUT, f"stopped at its time limit of {self._spec.timeout_s:g} s"
         if code == -signal.SIGKILL and (oom_kill := self._oom_kill()):

@@ -1,4 +1,4 @@
-"""Run one child process per rank of a plan, all on this machine."""
+"""Run one child process per rank of a plan, all on this machine, and watch over them."""
 
 from __future__ import annotations
 
@@ -6,54 +6,153 @@ import dataclasses
 import socket
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from memfit.files.temporary import temporary_folder
-from memfit.runtime.child_process import Event, run
+from memfit.runtime.child_process import STOPPED, Child, Event, run
+from memfit.runtime.interruption import NO_INTERRUPTION, Interruption
+from memfit.runtime.stalls import Stall, StallWatch
 from memfit.types.launch import RENDEZVOUS, LaunchConfig
+from memfit.types.peer_errors import is_peer_error
 from memfit.types.result import Measurement, OutcomeKind
 
-GRACE_S: Final = 60.0  # time for the other ranks to report why they fail too
+GRACE_S: Final = 10.0  # time for the other ranks to report why they fail too
+_TICK_S: Final = 0.2
+
+OnEvent = Callable[[int, Event], None]
 
 
 def run_ranks(
-    config: LaunchConfig, *, on_event: Callable[[int, Event], None] = lambda rank, event: None
+    config: LaunchConfig,
+    *,
+    on_event: OnEvent = lambda rank, event: None,
+    interruption: Interruption = NO_INTERRUPTION,
 ) -> tuple[Measurement, ...]:
     """Run all ranks of the plan, one child process each, and return their measurements, in the order of the
-    ranks. ``on_event(rank, event)`` is called with every event of a rank, from one thread per rank.
+    ranks. ``on_event(rank, event)`` is called with every event of a rank, from one thread per rank, and with
+    ``(rank, {"event": "stalled", ...})`` if no rank makes progress (`StallWatch`).
 
     If a rank ends with another outcome than OK, the other ranks wait in a collective. They end if the backend
-    notices the closed connection, as gloo does. Those that have not ended `GRACE_S` (60) seconds later are
-    killed, and their measurements have the outcome failed. An interruption of this process, or an error in
-    ``on_event``, kills all ranks and is raised.
+    notices the closed connection, as gloo does. Those that have not ended `GRACE_S` (10) seconds later are
+    killed, and their measurements have the outcome failed. Of ranks that failed, those that failed because
+    another did have that rank in ``failed_after_rank``.
+
+    Ranks that make no progress for too long are killed; the rank for which the others waited then counts as
+    the first that failed. SIGTERM and SIGUSR1 that ``interruption`` has received go to rank 0, with which the
+    others agree on a step to save at; ranks that have not ended within its grace are killed. An interruption
+    of this process by Ctrl-C, or an error in ``on_event``, kills all ranks and is raised.
 
     The ranks find each other through a file in a folder that only this user can read, so that no port is open
     for it, to this machine or others."""
-    ranks, port, stop = config.spec.plan.ranks, free_port(), threading.Event()
-    timers: list[threading.Timer] = []
+    team = _Team(config, on_event, interruption)
+    ranks, port = config.spec.plan.ranks, free_port()
 
     def one(rank: int) -> Measurement:
-        env = {**config.env, **rank_env(rank, ranks, port)}
-        files = {**config.files, RENDEZVOUS: str(meeting / "store")}
-        rank_config = dataclasses.replace(config, env=env, files=files)
-        measurement = run(rank_config, on_event=lambda event: on_event(rank, event), stop=stop)
-        if measurement.outcome is not OutcomeKind.OK:
-            timers.append(threading.Timer(GRACE_S, stop.set))
-            timers[-1].start()
+        rank_config = config
+        if ranks > 1:
+            env = {**config.env, **rank_env(rank, ranks, port)}
+            files = {**config.files, RENDEZVOUS: str(meeting / "store")}
+            rank_config = dataclasses.replace(config, env=env, files=files)
+        measurement = run(
+            rank_config, on_event=lambda event: team.hear(rank, event), child=team.children[rank]
+        )
+        team.ended(rank, measurement)
         return measurement
 
-    with temporary_folder() as meeting, ThreadPoolExecutor(ranks) as pool:
+    with temporary_folder() as meeting, ThreadPoolExecutor(ranks + 1) as pool:
+        watching = pool.submit(team.watch)
         try:
-            return tuple(pool.map(one, range(ranks)))
+            measurements = tuple(pool.map(one, range(ranks)))
         # Including interruptions: the pool waits for its threads, and these wait for their children.
         except BaseException:
-            stop.set()
+            team.stop(STOPPED)
             raise
         finally:
-            for timer in timers:
-                timer.cancel()
+            team.done.set()
+        watching.result()
+    return _in_order_of_failure(measurements, team.failures)
+
+
+class _Team:
+    """The child processes of a run. `watch` runs in a thread of its own until ``done`` is set."""
+
+    def __init__(self, config: LaunchConfig, on_event: OnEvent, interruption: Interruption) -> None:
+        spec = config.spec
+        self.children = [Child() for _ in range(spec.plan.ranks)]
+        self.failures: list[int] = []  # ranks in the order in which they failed
+        self.done = threading.Event()
+        self._on_event, self._interruption = on_event, interruption
+        self._failed_s: float | None = None
+        self._stalls = StallWatch(
+            self.children,
+            predicted_step_s=spec.predicted_step_s,
+            limit_s=spec.stall_s,
+            is_pipeline="pipeline" in spec.plan,
+        )
+
+    def hear(self, rank: int, event: Event) -> None:
+        if event["event"] == "step":
+            self._stalls.step_done(rank, time.monotonic())
+        self._on_event(rank, event)
+
+    def ended(self, rank: int, measurement: Measurement) -> None:
+        if measurement.outcome not in (OutcomeKind.OK, OutcomeKind.INTERRUPTED):
+            self.failures.append(rank)
+            self._failed_s = self._failed_s or time.monotonic()
+
+    def stop(self, reason: str, ranks: Sequence[int] | None = None) -> None:
+        """Have ranks killed, by default all."""
+        for rank in range(len(self.children)) if ranks is None else ranks:
+            self.children[rank].stop(reason)
+
+    def watch(self) -> None:
+        last_s = time.monotonic()
+        while not self.done.wait(_TICK_S):
+            now_s = time.monotonic()
+            self._forward_signals()
+            if self._failed_s is not None and now_s - self._failed_s > GRACE_S:
+                self.stop(STOPPED)
+            elif self._failed_s is None and (stall := self._stalls.poll(now_s - last_s)) is not None:
+                self._report(stall)
+            last_s = now_s
+
+    def _forward_signals(self) -> None:
+        for number in self._interruption.take():
+            self.children[0].send(number)
+        if self._interruption.is_over:
+            self.stop(self._interruption.too_late)
+
+    def _report(self, stall: Stall) -> None:
+        if stall.final:
+            self.stop(f"ended after {stall.text}", stall.ranks)
+            self.stop(STOPPED)
+        stacks = {str(rank): text for rank, text in stall.stacks.items()}
+        event = {"event": "stalled", "text": stall.text, "stacks": stacks, "final": stall.final}
+        self._on_event(stall.ranks[0], event)
+
+
+def _in_order_of_failure(
+    measurements: tuple[Measurement, ...], failures: Sequence[int]
+) -> tuple[Measurement, ...]:
+    """Return the measurements, of which all that failed, but the first, name the rank that failed first.
+    Processes that die at nearly the same time may be seen in another order, so a rank whose error says that
+    it lost another, and a rank that was stopped, are never first if there is one without such a reason."""
+    if len(failures) < 2:
+        return measurements
+
+    def key(rank: int) -> tuple[bool, bool, bool, int]:
+        m = measurements[rank]
+        is_oom = m.outcome is OutcomeKind.OOM
+        return not is_oom, m.reason == STOPPED, is_peer_error(m.reason), failures.index(rank)
+
+    first = min(failures, key=key)
+    return tuple(
+        m if rank == first or rank not in failures else dataclasses.replace(m, failed_after_rank=first)
+        for rank, m in enumerate(measurements)
+    )
 
 
 def rank_env(rank: int, ranks: int, port: int) -> dict[str, str]:

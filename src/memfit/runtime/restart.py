@@ -1,7 +1,6 @@
-"""Restart ranks that die, all together, from the newest complete checkpoint, as torchrun does.
+"""Restart ranks that die or hang, all together, from the newest complete checkpoint, as torchrun does.
 
-torchrun's elastic agent is not used, because it starts its own processes, whose messages, caps and reasons of
-death memfit would not see.
+docs/decisions/019-one-starter.md says why torchrun's elastic agent is not used.
 """
 
 from __future__ import annotations
@@ -12,15 +11,17 @@ from pathlib import Path
 from typing import Final
 
 from memfit.jobs import checkpoints
-from memfit.runtime.child_process import STOPPED, Event
+from memfit.runtime.child_process import Event
+from memfit.runtime.interruption import NO_INTERRUPTION, Interruption
+from memfit.runtime.ranks import OnEvent
 from memfit.types.errors import UserError
 from memfit.types.launch import CheckpointSettings, RunSpec
-from memfit.types.result import Measurement, OutcomeKind
+from memfit.types.result import Measurement, OutcomeKind, Restart
 
-OnEvent = Callable[[int, Event], None]
 Losses = dict[int, dict[int, float]]
 """Rank -> step, counted from 0 -> loss."""
 RESTARTS: Final = 3
+"""Restarts between two checkpoints, at most."""
 
 
 def run_through(
@@ -29,20 +30,24 @@ def run_through(
     *,
     on_event: OnEvent,
     losses: Losses | None = None,
+    interruption: Interruption = NO_INTERRUPTION,
 ) -> Sequence[Measurement]:
     """Call ``start(spec, on_event)``, which runs all ranks, and return its measurements, one per rank.
 
-    If ``spec`` saves checkpoints and a rank died in training (failed without a result after its first step),
-    ``start`` is called again, up to `RESTARTS` (3) times, to resume from the newest complete checkpoint; if
-    there is none, from where the run began. The measurements of the last call are returned, whether a rank
-    died in it or not. If a restarted rank ends well, its losses and number of steps are those of all calls
-    together.
+    If ``spec`` saves checkpoints and a rank died or hung after the run's first step, ``start`` is called
+    again to resume from the newest complete checkpoint; if there is none, from where the run began. Up to
+    `RESTARTS` (3) restarts are made without a new checkpoint. An error that comes again in the same step is
+    not tried a third time. The measurements are those of the last call, with all restarts. If the last call
+    ends well or is interrupted, its losses and number of steps are those of all calls together.
 
     ``on_event`` gets every event of a rank, and ``(0, {"event": "restarted", "why": ...})`` before each
     restart. ``losses``: an empty mapping that gets the loss of each step that a rank reports, also if the run
-    fails."""
+    fails. After SIGTERM, which ``interruption`` receives, nothing is started again, and ranks that have not
+    completed are interrupted."""
     losses = {} if losses is None else losses
     losses.update({rank: {} for rank in range(spec.plan.ranks)})
+    restarts: list[Restart] = []
+    tries_left, has_trained = RESTARTS, False
 
     def listen(rank: int, event: Event) -> None:
         step, loss = event.get("step"), event.get("loss")
@@ -50,23 +55,63 @@ def run_through(
             losses[rank][step] = float(loss)
         on_event(rank, event)
 
-    measurements = start(spec, listen)
-    for _ in range(RESTARTS if spec.keep.save else 0):
-        failures = [m for m in measurements if _died(m)]
-        if not failures:
-            return measurements
-        failure = min(failures, key=lambda m: (not m.reason.startswith("killed"), m.reason == STOPPED))
-        on_event(0, {"event": "restarted", "why": failure.reason})
-        spec = dataclasses.replace(spec, keep=newest(spec.keep))
-        measurements = [_whole(m, losses[rank]) for rank, m in enumerate(start(spec, listen))]
-    return measurements
+    while True:
+        measurements = start(spec, listen)
+        has_trained = has_trained or any(m.steps_done for m in measurements)
+        failure = _death(measurements)
+        if failure is None or not (spec.keep.save and has_trained) or interruption.is_terminating:
+            break
+        keep = newest(spec.keep)
+        if keep.resume != spec.keep.resume:
+            tries_left = RESTARTS
+        restart = _restart(failure, measurements[failure], keep)
+        if not tries_left or (restarts and _is_repeated(restarts[-1], restart)):
+            break
+        tries_left -= 1
+        restarts.append(restart)
+        rank_text = f"rank {failure}: " if spec.plan.ranks > 1 else ""
+        on_event(0, {"event": "restarted", "why": rank_text + restart.reason, "restart": len(restarts)})
+        spec = dataclasses.replace(spec, keep=keep)
+    if interruption.is_terminating:
+        measurements = [_interrupted(m, spec, interruption) for m in measurements]
+    return [_whole(m, losses[rank], tuple(restarts)) for rank, m in enumerate(measurements)]
 
 
-def _died(measurement: Measurement) -> bool:
-    """Return whether a rank failed without a result after at least one step. A failure before that would
-    happen again. Running out of memory or of time does not count."""
-    is_silent = measurement.outcome is OutcomeKind.FAILED and measurement.peak_bytes is None
-    return is_silent and measurement.steps_done > 0
+def _death(measurements: Sequence[Measurement]) -> int | None:
+    """Return the rank that failed first, if it failed without a result. Return None if no rank failed, and
+    if the first one ran out of memory or of time, or has a loss that is not finite."""
+    for rank, m in enumerate(measurements):
+        if m.outcome is not OutcomeKind.OK and m.failed_after_rank is None:
+            return rank if m.outcome is OutcomeKind.FAILED and m.peak_bytes is None else None
+    return None
+
+
+def _restart(rank: int, measurement: Measurement, keep: CheckpointSettings) -> Restart:
+    return Restart(
+        rank=rank,
+        reason=measurement.reason,
+        step=measurement.first_step + measurement.steps_done,
+        first_step=checkpoints.about(Path(keep.resume)).step if keep.resume else 0,
+        checkpoint=keep.resume,
+    )
+
+
+def _is_repeated(before: Restart, now: Restart) -> bool:
+    """Return whether the same error came again in the same step. Signals come from outside."""
+    is_signal = now.reason.startswith("killed by")
+    return not is_signal and (before.step, before.reason) == (now.step, now.reason)
+
+
+def _interrupted(m: Measurement, spec: RunSpec, interruption: Interruption) -> Measurement:
+    """Return the measurement of a rank after SIGTERM: as it is if the rank completed or saved and ended, else
+    one with the outcome interrupted."""
+    if m.outcome in (OutcomeKind.OK, OutcomeKind.INTERRUPTED):
+        return m
+    keep = newest(spec.keep)
+    saved = f"the newest checkpoint is {keep.resume}" if keep.resume else "there is no checkpoint"
+    return dataclasses.replace(
+        m, outcome=OutcomeKind.INTERRUPTED, reason=f"{interruption.too_late}; {saved}", failed_after_rank=None
+    )
 
 
 def newest(keep: CheckpointSettings) -> CheckpointSettings:
@@ -84,12 +129,12 @@ def newest(keep: CheckpointSettings) -> CheckpointSettings:
     return dataclasses.replace(keep, resume=str(path), passed_over=passed_over)
 
 
-def _whole(measurement: Measurement, losses: dict[int, float]) -> Measurement:
-    if measurement.outcome is not OutcomeKind.OK:
-        return measurement
-    return dataclasses.replace(
-        measurement,
-        losses=tuple(losses[step] for step in sorted(losses)),
-        steps_done=len(losses),
-        first_step=min(losses, default=0),
-    )
+def _whole(m: Measurement, losses: dict[int, float], restarts: tuple[Restart, ...]) -> Measurement:
+    if restarts and m.outcome in (OutcomeKind.OK, OutcomeKind.INTERRUPTED):
+        m = dataclasses.replace(
+            m,
+            losses=tuple(losses[step] for step in sorted(losses)),
+            steps_done=len(losses),
+            first_step=min(losses, default=0),
+        )
+    return dataclasses.replace(m, restarts=restarts)

@@ -14,6 +14,8 @@ from memfit.types.plan import Plan
 
 Shape = tuple[int, ...]
 RENDEZVOUS = "rendezvous.txt"  # names the file through which the ranks of a launch find each other
+RESUMABLE_EXIT = 75
+"""Exit status after SIGTERM of a run that can be resumed: EX_TEMPFAIL of sysexits.h."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,13 +25,17 @@ class CheckpointSettings:
     ``save``: folder for checkpoints; "": none are saved. They are saved at the end, and before that every
     ``every_steps`` steps; if that is 0, only at the end. ``resume``: the checkpoint to resume from, or a
     folder of checkpoints, of which the newest complete one is taken; "": none. ``passed_over``: texts that
-    name newer checkpoints that were not used, with the reasons.
+    name newer checkpoints that were not used, with the reasons. ``keep_last``: number of newest complete
+    checkpoints in ``save`` that are kept when another is saved; 0: all. ``grace_s``: seconds after SIGTERM
+    within which a run that saves must have saved and ended.
     """
 
     save: str = ""
     every_steps: int = 0
     resume: str = ""
     passed_over: tuple[str, ...] = ()
+    keep_last: int = 0
+    grace_s: float = 25.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,9 +44,11 @@ class RunSpec:
 
     ``cap_bytes``: memory that the process may use above what it has when the cap is set; None: no cap.
     ``timeout_s``: seconds after which it is stopped; None: never. ``steps``: number of steps from the very
-    first one, including those done before a checkpoint that is resumed. ``degraded``: a negative control of
-    the job ("half-steps": ``steps`` is already half of them); "last-bit": each initial weight is changed by
-    at most one unit in its last place, which stands for a repetition of plain training; "": neither.
+    first one, including those done before a checkpoint that is resumed. ``stall_s``: seconds without progress
+    in a step after which all ranks are ended; None: many steps' time (`StallWatch`). ``predicted_step_s``:
+    None: unknown. ``degraded``: a negative control of the job ("half-steps": ``steps`` is already half of
+    them); "last-bit": each initial weight is changed by at most one unit in its last place, which stands for
+    a repetition of plain training; "": neither.
     """
 
     name: str  # "baseline", "recommended", "ablation: ..."
@@ -60,6 +68,8 @@ class RunSpec:
     evaluate: bool = True
     timeline: bool = False  # keep the measured memory timeline
     timeout_s: float | None = None
+    stall_s: float | None = None
+    predicted_step_s: float | None = None
     keep: CheckpointSettings = dataclasses.field(default_factory=CheckpointSettings)
     source_digest: str = ""  # digest of the file that contains a user's job
     degraded: str = ""

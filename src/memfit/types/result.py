@@ -16,13 +16,14 @@ NOT_INCLUDED = ("learning-rate schedulers", "metrics", "logging", "retain_graph"
 
 
 class OutcomeKind(enum.StrEnum):
-    """How a run ended: "ok" (completed), "oom" (out of memory), "timeout" (stopped at its time limit) or
-    "failed".
+    """How a run ended: "ok" (completed), "oom" (out of memory), "timeout" (stopped at its time limit),
+    "interrupted" (stopped by SIGTERM) or "failed".
     """
 
     OK = "ok"
     OOM = "oom"
     TIMEOUT = "timeout"
+    INTERRUPTED = "interrupted"
     FAILED = "failed"
 
 
@@ -108,6 +109,21 @@ class Estimate:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Restart:
+    """A rank failed in training, and all ranks started again.
+
+    ``rank`` failed first, for ``reason``, in step ``step``, counted from 0. ``first_step``: the step that the
+    run continued with. ``checkpoint``: path of the checkpoint that it continued from; "": it began again.
+    """
+
+    rank: int
+    reason: str
+    step: int
+    first_step: int
+    checkpoint: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
     """One run as measured by its child process. ``step_s``, ``losses``, ``grad_norms`` and ``headroom_bytes``
     have one entry per optimizer step, in order. A field that is None or empty was not measured.
@@ -117,6 +133,8 @@ class Measurement:
     reason: str = ""  # what happened, in one line, unless the outcome is ok
     steps_done: int = 0
     first_step: int = 0  # counted from 0; above it if the run resumed from a checkpoint
+    failed_after_rank: int | None = None  # the rank whose failure made this one fail
+    restarts: tuple[Restart, ...] = ()  # after failures of ranks, in order
     peak_bytes: int | None = None  # live tensor bytes, counting allocator over all threads
     peak_source: str = ""  # what counted it, such as "counting allocator"
     device: str = ""  # product name of the accelerator; "": the processor

@@ -142,6 +142,8 @@ class Checkpointer:
                     files_sha256={name: sha256 for name, _, sha256 in sorted(files)},
                 )
                 checkpoints.publish(partial_folder, metadata)
+                if self.spec.keep.keep_last:
+                    checkpoints.prune(folder, self.spec.keep.keep_last)
         except (OSError, CheckpointException) as error:
             reason = str(error).strip().splitlines()[-1]
             raise MemfitError(

@@ -6,23 +6,28 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import faulthandler
 import functools
 import gc
 import hashlib
 import importlib
 import math
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memfit.runtime.heartbeat import HEARTBEAT, STACKS, Heartbeat
 from memfit.runtime.progress_events import tell
 from memfit.types import serialization
 from memfit.types.device_kind import HOST
 from memfit.types.errors import MemfitError, UserError
-from memfit.types.launch import RENDEZVOUS, RunSpec
+from memfit.types.launch import RENDEZVOUS, RESUMABLE_EXIT, RunSpec
 from memfit.types.result import Measurement, OutcomeKind
 from memfit.types.trace import Phase
+from memfit.worker.save_requests import SaveRequests
 
 if TYPE_CHECKING:
     import torch
@@ -64,6 +69,9 @@ class _Gauge:
     elements: int  # of the whole model
     device: torch.device
     driver_bytes_before: int | None  # of the device's memory, by all processes, before this one used it
+    heartbeat: Heartbeat
+    requests: SaveRequests | None  # None: the run does not save
+    end: str = ""  # why training ended before its last step
     phase: str = "setup"
     first: int = 0  # number of steps that a checkpoint has done
     peak_bytes: int = 0
@@ -90,6 +98,7 @@ class _Gauge:
         for table, value in ((self.phase_peaks, peak), (self.phase_rss, rss_peak_bytes())):
             table[self.phase] = max(table.get(self.phase, 0), value)
         self.phase = phase
+        self.heartbeat.beat(self.first + len(self.losses), phase)
         self.counter.reset_peak()
         reset_rss_peak()
 
@@ -98,17 +107,37 @@ def main(path: Path) -> None:
     """Run the RunSpec in the JSON file ``path`` and report progress and the result as events on standard
     output. If the run raises a MemfitError, the result has the outcome failed and the error's text as reason.
     If this is a UserError, an event ``refused`` with its fields ``given``, ``allowed`` and ``hint`` comes
-    before. An error in reading the file, and other errors, are raised, without a result."""
+    before. An error in reading the file, and other errors, are raised, without a result. After SIGTERM and a
+    save, the process exits with the status `RESUMABLE_EXIT`."""
     spec = serialization.loads(RunSpec, path.read_text(), what="run specification")
+    requests = SaveRequests() if spec.keep.save else None
     try:
-        _run(spec, path)
+        with _stack_traces(path.parent):
+            _run(spec, path, requests)
     except MemfitError as error:
         if isinstance(error, UserError):
             tell("refused", given=error.given, allowed=error.allowed, hint=error.hint)
         tell("result", measurement=Measurement(outcome=OutcomeKind.FAILED, reason=str(error)))
+    if requests is not None and requests.has_ended:
+        sys.exit(RESUMABLE_EXIT)
 
 
-def _run(spec: RunSpec, path: Path) -> None:
+@contextlib.contextmanager
+def _stack_traces(folder: Path) -> Iterator[None]:
+    """In this context, SIGUSR2 appends the stack traces of all threads to a file in ``folder``, even while
+    this process waits in native code. The parent, which has made the folder, asks for them."""
+    if not (folder / HEARTBEAT).exists():  # started by another launcher
+        yield
+        return
+    with (folder / STACKS).open("w", encoding="utf-8") as file:
+        faulthandler.register(signal.SIGUSR2, file=file, all_threads=True)
+        try:
+            yield
+        finally:
+            faulthandler.unregister(signal.SIGUSR2)
+
+
+def _run(spec: RunSpec, path: Path, requests: SaveRequests | None) -> None:
     import torch
 
     from memfit.jobs.checkpoints import restarted
@@ -144,7 +173,18 @@ def _run(spec: RunSpec, path: Path) -> None:
             free_cache(device)
             reset_reserved_peak(counter)
         start = time.perf_counter()
-        gauge = _Gauge(counter, base_bytes, world, settle, make_step, elements, device, used_bytes)
+        gauge = _Gauge(
+            counter=counter,
+            base_bytes=base_bytes,
+            world=world,
+            settle=settle,
+            make_step=make_step,
+            elements=elements,
+            device=device,
+            driver_bytes_before=used_bytes,
+            heartbeat=Heartbeat(path.parent / HEARTBEAT),
+            requests=requests,
+        )
         counter.reset_peak()
         with _cap(spec, counter, device) as limit:
             measurement = _guarded(job, spec, gauge, limit)
@@ -329,13 +369,17 @@ def _guarded(job: Job, spec: RunSpec, gauge: _Gauge, limit: MemoryLimit | None) 
     energy: tuple[float | None, str] = (None, "")
     try:
         step = _train(job, spec, gauge, meter)
+        gauge.heartbeat.beat(spec.steps, "end")
         energy = meter.stop()
         gauge.of_accelerator = _of_accelerator(gauge)
         gauge.used_bytes = limit.used_bytes() if limit is not None else None
-        if spec.evaluate and job.evaluate is not None:
+        if gauge.end:
+            outcome, reason = OutcomeKind.INTERRUPTED, gauge.end
+        elif spec.evaluate and job.evaluate is not None:
             if limit is not None:
                 limit.lift()  # the cap applies to training; a batch of held-out data may be larger
             tell("stage", stage="evaluate")
+            gauge.heartbeat.beat(spec.steps, "evaluate")
             with step.contexts():
                 scores = scores_by_endpoint(job, job.evaluate(step.model))
         _still(step, job, gauge.elements)
@@ -380,11 +424,26 @@ def _train(job: Job, spec: RunSpec, gauge: _Gauge, meter: EnergyMeter) -> Traini
         del inputs
         if keeper is not None and index == gauge.first:
             keeper.check()
-        if keeper is not None and keeper.due(index + 1):
+        if keeper is not None and _is_save_due(keeper, gauge, index + 1):
             gauge.turn("save")
             keeper.save(index + 1)
             gauge.turn("between")
+        if gauge.requests is not None and gauge.requests.ends(index + 1) and index + 1 < spec.steps:
+            gauge.end = f"stopped by SIGTERM after {index + 1} steps, which are saved in {spec.keep.save}"
+            gauge.requests.has_ended = True
+            break
     return step
+
+
+def _is_save_due(keeper: Checkpointer, gauge: _Gauge, done: int) -> bool:
+    """Return whether to save after ``done`` steps: by the settings of the run, or because a signal asked."""
+    if gauge.requests is None:
+        return keeper.due(done)
+    from torch.distributed import distributed_c10d
+
+    store = distributed_c10d._get_default_store() if distributed_c10d.is_initialized() else None
+    gauge.requests.exchange(done, gauge.world.rank, store)
+    return keeper.due(done) or gauge.requests.due(done)
 
 
 def _keeper(spec: RunSpec, step: TrainingStep) -> Checkpointer | None:

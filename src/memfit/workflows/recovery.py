@@ -12,6 +12,7 @@ from memfit.jobs import checkpoints
 from memfit.planner.request import Request, make_pricer
 from memfit.planner.safer_plans import FAILURES, SaferPlan, pricer_of_batch, safer_plan
 from memfit.runtime import local_machine
+from memfit.runtime.child_process import Event
 from memfit.runtime.restart import Losses, newest
 from memfit.techniques.registry import effect_of
 from memfit.types.device_kind import HOST
@@ -34,12 +35,15 @@ class RecoverySettings:
     """Which checkpoints a run saves and resumes from (``keep``), and how it recovers from running out of
     memory: at most ``most`` times (0: never), by plans of ``frontier``, which a search has found, before
     others. ``on_recovery`` is called before the run continues, with the recovery and the number of those so
-    far, this one included."""
+    far, this one included. ``stall_s``: as in `RunSpec`. ``on_notice`` is called with the events "stalled"
+    and "restarted" of a run."""
 
     keep: CheckpointSettings = dataclasses.field(default_factory=CheckpointSettings)
     most: int = 0
     frontier: tuple[Plan, ...] = ()
     on_recovery: Callable[[Recovery, int], None] = lambda recovery, count: None
+    stall_s: float | None = None
+    on_notice: Callable[[Event], None] = lambda event: None
 
 
 NO_RECOVERY = RecoverySettings()

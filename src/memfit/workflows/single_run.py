@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from memfit.engines.registry import ready_engine, render, supporting_engine
 from memfit.jobs import checkpoints
@@ -15,9 +16,10 @@ from memfit.planner.recompute_budget import open_budget
 from memfit.planner.request import Progress, Request, make_pricer, model_sizes
 from memfit.report.explain import TracedEstimate, traced_estimate
 from memfit.runtime import local_machine
-from memfit.runtime.child_process import STOPPED, run
-from memfit.runtime.ranks import run_ranks
-from memfit.runtime.restart import Losses, OnEvent, run_through
+from memfit.runtime.child_process import Event
+from memfit.runtime.interruption import NO_INTERRUPTION, Interruption
+from memfit.runtime.ranks import OnEvent, run_ranks
+from memfit.runtime.restart import Losses, run_through
 from memfit.store.database import Store
 from memfit.techniques.registry import check, refuse_wrong_weights, with_defaults
 from memfit.types import serialization
@@ -32,6 +34,8 @@ from memfit.types.result import (
     Run,
 )
 from memfit.workflows.recovery import NO_RECOVERY, RecoverySettings, train_with_recoveries
+
+OnNotice = Callable[[Event], None]
 
 
 def explain(request: Request, plan: Plan, progress: Progress) -> Estimate:
@@ -135,6 +139,8 @@ def run_plan(
         seed=seed,
         keep=keep,
         timeout_s=request.timeout_s,
+        stall_s=recovery.stall_s,
+        predicted_step_s=estimate.step_s.value if estimate.step_s else None,
         steps=steps or job.steps,
         batch_size=job.batch_size,
         clip=job.clip,
@@ -147,7 +153,15 @@ def run_plan(
     )
 
     def train(spec: RunSpec, estimate: Estimate, losses: Losses, *, strict: bool) -> Run:
-        return run_spec(spec, estimate, progress, spec.name, strict=strict, losses=losses)
+        return run_spec(
+            spec,
+            estimate,
+            progress,
+            spec.name,
+            strict=strict,
+            losses=losses,
+            on_notice=recovery.on_notice,
+        )
 
     result = train_with_recoveries(train, request, spec, estimate, recovery)
     if store is not None:
@@ -204,64 +218,90 @@ def run_spec(
     *,
     strict: bool = False,
     losses: Losses | None = None,
+    on_notice: OnNotice = lambda event: None,
 ) -> Run:
     """Train a plan as ``spec`` says and return the run: its prediction (``estimate``) and its measurement.
 
     A run that fails raises nothing: the outcome of its measurement says so. With ``strict``, UserError is
-    raised if the process that trains refuses the plan or the job. ``label``: name of the run in what
-    ``progress`` is told. ``losses``: as for `run_through`.
+    raised if the process that trains refuses the plan or the job; after the first step, it is raised only if
+    the run does not go on after a restart. ``label``: name of the run in what ``progress`` is told.
+    ``losses``: as for `run_through`. ``on_notice``: called with events that a person should see at once:
+    "stalled" and "restarted".
     """
+    refusals: list[UserError] = []
+    has_begun = False
 
-    def listen(event: Mapping[str, object]) -> None:
-        if event["event"] == "refused" and strict:
-            raise UserError(str(event["given"]), allowed=str(event["allowed"]), hint=str(event["hint"]))
-        if event["event"] == "step":
+    def listen(event: Event) -> None:
+        nonlocal has_begun
+        kind = event["event"]
+        if kind == "refused" and strict:
+            error = UserError(str(event["given"]), allowed=str(event["allowed"]), hint=str(event["hint"]))
+            if not has_begun:
+                raise error
+            refusals.append(error)
+        elif kind == "step":
+            has_begun = True
             progress("run", int(str(event["step"])) + 1, spec.steps, label)
-        elif event["event"] == "stage":
+        elif kind == "stage":
             progress("run", 0, spec.steps, f"{label}: {event['stage']}")
-        elif event["event"] == "restarted":
+        elif kind == "restarted":
             progress("run", 0, spec.steps, f"{label}: started again, {event['why']}")
+        if kind in ("restarted", "stalled"):
+            on_notice(event)
 
     progress("run", 0, spec.steps, label)
+    measurement = measure_spec(spec, listen, losses)
+    if refusals and measurement.outcome is OutcomeKind.FAILED and str(refusals[-1]) in measurement.reason:
+        raise refusals[-1]
     return Run(
         spec=spec,
         predicted_peak_bytes=int(estimate.allocated_bytes.value),
         predicted_phase_peak_bytes=estimate.phase_peak_bytes,
         predicted_step_s=estimate.step_s.value if estimate.step_s else None,
-        measurement=measure_spec(spec, listen, losses),
+        measurement=measurement,
         dependence=estimate.dependence,
     )
 
 
+_OF_ALL_RANKS = ("refused", "stalled")  # events that matter whatever rank they are of
+
+
 def measure_spec(
     spec: RunSpec,
-    listen: Callable[[Mapping[str, object]], None] = lambda event: None,
+    listen: Callable[[Event], None] = lambda event: None,
     losses: Losses | None = None,
 ) -> Measurement:
     """Run all ranks of ``spec`` and return the measurement of one of them. ``listen`` is called with each
-    event of rank 0.
+    event of rank 0, and with those of other ranks that refuse the job or stall.
 
-    Of ranks that failed, it is the first of these: one that ran out of memory; one that failed otherwise by
-    itself; one that was stopped because another failed. If none failed, it is the rank with the highest peak,
-    as in predictions, with the losses averaged over all ranks.
+    If ranks failed, it is that which failed first; its reason begins with the number of the rank. If none
+    failed, it is the rank with the highest peak, as in predictions, with the losses averaged over all ranks.
+
+    A run that saves checkpoints receives SIGTERM and SIGUSR1 of this process while it runs, if this is the
+    main thread: it saves, and after SIGTERM it ends.
     """
-    measurements = run_through(
-        spec, _started, on_event=lambda rank, event: None if rank else listen(event), losses=losses
-    )
+
+    def on_event(rank: int, event: Event) -> None:
+        if rank == 0 or event["event"] in _OF_ALL_RANKS:
+            listen(event)
+
+    with (
+        Interruption(spec.keep.grace_s) if spec.keep.save else contextlib.nullcontext(NO_INTERRUPTION)
+    ) as interruption:
+
+        def start(spec: RunSpec, on_event: OnEvent) -> Sequence[Measurement]:
+            return run_ranks(render(spec), on_event=on_event, interruption=interruption)
+
+        measurements = run_through(spec, start, on_event=on_event, losses=losses, interruption=interruption)
     if spec.plan.ranks == 1:
         return measurements[0]
-    # ranks fail when their neighbour has run out of memory
-    failures = [m for m in measurements if m.outcome is not OutcomeKind.OK]
+    failures = [(r, m) for r, m in enumerate(measurements) if m.outcome is not OutcomeKind.OK]
     if failures:
-        return min(failures, key=lambda m: (m.outcome is not OutcomeKind.OOM, m.reason == STOPPED))
+        rank, failure = min(failures, key=lambda pair: pair[1].failed_after_rank is not None)
+        is_own = failure.outcome is OutcomeKind.FAILED
+        return dataclasses.replace(failure, reason=f"rank {rank}: {failure.reason}") if is_own else failure
     means = tuple(statistics.fmean(step) for step in zip(*(m.losses for m in measurements), strict=True))
     return dataclasses.replace(max(measurements, key=lambda m: m.peak_bytes or 0), losses=means)
-
-
-def _started(spec: RunSpec, on_event: OnEvent) -> Sequence[Measurement]:
-    if spec.plan.ranks == 1:
-        return [run(render(spec), on_event=lambda event: on_event(0, event))]
-    return run_ranks(render(spec), on_event=on_event)
 
 
 def _unlimited(job: JobRef) -> JobRef:

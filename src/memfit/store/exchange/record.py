@@ -38,7 +38,7 @@ Whole = Annotated[int, pydantic.Field(gt=0, le=_LARGEST)]
 Positive = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
 Finite = Annotated[float, pydantic.Field(allow_inf_nan=False)]
 Effect = Literal["E0", "E1", "E2", "E3"]
-Outcome = Literal["", "ok", "oom", "timeout", "failed"]
+Outcome = Literal["", "ok", "oom", "timeout", "interrupted", "failed"]
 NotBlank = Annotated[str, pydantic.Field(pattern=r"\S")]  # not blank
 
 
