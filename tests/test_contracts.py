@@ -128,6 +128,8 @@ DIMENSIONLESS = {
     "batch",
     "batch_size",
     "changed_lines",
+    "keep_last",
+    "failed_after_rank",
     "commands",
     "considered",
     "dimensions",

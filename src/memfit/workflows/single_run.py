@@ -275,7 +275,8 @@ def measure_spec(
     event of rank 0, and with those of other ranks that refuse the job or stall.
 
     If ranks failed, it is that which failed first; its reason begins with the number of the rank. If none
-    failed, it is the rank with the highest peak, as in predictions, with the losses averaged over all ranks.
+    failed, also if all ended early after a save, it is the rank with the highest peak, as in predictions,
+    with the losses averaged over all ranks.
 
     A run that saves checkpoints receives SIGTERM and SIGUSR1 of this process while it runs, if this is the
     main thread: it saves, and after SIGTERM it ends.
@@ -296,7 +297,7 @@ def measure_spec(
     if spec.plan.ranks == 1:
         return measurements[0]
     failures = [(r, m) for r, m in enumerate(measurements) if m.outcome is not OutcomeKind.OK]
-    if failures:
+    if failures and not all(m.outcome is OutcomeKind.INTERRUPTED and m.peak_bytes for m in measurements):
         rank, failure = min(failures, key=lambda pair: pair[1].failed_after_rank is not None)
         is_own = failure.outcome is OutcomeKind.FAILED
         return dataclasses.replace(failure, reason=f"rank {rank}: {failure.reason}") if is_own else failure
