@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 from hypothesis import given, strategies
 
 from memfit.cli.run import RunOptions, checkpoint_settings, exit_code, lines, print_notice
+from memfit.files.read import read_bytes
 from memfit.jobs import checkpoints
 from memfit.jobs.user_job import guarded
 from memfit.runtime import stalls
@@ -599,3 +601,18 @@ def test_keep_last_needs_a_folder_to_save_in() -> None:
     with pytest.raises(UserError, match="--keep-last needs --save"):
         checkpoint_settings(RunOptions(keep_last=2))
     assert checkpoint_settings(RunOptions(keep_last=2, save=Path("x"))).keep_last == 2
+
+
+def test_a_small_file_is_read_in_little_memory(tmp_path: Path) -> None:
+    """Checkpoints are resumed under the memory cap of the run."""
+    file = tmp_path / "memfit.json"
+    file.write_text("{}")
+    tracemalloc.start()
+    try:
+        assert read_bytes(file) == b"{}"
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+    assert read_bytes(Path("/proc/self/status"))  # its size is said to be 0
+    with pytest.raises(UserError, match="too large"):
+        read_bytes(file, most_bytes=1)

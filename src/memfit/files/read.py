@@ -36,6 +36,7 @@ _KINDS: Final[Mapping[Callable[[int], bool], str]] = {
     stat.S_ISCHR: "a device",
     stat.S_ISBLK: "a device",
 }
+_CHUNK_BYTES: Final = 2**16
 _SHOWN: Final = 200  # characters of a parser's message
 
 
@@ -48,7 +49,10 @@ def read_bytes(path: Path, *, most_bytes: int = MOST_BYTES) -> bytes:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise _not_a_file(path, status.st_mode)
-            data = file.read(most_bytes + 1)
+            data, expected_bytes = b"", max(status.st_size, _CHUNK_BYTES) + 1
+            # Not all at once: the read would allocate most_bytes, also under the memory cap of a run.
+            while chunk := file.read(min(expected_bytes, most_bytes + 1 - len(data))):
+                data += chunk
     except IsADirectoryError:
         raise _not_a_file(path, stat.S_IFDIR) from None
     except OSError as error:
