@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from functools import partial
 import pytest
 
 from memfit.trace import trace_pool
-from memfit.trace.trace_pool import side_by_side
+from memfit.trace.trace_pool import Copies, side_by_side
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="copies of a process are made by fork")
 
@@ -111,3 +112,43 @@ def test_where_copies_cannot_run_backward_the_original_makes_every_call(
     assert side_by_side(calls) == list(range(4))
     assert side_by_side(calls) == list(range(4))
     assert len(seen) == 1  # it is not tried again
+
+
+class Owner:
+    """Cannot be pickled, and counts the calls that its process has made."""
+
+    def __init__(self) -> None:
+        self.cannot_be_pickled, self.count = lambda: None, 0
+
+    def called(self, number: int) -> tuple[int, int, int]:
+        self.count += 1
+        return number, os.getpid(), self.count
+
+
+def test_copies_that_stay_make_later_calls_too() -> None:
+    owner = Owner()
+    copies = Copies(owner)
+    first = side_by_side([partial(owner.called, n) for n in range(4)], copies=copies)
+    processes = {process for _, process, _ in first}
+    assert len(processes) == 2
+    assert os.getpid() not in processes
+    again = side_by_side([partial(owner.called, 7)], copies=copies)
+    assert again[0][:2] in {(7, process) for process in processes}
+    assert again[0][2] > 1, "the process that made an earlier call"
+    assert owner.count == 0
+    copies.end()
+    assert not copies.processes
+    assert side_by_side([partial(owner.called, 8)], copies=copies) == [(8, os.getpid(), 1)]
+
+
+def test_copies_end_with_their_owner() -> None:
+    owner = Owner()
+    copies = Copies(owner)
+    side_by_side([partial(owner.called, n) for n in range(2)], copies=copies)
+    processes = [process for _, process in copies.processes.items()]
+    assert all(process.is_alive() for process in processes)
+    del owner
+    gc.collect()
+    assert not copies.processes
+    with pytest.raises(ValueError, match="closed"):
+        processes[0].is_alive()

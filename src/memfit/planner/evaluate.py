@@ -38,7 +38,7 @@ from memfit.techniques.rank_mesh import layout
 from memfit.techniques.registry import make_plain_plan, splits_batch, technique
 from memfit.trace.sample_dependence import sample_dependence, trial_limit_bytes
 from memfit.trace.trace_extrapolation import deep_traces, repeated, traces_of
-from memfit.trace.trace_pool import side_by_side
+from memfit.trace.trace_pool import Copies, side_by_side
 from memfit.trace.tracer import fake_model, stepping, trace
 from memfit.trace.truncated_model import with_blocks
 from memfit.trace.unroll import Blocks, Mismatch, longer
@@ -98,6 +98,7 @@ class Pricer:
     reserved_ratio: float = ASSUMED_RESERVED_RATIO
     stored: StoredPredictions | None = None
     plain: dict[int, tuple[int, HostTensors]] = dataclasses.field(default_factory=dict)  # see `_plain`
+    _copies: tuple[Any, Copies] | None = dataclasses.field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.traces, Traces):
@@ -351,10 +352,29 @@ class Pricer:
                     [functools.partial(self._result, plan, [0]) for plan in missing_plans],
                     lambda done, i: tell(done, len(missing_plans), missing_plans[i].label),
                     results,
+                    copies=self._warm_copies(),
                 )
         finally:  # after an interrupt, the finished ones are kept
             for index, result in results.items():
                 self._add([(missing_plans[index], 0)], result)
+
+    def _warm_copies(self) -> Copies:
+        """Return the forked processes that trace for this pricer. They end if what they were forked with no
+        longer holds."""
+        state = (self.job, self.lines, self.space, self.__dict__.get("repeats", True))
+        if self._copies is not None and self._copies[1].owner is not self:
+            self._copies = None  # those of the pricer of which this is a copy
+        if self._copies is not None and self._copies[0] != state:
+            self.end_copies()
+        if self._copies is None:
+            self._copies = state, Copies(self)
+        return self._copies[1]
+
+    def end_copies(self) -> None:
+        """End the forked processes that trace for this pricer; later traces fork new ones."""
+        if self._copies is not None:
+            self._copies[1].end()
+            self._copies = None
 
     # -- quick ----------------------------------------------------------------------------------------
 
@@ -375,6 +395,7 @@ class Pricer:
             new_parts = side_by_side(
                 [functools.partial(self._part, *part) for part in missing_parts],
                 lambda done, i: tell(done, len(missing_parts), missing_parts[i][0].label),
+                copies=self._warm_copies(),
             )
         for result in new_parts:
             self._add_part(result)

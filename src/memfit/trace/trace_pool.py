@@ -1,16 +1,18 @@
-"""Run independent traces in parallel, each in a forked copy of this process."""
+"""Run independent traces in parallel, in forked copies of this process."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import multiprocessing
 import os
 import pickle
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
@@ -22,25 +24,125 @@ _T = TypeVar("_T")
 Tell = Callable[[int, int], None]
 
 
+class Copies:
+    """Forked copies of this process that stay for later calls of `side_by_side`, so that what one call
+    imports and torch caches also serves the calls of another time.
+
+    ``owner``: the object whose methods are called. The copies have it as it is when they are forked, and it
+    is not sent to them; all else in a call must be picklable. They end with `end`, with the owner, or with
+    this process.
+    """
+
+    def __init__(self, owner: Any) -> None:
+        self._owner = weakref.ref(owner)
+        self.processes: dict[Connection, Any] = {}
+        self._finalizer = weakref.finalize(owner, _end, self.processes)
+
+    @property
+    def owner(self) -> Any:
+        return self._owner()
+
+    def end(self) -> None:
+        """End the copies; the next call of `side_by_side` forks new ones."""
+        _end(self.processes)
+
+    def grow(self, count: int) -> list[Connection]:
+        """Fork copies until there are ``count``. Return the connections of all."""
+        while len(self.processes) < count:
+            self.add()
+        return list(self.processes)
+
+    def add(self) -> Connection:
+        """Fork a copy and return its connection, which takes messages and gives back what `_outcome` returns.
+        If an exception cannot be sent faithfully, the copy ends without an answer."""
+        context = multiprocessing.get_context("fork")
+        parent_end, child_end = context.Pipe()
+        inherited = [parent_end, *self.processes]
+        arguments = self._call, child_end, inherited, os.getpid()
+        process = context.Process(target=_answer, args=arguments, daemon=True)
+        process.start()
+        child_end.close()
+        self.processes[parent_end] = process
+        return parent_end
+
+    def remove(self, channel: Connection) -> None:
+        """End one copy."""
+        _end({channel: self.processes.pop(channel)})
+
+    def message(self, calls: Sequence[Callable[[], Any]], index: int) -> Any:
+        """Return what is sent to a copy for one of the calls."""
+        buffer = io.BytesIO()
+        _OwnerPickler(buffer, self.owner).dump(calls[index])
+        return buffer.getvalue()
+
+    def _call(self, message: Any) -> Callable[[], Any]:
+        """Return the call of a message, in a copy."""
+        return _OwnerUnpickler(io.BytesIO(message), self.owner).load()  # type: ignore[no-any-return]
+
+
+class _CopiesOfCalls(Copies):
+    """Forked copies for certain calls only, which need not be picklable."""
+
+    def __init__(self, calls: Sequence[Callable[[], Any]]) -> None:
+        super().__init__(self)
+        self._calls = calls
+
+    def message(self, calls: Sequence[Callable[[], Any]], index: int) -> int:
+        return index
+
+    def _call(self, message: Any) -> Callable[[], Any]:
+        return self._calls[message]
+
+
+def _end(processes: dict[Connection, Any]) -> None:
+    for channel, process in processes.items():
+        channel.close()
+        process.terminate()
+        process.join()
+        process.close()
+    processes.clear()
+
+
+class _OwnerPickler(pickle.Pickler):
+    def __init__(self, file: io.BytesIO, owner: Any) -> None:
+        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
+        self._owner = owner
+
+    def persistent_id(self, value: Any) -> str | None:
+        return "owner" if value is self._owner else None
+
+
+class _OwnerUnpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, owner: Any) -> None:
+        super().__init__(file)
+        self._owner = owner
+
+    def persistent_load(self, name: Any) -> Any:
+        return self._owner
+
+
 def side_by_side(
     calls: Sequence[Callable[[], _T]],
     tell: Tell = lambda done, index: None,
     results: dict[int, _T] | None = None,
+    *,
+    copies: Copies | None = None,
 ) -> list[_T]:
     """Return the results of the calls, in order. If calls raise exceptions, raise that of the first such call
     in the list; if calls run in forked processes, only after all of them have ended.
 
     ``tell(done, index)`` is called whenever a call begins or ends: ``done`` calls are finished, and call
     ``index`` is running (or, if none is running, has just ended). ``results`` receives each result by the
-    index of its call as soon as it is known, for callers that may be interrupted.
+    index of its call as soon as it is known, for callers that may be interrupted. ``copies``: the calls are
+    made by these forked processes, which stay; None: by new ones, which end.
 
-    A forked process needs no imports and no picklable job, but forking is safe only on Linux, without other
-    threads and without initialised CUDA. Otherwise, with one CPU core or one call, and inside a daemon
-    process such as a forked one, the calls run one after the other in this process and stop at the first
-    exception. Else as many processes are forked as there are CPU cores, at most one for each call. Each makes
-    several calls one after another, so that what torch loads and caches for the first serves the others.
-    Every second process takes calls from the end of the list, so put calls with the least in common first and
-    last.
+    A forked process needs no imports, and without ``copies`` no picklable job, but forking is safe only on
+    Linux, without other threads and without initialised CUDA. Otherwise, with one CPU core or one call
+    (unless there are ``copies`` already), and inside a daemon process such as a forked one, the calls run one
+    after the other in this process and stop at the first exception. Else as many processes are forked as
+    there are CPU cores, at most one for each call. Each makes several calls one after another, so that what
+    torch loads and caches for the first serves the others. Every second process takes calls from the end of
+    the list, so put calls with the least in common first and last.
 
     If a forked process is killed, or if no faithful copy of its exception can be sent here, its call runs in
     this process. If autograd refuses to run in a forked process, all calls run in this process, and so do
@@ -48,47 +150,57 @@ def side_by_side(
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     results = {} if results is None else results
-    if min(len(calls), cores) < 2 or _REFUSED or not _may_fork():
+    is_alone = len(calls) < 2 and not (calls and copies is not None and copies.processes)
+    if is_alone or cores < 2 or _REFUSED or not _may_fork():
         return _one_by_one(calls, tell, results)
-    queue, index_by_channel = list(range(len(calls))), dict[Connection, int]()
-    outcomes: dict[int, tuple[bool, Any]] = {}
-    processes = [_copy(calls) for _ in range(min(cores, len(calls)))]
-    idle_channels = [channel for channel, _ in processes]
-    end_channels = set(idle_channels[1::2])
+    pool, outcomes = copies or _CopiesOfCalls(calls), dict[int, tuple[bool, Any]]()
     try:
-        while queue or index_by_channel:
-            while queue and idle_channels:
-                channel = idle_channels.pop(0)
-                index_by_channel[channel] = queue.pop(-1 if channel in end_channels else 0)
-                channel.send(index_by_channel[channel])
-                tell(len(outcomes), index_by_channel[channel])
-            for ready_channel in [c for c in wait(list(index_by_channel)) if isinstance(c, Connection)]:
-                index = index_by_channel.pop(ready_channel)
-                outcome: tuple[bool, Any] | None = None
-                with contextlib.suppress(EOFError):
-                    outcome = ready_channel.recv()
-                if outcome is None:  # it has ended: run the call here, where the error is visible
-                    outcome = _outcome(calls[index])
-                    processes.append(_copy(calls))
-                    idle_channels.append(processes[-1][0])
-                else:
-                    idle_channels.append(ready_channel)
-                outcomes[index] = outcome
-                results.update({index: outcome[1]} if outcome[0] else {})
-                if _no_backward(*outcome):
-                    _REFUSED.append(str(outcome[1]))
-                    return _one_by_one(calls, tell, results)
-                tell(len(outcomes), next(iter(index_by_channel.values()), index))
+        for index, outcome in _outcomes(calls, pool, min(cores, len(calls)), tell):
+            outcomes[index] = outcome
+            results.update({index: outcome[1]} if outcome[0] else {})
+            if _no_backward(*outcome):
+                _REFUSED.append(str(outcome[1]))
+                break
     finally:
-        for channel, process in processes:
-            channel.close()
-            process.terminate()
-            process.join()
+        if copies is None or len(outcomes) < len(calls):  # some may still be at work
+            pool.end()
+    if _REFUSED:
+        return _one_by_one(calls, tell, results)
     for index in sorted(outcomes):
         is_ok, value = outcomes[index]
         if not is_ok:
             raise value
     return [outcomes[i][1] for i in range(len(calls))]
+
+
+def _outcomes(
+    calls: Sequence[Callable[[], Any]], pool: Copies, count: int, tell: Tell
+) -> Iterator[tuple[int, tuple[bool, Any]]]:
+    """Make the calls in ``count`` copies of the pool, or as many as it has if they are more. Yield (index of
+    a call, its `_outcome`) in the order in which the calls end."""
+    queue, index_by_channel, done = list(range(len(calls))), dict[Connection, int](), 0
+    idle_channels = pool.grow(count)
+    end_channels = set(idle_channels[1::2])
+    while queue or index_by_channel:
+        while queue and idle_channels:
+            channel = idle_channels.pop(0)
+            index = index_by_channel[channel] = queue.pop(-1 if channel in end_channels else 0)
+            channel.send(pool.message(calls, index))
+            tell(done, index)
+        for ready_channel in [c for c in wait(list(index_by_channel)) if isinstance(c, Connection)]:
+            index = index_by_channel.pop(ready_channel)
+            outcome: tuple[bool, Any] | None = None
+            with contextlib.suppress(EOFError):
+                outcome = ready_channel.recv()
+            if outcome is None:  # it has ended: run the call here, where the error is visible
+                pool.remove(ready_channel)
+                outcome = _outcome(calls[index])
+                idle_channels += [pool.add()] if queue else []
+            else:
+                idle_channels.append(ready_channel)
+            done += 1
+            yield index, outcome
+            tell(done, next(iter(index_by_channel.values()), index))
 
 
 _REFUSED: list[str] = []  # autograd's message from a forked process; later calls then do not fork
@@ -109,37 +221,30 @@ def _no_backward(is_ok: bool, value: Any) -> bool:
     return not is_ok and isinstance(value, RuntimeError) and "fork-based multiprocessing" in str(value)
 
 
-def _copy(calls: Sequence[Callable[[], Any]]) -> tuple[Connection, Any]:
-    """Fork a process. Return (connection, process). The connection takes the index of a call and gives back
-    (True, its result) or (False, its exception). If the exception cannot be sent faithfully, the process ends
-    without an answer."""
-    context = multiprocessing.get_context("fork")
-    parent_end, child_end = context.Pipe()
-    process = context.Process(target=_answer, args=(calls, child_end, os.getpid()), daemon=True)
-    process.start()
-    child_end.close()
-    return parent_end, process
-
-
-def _answer(calls: Sequence[Callable[[], Any]], channel: Connection, parent: int) -> None:
+def _answer(
+    call_of: Callable[[Any], Callable[[], Any]], channel: Connection, inherited: list[Connection], parent: int
+) -> None:
     die_with_parent(parent)
     # Ctrl-C is handled by the original process, which ends its copies by SIGTERM
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
+    for other in inherited:
+        other.close()
     torch.set_num_threads(1)  # the original's threads do not exist in a copy
     gc.freeze()  # objects of the original stay: collect only what the calls leave
     while True:
         try:
-            index = channel.recv()
+            call = call_of(channel.recv())
         except EOFError:
             return
-        outcome = _outcome(calls[index])
+        outcome = _outcome(call)
         if not outcome[0] and not _has_faithful_copy(outcome[1]):
             return  # the original process makes this call again
         channel.send(outcome)
-        del outcome
+        del outcome, call
         gc.collect()
+        gc.freeze()  # what is still alive, such as cached results, is not looked through again
 
 
 def _outcome(call: Callable[[], Any]) -> tuple[bool, Any]:

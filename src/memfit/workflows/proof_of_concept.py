@@ -163,13 +163,15 @@ def search(
             allowed=", ".join(trials.BY_TIME),
         )
     planning = plan_search.search(request, progress, must_run=must_run)
-    if measure_s is None or request.goal not in trials.BY_TIME:
-        return planning
     try:
-        return trials.measured(planning, progress, budget_s=measure_s)
+        if measure_s is not None and request.goal in trials.BY_TIME:
+            planning = trials.measured(planning, progress, budget_s=measure_s)
     except KeyboardInterrupt:
         partial_result = dataclasses.replace(planning.result, unfinished=True)
         raise plan_search.SearchInterrupted(partial_result) from None
+    finally:
+        planning.pricer.end_copies()
+    return planning
 
 
 def report(
