@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -185,11 +185,37 @@ class AllocationRecorder(TorchDispatchMode):
     def call_count(self) -> int:
         return len(self._calls)
 
-    def repeat_calls(self, first: int, last: int, shift: int) -> None:
-        """Record the calls ``first`` to ``last`` - 1 again in the present step, ``shift`` later."""
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The numbers of values asked for, of values drawn, and of calls on the model's stream."""
+        return self.guesses.questions, self.concrete_values.draws, self.stream_tracker.calls[""]
+
+    @counts.setter
+    def counts(self, counts: tuple[int, ...]) -> None:
+        self.guesses.questions, self.concrete_values.draws, self.stream_tracker.calls[""] = counts
+
+    def surroundings(self) -> tuple[Any, ...]:
+        """Return what decides, beside the operators, how they are recorded now."""
+        line = self._line() if self.lines else ""
+        module = self.modules.name(self.current)
+        return self.current, self.place, module, line, torch.is_grad_enabled()
+
+    def calls_between(self, first: int, last: int | None = None) -> list[operators.OperatorCall]:
+        return self._calls[first:last]
+
+    def repeat_calls(
+        self, calls: Iterable[operators.OperatorCall], shift: int, modules: Mapping[str, str]
+    ) -> None:
+        """Record the calls again in the present step, ``shift`` later, with ``modules`` in place of those of
+        the same names."""
         self._calls += [
-            dataclasses.replace(call, clock=call.clock + shift, step=self.step)
-            for call in self._calls[first:last]
+            dataclasses.replace(
+                call,
+                clock=call.clock + shift,
+                step=self.step,
+                module=modules.get(call.module, call.module),
+            )
+            for call in calls
         ]
 
     def uses_streams(self, first: int) -> bool:

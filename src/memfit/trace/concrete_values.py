@@ -46,17 +46,17 @@ class ConcreteValues:
 
     The real tensor is stored as an attribute of the fake one. To follow an operator is to compute its result
     from real values, too. ``on``: operators are followed now. ``seeded``: the values of a batch have been
-    attached. ``max_elements``: tensors with more elements are not followed. It is infinite if the whole step
-    is computed on real tensors (`real_weights`); then the result of an operator that fails has unknown
-    values, while otherwise the error is raised. ``_stale`` holds the real storages that are no longer valid,
-    because unknown values have been written into their fake tensors.
+    attached. ``draws``: how many values were drawn. ``max_elements``: tensors with more elements are not
+    followed. It is infinite if the whole step is computed on real tensors (`real_weights`); then the result
+    of an operator that fails has unknown values, while otherwise the error is raised. ``_stale`` holds the
+    real storages that are no longer valid, because unknown values have been written into their fake tensors.
     """
 
     def __init__(self) -> None:
         self.on = self.seeded = False
         self.max_elements: float = _MOST_ELEMENTS
         self.case = current_case()
-        self._draws = 0
+        self.draws = 0
         self._stale: dict[int, torch.UntypedStorage] = {}
 
     @property
@@ -180,8 +180,8 @@ class ConcreteValues:
             delattr(tensor, _NAME)
 
     def _seed(self) -> int:
-        self._draws += 1
-        return self._draws
+        self.draws += 1
+        return self.draws
 
     def _filled(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
         tensor = args[0]

@@ -62,6 +62,11 @@ class Guesses:
         self._value_dependent = set[Any]()  # operators whose results depended on values
         self._loop: tuple[int, int, int] = (0, 0, 0)
 
+    @property
+    def statements(self) -> tuple[Any, ...]:
+        """What was noted of the answers: equal before and after if nothing was."""
+        return self.doubtful, len(self.open), len(self.assumed), len(self.assumptions)
+
     def item(self, tensor: torch.Tensor, *, is_listed: bool, value: Any = None) -> bool | int | float:
         """Return the answer to ``tensor.item()``. ``value`` is the tensor's known or assumed value, or None.
 

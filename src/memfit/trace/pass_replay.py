@@ -120,7 +120,7 @@ class PassReplay:
             for life in self._lives
         ]
         recorder.lives += copies
-        recorder.repeat_calls(self._first_call, self._last_call, shift)
+        recorder.repeat_calls(recorder.calls_between(self._first_call, self._last_call), shift, {})
         recorder.offloaded = self._offloaded
         for phase in (Phase.FORWARD, Phase.BACKWARD):
             recorder.clock = self._clocks[phase] + shift

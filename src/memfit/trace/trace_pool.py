@@ -77,7 +77,8 @@ class Copies:
 
     def _call(self, message: Any) -> Callable[[], Any]:
         """Return the call of a message, in a copy."""
-        return _OwnerUnpickler(io.BytesIO(message), self.owner).load()  # type: ignore[no-any-return]
+        call: Callable[[], Any] = _OwnerUnpickler(io.BytesIO(message), self.owner).load()
+        return call
 
 
 class _CopiesOfCalls(Copies):
@@ -91,7 +92,8 @@ class _CopiesOfCalls(Copies):
         return index
 
     def _call(self, message: Any) -> Callable[[], Any]:
-        return self._calls[message]
+        call: Callable[[], Any] = self._calls[message]
+        return call
 
 
 def _end(processes: dict[Connection, Any]) -> None:

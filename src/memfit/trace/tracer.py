@@ -40,6 +40,7 @@ from memfit.trace.pass_replay import PassReplay
 from memfit.trace.real_weights import attach_weights
 from memfit.trace.stream_patches import streams
 from memfit.trace.truncated_model import FirstBlocks, note_modules, remember
+from memfit.trace.update_replay import UpdateReplay
 from memfit.trace.value_guess_retry import (
     GuessFailed,
     check_guessed_numbers,
@@ -233,7 +234,12 @@ def _run_steps(
     """Run ``steps`` training steps, each on its own batch of fake tensors of the mode ``fake``, and return
     the number of micro-batches run in the last one."""
     micro_batches = min(step.bench.micro_batches, max_micro_batches)
-    with not_tracing():  # building the model may have imported modules to patch
+    choice = step.job.optimizer
+    is_own = choice.make is None and ":" not in choice.name and "optimizer" not in step.plan
+    recorder.follows_optimizer_scalars = not is_own  # the updates of memfit's own do not branch
+    repeats = is_own and step.bench.world.layout.ranks == 1
+    # Building the model may have imported modules to patch.
+    with not_tracing(), UpdateReplay(recorder).patches() if repeats else contextlib.nullcontext():
         return _run_recorded(recorder, step, fake, steps=steps, micro_batches=micro_batches, update=update)
 
 
@@ -250,9 +256,6 @@ def _run_recorded(
     step.bench.on_offload = recorder.note_offload
     step.bench.on_storage = recorder.note_storage
     recorder.modules.watch(step.model)
-    choice = step.job.optimizer
-    is_own = choice.make is None and ":" not in choice.name and "optimizer" not in step.plan
-    recorder.follows_optimizer_scalars = not is_own  # the updates of memfit's own do not branch
     recorder.phase(Phase.SETUP)  # the model is built; batches are made between steps
     one_process = step.bench.world.layout.ranks == 1
     # A step of another kind may observe each of its passes.

@@ -1,0 +1,121 @@
+"""Record an optimizer's update of parameters once, and repeat the recording for parameters of equal layout.
+
+The step of an optimizer ends in a function that only writes into its arguments: parameters, gradients and
+states. It is called for each parameter, or once for all in each step. Of calls whose arguments have equal
+layouts the events are equal, so only the first one is run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from memfit.trace.allocation_recorder import AllocationRecorder, Life
+from memfit.trace.operators import OperatorCall, key, tensors_in
+
+# Module and name of functions that return None and write into tensors among their arguments. Their work does
+# not depend on values, such as those of step counters.
+_UPDATES = (
+    ("torch.optim.adam", "adam"),
+    ("torch.optim.sgd", "sgd"),
+    ("torchao.optim.adam", "single_param_adam"),
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Update:
+    """The events of an update: of the parameter's module ``module``, between two clocks."""
+
+    module: str
+    start: int
+    end: int
+    lives: list[Life]
+    calls: list[OperatorCall]
+    counts: tuple[int, ...]
+
+
+class UpdateReplay:
+    """Replays equal updates in one trace of one process."""
+
+    def __init__(self, recorder: AllocationRecorder) -> None:
+        self._recorder = recorder
+        self._kept: dict[Any, _Update | None] = {}
+
+    @contextlib.contextmanager
+    def patches(self) -> Iterator[None]:
+        """Inside this context, updates are replayed, of those optimizers that are imported already."""
+        with contextlib.ExitStack() as stack:
+            for path, name in _UPDATES:
+                if (module := sys.modules.get(path)) is not None:
+                    update = functools.partial(self._update, getattr(module, name))
+                    stack.enter_context(mock.patch.object(module, name, update))
+            yield
+
+    def _update(self, func: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        with torch._C.DisableTorchFunction():  # which would otherwise be asked for each size
+            tensors = tensors_in(args, kwargs)
+            if not all(type(t) is FakeTensor for t in tensors):
+                return func(*args, **kwargs)
+            module, owners = self._owners(tensors)
+            call = func, self._recorder.surroundings(), owners, key(args), key(kwargs)
+        if (kept := self._kept.get(call)) is not None:
+            return self._repeat(kept, module)
+        if call in self._kept:
+            return func(*args, **kwargs)
+        return self._run(call, module, func, args, kwargs)
+
+    def _owners(self, tensors: list[torch.Tensor]) -> tuple[str, Any]:
+        """Return the path of the module that all tensors belong to ("" for several), and what must be equal
+        for the modules of events to be equal, but for that path."""
+        paths = [self._recorder.owner(tensor) for tensor in tensors]
+        distinct = set(paths) - {""}
+        if len(distinct) > 1:
+            return "", tuple(paths)
+        return (next(iter(distinct)), tuple(map(bool, paths))) if distinct else ("", ())
+
+    def _run(self, call: Any, module: str, func: Callable[..., None], args: Any, kwargs: Any) -> None:
+        recorder = self._recorder
+        start, first_life, first_call = recorder.clock, len(recorder.lives), recorder.call_count
+        said, counts = recorder.guesses.statements, recorder.counts
+        func(*args, **kwargs)
+        lives = recorder.lives[first_life:]
+        is_closed = all(life.end is not None and life.category is None for life in lives) and not any(
+            life.end is not None and life.end >= start for life in recorder.lives[:first_life]
+        )
+        if not is_closed or recorder.uses_streams(first_call) or recorder.guesses.statements != said:
+            self._kept[call] = None
+            return
+        self._kept[call] = _Update(
+            module=module,
+            start=start,
+            end=recorder.clock,
+            lives=lives,
+            calls=recorder.calls_between(first_call),
+            counts=tuple(after - before for before, after in zip(counts, recorder.counts, strict=True)),
+        )
+
+    def _repeat(self, kept: _Update, module: str) -> None:
+        recorder, names = self._recorder, {kept.module: module} if kept.module else {}
+        shift = recorder.clock - kept.start
+        recorder.lives += [
+            dataclasses.replace(
+                life,
+                start=life.start + shift,
+                end=None if life.end is None else life.end + shift,
+                phase=recorder.current,
+                step=recorder.step,
+                module=names.get(life.module, life.module),
+            )
+            for life in kept.lives
+        ]
+        recorder.repeat_calls(kept.calls, shift, names)
+        recorder.counts = tuple(map(sum, zip(recorder.counts, kept.counts, strict=True)))
+        recorder.clock = kept.end + shift
