@@ -28,6 +28,14 @@ PLANS = (
     Plan(uses=(use("activation-offload", minimum_kib=64, to="host"),)),
     Plan(uses=(use("adafactor"), use("selective-checkpointing", keep="matmul"))),
     Plan(uses=(use("fp16-autocast"),)),
+    Plan(uses=(use("gradient-accumulation", micro_batches=4),)),
+    Plan(
+        uses=(
+            use("gradient-accumulation", micro_batches=4),
+            use("activation-offload", minimum_kib=64, to="host"),
+            use("bf16-parameters", rounding="master"),
+        )
+    ),
 )
 
 
@@ -90,10 +98,10 @@ def draw_by_numpy(model: Changing) -> None:
 @pytest.mark.parametrize("plan", PLANS, ids=lambda p: p.label)
 def test_a_copied_pass_equals_one_that_runs(plan: Plan, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     copied_runs, copied = passes_run(words(), plan, device)
-    monkeypatch.setattr(PassReplay, "repeats", lambda self, batch: False)
+    monkeypatch.setattr(PassReplay, "micro_step", lambda self, run, *arguments: run(*arguments))
     runs, run = passes_run(words(), plan, device)
-    uses_a_stream = device == "cuda" and "activation-offload" in plan
-    assert (copied_runs, runs) == (2 if uses_a_stream else 1, 2)
+    # The first without gradients and the first with them.
+    assert (copied_runs, runs) == ((2, 4) if plan.micro_batches > 1 else (1, 2))
     assert canonical(copied) == canonical(run)
 
 
@@ -129,8 +137,21 @@ def test_a_pass_on_a_batch_of_another_layout_runs() -> None:
     assert rows == [4, 24]
 
 
-def test_micro_batches_and_optimizers_that_step_in_backward_run_in_each_step() -> None:
-    assert passes_run(words(), Plan(uses=(use("gradient-accumulation", micro_batches=2),)))[0] == 3
+@pytest.mark.parametrize(("factor", "runs"), [(3.0, 2), (0.5, 3)])
+def test_passes_are_told_apart_by_share_where_the_loss_has_a_factor_equal_to_it(
+    factor: float, runs: int
+) -> None:
+    job, terms = words(), iter((4, 2, 1, 1, 2, 4, 1, 1))  # of the micro-batches of two steps
+    whole = len(job.make_batch(0, 0)["tokens"])
+    scaled = dataclasses.replace(
+        job,
+        loss=lambda model, part: job.loss(model, part) * factor,
+        loss_terms=lambda part: 8 if len(part["tokens"]) == whole else next(terms),
+    )
+    assert passes_run(scaled, Plan(uses=(use("gradient-accumulation", micro_batches=4),)))[0] == runs
+
+
+def test_optimizers_that_step_in_backward_run_in_each_step() -> None:
     assert passes_run(words(), Plan(uses=(use("optimizer-in-backward"),)))[0] == 2
 
 

@@ -167,6 +167,17 @@ PATCHED: dict[str, dict[str, str | None]] = {
         ),
     },
     "trace/truncated_model.py": {"torch.nn.Module.__init__": "self args kwargs"},
+    "trace/update_replay.py": {
+        "torch.optim.adam.adam": (
+            "params grads exp_avgs exp_avg_sqs max_exp_avg_sqs state_steps foreach capturable "
+            "differentiable fused grad_scale found_inf has_complex decoupled_weight_decay amsgrad beta1 "
+            "beta2 lr weight_decay eps maximize"
+        ),
+        "torch.optim.sgd.sgd": (
+            "params d_p_list momentum_buffer_list has_sparse_grad foreach fused grad_scale found_inf "
+            "weight_decay momentum lr dampening nesterov maximize"
+        ),
+    },
     "trace/value_patches.py": {
         "torch._VF._pad_packed_sequence": BUILTIN,
         "torch.ctc_loss": BUILTIN,

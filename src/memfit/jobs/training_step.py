@@ -48,6 +48,9 @@ class MicroBatch:
     last: bool
 
 
+_RunMicroBatch = Callable[[MicroBatch, OnPhase], torch.Tensor]
+
+
 class TrainingStep:
     """A model with a plan applied, its optimizer, and the training step.
 
@@ -104,6 +107,8 @@ class TrainingStep:
         self.job, self.bench, self.model, self.plan = job, bench, model, plan
         self.optimizer: OptimizerLike = self._prepare()
         self.take_step: Callable[[], Any] | None = None  # called in place of the optimizer's step, if set
+        # Called for a micro-batch with what runs it, in place of that, if set.
+        self.around_micro_batch: Callable[[_RunMicroBatch, MicroBatch, OnPhase], torch.Tensor] | None = None
         self.average = self._weight_average()
         if job.clip is not None and bench.step_in_backward:
             raise UserError(
@@ -147,7 +152,8 @@ class TrainingStep:
         micro_batches = self.split(batch, terms_per_rank)
         loss_sum: torch.Tensor | None = None
         for index in played(len(micro_batches), micro_batches_played):
-            loss = self._micro_step(micro_batches[index], on_phase)
+            around, part = self.around_micro_batch, micro_batches[index]
+            loss = around(self._micro_step, part, on_phase) if around else self._micro_step(part, on_phase)
             loss_sum = loss if loss_sum is None else loss_sum + loss
         assert loss_sum is not None
         on_phase(Phase.OPTIMIZER)

@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import math
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -185,14 +186,20 @@ class AllocationRecorder(TorchDispatchMode):
     def call_count(self) -> int:
         return len(self._calls)
 
-    @property
-    def counts(self) -> tuple[int, ...]:
-        """The numbers of values asked for, of values drawn, and of calls on the model's stream."""
-        return self.guesses.questions, self.concrete_values.draws, self.stream_tracker.calls[""]
+    def counts(self) -> Counter[str]:
+        """Return the numbers of values asked for, of values drawn, and of the calls of each stream."""
+        streams = {f"stream {name}": calls for name, calls in self.stream_tracker.calls.items()}
+        return Counter(questions=self.guesses.questions, draws=self.concrete_values.draws, **streams)
 
-    @counts.setter
-    def counts(self, counts: tuple[int, ...]) -> None:
-        self.guesses.questions, self.concrete_values.draws, self.stream_tracker.calls[""] = counts
+    def add_counts(self, counts: Mapping[str, int]) -> None:
+        """Count what was not run as if it had been."""
+        for name, count in counts.items():
+            if name == "questions":
+                self.guesses.questions += count
+            elif name == "draws":
+                self.concrete_values.draws += count
+            else:
+                self.stream_tracker.calls[name.removeprefix("stream ")] += count
 
     def surroundings(self) -> tuple[Any, ...]:
         """Return what decides, beside the operators, how they are recorded now."""
@@ -217,10 +224,6 @@ class AllocationRecorder(TorchDispatchMode):
             )
             for call in calls
         ]
-
-    def uses_streams(self, first: int) -> bool:
-        """Return whether a call since the call ``first`` ran on another stream than the model's."""
-        return any(call.stream_use is not None for call in self._calls[first:])
 
     def life_of(self, tensor: torch.Tensor) -> Life | None:
         """Return the record of a plain tensor's storage, or None if it is not recorded."""

@@ -188,10 +188,10 @@ def new_tensors(func: Any, inputs: list[torch.Tensor], out: Any) -> NewTensors |
     return _layouts(outputs, type(out) if isinstance(out, list | tuple) else None)
 
 
-def fresh_layout(tensor: torch.Tensor) -> NewTensors | None:
-    """Return how to make a new tensor of the same layout. Return None unless it is a fake tensor that fills a
-    storage from its beginning."""
-    return _layouts([tensor], None) if type(tensor) is FakeTensor and _plain(tensor) else None
+def storage_layout(tensor: torch.Tensor) -> NewTensors | None:
+    """Return how to make a new tensor of the same layout, whose storage has no more elements than that needs.
+    Return None unless it is a fake tensor that begins where its storage does."""
+    return _layouts([tensor], None) if type(tensor) is FakeTensor and _at_start(tensor) else None
 
 
 def _layouts(tensors: list[Any], container: type | None) -> NewTensors:
@@ -266,8 +266,13 @@ class Results:
         return func(*args, **kwargs) if fake_view is None else fake_view
 
 
+def _at_start(tensor: torch.Tensor) -> bool:
+    is_dense = tensor.layout is torch.strided
+    return is_dense and not (tensor.storage_offset() or tensor.is_conj() or tensor.is_neg())
+
+
 def _plain(tensor: torch.Tensor) -> bool:
-    if tensor.layout is not torch.strided or tensor.storage_offset() or tensor.is_conj() or tensor.is_neg():
+    if not _at_start(tensor):
         return False
     last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
     elements = last + 1 if tensor.numel() else 0
@@ -321,6 +326,10 @@ class OperatorCall:
     step: int
     module: str
     stream_use: tuple[str, str, tuple[str, int] | None] | None = None
+
+    @property
+    def is_collective(self) -> bool:
+        return self.stream_use is not None and bool(self.stream_use[1])
 
     def finish(self) -> OpCall:
         stream, group, waits = self.stream_use or ("", "", None)

@@ -1,150 +1,187 @@
-"""Repeat the forward and backward pass of a traced step in the next one without running it again.
+"""Repeat the forward and backward pass of a micro-batch without running it again.
 
-A trace of one process has two steps, because the optimizer makes its state in the first. The forward and
-backward passes of both are equal event by event, unless something in them depends on what came before. Where
-nothing is seen that does (`PassReplay.repeats`), the second is a copy of the first, and only the optimizer
-runs.
+A trace of one process has two steps, because the optimizer makes its state in the first, and the last step
+has up to three micro-batches, because gradients are made in the first and accumulated in the others. The
+passes of the first micro-batches of both steps are equal event by event, and so are those of the others,
+unless something in them depends on what came before. Where nothing is seen that does
+(`PassReplay.micro_step`), a pass is a copy of an earlier one.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 import sys
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from memfit.jobs.training_step import OnPhase, TrainingStep
+from memfit.jobs.training_step import MicroBatch, OnPhase, TrainingStep
 from memfit.trace.allocation_recorder import AllocationRecorder, Life
-from memfit.trace.operators import NewTensors, fresh_layout
+from memfit.trace.operators import NewTensors, OperatorCall, storage_layout
 from memfit.types.trace import Phase
 
 _PLAIN = (bool, int, float, str, type(None))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Gradient:
-    """The gradient of ``param`` after a pass, on fake tensors of ``mode``. ``index``: of its storage among
-    those made in the pass."""
+class _Result:
+    """A tensor that a pass leaves behind, on fake tensors of ``mode``. ``index``: of its storage among those
+    made in the pass. ``param``: whose gradient it is; None for the loss."""
 
-    param: torch.nn.Parameter
+    param: torch.nn.Parameter | None
     mode: FakeTensorMode
     layout: NewTensors
+    size_bytes: int
     index: int
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Pass:
+    """The events of a pass between two clocks. ``clocks``: of the phases' beginnings. ``share``: of the
+    micro-batch's loss. ``shares``: indices of the calls that multiply by it; empty if they are not known."""
+
+    start: int
+    end: int
+    clocks: dict[Phase, int]
+    lives: list[Life]
+    calls: list[OperatorCall]
+    counts: Counter[str]
+    offloaded: tuple[int, int, int]
+    results: list[_Result]
+    share: float
+    shares: tuple[int, ...]
+
+
 class PassReplay:
-    """The forward and backward pass of a step, from the recording of its batch to the optimizer.
+    """Runs the micro-batches of a traced step, each as one that ran before if that is equal."""
 
-    It is made before the batch is recorded. The step runs with ``watched(mark)`` in place of its ``mark``,
-    and `end` is called when nothing holds its batch and results any more. Then `repeats` says whether the
-    pass of a further step is equal, and `replay` takes the place of running it.
-    """
+    def __init__(self, recorder: AllocationRecorder, step: TrainingStep) -> None:
+        self._recorder, self._step = recorder, step
+        self._kept: dict[Any, _Pass | None] = {}
 
-    def __init__(self, recorder: AllocationRecorder, step: TrainingStep, batch: Any) -> None:
-        self._recorder, self._step, self._batch = recorder, step, _layouts(batch)
-        self._start, self._first_life, self._first_call = (
-            recorder.clock,
-            len(recorder.lives),
-            recorder.call_count,
-        )
-        self._clocks: dict[Phase, int] = {}
-        self._states: dict[Phase, Any] = {}
-        self._gradients: list[_Gradient] | None = None
-        self._lives: list[Life] = []
-        self._last_ends: list[int] = []  # indices of the storages that end after the step, in their order
-        self._open: list[Life] = []  # the copies of these in a step that is replayed
-        self._offloaded = (0, 0, 0)
+    def micro_step(
+        self, run: Callable[[MicroBatch, OnPhase], torch.Tensor], micro_batch: MicroBatch, mark: OnPhase
+    ) -> torch.Tensor:
+        """Run the micro-batch, or repeat a pass. That is done if a micro-batch of the same layout ran when
+        the same parameters had gradients, and its pass left nothing behind but the loss
+        and gradients, each in a storage of its own; ran without collectives and read no values; and changed
+        no number, text, switch or length of a container of a module, nor the state of Python's or numpy's
+        random numbers."""
+        layout = _layouts(micro_batch.batch)
+        if layout is None:
+            return run(micro_batch, mark)
+        gradients = tuple(p.grad is not None for p in self._step.bench.trainable())
+        key = layout, micro_batch.share == 1.0, gradients
+        if key not in self._kept:
+            return self._run(key, run, micro_batch, mark)
+        kept = self._kept[key]
+        if kept is None or not (kept.shares or kept.share == micro_batch.share):
+            return run(micro_batch, mark)
+        return self._repeat(kept, micro_batch.share, mark)
 
-    def watched(self, mark: OnPhase) -> OnPhase:
+    def _run(
+        self,
+        key: Any,
+        run: Callable[[MicroBatch, OnPhase], torch.Tensor],
+        micro_batch: MicroBatch,
+        mark: OnPhase,
+    ) -> torch.Tensor:
+        recorder, clocks = self._recorder, dict[Phase, int]()
+
         def marked(phase: Phase) -> None:
-            if phase is Phase.OPTIMIZER:
-                recorder = self._recorder
-                self._last_life, self._last_call = len(recorder.lives), recorder.call_count
-                self._gradients = self._find_gradients()
-                self._offloaded = recorder.offloaded
-            self._states[phase] = self._observe()
-            self._clocks[phase] = self._recorder.clock
+            clocks[phase] = recorder.clock
             mark(phase)
 
-        return marked
-
-    def end(self) -> None:
-        """Record, after a step that was replayed, that its batch and results have ended. After the step that
-        ran, find out whether its pass left only gradients behind."""
-        if self._lives:
-            for life in self._open:
-                self._recorder.end(life)
-            return
-        lives, update = self._recorder.lives, self._clocks[Phase.OPTIMIZER]
-        after_update = self._recorder.spans[-1].end
-        self._lives = lives[self._first_life : self._last_life]
-        gradients = {g.index for g in self._gradients or ()}
-        ends = {i: life.end for i, life in enumerate(self._lives) if i not in gradients}
-        late = {i: end for i, end in ends.items() if end is None or end >= update}
-        self._last_ends = sorted(late, key=lambda i: late[i] or 0)
-        frees_older = any(
-            life.end is not None and self._start <= life.end < update for life in lives[: self._first_life]
+        start, first_life, first_call = recorder.clock, len(recorder.lives), recorder.call_count
+        counts, offloaded, state = recorder.counts(), recorder.offloaded, self._observe()
+        with_gradients = {id(p) for p in self._step.bench.trainable() if p.grad is not None}
+        loss = run(micro_batch, marked)
+        self._kept[key] = None
+        lives, calls = recorder.lives[first_life:], recorder.calls_between(first_call)
+        results = self._results(lives, loss, with_gradients)
+        frees_older = any(life.end is not None and life.end >= start for life in recorder.lives[:first_life])
+        if results is None or frees_older or state != self._observe() or any(c.is_collective for c in calls):
+            return loss
+        self._kept[key] = _Pass(
+            start=start,
+            end=recorder.clock,
+            clocks=clocks,
+            lives=lives,
+            calls=calls,
+            counts=recorder.counts() - counts,
+            offloaded=_less(recorder.offloaded, offloaded),
+            results=results,
+            share=micro_batch.share,
+            shares=_multiplying(calls, micro_batch.share),
         )
-        if frees_older or any(end is None or end < after_update for end in late.values()):
-            self._gradients = None
+        return loss
 
-    def repeats(self, batch: Any) -> bool:
-        """Return whether a pass on ``batch`` is equal to this one: the batch has the same layout; the pass
-        left nothing behind but gradients, each in a storage of its own; it ran on one stream and read no
-        values; and it changed no number, text, switch or length of a container of a module, nor the state of
-        Python's or numpy's random numbers."""
-        return (
-            self._gradients is not None
-            and self._states[Phase.FORWARD] == self._states[Phase.OPTIMIZER]
-            and self._batch is not None
-            and self._batch == _layouts(batch)
-            and not self._recorder.uses_streams(self._first_call)
-        )
+    def _results(
+        self, lives: list[Life], loss: torch.Tensor, with_gradients: set[int]
+    ) -> list[_Result] | None:
+        """Return the loss and the new gradients. None if a storage made in the pass outlives it that is of
+        none of them, or if one has no storage of its own."""
+        open_lives = {id(life): i for i, life in enumerate(lives) if life.end is None}
+        tensors: list[tuple[torch.nn.Parameter | None, Any]] = [(None, loss)]
+        tensors += [
+            (p, p.grad)
+            for p in self._step.bench.trainable()
+            if p.grad is not None and id(p) not in with_gradients
+        ]
+        results = []
+        for param, tensor in tensors:
+            layout = storage_layout(tensor)
+            index = open_lives.pop(id(self._recorder.life_of(tensor)), None) if layout is not None else None
+            if layout is None or index is None or not isinstance(tensor, FakeTensor):
+                return None
+            size_bytes = tensor.untyped_storage().nbytes()
+            results.append(
+                _Result(param=param, mode=tensor.fake_mode, layout=layout, size_bytes=size_bytes, index=index)
+            )
+        return None if open_lives else results
 
-    def replay(self, mark: OnPhase) -> None:
-        """Record the pass again, at the recorder's present clock and step, and give the parameters their
-        gradients."""
+    def _repeat(self, kept: _Pass, share: float, mark: OnPhase) -> torch.Tensor:
+        """Record the pass again, at the recorder's present clock and step, for a micro-batch whose loss has
+        this share. Give the parameters their gradients and return the loss."""
         recorder = self._recorder
-        assert self._gradients is not None
-        shift, update = recorder.clock - self._start, self._clocks[Phase.OPTIMIZER]
+        shift = recorder.clock - kept.start
         copies = [
             dataclasses.replace(
                 life,
                 start=life.start + shift,
-                end=life.end + shift if life.end is not None and life.end < update else None,
+                end=None if life.end is None or life.end >= kept.end else life.end + shift,
                 step=recorder.step,
             )
-            for life in self._lives
+            for life in kept.lives
         ]
         recorder.lives += copies
-        recorder.repeat_calls(recorder.calls_between(self._first_call, self._last_call), shift, {})
-        recorder.offloaded = self._offloaded
-        for phase in (Phase.FORWARD, Phase.BACKWARD):
-            recorder.clock = self._clocks[phase] + shift
-            recorder.phase(phase)
-        recorder.clock = update + shift
-        for gradient in self._gradients:
-            grad = gradient.layout.make(gradient.mode)
-            recorder.adopt(grad, copies[gradient.index])
-            gradient.param.grad = grad
-        self._open = [copies[i] for i in self._last_ends]
-        mark(Phase.OPTIMIZER)
-
-    def _find_gradients(self) -> list[_Gradient] | None:
-        indices = {id(life): i for i, life in enumerate(self._recorder.lives[self._first_life :])}
-        gradients: list[_Gradient] = []
-        for param in self._step.bench.trainable():
-            if (grad := param.grad) is None:
-                continue
-            layout = fresh_layout(grad)
-            index = indices.pop(id(self._recorder.life_of(grad)), None) if layout is not None else None
-            if layout is None or index is None or not isinstance(grad, FakeTensor):
-                return None
-            gradients.append(_Gradient(param=param, mode=grad.fake_mode, layout=layout, index=index))
-        return gradients
+        calls = list(kept.calls)
+        for index in kept.shares:
+            calls[index] = _with_share(calls[index], kept.share, share) or calls[index]
+        recorder.repeat_calls(calls, shift, {})
+        recorder.add_counts(kept.counts)
+        recorder.offloaded = _more(recorder.offloaded, kept.offloaded)
+        for phase, clock in kept.clocks.items():
+            recorder.clock = clock + shift
+            mark(phase)
+        recorder.clock = kept.end + shift
+        loss: torch.Tensor | None = None
+        for result in kept.results:
+            tensor = result.layout.make(result.mode)
+            if tensor.untyped_storage().nbytes() != result.size_bytes:
+                tensor.untyped_storage().resize_(result.size_bytes)
+            recorder.adopt(tensor, copies[result.index])
+            if result.param is None:
+                loss = tensor
+            else:
+                result.param.grad = tensor
+        assert loss is not None
+        return loss
 
     def _observe(self) -> Any:
         numpy = sys.modules.get("numpy.random")
@@ -153,13 +190,38 @@ class PassReplay:
             tuple((k, v if isinstance(v, _PLAIN) else len(v)) for k, v in vars(module).items() if _shows(v))
             for module in self._step.model.modules()
         ]
-        return (
-            settings,
-            self._recorder.guesses.questions,
-            random.getstate(),
-            bytes(drawn[0]),
-            drawn[1],
-        )
+        guesses = self._recorder.guesses
+        return settings, guesses.questions, random.getstate(), bytes(drawn[0]), drawn[1]
+
+
+def _multiplying(calls: list[OperatorCall], share: float) -> tuple[int, ...]:
+    """Return the indices of the calls that multiply a scalar by ``share``, if they are those that weight the
+    loss: one, the last call in forward, and one in backward. Empty if there are others."""
+    found = [i for i, call in enumerate(calls) if _with_share(call, share, share) is not None]
+    forward = [i for i, call in enumerate(calls) if call.phase is Phase.FORWARD]
+    is_clear = len(found) == 2 and found[0] == forward[-1] and calls[found[1]].phase is Phase.BACKWARD
+    return tuple(found) if is_clear else ()
+
+
+_SCALAR_TIMES = '["aten.mul.Tensor",[{"t":[[],[],'  # the begin of such a call's signature
+
+
+def _with_share(call: OperatorCall, share: float, other: float) -> OperatorCall | None:
+    """Return a call that multiplies a scalar by ``share`` as one that multiplies it by ``other``; None if it
+    is another call."""
+    text, end = call.work.signature, f"]}},{json.dumps(share)}],{{}}]"
+    if not (text.startswith(_SCALAR_TIMES) and text.endswith(end)):
+        return None
+    signature = f"{text.removesuffix(end)}]}},{json.dumps(other)}],{{}}]"
+    return dataclasses.replace(call, work=dataclasses.replace(call.work, signature=signature))
+
+
+def _less(counts: tuple[int, ...], earlier: tuple[int, ...]) -> tuple[Any, ...]:
+    return tuple(a - b for a, b in zip(counts, earlier, strict=True))
+
+
+def _more(counts: tuple[int, ...], added: tuple[int, ...]) -> tuple[Any, ...]:
+    return tuple(a + b for a, b in zip(counts, added, strict=True))
 
 
 def _shows(value: Any) -> bool:

@@ -237,7 +237,7 @@ def _run_steps(
     choice = step.job.optimizer
     is_own = choice.make is None and ":" not in choice.name and "optimizer" not in step.plan
     recorder.follows_optimizer_scalars = not is_own  # the updates of memfit's own do not branch
-    repeats = is_own and step.bench.world.layout.ranks == 1
+    repeats = is_own and _is_plain(step) and step.bench.world.layout.ranks == 1
     # Building the model may have imported modules to patch.
     with not_tracing(), UpdateReplay(recorder).patches() if repeats else contextlib.nullcontext():
         return _run_recorded(recorder, step, fake, steps=steps, micro_batches=micro_batches, update=update)
@@ -258,42 +258,39 @@ def _run_recorded(
     recorder.modules.watch(step.model)
     recorder.phase(Phase.SETUP)  # the model is built; batches are made between steps
     one_process = step.bench.world.layout.ranks == 1
-    # A step of another kind may observe each of its passes.
-    is_plain = type(step) is TrainingStep and _STEP.get() is TrainingStep
-    has_one_pass = one_process and step.bench.micro_batches == 1 and not step.bench.step_in_backward
-    may_copy = is_plain and has_one_pass and update
-    earlier: PassReplay | None = None
+    if _is_plain(step) and one_process and not step.bench.step_in_backward and max(steps, micro_batches) > 1:
+        step.around_micro_batch = PassReplay(recorder, step).micro_step
     try:
         for index in range(steps):
             mark, inputs, outputs = _marker(recorder, step), None, None  # type: Any, Any, Any
             recorder.start_counts()
             if index < steps - 1 and primed(step.plan):
                 step.prime(mark)
-            elif earlier is not None and earlier.repeats((part := _local_batch(step, index))[0]):
-                earlier.replay(mark)
-                outputs = step.finish()
             else:
                 part = _local_batch(step, index)
-                earlier = PassReplay(recorder, step, part[0]) if may_copy and index < steps - 1 else None
                 inputs = _fake_batch(recorder, fake, step, part[0])
                 # One process needs an earlier step only for the state that its optimizer makes.
                 outputs = step.run(
                     inputs,
-                    earlier.watched(mark) if earlier is not None else mark,
+                    mark,
                     micro_batches_played=1 if index < steps - 1 and one_process else micro_batches,
                     update=update,
                     terms_per_rank=part[1],
                 )
             recorder.phase(Phase.SETUP)
             del outputs, inputs
-            if earlier is not None:
-                earlier.end()
             _label_state(recorder, step)
             recorder.next_step()
     finally:
         recorder.modules.close()
+        step.around_micro_batch = None
         step.close()
     return micro_batches
+
+
+def _is_plain(step: TrainingStep) -> bool:
+    """Return whether the step is memfit's own. One of another kind may observe each of its passes."""
+    return type(step) is TrainingStep and _STEP.get() is TrainingStep
 
 
 def _unwatched(job: Job, recorder: AllocationRecorder) -> Job:

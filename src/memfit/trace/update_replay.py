@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -39,7 +40,7 @@ class _Update:
     end: int
     lives: list[Life]
     calls: list[OperatorCall]
-    counts: tuple[int, ...]
+    counts: Counter[str]
 
 
 class UpdateReplay:
@@ -84,13 +85,14 @@ class UpdateReplay:
     def _run(self, call: Any, module: str, func: Callable[..., None], args: Any, kwargs: Any) -> None:
         recorder = self._recorder
         start, first_life, first_call = recorder.clock, len(recorder.lives), recorder.call_count
-        said, counts = recorder.guesses.statements, recorder.counts
+        said, counts = recorder.guesses.statements, recorder.counts()
         func(*args, **kwargs)
         lives = recorder.lives[first_life:]
         is_closed = all(life.end is not None and life.category is None for life in lives) and not any(
             life.end is not None and life.end >= start for life in recorder.lives[:first_life]
         )
-        if not is_closed or recorder.uses_streams(first_call) or recorder.guesses.statements != said:
+        calls = recorder.calls_between(first_call)
+        if not is_closed or any(c.is_collective for c in calls) or recorder.guesses.statements != said:
             self._kept[call] = None
             return
         self._kept[call] = _Update(
@@ -98,8 +100,8 @@ class UpdateReplay:
             start=start,
             end=recorder.clock,
             lives=lives,
-            calls=recorder.calls_between(first_call),
-            counts=tuple(after - before for before, after in zip(counts, recorder.counts, strict=True)),
+            calls=calls,
+            counts=recorder.counts() - counts,
         )
 
     def _repeat(self, kept: _Update, module: str) -> None:
@@ -117,5 +119,5 @@ class UpdateReplay:
             for life in kept.lives
         ]
         recorder.repeat_calls(kept.calls, shift, names)
-        recorder.counts = tuple(map(sum, zip(recorder.counts, kept.counts, strict=True)))
+        recorder.add_counts(kept.counts)
         recorder.clock = kept.end + shift
