@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree
 
 from memfit import catalog
+from memfit.files.read import parse_yaml
 from memfit.jobs.training_step import batch_length
 from memfit.jobs.user_job import guard_job, guarded
 from memfit.model.batch_objects import batch_tensors, map_batch
@@ -366,16 +367,13 @@ def _read(plan: Any) -> Any:
         return plan
     if plan.strip().endswith((".yaml", ".yml")):
         return Path(plan)
-    import yaml
-
     try:
-        data = yaml.safe_load(plan)
-    except yaml.YAMLError as error:
-        raise UserError(
-            f"the text given as plan is not valid YAML: {' '.join(str(error).split())[:160]}",
-            allowed="as text, the path of a plan file (.yaml or .yml), the content of one, or the name of a "
-            "technique",
-        ) from error
+        data = parse_yaml(plan, what="the text given as plan")
+    except UserError as error:
+        allowed = (
+            "as text, the path of a plan file (.yaml or .yml), the content of one, or the name of a technique"
+        )
+        raise UserError(error.given, allowed=allowed) from error
     return {data: {}} if isinstance(data, str) else data
 
 

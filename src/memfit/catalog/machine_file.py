@@ -28,13 +28,13 @@ A device of the catalog with its own price or other figures::
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from memfit.catalog import load
+from memfit.files.read import read_toml
 from memfit.types.errors import UserError, suggest
 from memfit.types.machine import Device, Fact, Machine
 
@@ -49,7 +49,7 @@ def from_toml(path: str | Path) -> Machine:
     problems: unknown or missing keys, names that the catalog does not have, contradictory counts, and
     impossible values.
     """
-    data = _read(Path(path))
+    data = read_toml(Path(path))
     problems = [*_counted(data), *_named(data)]
     problems += _unknown_keys(Machine, data)
     machine, build_problems = _build(data)
@@ -171,15 +171,6 @@ def _looked_up(
             data[key] = lookup(data[key])
         except UserError as error:
             yield f"{prefix}{key}: {error}"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"machine file {path} cannot be read: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"machine file {path} is not TOML in UTF-8: {error}") from error
 
 
 def _build(data: dict[str, Any]) -> tuple[Machine | None, list[str]]:

@@ -13,6 +13,7 @@ import typer
 from memfit.cli.options import GoalOptions, JobOptions, JsonOptions, RuntimeOptions
 from memfit.cli.output import emit
 from memfit.cli.progress import Bars
+from memfit.files.read import open_regular
 from memfit.monitoring.diagnosis import Certainty, Diagnosis
 from memfit.types.errors import UserError
 from memfit.types.sanitize import replace_controls
@@ -133,22 +134,20 @@ def _diagnosis_of(name: str) -> Diagnosis:
     """Return the diagnosis of one piece of evidence. What kind it is, its content decides."""
     from memfit.monitoring import autopsy as rules
     from memfit.monitoring.memory_snapshot import is_snapshot, parse_snapshot, read_snapshot
+    from memfit.monitoring.plain_pickle import LARGEST_BYTES
     from memfit.monitoring.record import read_records
 
     if name == "-":
-        data = sys.stdin.buffer.read()
+        data = sys.stdin.buffer.read(LARGEST_BYTES)
         if is_snapshot(data[:4096]):
             return rules.diagnose_snapshot(parse_snapshot(data, what="standard input"))
         return rules.diagnose_log(data[-_MOST_TEXT_BYTES:].decode("utf-8", "replace"))
     path = Path(name)
-    try:
-        with path.open("rb") as file:
-            head = file.read(4096)
-            size_bytes = file.seek(0, 2)
-            file.seek(max(0, size_bytes - _MOST_TEXT_BYTES))
-            text = b"" if is_snapshot(head) else file.read()
-    except OSError as error:
-        raise UserError(f"cannot read {name}: {error.strerror or error}") from error
+    with open_regular(path) as file:
+        head = file.read(4096)
+        size_bytes = file.seek(0, 2)
+        file.seek(max(0, size_bytes - _MOST_TEXT_BYTES))
+        text = b"" if is_snapshot(head) else file.read(_MOST_TEXT_BYTES)
     if is_snapshot(head):
         return rules.diagnose_snapshot(read_snapshot(path))
     if rules.is_record(head):

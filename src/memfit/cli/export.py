@@ -17,6 +17,7 @@ from memfit.cli.options import GoalOptions, JobOptions, JsonOptions, PlanOptions
 from memfit.cli.output import check_choice, emit
 from memfit.cli.progress import Bars
 from memfit.cli.request import plan_file, recommended_plan, request
+from memfit.files.read import read_text
 from memfit.types.errors import UserError
 from memfit.types.launch import CheckpointSettings, LaunchConfig, RunSpec
 from memfit.types.plan import Plan
@@ -450,20 +451,9 @@ def _imported(source: str) -> Iterator[str]:
 
 def _read(path: Path) -> dict[str, str]:
     try:
-        data = path.read_bytes()
-        text = data.decode()
-    except OSError as error:
-        raise UserError(
-            f"cannot read {path}, the Python file of --script or of the job, or one that it imports, to be "
-            f"copied into the export: {error.strerror}"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}, to be copied into the export, is not UTF-8 text", allowed="a Python file in UTF-8"
-        ) from error
-    if len(data) > _MOST_BYTES:
-        raise UserError(
-            f"{path} has {len(data)} bytes, too many for a file that is copied into the export",
-            allowed=f"at most {_MOST_BYTES} bytes",
+        return {path.name: read_text(path, most_bytes=_MOST_BYTES)}
+    except UserError as error:
+        what = (
+            "the Python file of --script or of the job, or one that it imports, to be copied into the export"
         )
-    return {path.name: text}
+        raise UserError(f"{error.given} ({what})", allowed=error.allowed) from error

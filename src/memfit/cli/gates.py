@@ -21,6 +21,7 @@ from memfit.cli.output import check_language, console, emit
 from memfit.cli.progress import Bars
 from memfit.cli.record import SourcedRecord, find_record
 from memfit.cli.request import machine_of, request
+from memfit.files.read import read_text
 from memfit.types.errors import UserError
 from memfit.types.sanitize import one_line
 
@@ -267,7 +268,7 @@ def _decision(
     records = Store(store.store)
     for name, stage in stages.items():
         records.append(poc_id, proof_of_concept.STAGE, {"name": name, "machine": stage["machine"]})
-    text = gates.read_text(encoding="utf-8") if gates is not None else ""
+    text = read_text(gates) if gates is not None else ""
     records.append(poc_id, proof_of_concept.GATES, {"text": text})  # the report shows the gate checked last
     return proof_of_concept.decide(records, poc_id=poc_id, case=None, lang=lang)
 

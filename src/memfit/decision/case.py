@@ -7,12 +7,12 @@ machine other than its price have no range.
 from __future__ import annotations
 
 import datetime
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
 
+from memfit.files.read import MOST_TOML_BYTES, parse_toml, read_text
 from memfit.types import serialization
 from memfit.types.decision import Term
 from memfit.types.errors import UserError, suggest
@@ -238,7 +238,7 @@ def read(path: Path) -> DecisionCase:
     Raises UserError if the file cannot be read or is not TOML. If a figure or key is wrong, the error has the
     location of the first fault and what is allowed there.
     """
-    return parse_case(serialization.toml_text(path), str(path))
+    return parse_case(read_text(path, most_bytes=MOST_TOML_BYTES), str(path))
 
 
 def parse_case(text: str, what: str) -> DecisionCase:
@@ -248,9 +248,7 @@ def parse_case(text: str, what: str) -> DecisionCase:
     first fault and what is allowed there.
     """
     try:
-        return DecisionCase.model_validate(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{what} is not TOML, as the case of `memfit decide` must be: {error}") from error
+        return DecisionCase.model_validate(parse_toml(text, what=what))
     except pydantic.ValidationError as error:
         details = error.errors()[0]
         if details["type"] != "extra_forbidden":

@@ -7,13 +7,13 @@ fail.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
 
+from memfit.files.read import MOST_TOML_BYTES, parse_toml, read_text
 from memfit.store.exchange import Shared, Side
 from memfit.types import serialization
 from memfit.types.errors import UserError, suggest
@@ -131,7 +131,7 @@ def read(path: Path) -> Gates:
     """Read a TOML file of limits. Raises UserError if it cannot be read or is not TOML. If a limit or key is
     wrong, the error has the location of the first fault.
     """
-    return parse_gates(serialization.toml_text(path), str(path))
+    return parse_gates(read_text(path, most_bytes=MOST_TOML_BYTES), str(path))
 
 
 def parse_gates(text: str, path: str) -> Gates:
@@ -140,12 +140,7 @@ def parse_gates(text: str, path: str) -> Gates:
     Raises UserError if it is not TOML. If a limit or key is wrong, the error has the location of the first
     fault.
     """
-    try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(
-            f"{path} is not TOML, as limits for `memfit decide --gates` must be: {error}"
-        ) from error
+    data = parse_toml(text, what=path)
     try:
         return Gates.model_validate(data)
     except pydantic.ValidationError as error:

@@ -17,6 +17,7 @@ from memfit.export.batch_counts import BatchCounts
 from memfit.export.loop_edit import apply_lines, edit_loop, loop_lines
 from memfit.export.script_steps import step_text
 from memfit.export.source_edits import Replacement, Source, literal, name_of, source_of
+from memfit.files.read import MOST_SOURCE_BYTES, read_text
 from memfit.techniques.rank_mesh import layout
 from memfit.types.errors import UserError
 from memfit.types.plan import Plan
@@ -51,12 +52,7 @@ class ScriptDiff:
 
 def read_script(path: Path) -> Source:
     """Return the source of the script ``path``. Raises UserError if it cannot be read or is not Python."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UserError(f"{path} cannot be read: {reason}", allowed="a Python script") from error
-    return Source(path.as_posix(), text)
+    return Source(path.as_posix(), read_text(path, most_bytes=MOST_SOURCE_BYTES))
 
 
 def script_diff(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from memfit.export.base import Files
+from memfit.files.read import read_json
 from memfit.files.temporary import temporary_folder
 from memfit.types.errors import UserError
 
@@ -68,7 +69,7 @@ def digest(text: str) -> str:
 
 def _written_before(folder: Path) -> set[str]:
     try:
-        names = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        names = read_json(folder / MANIFEST)["files"]
+    except (UserError, KeyError, TypeError):
         return set()
     return {name for name in names if isinstance(name, str) and Path(name).name == name}

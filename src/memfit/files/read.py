@@ -16,7 +16,7 @@ import tomllib
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from memfit.types.errors import UserError
 
@@ -24,6 +24,7 @@ MOST_BYTES: Final = 64 * 2**20
 MOST_JSON_BYTES: Final = 16 * 2**20  # the list of the tensors of the largest models has 9 MB
 MOST_TOML_BYTES: Final = 256 * 2**10  # the parsers of TOML and YAML take seconds for more
 MOST_YAML_BYTES: Final = 256 * 2**10
+MOST_SOURCE_BYTES: Final = 2 * 2**20  # of a Python file
 _MOST_DOTS: Final = 200  # in a line of TOML: the parser's memory grows with the square of the parts of a key
 _MOST_VALUES: Final = 1_000_000
 _DEEPEST: Final = 64
@@ -40,28 +41,38 @@ _CHUNK_BYTES: Final = 2**16
 _SHOWN: Final = 200  # characters of a parser's message
 
 
-def read_bytes(path: Path, *, most_bytes: int = MOST_BYTES) -> bytes:
+def read_bytes(path: Path, *, most_bytes: int = MOST_BYTES, hint: str = "") -> bytes:
     """Return the content of a regular file; a symbolic link to one is followed. Raises UserError if it cannot
-    be read, if it is no regular file, and if it has more than ``most_bytes``. It never waits for a writer."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise _not_a_file(path, status.st_mode)
-            data, expected_bytes = b"", max(status.st_size, _CHUNK_BYTES) + 1
+    be read, if it is no regular file, and if it has more than ``most_bytes``; ``hint`` says what to do then.
+    It never waits for a writer."""
+    with open_regular(path) as file:
+        data, expected_bytes = b"", max(os.fstat(file.fileno()).st_size, _CHUNK_BYTES) + 1
+        try:
             # Not all at once: the read would allocate most_bytes, also under the memory cap of a run.
             while chunk := file.read(min(expected_bytes, most_bytes + 1 - len(data))):
                 data += chunk
-    except IsADirectoryError:
-        raise _not_a_file(path, stat.S_IFDIR) from None
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    if len(data) > most_bytes:
+        raise UserError(f"{path} is too large to be read", allowed=f"at most {most_bytes} bytes", hint=hint)
+    return data
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file to read its bytes; a symbolic link to one is followed. Raises UserError if it
+    cannot be opened or is no regular file. It never waits for a writer."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:  # a zero byte in the name
         raise UserError(f"cannot read {str(path)!r}: {error}") from error
-    if len(data) > most_bytes:
-        raise UserError(f"{path} is too large to be read", allowed=f"at most {most_bytes} bytes")
-    return data
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        kind = next((name for is_kind, name in _KINDS.items() if is_kind(mode)), "no regular file")
+        raise UserError(f"{path} is {kind}, not a file that can be read")
+    return os.fdopen(descriptor, "rb")
 
 
 def read_text(path: Path, *, most_bytes: int = MOST_BYTES, encoding: str = "utf-8") -> str:
@@ -81,7 +92,7 @@ def read_data_text(path: Path, *, most_bytes: int) -> str:
     if path.suffix != ".gz":
         return read_text(path, most_bytes=most_bytes)
     data = read_bytes(path, most_bytes=most_bytes)
-    limit_bytes = min(most_bytes, max(MOST_BYTES, _LARGEST_RATIO * len(data)))
+    limit_bytes = unpacked_limit(len(data), most_bytes)
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
             unpacked = file.read(limit_bytes + 1)
@@ -94,6 +105,12 @@ def read_data_text(path: Path, *, most_bytes: int) -> str:
         raise UserError(f"{path} is not a gzip file that can be unpacked: {_short(error)}") from error
     except UnicodeError as error:
         raise UserError(f"{path} is not text in UTF-8: {_short(error)}") from error
+
+
+def unpacked_limit(packed_bytes: int, most_bytes: int = MOST_BYTES) -> int:
+    """Return the number of bytes to which a file of ``packed_bytes`` may unpack: 200 times as many, at least
+    64 MiB, at most ``most_bytes`` if that is more."""
+    return min(max(most_bytes, MOST_BYTES), max(MOST_BYTES, _LARGEST_RATIO * packed_bytes))
 
 
 def read_json(path: Path, *, most_bytes: int = MOST_JSON_BYTES) -> Any:
@@ -111,11 +128,13 @@ def read_yaml(path: Path) -> Any:
     return parse_yaml(read_text(path, most_bytes=MOST_YAML_BYTES), what=str(path))
 
 
-def parse_json(text: str, *, what: str) -> Any:
+def parse_json(
+    text: str, *, what: str, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None
+) -> Any:
     """Return the value of JSON text. Raises UserError if it is none, or is beyond the limits of this module.
-    ``what`` names the text in messages."""
+    ``what`` names the text in messages. ``pairs_hook``: as in `json.loads`; it may raise ValueError."""
     try:
-        return bounded(json.loads(text), what=what)
+        return bounded(json.loads(text, object_pairs_hook=pairs_hook), what=what)
     except json.JSONDecodeError as error:
         raise UserError(f"{what} is not JSON: {error.msg} in line {error.lineno}") from error
     except (ValueError, RecursionError) as error:
@@ -180,11 +199,6 @@ def _inside(value: Any) -> Any:
     if isinstance(value, Mapping):
         return [*value.keys(), *value.values()]
     return value if isinstance(value, list | tuple | set) else ()
-
-
-def _not_a_file(path: Path, mode: int) -> UserError:
-    kind = next((name for is_kind, name in _KINDS.items() if is_kind(mode)), "no regular file")
-    return UserError(f"{path} is {kind}, not a file that can be read")
 
 
 def _unreadable(what: str, form: str, error: Exception) -> UserError:

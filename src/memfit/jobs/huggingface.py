@@ -10,7 +10,6 @@ speed, so it has no metric.
 from __future__ import annotations
 
 import difflib
-import json
 import re
 import urllib.parse
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from memfit.catalog.published_models import PublishedModel, cached_folder, find_published, similar_names
+from memfit.files.read import parse_json, read_json
 from memfit.jobs.huggingface_tasks import IMAGES, SEQ2SEQ, SPEECH, auto_model, random_batch, task_of
 from memfit.types.errors import UserError, first_line, suggest
 from memfit.types.job import Dimension, Job, OptimizerChoice
@@ -294,8 +294,8 @@ def _change(config: Any, changes: str, name: str) -> None:
                 hint=suggest(key, config.to_dict()),
             )
         try:
-            value = json.loads(text)
-        except ValueError:
+            value = parse_json(text, what=key)
+        except UserError:
             value = text
         _set(config, key, value)
 
@@ -317,6 +317,7 @@ def _set(config: Any, setting: str, value: Any) -> None:
 def _from_folder(folder: Path) -> Any:
     from transformers import AutoConfig
 
+    read_json(folder / "config.json")  # transformers would wait for a pipe, or read without an end
     try:
         return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:

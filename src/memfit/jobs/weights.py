@@ -3,11 +3,11 @@ missing."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from memfit.files.read import read_json
 from memfit.types.errors import UserError
 
 if TYPE_CHECKING:
@@ -77,14 +77,16 @@ def _stored(folder: Path) -> dict[str, Path]:
 
 
 def _index(path: Path) -> dict[str, str]:
-    try:
-        names = json.loads(path.read_text("utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    data = read_json(path)
+    names = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(names, dict) or any(
+        not isinstance(f, str) or Path(f).name != f for f in names.values()
+    ):
         raise UserError(
-            f"{path} cannot be read as an index of safetensors files: {error}",
-            allowed='JSON such as {"weight_map": {"TENSOR NAME": "FILE.safetensors"}}',
-        ) from error
-    return dict(names)
+            f"{path} is no index of safetensors files",
+            allowed='JSON such as {"weight_map": {"TENSOR NAME": "FILE.safetensors"}}, with files beside it',
+        )
+    return names
 
 
 def _open(file: Path) -> Any:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from memfit.files.read import MOST_YAML_BYTES
+
 _WORD = re.compile(r"[A-Za-z_][\w.-]*\w")
 _TABLE, _ASSIGNMENT = re.compile(r"\s*\[+\s*([^\]]+?)\s*\]"), re.compile(r"\s*([\w.\-\"']+)\s*=")
 _FLAG = re.compile(r"(?<![\w-])--([A-Za-z][\w-]*)")
@@ -52,8 +54,12 @@ def _yaml_keys(text: str) -> Iterator[tuple[str, Position]]:
     """JSON is read as YAML, too, as both have the same form of mappings."""
     import yaml
 
+    from memfit.files.yaml_loader import BoundedLoader
+
+    if len(text) > MOST_YAML_BYTES:
+        return
     try:
-        root = yaml.compose(text, yaml.SafeLoader)
+        root = yaml.compose(text, BoundedLoader)
     except yaml.YAMLError:  # such as JSON that is indented with tabs
         return
     nodes: list[tuple[str, Any]] = [("", root)]

@@ -5,14 +5,13 @@ OpenFold, Axolotl, LLaMA-Factory, Lightning and MACE. The keys or flags in a fil
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from memfit.files.read import parse_json, parse_toml, parse_yaml, read_text
 from memfit.lint.launch_script import Script, read_script
 from memfit.lint.shipped_deepspeed import shipped_configuration
 from memfit.types.errors import UserError
@@ -482,16 +481,7 @@ def _score(kind: str, marks: set[str], data: Mapping[str, Any]) -> int:
 
 
 def _text(path: Path) -> str:
-    try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise UserError(
-                f"{path} is too large for a configuration file", allowed=f"at most {_MOST_BYTES} bytes"
-            )
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise _unknown(path, "it is not a text file") from error
+    return read_text(path, most_bytes=_MOST_BYTES, encoding="utf-8-sig")
 
 
 # DeepSpeed parses its file as HJSON, which allows comments.
@@ -503,24 +493,17 @@ def _kept_string(match: re.Match[str]) -> str:
 
 
 def _data(path: Path, text: str) -> dict[str, Any] | Script:
-    import yaml
-
-    try:
-        if path.suffix == ".toml":
-            return tomllib.loads(text)
-        if path.suffix in (".json", ".yaml", ".yml"):
-            data = (
-                json.loads(_COMMENT.sub(_kept_string, text))
-                if path.suffix == ".json"
-                else yaml.safe_load(text)
-            )
-            if isinstance(data, dict):
-                return data
-            raise _unknown(path, f"it must contain keys with values, not a {type(data).__name__}")
-    except (ValueError, yaml.YAMLError, RecursionError) as error:
-        format_name, parser_message = path.suffix[1:].upper(), " ".join(str(error).split())[:120]
-        raise UserError(f"{path} is not valid {format_name}: {parser_message}") from error
-    return read_script(text)
+    if path.suffix == ".toml":
+        return parse_toml(text, what=str(path))
+    if path.suffix not in (".json", ".yaml", ".yml"):
+        return read_script(text)
+    if path.suffix == ".json":
+        data = parse_json(_COMMENT.sub(_kept_string, text), what=str(path))
+    else:
+        data = parse_yaml(text, what=str(path))
+    if not isinstance(data, dict):
+        raise _unknown(path, f"it must contain keys with values, not a {type(data).__name__}")
+    return data
 
 
 def _unknown(path: Path, what_was_found: str) -> UserError:
@@ -638,8 +621,8 @@ def _mapping(text: str) -> dict[str, Any] | None:
     """Return the mapping that the JSON text ``text`` holds, or None if it is not valid or holds no
     mapping."""
     try:
-        data = json.loads(text)
-    except (ValueError, RecursionError):
+        data = parse_json(text, what="an argument")
+    except UserError:
         return None
     return data if isinstance(data, dict) else None
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from memfit.files.read import read_toml, read_yaml
 from memfit.types.errors import UserError, suggest
 from memfit.types.parsing import parse_bytes
-from memfit.types.serialization import toml_text
 from memfit.types.units import MIB
 
 SECTION: Final = "watch"  # of a plan file
@@ -59,25 +58,11 @@ def limits_of(limits: AlarmLimits | Mapping[str, Any] | str | Path | None) -> Al
     if isinstance(limits, Mapping):
         return _checked(limits, "limits")
     path = Path(limits)
-    return _checked(_section(path) if path.suffix in (".yaml", ".yml") else _toml(path), str(path))
-
-
-def _toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(toml_text(path))
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path} is not valid TOML: {error}") from error
+    return _checked(_section(path) if path.suffix in (".yaml", ".yml") else read_toml(path), str(path))
 
 
 def _section(path: Path) -> Mapping[str, Any]:
-    import yaml
-
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read the plan {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML in UTF-8: {' '.join(str(error).split())[:160]}") from error
+    data = read_yaml(path)
     section = data.get(SECTION) if isinstance(data, dict) else None
     if not isinstance(section, dict):
         raise UserError(

@@ -14,9 +14,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from memfit.files.read import read_bytes
 from memfit.monitoring.plain_pickle import LARGEST_BYTES, load_plain
 from memfit.monitoring.traceback_text import StackFrame
-from memfit.types.errors import UserError
+from memfit.types.errors import UserError, first_line
 
 _LIVE: Final = ("active_allocated", "active_awaiting_free", "active_pending_free")
 _MOST_ITEMS: Final = 5_000_000  # blocks, events and frames that are looked at
@@ -91,18 +92,8 @@ def is_snapshot(head: bytes) -> bool:
 def read_snapshot(path: Path) -> list[MemorySnapshot]:
     """Return what the snapshot in ``path``, a pickle or JSON, says about each device that it has memory or
     events of. No code of the file is run. Raises UserError if it is no snapshot, too large or damaged."""
-    try:
-        size_bytes = path.stat().st_size
-        if size_bytes > LARGEST_BYTES:
-            raise UserError(
-                f"{path} has {size_bytes} bytes",
-                allowed=f"at most {LARGEST_BYTES}",
-                hint="record fewer events: torch.cuda.memory._record_memory_history(max_entries=100000)",
-            )
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    return parse_snapshot(data, what=str(path))
+    hint = "record fewer events: torch.cuda.memory._record_memory_history(max_entries=100000)"
+    return parse_snapshot(read_bytes(path, most_bytes=LARGEST_BYTES, hint=hint), what=str(path))
 
 
 def parse_snapshot(data: bytes, *, what: str) -> list[MemorySnapshot]:
@@ -113,7 +104,7 @@ def parse_snapshot(data: bytes, *, what: str) -> list[MemorySnapshot]:
         try:
             value = json.loads(data)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{what} is neither a pickle nor JSON: {error}") from None
+            raise UserError(f"{what} is neither a pickle nor JSON: {first_line(error)[:200]}") from None
     if isinstance(value, list):  # torch.cuda.memory_snapshot() returns the segments alone
         value = {"segments": value}
     try:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from memfit.files.read import read_json
 from memfit.types.errors import UserError
 from memfit.types.result import Interval
 
@@ -35,12 +35,7 @@ def predicted_intervals(prediction: Any) -> dict[str, Interval]:
 
 
 def _of_file(path: Path) -> dict[str, Interval]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read the prediction {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}", allowed=_ALLOWED) from error
+    data = read_json(path)
     while isinstance(data, dict) and not data.keys() & set(QUANTITIES):
         data = next((data[key] for key in ("estimate", "prediction", "recommended") if key in data), None)
     if not isinstance(data, dict):

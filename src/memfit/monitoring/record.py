@@ -22,10 +22,12 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from memfit.files.read import open_regular
 from memfit.types.errors import UserError
 from memfit.types.result import Interval
 
 FORMAT: Final = 1
+_MOST_BYTES: Final = 2**30  # read at a time
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -291,12 +293,9 @@ class _RankFile:
         return self._command_s is None or other._start is None or other._start.time_s >= self._command_s
 
     def update(self) -> None:
-        try:
-            with self._path.open("rb") as file:
-                file.seek(self._offset)
-                data = file.read()
-        except OSError as error:
-            raise UserError(f"cannot read the record {self._path}: {error.strerror}") from error
+        with open_regular(self._path) as file:
+            file.seek(self._offset)
+            data = file.read(_MOST_BYTES)
         whole_lines = data[: data.rfind(b"\n") + 1]
         self._offset += len(whole_lines)
         for line in whole_lines.splitlines():
@@ -307,7 +306,15 @@ class _RankFile:
         try:
             values = json.loads(line)
             self._add_values(values.pop("kind"), values)
-        except (ValueError, TypeError, KeyError, AttributeError, AssertionError):
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            AssertionError,
+            ArithmeticError,
+            RecursionError,
+        ):
             self._unreadable += 1
 
     def _add_values(self, kind: str, values: dict[str, Any]) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from memfit.files.read import read_toml
 from memfit.types.baseline import BaselineFile, MemoryBaseline
 from memfit.types.errors import UserError
-from memfit.types.serialization import to_plain, to_user_error, toml_text
+from memfit.types.serialization import to_plain, to_user_error
 
 FILE: Final = "memfit-baseline.toml"
 _FORMAT: Final = BaselineFile().format
@@ -57,10 +57,7 @@ def read_baseline(path: Path) -> BaselineFile:
 
     if not path.exists():
         raise UserError(f"there is no baseline {path}", hint="`memfit baseline write JOB` writes one")
-    try:
-        data = tomllib.loads(toml_text(path))
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path} is not valid TOML: {error}") from error
+    data = read_toml(path)
     if data.get("format") != _FORMAT:
         raise UserError(
             f"{path} is not a baseline that this memfit reads: its format is {data.get('format')!r}",

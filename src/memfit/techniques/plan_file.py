@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from memfit.files.read import read_yaml
 from memfit.techniques.registry import check, make_use
 from memfit.types.errors import MemfitError, UserError, suggest
 from memfit.types.plan import Plan
@@ -22,16 +23,7 @@ _KEYS_OF_A_PLAN = ("techniques", "ranks", "note", "watch")
 def read_plan(path: Path) -> Plan:
     """Read a plan from a YAML file. Raises UserError if the file cannot be read, is not YAML in UTF-8, or
     does not describe a valid plan (see `parse_plan`)."""
-    import yaml
-
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read the plan {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        parser_message = " ".join(str(error).split())[:160]
-        raise UserError(f"{path} is not valid YAML in UTF-8: {parser_message}") from error
-    return parse_plan(data, what=str(path))
+    return parse_plan(read_yaml(path), what=str(path))
 
 
 def parse_plan(data: object, *, what: str) -> Plan:

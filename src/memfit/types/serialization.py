@@ -14,7 +14,6 @@ import re
 import types
 import typing
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from memfit.types.errors import UserError
@@ -111,18 +110,6 @@ def _hints(kind: Any) -> dict[str, Any]:
 _SHOULD = re.compile(r"(?:Input|String|Value|List|Tuple) should (?:be )?(.+)", re.DOTALL)
 _OBJECT = re.compile(r"a valid dictionary( or (?:an )?instance of \w+)?")  # as it is called in JSON
 _LONGEST = 80
-
-
-def toml_text(path: Path) -> str:
-    """Return the text of a user's TOML file; it is not parsed. Raises UserError if the file cannot be read or
-    is not text in UTF-8.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read the TOML file {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not text in UTF-8, so it is not TOML: {error}") from error
 
 
 def to_user_error(error: pydantic.ValidationError, what: str) -> UserError:

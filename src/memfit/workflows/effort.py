@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from memfit.files.read import read_text
 from memfit.store.database import Store
 from memfit.techniques.registry import technique
 from memfit.types.job import JobRef
@@ -50,7 +51,7 @@ def _job_lines(ref: JobRef) -> int:
     path = Path(ref.spec.rpartition(":")[0])
     if path.suffix != ".py" or not path.is_file():
         return 0
-    return sum(bool(line.strip()) for line in path.read_text(encoding="utf-8").splitlines())
+    return sum(bool(line.strip()) for line in read_text(path).splitlines())
 
 
 def _closure(roots: Sequence[str]) -> set[str]:

@@ -22,6 +22,7 @@ from memfit.decision import rollout_gates
 from memfit.decision.decide import decide as decide_on
 from memfit.decision.projects import default_case
 from memfit.engines.registry import engine
+from memfit.files.read import read_text
 from memfit.files.replace import must_be_writable
 from memfit.monitoring.record import WatchRecord
 from memfit.planner import search as plan_search
@@ -237,7 +238,7 @@ def decide(store: Store, *, poc_id: str | None, case: Path | None, lang: str = "
         by_default=case is None and not case_records,
     )
     if case is not None:
-        store.append(resolved_id, CASE, {"name": name, "text": case.read_text(encoding="utf-8")})
+        store.append(resolved_id, CASE, {"name": name, "text": read_text(case)})
     return proof, decision
 
 

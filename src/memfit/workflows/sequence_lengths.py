@@ -7,7 +7,10 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import zipfile
+import zlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,18 +18,20 @@ import numpy as np
 from memfit.cost import lengths as cost
 from memfit.cost.lengths import Batching, Ints, PeakModel, Shape
 from memfit.cost.memory import levels
+from memfit.files.read import read_bytes, unpacked_limit
 from memfit.jobs.builtin.fasta import read_fasta, read_text
 from memfit.planner.batch_shape import with_batch_shape
 from memfit.planner.capacity import needed_bytes
 from memfit.planner.evaluate import Pricer
 from memfit.planner.request import Progress, space_of
 from memfit.trace.tracer import trace
-from memfit.types.errors import UserError
+from memfit.types.errors import UserError, first_line
 from memfit.types.job import Job
 from memfit.types.machine import Machine
 from memfit.types.plan import Plan
 
 _SHORTEST = 16
+_MOST_NPZ_BYTES = 2**29
 _LIMIT = 2**63  # lengths are 64-bit integers
 _FASTA = (".fasta", ".fa", ".faa", ".fasta.gz", ".fa.gz", ".faa.gz")
 
@@ -118,11 +123,32 @@ def _whole(text: str, path_and_line: str) -> int:
 
 
 def _from_npz(path: str, column: str | None) -> list[int]:
+    data = read_bytes(Path(path), most_bytes=_MOST_NPZ_BYTES)
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            unpacked_bytes = sum(info.file_size for info in archive.infolist())
+        if unpacked_bytes > unpacked_limit(len(data), _MOST_NPZ_BYTES):
+            raise UserError(
+                f"{path} unpacks to too much", allowed=f"at most {unpacked_limit(len(data))} bytes"
+            )
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
             arrays = {k: file[k] for k in file.files if column in (None, k)}
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} as an .npz file of NumPy: {error}") from error
+    # Both libraries raise all of these for damaged files.
+    except (
+        ArithmeticError,
+        LookupError,
+        MemoryError,
+        NotImplementedError,
+        OSError,
+        RuntimeError,
+        SyntaxError,
+        TypeError,
+        ValueError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        raise UserError(f"cannot read {path} as an .npz file of NumPy: {first_line(error)[:200]}") from error
     length_arrays = [a for a in arrays.values() if a.ndim == 1 and np.issubdtype(a.dtype, np.integer)]
     if not length_arrays:
         with_the_name = f" with the name {column!r}" if column else ""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import json
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from memfit.cost.lengths import Ints, SizePair, fit
 from memfit.cost.memory import levels
+from memfit.files.read import parse_json
 from memfit.jobs.builtin.fasta import read_text
 from memfit.jobs.registry import load
 from memfit.planner.capacity import needed_bytes
@@ -84,8 +84,8 @@ def _rows(path: str) -> Iterator[Mapping[str, object]]:
         raise UserError(f"--columns reads two sizes from {path}", allowed="a file .csv or .jsonl")
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         try:
-            row = json.loads(line)
-        except ValueError:
+            row = parse_json(line, what=path)
+        except UserError:
             row = None
         if not isinstance(row, dict):
             raise UserError(f"{path} line {number} is not a JSON object", allowed='such as {"nodes": 12}')

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import gzip
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from memfit.files.read import read_data_text
 from memfit.types.errors import UserError
 
+_MOST_BYTES: Final = 8 * 2**30  # more than the largest genomes
 RESIDUES: Final = "ACDEFGHIKLMNPQRSTVWY"
 _AMBIGUOUS: Final = "BJOUXZ"  # IUPAC: Asx, Leu or Ile, pyrrolysine, selenocysteine, any, Glx
 STATES: Final = "HEC"  # helix, strand, coil
@@ -30,22 +30,13 @@ class Protein:
 def read_text(path: str) -> str:
     """Return the text of a UTF-8 file, decompressed with gzip if its name ends in ``.gz``.
 
-    Raises UserError if it cannot be read or decompressed, is not UTF-8, or has nothing but white space.
+    Raises UserError if it cannot be read or decompressed, has more than 8 GiB, is not UTF-8, or has nothing
+    but white space.
     """
-    try:
-        raw = Path(path).read_bytes()
-        text = (gzip.decompress(raw) if path.endswith(".gz") else raw).decode("utf-8")
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"cannot read {path}: {_reason(error)}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}, counted from 0)") from error
+    text = read_data_text(Path(path), most_bytes=_MOST_BYTES)
     if not text.strip():
         raise UserError(f"the data file {path} is empty or only white space")
     return text
-
-
-def _reason(error: Exception) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def read_fasta(path: str) -> list[Protein]:

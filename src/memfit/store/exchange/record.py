@@ -19,6 +19,7 @@ from typing import Annotated, Any, Final, Literal
 
 import pydantic
 
+from memfit.files.read import parse_json, read_text
 from memfit.techniques.registry import conflict, effect_of, make_plain_plan, make_use, splits_batch
 from memfit.types import serialization
 from memfit.types.errors import UserError
@@ -260,14 +261,7 @@ def parse_record(raw: str, *, what: str) -> Shared:
     """Parse the JSON text of a record. Raises UserError if it is not JSON, repeats a field, is of another
     version of the format, or is not a valid record; for the last with the first fault: its place, what was
     given, and what is allowed. ``what`` names the text in messages."""
-    try:
-        data = json.loads(raw, object_pairs_hook=_once)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{what} is not JSON: {error.msg} in line {error.lineno}") from error
-    except RecursionError:
-        raise UserError(f"{what} is not a record: its JSON is nested deeper than can be read") from None
-    except ValueError as error:  # a repeated field, or a number with thousands of digits
-        raise UserError(f"{what} is not a record that can be read: {error}") from error
+    data = parse_json(raw, what=what, pairs_hook=_once)
     if isinstance(data, dict) and data.get("format") == FORMAT:
         version = data.get("version")
         if isinstance(version, bool) or version != VERSION:
@@ -312,12 +306,7 @@ def _texts(value: object, place: str = "") -> Iterator[tuple[str, str]]:
 def read(path: Path) -> Shared:
     """Read a record from a JSON file in UTF-8. Raises UserError if the file is larger than 16 MiB, unreadable
     or not a valid record."""
-    try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise UserError(f"{path} is larger than a record can be", allowed=f"at most {_MOST_BYTES} bytes")
-        return parse_record(path.read_text(encoding="utf-8"), what=str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the record {path}: {error}") from error
+    return parse_record(read_text(path, most_bytes=_MOST_BYTES), what=str(path))
 
 
 # -- what a record claims beyond its types must follow from its own numbers ---------------------------------
