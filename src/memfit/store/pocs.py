@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 
 from memfit.store.database import TAKEN, Store, taken_from
 from memfit.types import serialization
 from memfit.types.errors import UserError
 from memfit.types.result import Poc, Run
 
+_POC_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,79}")
 ATTENDED = "attended"  # kind of a row with the minutes for which people attended to a PoC
 
 
@@ -41,6 +43,11 @@ def stored_poc(store: Store, poc_id: str) -> Poc:
     UserError if the store does not have the PoC, or only its record from others, and if what is stored cannot
     be read."""
     poc, minutes = _stored_poc(store, poc_id), store.records(poc_id, ATTENDED)
+    if not _POC_ID.fullmatch(poc.poc_id):  # it becomes a part of file names
+        raise UserError(
+            f"the store {store.path} has a PoC with the ID {poc.poc_id[:80]!r}",
+            allowed="an ID of up to 80 letters, digits, dots, hyphens and underscores",
+        )
     if not minutes:
         return poc
     effort = dataclasses.replace(poc.effort, attended_minutes=float(minutes[-1].body))

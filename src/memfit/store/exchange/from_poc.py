@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from memfit.store.exchange.anonymous import anonymous_command, anonymous_text
 from memfit.store.exchange.record import FORMAT, VERSION, Shared, agrees_with_medians, checked
 from memfit.types.errors import UserError
 from memfit.types.result import Choice, EndpointDifference, OutcomeKind, Poc, Run, Verdict
@@ -28,9 +29,9 @@ _OF_HARDWARE = ("processor", "cores", "ram_bytes", "accelerators")
 
 
 def of_poc(poc: Poc) -> Shared:
-    """Return the record of ``poc``. Raises UserError if the PoC is not finished or recommends no plan,
-    because nothing could be compared with such a record, and if its numbers contradict each other (see
-    `faults` of the record)."""
+    """Return the record of ``poc``, without paths and without the name of this machine. Raises UserError if
+    the PoC is not finished or recommends no plan, because nothing could be compared with such a record, and
+    if its numbers contradict each other (see `faults` of the record)."""
     recommended = poc.search.recommended
     if not poc.finished or recommended is None:
         raise UserError(
@@ -40,6 +41,7 @@ def of_poc(poc: Poc) -> Shared:
     verdict = next((v.verdict for v in poc.verdicts if v.name == "recommended"), None)
     environment = dict(poc.environment)
     fields = {name: getattr(poc, name) for name in _AS_IT_IS}
+    fields |= {"command": anonymous_command(poc.command), "cap_reason": anonymous_text(poc.cap_reason)}
     plain_side, recommended_side = (_side(poc.runs, c) for c in (poc.search.baseline, recommended))
     ratio, notes = _step_time_ratio(poc, plain_side, recommended_side)
     return checked(
@@ -49,20 +51,21 @@ def of_poc(poc: Poc) -> Shared:
             "version": VERSION,
             "model": {"job": poc.job_name, "size": poc.job_size, "parameters": poc.parameter_count},
             "data": {
-                "source": poc.data_source,
+                "source": anonymous_text(poc.data_source),
                 "batch_size": max(1, poc.runs[0].spec.batch_size),
                 "steps_per_run": poc.steps_per_run,
             },
             "hardware": {"machine": poc.machine}
             | {n: environment.pop(n) for n in _OF_HARDWARE if n in environment},
-            "software": environment | {"threads": str(poc.runs[0].spec.threads)},
+            "software": {k: anonymous_text(v) for k, v in environment.items()}
+            | {"threads": str(poc.runs[0].spec.threads)},
             "baseline": plain_side,
             "recommended": recommended_side,
             "step_time_ratio": ratio,
             "verdict": verdict and _judgement(verdict),
             "reproducible": poc.reproducibility.reproducible,
             "effort": dataclasses.asdict(poc.effort),
-            "notes": [*poc.notes, *notes],
+            "notes": [anonymous_text(note) for note in (*poc.notes, *notes)],
         },
         what=f"the record of PoC {poc.poc_id}",
     )

@@ -1,0 +1,51 @@
+"""Remove from texts what says where a proof of concept ran: folders, host names and user names."""
+
+from __future__ import annotations
+
+import platform
+import re
+import shlex
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Final
+
+# An absolute path, or one of a home folder or of a Windows drive.
+_PATH: Final = re.compile(r"(?<![\w./\\])(?:~[\w.-]*|[A-Za-z]:)?(?:[/\\][^\s/\\'\",;:()<>=]+)+[/\\]?")
+_LOGIN: Final = re.compile(r"\b[\w.-]+@[\w.-]+\b")
+_SHORTEST_HOST: Final = 4  # characters; a shorter name may be a word
+
+
+def anonymous_command(command: str) -> str:
+    """Return a command line with each path replaced by its last component, and with `anonymous_text` applied.
+    Names of models such as ``hf:OWNER/NAME`` stay."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # a quote without an end
+        return anonymous_text(command)
+    return anonymous_text(shlex.join(_anonymous_word(word) for word in words))
+
+
+def anonymous_text(text: str) -> str:
+    """Return a text with each absolute path replaced by its last component, each USER@HOST by "USER@HOST",
+    and the name of this machine by "HOST"."""
+    text = _LOGIN.sub("USER@HOST", _PATH.sub(lambda match: _last(match.group()), text))
+    host = platform.node().partition(".")[0]
+    if len(host) >= _SHORTEST_HOST and host != "localhost":
+        text = re.sub(rf"\b{re.escape(host)}\b(?:\.[\w.-]+)?", "HOST", text)
+    return text
+
+
+def _anonymous_word(word: str) -> str:
+    option, sign, value = word.partition("=") if word.startswith("-") else ("", "", word)
+    prefix, path = ("hf:", value[3:]) if value.startswith("hf:") else ("", value)
+    is_model = bool(prefix) and not path.startswith(("/", "~", "."))
+    if sign or not option:
+        return f"{option}{sign}{value if is_model else prefix + _last(path)}"
+    return word
+
+
+def _last(path: str) -> str:
+    """Return the last component of a path. Text without a separator is returned as it is."""
+    if not re.search(r"[/\\]", path):
+        return path
+    pure_path = PureWindowsPath(path) if "\\" in path else PurePosixPath(path)
+    return pure_path.name or "FOLDER"
