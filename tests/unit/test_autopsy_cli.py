@@ -89,7 +89,7 @@ def test_controls_in_a_log_do_not_reach_the_terminal(
         (["missing.txt"], "cannot read missing.txt"),
         (["-", "-"], "standard input can be read once"),
         (["a.txt", "--plan", "p.yaml"], "--plan without --job"),
-        (["."], "cannot read ."),
+        (["."], ". is a folder"),
     ],
 )
 def test_wrong_input_gives_one_line(

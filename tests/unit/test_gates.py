@@ -190,7 +190,7 @@ def test_a_gates_file_with_bad_limits_is_refused_and_false_means_no_limit(tmp_pa
     assert (found.time.step_ratio, found.effort.attended_minutes) == (None, 30)
     assert found.accuracy.verdicts is None
     path.write_text("[time")
-    with pytest.raises(UserError, match="is not TOML"):
+    with pytest.raises(UserError, match="is not valid TOML"):
         rollout_gates.read(path)
 
 

@@ -52,13 +52,13 @@ def test_the_kind_of_a_file_is_recognised_from_its_content(
         ("a.json", '{"name": "x"}', "its keys (up to six) are name"),
         ("a.json", '{"model.layers.0.mlp": 1, "lm_head": 2}', "its keys (up to six) are model.layers.0.mlp"),
         ("a.json", "[1, 2]", "a list"),
-        ("a.json", "{", "is not valid JSON"),
+        ("a.json", "{", "is not JSON"),
         ("a.yaml", "a: [", "is not valid YAML"),
         ("a.toml", "= 1", "is not valid TOML"),
         ("pyproject.toml", "[project]\nname = 'x'\n", "its keys (up to six) are project"),
         ("a.sh", "echo hello --world\n", "no option of a training library"),
-        ("a.json", "{" + " " * (1 << 20) + "}", "too large for a configuration file"),
-        ("a.bin", "\udcff\udcfe", "not a text file"),
+        ("a.json", "{" + " " * (1 << 20) + "}", "too large to be read"),
+        ("a.bin", "\udcff\udcfe", "not UTF-8 text"),
     ],
 )
 def test_unrecognised_or_invalid_files_are_refused_with_their_name_and_the_reason(

@@ -212,7 +212,7 @@ def test_all_problems_of_a_machine_file_are_listed_in_one_line(tmp_path: Path) -
         ('"sweden"', '"swedn"', "did you mean sweden"),
         ("5e10", "nan", "device.memory_bytes: nan"),
         ("5e10", '"lots"', "device.memory_bytes.value"),
-        ('name = "lab box"', "name = lab box", "is not TOML"),
+        ('name = "lab box"', "name = lab box", "is not valid TOML"),
     ],
 )
 def test_impossible_values_in_a_machine_file_are_refused(
@@ -225,7 +225,7 @@ def test_impossible_values_in_a_machine_file_are_refused(
 
 
 def test_a_missing_machine_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"none\.toml cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"cannot read .*none\.toml: No such file"):
         catalog.from_toml(tmp_path / "none.toml")
 
 

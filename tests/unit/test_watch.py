@@ -523,7 +523,7 @@ def test_a_record_is_shown_as_text_and_as_json(capsys: pytest.CaptureFixture[str
         (("--json", "--", "true"), "--json is for a record"),
         (("--file", "x.jsonl", "none.jsonl"), "--file is for a command"),
         (("--file", "x", "--", "true"), "--file x is not a file name"),
-        (("--limits", "none.toml", "--", "true"), "cannot read the TOML file none.toml"),
+        (("--limits", "none.toml", "--", "true"), "cannot read none.toml"),
     ],
 )
 def test_wrong_use_is_one_line(

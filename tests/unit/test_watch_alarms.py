@@ -258,8 +258,8 @@ def test_thresholds_come_from_a_file_or_a_plan(tmp_path: Path) -> None:
         ({"creep_bytes": -1}, "limits: creep_bytes is -1; allowed: a whole number of at least 0, or a size"),
         ({"warmup_steps": 1.5}, "limits: warmup_steps is 1.5; allowed: a whole number"),
         ({"headroom_ratio": True}, "limits: headroom_ratio is True; allowed: a number of at least 0"),
-        ("none.toml", "cannot read the TOML file none.toml"),
-        ("none.yaml", "cannot read the plan none.yaml"),
+        ("none.toml", "cannot read none.toml"),
+        ("none.yaml", "cannot read none.yaml"),
     ],
 )
 def test_wrong_thresholds_are_refused(limits: object, message: str) -> None:

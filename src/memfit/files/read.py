@@ -82,7 +82,7 @@ def read_text(path: Path, *, most_bytes: int = MOST_BYTES, encoding: str = "utf-
     try:
         return io.TextIOWrapper(io.BytesIO(data), encoding=encoding).read()
     except UnicodeError as error:
-        raise UserError(f"{path} is not text in UTF-8: {_short(error)}") from error
+        raise UserError(f"{path} is not UTF-8 text: {_short(error)}") from error
 
 
 def read_data_text(path: Path, *, most_bytes: int) -> str:
@@ -102,9 +102,9 @@ def read_data_text(path: Path, *, most_bytes: int) -> str:
             )
         return io.TextIOWrapper(io.BytesIO(unpacked), encoding="utf-8").read()
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} is not a gzip file that can be unpacked: {_short(error)}") from error
+        raise UserError(f"cannot read {path}: it cannot be unpacked: {_short(error)}") from error
     except UnicodeError as error:
-        raise UserError(f"{path} is not text in UTF-8: {_short(error)}") from error
+        raise UserError(f"{path} is not UTF-8 text: {_short(error)}") from error
 
 
 def unpacked_limit(packed_bytes: int, most_bytes: int = MOST_BYTES) -> int:
