@@ -130,7 +130,13 @@ class _Team:
             self.stop(f"ended after {stall.text}", stall.ranks)
             self.stop(STOPPED)
         stacks = {str(rank): text for rank, text in stall.stacks.items()}
-        event = {"event": "stalled", "text": stall.text, "stacks": stacks, "final": stall.final}
+        event = {
+            "event": "stalled",
+            "text": stall.text,
+            "ranks": list(stall.ranks),
+            "stacks": stacks,
+            "final": stall.final,
+        }
         self._on_event(stall.ranks[0], event)
 
 
