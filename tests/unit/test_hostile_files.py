@@ -140,3 +140,34 @@ def test_an_archive_that_unpacks_to_much_is_refused(
     (tmp_path / "x.npz").write_bytes(stream.getvalue())
     line = refusal(("estimate", "char-lm", "--lengths", "X"), tmp_path / "x.npz", capsys)
     assert "unpacks to too much" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--batch", "1000000000"), "less than or equal to 16777216"),
+        (("--steps", "9" * 20), "less than or equal to 2147483647"),
+        (("--memory", "9" * 30 + "GiB"), "no memory size of a machine; allowed: at most"),
+        (("--memory", "9" * 5000), "no memory size of a machine; allowed: at most"),
+        (("--threads", "99999999"), "less than or equal to 4096"),
+        (("--deadline", "9" * 5000 + "h", "--steps", "5", "--on", "H100-SXM"), "not a time"),
+    ],
+)
+def test_a_number_beyond_all_machines_is_one_line(
+    words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "char-lm", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+def test_too_little_memory_for_a_batch_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise MemoryError("Unable to allocate 7.45 GiB")
+
+    monkeypatch.setattr("memfit.jobs.registry.load", load)
+    assert main(["plan", "char-lm", "--batch", "16777216"]) == 1
+    expected = "memfit: memory ran out on this machine: Unable to allocate 7.45 GiB\n"
+    assert capsys.readouterr().err.endswith(expected)

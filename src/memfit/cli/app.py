@@ -143,18 +143,25 @@ def _main(arguments: Sequence[str]) -> int:
         # interpreter's last flush does not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
-        if error.errno not in _DISK_ERRORS:
-            raise
-        where = f" {error.filename}" if error.filename else ""
-        return _fail(f"cannot write{where}: {error.strerror}", 1, as_json)
     except Exception as error:
+        if fault := _machine_fault(error):
+            return _fail(fault, 1, as_json)
         if as_json:
             _fail(f"{type(error).__name__}: {first_line(error)}", 1, as_json)
         raise
     if code == INTERRUPTED:
         return _fail("interrupted; runs and records already in the store are kept", INTERRUPTED, as_json)
     return int(code or 0)
+
+
+def _machine_fault(error: Exception) -> str:
+    """Return one line if the machine and not memfit is at fault: a full disk, or too little memory; else
+    ""."""
+    if isinstance(error, MemoryError):
+        return f"memory ran out on this machine: {first_line(error)}"
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        return f"cannot write{f' {error.filename}' if error.filename else ''}: {error.strerror}"
+    return ""
 
 
 def _known_command(argv: Sequence[str]) -> None:

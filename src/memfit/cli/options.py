@@ -16,6 +16,9 @@ from memfit.types.job import JobRef
 
 _DEFAULT_JOB = "protein-ss"
 
+# Larger numbers are mistakes: they would only fill the memory.
+MOST, MOST_SAMPLES = 2**31 - 1, 2**24
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SizeOptions:
@@ -55,7 +58,10 @@ class SizeOptions:
     steps: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=1, help="Number of optimizer steps of the training. Default: the job's number."
+            metavar="N",
+            min=1,
+            max=MOST,
+            help="Number of optimizer steps of the training. Default: the job's number.",
         ),
     ] = None
     batch: Annotated[
@@ -63,6 +69,7 @@ class SizeOptions:
         typer.Option(
             metavar="N",
             min=1,
+            max=MOST_SAMPLES,
             help="Samples per optimizer step, of all processes together. Default: the job's number; with "
             "--from, that of the files if they state one that the job accepts. Refused by a memfit.Job in "
             "FILE.py:NAME.",
@@ -73,6 +80,7 @@ class SizeOptions:
         typer.Option(
             metavar="N",
             min=1,
+            max=MOST,
             help="Length of a sample: tokens, residues or bases. Default: the length of the job's size; for "
             "`memfit plan --from`, that of the files if they state one that the job accepts. Built-in "
             "jobs take 16 to 262144; potential, weather, segmentation3d and a memfit.Job in FILE.py:NAME "
@@ -235,6 +243,7 @@ class BoundsOptions:
         typer.Option(
             metavar="N",
             min=1,
+            max=MOST_SAMPLES,
             help="Samples in one micro-batch of one device. It must divide the number of samples of a "
             "device in a step. Needs --on with another machine than this one. Default: memfit chooses "
             "the number.",
@@ -274,6 +283,7 @@ class RuntimeOptions:
         typer.Option(
             metavar="N",
             min=1,
+            max=4096,
             help="Number of CPU threads of each training process, and number with which operators are timed "
             "on this machine. Default: all that memfit may use, which several training processes on this "
             "machine share; the files of `memfit export` then set no number.",

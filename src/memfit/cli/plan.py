@@ -11,6 +11,7 @@ import typer
 
 from memfit.cli.largest import LargestOptions, print_largest, refuse_without_largest
 from memfit.cli.options import (
+    MOST,
     BoundsOptions,
     GoalOptions,
     JobOptions,
@@ -49,6 +50,7 @@ class SaveOptions:
         typer.Option(
             metavar="N",
             min=1,
+            max=MOST,
             help="Plan for N processes of this machine that share the batch, which must have at least N "
             "samples. Default: 1. With --on a machine of GPUs, N must be 1 or the number of its GPUs; both "
             "mean that all of them can be used, with one process each. Not with --from.",

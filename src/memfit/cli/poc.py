@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from memfit.cli.options import (
+    MOST,
     DeviceOptions,
     ExcludedTechniques,
     GoalOptions,
@@ -36,6 +37,7 @@ class PocOptions:
         typer.Option(
             metavar="N",
             min=1,
+            max=1000,
             help="Number of seeds: 0, 1 and so on; by default 3. With each of them, plain training and the "
             "recommended plan are trained; the verdict, whether their results are equivalent, is based on "
             "these pairs of runs. With fewer than 3 pairs, results can only be shown to be equivalent if "
@@ -47,6 +49,7 @@ class PocOptions:
         typer.Option(
             metavar="N",
             min=1,
+            max=MOST,
             help="Train on N processes of this machine, which share the batch; it must have at least N "
             "samples. Default: 1.",
         ),

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from memfit.cli.options import (
+    MOST,
     DeviceOptions,
     GoalOptions,
     JobOptions,
@@ -84,6 +85,7 @@ class RunOptions:
         typer.Option(
             metavar="N",
             min=0,
+            max=MOST,
             help="With --save: also write a checkpoint after every N steps. 0 (default): only at the end. "
             "Another number is refused without --save.",
         ),
@@ -93,6 +95,7 @@ class RunOptions:
         typer.Option(
             metavar="N",
             min=0,
+            max=MOST,
             help="With --save: after each save, delete all complete checkpoints in the folder but the N "
             "newest ones. 2 or more leave an older one if the newest is damaged. 0 (default): delete none. "
             "Another number is refused without --save.",

@@ -95,7 +95,9 @@ def read_data_text(path: Path, *, most_bytes: int) -> str:
     limit_bytes = unpacked_limit(len(data), most_bytes)
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
-            unpacked = file.read(limit_bytes + 1)
+            unpacked = bytearray()
+            while len(unpacked) <= limit_bytes and (chunk := file.read(_CHUNK_BYTES)):
+                unpacked += chunk
         if len(unpacked) > limit_bytes:
             raise UserError(
                 f"{path} unpacks to too much", allowed=f"at most {limit_bytes} bytes from this file"

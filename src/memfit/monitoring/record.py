@@ -294,8 +294,9 @@ class _RankFile:
 
     def update(self) -> None:
         with open_regular(self._path) as file:
+            left_bytes = file.seek(0, os.SEEK_END) - self._offset
             file.seek(self._offset)
-            data = file.read(_MOST_BYTES)
+            data = file.read(max(0, min(left_bytes, _MOST_BYTES)))
         whole_lines = data[: data.rfind(b"\n") + 1]
         self._offset += len(whole_lines)
         for line in whole_lines.splitlines():

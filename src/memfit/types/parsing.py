@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Final
 
@@ -24,6 +25,7 @@ _UNIT_BYTES: Final = {
     "g": 2**30,
     "t": 2**40,
 }
+_MOST_BYTES: Final = 2**60
 _SIZE: Final = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 
 
@@ -50,7 +52,10 @@ def parse_bytes(text: str) -> int:
             allowed="a unit after the number, such as MiB or GB; without a unit, at least 1048576 bytes",
             hint=f"did you mean {text}GiB?",
         )
-    return int(float(match.group(1)) * _UNIT_BYTES[unit])
+    size = float(match.group(1)) * _UNIT_BYTES[unit]
+    if size > _MOST_BYTES:
+        raise UserError(f"{text[:40]} is no memory size of a machine", allowed=f"at most {_MOST_BYTES} bytes")
+    return int(size)
 
 
 _DURATION_S = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
@@ -62,7 +67,7 @@ def parse_duration(text: str) -> float:
     unit.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text.lower())
-    if match is None or match[2] not in _DURATION_S or not float(match[1]):
+    if match is None or match[2] not in _DURATION_S or not 0 < float(match[1]) < math.inf:
         raise UserError(
             f"not a time: {text!r}",
             allowed="a positive number with s, m or min (both minutes), h, d or w (weeks), such as 72h",
@@ -75,6 +80,6 @@ def parse_percent(text: str) -> float:
     UserError for other text, also for a number without the sign.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", text)
-    if match is None:
+    if match is None or float(match[1]) == math.inf:
         raise UserError(f"not a percentage: {text!r}", allowed="a number of at least 0 with a %, such as 2%")
     return float(match[1]) / 100
