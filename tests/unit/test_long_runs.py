@@ -33,8 +33,9 @@ from memfit.types.job import JobRef
 from memfit.types.launch import Checkpoint, CheckpointSettings, LaunchConfig, RunSpec
 from memfit.types.peer_errors import is_peer_error
 from memfit.types.plan import Plan
-from memfit.types.result import Measurement, OutcomeKind, Restart, Run
+from memfit.types.result import Estimate, Interval, Measurement, OutcomeKind, Restart, Run
 from memfit.worker.save_requests import SaveRequests
+from memfit.workflows import single_run
 
 GLOO = (
     "RuntimeError: [/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:54918: "
@@ -215,6 +216,52 @@ def test_what_would_happen_again_is_not_restarted(first: Measurement, tmp_path: 
     assert why == []
 
 
+REFUSED = {"event": "refused", "given": "job.py:job raised ValueError: bad", "allowed": "", "hint": ""}
+
+
+def _run_with(attempts: list[list[tuple[Event, ...]]], monkeypatch: pytest.MonkeyPatch, keep: str) -> Run:
+    """Train in attempts whose ranks report these events, and then end by themselves or as they refused."""
+    left = list(attempts)
+
+    def run_ranks(config: LaunchConfig, *, on_event: Any, interruption: Any) -> Sequence[Measurement]:
+        ends = []
+        for rank, events in enumerate(left.pop(0)):
+            for event in events:
+                on_event(rank, event)
+            is_refused = any(e["event"] == "refused" for e in events)
+            ends.append(_ended(str(REFUSED["given"]), steps_done=1) if is_refused else OK)
+        return ends
+
+    monkeypatch.setattr(single_run, "run_ranks", run_ranks)
+    monkeypatch.setattr(single_run, "render", lambda spec: None)
+    none = Interval(value=0.0, low=0.0, high=0.0)
+    estimate = Estimate(
+        plan=Plan(ranks=2), allocated_bytes=none, phase_peak_bytes={}, at_peak_bytes={}, by_module_bytes={},
+        step_s=None, flops_per_step=0,
+    )  # fmt: skip
+    spec = _spec(2, keep=CheckpointSettings(save=keep))
+    return single_run.run_spec(spec, estimate, lambda *args: None, "x", strict=True)
+
+
+STEP: Event = {"event": "step", "step": 0, "loss": 1.0}
+
+
+def test_a_job_that_fails_before_its_first_step_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="raised ValueError"):
+        _run_with([[(), (REFUSED,)]], monkeypatch, "")
+
+
+def test_a_job_that_fails_later_is_tried_again_and_then_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    failing = [(STEP, REFUSED), (STEP,)]
+    run = _run_with([failing, [(STEP,), (STEP,)]], monkeypatch, str(tmp_path))
+    assert run.measurement.outcome is OutcomeKind.OK
+    assert [r.reason for r in run.measurement.restarts] == [REFUSED["given"]]
+    with pytest.raises(UserError, match="raised ValueError"):
+        _run_with([failing, failing], monkeypatch, str(tmp_path / "again"))
+
+
 # --- hangs
 
 
@@ -352,6 +399,18 @@ def test_progress_after_a_stall_lets_a_later_one_be_named_again(children: list[_
     assert not _until_stall(watch)[1].final
 
 
+def test_pauses_that_end_are_named_later_the_next_time(children: list[_Paused]) -> None:
+    watch = StallWatch(children)
+    _trained(children, watch, 0.1)
+    assert _until_stall(watch)[0] == 2.0
+    for _ in range(56):  # a pause of 30 seconds in all
+        assert watch.poll(0.5) is None
+    for child in children:
+        child.heart.beat(4, "forward")
+    watch.poll(0.5)
+    assert _until_stall(watch)[0] == 45.0
+
+
 STACK = """\
 Thread 0x00007f (most recent call first):
   File "/usr/lib/python3.11/threading.py", line 1 in wait
@@ -487,6 +546,7 @@ def test_one_process_saves_at_once() -> None:
 def test_processes_that_the_job_forks_die_of_sigterm() -> None:
     code = f"""{TELL.partition("from memfit")[0]}
 from memfit.worker.save_requests import SaveRequests
+from memfit.workflows import single_run
 SaveRequests()
 pid = os.fork()
 if not pid:

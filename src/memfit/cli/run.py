@@ -349,7 +349,8 @@ def lines(run: Run) -> Iterator[str]:
             f"{count}{additional} steps"
         )
     if keep.save and measurement.outcome in (OutcomeKind.OK, OutcomeKind.INTERRUPTED):
-        yield f"  saved   {keep.save}"
+        goes_on = measurement.outcome is OutcomeKind.INTERRUPTED
+        yield f"  saved   {keep.save}{f'; --resume {keep.save} goes on' if goes_on else ''}"
     if measurement.metric is not None:
         yield f"  metric  {measurement.metric:.4g} on held-out data"
 

@@ -126,6 +126,7 @@ def run_view(run: Run) -> View:
         "energy_j": measurement.energy_j,
         "energy_boundary": measurement.energy_boundary,
         "wall_s": measurement.wall_s,
+        "restarts": [serialization.to_plain(restart) for restart in measurement.restarts],
         "recoveries": [_recovery_view(recovery) for recovery in run.recoveries],
         "recovery_stop": run.recovery_stop,
     }

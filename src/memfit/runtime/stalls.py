@@ -25,6 +25,7 @@ from memfit.types.units import format_seconds
 _SEEN_STEPS: Final = 20  # steps whose longest is what a step is expected to take
 _NAMED_AFTER_STEPS, _NAMED_AFTER_S = 2.0, 2.0
 _STOPPED_AFTER_S: Final = 1.0  # of processes that are stopped, which the system says
+_PAUSE_FACTOR: Final = 1.5  # over the longest pause that was named before and ended
 _ENDED_AFTER_STEPS, _ENDED_AFTER_S = 20.0, 300.0
 _OUTSIDE_NAMED_S, _OUTSIDE_ENDED_S = 600.0, 1800.0  # outside steps: start, resume, save, evaluate
 _IN_STEPS: Final = ("between", "forward", "backward", "optimizer")
@@ -69,6 +70,7 @@ class StallWatch:
         self._last_step: dict[int, float] = {}
         self._intervals: deque[float] = deque(maxlen=_SEEN_STEPS * len(children))
         self._named = False
+        self._last_idle_s = self._longest_pause_s = 0.0
 
     def step_done(self, rank: int, now_s: float) -> None:
         """Note that ``rank`` reported a step at ``now_s``, in seconds of a monotonic clock."""
@@ -87,8 +89,11 @@ class StallWatch:
             self._beats[rank] = beat
         idle_s = min((self._idle_s[r] for r in running), default=0.0)
         if idle_s < _STOPPED_AFTER_S:
+            if self._named:  # it was a pause
+                self._longest_pause_s = max(self._longest_pause_s, self._last_idle_s)
             self._named = False
             return None
+        self._last_idle_s = idle_s
         stopped = tuple(r for r, child in running.items() if _is_stopped(child))
         named_s, ended_s = self._limits(running)
         is_final = idle_s >= ended_s
@@ -108,7 +113,8 @@ class StallWatch:
         else:
             step_s = _OUTSIDE_NAMED_S
         ended_s = self._limit_s or max(_ENDED_AFTER_S, _ENDED_AFTER_STEPS * step_s)
-        return min(ended_s, max(_NAMED_AFTER_S, _NAMED_AFTER_STEPS * step_s)), ended_s
+        named_s = max(_NAMED_AFTER_S, _NAMED_AFTER_STEPS * step_s, _PAUSE_FACTOR * self._longest_pause_s)
+        return min(ended_s, named_s), ended_s
 
     def _stall(
         self, running: Mapping[int, Child], stopped: tuple[int, ...], idle_s: float, *, is_final: bool

@@ -18,7 +18,7 @@ from memfit.techniques.registry import effect_of
 from memfit.types.device_kind import HOST
 from memfit.types.launch import CheckpointSettings, RunSpec
 from memfit.types.plan import Plan
-from memfit.types.result import Estimate, OutcomeKind, Recovery, Run
+from memfit.types.result import Estimate, OutcomeKind, Recovery, Restart, Run
 from memfit.verify.repeated_steps import repeated_steps_verdict
 
 
@@ -65,6 +65,7 @@ def train_with_recoveries(
     """
     losses: Losses = {}
     recoveries: list[Recovery] = []
+    restarts: tuple[Restart, ...] = ()
     tried = {spec.plan}
     keep = spec.keep
     while True:
@@ -73,6 +74,8 @@ def train_with_recoveries(
         if recoveries:
             recoveries[-1] = _judged(recoveries[-1], losses, attempt, spec.seed)
         losses = {rank: {**losses.get(rank, {}), **by_step} for rank, by_step in attempt.items()}
+        restarts = (*restarts, *run.measurement.restarts)
+        run = dataclasses.replace(run, measurement=dataclasses.replace(run.measurement, restarts=restarts))
         if run.measurement.outcome is not OutcomeKind.OOM:
             return _finished(run, keep, recoveries, losses)
         if len(recoveries) == settings.most:
