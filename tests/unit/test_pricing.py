@@ -10,6 +10,7 @@ import torch
 from tiny import WIDTH, Block, regression, words
 from torch import nn
 
+from memfit.catalog import machine
 from memfit.cost.estimate import interval_around
 from memfit.cost.memory import step_ops
 from memfit.cost.op_time import signatures_by_weight
@@ -192,6 +193,13 @@ def test_the_plan_space_is_derived_from_the_model() -> None:
 def test_a_wrong_path_of_blocks_or_head_is_refused(wrong: dict[str, str]) -> None:
     with pytest.raises(UserError, match=r"layers|projection"):
         space_of(dataclasses.replace(words(), **wrong), "cpu")
+
+
+def test_a_sketch_needs_about_as_much_of_a_gpu_as_the_whole_trace() -> None:
+    on, job = machine("A100-80GB-SXM"), words(BLOCKS)
+    pricer = Pricer(job=job, machine=on, space=space_of(job, "cuda"))
+    whole = needed_bytes(pricer.whole(Plan()), on)  # mostly the context, whose upper end counts
+    assert needed_bytes(pricer.sketch(Plan()), on) == pytest.approx(whole, rel=0.1)
 
 
 def test_needed_bytes_include_the_overhead_beside_the_tensors(pricer: Pricer) -> None:

@@ -461,6 +461,13 @@ def test_a_search_without_bf16_techniques_stays_in_float32() -> None:
     assert all(p.get("bf16-autocast") is None for p in plans)
 
 
+def test_a_small_model_is_searched_in_float32_too() -> None:
+    for blocks, searched in ((12, True), (13, False)):
+        todo = _todo(H100, limits(blocks=blocks))
+        assert ("fp32" in {compute for _, compute, _ in todo}) == searched
+    assert {compute for _, compute, _ in _todo(H100, limits(effect=EffectClass.E1))} == {"fp32"}
+
+
 def test_excluded_techniques_are_blamed_if_the_batch_could_be_shared() -> None:
     limits = Limits(ranks=2, per_host=2, batch=4, blocks=2, device="cuda", micro_batch=3)
     with pytest.raises(UserError, match="leave no plan for 2 devices"):

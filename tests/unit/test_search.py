@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 from typing import Any
 
 import pytest
@@ -11,12 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memfit import catalog
+from memfit.planner.capacity import states_bytes
+from memfit.planner.evaluate import Pricer
 from memfit.planner.plan_space import complexity, plans, usable
-from memfit.planner.request import half_precision_of
+from memfit.planner.recompute_budget import Cap
+from memfit.planner.request import Request, half_precision_of, make_pricer
+from memfit.planner.search import _small_state_bytes
 from memfit.planner.selection import TIE_RATIO, Band, Objective, Prices, best, decide, frontier, score
+from memfit.planner.shortlist import until_none_better
 from memfit.techniques.base import Space
 from memfit.techniques.registry import conflict, effect_of, make_use
-from memfit.types.plan import Accuracy, EffectClass, Plan, use
+from memfit.types.job import JobRef
+from memfit.types.plan import Accuracy, Bounds, EffectClass, Plan, use
 from memfit.types.result import Estimate, Interval, Reason
 
 SPACE = Space(batch_size=4, block_count=4, vocabulary=1000, device="cpu")
@@ -316,3 +323,69 @@ def test_stochastic_rounding_conflicts_with_other_optimizers() -> None:
         assert clash is not None
         assert name in clash
         assert conflict(Plan(uses=(use("bf16-parameters", rounding="master"), make_use(name, {})))) is None
+
+
+# --- which plans are traced
+
+UNLIMITED = Bounds()
+TRUE_RATIOS = {"bf16-autocast": 3.0, "sgd": 0.5}  # of trace to sketch, for each technique of a plan
+
+
+def _whole_of(sketch: Estimate) -> Estimate:
+    factor = math.prod(TRUE_RATIOS.get(u.technique, 1.0) for u in sketch.plan.uses)
+    assert sketch.step_s is not None
+    return priced(sketch.plan, sketch.allocated_bytes.value, sketch.step_s.value * factor, traced=True)
+
+
+def _more_traced(times: dict[Plan, float], traced: list[Plan], cap_bytes: int, most: int) -> list[Plan]:
+    """Return the plans that are traced in addition. Each of ``times``, those of sketches, has a peak of
+    100."""
+    sketches = [priced(plan, 100, time_s, traced=False) for plan, time_s in times.items()]
+    whole = {e.plan: _whole_of(e) for e in sketches}
+    added = until_none_better(
+        lambda chosen: [whole[p] for p in chosen],
+        sketches,
+        [whole[p] for p in traced],
+        cap=Cap(bytes=cap_bytes, needs=lambda e: int(e.allocated_bytes.value), refuses=lambda plan: ()),
+        goal=Objective.FASTEST,
+        bounds=UNLIMITED,
+        near_ratio=0.05,
+        most=most,
+    )
+    return [e.plan for e in added]
+
+
+def test_plans_are_traced_until_no_other_may_be_better_by_the_errors_seen() -> None:
+    times = {PLAIN: 10.0, CHECKPOINTED: 12.0, ACCUMULATED: 13.0, MIXED: 5.0, SGD: 11.0, BOTH: 6.0}
+    added = _more_traced(times, [PLAIN, MIXED], 100, 9)
+    assert SGD in added  # 5.5 s when it is traced, the best of all
+    assert BOTH not in added  # 5.0 s of MIXED were 15.0: its 6.0 are hardly less than 15
+    assert not set(added) & {CHECKPOINTED, ACCUMULATED}  # SGD is quicker than they may be
+    assert _more_traced(times, [PLAIN, MIXED], 100, 0) == []
+
+
+def test_plans_that_cannot_fit_are_not_traced_nor_any_if_none_fits() -> None:
+    times = {PLAIN: 10.0, CHECKPOINTED: 10.0, SGD: 10.0}
+    assert set(_more_traced(times, [PLAIN], 100, 9)) == {CHECKPOINTED, SGD}
+    assert _more_traced(times, [PLAIN], 99, 9) == []
+
+
+def _baseline(goal: str, batch: int) -> tuple[Request, Pricer, Estimate]:
+    ref = JobRef(spec="char-lm", batch=batch)
+    request = Request(job=ref, machine=catalog.machine("T4"), goal=Objective(goal), cap_bytes=2**40)
+    _, pricer = make_pricer(request)
+    return request, pricer, pricer.whole(Plan())
+
+
+@pytest.mark.parametrize(("goal", "batch"), [("fastest", 2), ("smallest", 2048)])
+def test_other_optimizers_are_searched_where_the_optimizer_takes_long_or_memory_is_the_goal(
+    goal: str, batch: int
+) -> None:
+    request, pricer, baseline = _baseline(goal, batch)
+    assert _small_state_bytes(request, pricer, baseline, 2**40) is None
+
+
+def test_other_optimizers_are_not_searched_where_states_are_small_and_the_optimizer_is_quick() -> None:
+    request, pricer, baseline = _baseline("fastest", 2048)
+    assert _small_state_bytes(request, pricer, baseline, 2**40) == states_bytes(baseline) > 0
+    assert _small_state_bytes(request, pricer, baseline, states_bytes(baseline) * 10) is None

@@ -22,11 +22,11 @@ def needed_bytes(estimate: Estimate, machine: Machine) -> int:
     or device uses beside them.
 
     On an accelerator of this machine, it is what the caching allocator reserves, because only that is capped.
-    On another accelerator whose context and libraries the catalog knows, it is the estimate's device memory:
-    the upper end of its interval for a traced plan, the value for a sketch, which already is an upper bound.
-    On any other accelerator it is what the caching allocator reserves, plus 1 GiB. On a CPU, it is the value
-    of the peak of tensors plus 5 % and 2 MiB; for a traced plan, at least the upper end of the peak plus 2
-    MiB. Memory of an accelerator's host is not included.
+    On another accelerator whose context and libraries the catalog knows, it is the upper end of the
+    estimate's device memory; for a sketch, what the caching allocator reserves, whose value already is an
+    upper bound, and the upper end of the rest. On any other accelerator it is what the caching allocator
+    reserves, plus 1 GiB. On a CPU, it is the value of the peak of tensors plus 5 % and 2 MiB; for a traced
+    plan, at least the upper end of the peak plus 2 MiB. Memory of an accelerator's host is not included.
     """
     allocated_bytes = estimate.allocated_bytes.value
     if machine.device.is_host:
@@ -39,7 +39,9 @@ def needed_bytes(estimate: Estimate, machine: Machine) -> int:
             return int(allocated_bytes * ASSUMED_RESERVED_RATIO)
         return int(reserved.high if estimate.traced else reserved.value)
     if (device_bytes := estimate.device_bytes) is not None:
-        return int(device_bytes.high if estimate.traced else device_bytes.value)
+        if estimate.traced or reserved is None:
+            return int(device_bytes.high)
+        return int(reserved.value + device_bytes.high - reserved.high)
     reserved_bytes = reserved.value if reserved else allocated_bytes * ASSUMED_RESERVED_RATIO
     return int(reserved_bytes) + UNKNOWN_DEVICE_BYTES
 
@@ -51,6 +53,8 @@ def expected_bytes(estimate: Estimate, machine: Machine) -> int:
     under a hard cap, processes held 0.97 to 1.02 times that (benchmarks/largest.md)."""
     if machine.device.is_host:
         return int(estimate.allocated_bytes.value)
+    if estimate.device_bytes is not None and not machine.is_here:
+        return int(estimate.device_bytes.value)
     values = dataclasses.replace(estimate, traced=False)  # of which `needed_bytes` takes the values
     return needed_bytes(values, machine)
 

@@ -25,7 +25,7 @@ from memfit.cost.memory_estimate import ASSUMED_RESERVED_RATIO, sketch_footprint
 from memfit.cost.money import bill
 from memfit.cost.op_time import TimeModel, time_model
 from memfit.cost.recompute_ilp import GAP_RATIO
-from memfit.cost.step_time import simulate_step, sketched_s
+from memfit.cost.step_time import host_bytes_s, simulate_step, sketched_s
 from memfit.cost.step_time_calibration import factor
 from memfit.engines.registry import engine
 from memfit.model.scalar_parameters import refuse_scalars
@@ -469,7 +469,7 @@ class Pricer:
                 offload.settings["to"] == "host" and not self.machine.device.is_host
             )
             if self.model:
-                vector[_MICRO_S] += 2 * vector[_SAVED] / self.model.offload_bytes_s
+                vector[_MICRO_S] += 2 * vector[_SAVED] / host_bytes_s(self.machine, self.model)
                 vector[_MICRO_S] += vector[_TENSORS] * self.calibration.disk_file_s
         return self._priced(plan, vector, micros)
 

@@ -20,7 +20,7 @@ from memfit.planner.block_traces import BlockTracer, Key
 from memfit.planner.grid_axes import Communicate, GridInputs, Priced, Rates
 from memfit.planner.grid_costs import price
 from memfit.planner.layout_costs import Composer, LayoutCut
-from memfit.planner.parallelism_grid import CUTTING, Grid, GridLayout, Limits, Uses, grids
+from memfit.planner.parallelism_grid import CUTTING, QUICK_BLOCKS, Grid, GridLayout, Limits, Uses, grids
 from memfit.planner.selection import TIE_RATIO
 from memfit.planner.sharding_costs import State, compute_of, state_of
 from memfit.techniques.registry import effect_of, technique
@@ -183,14 +183,16 @@ def _computes(machine: Machine, limits: Limits) -> tuple[str, ...]:
 
     They are ("fp32",) if the accuracy does not allow lower ones (``limits.effect`` below E2), or if the
     device is an accelerator without bfloat16. Otherwise they are ("bf16", "autocast"). "fp32" is added to
-    these if the techniques bf16-autocast and bf16-parameters are both excluded; a data-parallel technique may
+    these if the model has at most 12 blocks, as small models may be faster without casts; and if the
+    techniques bf16-autocast and bf16-parameters are both excluded, though a data-parallel technique may
     compute in bfloat16 even then.
     """
     has_narrow = "bfloat16" in machine.device.peak_flops or machine.device.is_host
     if not has_narrow or limits.effect < 2:
         return ("fp32",)
     narrow_excluded = {"bf16-autocast", "bf16-parameters"} <= limits.without
-    return ("bf16", "autocast", "fp32") if narrow_excluded else ("bf16", "autocast")
+    with_fp32 = narrow_excluded or limits.blocks <= QUICK_BLOCKS
+    return ("bf16", "autocast", "fp32") if with_fp32 else ("bf16", "autocast")
 
 
 def _by_compute(grid: Grid) -> Iterator[tuple[str, tuple[Uses, ...]]]:
@@ -361,10 +363,11 @@ class _Pricing:
         ranks, staged = layout.data * layout.context, layout.stages > 1
         states = [self._state(s, ranks, staged) for s in grid.states]
         cut_degree = layout.context * (layout.tensor if layout.sequence else 1)
+        hidden_as = "fp32" if compute == "fp32" else self.computes[0]
         inputs = GridInputs(
             blocks=self.traced.blocks,
             tensors=self.traced.tensors,
-            hidden_bytes=self.traced.hidden_bytes(self.computes[0]) / cut_degree,
+            hidden_bytes=self.traced.hidden_bytes(hidden_as) / cut_degree,
             inside=inside,
             ends=ends,
             states=states,

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from memfit.planner.parallelism_grid import CUTTING
+from memfit.planner.parallelism_grid import CUTTING, QUICK_BLOCKS
 from memfit.planner.plan_kinds import doublings, kind
 from memfit.planner.plan_space import complexity
 from memfit.planner.selection import TIE_RATIO, Objective, best, score
@@ -35,7 +35,7 @@ Fits = Callable[[Estimate], bool]
 
 def is_quick(scale: Scale) -> bool:
     """Return whether the model has at most 12 blocks, so that whole traces are quick."""
-    return _TRACED_BLOCKS // scale.traced.blocks > _FINALISTS
+    return scale.traced.blocks <= QUICK_BLOCKS
 
 
 class FinalistTracer:

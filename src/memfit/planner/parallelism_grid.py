@@ -21,6 +21,7 @@ from memfit.types.plan import EffectClass, KnobValue, Plan, Use
 
 Uses = tuple[Use, ...]
 _MOST_FEWER = 8  # blocks that the first or the last stage may have fewer
+QUICK_BLOCKS = 12  # of a model whose whole traces are quick, at most
 CUTTING = ("tensor-parallel", "context-parallel", "axial-parallel", "pipeline", "expert-parallel")
 
 

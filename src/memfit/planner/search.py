@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from memfit.cost.host import host_holds, host_line
+from memfit.cost.memory import step_ops
 from memfit.engines.registry import engine
 from memfit.planner.capacity import Fits, fits_under, needed_bytes, states_bytes
 from memfit.planner.evaluate import Pricer
@@ -18,6 +19,7 @@ from memfit.planner.plan_space import may_share, may_split
 from memfit.planner.recompute_budget import Cap
 from memfit.planner.request import Planning, Progress, Request, limit_parts, make_pricer
 from memfit.planner.selection import (
+    Objective,
     Prices,
     best,
     decide,
@@ -35,9 +37,11 @@ from memfit.types.errors import NothingFits, UserError
 from memfit.types.job import Job
 from memfit.types.plan import Bounds, use
 from memfit.types.result import Choice, Estimate, Reason, SearchResult
+from memfit.types.trace import Phase
 
-# Of the cap: techniques that only affect states smaller than this are not worth a search.
-_SMALL_STATES_RATIO = 1 / 16
+# Of the cap and of the step time: other optimizers are not searched where states are smaller and the
+# optimizer is quicker.
+_SMALL_STATES_RATIO, _SHORT_UPDATE_RATIO = 1 / 32, 0.03
 _DEMONSTRATION = "demonstration:"  # start of the cap's reason if no cap was given on a CPU
 _DEMONSTRATION_SPARE_RATIO = 1.1
 _REACHABLE = (
@@ -91,8 +95,7 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
     def fits(e: Estimate) -> bool:
         return inside(e) and respects_micro_batch(e.plan, bounds, batch) and within_bounds(bounds, e)
 
-    state_bytes = states_bytes(baseline)
-    small_state_bytes = state_bytes if state_bytes < _SMALL_STATES_RATIO * cap_bytes else None
+    small_state_bytes = _small_state_bytes(request, pricer, baseline, cap_bytes)
     sketches: list[Estimate] = []
     try:
         estimates, considered, left_out = price_plans(
@@ -144,6 +147,24 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
         fits=fits,
         left_out=(*left_out, *unsearched),
     )
+
+
+def _small_state_bytes(request: Request, pricer: Pricer, baseline: Estimate, cap_bytes: int) -> int | None:
+    """Return the bytes of parameters, gradients and optimizer state if another optimizer would not matter,
+    else None: if they are less than 1/32 of the cap and the optimizer takes less than 3 % of plain training's
+    step. With the goal of least memory, it may always matter.
+    """
+    state_bytes = states_bytes(baseline)
+    if request.goal is Objective.SMALLEST or state_bytes >= _SMALL_STATES_RATIO * cap_bytes:
+        return None
+    if pricer.model is None:
+        return state_bytes
+    ops = step_ops(pricer.trace(baseline.plan))
+    update_s, step_s = (
+        pricer.model.total_s(chosen)
+        for chosen in ([(o, n) for o, n in ops if o.phase is Phase.OPTIMIZER], ops)
+    )
+    return state_bytes if update_s < _SHORT_UPDATE_RATIO * step_s else None
 
 
 def _prices(pricer: Pricer, request: Request, sketches: list[Estimate], cap: Cap) -> Prices:

@@ -5,6 +5,7 @@ fit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from memfit.planner.recompute_budget import Cap
@@ -16,7 +17,7 @@ from memfit.planner.selection import (
     simplest_first,
     within_bounds,
 )
-from memfit.planner.sketch_errors import may_fit
+from memfit.planner.sketch_errors import Hopes, may_fit
 from memfit.techniques.registry import make_plain_plan
 from memfit.types.plan import Bounds, Plan
 from memfit.types.result import Estimate
@@ -57,7 +58,7 @@ def finalists(
 
 def until_some_fit(
     whole: Callable[[Plan], Estimate],
-    look: Callable[[list[Plan]], None],
+    look: Callable[[list[Plan]], object],
     sketches: Sequence[Estimate],
     chosen: Sequence[Plan],
     *,
@@ -85,7 +86,7 @@ def until_some_fit(
 
 def until_one_fits(
     whole: Callable[[Plan], Estimate],
-    look: Callable[[list[Plan]], None],
+    look: Callable[[list[Plan]], object],
     sketches: Sequence[Estimate],
     chosen: Sequence[Plan],
     *,
@@ -113,6 +114,43 @@ def until_one_fits(
         round_plans = [e.plan for e in untraced[:_PER_ROUND]]
         look(round_plans)
         added += round_plans
+    return added
+
+
+def until_none_better(
+    look: Callable[[list[Plan]], list[Estimate]],
+    sketches: Sequence[Estimate],
+    traced: Sequence[Estimate],
+    *,
+    cap: Cap,
+    goal: Objective,
+    bounds: Bounds,
+    near_ratio: float,
+    most: int,
+) -> list[Estimate]:
+    """Trace plans, four in a round, until no other one may fit and be better than the best that fits, or less
+    than ``near_ratio`` worse, by the errors of the sketches seen so far (`Hopes`); at most ``most``. Return
+    their estimates. Nothing is traced if none of the ``traced`` plans fits.
+
+    Plans so near are traced because the mildest and simplest of them is recommended. ``look`` traces the
+    plans of a round and returns their estimates.
+    """
+    added: list[Estimate] = []
+    while len(added) < most:
+        known = [*traced, *added]
+        fitting = [score(e, goal) for e in known if cap.has(e) and within_bounds(bounds, e)]
+        if not fitting or math.isinf(min(fitting)):
+            break
+        limit, known_plans = min(fitting) * (1 + near_ratio), {e.plan for e in known}
+        hopes, promising = Hopes(sketches, known, cap, goal), list[tuple[float, str, Plan]]()
+        for sketch in sketches:
+            if sketch.plan not in known_plans and cap.host(sketch):
+                hoped_score, least_bytes = hopes.of(sketch)
+                if hoped_score <= limit and least_bytes <= cap.bytes:
+                    promising.append((hoped_score, sketch.plan.fingerprint, sketch.plan))
+        if not promising:
+            break
+        added += look([plan for _, _, plan in sorted(promising)[: min(_PER_ROUND, most - len(added))]])
     return added
 
 

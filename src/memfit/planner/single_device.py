@@ -17,10 +17,18 @@ from memfit.planner.plan_space import may_split, plans, usable
 from memfit.planner.recompute_budget import Cap, budgeted
 from memfit.planner.request import Progress, Request
 from memfit.planner.selection import (
+    TIE_RATIO,
+    Objective,
     best,
     respects_micro_batch,
 )
-from memfit.planner.shortlist import counterfactuals, finalists, until_one_fits, until_some_fit
+from memfit.planner.shortlist import (
+    counterfactuals,
+    finalists,
+    until_none_better,
+    until_one_fits,
+    until_some_fit,
+)
 from memfit.techniques.recompute.optimal import NAME
 from memfit.techniques.registry import make_plain_plan, without
 from memfit.types.dependence import DependenceCause, SampleDependence
@@ -31,6 +39,8 @@ from memfit.types.result import Estimate, Reason
 FINALISTS = 14
 _FEWER_FINALISTS = 8  # used if traces are long, as for models with thousands of small tensors
 _LONG_TRACE_CALLS = 10_000
+# Operators of plain training, over all plans that are traced after the finalists; fewest and most of these.
+_MORE_CALLS, _FEWEST_MORE, _MOST_MORE, _PASSES = 40_000, 4, 48, 3
 # Most rounds, and seconds of each, to measure the best plan and its rivals while the best plan still changes.
 _SETTLING_ROUNDS, _SETTLING_BUDGET_S = 3, 3.0
 # Rounds of plans traced for the reasons: first the best with each technique, then only for techniques with
@@ -103,10 +113,11 @@ def price_plans(
     finalist_count = _FEWER_FINALISTS if is_long(pricer) else FINALISTS
     finalist_plans = finalists(sketches, fits, request.goal, finalist_count)
 
-    def look(these: list[Plan]) -> None:
+    def look(these: list[Plan]) -> list[Estimate]:
         pricer.trace_all(these, lambda *counts: progress("finalists", *counts))
         if request.is_here:
             calibrate(pricer, request, progress, plans=these)
+        return [pricer.whole(plan) for plan in these]
 
     look(finalist_plans)
     cap = memory_cap(request, cap_bytes)
@@ -116,8 +127,24 @@ def price_plans(
     finalist_plans += until_one_fits(
         pricer.whole, look, sketches, finalist_plans, cap=cap, bounds=_bounds(request, pricer)
     )
-    estimates = _with_rivals(pricer, request, fits, [pricer.whole(plan) for plan in finalist_plans], progress)
-    estimates = _with_counterfactuals(pricer, request, fits, estimates, sketches, cap, progress)
+    estimates, more = [pricer.whole(plan) for plan in finalist_plans], _more_traces(pricer, request)
+    for index in range(_PASSES):  # plans that are traced for a reason may be better
+        added = until_none_better(
+            look,
+            sketches,
+            estimates,
+            cap=cap,
+            goal=request.goal,
+            bounds=_bounds(request, pricer),
+            near_ratio=_near_ratio(pricer, request),
+            most=more,
+        )
+        if index and not added:
+            break
+        more -= len(added)
+        estimates = [pricer.whole(e.plan) for e in (*estimates, *added)]
+        estimates = _with_rivals(pricer, request, fits, estimates, progress)
+        estimates = _with_counterfactuals(pricer, request, fits, estimates, sketches, cap, progress)
     if pricer.space.ranks == 1 and NAME not in request.bounds.without and not is_long(pricer):
         estimates += budgeted(pricer.whole, sketches, estimates, request.goal, cap, progress)
     return estimates, len(all_plans), left_out
@@ -203,6 +230,23 @@ def _with_counterfactuals(
         if new_winner is None or new_winner.plan != winner.plan:
             estimates = _with_rivals(pricer, request, fits, estimates, progress)
     return estimates
+
+
+def _near_ratio(pricer: Pricer, request: Request) -> float:
+    """Return by how much a score may lie above the lowest and always counts as equal to it, as `best` has
+    it."""
+    if request.goal in (Objective.SMALLEST, Objective.FEWEST):
+        return TIE_RATIO
+    return score_band(pricer, request).low
+
+
+def _more_traces(pricer: Pricer, request: Request) -> int:
+    """Return how many plans may be traced after the finalists: the more, the fewer operators plain training
+    has. On this machine, where the operators of each are timed, at most four."""
+    if request.is_here:
+        return _FEWEST_MORE
+    calls = len(pricer.trace(make_plain_plan(pricer.space.ranks)).ops)
+    return min(max(_MORE_CALLS // calls, _FEWEST_MORE), _MOST_MORE)
 
 
 def _covering(candidates: list[Plan], winner: Plan) -> list[Plan]:

@@ -1,22 +1,27 @@
 """What whole traces may show of plans that were only sketched, judged by the plans of the search that were
 both sketched and traced.
+
+`may_fit` rests on all of them, for statements such as "no plan fits". `Hopes` rests on the one that is most
+like the plan, to choose which plans are worth a trace.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Callable, Sequence
 
 from memfit.planner.recompute_budget import Cap
-from memfit.planner.selection import within_bounds
-from memfit.types.plan import Bounds
+from memfit.planner.selection import Objective, score, within_bounds
+from memfit.types.plan import Bounds, Plan
 from memfit.types.result import Estimate
 
 _SLACK_RATIO = 0.02  # of a sketch's need: how much less than all traces seen so far another one may show
 _SLOPES = (0.7, 1.3)  # least and highest increase of a traced need with a sketched one
 _ENOUGH = 4  # traced plans; with fewer, errors are assumed
 _ASSUMED_RATIO = 0.8  # of what a sketch needs, because sketches are up to 20 % off
+_TIME_OPTIMISM, _MEMORY_OPTIMISM = 0.90, 0.97  # factors on ratios for each technique that differs
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +64,47 @@ def sketch_errors(
         slope = min(max(fitted, _SLOPES[0]), _SLOPES[1])
     offset_bytes = min(trace - slope * sketched for sketched, trace in pairs)
     return SketchErrors(slope=slope, offset_bytes=offset_bytes, time_ratio=time_ratio)
+
+
+class Hopes:
+    """The best that traces of plans may show, by the sketches and the trace of the traced plan that is most
+    like each of them.
+
+    Errors of sketches depend on the techniques: a ratio of trace to sketch is taken to hold for a plan with
+    the same techniques, and to be up to 10 % lower in time and 3 % lower in memory for each technique that
+    only one of the two plans has; a technique with other settings counts half.
+    """
+
+    def __init__(
+        self, sketches: Sequence[Estimate], traced: Sequence[Estimate], cap: Cap, goal: Objective
+    ) -> None:
+        self.cap, self.goal = cap, goal
+        by_plan = {e.plan: e for e in traced}
+        self._ratios: list[tuple[Plan, float, float]] = []  # plan, of scores, of needs
+        for sketch in sketches:
+            if (trace := by_plan.get(sketch.plan)) is not None and 0 < score(sketch, goal) < math.inf:
+                ratios = score(trace, goal) / score(sketch, goal), cap.needs(trace) / cap.needs(sketch)
+                self._ratios.append((sketch.plan, *ratios))
+
+    def of(self, sketch: Estimate) -> tuple[float, float]:
+        """Return (the lowest score by the goal, the least bytes of a device) that the trace of the sketch's
+        plan may show."""
+        distance, score_ratio, need_ratio = min(
+            ((_distance(sketch.plan, plan), *ratios) for plan, *ratios in self._ratios),
+            default=(0.0, 1.0, 1.0),
+        )
+        optimism = (_MEMORY_OPTIMISM if self.goal is Objective.SMALLEST else _TIME_OPTIMISM) ** distance
+        need = self.cap.needs(sketch) * need_ratio * _MEMORY_OPTIMISM**distance
+        return score(sketch, self.goal) * score_ratio * optimism, need
+
+
+def _distance(plan: Plan, other: Plan) -> float:
+    """Return how many techniques only one of the two plans has, plus half of the number of those that both
+    have with other settings."""
+    settings, other_settings = ({u.technique: u.knobs for u in p.uses} for p in (plan, other))
+    alone = settings.keys() ^ other_settings.keys()
+    changed = [n for n in settings.keys() & other_settings.keys() if settings[n] != other_settings[n]]
+    return len(alone) + len(changed) / 2
 
 
 def may_fit(
