@@ -138,6 +138,8 @@ DIMENSIONLESS = {
     "first_differing_step",
     "packages",
     "pairs",
+    "pieces",
+    "times",
     "record_id",
     "repeated_micro_steps",
     "seed",

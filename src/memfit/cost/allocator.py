@@ -378,14 +378,22 @@ def replay(allocations: Iterable[Allocation], settings: Settings | None = None) 
     return run(events_of(allocations), settings)
 
 
+def _pieces(allocation: Allocation) -> Iterable[Allocation]:
+    if allocation.pieces == 1:
+        return (allocation,)
+    size_bytes = allocation.size_bytes // allocation.pieces
+    return [dataclasses.replace(allocation, size_bytes=size_bytes, pieces=1)] * allocation.pieces
+
+
 def events_of(allocations: Iterable[Allocation]) -> list[Event]:
     """Return each allocation as an event, (key, size in bytes, stream), and its free as another, (key, -1,
     ""), sorted by their clocks ``start`` and ``end``. At the same clock, allocations come before frees.
 
-    Allocations of 0 bytes never reach the allocator and are left out. ``key``: index of the allocation among
-    those that are left, from 0. An allocation whose ``end`` is None is never freed.
+    Allocations of 0 bytes never reach the allocator and are left out. One of several ``pieces`` is as many
+    allocations. ``key``: index of the allocation among those that are left, from 0. An allocation whose
+    ``end`` is None is never freed.
     """
-    nonempty = [a for a in allocations if a.size_bytes]
+    nonempty = [piece for a in allocations if a.size_bytes for piece in _pieces(a)]
     free_indices = [i for i, a in enumerate(nonempty) if a.end is not None]
     clocks = numpy.array(
         [a.start for a in nonempty] + [nonempty[i].end for i in free_indices], dtype=numpy.int64

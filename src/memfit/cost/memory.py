@@ -193,11 +193,14 @@ def step_ops(trace: Trace) -> tuple[tuple[OpCall, int], ...]:
     in the order of the trace.
 
     Of equal micro-steps only some are traced. A call in a micro-step that represents n others, which were not
-    traced, counts n + 1 times.
+    traced, counts n + 1 times. Calls in equal slices count as `OpCall.times` says.
     """
     repeated_spans, repetitions = _repeated(trace), trace.repeated_micro_steps
     return tuple(
-        (op, 1 + repetitions if any(s.start <= op.clock < s.end for s in repeated_spans) else 1)
+        (
+            op,
+            op.times * (1 + repetitions if any(s.start <= op.clock < s.end for s in repeated_spans) else 1),
+        )
         for op in trace.last_step_ops
     )
 

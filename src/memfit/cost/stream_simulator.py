@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 from collections import Counter, defaultdict
@@ -198,14 +199,11 @@ class _Stage:
 
     def run(self, items: Sequence[TimedCall]) -> SimulatedStep:
         phase = Phase.FORWARD
-        for item in items:
-            if phase is Phase.BACKWARD and item.op.phase is not phase:
+        for (next_phase, times), group in itertools.groupby(items, lambda x: (x.op.phase, x.op.times)):
+            if phase is Phase.BACKWARD and next_phase is not phase:
                 self._join()
-            phase = item.op.phase
-            if item.op.waits is not None:
-                self._wait(item.op.stream, *item.op.waits)
-            else:
-                self._start(item)
+            phase = next_phase
+            self._repeat(list(group), times)
         self._join()
         return SimulatedStep(
             step_s=max(self.issued, *self.free.values(), 0.0),
@@ -213,6 +211,45 @@ class _Stage:
             exposed_s=self.exposed,
             idle_s=self.idle,
         )
+
+    def _repeat(self, items: Sequence[TimedCall], times: int) -> None:
+        """Run these calls ``times`` times, one after the other. Once two passes on the compute stream alone
+        take equally long, the others are added linearly, as long as the host does not overtake the stream or
+        fall behind it.
+        """
+        is_simple = not any(x.op.stream or x.op.waits is not None for x in items)
+        change: list[float] = []
+        while times:
+            before = self._levels()
+            for item in items:
+                if item.op.waits is not None:
+                    self._wait(item.op.stream, *item.op.waits)
+                else:
+                    self._start(item)
+            times -= 1
+            last_change, change = change, [b - a for a, b in zip(before, self._levels(), strict=False)]
+            if times > 1 and is_simple and not self.flying and _close(change, last_change):
+                passes = self._equal_passes(change[0], change[1], times - 1)
+                self._add_passes(change, passes)
+                times -= passes
+
+    def _levels(self) -> list[float]:
+        return [self.issued, self.free[""], self.exposed, self.idle, *self.busy.values()]
+
+    def _equal_passes(self, issued_s: float, busy_s: float, at_most: int) -> int:
+        """Return after how many more passes of these seconds, at most, host and stream change order."""
+        ahead_s = self.free[""] - self.issued  # how far the host is ahead
+        if busy_s >= issued_s or _close([busy_s], [issued_s]):
+            return at_most
+        return min(at_most, max(0, int(ahead_s / (issued_s - busy_s)) - 1))
+
+    def _add_passes(self, change: Sequence[float], passes: int) -> None:
+        self.issued += passes * change[0]
+        self.free[""] += passes * change[1]
+        self.exposed += passes * change[2]
+        self.idle += passes * change[3]
+        for resource, seconds in zip(self.busy, change[4:], strict=True):
+            self.busy[resource] += passes * seconds
 
     def _join(self) -> None:
         """Make the compute stream wait for the last call of every other stream, because all gradients must be
@@ -274,6 +311,12 @@ class _Stage:
             max(0.0, min(end, other_end) - max(start, other_start)) for other_start, other_end in self.flying
         )
         return min(overlap_s, seconds) * (self.kernel_slowdown - 1)
+
+
+def _close(one: Sequence[float], other: Sequence[float]) -> bool:
+    return len(one) == len(other) and all(
+        math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12) for a, b in zip(one, other, strict=True)
+    )
 
 
 def split(trace: Trace) -> tuple[list[OpCall], list[OpCall], list[OpCall]]:

@@ -154,7 +154,7 @@ class _Look:
             forward_top_bytes=self.top(forward),
             backward_top_bytes=self.top(backward),
             parameter_bytes=gradients,
-            flops=sum(o.flops for o in (*(forward_ops * pass_count), *backward_ops)),
+            flops=sum(o.times * o.flops for o in (*(forward_ops * pass_count), *backward_ops)),
             forward_travel=_travel(forward_ops) * pass_count,
             backward_travel=_travel(backward_ops),
         )

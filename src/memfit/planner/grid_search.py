@@ -166,7 +166,7 @@ def _with_ends(traced: BlockTracer, model: TimeModel, limits: Limits, compute: s
     """
     key = Key(tensor=1, sequence=False, vocabulary="whole", context=1, compute=compute, uses=(), samples=1)
     try:
-        parts = traced.parts(key, lambda ops: model.total_s((o, 1) for o in ops))
+        parts = traced.parts(key, lambda ops: model.total_s((o, o.times) for o in ops))
     except UserError:
         return limits
     block_s, *end_s = (p.forward_s + p.backward_s for p in (parts.block, parts.before, parts.after))
@@ -261,7 +261,7 @@ class _Pricing:
         self.computes = _computes(machine, limits)
         self.composer = Composer(
             traced,
-            lambda ops: model.total_s((o, 1) for o in ops),
+            lambda ops: model.total_s((o, o.times) for o in ops),
             self.computes[0],
             max(limits.tensor),
             max(limits.context),

@@ -24,12 +24,12 @@ _ROWS: Final[Mapping[str, tuple[Any, tuple[str, ...], tuple[str, ...]]]] = {
     # field of Trace -> (class of a row, fields as columns, fields in a table)
     "allocations": (
         Allocation,
-        ("start", "end", "size_bytes", "requested_bytes"),
+        ("start", "end", "size_bytes", "requested_bytes", "pieces"),
         ("category", "op", "line", "file", "stream"),
     ),
     "ops": (
         OpCall,
-        ("clock",),
+        ("clock", "times"),
         ("op", "signature", "dtype", "flops", "moved_bytes", "stream", "group", "waits"),
     ),
 }

@@ -194,6 +194,11 @@ MakeOptimizer = Callable[[list["torch.nn.Parameter"]], OptimizerLike]
 Context = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
+def run_slices(run: Callable[..., Any], slices: Sequence[tuple[torch.Tensor, ...]]) -> list[Any]:
+    """Return ``run(*tensors)`` for the tensors of each slice, in their order."""
+    return [run(*tensors) for tensors in slices]
+
+
 @dataclasses.dataclass(kw_only=True)
 class Workbench:
     """The training step under construction. Techniques change it, those of smaller ``Technique.order`` first.
@@ -213,6 +218,7 @@ class Workbench:
     - ``closers`` are functions that are called when the step is closed.
     - ``on_gradient``, ``on_ddp``, ``on_offload``, ``on_storage``, ``on_kept``, ``on_assumption`` and
       ``place`` are set by the tracer, to be told what happens. In a real run they are None or do nothing.
+    - ``run_slices(run, slices)`` returns ``run(*tensors)`` for each slice, a tuple of tensors, in turn.
     """
 
     job: Job
@@ -257,6 +263,8 @@ class Workbench:
     # Set by the tracer: returns a context in which new tensors count as memory of the host ("host"), of the
     # stream of that name, or ("") of the device.
     place: Callable[[str], contextlib.AbstractContextManager[Any]] = lambda name: contextlib.nullcontext()
+    # Set by the tracer: `run_slices`, of which a trace runs a few.
+    run_slices: Callable[[Callable[..., Any], Sequence[tuple[torch.Tensor, ...]]], list[Any]] = run_slices
     gradients_on: str = ""  # a place, as for `place`
     parameters_on: str = ""
     grad_norm: Callable[[], torch.Tensor] | None = None  # set if gradients are not in the parameters

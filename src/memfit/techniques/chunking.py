@@ -47,10 +47,10 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
             "allocates more memory inside than the budget of one slice, which the settings mib and parts set",
         )
     for name, cut in cuts.items():
-        _wrap(bench.model.get_submodule(name), cut, budget)
+        _wrap(bench.model.get_submodule(name), cut, budget, bench.run_slices)
 
 
-def _wrap(module: torch.nn.Module, cut: ChunkCut, budget: int) -> None:
+def _wrap(module: torch.nn.Module, cut: ChunkCut, budget: int, run_slices: Callable[..., list[Any]]) -> None:
     inner: Callable[..., Any] = module.forward
 
     @functools.wraps(inner)
@@ -76,13 +76,10 @@ def _wrap(module: torch.nn.Module, cut: ChunkCut, budget: int) -> None:
             part_args, part_kwargs = _pytree.tree_unflatten(part_leaves, spec)
             return inner(*part_args, **part_kwargs)
 
-        run = functools.partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
+        checkpointed = functools.partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
+        slices = list(zip(*parts.values(), strict=True))
         return torch.cat(
-            [
-                (run if torch.is_grad_enabled() else part)(*slices)
-                for slices in zip(*parts.values(), strict=True)
-            ],
-            dim=cut.out_axis,
+            run_slices(checkpointed if torch.is_grad_enabled() else part, slices), dim=cut.out_axis
         )
 
     module.forward = forward

@@ -53,6 +53,7 @@ class Life:
     end: int | None = None
     category: Category | None = None
     place: str = ""
+    pieces: int = 1  # as of `Allocation`; ``size_bytes`` is the size of one piece
 
 
 _ROWS = "_memfit_rows"
@@ -224,6 +225,23 @@ class AllocationRecorder(TorchDispatchMode):
             )
             for call in calls
         ]
+
+    def multiply_calls(self, indices: range, times: int) -> None:
+        """Let each of the recorded calls stand for ``times`` equal ones."""
+        self._calls[indices.start : indices.stop] = [
+            dataclasses.replace(call, times=times * call.times)
+            for call in self._calls[indices.start : indices.stop]
+        ]
+
+    def repeat_life(self, life: Life, count: int) -> Life:
+        """Record ``count`` more storages like that of ``life`` as made now, and return their common record.
+        `adopt` gives it a storage, with which it ends."""
+        repeated = dataclasses.replace(
+            life, start=self.clock, end=None, step=self.step, pieces=count * life.pieces
+        )
+        self.clock += 1
+        self.lives.append(repeated)
+        return repeated
 
     def life_of(self, tensor: torch.Tensor) -> Life | None:
         """Return the record of a plain tensor's storage, or None if it is not recorded."""
@@ -654,7 +672,7 @@ class AllocationRecorder(TorchDispatchMode):
         return Allocation(
             start=life.start,
             end=life.end,
-            size_bytes=rounded(life.size_bytes, self.device),
+            size_bytes=life.pieces * rounded(life.size_bytes, self.device),
             category=category,
             phase=life.phase,
             step=life.step,
@@ -662,6 +680,7 @@ class AllocationRecorder(TorchDispatchMode):
             op=life.op,
             line=life.line.rpartition("/")[2],
             file=life.line.rpartition(":")[0],
-            requested_bytes=life.size_bytes,
+            requested_bytes=life.pieces * life.size_bytes,
             stream=life.place,
+            pieces=life.pieces,
         )

@@ -326,6 +326,7 @@ class OperatorCall:
     step: int
     module: str
     stream_use: tuple[str, str, tuple[str, int] | None] | None = None
+    times: int = 1  # as of `OpCall`
 
     @property
     def is_collective(self) -> bool:
@@ -346,6 +347,7 @@ class OperatorCall:
             stream=stream,
             group=group,
             waits=waits,
+            times=self.times,
         )
 
 

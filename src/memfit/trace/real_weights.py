@@ -35,7 +35,7 @@ class WeightsSource:
     max_bytes: float
 
     def allows(self, trace: Trace, peak_bytes: int) -> bool:
-        return peak_bytes <= self.max_bytes and sum(op.flops for op in trace.ops) <= self.max_flops
+        return peak_bytes <= self.max_bytes and sum(op.times * op.flops for op in trace.ops) <= self.max_flops
 
 
 _OFFERED: contextvars.ContextVar[WeightsSource | None] = contextvars.ContextVar("offered", default=None)

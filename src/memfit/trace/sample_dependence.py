@@ -188,8 +188,8 @@ class _Cost:
     @classmethod
     def of(cls, job: Job) -> _Cost:
         job_trace = trace(job, Plan(), steps=1, update=False)
-        flops = _PASSES * sum(op.flops for op in job_trace.ops)
-        calls = _CALLS * len(job_trace.ops)
+        flops = _PASSES * sum(op.times * op.flops for op in job_trace.ops)
+        calls = _CALLS * sum(op.times for op in job_trace.ops)
         return cls(2 * live_peak_bytes(job_trace), flops / _FLOPS_PER_S, calls * _CALL_S)
 
     def reason(self, samples: int) -> str:

@@ -38,6 +38,7 @@ from memfit.trace.fake_process_group import (
 )
 from memfit.trace.pass_replay import PassReplay
 from memfit.trace.real_weights import attach_weights
+from memfit.trace.slice_replay import SliceReplay, SlicesDiffer, run_all_if_different
 from memfit.trace.stream_patches import streams
 from memfit.trace.truncated_model import FirstBlocks, note_modules, remember
 from memfit.trace.update_replay import UpdateReplay
@@ -75,6 +76,7 @@ def stepping(make_step: Callable[..., TrainingStep]) -> Iterator[None]:
 @check_guessed_numbers
 @cover_assumed_cases
 @retry_guesses
+@run_all_if_different
 def trace(
     job: Job,
     plan: Plan,
@@ -309,6 +311,7 @@ def _begin(recorder: AllocationRecorder, model_bytes: list[int], bench: Workbenc
         bench.place = recorder.placed
     else:
         bench.first_part = partial(_first_part, recorder, bench.first_part)
+    bench.run_slices = SliceReplay(recorder)
     bench.on_kept = lambda tensor, category: recorder.label(tensor, Category(category))
     bench.on_assumption = lambda sentence: recorder.guesses.assumptions.update({sentence: None})
     _label_model(recorder, bench.model)
@@ -464,6 +467,8 @@ def _guesses_blamed(recorder: AllocationRecorder) -> Iterator[None]:
     guesses = recorder.guesses
     try:
         yield
+    except SlicesDiffer:
+        raise
     except Exception as error:
         is_own_error = isinstance(error, UserError) and error.__cause__ is None
         guess_error = _blamed(error, list(guesses.assumptions))

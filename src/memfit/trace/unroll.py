@@ -226,7 +226,7 @@ def _growth(candidate: _Unrolled, expected: Trace) -> dict[int, int]:
             f"{len(expected.allocations)} allocations in the deeper trace, but {len(actual.allocations)} in "
             "the unrolled one"
         )
-    if [(o.clock, o.op) for o in actual.ops] != [(o.clock, o.op) for o in expected.ops]:
+    if [(o.clock, o.op, o.times) for o in actual.ops] != [(o.clock, o.op, o.times) for o in expected.ops]:
         raise Mismatch("the deeper and the unrolled trace have different operators, or in another order")
     growth = {}
     for origin, allocation, reference in zip(

@@ -65,6 +65,7 @@ class Allocation:
     requested_bytes: int = 0  # before rounding
     # "" is the compute stream; others, such as "all-gather", have their own pool in the CUDA allocator
     stream: str = ""
+    pieces: int = 1  # number of equal storages that this stands for; the sizes are those of all together
 
     def at(self, start: int, end: int | None, module: str) -> Allocation:
         """Return the same allocation with these clocks and this module, in half the time of
@@ -83,12 +84,14 @@ class Allocation:
             file=self.file,
             requested_bytes=self.requested_bytes,
             stream=self.stream,
+            pieces=self.pieces,
         )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class OpCall:
-    """One operator call.
+    """One operator call, or ``times`` equal ones in as many equal slices of a module's input, of which one is
+    traced (trace/slice_replay.py). The clock, FLOPs and bytes are those of one call.
 
     ``signature``: JSON with enough information to run the operator alone on real tensors. ``group``: name of
     the process group of a collective, else "". ``waits``: (stream, count): this call waits for all calls made
@@ -107,6 +110,7 @@ class OpCall:
     stream: str = ""  # "" is the compute stream; a collective uses the stream of its group
     group: str = ""
     waits: tuple[str, int] | None = None
+    times: int = 1
 
     def at(self, clock: int, module: str) -> OpCall:
         """Return the same call at this clock and in this module, as fast as `Allocation.at`."""
@@ -123,6 +127,7 @@ class OpCall:
             stream=self.stream,
             group=self.group,
             waits=self.waits,
+            times=self.times,
         )
 
 
