@@ -45,6 +45,7 @@ from memfit.planner.workspace_probes import probe_workspaces
 from memfit.report.workload_text import workload_text
 from memfit.runtime import local_machine
 from memfit.techniques.base import Space
+from memfit.techniques.imported_optimizer import SeparateOptimizers
 from memfit.techniques.plan_file import plan_text
 from memfit.techniques.rank_mesh import SEVERAL, layout
 from memfit.techniques.registry import proposable, technique
@@ -646,22 +647,25 @@ def conform(
     repeated blocks, as in ``Job(blocks=...)``; found by default. ``clip``: the largest gradient norm that the
     update should receive, 0 if gradients must not be clipped; checked only if given, and with ``step``.
 
-    Without ``step``, these are checked: ranks; number of parameter elements on this rank and their dtypes;
-    how they are sharded (FSDP2's blocks, tensor parallelism, experts); which weights of blocks are trained
-    (with LoRA: its rank, and beside how many layers) and the number of bits of the frozen ones; whether
-    linear layers of blocks use float8; and which update torch's AdamW runs. If the ranks differ, nothing else
-    is checked.
+    ``optimizer`` may be a list of the optimizers that the training uses.
+
+    Without ``step``, these are checked: ranks; whether the optimizer holds all trained parameters; number of
+    parameter elements on this rank and their dtypes; how they are sharded (FSDP2's blocks, tensor
+    parallelism, experts); which weights of blocks are trained (with LoRA: its rank, and beside how many
+    layers) and the number of bits of the frozen ones; whether linear layers of blocks use float8; and which
+    update torch's AdamW runs. If the ranks differ, nothing else is checked.
 
     ``step``, a function without arguments, runs one whole training step. With it, these are also checked:
-    gradients and optimizer state on this rank and the state's bytes per element; micro-batches; which blocks
-    are recomputed in backward and which are compiled; autocast; whether replicas are equal; whether
-    data-parallel ranks get different samples and update with the mean of all their gradients; what FSDP2
-    frees after forward; whether tensor-parallel ranks leave the last block with the same numbers; whether
-    ranks that share a sample work on different parts and use each other's (for this, a block is run four more
-    times); whether pipeline stages hold what other stages train and follow the planned schedule; and, of the
-    tensors that autograd keeps for backward, what was offloaded, dropped, or is whole logits. CPU offload is
-    recognized by devices if the step runs on an accelerator, else by the active policy of FSDP2 or of the
-    ZeRO optimizer.
+    whether the step trains, that is, whether gradients reach the blocks that ran, the optimizer sees them,
+    weights change for them, and parameters follow the copies that the optimizer updates; gradients and
+    optimizer state on this rank and the state's bytes per element; micro-batches; which blocks are recomputed
+    in backward and which are compiled; autocast; whether replicas are equal; whether data-parallel ranks get
+    different samples and update with the mean of all their gradients; what FSDP2 frees after forward; whether
+    tensor-parallel ranks leave the last block with the same numbers; whether ranks that share a sample work
+    on different parts and use each other's (for this, a block is run four more times); whether pipeline
+    stages hold what other stages train and follow the planned schedule; and, of the tensors that autograd
+    keeps for backward, what was offloaded, dropped, or is whole logits. CPU offload is recognized by devices
+    if the step runs on an accelerator, else by the active policy of FSDP2 or of the ZeRO optimizer.
 
     Of the result, ``checked`` says what was compared. What the plan states but could not be checked is in
     ``unseen``, with the reason; it is not reported as conforming. Raises NotConforming with each difference,
@@ -691,6 +695,8 @@ def conform(
             allowed="a finite positive number such as 1.0, the largest norm of all gradients; 0 if gradients "
             "must not be clipped; or None, with which clipping is not checked",
         )
+    if isinstance(optimizer, list | tuple):
+        optimizer = SeparateOptimizers({str(i): each for i, each in enumerate(optimizer)})
     monitor = Monitor(model, optimizer, target_plan, blocks=blocks)
     monitor.clip = clip
     with monitor:

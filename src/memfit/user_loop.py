@@ -136,15 +136,14 @@ class Fit:
                 hint="call it after the loop `for part in fit.split(batch)`",
             )
         monitor, updates_count = self._monitor, self._updates_count
-        if monitor is not None and not self._is_traced:
+        if monitor is not None:
             monitor.before_update()
         norm = self._step.update()
         self._close_step()
         if monitor is not None and self._updates_count > updates_count:
             self._conform = False  # only the first step is compared
-            if not self._is_traced:
-                monitor.clipping.before = float(norm)
-                self.conformance = monitor.conclude()
+            monitor.clipping.before = float(norm)
+            self.conformance = monitor.conclude()
         return norm
 
     def discard(self) -> None:
@@ -183,7 +182,7 @@ class Fit:
         self.optimizer.step()
 
     def _watch(self) -> None:
-        if not self._conform:
+        if not self._conform or self._is_traced:
             return
         job = self._step.job
         self._monitor = Monitor(

@@ -268,8 +268,11 @@ def _clipped_by_norm() -> Loop:
 
 
 def _no_learning_rate() -> Loop:
+    """A warm-up whose first step has the learning rate 0."""
     model = _ddp()
-    return _plain(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 10)
+    return _plain(model, optimizer)
 
 
 def _hooked(kind: str) -> Loop:

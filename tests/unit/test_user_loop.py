@@ -149,7 +149,7 @@ def test_the_example_of_the_documentation_runs(capsys: pytest.CaptureFixture[str
     page = (Path(__file__).parents[2] / "docs" / "apply.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     exec(compile(example, "apply.md", "exec"), {})
-    assert "as planned (ranks, parameters, gradient-accumulation, activation-chec" in capsys.readouterr().out
+    assert "as planned (ranks, parameters, optimizer: parameters, gradient-accum" in capsys.readouterr().out
 
 
 # -- groups, learning rates, schedulers -----------------------------------------------------------

@@ -43,6 +43,7 @@ from memfit.conformance.sharding import (
     world_size,
 )
 from memfit.conformance.stage_order import Order
+from memfit.conformance.weight_updates import WeightUpdates
 from memfit.types.conformance import Conformance, Difference, NotConforming
 from memfit.types.plan import Plan
 
@@ -75,6 +76,7 @@ class Monitor(Prepared):
         self.micro_batches = micro_batches
         self.order, self.reach, self.inputs = Order(plan), reach_of(self), InputDigester()
         self.averages, self.clipping, self.activity = Averages(self), Clipping(self), BlockListener()
+        self.weights = WeightUpdates(self)
         offloads = "activation-offload" in plan
         self.graph = Graph(model, self._on_backward, weighs=offloads)
         self._handles: list[Any] = []
@@ -91,7 +93,7 @@ class Monitor(Prepared):
 
     def __enter__(self) -> Self:
         self._handles = []
-        for listener in (self.graph, self.order, self.reach, self.averages, self.clipping):
+        for listener in (self.graph, self.order, self.reach, self.averages, self.clipping, self.weights):
             listener.__enter__()
         compile_use = self.plan.get("compile")  # a hook inside would split the graph
         if compile_use is None or compile_use.settings["scope"] != "model":
@@ -113,7 +115,7 @@ class Monitor(Prepared):
         return self
 
     def __exit__(self, *_: object) -> None:
-        for listener in (self.clipping, self.averages, self.reach, self.order, self.graph):
+        for listener in (self.weights, self.clipping, self.averages, self.reach, self.order, self.graph):
             listener.__exit__()
         for handle in self._handles:
             handle.remove()
@@ -138,6 +140,7 @@ class Monitor(Prepared):
         gradients this rank holds. To be called before each update, when gradients are complete. A torch
         optimizer does so itself, by a hook, between `__enter__` and `__exit__`."""
         self._learned |= {id(p) for p in self.trainable() if p.grad is not None}
+        self.weights.before_update()
         if self._gradient_elements is None:
             self._gradient_elements = self._held_gradients() + buffered_gradients(self.optimizer)
 
@@ -251,6 +254,7 @@ class Monitor(Prepared):
             order=self.order.observed(),
             update=self.clipping.observed(),
             gradients=self.averages.observed(only=only),
+            weights=self.weights.observed(),
         )
 
     def _compares_norms(self) -> bool:

@@ -202,6 +202,64 @@ class CrossRankReads:
     local_only: int = 0
 
 
+# -- whether the step trains ------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerGroup:
+    """A parameter group of a torch optimizer, as it was at the update.
+
+    ``names``: those of the model's trained parameters in it. ``rate``: its learning rate; ``initial_rate``:
+    the one that a scheduler of torch multiplies; ``default_rate``: the one with which the optimizer was made.
+    None: there is none."""
+
+    names: frozenset[str]
+    rate: float | None
+    initial_rate: float | None = None
+    default_rate: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ObservedOptimizer:
+    """What an optimizer holds on this rank.
+
+    ``held``: names of trained parameters that are in its groups, or that share memory with a tensor in them.
+    ``foreign``: number of its tensors that are no parameters of the model, such as copies in float32;
+    ``foreign_changed``: how many of these the step changed; None without a step. ``unsharded``: how many are
+    plain tensors with the whole shape of a sharded parameter that is not held. ``groups``: those of torch's
+    optimizers."""
+
+    held: frozenset[str] = frozenset()
+    foreign: int = 0
+    foreign_changed: int | None = None
+    unsharded: int = 0
+    groups: tuple[OptimizerGroup, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class WeightFigures:
+    """What a step did to the trained parameters on one rank. All names are those of trained parameters.
+
+    - ``optimizer``: None if it has no parameter groups.
+    - ``compared``: parameters whose bits were compared before and after the step; None without a step.
+      ``changed``: those that differ. ``not_finite``: those with a value that is not finite after the step.
+    - ``gradients``: the largest absolute value of the gradients that arrived; None: an earlier hook had taken
+      the gradient away. ``gradients_at_update``: the same when the optimizer stepped; 0 if there was none.
+    - ``updates``: number of steps of torch's optimizers; None: not counted.
+    - ``ran``: parameters of blocks whose own module ran; None: not observed.
+    - ``masters``: parameters of which the optimizer updated a copy -> whether they are equal to it now."""
+
+    optimizer: ObservedOptimizer | None = None
+    compared: frozenset[str] | None = None
+    changed: frozenset[str] = frozenset()
+    not_finite: frozenset[str] = frozenset()
+    gradients: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
+    gradients_at_update: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    updates: int | None = None
+    ran: frozenset[str] | None = None
+    masters: Mapping[str, bool] = dataclasses.field(default_factory=dict)
+
+
 # -- what is compared between ranks -----------------------------------------------------------------------
 
 
@@ -298,6 +356,7 @@ class RankObservation:
     order: PassOrder = PassOrder()
     update: UpdateNorms = UpdateNorms()
     gradients: GradientFigures = dataclasses.field(default_factory=GradientFigures)
+    weights: WeightFigures = dataclasses.field(default_factory=WeightFigures)
 
     def other_coordinates(self, *dimensions: str) -> tuple[int, ...]:
         """Return the rank's coordinates along all dimensions of the plan's mesh except ``dimensions``, in the

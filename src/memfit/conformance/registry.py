@@ -15,6 +15,7 @@ from memfit.conformance import (
     shard_checks,
     technique_checks,
     tensor_parallel_check,
+    training_checks,
 )
 from memfit.conformance.findings import CheckFinding, NotChecked
 from memfit.conformance.observation import Observations
@@ -53,6 +54,7 @@ CHECKS = (
     ConformanceCheck(distributed_checks.shards, _SHARDING),
     ConformanceCheck(distributed_checks.units, ("fsdp2",)),
     ConformanceCheck(distributed_checks.experts, ("expert-parallel",)),
+    ConformanceCheck(training_checks.optimizer_parameters),
     ConformanceCheck(schedule_check.micro_batches, ("gradient-accumulation", "pipeline"), needs_step=True),
     ConformanceCheck(shard_checks.gradients, _SHARDING, needs_step=True),
     ConformanceCheck(shard_checks.optimizer_state, _SHARDING, needs_step=True),
@@ -80,6 +82,10 @@ CHECKS = (
     ),
     ConformanceCheck(tensor_parallel_check.summed, ("tensor-parallel",), needs_step=True),
     ConformanceCheck(clipping_check.clipped, needs_step=True),
+    ConformanceCheck(training_checks.update, needs_step=True),
+    ConformanceCheck(training_checks.weights, ("lora", "qlora"), needs_step=True),
+    ConformanceCheck(training_checks.block_gradients, needs_step=True),
+    ConformanceCheck(training_checks.master_weights, ("bf16-parameters",), needs_step=True),
 )
 
 # Techniques that some check covers.
@@ -98,7 +104,6 @@ _PARTLY = {
     "context-parallel": "whether the attention of every block reaches all other ranks is not checked",
     "activation-offload": "whether more than three quarters of the bytes are offloaded is not checked",
     "float8-linear": "what runs inside torchao's layers is not checked",
-    "lora": "whether the adapters are updated is not checked",
     "optimizer": "its settings and parameter groups are not checked",
     "sgd": "another optimizer with the same bytes of state is not detected",
 }

@@ -1,0 +1,288 @@
+"""Check whether a training step trains: what the optimizer holds, whether an update was finished, and whether
+weights change for their gradients.
+
+Names of parameters are united over ranks: a parameter changes if it does on one of them, because a shard may
+be empty or get no gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from memfit.conformance.findings import Checked, CheckFinding, NotChecked
+from memfit.conformance.observation import (
+    Observations,
+    ObservedOptimizer,
+    ObservedParameter,
+    OptimizerGroup,
+    WeightFigures,
+)
+from memfit.types.plan import Plan
+
+# Share of elements from which weights without gradient, or unchanged ones, are a difference. Below, they may
+# be parameters that a model has and does not use, or updates below the precision of a norm's weights.
+_MOST_UNTRAINED_RATIO = 0.25
+_NAMED = 3  # names in a text
+
+
+def optimizer_parameters(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
+    """Check whether the optimizers of all ranks together hold every trained parameter.
+
+    A parameter that no optimizer holds is a difference if the optimizer has no tensors beside the model's, if
+    the step changed none of these, or if they are whole tensors in place of sharded parameters, as in an
+    optimizer that was made before `fully_shard`. Else they may be copies that are written back, which
+    `weights` and `master_weights` judge by a step; without a step this is `NotChecked`. Yields nothing if the
+    optimizer has no parameter groups or the model no trained parameters."""
+    figures, trained = _figures(observed), observed.trained
+    optimizers = _optimizers(figures)
+    if not optimizers or not trained:
+        return
+    missing = _missing(observed)
+    foreign, unsharded = max(o.foreign for o in optimizers), max(o.unsharded for o in optimizers)
+    if not missing or _is_certain(figures):
+        stale_text = f"; {unsharded} of its tensors are as they were before sharding" if unsharded else ""
+        yield Checked(
+            "optimizer: parameters",
+            f"all {len(trained)} trained parameters in the optimizer",
+            f"{len(trained) - len(missing)}; not in it: {_named(missing)}{stale_text}" if missing else "all",
+            wrong=bool(missing),
+        )
+    elif not observed.has_step:
+        yield NotChecked(
+            f"optimizer: {foreign} of its tensors are no parameters of the model; whether they are copies "
+            "that are written back shows only in a step"
+        )
+
+
+def update(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
+    """Check whether the step finished an update: some trained parameter has changed, and none contains a
+    value that is not finite.
+
+    If none has changed, this is a difference unless the learning rates are 0 and a schedule will raise them,
+    or gradients are not finite and the optimizer did not step, as with a loss scale that is too high: then it
+    is `NotChecked`. Yields nothing if weights were not compared."""
+    figures = _figures(observed)
+    trained = _of(observed, figures)
+    if not trained:
+        return
+    if any(math.isnan(loss) for rank in observed.ranks for loss in rank.losses):
+        yield Checked("update: loss", "a number", "not a number", wrong=True)
+        return
+    changed, broken = _union(f.changed for f in figures), _union(f.not_finite for f in figures)
+    count_text = f"{sum(p.name in changed for p in trained)} of {len(trained)} trained parameters changed"
+    if broken:
+        found_text = f"values that are not finite in {_named([p for p in trained if p.name in broken])}"
+        yield Checked("update", "finite weights after the step", found_text, wrong=True)
+    elif changed:
+        yield Checked("update", "weights change", count_text, wrong=False)
+    elif reason := _reason_to_wait(figures):
+        yield NotChecked(f"update: {reason}, so no weight changed")
+    else:
+        yield Checked("update", "weights change", f"{count_text}: {_cause(figures)}", wrong=True)
+
+
+def _reason_to_wait(figures: Sequence[WeightFigures]) -> str:
+    """Return why a correct training may leave all weights unchanged in this step, or ""."""
+    groups = _rated(figures)
+    if groups and all(g.rate == 0 and _rises(g, groups) for g in groups):
+        return "the learning rate is 0 in this step"
+    values = [v for f in figures for v in f.gradients.values() if v is not None]
+    if not all(map(math.isfinite, values)) and not any(f.updates for f in figures):
+        return (
+            "gradients are not finite and the optimizer did not step, as with a loss scale that is too high"
+        )
+    return ""
+
+
+def _rises(group: OptimizerGroup, groups: Iterable[OptimizerGroup]) -> bool:
+    """Return whether the learning rate of a group, which is 0, can be that of a warm-up: a scheduler
+    multiplies another rate, or the loop sets the rates of all groups and the optimizer was made with another.
+    """
+    if group.initial_rate is not None:
+        return group.initial_rate > 0
+    return bool(group.default_rate) and all(g.rate == 0 for g in groups)
+
+
+def _cause(figures: Sequence[WeightFigures]) -> str:
+    gradients = _gradients(figures)
+    if not gradients:
+        return "no parameter got a gradient"
+    if all(value == 0 for value in gradients.values()):
+        return "all gradients are 0"
+    if all(f.updates == 0 for f in figures):
+        return "the optimizer did not step"
+    if _cleared(figures):
+        return "the gradients were gone when the optimizer stepped"
+    groups = _rated(figures)
+    if groups and all(g.rate == 0 for g in groups):
+        return "the learning rate is 0, and no schedule raises it"
+    return "its updates change none of them, or they were undone"
+
+
+def weights(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
+    """Check, if some weights have changed, whether all do that got a gradient other than 0, and whether the
+    optimizer saw these gradients.
+
+    It is a difference if a learning rate is 0 and no schedule will raise it, or if unchanged parameters, and
+    those whose gradients were cleared, are all of a block or a quarter of the elements. Fewer are
+    `NotChecked`, because their updates may be below the precision of their values, and so are those of which
+    a schedule has set the learning rate to 0. Parameters that `optimizer_parameters` reports are left out."""
+    figures = _figures(observed)
+    changed, gradients = _union(f.changed for f in figures), _gradients(figures)
+    if not changed:
+        return
+    reported = {p.name for p in _missing(observed)} if _is_certain(figures) else set()
+    due = [p for p in _of(observed, figures) if gradients.get(p.name, 0) != 0 and p.name not in reported]
+    zero_rated = [g for g in _rated(figures) if g.rate == 0]
+    waiting = _union(g.names for g in zero_rated if _rises(g, _rated(figures)))
+    stuck, cleared = _union(g.names for g in zero_rated) - waiting, _cleared(figures)
+    unchanged = [p for p in due if p.name not in changed and p.name not in waiting]
+    if resting := [p for p in due if p.name not in changed and p.name in waiting]:
+        yield NotChecked(f"weights: the learning rate of {_named(resting)} is 0 in this step")
+    lost = [p for p in due if p.name in cleared and p.name in changed]
+    untrained = [*unchanged, *lost]
+    is_wrong = any(p.name in stuck for p in unchanged) or _is_much(untrained, due)
+    texts = [
+        f"{len(params)} {text}: {_named(params)}"
+        for text, params in (
+            ("do not, at a learning rate of 0", [p for p in unchanged if p.name in stuck]),
+            ("do not", [p for p in unchanged if p.name not in stuck]),
+            ("without their gradients, which were gone when the optimizer stepped", lost),
+        )
+        if params
+    ]
+    if untrained and not is_wrong:
+        yield NotChecked(
+            f"weights: of {len(due)} with gradients, {'; '.join(texts)}; their updates may be too small"
+        )
+    elif due:
+        planned_text = f"all {len(due)} parameters with gradients change"
+        yield Checked("weights", planned_text, "; ".join(texts) or "all", wrong=is_wrong)
+
+
+def block_gradients(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
+    """Check whether gradients reach the repeated blocks that ran.
+
+    It is a difference if no parameter of a block gets a gradient other than 0, or if parameters whose modules
+    ran, and that get no gradient at all, are a quarter of a block's elements. Fewer are `NotChecked`, and so
+    are such parameters of the last block alone, of which the loss may not read all outputs. Yields nothing if
+    it was not observed which modules ran or no gradient was seen."""
+    figures = _figures(observed)
+    gradients, ran = _gradients(figures), _union(f.ran for f in figures if f.ran is not None)
+    blocks = [
+        (index, of_block)
+        for index, params in enumerate(observed.block_parameters)
+        if (of_block := [p for p in params if p.is_trained and p.name in ran])
+    ]
+    if not gradients or not blocks:
+        return
+    dead = [index for index, params in blocks if not any(gradients.get(p.name, 0) != 0 for p in params)]
+    cut = {index: [p for p in params if p.name not in gradients] for index, params in blocks}
+    partly = [i for i, params in blocks if i not in dead and _ratio(cut[i], params) >= _MOST_UNTRAINED_RATIO]
+    unused = [p for i, params in cut.items() if i not in dead for p in params]
+    if dead or (partly and partly != [blocks[-1][0]]):
+        texts = [f"none that is not 0 in blocks {', '.join(map(str, dead))}"] if dead else []
+        if partly:
+            texts.append(f"none in parts of blocks {', '.join(map(str, partly))}: {_named(unused)}")
+        yield Checked("block gradients", "gradients in all blocks", "; ".join(texts), wrong=True)
+        return
+    if unused:
+        yield NotChecked(f"block gradients: {_named(unused)} got none; the loss may not depend on them")
+    yield Checked("block gradients", "gradients in all blocks", f"in {len(blocks)} blocks", wrong=False)
+
+
+def master_weights(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
+    """Check whether parameters of which the optimizer updates copies are equal to these after the step.
+    Yields nothing if it updates no copies that were equal to parameters before the step."""
+    masters = {name: followed for f in _figures(observed) for name, followed in f.masters.items()}
+    if not masters:
+        return
+    behind = [p for p in observed.trained if masters.get(p.name) is False]
+    yield Checked(
+        "master weights",
+        f"{len(masters)} parameters equal to their updated copies",
+        f"{len(behind)} differ: {_named(behind)}" if behind else "all",
+        wrong=bool(behind),
+    )
+
+
+# -- what is united over ranks ----------------------------------------------------------------------------
+
+
+def _figures(observed: Observations) -> list[WeightFigures]:
+    return [rank.weights for rank in observed.ranks]
+
+
+def _union(sets: Iterable[frozenset[str]]) -> frozenset[str]:
+    return frozenset[str]().union(*sets)
+
+
+def _of(observed: Observations, figures: Sequence[WeightFigures]) -> list[ObservedParameter]:
+    """Return the trained parameters whose bits were compared on some rank."""
+    compared = _union(f.compared for f in figures if f.compared is not None)
+    return [p for p in observed.trained if p.name in compared]
+
+
+def _optimizers(figures: Sequence[WeightFigures]) -> list[ObservedOptimizer]:
+    return [f.optimizer for f in figures if f.optimizer is not None]
+
+
+def _rated(figures: Sequence[WeightFigures]) -> list[OptimizerGroup]:
+    """Return the parameter groups that hold parameters of the model."""
+    return [g for optimizer in _optimizers(figures) for g in optimizer.groups if g.names]
+
+
+def _missing(observed: Observations) -> list[ObservedParameter]:
+    """Return the trained parameters that no optimizer holds and that did not change."""
+    figures = _figures(observed)
+    updated = _union(o.held for o in _optimizers(figures)) | _union(f.changed for f in figures)
+    return [p for p in observed.trained if p.name not in updated]
+
+
+def _is_certain(figures: Sequence[WeightFigures]) -> bool:
+    """Return whether parameters that no optimizer holds are not updated: no tensors of the optimizers can be
+    copies of them, or they are stale, or they stayed as they were in a step that changed weights. Optimizers
+    without any tensors may have them only while they step, as DeepSpeed's."""
+    optimizers = _optimizers(figures)
+    has_step = any(f.changed for f in figures)
+    return any(o.held or o.foreign for o in optimizers) and (
+        not any(o.foreign for o in optimizers)
+        or any(o.unsharded for o in optimizers)
+        or (has_step and not any(o.foreign_changed is None or o.foreign_changed for o in optimizers))
+    )
+
+
+def _gradients(figures: Sequence[WeightFigures]) -> Mapping[str, float]:
+    """Return parameter -> the largest gradient of all ranks; infinity if its size is unknown."""
+    largest: dict[str, float] = {}
+    for name, value in (item for f in figures for item in f.gradients.items()):
+        size = math.inf if value is None or math.isnan(value) else value
+        largest[name] = max(largest.get(name, 0.0), size)
+    return largest
+
+
+def _cleared(figures: Sequence[WeightFigures]) -> frozenset[str]:
+    """Return the parameters whose gradients were not 0 and that the optimizer holds, but without a gradient
+    when it stepped."""
+    return _union(
+        frozenset(n for n, v in f.gradients_at_update.items() if v == 0 and (f.gradients.get(n) or 0) != 0)
+        for f in figures
+    )
+
+
+def _is_much(untrained: Sequence[ObservedParameter], due: Sequence[ObservedParameter]) -> bool:
+    """Return whether ``untrained`` are all of ``due`` in some block, or a quarter of its elements."""
+    names = {p.name for p in untrained}
+    blocks = {index for p in due for index in p.blocks}
+    whole = any(all(p.name in names for p in due if index in p.blocks) for index in blocks)
+    return bool(untrained) and (whole or _ratio(untrained, due) >= _MOST_UNTRAINED_RATIO)
+
+
+def _ratio(part: Iterable[ObservedParameter], params: Iterable[ObservedParameter]) -> float:
+    return sum(p.whole_elements for p in part) / max(1, sum(p.whole_elements for p in params))
+
+
+def _named(params: Sequence[ObservedParameter]) -> str:
+    names = [p.name for p in params]
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"{', '.join(names[:_NAMED])}{more}"

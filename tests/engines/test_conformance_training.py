@@ -1,0 +1,128 @@
+"""What the conformance check reports of trainings that do not train: the short form of
+benchmarks/broken_trainings.py, whose cases it runs."""
+
+from __future__ import annotations
+
+import broken_trainings
+import pytest
+import torch
+from torch import nn
+from training_cases import BROKEN, HONEST, Case, Net, adamw, loss_of
+
+from memfit.api import conform
+from memfit.conformance.observation import (
+    Observations,
+    ObservedOptimizer,
+    ObservedParameter,
+    RankObservation,
+    WeightFigures,
+)
+from memfit.conformance.training_checks import optimizer_parameters, weights
+from memfit.types.plan import Plan
+
+# One step cannot tell a schedule that stays at 0 from a warm-up, nor a layer whose weights are read without
+# it from one that the step does not use.
+NOT_CAUGHT = {"a scheduler whose factor is always 0", "weights of the feed-forward part read through .data"}
+# The differences of the items of issue 29, by the part of the plan that they name.
+FEATURES = {
+    "the optimizer's step is never called": "update: planned weights change, found 0 of 51",
+    "optimizer without the blocks": "optimizer: parameters: planned all 51",
+    "the output of the first half of the blocks detached": "block gradients: planned",
+    "master weights updated and not written back": "master weights: planned 51 parameters equal",
+}
+
+
+def _ids(cases: list[Case]) -> list[str]:
+    return [case.name for case in cases]
+
+
+ALONE = [case for case in BROKEN if case.ranks == 1 and case.name not in NOT_CAUGHT]
+
+
+@pytest.mark.parametrize("case", ALONE, ids=_ids(ALONE))
+def test_a_training_that_does_not_train_is_reported(case: Case) -> None:
+    answer = broken_trainings.answer(case)
+    assert answer.outcome == "refused", answer.text
+    assert FEATURES.get(case.name, "") in answer.text
+
+
+HONEST_ALONE = [case for case in HONEST if case.ranks == 1]
+
+
+@pytest.mark.parametrize("case", HONEST_ALONE, ids=_ids(HONEST_ALONE))
+def test_an_honest_training_is_not_refused(case: Case) -> None:
+    answer = broken_trainings.answer(case)
+    assert answer.outcome == "passed", answer.text
+
+
+def test_an_optimizer_made_before_fully_shard_is_reported() -> None:
+    case = next(c for c in BROKEN if c.name == "FSDP2: optimizer made before fully_shard")
+    answer = broken_trainings.answer(case)
+    assert "51 of its tensors are as they were before sharding" in answer.text
+    assert "update: planned weights change, found 0 of 51" in answer.text
+
+
+def test_what_cannot_be_told_in_one_step_is_named() -> None:
+    case = next(c for c in BROKEN if c.name == "a scheduler whose factor is always 0")
+    assert "not checked: update: the learning rate is 0 in this step" in broken_trainings.answer(case).text
+
+
+def test_a_list_of_optimizers_is_taken_together() -> None:
+    model = Net()
+    optimizers = [
+        adamw(model.blocks.parameters()),
+        adamw([*model.embed.parameters(), *model.head.parameters()]),
+    ]
+
+    def step() -> None:
+        loss_of(model).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    assert "optimizer: parameters" in conform(model, optimizers, {}, step=step, blocks="blocks").checked
+
+
+def test_the_optimizer_is_checked_without_a_step() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    with pytest.raises(Exception, match="optimizer: parameters: planned all 4"):
+        conform(model, torch.optim.SGD(model[0].parameters(), lr=0.1), {})
+
+
+# -- the checks on observations written by hand -----------------------------------------------------------
+
+
+def _parameter(name: str, elements: int = 100) -> ObservedParameter:
+    return ObservedParameter(
+        name=name,
+        shape=(elements,),
+        dtype=torch.float32,
+        is_trained=True,
+        elements=elements,
+        whole_elements=elements,
+        local_elements=elements,
+        shard_bytes=4 * elements,
+        shard_device="cpu",
+    )
+
+
+def _observed(*of_ranks: WeightFigures, names: str = "ab") -> Observations:
+    ranks = tuple(RankObservation(coordinate={}, weights=figures) for figures in of_ranks)
+    return Observations(rank=0, ranks=ranks, parameters=tuple(map(_parameter, names)), forwards=1)
+
+
+def test_parameters_that_another_rank_updates_are_held() -> None:
+    """As those of optimizers that shard their state: each rank holds a part of the parameters."""
+    figures = [WeightFigures(optimizer=ObservedOptimizer(held=frozenset(name))) for name in "ab"]
+    assert not any(f.wrong for f in optimizer_parameters(Plan(), _observed(*figures)))
+    assert any(f.wrong for f in optimizer_parameters(Plan(), _observed(figures[0])))
+
+
+def test_a_shard_that_changes_on_another_rank_has_changed() -> None:
+    compared = frozenset("ab")
+    figures = [
+        WeightFigures(compared=compared, changed=frozenset(name), gradients={"a": 1.0, "b": 1.0})
+        for name in "ab"
+    ]
+    assert [f.wrong for f in weights(Plan(), _observed(*figures))] == [False]
+    assert [f.wrong for f in weights(Plan(), _observed(figures[0]))] == [True]
