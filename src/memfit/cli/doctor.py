@@ -118,14 +118,17 @@ def _install(name: str, into: Path | None, *, as_json: bool) -> None:
 def machine() -> Iterator[Check]:
     """Yield, in this order, information on the processor, the cores, the memory and the system, then the
     check of torch and one check for each accelerator."""
-    from memfit.runtime.local_machine import free_bytes, threads
+    from memfit.runtime.local_machine import host_memory_limit, threads
     from memfit.store import fingerprint
 
     facts = fingerprint()
     yield Check(name="processor", ok=None, detail=facts["processor"])
     yield Check(name="cores", ok=None, detail=f"{facts['cores']}; {threads()} usable by this process")
-    total = format_bytes(int(facts["ram_bytes"]))
-    yield Check(name="memory", ok=None, detail=f"{total}, {format_bytes(free_bytes())} free now")
+    limit, installed_bytes = host_memory_limit(), int(facts["ram_bytes"])
+    total = format_bytes(limit.total_bytes)
+    if limit.total_bytes < installed_bytes:
+        total += f" by the {limit.source}, of {format_bytes(installed_bytes)} in the machine"
+    yield Check(name="memory", ok=None, detail=f"{total}, {format_bytes(limit.free_bytes)} free now")
     yield Check(name="system", ok=None, detail=f"{facts['system']}, {facts['python']}")
     check = torch_check()
     yield check

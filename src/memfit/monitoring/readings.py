@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 from typing import Final
 
-import psutil
 import torch
 
-from memfit.runtime import cgroup, devices
+from memfit.runtime import devices, local_machine
 from memfit.runtime.counting_allocator import active_allocator
 from memfit.runtime.energy import EnergyMeter
 from memfit.runtime.memory import heap_bytes, rss_bytes, rss_peak_bytes
@@ -22,8 +21,8 @@ class MemoryReadings:
     """The memory of one device and of this process.
 
     ``source``: what counts allocated bytes; "" if nothing does, as on a processor without memfit's counting
-    allocator. ``total_bytes``: memory of the device; for a processor, that of the machine, or the limit of
-    the process's control group if that is less.
+    allocator. ``total_bytes``: memory of the device; for a processor, that of the machine that the
+    process may use.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -32,9 +31,7 @@ class MemoryReadings:
         self._counter = active_allocator() if self._is_host else None
         if self._is_host:
             self.source = self._counter.source if self._counter is not None else ""
-            limit = cgroup.limit_here()
-            total_bytes = int(psutil.virtual_memory().total)
-            self.total_bytes = total_bytes if limit is None else min(total_bytes, limit[0])
+            self.total_bytes = local_machine.host_memory_limit().total_bytes
         else:
             self.source = f"torch's allocator of {device.type}"
             self.total_bytes = devices.memory_info(device)[1]
@@ -75,14 +72,8 @@ class MemoryReadings:
         if asks_driver or heap is None:
             values["host_bytes"] = rss_bytes()
         if asks_driver:
-            values |= {"peak_host_bytes": rss_peak_bytes(), "headroom_bytes": _host_headroom_bytes()}
+            values |= {"peak_host_bytes": rss_peak_bytes(), "headroom_bytes": local_machine.free_bytes()}
         return values
-
-
-def _host_headroom_bytes() -> int:
-    """Return what this process can still take of the memory of the machine and of its control group."""
-    available_bytes, limit = int(psutil.virtual_memory().available), cgroup.limit_here()
-    return available_bytes if limit is None else min(available_bytes, limit[1])
 
 
 class EnergyReadings:

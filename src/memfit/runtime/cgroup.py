@@ -1,4 +1,5 @@
-"""A control group (version 2) for one process, if the user has permission to make one.
+"""A control group (version 2) for one process, if the user has permission to make one; and the memory limit
+of the group that this process is in, of either version.
 
 This module uses only the standard library. A child process makes and enters its group; its parent reads what
 happened in the group and removes it. Without such a group, the parent reads what happened in its own, where
@@ -15,6 +16,12 @@ from typing import Final
 
 _ROOT: Final = Path("/sys/fs/cgroup")
 _OWN: Final = Path("/proc/self/cgroup")
+# Of version 2 and of version 1: the files of the limit and of the use, and the key of cached files.
+_FILES: Final = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+_UNLIMITED_BYTES: Final = 2**60  # version 1 has no other word for "no limit" than a very large number
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,23 +94,39 @@ def oom_kills_here(*, root: Path = _ROOT, own: Path = _OWN) -> int | None:
 
 def limit_here(*, root: Path = _ROOT, own: Path = _OWN) -> tuple[int, int] | None:
     """Return (limit, free bytes) of this process's control group or of that group above it which has the
-    least free. Cached files that the kernel can drop count as free. Return None without a control group of
-    version 2 that has a limit. ``root`` and ``own``: as in `Group.of`."""
-    with contextlib.suppress(OSError, StopIteration):
-        home = _home(root, own)
-        groups = [home, *(p for p in home.parents if p.is_relative_to(root))]
-        limits = [limit for g in groups if (limit := _limit(g)) is not None]
-        return min(limits, key=lambda limit: limit[1], default=None)
-    return None
+    least free, in version 2 or in the memory hierarchy of version 1. Cached files that the kernel can drop
+    count as free. Return None without a control group that limits memory, which is the limit of a container,
+    too. ``root`` and ``own``: as in `Group.of`."""
+    limits = [limit for g in _memory_groups(root, own) if (limit := _limit(g)) is not None]
+    return min(limits, key=lambda limit: limit[1], default=None)
+
+
+def _memory_groups(root: Path, membership_file: Path) -> list[Path]:
+    """Return the folders of the groups of both versions that may limit this process's memory: its own and
+    those above it. A container may see a hierarchy in which its own group is the top one, and the path of
+    another in the file that names its group: then folders do not exist, and only the top one counts."""
+    groups = []
+    with contextlib.suppress(OSError):
+        for line in membership_file.read_text().splitlines():
+            _, controllers, path = [*line.split(":", 2), "", ""][:3]
+            if not controllers or "memory" in controllers.split(","):
+                top = root / "memory" if controllers else root
+                home = top / path.lstrip("/")
+                groups += [g for g in (home, *home.parents) if g == top or top in g.parents]
+    return groups
 
 
 def _limit(group: Path) -> tuple[int, int] | None:
-    with contextlib.suppress(OSError, ValueError):
-        limit_bytes = int((group / "memory.max").read_text())  # "max" if there is no limit
-        lines = (group / "memory.stat").read_text().splitlines()
-        cache_bytes = int(dict(line.split() for line in lines).get("inactive_file", 0))
-        used_bytes = int((group / "memory.current").read_text())
-        return limit_bytes, max(0, limit_bytes - used_bytes + cache_bytes)
+    """Return (limit, free bytes) of a group, or None if it has no limit or cannot be read."""
+    for limit_name, usage_name, cache_name in _FILES:
+        with contextlib.suppress(OSError, ValueError):
+            limit_bytes = int((group / limit_name).read_text())  # "max" in version 2 if there is no limit
+            if limit_bytes >= _UNLIMITED_BYTES:
+                continue
+            lines = (group / "memory.stat").read_text().splitlines()
+            cache_bytes = int(dict(line.split() for line in lines).get(cache_name, 0))
+            used_bytes = int((group / usage_name).read_text())
+            return limit_bytes, min(limit_bytes, max(0, limit_bytes - used_bytes + cache_bytes))
     return None
 
 

@@ -216,6 +216,36 @@ def launch_rank() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
+_SLURM_UNITS: Final = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def slurm_memory() -> tuple[int, str] | None:
+    """Return (bytes, variable) of the memory that Slurm has allotted to this job on this node, by the
+    variable that says so: SLURM_MEM_PER_NODE; SLURM_MEM_PER_CPU times SLURM_CPUS_ON_NODE; or
+    SLURM_MEM_PER_GPU times SLURM_GPUS_ON_NODE. Return None outside a job, if the job has the whole node (0), and if the values cannot
+    be read. Whether Slurm also enforces it, by a control group, depends on its configuration."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return None
+    for name, count_name in (
+        ("SLURM_MEM_PER_NODE", ""),
+        ("SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE"),
+        ("SLURM_MEM_PER_GPU", "SLURM_GPUS_ON_NODE"),
+    ):
+        size_bytes = _slurm_bytes(os.environ.get(name, ""))
+        count = os.environ.get(count_name, "") if count_name else "1"
+        if size_bytes and count.isdigit() and int(count):
+            return size_bytes * int(count), name
+    return None
+
+
+def _slurm_bytes(text: str) -> int:
+    """Return the bytes of a size as Slurm writes it: a whole number of MiB, or one with a unit. 0 if it is
+    none."""
+    unit = _SLURM_UNITS.get(text[-1:].upper())
+    number = text[:-1] if unit else text
+    return int(number) * (unit or _SLURM_UNITS["M"]) if number.isdigit() and len(number) <= 12 else 0
+
+
 # -- memory -------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ import datetime
 import os
 
 from memfit import catalog
-from memfit.runtime import devices
+from memfit.runtime import cgroup, devices
 from memfit.types.device_kind import HOST
 from memfit.types.errors import UserError
 from memfit.types.machine import Device, Fact, Host, Machine
@@ -22,9 +22,10 @@ def this_machine(place: str, kind: str = "") -> Machine:
 
     Accelerators are called by their product name and have the catalog's figures if it knows the product.
     Their memory is what the driver reports in all. The processor is called "this machine", or "this machine's
-    processor" if there is an accelerator as well. Its memory is what the operating system reports in all, its
-    power an assumed number of watts for each CPU thread that this process may use. Raises UserError if torch
-    finds no device of this kind, and MemfitError if it finds one that does not work.
+    processor" if there is an accelerator as well. Its memory is what this process may use of it
+    (`host_memory_limit`), its power an assumed number of watts for each CPU thread that this process may use.
+    Raises UserError if torch finds no device of this kind, and MemfitError if it finds one that does not
+    work.
     """
     accelerator_kind = devices.accelerator_kind()
     if kind not in ("", HOST, accelerator_kind):
@@ -65,10 +66,38 @@ def _known(name: str) -> Device | None:
         return None
 
 
-def _host_memory() -> Fact:
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class HostMemoryLimit:
+    """The memory of this machine that this process may use. ``total_bytes``: in all; ``free_bytes``: what can
+    be allocated now without swapping; ``source``: what sets the total, such as "operating system".
+    """
+
+    total_bytes: int
+    free_bytes: int
+    source: str
+
+
+def host_memory_limit() -> HostMemoryLimit:
+    """Return the memory that this process may use: the least of what the operating system has, what its
+    control group allows (of version 1 or 2, also that of a container or a Kubernetes pod), and what Slurm has
+    allotted to the job on this node."""
     import psutil
 
-    return _measured(psutil.virtual_memory().total, "operating system")
+    system = psutil.virtual_memory()
+    totals = [(int(system.total), "operating system")]
+    free_bytes = int(system.available)
+    if (group := cgroup.limit_here()) is not None:
+        totals.append((group[0], "control group"))
+        free_bytes = min(free_bytes, group[1])
+    if (allotted := devices.slurm_memory()) is not None:
+        totals.append((allotted[0], f"Slurm ({allotted[1]})"))
+    total_bytes, source = min(totals, key=lambda total: total[0])
+    return HostMemoryLimit(total_bytes=total_bytes, free_bytes=min(free_bytes, total_bytes), source=source)
+
+
+def _host_memory() -> Fact:
+    limit = host_memory_limit()
+    return _measured(limit.total_bytes, limit.source)
 
 
 def _measured(size_bytes: int, source: str) -> Fact:
@@ -82,10 +111,9 @@ def threads() -> int:
 
 
 def free_bytes() -> int:
-    """Return the bytes of this machine's memory that can be allocated now without swapping."""
-    import psutil
-
-    return int(psutil.virtual_memory().available)
+    """Return the bytes of this machine's memory that this process can allocate now without swapping
+    (`host_memory_limit`)."""
+    return host_memory_limit().free_bytes
 
 
 def free_device_bytes(kind: str) -> int:
