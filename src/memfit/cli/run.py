@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -29,7 +30,7 @@ from memfit.types.errors import UserError
 from memfit.types.launch import RESUMABLE_EXIT, CheckpointSettings
 from memfit.types.parsing import parse_duration
 from memfit.types.plan import Plan
-from memfit.types.result import OutcomeKind, Recovery, Run
+from memfit.types.result import Measurement, OutcomeKind, Recovery, Run
 from memfit.types.sanitize import one_line, replace_controls
 from memfit.types.units import format_bytes, format_seconds
 
@@ -317,7 +318,8 @@ def lines(run: Run) -> Iterator[str]:
     loss, the folder of checkpoints that were saved, and the metric."""
     from memfit.cli.views import step_s
 
-    measurement, cap_bytes = run.measurement, run.spec.cap_bytes
+    measurement = run.measurement
+    cap_bytes = measurement.cap_bytes or run.spec.cap_bytes
     cap = f"under {format_bytes(cap_bytes)} ({measurement.limit_kind})" if cap_bytes else "without a cap"
     yield ": ".join(
         filter(None, (run.spec.plan.label, f"{measurement.outcome.value} {cap}", measurement.reason))
@@ -334,8 +336,11 @@ def lines(run: Run) -> Iterator[str]:
         yield f"  why     {in_one_line(diagnose_run(measurement.reason, measurement.steps_done))}"
     if measurement.peak_bytes is not None:
         yield f"  peak    {_peak(run, measurement.peak_bytes)}, {measurement.peak_source}"
+    yield from _resident_lines(run)
     if (step := step_s(measurement)) is not None:
         yield f"  step    {_predicted_and_measured(run.predicted_step_s, step, format_seconds)}"
+    yield from _data_line(measurement)
+    yield from (f"  alarm   {text}" for text in run.alarms)
     keep, count = run.spec.keep, len(measurement.losses)
     if keep.resume:
         skipped = f"; skipped {', '.join(keep.passed_over)}" if keep.passed_over else ""
@@ -353,6 +358,39 @@ def lines(run: Run) -> Iterator[str]:
         yield f"  saved   {keep.save}{f'; --resume {keep.save} goes on' if goes_on else ''}"
     if measurement.metric is not None:
         yield f"  metric  {measurement.metric:.4g} on held-out data"
+
+
+def _resident_lines(run: Run) -> Iterator[str]:
+    """Yield a line with the resident memory of the process, of which the cap counts only a part, and one with
+    the bound that evaluation or saves have raised."""
+    measurement, resident = run.measurement, run.measurement.resident
+    if resident is not None:
+        yield (
+            f"  memory  {format_bytes(resident.peak_bytes)} resident at most, "
+            f"{format_bytes(resident.start_bytes)} of them before the job was loaded; not in a cap: "
+            f"{format_bytes(resident.loaded_bytes)} of data and caches from before training, "
+            f"{format_bytes(resident.shared_bytes)} shared, {format_bytes(resident.mapped_bytes)} of files"
+        )
+    if measurement.cap_bytes and run.spec.cap_bytes:
+        yield (
+            f"  cap     {format_bytes(run.spec.cap_bytes)} for training alone; evaluation or saves need up "
+            f"to {format_bytes(measurement.cap_bytes)}, as measured in the warm-up"
+        )
+
+
+_SLOW_DATA_RATIO = 0.1
+
+
+def _data_line(measurement: Measurement) -> Iterator[str]:
+    """Yield a line if making a batch takes at least a tenth of the time of a step."""
+    if not measurement.batch_s or not measurement.step_s:
+        return
+    batch_s, step_s = statistics.median(measurement.batch_s), statistics.median(measurement.step_s)
+    if batch_s >= _SLOW_DATA_RATIO * step_s:
+        yield (
+            f"  data    {format_seconds(batch_s)} to make a batch, {batch_s / step_s:.2g} times the step, "
+            "which waits for it and does not include it"
+        )
 
 
 def _peak(run: Run, peak_bytes: int) -> str:

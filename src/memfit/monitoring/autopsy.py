@@ -598,7 +598,19 @@ def diagnose_run(reason: str, steps_done: int) -> Diagnosis:
     log = TrainingLog(
         last_step=steps_done, epochs=0, in_evaluation=False, progress_rows=(), memory=None, samples=()
     )
-    return judge(failure, PhaseOfDeath(), log)
+    return judge(failure, _phase_in(reason), log)
+
+
+_RUN_PHASE: Final = re.compile(r"out of memory in (\w+) (?:of step|after) ")
+
+
+def _phase_in(reason: str) -> PhaseOfDeath:
+    """Return what ran when a run of memfit ran out of memory, by what its worker reported."""
+    match = _RUN_PHASE.match(reason)
+    name = match[1] if match is not None else ""
+    if name == "evaluation":
+        return PhaseOfDeath(name="forward", in_evaluation=True)
+    return PhaseOfDeath(name={"setup": "build", "resume": "load", "between": ""}.get(name, name))
 
 
 # -- several pieces of evidence ---------------------------------------------------------------------------

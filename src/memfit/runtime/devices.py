@@ -222,8 +222,9 @@ _SLURM_UNITS: Final = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 def slurm_memory() -> tuple[int, str] | None:
     """Return (bytes, variable) of the memory that Slurm has allotted to this job on this node, by the
     variable that says so: SLURM_MEM_PER_NODE; SLURM_MEM_PER_CPU times SLURM_CPUS_ON_NODE; or
-    SLURM_MEM_PER_GPU times SLURM_GPUS_ON_NODE. Return None outside a job, if the job has the whole node (0), and if the values cannot
-    be read. Whether Slurm also enforces it, by a control group, depends on its configuration."""
+    SLURM_MEM_PER_GPU times SLURM_GPUS_ON_NODE. Return None outside a job, if the job has the whole node (0),
+    and if the values cannot be read. Whether Slurm also enforces it, by a control group, depends on its
+    configuration."""
     if "SLURM_JOB_ID" not in os.environ:
         return None
     for name, count_name in (

@@ -141,9 +141,9 @@ def rss_bytes() -> int:
 def rss_peak_bytes() -> int:
     """Return the highest resident bytes since the last reset_rss_peak, or since the process started. Return
     the resident bytes now if the system records no peak, as on macOS."""
-    status_bytes = _status_bytes("VmHWM")
-    if status_bytes is not None:
-        return status_bytes
+    recorded_bytes = status_bytes("VmHWM")
+    if recorded_bytes is not None:
+        return recorded_bytes
     import psutil
 
     memory = psutil.Process().memory_info()
@@ -178,6 +178,14 @@ def heap_bytes() -> int | None:
     return int(info.uordblks + info.hblkhd)
 
 
+def large_block_bytes() -> int | None:
+    """Return the bytes of the blocks that the C library's allocator has mapped one by one, or None where it
+    does not tell. In a child process with `child_process.CHILD_ENV` these are all blocks of 64 KiB or more:
+    tensors, arrays of NumPy, tables of libraries."""
+    function = _mallinfo()
+    return None if function is None else int(function().hblkhd)
+
+
 def reset_rss_peak() -> bool:
     """Set the peak that `rss_peak_bytes` returns to the current resident bytes. Return False if the system
     does not support this, else True."""
@@ -190,10 +198,11 @@ def reset_rss_peak() -> bool:
 def data_bytes() -> int | None:
     """Return this process's VmData in bytes: private writable memory without the stack, which RLIMIT_DATA
     limits. Return None on systems without /proc."""
-    return _status_bytes("VmData")
+    return status_bytes("VmData")
 
 
-def _status_bytes(field: str) -> int | None:
+def status_bytes(field: str) -> int | None:
+    """Return a field of this process's status in bytes, such as "RssShmem", or None where there is none."""
     with contextlib.suppress(OSError):
         for line in _STATUS.read_text().splitlines():
             if line.startswith(field + ":"):

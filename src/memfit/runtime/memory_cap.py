@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["MemoryLimit", "is_oom_error"]
 
 _PROBE_BYTES: Final = 32 * 1024**2
+_SPARE_RATIO, _SPARE_BYTES = 1.05, 2 * 1024**2  # as in planner.capacity
 
 
 class MemoryLimit:
@@ -45,7 +46,7 @@ class MemoryLimit:
         self.cap_bytes = cap_bytes
         self.footprint_bytes: int | None = None  # None until apply()
         self._used_bytes: int | None = None  # None until lift()
-        self._lifted = False
+        self._lifted = self._was_raised = False
         self._allocator = counter if isinstance(counter, CountingAllocator) else None
         if device is None or device.type == HOST:
             self._cap: _Cap = _cpu_cap(cap_bytes, self._allocator)
@@ -56,22 +57,32 @@ class MemoryLimit:
     def kind(self) -> str:
         return self._cap.kind
 
-    def apply(self) -> None:
+    def apply(self, *, at_least_data_bytes: int = 0) -> None:
         """Return free memory to the system and set the cap. From now on an allocation beyond it fails
-        (RLIMIT_DATA, memory fraction) or the process is killed (cgroup)."""
+        (RLIMIT_DATA, memory fraction) or the process is killed (cgroup). ``at_least_data_bytes``: `cap_bytes`
+        is raised, if necessary, so that the data segment of the process can grow to this size and a little
+        more (5 % of the growth and 2 MiB). It has no effect on an accelerator."""
         if self._allocator is not None:
             self._allocator.release(self.cap_bytes)
         _trim()
+        if at_least_data_bytes and self.kind != _MemoryFraction.kind:
+            growth_bytes = at_least_data_bytes - (data_bytes() or 0)
+            self.cap_bytes = max(self.cap_bytes, int(growth_bytes * _SPARE_RATIO) + _SPARE_BYTES)
         self.footprint_bytes = self._cap.apply(self.cap_bytes)
 
     def lift(self) -> None:
         """Remove the cap that `apply` has set. Calling this again does nothing."""
         if not self._lifted:
             self._lifted = True
-            self._used_bytes = self._cap.used_bytes()
+            self._used_bytes, self._was_raised = self._cap.used_bytes(), self._cap.is_raised()
             self._cap.lift()
             if self._allocator is not None:
                 self._allocator.release()
+
+    def was_raised(self) -> bool:
+        """Return whether somebody else, such as the job's code, had set a higher limit at lift() (or has now,
+        before lift())."""
+        return self._was_raised if self._lifted else self._cap.is_raised()
 
     def used_bytes(self) -> int | None:
         """Return the peak in bytes above the footprint, from apply() to lift() (or to now, before lift()), as
@@ -90,6 +101,10 @@ class _Cap(Protocol):
     def lift(self) -> None: ...
 
     def used_bytes(self) -> int | None: ...
+
+    def is_raised(self) -> bool:
+        """Return whether another limit than the one that `apply` has set is in force, and it is higher."""
+        ...
 
 
 def _cpu_cap(cap_bytes: int, allocator: CountingAllocator | None) -> _Cap:
@@ -138,8 +153,13 @@ class _DataLimit:
         if self._allocator is not None:
             self._allocator.watch_data(True)
             self._start_bytes = self._allocator.data_peak_bytes()
-        resource.setrlimit(resource.RLIMIT_DATA, (min(bounds), hard))
+        self._limit_bytes = min(bounds)
+        resource.setrlimit(resource.RLIMIT_DATA, (self._limit_bytes, hard))
         return footprint
+
+    def is_raised(self) -> bool:
+        soft = resource.getrlimit(resource.RLIMIT_DATA)[0]
+        return soft == resource.RLIM_INFINITY or soft > self._limit_bytes
 
     def lift(self) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, self._before)
@@ -173,6 +193,9 @@ class _Cgroup:
     def used_bytes(self) -> int | None:
         return self._group.peak_bytes()
 
+    def is_raised(self) -> bool:
+        return False  # the parent group's owner alone can do that
+
 
 class _MemoryFraction:
     """A cap by torch's caching allocator of an accelerator, which limits the memory that it takes from the
@@ -198,6 +221,9 @@ class _MemoryFraction:
 
     def used_bytes(self) -> int:
         return int(self._counter.reserved_peak_bytes()) - self._start_bytes
+
+    def is_raised(self) -> bool:
+        return False  # torch does not tell the fraction that is set
 
 
 def _trim() -> None:

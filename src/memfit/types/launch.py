@@ -43,6 +43,9 @@ class RunSpec:
     """One training run of one plan.
 
     ``cap_bytes``: memory that the process may use above what it has when the cap is set; None: no cap.
+    ``cap_scope``: what it holds for. "training": not for the evaluation, for which it is lifted; "run": for
+    all; "bound": for all, and it is memfit's own bound, which what evaluation and saves take in the warm-up
+    raises.
     ``timeout_s``: seconds after which it is stopped; None: never. ``steps``: number of steps from the very
     first one, including those done before a checkpoint that is resumed. ``stall_s``: seconds without progress
     in a step after which all ranks are ended; None: many steps' time (`StallWatch`). ``predicted_step_s``:
@@ -63,6 +66,7 @@ class RunSpec:
     sizes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     clip: float | None = None  # largest gradient norm, as in the job
     cap_bytes: int | None = None
+    cap_scope: str = "training"
     threads: int = 0  # 0: torch's default
     device: str = HOST  # torch's name of the kind of device: "cpu", "cuda"; a rank uses that of its number
     evaluate: bool = True

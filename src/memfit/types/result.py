@@ -124,9 +124,30 @@ class Restart:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ResidentMemory:
+    """The resident memory of a training process, as the operating system counts it, in bytes.
+
+    ``peak_bytes``: the most from the beginning of training on. ``start_bytes``: before the job was loaded:
+    Python and the libraries. ``footprint_bytes``: when training began, after a step for warm-up.
+    ``loaded_bytes``: what the process then held in large blocks (64 KiB or more) more than before the job was
+    loaded: data that the job reads at import or for its first batch. ``shared_bytes``, ``mapped_bytes``: the
+    most that was seen of shared memory, and of mapped files that are not libraries, both without what there
+    was before the job was loaded. A memory cap by RLIMIT_DATA counts none of these three.
+    """
+
+    peak_bytes: int
+    start_bytes: int
+    footprint_bytes: int
+    loaded_bytes: int = 0
+    shared_bytes: int = 0
+    mapped_bytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """One run as measured by its child process. ``step_s``, ``losses``, ``grad_norms`` and ``headroom_bytes``
-    have one entry per optimizer step, in order. A field that is None or empty was not measured.
+    """One run as measured by its child process. ``step_s``, ``batch_s``, ``losses``, ``grad_norms`` and
+    ``headroom_bytes`` have one entry per optimizer step, in order. A field that is None or empty was
+    not measured.
     """
 
     outcome: OutcomeKind
@@ -146,11 +167,14 @@ class Measurement:
     phase_peak_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     phase_rss_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     rss_peak_bytes: int | None = None
+    resident: ResidentMemory | None = None
+    cap_bytes: int | None = None  # the cap that was set, if the warm-up raised that of the spec
     footprint_bytes: int | None = None  # of the process before the limit was set
     limit_kind: str = ""  # "", "RLIMIT_DATA", "cgroup", "memory fraction"
     process_peak_bytes: int | None = None  # as counted by the cap, above the footprint
     overhead_ratio: float | None = None  # process_peak_bytes / peak_bytes
     step_s: tuple[float, ...] = ()
+    batch_s: tuple[float, ...] = ()  # making the step's batch, before the step
     losses: tuple[float, ...] = ()
     grad_norms: tuple[float, ...] = ()
     headroom_bytes: tuple[int, ...] = ()  # cap minus the step's peak
@@ -296,6 +320,7 @@ class Run:
     prediction are those after the last one, predicted for the batch of the step that had failed. The losses
     are those of all steps, and the other measurements those after the last recovery. ``recovery_stop``: why
     there was no further recovery although memory ran out; "" if it did not, or if none was asked for.
+    ``alarms``: what was unusual in the steps of rank 0, one sentence each.
     """
 
     spec: RunSpec
@@ -306,6 +331,7 @@ class Run:
     dependence: SampleDependence | None = None  # of the job's samples, if the plan splits the batch
     recoveries: tuple[Recovery, ...] = ()
     recovery_stop: str = ""
+    alarms: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

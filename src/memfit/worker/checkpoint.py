@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from memfit.engines.registry import ENGINES
+from memfit.files.temporary import temporary_folder
 from memfit.jobs import checkpoints
 from memfit.jobs.training_step import TrainingStep
 from memfit.runtime.checkpoint_layout import (
@@ -36,6 +37,7 @@ from memfit.runtime.checkpoint_layout import (
     places,
     spread,
 )
+from memfit.runtime.oom import is_oom_error
 from memfit.runtime.progress_events import tell
 from memfit.techniques.recompute.selective_recompute import rng_state, set_rng_state
 from memfit.types.device_kind import HOST
@@ -43,6 +45,7 @@ from memfit.types.errors import MemfitError, UserError
 from memfit.types.launch import Checkpoint, RunSpec, Shape
 from memfit.worker.checkpoint_reader import CheckpointReader
 
+_REHEARSAL = "memfit-warm-up-"  # prefix of a folder
 _NAMED = 3  # number of differing tensors that an error names
 Shapes = Mapping[str, Shape]
 
@@ -120,7 +123,22 @@ class Checkpointer:
     def save(self, done: int) -> None:
         """Save a checkpoint of the state after ``done`` steps in the run's folder. All ranks must call it.
         Raises MemfitError if the checkpoint or the folder cannot be written."""
-        folder = Path(self.spec.keep.save)
+        path = self._write(Path(self.spec.keep.save), done)
+        tell("saved", step=done, path=str(path))
+
+    def rehearse(self) -> None:
+        """Save once into a temporary folder inside that of the run, and remove it: what saving loads and
+        creates for the first time then exists. All ranks must call it. Raises as `save` does."""
+        with contextlib.ExitStack() as stack:
+            folder: Path | None = None
+            if self.rank == 0:
+                parent = Path(self.spec.keep.save)
+                parent.mkdir(parents=True, exist_ok=True)
+                folder = stack.enter_context(temporary_folder(_REHEARSAL, parent))
+            self._write(_from_first(folder), 0)
+
+    def _write(self, folder: Path, done: int) -> Path:
+        """Save a checkpoint of the state after ``done`` steps in ``folder`` and return its path."""
         entries = [e for e in self._entries() if e.kind == "state" or self._moved(e)]
         metadata = self._about(done, entries)
         state: dict[str, Any] = {**self._tensors(writing=True), **{e.text: e.stored for e in entries}}
@@ -145,12 +163,14 @@ class Checkpointer:
                 if self.spec.keep.keep_last:
                     checkpoints.prune(folder, self.spec.keep.keep_last)
         except (OSError, CheckpointException) as error:
+            if _is_out_of_memory(error):
+                raise MemoryError(f"out of memory while saving after step {done}") from error
             reason = str(error).strip().splitlines()[-1]
             raise MemfitError(
                 f"the checkpoint after step {done} was not saved in {folder}: {reason}"
             ) from error
         _from_first(None)
-        tell("saved", step=done, path=str(partial_folder.with_suffix("")))
+        return Path(partial_folder).with_suffix("")
 
     def _own_files(self, folder: Path) -> Iterator[tuple[str, int, str]]:
         """Yield (name, bytes, SHA-256) of the files that this rank has written into ``folder``; rank 0 also
@@ -368,6 +388,12 @@ def _must_step_together(path: Path, shared: list[Entry], target: Mapping[str, An
             "state of this plan holds one value for all of them",
             allowed="a plan without zero stages 1 to 3",
         )
+
+
+def _is_out_of_memory(error: OSError | CheckpointException) -> bool:
+    """Return whether memory ran out, on this rank or, as torch's error collects them, on another."""
+    failures = error.failures.values() if isinstance(error, CheckpointException) else [(error, None)]
+    return any(is_oom_error(e) for e, *_ in failures)
 
 
 def _alone() -> bool:

@@ -27,6 +27,7 @@ from memfit.types.errors import MemfitError, UserError
 from memfit.types.launch import RENDEZVOUS, RESUMABLE_EXIT, RunSpec
 from memfit.types.result import Measurement, OutcomeKind
 from memfit.types.trace import Phase
+from memfit.types.units import format_bytes
 from memfit.worker.save_requests import SaveRequests
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from memfit.runtime.energy import EnergyMeter
     from memfit.runtime.memory import PeakCounter
     from memfit.runtime.memory_cap import MemoryLimit
+    from memfit.runtime.resident import ResidentMeter
     from memfit.techniques.rank_mesh import World
     from memfit.types.job import Job
     from memfit.types.plan import Plan
@@ -71,6 +73,7 @@ class _Gauge:
     driver_bytes_before: int | None  # of the device's memory, by all processes, before this one used it
     heartbeat: Heartbeat
     requests: SaveRequests | None  # None: the run does not save
+    resident: ResidentMeter
     end: str = ""  # why training ended before its last step
     phase: str = "setup"
     first: int = 0  # number of steps that a checkpoint has done
@@ -79,6 +82,7 @@ class _Gauge:
     phase_peaks: dict[str, int] = dataclasses.field(default_factory=dict)
     phase_rss: dict[str, int] = dataclasses.field(default_factory=dict)
     step_s: list[float] = dataclasses.field(default_factory=list)
+    batch_s: list[float] = dataclasses.field(default_factory=list)
     losses: list[float] = dataclasses.field(default_factory=list)
     grad_norms: list[float] = dataclasses.field(default_factory=list)
     headroom: list[int] = dataclasses.field(default_factory=list)
@@ -89,11 +93,14 @@ class _Gauge:
     def turn(self, phase: str) -> None:
         """End the running phase and start the one called ``phase``. The phase that ends gets the peaks of
         tensor memory and of resident memory since it started, if they exceed those of earlier phases of the
-        same name. The peaks of the step and of the run are raised likewise."""
+        same name. The peaks of the step and of the run are raised likewise, the latter not by the
+        evaluation."""
         from memfit.runtime.memory import reset_rss_peak, rss_peak_bytes
 
         peak = self.counter.peak_bytes() - self.base_bytes
-        self.peak_bytes = max(self.peak_bytes, peak)
+        self.resident.sample(rss_peak_bytes())
+        if self.phase != "evaluation":
+            self.peak_bytes = max(self.peak_bytes, peak)
         self.step_peak_bytes = max(self.step_peak_bytes, peak)
         for table, value in ((self.phase_peaks, peak), (self.phase_rss, rss_peak_bytes())):
             table[self.phase] = max(table.get(self.phase, 0), value)
@@ -151,6 +158,7 @@ def _run(spec: RunSpec, path: Path, requests: SaveRequests | None) -> None:
     )
     from memfit.runtime.gloo import gloo_first
     from memfit.runtime.memory import peak_counter
+    from memfit.runtime.resident import ResidentMeter
 
     if spec.threads:
         torch.set_num_threads(spec.threads)
@@ -158,6 +166,7 @@ def _run(spec: RunSpec, path: Path, requests: SaveRequests | None) -> None:
     device = use_device(spec.device, local_rank())
     counter = peak_counter(device)
     spec = dataclasses.replace(spec, keep=restarted(spec.keep))
+    resident = ResidentMeter()
     job = load(spec.job)
     rendezvous = path.parent / RENDEZVOUS
     with join_world(spec.plan, spec.device, rendezvous) as world, gloo_first(spec.plan.ranks > 1) as settle:
@@ -166,7 +175,7 @@ def _run(spec: RunSpec, path: Path, requests: SaveRequests | None) -> None:
             step_maker(spec.engine, path.parent), device=spec.device, torch_device=str(device)
         )
         base_bytes = counter.live_bytes()
-        elements = _warm_up(job, spec, world, make_step)
+        elements, data_peak_bytes = _warm_up(job, spec, world, make_step, counter)
         if device.type == HOST:
             base_bytes = counter.live_bytes()
         else:  # the workspaces that the warm-up has left are part of what is predicted
@@ -184,9 +193,11 @@ def _run(spec: RunSpec, path: Path, requests: SaveRequests | None) -> None:
             driver_bytes_before=used_bytes,
             heartbeat=Heartbeat(path.parent / HEARTBEAT),
             requests=requests,
+            resident=resident,
         )
         counter.reset_peak()
-        with _cap(spec, counter, device) as limit:
+        with _cap(spec, counter, device, data_peak_bytes) as limit:
+            resident.begin()
             measurement = _guarded(job, spec, gauge, limit)
         # Before the process group is left: a backend may wait there for ranks that wait for this one.
         tell("result", measurement=dataclasses.replace(measurement, wall_s=time.perf_counter() - start))
@@ -235,12 +246,16 @@ def step_maker(engine: str, folder: Path | None) -> MakeStep:
     return kind  # type: ignore[no-any-return]
 
 
-def _warm_up(job: Job, spec: RunSpec, world: World, make_step: MakeStep) -> int:
+def _warm_up(
+    job: Job, spec: RunSpec, world: World, make_step: MakeStep, counter: PeakCounter
+) -> tuple[int, int]:
     """Build the step of the run, run it with up to two micro-batches while comparing it with the plan
     (`_conform`), run it again with one micro-batch, and throw it away. Kernels, their caches and thread
     stacks then exist before the memory that the process itself takes is read
-    (docs/decisions/002-memory-cap.md gives the difference). Return the number of elements of the parameters
-    of the model without a plan. Raises NotConforming if the step does not do what the plan says."""
+    (docs/decisions/002-memory-cap.md gives the difference). If there is a cap, save and evaluate once, too.
+    Return the number of elements of the parameters of the model without a plan, and the highest data segment
+    of the process while it saved and evaluated (0: it did not). Raises NotConforming if the step does not do
+    what the plan says."""
     import torch
 
     batch = job.make_batch(0, spec.seed)
@@ -250,12 +265,50 @@ def _warm_up(job: Job, spec: RunSpec, world: World, make_step: MakeStep) -> int:
         job, spec.plan, world=world, on_built=lambda bench: model_facts.append(_made(bench.model))
     )
     part, terms = step.local(batch)
+    keeper = _keeper(spec, step) if spec.cap_bytes is not None and spec.keep.save else None
     _conform(step, (part, terms), job, spec, model_facts[0])
     step.run(part, micro_batches_played=1, terms_per_rank=terms)
+    del batch, part
+    data_peak_bytes = _rehearse(job, spec, step, keeper, counter)
     step.close()
-    del step, batch, part
+    del step, keeper
     gc.collect()
-    return model_facts[0][0]
+    return model_facts[0][0], data_peak_bytes
+
+
+def _rehearse(
+    job: Job, spec: RunSpec, step: TrainingStep, keeper: Checkpointer | None, counter: PeakCounter
+) -> int:
+    """Save and evaluate once, as far as the cap of the run holds for it, and return the highest data segment
+    of the process meanwhile; 0 if it did neither, or without the counting allocator. What both load for the
+    first time is then part of the footprint. The random state is as before."""
+    import torch
+
+    from memfit.runtime.counting_allocator import CountingAllocator
+
+    evaluates = _evaluates(job, spec) and spec.cap_bytes is not None and spec.cap_scope != "training"
+    if keeper is None and not evaluates:
+        return 0
+    allocator = counter if isinstance(counter, CountingAllocator) else None
+    if allocator is not None:
+        allocator.release()
+        allocator.watch_data(True)
+    if keeper is not None:
+        keeper.rehearse()
+    if evaluates and job.evaluate is not None:
+        mode = step.model.training
+        with torch.random.fork_rng(devices=[]), step.contexts():
+            job.evaluate(step.model)
+        step.model.train(mode)
+    if allocator is None:
+        return 0
+    data_peak_bytes = allocator.data_peak_bytes()
+    allocator.watch_data(False)
+    return data_peak_bytes
+
+
+def _evaluates(job: Job, spec: RunSpec) -> bool:
+    return spec.evaluate and job.evaluate is not None
 
 
 def _conform(
@@ -341,14 +394,17 @@ def _made(model: Any) -> tuple[int, frozenset[Any]]:
 
 
 @contextlib.contextmanager
-def _cap(spec: RunSpec, counter: PeakCounter, device: torch.device) -> Any:
+def _cap(spec: RunSpec, counter: PeakCounter, device: torch.device, data_peak_bytes: int) -> Any:
+    """Set the cap of the run, lifted at the end, and yield it, or None if there is none. ``data_peak_bytes``:
+    the highest data segment while the warm-up saved and evaluated, which raises a cap that is memfit's own
+    bound; 0: it did not."""
     if spec.cap_bytes is None:
         yield None
         return
     from memfit.runtime.memory_cap import MemoryLimit
 
     limit = MemoryLimit(spec.cap_bytes, device=device, counter=counter)
-    limit.apply()
+    limit.apply(at_least_data_bytes=data_peak_bytes if spec.cap_scope == "bound" else 0)
     try:
         yield limit
     finally:
@@ -376,24 +432,61 @@ def _guarded(job: Job, spec: RunSpec, gauge: _Gauge, limit: MemoryLimit | None) 
         if gauge.end:
             outcome, reason = OutcomeKind.INTERRUPTED, gauge.end
         elif spec.evaluate and job.evaluate is not None:
-            if limit is not None:
-                limit.lift()  # the cap applies to training; a batch of held-out data may be larger
+            if limit is not None and spec.cap_scope == "training":
+                limit.lift()  # a batch of held-out data may be larger
+            gauge.turn("evaluation")
             tell("stage", stage="evaluate")
             gauge.heartbeat.beat(spec.steps, "evaluate")
             with step.contexts():
                 scores = scores_by_endpoint(job, job.evaluate(step.model))
+            gauge.turn("between")
+            gauge.used_bytes = limit.used_bytes() if limit is not None else None
         _still(step, job, gauge.elements)
         digest = _digest(step.model)
         step.close()
     except NonFinite as error:
         outcome, reason = OutcomeKind.FAILED, str(error)
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, OSError) as error:
         if not is_oom_error(error):
             raise
         gauge.turn(gauge.phase)
-        outcome = OutcomeKind.OOM
-        reason = f"out of memory in {gauge.phase} of step {gauge.first + len(gauge.losses)}"
+        outcome, reason = OutcomeKind.OOM, _oom_text(gauge.phase, gauge.first + len(gauge.losses))
+    gauge.resident.sample(whole=True)
+    if outcome is OutcomeKind.OK and limit is not None and (passed := _passed_cap(spec, gauge, limit)):
+        outcome, reason = OutcomeKind.FAILED, passed
     return _measurement(spec, gauge, limit, outcome, reason, energy, scores, digest)
+
+
+def _oom_text(phase: str, done: int) -> str:
+    """Return what a run says that ran out of memory in ``phase`` after ``done`` steps."""
+    if phase in ("evaluation", "save"):
+        return f"out of memory in {phase} after {done} steps"
+    return f"out of memory in {phase} of step {done}"
+
+
+def _passed_cap(spec: RunSpec, gauge: _Gauge, limit: MemoryLimit) -> str:
+    """Return how the run has passed its cap in ways that the cap does not stop, or "": memory that it does
+    not count, data that was there before it was set, or a limit that the job has raised. Only for a
+    processor."""
+    if gauge.device.type != HOST:
+        return ""
+    cap_bytes, resident = limit.cap_bytes, gauge.resident.observed()
+    private_bytes = gauge.used_bytes or max(0, gauge.peak_bytes)
+    outside_bytes = resident.shared_bytes + resident.mapped_bytes
+    if limit.was_raised():
+        return "the job has raised the limit that caps its memory"
+    if resident.loaded_bytes > cap_bytes and spec.cap_scope == "run":
+        return (
+            f"passed the cap of {format_bytes(cap_bytes)}: the job holds "
+            f"{format_bytes(resident.loaded_bytes)} that it loaded before the cap was set"
+        )
+    if outside_bytes and private_bytes + outside_bytes > cap_bytes:
+        return (
+            f"passed the cap of {format_bytes(cap_bytes)}: {format_bytes(private_bytes)} private, "
+            f"{format_bytes(resident.shared_bytes)} shared, {format_bytes(resident.mapped_bytes)} of mapped "
+            "files"
+        )
+    return ""
 
 
 def _train(job: Job, spec: RunSpec, gauge: _Gauge, meter: EnergyMeter) -> TrainingStep:
@@ -417,7 +510,10 @@ def _train(job: Job, spec: RunSpec, gauge: _Gauge, meter: EnergyMeter) -> Traini
         gauge.first = keeper.restore()
     meter.start()
     for index in range(gauge.first, spec.steps):
+        gauge.turn("data")
+        start = time.perf_counter()
         inputs = step.local(job.make_batch(index, spec.seed))
+        gauge.batch_s.append(time.perf_counter() - start)
         gauge.turn("between")
         _one_step(step, inputs, index, spec, gauge)
         after_step()
@@ -459,6 +555,7 @@ def _one_step(
 ) -> None:
     is_last = index == spec.steps - 1
     from memfit.runtime.devices import synchronize
+    from memfit.runtime.memory import heap_bytes, rss_bytes
 
     log = getattr(gauge.counter, "start_log", None) if spec.timeline and is_last else None
     if log is not None:
@@ -486,7 +583,19 @@ def _one_step(
     gauge.grad_norms.append(values[1])
     if spec.cap_bytes is not None:
         gauge.headroom.append(spec.cap_bytes - gauge.step_peak_bytes)
-    tell("step", step=index, steps=spec.steps, loss=values[0], peak_bytes=gauge.peak_bytes)
+    tell(
+        "step",
+        step=index,
+        steps=spec.steps,
+        loss=values[0],
+        peak_bytes=gauge.peak_bytes,
+        grad_norm=values[1],
+        step_s=gauge.step_s[-1],
+        step_peak_bytes=gauge.step_peak_bytes,
+        allocated_bytes=gauge.counter.live_bytes() - gauge.base_bytes,
+        heap_bytes=heap_bytes(),
+        host_bytes=rss_bytes(),
+    )
     for name, value in zip(("loss", "gradient norm"), values, strict=True):
         if not math.isfinite(value):
             raise NonFinite(f"{name} is {value} at step {index}")
@@ -571,7 +680,10 @@ def _measurement(
         limit_kind=limit.kind if limit is not None else "",
         process_peak_bytes=used_bytes,
         overhead_ratio=used_bytes / gauge.peak_bytes if used_bytes and gauge.peak_bytes else None,
+        resident=gauge.resident.observed(),
+        cap_bytes=limit.cap_bytes if limit is not None and limit.cap_bytes != spec.cap_bytes else None,
         step_s=tuple(gauge.step_s),
+        batch_s=tuple(gauge.batch_s),
         losses=tuple(gauge.losses),
         grad_norms=tuple(gauge.grad_norms),
         headroom_bytes=tuple(gauge.headroom),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from memfit.engines.registry import ready_engine, render, supporting_engine
 from memfit.jobs import checkpoints
 from memfit.jobs.user_job import source_digest
+from memfit.monitoring.run_alarms import RunAlarms
 from memfit.planner.capacity import needed_bytes
 from memfit.planner.machine_calibration import calibrate
 from memfit.planner.recompute_budget import open_budget
@@ -146,6 +147,7 @@ def run_plan(
         clip=job.clip,
         sizes=model_sizes(request.engine, job),
         cap_bytes=(request.cap_bytes or needed_bytes(estimate, request.machine)) if capped else None,
+        cap_scope="run" if request.cap_bytes else "bound",
         device=request.device,
         threads=request.threads or max(1, local_machine.threads() // plan.ranks),
         evaluate=plan.ranks == 1,
@@ -241,6 +243,7 @@ def run_spec(
             refusals.append(error)
         elif kind == "step":
             has_begun = True
+            alarms.add(event)
             progress("run", int(str(event["step"])) + 1, spec.steps, label)
         elif kind == "stage":
             progress("run", 0, spec.steps, f"{label}: {event['stage']}")
@@ -250,6 +253,7 @@ def run_spec(
             on_notice(event)
 
     progress("run", 0, spec.steps, label)
+    alarms = RunAlarms(estimate)
     measurement = measure_spec(spec, listen, losses)
     if refusals and measurement.outcome is OutcomeKind.FAILED and str(refusals[-1]) in measurement.reason:
         raise refusals[-1]
@@ -260,6 +264,7 @@ def run_spec(
         predicted_step_s=estimate.step_s.value if estimate.step_s else None,
         measurement=measurement,
         dependence=estimate.dependence,
+        alarms=alarms.finished(),
     )
 
 
