@@ -218,6 +218,10 @@ def _alarms(peaks: list[int], live: list[int]) -> tuple[str, ...]:
         plan=Plan(),
         allocated_bytes=Interval(value=100 * MIB, low=100 * MIB, high=101 * MIB),
         phase_peak_bytes={},
+        at_peak_bytes={},
+        by_module_bytes={},
+        step_s=None,
+        flops_per_step=0.0,
     )
     alarms = RunAlarms(estimate)
     for step, (peak, allocated) in enumerate(zip(peaks, live, strict=True)):

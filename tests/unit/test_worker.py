@@ -157,9 +157,9 @@ class Limit:
     kind, footprint_bytes = "test", 7
 
     def __init__(self, cap_bytes: int, **more: object) -> None:
-        self.lifted = False
+        self.cap_bytes, self.lifted = cap_bytes, False
 
-    def apply(self) -> None:
+    def apply(self, *, at_least_data_bytes: int) -> None:
         assert not self.lifted
 
     def lift(self) -> None:
@@ -167,6 +167,9 @@ class Limit:
 
     def used_bytes(self) -> int:
         return 1000
+
+    def was_raised(self) -> bool:
+        return False
 
 
 @pytest.fixture
@@ -195,7 +198,7 @@ def test_a_run_reports_every_step_and_ends_with_its_measurement(own: str, told: 
     assert [e["stage"] for e in events if e["event"] == "stage"] == ["warm-up", "evaluate"]
     assert (found.outcome, found.steps_done, found.reason) == (OutcomeKind.OK, 3, "")
     assert len(found.step_s) == len(found.grad_norms) == 3
-    assert set(found.phase_peak_bytes) == {"setup", "forward", "backward", "optimizer"}
+    assert set(found.phase_peak_bytes) == {"setup", "forward", "backward", "optimizer", "evaluation"}
     assert found.peak_bytes is not None
     assert found.peak_bytes >= max(found.phase_peak_bytes.values())
     # forward saw 5 and 15 above what was alive before the run, backward 15 and 12, the optimizer 12

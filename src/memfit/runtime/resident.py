@@ -81,4 +81,12 @@ def _data_files() -> dict[str, int]:
                     libraries.add(path)
             elif key == b"Rss:" and path and not path.startswith(_SHARED_NAMES):
                 sizes[path] = sizes.get(path, 0) + int(rest.split()[0]) * 1024
-    return {p: size for p, size in sizes.items() if p not in libraries}
+    # A file that is mapped several times has its pages once.
+    return {p: min(size, _file_bytes(p, size)) for p, size in sizes.items() if p not in libraries}
+
+
+def _file_bytes(path: str, default_bytes: int) -> int:
+    try:
+        return Path(path).stat().st_size or default_bytes
+    except OSError:  # deleted
+        return default_bytes

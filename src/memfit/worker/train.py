@@ -664,7 +664,8 @@ def _measurement(
     digest: str,
 ) -> Measurement:
     used_bytes = gauge.used_bytes or (limit.used_bytes() if limit is not None else None)
-    phases = {k: v for k, v in gauge.phase_peaks.items() if k != "between"}
+    outside_steps = ("between", "data")
+    phases = {k: v for k, v in gauge.phase_peaks.items() if k not in outside_steps}
     return Measurement(
         outcome=outcome,
         reason=reason,
@@ -674,7 +675,7 @@ def _measurement(
         peak_source=gauge.counter.source,
         **(gauge.of_accelerator or _of_accelerator(gauge)),
         phase_peak_bytes=phases,
-        phase_rss_bytes={k: v for k, v in gauge.phase_rss.items() if k != "between"},
+        phase_rss_bytes={k: v for k, v in gauge.phase_rss.items() if k not in outside_steps},
         rss_peak_bytes=max(gauge.phase_rss.values(), default=None),
         footprint_bytes=limit.footprint_bytes if limit is not None else None,
         limit_kind=limit.kind if limit is not None else "",
