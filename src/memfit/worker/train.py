@@ -439,7 +439,7 @@ def _guarded(job: Job, spec: RunSpec, gauge: _Gauge, limit: MemoryLimit | None) 
             gauge.heartbeat.beat(spec.steps, "evaluate")
             with step.contexts():
                 scores = scores_by_endpoint(job, job.evaluate(step.model))
-            gauge.turn("between")
+            gauge.turn("end")
             gauge.used_bytes = limit.used_bytes() if limit is not None else None
         _still(step, job, gauge.elements)
         digest = _digest(step.model)
@@ -664,7 +664,7 @@ def _measurement(
     digest: str,
 ) -> Measurement:
     used_bytes = gauge.used_bytes or (limit.used_bytes() if limit is not None else None)
-    outside_steps = ("between", "data")
+    outside_steps = ("between", "data", "end")
     phases = {k: v for k, v in gauge.phase_peaks.items() if k not in outside_steps}
     return Measurement(
         outcome=outcome,
