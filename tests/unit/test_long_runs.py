@@ -83,6 +83,12 @@ sys.exit({GLOO!r})  # seen before the death of rank 1
     assert survivor.failed_after_rank == 1
 
 
+def test_a_warning_is_not_the_reason_of_a_kill() -> None:
+    code = "print('a warning', file=sys.stderr, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"
+    (killed,) = run_ranks(_config(code, ranks=1))
+    assert killed.reason == "killed by SIGKILL"
+
+
 def test_of_two_errors_the_earlier_one_is_the_first_failure() -> None:
     code = "time.sleep(0.7 * (1 - RANK))\nsys.exit(f'ValueError: {RANK}')"
     later, earlier = run_ranks(_config(code, ranks=2))

@@ -95,6 +95,7 @@ CHILD_ENV: Final[Mapping[str, str]] = {
     "OMP_WAIT_POLICY": "passive",
     "KINETO_LOG_LEVEL": "5",  # hides the profiler's messages, which would bury the reason on standard error
 }
+_FROM_OUTSIDE: Final = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _STDERR_KEPT_BYTES: Final = 4096
 _TICK_S: Final = 0.2
 _ASK: Final = """
@@ -290,7 +291,9 @@ class _Watch:
         if code and oom_lines:
             return OutcomeKind.OOM, oom_lines[-1]
         ending = "ended without a result" if code == 0 else _code_text(code)
-        return OutcomeKind.FAILED, f"{ending}: {lines[-1]}" if lines else ending
+        if not lines or -code in _FROM_OUTSIDE:  # what it wrote before has nothing to do with its death
+            return OutcomeKind.FAILED, ending
+        return OutcomeKind.FAILED, f"{ending}: {lines[-1]}"
 
     def _oom_kill(self) -> str:
         """Return a text that says how the kernel killed the child because memory ran out; "" if it did not.
