@@ -202,8 +202,8 @@ def _page(records: Mapping[int, Mapping[str, Any]]) -> Iterator[str]:
     yield ""
     raised = sum(bool(r["raised_cap_bytes"]) for r in saving.values())
     yield f"{len(records)} of {RUNS} runs made, {len(deaths)} deaths. {len(saving)} of them save after every"
-    yield f"step and evaluate; in {raised} of these that raised the bound of training, as measured in the warm-up."
-    yield f"One process each, one thread, CPU, torch {torch.__version__}."
+    yield f"step and evaluate; in {raised} of these that raised the bound of training, as measured in the"
+    yield f"warm-up. One process each, one thread, CPU, torch {torch.__version__}."
     yield ""
     yield "| run | seed | model | plan | saves, evaluates | bound | peak | outcome |"
     yield "|--:|--:|---|---|---|--:|--:|---|"

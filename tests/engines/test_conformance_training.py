@@ -4,10 +4,11 @@ benchmarks/broken_trainings.py, whose cases it runs."""
 from __future__ import annotations
 
 import broken_trainings
+import child_ranks
 import pytest
 import torch
 from torch import nn
-from training_cases import BROKEN, HONEST, Case, Net, adamw, loss_of
+from training_cases import BROKEN, HONEST, Case, Net, adamw, loss_of, plain_step
 
 from memfit.api import conform
 from memfit.conformance.observation import (
@@ -18,6 +19,9 @@ from memfit.conformance.observation import (
     WeightFigures,
 )
 from memfit.conformance.training_checks import optimizer_parameters, weights
+from memfit.jobs.training_step import TrainingStep
+from memfit.techniques.registry import make_use
+from memfit.types.job import Job, OptimizerChoice
 from memfit.types.plan import Plan
 
 # One step cannot tell a schedule that stays at 0 from a warm-up, nor a layer whose weights are read without
@@ -81,6 +85,36 @@ def test_a_list_of_optimizers_is_taken_together() -> None:
             optimizer.zero_grad()
 
     assert "optimizer: parameters" in conform(model, optimizers, {}, step=step, blocks="blocks").checked
+
+
+def test_updates_below_the_precision_of_bf16_count_if_master_weights_change() -> None:
+    """Plain SGD moves most float32 copies by less than half a unit of the last place of bfloat16."""
+    torch.manual_seed(0)
+    step = TrainingStep(
+        Job(
+            name="net",
+            build_model=Net,
+            make_batch=lambda number, seed: torch.randint(0, 48, (4, 13)),
+            loss=lambda model, tokens: nn.functional.cross_entropy(
+                model(tokens[:, :-1]).flatten(0, 1).float(), tokens[:, 1:].flatten()
+            ),
+            batch_size=4,
+            optimizer=OptimizerChoice(name="sgd", learning_rate=1e-4),
+        ),
+        Plan(uses=(make_use("bf16-parameters", {}),)),
+    )
+    answer = child_ranks.told(step, sum(p.numel() for p in Net().parameters()))
+    assert answer.startswith("fine: as planned")
+    assert "master weights" in answer
+
+
+def test_a_warm_up_that_is_too_slow_for_bf16_is_named() -> None:
+    model = Net().bfloat16()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1e-8 * (step + 1))
+    step = plain_step(model, optimizer)
+    result = conform(model, optimizer, {"bf16-parameters": {}}, step=step, blocks="blocks")
+    assert any("did not change, as their updates may be too small yet" in text for text in result.unseen)
 
 
 def test_the_optimizer_is_checked_without_a_step() -> None:

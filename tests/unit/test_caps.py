@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from memfit.cli.app import main
 from memfit.cli.run import lines
 from memfit.monitoring.autopsy import diagnose_run
 from memfit.monitoring.diagnosis import DeathCause
@@ -141,6 +142,15 @@ def test_the_cap_of_a_proof_of_concept_is_for_training(tmp_path: Path) -> None:
 def test_out_of_memory_in_make_batch_is_an_outcome(tmp_path: Path, what: str) -> None:
     measured = _run(tmp_path, batch=f"step == 2 and {what}")
     assert (measured.outcome, measured.reason) == (OutcomeKind.OOM, "out of memory in data of step 2")
+
+
+def test_out_of_memory_while_a_job_is_predicted_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "small.py"
+    file.write_text(JOB.format(data="", batch="torch.ones(1 << 40)", rows=4))
+    assert main(["run", f"{file}:job", "--store", str(tmp_path / "store.db")]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("memfit: memory ran out on this machine: ")
 
 
 @pytest.mark.parametrize(

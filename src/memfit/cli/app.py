@@ -36,6 +36,7 @@ from memfit.cli.options import grouped
 from memfit.cli.output import emit
 from memfit.cli.termination import interrupted_by_signals
 from memfit.files.temporary import remove_abandoned
+from memfit.runtime.oom import is_oom_error
 from memfit.types.errors import Interrupted, MemfitError, UserError, first_line
 from memfit.types.sanitize import one_line
 
@@ -157,7 +158,7 @@ def _main(arguments: Sequence[str]) -> int:
 def _machine_fault(error: Exception) -> str:
     """Return one line if the machine and not memfit is at fault: a full disk, or too little memory; else
     ""."""
-    if isinstance(error, MemoryError):
+    if is_oom_error(error):  # torch's is a RuntimeError, such as in a job's `make_batch`
         return f"memory ran out on this machine: {first_line(error)}"
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         return f"cannot write{f' {error.filename}' if error.filename else ''}: {error.strerror}"

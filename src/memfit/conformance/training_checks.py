@@ -58,9 +58,9 @@ def update(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
     """Check whether the step finished an update: some trained parameter has changed, and none contains a
     value that is not finite.
 
-    If none has changed, this is a difference unless the learning rates are 0 and a schedule will raise them,
-    or gradients are not finite and the optimizer did not step, as with a loss scale that is too high: then it
-    is `NotChecked`. Yields nothing if weights were not compared."""
+    If none has changed, this is a difference unless the learning rates are those of a warm-up, or gradients
+    are not finite and the optimizer did not step, as with a loss scale that is too high: then it is
+    `NotChecked`. Yields nothing if weights were not compared."""
     figures = _figures(observed)
     trained = _of(observed, figures)
     if not trained:
@@ -68,7 +68,7 @@ def update(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
     if any(math.isnan(loss) for rank in observed.ranks for loss in rank.losses):
         yield Checked("update: loss", "a number", "not a number", wrong=True)
         return
-    changed, broken = _union(f.changed for f in figures), _union(f.not_finite for f in figures)
+    changed, broken = _changed(figures), _union(f.not_finite for f in figures)
     count_text = f"{sum(p.name in changed for p in trained)} of {len(trained)} trained parameters changed"
     if broken:
         found_text = f"values that are not finite in {_named([p for p in trained if p.name in broken])}"
@@ -84,8 +84,9 @@ def update(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
 def _reason_to_wait(figures: Sequence[WeightFigures]) -> str:
     """Return why a correct training may leave all weights unchanged in this step, or ""."""
     groups = _rated(figures)
-    if groups and all(g.rate == 0 and _rises(g, groups) for g in groups):
-        return "the learning rate is 0 in this step"
+    if groups and all(_is_warming_up(g, groups) for g in groups):
+        rates = sorted({g.rate for g in groups if g.rate is not None})
+        return f"the learning rate is {', '.join(f'{r:g}' for r in rates[:_NAMED])} in this step"
     values = [v for f in figures for v in f.gradients.values() if v is not None]
     if not all(map(math.isfinite, values)) and not any(f.updates for f in figures):
         return (
@@ -94,13 +95,13 @@ def _reason_to_wait(figures: Sequence[WeightFigures]) -> str:
     return ""
 
 
-def _rises(group: OptimizerGroup, groups: Iterable[OptimizerGroup]) -> bool:
-    """Return whether the learning rate of a group, which is 0, can be that of a warm-up: a scheduler
-    multiplies another rate, or the loop sets the rates of all groups and the optimizer was made with another.
-    """
-    if group.initial_rate is not None:
-        return group.initial_rate > 0
-    return bool(group.default_rate) and all(g.rate == 0 for g in groups)
+def _is_warming_up(group: OptimizerGroup, groups: Sequence[OptimizerGroup]) -> bool:
+    """Return whether the learning rate of a group can be that of a warm-up, in which updates may be 0 or
+    below the precision of weights: a scheduler multiplies a higher one, or all groups are below the one that
+    their optimizer was made with, as if the loop sets them."""
+    if group.rate is not None and group.initial_rate is not None:
+        return group.rate < group.initial_rate
+    return all(g.rate is not None and g.rate < (g.default_rate or 0) for g in groups)
 
 
 def _cause(figures: Sequence[WeightFigures]) -> str:
@@ -125,20 +126,21 @@ def weights(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
 
     It is a difference if a learning rate is 0 and no schedule will raise it, or if unchanged parameters, and
     those whose gradients were cleared, are all of a block or a quarter of the elements. Fewer are
-    `NotChecked`, because their updates may be below the precision of their values, and so are those of which
-    a schedule has set the learning rate to 0. Parameters that `optimizer_parameters` reports are left out."""
+    `NotChecked`, because their updates may be below the precision of their values. So are parameters in a
+    warm-up, and those of 16 bits of which the optimizer may update copies that `master_weights` cannot tell.
+    Parameters that `optimizer_parameters` reports are left out."""
     figures = _figures(observed)
-    changed, gradients = _union(f.changed for f in figures), _gradients(figures)
+    changed, gradients = _changed(figures), _gradients(figures)
     if not changed:
         return
     reported = {p.name for p in _missing(observed)} if _is_certain(figures) else set()
     due = [p for p in _of(observed, figures) if gradients.get(p.name, 0) != 0 and p.name not in reported]
-    zero_rated = [g for g in _rated(figures) if g.rate == 0]
-    waiting = _union(g.names for g in zero_rated if _rises(g, _rated(figures)))
-    stuck, cleared = _union(g.names for g in zero_rated) - waiting, _cleared(figures)
+    groups = _rated(figures)
+    waiting = _union(g.names for g in groups if _is_warming_up(g, groups)) | _rounded(observed, figures)
+    stuck, cleared = _union(g.names for g in groups if g.rate == 0) - waiting, _cleared(figures)
     unchanged = [p for p in due if p.name not in changed and p.name not in waiting]
     if resting := [p for p in due if p.name not in changed and p.name in waiting]:
-        yield NotChecked(f"weights: the learning rate of {_named(resting)} is 0 in this step")
+        yield NotChecked(f"weights: {_named(resting)} did not change, as their updates may be too small yet")
     lost = [p for p in due if p.name in cleared and p.name in changed]
     untrained = [*unchanged, *lost]
     is_wrong = any(p.name in stuck for p in unchanged) or _is_much(untrained, due)
@@ -217,6 +219,24 @@ def _union(sets: Iterable[frozenset[str]]) -> frozenset[str]:
     return frozenset[str]().union(*sets)
 
 
+def _changed(figures: Sequence[WeightFigures]) -> frozenset[str]:
+    """Return the parameters that the step changed, or that are equal to copies that it changed: an update may
+    be below the precision of the parameter, and not of its copy."""
+    followed = (frozenset(n for n, is_equal in f.masters.items() if is_equal) for f in figures)
+    return _union(f.changed for f in figures) | _union(followed)
+
+
+def _rounded(observed: Observations, figures: Sequence[WeightFigures]) -> frozenset[str]:
+    """Return the parameters of 16 bits that no optimizer holds, if the step changed tensors of the optimizers
+    that are not the model's: copies, as ZeRO has them, whose updates may round away."""
+    optimizers = _optimizers(figures)
+    if not any(o.foreign_changed for o in optimizers):
+        return frozenset()
+    held = _union(o.held for o in optimizers)
+    half = {p.name for p in observed.trained if p.dtype.itemsize == 2}
+    return frozenset(half - held - {n for f in figures for n in f.masters})
+
+
 def _of(observed: Observations, figures: Sequence[WeightFigures]) -> list[ObservedParameter]:
     """Return the trained parameters whose bits were compared on some rank."""
     compared = _union(f.compared for f in figures if f.compared is not None)
@@ -235,7 +255,7 @@ def _rated(figures: Sequence[WeightFigures]) -> list[OptimizerGroup]:
 def _missing(observed: Observations) -> list[ObservedParameter]:
     """Return the trained parameters that no optimizer holds and that did not change."""
     figures = _figures(observed)
-    updated = _union(o.held for o in _optimizers(figures)) | _union(f.changed for f in figures)
+    updated = _union(o.held for o in _optimizers(figures)) | _changed(figures)
     return [p for p in observed.trained if p.name not in updated]
 
 
@@ -244,7 +264,7 @@ def _is_certain(figures: Sequence[WeightFigures]) -> bool:
     copies of them, or they are stale, or they stayed as they were in a step that changed weights. Optimizers
     without any tensors may have them only while they step, as DeepSpeed's."""
     optimizers = _optimizers(figures)
-    has_step = any(f.changed for f in figures)
+    has_step = bool(_changed(figures))
     return any(o.held or o.foreign for o in optimizers) and (
         not any(o.foreign for o in optimizers)
         or any(o.unsharded for o in optimizers)

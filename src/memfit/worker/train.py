@@ -176,6 +176,8 @@ def _run(spec: RunSpec, path: Path, requests: SaveRequests | None) -> None:
         )
         base_bytes = counter.live_bytes()
         elements, data_peak_bytes = _warm_up(job, spec, world, make_step, counter)
+        if spec.cap_scope == "bound" and (device.type != HOST or not data_peak_bytes):
+            spec = dataclasses.replace(spec, cap_scope="training")  # what evaluation takes is not known
         if device.type == HOST:
             base_bytes = counter.live_bytes()
         else:  # the workspaces that the warm-up has left are part of what is predicted
