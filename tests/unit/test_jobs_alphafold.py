@@ -393,4 +393,4 @@ def test_every_loss_term_has_a_gradient_and_initial_size_batches_have_published_
 def test_every_stack_of_blocks_is_found(size: str, stacks: list[int]) -> None:
     job = load(JobRef(spec="alphafold2", size=size))
     found = find_stacks(fake_model(job), job.blocks, job.more_blocks)
-    assert [len(blocks) for blocks in found] == stacks
+    assert [len(blocks) for blocks in found.values()] == stacks

@@ -192,7 +192,7 @@ def test_a_container_inside_a_block_of_a_bare_sequential_is_no_stack_of_its_own(
         return nn.Sequential(*(nn.Sequential(nn.Linear(4, 4)) for _ in range(2)))
 
     model = nn.Sequential(block(), block())
-    assert find_stacks(model) == [list(model.children())]
+    assert list(find_stacks(model).values()) == [list(model.children())]
 
 
 def _plain(block: Block, x: torch.Tensor) -> torch.Tensor:

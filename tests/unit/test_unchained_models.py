@@ -83,4 +83,4 @@ def test_the_answer_has_what_divides_the_batch_and_says_what_is_not_modelled(
     techniques = {u.technique for c in (*result.frontier, result.baseline) for u in c.estimate.plan.uses}
     assert techniques >= {"ddp", "fsdp2"}
     not_modelled = [r.detail for r in result.recommended.reasons if r.kind == "cannot"]
-    assert any("pipeline parallelism are not modelled for this model" in text for text in not_modelled)
+    assert any("parallelism are not modelled for this model" in text for text in not_modelled)

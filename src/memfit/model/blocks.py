@@ -65,8 +65,8 @@ def find_blocks(model: torch.nn.Module, path: str | None = None) -> tuple[str, l
 
 def find_stacks(
     model: torch.nn.Module, path: str | None = None, more: Sequence[str] = ()
-) -> list[list[torch.nn.Module]]:
-    """Return the stacks of blocks of a model, each a list of modules, in this order: the blocks of
+) -> dict[str, list[torch.nn.Module]]:
+    """Return the stacks of blocks of a model, module path -> blocks, in this order: the blocks of
     `find_blocks`; the children of the modules at the paths ``more``; and other ModuleLists or Sequentials of
     repeated blocks, neither inside nor around these, whose members are of the class of the first block or,
     like it, are checkpointing layers of Hugging Face. An example of the last is an encoder's stack beside a
@@ -82,7 +82,7 @@ def find_stacks(
         children = list(module.children())
         if not overlaps and _repeats(module) and isinstance(children[0], tuple(kinds)):
             stacks[name] = children
-    return list(stacks.values())
+    return stacks
 
 
 def child_prefix(path: str) -> str:
@@ -128,11 +128,13 @@ def equal_blocks(blocks: Sequence[torch.nn.Module]) -> list[int]:
     return indices
 
 
-def attribute_period(blocks: Sequence[torch.nn.Module]) -> int:
+def attribute_period(blocks: Sequence[torch.nn.Module], *, first: int = 0) -> int:
     """Return after how many blocks the numbers, bools and strings in the attributes of the blocks' modules
     repeat: 1 if all blocks have the same, 2 if every other block has the same, and the number of blocks if
-    they do not repeat. Integers that only number the blocks count as the same (`_compared_attributes`)."""
-    plain = [{p: v for p, v in a.items() if isinstance(v, _PLAIN)} for a in _compared_attributes(blocks)]
+    they do not repeat. Blocks before the index ``first`` do not count. Integers that only number the blocks
+    count as the same (`_compared_attributes`)."""
+    attributes = _compared_attributes(blocks)[first:]
+    plain = [{p: v for p, v in a.items() if isinstance(v, _PLAIN)} for a in attributes]
     return next(n for n in range(1, len(plain) + 1) if all(map(operator.eq, plain, plain[n:])))
 
 

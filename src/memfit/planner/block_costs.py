@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy
 
@@ -15,42 +16,99 @@ from memfit.cost.op_time import COLLECTIVES
 from memfit.cost.stream_simulator import collective_size
 from memfit.model.blocks import child_prefix
 from memfit.types.errors import UserError
-from memfit.types.parts import PartCosts, Parts, Travel, UpdateCosts
+from memfit.types.parts import NUMBERS, PartCosts, Parts, Travel, UpdateCosts
 from memfit.types.trace import Category, OpCall, Phase, PhaseSpan, Trace
 
+_TOPS = ("forward_top_bytes", "backward_top_bytes")
+_TRAVELS = ("forward_travel", "backward_travel")
 BLOCKS = 3  # the middle one has neighbours like itself on both sides
 
 Seconds = Callable[[Sequence[OpCall]], float]
 
 
-def parts_of(trace: Trace, path: str, seconds: Seconds) -> Parts:
+def parts_of(trace: Trace, chains: Mapping[str, int], seconds: Seconds) -> Parts:
     """Return the costs of three pieces of the model on one rank, seen in the last step of ``trace``: of what
     runs before the blocks ("before"), of the middle one of the three blocks ("block"), and of what runs after
     the blocks ("after").
 
     ``trace``: of one rank and one micro-batch, of a model cut to `BLOCKS` (3) blocks, without data
-    parallelism. ``path``: the module path of the blocks, such as "layers". ``seconds`` returns the total time
-    of a sequence of operators. The model may run the blocks several times before the forward pass that
-    gradients flow through, as with recycling. Raises UserError unless the last runs of the three blocks come
-    one after the other in forward, and in reverse order in backward.
+    parallelism. ``chains``: the module path of the blocks, such as "layers" -> the number of blocks of the
+    whole model there. With several chains, such as an encoder and a decoder, "block" is the mean over the
+    blocks of all, and "before" has what runs between them, too. ``seconds`` returns the total time of a
+    sequence of operators. The model may run the blocks several times before the forward pass that gradients
+    flow through, as with recycling. Raises UserError unless the last runs of the three blocks of each chain
+    come one after the other in forward, and in reverse order in backward, and chains do so, too.
     """
-    view = _Look(trace, path, seconds)
-    forward, backward = view.firsts(Phase.FORWARD), view.firsts(Phase.BACKWARD)
-    is_ordered = forward == sorted(forward) and backward == sorted(backward, reverse=True)
-    if len(forward) != BLOCKS or len(backward) != BLOCKS or not is_ordered:
-        raise UserError(
-            "a search of plans for several devices needs a chain of blocks, but those at "
-            f"{path!r} do not run one after the other in forward and in reverse order in backward",
-            allowed="a chain of blocks, of which each works on the output of the one before it",
-        )
-    forward_span, backward_span = view.span(Phase.FORWARD), view.span(Phase.BACKWARD)
-    forward_end, backward_end = view.end(Phase.FORWARD, BLOCKS - 1), view.end(Phase.BACKWARD, 0)
-    modules = [f"{child_prefix(path)}{i}" for i in range(BLOCKS)]
-    return Parts(
-        before=view.piece((forward_span.start, forward[0]), (backward_end, backward_span.end), None),
-        block=view.piece((forward[1], forward[2]), (backward[1], backward[0]), modules[1]),
-        after=view.piece((forward_end, forward_span.end), (backward_span.start, backward[-1]), None),
+    views = {path: _Look(trace, path, seconds) for path in chains}
+    for path, view in views.items():
+        forward, backward = view.firsts(Phase.FORWARD), view.firsts(Phase.BACKWARD)
+        is_ordered = forward == sorted(forward) and backward == sorted(backward, reverse=True)
+        if len(forward) != BLOCKS or len(backward) != BLOCKS or not is_ordered:
+            raise UserError(
+                "a search of plans for several devices needs a chain of blocks, but those at "
+                f"{path!r} do not run one after the other in forward and in reverse order in backward",
+                allowed="a chain of blocks, of which each works on the output of the one before it",
+            )
+    paths = sorted(views, key=lambda path: views[path].firsts(Phase.FORWARD)[0])
+    first, last = views[paths[0]], views[paths[-1]]
+    forward_span, backward_span = first.span(Phase.FORWARD), first.span(Phase.BACKWARD)
+    before = first.piece(
+        (forward_span.start, first.firsts(Phase.FORWARD)[0]),
+        (first.end(Phase.BACKWARD, 0), backward_span.end),
+        None,
     )
+    after = last.piece(
+        (last.end(Phase.FORWARD, BLOCKS - 1), forward_span.end),
+        (backward_span.start, last.firsts(Phase.BACKWARD)[-1]),
+        None,
+    )
+    between = [_between(views[a], views[b]) for a, b in itertools.pairwise(paths)]
+    blocks = [_middle(views[path]) for path in paths]
+    weights = [chains[path] / sum(chains.values()) for path in paths]
+    return Parts(before=_sum([before, *between]), block=_mean(blocks, weights), after=after)
+
+
+def _middle(view: _Look) -> PartCosts:
+    """Return the costs of the middle one of the three blocks of a chain."""
+    forward, backward = view.firsts(Phase.FORWARD), view.firsts(Phase.BACKWARD)
+    module = f"{child_prefix(view.path)}1"
+    return view.piece((forward[1], forward[2]), (backward[1], backward[0]), module)
+
+
+def _between(chain: _Look, following: _Look) -> PartCosts:
+    """Return the costs of what runs between two chains. Raises UserError if they do not run one after the
+    other in forward and in reverse order in backward."""
+    forward = chain.end(Phase.FORWARD, BLOCKS - 1), following.firsts(Phase.FORWARD)[0]
+    backward = following.end(Phase.BACKWARD, 0), chain.firsts(Phase.BACKWARD)[-1]
+    if forward[0] > forward[1] or backward[0] > backward[1]:
+        raise UserError(
+            "a search of plans for several devices needs chains of blocks that run one after the other, but "
+            f"those at {chain.path!r} and {following.path!r} do not",
+        )
+    return chain.piece(forward, backward, None)
+
+
+def _sum(pieces: Sequence[PartCosts]) -> PartCosts:
+    """Return the costs of pieces that run one after the other as those of one piece."""
+    total = pieces[0]
+    for piece in pieces[1:]:
+        values = {name: getattr(total, name) + getattr(piece, name) for name in (*NUMBERS, *_TRAVELS)}
+        values |= {name: max(getattr(total, name), getattr(piece, name)) for name in _TOPS}
+        total = PartCosts(**values)
+    return total
+
+
+def _mean(pieces: Sequence[PartCosts], weights: Sequence[float]) -> PartCosts:
+    """Return the mean costs of pieces with these weights, whose sum is 1; of their highest memory, the
+    highest. Collectives of all are kept, with their bytes times the weight."""
+    if len(pieces) == 1:
+        return pieces[0]
+    weighted = list(zip(pieces, weights, strict=True))
+    values: dict[str, Any] = {name: sum(getattr(p, name) * w for p, w in weighted) for name in NUMBERS}
+    values |= {name: max(getattr(p, name) for p in pieces) for name in _TOPS}
+    for name in _TRAVELS:
+        values[name] = tuple((kind, size * w) for p, w in weighted for kind, size in getattr(p, name))
+    return PartCosts(**values)
 
 
 @dataclasses.dataclass

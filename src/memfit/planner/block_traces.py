@@ -15,15 +15,16 @@ from torch.utils import _pytree
 
 from memfit.cost.host import HostTensors
 from memfit.jobs.training_step import TrainingStep
-from memfit.model.blocks import child_prefix, find_blocks
+from memfit.model.blocks import attribute_period, child_prefix, find_blocks, find_stacks
 from memfit.planner.block_costs import BLOCKS, Seconds, parts_of, updating_of
 from memfit.planner.parallelism_grid import Uses
 from memfit.techniques.parallel.axial_parallel import axial_modules
 from memfit.techniques.parallel.expert_parallel import count_experts, mixtures
 from memfit.techniques.registry import make_use
+from memfit.trace.trace_extrapolation import are_alike
 from memfit.trace.trace_pool import side_by_side
 from memfit.trace.tracer import fake_model, stepping, trace
-from memfit.trace.truncated_model import FirstBlocks
+from memfit.trace.truncated_model import CONTAINERS, FirstBlocks
 from memfit.types.errors import UserError, first_line
 from memfit.types.gc_pause import pause_gc
 from memfit.types.job import Job
@@ -70,18 +71,28 @@ class BlockTracer:
     tracing raised. ``updates``: the traces of the optimizer's step with one block and with two, by the set of
     techniques under which they were made. ``experts``: number of experts of a mixture, the greatest common
     divisor if mixtures differ; 0 if the model has none, or some outside the blocks. ``expert_elements``:
-    number of their trained elements in an average block. Creating a BlockTracer raises UserError if the model
-    has no repeated blocks.
+    number of their trained elements in an average block.
+
+    ``chains``: path of each stack of blocks that is priced block by block -> number of its blocks; first the
+    one of `find_blocks`. Where there are several, such as an encoder's and a decoder's, "block" is the mean
+    over all their blocks. ``blocks``: number of blocks in all chains. ``is_single_chain``: whether there is
+    one chain, of blocks that are all alike, so that pipeline stages and parts of a sequence can be modelled.
+
+    Creating a BlockTracer raises UserError if the model has no repeated blocks.
     """
 
     def __init__(self, job: Job, device: str) -> None:
         self.job, self.device = job, device
         model = fake_model(job)
-        self.path, blocks = find_blocks(model, job.blocks)
-        self.blocks = len(blocks)
+        self.chains = find_chains(model, job)
+        self.path = next(iter(self.chains))
+        self.blocks = sum(self.chains.values())
+        main_blocks = find_blocks(model, job.blocks)[1]
+        alike = are_alike(model, self.path, main_blocks, job)
+        self.is_single_chain = len(self.chains) == 1 and alike
         self.tensors = sum(p.requires_grad for p in model.parameters())
         self.sharing = "axial-parallel" if axial_modules(model) else "context-parallel"
-        self.experts, self.expert_elements = _experts(model, job, self.path, self.blocks)
+        self.experts, self.expert_elements = _experts(model, job, self.path, self.chains[self.path])
         self.kept: dict[Key, Trace | str] = {}
         self.updates: dict[Uses, tuple[Trace, Trace]] = {}
         self.model_bytes = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
@@ -109,7 +120,7 @@ class BlockTracer:
         result = self.kept[key]
         if isinstance(result, str):
             raise UserError(result)
-        return parts_of(result, self.path, seconds)
+        return parts_of(result, self.chains, seconds)
 
     @functools.cache  # noqa: B019  lives as long as one search
     def hidden_bytes(self, compute: str) -> float:
@@ -191,8 +202,48 @@ class BlockTracer:
             self.job,
             batch_size=samples,
             make_batch=_Few(self._batch, self.job.batch_size, samples),
-            build_model=FirstBlocks(self.job, blocks),
+            build_model=FirstBlocks(self.job, blocks, tuple(self.chains)[1:]),
         )
+
+
+def find_chains(model: torch.nn.Module, job: Job) -> dict[str, int]:
+    """Return the module path of each stack of blocks that can be priced block by block -> the number of its
+    blocks. The first is that of `find_blocks`. Others follow if they have at least as many blocks as a small
+    trace, alike but for the first, with a quarter of its parameters or more; smaller ones are priced with
+    what runs before or after the blocks. Raises UserError as `find_blocks` does."""
+    main_path, main_blocks = find_blocks(model, job.blocks)
+    chains = {main_path: len(main_blocks)}
+    for path, blocks in find_stacks(model, job.blocks).items():
+        is_large = 4 * _elements(blocks) >= _elements(main_blocks)
+        if path != main_path and is_large and is_chain(model, path, blocks, job):
+            chains[path] = len(blocks)
+    return chains
+
+
+def is_chain(model: torch.nn.Module, path: str, blocks: Sequence[torch.nn.Module], job: Job) -> bool:
+    """Return whether a trace of the first blocks at ``path`` may stand for all of them: there are at least
+    `BLOCKS`, in a ModuleList or Sequential, and all but the first have parameters of the same names and
+    shapes and the same attributes. The first may have more, as T5's has a table of relative positions."""
+    is_cuttable = len(blocks) >= BLOCKS and isinstance(model.get_submodule(path), CONTAINERS)
+    return (
+        is_cuttable
+        and are_alike(model, path, blocks, job, first=1)
+        and attribute_period(blocks, first=1) == 1
+    )
+
+
+def is_main_chain(job: Job) -> bool:
+    """Return whether the blocks of `find_blocks` are a chain (`is_chain`). False if the model has none."""
+    model = fake_model(job)
+    try:
+        path, blocks = find_blocks(model, job.blocks)
+    except UserError:
+        return False
+    return is_chain(model, path, blocks, job)
+
+
+def _elements(blocks: Sequence[torch.nn.Module]) -> int:
+    return sum(p.numel() for block in blocks for p in block.parameters())
 
 
 class _WithoutAveraging(TrainingStep):

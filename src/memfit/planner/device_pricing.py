@@ -32,6 +32,8 @@ from memfit.types.machine import Machine
 from memfit.types.plan import Accuracy, Bounds, Plan
 from memfit.types.result import Estimate
 
+# They divide the blocks or the sequence of one chain of equal blocks.
+NEEDS_SINGLE_CHAIN = frozenset({"pipeline", "context-parallel", "axial-parallel"})
 _SKETCH_MEMORY_RATIO, _SKETCH_TIME_RATIO = 0.15, 0.40
 
 Tell = Callable[[str, int, int, str], None]
@@ -144,7 +146,7 @@ class Scale:
             blocks=self.traced.blocks,
             device=self.pricer.device,
             tensor=degrees,
-            context=tuple(d for d in degrees if d <= 8),
+            context=tuple(d for d in degrees if d <= 8) if self.traced.is_single_chain else (1,),
             experts=self.traced.experts,
             chunks=self.pricer.space.vocabulary >= 512,
             effect=self.aim.accuracy.highest,
@@ -154,6 +156,7 @@ class Scale:
             shares=may_share(self.pricer.dependence, self.aim.accuracy),
             refuses=None if self.engine.name == native.ENGINE.name else self.engine.supports,
             without=frozenset(self.bounds.without)
+            | (frozenset() if self.traced.is_single_chain else NEEDS_SINGLE_CHAIN)
             | (frozenset(TECHNIQUES) - known_techniques)
             | unsupported_techniques(self.machine),
             excluded=frozenset(self.bounds.without),

@@ -212,6 +212,11 @@ def _cuttable(traced: BlockTracer, machine: Machine, limits: Limits) -> tuple[Li
     any degree, the degrees are those that work with the whole vocabulary on every rank.
     """
     compute, refusals = _computes(machine, limits)[0], list[str]()
+    if not traced.is_single_chain:
+        refusals.append(
+            "pipeline and context parallelism are not modelled for this model, whose blocks are several "
+            "chains, such as an encoder and a decoder, or not all alike"
+        )
 
     def upto(degrees: Sequence[int], make: Callable[[int], Key]) -> tuple[int, ...]:
         for largest_degree in sorted((d for d in degrees if d > 1), reverse=True):

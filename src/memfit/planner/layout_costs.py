@@ -226,6 +226,8 @@ class Composer:
             piece: PartCosts
             piece, a, b = (getattr(p, which) for p in (single.parts, plain_parts, double_parts))
             parameter_share = piece.parameter_bytes / a.parameter_bytes if a.parameter_bytes else 1.0
+            # Casts double bytes at most; the gradient of a shared parameter may be in another piece.
+            parameter_share = min(parameter_share, 2.0)
             values = {}
             for name in NUMBERS:
                 fixed = (2 * getattr(a, name) - getattr(b, name)) * parameter_share

@@ -308,13 +308,14 @@ def _search_many(request: Request, progress: Progress) -> Planning | None:
     NothingFits if no plan fits, and UserError if `search_scale` does or the job cannot be loaded.
     """
     from memfit.planner.block_costs import BLOCKS
+    from memfit.planner.block_traces import is_main_chain
     from memfit.planner.device_pricing import Aim
     from memfit.planner.multi_device import search_scale
 
     ranks = request.ranks
     progress("trace", 0, 0, "plain training")
     job, pricer = make_pricer(request, replicas=False)
-    if pricer.space.block_count < BLOCKS or not pricer.repeats:
+    if pricer.space.block_count < BLOCKS or not (pricer.repeats or is_main_chain(job)):
         return None
     cap_bytes = request.cap_bytes or int(request.machine.device.memory_bytes.value)
     aim = Aim(

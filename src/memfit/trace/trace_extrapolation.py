@@ -195,12 +195,18 @@ def repeated(model: torch.nn.Module, job: Job) -> tuple[str, int, int] | None:
         path, blocks = find_blocks(model, job.blocks)
     except UserError:
         return None
-    fp32_names = fp32_modules.find(model, job.islands)
-    prefix = child_prefix(path)
-    are_equal = len({_shape(b, f"{prefix}{i}", fp32_names) for i, b in enumerate(blocks)}) == 1
-    if not are_equal or not isinstance(model.get_submodule(path), CONTAINERS):
+    if not are_alike(model, path, blocks, job) or not isinstance(model.get_submodule(path), CONTAINERS):
         return None
     return path, len(blocks), attribute_period(blocks)
+
+
+def are_alike(
+    model: torch.nn.Module, path: str, blocks: Sequence[torch.nn.Module], job: Job, *, first: int = 0
+) -> bool:
+    """Return whether the blocks at ``path``, from the index ``first`` on, have parameters of the same names
+    and shapes and keep the same inner modules in float32 (`Job.islands`)."""
+    fp32_names, prefix = fp32_modules.find(model, job.islands), child_prefix(path)
+    return len({_shape(b, f"{prefix}{i}", fp32_names) for i, b in enumerate(blocks) if i >= first}) == 1
 
 
 def _shape(block: torch.nn.Module, path: str, fp32_names: Iterable[str]) -> tuple[Any, ...]:

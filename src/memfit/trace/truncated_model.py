@@ -22,10 +22,12 @@ CONTAINERS = (torch.nn.ModuleList, torch.nn.Sequential)
 @dataclasses.dataclass(frozen=True, slots=True)
 class FirstBlocks:
     """A ``build_model`` for a job: called without arguments, it builds the model of ``job`` with its first
-    ``count`` blocks only. A trace does not record the construction of such a model."""
+    ``count`` blocks only, also in the modules at the paths ``others``. A trace does not record the
+    construction of such a model."""
 
     job: Job
     count: int
+    others: tuple[str, ...] = ()
 
     @property
     def origin(self) -> Any:
@@ -33,6 +35,12 @@ class FirstBlocks:
         return self.job.build_model
 
     def __call__(self) -> torch.nn.Module:
+        model = self._built()
+        for path in self.others:
+            model = keep_blocks(model, path, self.count)
+        return model
+
+    def _built(self) -> torch.nn.Module:
         entry = _KNOWN.get(self.job.build_model)
         if entry is not None:
             with contextlib.suppress(Exception), _hollow_beyond(entry, self.count):

@@ -20,7 +20,7 @@ from memfit.engines import deepspeed
 from memfit.engines.accelerate import CONFIG, ENGINE, config
 from memfit.engines.deepspeed import step
 from memfit.jobs.training_step import TrainingStep
-from memfit.model.blocks import find_blocks
+from memfit.model.blocks import find_stacks
 from memfit.model.scalar_parameters import refuse_scalars
 from memfit.techniques.base import OptimizerLike
 from memfit.techniques.registry import ordered_uses
@@ -158,10 +158,10 @@ def _kind(bench: Any) -> str:
 
 def _block_classes(bench: Any) -> Iterator[str]:
     try:
-        blocks = find_blocks(bench.model, bench.job.blocks)[1]
+        stacks = find_stacks(bench.model, bench.job.blocks)
     except UserError:
-        blocks = []
-    yield from sorted({type(b).__name__ for b in blocks})
+        stacks = {}
+    yield from sorted({type(b).__name__ for blocks in stacks.values() for b in blocks})
 
 
 def _accelerator(content: Mapping[str, Any], plan: Plan, *, on_host: bool, folder: Path | None = None) -> Any:

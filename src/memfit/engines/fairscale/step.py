@@ -60,7 +60,7 @@ class Step(TrainingStep):
 
     def _recomputed(self) -> Iterator[torch.nn.Module]:
         if (use := self.plan.get("activation-checkpointing")) is not None:
-            for blocks in find_stacks(self.model, self.job.blocks, self.job.more_blocks):
+            for blocks in find_stacks(self.model, self.job.blocks, self.job.more_blocks).values():
                 yield from blocks[:: int(use.settings["every"])]
 
     def _checkpoint(self, block: torch.nn.Module) -> None:

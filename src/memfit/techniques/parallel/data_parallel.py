@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from memfit.model.blocks import find_blocks
+from memfit.model.blocks import find_stacks
 from memfit.model.scalar_parameters import refuse_scalars
 from memfit.techniques.base import Knob, Space, Technique, Workbench
 from memfit.techniques.optimizers import stepping_on_host
@@ -193,8 +193,10 @@ def _with_context(bench: Workbench) -> Any:
 
 
 def _blocks(bench: Workbench) -> list[Any]:
+    """Return the blocks of all stacks, such as those of an encoder and of a decoder, in the model's order."""
     try:
-        return find_blocks(bench.model, bench.job.blocks)[1]
+        stacks = find_stacks(bench.model, bench.job.blocks)
+        return [b for path, _ in bench.model.named_modules() for b in stacks.get(path, ())]
     except UserError:
         if bench.job.blocks is not None:
             raise
