@@ -238,7 +238,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0, help="no kill begins later")
     parser.add_argument("--side-by-side", type=int, default=1, help="commands at a time")
     options = parser.parse_args()
-    records: list[dict[str, Any]] = []
+    # Ignored signals, as under nohup or in the background of a shell, would be inherited by the commands.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="chaos-kills-") as folder:
         base = Path(folder) / "base"
         base.mkdir()
@@ -249,20 +251,27 @@ def main() -> None:
                 sys.exit(f"{name} ended with {code}: {(base / f'{name}.out').read_text()[-500:]}")
             shutil.rmtree(base / "cache", ignore_errors=True)
         print({name: round(s, 1) for name, s in seconds.items()}, flush=True)
-        begun = time.monotonic()
-        with concurrent.futures.ThreadPoolExecutor(options.side_by_side) as pool:
-            number = 0
-            while (
-                sum(r["counts"] for r in records) < options.kills
-                and time.monotonic() - begun < 60 * options.minutes
-            ):
-                batch = range(number, number + options.side_by_side)
-                number += options.side_by_side
-                for record in pool.map(lambda n: one_kill(n, base, seconds), batch):
-                    records.append(record)
-                    print(json.dumps(record), flush=True)
+        records = measure(base, seconds, options)
     RECORDS.write_text("".join(f"{json.dumps(r)}\n" for r in records))
     PAGE.write_text(page(records, seconds) + "\n")
+
+
+def measure(base: Path, seconds: Mapping[str, float], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Make the kills, with copies of the store in ``base``, and return their records."""
+    records: list[dict[str, Any]] = []
+    begun = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(options.side_by_side) as pool:
+        number = 0
+        while (
+            sum(r["counts"] for r in records) < options.kills
+            and time.monotonic() - begun < 60 * options.minutes
+        ):
+            batch = range(number, number + options.side_by_side)
+            number += options.side_by_side
+            for record in pool.map(lambda n: one_kill(n, base, seconds), batch):
+                records.append(record)
+                print(json.dumps(record), flush=True)
+    return records
 
 
 if __name__ == "__main__":

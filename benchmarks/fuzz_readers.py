@@ -3,7 +3,7 @@
     python benchmarks/fuzz_readers.py [--examples N] [--seed S] [READER ...]
 
 The inputs and the property are those of tests/laws/fuzzed_readers.py: memfit's own error of one line of at
-most 2,000 characters, or an exit code from 0 to 3 with at most one line on standard error, within 5 s of
+most 2,400 characters, or an exit code from 0 to 3 with at most one line on standard error, within 5 s of
 processor time and 1 GiB. Each reader gets N examples (default 1,800, of 28 readers) of Hypothesis, drawn with
 the seed. Faults are grouped by their place in memfit's source; one example of each is kept.
 """

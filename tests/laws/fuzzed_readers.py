@@ -47,7 +47,7 @@ from memfit.worker.checkpoint_reader import CheckpointReader
 from memfit.workflows.sequence_lengths import read_lengths
 from memfit.workflows.size_pairs import read_pairs
 
-LONGEST_LINE, LONGEST_S, MOST_BYTES = 2000, 5.0, 2**30
+LONGEST_LINE, LONGEST_S, MOST_BYTES = 2400, 5.0, 2**30
 
 PLAN = {"ranks": 2, "note": "x", "techniques": {"ddp": {}, "activation-checkpointing": {"every": 1}}}
 DEEPSPEED = {

@@ -14,6 +14,7 @@ import pytest
 from memfit.cli.app import main
 from memfit.files import read
 from memfit.files.read import bounded, parse_json, parse_toml, parse_yaml, read_data_text, read_text
+from memfit.techniques.plan_file import read_plan
 from memfit.types.errors import UserError
 
 # A command line for each reader; X stands for the file.
@@ -171,3 +172,11 @@ def test_too_little_memory_for_a_batch_is_one_line(
     assert main(["plan", "char-lm", "--batch", "16777216"]) == 1
     expected = "memfit: memory ran out on this machine: Unable to allocate 7.45 GiB\n"
     assert capsys.readouterr().err.endswith(expected)
+
+
+def test_a_message_with_what_a_file_contains_is_short(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(f"ranks: {'x' * 50_000}\n")
+    with pytest.raises(UserError, match=r"the value of ranks is 'xxx") as refused:
+        read_plan(path)
+    assert len(str(refused.value)) < 1300

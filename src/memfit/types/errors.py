@@ -30,6 +30,9 @@ OUT_OF_MEMORY_TEXTS = (
 )
 
 
+_LONGEST_GIVEN = 1200
+
+
 class MemfitError(Exception):
     """Base class of memfit's errors. ``exit_code``: the exit status of the command line for this error; 1
     unless a subclass sets another.
@@ -41,12 +44,13 @@ class MemfitError(Exception):
 class UserError(MemfitError):
     """Wrong input; exit code 2. ``given``: what is wrong with what was given. ``allowed``: what is allowed;
     ``hint``: what to do; both "" if there is nothing to say. The message is these three in one line: "GIVEN;
-    allowed: ALLOWED; HINT".
+    allowed: ALLOWED; HINT". Of ``given``, which may contain what a file contains, 1,200 characters are kept.
     """
 
     exit_code = 2
 
     def __init__(self, given: str, *, allowed: str = "", hint: str = "") -> None:
+        given = given if len(given) <= _LONGEST_GIVEN else f"{given[:_LONGEST_GIVEN]}..."
         self.given, self.allowed, self.hint = given, allowed, hint
         parts = [given]
         if allowed:
