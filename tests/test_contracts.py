@@ -129,6 +129,7 @@ DIMENSIONLESS = {
     "batch_size",
     "changed_lines",
     "keep_last",
+    "restarts",
     "failed_after_rank",
     "commands",
     "considered",

@@ -12,7 +12,6 @@ import pytest
 
 from memfit.jobs import checkpoints
 from memfit.runtime.child_process import Event
-from memfit.runtime.restart import RESTARTS
 from memfit.techniques.registry import make_use
 from memfit.types.job import JobRef
 from memfit.types.launch import CheckpointSettings, RunSpec
@@ -172,5 +171,5 @@ def _ends(found: tuple[Any, Sequence[str]]) -> tuple[OutcomeKind, int]:
 
 
 def test_restarts_are_limited_and_need_checkpoints(tmp_path: Path) -> None:
-    assert _ends(_run(tmp_path / "always", ALONE, 99)) == (OutcomeKind.FAILED, RESTARTS)
+    assert _ends(_run(tmp_path / "always", ALONE, 99)) == (OutcomeKind.FAILED, CheckpointSettings().restarts)
     assert _ends(_run(tmp_path / "unsaved", ALONE, 1, save=False)) == (OutcomeKind.FAILED, 0)

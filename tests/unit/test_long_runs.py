@@ -26,7 +26,7 @@ from memfit.runtime.child_process import STOPPED, Child, Event
 from memfit.runtime.heartbeat import HEARTBEAT, Beat, Heartbeat, read_beat
 from memfit.runtime.interruption import Interruption
 from memfit.runtime.ranks import run_ranks
-from memfit.runtime.restart import RESTARTS, run_through
+from memfit.runtime.restart import run_through
 from memfit.runtime.stalls import StallWatch, user_frame
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
@@ -194,12 +194,12 @@ def test_a_death_before_the_first_step_of_all_ends_the_run(tmp_path: Path) -> No
 
 
 def test_each_new_checkpoint_allows_as_many_restarts_again(tmp_path: Path) -> None:
-    deaths = [[_ended()]] * (2 * RESTARTS + 1)
+    deaths = [[_ended()]] * (2 * CheckpointSettings().restarts + 1)
     ends, _, why = _through(deaths, tmp_path, saves=[1])
-    assert (ends[0].outcome, len(why)) == (OutcomeKind.FAILED, RESTARTS)
+    assert (ends[0].outcome, len(why)) == (OutcomeKind.FAILED, CheckpointSettings().restarts)
     other = tmp_path / "other"
     ends, _, why = _through([*deaths, [OK]], other, saves=[1, 2, 3, 4, 5, 6, 7])
-    assert (ends[0].outcome, len(why)) == (OutcomeKind.OK, 2 * RESTARTS + 1)
+    assert (ends[0].outcome, len(why)) == (OutcomeKind.OK, 2 * CheckpointSettings().restarts + 1)
 
 
 def test_an_error_that_comes_again_in_the_same_step_is_not_tried_a_third_time(tmp_path: Path) -> None:

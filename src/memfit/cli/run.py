@@ -75,9 +75,8 @@ class RunOptions:
             help="Folder for checkpoints: one at the end and, with --save-every, earlier ones. It is "
             "created if it does not exist. It must not hold a checkpoint of a later step than that at "
             "which the run begins. With it, if a process dies or hangs in training, all restart from the "
-            "newest checkpoint, or if there is none, from where the run began, at most 3 times without a new "
-            "checkpoint. Refused for a job "
-            "with Job(ema=...), a plan with expert-parallel, and engines that cannot save. Default: no "
+            "newest checkpoint, or if there is none, from where the run began (--restarts). Refused for a "
+            "job with Job(ema=...), a plan with expert-parallel, and engines that cannot save. Default: no "
             "checkpoints.",
         ),
     ] = None
@@ -102,6 +101,15 @@ class RunOptions:
             "Another number is refused without --save.",
         ),
     ] = 0
+    restarts: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="With --save: number of restarts after a process died or hung that are made without a new "
+            "checkpoint. Default: 3.",
+        ),
+    ] = 3
     grace: Annotated[
         str,
         typer.Option(
@@ -225,9 +233,9 @@ def exit_code(run: Run) -> int:
 
 
 def checkpoint_settings(options: RunOptions) -> CheckpointSettings:
-    """Return the settings of --save, --save-every, --keep-last, --grace and --resume. "" as the folder to
-    save to, or as the checkpoint to resume, means none. Raises UserError for --save-every and --keep-last
-    without --save."""
+    """Return the settings of --save, --save-every, --keep-last, --restarts, --grace and --resume. "" as the
+    folder to save to, or as the checkpoint to resume, means none. Raises UserError for --save-every and
+    --keep-last without --save."""
     for name, value in (("--save-every", options.save_every), ("--keep-last", options.keep_last)):
         if value and options.save is None:
             raise UserError(f"{name} needs --save", allowed=f"--save DIR {name} N")
@@ -236,6 +244,7 @@ def checkpoint_settings(options: RunOptions) -> CheckpointSettings:
         every_steps=options.save_every,
         resume=str(options.resume or ""),
         keep_last=options.keep_last,
+        restarts=options.restarts,
         grace_s=parse_duration(options.grace),
     )
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final
 
 from memfit.jobs import checkpoints
 from memfit.runtime.child_process import Event
@@ -20,8 +19,6 @@ from memfit.types.result import Measurement, OutcomeKind, Restart
 
 Losses = dict[int, dict[int, float]]
 """Rank -> step, counted from 0 -> loss."""
-RESTARTS: Final = 3
-"""Restarts between two checkpoints, at most."""
 
 
 def run_through(
@@ -35,10 +32,10 @@ def run_through(
     """Call ``start(spec, on_event)``, which runs all ranks, and return its measurements, one per rank.
 
     If ``spec`` saves checkpoints and a rank died or hung after the run's first step, ``start`` is called
-    again to resume from the newest complete checkpoint; if there is none, from where the run began. Up to
-    `RESTARTS` (3) restarts are made without a new checkpoint. An error that comes again in the same step is
-    not tried a third time. The measurements are those of the last call, with all restarts. If the last call
-    ends well or is interrupted, its losses and number of steps are those of all calls together.
+    again to resume from the newest complete checkpoint; if there is none, from where the run began. As many
+    restarts as the spec allows are made without a new checkpoint. An error that comes again in the same step
+    is not tried a third time. The measurements are those of the last call, with all restarts. If the last
+    call ends well or is interrupted, its losses and number of steps are those of all calls together.
 
     ``on_event`` gets every event of a rank, and ``(0, {"event": "restarted", "why": ...})`` before each
     restart. ``losses``: an empty mapping that gets the loss of each step that a rank reports, also if the run
@@ -47,7 +44,7 @@ def run_through(
     losses = {} if losses is None else losses
     losses.update({rank: {} for rank in range(spec.plan.ranks)})
     restarts: list[Restart] = []
-    tries_left, has_trained = RESTARTS, False
+    tries_left, has_trained = spec.keep.restarts, False
 
     def listen(rank: int, event: Event) -> None:
         step, loss = event.get("step"), event.get("loss")
@@ -63,7 +60,7 @@ def run_through(
             break
         keep = newest(spec.keep)
         if keep.resume != spec.keep.resume:
-            tries_left = RESTARTS
+            tries_left = spec.keep.restarts
         restart = _restart(failure, measurements[failure], keep)
         if not tries_left or (restarts and _is_repeated(restarts[-1], restart)):
             break

@@ -27,7 +27,8 @@ class CheckpointSettings:
     folder of checkpoints, of which the newest complete one is taken; "": none. ``passed_over``: texts that
     name newer checkpoints that were not used, with the reasons. ``keep_last``: number of newest complete
     checkpoints in ``save`` that are kept when another is saved; 0: all. ``grace_s``: seconds after SIGTERM
-    within which a run that saves must have saved and ended.
+    within which a run that saves must have saved and ended. ``restarts``: number of restarts after deaths or
+    hangs of ranks that are made without a new checkpoint.
     """
 
     save: str = ""
@@ -36,6 +37,7 @@ class CheckpointSettings:
     passed_over: tuple[str, ...] = ()
     keep_last: int = 0
     grace_s: float = 25.0
+    restarts: int = 3
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
