@@ -346,6 +346,15 @@ def page() -> str:
             f"{r['largest_difference']}. {r['reason']}"
             for r in failures
         ]
+    first = [r for r in rows if r["measurement"] == "kill, first version"]
+    if first:
+        recovered = sum(r["recovered"] and r["losses_equal"] for r in first)
+        lines += [
+            "",
+            "By the first version of the protocol (five kills a run, three restarts without a checkpoint),",
+            f"{recovered} of {len(first)} runs recovered; the others ended by the limit of restarts:",
+            ", ".join(f"{r['kind']} after {r['kills']} kills" for r in first if not r["recovered"]) + ".",
+        ]
     return "\n".join([*lines, ""])
 
 

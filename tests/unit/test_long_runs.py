@@ -188,6 +188,11 @@ def test_a_death_before_the_first_step_of_a_restart_restarts_again(tmp_path: Pat
     assert (ends[0].outcome, len(why)) == (OutcomeKind.OK, 2)
 
 
+def test_a_rank_that_dies_before_it_resumed_had_done_the_steps_of_its_checkpoint(tmp_path: Path) -> None:
+    ends, _, _ = _through([[_ended()], [_ended(steps_done=0)], [OK]], tmp_path, saves=[2])
+    assert [(r.step, r.first_step) for r in ends[0].restarts] == [(2, 2), (2, 2)]
+
+
 def test_a_death_before_the_first_step_of_all_ends_the_run(tmp_path: Path) -> None:
     ends, _, why = _through([[_ended(steps_done=0)]], tmp_path)
     assert (ends[0].outcome, why) == (OutcomeKind.FAILED, [])
@@ -380,6 +385,21 @@ def test_starting_and_saving_may_take_long(children: list[_Paused]) -> None:
         child.heart.beat(3, "save")
     watch.poll(0.2)
     assert _until_stall(watch)[0] == 600.0
+
+
+def test_a_rank_that_is_stopped_while_it_saves_is_ended_at_the_limit_of_steps(
+    children: list[_Paused], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = StallWatch(children, limit_s=5.0)
+    _trained(children, watch, 0.1)
+    for child in children:
+        child.heart.beat(3, "save")
+    watch.poll(0.2)
+    monkeypatch.setattr(stalls, "_is_stopped", lambda child: child is children[1])
+    named_s, stall = _until_stall(watch)
+    assert (named_s, stall.ranks, stall.final) == (1.0, (1,), False)
+    ended_s, stall = _until_stall(watch)
+    assert (named_s + ended_s, stall.final) == (5.0, True)
 
 
 def test_time_that_this_process_slept_is_no_time_without_progress(children: list[_Paused]) -> None:

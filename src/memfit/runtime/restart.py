@@ -61,7 +61,7 @@ def run_through(
         keep = newest(spec.keep)
         if keep.resume != spec.keep.resume:
             tries_left = spec.keep.restarts
-        restart = _restart(failure, measurements[failure], keep)
+        restart = _restart(failure, measurements[failure], spec.keep, keep)
         if not tries_left or (restarts and _is_repeated(restarts[-1], restart)):
             break
         tries_left -= 1
@@ -83,14 +83,22 @@ def _death(measurements: Sequence[Measurement]) -> int | None:
     return None
 
 
-def _restart(rank: int, measurement: Measurement, keep: CheckpointSettings) -> Restart:
+def _restart(
+    rank: int, measurement: Measurement, before: CheckpointSettings, keep: CheckpointSettings
+) -> Restart:
+    """Return the restart after ``rank`` failed in a run that began as ``before`` says and goes on as ``keep``
+    does. A rank that failed before it had resumed had done the steps of its checkpoint."""
     return Restart(
         rank=rank,
         reason=measurement.reason,
-        step=measurement.first_step + measurement.steps_done,
-        first_step=checkpoints.about(Path(keep.resume)).step if keep.resume else 0,
+        step=max(_steps_of(before), measurement.first_step + measurement.steps_done),
+        first_step=_steps_of(keep),
         checkpoint=keep.resume,
     )
+
+
+def _steps_of(keep: CheckpointSettings) -> int:
+    return checkpoints.about(Path(keep.resume)).step if keep.resume else 0
 
 
 def _is_repeated(before: Restart, now: Restart) -> bool:

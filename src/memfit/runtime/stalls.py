@@ -95,16 +95,18 @@ class StallWatch:
             return None
         self._last_idle_s = idle_s
         stopped = tuple(r for r, child in running.items() if _is_stopped(child))
-        named_s, ended_s = self._limits(running)
+        named_s, ended_s = self._limits(running, is_known=bool(stopped))
         is_final = idle_s >= ended_s
         if not is_final and (self._named or (idle_s < named_s and not stopped)):
             return None
         self._named = True
         return self._stall(running, stopped, idle_s, is_final=is_final)
 
-    def _limits(self, running: Mapping[int, Child]) -> tuple[float, float]:
-        """Return the times without progress, in seconds, after which the rank is named and the run ended."""
-        if any(self._beats[r].phase not in _IN_STEPS for r in running) or not running:
+    def _limits(self, running: Mapping[int, Child], *, is_known: bool) -> tuple[float, float]:
+        """Return the times without progress, in seconds, after which the rank is named and the run ended.
+        Outside steps they are longer, unless the reason of the stall ``is_known``: a rank is stopped."""
+        is_outside = any(self._beats[r].phase not in _IN_STEPS for r in running)
+        if is_outside and not is_known:
             return _OUTSIDE_NAMED_S, max(_OUTSIDE_ENDED_S, self._limit_s or 0.0)
         if self._intervals:
             step_s = max(self._intervals)
