@@ -17,7 +17,7 @@ from memfit.planner.block_traces import BlockTracer
 from memfit.planner.capacity import needed_bytes
 from memfit.planner.device_pricing import Aim
 from memfit.planner.evaluate import Pricer
-from memfit.planner.grid_search import Sketch, _cuttable, _picked, _Pricing, _todo
+from memfit.planner.grid_search import Sketch, _cuttable, _Pricing, _todo, picked
 from memfit.planner.multi_device import search_scale
 from memfit.planner.parallelism_grid import Grid, Limits, grids
 from memfit.planner.request import space_of
@@ -149,7 +149,7 @@ def _sketch(inside: tuple[Any, ...], state: tuple[Any, ...], micro: int) -> Sket
             part = dataclasses.replace(grid, states=(state,), inside=(inside,), away=((),))
             priced = found.price(part, compute)
             assert priced is not None
-            return Sketch(part, *_picked(part, priced, micro))
+            return Sketch(part, *picked(part, priced, micro))
     raise AssertionError(state)
 
 

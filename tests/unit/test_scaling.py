@@ -31,10 +31,10 @@ from memfit.planner.grid_search import (
     Sketch,
     _extremes,
     _merged,
-    _picked,
     _Pricing,
     _todo,
     find,
+    picked,
 )
 from memfit.planner.multi_device import search_scale
 from memfit.planner.parallelism_grid import Limits, grids, no_grid_error
@@ -198,7 +198,7 @@ def test_sketched_memory_is_near_the_traced_memory() -> None:
         part = dataclasses.replace(grid, states=states, away=((),))
         priced = found.price(part, compute)
         assert priced is not None
-        sketch = Sketch(part, *_picked(part, priced, rng.randrange(priced.step_s.size)))
+        sketch = Sketch(part, *picked(part, priced, rng.randrange(priced.step_s.size)))
         if sketch.plan.get("chunked-cross-entropy") or sketch.plan.get("compile"):
             continue  # the loss is outside of the model here; graphs with collectives cannot be cut
         kinds[kind] = kinds.get(kind, 0) + 1

@@ -15,7 +15,7 @@ from memfit.catalog import machine
 from memfit.cost.op_time import time_model
 from memfit.planner.block_traces import BlockTracer
 from memfit.planner.evaluate import Pricer
-from memfit.planner.grid_search import Sketch, _picked, _Pricing, _with_ends
+from memfit.planner.grid_search import Sketch, _Pricing, _with_ends, picked
 from memfit.planner.parallelism_grid import Limits, _best_fewer, grids, rank_blocks
 from memfit.planner.request import space_of
 from memfit.techniques.parallel.stage_sizes import stage_sizes
@@ -120,7 +120,7 @@ def _sketch(fewer: tuple[int, int], stages: int, schedule: str) -> Sketch:
             part = dataclasses.replace(grid, states=(state,), inside=((),), ends=((),), away=((),))
             priced = found.price(part, "autocast")
             assert priced is not None
-            return Sketch(part, *_picked(part, priced, micro))
+            return Sketch(part, *picked(part, priced, micro))
     raise AssertionError((fewer, stages, schedule))
 
 

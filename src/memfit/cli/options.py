@@ -266,8 +266,8 @@ class BoundsOptions:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RuntimeOptions:
-    """The place of the electricity, the CPU threads of each process, and whether the stored timings of this
-    machine's operators are replaced by new ones."""
+    """The place of the electricity, the CPU threads of each process, whether the stored timings of this
+    machine's operators are replaced by new ones, and the time limit of a search for plans."""
 
     place: Annotated[
         str,
@@ -300,6 +300,17 @@ class RuntimeOptions:
             "in `memfit decide` with --pilot this or --full this. Ignored without such a search.",
         ),
     ] = False
+    within: Annotated[
+        str,
+        typer.Option(
+            metavar="TIME",
+            help="Time limit of a search for plans, for example 30 or 30s (seconds) or 2min, counted from "
+            "when the libraries are loaded. The answer then rests on what was priced and traced until then, "
+            "and says how much better a plan could still be. What no answer can do without is finished all "
+            "the same: the trace of plain training and of one plan that fits. A search that ends earlier "
+            "gives the same answer with any limit. Default: 60s. Ignored without a search for a plan.",
+        ),
+    ] = "60s"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,8 @@ from memfit.types.units import format_seconds
 if TYPE_CHECKING:
     import rich.console
 
+    from memfit.report.words import Words
+
 _TICK_S: Final = 0.25
 _SILENT_S: Final = 3.0  # no progress for a command that ends or fails within this time
 _STAGE_S: Final = 1.0  # no line for shorter stages
@@ -86,6 +88,14 @@ class _Stage:
     def age_s(self) -> float:
         return time.monotonic() - self.begun_s
 
+    @property
+    def left_s(self) -> float | None:
+        """An estimate of the seconds until the stage ends, if its remaining units take as long as those that
+        are done; None in its first three seconds, before a unit is done, and if the total is unknown."""
+        if not self.total or not 0 < self.done < self.total or self.age_s < _SILENT_S:
+            return None
+        return self.age_s * (self.total - self.done) / self.done
+
 
 class Bars:
     """A progress callback, called with (name of the stage, units done, units in total or 0 if unknown, what
@@ -103,7 +113,9 @@ class Bars:
 
         self._words = load_words(self._lang)
         console = Console(file=sys.stderr, highlight=False)
-        self._display: _Bar | _Lines = _Bar(console) if console.is_terminal else _Lines()
+        self._display: _Bar | _Lines = (
+            _Bar(console, self._words) if console.is_terminal else _Lines(self._words)
+        )
         self("load", 0, 0, "")
         return self
 
@@ -131,7 +143,7 @@ class _Bar:
     """The display on a terminal: a live bar for the current stage. When a stage ends, a line with its name
     and duration stays, unless it took less than a second and its amount of work was unknown."""
 
-    def __init__(self, console: rich.console.Console) -> None:
+    def __init__(self, console: rich.console.Console, words: Words) -> None:
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
         self._live = Progress(
@@ -140,16 +152,18 @@ class _Bar:
             BarColumn(bar_width=24),
             TextColumn("{task.fields[count]}"),
             TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}", markup=False),
             TextColumn("{task.fields[detail]}", style="dim", markup=False),
             console=console,
             transient=True,
             auto_refresh=False,
         )
+        self._words = words
         self._live.start()
         self._ticker = _Ticker(self._live.refresh)
 
     def begin(self, stage: _Stage) -> None:
-        self._live.add_task(stage.title, total=stage.total or None, detail="", count="")
+        self._live.add_task(stage.title, total=stage.total or None, detail="", count="", left="")
 
     def update(self, stage: _Stage) -> None:
         self._live.update(
@@ -157,6 +171,7 @@ class _Bar:
             completed=max(stage.done - 0.01, 0),  # rich stops the clock of a full bar
             total=stage.total or None,
             count=stage.count,
+            left=_left(stage, self._words),
             detail=_short(stage.detail),
         )
 
@@ -182,7 +197,8 @@ class _Lines:
     printed when the stage has lasted a second, another every ten seconds until it ends, and none in the first
     three seconds after the display was created."""
 
-    def __init__(self) -> None:
+    def __init__(self, words: Words) -> None:
+        self._words = words
         self._stage: _Stage | None = None
         self._silent_until_s = self._next_s = time.monotonic() + _SILENT_S
         self._ticker = _Ticker(self._beat)
@@ -205,8 +221,14 @@ class _Lines:
         if stage is not None and now_s >= self._next_s:
             self._next_s = now_s + _LINE_EVERY_S
             elapsed = f"({format_seconds(stage.age_s)})"
-            parts = (stage.title, stage.count, _short(stage.detail), elapsed)
+            parts = (stage.title, stage.count, _short(stage.detail), elapsed, _left(stage, self._words))
             print(*filter(None, parts), file=sys.stderr, flush=True)
+
+
+def _left(stage: _Stage, words: Words) -> str:
+    """Return the estimate of the time that the stage still takes as text; "" if there is none."""
+    left_s = stage.left_s
+    return "" if left_s is None else words.get("terminal.left", time=format_seconds(round(left_s)))
 
 
 def _short(text: str) -> str:

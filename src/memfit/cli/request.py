@@ -17,7 +17,7 @@ from memfit.cost.host import with_host_memory
 from memfit.files.replace import must_be_writable
 from memfit.types.errors import Interrupted, UserError
 from memfit.types.machine import Calibration, Machine
-from memfit.types.parsing import parse_bytes
+from memfit.types.parsing import parse_bytes, parse_time_limit
 from memfit.types.plan import Accuracy, Bounds, Plan
 from memfit.types.result import SearchResult
 from memfit.types.sanitize import one_line
@@ -60,6 +60,7 @@ def request(
             allowed=f"--nproc {count}, one process per device, or --nproc 1",
             hint=suggestion if device in catalog.device_names() else "",
         )
+    within_s = parse_time_limit(runtime.within)
     warn_of_shadowed_modules(job.spec)
     quiet_libraries()
     from memfit.engines.registry import engine
@@ -77,6 +78,7 @@ def request(
         ranks=ranks,
         bounds=bounds or Bounds(),
         recalibrate=runtime.recalibrate,
+        within_s=within_s,
     )
 
 

@@ -46,8 +46,10 @@ def choice_view(choice: Choice) -> View:
 def search_view(result: SearchResult, correction: Calibration | None = None) -> View:
     """Return the fields of a search's result by name. "recommended" is null if nothing fits. "smallest" is
     always the plan with the lowest peak memory. "timings" is null unless the search was for this machine.
-    "correction" says how measured runs corrected the predicted step times; it is null if ``correction`` is
-    None or made from no run."""
+    "extent" says how far the search got and how much better than the best traced plan another one could be
+    ("gain_ratio"; null if there is no bound, and "gain_unknown" then says why); it is null if the search was
+    interrupted. "correction" says how measured runs corrected the predicted step times; it is null if
+    ``correction`` is None or made from no run."""
     corrected = correction is not None and correction.corrected_by
     return {
         "correction": correction_view(correction) if correction is not None and corrected else None,
@@ -68,6 +70,9 @@ def search_view(result: SearchResult, correction: Calibration | None = None) -> 
             for t in result.trials
         ],
         "unfinished": result.unfinished,
+        "extent": {**serialization.to_plain(result.extent), "left_count": result.extent.left_count}
+        if result.extent
+        else None,
     }
 
 

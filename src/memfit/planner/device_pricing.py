@@ -8,6 +8,8 @@ import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
 
+import numpy
+
 from memfit.cost.estimate import interval_around, modelled_boundary, scaled
 from memfit.cost.host import host_memory, known_host, memory_bytes
 from memfit.cost.memory_estimate import ASSUMED_RESERVED_RATIO, sketch_footprint
@@ -18,7 +20,7 @@ from memfit.engines import native
 from memfit.engines.registry import engine
 from memfit.planner.block_traces import BlockTracer
 from memfit.planner.evaluate import Pricer
-from memfit.planner.grid_search import GridSketches, Sketch, find, per_host
+from memfit.planner.grid_search import GridSketches, Sketch, find, per_host, picked
 from memfit.planner.parallelism_grid import Limits
 from memfit.planner.plan_kinds import kind
 from memfit.planner.plan_space import may_share, may_split
@@ -26,6 +28,7 @@ from memfit.planner.selection import Objective
 from memfit.techniques.rank_mesh import layout
 from memfit.techniques.registry import TECHNIQUES, short_label, unsupported_techniques
 from memfit.trace.fake_process_group import optimizer_steps_only
+from memfit.types.deadline import TimeUp
 from memfit.types.errors import UserError, first_line
 from memfit.types.gc_pause import pause_gc
 from memfit.types.machine import Machine
@@ -56,6 +59,7 @@ class Aim:
     bounds: Bounds
     tell: Tell
     host: Callable[[Estimate], bool] = lambda estimate: True
+    limit_s: float | None = None  # the search's time limit, as the result states it
 
 
 class Scale:
@@ -71,6 +75,7 @@ class Scale:
     def __init__(self, pricer: Pricer, aim: Aim) -> None:
         self.pricer, self.aim, self.machine = pricer, aim, pricer.machine
         self.bounds, self.tell, self.needs = aim.bounds, aim.tell, aim.needs
+        self.deadline = pricer.deadline
         self.engine = engine(pricer.engine)
         self.refused: dict[Plan, str] = {}
         self.pairs: list[tuple[Estimate, Estimate]] = []  # (sketch, whole trace) of each finalist
@@ -84,11 +89,12 @@ class Scale:
         self.traced = BlockTracer(pricer.job, pricer.device)
         self.found: dict[int, GridSketches] = {}
         self.sketched: dict[int, list[Sketch]] = {}  # by number of devices
-        self.cap_bytes = self._allocated_cap()
+        self.tried: set[int] = set()  # numbers of devices for which plans were looked for
+        self.cap_bytes = self.allocated_cap(aim.cap_bytes)
 
-    def _allocated_cap(self) -> float:
+    def allocated_cap(self, cap_bytes: float) -> float:
         """Return the highest peak of live tensors, in bytes, at which a sketch needs no more device memory
-        than the cap. It is found by bisection between 0 and 2**50. Return 0 if none fits.
+        than ``cap_bytes``. It is found by bisection between 0 and 2**50. Return 0 if none fits.
         """
         fitting_bytes, excessive_bytes = 0.0, 2.0**50
         for _ in range(60):
@@ -108,11 +114,13 @@ class Scale:
                 device_bytes=memory.device_bytes,
             )
             fitting_bytes, excessive_bytes = (
-                (middle_bytes, excessive_bytes) if self.fits_memory(probe) else (fitting_bytes, middle_bytes)
+                (middle_bytes, excessive_bytes)
+                if self.needs(probe) <= cap_bytes and self.aim.host(probe)
+                else (fitting_bytes, middle_bytes)
             )
         return fitting_bytes
 
-    def _host_cap(self, ranks: int) -> float:
+    def host_cap(self, ranks: int) -> float:
         """Return the bytes of host memory that each of ``ranks`` ranks may use: the memory of one host
         divided by the number of ranks on it; 0 if the host's memory is unknown.
         """
@@ -123,12 +131,13 @@ class Scale:
         return self.needs(estimate) <= self.aim.cap_bytes and self.aim.host(estimate)
 
     def sketches(self, ranks: int) -> GridSketches:
+        self.tried.add(ranks)
         if ranks not in self.found:
             self.tell("search", 0, 0, f"{ranks} devices")
             limits = self.limits(ranks)
             with pause_gc():
                 self.found[ranks] = find(
-                    self.traced, self.machine, self.model, limits, (self.cap_bytes, self._host_cap(ranks))
+                    self.traced, self.machine, self.model, limits, (self.cap_bytes, self.host_cap(ranks))
                 )
             self.sketched[ranks] = [*self.found[ranks].sketches]
         return self.found[ranks]
@@ -188,15 +197,20 @@ class Scale:
 
     def over(self, counts: Sequence[int]) -> list[Estimate]:
         """Return, as estimates, the sketches that `grid_search.find` selects for each of these numbers of
-        devices. A number for which no plan is possible is left out. If no plan is possible for any of them,
-        raise the UserError of the first.
+        devices. A number for which no plan is possible is left out, and so are those after the first for
+        which any is if the deadline has passed. If no plan is possible for any of them, raise the UserError
+        of the first.
         """
         estimates, reasons = list[Estimate](), list[UserError]()
         for ranks in counts:
             try:
+                if estimates:
+                    self.deadline.check()
                 estimates += self.estimates(ranks)
             except UserError as error:
                 reasons.append(error)
+            except TimeUp:
+                break
         if len(reasons) == len(counts):
             raise reasons[0]
         return estimates
@@ -293,6 +307,22 @@ class Scale:
         except Exception as error:  # noqa: BLE001  the next best plan is still an answer
             reason = first_line(error)[:200]
         self.refused[sketch.plan] = f"{short_label(sketch.plan)} could not be traced: {reason}"
+        return None
+
+    def sketch_of_plain(self, plain_plan: Plan) -> Sketch | None:
+        """Return the sketch of plain training, that of its grid; None if no grid has it."""
+        for grid in {id(s.grid): s.grid for s in self.found[plain_plan.ranks].picks}.values():
+            places = [(0, 0, 0, 0, i) for i in range(len(grid.states))]
+            place = next((i for i in places if grid.plan(i) == plain_plan), None)
+            if place is not None:
+                return Sketch(
+                    grid,
+                    *picked(
+                        grid,
+                        self.found[plain_plan.ranks].price(grid),
+                        int(numpy.ravel_multi_index(place, grid.shape)),
+                    ),
+                )
         return None
 
     def ahead(self, plans: Sequence[Plan]) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from typing import Any
 
 import numpy
@@ -42,6 +42,7 @@ from memfit.trace.trace_pool import Copies, side_by_side
 from memfit.trace.tracer import fake_model, stepping, trace
 from memfit.trace.truncated_model import with_blocks
 from memfit.trace.unroll import Blocks, Mismatch, longer
+from memfit.types.deadline import Deadline, TimeUp
 from memfit.types.dependence import SampleDependence
 from memfit.types.gc_pause import pause_gc
 from memfit.types.job import Job
@@ -79,7 +80,8 @@ class Pricer:
     composed. ``vectors``: the same as numbers to add up, with the seconds that the calibration gives.
     ``choices``: for plans with a memory budget for recomputation, the plan with the tensors to recompute
     chosen. ``stored``: what was predicted of the job before, on disk; None: nothing is read from disk or kept
-    there, nor is it if the pricer's job is replaced by another.
+    there, nor is it if the pricer's job is replaced by another. ``deadline``: what would be traced after it
+    raises TimeUp instead.
     """
 
     job: Job
@@ -97,6 +99,7 @@ class Pricer:
     # reserved over allocated bytes of the plain plan, once traced
     reserved_ratio: float = ASSUMED_RESERVED_RATIO
     stored: StoredPredictions | None = None
+    deadline: Deadline = dataclasses.field(default_factory=Deadline)
     plain: dict[int, tuple[int, HostTensors]] = dataclasses.field(default_factory=dict)  # see `_plain`
     _copies: tuple[Any, Copies] | None = dataclasses.field(default=None, init=False, repr=False)
 
@@ -201,6 +204,7 @@ class Pricer:
 
     def _trace(self, plan: Plan, ranks: Iterable[int]) -> None:
         if missing_ranks := self._missing(plan, ranks):
+            self.deadline.check()
             with pause_gc():
                 self._add([(plan, rank) for rank in missing_ranks], self._result(plan, missing_ranks))
 
@@ -247,7 +251,9 @@ class Pricer:
             refuse_scalars(fake_model(self.job), self.engine)
         if not backend.own_trace:
             plan = backend.predicted(plan)
-            return deep_traces(self.job, plan, ranks, device=self.device, lines=self.lines)
+            return deep_traces(
+                self.job, plan, ranks, deadline=self.deadline, device=self.device, lines=self.lines
+            )
         if obstacle := backend.probe().problem or ", ".join(backend.asks_cuda(plan)):
             traces = deep_traces(self.job, plan, ranks, device=self.device, lines=self.lines)
             assumption = (
@@ -272,7 +278,9 @@ class Pricer:
             missing_keys = [key for key in keys if self._missing(key[0], [key[1]])]
 
             def make() -> list[Trace]:
-                return traces_of(self.job, missing_keys, device=self.device, lines=self.lines)
+                return traces_of(
+                    self.job, missing_keys, deadline=self.deadline, device=self.device, lines=self.lines
+                )
 
             stored = self._stored()
             self._add(missing_keys, _as_bytes(stored.run(make)) if stored else Result(make(), False))
@@ -292,6 +300,12 @@ class Pricer:
         return dataclasses.replace(
             largest, host_bytes=host_largest.host_bytes, host_parts_bytes=host_largest.host_parts_bytes
         )
+
+    def whole_in_time(self, plans: Iterable[Plan]) -> Iterator[Estimate]:
+        """Yield `whole` of each plan; those that would have to be traced after the deadline are left out."""
+        for plan in plans:
+            with contextlib.suppress(TimeUp):
+                yield self.whole(plan)
 
     def each_rank(self, plan: Plan) -> list[Estimate]:
         """Return one estimate for every distinct rank of the plan (`Layout.distinct_ranks`), such as those of
@@ -353,6 +367,7 @@ class Pricer:
                     lambda done, i: tell(done, len(missing_plans), missing_plans[i].label),
                     results,
                     copies=self._warm_copies(),
+                    deadline=self.deadline,
                 )
         finally:  # after an interrupt, the finished ones are kept
             for index, result in results.items():
@@ -391,14 +406,19 @@ class Pricer:
         )
         if missing_parts:
             fake_model(self.job)  # before processes are forked, each of which would build it
-        with pause_gc():
-            new_parts = side_by_side(
-                [functools.partial(self._part, *part) for part in missing_parts],
-                lambda done, i: tell(done, len(missing_parts), missing_parts[i][0].label),
-                copies=self._warm_copies(),
-            )
-        for result in new_parts:
-            self._add_part(result)
+        results: dict[int, Result] = {}
+        try:
+            with pause_gc():
+                side_by_side(
+                    [functools.partial(self._part, *part) for part in missing_parts],
+                    lambda done, i: tell(done, len(missing_parts), missing_parts[i][0].label),
+                    results,
+                    copies=self._warm_copies(),
+                    deadline=self.deadline,
+                )
+        finally:  # after an interrupt, the finished ones are kept
+            for index in sorted(results):
+                self._add_part(results[index])
 
     def _has_part(self, plan: Plan, steps: int) -> bool:
         """Return whether the part is known, with all numbers of blocks of `_cut`, after adding it if it is on
@@ -558,6 +578,7 @@ class Pricer:
         if key not in self.vectors:
             part_key = (plan, blocks, steps, "")
             if not self._has_part(plan, steps):
+                self.deadline.check()
                 self._add_part(self._part(plan, steps))
             memory_entries, micro_ops, optimizer_ops, micros = self.parts[part_key]
             seconds = [self.model.total_s(ops) if self.model else 0.0 for ops in (micro_ops, optimizer_ops)]

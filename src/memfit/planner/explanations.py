@@ -216,7 +216,8 @@ def sensitivity(
       score better than the winner's by more than 3 %. Of these, it names the plan that needs the least
       memory, and how much more than the cap it needs.
     - Devices: names the best fitting sketch for twice the devices, by the goal, or by time if the goal is
-      least memory. Not reported if the goal is the fewest devices, or if no plan for so many fits.
+      least memory. Not reported if the goal is the fewest devices, if no plan for so many fits, or if the
+      search has no time left.
     - Each resource of which a tenth less time would shorten the step by more than 0.5 %.
     """
     goal, cap_bytes = scale.aim.goal, scale.aim.cap_bytes
@@ -231,7 +232,7 @@ def sensitivity(
         smallest = min(larger_plans, key=lambda e: (scale.needs(e), score(e, goal)))
         extra_bytes = scale.needs(smallest) - cap_bytes
         yield _sensitivity_to("memory", winner, scale.expected(smallest), more_bytes=extra_bytes)
-    if goal is not Objective.FEWEST:
+    if goal is not Objective.FEWEST and (2 * ranks in scale.found or scale.deadline.has_time()):
         # more devices are smaller in any case, so compare by time
         objective = Objective.FASTEST if goal is Objective.SMALLEST else goal
         try:
@@ -333,7 +334,7 @@ def _rounded_up(value: float, digits: int) -> str:
     return f"{math.ceil(value * 10**digits) / 10**digits:.{digits}f}"
 
 
-def nothing_fits(scale: Scale, known: Sequence[Estimate], ranks: int) -> NothingFits:
+def nothing_fits(scale: Scale, known: Sequence[Estimate], ranks: int, *, unfinished: str = "") -> NothingFits:
     """Return the NothingFits error, with a list of changes (``ways``) that would help:
 
     - If some known plan fits the memory: the deadline and the budget of money of `_looser_bounds`.
@@ -342,12 +343,13 @@ def nothing_fits(scale: Scale, known: Sequence[Estimate], ranks: int) -> Nothing
       and keeps to the bounds, if there is one.
 
     ``known``: the traced estimates, at least one. ``ranks``: the largest number of devices that was searched.
+    ``unfinished``: as in NothingFits; numbers of devices are then not tried.
     """
     goal, cap_bytes = scale.aim.goal, scale.aim.cap_bytes
     smallest = min(known, key=lambda e: (scale.needs(e), complexity(e.plan, e.dependence)))
     fitting = [e for e in known if scale.fits_memory(e)]
     ways = list(_looser_bounds(scale.bounds, fitting) if fitting else _more_memory(scale, known, ranks))
-    for factor in (2, 4, 8, 16):
+    for factor in (2, 4, 8, 16) if not unfinished else ():
         try:
             candidates = [e for e in scale.estimates(factor * ranks) if scale.fits_memory(e)]
         except UserError:
@@ -362,4 +364,5 @@ def nothing_fits(scale: Scale, known: Sequence[Estimate], ranks: int) -> Nothing
         plan_text=short_label(smallest.plan),
         ways=tuple(dict.fromkeys(ways)),
         missed=missed_bounds(scale.bounds, fitting),
+        unfinished=unfinished,
     )

@@ -36,6 +36,7 @@ _NOT_ON_HOST = 1e9  # factor on peaks by which plans that do not fit host memory
 _KEPT_SMALLEST = 4  # of the plans with a technique, and of those without it
 _BLAS_THREADS = 2  # the caller's thread and autograd's, each with its own BLAS handle
 _LEVELS_PER_DOUBLING = 4  # memory levels per doubling; the best plan of each level is kept for the frontier
+LEVEL_RATIO = 2 ** (1 / _LEVELS_PER_DOUBLING)  # highest over lowest memory of a level
 _WORTH = 0.005  # a relative gain in time below this adds no point to the frontier
 _SHARES = 2  # number of shares of the grids that are priced in parallel
 _COPIED_BYTES = 1 << 30
@@ -83,16 +84,18 @@ class GridSketches:
     ``sketches``: the plans that `find` selects, in no particular order. ``extremes``: for each technique of a
     plan, and for the plans (with it, without it), of all that were predicted: the fastest one that fits, if
     there is one, and those that need the least device memory in their grids (the least first, at most 4), of
-    the ones that fit host memory if there are any. ``considered``: number of plans whose
-    time and memory were predicted. ``refused``: a text for each degree by which the model cannot be divided
-    and each technique that it cannot be traced with, which says why.
+    the ones that fit host memory if there are any. ``considered``: number of plans whose time and memory were
+    predicted. ``picks``: what `_best` selects in each grid. ``refused``: a text for each degree by which the
+    model cannot be divided and each technique that it cannot be traced with, which says why.
     """
 
     sketches: tuple[Sketch, ...]
     extremes: Mapping[tuple[str, bool], tuple[Sketch, ...]]  # by (technique, whether the plans have it)
     considered: int
     refused: tuple[str, ...]
+    picks: tuple[Sketch, ...]
     neighbours: Callable[[Sketch], list[Sketch]]  # plans of its grid that differ from it along one axis
+    price: Callable[[Grid], Priced]  # predictions for all plans of a grid of the picks
 
 
 Caps = tuple[float, float]  # highest bytes of a rank that fit: on the device, and in host memory
@@ -125,7 +128,9 @@ def find(traced: BlockTracer, machine: Machine, model: TimeModel, limits: Limits
         extremes=_merged(extremes, caps),
         considered=considered,
         refused=tuple(refusals),
+        picks=tuple(sketches),
         neighbours=pricing.neighbours,
+        price=pricing.priced,
     )
 
 
@@ -344,8 +349,7 @@ class _Pricing:
     def neighbours(self, sketch: Sketch) -> list[Sketch]:
         """Return sketches of all plans of the sketch's grid that differ from it along exactly one axis."""
         grid, index = sketch.grid, sketch.index
-        priced = self.price(grid, compute_of(grid.states[index[-1]]))
-        assert priced is not None, "it was priced before"
+        priced = self.priced(grid)
         neighbours = [
             (*index[:axis], position, *index[axis + 1 :])
             for axis, size in enumerate(grid.shape)
@@ -353,7 +357,13 @@ class _Pricing:
             if position != index[axis]
         ]
         flat_indices = (int(numpy.ravel_multi_index(neighbour, grid.shape)) for neighbour in neighbours)
-        return [Sketch(grid, *_picked(grid, priced, position)) for position in flat_indices]
+        return [Sketch(grid, *picked(grid, priced, position)) for position in flat_indices]
+
+    def priced(self, grid: Grid) -> Priced:
+        """Return what `price` does, for a grid whose model can run with the grid's layout."""
+        priced = self.price(grid, compute_of(grid.states[0]))
+        assert priced is not None, "the model runs with this layout"
+        return priced
 
     def price(self, grid: Grid, compute: str) -> Priced | None:
         """Return the predicted step time and memory of every plan of the grid in this compute precision; None
@@ -480,7 +490,7 @@ def _best(grid: Grid, priced: Priced, caps: Caps) -> list[_Picked]:
         flat_index = numpy.flatnonzero((levels == level) & candidates)
         picks[int(flat_index[numpy.argmin(step[flat_index])])] = None
     picks[int(numpy.argmin(memory))] = None
-    return [_picked(grid, priced, flat_index) for flat_index in picks]
+    return [picked(grid, priced, flat_index) for flat_index in picks]
 
 
 def _extremes(grid: Grid, priced: Priced, caps: Caps) -> _Extremes:
@@ -506,7 +516,7 @@ def _extremes(grid: Grid, priced: Priced, caps: Caps) -> _Extremes:
                 slab = numpy.take(order, position, axis)
                 place = [int(i) for i in numpy.unravel_index(int(numpy.argmin(slab)), slab.shape)]
                 indices[*place[:axis], position, *place[axis:]] = None
-        return [_picked(grid, priced, int(numpy.ravel_multi_index(i, grid.shape))) for i in indices]
+        return [picked(grid, priced, int(numpy.ravel_multi_index(i, grid.shape))) for i in indices]
 
     found: _Extremes = {("", False): picks(0, range(grid.shape[0]))}
     for name, axis, indices in _placed(grid):
@@ -613,7 +623,10 @@ def _few(sketches: Sequence[Sketch], caps: Caps) -> list[Sketch]:
     return list({id(s): s for s in selection}.values())
 
 
-def _picked(grid: Grid, priced: Priced, flat_index: int) -> _Picked:
+def picked(grid: Grid, priced: Priced, flat_index: int) -> _Picked:
+    """Return the plan of the grid with this index in its flattened arrays: what a `Sketch` has after its
+    grid.
+    """
     index = tuple(int(i) for i in numpy.unravel_index(flat_index, grid.shape))
     return (
         index,

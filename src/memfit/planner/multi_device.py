@@ -1,11 +1,13 @@
 """The complete search for many devices: price grids of plans, trace the best ones whole, answer, and say what
 more hardware would bring.
 
-Nothing depends on how long a computation took, so the answer is the same every time.
+Nothing depends on how long a computation took, so the answer is the same every time, unless the search's time
+limit cuts it. The order of the work is fixed, so that the limit changes only how far the search gets.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 from memfit.planner.device_pricing import Aim, Scale
@@ -20,10 +22,13 @@ from memfit.planner.explanations import (
     traced_for_reasons,
     unsupported_reasons,
 )
+from memfit.planner.multi_device_bound import scale_extent, traced_for_bound
 from memfit.planner.multi_device_shortlist import FinalistTracer, is_quick
 from memfit.planner.plan_space import dependence_reasons, may_share
+from memfit.planner.search_bound import unfinished_text
 from memfit.planner.selection import Objective, best, frontier, within_bounds
 from memfit.techniques.registry import effect_of, make_plain_plan
+from memfit.types.deadline import TimeUp
 from memfit.types.plan import Plan
 from memfit.types.result import Choice, Estimate, Reason, SearchResult
 
@@ -47,8 +52,9 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
     """Search plans for up to ``ranks`` devices of the pricer's machine and return the result.
 
     Fewer devices are tried only for goals that can prefer them (see `counts`). The result's baseline is DDP
-    on ``ranks`` ranks, or on as many as the batch has samples if these are fewer. Raises NothingFits, with
-    the changes that would help, if no plan meets memory, deadline and budget; UserError if no plan is
+    on ``ranks`` ranks, or on as many as the batch has samples if these are fewer. After the pricer's deadline
+    nothing further is traced once a plan fits, nor are further numbers of devices tried. Raises NothingFits,
+    with the changes that would help, if no plan meets memory, deadline and budget; UserError if no plan is
     possible, for example because the batch cannot be divided, if the model has no repeated blocks, or if the
     speed of the device is unknown.
     """
@@ -64,16 +70,7 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
 
     sizes = counts(ranks, goal)
     estimates = scale.over(sizes)
-    finalists = FinalistTracer(scale, fits).run(estimates, plain_plan)
-    if not any(map(fits, finalists)):
-        known = {e.plan: e for e in (*estimates, *scale.extremes(sizes), *finalists)}
-        finalists += traced_before_nothing_fits(scale, [*known.values()], fits)
-    if not any(map(fits, finalists)):
-        bounds = ((aim.bounds.deadline_s, Objective.FASTEST), (aim.bounds.budget_usd, Objective.CHEAPEST))
-        for requested, objective in bounds:  # how close the best plans by these goals come
-            if requested is not None:
-                finalists += FinalistTracer(scale, scale.fits_memory, objective).run(estimates, plain_plan)
-        finalists = [*{e.plan: e for e in finalists}.values()]
+    finalists = _finalists(scale, estimates, sizes, plain_plan, fits)
     traced_plans = {e.plan for e in finalists}
     candidates = [
         *finalists,
@@ -81,11 +78,12 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
     ]
     baseline = next((e for e in candidates if e.plan == plain_plan), None)
     if baseline is None or (not baseline.traced and fits(baseline)):
-        baseline = scale.billed(scale.pricer.whole(plain_plan))
+        baseline = _baseline(scale, plain_plan)
     candidates = [e for e in candidates if e.plan != baseline.plan]
     winner = best([e for e in (*finalists, baseline) if e.traced and fits(e)], goal)
     if winner is None:
-        raise nothing_fits(scale, [*finalists, baseline], ranks)
+        unfinished = unfinished_text(scale_extent(scale, sizes, finalists, None, fits))
+        raise nothing_fits(scale, [*finalists, baseline], ranks, unfinished=unfinished)
     winner, known = _elected(scale, winner, [*candidates, baseline], sizes, fits)
     traced = [e for e in known.values() if e.traced and e.plan != baseline.plan]
     candidates = [*{e.plan: e for e in (*candidates, *traced)}.values()]
@@ -116,7 +114,47 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
         recommended=recommended,
         smallest=choice(smallest),
         sensitivity=tuple(sensitivity(scale, winner, candidates, ranks)),
+        extent=scale_extent(scale, sizes, [*traced, baseline] if baseline.traced else traced, winner, fits),
     )
+
+
+def _finalists(
+    scale: Scale,
+    estimates: Sequence[Estimate],
+    sizes: Sequence[int],
+    plain_plan: Plan,
+    fits: Callable[[Estimate], bool],
+) -> list[Estimate]:
+    """Return the estimates of the plans that are traced whole before one is recommended: those of
+    `FinalistTracer`; if none of them fits, others that may; and if one does, those of `traced_for_bound`.
+    """
+    finalists = FinalistTracer(scale, fits).run(estimates, plain_plan)
+    if not any(map(fits, finalists)) and not scale.deadline.cut:
+        known = {e.plan: e for e in (*estimates, *scale.extremes(sizes), *finalists)}
+        finalists += traced_before_nothing_fits(scale, [*known.values()], fits)
+    if not any(map(fits, finalists)) and not scale.deadline.cut:
+        bounds = ((scale.bounds.deadline_s, Objective.FASTEST), (scale.bounds.budget_usd, Objective.CHEAPEST))
+        for requested, objective in bounds:  # how close the best plans by these goals come
+            if requested is not None:
+                finalists += FinalistTracer(scale, scale.fits_memory, objective).run(estimates, plain_plan)
+        finalists = [*{e.plan: e for e in finalists}.values()]
+    if any(map(fits, finalists)):
+        finalists += traced_for_bound(scale, sizes, finalists, fits)
+    return finalists
+
+
+def _baseline(scale: Scale, plain_plan: Plan) -> Estimate:
+    """Return the estimate of plain training: from its whole trace, or from its sketch if there is no time
+    left for the trace and it has one.
+    """
+    try:
+        return scale.billed(scale.pricer.whole(plain_plan))
+    except TimeUp:
+        sketch = scale.sketch_of_plain(plain_plan)
+    if sketch is not None:
+        return scale.estimate(sketch)
+    with scale.deadline.overtime():
+        return scale.billed(scale.pricer.whole(plain_plan))
 
 
 def _elected(
@@ -156,6 +194,7 @@ def _plans_compared_with(
     sketch = scale.sketch_of(winner.plan)
     neighbours = scale.neighbours(sketch) if sketch is not None else []
     known = {e.plan: e for e in (*neighbours, *scale.extremes(sizes), *candidates)}
-    for traced in traced_for_reasons(scale, winner, [*known.values()], fits, quick=is_quick(scale)):
-        known[traced.plan] = traced
+    with contextlib.suppress(TimeUp):
+        for traced in traced_for_reasons(scale, winner, [*known.values()], fits, quick=is_quick(scale)):
+            known[traced.plan] = traced
     return known

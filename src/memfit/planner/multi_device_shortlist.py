@@ -6,6 +6,7 @@ A sketch is the estimate of a plan that was composed from traces of parts.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from memfit.planner.plan_kinds import doublings, kind
 from memfit.planner.plan_space import complexity
 from memfit.planner.selection import TIE_RATIO, Objective, best, score
 from memfit.techniques.registry import short_label, technique
+from memfit.types.deadline import TimeUp
 from memfit.types.plan import Plan
 from memfit.types.result import Estimate
 
@@ -28,6 +30,7 @@ _TOO_SLOW = 0.85  # sketches of plans of up to 8 ranks were up to 25 % off, most
 _TOO_LARGE = 0.5
 # most traces near the best plan of a small model; highest score of a sketch over the best one's to be tried
 _CLIMBED, _MAY_BE_BETTER = 16, 1.25
+_LATE = 2  # traces that are begun after the deadline, while no plan fits
 _NEAR = 0.97  # factor by which ratios of trace to sketch differed per doubling of a degree
 
 Fits = Callable[[Estimate], bool]
@@ -57,6 +60,7 @@ class FinalistTracer:
         self._ratios: dict[Plan, float] = {}  # score of the whole trace over that of the sketch
         self._unknown = _TOO_LARGE if self.goal is Objective.SMALLEST else _TOO_SLOW
         self._heaviest = 1.0
+        self._late = 0  # traces begun after the deadline
         self._most = (
             min(_MOST_FINALISTS, _TRACED_BLOCKS // scale.traced.blocks) if is_quick(scale) else _FINALISTS
         )
@@ -70,10 +74,23 @@ class FinalistTracer:
         caller needs later, are traced in parallel; the trace of ``basis`` is only cached, not returned. If no
         traced plan fits, the plans with the three lowest peaks are tried until one can be traced. If one fits
         and the model has at most 12 blocks, plans near the best one are traced too.
+
+        If the search's time is up, it ends as soon as a traced plan fits, or after two more traces and that
+        of the plan with the lowest peak.
         """
-        candidates = [e for e in estimates if self.fits(e)]
+        with contextlib.suppress(TimeUp):
+            self._finalists([e for e in estimates if self.fits(e)], basis)
+        if not any(map(self.fits, self.traced)):
+            with self.scale.deadline.overtime():
+                self._smallest(estimates)
+        elif self._most > _FINALISTS:
+            with contextlib.suppress(TimeUp):
+                self._climb()
+        return self.traced
+
+    def _finalists(self, candidates: list[Estimate], basis: Plan) -> None:
         sketch, rival = self._two(candidates)
-        if sketch is not None and rival is not None:
+        if sketch is not None and rival is not None and self.scale.aim.limit_s is None:
             self.scale.tell(
                 "finalists", 0, self._most, f"{short_label(sketch.plan)}, {short_label(rival.plan)}"
             )
@@ -83,18 +100,27 @@ class FinalistTracer:
                 break
             candidates.remove(sketch)
             self.scale.tell("finalists", attempt, self._most, short_label(sketch.plan))
-            traced_estimate = self.scale.traced_or_refused(sketch)
+            traced_estimate = self._traced(sketch)
             if traced_estimate is None:
                 candidates = [e for e in candidates if _family(e.plan) != _family(sketch.plan)]
             else:
                 self._learn(sketch, traced_estimate)
                 candidates = [e for e in candidates if self._light(e)]
             sketch = rival if rival in candidates else self._next(candidates)
-        if not any(map(self.fits, self.traced)):
-            self._smallest(estimates)
-        elif self._most > _FINALISTS:
-            self._climb()
-        return self.traced
+
+    def _traced(self, sketch: Estimate) -> Estimate | None:
+        """Return what `Scale.traced_or_refused` does. While no plan fits, the deadline ends no trace, and two
+        are begun after it.
+        """
+        deadline = self.scale.deadline
+        if any(map(self.fits, self.traced)):
+            return self.scale.traced_or_refused(sketch)
+        if deadline.left_s <= 0:
+            if self._late == _LATE:
+                deadline.check()
+            self._late += 1
+        with deadline.overtime():
+            return self.scale.traced_or_refused(sketch)
 
     def _climb(self) -> None:
         """Trace plans near the best traced plan of a small model, whose traces are quick.

@@ -52,6 +52,7 @@ class Request:
     ranks: int = 1
     correction: Calibration = dataclasses.field(default_factory=Calibration)  # from runs on this machine
     recalibrate: bool = False  # time this machine's operators again, ignoring stored times
+    within_s: float | None = None  # seconds after which a search answers with what it has; None: no limit
 
     @property
     def is_here(self) -> bool:

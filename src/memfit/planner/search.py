@@ -7,6 +7,8 @@ and pipeline parallelism can be searched, by multi_device.py. One of the traced 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Sequence
 
 from memfit.cost.host import host_holds, host_line
@@ -18,6 +20,7 @@ from memfit.planner.machine_calibration import begin_calibration, score_band, ti
 from memfit.planner.plan_space import may_share, may_split
 from memfit.planner.recompute_budget import Cap
 from memfit.planner.request import Planning, Progress, Request, limit_parts, make_pricer
+from memfit.planner.search_bound import Facts, extent, rest_of, score_ratios, unfinished_text
 from memfit.planner.selection import (
     Objective,
     Prices,
@@ -25,6 +28,7 @@ from memfit.planner.selection import (
     decide,
     missed_bounds,
     respects_micro_batch,
+    score,
     within_bounds,
 )
 from memfit.planner.single_device import memory_cap, price_plans
@@ -32,11 +36,12 @@ from memfit.planner.sketch_errors import may_fit
 from memfit.runtime import local_machine
 from memfit.techniques.recompute.optimal import NAME
 from memfit.techniques.registry import effect_of, make_plain_plan, proposable, refuse_wrong_weights
+from memfit.types.deadline import Deadline
 from memfit.types.dependence import DependenceCause
 from memfit.types.errors import NothingFits, UserError
 from memfit.types.job import Job
-from memfit.types.plan import Bounds, use
-from memfit.types.result import Choice, Estimate, Reason, SearchResult
+from memfit.types.plan import use
+from memfit.types.result import Choice, Estimate, Reason, SearchExtent, SearchResult
 from memfit.types.trace import Phase
 
 # Of the cap and of the step time: other optimizers are not searched where states are smaller and the
@@ -69,11 +74,17 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
     allows; RunError if operators cannot be timed on this machine. Ctrl-C while plans are predicted raises
     SearchInterrupted with the result so far. Before that, and in a search with tensor, context and pipeline
     parallelism, it raises KeyboardInterrupt.
+
+    After the request's ``within_s`` no further plan is traced, and traces in other processes are ended. Plans
+    are traced in a fixed order, the most promising first, so that the limit changes only how far the search
+    gets. It does not cut what no answer can do without: the trace of plain training, for many devices those
+    of the model's parts, and that of one plan that fits, if there is one.
     """
+    deadline = Deadline.after(request.within_s)
     if may_divide := request.machine.device_count > 1 and not request.is_here:
         ranks = request.ranks if request.ranks > 1 else request.machine.device_count
         request = dataclasses.replace(request, ranks=ranks)
-        if (planning := _search_many(request, progress)) is not None:
+        if (planning := _search_many(request, progress, deadline)) is not None:
             return planning
     unsearched = (Reason(kind="cannot", technique="", detail=_NOT_A_CHAIN),) * may_divide
     progress("trace", 0, 0, "plain training")
@@ -87,6 +98,7 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
     cap_bytes, cap_reason = _cap(request, baseline, job.demonstration_ratio, demonstrates=must_run)
     if request.is_here:
         begin_calibration(pricer, request, progress)
+    pricer.deadline = deadline
     batch, bounds = pricer.space.batch_size, dataclasses.replace(request.bounds, steps=job.steps)
 
     def inside(e: Estimate) -> bool:
@@ -95,25 +107,23 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
     def fits(e: Estimate) -> bool:
         return inside(e) and respects_micro_batch(e.plan, bounds, batch) and within_bounds(bounds, e)
 
-    small_state_bytes = _small_state_bytes(request, pricer, baseline, cap_bytes)
     sketches: list[Estimate] = []
+    pricing = functools.partial(
+        price_plans,
+        pricer,
+        request,
+        progress=progress,
+        fits=fits,
+        small_state_bytes=_small_state_bytes(request, pricer, baseline, cap_bytes),
+        sketches=sketches,
+    )
     try:
-        estimates, considered, left_out = price_plans(
-            pricer, request, cap_bytes, progress, fits, small_state_bytes=small_state_bytes, sketches=sketches
-        )
+        estimates, considered, left_out = pricing(cap_bytes)
         if cap_reason.startswith(_DEMONSTRATION) and not any(map(fits, estimates)):
             cap_bytes = _reachable_cap(estimates, request, batch)
             cap_reason = _REACHABLE.format(share=job.demonstration_ratio)
             sketches.clear()
-            capped_estimates, considered, left_out = price_plans(
-                pricer,
-                request,
-                cap_bytes,
-                progress,
-                fits,
-                small_state_bytes=small_state_bytes,
-                sketches=sketches,
-            )
+            capped_estimates, considered, left_out = pricing(cap_bytes)
             estimates = list({e.plan: e for e in (*estimates, *capped_estimates)}.values())
         result = decide(
             estimates,
@@ -128,14 +138,9 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
     except KeyboardInterrupt:
         partial_result = _best_so_far(pricer, request, cap_bytes, fits, sketches)
         raise SearchInterrupted(partial_result) from None
-    result = dataclasses.replace(
-        result, cap_reason=cap_reason, timings=timings(pricer.calibration) if request.is_here else None
-    )
-    if result.recommended is None:
-        requested_estimates = [e for e in estimates if respects_micro_batch(e.plan, bounds, batch)]
-        ways = _ways(pricer, request, requested_estimates, fits)
-        raise _nothing_fits(requested_estimates, request, cap_bytes, bounds, ways=ways)
-    return Planning(
+    finally:
+        pricer.deadline = Deadline()
+    planning = Planning(
         request=request,
         job=job,
         pricer=pricer,
@@ -147,6 +152,29 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
         fits=fits,
         left_out=(*left_out, *unsearched),
     )
+    return _completed(planning, deadline)
+
+
+def _completed(planning: Planning, deadline: Deadline) -> Planning:
+    """Return the planning with the result's `SearchExtent`, timings and reason of the cap added. Raises
+    NothingFits if no plan is recommended.
+    """
+    request, pricer, result = planning.request, planning.pricer, planning.result
+    facts = Facts(
+        priced=len(planning.sketches),
+        unpriced=result.considered - len(planning.sketches),
+        deadline=deadline,
+        limit_s=request.within_s,
+    )
+    result = dataclasses.replace(
+        result,
+        cap_reason=planning.cap_reason,
+        timings=timings(pricer.calibration) if request.is_here else None,
+        extent=_extent(planning, facts),
+    )
+    if result.recommended is None:
+        raise _nothing_fits(planning, result)
+    return dataclasses.replace(planning, result=result)
 
 
 def _small_state_bytes(request: Request, pricer: Pricer, baseline: Estimate, cap_bytes: int) -> int | None:
@@ -179,29 +207,42 @@ def _prices(pricer: Pricer, request: Request, sketches: list[Estimate], cap: Cap
     )
 
 
-def _nothing_fits(
-    requested_estimates: Sequence[Estimate],
-    request: Request,
-    cap_bytes: int,
-    bounds: Bounds,
-    *,
-    ways: tuple[str, ...],
-) -> NothingFits:
-    """Return the error for a search in which no plan fits, with the least memory that would be enough.
+def _extent(planning: Planning, facts: Facts) -> SearchExtent:
+    traced, request, chosen = planning.estimates, planning.request, planning.result.recommended
+    traces, goal = {e.plan: e for e in traced}, request.goal
+    bounds = dataclasses.replace(request.bounds, steps=planning.job.steps)
+    may = may_fit(planning.sketches, traced, memory_cap(request, planning.cap_bytes), bounds)
+    pairs = [(s, traces[s.plan]) for s in planning.sketches if s.plan in traces]
+    rest = [s for s in planning.sketches if s.plan not in traces and may(s)]
+    best_score = min((score(e, goal) for e in traced if planning.fits(e)), default=math.inf)
+    return extent(
+        pairs,
+        best_score,
+        goal=goal,
+        chosen=chosen.estimate if chosen else None,
+        rest=lambda: rest_of(rest, goal, score_ratios(pairs, goal), best_score),
+        facts=facts,
+    )
 
-    ``requested_estimates``: the traced plans with the requested micro-batch. ``ways``: texts of changes, each
-    of which alone would be enough.
-    """
+
+def _nothing_fits(planning: Planning, result: SearchResult) -> NothingFits:
+    """Return the error for a search in which no plan fits, with the least memory that would be enough."""
+    request, pricer, fits = planning.request, planning.pricer, planning.fits
+    bounds = dataclasses.replace(request.bounds, steps=planning.job.steps)
+    requested_estimates = [
+        e for e in planning.estimates if respects_micro_batch(e.plan, bounds, pricer.space.batch_size)
+    ]
     smallest = min(requested_estimates, key=lambda e: e.allocated_bytes.value)
     return NothingFits(
-        cap_bytes=cap_bytes,
+        cap_bytes=result.cap_bytes,
         least_bytes=needed_bytes(smallest, request.machine),
         plan_text=smallest.plan.label,
         missed=missed_bounds(
-            bounds, list(filter(fits_under(cap_bytes, request.machine), requested_estimates))
+            bounds, list(filter(fits_under(result.cap_bytes, request.machine), requested_estimates))
         ),
-        ways=ways,
+        ways=_ways(pricer, request, requested_estimates, fits),
         host="" if host_holds(smallest, request.machine) else host_line(smallest, request.machine),
+        unfinished=unfinished_text(result.extent) if result.extent is not None else "",
     )
 
 
@@ -301,7 +342,7 @@ def _refuse_ranks(request: Request, pricer: Pricer) -> None:
     )
 
 
-def _search_many(request: Request, progress: Progress) -> Planning | None:
+def _search_many(request: Request, progress: Progress, deadline: Deadline) -> Planning | None:
     """Search plans with tensor, context, pipeline and data parallelism for up to the request's ranks.
 
     Returns None, without a search, if the model has fewer than 3 blocks or they are not alike. Raises
@@ -318,6 +359,7 @@ def _search_many(request: Request, progress: Progress) -> Planning | None:
     if pricer.space.block_count < BLOCKS or not (pricer.repeats or is_main_chain(job)):
         return None
     cap_bytes = request.cap_bytes or int(request.machine.device.memory_bytes.value)
+    pricer.deadline = deadline
     aim = Aim(
         goal=request.goal,
         accuracy=request.accuracy,
@@ -326,8 +368,12 @@ def _search_many(request: Request, progress: Progress) -> Planning | None:
         host=lambda estimate: host_holds(estimate, request.machine),
         bounds=dataclasses.replace(request.bounds, steps=job.steps),
         tell=progress,
+        limit_s=request.within_s,
     )
-    result = search_scale(pricer, ranks, aim)
+    try:
+        result = search_scale(pricer, ranks, aim)
+    finally:
+        pricer.deadline = Deadline()
     reason = "asked for" if request.cap_bytes is not None else "the device's memory"
     return Planning(
         request=request, job=job, pricer=pricer, cap_bytes=cap_bytes, cap_reason=reason, result=result

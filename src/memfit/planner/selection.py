@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import itertools
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from memfit.planner.plan_space import complexity, dependence_reasons
 from memfit.techniques.registry import effect_of, make_plain_plan, short_label, without
+from memfit.types.deadline import TimeUp
 from memfit.types.dependence import SampleDependence
 from memfit.types.errors import UserError
 from memfit.types.plan import Bounds, Plan
@@ -289,7 +291,8 @@ def decide(
     ordered = sorted(by_plan.values(), key=lambda e: e.allocated_bytes.value)
     recommended = None
     if winner is not None:
-        prices.prepare([without(winner.plan, u.technique) for u in winner.plan.uses])
+        with contextlib.suppress(TimeUp):
+            prices.prepare([without(winner.plan, u.technique) for u in winner.plan.uses])
         winner_reasons = reasons_for(winner, estimates, fits, goal, prices, cap_bytes)
         recommended = choice(winner, (*winner_reasons, *left_out))
     return SearchResult(
@@ -323,7 +326,7 @@ def saved_by(estimate: Estimate, price: Callable[[Plan], Estimate]) -> tuple[Rea
     """Return one reason for each technique of the plan, largest saving first. It gives the bytes of peak that
     the technique saves and the ratio of step times, with the technique to without it. If the plan without it
     is impossible, because a memory budget for recomputation cannot be met, the reason says that the technique
-    is needed.
+    is needed. A technique has no reason if ``price`` raises TimeUp, because the search has no time left.
 
     ``price`` returns the estimate of a plan. On several ranks, a data-parallel technique other than ddp is
     compared with ddp; ddp with default settings gets no reason.
@@ -335,6 +338,8 @@ def saved_by(estimate: Estimate, price: Callable[[Plan], Estimate]) -> tuple[Rea
         except UserError:  # a budget that cannot be met without it
             reasons.append(Reason(kind="needed", technique=use.technique))
             continue
+        except TimeUp:
+            continue  # a reason that was not priced is not given
         if reduced.plan == estimate.plan:
             continue  # DDP is the fallback of several ranks
         reasons.append(

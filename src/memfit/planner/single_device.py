@@ -7,7 +7,9 @@ rest on traces.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Sequence
 
 from memfit.engines.registry import engine
 from memfit.planner.capacity import Fits, host_holds_under, needed_bytes
@@ -21,6 +23,7 @@ from memfit.planner.selection import (
     Objective,
     best,
     respects_micro_batch,
+    score,
 )
 from memfit.planner.shortlist import (
     counterfactuals,
@@ -31,6 +34,7 @@ from memfit.planner.shortlist import (
 )
 from memfit.techniques.recompute.optimal import NAME
 from memfit.techniques.registry import make_plain_plan, without
+from memfit.types.deadline import TimeUp
 from memfit.types.dependence import DependenceCause, SampleDependence
 from memfit.types.errors import UserError
 from memfit.types.plan import Bounds, Plan
@@ -41,6 +45,7 @@ _FEWER_FINALISTS = 8  # used if traces are long, as for models with thousands of
 _LONG_TRACE_CALLS = 10_000
 # Operators of plain training, over all plans that are traced after the finalists; fewest and most of these.
 _MORE_CALLS, _FEWEST_MORE, _MOST_MORE, _PASSES = 40_000, 4, 48, 3
+_TRACING_SHARE = 0.4  # of the time limit, which is left for traces of whole plans
 # Most rounds, and seconds of each, to measure the best plan and its rivals while the best plan still changes.
 _SETTLING_ROUNDS, _SETTLING_BUDGET_S = 3, 3.0
 # Rounds of plans traced for the reasons: first the best with each technique, then only for techniques with
@@ -76,9 +81,9 @@ def price_plans(
     pricer: Pricer,
     request: Request,
     cap_bytes: int,
+    *,
     progress: Progress,
     fits: Fits,
-    *,
     small_state_bytes: int | None,
     sketches: list[Estimate],
 ) -> tuple[list[Estimate], int, tuple[Reason, ...]]:
@@ -89,7 +94,8 @@ def price_plans(
     Plain training is among the traced plans, even if the request forbids its micro-batch.
     ``small_state_bytes``: bytes of parameters, gradients and optimizer state if they are too small for
     another optimizer to matter, else None. The sketches are appended to ``sketches``, so that the caller has
-    them if the search is interrupted. Raises UserError if no plan has the requested micro-batch.
+    them if the search is interrupted; after the pricer's deadline they lack those for which parts were not
+    traced in time. Raises UserError if no plan has the requested micro-batch.
     """
     dependence = pricer.dependence if pricer.job.batch_size > 1 else None
     usable_techniques, left_out = usable(
@@ -106,10 +112,33 @@ def price_plans(
     ]
     if not any(respects_micro_batch(plan, request.bounds, pricer.space.batch_size) for plan in all_plans):
         raise _no_micro_batches(request, dependence)
-    pricer.prepare(all_plans, lambda *counts: progress("search", *counts))
+    kept_s = _TRACING_SHARE * (request.within_s or 0.0)
+    with contextlib.suppress(TimeUp), pricer.deadline.earlier_by(kept_s):
+        pricer.prepare(all_plans, lambda *counts: progress("search", *counts))
     for index, plan in enumerate(all_plans):
         progress("price", index, len(all_plans), plan.label)
-        sketches.append(pricer.sketch(plan))
+        with contextlib.suppress(TimeUp):
+            sketches.append(pricer.sketch(plan))
+    if not sketches:
+        return [pricer.whole(plain_plan)], len(all_plans), left_out
+    try:
+        estimates = _traced(pricer, request, cap_bytes, progress, fits, sketches)
+    except TimeUp:
+        estimates = _traced_in_time(pricer, request, cap_bytes, fits, sketches)
+    return estimates, len(all_plans), left_out
+
+
+def _traced(
+    pricer: Pricer,
+    request: Request,
+    cap_bytes: int,
+    progress: Progress,
+    fits: Fits,
+    sketches: list[Estimate],
+) -> list[Estimate]:
+    """Trace the plans with the best sketches, and those on which reasons rest, and return their estimates.
+    Raises TimeUp if the pricer's deadline passes before that is done; what was traced is kept.
+    """
     finalist_count = _FEWER_FINALISTS if is_long(pricer) else FINALISTS
     finalist_plans = finalists(sketches, fits, request.goal, finalist_count)
 
@@ -147,7 +176,29 @@ def price_plans(
         estimates = _with_counterfactuals(pricer, request, fits, estimates, sketches, cap, progress)
     if pricer.space.ranks == 1 and NAME not in request.bounds.without and not is_long(pricer):
         estimates += budgeted(pricer.whole, sketches, estimates, request.goal, cap, progress)
-    return estimates, len(all_plans), left_out
+    return estimates
+
+
+def _traced_in_time(
+    pricer: Pricer, request: Request, cap_bytes: int, fits: Fits, sketches: Sequence[Estimate]
+) -> list[Estimate]:
+    """Return the estimates of the plans that were traced before the pricer's deadline, with plain training.
+
+    If none of them fits, two more are traced, however long that takes: the best of those whose sketch fits;
+    and if that does not fit, the one that needs the least memory by its sketch.
+    """
+    traced_plans = {plan for plan, _ in pricer.traces}
+    estimates = {e.plan: e for e in pricer.whole_in_time(e.plan for e in sketches if e.plan in traced_plans)}
+    plain_plan = make_plain_plan(request.ranks)
+    estimates[plain_plan] = pricer.whole(plain_plan)
+    needs = memory_cap(request, cap_bytes).needs
+    fitting = sorted(filter(fits, sketches), key=lambda e: (score(e, request.goal), e.plan.fingerprint))
+    smallest = min(sketches, key=lambda e: (needs(e), e.plan.fingerprint))
+    for sketch in (*fitting[:1], smallest):
+        if not any(map(fits, estimates.values())):
+            with pricer.deadline.overtime():
+                estimates[sketch.plan] = pricer.whole(sketch.plan)
+    return list(estimates.values())
 
 
 def _with_rivals(

@@ -41,6 +41,12 @@ class SketchErrors:
         """
         return (self.slope - _SLACK_RATIO) * sketch_bytes + self.offset_bytes
 
+    def most_sketched(self, trace_bytes: float) -> float:
+        """Return the most bytes of a device that a sketch may need if its plan, when traced, may need no more
+        than ``trace_bytes``: the inverse of `least_need`.
+        """
+        return (trace_bytes - self.offset_bytes) / (self.slope - _SLACK_RATIO)
+
 
 def sketch_errors(
     sketches: Sequence[Estimate], traced: Sequence[Estimate], needs: Callable[[Estimate], int]

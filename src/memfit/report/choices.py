@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Final
 
 from memfit.report.plan_words import is_plan_label
@@ -9,7 +11,9 @@ from memfit.report.provenance import POC, prediction_anchor
 from memfit.report.quantities import Figure, Mark, Sentence, assumed, predicted, sourced
 from memfit.report.rows import ChoiceRow, SearchView
 from memfit.types.plan import Accuracy
-from memfit.types.result import Choice, Reason, SearchResult, Sensitivity
+from memfit.types.result import Choice, Reason, SearchExtent, SearchResult, Sensitivity
+
+_NOTABLE_RATIO: Final = 0.0005  # by which the recommended plan is above the best traced one
 
 
 def search_view(result: SearchResult) -> SearchView:
@@ -30,7 +34,40 @@ def search_view(result: SearchResult) -> SearchView:
         recommended=row(best) if best else None,
         smallest=row(result.smallest),
         sensitivity=sourced(tuple(map(_sensitivity, result.sensitivity)), POC),
+        extent=sourced(tuple(_extent(result.extent)), POC) if result.extent is not None else (),
     )
+
+
+def _extent(extent: SearchExtent) -> Iterator[Sentence]:
+    """Yield the sentences on how far a search got and how much better a plan could still be."""
+
+    def count(number: int) -> Figure:
+        return predicted(number, "count")
+
+    counts = {"priced": extent.priced_count, "traced": extent.traced_count, "left": extent.left_count}
+    yield Sentence(key="extent.searched", values={name: count(n) for name, n in counts.items()})
+    if extent.unpriced_count:
+        yield Sentence(key="extent.unpriced", values={"count": count(extent.unpriced_count)})
+    if extent.time_up:
+        yield Sentence(key="extent.time_up", values={"limit": assumed(extent.limit_s, "s")})
+    if extent.gain_ratio is None:
+        reason = Sentence(key=f"extent.unknown_{extent.gain_unknown}")
+        yield Sentence(key="extent.unknown", values={"reason": reason})
+    elif extent.left_count == 0:
+        yield Sentence(key="extent.all_traced")
+    else:
+        ratios = {"low": extent.low_ratio, "high": extent.high_ratio}
+        yield Sentence(
+            key="extent.gain" if extent.gain_ratio else "extent.no_gain",
+            values={
+                "gain": predicted(math.ceil(1e4 * extent.gain_ratio) / 100, "percent"),  # never too low
+                "contenders": count(extent.contender_count),
+                "pairs": count(extent.pairs),
+                **{name: predicted(ratio, "ratio") for name, ratio in ratios.items()},
+            },
+        )
+    if extent.chosen_ratio > _NOTABLE_RATIO:
+        yield Sentence(key="extent.chosen", values={"ratio": predicted(100 * extent.chosen_ratio, "percent")})
 
 
 def _sensitivity(change: Sensitivity) -> Sentence:

@@ -230,7 +230,8 @@ class SearchView:
     ``considered``: number of plans that were predicted. ``frontier``: by increasing peak, the plans that fit
     and that no other plan beats in peak, time and effect on results at once, and plain training, the smallest
     and the recommended plan. ``recommended``: None if no plan fits. ``smallest``: the plan with the lowest
-    peak. ``sensitivity``: what changes of the machine would bring, such as more memory.
+    peak. ``sensitivity``: what changes of the machine would bring, such as more memory. ``extent``: how far
+    the search got, and how much better a plan could still be; empty if that was not recorded.
     """
 
     goal: str
@@ -241,6 +242,7 @@ class SearchView:
     recommended: ChoiceRow | None
     smallest: ChoiceRow
     sensitivity: tuple[Sentence, ...] = ()
+    extent: tuple[Sentence, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

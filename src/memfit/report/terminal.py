@@ -85,8 +85,8 @@ def print_search(
     more than twelve plans only twelve and the recommended one.
 
     If a plan is recommended, then the plans that were tried for a few steps, the recommended plan, the time,
-    cost and CO2 of 1,000 steps with it, its reasons, and what changes of the machine would bring. Otherwise
-    only that no plan fits and what the smallest needs.
+    cost and CO2 of 1,000 steps with it, its reasons, how far the search got, and what changes of the machine
+    would bring. Otherwise only that no plan fits and what the smallest needs.
 
     ``correction``: the calibration that corrected the step times by runs, or None. Raises UserError for an
     unknown ``lang``.
@@ -121,6 +121,15 @@ def print_search(
         console.print(Text(cost))
     for reason in view.recommended.reasons:
         console.print(_reason(reason, words))
+    _print_extent(view, words, console)
+
+
+def _print_extent(view: SearchView, words: Words, console: Console) -> None:
+    """Print how far the search got, and what changes of the machine would bring."""
+    if view.extent:
+        console.print(Text(words.get("extent.title"), style="bold"))
+    for sentence in view.extent:
+        console.print(Padding(Text(sentence_text(sentence, words).strip()), (0, 0, 0, 2)))
     if view.sensitivity:
         console.print(Text(words.get("sensitivity.title"), style="bold"))
     for change in view.sensitivity:

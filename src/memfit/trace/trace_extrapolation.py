@@ -18,6 +18,7 @@ from memfit.trace.short_pipeline import MemoryLine, shortened
 from memfit.trace.trace_pool import side_by_side
 from memfit.trace.truncated_model import CONTAINERS
 from memfit.trace.unroll import Blocks, Mismatch, renumbered, unroll
+from memfit.types.deadline import Deadline
 from memfit.types.device_kind import HOST, device_kind
 from memfit.types.errors import UserError
 from memfit.types.job import Job
@@ -35,16 +36,21 @@ def deep_trace(job: Job, plan: Plan, *, rank: int = 0, **options: Any) -> Trace:
     return deep_traces(job, plan, [rank], **options)[0]
 
 
-def deep_traces(job: Job, plan: Plan, ranks: Sequence[int], **options: Any) -> list[Trace]:
+def deep_traces(
+    job: Job, plan: Plan, ranks: Sequence[int], *, deadline: Deadline | None = None, **options: Any
+) -> list[Trace]:
     """Return the traces of several ranks of one plan, in the order of ``ranks``. Those of models with many
     equal blocks are built from traces with few blocks, as `traces_of` describes. ``options`` are those of
     `trace` except ``rank``."""
-    return traces_of(job, [(plan, rank) for rank in ranks], **options)
+    return traces_of(job, [(plan, rank) for rank in ranks], deadline=deadline, **options)
 
 
-def traces_of(job: Job, requests: Sequence[tuple[Plan, int]], **options: Any) -> list[Trace]:
+def traces_of(
+    job: Job, requests: Sequence[tuple[Plan, int]], *, deadline: Deadline | None = None, **options: Any
+) -> list[Trace]:
     """Return a `trace` for each (plan, rank) pair, in their order, at the cost of a few blocks for models
-    with many equal blocks. ``options`` are those of `trace` except ``rank``. Raises what `trace` raises.
+    with many equal blocks. ``options`` are those of `trace` except ``rank``. Raises what `trace` raises, and
+    TimeUp if ``deadline`` passes before traces of a large model are finished.
 
     The model is traced twice with few blocks, and the events of a middle block are repeated up to the full
     depth (`unroll`), or those of several adjacent blocks if the plan or attributes of the blocks repeat with
@@ -75,7 +81,11 @@ def traces_of(job: Job, requests: Sequence[tuple[Plan, int]], **options: Any) ->
     sizes = [p.numel() for p in model.parameters()]
     large = sum(sizes) >= _LARGE or len(sizes) >= _MANY_TENSORS
     del model
-    results = side_by_side(list(calls.values())) if large else [call() for call in calls.values()]
+    results = (
+        side_by_side(list(calls.values()), deadline=deadline)
+        if large
+        else [call() for call in calls.values()]
+    )
     traces = dict(zip(calls, results, strict=True))
     found = []
     for (plan, rank), deep_rank in zip(requests, deep_ranks, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
+import math
 import multiprocessing
 import os
 import pickle
@@ -19,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 from memfit.runtime.child_process import die_with_parent
+from memfit.types.deadline import Deadline
 
 _T = TypeVar("_T")
 Tell = Callable[[int, int], None]
@@ -129,6 +131,7 @@ def side_by_side(
     results: dict[int, _T] | None = None,
     *,
     copies: Copies | None = None,
+    deadline: Deadline | None = None,
 ) -> list[_T]:
     """Return the results of the calls, in order. If calls raise exceptions, raise that of the first such call
     in the list; if calls run in forked processes, only after all of them have ended.
@@ -136,28 +139,29 @@ def side_by_side(
     ``tell(done, index)`` is called whenever a call begins or ends: ``done`` calls are finished, and call
     ``index`` is running (or, if none is running, has just ended). ``results`` receives each result by the
     index of its call as soon as it is known, for callers that may be interrupted. ``copies``: the calls are
-    made by these forked processes, which stay; None: by new ones, which end.
+    made by these forked processes, which stay; None: by new ones, which end. ``deadline``: when it has
+    passed, forked processes are ended, and TimeUp is raised unless all calls are finished. A call that runs
+    in this process is finished first. In a forked process it has no effect; the original process ends it.
 
     A forked process needs no imports, and without ``copies`` no picklable job, but forking is safe only on
     Linux, without other threads and without initialised CUDA. Otherwise, with one CPU core or one call
-    (unless there are ``copies`` already), and inside a daemon process such as a forked one, the calls run one
-    after the other in this process and stop at the first exception. Else as many processes are forked as
-    there are CPU cores, at most one for each call. Each makes several calls one after another, so that what
-    torch loads and caches for the first serves the others. Every second process takes calls from the end of
-    the list, so put calls with the least in common first and last.
+    (unless there are ``copies`` already or a ``deadline``), and inside a daemon process such as a forked one,
+    the calls run one after the other in this process and stop at the first exception. Else as many processes
+    are forked as there are CPU cores, at most one for each call. Each makes several calls one after another,
+    so that what torch loads and caches for the first serves the others. Every second process takes calls from
+    the end of the list, so put calls with the least in common first and last.
 
     If a forked process is killed, or if no faithful copy of its exception can be sent here, its call runs in
     this process. If autograd refuses to run in a forked process, all calls run in this process, and so do
     those of later calls of this function.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     results = {} if results is None else results
-    is_alone = len(calls) < 2 and not (calls and copies is not None and copies.processes)
-    if is_alone or cores < 2 or _REFUSED or not _may_fork():
-        return _one_by_one(calls, tell, results)
+    deadline = deadline or Deadline()
+    if not _is_worth(len(calls), copies, deadline) or _REFUSED or not _may_fork():
+        return _one_by_one(calls, tell, results, deadline)
     pool, outcomes = copies or _CopiesOfCalls(calls), dict[int, tuple[bool, Any]]()
     try:
-        for index, outcome in _outcomes(calls, pool, min(cores, len(calls)), tell):
+        for index, outcome in _outcomes(calls, pool, min(_cores(), len(calls)), tell, deadline):
             outcomes[index] = outcome
             results.update({index: outcome[1]} if outcome[0] else {})
             if _no_backward(*outcome):
@@ -167,7 +171,7 @@ def side_by_side(
         if copies is None or len(outcomes) < len(calls):  # some may still be at work
             pool.end()
     if _REFUSED:
-        return _one_by_one(calls, tell, results)
+        return _one_by_one(calls, tell, results, deadline)
     for index in sorted(outcomes):
         is_ok, value = outcomes[index]
         if not is_ok:
@@ -176,20 +180,21 @@ def side_by_side(
 
 
 def _outcomes(
-    calls: Sequence[Callable[[], Any]], pool: Copies, count: int, tell: Tell
+    calls: Sequence[Callable[[], Any]], pool: Copies, count: int, tell: Tell, deadline: Deadline
 ) -> Iterator[tuple[int, tuple[bool, Any]]]:
     """Make the calls in ``count`` copies of the pool, or as many as it has if they are more. Yield (index of
-    a call, its `_outcome`) in the order in which the calls end."""
+    a call, its `_outcome`) in the order in which the calls end. Raises TimeUp if the deadline passes."""
     queue, index_by_channel, done = list(range(len(calls))), dict[Connection, int](), 0
     idle_channels = pool.grow(count)
     end_channels = set(idle_channels[1::2])
     while queue or index_by_channel:
         while queue and idle_channels:
+            deadline.check()
             channel = idle_channels.pop(0)
             index = index_by_channel[channel] = queue.pop(-1 if channel in end_channels else 0)
             channel.send(pool.message(calls, index))
             tell(done, index)
-        for ready_channel in [c for c in wait(list(index_by_channel)) if isinstance(c, Connection)]:
+        for ready_channel in _ready(list(index_by_channel), deadline):
             index = index_by_channel.pop(ready_channel)
             outcome: tuple[bool, Any] | None = None
             with contextlib.suppress(EOFError):
@@ -205,11 +210,38 @@ def _outcomes(
             tell(done, next(iter(index_by_channel.values()), index))
 
 
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+
+
+def _is_worth(calls: int, copies: Copies | None, deadline: Deadline) -> bool:
+    """Return whether forked processes make so many calls faster, or can be ended in time."""
+    has_copies = copies is not None and bool(copies.processes)
+    if calls == 1:
+        return deadline.left_s < math.inf or (has_copies and _cores() > 1)
+    return min(calls, _cores()) > 1
+
+
+def _ready(channels: list[Connection], deadline: Deadline) -> list[Connection]:
+    """Wait until a forked process has sent something or ended, and return the channels of those that have.
+    Raises TimeUp if the deadline passes before.
+    """
+    ready = wait(channels, None if deadline.left_s == math.inf else deadline.left_s)
+    if not ready:
+        deadline.check()
+    return [c for c in ready if isinstance(c, Connection)]
+
+
 _REFUSED: list[str] = []  # autograd's message from a forked process; later calls then do not fork
 
 
-def _one_by_one(calls: Sequence[Callable[[], _T]], tell: Tell, results: dict[int, _T]) -> list[_T]:
+def _one_by_one(
+    calls: Sequence[Callable[[], _T]], tell: Tell, results: dict[int, _T], deadline: Deadline
+) -> list[_T]:
+    is_original = not multiprocessing.current_process().daemon
     for index, call in enumerate(calls):
+        if is_original:
+            deadline.check()
         tell(index, index)
         results[index] = call()
         tell(index + 1, index)

@@ -91,9 +91,11 @@ class NothingFits(MemfitError):
     needs, and that plan's label. ``ways``: texts of changes that would help; they are not in the message
     before `explained` is called.
 
-    Two more arguments only form the message and are not attributes. ``missed``: the whole message if a plan
+    Three more arguments only form the message and are not attributes. ``missed``: the whole message if a plan
     fits the memory but the deadline or the limit on cost is missed, else "". ``host``: a text that says that
     the host's memory is too small for the smallest plan, else ""; it is left out if ``missed`` is given.
+    ``unfinished``: a text that says that the time limit ended the search, so that a plan may fit that was not
+    looked at; else "".
     """
 
     exit_code = 3
@@ -107,15 +109,17 @@ class NothingFits(MemfitError):
         ways: tuple[str, ...] = (),
         missed: str = "",
         host: str = "",
+        unfinished: str = "",
     ) -> None:
         self.cap_bytes, self.least_bytes, self.plan_text = cap_bytes, least_bytes, plan_text
         self.ways = ways
         host_text = f"; {host}" if host else ""
-        super().__init__(
-            missed
-            or f"no allowed plan fits {format_bytes(cap_bytes)} ({cap_bytes} B); the smallest plan "
+        looked_at = "plan that was looked at " * bool(unfinished) or "allowed plan "
+        message = missed or (
+            f"no {looked_at}fits {format_bytes(cap_bytes)} ({cap_bytes} B); the smallest plan "
             f"needs {format_bytes(least_bytes)} ({least_bytes} B): {plan_text}{host_text}"
         )
+        super().__init__(f"{message}; {unfinished}" if unfinished else message)
 
     def explained(self) -> NothingFits:
         """Add ``ways``, the changes that would help, to this error's message, if there are any. Return the

@@ -75,6 +75,21 @@ def parse_duration(text: str) -> float:
     return float(match[1]) * _DURATION_S[match[2]]
 
 
+def parse_time_limit(text: str) -> float:
+    """Return the seconds of a time as `parse_duration` takes it, or of a positive number of seconds without a
+    unit, such as ``30``. Raises UserError for other text.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*", text)
+    try:
+        return parse_duration(f"{match[1]}s" if match else text)
+    except UserError:
+        raise UserError(
+            f"not a time limit: {text!r}",
+            allowed="a positive number of seconds, or one with s, m or min (both minutes), h, d or w, such "
+            "as 30, 30s or 2min",
+        ) from None
+
+
 def parse_percent(text: str) -> float:
     """Return the ratio of a percentage of at least 0 such as ``2%`` or ``0.5 %``: 0.02 and 0.005. Raises
     UserError for other text, also for a number without the sign.

@@ -488,6 +488,44 @@ class Trial:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SearchExtent:
+    """How far a search got, and how much better than the best traced plan another of its plans could be.
+
+    ``priced_count``: number of plans that were predicted by sketches (composed from traces of parts).
+    ``traced_count``: number of those that were traced whole. ``unpriced_count``: number of plans that there
+    was no time to predict. ``limit_s``: the time limit of the search in seconds; None: none. ``time_up``:
+    whether it cut the search; if not, the result does not depend on it.
+
+    ``gain_ratio``: the goal's score of a plan that was priced and not traced is lower than that of the best
+    traced one that fits by at most this ratio (0.01 is 1 %), as far as the errors of sketches can be judged
+    by the traced plans. None: there is no such bound; ``gain_unknown`` then says why: "unpriced",
+    "few_pairs", "no_score", "not_searched" or "goal". ``contender_count``: number of plans that could be
+    better at all. ``pairs``: number of plans with a score by sketch and by trace. ``low_ratio``,
+    ``high_ratio``: the lowest and highest score of a trace over that of its sketch among these.
+    ``chosen_ratio``: by how much the recommended plan's score is above that of the best traced one, which
+    counts as equal because the recommended one is milder or simpler.
+    """
+
+    priced_count: int
+    traced_count: int
+    unpriced_count: int = 0
+    limit_s: float | None = None
+    time_up: bool = False
+    gain_ratio: float | None = None
+    gain_unknown: str = ""
+    pairs: int = 0
+    low_ratio: float | None = None
+    high_ratio: float | None = None
+    contender_count: int = 0
+    chosen_ratio: float = 0.0
+
+    @property
+    def left_count(self) -> int:
+        """The number of plans that are known only by their sketches."""
+        return max(0, self.priced_count - self.traced_count)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SearchResult:
     """The result of a search for the best plan.
 
@@ -498,6 +536,7 @@ class SearchResult:
     ``recommended`` is None if nothing fits. ``smallest``: the plan with the lowest peak. ``trials``: plans
     run for a few steps before one of them was recommended. ``unfinished``: whether the search was
     interrupted. ``cap_reason``: where the cap is from, such as "asked for" or "the device's memory".
+    ``extent``: how far the search got; None in records of earlier versions and if it was interrupted.
     """
 
     goal: str
@@ -512,6 +551,7 @@ class SearchResult:
     trials: tuple[Trial, ...] = ()
     unfinished: bool = False
     cap_reason: str = ""
+    extent: SearchExtent | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

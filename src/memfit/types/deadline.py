@@ -1,0 +1,65 @@
+"""The time by which a search has to answer."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+
+
+class TimeUp(BaseException):
+    """The time of a search is up, and what was asked for was not begun or not finished.
+
+    It is no Exception, as KeyboardInterrupt is none, so that nothing takes it for an error of the user's
+    model.
+    """
+
+
+class Deadline:
+    """When a search has to stop looking for better plans.
+
+    ``end_s``: that time, on the clock of `time.monotonic`; infinite: never. ``cut``: whether anything was
+    left out because the time was up. As long as it is False, the answer does not depend on the clock.
+    """
+
+    def __init__(self, end_s: float = math.inf) -> None:
+        self.end_s, self.cut = end_s, False
+
+    @classmethod
+    def after(cls, limit_s: float | None) -> Deadline:
+        """Return the deadline ``limit_s`` seconds from now; None: one that never comes."""
+        return cls() if limit_s is None else cls(time.monotonic() + limit_s)
+
+    @property
+    def left_s(self) -> float:
+        """The seconds until it, at least 0."""
+        return max(0.0, self.end_s - time.monotonic())
+
+    def check(self) -> None:
+        """Raise TimeUp, and set ``cut``, if the time is up."""
+        if not self.has_time():
+            raise TimeUp
+
+    def has_time(self) -> bool:
+        """Return whether there is time left; set ``cut`` if there is none."""
+        self.cut = self.cut or self.left_s <= 0
+        return self.left_s > 0
+
+    def overtime(self) -> contextlib.AbstractContextManager[None]:
+        """Let the work within the ``with`` block be finished, however late it is. It is for work without
+        which there is no answer."""
+        return self._ending(math.inf)
+
+    def earlier_by(self, seconds: float) -> contextlib.AbstractContextManager[None]:
+        """Let the time for the work within the ``with`` block end so many seconds earlier, so that they are
+        left for what follows."""
+        return self._ending(self.end_s - seconds)
+
+    @contextlib.contextmanager
+    def _ending(self, end_s: float) -> Iterator[None]:
+        own_end_s, self.end_s = self.end_s, end_s
+        try:
+            yield
+        finally:
+            self.end_s = own_end_s

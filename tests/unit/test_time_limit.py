@@ -1,0 +1,390 @@
+"""The time limit of a search, how far it got, and the bound on what another plan could gain."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from test_scaling import FEW, H100, job, traced
+from tiny import words
+
+from memfit.catalog import machine
+from memfit.cli import main
+from memfit.cli.progress import _Stage
+from memfit.cli.views import search_view
+from memfit.cost.estimate import interval_around
+from memfit.planner import device_pricing, multi_device_bound, search
+from memfit.planner.capacity import needed_bytes
+from memfit.planner.device_pricing import Aim, Scale
+from memfit.planner.evaluate import Pricer
+from memfit.planner.multi_device import search_scale
+from memfit.planner.request import Request, space_of
+from memfit.planner.search_bound import ENOUGH, least_ratio, rest_of
+from memfit.planner.selection import Objective, score
+from memfit.report.terminal import print_search
+from memfit.trace.trace_pool import side_by_side
+from memfit.types.deadline import Deadline, TimeUp
+from memfit.types.errors import NothingFits, UserError
+from memfit.types.job import JobRef
+from memfit.types.parsing import parse_time_limit
+from memfit.types.plan import Accuracy, Bounds, Plan, use
+from memfit.types.result import Estimate, SearchExtent, SearchResult
+
+
+def quiet(stage: str, done: int, total: int, detail: str) -> None:
+    pass
+
+
+# -- the option
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("30", 30.0), ("30s", 30.0), ("2min", 120.0), (" 1.5 m", 90.0)]
+)
+def test_a_time_limit_is_a_time_or_a_number_of_seconds(text: str, seconds: float) -> None:
+    assert parse_time_limit(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["0", "-3", "soon", "", "30 parsecs", "inf", "nan"])
+def test_another_time_limit_is_one_clear_line(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "protein-ss", "--on", "RTX-4090", f"--within={text}"]) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert len(err.splitlines()) == 1
+    assert repr(text) in err
+    assert "30s" in err
+
+
+# -- the deadline
+
+
+def _wait(seconds: float) -> float:
+    time.sleep(seconds)
+    return seconds
+
+
+def test_a_deadline_ends_calls_in_forked_processes_and_keeps_the_finished_ones() -> None:
+    begun, results = time.monotonic(), dict[int, float]()
+    deadline = Deadline.after(1.0)
+    with pytest.raises(TimeUp):
+        side_by_side([lambda: _wait(0.0), lambda: _wait(60.0)], results=results, deadline=deadline)
+    assert time.monotonic() - begun < 30
+    assert results == {0: 0.0}
+    assert deadline.cut
+
+
+def test_a_deadline_ends_a_single_call_too() -> None:
+    begun = time.monotonic()
+    with pytest.raises(TimeUp):
+        side_by_side([lambda: _wait(60.0)], deadline=Deadline.after(0.5))
+    assert time.monotonic() - begun < 30
+
+
+def test_a_deadline_that_has_not_passed_changes_nothing() -> None:
+    deadline = Deadline.after(600.0)
+    assert side_by_side([lambda: _wait(0.0), lambda: _wait(0.01)], deadline=deadline) == [0.0, 0.01]
+    assert not deadline.cut
+
+
+def test_work_without_which_there_is_no_answer_is_done_after_the_deadline() -> None:
+    deadline = Deadline.after(0.0)
+    with deadline.overtime():
+        deadline.check()
+    with pytest.raises(TimeUp):
+        deadline.check()
+
+
+def test_progress_estimates_the_time_left_from_the_units_that_are_done() -> None:
+    stage = _Stage(name="price", title="pricing plans", done=2, total=10, detail="")
+    assert stage.left_s is None  # too early to tell
+    stage.begun_s -= 8.0
+    assert stage.left_s == pytest.approx(32.0, rel=0.05)
+    assert dataclasses.replace(stage, done=0).left_s is None
+    assert dataclasses.replace(stage, total=0).left_s is None
+
+
+# -- the bound
+
+
+def priced(seconds: float, number: int, *, traced: bool = False) -> Estimate:
+    return Estimate(
+        plan=Plan(uses=(use("gradient-accumulation", micro_batches=number + 1),)),
+        allocated_bytes=interval_around(1e6, 0.01),
+        phase_peak_bytes={},
+        at_peak_bytes={},
+        by_module_bytes={},
+        step_s=interval_around(seconds, 0.25),
+        flops_per_step=1,
+        traced=traced,
+    )
+
+
+@given(
+    st.lists(st.floats(0.5, 2.0), min_size=ENOUGH, max_size=12),
+    st.lists(st.tuples(st.floats(0.1, 10.0), st.floats(0.0, 1.0)), min_size=1, max_size=20),
+)
+@settings(max_examples=60, deadline=None)
+def test_law_no_plan_gains_more_than_the_bound_if_its_sketch_errs_as_assumed(
+    ratios: list[float], others: list[tuple[float, float]]
+) -> None:
+    """Any ratio of trace to sketch from the assumed least one upwards."""
+    least, best_score = least_ratio(ratios), 1.0
+    sketches = [priced(seconds, number) for number, (seconds, _) in enumerate(others)]
+    rest = rest_of(sketches, Objective.FASTEST, ratios, best_score)
+    bound = max(0.0, 1 - rest.lowest / best_score)
+    true_scores = [seconds * (least + above) for seconds, above in others]
+    assert all(1 - true / best_score <= bound + 1e-12 for true in true_scores)
+    assert sum(true < best_score for true in true_scores) <= rest.contenders
+    assert least <= min(ratios)
+
+
+def test_ratios_that_differ_more_give_a_weaker_bound() -> None:
+    assert least_ratio([1.0, 1.0, 1.0, 1.0]) == 1.0
+    assert least_ratio([1.0, 1.1, 1.1, 1.1]) < least_ratio([1.0, 1.05, 1.05, 1.05]) < 1.0
+
+
+def test_too_few_traces_give_no_bound() -> None:
+    rest = rest_of([priced(1.0, 1)], Objective.FASTEST, [1.0] * (ENOUGH - 1), 1.0)
+    assert rest.unknown == "few_pairs"
+
+
+def test_unknown_step_times_give_no_bound() -> None:
+    sketch = dataclasses.replace(priced(1.0, 1), step_s=None)
+    assert rest_of([sketch], Objective.FASTEST, [1.0] * ENOUGH, 1.0).unknown == "no_score"
+
+
+# -- one device
+
+
+@pytest.fixture
+def question(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Request]:
+    monkeypatch.setattr("memfit.planner.request.load", lambda ref: words(2))
+
+    def ask(**changes: Any) -> Request:
+        base = Request(job=JobRef(spec="words"), machine=machine("RTX-4090"), accuracy=Accuracy.EXACT)
+        return dataclasses.replace(base, **changes)
+
+    return ask
+
+
+def test_a_search_within_its_limit_answers_as_one_without_a_limit(question: Callable[..., Request]) -> None:
+    limited = search.search(question(within_s=3600.0), quiet).result
+    unlimited = search.search(question(), quiet).result
+    assert limited.extent is not None
+    assert not limited.extent.time_up
+    assert dataclasses.replace(limited, extent=dataclasses.replace(limited.extent, limit_s=None)) == unlimited
+    assert limited.extent.priced_count == limited.considered
+    assert limited.extent.left_count == limited.considered - limited.extent.traced_count > 0
+    assert (limited.extent.gain_ratio is None) == bool(limited.extent.gain_unknown)
+
+
+def test_a_search_without_time_recommends_what_it_traced_and_states_no_bound(
+    question: Callable[..., Request],
+) -> None:
+    found = search.search(question(within_s=1e-6), quiet).result
+    assert found.recommended is not None
+    assert found.recommended.estimate.traced
+    assert found.recommended.fits
+    assert found.extent is not None
+    assert found.extent.time_up
+    assert found.extent.unpriced_count > 0
+    assert found.extent.gain_ratio is None
+    assert found.extent.gain_unknown == "unpriced"
+
+
+def test_a_search_that_is_cut_after_its_sketches_traces_the_best_one_that_fits(
+    question: Callable[..., Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_time(pricer: Pricer, plans: object, tell: object = None) -> None:
+        pricer.deadline.end_s = 0.0
+        pricer.deadline.check()
+
+    monkeypatch.setattr(Pricer, "trace_all", no_time)
+    wanted = question(within_s=3600.0, accuracy=Accuracy.ROUNDING, bounds=Bounds(micro_batch=2, without=FEW))
+    found = search.search(wanted, quiet).result
+    assert found.recommended is not None
+    assert found.recommended.estimate.traced
+    assert found.recommended.estimate.plan.get("gradient-accumulation")  # which plain training does not have
+    assert found.extent is not None
+    assert found.extent.time_up
+    assert found.extent.traced_count == 2  # with plain training
+    assert found.extent.gain_unknown == "few_pairs"
+
+
+def test_that_nothing_fits_is_not_claimed_of_plans_that_were_not_looked_at(
+    question: Callable[..., Request],
+) -> None:
+    with pytest.raises(
+        NothingFits, match=r"no plan that was looked at fits .*; the time limit of .* --within"
+    ):
+        search.search(question(cap_bytes=2**20, within_s=1e-6), quiet)
+    with pytest.raises(NothingFits, match="no allowed plan fits") as complete:
+        search.search(question(cap_bytes=2**20), quiet)
+    assert "--within" not in str(complete.value)
+
+
+# -- many devices
+
+
+@pytest.fixture
+def scale_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Scale]:
+    monkeypatch.setattr(device_pricing, "BlockTracer", lambda job, device: traced())
+
+    def make(limit_s: float | None = None, **wanted: Any) -> Scale:
+        asked = job(32)
+        pricer = Pricer(
+            job=asked, machine=H100, space=space_of(asked, "cuda", 8), deadline=Deadline.after(limit_s)
+        )
+        aim = Aim(
+            goal=wanted.get("goal", Objective.FASTEST),
+            accuracy=Accuracy.ROUNDING,
+            cap_bytes=wanted.get("cap_bytes", 4 * 2**30),
+            needs=lambda e: needed_bytes(e, H100),
+            bounds=Bounds(without=FEW, micro_batch=4),
+            tell=quiet,
+            limit_s=limit_s,
+        )
+        return Scale(pricer, aim)
+
+    return make
+
+
+def _pairs(scale: Scale, ratio: float) -> None:
+    """Pretend that some plans were traced, and took ``ratio`` times as long as their sketches."""
+    for sketch in scale.estimates(2)[::20]:
+        assert sketch.step_s is not None
+        trace = dataclasses.replace(
+            sketch, traced=True, step_s=interval_around(sketch.step_s.value * ratio, 0.1)
+        )
+        scale.pairs.append((sketch, trace))
+
+
+@pytest.mark.parametrize("goal", [Objective.FASTEST, Objective.SMALLEST, Objective.CHEAPEST])
+def test_law_the_bound_over_the_grids_is_that_over_all_their_plans(
+    scale_of: Callable[..., Scale], goal: Objective
+) -> None:
+    scale = scale_of(goal=goal)
+    _pairs(scale, 1.05)
+    best_score = min(score(t, goal) for _, t in scale.pairs)
+    rest = multi_device_bound.rest_of_grids(scale, [2], best_score)
+    ratios = multi_device_bound.least_ratios(scale.pairs, goal)
+    known = {t.plan for _, t in scale.pairs}
+    lowest, contenders = math.inf, 0
+    for grid in {id(s.grid): s.grid for s in scale.found[2].picks}.values():
+        predicted = scale.found[2].price(grid)
+        for index in itertools.product(*map(range, grid.shape)):
+            step_s, peak = float(predicted.step_s[index]), float(predicted.allocated_bytes[index])
+            family = multi_device_bound.family(grid.plan(index).uses)
+            least = ratios.get(family, multi_device_bound.unseen_ratio(family, deep=False))
+            value = least * (peak if goal is Objective.SMALLEST else step_s)
+            if goal is Objective.CHEAPEST:
+                value *= score(scale.pairs[0][0], goal) / scale.pairs[0][0].step_s.value  # type: ignore[union-attr]
+            if value < best_score and grid.plan(index) not in known:
+                lowest, contenders = min(lowest, value), contenders + 1
+    assert rest.contenders == contenders
+    assert rest.lowest == pytest.approx(lowest)
+
+
+def test_a_family_of_plans_of_which_none_was_traced_is_trusted_less(scale_of: Callable[..., Scale]) -> None:
+    scale = scale_of()
+    _pairs(scale, 1.0)
+    ratios = multi_device_bound.least_ratios(scale.pairs, Objective.FASTEST)
+    unseen = multi_device_bound.unseen_ratio(("pipeline", "zero"), deep=True)
+    assert ratios
+    assert all(unseen < ratio < 1.0 for ratio in ratios.values())
+    assert multi_device_bound.unseen_ratio(("context-parallel", "fsdp2"), deep=True) < unseen
+
+
+def test_a_search_for_many_devices_without_time_recommends_a_traced_plan(
+    scale_of: Callable[..., Scale],
+) -> None:
+    scale = scale_of(1e-6)
+    found = search_scale(scale.pricer, 2, scale.aim)
+    assert found.recommended is not None
+    assert found.recommended.estimate.traced
+    assert found.extent is not None
+    assert found.extent.time_up
+    assert found.extent.priced_count == found.considered > 100
+    assert found.extent.gain_ratio is None or found.extent.gain_ratio > 0.01
+
+
+def test_a_search_for_many_devices_within_its_limit_is_the_same_every_time(
+    scale_of: Callable[..., Scale],
+) -> None:
+    first, second = (search_scale(s.pricer, 2, s.aim) for s in (scale_of(3600.0), scale_of(3600.0)))
+    assert first == second
+    assert first.extent is not None
+    assert not first.extent.time_up
+    assert first.extent.gain_ratio is not None
+
+
+# -- what is shown
+
+EXTENT = SearchExtent(
+    priced_count=5000,
+    traced_count=9,
+    limit_s=30.0,
+    time_up=True,
+    gain_ratio=0.004001,
+    pairs=9,
+    low_ratio=0.98,
+    high_ratio=1.1,
+    contender_count=12,
+    chosen_ratio=0.02,
+)
+
+
+@pytest.fixture(scope="module")
+def result() -> SearchResult:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("memfit.planner.request.load", lambda ref: words(2))
+        wanted = Request(job=JobRef(spec="words"), machine=machine("RTX-4090"), accuracy=Accuracy.EXACT)
+        return search.search(dataclasses.replace(wanted, within_s=1e-6), quiet).result
+
+
+def shown(extent: SearchExtent, result: SearchResult, lang: str) -> str:
+    stream = io.StringIO()
+    changed = dataclasses.replace(result, extent=extent)
+    print_search(changed, console=Console(file=stream, width=400), lang=lang)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(("lang", "limit"), [("en", "time limit of 30 s"), ("ja", "制限時間 30")])
+def test_the_answer_says_how_far_the_search_got_and_what_could_still_be_gained(
+    result: SearchResult, lang: str, limit: str
+) -> None:
+    text = shown(EXTENT, result, lang)
+    assert all(
+        part in text for part in ("5,000", "4,991", "0.41 %", limit, "2.00 %")
+    )  # the bound is rounded up
+    unknown = shown(dataclasses.replace(EXTENT, gain_ratio=None, gain_unknown="few_pairs"), result, lang)
+    assert "0.41" not in unknown
+
+
+@pytest.mark.parametrize("reason", ["unpriced", "few_pairs", "no_score", "not_searched", "goal"])
+@pytest.mark.parametrize("lang", ["en", "ja"])
+def test_every_reason_for_no_bound_has_words(result: SearchResult, lang: str, reason: str) -> None:
+    assert shown(dataclasses.replace(EXTENT, gain_ratio=None, gain_unknown=reason), result, lang)
+
+
+def test_json_has_the_extent_and_null_for_an_unknown_bound(result: SearchResult) -> None:
+    view = json.loads(json.dumps(search_view(result)["extent"]))
+    assert view["gain_ratio"] is None
+    assert view["gain_unknown"] == "unpriced"
+    assert view["time_up"] is True
+    assert view["left_count"] == view["priced_count"] - view["traced_count"]
+
+
+def test_a_job_that_is_not_a_time_limit_is_refused_by_its_parser() -> None:
+    with pytest.raises(UserError, match="30, 30s or 2min"):
+        parse_time_limit("half an hour")
