@@ -3,7 +3,7 @@
     python benchmarks/alphafold_case.py [--only PART ...]      run parts, record, write the page
     python benchmarks/alphafold_case.py --page                 the page from the records only
 
-``memory`` predicts published sizes on an H100, ``offers`` the initial size on every device with a price,
+``memory`` predicts published sizes on an H100, ``offers`` the same on every device with a price,
 ``train`` trains the tiny one here under every plan of the ladder, ``devices`` predicts several GPUs,
 ``published`` runs of a file with published.csv's columns (--csv).
 Each line of benchmarks/records/alphafold_case.jsonl is one plan or run; of equal ones the last counts.
@@ -152,12 +152,11 @@ def offered(size: str = "initial") -> Iterator[dict[str, Any]]:
     devices = [catalog.machine(name) for name in reference_machines.priced()]
     space = space_of(job, "cuda")
     for name in OFFERED:
-        plan, traces = plan_of(LADDER[name]), {}
+        plan, traces = plan_of(LADDER[name]), dict[tuple[Plan, int], Trace]()
         for machine in (m for m in devices if "bfloat16" in m.device.peak_flops):
-            pricer = Pricer(job=job, machine=machine, space=space)
-            pricer.traces = traces  # of one kind of device: made once
+            pricer = Pricer(job=job, machine=machine, space=space, traces=traces)
             found = pricer.whole(plan)
-            traces = pricer.traces
+            traces = dict(pricer.traces)  # of one kind of device: made once
             fits = needed_bytes(found, machine) <= machine.device.memory_bytes.value
             told = reference_machines.make_offer(
                 found, machine=machine.name, size=size, plain=name == OFFERED[0], fits=fits
@@ -377,7 +376,8 @@ def made(part: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     elif part == "devices":
         yield from (predicted(*asked) for asked in SEVERAL)
     elif part == "offers":
-        yield from offered()
+        for size in SIZES:
+            yield from offered(size)
     elif args.csv is not None:
         yield from others(args.csv)
 

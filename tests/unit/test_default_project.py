@@ -19,6 +19,7 @@ from memfit.decision.decide import decide
 from memfit.decision.projects import default_case, estimated_hours, project_of
 from memfit.jobs.registry import describe
 from memfit.report.case import case_offers
+from memfit.report.decision import decision_view
 from memfit.store import Store
 from memfit.types.decision import Decision
 from memfit.types.result import Interval, Offer, Poc
@@ -65,7 +66,7 @@ def test_each_project_is_a_built_in_job_at_one_of_its_sizes_and_sourced() -> Non
 def test_alphafold_has_the_samples_of_its_publication_and_cards_that_hold_fine_tuning() -> None:
     decision = by_default(folding())
     assert decision.project == "alphafold2"
-    assert decision.steps_per_run == 10_000_000 + 1_500_000 * 221 // 100
+    assert decision.steps_per_run == 10_000_000 + 1_500_000
     assert "Jumper" in term(decision, "steps_per_run").source
     assert decision.best is not None
     best = decision.ways[decision.best]
@@ -73,6 +74,65 @@ def test_alphafold_has_the_samples_of_its_publication_and_cards_that_hold_fine_t
     cost = decision.sheets[decision.best].present_cost
     assert cost is not None
     assert cost > 5_000, "a sum that moves a manager"
+
+
+def phased(initial_s: float, finetune_s: float, *, machine: str, finetune_fits: bool = True) -> list[Offer]:
+    """Return predictions of the recommended plan for both trainings, of 10 and 30 GiB, at 100 and 200 W."""
+    made = []
+    for size, step_s, gib, watts, fits in (
+        ("initial", initial_s, 10, 100.0, True),
+        ("finetune", finetune_s, 30, 200.0, finetune_fits),
+    ):
+        memory = Interval(value=gib * GIB, low=gib * GIB, high=gib * GIB)
+        one = dataclasses.replace(offer(machine, plain=False, step_s=step_s), size=size, fits=fits)
+        made.append(dataclasses.replace(one, memory_bytes=memory, power_w=watts))
+    return made
+
+
+def test_a_run_of_two_phases_takes_the_time_of_both_and_the_memory_of_the_larger() -> None:
+    project = project_of("alphafold2", "initial")
+    assert project is not None
+    offers = phased(2.0, 8.0, machine="H100-SXM")
+    (run,) = project.whole_runs(offers)
+    assert run.step_s is not None
+    assert run.step_s.value == pytest.approx((10 * 2 + 1.5 * 8) / 11.5)
+    assert run.memory_bytes.value == 30 * GIB
+    assert run.power_w == pytest.approx((20 * 100 + 12 * 200) / 32)
+    ratios = project.time_ratios(offers, "H100-SXM", plain=False)
+    assert ratios == pytest.approx({"initial": 20 / 32, "finetune": 12 / 32})
+
+
+def test_a_card_that_a_phase_does_not_fit_is_left_out() -> None:
+    project = project_of("alphafold2", "initial")
+    assert project is not None
+    offers = [
+        *phased(2.0, 8.0, machine="H100-SXM"),
+        *phased(3.0, 9.0, machine="RTX-4090", finetune_fits=False),
+    ]
+    assert [o.machine for o in project.whole_runs(offers)] == ["H100-SXM"]
+
+
+def test_a_phase_that_was_not_predicted_on_a_machine_counts_by_its_ratio_on_others() -> None:
+    project = project_of("alphafold2", "initial")
+    assert project is not None
+    known = phased(2.0, 8.0, machine="H100-SXM")
+    large, small = (phased(3.0, 0.0, machine=name)[0] for name in ("A100-80GB-SXM", "RTX-4090"))
+    runs = {o.machine: o for o in project.whole_runs([*known, large, small])}
+    assert runs.keys() == {"H100-SXM", "A100-80GB-SXM"}, "the other has less than 30 GiB"
+    step_s = runs["A100-80GB-SXM"].step_s
+    assert step_s is not None
+    assert step_s.value == pytest.approx((10 * 3 + 1.5 * 12) / 11.5)
+
+
+@pytest.mark.parametrize("lang", ["en", "ja"])
+def test_the_money_names_both_trainings(lang: str) -> None:
+    decision = by_default(folding(), lang)
+    sentences = decision_view(folding(), decision).questions["money"]
+    phases = next(s for s in sentences if s.key == "project_phases.alphafold2")
+    parts = [phases.values[f"{size}_cost"].value for size in ("initial", "finetune")]
+    assert decision.best is not None
+    assert sum(parts) == pytest.approx(decision.sheets[decision.best].present_cost)
+    assert all(part > 0 for part in parts)
 
 
 def test_japanese_asks_for_yen_and_the_tariffs_of_japan() -> None:

@@ -11,7 +11,7 @@ from memfit.decision.alternatives import AlternativeInputs, missing_inputs
 from memfit.decision.assumptions import Assumptions, collect_assumptions
 from memfit.decision.case import DecisionCase, term
 from memfit.decision.price_rows import saving_without_a_price
-from memfit.decision.projects import project_of
+from memfit.decision.projects import Project, project_of
 from memfit.decision.risks import risks
 from memfit.decision.stages import stages
 from memfit.types.decision import Alternative, CostSheet, Decision, Swing, Term
@@ -42,12 +42,11 @@ def decide(
     unknown currency, place, tariff or supplier, contradicts itself, or lacks the hours or price of a machine.
     """
     size = more[-1].size if more else poc.offers[0].size if poc.offers else ""
-    # predictions of the same work
-    offers_by_machine = {(o.machine, o.plain): o for o in (*poc.offers, *more) if o.size == size}
-    offers = list(offers_by_machine.values())
+    offers_by_machine = {(o.machine, o.plain, o.size): o for o in (*poc.offers, *more)}
+    all_offers = list(offers_by_machine.values())
     project = project_of(poc.job_name, size) if by_default else None
-    if project is not None:
-        offers = project.possible_offers(offers)
+    # predictions of the same work
+    offers = [o for o in all_offers if o.size == size] if project is None else project.whole_runs(all_offers)
     assumptions = collect_assumptions(
         case,
         place=_place(poc.place),
@@ -90,10 +89,17 @@ def decide(
         own_limits=gates != rollout_gates.Gates(),
         project=project.name if project is not None else "",
         pilot_ratio=project.pilot_ratio if project is not None else 1.0,
+        phase_time_ratio=() if project is None else _phase_ratios(project, all_offers, ways),
         by_default=by_default,
     )
     decision = dataclasses.replace(decision, stages=stages(poc, decision, offers, named or {}, gates))
     return dataclasses.replace(decision, risks=risks(poc, decision))
+
+
+def _phase_ratios(
+    project: Project, offers: Sequence[Offer], ways: Sequence[Alternative]
+) -> tuple[Mapping[str, float], ...]:
+    return tuple(project.time_ratios(offers, way.machine, plain=way.plain) for way in ways)
 
 
 def _step_errors(poc: Poc) -> Mapping[bool, float]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from memfit import catalog
@@ -14,8 +15,7 @@ from memfit.catalog.tables import facts, table
 from memfit.decision.case import AdoptionEffort, CaseFigure, DecisionCase, Money
 from memfit.types.errors import UserError
 from memfit.types.machine import Fact
-from memfit.types.result import Effort, Offer, Poc
-from memfit.types.units import GIB
+from memfit.types.result import Effort, Interval, Offer, Poc
 
 _WORK: Final = ("steps_per_run", "runs_per_year", "years")
 _JAPAN: Final = ("japan", "japan-high-voltage", "JPY")  # place, tariff and currency of a reader of Japanese
@@ -24,23 +24,85 @@ _JAPAN: Final = ("japan", "japan-high-voltage", "JPY")  # place, tariff and curr
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Project:
     """A typical project of a job, from projects.toml. ``work``: name of a number, such as "steps_per_run" ->
-    its value and source. ``size``: size of the job that it trains. ``least_bytes``: memory that a device must
-    have for the recommended plan; 0 if the predictions say all. ``pilot_ratio``: share of a run that a pilot
+    its value and source. ``size``: size of the job that it trains. ``phases``: sizes that a run trains one
+    after the other -> steps of each; empty if there is only one. ``pilot_ratio``: share of a run that a pilot
     trains.
     """
 
     name: str
     size: str
     work: Mapping[str, Fact]
-    least_bytes: float = 0.0
+    phases: Mapping[str, int]
     pilot_ratio: float = 1.0
 
-    def possible_offers(self, offers: Sequence[Offer]) -> list[Offer]:
-        """Return ``offers`` without recommended plans on devices that have less memory than a later phase of
-        the project needs. Plain training is kept, as it is only what the plan is compared with, and so are
-        plans on machines that the catalog does not have.
+    def whole_runs(self, offers: Sequence[Offer]) -> list[Offer]:
+        """Return one prediction for each of ``offers`` of the project's size: of the mean step of a whole run
+        on that machine with that kind of plan. Its memory is that of the phase that needs most.
+
+        Recommended plans are left out on machines that a phase does not fit. Plain training is kept even so,
+        since it is only what plans are compared with.
         """
-        return [o for o in offers if o.plain or _device_bytes(o.machine) >= self.least_bytes]
+        found = []
+        for offer in (o for o in offers if o.size == self.size):
+            runs = self._runs(offers, offer)
+            if offer.plain or all(run.fits for run in runs):
+                found.append(self._mean(offer, runs))
+        return found
+
+    def time_ratios(self, offers: Sequence[Offer], machine: str, *, plain: bool) -> Mapping[str, float]:
+        """Return the share of a run's time of each phase; empty if there is one phase, or no prediction for
+        the machine."""
+        offer = next((o for o in offers if (o.size, o.machine, o.plain) == (self.size, machine, plain)), None)
+        runs = self._runs(offers, offer) if offer is not None and self.phases else []
+        times_s = {r.size: self.phases[r.size] * r.step_s.value for r in runs if r.step_s is not None}
+        return {size: time_s / sum(times_s.values()) for size, time_s in times_s.items()}
+
+    def _runs(self, offers: Sequence[Offer], offer: Offer) -> list[Offer]:
+        """Return the predictions of all phases on the machine of ``offer``, with its kind of plan.
+
+        A phase that was not predicted there counts by the median ratio of its time to that of the project's
+        size on other machines, and fits if the device has the least memory that it needs on one of them.
+        """
+        kind = {(o.machine, o.size): o for o in offers if o.plain is offer.plain}
+        runs = [offer]
+        for size in self.phases.keys() - {self.size}:
+            run = kind.get((offer.machine, size))
+            others = [o for o in kind.values() if o.size == size and (o.machine, self.size) in kind]
+            pairs = [(o, kind[o.machine, self.size]) for o in others]
+            ratios = [a.step_s.value / b.step_s.value for a, b in pairs if a.step_s and b.step_s]
+            if run is None and ratios and offer.step_s is not None:
+                least_bytes = min(o.memory_bytes.value for o, _ in pairs)
+                run = dataclasses.replace(
+                    offer,
+                    size=size,
+                    step_s=_scaled(offer.step_s, statistics.median(ratios)),
+                    fits=offer.fits and _device_bytes(offer.machine) >= least_bytes,
+                )
+            runs += [run] if run is not None else []
+        return runs
+
+    def _mean(self, offer: Offer, runs: Sequence[Offer]) -> Offer:
+        """Return the offer with the mean of the steps of ``runs``, weighted by their numbers, their mean
+        power, and the memory of the largest, or of the project's size for plain training."""
+        if len(runs) == 1 or any(run.step_s is None for run in runs):
+            return offer
+        steps = [self.phases[run.size] for run in runs]
+        times = [run.step_s for run in runs if run.step_s is not None]
+
+        def mean(values: Iterable[float]) -> float:
+            return sum(n * value for n, value in zip(steps, values, strict=True)) / sum(steps)
+
+        step_s = Interval(
+            value=mean(t.value for t in times),
+            low=mean(t.low for t in times),
+            high=mean(t.high for t in times),
+        )
+        powers_w = [run.power_w for run in runs if run.power_w is not None]
+        power_w = None
+        if len(powers_w) == len(runs):
+            power_w = mean(p * t.value for p, t in zip(powers_w, times, strict=True)) / step_s.value
+        largest = offer if offer.plain else max(runs, key=lambda run: run.memory_bytes.value)
+        return dataclasses.replace(offer, step_s=step_s, power_w=power_w, memory_bytes=largest.memory_bytes)
 
 
 def project_of(job: str, size: str) -> Project | None:
@@ -49,13 +111,14 @@ def project_of(job: str, size: str) -> Project | None:
     row: Mapping[str, Any] | None = data["projects"].get(job)
     if row is None or row["size"] != size:
         return None
-    extras = facts(row, data["sources"], ("least_gib", "pilot_ratio"))
-    least, pilot = extras.get("least_gib"), extras.get("pilot_ratio")
+    pilot = facts(row, data["sources"], ("pilot_ratio",)).get("pilot_ratio")
+    phases = row.get("phases", {})
+    steps = facts(phases, data["sources"], tuple(phases))
     return Project(
         name=job,
         size=size,
         work=facts(row, data["sources"], _WORK),
-        least_bytes=least.value * GIB if least is not None else 0.0,
+        phases={name: int(fact.value) for name, fact in steps.items()},
         pilot_ratio=pilot.value if pilot is not None else 1.0,
     )
 
@@ -130,6 +193,10 @@ def _labour(place: str, currency: str) -> CaseFigure:
 
 def _catalog_place(name: str) -> str:
     return name if name in catalog.place_names() else "world"
+
+
+def _scaled(interval: Interval, factor: float) -> Interval:
+    return Interval(value=interval.value * factor, low=interval.low * factor, high=interval.high * factor)
 
 
 def _device_bytes(machine: str) -> float:

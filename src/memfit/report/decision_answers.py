@@ -23,6 +23,7 @@ from memfit.report.decision_phrases import (
 from memfit.report.decision_rows import AlternativeRow, DecisionView, money_figure, way_name
 from memfit.report.provenance import GATES, POC, SAVING, reach_anchor, stage_anchor, term_anchor, way_anchor
 from memfit.report.quantities import Figure, Sentence, assumed, measured, number_text, predicted, sourced
+from memfit.types.decision import Decision
 from memfit.types.result import Poc
 
 Filled = Mapping[str, Figure | str | Sentence]
@@ -138,9 +139,31 @@ def _basis(view: DecisionView) -> list[Sentence]:
         return [Sentence(key="decide.money.by_default", values=values)]
     values["project"] = Sentence(key=f"project.{decision.project}")
     sentences = [Sentence(key="decide.money.project", values=values)]
+    if view.best is not None and (ratios := _phase_ratios(decision, view.best.index)):
+        sentences.append(_phases(view, view.best, ratios))
     if decision.project in _NOTED_PROJECTS:
         sentences.append(Sentence(key=f"project_note.{decision.project}"))
     return sentences
+
+
+def _phase_ratios(decision: Decision, index: int) -> Mapping[str, float]:
+    return decision.phase_time_ratio[index] if index < len(decision.phase_time_ratio) else {}
+
+
+def _phases(view: DecisionView, best: AlternativeRow, ratios: Mapping[str, float]) -> Sentence:
+    """Return what each phase of the project costs with the best option, and how long it takes."""
+    decision = view.decision
+    sheet, hours = decision.sheets[best.index], decision.ways[best.index].hours
+    anchor = way_anchor(best.index)
+    values: dict[str, Figure | str | Sentence] = {"cost": best.money["present_cost"]}
+    for size, ratio in ratios.items():
+        values[f"{size}_cost"] = money_figure(decision, _times(sheet.present_cost, ratio), anchor)
+        values[f"{size}_hours"] = predicted(hours * ratio, "hours", anchor)
+    return Sentence(key=f"project_phases.{decision.project}", values=values)
+
+
+def _times(value: float | None, ratio: float) -> float | None:
+    return None if value is None else value * ratio
 
 
 def _unpriced(row: AlternativeRow) -> Sentence:

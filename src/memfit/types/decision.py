@@ -312,6 +312,8 @@ class Decision:
     project: str = ""
     # share of a run that the pilot trains; below 1 for a project that is a single long run
     pilot_ratio: float = 1.0
+    # by option: sizes that a run trains one after the other -> share of its time; empty if there is only one
+    phase_time_ratio: tuple[Mapping[str, float], ...] = ()
     # whether currency, place and working hours are defaults, because there is no case file
     by_default: bool = False
     # lowest and highest saving if any one of the catalog's prices is left out; None: unknown, or none is used
