@@ -89,6 +89,7 @@ PLANS = [
     Plan(uses=(use("activation-checkpointing", every=2), use("bf16-autocast"))),
     Plan(uses=(use("gradient-accumulation", micro_batches=4), use("bf16-parameters", rounding="master"))),
     Plan(uses=(use("sgd"), use("selective-checkpointing", keep="matmul"))),
+    Plan(uses=(use("optimizer-in-backward"),)),
     fsdp2(),
     fsdp2(reshard=False, precision="as-is"),
     fsdp2(use("gradient-accumulation", micro_batches=2)),

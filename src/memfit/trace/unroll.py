@@ -330,8 +330,12 @@ class _Unrolled:
         self.periods = -(-shallow_blocks.count // shallow_blocks.period)
         self.extra = (target_blocks.count - shallow_blocks.count) // shallow_blocks.period
         events = _spanned(_events(shallow, shallow_blocks.period_of), shallow.spans)
-        self.chapters = [_Chapter(span, self._runs(span_events, span.phase)) for span, span_events in events]
-        self.born = self._births()
+        self.chapters: list[_Chapter] = []
+        self.born: dict[int, _Place] = {}
+        for span, span_events in events:
+            runs = self._runs(span_events, span.phase)
+            self.born |= _births(len(self.chapters), runs)
+            self.chapters.append(_Chapter(span, runs))
         self.origin: list[int] = []
         self.op_origin: list[int] = []
         self._names: dict[tuple[str, int | None, int | None], str] = {}
@@ -342,29 +346,27 @@ class _Unrolled:
     def _runs(self, events: list[_Event], phase: Phase) -> _Runs:
         """Group the events of a span into runs (`_Chapter`). A free belongs to the block that runs before it,
         or to none. If allocations of several blocks are freed at once, outside the blocks or outside forward
-        and backward, each free belongs to the block that made what is freed."""
+        and backward, each free belongs to the block that made what is freed, or in whose run in an earlier
+        span it was made, as the norms of gradients that a hook of the optimizer takes."""
+
+        def maker(event: _Event) -> int | None:
+            if event.block is not None or event.index not in self.born:
+                return event.block
+            return self.born[event.index].block
+
         positional = phase in (Phase.FORWARD, Phase.BACKWARD)
         runs: _Runs = []
         for group in _groups(events):
             running_block = runs[-1][0] if runs else None
-            is_list = len({e.block for e in group} - {None}) > 1 and (running_block is None or not positional)
+            is_outside = running_block is None or not positional
+            is_list = len({maker(e) for e in group} - {None}) > 1 and is_outside
             for event in group:
-                block = event.block if event.kind != _FREE or is_list else running_block
+                block = running_block if event.kind == _FREE else event.block
+                block = maker(event) if event.kind == _FREE and is_list else block
                 if not runs or block != runs[-1][0]:
                     runs.append((block, []))
                 runs[-1][1].append(event)
         return _joined(runs)
-
-    def _births(self) -> dict[int, _Place]:
-        places = {}
-        for c, chapter in enumerate(self.chapters):
-            occurrences: dict[int | None, int] = {}
-            for block, events in chapter.runs:
-                occurrence = occurrences[block] = occurrences.get(block, -1) + 1
-                for offset, event in enumerate(events):
-                    if event.kind == _ALLOCATE:
-                        places[event.index] = _Place(c, block, occurrence, offset)
-        return places
 
     # -- writing ------------------------------------------------------------------------------------
 
@@ -462,6 +464,19 @@ class _Unrolled:
         else:
             shift = block - template
         return self.shallow_blocks.moved(module, self.first, shift)
+
+
+def _births(chapter: int, runs: _Runs) -> dict[int, _Place]:
+    """Return the place of each allocation that is made in these runs, those of the chapter ``chapter``, by
+    its index."""
+    places = {}
+    occurrences: dict[int | None, int] = {}
+    for block, events in runs:
+        occurrence = occurrences[block] = occurrences.get(block, -1) + 1
+        for offset, event in enumerate(events):
+            if event.kind == _ALLOCATE:
+                places[event.index] = _Place(chapter, block, occurrence, offset)
+    return places
 
 
 def _groups(events: list[_Event]) -> Iterator[list[_Event]]:
