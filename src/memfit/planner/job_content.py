@@ -272,9 +272,10 @@ def _library_files(model: torch.nn.Module, modules: Iterable[types.ModuleType]) 
 
 def _owner(value: object) -> str:
     """Return the name of the module that the value is, or that its function or class comes from."""
-    if isinstance(value, types.ModuleType):
-        return value.__name__
-    return str(getattr(value, "__module__", None) or type(value).__module__)
+    # Deprecated objects of torch warn if an attribute is read, even their __class__.
+    if issubclass(type(value), types.ModuleType):
+        return value.__name__  # type: ignore[attr-defined,no-any-return]
+    return str((callable(value) and getattr(value, "__module__", None)) or type(value).__module__)
 
 
 def _status(path: str | None) -> Any:
