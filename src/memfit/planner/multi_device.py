@@ -64,10 +64,11 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
 
     sizes = counts(ranks, goal)
     estimates = scale.over(sizes)
-    finalists = FinalistTracer(scale, fits).run(estimates, plain_plan)
+    finalists = (tracer := FinalistTracer(scale, fits)).run(estimates, plain_plan)
     if not any(map(fits, finalists)):
         known = {e.plan: e for e in (*estimates, *scale.extremes(sizes), *finalists)}
         finalists += traced_before_nothing_fits(scale, [*known.values()], fits)
+    tracer.close([*estimates, *scale.extremes(sizes)])
     if not any(map(fits, finalists)):
         bounds = ((aim.bounds.deadline_s, Objective.FASTEST), (aim.bounds.budget_usd, Objective.CHEAPEST))
         for requested, objective in bounds:  # how close the best plans by these goals come
