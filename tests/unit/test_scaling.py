@@ -232,7 +232,11 @@ def test_law_the_extremes_of_each_technique_are_those_of_all_plans(tight: bool) 
     grids_of = [(grid, p) for grid, p in priced if p is not None]
     memory = sorted(float(m) for _, p in grids_of for m in p.allocated_bytes.ravel())
     caps = (memory[len(memory) // 3] if tight else math.inf, 1.0 if tight else math.inf)
-    merged = _merged([(grid, _extremes(grid, p, caps)) for grid, p in grids_of], caps)
+    merged = _merged(
+        [(grid, _extremes(grid, p, caps)) for grid, p in grids_of],
+        lambda s: s.allocated_bytes <= caps[0] and s.host_bytes <= caps[1],
+        caps[1],
+    )
     rows = [
         (
             {u.technique for u in grid.plan(index).uses},
@@ -257,6 +261,27 @@ def test_law_the_extremes_of_each_technique_are_those_of_all_plans(tight: bool) 
             assert sketches[0].allocated_bytes <= caps[0]
         if related:
             assert min(s.allocated_bytes for s in sketches) == min(r[2] for r in on_host)
+
+
+def test_a_sketch_on_several_devices_needs_about_as_much_as_the_whole_trace() -> None:
+    on = machine("2xL4")
+    only_ddp = Bounds(without=tuple(t for t in TECHNIQUES if t != "ddp"))
+    scale, plain_plan = Scale(_two_cards(), aim(on, bounds=only_ddp)), make_plain_plan(2)
+    sketch = next(e for e in scale.estimates(2) if e.plan == plain_plan)
+    whole = scale.needs(scale.pricer.whole(plain_plan))  # mostly the context and the buffers of NCCL
+    assert scale.needs(sketch) == pytest.approx(whole, rel=0.1)
+
+
+def test_of_few_plans_all_are_kept() -> None:
+    few = {"ranks": 2, "batch": 4, "tensor": (1,), "context": (1,), "effect": EffectClass.E1}
+    kept = tuple(
+        t for t in TECHNIQUES if t not in ("ddp", "gradient-accumulation", "activation-checkpointing")
+    )
+    wanted = limits(without=frozenset(kept), **few)
+    model = time_model(H100.device, Calibration())
+    assert model is not None
+    found = find(traced(4), H100, model, wanted, (2.0**40, math.inf))
+    assert found.considered == len(found.sketches) == len({s.plan for s in found.sketches}) > 20
 
 
 def test_a_search_of_the_grids_is_deterministic() -> None:

@@ -19,7 +19,8 @@ from memfit.planner.recompute_budget import Cap
 from memfit.planner.request import Request, half_precision_of, make_pricer
 from memfit.planner.search import _small_state_bytes
 from memfit.planner.selection import TIE_RATIO, Band, Objective, Prices, best, decide, frontier, score
-from memfit.planner.shortlist import until_none_better
+from memfit.planner.shortlist import most_promising, until_none_better
+from memfit.planner.sketch_errors import Hopes
 from memfit.techniques.base import Space
 from memfit.techniques.registry import conflict, effect_of, make_use
 from memfit.types.job import JobRef
@@ -389,3 +390,14 @@ def test_other_optimizers_are_not_searched_where_states_are_small_and_the_optimi
     request, pricer, baseline = _baseline("fastest", 2048)
     assert _small_state_bytes(request, pricer, baseline, 2**40) == states_bytes(baseline) > 0
     assert _small_state_bytes(request, pricer, baseline, states_bytes(baseline) * 10) is None
+
+
+def test_the_least_that_a_trace_may_show_follows_the_traced_plan_most_like_it() -> None:
+    sketches = [priced(p, 100, 10.0, traced=False) for p in (PLAIN, MIXED, MIXED_ACCUMULATED, SGD)]
+    traced = [priced(PLAIN, 100, 10.0, traced=True), priced(MIXED, 120, 30.0, traced=True)]
+    cap = Cap(bytes=100, needs=lambda e: int(e.allocated_bytes.value), refuses=lambda plan: ())
+    hopes = Hopes(sketches, traced, cap, Objective.FASTEST)
+    assert hopes.of(sketches[2]) == pytest.approx((30.0 * 0.9, 120 * 0.97))  # as MIXED, one technique more
+    assert hopes.of(sketches[3]) == pytest.approx((10.0 * 0.9, 100 * 0.97))  # as PLAIN
+    assert [e.plan for e in most_promising(sketches[2:], hopes, 10.0)] == [SGD]
+    assert Hopes([], [], cap, Objective.FASTEST).of(sketches[0]) == (10.0, 100)

@@ -75,11 +75,14 @@ def footprint(trace: Trace, allocated: Interval, machine: Machine) -> Footprint:
     )
 
 
-def sketch_footprint(allocated: Interval, machine: Machine, *, reserved_ratio: float) -> Footprint:
-    """Return the footprint of a plan that was not traced, without NCCL's buffers; an empty one,
-    ``Footprint()``, if the device is not a CUDA device.
+def sketch_footprint(
+    allocated: Interval, machine: Machine, *, reserved_ratio: float, communicators: Sequence[int] = ()
+) -> Footprint:
+    """Return the footprint of a plan that was not traced; an empty one, ``Footprint()``, if the device is not
+    a CUDA device.
 
-    ``allocated``: the predicted peak of its tensors. ``reserved_ratio``: reserved over allocated memory of a
+    ``allocated``: the predicted peak of its tensors. ``communicators``: as `Layout.communicators`, for the
+    buffers of NCCL. ``reserved_ratio``: reserved over allocated memory of a
     traced plan of the same job. The reserved memory is ``allocated`` times that ratio; its low end is that of
     ``allocated``, and its high end is computed with a ratio of at least 1.06.
     """
@@ -90,7 +93,7 @@ def sketch_footprint(allocated: Interval, machine: Machine, *, reserved_ratio: f
         low=allocated.low,
         high=allocated.high * max(reserved_ratio, ASSUMED_RESERVED_RATIO),
     )
-    outside_memory = device_overhead(machine.device)
+    outside_memory = device_overhead(machine.device, [("", ranks) for ranks in communicators])
     device = added((reserved, outside_memory.total_bytes))
     return Footprint(
         reserved_bytes=reserved,

@@ -93,8 +93,9 @@ class Scale:
         self.cap_bytes = self.allocated_cap(aim.cap_bytes)
 
     def allocated_cap(self, cap_bytes: float) -> float:
-        """Return the highest peak of live tensors, in bytes, at which a sketch needs no more device memory
-        than ``cap_bytes``. It is found by bisection between 0 and 2**50. Return 0 if none fits.
+        """Return the highest peak of live tensors, in bytes, at which a sketch without buffers of NCCL needs
+        no more device memory than ``cap_bytes``. It is found by bisection between 0 and 2**50. Return 0 if
+        none fits.
         """
         fitting_bytes, excessive_bytes = 0.0, 2.0**50
         for _ in range(60):
@@ -234,7 +235,10 @@ class Scale:
         )
         allocated = scaled(e.allocated_bytes, memory_ratio)
         device_memory = sketch_footprint(
-            allocated, self._machine(e.plan.ranks), reserved_ratio=ASSUMED_RESERVED_RATIO
+            allocated,
+            self._machine(e.plan.ranks),
+            reserved_ratio=ASSUMED_RESERVED_RATIO,
+            communicators=layout(e.plan).communicators,
         )
         return dataclasses.replace(
             e,
@@ -264,7 +268,12 @@ class Scale:
         machine = self._machine(sketch.grid.layout.ranks)
         cost = bill(machine, step_s=sketch.step_s)
         allocated = interval_around(sketch.allocated_bytes, _SKETCH_MEMORY_RATIO)
-        memory = sketch_footprint(allocated, machine, reserved_ratio=ASSUMED_RESERVED_RATIO)
+        memory = sketch_footprint(
+            allocated,
+            machine,
+            reserved_ratio=ASSUMED_RESERVED_RATIO,
+            communicators=layout(sketch.plan).communicators,
+        )
         host = host_memory(
             self.traced.host_tensors(sketch.host_bytes),
             sketch.plan,

@@ -506,7 +506,12 @@ class Pricer:
         step_s = sketched_s(seconds, plan, parameter_count, self.machine, micros) if self.model else None
         cost = bill(self.machine, step_s=step_s)
         allocated = interval_around(peaks[phase], _SKETCH_MEMORY_RATIO)
-        memory = sketch_footprint(allocated, self.machine, reserved_ratio=self.reserved_ratio)
+        memory = sketch_footprint(
+            allocated,
+            self.machine,
+            reserved_ratio=self.reserved_ratio,
+            communicators=layout(plan).communicators,
+        )
         host_kept_bytes = float(vector[_HOST])
         tensors = dataclasses.replace(
             plain_tensors, kept_bytes=host_kept_bytes, building_bytes=host_kept_bytes

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from memfit.cost.host import host_line
+from memfit.planner.parallelism_grid import QUICK_BLOCKS
 from memfit.planner.plan_space import complexity
 from memfit.planner.recompute_budget import Cap
 from memfit.planner.selection import Objective, best, missed_bounds, none_fits, score, within_bounds
@@ -22,6 +23,7 @@ from memfit.types.result import Estimate, Reason, Sensitivity
 if TYPE_CHECKING:
     from memfit.planner.device_pricing import Scale
 
+_QUICK_TRIES = 12  # most plans traced before nothing fits, if traces are quick
 _TRIES, _LONG_TRIES = 3, 2  # most plans traced for the reason about one technique; if traces are long
 _GAIN = 0.03  # relative change of the score that is worth reporting
 
@@ -141,11 +143,11 @@ def traced_before_nothing_fits(
     scale: Scale, known: Sequence[Estimate], fits: Callable[[Estimate], bool]
 ) -> Iterator[Estimate]:
     """Trace plans of the sketches in ``known`` that may fit (`_may_fit`), those that need the least device
-    memory first, until one fits, at most three, and yield their estimates. Plans that cannot be traced are
-    skipped.
+    memory first, until one fits, and yield their estimates: at most three, or twelve of a model of at most 12
+    blocks. Plans that cannot be traced are skipped.
     """
     tried = {e.plan for e in known if e.traced} | scale.refused.keys()
-    for _ in range(_TRIES):
+    for _ in range(_QUICK_TRIES if scale.traced.blocks <= QUICK_BLOCKS else _TRIES):
         may = _may_fit(scale)
         possible = [e for e in known if e.plan not in tried and may(e)]
         if not possible:

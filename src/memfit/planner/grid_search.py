@@ -13,6 +13,8 @@ from typing import Any
 import numpy
 
 from memfit.cost.collectives import collective_s
+from memfit.cost.device_overhead import device_overhead
+from memfit.cost.memory_estimate import ASSUMED_RESERVED_RATIO
 from memfit.cost.op_time import ASSUMED_ISSUE_S, ASSUMED_LINK_BYTES_S, TimeModel
 from memfit.cost.step_time import storage_rates
 from memfit.cost.stream_simulator import ASSUMED_HOST_BYTES_S, StreamSimulator
@@ -23,6 +25,7 @@ from memfit.planner.layout_costs import Composer, LayoutCut
 from memfit.planner.parallelism_grid import CUTTING, QUICK_BLOCKS, Grid, GridLayout, Limits, Uses, grids
 from memfit.planner.selection import TIE_RATIO
 from memfit.planner.sharding_costs import State, compute_of, state_of
+from memfit.techniques.rank_mesh import Layout
 from memfit.techniques.registry import effect_of, technique
 from memfit.trace.trace_pool import side_by_side
 from memfit.types.errors import UserError
@@ -33,6 +36,7 @@ from memfit.types.trace import OpCall, Phase
 
 _KEPT_PER_GRID, _KEPT_PER_LAYOUT, _KEPT_TIED = 3, 3, 60
 _NOT_ON_HOST = 1e9  # factor on peaks by which plans that do not fit host memory come after all that do
+_ALL_KEPT = 400  # of so few plans, all are kept
 _KEPT_SMALLEST = 4  # of the plans with a technique, and of those without it
 _BLAS_THREADS = 2  # the caller's thread and autograd's, each with its own BLAS handle
 _LEVELS_PER_DOUBLING = 4  # memory levels per doubling; the best plan of each level is kept for the frontier
@@ -98,23 +102,28 @@ class GridSketches:
     price: Callable[[Grid], Priced]  # predictions for all plans of a grid of the picks
 
 
-Caps = tuple[float, float]  # highest bytes of a rank that fit: on the device, and in host memory
+# highest bytes of a rank that fit: of tensors on a device without buffers of NCCL, and in host memory
+Caps = tuple[float, float]
 
 
 def find(traced: BlockTracer, machine: Machine, model: TimeModel, limits: Limits, caps: Caps) -> GridSketches:
     """Predict time and memory of every plan of the grids that ``limits`` allow, and return sketches of a
     selection.
 
-    The selection is made in two steps: in each grid by `_best`, then among all of them by `_few`. Plans that
-    do not fit are among them. Degrees by which the model cannot be divided are left out, and so are
-    techniques that it cannot be traced with.
+    Of at most 400 plans, all are kept. Of more, the selection is made in two steps: in each grid by `_best`,
+    then among all of them by `_few`. Plans that do not fit are among them. Degrees by which the model cannot
+    be divided are left out, and so are techniques that it cannot be traced with.
 
     ``model`` predicts the seconds of operators. ``caps``: the highest (bytes on the device, bytes in host
-    memory) with which a rank fits. Raises UserError if there is no grid.
+    memory) with which a rank fits; from the first, the buffers of each layout's communicators are subtracted
+    (`buffers_bytes`). Raises UserError if there is no grid.
     """
     pricing, grid_precisions, refusals = priced_grids(traced, machine, model, limits)
     shares = [grid_precisions[offset::_SHARES] for offset in range(_SHARES)]
-    share_results = side_by_side([functools.partial(pricing.best, share, caps) for share in shares])
+    keeps_all = sum(math.prod(grid.shape) for grid, _ in grid_precisions) <= _ALL_KEPT
+    share_results = side_by_side(
+        [functools.partial(pricing.best, share, caps, keeps_all) for share in shares]
+    )
     sketches, considered = list[Sketch](), 0
     extremes = list[tuple[Grid, _Extremes]]()
     for share, results in zip(shares, share_results, strict=True):
@@ -123,9 +132,14 @@ def find(traced: BlockTracer, machine: Machine, model: TimeModel, limits: Limits
             sketches += [Sketch(grid, *pick) for pick in picks]
             extremes += [(grid, grid_extremes)] if plan_count else []
     sketches.sort(key=lambda s: (s.step_s, s.allocated_bytes))
+
+    def fits(sketch: Sketch) -> bool:
+        device_cap, host_cap = pricing.caps_of(sketch.grid, caps)
+        return sketch.allocated_bytes <= device_cap and sketch.host_bytes <= host_cap
+
     return GridSketches(
-        sketches=tuple(_few(sketches, caps)),
-        extremes=_merged(extremes, caps),
+        sketches=tuple(sketches if keeps_all else _few(sketches, fits)),
+        extremes=_merged(extremes, fits, caps[1]),
         considered=considered,
         refused=tuple(refusals),
         picks=tuple(sketches),
@@ -278,7 +292,7 @@ class _Pricing:
             vocabulary="parallel-loss" if limits.vocabulary else "whole",
             experts=limits.expert_degree,
         )
-        self.traced = traced
+        self.traced, self.machine = traced, machine
         link = machine.host.device_bytes_s if machine.host else None
         blas = machine.device.blas_workspace_bytes
         self.rates = Rates(
@@ -331,20 +345,31 @@ class _Pricing:
         return dataclasses.replace(grid, inside=kept(grid.inside), ends=kept(grid.ends))
 
     def best(
-        self, parts: Sequence[tuple[Grid, str]], caps: Caps
+        self, parts: Sequence[tuple[Grid, str]], caps: Caps, keeps_all: bool
     ) -> list[tuple[int, list[_Picked], _Extremes]]:
-        """Return (number of plans, the plans that `_best` selects, `_extremes`) for each pair of a grid and
-        its compute precision; (0, [], {}) if the model cannot run with the grid's layout.
+        """Return (number of plans, the plans that `_best` selects, or all if ``keeps_all``, `_extremes`) for
+        each pair of a grid and its compute precision; (0, [], {}) if the model cannot run with the grid's
+        layout.
         """
-        results = []
+        results = list[tuple[int, list[_Picked], _Extremes]]()
         for grid, compute in parts:
             priced = self.price(grid, compute)
-            results.append(
-                (priced.step_s.size, _best(grid, priced, caps), _extremes(grid, priced, caps))
-                if priced
-                else (0, [], {})
-            )
+            own_caps = self.caps_of(grid, caps)
+            if priced is None:
+                results.append((0, [], {}))
+                continue
+            every = [picked(grid, priced, i) for i in range(priced.step_s.size)] if keeps_all else []
+            picks = every or _best(grid, priced, own_caps)
+            results.append((priced.step_s.size, picks, _extremes(grid, priced, own_caps)))
         return results
+
+    def caps_of(self, grid: Grid, caps: Caps) -> Caps:
+        """Return ``caps`` less the buffers of the communicators of the grid's layout."""
+        return caps[0] - self._buffers_bytes(grid.layout), caps[1]
+
+    @functools.cache  # noqa: B019  lives as long as one search
+    def _buffers_bytes(self, layout: GridLayout) -> float:
+        return buffers_bytes(self.machine, layout)
 
     def neighbours(self, sketch: Sketch) -> list[Sketch]:
         """Return sketches of all plans of the sketch's grid that differ from it along exactly one axis."""
@@ -428,6 +453,17 @@ class _Pricing:
         return [
             Parts(before=piece(c, "before"), block=piece(c, "block"), after=piece(c, "after")) for c in cuts
         ]
+
+
+def buffers_bytes(machine: Machine, layout: GridLayout) -> float:
+    """Return by how many bytes the peak of tensors must be lower than without communicators, so that the
+    buffers of NCCL for those of this layout fit, too, at the upper end; 0 if their size is unknown."""
+    mesh = Layout(pipeline=layout.stages, shard=layout.data, context=layout.context, tensor=layout.tensor)
+    groups = [("", ranks) for ranks in mesh.communicators]
+    totals = [device_overhead(machine.device, g).total_bytes for g in (groups, ())]
+    if totals[0] is None or totals[1] is None:
+        return 0.0
+    return (totals[0].high - totals[1].high) / ASSUMED_RESERVED_RATIO
 
 
 def _communicator(machine: Machine) -> Communicate:
@@ -541,7 +577,7 @@ def _placed(grid: Grid) -> Iterator[tuple[str, int, set[int]]]:
 
 
 def _merged(
-    extremes: Sequence[tuple[Grid, _Extremes]], caps: Caps
+    extremes: Sequence[tuple[Grid, _Extremes]], fits: Callable[[Sketch], bool], host_cap: float
 ) -> Mapping[tuple[str, bool], tuple[Sketch, ...]]:
     """Return the extremes of all grids together, as `GridSketches` has them."""
     layouts = {
@@ -559,16 +595,18 @@ def _merged(
                 else:  # all plans of the grid have it, or none
                     picks = found["", False] if (name in layouts[id(grid)]) == has else []
                 sketches += [Sketch(grid, *pick) for pick in picks]
-            merged[name, has] = _ends_of(sketches, caps)
+            merged[name, has] = _ends_of(sketches, fits, host_cap)
     return {key: sketches for key, sketches in merged.items() if sketches}
 
 
-def _ends_of(sketches: Sequence[Sketch], caps: Caps) -> tuple[Sketch, ...]:
+def _ends_of(
+    sketches: Sequence[Sketch], fits: Callable[[Sketch], bool], host_cap: float
+) -> tuple[Sketch, ...]:
     """Return the fastest fitting sketch, if there is one, then the four that need the least device memory, of
     those that fit host memory if there are any.
     """
-    fitting = [s for s in sketches if s.allocated_bytes <= caps[0] and s.host_bytes <= caps[1]]
-    on_host = [s for s in sketches if s.host_bytes <= caps[1]] or sketches
+    fitting = list(filter(fits, sketches))
+    on_host = [s for s in sketches if s.host_bytes <= host_cap] or sketches
     smallest = sorted(on_host, key=lambda s: (s.allocated_bytes, s.step_s))[:_KEPT_SMALLEST]
     fastest = [min(fitting, key=lambda s: (s.step_s, s.allocated_bytes))] if fitting else []
     return (*fastest, *smallest)
@@ -592,7 +630,7 @@ def _weight(uses: Uses) -> float:
     return len(uses) + 100.0 * int(effect_of(Plan(uses=uses)))
 
 
-def _few(sketches: Sequence[Sketch], caps: Caps) -> list[Sketch]:
+def _few(sketches: Sequence[Sketch], fits: Callable[[Sketch], bool]) -> list[Sketch]:
     """Return a selection of the sketches:
 
     - The frontier of device memory and time, also of plans that do not fit. A plan that needs more memory
@@ -609,7 +647,7 @@ def _few(sketches: Sequence[Sketch], caps: Caps) -> list[Sketch]:
             selection.append(sketch)
             fastest_s = sketch.step_s
     groups: dict[Any, list[Sketch]] = {}
-    fitting = [s for s in sketches if s.allocated_bytes <= caps[0] and s.host_bytes <= caps[1]]
+    fitting = list(filter(fits, sketches))
     for sketch in fitting:
         layout = sketch.grid.layout
         groups.setdefault((layout.tensor, layout.context, layout.stages, layout.schedule), []).append(sketch)

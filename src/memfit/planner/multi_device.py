@@ -126,12 +126,15 @@ def _finalists(
     fits: Callable[[Estimate], bool],
 ) -> list[Estimate]:
     """Return the estimates of the plans that are traced whole before one is recommended: those of
-    `FinalistTracer`; if none of them fits, others that may; and if one does, those of `traced_for_bound`.
+    `FinalistTracer`, of a small model all that may be better than the best of these; if none of them fits,
+    others that may; and if one does, those of `traced_for_bound`.
     """
-    finalists = FinalistTracer(scale, fits).run(estimates, plain_plan)
+    tracer = FinalistTracer(scale, fits)
+    finalists = tracer.run(estimates, plain_plan)
     if not any(map(fits, finalists)) and not scale.deadline.cut:
         known = {e.plan: e for e in (*estimates, *scale.extremes(sizes), *finalists)}
         finalists += traced_before_nothing_fits(scale, [*known.values()], fits)
+    tracer.close([*estimates, *scale.extremes(sizes)])
     if not any(map(fits, finalists)) and not scale.deadline.cut:
         bounds = ((scale.bounds.deadline_s, Objective.FASTEST), (scale.bounds.budget_usd, Objective.CHEAPEST))
         for requested, objective in bounds:  # how close the best plans by these goals come

@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING, Any
 from memfit.planner.parallelism_grid import CUTTING, QUICK_BLOCKS
 from memfit.planner.plan_kinds import doublings, kind
 from memfit.planner.plan_space import complexity
-from memfit.planner.selection import TIE_RATIO, Objective, best, score
+from memfit.planner.recompute_budget import Cap
+from memfit.planner.selection import TIE_RATIO, Objective, best, score, within_bounds
+from memfit.planner.shortlist import most_promising
+from memfit.planner.sketch_errors import Hopes
 from memfit.techniques.registry import short_label, technique
 from memfit.types.deadline import TimeUp
 from memfit.types.plan import Plan
@@ -31,6 +34,7 @@ _TOO_LARGE = 0.5
 # most traces near the best plan of a small model; highest score of a sketch over the best one's to be tried
 _CLIMBED, _MAY_BE_BETTER = 16, 1.25
 _LATE = 2  # traces that are begun after the deadline, while no plan fits
+_CLOSING = 24  # most traces of plans that may be better than the best plan of a small model after that
 _NEAR = 0.97  # factor by which ratios of trace to sketch differed per doubling of a degree
 
 Fits = Callable[[Estimate], bool]
@@ -121,6 +125,35 @@ class FinalistTracer:
             self._late += 1
         with deadline.overtime():
             return self.scale.traced_or_refused(sketch)
+
+    def close(self, estimates: Sequence[Estimate]) -> None:
+        """Trace plans of a small model until none of the ``estimates`` may fit and be better than the best
+        traced plan, or less than 3 % worse, by the errors of the sketches seen so far (`Hopes`); at most 24.
+        Nothing is traced if no traced plan fits, if the model has at least 13 blocks, or after the deadline.
+
+        Sketches that do not fit count, too: they may be too high.
+        """
+        if is_quick(self.scale) and any(map(self.fits, self.traced)):
+            with contextlib.suppress(TimeUp):
+                self._close(estimates)
+
+    def _close(self, estimates: Sequence[Estimate]) -> None:
+        scale = self.scale
+        cap = Cap(bytes=scale.aim.cap_bytes, needs=scale.needs, refuses=lambda plan: (), host=scale.aim.host)
+        tried = {e.plan for e in self.traced} | scale.refused.keys()
+        for attempt in range(_CLOSING):
+            best_score = min(score(e, self.goal) for e in self.traced if self.fits(e))
+            hopes = Hopes([s for s, _ in scale.pairs], [t for _, t in scale.pairs], cap, self.goal)
+            candidates = [e for e in estimates if e.plan not in tried and within_bounds(scale.bounds, e)]
+            promising = most_promising(candidates, hopes, best_score * (1 + TIE_RATIO))
+            if not promising:
+                return
+            sketch = promising[0]
+            tried.add(sketch.plan)
+            scale.tell("finalists", attempt, _CLOSING, short_label(sketch.plan))
+            traced_estimate = scale.traced_or_refused(sketch)
+            if traced_estimate is not None:
+                self.traced.append(traced_estimate)
 
     def _climb(self) -> None:
         """Trace plans near the best traced plan of a small model, whose traces are quick.

@@ -141,17 +141,25 @@ def until_none_better(
         fitting = [score(e, goal) for e in known if cap.has(e) and within_bounds(bounds, e)]
         if not fitting or math.isinf(min(fitting)):
             break
-        limit, known_plans = min(fitting) * (1 + near_ratio), {e.plan for e in known}
-        hopes, promising = Hopes(sketches, known, cap, goal), list[tuple[float, str, Plan]]()
-        for sketch in sketches:
-            if sketch.plan not in known_plans and cap.host(sketch):
-                hoped_score, least_bytes = hopes.of(sketch)
-                if hoped_score <= limit and least_bytes <= cap.bytes:
-                    promising.append((hoped_score, sketch.plan.fingerprint, sketch.plan))
+        known_plans = {e.plan for e in known}
+        candidates = [e for e in sketches if e.plan not in known_plans]
+        hopes, limit = Hopes(sketches, known, cap, goal), min(fitting) * (1 + near_ratio)
+        promising = most_promising(candidates, hopes, limit)
         if not promising:
             break
-        added += look([plan for _, _, plan in sorted(promising)[: min(_PER_ROUND, most - len(added))]])
+        added += look([e.plan for e in promising[: min(_PER_ROUND, most - len(added))]])
     return added
+
+
+def most_promising(sketches: Sequence[Estimate], hopes: Hopes, limit: float) -> list[Estimate]:
+    """Return those of the sketches whose plans may fit device and host and have a score of at most ``limit``,
+    the one that may have the lowest score first."""
+    promising = list[tuple[float, str, Estimate]]()
+    for sketch in sketches:
+        hoped_score, least_bytes = hopes.of(sketch)
+        if hoped_score <= limit and least_bytes <= hopes.cap.bytes and hopes.cap.host(sketch):
+            promising.append((hoped_score, sketch.plan.fingerprint, sketch))
+    return [sketch for *_, sketch in sorted(promising, key=lambda entry: entry[:2])]
 
 
 def counterfactuals(

@@ -99,18 +99,20 @@ class Hopes:
             ((_distance(sketch.plan, plan), *ratios) for plan, *ratios in self._ratios),
             default=(0.0, 1.0, 1.0),
         )
-        optimism = (_MEMORY_OPTIMISM if self.goal is Objective.SMALLEST else _TIME_OPTIMISM) ** distance
         need = self.cap.needs(sketch) * need_ratio * _MEMORY_OPTIMISM**distance
+        if self.goal is Objective.FEWEST:  # the number of devices is known
+            return score(sketch, self.goal), need
+        optimism = (_MEMORY_OPTIMISM if self.goal is Objective.SMALLEST else _TIME_OPTIMISM) ** distance
         return score(sketch, self.goal) * score_ratio * optimism, need
 
 
 def _distance(plan: Plan, other: Plan) -> float:
     """Return how many techniques only one of the two plans has, plus half of the number of those that both
-    have with other settings."""
+    have with other settings, plus the doublings between their numbers of ranks."""
     settings, other_settings = ({u.technique: u.knobs for u in p.uses} for p in (plan, other))
     alone = settings.keys() ^ other_settings.keys()
     changed = [n for n in settings.keys() & other_settings.keys() if settings[n] != other_settings[n]]
-    return len(alone) + len(changed) / 2
+    return len(alone) + len(changed) / 2 + abs(math.log2(plan.ranks / other.ranks))
 
 
 def may_fit(

@@ -61,6 +61,15 @@ class Layout:
         """Number of data-parallel ranks, which see different samples."""
         return self.replicate * self.shard
 
+    @property
+    def communicators(self) -> tuple[int, ...]:
+        """Numbers of ranks of the process groups that a rank is expected to communicate in: one along each
+        dimension with several ranks, a pair of neighbours along the pipeline, and one of all ranks; in a
+        pipeline without other parallelism, two pairs."""
+        groups = [degree for degree in self.shape[1:] if degree > 1]
+        groups = [*groups, self.ranks] if groups else []
+        return (*groups, *((2,) if groups else (2, 2))) if self.pipeline > 1 else tuple(groups)
+
     def coordinate(self, rank: int) -> dict[str, int]:
         """Return the index of ``rank`` along each dimension, by the dimension's name. From one rank to the
         next, the index along "tensor" changes first, then those along "context", "shard", "replicate" and
