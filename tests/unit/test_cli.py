@@ -187,7 +187,7 @@ def test_the_help_names_the_goals_and_accuracies_that_exist() -> None:
         ("plan --accuracy roundng", "did you mean 'rounding'?"),
         ("poc --lang jp", "did you mean 'ja'?"),
         ("plan --on H10", "H100-SXM"),
-        ("plan --on nowhere.toml", "nowhere.toml cannot be read: No such file"),
+        ("plan --on nowhere.toml", "cannot read nowhere.toml: No such file"),
         ("plan --place atlantis", "atlantis"),
         ("estimate protein-ss --plan missing.yaml", "missing.yaml: No such file"),
         ("estimate a.yaml b.yaml c.yaml", "3 plan files"),

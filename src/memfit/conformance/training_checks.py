@@ -248,8 +248,10 @@ def _optimizers(figures: Sequence[WeightFigures]) -> list[ObservedOptimizer]:
 
 
 def _rated(figures: Sequence[WeightFigures]) -> list[OptimizerGroup]:
-    """Return the parameter groups that hold parameters of the model."""
-    return [g for optimizer in _optimizers(figures) for g in optimizer.groups if g.names]
+    """Return the parameter groups that hold parameters of the model or, if there are none, as where DeepSpeed
+    updates copies, all groups."""
+    groups = [g for optimizer in _optimizers(figures) for g in optimizer.groups]
+    return [g for g in groups if g.names] or groups
 
 
 def _missing(observed: Observations) -> list[ObservedParameter]:
