@@ -228,14 +228,14 @@ def test_a_single_run_has_its_prediction_and_if_capped_a_cap_slightly_above_it(
     given: list[RunSpec] = []
     seen: list[tuple[str, int, int, str]] = []
 
-    def child(config: LaunchConfig, *, on_event: Any) -> Measurement:
+    def children(config: LaunchConfig, *, on_event: Any, interruption: Any) -> tuple[Measurement, ...]:
         given.append(config.spec)
-        on_event({"event": "stage", "stage": "warm-up"})
-        on_event({"event": "step", "step": 0})
-        on_event({"event": "other"})
-        return Measurement(outcome=OutcomeKind.OK)
+        on_event(0, {"event": "stage", "stage": "warm-up"})
+        on_event(0, {"event": "step", "step": 0})
+        on_event(0, {"event": "other"})
+        return (Measurement(outcome=OutcomeKind.OK),)
 
-    monkeypatch.setattr(single_run, "run", child)
+    monkeypatch.setattr(single_run, "run_ranks", children)
     free = dataclasses.replace(request_, cap_bytes=None)
     found = run_plan(
         free,
@@ -280,7 +280,7 @@ def test_an_impossible_cap_is_refused_before_anything_runs(
         "probe_here",
         lambda *a: Calibration(flops_s={"float32": 1e9}, bandwidth_bytes_s=1e9),
     )
-    monkeypatch.setattr(single_run, "run", lambda *a, **k: pytest.fail("something ran"))
+    monkeypatch.setattr(single_run, "run_ranks", lambda *a, **k: pytest.fail("something ran"))
     store = Store(tmp_path / "store.sqlite3")
     with pytest.raises(NothingFits):
         poc(

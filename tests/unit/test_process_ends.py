@@ -41,6 +41,12 @@ side_by_side([lambda: time.sleep(60)] * 2)
 """
 
 
+def default_signals() -> None:
+    """Undo what nohup, or a shell's background job, has set for its children."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
 def environment(folder: Path) -> dict[str, str]:
     folder.mkdir(exist_ok=True)
     return {**os.environ, "TMPDIR": str(folder), "MEMFIT_CACHE": "off"}
@@ -63,7 +69,10 @@ def alive(processes: list[psutil.Process], within_s: float = 2.0) -> list[psutil
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL, signal.SIGINT])
 def test_forked_traces_die_with_the_process_that_forked_them(number: signal.Signals, tmp_path: Path) -> None:
     with subprocess.Popen(
-        (sys.executable, "-c", TRACING), env=environment(tmp_path), stderr=subprocess.DEVNULL
+        (sys.executable, "-c", TRACING),
+        env=environment(tmp_path),
+        stderr=subprocess.DEVNULL,
+        preexec_fn=default_signals,  # noqa: PLW1509  no threads take locks that it needs
     ) as process:
         children = children_of(process, 2)
         time.sleep(0.3)
@@ -85,6 +94,7 @@ def test_a_signal_ends_a_run_with_its_children_and_temporary_folders(
         env=environment(tmp_path / "temporary"),
         stderr=subprocess.PIPE,
         cwd=tmp_path,
+        preexec_fn=default_signals,  # noqa: PLW1509  no threads take locks that it needs
     ) as process:
         children = children_of(process, 1)
         time.sleep(0.5)

@@ -12,6 +12,7 @@ from memfit.planner.multi_device_shortlist import FinalistTracer
 from memfit.planner.plan_kinds import doublings, kind
 from memfit.planner.selection import Objective
 from memfit.techniques.registry import make_use
+from memfit.types.deadline import Deadline
 from memfit.types.plan import Plan
 from memfit.types.result import Estimate, Interval
 
@@ -74,7 +75,8 @@ def scale(blocks: int) -> Any:
         return STEPS.index(int(e.plan.uses[0].settings["micro_batches"]))
 
     return SimpleNamespace(
-        aim=SimpleNamespace(goal=Objective.FASTEST, cap_bytes=10),
+        aim=SimpleNamespace(goal=Objective.FASTEST, cap_bytes=10, limit_s=None),
+        deadline=Deadline(),
         traced=SimpleNamespace(blocks=blocks),
         tell=lambda *given: None,
         needs=lambda e: 1,

@@ -476,7 +476,7 @@ def test_an_old_report_survives_a_failed_write(tmp_path: Path, monkeypatch: pyte
         raise OSError("No space left on device")
 
     monkeypatch.setattr(Path, "replace", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match="No space left on device; what was there is unchanged"):
         write_html(full_poc(), path, lang="en")
     assert [p.name for p in tmp_path.iterdir()] == ["r.html"]
     assert path.read_text(encoding="utf-8") == "old"
