@@ -15,7 +15,7 @@ from memfit.cost.op_time import time_model
 from memfit.model.blocks import find_stacks
 from memfit.planner.block_traces import BlockTracer
 from memfit.planner.evaluate import Pricer
-from memfit.planner.grid_search import Sketch, _cuttable, _picked, _Pricing
+from memfit.planner.grid_search import Sketch, _cuttable, _Pricing, picked
 from memfit.planner.parallelism_grid import Limits, grids
 from memfit.planner.request import space_of
 from memfit.techniques.registry import make_use
@@ -138,7 +138,7 @@ def _sketch(name: str, plan: str, micro: int) -> Sketch:
             compute = "bf16" if "bf16" in str(state) and "autocast" not in str(state) else "autocast"
             priced = pricing(name).price(part, compute)
             assert priced is not None
-            return Sketch(part, *_picked(part, priced, micro))
+            return Sketch(part, *picked(part, priced, micro))
     raise AssertionError(state)
 
 

@@ -18,7 +18,7 @@ from memfit.cost.step_time import StorageRates, storage_rates
 from memfit.planner.block_traces import BlockTracer
 from memfit.planner.device_pricing import Aim
 from memfit.planner.evaluate import Pricer
-from memfit.planner.grid_search import Sketch, _picked, _Pricing
+from memfit.planner.grid_search import Sketch, _Pricing, picked
 from memfit.planner.multi_device import search_scale
 from memfit.planner.parallelism_grid import Limits, grids, zero_uses
 from memfit.planner.request import space_of
@@ -152,7 +152,7 @@ def _sketch(state: tuple[Use, ...], precision: str) -> Sketch:
     priced = _pricing().price(part, precision)
     assert priced is not None
     micro = next(i for i, (_, count) in enumerate(grid.micro) if count == 1)
-    return Sketch(part, *_picked(part, priced, micro))
+    return Sketch(part, *picked(part, priced, micro))
 
 
 def test_a_search_puts_optimizer_state_on_nvme_where_host_memory_is_too_small() -> None:

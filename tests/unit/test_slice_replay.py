@@ -38,11 +38,11 @@ PLANS = (
 
 
 class Blocks(nn.Module):
-    """One Evoformer block."""
+    """Two Evoformer blocks."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(EvoformerBlock(WIDTHS) for _ in range(1))
+        self.blocks = nn.ModuleList(EvoformerBlock(WIDTHS) for _ in range(2))
 
     def forward(self, part: dict[str, torch.Tensor]) -> torch.Tensor:
         m, z = part["m"], part["z"]

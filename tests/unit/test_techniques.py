@@ -473,10 +473,10 @@ def test_a_spool_completes_partial_reads_and_writes(tmp_path: Path) -> None:
             return super().readinto(data[:900]) or 0
 
     spool = Spool()
-    spool._file = Halting(tmp_path / "spool", "w+")
+    spool._file._file = Halting(tmp_path / "spool", "w+")
     parked = SpooledTensor(torch.arange(999.0), spool)
     assert torch.equal(parked.back(), torch.arange(999.0))
-    spool._file.truncate(100)
+    spool._file._file.truncate(100)
     with pytest.raises(OSError, match="truncated"):
         parked.back()
     spool.close()

@@ -184,7 +184,7 @@ def test_a_search_within_its_limit_answers_as_one_without_a_limit(question: Call
     assert not limited.extent.time_up
     assert dataclasses.replace(limited, extent=dataclasses.replace(limited.extent, limit_s=None)) == unlimited
     assert limited.extent.priced_count == limited.considered
-    assert limited.extent.left_count == limited.considered - limited.extent.traced_count > 0
+    assert limited.extent.left_count == limited.considered - limited.extent.traced_count
     assert (limited.extent.gain_ratio is None) == bool(limited.extent.gain_unknown)
 
 
@@ -318,6 +318,7 @@ def test_a_search_for_many_devices_without_time_recommends_a_traced_plan(
     assert found.extent.gain_ratio is None or found.extent.gain_ratio > 0.01
 
 
+@pytest.mark.long
 def test_a_search_for_many_devices_within_its_limit_is_the_same_every_time(
     scale_of: Callable[..., Scale],
 ) -> None:
