@@ -32,6 +32,7 @@ from memfit.planner.request import Request, space_of
 from memfit.planner.search_bound import ENOUGH, least_ratio, rest_of
 from memfit.planner.selection import Objective, score
 from memfit.report.terminal import print_search
+from memfit.trace import trace_pool
 from memfit.trace.trace_pool import side_by_side
 from memfit.types.deadline import Deadline, TimeUp
 from memfit.types.errors import NothingFits, UserError
@@ -73,7 +74,10 @@ def _wait(seconds: float) -> float:
     return seconds
 
 
-def test_a_deadline_ends_calls_in_forked_processes_and_keeps_the_finished_ones() -> None:
+def test_a_deadline_ends_calls_in_forked_processes_and_keeps_the_finished_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(trace_pool, "_may_fork", lambda: True)  # whatever threads other tests have left
     begun, results = time.monotonic(), dict[int, float]()
     deadline = Deadline.after(1.0)
     with pytest.raises(TimeUp):
@@ -83,7 +87,8 @@ def test_a_deadline_ends_calls_in_forked_processes_and_keeps_the_finished_ones()
     assert deadline.cut
 
 
-def test_a_deadline_ends_a_single_call_too() -> None:
+def test_a_deadline_ends_a_single_call_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trace_pool, "_may_fork", lambda: True)
     begun = time.monotonic()
     with pytest.raises(TimeUp):
         side_by_side([lambda: _wait(60.0)], deadline=Deadline.after(0.5))
