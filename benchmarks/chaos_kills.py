@@ -104,12 +104,12 @@ def finish(name: str, folder: Path) -> tuple[int, float]:
 
 def marked(mark: str) -> list[str]:
     """The living processes with this mark in their environment, each as text."""
-    found = []
+    processes = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(f"{process.pid}: {' '.join(process.cmdline())[:120]}")
-    return found
+                processes.append(f"{process.pid}: {' '.join(process.cmdline())[:120]}")
+    return processes
 
 
 def left_behind(folder: Path) -> list[str]:

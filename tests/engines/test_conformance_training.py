@@ -147,7 +147,7 @@ def _observed(*of_ranks: WeightFigures, names: str = "ab") -> Observations:
 
 def test_parameters_that_another_rank_updates_are_held() -> None:
     """As those of optimizers that shard their state: each rank holds a part of the parameters."""
-    figures = [WeightFigures(optimizer=ObservedOptimizer(held=frozenset(name))) for name in "ab"]
+    figures = [WeightFigures(optimizer=ObservedOptimizer(parameters=frozenset(name))) for name in "ab"]
     assert not any(f.wrong for f in optimizer_parameters(Plan(), _observed(*figures)))
     assert any(f.wrong for f in optimizer_parameters(Plan(), _observed(figures[0])))
 

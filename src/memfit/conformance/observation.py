@@ -223,13 +223,13 @@ class OptimizerGroup:
 class ObservedOptimizer:
     """What an optimizer holds on this rank.
 
-    ``held``: names of trained parameters that are in its groups, or that share memory with a tensor in them.
-    ``foreign``: number of its tensors that are no parameters of the model, such as copies in float32;
-    ``foreign_changed``: how many of these the step changed; None without a step. ``unsharded``: how many are
-    plain tensors with the whole shape of a sharded parameter that is not held. ``groups``: those of torch's
-    optimizers."""
+    ``parameters``: names of the trained parameters that are in its groups, or that share memory with a tensor
+    in them. ``foreign``: number of its tensors that are no parameters of the model, such as copies in
+    float32; ``foreign_changed``: how many of these the step changed; None without a step. ``unsharded``: how
+    many are plain tensors with the whole shape of a sharded parameter that is not among them. ``groups``:
+    those of torch's optimizers."""
 
-    held: frozenset[str] = frozenset()
+    parameters: frozenset[str] = frozenset()
     foreign: int = 0
     foreign_changed: int | None = None
     unsharded: int = 0

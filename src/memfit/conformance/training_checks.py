@@ -232,9 +232,9 @@ def _rounded(observed: Observations, figures: Sequence[WeightFigures]) -> frozen
     optimizers = _optimizers(figures)
     if not any(o.foreign_changed for o in optimizers):
         return frozenset()
-    held = _union(o.held for o in optimizers)
+    own_names = _union(o.parameters for o in optimizers)
     half = {p.name for p in observed.trained if p.dtype.itemsize == 2}
-    return frozenset(half - held - {n for f in figures for n in f.masters})
+    return frozenset(half - own_names - {n for f in figures for n in f.masters})
 
 
 def _of(observed: Observations, figures: Sequence[WeightFigures]) -> list[ObservedParameter]:
@@ -257,7 +257,7 @@ def _rated(figures: Sequence[WeightFigures]) -> list[OptimizerGroup]:
 def _missing(observed: Observations) -> list[ObservedParameter]:
     """Return the trained parameters that no optimizer holds and that did not change."""
     figures = _figures(observed)
-    updated = _union(o.held for o in _optimizers(figures)) | _changed(figures)
+    updated = _union(o.parameters for o in _optimizers(figures)) | _changed(figures)
     return [p for p in observed.trained if p.name not in updated]
 
 
@@ -267,7 +267,7 @@ def _is_certain(figures: Sequence[WeightFigures]) -> bool:
     without any tensors may have them only while they step, as DeepSpeed's."""
     optimizers = _optimizers(figures)
     has_step = bool(_changed(figures))
-    return any(o.held or o.foreign for o in optimizers) and (
+    return any(o.parameters or o.foreign for o in optimizers) and (
         not any(o.foreign for o in optimizers)
         or any(o.unsharded for o in optimizers)
         or (has_step and not any(o.foreign_changed is None or o.foreign_changed for o in optimizers))

@@ -56,7 +56,7 @@ class WeightUpdates:
         self._before = {n: _digest(own_shard(p)) for n, p in self._params.items()}
         self._masters = _masters(prepared.optimizer, self._params)
         tensors = _tensors(prepared.optimizer) or {}
-        self._foreign = [(t, _digest(t)) for t in _held(tensors, self._params)[1]]
+        self._foreign = [(t, _digest(t)) for t in _split_tensors(tensors, self._params)[1]]
         for name, param in self._params.items():
             handle = param.register_post_accumulate_grad_hook(functools.partial(self._on_gradient, name))
             self._stack.callback(handle.remove)
@@ -255,33 +255,33 @@ def _observed_optimizer(optimizer: Any, params: Mapping[str, nn.Parameter]) -> O
     tensors = _tensors(optimizer)
     if tensors is None:
         return None
-    held, foreign = _held(tensors, params)
-    missing_shapes = {shape(p) for n, p in params.items() if n not in held and placed(p)}
+    own_names, foreign = _split_tensors(tensors, params)
+    missing_shapes = {shape(p) for n, p in params.items() if n not in own_names and placed(p)}
     unsharded = sum(not placed(t) and tuple(t.shape) in missing_shapes for t in foreign)
     names = {id(p): n for n, p in params.items()}
     return ObservedOptimizer(
-        held=held,
+        parameters=own_names,
         foreign=len(foreign),
         unsharded=unsharded,
         groups=tuple(g for o in _torch_optimizers(optimizer) for g in _groups(o, names)),
     )
 
 
-def _held(
+def _split_tensors(
     tensors: Mapping[int, torch.Tensor], params: Mapping[str, nn.Parameter]
 ) -> tuple[frozenset[str], list[torch.Tensor]]:
     """Return the names of the parameters that are among ``tensors`` or share memory with one of them, and the
     tensors that are no parameters of the model."""
     storages = {s for t in tensors.values() if (s := _storage(t)) is not None}
     own = {n: _storage(own_shard(p)) for n, p in params.items()}
-    held = frozenset(n for n, p in params.items() if id(p) in tensors or own[n] in storages)
+    own_names = frozenset(n for n, p in params.items() if id(p) in tensors or own[n] in storages)
     ids, own_storages = {id(p) for p in params.values()}, set(own.values())
     foreign = [
         t
         for i, t in tensors.items()
         if i not in ids and t.requires_grad and (_storage(t) is None or _storage(t) not in own_storages)
     ]
-    return held, foreign
+    return own_names, foreign
 
 
 def _masters(optimizer: Any, params: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
@@ -290,14 +290,14 @@ def _masters(optimizer: Any, params: Mapping[str, nn.Parameter]) -> dict[str, to
     tensors = _tensors(optimizer)
     if tensors is None:
         return {}
-    held, foreign = _held(tensors, params)
+    own_names, foreign = _split_tensors(tensors, params)
     queues: dict[tuple[int, ...], list[torch.Tensor]] = {}
     for tensor in foreign:
         queues.setdefault(tuple(tensor.shape), []).append(tensor)
     pairs = {}
     for name, param in params.items():
         queue = queues.get(tuple(param.shape), [])
-        if name not in held and queue and _equal(queue[0], param):
+        if name not in own_names and queue and _equal(queue[0], param):
             pairs[name] = queue.pop(0)
     return pairs
 

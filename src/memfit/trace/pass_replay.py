@@ -197,10 +197,10 @@ class PassReplay:
 def _multiplying(calls: list[OperatorCall], share: float) -> tuple[int, ...]:
     """Return the indices of the calls that multiply a scalar by ``share``, if they are those that weight the
     loss: one, the last call in forward, and one in backward. Empty if there are others."""
-    found = [i for i, call in enumerate(calls) if _with_share(call, share, share) is not None]
+    indices = [i for i, call in enumerate(calls) if _with_share(call, share, share) is not None]
     forward = [i for i, call in enumerate(calls) if call.phase is Phase.FORWARD]
-    is_clear = len(found) == 2 and found[0] == forward[-1] and calls[found[1]].phase is Phase.BACKWARD
-    return tuple(found) if is_clear else ()
+    is_clear = len(indices) == 2 and indices[0] == forward[-1] and calls[indices[1]].phase is Phase.BACKWARD
+    return tuple(indices) if is_clear else ()
 
 
 _SCALAR_TIMES = '["aten.mul.Tensor",[{"t":[[],[],'  # the begin of such a call's signature
