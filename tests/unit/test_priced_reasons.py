@@ -184,6 +184,7 @@ class Scale:
             bounds or Bounds(),
         )
         self.pairs: list[tuple[Estimate, Estimate]] = []
+        self.traced = SimpleNamespace(blocks=80)
 
     def needs(self, e: Estimate) -> int:
         return int(e.allocated_bytes.value)
