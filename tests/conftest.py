@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import gc
 import os
 import socket
@@ -65,9 +66,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--long"):
-        long = [item for item in items if item.get_closest_marker("long")]
+        long = [item for item in items if _is_long(item)]
         config.hook.pytest_deselected(items=long)
-        items[:] = [item for item in items if not item.get_closest_marker("long")]
+        items[:] = [item for item in items if item not in set(long)]
+
+
+def _is_long(item: pytest.Item) -> bool:
+    """Return whether a test, by its mark ``long`` or ``quick_cases``, runs with --long only."""
+    quick = item.get_closest_marker("quick_cases")
+    if quick is None or not isinstance(item, pytest.Function):
+        return item.get_closest_marker("long") is not None
+    return not any(fnmatch.fnmatchcase(item.callspec.id, pattern) for pattern in quick.args)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

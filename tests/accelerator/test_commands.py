@@ -108,6 +108,7 @@ def test_running_out_of_the_devices_memory_is_an_outcome(job: str, memfit_on_dev
     assert "out of memory in" in ended["reason"]
 
 
+@pytest.mark.long
 def test_a_resumed_run_ends_as_an_undisturbed_one(
     run: dict[str, Any], job: str, memfit_on_device: Command, tmp_path: Path
 ) -> None:

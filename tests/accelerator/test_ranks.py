@@ -39,7 +39,7 @@ PLANS = {
     "zero 3": Plan(ranks=2, uses=(make_use("zero", {"stage": 3, "reduce_bucket_elements": 1_000_000}),)),
 }
 # Alike in what the device does: ranks that gather, and states in host memory.
-LONG = {"fsdp2 in bf16", "context parallel", "zero 2 offloaded", "sharded ddp"}
+LONG = {"fsdp2 in bf16", "context parallel", "zero 2 offloaded", "sharded ddp", "zero 3", "tensor parallel"}
 NAMES = [pytest.param(n, marks=pytest.mark.long if n in LONG else ()) for n in PLANS]
 
 

@@ -308,6 +308,7 @@ def test_two_ranks_train_as_one_process(index: int, ranks: list[list[list[dict[s
         assert [t[1] for t in told] == pytest.approx([norm, norm], rel=10 * ROUNDING)
 
 
+@pytest.mark.quick_cases("folds-activation*", "[!f]*")
 @pytest.mark.skipif(available() is not None, reason=f"no counting allocator: {available()}")
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .FSDPAlphaFold.")  # gives what a Linear does: a view
 @pytest.mark.parametrize("index", PREDICTED, ids=lambda i: f"{CASES[i][0]}-{CASES[i][1].label}")

@@ -117,6 +117,7 @@ def test_two_ranks_recover_together(tmp_path: Path) -> None:
     assert recovered.measurement.losses == pytest.approx(undisturbed.measurement.losses, rel=1e-5)
 
 
+@pytest.mark.long
 def test_offload_continues_from_a_checkpoint_of_another_plan(tmp_path: Path) -> None:
     recovered = _run(_plan("activation-checkpointing"), cap_bytes=42 * MIB, folder=tmp_path / "run")
     assert recovered.measurement.outcome is OutcomeKind.OK, recovered.recovery_stop

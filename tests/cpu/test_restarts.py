@@ -127,6 +127,7 @@ def _run(
 ALONE, TWO = Plan(), Plan(ranks=2, uses=(make_use("fsdp2", {}),))
 
 
+@pytest.mark.quick_cases("one rank", "in a step")
 @pytest.mark.parametrize(
     ("plan", "in_step"),
     [(ALONE, False), (TWO, False), (TWO, True)],

@@ -98,6 +98,9 @@ PLANS: list[dict[str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.quick_cases(
+    "plain", "bf16*", "gradient-accumulation", "activation-*", "optimizer-in-backward", "lora", "zero"
+)
 @pytest.mark.parametrize("techniques", PLANS, ids=lambda techniques: "+".join(techniques) or "plain")
 def test_the_peak_of_a_loop_under_fit_is_the_estimate(
     techniques: dict[str, dict[str, Any]], counter: CountingAllocator

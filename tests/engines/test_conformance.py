@@ -298,6 +298,7 @@ def test_accelerate_that_does_not_shard_is_reported() -> None:
     assert "fsdp2: parameters" in reason
 
 
+@pytest.mark.quick_cases("deepspeed-3", "accelerate-2")
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 @pytest.mark.parametrize(
     ("engine", "stage"), [("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3), ("accelerate", 2)]

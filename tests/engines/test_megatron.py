@@ -114,6 +114,7 @@ PLANS = {
 }
 
 
+@pytest.mark.quick_cases("tensor", "data")
 @installed
 @pytest.mark.parametrize("name", PLANS)
 def test_losses_match_one_process_and_memory_matches_the_prediction(name: str) -> None:

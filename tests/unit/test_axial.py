@@ -146,6 +146,7 @@ class _Recycled(Axial):
         return self.across.whole(z, 1, N) + m.sum() * 0
 
 
+@pytest.mark.quick_cases("True")
 @pytest.mark.parametrize("cut", [True, False])
 def test_search_cuts_one_sample_across_devices_and_its_sketches_match_full_estimates(cut: bool) -> None:
     job = dataclasses.replace(_job(), build_model=_Recycled, blocks="blocks")

@@ -182,6 +182,7 @@ def test_busier_experts_take_more_memory_and_longer_exchanges() -> None:
     assert [b / e for b, e in zip(exchanged(busy), exchanged(even), strict=True)].count(2.0) == len(tokens)
 
 
+@pytest.mark.long
 def test_a_search_says_what_distributed_experts_would_change() -> None:
     aim = Aim(
         goal=Objective.FASTEST,

@@ -27,6 +27,7 @@ def launched(folder: Path, *, ranks: int, **arguments: Any) -> list[dict[str, An
     return [json.loads(file.read_text()) for file in files]
 
 
+@pytest.mark.long
 def test_ddp_of_two_processes_is_predicted_on_each_and_training_goes_on(tmp_path: Path) -> None:
     first, second = launched(tmp_path, ranks=2, gradient_accumulation_steps=2, ddp_bucket_cap_mb=7)
     assert first == second

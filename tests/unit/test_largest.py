@@ -390,6 +390,7 @@ def lengths(*words: str) -> tuple[int, str]:
     return result.exit_code, text
 
 
+@pytest.mark.long
 def test_two_sizes_of_the_data_give_quantiles_that_agree_with_traces(tmp_path: Path) -> None:
     rows = [(20 + 7 * n % 90, 60 + 31 * n % 800) for n in range(60)]
     (tmp_path / "sizes.csv").write_text("nodes,edges\n" + "".join(f"{a},{b}\n" for a, b in rows))

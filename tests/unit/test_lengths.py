@@ -71,6 +71,7 @@ def traced_bytes(job: Job, plan: Plan = Plan(), device: str = "cpu") -> int:  # 
 PLANS = [(), (use("gradient-accumulation", micro_batches=2),), (use("bf16-autocast"),)]
 
 
+@pytest.mark.quick_cases("cuda-*", "cpu-plain")
 @pytest.mark.parametrize("uses", PLANS, ids=lambda uses: Plan(uses=uses).label)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_peak_model_is_within_1_percent_at_shapes_it_was_not_fitted_to(uses: Any, device: str) -> None:

@@ -161,6 +161,7 @@ def _inside_convolution(counter: CountingAllocator) -> int:
     return meter.peaks["convolution"] - out.nbytes
 
 
+@pytest.mark.quick_cases("sees-plain", "reads-bf16*", "sees-gradient*")
 @pytest.mark.parametrize("uses", [(), (TWICE,), (BF16,)], ids=lambda uses: Plan(uses=uses).label)
 @pytest.mark.parametrize("name", JOBS)
 def test_predicted_peaks_and_file_sizes_are_within_1_percent_of_measured(

@@ -177,6 +177,7 @@ out.append(c.live_bytes())
     assert out[3] < 4096  # gradients are gone; what stays is autograd's own odds and ends
 
 
+@pytest.mark.long
 @needs_compiler
 def test_two_processes_may_build_the_allocator_at_once(tmp_path: Path) -> None:
     code = "from memfit.runtime.counting_allocator import available\nprint(available())"

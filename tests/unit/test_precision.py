@@ -354,6 +354,7 @@ def fold() -> tuple[PrecisionAdvice, ...]:
     return advise(job, ("bf16", "fp16"), batches=1, trained=40)
 
 
+@pytest.mark.long
 def test_alphafolds_known_islands_are_found(fold: tuple[PrecisionAdvice, ...]) -> None:
     """Softmax behind large masks (float16 ends at 65,504), statistics of norms, distances and frames."""
     bf16, fp16 = fold

@@ -369,6 +369,7 @@ def test_recomputation_leaves_no_objects_for_the_garbage_collector(name: str) ->
         gc.enable()
 
 
+@pytest.mark.long
 def test_a_search_proposes_a_budget_where_it_beats_every_other_plan() -> None:
     on = machine("L4")
     asked = Request(job=JobRef(spec="char-lm"), machine=on, accuracy=Accuracy.EXACT)

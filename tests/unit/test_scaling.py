@@ -292,6 +292,7 @@ def test_a_search_of_the_grids_is_deterministic() -> None:
     assert one.considered == two.considered
 
 
+@pytest.mark.long
 @settings(max_examples=12, deadline=None)
 @given(st.floats(1.01, 4.0), st.sampled_from(["flops", "bandwidth", "link", "network"]))
 def test_the_fastest_sketch_is_not_slower_on_a_faster_machine(times: float, part: str) -> None:

@@ -213,6 +213,7 @@ def test_the_edit_of_a_plain_loop_trains_the_same(tool: str, tmp_path: Path) -> 
     assert output(text, tmp_path) == output(PLAIN, tmp_path)  # both techniques are bitwise equal
 
 
+@pytest.mark.long
 def test_the_edit_with_micro_batches_trains_nearly_the_same_and_warns_of_what_is_logged(
     tmp_path: Path,
 ) -> None:
@@ -225,6 +226,7 @@ def test_the_edit_with_micro_batches_trains_nearly_the_same_and_warns_of_what_is
     )
 
 
+@pytest.mark.long
 def test_a_count_of_steps_in_the_forward_pass_counts_steps_of_micro_batches_too(tmp_path: Path) -> None:
     counting = PLAIN.replace(
         "\n        optimizer.zero_grad()",

@@ -550,6 +550,7 @@ def test_larger_batches_later_in_the_epoch_are_in_the_interval_and_said(tmp_path
     assert long.notes == ()
 
 
+@pytest.mark.long
 def test_plans_are_searched_for_the_step_of_a_script(tmp_path: Path) -> None:
     path = tmp_path / "blocks.py"
     path.write_text(

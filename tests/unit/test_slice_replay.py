@@ -116,6 +116,7 @@ def largest(of: Trace) -> tuple[object, ...]:
     return profile.peak_bytes, profile.phase_peak_bytes, profile.at_peak_bytes, profile.by_module_bytes
 
 
+@pytest.mark.quick_cases("*gradient-accumulation*", "*activation-checkpointing*", "*optimizer-in-backward*")
 @pytest.mark.parametrize(("plan", "device"), [*zip(PLANS, ["cpu", "cuda"] * 3, strict=True)], ids=str)
 def test_peaks_and_work_are_those_of_all_slices(
     plan: Plan, device: str, monkeypatch: pytest.MonkeyPatch

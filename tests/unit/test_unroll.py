@@ -117,6 +117,7 @@ def worked(op: OpCall) -> tuple[object, ...]:
     return tuple(getattr(op, field.name) for field in dataclasses.fields(op) if field.name != "signature")
 
 
+@pytest.mark.quick_cases("*-cuda", "[!f]*-cpu", "fsdp2*gradient-accumulation*-cpu")
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("plan", PLANS, ids=lambda p: p.label)
 def test_a_deep_trace_equals_the_trace_of_the_whole_model(
@@ -270,6 +271,9 @@ def test_a_model_whose_blocks_do_not_repeat_is_traced_whole() -> None:
     assert same(*(canonical(t) for t in (deep_trace(batch, Plan()), trace(batch, Plan()))))
 
 
+@pytest.mark.quick_cases(
+    "gpipe-34-*", "1f1b-18-*", "gpipe-6-*", "interleaved-10-*", "interleaved-19-*", "1f1b-4-*"
+)
 @pytest.mark.parametrize(
     ("schedule", "depth", "used"),
     [

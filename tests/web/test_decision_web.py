@@ -87,6 +87,15 @@ EVERY = [
 EVERY += [("yen-en", width, "dark") for width in (1280, 390)]
 
 
+@pytest.mark.quick_cases(
+    "*yen-en*light*",
+    "*yen-en*390, 'dark'*",
+    "*yen-ja*390*",
+    "*bare-ja*1280*",
+    "*bare-en*390*",
+    "*none-en*1280*",
+    "*none-ja*390*",
+)
 @pytest.mark.parametrize("opened", EVERY, indirect=True, ids=str)
 def test_the_page_has_no_overflow_errors_or_accessibility_violations(opened: Any, overflowing: str) -> None:
     from axe_playwright_python.sync_playwright import Axe
