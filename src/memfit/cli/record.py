@@ -12,8 +12,9 @@ import typer
 
 from memfit.cli.log_filters import quiet_libraries
 from memfit.cli.options import JsonOptions, StoreOptions
-from memfit.cli.output import console, emit, print_table
+from memfit.cli.output import console, emit, print_table, refuse_options
 from memfit.cli.request import writable
+from memfit.files.read import read_text
 from memfit.files.replace import write_whole
 from memfit.types.errors import UserError
 from memfit.types.sanitize import one_line
@@ -49,8 +50,9 @@ class RecordOptions:
         Path | None,
         typer.Option(
             metavar="FILE.json",
-            help="Instead of writing a record, add the one in this file, which comes from another group, to "
-            "the store. Refused if the store has a different record with the same ID. Not with --poc, "
+            help="Instead of writing a record, add the one in this file to the store: the record of a proof "
+            "of concept from another group, refused if the store has a different one with this ID; or the "
+            "run that `memfit run --record` wrote, for example on a machine of a cluster. Not with --poc, "
             "--out or --schema.",
         ),
     ] = None
@@ -99,6 +101,7 @@ def record(options: RecordOptions, store: StoreOptions, output: JsonOptions) -> 
     quiet_libraries()
     from memfit.store import Store, exchange
     from memfit.store.database import TAKEN
+    from memfit.store.exchange.run_record import add_run, is_run_record, parse_run_record
 
     if options.schema:
         emit(exchange.schema())
@@ -107,17 +110,18 @@ def record(options: RecordOptions, store: StoreOptions, output: JsonOptions) -> 
         _compare(options.compare, store.store, as_json=output.json)
         return
     records = Store(store.store)
+    if options.add is not None and is_run_record(options.add):
+        refuse_options({"--from": options.said_by}, "is for the record of a proof of concept, not for a run")
+        run_record = parse_run_record(read_text(options.add), what=str(options.add))
+        _print_added(run_record.label, added=add_run(records, run_record), as_json=output.json)
+        return
     if options.add is not None:
         received = exchange.read(options.add)
         stored = _known(records, received, str(options.add))
         if stored is None:
             body = {"from": options.said_by or options.add.name, "record": received.model_dump(mode="json")}
             records.append(received.poc_id, TAKEN, body)
-        if output.json:
-            emit({"added" if stored is None else "already_stored": received.poc_id})
-        else:
-            status = "added" if stored is None else "already in the store:"
-            print(f"{status} {received.poc_id}")
+        _print_added(received.poc_id, added=stored is None, as_json=output.json)
         return
     text = exchange.text(find_record(options.poc, store.store).record)
     if options.out is None:
@@ -125,6 +129,13 @@ def record(options: RecordOptions, store: StoreOptions, output: JsonOptions) -> 
     else:
         write_whole(writable(options.out), text.encode())
         emit({"record": str(options.out)}) if output.json else print(options.out)
+
+
+def _print_added(name: str, *, added: bool, as_json: bool) -> None:
+    if as_json:
+        emit({"added" if added else "already_stored": name})
+    else:
+        print(f"{'added' if added else 'already in the store:'} {name}")
 
 
 def _compare(names: tuple[str, str], store: Path | None, *, as_json: bool) -> None:

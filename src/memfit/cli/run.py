@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
+import re
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -23,9 +24,17 @@ from memfit.cli.options import (
     RuntimeOptions,
     StoreOptions,
 )
-from memfit.cli.output import check_choice, emit
+from memfit.cli.output import check_choice, emit, refuse_options
 from memfit.cli.progress import Bars
-from memfit.cli.request import device_here, plan_file, print_workload_of, recommended_plans, request
+from memfit.cli.request import (
+    device_here,
+    plan_file,
+    print_workload_of,
+    recommended_plans,
+    request,
+    writable,
+)
+from memfit.files.replace import write_whole
 from memfit.types.errors import UserError
 from memfit.types.launch import RESUMABLE_EXIT, CheckpointSettings
 from memfit.types.parsing import parse_duration
@@ -160,6 +169,23 @@ class RunOptions:
             "it ends. Default: 2. Refused without --on-oom next-plan.",
         ),
     ] = None
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.json",
+            help="Write the run with its environment to this file, and not into the store; overwritten if it "
+            "exists. `memfit record --add FILE.json` adds it to a store. Not with --store. Default: the run "
+            "is stored.",
+        ),
+    ] = None
+    label: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="With --record: name under which a store keeps the run. Default: run. Another name is "
+            "refused without --record.",
+        ),
+    ] = "run"
 
 
 def run(
@@ -179,6 +205,10 @@ def run(
     checkpoint."""
     timeout_s = parse_duration(options.timeout) if options.timeout is not None else None
     most = most_recoveries(options)
+    check_label(options)
+    if options.record is not None:
+        refuse_options({"--store": store.store}, "cannot be used with --record, which stores nothing")
+        writable(options.record)
     plan = plan_file(plan_options)
     frontier: tuple[Plan, ...] = ()
     job_request = dataclasses.replace(request(job, goal, runtime, device_here(device)), timeout_s=timeout_s)
@@ -198,7 +228,7 @@ def run(
             steps=job.steps,
             capped=capped,
             progress=progress,
-            store=Store(store.store),
+            store=Store(store.store) if options.record is None else None,
             recovery=RecoverySettings(
                 keep=checkpoint_settings(options),
                 most=most,
@@ -208,6 +238,10 @@ def run(
                 on_notice=functools.partial(print_notice, folder=options.save),
             ),
         )
+    if options.record is not None:
+        from memfit.store.exchange.run_record import record_of, run_record_text
+
+        write_whole(options.record, run_record_text(record_of(finished_run, options.label)).encode())
     if output.json:
         from memfit.cli.views import run_view
 
@@ -216,6 +250,17 @@ def run(
         print(replace_controls("\n".join(lines(finished_run))))
     if (code := exit_code(finished_run)) != 0:
         raise typer.Exit(code)
+
+
+def check_label(options: RunOptions) -> None:
+    """Raise UserError if --label is not a name that a store can keep, or given without --record."""
+    if options.label != "run" and options.record is None:
+        raise UserError("--label needs --record", allowed="--record FILE.json --label NAME")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", options.label):
+        raise UserError(
+            f"--label {options.label[:90]!r}",
+            allowed="up to 80 letters, digits, dots, hyphens and underscores, the first a letter or a digit",
+        )
 
 
 _TERMINATED = 143  # what a shell reports of a process that SIGTERM ended

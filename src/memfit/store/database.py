@@ -76,18 +76,25 @@ class Store:
         name, environment = self._environment
         text = serialization.dumps(body)
         with self._connection() as connection, _transaction(connection):
-            connection.execute(
-                "INSERT INTO environment SELECT ?1, ?2 WHERE ?1 NOT IN (SELECT digest FROM environment)",
-                (name, json.dumps(dict(environment))),
-            )
-            record_id = connection.execute(
-                "INSERT INTO record (poc_id, kind, created, environment, body) VALUES (?, ?, ?, ?, ?)",
-                (poc_id, kind, created, name, text),
-            ).lastrowid
-        assert record_id is not None
+            record_id = _insert(connection, (poc_id, kind, created, name, text), environment)
         return Record(
             record_id=record_id, poc_id=poc_id, kind=kind, created=created, environment=name, body=text
         )
+
+    def add(self, poc_id: str, kind: str, body: Any, *, created: str, environment: Mapping[str, str]) -> bool:
+        """Add one row that was made elsewhere: at the time ``created`` (ISO, UTC), in ``environment`` (a
+        mapping as `fingerprint` returns it). Return whether it was added: an equal row is not added again,
+        also if another process adds it at the same time."""
+        row = (poc_id, kind, created, digest(environment), serialization.dumps(body))
+        with self._connection() as connection, _transaction(connection):
+            known = connection.execute(
+                "SELECT 1 FROM record WHERE poc_id = ? AND kind = ? AND created = ? AND environment = ? "
+                "AND body = ?",
+                row,
+            ).fetchone()
+            if known is None:
+                _insert(connection, row, environment)
+        return known is None
 
     def records(self, poc_id: str | None = None, kind: str | None = None) -> tuple[Record, ...]:
         """Return rows in the order in which they were added: those of the PoC ``poc_id`` (None: of all PoCs
@@ -176,6 +183,22 @@ def taken_from(row: Record) -> str:
     """Return who reports the record in ``row``, a row of the kind TAKEN, as stored with it; "others" if the
     row does not say."""
     return str(json.loads(row.body).get("from", "others"))
+
+
+def _insert(
+    connection: sqlite3.Connection, row: tuple[str, str, str, str, str], environment: Mapping[str, str]
+) -> int:
+    """Add ``row`` (poc_id, kind, created, digest of the environment, body) and its environment, and return
+    its record_id."""
+    connection.execute(
+        "INSERT INTO environment SELECT ?1, ?2 WHERE ?1 NOT IN (SELECT digest FROM environment)",
+        (row[3], json.dumps(dict(environment))),
+    )
+    cursor = connection.execute(
+        "INSERT INTO record (poc_id, kind, created, environment, body) VALUES (?, ?, ?, ?, ?)", row
+    )
+    assert cursor.lastrowid is not None
+    return cursor.lastrowid
 
 
 @contextlib.contextmanager

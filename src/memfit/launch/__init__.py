@@ -1,0 +1,1 @@
+"""Start trainings on this machine and on clusters."""

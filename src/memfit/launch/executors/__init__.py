@@ -1,0 +1,51 @@
+"""Executors: what runs many tasks side by side. Each is one module of this package that defines ``EXECUTOR``,
+a subclass of `Executor`; the module's name is the executor's name. Nothing else has to be registered."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from memfit.launch.executors.base import Executor
+from memfit.types.errors import UserError, look_up
+
+_SHARED = ("base", "on_node", "submitit_jobs")
+
+
+def names() -> tuple[str, ...]:
+    """Return the names of all executors."""
+    return tuple(info.name for info in pkgutil.iter_modules(__path__) if info.name not in _SHARED)
+
+
+def parse_executor(text: str) -> tuple[str, Mapping[str, str]]:
+    """Return (name, settings) of an executor as users write it: ``NAME`` or ``NAME:KEY=VALUE,KEY=VALUE``, for
+    example ``slurm:partition=a100,time=60``. Raises UserError for an unknown name, and for a setting that is
+    not KEY=VALUE, that occurs twice, or that the executor does not have."""
+    name, _, rest = text.partition(":")
+    look_up("executor", name, dict.fromkeys(names(), True))
+    settings: dict[str, str] = {}
+    for part in filter(None, rest.split(",")):
+        key, separator, value = part.partition("=")
+        if not (key and separator and value) or key in settings:
+            raise UserError(
+                f"--executor {text}: {part!r} is not a setting of its own",
+                allowed="NAME or NAME:KEY=VALUE,KEY=VALUE and each KEY once, such as slurm:time=60",
+            )
+        settings[key] = value
+    _class_of(name).check(settings)
+    return name, settings
+
+
+def make_executor(name: str, settings: Mapping[str, str], folder: Path, *, device_count: int) -> Executor:
+    """Return the executor called ``name``, whose own files are in ``folder``. ``device_count``: number of
+    devices of each task. Raises UserError if it cannot be used here."""
+    return _class_of(name)(settings, folder, device_count=device_count)
+
+
+def _class_of(name: str) -> type[Executor]:
+    module = importlib.import_module(f"{__name__}.{name}")
+    executor: type[Executor] = module.EXECUTOR
+    return executor

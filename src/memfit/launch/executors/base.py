@@ -1,0 +1,159 @@
+"""The interface of executors. An executor runs tasks side by side: it submits them, says how they are,
+cancels them, and fetches what they have written."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import dataclasses
+import enum
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar, Final
+
+from memfit.types.errors import UserError
+
+RECORD: Final = "record.json"  # what a task writes into its folder
+OUTPUT: Final = "output.txt"  # what its command prints
+USAGE: Final = "usage.json"  # when it ran, and its exit code
+CANCEL: Final = "cancel"  # a file that asks it to end
+OWNER: Final = (
+    "owner"  # a file beside the folders of tasks that the process which submitted them keeps locked
+)
+_MOST_REASON: Final = 300
+
+
+class TaskState(enum.StrEnum):
+    """Where a task is on its way."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    ENDED = "ended"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One command. ``argv``: the program and its arguments. It is run in ``working_folder`` and writes its
+    result, one text, to RECORD in ``folder``, which is its own and which the machine that runs it can read
+    and write under the same path. ``device_count``: number of devices on which it trains."""
+
+    name: str
+    argv: tuple[str, ...]
+    folder: Path
+    working_folder: Path
+    device_count: int = 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TaskStatus:
+    """``run_s``: seconds for which the task has run, over all its starts. ``reason``: of a task that has
+    ended without a record: why, as far as it is known; else "". ``starts``: how often it was started; more
+    than 1 after a scheduler has preempted and requeued it."""
+
+    state: TaskState
+    run_s: float = 0.0
+    reason: str = ""
+    starts: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """When a task has run, on the clock of the machine that ran it. ``spans``: [start, last sign of life] in
+    seconds of each start. ``exit_code``: of its command; negative: the signal that ended it; None: not
+    known."""
+
+    spans: tuple[tuple[float, float], ...] = ()
+    exit_code: int | None = None
+
+    @property
+    def run_s(self) -> float:
+        return sum(end - start for start, end in self.spans)
+
+
+class Executor(abc.ABC):
+    """Runs tasks. ``settings``: the user's, KEY -> VALUE. ``folder``: where it may keep files; it is removed
+    when no task is left. ``device_count``: number of devices of each task."""
+
+    keys: ClassVar[Mapping[str, str]] = {}
+    """The settings that it has, KEY -> what it means, in one line."""
+    device_keys: ClassVar[tuple[str, ...]] = ()
+    """Those of them that decide on which kind of device a task runs."""
+    survives: ClassVar[bool] = False
+    """Whether its tasks go on if the process that submitted them dies."""
+    poll_s: ClassVar[float] = 1.0
+    """Seconds between two calls of `status`."""
+
+    def __init__(self, settings: Mapping[str, str], folder: Path, *, device_count: int = 1) -> None:
+        self.settings, self.folder, self.device_count = settings, folder, device_count
+
+    @classmethod
+    def check(cls, settings: Mapping[str, str]) -> None:
+        """Raise UserError for a setting that the executor does not have."""
+        if unknown := sorted(settings.keys() - cls.keys.keys()):
+            raise UserError(
+                f"the executor {cls.name()} has no setting {', '.join(unknown)}",
+                allowed=", ".join(f"{key} ({text})" for key, text in cls.keys.items()),
+            )
+
+    @classmethod
+    def name(cls) -> str:
+        return cls.__module__.rpartition(".")[2]
+
+    @classmethod
+    def kind_of(cls, settings: Mapping[str, str]) -> str:
+        """Return the executor's name and the settings that decide on the kind of device, such as
+        "slurm:partition=a100". Trials of different kinds are different trials."""
+        chosen = ",".join(f"{key}={settings[key]}" for key in cls.device_keys if key in settings)
+        return f"{cls.name()}:{chosen}" if chosen else cls.name()
+
+    @property
+    def slots(self) -> int | None:
+        """How many tasks may be submitted and not ended at a time; None: any number, the scheduler queues
+        them."""
+        return None
+
+    @abc.abstractmethod
+    def submit(self, tasks: Sequence[Task]) -> Sequence[str]:
+        """Submit the tasks and return a job ID for each, in their order. Raises UserError if the scheduler
+        refuses them; then none is submitted."""
+
+    @abc.abstractmethod
+    def status(self, task: Task, job_id: str) -> TaskStatus:
+        """Return how the task is. Once it has ended, none of its processes is left."""
+
+    @abc.abstractmethod
+    def cancel(self, jobs: Mapping[str, Task]) -> None:
+        """End the tasks, job ID -> task, and return when none of their processes and no job of theirs is
+        left."""
+
+    def fetch(self, task: Task) -> str | None:
+        """Return what the task wrote as its record; None if it wrote none."""
+        try:
+            return (task.folder / RECORD).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+
+    def forget(self, task: Task, job_id: str) -> None:  # noqa: B027
+        """Remove what the executor keeps of a task that has ended, beside the task's folder."""
+
+
+def read_usage(task: Task) -> Usage:
+    """Return what the machine that runs the task has noted of it; an empty Usage if it has not started."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        usage = json.loads((task.folder / USAGE).read_text(encoding="utf-8"))
+        return Usage(
+            spans=tuple((float(start), float(end)) for start, end in usage["spans"]),
+            exit_code=usage["exit_code"],
+        )
+    return Usage()
+
+
+def last_words(task: Task) -> str:
+    """Return the last line that the task's command printed, shortened; "" if it printed nothing."""
+    try:
+        text = (task.folder / OUTPUT).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    lines = [line.strip() for line in text.splitlines() if line.strip() not in ("", "}", "{")]
+    return lines[-1].removeprefix("memfit: ")[:_MOST_REASON] if lines else ""

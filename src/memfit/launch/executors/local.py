@@ -1,0 +1,60 @@
+"""Executor ``local``: tasks as processes of this machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Final
+
+from memfit.launch.executors.base import CANCEL, Task
+from memfit.launch.executors.submitit_jobs import SubmititExecutor, ignoring_ctrl_c
+from memfit.types.errors import UserError
+
+_WEEK_MIN: Final = 7 * 24 * 60
+_CANCEL_S: Final = 20.0
+_TICK_S: Final = 0.1
+
+
+class LocalExecutor(SubmititExecutor):
+    """Processes of this machine, which end when the process that submitted them ends, however it ends."""
+
+    cluster = "local"
+    keys: ClassVar[Mapping[str, str]] = {
+        "parallel": "number of trials at a time",
+    }
+    poll_s = 0.2
+
+    @property
+    def slots(self) -> int:
+        return int(self.settings.get("parallel", "1"))
+
+    @classmethod
+    def check(cls, settings: Mapping[str, str]) -> None:
+        super().check(settings)
+        parallel = settings.get("parallel", "1")
+        if not (parallel.isdecimal() and 1 <= int(parallel) <= 1024):
+            raise UserError(f"--executor local:parallel={parallel}", allowed="a whole number from 1 to 1024")
+
+    def parameters(self) -> dict[str, Any]:
+        return {"timeout_min": _WEEK_MIN, "stderr_to_stdout": True}
+
+    def start(self, tasks: Sequence[Task]) -> Sequence[Any]:
+        from submitit.core.utils import environment_variables
+
+        # The processes do not import from the user's folder, and leave Ctrl-C to this one.
+        with ignoring_ctrl_c(), environment_variables(PYTHONSAFEPATH="1"):
+            return super().start(tasks)
+
+    def cancel(self, jobs: Mapping[str, Task]) -> None:
+        for task in jobs.values():
+            (task.folder / CANCEL).touch()
+        until_s = time.monotonic() + _CANCEL_S
+        while time.monotonic() < until_s and not all(self.has_ended(t, j) for j, t in jobs.items()):
+            time.sleep(_TICK_S)
+        for job_id, task in jobs.items():
+            if not self.has_ended(task, job_id):
+                self.job(job_id)._process.kill()
+                self.job(job_id)._process.wait()
+
+
+EXECUTOR = LocalExecutor

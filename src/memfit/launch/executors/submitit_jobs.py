@@ -1,0 +1,131 @@
+"""What the executors on submitit share: submit a Python function as a job, and remove the job's files."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from memfit.launch.executors.base import (
+    OWNER,
+    Executor,
+    Task,
+    TaskState,
+    TaskStatus,
+    last_words,
+    read_usage,
+)
+from memfit.launch.executors.on_node import run_task
+from memfit.types.errors import UserError
+
+
+class SubmititExecutor(Executor):
+    """Tasks as jobs of one of submitit's clusters."""
+
+    cluster: ClassVar[str]
+
+    def __init__(self, settings: Mapping[str, str], folder: Path, *, device_count: int = 1) -> None:
+        super().__init__(settings, folder, device_count=device_count)
+        try:
+            import submitit
+        except ImportError as error:
+            raise UserError(
+                f"the executor {self.name()} needs submitit, which is not installed",
+                hint="pip install 'memfit[cluster]'",
+            ) from error
+        logging.getLogger("submitit").setLevel(logging.ERROR)
+        try:
+            self._executor = submitit.AutoExecutor(folder / "jobs" / "%j", cluster=self.cluster)
+            self._executor.update_parameters(**self.parameters())
+        except (RuntimeError, ValueError, TypeError, NameError) as error:
+            raise UserError(f"the executor {self.name()} cannot be used: {error}") from error
+        self._jobs: dict[str, Any] = {}
+
+    def parameters(self) -> dict[str, Any]:
+        """Return submitit's parameters for the settings."""
+        return {}
+
+    def submit(self, tasks: Sequence[Task]) -> Sequence[str]:
+        from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+        try:
+            jobs = self.start(tasks)
+        except (FailedJobError, FailedSubmissionError, OSError) as error:
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            raise UserError(
+                f"the executor {self.name()} refused the tasks: {(lines or ['no reason'])[-1]}"
+            ) from error
+        self._jobs |= {job.job_id: job for job in jobs}
+        return [job.job_id for job in jobs]
+
+    def start(self, tasks: Sequence[Task]) -> Sequence[Any]:
+        """Submit the tasks and return submitit's jobs, in their order."""
+        with self._executor.batch():
+            return [self._executor.submit(run_task, *self.arguments(task)) for task in tasks]
+
+    def arguments(self, task: Task) -> tuple[Any, ...]:
+        """Return the arguments of `run_task` for the task."""
+        owner = "" if self.survives else str(task.folder.parent / OWNER)
+        return list(task.argv), str(task.folder), str(task.working_folder), owner
+
+    def job(self, job_id: str) -> Any:
+        """Return submitit's job. A job that another process has submitted is looked up."""
+        if job_id not in self._jobs:
+            self._jobs[job_id] = self._executor._executor.job_class(self.folder / "jobs" / "%j", job_id)
+        return self._jobs[job_id]
+
+    def status(self, task: Task, job_id: str) -> TaskStatus:
+        usage = read_usage(task)
+        starts = len(usage.spans)
+        if not self.has_ended(task, job_id):
+            state = TaskState.RUNNING if self.is_running(task, job_id) else TaskState.WAITING
+            return TaskStatus(state=state, run_s=usage.run_s, starts=starts)
+        usage = read_usage(task)  # the last note may be newer
+        reason = "" if self.fetch(task) is not None else self.reason(task, job_id)
+        return TaskStatus(state=TaskState.ENDED, run_s=usage.run_s, starts=len(usage.spans), reason=reason)
+
+    def has_ended(self, task: Task, job_id: str) -> bool:
+        """Return whether the job has ended and none of its processes is left."""
+        return bool(self.job(job_id).done())
+
+    def is_running(self, task: Task, job_id: str) -> bool:
+        """Return whether the job's command runs now."""
+        return bool(read_usage(task).spans)
+
+    def reason(self, task: Task, job_id: str) -> str:
+        """Return why the task has ended without a record."""
+        code = read_usage(task).exit_code
+        if code is None:
+            return "the process that ran it was killed, or never started"
+        if code < 0:
+            return f"killed by {_signal_name(-code)}"
+        return last_words(task) or f"exit code {code}"
+
+    def forget(self, task: Task, job_id: str) -> None:
+        self._jobs.pop(job_id, None)
+        shutil.rmtree(self.folder / "jobs" / job_id, ignore_errors=True)
+
+
+def _signal_name(number: int) -> str:
+    with contextlib.suppress(ValueError):
+        return signal.Signals(number).name
+    return f"signal {number}"
+
+
+@contextlib.contextmanager
+def ignoring_ctrl_c() -> Iterator[None]:
+    """Processes that are started inside this context ignore Ctrl-C of the terminal; this process ends
+    them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
