@@ -1,6 +1,7 @@
 """Ranks of `memfit run` that are killed and stopped at random: does the run recover, with the same losses?
 
     python benchmarks/chaos.py [--rounds N] [--minutes M] [kills hangs]
+    python benchmarks/chaos.py soak [--minutes 30]
 
 The protocol was committed before the first run. This is its second version. In the first, five kills came in
 a run that allowed three restarts without a new checkpoint. On a machine with a load of 12, fewer than five
@@ -24,6 +25,15 @@ on two gloo ranks, through `workflows.single_run.run_spec`, which `memfit run` c
   steps. A random rank gets SIGSTOP at a random instant of the 3 s after the third step. The time until that
   rank alone is named must be below three times the median step before. The run ends ranks that stall for 8 s;
   it must complete with one restart.
+- soak: FSDP2 trains for 30 minutes with steps of at least 100 ms, a checkpoint every 50 steps and the three
+  newest kept, until SIGTERM. Five faults come in this order, each within 10 % of an interval around the
+  minutes 5, 10, 15, 20 and 25: a random rank gets SIGKILL; one gets SIGSTOP (ranks that stall for 20 s are
+  ended); a bit of the newest checkpoint is flipped and a rank killed; a rank is killed while it saves; memfit
+  itself, which has started the ranks, is stopped for 15 s. The run must end with a complete checkpoint of
+  its last step, with four restarts, and each step that is repeated must have the same loss as before, bit by
+  bit (of the last 1,000 steps). Resident memory of memfit and of each rank's process is read every 2 s. It is
+  flat if, in each process that lived at least 150 s, its median in the last quarter of the time after the
+  first 60 s is at most 1 % above that in the first quarter. Seed: 1.
 
 Kinds take turns within a round, so that all have equally many kills if time runs out: `--minutes` ends the
 measurement before a run that would begin later. A failure is counted and stays in the record. Times depend
@@ -33,6 +43,7 @@ on other work of the machine; the load is in the record.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -41,10 +52,11 @@ import random
 import shutil
 import signal
 import statistics
+import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -52,6 +64,7 @@ from typing import Any
 import psutil
 import torch
 
+from memfit.jobs import checkpoints
 from memfit.runtime.child_process import Event
 from memfit.techniques.registry import make_use
 from memfit.types.errors import MemfitError
@@ -59,13 +72,15 @@ from memfit.types.job import JobRef
 from memfit.types.launch import CheckpointSettings, RunSpec
 from memfit.types.plan import Plan
 from memfit.types.result import Estimate, Interval, Measurement, OutcomeKind
-from memfit.workflows.single_run import run_spec
+from memfit.workflows.single_run import measure_spec, run_spec
 
 HERE = Path(__file__).parent
 RECORDS, PAGE = HERE / "records" / "chaos.jsonl", HERE / "chaos.md"
 STEPS, STEP_S, EVERY, KILLS = 60, 0.03, 5, 3
 HANG_STEPS, HANG_STEP_S, HANG_EVERY, HANG_LIMIT_S = 12, 1.0, 2, 8.0
 AFTER_STEP_S, AFTER_START_S, HANG_AFTER_S = 1.5, 4.0, 3.0
+SOAK_STEP_S, SOAK_EVERY, SOAK_STALL_S, STARTER_STOPPED_S, SOAK_SEED = 0.1, 50, 20.0, 15, 1
+SAMPLE_S, SETTLE_S, LIVED_S, FLAT_RATIO, RECENT_STEPS = 2.0, 60.0, 150.0, 0.01, 1000
 BUCKET = {"reduce_bucket_elements": 10_000}
 # name -> engine, techniques
 KINDS: Mapping[str, tuple[str, Mapping[str, Mapping[str, object]]]] = {
@@ -267,6 +282,156 @@ def hang_round(kind: str, seed: int, folder: Path) -> dict[str, Any]:
     }
 
 
+class Memory(threading.Thread):
+    """Reads the resident memory of this process, which has started the ranks, and of each rank's process."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.done = threading.Event()
+        self.series: dict[str, list[tuple[float, int]]] = {}
+
+    def run(self) -> None:
+        while not self.done.wait(SAMPLE_S):
+            pids = {"memfit": os.getpid()}
+            pids |= {f"rank {r}, {pid}": pid for r in range(2) if (pid := process_of(r)) is not None}
+            for name, pid in pids.items():
+                with contextlib.suppress(psutil.Error):
+                    rss_bytes = psutil.Process(pid).memory_info().rss
+                    self.series.setdefault(name, []).append((time.monotonic(), rss_bytes))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row for each process that lived long enough: its memory in the first and in the last
+        quarter of its time after settling, in MiB, and the growth."""
+        rows = []
+        for name, series in self.series.items():
+            begun_s = series[0][0]
+            values = [rss_bytes / 2**20 for at, rss_bytes in series if at >= begun_s + SETTLE_S]
+            if series[-1][0] - begun_s < LIVED_S or len(values) < 8:
+                continue
+            quarter = len(values) // 4
+            first, last = statistics.median(values[:quarter]), statistics.median(values[-quarter:])
+            rows.append(
+                {
+                    "process": name.partition(",")[0],
+                    "lived_s": round(series[-1][0] - begun_s),
+                    "first_mib": round(first, 2),
+                    "last_mib": round(last, 2),
+                    "growth_ratio": round(last / first - 1, 5),
+                }
+            )
+        return rows
+
+
+class Faults(threading.Thread):
+    """Makes the faults of `SOAK_FAULTS` one after the other in a run that saves in ``kept``."""
+
+    def __init__(self, minutes: float, chance: random.Random, kept: Path) -> None:
+        super().__init__(daemon=True)
+        self.done = threading.Event()
+        self.made: list[str] = []
+        self._minutes, self._chance, self._kept = minutes, chance, kept
+
+    def run(self) -> None:
+        begun_s, count = time.monotonic(), len(SOAK_FAULTS)
+        for number, (name, fault) in enumerate(SOAK_FAULTS.items(), 1):
+            at_s = begun_s + 60 * self._minutes * (number + self._chance.uniform(-0.1, 0.1)) / (count + 1)
+            if self.done.wait(max(0.0, at_s - time.monotonic())):
+                return
+            fault(self)
+            self.made.append(f"{name} at {(time.monotonic() - begun_s) / 60:.1f} min")
+
+    def kill(self) -> None:
+        self._signal(signal.SIGKILL)
+
+    def stop(self) -> None:
+        self._signal(signal.SIGSTOP)
+
+    def damage(self) -> None:
+        newest = checkpoints.find(self._kept)[0]
+        file = max(newest.glob("__*"), key=lambda path: path.stat().st_size)
+        with file.open("r+b") as stream:
+            stream.seek(self._chance.randrange(file.stat().st_size))
+            byte = stream.read(1)
+            stream.seek(-1, os.SEEK_CUR)
+            stream.write(bytes((byte[0] ^ 1,)))
+        self.kill()
+
+    def kill_in_save(self) -> None:
+        while not self.done.is_set() and not any(self._kept.glob(f"*{checkpoints.PARTIAL}")):
+            time.sleep(0.001)
+        self.kill()
+
+    def stop_starter(self) -> None:
+        with subprocess.Popen(("sh", "-c", f"sleep {STARTER_STOPPED_S}; kill -CONT {os.getpid()}")):
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    def _signal(self, number: int) -> None:
+        rank = self._chance.randrange(2)
+        while (pid := process_of(rank)) is None and not self.done.wait(0.1):
+            pass
+        if pid is not None:
+            os.kill(pid, number)
+
+
+SOAK_FAULTS: Mapping[str, Callable[[Faults], None]] = {
+    "a rank killed": Faults.kill,
+    "a rank stopped": Faults.stop,
+    "newest checkpoint damaged and a rank killed": Faults.damage,
+    "a rank killed while it saves": Faults.kill_in_save,
+    "memfit itself stopped for a while": Faults.stop_starter,
+}
+
+
+def soak(minutes: float, seed: int, folder: Path) -> dict[str, Any]:
+    """Train for ``minutes`` with the five faults, and return the row of the record."""
+    spec = spec_of("FSDP2", folder, steps=10**6, step_s=SOAK_STEP_S, every=SOAK_EVERY)
+    keep = dataclasses.replace(spec.keep, keep_last=3, restarts=3)
+    spec = dataclasses.replace(spec, keep=keep, stall_s=SOAK_STALL_S)
+    memory, faults = Memory(), Faults(minutes, random.Random(f"soak {seed}"), folder / "kept")
+    recent: dict[int, float] = {}  # losses of the last steps
+    repeated = differing = 0
+    tensors_bytes = set[int]()
+
+    def listen(event: Event) -> None:
+        nonlocal repeated, differing
+        if event["event"] != "step":
+            return
+        step, loss = int(str(event["step"])), float(str(event["loss"]))
+        repeated += step in recent
+        differing += recent.get(step, loss) != loss
+        recent[step] = loss
+        if len(recent) > RECENT_STEPS:
+            del recent[next(iter(recent))]
+        if step % SOAK_EVERY == SOAK_EVERY // 2:
+            tensors_bytes.add(int(str(event["allocated_bytes"])))
+
+    end = threading.Timer(60 * minutes, os.kill, (os.getpid(), signal.SIGTERM))
+    for thread in (memory, faults, end):
+        thread.start()
+    try:
+        measured = measure_spec(spec, listen)
+    finally:
+        for done in (memory.done.set, faults.done.set, end.cancel):
+            done()
+    newest = checkpoints.find(folder / "kept")[1].step if measured.steps_done else 0
+    rows = memory.rows()
+    return {
+        "kind": "FSDP2",
+        "seed": seed,
+        "minutes": minutes,
+        "steps": measured.steps_done,
+        "faults": faults.made,
+        "restarts": [f"{r.reason}, in step {r.step}, from {r.first_step}" for r in measured.restarts],
+        "completed": measured.outcome is OutcomeKind.INTERRUPTED and newest == measured.steps_done,
+        "reason": measured.reason.replace(str(folder), "FOLDER"),
+        "repeated_steps": repeated,
+        "differing_losses": differing,
+        "tensor_sizes_after_steps": sorted(tensors_bytes),
+        "memory": rows,
+        "flat": bool(rows) and all(r["growth_ratio"] <= FLAT_RATIO for r in rows),
+    }
+
+
 def measure(names: list[str], rounds: int, end_s: float) -> None:
     undisturbed: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as top:
@@ -337,6 +502,7 @@ def page() -> str:
         ended = "yes" if r["completed"] and r["restarts"] == 1 else f"no: {r['reason'] or r['restarts']}"
         named = f"{r['named_s'] or 'never'} | {'yes' if r['named_in_time'] else 'no'} | {r['false_names']}"
         lines.append(f"| {r['kind']} | {r['step_s']} | {named} | {ended} |")
+    lines += soak_lines([r for r in rows if r["measurement"] == "soak"])
     failures = [r for r in kills if not (r["recovered"] and r["losses_equal"])]
     if failures:
         lines += ["", "## What failed", ""]
@@ -358,12 +524,39 @@ def page() -> str:
     return "\n".join([*lines, ""])
 
 
+def soak_lines(soaks: list[dict[str, Any]]) -> list[str]:
+    """Return the section of the soaks."""
+    lines = ["", "## A long run with five faults"] if soaks else []
+    for r in soaks:
+        ended = "ended with a checkpoint of its last step" if r["completed"] else f"**failed: {r['reason']}**"
+        lines += [
+            "",
+            f"{r['kind']}, {r['minutes']:g} minutes, {r['steps']} steps: {ended}, after {len(r['restarts'])}",
+            f"restarts. {r['repeated_steps']} steps were repeated, {r['differing_losses']} of them with",
+            f"another loss. Memory is {'flat' if r['flat'] else '**not flat**'} within 1 %.",
+            "",
+            *(f"- Fault: {fault}." for fault in r["faults"]),
+            *(f"- Restart: {restart}." for restart in r["restarts"]),
+            "",
+            "| process | lived s | MiB, first quarter | last quarter | growth |",
+            "|---|--:|--:|--:|--:|",
+        ]
+        for m in r["memory"]:
+            size = f"{m['first_mib']} | {m['last_mib']} | {100 * m['growth_ratio']:+.2f} %"
+            lines.append(f"| {m['process']} | {m['lived_s']} | {size} |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", default=["kills", "hangs"])
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--minutes", type=float, default=600.0)
+    parser.add_argument("--minutes", type=float)
     arguments = parser.parse_args()
+    if "soak" in arguments.names:
+        with tempfile.TemporaryDirectory() as top:
+            keep("soak", soak(arguments.minutes or 30.0, SOAK_SEED, Path(top) / "soak"))
+    arguments.minutes = arguments.minutes or 600.0
     measure(arguments.names, arguments.rounds, time.monotonic() + 60 * arguments.minutes)
     PAGE.write_text(page(), encoding="utf-8")
 

@@ -237,10 +237,23 @@ def test_sigkill_counted_only_by_the_machine_is_probably_out_of_memory(
     measured = run(config(SUICIDE), on_event=lambda _: vmstat.write_text("oom_kill 5\n") and None)
     assert (measured.outcome, measured.reason) == (
         OutcomeKind.OOM,
-        "killed by SIGKILL, probably by the kernel: the machine ran out of memory during the run",
+        "killed by SIGKILL, probably by the kernel: the machine ran out of memory then",
     )
     monkeypatch.setattr(child_process, "_VMSTAT", tmp_path / "none")
     assert ending(SUICIDE).outcome is OutcomeKind.FAILED
+
+
+def test_an_out_of_memory_kill_long_before_is_not_blamed_on_the_child(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vmstat = tmp_path / "vmstat"
+    vmstat.write_text("oom_kill 4\n")
+    monkeypatch.setattr(child_process, "oom_kills_here", lambda: None)
+    monkeypatch.setattr(child_process, "_VMSTAT", vmstat)
+    monkeypatch.setattr(child_process, "_OOM_KILLS_S", 0.2)
+    code = SUICIDE.replace("os.kill", "__import__('time').sleep(1.5); os.kill")
+    measured = run(config(code), on_event=lambda _: vmstat.write_text("oom_kill 5\n") and None)
+    assert (measured.outcome, measured.reason) == (OutcomeKind.FAILED, "killed by SIGKILL")
 
 
 def test_an_out_of_memory_kill_outside_the_childs_control_group_is_not_blamed_on_it(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import json
 import math
 import os
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Final
@@ -98,6 +100,7 @@ CHILD_ENV: Final[Mapping[str, str]] = {
 _FROM_OUTSIDE: Final = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _STDERR_KEPT_BYTES: Final = 4096
 _TICK_S: Final = 0.2
+_OOM_KILLS_S: Final = 2.0  # a kill that the kernel counts is the child's if it dies this soon, or twice as late
 _ASK: Final = """
 import os, signal, sys
 parent, argv = int(sys.argv[1]), sys.argv[2:]
@@ -161,7 +164,7 @@ class _Watch:
     def __init__(self, config: LaunchConfig, folder: Path, errors: IO[bytes], child: Child) -> None:
         self._spec, self._errors, self._child = config.spec, errors, child
         self._started_s = time.monotonic()
-        self._kills_here, self._machine_kills = oom_kills_here(), _machine_oom_kills()
+        self._oom_kills = deque([_OomKills.now()], maxlen=2)
         self._group_kills = self._steps = self._first_step = 0
         self._timed_out = False
         self._losses: list[float] = []
@@ -213,6 +216,8 @@ class _Watch:
         with selectors.DefaultSelector() as selector:
             selector.register(descriptor, selectors.EVENT_READ)
             while self._left_s() > 0:
+                if time.monotonic() - self._oom_kills[-1].at_s > _OOM_KILLS_S:
+                    self._oom_kills.append(_OomKills.now())
                 # Checked before reading, so that all its output is then in the pipe.
                 has_exited = self._exited()
                 if selector.select(0 if has_exited else min(_TICK_S, self._left_s())):
@@ -301,15 +306,16 @@ class _Watch:
 
         The kernel did if it has counted such a kill in the child's own control group. Otherwise, if it counts
         such kills in this process's group, where the child was then, that count decides. Otherwise the count
-        of the whole machine decides, and the text says "probably"."""
+        of the whole machine decides, and the text says "probably". Kills that it counted seconds before the
+        child's death were of others."""
         if self._group_kills:
             return f"killed by the kernel at its cap of {format_bytes(self._spec.cap_bytes or 0)}"
-        kills = oom_kills_here()
-        if kills is not None and self._kills_here is not None:
-            is_killed = kills > self._kills_here
+        before, now = self._oom_kills[0], _OomKills.now()
+        if before.here is not None and now.here is not None:
+            is_killed = now.here > before.here
             return "killed by the kernel: its group or the machine ran out of memory" if is_killed else ""
-        if _machine_oom_kills() > self._machine_kills:
-            return "killed by SIGKILL, probably by the kernel: the machine ran out of memory during the run"
+        if now.on_machine > before.on_machine:
+            return "killed by SIGKILL, probably by the kernel: the machine ran out of memory then"
         return ""
 
     def _last_words(self) -> list[str]:
@@ -317,6 +323,20 @@ class _Watch:
         self._errors.seek(max(0, size - _STDERR_KEPT_BYTES))
         text = self._errors.read().decode("utf-8", "replace")
         return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _OomKills:
+    """How many processes the kernel had killed at ``at_s`` because memory ran out: in the control group of
+    this process (None: it does not count them), and on this machine."""
+
+    at_s: float
+    here: int | None
+    on_machine: int
+
+    @classmethod
+    def now(cls) -> _OomKills:
+        return cls(at_s=time.monotonic(), here=oom_kills_here(), on_machine=_machine_oom_kills())
 
 
 def _event(line: bytes) -> Event | None:

@@ -57,6 +57,11 @@ class Interruption:
         return self._over_s is not None and time.monotonic() >= self._over_s
 
     @property
+    def too_early(self) -> str:
+        """Why ranks are killed that SIGTERM finds before their first step."""
+        return "stopped by SIGTERM before the first step"
+
+    @property
     def too_late(self) -> str:
         """Why ranks are killed once the grace is over."""
         return f"stopped by SIGTERM; it did not save within {self.grace_s:g} s"

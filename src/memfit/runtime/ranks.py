@@ -42,8 +42,8 @@ def run_ranks(
 
     Ranks that make no progress for too long are killed; the rank for which the others waited then counts as
     the first that failed. SIGTERM and SIGUSR1 that ``interruption`` has received go to rank 0, with which the
-    others agree on a step to save at; ranks that have not ended within its grace are killed. An interruption
-    of this process by Ctrl-C, or an error in ``on_event``, kills all ranks and is raised.
+    others agree on a step to save at; ranks that have not ended within its grace, or have not done a step
+    when SIGTERM arrives, are killed. An interruption of this process by Ctrl-C, or an error in ``on_event``, kills all ranks and is raised.
 
     The ranks find each other through a file in a folder that only this user can read, so that no port is open
     for it, to this machine or others."""
@@ -84,6 +84,7 @@ class _Team:
         self.children = [Child() for _ in range(spec.plan.ranks)]
         self.failures: list[int] = []  # ranks in the order in which they failed
         self.done = threading.Event()
+        self._has_trained = False
         self._on_event, self._interruption = on_event, interruption
         self._failed_s: float | None = None
         self._stalls = StallWatch(
@@ -95,6 +96,7 @@ class _Team:
 
     def hear(self, rank: int, event: Event) -> None:
         if event["event"] == "step":
+            self._has_trained = True
             self._stalls.step_done(rank, time.monotonic())
         self._on_event(rank, event)
 
@@ -122,6 +124,8 @@ class _Team:
     def _forward_signals(self) -> None:
         for number in self._interruption.take():
             self.children[0].send(number)
+        if self._interruption.is_terminating and not self._has_trained:  # there is nothing to save
+            self.stop(self._interruption.too_early)
         if self._interruption.is_over:
             self.stop(self._interruption.too_late)
 

@@ -113,9 +113,10 @@ def _interrupted(m: Measurement, spec: RunSpec, interruption: Interruption) -> M
     if m.outcome in (OutcomeKind.OK, OutcomeKind.INTERRUPTED):
         return m
     keep = newest(spec.keep)
+    why = interruption.too_late if m.steps_done else interruption.too_early
     saved = f"the newest checkpoint is {keep.resume}" if keep.resume else "there is no checkpoint"
     return dataclasses.replace(
-        m, outcome=OutcomeKind.INTERRUPTED, reason=f"{interruption.too_late}; {saved}", failed_after_rank=None
+        m, outcome=OutcomeKind.INTERRUPTED, reason=f"{why}; {saved}", failed_after_rank=None
     )
 
 
