@@ -634,8 +634,8 @@ def test_ranks_that_do_not_end_within_the_grace_are_killed_and_not_restarted(tmp
 
 
 def test_sigterm_before_the_first_step_ends_at_once_as_there_is_nothing_to_save(tmp_path: Path) -> None:
-    code = OBEDIENT.replace('tell("step", step=0, loss=1.0)', "").replace('"step", step=1', '"begins", step=1')
-    ends, took_s = _interrupted(code + "time.sleep(100)", signal.SIGTERM, 60.0, tmp_path)
+    code = OBEDIENT.replace('tell("step",', 'tell("begins",') + "time.sleep(100)"
+    ends, took_s = _interrupted(code, signal.SIGTERM, 60.0, tmp_path)
     assert took_s < 30
     assert ends[0].outcome is OutcomeKind.INTERRUPTED
     assert ends[0].reason == "stopped by SIGTERM before the first step; there is no checkpoint"

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import psutil
 import pytest
 
 from memfit.cli.app import main
+from memfit.cli.termination import interrupted_by_signals
 from memfit.files import replace
 from memfit.files.replace import write_whole
 from memfit.files.temporary import OWNER, remove_abandoned, temporary_folder
@@ -63,6 +65,27 @@ def children_of(process: subprocess.Popen[bytes], count: int) -> list[psutil.Pro
 
 def alive(processes: list[psutil.Process], within_s: float = 2.0) -> list[psutil.Process]:
     return [p for p in psutil.wait_procs(processes, within_s)[1] if p.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_arrives_in_a_callback_of_a_weak_reference_ends_the_command(
+    number: signal.Signals,
+) -> None:
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+    default_signals()
+    thing = type("Thing", (), {})()
+    reference = weakref.ref(thing, lambda _: signal.raise_signal(number))
+    try:
+        with interrupted_by_signals():
+            del thing
+            assert reference() is None
+            time.sleep(5)
+        pytest.fail("the exception was swallowed")
+    except KeyboardInterrupt:
+        pass
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 @LINUX

@@ -407,11 +407,20 @@ def lines(run: Run) -> Iterator[str]:
             f"  loss    {measurement.losses[0]:.4g} at first, {measurement.losses[-1]:.4g} after "
             f"{count}{additional} steps"
         )
-    if keep.save and measurement.outcome in (OutcomeKind.OK, OutcomeKind.INTERRUPTED):
-        goes_on = measurement.outcome is OutcomeKind.INTERRUPTED
-        yield f"  saved   {keep.save}{f'; --resume {keep.save} goes on' if goes_on else ''}"
+    yield from _saved_line(run)
     if measurement.metric is not None:
         yield f"  metric  {measurement.metric:.4g} on held-out data"
+
+
+def _saved_line(run: Run) -> Iterator[str]:
+    """Yield a line with the folder of the checkpoints, if there is one to resume from."""
+    from memfit.runtime.restart import newest
+
+    outcome, keep = run.measurement.outcome, run.spec.keep
+    if keep.save and outcome is OutcomeKind.OK:
+        yield f"  saved   {keep.save}"
+    elif outcome is OutcomeKind.INTERRUPTED and (path := newest(keep).resume):
+        yield f"  saved   {path}; --resume {keep.save or path} goes on"
 
 
 def _resident_lines(run: Run) -> Iterator[str]:

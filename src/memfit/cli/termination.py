@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
 from typing import Final
 
 _ENDING: Final = (signal.SIGTERM, signal.SIGHUP)
+_AGAIN_S: Final = 0.05
 
 
 class Terminated(KeyboardInterrupt):
@@ -35,11 +37,24 @@ class Termination:
         self.number = number
         raise Terminated(signal.Signals(number).name)
 
+    def again(self, swallowed: sys.UnraisableHookArgs) -> bool:
+        """Send the signal again in a moment if its exception was swallowed: Python does that in the callbacks
+        of weak references and in finalizers, of which a trace has many. Return whether it was."""
+        if not issubclass(swallowed.exc_type, KeyboardInterrupt):
+            return False
+        number, thread = self.number or signal.SIGINT, threading.main_thread().ident
+        if self.number:
+            signal.signal(number, self._end)
+        if thread is not None:
+            threading.Timer(_AGAIN_S, signal.pthread_kill, (thread, number)).start()
+        return True
+
 
 @contextlib.contextmanager
 def interrupted_by_signals() -> Iterator[Termination]:
-    """Inside this context, SIGTERM and SIGHUP raise `Terminated`. A signal that is ignored stays ignored, as
-    under nohup. Outside the main thread, nothing is changed."""
+    """Inside this context, SIGTERM and SIGHUP raise `Terminated`, and again, as Ctrl-C does, if that is
+    swallowed (`Termination.again`). A signal that is ignored stays ignored, as under nohup. Outside the main
+    thread, nothing is changed."""
     termination = Termination()
     if threading.current_thread() is not threading.main_thread():
         yield termination
@@ -48,8 +63,11 @@ def interrupted_by_signals() -> Iterator[Termination]:
     changed = [number for number, handler in handlers.items() if handler is signal.SIG_DFL]
     for number in changed:
         signal.signal(number, termination._end)
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda swallowed: None if termination.again(swallowed) else hook(swallowed)
     try:
         yield termination
     finally:
+        sys.unraisablehook = hook
         for number in changed:
             signal.signal(number, handlers[number])

@@ -100,7 +100,7 @@ CHILD_ENV: Final[Mapping[str, str]] = {
 _FROM_OUTSIDE: Final = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _STDERR_KEPT_BYTES: Final = 4096
 _TICK_S: Final = 0.2
-_OOM_KILLS_S: Final = 2.0  # a kill that the kernel counts is the child's if it dies this soon, or twice as late
+_OOM_KILLS_S: Final = 2.0  # between readings of kills; one that is older than two readings is not the child's
 _ASK: Final = """
 import os, signal, sys
 parent, argv = int(sys.argv[1]), sys.argv[2:]

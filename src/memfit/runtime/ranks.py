@@ -42,8 +42,9 @@ def run_ranks(
 
     Ranks that make no progress for too long are killed; the rank for which the others waited then counts as
     the first that failed. SIGTERM and SIGUSR1 that ``interruption`` has received go to rank 0, with which the
-    others agree on a step to save at; ranks that have not ended within its grace, or have not done a step
-    when SIGTERM arrives, are killed. An interruption of this process by Ctrl-C, or an error in ``on_event``, kills all ranks and is raised.
+    others agree on a step to save at. After SIGTERM, ranks are killed that have not ended within its grace,
+    and all at once if none has done a step. An interruption of this process by Ctrl-C, or an error in
+    ``on_event``, kills all ranks and is raised.
 
     The ranks find each other through a file in a folder that only this user can read, so that no port is open
     for it, to this machine or others."""
