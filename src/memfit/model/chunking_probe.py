@@ -142,20 +142,24 @@ def _lengthened(
 ) -> dict[int, tuple[int, ...]] | None:
     """Return the shapes ``sizes`` of a trial with the cut axis made longer: at its real length in ``shapes``
     or, if the module does not run with that (``runs``), at the longest of 1024, 512, ..., 32 elements below
-    it with which it runs. All axes that have the same length in ``shapes`` and in ``sizes`` become longer
-    with it. Return None if no longer length is possible.
+    it with which it runs. If the module does not run with that alone, all axes that have the same length in
+    ``shapes`` and in ``sizes`` become longer with it. Return None if no longer length is possible.
 
     A module that combines positions far apart, such as a dilated convolution, combines none in a short input
     and would look as if its slices were independent."""
     leaf, axis = next(iter(axes.items()))
     lengths = shapes[leaf][axis], sizes[leaf][axis]
     for new_length in (lengths[0], *(n for n in _FAR if lengths[1] < n < lengths[0])):
-        long_sizes = {
+        alone = {
+            i: tuple(new_length if axes.get(i) == a else n for a, n in enumerate(s)) for i, s in sizes.items()
+        }
+        together = {
             i: tuple(new_length if pair == lengths else pair[1] for pair in zip(shapes[i], s, strict=True))
             for i, s in sizes.items()
         }
-        if long_sizes != sizes and runs(long_sizes):
-            return long_sizes
+        for long_sizes in (alone, together):
+            if long_sizes != sizes and runs(long_sizes):
+                return long_sizes
     return None
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from typing import Any
 
@@ -47,7 +48,7 @@ from memfit.types.dependence import SampleDependence
 from memfit.types.gc_pause import pause_gc
 from memfit.types.job import Job
 from memfit.types.machine import Calibration, Machine
-from memfit.types.plan import Plan, use
+from memfit.types.plan import Plan, Use, use
 from memfit.types.result import Estimate
 from memfit.types.serialization import to_plain
 from memfit.types.trace import Allocation, Category, OpCall, Phase, PhaseSpan, Trace
@@ -397,12 +398,21 @@ class Pricer:
         self, plans: Iterable[Plan], tell: Callable[[int, int, str], None] = lambda *progress: None
     ) -> None:
         """Trace, in parallel, the parts that the sketches of ``plans`` are composed from and that are not
-        cached. ``tell`` is called as in `trace_all`, with the label of the part's plan.
+        cached: those with the first setting of each technique first, and of these, the parts of the most
+        plans, so that a deadline leaves out what matters least. ``tell`` is called as in `trace_all`, with
+        the label of the part's plan.
         """
-        parts = {part for composed_plan in plans for part in self._composed_of(composed_plan)[1]}
+        plans, first = list(plans), dict[str, Use]()
+        for u in (u for plan in plans for u in plan.uses):
+            first.setdefault(u.technique, u)
+        counts = Counter(part for composed_plan in plans for part in self._composed_of(composed_plan)[1])
         missing_parts = sorted(
-            (part for part in parts if not self._has_part(*part)),
-            key=lambda part: (part[0].fingerprint, part[1]),
+            (part for part in counts if not self._has_part(*part)),
+            key=lambda part: (
+                sum(u != first.get(u.technique, u) for u in part[0].uses),
+                -counts[part],
+                (part[0].fingerprint, part[1]),
+            ),
         )
         if missing_parts:
             fake_model(self.job)  # before processes are forked, each of which would build it
