@@ -12,11 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from test_scaling import FEW, H100, job, traced
 from tiny import words
+from torch import nn
 
 from memfit.catalog import machine
 from memfit.cli import main
@@ -36,7 +38,7 @@ from memfit.trace import trace_pool
 from memfit.trace.trace_pool import side_by_side
 from memfit.types.deadline import Deadline, TimeUp
 from memfit.types.errors import NothingFits, UserError
-from memfit.types.job import JobRef
+from memfit.types.job import Job, JobRef
 from memfit.types.parsing import parse_time_limit
 from memfit.types.plan import Accuracy, Bounds, Plan, use
 from memfit.types.result import Estimate, SearchExtent, SearchResult
@@ -224,6 +226,30 @@ def test_a_search_that_is_cut_after_its_sketches_traces_the_best_one_that_fits(
     assert found.extent.time_up
     assert found.extent.traced_count == 2  # with plain training
     assert found.extent.gain_unknown == "few_pairs"
+
+
+def test_a_search_without_time_for_sketches_tries_checkpointing_if_plain_training_does_not_fit(
+    question: Callable[..., Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(
+            *(nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)) for _ in "12345678")
+        )
+
+    job = Job(
+        name="wide",
+        build_model=build,
+        make_batch=lambda step, seed: torch.zeros(4, 4096, 64),
+        loss=lambda model, batch: model(batch).square().mean(),
+        batch_size=4,
+    )
+    monkeypatch.setattr("memfit.planner.request.load", lambda ref: job)
+    plain = search.search(question(within_s=1e-6), quiet).result.baseline.estimate
+    cap_bytes = int(needed_bytes(plain, machine("RTX-4090")) - 0.1 * plain.allocated_bytes.value)
+    found = search.search(question(within_s=1e-6, cap_bytes=cap_bytes), quiet).result
+    assert found.recommended is not None
+    assert found.recommended.fits
+    assert found.recommended.estimate.plan.label == "activation-checkpointing(every=1)"
 
 
 def test_that_nothing_fits_is_not_claimed_of_plans_that_were_not_looked_at(

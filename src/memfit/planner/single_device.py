@@ -15,7 +15,7 @@ from memfit.engines.registry import engine
 from memfit.planner.capacity import Fits, host_holds_under, needed_bytes
 from memfit.planner.evaluate import Pricer
 from memfit.planner.machine_calibration import calibrate, score_band
-from memfit.planner.plan_space import may_split, plans, usable
+from memfit.planner.plan_space import complexity, may_split, plans, usable
 from memfit.planner.recompute_budget import Cap, budgeted
 from memfit.planner.request import Progress, Request
 from memfit.planner.selection import (
@@ -46,6 +46,7 @@ _LONG_TRACE_CALLS = 10_000
 # Operators of plain training, over all plans that are traced after the finalists; fewest and most of these.
 _MORE_CALLS, _FEWEST_MORE, _MOST_MORE, _PASSES = 40_000, 4, 48, 3
 _TRACING_SHARE = 0.4  # of the time limit, which is left for traces of whole plans
+_SAVING_MOST = ({"activation-checkpointing"}, {"activation-checkpointing", "chunking"})
 # Most rounds, and seconds of each, to measure the best plan and its rivals while the best plan still changes.
 _SETTLING_ROUNDS, _SETTLING_BUDGET_S = 3, 3.0
 # Rounds of plans traced for the reasons: first the best with each technique, then only for techniques with
@@ -119,12 +120,12 @@ def price_plans(
         progress("price", index, len(all_plans), plan.label)
         with contextlib.suppress(TimeUp):
             sketches.append(pricer.sketch(plan))
-    if not sketches:
-        return [pricer.whole(plain_plan)], len(all_plans), left_out
     try:
+        if not sketches:
+            raise TimeUp
         estimates = _traced(pricer, request, cap_bytes, progress, fits, sketches)
     except TimeUp:
-        estimates = _traced_in_time(pricer, request, cap_bytes, fits, sketches)
+        estimates = _traced_in_time(pricer, request, cap_bytes, fits, sketches, all_plans)
     return estimates, len(all_plans), left_out
 
 
@@ -180,12 +181,18 @@ def _traced(
 
 
 def _traced_in_time(
-    pricer: Pricer, request: Request, cap_bytes: int, fits: Fits, sketches: Sequence[Estimate]
+    pricer: Pricer,
+    request: Request,
+    cap_bytes: int,
+    fits: Fits,
+    sketches: Sequence[Estimate],
+    all_plans: Sequence[Plan],
 ) -> list[Estimate]:
     """Return the estimates of the plans that were traced before the pricer's deadline, with plain training.
 
-    If none of them fits, two more are traced, however long that takes: the best of those whose sketch fits;
-    and if that does not fit, the one that needs the least memory by its sketch.
+    If none of them fits, more are traced until one does, however long that takes: the best of those whose
+    sketch fits; the one that needs the least memory by its sketch; and of the plans without a sketch the
+    simplest with activation checkpointing, and with chunking, too, which save the most as a rule.
     """
     traced_plans = {plan for plan, _ in pricer.traces}
     estimates = {e.plan: e for e in pricer.whole_in_time(e.plan for e in sketches if e.plan in traced_plans)}
@@ -193,11 +200,16 @@ def _traced_in_time(
     estimates[plain_plan] = pricer.whole(plain_plan)
     needs = memory_cap(request, cap_bytes).needs
     fitting = sorted(filter(fits, sketches), key=lambda e: (score(e, request.goal), e.plan.fingerprint))
-    smallest = min(sketches, key=lambda e: (needs(e), e.plan.fingerprint))
-    for sketch in (*fitting[:1], smallest):
+    smallest = sorted(sketches, key=lambda e: (needs(e), e.plan.fingerprint))
+    unsketched = set(all_plans) - {e.plan for e in sketches}
+    chosen = [e.plan for e in (*fitting[:1], *smallest[:1])]
+    for wanted in _SAVING_MOST:
+        with_these = (p for p in unsketched if wanted <= {u.technique for u in p.uses})
+        chosen += sorted(with_these, key=lambda p: (complexity(p), all_plans.index(p)))[:1]
+    for plan in chosen:
         if not any(map(fits, estimates.values())):
             with pricer.deadline.overtime():
-                estimates[sketch.plan] = pricer.whole(sketch.plan)
+                estimates[plan] = pricer.whole(plan)
     return list(estimates.values())
 
 
