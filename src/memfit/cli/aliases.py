@@ -41,6 +41,12 @@ def _decide_gates(arguments: Words, options: Words) -> Words:
     return ["decide", *arguments, *options, *([] if has_gates else ["--gates", "default"])]
 
 
+def _estimate_precision(arguments: Words, options: Words) -> Words:
+    renamed = ["--precision" if word == "--dtype" else word for word in options]
+    both = [] if "--precision" in renamed else ["--precision", "both"]
+    return [*_estimate(arguments, renamed), *both]
+
+
 # The old name -> (the new form for the user, the new words from the old arguments and options).
 ALIASES: Final[Mapping[str, tuple[str, Callable[[Words, Words], Words]]]] = {
     "explain": ("memfit estimate JOB", _estimate),
@@ -60,6 +66,7 @@ ALIASES: Final[Mapping[str, tuple[str, Callable[[Words, Words], Words]]]] = {
         "memfit record --compare A B",
         lambda arguments, options: ["record", "--compare", *arguments, *options],
     ),
+    "precision": ("memfit estimate JOB --precision both", _estimate_precision),
     "scale": ("memfit decide --gates default", _decide_gates),
 }
 

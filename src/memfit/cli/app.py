@@ -24,10 +24,10 @@ from memfit.cli import (
     listing,
     plan,
     poc,
-    precision,
     record,
     report,
     run,
+    sweep,
     watch,
 )
 from memfit.cli.aliases import rewrite, suggest_command
@@ -56,9 +56,9 @@ COMMANDS: Final[Mapping[str, Mapping[str, tuple[Callable[..., None], str]]]] = {
     "Train": {
         "poc": (poc.poc, "A proof of concept: predict, search, run, measure, judge, report."),
         "run": (run.run, "Train with one plan, and measure its memory and time."),
+        "sweep": (sweep.sweep, "Several plans, seeds and sizes side by side, here or on a cluster."),
         "watch": (watch.watch, "Memory, time, loss and alarms of each step of your training."),
         "autopsy": (autopsy.autopsy, "Why a training ran out of memory, with the evidence."),
-        "precision": (precision.precision, "Which modules must stay in float32, by measurement."),
     },
     "Hand over and decide": {
         "export": (export.export, "A plan as files for launchers, clusters and other libraries."),

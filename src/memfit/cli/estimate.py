@@ -24,6 +24,7 @@ from memfit.cli.options import (
     SizeOptions,
 )
 from memfit.cli.output import check_language, refuse_options
+from memfit.cli.precision import PrecisionOptions, print_precision
 from memfit.types.errors import UserError, suggest
 
 _PLAN_ENDINGS = (".yaml", ".yml")
@@ -88,6 +89,7 @@ def estimate(  # noqa: PLR0913
     on: MachineOptions,
     runtime: RuntimeOptions,
     lengths: LengthOptions,
+    precision: PrecisionOptions,
     script: ScriptOptions,
     output: OutputOptions,
 ) -> None:
@@ -103,7 +105,7 @@ def estimate(  # noqa: PLR0913
     language_code = check_language(output.lang)
     targets = options.targets or []
     if targets and not is_job(targets[0]):
-        job_only = _set_options(sizes, plan_options, runtime, lengths)
+        job_only = _set_options(sizes, plan_options, runtime, lengths, precision)
         job_only |= {"--engines": options.engines, "--engine": bool(goal.engine)}
         job_only["--host-memory"] = bool(goal.host_memory)
         refuse_options(job_only, "cannot be used with a COMMAND", hint="they are for `memfit estimate JOB`")
@@ -122,6 +124,13 @@ def estimate(  # noqa: PLR0913
     jobs = [target for target in targets[:1] if not target.endswith(_PLAN_ENDINGS)]
     job_sizes = {f.name: getattr(sizes, f.name) for f in dataclasses.fields(SizeOptions)}
     job, plan_paths = JobOptions(**job_sizes, job=jobs[0] if jobs else None), targets[len(jobs) :]
+    if precision.precision is not None:
+        not_for_precision: dict[str, object] = {"plan files": plan_paths, "--engines": options.engines}
+        not_for_precision |= _set_options(files, plan_options, goal, on, runtime, lengths)
+        refuse_options(not_for_precision, "cannot be used with --precision")
+        print_precision(job, precision, lang=language_code, as_json=output.json)
+        return
+    refuse_options(_set_options(precision), "cannot be used without --precision")
     if lengths.lengths is not None:
         other = _set_options(files, runtime) | {"plan files": plan_paths, "--engines": options.engines}
         other |= {"--recommended": plan_options.recommended, "--engine": goal.engine}

@@ -1,4 +1,4 @@
-"""``memfit precision``: measure which modules must stay in float32."""
+"""``memfit estimate JOB --precision``: measure which modules must stay in float32."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Annotated, Final
 import typer
 
 from memfit.cli.log_filters import quiet_libraries
-from memfit.cli.options import JobOptions, OutputOptions
-from memfit.cli.output import check_choice, check_language, console, emit
+from memfit.cli.options import JobOptions
+from memfit.cli.output import check_choice, console, emit
 from memfit.cli.progress import Bars
 from memfit.cli.request import print_workload
 
@@ -21,21 +21,23 @@ class PrecisionOptions:
     """The half precisions to try, the number of batches to measure, the number of training steps before that,
     and the kind of device to advise for."""
 
-    dtype: Annotated[
-        str,
+    precision: Annotated[
+        str | None,
         typer.Option(
             metavar="bf16|fp16|both",
-            help="Half precision to try: bf16 (bfloat16), fp16 (float16) or both (the default), each by "
-            "itself.",
+            help="For a JOB: instead of its memory, show which modules must stay in float32, and the error "
+            "that they would cause in half precision: bf16 (bfloat16), fp16 (float16) or both, each by "
+            "itself. The code of each module runs in half precision and in float64 on real "
+            "activations and gradients.",
         ),
-    ] = "both"
+    ] = None
     batches: Annotated[
         int,
         typer.Option(
             metavar="N",
             min=1,
-            help="Number of training batches on which modules are measured, with only a few samples of "
-            "each. Default: 1.",
+            help="With --precision: number of training batches on which modules are measured, with only a "
+            "few samples of each. Default: 1.",
         ),
     ] = 1
     after: Annotated[
@@ -43,28 +45,29 @@ class PrecisionOptions:
         typer.Option(
             metavar="N",
             min=0,
-            help="Number of training steps in float32, on a few samples each, before the modules are "
-            "measured: untrained weights hide many errors. 0: measure at once. Default: 40.",
+            help="With --precision: number of training steps in float32, on a few samples each, before the "
+            "modules are measured: untrained weights hide many errors. 0: measure at once. Default: "
+            "40.",
         ),
     ] = 40
     device: Annotated[
         str,
         typer.Option(
             metavar="cuda|cpu",
-            help="Kind of device for which to advise, cuda (GPUs; the default) or cpu: torch.autocast keeps "
-            "other operators in float32 on GPUs than on CPUs. The measurement itself runs on the CPU.",
+            help="With --precision: kind of device for which to advise, cuda (GPUs; the default) or cpu: "
+            "torch.autocast keeps other operators in float32 on GPUs than on CPUs. The measurement "
+            "itself runs on the CPU.",
         ),
     ] = "cuda"
 
 
-def precision(job: JobOptions, options: PrecisionOptions, output: OutputOptions) -> None:
-    """Show which modules must stay in float32, and the error they would cause in half precision.
+def print_precision(job: JobOptions, options: PrecisionOptions, *, lang: str, as_json: bool) -> None:
+    """Print which modules must stay in float32, and the error they would cause in half precision.
 
     The code of each module runs in half precision and in float64 on real activations and gradients. The
     recorded results of its child modules are used instead of running these, so that an error is attributed to
     the module that causes it."""
-    language_code = check_language(output.lang)
-    dtype = check_choice("--dtype", options.dtype, (*_DTYPES, "both"))
+    dtype = check_choice("--precision", options.precision or "", (*_DTYPES, "both"))
     device = check_choice("--device", options.device, ("cuda", "cpu"))
     quiet_libraries()
     from memfit.jobs.registry import load
@@ -74,7 +77,7 @@ def precision(job: JobOptions, options: PrecisionOptions, output: OutputOptions)
 
     loaded_job = load(job.ref)
     workload = workload_of(loaded_job)
-    with Bars(language_code) as progress:
+    with Bars(lang) as progress:
         results = advise(
             loaded_job,
             _DTYPES if dtype == "both" else (dtype,),
@@ -83,9 +86,9 @@ def precision(job: JobOptions, options: PrecisionOptions, output: OutputOptions)
             device=device,
             say=lambda stage, done, total: progress(f"precision-{stage}", done, total, ""),
         )
-    if output.json:
+    if as_json:
         emit({"workload": workload, "advice": results})
         return
-    print_workload(workload, language_code)
+    print_workload(workload, lang)
     for advice in results:
-        print_advice(advice, console=console(), lang=language_code)
+        print_advice(advice, console=console(), lang=lang)

@@ -122,10 +122,10 @@ class Job:
     also what ``.item()`` returns there; if that is a bool, such as a loop's condition, it is how often in a
     row it is True before it is False.
 
-    ``islands``: patterns (as in ``fnmatch``) of module paths that compute in float32 under any plan; ``memfit
-    precision`` finds them. ``clip``: the largest gradient norm, over all parameters and ranks, as in
-    ``torch.nn.utils.clip_grad_norm_``; None: gradients are not clipped. ``ema``: the decay of an exponential
-    moving average of the weights, kept beside the model; True means 0.999; None or False: no average is kept.
+    ``islands``: patterns (as in ``fnmatch``) of module paths that compute in float32 under any plan;
+    ``memfit estimate --precision`` finds them. ``clip``: the largest gradient norm, over all parameters and
+    ranks, as in ``torch.nn.utils.clip_grad_norm_``; None: gradients are not clipped. ``ema``: the decay of an
+    exponential moving average of the weights, kept beside the model; True means 0.999; None or False: none.
     ``workers``: number of DataLoader worker processes per rank, which take host memory. ``reduced`` makes the
     same job with a small model, for the test of samples' dependence if this model is too large for it.
     ``dimensions``: the sizes that can be set when the job is loaded; memfit fills it in.

@@ -3,8 +3,8 @@ length.
 
 Two parts stay in float32. The long convolution: bfloat16 has no FFT, and float16's overflows. The network of
 its filter taps, whose input is time from 0 to 1: bfloat16 distinguishes only about 256 of a million
-positions. With the thousand positions of `tiny` the error is 1 %, which `memfit precision` finds and reports
-as harmless.
+positions. With the thousand positions of `tiny` the error is 1 %, which `memfit estimate --precision`
+finds and reports as harmless.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """``molecules``: predict a property of a molecule from its SMILES string with MoLFormer.
 
-Nothing must stay in float32. `memfit precision` finds errors of 0.4 % in bfloat16, mostly in the attention,
-and a loss that moves by 0.25 %, because sums over tokens are short and torch's kernels accumulate them in
-float32.
+Nothing must stay in float32. `memfit estimate --precision` finds errors of 0.4 % in bfloat16, mostly in the
+attention, and a loss that moves by 0.25 %, because sums over tokens are short and torch's kernels accumulate
+them in float32.
 """
 
 from __future__ import annotations

@@ -45,6 +45,11 @@ def make_executor(name: str, settings: Mapping[str, str], folder: Path, *, devic
     return _class_of(name)(settings, folder, device_count=device_count)
 
 
+def executor_kind(name: str, settings: Mapping[str, str]) -> str:
+    """Return what `Executor.kind_of` returns for the executor called ``name``."""
+    return _class_of(name).kind_of(settings)
+
+
 def _class_of(name: str) -> type[Executor]:
     module = importlib.import_module(f"{__name__}.{name}")
     executor: type[Executor] = module.EXECUTOR

@@ -8,7 +8,10 @@ import contextlib
 import dataclasses
 import enum
 import json
-from collections.abc import Mapping, Sequence
+import re
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Final
 
@@ -21,6 +24,11 @@ CANCEL: Final = "cancel"  # a file that asks it to end
 OWNER: Final = (
     "owner"  # a file beside the folders of tasks that the process which submitted them keeps locked
 )
+SETTINGS: Final[Mapping[str, str]] = {
+    "device": "the nodes' device in memfit's catalog, for predictions and its price, such as H100-SXM",
+    "usd_per_hour": "price of one device for one hour, in USD; default: the catalog's for the device",
+}
+"""The settings that every executor has, KEY -> what it means."""
 _MOST_REASON: Final = 300
 
 
@@ -76,7 +84,7 @@ class Executor(abc.ABC):
     when no task is left. ``device_count``: number of devices of each task."""
 
     keys: ClassVar[Mapping[str, str]] = {}
-    """The settings that it has, KEY -> what it means, in one line."""
+    """The settings that it has beside `SETTINGS`, KEY -> what it means, in one line."""
     device_keys: ClassVar[tuple[str, ...]] = ()
     """Those of them that decide on which kind of device a task runs."""
     survives: ClassVar[bool] = False
@@ -90,11 +98,15 @@ class Executor(abc.ABC):
     @classmethod
     def check(cls, settings: Mapping[str, str]) -> None:
         """Raise UserError for a setting that the executor does not have."""
-        if unknown := sorted(settings.keys() - cls.keys.keys()):
+        known = {**cls.keys, **SETTINGS}
+        if unknown := sorted(settings.keys() - known.keys()):
             raise UserError(
                 f"the executor {cls.name()} has no setting {', '.join(unknown)}",
-                allowed=", ".join(f"{key} ({text})" for key, text in cls.keys.items()),
+                allowed=", ".join(f"{key} ({text})" for key, text in known.items()),
             )
+        price = settings.get("usd_per_hour", "0")
+        if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", price):
+            raise UserError(f"usd_per_hour={price} is no price", allowed="a number such as 1.5, in USD")
 
     @classmethod
     def name(cls) -> str:
@@ -157,3 +169,17 @@ def last_words(task: Task) -> str:
         return ""
     lines = [line.strip() for line in text.splitlines() if line.strip() not in ("", "}", "{")]
     return lines[-1].removeprefix("memfit: ")[:_MOST_REASON] if lines else ""
+
+
+@contextlib.contextmanager
+def ignoring_ctrl_c() -> Iterator[None]:
+    """Processes that are started inside this context ignore Ctrl-C of the terminal; this process ends
+    them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

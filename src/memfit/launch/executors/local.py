@@ -6,8 +6,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Final
 
-from memfit.launch.executors.base import CANCEL, Task
-from memfit.launch.executors.submitit_jobs import SubmititExecutor, ignoring_ctrl_c
+from memfit.launch.executors.base import CANCEL, Task, ignoring_ctrl_c
+from memfit.launch.executors.submitit_jobs import SubmititExecutor
 from memfit.types.errors import UserError
 
 _WEEK_MIN: Final = 7 * 24 * 60

@@ -1,0 +1,594 @@
+"""Run many trials side by side: plans x seeds x sizes x kinds of devices, within a budget. What is in the
+store already is not run again."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import enum
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import statistics
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Final, Self
+
+from memfit import catalog
+from memfit.cost.money import S_PER_HOUR
+from memfit.engines.registry import supporting_engine
+from memfit.files.replace import must_be_writable, write_whole
+from memfit.files.temporary import remove_abandoned
+from memfit.jobs.registry import load
+from memfit.jobs.user_job import source_digest
+from memfit.launch.executors import executor_kind, make_executor
+from memfit.launch.executors.base import OWNER, RECORD, Executor, Task, TaskState, ignoring_ctrl_c
+from memfit.planner.request import Progress, Request
+from memfit.runtime import local_machine
+from memfit.runtime.local_machine import this_machine
+from memfit.store.database import Store
+from memfit.store.exchange.run_record import RUN, RunRecord, add_run, parse_run_record
+from memfit.techniques.plan_file import plan_text
+from memfit.types import serialization
+from memfit.types.errors import UserError
+from memfit.types.job import JobRef
+from memfit.types.plan import Plan
+from memfit.types.result import OutcomeKind, Run
+from memfit.workflows.single_run import anatomy
+
+SWEEPS: Final = "sweeps"  # folder beside the store, while a sweep runs
+PLAN: Final = "plan.yaml"
+_YOUNG_S: Final = 5.0
+JOB: Final = "job.json"  # in a trial's folder: which job of which executor runs it
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Where trials run: an executor's name and settings."""
+
+    executor: str
+    settings: Mapping[str, str]
+
+    @property
+    def kind(self) -> str:
+        """The executor and what decides on the kind of device, such as "slurm:partition=a100"."""
+        return executor_kind(self.executor, self.settings)
+
+    @property
+    def usd_per_hour(self) -> float | None:
+        """The price of one device for an hour; None: unknown. Raises UserError for a device that is not in
+        the catalog."""
+        if "usd_per_hour" in self.settings:
+            return float(self.settings["usd_per_hour"])
+        if (name := self.settings.get("device")) is not None:
+            price = catalog.machine(name, "world").device.usd_per_hour
+        elif self.executor == "local":
+            price = this_machine("world", "").device.usd_per_hour
+        else:
+            price = None
+        return None if price is None else price.value
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RunSettings:
+    """What is the same for all trials. ``cap_bytes``: memory cap, None: none. ``timeout``, ``on``: as on the
+    command line of ``memfit run``; "": its default. ``threads``: of each process; 0: the default of ``memfit
+    run``."""
+
+    engine: str = "native"
+    cap_bytes: int | None = None
+    threads: int = 0
+    timeout: str = ""
+    on: str = "this"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SweepTrial:
+    """One run of one plan. ``plan_name``: what users call the plan. ``trial_id``: a digest of all that
+    decides on the result: equal trials have equal ones."""
+
+    trial_id: str
+    job: JobRef
+    plan: Plan
+    plan_name: str
+    seed: int
+    placement: Placement
+
+
+class TrialState(enum.StrEnum):
+    """Where a trial is on its way. DONE: it has a result, which is also that it ran out of memory under its
+    own cap. FAILED: it ended otherwise, and is run again by the next sweep. NOT_RUN: not begun, or ended for
+    the budget."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    NOT_RUN = "not run"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TrialResult:
+    """How a trial is. ``run``: None until it has reported one. ``before``: whether an earlier sweep ran it.
+    ``device``: the name of the GPU or processor. ``run_s``: seconds in this sweep over all ``starts``; a
+    scheduler may start a trial again."""
+
+    trial: SweepTrial
+    state: TrialState
+    reason: str = ""
+    run: Run | None = None
+    device: str = ""
+    before: bool = False
+    run_s: float = 0.0
+    starts: int = 0
+
+    @property
+    def device_hours(self) -> float:
+        return self.run_s * self.trial.plan.ranks / S_PER_HOUR
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """The most that one sweep may use; None: no limit. A device hour is one device (on a processor: one
+    process) for one hour, from the start of a trial to its end."""
+
+    hours: float | None = None
+    usd: float | None = None
+
+    def suffices(self, hours: float, usd: float) -> bool:
+        return (self.hours is None or hours <= self.hours) and (self.usd is None or usd <= self.usd)
+
+
+def make_trials(
+    job: JobRef,
+    plans: Mapping[str, Plan],
+    placements: Sequence[Placement],
+    settings: RunSettings,
+    *,
+    seeds: int,
+    sizes: Sequence[str] = (),
+) -> tuple[SweepTrial, ...]:
+    """Return all trials: sizes (none: the job's own) x placements x seeds 0, 1, ... x plans (name -> plan).
+    Raises UserError if the job cannot be loaded at a size, if the engine does not support a plan, and if two
+    placements are of the same kind."""
+    for plan in plans.values():
+        supporting_engine(settings.engine, plan)
+    kinds = [placement.kind for placement in placements]
+    if len(set(kinds)) < len(kinds):
+        raise UserError(
+            f"two executors are {next(kind for kind in kinds if kinds.count(kind) > 1)}",
+            allowed="executors that differ in name or device",
+        )
+    refs = [dataclasses.replace(job, size=size) for size in sizes] or [job]
+    for ref in refs:
+        load(ref)
+    trials = tuple(
+        SweepTrial(
+            trial_id=_trial_id(ref, plan, seed, placement, settings),
+            job=ref,
+            plan=plan,
+            plan_name=name,
+            seed=seed,
+            placement=placement,
+        )
+        for ref in refs
+        for placement in placements
+        for seed in range(seeds)
+        for name, plan in plans.items()
+    )
+    by_id: dict[str, SweepTrial] = {}
+    for trial in trials:
+        if (same := by_id.setdefault(trial.trial_id, trial)) is not trial:
+            raise UserError(
+                f"{same.plan_name} and {trial.plan_name} are the same plan of the same job",
+                allowed="each plan and each size once",
+            )
+    return trials
+
+
+def _trial_id(job: JobRef, plan: Plan, seed: int, placement: Placement, settings: RunSettings) -> str:
+    facts = {
+        "job": serialization.to_plain(job),
+        "source": source_digest(job.spec),
+        "plan": plan.to_dict(),
+        "ranks": plan.ranks,
+        "seed": seed,
+        "kind": placement.kind,
+        "engine": settings.engine,
+        "cap_bytes": settings.cap_bytes,
+        "threads": settings.threads,
+        "on": settings.on,
+    }
+    return f"trial-{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]}"
+
+
+def predicted_hours(trials: Sequence[SweepTrial], settings: RunSettings, progress: Progress) -> float | None:
+    """Return the predicted device hours of the training steps of the trials. What a trial does before its
+    first step is not included. None: a device is not known, or a step time cannot be predicted."""
+    hours = 0.0
+    groups: dict[tuple[str, str | None], list[SweepTrial]] = {}
+    for trial in trials:
+        groups.setdefault((trial.placement.kind, trial.job.size), []).append(trial)
+    for members in groups.values():
+        first, placement = members[0], members[0].placement
+        if "device" in placement.settings:
+            machine = catalog.machine(placement.settings["device"], "world")
+        elif placement.executor == "local":
+            machine = this_machine("world", settings.on.partition(":")[2])
+        else:
+            return None
+        request = Request(job=first.job, machine=machine, engine=settings.engine, threads=settings.threads)
+        plans = {trial.plan_name: trial.plan for trial in members}
+        estimates = dict(zip(plans, anatomy(request, list(plans.values()), progress), strict=True))
+        steps = first.job.steps or load(first.job).steps
+        for trial in members:
+            step_s = estimates[trial.plan_name].estimate.step_s
+            if step_s is None:
+                return None
+            hours += step_s.value * steps * trial.plan.ranks / S_PER_HOUR
+    return hours
+
+
+_Group = tuple[str, str | None, str]
+"""The trials of one plan, size and place, which differ only in their seeds."""
+
+
+def _group(trial: SweepTrial) -> _Group:
+    return trial.plan_name, trial.job.size, trial.placement.kind
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Running:
+    trial: SweepTrial
+    task: Task
+    executor: Executor
+    job_id: str
+
+
+class Sweep:
+    """Trials, and how each of them is. In its ``with`` block, `run` runs those that have no result yet; at
+    the end of the block, whatever ends it, no process, job or folder of the sweep is left."""
+
+    def __init__(self, trials: Sequence[SweepTrial], settings: RunSettings, store: Store) -> None:
+        self._trials, self._settings, self._store = trials, settings, store
+        self._results = {
+            trial.trial_id: TrialResult(trial=trial, state=TrialState.WAITING) for trial in trials
+        }
+        self._running: dict[str, _Running] = {}
+        self._ended_hours: dict[_Group, list[float]] = {}
+        self._prices = {trial.placement.kind: trial.placement.usd_per_hour for trial in trials}
+        self._executors: dict[str, Executor] = {}
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            parent = self._store.path.absolute().parent / SWEEPS
+            must_be_writable(parent, "the folder of the sweep")
+            stack.callback(_remove_empty, parent)
+            self._folder = stack.enter_context(_owned_folder(parent))
+            for placement in {trial.placement.kind: trial.placement for trial in self._trials}.values():
+                self._executors[placement.kind] = self._executor(placement, self._folder)
+            for folder in sorted(parent.iterdir()):
+                self._adopt(folder, stack)
+            self._stack = stack.pop_all()
+        self._find_done()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with ignoring_ctrl_c(), self._stack:
+            self._cancel(list(self._running.values()))
+        if self._results:
+            remove_abandoned()  # temporary folders of trials that were killed
+
+    @property
+    def results(self) -> tuple[TrialResult, ...]:
+        """How each trial is, in the order of the trials."""
+        return tuple(self._results[trial.trial_id] for trial in self._trials)
+
+    @property
+    def left(self) -> tuple[SweepTrial, ...]:
+        """The trials that have no result yet."""
+        return tuple(result.trial for result in self.results if result.state is not TrialState.DONE)
+
+    @property
+    def hours(self) -> float:
+        """The device hours that this sweep has used so far."""
+        return sum(result.device_hours for result in self._results.values())
+
+    @property
+    def usd(self) -> float | None:
+        """What these cost; None: a price is unknown."""
+        if None in self._prices.values():
+            return None
+        return sum(
+            result.device_hours * (self._prices[result.trial.placement.kind] or 0.0)
+            for result in self._results.values()
+        )
+
+    def run(self, budget: Budget, show: Callable[[Sweep], None] = lambda sweep: None) -> None:
+        """Run the trials that have no result yet, and store the record of each as soon as it ends. ``show``
+        is called often. When the budget is used up, running trials are ended and no more are begun."""
+        waiting = deque(trial for trial in self.left if trial.trial_id not in self._running)
+        while waiting or self._running:
+            self._submit(waiting, budget)
+            show(self)
+            if not self._running:
+                break
+            time.sleep(min(each.executor.poll_s for each in self._running.values()))
+            for running in list(self._running.values()):
+                self._look_at(running)
+            if self._used_up(budget):
+                self._cancel(list(self._running.values()))
+        for trial in self.left:
+            if self._results[trial.trial_id].state is TrialState.WAITING:
+                self._set(trial, state=TrialState.NOT_RUN, reason="the budget does not suffice")
+        show(self)
+
+    def _find_done(self) -> None:
+        """Mark the trials that have a result in the store."""
+        for trial in self._trials:
+            for row in self._store.records(trial.trial_id, RUN):
+                run = serialization.loads(Run, row.body, what=f"record {row.record_id}")
+                if _is_result(run):
+                    device = _device(self._store.environment(row.environment))
+                    self._set(trial, state=TrialState.DONE, run=run, device=device, before=True)
+
+    def _submit(self, waiting: deque[SweepTrial], budget: Budget) -> None:
+        """Submit as many trials as their executors take and as the budget is expected to suffice for."""
+        chosen: dict[str, list[SweepTrial]] = {}
+        hours, usd = self._committed()
+        for _ in range(0 if self._used_up(budget) else len(waiting)):
+            trial = waiting.popleft()
+            kind = trial.placement.kind
+            more_hours = self._expected_hours(trial)
+            more_usd = more_hours * (self._prices[kind] or 0.0)
+            if self._has_slot(kind, len(chosen.get(kind, ()))) and budget.suffices(
+                hours + more_hours, usd + more_usd
+            ):
+                chosen.setdefault(kind, []).append(trial)
+                hours, usd = hours + more_hours, usd + more_usd
+            else:
+                waiting.append(trial)
+        for kind, trials in chosen.items():
+            self._start(self._executors[kind], trials)
+
+    def _has_slot(self, kind: str, chosen_count: int) -> bool:
+        slots = self._executors[kind].slots
+        busy = sum(each.trial.placement.kind == kind for each in self._running.values())
+        return slots is None or busy + chosen_count < slots
+
+    def _start(self, executor: Executor, trials: Sequence[SweepTrial]) -> None:
+        tasks = [self._task(trial) for trial in trials]
+        for trial, task, job_id in zip(trials, tasks, executor.submit(tasks), strict=True):
+            placement = trial.placement
+            note = {"executor": placement.executor, "settings": placement.settings, "job_id": job_id}
+            write_whole(task.folder / JOB, json.dumps(note).encode(), durable=False)
+            self._running[trial.trial_id] = _Running(trial=trial, task=task, executor=executor, job_id=job_id)
+
+    def _task(self, trial: SweepTrial) -> Task:
+        """Make the folder of a trial, and return the task that runs it."""
+        folder = self._folder / trial.trial_id
+        folder.mkdir()
+        (folder / PLAN).write_text(plan_text(trial.plan), encoding="utf-8")
+        return Task(
+            name=trial.trial_id,
+            argv=tuple(_command(trial, self._threads(trial), self._settings, folder)),
+            folder=folder,
+            working_folder=Path.cwd(),
+            device_count=trial.plan.ranks,
+        )
+
+    def _threads(self, trial: SweepTrial) -> int:
+        """Return the number of threads of each process of the trial; 0: all that the machine has. Trials side
+        by side on this machine share its threads."""
+        slots = self._executors[trial.placement.kind].slots or 1
+        if self._settings.threads or slots == 1:
+            return self._settings.threads
+        return max(1, local_machine.threads() // (slots * trial.plan.ranks))
+
+    def _look_at(self, running: _Running) -> None:
+        status = running.executor.status(running.task, running.job_id)
+        begun = status.state is not TaskState.WAITING
+        self._set(
+            running.trial,
+            state=TrialState.RUNNING if begun else TrialState.WAITING,
+            run_s=status.run_s,
+            starts=status.starts,
+        )
+        if status.state is TaskState.ENDED:
+            self._finish(running, status.reason)
+
+    def _finish(self, running: _Running, reason: str) -> None:
+        """Store the record of a trial that has ended, if it wrote one, and remove its folder."""
+        trial, text = running.trial, running.executor.fetch(running.task)
+        hours = self._results[trial.trial_id].device_hours
+        self._ended_hours.setdefault(_group(trial), []).append(hours)
+        if text is None:
+            self._set(trial, state=TrialState.FAILED, reason=reason)
+        else:
+            try:
+                record = _checked(trial, text)
+                add_run(self._store, record)
+                self._set_run(trial, record)
+            except UserError as error:
+                self._set(trial, state=TrialState.FAILED, reason=str(error))
+        self._drop(running)
+
+    def _set_run(self, trial: SweepTrial, record: RunRecord) -> None:
+        run = record.run
+        self._set(
+            trial,
+            state=TrialState.DONE if _is_result(run) else TrialState.FAILED,
+            reason=run.measurement.reason,
+            run=run,
+            device=_device(record.environment),
+        )
+
+    def _cancel(self, running: Sequence[_Running]) -> None:
+        """End these trials. What one has written until then is kept."""
+        by_executor: dict[int, list[_Running]] = {}
+        for each in running:
+            by_executor.setdefault(id(each.executor), []).append(each)
+        for members in by_executor.values():
+            members[0].executor.cancel({each.job_id: each.task for each in members})
+        for each in running:
+            status = each.executor.status(each.task, each.job_id)
+            self._set(each.trial, run_s=status.run_s, starts=status.starts)
+            self._finish(each, "")
+            if self._results[each.trial.trial_id].run is None:
+                self._set(each.trial, state=TrialState.NOT_RUN, reason="ended before it was finished")
+
+    def _drop(self, running: _Running) -> None:
+        del self._running[running.trial.trial_id]
+        running.executor.forget(running.task, running.job_id)
+        shutil.rmtree(running.task.folder, ignore_errors=True)
+
+    def _set(self, trial: SweepTrial, **changes: Any) -> None:
+        self._results[trial.trial_id] = dataclasses.replace(self._results[trial.trial_id], **changes)
+
+    def _used_up(self, budget: Budget) -> bool:
+        return (budget.hours is not None and self.hours >= budget.hours) or (
+            budget.usd is not None and (self.usd or 0.0) >= budget.usd
+        )
+
+    def _committed(self) -> tuple[float, float]:
+        """Return the device hours and US dollars that are used, with what running trials are expected to use
+        yet."""
+        hours, usd = self.hours, self.usd or 0.0
+        for each in self._running.values():
+            left = max(
+                0.0, self._expected_hours(each.trial) - self._results[each.trial.trial_id].device_hours
+            )
+            hours, usd = hours + left, usd + left * (self._prices[each.trial.placement.kind] or 0.0)
+        return hours, usd
+
+    def _expected_hours(self, trial: SweepTrial) -> float:
+        """Return the device hours that a trial is expected to use: the mean of those of its plan, size and
+        place that have ended in this sweep; without such, the mean of all that have; 0 if none has."""
+        alike = self._ended_hours.get(_group(trial)) or [h for g in self._ended_hours.values() for h in g]
+        return statistics.fmean(alike) if alike else 0.0
+
+    def _executor(self, placement: Placement, folder: Path) -> Executor:
+        own = folder / "executors" / hashlib.sha256(placement.kind.encode()).hexdigest()[:8]
+        ranks = max((t.plan.ranks for t in self._trials if t.placement.kind == placement.kind), default=1)
+        return make_executor(placement.executor, placement.settings, own, device_count=ranks)
+
+    def _adopt(self, folder: Path, stack: contextlib.ExitStack) -> None:
+        """Take over the folder of a sweep that was killed: store the records that are there, and go on with
+        its trials that still run and are also trials of this sweep. The folder is removed unless other trials
+        still run."""
+        lock = _lock(folder)
+        if lock is None:
+            return
+        goes_on = False
+        for note in sorted(folder.glob(f"*/{JOB}")):
+            trial_id = note.parent.name
+            job = json.loads(note.read_text(encoding="utf-8"))
+            placement = Placement(executor=job["executor"], settings=job["settings"])
+            executor = self._executor(placement, folder)
+            task = Task(name=trial_id, argv=(), folder=note.parent, working_folder=Path.cwd())
+            is_over = not executor.survives or (executor.status(task, job["job_id"]).state is TaskState.ENDED)
+            if (text := executor.fetch(task)) is not None and is_over:
+                with contextlib.suppress(UserError):
+                    add_run(self._store, parse_run_record(text, what=trial_id))
+            elif not is_over and trial_id in self._results:
+                self._running[trial_id] = _Running(
+                    trial=self._results[trial_id].trial,
+                    task=task,
+                    executor=executor,
+                    job_id=job["job_id"],
+                )
+            else:
+                goes_on |= not is_over
+        stack.callback(lock.close)
+        if not goes_on:
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+
+
+def _command(trial: SweepTrial, threads: int, settings: RunSettings, folder: Path) -> Iterator[str]:
+    """Yield the words of the command that runs the trial."""
+    job = trial.job
+    yield from (sys.executable, "-P", "-m", "memfit", "run", job.spec, "--json")
+    yield from ("--plan", str(folder / PLAN), "--seed", str(trial.seed))
+    yield from ("--record", str(folder / RECORD), "--label", trial.trial_id)
+    options = {name: getattr(job, name) for name in ("size", "data", "weights", "steps", "batch", "length")}
+    options |= {"engine": settings.engine, "on": settings.on, "timeout": settings.timeout}
+    options |= {"memory": f"{settings.cap_bytes}B" if settings.cap_bytes else None}
+    options |= {"threads": threads}
+    for name, value in options.items():
+        if value not in (None, "", 0):
+            yield from (f"--{name}", str(value))
+    for name, size in job.dimensions.items():
+        yield from ("--dim", f"{name}={size}")
+
+
+def _is_result(run: Run) -> bool:
+    """Return whether the run would end in the same way again: it completed, or it ran out of memory under the
+    cap that the user gave."""
+    outcome, spec = run.measurement.outcome, run.spec
+    return outcome is OutcomeKind.OK or (
+        outcome is OutcomeKind.OOM and spec.cap_bytes is not None and spec.cap_scope == "run"
+    )
+
+
+def _checked(trial: SweepTrial, text: str) -> RunRecord:
+    """Return the record that the trial wrote. Raises UserError if it is not of this trial, or of another
+    version of the job's file."""
+    record = parse_run_record(text, what="the trial's record")
+    if record.label != trial.trial_id or record.run.spec.seed != trial.seed:
+        raise UserError("the trial's record is that of another trial")
+    if record.run.spec.source_digest != source_digest(trial.job.spec):
+        raise UserError(f"the file of {trial.job.spec} has changed since the sweep began")
+    return record
+
+
+def _device(environment: Mapping[str, str]) -> str:
+    """Return the name of the GPU, or without one that of the processor."""
+    gpu = environment.get("accelerators", "none seen")
+    return gpu if gpu != "none seen" else environment.get("processor", "unknown")
+
+
+# --- folders of sweeps
+
+
+@contextlib.contextmanager
+def _owned_folder(parent: Path) -> Iterator[Path]:
+    """Yield a new folder in ``parent`` whose file OWNER this process keeps locked, and remove it at the
+    end."""
+    name = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+    folder = parent / name
+    folder.mkdir(parents=True, mode=0o700)
+    with (folder / OWNER).open("w") as owner:
+        fcntl.flock(owner, fcntl.LOCK_EX)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lock(folder: Path) -> IO[str] | None:
+    """Lock the file OWNER of a sweep whose process has died and return it. Return None if the process lives,
+    if another one has locked the file, and if it is so young that its process may be about to lock it."""
+    with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+        owner = stack.enter_context((folder / OWNER).open("r+"))
+        fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        status = os.fstat(owner.fileno())
+        if status.st_nlink and time.time() - status.st_mtime >= _YOUNG_S:
+            stack.pop_all()
+            return owner
+    return None
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()

@@ -1,0 +1,318 @@
+"""`memfit sweep`: trials side by side, with a budget, resumed and cancelled. The trials of most tests are
+a small program in place of `memfit run`, which writes the record of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from memfit.store.database import Store
+from memfit.store.exchange.run_record import RUN, parse_run_record, record_of, run_record_text
+from memfit.techniques.registry import make_use
+from memfit.types.errors import UserError
+from memfit.types.job import JobRef
+from memfit.types.launch import RunSpec
+from memfit.types.plan import Plan
+from memfit.types.result import Measurement, OutcomeKind, Run
+from memfit.workflows import sweep as sweeps
+from memfit.workflows.sweep import (
+    SWEEPS,
+    Budget,
+    Placement,
+    RunSettings,
+    Sweep,
+    SweepTrial,
+    TrialState,
+    make_trials,
+)
+
+PLANS = {
+    "plain": Plan(),
+    "split": Plan(uses=(make_use("gradient-accumulation", {"micro_batches": 2}),)),
+}
+JOB = JobRef(spec="char-lm", steps=1)
+
+
+def a_run(trial: SweepTrial, outcome: OutcomeKind = OutcomeKind.OK, **spec: object) -> Run:
+    """Return the run that a trial might report."""
+    return Run(
+        spec=RunSpec(
+            name="run", role="run", job=trial.job, plan=trial.plan, seed=trial.seed, steps=1, **spec
+        ),
+        predicted_peak_bytes=2,
+        predicted_phase_peak_bytes={},
+        predicted_step_s=0.1,
+        measurement=Measurement(outcome=outcome, reason="", steps_done=1, peak_bytes=2, losses=(0.5,)),
+    )
+
+
+class Program:
+    """The program that takes the place of `memfit run`. ``code``: what it does before it writes its
+    record, of a trial by plan and seed; "" for the others."""
+
+    def __init__(self, code: Mapping[tuple[str, int], str] | None = None, always: str = "") -> None:
+        self.code, self.always = dict(code or {}), always
+        self.begun: list[tuple[str, int]] = []
+
+    def command(self, trial: SweepTrial, threads: int, settings: RunSettings, folder: Path) -> Iterator[str]:
+        self.begun.append((trial.plan_name, trial.seed))
+        text = run_record_text(record_of(a_run(trial), trial.trial_id))
+        (folder / "text").write_text(text, encoding="utf-8")
+        code = self.code.get((trial.plan_name, trial.seed), self.always)
+        yield from (sys.executable, "-I", "-S", "-c")
+        yield f"import os, time\n{code}\nos.rename({str(folder / 'text')!r}, {str(folder / 'record.json')!r})"
+
+
+@pytest.fixture
+def program(monkeypatch: pytest.MonkeyPatch) -> Program:
+    program = Program()
+    monkeypatch.setattr(sweeps, "_command", program.command)
+    return program
+
+
+def trials(seeds: int = 2, parallel: int = 4, **plans: Plan) -> tuple[SweepTrial, ...]:
+    placement = Placement(executor="local", settings={"parallel": str(parallel)})
+    return make_trials(JOB, plans or PLANS, [placement], RunSettings(), seeds=seeds)
+
+
+def run(all_trials: tuple[SweepTrial, ...], store: Store, budget: Budget | None = None) -> Sweep:
+    with Sweep(all_trials, RunSettings(), store) as sweep:
+        sweep.run(budget or Budget(hours=1.0))
+    return sweep
+
+
+def states(sweep: Sweep) -> list[str]:
+    return [result.state.value for result in sweep.results]
+
+
+def files_left(store: Store) -> list[str]:
+    return sorted(path.name for path in store.path.parent.iterdir())
+
+
+def test_every_plan_is_trained_with_every_seed_and_each_run_is_stored_under_its_trial(
+    tmp_path: Path, program: Program
+) -> None:
+    store = Store(tmp_path / "store.sqlite3")
+    sweep = run(trials(), store)
+    assert states(sweep) == ["done"] * 4
+    assert sorted(program.begun) == [("plain", 0), ("plain", 1), ("split", 0), ("split", 1)]
+    rows = store.records(kind=RUN)
+    assert {row.poc_id for row in rows} == {trial.trial_id for trial in trials()}
+    assert {json.loads(row.body)["spec"]["seed"] for row in rows} == {0, 1}
+    assert sweep.hours > 0
+    assert files_left(store) == ["store.sqlite3"]
+
+
+def test_what_has_a_result_is_not_run_again_and_what_was_killed_is(tmp_path: Path, program: Program) -> None:
+    store = Store(tmp_path / "store.sqlite3")
+    program.code[("split", 1)] = "os.kill(os.getpid(), 9)"
+    first = run(trials(), store)
+    assert states(first).count("failed") == 1
+    (failed,) = (result for result in first.results if result.state is TrialState.FAILED)
+    assert (failed.trial.plan_name, failed.trial.seed, failed.reason) == ("split", 1, "killed by SIGKILL")
+    program.code.clear()
+    program.begun.clear()
+    second = run(trials(), store)
+    assert program.begun == [("split", 1)]
+    assert states(second) == ["done"] * 4
+    assert [result.before for result in second.results].count(True) == 3
+    assert files_left(store) == ["store.sqlite3"]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "spec", "is_done"),
+    [
+        (OutcomeKind.OK, {}, True),
+        (OutcomeKind.OOM, {"cap_bytes": 2**20, "cap_scope": "run"}, True),
+        (OutcomeKind.OOM, {}, False),
+        (OutcomeKind.TIMEOUT, {}, False),
+        (OutcomeKind.FAILED, {}, False),
+    ],
+)
+def test_out_of_memory_is_a_result_under_the_users_cap_only(
+    tmp_path: Path, outcome: OutcomeKind, spec: Mapping[str, object], is_done: bool
+) -> None:
+    store = Store(tmp_path / "store.sqlite3")
+    (trial,) = trials(seeds=1, plain=Plan())
+    store.append(trial.trial_id, RUN, a_run(trial, outcome, **spec))
+    with Sweep([trial], RunSettings(), store) as sweep:
+        assert (sweep.left == ()) is is_done
+
+
+def test_a_used_up_budget_ends_what_runs_and_begins_no_more(tmp_path: Path, program: Program) -> None:
+    store = Store(tmp_path / "store.sqlite3")
+    program.always = "time.sleep(300)"
+    budget = Budget(hours=2.0 / 3600)
+    sweep = run(trials(seeds=3, parallel=2), store, budget)
+    assert states(sweep) == ["not run"] * 6
+    assert len(program.begun) == 2
+    assert sweep.hours < budget.hours + 2 * 12.0 / 3600  # at most the grace of what ran; no trial of 300 s
+    assert files_left(store) == ["store.sqlite3"]
+
+
+def test_a_trial_for_which_the_budget_is_not_expected_to_suffice_is_not_begun(
+    tmp_path: Path, program: Program
+) -> None:
+    store = Store(tmp_path / "store.sqlite3")
+    program.always = "time.sleep(2)"
+    sweep = run(trials(seeds=4, parallel=1, plain=Plan()), store, Budget(hours=3.5 / 3600))
+    assert states(sweep) == ["done", "not run", "not run", "not run"]
+    assert sweep.hours < 3.5 / 3600
+    assert sweep.results[1].reason == "the budget does not suffice"
+
+
+def test_money_is_kept_like_hours_at_the_price_of_the_executor(tmp_path: Path, program: Program) -> None:
+    store = Store(tmp_path / "store.sqlite3")
+    program.always = "time.sleep(2)"
+    placement = Placement(executor="local", settings={"usd_per_hour": "3600"})
+    each = make_trials(JOB, {"plain": Plan()}, [placement], RunSettings(), seeds=3)
+    sweep = run(each, store, Budget(usd=3.5))
+    assert states(sweep) == ["done", "not run", "not run"]
+    assert sweep.usd == pytest.approx(sweep.hours * 3600)
+    assert sweep.usd < 3.5
+
+
+def test_ctrl_c_leaves_no_folder_and_keeps_what_has_ended(tmp_path: Path, program: Program) -> None:
+    store = Store(tmp_path / "store.sqlite3")
+    program.code[("split", 0)] = "time.sleep(300)"
+
+    def interrupt(sweep: Sweep) -> None:
+        if {"done", "running"} <= set(states(sweep)):
+            raise KeyboardInterrupt
+
+    all_trials = trials(seeds=1)
+    with pytest.raises(KeyboardInterrupt), Sweep(all_trials, RunSettings(), store) as sweep:
+        sweep.run(Budget(hours=1.0), interrupt)
+    assert states(sweep) == ["done", "not run"]
+    assert len(store.records(kind=RUN)) == 1
+    assert files_left(store) == ["store.sqlite3"]
+
+
+def test_the_record_that_a_killed_sweep_left_is_stored_by_the_next_one(
+    tmp_path: Path, program: Program
+) -> None:
+    store = Store(tmp_path / "store.sqlite3")
+    (trial,) = trials(seeds=1, plain=Plan())
+    folder = tmp_path / SWEEPS / "killed" / trial.trial_id
+    folder.mkdir(parents=True)
+    owner = folder.parent / "owner"
+    owner.touch()
+    os.utime(owner, (0, 0))
+    note = {"executor": "local", "settings": {}, "job_id": "1"}
+    (folder / "job.json").write_text(json.dumps(note))
+    (folder / "record.json").write_text(run_record_text(record_of(a_run(trial), trial.trial_id)))
+    sweep = run((trial,), store)
+    assert (states(sweep), sweep.results[0].before, program.begun) == (["done"], True, [])
+    assert files_left(store) == ["store.sqlite3"]
+
+
+def test_a_record_of_another_trial_is_refused(tmp_path: Path, program: Program) -> None:
+    store = Store(tmp_path / "store.sqlite3")
+    original = program.command
+
+    def other(trial: SweepTrial, *rest: object) -> Iterator[str]:
+        yield from original(dataclasses.replace(trial, trial_id="trial-other"), *rest)
+
+    sweeps._command = other  # the fixture restores it
+    sweep = run(trials(seeds=1, plain=Plan()), store)
+    assert states(sweep) == ["failed"]
+    assert sweep.results[0].reason == "the trial's record is that of another trial"
+    assert store.records(kind=RUN) == ()
+
+
+def test_eight_that_feed_one_store_at_once_lose_nothing_and_add_nothing_twice(tmp_path: Path) -> None:
+    from memfit.store.exchange.run_record import add_run
+
+    path = tmp_path / "store.sqlite3"
+    texts = [
+        run_record_text(record_of(a_run(trial), trial.trial_id)) for trial in trials(seeds=5, plain=Plan())
+    ]
+    added: list[bool] = []
+
+    def feed() -> None:
+        store = Store(path)
+        added.extend(add_run(store, parse_run_record(text, what="record")) for text in texts)
+
+    threads = [threading.Thread(target=feed) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(added), sum(added)) == (40, 5)
+    assert len(Store(path).records(kind=RUN)) == 5
+
+
+def test_the_same_plan_twice_and_two_executors_of_one_kind_are_refused() -> None:
+    with pytest.raises(UserError, match="a and b are the same plan"):
+        trials(a=Plan(), b=Plan())
+    twice = [Placement(executor="local", settings={"parallel": n}) for n in "12"]
+    with pytest.raises(UserError, match="two executors are local"):
+        make_trials(JOB, PLANS, twice, RunSettings(), seeds=1)
+
+
+# --- the command
+
+
+@pytest.mark.long
+def test_a_sweep_of_real_runs_on_the_command_line(tmp_path: Path) -> None:
+    """A run of one step, and one that runs out of memory under the cap."""
+    from memfit.cli import main
+
+    arguments = ["sweep", "char-lm", "plain", "--steps", "1", "--budget", "1h", "--json", "--on", "this:cpu"]
+    where = ["--store", str(tmp_path / "store.sqlite3")]
+    assert main([*arguments, *where]) == 0
+    assert main([*arguments, *where, "--memory", "2MiB"]) == 0
+    outcomes = [
+        json.loads(r.body)["measurement"]["outcome"] for r in Store(tmp_path / "store.sqlite3").records()
+    ]
+    assert outcomes == ["ok", "oom"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["store.sqlite3"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--budget", "3"], "--budget 3"),
+        (["--budget", "1h", "--budget", "2h"], "twice in the same unit"),
+        (["--budget", "0usd"], "--budget 0usd"),
+        (["--budget", "5USD"], "the price of local is unknown"),
+        (["missing.yaml", "--budget", "1h"], "cannot read missing.yaml"),
+        (["--budget", "1h", "--on", "H100-SXM"], "--executor says which machine trains"),
+        (["--budget", "1h", "--size", "tiny", "--sizes", "tiny"], "exclude each other"),
+        (["--budget", "1h", "--sizes", "gigantic"], "gigantic"),
+        (["--budget", "1h", "--engine", "replay"], "trains nothing"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    tmp_path: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from memfit.cli import main
+
+    store = tmp_path / "store.sqlite3"
+    plans = ["plain"] if not words[0].endswith(".yaml") else []
+    assert main(["sweep", "char-lm", *plans, *words, "--steps", "1", "--store", str(store)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / SWEEPS).exists()
+
+
+def test_without_a_terminal_a_missing_budget_is_an_error_that_says_what_is_needed(
+    tmp_path: Path, program: Program, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from memfit.cli import main
+
+    code = main(
+        ["sweep", "char-lm", "--steps", "1", "--store", str(tmp_path / "s.sqlite3"), "--on", "this:cpu"]
+    )
+    error = capsys.readouterr().err
+    assert code == 2
+    assert "--budget is missing: 1 trial to run; their training steps are predicted to take" in error
+    assert program.begun == []
