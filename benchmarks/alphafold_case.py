@@ -27,7 +27,8 @@ from typing import Any
 from alphafold_page import page
 from published.predict import plan_of as stack_plan
 from published.predict import traces_of
-from published.rows import Setup, read, setup_of
+from published.rows import Setup, setup_of
+from published.schema import read, settings
 from published.score import score
 
 from memfit import catalog
@@ -281,9 +282,9 @@ def others(path: Path) -> Iterator[dict[str, Any]]:
         yield {
             "kind": "published",
             "name": row["id"],
-            "shape": row["seq_len"],
-            "recomputed": row["act_ckpt"],
-            "devices": row["n_gpus"] or "1",
+            "shape": "N_seq {sequences} x N_res {residues}".format(**settings(row["fold"])),
+            "recomputed": row["recompute"],
+            "devices": row["n_gpus"],
             "software": row["software"],
             "notes": row["notes"],
             "measured_bytes": scored.measured_bytes,

@@ -1,14 +1,16 @@
-"""Memory and step time of published training runs, predicted from their descriptions.
+"""Memory and step time of published training runs, predicted from their rows (benchmarks/PROTOCOL.md).
 
-    python benchmarks/published.py --csv FILE [--json] [--record] [--only REGEX] [--held-out] [--jobs N]
+    python benchmarks/published.py [--csv FILE] [--json] [--record] [--only REGEX] [--held-out] [--jobs N]
+    python benchmarks/published.py --check [--csv FILE]   checks every row, predicts nothing
     python benchmarks/published.py --page                 the page from the last record
 
-Prints a line per row (id, quality, mem_metric, measured and predicted GiB, error; seconds of a step where a
-speed was published) and the summary. ``--json`` prints both as JSON instead (sizes in GiB, times in seconds).
-Rows that cannot be expressed are refused with the reason. ``--held-out`` also chooses the constants of time
-that were set after rows had been seen again without each source in turn (published/held_out.py).
-``--record`` adds the run to benchmarks/records/published.jsonl and writes benchmarks/published.md from it.
-"""
+Prints a line a row (id, quality, what was measured, measured and predicted GiB, error; seconds of a step
+where a speed was published) and both lines of every statistic. ``--json`` prints both as JSON instead
+(sizes in GiB, times in seconds). Rows that contradict themselves are rejected before anything is
+predicted; rows that cannot be expressed are refused; both with the reason. ``--held-out`` also chooses the
+constants of time that were set after rows had been seen again without each house in turn
+(published/held_out.py), which the targets are judged on. ``--record`` adds the run to
+benchmarks/records/published.jsonl and writes benchmarks/published.md from it."""
 
 from __future__ import annotations
 
@@ -27,11 +29,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from published.checks import contradictions
 from published.held_out import study
-from published.page import HEADER, in_words, line, page
-from published.rows import read
-from published.score import Scored, score, summaries, sweeps, times
-from published.step_time_page import held_out_in_words, sweep_in_words, time_in_words
+from published.page import HEADER, held_out_in_words, in_words, line, page
+from published.rows import setup_of
+from published.schema import DATA, problems, read
+from published.score import Scored, memory, order, score, sweeps, times
 
 from memfit.store.environment import fingerprint
 from memfit.types.errors import UserError
@@ -52,27 +55,42 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    if args.check:
+        return _check(rows)
     begun = time.perf_counter()
     scored = _all(rows, args)
     results = {
         "unit": "GiB",
         "rows": [s.as_row() for s in scored],
-        "summary": [dataclasses.asdict(s) for s in summaries(scored)],
+        "memory": [dataclasses.asdict(s) for s in memory(scored)],
         "times": [dataclasses.asdict(t) for t in times(scored)],
         "sweeps": [dataclasses.asdict(s) for s in sweeps(scored)],
+        "order": dataclasses.asdict(order(sweeps(scored))),
     }
     if args.held_out:
         results["held_out"] = study(rows, scored, args.jobs)
     if args.json:
         print(json.dumps(results, indent=1))
     else:
-        print(*map(in_words, summaries(scored)), *map(time_in_words, times(scored)), sep="\n")
-        print(*map(sweep_in_words, sweeps(scored)), sep="\n")
+        print("Memory", *(text for s in memory(scored) for text in in_words(s)), sep="\n")
+        print("Step time", *(text for s in times(scored) for text in in_words(s)), sep="\n")
         if args.held_out:
             print(*held_out_in_words(results["held_out"]), sep="\n")
     if args.record:
         _record(results, time.perf_counter() - begun, args)
     return 0
+
+
+def _check(rows: Sequence[dict[str, str]]) -> int:
+    """1 where a row is rejected."""
+    found = [(r["id"], problems(r) or contradictions(r, setup_of(r))) for r in rows]
+    wrong = [(name, why) for name, why in found if why]
+    for name, why in wrong:
+        print(f"{name}: {'; '.join(why)}")
+    print(
+        f"{len(rows) - len(wrong)} of {len(rows)} rows can be predicted or refused, {len(wrong)} are rejected"
+    )
+    return 1 if wrong else 0
 
 
 def _all(rows: Sequence[dict[str, str]], args: argparse.Namespace) -> list[Scored]:
@@ -99,8 +117,7 @@ def _record(results: dict[str, Any], took_s: float, args: argparse.Namespace) ->
     about = {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "took_s": round(took_s),
-        "command": f"python benchmarks/published.py --csv {args.csv.name} --record"
-        + " --held-out" * args.held_out,
+        "command": "python benchmarks/published.py --record" + " --held-out" * args.held_out,
         "environment": dict(fingerprint()),
     }
     with RECORDS.open("a", encoding="utf-8") as file:
@@ -110,13 +127,20 @@ def _record(results: dict[str, Any], took_s: float, args: argparse.Namespace) ->
 
 def _write_page() -> None:
     if not RECORDS.exists():
-        raise UserError(f"no record yet in {RECORDS}", hint="run with --csv FILE --record first")
+        raise UserError(f"no record yet in {RECORDS}", hint="run with --record first")
     PAGE.write_text(page(json.loads(RECORDS.read_text(encoding="utf-8").splitlines()[-1])), encoding="utf-8")
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="a file with the columns of published.csv")
+    parser.add_argument(
+        "--csv",
+        type=Path,
+        metavar="FILE",
+        default=DATA / "published.csv",
+        help="a file with the columns of benchmarks/data/published.csv, which is the default",
+    )
+    parser.add_argument("--check", action="store_true", help="check every row, predict nothing")
     parser.add_argument("--json", action="store_true", help="print rows and summary as JSON")
     parser.add_argument("--record", action="store_true", help="add a record, and write the page from it")
     parser.add_argument("--page", action="store_true", help="write the page from the last record only")
@@ -126,8 +150,6 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--jobs", type=int, default=2, help="processes at once")
     args = parser.parse_args()
-    if args.csv is None and not args.page:
-        parser.error("--csv FILE is needed")
     if args.jobs < 1:
         parser.error("--jobs must be at least 1")
     try:

@@ -16,8 +16,9 @@ from architectures.attention import several
 from architectures.convolutions import resnet
 from memory_truth_ranks import ROWS, Row
 from published.arch import Arch
-from published.rows import Setup, read, setup_of
-from published.score import _times_counted
+from published.checks import contradictions
+from published.rows import Setup, setup_of
+from published.schema import problems, read
 from torch import nn
 
 from memfit.types.job import Job, OptimizerChoice
@@ -322,27 +323,28 @@ def _rank_facts(job: str, batch: int, compute: str, *, weights: str, recompute: 
 
 
 def published_setups(file: Path) -> list[Setup]:
-    """Training steps of quality A whose allocated memory is given."""
-    found = [setup_of(row) for row in read(file)]
+    """Training steps of quality A whose allocated memory is given, of rows that do not contradict themselves."""
+    sound = [row for row in read(file) if row["quality"] == "A" and not problems(row)]
+    found = [(row, setup_of(row)) for row in sound]
     return [
         s
-        for s in found
-        if s.row["quality"] == "A"
-        and s.measured is not None
+        for row, s in found
+        if s.measured is not None
         and s.measured.kind == "allocated"
-        and s.row["scope"] == "train_step"
+        and s.scope == "train_step"
+        and not contradictions(row, s)
     ]
 
 
 def published_bytes(setup: Setup) -> float:
     """As memfit's own page compares it."""
     assert setup.measured is not None
-    return setup.measured.size_bytes / _times_counted(setup)
+    return setup.measured.size_bytes / setup.measured.scale
 
 
 def published_question(setup: Setup) -> Question:
     arch = setup.arch
-    sizes = arch is not None and setup.code != "vision" and arch.moe is None and arch.mla is None
+    sizes = arch is not None and setup.code != "timm" and arch.moe is None and arch.mla is None
     one_sample = (setup.length,) if setup.length else None
     names = {
         "compile": setup.compiled,

@@ -6,7 +6,6 @@ Shapes: MSA representation (batch, sequences, residues, c_m), pair (batch, resid
 from __future__ import annotations
 
 import dataclasses
-import re
 from typing import Any
 
 import torch
@@ -257,35 +256,23 @@ def stack_job(setup: Setup) -> Job:
     return Job(name=setup.id, build_model=build, make_batch=batch, loss=loss, batch_size=1, blocks="blocks")
 
 
-def fold_of(setup: Setup, *, told: bool = False) -> Fold:
-    """``told``: the source's own code says what the row does not of chunks and recomputed segments."""
-    text = f"{setup.row['extra_arch']} {setup.row['seq_len']}".lower()
-    notes = f"{setup.row['notes']} {setup.row['software']} {setup.row['attn_impl']}".lower()
-
-    def number(pattern: str, default: int = 0) -> int:
-        found = re.search(pattern, text)
-        return int(next(g for g in found.groups() if g)) if found else default
-
-    sizes = {
-        "sequences": number(r"n_(?:seq|extra|msa)\s*(\d+)|(\d+)\s*(?:msa|sequences)(?! heads)"),
-        "residues": number(r"n_res\s*(\d+)|(\d+)\s*res(?:idues)?\b|crop\D{0,8}(\d+)"),
-        "c_m": number(r"c_m\s*(\d+)"),
-        "c_z": number(r"c_z\s*(\d+)"),
-        "blocks": int(setup.row["layers"] or 0),
-    }
-    if missing := [k for k, v in sizes.items() if not v]:
+def fold_of(setup: Setup) -> Fold:
+    given = setup.fold
+    wanted = ("sequences", "residues", "c_m", "c_z")
+    missing = [k for k in wanted if k not in given] + ["layers"] * (not setup.layers)
+    if missing:
         raise UserError(f"the row gives no {', '.join(missing)}")
-    if not told and "chunk" in f"{text} {setup.row['act_ckpt']}".lower():
-        raise UserError("chunked attention is not expressed: the chunk size is not in the row")
-    if not told and (setup.row["n_gpus"] or "1") != "1" and setup.ranks["dp"] == 1:
-        raise UserError("how the devices split the stack's axes is not in the row")
-    if not told and "finer" in setup.row["act_ckpt"].lower():
-        raise UserError("which segments inside a block are recomputed is not in the row")
+    own = setup.code == "nnscaler"  # its code says what a row does not of chunks and segments
+    if not own and setup.recompute in ("chunks", "parts"):
+        raise UserError(f"how {setup.code} recomputes {setup.recompute} is not expressed")
+    if not own and setup.device_count > 1 and setup.ranks["dp"] == 1:
+        raise UserError("how the devices split the stack's axes is not expressed")
     return Fold(
-        **sizes,
-        msa_heads=number(r"(\d+) msa heads|heads (\d+)", 8),
-        pair_heads=number(r"(\d+) pair heads", 4),
-        outer=number(r"outer-product c (\d+)", 32),
-        fused=bool(re.search(r"fastfold|uni-?fold\b", notes.split(";")[0])),
-        global_columns="extra" in setup.row["model"].lower(),
+        **{k: int(given[k]) for k in wanted},
+        blocks=setup.layers,
+        msa_heads=int(given.get("msa_heads", 8)),
+        pair_heads=int(given.get("pair_heads", 4)),
+        outer=int(given.get("outer", 32)),
+        fused=setup.code == "fastfold",
+        global_columns=given.get("global_columns") == "y",
     )

@@ -26,7 +26,7 @@ from memfit.types.machine import Device, Fact
 from memfit.types.trace import Phase
 from published import layers, pipelines, step_time
 from published.rows import setup_of
-from published.score import Scored, sweeps, times
+from published.score import Scored, order, sweeps, times
 
 Setting = tuple[int, ...]  # a level for every choice
 Patch = tuple[Any, str, Any]  # (module, name, value)
@@ -225,20 +225,6 @@ def applied(setting: Setting) -> Iterator[None]:
 Errors = Callable[[Sequence[Setting]], list[Mapping[str, float]]]  # for each setting, row -> error
 
 
-# Sources of the same house, which may have had the same machines and people: left out together.
-_HOUSES = {
-    "PyTorch": ("torchtitan", "torchao", "torchtune"),
-    "NVIDIA": ("NeMo", "Megatron", "Korthikanti", "BioNeMo"),
-    "Hugging Face, BigScience": ("HF", "TRL", "BLOOM"),
-}
-
-
-def family(source: str) -> str:
-    """``PyTorch`` of ``torchtitan-2024-12``; a source alone by its first word."""
-    first = source.partition("-")[0]
-    return next((house for house, names in _HOUSES.items() if first in names), first)
-
-
 def chosen(
     families: Mapping[str, Sequence[str]], without: str, errors: Errors, *, said: bool = False
 ) -> Setting:
@@ -319,24 +305,27 @@ def _step_s(row: Mapping[str, str], settings: Sequence[Setting]) -> list[float]:
 
 
 def study(rows: Sequence[Mapping[str, str]], scored: Sequence[Scored], jobs: int) -> dict[str, Any]:
-    """For the record: what each family's rows come to with levels chosen without it, beside what stood before
+    """For the record: what each house's rows come to with levels chosen without it, beside what stood before
     and what is used."""
     known = {s.id: s for s in scored if s.speed is not None and s.speed.error is not None}
     families: dict[str, list[str]] = {}
     for s in known.values():
-        families.setdefault(family(s.source), []).append(s.id)
+        families.setdefault(s.house, []).append(s.id)
     spawn = multiprocessing.get_context("spawn")
     with contextlib.ExitStack() as stack:
         pools = [
             stack.enter_context(concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn))
             for _ in range(jobs)
         ]
-        return _studied(known, families, Predictor([r for r in rows if r["id"] in known], pools))
+        timed = [s for s in scored if s.speed is not None]
+        return _studied(timed, families, Predictor([r for r in rows if r["id"] in known], pools))
 
 
 def _studied(
-    known: Mapping[str, Scored], families: Mapping[str, Sequence[str]], predictor: Predictor
+    timed: Sequence[Scored], families: Mapping[str, Sequence[str]], predictor: Predictor
 ) -> dict[str, Any]:
+    """``timed``: rows with a speed, refused ones among them."""
+    known = {s.id: s for s in timed if any(s.id in ids for ids in families.values())}
     measured = {i: s.speed.measured_s or math.nan for i, s in known.items() if s.speed}
 
     def errors(settings: Sequence[Setting]) -> list[Mapping[str, float]]:
@@ -360,11 +349,10 @@ def _studied(
     return {
         "choices": [{"name": c.name, "levels": c.levels, "used": c.used, "said": c.said} for c in CHOICES],
         "families": {name: _levels(setting) for name, setting in settings.items()},
-        "family": {s.source: family(s.source) for s in known.values()},
         "all": _levels(on_all),
         "rows": {i: {"before_s": before[i], "left_out_s": alone[i]} for i in known},
         "summary": {
-            name: _summary(list(known.values()), found)
+            name: _summary(timed, found)
             for name, found in (
                 ("before", before),
                 ("left out", alone),
@@ -382,11 +370,11 @@ def _levels(setting: Setting) -> list[float]:
 
 def _summary(scored: Sequence[Scored], found: Mapping[str, float]) -> dict[str, Any]:
     again = [
-        dataclasses.replace(s, speed=dataclasses.replace(s.speed, predicted_s=found[s.id]))
+        dataclasses.replace(s, speed=dataclasses.replace(s.speed, predicted_s=found.get(s.id)))
         for s in scored
         if s.speed
     ]
     return {
         "times": [dataclasses.asdict(t) for t in times(again)],
-        "sweeps": [dataclasses.asdict(s) for s in sweeps(again)],
+        "order": dataclasses.asdict(order(sweeps(again))),
     }

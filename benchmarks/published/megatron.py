@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from memfit.types.errors import UserError
 from memfit.types.job import Job
 from published.arch import Arch, Moe
 from published.calls import (
@@ -233,9 +233,7 @@ def stages_of(setup: Setup, arch: Arch) -> list[Stage]:
     each = -(-arch.layers // (degree * virtual))
     data = setup.ranks["dp"] * setup.ranks["cp"]
     zero = setup.sharding in ("zero1", "zero2")
-    text = f"{setup.row['notes']} {setup.row['attn_impl']}".lower()
-    bridge = _bridge(setup)
-    whole = bridge or re.search(r"fp8[- _]param", text)  # float8 is all there is of a weight, both ways round
+    copies = setup.float8 and setup.low_precision_weights != "only"
     found = []
     for rank in sorted({0, degree - 1}):
         warmup = (degree - rank - 1) * 2 + (virtual - 1) * degree if virtual > 1 else degree - rank - 1
@@ -246,27 +244,22 @@ def stages_of(setup: Setup, arch: Arch) -> list[Stage]:
                 in_flight=min(warmup + 1, setup.micro_batches * virtual),
                 first=rank == 0,
                 last=rank == degree - 1,
-                fused_loss=bridge or "ce fusion" in text,
+                fused_loss=setup.loss == "fused",
                 shards=data if zero else 1,
                 expert_shards=max(1, data // setup.ranks["ep"]) if zero else 1,
-                grad_bytes=2 if bridge else 4,
-                copy_bytes=2 if setup.float8 and not whole else 0,
+                grad_bytes=setup.grad_bytes,
+                copy_bytes=2 if copies else 0,
             )
         )
     return found
 
 
-def _bridge(setup: Setup) -> bool:
-    """Megatron-Bridge's recipes for performance reduce gradients in bfloat16, fuse the loss, and gather
-    float8 weights (perf_recipes/_common.py, training/mixed_precision.py)."""
-    text = " ".join(setup.row[c] for c in ("group", "software", "source")).lower()
-    return bool(re.search(r"megatron-?\s?bridge", text))
-
-
 def rank_jobs(setup: Setup, arch: Arch) -> list[Job]:
-    """A job for each rank that differs."""
+    """A job for each rank that differs. Raises UserError where ranks share more than the optimizer's
+    state."""
+    if setup.sharding not in ("", "ddp", "zero1", "zero2"):
+        raise UserError(f"{setup.sharding} of layers that Megatron cuts is not expressed")
     dtype = getattr(torch, setup.compute)
-    attention = setup.row["attn_impl"].lower()
     shape = Shape(
         length=setup.length // setup.ranks["cp"],
         batch=setup.micro_batch,
@@ -274,10 +267,10 @@ def rank_jobs(setup: Setup, arch: Arch) -> list[Job]:
         sequence_parallel=setup.sequence_parallel,
         context=setup.ranks["cp"],
         experts_here=max(1, arch.moe.experts // setup.ranks["ep"]) if arch.moe else 0,
-        flash="unfused" not in attention,
+        flash=setup.attention not in ("unfused", "eager"),
         dtype=dtype,
         float8=setup.float8,
-        recompute=setup.recompute == "attention",
+        recompute=setup.recompute.startswith("attention"),
         plain=setup.code != "megatron",
     )
     return [_job(setup, arch, shape, stage) for stage in stages_of(setup, arch)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +18,7 @@ from published.evoformer import stack_job
 from published.folding import fold_job
 from published.losses import Loss
 from published.nnscaler import nnscaler_job
-from published.rows import Setup, before_torch_2, when
+from published.rows import Setup
 from published.vision import vit_job
 
 _DIALECTS = {
@@ -33,7 +32,8 @@ _DIALECTS = {
 }
 
 
-STACKS = {"evoformer": stack_job, "nnscaler": nnscaler_job}
+STACKS = {"openfold": stack_job, "fastfold": stack_job, "nnscaler": nnscaler_job}
+HUGGING_FACE_CODES = ("hf", "liger", "foak", "bert")
 
 _TENSOR_PARALLEL = {
     "blocks.*.attention.project.*": "colwise",
@@ -46,79 +46,56 @@ _TENSOR_PARALLEL = {
 
 def job_of(setup: Setup) -> Job:
     """Raises UserError where the row leaves out a size, or names a model that is not expressed here."""
-    if made := {**STACKS, "fold": fold_job}.get(setup.code):
+    if made := {**STACKS, "alphafold2": fold_job}.get(setup.code):
         return made(setup)
-    if setup.arch is not None and setup.row["scope"] == "activation_only" and not setup.arch.vocab:
-        setup = dataclasses.replace(setup, arch=dataclasses.replace(setup.arch, vocab=1024))
-        return decoder_job(setup, setup.arch, _DIALECTS["hf"], Loss("hidden"))
-    if left_out := re.search(_LEFT_OUT, setup.row["model"].lower()):
-        raise UserError(f"networks of {left_out[0]}'s kind are not expressed")
+    if setup.code == "other":
+        raise UserError("networks of this kind are not expressed")
     arch = known(setup)
-    if re.search(r"\bbert\b|bert-|roberta", setup.row["model"].lower()):
-        needed(setup)
-        return bert_job(setup, arch)
-    if setup.code == "vision":
-        needed(setup, length=False)
+    if setup.scope == "activation_only" and not arch.vocab:
+        return decoder_job(setup, dataclasses.replace(arch, vocab=1024), _DIALECTS["hf"], Loss("hidden"))
+    needed(setup, length=setup.code != "timm")
+    if setup.code == "timm":
         return vit_job(setup, arch)
     if not arch.vocab:
         raise UserError("the row gives no vocab")
-    needed(setup)
+    if setup.code == "bert":
+        return bert_job(setup, arch)
     if setup.code not in _DIALECTS:
         raise UserError(f"models of {setup.code} are not expressed yet")
-    loss = Loss(_loss_kind(setup), alone="longest example stated" in setup.row["notes"].lower())
     dialect = _DIALECTS[setup.code]
-    if setup.code == "hf" and (kind := _attention(setup)):
-        dialect = dataclasses.replace(dialect, attention=kind)
+    if setup.code == "hf" and setup.attention in _WRITTEN_OUT:
+        dialect = dataclasses.replace(dialect, attention=_WRITTEN_OUT[setup.attention])
     if setup.ranks["tp"] > 1:  # which features complex numbers hold is not followed; they are recomputed
         dialect = dataclasses.replace(dialect, rope="half")
+    loss = Loss(_loss_kind(setup), alone=setup.lengths == "longest")
     return decoder_job(setup, arch, dialect, loss)
 
 
-def _attention(setup: Setup) -> str:
-    """How Hugging Face's decoder attends; empty: by flash-attn. Until December 2023 it wrote attention out
-    unless flash-attn was asked for."""
-    text, told = setup.row["attn_impl"].lower(), when(setup.row)
-    if re.search(r"eager|unfused|naive|vanilla|(no|not|without) flash|flash\w*\W+(false|off|no|✘)", text):
-        return "eager"
-    if not text and told is not None and told < (2023, 12):
-        return "eager"
-    return "sdpa" if "sdpa" in text and "flash" not in text else ""
-
-
-# Encoders with decoders, convolutions, scans: their sizes are not those of the columns.
-_LEFT_OUT = (
-    r"\bt5\b|flan-t5|\bmt5|\bbart\b|whisper|wav2vec|hubert|unet|stable.?diffusion|\bsdxl?\b|\bdit\b|resnet|"
-    r"resnext|efficientnet|convnext|swin|mamba|rwkv|hyena|\bclip\b|albert|deberta|\bdetr\b|\blstm\b"
-)
+_WRITTEN_OUT = {"sdpa": "sdpa", "eager": "eager", "unfused": "eager"}
 
 
 def known(setup: Setup) -> Arch:
-    """Raises UserError where neither the row nor a public configuration gives the sizes."""
+    """Raises UserError where the row does not give the sizes."""
     if setup.arch is None:
-        blank = " and no ".join(c for c in ("layers", "hidden") if not setup.row[c])
-        named = setup.row["model"] or "its model"
-        raise UserError(f"the row gives no {blank}, and no public configuration of {named} is known here")
+        raise UserError("the row gives no layers, or no hidden")
+    if not setup.arch.ffn:
+        raise UserError("the row gives no ffn")
     return setup.arch
 
 
 def needed(setup: Setup, *, length: bool = True) -> None:
-    """Raises UserError that names what is blank or no whole number."""
+    """Raises UserError that names what is blank."""
     values = {"seq_len": setup.length or not length, "micro_batch": setup.micro_batch}
     if blank := [name for name, value in values.items() if not value]:
-        told = " and ".join(f"{n} ({setup.row[n]!r})" if setup.row[n] else f"no {n}" for n in blank)
-        raise UserError(f"the row gives {told}" if told.startswith("no ") else f"not whole numbers: {told}")
+        raise UserError(f"the row gives no {' and no '.join(blank)}")
 
 
 def bert_job(setup: Setup, arch: Arch) -> Job:
     """transformers' own encoder, with heads for masked words and the next sentence where it is pre-trained,
-    for classes elsewhere. Attention is written out unless the row names a kernel."""
+    for classes elsewhere."""
     from transformers import BertConfig, BertForPreTraining, BertForSequenceClassification
 
-    told = " ".join(setup.row[c] for c in ("method", "extra_arch")).lower()
-    masked = bool(re.search(r"\bmlm\b|masked|pre-?train", told))
-    kernel = re.search(
-        r"(?<!un)fused attention|flash|sdpa|mem\w*[\s_-]efficient", setup.row["attn_impl"].lower()
-    )
+    masked = setup.objective == "masked"
     samples = setup.micro_batch * setup.micro_batches * setup.ranks["dp"]
     config = BertConfig(
         vocab_size=arch.vocab,
@@ -126,7 +103,7 @@ def bert_job(setup: Setup, arch: Arch) -> Job:
         num_hidden_layers=arch.layers,
         num_attention_heads=arch.heads,
         intermediate_size=arch.ffn,
-        attn_implementation="sdpa" if kernel else "eager",
+        attn_implementation="eager" if setup.attention in ("eager", "unfused") else "sdpa",
         max_position_embeddings=max(512, setup.length),
     )
 
@@ -140,7 +117,7 @@ def bert_job(setup: Setup, arch: Arch) -> Job:
     def build() -> torch.nn.Module:
         kind: Any = BertForPreTraining if masked else BertForSequenceClassification
         model: torch.nn.Module = kind(config)
-        return keeping_gradients(model) if before_torch_2(setup) else model
+        return keeping_gradients(model) if setup.keeps_gradients else model
 
     return Job(
         name=setup.id,
@@ -173,7 +150,7 @@ def decoder_job(setup: Setup, arch: Arch, dialect: Dialect, loss: Loss) -> Job:
             sizes = (arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim)
             linear = LinearMaker(setup.lora, sizes)
             model = freeze(Decoder(arch, dialect, linear, setup.length, loss.inside), setup.lora)
-        return keeping_gradients(model) if before_torch_2(setup) else model
+        return keeping_gradients(model) if setup.keeps_gradients else model
 
     def batch(step: int, seed: int) -> dict[str, torch.Tensor]:
         tokens = torch.zeros(samples, setup.length, dtype=torch.int64)
@@ -203,34 +180,26 @@ def default_dtype(name: str) -> Iterator[None]:
 
 
 def _loss_kind(setup: Setup) -> str:
-    told = when(setup.row)
+    """One of `Loss`: the row's own, or what the code base does at that date."""
+    chunks = "eighths" if setup.code in ("titan", "tune", "litgpt", "thunder") else "fused-linear"
+    stated = {"chunked": chunks, "dense": _dense(setup), "fused": "fast"}
+    if setup.loss != "code":
+        return stated.get(setup.loss, setup.loss)
     if setup.code == "litgpt":
         return "chunked" if setup.lora else "split"
     if setup.code == "thunder":
         return "plain"
     if setup.code == "titan":
-        if told is not None and told < (2024, 5):
+        if setup.older(2024, 5):
             return "float-held"
-        return "compiled" if setup.compiled and told is not None and told >= (2025, 4) else "float"
+        return "compiled" if setup.compiled and not setup.older(2025, 4) else "float"
     if setup.code == "tune":
-        eighths = "eighths-compiled" if setup.compiled else "eighths"
-        return "float" if told is not None and told < (2024, 9) else eighths
-    return _hugging_face_loss(setup)
+        return _dense(setup) if setup.older(2024, 9) else "eighths-compiled" if setup.compiled else "eighths"
+    return _dense(setup)
 
 
-def _hugging_face_loss(setup: Setup) -> str:
-    text = " ".join(setup.row.get(c, "") for c in ("notes", "extra_arch", "method")).lower()
-    if re.search(r"liger|fused linear|chunked nll", text) and "fast ce" not in text.replace(
-        "fast ce, rope", ""
-    ):
-        return "fused-linear"
-    if "fast ce" in text:
-        return "fast"
-    version = re.search(r"transformers\s*[~=v]*\s*(\d+)\.(\d+)", setup.row["software"].lower())
-    told = when(setup.row)
-    if version is not None:
-        number = (int(version[1]), int(version[2]))
-        return "padded" if number >= (4, 49) else "shift-14" if number >= (4, 46) else "shift-12"
-    if told is None or told < (2024, 11):
-        return "shift-12"
-    return "padded" if told >= (2025, 3) else "shift-14"
+def _dense(setup: Setup) -> str:
+    """Hugging Face's changed with 4.46 (October 2024) and 4.49 (February 2025)."""
+    if setup.code not in HUGGING_FACE_CODES:
+        return "float"
+    return "shift-12" if setup.older(2024, 11) else "shift-14" if setup.older(2025, 3) else "padded"

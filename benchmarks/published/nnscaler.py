@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from memfit.types.errors import UserError
 from memfit.types.job import Job
 from published.evoformer import Fold, fold_of
-from published.rows import Setup, before_torch_2
+from published.rows import Setup
 
 _HEAD = 32
 _CHUNK = 4  # rows of the extra MSA
@@ -280,18 +280,17 @@ def nnscaler_job(setup: Setup) -> Job:
     """A step of the stack, on the first of the devices that share it. Raises UserError without the sizes."""
     from published.models import default_dtype, keeping_gradients
 
-    fold = fold_of(setup, told=True)
-    if fold.global_columns and "chunk" not in setup.row["act_ckpt"].lower():
+    fold, devices = fold_of(setup), setup.device_count
+    if fold.global_columns and setup.recompute != "chunks":
         raise UserError("the extra-MSA stack is expressed with its chunks only")
-    text, devices = setup.row["act_ckpt"].lower(), int(setup.row["n_gpus"] or 1)
     if devices > SharedBlock.devices or (devices > 1 and fold.global_columns):
         raise UserError(f"{devices} devices that share a sample are not expressed")
-    policy = "extra" if fold.global_columns else "parts" if "finer" in text else ""
+    policy = "extra" if fold.global_columns else "parts" if setup.recompute == "parts" else ""
 
     def build() -> nn.Module:
         with default_dtype(setup.compute):
             model = Stack(fold, policy, devices)
-        return keeping_gradients(model) if before_torch_2(setup) else model
+        return keeping_gradients(model) if setup.keeps_gradients else model
 
     def batch(step: int, seed: int) -> dict[str, Any]:
         dtype = getattr(torch, setup.compute)

@@ -3,8 +3,6 @@ then gradients reduced, the optimizer's step, weights gathered."""
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Sequence
 
 import torch
@@ -33,10 +31,10 @@ def shape_of(setup: Setup, arch: Arch) -> Shape:
         sequence_parallel=setup.sequence_parallel,
         context=setup.ranks["cp"],
         experts_here=max(1, arch.moe.experts // setup.ranks["ep"]) if arch.moe else 0,
-        flash=not re.search("unfused|v100", f"{setup.row['attn_impl']} {setup.row['gpu']}".lower()),
+        flash=setup.attention not in ("unfused", "eager"),
         dtype=getattr(torch, setup.compute),
         float8=setup.float8,
-        recompute=setup.recompute == "attention",
+        recompute=setup.recompute.startswith("attention"),
     )
 
 
@@ -53,7 +51,7 @@ class Run:
             hosts_of=machine.devices_per_host,
             expert=setup.ranks["ep"],
             fork=_fork_bytes(setup),
-            overlap=bool(re.search(r"nemo|bridge", setup.row["group"].lower())),
+            overlap="tensor" in setup.overlap,
         )
         self.busy: dict[str, float] = {}
 
@@ -103,11 +101,7 @@ class Run:
         starts = [sum(each[:i]) for i in range(count)]
         forward = [sum(ahead[s : s + n]) for s, n in zip(starts, each, strict=True)]
         backward = [sum(back[s : s + n]) for s, n in zip(starts, each, strict=True)]
-        fused = bool(
-            re.search(
-                r"ce fusion|bridge|nemo", f"{self.setup.row['notes']} {self.setup.row['group']}".lower()
-            )
-        )
+        fused = self.setup.loss == "fused"
         forward[0] += self.play(calls.embedding(), per_rank)
         forward[-1] += self.play(calls.head(fused=fused), per_rank)
         backward[-1] += self.play(calls.head(backward=True, fused=fused), per_rank)
@@ -126,10 +120,11 @@ class Run:
         layers = -(-arch.layers // setup.ranks["pp"])
         here = parameters(arch, shape, layers, ends=1.0 if setup.ranks["pp"] > 1 else 2.0 - arch.tied)
         data = setup.ranks["dp"] * setup.ranks["cp"]
-        own = here / data if setup.sharding.startswith("zero") else here
+        shares = setup.sharding.startswith(("zero", "fsdp"))
+        own = here / data if shares else here
         moved = _STATE_BYTES * own + 8 * here  # gradients cleared, and read for their norm
         optimizer = self.play([kernel(moved, dtype="float32")], 1)
-        whole = _grad_bytes(setup)
+        whole = setup.grad_bytes
         if "optimizer" in setup.offload:  # gradients down, Adam on the host's processors, weights up
             on_host = min(data, self.machine.devices_per_host)
             copies_s = (whole + 2) * own / ASSUMED_LINK_BYTES_S
@@ -137,43 +132,25 @@ class Run:
         if data == 1:
             return optimizer
         near = max(1, min(data, self.machine.devices_per_host // shape.tensor))
-        if setup.sharding.startswith("zero"):
+        if shares:
             reduced = collective_s("reduce_scatter", whole * here, data, near, self.machine)
             gathered = collective_s("all_gather", 2 * here, data, near, self.machine)
         else:
             reduced, gathered = collective_s("all_reduce", whole * here, data, near, self.machine), 0.0
-        hidden = backward_s if self._overlaps() else 0.0
+        hidden = backward_s if "data" in setup.overlap else 0.0
         return optimizer + max(0.0, reduced - hidden) + max(0.0, gathered - hidden / 2)
-
-    def _overlaps(self) -> bool:
-        """Megatron reduces and gathers beside the first and last micro-batches where it is asked to, as
-        NVIDIA's own recipes do; DeepSpeed's pipelines reduce when all is over."""
-        text = f"{self.setup.row['group']} {self.setup.row['notes']}".lower()
-        return "no comm overlap" not in text and bool(
-            re.search("nemo|bridge|megatron-lm|mcore|bionemo", text)
-        )
 
 
 def _sends_wait(setup: Setup) -> bool:
-    return "deepspeed" in setup.row["zero_fsdp"].lower()
+    return setup.engine == "megatron-deepspeed"
 
 
 def _blocking(setup: Setup) -> bool:
-    """BLOOM's runs on many hosts hung unless CUDA_LAUNCH_BLOCKING was set: one of 20 hosts sometimes, of 40
-    always (its chronicles-prequel.md, "dealing with JZ hanging"; tr11-176B-ml.slurm sets it)."""
-    return (
-        "bloom" in setup.row["group"].lower() and math.prod(setup.ranks[k] for k in ("dp", "tp", "pp")) > 160
-    )
+    return setup.launch_blocking
 
 
 def _fork_bytes(setup: Setup) -> int:
     """Two halves read and one written; its BF16 optimizer reads, adds to float32 and clears besides."""
-    if "deepspeed" not in setup.row["zero_fsdp"].lower():
+    if setup.engine != "megatron-deepspeed":
         return 0
-    return 18 if "fp32 gradient" in setup.row["precision"].lower() else 6
-
-
-def _grad_bytes(setup: Setup) -> int:
-    """Of an element that is reduced: DeepSpeed's and Megatron-Bridge's are half precision."""
-    text = " ".join(setup.row[c] for c in ("zero_fsdp", "group", "optimizer")).lower()
-    return 2 if re.search(r"deepspeed|bridge|fsdp", text) else 4
+    return 18 if setup.compute == "bfloat16" and setup.grad_bytes == 4 else 6

@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
-import re
+from collections.abc import Mapping
 from typing import Any
 
+from memfit.catalog.load import device
 from memfit.cost.allocator import Settings, replay
 from memfit.cost.device_overhead import device_overhead, with_workspaces
+from memfit.cost.estimate import MEMORY_RATIO, interval_around
 from memfit.cost.memory import levels
+from memfit.cost.memory_estimate import footprint
 from memfit.techniques.registry import make_use
 from memfit.trace.trace_extrapolation import deep_trace
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
-from memfit.types.machine import Device
+from memfit.types.machine import Device, Machine
 from memfit.types.plan import KnobValue, Plan, Use
+from memfit.types.result import Interval
 from memfit.types.trace import Phase, Trace
-from published import cards, words
 from published.megatron import rank_jobs
-from published.models import STACKS, job_of, known, needed
-from published.quantities import GIB
-from published.rows import Setup, before_torch_2, card_bytes, when
+from published.models import HUGGING_FACE_CODES, STACKS, job_of, known, needed
+from published.rows import Setup
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """Peaks of a training step. ``phase``: where the allocated one lies."""
+    """Peaks of a training step. ``phase``: where the allocated one lies. ``ranges``: (low, high) over the
+    value by kind of memory, as memfit's estimates give them."""
 
     allocated_bytes: int
     phase: str
     resident_bytes: int = 0  # kept for backward when forward ends
     reserved_bytes: int | None = None
     device_bytes: int | None = None
+    ranges: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
 
 
 def use(technique: str, **settings: KnobValue) -> Use:
@@ -76,7 +81,7 @@ def _memory(setup: Setup) -> list[Use]:
 def _autocast(setup: Setup) -> bool:
     """FSDP and ZeRO cast by themselves, but FSDP does not where adapters are wider than their base."""
     adapters = setup.lora is not None and setup.lora.adapter_dtype == "float32"
-    if setup.sharding and setup.sharding != "ddp" and setup.ranks["dp"] * setup.ranks["cp"] > 1:
+    if _shares(setup):
         return adapters and setup.sharding.startswith("fsdp") and setup.parameters != "float32"
     return adapters or (setup.parameters == "float32" and setup.compute != "float32")
 
@@ -85,6 +90,8 @@ EXPRESSED = ("adamw", "adamw-8bit", "adamw-4bit", "adamw-paged", "adafactor", "s
 
 
 def _optimizer(setup: Setup) -> list[Use]:
+    if setup.optimizer == "none":
+        return []
     if setup.optimizer not in EXPRESSED:
         raise UserError(f"the optimizer {setup.optimizer} is not expressed")
     uses: list[Use] = []
@@ -94,11 +101,9 @@ def _optimizer(setup: Setup) -> list[Use]:
         uses.append(use("adamw-paged"))
         if "gradients" in setup.offload:  # each leaves when it is complete
             uses.append(use("optimizer-in-backward"))
-    elif setup.fused or setup.sharding.startswith("zero"):  # DeepSpeed's own is one kernel (ops/adam)
-        uses.append(use("adamw-fused"))
-    elif before_torch_2(setup):
-        uses.append(use("adamw-single"))
-    if re.search(r"in[_ -]b(ack)?wa?r?d", setup.row["optimizer"].lower()):
+    elif setup.optimizer_kernels in ("fused", "single"):
+        uses.append(use(f"adamw-{setup.optimizer_kernels}"))
+    if setup.optimizer_in_backward:
         uses.append(use("optimizer-in-backward"))
     return uses
 
@@ -106,29 +111,40 @@ def _optimizer(setup: Setup) -> list[Use]:
 def _on_host(setup: Setup) -> bool:
     """Whether an optimizer of its own keeps the states in host memory, where no sharding does (torchao's
     CPUOffloadOptimizer)."""
-    shared = setup.sharding not in ("", "ddp") and setup.ranks["dp"] > 1
-    return "optimizer" in setup.offload and not shared and "no offload" not in setup.row["optimizer"].lower()
+    return "optimizer" in setup.offload and not _shares(setup)
+
+
+def _shares(setup: Setup) -> bool:
+    """Whether FSDP or ZeRO steps the optimizer: over several ranks, or DeepSpeed on one, which keeps a
+    float32 copy there as well."""
+    if setup.sharding in ("", "ddp"):
+        return False
+    return setup.ranks["dp"] * setup.ranks["cp"] > 1 or _alone(setup)
+
+
+def _alone(setup: Setup) -> bool:
+    """DeepSpeed's ZeRO on one device."""
+    return setup.sharding.startswith("zero") and setup.master_weights and setup.lora is None
 
 
 def _graphs(setup: Setup) -> str:
     """torchtitan (since May 2024) and torchtune compile blocks; others the model, which the hooks of sharding
     break up."""
-    told = when(setup.row)
-    whole = setup.code == "titan" and told is not None and told < (2024, 6)
-    if setup.code not in ("thunder", "vision", "litgpt") and not whole:
+    whole = setup.code == "titan" and setup.older(2024, 6)
+    if setup.code not in ("thunder", "timm", "litgpt") and not whole:
         return "blocks"
     return "model" if setup.ranks["dp"] == 1 else "parts"
 
 
 def _sharding(setup: Setup) -> list[Use]:
-    if setup.ranks["dp"] == 1 and setup.ranks["cp"] == 1:
+    if setup.ranks["dp"] == 1 and setup.ranks["cp"] == 1 and not _alone(setup):
         return []
     if setup.lora is not None and setup.lora.base and setup.sharding == "zero3":
         raise UserError("how the ranks share a 4-bit base is not expressed")
     if setup.sharding in ("fsdp1", "fsdp2"):
         units, reshard = _groups(setup)
         options: dict[str, Any] = {
-            "precision": "bf16" if setup.parameters == "float32" else "as-is",
+            "precision": "bf16" if setup.parameters == "float32" and setup.compute != "float32" else "as-is",
             "reshard": setup.reshard and reshard,
             "units": units,
             "prefetch": 1,
@@ -149,12 +165,11 @@ def _groups(setup: Setup) -> tuple[str, KnobValue]:
     """(what is gathered together, what is freed after forward). torch before June 2025 and FSDP1 never freed
     what lies beside the blocks; torchtitan keeps the last block (parallelize_llama.py), and since July 2025
     the embedding, the blocks, and norm and head are groups, of which the last is kept."""
-    told = when(setup.row)
     if setup.code == "thunder":
         return "parts", True
     if setup.code == "titan":
-        return "blocks" if told is not None and told < (2025, 8) else "ends", "not-last"
-    old = setup.sharding == "fsdp1" or (told is not None and told < (2025, 6))
+        return "blocks" if setup.older(2025, 8) else "ends", "not-last"
+    old = setup.sharding == "fsdp1" or setup.older(2025, 6)
     return "blocks", "blocks" if old else True
 
 
@@ -167,7 +182,7 @@ def _zero(setup: Setup) -> Use:
         "offload": place,
         "precision": "fp32" if setup.compute == "float32" else "bf16",
     }
-    if setup.sharding == "zero3" and setup.arch is not None and setup.code in ("hf", "liger", "foak"):
+    if setup.sharding == "zero3" and setup.arch is not None and setup.code in HUGGING_FACE_CODES:
         width = setup.arch.hidden
         options["reduce_bucket_elements"] = width * width
         options["prefetch_elements"] = int(0.9 * width * width)
@@ -181,28 +196,12 @@ _PARTS = 4  # of a phase's span: a peak lies near its start or its end
 
 
 def predict(setup: Setup) -> Prediction:
-    """Raises UserError with the reason where the row cannot be expressed, or contradicts itself: a run that
-    was measured did fit its card. Where it does so only because the row says nothing of recomputation, blocks
-    were recomputed."""
-    found, card = _predicted(setup), card_bytes(setup.row)
-    if card and found.allocated_bytes > card and _left_open(setup):
-        found = _predicted(dataclasses.replace(setup, recompute="full"))
-    if card and found.allocated_bytes > card:
-        raise UserError(
-            f"as the row states it the run takes {found.allocated_bytes / 2**30:.1f} GiB, more than its card"
-        )
-    return found
-
-
-def _left_open(setup: Setup) -> bool:
-    """Whether blocks may have been recomputed: the row says nothing, or selectively and not of what."""
-    told = words.recompute(setup.row["act_ckpt"])
-    said = setup.row["act_ckpt"] and (told != "attention" or setup.code == "megatron")
-    return not said and setup.arch is not None and setup.row["scope"] == "train_step"
-
-
-def _predicted(setup: Setup) -> Prediction:
-    if setup.float8 and setup.code != "megatron" and not setup.recompute:
+    """Raises UserError with the reason where the row cannot be expressed."""
+    if setup.scope == "loss_only":
+        raise UserError("a loss alone is no step")
+    if setup.low_precision not in ("", "float8"):
+        raise UserError(f"products in {setup.low_precision} are not expressed")
+    if setup.low_precision_weights == "not stated":
         raise UserError("whether weights stay gathered in 8 or in 16 bits is not in the row")
     if setup.code == "megatron" or as_megatron(setup):
         arch = known(setup)
@@ -231,7 +230,9 @@ def _of(setup: Setup, plan: Plan) -> Prediction:
     return of_trace(setup, traced(setup, plan))
 
 
-_KEPT: dict[Any, Trace] = {}  # of the row at hand: memory and time are read from the same traces
+_KEPT: dict[
+    tuple[str, Plan, int], Trace
+] = {}  # of the row at hand: memory and time are read from the same traces
 
 
 def forget() -> None:
@@ -240,9 +241,9 @@ def forget() -> None:
 
 def traced(setup: Setup, plan: Plan, layers: int = 0) -> Trace:
     """Of the model with so many blocks; 0: with all of its own."""
-    key = (*setup.row.items(), setup.micro_batch, setup.micro_batches, plan, layers)
+    key = (repr(setup), plan, layers)
     if key not in _KEPT:
-        update = setup.row["scope"] == "train_step" or setup.code == "nnscaler"
+        update = setup.scope == "train_step" or setup.code == "nnscaler"
         options: dict[str, Any] = {"device": "cuda", "max_micro_batches": 2, "update": update}
         job = job_of(_with_layers(setup, layers) if layers else setup)
         _KEPT[key] = trace(job, plan, **options) if layers else deep_trace(job, plan, **options)
@@ -276,16 +277,12 @@ def _period(plan: Plan) -> int:
 
 
 def _count(setup: Setup) -> int:
-    return setup.arch.layers if setup.arch else _number_of(setup.row["layers"])
-
-
-def _number_of(text: str) -> int:
-    return int(text) if text.isdigit() else 0
+    return setup.layers
 
 
 def _on_a_line(setup: Setup, plan: Plan) -> Prediction | None:
     """Peaks grow by as much with every further period of blocks; None where a third depth says otherwise."""
-    card, period = _card(setup), _period(plan)
+    card, period = card_of(setup), _period(plan)
     found = [traced(setup, plan, _FEW_BLOCKS + i * period) for i in range(3)]
     few, more, most = (_tops(with_workspaces(t, card) if card else t) for t in found)
     times = (_count(setup) - _FEW_BLOCKS) / period
@@ -293,12 +290,12 @@ def _on_a_line(setup: Setup, plan: Plan) -> Prediction | None:
     where = max(whole, key=lambda key: whole[key])
     if abs((2 * more[where] - few[where]) / most[where] - 1) > _ON_THE_LINE:
         return None
-    return Prediction(allocated_bytes=whole[where], phase=where[0])
+    return Prediction(allocated_bytes=whole[where], phase=where[0], ranges={"allocated": _ALLOCATED_RANGE})
 
 
 def _with_layers(setup: Setup, count: int) -> Setup:
     arch = dataclasses.replace(setup.arch, layers=count) if setup.arch else None
-    return dataclasses.replace(setup, arch=arch, row={**setup.row, "layers": str(count)})
+    return dataclasses.replace(setup, arch=arch, layers=count)
 
 
 def _tops(traced: Trace) -> dict[tuple[str, int], int]:
@@ -318,11 +315,11 @@ def _tops(traced: Trace) -> dict[tuple[str, int], int]:
 
 def of_trace(setup: Setup, traced: Trace) -> Prediction:
     """Of a whole trace: the allocator can be replayed, and what lies beside it added."""
-    card = _card(setup)
+    card = card_of(setup)
     seen = with_workspaces(traced, card) if card else traced
     tops = _tops(seen)
     where = max(tops, key=lambda key: tops[key])
-    played = replay(seen.allocations, Settings(expandable_segments=_expandable(setup)))
+    played = replay(seen.allocations, Settings(expandable_segments=setup.expandable_segments))
     beside = _beside(setup, card, traced) if card else None
     return Prediction(
         allocated_bytes=tops[where],
@@ -330,17 +327,36 @@ def of_trace(setup: Setup, traced: Trace) -> Prediction:
         resident_bytes=_resident(seen),
         reserved_bytes=played.reserved_peak_bytes,
         device_bytes=None if beside is None else played.reserved_peak_bytes + beside,
+        ranges=_ranges(setup, seen, tops[where], card),
     )
 
 
+_ALLOCATED_RANGE = (1 - MEMORY_RATIO, 1 + MEMORY_RATIO)
+
+
+def _ranges(
+    setup: Setup, seen: Trace, peak_bytes: int, card: Device | None
+) -> dict[str, tuple[float, float]]:
+    """Of the allocator's cache and of the device only where the measured number is one of them."""
+    kind = setup.measured.kind if setup.measured else ""
+    if card is None or kind not in ("reserved", "device"):
+        return {"allocated": _ALLOCATED_RANGE, "resident": _ALLOCATED_RANGE}
+    around = footprint(seen, interval_around(peak_bytes, MEMORY_RATIO), Machine(name=card.name, device=card))
+    found = {"reserved": around.reserved_bytes, "device": around.device_bytes}
+    return {"allocated": _ALLOCATED_RANGE, **{k: _ratios(v) for k, v in found.items() if v}}
+
+
+def _ratios(interval: Interval) -> tuple[float, float]:
+    return interval.low / interval.value, interval.high / interval.value
+
+
 def _beside(setup: Setup, card: Device, traced: Trace) -> int | None:
-    """Outside the allocator. A source that measured its empty context says so in its metric: before CUDA
+    """Outside the allocator. A source may have measured its empty context: before CUDA
     11.7 loaded kernels one by one, that was much more."""
     parts = device_overhead(card, traced.communicators)
-    stated = re.search(r"(\d+) MiB CUDA context", setup.row["mem_metric"])
-    if stated is None:
+    if setup.context_bytes is None:
         return int(parts.total_bytes.value) if parts.total_bytes else None
-    return int(stated[1]) * 2**20 + parts.parts_bytes.get("nccl", 0)
+    return setup.context_bytes + parts.parts_bytes.get("nccl", 0)
 
 
 def _resident(traced: Trace) -> int:
@@ -353,23 +369,11 @@ def _resident(traced: Trace) -> int:
     )
 
 
-def _card(setup: Setup) -> Device | None:
-    return cards.card(setup.row["gpu"], card_bytes(setup.row) / GIB)
-
-
 def card_of(setup: Setup) -> Device | None:
-    """For time: torchao's and torchtitan's H100 are those of their authors, with 2.4 TB/s (torchao's
-    roofline_utils.py says so) and a limit of 500 W (torchtitan's reports)."""
-    name = setup.row["gpu"]
-    theirs = re.search("torchao|torchtitan", setup.row["group"].lower()) and "h100" in name.lower()
-    return cards.card("H100-96GB-HBM2e") if theirs else _card(setup)
-
-
-def _expandable(setup: Setup) -> bool:
-    """torchtitan's launcher has asked for expandable segments since October 2024 (run_train.sh)."""
-    told = when(setup.row)
-    recent = told is None or told >= (2024, 10)
-    return "expandable segments on" in setup.row["notes"].lower() or (setup.code == "titan" and recent)
+    """None: the source does not say, or the catalog has no such card."""
+    with contextlib.suppress(UserError):
+        return device(setup.gpu) if setup.gpu else None
+    return None
 
 
 def _recomputed(setup: Setup) -> Plan:

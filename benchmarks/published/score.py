@@ -1,28 +1,26 @@
-"""Rows beside their predictions, and how large the errors are."""
+"""Rows beside their predictions, and how large the errors are (PROTOCOL.md)."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import math
-import re
 import statistics
-import tomllib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
+from memfit.cost.estimate import KERNELS_TIME_RATIO
 from memfit.types.errors import UserError
-from published.predict import forget, predict
-from published.quantities import GIB, amount
-from published.rows import Setup, card_bytes, measured_of, setup_of
+from published.checks import contradictions
+from published.predict import Prediction, forget, predict
+from published.rows import SPEEDS, Setup, setup_of, unit_sure
+from published.schema import GIB, Row, problems
 from published.step_time import measured_s, timed
 from published.step_time import predicted as seconds_of
 
-_COMPARABLE = Path(__file__).parent / "comparable.toml"
 FULL_RATIO = 0.94  # of the card: above it the allocator's cache is what fills it
+WITHIN = 0.30
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +42,12 @@ class Speed:
         return self.predicted_s / self.measured_s - 1
 
     @property
+    def inside(self) -> bool:
+        """Whether the measured step lies in the interval that memfit gives where kernels' shares are
+        known."""
+        return self.error is not None and abs(1 / (1 + self.error) - 1) <= KERNELS_TIME_RATIO
+
+    @property
     def predicted(self) -> float | None:
         """In the source's own unit."""
         if self.error is None:
@@ -63,26 +67,30 @@ class Speed:
         }
 
 
-_SPEEDS = ("tok_s_gpu", "tok_s_total", "samples_s", "step_time_s")
-
-
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
-    """``predicted_bytes`` None: refused, for ``reason``. ``measured_bytes`` None: no memory was published.
-    ``compared``: which of the predicted numbers is the source's own."""
+    """``rejected``: the row contradicts the schema or itself, for ``reason``. ``predicted_bytes`` None and
+    not rejected: refused, for ``reason``. ``measured_bytes`` None: no memory was published. ``kind``: what
+    was measured; ``compared``: which of the predicted numbers stands beside it. ``low``, ``high``: the
+    ends of the predicted interval over the predicted number."""
 
     id: str
     source: str
     quality: str
-    metric: str
+    kind: str = ""
+    house: str = ""
+    blind: str = ""
     compared: str = ""
     measured_bytes: float | None = None
     predicted_bytes: float | None = None
+    low: float = 1.0
+    high: float = 1.0
     reason: str = ""
+    rejected: bool = False
     full: bool = False  # the measured number is within 6 % of the card
     sure: bool = True  # of the measured number's unit
     reference: bool = False  # a paper's formula, not a measurement
-    state: str = ""  # of system and code, where the source tells some of its rows apart (comparable.toml)
+    state: str = ""
     speed: Speed | None = None  # None: no speed was published
 
     @property
@@ -91,18 +99,29 @@ class Scored:
             return None
         return self.predicted_bytes / self.measured_bytes - 1
 
+    @property
+    def inside(self) -> bool:
+        if self.error is None:
+            return False
+        return self.low <= 1 / (1 + self.error) <= self.high
+
     def as_row(self) -> dict[str, Any]:
         """Sizes in GiB."""
         return {
             "id": self.id,
+            "source": self.source,
+            "house": self.house,
+            "blind": self.blind,
             "quality": self.quality,
-            "mem_metric": self.metric,
+            "kind": self.kind,
             "measured": _gib(self.measured_bytes),
             "predicted": _gib(self.predicted_bytes),
             "error": self.error,
+            "interval": [self.low, self.high],
+            "inside": self.inside,
             "compared": self.compared,
             "reason": self.reason,
-            "source": self.source,
+            "rejected": self.rejected,
             "card_full": self.full,
             "unit_sure": self.sure,
             "reference": self.reference,
@@ -115,48 +134,40 @@ def _gib(size_bytes: float | None) -> float | None:
     return None if size_bytes is None else size_bytes / GIB
 
 
-def score(row: Mapping[str, str]) -> Scored:
-    """One row can be odd in ways that nobody foresaw: it is then refused, and the others go on."""
+def score(row: Row) -> Scored:
+    """Checks before anything is predicted. A row can be odd in ways that nobody foresaw: it is then
+    refused, and the others go on."""
     found = Scored(
         id=row["id"],
         source=row["group"],
         quality=row["quality"],
-        metric=row["mem_metric"],
+        house=row["house"],
+        blind=row["blind"],
         reference=row["scope"] == "analytic_reference",
-        state=state_of(row),
+        state=row["state"],
     )
+    if wrong := problems(row) or contradictions(row, setup_of(row)):
+        return dataclasses.replace(found, reason="; ".join(wrong), rejected=True)
+    setup = setup_of(row)
+    if setup.measured is not None:
+        measured, kind = setup.measured.size_bytes, setup.measured.kind
+        full = measured / setup.measured.scale > FULL_RATIO * setup.card_bytes > 0
+        found = dataclasses.replace(
+            found, measured_bytes=measured, kind=kind, compared=kind, full=full, sure=unit_sure(row)
+        )
+    if found.reference:
+        return dataclasses.replace(found, reason="a paper's formula, not a measurement")
     forget()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        measured = _tried(lambda: measured_of(row), lambda why: None)
-        if measured is not None:  # known also of a row that is refused
-            found = dataclasses.replace(
-                found, compared=measured.kind, measured_bytes=measured.size_bytes, sure=measured.sure
-            )
-        found = _tried(lambda: _scored(row, found), lambda why: dataclasses.replace(found, reason=why))
-        unit = _tried(lambda: next((c for c in _SPEEDS if _number_in(row, c)), None), lambda why: None)
-        if unit is None or found.reference:
+        if setup.measured is not None:
+            found = _tried(lambda: _sized(setup, found), lambda why: dataclasses.replace(found, reason=why))
+        unit = next((name for name in SPEEDS if name in setup.speeds), None)
+        if unit is None:
             return found
-        bare = Speed(unit=unit, value=_number_in(row, unit))
-        speed = _tried(lambda: _timed(row, bare), lambda why: dataclasses.replace(bare, reason=why))
+        bare = Speed(unit=unit, value=setup.speeds[unit])
+        speed = _tried(lambda: _timed(setup, bare), lambda why: dataclasses.replace(bare, reason=why))
     return dataclasses.replace(found, speed=speed)
-
-
-def state_of(row: Mapping[str, str]) -> str:
-    """Empty where the source says nothing: its rows are comparable."""
-    told = told_apart().get(row["group"])
-    if told is None:
-        return ""
-    if told["apart"][0] in row["notes"]:
-        return f"apart: {row['id']}"
-    day = re.match(r"\d\d-\d\d", row["notes"])
-    past = [since for since, _ in told["since"] if day and since <= day[0]]
-    return f"from {past[-1]}" if past else f"before {told['since'][0][0]}"
-
-
-@functools.cache
-def told_apart() -> Mapping[str, Any]:
-    return tomllib.loads(_COMPARABLE.read_text(encoding="utf-8"))
 
 
 _Found = TypeVar("_Found")
@@ -172,12 +183,8 @@ def _tried(made: Callable[[], _Found], refused: Callable[[str], _Found]) -> _Fou
         return refused(f"failed: {type(error).__name__}: {first}"[:200])
 
 
-def _number_in(row: Mapping[str, str], column: str) -> float:
-    return amount(row.get(column, ""))
-
-
-def _timed(row: Mapping[str, str], bare: Speed) -> Speed:
-    setup = timed(setup_of(row))
+def _timed(setup: Setup, bare: Speed) -> Speed:
+    setup = timed(setup)
     measured = measured_s(setup)
     if not measured:
         raise UserError("the row does not say how many tokens or samples a step has")
@@ -189,142 +196,166 @@ def _timed(row: Mapping[str, str], bare: Speed) -> Speed:
     return dataclasses.replace(found, predicted_s=played.step_s, busy_s=played.busy_s)
 
 
-def _scored(row: Mapping[str, str], found: Scored) -> Scored:
-    setup = setup_of(row)
-    measured, card = setup.measured, card_bytes(row)
-    if measured is not None:
-        full = bool(card) and measured.size_bytes / _times_counted(setup) > FULL_RATIO * card
-        found = dataclasses.replace(found, full=full)
-    if found.reference:
-        return dataclasses.replace(found, reason="a paper's formula, not a measurement")
-    try:
-        predicted, compared = _number(setup)
-    except UserError as error:
-        return dataclasses.replace(found, reason=str(error))
-    return dataclasses.replace(found, predicted_bytes=predicted, compared=compared)
+def _sized(setup: Setup, found: Scored) -> Scored:
+    assert setup.measured is not None
+    predicted = predict(setup)
+    size_bytes, compared = number_of(predicted, setup.measured.kind)
+    low, high = predicted.ranges.get(compared, (1.0, 1.0))
+    scaled = size_bytes * setup.measured.scale
+    return dataclasses.replace(found, predicted_bytes=scaled, compared=compared, low=low, high=high)
 
 
-def _number(setup: Setup) -> tuple[float, str]:
-    """The number of a prediction that the source's own metric is, and its name."""
-    found = predict(setup)
-    kind = setup.measured.kind if setup.measured else "allocated"
+def number_of(predicted: Prediction, kind: str) -> tuple[float, str]:
+    """The number of a prediction that a source measured, and its name."""
     if kind == "resident":
-        return found.resident_bytes, "resident"
-    if kind == "device" and found.device_bytes:
-        return found.device_bytes, "device"
-    if kind in ("device", "reserved") and found.reserved_bytes:
-        return found.reserved_bytes, "reserved"
-    return found.allocated_bytes * _times_counted(setup), "allocated"
+        return predicted.resident_bytes, "resident"
+    if kind == "device" and predicted.device_bytes:
+        return predicted.device_bytes, "device"
+    if kind in ("device", "reserved") and predicted.reserved_bytes:
+        return predicted.reserved_bytes, "reserved"
+    return predicted.allocated_bytes, "allocated"
 
 
-def _times_counted(setup: Setup) -> float:
-    """A source that sums more measurements than it divides by says so in its notes; one that adds up its
-    devices, in its metric."""
-    found = re.search(r"averages (\d+) trials over (\d+)", setup.row["notes"])
-    times = int(found[1]) / int(found[2]) if found else 1.0
-    total = re.search(r"total over (all )?(gpus|devices|ranks)|sum over", setup.row["mem_metric"].lower())
-    return times * math.prod(setup.ranks[k] for k in ("dp", "tp", "pp", "cp")) if total else times
+# -- statistics -------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Summary:
-    """Errors are absolute ratios; a refused row counts in ``rows`` and not in ``predicted``."""
+class Answer:
+    """``error`` None: a miss."""
+
+    source: str
+    error: float | None
+    inside: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Errors:
+    """Absolute errors as ratios. ``median_of_sources``: over sources, of each source's median. ``within``,
+    ``inside``: shares within 30 % and in the interval, of each source, averaged. None: a miss decides it, or
+    there is no row."""
+
+    rows: int
+    sources: int
+    median_of_sources: float | None = None
+    median: float | None = None
+    worst: float | None = None
+    within: float | None = None
+    within_rows: float | None = None
+    inside: float | None = None
+    inside_rows: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Statistic:
+    """``predicted``: of the predicted rows; ``all``: refused rows are misses. ``rejected``: rows that are in
+    neither."""
 
     name: str
-    rows: int
-    predicted: int
-    median: float | None
-    median_of_sources: float | None
-    worst: float | None
+    predicted: Errors
+    all: Errors
+    rejected: int
 
 
-def _allocated(s: Scored) -> bool:
-    return bool(re.search("alloc|active", s.metric.lower()))
+def errors_of(answers: Sequence[Answer]) -> Errors:
+    sources: dict[str, list[Answer]] = {}
+    for answer in answers:
+        sources.setdefault(answer.source, []).append(answer)
+    if not answers:
+        return Errors(rows=0, sources=0)
+    sizes = [[_size(a) for a in own] for own in sources.values()]
+
+    def shares(of: Callable[[Answer], bool]) -> tuple[float, float]:
+        each = [statistics.fmean(map(of, own)) for own in sources.values()]
+        return statistics.fmean(each), statistics.fmean(map(of, answers))
+
+    within, within_rows = shares(lambda a: _size(a) <= WITHIN)
+    inside, inside_rows = shares(lambda a: a.inside)
+    return Errors(
+        rows=len(answers),
+        sources=len(sources),
+        median_of_sources=_finite(statistics.median(map(statistics.median, sizes))),
+        median=_finite(statistics.median(itertools.chain(*sizes))),
+        worst=_finite(max(itertools.chain(*sizes))),
+        within=within,
+        within_rows=within_rows,
+        inside=inside,
+        inside_rows=inside_rows,
+    )
+
+
+def _size(answer: Answer) -> float:
+    return math.inf if answer.error is None else abs(answer.error)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def statistic(name: str, answers: Sequence[Answer], rejected: int) -> Statistic:
+    known = [a for a in answers if a.error is not None]
+    return Statistic(name=name, predicted=errors_of(known), all=errors_of(answers), rejected=rejected)
 
 
 _GROUPS: tuple[tuple[str, Callable[[Scored], bool]], ...] = (
-    ("allocated, quality A", lambda s: _allocated(s) and s.quality == "A"),
-    ("allocated, all", _allocated),
+    ("allocated, quality A", lambda s: s.kind == "allocated" and s.quality == "A"),
+    ("allocated, all", lambda s: s.kind == "allocated"),
     (
-        "reserved and nvidia-smi below 94 % of the card",
-        lambda s: bool(re.search("reserved|nvidia-smi|nvml", s.metric.lower())) and not s.full and s.sure,
+        "reserved and device below 94 % of the card",
+        lambda s: s.kind in ("reserved", "device") and not s.full and s.sure,
     ),
     ("all with a measurement", lambda s: True),
 )
 
 
-def summaries(scored: Sequence[Scored]) -> list[Summary]:
+def memory(scored: Sequence[Scored]) -> list[Statistic]:
     known = [s for s in scored if s.measured_bytes and not s.reference]
-    return [_summary(name, [s for s in known if belongs(s)]) for name, belongs in _GROUPS]
+    rejected = sum(s.rejected for s in scored)
+    return [
+        statistic(name, [_memory_answer(s) for s in known if belongs(s)], rejected)
+        for name, belongs in _GROUPS
+    ]
 
 
-def _summary(name: str, scored: Sequence[Scored]) -> Summary:
-    errors = [(s.source, abs(s.error)) for s in scored if s.error is not None]
-    sources = sorted({source for source, _ in errors})
-    each = [statistics.median(e for source, e in errors if source == one) for one in sources]
-    return Summary(
-        name=name,
-        rows=len(scored),
-        predicted=len(errors),
-        median=statistics.median(e for _, e in errors) if errors else None,
-        median_of_sources=statistics.median(each) if each else None,
-        worst=max((e for _, e in errors), default=None),
-    )
+def _memory_answer(s: Scored) -> Answer:
+    return Answer(source=s.source, error=s.error, inside=s.inside)
 
 
-# -- time -----------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Times:
-    """Of rows with a speed: absolute errors of the step's seconds. ``within``: the share at most 30 % off."""
-
-    name: str
-    rows: int
-    predicted: int
-    median: float | None
-    within: float | None
-    worst: float | None
-    sources: int
+def times(scored: Sequence[Scored]) -> list[Statistic]:
+    known = [s for s in scored if s.speed is not None]
+    rejected = sum(s.rejected for s in scored)
+    named: list[tuple[str, list[Scored]]] = [
+        ("all with a speed", known),
+        ("quality A", [s for s in known if s.quality == "A"]),
+        ("quality B and C", [s for s in known if s.quality != "A"]),
+    ]
+    return [
+        statistic(
+            name,
+            [Answer(source=s.source, error=s.speed.error, inside=s.speed.inside) for s in rows if s.speed],
+            rejected,
+        )
+        for name, rows in named
+    ]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep:
     """Rows of one source in one unit: how well their order is kept. ``rank``: Spearman's correlation;
     ``pairs``: the share of pairs in the right order (measured within 2 % of each other: no order).
-    ``comparable``: False for all rows of a source that says not to compare some of them."""
+    ``refused``: rows that are in neither. ``ordered``: pairs that have an order; ``refused_pairs``: such
+    with a refused row. ``comparable``: False for all rows of a source that says not to compare some of
+    them."""
 
     name: str
     unit: str
     rows: int
     rank: float
     pairs: float
-    told: int  # pairs that have an order
+    ordered: int
     median: float
+    refused: int = 0
+    refused_pairs: int = 0
     comparable: bool = True
-
-
-def times(scored: Sequence[Scored]) -> list[Times]:
-    known = [s for s in scored if s.speed is not None]
-    named: list[tuple[str, list[Scored]]] = [
-        ("all with a speed", known),
-        ("quality A", [s for s in known if s.quality == "A"]),
-        ("quality B and C", [s for s in known if s.quality != "A"]),
-    ]
-    return [_times(name, rows) for name, rows in named]
-
-
-def _times(name: str, rows: Sequence[Scored]) -> Times:
-    errors = [abs(s.speed.error) for s in rows if s.speed and s.speed.error is not None]
-    return Times(
-        name=name,
-        rows=len(rows),
-        predicted=len(errors),
-        median=statistics.median(errors) if errors else None,
-        within=sum(e <= 0.30 for e in errors) / len(errors) if errors else None,
-        worst=max(errors, default=None),
-        sources=len({s.source for s in rows}),
-    )
 
 
 def sweeps(scored: Sequence[Scored]) -> list[Sweep]:
@@ -332,7 +363,7 @@ def sweeps(scored: Sequence[Scored]) -> list[Sweep]:
     rows apart, all of them together too."""
     groups: dict[tuple[str, str], list[tuple[str, Speed]]] = {}
     for s in scored:
-        if s.speed is not None and s.speed.predicted is not None:
+        if s.speed is not None:
             groups.setdefault((s.source, s.speed.unit), []).append((s.state, s.speed))
     found = []
     for (name, unit), rows in groups.items():
@@ -343,25 +374,34 @@ def sweeps(scored: Sequence[Scored]) -> list[Sweep]:
         if len(states) > 1:
             whole = _sweep(f"{name}, all", unit, [speed for _, speed in rows])
             found.append(dataclasses.replace(whole, comparable=False))
-    return sorted((s for s in found if s.rows > 1), key=lambda s: (not s.comparable, -s.rows))
+    kept = (s for s in found if s.rows > 1)
+    return sorted(kept, key=lambda s: (not s.comparable, -s.rows))
 
 
 def _sweep(name: str, unit: str, speeds: Sequence[Speed]) -> Sweep:
-    true, made = [s.value for s in speeds], [s.predicted or 0.0 for s in speeds]
+    known = [s for s in speeds if s.predicted is not None]
+    true, made = [s.value for s in known], [s.predicted or 0.0 for s in known]
     pairs = [
         (a - b) * (p - q) > 0
         for (a, p), (b, q) in itertools.combinations(zip(true, made, strict=True), 2)
-        if abs(a / b - 1) > 0.02
+        if _apart(a, b)
     ]
+    every = sum(_apart(a.value, b.value) for a, b in itertools.combinations(speeds, 2))
     return Sweep(
         name=name,
         unit=unit,
-        rows=len(speeds),
-        rank=_spearman(true, made),
+        rows=len(known),
+        rank=_spearman(true, made) if len(known) > 1 else 1.0,
         pairs=sum(pairs) / len(pairs) if pairs else 1.0,
-        told=len(pairs),
-        median=statistics.median(abs(s.error or 0.0) for s in speeds),
+        ordered=len(pairs),
+        median=statistics.median(abs(s.error or 0.0) for s in known) if known else 0.0,
+        refused=len(speeds) - len(known),
+        refused_pairs=every - len(pairs),
     )
+
+
+def _apart(a: float, b: float) -> bool:
+    return abs(a / b - 1) > 0.02
 
 
 def _spearman(one: Sequence[float], other: Sequence[float]) -> float:
@@ -374,3 +414,32 @@ def _spearman(one: Sequence[float], other: Sequence[float]) -> float:
 def _ranks(values: Sequence[float]) -> list[float]:
     ordered = sorted(values)
     return [ordered.index(v) + (ordered.count(v) - 1) / 2 for v in values]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """Of comparable rows. ``ranks``: of sources with five or more. ``pairs``: the share in order over the
+    smaller ones. ``*_with_misses``: a refused row makes its pairs wrong, and its source's rank 0."""
+
+    ranks: tuple[float, ...]
+    ranks_with_misses: tuple[float, ...]
+    small: int
+    pairs: float
+    pairs_with_misses: float
+
+
+_LARGE = 5
+
+
+def order(found: Sequence[Sweep]) -> Order:
+    known = [s for s in found if s.comparable]
+    large = [s for s in known if s.rows + s.refused >= _LARGE]
+    small = [s for s in known if s.rows + s.refused < _LARGE]
+    right = sum(s.pairs * s.ordered for s in small)
+    return Order(
+        ranks=tuple(s.rank for s in large if s.rows >= _LARGE),
+        ranks_with_misses=tuple(0.0 if s.refused else s.rank for s in large),
+        small=len(small),
+        pairs=right / max(1, sum(s.ordered for s in small)),
+        pairs_with_misses=right / max(1, sum(s.ordered + s.refused_pairs for s in small)),
+    )

@@ -8,23 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable
 
-from memfit.catalog.load import link, network
+from memfit.catalog.load import network, network_names
 from memfit.cost.kernel_model import FULL_SUM
 from memfit.cost.op_time import ASSUMED_LINK_BYTES_S, time_model
 from memfit.cost.stream_simulator import SimulatedStep, StreamSimulator
 from memfit.types.errors import UserError
 from memfit.types.machine import Calibration, Device, Fact, Link, Machine
-from memfit.types.plan import Plan
 from memfit.types.trace import Category, OpCall, Phase, Trace
 from published.layers import kernel
-from published.models import known, needed
+from published.models import HUGGING_FACE_CODES, known, needed
 from published.pipelines import Run
 from published.predict import EXPRESSED, as_megatron, card_of, plan_of, traces_of
-from published.quantities import amount
-from published.rows import Setup, when
+from published.rows import Setup
 
 # FlashAttention's first version and its Triton port: half of the second's speed (Dao 2023, abstract)
 TRITON_RATIO = 0.5
@@ -34,23 +31,17 @@ _TOKENS = 16384  # of a micro-batch, where a source states none: what its card h
 
 def measured_s(setup: Setup) -> float | None:
     """Of one optimizer step; None where the source gives no speed."""
-    row = setup.row
-
-    def number(column: str) -> float:
-        return amount(row.get(column, ""))
-
+    speeds = setup.speeds
     samples = setup.micro_batch * setup.micro_batches * setup.ranks["dp"]
-    tokens = samples * setup.length
+    tokens = samples * setup.length / setup.padding_ratio
     devices = math.prod(setup.ranks[k] for k in ("dp", "tp", "pp", "cp"))
-    raw = re.search(r"raw .{0,40}?(\d+(?:\.\d+)?)x higher", row["notes"])
-    counted = float(raw[1]) if raw else 1.0  # padding that the source leaves out and the device does not
-    if number("step_time_s"):
-        return number("step_time_s")
-    if number("tok_s_gpu") and tokens:
-        return tokens / devices / (number("tok_s_gpu") * counted)
-    if number("tok_s_total") and tokens:
-        return tokens / (number("tok_s_total") * counted)
-    return samples / number("samples_s") if number("samples_s") and samples else None
+    if "step_time_s" in speeds:
+        return speeds["step_time_s"]
+    if "tok_s_gpu" in speeds and tokens:
+        return tokens / devices / speeds["tok_s_gpu"]
+    if "tok_s_total" in speeds and tokens:
+        return tokens / speeds["tok_s_total"]
+    return samples / speeds["samples_s"] if "samples_s" in speeds and samples else None
 
 
 def timed(setup: Setup) -> Setup:
@@ -59,12 +50,10 @@ def timed(setup: Setup) -> Setup:
     stages = setup.ranks["pp"]
     if setup.code == "titan" and stages > 1 and setup.micro_batch % stages == 0:
         return dataclasses.replace(setup, micro_batch=setup.micro_batch // stages, micro_batches=stages)
+    each = max(1, setup.global_batch // setup.ranks["dp"]) if setup.global_batch else 0
     if setup.micro_batch or not setup.length:
         return setup
-    told = re.search(r"micro-batch (\d+)", setup.row["notes"])
-    whole = re.match(r"\d+", setup.row["global_batch"])
-    each = max(1, int(whole[0]) // setup.ranks["dp"]) if whole else 0
-    micro = int(told[1]) if told else max(1, min(each or _TOKENS, _TOKENS // setup.length))
+    micro = max(1, min(each or _TOKENS, _TOKENS // setup.length))
     return dataclasses.replace(setup, micro_batch=micro, micro_batches=max(1, each // micro))
 
 
@@ -72,15 +61,11 @@ def predicted(setup: Setup) -> SimulatedStep:
     """Raises UserError with the reason where the row cannot be expressed."""
     card = card_of(setup)
     if card is None:
-        named = setup.row["gpu"].lower() not in ("", "not stated", "unknown")
-        told = "the catalog has no such GPU" if named else "the GPU is not stated"
-        raise UserError(f"{told}: {setup.row['gpu']!r}")
-    if (
-        setup.code == "megatron"
-        and setup.sharding.startswith("fsdp")
-        and not re.search(r"\bte\b", text_of(setup))
-    ):
-        setup = dataclasses.replace(setup, code="hf")  # NVIDIA's recipes for models of Hugging Face's kind
+        raise UserError(f"the catalog has no {setup.gpu}" if setup.gpu else "the GPU is not stated")
+    if setup.scope == "loss_only":
+        raise UserError("a loss alone is no step")
+    if setup.low_precision not in ("", "float8"):
+        raise UserError(f"products in {setup.low_precision} are not expressed")
     if by_calls(setup, card):
         needed(setup)
         ranks = math.prod(setup.ranks[k] for k in ("dp", "tp", "pp", "cp"))
@@ -112,15 +97,11 @@ def simpler(setup: Setup) -> Setup:
     return setup if setup.sharding or setup.ranks["dp"] == 1 else dataclasses.replace(setup, sharding="ddp")
 
 
-def text_of(setup: Setup) -> str:
-    return " ".join(setup.row[c] for c in ("attn_impl", "precision", "software", "notes")).lower()
-
-
 def by_calls(setup: Setup, card: Device) -> bool:
     """Whether it is timed from Megatron's calls: its own runs; pipelines and experts of others; GPT with
     fused kernels; and V100, which has no flash attention, where GPT was Megatron's as well."""
     gpt = setup.arch is not None and setup.arch.learned_positions
-    old = "v100" in card.name.lower() or "fused dense" in setup.row["attn_impl"].lower()
+    old = card.name.startswith("V100") or setup.code == "flash-gpt"
     cut = max(setup.ranks["pp"], setup.ranks["ep"]) > 1 or as_megatron(setup)
     return setup.code == "megatron" or cut or (gpt and old)
 
@@ -148,14 +129,14 @@ def play(setup: Setup, card: Device, trace: Trace) -> SimulatedStep:
         ops = tuple(o for op in ops for o in float8(op, 3 if setup.compiled else 5))
     if setup.compute == "float16":  # sharding's own precision is traced in bfloat16
         ops = tuple(dataclasses.replace(o, dtype=o.dtype.replace("bfloat16", "float16")) for o in ops)
-    if "tf32" in setup.row["precision"].lower():  # products only
+    if setup.tf32:  # products only
         ops = tuple(dataclasses.replace(o, dtype="tf32") if o.flops else o for o in ops)
-    if "torchao" in setup.row["group"].lower() and re.search("-[48]bit", setup.optimizer):
+    if setup.optimizer_kernels == "compiled":
         ops = one_optimizer(trace, ops)
-    if setup.ranks["cp"] > 1 and setup.code in ("hf", "liger", "foak"):
+    if setup.ranks["cp"] > 1 and setup.code in HUGGING_FACE_CODES:
         ops = tuple(balanced(o, setup.ranks["cp"]) for o in ops)
     trace = dataclasses.replace(trace, ops=ops)
-    apart = setup.ranks["tp"] if re.search("async ?tp", setup.row["notes"].lower()) else 1
+    apart = setup.ranks["tp"] if "async-tensor" in setup.overlap else 1
     # Asynchronous tensor parallelism hides all but the first of so many parts of each transfer.
     quicker = {"link": 1 / apart}
     player = StreamSimulator(model=model, machine=machine, members=trace.members, quicker=quicker)
@@ -166,34 +147,27 @@ def play(setup: Setup, card: Device, trace: Trace) -> SimulatedStep:
 
 
 def machine_of(setup: Setup, card: Device, ranks: int) -> Machine:
-    each = 16 if "v100" in setup.row["gpu"].lower() and ranks > 8 else 8
     return Machine(
         name=card.name,
         device=with_kernels(setup, card),
         device_count=ranks,
-        devices_per_host=each,
-        network=network_of(setup, card),
+        devices_per_host=setup.devices_per_host,
+        network=network_of(setup),
     )
 
 
-def network_of(setup: Setup, card: Device) -> Link:
-    """Jean Zay, where BLOOM was trained, has four Omni-Path ports of 100 Gb/s for eight A100 (its
-    documentation); hosts of V100 had one port of 100 Gb/s for two devices (DGX-2); a port a device since."""
-    if "bloom" in setup.row["group"].lower() or "v100" in card.name.lower():
-        bytes_s = Fact(value=6.25e9, source="100 Gb/s for two devices", date="2022")
-        return Link(name="100 Gb/s for two", bytes_s=bytes_s)
-    return network("IB-HDR" if "A100" in card.name or "A800" in card.name else "IB-NDR")
-
-
-_EXPORT = {"h800": "NVLink4-H800", "a800": "NVLink3-A800"}
+def network_of(setup: Setup) -> Link | None:
+    name = setup.interconnect
+    if not name or name in network_names():
+        return network(name) if name else None
+    return Link(name=f"{name} GB/s", bytes_s=Fact(value=float(name) * 1e9, source="the row", date="2026"))
 
 
 def with_kernels(setup: Setup, card: Device) -> Device:
-    """The card with the attention kernels that the source's code calls and the links of its version."""
-    name = next((v for k, v in _EXPORT.items() if k in setup.row["gpu"].lower()), None)
+    """The card with the attention kernels that the source's code calls."""
     ratios = {**card.efficiency_ratio}
     kind = attention_of(setup)
-    if re.search(r"power.?limited|simumax", f"{setup.row['software']} {setup.row['group']}".lower()):
+    if setup.power_limited:
         # A node with a power limit: its large products reach the catalog's low end, which SimuMax measured.
         matmul = ratios["matmul"]
         share = 1 + LOW_END * ((matmul.low or matmul.value) / matmul.value - 1)
@@ -205,17 +179,13 @@ def with_kernels(setup: Setup, card: Device) -> Device:
     elif kind and f"attention_{kind}" in ratios:
         ratios["attention"] = ratios[f"attention_{kind}"]
         ratios["attention_backward"] = ratios[f"attention_{kind}_backward"]
-    own = {"link": link(name)} if name else {}
-    return dataclasses.replace(card, efficiency_ratio=ratios, **own)
+    return dataclasses.replace(card, efficiency_ratio=ratios)
 
 
 def attention_of(setup: Setup) -> str:
     """Empty: torch's flash backend, which is FlashAttention-2. Transformer Engine takes cuDNN's on Hopper and
-    later (dot_product_attention/utils.py); MosaicML's table of 2023 names Triton's."""
-    text = setup.row["attn_impl"].lower()
-    if "cudnn" in text or "te fused" in text or (setup.code == "megatron" and "unfused" not in text):
-        return "cudnn"
-    return "triton" if "triton" in text else ""
+    later (dot_product_attention/utils.py)."""
+    return {"cudnn": "cudnn", "te": "cudnn", "triton": "triton"}.get(setup.attention, "")
 
 
 def fused(ops: tuple[OpCall, ...]) -> tuple[OpCall, ...]:
@@ -294,11 +264,3 @@ def balanced(op: OpCall, ranks: int) -> OpCall:
     """Attention of one rank of a sequence dealt out from both ends: half of the square, shared by all ranks.
     The flash-attn package's call, as these traces have it, sees the rank's own part only."""
     return dataclasses.replace(op, flops=op.flops * ranks) if "scaled_dot_product" in op.op else op
-
-
-def newer(setup: Setup, since: tuple[int, int]) -> bool:
-    told = when(setup.row)
-    return told is None or told >= since
-
-
-__all__ = ["Plan", "known", "measured_s", "newer", "play", "predicted", "timed"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 from torch import nn
 from torch.nn import functional
@@ -55,21 +53,17 @@ class Vit(nn.Module):
 
 
 def vit_job(setup: Setup, arch: Arch) -> Job:
-    """Image and patch size and classes from the model's name and ``extra_arch``; UserError without them."""
+    """Raises UserError where the row does not give the size of the image and its patches."""
     from published.models import default_dtype
 
-    text = f"{setup.row['model']} {setup.row['extra_arch']}".lower()
-    patch = re.search(r"patch\s?(\d+)|/(\d+)\b", text)
-    image = re.search(r"image\s*(\d+)", text) or re.search(r"patch\d+[_-](\d+)", text)
-    if patch is None or image is None:
+    if not {"side", "patch"} <= {*setup.image}:
         raise UserError("the row does not give the image and patch size")
-    classes = re.search(r"(\d+)[- ]class", text)
     samples = setup.micro_batch * setup.micro_batches * setup.ranks["dp"]
-    side, size = int(image[1]), int(patch[1] or patch[2])
+    side, size, classes = (int(setup.image.get(k, 1000)) for k in ("side", "patch", "classes"))
 
     def build() -> nn.Module:
         with default_dtype(setup.parameters):
-            return Vit(arch, side, size, int(classes[1]) if classes else 1000)
+            return Vit(arch, side, size, classes)
 
     def batch(step: int, seed: int) -> dict[str, torch.Tensor]:
         images = torch.zeros(samples, 3, side, side, dtype=getattr(torch, setup.parameters))

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 from published import held_out, layers, pipelines, step_time
-from published.held_out import BEFORE, CHOICES, USED, Setting, applied, chosen, family
+from published.held_out import BEFORE, CHOICES, USED, Setting, applied, chosen
+from published_rows import setup
 
 from memfit.catalog.load import device
 from memfit.cost import kernel_model, op_time, stream_simulator
@@ -38,19 +39,13 @@ def constants() -> dict[str, float]:
 
 
 def ratios(card: str) -> dict[str, float]:
-    row = {"attn_impl": "", "software": "", "group": "", "gpu": card}
-    found = step_time.with_kernels(SimpleNamespace(row=row, code=""), device(card))  # type: ignore[arg-type]
+    found = step_time.with_kernels(setup(gpu=card), device(card))
     return {key: fact.value for key, fact in found.efficiency_ratio.items()}
 
 
-def deepspeed() -> SimpleNamespace:
-    ranks = {"dp": 8, "tp": 4, "pp": 12}
-    row = {"zero_fsdp": "DeepSpeed ZeRO-1", "group": "BLOOM-prequel", "precision": "bf16"}
-    return SimpleNamespace(row=row, ranks=ranks)
-
-
 def mechanisms() -> list[float]:
-    return [f(deepspeed()) for f in (pipelines._sends_wait, pipelines._fork_bytes, pipelines._blocking)]  # type: ignore[arg-type]
+    own = setup(code="megatron", engine="megatron-deepspeed", launch_blocking="y")
+    return [f(own) for f in (pipelines._sends_wait, pipelines._fork_bytes, pipelines._blocking)]
 
 
 def test_the_levels_that_are_used_are_the_ones_in_code_and_catalog() -> None:
@@ -99,11 +94,6 @@ def test_a_source_has_no_say_in_the_levels_that_predict_it() -> None:
 def test_what_no_other_source_feels_stays_as_it_stood_before() -> None:
     found = chosen(FAMILIES, "one", errors)
     assert [level for i, level in enumerate(found) if i != STRIDED] == [0] * (len(CHOICES) - 1)
-
-
-def test_sources_of_the_same_house_are_left_out_together() -> None:
-    assert family("torchtitan-2024-12") == family("torchtitan-PR165") == family("torchao-float8")
-    assert family("NeMo-24.07") == family("Korthikanti-tab5") != family("fms-acceleration")
 
 
 def test_a_row_is_predicted_again_only_where_it_feels_a_choice() -> None:

@@ -7,72 +7,20 @@ from collections import Counter
 import pytest
 from published.models import job_of
 from published.predict import plan_of, predict
-from published.rows import COLUMNS, Setup, setup_of, when
+from published.rows import Setup
+from published.step_time import predicted
+from published_rows import MEGATRON, TITAN, setup
 from tiny import words
 
 from memfit.techniques.registry import make_use
-from memfit.trace.tracer import trace
-from memfit.types.errors import UserError
+from memfit.trace.tracer import fake_model, trace
 from memfit.types.plan import KnobValue, Plan, Use, use
 from memfit.types.trace import Category, Phase, Trace
 
-_TITAN = {
-    "model": "Custom",
-    "group": "torchtitan",
-    "software": "torchtitan 2024-12",
-    "layers": "4",
-    "hidden": "64",
-    "heads": "4",
-    "ffn": "256",
-    "vocab": "512",
-    "seq_len": "32",
-    "micro_batch": "2",
-    "n_gpus": "2",
-    "dp": "2",
-    "zero_fsdp": "FSDP2",
-    "precision": "bf16 mp (fp32 params)",
-    "act_ckpt": "selective (op)",
-    "gpu": "A100",
-}
-_MEGATRON = {
-    **_TITAN,
-    "group": "Megatron",
-    "software": "Megatron-LM",
-    "zero_fsdp": "",
-    "n_gpus": "1",
-    "dp": "1",
-    "precision": "bf16",
-    "act_ckpt": "none",
-    "attn_impl": "flash",
-    "grad_accum": "1",
-}
 
-
-def _setup(base: dict[str, str], **more: str) -> Setup:
-    return setup_of({**dict.fromkeys(COLUMNS, ""), "id": "x", "scope": "train_step", **base, **more})
-
-
-@pytest.mark.parametrize(
-    ("software", "told"),
-    [
-        ("torch 2.9.0.dev20250815+cu128", (2025, 8)),
-        ("torch 1963fc8 (2024-12-23)", (2024, 12)),
-        ("nightlies Mar-Apr 2024", (2024, 4)),
-        ("early 2025 (titan PR 778)", (2025, 2)),
-        ("mid-2024", (2024, 6)),
-        ("PyTorch 2.4.1", (2024, 7)),
-        ("torch 2.7.0a0+git1", (2025, 1)),
-        ("torch 1.13", None),
-        ("", None),
-    ],
-)
-def test_the_age_of_the_software_is_read(software: str, told: tuple[int, int] | None) -> None:
-    assert when({"software": software, "group": "", "source": ""}) == told
-
-
-def _kept_products(setup: Setup) -> Counter[str]:
+def _kept_products(own: Setup) -> Counter[str]:
     """Outputs of products that blocks still hold when the last forward ends, by block."""
-    found = trace(job_of(setup), plan_of(setup), device="cuda")
+    found = trace(job_of(own), plan_of(own), device="cuda")
     end = next(s.end for s in found.spans if s.phase is Phase.FORWARD and s.step == 1)
     return Counter(
         a.module.split(".")[1]
@@ -88,21 +36,20 @@ def _kept_products(setup: Setup) -> Counter[str]:
 
 def test_a_compiled_block_does_not_keep_the_product_that_backward_never_reads() -> None:
     """Of q, k, v, o, gate, up, down every second is kept; down's only makes the block's own output."""
-    assert set(_kept_products(_setup(_TITAN)).values()) == {4}
-    assert set(_kept_products(_setup(_TITAN, compile="y")).values()) == {3}
+    assert set(_kept_products(setup(**TITAN)).values()) == {4}
+    assert set(_kept_products(setup(**TITAN, compile="y")).values()) == {3}
 
 
 def test_what_stays_gathered_depends_on_the_version() -> None:
-    def settings(software: str, group: str = "torchtitan") -> tuple[object, object]:
-        plan = plan_of(_setup(_TITAN, software=software, group=group))
-        found = plan.get("fsdp2")
+    def settings(date: str, code: str = "titan") -> tuple[object, object]:
+        found = plan_of(setup(**{**TITAN, "software_date": date, "code": code})).get("fsdp2")
         assert found is not None
         return found.settings["units"], found.settings["reshard"]
 
-    assert settings("torchtitan 2024-12") == ("blocks", "not-last")
-    assert settings("torchtitan 2025-09") == ("ends", "not-last")
-    assert settings("torch 2.5", "own") == ("blocks", "blocks")
-    assert settings("torch 2.9", "own") == ("blocks", True)
+    assert settings("2024-12") == ("blocks", "not-last")
+    assert settings("2025-09") == ("ends", "not-last")
+    assert settings("2024-10", "hf") == ("blocks", "blocks")
+    assert settings("2025-10", "hf") == settings("", "hf") == ("blocks", True)
 
 
 def _gathered(found: Trace) -> int:
@@ -150,85 +97,142 @@ def test_saved_tensors_wait_in_host_memory_for_a_gpu() -> None:
 
 
 def test_torchtune_makes_logits_of_an_eighth_of_the_positions_in_float32() -> None:
-    def largest(software: str) -> int:
-        setup = _setup(
-            _TITAN, group="torchtune", software=software, act_ckpt="full", seq_len="64", vocab="8192"
-        )
-        found = trace(job_of(setup), plan_of(setup), device="cuda")
+    def largest(date: str, loss: str = "code") -> int:
+        given = {"code": "tune", "recompute": "full", "seq_len": "64", "vocab": "8192", "software_date": date}
+        own = setup(**{**TITAN, **given, "loss": loss})
+        found = trace(job_of(own), plan_of(own), device="cuda")
         return max(a.size_bytes for a in found.allocations if a.op == "aten._log_softmax.default")
 
-    assert largest("mid-2024") == 8 * largest("late 2024")
+    assert largest("2024-06") == 8 * largest("2024-11")
+    assert largest("2024-11", "dense") == largest("2024-06")
+    assert largest("2024-06", "chunked") == largest("2024-11")
 
 
 def test_megatron_keeps_inputs_of_linear_layers_in_one_byte() -> None:
     def resident(**more: str) -> int:
-        return predict(_setup({**_MEGATRON, **more})).resident_bytes
+        return predict(setup(**{**MEGATRON, **more})).resident_bytes
 
-    whole = resident()
-    assert resident(precision="FP8 hybrid") < whole
-    assert resident(precision="FP8 hybrid", act_ckpt="selective: core_attn") < resident(
-        precision="FP8 hybrid"
+    small = {"low_precision": "float8", "low_precision_weights": "cast", "gpu": "H100-SXM"}
+    assert resident(**small) < resident()
+    assert resident(**small, recompute="attention") < resident(**small)
+
+
+def test_megatron_counts_gradients_in_their_own_format() -> None:
+    wide, narrow = (
+        predict(setup(**{**MEGATRON, "grad_dtype": g})).allocated_bytes for g in ("float32", "bfloat16")
     )
+    assert narrow < wide
 
 
-@pytest.mark.parametrize(
-    ("more", "reason"),
-    [
-        ({"micro_batch": ""}, "no micro_batch"),
-        ({"seq_len": "long"}, "seq_len \\('long'\\)"),
-        ({"layers": "twelve"}, "layers is no whole number"),
-        ({"kv_heads": "3"}, "no multiple of kv_heads"),
-        ({"layers": "", "model": "FooNet"}, "no layers"),
-        ({"model": "flan-t5-xl"}, "flan-t5's kind"),
-        ({"model": "Foo-8x7B"}, "the moe column"),
-        ({"mem_value": "9", "mem_unit": "furlongs"}, "no size"),
-        ({"micro_batch": "1.5"}, "micro_batch"),
-        ({"micro_batch": "0"}, "micro_batch is 0"),
-        ({"layers": "0"}, "layers is 0"),
-    ],
-)
-def test_what_cannot_be_expressed_is_named(more: dict[str, str], reason: str) -> None:
-    with pytest.raises(UserError, match=reason):
-        predict(_setup(_TITAN, **more))
+def test_hugging_face_attends_and_loses_as_its_version_does() -> None:
+    def peak(**more: str) -> int:
+        given = {
+            "layers": "2",
+            "seq_len": "2048",
+            "vocab": "32000",
+            "software_date": "2024-08",
+            "kv_heads": "4",
+        }
+        return predict(setup(**{**given, **more})).allocated_bytes
+
+    assert peak(attention="eager") > peak()
+    assert peak(attention="sdpa", kv_heads="1") > peak(kv_heads="1")
+    assert peak(attention="eager", compile="y") > 0  # compilers know the one kernel of float16 only
+    newest = peak(software_date="2025-06")
+    assert newest < peak(software_date="2024-12")
+    assert newest == peak(software_date="")
+    assert peak(loss="fused-linear") < peak(loss="fast") < peak()
+    assert peak(loss="chunked") == peak(loss="fused-linear")
 
 
-def test_numbers_are_read_as_people_write_them() -> None:
-    setup = _setup(
-        _TITAN, seq_len="2k", micro_batch="2.0", mem_value="12,345", mem_unit="MiB", n_gpus="2x4", dp=""
+_BERT = {"code": "bert", "kv_heads": "4", "block": "norm=layer mlp=gelu bias=y"}
+
+
+def test_masked_language_models_have_a_head_over_the_vocabulary() -> None:
+    masked, classes = (
+        sum(p.numel() for p in fake_model(job_of(setup(**_BERT, objective=o))).parameters())
+        for o in ("masked", "classification")
     )
-    assert (setup.length, setup.micro_batch, setup.ranks["dp"]) == (2048, 2, 8)
-    assert setup.measured is not None
-    assert setup.measured.size_bytes == 12345 * 2**20
-    assert _setup(_TITAN, micro_batch="", global_batch="16", grad_accum="2").micro_batch == 4
+    assert masked > classes
 
 
-@pytest.mark.parametrize(
-    ("model", "layers", "hidden"),
-    [
-        ("meta-llama/Llama-3.2-1B-Instruct", 16, 2048),
-        ("Qwen/Qwen-2.5-7B", 28, 3584),
-        ("Qwen-7B", 32, 4096),
-        ("facebook/opt-1.3b", 24, 2048),
-        ("bert-large-uncased", 24, 1024),
-        ("distilbert-base", 6, 768),
-        ("ViT-L/16", 24, 1024),
-        ("google/gemma2-9b-it", 42, 3584),
-        ("EleutherAI/gpt-neox-20b", 44, 6144),
-    ],
-)
-def test_common_models_are_known_by_name(model: str, layers: int, hidden: int) -> None:
-    found = _setup(_TITAN, model=model, layers="", hidden="", heads="", ffn="", vocab="").arch
-    assert found is not None
-    assert (found.layers, found.hidden) == (layers, hidden)
+def test_tf32_products_are_quicker_than_float32s() -> None:
+    given = {"parameters": "float32", "seq_len": "2048", "hidden": "2048", "head_dim": "512"}
+    quick, slow = (predicted(setup(**given, compute=c)).step_s for c in ("tf32", "float32"))
+    assert quick < slow
 
 
-def test_public_mixtures_have_their_experts() -> None:
-    found = _setup(_TITAN, model="Mixtral-8x7B", layers="", hidden="", heads="", ffn="", vocab="").arch
-    assert found is not None
-    assert found.moe is not None
-    assert (found.moe.experts, found.moe.top_k) == (8, 2)
+def test_a_whole_alphafold_is_the_built_in_jobs_network() -> None:
+    own = setup(
+        code="alphafold2",
+        layers="2",
+        fold="residues=32 sequences=4 extra=8",
+        objective="structure",
+        recompute="full",
+        parameters="float32",
+    )
+    job = job_of(own)
+    assert job.make_batch(0, 0)["msa"].shape[1:3] == (4, 32)
+    assert "structure" in job.islands
 
 
-def test_megatron_bridge_reduces_gradients_in_two_bytes() -> None:
-    plain = predict(_setup(_MEGATRON)).allocated_bytes
-    assert predict(_setup(_MEGATRON, group="Megatron-Bridge", software="")).allocated_bytes < plain
+def test_an_offloading_optimizer_has_its_states_and_gradients_elsewhere() -> None:
+    def peak(offload: str = "") -> int:
+        return predict(setup(layers="2", seq_len="16", offload=offload)).allocated_bytes
+
+    assert peak("optimizer gradients") < peak("optimizer") < peak()
+
+
+@pytest.mark.parametrize("code", ["hf", "tune"])
+def test_float32_adapters_under_fsdp_multiply_in_half_precision(code: str) -> None:
+    given = {"code": code, "lora": "rank=8 targets=q,v adapter_dtype=float32", "seq_len": "16", "n_gpus": "8"}
+    own = setup(**given, sharding="fsdp1")
+    traced = trace(job_of(own), plan_of(own), device="cuda", steps=1)
+    assert {o.dtype for o in traced.ops if o.op == "aten.mm.default"} == {"bfloat16"}
+    assert plan_of(setup(**given, sharding="zero3")).get("bf16-autocast") is None
+
+
+def test_hybrid_sharding_has_replicas() -> None:
+    shared = plan_of(setup(sharding="fsdp2", replicas="4", n_gpus="32", parameters="float32")).get("fsdp2")
+    assert shared is not None
+    assert (shared.settings["replicas"], shared.settings["precision"]) == (4, "bf16")
+
+
+def test_fsdp_shares_a_four_bit_base_and_ddp_does_not() -> None:
+    def peak(lora: str = "", **more: str) -> int:
+        given = {"hidden": "1024", "ffn": "4096", "seq_len": "16", "recompute": "full"}
+        own = setup(**given, lora=f"rank=8 targets=q,v base=nf4 double=y {lora}", **more)
+        return predict(own).allocated_bytes
+
+    alone, shared = peak(), peak("stored=y", n_gpus="4", sharding="fsdp1")
+    assert shared < 0.7 * alone
+    assert peak("stored=y", n_gpus="4", sharding="ddp") == pytest.approx(alone, rel=0.05)
+
+
+def test_a_pipeline_of_another_code_base_is_cut_as_megatrons() -> None:
+    cut = setup(global_batch="8", pp="2", tp="2", n_gpus="4", sharding="zero1", master_weights="y")
+    assert predict(cut).allocated_bytes < predict(setup(global_batch="8")).allocated_bytes
+    assert predicted(cut).step_s > 0
+
+
+def test_plain_layers_keep_the_sequence_that_they_gathered() -> None:
+    given = {"tp": "4", "n_gpus": "8", "sharding": "zero1", "sp": "y", "seq_len": "4096", "kv_heads": "4"}
+    own = predict(setup(**given, code="megatron", engine="megatron", attention="te")).allocated_bytes
+    assert predict(setup(**given)).allocated_bytes > 1.1 * own
+
+
+_MEGATRON = {"code": "megatron", "engine": "megatron", "attention": "te", "master_weights": "y"}
+
+
+def test_one_chunk_of_an_interleaved_schedule_has_the_head() -> None:
+    given = {**_MEGATRON, "vocab": "200000", "pp": "2", "n_gpus": "2", "global_batch": "32"}
+    whole, parts = predict(setup(**given)), predict(setup(**given, vp="4"))
+    assert parts.allocated_bytes < 1.2 * whole.allocated_bytes  # not four times the logits
+
+
+def test_megatron_keeps_dropped_elements_and_shares_a_tied_embedding() -> None:
+    gpt = {**_MEGATRON, "kv_heads": "4", "tied": "y"}
+    block = "norm=layer mlp=gelu bias=y rotary=0 learned_positions=y"
+    plain = predict(setup(**gpt, block=block)).allocated_bytes
+    assert predict(setup(**gpt, block=f"{block} dropout=0.1")).allocated_bytes > plain
+    assert predict(setup(**{**gpt, "tied": "n"}, block=block)).allocated_bytes > plain

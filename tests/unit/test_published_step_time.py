@@ -7,23 +7,33 @@ import dataclasses
 import pytest
 from published.layers import Calls
 from published.pipelines import shape_of
-from published.rows import COLUMNS, Setup, setup_of
-from published.score import Scored, Speed, state_of, sweeps, times
-from published.step_time import attention_of, card_of, measured_s, predicted, timed, with_kernels
+from published.predict import card_of
+from published.rows import Setup
+from published.score import Scored, Speed, order, sweeps, times
+from published.step_time import attention_of, measured_s, network_of, predicted, timed, with_kernels
+from published_rows import setup as plain_setup
 
 from memfit.types.errors import UserError
 
-_SPEEDS = ("tok_s_gpu", "tok_s_total", "samples_s", "step_time_s")
-
-
-def row(**given: str) -> dict[str, str]:
-    basic = {"id": "x-1", "scope": "train_step", "quality": "A", "gpu": "H100-80GB", "method": "pretrain"}
-    return {**dict.fromkeys((*COLUMNS, *_SPEEDS), ""), **basic, **given}
-
 
 def setup(**given: str) -> Setup:
-    sizes = {"model": "Llama-3-8B", "seq_len": "8192", "micro_batch": "2", "grad_accum": "4", "n_gpus": "8"}
-    return setup_of(row(**{**sizes, "dp": "8", "zero_fsdp": "FSDP2", "precision": "bf16 mp", **given}))
+    sizes = {
+        "layers": "32",
+        "hidden": "4096",
+        "heads": "32",
+        "kv_heads": "8",
+        "ffn": "14336",
+        "vocab": "128256",
+        "seq_len": "8192",
+        "grad_accum": "4",
+        "n_gpus": "8",
+        "dp": "8",
+        "sharding": "fsdp2",
+        "parameters": "float32",
+        "gpu": "H100-SXM",
+        "software_date": "",
+    }
+    return plain_setup(**{**sizes, **given})
 
 
 @pytest.mark.parametrize(
@@ -45,38 +55,47 @@ def test_tokens_a_device_are_those_of_all_its_parallel_dimensions() -> None:
 
 
 def test_padding_that_a_source_leaves_out_is_work_all_the_same() -> None:
-    notes = "UNPADDED tokens/s/GPU (so raw hardware rate is ~2.5x higher)"
-    assert measured_s(setup(tok_s_gpu="8192", notes=notes)) == pytest.approx(3.2)
+    assert measured_s(setup(tok_s_gpu="8192", padding_ratio="2.5")) == pytest.approx(3.2)
 
 
 def test_a_micro_batch_that_is_not_told_is_one_that_fits() -> None:
     found = timed(setup(micro_batch="", grad_accum="", global_batch="64", seq_len="4096"))
     assert (found.micro_batch, found.micro_batches) == (4, 2)
-    assert timed(setup(micro_batch="", notes="yaml uses micro-batch 12")).micro_batch == 12
-    cut = timed(dataclasses.replace(setup(software="torchtitan", pp="4", n_gpus="32", micro_batch="8")))
+    cut = timed(setup(code="titan", pp="4", n_gpus="32", micro_batch="8"))
     assert (cut.micro_batch, cut.micro_batches) == (2, 4)
 
 
 def test_kernels_and_cards_are_those_of_the_source() -> None:
-    assert attention_of(setup(attn_impl="SDPA/cuDNN flash")) == "cudnn"
-    assert attention_of(setup(attn_impl="flash-attn 2 (triton/flash)")) == "triton"
-    assert attention_of(setup(attn_impl="SDPA flash")) == ""
-    theirs = card_of(setup(group="torchao-float8"))
-    assert theirs is not None
-    assert theirs.name == "H100-96GB-HBM2e"
-    export = setup(gpu="H800-80GB")
-    card = card_of(export)
+    assert [attention_of(setup(attention=a)) for a in ("cudnn", "te", "triton", "sdpa", "flash")] == [
+        "cudnn",
+        "cudnn",
+        "triton",
+        "",
+        "",
+    ]
+    plain, limited = (setup(gpu="B200", power_limited=p) for p in "ny")
+    card = card_of(plain)
     assert card is not None
-    assert card.link is not None
-    slower = with_kernels(export, card).link
-    assert slower is not None
-    assert slower.bytes_s.value < card.link.bytes_s.value / 2
-    with pytest.raises(UserError, match="GPU is not stated"):
-        predicted(setup(gpu="not stated"))
+    rates = [with_kernels(s, card).efficiency_ratio["matmul"].value for s in (plain, limited)]
+    assert rates[1] < rates[0]
+    shared = network_of(setup(interconnect="6.25"))
+    assert shared is not None
+    assert shared.bytes_s.value == 6.25e9
+    assert network_of(setup()) is None
+    for gpu, why in (("", "GPU is not stated"), ("Z100", "the catalog has no Z100")):
+        with pytest.raises(UserError, match=why):
+            predicted(setup(gpu=gpu))
 
 
 def megatron(**given: str) -> Setup:
-    return setup(software="Megatron-LM", zero_fsdp="distributed optimizer (ZeRO-1)", **given)
+    own = {
+        "code": "megatron",
+        "engine": "megatron",
+        "attention": "te",
+        "sharding": "zero1",
+        "grad_dtype": "float32",
+    }
+    return setup(**{**own, "overlap": "data", **given})
 
 
 def test_a_layers_backward_is_two_products_for_each() -> None:
@@ -98,31 +117,32 @@ def test_pipelines_wait_and_more_micro_batches_wait_less() -> None:
 
 def test_recomputation_takes_longer_and_float8_less() -> None:
     plain = predicted(megatron()).step_s
-    assert predicted(megatron(act_ckpt="full")).step_s > 1.2 * plain
-    assert predicted(megatron(precision="FP8 (TE) + bf16")).step_s < 0.9 * plain
+    assert predicted(megatron(recompute="full")).step_s > 1.2 * plain
+    assert predicted(megatron(low_precision="float8", low_precision_weights="cast")).step_s < 0.9 * plain
 
 
 def _scored(value: float, predicted_s: float | None, unit: str = "step_time_s") -> Scored:
     speed = Speed(unit=unit, value=value, measured_s=value, predicted_s=predicted_s)
-    return Scored(id="x", source="s", quality="A", metric="", speed=speed)
+    return Scored(id="x", source="s", quality="A", speed=speed)
 
 
 def test_errors_and_orders_are_counted() -> None:
     rows = [_scored(1.0, 1.1), _scored(2.0, 1.8), _scored(3.0, 4.5), _scored(4.0, None)]
     whole = times(rows)[0]
-    assert (whole.rows, whole.predicted, whole.within) == (4, 3, pytest.approx(2 / 3))
-    assert whole.median == pytest.approx(0.1)
+    assert (whole.all.rows, whole.predicted.rows) == (4, 3)
+    assert (whole.predicted.within_rows, whole.all.within_rows) == (
+        pytest.approx(2 / 3),
+        pytest.approx(2 / 4),
+    )
+    assert (whole.predicted.median, whole.all.median) == (pytest.approx(0.1), pytest.approx(0.3))
+    assert order(sweeps(rows)).pairs == 1.0
+    assert order(sweeps(rows)).pairs_with_misses == pytest.approx(3 / 6)
     assert (sweeps(rows)[0].rank, sweeps(rows)[0].pairs) == (1.0, 1.0)
     turned = [_scored(1.0, 3.0), _scored(2.0, 2.0), _scored(3.0, 1.0)]
     assert (sweeps(turned)[0].rank, sweeps(turned)[0].pairs) == (-1.0, 0.0)
 
 
 def test_rows_that_a_source_tells_apart_are_no_sweep() -> None:
-    days = {"02-21; a": "before 02-25", "02-25; b": "from 02-25", "03-01": "from 02-28", "": "before 02-25"}
-    row = {"id": "r", "group": "BLOOM-prequel"}
-    assert {d: state_of({**row, "notes": d}) for d in days} == days
-    assert state_of({**row, "notes": "02-21; ran on a different branch"}) == "apart: r"
-    assert state_of({**row, "group": "another", "notes": "02-25"}) == ""
     rows = [_scored(1.0, 1.0), _scored(2.0, 2.0), _scored(3.0, 1.5)]
     cut = [dataclasses.replace(s, state=state) for s, state in zip(rows, ("a", "a", "b"), strict=True)]
     found = sweeps(cut)
