@@ -128,7 +128,10 @@ def _record(results: dict[str, Any], took_s: float, args: argparse.Namespace) ->
 def _write_page() -> None:
     if not RECORDS.exists():
         raise UserError(f"no record yet in {RECORDS}", hint="run with --record first")
-    PAGE.write_text(page(json.loads(RECORDS.read_text(encoding="utf-8").splitlines()[-1])), encoding="utf-8")
+    last = json.loads(RECORDS.read_text(encoding="utf-8").splitlines()[-1])
+    if "memory" not in last:
+        raise UserError("the last record is of an older form", hint="run with --record first")
+    PAGE.write_text(page(last), encoding="utf-8")
 
 
 def _arguments() -> argparse.Namespace:

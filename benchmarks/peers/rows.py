@@ -323,7 +323,7 @@ def _rank_facts(job: str, batch: int, compute: str, *, weights: str, recompute: 
 
 
 def published_setups(file: Path) -> list[Setup]:
-    """Training steps of quality A whose allocated memory is given, of rows that do not contradict themselves."""
+    """Training steps of quality A whose allocated memory is given, and whose rows are sound."""
     sound = [row for row in read(file) if row["quality"] == "A" and not problems(row)]
     found = [(row, setup_of(row)) for row in sound]
     return [

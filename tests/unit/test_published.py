@@ -321,16 +321,6 @@ def test_a_target_that_a_miss_decides_is_not_reached() -> None:
     assert statistic("x", [], 0).predicted.median is None
 
 
-def test_the_page_is_made_of_the_last_record() -> None:
-    """A page that someone edited, or a record without its page, fails here."""
-    record = json.loads(
-        (_BENCHMARKS / "records" / "published.jsonl").read_text(encoding="utf-8").splitlines()[-1]
-    )
-    assert page(record) == (_BENCHMARKS / "published.md").read_text(encoding="utf-8")
-    known = {r["id"] for r in record["rows"]}
-    assert known <= {r["id"] for r in ROWS}
-
-
 def test_reasons_explain_and_hold_no_numbers_for_the_prediction() -> None:
     why = tomllib.loads((_BENCHMARKS / "published" / "why.toml").read_text(encoding="utf-8"))
     assert set(why) == {"caveats", "rows", "time"}
