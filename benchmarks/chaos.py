@@ -1,6 +1,6 @@
 """Ranks of `memfit run` that are killed and stopped at random: does the run recover, with the same losses?
 
-    python benchmarks/chaos.py [--rounds N] [--minutes M] [kills hangs]
+    python benchmarks/chaos.py [--rounds N] [--minutes M] [--only TEXT] [kills hangs]
     python benchmarks/chaos.py soak [--minutes 30]
 
 The protocol was committed before the first run. This is its second version. In the first, five kills came in
@@ -432,14 +432,15 @@ def soak(minutes: float, seed: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def measure(names: list[str], rounds: int, end_s: float) -> None:
+def measure(names: list[str], rounds: int, end_s: float, only: str = "") -> None:
+    """Make ``rounds`` rounds, of kills only for kinds whose name contains ``only``."""
     undisturbed: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as top:
         for seed in range(10, 10 + rounds):
             if "hangs" in names and time.monotonic() < end_s:
                 kind = HANGING[seed % len(HANGING)]
                 keep("hang", hang_round(kind, seed, Path(top) / f"hang-{seed}"))
-            for kind in KINDS if "kills" in names else ():
+            for kind in [k for k in KINDS if only in k and "kills" in names]:
                 if time.monotonic() >= end_s:
                     return
                 if kind not in undisturbed:
@@ -552,12 +553,14 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=["kills", "hangs"])
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--minutes", type=float)
+    parser.add_argument("--only", default="", help="kills only for kinds whose name contains this")
     arguments = parser.parse_args()
     if "soak" in arguments.names:
         with tempfile.TemporaryDirectory() as top:
             keep("soak", soak(arguments.minutes or 30.0, SOAK_SEED, Path(top) / "soak"))
     arguments.minutes = arguments.minutes or 600.0
-    measure(arguments.names, arguments.rounds, time.monotonic() + 60 * arguments.minutes)
+    end_s = time.monotonic() + 60 * arguments.minutes
+    measure(arguments.names, arguments.rounds, end_s, arguments.only)
     PAGE.write_text(page(), encoding="utf-8")
 
 
