@@ -67,6 +67,19 @@ job = Job(
 )
 """
 
+SLOW = """
+fsync = os.fsync
+
+
+def slow_fsync(file):
+    if STEP >= 3 and (Path(__file__).parent / "kept" / "step-00000004.partial").exists():
+        time.sleep(1.0)
+    fsync(file)
+
+
+os.fsync = slow_fsync
+"""
+
 
 def _run(
     folder: Path,
@@ -76,18 +89,21 @@ def _run(
     save: bool = True,
     signal: str = "SIGKILL",
     in_step: bool = False,
+    asynchronous: bool = False,
 ) -> tuple[Any, list[str]]:
     """Train with ``deaths`` times a signal in step 5: to the last rank, or if it is SIGTERM, to this
-    process. ``in_step``: while the step runs, and not while its batch is made."""
+    process. ``in_step``: while the step runs, and not while its batch is made. ``asynchronous``: saves are,
+    and the second one takes longer than the step that follows."""
     folder.mkdir()
     target = str(os.getpid()) if signal == "SIGTERM" else "os.getpid()"
     source = SOURCE.replace('"LAST"', f'"{plan.ranks - 1}"').replace("SIGNAL", signal)
     source = source.replace(
         "os.getpid(), bool(IS_IN_STEP), 0", f"{target}, {in_step}, {0.5 * (signal == 'SIGTERM')}"
     )
-    (folder / "job.py").write_text(source)
+    (folder / "job.py").write_text(source + (SLOW if asynchronous else ""))
     (folder / "deaths").write_text(str(deaths))
-    keep = CheckpointSettings(save=str(folder / "kept"), every_steps=2) if save else CheckpointSettings()
+    keep = CheckpointSettings(save=str(folder / "kept"), every_steps=2, asynchronous=asynchronous)
+    keep = keep if save else CheckpointSettings()
     spec = RunSpec(
         name="x",
         role="run",
@@ -148,6 +164,20 @@ def test_a_restarted_run_ends_with_the_losses_of_an_undisturbed_run(
     assert told == [f"x: started again, {'rank 1: ' if plan.ranks > 1 else ''}killed by SIGKILL"]
     (restart,) = disturbed.restarts
     assert (restart.rank, restart.step, restart.first_step) == (plan.ranks - 1, 5, 4)
+
+
+def test_a_run_killed_while_it_saves_asynchronously_resumes_from_the_older_checkpoint(tmp_path: Path) -> None:
+    undisturbed, _ = _run(tmp_path / "whole", ALONE, 0)
+    disturbed, _ = _run(tmp_path / "died", ALONE, 1, asynchronous=True)
+    assert disturbed.outcome is OutcomeKind.OK, disturbed.reason
+    (restart,) = disturbed.restarts
+    assert (restart.step, restart.first_step) == (5, 2)  # training went on while step 4 was being saved
+    assert disturbed.losses == undisturbed.losses
+    assert disturbed.weights_digest == undisturbed.weights_digest
+    saved, same = (checkpoints.find(tmp_path / name / "kept")[1] for name in ("died", "whole"))
+    assert saved.files_sha256["__0_0.distcp"] == same.files_sha256["__0_0.distcp"]
+    elements = 4 * 8 + 8 + 8 * 4 + 4
+    assert disturbed.save_copy_bytes == 3 * 4 * elements + 4 * 4 + 5056  # AdamW, its steps, random state
 
 
 def test_a_rank_that_hangs_is_named_and_the_run_restarts(tmp_path: Path) -> None:

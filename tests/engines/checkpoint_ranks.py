@@ -200,11 +200,13 @@ def main(folder: Path) -> None:
     found: dict[str, list[float]] = {}
     own = folder / f"rank{rank}"
     own.mkdir()
-    for name in SAVING:
-        training = Training(launched(name, CheckpointSettings(save=str(folder / name))), small(), own, rank)
+    for number, name in enumerate(SAVING):
+        keep = CheckpointSettings(save=str(folder / name), asynchronous=number % 2 == 0)
+        training = Training(launched(name, keep), small(), own, rank)
         training.losses(0, SAVED)
         training.keeper.save(SAVED)
         found[name] = training.losses(SAVED, MORE)
+        training.keeper.finish()
         training.step.close()
     for source, target in PAIRS:
         found[f"{source} -> {target}"] = resumed(folder / source, target, own, rank)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import mmap
 import os
 from pathlib import Path
@@ -121,6 +122,29 @@ def test_memfits_own_bound_holds_for_evaluation_and_saves(tmp_path: Path) -> Non
     assert measured.cap_bytes > 32 * MIB  # two activations of 16 MiB in the evaluation
     assert measured.peak_bytes is not None
     assert measured.peak_bytes < 2 * MIB  # of training
+
+
+@LINUX
+def test_the_copy_of_an_asynchronous_save_is_predicted_and_within_the_bound(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slow = "fsync = os.fsync; os.fsync = lambda file: (time.sleep(0.2), fsync(file))"  # until the next peak
+    source = JOB.replace("import numpy", "import os, time, numpy").replace(
+        "Linear(64, 64)", "Linear(512, 512)"
+    )
+    source = source.format(data=slow, batch="return torch.randn(4, 512)", rows=0).replace(
+        "evaluate=evaluate", ""
+    )
+    (tmp_path / "wide.py").write_text(source)
+    words = ["run", f"{tmp_path / 'wide.py'}:job", "--capped", "--steps", "4", "--json", "--threads", "1"]
+    words += ["--store", str(tmp_path / "store"), "--save-every", "1", "--save", str(tmp_path / "saved")]
+    assert main([*words, "--save-async"]) == 0
+    run = json.loads(capsys.readouterr().out)
+    elements = 4 * (512 * 512 + 512)
+    assert run["save_copy_bytes"] == pytest.approx(12 * elements, rel=0.01)
+    assert run["predicted_save_copy_bytes"] == pytest.approx(12 * elements, rel=0.05)
+    assert run["cap_bytes"] > run["predicted_peak_bytes"] + 12 * elements
+    assert run["measured_peak_bytes"] > run["predicted_peak_bytes"] + 6 * elements  # the copy was there
 
 
 @LINUX

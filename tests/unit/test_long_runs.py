@@ -143,9 +143,15 @@ OK = Measurement(outcome=OutcomeKind.OK, steps_done=9, peak_bytes=1)
 
 
 def _through(
-    attempts: Sequence[Sequence[Measurement]], tmp_path: Path, *, saves: Sequence[int] = (), **keep: Any
+    attempts: Sequence[Sequence[Measurement]],
+    tmp_path: Path,
+    *,
+    saves: Sequence[int] = (),
+    prunes: bool = False,
+    **keep: Any,
 ) -> tuple[Sequence[Measurement], list[RunSpec], list[str]]:
-    """Run attempts that end as given; before the end of attempt i, a checkpoint of ``saves[i]`` steps."""
+    """Run attempts that end as given; before the end of attempt i, a checkpoint of ``saves[i]`` steps is
+    saved and, with ``prunes``, older ones are deleted."""
     specs: list[RunSpec] = []
     why: list[str] = []
 
@@ -154,6 +160,8 @@ def _through(
         specs.append(spec)
         if index < len(saves):
             _save(tmp_path, saves[index])
+            if prunes:
+                checkpoints.prune(tmp_path, 1)
         return attempts[index]
 
     def on_event(rank: int, event: Event) -> None:
@@ -191,6 +199,12 @@ def test_a_death_before_the_first_step_of_a_restart_restarts_again(tmp_path: Pat
 def test_a_rank_that_dies_before_it_resumed_had_done_the_steps_of_its_checkpoint(tmp_path: Path) -> None:
     ends, _, _ = _through([[_ended()], [_ended(steps_done=0)], [OK]], tmp_path, saves=[2])
     assert [(r.step, r.first_step) for r in ends[0].restarts] == [(2, 2), (2, 2)]
+
+
+def test_a_run_restarts_also_when_the_checkpoint_that_it_resumed_from_is_pruned(tmp_path: Path) -> None:
+    ends, specs, _ = _through([[_ended()], [_ended()], [OK]], tmp_path, saves=[2, 4], prunes=True)
+    assert [(r.step, r.first_step) for r in ends[0].restarts] == [(2, 2), (2, 4)]
+    assert specs[2].keep.resume == str(tmp_path / "step-00000004")
 
 
 def test_a_death_before_the_first_step_of_all_ends_the_run(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from memfit.cli.request import (
     writable,
 )
 from memfit.files.replace import write_whole
+from memfit.types.device_kind import HOST
 from memfit.types.errors import UserError
 from memfit.types.launch import RESUMABLE_EXIT, CheckpointSettings
 from memfit.types.parsing import parse_duration
@@ -99,6 +100,15 @@ class RunOptions:
             "Another number is refused without --save.",
         ),
     ] = 0
+    save_async: Annotated[
+        bool,
+        typer.Option(
+            "--save-async",
+            help="With --save: training goes on while a checkpoint is written. This takes memory for a copy "
+            "of parameters and optimizer state, of the host and on a processor within --capped; its size is "
+            "predicted and measured. Refused without --save. Default: training waits.",
+        ),
+    ] = False
     keep_last: Annotated[
         int,
         typer.Option(
@@ -279,11 +289,15 @@ def exit_code(run: Run) -> int:
 
 def checkpoint_settings(options: RunOptions) -> CheckpointSettings:
     """Return the settings of --save, --save-every, --keep-last, --restarts, --grace and --resume. "" as the
-    folder to save to, or as the checkpoint to resume, means none. Raises UserError for --save-every and
-    --keep-last without --save."""
-    for name, value in (("--save-every", options.save_every), ("--keep-last", options.keep_last)):
+    folder to save to, or as the checkpoint to resume, means none. Raises UserError for --save-every,
+    --keep-last and --save-async without --save."""
+    for name, value in (
+        ("--save-every N", options.save_every),
+        ("--keep-last N", options.keep_last),
+        ("--save-async", options.save_async),
+    ):
         if value and options.save is None:
-            raise UserError(f"{name} needs --save", allowed=f"--save DIR {name} N")
+            raise UserError(f"{name.split()[0]} needs --save", allowed=f"--save DIR {name}")
     return CheckpointSettings(
         save=str(options.save or ""),
         every_steps=options.save_every,
@@ -291,6 +305,7 @@ def checkpoint_settings(options: RunOptions) -> CheckpointSettings:
         keep_last=options.keep_last,
         restarts=options.restarts,
         grace_s=parse_duration(options.grace),
+        asynchronous=options.save_async,
     )
 
 
@@ -391,6 +406,12 @@ def lines(run: Run) -> Iterator[str]:
     if measurement.peak_bytes is not None:
         yield f"  peak    {_peak(run, measurement.peak_bytes)}, {measurement.peak_source}"
     yield from _resident_lines(run)
+    if run.spec.save_copy_bytes:
+        where = "beside the peak, within a cap" if run.spec.device == HOST else "in the host's memory"
+        yield (
+            f"  copy    {format_bytes(measurement.save_copy_bytes)} measured, at most "
+            f"{format_bytes(run.spec.save_copy_bytes)} predicted, {where}, while a save is written"
+        )
     if (step := step_s(measurement)) is not None:
         yield f"  step    {_predicted_and_measured(run.predicted_step_s, step, format_seconds)}"
     yield from _data_line(measurement)
@@ -467,6 +488,8 @@ def _peak(run: Run, peak_bytes: int) -> str:
         return f"{measured} when it ended{prediction}"
     if run.spec.steps == 1 and predicted and predicted > peak_bytes:
         return f"{measured} measured, {format_bytes(predicted)} predicted from the second step on"
+    if run.spec.save_copy_bytes and predicted and run.spec.device == HOST:
+        return f"{measured} measured, {format_bytes(predicted)} predicted without the copy for saves"
     return _predicted_and_measured(predicted, peak_bytes, format_bytes)
 
 

@@ -129,6 +129,8 @@ def run_view(run: Run) -> View:
         "limit_kind": measurement.limit_kind,
         "overhead_ratio": measurement.overhead_ratio,
         "raised_cap_bytes": measurement.cap_bytes,
+        "save_copy_bytes": measurement.save_copy_bytes,
+        "predicted_save_copy_bytes": spec.save_copy_bytes,
         "resident": None if measurement.resident is None else serialization.to_plain(measurement.resident),
         "batch_s": statistics.median(measurement.batch_s) if measurement.batch_s else None,
         "alarms": list(run.alarms),

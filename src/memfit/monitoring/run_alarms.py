@@ -32,11 +32,12 @@ _RISING: Final = {"allocated_bytes": "tensors", "heap_bytes": "the memory that t
 
 
 class RunAlarms:
-    """Collects what is unusual in the steps of one rank. ``estimate``: the prediction of the run."""
+    """Collects what is unusual in the steps of one rank. ``estimate``: the prediction of the run.
+    ``copy_bytes``: what its asynchronous saves may take in addition."""
 
-    def __init__(self, estimate: Estimate, limits: AlarmLimits | None = None) -> None:
+    def __init__(self, estimate: Estimate, limits: AlarmLimits | None = None, *, copy_bytes: int = 0) -> None:
         allocated = estimate.allocated_bytes
-        high_bytes = max(allocated.high, allocated.value * _ABOVE_RATIO) + _ABOVE_BYTES
+        high_bytes = max(allocated.high, allocated.value * _ABOVE_RATIO) + _ABOVE_BYTES + copy_bytes
         predicted = Interval(value=allocated.value, low=allocated.low, high=high_bytes)
         self._limits = limits or AlarmLimits()
         self._detector = AlarmDetector(self._limits, prediction={"allocated_bytes": predicted})

@@ -9,11 +9,13 @@ from memfit.cost.host import host_holds
 from memfit.cost.memory_estimate import ASSUMED_RESERVED_RATIO
 from memfit.types.machine import Machine
 from memfit.types.result import Estimate
+from memfit.types.trace import Category
 
 # Process memory above its tensors under a hard cap: 1.02x to 1.04x was observed under RLIMIT_DATA.
 CPU_HEADROOM_RATIO, CPU_HEADROOM_BYTES = 1.05, 2 * 2**20
 # Assumed for context and libraries on an accelerator for which the catalog has no figure.
 UNKNOWN_DEVICE_BYTES = 1 * 2**30
+_RANDOM_STATE_BYTES = 8 * 2**10  # that of the host has 5,056 bytes, that of a GPU 16
 Fits = Callable[[Estimate], bool]
 
 
@@ -44,6 +46,14 @@ def needed_bytes(estimate: Estimate, machine: Machine) -> int:
         return int(reserved.value + device_bytes.high - reserved.high)
     reserved_bytes = reserved.value if reserved else allocated_bytes * ASSUMED_RESERVED_RATIO
     return int(reserved_bytes) + UNKNOWN_DEVICE_BYTES
+
+
+def saved_bytes(estimate: Estimate) -> int:
+    """Return how many bytes a save of the plan's largest rank writes, at most: the random state, and
+    parameters, buffers and optimizer state at the peak. Of these, gathered parameters and those with a master
+    copy are not saved."""
+    saved = (Category.PARAMETER, Category.OPTIMIZER_STATE)
+    return sum(estimate.at_peak_bytes.get(str(c), 0) for c in saved) + _RANDOM_STATE_BYTES
 
 
 def expected_bytes(estimate: Estimate, machine: Machine) -> int:

@@ -98,7 +98,12 @@ def _restart(
 
 
 def _steps_of(keep: CheckpointSettings) -> int:
-    return checkpoints.about(Path(keep.resume)).step if keep.resume else 0
+    """Return the steps of the checkpoint to resume from; 0 without one. Return 0, too, if it is gone: the run
+    has pruned it after it had saved newer ones."""
+    try:
+        return checkpoints.about(Path(keep.resume)).step if keep.resume else 0
+    except UserError:
+        return 0
 
 
 def _is_repeated(before: Restart, now: Restart) -> bool:
@@ -130,7 +135,8 @@ def newest(keep: CheckpointSettings) -> CheckpointSettings:
         path, checkpoint, passed_over = checkpoints.find(Path(keep.save))
     except UserError:
         return keep
-    if keep.resume and checkpoint.step < checkpoints.find(Path(keep.resume))[1].step:
+    is_complete = bool(keep.resume) and not checkpoints.incomplete(Path(keep.resume))
+    if is_complete and checkpoint.step < _steps_of(keep):
         return keep
     return dataclasses.replace(keep, resume=str(path), passed_over=passed_over)
 

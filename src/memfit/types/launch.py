@@ -28,7 +28,8 @@ class CheckpointSettings:
     name newer checkpoints that were not used, with the reasons. ``keep_last``: number of newest complete
     checkpoints in ``save`` that are kept when another is saved; 0: all. ``grace_s``: seconds after SIGTERM
     within which a run that saves must have saved and ended. ``restarts``: number of restarts after deaths or
-    hangs of ranks that are made without a new checkpoint.
+    hangs of ranks that are made without a new checkpoint. ``asynchronous``: whether training goes on while a
+    copy of what is saved, in host memory, is written.
     """
 
     save: str = ""
@@ -38,6 +39,7 @@ class CheckpointSettings:
     keep_last: int = 0
     grace_s: float = 25.0
     restarts: int = 3
+    asynchronous: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +49,8 @@ class RunSpec:
     ``cap_bytes``: memory that the process may use above what it has when the cap is set; None: no cap.
     ``cap_scope``: what it holds for. "training": not for the evaluation, for which it is lifted; "run": for
     all; "bound": for all, and it is memfit's own bound, which what evaluation and saves take in the warm-up
-    raises.
+    raises. ``save_copy_bytes``: predicted bytes of the copy in host memory while an asynchronous save is
+    written, on a processor in ``cap_bytes`` of the scope "bound"; 0: saves are not asynchronous.
     ``timeout_s``: seconds after which it is stopped; None: never. ``steps``: number of steps from the very
     first one, including those done before a checkpoint that is resumed. ``stall_s``: seconds without progress
     in a step after which all ranks are ended; None: many steps' time (`StallWatch`). ``predicted_step_s``:
@@ -71,6 +74,7 @@ class RunSpec:
     cap_scope: str = "training"
     threads: int = 0  # 0: torch's default
     device: str = HOST  # torch's name of the kind of device: "cpu", "cuda"; a rank uses that of its number
+    save_copy_bytes: int = 0
     evaluate: bool = True
     timeline: bool = False  # keep the measured memory timeline
     timeout_s: float | None = None

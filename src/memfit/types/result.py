@@ -168,6 +168,7 @@ class Measurement:
     phase_rss_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     rss_peak_bytes: int | None = None
     resident: ResidentMemory | None = None
+    save_copy_bytes: int = 0  # the largest copy of this rank's state that an asynchronous save wrote
     cap_bytes: int | None = None  # the cap that was set, if the warm-up raised that of the spec
     footprint_bytes: int | None = None  # of the process before the limit was set
     limit_kind: str = ""  # "", "RLIMIT_DATA", "cgroup", "memory fraction"

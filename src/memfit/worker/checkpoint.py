@@ -8,10 +8,12 @@ get_optimizer_state_dict(..., flatten_optimizer_state_dict=True)}``, so that oth
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import itertools
+import threading
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
 
 from memfit.engines.registry import ENGINES
 from memfit.files.temporary import temporary_folder
@@ -52,7 +55,10 @@ Shapes = Mapping[str, Shape]
 
 class Checkpointer:
     """Saves and restores the checkpoints of one run. Every rank has one, and all ranks must save and restore
-    together."""
+    together.
+
+    If the run saves asynchronously, `save` copies the state to host memory and returns, and a thread writes
+    the copy. There is at most one copy: the next `save` waits. ``copy_bytes``: the largest copy so far."""
 
     def __init__(self, spec: RunSpec, step: TrainingStep) -> None:
         """Create it before ``step`` runs. Raises UserError if the state of the run cannot be saved by name
@@ -84,6 +90,13 @@ class Checkpointer:
             )
         self.device = torch.device(step.bench.torch_device)
         self.optimizers = optimizers(step.optimizer)
+        self.copy_bytes = 0
+        self._writing: _Writing | None = None
+        self._group: Any = None  # that of the writing threads: the default one is busy with training
+        if spec.keep.asynchronous and not _alone():
+            self._group = dist.new_group(backend="gloo")
+        # In a process alone, torch says so at each save. Once, as filters are shared between threads.
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed\.")
         self.begun = [_numbers(group) for group in self._groups()]
 
     def restore(self) -> int:
@@ -121,10 +134,40 @@ class Checkpointer:
         return bool(keep.save) and is_due
 
     def save(self, done: int) -> None:
-        """Save a checkpoint of the state after ``done`` steps in the run's folder. All ranks must call it.
-        Raises MemfitError if the checkpoint or the folder cannot be written."""
-        path = self._write(Path(self.spec.keep.save), done)
-        tell("saved", step=done, path=str(path))
+        """Save a checkpoint of the state after ``done`` steps in the run's folder, or begin to. All ranks
+        must call it. Raises MemfitError if the checkpoint, or an earlier one, cannot be written."""
+        self.finish()
+        self._begin(Path(self.spec.keep.save), done)
+        if not self.spec.keep.asynchronous:
+            self.finish()
+
+    @property
+    def has_written(self) -> bool:
+        """Whether a checkpoint is written, or its writing has failed, and `finish` has not been called."""
+        return self._writing is not None and not self._writing.is_alive()
+
+    def finish(self) -> None:
+        """Wait until the checkpoint that is being written is complete, and report it. Raises as `save` does;
+        MemoryError if memory ran out."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            tell("saved", step=writing.done, path=str(writing.result()))
+
+    def wait(self) -> None:
+        """Wait until no checkpoint is being written, whatever comes of it."""
+        if self._writing is not None and self._writing.ident is not None:
+            self._writing.join()
+
+    def _begin(self, folder: Path | None, done: int) -> None:
+        state, metadata = self._state(done)
+        if self.spec.keep.asynchronous:
+            state = {key: _copied(value) for key, value in state.items()}
+            self.copy_bytes = max(self.copy_bytes, sum(map(_size_bytes, state.values())))
+        self._writing = _Writing(lambda: self._write(folder, state, metadata), done)
+        if self.spec.keep.asynchronous:
+            self._writing.start()
+        else:
+            self._writing.run()
 
     def rehearse(self) -> None:
         """Save once into a temporary folder inside that of the run, and remove it: what saving loads and
@@ -135,25 +178,34 @@ class Checkpointer:
                 parent = Path(self.spec.keep.save)
                 parent.mkdir(parents=True, exist_ok=True)
                 folder = stack.enter_context(temporary_folder(_REHEARSAL, parent))
-            self._write(_from_first(folder), 0)
+            self._begin(folder, 0)
+            assert self._writing is not None
+            self._writing.result()
+            self._writing = None
 
-    def _write(self, folder: Path, done: int) -> Path:
-        """Save a checkpoint of the state after ``done`` steps in ``folder`` and return its path."""
+    def _state(self, done: int) -> tuple[dict[str, Any], Checkpoint]:
+        """Return what this rank saves after ``done`` steps, by key, and the description of the checkpoint,
+        without its files."""
         entries = [e for e in self._entries() if e.kind == "state" or self._moved(e)]
         metadata = self._about(done, entries)
         state: dict[str, Any] = {**self._tensors(writing=True), **{e.text: e.stored for e in entries}}
-        state |= self._random_states(f"random.{self.rank}")
+        return state | self._random_states(f"random.{self.rank}"), metadata
+
+    def _write(self, folder: Path | None, state: dict[str, Any], metadata: Checkpoint) -> Path:
+        """Write a checkpoint of ``state`` in ``folder``, that of rank 0, and return its path."""
+        done, group = metadata.step, self._group
         try:
-            partial_folder = _from_first(checkpoints.begin(folder, done) if self.rank == 0 else None)
-            with _quiet():
-                save(
-                    state,
-                    storage_writer=FileSystemWriter(partial_folder),
-                    planner=PiecesSavePlanner(),
-                    no_dist=_alone(),
-                )
-            files = _everyone(set(self._own_files(partial_folder)))
-            if self.rank == 0:
+            begun = checkpoints.begin(folder, done) if self.rank == 0 and folder is not None else None
+            partial_folder = _from_first(begun, group)
+            save(
+                state,
+                storage_writer=FileSystemWriter(partial_folder),
+                planner=PiecesSavePlanner(),
+                process_group=group,
+                no_dist=_alone(),
+            )
+            files = _everyone(set(self._own_files(partial_folder)), group)
+            if self.rank == 0 and folder is not None:
                 metadata = dataclasses.replace(
                     metadata,
                     files_bytes={name: size for name, size, _ in sorted(files)},
@@ -167,9 +219,9 @@ class Checkpointer:
                 raise MemoryError(f"out of memory while saving after step {done}") from error
             reason = str(error).strip().splitlines()[-1]
             raise MemfitError(
-                f"the checkpoint after step {done} was not saved in {folder}: {reason}"
+                f"the checkpoint after step {done} was not saved in {self.spec.keep.save}: {reason}"
             ) from error
-        _from_first(None)
+        _from_first(None, group)
         return Path(partial_folder).with_suffix("")
 
     def _own_files(self, folder: Path) -> Iterator[tuple[str, int, str]]:
@@ -239,8 +291,7 @@ class Checkpointer:
         random_states = {k: v for k, v in self._random_states(random_key).items() if k in metadata}
         target |= random_states
         try:
-            with _quiet():
-                load(target, storage_reader=reader, planner=PiecesLoadPlanner(), no_dist=_alone())
+            load(target, storage_reader=reader, planner=PiecesLoadPlanner(), no_dist=_alone())
         except CheckpointException as error:
             reason = str(error).strip().splitlines()[-1]
             raise MemfitError(f"the checkpoint {path} cannot be loaded: {reason[:300]}") from error
@@ -400,29 +451,74 @@ def _alone() -> bool:
     return not dist.is_initialized()
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress UserWarnings inside this context: torch warns that a single process is not distributed."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield
+class _Writing(threading.Thread):
+    """The writing of the checkpoint after ``done`` steps: ``write``, which returns its path. It runs in a
+    thread after `start`, or in the calling one by `run`. The interpreter waits for it at its end."""
+
+    def __init__(self, write: Callable[[], Path], done: int) -> None:
+        super().__init__()
+        self.done = done
+        self._write: Callable[[], Path] | None = write
+        self._path: Path | None = None
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        assert self._write is not None
+        try:
+            self._path = self._write()
+        except BaseException as error:  # noqa: BLE001  raised by `result`
+            self._error = error
+        self._write = None  # with the copy
+
+    def result(self) -> Path:
+        """Return the path when it is complete, or raise what ``write`` raised."""
+        if self.ident is not None:
+            self.join()
+        if self._error is not None:
+            raise self._error
+        assert self._path is not None
+        return self._path
 
 
-def _everyone(values: set[Any]) -> set[Any]:
+def _copied(value: Any) -> Any:
+    """Return a copy of a value of a state, in host memory if it is a plain tensor or one that is sharded
+    (then as `Pieces`), else where it is."""
+    if isinstance(value, DTensor):
+        chunks = value.__create_chunk_list__()
+        local = value.to_local()
+        return Pieces(tuple(value.shape), value.dtype, {c.offsets: _on_host(local) for c in chunks})
+    if isinstance(value, Pieces):
+        views = {offsets: _on_host(view) for offsets, view in value.views.items()}
+        return Pieces(tuple(value.shape), value.dtype, views)
+    if type(value) in {torch.Tensor, torch.nn.Parameter}:
+        return _on_host(value)
+    return value.detach().clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
+
+
+def _on_host(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+
+
+def _size_bytes(value: Any) -> int:
+    tensors = value.views.values() if isinstance(value, Pieces) else (value,)
+    return sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
+
+
+def _everyone(values: set[Any], group: Any = None) -> set[Any]:
     """Return the union of all ranks' ``values``. All ranks must call it. Without a process group, return
     ``values``."""
     if _alone():
         return values
     rank_values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(rank_values, values)
+    dist.all_gather_object(rank_values, values, group=group)
     return set().union(*rank_values)
 
 
-def _from_first(value: Any) -> Any:
+def _from_first(value: Any, group: Any = None) -> Any:
     """Return rank 0's ``value`` on every rank. All ranks must call it; none continues before rank 0 has sent
     the value. Without a process group, return ``value``."""
     if dist.is_initialized():
         values = [value]
-        dist.broadcast_object_list(values, src=0)
+        dist.broadcast_object_list(values, src=0, group=group)
         return values[0]
     return value

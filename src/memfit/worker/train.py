@@ -88,6 +88,7 @@ class _Gauge:
     headroom: list[int] = dataclasses.field(default_factory=list)
     timeline: tuple[int, ...] = ()
     used_bytes: int | None = None  # of the cap, used by training alone
+    save_copy_bytes: int = 0
     of_accelerator: dict[str, Any] = dataclasses.field(default_factory=dict)  # by training alone
 
     def turn(self, phase: str) -> None:
@@ -499,8 +500,8 @@ def _train(job: Job, spec: RunSpec, gauge: _Gauge, meter: EnergyMeter) -> Traini
     torch.manual_seed(spec.seed)
     step = gauge.make_step(job, spec.plan, world=gauge.world)
     after_step = degrade(step, spec.degraded)
-    gauge.settle()  # building the step made groups with their own threads
     keeper = _keeper(spec, step)
+    gauge.settle()  # building the step, and asynchronous saves, made groups with their own threads
     if keeper is not None and step.average is not None:
         raise UserError(
             "checkpoints are not supported for a job with Job(ema=...), whose averaged weights they do not "
@@ -511,6 +512,25 @@ def _train(job: Job, spec: RunSpec, gauge: _Gauge, meter: EnergyMeter) -> Traini
         gauge.turn("resume")
         gauge.first = keeper.restore()
     meter.start()
+    try:
+        _run_steps(job, spec, gauge, step, keeper, after_step)
+    except BaseException:
+        if keeper is not None:
+            keeper.wait()  # it may use the process group
+        raise
+    if keeper is not None and spec.keep.asynchronous:
+        _finish_save(keeper, gauge)
+    return step
+
+
+def _run_steps(
+    job: Job,
+    spec: RunSpec,
+    gauge: _Gauge,
+    step: TrainingStep,
+    keeper: Checkpointer | None,
+    after_step: Callable[[], None],
+) -> None:
     for index in range(gauge.first, spec.steps):
         gauge.turn("data")
         start = time.perf_counter()
@@ -526,11 +546,19 @@ def _train(job: Job, spec: RunSpec, gauge: _Gauge, meter: EnergyMeter) -> Traini
             gauge.turn("save")
             keeper.save(index + 1)
             gauge.turn("between")
+        elif keeper is not None and keeper.has_written:
+            _finish_save(keeper, gauge)
         if gauge.requests is not None and gauge.requests.ends(index + 1) and index + 1 < spec.steps:
             gauge.end = f"stopped by SIGTERM after {index + 1} steps, which are saved in {spec.keep.save}"
             gauge.requests.has_ended = True
             break
-    return step
+
+
+def _finish_save(keeper: Checkpointer, gauge: _Gauge) -> None:
+    gauge.turn("save")
+    keeper.finish()
+    gauge.save_copy_bytes = keeper.copy_bytes
+    gauge.turn("between")
 
 
 def _is_save_due(keeper: Checkpointer, gauge: _Gauge, done: int) -> bool:
@@ -684,6 +712,7 @@ def _measurement(
         process_peak_bytes=used_bytes,
         overhead_ratio=used_bytes / gauge.peak_bytes if used_bytes and gauge.peak_bytes else None,
         resident=gauge.resident.observed(),
+        save_copy_bytes=gauge.save_copy_bytes,
         cap_bytes=limit.cap_bytes if limit is not None and limit.cap_bytes != spec.cap_bytes else None,
         step_s=tuple(gauge.step_s),
         batch_s=tuple(gauge.batch_s),

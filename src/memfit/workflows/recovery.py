@@ -107,6 +107,8 @@ def _next_plan(
     limit_bytes = spec.cap_bytes
     if limit_bytes is None:
         limit_bytes = local_machine.free_device_bytes(spec.device) // (ranks if spec.device == HOST else 1)
+    if spec.device == HOST:
+        limit_bytes -= spec.save_copy_bytes
     try:
         job, pricer = make_pricer(dataclasses.replace(request, ranks=ranks), replicas=False)
         batch_pricer = pricer_of_batch(pricer, job.make_batch(step, spec.seed))

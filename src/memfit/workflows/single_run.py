@@ -11,7 +11,7 @@ from memfit.engines.registry import ready_engine, render, supporting_engine
 from memfit.jobs import checkpoints
 from memfit.jobs.user_job import source_digest
 from memfit.monitoring.run_alarms import RunAlarms
-from memfit.planner.capacity import needed_bytes
+from memfit.planner.capacity import needed_bytes, saved_bytes
 from memfit.planner.machine_calibration import calibrate
 from memfit.planner.recompute_budget import open_budget
 from memfit.planner.request import Progress, Request, make_pricer, model_sizes
@@ -24,6 +24,7 @@ from memfit.runtime.restart import Losses, run_through
 from memfit.store.database import Store
 from memfit.techniques.registry import check, refuse_wrong_weights, with_defaults
 from memfit.types import serialization
+from memfit.types.device_kind import HOST
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 from memfit.types.launch import RunSpec
@@ -131,6 +132,8 @@ def run_plan(
     plan = estimate.plan
     if is_replay:
         return _replayed(stored_runs, request, estimate)
+    copy_bytes = saved_bytes(estimate) if keep.save and keep.asynchronous else 0
+    bound_bytes = needed_bytes(estimate, request.machine) + (copy_bytes if device.is_host else 0)
     spec = RunSpec(
         name=plan.label,
         role="run",
@@ -146,7 +149,8 @@ def run_plan(
         batch_size=job.batch_size,
         clip=job.clip,
         sizes=model_sizes(request.engine, job),
-        cap_bytes=(request.cap_bytes or needed_bytes(estimate, request.machine)) if capped else None,
+        cap_bytes=(request.cap_bytes or bound_bytes) if capped else None,
+        save_copy_bytes=copy_bytes,
         cap_scope="run" if request.cap_bytes else "bound",
         device=request.device,
         threads=request.threads or max(1, local_machine.threads() // plan.ranks),
@@ -253,7 +257,7 @@ def run_spec(
             on_notice(event)
 
     progress("run", 0, spec.steps, label)
-    alarms = RunAlarms(estimate)
+    alarms = RunAlarms(estimate, copy_bytes=spec.save_copy_bytes if spec.device == HOST else 0)
     measurement = measure_spec(spec, listen, losses)
     if refusals and measurement.outcome is OutcomeKind.FAILED and str(refusals[-1]) in measurement.reason:
         raise refusals[-1]
