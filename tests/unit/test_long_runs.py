@@ -207,6 +207,19 @@ def test_a_run_restarts_also_when_the_checkpoint_that_it_resumed_from_is_pruned(
     assert specs[2].keep.resume == str(tmp_path / "step-00000004")
 
 
+def test_a_run_goes_on_in_its_folder_after_its_newest_checkpoint_is_damaged(tmp_path: Path) -> None:
+    _save(tmp_path, 2)
+    (_save(tmp_path, 4) / checkpoints.ABOUT).write_text("{")
+    keep = CheckpointSettings(save=str(tmp_path), resume=str(tmp_path))
+    settled, _ = checkpoints.settled(keep, None, 9)
+    assert (Path(settled.resume).name, len(settled.passed_over)) == ("step-00000002", 1)
+    _save(tmp_path, 4)
+    assert checkpoints.find(tmp_path)[1].step == 4
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000002", "step-00000004"]
+    with pytest.raises(UserError, match="of another run"):
+        checkpoints.settled(dataclasses.replace(keep, resume=str(tmp_path / "step-00000002")), None, 9)
+
+
 def test_a_death_before_the_first_step_of_all_ends_the_run(tmp_path: Path) -> None:
     ends, _, why = _through([[_ended(steps_done=0)]], tmp_path)
     assert (ends[0].outcome, why) == (OutcomeKind.FAILED, [])

@@ -16,7 +16,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from memfit.files.read import read_text
@@ -86,7 +86,9 @@ def settled(keep: CheckpointSettings, seed: int | None, steps: int) -> tuple[Che
     if keep.save and Path(keep.save).exists() and not Path(keep.save).is_dir():
         raise UserError(f"--save {keep.save} is a file", allowed="a folder, existing or new")
     if keep.save:
-        must_be_free(Path(keep.save), completed_steps)
+        is_own = bool(keep.resume) and Path(keep.resume).parent == Path(keep.save).resolve()
+        damaged = {text.partition(":")[0] for text in keep.passed_over} if is_own else set[str]()
+        must_be_free(Path(keep.save), completed_steps, damaged)
         must_be_writable(Path(keep.save), "checkpoints")
         keep = dataclasses.replace(keep, save=str(Path(keep.save).resolve()))
     return keep, resume_seed
@@ -107,10 +109,13 @@ def restarted(keep: CheckpointSettings) -> CheckpointSettings:
     return dataclasses.replace(keep, resume=str(path), passed_over=skipped_reasons)
 
 
-def must_be_free(folder: Path, after: int) -> None:
+def must_be_free(folder: Path, after: int, damaged: Collection[str] = ()) -> None:
     """Raise UserError if ``folder`` contains a checkpoint, complete or not, after more than ``after`` steps,
-    because it belongs to another run. Remains of interrupted saves (``.partial``) do not count."""
-    later_checkpoints = [p for p in _newest_first(folder) if p.suffix != PARTIAL and _step(p) > after]
+    because it belongs to another run. Remains of interrupted saves (``.partial``) do not count, nor do those
+    named in ``damaged``, of the run itself."""
+    later_checkpoints = [
+        p for p in _newest_first(folder) if p.suffix != PARTIAL and _step(p) > after and p.name not in damaged
+    ]
     if later_checkpoints:
         raise UserError(
             f"{folder} already contains {later_checkpoints[0].name} of another run",
@@ -187,13 +192,18 @@ def begin(folder: Path, step: int) -> Path:
 def publish(partial: Path, said: Checkpoint) -> Path:
     """Finish a save and return the folder's final path: write the description ``said`` into the folder
     ``partial``, whose other files must already be durable, rename the folder to its name without
-    ``.partial``, and write this name into the file ``latest`` beside it."""
+    ``.partial``, and write this name into the file ``latest`` beside it. A folder of this name is replaced:
+    it is damaged, as the run would have resumed from it."""
     said = dataclasses.replace(said, sha256=_sha256_of_description(said))
     write_whole(partial / ABOUT, f"{serialization.dumps(said, indent=2)}\n".encode())
     _sync(partial)
     path = partial.with_suffix("")
+    damaged = path.with_name(f"{path.name}-damaged{PARTIAL}")
+    if path.exists():
+        path.rename(damaged)
     partial.rename(path)
     _sync(path.parent)
+    shutil.rmtree(damaged, ignore_errors=True)
     write_whole(path.parent / LATEST, f"{path.name}\n".encode())
     _sync(path.parent)
     return path
