@@ -8,6 +8,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -281,6 +282,17 @@ def test_a_full_disk_is_reported_as_a_failed_save(tmp_path: Path, monkeypatch: p
         training.keeper.save(1)
 
 
+def test_a_full_disk_that_torch_does_not_name_is_named_and_freed_of_the_draft(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = alone(CheckpointSettings(save=str(tmp_path / "to")), tmp_path)
+    monkeypatch.setattr("memfit.worker.checkpoint.save", _raising(OSError("unexpected pos 704 vs 598")))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(2000, 1900, 100))
+    with pytest.raises(MemfitError, match=r"was not saved in .*/to: the disk has 100 B left, and .* takes "):
+        training.keeper.save(1)
+    assert list((tmp_path / "to").iterdir()) == []
+
+
 def test_a_folder_that_cannot_be_made_is_reported_as_a_failed_save(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     training = alone(CheckpointSettings(save=str(tmp_path / "file" / "to")), tmp_path)
@@ -289,7 +301,7 @@ def test_a_folder_that_cannot_be_made_is_reported_as_a_failed_save(tmp_path: Pat
 
 
 def _raising(error: Exception) -> Callable[..., None]:
-    def call(*_: object) -> None:
+    def call(*_: object, **__: object) -> None:
         raise error
 
     return call

@@ -220,6 +220,17 @@ def test_a_run_goes_on_in_its_folder_after_its_newest_checkpoint_is_damaged(tmp_
         checkpoints.settled(dataclasses.replace(keep, resume=str(tmp_path / "step-00000002")), None, 9)
 
 
+def test_a_second_run_that_saves_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    with (
+        checkpoints.reserve(str(tmp_path)),
+        pytest.raises(UserError, match="another run of memfit saves in "),
+        checkpoints.reserve(str(tmp_path)),
+    ):
+        pass
+    with checkpoints.reserve(str(tmp_path)):
+        pass
+
+
 def test_a_death_before_the_first_step_of_all_ends_the_run(tmp_path: Path) -> None:
     ends, _, why = _through([[_ended(steps_done=0)]], tmp_path)
     assert (ends[0].outcome, why) == (OutcomeKind.FAILED, [])

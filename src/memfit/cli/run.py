@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -323,8 +324,9 @@ def print_notice(event: Mapping[str, object], *, folder: Path | None) -> None:
         text = "\n".join(f"rank {rank}\n{stack or 'no answer'}" for rank, stack in stacks.items())
         if folder is not None and folder.is_dir():
             file = folder / f"stacks-{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}.txt"
-            file.write_text(text, encoding="utf-8")
-            text = f"memfit: stack traces of all ranks are in {file}"
+            with contextlib.suppress(UserError):  # a full disk must not end the run
+                write_whole(file, text.encode())
+                text = f"memfit: stack traces of all ranks are in {file}"
         print(replace_controls(text), file=sys.stderr)
     sys.stderr.flush()
 
@@ -406,7 +408,7 @@ def lines(run: Run) -> Iterator[str]:
     if measurement.peak_bytes is not None:
         yield f"  peak    {_peak(run, measurement.peak_bytes)}, {measurement.peak_source}"
     yield from _resident_lines(run)
-    if run.spec.save_copy_bytes:
+    if measurement.save_copy_bytes:
         where = "beside the peak, within a cap" if run.spec.device == HOST else "in the host's memory"
         yield (
             f"  copy    {format_bytes(measurement.save_copy_bytes)} measured, at most "

@@ -11,7 +11,9 @@ A save is written into ``.partial``, made durable, then renamed; ``latest`` is u
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import os
 import re
@@ -140,6 +142,30 @@ def about(path: Path) -> Checkpoint:
 def _sha256_of_description(description: Checkpoint) -> str:
     text = serialization.dumps(dataclasses.replace(description, sha256=""))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def reserve(folder: str) -> Iterator[None]:
+    """In this context, no other process that calls this may save in ``folder``; "" is none. Two runs would
+    delete each other's unfinished checkpoints. Raises UserError if another process has reserved it. The
+    system ends a reservation with its process; on a file system without locks, there is none."""
+    if not folder:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(
+            f"another run of memfit saves in {folder}", allowed="a folder of its own for each run"
+        ) from None
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def incomplete(path: Path, *, contents: bool = True) -> str:

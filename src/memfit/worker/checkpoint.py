@@ -11,6 +11,7 @@ import contextlib
 import copy
 import dataclasses
 import itertools
+import shutil
 import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -46,6 +47,7 @@ from memfit.techniques.recompute.selective_recompute import rng_state, set_rng_s
 from memfit.types.device_kind import HOST
 from memfit.types.errors import MemfitError, UserError
 from memfit.types.launch import Checkpoint, RunSpec, Shape
+from memfit.types.units import format_bytes
 from memfit.worker.checkpoint_reader import CheckpointReader
 
 _REHEARSAL = "memfit-warm-up-"  # prefix of a folder
@@ -193,7 +195,7 @@ class Checkpointer:
 
     def _write(self, folder: Path | None, state: dict[str, Any], metadata: Checkpoint) -> Path:
         """Write a checkpoint of ``state`` in ``folder``, that of rank 0, and return its path."""
-        done, group = metadata.step, self._group
+        done, group, begun = metadata.step, self._group, None
         try:
             begun = checkpoints.begin(folder, done) if self.rank == 0 and folder is not None else None
             partial_folder = _from_first(begun, group)
@@ -217,7 +219,10 @@ class Checkpointer:
         except (OSError, CheckpointException) as error:
             if _is_out_of_memory(error):
                 raise MemoryError(f"out of memory while saving after step {done}") from error
-            reason = str(error).strip().splitlines()[-1]
+            reason = _full_disk(Path(self.spec.keep.save), sum(map(_size_bytes, state.values())))
+            reason = reason or str(error).strip().splitlines()[-1]
+            if begun is not None:
+                shutil.rmtree(begun, ignore_errors=True)  # what is there may fill the disk
             raise MemfitError(
                 f"the checkpoint after step {done} was not saved in {self.spec.keep.save}: {reason}"
             ) from error
@@ -502,6 +507,21 @@ def _on_host(tensor: torch.Tensor) -> torch.Tensor:
 def _size_bytes(value: Any) -> int:
     tensors = value.views.values() if isinstance(value, Pieces) else (value,)
     return sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
+
+
+def _full_disk(folder: Path, needed_bytes: int) -> str:
+    """Return a text if the disk of ``folder`` has less free than ``needed_bytes``, else "". torch's writer
+    says of a full disk only that a position in its file is not the expected one."""
+    try:
+        free_bytes = shutil.disk_usage(folder).free
+    except OSError:
+        return ""
+    if free_bytes >= needed_bytes:
+        return ""
+    return (
+        f"the disk has {format_bytes(free_bytes)} left, and this process's part of a checkpoint takes "
+        f"{format_bytes(needed_bytes)}"
+    )
 
 
 def _everyone(values: set[Any], group: Any = None) -> set[Any]:

@@ -169,7 +169,8 @@ def run_plan(
             on_notice=recovery.on_notice,
         )
 
-    result = train_with_recoveries(train, request, spec, estimate, recovery)
+    with checkpoints.reserve(spec.keep.save):
+        result = train_with_recoveries(train, request, spec, estimate, recovery)
     if store is not None:
         store.append("run", "run", result)
     return result
