@@ -41,6 +41,7 @@ from memfit.runtime.checkpoint_layout import (
     places,
     spread,
 )
+from memfit.runtime.devices import collective_backend
 from memfit.runtime.oom import is_oom_error
 from memfit.runtime.progress_events import tell
 from memfit.techniques.recompute.selective_recompute import rng_state, set_rng_state
@@ -96,7 +97,7 @@ class Checkpointer:
         self._writing: _Writing | None = None
         self._group: Any = None  # that of the writing threads: the default one is busy with training
         if spec.keep.asynchronous and not _alone():
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend=collective_backend(HOST))
         # In a process alone, torch says so at each save. Once, as filters are shared between threads.
         warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed\.")
         self.begun = [_numbers(group) for group in self._groups()]
