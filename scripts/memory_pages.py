@@ -1,0 +1,537 @@
+"""The data of the calculator and the gallery: traced training steps whose sizes are polynomials.
+
+    python scripts/memory_pages.py trace [--only REGEX]   # writes docs/calculator/traces.json
+    python scripts/memory_pages.py build [FOLDER]         # writes the pages, by default to docs/
+
+The sequence of allocations and frees of a step stays the same when only the batch of a device and the length
+change; the bytes that are asked for are a polynomial of both. So a few traces give the step at all batches
+and lengths between them. The pages replay it, and the caching allocator with it, as `memfit estimate JOB`
+does. Traces that took no part in the fit test it; a combination whose step differs there is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import dataclasses
+import datetime
+import functools
+import itertools
+import json
+import re
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Final
+
+import numpy
+
+from memfit.types.errors import MemfitError, UserError, first_line
+
+ROOT: Final = Path(__file__).parents[1]
+DATA: Final = ROOT / "docs" / "calculator" / "traces.json"
+COMMAND: Final = "python scripts/memory_pages.py trace"
+RANKS: Final = 8
+PRECISIONS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "float32": {},
+    "bf16-autocast": {"bf16-autocast": {}},
+    "bf16-parameters": {"bf16-parameters": {}},
+}
+RECOMPUTATION: Final[Mapping[str, Mapping[str, Any]]] = {
+    "none": {},
+    "blocks": {"activation-checkpointing": {"every": 1}},
+}
+SHARDING: Final[Mapping[str, Mapping[str, Any]]] = {"none": {}, "fsdp2": {"fsdp2": {}}}
+# Devices that compute in bfloat16, and of which the catalog knows what they use beside tensors.
+DEVICES: Final = (
+    *("A10G", "L4", "RTX-4090", "RTX-5090", "L40S", "RTX-PRO-6000"),
+    *("A100-40GB-SXM", "A100-80GB-SXM", "H100-SXM", "H200-SXM", "B200"),
+)
+LATE_EVENTS: Final = (1, 4, 16)  # as cost/memory_estimate.py delays frees; a test compares the answers
+_INDEX: Final = re.compile(r"(^|(?<=[.]))[0-9]+(?=[.]|$)")
+_BLAS: Final = -1  # in place of a size: the device's workspace for matrix products
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A model of the pages. ``spec``, ``size``: the job. ``second``: the size beside the batch that can be
+    chosen, "" for none; ``unit``: the key of its unit in the words. ``seconds``: the values of it that are
+    traced to fit, one more than the degree of the polynomial; ``batches``: those of the batch of a device.
+    ``checks``: (batch, second) of the traces that test the fit. ``multiple``: the values of ``second`` are
+    multiples of it. ``start``: what the page shows first."""
+
+    spec: str
+    size: str | None = None
+    title: str
+    note: str = ""
+    second: str = ""
+    unit: str = ""
+    seconds: tuple[int, ...] = (1,)
+    batches: tuple[int, int]
+    checks: tuple[tuple[int, int], ...]
+    multiple: int = 1
+    start: tuple[int, int]
+    precisions: tuple[str, ...] = tuple(PRECISIONS)
+    shardings: tuple[str, ...] = tuple(SHARDING)
+
+
+_ONE_DEVICE: Final = {"precisions": ("float32", "bf16-autocast"), "shardings": ("none",)}
+_TOKENS: Final = {"second": "length", "unit": "tokens"}
+MODELS: Final[Mapping[str, Model]] = {
+    "llama-3.1-8b": Model(
+        spec="hf:meta-llama/Llama-3.1-8B",
+        title="Llama-3.1-8B",
+        **_TOKENS,
+        seconds=(128, 2048, 16384),
+        batches=(2, 32),
+        checks=((1, 4097), (5, 1001)),
+        start=(1, 2048),
+    ),
+    "mixtral-8x7b": Model(
+        spec="hf:mistralai/Mixtral-8x7B-v0.1",
+        title="Mixtral-8x7B",
+        **_TOKENS,
+        seconds=(128, 2048, 16384),
+        batches=(2, 32),
+        checks=((1, 4097), (5, 1001)),
+        start=(1, 2048),
+    ),
+    "gpt-2": Model(
+        spec="hf:openai-community/gpt2",
+        title="GPT-2 (124 M)",
+        **_TOKENS,
+        seconds=(64, 384, 1024),
+        batches=(2, 64),
+        checks=((1, 333), (5, 777)),
+        start=(8, 1024),
+    ),
+    "esm-2-650m": Model(
+        spec="hf:facebook/esm2_t33_650M_UR50D",
+        title="ESM-2 650M",
+        second="length",
+        unit="residues",
+        seconds=(64, 384, 1024),
+        batches=(2, 64),
+        checks=((1, 333), (5, 777)),
+        start=(8, 512),
+    ),
+    "alphafold-2": Model(
+        spec="alphafold2",
+        size="initial",
+        title="AlphaFold 2",
+        second="length",
+        unit="residues",
+        seconds=(64, 128, 256, 512),
+        batches=(2, 4),
+        checks=((1, 256), (3, 200)),
+        start=(1, 256),
+        **_ONE_DEVICE,
+    ),
+    "schnet": Model(
+        spec="potential",
+        size="paper",
+        title="SchNet (Open Catalyst)",
+        second="atoms",
+        unit="atoms",
+        seconds=(64, 128, 256),
+        batches=(2, 64),
+        checks=((1, 128), (5, 99)),
+        start=(8, 128),
+        **_ONE_DEVICE,
+    ),
+    "vit-large": Model(
+        spec="hf:google/vit-large-patch16-224",
+        title="ViT-L/16",
+        batches=(2, 256),
+        checks=((1, 1), (33, 1)),
+        start=(64, 1),
+    ),
+    "u-net-3d": Model(
+        spec="segmentation3d",
+        size="paper",
+        title="3-D U-Net (nnU-Net)",
+        second="crop",
+        unit="voxels",
+        seconds=(64, 96, 128, 192),
+        batches=(2, 8),
+        checks=((1, 128), (3, 160)),
+        multiple=32,
+        start=(2, 128),
+        **_ONE_DEVICE,
+    ),
+    "hyenadna": Model(
+        spec="genome",
+        size="paper",
+        title="HyenaDNA",
+        second="length",
+        unit="bases",
+        seconds=(1024, 65536, 1048576),
+        batches=(2, 8),
+        checks=((1, 32768), (3, 100001)),
+        start=(1, 262144),
+        **_ONE_DEVICE,
+    ),
+    "weather": Model(
+        spec="weather",
+        size="paper",
+        title="FourCastNet",
+        batches=(2, 16),
+        checks=((1, 1), (5, 1)),
+        start=(2, 1),
+        **_ONE_DEVICE,
+    ),
+}
+
+
+# -- from traces to polynomials ---------------------------------------------------------------------
+
+
+def plan_of(precision: str, recomputation: str, sharding: str) -> dict[str, Any]:
+    """Return the content of the plan file of three choices."""
+    techniques = {**PRECISIONS[precision], **RECOMPUTATION[recomputation], **SHARDING[sharding]}
+    return {"techniques": techniques, **({"ranks": RANKS} if sharding != "none" else {})}
+
+
+def request_of(model: Model, plan: Mapping[str, Any], batch: int, second: int, device: str) -> Any:
+    """Return the request that `memfit estimate JOB` makes for ``batch`` samples on each device."""
+    from memfit.catalog.machine_spec import machine
+    from memfit.jobs.registry import JobRef
+    from memfit.planner.request import Request
+
+    ranks = plan.get("ranks", 1)
+    sizes = {"batch": batch * ranks} | ({model.second: second} if model.second else {})
+    ref = JobRef(spec=model.spec, size=model.size).with_sizes(sizes)
+    return Request(job=ref, machine=machine(f"{ranks}x{device}" if ranks > 1 else device))
+
+
+def traced(model: Model, plan: Mapping[str, Any], batch: int, second: int) -> Any:
+    """Return the trace of the step, with the workspaces for matrix products, as an estimate is made of it."""
+    from memfit.cost.device_overhead import with_workspaces
+    from memfit.jobs.registry import load
+    from memfit.techniques.plan_file import parse_plan
+    from memfit.techniques.rank_mesh import layout
+    from memfit.techniques.registry import check
+    from memfit.trace.trace_extrapolation import deep_trace
+    from memfit.types.gc_pause import pause_gc
+
+    request = request_of(model, plan, batch, second, "H100-SXM")
+    checked = check(parse_plan(plan, what="the plan"), request.machine)
+    assert layout(checked).distinct_ranks() == (0,), "one trace stands for all ranks"
+    with pause_gc():
+        trace = deep_trace(load(request.job), checked, device=request.machine.device.kind)
+    return with_workspaces(trace, request.machine.device)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """The structure of a trace, which must be the same in all of them, and its sizes, which may differ.
+
+    ``events``: index of an allocation, or -1 minus that index for its free, in the order of the clock.
+    ``kinds``: (category, stream, contributor) of each allocation. ``spans``: (phase, step, first event, end).
+    ``bounded``: (first event, end) of each operator whose workspace has a bound. ``requested``: bytes of each
+    allocation, and ``bounds`` of each of these workspaces.
+    """
+
+    events: tuple[int, ...]
+    kinds: tuple[tuple[str, str, str], ...]
+    spans: tuple[tuple[str, int, int, int], ...]
+    bounded: tuple[tuple[int, int], ...]
+    groups: tuple[int, ...]
+    ratio: tuple[float, float]
+    requested: tuple[int, ...]
+    bounds: tuple[int, ...]
+
+    @property
+    def structure(self) -> tuple[Any, ...]:
+        return self.events, self.kinds, self.spans, self.bounded, self.groups, self.ratio
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FittedStep(Step):
+    """A step at any size: ``requested`` and ``bounds`` are coefficients (`coefficients`)."""
+
+    requested: Sequence[tuple[float, ...]]  # type: ignore[assignment]
+    bounds: Sequence[tuple[float, ...]]  # type: ignore[assignment]
+
+
+def step_of(trace: Any) -> Step:
+    from memfit.cost.device_overhead import BLAS_WORKSPACE
+    from memfit.cost.workspaces import bound_bytes
+    from memfit.report.explain import op_name
+    from memfit.types.trace import Phase
+
+    made = trace.allocations
+    assert all(a.pieces == 1 for a in made), "no chunked plan"
+    freed = [i for i, a in enumerate(made) if a.end is not None]
+    clock = numpy.array([a.start for a in made] + [made[i].end for i in freed], dtype=numpy.int64)
+    order = numpy.argsort(clock, kind="stable")
+    clock = clock[order]
+    calls = [
+        (op, bound)
+        for op in trace.ops
+        if (op.phase is not Phase.SETUP or op.step == 0)
+        and (bound := bound_bytes(op.signature, trace.device, 1))
+    ]
+    starts = sorted({op.clock for op in trace.ops})
+    following = dict(zip(starts, [*starts[1:], int(clock[-1]) + 1], strict=True))
+    first = numpy.searchsorted(clock, [op.clock for op, _ in calls], side="right") - 1
+    end = numpy.searchsorted(clock, [following[op.clock] for op, _ in calls], side="right")
+    return Step(
+        events=tuple(int(i) if i < len(made) else -1 - freed[i - len(made)] for i in order),
+        kinds=tuple(
+            (
+                str(a.category),
+                a.stream,
+                f"{re.sub(r'(^|(?<=[.]))[0-9]+(?=[.]|$)', '*', a.module)}\t{op_name(a.op)}",
+            )
+            for a in made
+        ),
+        spans=tuple(
+            (str(s.phase), s.step, *(int(n) for n in numpy.searchsorted(clock, (s.start, s.end))))
+            for s in trace.spans
+        ),
+        bounded=tuple((max(0, int(i)), max(1, int(j))) for i, j in zip(first, end, strict=True)),
+        groups=tuple(ranks for _, ranks in trace.communicators if ranks > 1),
+        ratio=(trace.assumed_low_ratio, trace.assumed_high_ratio),
+        requested=tuple(_BLAS if a.op == BLAS_WORKSPACE else a.requested_bytes or a.size_bytes for a in made),
+        bounds=tuple(bound for _, bound in calls),
+    )
+
+
+@functools.cache
+def _inverse(values: tuple[int, ...]) -> list[list[Fraction]]:
+    """Return the inverse of the matrix of powers of the values: it maps values of a polynomial at them to its
+    coefficients, exactly."""
+    size = len(values)
+    rows = [
+        [Fraction(v) ** p for p in range(size)] + [Fraction(i == j) for j in range(size)]
+        for i, v in enumerate(values)
+    ]
+    for column in range(size):
+        pivot = next(r for r in range(column, size) if rows[r][column])
+        rows[column], rows[pivot] = rows[pivot], rows[column]
+        rows[column] = [x / rows[column][column] for x in rows[column]]
+        for r in range(size):
+            if r != column:
+                rows[r] = [a - rows[r][column] * b for a, b in zip(rows[r], rows[column], strict=True)]
+    return [row[size:] for row in rows]
+
+
+def coefficients(batches: Sequence[int], seconds: Sequence[int], values: Sequence[int]) -> tuple[float, ...]:
+    """Return the coefficients of the polynomial with these values at ``batches`` x ``seconds``: of 1, s, s^2,
+    ..., then, if there are two batches, of b, b s, b s^2, .... () for a workspace for matrix products."""
+    if values[0] == _BLAS:
+        return ()
+    count = len(seconds)
+    by_second = [
+        [
+            sum(w * v for w, v in zip(ws, values[i : i + count], strict=True))
+            for ws in _inverse(tuple(seconds))
+        ]
+        for i in range(0, len(values), count)
+    ]
+    return tuple(
+        float(sum(w * row[p] for w, row in zip(ws, by_second, strict=True)))
+        for ws in _inverse(tuple(batches))
+        for p in range(count)
+    )
+
+
+def entry_of(model: Model, plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Trace one plan of a model and return what the pages need of it; {"problem": why not} if it cannot be
+    traced. A batch of one is a step of its own, because many operators then need no copies."""
+    parts: dict[str, int] = {}
+    steps, checks, groups = [], [], ""
+    for batches in ((1,), model.batches):
+        own_checks = [c for c in model.checks if (c[0] == 1) == (batches == (1,))]
+        try:
+            step, found = fitted_step(model, plan, batches, own_checks)
+        except MemfitError as error:
+            return {"problem": first_line(error)}
+        steps.append({"batches": (batches[0], batches[-1]), **_encoded(step, parts)})
+        checks += found
+        groups = ",".join(map(str, step.groups))
+    text = json.dumps({"steps": steps, "parts": list(parts)}, separators=(",", ":"))
+    text = re.sub(r"\.0(?=[,\]])", "", text)
+    data = base64.b64encode(zlib.compress(text.encode(), 9)).decode()
+    return {"groups": groups, "checks": checks, "data": data}
+
+
+def fitted_step(
+    model: Model, plan: Mapping[str, Any], batches: Sequence[int], checks: Sequence[tuple[int, int]]
+) -> tuple[FittedStep, list[tuple[int, int, float]]]:
+    """Return the step at all sizes between the fitted ones, and (batch, second, relative error of its peak)
+    of each check. Raises UserError if the step is not the same at all these sizes."""
+    points = list(itertools.product(batches, model.seconds))
+    steps = [step_of(traced(model, plan, b, s)) for b, s in (*points, *checks)]
+    first = steps[0]
+    if any(step.structure != first.structure for step in steps):
+        raise UserError("which operators a step runs depends on the batch or the length")
+    fit = functools.cache(functools.partial(coefficients, batches, model.seconds))
+    requested, bounds = (
+        [fit(values) for values in zip(*(getattr(s, name) for s in steps[: len(points)]), strict=True)]
+        for name in ("requested", "bounds")
+    )
+    fitted = FittedStep(
+        **{f.name: getattr(first, f.name) for f in dataclasses.fields(Step)}
+        | {"requested": requested, "bounds": bounds}
+    )
+    found = []
+    for (b, s), held_out in zip(checks, steps[len(points) :], strict=True):
+        terms = [x * s**p for x in ((1, b) if len(batches) > 1 else (1,)) for p in range(len(model.seconds))]
+        values = {c: sum(x * t for x, t in zip(c, terms, strict=True)) if c else 0 for c in set(requested)}
+        peak = _peak(held_out.events, [max(0, n) for n in held_out.requested])
+        found.append((b, s, _peak(first.events, [values[c] for c in requested]) / peak - 1))
+    return fitted, found
+
+
+def _peak(events: Sequence[int], sizes: Sequence[float]) -> float:
+    signed = [sizes[event] if event >= 0 else -sizes[-1 - event] for event in events]
+    return max(itertools.accumulate(signed))
+
+
+def _encoded(step: FittedStep, parts: dict[str, int]) -> dict[str, Any]:
+    """Return the step as plain data. ``parts``: contributors -> number, to which its own are added. In the
+    tokens, an allocation is the number of its kind, and a free is -1 minus (category + 8 x the number of
+    younger allocations of that category that are alive), so that equal blocks have equal tokens."""
+    sizes = list(dict.fromkeys(step.requested))
+    categories = list(dict.fromkeys(category for category, _, _ in step.kinds))
+    streams = list(dict.fromkeys(stream for _, stream, _ in step.kinds))
+    numbers = {size: n for n, size in enumerate(sizes)}
+    kinds = [
+        (numbers[size], categories.index(c), streams.index(s), parts.setdefault(part, len(parts)))
+        for size, (c, s, part) in zip(step.requested, step.kinds, strict=True)
+    ]
+    table = {kind: n for n, kind in enumerate(dict.fromkeys(kinds))}
+    alive: list[list[int]] = [[] for _ in categories]
+    tokens = []
+    for event in step.events:
+        index = event if event >= 0 else -1 - event
+        own = alive[kinds[index][1]]
+        if event >= 0:
+            tokens.append(table[kinds[index]])
+            own.append(index)
+        else:
+            place = len(own) - 1
+            while own[place] != index:
+                place -= 1
+            tokens.append(-1 - kinds[index][1] - 8 * (len(own) - 1 - place))
+            del own[place]
+    return {
+        "sizes": sizes,
+        "categories": categories,
+        "streams": streams,
+        "kinds": list(table),
+        "tokens": tokens,
+        "spans": step.spans,
+        "bounds": [(*place, fitted) for place, fitted in zip(step.bounded, step.bounds, strict=True)],
+        "ratio": step.ratio,
+    }
+
+
+# -- the file ------------------------------------------------------------------------------------------
+
+
+def devices(groups: Iterable[str]) -> dict[str, Any]:
+    """Return name of a device -> its memory, its workspace for matrix products, and (value, low, high) of
+    what a process uses beside PyTorch's allocator, for each of the communicators of ``groups``."""
+    from memfit.catalog.load import device
+    from memfit.cost.device_overhead import device_overhead
+
+    table = {}
+    for name in DEVICES:
+        found = device(name)
+        beside = {}
+        for group in groups:
+            ranks = [("", int(n)) for n in group.split(",") if n]
+            total = device_overhead(found, ranks).total_bytes
+            beside[group] = [total.value, total.low, total.high] if total else None
+        table[name] = {
+            "memory": int(found.memory_bytes.value),
+            "blas": int(found.blas_workspace_bytes.value) if found.blas_workspace_bytes else 0,
+            "beside": beside,
+        }
+    return table
+
+
+def write(only: str) -> None:
+    """Trace the models whose name matches ``only``, and replace them in the file."""
+    import torch
+    import transformers
+
+    from memfit.jobs.registry import load
+    from memfit.trace.tracer import fake_model
+
+    made = {
+        "revision": revision(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "torch": torch.__version__.split("+")[0],
+        "transformers": transformers.__version__,
+        "command": COMMAND,
+    }
+    for name, model in MODELS.items():
+        if not re.search(only, name):
+            continue
+        entries = {}
+        for key in itertools.product(model.precisions, RECOMPUTATION, model.shardings):
+            entries["/".join(key)] = entry = entry_of(model, plan_of(*key))
+            print(name, *key, entry.get("problem", ""), entry.get("checks", ""), flush=True)
+        job = load(request_of(model, {}, *model.start, "H100-SXM").job)
+        count = sum(p.numel() for p in fake_model(job).parameters())
+        file: dict[str, Any] = json.loads(DATA.read_text()) if DATA.is_file() else {"models": {}}
+        file["models"][name] = {"made": made, "parameters": count, "plans": entries}
+        groups = {
+            e["groups"]: 0 for m in file["models"].values() for e in m["plans"].values() if "groups" in e
+        }
+        file["devices"] = devices(groups)
+        DATA.parent.mkdir(parents=True, exist_ok=True)
+        DATA.write_text(_text(file))
+
+
+def page_data() -> dict[str, Any]:
+    """Return what the script of the pages needs: the file, and what of `MODELS` and the choices it shows."""
+    file = json.loads(DATA.read_text())
+    for name, entry in file["models"].items():
+        facts = dataclasses.asdict(MODELS[name])
+        kept = ("spec", "size", "title", "second", "unit", "seconds", "batches", "multiple", "start")
+        entry |= {key: facts[key] for key in kept}
+    generator: Any = numpy.random.default_rng(0).bit_generator.state["state"]
+    return file | {
+        "models": {name: file["models"][name] for name in MODELS if name in file["models"]},
+        "choices": {"precision": PRECISIONS, "recomputation": RECOMPUTATION, "sharding": SHARDING},
+        "ranks": RANKS,
+        "late": LATE_EVENTS,
+        "random": {key: str(generator[key]) for key in ("state", "inc")},
+    }
+
+
+def revision() -> str:
+    return _git("rev-parse", "--short=12", "HEAD")
+
+
+def _text(file: Mapping[str, Any]) -> str:
+    """Return the file as JSON with one line for each plan of a model, so that its history can be read."""
+    text = json.dumps(file, indent=1, sort_keys=False)
+    return re.sub(r"\n {5,}| (?<=\n) {4}(?=\})|\n {4}(?=\})", " ", text) + "\n"
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("trace").add_argument("--only", default="", metavar="REGEX")
+    commands.add_parser("build").add_argument("folder", nargs="?", type=Path, default=ROOT / "docs")
+    options = parser.parse_args(arguments)
+    if options.command == "trace":
+        write(options.only)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
