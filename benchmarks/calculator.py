@@ -31,7 +31,7 @@ import memory_pages
 SEED, COUNT, TOLERANCE = 32, 200, 0.005
 HERE = Path(__file__).parent
 PAGE, RECORD = HERE / "calculator.md", HERE / "records" / "calculator.jsonl"
-SCRIPT = HERE.parent / "scripts" / "calculator.js"
+SCRIPT = memory_pages.HERE / "answer.js"
 _ASK = """
 const page = require(process.argv[1]), fs = require("fs");
 const { file, settings } = JSON.parse(fs.readFileSync(0));

@@ -1,7 +1,7 @@
 """The data of the calculator and the gallery: traced training steps whose sizes are polynomials.
 
-    python scripts/memory_pages.py trace [--only REGEX]   # writes docs/calculator/traces.json
-    python scripts/memory_pages.py build [FOLDER]         # writes the pages, by default to docs/
+    python scripts/memory_pages.py trace [--only REGEX]   # writes scripts/pages/traces.json
+    python scripts/memory_pages.py build [FOLDER]         # writes the pages, by default to build/site/
 
 The sequence of allocations and frees of a step stays the same when only the batch of a device and the length
 change; the bytes that are asked for are a polynomial of both. So a few traces give the step at all batches
@@ -21,9 +21,11 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
+from importlib import resources
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,8 +33,9 @@ import numpy
 
 from memfit.types.errors import MemfitError, UserError, first_line
 
+HERE: Final = Path(__file__).parent / "pages"
 ROOT: Final = Path(__file__).parents[1]
-DATA: Final = ROOT / "docs" / "calculator" / "traces.json"
+DATA: Final = HERE / "traces.json"
 COMMAND: Final = "python scripts/memory_pages.py trace"
 RANKS: Final = 8
 PRECISIONS: Final[Mapping[str, Mapping[str, Any]]] = {
@@ -512,6 +515,87 @@ def revision() -> str:
     return _git("rev-parse", "--short=12", "HEAD")
 
 
+# -- the pages -----------------------------------------------------------------------------------------
+
+
+def page_words() -> dict[str, dict[str, Any]]:
+    """Return language -> the texts of the pages: those of words.toml, and the report's own."""
+    from memfit.report.plan_words import plan_title
+    from memfit.report.words import LANGUAGES, load_words
+    from memfit.types.trace import Category, Phase
+
+    texts = tomllib.loads((HERE / "words.toml").read_text(encoding="utf-8"))
+    for lang in LANGUAGES:
+        report = load_words(lang)
+        titles = {
+            "precision_bf16-autocast": "bf16-autocast",
+            "precision_bf16-parameters": "bf16-parameters",
+            "recomputation_blocks": "activation-checkpointing",
+        }
+        texts[lang] |= {key: plan_title(plan, report) for key, plan in titles.items()}
+        texts[lang]["categories"] = {str(c): report.name("category", c) for c in Category}
+        texts[lang]["phases"] = {str(p): report.name("phase", p) for p in Phase}
+    return texts
+
+
+def build(folder: Path) -> list[Path]:
+    """Write the calculator, the gallery's index and one page for each model into ``folder``/calculator and
+    ``folder``/gallery, and return their paths. Each page is one file that loads nothing."""
+    file, words = page_data(), page_words()
+    pages = {folder / "calculator" / "index.html": _page(file, words, "")}
+    pages[folder / "gallery" / "index.html"] = _index(file, words)
+    for name, model in file["models"].items():
+        own = file | {"models": {name: model}}
+        pages[folder / "gallery" / f"{name}.html"] = _page(own, words, name)
+    for path, text in pages.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return list(pages)
+
+
+def _page(file: Mapping[str, Any], words: Mapping[str, Any], fixed: str) -> str:
+    en = words["en"]
+    title = en["model_title"].format(model=file["models"][fixed]["title"]) if fixed else en["title"]
+    calculator, gallery = (
+        ("../calculator/index.html", "index.html") if fixed else ("", "../gallery/index.html")
+    )
+    return _rendered(
+        "calculator.html.j2",
+        title=title,
+        fixed=fixed,
+        links=[("calculator", calculator), ("gallery", gallery)][0 if fixed else 1 :],
+        file=_json(file),
+        words=_json(words),
+        script=(HERE / "answer.js").read_text(encoding="utf-8"),
+        page=(HERE / "page.js").read_text(encoding="utf-8"),
+        **words,
+    )
+
+
+def _index(file: Mapping[str, Any], words: Mapping[str, Any]) -> str:
+    cards = [
+        (f"{name}.html", model["title"], f"{model['parameters'] / 1e6:,.0f} M")
+        for name, model in file["models"].items()
+    ]
+    return _rendered("gallery.html.j2", cards=cards, count=str(len(cards)), **words)
+
+
+def _rendered(template: str, **values: Any) -> str:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE), undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    report = resources.files("memfit.report").joinpath("style.css").read_text(encoding="utf-8")
+    style = report + (HERE / "style.css").read_text(encoding="utf-8")
+    return environment.get_template(template).render(style=style, **values)
+
+
+def _json(data: Any) -> str:
+    """Return JSON that can stand inside a script element."""
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
 def _text(file: Mapping[str, Any]) -> str:
     """Return the file as JSON with one line for each plan of a model, so that its history can be read."""
     text = json.dumps(file, indent=1, sort_keys=False)
@@ -527,10 +611,12 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("trace").add_argument("--only", default="", metavar="REGEX")
-    commands.add_parser("build").add_argument("folder", nargs="?", type=Path, default=ROOT / "docs")
+    commands.add_parser("build").add_argument("folder", nargs="?", type=Path, default=ROOT / "build" / "site")
     options = parser.parse_args(arguments)
     if options.command == "trace":
         write(options.only)
+    else:
+        print("\n".join(map(str, build(options.folder))))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,252 @@
+"use strict";
+// The arithmetic of the calculator: a traced step at the chosen batch and length, its peak, and what PyTorch's
+// caching allocator reserves for it. It answers as memfit/cost does in Python, with which tests compare it.
+const CATEGORY = 1, STREAM = 2, PART = 3; // places in a kind; its first entry is the number of its size
+const SMALL = 2 ** 20, PACKED = 10 * SMALL, PAGE = 2 * SMALL, SEGMENT = 20 * SMALL;
+
+// -- the caching allocator, without options (memfit/cost/allocator.py) -----------------------------------
+function place(free, size, address) {
+  let low = 0, high = free.length;
+  while (low < high) {
+    const mid = (low + high) >> 1, block = free[mid];
+    if (block.size < size || (block.size === size && block.address < address)) low = mid + 1; else high = mid;
+  }
+  return low;
+}
+function reservedPeak(events, sizes, streams) {
+  const pools = new Map(), live = new Map();
+  let reserved = 0, address = 0;
+  const add = (block) => { block.idle = true; block.pool.splice(place(block.pool, block.size, block.address), 0, block); };
+  const remove = (block) => block.pool.splice(place(block.pool, block.size, block.address), 1);
+  for (const event of events) {
+    if (event >= 0) {
+      const size = sizes[event], small = size <= SMALL, key = 2 * streams[event] + small;
+      let free = pools.get(key);
+      if (!free) pools.set(key, free = []);
+      const at = place(free, size, -1);
+      let block = free[at];
+      if (block) free.splice(at, 1);
+      else {
+        const whole = small ? PAGE : size < PACKED ? SEGMENT : Math.ceil(size / PAGE) * PAGE;
+        block = { pool: free, address, size: whole, before: null, after: null };
+        reserved += whole; address += whole;
+      }
+      const rest = block.size - size;
+      if (small ? rest >= 512 : rest > SMALL) {
+        const left = { pool: free, address: block.address + size, size: rest, before: block, after: block.after };
+        if (left.after) left.after.before = left;
+        block.after = left; block.size = size; add(left);
+      }
+      block.idle = false; live.set(event, block);
+    } else {
+      const block = live.get(-1 - event), { before, after } = block;
+      live.delete(-1 - event);
+      if (before?.idle) {
+        remove(before); block.address = before.address; block.size += before.size; block.before = before.before;
+        if (block.before) block.before.after = block;
+      }
+      if (after?.idle) {
+        remove(after); block.size += after.size; block.after = after.after;
+        if (block.after) block.after.before = block;
+      }
+      add(block);
+    }
+  }
+  return reserved; // segments are never given back, so that the last level is the highest
+}
+
+// -- frees that come late, drawn as by numpy.random.default_rng(0).integers (memfit/cost/memory_estimate.py) --
+const WORDS = []; // 32 bits each, as PCG64 gives them
+function drawTo(count, random) {
+  const mask = (1n << 128n) - 1n, low = (1n << 64n) - 1n;
+  while (WORDS.length < count) {
+    random.at = (BigInt(random.at ?? random.state) * 0x2360ed051fc65da44385df649fccf645n + BigInt(random.inc)) & mask;
+    const turn = random.at >> 122n, mixed = (random.at >> 64n) ^ (random.at & low);
+    const word = ((mixed >> turn) | (mixed << ((64n - turn) & 63n))) & low;
+    WORDS.push(Number(word & 0xffffffffn), Number(word >> 32n));
+  }
+}
+function shifts(count, by, random) {
+  const span = by + 1, refused = 2 ** 32 % span, out = new Uint8Array(count);
+  for (let i = 0, at = 0; i < count; i++) {
+    let product;
+    do { drawTo(at + 1, random); product = WORDS[at++] * span; } while (product % 2 ** 32 < refused);
+    out[i] = Math.floor(product / 2 ** 32);
+  }
+  return out;
+}
+function delayed(events, by, random) {
+  const late = shifts(events.length, by, random), buckets = [];
+  const out = [];
+  for (let i = 0; i < events.length || i < buckets.length; i++) {
+    if (i < events.length) {
+      if (events[i] >= 0) out.push(events[i]);
+      else (buckets[i + late[i]] ??= []).push(events[i]);
+    }
+    if (buckets[i]) out.push(...buckets[i]);
+  }
+  return out;
+}
+
+// -- a step ------------------------------------------------------------------------------------------------
+const unpacked = new WeakMap();
+async function unpack(entry) {
+  if (!unpacked.has(entry)) {
+    const bytes = Uint8Array.from(atob(entry.data), (c) => c.charCodeAt(0));
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+    const found = await new Response(stream).json();
+    for (const step of found.steps) readTokens(step);
+    unpacked.set(entry, found);
+  }
+  return unpacked.get(entry);
+}
+function readTokens(step) {
+  const alive = step.categories.map(() => []), kinds = [];
+  step.events = step.tokens.map((token) => {
+    if (token >= 0) {
+      alive[step.kinds[token][CATEGORY]].push(kinds.length);
+      return kinds.push(step.kinds[token]) - 1;
+    }
+    const own = alive[(-1 - token) % 8], younger = (-1 - token) >> 3;
+    return -1 - own.splice(own.length - 1 - younger, 1)[0];
+  });
+  step.kindOf = kinds;
+}
+function value(coefficients, batch, second, degrees) {
+  return coefficients.reduce((sum, c, i) => sum + c * second ** (i % degrees) * (i < degrees ? 1 : batch), 0);
+}
+function sizesAt(step, batch, second, degrees, blas) {
+  const rounded = step.sizes.map((c) => Math.ceil((c.length ? Math.round(value(c, batch, second, degrees)) : blas) / 512) * 512);
+  return Float64Array.from(step.kindOf, (kind) => rounded[kind[0]]);
+}
+function levels(step, sizes) {
+  let live = 0;
+  return Float64Array.from(step.events, (event) => live += event >= 0 ? sizes[event] : -sizes[-1 - event]);
+}
+function peakOf(step, live) {
+  const phases = {};
+  let best = { bytes: -1 };
+  for (const [phase, number, from, to] of step.spans) {
+    let highest = from ? live[from - 1] : 0;
+    for (let i = from; i < to; i++) {
+      if (live[i] > best.bytes) best = { bytes: live[i], at: i, phase };
+      if (live[i] > highest) highest = live[i];
+    }
+    if (phase !== "setup" || !number) phases[phase] = Math.max(phases[phase] ?? 0, highest);
+  }
+  return { ...best, phases };
+}
+// Highest level with the upper bound of a kernel's workspace, if one matters (memfit/cost/workspaces.py).
+function withBounds(step, live, batch, second, degrees, peak) {
+  let high = 0;
+  for (const [from, to, coefficients] of step.bounds) {
+    const bound = Math.round(value(coefficients, batch, second, degrees));
+    let level = 0;
+    for (let i = from; i < to; i++) level = Math.max(level, live[i]);
+    if (bound > 0) high = Math.max(high, level + bound);
+  }
+  return high > peak * 1.003 ? high : 0;
+}
+
+// -- the answer ----------------------------------------------------------------------------------------------
+function entryOf(file, setting) {
+  return file.models[setting.model].plans[`${setting.precision}/${setting.recomputation}/${setting.sharding}`];
+}
+// Why the page cannot answer: a key of its words, or "".
+function refusal(file, setting) {
+  const model = file.models[setting.model];
+  if (!model) return "model";
+  const entry = entryOf(file, setting), { batch, second } = setting;
+  if (!entry || entry.problem) return "combination";
+  if (!Number.isInteger(batch) || batch < 1 || batch > model.batches.at(-1)) return "batch";
+  if (model.second) {
+    if (!Number.isInteger(second) || second < model.seconds[0] || second > model.seconds.at(-1)) return "second";
+    if (second % model.multiple) return "multiple";
+  }
+  if (entry.checks.some(([, , error]) => Math.abs(error) > 0.005)) return "combination";
+  return file.devices[setting.device]?.beside[entry.groups] ? "" : "device";
+}
+async function answer(file, setting, whole = true) {
+  const run = refusal(file, setting);
+  if (run) return { run };
+  const model = file.models[setting.model], entry = entryOf(file, setting), device = file.devices[setting.device];
+  const found = await unpack(entry), { batch } = setting, second = model.second ? setting.second : 1;
+  const step = found.steps.find((s) => batch >= s.batches[0] && batch <= s.batches[1]), degrees = model.seconds.length;
+  const sizes = sizesAt(step, batch, second, degrees, device.blas), live = levels(step, sizes);
+  const peak = peakOf(step, live), bytes = peak.bytes;
+  const bounded = withBounds(step, live, batch, second, degrees, bytes);
+  const allocated = [bytes, bytes * (1 - 0.01) * step.ratio[0], Math.max(bytes * (1 + 0.01) * step.ratio[1], bounded)];
+  const events = step.events.filter((event) => sizes[event >= 0 ? event : -1 - event] > 0);
+  const streams = step.kindOf.map((kind) => kind[STREAM]);
+  const plain = reservedPeak(events, sizes, streams);
+  const peaks = [plain, ...file.late.map((by) => reservedPeak(delayed(events, by, file.random), sizes, streams))];
+  const reserved = [
+    plain,
+    Math.min(plain, Math.max(allocated[1], Math.min(...peaks) * (allocated[1] / bytes))),
+    Math.max(...peaks) * (allocated[2] / bytes),
+  ];
+  const needed = reserved.map((n, i) => n + device.beside[entry.groups][i]);
+  const figures = { allocated, reserved, device: needed, memory: device.memory, fits: Math.floor(needed[2]) <= device.memory };
+  return whole ? { ...figures, peak, bounded: bounded > 0, ...holders(step, sizes, found.parts, peak.at), line: timeline(step, sizes, live) } : figures;
+}
+// What is alive at the peak, by category and by module and operator, the largest first.
+function holders(step, sizes, parts, at) {
+  const alive = new Set(), categories = {}, groups = new Map();
+  for (let i = 0; i <= at; i++) step.events[i] >= 0 ? alive.add(step.events[i]) : alive.delete(-1 - step.events[i]);
+  for (const index of alive) {
+    const kind = step.kindOf[index], category = step.categories[kind[CATEGORY]], key = `${category}\t${parts[kind[PART]]}`;
+    categories[category] = (categories[category] ?? 0) + sizes[index];
+    const sum = groups.get(key) ?? { category, part: parts[kind[PART]], bytes: 0, count: 0 };
+    sum.bytes += sizes[index]; sum.count += 1;
+    groups.set(key, sum);
+  }
+  return { categories, holders: [...groups.values()].sort((a, b) => b.bytes - a.bytes) };
+}
+// The last step: at most 360 instants, each the highest of its stretch, with the bytes of each category.
+function timeline(step, sizes, live) {
+  const own = step.spans.filter(([phase]) => phase !== "setup"), last = own.at(-1)[1];
+  const spans = own.filter(([, number]) => number === last);
+  const from = spans[0][2], to = spans.at(-1)[3], width = Math.max(1, (to - from) / 360);
+  const now = step.categories.map(() => 0), points = [];
+  for (let i = 0; i < to; i++) {
+    const event = step.events[i], index = event >= 0 ? event : -1 - event;
+    now[step.kindOf[index][CATEGORY]] += event >= 0 ? sizes[index] : -sizes[index];
+    const bucket = Math.floor((i - from) / width);
+    if (i >= from && !(live[i] <= points[bucket]?.total)) points[bucket] = { total: live[i], bytes: [...now] };
+  }
+  const places = spans.map(([phase, , a, b]) => [phase, (a - from) / (to - from), (b - from) / (to - from)]);
+  return { points: points.filter(Boolean), spans: places, categories: step.categories };
+}
+// The largest batch of a device that fits: {value, next: whether the next larger one is known not to fit}.
+async function largest(file, setting) {
+  const fits = async (batch) => (await answer(file, { ...setting, batch }, false)).fits;
+  let low = 0, high = file.models[setting.model].batches.at(-1) + 1;
+  if (refusal(file, { ...setting, batch: 1 })) return null;
+  while (high - low > 1) {
+    const mid = low ? (low + high) >> 1 : Math.min(2, high - 1) === high - 1 ? 1 : (low + high) >> 1;
+    if (await fits(mid)) low = mid; else high = mid;
+  }
+  return { value: low, next: high <= file.models[setting.model].batches.at(-1) };
+}
+// The commands that give these figures exactly, as text for a shell.
+function planText(file, setting) {
+  const kinds = ["precision", "recomputation", "sharding"];
+  const uses = Object.assign({}, ...kinds.map((kind) => file.choices[kind][setting[kind]]));
+  const lines = Object.entries(uses).map(([name, knobs]) => `  ${name}: {${Object.entries(knobs).map(([k, v]) => `${k}: ${v}`).join(", ")}}`);
+  if (!lines.length) return "";
+  return `cat > plan.yaml <<'EOF'\ntechniques:\n${lines.join("\n")}\n${setting.sharding === "none" ? "" : `ranks: ${file.ranks}\n`}EOF\n`;
+}
+function command(file, setting, kind = "estimate") {
+  const model = file.models[setting.model], ranks = setting.sharding === "none" ? 1 : file.ranks, plan = planText(file, setting);
+  const words = ["memfit", kind === "estimate" ? "estimate" : "plan", model.spec];
+  if (kind === "estimate" && plan) words.push("plan.yaml");
+  if (model.size) words.push("--size", model.size);
+  if (kind === "estimate") words.push("--batch", setting.batch * ranks);
+  if (model.second) words.push(...(model.second === "length" ? ["--length", setting.second] : ["--dim", `${model.second}=${setting.second}`]));
+  if (kind === "largest") words.push("--largest", "batch");
+  words.push("--on", ranks > 1 ? `${ranks}x${setting.device}` : setting.device);
+  if (kind === "largest" && plan) words.push("--plan", "plan.yaml");
+  return plan + words.join(" ");
+}
+
+if (typeof module !== "undefined") module.exports = { answer, largest, command, refusal, shifts, delayed };
