@@ -383,3 +383,41 @@ def test_chunked_triangle_attention_peaks_below_an_eighth_at_published_crops(cro
         for uses in ((), (make_use("chunking", {}),))
     ]
     assert peaks[0] > 8 * peaks[1], [p / 2**20 for p in peaks]
+
+
+@pytest.mark.parametrize("by_number", [False, True], ids=["in a loop", "by number, so that all must run"])
+def test_calls_of_equal_blocks_are_those_of_the_second_without_running_all(by_number: bool) -> None:
+    ran: list[int] = []
+
+    class Block(nn.Module):
+        def __init__(self, number: int) -> None:
+            super().__init__()
+            self.inner, self.number = nn.Linear(8, 8), number
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            ran.append(self.number)
+            return self.inner(x).exp()
+
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Block(i) for i in range(5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in (self.blocks[i] for i in range(5)) if by_number else self.blocks:
+                x = block(x)
+            return x
+
+    job = Job(
+        name="stack",
+        build_model=Stack,
+        make_batch=lambda step, seed: torch.zeros(2, 4, 8),
+        loss=lambda model, batch: model(batch).sum(),
+        batch_size=2,
+    )
+    model = Stack()
+    calls = first_calls(job, model)
+    assert [*calls] == [f"blocks.{i}{rest}" for i in range(5) for rest in (".inner", "")]
+    assert {c.inside_bytes for name, c in calls.items() if not name.endswith("inner")} == {2 * 4 * 8 * 4}
+    assert set(ran) == (set(range(5)) if by_number else {0, 1})
+    assert [*model.blocks._modules] == [*"01234"]

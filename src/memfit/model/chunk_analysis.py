@@ -3,9 +3,10 @@ chunking."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,9 +14,11 @@ from torch import nn
 from torch.utils import _pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from memfit.model.blocks import child_prefix, equal_blocks, find_blocks
 from memfit.model.chunking_probe import LiveBytes, ModuleCall, columns_bytes, tried
 from memfit.model.linear_roles import PlaceholderValues, without_values
 from memfit.model.tensors import tensor_leaves
+from memfit.types.errors import UserError
 
 _MOST_PARAMETERS = 2**25  # of a module that is run on random numbers
 _MOST_TENSORS = 6
@@ -160,7 +163,39 @@ _MOST_LASTING = 4096
 def first_calls(job: Any, model: nn.Module) -> dict[str, ModuleCall]:
     """Return module path -> the first call of that module, for all modules that are called when the job's
     loss is computed on its first batch. The model itself is left out. A copy of the model without values
-    runs. Results for the last 4 models are cached."""
+    runs. Of blocks that are equal (`equal_blocks`), two run, and the others' calls are taken to be those of
+    the second; all run if the model does not run without them. Results for the last 4 models are cached."""
+    try:
+        path, blocks = find_blocks(model, job.blocks)
+        same = {i: j for i, j in enumerate(equal_blocks(blocks)) if i != j}
+        container = model.get_submodule(path)
+    except UserError:
+        same, container = {}, model
+    if same and isinstance(container, nn.ModuleList | nn.Sequential):
+        names, prefix = [*container._modules], child_prefix(path)
+        left_out = {names[i]: names[j] for i, j in same.items()}
+        with contextlib.suppress(Exception), _without_children(container, left_out):
+            calls = dict(_first_calls(job, model))
+            for name, like in left_out.items():
+                within = f"{prefix}{like}"
+                inside = {n: call for n, call in calls.items() if f"{n}.".startswith(f"{within}.")}
+                calls |= {f"{prefix}{name}{n.removeprefix(within)}": call for n, call in inside.items()}
+            return calls
+    return _first_calls(job, model)
+
+
+@contextlib.contextmanager
+def _without_children(container: nn.Module, names: Container[str]) -> Iterator[None]:
+    """Take the children with these names out of the container within the ``with`` block."""
+    children = container._modules
+    container._modules = {n: child for n, child in children.items() if n not in names}
+    try:
+        yield
+    finally:
+        container._modules = children
+
+
+def _first_calls(job: Any, model: nn.Module) -> dict[str, ModuleCall]:
     # A model cut to its first blocks is built by another function each time, for the same ``origin``.
     parts = (getattr(job.build_model, "origin", job.build_model), job.make_batch, job.loss)
     tensors = tuple((n, t.dtype, tuple(t.shape)) for n, t in model.state_dict(keep_vars=True).items())

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from memfit.jobs.registry import load
 from memfit.model.blocks import find_blocks, find_head
@@ -119,6 +117,7 @@ def space_of(job: Job, device: str, ranks: int = 1, half: str = "bfloat16") -> S
     none is found, ``vocabulary`` is 0. Raises UserError if the job names blocks or a head that the model
     does not have.
     """
+    from memfit.model.chunk_analysis import worth_cutting
     from memfit.model.scalar_parameters import scalars
     from memfit.techniques.adapters import block_linears
     from memfit.techniques.imported_optimizer import needs_names
@@ -150,22 +149,8 @@ def space_of(job: Job, device: str, ranks: int = 1, half: str = "bfloat16") -> S
         clipped=job.clip is not None,
         adamw=is_adamw(job.optimizer),
         named=needs_names(job.optimizer),
-        slices=ranks == 1 and _has_modules_worth_cutting(job, model),
+        slices=ranks == 1 and worth_cutting(job, model),
     )
-
-
-def _has_modules_worth_cutting(job: Job, model: Any) -> bool:
-    """Return `worth_cutting`. Of blocks that are alike, two are looked at, unless the model needs all."""
-    from memfit.model.chunk_analysis import worth_cutting
-    from memfit.trace.trace_extrapolation import repeated
-    from memfit.trace.tracer import fake_model
-    from memfit.trace.truncated_model import with_blocks
-
-    if (repeat := repeated(model, job)) is not None:
-        few = with_blocks(job, max(2, repeat[2]))
-        with contextlib.suppress(Exception):  # such as an IndexError of a loop over all blocks
-            return worth_cutting(few, fake_model(few))
-    return worth_cutting(job, model)
 
 
 def half_precision_of(machine: Machine) -> str:
