@@ -17,7 +17,9 @@ import pytest
 from memfit.launch import executors
 from memfit.launch.executors import make_executor, names, parse_executor
 from memfit.launch.executors.base import CANCEL, OWNER, RECORD, USAGE, Executor, Task, TaskState, read_usage
+from memfit.launch.executors.local import LocalExecutor
 from memfit.launch.executors.on_node import run_task
+from memfit.runtime import devices
 from memfit.types.errors import UserError
 
 WRITES = f"import sys; open(sys.argv[1] + '/{RECORD}', 'w').write('done')"
@@ -104,6 +106,18 @@ def _processes_with(word: str) -> list[psutil.Process]:
         for process in psutil.process_iter(["cmdline", "pid"])
         if process.pid != os.getpid() and any(word in part for part in process.info["cmdline"] or ())
     ]
+
+
+def test_each_task_has_accelerators_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "accelerator_kind", lambda: "cuda")
+    monkeypatch.setattr(devices, "accelerator_count", lambda: 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    executor = LocalExecutor({}, tmp_path / "own", device_count=2)
+    tasks = [task(tmp_path, name, WRITES) for name in "abc"]
+    assert executor.slots == 2
+    assert [executor.variables(each)["CUDA_VISIBLE_DEVICES"] for each in tasks[:2]] == ["4,5", "6,7"]
+    executor.forget(tasks[0], "1")
+    assert executor.variables(tasks[2]) == {"CUDA_VISIBLE_DEVICES": "4,5"}
 
 
 # --- on the machine that runs a task

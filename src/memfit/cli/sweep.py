@@ -275,7 +275,14 @@ def _display() -> Iterator[Callable[[Sweep], None]]:
     screen = SafeConsole(stderr=True, highlight=False)
     if screen.is_terminal:
         with Live(console=screen, auto_refresh=False, transient=True) as live:
-            yield lambda sweep: live.update(_table(sweep.results), refresh=True)
+
+            def update(sweep: Sweep) -> None:
+                table = _table(sweep.results)
+                used = _used_text(sweep.hours, sweep.usd)
+                table.caption = f"{_count_text(sweep.results)}; {used}"
+                live.update(table, refresh=True)
+
+            yield update
         return
     last = ("", time.monotonic())
 
@@ -293,9 +300,8 @@ def _count_text(results: Sequence[TrialResult]) -> str:
     counts = [
         (state, sum(r.state.value == state for r in results)) for state in ("done", "running", "failed")
     ]
-    return f"{len(results)} trials: " + ", ".join(
-        f"{count} {state}" for state, count in counts if count or state == "done"
-    )
+    texts = ", ".join(f"{count} {state}" for state, count in counts if count or state == "done")
+    return f"{len(results)} trial{'s' * (len(results) != 1)}: {texts}"
 
 
 def _used_text(hours: float, usd: float | None) -> str:
@@ -407,10 +413,10 @@ def _print(results: Sequence[TrialResult], hours: float, usd: float | None) -> N
     known = f"; {earlier} had a result before" if earlier else ""
     print(f"{_count_text(results)}{known}; this call used {_used_text(hours, usd)}")
     for result in [r for r in results if r.starts > 1]:
-        print(one_line(f"  {_trial_text(result)}: started {result.starts} times, as it was preempted"))
+        print(f"  {_trial_text(result)}: started {result.starts} times, as it was preempted")
     reasons = [r for r in results if r.reason]
     for result in reasons[:_MOST_REASONS]:
-        print(one_line(f"  {_trial_text(result)}: {_state_text(result)}: {result.reason}"))
+        print(f"  {_trial_text(result)}: {_state_text(result)}: {one_line(result.reason)}")
     if len(reasons) > _MOST_REASONS:
         print(f"  and {len(reasons) - _MOST_REASONS} more; --json lists all")
     if any(result.state.value != "done" for result in results):
@@ -420,7 +426,7 @@ def _print(results: Sequence[TrialResult], hours: float, usd: float | None) -> N
 def _trial_text(result: TrialResult) -> str:
     trial = result.trial
     size = f", size {trial.job.size}" if trial.job.size else ""
-    return f"{trial.plan_name}, seed {trial.seed}{size}, {trial.placement.kind}"
+    return one_line(f"{trial.plan_name}, seed {trial.seed}{size}, {trial.placement.kind}")
 
 
 def _view(

@@ -35,6 +35,7 @@ _SAMPLING_S: Final = 0.0005
 _DESCRIBE_LIMIT_S: Final = 120.0
 _DEFAULT_FRACTIONS: Final = {"mps": 1.7}  # of the recommended memory (torch.mps)
 _INSTEAD: Final = "`--on this:cpu` uses the processor instead"
+_VISIBLE: Final = {CUDA: "CUDA_VISIBLE_DEVICES", "xpu": "ZE_AFFINITY_MASK"}
 _KINDS_WITHOUT_PEAK: Final = frozenset({"mps"})  # torch keeps no peak of their memory
 _SAFE_PATH: Final = "PYTHONSAFEPATH"  # as for every worker (engines/native.py)
 
@@ -76,6 +77,18 @@ def accelerator_count() -> int:
     import torch
 
     return torch.accelerator.device_count() if accelerator_kind() else 0
+
+
+def visible_accelerators(first: int, count: int) -> dict[str, str]:
+    """Return the environment variable, name -> value, under which a process sees only ``count`` of the
+    accelerators that this one sees, from number ``first`` on. Empty if there are none, and for a kind whose
+    drivers have no such variable."""
+    name = _VISIBLE.get(accelerator_kind())
+    if name is None:
+        return {}
+    seen = os.environ.get(name)
+    numbers = seen.split(",") if seen else [str(i) for i in range(accelerator_count())]
+    return {name: ",".join(numbers[first : first + count])}
 
 
 @functools.cache

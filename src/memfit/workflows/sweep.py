@@ -286,7 +286,7 @@ class Sweep:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with ignoring_ctrl_c(), self._stack:
-            self._cancel(list(self._running.values()))
+            self._cancel(list(self._running.values()), "cancelled")
         if self._results:
             remove_abandoned()  # temporary folders of trials that were killed
 
@@ -328,7 +328,7 @@ class Sweep:
             for running in list(self._running.values()):
                 self._look_at(running)
             if self._used_up(budget):
-                self._cancel(list(self._running.values()))
+                self._cancel(list(self._running.values()), "ended, as the budget was used up")
         for trial in self.left:
             if self._results[trial.trial_id].state is TrialState.WAITING:
                 self._set(trial, state=TrialState.NOT_RUN, reason="the budget does not suffice")
@@ -434,8 +434,8 @@ class Sweep:
             device=_device(record.environment),
         )
 
-    def _cancel(self, running: Sequence[_Running]) -> None:
-        """End these trials. What one has written until then is kept."""
+    def _cancel(self, running: Sequence[_Running], reason: str) -> None:
+        """End these trials. What one has written until then is kept; the others have ``reason``."""
         by_executor: dict[int, list[_Running]] = {}
         for each in running:
             by_executor.setdefault(id(each.executor), []).append(each)
@@ -446,7 +446,7 @@ class Sweep:
             self._set(each.trial, run_s=status.run_s, starts=status.starts)
             self._finish(each, "")
             if self._results[each.trial.trial_id].run is None:
-                self._set(each.trial, state=TrialState.NOT_RUN, reason="ended before it was finished")
+                self._set(each.trial, state=TrialState.NOT_RUN, reason=reason)
 
     def _drop(self, running: _Running) -> None:
         del self._running[running.trial.trial_id]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from memfit.launch.executors.base import CANCEL, Task, ignoring_ctrl_c
 from memfit.launch.executors.submitit_jobs import SubmititExecutor
+from memfit.runtime import devices
 from memfit.types.errors import UserError
 
 _WEEK_MIN: Final = 7 * 24 * 60
@@ -20,13 +22,29 @@ class LocalExecutor(SubmititExecutor):
 
     cluster = "local"
     keys: ClassVar[Mapping[str, str]] = {
-        "parallel": "number of trials at a time",
+        "parallel": "number of trials at a time; default: as many as there are GPUs for, without GPUs 1",
     }
     poll_s = 0.2
 
+    def __init__(self, settings: Mapping[str, str], folder: Path, *, device_count: int = 1) -> None:
+        super().__init__(settings, folder, device_count=device_count)
+        self._shares = max(1, devices.accelerator_count() // device_count)
+        self._share_of: dict[str, int] = {}
+
     @property
     def slots(self) -> int:
-        return int(self.settings.get("parallel", "1"))
+        return int(self.settings.get("parallel", self._shares))
+
+    def variables(self, task: Task) -> Mapping[str, str]:
+        """Each task has accelerators of its own; more tasks than there are accelerators for share them."""
+        users = list(self._share_of.values())
+        share = min(range(self._shares), key=users.count)
+        self._share_of[task.name] = share
+        return devices.visible_accelerators(share * self.device_count, self.device_count)
+
+    def forget(self, task: Task, job_id: str) -> None:
+        super().forget(task, job_id)
+        self._share_of.pop(task.name, None)
 
     @classmethod
     def check(cls, settings: Mapping[str, str]) -> None:

@@ -9,14 +9,14 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Final
 
 from memfit.files.replace import write_whole
 from memfit.launch.executors.base import CANCEL, OUTPUT, USAGE
-from memfit.runtime.child_process import dying_with_parent
+from memfit.runtime.child_process import child_environment, dying_with_parent
 from memfit.types.errors import UserError
 
 _TICK_S: Final = 0.2
@@ -24,9 +24,16 @@ _NOTE_EVERY_S: Final = 1.0
 _GRACE_S: Final = 10.0  # from the request to end until the command is killed
 
 
-def run_task(argv: Sequence[str], folder: str, working_folder: str, owner: str = "") -> int:
+def run_task(
+    argv: Sequence[str],
+    folder: str,
+    working_folder: str,
+    owner: str = "",
+    variables: Mapping[str, str] | None = None,
+) -> int:
     """Run ``argv`` in ``working_folder`` and return its exit code; negative: the signal that ended it. What
-    it prints goes to OUTPUT in ``folder``. When it runs is noted in USAGE there.
+    it prints goes to OUTPUT in ``folder``. When it runs is noted in USAGE there. ``variables``: further
+    environment variables, name -> value.
 
     The command receives SIGTERM, and SIGKILL 10 s later, if this process receives SIGTERM, if a file CANCEL
     appears in ``folder``, or, with ``owner``, if no process keeps that file locked any more. It is killed if
@@ -36,6 +43,7 @@ def run_task(argv: Sequence[str], folder: str, working_folder: str, owner: str =
         process = subprocess.Popen(
             dying_with_parent(list(argv)),
             cwd=working_folder,
+            env=child_environment(variables or {}),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

@@ -70,7 +70,12 @@ class SubmititExecutor(Executor):
     def arguments(self, task: Task) -> tuple[Any, ...]:
         """Return the arguments of `run_task` for the task."""
         owner = "" if self.survives else str(task.folder.parent / OWNER)
-        return list(task.argv), str(task.folder), str(task.working_folder), owner
+        places = (str(task.folder), str(task.working_folder))
+        return list(task.argv), *places, owner, self.variables(task)
+
+    def variables(self, task: Task) -> Mapping[str, str]:
+        """Return environment variables for the task's command, name -> value."""
+        return {}
 
     def job(self, job_id: str) -> Any:
         """Return submitit's job. A job that another process has submitted is looked up."""
