@@ -14,9 +14,13 @@ from memfit.lint.check import CHECKS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+# Links of docs/site are those of the finished site: scripts/build_site.py checks them (unit/test_site.py).
+SITE = sorted([*ROOT.glob("docs/site/**/*.md"), *ROOT.glob("skills/*/*.md")])
+PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")} - {*SITE})
 MANUAL = "\n".join(
-    [README, *(p.read_text(encoding="utf-8") for p in sorted(ROOT.glob("docs/*.md")) if p.name != "log.md")]
+    p.read_text(encoding="utf-8")
+    for p in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *SITE)
+    if p.name != "log.md"
 )
 
 

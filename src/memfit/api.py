@@ -105,6 +105,7 @@ class Prediction:
 
     @property
     def plan(self) -> Plan:
+        """The plan that the prediction is for."""
         return self.estimate.plan
 
     @property
@@ -115,10 +116,14 @@ class Prediction:
 
     @property
     def reserved_bytes(self) -> Interval | None:
+        """What torch's caching allocator takes from one device for these tensors, or None if the device has
+        no caching allocator."""
         return self.estimate.reserved_bytes
 
     @property
     def device_bytes(self) -> Interval | None:
+        """What one device needs in all: ``reserved_bytes`` and what lies outside the allocator, such as the
+        context. None on a CPU, or if the catalog has too few facts."""
         return self.estimate.device_bytes
 
     @property

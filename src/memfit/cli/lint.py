@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from memfit.cli.options import OutputOptions
-from memfit.cli.output import check_language, console, emit
+from memfit.cli.output import check_language, console, emit, refuse_options
 from memfit.cli.request import writable
 from memfit.types.errors import UserError
 
@@ -23,17 +23,17 @@ _STYLES = {"error": "red", "warning": "yellow", "note": "dim"}
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LintOptions:
     """The configuration files to check, whether each is a set-up of its own, the number of processes that
-    train, and the file for the findings."""
+    train, the file for the findings, and a rule to explain instead."""
 
     files: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Argument(
             metavar="FILE...",
             help="Configuration files that belong to one set-up, at most one of each kind: DeepSpeed, "
             "Accelerate, Trainer, Megatron-LM, torchtitan, OpenFold, Axolotl, LLaMA-Factory, Lightning, "
             "MACE. Configuration files that they name are read as well.",
         ),
-    ]
+    ] = None
     ranks: Annotated[
         int | None,
         typer.Option(
@@ -59,6 +59,14 @@ class LintOptions:
             "line of the setting where it is known. It is overwritten if it exists.",
         ),
     ] = None
+    explain: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RULE",
+            help="Explain the rule of this name, as findings have it in brackets, and check nothing: what it "
+            "reports and when, what to do, and where the problem was reported or is documented.",
+        ),
+    ] = None
 
 
 def lint(options: LintOptions, output: OutputOptions) -> None:
@@ -69,6 +77,16 @@ def lint(options: LintOptions, output: OutputOptions) -> None:
     mace_run_train. All files together are one set-up. Exits with code 1 if one of the findings
     is an error; warnings and notes do not change the exit code."""
     language_code = check_language(output.lang)
+    if options.explain is not None:
+        others = {"FILE": options.files, "--ranks": options.ranks, "--each": options.each}
+        refuse_options(others | {"--sarif": options.sarif}, "cannot be used with --explain")
+        _explain(options.explain, lang=language_code, as_json=output.json)
+        return
+    if not options.files:
+        raise UserError(
+            "no configuration file is given",
+            allowed="memfit lint FILE..., or memfit lint --explain RULE",
+        )
     if options.sarif is not None:
         writable(options.sarif)
     from memfit.lint.check import check
@@ -88,6 +106,25 @@ def lint(options: LintOptions, output: OutputOptions) -> None:
         print_findings(findings, lang=language_code)
     if any(f.severity == "error" for f in findings):
         raise typer.Exit(1)
+
+
+def _explain(name: str, *, lang: str, as_json: bool) -> None:
+    """Print what the rule ``name`` reports. Raises UserError for an unknown rule."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    from memfit.lint.check import explain
+    from memfit.report.words import load_words
+
+    rule = explain(name, lang=lang)
+    if as_json:
+        emit(dataclasses.asdict(rule) | {"severity": str(rule.severity)})
+        return
+    output, severity = console(), load_words(lang).get(f"lint.{rule.severity}")
+    kinds = ", ".join(rule.kinds)
+    output.print(Text.assemble(f"{name}: ", (severity, _STYLES[rule.severity]), f" ({kinds})"))
+    for text in (rule.says, rule.do, rule.when, *rule.links):
+        output.print(Padding(Text(text, style="dim" if text in rule.links else ""), (0, 0, 0, 4)))
 
 
 def _write_sarif(path: Path, findings: Sequence[memfit.lint.check.Finding]) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from importlib import resources
@@ -23,6 +24,7 @@ from memfit.lint import (
 )
 from memfit.lint.parse import Found, Setup
 from memfit.lint.phrases import render
+from memfit.types.errors import UserError, suggest
 
 # Rule name -> (the kinds of files that it compares, the check). The check is called with the options of each
 # of these kinds and the whole set-up, and yields the values that fill the rule's text.
@@ -65,6 +67,43 @@ class Finding:
     says: str
     do: str
     links: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RuleText:
+    """What a rule reports. ``kinds``: the kinds of files that it compares. ``says`` and ``do``: finding and
+    advice, with <name> for each value that the files give. ``when``: the condition, in English. ``links``:
+    web addresses where the problem was reported or is documented."""
+
+    rule: str
+    severity: Severity
+    kinds: tuple[str, ...]
+    says: str
+    do: str
+    when: str
+    links: tuple[str, ...]
+
+
+def explain(name: str, *, lang: str = "en") -> RuleText:
+    """Return the text of the rule ``name``. Raises UserError for an unknown rule."""
+    if name not in CHECKS:
+        raise UserError(
+            f"unknown rule {name!r}",
+            allowed="a rule as a finding names it in brackets, such as trainer-two-precisions",
+            hint=suggest(name, CHECKS),
+        )
+    kinds, find_values = CHECKS[name]
+    rule = texts()[name]
+    says, do = (re.sub(r"\{(\w+)\}", r"<\1>", text) for text in rule[lang])
+    return RuleText(
+        rule=name,
+        severity=Severity(rule["severity"]),
+        kinds=kinds,
+        says=says,
+        do=do,
+        when=re.sub(r" \(see `_\w+`\)", "", " ".join((find_values.__doc__ or "").split())),
+        links=tuple(rule["links"]),
+    )
 
 
 @functools.cache

@@ -80,6 +80,7 @@ class Plan:
         object.__setattr__(self, "uses", tuple(sorted(self.uses)))
 
     def get(self, technique: str) -> Use | None:
+        """Return how the plan uses ``technique``, or None if it does not."""
         return next((u for u in self.uses if u.technique == technique), None)
 
     def __contains__(self, technique: str) -> bool:
@@ -92,12 +93,15 @@ class Plan:
         return int(accumulation.settings["micro_batches"]) if accumulation is not None else 1
 
     def without(self, technique: str) -> Plan:
+        """Return the plan without ``technique``."""
         return dataclasses.replace(self, uses=tuple(u for u in self.uses if u.technique != technique))
 
     def with_use(self, added: Use) -> Plan:
+        """Return the plan with ``added``, in place of its technique's use so far, if any."""
         return dataclasses.replace(self, uses=(*self.without(added.technique).uses, added))
 
     def to_dict(self) -> dict[str, dict[str, KnobValue]]:
+        """Return technique -> its settings, without the number of ranks."""
         return {u.technique: u.settings for u in self.uses}
 
     @property

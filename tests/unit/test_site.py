@@ -1,0 +1,130 @@
+"""The documentation site: pages generated from the code, links, and lint's explanations in the terminal."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import build_site
+import pytest
+
+from memfit.cli.app import main
+from memfit.lint.check import CHECKS, explain
+from memfit.techniques.registry import TECHNIQUES
+
+
+@pytest.fixture(scope="module")
+def sites() -> dict[str, build_site.Pages]:
+    return build_site.all_pages()
+
+
+@pytest.mark.parametrize("language", build_site.LANGUAGES)
+def test_every_technique_engine_rule_and_job_has_a_page_in_each_language(
+    sites: dict[str, build_site.Pages], language: str
+) -> None:
+    pages = sites[language]
+    for folder, names in (
+        ("techniques", TECHNIQUES),
+        ("engines", build_site.ENGINES),
+        ("lint", CHECKS),
+        ("jobs", [job.name for job in build_site.describe()]),
+    ):
+        assert [name for name in names if f"{folder}/{name}.md" not in pages] == []
+    assert {p for p in pages if p.startswith("symptoms/")} == {
+        p for p in sites["en"] if p.startswith("symptoms/")
+    }
+
+
+def keys(value: object, path: str = "") -> list[str]:
+    if not isinstance(value, dict):
+        return [path]
+    return [key for name, inner in value.items() for key in keys(inner, f"{path}.{name}")]
+
+
+def test_the_words_of_both_languages_have_the_same_keys() -> None:
+    english, japanese = (set(keys(build_site.TEXTS[language])) for language in ("en", "ja"))
+    # the engines' English descriptions are in the code
+    assert {key for key in english ^ japanese if not key.startswith(".engine")} == set()
+    assert set(build_site.TEXTS["ja"]["engine"]) == set(build_site.ENGINES)
+
+
+def test_a_technique_shows_the_measured_peaks_of_its_records(sites: dict[str, build_site.Pages]) -> None:
+    rows = build_site.records("memory_truth")[-1]["rows"]
+    esm = {r["plan"]: r["measured_bytes"] for r in rows if r["architecture"] == "esm"}
+    page = sites["en"]["techniques/activation-checkpointing.md"]
+    line = next(row for row in page.splitlines() if row.startswith("| esm |") and "(every=1)" in row)
+    share = esm["activation-checkpointing(every=1)"] / esm["plain"]
+    assert f"{esm['plain'] / 2**20:,.1f} MiB" in line
+    assert f"{100 * share:.0f} %" in line
+    assert "no record of this technique alone" in sites["en"]["techniques/float8-linear.md"]
+
+
+def test_something_public_without_a_docstring_is_an_error() -> None:
+    node = ast.parse("class Thing:\n    'A thing.'\n    def do(self): ...").body[0]
+    assert isinstance(node, ast.ClassDef)
+    with pytest.raises(build_site.SiteError, match=r"memfit\.Thing\.do has no docstring"):
+        build_site.described(node, "memfit")
+
+
+def test_a_link_to_a_page_that_does_not_exist_is_an_error() -> None:
+    pages = {"index.md": "[a](there.md) [b](gone.md) `[c](code.md)` [d](https://x)", "there.md": ""}
+    assert list(build_site.missing_pages("en", pages)) == ["en/index.md: no such page: gone.md"]
+
+
+def test_the_built_site_is_searched_for_dead_links_and_anchors(tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text('<h1 id="top"></h1><a href="b.html#x">1</a><a href="#top">2</a>')
+    (tmp_path / "b.html").write_text(
+        '<img src="no.png"><a href="a.html#top">3</a><a href="https://x/y">4</a>'
+    )
+    assert build_site.broken_links(tmp_path) == [
+        "a.html: no such anchor: b.html#x",
+        "b.html: no such target: no.png",
+    ]
+
+
+def test_docstrings_become_markdown() -> None:
+    text = "Do it:\n- one ``a < b``\n- two <c>\n\nUse it::\n\n    f(1 < 2)\n"
+    assert build_site.prose(text) == ("Do it:\n\n- one ``a < b``\n- two &lt;c&gt;\n\nUse it:\n\n    f(1 < 2)")
+
+
+def test_lint_explains_a_rule_with_the_text_of_its_page(
+    sites: dict[str, build_site.Pages], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["lint", "--explain", "trainer-best-steps"]) == 0
+    shown = "".join(capsys.readouterr().out.split())
+    rule = explain("trainer-best-steps")
+    page = sites["en"]["lint/trainer-best-steps.md"]
+    for text in (rule.do, rule.when, *rule.links):
+        assert "".join(text.split()) in shown
+        assert text in page.replace("\\_", "_")
+    assert "<saved>" in rule.says
+    assert main(["lint", "--explain", "trainer-best-steps", "--lang", "ja", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["do"] == explain("trainer-best-steps", lang="ja").do
+
+
+def test_lint_refuses_an_unknown_rule_and_other_options_with_one_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for arguments, said in (
+        (["--explain", "trainer-best-step"], "did you mean 'trainer-best-steps'"),
+        (
+            ["--explain", "trainer-best-steps", "a.yaml", "--each"],
+            "FILE, --each cannot be used with --explain",
+        ),
+        ([], "no configuration file is given"),
+    ):
+        assert main(["lint", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert said in error
+        assert error.count("\n") == 1
+
+
+def test_every_rule_says_when_it_reports_without_private_names() -> None:
+    for name in CHECKS:
+        rule = explain(name)
+        assert rule.when, name
+        assert not re.search(r"`_\w", rule.when), name
+        assert dataclasses.asdict(rule)["links"], name
