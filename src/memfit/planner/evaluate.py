@@ -103,6 +103,10 @@ class Pricer:
     deadline: Deadline = dataclasses.field(default_factory=Deadline)
     plain: dict[int, tuple[int, HostTensors]] = dataclasses.field(default_factory=dict)  # see `_plain`
     _copies: tuple[Any, Copies] | None = dataclasses.field(default=None, init=False, repr=False)
+    # By (plan, lines), with the present calibration: one estimate for every distinct rank.
+    _rank_estimates: dict[tuple[Plan, bool], list[Estimate]] = dataclasses.field(
+        default_factory=dict, init=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         if not isinstance(self.traces, Traces):
@@ -152,7 +156,8 @@ class Pricer:
         self.calibration = calibration
         seen_ops = self.seen() if calibration.op_s else ()  # only timed operators matter
         self.model = time_model(self.machine.device, calibration, seen_ops)
-        self.choices, self.vectors = ChosenPlans(), {}  # both depend on the seconds of operators
+        # All depend on the seconds of operators.
+        self.choices, self.vectors, self._rank_estimates = ChosenPlans(), {}, {}
         self._pricing_digest = ""
 
     def _stored(self) -> StoredPredictions | None:
@@ -313,21 +318,27 @@ class Pricer:
         the first, second and last stage of a pipeline. Raises UserError as `whole` does.
         """
         plan = self.resolve(plan)
-        ranks = layout(plan).distinct_ranks()
-        self._trace(plan, ranks)
-        stored, facts = self._stored(), ()
-        if stored is not None and not engine(self.engine).own_trace:
-            facts = (self._pricing(), *self._facts(plan, -1))
-            estimates = stored.read(list[Estimate], "estimates", *facts)
-        else:
-            estimates = None
+        estimates = self._rank_estimates.get((plan, self.lines))
         if estimates is None:
-            estimates = self._estimates(plan, ranks)
-            if stored is not None and facts:
-                stored.write(estimates, "estimates", *facts)
+            estimates = self._rank_estimates[plan, self.lines] = self._stored_estimates(plan)
         if plan == make_plain_plan(plan.ranks) and estimates[-1].reserved_bytes is not None:
             self.reserved_ratio = estimates[-1].reserved_bytes.value / estimates[-1].allocated_bytes.value
         return [dataclasses.replace(e, dependence=self.dependence_under(plan)) for e in estimates]
+
+    def _stored_estimates(self, plan: Plan) -> list[Estimate]:
+        """Return one estimate for every distinct rank of the plan: those on disk, else new ones, which are
+        then kept there."""
+        ranks = layout(plan).distinct_ranks()
+        self._trace(plan, ranks)
+        stored = self._stored()
+        if stored is None or engine(self.engine).own_trace:
+            return self._estimates(plan, ranks)
+        facts = (self._pricing(), *self._facts(plan, -1))
+        estimates: list[Estimate] | None = stored.read(list[Estimate], "estimates", *facts)
+        if estimates is None:
+            estimates = self._estimates(plan, ranks)
+            stored.write(estimates, "estimates", *facts)
+        return estimates
 
     def _estimates(self, plan: Plan, ranks: Sequence[int]) -> list[Estimate]:
         with pause_gc():

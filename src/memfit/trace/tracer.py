@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import importlib
 import logging
 import sys
 import warnings
@@ -24,6 +25,7 @@ from memfit.techniques import fp32_modules
 from memfit.techniques.base import Workbench
 from memfit.techniques.optimizers import counts_steps_on_host
 from memfit.techniques.rank_mesh import builds_on_host, moves_parameters
+from memfit.techniques.registry import technique
 from memfit.trace.allocation_recorder import AllocationRecorder
 from memfit.trace.data_dependent import Guesses
 from memfit.trace.device_kernels import use_device_kernels
@@ -108,6 +110,7 @@ def trace(
     recorder = AllocationRecorder(device, lines=lines, guesses=Guesses(job.bound))
     scratch = plan.ranks > 1 and device_kind(device).is_host
     recorder.modes_above = int(scratch)
+    _import_needed(plan)
     with (
         _guesses_blamed(recorder),
         fake_ranks(plan, rank) as world,
@@ -178,6 +181,15 @@ def trace(
         host_step_bytes=host_step_bytes,
         model_bytes=model_bytes[0],
     )
+
+
+def _import_needed(plan: Plan) -> None:
+    """Import what the plan's techniques need, so that it can be patched (`recording_patches`). What is not
+    installed is refused later."""
+    for used in plan.uses:
+        for package in technique(used.technique).needs:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(package)
 
 
 def _compiled(module: torch.nn.Module) -> bool:

@@ -4,6 +4,8 @@ tracing, and use the values that are known."""
 from __future__ import annotations
 
 import contextlib
+import functools
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -20,9 +22,13 @@ from memfit.trace.data_dependent import Guesses
 @contextlib.contextmanager
 def values_read(guesses: Guesses) -> Iterator[None]:
     """Inside this context, patch the functions that read or write values of fake tensors without a dispatch
-    mode: pad_packed_sequence, ctc_loss, tensor_split, numpy and tolist. ``guesses`` gives the values."""
+    mode: pad_packed_sequence, ctc_loss, tensor_split, numpy and tolist. ``guesses`` gives the values. If
+    bitsandbytes is imported already, the maps of its 8-bit optimizers are computed once, for real."""
     concrete_values = guesses.concrete_values
     with contextlib.ExitStack() as stack:
+        if (quantization := sys.modules.get("bitsandbytes.functional")) is not None:
+            quantization_map = functools.partial(_quantization_map, quantization.create_dynamic_map)
+            stack.enter_context(mock.patch.object(quantization, "create_dynamic_map", quantization_map))
         for home, name, replacement in (
             (torch._VF, "_pad_packed_sequence", _padding(concrete_values)),
             (torch, "ctc_loss", _with_lengths_as_tensors(torch.ctc_loss)),
@@ -33,6 +39,19 @@ def values_read(guesses: Guesses) -> Iterator[None]:
         ):
             stack.enter_context(mock.patch.object(home, name, replacement, create=home is torch._VF))
         yield
+
+
+def _quantization_map(inner: Callable[..., torch.Tensor], *args: Any, **options: Any) -> torch.Tensor:
+    """Return ``inner(*args, **options)``, a map between 8 bits and numbers, as a new fake tensor. Its numbers
+    follow from the arguments, though ``inner`` reads values of tensors to compute them."""
+    return torch.tensor(_numbers_of_map(inner, args, tuple(options.items())), dtype=torch.float32)
+
+
+@functools.cache
+def _numbers_of_map(inner: Callable[..., torch.Tensor], args: Any, options: Any) -> list[float]:
+    with _disable_current_modes():
+        numbers: list[float] = inner(*args, **dict(options)).tolist()
+    return numbers
 
 
 def _of_values(guesses: Guesses, inner: Callable[..., Any]) -> Callable[..., Any]:
