@@ -66,5 +66,6 @@ def test_updates_of_the_users_optimizer_run_each_time(runs: list[Any]) -> None:
 def test_maps_of_8_bit_optimizers_need_no_assumed_values() -> None:
     pytest.importorskip("bitsandbytes")
     traced = trace(words(), Plan(uses=(use("adamw-8bit"),)), device="cuda")
-    assert not traced.assumed and not traced.assumptions
+    assert not traced.assumed
+    assert not traced.assumptions
     assert not [op for op in traced.ops if op.op == "aten.linspace.default"]

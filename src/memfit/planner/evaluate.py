@@ -328,21 +328,26 @@ class Pricer:
     def _stored_estimates(self, plan: Plan) -> list[Estimate]:
         """Return one estimate for every distinct rank of the plan: those on disk, else new ones, which are
         then kept there."""
-        ranks = layout(plan).distinct_ranks()
+        ranks, stored = layout(plan).distinct_ranks(), self._stored()
         self._trace(plan, ranks)
-        stored = self._stored()
-        if stored is None or engine(self.engine).own_trace:
-            return self._estimates(plan, ranks)
-        facts = (self._pricing(), *self._facts(plan, -1))
-        estimates: list[Estimate] | None = stored.read(list[Estimate], "estimates", *facts)
-        if estimates is None:
-            estimates = self._estimates(plan, ranks)
-            stored.write(estimates, "estimates", *facts)
-        return estimates
-
-    def _estimates(self, plan: Plan, ranks: Sequence[int]) -> list[Estimate]:
+        if stored is not None and not engine(self.engine).own_trace:
+            facts = (self._pricing(), *self._facts(plan, -1))
+            estimates: list[Estimate] | None = stored.read(list[Estimate], "estimates", *facts)
+            if estimates is not None:
+                return estimates
         with pause_gc():
             traces = [self.trace(plan, rank) for rank in ranks]
+        return self._add_estimates(plan, self._estimates(plan, traces))
+
+    def _add_estimates(self, plan: Plan, estimates: list[Estimate]) -> list[Estimate]:
+        """Keep the estimates of the plan in memory and on disk, and return them."""
+        self._rank_estimates[plan, self.lines] = estimates
+        if (stored := self._stored()) is not None and not engine(self.engine).own_trace:
+            stored.write(estimates, "estimates", self._pricing(), *self._facts(plan, -1))
+        return estimates
+
+    def _estimates(self, plan: Plan, traces: Sequence[Trace]) -> list[Estimate]:
+        with pause_gc():
             step = simulate_step(traces, plan, self.machine, self.model) if self.model else None
             return [
                 estimate(
@@ -366,24 +371,38 @@ class Pricer:
         traces, the number of all to make, and the label of a plan that is being traced (if none is, of the
         one just finished). Plans whose memory budget for recomputation cannot be met are skipped here;
         `whole` raises the error. An error of a trace is raised. The traces that finished before an error or
-        an interrupt are kept.
+        an interrupt are kept. Plans of one rank are also estimated there, unless the calibration changes.
         """
         missing_plans = [
             p for p in dict.fromkeys(resolved_plans(plans, self.resolve)) if self._missing(p, [0])
         ]
-        results: dict[int, Result] = {}
+        results: dict[int, tuple[Result, str, list[Estimate] | None]] = {}
         try:
             with pause_gc():
                 side_by_side(
-                    [functools.partial(self._result, plan, [0]) for plan in missing_plans],
+                    [functools.partial(self._result_and_estimates, plan) for plan in missing_plans],
                     lambda done, i: tell(done, len(missing_plans), missing_plans[i].label),
                     results,
                     copies=self._warm_copies(),
                     deadline=self.deadline,
                 )
         finally:  # after an interrupt, the finished ones are kept
-            for index, result in results.items():
+            for index, (result, pricing, estimates) in results.items():
                 self._add([(missing_plans[index], 0)], result)
+                if estimates is not None and pricing == self._pricing():
+                    self._add_estimates(missing_plans[index], estimates)
+
+    def _result_and_estimates(self, plan: Plan) -> tuple[Result, str, list[Estimate] | None]:
+        """Trace rank 0 of the plan. Return (the trace as bytes; `_pricing`; the plan's estimates, or None if
+        other ranks differ)."""
+        stored, is_own = self._stored(), engine(self.engine).own_trace
+        if stored is None or is_own:
+            result = Result(self._made(plan, [0]), may_be_kept=False)
+        else:
+            result = stored.run(lambda: self._made(plan, [0]))
+        is_all = list(layout(plan).distinct_ranks()) == [0]
+        estimates = self._estimates(plan, result.value) if is_all else None
+        return _as_bytes(result), self._pricing(), estimates
 
     def _warm_copies(self) -> Copies:
         """Return the forked processes that trace for this pricer. They end if what they were forked with no

@@ -344,7 +344,11 @@ class AllocationRecorder(TorchDispatchMode):
     def _silent(self, func: Any, fact: operators.OperatorFact, args: Any, kwargs: Any) -> Any:
         if func in operators.MAKERS:
             out = self.results.of(operators.call_key(func, args, kwargs), func, args, kwargs)
-        elif (out := operators.view(func, args, kwargs)) is None:
+        elif (
+            out := self.results.lifted(args[0])
+            if func is operators.LIFT
+            else operators.view(func, args, kwargs)
+        ) is None:
             out = func(*args, **kwargs)
         if func in operators.MAKERS:
             self._note(out, fact.name, self.modules.name(self.current))

@@ -32,7 +32,7 @@ from memfit.trace.assumed_values import (
 )
 from memfit.types.errors import UserError
 
-_MOST_ELEMENTS = 2**20
+MOST_ELEMENTS = 2**20
 _MOST_FILLED = 64  # most elements of a tensor whose random numbers are kept
 _NAME = "_memfit_shadow"
 _LIFT: Any = torch.ops.aten.lift_fresh.default
@@ -54,7 +54,7 @@ class ConcreteValues:
 
     def __init__(self) -> None:
         self.on = self.seeded = False
-        self.max_elements: float = _MOST_ELEMENTS
+        self.max_elements: float = MOST_ELEMENTS
         self.case = current_case()
         self.draws = 0
         self._stale: dict[int, torch.UntypedStorage] = {}

@@ -176,7 +176,9 @@ def new_tensors(func: Any, inputs: list[torch.Tensor], out: Any) -> NewTensors |
     if func.namespace != "aten" or func._schema.is_mutable:
         return None
     input_storages = {t.untyped_storage()._cdata for t in inputs}
-    if not outputs or not all(type(t) is FakeTensor and t.constant is None and _plain(t) for t in outputs):
+    if not outputs or not all(
+        type(t) is FakeTensor and t.constant is None and fills_storage(t) for t in outputs
+    ):
         return None
     output_storages = {t.untyped_storage()._cdata for t in outputs}
     if (
@@ -225,8 +227,6 @@ class Results:
     def of(self, call: Any, func: Any, args: Any, kwargs: Any, values: Any = None) -> Any:
         """Return the operator's result on fake tensors: new tensors, or the first argument for an operator
         that `only_writes`. ``call`` is the `call_key`, and ``values`` is as in `Guesses.call`."""
-        if func is LIFT and self._mode is not None and type(args[0]) is torch.Tensor and not args[0].dim():
-            return _lifted(self._mode, args[0])
         entry = _RESULTS.get(call)
         if entry is True:
             if only_writes_list(func):
@@ -246,6 +246,13 @@ class Results:
                 (t.fake_mode for t in tensors_in(out) if type(t) is FakeTensor), None
             )
         return out
+
+    def lifted(self, real: Any) -> FakeTensor | None:
+        """Return the fake tensor of a real one without dimensions (`_lifted`). Return None for another
+        tensor, or if the mode is not known yet."""
+        if self._mode is None or type(real) is not torch.Tensor or real.dim():
+            return None
+        return _lifted(self._mode, real)
 
     def work(self, call: Any, func: Any, of: OperatorFact, args: Any, kwargs: Any, out: Any) -> OperatorWork:
         """Return the `work` of a call. ``call`` is its `call_key`."""
@@ -271,7 +278,8 @@ def _at_start(tensor: torch.Tensor) -> bool:
     return is_dense and not (tensor.storage_offset() or tensor.is_conj() or tensor.is_neg())
 
 
-def _plain(tensor: torch.Tensor) -> bool:
+def fills_storage(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor is dense, and begins and ends where its storage does."""
     if not _at_start(tensor):
         return False
     last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))

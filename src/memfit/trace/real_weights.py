@@ -82,6 +82,11 @@ def attach_weights(concrete_values: ConcreteValues, model: torch.nn.Module) -> N
             concrete_values.set_assumed(tensor, weights[name])
 
 
+def follows_weights() -> bool:
+    """Return whether this runs inside `following`."""
+    return _FOLLOWED.get() is not None
+
+
 def built_weights(build: Callable[[], torch.nn.Module]) -> Weights:
     """Return the tensors of a model that ``build`` builds, detached from autograd: parameters and buffers by
     name, and tensors in other attributes of its modules, with names such as "encoder.scale[0]". The state of

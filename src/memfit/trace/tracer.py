@@ -27,6 +27,7 @@ from memfit.techniques.optimizers import counts_steps_on_host
 from memfit.techniques.rank_mesh import builds_on_host, moves_parameters
 from memfit.techniques.registry import technique
 from memfit.trace.allocation_recorder import AllocationRecorder
+from memfit.trace.concrete_values import MOST_ELEMENTS
 from memfit.trace.data_dependent import Guesses
 from memfit.trace.device_kernels import use_device_kernels
 from memfit.trace.fake_copy import script_modules_loaded
@@ -38,8 +39,9 @@ from memfit.trace.fake_process_group import (
     ready_for_fakes,
     without_host,
 )
+from memfit.trace.operators import fills_storage
 from memfit.trace.pass_replay import PassReplay
-from memfit.trace.real_weights import attach_weights
+from memfit.trace.real_weights import attach_weights, follows_weights
 from memfit.trace.slice_replay import SliceReplay, SlicesDiffer, run_all_if_different
 from memfit.trace.stream_patches import streams
 from memfit.trace.truncated_model import FirstBlocks, note_modules, remember
@@ -220,10 +222,35 @@ _FAKES: weakref.WeakKeyDictionary[Any, torch.nn.Module] = weakref.WeakKeyDiction
 
 def _local_batch(step: TrainingStep, index: int) -> tuple[Any, float]:
     """Return (this rank's batch, mean number of loss terms per rank) for the step ``index``. Each step has a
-    batch of its own, because lengths and graphs differ between batches."""
-    with _disable_current_modes():
-        batch = step.job.make_batch(index, 0)
-    return step.local(batch)
+    batch of its own, because lengths and graphs differ between batches.
+
+    Those of one rank are kept for later traces, with memory that is never touched in place of tensors whose
+    values are not followed."""
+
+    def make() -> tuple[Any, float]:
+        with _disable_current_modes():
+            batch = step.job.make_batch(index, 0)
+        return step.local(batch)
+
+    if step.bench.world.layout.ranks > 1 or follows_weights():
+        return make()
+    with contextlib.suppress(TypeError):  # make_batch cannot be a weak key
+        batches, key = _BATCHES.setdefault(step.job.make_batch, {}), (index, step.job.loss_terms)
+        if key not in batches:
+            part, terms = make()
+            with _disable_current_modes():
+                batches[key] = map_batch(_without_memory, part), terms
+        return batches[key]
+    return make()
+
+
+_BATCHES: weakref.WeakKeyDictionary[Any, dict[Any, tuple[Any, float]]] = weakref.WeakKeyDictionary()
+
+
+def _without_memory(tensor: torch.Tensor) -> torch.Tensor:
+    if type(tensor) is not torch.Tensor or tensor.numel() <= MOST_ELEMENTS or not fills_storage(tensor):
+        return tensor
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
 
 
 def _fake_batch(recorder: AllocationRecorder, fake: FakeTensorMode, step: TrainingStep, part: Any) -> Any:
