@@ -87,6 +87,9 @@ def test_where_plain_training_is_the_answer_no_phrase_claims_a_saving() -> None:
     assert first.startswith("Saving memory does not pay here: the cheapest option is plain training")
     assert " less" not in first
     assert ("more" in first) != ("times as much" in first)
+    dear = PLAIN.replace("setup_hours = 20", "setup_hours = 20000")
+    assert "is the work to set up the plan, which is paid once" in card(seen(dear)[1], "money")
+    assert "which is paid once" not in card(seen(PLAIN.replace("= 20", "= 0"))[1], "money")
 
 
 def test_the_first_phrase_states_the_undecided_verdict_and_the_interval() -> None:

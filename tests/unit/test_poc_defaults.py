@@ -107,6 +107,12 @@ def test_a_demonstration_cap_that_no_plan_fits_is_raised_to_fit_the_smallest_pla
     assert "25% に収まるプランがないため" in load_words("ja").of(found.cap_reason)
 
 
+def test_a_demonstration_whose_search_had_no_time_does_not_say_that_no_plan_fits(ask: Ask) -> None:
+    found = ask(within_s=1e-6)
+    assert "because no plan that was looked at in time fits 25% of" in found.cap_reason
+    assert "時間内に調べた範囲" in load_words("ja").of(found.cap_reason)
+
+
 def test_a_demonstration_cap_that_a_plan_fits_keeps_the_jobs_own_ratio(
     ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,7 +50,8 @@ _SMALL_STATES_RATIO, _SHORT_UPDATE_RATIO = 1 / 32, 0.03
 _DEMONSTRATION = "demonstration:"  # start of the cap's reason if no cap was given on a CPU
 _DEMONSTRATION_SPARE_RATIO = 1.1
 _REACHABLE = (
-    _DEMONSTRATION + " what the smallest plan needs plus 10 %, because no plan fits {share:.0%} of the "
+    _DEMONSTRATION
+    + " what the smallest plan needs plus 10 %, because no plan{looked_at} fits {share:.0%} of the "
     "baseline's predicted peak"
 )
 _NOT_A_CHAIN = (
@@ -121,7 +122,10 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
         estimates, considered, left_out = pricing(cap_bytes)
         if cap_reason.startswith(_DEMONSTRATION) and not any(map(fits, estimates)):
             cap_bytes = _reachable_cap(estimates, request, batch)
-            cap_reason = _REACHABLE.format(share=job.demonstration_ratio)
+            cap_reason = _REACHABLE.format(
+                share=job.demonstration_ratio,
+                looked_at=" that was looked at in time" if pricer.deadline.cut else "",
+            )
             sketches.clear()
             capped_estimates, considered, left_out = pricing(cap_bytes)
             estimates = list({e.plan: e for e in (*estimates, *capped_estimates)}.values())

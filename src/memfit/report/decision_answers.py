@@ -33,6 +33,7 @@ Filled = Mapping[str, Figure | str | Sentence]
 DECISIVE: Final = (
     "decide.money.with_saving",
     "decide.money.with_saving_more",
+    "decide.money.mostly_setup",
     "decide.money.project",
     "decide.money.by_default",
 )
@@ -231,9 +232,9 @@ def _unknown(view: DecisionView, best: AlternativeRow) -> Sentence:
 
 
 def _with_saving(view: DecisionView) -> list[Sentence]:
-    """Return, as a list of one sentence, what the cheapest option with a memory-saving plan saves against the
-    reference, and, if known, by how much it is more expensive than the best option. Empty if there is no such
-    option or no reference.
+    """Return what the cheapest option with a memory-saving plan saves against the reference; if known, by how
+    much it is more expensive than the best option; and, if setting up the plan is most of its cost, what that
+    is. Empty if there is no such option or no reference.
 
     It is for a best option that is plain training.
     """
@@ -246,7 +247,12 @@ def _with_saving(view: DecisionView) -> list[Sentence]:
     values: dict[str, Figure | str | Sentence] = {"way": way_name(decision.ways[index]), "saved": saved}
     if (extra_cost := costs_more(view, index)) is None:
         return [Sentence(key="decide.money.with_saving", values=values)]
-    return [Sentence(key="decide.money.with_saving_more", values=values | {"more": extra_cost})]
+    sentences = [Sentence(key="decide.money.with_saving_more", values=values | {"more": extra_cost})]
+    sheet = decision.sheets[index]
+    if sheet.setup > (sheet.present_cost or 0.0) / 2:
+        setup = money_figure(decision, sheet.setup, way_anchor(index))
+        sentences.append(Sentence(key="decide.money.mostly_setup", values={"setup": setup}))
+    return sentences
 
 
 def _rank(view: DecisionView, best: AlternativeRow) -> list[Sentence]:
