@@ -54,16 +54,16 @@ def _log_prior(folds: Folds, residues: int) -> Array:
 
 
 def _scores(
-    folds: Folds, span: slice, contacts: Array, prior: Array, seed: int
+    folds: Folds, span: slice, contacts: Array, prior: Array, chain: int
 ) -> Iterator[tuple[str, Array]]:
-    assert folds.alignment is not None
+    assert folds.alignment_of is not None
     assert folds.potential is not None
     length, profile = len(contacts), folds.profile[span]
     separation = prior[np.abs(np.subtract.outer(np.arange(length), np.arange(length)))]
-    yield RANDOM, np.random.default_rng(seed).random((length, length))
+    yield RANDOM, np.random.default_rng(chain).random((length, length))
     yield SEPARATION, separation
     yield PAIR_COUNTS, separation + profile @ folds.potential @ profile.T
-    rows = np.eye(20)[folds.alignment[span].T]  # (sequences, n, 20)
+    rows = np.eye(20)[folds.alignment_of(chain)[:, :length]]  # (sequences, n, 20)
     yield MEAN_FIELD, mean_field(rows)
     centred = rows - rows.mean(0)
     yield ORACLE, np.einsum("sia,ab,sjb->ij", centred, folds.potential, centred, optimize=True)

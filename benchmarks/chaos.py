@@ -554,7 +554,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--only", default="", help="kills only for kinds whose name contains this")
+    parser.add_argument("--page", action="store_true", help="write the page from the records only")
     arguments = parser.parse_args()
+    if arguments.page:
+        PAGE.write_text(page(), encoding="utf-8")
+        return
     if "soak" in arguments.names:
         with tempfile.TemporaryDirectory() as top:
             keep("soak", soak(arguments.minutes or 30.0, SOAK_SEED, Path(top) / "soak"))

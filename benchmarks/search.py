@@ -205,11 +205,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", default="")
     parser.add_argument("--child", default="")
+    parser.add_argument("--page", action="store_true")
     args = parser.parse_args()
     if args.child:
         child(args.child)
         return
-    for name in LARGE:
+    for name in () if args.page else LARGE:
         if not re.search(args.only, name):
             continue
         begun = {

@@ -247,7 +247,11 @@ def main() -> None:
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--keep", action="store_true", help="print only; page and record stay as they are")
+    parser.add_argument("--page", action="store_true")
     options = parser.parse_args()
+    if options.page:
+        PAGE.write_text(page(json.loads(RECORD.read_text())))
+        return
     if options.case:
         print(CASES[options.case](), flush=True)
         return

@@ -326,12 +326,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", choices=[*MEASUREMENTS, []])
     parser.add_argument("--child", nargs="+")
+    parser.add_argument("--page", action="store_true")
     arguments = parser.parse_args()
     if arguments.child:
         name, *rest = arguments.child
         {"run": child_run, "cost": child_cost, "kill": child_kill, "rank": child_rank}[name](*rest)
         return
-    for name in arguments.names or MEASUREMENTS:
+    for name in () if arguments.page else arguments.names or MEASUREMENTS:
         rows = []
         for row in MEASUREMENTS[name]():
             print(name, json.dumps(row), flush=True)

@@ -8,6 +8,7 @@ import graphlib
 import importlib
 import inspect
 import pkgutil
+import re
 import statistics
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from types import ModuleType
 
 import grimp
 import pytest
+import yaml
 
 import memfit
 import memfit.types
@@ -465,10 +467,37 @@ def test_the_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
     packed = set(zipfile.ZipFile(wheel).namelist())
     ours = {p for p in SRC.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
     assert {p.relative_to(SRC.parent).as_posix() for p in ours} <= packed
+    assert wheel.stat().st_size < 12e6
 
 
-def test_the_project_version_equals_the_package_version() -> None:
+def test_every_file_that_states_the_version_states_the_same() -> None:
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["version"] == memfit.__version__
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest is not None
+    assert project["version"] == memfit.__version__ == citation["version"] == newest[1]
+
+
+@pytest.mark.parametrize("workflow", sorted(ROOT.glob(".github/workflows/*.yml")), ids=lambda p: p.stem)
+def test_workflows_run_scripts_that_exist(workflow: Path) -> None:
+    jobs = yaml.safe_load(workflow.read_text())["jobs"]
+    for job in jobs.values():
+        assert job["runs-on"]
+        assert set(job.get("needs", ())) <= set(jobs)
+        for step in job["steps"]:
+            assert ("uses" in step) != ("run" in step)
+            script = step.get("run", "")
+            subprocess.run(["bash", "-n", "-c", script.replace("${{", "").replace("}}", "")], check=True)
+            named = re.findall(r"\b(?:scripts|benchmarks)/[\w/.]+", script)
+            assert not [path for path in named if not (ROOT / path).is_file()]
+
+
+def test_forms_for_issues_ask_for_what_is_needed() -> None:
+    for form in ROOT.glob(".github/ISSUE_TEMPLATE/*.yml"):
+        content = yaml.safe_load(form.read_text())
+        if form.stem == "config":
+            continue
+        assert {"name", "description", "body"} <= set(content)
+        assert any(part.get("validations", {}).get("required") for part in content["body"])

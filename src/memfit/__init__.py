@@ -60,7 +60,7 @@ __all__ = [
     "next_plan",
     "watch",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> Any:
@@ -72,3 +72,8 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+def load_ipython_extension(shell: Any) -> None:
+    """Add the cell magic ``%%memfit`` to IPython, which calls this for ``%load_ext memfit``."""
+    importlib.import_module("memfit.integrations.notebook").register(shell)

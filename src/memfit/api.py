@@ -81,6 +81,7 @@ __all__ = [
 _FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 # Limits of a step that is computed on real tensors: operations, and share of free memory.
 _MOST_COMPUTED_FLOPS, _FREE_RATIO = 4e12, 0.5
+_TIMELINE_POINTS = 400
 _CHEAP_BYTES = 64 * 2**30  # larger models are not searched for a plan that would fit
 
 
@@ -259,14 +260,20 @@ class Prediction:
         return f"<memfit.Prediction {self}>"
 
     def _repr_html_(self) -> str:
+        from memfit.cost.memory import timeline
         from memfit.report.notebook import estimate_html
 
+        try:
+            live_bytes = timeline(self.pricer.trace(self.plan, self.estimate.rank), _TIMELINE_POINTS)
+        except (MemfitError, *_FAILURES):  # what was predicted is shown without it
+            live_bytes = ()
         return estimate_html(
             self.estimate,
             title=workload_text(self.workload),
             machine=self.machine.name,
             cap_bytes=self.cap_bytes,
             fits=self.fits,
+            timeline_bytes=live_bytes,
         )
 
 

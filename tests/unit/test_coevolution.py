@@ -3,11 +3,17 @@ rows, and the alignments that come with memfit."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 
 from memfit.jobs.builtin import alphafold2
 from memfit.jobs.builtin.alphafold.coevolution import contact_map, contact_potential, sample_alignment
+from memfit.jobs.builtin.alphafold.model import beta_of
 
 
 def test_sampled_pairs_have_the_probabilities_of_the_potts_model() -> None:
@@ -56,14 +62,13 @@ def test_a_row_joins_the_cluster_of_the_row_with_which_it_agrees_most_outside_hi
 
 def test_columns_of_the_alignments_covary_where_residues_are_in_contact() -> None:
     folds = alphafold2.built_in_folds()
-    assert folds.alignment is not None
+    assert folds.alignment_of is not None
     assert folds.potential is not None
-    assert folds.alignment.shape == (len(folds.residue), 128)
     touching: list[float] = []
     others: list[float] = []
     for chain in range(20):
         span = slice(folds.offset[chain], folds.offset[chain + 1])
-        one_hot = np.eye(20)[folds.alignment[span]].transpose(0, 2, 1)  # (n, 20, 128)
+        one_hot = np.eye(20)[folds.alignment_of(chain)].transpose(1, 2, 0)  # (n, 20, 128)
         centred = one_hot - one_hot.mean(-1, keepdims=True)
         weighted = np.einsum("ab,jbk->jak", folds.potential, centred)
         covariance = np.einsum("iak,jak->ij", centred, weighted) / 128
@@ -75,17 +80,45 @@ def test_columns_of_the_alignments_covary_where_residues_are_in_contact() -> Non
     assert np.mean(others) < np.mean(touching) / 2  # chains of contacts couple other pairs, too
 
 
-def test_the_alignments_that_come_with_memfit_are_those_of_the_script() -> None:
+# SHA-256 of the file's array (residues, 128) in which version 0.1 stored the alignments.
+_STORED = "b9ce7c287882881de1050563de2a70e9ee0495ebf0ba2fff99b3c4989270be69"
+# Of the part of it that belongs to chains 1 (with letters that rounding decides) and 1000.
+_OF_TWO_CHAINS = "e1b764a7edb88c23eb4aaaa8af2c7e71f17ad2d929b6d1f8f9bdea5f87f8bd56"
+
+
+def test_alignments_are_those_that_earlier_versions_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platformdirs.user_cache_path", lambda *_, **__: tmp_path)
+    assert _digest([1, 1000]) == _OF_TWO_CHAINS
+    assert len(list(tmp_path.rglob("*.u8"))) == 2
+    monkeypatch.setattr(alphafold2, "simulated_alignment", None)
+    assert _digest([1, 1000]) == _OF_TWO_CHAINS, "from the cache"
+
+
+@pytest.mark.long
+def test_all_alignments_are_those_that_earlier_versions_stored() -> None:
+    assert _digest(range(1120)) == _STORED
+
+
+def test_alignments_are_sampled_where_none_can_be_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("platformdirs.user_cache_path", lambda *_, **__: tmp_path / "file")
+    assert _digest([1, 1000]) == _OF_TWO_CHAINS
+
+
+def _digest(chains: Iterable[int]) -> str:
     folds = alphafold2.built_in_folds()
-    assert folds.alignment is not None
-    assert folds.potential is not None
-    span = slice(folds.offset[0], folds.offset[1])
-    rows = sample_alignment(
-        folds.profile[span],
-        contact_map(folds.atoms[span]),
-        folds.potential,
-        np.random.default_rng((0, 0)),
-        rows=128,
-        strength=4.0,
-    )
-    assert (folds.alignment[span] == rows.T).mean() > 0.9  # another library may round otherwise
+    assert folds.alignment_of is not None
+    rows = [folds.alignment_of(chain).T for chain in chains]
+    return hashlib.sha256(np.concatenate(rows).tobytes()).hexdigest()
+
+
+def test_chains_are_in_contact_where_the_model_places_their_cb_atoms_close() -> None:
+    folds = alphafold2.built_in_folds()
+    for chain in range(0, folds.count, 100):
+        atoms = folds.atoms[folds.offset[chain] : folds.offset[chain + 1]]
+        beta = beta_of(torch.from_numpy(atoms))
+        assert (contact_map(atoms) == (torch.cdist(beta, beta) < 8).numpy()).all()

@@ -90,7 +90,7 @@ app = typer.Typer(
     epilog="Start with `memfit doctor`, then `memfit poc`.",
     invoke_without_command=True,
     rich_markup_mode=None,  # plain help does not load rich
-    add_completion=False,
+    add_completion=True,
 )
 for _commands in COMMANDS.values():
     for _name, (_function, _line) in _commands.items():

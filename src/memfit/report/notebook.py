@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import uuid
+from collections.abc import Mapping, Sequence
 from html import escape
 
+from memfit.report import charts, report_charts
 from memfit.types.result import Estimate, Interval
 from memfit.types.units import format_bytes
 
@@ -27,16 +29,30 @@ _STYLE = """<style>
 .memfit .bar{display:flex;height:1.1rem;border-radius:3px;overflow:hidden;background:#8884}
 .memfit .bar i{display:block;min-width:1px}
 .memfit .key i{display:inline-block;width:.7rem;height:.7rem;border-radius:2px;margin:0 .3rem 0 .8rem}
+.memfit .plot{display:block;overflow:visible;width:calc(100% - 6rem);margin:2.6rem .6rem 3.4rem 5.2rem}
+.memfit .plot{font-size:12px}.memfit .plot svg{overflow:hidden}.memfit .plot .x{text-anchor:middle}
+.memfit .plot text{fill:currentColor;opacity:.75}
+.memfit .plot :is(.y,.end){text-anchor:end}.memfit .plot .grid{stroke:#8883}.memfit .plot .base{stroke:#888}
+.memfit .plot .limit{stroke:#c0392b;stroke-dasharray:5 4}.memfit .plot .area{fill:#e08a1e88;stroke:#e08a1e}
 .memfit .fits{color:light-dark(#1b7f3b,#5fd38a)}.memfit .not{color:light-dark(#b3261e,#ff8a80)}
 </style>"""
 
 
-def estimate_html(estimate: Estimate, *, title: str, machine: str, cap_bytes: int, fits: bool) -> str:
+def estimate_html(
+    estimate: Estimate,
+    *,
+    title: str,
+    machine: str,
+    cap_bytes: int,
+    fits: bool,
+    timeline_bytes: Sequence[int] = (),
+) -> str:
     """Return HTML for a notebook, in this order: ``title``, the plan's label, whether it fits ``cap_bytes``
     of ``machine`` (as ``fits`` says), and the phase of the peak; a table of the predicted kinds of memory
-    (allocated, reserved, device, host), each with its range; a bar of the memory at the peak by category; a
-    warning if splitting the batch may change the training or this was not tested; and the first five of the
-    assumptions that are not taken from the batch."""
+    (allocated, reserved, device, host), each with its range; a bar of the memory at the peak by category; the
+    live bytes over one step, if ``timeline_bytes`` has them at equal distances; a warning if splitting the
+    batch may change the training or this was not tested; and the first five of the assumptions that are not
+    taken from the batch."""
     verdict = f'<b class="{"fits" if fits else "not"}">{"fits" if fits else "does not fit"}</b>'
     kinds = {
         "allocated": estimate.allocated_bytes,
@@ -54,7 +70,26 @@ def estimate_html(estimate: Estimate, *, title: str, machine: str, cap_bytes: in
         f'{_STYLE}<div class="memfit"><div><b>{escape(title)}</b>, {escape(estimate.plan.label)}: {verdict} '
         f"{format_bytes(cap_bytes)} of {escape(machine)}; peak in {escape(estimate.peak_phase)}</div>"
         f"<table><tr><th>memory</th><th>peak</th><th>from</th><th>to</th></tr>{rows}</table>"
-        f"{_bar(estimate.at_peak_bytes)}{notes}</div>"
+        f"{_bar(estimate.at_peak_bytes)}{_timeline(timeline_bytes, cap_bytes)}{notes}</div>"
+    )
+
+
+def _timeline(live_bytes: Sequence[int], cap_bytes: int) -> str:
+    """Return the plot of the report for one line; the memory of the device is in it if it is at most three
+    times the peak."""
+    if not live_bytes:
+        return ""
+    peak = max(live_bytes)
+    cap = [charts.Rule(value=cap_bytes, label=format_bytes(cap_bytes))] if cap_bytes <= 3 * peak else []
+    points = [(i / len(live_bytes), float(v)) for i, v in enumerate([*live_bytes, live_bytes[-1]])]
+    return charts.plot(
+        f"memfit-{uuid.uuid4().hex[:8]}",  # one page has many outputs
+        title="memory over one step",
+        description=f"live bytes of tensors over a step, {format_bytes(peak)} at the peak",
+        x=charts.Axis(title="through the step", low=0, high=1, text="{:.0%}".format),
+        y=report_charts.bytes_axis("live tensors", [peak, *(rule.value for rule in cap)]),
+        lines=[charts.Line(css="live", points=points, area=True, stepped=True)],
+        rules=cap,
     )
 
 

@@ -22,7 +22,7 @@ def timeline_plot(timelines: Sequence[Timeline], *, cap: Figure, words: Words) -
         title=words.get("section.timeline"),
         description=words.get("alt.timeline"),
         x=charts.Axis(title=words.get("text.through_step"), low=0, high=1, text="{:.0%}".format),
-        y=_bytes_axis(words.get("text.memory_axis"), [*highest, cap.value or 0]),
+        y=bytes_axis(words.get("text.memory_axis"), [*highest, cap.value or 0]),
         lines=[_timeline(t) for t in timelines],
         rules=[_cap_rule(cap, words)],
     )
@@ -40,7 +40,7 @@ def _timeline(timeline: Timeline) -> charts.Line:
     )
 
 
-def _bytes_axis(title: str, values: Sequence[float]) -> charts.Axis:
+def bytes_axis(title: str, values: Sequence[float]) -> charts.Axis:
     """Return an axis from 0 whose labels are in GiB, MiB, KiB or B, the largest of which the largest value is
     at least two (else B), with ticks that are round in this unit."""
     scale = next((s for s in (GIB, MIB, KIB) if max(values) >= 2 * s), 1)
@@ -67,7 +67,7 @@ def pareto_plot(view: PocView, words: Words) -> str:
         "pareto",
         title=words.get("section.search"),
         description=words.get("alt.pareto"),
-        x=_bytes_axis(words.get("text.peak_axis"), [*(d.x for d in dots), search.cap.value or 0]),
+        x=bytes_axis(words.get("text.peak_axis"), [*(d.x for d in dots), search.cap.value or 0]),
         y=_seconds_axis(words.get("text.time_axis"), [d.y for d in dots]),
         lines=[charts.Line(css="stairs", points=_stairs(search), stepped=True)],
         dots=dots,

@@ -10,12 +10,15 @@ are also infinite.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from memfit.jobs.builtin.alphafold.coevolution import CONTACT_ANGSTROM, contact_map
+from memfit.files.replace import write_whole
+from memfit.jobs.builtin.alphafold.coevolution import CONTACT_ANGSTROM, contact_map, sample_alignment
 from memfit.jobs.builtin.batches import (
     Array,
     as_tensors,
@@ -27,6 +30,7 @@ from memfit.jobs.builtin.batches import (
 )
 from memfit.jobs.builtin.chains import ConcatenatedChains
 from memfit.jobs.builtin.options import BuiltInOptions, accept_keywords
+from memfit.types.errors import UserError
 from memfit.types.job import Job, Metric, OptimizerChoice
 
 if TYPE_CHECKING:
@@ -55,6 +59,7 @@ _DIMENSIONS: Final = {
 _MASK_CLASS: Final = 22
 APART: Final = 12  # least separation in residues of a medium- or long-range contact
 TESTED: Final = 120  # number of chains in the test set
+_RELATIVES, _STRENGTH = 128, 4.0  # of simulated alignments: sequences, and strength of the couplings
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +67,8 @@ class Folds(ConcatenatedChains):
     """Chains of proteins, one after another, with n residues in all. ``residue`` (n,): numbers of amino
     acids, 20 for an unknown one. ``profile`` (n, 20): shares of the amino acids in the family, from 0 to 1.
     ``atoms`` (n, 3 of N CA C, 3): positions in Angstrom. The first ``train_count`` chains are for training.
-    ``alignment`` (n, sequences) uint8: simulated relatives, numbers of amino acids; None: there are none.
+    ``alignment_of``: function of a chain's index that returns its simulated relatives, numbers of amino
+    acids, uint8 (sequences, residues); None: there are none.
     ``potential`` (20, 20): logarithm of how much more often than by chance two amino acids are in contact in
     training chains; None: it is not known.
     """
@@ -70,7 +76,7 @@ class Folds(ConcatenatedChains):
     residue: Array
     profile: Array
     atoms: Array
-    alignment: Array | None = None
+    alignment_of: Callable[[int], Array] | None = None
     potential: Array | None = None
 
 
@@ -138,26 +144,60 @@ def built_in_folds() -> Folds:
     """Return the 1,120 built-in chains of the job ``protein-ss`` that have a simulated alignment (1,000 for
     training), with the positions of their backbone atoms. A residue without a profile gets one that is almost
     only its own amino acid."""
-    with open_arrays("alignments") as archive:
-        chains, alignment, potential = archive["chain"], archive["alignment"], archive["potential"]
     with open_arrays("pdb_ss") as archive:
         profile, residue = archive["profile"].astype(np.float32), archive["residue"].astype(np.int64)
         length, train_count = archive["length"], int(archive["n_train"])
     with open_arrays("pdb_backbone") as archive:
+        chains, potential, corrections = archive["chain"], archive["potential"], archive["correction"]
         atoms = np.cumsum(archive["step"].astype(np.int32), axis=0).reshape(-1, 3, 3)
-    has_alignment = np.repeat(np.isin(np.arange(len(length)), chains), length)
-    profile, residue, atoms = profile[has_alignment], residue[has_alignment], atoms[has_alignment]
+    has_backbone = np.repeat(np.isin(np.arange(len(length)), chains), length)
+    profile, residue = profile[has_backbone], residue[has_backbone]
     one_hot = np.eye(21, dtype=np.float32)[residue][:, :20] + np.float32(1e-3)
     profile = np.where(profile.sum(-1, keepdims=True) > 0, profile, one_hot)
-    return Folds(
+    folds = Folds(
         offset=np.concatenate([[0], np.cumsum(length[chains])]),
         residue=residue,
         profile=profile / profile.sum(-1, keepdims=True),
         atoms=(atoms / 100).astype(np.float32),
         train_count=int((chains < train_count).sum()),
-        alignment=alignment,
         potential=potential,
     )
+
+    def alignment_of(index: int) -> Array:
+        return _kept_alignment(folds, index, chains[index], corrections[corrections[:, 0] == index])
+
+    return dataclasses.replace(folds, alignment_of=alignment_of)
+
+
+def simulated_alignment(folds: Folds, index: int, seed: int) -> Array:
+    """Return 128 simulated relatives of the chain with this index, uint8 (128, residues), which takes about
+    0.1 s. ``seed``: of the sampler; that of a built-in chain is its number among the 2,500 of
+    ``protein-ss``."""
+    assert folds.potential is not None
+    span = slice(folds.offset[index], folds.offset[index + 1])
+    contacts = contact_map(folds.atoms[span])
+    rng = np.random.default_rng((0, int(seed)))
+    return sample_alignment(
+        folds.profile[span], contacts, folds.potential, rng, rows=_RELATIVES, strength=_STRENGTH
+    )
+
+
+def _kept_alignment(folds: Folds, index: int, seed: int, corrections: Array) -> Array:
+    """Return `simulated_alignment` with ``corrections`` (letters, 4), each a chain, a row, a residue and the
+    letter there. It is stored in the user's cache folder when it is first made. If nothing can be stored
+    there, it is made again each time."""
+    import platformdirs
+
+    path = platformdirs.user_cache_path("memfit", appauthor=False) / "alignments-1" / f"{seed}.u8"
+    size = _RELATIVES * int(folds.offset[index + 1] - folds.offset[index])
+    with contextlib.suppress(OSError):
+        if len(data := path.read_bytes()) == size:
+            return np.frombuffer(data, np.uint8).reshape(_RELATIVES, -1)
+    rows = simulated_alignment(folds, index, seed)
+    rows[corrections[:, 1], corrections[:, 2]] = corrections[:, 3]
+    with contextlib.suppress(UserError):
+        write_whole(path, rows.tobytes(), durable=False, make_folder=True)
+    return rows
 
 
 def train_batch(folds: Folds, shape: FoldSize, *, step: int, seed: int) -> dict[str, torch.Tensor]:
@@ -192,10 +232,11 @@ def pack(
         residue[row, span], mask[row, span] = folds.residue[residues], 1
         profile[row, span], atoms[row, span] = folds.profile[residues], folds.atoms[residues]
     homologs = _homologs(profile, shape.rows + shape.extra_rows - 1, rng)
-    if folds.alignment is not None:
-        order = rng.permutation(folds.alignment.shape[1])[: homologs.shape[1]]
-        for row, (span, residues) in enumerate(folds.spans(picked, skipped, length)):
-            homologs[row, : len(order), span] = folds.alignment[residues][:, order].T
+    if folds.alignment_of is not None:
+        order = rng.permutation(_RELATIVES)[: homologs.shape[1]]
+        for row, (span, _) in enumerate(folds.spans(picked, skipped, length)):
+            relatives = folds.alignment_of(int(picked[row]))[order, skipped[row] :]
+            homologs[row, : len(order), span] = relatives[:, :length]
     msa = np.concatenate([residue[:, None], homologs[:, : shape.rows - 1]], axis=1)
     eye = np.eye(23, dtype=np.float32)
     hidden = (rng.random(msa.shape) < HIDDEN_SHARE) * mask[:, None]

@@ -3,7 +3,7 @@
 A Potts model gives a sequence the energy of its fields and of its couplings. The fields are real (the
 family's profile), the couplings lie on the real contacts of the chain, and every contact favours the same
 pairs of amino acids, by a potential that is counted in real structures. No row of these alignments is a real
-sequence. ``scripts/alignments.py`` makes the alignments that come with memfit.
+sequence.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _COUNTED_APART: Final = 6  # least separation of the pairs that the potential is
 
 def contact_map(atoms: Array) -> Array:
     """Return, bool (n, n), which residues of the backbone ``atoms`` (n, 3 of N CA C, 3) in Angstrom are in
-    contact: CB atoms under 8 Angstrom apart."""
-    import torch
-
-    from memfit.jobs.builtin.alphafold.model import beta_of
-
-    beta = beta_of(torch.from_numpy(atoms)).numpy()
+    contact: CB atoms under 8 Angstrom apart. Where CB is by the ideal tetrahedron, `model.beta_of` says,
+    too."""
+    n, ca, c = (atoms[:, atom] for atom in range(3))
+    b, d = ca - n, c - ca
+    normal = b[:, [1, 2, 0]] * d[:, [2, 0, 1]] - b[:, [2, 0, 1]] * d[:, [1, 2, 0]]
+    beta = -0.58273431 * normal + 0.56802827 * b - 0.54067466 * d + ca
     return np.asarray(((beta[:, None] - beta[None]) ** 2).sum(-1) < CONTACT_ANGSTROM**2)
 
 
@@ -64,25 +64,28 @@ def sample_alignment(
     ``profile`` (n, 20): shares of the amino acids in each column. ``contacts`` (n, n) bool: which columns are
     coupled, if at least 3 apart. The coupling of two columns is ``potential`` (20, 20) times ``strength``
     times a number drawn from a lognormal distribution of the width ``spread``, less its means under the two
-    profiles, so that columns keep about their profile.
+    profiles, so that columns keep about their profile. It is computed in float64, so that rounding, which
+    differs between machines, decides no letter.
     """
-    length = len(profile)
+    profile, potential, length = profile.astype(float), potential.astype(float), len(profile)
     scale = np.triu(contacts, _COUPLED_APART) * rng.lognormal(0.0, spread, (length, length)) * strength
-    weight, pairwise = (scale + scale.T).astype(np.float32), potential.astype(np.float32)
-    fields = (np.log(profile + 1e-4) - weight @ (profile @ pairwise)).astype(np.float32)
-    eye = np.eye(20, dtype=np.float32)
-    rows_of_columns = np.stack([rng.choice(20, rows, p=p / p.sum()) for p in profile.astype(float)])
-    one_hot = eye[rows_of_columns]  # (n, rows, 20)
-    groups = _uncoupled_groups(weight > 0)
+    weight = scale + scale.T
+    fields = np.log(profile + 1e-4) - weight @ (profile @ potential)
+    letters = np.stack([rng.choice(20, rows, p=p / p.sum()) for p in profile])
+    couplings = potential[letters]  # (n, rows, 20)
+    groups = [
+        (columns, neighbours, weight[np.ix_(columns, neighbours)])
+        for columns in _uncoupled_groups(weight > 0)
+        for neighbours in [np.flatnonzero(weight[columns].any(0))]
+    ]
     for _ in range(sweeps):
-        for columns in groups:
-            energy = (weight[columns] @ one_hot.reshape(length, -1)).reshape(len(columns), rows, 20)
-            energy = energy @ pairwise + fields[columns][:, None]
+        for columns, neighbours, weights in groups:
+            energy = np.tensordot(weights, couplings[neighbours], 1) + fields[columns][:, None]
             cumulative = np.exp(energy - energy.max(-1, keepdims=True)).cumsum(-1)
             drawn = rng.random((len(columns), rows, 1), np.float32) * cumulative[..., -1:]
-            rows_of_columns[columns] = letters = (cumulative < drawn).sum(-1)
-            one_hot[columns] = eye[letters]
-    return rows_of_columns.T.astype(np.uint8)
+            letters[columns] = (cumulative < drawn).sum(-1)
+            couplings[columns] = potential[letters[columns]]
+    return letters.T.astype(np.uint8)
 
 
 def _uncoupled_groups(coupled: Array) -> list[Array]:
