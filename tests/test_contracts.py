@@ -125,6 +125,11 @@ DIMENSIONLESS = {
     "oom_probability",
     "rank",
     "ranks",
+    "node",
+    "nodes",
+    "per_node",
+    "fullest",
+    "slowest",
     "communicators",
     # counts and indices
     "batch",

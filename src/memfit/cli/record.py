@@ -17,7 +17,7 @@ from memfit.cli.request import writable
 from memfit.files.read import read_text
 from memfit.files.replace import write_whole
 from memfit.types.errors import UserError
-from memfit.types.sanitize import one_line
+from memfit.types.sanitize import one_line, replace_controls
 
 if TYPE_CHECKING:
     import memfit.store
@@ -49,11 +49,13 @@ class RecordOptions:
     add: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE.json",
+            metavar="FILE.json|DIR",
             help="Instead of writing a record, add the one in this file to the store: the record of a proof "
             "of concept from another group, refused if the store has a different one with this ID; or the "
-            "run that `memfit run --record` wrote, for example on a machine of a cluster. Not with --poc, "
-            "--out or --schema.",
+            "run that `memfit run --record` wrote, for example on a machine of a cluster. Or a folder of "
+            "`memfit export` whose training a launcher or scheduler has started: the run that its ranks have "
+            "recorded there is merged, added, and printed as by `memfit run`. Not with --poc, --out or "
+            "--schema.",
         ),
     ] = None
     said_by: Annotated[
@@ -110,6 +112,10 @@ def record(options: RecordOptions, store: StoreOptions, output: JsonOptions) -> 
         _compare(options.compare, store.store, as_json=output.json)
         return
     records = Store(store.store)
+    if options.add is not None and options.add.is_dir():
+        refuse_options({"--from": options.said_by}, "is for the record of a proof of concept, not for a run")
+        _add_exported(options.add, records, as_json=output.json)
+        return
     if options.add is not None and is_run_record(options.add):
         refuse_options({"--from": options.said_by}, "is for the record of a proof of concept, not for a run")
         run_record = parse_run_record(read_text(options.add), what=str(options.add))
@@ -136,6 +142,22 @@ def _print_added(name: str, *, added: bool, as_json: bool) -> None:
         emit({"added" if added else "already_stored": name})
     else:
         print(f"{'added' if added else 'already in the store:'} {name}")
+
+
+def _add_exported(folder: Path, store: memfit.store.Store, *, as_json: bool) -> None:
+    """Add to the store the run that an exported folder has trained, and print it. The exit code is that of
+    `memfit run`."""
+    from memfit.cli.run import exit_code, lines
+    from memfit.cli.views import run_view
+    from memfit.store.exchange.run_record import add_run
+    from memfit.workflows.exported_run import read_exported_run
+
+    run_record = read_exported_run(folder)
+    add_run(store, run_record)
+    run = run_record.run
+    emit(run_view(run)) if as_json else print(replace_controls("\n".join(lines(run))))
+    if (code := exit_code(run)) != 0:
+        raise typer.Exit(code)
 
 
 def _compare(names: tuple[str, str], store: Path | None, *, as_json: bool) -> None:

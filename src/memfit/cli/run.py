@@ -417,6 +417,7 @@ def lines(run: Run) -> Iterator[str]:
     if (step := step_s(measurement)) is not None:
         yield f"  step    {_predicted_and_measured(run.predicted_step_s, step, format_seconds)}"
     yield from _data_line(measurement)
+    yield from _rank_lines(measurement)
     yield from (f"  alarm   {text}" for text in run.alarms)
     keep, count = run.spec.keep, len(measurement.losses)
     if keep.resume:
@@ -444,6 +445,28 @@ def _saved_line(run: Run) -> Iterator[str]:
         yield f"  saved   {keep.save}"
     elif outcome is OutcomeKind.INTERRUPTED and (path := newest(keep).resume):
         yield f"  saved   {path}; --resume {keep.save or path} goes on"
+
+
+def _rank_lines(measurement: Measurement) -> Iterator[str]:
+    """Yield a line with the nodes, the ranks and their collectives, one that names the fullest rank, and one
+    that names the slowest."""
+    if (ranks := measurement.ranks) is None:
+        return
+    nodes = f"{ranks.nodes} node{'s' * (ranks.nodes > 1)}"
+    library = ranks.collectives or "an unknown library"
+    yield f"  ranks   {ranks.per_node} on each of {nodes}, connected by {library}"
+    peaks, times = ranks.peak_bytes, ranks.before_backward_s
+    others_bytes = max(peak for rank, peak in enumerate(peaks) if rank != ranks.fullest)
+    yield (
+        f"          fullest rank {ranks.fullest}: peak {format_bytes(peaks[ranks.fullest])}, "
+        f"of the others at most {format_bytes(others_bytes)}"
+    )
+    if ranks.slowest is not None:
+        others_s = statistics.median(t for rank, t in enumerate(times) if rank != ranks.slowest)
+        yield (
+            f"          slowest rank {ranks.slowest}: {format_seconds(times[ranks.slowest])} for data and "
+            f"forward pass, of the others {format_seconds(others_s)}"
+        )
 
 
 def _resident_lines(run: Run) -> Iterator[str]:

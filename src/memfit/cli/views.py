@@ -137,6 +137,7 @@ def run_view(run: Run) -> View:
         "energy_j": measurement.energy_j,
         "energy_boundary": measurement.energy_boundary,
         "wall_s": measurement.wall_s,
+        "ranks": None if measurement.ranks is None else serialization.to_plain(measurement.ranks),
         "restarts": [serialization.to_plain(restart) for restart in measurement.restarts],
         "recoveries": [_recovery_view(recovery) for recovery in run.recoveries],
         "recovery_stop": run.recovery_stop,

@@ -183,7 +183,7 @@ class _Watch:
         """Read the child's output and call ``on_event`` with every event, until the child exits, its time is
         over or the run is stopped."""
         for line in self._lines():
-            event = _event(line)
+            event = parse_event(line)
             if event is not None:
                 self._note(event)
                 on_event(event)
@@ -339,7 +339,9 @@ class _OomKills:
         return cls(at_s=time.monotonic(), here=oom_kills_here(), on_machine=_machine_oom_kills())
 
 
-def _event(line: bytes) -> Event | None:
+def parse_event(line: bytes) -> Event | None:
+    """Return the event that a line of a child's output contains; None for all other output, and for a line
+    that is cut off."""
     if not line.startswith(b'{"event":'):
         return None
     try:

@@ -229,6 +229,29 @@ def launch_rank() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def launch_node() -> int:
+    """Return the number of this machine among those of the launch, as torchrun's GROUP_RANK says, or 0."""
+    return int(os.environ.get("GROUP_RANK", "0"))
+
+
+def launch_attempt() -> str:
+    """Return a text that is the same for all ranks which torchrun has started together, and another after a
+    restart: the ID of the run and the port that it chose for this start. "" under another launcher."""
+    names = ("TORCHELASTIC_RUN_ID", "MASTER_PORT")
+    return "-".join(os.environ[n] for n in names) if all(n in os.environ for n in names) else ""
+
+
+def collective_library(kind: str) -> str:
+    """Return the library that carries collectives on devices of this kind, such as "gloo", and the version of
+    NCCL, such as "nccl 2.27.5"."""
+    import torch
+
+    name = collective_backend(kind).rpartition(":")[2]
+    if name != "nccl":
+        return name
+    return f"nccl {'.'.join(map(str, torch.cuda.nccl.version()))}"
+
+
 _SLURM_UNITS: Final = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 

@@ -74,7 +74,7 @@ def run_ranks(
         finally:
             team.done.set()
         watching.result()
-    return _in_order_of_failure(measurements, team.failures)
+    return in_order_of_failure(measurements, team.failures)
 
 
 class _Team:
@@ -145,7 +145,7 @@ class _Team:
         self._on_event(stall.ranks[0], event)
 
 
-def _in_order_of_failure(
+def in_order_of_failure(
     measurements: tuple[Measurement, ...], failures: Sequence[int]
 ) -> tuple[Measurement, ...]:
     """Return the measurements, of which all that failed, but the first, name the rank that failed first.

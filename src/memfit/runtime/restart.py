@@ -71,7 +71,7 @@ def run_through(
         spec = dataclasses.replace(spec, keep=keep)
     if interruption.is_terminating:
         measurements = [_interrupted(m, spec, interruption) for m in measurements]
-    return [_whole(m, losses[rank], tuple(restarts)) for rank, m in enumerate(measurements)]
+    return [with_restarts(m, losses[rank], tuple(restarts)) for rank, m in enumerate(measurements)]
 
 
 def _death(measurements: Sequence[Measurement]) -> int | None:
@@ -141,7 +141,9 @@ def newest(keep: CheckpointSettings) -> CheckpointSettings:
     return dataclasses.replace(keep, resume=str(path), passed_over=passed_over)
 
 
-def _whole(m: Measurement, losses: dict[int, float], restarts: tuple[Restart, ...]) -> Measurement:
+def with_restarts(m: Measurement, losses: dict[int, float], restarts: tuple[Restart, ...]) -> Measurement:
+    """Return the measurement of a rank's last start with all ``restarts`` before it, and if it ended well or
+    was interrupted, with the rank's ``losses`` of all starts (step, counted from 0 -> loss)."""
     if restarts and m.outcome in (OutcomeKind.OK, OutcomeKind.INTERRUPTED):
         m = dataclasses.replace(
             m,

@@ -144,6 +144,28 @@ class ResidentMemory:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RankComparison:
+    """How several ranks trained together.
+
+    ``collectives``: the library that connected them, such as "gloo" or "nccl 2.27.5"; "": unknown. ``nodes``:
+    number of machines, each with ``per_node`` ranks. ``peak_bytes``: peak of each rank; ``fullest``: the rank
+    with the highest. ``before_backward_s``: of each rank the median time of a step until its first backward
+    pass: making the batch and the forward pass. ``slowest``: the rank with the longest; None if not all
+    have measured it. Ranks that gather parameters or activations in the forward pass wait for others there,
+    so that the times of all are then alike; where nothing is gathered before the backward pass, as under DDP,
+    they are each rank's own.
+    """
+
+    collectives: str
+    nodes: int
+    per_node: int
+    peak_bytes: tuple[int, ...]
+    fullest: int
+    before_backward_s: tuple[float, ...] = ()
+    slowest: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
     """One run as measured by its child process. ``step_s``, ``batch_s``, ``losses``, ``grad_norms`` and
     ``headroom_bytes`` have one entry per optimizer step, in order. A field that is None or empty was
@@ -176,6 +198,10 @@ class Measurement:
     overhead_ratio: float | None = None  # process_peak_bytes / peak_bytes
     step_s: tuple[float, ...] = ()
     batch_s: tuple[float, ...] = ()  # making the step's batch, before the step
+    before_backward_s: float | None = None  # median of batch and forward pass, of a step
+    collectives: str = ""  # library that connects the ranks, such as "gloo"; "": there is one rank
+    node: int = 0  # number of the machine among those of the launch
+    ranks: RankComparison | None = None  # of all ranks together; None: one rank
     losses: tuple[float, ...] = ()
     grad_norms: tuple[float, ...] = ()
     headroom_bytes: tuple[int, ...] = ()  # cap minus the step's peak

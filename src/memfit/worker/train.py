@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import math
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -83,6 +84,7 @@ class _Gauge:
     phase_rss: dict[str, int] = dataclasses.field(default_factory=dict)
     step_s: list[float] = dataclasses.field(default_factory=list)
     batch_s: list[float] = dataclasses.field(default_factory=list)
+    before_backward_s: list[float] = dataclasses.field(default_factory=list)
     losses: list[float] = dataclasses.field(default_factory=list)
     grad_norms: list[float] = dataclasses.field(default_factory=list)
     headroom: list[int] = dataclasses.field(default_factory=list)
@@ -116,18 +118,22 @@ def main(path: Path) -> None:
     output. If the run raises a MemfitError, the result has the outcome failed and the error's text as reason.
     If this is a UserError, an event ``refused`` with its fields ``given``, ``allowed`` and ``hint`` comes
     before. An error in reading the file, and other errors, are raised, without a result. After SIGTERM and a
-    save, the process exits with the status `RESUMABLE_EXIT`."""
+    save, the process exits with the status `RESUMABLE_EXIT`. If another launcher than memfit started it, it
+    exits with the status 1 after any other outcome than ok, as launchers and schedulers read nothing else."""
     spec = serialization.loads(RunSpec, path.read_text(), what="run specification")
     requests = SaveRequests() if spec.keep.save else None
+    outcome = OutcomeKind.FAILED
     try:
         with _stack_traces(path.parent):
-            _run(spec, path, requests)
+            outcome = _run(spec, path, requests)
     except MemfitError as error:
         if isinstance(error, UserError):
             tell("refused", given=error.given, allowed=error.allowed, hint=error.hint)
         tell("result", measurement=Measurement(outcome=OutcomeKind.FAILED, reason=str(error)))
     if requests is not None and requests.has_ended:
         sys.exit(RESUMABLE_EXIT)
+    if outcome is not OutcomeKind.OK and not (path.parent / HEARTBEAT).exists():
+        sys.exit(1)
 
 
 @contextlib.contextmanager
@@ -145,7 +151,7 @@ def _stack_traces(folder: Path) -> Iterator[None]:
             faulthandler.unregister(signal.SIGUSR2)
 
 
-def _run(spec: RunSpec, path: Path, requests: SaveRequests | None) -> None:
+def _run(spec: RunSpec, path: Path, requests: SaveRequests | None) -> OutcomeKind:
     import torch
 
     from memfit.jobs.checkpoints import restarted
@@ -153,6 +159,8 @@ def _run(spec: RunSpec, path: Path, requests: SaveRequests | None) -> None:
     from memfit.runtime.devices import (
         driver_used_bytes,
         free_cache,
+        launch_attempt,
+        launch_rank,
         local_rank,
         reset_reserved_peak,
         use_device,
@@ -161,6 +169,7 @@ def _run(spec: RunSpec, path: Path, requests: SaveRequests | None) -> None:
     from memfit.runtime.memory import peak_counter
     from memfit.runtime.resident import ResidentMeter
 
+    tell("started", rank=launch_rank()[0], attempt=launch_attempt(), time_s=time.time())
     if spec.threads:
         torch.set_num_threads(spec.threads)
     used_bytes = driver_used_bytes(torch.device(spec.device, local_rank()))  # before there is a context
@@ -204,6 +213,7 @@ def _run(spec: RunSpec, path: Path, requests: SaveRequests | None) -> None:
             measurement = _guarded(job, spec, gauge, limit)
         # Before the process group is left: a backend may wait there for ranks that wait for this one.
         tell("result", measurement=dataclasses.replace(measurement, wall_s=time.perf_counter() - start))
+    return measurement.outcome
 
 
 @contextlib.contextmanager
@@ -597,6 +607,8 @@ def _one_step(
     phase_starts: list[int] = []
 
     def mark(phase: Phase) -> None:
+        if phase is Phase.BACKWARD and len(gauge.before_backward_s) < len(gauge.batch_s):
+            gauge.before_backward_s.append(gauge.batch_s[-1] + time.perf_counter() - start)
         gauge.turn(str(phase))
         if log is not None:
             phase_starts.append(_event_count(gauge.counter))
@@ -693,6 +705,8 @@ def _measurement(
     scores: Mapping[str, float],
     digest: str,
 ) -> Measurement:
+    from memfit.runtime.devices import collective_library, launch_node
+
     used_bytes = gauge.used_bytes or (limit.used_bytes() if limit is not None else None)
     outside_steps = ("between", "data", "end")
     phases = {k: v for k, v in gauge.phase_peaks.items() if k not in outside_steps}
@@ -716,6 +730,9 @@ def _measurement(
         cap_bytes=limit.cap_bytes if limit is not None and limit.cap_bytes != spec.cap_bytes else None,
         step_s=tuple(gauge.step_s),
         batch_s=tuple(gauge.batch_s),
+        before_backward_s=statistics.median(gauge.before_backward_s) if gauge.before_backward_s else None,
+        collectives=collective_library(spec.device) if spec.plan.ranks > 1 else "",
+        node=launch_node(),
         losses=tuple(gauge.losses),
         grad_norms=tuple(gauge.grad_norms),
         headroom_bytes=tuple(gauge.headroom),

@@ -33,6 +33,7 @@ from memfit.types.result import (
     Estimate,
     Measurement,
     OutcomeKind,
+    RankComparison,
     Run,
 )
 from memfit.workflows.recovery import NO_RECOVERY, RecoverySettings, train_with_recoveries
@@ -304,7 +305,13 @@ def measure_spec(
             return run_ranks(render(spec), on_event=on_event, interruption=interruption)
 
         measurements = run_through(spec, start, on_event=on_event, losses=losses, interruption=interruption)
-    if spec.plan.ranks == 1:
+    return merge_ranks(measurements)
+
+
+def merge_ranks(measurements: Sequence[Measurement]) -> Measurement:
+    """Return one measurement for those of all ranks, given in the order of the ranks; `measure_spec` says
+    which. If none failed, it has the `RankComparison` of all."""
+    if len(measurements) == 1:
         return measurements[0]
     failures = [(r, m) for r, m in enumerate(measurements) if m.outcome is not OutcomeKind.OK]
     if failures and not all(m.outcome is OutcomeKind.INTERRUPTED and m.peak_bytes for m in measurements):
@@ -312,7 +319,24 @@ def measure_spec(
         is_own = failure.outcome is OutcomeKind.FAILED
         return dataclasses.replace(failure, reason=f"rank {rank}: {failure.reason}") if is_own else failure
     means = tuple(statistics.fmean(step) for step in zip(*(m.losses for m in measurements), strict=True))
-    return dataclasses.replace(max(measurements, key=lambda m: m.peak_bytes or 0), losses=means)
+    summary = _summary(measurements)
+    return dataclasses.replace(measurements[summary.fullest], losses=means, ranks=summary)
+
+
+def _summary(measurements: Sequence[Measurement]) -> RankComparison:
+    peaks = tuple(m.peak_bytes or 0 for m in measurements)
+    times = tuple(m.before_backward_s for m in measurements if m.before_backward_s is not None)
+    times = times if len(times) == len(measurements) else ()
+    nodes = len({m.node for m in measurements})
+    return RankComparison(
+        collectives=measurements[0].collectives,
+        nodes=nodes,
+        per_node=len(measurements) // nodes,
+        peak_bytes=peaks,
+        fullest=peaks.index(max(peaks)),
+        before_backward_s=times,
+        slowest=times.index(max(times)) if times else None,
+    )
 
 
 def _unlimited(job: JobRef) -> JobRef:
