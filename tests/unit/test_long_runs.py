@@ -26,15 +26,22 @@ from memfit.runtime.child_process import STOPPED, Child, Event
 from memfit.runtime.heartbeat import HEARTBEAT, Beat, Heartbeat, read_beat
 from memfit.runtime.interruption import Interruption
 from memfit.runtime.ranks import run_ranks
-from memfit.runtime.restart import run_through
+from memfit.runtime.restart import StepLosses, run_through
 from memfit.runtime.stalls import StallWatch, user_frame
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
-from memfit.types.launch import Checkpoint, CheckpointSettings, LaunchConfig, RunSpec
+from memfit.types.launch import (
+    RECORD_BYTES_PER_STEP,
+    Checkpoint,
+    CheckpointSettings,
+    LaunchConfig,
+    RunSpec,
+)
 from memfit.types.peer_errors import is_peer_error
 from memfit.types.plan import Plan
 from memfit.types.result import Estimate, Interval, Measurement, OutcomeKind, Restart, Run
 from memfit.worker.save_requests import SaveRequests
+from memfit.worker.train import _numbers
 from memfit.workflows import single_run
 
 GLOO = (
@@ -218,6 +225,25 @@ def test_a_run_goes_on_in_its_folder_after_its_newest_checkpoint_is_damaged(tmp_
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000002", "step-00000004"]
     with pytest.raises(UserError, match="of another run"):
         checkpoints.settled(dataclasses.replace(keep, resume=str(tmp_path / "step-00000002")), None, 9)
+
+
+def test_what_memfit_keeps_of_a_step_is_a_few_bytes() -> None:
+    losses, count = StepLosses(), 20_000
+    tracemalloc.start()
+    try:
+        for step in range(7, count):
+            losses.add(step, step * 0.5)
+        assert tracemalloc.get_traced_memory()[0] / count < 16
+        series = _numbers()
+        before = tracemalloc.get_traced_memory()[0]
+        for step in range(count):
+            series.append(step * 0.5)
+        assert 6 * (tracemalloc.get_traced_memory()[0] - before) / count < RECORD_BYTES_PER_STEP
+    finally:
+        tracemalloc.stop()
+    losses.add(9, -1.0)
+    assert dict(losses) == {step: step * 0.5 for step in range(7, count)} | {9: -1.0}
+    assert (len(losses), min(losses), losses.get(6)) == (count - 7, 7, None)
 
 
 def test_a_second_run_that_saves_in_the_same_folder_is_refused(tmp_path: Path) -> None:

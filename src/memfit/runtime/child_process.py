@@ -25,6 +25,7 @@ import sys
 import tempfile
 import threading
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -167,7 +168,7 @@ class _Watch:
         self._oom_kills = deque([_OomKills.now()], maxlen=2)
         self._group_kills = self._steps = self._first_step = 0
         self._timed_out = False
-        self._losses: list[float] = []
+        self._losses = array("d")
         self._result: object = None
         self._process = subprocess.Popen(
             dying_with_parent([part.replace("{dir}", str(folder)) for part in config.argv]),
@@ -199,7 +200,7 @@ class _Watch:
             self._first_step = int(str(event["step"]))
         elif event["event"] == "step":
             self._steps += 1
-            self._losses += [float(loss)] if isinstance(loss, int | float) else []
+            self._losses.extend([float(loss)] if isinstance(loss, int | float) else [])
 
     def _lines(self) -> Iterator[bytes]:
         """Yield the lines of the child's output, without their ends, until it closes its output, exits or

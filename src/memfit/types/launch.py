@@ -14,6 +14,8 @@ from memfit.types.plan import Plan
 
 Shape = tuple[int, ...]
 RENDEZVOUS = "rendezvous.txt"  # names the file through which the ranks of a launch find each other
+RECORD_BYTES_PER_STEP = 56
+"""Of each process's memory: six numbers per step, of 8 bytes, in arrays that grow by an eighth."""
 RESUMABLE_EXIT = 75
 """Exit status after SIGTERM of a run that can be resumed: EX_TEMPFAIL of sysexits.h."""
 

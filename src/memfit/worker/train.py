@@ -16,6 +16,7 @@ import signal
 import statistics
 import sys
 import time
+from array import array
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,12 @@ TIMELINE_POINTS = 400
 _COLLECTIVE_LIMIT = datetime.timedelta(days=7)
 
 
+def _numbers() -> array[float]:
+    """Return an empty series with a number per step. A list would take four times the memory, within the
+    cap of the run (`RECORD_BYTES_PER_STEP`)."""
+    return array("d")
+
+
 class NonFinite(Exception):
     """Raised after a step whose loss or gradient norm is not finite. The message says which, its value and
     the step."""
@@ -82,12 +89,12 @@ class _Gauge:
     step_peak_bytes: int = 0
     phase_peaks: dict[str, int] = dataclasses.field(default_factory=dict)
     phase_rss: dict[str, int] = dataclasses.field(default_factory=dict)
-    step_s: list[float] = dataclasses.field(default_factory=list)
-    batch_s: list[float] = dataclasses.field(default_factory=list)
-    before_backward_s: list[float] = dataclasses.field(default_factory=list)
-    losses: list[float] = dataclasses.field(default_factory=list)
-    grad_norms: list[float] = dataclasses.field(default_factory=list)
-    headroom: list[int] = dataclasses.field(default_factory=list)
+    step_s: array[float] = dataclasses.field(default_factory=_numbers)
+    batch_s: array[float] = dataclasses.field(default_factory=_numbers)
+    before_backward_s: array[float] = dataclasses.field(default_factory=_numbers)
+    losses: array[float] = dataclasses.field(default_factory=_numbers)
+    grad_norms: array[float] = dataclasses.field(default_factory=_numbers)
+    headroom: array[float] = dataclasses.field(default_factory=_numbers)
     timeline: tuple[int, ...] = ()
     used_bytes: int | None = None  # of the cap, used by training alone
     save_copy_bytes: int = 0
@@ -735,7 +742,7 @@ def _measurement(
         node=launch_node(),
         losses=tuple(gauge.losses),
         grad_norms=tuple(gauge.grad_norms),
-        headroom_bytes=tuple(gauge.headroom),
+        headroom_bytes=tuple(map(int, gauge.headroom)),
         metric=next(iter(scores.values()), None),
         surrogates=dict(list(scores.items())[1:]),
         energy_j=energy[0],

@@ -27,7 +27,7 @@ from memfit.types import serialization
 from memfit.types.device_kind import HOST
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
-from memfit.types.launch import RunSpec
+from memfit.types.launch import RECORD_BYTES_PER_STEP, RunSpec
 from memfit.types.plan import Plan
 from memfit.types.result import (
     Estimate,
@@ -134,7 +134,9 @@ def run_plan(
     if is_replay:
         return _replayed(stored_runs, request, estimate)
     copy_bytes = saved_bytes(estimate) if keep.save and keep.asynchronous else 0
-    bound_bytes = needed_bytes(estimate, request.machine) + (copy_bytes if device.is_host else 0)
+    bound_bytes = needed_bytes(estimate, request.machine)
+    if device.is_host:
+        bound_bytes += copy_bytes + RECORD_BYTES_PER_STEP * (steps or job.steps)
     spec = RunSpec(
         name=plan.label,
         role="run",
