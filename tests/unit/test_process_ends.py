@@ -234,6 +234,18 @@ def test_a_full_disk_leaves_the_old_file_and_no_draft(
     assert [p.name for p in tmp_path.iterdir()] == ["plan.yaml"]
 
 
+def test_a_full_disk_is_an_error_before_the_work_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(replace.os, "write", full)
+    with pytest.raises(UserError, match=r"checkpoints cannot be written into .*: No space left on device"):
+        replace.must_be_writable(tmp_path, "checkpoints")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_file_keeps_its_permissions_and_a_draft_of_a_dead_writer_goes(tmp_path: Path) -> None:
     path, dead, busy = tmp_path / "a.json", tmp_path / ".a.json.0123.part", tmp_path / ".a.json.4567.part"
     path.touch()

@@ -16,6 +16,7 @@ from memfit.types.errors import UserError
 
 DRAFT: Final = ".part"
 _YOUNG_S: Final = 1.0
+_PAGE_BYTES: Final = 4096
 
 
 def write_whole(path: Path, data: bytes, *, durable: bool = True, make_folder: bool = False) -> Path:
@@ -45,14 +46,17 @@ def cannot_write(path: Path, error: OSError) -> UserError:
 
 
 def must_be_writable(folder: Path, what: str) -> None:
-    """Create ``folder`` with its parents if it does not exist, and a file in it, which is removed again.
-    Raises UserError if that fails. ``what``: what will be written there, for the message. Call it before any
-    long work begins."""
+    """Create ``folder`` with its parents if it does not exist, and a file of a page in it, which is removed
+    again. Raises UserError if that fails. ``what``: what will be written there, for the message. Call it
+    before any long work begins."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(prefix=".memfit-", dir=folder)
-        os.close(descriptor)
-        Path(name).unlink()
+        try:
+            os.write(descriptor, bytes(_PAGE_BYTES))  # an empty file can be made on a full disk
+        finally:
+            os.close(descriptor)
+            Path(name).unlink()
     except OSError as error:
         raise UserError(
             f"{what} cannot be written into {folder}: {error.strerror or error}", hint="choose another folder"
