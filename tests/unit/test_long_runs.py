@@ -246,6 +246,21 @@ def test_what_memfit_keeps_of_a_step_is_a_few_bytes() -> None:
     assert (len(losses), min(losses), losses.get(6)) == (count - 7, 7, None)
 
 
+def test_a_link_or_a_file_where_a_save_is_written_neither_stops_it_nor_is_followed(tmp_path: Path) -> None:
+    other, folder = tmp_path / "other", tmp_path / "kept"
+    other.mkdir()
+    folder.mkdir()
+    (other / "file").write_text("precious")
+    (folder / "step-00000001.partial").symlink_to(other)
+    (folder / "step-00000002.partial").write_text("x")
+    (folder / "step-00000003").symlink_to(other)
+    (folder / "latest").symlink_to(other / "file")
+    _save(folder, 3)
+    assert checkpoints.find(folder)[1].step == 3
+    assert not (folder / "step-00000003").is_symlink()
+    assert [p.read_text() for p in other.iterdir()] == ["precious"]
+
+
 def test_a_second_run_that_saves_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     with (
         checkpoints.reserve(str(tmp_path)),

@@ -206,10 +206,13 @@ def sha256_of(file: Path) -> str:
 def begin(folder: Path, step: int) -> Path:
     """Create an empty folder in ``folder``, which is created too if necessary, for the checkpoint after
     ``step`` steps, and return it. Its name, such as step-00000010.partial, is that of an unfinished save.
-    Folders left by earlier unfinished saves are deleted."""
+    What is left of earlier unfinished saves is deleted; links are not followed."""
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(f"step-*{PARTIAL}"):
-        shutil.rmtree(leftover)
+        if leftover.is_symlink() or not leftover.is_dir():
+            leftover.unlink()
+        else:
+            shutil.rmtree(leftover)
     path = folder / f"step-{step:08d}{PARTIAL}"
     path.mkdir()
     return path
@@ -225,7 +228,7 @@ def publish(partial: Path, said: Checkpoint) -> Path:
     _sync(partial)
     path = partial.with_suffix("")
     damaged = path.with_name(f"{path.name}-damaged{PARTIAL}")
-    if path.exists():
+    if path.exists() or path.is_symlink():
         path.rename(damaged)
     partial.rename(path)
     _sync(path.parent)
