@@ -102,6 +102,11 @@ sys.stdout.write('{"event": "cut sh')
     assert [e["event"] for e in seen][-1] == "result"
 
 
+def test_an_event_after_dots_that_the_job_prints_is_read() -> None:
+    code = 'for i in range(2): print(".", end=""); tell("step", step=i, loss=1.0)'
+    assert run(config(code), on_event=lambda _: None).steps_done == 2
+
+
 def test_events_arrive_while_the_child_runs() -> None:
     """The child waits for a file that only the receiver of its event makes."""
     code = """

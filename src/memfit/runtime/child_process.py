@@ -343,10 +343,11 @@ class _OomKills:
 def parse_event(line: bytes) -> Event | None:
     """Return the event that a line of a child's output contains; None for all other output, and for a line
     that is cut off."""
-    if not line.startswith(b'{"event":'):
+    begin = line.find(b'{"event":')  # after what the job has printed without the end of a line, such as dots
+    if begin < 0:
         return None
     try:
-        event = json.loads(line)
+        event = json.loads(line[begin:])
     except ValueError:
         return None  # output of other code, or a line that was cut off
     return event if isinstance(event["event"], str) else None
