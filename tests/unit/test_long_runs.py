@@ -261,6 +261,17 @@ def test_a_link_or_a_file_where_a_save_is_written_neither_stops_it_nor_is_follow
     assert [p.read_text() for p in other.iterdir()] == ["precious"]
 
 
+@pytest.mark.parametrize("wrong", [{"step": -5}, {"ranks": 0}, {"seed": 2**70}, {"seed": -1}])
+def test_a_checkpoint_with_impossible_numbers_is_refused(wrong: dict[str, int], tmp_path: Path) -> None:
+    path = checkpoints.begin(tmp_path, 1)
+    fields = {"step": 1, "seed": 0, "ranks": 1} | wrong
+    said = Checkpoint(
+        job="x", plan="x", engine="native", shapes={}, optimizer="", state=(), files_bytes={}, **fields
+    )
+    with pytest.raises(UserError, match=r"has step .*, ranks .* and seed "):
+        checkpoints.about(checkpoints.publish(path, said))
+
+
 def test_a_second_run_that_saves_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     with (
         checkpoints.reserve(str(tmp_path)),

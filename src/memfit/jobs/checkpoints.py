@@ -128,14 +128,20 @@ def must_be_free(folder: Path, after: int, damaged: Collection[str] = ()) -> Non
 
 def about(path: Path) -> Checkpoint:
     """Return the description stored in the checkpoint folder ``path``, in memfit.json. Raises UserError if it
-    cannot be read or parsed, if its SHA-256 is not that of its other fields, or if it names files outside the
-    folder."""
+    cannot be read or parsed, if its SHA-256 is not that of its other fields, if it names files outside the
+    folder, and if step, ranks or seed are not possible."""
     description = serialization.loads(Checkpoint, read_text(path / ABOUT), what=f"{path / ABOUT}")
     has_checksums = bool(description.files_sha256 or description.sha256)
     if has_checksums and description.sha256 != _sha256_of_description(description):
         raise UserError(f"{path / ABOUT} is damaged: its content is not what was saved")
     if any(Path(name).name != name for name in (*description.files_bytes, *description.files_sha256)):
         raise UserError(f"{path / ABOUT} names files outside its folder", allowed="names of files beside it")
+    if description.step < 0 or description.ranks < 1 or not 0 <= description.seed < 2**63:
+        raise UserError(
+            f"{path / ABOUT} has step {description.step}, ranks {description.ranks} and seed "
+            f"{description.seed}"[:300],
+            allowed="step and seed of at least 0, and at least 1 rank",
+        )
     return description
 
 
