@@ -528,6 +528,12 @@ def page() -> str:
 def soak_lines(soaks: list[dict[str, Any]]) -> list[str]:
     """Return the section of the soaks."""
     lines = ["", "## A long run with five faults"] if soaks else []
+    if soaks:
+        lines += [
+            "",
+            "Without a record: a first run ended at its second fault, because a checkpoint had been pruned,",
+            "and a second was stopped early to mend how a damaged checkpoint is replaced (docs/log.md).",
+        ]
     for r in soaks:
         ended = "ended with a checkpoint of its last step" if r["completed"] else f"**failed: {r['reason']}**"
         lines += [

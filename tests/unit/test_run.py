@@ -368,7 +368,7 @@ def test_a_child_whose_parent_is_already_gone_does_not_start() -> None:
 
 
 def test_events_are_plain_json() -> None:
-    assert child_process._event(json.dumps({"event": "step", "loss": 1}).encode()) == {
+    assert child_process.parse_event(json.dumps({"event": "step", "loss": 1}).encode()) == {
         "event": "step",
         "loss": 1,
     }

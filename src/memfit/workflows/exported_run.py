@@ -17,7 +17,7 @@ from memfit.files.read import read_text
 from memfit.monitoring.host_kill import host_kills
 from memfit.runtime.child_process import Event, parse_event
 from memfit.runtime.ranks import in_order_of_failure
-from memfit.runtime.restart import Losses, with_restarts
+from memfit.runtime.restart import with_restarts
 from memfit.store.exchange.run_record import RUN as RUN_LABEL
 from memfit.store.exchange.run_record import RunRecord
 from memfit.types import serialization
@@ -80,7 +80,7 @@ def read_exported_run(folder: Path) -> RunRecord:
             f"of the {ranks} ranks of {folder}, there is no output of {', '.join(map(str, missing))}",
             hint=f"if the machines do not share the folder, copy the folder logs of each into {folder}",
         )
-    losses: Losses = {rank: {} for rank in range(ranks)}
+    losses: dict[int, dict[int, float]] = {rank: {} for rank in range(ranks)}
     restarts: list[Restart] = []
     kills = _Kills(folder)
     for attempt, after in itertools.zip_longest(attempts, attempts[1:]):
