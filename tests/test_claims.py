@@ -79,9 +79,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return reproduce.copy_of_repository(tmp_path_factory.mktemp("reproduce"))
 
 
-@pytest.mark.quick_cases(
-    "answer_times", "peers_search", "scripts", "script_edits", "survey", "exports", "chaos"
-)
+@pytest.mark.quick_cases("answer_times", "peers_search", "scripts", "script_edits", "survey", "exports")
 @pytest.mark.parametrize("name", [name for name, claim in CLAIMS.items() if claim.render])
 def test_pages_are_what_their_records_say(name: str, root: Path) -> None:
     assert reproduce.rendered(CLAIMS[name], root) == ""
