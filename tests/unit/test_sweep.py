@@ -8,20 +8,25 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+import report_fixture
 
+from memfit.planner.request import Planning
 from memfit.store.database import Store
 from memfit.store.exchange.run_record import RUN, parse_run_record, record_of, run_record_text
 from memfit.techniques.registry import make_use
-from memfit.types.errors import UserError
+from memfit.types.errors import RunError, UserError
 from memfit.types.job import JobRef
 from memfit.types.launch import RunSpec
 from memfit.types.plan import Plan
 from memfit.types.result import Measurement, OutcomeKind, Run
+from memfit.workflows import proof_of_concept
 from memfit.workflows import sweep as sweeps
+from memfit.workflows.proof_of_concept import SideBySide
 from memfit.workflows.sweep import (
     SWEEPS,
     Budget,
@@ -38,6 +43,7 @@ PLANS = {
     "split": Plan(uses=(make_use("gradient-accumulation", {"micro_batches": 2}),)),
 }
 JOB = JobRef(spec="char-lm", steps=1)
+Command = Callable[[SweepTrial, int, RunSettings, Path], Iterator[str]]
 
 
 def a_run(trial: SweepTrial, outcome: OutcomeKind = OutcomeKind.OK, **spec: object) -> Run:
@@ -255,6 +261,76 @@ def test_the_same_plan_twice_and_two_executors_of_one_kind_are_refused() -> None
     twice = [Placement(executor="local", settings={"parallel": n}) for n in "12"]
     with pytest.raises(UserError, match="two executors are local"):
         make_trials(JOB, PLANS, twice, RunSettings(), seeds=1)
+
+
+# --- the runs of a proof of concept
+
+
+def story(store: Store) -> proof_of_concept._Story:
+    """A proof of concept whose plans are predicted, with none of its runs made."""
+    planning = Mock(spec=Planning)
+    planning.pricer = Mock(whole=lambda plan: report_fixture.estimate(plan, report_fixture.PEAKS[plan]))
+    return proof_of_concept._Story(
+        planning=planning, store=store, seeds=1, steps=40, command="", progress=lambda *_: None
+    )
+
+
+def reported(made: Sequence[Run], *, lost: str = "") -> Command:
+    """The command of a trial that writes the run of ``made`` with its name and cap; ``lost`` is the name
+    of a run of which nothing is reported."""
+
+    def command(trial: SweepTrial, threads: int, settings: RunSettings, folder: Path) -> Iterator[str]:
+        assert trial.prepared is not None
+        spec = trial.prepared.spec
+        found = next(r for r in made if (r.spec.name, r.spec.cap_bytes) == (spec.name, spec.cap_bytes))
+        run = dataclasses.replace(found, spec=spec)
+        (folder / "text").write_text(run_record_text(record_of(run, trial.trial_id)), encoding="utf-8")
+        end = "os.kill(os.getpid(), 9)" if spec.name == lost else ""
+        yield from (sys.executable, "-I", "-S", "-c")
+        yield f"import os\n{end}\nos.rename({str(folder / 'text')!r}, {str(folder / 'record.json')!r})"
+
+    return command
+
+
+def test_an_executor_makes_the_runs_of_a_proof_of_concept_in_their_order_and_only_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = [r for r in report_fixture.runs() if r.spec.seed == 0][:4]
+    begun = report_fixture.minimal_poc()
+    agreed: list[int] = []
+
+    def agree(trials: Sequence[SweepTrial]) -> Budget:
+        agreed.append(len(trials))
+        return Budget(hours=1.0)
+
+    placement = Placement(executor="local", settings={"parallel": "4"})
+    side_by_side = SideBySide(placement=placement, agree=agree)
+    store = Store(tmp_path / "store.sqlite3")
+    specs = [run.spec for run in made]
+    monkeypatch.setattr(sweeps, "_command", reported(made, lost=specs[-1].name))
+    first = story(store).add_runs(begun, specs, side_by_side)
+    assert [run.measurement for run in first.runs[:-1]] == [run.measurement for run in made[:-1]]
+    assert first.runs[-1].measurement.reason == "killed by SIGKILL"
+    assert "Runs were made side by side, which may have changed their step times." in first.notes
+    monkeypatch.setattr(sweeps, "_command", reported(made))
+    second = story(store).add_runs(begun, specs, side_by_side)
+    assert [run.measurement for run in second.runs] == [run.measurement for run in made]
+    assert agreed == [len(made), 1]
+    assert len(store.records(begun.poc_id, RUN)) == len(made) - 1 + len(made)
+
+
+def test_a_proof_of_concept_whose_budget_is_used_up_says_how_far_it_got(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = [r for r in report_fixture.runs() if r.spec.seed == 0][:2]
+    monkeypatch.setattr(sweeps, "_command", Program(always="time.sleep(300)").command)
+    side_by_side = SideBySide(
+        placement=Placement(executor="local", settings={}), agree=lambda trials: Budget(hours=1.0 / 3600)
+    )
+    with pytest.raises(RunError, match="the budget sufficed for 0 of 2 runs; the same command"):
+        story(Store(tmp_path / "s.sqlite3")).add_runs(
+            report_fixture.minimal_poc(), [run.spec for run in made], side_by_side
+        )
 
 
 # --- the command

@@ -23,7 +23,7 @@ from memfit.cli.options import (
     RuntimeOptions,
     SizeOptions,
 )
-from memfit.cli.output import check_language, refuse_options
+from memfit.cli.output import check_language, refuse_options, set_options
 from memfit.cli.precision import PrecisionOptions, print_precision
 from memfit.types.errors import UserError, suggest
 
@@ -105,14 +105,14 @@ def estimate(  # noqa: PLR0913
     language_code = check_language(output.lang)
     targets = options.targets or []
     if targets and not is_job(targets[0]):
-        job_only = _set_options(sizes, plan_options, runtime, lengths, precision)
+        job_only = set_options(sizes, plan_options, runtime, lengths, precision)
         job_only |= {"--engines": options.engines, "--engine": bool(goal.engine)}
         job_only["--host-memory"] = bool(goal.host_memory)
         refuse_options(job_only, "cannot be used with a COMMAND", hint="they are for `memfit estimate JOB`")
         estimate_command(targets, script, files, goal, on.on, lang=language_code, as_json=output.json)
         return
     refuse_options(
-        _set_options(script),
+        set_options(script),
         "cannot be used with a JOB: they are for a COMMAND after --",
         hint="`memfit plan JOB` searches for plans of a job",
     )
@@ -126,32 +126,22 @@ def estimate(  # noqa: PLR0913
     job, plan_paths = JobOptions(**job_sizes, job=jobs[0] if jobs else None), targets[len(jobs) :]
     if precision.precision is not None:
         not_for_precision: dict[str, object] = {"plan files": plan_paths, "--engines": options.engines}
-        not_for_precision |= _set_options(files, plan_options, goal, on, runtime, lengths)
+        not_for_precision |= set_options(files, plan_options, goal, on, runtime, lengths)
         refuse_options(not_for_precision, "cannot be used with --precision")
         print_precision(job, precision, lang=language_code, as_json=output.json)
         return
-    refuse_options(_set_options(precision), "cannot be used without --precision")
+    refuse_options(set_options(precision), "cannot be used without --precision")
     if lengths.lengths is not None:
-        other = _set_options(files, runtime) | {"plan files": plan_paths, "--engines": options.engines}
+        other = set_options(files, runtime) | {"plan files": plan_paths, "--engines": options.engines}
         other |= {"--recommended": plan_options.recommended, "--engine": goal.engine}
         other |= {f"--{name}": job_sizes[name] for name in ("data", "weights", "steps", "length", "dim")}
         refuse_options(other, "cannot be used with --lengths")
         print_lengths(lengths, job, plan_options.plan, goal.memory, on.on, as_json=output.json)
     elif options.engines:
-        refuse_options(_set_options(files) | {"plan files": plan_paths}, "cannot be used with --engines")
+        refuse_options(set_options(files) | {"plan files": plan_paths}, "cannot be used with --engines")
         compare_engines(job, plan_options, goal, on, runtime, as_json=output.json)
     else:
-        refuse_options(_set_options(lengths), "cannot be used without --lengths")
+        refuse_options(set_options(lengths), "cannot be used without --lengths")
         estimate_job(
             job, plan_paths, files, plan_options, goal, on, runtime, lang=language_code, as_json=output.json
         )
-
-
-def _set_options(*groups: Any) -> dict[str, bool]:
-    """Return for each option of the dataclasses ``groups``, such as "--size", whether it is not its
-    default."""
-    return {
-        f"--{field.name.replace('_', '-')}": getattr(group, field.name) != field.default
-        for group in groups
-        for field in dataclasses.fields(group)
-    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,16 @@ def refuse_options(options: Mapping[str, object], reason: str, *, allowed: str =
     error names all of these options, and then says ``reason``, such as "cannot be used with --from"."""
     if names := [name for name, value in options.items() if value]:
         raise UserError(f"{', '.join(names)} {reason}", allowed=allowed, hint=hint)
+
+
+def set_options(*groups: Any) -> dict[str, bool]:
+    """Return for each option of the dataclasses ``groups``, such as "--size", whether it is not its
+    default."""
+    return {
+        f"--{field.name.replace('_', '-')}": getattr(group, field.name) != field.default
+        for group in groups
+        for field in dataclasses.fields(group)
+    }
 
 
 def check_language(code: str) -> str:

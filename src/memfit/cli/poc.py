@@ -6,7 +6,7 @@ import dataclasses
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,11 +20,15 @@ from memfit.cli.options import (
     RuntimeOptions,
     StoreOptions,
 )
-from memfit.cli.output import check_language, console, emit
+from memfit.cli.output import check_language, console, emit, refuse_options
 from memfit.cli.progress import Bars
 from memfit.cli.request import best_so_far, device_here, excluded_techniques, request, writable
+from memfit.cli.sweep import agreed_budget, parse_budget
 from memfit.types.plan import Bounds
 from memfit.types.result import OutcomeKind, Poc
+
+if TYPE_CHECKING:
+    import memfit.workflows.proof_of_concept
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +59,24 @@ class PocOptions:
         ),
     ] = 1
     without: ExcludedTechniques = None
+    executor: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME[:KEY=VALUE,...]",
+            help="Make the runs side by side by an executor of `memfit sweep`, within --budget: "
+            "local:parallel=2, or slurm:partition=a100 with nodes like this machine, for which the "
+            "plan is searched. Runs that the store has from the same proof of concept, interrupted, "
+            "are not made again. Default: one run after the other.",
+        ),
+    ] = None
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TIME|NUSD",
+            help="With --executor: the most that the runs may use, as of `memfit sweep --budget`. Default: "
+            "asked for on a terminal; elsewhere it must be given. Refused without --executor.",
+        ),
+    ] = None
     out: Annotated[
         Path | None,
         typer.Option(
@@ -81,6 +103,8 @@ def poc(
     succeeds."""
     language_code = check_language(output.lang)
     path = writable(options.out) if options.out is not None else None
+    if options.executor is None:
+        refuse_options({"--budget": options.budget}, "needs --executor")
     job_request = request(
         job,
         goal,
@@ -104,10 +128,29 @@ def poc(
             lang=language_code,
             command=shlex.join(["memfit", *sys.argv[1:]]),
             progress=progress,
+            side_by_side=_side_by_side(options, may_ask=not output.json),
         )
     _tell(proof, lang=language_code, as_json=output.json)
     if not any(r.measurement.outcome is OutcomeKind.OK for r in proof.runs if r.spec.role == "recommended"):
         raise typer.Exit(1)
+
+
+def _side_by_side(
+    options: PocOptions, *, may_ask: bool
+) -> memfit.workflows.proof_of_concept.SideBySide | None:
+    """Return where runs are made side by side, and how the budget is agreed on; None without --executor."""
+    if options.executor is None:
+        return None
+    from memfit.launch.executors import parse_executor
+    from memfit.workflows.proof_of_concept import SideBySide
+    from memfit.workflows.sweep import Placement, RunSettings
+
+    name, settings = parse_executor(options.executor)
+    budget = parse_budget(options.budget or [])
+    return SideBySide(
+        placement=Placement(executor=name, settings=settings),
+        agree=lambda trials: agreed_budget(budget, trials, RunSettings(), may_ask=may_ask),
+    )
 
 
 def _tell(proof: Poc, *, lang: str, as_json: bool) -> None:

@@ -25,7 +25,7 @@ from memfit.cli.options import (
     RuntimeOptions,
     StoreOptions,
 )
-from memfit.cli.output import check_choice, emit, refuse_options
+from memfit.cli.output import check_choice, emit, refuse_options, set_options
 from memfit.cli.progress import Bars
 from memfit.cli.request import (
     device_here,
@@ -44,6 +44,7 @@ from memfit.types.plan import Plan
 from memfit.types.result import Measurement, OutcomeKind, Recovery, Run
 from memfit.types.sanitize import one_line, replace_controls
 from memfit.types.units import format_bytes, format_seconds
+from memfit.types.workload import Workload
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,6 +190,14 @@ class RunOptions:
             "is stored.",
         ),
     ] = None
+    spec: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.json",
+            help="With --record: make exactly the run in this file, which `memfit poc --executor` has "
+            "written. Of the other options, only --label and --json can be given with it.",
+        ),
+    ] = None
     label: Annotated[
         str,
         typer.Option(
@@ -220,6 +229,9 @@ def run(
     if options.record is not None:
         refuse_options({"--store": store.store}, "cannot be used with --record, which stores nothing")
         writable(options.record)
+    if options.spec is not None:
+        _finish(_run_prepared(job, plan_options, goal, options, runtime, device), None, options, output)
+        return
     plan = plan_file(plan_options)
     frontier: tuple[Plan, ...] = ()
     job_request = dataclasses.replace(request(job, goal, runtime, device_here(device)), timeout_s=timeout_s)
@@ -249,17 +261,51 @@ def run(
                 on_notice=functools.partial(print_notice, folder=options.save),
             ),
         )
+    _finish(finished_run, workload, options, output)
+
+
+def _run_prepared(
+    job: JobOptions,
+    plan: PlanOptions,
+    goal: GoalOptions,
+    options: RunOptions,
+    runtime: RuntimeOptions,
+    device: DeviceOptions,
+) -> Run:
+    """Make the run in the file of --spec. Raises UserError for options that it decides, without --record, and
+    for a file that is not of a run."""
+    from memfit.files.read import read_text
+    from memfit.types import serialization
+    from memfit.types.result import PreparedRun
+    from memfit.workflows.single_run import run_spec
+
+    assert options.spec is not None
+    options_set = set_options(job, plan, goal, options, runtime, device)
+    allowed = ("--spec", "--record", "--label")
+    refuse_options(
+        {name: is_set for name, is_set in options_set.items() if name not in allowed},
+        "cannot be used with --spec, which decides all of the run",
+    )
+    if options.record is None:
+        raise UserError("--spec needs --record", allowed="--spec FILE.json --record FILE.json")
+    prepared = serialization.loads(PreparedRun, read_text(options.spec), what=str(options.spec))
+    with Bars("en") as progress:
+        return run_spec(prepared.spec, prepared.estimate, progress, prepared.spec.name)
+
+
+def _finish(run: Run, workload: Workload | None, options: RunOptions, output: JsonOptions) -> None:
+    """Write the record and print the result. Ends the command with the exit code of the run."""
     if options.record is not None:
         from memfit.store.exchange.run_record import record_of, run_record_text
 
-        write_whole(options.record, run_record_text(record_of(finished_run, options.label)).encode())
+        write_whole(options.record, run_record_text(record_of(run, options.label)).encode())
     if output.json:
         from memfit.cli.views import run_view
 
-        emit({"workload": workload, **run_view(finished_run)})
+        emit({"workload": workload, **run_view(run)})
     else:
-        print(replace_controls("\n".join(lines(finished_run))))
-    if (code := exit_code(finished_run)) != 0:
+        print(replace_controls("\n".join(lines(run))))
+    if (code := exit_code(run)) != 0:
         raise typer.Exit(code)
 
 

@@ -135,7 +135,7 @@ def sweep(job: JobOptions, options: SweepOptions, store: StoreOptions, output: J
     trials, settings = _trials(job, options, plans)
     with Sweep(trials, settings, Store(store.store)) as running:
         if running.left:
-            budget = _agreed(budget, running.left, settings, may_ask=not output.json)
+            budget = agreed_budget(budget, running.left, settings, may_ask=not output.json)
             with _display() as show:
                 running.run(budget, show)
         results, hours, usd = running.results, running.hours, running.usd
@@ -224,7 +224,9 @@ def _trials(
     return make_trials(job.ref, plans, placements, settings, seeds=options.seeds, sizes=sizes), settings
 
 
-def _agreed(budget: Budget, trials: Sequence[SweepTrial], settings: RunSettings, *, may_ask: bool) -> Budget:
+def agreed_budget(
+    budget: Budget, trials: Sequence[SweepTrial], settings: RunSettings, *, may_ask: bool
+) -> Budget:
     """Return ``budget``, or if none is given the one that the user answers on the terminal. Raises UserError
     if there is no terminal to ask on, and for a budget in US dollars without a known price."""
     if budget.usd is not None:

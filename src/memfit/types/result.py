@@ -362,6 +362,14 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedRun:
+    """A run that is to be made, and its prediction: what `memfit run --spec` reads."""
+
+    spec: RunSpec
+    estimate: Estimate
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Reproducibility:
     """Whether a second run with the same plan and seed gave the same result, bit for bit. ``reproducible`` is
     None if this was not tried or could not be judged, for example because a run did not complete.

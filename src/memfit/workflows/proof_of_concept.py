@@ -43,7 +43,7 @@ from memfit.store.pocs import resolve_poc_id, store_attended_minutes, stored_poc
 from memfit.techniques.registry import effect_of, make_plain_plan, without
 from memfit.types import serialization
 from memfit.types.decision import Decision
-from memfit.types.errors import UserError
+from memfit.types.errors import RunError, UserError
 from memfit.types.job import JobRef
 from memfit.types.launch import RunSpec
 from memfit.types.machine import Calibration
@@ -57,6 +57,7 @@ from memfit.types.result import (
     Offer,
     OutcomeKind,
     Poc,
+    PreparedRun,
     Reproducibility,
     Run,
     Verdict,
@@ -68,6 +69,17 @@ from memfit.verify.sensitivity import degraded, judge_pair, judge_study, power_s
 from memfit.workflows import reference_machines
 from memfit.workflows.effort import effort
 from memfit.workflows.single_run import anatomy, explain, run_plan, run_spec
+from memfit.workflows.sweep import (
+    Budget,
+    Placement,
+    RunSettings,
+    Sweep,
+    SweepTrial,
+    TrialResult,
+    TrialState,
+    device_name,
+    prepared_trial,
+)
 
 __all__ = [
     "Objective",
@@ -97,7 +109,15 @@ _SAME = ("processor", "cores", "torch", "env OMP_NUM_THREADS")
 _CHECKPOINTING = use("activation-checkpointing", every=1)
 
 
-def poc(
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SideBySide:
+    """Where the runs of a PoC are made side by side. ``agree``: called with them, returns the budget."""
+
+    placement: Placement
+    agree: Callable[[Sequence[SweepTrial]], Budget]
+
+
+def poc(  # noqa: PLR0913
     request: Request,
     *,
     store: Store,
@@ -107,6 +127,7 @@ def poc(
     lang: str,
     command: str,
     progress: Progress,
+    side_by_side: SideBySide | None = None,
 ) -> Poc:
     """Run a proof of concept (PoC) and return it: search a plan; train the baseline (plain training), the
     recommended plan and ablations (variants of these two); judge whether the results of each plan are
@@ -121,9 +142,11 @@ def poc(
     ``seeds``: number of pairs of runs of baseline and recommended plan; their seeds count from 0. ``steps``:
     optimizer steps of each run; None: the job's own number. ``report_path`` None: a file in the folder
     "reports" beside the store. ``lang``: language of the report. ``command``: command line that the PoC
-    records. Raises NothingFits if no plan fits; SearchInterrupted on Ctrl-C while plans are searched;
-    UserError for a language without a catalog or if the request or the job is wrong; RunError if operators
-    cannot be timed.
+    records. ``side_by_side``: an executor makes the runs, several at a time, and those that the store has
+    from a PoC that was interrupted are not made again; None: they are made here, one after the other. Raises
+    NothingFits if no plan fits; SearchInterrupted on Ctrl-C while plans are searched; UserError for a
+    language without a catalog or if the request or the job is wrong; RunError if operators cannot be timed,
+    or if the budget of ``side_by_side`` does not suffice.
     """
     load_words(lang)  # a wrong language is an error before anything is trained
     must_be_writable(report_path.parent if report_path else store.path.parent / REPORTS, "the report")
@@ -133,9 +156,13 @@ def poc(
     proof = runner.begin(request)
     specs = list(runner.specs())
     calibrate(planning.pricer, planning.request, progress, plans=list(dict.fromkeys(s.plan for s in specs)))
-    for index, spec in enumerate(specs):
-        proof = runner.add_run(proof, runner.shortened(spec), f"{spec.name} ({index + 1} of {len(specs)})")
-    proof = runner.conclude(runner.add_control(proof))
+    if side_by_side is not None:
+        proof = runner.add_runs(proof, [runner.shortened(spec) for spec in specs], side_by_side)
+    else:
+        for index, spec in enumerate(specs):
+            label = f"{spec.name} ({index + 1} of {len(specs)})"
+            proof = runner.add_run(proof, runner.shortened(spec), label)
+    proof = runner.conclude(runner.add_control(proof, side_by_side))
     path = report_path or store.path.parent / REPORTS / f"{proof.poc_id}.{lang}.html"
     proof = dataclasses.replace(proof, took_s=time.perf_counter() - started, report=str(path))
     store.append(proof.poc_id, "poc", proof)
@@ -306,7 +333,8 @@ class _Story:
     """Makes a PoC in steps: lists its runs, trains and stores them one by one, and judges them at the end.
 
     ``planning``: the finished search. ``seeds``: number of pairs of runs of baseline and recommended plan.
-    ``steps``: optimizer steps of each run. ``command``: command line that the PoC records.
+    ``steps``: optimizer steps of each run. ``command``: command line that the PoC records. ``budget``: what
+    an executor may still use; None: not agreed on yet.
     """
 
     planning: Planning
@@ -315,6 +343,7 @@ class _Story:
     steps: int
     command: str
     progress: Progress
+    budget: Budget | None = None
 
     @property
     def recommended(self) -> Plan:
@@ -468,7 +497,43 @@ class _Story:
         self.store.append(poc.poc_id, "run", run)
         return dataclasses.replace(poc, runs=(*poc.runs, run))
 
-    def add_control(self, poc: Poc) -> Poc:
+    def add_runs(self, poc: Poc, specs: Sequence[RunSpec], side_by_side: SideBySide) -> Poc:
+        """Make the runs by an executor, and store each as soon as it ends. A run that reported nothing has
+        failed. Raises RunError if the budget did not suffice for all."""
+        runs, notes = self._by_executor(poc.poc_id, "run", specs, side_by_side)
+        return dataclasses.replace(poc, runs=runs, notes=(*poc.notes, *notes))
+
+    def _by_executor(
+        self, poc_id: str, kind: str, specs: Sequence[RunSpec], side_by_side: SideBySide
+    ) -> tuple[tuple[Run, ...], tuple[str, ...]]:
+        """Return the runs, which are stored as rows of ``kind``, and sentences on where they were made."""
+        prepared = [PreparedRun(spec=spec, estimate=self.planning.pricer.whole(spec.plan)) for spec in specs]
+        trials = [prepared_trial(each, side_by_side.placement) for each in prepared]
+        stored: set[str] = set()
+
+        def store_ended(sweep: Sweep) -> None:
+            ended = [r for r in sweep.results if r.run is not None and r.trial.trial_id not in stored]
+            for result in ended:
+                self.store.append(poc_id, kind, result.run)
+                stored.add(result.trial.trial_id)
+            running = [r.trial.plan_name for r in sweep.results if r.state is TrialState.RUNNING]
+            self.progress("run", len(stored), len(sweep.results), ", ".join(running))
+
+        with Sweep(trials, RunSettings(), self.store) as sweep:
+            if sweep.left:
+                self.budget = self.budget or side_by_side.agree(sweep.left)
+                sweep.run(self.budget, store_ended)
+                self.budget = self.budget.minus(sweep.hours, sweep.usd or 0.0)
+            store_ended(sweep)
+        if any(result.state is TrialState.NOT_RUN for result in sweep.results):
+            raise RunError(
+                f"the budget sufficed for {len(stored)} of {len(trials)} runs; the same command makes the "
+                "others, with a budget of its own"
+            )
+        runs = tuple(_run_of(result, each) for result, each in zip(sweep.results, prepared, strict=True))
+        return runs, tuple(_notes_on_places(sweep))
+
+    def add_control(self, poc: Poc, side_by_side: SideBySide | None = None) -> Poc:
         """Train the job's negative control with seed 0, if the metric judges the recommended plan equivalent
         and there is no stored power study."""
         baseline_runs, recommended_runs = _judged_runs(poc.runs)
@@ -481,9 +546,12 @@ class _Story:
         spec = degraded(
             dataclasses.replace(plain_spec, name=CONTROL, role=CONTROL), self.planning.job.negative_control
         )
-        label = f"{CONTROL}: {spec.degraded}"
-        run = run_spec(spec, self.planning.pricer.whole(spec.plan), self.progress, label)
-        self.store.append(poc.poc_id, "control", run)
+        if side_by_side is not None:
+            (run,), _ = self._by_executor(poc.poc_id, "control", [spec], side_by_side)
+        else:
+            label = f"{CONTROL}: {spec.degraded}"
+            run = run_spec(spec, self.planning.pricer.whole(spec.plan), self.progress, label)
+            self.store.append(poc.poc_id, "control", run)
         return dataclasses.replace(poc, control=run)
 
     def conclude(self, poc: Poc) -> Poc:
@@ -582,6 +650,29 @@ def _notes(job: JobRef, requested_job: JobRef, *, covers_other_sizes: bool) -> t
             f"`memfit plan {job.spec} --size paper --on MACHINE` to plan it."
         )
     return tuple(notes)
+
+
+def _run_of(result: TrialResult, prepared: PreparedRun) -> Run:
+    """Return the run that the trial reported, or a failed one if it reported none."""
+    if result.run is not None:
+        return result.run
+    estimate = prepared.estimate
+    return Run(
+        spec=prepared.spec,
+        predicted_peak_bytes=int(estimate.allocated_bytes.value),
+        predicted_phase_peak_bytes=estimate.phase_peak_bytes,
+        predicted_step_s=estimate.step_s.value if estimate.step_s else None,
+        measurement=Measurement(outcome=OutcomeKind.FAILED, reason=result.reason),
+    )
+
+
+def _notes_on_places(sweep: Sweep) -> Iterator[str]:
+    """Yield sentences on what the places of the runs do to their step times."""
+    if sweep.is_parallel:
+        yield "Runs were made side by side, which may have changed their step times."
+    here = device_name(fingerprint())
+    if others := sorted({r.device for r in sweep.results if r.device not in ("", here)}):
+        yield f"Runs were made on {', '.join(others)}; the predictions are for {here}."
 
 
 def _corner(runs: Sequence[Run], plan: Plan) -> Run | None:

@@ -41,11 +41,12 @@ from memfit.types import serialization
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 from memfit.types.plan import Plan
-from memfit.types.result import OutcomeKind, Run
+from memfit.types.result import OutcomeKind, PreparedRun, Run
 from memfit.workflows.single_run import anatomy
 
 SWEEPS: Final = "sweeps"  # folder beside the store, while a sweep runs
 PLAN: Final = "plan.yaml"
+SPEC: Final = "spec.json"
 _YOUNG_S: Final = 5.0
 JOB: Final = "job.json"  # in a trial's folder: which job of which executor runs it
 
@@ -93,7 +94,8 @@ class RunSettings:
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SweepTrial:
     """One run of one plan. ``plan_name``: what users call the plan. ``trial_id``: a digest of all that
-    decides on the result: equal trials have equal ones."""
+    decides on the result: equal trials have equal ones. ``prepared``: exactly what is run, with its
+    prediction; None: what ``memfit run`` makes of the job, plan and seed."""
 
     trial_id: str
     job: JobRef
@@ -101,6 +103,7 @@ class SweepTrial:
     plan_name: str
     seed: int
     placement: Placement
+    prepared: PreparedRun | None = None
 
 
 class TrialState(enum.StrEnum):
@@ -142,6 +145,13 @@ class Budget:
 
     hours: float | None = None
     usd: float | None = None
+
+    def minus(self, hours: float, usd: float) -> Budget:
+        """Return what is left of the budget."""
+        return Budget(
+            hours=None if self.hours is None else max(0.0, self.hours - hours),
+            usd=None if self.usd is None else max(0.0, self.usd - usd),
+        )
 
     def suffices(self, hours: float, usd: float) -> bool:
         return (self.hours is None or hours <= self.hours) and (self.usd is None or usd <= self.usd)
@@ -194,6 +204,22 @@ def make_trials(
     return trials
 
 
+def prepared_trial(prepared: PreparedRun, placement: Placement) -> SweepTrial:
+    """Return the trial that makes exactly this run. It is called as the run is."""
+    source = source_digest(prepared.spec.job.spec)
+    prepared = dataclasses.replace(prepared, spec=dataclasses.replace(prepared.spec, source_digest=source))
+    spec = prepared.spec
+    return SweepTrial(
+        trial_id=_digest({"spec": serialization.to_plain(spec), "kind": placement.kind}),
+        job=spec.job,
+        plan=spec.plan,
+        plan_name=spec.name,
+        seed=spec.seed,
+        placement=placement,
+        prepared=prepared,
+    )
+
+
 def _trial_id(job: JobRef, plan: Plan, seed: int, placement: Placement, settings: RunSettings) -> str:
     facts = {
         "job": serialization.to_plain(job),
@@ -207,6 +233,10 @@ def _trial_id(job: JobRef, plan: Plan, seed: int, placement: Placement, settings
         "threads": settings.threads,
         "on": settings.on,
     }
+    return _digest(facts)
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
     return f"trial-{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]}"
 
 
@@ -219,6 +249,15 @@ def predicted_hours(trials: Sequence[SweepTrial], settings: RunSettings, progres
         groups.setdefault((trial.placement.kind, trial.job.size), []).append(trial)
     for members in groups.values():
         first, placement = members[0], members[0].placement
+        if first.prepared is not None:
+            predictions = [(t.prepared.spec.steps, t.prepared.estimate.step_s) for t in members if t.prepared]
+            if any(step_s is None for _, step_s in predictions):
+                return None
+            hours += (
+                sum(steps * step_s.value * first.plan.ranks for steps, step_s in predictions if step_s)
+                / S_PER_HOUR
+            )
+            continue
         if "device" in placement.settings:
             machine = catalog.machine(placement.settings["device"], "world")
         elif placement.executor == "local":
@@ -315,6 +354,11 @@ class Sweep:
             for result in self._results.values()
         )
 
+    @property
+    def is_parallel(self) -> bool:
+        """Whether an executor may run several of the trials at a time."""
+        return any(executor.slots != 1 for executor in self._executors.values())
+
     def run(self, budget: Budget, show: Callable[[Sweep], None] = lambda sweep: None) -> None:
         """Run the trials that have no result yet, and store the record of each as soon as it ends. ``show``
         is called often. When the budget is used up, running trials are ended and no more are begun."""
@@ -340,7 +384,7 @@ class Sweep:
             for row in self._store.records(trial.trial_id, RUN):
                 run = serialization.loads(Run, row.body, what=f"record {row.record_id}")
                 if _is_result(run):
-                    device = _device(self._store.environment(row.environment))
+                    device = device_name(self._store.environment(row.environment))
                     self._set(trial, state=TrialState.DONE, run=run, device=device, before=True)
 
     def _submit(self, waiting: deque[SweepTrial], budget: Budget) -> None:
@@ -379,7 +423,10 @@ class Sweep:
         """Make the folder of a trial, and return the task that runs it."""
         folder = self._folder / trial.trial_id
         folder.mkdir()
-        (folder / PLAN).write_text(plan_text(trial.plan), encoding="utf-8")
+        if trial.prepared is None:
+            (folder / PLAN).write_text(plan_text(trial.plan), encoding="utf-8")
+        else:
+            (folder / SPEC).write_text(serialization.dumps(trial.prepared), encoding="utf-8")
         return Task(
             name=trial.trial_id,
             argv=tuple(_command(trial, self._threads(trial), self._settings, folder)),
@@ -431,7 +478,7 @@ class Sweep:
             state=TrialState.DONE if _is_result(run) else TrialState.FAILED,
             reason=run.measurement.reason,
             run=run,
-            device=_device(record.environment),
+            device=device_name(record.environment),
         )
 
     def _cancel(self, running: Sequence[_Running], reason: str) -> None:
@@ -518,8 +565,12 @@ class Sweep:
 def _command(trial: SweepTrial, threads: int, settings: RunSettings, folder: Path) -> Iterator[str]:
     """Yield the words of the command that runs the trial."""
     job = trial.job
-    yield from (sys.executable, "-P", "-m", "memfit", "run", job.spec, "--json")
-    yield from ("--plan", str(folder / PLAN), "--seed", str(trial.seed))
+    yield from (sys.executable, "-P", "-m", "memfit", "run", "--json")
+    if trial.prepared is not None:
+        yield from ("--spec", str(folder / SPEC))
+        yield from ("--record", str(folder / RECORD), "--label", trial.trial_id)
+        return
+    yield from (job.spec, "--plan", str(folder / PLAN), "--seed", str(trial.seed))
     yield from ("--record", str(folder / RECORD), "--label", trial.trial_id)
     options = {name: getattr(job, name) for name in ("size", "data", "weights", "steps", "batch", "length")}
     options |= {"engine": settings.engine, "on": settings.on, "timeout": settings.timeout}
@@ -537,7 +588,7 @@ def _is_result(run: Run) -> bool:
     cap that the user gave."""
     outcome, spec = run.measurement.outcome, run.spec
     return outcome is OutcomeKind.OK or (
-        outcome is OutcomeKind.OOM and spec.cap_bytes is not None and spec.cap_scope == "run"
+        outcome is OutcomeKind.OOM and spec.cap_bytes is not None and spec.cap_scope != "bound"
     )
 
 
@@ -552,7 +603,7 @@ def _checked(trial: SweepTrial, text: str) -> RunRecord:
     return record
 
 
-def _device(environment: Mapping[str, str]) -> str:
+def device_name(environment: Mapping[str, str]) -> str:
     """Return the name of the GPU, or without one that of the processor."""
     gpu = environment.get("accelerators", "none seen")
     return gpu if gpu != "none seen" else environment.get("processor", "unknown")
