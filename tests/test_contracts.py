@@ -436,6 +436,7 @@ MANY_KEYWORDS = {
     "cli/estimate_job.py estimate_job",
     "trace/evoformer_kernel.py _backward",  # those of DeepSpeed's operator
     "workflows/single_run.py run_plan",
+    "workflows/proof_of_concept.py poc",
     "workflows/largest.py largest",
     "workflows/largest.py _row",
     "workflows/size_pairs.py report_pairs",

@@ -105,6 +105,7 @@ def poc(
     path = writable(options.out) if options.out is not None else None
     if options.executor is None:
         refuse_options({"--budget": options.budget}, "needs --executor")
+    side_by_side = _side_by_side(options, may_ask=not output.json)
     job_request = request(
         job,
         goal,
@@ -128,7 +129,7 @@ def poc(
             lang=language_code,
             command=shlex.join(["memfit", *sys.argv[1:]]),
             progress=progress,
-            side_by_side=_side_by_side(options, may_ask=not output.json),
+            side_by_side=side_by_side,
         )
     _tell(proof, lang=language_code, as_json=output.json)
     if not any(r.measurement.outcome is OutcomeKind.OK for r in proof.runs if r.spec.role == "recommended"):

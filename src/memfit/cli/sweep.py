@@ -230,7 +230,8 @@ def agreed_budget(
     """Return ``budget``, or if none is given the one that the user answers on the terminal. Raises UserError
     if there is no terminal to ask on, and for a budget in US dollars without a known price."""
     if budget.usd is not None:
-        unknown = {t.placement.kind for t in trials if t.placement.usd_per_hour is None}
+        placements = {trial.placement.kind: trial.placement for trial in trials}
+        unknown = [kind for kind, placement in placements.items() if placement.usd_per_hour() is None]
         if unknown:
             raise UserError(
                 f"--budget in USD cannot be kept: the price of {', '.join(sorted(unknown))} is unknown",

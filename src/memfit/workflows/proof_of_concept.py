@@ -151,6 +151,10 @@ def poc(  # noqa: PLR0913
     load_words(lang)  # a wrong language is an error before anything is trained
     must_be_writable(report_path.parent if report_path else store.path.parent / REPORTS, "the report")
     started = time.perf_counter()
+    parallel = 1 if side_by_side is None else int(side_by_side.placement.settings.get("parallel", "1"))
+    if parallel > 1 and not request.threads:  # runs side by side on this machine share its threads
+        threads = max(1, local_machine.threads() // (parallel * request.ranks))
+        request = dataclasses.replace(request, threads=threads)
     planning = search(request, progress, must_run=True, measure_s=_TRIALS_S)
     runner = _Story(planning, store, seeds, steps or planning.job.steps, command, progress)
     proof = runner.begin(request)

@@ -25,12 +25,21 @@ from typing import IO, Any, Final, Self
 from memfit import catalog
 from memfit.cost.money import S_PER_HOUR
 from memfit.engines.registry import supporting_engine
+from memfit.files.read import read_json
 from memfit.files.replace import must_be_writable, write_whole
 from memfit.files.temporary import remove_abandoned
 from memfit.jobs.registry import load
 from memfit.jobs.user_job import source_digest
 from memfit.launch.executors import executor_kind, make_executor
-from memfit.launch.executors.base import OWNER, RECORD, Executor, Task, TaskState, ignoring_ctrl_c
+from memfit.launch.executors.base import (
+    OWNER,
+    RECORD,
+    Executor,
+    Task,
+    TaskState,
+    deferring_signals,
+    ignoring_ctrl_c,
+)
 from memfit.planner.request import Progress, Request
 from memfit.runtime import local_machine
 from memfit.runtime.local_machine import this_machine
@@ -40,9 +49,10 @@ from memfit.techniques.plan_file import plan_text
 from memfit.types import serialization
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
+from memfit.types.machine import Machine
 from memfit.types.plan import Plan
-from memfit.types.result import OutcomeKind, PreparedRun, Run
-from memfit.workflows.single_run import anatomy
+from memfit.types.result import Estimate, OutcomeKind, PreparedRun, Run
+from memfit.workflows.single_run import explain
 
 SWEEPS: Final = "sweeps"  # folder beside the store, while a sweep runs
 PLAN: Final = "plan.yaml"
@@ -63,18 +73,21 @@ class Placement:
         """The executor and what decides on the kind of device, such as "slurm:partition=a100"."""
         return executor_kind(self.executor, self.settings)
 
-    @property
+    def machine(self, on: str = "this") -> Machine | None:
+        """Return the machine with the devices on which trials run: that of the setting "device", or for local
+        trials this one, whose devices ``on`` chooses; None if it is not known. Raises UserError for a device
+        that is not in the catalog."""
+        if (name := self.settings.get("device")) is not None:
+            return catalog.machine(name, "world")
+        return this_machine("world", on.partition(":")[2]) if self.executor == "local" else None
+
     def usd_per_hour(self) -> float | None:
-        """The price of one device for an hour; None: unknown. Raises UserError for a device that is not in
-        the catalog."""
+        """Return the price of one device for an hour; None if it is not known. Raises UserError as `machine`
+        does."""
         if "usd_per_hour" in self.settings:
             return float(self.settings["usd_per_hour"])
-        if (name := self.settings.get("device")) is not None:
-            price = catalog.machine(name, "world").device.usd_per_hour
-        elif self.executor == "local":
-            price = this_machine("world", "").device.usd_per_hour
-        else:
-            price = None
+        machine = self.machine()
+        price = None if machine is None else machine.device.usd_per_hour
         return None if price is None else price.value
 
 
@@ -240,48 +253,36 @@ def _digest(facts: Mapping[str, Any]) -> str:
     return f"trial-{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]}"
 
 
-def predicted_hours(trials: Sequence[SweepTrial], settings: RunSettings, progress: Progress) -> float | None:
-    """Return the predicted device hours of the training steps of the trials. What a trial does before its
-    first step is not included. None: a device is not known, or a step time cannot be predicted."""
-    hours = 0.0
-    groups: dict[tuple[str, str | None], list[SweepTrial]] = {}
-    for trial in trials:
-        groups.setdefault((trial.placement.kind, trial.job.size), []).append(trial)
-    for members in groups.values():
-        first, placement = members[0], members[0].placement
-        if first.prepared is not None:
-            predictions = [(t.prepared.spec.steps, t.prepared.estimate.step_s) for t in members if t.prepared]
-            if any(step_s is None for _, step_s in predictions):
-                return None
-            hours += (
-                sum(steps * step_s.value * first.plan.ranks for steps, step_s in predictions if step_s)
-                / S_PER_HOUR
-            )
-            continue
-        if "device" in placement.settings:
-            machine = catalog.machine(placement.settings["device"], "world")
-        elif placement.executor == "local":
-            machine = this_machine("world", settings.on.partition(":")[2])
-        else:
-            return None
-        request = Request(job=first.job, machine=machine, engine=settings.engine, threads=settings.threads)
-        plans = {trial.plan_name: trial.plan for trial in members}
-        estimates = dict(zip(plans, anatomy(request, list(plans.values()), progress), strict=True))
-        steps = first.job.steps or load(first.job).steps
-        for trial in members:
-            step_s = estimates[trial.plan_name].estimate.step_s
-            if step_s is None:
-                return None
-            hours += step_s.value * steps * trial.plan.ranks / S_PER_HOUR
-    return hours
-
-
 _Group = tuple[str, str | None, str]
 """The trials of one plan, size and place, which differ only in their seeds."""
 
 
 def _group(trial: SweepTrial) -> _Group:
     return trial.plan_name, trial.job.size, trial.placement.kind
+
+
+def predicted_hours(trials: Sequence[SweepTrial], settings: RunSettings, progress: Progress) -> float | None:
+    """Return the predicted device hours of the training steps of the trials. What a trial does before its
+    first step is not included. None: a device is not known, or a step time cannot be predicted."""
+    estimates: dict[_Group, Estimate] = {}
+    hours = 0.0
+    for trial in trials:
+        if trial.prepared is not None:
+            estimate, steps = trial.prepared.estimate, trial.prepared.spec.steps
+        else:
+            machine = trial.placement.machine(settings.on)
+            if machine is None:
+                return None
+            if (group := _group(trial)) not in estimates:
+                request = Request(
+                    job=trial.job, machine=machine, engine=settings.engine, threads=settings.threads
+                )
+                estimates[group] = explain(request, trial.plan, progress)
+            estimate, steps = estimates[group], trial.job.steps or load(trial.job).steps
+        if estimate.step_s is None:
+            return None
+        hours += estimate.step_s.value * steps * trial.plan.ranks / S_PER_HOUR
+    return hours
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -303,7 +304,8 @@ class Sweep:
         }
         self._running: dict[str, _Running] = {}
         self._ended_hours: dict[_Group, list[float]] = {}
-        self._prices = {trial.placement.kind: trial.placement.usd_per_hour for trial in trials}
+        self._placements = {trial.placement.kind: trial.placement for trial in trials}
+        self._prices = {kind: placement.usd_per_hour() for kind, placement in self._placements.items()}
         self._executors: dict[str, Executor] = {}
         self._stack = contextlib.ExitStack()
 
@@ -313,8 +315,8 @@ class Sweep:
             must_be_writable(parent, "the folder of the sweep")
             stack.callback(_remove_empty, parent)
             self._folder = stack.enter_context(_owned_folder(parent))
-            for placement in {trial.placement.kind: trial.placement for trial in self._trials}.values():
-                self._executors[placement.kind] = self._executor(placement, self._folder)
+            for kind, placement in self._placements.items():
+                self._executors[kind] = self._executor(placement, self._folder)
             for folder in sorted(parent.iterdir()):
                 self._adopt(folder, stack)
             self._stack = stack.pop_all()
@@ -413,11 +415,14 @@ class Sweep:
 
     def _start(self, executor: Executor, trials: Sequence[SweepTrial]) -> None:
         tasks = [self._task(trial) for trial in trials]
-        for trial, task, job_id in zip(trials, tasks, executor.submit(tasks), strict=True):
-            placement = trial.placement
-            note = {"executor": placement.executor, "settings": placement.settings, "job_id": job_id}
-            write_whole(task.folder / JOB, json.dumps(note).encode(), durable=False)
-            self._running[trial.trial_id] = _Running(trial=trial, task=task, executor=executor, job_id=job_id)
+        with deferring_signals():  # what is submitted is also noted, so that it can be cancelled
+            for trial, task, job_id in zip(trials, tasks, executor.submit(tasks), strict=True):
+                placement = trial.placement
+                note = {"executor": placement.executor, "settings": placement.settings, "job_id": job_id}
+                write_whole(task.folder / JOB, json.dumps(note).encode(), durable=False)
+                self._running[trial.trial_id] = _Running(
+                    trial=trial, task=task, executor=executor, job_id=job_id
+                )
 
     def _task(self, trial: SweepTrial) -> Task:
         """Make the folder of a trial, and return the task that runs it."""
@@ -461,6 +466,7 @@ class Sweep:
         hours = self._results[trial.trial_id].device_hours
         self._ended_hours.setdefault(_group(trial), []).append(hours)
         if text is None:
+            reason = reason or "it ended without a record"
             self._set(trial, state=TrialState.FAILED, reason=reason)
         else:
             try:
@@ -531,35 +537,39 @@ class Sweep:
         return make_executor(placement.executor, placement.settings, own, device_count=ranks)
 
     def _adopt(self, folder: Path, stack: contextlib.ExitStack) -> None:
-        """Take over the folder of a sweep that was killed: store the records that are there, and go on with
-        its trials that still run and are also trials of this sweep. The folder is removed unless other trials
-        still run."""
+        """Take over the folder of a sweep that was killed, if it is one: store the records that are there,
+        and go on with its trials that still run and are also trials of this sweep. The folder is removed at
+        the end unless other trials still run."""
         lock = _lock(folder)
         if lock is None:
             return
-        goes_on = False
-        for note in sorted(folder.glob(f"*/{JOB}")):
-            trial_id = note.parent.name
-            job = json.loads(note.read_text(encoding="utf-8"))
-            placement = Placement(executor=job["executor"], settings=job["settings"])
-            executor = self._executor(placement, folder)
-            task = Task(name=trial_id, argv=(), folder=note.parent, working_folder=Path.cwd())
-            is_over = not executor.survives or (executor.status(task, job["job_id"]).state is TaskState.ENDED)
-            if (text := executor.fetch(task)) is not None and is_over:
-                with contextlib.suppress(UserError):
-                    add_run(self._store, parse_run_record(text, what=trial_id))
-            elif not is_over and trial_id in self._results:
-                self._running[trial_id] = _Running(
-                    trial=self._results[trial_id].trial,
-                    task=task,
-                    executor=executor,
-                    job_id=job["job_id"],
-                )
-            else:
-                goes_on |= not is_over
         stack.callback(lock.close)
-        if not goes_on:
+        running = [note for note in sorted(folder.glob(f"*/{JOB}")) if self._goes_on(note)]
+        if not running:
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
+
+    def _goes_on(self, note: Path) -> bool:
+        """Return whether a trial of a killed sweep still runs and is none of this sweep's. If it has ended,
+        its record is stored; if it is also a trial of this sweep, this sweep goes on with it. ``note``: its
+        file JOB."""
+        trial_id = note.parent.name
+        task = Task(name=trial_id, argv=(), folder=note.parent, working_folder=Path.cwd())
+        try:
+            job = read_json(note)
+            placement = Placement(executor=str(job["executor"]), settings=dict(job["settings"]))
+            executor = self._executor(placement, note.parent.parent)
+            if executor.survives and executor.status(task, job["job_id"]).state is not TaskState.ENDED:
+                if trial_id not in self._results:
+                    return True
+                trial = self._results[trial_id].trial
+                self._running[trial_id] = _Running(
+                    trial=trial, task=task, executor=executor, job_id=job["job_id"]
+                )
+            elif (text := executor.fetch(task)) is not None:
+                add_run(self._store, parse_run_record(text, what=trial_id))
+        except (UserError, KeyError, TypeError, ValueError, ImportError):
+            return False  # nothing of it can be read
+        return False
 
 
 def _command(trial: SweepTrial, threads: int, settings: RunSettings, folder: Path) -> Iterator[str]:

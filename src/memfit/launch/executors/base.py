@@ -30,6 +30,7 @@ SETTINGS: Final[Mapping[str, str]] = {
 }
 """The settings that every executor has, KEY -> what it means."""
 _MOST_REASON: Final = 300
+_ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class TaskState(enum.StrEnum):
@@ -183,3 +184,23 @@ def ignoring_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def deferring_signals() -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP that this process receives inside this context take effect at its end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+    before = {number: signal.getsignal(number) for number in _ENDING}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, lambda received_number, frame: received.append(received_number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for received_number in received:
+            signal.raise_signal(received_number)
