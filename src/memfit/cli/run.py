@@ -281,6 +281,7 @@ def _run_prepared(
 
     assert options.spec is not None
     options_set = set_options(job, plan, goal, options, runtime, device)
+    options_set["JOB"] = options_set.pop("--job")
     allowed = ("--spec", "--record", "--label")
     refuse_options(
         {name: is_set for name, is_set in options_set.items() if name not in allowed},
