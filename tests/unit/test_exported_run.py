@@ -24,7 +24,13 @@ from memfit.types.plan import Plan
 from memfit.types.result import Measurement, OutcomeKind
 from memfit.workflows.exported_run import LOST, read_exported_run
 
-LOST_PEER = "Traceback (most recent call last):\n  ...\nRuntimeError: Connection closed by peer [10.0.0.2]\n"
+# As torch prints it on a rank.
+LOST_PEER = """\
+[W1130 socket.cpp:207] [c10d] The hostname of the client socket cannot be retrieved. err=-3
+[rank0]: Traceback (most recent call last):
+[rank0]:     return engine.run_backward(
+[rank0]: RuntimeError: [gloo/transport/tcp/pair.cc:537] Read error [10.0.0.2]:7896: Connection reset by peer.
+"""
 
 
 def measured(rank: int, **more: Any) -> Measurement:

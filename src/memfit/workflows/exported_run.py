@@ -166,12 +166,9 @@ def _error(log: Path) -> str:
         text = log.read_bytes()[-_MOST_ERROR_BYTES:].decode("utf-8", "replace")
     except OSError:
         return ""
-    lines = [
-        line.strip()
-        for line in text.splitlines()
-        if re.match(r"\w[\w.]*(?:Error|Exception|Interrupt)\b", line)
-    ]
-    return lines[-1] if lines and "Traceback (most recent call last)" in text else ""
+    text = re.sub(r"^\[rank\d+\]:[ \t]?", "", text, flags=re.MULTILINE)  # as torch marks lines of a rank
+    lines = re.findall(r"^\w[\w.]*(?:Error|Exception|Interrupt)\b.*", text, re.MULTILINE)
+    return lines[-1].strip() if lines and "Traceback (most recent call last)" in text else ""
 
 
 class _Kills:

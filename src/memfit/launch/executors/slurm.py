@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from memfit.launch.executors.base import Task
@@ -12,6 +13,22 @@ from memfit.launch.executors.submitit_jobs import SubmititExecutor
 
 _NUMBERS: Final = ("time", "gpus_per_node", "cpus_per_task", "array_parallelism")
 _CANCEL_S: Final = 60.0
+_TIME_MIN: Final = 60  # submitit's own default is 5
+# States of squeue(1) in which a job has ended, and what they say. A requeued job is pending again.
+_ENDS: Final[Mapping[str, str]] = {
+    "BOOT_FAIL": "its node did not boot",
+    "CANCELLED": "the job was cancelled",
+    "COMPLETED": "",
+    "DEADLINE": "Slurm ended it at its deadline",
+    "FAILED": "",
+    "NODE_FAIL": "its node failed",
+    "OUT_OF_MEMORY": "Slurm ended it: it ran out of the memory of its job (slurm:mem=SIZE)",
+    "PREEMPTED": "it was preempted and not requeued",
+    "REVOKED": "the job was revoked",
+    "TIMEOUT": "Slurm ended it at its time limit (slurm:time=MINUTES)",
+}
+_READ_EVERY_S: Final = 1.0
+_RUNS: Final = ("RUNNING", "COMPLETING", "STOPPED", "SUSPENDED")
 
 
 class SlurmExecutor(SubmititExecutor):
@@ -26,7 +43,7 @@ class SlurmExecutor(SubmititExecutor):
         "nodelist": "names of nodes",
         "account": "account that pays",
         "qos": "quality of service",
-        "time": "minutes after which Slurm ends a trial",
+        "time": f"minutes after which Slurm ends a trial, {_TIME_MIN} by default",
         "mem": "memory of a trial, such as 16G",
         "cpus_per_task": "processor cores of a trial",
         "gpus_per_node": "GPUs of a trial",
@@ -36,9 +53,47 @@ class SlurmExecutor(SubmititExecutor):
     survives = True
     poll_s = 2.0
 
+    def __init__(self, settings: Mapping[str, str], folder: Path, *, device_count: int = 1) -> None:
+        super().__init__(settings, folder, device_count=device_count)
+        self._states: Mapping[str, str] = {}  # as squeue said last, job ID -> state
+        self._seen: dict[str, str] = {}  # last state of each job that it said
+        self._read_s = -_READ_EVERY_S
+
     def parameters(self) -> dict[str, Any]:
         values = {f"slurm_{k}": int(v) if k in _NUMBERS else v for k, v in self.settings.items()}
-        return {"name": "memfit", "stderr_to_stdout": True, **values}
+        return {"name": "memfit", "stderr_to_stdout": True, "timeout_min": _TIME_MIN, **values}
+
+    def submit(self, tasks: Sequence[Task]) -> Sequence[str]:
+        job_ids = super().submit(tasks)
+        self._read_s = -_READ_EVERY_S  # what squeue said before does not have them
+        return job_ids
+
+    def has_ended(self, task: Task, job_id: str) -> bool:
+        """Return whether Slurm says that the job has ended, or does not know it any more, as is so some
+        minutes later. submitit is not asked: it takes a job for ended that is preempted and will start again,
+        and needs Slurm's accounting database."""
+        return self._state(job_id) in ("", *_ENDS)
+
+    def is_running(self, task: Task, job_id: str) -> bool:
+        return self._state(job_id) in _RUNS
+
+    def reason(self, task: Task, job_id: str) -> str:
+        said = _ENDS.get(self._seen.get(job_id, ""), "")
+        return said or super().reason(task, job_id)
+
+    def _state(self, job_id: str) -> str:
+        """Return Slurm's word for the state of a job; "" if it does not know the job, "UNKNOWN" if Slurm has
+        not answered yet."""
+        if time.monotonic() - self._read_s >= _READ_EVERY_S:
+            command = ["squeue", "--me", "--array", "--states=all", "--noheader", "--format=%i %T"]
+            answer = subprocess.run(command, check=False, capture_output=True, text=True)
+            if answer.returncode == 0:
+                self._states = dict(line.split(maxsplit=1) for line in answer.stdout.splitlines())
+                self._seen |= self._states
+                self._read_s = time.monotonic()
+            elif not self._read_s > 0:
+                return "UNKNOWN"
+        return self._states.get(job_id, "")
 
     def cancel(self, jobs: Mapping[str, Task]) -> None:
         if not jobs:
