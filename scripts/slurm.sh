@@ -6,7 +6,7 @@
 #   SLURM_CONF=DIR/slurm.conf sbatch ...
 #   bash scripts/slurm.sh stop DIR      cancels all jobs and ends the daemons
 #
-# Everything that the daemons write lies in DIR. Daemons and jobs run as root. The memory of a job is limited by its control
+# Everything that the daemons write lies in DIR, but empty control groups stay. Daemons and jobs run as root. The memory of a job is limited by its control
 # group if this machine lets Slurm make some ("cgroup"), else slurmd polls it and kills a job that uses more ("polling"): a job
 # can then use more for some seconds, and one of less than that ends as it would without a limit.
 # Exit code 3: this machine cannot start it; the reason is on standard error.
@@ -20,7 +20,13 @@ dir="$(cd "$2" && pwd)"
 export SLURM_CONF="$dir/slurm.conf"
 
 stop() {
-    if [ -e "$dir/slurmctld.pid" ]; then timeout 20 scancel --full --quiet --user=root 2>/dev/null || true; fi
+    if [ -s "$dir/slurmctld.pid" ]; then
+        timeout 20 scancel --full --quiet --me || true
+        for _ in $(seq 200); do # until no step is left
+            [ -n "$(timeout 5 squeue --noheader 2>/dev/null)" ] || break
+            sleep 0.2
+        done
+    fi
     for daemon in slurmctld slurmd munged; do
         [ -s "$dir/$daemon.pid" ] || continue
         pid="$(cat "$dir/$daemon.pid")"
@@ -29,8 +35,6 @@ stop() {
         kill -9 "$pid" 2>/dev/null || true
         rm -f "$dir/$daemon.pid"
     done
-    # What is left of steps, and their control groups.
-    pkill -9 -f "^slurmstepd: .*" --session 0 2>/dev/null || true
 }
 
 install_packages() {
