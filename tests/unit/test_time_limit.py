@@ -228,6 +228,24 @@ def test_a_search_that_is_cut_after_its_sketches_traces_the_best_one_that_fits(
     assert found.extent.gain_unknown == "few_pairs"
 
 
+def test_parts_that_were_not_traced_side_by_side_in_time_leave_time_for_whole_plans(
+    question: Callable[..., Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_time(pricer: Pricer, plans: object, tell: object = None) -> None:
+        pricer.deadline.end_s = 0.0
+        pricer.deadline.check()
+
+    def one_by_one(pricer: Pricer, plan: Plan, steps: int) -> None:
+        raise AssertionError(f"{plan.label} was traced while plans were priced")
+
+    monkeypatch.setattr(Pricer, "prepare", no_time)
+    monkeypatch.setattr(Pricer, "_part", one_by_one)
+    found = search.search(question(within_s=3600.0), quiet).result
+    assert found.extent is not None
+    assert found.extent.time_up
+    assert found.recommended is not None
+
+
 def test_a_search_without_time_for_sketches_tries_checkpointing_if_plain_training_does_not_fit(
     question: Callable[..., Request], monkeypatch: pytest.MonkeyPatch
 ) -> None:

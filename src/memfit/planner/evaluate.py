@@ -444,6 +444,7 @@ class Pricer:
                 (part[0].fingerprint, part[1]),
             ),
         )
+        missing_parts = missing_parts[::2] + missing_parts[1::2][::-1]  # `side_by_side` takes from both ends
         if missing_parts:
             fake_model(self.job)  # before processes are forked, each of which would build it
         results: dict[int, Result] = {}

@@ -114,12 +114,13 @@ def price_plans(
     if not any(respects_micro_batch(plan, request.bounds, pricer.space.batch_size) for plan in all_plans):
         raise _no_micro_batches(request, dependence)
     kept_s = _TRACING_SHARE * (request.within_s or 0.0)
-    with contextlib.suppress(TimeUp), pricer.deadline.earlier_by(kept_s):
-        pricer.prepare(all_plans, lambda *counts: progress("search", *counts))
-    for index, plan in enumerate(all_plans):
-        progress("price", index, len(all_plans), plan.label)
+    with pricer.deadline.earlier_by(kept_s):
         with contextlib.suppress(TimeUp):
-            sketches.append(pricer.sketch(plan))
+            pricer.prepare(all_plans, lambda *counts: progress("search", *counts))
+        for index, plan in enumerate(all_plans):
+            progress("price", index, len(all_plans), plan.label)
+            with contextlib.suppress(TimeUp):  # parts that are missing would be traced one after another
+                sketches.append(pricer.sketch(plan))
     try:
         if not sketches:
             raise TimeUp
