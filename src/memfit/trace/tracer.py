@@ -7,6 +7,7 @@ import contextvars
 import dataclasses
 import importlib
 import logging
+import multiprocessing
 import sys
 import warnings
 import weakref
@@ -187,11 +188,17 @@ def trace(
 
 def _import_needed(plan: Plan) -> None:
     """Import what the plan's techniques need, so that it can be patched (`recording_patches`). What is not
-    installed is refused later."""
-    for used in plan.uses:
-        for package in technique(used.technique).needs:
-            with contextlib.suppress(ImportError):
-                importlib.import_module(package)
+    installed is refused later.
+
+    In a forked process (`trace_pool`), which only traces, what bitsandbytes compiles when it is imported is
+    left as it is: torch's compiler takes a second to import."""
+    only_traces = multiprocessing.current_process().daemon
+    eager = mock.patch.object(torch, "compile", lambda function=None, **options: function or (lambda f: f))
+    with eager if only_traces else contextlib.nullcontext():
+        for used in plan.uses:
+            for package in technique(used.technique).needs:
+                with contextlib.suppress(ImportError):
+                    importlib.import_module(package)
 
 
 def _compiled(module: torch.nn.Module) -> bool:
