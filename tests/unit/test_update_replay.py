@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tiny import words
 
-from memfit.trace import update_replay
+from memfit.trace import tracer, update_replay
 from memfit.trace.tracer import trace
 from memfit.types.plan import Plan, use
 
@@ -69,3 +70,18 @@ def test_maps_of_8_bit_optimizers_need_no_assumed_values() -> None:
     assert not traced.assumed
     assert not traced.assumptions
     assert not [op for op in traced.ops if op.op == "aten.linspace.default"]
+
+
+def test_forked_traces_import_packages_without_compiling_what_they_define(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compilers = []
+    compiler = torch.compile
+    monkeypatch.setattr(tracer.importlib, "import_module", lambda name: compilers.append(torch.compile))
+    for is_forked in (False, True):
+        process = SimpleNamespace(daemon=is_forked)
+        monkeypatch.setattr(tracer.multiprocessing, "current_process", lambda process=process: process)
+        tracer._import_needed(Plan(uses=(use("adamw-8bit"),)))
+    assert compilers[0] is compiler
+    assert compilers[1](len) is len
+    assert torch.compile is compiler
