@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import words
 
-from memfit.trace import tracer, update_replay
+from memfit.trace import operators, tracer, update_replay
 from memfit.trace.tracer import trace
 from memfit.types.plan import Plan, use
 
@@ -85,3 +85,13 @@ def test_forked_traces_import_packages_without_compiling_what_they_define(
     assert compilers[0] is compiler
     assert compilers[1](len) is len
     assert torch.compile is compiler
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("plan", [Plan(), Plan(uses=(use("adafactor"),))], ids=lambda p: p.label)
+def test_counters_converted_the_short_way_are_those_that_torch_converts(
+    plan: Plan, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short_way = trace(words(), plan, device=device)
+    monkeypatch.setattr(operators.Results, "lifted", lambda self, real: None)
+    assert short_way == trace(words(), plan, device=device)

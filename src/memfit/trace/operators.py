@@ -137,6 +137,7 @@ def _lifted(mode: FakeTensorMode, real: torch.Tensor) -> FakeTensor:
     fake = make_fake(mode, meta, real.device)
     fake.constant = real
     mode.fake_tensor_converter.add_constant_storage_mapping(fake)
+    mode.fake_tensor_converter.set_tensor_memo(real, fake)  # an operator that writes into it returns it
     return fake
 
 
