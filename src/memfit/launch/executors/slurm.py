@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Final
 
 from memfit.launch.executors.base import Task
 from memfit.launch.executors.submitit_jobs import SubmititExecutor
+from memfit.types.errors import UserError
 
 _NUMBERS: Final = ("time", "gpus_per_node", "cpus_per_task", "array_parallelism")
 _CANCEL_S: Final = 60.0
@@ -58,6 +59,13 @@ class SlurmExecutor(SubmititExecutor):
         self._states: Mapping[str, str] = {}  # as squeue said last, job ID -> state
         self._seen: dict[str, str] = {}  # last state of each job that it said
         self._read_s = -_READ_EVERY_S
+
+    @classmethod
+    def check(cls, settings: Mapping[str, str]) -> None:
+        super().check(settings)
+        for key in _NUMBERS:
+            if not settings.get(key, "1").isdecimal():
+                raise UserError(f"--executor slurm:{key}={settings[key]}", allowed="a whole number")
 
     def parameters(self) -> dict[str, Any]:
         values = {f"slurm_{k}": int(v) if k in _NUMBERS else v for k, v in self.settings.items()}
