@@ -31,6 +31,7 @@ from typing import Any, Final
 
 import numpy
 
+from memfit.files.replace import write_whole
 from memfit.types.errors import MemfitError, UserError, first_line
 
 HERE: Final = Path(__file__).parent / "pages"
@@ -461,7 +462,8 @@ def devices(groups: Iterable[str]) -> dict[str, Any]:
 
 
 def write(only: str) -> None:
-    """Trace the models whose name matches ``only``, and replace them in the file."""
+    """Trace the plans whose MODEL/PRECISION/RECOMPUTATION/SHARDING matches ``only``, and put each into the
+    file as soon as it is traced."""
     import torch
     import transformers
 
@@ -476,22 +478,24 @@ def write(only: str) -> None:
         "command": COMMAND,
     }
     for name, model in MODELS.items():
-        if not re.search(only, name):
-            continue
-        entries = {}
-        for key in itertools.product(model.precisions, RECOMPUTATION, model.shardings):
-            entries["/".join(key)] = entry = entry_of(model, plan_of(*key))
+        keys = itertools.product(model.precisions, RECOMPUTATION, model.shardings)
+        for key in keys:
+            if not re.search(only, "/".join((name, *key))):
+                continue
+            entry = entry_of(model, plan_of(*key))
             print(name, *key, entry.get("problem", ""), entry.get("checks", ""), flush=True)
-        job = load(request_of(model, {}, *model.start, "H100-SXM").job)
-        count = sum(p.numel() for p in fake_model(job).parameters())
-        file: dict[str, Any] = json.loads(DATA.read_text()) if DATA.is_file() else {"models": {}}
-        file["models"][name] = {"made": made, "parameters": count, "plans": entries}
-        groups = {
-            e["groups"]: 0 for m in file["models"].values() for e in m["plans"].values() if "groups" in e
-        }
-        file["devices"] = devices(groups)
-        DATA.parent.mkdir(parents=True, exist_ok=True)
-        DATA.write_text(_text(file))
+            file: dict[str, Any] = json.loads(DATA.read_text()) if DATA.is_file() else {"models": {}}
+            known = file["models"].get(name, {})
+            if "parameters" not in known:
+                job = load(request_of(model, {}, *model.start, "H100-SXM").job)
+                known = {"parameters": sum(p.numel() for p in fake_model(job).parameters()), "plans": {}}
+            plans = known["plans"] | {"/".join(key): entry}
+            file["models"][name] = {"made": made, "parameters": known["parameters"], "plans": plans}
+            groups = dict.fromkeys(
+                e["groups"] for m in file["models"].values() for e in m["plans"].values() if "groups" in e
+            )
+            file["devices"] = devices(groups)
+            write_whole(DATA, _text(file).encode())
 
 
 def page_data() -> dict[str, Any]:

@@ -233,11 +233,13 @@ function planText(file, setting) {
   const kinds = ["precision", "recomputation", "sharding"];
   const uses = Object.assign({}, ...kinds.map((kind) => file.choices[kind][setting[kind]]));
   const lines = Object.entries(uses).map(([name, knobs]) => `  ${name}: {${Object.entries(knobs).map(([k, v]) => `${k}: ${v}`).join(", ")}}`);
-  if (!lines.length) return "";
-  return `cat > plan.yaml <<'EOF'\ntechniques:\n${lines.join("\n")}\n${setting.sharding === "none" ? "" : `ranks: ${file.ranks}\n`}EOF\n`;
+  const techniques = lines.length ? `techniques:\n${lines.join("\n")}` : "techniques: {}";
+  return `cat > plan.yaml <<'EOF'\n${techniques}\n${setting.sharding === "none" ? "" : `ranks: ${file.ranks}\n`}EOF\n`;
 }
 function command(file, setting, kind = "estimate") {
-  const model = file.models[setting.model], ranks = setting.sharding === "none" ? 1 : file.ranks, plan = planText(file, setting);
+  const model = file.models[setting.model], ranks = setting.sharding === "none" ? 1 : file.ranks;
+  const isPlain = setting.precision === "float32" && setting.recomputation === "none" && ranks === 1;
+  const plan = kind === "estimate" && isPlain ? "" : planText(file, setting); // --largest without a plan searches
   const words = ["memfit", kind === "estimate" ? "estimate" : "plan", model.spec];
   if (kind === "estimate" && plan) words.push("plan.yaml");
   if (model.size) words.push("--size", model.size);
@@ -245,7 +247,7 @@ function command(file, setting, kind = "estimate") {
   if (model.second) words.push(...(model.second === "length" ? ["--length", setting.second] : ["--dim", `${model.second}=${setting.second}`]));
   if (kind === "largest") words.push("--largest", "batch");
   words.push("--on", ranks > 1 ? `${ranks}x${setting.device}` : setting.device);
-  if (kind === "largest" && plan) words.push("--plan", "plan.yaml");
+  if (kind === "largest") words.push("--plan", "plan.yaml");
   return plan + words.join(" ");
 }
 

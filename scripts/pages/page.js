@@ -66,7 +66,8 @@ function fromUrl() {
 function showRanges(setting) {
   const model = FILE.models[setting.model], [low, high] = [model.seconds[0], model.seconds.at(-1)];
   el("batch").max = model.batches.at(-1);
-  el("batch-range").textContent = t("range", { low: 1, high: number(model.batches.at(-1)) });
+  const range = t("range", { low: 1, high: number(model.batches.at(-1)) }), total = number(setting.batch * FILE.ranks);
+  el("batch-range").textContent = range + (setting.sharding === "none" ? "" : t("total", { total }));
   el("second-field").hidden = !model.second;
   if (!model.second) return;
   el("second-label").textContent = `${t(model.second)}${lang === "ja" ? "（" : " ("}${t(`units_${model.unit}`)}${lang === "ja" ? "）" : ")"}`;
@@ -143,7 +144,7 @@ function showHolders(result) {
   const rows = parts.sort((a, b) => b[1] - a[1]).map(([name, n]) => [make("span", { class: `c-${name} mark` }, make("i"), TEXTS[lang].categories[name]), bytes(n), share(n)]);
   el("categories").replaceChildren(svg("svg", { class: "bar", height: 24, "aria-hidden": "true" }, ...boxes), table([t("category"), t("bytes"), t("share")], rows));
   const most = result.holders.slice(0, 12), rest = result.holders.slice(12);
-  const who = ({ part }) => { const [module, op] = part.split("\t"); return make("span", {}, make("code", {}, module || t("root")), " ", make("code", { class: "op" }, op)); };
+  const who = ({ part }) => { const [module, op] = part.split("\t"); return make("span", {}, module ? make("code", {}, module) : t("root"), " ", make("code", { class: "op" }, op)); };
   const lines = most.map((h) => [who(h), TEXTS[lang].categories[h.category], bytes(h.bytes), share(h.bytes), number(h.count)]);
   if (rest.length) {
     const sum = rest.reduce((n, h) => n + h.bytes, 0);
@@ -179,7 +180,8 @@ async function showPlans(setting, mine) {
       cells.push(make("span", result.run ? {} : { class: result.fits ? "yes" : "no" }, text, ...(result.run ? [] : [make("span", { class: "hidden" }, `, ${t(result.fits ? "yes" : "no")}`)])));
       await new Promise((done) => setTimeout(done));
     }
-    const found = await largest(FILE, plan), link = make("a", { href: hash(plan) }, ["precision", "recomputation", "sharding"].map((k) => label(k, plan[k])).join(lang === "ja" ? "、" : ", "));
+    const found = await largest(FILE, plan), parts = ["precision", "recomputation", "sharding"].filter((kind) => kind !== "recomputation" || recomputation !== "none");
+    const link = make("a", { href: hash(plan) }, parts.map((kind) => label(kind, plan[kind])).join(lang === "ja" ? "、" : ", "));
     if (mine !== turn) return;
     rows.push([link, found ? `${found.next ? "" : "≥ "}${found.value}` : "?", ...cells]);
     el("plans").replaceChildren(table([t("plan"), t("largest"), ...names], rows));

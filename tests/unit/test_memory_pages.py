@@ -103,6 +103,9 @@ def test_the_commands_of_the_page_name_the_batch_of_all_devices_and_the_plan() -
     assert yaml.safe_load(plan.split("\n", 1)[1]) == memory_pages.plan_of("bf16-autocast", "blocks", "fsdp2")
     spec = "memfit estimate hf:openai-community/gpt2 plan.yaml --batch 16 --length 500 --on 8xRTX-4090"
     assert command == spec
+    plain = in_node("page.command(given.file, given.asked, 'largest')", asked=setting())
+    assert yaml.safe_load(plain.split("\n", 1)[1].split("EOF")[0]) == {"techniques": {}}
+    assert plain.endswith("--largest batch --on RTX-4090 --plan plan.yaml"), "without a plan it would search"
 
 
 def test_a_polynomial_through_fitted_sizes_gives_sizes_between_them() -> None:
