@@ -118,13 +118,15 @@ def records() -> list[dict[str, Any]]:
     return [json.loads(line) for line in RECORD.read_text().splitlines()] if RECORD.is_file() else []
 
 
-def compare() -> None:
+def compare(most: int) -> None:
     done = {row["number"] for row in records()}
     settings = draw()
-    missing = [n for n in range(COUNT) if n not in done]
+    traced = memory_pages.whole_models()  # the settings of others are left for later
+    missing = [n for n in range(COUNT) if n not in done and settings[n]["model"] in traced]
     pages = page_answers([settings[n] for n in missing])
     # what the page refuses needs no trace
-    for number, page in sorted(zip(missing, pages, strict=True), key=lambda pair: "run" not in pair[1]):
+    pairs = sorted(zip(missing, pages, strict=True), key=lambda pair: "run" not in pair[1])
+    for number, page in pairs[:most]:
         truth = {} if "run" in page else predicted(settings[number])
         verdict, error = judge(page, truth)
         kept = {k: v for k, v in page.items() if k in (*FIGURES, "fits", "run")}
@@ -187,12 +189,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--draw", action="store_true")
     parser.add_argument("--page", action="store_true")
+    parser.add_argument("--most", type=int, default=COUNT, metavar="N", help="compare at most N settings now")
     options = parser.parse_args()
     if options.draw:
         print("\n".join(map(json.dumps, draw())))
         return
     if not options.page:
-        compare()
+        compare(options.most)
     write_page()
 
 

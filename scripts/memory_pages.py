@@ -498,6 +498,13 @@ def write(only: str) -> None:
             write_whole(DATA, _text(file).encode())
 
 
+def whole_models() -> set[str]:
+    """Return the names of the models of which all plans were traced."""
+    known = json.loads(DATA.read_text())["models"]
+    counts = {n: len(m.precisions) * len(RECOMPUTATION) * len(m.shardings) for n, m in MODELS.items()}
+    return {name for name, count in counts.items() if len(known.get(name, {}).get("plans", ())) == count}
+
+
 def page_data() -> dict[str, Any]:
     """Return what the script of the pages needs: the file, and what of `MODELS` and the choices it shows."""
     file = json.loads(DATA.read_text())
