@@ -69,6 +69,10 @@ def _between(rng: random.Random, low: float, high: float) -> int:
     return max(1, round(math.exp(rng.uniform(math.log(low), math.log(high)))))
 
 
+def plan_key(setting: Mapping[str, Any]) -> str:
+    return "/".join(setting[name] for name in ("model", "precision", "recomputation", "sharding"))
+
+
 def page_answers(settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return what the page's script answers: {"run": reason} or the figures."""
     given = json.dumps({"file": memory_pages.page_data(), "settings": settings})
@@ -121,8 +125,8 @@ def records() -> list[dict[str, Any]]:
 def compare(most: int) -> None:
     done = {row["number"] for row in records()}
     settings = draw()
-    traced = memory_pages.whole_models()  # the settings of others are left for later
-    missing = [n for n in range(COUNT) if n not in done and settings[n]["model"] in traced]
+    later = memory_pages.untraced_plans()
+    missing = [n for n in range(COUNT) if n not in done and plan_key(settings[n]) not in later]
     pages = page_answers([settings[n] for n in missing])
     # what the page refuses needs no trace
     pairs = sorted(zip(missing, pages, strict=True), key=lambda pair: "run" not in pair[1])

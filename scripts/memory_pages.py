@@ -63,14 +63,13 @@ _BLAS: Final = -1  # in place of a size: the device's workspace for matrix produ
 class Model:
     """A model of the pages. ``spec``, ``size``: the job. ``second``: the size beside the batch that can be
     chosen, "" for none; ``unit``: the key of its unit in the words. ``seconds``: the values of it that are
-    traced to fit, one more than the degree of the polynomial; ``batches``: those of the batch of a device.
-    ``checks``: (batch, second) of the traces that test the fit. ``multiple``: the values of ``second`` are
-    multiples of it. ``start``: what the page shows first."""
+    traced to fit, one more than the degree of the polynomial (two where attention is a fused kernel);
+    ``batches``: those of the batch of a device. ``checks``: (batch, second) of the traces that test the fit.
+    ``multiple``: the values of ``second`` are multiples of it. ``start``: what the page shows first."""
 
     spec: str
     size: str | None = None
     title: str
-    note: str = ""
     second: str = ""
     unit: str = ""
     seconds: tuple[int, ...] = (1,)
@@ -89,7 +88,7 @@ MODELS: Final[Mapping[str, Model]] = {
         spec="hf:meta-llama/Llama-3.1-8B",
         title="Llama-3.1-8B",
         **_TOKENS,
-        seconds=(128, 2048, 16384),
+        seconds=(128, 16384),
         batches=(2, 32),
         checks=((1, 4097), (5, 1001)),
         start=(1, 2048),
@@ -98,7 +97,7 @@ MODELS: Final[Mapping[str, Model]] = {
         spec="hf:mistralai/Mixtral-8x7B-v0.1",
         title="Mixtral-8x7B",
         **_TOKENS,
-        seconds=(128, 2048, 16384),
+        seconds=(128, 16384),
         batches=(2, 32),
         checks=((1, 4097), (5, 1001)),
         start=(1, 2048),
@@ -117,7 +116,7 @@ MODELS: Final[Mapping[str, Model]] = {
         title="ESM-2 650M",
         second="length",
         unit="residues",
-        seconds=(64, 384, 1024),
+        seconds=(64, 1024),
         batches=(2, 64),
         checks=((1, 333), (5, 777)),
         start=(8, 512),
@@ -478,8 +477,7 @@ def write(only: str) -> None:
         "command": COMMAND,
     }
     for name, model in MODELS.items():
-        keys = itertools.product(model.precisions, RECOMPUTATION, model.shardings)
-        for key in keys:
+        for key in plans_of(name):
             if not re.search(only, "/".join((name, *key))):
                 continue
             entry = entry_of(model, plan_of(*key))
@@ -498,11 +496,16 @@ def write(only: str) -> None:
             write_whole(DATA, _text(file).encode())
 
 
-def whole_models() -> set[str]:
-    """Return the names of the models of which all plans were traced."""
+def plans_of(name: str) -> list[tuple[str, str, str]]:
+    """Return the plans of a model: (precision, recomputation, sharding)."""
+    return list(itertools.product(MODELS[name].precisions, RECOMPUTATION, MODELS[name].shardings))
+
+
+def untraced_plans() -> set[str]:
+    """Return MODEL/PRECISION/RECOMPUTATION/SHARDING of the plans that are not in the file yet."""
     known = json.loads(DATA.read_text())["models"]
-    counts = {n: len(m.precisions) * len(RECOMPUTATION) * len(m.shardings) for n, m in MODELS.items()}
-    return {name for name, count in counts.items() if len(known.get(name, {}).get("plans", ())) == count}
+    every = {"/".join((name, *key)) for name in MODELS for key in plans_of(name)}
+    return every - {f"{name}/{key}" for name, model in known.items() for key in model["plans"]}
 
 
 def page_data() -> dict[str, Any]:

@@ -171,7 +171,8 @@ async function answer(file, setting, whole = true) {
   if (run) return { run };
   const model = file.models[setting.model], entry = entryOf(file, setting), device = file.devices[setting.device];
   const found = await unpack(entry), { batch } = setting, second = model.second ? setting.second : 1;
-  const step = found.steps.find((s) => batch >= s.batches[0] && batch <= s.batches[1]), degrees = model.seconds.length;
+  const step = found.steps.find((s) => batch >= s.batches[0] && batch <= s.batches[1]);
+  const degrees = step.sizes.find((c) => c.length).length / (step.batches[1] > 1 ? 2 : 1);
   const sizes = sizesAt(step, batch, second, degrees, device.blas), live = levels(step, sizes);
   const peak = peakOf(step, live), bytes = peak.bytes;
   const bounded = withBounds(step, live, batch, second, degrees, bytes);

@@ -46,8 +46,10 @@ function fillSelects(setting) {
   }
 }
 function start(model) {
-  const [batch, second] = FILE.models[model].start;
-  return { model, batch, second };
+  const [batch, second] = FILE.models[model].start, plans = FILE.models[model].plans, usual = "bf16-autocast/none/none";
+  const known = Object.keys(plans).filter((key) => !plans[key].problem);
+  const [precision, recomputation, sharding] = (known.includes(usual) || !known.length ? usual : known[0]).split("/");
+  return { model, batch, second, precision, recomputation, sharding };
 }
 function read() {
   const setting = Object.fromEntries(CHOICES.map((kind) => [kind, el(kind).value]));
@@ -56,7 +58,7 @@ function read() {
 function fromUrl() {
   const given = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
   const model = FIXED ?? (FILE.models[given.model] ? given.model : Object.keys(FILE.models)[0]);
-  const setting = { device: "H100-SXM", precision: "bf16-autocast", recomputation: "none", sharding: "none", ...start(model) };
+  const setting = { device: "H100-SXM", ...start(model) };
   for (const kind of CHOICES.slice(1)) if (optionsOf(kind).includes(given[kind])) setting[kind] = given[kind];
   for (const size of ["batch", "second"]) if (/^\d+$/.test(given[size] ?? "")) setting[size] = Number(given[size]);
   if (given.lang in TEXTS) lang = given.lang;
@@ -222,7 +224,7 @@ function begin() {
 el("choices").addEventListener("submit", (event) => event.preventDefault());
 el("choices").addEventListener("input", (event) => {
   if (event.target.id === "model") {
-    const { batch, second } = start(el("model").value);
+    const { batch, second } = start(el("model").value); // the plan stays as it was chosen
     el("batch").value = batch; el("second").value = second;
   }
   show();
