@@ -171,10 +171,10 @@ MODELS: Final[Mapping[str, Model]] = {
         title="HyenaDNA",
         second="length",
         unit="bases",
-        seconds=(1024, 65536, 1048576),
+        seconds=(1024, 65536, 262144),
         batches=(2, 8),
         checks=((1, 32768), (3, 100001)),
-        start=(1, 262144),
+        start=(1, 65536),
         **_ONE_DEVICE,
     ),
     "weather": Model(
