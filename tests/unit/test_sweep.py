@@ -16,7 +16,9 @@ import pytest
 import report_fixture
 
 from memfit.planner.request import Planning
+from memfit.report.words import load_words
 from memfit.store.database import Store
+from memfit.store.environment import fingerprint
 from memfit.store.exchange.run_record import RUN, parse_run_record, record_of, run_record_text
 from memfit.techniques.registry import make_use
 from memfit.types.errors import RunError, UserError
@@ -130,6 +132,15 @@ def test_what_has_a_result_is_not_run_again_and_what_was_killed_is(tmp_path: Pat
     assert states(second) == ["done"] * 4
     assert [result.before for result in second.results].count(True) == 3
     assert files_left(store) == ["store.sqlite3"]
+
+
+@pytest.mark.parametrize("fact", ["torch", "memfit", "processor"])
+def test_a_result_of_another_version_or_processor_is_none_of_this_trial(
+    fact: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = trials(seeds=1, plain=Plan())[0].trial_id
+    monkeypatch.setattr(sweeps, "fingerprint", lambda: {**fingerprint(), fact: "another"})
+    assert trials(seeds=1, plain=Plan())[0].trial_id != before
 
 
 @pytest.mark.parametrize(
@@ -311,7 +322,9 @@ def test_an_executor_makes_the_runs_of_a_proof_of_concept_in_their_order_and_onl
     first = story(store).add_runs(begun, specs, side_by_side)
     assert [run.measurement for run in first.runs[:-1]] == [run.measurement for run in made[:-1]]
     assert first.runs[-1].measurement.reason == "killed by SIGKILL"
-    assert "Runs were made side by side, which may have changed their step times." in first.notes
+    note = "Runs were made side by side, which may have changed their step times."
+    assert note in first.notes
+    assert "並行して" in load_words("ja").of(note)
     monkeypatch.setattr(sweeps, "_command", reported(made))
     second = story(store).add_runs(begun, specs, side_by_side)
     assert [run.measurement for run in second.runs] == [run.measurement for run in made]
@@ -385,9 +398,8 @@ def test_without_a_terminal_a_missing_budget_is_an_error_that_says_what_is_neede
 ) -> None:
     from memfit.cli import main
 
-    code = main(
-        ["sweep", "char-lm", "--steps", "1", "--store", str(tmp_path / "s.sqlite3"), "--on", "this:cpu"]
-    )
+    where = ["--store", str(tmp_path / "s.sqlite3"), "--executor", "local:device=H100-SXM"]
+    code = main(["sweep", "char-lm", "--steps", "1", *where])
     error = capsys.readouterr().err
     assert code == 2
     assert "--budget is missing: 1 trial to run; their training steps are predicted to take" in error

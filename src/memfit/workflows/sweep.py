@@ -44,6 +44,7 @@ from memfit.planner.request import Progress, Request
 from memfit.runtime import local_machine
 from memfit.runtime.local_machine import this_machine
 from memfit.store.database import Store
+from memfit.store.environment import fingerprint
 from memfit.store.exchange.run_record import RUN, RunRecord, add_run, parse_run_record
 from memfit.techniques.plan_file import plan_text
 from memfit.types import serialization
@@ -193,9 +194,10 @@ def make_trials(
     refs = [dataclasses.replace(job, size=size) for size in sizes] or [job]
     for ref in refs:
         load(ref)
+    wheres = {placement.kind: _where(placement) for placement in placements}
     trials = tuple(
         SweepTrial(
-            trial_id=_trial_id(ref, plan, seed, placement, settings),
+            trial_id=_trial_id(ref, plan, seed, wheres[placement.kind], settings),
             job=ref,
             plan=plan,
             plan_name=name,
@@ -223,7 +225,7 @@ def prepared_trial(prepared: PreparedRun, placement: Placement) -> SweepTrial:
     prepared = dataclasses.replace(prepared, spec=dataclasses.replace(prepared.spec, source_digest=source))
     spec = prepared.spec
     return SweepTrial(
-        trial_id=_digest({"spec": serialization.to_plain(spec), "kind": placement.kind}),
+        trial_id=_digest(_where(placement), {"spec": serialization.to_plain(spec)}),
         job=spec.job,
         plan=spec.plan,
         plan_name=spec.name,
@@ -233,24 +235,32 @@ def prepared_trial(prepared: PreparedRun, placement: Placement) -> SweepTrial:
     )
 
 
-def _trial_id(job: JobRef, plan: Plan, seed: int, placement: Placement, settings: RunSettings) -> str:
+def _trial_id(job: JobRef, plan: Plan, seed: int, where: Mapping[str, str], settings: RunSettings) -> str:
     facts = {
         "job": serialization.to_plain(job),
         "source": source_digest(job.spec),
         "plan": plan.to_dict(),
         "ranks": plan.ranks,
         "seed": seed,
-        "kind": placement.kind,
         "engine": settings.engine,
         "cap_bytes": settings.cap_bytes,
         "threads": settings.threads,
         "on": settings.on,
     }
-    return _digest(facts)
+    return _digest(where, facts)
 
 
-def _digest(facts: Mapping[str, Any]) -> str:
-    return f"trial-{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]}"
+def _where(placement: Placement) -> Mapping[str, str]:
+    """Return what of the place decides on a result: its kind, the versions of what trains, and for local
+    trials the name of this machine's device."""
+    environment = fingerprint()
+    facts = {name: environment[name] for name in ("memfit", "torch")} | {"kind": placement.kind}
+    return facts | ({"device": device_name(environment)} if placement.executor == "local" else {})
+
+
+def _digest(where: Mapping[str, str], facts: Mapping[str, Any]) -> str:
+    text = json.dumps({**facts, **where}, sort_keys=True)
+    return f"trial-{hashlib.sha256(text.encode()).hexdigest()[:20]}"
 
 
 _Group = tuple[str, str | None, str]
