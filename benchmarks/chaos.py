@@ -1,6 +1,6 @@
 """Ranks of `memfit run` that are killed and stopped at random: does the run recover, with the same losses?
 
-    python benchmarks/chaos.py [--rounds N] [--minutes M] [--only TEXT] [kills hangs]
+    python benchmarks/chaos.py [--rounds N] [--minutes M] [--only TEXT] [--kills N] [kills hangs]
     python benchmarks/chaos.py soak [--minutes 30]
 
 The protocol was committed before the first run. This is its second version. In the first, five kills came in
@@ -20,7 +20,8 @@ on two gloo ranks, through `workflows.single_run.run_spec`, which `memfit run` c
   first step. A kill that finds the run ended does not count; the counts say how many there were. Seeds: the
   round's number. A run is recovered if it completes, with as many restarts as kills, each named with the
   killed rank and SIGKILL. Its losses must be those of an undisturbed run of the same kind, which is trained
-  once, bit by bit; if they are not, the largest relative difference is recorded.
+  once, bit by bit; if they are not, the largest relative difference is recorded. With `--kills 1`, a run has
+  one kill, after a first step, so that a run is short; the table has the number of kills.
 - hangs: in a round, DDP, FSDP2 and ZeRO 3 in turn are trained for 12 steps of 1 s with a checkpoint every 2
   steps. A random rank gets SIGSTOP at a random instant of the 3 s after the third step. The time until that
   rank alone is named must be below three times the median step before. The run ends ranks that stall for 8 s;
@@ -432,8 +433,8 @@ def soak(minutes: float, seed: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def measure(names: list[str], rounds: int, end_s: float, only: str = "") -> None:
-    """Make ``rounds`` rounds, of kills only for kinds whose name contains ``only``."""
+def measure(names: list[str], rounds: int, end_s: float, only: str = "", kills: int = KILLS) -> None:
+    """Make ``rounds`` rounds, of kills only for kinds whose name contains ``only``, ``kills`` in a run."""
     undisturbed: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as top:
         for seed in range(10, 10 + rounds):
@@ -446,7 +447,8 @@ def measure(names: list[str], rounds: int, end_s: float, only: str = "") -> None
                 if kind not in undisturbed:
                     spec = spec_of(kind, Path(top) / f"{kind}-whole", steps=STEPS, step_s=STEP_S, every=EVERY)
                     undisturbed[kind] = list(train(spec)["measured"].losses)
-                keep("kill", kill_round(kind, seed, Path(top) / f"{kind}-{seed}", undisturbed[kind]))
+                folder = Path(top) / f"{kind}-{seed}"
+                keep("kill", kill_round(kind, seed, folder, undisturbed[kind], kills))
 
 
 def keep(measurement: str, row: dict[str, Any]) -> None:
@@ -559,6 +561,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=["kills", "hangs"])
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--minutes", type=float)
+    parser.add_argument("--kills", type=int, default=KILLS, help="in a run")
     parser.add_argument("--only", default="", help="kills only for kinds whose name contains this")
     parser.add_argument("--page", action="store_true", help="write the page from the records only")
     arguments = parser.parse_args()
@@ -570,7 +573,7 @@ def main() -> None:
             keep("soak", soak(arguments.minutes or 30.0, SOAK_SEED, Path(top) / "soak"))
     arguments.minutes = arguments.minutes or 600.0
     end_s = time.monotonic() + 60 * arguments.minutes
-    measure(arguments.names, arguments.rounds, end_s, arguments.only)
+    measure(arguments.names, arguments.rounds, end_s, arguments.only, arguments.kills)
     PAGE.write_text(page(), encoding="utf-8")
 
 
