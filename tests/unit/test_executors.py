@@ -164,6 +164,33 @@ def test_a_wrong_executor_is_refused_in_one_line(text: str, message: str) -> Non
     assert message in str(error.value)
 
 
+def test_slurm_itself_says_whether_a_trial_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that is preempted and requeued leaves submitit's result, but will start again."""
+    answer = tmp_path / "squeue.txt"
+    for name, text in (("srun", ""), ("squeue", f"[ -e {answer} ] && cat {answer}\n")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr("memfit.launch.executors.slurm._READ_EVERY_S", 0.0)
+    executor, trial = make_executor("slurm", {}, tmp_path / "own", device_count=1), task(tmp_path, "a", "")
+    states = []
+    for text in (None, "7_0 RUNNING", "7_0 PENDING", None, "7_0 OUT_OF_MEMORY", "8 RUNNING"):
+        answer.unlink(missing_ok=True)
+        if text is not None:
+            answer.write_text(f"{text}\n7_1 COMPLETED\n")
+        states.append(executor.status(trial, "7_0"))
+    assert [status.state for status in states] == [
+        TaskState.WAITING,  # Slurm has not answered yet
+        TaskState.RUNNING,
+        TaskState.WAITING,
+        TaskState.WAITING,  # it does not answer: as before
+        TaskState.ENDED,
+        TaskState.ENDED,  # it has forgotten the job
+    ]
+    assert "ran out of the memory of its job" in states[4].reason
+    assert "ran out of the memory of its job" in states[5].reason
+
+
 def test_settings_that_choose_a_device_are_part_of_what_a_trial_is() -> None:
     from memfit.launch.executors.slurm import SlurmExecutor
 

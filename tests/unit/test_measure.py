@@ -502,8 +502,11 @@ def test_out_of_memory_kills_in_the_group_of_this_process_are_counted(tmp_path: 
     (home / "memory.events.local").write_text("low 0\nmax 9\noom 1\noom_kill 1\n")
     (home.parent / "memory.events.local").write_text("oom_kill 7\n")
     assert cgroup.oom_kills_here(root=tmp_path, own=own) == 1
-    own.write_text("4:memory:/x\n")
+    own.write_text("4:memory:/x\n0::/\n")  # version 1
     assert cgroup.oom_kills_here(root=tmp_path, own=own) is None
+    (tmp_path / "memory" / "x").mkdir(parents=True)
+    (tmp_path / "memory" / "x" / "memory.oom_control").write_text("under_oom 0\noom_kill 2\n")
+    assert cgroup.oom_kills_here(root=tmp_path, own=own) == 2
 
 
 @pytest.mark.parametrize("why", ["root", "controller", "version 1", "top"])

@@ -84,11 +84,15 @@ class Group:
 
 def oom_kills_here(*, root: Path = _ROOT, own: Path = _OWN) -> int | None:
     """Return how many processes in this process's control group, without the groups below it, the kernel has
-    killed because memory ran out. Return None if the kernel does not count them: without control groups of
-    version 2, before Linux 5.2, and if this process is in the top group. ``root`` and ``own``: as in
-    `Group.of`."""
+    killed because memory ran out. Return None if the kernel does not count them: without control groups that
+    limit memory, of version 2 before Linux 5.2, of version 1 before Linux 4.13, and if this process is in the
+    top group. ``root`` and ``own``: as in `Group.of`."""
     with contextlib.suppress(OSError, StopIteration):
         return _oom_kills(_home(root, own) / "memory.events.local")
+    with contextlib.suppress(OSError, StopIteration):
+        lines = (line.split(":", 2) for line in own.read_text().splitlines())
+        path = next(path for _, controllers, path in lines if "memory" in controllers.split(","))
+        return _oom_kills(root / "memory" / path.lstrip("/") / "memory.oom_control")
     return None
 
 
