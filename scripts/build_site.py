@@ -35,7 +35,7 @@ from memfit.cli.app import COMMANDS, app
 from memfit.engines.registry import ENGINES
 from memfit.jobs.registry import describe
 from memfit.lint.check import CHECKS, explain
-from memfit.report.words import LANGUAGES, Words, load_words
+from memfit.report.words import JAPANESE, LANGUAGES, Words, load_words
 from memfit.techniques.registry import TECHNIQUES
 
 ROOT = Path(__file__).parents[1]
@@ -563,16 +563,21 @@ def plan_text(name: str) -> str:
 def lesson_page(file: Path, language: str) -> str:
     """Return a lesson as Markdown: the text cells of one language, and the code."""
     parts = []
-    for cell_head, body in re.findall(
-        r"^# %%(.*)\n((?:(?!# %%).*\n?)*)", file.read_text(encoding="utf-8"), re.MULTILINE
-    ):
-        if "[markdown]" not in cell_head:
+    for cell_text in re.split(r"^# %%", file.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
+        head, _, body = cell_text.partition("\n")
+        if "[markdown]" not in head:
             parts.append(f"```python\n{body.strip()}\n```")
-        elif f'lang="{language}"' in cell_head:
-            parts.append(
-                "\n".join(line.removeprefix("# ").removeprefix("#") for line in body.strip().splitlines())
-            )
+        elif f'lang="{language}"' in head:
+            parts.append(re.sub(r"(?m)^# ?", "", body.strip()))
     return "\n\n".join(parts) + "\n"
+
+
+def joined(text: str) -> str:
+    """Return a Japanese page without the line breaks inside sentences, which browsers show as spaces."""
+    character = JAPANESE.pattern
+    parts = re.split(r"(^```.*?^```)", text, flags=re.MULTILINE | re.DOTALL)
+    pattern = rf"(?<={character})\n *(?={character})"
+    return "".join(part if part.startswith("```") else re.sub(pattern, "", part) for part in parts)
 
 
 # -- the site ------------------------------------------------------------------------------------------------
@@ -602,6 +607,7 @@ def all_pages() -> dict[str, Pages]:
             pages[path] = across_languages(text, path, language, known)
     for file, (language, path) in places.items():
         sites[language][path] = relinked(file, places, known)
+    sites["ja"] = {path: joined(text) for path, text in sites["ja"].items()}
     faults = [fault for language, pages in sites.items() for fault in missing_pages(language, pages)]
     if faults:
         raise SiteError("\n".join(faults))

@@ -136,7 +136,7 @@ class Reader:
 
     def follow(self, guide: str) -> None:
         for language, body in blocks((GUIDES / guide).read_text(encoding="utf-8")):
-            if language in ("python", "toml", "yaml") and (name := re.match(r"# (\S+\.\w+)\n", body)):
+            if language in ("python", "toml", "yaml", "log") and (name := re.match(r"# (\S+\.\w+)\n", body)):
                 Path(name[1]).write_text(body, encoding="utf-8")
             elif language == "console":
                 for command, code, lines in steps(body):
@@ -163,6 +163,9 @@ class Reader:
     def run(self, command: str) -> tuple[int, str]:
         if command in self.proofs:
             return self.proofs[command]
+        if command.startswith("patch "):
+            done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+            return done.returncode, done.stdout + done.stderr
         line, _, target = command.partition(" > ")
         program, *arguments = shlex.split(line)
         assert program == "memfit"
@@ -204,6 +207,24 @@ def test_every_command_of_the_guides_exits_and_prints_as_shown(
         reader.follow(guide)
         in_sentences += reader.run_those_in_sentences(guide)
     assert in_sentences >= len(MADE) + len(MANAGERS)
+
+
+SITE = sorted(
+    p for p in (GUIDES.parent / "site").rglob("*.md") if "```console" in p.read_text(encoding="utf-8")
+)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(shutil.which("patch") is None, reason="needs the program patch")
+@pytest.mark.parametrize("page", SITE, ids=lambda p: f"{p.parts[-3]}-{p.parts[-2]}-{p.stem}")
+def test_every_command_of_a_page_of_the_site_exits_and_prints_as_shown(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.setenv("COLUMNS", "110")
+    Reader(capsys).follow(os.path.relpath(page, GUIDES))
 
 
 def test_the_guide_reader_finds_missing_output_and_parses_exit_codes() -> None:

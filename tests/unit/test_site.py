@@ -90,6 +90,21 @@ def test_docstrings_become_markdown() -> None:
     assert build_site.prose(text) == ("Do it:\n\n- one ``a < b``\n- two &lt;c&gt;\n\nUse it:\n\n    f(1 < 2)")
 
 
+def test_a_lesson_is_a_page_of_its_text_in_one_language_and_its_code(tmp_path: Path) -> None:
+    lesson = tmp_path / "09_a.py"
+    lesson.write_text(
+        '# %% [markdown] lang="en"\n# # 9. A\n#\n# Text.\n# %% [markdown] lang="ja"\n# # 9. あ\n'
+        "# %%\nx = 1  # one\n"
+    )
+    assert build_site.lesson_page(lesson, "en") == "# 9. A\n\nText.\n\n```python\nx = 1  # one\n```\n"
+    assert build_site.lesson_page(lesson, "ja") == "# 9. あ\n\n```python\nx = 1  # one\n```\n"
+
+
+def test_japanese_sentences_have_no_spaces_where_a_line_ends() -> None:
+    text = "文の途中で\n改行する。\n\n- 項目\n  の続き\n- GPU\n```\nあ\nい\n```\n"
+    assert build_site.joined(text) == "文の途中で改行する。\n\n- 項目の続き\n- GPU\n```\nあ\nい\n```\n"
+
+
 def test_lint_explains_a_rule_with_the_text_of_its_page(
     sites: dict[str, build_site.Pages], capsys: pytest.CaptureFixture[str]
 ) -> None:
