@@ -4,8 +4,7 @@ Written by hand are the pages of docs/ and docs/site/. Everything that the code 
 of techniques, engines, lint rules, jobs, integrations, commands and functions. The build fails if something
 public has no docstring, if a text is missing in a language, or if a link or an anchor has no target.
 
-Folders of static pages that another script has put into the output (calculator/, gallery/) are kept and get
-an entry in the navigation.
+The calculator and the gallery, pages of their own (scripts/memory_pages.py), are put into it.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import memory_pages
 import yaml
 
 from memfit.catalog.load import engine_facts
@@ -641,7 +641,7 @@ def missing_pages(language: str, pages: Pages) -> Iterator[str]:
                 yield f"{language}/{here}: no such page: {target}"
 
 
-def navigation(language: str, pages: Pages, out: Path) -> list[Any]:
+def navigation(language: str, pages: Pages) -> list[Any]:
     """Return the navigation: headings, and under them the pages in the order of the site."""
     titles = TEXTS[language]["nav"]
 
@@ -678,15 +678,11 @@ def navigation(language: str, pages: Pages, out: Path) -> list[Any]:
         ("evidence", ["manual/evidence.md", *of("evidence")] if language == "en" else []),
         ("project", [*of("project"), {titles["decisions"]: of("decisions")}] if language == "en" else []),
     ]
-    static = [
-        {titles[n]: f"https://static.memfit.invalid/{n}/index.html"}
-        for n in STATIC
-        if (out / n / "index.html").is_file()
-    ]
+    static = [{titles[n]: f"https://static.memfit.invalid/{n}/index.html"} for n in STATIC]
     return [{titles[name]: entries} for name, entries in menu if entries] + static
 
 
-def write_sources(folder: Path, out: Path) -> dict[str, Path]:
+def write_sources(folder: Path) -> dict[str, Path]:
     """Write pages, images and a configuration for each language to ``folder``; return the configurations."""
     configurations = {}
     shutil.rmtree(folder, ignore_errors=True)
@@ -703,7 +699,7 @@ def write_sources(folder: Path, out: Path) -> dict[str, Path]:
             "site_description": TEXTS[language]["description"],
             "docs_dir": "docs",
             "site_dir": "built",
-            "nav": navigation(language, pages, out),
+            "nav": navigation(language, pages),
             "extra": {
                 "generator": False,
                 "alternate": [
@@ -725,9 +721,14 @@ def write_sources(folder: Path, out: Path) -> dict[str, Path]:
 
 
 def build(out: Path) -> None:
-    """Build the site in ``out``. Raises SiteError for whatever is wrong with it."""
+    """Build the site in ``out``, in place of an earlier one. Raises SiteError for whatever is wrong with it,
+    and if the folder has something other than a site."""
+    if out.is_dir() and not (out / "llms.txt").is_file() and {p.name for p in out.iterdir()} - {*STATIC}:
+        raise SiteError(f"{out} is no earlier site: give an empty folder or a new one")
+    shutil.rmtree(out, ignore_errors=True)
+    memory_pages.build(out)
     folder = ROOT / "build" / "site-sources"
-    for language, configuration in write_sources(folder, out).items():
+    for language, configuration in write_sources(folder).items():
         run = subprocess.run(
             [
                 sys.executable,
@@ -747,9 +748,6 @@ def build(out: Path) -> None:
         if run.returncode:
             raise SiteError(f"zensical ({language}):\n{run.stdout}{run.stderr}")
         target = out if language == "en" else out / language
-        for old in out.glob("*") if language == "en" else ():
-            if old.name not in STATIC:
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
         shutil.copytree(configuration.parent / "built", target, dirs_exist_ok=True)
     for file in out.rglob("*.html"):
         if file.relative_to(out).parts[0] not in STATIC:

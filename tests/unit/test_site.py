@@ -85,6 +85,13 @@ def test_the_built_site_is_searched_for_dead_links_and_anchors(tmp_path: Path) -
     ]
 
 
+def test_a_folder_with_other_files_is_not_replaced_by_the_site(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(build_site.SiteError, match="is no earlier site"):
+        build_site.build(tmp_path)
+    assert (tmp_path / "thesis.txt").is_file()
+
+
 def test_docstrings_become_markdown() -> None:
     text = "Do it:\n- one ``a < b``\n- two <c>\n\nUse it::\n\n    f(1 < 2)\n"
     assert build_site.prose(text) == ("Do it:\n\n- one ``a < b``\n- two &lt;c&gt;\n\nUse it:\n\n    f(1 < 2)")
