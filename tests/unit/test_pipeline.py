@@ -21,7 +21,7 @@ from memfit.techniques.registry import TECHNIQUES, make_use
 from memfit.types import serialization
 from memfit.types.errors import NothingFits, UserError
 from memfit.types.job import JobRef
-from memfit.types.launch import LaunchConfig, RunSpec
+from memfit.types.launch import RECORD_BYTES_PER_STEP, LaunchConfig, RunSpec
 from memfit.types.machine import Calibration
 from memfit.types.plan import Accuracy, Plan, use
 from memfit.types.result import Measurement, OutcomeKind, Poc, Run, VerdictKind
@@ -249,7 +249,8 @@ def test_a_single_run_has_its_prediction_and_if_capped_a_cap_slightly_above_it(
     assert (spec.seed, spec.steps, spec.plan) == (3, 40, Plan())
     assert found.predicted_peak_bytes is not None
     if capped:
-        assert spec.cap_bytes == int(found.predicted_peak_bytes * 1.05) + 2 * MIB
+        needed_bytes = int(found.predicted_peak_bytes * 1.05) + 2 * MIB
+        assert spec.cap_bytes == needed_bytes + RECORD_BYTES_PER_STEP * spec.steps
     else:
         assert spec.cap_bytes is None
     assert [t[1] for t in seen if t[0] == "run"] == [0, 0, 1]
