@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import statistics
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from published.score import Scored, Statistic
+from published.score import Answer, Scored, Statistic, statistic
 
 HEADER = f"{'id':32} {'quality':7} {'kind':10} {'measured':>9} {'predicted':>9} {'error':>7}  (GiB)"
 _LARGE, _LARGE_STEP = 0.03, 0.15
@@ -55,6 +57,7 @@ def held_out_in_words(found: Mapping[str, Any]) -> list[str]:
         f"constants {name}: median of sources {_percent(errors['median_of_sources'])}, "
         f"within 30 % {_percent(errors['within'])}"
         for key, name in _KINDS.items()
+        if key in found["summary"]
         for errors in [found["summary"][key]["times"][0]["predicted"]]
     ]
 
@@ -81,7 +84,7 @@ def _cell(text: str) -> str:
 def page(record: Mapping[str, Any]) -> str:
     """Caveats first, then targets and statistics, then every row with what explains a large error."""
     why = tomllib.loads((_FOLDER / "why.toml").read_text(encoding="utf-8"))
-    environment, rows = record["environment"], record["rows"]
+    environment = record["environment"]
     took = f"{record['took_s'] / 60:.0f} minutes, cores {environment['cores']}"
     made = f"torch {environment['torch']}, {record['created'][:10]}"
     lines = [
@@ -92,7 +95,8 @@ def page(record: Mapping[str, Any]) -> str:
         f"Command: `{record['command']}`, {took}, {made}.",
         "Generated from `benchmarks/records/published.jsonl`. Sizes in GiB.",
         "",
-        *_blind(rows),
+        *_carried(record),
+        *_blind(record, why["blind"]),
         "## Targets",
         "",
         *_targets(record),
@@ -103,18 +107,38 @@ def page(record: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _blind(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    found = [r for r in rows if r["blind"]]
-    lines = ["## Blind rows", ""]
+def _carried(record: Mapping[str, Any]) -> list[str]:
+    """Rows that were not predicted again, because they are read as they were before."""
+    if not (carried := record.get("carried")):
+        return []
+    names = ", ".join(f"`{name}`" for name in carried["ids"])
+    text = f"{len(carried['ids'])} rows have their predictions of {carried['created'][:10]}: they are read as"
+    return [f"{text} they were then, and there was no time to predict them again: {names}.", ""]
+
+
+def _blind(record: Mapping[str, Any], why: Mapping[str, str]) -> list[str]:
+    """Their first scores, whatever later code says."""
+    found = list(record["first_scores"].values())
+    lines = ["## Blind rows, as they were scored first", ""]
     if not found:
-        text = "None in this record: every row was seen before rules were written (PROTOCOL.md, 7)."
-        return [*lines, text, ""]
-    lines += ["| id | first scored by | memory | step |", "|---|---|--:|--:|"]
-    lines += [
-        f"| {r['id']} | {r['blind']} | {_signed(r['error'])} | {_signed(r.get('step_error'))} |"
-        for r in found
-    ]
+        return [*lines, "None: every row was seen before rules were written (PROTOCOL.md, 7).", ""]
+    sizes = [_answer(r, "error", "inside") for r in found if not r["rejected"] and r["measured"]]
+    steps = [_answer(r, "step_error", "step_inside") for r in found if r.get("speed_unit")]
+    rejected = sum(r["rejected"] for r in found)
+    kinds = [statistic("memory", sizes, rejected), statistic("step time", steps, rejected)]
+    lines += [*_statistics([dataclasses.asdict(s) for s in kinds]), "", why["text"].strip(), ""]
+    lines += ["| id | scored by | kind | measured | predicted | error | in interval | step | reason |"]
+    lines += ["|---|---|---|--:|--:|--:|---|--:|---|"]
+    for r in found:
+        numbers = f"{_size(r['measured'])} | {_size(r['predicted'])} | {_signed(r['error'])}"
+        inside = "-" if r["error"] is None else "yes" if r["inside"] else "no"
+        told = f"{_signed(r.get('step_error'))} | {_cell(r['reason'])}"
+        lines.append(f"| {r['id']} | {r['blind']} | {r['kind']} | {numbers} | {inside} | {told} |")
     return [*lines, ""]
+
+
+def _answer(row: Mapping[str, Any], error: str, inside: str) -> Answer:
+    return Answer(source=row["source"], error=row[error], inside=row[inside])
 
 
 _TABLE = [
@@ -150,7 +174,8 @@ def _targets(record: Mapping[str, Any]) -> list[str]:
         for side, _ in _LINES:
             value = found[side][key]
             good = value is not None and (low is None or value >= low) and (high is None or value <= high)
-            cells.append(f"{_percent(value)} | {'yes' if good else 'no'}")
+            shown = f"{value:.2f}" if key == "rank" and value is not None else _percent(value)
+            cells.append(f"{shown} | {'yes' if good else 'no'}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
 
     quality_a, reserved = sizes["allocated, quality A"], sizes["reserved and device below 94 % of the card"]
@@ -172,8 +197,8 @@ def _targets(record: Mapping[str, Any]) -> list[str]:
         add("step time, house left out: inside of the interval, 80 to 97 %", whole, "inside", 0.80, 0.97)
         ranks = {"predicted": _least(order["ranks"]), "all": _least(order["ranks_with_misses"])}
         add("step time, house left out: least rank correlation, at least 0.9", ranks, "rank", 0.9, None)
-        pairs = {"predicted": {"rank": order["pairs"]}, "all": {"rank": order["pairs_with_misses"]}}
-        add("step time, house left out: pairs in order, at least 90 %", pairs, "rank", 0.9, None)
+        pairs = {"predicted": {"share": order["pairs"]}, "all": {"share": order["pairs_with_misses"]}}
+        add("step time, house left out: pairs in order, at least 90 %", pairs, "share", 0.9, None)
     return lines
 
 
@@ -247,6 +272,8 @@ def _step_time(record: Mapping[str, Any], why: Mapping[str, Any]) -> list[str]:
     lines = ["", "# Step time", "", why["caveats"].strip(), ""]
     if held := record.get("held_out"):
         lines += ["## Without the row's own house", "", why["held_out"].strip(), ""]
+        if held["created"] != record["created"]:
+            lines += [f"Chosen on {held['created'][:10]}, from the rows and the code of that day.", ""]
         lines += _statistics(held["summary"]["left out"]["times"])
         lines += ["", *_kinds(held), "", *_choices(held), "", *_houses(rows, held)]
     lines += ["", "## With the constants in use", "", *_statistics(record["times"])]
@@ -259,7 +286,7 @@ def _kinds(held: Mapping[str, Any]) -> list[str]:
         "| constants | line | median of sources | within 30 % | worst | ranks | pairs, small sweeps |",
         "|---|---|--:|--:|--:|---|--:|",
     ]
-    for key, name in _KINDS.items():
+    for key, name in ((k, n) for k, n in _KINDS.items() if k in held["summary"]):
         order = held["summary"][key]["order"]
         for side, told in _LINES:
             e = held["summary"][key]["times"][0][side]
@@ -292,11 +319,15 @@ def _houses(rows: Sequence[Mapping[str, Any]], held: Mapping[str, Any]) -> list[
     lines = ["| house left out | rows | before | left out | used |", "|---|--:|--:|--:|--:|"]
     for name in held["families"]:
         own = [r for r in rows if r["house"] == name and r["id"] in held["rows"]]
-        cells = []
-        for key in ("before_s", "left_out_s", "step_s"):
-            errors = sorted(abs({**held["rows"][r["id"]], **r}[key] / r["measured_step_s"] - 1) for r in own)
-            cells.append(f"{(errors[len(errors) // 2] + errors[(len(errors) - 1) // 2]) / 2:.1%}")
-        lines.append(f"| {name} | {len(own)} | {' | '.join(cells)} |")
+        seconds = [
+            {**held["rows"][r["id"]], "used_s": r["step_s"], "true_s": r["measured_step_s"]} for r in own
+        ]
+        if own:
+            cells = [
+                f"{statistics.median(abs(s[key] / s['true_s'] - 1) for s in seconds):.1%}"
+                for key in ("before_s", "left_out_s", "used_s")
+            ]
+            lines.append(f"| {name} | {len(own)} | {' | '.join(cells)} |")
     return lines
 
 
@@ -334,7 +365,8 @@ def _steps(
         seconds = f"{r['measured_step_s']:.4g} s | {r['step_s']:.4g} s"
         error = _signed(r["step_error"])
         if held:
-            error = f"{held['rows'][r['id']]['left_out_s'] / r['measured_step_s'] - 1:+.1%} | {error}"
+            alone = held["rows"].get(r["id"])  # none: a row that the choice has not seen
+            error = f"{_signed(alone and alone['left_out_s'] / r['measured_step_s'] - 1)} | {error}"
         told = _explained(r["id"], why["rows"]) if abs(r["step_error"]) >= _LARGE_STEP else ""
         lines.append(
             f"| {r['id']} | {r['quality']} | {_UNITS[r['speed_unit']]} | {numbers} | {seconds} | {error} "

@@ -59,6 +59,7 @@ class Speed:
             "step_s": self.predicted_s,
             "measured_step_s": self.measured_s,
             "step_error": self.error,
+            "step_inside": self.inside,
             "speed_unit": self.unit,
             "measured_speed": self.value,
             "predicted_speed": self.predicted,

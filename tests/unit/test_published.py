@@ -290,6 +290,7 @@ def _record(rows: list[Scored]) -> dict[str, Any]:
         "times": [dataclasses.asdict(s) for s in times(rows)],
         "sweeps": [dataclasses.asdict(s) for s in sweeps(rows)],
         "order": dataclasses.asdict(order(sweeps(rows))),
+        "first_scores": {s.id: s.as_row() for s in rows if s.blind},
     }
 
 
@@ -314,6 +315,16 @@ def test_the_page_has_every_row_with_its_error_or_its_reason_and_both_lines() ->
     assert "| allocated, all | refused rows are misses | 4 | 1 | 25.0% | 25.0% | a miss |" in text
 
 
+def test_blind_rows_stand_first_with_their_first_scores() -> None:
+    """A later revision's score of the row is further down only."""
+    record = _record([_scored(0.25, id="new-1", blind="abc")])
+    record["rows"] = [_scored(0.01, id="new-1", blind="abc").as_row()]
+    text = page(record)
+    first, later = text.split("## Targets")
+    assert "| new-1 | abc | allocated | 0.00 | 0.00 | +25.0% | no |" in first
+    assert "+25.0%" not in later
+
+
 def test_a_target_that_a_miss_decides_is_not_reached() -> None:
     text = page(_record([_scored(0.01), _scored(None)]))
     target = next(line for line in text.splitlines() if "worst row at most 10 %" in line)
@@ -321,9 +332,19 @@ def test_a_target_that_a_miss_decides_is_not_reached() -> None:
     assert statistic("x", [], 0).predicted.median is None
 
 
+def test_the_page_is_made_of_the_last_record() -> None:
+    """A page that someone edited, or a record without its page, fails here."""
+    record = json.loads(
+        (_BENCHMARKS / "records" / "published.jsonl").read_text(encoding="utf-8").splitlines()[-1]
+    )
+    assert page(record) == (_BENCHMARKS / "published.md").read_text(encoding="utf-8")
+    known = {r["id"] for r in record["rows"]}
+    assert known <= {r["id"] for r in ROWS}
+
+
 def test_reasons_explain_and_hold_no_numbers_for_the_prediction() -> None:
     why = tomllib.loads((_BENCHMARKS / "published" / "why.toml").read_text(encoding="utf-8"))
-    assert set(why) == {"caveats", "rows", "time"}
+    assert set(why) == {"caveats", "rows", "time", "blind"}
     assert all(isinstance(text, str) for text in why["rows"].values())
     for source in (_BENCHMARKS / "published").glob("*.py"):
         if source.name != "page.py":
