@@ -60,8 +60,8 @@ def copy_of_repository(folder: Path) -> Path:
     return folder
 
 
-def run(command: str, root: Path) -> str:
-    """Run ``command`` in ``root`` and return "" or what went wrong in one line."""
+def run(command: str, root: Path) -> tuple[str, str]:
+    """Run ``command`` in ``root``. Return two lines: what went wrong, or "", and the last one it printed."""
     paths = os.pathsep.join(str(root / name) for name in ("src", "benchmarks"))
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -72,8 +72,9 @@ def run(command: str, root: Path) -> str:
         text=True,
         check=False,
     )
-    lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
-    return f"exit code {done.returncode}: {lines[-1] if lines else ''}" if done.returncode else ""
+    printed = done.stdout.strip().splitlines()[-1:]
+    errors = done.stderr.strip().splitlines()[-1:] or printed
+    return f"exit code {done.returncode}: {''.join(errors)}" if done.returncode else "", "".join(printed)
 
 
 def rendered(claim: Claim, root: Path) -> str:
@@ -81,7 +82,8 @@ def rendered(claim: Claim, root: Path) -> str:
     kept, else what is wrong."""
     if not claim.page.startswith("docs/"):  # of which only a part is written from records
         (root / claim.page).unlink()
-    if problem := run(claim.render, root):
+    problem, _ = run(claim.render, root)
+    if problem:
         return problem
     if not (root / claim.page).exists():
         return "the command did not write the page"
@@ -100,7 +102,8 @@ def measure(claims: Sequence[Claim], root: Path, *, quick: bool) -> Iterator[tup
     for claim in claims:
         if command := claim.quick if quick else claim.measure:
             start = time.monotonic()
-            yield f"{claim.id}: python {command}", run(command, root), time.monotonic() - start
+            problem, said = run(command, root)
+            yield f"{claim.id}: python {command}: {said[:200]}", problem, time.monotonic() - start
 
 
 def listed(claims: Sequence[Claim]) -> Iterator[str]:
