@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -57,6 +58,14 @@ def test_every_command_of_the_manual_has_help(command: str) -> None:
     )
     assert run.returncode == 0, run.stderr
     assert command in run.stdout
+
+
+@pytest.mark.parametrize(("typed", "completed"), [("memfit pla", "plan"), ("memfit plan --goa", "--goal")])
+def test_the_shell_completes_commands_and_options(typed: str, completed: str) -> None:
+    asked = {"COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" ")), "_MEMFIT_COMPLETE": "complete_bash"}
+    command = [sys.executable, "-m", "memfit"]
+    run = subprocess.run(command, env=os.environ | asked, capture_output=True, text=True, check=False)
+    assert run.stdout.split() == [completed]
 
 
 def options() -> list[tuple[str, str]]:
