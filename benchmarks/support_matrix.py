@@ -29,7 +29,7 @@ from typing import Any, Final
 ROOT: Final = Path(__file__).parents[1]
 RECORDS: Final = ROOT / "benchmarks" / "records" / "support_matrix.jsonl"
 PAGE: Final = ROOT / "benchmarks" / "support_matrix.md"
-PAIRS: Final = ("3.11:2.13.0", "3.11:2.6.0", "3.12:2.8.0", "3.13:2.6.0", "3.13:newest", "3.14:newest")
+PAIRS: Final = ("3.11:2.13.0", "3.11:newest", "3.12:2.14.1", "3.13:2.13.0", "3.13:newest", "3.14:newest")
 POC: Final = ("poc", "--steps", "6", "--seeds", "1", "--within", "10s")
 _IMPORTS: Final = """
 import importlib, pkgutil, memfit
