@@ -30,6 +30,8 @@ PAGES = (
     "jobs/alphafold2.html",
     "integrations/transformers.html",
     "report.html",
+    "lessons/01_bet_on_the_peak.html",
+    "lessons/decision-makers.html",
     "guides/scientist.html",
 )
 ENGLISH_PAGES = ("api/index.html", "commands/plan.html", "manual/estimate.html", "evidence/memory_truth.html")
