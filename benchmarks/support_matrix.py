@@ -34,7 +34,7 @@ POC: Final = ("poc", "--steps", "6", "--seeds", "1", "--within", "10s")
 _IMPORTS: Final = """
 import importlib, pkgutil, memfit
 for module in pkgutil.walk_packages(memfit.__path__, "memfit."):
-    if not module.name.endswith(("__main__", ".step", ".gpt")):  # steps of engines
+    if not module.name.endswith(("__main__", ".step", ".gpt", ".pytest_plugin")):  # steps of engines
         importlib.import_module(module.name)
 """
 _ESTIMATE: Final = """
