@@ -122,6 +122,21 @@ def test_a_pass_that_leaves_something_behind_runs_again(change: Callable[[Changi
     assert passes_run(changing(change))[0] >= 2
 
 
+def test_a_pass_whose_gradients_a_hook_keeps_until_the_next_one_runs_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def keeping() -> nn.Module:
+        model, kept = Changing(lambda model: None), dict[nn.Parameter, torch.Tensor | None]()
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda p: kept.update({p: p.grad}))
+        return model
+
+    job = dataclasses.replace(regression(), build_model=keeping)
+    found = trace(job, Plan(), device="cuda")
+    monkeypatch.setattr(PassReplay, "micro_step", lambda self, run, *arguments: run(*arguments))
+    assert canonical(found) == canonical(trace(job, Plan(), device="cuda"))
+
+
 def test_a_pass_on_a_batch_of_another_layout_runs() -> None:
     job = regression()
     growing = dataclasses.replace(

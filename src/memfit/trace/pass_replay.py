@@ -56,6 +56,10 @@ class _Pass:
     share: float
     shares: tuple[int, ...]
 
+    def has_gradients(self) -> bool:
+        """Return whether a gradient that the pass made is still alive."""
+        return any(self.lives[r.index].end is None for r in self.results if r.param is not None)
+
 
 class PassReplay:
     """Runs the micro-batches of a traced step, each as one that ran before if that is equal."""
@@ -71,7 +75,8 @@ class PassReplay:
         the same parameters had gradients, and its pass left nothing behind but the loss
         and gradients, each in a storage of its own; ran without collectives and read no values; and changed
         no number, text, switch or length of a container of a module, nor the state of Python's or numpy's
-        random numbers."""
+        random numbers. Gradients of that pass that are still alive are kept by something, such as a hook,
+        that only another run would show."""
         layout = _layouts(micro_batch.batch)
         if layout is None:
             return run(micro_batch, mark)
@@ -80,7 +85,7 @@ class PassReplay:
         if key not in self._kept:
             return self._run(key, run, micro_batch, mark)
         kept = self._kept[key]
-        if kept is None or not (kept.shares or kept.share == micro_batch.share):
+        if kept is None or not (kept.shares or kept.share == micro_batch.share) or kept.has_gradients():
             return run(micro_batch, mark)
         return self._repeat(kept, micro_batch.share, mark)
 
