@@ -267,6 +267,21 @@ def test_assumed_values_are_reported_in_the_explanation() -> None:
     assert f"Assumed: {found.estimate.assumptions[0]}" in found.explain()
 
 
+def test_autocast_for_the_target_device_counts_on_a_machine_without_it() -> None:
+    model, batch = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4))), torch.randn(256, 64)
+
+    def peak_bytes(device: str) -> float:
+        def loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast(device, dtype=torch.bfloat16):
+                assert torch.is_autocast_enabled(device)
+                return model(x).float().square().mean()
+
+        predicted = memfit.estimate(model, batch, loss=loss, optimizer="sgd", machine="H100-SXM")
+        return float(predicted.allocated_bytes.value)
+
+    assert peak_bytes("cuda") == peak_bytes("cpu")
+
+
 def test_html_escapes_the_name_of_the_job() -> None:
     assert "<script>" not in memfit.estimate(job(name="<script>"))._repr_html_()
 

@@ -21,13 +21,10 @@ BUILTIN = None  # functions of C++ have no signature to compare
 # file that patches -> function -> its parameters
 PATCHED: dict[str, dict[str, str | None]] = {
     "capture/device_redirect.py": {
-        "torch.amp.autocast_mode.autocast.__init__": "self device_type dtype enabled cache_enabled",
         "torch.amp.GradScaler.__init__": (
             "self device init_scale growth_factor backoff_factor growth_interval enabled"
         ),
         "torch.load": "f map_location pickle_module weights_only mmap pickle_load_args",
-        "torch.is_autocast_enabled": BUILTIN,
-        "torch.get_autocast_dtype": BUILTIN,
         "torch.nn.DataParallel.forward": "self inputs kwargs",
         "torch.optim.optimizer._default_to_fused_or_foreach": "params differentiable use_fused",
         "torch.optim.Optimizer._accelerator_graph_capture_health_check": "self",
@@ -132,7 +129,12 @@ PATCHED: dict[str, dict[str, str | None]] = {
         "torch.Tensor.cumprod": BUILTIN,
         "torch.nn.functional.linear": BUILTIN,
     },
-    "trace/device_kernels.py": {"torch.autograd._engine_run_backward": "t_outputs args kwargs"},
+    "trace/device_kernels.py": {
+        "torch.amp.autocast_mode.autocast.__init__": "self device_type dtype enabled cache_enabled",
+        "torch.is_autocast_enabled": BUILTIN,
+        "torch.get_autocast_dtype": BUILTIN,
+        "torch.autograd._engine_run_backward": "t_outputs args kwargs",
+    },
     "trace/fake_copy.py": {
         "torch.jit.load": "f map_location _extra_files _restore_shapes",
         "torch.jit.save": "m f _extra_files",

@@ -22,6 +22,7 @@ from torch.utils._device import DeviceContext
 
 from memfit.capture.script_trace import NOWHERE, ScriptTrace
 from memfit.capture.tensors import is_real
+from memfit.trace.device_kernels import autocast_on_host
 from memfit.types.device_kind import CUDA, HOST
 from memfit.types.machine import Machine
 from memfit.types.trace import Category
@@ -237,14 +238,7 @@ def device_patches(trace: ScriptTrace, machine: Machine) -> Iterator[DeviceRedir
 
 def _device_arguments(redirect: DeviceRedirect) -> list[tuple[Any, str, Any]]:
     """Return patches (owner, name, replacement) of functions that take a device and no tensors."""
-    autocast_init, load = torch.amp.autocast_mode.autocast.__init__, torch.load
-
-    @functools.wraps(autocast_init)
-    def init(self: Any, device_type: str, dtype: Any = None, *args: Any, **kwargs: Any) -> None:
-        if redirect.names_accelerator(device_type):
-            dtype = dtype or torch.get_autocast_dtype(device_type)
-            device_type = HOST
-        autocast_init(self, device_type, dtype, *args, **kwargs)
+    load = torch.load
 
     @functools.wraps(load)
     def load_here(*args: Any, **kwargs: Any) -> Any:
@@ -258,9 +252,6 @@ def _device_arguments(redirect: DeviceRedirect) -> list[tuple[Any, str, Any]]:
             redirect.names_accelerator(device)
             return super().__new__(cls, device=HOST)  # type: ignore[call-arg]
 
-    def of_host(inner: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda device=CUDA, *rest: inner(HOST if redirect.names_accelerator(device) else device, *rest)
-
     scaler_init = torch.amp.GradScaler.__init__
 
     @functools.wraps(scaler_init)
@@ -269,12 +260,10 @@ def _device_arguments(redirect: DeviceRedirect) -> list[tuple[Any, str, Any]]:
         scaler_init(self, HOST, *args, **kwargs)
 
     return [
-        (torch.amp.autocast_mode.autocast, "__init__", init),
+        *autocast_on_host(redirect.names_accelerator),
         (torch, "load", load_here),
         (torch, "set_default_device", functools.partial(_set_default_device, torch.set_default_device)),
         (torch, "Generator", Generator),
-        (torch, "is_autocast_enabled", of_host(torch.is_autocast_enabled)),
-        (torch, "get_autocast_dtype", of_host(torch.get_autocast_dtype)),
         (torch.amp.GradScaler, "__init__", scaler),
     ]
 

@@ -32,7 +32,7 @@ from torch.overrides import TorchFunctionMode
 from memfit.techniques.synthetic_kernel import kernel, read_bytes
 from memfit.trace.autograd_patches import plain_formulas
 from memfit.trace.evoformer_kernel import trace_evoformer_attention
-from memfit.types.device_kind import CUDA, DeviceKind, device_kind
+from memfit.types.device_kind import CUDA, HOST, DeviceKind, device_kind
 
 _HALF = (torch.float16, torch.bfloat16)
 _LSTM_MODE = 2  # among torch's recurrent networks
@@ -67,9 +67,10 @@ class DeviceKernelMode(TorchFunctionMode):
 @contextlib.contextmanager
 def use_device_kernels(device: str) -> Iterator[None]:
     """Inside this context, patch the derivatives that differ for fake tensors (`plain_formulas`) and, unless
-    ``device`` is "cpu", use `DeviceKernelMode` in forward and in what backward recomputes. Torch disables
-    function modes before its autograd engine runs, so the mode is entered again there. For "cuda", also
-    replace the kernels of DeepSpeed's attention for Evoformers (`trace_evoformer_attention`)."""
+    ``device`` is "cpu", use `DeviceKernelMode` in forward and in what backward recomputes, and let autocast
+    that the model enters for the device (`autocast_on_host`) be that of the host. Torch disables function
+    modes before its autograd engine runs, so the mode is entered again there. For "cuda", also replace the
+    kernels of DeepSpeed's attention for Evoformers (`trace_evoformer_attention`)."""
     if (kind := device_kind(device)).is_host:
         with plain_formulas():
             yield
@@ -83,8 +84,35 @@ def use_device_kernels(device: str) -> Iterator[None]:
 
     evoformer = trace_evoformer_attention() if kind.name == CUDA else contextlib.nullcontext()
     patch = mock.patch.object(torch.autograd, "_engine_run_backward", run_in_mode)
-    with plain_formulas(), mode, evoformer, patch:
+    with contextlib.ExitStack() as stack:
+        for owner, name, replacement in autocast_on_host(lambda d: torch.device(d).type == kind.name):
+            stack.enter_context(mock.patch.object(owner, name, replacement))
+        for context in (plain_formulas(), mode, evoformer, patch):
+            stack.enter_context(context)
         yield
+
+
+def autocast_on_host(names_device: Callable[[Any], bool]) -> list[tuple[Any, str, Any]]:
+    """Return patches (owner, name, replacement) by which autocast for a device that ``names_device`` accepts
+    is autocast of the host, with the device's default dtype. Without them torch disables autocast for a
+    device that this machine lacks."""
+    autocast_init = torch.amp.autocast_mode.autocast.__init__
+
+    @functools.wraps(autocast_init)
+    def init(self: Any, device_type: str, dtype: Any = None, *args: Any, **kwargs: Any) -> None:
+        if names_device(device_type):
+            dtype = dtype or torch.get_autocast_dtype(device_type)
+            device_type = HOST
+        autocast_init(self, device_type, dtype, *args, **kwargs)
+
+    def of_host(inner: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda device=CUDA, *rest: inner(HOST if names_device(device) else device, *rest)
+
+    return [
+        (torch.amp.autocast_mode.autocast, "__init__", init),
+        (torch, "is_autocast_enabled", of_host(torch.is_autocast_enabled)),
+        (torch, "get_autocast_dtype", of_host(torch.get_autocast_dtype)),
+    ]
 
 
 def _attention(
