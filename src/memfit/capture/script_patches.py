@@ -29,6 +29,10 @@ from memfit.model.batch_objects import batch_tensors
 
 _NOT_FINITE = frozenset({torch.isnan, torch.isinf, torch.Tensor.isnan, torch.Tensor.isinf})
 _FINITE = frozenset({torch.isfinite, torch.Tensor.isfinite})
+_SHAPING = frozenset(
+    getattr(torch.Tensor, name)
+    for name in ("__getitem__", "contiguous", "flatten", "long", "reshape", "squeeze", "to", "view")
+) | {torch.flatten, torch.reshape, torch.squeeze}
 _COMPARISONS = frozenset(
     getattr(owner, f"{around}{name}{around}")
     for owner, around in ((torch, ""), (torch.Tensor, ""), (torch.Tensor, "__"))
@@ -91,6 +95,8 @@ class LoopFunctions(torch.overrides.TorchFunctionMode):
         is_noted = self.trace.begun and not self.trace.inside and not self.trace.calls.done
         if is_noted and has_fakes((args, kwargs)) and batch_tensors(out):
             self.trace.calls.note_call(func, args, kwargs or {}, out)
+        elif is_noted and func in _SHAPING and isinstance(out, torch.Tensor):
+            self.trace.calls.note_reshape(func, args, kwargs or {}, out)
         return out
 
 

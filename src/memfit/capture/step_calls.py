@@ -23,6 +23,7 @@ from memfit.inputs import optimizer_of
 from memfit.jobs.training_step import batch_length, repeat
 from memfit.jobs.user_job import guard_job
 from memfit.model.batch_objects import batch_tensors, map_batch
+from memfit.techniques.deferred_logits import LazyLogits
 from memfit.trace.fake_copy import FakeCopies
 from memfit.types.errors import UserError
 from memfit.types.job import Job
@@ -79,12 +80,19 @@ class StepCalls:
         self._made: WeakIdKeyDictionary = WeakIdKeyDictionary()  # fake tensor -> _Made
         self._items: WeakIdKeyDictionary = WeakIdKeyDictionary()  # real tensor or object -> _Item
         self._copies: WeakIdKeyDictionary = WeakIdKeyDictionary()  # copy on the device -> real tensor
+        self._reshaped: WeakIdKeyDictionary = WeakIdKeyDictionary()  # real tensor -> (function, args, kwargs)
         self._loss: Any = None
 
     def note_copy(self, copied: torch.Tensor, real: torch.Tensor) -> None:
         """Note that ``copied``, on the target device, has the values of the script's tensor ``real``."""
         if not self.done:
             self._copies[copied] = self._item(real)
+
+    def note_reshape(self, function: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Note that the loop made the real tensor ``out`` of another, whose rows are samples, so that it is
+        made again of a part of the batch."""
+        if not self.done and out is not args[0]:
+            self._reshaped[out] = function, args, kwargs
 
     def note_call(self, function: Any, args: Any, kwargs: Any, out: Any, *, model: Any = None) -> None:
         """Record a call that returned ``out``. ``model``: the module, if it has trainable parameters."""
@@ -123,6 +131,12 @@ class StepCalls:
             for known in (self._made, self._copies, self._items):
                 if (found := known.get(value)) is not None:
                     return found
+            if (shaping := self._reshaped.get(value)) is not None:
+                function, *arguments = shaping
+                call = _Call(function, _pytree.tree_map(self._stand_in, tuple(arguments)), None, True)
+                self._made[value] = _Made(len(self._calls), 0)
+                self._calls.append(call)
+                return self._made[value]
             if is_real(value):
                 return self._item(value)
             if (name := self._parameter_name(value)) is not None:
@@ -190,11 +204,30 @@ class StepCalls:
 
         for call in self._calls:
             args, kwargs = _pytree.tree_map(value_of, call.arguments)
-            function = model if call.function is None else call.function
+            function = model if call.function is None else _of_deferred(call.function, args)
             with call_context(call.autocast, has_grad=call.has_grad):
-                results.append(batch_tensors(function(*args, **kwargs)))
+                results.append(_results(function(*args, **kwargs)))
         loss: torch.Tensor = results[self._loss.call][self._loss.index]
         return loss if loss.numel() == 1 else loss.sum()
+
+
+def _results(out: Any) -> list[Any]:
+    """Return the tensors of ``out`` as `batch_tensors` does, but deferred logits as they are."""
+    leaves = [[v] if isinstance(v, LazyLogits) else batch_tensors(v) for v in _pytree.tree_leaves(out)]
+    return [tensor for tensors in leaves for tensor in tensors]
+
+
+def _of_deferred(function: Any, args: tuple[Any, ...]) -> Any:
+    """Return the function, or, for a method or property of tensors that is called on deferred logits, a
+    function that uses theirs."""
+    name = getattr(function, "__name__", "")
+    if not args or not isinstance(args[0], LazyLogits):
+        return function
+    if name == "__get__":
+        return lambda logits: getattr(logits, function.__self__.__name__)
+    if getattr(torch.Tensor, name, None) is function:
+        return lambda logits, *rest, **kwargs: getattr(logits, name)(*rest, **kwargs)
+    return function
 
 
 _HINT = "write the step as a job (docs/guides/scientist.md), or use memfit.apply in the loop"
