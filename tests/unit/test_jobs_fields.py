@@ -358,3 +358,10 @@ def test_a_model_of_unequal_blocks_has_no_repeated_block_and_still_gets_a_sketch
     assert repeated(fake_model(job), job) is None
     pricer = Pricer(job=job, machine=this_machine("world"), space=space_of(job, "cpu"))
     assert pricer.sketch(Plan()).allocated_bytes.value > 0
+
+
+@pytest.mark.parametrize("crop", [4, 192])
+def test_crops_that_the_volume_or_the_network_cannot_have_are_refused_in_one_line(crop: int) -> None:
+    pytest.importorskip("nilearn", reason="not installed: nilearn")
+    with pytest.raises(UserError, match=r"crops of .*; allowed: multiples of 4 from 8 to 188"):
+        registry.load(JobRef(spec="segmentation3d", dimensions={"crop": crop}))

@@ -64,11 +64,17 @@ class Head:
 def make(options: BuiltInOptions) -> Job:
     """Return the job at one of SIZES ("tiny", "paper") on the volume that comes with the package nilearn.
 
-    ``batch``: patches of a step. Raises UserError for any ``data`` or ``length``, and if nilearn is not
-    installed.
+    ``batch``: patches of a step. Raises UserError for any ``data`` or ``length``, for a crop larger than the
+    volume or so small that the deepest stage has a single voxel, and if nilearn is not installed.
     """
     options.refuse("data", "length", job=NAME, allowed="the volume of the package nilearn")
     shape, head = options.resize(_shape(options.size), _DIMENSIONS), read()
+    multiple, largest = 2 ** (len(shape.features) - 1), min(head.tissue.shape)
+    if not 2 * multiple <= shape.patch <= largest:
+        raise UserError(
+            f"{NAME} cannot be trained on crops of {shape.patch} voxels",
+            allowed=f"multiples of {multiple} from {2 * multiple} to {largest // multiple * multiple}",
+        )
     return Job(
         name=NAME,
         title=TITLE,
@@ -81,7 +87,7 @@ def make(options: BuiltInOptions) -> Job:
         metric=metric(head),
         optimizer=OptimizerChoice(learning_rate=5e-3),
         batch_size=shape.batch_size,
-        dimensions=options.dimensions_of(shape, _DIMENSIONS, {"crop": 2 ** (len(shape.features) - 1)}),
+        dimensions=options.dimensions_of(shape, _DIMENSIONS, {"crop": multiple}),
         steps=100,
         # a quarter would need four techniques, and a PoC also runs the plan without each of them
         demonstration_ratio=0.5,
