@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
-from memfit.export.script_diff import ScriptDiff, script_diff
+from memfit.cli.estimate_script import _edit
+from memfit.export.script_diff import ScriptDiff, read_script, script_diff
 from memfit.export.source_edits import Source
 from memfit.techniques.plan_file import parse_plan
 from memfit.types.errors import UserError
+from memfit.types.plan import Plan
 
 PLAIN = '''"""Trains a small network."""
 
@@ -705,3 +707,9 @@ def test_the_command_prints_the_diff_and_writes_nothing(tmp_path: Path) -> None:
     assert run.stdout.startswith("--- train.py\n+++ train.py\n")
     assert "bf16-autocast" in run.stderr
     assert (tmp_path / "train.py").read_text() == PLAIN
+
+
+def test_a_script_for_which_plain_training_is_recommended_needs_no_edit(tmp_path: Path) -> None:
+    path = tmp_path / "train.py"
+    path.write_text("model(batch).sum().backward()\noptimizer.step()\n")
+    assert _edit(read_script(path), Plan(), 8) == ScriptDiff(diff="")

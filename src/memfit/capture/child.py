@@ -38,7 +38,7 @@ from memfit.techniques.base import Space
 from memfit.trace.tracer import fake_patches, recording_patches
 from memfit.types.errors import MemfitError, UserError, first_line
 from memfit.types.job import Job, JobRef
-from memfit.types.plan import Plan
+from memfit.types.plan import Bounds, Plan
 from memfit.types.result import Estimate
 from memfit.types.serialization import dumps, loads
 from memfit.types.trace import Category, Trace
@@ -48,6 +48,9 @@ _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 # Dispatch modes belong to a thread: what other threads send to a device would not be seen.
 _ONE_THREAD = {"HF_DEACTIVATE_ASYNC_LOAD": "1"}
 _THREAD_LIMIT_S = 10.0
+_SEARCH_S = 60.0  # time limit of a search for plans, as the default of --within
+# Its plan names operators by their order in the script's step, which an edit of the script changes.
+_NOT_FOR_SCRIPTS = ("optimal-checkpointing",)
 _ALIKE_RATIO = 1.02  # batches that differ by less are of one size
 _SPARSE_ERROR = 0.15  # of the peak of steps with sparse gradients: the largest of three scripts was 0.11
 _PACKAGE = str(Path(__file__).parents[1])
@@ -139,7 +142,13 @@ class _Session:
             (optimizer,) = trace.optimizers.values()
             job = trace.calls.job(name, optimizer, trace.accumulated, clip=trace.clip, workers=trace.workers)
             add_job(name, job)
-            request = Request(job=JobRef(spec=name), machine=self.machine, **_fields(wanted))
+            request = Request(
+                job=JobRef(spec=name),
+                machine=self.machine,
+                bounds=Bounds(without=_NOT_FOR_SCRIPTS),
+                within_s=_SEARCH_S,
+                **_fields(wanted),
+            )
             planning = search(request, lambda *progress: None)
         except MemfitError as error:
             _print_traceback(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -181,7 +182,10 @@ def _show(
     elif options.plans:
         console().print(Text(answer.no_plans, style="yellow"))
     if source is not None and recommended is not None:
-        print_edit(source, recommended.estimate.plan, answer.batch_size, {}, as_json=False)
+        if recommended.estimate.plan.uses:
+            print_edit(source, recommended.estimate.plan, answer.batch_size, {}, as_json=False)
+        else:
+            print(f"{source.path} needs no edit: plain training, as it is, is recommended.", file=sys.stderr)
 
 
 def _facts(answer: ScriptAnswer, machine: Machine, cap_bytes: int | None) -> ScriptFacts:
@@ -213,9 +217,12 @@ def _facts(answer: ScriptAnswer, machine: Machine, cap_bytes: int | None) -> Scr
 
 
 def _edit(source: Source, plan: Plan, batch_size: int) -> ScriptDiff:
-    """Return the edit of the script for the plan; without a diff, its reason says why there is none."""
+    """Return the edit of the script for the plan: none for plain training, which is the script as it is. If
+    the script cannot be edited, the reason says why."""
     from memfit.export.script_diff import ScriptDiff, script_diff
 
+    if not plan.uses:
+        return ScriptDiff(diff="")
     try:
         return script_diff(source, plan, batch_size=batch_size)
     except UserError as error:

@@ -11,5 +11,7 @@ from memfit.worker import calibrate, devices, train
 if __name__ == "__main__":
     if sys.argv[1] == "devices":
         devices.main()
+    elif sys.argv[1] == "calibrate":
+        calibrate.main(Path(sys.argv[2]))
     else:
-        {"run": train.main, "calibrate": calibrate.main}[sys.argv[1]](Path(sys.argv[2]))
+        sys.exit(train.main(Path(sys.argv[2])))

@@ -14,7 +14,6 @@ import importlib
 import math
 import signal
 import statistics
-import sys
 import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping
@@ -120,13 +119,15 @@ class _Gauge:
         reset_rss_peak()
 
 
-def main(path: Path) -> None:
+def main(path: Path) -> int:
     """Run the RunSpec in the JSON file ``path`` and report progress and the result as events on standard
     output. If the run raises a MemfitError, the result has the outcome failed and the error's text as reason.
     If this is a UserError, an event ``refused`` with its fields ``given``, ``allowed`` and ``hint`` comes
-    before. An error in reading the file, and other errors, are raised, without a result. After SIGTERM and a
-    save, the process exits with the status `RESUMABLE_EXIT`. If another launcher than memfit started it, it
-    exits with the status 1 after any other outcome than ok, as launchers and schedulers read nothing else."""
+    before. An error in reading the file, and other errors, are raised, without a result.
+
+    Return the status with which the process should exit: `RESUMABLE_EXIT` after SIGTERM and a save; 1 after
+    any other outcome than ok if another launcher than memfit started it, as launchers and schedulers read
+    nothing else; else 0."""
     spec = serialization.loads(RunSpec, path.read_text(), what="run specification")
     requests = SaveRequests() if spec.keep.save else None
     outcome = OutcomeKind.FAILED
@@ -138,9 +139,8 @@ def main(path: Path) -> None:
             tell("refused", given=error.given, allowed=error.allowed, hint=error.hint)
         tell("result", measurement=Measurement(outcome=OutcomeKind.FAILED, reason=str(error)))
     if requests is not None and requests.has_ended:
-        sys.exit(RESUMABLE_EXIT)
-    if outcome is not OutcomeKind.OK and not (path.parent / HEARTBEAT).exists():
-        sys.exit(1)
+        return RESUMABLE_EXIT
+    return int(outcome is not OutcomeKind.OK and not (path.parent / HEARTBEAT).exists())
 
 
 @contextlib.contextmanager
