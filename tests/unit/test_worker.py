@@ -305,7 +305,7 @@ def test_a_user_error_fails_the_run_with_its_reason(own: str, told: Any) -> None
     found, events = told(spec(own, "nothing"))
     assert found.outcome is OutcomeKind.FAILED
     assert "has no attribute 'nothing'" in found.reason
-    (refused,) = events
+    _, refused = events
     assert refused["event"] == "refused"
     assert f"{refused['given']}; allowed: {refused['allowed']}" == found.reason
 
