@@ -6,6 +6,7 @@ import fnmatch
 import gc
 import os
 import socket
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,18 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--long"):
         long = [item for item in items if _is_long(item)]
+        _check_quick_cases(items, long)
         config.hook.pytest_deselected(items=long)
         items[:] = [item for item in items if item not in set(long)]
+
+
+def _check_quick_cases(items: list[pytest.Item], long: list[pytest.Item]) -> None:
+    """Refuse a mark ``quick_cases`` whose patterns match no case, so that the test would never run."""
+    cases = Counter(item.nodeid.partition("[")[0] for item in items if item.get_closest_marker("quick_cases"))
+    left_out = Counter(item.nodeid.partition("[")[0] for item in long)
+    for name, count in cases.items():
+        if count > 1 and left_out[name] == count:
+            raise pytest.UsageError(f"no case of {name} matches its mark quick_cases")
 
 
 def _is_long(item: pytest.Item) -> bool:

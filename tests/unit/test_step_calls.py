@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import tiny
 import torch
@@ -38,3 +40,19 @@ def test_logits_and_labels_that_a_loop_flattens_may_be_chunked_and_split(shifted
         losses.append(step.run(job.make_batch(0, 0))[0].item())
         step.close()
     assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("function", "argument"),
+    [(torch.Tensor.__getitem__, 1), (torch.Tensor.squeeze, 0), (torch.Tensor.view, (2, 8, 4))],
+    ids=["a part", "without a dimension", "of other rows"],
+)
+def test_tensors_whose_rows_come_of_no_samples_are_items_of_the_batch(function: Any, argument: Any) -> None:
+    calls, model, whole = StepCalls(), torch.nn.Linear(4, 4), torch.zeros(1, 16, 4)
+    whole = whole.expand(2, 16, 4).contiguous() if function is torch.Tensor.__getitem__ else whole
+    whole = whole[0] if function is torch.Tensor.view else whole
+    part = function(whole, argument)
+    calls.note_reshape(function, (whole, argument), {}, part)
+    out = model(part)
+    calls.note_call(model, (part,), {}, out, model=model)
+    assert [tuple(t.shape) for t in calls.micro_batch] == [tuple(part.shape)]

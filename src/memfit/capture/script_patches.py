@@ -95,7 +95,7 @@ class LoopFunctions(torch.overrides.TorchFunctionMode):
         is_noted = self.trace.begun and not self.trace.inside and not self.trace.calls.done
         if is_noted and has_fakes((args, kwargs)) and batch_tensors(out):
             self.trace.calls.note_call(func, args, kwargs or {}, out)
-        elif is_noted and func in _SHAPING and isinstance(out, torch.Tensor):
+        elif is_noted and func in _SHAPING and is_real(out):
             self.trace.calls.note_reshape(func, args, kwargs or {}, out)
         return out
 

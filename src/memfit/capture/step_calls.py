@@ -89,9 +89,15 @@ class StepCalls:
             self._copies[copied] = self._item(real)
 
     def note_reshape(self, function: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """Note that the loop made the real tensor ``out`` of another, whose rows are samples, so that it is
-        made again of a part of the batch."""
-        if not self.done and out is not args[0]:
+        """Note that the loop made the real tensor ``out`` of ``args[0]``, so that it is made again of a part
+        of the batch. Only those are noted that keep the first dimension, or flatten it with the next
+        ones: the rows of others need not be samples."""
+        whole: Any = args[0] if args else None
+        if self.done or out is whole or not (is_real(whole) and whole.dim() and out.dim()):
+            return
+        rows = len(whole)
+        is_flattened = rows > 1 and out.numel() == whole.numel() and len(out) % rows == 0
+        if len(out) == rows or is_flattened:
             self._reshaped[out] = function, args, kwargs
 
     def note_call(self, function: Any, args: Any, kwargs: Any, out: Any, *, model: Any = None) -> None:

@@ -202,11 +202,11 @@ def _traced_in_time(
     needs = memory_cap(request, cap_bytes).needs
     fitting = sorted(filter(fits, sketches), key=lambda e: (score(e, request.goal), e.plan.fingerprint))
     smallest = sorted(sketches, key=lambda e: (needs(e), e.plan.fingerprint))
-    unsketched = set(all_plans) - {e.plan for e in sketches}
+    sketched = {e.plan for e in sketches}
     chosen = [e.plan for e in (*fitting[:1], *smallest[:1])]
     for wanted in _SAVING_MOST:
-        with_these = (p for p in unsketched if wanted <= {u.technique for u in p.uses})
-        chosen += sorted(with_these, key=lambda p: (complexity(p), all_plans.index(p)))[:1]
+        with_these = [p for p in all_plans if p not in sketched and wanted <= {u.technique for u in p.uses}]
+        chosen += sorted(with_these, key=complexity)[:1]
     for plan in chosen:
         if not any(map(fits, estimates.values())):
             with pricer.deadline.overtime():
