@@ -112,6 +112,8 @@ def autocast_on_host(names_device: Callable[[Any], bool]) -> list[tuple[Any, str
         (torch.amp.autocast_mode.autocast, "__init__", init),
         (torch, "is_autocast_enabled", of_host(torch.is_autocast_enabled)),
         (torch, "get_autocast_dtype", of_host(torch.get_autocast_dtype)),
+        # the deprecated name, which torchao calls; torch warns of it
+        (torch, "get_autocast_gpu_dtype", of_host(torch.get_autocast_dtype)),
     ]
 
 
