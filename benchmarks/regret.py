@@ -50,6 +50,8 @@ def main() -> None:
     options = _options()
     if options.draw:
         regret_drawn.commit_draw(options.draw, options.seed)
+    elif options.drawn and options.again:
+        regret_drawn.measure_again(options.drawn, options.seed)
     elif options.drawn:
         regret_drawn.measure_drawn(options.drawn, options.seed)
     else:
@@ -74,6 +76,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--page", action="store_true")
     parser.add_argument("--draw", type=int, metavar="N", help="write N drawn jobs, to be committed")
     parser.add_argument("--drawn", type=int, metavar="N", help="measure the N jobs of the committed draw")
+    parser.add_argument("--again", action="store_true", help="of the drawn jobs, those that were disturbed")
     parser.add_argument("--seed", type=int, default=23)
     return parser.parse_args()
 
