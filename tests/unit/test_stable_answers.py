@@ -428,6 +428,24 @@ def test_a_plan_whose_first_round_was_disturbed_is_recommended_all_the_same(
     assert found.result.recommended.estimate.plan == quickest
 
 
+def test_a_plan_predicted_fast_runs_again_though_its_only_run_was_slower_than_those_of_many(
+    searched: Planning,
+) -> None:
+    rivals = [
+        Plan(uses=(use("gradient-accumulation", micro_batches=n),)) for n in range(2, trials.SECOND + 3)
+    ]
+    disturbed, slow = Plan(), Plan(uses=(EIGHT_BIT,))
+    of_trials = trials._Trials(searched, quiet, budget_s=1.0)
+    of_trials.predicted = {disturbed: 0.9, slow: 1.4, **dict.fromkeys(rivals, 1.0)}
+    of_trials.times = {disturbed: [1.5], slow: [1.5], **{plan: [1.0] for plan in rivals}}
+    of_trials.rounds = {plan: [1] for plan in of_trials.times}
+    again = of_trials.contenders(trials.SECOND, 1.6)
+    assert again[0] == disturbed
+    assert slow not in again
+    of_trials.times[disturbed], of_trials.rounds[disturbed] = [1.5, 1.5], [1, 2]
+    assert disturbed not in of_trials.contenders(trials.SECOND, 1.6), "two runs agree that it is slow"
+
+
 def test_of_plans_that_run_as_quickly_the_simplest_is_taken_whatever_the_noise(
     searched: Planning, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -139,12 +139,21 @@ class _Trials:
         return sorted(sets.values(), key=self.ordered().index)[:count]
 
     def contenders(self, count: int, within: float) -> list[Plan]:
-        """Return the plans whose measured step takes at most ``within`` times as long as that of the fastest
-        plan, the fastest first, but no more than ``count``.
+        """Return the plans that should run again: those whose step takes at most ``within`` times as long as
+        that of the fastest plan, the fastest first, but no more than ``count``.
+
+        A single run may have been slowed by other work on the machine. A plan that ran once therefore counts
+        as the faster of its measured and its expected time: its predicted time multiplied by the median ratio
+        of measured over predicted times.
         """
         step_s = self.step_s()
         limit = min(step_s.values(), default=0.0) * within
-        return [p for p in self.ordered() if step_s[p] <= limit][:count]
+        ratios = [step_s[p] / predicted for p in step_s if (predicted := self.predicted[p])]
+        for plan, predicted_s in self.predicted.items():
+            if predicted_s and len(self.times.get(plan, ())) == 1:
+                step_s[plan] = min(step_s[plan], predicted_s * statistics.median(ratios))
+        again = [p for p in step_s if step_s[p] <= limit]
+        return sorted(again, key=lambda p: (step_s[p], p.fingerprint))[:count]
 
     def measured_ratios(self) -> list[tuple[Plan, float]]:
         """Return (plan, measured over predicted step time) for each plan that ran successfully and has a
