@@ -6,8 +6,8 @@
 Protocol, fixed in a commit before the first record:
 
 - A question is ``memfit plan JOB --json`` on this machine, each time in a fresh process without stored
-  predictions (``MEMFIT_CACHE=off``). The first process of a job finds no calibration of the machine, times what
-  it needs and stores that; the others read it, as a user's second question does.
+  predictions (``MEMFIT_CACHE=off``). The first process of a job finds no calibration of the machine, times
+  what it needs and stores that; the others read it, as a user's second question does.
 - Every second question runs beside a process that multiplies matrices with as many threads as there are
   processors.
 - Two answers are one if the recommended plan, the plans of the frontier, and each of their predicted peaks
@@ -62,6 +62,7 @@ def ask(job: str, home: str) -> dict[str, Any]:
         capture_output=True,
         text=True,
         timeout=LIMIT_S,
+        check=False,
     )
     seconds = time.perf_counter() - begun
     if done.returncode:
@@ -106,7 +107,7 @@ def write_page() -> None:
         "",
         *(__doc__ or "").strip().split("\n\n", 3)[3].splitlines(),
         "",
-        "| job | asked | failed | different answers | recommended | seconds, quiet | beside the busy process | date |",
+        "| job | asked | failed | different answers | recommended | seconds | beside the busy process | date |",
         "|---|--:|--:|--:|---|--:|--:|---|",
     ]
     for row in newest.values():
