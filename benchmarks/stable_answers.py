@@ -107,7 +107,7 @@ def write_page() -> None:
         "",
         *(__doc__ or "").strip().split("\n\n", 3)[3].splitlines(),
         "",
-        "| job | asked | failed | different answers | recommended | seconds | beside the busy process | date |",
+        "| job | asked | failed | different answers | recommended | seconds | beside it | date |",
         "|---|--:|--:|--:|---|--:|--:|---|",
     ]
     for row in newest.values():
