@@ -188,7 +188,7 @@ def _tiny(found: Sequence[Record], verdicts: Mapping[str, Record], ladder: Seque
         same = [_losses(half, r["seed"]) == r["run"]["measurement"]["losses"] for r in blocks]
         yield (
             "The margin is wide beside what `tiny` reaches: the intervals say more than the word. "
-            "Checkpointing itself changes nothing: with and without it, losses are equal bit by bit on "
+            "Checkpointing itself changes nothing: with and without it, losses are equal bit for bit on "
             f"{sum(same)} of {len(same)} seeds."
         )
 

@@ -22,7 +22,7 @@ job = lesson.job(lesson.ALPHAFOLD)
 # %% [markdown] lang="ja"
 # ## 予測を見る
 #
-# ここでは学習を行いません。形だけをもち、中身のないテンソルでステップを動かします。
+# ここでは学習を行いません。形だけを持ち、中身のないテンソルでステップを動かします。
 # %%
 predicted = memfit.estimate(job)
 print("predicted peak", lesson.mib(predicted.allocated_bytes.value))

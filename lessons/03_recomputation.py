@@ -34,7 +34,7 @@ for name, run in (("plain", plain), ("recomputed", recomputed)):
 #
 # Compared with plain training, the losses under activation checkpointing are
 #
-# - a: equal, bit by bit
+# - a: equal, bit for bit
 # - b: equal up to rounding
 # - c: different, but as good
 # %% [markdown] lang="ja"

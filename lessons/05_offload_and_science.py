@@ -4,10 +4,10 @@
 # Two ways to train AlphaFold 2 in less memory. One moves activations to disk and reads them back. The other takes a simpler optimizer, which keeps half as
 # much state. Both fit. Are both still your experiment?
 # %% [markdown] lang="ja"
-# # 5. 退避と、科学として失ってよいもの
+# # 5. オフロードと、科学として失ってよいもの
 #
-# AlphaFold 2 を少ないメモリーで学習する方法を二つ比べます。一つは活性値をディスクに移して読み戻す方法、もう一つは状態が半分で済む単純な最適化
-# 手法を使う方法です。どちらも収まります。では、どちらも同じ実験と言えるでしょうか。
+# AlphaFold 2 を少ないメモリーで学習する方法を二つ比べます。一つは活性値をディスクに移して読み戻す方法、もう一つは状態が半分で済む単純なオプティマイザーを
+# 使う方法です。どちらも収まります。では、どちらも同じ実験と言えるでしょうか。
 # %%
 import lesson
 
@@ -51,8 +51,8 @@ for name, run in runs.items():
 #
 # 評価指標による検定なしで使ってよいのは、どちらのプランでしょうか。
 #
-# - a：退避
-# - b：単純な最適化手法
+# - a：オフロード
+# - b：単純なオプティマイザー
 # - c：両方
 # %%
 same = [runs[name].weights_digest == runs["plain"].weights_digest for name in ("offload", "sgd")]

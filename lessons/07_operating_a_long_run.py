@@ -26,7 +26,7 @@ print("resumed, second", second.losses[-3:])
 # A checkpoint holds more than weights: the optimizer's state, the step, the order of the data, each rank's random state. It appears completely or not at all, and
 # every file has a checksum. Look what is in it.
 # %% [markdown] lang="ja"
-# チェックポイントには、重みのほかに、最適化手法の状態、ステップ番号、データの順序、ランクごとの乱数の状態が入っています。完全な形でしか現れず、各ファイルに
+# チェックポイントには、重みのほかに、オプティマイザーの状態、ステップ番号、データの順序、ランクごとの乱数の状態が入っています。書き終えたものだけが残り、各ファイルに
 # チェックサムが付きます。中身を見てみましょう。
 # %%
 for file in sorted((folder / "run").rglob("*")):
@@ -50,7 +50,7 @@ for file in sorted((folder / "run").rglob("*")):
 #
 # ## 問題
 #
-# 容量を節約するために、最適化手法の状態（パラメーターごとに Adam の二つのモーメント）をチェックポイントから省いたとします。再開後はどうなるでしょうか。
+# 容量を節約するために、オプティマイザーの状態（パラメーターごとに Adam の二つのモーメント）をチェックポイントから省いたとします。再開後はどうなるでしょうか。
 #
 # - a：何も変わらない。モーメントは重みから計算し直される
 # - b：損失は続きから始まるが、その後のステップは中断しなかった学習と異なる

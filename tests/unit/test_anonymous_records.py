@@ -10,6 +10,8 @@ import pytest
 from report_fixture import full_poc
 
 from memfit.cli.app import main
+from memfit.report.html import render_html
+from memfit.report.words import LANGUAGES
 from memfit.store import Store, exchange
 from memfit.store.exchange.anonymous import anonymous_command, anonymous_text
 
@@ -41,18 +43,22 @@ def test_a_shared_text_has_no_folders_and_no_host(monkeypatch: pytest.MonkeyPatc
     assert anonymous_text(text) == "read d.fa on HOST at 3 tokens/s, and/or 1/2 of b.txt; USER@HOST"
 
 
-def test_the_record_of_a_proof_of_concept_names_no_folder() -> None:
+def test_the_record_and_the_report_of_a_proof_of_concept_name_no_folder() -> None:
     poc = full_poc()
+    first = poc.runs[0]
+    failed = dataclasses.replace(first.measurement, reason="cannot read /home/alice/x.fa")
     poc = dataclasses.replace(
         poc,
+        runs=(dataclasses.replace(first, measurement=failed), *poc.runs[1:]),
         command="memfit poc /home/alice/train.py:job",
         data_source="sequences of /home/alice/x.fa",
         notes=("the batch of /home/alice/train.py was halved",),
         environment={**poc.environment, "env CUDA_VISIBLE_DEVICES": "/home/alice/mig"},
     )
     text = exchange.text(exchange.of_poc(poc))
-    assert "alice" not in text
-    assert "memfit poc train.py:job" in text
+    for shared in (text, *(render_html(poc, lang=lang) for lang in LANGUAGES)):
+        assert "alice" not in shared
+        assert "memfit poc train.py:job" in shared
 
 
 @pytest.mark.parametrize("poc_id", ["/../../outside", "../x", ".hidden", "a/b", "x" * 81, ""])

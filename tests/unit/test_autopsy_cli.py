@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,25 @@ def test_the_answer_has_cause_evidence_place_and_advice(capsys: pytest.CaptureFi
         "  record ",
     ):
         assert part in text
+
+
+def test_the_answer_is_in_japanese_with_the_words_of_the_log_as_they_are(
+    capsys: pytest.CaptureFixture[str], snapshot: Path
+) -> None:
+    log = _DEATHS / "fragmentation_after_hours_3.txt"
+    assert main(["autopsy", str(log), "--lang", "ja"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("fragmentation（可能性が高い）：空きメモリーの合計は足りていたが")
+    for part in (
+        "  根拠 ",
+        "要求 242 MiB、デバイスの容量 79.26 GiB",
+        "/root/run/train.py:301、フェーズ：逆伝播",
+    ):
+        assert part in text
+    answer = json_of(capsys, snapshot, "--lang", "ja")
+    texts = [*answer["evidence"], *answer["advice"]]  # type: ignore[misc]
+    assert all(re.search("[ぁ-ん]", text) for text in texts), texts
+    assert main(["autopsy", str(log), "--lang", "fr"]) == 2
 
 
 def test_a_log_and_a_snapshot_are_one_death(capsys: pytest.CaptureFixture[str], snapshot: Path) -> None:

@@ -88,7 +88,7 @@ def test_where_plain_training_is_the_answer_no_phrase_claims_a_saving() -> None:
     assert " less" not in first
     assert ("more" in first) != ("times as much" in first)
     dear = PLAIN.replace("setup_hours = 20", "setup_hours = 20000")
-    assert "is the work to set up the plan, which is paid once" in card(seen(dear)[1], "money")
+    assert "is the labour of setting up the plan, which is paid once" in card(seen(dear)[1], "money")
     assert "which is paid once" not in card(seen(PLAIN.replace("= 20", "= 0"))[1], "money")
 
 
@@ -151,7 +151,7 @@ def test_upper_bound_of_the_pilot_uses_the_upper_ends_of_time_power_and_rates() 
     assert stage.most > stage.to_spend
     assert stage.unpaid == ()
     assert all(r.loss == stage.most for r in made.risks if r.kind != "security")
-    assert "at most without labour" not in card(view, "risk")
+    assert "excluding labour" not in card(view, "risk")
 
 
 @pytest.mark.parametrize("missing", ["[effort]\nsetup_hours = 2\n", "[money]\nlabour_per_hour = 60\n"])
@@ -159,7 +159,7 @@ def test_upper_bound_without_labour_says_so_and_requests_the_missing_figures(mis
     made, view = seen(
         CARD.replace(missing, ""), effort=dataclasses.replace(full_poc().effort, attended_minutes=None)
     )
-    assert "at most without labour, whose hours or price are missing" in card(view, "risk")
+    assert "excluding labour, whose hours or hourly rate are missing" in card(view, "risk")
     assert {"effort.setup_hours", "money.labour_per_hour"} & {*made.asked}
 
 

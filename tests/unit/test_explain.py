@@ -151,9 +151,9 @@ def test_a_difference_is_described_in_sentences_with_bytes() -> None:
         "Plan A (plain) peaks at 21 KiB, in the forward phase at mm.",
         "Plan B (activation-checkpointing(every=1)) peaks at 15 KiB, in the backward phase at mm.",
         "Plan B peaks 6 KiB (28.6 %) below plan A.",
-        "By category, most of it is activations: 8 KiB less.",
-        "Of the phases, forward changes most: its peak falls by 9 KiB.",
-        "The largest mover is mm in layers.*.mlp (activations): 8 KiB less, 16 KiB for A and 8 KiB for B.",
+        "The category that changes most is activations: 8 KiB less.",
+        "The phase that changes most is forward: its peak falls by 9 KiB.",
+        "The largest change is mm in layers.*.mlp (activations): 8 KiB less, 16 KiB for A and 8 KiB for B.",
     ]
     japanese = [sentence_text(s, load_words("ja")) for s in difference(LIGHT, PLAIN).sentences]
     assert "プラン B のピークは A より 6 KiB（40.0 %）大きくなります。" in japanese

@@ -215,7 +215,7 @@ def test_token_batches_have_a_length_and_other_batches_a_sample_shape() -> None:
 def test_the_workload_line_is_translated_to_japanese() -> None:
     job = load(JobRef(spec=LLAMA, length=64))
     text = workload_text(workload_of(job, "H100-SXM"), load_words("ja"))
-    assert text.endswith("、バッチ 4 × 64 トークン、H100-SXM 上（バッチは仮定、--batch で指定）")
+    assert text.endswith("、バッチ 4 × 64 トークン、H100-SXM 上（バッチは仮定。--batch で変更可）")
 
 
 # --- model, length, batch and micro-batch of a configuration

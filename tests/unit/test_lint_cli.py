@@ -161,7 +161,12 @@ def test_plan_from_a_one_rank_configuration_also_shows_the_recommended_plan(
     [
         ("clean.json", (), "deepspeed", None),
         ("clean.json", ("--engine", "native"), "native", "--engine native was given"),
-        ("half.json", (), "native", "bf16-parameters is not supported by deepspeed; predicted with native"),
+        (
+            "half.json",
+            (),
+            "native",
+            "bf16-parameters is not supported by deepspeed; predicted with PyTorch's own features",
+        ),
     ],
 )
 def test_plan_from_a_configuration_predicts_with_its_engine(

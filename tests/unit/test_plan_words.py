@@ -26,7 +26,10 @@ def test_a_plan_is_named_in_words_in_both_languages() -> None:
     assert plan_title(OFFLOADED.label, EN) == (
         "Activation checkpointing, every second block; activation offload to disk"
     )
-    assert plan_phrase(OFFLOADED.label, JA) == "勾配チェックポイント（2 ブロックごと）、活性値のディスク退避"
+    assert (
+        plan_phrase(OFFLOADED.label, JA)
+        == "勾配チェックポイント（2 ブロックごと）、活性値のディスクへのオフロード"
+    )
 
 
 @pytest.mark.parametrize("lang", LANGUAGES)

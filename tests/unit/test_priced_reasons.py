@@ -132,7 +132,7 @@ def test_traced_plans_that_do_not_fit_are_no_proof_for_others_that_may() -> None
     [
         (
             "en",
-            "no priced plan with it fits (2 priced); the smallest needs 41 B",
+            "no plan with it fits (2 estimated); the smallest needs 41 B",
         ),
         (
             "ja",

@@ -126,8 +126,11 @@ def test_every_japanese_text_has_a_japanese_character() -> None:
     """Signs, formulas and the name of a command are exempt."""
     plain = {key for key, text in load_words("ja").texts.items() if not re.search(r"[぀-ヿ一-鿿]", text)}
     signs = {
+        "autopsy.unknown",
         "column.carbon",
+        "text.colon",
         "text.effect_note",
+        "text.with_note",
         "terminal.verdict",
         "explain.brand",
         "lint.instead",
@@ -309,7 +312,7 @@ def test_a_technique_that_costs_memory_is_not_reported_as_saving() -> None:
     choice = dataclasses.replace(best, reasons=(worse,))
     found = search_view(dataclasses.replace(search(), recommended=choice)).recommended
     assert found is not None
-    assert sentence_text(found.reasons[0], EN).startswith("bf16-autocast takes 3 MiB more, at 0.80×")
+    assert sentence_text(found.reasons[0], EN).startswith("bf16-autocast takes 3 MiB more memory, at 0.80×")
 
 
 @given(st.lists(st.integers(0, 10**12), min_size=1, max_size=3000), st.integers(1, 700))
@@ -507,7 +510,7 @@ def test_terminal_plan_marks_the_recommended_line() -> None:
     text = out.getvalue()
     starred = [line for line in text.splitlines() if line.strip().startswith("*")]
     assert len(starred) == 1
-    assert "412 priced" in text
+    assert "412 estimated" in text
     assert "+ bf16-autocast saves 148 MiB at 0.87× the step time" in text
     assert "- qlora is left out" in text
 

@@ -32,7 +32,7 @@ def judged(kind: VerdictKind) -> Poc:
 
 def test_the_sentence_says_what_fits_and_what_the_test_showed() -> None:
     assert sentence_text(summary(full_poc(), None).sentence, EN) == (
-        "A training that needs 1.282 GiB does not fit into 328 MiB; with the recommended plan it ran in "
+        "This training needs 1.282 GiB and does not fit into 328 MiB; with the recommended plan it ran in "
         "246.1 MiB, and Q3 stayed within the margin fixed beforehand."
     )
     assert sentence_text(summary(full_poc(), None).sentence, JA) == (
@@ -82,7 +82,7 @@ def test_without_a_plan_that_fits_the_screen_names_the_least_memory() -> None:
     sentence = sentence_text(summary(dataclasses.replace(poc, search=search), None).sentence, EN)
     assert (
         sentence
-        == "The training does not fit into 328 MiB with any plan allowed: the smallest needs 246 MiB."
+        == "The training does not fit into 328 MiB with any allowed plan: the smallest needs 246 MiB."
     )
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import re
 import string
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -31,6 +32,8 @@ from memfit.lint import (
     to_plan_scripts,
 )
 from memfit.lint.option_reasons import option_reasons
+from memfit.monitoring.autopsy import diagnose_log
+from memfit.monitoring.remedies import title_of
 from memfit.planner import block_costs
 from memfit.report.html import render_html
 from memfit.report.words import load_words
@@ -150,6 +153,15 @@ def left_out_reasons() -> list[str]:
 @pytest.mark.parametrize("text", left_out_reasons())
 def test_reasons_why_something_is_left_out_are_translated_to_japanese(text: str) -> None:
     assert JAPANESE.search(JA.of(text)), text
+
+
+def test_answers_of_an_autopsy_are_translated_to_japanese() -> None:
+    logs = sorted((Path(__file__).parents[1] / "data/deaths").glob("*.txt"))
+    assert logs
+    for log in logs:
+        answer = diagnose_log(log.read_text(encoding="utf-8"))
+        for text in (title_of(answer.cause), *answer.evidence, *answer.advice, *answer.capture):
+            assert JAPANESE.search(JA.of(text)), (log.name, text)
 
 
 def test_a_translated_reason_within_another_is_translated_too() -> None:

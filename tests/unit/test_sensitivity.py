@@ -449,7 +449,9 @@ def terminal(poc: Poc, lang: str) -> str:
 
 def test_the_terminal_says_what_the_test_would_have_noticed() -> None:
     noticed, missed = terminal(poc_with(NOTICED), "en"), terminal(poc_with(MISSED), "en")
-    assert "This test would have noticed: half the training was judged different" in noticed
+    assert (
+        "This test would have noticed a degraded training: half the training was judged different" in noticed
+    )
     assert "not sensitive" not in noticed
     assert "This test would not have noticed half the training" in missed
     assert "not sensitive" in missed

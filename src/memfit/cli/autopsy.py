@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from memfit.cli.options import GoalOptions, JobOptions, JsonOptions, RuntimeOptions
-from memfit.cli.output import emit
+from memfit.cli.options import GoalOptions, JobOptions, OutputOptions, RuntimeOptions
+from memfit.cli.output import check_language, emit
 from memfit.cli.progress import Bars
 from memfit.files.read import open_regular
-from memfit.monitoring.diagnosis import Certainty, Diagnosis
+from memfit.monitoring.diagnosis import Diagnosis
 from memfit.types.errors import UserError
 from memfit.types.sanitize import replace_controls
 from memfit.types.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     import memfit.workflows.autopsy_comparison
+    from memfit.report.words import Words
 
 _MOST_TEXT_BYTES = 8 * 2**20  # of the end of a log
 
@@ -88,7 +89,7 @@ class EvidenceOptions:
     ] = None
 
 
-def autopsy(options: EvidenceOptions, output: JsonOptions) -> None:
+def autopsy(options: EvidenceOptions, output: OutputOptions) -> None:
     """Say why a training ran out of memory, with the evidence for it and what to do.
 
     Names one of: tensors too large, fragmentation, a leak, a longer sample, evaluation, the optimizer's step,
@@ -97,15 +98,28 @@ def autopsy(options: EvidenceOptions, output: JsonOptions) -> None:
 
     Example: memfit autopsy train.log oom.pickle"""
     from memfit.monitoring.autopsy import combine
+    from memfit.report.words import load_words
 
+    words = load_words(check_language(output.lang))
     _check(options)
     diagnosis = combine([_diagnosis_of(name) for name in options.files])
-    comparison = _compare(diagnosis, options) if options.job is not None else None
+    comparison = _compare(diagnosis, options, output.lang) if options.job is not None else None
+    diagnosis = translated(diagnosis, words)
     if output.json:
         emit(_view(diagnosis, comparison))
     else:
-        more = _comparison_lines(comparison) if comparison is not None else ()
-        print(replace_controls("\n".join([*lines(diagnosis), *more])))
+        more = _comparison_lines(comparison, words) if comparison is not None else ()
+        print(replace_controls("\n".join([*lines(diagnosis, words), *more])))
+
+
+def translated(diagnosis: Diagnosis, words: Words) -> Diagnosis:
+    """Return the diagnosis with its sentences in the language of ``words``. Text of a log stays as it is."""
+    return dataclasses.replace(
+        diagnosis,
+        evidence=tuple(map(words.of, diagnosis.evidence)),
+        advice=tuple(map(words.of, diagnosis.advice)),
+        capture=tuple(map(words.of, diagnosis.capture)),
+    )
 
 
 def _view(
@@ -156,7 +170,7 @@ def _diagnosis_of(name: str) -> Diagnosis:
 
 
 def _compare(
-    diagnosis: Diagnosis, options: EvidenceOptions
+    diagnosis: Diagnosis, options: EvidenceOptions, lang: str
 ) -> memfit.workflows.autopsy_comparison.DeathComparison:
     from memfit.cli.options import PlanOptions
     from memfit.cli.request import plan_file, request
@@ -166,28 +180,30 @@ def _compare(
     assert plan is not None
     goal = GoalOptions(memory=options.memory)
     job_request = request(job, goal, RuntimeOptions(), options.on or "this", ranks=plan.ranks)
-    with Bars("en") as progress:
+    with Bars(lang) as progress:
         from memfit.workflows.autopsy_comparison import compare_with_prediction
 
         return compare_with_prediction(diagnosis, job_request, plan, progress)
 
 
-def lines(diagnosis: Diagnosis) -> Iterator[str]:
+def lines(diagnosis: Diagnosis, words: Words) -> Iterator[str]:
     """Yield the lines of an answer: cause and certainty, evidence, place, advice, and what to record."""
     from memfit.monitoring.remedies import title_of
 
-    title = title_of(diagnosis.cause)
-    certainty = "" if diagnosis.certainty is Certainty.UNKNOWN else f" ({diagnosis.certainty})"
-    yield f"{diagnosis.cause}{certainty}: {title}"
-    yield from _labelled("because", diagnosis.evidence)
+    title = words.of(title_of(diagnosis.cause))
+    yield words.get(f"autopsy.{diagnosis.certainty}", cause=diagnosis.cause, title=title)
+    yield from _labelled("because", diagnosis.evidence, words)
     if diagnosis.alternatives:
-        yield from _labelled("or", [", ".join(diagnosis.alternatives)])
-    place = [diagnosis.line, f"phase {diagnosis.phase}" if diagnosis.phase else ""]
-    place.append(f"module {diagnosis.module}" if diagnosis.module else "")
+        yield from _labelled("or", [", ".join(diagnosis.alternatives)], words)
+    place = [diagnosis.line]
+    if diagnosis.phase:
+        place.append(words.get("autopsy.phase", phase=words.of(diagnosis.phase)))
+    if diagnosis.module:
+        place.append(words.get("autopsy.module", module=diagnosis.module))
     if any(place):
-        yield from _labelled("where", [", ".join(filter(None, place))])
-    yield from _labelled("do", diagnosis.advice)
-    yield from _labelled("record", diagnosis.capture)
+        yield from _labelled("where", [words.get("plan.detail_separator").join(filter(None, place))], words)
+    yield from _labelled("do", diagnosis.advice, words)
+    yield from _labelled("record", diagnosis.capture, words)
 
 
 def in_one_line(diagnosis: Diagnosis) -> str:
@@ -200,32 +216,46 @@ def in_one_line(diagnosis: Diagnosis) -> str:
     return one_line("; ".join([title, *diagnosis.evidence]))
 
 
-def _comparison_lines(comparison: memfit.workflows.autopsy_comparison.DeathComparison) -> Iterator[str]:
+def _comparison_lines(
+    comparison: memfit.workflows.autopsy_comparison.DeathComparison, words: Words
+) -> Iterator[str]:
     peak, nearest = comparison.predicted.allocated_bytes, comparison.nearest
-    predicted = (
-        f"{comparison.predicted.plan.label}: {format_bytes(peak.value)} of tensors "
-        f"({format_bytes(peak.low)} to {format_bytes(peak.high)}), "
-        f"{format_bytes(comparison.needed_bytes)} needed, "
-        f"{format_bytes(comparison.limit_bytes)} could be used"
+    predicted = words.get(
+        "autopsy.predicted",
+        plan=comparison.predicted.plan.label,
+        peak=format_bytes(peak.value),
+        low=format_bytes(peak.low),
+        high=format_bytes(peak.high),
+        needed=format_bytes(comparison.needed_bytes),
+        limit=format_bytes(comparison.limit_bytes),
     )
-    yield from _labelled("predicted", [predicted])
+    yield from _labelled("predicted", [predicted], words)
     if comparison.measured_bytes is not None and comparison.excess_ratio is not None:
-        side = "above" if comparison.excess_ratio >= 0 else "below"
-        measured = (
-            f"at least {format_bytes(comparison.measured_bytes)} of tensors when it died, "
-            f"{abs(comparison.excess_ratio):.1%} {side} the predicted peak"
+        measured = words.get(
+            f"autopsy.measured_{'above' if comparison.excess_ratio >= 0 else 'below'}",
+            measured=format_bytes(comparison.measured_bytes),
+            excess=f"{abs(comparison.excess_ratio):.1%}",
         )
-        yield from _labelled("measured", [measured])
+        yield from _labelled("measured", [measured], words)
     if nearest is None:
-        yield from _labelled("would fit", [f"no plan: {comparison.why_not}"])
+        reason = words.of(comparison.why_not)
+        yield from _labelled("fits", [words.get("autopsy.no_plan", reason=reason)], words)
         return
-    price = f", {comparison.step_ratio:.2f}x the step time" if comparison.step_ratio is not None else ""
-    step = f" ({format_seconds(nearest.step_s.value)})" if nearest.step_s else ""
-    needed = format_bytes(comparison.nearest_bytes or 0)
-    yield from _labelled("would fit", [f"{nearest.plan.label}: {needed} needed{price}{step}"])
+    text = words.get(
+        "autopsy.nearest", plan=nearest.plan.label, needed=format_bytes(comparison.nearest_bytes or 0)
+    )
+    if comparison.step_ratio is not None:
+        text += words.get("autopsy.step_ratio", ratio=f"{comparison.step_ratio:.2f}")
+    if nearest.step_s:
+        text += words.get("autopsy.step", step=format_seconds(nearest.step_s.value))
+    yield from _labelled("fits", [text], words)
 
 
-def _labelled(label: str, texts: Sequence[str]) -> Iterator[str]:
+def _labelled(label: str, texts: Sequence[str], words: Words) -> Iterator[str]:
     """Yield a line for each text; the first begins with the label."""
+    from rich.cells import cell_len, set_cell_size
+
+    width = max(map(cell_len, words.all("autopsy.label"))) + 1
     for i, text in enumerate(texts):
-        yield f"  {label if i == 0 else '':<10}{' '.join(text.split())}"
+        name = words.get(f"autopsy.label.{label}") if i == 0 else ""
+        yield f"  {set_cell_size(name, width)}{' '.join(text.split())}"

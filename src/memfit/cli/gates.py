@@ -346,4 +346,4 @@ def _print_plain(
         ]
         output.print(words.get(f"stages.{name}"), style="bold", markup=False)
         for key, text in lines:
-            output.print(f"  {words.get(f'stages.{key}')}: {text}", markup=False)
+            output.print(f"  {words.get(f'stages.{key}')}{words.get('text.colon')}{text}", markup=False)

@@ -189,8 +189,9 @@ class GoalOptions:
         typer.Option(
             metavar="exact|rounding|any",
             help="How a recommended plan may change the numbers that training computes. exact: not at all, "
-            "they stay equal bit by bit; rounding (the default): by sums in another order or other rounding, "
-            "as in lower precision; any: also by another algorithm, such as another optimizer or LoRA.",
+            "they stay equal bit for bit; rounding (the default): by sums in another order or other "
+            "rounding, as in lower precision; any: also by another algorithm, such as another optimizer or "
+            "LoRA.",
         ),
     ] = "rounding"
     engine: Annotated[

@@ -233,7 +233,7 @@ def _on_engine(
     except UserError as error:
         if chosen is not None:
             raise
-        backend, reason = engine("native"), f"{error.given}; predicted with native"
+        backend, reason = engine("native"), f"{error.given}; predicted with PyTorch's own features"
     if backend.name != carried.engine:
         carried = _left_out(carried, f"engine {carried.engine}", reason)
     return dataclasses.replace(job_request, engine=backend.name), carried

@@ -156,7 +156,7 @@ def _killed(kill: HostKill, log: TrainingLog | None) -> Diagnosis:
     ):
         evidence.append(_growth_text(log.memory))
     if not kill.is_training:
-        evidence.append(f"whether {kill.process!r} belongs to the training, this evidence does not say")
+        evidence.append(f"this evidence does not say whether {kill.process!r} belongs to the training")
     is_certain = kill.kind != "sigkill" and kill.is_training
     return _diagnosis(
         DeathCause.HOST_KILLED,
@@ -177,9 +177,9 @@ def _library_failure(lines: Sequence[str], last: TracebackText | None) -> Diagno
     if own:
         text = " ".join(own[0].split())[:200]
         is_nccl = any(_NCCL.search(line) for line in own)
-        evidence = [f"memory outside torch's allocator could not be had: {text}"]
+        evidence = [f"memory outside torch's allocator could not be allocated: {text}"]
         if not is_nccl:
-            evidence.append("the message has no figures: who holds the memory, it does not say")
+            evidence.append("the message has no figures and does not say what holds the memory")
         return _diagnosis(
             DeathCause.OUTSIDE_TORCH,
             Certainty.CERTAIN if is_nccl else Certainty.LIKELY,
@@ -275,7 +275,7 @@ def _with_free_blocks(failure: AllocationFailure, time: _Judgement) -> _Judgemen
         or unallocated < max(2 * request, 0.02 * limit)
     ):
         return time
-    text = f"{format_bytes(unallocated)} are reserved but in no tensor, more than was asked for"
+    text = f"{format_bytes(unallocated)} is reserved but in no tensor, more than was asked for"
     cause, certainty, evidence, alternatives = time
     if cause is DeathCause.LATE_GROWTH:
         return DeathCause.FRAGMENTATION, Certainty.LIKELY, [*evidence, text], [cause, *alternatives]
@@ -301,7 +301,7 @@ def _by_figures(failure: AllocationFailure) -> _Judgement | None:
         return _outside(failure, outside)
     if unallocated >= max(request, _LARGE_SHARE * limit):
         text = (
-            f"{format_bytes(unallocated)} are reserved but in no tensor, more than the "
+            f"{format_bytes(unallocated)} is reserved but in no tensor, more than the "
             f"{format_bytes(request)} asked for: no free block that can be used is large enough"
         )
         return DeathCause.FRAGMENTATION, Certainty.CERTAIN, [text], []
@@ -313,13 +313,13 @@ def _by_figures(failure: AllocationFailure) -> _Judgement | None:
         )
         return DeathCause.UNKNOWN, Certainty.UNKNOWN, [text], [DeathCause.OUTSIDE_TORCH]
     if unallocated + free >= request and unallocated >= _LARGE_SHARE * limit:
-        text = f"{format_bytes(unallocated)} are reserved but in no tensor; with the free memory, enough"
+        text = f"{format_bytes(unallocated)} is reserved but in no tensor; it and the free memory are enough"
         return DeathCause.FRAGMENTATION, Certainty.LIKELY, [text], []
     return None
 
 
 def _outside(failure: AllocationFailure, outside_bytes: int) -> _Judgement:
-    text = f"{format_bytes(outside_bytes)} of the device are used outside torch's allocator in this process"
+    text = f"{format_bytes(outside_bytes)} of the device is used outside torch's allocator in this process"
     if failure.other_processes:
         text += f"; the message names {failure.other_processes} other process(es)"
         return DeathCause.OUTSIDE_TORCH, Certainty.CERTAIN, [text], []
@@ -409,7 +409,7 @@ def _growth_text(series: NumberSeries) -> str:
 def _figures_text(failure: AllocationFailure) -> str:
     parts = []
     if failure.request_bytes is not None:
-        parts.append(f"{format_bytes(failure.request_bytes)} were asked for")
+        parts.append(f"{format_bytes(failure.request_bytes)} was asked for")
     names = (
         ("capacity_bytes", "{} device"),
         ("allowed_bytes", "{} allowed"),
@@ -457,15 +457,15 @@ def _by_snapshot(snapshot: MemorySnapshot) -> _Judgement:
         return DeathCause.UNKNOWN, Certainty.UNKNOWN, evidence, []
     if request is not None and snapshot.free_bytes >= max(request, _LARGE_SHARE * snapshot.reserved_bytes):
         text = (
-            f"{format_bytes(request)} were asked for; {format_bytes(snapshot.free_bytes)} are free in "
+            f"{format_bytes(request)} was asked for; {format_bytes(snapshot.free_bytes)} is free in "
             f"{snapshot.free_block_count} blocks, the largest of {format_bytes(snapshot.largest_free_bytes)}"
         )
         is_certain = snapshot.largest_free_bytes < request
         if not is_certain:
             text += ": a block that is large enough belongs to another stream or pool"
         return DeathCause.FRAGMENTATION, Certainty.CERTAIN if is_certain else Certainty.LIKELY, [text], []
-    asked = f"{format_bytes(request)} were asked for" if request is not None else "no request failed"
-    evidence = [f"{asked}; {format_bytes(snapshot.allocated_bytes)} are in tensors"]
+    asked = f"{format_bytes(request)} was asked for" if request is not None else "no request failed"
+    evidence = [f"{asked}; {format_bytes(snapshot.allocated_bytes)} is in tensors"]
     if snapshot.leak_bytes:
         lines = "; ".join(_stack_text(s) for s in snapshot.survivors[:3])
         text = f"memory between the steps grew by {format_bytes(snapshot.leak_bytes)}"

@@ -13,7 +13,7 @@ from memfit.report.decision_rows import DecisionView, StageRow
 from memfit.report.quantities import Figure, figure_text, sentence_text, value_text
 from memfit.report.terminal import new_table
 from memfit.report.words import Words, load_words
-from memfit.types.decision import Decision
+from memfit.types.decision import Decision, Stage
 from memfit.types.result import Poc
 
 _COLUMNS = ("initial", "running_per_year", "present_cost", "cost_per_run")
@@ -74,7 +74,9 @@ def print_gate_end(
     words = load_words(lang)
     failed = [_gate(gate, words) for gate in gates if not gate[3]]
     if failed:
-        reasons = "; ".join(words.get("scale.reason", gate=name, found=result) for name, result, _ in failed)
+        reasons = words.get("plan.separator").join(
+            words.get("scale.reason", gate=name, found=result) for name, result, _ in failed
+        )
         console.print(Text(words.get("scale.stopped", reasons=reasons), style="red"))
     else:
         console.print(Text(words.get("scale.holds")))
@@ -94,26 +96,33 @@ def print_stages(poc: Poc, decision: Decision, *, console: Console, lang: str) -
     for row in decision_view(poc, decision).stages:
         stage = row.stage
         state = words.get(f"stage_state.{stage.state}")
-        console.print(Text(f"{words.get(f'stages.{stage.name}')} ({state})", style="bold"))
+        title = words.get("text.with_note", text=words.get(f"stages.{stage.name}"), note=state)
+        console.print(Text(title, style="bold"))
         if not stage.machine:
             console.print(Text(f"  {words.get('stages.unknown')}"))
             continue
-        lines = [("machine", f"{words.of(stage.machine)}: {stage.plan}")]
+        colon = words.get("text.colon")
+        lines = [("machine", f"{words.of(stage.machine)}{colon}{stage.plan}")]
         lines += [("engine", stage.engine)] if stage.engine else []
         lines += [("memory", _span(row.memory, words))] if stage.memory_bytes else []
         lines += [("step", _span(row.step, words))] if stage.step_s else []
-        labour_note = f" ({words.get('stages.without_labour')})" if stage.unpaid else ""
         if stage.name == "poc":
-            lines.append(("spent", f"{figure_text(row.spent, words)}{labour_note}"))
+            lines.append(("spent", _amount(figure_text(row.spent, words), stage, words)))
         else:
             is_range = stage.most is not None and stage.most > (stage.to_spend or 0.0)
             amount = _span((row.to_spend, row.most), words) if is_range else figure_text(row.to_spend, words)
-            lines.append(("to_spend", f"{amount}{labour_note}"))
+            lines.append(("to_spend", _amount(amount, stage, words)))
             lines += [("stop", _stop(row, words))]
             way_back = sentence_text(row.back, words) if row.back else words.get("stages.back_text")
             lines += [("back", way_back), ("watch", words.get("stages.watch_text"))]
         for name, text in lines:
-            console.print(Text(f"  {words.get(f'stages.{name}')}: {text}"))
+            console.print(Text(f"  {words.get(f'stages.{name}')}{colon}{text}"))
+
+
+def _amount(amount: str, stage: Stage, words: Words) -> str:
+    """Return an amount of money, with a note if it is without labour."""
+    note = words.get("stages.without_labour")
+    return words.get("text.with_note", text=amount, note=note) if stage.unpaid else amount
 
 
 def _stop(row: StageRow, words: Words) -> str:
@@ -141,7 +150,7 @@ def _print_ways(view: DecisionView, console: Console, words: Words) -> None:
             *([] if row.enough else [words.get("way.not_enough")]),
         ]
         if row.slot != "nothing":
-            name = f"{name} ({', '.join(notes)})"
+            name = words.get("text.with_note", text=name, note=words.get("plan.detail_separator").join(notes))
         figures = [figure_text(row.money[column], words) for column in _COLUMNS]
         saved = "–" if row.saved.value is None else figure_text(row.saved, words)
         table.add_row(Text(name), *map(Text, figures), Text(saved), style="bold" if row.best else "")

@@ -13,6 +13,7 @@ from memfit.report.explain import TracedEstimate, events, op_name
 from memfit.report.html import render
 from memfit.report.quantities import figure_text, predicted
 from memfit.report.words import Words, load_words
+from memfit.store.exchange.anonymous import anonymous_command
 from memfit.types.trace import Category, Phase
 
 MOST_BYTES: Final = 1_800_000  # most bytes of data in the page
@@ -31,7 +32,8 @@ _STACK: Final = (
 
 def render_explained(explained: TracedEstimate, *, job: str, lang: str) -> str:
     """Return the text of an HTML page with the treemap of what is alive at an instant and the timeline of the
-    step. ``job``: name of the job, for the title. Raises UserError for a language without a catalog."""
+    step. ``job``: name of the job, for the title; folders in it are left out. Raises UserError for a language
+    without a catalog."""
     words, estimate, peak = load_words(lang), explained.estimate, explained.peak_clock
     live_allocations = [
         a for a in explained.trace.allocations if a.start <= peak and (a.end is None or a.end > peak)
@@ -40,7 +42,7 @@ def render_explained(explained: TracedEstimate, *, job: str, lang: str) -> str:
     return render(
         "explain.html.j2",
         words,
-        job=job,
+        job=anonymous_command(job),
         estimate=estimate,
         trace=explained.trace,
         op=op_name(estimate.peak_op),

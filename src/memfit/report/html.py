@@ -47,6 +47,7 @@ from memfit.report.summary import summary
 from memfit.report.view import poc_view
 from memfit.report.watch_chapter import WATCH, watch_chapter, watch_record
 from memfit.report.words import Words, load_words
+from memfit.store.exchange.anonymous import anonymous_poc
 from memfit.types.decision import DRAWS, Decision
 from memfit.types.result import Poc
 from memfit.types.sanitize import TURNING
@@ -76,10 +77,10 @@ def write_html(
 def render_html(
     poc: Poc, *, lang: str, decision: Decision | None = None, watch: WatchRecord | None = None
 ) -> str:
-    """Return the report as the text of an HTML page; if ``decision`` is None, without its decision part.
-    ``watch``: as in `write_html`.
+    """Return the report as the text of an HTML page, without folders and without the name of this machine; if
+    ``decision`` is None, without its decision part. ``watch``: as in `write_html`.
     Raises UserError for a language without a catalog."""
-    words = load_words(lang)
+    words, poc = load_words(lang), anonymous_poc(poc)
     view = poc_view(poc)
     decision_page = decision_view(poc, decision) if decision is not None else None
     records = report_records(poc, decision, view.case.created if view.case else "")

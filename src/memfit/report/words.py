@@ -105,10 +105,18 @@ _ONE_WORD: Final = dict.fromkeys(
 )
 
 
+# of placeholders whose name ends in "bytes": a size as `format_bytes` writes it
+_BYTES: Final = r"[\d.,e+]+ (?:[KMGT]i)?B"
+
+
 def _pattern(text: str) -> str:
     parts = re.split(r"\{(\w+)\}", text)
-    groups = (f"(?P<{p}>{_ONE_WORD.get(p, '.+?')})" if i % 2 else re.escape(p) for i, p in enumerate(parts))
+    groups = (f"(?P<{p}>{_value_pattern(p)})" if i % 2 else re.escape(p) for i, p in enumerate(parts))
     return "".join(groups)
+
+
+def _value_pattern(name: str) -> str:
+    return _BYTES if name.endswith("bytes") else _ONE_WORD.get(name, ".+?")
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import re
 import shlex
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Final
+
+from memfit.types.result import Poc, Run
 
 # An absolute path, or one of a home folder or of a Windows drive.
 _PATH: Final = re.compile(r"(?<![\w./\\])(?:~[\w.-]*|[A-Za-z]:)?(?:[/\\][^\s/\\'\",;:()<>=]+)+[/\\]?")
@@ -32,6 +35,25 @@ def anonymous_text(text: str) -> str:
     if len(host) >= _SHORTEST_HOST and host != "localhost":
         text = re.sub(rf"\b{re.escape(host)}\b(?:\.[\w.-]+)?", "HOST", text)
     return text
+
+
+def anonymous_poc(poc: Poc) -> Poc:
+    """Return ``poc`` with `anonymous_command` applied to its command line, and `anonymous_text` to its other
+    texts that may name a folder or a machine: reasons, source of the data, environment and notes."""
+    return dataclasses.replace(
+        poc,
+        command=anonymous_command(poc.command),
+        cap_reason=anonymous_text(poc.cap_reason),
+        data_source=anonymous_text(poc.data_source),
+        environment={name: anonymous_text(value) for name, value in poc.environment.items()},
+        notes=tuple(map(anonymous_text, poc.notes)),
+        runs=tuple(map(_anonymous_run, poc.runs)),
+    )
+
+
+def _anonymous_run(run: Run) -> Run:
+    reason = anonymous_text(run.measurement.reason)
+    return dataclasses.replace(run, measurement=dataclasses.replace(run.measurement, reason=reason))
 
 
 def _anonymous_word(word: str) -> str:

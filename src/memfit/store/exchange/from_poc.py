@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from memfit.store.exchange.anonymous import anonymous_command, anonymous_text
+from memfit.store.exchange.anonymous import anonymous_poc, anonymous_text
 from memfit.store.exchange.record import FORMAT, VERSION, Shared, agrees_with_medians, checked
 from memfit.types.errors import UserError
 from memfit.types.result import Choice, EndpointDifference, OutcomeKind, Poc, Run, Verdict
@@ -39,9 +39,9 @@ def of_poc(poc: Poc) -> Shared:
             hint="a record can be made only of a finished PoC that recommends a plan",
         )
     verdict = next((v.verdict for v in poc.verdicts if v.name == "recommended"), None)
+    poc = anonymous_poc(poc)
     environment = dict(poc.environment)
     fields = {name: getattr(poc, name) for name in _AS_IT_IS}
-    fields |= {"command": anonymous_command(poc.command), "cap_reason": anonymous_text(poc.cap_reason)}
     plain_side, recommended_side = (_side(poc.runs, c) for c in (poc.search.baseline, recommended))
     ratio, notes = _step_time_ratio(poc, plain_side, recommended_side)
     return checked(
@@ -51,14 +51,13 @@ def of_poc(poc: Poc) -> Shared:
             "version": VERSION,
             "model": {"job": poc.job_name, "size": poc.job_size, "parameters": poc.parameter_count},
             "data": {
-                "source": anonymous_text(poc.data_source),
+                "source": poc.data_source,
                 "batch_size": max(1, poc.runs[0].spec.batch_size),
                 "steps_per_run": poc.steps_per_run,
             },
             "hardware": {"machine": poc.machine}
             | {n: environment.pop(n) for n in _OF_HARDWARE if n in environment},
-            "software": {k: anonymous_text(v) for k, v in environment.items()}
-            | {"threads": str(poc.runs[0].spec.threads)},
+            "software": environment | {"threads": str(poc.runs[0].spec.threads)},
             "baseline": plain_side,
             "recommended": recommended_side,
             "step_time_ratio": ratio,
