@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 from collections.abc import Mapping
 from typing import Any
+from unittest import mock
 
 from memfit.catalog.load import device
 from memfit.cost.allocator import Settings, replay
@@ -15,6 +16,7 @@ from memfit.cost.estimate import MEMORY_RATIO, interval_around
 from memfit.cost.memory import levels
 from memfit.cost.memory_estimate import footprint
 from memfit.techniques.registry import make_use
+from memfit.techniques.zero.zero_stage12 import ZeroTwo
 from memfit.trace.trace_extrapolation import deep_trace
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
@@ -246,8 +248,14 @@ def traced(setup: Setup, plan: Plan, layers: int = 0) -> Trace:
         update = setup.scope == "train_step" or setup.code == "nnscaler"
         options: dict[str, Any] = {"device": "cuda", "max_micro_batches": 2, "update": update}
         job = job_of(_with_layers(setup, layers) if layers else setup)
-        _KEPT[key] = trace(job, plan, **options) if layers else deep_trace(job, plan, **options)
+        with mock.patch.object(ZeroTwo, "copies_part", not _is_older_deepspeed(setup)):
+            _KEPT[key] = trace(job, plan, **options) if layers else deep_trace(job, plan, **options)
     return _KEPT[key]
+
+
+def _is_older_deepspeed(setup: Setup) -> bool:
+    """Whether it is from before 0.18.3, the first that copies a part on the card to offload its state."""
+    return setup.engine == "deepspeed" and setup.older(2025, 12)
 
 
 def traces_of(setup: Setup, plan: Plan) -> list[tuple[float, Trace]]:

@@ -30,6 +30,7 @@ from memfit.types.plan import Plan, use
 
 KIND = "sim"
 HOST_OFFLOAD = "activation-offload to host"
+ZERO = ("zero 2 offloaded", "zero 3 offloaded")
 
 
 class HostTensors(TorchDispatchMode):
@@ -56,6 +57,9 @@ def case(name: str) -> tuple[str, Plan]:
         return "protein-ss", Plan(uses=(make_use("activation-offload", {"to": "host", "minimum_kib": 4}),))
     if name == "adamw-single":
         return "wide", Plan(uses=(use(name),))
+    if name in ZERO:
+        knobs = {"stage": int(name[5]), "offload": "optimizer", "reduce_bucket_elements": 100_000}
+        return "wide", Plan(uses=(make_use("zero", {"precision": "bf16", **knobs}),))
     job, used = LOWERS[name]
     return job, Plan(uses=(used,))
 

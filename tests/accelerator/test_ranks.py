@@ -27,6 +27,7 @@ PLANS = {
     "ddp": Plan(ranks=2, uses=(make_use("ddp", {}),)),
     "fsdp2": Plan(ranks=2, uses=(make_use("fsdp2", {}),)),
     "fsdp2 in bf16": Plan(ranks=2, uses=(make_use("fsdp2", {"precision": "bf16"}),)),
+    "fsdp2 under bf16 autocast": Plan(ranks=2, uses=(make_use("fsdp2", {}), make_use("bf16-autocast", {}))),
     "fsdp2 offloaded to the host": Plan(ranks=2, uses=(make_use("fsdp2", {"offload": True}),)),
     "tensor parallel": Plan(ranks=2, uses=(make_use("tensor-parallel", {"degree": 2}),)),
     "pipeline": Plan(ranks=2, uses=(make_use("pipeline", {"stages": 2, "micro_batches": 2}),)),
@@ -40,6 +41,7 @@ PLANS = {
 }
 # Alike in what the device does: ranks that gather, and states in host memory.
 LONG = {"fsdp2 in bf16", "context parallel", "zero 2 offloaded", "sharded ddp", "zero 3", "tensor parallel"}
+LONG |= {"fsdp2 under bf16 autocast"}
 NAMES = [pytest.param(n, marks=pytest.mark.long if n in LONG else ()) for n in PLANS]
 
 

@@ -373,6 +373,25 @@ def test_what_other_parallelism_leaves_are_data_ranks() -> None:
     assert {u.technique for u in plan.uses} >= {"fsdp2", "tensor-parallel", "context-parallel"}
 
 
+def test_deepspeed_before_0_18_3_copies_no_part_on_the_card_to_offload_its_state() -> None:
+    def reserved(date: str) -> int:
+        own = setup(
+            sharding="zero2",
+            engine="deepspeed",
+            master_weights="y",
+            offload="optimizer",
+            software_date=date,
+            hidden="2048",
+            ffn="8192",
+            seq_len="8",
+            layers="4",
+        )
+        return predict(own).reserved_bytes or 0
+
+    part_bytes = 2 * 4 * (2 * 2048**2 + 3 * 2048 * 8192)  # at least
+    assert reserved("2025-12") - reserved("2025-11") > 0.5 * part_bytes
+
+
 def test_zero_keeps_a_float32_copy_on_one_device_too() -> None:
     master = {"sharding": "zero2", "engine": "deepspeed", "master_weights": "y", "optimizer_kernels": "fused"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import pytest
@@ -10,13 +11,16 @@ import torch
 from tiny import regression
 from torch import nn
 
+from memfit.cost.allocator import events_of, run
+from memfit.cost.memory import memory_profile
 from memfit.jobs.training_step import TrainingStep
 from memfit.techniques.registry import make_use
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
 from memfit.types.job import Job, OptimizerChoice
+from memfit.types.machine import Calibration
 from memfit.types.plan import Plan
-from memfit.types.trace import Category
+from memfit.types.trace import Category, Phase
 
 # Whether the right branch runs for the first and for the second half of the batch of each step.
 STEPS = ((True, True), (False, True), (True, False), (False, False), (True, True))
@@ -160,3 +164,71 @@ def test_a_rank_that_owns_no_parameter_is_traced_without_optimizer_state() -> No
     traces = [trace(regression(_Unused), _plan(1, ranks=4, sharded_ddp={}), rank=rank) for rank in (0, 3)]
     states = [{a.category for a in t.allocations} & {Category.OPTIMIZER_STATE} for t in traces]
     assert states == [{Category.OPTIMIZER_STATE}, set()]
+
+
+LAYERS, SIDE = 8, 4096  # fake tensors: 256 MiB in bfloat16
+
+
+class _Wide(nn.Module):
+    """Equal square layers, of which the last ``frozen`` are not trained."""
+
+    def __init__(self, frozen: int = 0, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Linear(SIDE, SIDE, bias=False, dtype=dtype) for _ in range(LAYERS)))
+        for layer in list(self.layers)[LAYERS - frozen :]:
+            layer.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x).float()
+
+
+WIDE = Job(
+    name="wide",
+    build_model=_Wide,
+    make_batch=lambda step, seed: torch.zeros(16, SIDE),
+    loss=lambda model, batch: model(batch).square().mean(),
+    batch_size=16,
+)
+WHOLE = LAYERS * SIDE * SIDE  # elements
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(
+    ("precision", "offload", "ranks", "setup_elements"),
+    [
+        ("fp32", "none", 8, 4 + 8 / 8),  # flat parameters; master copy and zeros for its gradient
+        ("bf16", "none", 8, 2 + 8 / 8),
+        ("fp32", "optimizer", 8, 4 + 4 / 8),  # flat parameters; a copy of the part
+        ("bf16", "optimizer", 8, 2 + 2 / 8),
+        ("bf16", "optimizer", 1, 2 + 2 / 1),
+    ],
+)
+def test_an_accelerator_has_the_parameters_once_while_stages_1_and_2_are_set_up(
+    stage: int, precision: str, offload: str, ranks: int, setup_elements: float
+) -> None:
+    """Counted by hand from deepspeed/runtime/zero/stage_1_and_2.py: bytes per element times elements."""
+    zero = {**SMALL, "stage": stage, "precision": precision, "offload": offload}
+    traced = trace(WIDE, _plan(1, ranks=ranks, zero=zero), device="cuda")
+    setup_bytes = memory_profile(traced, Calibration()).phase_peak_bytes[Phase.SETUP]
+    assert setup_bytes == pytest.approx(setup_elements * WHOLE, rel=1e-3)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_flat_buffer_reuses_the_memory_that_parameters_or_their_pieces_would_take(stage: int) -> None:
+    """Reserved in set-up are the buffer, and under stage 2 the copy of the part: what made them was never
+    there."""
+    zero = {**SMALL, "stage": stage, "precision": "bf16", "offload": "optimizer"}
+    traced = trace(WIDE, _plan(1, zero=zero), device="cuda")
+    setup = [a for a in traced.allocations if a.phase is Phase.SETUP]
+    reserved_bytes = run(events_of(setup)).reserved_peak_bytes
+    flat_bytes = 2 * WHOLE
+    assert flat_bytes < reserved_bytes < (2.5 if stage == 2 else 1.5) * flat_bytes
+
+
+def test_parameters_that_are_not_trained_are_on_the_accelerator_too() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        job = dataclasses.replace(WIDE, build_model=functools.partial(_Wide, frozen=4, dtype=dtype))
+        plan = _plan(1, zero={**SMALL, "stage": 2, "precision": "bf16", "offload": "optimizer"})
+        traced = trace(job, plan, device="cuda")
+        kept = [a for a in traced.allocations if a.category is Category.PARAMETER and a.end is None]
+        assert sum(a.size_bytes for a in kept) == pytest.approx(2 * WHOLE, rel=1e-3)

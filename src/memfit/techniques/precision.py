@@ -27,9 +27,9 @@ def _apply_fp16(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 def _autocast(bench: Workbench, dtype: str) -> None:
     import torch
 
-    # The device of the tensors: a CUDA prediction is traced on CPU tensors, whose cast list differs only in a
-    # few reductions.
-    device = next(bench.model.parameters()).device.type
+    # Where the tensors will be, as the model may still be in host memory. A CUDA prediction is traced on CPU
+    # tensors, whose cast list differs only in a few reductions.
+    device = torch.device(bench.torch_device).type
     bench.forward_contexts.append(lambda: torch.autocast(device, dtype=getattr(torch, dtype)))
 
 

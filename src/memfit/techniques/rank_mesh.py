@@ -234,22 +234,21 @@ def join_alone(device: str) -> bool:
 
 def builds_on_host(plan: Plan, device: str) -> bool:
     """Return whether the whole model is built in host memory and the accelerator then gets a part or copy of
-    it. True under ZeRO 3, ZeRO with the precision bf16, fsdp2 that shards over several ranks, and pipeline,
-    tensor or expert parallelism. False for other plans, and if ``device`` is "cpu"."""
+    it. True under ZeRO 1, 2 and 3, fsdp2 that shards over several ranks, and pipeline, tensor or expert
+    parallelism. False for other plans, and if ``device`` is "cpu"."""
     return not device_kind(device).is_host and (_shards(plan) or _cuts(plan))
 
 
 def moves_parameters(plan: Plan, device: str) -> bool:
     """Return whether the model is built in host memory and its parameters then move to the accelerator: under
-    pipeline, tensor or expert parallelism (`builds_on_host`). False if shards or a bf16 copy of the
+    pipeline, tensor or expert parallelism (`builds_on_host`). False if shards or a flat copy of the
     parameters are made there instead (ZeRO, fsdp2)."""
     return builds_on_host(plan, device) and not _shards(plan)
 
 
 def _shards(plan: Plan) -> bool:
     uses = {u.technique: u.settings for u in plan.uses}
-    zero = uses.get("zero", {})
-    if zero.get("stage") == 3 or zero.get("precision") == "bf16":
+    if "zero" in uses and uses["zero"].get("stage") != 0:
         return True
     return "fsdp2" in uses and layout(plan).shard > 1
 

@@ -52,6 +52,15 @@ def all_gather(whole: torch.Tensor, own: torch.Tensor, group: Group) -> Any:
     return None
 
 
+def on_device(bench: Workbench, tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy of ``tensor``, which is in host memory, on the accelerator; the tensor itself if the
+    device is the host."""
+    if bench.device.is_host:
+        return tensor
+    with bench.place(""):
+        return tensor.to(bench.torch_device, copy=True)
+
+
 def norm64(grad: torch.Tensor) -> torch.Tensor:
     """Return the Euclidean norm of one gradient as a float64 scalar, as DeepSpeed computes it."""
     norm: torch.Tensor = torch.linalg.vector_norm(grad.double())
@@ -109,7 +118,9 @@ class Reducing(abc.ABC):
         bench.closers += [h.remove for h in handles]
         bench.before_micro_batch.append(self._begin)
         bench.grad_norm = self.grad_norm
-        self.inner = make(self._prepare(settings))
+        updated = self._prepare(settings)
+        with bench.place(self.state_on):
+            self.inner = make(updated)
 
     def _begin(self, last: bool) -> None:
         self.last, self.queued, self.micro_batch = last, False, self.micro_batch + 1

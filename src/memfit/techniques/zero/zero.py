@@ -47,8 +47,7 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
             allowed='nvme="none"; or stage=3 and offload="optimizer" or "parameters"',
         )
     bench.parameters_on = "host" if offload == "parameters" else ""
-    with bench.place("" if stage < 3 else "host"):  # stages 1 and 2 move the model to the device first
-        bench.model.to(torch.bfloat16 if settings["precision"] == "bf16" else torch.float32)
+    bench.model.to(torch.bfloat16 if settings["precision"] == "bf16" else torch.float32)
     if settings["precision"] == "bf16":
         bench.forward_contexts.append(lambda: Bf16Inputs(bench.model))
     make, group = bench.make_optimizer, shard_group(bench)

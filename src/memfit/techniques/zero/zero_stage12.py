@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from memfit.techniques.zero.base import Reducing, all_gather, all_reduce, norm64
+from memfit.techniques.zero.base import Reducing, all_gather, all_reduce, norm64, on_device
 
 if TYPE_CHECKING:
     from memfit.types.plan import KnobValue
@@ -66,7 +66,26 @@ class ZeroNone(Reducing):
 class ZeroTwo(Reducing):
     """Stages 1 and 2: every rank has whole parameters, which are views of one flat buffer. Each rank updates
     an fp32 master copy of its part of the buffer and copies it back. Then the parts of all ranks are
-    gathered."""
+    gathered.
+
+    What an accelerator holds, for P trained parameters of b bytes on N ranks, by
+    deepspeed/runtime/zero/stage_1_and_2.py of 0.19:
+
+    - bP: the flat buffer. It is made in host memory and replaces the parameters, so that the accelerator
+      never has both. DeepSpeed up to 0.18 always does so. From 0.19 on it makes the buffer on the accelerator
+      if that has bP bytes free, so that a peak measured there may be up to 2bP while nothing else is there.
+    - 4P/N: the master copy. In set-up there are also, one after the other, a copy of the part in the
+      buffer's dtype, bP/N, and 4P/N of zeros for the gradient.
+    - In backward b times the elements of the buckets, and bP/N for gradients of the own part; under stage 1
+      also the gradients of all parameters until the end of the last backward, bP.
+    - In the update 4P/N for the gradient of the master copy, beside the optimizer's state.
+
+    With ``offload``, master copy, its gradient and the optimizer's state are in host memory, with bP/N
+    through which the new part goes to the accelerator. The accelerator keeps bP and b times the elements of
+    the largest parameter. In set-up, the copy of the part, bP/N, is there too, as in DeepSpeed since 0.18.3;
+    if ``copies_part`` is False, as before, it is made in host memory."""
+
+    copies_part = True
 
     def _prepare(self, settings: Mapping[str, KnobValue]) -> list[torch.nn.Parameter]:
         bench, params = self.bench, self.params
@@ -75,8 +94,11 @@ class ZeroTwo(Reducing):
         self.buffer_count = 2 if settings["overlap"] else 1
         self.own: torch.Tensor | None = None  # gradients of the parameters in this rank's part
         self.held: list[torch.Tensor] = []  # the same, summed over micro-batches
-        with torch.no_grad(), bench.place(""):
+        with torch.no_grad():
             self.flat = self._flatten(2 * self.ranks)  # parts start at multiples of 4 bytes
+            for param in bench.model.parameters():
+                if not param.requires_grad:
+                    param.data = on_device(bench, param.detach())
         self.size = self.flat.numel() // self.ranks
         self.part = self.flat.narrow(0, self.rank * self.size, self.size)
         ends = list(itertools.accumulate(p.numel() for p in params))
@@ -85,10 +107,10 @@ class ZeroTwo(Reducing):
         self.mine = {
             p: (max(a, low) - a, min(b, high) - a) for p, (a, b) in self.span.items() if a < high and b > low
         }
-        with torch.no_grad(), bench.place(""):
+        on_host = bool(self.state_on) and not bench.device.is_host
+        with torch.no_grad(), bench.place("host" if on_host and not self.copies_part else ""):
             part_copy = self.part.clone()
         with torch.no_grad(), bench.place(self.state_on):
-            on_host = bool(self.state_on) and not bench.device.is_host
             self.master = torch.nn.Parameter(
                 part_copy.to(bench.device_at(self.state_on), torch.float32, copy=on_host)
             )
@@ -113,15 +135,22 @@ class ZeroTwo(Reducing):
         self.norms: dict[torch.nn.Parameter, torch.Tensor] = {}
 
     def _flatten(self, alignment: int) -> torch.Tensor:
-        count = sum(p.numel() for p in self.params)
-        padding = [self.params[0].new_zeros(-count % alignment)] if count % alignment else []
-        flat: torch.Tensor = torch._utils._flatten_dense_tensors(
-            [p.detach() for p in self.params] + padding
-        ).to(self.bench.torch_device)
-        offset = 0
-        for param in self.params:
-            param.data = flat.narrow(0, offset, param.numel()).view_as(param)
-            offset += param.numel()
+        """Return a flat copy of the parameters, of which they become views. ``alignment``: its number of
+        elements is a multiple of this. On an accelerator, the parameters leave it before the copy comes."""
+        bench, count = self.bench, sum(p.numel() for p in self.params)
+        with bench.place("host"):
+            tensors = [p.detach().to(bench.device_at("host")) for p in self.params]
+            if not bench.device.is_host:
+                for param in self.params:
+                    param.data = torch.empty(0, dtype=param.dtype, device=bench.torch_device)
+            padding = [tensors[0].new_zeros(-count % alignment)] if count % alignment else []
+            flat: torch.Tensor = torch._utils._flatten_dense_tensors(tensors + padding)
+        shapes = [t.shape for t in tensors]
+        del tensors, padding
+        flat, offset = on_device(bench, flat), 0
+        for param, shape in zip(self.params, shapes, strict=True):
+            param.data = flat.narrow(0, offset, shape.numel()).view(shape)
+            offset += shape.numel()
         return flat
 
     def _on_gradient(self, param: torch.nn.Parameter) -> None:

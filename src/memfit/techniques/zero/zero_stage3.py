@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.distributed_c10d import ReduceScatterOptions
 
-from memfit.techniques.zero.base import Group, Reducing, all_gather, norm64
+from memfit.techniques.zero.base import Group, Reducing, all_gather, norm64, on_device
 from memfit.techniques.zero.stored_state import StoredState
 from memfit.techniques.zero.zero_stage3_autograd import LinearPatch, tapped, watch_reads
 
@@ -51,9 +51,10 @@ class ZeroThree(Reducing):
                 self.buffers = [torch.empty(self.limit, dtype=flat.dtype, device=bench.torch_device)]
             with bench.place(self.state_on):
                 self.grads = torch.zeros_like(flat, device=bench.device_at(self.state_on))
-            for param in params:  # so that its gradient's shape is known
-                shards.gather([param])
-                shards.let_go([param])
+            with bench.place(""):
+                for param in params:  # so that its gradient's shape is known
+                    shards.gather([param])
+                    shards.let_go([param])
         bench.on_kept(flat, "parameter")
         bench.on_kept(self.grads, "gradient")
         bench.closers.append(bench.model.register_forward_pre_hook(lambda *_: shards.begin()).remove)
@@ -66,9 +67,11 @@ class ZeroThree(Reducing):
         return [self.master] if self.stored is None else self.stored.masters
 
     def _make_master(self, flat: torch.Tensor) -> None:
-        device = self.bench.device_at(self.state_on)
+        leaves = bool(self.state_on) and not self.shards.offload and not self.bench.device.is_host
         with self.bench.place(self.state_on):
-            self.master = torch.nn.Parameter(flat.float().clone().to(device))
+            wide = flat.to(self.bench.device_at(self.state_on), torch.float32, copy=leaves)
+            self.master = torch.nn.Parameter(wide.clone())
+            del wide
             if self.state_on:
                 self.master.grad = torch.zeros_like(self.master)
             torch.zeros_like(self.master)
@@ -234,16 +237,17 @@ class Shards:
         # Modules of this micro-batch in order, while the order is recorded.
         self.visits: list[torch.nn.Module] | None = None
         self.order: list[torch.nn.Module] = []  # the known order
-        self.shard = {p: self._cut(p) for p in params}
+        away = {*trained, *(p for p in params if self.offload and p not in self.persistent)}
+        self.shard = {p: self._cut(p, "host" if p in away else "") for p in params}
         self.place: dict[torch.nn.Parameter, int] = {}
         self.flat = self._flattened(trained)
         for param in params:  # for code that inspects what a rank holds
             param.whole_shape, param.shard = self.shape[param], self.shard[param]  # type: ignore[attr-defined]
         self.begin()
 
-    def _cut(self, param: torch.nn.Parameter) -> torch.Tensor:
-        on_host = self.offload and param not in self.persistent
-        place = "host" if on_host else ""
+    def _cut(self, param: torch.nn.Parameter, place: str) -> torch.Tensor:
+        """Return this rank's piece of the parameter, in a tensor of its own at ``place``, and make the
+        parameter empty."""
         with self.bench.place(place):
             shard = torch.empty(self.size[param], dtype=param.dtype, device=self.bench.device_at(place))
         start = min(self.group.rank() * self.size[param], param.numel())
@@ -256,7 +260,9 @@ class Shards:
     def _flattened(self, trained: list[torch.nn.Parameter]) -> torch.Tensor:
         """Copy this rank's pieces of the trained parameters, one by one, into a flat buffer on the host. Move
         the buffer to the device unless parameters are offloaded, and return it. The pieces become views of
-        the returned buffer."""
+        the returned buffer. DeepSpeed's pieces are on the device before (``defragment`` of
+        runtime/zero/utils.py), but leave it, with the allocator's cache emptied, before the buffer comes, so
+        that they never take memory beside it."""
         with self.bench.place("host"):
             flat = torch.empty(
                 sum(self.size[p] for p in trained),
@@ -269,9 +275,8 @@ class Shards:
             offset += self.size[param]
             self.of(param, flat).copy_(self.shard[param])
             del self.shard[param]
-        if not self.offload and not self.bench.device.is_host:
-            with self.bench.place(""):
-                flat = flat.to(self.bench.torch_device, copy=True)
+        if not self.offload:
+            flat = on_device(self.bench, flat)
         self.shard.update((p, self.of(p, flat)) for p in trained)
         return flat
 
