@@ -26,11 +26,11 @@ from memfit.conformance.sharding import world_size
 from memfit.cost.host import host_holds, host_line, with_host_memory
 from memfit.files.replace import write_whole
 from memfit.inputs import job_of, machine_of, on_ranks, plan_of, says_ranks
-from memfit.jobs.training_step import repeat
 from memfit.jobs.user_job import guarded
 from memfit.lint import to_plan
 from memfit.lint.clipping import clipping_setting
 from memfit.lint.trainer_setup import setup_of_trainer
+from memfit.model.batch_objects import repeat
 from memfit.monitoring.record import OutOfMemory
 from memfit.monitoring.watch import watch
 from memfit.planner.batch_shape import with_batch_shape

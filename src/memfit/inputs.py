@@ -18,9 +18,8 @@ from torch.utils import _pytree
 
 from memfit import catalog
 from memfit.files.read import parse_yaml
-from memfit.jobs.training_step import batch_length
 from memfit.jobs.user_job import guard_job, guarded
-from memfit.model.batch_objects import batch_tensors, map_batch
+from memfit.model.batch_objects import batch_length, batch_tensors, map_batch
 from memfit.runtime.local_machine import this_machine
 from memfit.techniques.optimizers import default_optimizer
 from memfit.techniques.plan_file import parse_plan, read_plan

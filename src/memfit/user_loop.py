@@ -20,7 +20,8 @@ from memfit.conformance.monitor import Monitor
 from memfit.conformance.sharding import world_size
 from memfit.inputs import batch_of, loss_of, on_ranks, plan_of
 from memfit.jobs.optimizer_groups import PlanOptimizer, UserGroups
-from memfit.jobs.training_step import MicroBatch, TrainingStep, batch_length, moved, weighted
+from memfit.jobs.training_step import MicroBatch, TrainingStep, moved, weighted
+from memfit.model.batch_objects import batch_length
 from memfit.techniques.imported_optimizer import parse_arguments
 from memfit.techniques.optimizers import default_optimizer
 from memfit.techniques.rank_mesh import make_world

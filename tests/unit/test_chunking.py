@@ -23,7 +23,7 @@ from memfit.types.errors import UserError
 from memfit.types.job import Job
 from memfit.types.machine import Calibration
 from memfit.types.plan import Plan
-from memfit.types.trace import Phase
+from memfit.types.trace import Phase, Trace
 
 WIDTHS = Widths(
     c_m=24,
@@ -334,6 +334,23 @@ def test_an_axis_whose_distant_dependence_no_trial_can_rule_out_is_not_cut() -> 
     assert all(axis != 2 for name, (axis, _) in _cuts([wide], (2, 16, 4096)).items() if name in ("0", "0.1"))
     assert "0" not in _cuts([_Shifted(512, 48)], (2, 4096, 8))
     assert _cuts([_Shifted(512, 0)], (2, 4096, 8))["0"] == (1, 1)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_micro_batches_of_one_sample_are_cut_too(ranks: int) -> None:
+    """What a module allocates inside is then cut to the budget, as in a batch of one sample."""
+    shape = (4, 40, 40, 6)
+    job = _job(lambda: _Of(lambda x: x[..., None].expand(*x.shape, 64).exp().sum(-1)), *shape)
+    uses = [make_use("gradient-accumulation", {"micro_batches": 4 // ranks}), make_use("chunking", {})]
+    uses += [make_use("ddp", {})] * (ranks > 1)
+
+    def largest(traced: Trace) -> int:
+        return max(a.size_bytes for a in traced.allocations if a.phase is Phase.FORWARD)
+
+    alone = _job(job.build_model, 1, *shape[1:])
+    single = largest(trace(alone, Plan(uses=(make_use("chunking", {}),))))
+    assert largest(trace(job, Plan(uses=tuple(uses), ranks=ranks))) == single
+    assert 4 * single < largest(trace(alone, Plan()))
 
 
 class _Head(nn.Module):

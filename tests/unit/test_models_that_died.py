@@ -16,7 +16,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 import memfit
-from memfit.jobs.training_step import batch_length, split
+from memfit.model.batch_objects import batch_length, split
 from memfit.planner.plan_space import plans, usable
 from memfit.planner.request import space_of
 from memfit.runtime.counting_allocator import CountingAllocator, available

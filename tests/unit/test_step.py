@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,8 +15,12 @@ from tiny import regression, words, words_terms
 from torch import nn
 from torch.testing import assert_close
 
-from memfit.jobs.training_step import TrainingStep, batch_length, repeat, split
+from memfit.jobs.training_step import TrainingStep
+from memfit.model.batch_objects import batch_length, repeat, split
+from memfit.techniques.base import Workbench
 from memfit.techniques.precision import LossScale
+from memfit.techniques.registry import technique
+from memfit.types.device_kind import device_kind
 from memfit.types.errors import UserError
 from memfit.types.job import Job, OptimizerChoice
 from memfit.types.plan import Plan, use
@@ -194,3 +199,19 @@ def test_a_loss_that_is_not_finite_at_any_scale_is_not_hidden(monkeypatch: pytes
     broken = dataclasses.replace(job, loss=lambda model, batch: job.loss(model, batch) * float("inf"))
     norm = TrainingStep(broken, FP16).run(job.make_batch(0, 0))[1]
     assert not torch.isfinite(norm)
+
+
+def test_autocast_is_that_of_the_device_even_while_the_model_is_in_host_memory() -> None:
+    """As under plans that divide the model before it moves."""
+    kinds: list[str] = []
+    bench = Workbench(
+        job=regression(),
+        model=nn.Linear(2, 2),
+        device=device_kind("cuda"),
+        torch_device="cuda:0",
+        make_optimizer=torch.optim.SGD,
+    )
+    technique("bf16-autocast").apply(bench, {})
+    with mock.patch.object(torch, "autocast", lambda kind, dtype: kinds.append(kind)):
+        bench.forward_contexts[-1]()
+    assert kinds == ["cuda"]

@@ -20,9 +20,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from memfit.capture.tensors import KEPT_BUFFERS, is_fake, is_real
 from memfit.inputs import optimizer_of
-from memfit.jobs.training_step import batch_length, repeat
 from memfit.jobs.user_job import guard_job
-from memfit.model.batch_objects import batch_tensors, map_batch
+from memfit.model.batch_objects import batch_length, batch_tensors, map_batch, repeat
 from memfit.techniques.deferred_logits import LazyLogits
 from memfit.trace.fake_copy import FakeCopies
 from memfit.types.errors import UserError

@@ -17,7 +17,7 @@ import torch
 from memfit.api import Prediction, estimate
 from memfit.inputs import plan_of
 from memfit.integrations.record import Recorder
-from memfit.jobs.training_step import repeat
+from memfit.model.batch_objects import repeat
 from memfit.techniques.rank_mesh import layout
 from memfit.types.errors import UserError
 from memfit.types.plan import Plan, use

@@ -15,11 +15,10 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils import _pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from memfit.jobs.ema import WeightAverage
-from memfit.model.batch_objects import batch_tensors, map_batch, sample_count, split_object
+from memfit.model.batch_objects import batch_length, map_batch, split
 from memfit.techniques import fp32_modules
 from memfit.techniques.base import OptimizerLike, Workbench
 from memfit.techniques.optimizers import StepInBackward, default_optimizer, innermost
@@ -452,69 +451,3 @@ def played(count: int, most: int | None) -> list[int]:
     if most is None or most >= count:
         return list(range(count))
     return [*range(most - 1), count - 1]
-
-
-def batch_length(batch: Any) -> int:
-    """Return the number of samples of a batch: the integer ``num_graphs`` or ``batch_size`` of the first
-    object in it that has one and holds tensors, such as a batch of graphs; without one, the size of the first
-    dimension of the batch's first tensor with dimensions.
-
-    Raises UserError if the batch contains no tensor with dimensions.
-    """
-    tensors = [t for t in batch_tensors(batch) if t.dim() > 0]
-    if not tensors:
-        raise UserError(
-            "the job's batch contains no tensor with at least one dimension",
-            allowed="a tensor, a mapping, tuple or list of tensors, or an object with .to() and tensors",
-        )
-    count = sample_count(batch)
-    return int(tensors[0].shape[0]) if count is None else count
-
-
-def split(batch: Any, parts: int) -> Sequence[Any]:
-    """Return ``parts`` micro-batches with consecutive samples of ``batch``. If the number of samples is not a
-    multiple of ``parts``, the first micro-batches have one sample more than the others.
-
-    Tensors are cut along the first dimension, as views. A tensor whose first dimension is not the number of
-    samples is whole in every micro-batch. A batch that is an object is split by its own methods. With
-    ``parts`` 1, the result is ``[batch]``. Raises UserError if there are more parts than samples, or if an
-    object cannot be split.
-    """
-    if parts == 1:
-        return [batch]
-    length = batch_length(batch)
-    if parts > length:
-        raise UserError(
-            f"{parts} micro-batches cannot be cut from a batch of {length} samples",
-            allowed=f"at most {length} micro-batches",
-        )
-    sizes = [length // parts + (i < length % parts) for i in range(parts)]
-    if (objects := split_object(batch, sizes)) is not None:
-        return objects
-    starts = [sum(sizes[:i]) for i in range(parts)]
-
-    def cut(value: Any, start: int, size: int) -> Any:
-        return value.narrow(0, start, size) if _is_per_sample(value, length) else value
-
-    return [
-        _pytree.tree_map(lambda v, s=start, n=size: cut(v, s, n), batch)
-        for start, size in zip(starts, sizes, strict=True)
-    ]
-
-
-def repeat(batch: Any, times: int) -> Any:
-    """Return a batch with all samples of ``batch`` ``times`` times, one copy after another, so that `split`
-    cuts it into ``times`` micro-batches equal to ``batch``.
-
-    A tensor whose first dimension is not the number of samples is kept as it is, and so is a batch that is an
-    object. With ``times`` 1, ``batch`` itself is returned. Raises UserError if the batch contains no tensor
-    with dimensions and ``times`` is not 1.
-    """
-    if times == 1:
-        return batch
-    length = batch_length(batch)
-    return _pytree.tree_map(lambda v: torch.cat([v] * times) if _is_per_sample(v, length) else v, batch)
-
-
-def _is_per_sample(value: Any, length: int) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == length

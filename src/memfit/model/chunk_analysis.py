@@ -160,11 +160,12 @@ _LASTING: dict[object, tuple[Any, int]] = {}
 _MOST_LASTING = 4096
 
 
-def first_calls(job: Any, model: nn.Module) -> dict[str, ModuleCall]:
+def first_calls(job: Any, model: nn.Module, parts: int = 1) -> dict[str, ModuleCall]:
     """Return module path -> the first call of that module, for all modules that are called when the job's
-    loss is computed on its first batch. The model itself is left out. A copy of the model without values
-    runs. Of blocks that are equal (`equal_blocks`), two run, and the others' calls are taken to be those of
-    the second; all run if the model does not run without them. Results for the last 4 models are cached."""
+    loss is computed on the first of ``parts`` equal parts of its first batch. The model itself is left out. A
+    copy of the model without values runs. Of blocks that are equal (`equal_blocks`), two run, and the others'
+    calls are taken to be those of the second; all run if the model does not run without them. Results for the
+    last 4 models are cached."""
     try:
         path, blocks = find_blocks(model, job.blocks)
         same = {i: j for i, j in enumerate(equal_blocks(blocks)) if i != j}
@@ -175,13 +176,13 @@ def first_calls(job: Any, model: nn.Module) -> dict[str, ModuleCall]:
         names, prefix = [*container._modules], child_prefix(path)
         left_out = {names[i]: names[j] for i, j in same.items()}
         with contextlib.suppress(Exception), _without_children(container, left_out):
-            calls = dict(_first_calls(job, model))
+            calls = dict(_first_calls(job, model, parts))
             for name, like in left_out.items():
                 within = f"{prefix}{like}"
                 inside = {n: call for n, call in calls.items() if f"{n}.".startswith(f"{within}.")}
                 calls |= {f"{prefix}{name}{n.removeprefix(within)}": call for n, call in inside.items()}
             return calls
-    return _first_calls(job, model)
+    return _first_calls(job, model, parts)
 
 
 @contextlib.contextmanager
@@ -195,15 +196,15 @@ def _without_children(container: nn.Module, names: Container[str]) -> Iterator[N
         container._modules = children
 
 
-def _first_calls(job: Any, model: nn.Module) -> dict[str, ModuleCall]:
+def _first_calls(job: Any, model: nn.Module, count: int) -> dict[str, ModuleCall]:
     # A model cut to its first blocks is built by another function each time, for the same ``origin``.
     parts = (getattr(job.build_model, "origin", job.build_model), job.make_batch, job.loss)
     tensors = tuple((n, t.dtype, tuple(t.shape)) for n, t in model.state_dict(keep_vars=True).items())
     wrapped_names = tuple(n for n, m in model.named_modules() if "forward" in vars(m) or m._forward_pre_hooks)
-    key = (*map(id, parts), tensors, wrapped_names)
+    key = (*map(id, parts), count, tensors, wrapped_names)
     if key not in _SEEN:
         watch = _Watch()
-        with without_values(job, model) as (model_copy, batch):
+        with without_values(job, model, count) as (model_copy, batch):
             watch.watch(model_copy)
             with watch:
                 job.loss(model_copy, batch)

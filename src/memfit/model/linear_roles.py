@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from memfit.model.batch_objects import map_batch
+from memfit.model.batch_objects import map_batch, split
 from memfit.model.blocks import equal_blocks
 from memfit.model.grouped_mm import grouped_products
 from memfit.model.tensors import tensor_leaves
@@ -257,9 +257,9 @@ def _twins(model: nn.Module, blocks: list[str], roles: Mapping[str, str]) -> lis
 
 
 @contextlib.contextmanager
-def without_values(job: Any, model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
-    """Yield (a copy of the model, the job's first batch), both without values, for a forward pass without
-    gradients. Modes that are active outside see nothing of it."""
+def without_values(job: Any, model: nn.Module, parts: int = 1) -> Iterator[tuple[nn.Module, Any]]:
+    """Yield (a copy of the model, the first of ``parts`` equal parts of the job's first batch), both without
+    values, for a forward pass without gradients. Modes that are active outside see nothing of it."""
     with (
         grouped_products(),
         _disable_current_modes(),
@@ -267,7 +267,7 @@ def without_values(job: Any, model: nn.Module) -> Iterator[tuple[nn.Module, Any]
         torch.no_grad(),
     ):
         copies = {id(t): _valueless(t) for t in (*model.parameters(), *model.buffers())}
-        batch = map_batch(fake.from_tensor, job.make_batch(0, 0))
+        batch = map_batch(fake.from_tensor, split(job.make_batch(0, 0), parts)[0])
         yield copy.deepcopy(model, copies), batch
 
 

@@ -8,7 +8,7 @@ from collections import Counter
 import torch
 from torch.utils import _pytree
 
-from memfit.jobs.training_step import batch_length
+from memfit.model.batch_objects import batch_length
 from memfit.model.tensors import tensor_leaves
 from memfit.types.errors import UserError
 from memfit.types.job import Job

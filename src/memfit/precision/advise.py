@@ -15,7 +15,8 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from memfit.jobs.training_step import TrainingStep, batch_length, split
+from memfit.jobs.training_step import TrainingStep
+from memfit.model.batch_objects import batch_length, split
 from memfit.precision import casting
 from memfit.precision.recording import FAILURES, LOSS, RecordedCall, learn_dtypes, record
 from memfit.precision.replay import Mode, NonFiniteOperators, ReplayErrors, compare, modes, replay_call

@@ -5,10 +5,10 @@ independent. Such modules are found by trial, not by name: a small copy with ran
 inputs, whole and on a slice of them. If the slice of the output is the same, that axis can be cut. Modules
 are cut so finely that one slice allocates at most a budget of memory inside. Each slice is checkpointed, so
 that only one slice's inner tensors exist at a time. A call runs whole if it differs from the module's first
-call, on which the trial rests, in more than lengths. By default, the budget is half of the output of that
-module which allocates the most inside, but at most half of what it allocates. That output exists anyway, so
-smaller slices would save little more. (The idea of FastFold's AutoChunk, Cheng et al. 2022, arXiv
-2203.00854.)
+call in the first micro-batch, on which the trial rests, in more than lengths. By default, the budget is half
+of the output of that module which allocates the most inside, but at most half of what it allocates. That
+output exists anyway, so smaller slices would save little more. (The idea of FastFold's AutoChunk, Cheng et
+al. 2022, arXiv 2203.00854.)
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
     from memfit.model.chunk_analysis import ChunkTrials, budget_bytes, first_calls, to_cut
 
-    calls, trials = first_calls(bench.job, bench.model), ChunkTrials()
+    parts = bench.world.layout.data * bench.micro_batches  # a pass works on one of these
+    calls, trials = first_calls(bench.job, bench.model, parts), ChunkTrials()
     requested_bytes = int(settings["mib"]) * MIB
     budget = requested_bytes or budget_bytes(bench.model, calls, int(settings["parts"]), trials)
     cuts = to_cut(bench.model, calls, budget, trials)

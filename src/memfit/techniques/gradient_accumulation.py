@@ -26,7 +26,7 @@ TECHNIQUE = Technique(
     effect=EffectClass.E1,
     apply=_apply,
     settings=_settings,
-    order=80,
+    order=5,  # others look at a micro-batch
     knobs=(
         Knob(
             name="micro_batches",

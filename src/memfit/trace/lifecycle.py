@@ -18,8 +18,8 @@ import torch
 from torch.utils import _pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from memfit.jobs.training_step import TrainingStep, split
-from memfit.model.batch_objects import map_batch
+from memfit.jobs.training_step import TrainingStep
+from memfit.model.batch_objects import map_batch, split
 from memfit.model.tensors import tensor_leaves
 from memfit.trace.allocation_recorder import AllocationRecorder
 from memfit.trace.data_dependent import Guesses

@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree
 
 from memfit.cost.memory import live_peak_bytes
-from memfit.jobs.training_step import batch_length, split
+from memfit.model.batch_objects import batch_length, split
 from memfit.runtime import local_machine
 from memfit.trace.fixed_random import FixedRandom, TimeLimitExceeded
 from memfit.trace.tracer import fake_model, trace

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree
 
-from memfit.jobs.training_step import batch_length
+from memfit.model.batch_objects import batch_length
 from memfit.techniques.rank_mesh import layout
 from memfit.trace import tracer
 from memfit.trace.truncated_model import with_blocks

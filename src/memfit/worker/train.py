@@ -393,7 +393,7 @@ def _own_step(job: Job, part: Any, device: str, autocast_dtype: Any) -> Any:
     import torch
 
     from memfit.conformance.module_hooks import BlockListener
-    from memfit.jobs.training_step import batch_length, split
+    from memfit.model.batch_objects import batch_length, split
     from memfit.model.blocks import find_blocks
 
     listener = BlockListener()
