@@ -4,8 +4,10 @@ a small program in place of `memfit run`, which writes the record of a run."""
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -228,6 +230,43 @@ def test_the_record_that_a_killed_sweep_left_is_stored_by_the_next_one(
     sweep = run((trial,), store)
     assert (states(sweep), sweep.results[0].before, program.begun) == (["done"], True, [])
     assert files_left(store) == ["store.sqlite3"]
+
+
+def test_two_sweeps_at_once_run_a_common_trial_once(tmp_path: Path, program: Program) -> None:
+    path = tmp_path / "store.sqlite3"
+    program.always = "time.sleep(0.5)"
+    sweeps_run: list[Sweep] = []
+    threads = [
+        threading.Thread(target=lambda: sweeps_run.append(run(trials(parallel=1), Store(path))))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [states(sweep) for sweep in sweeps_run] == [["done"] * 4] * 2
+    assert sorted(program.begun) == [("plain", 0), ("plain", 1), ("split", 0), ("split", 1)]
+    assert sum(result.before for sweep in sweeps_run for result in sweep.results) == 4
+    assert files_left(Store(path)) == ["store.sqlite3"]
+
+
+def test_a_trial_that_ends_without_a_result_in_another_sweep_is_run(tmp_path: Path, program: Program) -> None:
+    store = Store(tmp_path / "store.sqlite3")
+    (trial,) = trials(seeds=1, plain=Plan())
+    other = tmp_path / SWEEPS / "other"
+    (other / trial.trial_id).mkdir(parents=True)
+    seen: list[tuple[str, int]] = []
+
+    def end_the_other(sweep: Sweep) -> None:
+        seen.append((states(sweep)[0], len(program.begun)))
+        shutil.rmtree(other, ignore_errors=True)
+
+    with (other / "owner").open("w") as owner:
+        fcntl.flock(owner, fcntl.LOCK_EX)
+        with Sweep([trial], RunSettings(), store) as sweep:
+            sweep.run(Budget(hours=1.0), end_the_other)
+    assert seen[0] == ("waiting", 0)
+    assert (states(sweep), sweep.results[0].before, len(program.begun)) == (["done"], False, 1)
 
 
 def test_a_record_of_another_trial_is_refused(tmp_path: Path, program: Program) -> None:

@@ -23,7 +23,7 @@ from memfit.cli.options import (
     RuntimeOptions,
     SizeOptions,
 )
-from memfit.cli.output import check_language, refuse_options, set_options
+from memfit.cli.output import check_language, english_only, refuse_options, set_options
 from memfit.cli.precision import PrecisionOptions, print_precision
 from memfit.types.errors import UserError, suggest
 
@@ -134,11 +134,14 @@ def estimate(  # noqa: PLR0913
     if lengths.lengths is not None:
         other = set_options(files, runtime) | {"plan files": plan_paths, "--engines": options.engines}
         other |= {"--recommended": plan_options.recommended, "--engine": goal.engine}
+        other["--host-memory"] = goal.host_memory
         other |= {f"--{name}": job_sizes[name] for name in ("data", "weights", "steps", "length", "dim")}
         refuse_options(other, "cannot be used with --lengths")
+        english_only(output, "--lengths")
         print_lengths(lengths, job, plan_options.plan, goal.memory, on.on, as_json=output.json)
     elif options.engines:
         refuse_options(set_options(files) | {"plan files": plan_paths}, "cannot be used with --engines")
+        english_only(output, "--engines")
         compare_engines(job, plan_options, goal, on, runtime, as_json=output.json)
     else:
         refuse_options(set_options(lengths), "cannot be used without --lengths")

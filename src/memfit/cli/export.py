@@ -197,12 +197,13 @@ def export(
     from memfit.export.script_steps import check_acknowledged, script_steps
     from memfit.export.targets import LIBRARIES, TARGETS, bundle
     from memfit.export.user_settings import read_user_files
-    from memfit.export.write import write
+    from memfit.export.write import check_folder, write
     from memfit.planner.recompute_budget import open_budget
     from memfit.techniques.plan_file import plan_text
     from memfit.workflows.single_run import resolve_plan
 
     target = check_choice("--to", options.to, TARGETS)
+    check_folder(options.out, force=options.force)
     script_words, script_file = _words(options.script)
     by_worker = not script_words and target not in LIBRARIES
     user_files = (

@@ -12,6 +12,8 @@ from memfit.types.sanitize import escape_controls
 if TYPE_CHECKING:
     import rich.console
 
+    from memfit.cli.options import OutputOptions
+
 _PIPE_COLUMNS = 120  # rich assumes 80 if there is no terminal, which is too narrow for the tables
 
 
@@ -69,6 +71,16 @@ def check_language(code: str) -> str:
     from memfit.report.words import LANGUAGES
 
     return check_choice("--lang", code, LANGUAGES)
+
+
+def english_only(output: OutputOptions, option: str) -> None:
+    """Raise UserError if --lang chooses another language than English. To be called where ``option`` is given
+    whose answer memfit has in English only."""
+    if output.lang != "en":
+        raise UserError(
+            f"--lang {output.lang} cannot be used with {option}, whose answer is in English only",
+            hint="leave out --lang, or take --json",
+        )
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -19,7 +19,7 @@ from memfit.cli.options import (
     OutputOptions,
     RuntimeOptions,
 )
-from memfit.cli.output import check_language, refuse_options
+from memfit.cli.output import check_language, english_only, refuse_options
 from memfit.cli.plan_diff import DiffOptions, print_diff, script_of
 from memfit.cli.progress import Bars
 from memfit.cli.request import (
@@ -170,6 +170,10 @@ def _refuse_options_with_diff(
         "--corrected-by": from_options.corrected_by,
         "--measure": save.measure,
         "--largest": largest.largest,
+        "--values": largest.values,
+        "--buckets": largest.buckets,
+        "--step": largest.step,
+        "--out": largest.out,
         "--explain-infeasible": limits.explain_infeasible,
     }
     refuse_options(options, "cannot be used with --diff", allowed="--diff without these options")
@@ -218,6 +222,7 @@ def plan(  # noqa: PLR0913
         (_refuse_options_with_diff if diff.diff is not None else _refuse_options_with_largest)(
             limits, from_options, save, largest
         )
+        english_only(output, "--diff" if diff.diff is not None else "--largest")
         script = script_of(diff, largest.plans)
         job_request = request(
             job, goal, runtime, on.on, ranks=save.nproc, bounds=bounds_of(job, limits, on.on)

@@ -413,7 +413,7 @@ def _state_text(result: TrialResult) -> str:
 def _print(results: Sequence[TrialResult], hours: float, usd: float | None) -> None:
     console().print(_table(results))
     earlier = sum(result.before for result in results)
-    known = f"; {earlier} had a result before" if earlier else ""
+    known = f"; {earlier} were run by other calls" if earlier else ""
     print(f"{_count_text(results)}{known}; this call used {_used_text(hours, usd)}")
     for result in [r for r in results if r.starts > 1]:
         print(f"  {_trial_text(result)}: started {result.starts} times, as it was preempted")

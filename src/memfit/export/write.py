@@ -16,15 +16,8 @@ from memfit.types.errors import UserError
 MANIFEST: Final = "export.json"  # what was written, with digests; written last
 
 
-def write(folder: Path, files: Files, *, force: bool = False) -> None:
-    """Write ``files`` (name -> text) into ``folder``, which is created if it does not exist, with a manifest
-    export.json that lists the SHA-256 of each. Files named *.sh become executable. If the folder is new or
-    empty, either all files appear or none.
-
-    Raises UserError if the folder is a file, if it contains anything and ``force`` is not set, if its parent
-    folder does not exist, or if writing fails. With ``force``, files of the same names are replaced, and
-    files that an earlier export wrote and that are not in ``files`` are removed; everything else stays.
-    """
+def check_folder(folder: Path, *, force: bool = False) -> None:
+    """Raise UserError if `write` would refuse the folder. To be called before any long work begins."""
     occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if occupied and (not force or not folder.is_dir()):
         raise UserError(
@@ -36,6 +29,19 @@ def write(folder: Path, files: Files, *, force: bool = False) -> None:
         raise UserError(
             f"{folder} cannot be written: there is no folder {folder.parent}", hint="create that folder first"
         )
+
+
+def write(folder: Path, files: Files, *, force: bool = False) -> None:
+    """Write ``files`` (name -> text) into ``folder``, which is created if it does not exist, with a manifest
+    export.json that lists the SHA-256 of each. Files named *.sh become executable. If the folder is new or
+    empty, either all files appear or none.
+
+    Raises UserError if the folder is a file, if it contains anything and ``force`` is not set, if its parent
+    folder does not exist, or if writing fails. With ``force``, files of the same names are replaced, and
+    files that an earlier export wrote and that are not in ``files`` are removed; everything else stays.
+    """
+    check_folder(folder, force=force)
+    occupied = folder.is_dir() and any(folder.iterdir())
     try:
         _write(folder, files, replacing=occupied)
     except OSError as error:

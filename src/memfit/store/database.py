@@ -128,6 +128,13 @@ class Store:
             raise UserError(f"the store {self.path} has no recorded environment with the digest {name!r}")
         return dict(json.loads(rows[0][0]))
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Inside this context, no other thread or process adds rows or is inside ``locked`` of the same file.
+        Rows can be read, but not added."""
+        with self._connection() as connection, _transaction(connection):
+            yield
+
     @functools.cached_property
     def _environment(self) -> tuple[str, Mapping[str, str]]:
         environment = fingerprint()

@@ -1,5 +1,5 @@
 """Run many trials side by side: plans x seeds x sizes x kinds of devices, within a budget. What is in the
-store already is not run again."""
+store already is not run again, and what another sweep with the same store runs is waited for."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ from memfit.workflows.single_run import explain
 SWEEPS: Final = "sweeps"  # folder beside the store, while a sweep runs
 PLAN: Final = "plan.yaml"
 SPEC: Final = "spec.json"
+_TRIAL: Final = "trial-"  # start of trial IDs
 _YOUNG_S: Final = 5.0
+_POLL_S: Final = 1.0  # between two looks at trials that another sweep runs
 JOB: Final = "job.json"  # in a trial's folder: which job of which executor runs it
 
 
@@ -134,7 +136,7 @@ class TrialState(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TrialResult:
-    """How a trial is. ``run``: None until it has reported one. ``before``: whether an earlier sweep ran it.
+    """How a trial is. ``run``: None until it has reported one. ``before``: whether another sweep ran it.
     ``device``: the name of the GPU or processor. ``run_s``: seconds in this sweep over all ``starts``; a
     scheduler may start a trial again."""
 
@@ -260,7 +262,7 @@ def _where(placement: Placement) -> Mapping[str, str]:
 
 def _digest(where: Mapping[str, str], facts: Mapping[str, Any]) -> str:
     text = json.dumps({**facts, **where}, sort_keys=True)
-    return f"trial-{hashlib.sha256(text.encode()).hexdigest()[:20]}"
+    return f"{_TRIAL}{hashlib.sha256(text.encode()).hexdigest()[:20]}"
 
 
 _Group = tuple[str, str | None, str]
@@ -330,7 +332,7 @@ class Sweep:
             for folder in sorted(parent.iterdir()):
                 self._adopt(folder, stack)
             self._stack = stack.pop_all()
-        self._find_done()
+        self._find_done(self._trials)
         return self
 
     def __exit__(
@@ -372,15 +374,17 @@ class Sweep:
         return any(executor.slots != 1 for executor in self._executors.values())
 
     def run(self, budget: Budget, show: Callable[[Sweep], None] = lambda sweep: None) -> None:
-        """Run the trials that have no result yet, and store the record of each as soon as it ends. ``show``
-        is called often. When the budget is used up, running trials are ended and no more are begun."""
+        """Run the trials that have no result yet, and store the record of each as soon as it ends. Trials
+        that another sweep with the same store runs are waited for, and run here if they end without a result.
+        ``show`` is called often. When the budget is used up, running trials are ended and no more are
+        begun."""
         waiting = deque(trial for trial in self.left if trial.trial_id not in self._running)
         while waiting or self._running:
-            self._submit(waiting, budget)
+            runs_elsewhere = self._submit(waiting, budget)
             show(self)
-            if not self._running:
+            if not self._running and not runs_elsewhere:
                 break
-            time.sleep(min(each.executor.poll_s for each in self._running.values()))
+            time.sleep(min((each.executor.poll_s for each in self._running.values()), default=_POLL_S))
             for running in list(self._running.values()):
                 self._look_at(running)
             if self._used_up(budget):
@@ -390,19 +394,21 @@ class Sweep:
                 self._set(trial, state=TrialState.NOT_RUN, reason="the budget does not suffice")
         show(self)
 
-    def _find_done(self) -> None:
-        """Mark the trials that have a result in the store."""
-        for trial in self._trials:
+    def _find_done(self, trials: Sequence[SweepTrial]) -> None:
+        """Mark those of the trials that have a result in the store."""
+        for trial in trials:
             for row in self._store.records(trial.trial_id, RUN):
                 run = serialization.loads(Run, row.body, what=f"record {row.record_id}")
                 if _is_result(run):
                     device = device_name(self._store.environment(row.environment))
                     self._set(trial, state=TrialState.DONE, run=run, device=device, before=True)
 
-    def _submit(self, waiting: deque[SweepTrial], budget: Budget) -> None:
-        """Submit as many trials as their executors take and as the budget is expected to suffice for."""
+    def _submit(self, waiting: deque[SweepTrial], budget: Budget) -> bool:
+        """Submit as many trials as their executors take and as the budget is expected to suffice for. Return
+        whether some were not submitted only because another sweep runs them."""
         chosen: dict[str, list[SweepTrial]] = {}
         hours, usd = self._committed()
+        runs_elsewhere = False
         for _ in range(0 if self._used_up(budget) else len(waiting)):
             trial = waiting.popleft()
             kind = trial.placement.kind
@@ -411,12 +417,30 @@ class Sweep:
             if self._has_slot(kind, len(chosen.get(kind, ()))) and budget.suffices(
                 hours + more_hours, usd + more_usd
             ):
-                chosen.setdefault(kind, []).append(trial)
-                hours, usd = hours + more_hours, usd + more_usd
+                if self._claim(trial):
+                    chosen.setdefault(kind, []).append(trial)
+                    hours, usd = hours + more_hours, usd + more_usd
+                elif self._results[trial.trial_id].state is not TrialState.DONE:
+                    runs_elsewhere = True
+                    waiting.append(trial)
             else:
                 waiting.append(trial)
         for kind, trials in chosen.items():
             self._start(self._executors[kind], trials)
+        return runs_elsewhere
+
+    def _claim(self, trial: SweepTrial) -> bool:
+        """Make the folder of the trial and return True, unless another sweep runs the trial, or has run it:
+        it then is marked as done."""
+        with self._store.locked():
+            folders = [f.parent for f in self._folder.parent.glob(f"*/{trial.trial_id}")]
+            if any(_lives(folder) for folder in folders):
+                return False
+            self._find_done([trial])  # a sweep removes the folder of a trial when it has stored its result
+            if self._results[trial.trial_id].state is TrialState.DONE:
+                return False
+            (self._folder / trial.trial_id).mkdir()
+        return True
 
     def _has_slot(self, kind: str, chosen_count: int) -> bool:
         slots = self._executors[kind].slots
@@ -435,9 +459,8 @@ class Sweep:
                 )
 
     def _task(self, trial: SweepTrial) -> Task:
-        """Make the folder of a trial, and return the task that runs it."""
+        """Fill the folder of a trial (`_claim`), and return the task that runs it."""
         folder = self._folder / trial.trial_id
-        folder.mkdir()
         if trial.prepared is None:
             (folder / PLAN).write_text(plan_text(trial.plan), encoding="utf-8")
         else:
@@ -554,9 +577,12 @@ class Sweep:
         if lock is None:
             return
         stack.callback(lock.close)
-        running = [note for note in sorted(folder.glob(f"*/{JOB}")) if self._goes_on(note)]
+        running = {note.parent for note in sorted(folder.glob(f"*/{JOB}")) if self._goes_on(note)}
         if not running:
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        kept = running | {each.task.folder for each in self._running.values()}
+        for ended in set(folder.glob(f"{_TRIAL}*")) - kept:  # other sweeps would wait for them
+            shutil.rmtree(ended, ignore_errors=True)
 
     def _goes_on(self, note: Path) -> bool:
         """Return whether a trial of a killed sweep still runs and is none of this sweep's. If it has ended,
@@ -658,6 +684,13 @@ def _lock(folder: Path) -> IO[str] | None:
             stack.pop_all()
             return owner
     return None
+
+
+def _lives(folder: Path) -> bool:
+    """Return whether the process of the sweep with this folder lives."""
+    if (lock := _lock(folder)) is not None:
+        lock.close()
+    return lock is None
 
 
 def _remove_empty(folder: Path) -> None:
