@@ -80,7 +80,7 @@ def test_a_value_just_over_its_limit_is_printed_with_enough_digits_to_differ() -
         if not g.holds
     )
     name, found, limit = (value_text(part, load_words("en")) for part in gate_words(near.words))
-    assert (name, found, limit) == ("step time against plain training's", "2.0030", "at most 2.00×")
+    assert (name, found, limit) == ("step time relative to plain training", "2.0030", "at most 2.00×")
 
 
 def test_the_energy_gate_fails_when_the_runs_were_measured_at_different_boundaries() -> None:
@@ -150,7 +150,7 @@ def test_decide_exits_with_1_and_names_the_failed_gate(
     assert (told["holds"], told["stages"]) == (False, {})
     assert [g["name"] for g in told["gates"] if not g["holds"]] == ["time: step by plain's"]
     assert main(asked[:-3]) == 1
-    assert "Stopped before the next stage: step time against plain training's:" in capsys.readouterr().out
+    assert "Stopped before the next stage: step time relative to plain training:" in capsys.readouterr().out
 
 
 def test_attended_minutes_given_on_the_command_line_are_stored_with_the_poc(

@@ -8,6 +8,7 @@ import re
 import string
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -136,6 +137,7 @@ def test_every_japanese_text_has_a_japanese_character() -> None:
         "lint.instead",
         "record.poc",
         "scale.reason",
+        "stages.back_known",
         "stages.gate_line",
         "stages.poc",
         "summary.alone",
@@ -329,6 +331,37 @@ def test_axis_ticks_are_few_and_inside_the_axis(low: float, width: float, scale:
     assert 2 <= len(ticks) <= 9
     slack = 1e-6 * (axis.high - axis.low) + 1e-9 * axis.high
     assert all(axis.low - slack <= t <= axis.high + slack for t in ticks)
+
+
+def test_labels_of_a_chart_avoid_dots_and_lines() -> None:
+    axis = charts.Axis(title="", low=0, high=100)
+
+    def offsets(css: str, **parts: Any) -> list[str]:
+        svg = charts.plot("c", title="t", description="d", x=axis, y=axis, **parts)
+        return re.findall(rf'class="{css} [^>]* dy="([^"]*)"', svg)
+
+    dot = charts.Dot(css="ring", x=20, y=50, hint="", label="recommended")
+    other = charts.Dot(css="filled", x=21, y=45, hint="")
+    assert offsets("name", dots=[dot]) == ["22"]
+    assert offsets("name", dots=[dot, other]) == ["-12"]
+    rule = charts.Rule(value=50, label="predicted")
+    level = charts.Line(css="recommended", points=[(0, 10), (100, 52)])
+    assert offsets("rule", rules=[rule]) == ["-6"]
+    assert offsets("rule", rules=[rule], lines=[level]) == ["16"]
+
+
+def test_a_phase_without_a_prediction_has_its_name_and_no_error() -> None:
+    poc = full_poc()
+    peaks = [{**run.measurement.phase_peak_bytes, "evaluation": 5 * MIB} for run in poc.runs]
+    runs = tuple(
+        dataclasses.replace(run, measurement=dataclasses.replace(run.measurement, phase_peak_bytes=of_run))
+        for run, of_run in zip(poc.runs, peaks, strict=True)
+    )
+    page = render_html(dataclasses.replace(poc, runs=runs), lang="ja")
+    row = page[page.index("<td>評価</td>") :].partition("</tr>")[0]
+    assert "予測なし" in row
+    assert "5 MiB" in row
+    assert '<td class="n">–</td>' in row
 
 
 def test_a_non_finite_loss_only_interrupts_its_line_in_the_chart() -> None:

@@ -121,8 +121,8 @@ def plot(
     texts are escaped here for HTML.
     """
     parts = [_grid(x, y), _stretched([_path(line, x, y) for line in lines])]
-    parts += [_rule(rule, x, y) for rule in rules]
-    parts += [_dot(dot, x, y) for dot in dots]
+    parts += [_rule(rule, x, y, lines) for rule in rules]
+    parts += [_dot(dot, x, y, is_label_above=_has_dot_below(dot, dots, x, y)) for dot in dots]
     return (
         f'<svg class="plot" role="img" aria-labelledby="{chart_id}-t {chart_id}-d" height="{HEIGHT}">'
         f'<title id="{chart_id}-t">{escape(title)}</title>'
@@ -263,7 +263,14 @@ def _path(line: Line, x: Axis, y: Axis) -> str:
     return f'<path class="{"area" if line.area else "line"} {line.css}" d="{text}"/>'
 
 
-def _rule(rule: Rule, x: Axis, y: Axis) -> str:
+def _has_line_above(at: float, lines: Sequence[Line], y: Axis) -> bool:
+    """Return whether a line ends where the label of a level rule would be if it were above the rule, which is
+    ``at`` pixels below the top."""
+    ends = (HEIGHT * (1 - y.share(line.points[-1][1])) for line in lines if line.points)
+    return any(math.isfinite(end) and 0 <= at - end < 22 for end in ends)
+
+
+def _rule(rule: Rule, x: Axis, y: Axis, lines: Sequence[Line]) -> str:
     label = escape(rule.label)
     if rule.vertical:
         at = _pct(x.share(rule.value))
@@ -273,17 +280,30 @@ def _rule(rule: Rule, x: Axis, y: Axis) -> str:
             f'<text class="rule {side}" x="{at}" y="-6">{label}</text>'
         )
     at = _px(y.share(rule.value))
+    dy = 16 if _has_line_above(float(at), lines, y) else -6
     return (
         f'<line class="limit" x1="0" x2="100%" y1="{at}" y2="{at}"/>'
-        f'<text class="rule end" x="100%" y="{at}" dy="-6">{label}</text>'
+        f'<text class="rule end" x="100%" y="{at}" dy="{dy}">{label}</text>'
     )
 
 
-def _dot(dot: Dot, x: Axis, y: Axis) -> str:
+def _has_dot_below(dot: Dot, dots: Sequence[Dot], x: Axis, y: Axis) -> bool:
+    """Return whether another dot lies where the label of ``dot`` would be if it were below it."""
+    share, top = x.share(dot.x), HEIGHT * (1 - y.share(dot.y))
+    left, right = (share - 0.01, share + 0.12) if share < 0.6 else (share - 0.12, share + 0.01)
+    return any(
+        left <= x.share(d.x) <= right and 4 < HEIGHT * (1 - y.share(d.y)) - top < 30
+        for d in dots
+        if d is not dot
+    )
+
+
+def _dot(dot: Dot, x: Axis, y: Axis, *, is_label_above: bool) -> str:
     share = x.share(dot.x)
     cx, cy, side = _pct(share), _px(y.share(dot.y)), "start" if share < 0.6 else "end"
-    label = (
-        f'<text class="name {side}" x="{cx}" y="{cy}" dy="22">{escape(dot.label)}</text>' if dot.label else ""
-    )
+    dy = -12 if is_label_above else 22
+    label = ""
+    if dot.label:
+        label = f'<text class="name {side}" x="{cx}" y="{cy}" dy="{dy}">{escape(dot.label)}</text>'
     circle = f'<circle class="{dot.css}" cx="{cx}" cy="{cy}" r="6"><title>{escape(dot.hint)}</title></circle>'
     return circle + label

@@ -113,7 +113,9 @@ def print_stages(poc: Poc, decision: Decision, *, console: Console, lang: str) -
             amount = _span((row.to_spend, row.most), words) if is_range else figure_text(row.to_spend, words)
             lines.append(("to_spend", _amount(amount, stage, words)))
             lines += [("stop", _stop(row, words))]
-            way_back = sentence_text(row.back, words) if row.back else words.get("stages.back_text")
+            way_back = words.get("stages.back_text")
+            if row.back:
+                way_back = words.get("stages.back_known", back=sentence_text(row.back, words))
             lines += [("back", way_back), ("watch", words.get("stages.watch_text"))]
         for name, text in lines:
             console.print(Text(f"  {words.get(f'stages.{name}')}{colon}{text}"))

@@ -67,10 +67,10 @@ def print_poc(poc: Poc, *, console: Console, lang: str) -> None:
     _print_verdicts(view.verdicts, console, words)
     console.print(Text(_effort(poc.effort, words)))
     for note in poc.notes:
-        console.print(Text(note, style="dim"))
+        console.print(Text(words.of(note), style="dim"))
     took = words.get("terminal.took", took=_text(measured(poc.took_s, "s"), words))
     report = words.get("terminal.report", path=poc.report) if poc.report else ""
-    console.print(Text(f"{report}  ({took})" if report else took))
+    console.print(Text(words.get("text.with_note", text=report, note=took) if report else took))
 
 
 _MOST_ROWS = 12  # most rows of a frontier; more would not help to choose
@@ -332,8 +332,9 @@ def _folded(plan: str) -> str:
 def _print_failures(rows: Sequence[RunRow], console: Console, words: Words) -> None:
     for row in rows:
         if row.reason:
-            outcome = words.get(f"outcome.{row.outcome}")
-            console.print(Text(f"{row.plan} #{row.seed}, {outcome}: {row.reason}", style="dim"))
+            name, detail = words.of(row.plan), words.get("plan.detail_separator")
+            outcome = f"{words.get(f'outcome.{row.outcome}')}{words.get('text.colon')}{words.of(row.reason)}"
+            console.print(Text(f"{name} #{row.seed}{detail}{outcome}", style="dim"))
 
 
 def _print_verdicts(rows: Sequence[VerdictRow], console: Console, words: Words) -> None:
