@@ -358,7 +358,7 @@ def test_a_phase_without_a_prediction_has_its_name_and_no_error() -> None:
         for run, of_run in zip(poc.runs, peaks, strict=True)
     )
     page = render_html(dataclasses.replace(poc, runs=runs), lang="ja")
-    row = page[page.index("<td>評価</td>") :].partition("</tr>")[0]
+    row = page[page.index(">評価</td>") :].partition("</tr>")[0]
     assert "予測なし" in row
     assert "5 MiB" in row
     assert '<td class="n">–</td>' in row
