@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -24,12 +25,18 @@ from memfit.planner.recompute_budget import Cap
 from memfit.planner.request import Request, space_of
 from memfit.planner.selection import Objective
 from memfit.planner.shortlist import finalists, more_finalists
+from memfit.planner.stored_predictions import Result
+from memfit.trace import trace_pool
+from memfit.trace.tracer import trace
+from memfit.trace.unroll import Mismatch
+from memfit.types.deadline import TimeUp
 from memfit.types.errors import NothingFits, RunError, UserError
 from memfit.types.job import Job, JobRef
 from memfit.types.machine import Calibration, Device, Fact, Machine
 from memfit.types.parts import Parts
 from memfit.types.plan import Accuracy, Bounds, Plan, Use, use
 from memfit.types.result import Estimate, Interval, Measurement, OutcomeKind
+from memfit.types.trace import Trace
 
 BLOCKS = 6
 
@@ -343,6 +350,134 @@ def test_parts_traced_in_parallel_equal_parts_traced_one_by_one() -> None:
     assert ready.parts.keys() == made.keys()
     ready.trace_all(some)
     assert [ready.whole(plan) for plan in some] == [plain.whole(plan) for plan in some]
+
+
+def _without_clocks(ops: evaluate.Weighted) -> list[object]:
+    return [(dataclasses.replace(op, clock=0), count) for op, count in ops]
+
+
+def _passes(pricer: Pricer) -> dict[object, object]:
+    """Return of each part what a sketch takes of its passes, without the clocks of the operators that stand
+    for equal ones."""
+    of_updates = (evaluate._RESIDENT, evaluate._OPTIMIZER)
+    return {
+        key: ([x for i, x in enumerate(entries) if i not in of_updates], _without_clocks(passes), micros)
+        for key, (entries, passes, _, micros) in pricer.parts.items()
+        if key[2] == 1
+    }
+
+
+RECOMPUTED = [Plan(uses=(use("activation-checkpointing", every=k),)) for k in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("blocks", [3, 6, 13])
+def test_parts_with_some_blocks_recomputed_are_put_together_from_those_with_none_and_all(
+    blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = words(blocks)
+    fast, slow = (Pricer(job=job, machine=CPU, space=space_of(job, "cpu")) for _ in range(2))
+    monkeypatch.setattr(trace_pool, "_may_fork", lambda: False)
+    plans, traced = [Plan(), *RECOMPUTED, *(p.with_use(MIXED) for p in (Plan(), *RECOMPUTED))], list[Plan]()
+
+    def watched(job: Job, plan: Plan, **options: object) -> Trace:
+        traced.append(plan)
+        return trace(job, plan, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(evaluate, "trace", watched)
+    fast.prepare(plans)
+    assert not [
+        p for p in traced if (use := p.get("activation-checkpointing")) and use.settings["every"] != 1
+    ]
+    monkeypatch.setattr(Pricer, "_pair", lambda *part: None)
+    slow.prepare(plans)
+    assert _passes(fast) == _passes(slow)
+    assert [fast.sketch(plan) for plan in plans] == [slow.sketch(plan) for plan in plans]
+
+
+def test_parts_that_cannot_be_put_together_are_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*traces: object) -> Trace:
+        raise Mismatch("refused")
+
+    job = words(3)
+    pricer = Pricer(job=job, machine=CPU, space=space_of(job, "cpu"))
+    monkeypatch.setattr(trace_pool, "_may_fork", lambda: False)
+    monkeypatch.setattr(evaluate, "mixed", refused)
+    pricer.prepare([Plan(), *RECOMPUTED])
+    monkeypatch.setattr(evaluate, "trace", lambda *a, **k: pytest.fail("traced again"))
+    assert [pricer.sketch(plan).plan for plan in RECOMPUTED] == RECOMPUTED
+
+
+def test_what_a_cut_search_has_traced_is_put_together_after_its_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job = words(3)
+    pricer, inner = Pricer(job=job, machine=CPU, space=space_of(job, "cpu")), Pricer._add_parts
+
+    def cut(pricer: Pricer, calls: Sequence[Callable[[], Result]], *args: Any, **deadline: Any) -> None:
+        inner(pricer, calls, *args, **deadline)
+        if not deadline:
+            raise TimeUp
+
+    monkeypatch.setattr(trace_pool, "_may_fork", lambda: False)
+    monkeypatch.setattr(Pricer, "_add_parts", cut)
+    with pytest.raises(TimeUp):
+        pricer.prepare([Plan(), *RECOMPUTED])
+    assert pricer.compose() == []
+    monkeypatch.setattr(evaluate, "trace", lambda *a, **k: pytest.fail("traced again"))
+    assert [pricer.sketch(plan).plan for plan in RECOMPUTED] == RECOMPUTED
+
+
+def test_the_optimizer_of_plain_training_is_sketched_from_its_whole_trace(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job = dataclasses.replace(words(6), batch_size=1)  # no micro-batches
+    pricer, parts = Pricer(job=job, machine=CPU, space=space_of(job, "cpu")), list[int]()
+    whole = pricer.whole(Plan())
+
+    def watched(job: Job, plan: Plan, **options: Any) -> Trace:
+        parts.append(options["steps"])
+        return trace(job, plan, **options)
+
+    monkeypatch.setattr(evaluate, "trace", watched)
+    sketch = pricer.sketch(Plan())
+    assert set(parts) == {1}
+    assert sketch.phase_peak_bytes["optimizer"] == whole.phase_peak_bytes["optimizer"]
+
+
+@pytest.mark.parametrize("machine", [CPU, CUDA], ids=["cpu", "cuda"])
+@pytest.mark.parametrize(
+    "uses",
+    [
+        (),
+        (micro(8),),
+        (micro(8), use("bf16-parameters", rounding="master")),
+        (use("bf16-parameters", rounding="stochastic"),),
+        (use("adamw-8bit"),),
+        (use("adafactor"),),
+        (use("adamw-single"),),
+    ],
+    ids=lambda uses: Plan(uses=uses).label,
+)
+def test_updates_after_gradients_of_zero_need_the_memory_and_the_operators_of_those_after_a_pass(
+    uses: tuple[Use, ...], machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, plan = words(3), Plan(uses=uses)
+    pricer = Pricer(job=job, machine=machine, space=space_of(job, machine.device.kind))
+    assert pricer._updates_need_no_pass(plan)
+    updates = pricer._trace_part(job, plan, 2)
+    monkeypatch.setattr(Pricer, "_updates_need_no_pass", lambda *plan: False)
+    with_passes = pricer._trace_part(job, plan, 2)
+    assert len(updates.ops) < len(with_passes.ops)
+    (fast, _, fast_ops, _), (slow, _, slow_ops, _) = map(evaluate._digested, (updates, with_passes))
+    used = [evaluate._RESIDENT, evaluate._OPTIMIZER, evaluate._HOST]
+    assert [fast[entry] for entry in used] == [slow[entry] for entry in used]
+    assert _without_clocks(fast_ops) == _without_clocks(slow_ops)
+
+
+def test_updates_are_traced_with_their_pass_if_more_than_gradients_is_left_of_it() -> None:
+    job = regression()  # the mean of squares keeps the memory of the squares
+    pricer = Pricer(job=job, machine=CUDA, space=space_of(job, "cuda"))
+    assert not pricer._updates_need_no_pass(Plan())
 
 
 class Wrapped(nn.Module):

@@ -9,6 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from test_scaling import FEW, H100, job, traced
+from test_slice_replay import evoformer
 from tiny import words
 from torch import nn
 
@@ -25,7 +27,7 @@ from memfit.cli import main
 from memfit.cli.progress import _Stage
 from memfit.cli.views import search_view
 from memfit.cost.estimate import interval_around
-from memfit.planner import device_pricing, multi_device_bound, search
+from memfit.planner import device_pricing, evaluate, multi_device_bound, search
 from memfit.planner.capacity import needed_bytes
 from memfit.planner.device_pricing import Aim, Scale
 from memfit.planner.evaluate import Pricer
@@ -33,6 +35,7 @@ from memfit.planner.multi_device import search_scale
 from memfit.planner.request import Request, space_of
 from memfit.planner.search_bound import ENOUGH, least_ratio, rest_of
 from memfit.planner.selection import Objective, score
+from memfit.planner.single_device import _best_first
 from memfit.report.terminal import print_search
 from memfit.trace import trace_pool
 from memfit.trace.trace_pool import side_by_side
@@ -280,6 +283,55 @@ def test_that_nothing_fits_is_not_claimed_of_plans_that_were_not_looked_at(
     with pytest.raises(NothingFits, match="no allowed plan fits") as complete:
         search.search(question(cap_bytes=2**20), quiet)
     assert "--within" not in str(complete.value)
+
+
+def test_a_cut_search_for_which_another_cap_is_asked_answers_from_what_it_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEMFIT_CACHE", str(tmp_path))
+
+    def ask(**changes: Any) -> SearchResult:
+        base = Request(job=JobRef(spec="char-lm"), machine=machine("RTX-4090"), accuracy=Accuracy.EXACT)
+        return search.search(dataclasses.replace(base, **changes), quiet).result
+
+    first = ask(within_s=1e-6)
+    assert first.extent is not None
+    assert first.extent.time_up
+    other_plans = ask(within_s=1e-6, continues=False, accuracy=Accuracy.ROUNDING)
+    assert other_plans.extent is not None
+    assert other_plans.extent.limit_s == 1e-6
+    with monkeypatch.context() as patch:
+        for name in ("trace", "deep_traces", "traces_of"):
+            patch.setattr(evaluate, name, lambda *a, **k: pytest.fail("something was traced"))
+        again = ask(within_s=3600.0, continues=False, cap_bytes=20 * 2**30)
+    assert again.recommended is not None
+    assert again.recommended.estimate.traced
+    assert again.extent is not None
+    assert (again.extent.time_up, again.extent.limit_s) == (True, 0.0)
+    assert again.extent.unpriced_count > 0
+    needed = needed_bytes(first.baseline.estimate, machine("RTX-4090"))
+    smaller = ask(within_s=1e-6, continues=False, cap_bytes=needed - 2**20)  # what was kept does not fit
+    assert smaller.extent is not None
+    assert smaller.extent.limit_s == 1e-6
+
+
+def test_what_a_limit_may_leave_out_is_traced_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trace_pool, "_may_fork", lambda: False)
+    long_job, labels = evoformer(samples=1), list[str]()
+    pricer = Pricer(job=long_job, machine=machine("RTX-4090"), space=space_of(long_job, "cuda"))
+    chunked, recomputed = use("chunking", mib=0, parts=16), use("activation-checkpointing", every=1)
+    plans = [Plan(uses=uses) for uses in ((), (chunked,), (recomputed,), (chunked, recomputed))]
+    pricer.prepare(plans, lambda done, count, label: labels.append(label))
+    order = list(dict.fromkeys(labels))  # two processes would take them from both ends
+    assert ["chunking" in label for label in order] == [False, True, True, False]
+
+
+def test_the_best_plans_by_their_sketches_are_traced_first() -> None:
+    sketches = [priced(seconds, number) for number, seconds in enumerate((5.0, 2.0, 4.0, 1.0, 3.0))]
+    sketches[2] = dataclasses.replace(sketches[2], allocated_bytes=interval_around(1e3, 0.01))
+    plans = [sketch.plan for sketch in sketches]
+    ordered = _best_first(plans, sketches, lambda e: e.plan != plans[3], Objective.FASTEST)
+    assert ordered == [plans[1], plans[4], plans[2], plans[0], plans[3]]
 
 
 # -- many devices

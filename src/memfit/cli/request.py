@@ -60,7 +60,7 @@ def request(
             allowed=f"--nproc {count}, one process per device, or --nproc 1",
             hint=suggestion if device in catalog.device_names() else "",
         )
-    within_s = parse_time_limit(runtime.within)
+    within_s = parse_time_limit("60s" if runtime.within is None else runtime.within)
     warn_of_shadowed_modules(job.spec)
     quiet_libraries()
     from memfit.engines.registry import engine
@@ -79,6 +79,7 @@ def request(
         bounds=bounds or Bounds(),
         recalibrate=runtime.recalibrate,
         within_s=within_s,
+        continues=runtime.within is not None,
     )
 
 

@@ -29,6 +29,7 @@ from memfit.cost.recompute_ilp import GAP_RATIO
 from memfit.cost.step_time import host_bytes_s, simulate_step, sketched_s
 from memfit.cost.step_time_calibration import factor
 from memfit.engines.registry import engine
+from memfit.model.blocks import find_stacks
 from memfit.model.scalar_parameters import refuse_scalars
 from memfit.planner.recompute_budget import ChosenPlans, nominal_s, open_budget, resolved_plans
 from memfit.planner.stored_predictions import Result, StoredPredictions, Traces
@@ -39,10 +40,10 @@ from memfit.techniques.rank_mesh import layout
 from memfit.techniques.registry import make_plain_plan, splits_batch, technique
 from memfit.trace.sample_dependence import sample_dependence, trial_limit_bytes
 from memfit.trace.trace_extrapolation import deep_traces, repeated, traces_of
-from memfit.trace.trace_pool import Copies, side_by_side
+from memfit.trace.trace_pool import Copies, from_both_ends, side_by_side
 from memfit.trace.tracer import fake_model, stepping, trace
 from memfit.trace.truncated_model import with_blocks
-from memfit.trace.unroll import Blocks, Mismatch, longer
+from memfit.trace.unroll import Blocks, Mismatch, longer, mixed
 from memfit.types.deadline import Deadline, TimeUp
 from memfit.types.dependence import SampleDependence
 from memfit.types.gc_pause import pause_gc
@@ -54,7 +55,8 @@ from memfit.types.serialization import to_plain
 from memfit.types.trace import Allocation, Category, OpCall, Phase, PhaseSpan, Trace
 from memfit.worker.train import step_maker
 
-_ACCUMULATION = "gradient-accumulation"
+_ACCUMULATION, _CHECKPOINTING = "gradient-accumulation", "activation-checkpointing"
+_SLOW = "chunking"  # runs each module slice by slice, so that its parts take several times as long to trace
 _SKETCH_MEMORY_RATIO, _SKETCH_TIME_RATIO = 0.10, 0.40
 
 # The numbers a sketch adds up, as one vector so that parts compose by plain arithmetic.
@@ -64,11 +66,14 @@ _STEPPED, _FLOPS, _TENSORS, _HOST = range(7, 11)  # _STEPPED: backward with the 
 _MICRO_S, _STEP_S = 11, 12
 _ENTRIES = 13
 _OFFLOADED_BYTES = 64 * 1024  # the offload technique's default minimum
+_LASTING = (Category.PARAMETER, Category.OPTIMIZER_STATE, Category.EMA, Category.INPUT)
+_SCALAR_BYTES = 4
 
 
 _Key = tuple[Plan, int, int, str]
 Weighted = list[tuple[OpCall, int]]
 _Part = tuple[list[float], Weighted, Weighted, int]
+_Step = tuple[Plan, int]  # a part to trace: plan, number of steps
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -103,6 +108,9 @@ class Pricer:
     deadline: Deadline = dataclasses.field(default_factory=Deadline)
     plain: dict[int, tuple[int, HostTensors]] = dataclasses.field(default_factory=dict)  # see `_plain`
     _copies: tuple[Any, Copies] | None = dataclasses.field(default=None, init=False, repr=False)
+    # Traces of parts, as bytes, from which others are put together; and these, with the two that they need.
+    _bases: dict[Plan, Result] = dataclasses.field(default_factory=dict, init=False, repr=False)
+    _awaited: dict[_Step, tuple[Plan, Plan]] = dataclasses.field(default_factory=dict, init=False, repr=False)
     # By (plan, lines), with the present calibration: one estimate for every distinct rank.
     _rank_estimates: dict[tuple[Plan, bool], list[Estimate]] = dataclasses.field(
         default_factory=dict, init=False, repr=False
@@ -307,6 +315,23 @@ class Pricer:
             largest, host_bytes=host_largest.host_bytes, host_parts_bytes=host_largest.host_parts_bytes
         )
 
+    def is_known(self, plan: Plan) -> bool:
+        """Return whether the plan's trace is in memory or on disk, so that `whole` traces nothing."""
+        return not self._missing(plan, layout(plan).distinct_ranks())
+
+    def was_cut(self, *question: Any) -> bool:
+        """Return whether a time limit cut the last search of the job for which `note_cut` was called with
+        this question, in this process or another one."""
+        stored = self._stored()
+        return stored is not None and bool(stored.read(bool, "cut", *self._question(question)))
+
+    def note_cut(self, is_cut: bool, *question: Any) -> None:
+        if (stored := self._stored()) is not None and (is_cut or self.was_cut(*question)):
+            stored.write(is_cut, "cut", *self._question(question))
+
+    def _question(self, question: tuple[Any, ...]) -> tuple[Any, ...]:
+        return self.device, self.engine, self.space.half, *question
+
     def whole_in_time(self, plans: Iterable[Plan]) -> Iterator[Estimate]:
         """Yield `whole` of each plan; those that would have to be traced after the deadline are left out."""
         for plan in plans:
@@ -428,38 +453,110 @@ class Pricer:
         self, plans: Iterable[Plan], tell: Callable[[int, int, str], None] = lambda *progress: None
     ) -> None:
         """Trace, in parallel, the parts that the sketches of ``plans`` are composed from and that are not
-        cached: those with the first setting of each technique first, and of these, the parts of the most
-        plans, so that a deadline leaves out what matters least. ``tell`` is called as in `trace_all`, with
-        the label of the part's plan.
+        cached: those with chunking last, those with the first setting of each technique first, and of these,
+        the parts of the most plans, so that a deadline leaves out what matters least. Parts in which some
+        blocks are recomputed are put together from others (`compose`), after a deadline by the caller.
+        ``tell`` is called as in `trace_all`, with the label of the part's plan.
         """
         plans, first = list(plans), dict[str, Use]()
         for u in (u for plan in plans for u in plan.uses):
             first.setdefault(u.technique, u)
         counts = Counter(part for composed_plan in plans for part in self._composed_of(composed_plan)[1])
-        missing_parts = sorted(
-            (part for part in counts if not self._has_part(*part)),
+        missing_parts = [part for part in counts if not self._has_part(*part)]
+        if missing_parts:
+            self.deadline.check()
+            fake_model(self.job)  # before processes are forked, each of which would build it
+            _ = plans[0].ranks == 1 and self._leaves_only_gradients
+        pairs = {part: self._pair(*part) for part in missing_parts}
+        self._awaited = {
+            part: pair
+            for part, pair in pairs.items()
+            if pair is not None and all((base, 1) in pairs or base in self._bases for base in pair)
+        }
+        bases = {(base, 1) for pair in self._awaited.values() for base in pair}
+        for part, pair in self._awaited.items():
+            counts.update({(base, 1): counts[part] for base in pair})
+        traced_parts = sorted(
+            (part for part in missing_parts if part not in self._awaited),
             key=lambda part: (
+                _SLOW in part[0],
                 sum(u != first.get(u.technique, u) for u in part[0].uses),
                 -counts[part],
                 (part[0].fingerprint, part[1]),
             ),
         )
-        missing_parts = missing_parts[::2] + missing_parts[1::2][::-1]  # `side_by_side` takes from both ends
-        if missing_parts:
-            fake_model(self.job)  # before processes are forked, each of which would build it
+        traced_parts = from_both_ends(traced_parts)
+
+        def told(done: int, index: int) -> None:
+            tell(done, len(traced_parts), traced_parts[index][0].label)
+
+        self._add_parts([functools.partial(self._part, *part, part in bases) for part in traced_parts], told)
+        self._add_parts([functools.partial(self._part, *part) for part in self.compose()])
+
+    def compose(self) -> list[_Step]:
+        """Put together the parts for which `prepare` has traced what they need (`mixed`), in parallel and
+        whatever the deadline: it takes about a second each. Return those that cannot be put together."""
+        ready = [part for part, pair in self._awaited.items() if all(base in self._bases for base in pair)]
+        calls = [
+            functools.partial(self._mixed_part, plan, *(self._bases[b] for b in self._awaited[plan, steps]))
+            for plan, steps in ready
+        ]
+        self._awaited = {part: pair for part, pair in self._awaited.items() if part not in ready}
+        self._add_parts(calls, deadline=Deadline())
+        return [part for part in ready if not self._has_part(*part)]
+
+    def _add_parts(
+        self,
+        calls: Sequence[Callable[[], Result]],
+        tell: Callable[[int, int], None] = lambda done, index: None,
+        deadline: Deadline | None = None,
+    ) -> None:
+        """Make the calls in parallel, and add the parts that they return. ``tell`` and ``deadline`` are those
+        of `side_by_side`; None: the pricer's deadline."""
         results: dict[int, Result] = {}
+        deadline = deadline or self.deadline
         try:
             with pause_gc():
-                side_by_side(
-                    [functools.partial(self._part, *part) for part in missing_parts],
-                    lambda done, i: tell(done, len(missing_parts), missing_parts[i][0].label),
-                    results,
-                    copies=self._warm_copies(),
-                    deadline=self.deadline,
-                )
+                side_by_side(calls, tell, results, copies=self._warm_copies(), deadline=deadline)
         finally:  # after an interrupt, the finished ones are kept
             for index in sorted(results):
                 self._add_part(results[index])
+
+    def _pair(self, plan: Plan, steps: int) -> tuple[Plan, Plan] | None:
+        """Return the plans from whose traces the part's can be put together: without recomputation, and with
+        all blocks recomputed. None for other parts than those in which some blocks are recomputed, and if the
+        blocks are not all alike."""
+        recompute = plan.get(_CHECKPOINTING)
+        if steps > 1 or plan.ranks > 1 or recompute is None or recompute.settings["every"] == 1:
+            return None
+        if self._blocks is None or self._blocks[2] > 1 or not self.repeats:
+            return None
+        return plan.without(_CHECKPOINTING), plan.with_use(use(_CHECKPOINTING, every=1))
+
+    def _mixed_part(self, plan: Plan, kept: Result, recomputed: Result) -> Result:
+        """Return what `_part` returns, from the traces of the two plans of `_pair`; without a part if they do
+        not tell the plan's trace (`mixed`)."""
+        recompute = plan.get(_CHECKPOINTING)
+        assert recompute is not None
+        assert self._blocks is not None
+        cut, traced_cut = self._cut(plan), self._cut(plan.without(_CHECKPOINTING))
+        traces = [trace_columns.from_bytes(base.value) for base in (kept, recomputed)]
+        parts: dict[_Key, _Part] = {}
+        with contextlib.suppress(Mismatch):
+            if any(t.host_step_bytes for t in traces):
+                raise Mismatch("blocks may keep tensors in host memory")
+            if traced_cut is not None:
+                blocks = Blocks(path=self._blocks[0], first=0, count=traced_cut[0])
+                more = (cut[0] if cut else self.space.block_count) - traced_cut[0]
+                traces = [longer(t, blocks, more) for t in traces]
+            stacks = tuple(find_stacks(fake_model(self.job), self.job.blocks, self.job.more_blocks))
+            small = mixed(traces[0], traces[1], stacks, int(recompute.settings["every"]))
+            large = self._longer(small, cut) if cut else small
+            if large is not None:
+                parts = {
+                    (plan, n, 1, ""): _digested(t) for n, t in zip(cut or (0,), (small, large), strict=False)
+                }
+        return Result((parts, b""), kept.may_be_kept and recomputed.may_be_kept)
 
     def _has_part(self, plan: Plan, steps: int) -> bool:
         """Return whether the part is known, with all numbers of blocks of `_cut`, after adding it if it is on
@@ -473,9 +570,12 @@ class Pricer:
         return self._keys(plan, steps) <= self.parts.keys()
 
     def _add_part(self, result: Result) -> None:
-        self.parts |= result.value
+        parts, data = result.value
+        self.parts |= parts
+        if data:
+            self._bases[next(iter(parts))[0]] = Result(data, result.may_be_kept)
         if (stored := self._stored()) is not None and result.may_be_kept:
-            for key, part in result.value.items():
+            for key, part in parts.items():
                 stored.write(part, "part", self.device, key[0].fingerprint, *key[1:])
 
     def _composed_of(self, plan: Plan) -> tuple[float, list[tuple[Plan, int]]]:
@@ -590,23 +690,30 @@ class Pricer:
             self.plain[ranks] = plain_trace.parameter_count, HostTensors.of(plain_trace)
         return self.plain[ranks]
 
-    def _cut(self, plan: Plan) -> tuple[int, int] | None:
-        """Return (smaller, larger) numbers of blocks with which parts are traced, and then extrapolated
-        linearly to all blocks of the model. None if parts are traced with all blocks.
+    def _cut(self, plan: Plan, steps: int = 1) -> tuple[int, int] | None:
+        """Return (smaller, larger) numbers of blocks with which a part is traced, and then extrapolated
+        linearly to all blocks of the model. None if it is traced with all blocks.
 
         They are (3, 4), or (3k, 4k) if activation-checkpointing recomputes every k-th block. It is None if
-        the model has no more blocks than the larger number, or if its blocks are not all alike.
+        the model has no more blocks than the larger number, if its blocks are not all alike, and for a part
+        that is a whole trace (`_is_whole`).
         """
-        recompute = plan.get("activation-checkpointing")
+        if self._is_whole(plan, steps):
+            return None
+        recompute = plan.get(_CHECKPOINTING)
         period = int(recompute.settings["every"]) if recompute else 1
         is_deep = self.space.block_count > 4 * period
         return (3 * period, 4 * period) if is_deep and self.repeats else None
 
+    def _is_whole(self, plan: Plan, steps: int) -> bool:
+        """Return whether the whole trace of plain training is this part."""
+        return steps > 1 and self.engine == "native" and plan == make_plain_plan(plan.ranks)
+
     def _keys(self, plan: Plan, steps: int) -> set[_Key]:
-        return {(plan, blocks, steps, "") for blocks in self._cut(plan) or (0,)}
+        return {(plan, blocks, steps, "") for blocks in self._cut(plan, steps) or (0,)}
 
     def _vector(self, plan: Plan, *, steps: int = 1) -> numpy.ndarray:
-        cut = self._cut(plan)
+        cut = self._cut(plan, steps)
         if cut is None:
             return self._measured(plan, 0, steps)
         try:
@@ -631,29 +738,32 @@ class Pricer:
             self.vectors[key] = numpy.array([*memory_entries, seconds[0] / micros, seconds[1]])
         return self.vectors[key]
 
-    def _part(self, plan: Plan, steps: int) -> Result:
+    def _part(self, plan: Plan, steps: int, keeps_trace: bool = False) -> Result:
         """Return what `_digest_part` returns."""
         stored = self._stored()
         if stored is None:
-            return Result(self._digest_part(plan, steps), may_be_kept=False)
-        return stored.run(lambda: self._digest_part(plan, steps))
+            return Result(self._digest_part(plan, steps, keeps_trace), may_be_kept=False)
+        return stored.run(lambda: self._digest_part(plan, steps, keeps_trace))
 
-    def _digest_part(self, plan: Plan, steps: int) -> dict[_Key, _Part]:
-        """Trace the part and return what was seen in it, by the numbers of blocks of `_cut`. For forward and
-        backward the model is traced with the smaller number, and its middle blocks are repeated for the
-        larger one (`longer`); where they do not repeat, it is traced with both. An optimizer's operators take
-        the tensors of all blocks at once, so its part is traced with both as well.
+    def _digest_part(self, plan: Plan, steps: int, keeps_trace: bool) -> tuple[dict[_Key, _Part], bytes]:
+        """Trace the part and return what was seen in it, by the numbers of blocks of `_cut`, and with
+        ``keeps_trace`` the trace with the smaller number, else b"". For forward and backward the model is
+        traced with the smaller number, and its middle blocks are repeated for the larger one (`longer`);
+        where they do not repeat, it is traced with both. An optimizer's operators take the tensors of all
+        blocks at once, so its part is traced with both as well.
         """
-        cut = self._cut(plan)
-        if cut is None:
-            return {(plan, 0, steps, ""): _digested(self._trace_part(self.job, plan, steps))}
-        small = self._trace_part(with_blocks(self.job, cut[0]), plan, steps)
-        large = self._longer(small, cut) if steps == 1 else None
-        if large is None:
-            large = self._trace_part(with_blocks(self.job, cut[1]), plan, steps)
-        return {
-            (plan, blocks, steps, ""): _digested(t) for blocks, t in zip(cut, (small, large), strict=True)
-        }
+        cut = self._cut(plan, steps)
+        if self._is_whole(plan, steps):
+            known = self.traces.get((plan, 0))
+            traces = [known or deep_traces(self.job, plan, [0], device=self.device)[0]]
+        elif cut is None:
+            traces = [self._trace_part(self.job, plan, steps)]
+        else:
+            traces = [self._trace_part(with_blocks(self.job, cut[0]), plan, steps)]
+            large = self._longer(traces[0], cut) if steps == 1 else None
+            traces.append(large or self._trace_part(with_blocks(self.job, cut[1]), plan, steps))
+        parts = {(plan, n, steps, ""): _digested(t) for n, t in zip(cut or (0,), traces, strict=True)}
+        return parts, trace_columns.to_bytes(traces[0]) if keeps_trace else b""
 
     def _longer(self, traced: Trace, cut: tuple[int, int]) -> Trace | None:
         """Return the trace of a part with ``cut[1]`` blocks, made from the one with ``cut[0]``. None if its
@@ -671,7 +781,30 @@ class Pricer:
         return None
 
     def _trace_part(self, job: Job, plan: Plan, steps: int) -> Trace:
-        return trace(job, plan, device=self.device, steps=steps, max_micro_batches=1, update=steps > 1)
+        return trace(
+            job,
+            plan,
+            device=self.device,
+            steps=steps,
+            max_micro_batches=int(steps == 1 or not self._updates_need_no_pass(plan)),
+            update=steps > 1,
+        )
+
+    def _updates_need_no_pass(self, plan: Plan) -> bool:
+        """Return whether the plan's optimizer finds the same memory after gradients of zero as after forward
+        and backward."""
+        is_own = self.engine == "native" and plan.ranks == 1
+        return is_own and not any(map(plan.get, ("lora", "qlora"))) and self._leaves_only_gradients
+
+    @functools.cached_property
+    def _leaves_only_gradients(self) -> bool:
+        """Whether nothing but a dense gradient of each trainable parameter and a scalar, the loss, is left of
+        forward and backward when plain training updates its weights."""
+        traced = self.trace(make_plain_plan())
+        start = next(s.start for s in traced.last_step_spans if s.phase is Phase.OPTIMIZER)
+        left = [a for a in traced.live_at(start - 1) if a.category not in _LASTING]
+        sizes = [p.numel() * p.element_size() for p in fake_model(self.job).parameters() if p.requires_grad]
+        return sorted(a.requested_bytes for a in left) == sorted([*sizes, _SCALAR_BYTES])
 
 
 def _as_bytes(result: Result) -> Result:

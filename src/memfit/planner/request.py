@@ -53,6 +53,9 @@ class Request:
     correction: Calibration = dataclasses.field(default_factory=Calibration)  # from runs on this machine
     recalibrate: bool = False  # time this machine's operators again, ignoring stored times
     within_s: float | None = None  # seconds after which a search answers with what it has; None: no limit
+    # Whether a search goes on where the time limit cut an earlier one for the same plans. If not, it answers
+    # from what that one has kept on disk, unless no plan in it fits.
+    continues: bool = True
 
     @property
     def is_here(self) -> bool:

@@ -31,7 +31,7 @@ from memfit.planner.selection import (
     score,
     within_bounds,
 )
-from memfit.planner.single_device import memory_cap, price_plans
+from memfit.planner.single_device import memory_cap, plans_asked_for, price_plans
 from memfit.planner.sketch_errors import may_fit
 from memfit.runtime import local_machine
 from memfit.techniques.recompute.optimal import NAME
@@ -79,7 +79,8 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
     After the request's ``within_s`` no further plan is traced, and traces in other processes are ended. Plans
     are traced in a fixed order, the most promising first, so that the limit changes only how far the search
     gets. It does not cut what no answer can do without: the trace of plain training, for many devices those
-    of the model's parts, and that of one plan that fits, if there is one.
+    of the model's parts, and that of one plan that fits, if there is one. A request that does not continue
+    (`Request.continues`) takes what an earlier search has kept for the answer, if that was cut.
     """
     deadline = Deadline.after(request.within_s)
     if may_divide := request.machine.device_count > 1 and not request.is_here:
@@ -160,15 +161,16 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
 
 
 def _completed(planning: Planning, deadline: Deadline) -> Planning:
-    """Return the planning with the result's `SearchExtent`, timings and reason of the cap added. Raises
-    NothingFits if no plan is recommended.
+    """Return the planning with the result's `SearchExtent`, timings and reason of the cap added, and note on
+    disk whether the time limit cut the search. Raises NothingFits if no plan is recommended.
     """
     request, pricer, result = planning.request, planning.pricer, planning.result
+    pricer.note_cut(deadline.cut, *plans_asked_for(request))
     facts = Facts(
         priced=len(planning.sketches),
         unpriced=result.considered - len(planning.sketches),
         deadline=deadline,
-        limit_s=request.within_s,
+        limit_s=0.0 if deadline.is_stopped else request.within_s,
     )
     result = dataclasses.replace(
         result,

@@ -34,6 +34,7 @@ from memfit.planner.shortlist import (
 )
 from memfit.techniques.recompute.optimal import NAME
 from memfit.techniques.registry import make_plain_plan, without
+from memfit.trace.trace_pool import from_both_ends
 from memfit.types.deadline import TimeUp
 from memfit.types.dependence import DependenceCause, SampleDependence
 from memfit.types.errors import UserError
@@ -113,10 +114,15 @@ def price_plans(
     ]
     if not any(respects_micro_batch(plan, request.bounds, pricer.space.batch_size) for plan in all_plans):
         raise _no_micro_batches(request, dependence)
+    if not request.continues and pricer.was_cut(*plans_asked_for(request)):
+        known_plans = [plan for plan in all_plans if pricer.is_known(plan)]
+        if any(map(fits, pricer.whole_in_time(known_plans))):
+            pricer.deadline.stop()
     kept_s = _TRACING_SHARE * (request.within_s or 0.0)
     with pricer.deadline.earlier_by(kept_s):
         with contextlib.suppress(TimeUp):
             pricer.prepare(all_plans, lambda *counts: progress("search", *counts))
+        pricer.compose()
         for index, plan in enumerate(all_plans):
             progress("price", index, len(all_plans), plan.label)
             with contextlib.suppress(TimeUp):  # parts that are missing would be traced one after another
@@ -128,6 +134,12 @@ def price_plans(
     except TimeUp:
         estimates = _traced_in_time(pricer, request, cap_bytes, fits, sketches, all_plans)
     return estimates, len(all_plans), left_out
+
+
+def plans_asked_for(request: Request) -> tuple[object, ...]:
+    """Return what decides which plans are searched, as what ``json`` accepts."""
+    bounds = request.bounds
+    return request.ranks, request.accuracy.value, bounds.micro_batch, sorted(bounds.without)
 
 
 def _traced(
@@ -145,7 +157,8 @@ def _traced(
     finalist_plans = finalists(sketches, fits, request.goal, finalist_count)
 
     def look(these: list[Plan]) -> list[Estimate]:
-        pricer.trace_all(these, lambda *counts: progress("finalists", *counts))
+        in_order = from_both_ends(_best_first(these, sketches, fits, request.goal))
+        pricer.trace_all(in_order, lambda *counts: progress("finalists", *counts))
         if request.is_here:
             calibrate(pricer, request, progress, plans=these)
         return [pricer.whole(plan) for plan in these]
@@ -181,6 +194,19 @@ def _traced(
     return estimates
 
 
+def _best_first(
+    plans: Sequence[Plan], sketches: Sequence[Estimate], fits: Fits, goal: Objective
+) -> list[Plan]:
+    """Return the plans in the order in which they are traced, so that a time limit leaves out what matters
+    least: the two best by their sketches that fit, the one that needs the least memory, and the others as
+    they are.
+    """
+    chosen = [s for s in sketches if s.plan in plans]
+    best_fitting = sorted(filter(fits, chosen), key=lambda e: (score(e, goal), e.plan.fingerprint))[:2]
+    smallest = sorted(chosen, key=lambda e: (e.allocated_bytes.value, e.plan.fingerprint))[:1]
+    return list(dict.fromkeys([*(e.plan for e in (*best_fitting, *smallest)), *plans]))
+
+
 def _traced_in_time(
     pricer: Pricer,
     request: Request,
@@ -196,7 +222,7 @@ def _traced_in_time(
     simplest with activation checkpointing, and with chunking, too, which save the most as a rule.
     """
     traced_plans = {plan for plan, _ in pricer.traces}
-    estimates = {e.plan: e for e in pricer.whole_in_time(e.plan for e in sketches if e.plan in traced_plans)}
+    estimates = {e.plan: e for e in pricer.whole_in_time(p for p in all_plans if p in traced_plans)}
     plain_plan = make_plain_plan(request.ranks)
     estimates[plain_plan] = pricer.whole(plain_plan)
     needs = memory_cap(request, cap_bytes).needs

@@ -48,7 +48,9 @@ def _extent(extent: SearchExtent) -> Iterator[Sentence]:
     yield Sentence(key="extent.searched", values={name: count(n) for name, n in counts.items()})
     if extent.unpriced_count:
         yield Sentence(key="extent.unpriced", values={"count": count(extent.unpriced_count)})
-    if extent.time_up:
+    if extent.time_up and extent.limit_s == 0:
+        yield Sentence(key="extent.kept")
+    elif extent.time_up:
         yield Sentence(key="extent.time_up", values={"limit": assumed(extent.limit_s, "s")})
     if extent.gain_ratio is None:
         reason = Sentence(key=f"extent.unknown_{extent.gain_unknown}")

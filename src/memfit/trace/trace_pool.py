@@ -179,12 +179,19 @@ def side_by_side(
     return [outcomes[i][1] for i in range(len(calls))]
 
 
+def from_both_ends(items: Sequence[_T]) -> list[_T]:
+    """Return the items in an order in which `side_by_side`, if it makes its calls in two processes, begins
+    with the first of them."""
+    return [*items[::2], *items[1::2][::-1]]
+
+
 def _outcomes(
     calls: Sequence[Callable[[], Any]], pool: Copies, count: int, tell: Tell, deadline: Deadline
 ) -> Iterator[tuple[int, tuple[bool, Any]]]:
     """Make the calls in ``count`` copies of the pool, or as many as it has if they are more. Yield (index of
     a call, its `_outcome`) in the order in which the calls end. Raises TimeUp if the deadline passes."""
     queue, index_by_channel, done = list(range(len(calls))), dict[Connection, int](), 0
+    deadline.check()
     idle_channels = pool.grow(count)
     end_channels = set(idle_channels[1::2])
     while queue or index_by_channel:

@@ -98,7 +98,8 @@ def trace(
 
     At most ``max_micro_batches`` (default 3) micro-batches of a step are run: the first ``max_micro_batches``
     - 1 and the last. The trace says how many are left out of the last step. Earlier steps than the last run
-    only one micro-batch if the plan has one rank (see also `optimizer_steps_only`). ``update=False`` leaves
+    only one micro-batch if the plan has one rank (see also `optimizer_steps_only`). With 0 none is run: all
+    gradients are zeros, and a scalar stands for the loss. ``update=False`` leaves
     out the optimizer step. ``device`` is the kind of device, such as "cuda", whose kernels and rounding
     are traced. With ``lines``, each
     allocation records the line of the user's code that made it. ``rank`` is the traced rank, on a fake
@@ -166,7 +167,7 @@ def trace(
         spans=spans,
         parameter_count=sum(p.numel() for p in params),
         trainable_count=sum(p.numel() for p in params if p.requires_grad),
-        repeated_micro_steps=step.bench.micro_batches - micro_batches,
+        repeated_micro_steps=step.bench.micro_batches - micro_batches if micro_batches else 0,
         offloaded_bytes=recorder.offloaded_bytes,
         restored_bytes=recorder.restored_bytes,
         offloaded_tensors=recorder.offloaded_tensors,
@@ -318,12 +319,17 @@ def _run_recorded(
                 part = _local_batch(step, index)
                 inputs = _fake_batch(recorder, fake, step, part[0])
                 # One process needs an earlier step only for the state that its optimizer makes.
-                outputs = step.run(
-                    inputs,
-                    mark,
-                    micro_batches_played=1 if index < steps - 1 and one_process else micro_batches,
-                    update=update,
-                    terms_per_rank=part[1],
+                count = min(1, micro_batches) if index < steps - 1 and one_process else micro_batches
+                outputs = (
+                    step.run(
+                        inputs,
+                        mark,
+                        micro_batches_played=count,
+                        update=update,
+                        terms_per_rank=part[1],
+                    )
+                    if count
+                    else _updated(step, mark)
                 )
             recorder.phase(Phase.SETUP)
             del outputs, inputs
@@ -334,6 +340,17 @@ def _run_recorded(
         step.around_micro_batch = None
         step.close()
     return micro_batches
+
+
+def _updated(step: TrainingStep, mark: Callable[[Phase], None]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the end of a training step, as `TrainingStep.run` does, after gradients of zero."""
+    mark(Phase.FORWARD)
+    loss = torch.zeros(())
+    mark(Phase.BACKWARD)
+    for param in step.bench.trainable():
+        param.grad = torch.zeros_like(param)
+    mark(Phase.OPTIMIZER)
+    return loss, step.finish()
 
 
 def _is_plain(step: TrainingStep) -> bool:

@@ -16,13 +16,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 from memfit.model.blocks import child_prefix
-from memfit.types.trace import Allocation, OpCall, Phase, PhaseSpan, Trace, rounded
+from memfit.types.trace import Allocation, Category, OpCall, Phase, PhaseSpan, Trace, rounded
 
 _ALLOCATE, _FREE, _OPERATE = range(3)
+_APART = 10**6  # between the numbers of the blocks of two stacks, more than a stack has
 
 
 @dataclasses.dataclass(slots=True)
@@ -157,16 +158,38 @@ def unroll(shallow: Trace, deeper: Trace, shallow_blocks: Blocks, target_blocks:
     return dataclasses.replace(deep.trace, allocations=tuple(allocations), ops=ops, **totals)
 
 
-def longer(trace: Trace, blocks: Blocks) -> Trace:
-    """Return the trace with one period of blocks more than ``blocks``, those of ``trace``: its middle period
-    is repeated. Unlike `unroll`, nothing shows that a model of this depth has this trace, and what grows with
-    the depth outside the blocks does not grow here. Raises Mismatch if the blocks are fewer than three
-    periods or do not repeat."""
-    periods = -(-blocks.count // blocks.period)
-    if periods < 3:
+def longer(trace: Trace, blocks: Blocks, periods: int = 1) -> Trace:
+    """Return the trace with so many more periods of blocks than ``blocks``, those of ``trace``: its middle
+    period is repeated. Unlike `unroll`, nothing shows that a model of this depth has this trace, and what
+    grows with the depth outside the blocks does not grow here. Raises Mismatch if the blocks are fewer than
+    three periods or do not repeat."""
+    present = -(-blocks.count // blocks.period)
+    if present < 3:
         raise Mismatch("the trace has fewer than three periods of blocks, so none lies between two others")
-    longer_blocks = dataclasses.replace(blocks, count=blocks.count + blocks.period)
-    return _Unrolled(trace, blocks, longer_blocks, periods // 2).trace
+    longer_blocks = dataclasses.replace(blocks, count=blocks.count + periods * blocks.period)
+    return _Unrolled(trace, blocks, longer_blocks, present // 2).trace
+
+
+def mixed(kept: Trace, recomputed: Trace, stacks: Sequence[str], every: int) -> Trace:
+    """Return the trace of a model in which every ``every``-th block of each stack, beginning with the first,
+    is recomputed in backward, from the trace ``kept``, in which none is, and ``recomputed``, in which all
+    are. ``stacks``: paths of the modules whose children are the blocks. Both traces are of one process and
+    have the same blocks.
+
+    A block's allocations and operator calls are those of the trace in which it is as it should be. Where its
+    allocations are freed by another block, the trace decides in which that one is as it should be. Nothing
+    but their outputs, and the gradients of these, may pass between blocks. Raises Mismatch if the traces
+    differ outside the blocks, or if blocks do not pass on allocations of the same sizes."""
+    prefixes = [child_prefix(path) for path in stacks]
+
+    def block_of(module: str) -> int | None:
+        for stack, prefix in enumerate(prefixes):
+            number = module.removeprefix(prefix).partition(".")[0]
+            if module.startswith(prefix) and number.isdecimal():
+                return stack * _APART + int(number)
+        return None
+
+    return _Mixed(_Script(kept, block_of), _Script(recomputed, block_of), every).trace
 
 
 def renumbered(trace: Trace, path: str, numbers: Mapping[int, int]) -> Trace:
@@ -464,6 +487,254 @@ class _Unrolled:
         else:
             shift = block - template
         return self.shallow_blocks.moved(module, self.first, shift)
+
+
+class _Script:
+    """A trace whose chapters have runs of allocations and operator calls only. A free is noted as the place
+    of the event that it follows, because another block may decide when an allocation is freed.
+
+    ``births``, ``deaths``: place of each allocation, and of the event before its free, by its index.
+    ``made``: the index of the allocation at a place. ``passed``: for a run of a block and another block, the
+    allocations made in the run that are freed while the other block runs, in the order in which they are
+    made. ``alike``: for a run of a block, operator, module and size, the allocations made so."""
+
+    def __init__(self, trace: Trace, block_of: Callable[[str], int | None]) -> None:
+        self.trace = trace
+        self.chapters: list[_Chapter] = []
+        self.births: dict[int, _Place] = {}
+        self.deaths: dict[int, _Place] = {}
+        self.order: dict[tuple[int, int | None, int], int] = {}  # of the runs of all chapters
+        for c, (span, events) in enumerate(_spanned(_events(trace, block_of), trace.spans)):
+            runs: _Runs = []
+            for event in events:
+                if event.kind != _FREE and runs and runs[-1][0] == event.block:
+                    runs[-1][1].append(event)
+                elif event.kind != _FREE:
+                    runs.append((event.block, [event]))
+            self.chapters.append(_Chapter(span, _joined(runs)))
+            self._read(c, events)
+        self.made = {place: index for index, place in self.births.items()}
+        self.passed: dict[tuple[_Place, int | None], list[int]] = defaultdict(list)
+        self.alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
+        for index, birth in self.births.items():
+            death, made = self.deaths.get(index), trace.allocations[index]
+            self.alike[birth._replace(offset=0), made.op, made.module, made.requested_bytes].append(index)
+            if birth.block is not None and death is not None and death.block not in (None, birth.block):
+                self.passed[birth._replace(offset=0), death.block].append(index)
+
+    def _read(self, chapter: int, events: list[_Event]) -> None:
+        places: dict[tuple[int, int], _Place] = {}
+        occurrences: dict[int | None, int] = {}
+        begin = _begin(chapter)
+        self.order[begin[:3]] = len(self.order)
+        for block, run in self.chapters[chapter].runs:
+            occurrence = occurrences[block] = occurrences.get(block, -1) + 1
+            self.order[chapter, block, occurrence] = len(self.order)
+            for offset, event in enumerate(run):
+                places[event.kind, event.index] = _Place(chapter, block, occurrence, offset)
+        place = begin
+        for event in events:
+            if event.kind == _FREE:
+                self.deaths[event.index] = place
+                continue
+            place = places[event.kind, event.index]
+            if event.kind == _ALLOCATE:
+                self.births[event.index] = place
+
+    def facts(self, event: _Event) -> tuple[object, ...]:
+        """Return what must be equal for an event outside the blocks."""
+        if event.kind == _ALLOCATE:
+            a = self.trace.allocations[event.index]
+            return a.op, a.requested_bytes, a.module, a.stream, a.pieces
+        op = self.trace.ops[event.index]
+        return op.signature, op.module, op.stream, op.times
+
+    def sizes(self, passed: tuple[_Place, int | None]) -> list[int]:
+        return [self.trace.allocations[index].requested_bytes for index in self.passed.get(passed, ())]
+
+    def counterpart(self, index: int, other: _Script) -> int | None:
+        """Return the index in ``other`` of the allocation ``index``, which is made in the same run; None if
+        there is none. Raises Mismatch if that is not clear."""
+        made = self.trace.allocations[index]
+        key = self.births[index]._replace(offset=0), made.op, made.module, made.requested_bytes
+        own, others = self.alike[key], other.alike.get(key, [])
+        if others and len(own) != len(others):
+            raise Mismatch("a block makes another number of allocations if it is recomputed")
+        return others[own.index(index)] if others else None
+
+    def release(self, block: int, size_bytes: int) -> _Place:
+        """Return the place after which a block frees an input of this size, in backward: where the first
+        block of the stack frees the only one that it gets. The end of their work, counted from which it is
+        the same place, must be equal; what begins it depends on which outputs are used. Raises Mismatch if
+        the place is not clear."""
+        first = block - block % _APART
+        places = [
+            death
+            for index, death in self.deaths.items()
+            if death.block == first
+            and self.births[index].block != first
+            and self.trace.allocations[index].requested_bytes == size_bytes
+            and self.trace.allocations[index].phase is Phase.FORWARD
+            and self.chapters[death.chapter].span.phase is Phase.BACKWARD
+        ]
+        if len(places) == 1:
+            work, own = (self._work(places[0]._replace(block=b)) for b in (first, block))
+            pairs = enumerate(zip(reversed(work), reversed(own), strict=False))
+            equal = next((n for n, (one, other) in pairs if one != other), min(len(work), len(own)))
+            if equal > len(work) - places[0].offset:
+                return places[0]._replace(block=block, offset=places[0].offset + len(own) - len(work))
+        raise Mismatch("where a block frees its inputs is not known")
+
+    def _work(self, place: _Place) -> list[tuple[object, ...]]:
+        """Return what the run of a place does, whichever block it belongs to."""
+        runs = self.chapters[place.chapter].runs
+        own = [run for block, run in runs if block == place.block]
+        return [
+            (self.trace.allocations[e.index].op, self.trace.allocations[e.index].requested_bytes)
+            if e.kind == _ALLOCATE
+            else (self.trace.ops[e.index].signature,)
+            for e in own[place.occurrence]
+        ]
+
+
+def _begin(chapter: int) -> _Place:
+    return _Place(chapter, None, -1, -1)
+
+
+class _Mixed:
+    """The trace that `mixed` returns."""
+
+    def __init__(self, kept: _Script, recomputed: _Script, every: int) -> None:
+        self._kept, self._recomputed, self._every = kept, recomputed, every
+        self._compare()
+        self._frees: dict[_Place, list[int]] = defaultdict(list)  # place -> indices of what is freed there
+        self.trace = self._write()
+
+    def _script(self, block: int | None) -> _Script:
+        is_recomputed = block is not None and block % _APART % self._every == 0
+        return self._recomputed if is_recomputed else self._kept
+
+    def _compare(self) -> None:
+        kept, recomputed = self._kept, self._recomputed
+        for field in dataclasses.fields(Trace):
+            values = (getattr(script.trace, field.name) for script in (kept, recomputed))
+            if field.name not in ("allocations", "ops", "spans") and len({repr(v) for v in values}) > 1:
+                raise Mismatch(f"the traces without and with recomputation differ in {field.name}")
+        if len(kept.chapters) != len(recomputed.chapters):
+            raise Mismatch("the traces without and with recomputation have different phases")
+        for one, other in zip(kept.chapters, recomputed.chapters, strict=True):
+            is_same = (one.span.phase, one.span.step) == (other.span.phase, other.span.step)
+            if not is_same or [block for block, _ in one.runs] != [block for block, _ in other.runs]:
+                raise Mismatch("the traces without and with recomputation run their blocks in another order")
+            for (block, run), (_, other_run) in zip(one.runs, other.runs, strict=True):
+                if block is None and [*map(kept.facts, run)] != [*map(recomputed.facts, other_run)]:
+                    raise Mismatch("the traces without and with recomputation differ outside the blocks")
+        for place, block in {*kept.passed, *recomputed.passed}:
+            is_mixed = self._script(place.block) is not self._script(block)
+            is_forward = kept.chapters[place.chapter].span.phase is Phase.FORWARD
+            if is_mixed and not is_forward and kept.sizes((place, block)) != recomputed.sizes((place, block)):
+                raise Mismatch("a recomputed block passes on other allocations than one that is kept")
+
+    def _write(self) -> Trace:
+        allocations, births, ends = list[Allocation](), list[int](), list[int | None]()
+        ops, spans, clock = list[OpCall](), list[PhaseSpan](), 0
+
+        def free_at(place: _Place) -> int:
+            indices = self._frees.pop(place, [])
+            for offset, index in enumerate(indices):
+                ends[index] = clock + offset
+            return clock + len(indices)
+
+        for c, chapter in enumerate(self._kept.chapters):
+            start, clock = clock, free_at(_begin(c))
+            occurrences: dict[int | None, int] = {}
+            for number, (block, _) in enumerate(chapter.runs):
+                script = self._script(block)
+                occurrence = occurrences[block] = occurrences.get(block, -1) + 1
+                for offset, event in enumerate(script.chapters[c].runs[number][1]):
+                    place = _Place(c, block, occurrence, offset)
+                    if event.kind == _ALLOCATE:
+                        death = self._death(script, event.index, place)
+                        if death is not None:
+                            self._frees[death].append(len(allocations))
+                        allocations.append(script.trace.allocations[event.index])
+                        births.append(clock)
+                        ends.append(None)
+                    else:
+                        op = script.trace.ops[event.index]
+                        ops.append(op.at(clock, op.module))
+                    clock += 1
+                    clock = free_at(place)
+            spans.append(dataclasses.replace(chapter.span, start=start, end=clock))
+        if self._frees:
+            raise Mismatch("an allocation would be freed before it is made")
+        return dataclasses.replace(
+            self._kept.trace,
+            allocations=tuple(
+                _categorized(a.at(start, end, a.module), spans)
+                for a, start, end in zip(allocations, births, ends, strict=True)
+            ),
+            ops=tuple(ops),
+            spans=tuple(spans),
+        )
+
+    def _death(self, script: _Script, index: int, birth: _Place) -> _Place | None:
+        """Return the place after which the allocation ``index`` of ``script``, made at ``birth``, is freed;
+        None if it never is."""
+        death = script.deaths.get(index)
+        if birth.block is None:
+            return self._last(death, self._recomputed.deaths.get(self._recomputed.made[birth]))
+        other = self._recomputed if script is self._kept else self._kept
+        is_forward = script.chapters[birth.chapter].span.phase is Phase.FORWARD
+        counterpart = script.counterpart(index, other) if is_forward else None
+        other_death = other.deaths.get(counterpart) if counterpart is not None else None
+        is_passed_on = (
+            other_death is not None
+            and other_death.block not in (None, birth.block)
+            and self._script(other_death.block) is other
+        )
+        if death is None or death.block is None or self._script(death.block) is script:
+            # A block of the other kind may release it later, if it is an output.
+            return self._later(death, other_death) if is_passed_on and death is not None else death
+        if is_passed_on and other_death is not None and other_death.block == death.block:
+            return other_death
+        if is_forward:  # the other kind of the block that made it keeps it for longer
+            return other.release(death.block, script.trace.allocations[index].requested_bytes)
+        passed = birth._replace(offset=0), death.block
+        return other.deaths[other.passed[passed][script.passed[passed].index(index)]]
+
+    def _later(self, one: _Place, other: _Place | None) -> _Place:
+        return max(one, other or one, key=lambda place: (self._kept.order[place[:3]], place.offset))
+
+    def _last(self, kept: _Place | None, recomputed: _Place | None) -> _Place | None:
+        """Return where an allocation from outside the blocks is freed, given where it is if no block and if
+        all blocks are recomputed. All blocks release it, so that the last release decides: if it is by a
+        block that is as in the trace where it is the last, no block of the other kind releases it later."""
+        if kept is None or recomputed is None:
+            if kept is not recomputed:
+                raise Mismatch("an allocation outside the blocks is freed only with or without recomputation")
+            return None
+        if (kept.chapter, kept.block) == (recomputed.chapter, recomputed.block) and kept.block is not None:
+            return kept if self._script(kept.block) is self._kept else recomputed
+        last = self._later(kept, recomputed)
+        script = self._kept if last is kept else self._recomputed
+        if last.block is not None and self._script(last.block) is not script:
+            raise Mismatch("which block frees an allocation last depends on which blocks are recomputed")
+        return last
+
+
+def _categorized(allocation: Allocation, spans: Sequence[PhaseSpan]) -> Allocation:
+    """Return the allocation with the category that its end gives it, if it was made in forward: activation
+    if it outlives that phase, else temporary."""
+    free_categories = (Category.ACTIVATION, Category.TEMPORARY)
+    if allocation.phase is not Phase.FORWARD or allocation.category not in free_categories:
+        return allocation
+    phase_end = next(span.end for span in spans if span.start <= allocation.start < span.end)
+    outlives = allocation.end is None or allocation.end >= phase_end
+    category = Category.ACTIVATION if outlives else Category.TEMPORARY
+    return (
+        allocation if allocation.category is category else dataclasses.replace(allocation, category=category)
+    )
 
 
 def _births(chapter: int, runs: _Runs) -> dict[int, _Place]:

@@ -36,6 +36,15 @@ class Deadline:
         """The seconds until it, at least 0."""
         return max(0.0, self.end_s - time.monotonic())
 
+    @property
+    def is_stopped(self) -> bool:
+        """Whether `stop` was called."""
+        return self.end_s == 0.0
+
+    def stop(self) -> None:
+        """Let the time be up from now on."""
+        self.end_s = 0.0
+
     def check(self) -> None:
         """Raise TimeUp, and set ``cut``, if the time is up."""
         if not self.has_time():

@@ -528,8 +528,9 @@ class SearchExtent:
 
     ``priced_count``: number of plans that were predicted by sketches (composed from traces of parts).
     ``traced_count``: number of those that were traced whole. ``unpriced_count``: number of plans that there
-    was no time to predict. ``limit_s``: the time limit of the search in seconds; None: none. ``time_up``:
-    whether it cut the search; if not, the result does not depend on it.
+    was no time to predict. ``limit_s``: the time limit of the search in seconds; None: none; 0: the result
+    rests on what an earlier search has kept that its limit cut. ``time_up``: whether the limit cut the
+    search; if not, the result does not depend on it.
 
     ``gain_ratio``: the goal's score of a plan that was priced and not traced is lower than that of the best
     traced one that fits by at most this ratio (0.01 is 1 %), as far as the errors of sketches can be judged
