@@ -107,7 +107,7 @@ def test_phrases_say_that_the_roll_out_stops_where_a_gate_stopped_it() -> None:
     record = poc()
     made = decide(record, parse_case(CARD, "it"), limits=Gates(time=TimeLimits(step_ratio=0.01)))
     first, second, *_ = phrases(decision_view(record, made)).splitlines()
-    assert "The roll-out has stopped at the gate “" in first
+    assert "The rollout has stopped at the gate “" in first
     assert second.startswith("We stop here for now")
     _, view = seen(CARD)
     first, second, *_ = phrases(view).splitlines()

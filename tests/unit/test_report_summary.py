@@ -53,7 +53,7 @@ def test_the_sentence_claims_equivalence_only_if_the_verdict_does(lang: str, kin
 def test_a_plan_that_was_not_run_is_called_predicted() -> None:
     poc = full_poc()
     planned = dataclasses.replace(poc, runs=poc.runs[:1], verdicts=())
-    assert "should run in 246 MiB; its effect on the results was not measured." in sentence_text(
+    assert "should run in 246 MiB, but its effect on the results was not measured." in sentence_text(
         summary(planned, None).sentence, EN
     )
 
