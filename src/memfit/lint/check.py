@@ -5,11 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import functools
 import re
-import tomllib
 from collections.abc import Callable, Mapping
-from importlib import resources
 from typing import Any
 
 from memfit.lint import (
@@ -24,6 +21,7 @@ from memfit.lint import (
 )
 from memfit.lint.parse import Found, Setup
 from memfit.lint.phrases import render
+from memfit.lint.tables import read_table
 from memfit.types.errors import UserError, suggest
 
 # Rule name -> (the kinds of files that it compares, the check). The check is called with the options of each
@@ -106,12 +104,10 @@ def explain(name: str, *, lang: str = "en") -> RuleText:
     )
 
 
-@functools.cache
 def texts() -> Mapping[str, Mapping[str, Any]]:
     """Return the content of rules.toml: rule name -> table with the keys "severity", "links", "en" and "ja".
     The last two are languages; each holds a pair of templates (finding, advice)."""
-    path = resources.files("memfit.lint").joinpath("rules.toml")
-    return tomllib.loads(path.read_text(encoding="utf-8"))
+    return read_table("rules.toml")
 
 
 def check(setup: Setup, *, lang: str = "en") -> tuple[Finding, ...]:

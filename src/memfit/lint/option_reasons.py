@@ -10,14 +10,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-import tomllib
 from collections.abc import Iterator, Mapping
-from importlib import resources
 from typing import Any
 
 from memfit.lint.draft import Draft
 from memfit.lint.option_schema import like
 from memfit.lint.parse import Options
+from memfit.lint.tables import read_table
 
 _OFF = (None, False, "", 0, "false", "False", "no", "none", "None")
 
@@ -39,8 +38,7 @@ class OptionReasons:
 @functools.cache
 def option_reasons(library: str) -> OptionReasons:
     """Return the options of ``library``: "axolotl", "llamafactory", "lightning" or "mace"."""
-    text = resources.files("memfit.lint").joinpath(f"reasons/{library}.toml").read_text(encoding="utf-8")
-    data = tomllib.loads(text)
+    data = read_table(f"reasons/{library}.toml")
     groups = [
         (group["reason"], group.get("if_on", False), group["options"].split()) for group in data["group"]
     ]

@@ -10,13 +10,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping
-from importlib import resources
 from typing import Any
 
 from memfit.lint.parse import Options
 from memfit.lint.phrases import Phrase, Series, phrase
+from memfit.lint.tables import read_table
 
 _LIKE = 0.85  # difflib's similarity cutoff: one letter is left out, doubled or swapped
 _MOST_SHOWN = 9  # allowed values that are shown in full
@@ -174,8 +173,7 @@ def like(name: str, names: Iterable[str]) -> str | None:
 def known(library: str) -> Known:
     """Return the settings that ``library`` accepts. ``library``: "accelerate", "deepspeed", "megatron",
     "torchtitan" or "trainer", a file in options/ without its suffix."""
-    text = resources.files("memfit.lint").joinpath(f"options/{library}.toml").read_text(encoding="utf-8")
-    data = tomllib.loads(text)
+    data = read_table(f"options/{library}.toml")
     now = {
         section: {
             key: _spec(

@@ -14,6 +14,7 @@ from typing import Any
 from memfit.files.read import parse_json, parse_toml, parse_yaml, read_text
 from memfit.lint.launch_script import Script, read_script
 from memfit.lint.shipped_deepspeed import shipped_configuration
+from memfit.lint.tables import read_table
 from memfit.types.errors import UserError
 
 Found = Iterator[dict[str, Any]]  # one dict per finding: the values that fill the text of the rule
@@ -34,153 +35,16 @@ KINDS = {
 _MOST_BYTES = 1 << 20  # larger files are refused: they are data given by mistake, not configurations
 
 # Keys that identify a library. A file's kind is the one of whose keys it has the most.
-_MARKS = {
-    "deepspeed": {
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "zero_optimization",
-        "steps_per_print",
-        "fp16",
-        "bf16",
-        "zero_allow_untested_optimizer",
-        "wall_clock_breakdown",
-        "prescale_gradients",
-        "gradient_clipping",
-        "activation_checkpointing",
-    },
-    "accelerate": {
-        "distributed_type",
-        "compute_environment",
-        "num_processes",
-        "num_machines",
-        "machine_rank",
-        "deepspeed_config",
-        "megatron_lm_config",
-        "parallelism_config",
-        "main_training_function",
-        "downcast_bf16",
-        "mixed_precision",
-        "fsdp_config",
-    },
-    "trainer": {
-        "per_device_train_batch_size",
-        "output_dir",
-        "num_train_epochs",
-        "learning_rate",
-        "max_steps",
-        "fp16",
-        "bf16",
-        "gradient_checkpointing",
-        "activation_checkpointing",
-        "per_device_eval_batch_size",
-        "fsdp",
-        "save_strategy",
-        "fsdp_config",
-        "logging_steps",
-        "lr_scheduler_type",
-        "max_grad_norm",
-        "optim",
-        "save_only_model",
-        "deepspeed",
-    },
-    "megatron": {
-        "tensor_model_parallel_size",
-        "pipeline_model_parallel_size",
-        "micro_batch_size",
-        "global_batch_size",
-        "num_layers",
-        "num_attention_heads",
-        "hidden_size",
-        "seq_length",
-        "sequence_parallel",
-        "use_distributed_optimizer",
-        "context_parallel_size",
-        "expert_model_parallel_size",
-        "recompute_granularity",
-        "recompute_activations",
-    },
-    "openfold": {
-        "config_preset",
-        "experiment_config_json",
-        "deepspeed_config_path",
-        "max_template_date",
-        "template_release_dates_cache_path",
-        "train_chain_data_cache_path",
-        "obsolete_pdbs_file_path",
-        "train_mmcif_data_cache_path",
-        "alignment_index_path",
-        "resume_from_jax_params",
-        "script_modules",
-    },
-}
+_MARKS = {kind: frozenset(keys) for kind, keys in read_table("marks.toml")["most"].items()}
 # Files of these front ends have many keys of other libraries too. Kind -> (keys of which each of its files
 # has one, keys of which it has at least two more).
 _FRONT_ENDS = {
-    "axolotl": (
-        {"base_model"},
-        {
-            "micro_batch_size",
-            "sequence_len",
-            "datasets",
-            "pretraining_dataset",
-            "adapter",
-            "num_epochs",
-            "sample_packing",
-            "val_set_size",
-            "load_in_8bit",
-            "load_in_4bit",
-            "pad_to_sequence_len",
-            "dataset_prepared_path",
-        },
-    ),
-    "llamafactory": (
-        {"stage", "finetuning_type"},
-        {"model_name_or_path", "cutoff_len", "template", "dataset_dir", "lora_target", "dataset", "do_train"},
-    ),
-    "mace": (
-        {"train_file", "E0s", "r_max", "foundation_model", "multiheads_finetuning", "hidden_irreps"},
-        {
-            "E0s",
-            "r_max",
-            "hidden_irreps",
-            "num_channels",
-            "max_L",
-            "valid_fraction",
-            "valid_batch_size",
-            "energy_key",
-            "forces_key",
-            "default_dtype",
-            "max_num_epochs",
-            "ema_decay",
-            "num_interactions",
-            "atomic_numbers",
-            "foundation_model",
-            "forces_weight",
-            "start_swa",
-        },
-    ),
+    kind: (frozenset(keys["one_of"]), frozenset(keys["more"]))
+    for kind, keys in read_table("marks.toml")["front_end"].items()
 }
-_MACE_PROGRAMS = (
-    "mace_run_train",
-    "mace.cli.run_train",
-    "mace/cli/run_train.py",
-    "mace/scripts/run_train.py",
-)
+_MACE_PROGRAMS = read_table("marks.toml")["programs"]["mace"]
 # Arguments of Lightning's Trainer, of which the section trainer of a file of its command line has one.
-_LIGHTNING = {
-    "accelerator",
-    "devices",
-    "strategy",
-    "precision",
-    "max_epochs",
-    "max_steps",
-    "num_nodes",
-    "accumulate_grad_batches",
-    "gradient_clip_val",
-    "callbacks",
-    "logger",
-    "gpus",
-}
+_LIGHTNING = frozenset(read_table("marks.toml")["lightning"]["trainer"])
 _SCRIPTS = ("megatron", "trainer", "openfold")
 # Top-level names of OpenFold's configuration. A change of it is a flat key such as "globals.chunk_size".
 OPENFOLD_PARTS = frozenset({"data", "globals", "model", "relax", "loss", "ema"})
@@ -470,7 +334,7 @@ def parsed(path: Path) -> tuple[str, dict[str, Any] | None]:
     return text, None if isinstance(data, Script) else data
 
 
-def _score(kind: str, marks: set[str], data: Mapping[str, Any]) -> int:
+def _score(kind: str, marks: frozenset[str], data: Mapping[str, Any]) -> int:
     """Return how many of ``marks``, the keys that identify the library ``kind``, the top level of ``data``
     has. "fp16", "bf16" and "activation_checkpointing" do not count for DeepSpeed unless they are mappings,
     nor for the Trainer if they are mappings."""

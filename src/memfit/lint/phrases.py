@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import tomllib
 from collections.abc import Mapping
-from importlib import resources
 from typing import Any
+
+from memfit.lint.tables import read_table
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -34,11 +33,9 @@ def phrase(name: str, /, **values: Any) -> Phrase:
     return Phrase(name, values)
 
 
-@functools.cache
 def texts() -> Mapping[str, Mapping[str, str]]:
     """Return the content of phrases.toml: name -> language code ("en" or "ja") -> text."""
-    path = resources.files("memfit.lint").joinpath("phrases.toml")
-    return tomllib.loads(path.read_text(encoding="utf-8"))
+    return read_table("phrases.toml")
 
 
 def render(value: Any, lang: str) -> str:
