@@ -137,8 +137,8 @@ class Technique:
 
     - ``effect`` says how the technique may change the numbers that training computes.
     - ``apply(bench, settings)`` changes the workbench. Techniques of smaller ``order`` are applied first.
-    - ``settings(space)`` gives the knob settings worth searching, in addition to leaving the technique out.
-      Knobs that they omit have their default values.
+    - ``settings(space)`` gives the knob settings worth searching for one device, in addition to leaving the
+      technique out. Knobs that they omit have their default values. By default there are none.
     - ``slot``: a kind of technique, such as "optimizer". A plan has at most one technique of each slot; "" is
       no slot.
     - ``knobs``: the technique's settings.
@@ -155,8 +155,8 @@ class Technique:
     summary: str
     effect: EffectClass
     apply: Callable[[Workbench, Mapping[str, KnobValue]], None]
-    settings: Callable[[Space], Iterable[Mapping[str, KnobValue]]]
     order: int
+    settings: Callable[[Space], Iterable[Mapping[str, KnobValue]]] = lambda space: ()
     slot: str = ""
     knobs: tuple[Knob, ...] = ()
     needs: tuple[str, ...] = ()

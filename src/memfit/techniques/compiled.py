@@ -10,11 +10,11 @@ memory, as in Inductor (which also overwrites an input of the same size that is 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from memfit.model.blocks import equal_blocks, find_blocks
-from memfit.techniques.base import Knob, Space, Technique, Workbench
+from memfit.techniques.base import Knob, Technique, Workbench
 from memfit.types.plan import EffectClass, KnobValue
 
 
@@ -53,16 +53,12 @@ def _calling(region: Callable[..., Any], inner: Callable[..., Any]) -> Callable[
     return forward
 
 
-def _nothing(space: Space) -> Iterable[Mapping[str, KnobValue]]:
-    return []  # only for predictions of runs that use it
-
-
 TECHNIQUE = Technique(
     name="compile",
     summary="torch.compile: fused kernels, and only what a minimum cut keeps for backward",
     effect=EffectClass.E1,
     apply=_apply,
-    settings=_nothing,
+    # Not searched: only for predictions of runs that use it.
     order=45,  # inside recomputation
     knobs=(
         Knob(

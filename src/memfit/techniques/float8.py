@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 
 from memfit.model.blocks import find_blocks
 from memfit.techniques.adapters import block_linears
-from memfit.techniques.base import Knob, Space, Technique, Workbench
+from memfit.techniques.base import Knob, Technique, Workbench
 from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue
 
@@ -45,16 +45,12 @@ def fits(shape: Iterable[int]) -> bool:
     return all(size % _STEP == 0 for size in shape)
 
 
-def _nothing(space: Space) -> Iterable[Mapping[str, KnobValue]]:
-    return []  # only together with compile, which fuses the casts (planner/parallelism_grid.py)
-
-
 TECHNIQUE = Technique(
     name=NAME,
     summary="matrix products of the blocks' linear layers in 8-bit floats (Micikevicius et al. 2022)",
     effect=EffectClass.E3,
     apply=_apply,
-    settings=_nothing,
+    # Not searched: only together with compile, which fuses the casts (planner/parallelism_grid.py).
     order=12,  # before layers are sharded, split or compiled
     knobs=(
         Knob(

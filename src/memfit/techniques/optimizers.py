@@ -101,14 +101,7 @@ def _adamw(choice: OptimizerChoice, device: DeviceKind, params: list[torch.nn.Pa
     import torch
 
     kind = torch.optim.Adam if choice.name == "adam" else torch.optim.AdamW
-    optimizer = kind(
-        _alike(params),
-        lr=choice.learning_rate,
-        betas=choice.betas,
-        eps=choice.eps,
-        weight_decay=choice.weight_decay,
-        foreach=device.foreach,
-    )
+    optimizer = kind(_alike(params), **_numbers(choice), foreach=device.foreach)
     return cast(OptimizerLike, optimizer)
 
 
@@ -163,22 +156,14 @@ def _adamw8bit(
 ) -> OptimizerLike:
     import bitsandbytes as bnb
 
-    optimizer = bnb.optim.AdamW8bit(
-        params,
-        lr=choice.learning_rate,
-        betas=choice.betas,
-        eps=choice.eps,
-        weight_decay=choice.weight_decay,
-    )
-    return cast(OptimizerLike, optimizer)
-
-
-def _paged(bench: Workbench, params: list[torch.nn.Parameter]) -> OptimizerLike:
-    return stepping_on_host(bench, _adamw8bit(bench.job.optimizer, bench.device, params))
+    return cast(OptimizerLike, bnb.optim.AdamW8bit(params, **_numbers(choice)))
 
 
 def _apply_paged(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
-    bench.make_optimizer = functools.partial(_paged, bench)
+    def make(params: list[torch.nn.Parameter]) -> OptimizerLike:
+        return stepping_on_host(bench, _adamw8bit(bench.job.optimizer, bench.device, params))
+
+    bench.make_optimizer = make
 
 
 def stepping_on_host(bench: Workbench, optimizer: OptimizerLike) -> OptimizerLike:
@@ -326,11 +311,9 @@ def _once(space: Space) -> Iterable[Mapping[str, KnobValue]]:
     return [{}]
 
 
-def _not_searched(space: Space) -> Iterable[Mapping[str, KnobValue]]:
-    return []  # only for predictions of runs that use it
-
-
 def _technique(name: str, summary: str, effect: EffectClass, maker: Any, **options: Any) -> Technique:
+    """Return a technique that replaces the job's optimizer by what ``maker`` makes. Without ``settings`` in
+    ``options`` it is not searched, and only for predictions of runs that use it."""
     return Technique(
         name=name,
         summary=summary,
@@ -338,7 +321,7 @@ def _technique(name: str, summary: str, effect: EffectClass, maker: Any, **optio
         apply=_replace(maker),
         order=40,
         slot="optimizer",
-        **{"settings": _once, **options},
+        **options,
     )
 
 
@@ -357,7 +340,6 @@ ADAMW_PAGED = Technique(
     summary="AdamW in 8 bits, with its moments in paged memory that host and device share",
     effect=EffectClass.E2,
     apply=_apply_paged,
-    settings=_not_searched,
     order=40,
     slot="optimizer",
     needs=("bitsandbytes",),
@@ -369,7 +351,6 @@ ADAMW_4BIT = _technique(
     "AdamW with its two moments in 4 bits (Li et al. 2023)",
     EffectClass.E3,
     _adamw4bit,
-    settings=_not_searched,
     needs=("torchao",),
     forbids=("bf16-parameters",),
 )
@@ -378,28 +359,28 @@ ADAMW_FUSED = _technique(
     "AdamW's update in one kernel: no temporaries",
     EffectClass.E1,
     _adamw_in("fused"),
-    settings=_not_searched,
 )
 ADAMW_SINGLE = _technique(
     "adamw-single",
     "AdamW one parameter at a time: temporaries of the largest parameter only",
     EffectClass.E0,
     _adamw_in("single"),
-    settings=_not_searched,
 )
 ADAFACTOR = _technique(
     "adafactor",
     "second moments factored into rows and columns, no first moment (Shazeer and Stern 2018)",
     EffectClass.E3,
     _adafactor,
+    settings=_once,
 )
-SGD = _technique("sgd", "SGD with momentum: one moment instead of two", EffectClass.E3, _sgd)
+SGD = _technique(
+    "sgd", "SGD with momentum: one moment instead of two", EffectClass.E3, _sgd, settings=_once
+)
 IMPORTED = Technique(
     name="optimizer",
     summary="any installed torch optimizer by its import path: Muon, Lion, Adam-mini, GaLore and others",
     effect=EffectClass.E3,
     apply=_apply_imported,
-    settings=_not_searched,
     order=40,
     slot="optimizer",
     knobs=(

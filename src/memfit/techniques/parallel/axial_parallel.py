@@ -9,10 +9,10 @@ every rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from memfit.techniques.base import Knob, Space, Technique, Workbench
+from memfit.techniques.base import Knob, Technique, Workbench
 from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue
 
@@ -52,16 +52,11 @@ def axial_modules(model: torch.nn.Module) -> list[Axial]:
     return [module for module in model.modules() if isinstance(module, Axial)]
 
 
-def _nothing(space: Space) -> Iterable[Mapping[str, KnobValue]]:
-    return []  # useless in a plan of one rank
-
-
 TECHNIQUE = Technique(
     name="axial-parallel",
     summary="each rank holds a part of the rows or residues of an Evoformer's representations (FastFold)",
     effect=EffectClass.E1,
     apply=_apply,
-    settings=_nothing,
     order=49,  # chunking runs modules whole
     knobs=(Knob(name="degree", default=2, doc="number of ranks that share each sample"),),
     # context-parallel and tensor-parallel also share the memory of a sample; zero and sharded-ddp average

@@ -12,12 +12,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from memfit.model.blocks import find_blocks
-from memfit.techniques.base import Knob, Space, Technique, Workbench
+from memfit.techniques.base import Knob, Technique, Workbench
 from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue
 
@@ -157,16 +157,11 @@ def _terms(part: Any) -> int | None:
     return int((labels != _IGNORED).sum())
 
 
-def _nothing(space: Space) -> Iterable[Mapping[str, KnobValue]]:
-    return []  # useless in a plan of one rank
-
-
 TECHNIQUE = Technique(
     name="context-parallel",
     summary="each rank works on its slice of the sequence; attention gathers keys and values",
     effect=EffectClass.E1,
     apply=_apply,
-    settings=_nothing,
     order=46,
     knobs=(Knob(name="degree", default=2, doc="number of ranks that share each sequence"),),
     forbids=("zero", "pipeline", "selective-checkpointing"),

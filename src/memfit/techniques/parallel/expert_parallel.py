@@ -20,10 +20,10 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from memfit.techniques.base import Knob, Space, Technique, Workbench
+from memfit.techniques.base import Knob, Technique, Workbench
 from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue
 
@@ -292,16 +292,11 @@ def _summed(
     return torch.zeros_like(tokens).index_add(0, order // weights.shape[-1], weighted_results)
 
 
-def _nothing(space: Space) -> Iterable[Mapping[str, KnobValue]]:
-    return []  # useless in a plan of one rank
-
-
 TECHNIQUE = Technique(
     name="expert-parallel",
     summary="the experts of each mixture are distributed over the data-parallel ranks",
     effect=EffectClass.E3,  # tokens beyond an expert's capacity are dropped; with dropless it is E1
     apply=_apply,
-    settings=_nothing,
     order=47,
     knobs=(
         Knob(

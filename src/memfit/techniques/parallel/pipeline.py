@@ -10,9 +10,9 @@ through as ``micro_batches`` smaller ones.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
-from memfit.techniques.base import Knob, Space, Technique, Workbench
+from memfit.techniques.base import Knob, Technique, Workbench
 from memfit.techniques.rank_mesh import Layout
 from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue
@@ -64,16 +64,11 @@ def _check(schedule: str, virtual: int, layout: Layout) -> None:
         )
 
 
-def _nothing(space: Space) -> Iterable[Mapping[str, KnobValue]]:
-    return []  # useless in a plan of one rank
-
-
 TECHNIQUE = Technique(
     name="pipeline",
     summary="each rank holds some of the blocks, and micro-batches stream through them",
     effect=EffectClass.E1,
     apply=_apply,
-    settings=_nothing,
     order=86,
     slot="pipeline",
     knobs=(

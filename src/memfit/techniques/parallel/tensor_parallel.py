@@ -12,11 +12,11 @@ import contextlib
 import fnmatch
 import re
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from memfit.model.blocks import find_blocks, find_head
-from memfit.techniques.base import Knob, Space, Technique, Workbench
+from memfit.techniques.base import Knob, Technique, Workbench
 from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue
 
@@ -358,16 +358,11 @@ def _split_vocabulary(bench: Workbench, mesh: DeviceMesh, *, parallel_loss: bool
         bench.closers.append(stack.close)
 
 
-def _nothing(space: Space) -> Iterable[Mapping[str, KnobValue]]:
-    return []  # useless in a plan of one rank
-
-
 TECHNIQUE = Technique(
     name="tensor-parallel",
     summary="each rank keeps a slice of every Linear layer of the blocks (Megatron-LM)",
     effect=EffectClass.E1,
     apply=_apply,
-    settings=_nothing,
     order=45,
     knobs=(
         Knob(name="degree", default=2, doc="number of ranks that share each Linear layer of the blocks"),

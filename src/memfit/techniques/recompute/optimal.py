@@ -12,7 +12,7 @@ import contextlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
-from memfit.techniques.base import Knob, Space, Technique, Workbench
+from memfit.techniques.base import Knob, Technique, Workbench
 from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue
 
@@ -75,16 +75,12 @@ def _without(key: int, numbers: frozenset[int]) -> Iterator[None]:
         )
 
 
-def _nothing(space: Space) -> Iterable[Mapping[str, KnobValue]]:
-    return []  # the budget comes from the user or from the search
-
-
 TECHNIQUE = Technique(
     name=NAME,
     summary="drop the tensors that cost least to recompute, until the step's peak fits a budget",
     effect=EffectClass.E0,
     apply=_apply,
-    settings=_nothing,
+    # Not searched: the budget comes from the user or from the search.
     order=95,  # sees the operators that all other techniques leave
     slot="recomputation",
     knobs=(

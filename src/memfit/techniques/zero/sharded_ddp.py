@@ -8,10 +8,10 @@ every rank keeps.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from memfit.techniques.base import Knob, MakeOptimizer, Space, Technique, Workbench
+from memfit.techniques.base import Knob, MakeOptimizer, Technique, Workbench
 from memfit.types.plan import EffectClass, KnobValue
 
 if TYPE_CHECKING:
@@ -252,16 +252,11 @@ def owners(params: list[torch.nn.Parameter], ranks: int) -> dict[torch.nn.Parame
     return owner_of
 
 
-def _nothing(space: Space) -> Iterable[Mapping[str, KnobValue]]:
-    return []  # useless in a plan of one rank
-
-
 TECHNIQUE = Technique(
     name="sharded-ddp",
     summary="optimizer state and gradient of each whole parameter on one rank, as FairScale lays it out",
     effect=EffectClass.E1,
     apply=_apply,
-    settings=_nothing,
     order=90,
     slot="data-parallel",
     knobs=(

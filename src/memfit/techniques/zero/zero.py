@@ -8,10 +8,10 @@ fixed size. A single rank has the same buffers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from memfit.techniques.base import Knob, Space, Technique, Workbench
+from memfit.techniques.base import Knob, Technique, Workbench
 from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue
 
@@ -59,16 +59,11 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     bench.make_optimizer = make_zero
 
 
-def _nothing(space: Space) -> Iterable[Mapping[str, KnobValue]]:
-    return []  # useless in a plan of one rank
-
-
 TECHNIQUE = Technique(
     name="zero",
     summary="optimizer state, then gradients, then parameters sharded, as DeepSpeed lays them out",
     effect=EffectClass.E1,
     apply=_apply,
-    settings=_nothing,
     order=90,
     slot="data-parallel",
     knobs=(
