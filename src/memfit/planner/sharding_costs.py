@@ -29,18 +29,18 @@ class State:
     gathered: float
     gradient: float
     reduced: float
-    parameter_shards: int
-    gradient_shards: int
-    state_shards: int
-    replicas: int
-    reshard: bool
-    stays: bool  # gathered parameters stay until the last micro-batch's backward
-    every: bool  # gradients are reduced in every micro-step
-    bucket: float  # copies of gradients kept beside them (0 or 1)
-    bucket_bytes: float  # of a fixed size
-    offload: str  # "", "optimizer", "all"
-    kind: str  # "", "ddp", "fsdp2", "zero"
     updating: UpdateCosts
+    parameter_shards: int = 1
+    gradient_shards: int = 1
+    state_shards: int = 1
+    replicas: int = 1
+    reshard: bool = False
+    stays: bool = False  # gathered parameters stay until the last micro-batch's backward
+    every: bool = True  # gradients are reduced in every micro-step
+    bucket: float = 0.0  # copies of gradients kept beside them (0 or 1)
+    bucket_bytes: float = 0.0  # of a fixed size
+    offload: str = ""  # "", "optimizer", "all"
+    kind: str = ""  # "", "ddp", "fsdp2", "zero"
     sub_group: int = 0
     live: int = 0
 
@@ -66,20 +66,24 @@ def state_of(uses: Sequence[Use], ranks: int, updating: UpdateCosts, *, staged: 
     pipeline stages.
     """
     settings_by_name = {u.technique: u.settings for u in uses}
-    compute = compute_of(uses)
     has_half_parameters = "bf16-parameters" in settings_by_name
     stored = 2.0 if has_half_parameters else 4.0
+    whole = State(
+        compute=compute_of(uses),
+        stored=stored,
+        gathered=stored,
+        gradient=stored,
+        reduced=stored,
+        updating=updating,
+    )
     reduces_each_micro = any(u.settings.get("sync") == "every" for u in uses)
     if "fsdp2" in settings_by_name:
         knobs = settings_by_name["fsdp2"]
         replica_count = int(knobs["replicas"])
-        gathered = 2.0 if knobs["precision"] == "bf16" or has_half_parameters else 4.0
         shards, reshard = ranks // replica_count, knobs["reshard"] is True
-        return State(
-            compute=compute,
-            stored=stored,
-            gathered=gathered,
-            gradient=stored,
+        return dataclasses.replace(
+            whole,
+            gathered=2.0 if knobs["precision"] == "bf16" or has_half_parameters else 4.0,
             reduced=2.0 if has_half_parameters and knobs["precision"] != "bf16" else 4.0,
             parameter_shards=shards,
             gradient_shards=shards,
@@ -88,75 +92,36 @@ def state_of(uses: Sequence[Use], ranks: int, updating: UpdateCosts, *, staged: 
             reshard=reshard,
             stays=staged and not reshard and not reduces_each_micro,
             every=reduces_each_micro,
-            bucket=0.0,
-            bucket_bytes=0.0,
             offload="all" if knobs["offload"] else "",
             kind="fsdp2",
-            updating=updating,
         )
     if "zero" in settings_by_name:
         knobs = settings_by_name["zero"]
         stage, is_half = int(knobs["stage"]), knobs["precision"] == "bf16"
         element_bytes = 2.0 if is_half else 4.0
-        master_updating = dataclasses.replace(updating, state_bytes=updating.state_bytes + 4.0 * is_half)
-        return State(
-            compute=compute,
+        return dataclasses.replace(
+            whole,
             stored=element_bytes,
             gathered=element_bytes,
             gradient=element_bytes,
             reduced=element_bytes,
+            updating=dataclasses.replace(updating, state_bytes=updating.state_bytes + 4.0 * is_half),
             parameter_shards=ranks if stage == 3 else 1,
             gradient_shards=ranks if stage >= 2 else 1,
             state_shards=ranks,
-            replicas=1,
             reshard=stage == 3,
-            stays=False,
-            every=True,
-            bucket=0.0,
             bucket_bytes=element_bytes * int(knobs["reduce_bucket_elements"]),
             offload={"none": "", "optimizer": "optimizer", "parameters": "all"}[str(knobs["offload"])],
             kind="zero",
-            updating=master_updating,
             live=int(knobs["live_elements"]) if stage == 3 else 0,
             sub_group=int(knobs["sub_group_elements"]) if knobs["nvme"] != "none" else 0,
         )
     if "ddp" in settings_by_name:
-        knobs = settings_by_name["ddp"]
-        return State(
-            compute=compute,
-            stored=stored,
-            gathered=stored,
-            gradient=stored,
-            reduced=stored,
-            parameter_shards=1,
-            gradient_shards=1,
-            state_shards=1,
+        return dataclasses.replace(
+            whole,
             replicas=ranks,
-            reshard=False,
-            stays=False,
             every=reduces_each_micro and not staged,  # a pipeline syncs DDP at its last micro-batch only
-            bucket=0.0 if knobs["bucket_view"] else 1.0,
-            bucket_bytes=0.0,
-            offload="",
+            bucket=0.0 if settings_by_name["ddp"]["bucket_view"] else 1.0,
             kind="ddp",
-            updating=updating,
         )
-    return State(
-        compute=compute,
-        stored=stored,
-        gathered=stored,
-        gradient=stored,
-        reduced=stored,
-        parameter_shards=1,
-        gradient_shards=1,
-        state_shards=1,
-        replicas=1,
-        reshard=False,
-        stays=False,
-        every=True,
-        bucket=0.0,
-        bucket_bytes=0.0,
-        offload="",
-        kind="",
-        updating=updating,
-    )
+    return whole
