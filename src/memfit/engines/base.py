@@ -7,7 +7,7 @@ import dataclasses
 import importlib.metadata
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from memfit.engines.environment import recorded
 from memfit.types.device_kind import HOST
@@ -32,12 +32,6 @@ APPLIED_BY_MEMFIT = frozenset(
         "lora",
     }
 )
-
-
-def no_files(spec: RunSpec) -> Files:
-    """Return no files. This is the default of `Engine.files`, for an engine that has no configuration
-    file."""
-    return {}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,14 +70,14 @@ class Engine:
     install: str = ""
     carries: frozenset[str] = frozenset()
     applied_by_memfit: frozenset[str] = frozenset()
-    reasons: Callable[[Plan], tuple[str, ...]] = lambda plan: ()
+    reasons: Callable[[Plan], Iterable[str]] = lambda plan: ()
     asks_cuda: Callable[[Plan], tuple[str, ...]] = lambda plan: ()
     no_scalars: Callable[[Plan], bool] = lambda plan: False
     saves: bool = False
     own_trace: bool = False
     predicted: Callable[[Plan], Plan] = lambda plan: plan
     requirements: tuple[str, ...] = ()
-    files: Callable[[RunSpec], Files] = no_files
+    files: Callable[[RunSpec], Files] = lambda spec: {}
     tried_on: frozenset[str] = frozenset({HOST})
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -101,7 +95,7 @@ class Engine:
         these and no others."""
         techniques = (u.technique for u in plan.uses if u.technique not in self.known)
         reasons = tuple(f"{technique} is not supported by {self.name}" for technique in techniques)
-        return reasons or self.reasons(plan)
+        return reasons or tuple(self.reasons(plan))
 
     def probe(self) -> Probe:
         """Return the installed version of the engine's package, and what keeps the engine from running: the

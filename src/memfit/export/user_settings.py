@@ -26,6 +26,7 @@ from memfit.lint import to_plan
 from memfit.lint.clipping import clipping_setting
 from memfit.lint.launch_script import option_values
 from memfit.lint.parse import FILE_ARGUMENTS, Options, Setup, parsed, read
+from memfit.lint.rules_hugging_face import ONLY_IN_DEEPSPEED_FILE
 from memfit.techniques.rank_mesh import layout
 from memfit.types.errors import UserError
 from memfit.types.launch import RunSpec
@@ -64,15 +65,6 @@ def _yaml_text(data: Mapping[str, Any]) -> str:
     import yaml
 
     return yaml.safe_dump(data, sort_keys=False)
-
-
-def _options(text: str) -> dict[str, Any]:
-    pairs = (line.removeprefix("--").partition(" ") for line in text.splitlines())
-    return {name: value for name, _, value in pairs}
-
-
-def _options_text(data: Mapping[str, Any]) -> str:
-    return "".join(f"--{name} {value}".rstrip() + "\n" for name, value in data.items())
 
 
 def toml_text(data: Mapping[str, Any], above: str = "") -> str:
@@ -142,14 +134,14 @@ _FORMATS: Mapping[str, _Format] = {
     ),
     megatron.CONFIG: _Format(
         kind="megatron",
-        load=_options,
-        dump=_options_text,
+        load=megatron.parse,
+        dump=megatron.options_text,
         free=frozenset({"clip-grad", "seed", "hidden-dropout", "attention-dropout", "train-iters"}),
     ),
     trainer.ARGUMENTS: _Format(kind="trainer", load=json.loads, dump=_json_text, suffixes=(".json",)),
     torchtitan.TOML: _Format(kind="torchtitan", load=tomllib.loads, dump=toml_text, suffixes=(".toml",)),
     openfold.CHANGES: _Format(kind="openfold_config", load=json.loads, dump=_json_text, suffixes=(".json",)),
-    openfold.ARGUMENTS: _Format(kind="openfold", load=_options, dump=_options_text),
+    openfold.ARGUMENTS: _Format(kind="openfold", load=megatron.parse, dump=megatron.options_text),
 }
 
 
@@ -462,19 +454,6 @@ def _remove(data: dict[str, Any], path: tuple[str, ...]) -> None:
     parent.pop(path[-1], None)
 
 
-# Settings that Accelerate refuses in its YAML beside a DeepSpeed file, which holds them instead.
-_SAID_BY_FILE = (
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "zero_stage",
-    "offload_optimizer_device",
-    "offload_param_device",
-    "offload_param_nvme_path",
-    "offload_optimizer_nvme_path",
-    "zero3_save_16bit_model",
-)
-
-
 def _made_consistent(
     name: str, merged: dict[str, Any], files: Files, data_ranks: int, differs: bool
 ) -> Iterator[str]:
@@ -499,7 +478,7 @@ def _made_consistent(
             yield f"deepspeed: {deepspeed.CONFIG}"
     elif name == accelerate.CONFIG and deepspeed.CONFIG in files:
         section_data = merged.get("deepspeed_config") or {}
-        section = {n: v for n, v in section_data.items() if n not in _SAID_BY_FILE}
+        section = {n: v for n, v in section_data.items() if n not in ONLY_IN_DEEPSPEED_FILE}
         section |= {"deepspeed_config_file": deepspeed.CONFIG}
         merged.pop("mixed_precision", None)
         if section != section_data:

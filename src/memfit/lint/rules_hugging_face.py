@@ -14,7 +14,8 @@ def _kind(a: Options) -> str:
 
 # -- Accelerate --------------------------------------------------------------------------------------------
 
-_DOUBLED = (
+# Settings that Accelerate refuses in its own file beside a DeepSpeed file, which holds them instead.
+ONLY_IN_DEEPSPEED_FILE = (
     "gradient_accumulation_steps",
     "gradient_clipping",
     "zero_stage",
@@ -34,7 +35,7 @@ def accelerate_deepspeed_twice(a: Options, s: Setup) -> Found:
     path = a.raw("deepspeed_config.deepspeed_config_file")
     if not path or _kind(a) != "DEEPSPEED":
         return
-    keys = [k for k in _DOUBLED if k in a.section("deepspeed_config")]
+    keys = [k for k in ONLY_IN_DEEPSPEED_FILE if k in a.section("deepspeed_config")]
     precision_conflict = s.deepspeed is not None and any(accelerate_deepspeed_precision(a, s.deepspeed, s))
     keys += ["mixed_precision"] if a.raw("mixed_precision") is not None and not precision_conflict else []
     if keys:

@@ -5,6 +5,7 @@ Field names are those of accelerate/commands/config/config_args.py and accelerat
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from memfit.engines import deepspeed
@@ -15,28 +16,25 @@ from memfit.types.plan import Plan
 CONFIG = "accelerate.yaml"
 
 
-def _reasons(plan: Plan) -> tuple[str, ...]:
-    reasons = list(deepspeed.ENGINE.reasons(plan)) if "zero" in plan else []
+def _reasons(plan: Plan) -> Iterator[str]:
+    if "zero" in plan:
+        yield from deepspeed.ENGINE.reasons(plan)
+    if (use := plan.get("fsdp2")) is None:
+        return
     for dtype in ("bf16", "fp16"):
-        if "fsdp2" in plan and plan.get(f"{dtype}-autocast") is not None:
-            reasons.append(
+        if f"{dtype}-autocast" in plan:
+            yield (
                 f"{dtype}-autocast: with FSDP2, Accelerate's {dtype} setting casts parameters, not operators"
             )
-    for use in plan.uses:
-        knobs = use.settings
-        if use.technique == "fsdp2":
-            if int(knobs["replicas"]) > 1:
-                reasons.append("fsdp2: Accelerate's YAML has no setting for replicas (HSDP)")
-            if knobs["units"] != "blocks":
-                reasons.append(f"fsdp2: units {knobs['units']!r} cannot be expressed in Accelerate's YAML")
-            if int(knobs["prefetch"]) > 1:
-                reasons.append("fsdp2: Accelerate has no setting for prefetch, the number of groups ahead")
-            if knobs["reshard"] not in {True, False}:
-                reasons.append(
-                    f"fsdp2: reshard {knobs['reshard']!r} is not supported: "
-                    "Accelerate reshards all groups or none"
-                )
-    return tuple(reasons)
+    knobs = use.settings
+    if int(knobs["replicas"]) > 1:
+        yield "fsdp2: Accelerate's YAML has no setting for replicas (HSDP)"
+    if knobs["units"] != "blocks":
+        yield f"fsdp2: units {knobs['units']!r} cannot be expressed in Accelerate's YAML"
+    if int(knobs["prefetch"]) > 1:
+        yield "fsdp2: Accelerate has no setting for prefetch, the number of groups ahead"
+    if knobs["reshard"] not in {True, False}:
+        yield f"fsdp2: reshard {knobs['reshard']!r} is not supported: Accelerate reshards all groups or none"
 
 
 def _files(spec: RunSpec) -> dict[str, str]:

@@ -109,11 +109,7 @@ def _hybrid(plan: Plan) -> dict[str, Any]:
 _ARGUMENTS = {DDP: _ddp, ZERO: _zero, GEMINI: _gemini, HYBRID: _hybrid}
 
 
-def _reasons(plan: Plan) -> tuple[str, ...]:
-    return tuple(_why_not(plan))
-
-
-def _why_not(plan: Plan) -> Iterator[str]:
+def _reasons(plan: Plan) -> Iterator[str]:
     zero, pipeline, tensor = plan.get("zero"), plan.get("pipeline"), plan.get("tensor-parallel")
     if zero is not None:
         yield from _zero_reasons(zero.settings)

@@ -9,6 +9,7 @@ written: DeepSpeed's engine parses the section but does not use it. It affects o
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from memfit.engines.base import APPLIED_BY_MEMFIT, Engine
@@ -31,22 +32,18 @@ def as_zero(plan: Plan) -> Plan:
     return plan.without("ddp").with_use(make_use("zero", {"stage": 0}))
 
 
-def _reasons(plan: Plan) -> tuple[str, ...]:
-    reasons = []
+def _reasons(plan: Plan) -> Iterator[str]:
     if plan.ranks > 1 and "ddp" not in plan and "zero" not in plan:
-        reasons.append("several ranks: DeepSpeed requires zero or ddp")
+        yield "several ranks: DeepSpeed requires zero or ddp"
     accumulates = "gradient-accumulation" in plan
     if accumulates and (ddp := plan.get("ddp")) is not None and ddp.settings["sync"] != "last":
-        reasons.append("ddp: sync must be 'last', because DeepSpeed reduces gradients once per step")
+        yield "ddp: sync must be 'last', because DeepSpeed reduces gradients once per step"
     if (zero := plan.get("zero")) is not None:
         knobs = zero.settings
         if int(knobs["stage"]) == 0 and (knobs["precision"] != "fp32" or knobs["offload"] != "none"):
-            reasons.append("zero: stage 0 requires precision 'fp32' and offload 'none'")
+            yield "zero: stage 0 requires precision 'fp32' and offload 'none'"
         if int(knobs["stage"]) == 3 and "chunked-cross-entropy" in plan:
-            reasons.append(
-                "chunked-cross-entropy: ZeRO stage 3 has freed the head's weight when the loss runs"
-            )
-    return tuple(reasons)
+            yield "chunked-cross-entropy: ZeRO stage 3 has freed the head's weight when the loss runs"
 
 
 def _files(spec: RunSpec) -> dict[str, str]:

@@ -17,11 +17,7 @@ CONFIG = "megatron.args"
 _GRADIENT_BYTES = 4  # Megatron's gradient buffers are fp32
 
 
-def _reasons(plan: Plan) -> tuple[str, ...]:
-    return tuple(_why_not(plan))
-
-
-def _why_not(plan: Plan) -> Iterator[str]:
+def _reasons(plan: Plan) -> Iterator[str]:
     accumulates = "gradient-accumulation" in plan
     for use in plan.uses:
         name, knobs = use.technique, use.settings
@@ -156,12 +152,17 @@ def _step(spec: RunSpec) -> dict[str, str]:
 def _files(spec: RunSpec) -> dict[str, str]:
     """Return the one file megatron.args, name -> text. Each line is an option of the trainer, such as
     "--num-layers 12". The file is for ``pretrain_gpt.py $(cat megatron.args) --data-path ...``"""
-    return {CONFIG: "".join(f"--{k} {v}".rstrip() + "\n" for k, v in arguments(spec).items())}
+    return {CONFIG: options_text(arguments(spec))}
+
+
+def options_text(options: Mapping[str, object]) -> str:
+    """Return the text of megatron.args: one line for each option. ``options``: as `parse` returns them."""
+    return "".join(f"--{name} {value}".rstrip() + "\n" for name, value in options.items())
 
 
 def parse(text: str) -> dict[str, str]:
-    """Parse the text of megatron.args, which `_files` wrote. Return option without dashes -> value, "" for a
-    switch."""
+    """Parse the text of megatron.args, as `options_text` makes it. Return option without dashes -> value, ""
+    for a switch."""
     pairs = (line.removeprefix("--").partition(" ") for line in text.splitlines())
     return {name: value for name, _, value in pairs}
 
