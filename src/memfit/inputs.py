@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils import _pytree
 
 from memfit import catalog
 from memfit.files.read import parse_yaml
 from memfit.jobs.user_job import guard_job, guarded
 from memfit.model.batch_objects import batch_length, batch_tensors, map_batch
+from memfit.model.tensors import tensor_leaves
 from memfit.runtime.local_machine import this_machine
 from memfit.techniques.optimizers import default_optimizer
 from memfit.techniques.plan_file import parse_plan, read_plan
@@ -257,7 +257,7 @@ def model_loss(output: Any) -> torch.Tensor:
         loss = output.get("loss")
     if isinstance(loss, torch.Tensor):
         return loss
-    leaves = [t for t in _pytree.tree_leaves(output) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    leaves = [t for t in tensor_leaves(output) if t.is_floating_point()]
     loss_tensor = next((t for t in leaves if t.numel() == 1), leaves[0] if leaves else None)
     if loss_tensor is None:
         raise UserError(

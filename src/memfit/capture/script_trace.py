@@ -28,6 +28,7 @@ from memfit.capture.foreign_memory import ForeignMemory
 from memfit.capture.step_calls import StepCalls
 from memfit.capture.tensors import KEPT_BUFFERS, is_fake, is_real
 from memfit.model.batch_objects import map_batch
+from memfit.model.tensors import tensor_leaves
 from memfit.techniques.optimizers import counts_steps_on_host
 from memfit.trace import operators
 from memfit.trace.allocation_recorder import AllocationRecorder
@@ -400,9 +401,8 @@ class LoopMode(TorchDispatchMode):
         # a view of a data set's tensor is no tensor of a worker process
         is_skipped = self.trace.counts_nothing and any(r.alias_info for r in func._schema.returns)
         if (self.trace.begun or self.trace.counts_nothing) and not is_skipped:
-            for tensor in _pytree.tree_leaves(out):
-                if isinstance(tensor, torch.Tensor):
-                    self.trace.note_real(tensor)
+            for tensor in tensor_leaves(out):
+                self.trace.note_real(tensor)
         return out
 
     @classmethod

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree
 
 from memfit.conformance.observation import BlockActivity
 from memfit.conformance.sharding import in_backward, whole
+from memfit.model.tensors import tensor_leaves
 
 
 class BlockListener:
@@ -67,8 +67,7 @@ class BlockListener:
             self.again[index][id(module)] = elements
             return
         self.ran[index][id(module)] = elements
-        tensors = (t for t in _pytree.tree_leaves(inputs) if isinstance(t, torch.Tensor))
-        if any(t.requires_grad for t in (*params, *tensors)):
+        if any(t.requires_grad for t in (*params, *tensor_leaves(inputs))):
             self.passed.add(index)
         for p in () if apart else params:
             if p.is_floating_point() and p.numel():

@@ -16,6 +16,7 @@ from torch.utils import _pytree
 from memfit.cost.host import HostTensors
 from memfit.jobs.training_step import TrainingStep
 from memfit.model.blocks import attribute_period, child_prefix, find_blocks, find_stacks
+from memfit.model.tensors import tensor_leaves
 from memfit.planner.block_costs import BLOCKS, Seconds, parts_of, updating_of
 from memfit.planner.parallelism_grid import Uses
 from memfit.techniques.parallel.axial_parallel import axial_modules
@@ -104,8 +105,7 @@ class BlockTracer:
 
         Its inputs count as the job's whole batch, although data-parallel ranks divide it.
         """
-        tensors = (t for t in _pytree.tree_leaves(self._batch) if isinstance(t, torch.Tensor))
-        batch_bytes = sum(t.numel() * t.element_size() for t in tensors)
+        batch_bytes = sum(t.numel() * t.element_size() for t in tensor_leaves(self._batch))
         return HostTensors(
             kept_bytes=kept_bytes, building_bytes=0.0, model_bytes=self.model_bytes, batch_bytes=batch_bytes
         )
@@ -287,8 +287,6 @@ class _Few:
     samples: int
 
     def __call__(self, step: int, seed: int) -> Any:
-        from torch.utils import _pytree
-
         def first(value: Any) -> Any:
             has_samples = hasattr(value, "dim") and value.dim() > 0 and value.shape[0] == self.of
             return value[: self.samples].clone() if has_samples else value

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils import _pytree
 
 from memfit.model.batch_objects import batch_tensors
+from memfit.model.tensors import tensor_leaves
 from memfit.techniques.recompute.op_numbering import written
 from memfit.trace.assumed_values import (
     CHOICES,
@@ -217,7 +218,7 @@ class ConcreteValues:
         if func is _LIFT:  # a tensor made from Python numbers
             with unset_fake_temporarily():
                 return args[0].clone()
-        leaves = [x for x in _pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        leaves = tensor_leaves((args, kwargs))
         values = {id(x): self.of(x) for x in leaves}
         is_random = torch.Tag.nondeterministic_seeded in func.tags
         is_random_write = is_random and func._schema.is_mutable

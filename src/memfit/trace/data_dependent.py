@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils import _pytree
 
+from memfit.model.tensors import tensor_leaves
 from memfit.trace.assumed_values import AssumedCase, is_assumed, mark_assumed
 from memfit.trace.concrete_values import ConcreteValues
 from memfit.trace.source_location import library_line, reading_line, user_line
@@ -241,7 +242,7 @@ class Guesses:
         are forgotten afterwards. Return None if no values can be assumed for an argument
         (`ConcreteValues.assume`), as for integers, some of which would be out of range, or if the operator
         fails."""
-        leaves = [x for x in _pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        leaves = tensor_leaves((args, kwargs))
         unknown_tensors = [x for x in leaves if self.concrete_values.of(x) is None]
         values = {id(x): self.concrete_values.assume(x) for x in leaves}
         for tensor in unknown_tensors:

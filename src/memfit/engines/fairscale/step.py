@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch.utils import _pytree
 
 from memfit.engines.fairscale import CONFIG, ENGINE
 from memfit.jobs.training_step import TrainingStep
 from memfit.model.blocks import find_stacks
+from memfit.model.tensors import tensor_leaves
 from memfit.techniques.base import OptimizerLike
 from memfit.techniques.rank_mesh import join_alone
 from memfit.techniques.recompute.checkpointing import recompute
@@ -122,8 +122,7 @@ def _must_be_flat(block: torch.nn.Module, args: Any, output: Any) -> None:
     gradients, and of a mapping only the keys."""
     parts = output if isinstance(output, tuple | list) else (output,)
     nested_parts = [p for p in parts if not isinstance(p, torch.Tensor)]
-    has_nested_tensors = any(isinstance(leaf, torch.Tensor) for leaf in _pytree.tree_leaves(nested_parts))
-    if has_nested_tensors or len(nested_parts) == len(parts):
+    if tensor_leaves(nested_parts) or len(nested_parts) == len(parts):
         raise UserError(
             f"FairScale's checkpoint_wrapper would lose gradients of what the block {type(block).__name__} "
             "returns",

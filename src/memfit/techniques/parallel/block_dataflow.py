@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import (
 
 from memfit.model.batch_objects import map_batch
 from memfit.model.blocks import child_prefix, equal_blocks, find_blocks
+from memfit.model.tensors import tensor_leaves
 from memfit.techniques.base import Workbench
 from memfit.types.errors import UserError
 
@@ -150,7 +151,7 @@ class _Recorder(TorchDispatchMode):
             return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].dtype.is_floating_point else 1)
         out = func(*args, **kwargs)
         if func._overloadpacket.__name__ not in _SHAPE_ONLY:
-            self._follow(func, _tensors((args, kwargs)), _tensors(out))
+            self._follow(func, tensor_leaves((args, kwargs)), tensor_leaves(out))
         return out
 
     def _follow(self, func: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
@@ -240,7 +241,7 @@ class _Recorder(TorchDispatchMode):
         inputs = (holes((args, kwargs)), self.carried[-1])
         if self._twins[index] in self._ran and _same(self._ran[self._twins[index]][0], inputs):
             out = _pytree.tree_map_only(torch.Tensor, torch.empty_like, self._ran[self._twins[index]][1])
-            outputs = _tensors(out)
+            outputs = tensor_leaves(out)
             self._origin |= {key: index for t in outputs for key in _storages(t)}
             self._kept += outputs
             return out
@@ -251,9 +252,9 @@ class _Recorder(TorchDispatchMode):
             for n, positions in self.uses.items()
             if index in positions
         )
-        input_storages = {key for t in _tensors((args, kwargs)) for key in _storages(t)}
+        input_storages = {key for t in tensor_leaves((args, kwargs)) for key in _storages(t)}
         outputs_are_new = all(
-            type(t) is _FAKE and not input_storages & {*_storages(t)} for t in _tensors(out)
+            type(t) is _FAKE and not input_storages & {*_storages(t)} for t in tensor_leaves(out)
         )
         if reads_own_parameters and outputs_are_new and attribute_ids == _held(block):
             self._ran[index] = inputs, out
@@ -332,10 +333,6 @@ def _same(left: Any, right: Any) -> bool:
         return bool(left == right)
     except (RuntimeError, ValueError, TypeError):  # arguments that cannot be compared
         return False
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in _pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def _storages(tensor: torch.Tensor) -> list[int]:
