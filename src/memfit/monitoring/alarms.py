@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from memfit.monitoring.limits import AlarmLimits
+from memfit.monitoring.prediction import MEASURED_AS
 from memfit.monitoring.record import Alarm, RankRecord, WatchRecord, WatchStep
 from memfit.types.result import Interval
 from memfit.types.units import format_bytes
@@ -27,13 +28,6 @@ _QUIET_RATIO: Final = 1.25  # nor before this multiple of its step
 _COMPARED_STEPS: Final = 50  # of which the medians of ranks are compared
 _LEAST_COMPARED: Final = 10
 
-# field of WatchStep -> field of the prediction of which it must not exceed the upper end
-_PREDICTED: Final = {
-    "peak_allocated_bytes": "allocated_bytes",
-    "peak_reserved_bytes": "reserved_bytes",
-    "device_bytes": "device_bytes",
-    "peak_host_bytes": "host_bytes",
-}
 _CREEPING: Final = ("allocated_bytes", "heap_bytes", "host_bytes")
 _NAMES: Final = {
     "allocated_bytes": "the memory of tensors",
@@ -226,7 +220,7 @@ class AlarmDetector:
 
     def _above_prediction(self, step: WatchStep) -> list[Alarm]:
         alarms = []
-        for name, predicted_name in _PREDICTED.items():
+        for predicted_name, name in MEASURED_AS.items():
             value, predicted = getattr(step, name), self._prediction.get(predicted_name)
             if value is not None and predicted is not None and value > predicted.high:
                 text = (

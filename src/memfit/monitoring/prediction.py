@@ -10,7 +10,14 @@ from memfit.files.read import read_json
 from memfit.types.errors import UserError
 from memfit.types.result import Interval
 
-QUANTITIES: Final = ("allocated_bytes", "reserved_bytes", "device_bytes", "host_bytes")
+# What is predicted -> the field of WatchStep with which it is compared.
+MEASURED_AS: Final = {
+    "allocated_bytes": "peak_allocated_bytes",
+    "reserved_bytes": "peak_reserved_bytes",
+    "device_bytes": "device_bytes",
+    "host_bytes": "peak_host_bytes",
+}
+QUANTITIES: Final = tuple(MEASURED_AS)
 _ALLOWED: Final = (
     "a prediction of memfit.estimate, or the JSON of `memfit estimate` or `memfit plan` with --json, or a "
     f"mapping of {', '.join(QUANTITIES)} to a number or to value, low and high"

@@ -7,6 +7,7 @@ import statistics
 from typing import Final
 
 from memfit.monitoring.alarms import alarms_of
+from memfit.monitoring.prediction import MEASURED_AS
 from memfit.monitoring.record import Alarm, CommandExit, RankRecord, WatchEnd, WatchRecord
 from memfit.types.result import Interval
 
@@ -21,7 +22,7 @@ _LATEST: Final = (
     "host_bytes",
     "headroom_bytes",
 )
-_PEAKS: Final = ("peak_allocated_bytes", "peak_reserved_bytes", "device_bytes", "peak_host_bytes")
+_PEAKS: Final = tuple(MEASURED_AS.values())
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +70,19 @@ class WatchSummary:
     def is_over(self) -> bool:
         """Whether the command has ended, or each rank by itself."""
         return self.exit is not None or all(r.end is not None for r in self.ranks)
+
+    @property
+    def compared(self) -> list[tuple[str, Interval, int]]:
+        """(name, prediction, highest measured value of all ranks) of all that was predicted and measured.
+        Host memory is left out for several ranks, whose processes share it."""
+        peaks = {
+            name: [r.peaks[peak] for r in self.ranks if peak in r.peaks] for name, peak in MEASURED_AS.items()
+        }
+        return [
+            (name, self.prediction[name], max(values))
+            for name, values in peaks.items()
+            if values and name in self.prediction and not (name == "host_bytes" and len(self.ranks) > 1)
+        ]
 
 
 def summarize(record: WatchRecord) -> WatchSummary:

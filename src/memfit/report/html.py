@@ -140,15 +140,9 @@ def _script(decision_page: DecisionView | None, words: Words) -> Mapping[str, An
     best option, data and hash are ""."""
     from markupsafe import Markup
 
+    constants = {"money_rows": MONEY, "draws": DRAWS, "decisive": DECISIVE}
     if decision_page is None or decision_page.best is None:
-        return {
-            "script_hash": "",
-            "slider_data": "",
-            "money_rows": MONEY,
-            "draws": DRAWS,
-            "decisive": DECISIVE,
-            "swing_css": _swing_css(()),
-        }
+        return {"script_hash": "", "slider_data": "", "swing_css": _swing_css(()), **constants}
     data = slider_inputs(decision_page.decision, [(w.slot, w.index) for w in decision_page.ways])
     labels = [sentence_text(way_name(way), words) for way in decision_page.decision.ways]
     ways = decision_page.decision.ways
@@ -171,10 +165,8 @@ def _script(decision_page: DecisionView | None, words: Words) -> Mapping[str, An
     return {
         "script_hash": f"sha256-{base64.b64encode(digest).decode()}",
         "slider_data": Markup(text),
-        "money_rows": MONEY,
-        "draws": DRAWS,
-        "decisive": DECISIVE,
         "swing_css": _swing_css([(low, high) for _, low, high in decision_page.swings]),
+        **constants,
     }
 
 

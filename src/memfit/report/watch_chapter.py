@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 
 from memfit.monitoring.alarms import alarms_of
+from memfit.monitoring.prediction import MEASURED_AS
 from memfit.monitoring.record import Alarm, RankRecord, WatchRecord
 from memfit.monitoring.summary import RankSummary, WatchSummary, summarize
 from memfit.report import charts
@@ -23,12 +24,6 @@ _MOST_LINES = 16  # ranks that are drawn
 _MOST_RANKS, _MOST_ALARMS = 32, 40
 _IN_BYTES = frozenset({"creep", "maximum", "above-prediction", "headroom"})
 _MEMORY = ("peak_allocated_bytes", "heap_bytes", "host_bytes")  # what is drawn, the first that was measured
-_OF_PREDICTION = {
-    "allocated_bytes": "peak_allocated_bytes",
-    "reserved_bytes": "peak_reserved_bytes",
-    "device_bytes": "device_bytes",
-    "host_bytes": "peak_host_bytes",
-}
 Points = list[tuple[float, float]]
 
 
@@ -165,13 +160,9 @@ def _rank_row(rank: RankSummary, totals: WatchSummary) -> RankRow:
 
 def _prediction_rows(totals: WatchSummary) -> list[PredictionRow]:
     rows = []
-    for name, peak_name in _OF_PREDICTION.items():
-        interval = totals.prediction.get(name)
-        peaks = [r.peaks[peak_name] for r in totals.ranks if peak_name in r.peaks]
-        if interval is None or not peaks or (name == "host_bytes" and len(totals.ranks) > 1):
-            continue
+    for name, interval, peak in totals.compared:
         error = Figure(
-            value=100 * (interval.value / max(peaks) - 1),
+            value=100 * (interval.value / peak - 1),
             unit="percent",
             mark=measured(0, "").mark,
             signed=True,
@@ -179,8 +170,8 @@ def _prediction_rows(totals: WatchSummary) -> list[PredictionRow]:
         )
         rows.append(
             PredictionRow(
-                quantity=f"watch.quantity.{peak_name}",
-                measured=measured(max(peaks), "bytes", WATCH),
+                quantity=f"watch.quantity.{MEASURED_AS[name]}",
+                measured=measured(peak, "bytes", WATCH),
                 predicted=predicted(interval.value, "bytes", WATCH),
                 low=predicted(interval.low, "bytes", WATCH),
                 high=predicted(interval.high, "bytes", WATCH),
@@ -212,7 +203,7 @@ def _plots(
     record: WatchRecord, totals: WatchSummary, alarms: Sequence[Alarm], words: Words
 ) -> list[tuple[str, str]]:
     memory = next((n for n in _MEMORY if any(r.peak(n) is not None for r in record.ranks)), "")
-    key = next((name for name, peak in _OF_PREDICTION.items() if peak == memory), "")
+    key = next((name for name, peak in MEASURED_AS.items() if peak == memory), "")
     interval = totals.prediction.get(key)
     rules = [] if interval is None else [("watch.rule.predicted", interval.value)]
     start = next((r.start for r in record.ranks if r.start is not None), None)

@@ -15,11 +15,11 @@ from memfit.types.units import format_bytes, format_seconds
 
 _MOST_ALARMS: Final = 12
 _MOST_RANKS: Final = 32
-_PREDICTED: Final = {
-    "allocated_bytes": ("tensors", "peak_allocated_bytes"),
-    "reserved_bytes": ("reserved", "peak_reserved_bytes"),
-    "device_bytes": ("device", "device_bytes"),
-    "host_bytes": ("host", "peak_host_bytes"),
+_TITLES: Final = {
+    "allocated_bytes": "tensors",
+    "reserved_bytes": "reserved",
+    "device_bytes": "device",
+    "host_bytes": "host",
 }
 
 
@@ -92,14 +92,10 @@ def _size(size_bytes: float | None) -> str:
 def _predictions(summary: WatchSummary) -> Iterable[str]:
     if len(summary.ranks) > 1 and summary.fullest_rank is not None:
         yield f"rank {summary.fullest_rank} has the least free memory"
-    for name, (title, peak_name) in _PREDICTED.items():
-        predicted = summary.prediction.get(name)
-        peaks = [r.peaks[peak_name] for r in summary.ranks if peak_name in r.peaks]
-        if predicted is None or not peaks or (name == "host_bytes" and len(summary.ranks) > 1):
-            continue
-        error = 100 * (predicted.value / max(peaks) - 1)
+    for name, predicted, peak in summary.compared:
+        error = 100 * (predicted.value / peak - 1)
         yield (
-            f"{title}: {format_bytes(max(peaks))} at most, {format_bytes(predicted.value)} predicted "
+            f"{_TITLES[name]}: {format_bytes(peak)} at most, {format_bytes(predicted.value)} predicted "
             f"({format_bytes(predicted.low)} to {format_bytes(predicted.high)}; {error:+.1f} %)"
         )
 
