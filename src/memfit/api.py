@@ -327,7 +327,16 @@ def estimate(  # noqa: PLR0913
         model, batch, loss=loss, optimizer=optimizer, bound=bound, ema=ema, clip=clip, workers=workers
     )
     target = _with_host(machine_of(machine), host_memory)
-    return _predicted(job, _plan_on(plan, target), target, probe=probe)
+    space = Space(batch_size=job.batch_size, block_count=0, vocabulary=0, device=target.device.kind)
+    pricer = Pricer(job=job, machine=target, space=space)
+    return Prediction(
+        estimate=_priced(pricer, _plan_on(plan, target), probe),
+        job=job,
+        machine=target,
+        cap_bytes=int(target.device.memory_bytes.value),
+        pricer=pricer,
+        probe=probe,
+    )
 
 
 def _with_host(machine: Machine, memory: str | int | None) -> Machine:
@@ -343,23 +352,6 @@ def _plan_on(plan: Any, machine: Machine) -> Plan:
 
 def _of_several(plan: Plan) -> list[str]:
     return [u.technique for u in plan.uses if u.technique in SEVERAL]
-
-
-def _predicted(
-    job: Job, plan: Plan, machine: Machine, cap_bytes: int | None = None, *, probe: bool
-) -> Prediction:
-    device_kind = machine.device.kind
-    space = Space(batch_size=job.batch_size, block_count=0, vocabulary=0, device=device_kind)
-    pricer = Pricer(job=job, machine=machine, space=space)
-    cap = cap_bytes or int(machine.device.memory_bytes.value)
-    return Prediction(
-        estimate=_priced(pricer, plan, probe),
-        job=job,
-        machine=machine,
-        cap_bytes=cap,
-        pricer=pricer,
-        probe=probe,
-    )
 
 
 def _priced(pricer: Pricer, plan: Plan, probe: bool) -> Estimate:
@@ -501,14 +493,14 @@ def assert_fits(  # noqa: PLR0913
     few (not for peaks above 64 GiB). Raises UserError as `estimate` does.
     """
     cap_bytes = parse_bytes(memory) if isinstance(memory, str) else memory
-    if isinstance(model, Prediction):
-        prediction = dataclasses.replace(model, cap_bytes=cap_bytes)
-    else:
-        job = job_of(
-            model, batch, loss=loss, optimizer=optimizer, bound=bound, ema=ema, clip=clip, workers=workers
+    prediction = (
+        model
+        if isinstance(model, Prediction)
+        else estimate(
+            model, batch, loss, optimizer, plan, machine, bound, ema, clip, workers, probe, host_memory
         )
-        target = _with_host(machine_of(machine), host_memory)
-        prediction = _predicted(job, _plan_on(plan, target), target, cap_bytes, probe=probe)
+    )
+    prediction = dataclasses.replace(prediction, cap_bytes=cap_bytes)
     if not prediction.fits:
         raise AssertionError(_why_not(prediction))
     return prediction
