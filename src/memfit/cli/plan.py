@@ -128,55 +128,50 @@ class FromOptions:
     ] = None
 
 
-def _refuse_options_with_from(limits: BoundsOptions, from_options: FromOptions, save: SaveOptions) -> None:
-    """Raise UserError if one of --corrected-by, --nproc (other than 1), --deadline, --budget, --micro-batch,
-    --without and --explain-infeasible is given. It is called if --from is given, with which they cannot be
-    used."""
+def _refuse_options_with(
+    mode: str, limits: BoundsOptions, from_options: FromOptions, save: SaveOptions, largest: LargestOptions
+) -> None:
+    """Raise UserError if an option is given that cannot be used with the option ``mode``: "--from",
+    "--largest" or "--diff"."""
     options = {
+        "--from": from_options.from_files,
         "--corrected-by": from_options.corrected_by,
         "--nproc": save.nproc != 1,
+        "--measure": save.measure,
+        "--save": save.save,
+        "--largest": largest.largest,
+        "--values": largest.values,
+        "--buckets": largest.buckets,
+        "--step": largest.step,
+        "--out": largest.out,
         "--deadline": limits.deadline,
         "--budget": limits.budget,
         "--micro-batch": limits.micro_batch,
         "--without": limits.without,
         "--explain-infeasible": limits.explain_infeasible,
     }
-    allowed = "--from without these options: the set-up is predicted exactly as its files describe it"
-    refuse_options(options, "cannot be used with --from", allowed=allowed)
+    names, allowed = _REFUSED[mode]
+    refuse_options(
+        {name: value for name, value in options.items() if name in names},
+        f"cannot be used with {mode}",
+        allowed=allowed,
+    )
 
 
-def _refuse_options_with_largest(
-    limits: BoundsOptions, from_options: FromOptions, save: SaveOptions, largest: LargestOptions
-) -> None:
-    """Raise UserError if one of the options is given that cannot be used with --largest."""
-    options = {
-        "--from": from_options.from_files,
-        "--corrected-by": from_options.corrected_by,
-        "--save": save.save,
-        "--deadline": limits.deadline,
-        "--budget": limits.budget,
-        "--micro-batch": limits.micro_batch,
-        "--explain-infeasible": limits.explain_infeasible,
-    }
-    refuse_options(options, "cannot be used with --largest", allowed="--largest without these options")
-
-
-def _refuse_options_with_diff(
-    limits: BoundsOptions, from_options: FromOptions, save: SaveOptions, largest: LargestOptions
-) -> None:
-    """Raise UserError if one of the options is given that cannot be used with --diff."""
-    options = {
-        "--from": from_options.from_files,
-        "--corrected-by": from_options.corrected_by,
-        "--measure": save.measure,
-        "--largest": largest.largest,
-        "--values": largest.values,
-        "--buckets": largest.buckets,
-        "--step": largest.step,
-        "--out": largest.out,
-        "--explain-infeasible": limits.explain_infeasible,
-    }
-    refuse_options(options, "cannot be used with --diff", allowed="--diff without these options")
+_LIMITS = ("--corrected-by", "--deadline", "--budget", "--micro-batch", "--explain-infeasible")
+_OF_LARGEST = ("--largest", "--values", "--buckets", "--step", "--out")
+# Option -> (options that cannot be used with it, what is allowed).
+_REFUSED = {
+    "--from": (
+        (*_LIMITS, "--nproc", "--without"),
+        "--from without these options: the set-up is predicted exactly as its files describe it",
+    ),
+    "--largest": ((*_LIMITS, "--from", "--save"), "--largest without these options"),
+    "--diff": (
+        (*_OF_LARGEST, "--from", "--corrected-by", "--measure", "--explain-infeasible"),
+        "--diff without these options",
+    ),
+}
 
 
 def _print_diff_or_largest(
@@ -219,10 +214,9 @@ def plan(  # noqa: PLR0913
     language_code = check_language(output.lang)
     job_request: memfit.planner.request.Request
     if diff.diff is not None or largest.largest is not None:
-        (_refuse_options_with_diff if diff.diff is not None else _refuse_options_with_largest)(
-            limits, from_options, save, largest
-        )
-        english_only(output, "--diff" if diff.diff is not None else "--largest")
+        mode = "--diff" if diff.diff is not None else "--largest"
+        _refuse_options_with(mode, limits, from_options, save, largest)
+        english_only(output, mode)
         script = script_of(diff, largest.plans)
         job_request = request(
             job, goal, runtime, on.on, ranks=save.nproc, bounds=bounds_of(job, limits, on.on)
@@ -233,7 +227,7 @@ def plan(  # noqa: PLR0913
     if save.save is not None:
         writable(save.save, overwrite=save.force)
     if from_options.from_files:
-        _refuse_options_with_from(limits, from_options, save)
+        _refuse_options_with("--from", limits, from_options, save, largest)
     if save.measure and (from_options.from_files or not is_here(on.on)):
         raise UserError(
             "--measure runs plans on this machine, so it cannot be used with another machine in --on or with "
