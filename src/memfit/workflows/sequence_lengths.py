@@ -257,15 +257,20 @@ def _checked(
     rows, longest = longest_batch
     held_out, margin = [], 0
     for length in dict.fromkeys((max(_SHORTEST, longest * 2 // 3), longest)):
-        sized_job = with_batch_shape(job, rows, length)
-        pricer = Pricer(job=sized_job, machine=machine, space=space_of(sized_job, machine.device.kind))
-        traced_bytes = int(levels(pricer.trace(plan))[1].max())
+        traced_bytes, margin = traced_peak(with_batch_shape(job, rows, length), plan, machine)
         predicted_bytes = model.peak_bytes(Shape(rows=rows, length=length))
-        margin = max(0, needed_bytes(pricer.whole(plan), machine) - traced_bytes)
         held_out.append(
             HeldOut(rows=rows, length=length, predicted_bytes=predicted_bytes, traced_bytes=traced_bytes)
         )
     return tuple(held_out), margin
+
+
+def traced_peak(job: Job, plan: Plan, machine: Machine) -> tuple[int, int]:
+    """Return (the peak of live tensors in the trace of a step, the bytes that the step needs on a device
+    beside them; at least 0)."""
+    pricer = Pricer(job=job, machine=machine, space=space_of(job, machine.device.kind))
+    traced_bytes = int(levels(pricer.trace(plan))[1].max())
+    return traced_bytes, max(0, needed_bytes(pricer.whole(plan), machine) - traced_bytes)
 
 
 def _limit(model: PeakModel, rows: int, distinct: Ints, fits: Any) -> int:

@@ -10,18 +10,16 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from memfit.cost.lengths import Ints, SizePair, fit
-from memfit.cost.memory import levels
 from memfit.files.read import parse_json
 from memfit.jobs.builtin.fasta import read_text
 from memfit.jobs.registry import load
-from memfit.planner.capacity import needed_bytes
-from memfit.planner.evaluate import Pricer
-from memfit.planner.request import Progress, space_of
+from memfit.planner.request import Progress
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
 from memfit.types.job import Job, JobRef
 from memfit.types.machine import Machine
 from memfit.types.plan import Plan
+from memfit.workflows.sequence_lengths import traced_peak
 
 COMBINATIONS = ("sum", "largest")
 _DRAWS = 2000
@@ -148,10 +146,7 @@ def report_pairs(  # noqa: PLR0913
     held_out, margin = [], 0
     for place in dict.fromkeys(int(places[name]) for name in ("p50", "p90", "max")):
         first, second = (int(n) for n in steps[place])
-        job = job_at(first, second)
-        pricer = Pricer(job=job, machine=machine, space=space_of(job, device))
-        traced_bytes = int(levels(pricer.trace(plan))[1].max())
-        margin = max(0, needed_bytes(pricer.whole(plan), machine) - traced_bytes)
+        traced_bytes, margin = traced_peak(job_at(first, second), plan, machine)
         held_out.append(
             HeldOutPair(sizes=(first, second), predicted_bytes=int(peaks[place]), traced_bytes=traced_bytes)
         )
