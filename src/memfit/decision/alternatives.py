@@ -247,7 +247,7 @@ class AlternativeInputs:
 
     def _untried(self, label: str) -> tuple[str, ...]:
         names = [part.partition("(")[0] for part in label.split(" + ")]
-        trained_techniques = {u.technique for u in self.trained.uses}
+        trained_techniques = self.trained.techniques
         techniques = [TECHNIQUES[n] for n in names if n in TECHNIQUES and n not in trained_techniques]
         return tuple(t.name for t in techniques if t.effect > EffectClass.E1)
 

@@ -175,7 +175,7 @@ def _with_or_without(
     """Yield (technique, whether the winner has it, the estimates of plans without it if the winner has it,
     else of plans with it), for each technique of the winner or of ``estimates``, sorted by name.
     """
-    winner_techniques = {u.technique for u in winner.plan.uses}
+    winner_techniques = winner.plan.techniques
     for name in sorted({u.technique for e in estimates for u in e.plan.uses} | winner_techniques):
         has_technique = name in winner_techniques
         yield name, has_technique, [e for e in estimates if (e.plan.get(name) is None) == has_technique]

@@ -392,8 +392,8 @@ def _why_not(
 
 def missing_techniques(winner: Estimate, estimates: Iterable[Estimate]) -> list[str]:
     """Return the sorted names of the techniques that plans of ``estimates`` have and the winner does not."""
-    used = {u.technique for u in winner.plan.uses}
-    return sorted({u.technique for e in estimates for u in e.plan.uses} - used)
+    used = frozenset[str]().union(*(e.plan.techniques for e in estimates))
+    return sorted(used - winner.plan.techniques)
 
 
 def by_goal(e: Estimate, goal: Objective) -> tuple[float, tuple[int, int, int]]:

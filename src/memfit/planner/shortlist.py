@@ -210,16 +210,12 @@ def more_finalists(
     by_plan, ratios = {e.plan: e for e in sketches}, dict[frozenset[str], float]()
     for traced_estimate in traced:
         if (sketch := by_plan.pop(traced_estimate.plan, None)) is not None:
-            ratio = cap.needs(traced_estimate) / cap.needs(sketch)
-            ratios[_used(traced_estimate.plan)] = max(ratio, ratios.get(_used(traced_estimate.plan), 0.0))
+            ratio, names = cap.needs(traced_estimate) / cap.needs(sketch), sketch.plan.techniques
+            ratios[names] = max(ratio, ratios.get(names, 0.0))
     fitting = (e for e in by_plan.values() if cap.host(e))
-    remaining = [e for e in fitting if cap.needs(e) * ratios.get(_used(e.plan), 1.0) <= cap.bytes]
+    remaining = [e for e in fitting if cap.needs(e) * ratios.get(e.plan.techniques, 1.0) <= cap.bytes]
     return [e.plan for e in _ordered(remaining, goal)[: max(0, missing_count)]]
 
 
 def _ordered(estimates: Sequence[Estimate], goal: Objective) -> list[Estimate]:
     return sorted(estimates, key=lambda e: (score(e, goal), e.plan.fingerprint))
-
-
-def _used(plan: Plan) -> frozenset[str]:
-    return frozenset(u.technique for u in plan.uses)

@@ -231,7 +231,7 @@ def _traced_in_time(
     sketched = {e.plan for e in sketches}
     chosen = [e.plan for e in (*fitting[:1], *smallest[:1])]
     for wanted in _SAVING_MOST:
-        with_these = [p for p in all_plans if p not in sketched and wanted <= {u.technique for u in p.uses}]
+        with_these = [p for p in all_plans if p not in sketched and wanted <= p.techniques]
         chosen += sorted(with_these, key=complexity)[:1]
     for plan in chosen:
         if not any(map(fits, estimates.values())):
@@ -343,10 +343,10 @@ def _covering(candidates: list[Plan], winner: Plan) -> list[Plan]:
     """Return the candidates such that each adds the most techniques that neither the ``winner`` nor an
     earlier one has; those that add none are left out.
     """
-    covered, ordered = {u.technique for u in winner.uses}, list[Plan]()
+    covered, ordered = winner.techniques, list[Plan]()
     while candidates:
-        chosen = max(candidates, key=lambda p: len({u.technique for u in p.uses} - covered))
-        added = {u.technique for u in chosen.uses} - covered
+        chosen = max(candidates, key=lambda p: len(p.techniques - covered))
+        added = chosen.techniques - covered
         if not added:
             break
         covered |= added

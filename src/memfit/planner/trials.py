@@ -135,7 +135,7 @@ class _Trials:
         """Return the fastest plan of each of the ``count`` fastest sets of techniques, the fastest first.
         Plans with the same techniques in other settings are of the same set.
         """
-        sets = {_techniques(p): p for p in reversed(self.ordered())}
+        sets = {p.techniques: p for p in reversed(self.ordered())}
         return sorted(sets.values(), key=self.ordered().index)[:count]
 
     def contenders(self, count: int, within: float) -> list[Plan]:
@@ -322,10 +322,6 @@ def _step_s(measurement: Measurement, warm_up: int) -> float:
 # -- which plans ----------------------------------------------------------------------------------
 
 
-def _techniques(plan: Plan) -> frozenset[str]:
-    return frozenset(u.technique for u in plan.uses)
-
-
 def _shortlist(planning: Planning) -> list[Plan]:
     """Return at most 14 (`FIRST`) plans for the first round, without repetitions. All fit when they are
     traced whole.
@@ -350,7 +346,7 @@ def _shortlist(planning: Planning) -> list[Plan]:
     near.sort(key=lambda e: (score(e, goal), e.plan.label))
     sets: dict[frozenset[str], list[Estimate]] = {}
     for e in near:
-        sets.setdefault(_techniques(e.plan), []).append(e)
+        sets.setdefault(e.plan.techniques, []).append(e)
     leaders = [members[0] for members in sets.values()]
     fewest = [min(members, key=lambda e: e.plan.micro_batches) for members in sets.values()]
     fewest.sort(key=lambda e: len(e.plan.uses))

@@ -191,7 +191,7 @@ def _forbids(left: Technique, right: Technique) -> bool:
 def proposable(plan: Plan) -> bool:
     """Return whether the search may propose the plan: it has no `conflict`, and none of its techniques names
     another one in its ``unsearched``, combinations that only users choose."""
-    names = {u.technique for u in plan.uses}
+    names = plan.techniques
     return conflict(plan) is None and all(names.isdisjoint(technique(n).unsearched) for n in names)
 
 
@@ -208,7 +208,7 @@ def check(plan: Plan, machine: Machine | None = None) -> Plan:
     """Return the plan unchanged. Raises UserError if the devices of ``machine`` do not support a technique,
     if a technique is unknown, if techniques or settings conflict, or if a package that they need is not
     installed. If ``machine`` is None, devices are not checked."""
-    if machine is not None and not unsupported_techniques(machine).isdisjoint(u.technique for u in plan.uses):
+    if machine is not None and not unsupported_techniques(machine).isdisjoint(plan.techniques):
         raise UserError(
             f"float8-linear is not supported on {machine.device.name}, which has no matrix units for "
             "8-bit floats",

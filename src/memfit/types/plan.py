@@ -87,6 +87,11 @@ class Plan:
         return self.get(technique) is not None
 
     @property
+    def techniques(self) -> frozenset[str]:
+        """The names of the techniques."""
+        return frozenset(u.technique for u in self.uses)
+
+    @property
     def micro_batches(self) -> int:
         """Number of micro-batches of a step on each rank, by gradient accumulation; 1 without it."""
         accumulation = self.get("gradient-accumulation")

@@ -133,7 +133,7 @@ def _seen_plans(planning: Planning, pricer: Pricer, trained: Plan) -> list[Plan]
     recomputes every block.
     """
     techniques = _usable(planning, pricer)
-    trained_names, dependence = {u.technique for u in trained.uses}, planning.pricer.dependence
+    trained_names, dependence = trained.techniques, planning.pricer.dependence
 
     def mild(t: Technique) -> bool:
         splits_dependent = t.name == "gradient-accumulation" and dependence.kind is DependenceKind.DEPENDENT
