@@ -147,8 +147,9 @@ def _curves(model: TimeModel, ops: Iterable[OpCall]) -> dict[tuple[str, str], li
     return {key: sorted(curve.items()) for key, curve in points.items()}
 
 
-def _weight_s(op: OpCall) -> float:
-    """Return the seconds of one call at nominal rates, 100 GFLOP/s and 10 GB/s; at least 2 microseconds."""
+def nominal_s(op: OpCall) -> float:
+    """Return the seconds of one call at nominal rates, 100 GFLOP/s and 10 GB/s, at least 2 microseconds, for
+    a device of unknown speed."""
     return max(op.flops / 1e11, op.moved_bytes / 1e10, 2e-6)
 
 
@@ -158,7 +159,7 @@ def signatures_by_weight(ops: Iterable[tuple[OpCall, int]]) -> list[str]:
     """
     weight: dict[str, float] = {}
     for op, times in ops:
-        weight[op.signature] = weight.get(op.signature, 0.0) + _weight_s(op) * times
+        weight[op.signature] = weight.get(op.signature, 0.0) + nominal_s(op) * times
     return sorted(weight, key=lambda s: (-weight[s], s))
 
 
@@ -177,7 +178,7 @@ def signatures_to_time(
     last may exceed the budget.
     """
     pairs = list(ops)
-    weights_s = {op.signature: _weight_s(op) for op, _ in pairs}
+    weights_s = {op.signature: nominal_s(op) for op, _ in pairs}
     signatures, spent_s = [], 0.0
     for signature in signatures_by_weight(pairs):
         if signature not in known and spent_s < budget_s:

@@ -11,7 +11,7 @@ from memfit.decision.alternatives import AlternativeInputs, missing_inputs
 from memfit.decision.assumptions import Assumptions, collect_assumptions
 from memfit.decision.case import DecisionCase, term
 from memfit.decision.price_rows import saving_without_a_price
-from memfit.decision.projects import Project, project_of
+from memfit.decision.projects import project_of
 from memfit.decision.risks import risks
 from memfit.decision.stages import stages
 from memfit.types.decision import Alternative, CostSheet, Decision, Swing, Term
@@ -89,17 +89,13 @@ def decide(
         own_limits=gates != rollout_gates.Gates(),
         project=project.name if project is not None else "",
         pilot_ratio=project.pilot_ratio if project is not None else 1.0,
-        phase_time_ratio=() if project is None else _phase_ratios(project, all_offers, ways),
+        phase_time_ratio=tuple(project.time_ratios(all_offers, way.machine, plain=way.plain) for way in ways)
+        if project is not None
+        else (),
         by_default=by_default,
     )
     decision = dataclasses.replace(decision, stages=stages(poc, decision, offers, named or {}, gates))
     return dataclasses.replace(decision, risks=risks(poc, decision))
-
-
-def _phase_ratios(
-    project: Project, offers: Sequence[Offer], ways: Sequence[Alternative]
-) -> tuple[Mapping[str, float], ...]:
-    return tuple(project.time_ratios(offers, way.machine, plain=way.plain) for way in ways)
 
 
 def _step_errors(poc: Poc) -> Mapping[bool, float]:

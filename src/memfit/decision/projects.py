@@ -132,7 +132,7 @@ def default_case(poc: Poc, lang: str) -> DecisionCase:
     the proof of concept names another place. In any other language it is the US dollar at the place of the
     proof of concept.
     """
-    place = _catalog_place(poc.place)
+    place = poc.place if poc.place in catalog.place_names() else "world"
     japan, tariff, currency = _JAPAN
     in_japan = lang == "ja" and place in ("world", japan)
     code = currency if lang == "ja" else "USD"
@@ -189,10 +189,6 @@ def _labour(place: str, currency: str) -> CaseFigure:
         source=cost.source,
         date=cost.date if len(cost.date) == len("2026-11-29") else "",
     )
-
-
-def _catalog_place(name: str) -> str:
-    return name if name in catalog.place_names() else "world"
 
 
 def _scaled(interval: Interval, factor: float) -> Interval:

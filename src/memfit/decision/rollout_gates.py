@@ -159,11 +159,11 @@ def evaluate(record: Shared, gates: Gates) -> tuple[Gate, ...]:
     """Return the gates whose limit is not disabled, with the record's figures, in this order: memory, time,
     accuracy, reproducibility, energy, effort.
     """
-    plain, recommended = record.baseline, record.recommended
-    effort = record.effort
+    plain, recommended, effort = record.baseline, record.recommended, record.effort
+    capped = recommended.under_cap == "ok" if recommended.under_cap else None
     results = [
         _most("memory: prediction error", _error(plain, recommended), gates.memory.prediction_error),
-        _must("memory: trained under the cap", _capped(recommended), gates.memory.under_cap),
+        _must("memory: trained under the cap", capped, gates.memory.under_cap),
         _most("time: step by plain's", _step_ratio(record), gates.time.step_ratio),
         _verdict(record, gates.accuracy.verdicts),
         _must("reproducibility: the same again", record.reproducible, gates.reproducibility.same_again),
@@ -193,10 +193,6 @@ def _verdict(record: Shared, allowed: Sequence[Kind] | None) -> Gate | None:
     return Gate(name="accuracy: verdict", found=kind, limit=" or ".join(allowed), holds=kind in allowed)
 
 
-def _capped(side: Side) -> bool | None:
-    return side.under_cap == "ok" if side.under_cap else None
-
-
 def _error(plain: Side, recommended: Side) -> float | None:
     """Return |predicted / measured - 1| of the peak memory, the larger one of the recommended plan's and, if
     that ran, plain training's. None if a predicted or measured peak that it needs is unknown.
@@ -214,12 +210,10 @@ def _step_ratio(record: Shared) -> float | None:
     """Return the recommended plan's step time divided by plain training's: the record's ratio, or the ratio
     of both median step times if the record has none; None if one of these is unknown.
     """
-    ratio = record.step_time_ratio
-    return ratio if ratio is not None else _ratio(record.recommended.step_s, record.baseline.step_s)
-
-
-def _ratio(numerator: float | None, denominator: float | None) -> float | None:
-    return numerator / denominator if numerator is not None and denominator else None
+    if record.step_time_ratio is not None:
+        return record.step_time_ratio
+    step_s, plain_s = record.recommended.step_s, record.baseline.step_s
+    return step_s / plain_s if step_s is not None and plain_s else None
 
 
 def _joules(plain: Side, recommended: Side) -> float | None:

@@ -51,14 +51,14 @@ def split_object(batch: Any, sizes: Sequence[int]) -> list[Any] | None:
     Raises UserError if the batch only contains such an object, for example in a mapping, or if the object
     cannot be split (``to_data_list()``) and joined again (``from_data_list()`` of its class).
     """
-    if not any(_is_object(leaf) for leaf in _pytree.tree_leaves(batch)):
+    objects = list(filter(_is_object, _pytree.tree_leaves(batch)))
+    if not objects:
         return None
     join, split = getattr(type(batch), "from_data_list", None), getattr(batch, "to_data_list", None)
     if join is None or split is None:
-        class_of_object = _object_name(batch)
         raise UserError(
-            f"a batch that is or contains a {class_of_object} cannot be split into {len(sizes)} parts, "
-            "such as micro-batches",
+            f"a batch that is or contains a {type(objects[0]).__name__} cannot be split into {len(sizes)} "
+            "parts, such as micro-batches",
             allowed="tensors with the samples along dimension 0, also inside tuples, lists and dicts; or a "
             "batch that is itself one object with to_data_list() and from_data_list()",
         )
@@ -130,10 +130,6 @@ def repeat(batch: Any, times: int) -> Any:
 
 def _is_per_sample(value: Any, length: int) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == length
-
-
-def _object_name(batch: Any) -> str:
-    return next(type(leaf).__name__ for leaf in _pytree.tree_leaves(batch) if _is_object(leaf))
 
 
 def _is_object(leaf: Any) -> bool:

@@ -267,7 +267,7 @@ def _children_at(model: torch.nn.Module, path: str) -> list[torch.nn.Module]:
     except AttributeError:
         children = []
     if not children:
-        paths = ", ".join(_paths_of_repeated_blocks(model))
+        paths = ", ".join(name for name, module in model.named_modules() if _repeats(module))
         such_as_these_paths = f", such as {paths}" if paths else ""
         raise UserError(
             f"no blocks at {path!r}: the model has no module with this path, or that module has no children",
@@ -275,10 +275,6 @@ def _children_at(model: torch.nn.Module, path: str) -> list[torch.nn.Module]:
             hint="correct the path in Job(blocks=...) or Job(more_blocks=...)",
         )
     return children
-
-
-def _paths_of_repeated_blocks(model: torch.nn.Module) -> list[str]:
-    return [name for name, m in model.named_modules() if _repeats(m)]
 
 
 def find_head(model: torch.nn.Module, path: str | None = None) -> tuple[str, torch.nn.Linear]:

@@ -18,7 +18,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -193,23 +193,17 @@ class WatchRecord:
     def fullest(self) -> RankRecord | None:
         """The rank with the least free memory on its device. If free memory is unknown, the one with the
         highest peak of tensors, or else of its resident memory. None if nothing was measured."""
-        return _least(self.ranks, lambda r: r.least_headroom_bytes if _on_own_device(r) else None) or _least(
-            self.ranks,
-            lambda r: _negative(r.peak("peak_allocated_bytes") or r.peak("peak_host_bytes")),
-        )
-
-
-def _on_own_device(record: RankRecord) -> bool:
-    return record.start is not None and bool(record.start.device_name)
-
-
-def _negative(value: int | None) -> int | None:
-    return None if value is None else -value
-
-
-def _least(ranks: Iterable[RankRecord], value: Callable[[RankRecord], int | None]) -> RankRecord | None:
-    values = [(v, r.rank, r) for r in ranks if (v := value(r)) is not None]
-    return min(values, key=lambda item: item[:2])[2] if values else None
+        free = [
+            (r.least_headroom_bytes, r.rank, r)
+            for r in self.ranks
+            if r.least_headroom_bytes is not None and r.start is not None and r.start.device_name
+        ]
+        used = [
+            (-peak, r.rank, r)
+            for r in self.ranks
+            if (peak := r.peak("peak_allocated_bytes") or r.peak("peak_host_bytes")) is not None
+        ]
+        return min(free or used, key=lambda item: item[:2])[2] if free or used else None
 
 
 # -- files ------------------------------------------------------------------------------------------------

@@ -24,14 +24,14 @@ from memfit.cost.host import HostTensors, host_memory, known_host
 from memfit.cost.memory import levels, step_ops
 from memfit.cost.memory_estimate import ASSUMED_RESERVED_RATIO, sketch_footprint
 from memfit.cost.money import bill
-from memfit.cost.op_time import TimeModel, time_model
+from memfit.cost.op_time import TimeModel, nominal_s, time_model
 from memfit.cost.recompute_ilp import GAP_RATIO
 from memfit.cost.step_time import host_bytes_s, simulate_step, sketched_s
 from memfit.cost.step_time_calibration import factor
 from memfit.engines.registry import engine
 from memfit.model.blocks import find_stacks
 from memfit.model.scalar_parameters import refuse_scalars
-from memfit.planner.recompute_budget import ChosenPlans, nominal_s, open_budget, resolved_plans
+from memfit.planner.recompute_budget import ChosenPlans, open_budget, resolved_plans
 from memfit.planner.stored_predictions import Result, StoredPredictions, Traces
 from memfit.store import trace_columns
 from memfit.store.prediction_cache import digest_of

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from memfit.cost.memory import memory_profile
+from memfit.cost.op_time import nominal_s
 from memfit.cost.recompute_ilp import GAP_RATIO, refine_choice, smallest, solve
 from memfit.cost.recompute_replay import Replay, replay
 from memfit.planner.selection import Objective, best, score
@@ -125,13 +126,6 @@ def budgeted(
         else:  # the caching allocator takes segments of 20 MiB or more
             room_bytes -= math.ceil((cap.needs(plan_estimate) - cap.bytes) / _SEGMENT) * _SEGMENT
     return []
-
-
-def nominal_s(op: OpCall) -> float:
-    """Return the seconds of an operator call at 100 GFLOP/s and 10 GB/s, at least 2 microseconds, for a
-    device of unknown speed.
-    """
-    return max(op.flops / 1e11, op.moved_bytes / 1e10, 2e-6)
 
 
 def open_budget(plan: Plan) -> int | None:

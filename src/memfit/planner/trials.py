@@ -189,7 +189,10 @@ class _Trials:
         pricer.recalibrate(correct_calibration(pricer.calibration, self.measured_ratios(), source=""))
         priced = {plan: pricer.whole(plan) for plan in self.times}
         fastest = best(
-            (_with_time(priced[p], step_s) for p, step_s in self.step_s().items()),
+            (
+                dataclasses.replace(priced[p], step_s=interval_around(step_s, 0.0))
+                for p, step_s in self.step_s().items()
+            ),
             Objective.FASTEST,
             self.band(),
         )
@@ -272,20 +275,14 @@ def measured_band(rounds: Sequence[Sequence[float]]) -> Band:
     return Band(_MEASURED.low + spread_ratio, _MEASURED.high + 2 * spread_ratio)
 
 
-def _with_time(estimate: Estimate, seconds: float) -> Estimate:
-    return dataclasses.replace(estimate, step_s=interval_around(seconds, 0.0))
-
-
-def few_steps(
-    planning: Planning, plan: Plan, steps: int, *, expected_s: float, capped: bool = True
-) -> Measurement:
+def few_steps(planning: Planning, plan: Plan, steps: int, *, expected_s: float) -> Measurement:
     """Run ``steps`` optimizer steps of ``plan`` in child processes, one per rank, without evaluation, and
     return the measurement.
 
     ``expected_s``: predicted seconds of a step. A run is stopped after 120 s plus ten times the predicted
-    time of its steps. ``capped``: whether memory is limited to the cap of the search. The plan runs on the
-    request's engine, or on native, memfit's own engine, if that does not support it. For several ranks, the
-    measurement is that of the first failed rank, or, if none failed, of the rank with the highest peak.
+    time of its steps. Memory is limited to the cap of the search. The plan runs on the request's engine, or
+    on native, memfit's own engine, if that does not support it. For several ranks, the measurement is that of
+    the first failed rank, or, if none failed, of the rank with the highest peak.
     """
     request, job = planning.request, planning.job
     name = "native" if engine(request.engine).supports(plan) else request.engine
@@ -300,7 +297,7 @@ def few_steps(
         batch_size=job.batch_size,
         sizes=model_sizes(name, job),
         evaluate=False,
-        cap_bytes=planning.cap_bytes if capped else None,
+        cap_bytes=planning.cap_bytes,
         timeout_s=120.0 + 10 * steps * expected_s,
         device=request.device,
         threads=request.threads or max(1, local_machine.threads() // request.ranks),

@@ -22,7 +22,7 @@ from memfit.report.decision_rows import (
 from memfit.report.provenance import POC, SAVING, stage_anchor, term_anchor, verdict_anchor, way_anchor
 from memfit.report.quantities import Figure, Mark, Sentence, assumed, measured, predicted, sourced
 from memfit.report.sliders import sliders
-from memfit.types.decision import Alternative, CostSheet, Decision, Risk, Stage, Term
+from memfit.types.decision import Alternative, Decision, Risk, Stage, Term
 from memfit.types.result import Interval, Poc
 from memfit.verify.aggregate import energy_saved
 
@@ -133,7 +133,7 @@ def _way(decision: Decision, slot: str, index: int) -> AlternativeRow:
         machines=predicted(sheet.machines, "count"),
         money={name: money_figure(decision, getattr(sheet, name)) for name in MONEY},
         saved=predicted(saved, "saving"),
-        kwh=_kwh(sheet),
+        kwh=predicted(None if sheet.kwh_per_run is None else 3.6e6 * sheet.kwh_per_run, "j"),
         energy_saved=predicted(None if way.plain else _energy_percent(way), "saving"),
         operation=predicted(sheet.operation_g, "g"),
         embodied=assumed(sheet.embodied_g, "g"),
@@ -149,10 +149,6 @@ def _energy_percent(way: Alternative) -> float | None:
     if not way.plain_j or way.power_w is None:
         return None
     return 100 * (1 - 3600 * way.hours * way.power_w / way.plain_j)
-
-
-def _kwh(sheet: CostSheet) -> Figure:
-    return predicted(None if sheet.kwh_per_run is None else 3.6e6 * sheet.kwh_per_run, "j")
 
 
 def _payback(decision: Decision) -> Sentence | None:

@@ -118,7 +118,7 @@ def contributors(explained: TracedEstimate) -> tuple[Contributor, ...]:
     module, operator and line, the largest sum first."""
     size, count = Counter[tuple[str, ...]](), Counter[tuple[str, ...]]()
     for a in live_allocations(explained.trace, explained.peak_clock):
-        key = (str(a.category), _folded(a.module), op_name(a.op), a.line)
+        key = (str(a.category), _INDEX.sub("*", a.module), op_name(a.op), a.line)
         size[key] += a.size_bytes
         count[key] += 1
     return tuple(
@@ -154,10 +154,6 @@ def difference(first: TracedEstimate, second: TracedEstimate) -> PlanDifference:
         sentences=(),
     )
     return dataclasses.replace(comparison, sentences=tuple(_sentences(comparison)))
-
-
-def _folded(module: str) -> str:
-    return _INDEX.sub("*", module)
 
 
 def _changes(first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, int]:

@@ -39,7 +39,7 @@ def print_advice(advice: PrecisionAdvice, *, console: Console, lang: str) -> Non
     other_places = [e for e in advice.examined if not e.reason and not e.reason_autocast]
     table = new_table([words.get(f"precision.{name}") for name in _COLUMNS], left=2)
     for place in (*faulty_places, *other_places[:MOST]):
-        table.add_row(*map(Text, _cells(place, advice, words)))
+        table.add_row(*map(Text, _cells(place, words)))
     console.print(table)
     if hidden_places := other_places[MOST:]:
         console.print(Text(words.get("precision.more", count=len(hidden_places))))
@@ -50,7 +50,7 @@ def print_advice(advice: PrecisionAdvice, *, console: Console, lang: str) -> Non
     _print_islands(advice, console, words)
 
 
-def _cells(place: ExaminedModules, advice: PrecisionAdvice, words: Words) -> list[str]:
+def _cells(place: ExaminedModules, words: Words) -> list[str]:
     loss = "" if place.loss_ratio is None else _percent(place.loss_ratio, words)
     name = place.pattern if place.modules_count == 1 else f"{place.pattern}  ×{place.modules_count}"
     return [

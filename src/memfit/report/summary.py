@@ -61,7 +61,7 @@ def summary(poc: Poc, decision: DecisionView | None) -> Summary:
     sentence = (
         Sentence(key="summary.alone", values={"memory": memory})
         if alone
-        else Sentence(key="summary.both", values={"memory": memory, "accuracy": _accuracy(poc, science)})
+        else Sentence(key="summary.both", values={"memory": memory, "accuracy": _accuracy(science)})
     )
     return Summary(
         sentence=sentence,
@@ -102,7 +102,7 @@ def _memory_key(plain: Sentence, plan: Sentence, *, is_plain: bool) -> str:
     return f"{prefix}_predicted" if plan_end == "predicted" else prefix
 
 
-def _accuracy(poc: Poc, science: Sentence) -> Sentence:
+def _accuracy(science: Sentence) -> Sentence:
     """Return what the test of the results says, as the end of a sentence."""
     key = science.key.rpartition(".")[2]
     metric = science.values.get("metric", "")

@@ -306,7 +306,8 @@ def _rehearse(
 
     from memfit.runtime.counting_allocator import CountingAllocator
 
-    evaluates = _evaluates(job, spec) and spec.cap_bytes is not None and spec.cap_scope != "training"
+    evaluates = spec.evaluate and spec.cap_bytes is not None and spec.cap_scope != "training"
+    evaluates = evaluates and job.evaluate is not None
     if keeper is None and not evaluates:
         return 0
     allocator = counter if isinstance(counter, CountingAllocator) else None
@@ -325,10 +326,6 @@ def _rehearse(
     data_peak_bytes = allocator.data_peak_bytes()
     allocator.watch_data(False)
     return data_peak_bytes
-
-
-def _evaluates(job: Job, spec: RunSpec) -> bool:
-    return spec.evaluate and job.evaluate is not None
 
 
 def _conform(

@@ -23,7 +23,7 @@ from memfit.jobs.builtin.fasta import read_fasta, read_text
 from memfit.planner.batch_shape import with_batch_shape
 from memfit.planner.capacity import needed_bytes
 from memfit.planner.evaluate import Pricer
-from memfit.planner.request import Progress, space_of
+from memfit.planner.request import space_of
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError, first_line
 from memfit.types.job import Job
@@ -202,7 +202,6 @@ def report(
     plan: Plan,
     machine: Machine,
     cap_bytes: int,
-    progress: Progress = lambda stage, done, total, detail: None,
 ) -> LengthReport:
     """Return what the ``lengths`` mean for memory if each step trains ``batch`` sequences (all, if there are
     fewer) with ``plan``, and the memory of one device is limited to ``cap_bytes``.
@@ -211,7 +210,6 @@ def report(
     depends on the length.
     """
     batch, longest = min(batch, len(lengths)), int(lengths.max())
-    progress("trace", 0, 0, "six shapes")
     model = peak_model(job, plan, longest, machine.device.kind)
     held_out, margin = _checked(job, plan, machine, model, (batch, longest))
 

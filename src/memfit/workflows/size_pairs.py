@@ -13,7 +13,6 @@ from memfit.cost.lengths import Ints, SizePair, fit
 from memfit.files.read import parse_json
 from memfit.jobs.builtin.fasta import read_text
 from memfit.jobs.registry import load
-from memfit.planner.request import Progress
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
 from memfit.types.job import Job, JobRef
@@ -111,7 +110,7 @@ def drawn_steps(pairs: Ints, batch: int, combination: str) -> Ints:
     return steps
 
 
-def report_pairs(  # noqa: PLR0913
+def report_pairs(
     ref: JobRef,
     names: tuple[str, str],
     pairs: Ints,
@@ -121,7 +120,6 @@ def report_pairs(  # noqa: PLR0913
     plan: Plan,
     machine: Machine,
     cap_bytes: int,
-    progress: Progress = lambda stage, done, total, detail: None,
 ) -> PairReport:
     """Return what ``pairs`` mean for the memory of the job, whose sizes ``names`` are set for each step.
 
@@ -129,17 +127,12 @@ def report_pairs(  # noqa: PLR0913
     more. Raises UserError if the job has no such sizes, or if which operators a step runs depends on them.
     """
     steps = drawn_steps(pairs, batch, combination)
-    device = machine.device.kind
 
     def job_at(first: int, second: int) -> Job:
         return load(ref.with_sizes(dict(zip(names, (first, second), strict=True))))
 
     points = [SizePair(first=a, second=b) for a in _grid(steps[:, 0]) for b in _grid(steps[:, 1])]
-    traces = []
-    for done, point in enumerate(points):
-        progress("trace", done, len(points), f"{names[0]} {point.first}, {names[1]} {point.second}")
-        traces.append(trace(job_at(point.first, point.second), plan, device=device))
-    model = fit(points, traces)
+    model = fit(points, [trace(job_at(p.first, p.second), plan, device=machine.device.kind) for p in points])
     peaks = np.array([model.peak_bytes(SizePair(first=int(a), second=int(b))) for a, b in steps])
     order = np.argsort(peaks, kind="stable")
     places = {name: order[int(np.ceil(share * len(order))) - 1] for name, share in _SHARES.items()}

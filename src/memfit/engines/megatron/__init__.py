@@ -72,7 +72,7 @@ def arguments(spec: RunSpec) -> dict[str, str]:
     return {
         **spec.sizes,
         **_degrees(spec.plan, mesh, spec.sizes),
-        **_data_parallel(spec.plan, mesh),
+        **_data_parallel(spec.plan),
         **_batches(spec, mesh),
         **_step(spec),
         **_ALWAYS,
@@ -114,7 +114,7 @@ def _degrees(plan: Plan, mesh: Layout, sizes: Mapping[str, str]) -> dict[str, st
     return options
 
 
-def _data_parallel(plan: Plan, mesh: Layout) -> dict[str, str]:
+def _data_parallel(plan: Plan) -> dict[str, str]:
     options: dict[str, str] = {}
     ddp, zero = plan.get("ddp"), plan.get("zero")
     if ddp is not None:

@@ -161,16 +161,12 @@ def _kept_operators(policy: str) -> Iterable[Any]:
         yield aten._scaled_mm.default
 
 
-def _every(space: Space) -> Iterable[Mapping[str, KnobValue]]:
-    return [{"every": k} for k in (1, 2, 3) if k == 1 or k < space.block_count]
-
-
 def _policies(space: Space) -> Iterable[Mapping[str, KnobValue]]:
     return [{"keep": "attention"}, {"keep": "matmul"}] if space.block_count else []
 
 
-def _every_with_blocks(space: Space) -> Iterable[Mapping[str, KnobValue]]:
-    return _every(space) if space.block_count else []
+def _intervals(space: Space) -> Iterable[Mapping[str, KnobValue]]:
+    return [{"every": k} for k in (1, 2, 3) if k < space.block_count or k == space.block_count == 1]
 
 
 FULL = Technique(
@@ -178,7 +174,7 @@ FULL = Technique(
     summary="keep only the inputs of blocks and compute their insides again in backward",
     effect=EffectClass.E0,
     apply=_apply_full,
-    settings=_every_with_blocks,
+    settings=_intervals,
     order=50,
     slot="recomputation",
     knobs=(
