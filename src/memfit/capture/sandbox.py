@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from memfit.types.errors import first_names
+
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _JOURNAL = "created.txt"
 _READING_PROGRAMS = frozenset({"uname", "nvidia-smi", "rocm-smi", "lscpu", "ldconfig", "which"})
@@ -375,6 +377,4 @@ def _outermost(names: dict[str, None]) -> list[str]:
 
 def _few(names: Iterable[str]) -> str:
     here = f"{Path.cwd()}{os.sep}"
-    shown = [name.removeprefix(here) for name in names]
-    rest = f" and {len(shown) - 4} more" if len(shown) > 4 else ""
-    return ", ".join(shown[:4]) + rest
+    return first_names((name.removeprefix(here) for name in names), 4)

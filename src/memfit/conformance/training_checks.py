@@ -17,6 +17,7 @@ from memfit.conformance.observation import (
     OptimizerGroup,
     WeightFigures,
 )
+from memfit.types.errors import first_names
 from memfit.types.plan import Plan
 
 # Share of elements from which weights without gradient, or unchanged ones, are a difference. Below, they may
@@ -305,6 +306,4 @@ def _ratio(part: Iterable[ObservedParameter], params: Iterable[ObservedParameter
 
 
 def _named(params: Sequence[ObservedParameter]) -> str:
-    names = [p.name for p in params]
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return f"{', '.join(names[:_NAMED])}{more}"
+    return first_names([p.name for p in params], _NAMED)

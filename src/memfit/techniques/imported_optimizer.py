@@ -12,12 +12,12 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from memfit.model.blocks import find_blocks
 from memfit.techniques.base import MakeOptimizer, OptimizerLike
-from memfit.types.errors import OUT_OF_MEMORY_TEXTS, MemfitError, UserError, suggest
+from memfit.types.errors import OUT_OF_MEMORY_TEXTS, MemfitError, UserError, first_names, suggest
 from memfit.types.job import OptimizerChoice
 
 if TYPE_CHECKING:
@@ -61,17 +61,9 @@ def optimizer_class(path: str) -> type[torch.optim.Optimizer]:
     problem = "does not exist" if attribute is None else "is not a subclass of torch.optim.Optimizer"
     raise UserError(
         f"the optimizer {path} {problem}",
-        allowed=f"of {module_name}: {_some(kinds)}",
+        allowed=f"of {module_name}: {first_names(sorted(kinds), _MOST_NAMES) or 'no class'}",
         hint=suggest(name, kinds),
     )
-
-
-def _some(names: Iterable[str]) -> str:
-    """Return at most 20 of the names, sorted, and how many there are if these are not all; "no class" if
-    there are none."""
-    names = sorted(names)
-    rest = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-    return f"{', '.join(names[:_MOST_NAMES])}{rest}" if names else "no class"
 
 
 def parse_arguments(text: str, what: str) -> dict[str, Any]:

@@ -78,6 +78,13 @@ def suggest(name: str, names: Iterable[str], *, cutoff: float = 0.6) -> str:
     return f"did you mean {matches[0]!r}?" if matches else ""
 
 
+def first_names(names: Iterable[str], most: int) -> str:
+    """Return the first ``most`` of the names with commas, and how many more there are: "a, b and 3 more"."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of the error's text, or the name of its class if it has no text."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__
