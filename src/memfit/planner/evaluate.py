@@ -220,7 +220,10 @@ class Pricer:
         if missing_ranks := self._missing(plan, ranks):
             self.deadline.check()
             with pause_gc():
-                self._add([(plan, rank) for rank in missing_ranks], self._result(plan, missing_ranks))
+                result = self._result(plan, missing_ranks)
+                if result.may_be_kept:
+                    result = _as_bytes(result)
+                self._add([(plan, rank) for rank in missing_ranks], result)
 
     def _missing(self, plan: Plan, ranks: Iterable[int]) -> list[int]:
         """Add to the traces those of the plan on these ranks that are on disk. Return the ranks without a
@@ -238,11 +241,11 @@ class Pricer:
         return self.engine, self.device, self.lines, plan.fingerprint, rank
 
     def _result(self, plan: Plan, ranks: list[int]) -> Result:
-        """Trace the plan on these ranks. The value is a list of the traces, as bytes if they may be kept."""
+        """Trace the plan on these ranks. The value is a list of the traces."""
         stored, is_own = self._stored(), engine(self.engine).own_trace
         if stored is None or is_own:  # an engine's own step depends on more than the job's content
             return Result(self._made(plan, ranks), may_be_kept=False)
-        return _as_bytes(stored.run(lambda: self._made(plan, ranks)))
+        return stored.run(lambda: self._made(plan, ranks))
 
     def _add(self, keys: Sequence[tuple[Plan, int]], result: Result) -> None:
         """Add the traces in the value of the result, and keep them on disk if they may be kept."""
@@ -420,11 +423,7 @@ class Pricer:
     def _result_and_estimates(self, plan: Plan) -> tuple[Result, str, list[Estimate] | None]:
         """Trace rank 0 of the plan. Return (the trace as bytes; `_pricing`; the plan's estimates, or None if
         other ranks differ)."""
-        stored, is_own = self._stored(), engine(self.engine).own_trace
-        if stored is None or is_own:
-            result = Result(self._made(plan, [0]), may_be_kept=False)
-        else:
-            result = stored.run(lambda: self._made(plan, [0]))
+        result = self._result(plan, [0])
         is_all = list(layout(plan).distinct_ranks()) == [0]
         estimates = self._estimates(plan, result.value) if is_all else None
         return _as_bytes(result), self._pricing(), estimates
@@ -588,8 +587,7 @@ class Pricer:
         - `_optimizer_only` with the smallest micro-batches, for the optimizer's phase; two steps, and no
           weight
         """
-        max_micro_batches, accumulation = self.space.parts[-1], plan.get(_ACCUMULATION)
-        micros = int(accumulation.settings["micro_batches"]) if accumulation else 1
+        max_micro_batches, micros = self.space.parts[-1], plan.micro_batches
         whole_batch_share = (
             (1 / micros - 1 / max_micro_batches) / (1 - 1 / max_micro_batches)
             if max_micro_batches > 1
@@ -608,9 +606,7 @@ class Pricer:
         between the traces of these two. A peak so found is an upper bound, because a maximum of linear
         functions is convex and lies below its chord.
         """
-        max_micro_batches = self.space.parts[-1]
-        accumulation = plan.get(_ACCUMULATION)
-        micros = int(accumulation.settings["micro_batches"]) if accumulation else 1
+        max_micro_batches, micros = self.space.parts[-1], plan.micro_batches
         core, whole_batch_share = _core(plan), self._composed_of(plan)[0]
         vector = numpy.zeros(_ENTRIES)
         if whole_batch_share > 0:

@@ -193,7 +193,7 @@ class _Search:
 
     def _with_splits(self, plan: Plan) -> list[Plan]:
         """Return the plan, and it with each larger number of micro-batches, ascending, at least doubling."""
-        count = _micro_batches(plan)
+        count = plan.micro_batches
         largest, plans = self.pricer.space.parts[-1], [plan]
         for parts in self.pricer.space.parts:
             if parts >= 2 * count or count < parts == largest:
@@ -208,7 +208,7 @@ class _Search:
             return False
         if proposable(self.failed) and not proposable(plan):
             return False
-        if _micro_batches(plan) > _micro_batches(self.failed) and not self._may_split():
+        if plan.micro_batches > self.failed.micro_batches and not self._may_split():
             return False
         with contextlib.suppress(MemfitError):  # a package is not installed, or the engine lacks a technique
             supporting_engine(self.pricer.engine, check(plan, self.pricer.machine))
@@ -278,8 +278,3 @@ def _replaced(plan: Plan, added: Use) -> Plan:
     slot = technique(added.technique).slot
     others = tuple(u for u in plan.uses if not slot or technique(u.technique).slot != slot)
     return dataclasses.replace(plan, uses=others).with_use(added)
-
-
-def _micro_batches(plan: Plan) -> int:
-    accumulation = plan.get(_ACCUMULATION)
-    return int(accumulation.settings["micro_batches"]) if accumulation else 1

@@ -94,8 +94,7 @@ def respects_micro_batch(plan: Plan, bounds: Bounds, batch: int) -> bool:
         raise UserError(
             f"a micro-batch of {size} does not divide the {batch} samples of a rank", allowed=divisors
         )
-    used = plan.get("gradient-accumulation")
-    return size * (int(used.settings["micro_batches"]) if used else 1) == batch
+    return size * plan.micro_batches == batch
 
 
 def missed_bounds(bounds: Bounds, fitting: Sequence[Estimate]) -> str:

@@ -133,14 +133,10 @@ def _data_parallel(plan: Plan) -> dict[str, str]:
 def _batches(spec: RunSpec, mesh: Layout) -> dict[str, str]:
     if not spec.batch_size:
         return {}
-    divisors = [
-        int(use.settings["micro_batches"])
-        for name in ("gradient-accumulation", "pipeline")
-        if (use := spec.plan.get(name)) is not None
-    ]
-    micro_batch_size = spec.batch_size // mesh.data
-    for count in divisors:
-        micro_batch_size //= count
+    pipeline = spec.plan.get("pipeline")
+    parts = mesh.data * spec.plan.micro_batches
+    parts *= int(pipeline.settings["micro_batches"]) if pipeline is not None else 1
+    micro_batch_size = spec.batch_size // parts
     return {"micro-batch-size": str(max(1, micro_batch_size)), "global-batch-size": str(spec.batch_size)}
 
 
