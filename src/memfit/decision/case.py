@@ -7,6 +7,7 @@ machine other than its price have no range.
 from __future__ import annotations
 
 import datetime
+from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -285,67 +286,4 @@ def term(name: str, figure: CaseFigure, unit: str) -> Term:
     )
 
 
-TEMPLATE = """\
-# Your figures for `memfit decide --case FILE`. Remove the # from the lines that you know; the others come
-# from the catalog, each with its source, or are reported as missing. Money is in this currency, without tax.
-# A number may have a range: {value = 25.5, low = 20, high = 32, source = "bill of May", date = "2026-05-31"}
-
-currency = "USD"
-# place = "japan"                    # its prices, taxes and write-off; `memfit list machines` lists them
-# tariff = "japan-high-voltage"      # instead of the place's average price
-# supplier = "tepco-ep"              # instead of the grid's average CO2
-
-[work]
-# steps_per_run = 10000
-# runs_per_year = 12
-# years = 5
-# utilisation_ratio = 0.7            # share of a year in which a machine can be busy
-# longest_run_hours = 720            # an alternative whose run takes longer is excluded
-# value_per_run = 0                  # what a finished run is worth to you
-
-[money]
-# labour_per_hour = 0
-# energy_per_kwh = 0
-# levy_per_kwh = 0
-# basic_per_kw_month = 0
-# per_usd = 1                        # units of the currency per US dollar
-# tax_ratio = 0                      # tax that you cannot reclaim; 0.1 is 10 %
-# discount_ratio = 0.03
-# life_years = 5                     # after which a machine is written off
-# support_ratio = 0.1                # share of the price per year
-# pue_ratio = 1.56                   # of your own machines; a rented one has that of a cloud
-# co2_g_per_kwh = 481
-
-[effort]
-# setup_hours = 0                    # to adopt the recommended plan; if unset, the PoC's count
-
-[existing]                           # the machine that you have
-# machine = "RTX-4090"               # written as in --on
-# machines = 1
-# hours_plain = 24                   # per run, if you know better than the prediction
-# hours_recommended = 30
-# power_w = 500
-# site = "desk"                      # or "server-room"; for the electricity of cooling
-# setup_hours = 0
-# operating_hours_per_year = 0
-
-[purchase]                           # if unset, the cheapest of the catalog
-# machine = "H100-PCIe"
-# price = 30000                      # of one machine with all its devices
-# hours_plain = 24
-# hours_recommended = 30
-# power_w = 500
-# site = "server-room"
-# setup_hours = 0
-# operating_hours_per_year = 0
-
-[cloud]                              # if unset, the cheapest of the catalog
-# machine = "8xH100-SXM"
-# per_hour = 24                      # of one machine with all its devices
-# storage_per_month = 0
-# hours_plain = 24
-# hours_recommended = 30
-# power_w = 500
-# setup_hours = 0
-# operating_hours_per_year = 0
-"""
+TEMPLATE = resources.files("memfit.decision").joinpath("case_template.toml").read_text(encoding="utf-8")

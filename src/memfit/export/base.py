@@ -143,6 +143,18 @@ def divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
+def split_batch(batch_size: int, parts: int) -> int:
+    """Return the samples of each of ``parts`` equal parts of a step's batch, one for each micro-batch of each
+    data-parallel rank. Raises UserError if the batch cannot be split so."""
+    if batch_size % parts:
+        raise UserError(
+            f"a batch of {batch_size} samples cannot be split into {parts} equal parts, one for each "
+            "micro-batch of each data-parallel rank",
+            allowed=f"--batch with a multiple of {parts}",
+        )
+    return batch_size // parts
+
+
 def quoted(words: Iterable[str]) -> str:
     """Join ``words`` with spaces into a shell command, in which words with special characters are quoted."""
     return " ".join(map(shlex.quote, words))

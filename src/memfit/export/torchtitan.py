@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from memfit.export.base import Files, Handover
+from memfit.export.base import Files, Handover, split_batch
 from memfit.techniques.rank_mesh import layout
 from memfit.types.errors import UserError
 from memfit.types.plan import Plan
@@ -192,16 +192,9 @@ def _batches(handover: Handover) -> tuple[dict[str, Any], dict[str, Any]]:
     are those of the pipeline's micro-batches, {} without a pipeline. Raises UserError if the batch cannot be
     split into equal parts for the data-parallel ranks and micro-batches."""
     plan, batch_size = handover.plan, handover.config.spec.batch_size
-    steps, stages = plan.micro_batches, plan.get("pipeline")
+    stages = plan.get("pipeline")
     pipeline_batches = int(stages.settings["micro_batches"]) if stages is not None else 1
-    parts = layout(plan).data * steps * pipeline_batches
-    if batch_size % parts:
-        raise UserError(
-            f"a batch of {batch_size} samples cannot be split into {parts} equal parts, one for each "
-            "micro-batch of each data-parallel rank",
-            allowed=f"--batch with a multiple of {parts}",
-        )
-    micro_batch_size = batch_size // parts
+    micro_batch_size = split_batch(batch_size, layout(plan).data * plan.micro_batches * pipeline_batches)
     training = {"local_batch_size": micro_batch_size * pipeline_batches, "global_batch_size": batch_size}
     if stages is None:
         return training, {}

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from memfit.engines.registry import engine
-from memfit.export.base import Files, Handover
+from memfit.export.base import Files, Handover, split_batch
 from memfit.techniques.rank_mesh import layout
 from memfit.types.errors import UserError
 from memfit.types.plan import Plan
@@ -89,19 +89,12 @@ def training_arguments(
     of a whole step. ``clip``: the largest gradient norm. ``deepspeed``: whether deepspeed.json is used.
     Raises UserError if the batch cannot be split into equal parts for the data-parallel ranks and
     micro-batches."""
-    steps = plan.micro_batches
-    share = layout(plan).data * steps
-    if batch_size % share:
-        raise UserError(
-            f"a batch of {batch_size} samples cannot be split into {share} equal parts, one for each "
-            "micro-batch of each data-parallel rank",
-            allowed=f"--batch with a multiple of {share}",
-        )
+    micro_batch_size = split_batch(batch_size, layout(plan).data * plan.micro_batches)
     optimizer = next((OPTIMIZERS[u.technique] for u in plan.uses if u.technique in OPTIMIZERS), "adamw_torch")
     arguments_by_name: dict[str, Any] = {
         "output_dir": "out",
-        "per_device_train_batch_size": batch_size // share,
-        "gradient_accumulation_steps": steps,
+        "per_device_train_batch_size": micro_batch_size,
+        "gradient_accumulation_steps": plan.micro_batches,
         "bf16": _half(plan),
         "fp16": "fp16-autocast" in plan,
         "optim": optimizer,
@@ -110,7 +103,7 @@ def training_arguments(
         **(
             {"deepspeed": "deepspeed.json", "max_grad_norm": clip or 0.0}
             if deepspeed
-            else _data_parallel(plan, accumulated=steps > 1)
+            else _data_parallel(plan, accumulated=plan.micro_batches > 1)
         ),
     }
     if clip:
