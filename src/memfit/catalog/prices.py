@@ -44,18 +44,19 @@ def seller_prices(device: str, deal: str) -> tuple[SellerPrice, ...]:
     """Return all prices of a device for a ``deal``, "rent" or "buy", in the order of the file; those that a
     decision uses come first. ``device``: its exact name in the catalog; for any other the result is empty.
     """
-    prices = [
-        SellerPrice(
-            device=device,
-            deal=deal,
-            kind=row["kind"],
-            seller=row["seller"],
-            region=row["region"],
-            usd=_fact(row),
-        )
-        for row in table("prices.toml")[deal].get(device, ())
-    ]
+    prices = (_price(device, deal, row) for row in table("prices.toml")[deal].get(device, ()))
     return tuple(sorted(prices, key=lambda price: not price.is_used))
+
+
+def _price(device: str, deal: str, row: dict[str, Any]) -> SellerPrice:
+    return SellerPrice(
+        device=device,
+        deal=deal,
+        kind=row["kind"],
+        seller=row["seller"],
+        region=row["region"],
+        usd=_fact(row),
+    )
 
 
 def typical_price(device: str, deal: str, *, without: SellerPrice | None = None) -> Fact | None:
@@ -99,18 +100,7 @@ def memory_usd_per_gb(year: str = "now") -> Fact:
     """Return the price of one GB of DDR5 in US dollars. ``year``: "now", or "then" for the year of the
     catalog's prices of servers, before the shortage of 2026.
     """
-    prices = [
-        SellerPrice(
-            device="DDR5",
-            deal="buy",
-            kind=row["kind"],
-            seller=row["seller"],
-            region=row["region"],
-            usd=_fact(row),
-        )
-        for row in table("prices.toml")["memory"][year]
-    ]
-    return median_price(prices)
+    return median_price([_price("DDR5", "buy", row) for row in table("prices.toml")["memory"][year]])
 
 
 def server_usd(host: str) -> Fact | None:

@@ -3,11 +3,10 @@ training."""
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -418,13 +417,15 @@ def _carried(path: Path) -> dict[str, str]:
     directly or through each other. Packages in the folder that are imported are not included, as the files of
     an export have no subfolders; they are named on standard error. Raises UserError if one of the files
     cannot be read, is not UTF-8 text, or is larger than 512 KiB."""
+    from memfit.jobs.user_job import imported_names
+
     texts: dict[str, str] = {}
     packages: set[str] = set()
     pending = [path]
     while pending:
         file = pending.pop()
         texts |= (file_text := _read(file))
-        for name in _imported(file_text[file.name]):
+        for name in imported_names(file_text[file.name]):
             module_path = path.parent / f"{name}.py"
             if module_path.is_file() and module_path.name not in texts:
                 pending.append(module_path)
@@ -434,20 +435,6 @@ def _carried(path: Path) -> dict[str, str]:
         message = f"packages are not copied: {', '.join(sorted(packages))} beside {path.name}"
         print(f"memfit: {message}; install them on every machine that trains", file=sys.stderr)
     return texts
-
-
-def _imported(source: str) -> Iterator[str]:
-    """Yield the first part of each module name that the Python text ``source`` imports, such as "torch" for
-    ``import torch.nn``; relative imports are skipped. Yield nothing if ``source`` is not valid Python."""
-    try:
-        tree = ast.parse(source)
-    except SyntaxError:
-        return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name.partition(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            yield node.module.partition(".")[0]
 
 
 def _read(path: Path) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from memfit import catalog
 from memfit.catalog import finance
-from memfit.decision.case import CaseFigure, DecisionCase
+from memfit.decision.case import CaseFigure, DecisionCase, term
 from memfit.types.decision import Amount, Term, Terms
 from memfit.types.errors import UserError
 from memfit.types.machine import Fact
@@ -224,9 +224,9 @@ class _Electricity:
         usd = row.value / finance.currency(currency).per_usd.value
         self.amounts[name] = Amount(usd=usd)
         scale = usd * (self.rate.value or 0.0) / row.value if row.value else 0.0
-        term = _number(name, None, row, "money")
-        low, high = ((term.low or 0.0) * scale, (term.high or 0.0) * scale)
-        return dataclasses.replace(term, value=row.value * scale, low=low, high=high)
+        number = _number(name, None, row, "money")
+        low, high = ((number.low or 0.0) * scale, (number.high or 0.0) * scale)
+        return dataclasses.replace(number, value=row.value * scale, low=low, high=high)
 
 
 def _factors(
@@ -276,11 +276,7 @@ def _number(name: str, figure: CaseFigure | int | None, row: Fact | None, unit: 
     if isinstance(figure, int):
         return Term(name=name, value=figure, unit=unit, low=figure, high=figure, source="your case")
     if figure is not None:
-        low, high = figure.bounds
-        source = figure.source or "your case"
-        return Term(
-            name=name, value=figure.value, unit=unit, low=low, high=high, source=source, date=figure.date
-        )
+        return term(name, figure, unit)
     if row is None:
         return Term(name=name, value=None, unit=unit)
     is_whole = name in _WHOLE  # years are whole numbers, without a range

@@ -191,18 +191,25 @@ def _own_module(folder: Path, name: str) -> Path | None:
 
 
 def _imported_names(file: Path) -> set[str]:
-    """Return the top-level names of all absolute imports in a file, such as "numpy" for ``import
-    numpy.linalg``; none if it cannot be read or parsed."""
+    """Return what `imported_names` yields for a file; none if it cannot be read."""
     try:
-        tree = ast.parse(file.read_bytes())
-    except (OSError, SyntaxError, ValueError):
+        return set(imported_names(file.read_bytes()))
+    except OSError:
         return set()
-    nodes = list(ast.walk(tree))
-    imports = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    from_imports = {
-        node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level
-    }
-    return {name.split(".")[0] for name in imports | from_imports} - {""}
+
+
+def imported_names(source: str | bytes) -> Iterator[str]:
+    """Yield the top-level names of all absolute imports in the text of a Python file, such as "numpy" for
+    ``import numpy.linalg``; none if it is not valid Python."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.partition(".")[0]
 
 
 def _origin(name: str) -> str | None:
