@@ -147,7 +147,7 @@ class _Session:
                 machine=self.machine,
                 bounds=Bounds(without=_NOT_FOR_SCRIPTS),
                 within_s=_SEARCH_S,
-                **_fields(wanted),
+                **{f.name: getattr(wanted, f.name) for f in dataclasses.fields(wanted)},
             )
             planning = search(request, lambda *progress: None)
         except MemfitError as error:
@@ -324,10 +324,6 @@ def _with_late_collective(estimate: Estimate, trace: Trace) -> Estimate:
 def _print_traceback(error: BaseException) -> None:
     if os.environ.get("MEMFIT_TRACEBACK"):
         traceback.print_exception(error)
-
-
-def _fields(record: Any) -> dict[str, Any]:
-    return {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
 
 
 def _await_threads() -> None:

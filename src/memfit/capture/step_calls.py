@@ -195,7 +195,7 @@ class StepCalls:
     def _repeat_calls(self, model: Any, batch: Any) -> torch.Tensor:
         items = (batch,) if len(self.micro_batch) == 1 else batch
         results: list[list[torch.Tensor]] = []
-        bare = _bare(model)
+        bare = _unwrapped(model if hasattr(model, "get_submodule") else getattr(model, "module", model))
 
         def value_of(stand_in: Any) -> Any:
             if isinstance(stand_in, _Made):
@@ -254,10 +254,6 @@ def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
     if isinstance(inner, torch.nn.parallel.DistributedDataParallel):
         return _unwrapped(inner.module)
     return inner
-
-
-def _bare(model: Any) -> torch.nn.Module:
-    return _unwrapped(getattr(model, "module", model) if not hasattr(model, "get_submodule") else model)
 
 
 def _copy(model: torch.nn.Module) -> torch.nn.Module:

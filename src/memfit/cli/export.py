@@ -223,7 +223,8 @@ def export(
         job, goal.engine or "native", plan, runtime, _kept(options), user_files
     )
     steps = script_steps(config.spec) if script_words and target not in LIBRARIES else ()
-    check_acknowledged(steps, _names(options.script_applies), script=script_words[0] if script_words else "")
+    applied = tuple(name for part in options.script_applies.split(",") if (name := part.strip()))
+    check_acknowledged(steps, applied, script=script_words[0] if script_words else "")
     handover = Handover(
         config=config,
         nodes=options.nodes,
@@ -267,10 +268,6 @@ def _print_written(
             f"Settings that the plan does not decide are kept; {out}/README.md lists your settings that the "
             "plan changed and those that are not in the export."
         )
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name for part in text.split(",") if (name := part.strip()))
 
 
 def _as_files_say(

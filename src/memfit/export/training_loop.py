@@ -385,10 +385,6 @@ def _innermost(statements: Statements, user: ast.AST, optimizer: str) -> tuple[S
     return statements, at
 
 
-def _is_stored_attribute(node: ast.AST) -> bool:
-    return isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
-
-
 def _clip(place: LoopPlace, update: Update, arguments: dict[str, ast.expr] | None, later: Statements) -> str:
     """Return the source of the argument ``clip``: what the loop clips to, in the names of the place where the
     plan is applied. ``arguments``: those of the loop's function there, None if it is the same scope;
@@ -397,7 +393,12 @@ def _clip(place: LoopPlace, update: Update, arguments: dict[str, ast.expr] | Non
     if update.clip is None:
         return ""
     own = {n for s in (later if arguments is None else place.scope) for n in stored_names(s)}
-    stored = {ast.unparse(t) for s in place.scope for t in ast.walk(s) if _is_stored_attribute(t)}
+    stored = {
+        ast.unparse(t)
+        for s in place.scope
+        for t in ast.walk(s)
+        if isinstance(t, ast.Attribute) and isinstance(t.ctx, ast.Store)
+    }
     parameters = set[str]()
     if arguments is not None and place.function is not None:
         parameters = {a.arg for a in place.function.args.posonlyargs + place.function.args.args}

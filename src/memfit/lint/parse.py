@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -560,16 +560,12 @@ def _ranks(options_by_kind: Mapping[str, Options]) -> int | None:
         return counts[0] * counts[1] if counts[0] and counts[1] else None
     if (options := options_by_kind.get("lightning")) is not None:
         return _devices_of_lightning(options)
-    for options in _scripts(options_by_kind):
+    for options in (options_by_kind[k] for k in ("megatron", "trainer", "mace") if k in options_by_kind):
         nodes = 1 if options.raw("nnodes") is None else options.count("nnodes")
         processes_per_node = options.count("nproc_per_node") or options.count("num_gpus")
         if nodes and processes_per_node:
             return nodes * processes_per_node
     return None
-
-
-def _scripts(options_by_kind: Mapping[str, Options]) -> Iterable[Options]:
-    return (options_by_kind[k] for k in ("megatron", "trainer", "mace") if k in options_by_kind)
 
 
 def _devices_of_lightning(options: Options) -> int | None:

@@ -120,12 +120,9 @@ def plans(space: Space, techniques: Iterable[Technique]) -> Iterator[Plan]:
     choices = [[None, *uses] for uses in slots.values()]
     for combination in itertools.product(*choices):
         plan = Plan(uses=tuple(u for u in combination if u is not None), ranks=space.ranks)
-        if proposable(plan) and (space.ranks == 1 or _shares_work(plan)):
+        shares_work = any(technique(name).slot == "data-parallel" for name in plan.techniques)
+        if proposable(plan) and (space.ranks == 1 or shares_work):
             yield plan
-
-
-def _shares_work(plan: Plan) -> bool:
-    return any(technique(u.technique).slot == "data-parallel" for u in plan.uses)
 
 
 def _uses(definition: Technique, space: Space) -> list[Use]:

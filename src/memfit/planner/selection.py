@@ -207,7 +207,15 @@ def frontier(estimates: Sequence[Estimate]) -> list[Estimate]:
     as good in peak, step time and effect class, and better in one of them. Of estimates equal in all three,
     only that of the simplest plan (see `complexity`) is returned. An unknown step time counts as infinite.
     """
-    merits = [_merits(e) for e in estimates]
+    merits: list[_Merits] = [
+        (
+            e.allocated_bytes.value,
+            score(e, Objective.FASTEST),
+            *complexity(e.plan, e.dependence),
+            e.plan.fingerprint,
+        )
+        for e in estimates
+    ]
     undominated = [
         e for e, own in zip(estimates, merits, strict=True) if not any(_beats(m, own) for m in merits)
     ]
@@ -217,15 +225,6 @@ def frontier(estimates: Sequence[Estimate]) -> list[Estimate]:
 
 
 _Merits = tuple[float, float, int, int, int, str]
-
-
-def _merits(e: Estimate) -> _Merits:
-    return (
-        e.allocated_bytes.value,
-        score(e, Objective.FASTEST),
-        *complexity(e.plan, e.dependence),
-        e.plan.fingerprint,
-    )
 
 
 def _beats(a: _Merits, b: _Merits) -> bool:

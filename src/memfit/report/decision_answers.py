@@ -112,7 +112,9 @@ def _money(view: DecisionView) -> tuple[Sentence, ...]:
     if best.untried:
         sentences.append(Sentence(key="decide.money.untried", values={"names": ", ".join(best.untried)}))
     sentences += [
-        _unpriced(w) for w in view.ways if w.money["present_cost"].value is None and w.slot != "nothing"
+        Sentence(key="decide.money.unpriced", values={"way": w.name})
+        for w in view.ways
+        if w.money["present_cost"].value is None and w.slot != "nothing"
     ][:1]
     sentences += [fit_phrase(view, i) for i in _doubtful(view)]
     if best.at_least:
@@ -165,10 +167,6 @@ def _phases(view: DecisionView, best: AlternativeRow, ratios: Mapping[str, float
 
 def _times(value: float | None, ratio: float) -> float | None:
     return None if value is None else value * ratio
-
-
-def _unpriced(row: AlternativeRow) -> Sentence:
-    return Sentence(key="decide.money.unpriced", values={"way": row.name})
 
 
 def _doubtful(view: DecisionView) -> list[int]:

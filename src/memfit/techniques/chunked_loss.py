@@ -8,11 +8,11 @@ once, so that no recomputation is needed (the idea of fused linear cross-entropy
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from memfit.model.blocks import find_head
-from memfit.techniques.base import Knob, Space, Technique, Workbench
+from memfit.techniques.base import Knob, Technique, Workbench
 from memfit.types.plan import EffectClass, KnobValue
 
 if TYPE_CHECKING:
@@ -33,16 +33,12 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     head.forward = forward  # type: ignore[method-assign,assignment]
 
 
-def _settings(space: Space) -> Iterable[Mapping[str, KnobValue]]:
-    return [{"chunks": 8}] if space.vocabulary >= 512 else []
-
-
 TECHNIQUE = Technique(
     name="chunked-cross-entropy",
     summary="compute head and cross-entropy in chunks, so that the logits never exist whole",
     effect=EffectClass.E1,
     apply=_apply,
-    settings=_settings,
+    settings=lambda space: [{"chunks": 8}] if space.vocabulary >= 512 else [],
     order=60,
     knobs=(
         Knob(

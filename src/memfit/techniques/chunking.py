@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from memfit.techniques.base import Knob, Space, Technique, Workbench
+from memfit.techniques.base import Knob, Technique, Workbench
 from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue
 from memfit.types.units import MIB
@@ -86,16 +86,12 @@ def _wrap(module: torch.nn.Module, cut: ChunkCut, budget: int, run_slices: Calla
     module.forward = forward
 
 
-def _settings(space: Space) -> Iterable[Mapping[str, KnobValue]]:
-    return [{"parts": 0, "mib": 0}] if space.slices else []
-
-
 TECHNIQUE = Technique(
     name="chunking",
     summary="run modules that work on independent slices, such as triangle attention, slice by slice",
     effect=EffectClass.E1,
     apply=_apply,
-    settings=_settings,
+    settings=lambda space: [{"parts": 0, "mib": 0}] if space.slices else [],
     order=48,
     knobs=(
         Knob(

@@ -35,11 +35,11 @@ def find(model: torch.nn.Module, patterns: tuple[str, ...]) -> dict[str, torch.n
                 hint=suggest(pattern, modules),
             )
         islands |= matches
-    return {n: m for n, m in islands.items() if not any(n != o and _inside(n, o) for o in islands)}
-
-
-def _inside(name: str, outer: str) -> bool:
-    return not outer or name.startswith(f"{outer}.")
+    return {
+        n: m
+        for n, m in islands.items()
+        if not any(n != outer and (not outer or n.startswith(f"{outer}.")) for outer in islands)
+    }
 
 
 def keep_in_float32(bench: Workbench, plan: Plan, carried: frozenset[str]) -> None:

@@ -6,9 +6,9 @@ loss is weighted by its share of the loss terms, so that padding does not bias t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
-from memfit.techniques.base import Knob, Space, Technique, Workbench
+from memfit.techniques.base import Knob, Technique, Workbench
 from memfit.types.plan import EffectClass, KnobValue
 
 
@@ -16,16 +16,12 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     bench.micro_batches = int(settings["micro_batches"])
 
 
-def _settings(space: Space) -> Iterable[Mapping[str, KnobValue]]:
-    return [{"micro_batches": n} for n in space.parts if n > 1]
-
-
 TECHNIQUE = Technique(
     name="gradient-accumulation",
     summary="train the batch in micro-batches and add up their gradients",
     effect=EffectClass.E1,
     apply=_apply,
-    settings=_settings,
+    settings=lambda space: [{"micro_batches": n} for n in space.parts if n > 1],
     order=5,  # others look at a micro-batch
     knobs=(
         Knob(

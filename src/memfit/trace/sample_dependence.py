@@ -277,7 +277,7 @@ class _Trial:
         with _on_its_own(), self.mode, _batch_norm_anywhere():
             self.model = _model_in_float64(self.job)
             self.state = _state_of(self.model)
-            batch = _in_float64(self.batch)
+            batch = _pytree.tree_map_only(torch.Tensor, lambda t: _wide(t.detach()), self.batch)
             real_result = self._compared(batch, "on the first real samples", real=True)
             if real_result.kind is not DependenceKind.INDEPENDENT:
                 return real_result
@@ -553,10 +553,6 @@ def _model_in_float64(job: Job) -> nn.Module:
                 if isinstance(value, torch.Tensor):
                     setattr(module, name, _wide(value))
     return model
-
-
-def _in_float64(batch: Any) -> Any:
-    return _pytree.tree_map_only(torch.Tensor, lambda t: _wide(t.detach()), batch)
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:

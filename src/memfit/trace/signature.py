@@ -22,7 +22,8 @@ def describe(name: str, args: Any, kwargs: Mapping[str, Any]) -> str:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return {"t": [*_sizes(value), _dtype_name(value.dtype), *(["conj"] if value.is_conj() else [])]}
+        sizes = [list(value.shape), list(value.stride())]
+        return {"t": [*sizes, _dtype_name(value.dtype), *(["conj"] if value.is_conj() else [])]}
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     if isinstance(value, Mapping):
@@ -34,10 +35,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, torch.device):
         return {"device": str(value)}
     return {"other": str(value)}
-
-
-def _sizes(tensor: torch.Tensor) -> tuple[list[int], list[int]]:
-    return list(tensor.shape), list(tensor.stride())
 
 
 @functools.cache

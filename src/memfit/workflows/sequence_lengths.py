@@ -219,7 +219,8 @@ def report(
     distinct = np.unique(lengths)
     last_rows = len(lengths) % batch or batch
     limit, last_limit = (_limit(model, rows, distinct, fits) for rows in (batch, last_rows))
-    curve_bytes = {n: model.peak_bytes(Shape(rows=batch, length=n)) for n in _curve(longest)}
+    eighths = sorted({max(1, longest * i // 8) for i in range(1, 9)})
+    curve_bytes = {n: model.peak_bytes(Shape(rows=batch, length=n)) for n in eighths}
     quantiles = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
     batchings = cost.batchings(lengths, batch, model, fits=fits)
     return LengthReport(
@@ -274,7 +275,3 @@ def traced_peak(job: Job, plan: Plan, machine: Machine) -> tuple[int, int]:
 def _limit(model: PeakModel, rows: int, distinct: Ints, fits: Any) -> int:
     fitting = [int(n) for n in distinct if fits(model.peak_bytes(Shape(rows=rows, length=int(n))))]
     return max(fitting, default=0)
-
-
-def _curve(longest: int) -> list[int]:
-    return sorted({max(1, longest * i // 8) for i in range(1, 9)})

@@ -125,7 +125,8 @@ class _ThroughDeepspeed(step.Step, Step):
 
         self.folder = Step.folder
         # DeepSpeed looks for a device when it is imported, and needs LOCAL_RANK even with one rank.
-        with patch_environment(DS_ACCELERATOR=_kind(self.bench), LOCAL_RANK=str(self.bench.world.rank)):
+        kind = torch.device(self.bench.torch_device).type
+        with patch_environment(DS_ACCELERATOR=kind, LOCAL_RANK=str(self.bench.world.rank)):
             return super()._prepare()
 
     def _initialized(self, model: torch.nn.Module, optimizer: OptimizerLike, config: dict[str, Any]) -> Any:
@@ -150,10 +151,6 @@ class _Forwarding:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
-
-
-def _kind(bench: Any) -> str:
-    return torch.device(bench.torch_device).type
 
 
 def _block_classes(bench: Any) -> Iterator[str]:

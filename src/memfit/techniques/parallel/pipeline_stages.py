@@ -201,7 +201,10 @@ class Pipeline:
         single = issubclass(SCHEDULES[name], schedules.PipelineScheduleSingle)
         try:
             return SCHEDULES[name](
-                stages[0] if single else stages, self.micro_batches, loss_fn=_as_it_is, scale_grads=False
+                stages[0] if single else stages,
+                self.micro_batches,
+                loss_fn=lambda loss, target: loss,
+                scale_grads=False,
             )
         except ValueError as reason_from_torch:
             raise UserError(
@@ -400,10 +403,6 @@ class _Work:
 
     def wait(self) -> None:
         self.inner.wait()
-
-
-def _as_it_is(loss: torch.Tensor, target: None) -> torch.Tensor:
-    return loss
 
 
 def _drop(module: torch.nn.Module, key: str, tensors: dict[str, Any], device: torch.device) -> None:

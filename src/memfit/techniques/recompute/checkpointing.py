@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from memfit.model.blocks import find_stacks
-from memfit.techniques.base import Knob, Space, Technique, Workbench
+from memfit.techniques.base import Knob, Technique, Workbench
 from memfit.types.plan import EffectClass, KnobValue
 
 if TYPE_CHECKING:
@@ -161,20 +161,14 @@ def _kept_operators(policy: str) -> Iterable[Any]:
         yield aten._scaled_mm.default
 
 
-def _policies(space: Space) -> Iterable[Mapping[str, KnobValue]]:
-    return [{"keep": "attention"}, {"keep": "matmul"}] if space.block_count else []
-
-
-def _intervals(space: Space) -> Iterable[Mapping[str, KnobValue]]:
-    return [{"every": k} for k in (1, 2, 3) if k < space.block_count or k == space.block_count == 1]
-
-
 FULL = Technique(
     name="activation-checkpointing",
     summary="keep only the inputs of blocks and compute their insides again in backward",
     effect=EffectClass.E0,
     apply=_apply_full,
-    settings=_intervals,
+    settings=lambda space: [
+        {"every": k} for k in (1, 2, 3) if k < space.block_count or k == space.block_count == 1
+    ],
     order=50,
     slot="recomputation",
     knobs=(
@@ -191,7 +185,7 @@ SELECTIVE = Technique(
     summary="recompute cheap operators of every block, keep the expensive ones",
     effect=EffectClass.E0,
     apply=_apply_selective,
-    settings=_policies,
+    settings=lambda space: [{"keep": "attention"}, {"keep": "matmul"}] if space.block_count else [],
     order=50,
     slot="recomputation",
     knobs=(
