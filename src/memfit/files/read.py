@@ -14,7 +14,7 @@ import os
 import stat
 import tomllib
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -195,6 +195,15 @@ def bounded(value: Any, *, what: str) -> Any:
         if not level:
             return value
     raise UserError(f"{what} is nested too deeply", allowed=f"at most {_DEEPEST} levels")
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (keys joined by dots, value) for each value of nested dictionaries that is not one itself."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _inside(value: Any) -> Any:

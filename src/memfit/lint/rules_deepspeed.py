@@ -3,9 +3,7 @@ runtime/zero/config.py, runtime/precision_config.py; read 2026-11)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
+from memfit.files.read import leaves
 from memfit.lint.parse import Found, Options, Setup
 
 _BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -190,17 +188,9 @@ def deepspeed_auto_unfilled(d: Options, s: Setup) -> Found:
     which Accelerate fills in no value, such as optimizer.params.betas."""
     if s.accelerate is None or s.trainer is not None:
         return
-    keys = [path for path, value in _leaves(d.data) if value == "auto" and path not in _ACCELERATE_FILLS]
+    keys = [path for path, value in leaves(d.data) if value == "auto" and path not in _ACCELERATE_FILLS]
     if keys:
         yield {"keys": ", ".join(keys)}
-
-
-def _leaves(data: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in data.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def deepspeed_untested_optimizer(d: Options, s: Setup) -> Found:

@@ -8,10 +8,11 @@ import dataclasses
 import functools
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib import resources
-from typing import Any, Final
+from typing import Final
 
+from memfit.files.read import leaves
 from memfit.types.errors import UserError
 
 LANGUAGES: Final = ("en", "ja")
@@ -81,7 +82,7 @@ def load_words(lang: str) -> Words:
     texts: dict[str, str] = {}
     for file in (f"{lang}.toml", f"{lang}_decision.toml", f"{lang}_techniques.toml", f"{lang}_watch.toml"):
         text = resources.files("memfit.report").joinpath("words", file).read_text(encoding="utf-8")
-        texts |= dict(_flatten(tomllib.loads(text)))
+        texts |= dict(leaves(tomllib.loads(text)))
     return Words(lang=lang, texts=texts, translations=_translations(lang))
 
 
@@ -117,11 +118,3 @@ def _pattern(text: str) -> str:
 
 def _value_pattern(name: str) -> str:
     return _BYTES if name.endswith("bytes") else _ONE_WORD.get(name, ".+?")
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
