@@ -109,7 +109,7 @@ def _trainer_diff(source: Source, calls: list[ast.Call], plan: Plan, batch_size:
         lines = tuple(f"{k}={source_of(v)}" for k, v in values.items())
         what = f"{len(calls)} calls of" if len(calls) > 1 else "a call with ** of"
         return ScriptDiff(diff="", reason=f"the script has {what} {name_of(call.func)}", lines=lines)
-    remarks = list(_launch_remarks(plan))
+    remarks = [f"start it with torchrun --nproc-per-node {plan.ranks}"] if plan.ranks > 1 else []
     if "zero" in plan:
         remarks.append("deepspeed.json is written by `memfit export --to trainer --engine deepspeed`")
     sources = {name: source_of(value) for name, value in values.items()}
@@ -184,11 +184,6 @@ def _batch_remarks(source: Source, plan: Plan, call: ast.Call) -> Iterator[str]:
             f"line {lines[0]} reads {_BATCH}, which is now that of one of {plan.micro_batches} "
             "micro-batches: check what it counts, such as the steps of a schedule"
         )
-
-
-def _launch_remarks(plan: Plan) -> Iterator[str]:
-    if plan.ranks > 1:
-        yield f"start it with torchrun --nproc-per-node {plan.ranks}"
 
 
 # -- Accelerate and Lightning ---------------------------------------------------------------------

@@ -329,9 +329,8 @@ class TrainingStep:
             yield
 
     def _terms(self, part: Any) -> int:
-        return self.job.loss_terms(part) if self.job.loss_terms else self._default_terms(part)
-
-    def _default_terms(self, part: Any) -> int:
+        if self.job.loss_terms:
+            return self.job.loss_terms(part)
         terms = self.bench.loss_terms(part)
         return batch_length(part) if terms is None else terms
 

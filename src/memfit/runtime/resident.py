@@ -41,7 +41,8 @@ class ResidentMeter:
         self._peak_bytes = max(self._peak_bytes, peak_bytes, rss_bytes())
         self._shared_peak = max(self._shared_peak, shared_bytes() - self._shared_before)
         if whole or time.monotonic() >= self._next_s:
-            self._mapped_peak = max(self._mapped_peak, self._mapped_bytes())
+            mapped_bytes = sum(size for path, size in _data_files().items() if path not in self._known)
+            self._mapped_peak = max(self._mapped_peak, mapped_bytes)
             self._next_s = time.monotonic() + _FILES_PERIOD_S
 
     def observed(self) -> ResidentMemory:
@@ -54,9 +55,6 @@ class ResidentMeter:
             shared_bytes=self._shared_peak,
             mapped_bytes=self._mapped_peak,
         )
-
-    def _mapped_bytes(self) -> int:
-        return sum(size for path, size in _data_files().items() if path not in self._known)
 
 
 def shared_bytes() -> int:

@@ -74,7 +74,9 @@ def arguments(spec: RunSpec) -> dict[str, str]:
         **_degrees(spec.plan, mesh, spec.sizes),
         **_data_parallel(spec.plan),
         **_batches(spec, mesh),
-        **_step(spec),
+        "optimizer": "sgd" if "sgd" in spec.plan else "adam",
+        "train-iters": str(spec.steps),
+        "seed": str(spec.seed + 1),
         **_ALWAYS,
         **({"clip-grad": str(spec.clip)} if spec.clip else {}),
     }
@@ -138,11 +140,6 @@ def _batches(spec: RunSpec, mesh: Layout) -> dict[str, str]:
     parts *= int(pipeline.settings["micro_batches"]) if pipeline is not None else 1
     micro_batch_size = spec.batch_size // parts
     return {"micro-batch-size": str(max(1, micro_batch_size)), "global-batch-size": str(spec.batch_size)}
-
-
-def _step(spec: RunSpec) -> dict[str, str]:
-    sgd = "sgd" in spec.plan
-    return {"optimizer": "sgd" if sgd else "adam", "train-iters": str(spec.steps), "seed": str(spec.seed + 1)}
 
 
 def _files(spec: RunSpec) -> dict[str, str]:
