@@ -35,10 +35,12 @@ KINDS = {
 _MOST_BYTES = 1 << 20  # larger files are refused: they are data given by mistake, not configurations
 
 # Keys that identify a library. A file's kind is the one of whose keys it has the most.
-_MARKS = {kind: frozenset(keys) for kind, keys in read_table("marks.toml")["most"].items()}
+_MARKS: dict[str, frozenset[str]] = {
+    kind: frozenset(keys) for kind, keys in read_table("marks.toml")["most"].items()
+}
 # Files of these front ends have many keys of other libraries too. Kind -> (keys of which each of its files
 # has one, keys of which it has at least two more).
-_FRONT_ENDS = {
+_FRONT_ENDS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     kind: (frozenset(keys["one_of"]), frozenset(keys["more"]))
     for kind, keys in read_table("marks.toml")["front_end"].items()
 }

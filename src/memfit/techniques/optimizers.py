@@ -373,9 +373,7 @@ ADAFACTOR = _technique(
     _adafactor,
     settings=_once,
 )
-SGD = _technique(
-    "sgd", "SGD with momentum: one moment instead of two", EffectClass.E3, _sgd, settings=_once
-)
+SGD = _technique("sgd", "SGD with momentum: one moment instead of two", EffectClass.E3, _sgd, settings=_once)
 IMPORTED = Technique(
     name="optimizer",
     summary="any installed torch optimizer by its import path: Muon, Lion, Adam-mini, GaLore and others",
