@@ -59,12 +59,10 @@ def hand_written() -> dict[Path, tuple[str, str]]:
     places = {ROOT / "README.md": ("en", "overview.md")}
     for name in ("CHANGELOG", "CONTRIBUTING", "SECURITY"):
         places[ROOT / f"{name}.md"] = ("en", f"project/{name.lower()}.md")
-    for file in sorted(DOCS.glob("*.md")):
-        places[file] = ("en", f"manual/{file.name}")
-    for folder in ("decisions", "guides"):
+    for folder, place in ((".", "manual"), ("decisions", "decisions"), ("guides", "guides")):
         for file in sorted((DOCS / folder).glob("*.md")):
             language = "ja" if file.name.endswith(".ja.md") else "en"
-            places[file] = (language, f"{folder}/{file.name.replace('.ja.md', '.md')}")
+            places[file] = (language, f"{place}/{file.name.replace('.ja.md', '.md')}")
     for file in sorted(ROOT.glob("benchmarks/**/*.md")):
         places[file] = ("en", f"evidence/{file.relative_to(ROOT / 'benchmarks').as_posix()}")
     for language in LANGUAGES:
@@ -576,7 +574,7 @@ def joined(text: str) -> str:
     """Return a Japanese page without the line breaks inside sentences, which browsers show as spaces."""
     character = JAPANESE.pattern
     parts = re.split(r"(^```.*?^```)", text, flags=re.MULTILINE | re.DOTALL)
-    pattern = rf"(?<={character})\n *(?={character})"
+    pattern = rf"(?<={character})\n *(?={character})|(?<=[、。：）])\n *(?=[A-Za-z`\[]|\*\*)"
     return "".join(part if part.startswith("```") else re.sub(pattern, "", part) for part in parts)
 
 
@@ -753,6 +751,12 @@ def build(out: Path) -> None:
         if file.relative_to(out).parts[0] not in STATIC:
             text = file.read_text(encoding="utf-8")
             up = os.path.relpath(out, file.parent)
+            page = file.relative_to(out).as_posix().removeprefix("ja/")
+            # the switch of languages keeps the page
+            for language, site in (("en", out), ("ja", out / "ja")):
+                if (site / page).is_file():
+                    host = f"https://{language}.memfit.invalid"
+                    text = text.replace(f"{host}/index.html", f"{host}/{page}")
             text = text.replace("https://ja.memfit.invalid/", f"{up}/ja/")
             for host in ("en", "static"):
                 text = text.replace(f"https://{host}.memfit.invalid/", f"{up}/")

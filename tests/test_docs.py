@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Links of docs/site are those of the finished site: scripts/build_site.py checks them (unit/test_site.py).
 SITE = sorted([*ROOT.glob("docs/site/**/*.md"), *ROOT.glob("skills/*/*.md")])
 PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")} - {*SITE})
+JAPANESE = [page for page in PAGES if page.name.endswith(".ja.md")]
 MANUAL = "\n".join(
     p.read_text(encoding="utf-8")
     for p in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *SITE)
@@ -47,7 +49,7 @@ def test_the_first_code_block_of_the_readme_is_early_and_has_two_scripts() -> No
 
 
 def test_the_readme_links_to_every_page_of_docs() -> None:
-    for page in ROOT.glob("docs/*.md"):
+    for page in {*ROOT.glob("docs/*.md")} - {*JAPANESE}:
         assert f"](docs/{page.name})" in README
 
 
@@ -98,6 +100,44 @@ def test_links_to_headings_have_targets(page: Path) -> None:
         text = ((page.parent / target) if target else page).read_text(encoding="utf-8")
         headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
         assert heading in {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+CODE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+FIGURE = re.compile(r"\d+(?:[.,]\d+)*")
+
+
+def sections(page: Path) -> Iterator[tuple[dict[str, object], set[str]]]:
+    """Yield what no translation changes in each section of a page, and the figures of its text. Tables that a
+    script writes are in the English page alone."""
+    text = re.sub(r"<!-- written by.*?<!-- end -->", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    blocks, own = CODE.findall(text), {page.name.replace(".ja.md", ".md")}
+    for section in re.split(r"^(?=#+ )", CODE.sub("\0", text), flags=re.MULTILINE)[1:]:
+        code, blocks = blocks[: section.count("\0")], blocks[section.count("\0") :]
+        same = {
+            "level": len(section) - len(section.lstrip("#")),
+            "code without comments": [re.sub(r"(^|[ \t]+)#.*", "", b, flags=re.MULTILINE) for b in code],
+            "table": [line.count("|") for line in section.splitlines() if line.startswith("|")],
+            "links": {t.replace(".ja.md", ".md") for t in re.findall(r"\]\(([^)#\s]+)", section)} - own,
+            "claims": set(re.findall(r"<!-- .*? -->", section)),
+        }
+        yield same, set(FIGURE.findall(re.sub(r"\]\([^)]*\)", "", section)))
+
+
+@pytest.mark.parametrize("page", [p for p in JAPANESE if p.parent.name == "docs"], ids=lambda p: p.name)
+def test_a_japanese_page_of_the_manual_says_what_the_english_one_does(page: Path) -> None:
+    english = page.with_name(page.name.replace(".ja.md", ".md"))
+    for (theirs, figures), (same, japanese) in zip(sections(english), sections(page), strict=True):
+        assert same == theirs
+        assert figures <= japanese
+        # a small number may be a word in English
+        assert {n for n in japanese - figures if not n.isdigit() or int(n) > 100} == set()
+
+
+@pytest.mark.parametrize("page", JAPANESE, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_a_japanese_page_links_to_japanese_pages_where_there_are_any(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#\s]+)\.md", page.read_text(encoding="utf-8"))
+    others = [t for t in targets if f"{t}.md" != page.name.replace(".ja.md", ".md")]
+    assert not [t for t in others if (page.parent / f"{t}.ja.md").exists()]
 
 
 def test_the_stated_number_of_lint_rules_is_correct() -> None:

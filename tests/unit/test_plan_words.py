@@ -91,6 +91,7 @@ def test_the_glossary_holds_the_techniques_that_occur_sorted_by_name() -> None:
     assert found["lora"][1].startswith("The large model stays as it is")
 
 
-def test_the_glossary_page_of_the_documentation_is_that_of_the_words() -> None:
+def test_the_glossary_pages_of_the_documentation_are_those_of_the_words() -> None:
     module = runpy.run_path(str(ROOT / "scripts" / "glossary.py"))
-    assert module["PAGE"].read_text(encoding="utf-8") == module["page"]()
+    for language, file in module["PAGES"].items():
+        assert file.read_text(encoding="utf-8") == module["page"](language)

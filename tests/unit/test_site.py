@@ -108,8 +108,19 @@ def test_a_lesson_is_a_page_of_its_text_in_one_language_and_its_code(tmp_path: P
 
 
 def test_japanese_sentences_have_no_spaces_where_a_line_ends() -> None:
-    text = "文の途中で\n改行する。\n\n- 項目\n  の続き\n- GPU\n```\nあ\nい\n```\n"
-    assert build_site.joined(text) == "文の途中で改行する。\n\n- 項目の続き\n- GPU\n```\nあ\nい\n```\n"
+    text = "文の途中で\n改行する。\nGPU も。\n\n1. 項目\n  の続き。\n2. GPU\n```\nあ\nい\n```\n"
+    assert build_site.joined(text) == (
+        "文の途中で改行する。GPU も。\n\n1. 項目の続き。\n2. GPU\n```\nあ\nい\n```\n"
+    )
+
+
+def test_pages_that_exist_in_japanese_are_not_marked_as_english(sites: dict[str, build_site.Pages]) -> None:
+    marked = {
+        (path, target)
+        for path, text in sites["ja"].items()
+        for target in re.findall(r"\]\(([^)\s]+)\)）?[（、]英語", text)
+    }
+    assert {(path, target) for path, target in marked if not target.startswith("https://en.")} == set()
 
 
 def test_lint_explains_a_rule_with_the_text_of_its_page(

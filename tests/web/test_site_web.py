@@ -33,8 +33,9 @@ PAGES = (
     "lessons/01_bet_on_the_peak.html",
     "lessons/decision-makers.html",
     "guides/scientist.html",
+    "manual/estimate.html",
 )
-ENGLISH_PAGES = ("api/index.html", "commands/plan.html", "manual/estimate.html", "evidence/memory_truth.html")
+ENGLISH_PAGES = ("api/index.html", "commands/plan.html", "evidence/memory_truth.html")
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -94,6 +95,7 @@ def test_a_reader_finds_a_symptom_by_searching_and_changes_the_language(browser:
     other = page.locator("a[hreflang=ja]").first.get_attribute("href")
     page.goto(f"{address}/symptoms/{other}")
     assert page.evaluate("document.documentElement.lang") == "ja"
+    assert page.url.endswith("/ja/symptoms/killed.html")
     page.close()
 
 
