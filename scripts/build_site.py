@@ -110,7 +110,8 @@ def linked(to_language: str, path: str, language: str, here: str) -> str:
     replaces in the finished site, as each language is built on its own."""
     if to_language == language:
         return relative(path, here)
-    return f"https://{to_language}.memfit.invalid/{path.removesuffix('.md')}.html"
+    page = re.sub(r"README$", "index", path.removesuffix(".md"))  # as the site's builder names it
+    return f"https://{to_language}.memfit.invalid/{page}.html"
 
 
 # -- pages generated from the code ---------------------------------------------------------------------------

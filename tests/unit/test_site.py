@@ -74,6 +74,11 @@ def test_a_link_to_a_page_that_does_not_exist_is_an_error() -> None:
     assert list(build_site.missing_pages("en", pages)) == ["en/index.md: no such page: gone.md"]
 
 
+def test_a_readme_in_the_other_language_is_linked_by_the_name_of_its_built_page() -> None:
+    link = build_site.linked("en", "evidence/data/README.md", "ja", "manual/evidence.md")
+    assert link == "https://en.memfit.invalid/evidence/data/index.html"
+
+
 def test_the_built_site_is_searched_for_dead_links_and_anchors(tmp_path: Path) -> None:
     (tmp_path / "a.html").write_text('<h1 id="top"></h1><a href="b.html#x">1</a><a href="#top">2</a>')
     (tmp_path / "b.html").write_text(
