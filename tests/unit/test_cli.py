@@ -174,7 +174,16 @@ def test_the_help_names_the_goals_and_accuracies_that_exist() -> None:
         ("list job", "did you mean 'jobs'?"),
         ("list jobs H100-SXM", "takes no name"),
         ("doctor --into folder", "--into needs --install"),
-        ("decide --size paper", "--size need a stage"),
+        ("decide --size paper", "--size cannot be used without a stage"),
+        ("decide --memory 3GiB --threads 2", "--memory, --threads cannot be used without a stage"),
+        ("decide --template --lang ja", "in English only"),
+        ("decide --template --attended-minutes 3", "--attended-minutes cannot be used with --template"),
+        ("estimate protein-ss --dim crop=1 --dim crop=2", "--dim crop is given twice"),
+        ("estimate protein-ss --dim batch=8 --batch 4", "--dim batch=8 is what --batch is for"),
+        (f"estimate protein-ss --dim crop={'9' * 5000}", "allowed: NAME=N"),
+        ("plan --diff x.py --step 2", "--step cannot be used with --diff"),
+        ("plan --largest batch --lang ja", "in English only"),
+        ("export --to torchrun --recommended --out no/such/folder", "there is no folder no/such"),
         ("decide --gates default --template", "--template cannot be used with --gates"),
         ("record --compare a b --schema", "exclude each other"),
         ("plan --steps 0", "--steps"),
@@ -182,6 +191,9 @@ def test_the_help_names_the_goals_and_accuracies_that_exist() -> None:
         ("plan --threads -1", "--threads"),
         ("poc --seeds 0", "--seeds"),
         ("run --seed -1", "--seed"),
+        ("run --recommended --stall-limit soon", "not a time: 'soon'"),
+        ("run --recommended --grace soon", "not a time: 'soon'"),
+        ("run --recommended --store .", "the store . cannot be used"),
         ("plan --memory 12parsecs", "not a memory size: '12parsecs'"),
         ("plan --goal fastst", "did you mean 'fastest'?"),
         ("plan --accuracy roundng", "did you mean 'rounding'?"),
@@ -209,6 +221,11 @@ def test_a_mistake_is_reported_in_one_line_with_exit_code_two(
     assert told in err
     assert err.startswith("memfit: ")
     assert err.count("\n") == 1
+
+
+def test_the_template_of_a_case_is_one_json_object_with_json(ask: Ask) -> None:
+    code, out, _ = ask("decide", "--template", "--json")
+    assert (code, json.loads(out)["template"]) == (0, ask("decide", "--template")[1])
 
 
 def test_a_mistake_with_json_is_also_reported_as_one_json_object(ask: Ask, pipeline: FakePipeline) -> None:

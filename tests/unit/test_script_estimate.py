@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +18,12 @@ from scripts.measure import measure
 from torch import nn
 
 import memfit
+from memfit.capture import child
 from memfit.capture.estimate import estimate_script
 from memfit.capture.program import load_program
 from memfit.capture.result import PlanSearch, ScriptAnswer
+from memfit.inputs import machine_of
+from memfit.planner.request import Request
 from memfit.runtime.counting_allocator import available
 from memfit.types.errors import UserError
 from memfit.types.plan import Accuracy
@@ -654,3 +658,22 @@ def test_the_recommended_plan_is_an_edit_of_the_script_whose_peak_is_the_predict
     )
     assert planned.plan.uses
     assert _peak_bytes(edited) == pytest.approx(planned.allocated_bytes.value, rel=0.01)
+
+
+def test_a_search_for_a_scripts_plans_counts_workspaces_of_as_many_threads_as_its_estimate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Request] = []
+
+    def search(request: Request, progress: object) -> None:
+        asked.append(request)
+        raise UserError("no search")
+
+    monkeypatch.setattr(child, "search", search)
+    monkeypatch.setattr(child, "add_job", lambda *_: None)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    calls = SimpleNamespace(job=lambda *_, **__: None)
+    seen = SimpleNamespace(optimizers={0: None}, calls=calls, accumulated=1, clip=None, workers=0)
+    session = SimpleNamespace(program=SimpleNamespace(name="train.py"), machine=machine_of("this:cpu"))
+    child._Session._with_plans(session, ScriptAnswer(program="train.py"), seen, PlanSearch())  # type: ignore[arg-type]
+    assert [request.threads for request in asked] == [3]

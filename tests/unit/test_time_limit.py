@@ -37,6 +37,7 @@ from memfit.planner.search_bound import ENOUGH, least_ratio, rest_of
 from memfit.planner.selection import Objective, score
 from memfit.planner.single_device import _best_first
 from memfit.report.terminal import print_search
+from memfit.runtime.local_machine import this_machine
 from memfit.trace import trace_pool
 from memfit.trace.trace_pool import side_by_side
 from memfit.types.deadline import Deadline, TimeUp
@@ -210,6 +211,18 @@ def test_a_search_without_time_recommends_what_it_traced_and_states_no_bound(
     assert found.extent.unpriced_count > 0
     assert found.extent.gain_ratio is None
     assert found.extent.gain_unknown == "unpriced"
+
+
+def test_what_a_search_without_time_recommends_for_this_machine_is_measured_as_an_estimate_of_it_would_be(
+    question: Callable[..., Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[Plan] = []
+    monkeypatch.setattr(search, "calibrate", lambda *_, plans: measured.extend(plans))
+    monkeypatch.setattr(search, "begin_calibration", lambda *_: None)
+    here = question(within_s=1e-6, machine=this_machine("world", "cpu"), goal=Objective.SMALLEST)
+    found = search.search(here, quiet).result
+    assert found.recommended is not None
+    assert {found.recommended.estimate.plan, Plan()} <= set(measured)
 
 
 def test_a_search_that_is_cut_after_its_sketches_traces_the_best_one_that_fits(

@@ -145,6 +145,7 @@ class _Session:
             request = Request(
                 job=JobRef(spec=name),
                 machine=self.machine,
+                threads=torch.get_num_threads(),  # as in the estimate, since workspaces depend on them
                 bounds=Bounds(without=_NOT_FOR_SCRIPTS),
                 within_s=_SEARCH_S,
                 **{f.name: getattr(wanted, f.name) for f in dataclasses.fields(wanted)},

@@ -11,8 +11,7 @@ import typer
 from memfit.cli.gates import GateOptions, check_gates
 from memfit.cli.log_filters import quiet_libraries
 from memfit.cli.options import EffortOptions, GoalOptions, OutputOptions, RuntimeOptions, StoreOptions
-from memfit.cli.output import check_language, console, emit, refuse_options
-from memfit.types.errors import UserError
+from memfit.cli.output import check_language, console, emit, english_only, refuse_options, set_options
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,17 +74,20 @@ def decide(
         check_gates(options.poc, gates, effort, goal, runtime, store, output)
         return
     refuse_options(
-        {"--size": gates.size, "--job": gates.job}, "need a stage to predict", hint="add --pilot or --full"
+        {"--size": gates.size, "--job": gates.job, **set_options(goal, runtime)},
+        "cannot be used without a stage to predict",
+        hint="add --pilot or --full",
     )
     if options.template:
-        if options.case is not None or options.poc is not None:
-            raise UserError(
-                "--template cannot be used with --case or the ID of a proof of concept",
-                allowed="--template without --case and ID",
-            )
+        refuse_options(
+            {"--case": options.case, "ID": options.poc, "--attended-minutes": effort.attended_minutes},
+            "cannot be used with --template",
+            allowed="--template alone or with --json",
+        )
+        english_only(output, "--template")
         from memfit.decision.case import TEMPLATE
 
-        print(TEMPLATE, end="")
+        emit({"template": TEMPLATE}) if output.json else print(TEMPLATE, end="")
         return
     quiet_libraries()
     from memfit.store import Store

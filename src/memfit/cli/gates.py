@@ -17,7 +17,7 @@ from memfit.cli.options import (
     RuntimeOptions,
     StoreOptions,
 )
-from memfit.cli.output import check_language, console, emit
+from memfit.cli.output import check_language, console, emit, refuse_options, set_options
 from memfit.cli.progress import Bars
 from memfit.cli.record import SourcedRecord, find_record
 from memfit.cli.request import machine_of, request
@@ -103,6 +103,12 @@ def check_gates(
     concept begun last. If a figure does not keep its limit, no stage is predicted and the exit code is 1."""
     lang = check_language(output.lang)
     machines = {n: m for n, m in (("pilot", options.pilot), ("full", options.full)) if m is not None}
+    if not machines:
+        refuse_options(
+            {"--size": options.size, "--job": options.job, **set_options(goal, runtime)},
+            "cannot be used without a stage to predict",
+            hint="add --pilot or --full",
+        )
     for name in machines.values():
         machine_of(name, runtime.place)  # raises for an unknown machine before any long work begins
     quiet_libraries()

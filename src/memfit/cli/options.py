@@ -126,20 +126,34 @@ class JobOptions(SizeOptions):
     def ref(self) -> JobRef:
         names = [f.name for f in dataclasses.fields(self) if f.name not in ("job", "dim")]
         options = {name: getattr(self, name) for name in names}
-        return JobRef(spec=self.spec, **options, dimensions=_dimensions(self.dim or []))
+        dimensions = _dimensions(self.dim or [])
+        for name in dimensions.keys() & options.keys():
+            if options[name] is not None or name in ("size", "data", "weights"):
+                raise UserError(
+                    f"--dim {name}={dimensions[name]} is what --{name} is for", allowed=f"--{name} alone"
+                )
+        return JobRef(spec=self.spec, **options, dimensions=dimensions)
+
+
+_MOST_DIGITS = 12
 
 
 def _dimensions(texts: list[str]) -> dict[str, int]:
     """Return what --dim says, name -> number. Raises UserError for a text that is not NAME=N, with a whole
-    number N."""
-    pairs = [text.partition("=") for text in texts]
-    for name, separator, number in pairs:
-        if not (name and separator and number.isdecimal()):
+    number N of at most 12 digits, and for a name that is given twice."""
+    dimensions: dict[str, int] = {}
+    for text in texts:
+        name, _, number = text.partition("=")
+        name = name.strip()
+        if not (name and number.isdecimal() and len(number) <= _MOST_DIGITS):
             raise UserError(
-                f"--dim {name}{separator}{number}",
+                f"--dim {text[:80]}",
                 allowed="NAME=N with the name of a size and a whole number, such as crop=96",
             )
-    return {name.strip(): int(number) for name, _, number in pairs}
+        if name in dimensions:
+            raise UserError(f"--dim {name} is given twice", allowed="each size once")
+        dimensions[name] = int(number)
+    return dimensions
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

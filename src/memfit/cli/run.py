@@ -232,12 +232,15 @@ def run(
     if options.spec is not None:
         _finish(_run_prepared(job, plan_options, goal, options, runtime, device), None, options, output)
         return
-    plan = plan_file(plan_options)
+    plan, keep = plan_file(plan_options), checkpoint_settings(options)
+    stall_s = parse_duration(options.stall_limit) if options.stall_limit is not None else None
     frontier: tuple[Plan, ...] = ()
     job_request = dataclasses.replace(request(job, goal, runtime, device_here(device)), timeout_s=timeout_s)
+    from memfit.store import Store
+
+    records = Store(store.store) if options.record is None else None
     workload = print_workload_of(job_request, lang="en", quiet=output.json)
     with Bars("en") as progress:
-        from memfit.store import Store
         from memfit.workflows import proof_of_concept
         from memfit.workflows.recovery import RecoverySettings
 
@@ -251,13 +254,13 @@ def run(
             steps=job.steps,
             capped=capped,
             progress=progress,
-            store=Store(store.store) if options.record is None else None,
+            store=records,
             recovery=RecoverySettings(
-                keep=checkpoint_settings(options),
+                keep=keep,
                 most=most,
                 frontier=frontier,
                 on_recovery=functools.partial(print_recovery, most=most),
-                stall_s=parse_duration(options.stall_limit) if options.stall_limit is not None else None,
+                stall_s=stall_s,
                 on_notice=functools.partial(print_notice, folder=options.save),
             ),
         )
@@ -438,7 +441,8 @@ def lines(run: Run) -> Iterator[str]:
 
     measurement = run.measurement
     cap_bytes = measurement.cap_bytes or run.spec.cap_bytes
-    cap = f"under {format_bytes(cap_bytes)} ({measurement.limit_kind})" if cap_bytes else "without a cap"
+    limit = f" ({measurement.limit_kind})" * bool(measurement.limit_kind)  # "" if it ended before the limit
+    cap = f"under {format_bytes(cap_bytes)}{limit}" if cap_bytes else "without a cap"
     yield ": ".join(
         filter(None, (run.spec.plan.label, f"{measurement.outcome.value} {cap}", measurement.reason))
     )

@@ -16,7 +16,7 @@ from memfit.cost.memory import step_ops
 from memfit.engines.registry import engine
 from memfit.planner.capacity import Fits, fits_under, needed_bytes, states_bytes
 from memfit.planner.evaluate import Pricer
-from memfit.planner.machine_calibration import begin_calibration, score_band, timings
+from memfit.planner.machine_calibration import begin_calibration, calibrate, score_band, timings
 from memfit.planner.plan_space import may_share, may_split
 from memfit.planner.recompute_budget import Cap
 from memfit.planner.request import Planning, Progress, Request, limit_parts, make_pricer
@@ -131,7 +131,7 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
             capped_estimates, considered, left_out = pricing(cap_bytes)
             estimates = list({e.plan: e for e in (*estimates, *capped_estimates)}.values())
         result = decide(
-            estimates,
+            estimates := _measured_if_cut(pricer, request, estimates, fits, progress),
             goal=request.goal,
             cap_bytes=cap_bytes,
             considered=considered,
@@ -158,6 +158,21 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
         left_out=(*left_out, *unsearched),
     )
     return _completed(planning, deadline)
+
+
+def _measured_if_cut(
+    pricer: Pricer, request: Request, estimates: list[Estimate], fits: Fits, progress: Progress
+) -> list[Estimate]:
+    """Return the estimates. If the search is for this machine and was cut by its time limit, first measure
+    the operators of plain training and of the best plan that fits, as a search does that is not cut. Memory
+    and time of these two are then what an estimate of each alone says."""
+    if not (request.is_here and pricer.deadline.cut):
+        return estimates
+    winner = best(filter(fits, estimates), request.goal, score_band(pricer, request))
+    plans = [make_plain_plan(request.ranks), *([winner.plan] if winner else [])]
+    with pricer.deadline.overtime():
+        calibrate(pricer, request, progress, plans=plans)
+        return [pricer.whole(e.plan) for e in estimates]
 
 
 def _completed(planning: Planning, deadline: Deadline) -> Planning:
