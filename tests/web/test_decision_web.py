@@ -345,7 +345,7 @@ def test_untouched_sliders_change_no_text(opened: Any) -> None:
     squeezed = ["".join(t.split()) for t in drawn]
     visible = [(a, b) for a, b in zip(squeezed, ("".join(t.split()) for t in written), strict=True) if b]
     assert len(visible) > 20
-    assert [a for a, b in visible if a != b] == []
+    assert [a for a, b in visible if a.lower() != b.lower()] == []  # styles make first letters large
 
 
 @at("yen-en")
