@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,8 @@ import platformdirs
 import pytest
 import torch
 from torch import nn
+from torch._prims_common import suggest_memory_format
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import memfit
 import memfit.planner.workspace_probes
@@ -21,9 +24,12 @@ from memfit.api import Prediction
 from memfit.cost.workspaces import bound_bytes
 from memfit.planner.capacity import needed_bytes
 from memfit.runtime.memory import peak_counter
+from memfit.trace.allocation_recorder import AllocationRecorder
+from memfit.trace.operators import fact
 from memfit.trace.signature import describe
 
 functional = nn.functional
+ATEN = torch.ops.aten
 _NEGLIGIBLE_BYTES = 8192  # tables of a row
 Case = tuple[nn.Module, dict[str, torch.Tensor], Callable[[Any, Any], torch.Tensor]]
 
@@ -143,6 +149,27 @@ def turned() -> Case:
     return Scaled(nn.LayerNorm(64)), batch, lambda m, b: (m(b["x"].transpose(2, 3)) * b["x"]).sum()
 
 
+class Pyramid(nn.Module):
+    """As in UPerNet: a norm over channels leaves channels-last images; beside them, their mean passes a batch
+    norm as images of one pixel, whose layout decides that of the convolution after it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.join = nn.LayerNorm(width), nn.Conv2d(2 * width, width, 3, padding=1)
+        self.pooled = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        pooled = functional.interpolate(self.pooled(x), size=x.shape[2:], mode="bilinear")
+        return self.join(torch.cat([x, pooled], 1))  # type: ignore[no-any-return]
+
+
+def pyramid() -> Case:
+    return Pyramid(128), {"x": torch.rand(4, 128, 3, 3)}, lambda m, b: m(b["x"]).square().mean()
+
+
 CASES = {
     "volumes": volumes,
     "images": images,
@@ -152,6 +179,7 @@ CASES = {
     "masks": masks,
     "doubles": doubles,
     "turned": turned,
+    "pyramid": pyramid,
 }
 TRAINED = """
 import sys
@@ -268,6 +296,58 @@ def test_a_model_without_kernels_to_probe_starts_no_process(monkeypatch: pytest.
     assert found.allocated_bytes.high == pytest.approx(1.01 * found.allocated_bytes.value)
 
 
+@pytest.mark.parametrize(
+    "shape", [(4, 8, 1, 1), (4, 8, 3, 3), (4, 1, 3, 3), (2, 8, 3, 3, 3), (4, 8, 3)], ids=str
+)
+def test_a_traced_norm_gives_its_results_the_strides_that_its_kernel_gives_them(
+    shape: tuple[int, ...],
+) -> None:
+    few, last = torch.rand(shape[1]), torch.rand(shape[-1])
+    groups = min(4, shape[1])
+    sizes, grouped = (shape[0], shape[1], math.prod(shape[2:]), groups), torch.rand(shape[0], groups)
+    for x, grad in itertools.product(in_layouts(shape), repeat=2):
+        layout = suggest_memory_format(x)  # group_norm makes its inputs dense
+        dense, dense_grad = x.contiguous(memory_format=layout), grad.contiguous(memory_format=layout)
+        same_strides(ATEN.native_batch_norm.default, [x, few, few, few, few, True, 0.1, 1e-5])
+        same_strides(
+            ATEN.native_batch_norm_backward.default,
+            [grad, x, few, few, few, few, few, True, 1e-5, [True] * 3],
+        )
+        same_strides(ATEN.native_group_norm.default, [dense, few, few, *sizes, 1e-5])
+        same_strides(
+            ATEN.native_group_norm_backward.default,
+            [dense_grad, dense, grouped, grouped, few, *sizes, [True] * 3],
+        )
+        _, *statistics = same_strides(ATEN.native_layer_norm.default, [x, [len(last)], last, last, 1e-5])
+        same_strides(
+            ATEN.native_layer_norm_backward.default,
+            [grad, x, [len(last)], *statistics, last, last, [True] * 3],
+        )
+
+
+def in_layouts(shape: tuple[int, ...]) -> list[torch.Tensor]:
+    """Tensors of the shape: contiguous, with the last two axes stored the other way round, channels last."""
+    x = torch.rand(shape)
+    formats = {4: [torch.channels_last], 5: [torch.channels_last_3d]}.get(len(shape), [])
+    return [
+        x,
+        x.transpose(-1, -2).contiguous().transpose(-1, -2),
+        *(torch.empty(shape, memory_format=layout).uniform_() for layout in formats),
+    ]
+
+
+def same_strides(call: Any, args: list[Any]) -> tuple[torch.Tensor, ...]:
+    """The operator's results, after comparing the strides of the first with those of a traced call."""
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args]
+        with AllocationRecorder("cpu"):
+            traced = call(*fakes)
+    real: tuple[torch.Tensor, ...] = call(*args)
+    layouts = [a.stride() for a in args if isinstance(a, torch.Tensor)][:2]
+    assert traced[0].stride() == real[0].stride(), f"{call} of tensors with strides {layouts}"
+    return real
+
+
 @pytest.mark.parametrize("transposed", [False, True], ids=["convolution", "transposed"])
 @pytest.mark.parametrize(
     ("x", "weight", "groups", "dilation"),
@@ -300,7 +380,6 @@ def test_no_convolution_takes_more_than_its_bound(
     )
 
 
-ATEN = torch.ops.aten
 MIXED = [
     (a, b)
     for a in (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool)
@@ -372,6 +451,20 @@ def test_kernels_that_take_indices_have_a_bound_in_half_precision_and_in_other_l
     for call, args in calls:
         assert bound_bytes(describe(str(call), args, {}), "cpu", 1) > 0, str(call)
         taken(peak_counter(), call, args)
+
+
+def test_a_grouped_convolutions_backward_counts_the_operations_of_each_group_once() -> None:
+    """Otherwise a depthwise one seems too large to be probed."""
+    images, rest = torch.rand(2, 8, 6, 6), [None, [1, 1], [1, 1], [1, 1], False, [0, 0]]
+    for groups in (1, 2, 8):
+        weight = torch.rand(8, 8 // groups, 3, 3)
+        args = [images, images, weight, *rest, groups, [True, True, False]]
+        count = fact(ATEN.convolution_backward.default).count
+        assert count is not None
+        assert (
+            count(*args, out_val=ATEN.convolution_backward.default(*args))
+            == 2 * 2 * weight.numel() * 2 * 6 * 6
+        )
 
 
 def taken(counter: Any, call: Any, args: list[Any]) -> torch.Tensor:

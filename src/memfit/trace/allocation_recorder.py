@@ -27,7 +27,7 @@ from memfit.trace import operators
 from memfit.trace.assumed_values import is_assumed
 from memfit.trace.concrete_values import ConcreteValues
 from memfit.trace.data_dependent import Guesses
-from memfit.trace.fake_storage import of_kernels_types, plain_tensors, sole_counts, strided_storage
+from memfit.trace.fake_storage import of_kernels, plain_tensors, sole_counts, strided_storage
 from memfit.trace.operators import tensors_in
 from memfit.trace.optimizer_scalars import COUNTING, count_from_late_step
 from memfit.trace.source_location import ModuleStack, library_line, newest_node, running_node, user_place
@@ -384,7 +384,7 @@ class AllocationRecorder(TorchDispatchMode):
                 # The product with the gradient: SoftMax.cu.
                 self.guesses.scratch.append(torch.empty_like(args[1]))
             elif func in operators.NORMS:
-                out = of_kernels_types(func, args, out, self.device)
+                out = of_kernels(func, args, out, self.device)
         outputs = tensors_in(out)
         per_output = len(owners) == len(outputs) > 1
         for i, tensor in enumerate((*self.guesses.scratch, *outputs)):

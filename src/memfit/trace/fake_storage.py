@@ -1,5 +1,5 @@
-"""Properties of plain tensors that fake ones lack: the storage that holds the bytes, the dtypes that real
-kernels return, and reference counts."""
+"""Properties of plain tensors that fake ones lack: the storage that holds the bytes, the dtypes and strides
+that real kernels return, and reference counts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import functools
 from typing import Any
 
 import torch
+from torch._prims_common import (
+    make_channels_last_strides_for,
+    make_contiguous_strides_for,
+    suggest_memory_format,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
@@ -25,28 +30,48 @@ def plain_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
     return [p for t in inner if isinstance(t, torch.Tensor) for p in plain_tensors(t)]
 
 
-def of_kernels_types(func: Any, args: Any, out: Any, device: str) -> Any:
+def of_kernels(func: Any, args: Any, out: Any, device: str) -> Any:
     """Return ``out``, the fake outputs of a normalisation (layer, group or batch norm, forward or backward),
     corrected to what the real kernels return.
 
     The fake implementations return all outputs, in one dtype. Forward: for half-precision inputs, the
     statistics (means and deviations) become float32 on CUDA, except for group norm, and if a weight, bias or
     running statistic is float32 (is_mixed_type in aten/src/ATen/native/cpu/mixed_data_type.h). Backward: the
-    input's gradient gets the input's dtype, or becomes None if it is not requested.
+    input's gradient gets the input's dtype, or becomes None if it is not requested. On the CPU, the first
+    output gets the strides that the kernel gives it (`_kernel_strides`).
     """
-    if func in operators.NORM_GRADIENTS:
-        has_dtype = out[0] is not None and out[0].dtype == args[1].dtype
-        is_requested = args[-1][0]
-        return (
-            out
-            if has_dtype and is_requested
-            else (torch.empty_like(args[1]) if is_requested else None, *out[1:])
-        )
-    is_mixed = any(isinstance(a, torch.Tensor) and a.dtype == torch.float32 for a in args[1:5])
-    is_wide = is_mixed or (device_kind(device).kernels == "cuda" and func is not operators.GROUP_NORM)
-    if not is_wide or args[0].element_size() != 2:
-        return out
-    return (out[0], *(torch.empty_like(statistic, dtype=torch.float32) for statistic in out[1:]))
+    is_backward = func in operators.NORM_GRADIENTS
+    x, first, statistics = args[int(is_backward)], out[0], out[1:]
+    if is_backward:
+        has_dtype = first is not None and first.dtype == x.dtype
+        first = (first if has_dtype else torch.empty_like(x)) if args[-1][0] else None
+    else:
+        is_mixed = any(isinstance(a, torch.Tensor) and a.dtype == torch.float32 for a in args[1:5])
+        is_wide = is_mixed or (device_kind(device).kernels == "cuda" and func is not operators.GROUP_NORM)
+        if is_wide and x.element_size() == 2:
+            statistics = tuple(torch.empty_like(s, dtype=torch.float32) for s in statistics)
+    if first is not None and device_kind(device).is_host:
+        strides = _kernel_strides(func, args[0], x)
+        if first.stride() != strides:
+            first = first.new_empty_strided(first.shape, strides)
+    return (first, *statistics)
+
+
+def _kernel_strides(func: Any, grad: torch.Tensor, x: torch.Tensor) -> tuple[int, ...]:
+    """Return the strides of what a normalisation's CPU kernel makes of its input ``x``: its output, or in
+    backward the gradient of ``x``. ``grad``: the gradient of the output, in forward ``x`` again.
+
+    Layer norm makes contiguous tensors, batch norm and group norm contiguous or channels-last ones, as the
+    strides of ``x`` suggest. Images of one pixel are both; of these, batch norm makes contiguous ones, unless
+    the gradient's strides suggest another layout than those of ``x`` (aten/src/ATen/native: layer_norm.cpp,
+    group_norm.cpp, Normalization.cpp). The next operators choose their kernels, and with these their
+    workspaces, by the strides.
+    """
+    layout = torch.contiguous_format if func in operators.LAYER_NORMS else suggest_memory_format(x)
+    if func in operators.BATCH_NORMS and x.is_contiguous() and suggest_memory_format(grad) is layout:
+        layout = torch.contiguous_format
+    is_contiguous = layout is torch.contiguous_format
+    return make_contiguous_strides_for(x.shape) if is_contiguous else make_channels_last_strides_for(x.shape)
 
 
 def strided_storage(tensor: torch.Tensor) -> torch.UntypedStorage:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed._functional_collectives  # registers its operators
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from memfit.trace.data_dependent import Guesses
 from memfit.trace.signature import describe, moved_bytes
@@ -51,7 +51,7 @@ class OperatorWork:
 def fact(func: Any) -> OperatorFact:
     """Return the facts about an operator, such as ``torch.ops.aten.add.Tensor``. They are kept for later
     calls."""
-    count = flop_registry.get(func.overloadpacket) or _EXTRA_FLOPS.get(func)
+    count = _FLOPS.get(func) or flop_registry.get(func.overloadpacket)
     silent = bool(func.is_view) or func in MAKERS or func in _NO_WORK or func.namespace == "profiler"
     resizes = "resize" in func._schema.name or func._schema.name.endswith("set_")
     return OperatorFact(str(func), silent, _composite(func), resizes, count)
@@ -454,8 +454,19 @@ def _attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *rest
     return _attention_flops(query, key, value) * 5 // 2
 
 
+def _convolution_backward_flops(
+    grad: Any, x: Any, weight: Any, bias_sizes: Any, *rest: Any, **options: Any
+) -> int:
+    """Return the floating-point operations of a convolution's backward: those of its forward for each
+    gradient of ``x`` and ``weight`` that is requested. Torch's own formula counts the gradient of the weight
+    once for each group."""
+    _, _, _, transposed, _, _, requested = rest
+    return int(sum(requested[:2]) * conv_flop_count(x.shape, weight.shape, grad.shape, transposed))
+
+
 _ATEN: Any = torch.ops.aten
-_EXTRA_FLOPS: dict[Any, Callable[..., int]] = {
+_FLOPS: dict[Any, Callable[..., int]] = {  # in place of torch's formulas, or where it has none
+    _ATEN.convolution_backward.default: _convolution_backward_flops,
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default: _attention_flops,
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default: _attention_backward_flops,
 }
@@ -494,6 +505,8 @@ WIDE_LOSSES = frozenset(
     {_ATEN.mse_loss.default, _ATEN.smooth_l1_loss.default, _ATEN.binary_cross_entropy.default}
 )
 GROUP_NORM = _ATEN.native_group_norm.default
+LAYER_NORMS = frozenset({_ATEN.native_layer_norm.default, _ATEN.native_layer_norm_backward.default})
+BATCH_NORMS = frozenset({_ATEN.native_batch_norm.default, _ATEN.native_batch_norm_backward.default})
 NORM_GRADIENTS = frozenset(
     {
         _ATEN.native_layer_norm_backward.default,
@@ -514,7 +527,7 @@ _MEAN = 1  # mode of an embedding bag
 _BAG_BACKWARD = _ATEN._embedding_bag_backward.default
 _IS_SPARSE_BAG = 9  # its argument
 SOFTMAX_BACKWARD = _ATEN._softmax_backward_data.default
-NORMS = NORM_GRADIENTS | {_ATEN.native_layer_norm.default, GROUP_NORM, _ATEN.native_batch_norm.default}
+NORMS = NORM_GRADIENTS | LAYER_NORMS | BATCH_NORMS | {GROUP_NORM}
 LIFT = _ATEN.lift_fresh.default
 _COMM: Any = torch.ops._c10d_functional
 WAIT, COMING = _COMM.wait_tensor.default, _COMM._wrap_tensor_autograd.default
