@@ -194,6 +194,8 @@ def test_the_help_names_the_goals_and_accuracies_that_exist() -> None:
         ("run --recommended --stall-limit soon", "not a time: 'soon'"),
         ("run --recommended --grace soon", "not a time: 'soon'"),
         ("run --recommended --store .", "the store . cannot be used"),
+        ("run --recommended --resume no/such", "there is no complete checkpoint in no/such"),
+        (f"run --recommended --save {__file__}", "is a file"),
         ("plan --memory 12parsecs", "not a memory size: '12parsecs'"),
         ("plan --goal fastst", "did you mean 'fastest'?"),
         ("plan --accuracy roundng", "did you mean 'rounding'?"),

@@ -180,6 +180,7 @@ def test_pods_keep_checkpoints_on_a_persistent_volume_claim() -> None:
     ("target", "given", "said"),
     [
         ("k8s", handover(nodes=2), "--image is missing"),
+        ("k8s", handover(nodes=2, image="a b"), "'a b' is no image"),
         ("skypilot", handover(nodes=2, script=("own.py",)), "--gpu is missing"),
         (
             "k8s",

@@ -239,6 +239,11 @@ def run(
     from memfit.store import Store
 
     records = Store(store.store) if options.record is None else None
+    if plan is None:  # what the run would refuse is refused before the search
+        from memfit.jobs import checkpoints
+        from memfit.jobs.registry import load
+
+        checkpoints.settled(keep, options.seed, job.steps or load(job_request.job).steps)
     workload = print_workload_of(job_request, lang="en", quiet=output.json)
     with Bars("en") as progress:
         from memfit.workflows import proof_of_concept

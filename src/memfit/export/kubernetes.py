@@ -28,9 +28,11 @@ def files(handover: Handover) -> Files:
     path; if a volume claim is given and the run saves no checkpoints; if the files have more than 1,000,000
     bytes together, too many for a ConfigMap; or if the engine's configuration cannot be passed to the user's
     script."""
-    if not handover.image:
+    if len(handover.image.split()) != 1:
         raise UserError(
-            "--image is missing, which --to k8s needs",
+            f"--image {handover.image!r} is no image"
+            if handover.image
+            else "--image is missing, which --to k8s needs",
             allowed="a container image with Python, torch and the packages that the program imports",
             hint="for example --image registry/name:tag",
         )
