@@ -753,11 +753,11 @@ def build(out: Path) -> None:
             text = file.read_text(encoding="utf-8")
             up = os.path.relpath(out, file.parent)
             page = file.relative_to(out).as_posix().removeprefix("ja/")
-            # the switch of languages keeps the page
+            # the switch of languages keeps the page; beside <link rel="alternate"> the theme looks for a sitemap
             for language, site in (("en", out), ("ja", out / "ja")):
                 if (site / page).is_file():
-                    host = f"https://{language}.memfit.invalid"
-                    text = text.replace(f"{host}/index.html", f"{host}/{page}")
+                    start = f'<a href="https://{language}.memfit.invalid'
+                    text = text.replace(f"{start}/index.html", f"{start}/{page}")
             text = text.replace("https://ja.memfit.invalid/", f"{up}/ja/")
             for host in ("en", "static"):
                 text = text.replace(f"https://{host}.memfit.invalid/", f"{up}/")
