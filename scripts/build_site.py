@@ -753,7 +753,7 @@ def build(out: Path) -> None:
             text = file.read_text(encoding="utf-8")
             up = os.path.relpath(out, file.parent)
             page = file.relative_to(out).as_posix().removeprefix("ja/")
-            # the switch of languages keeps the page; beside <link rel="alternate"> the theme looks for a sitemap
+            # The switch of languages keeps the page. Beside the targets of <link>, the theme wants a sitemap.
             for language, site in (("en", out), ("ja", out / "ja")):
                 if (site / page).is_file():
                     start = f'<a href="https://{language}.memfit.invalid'
