@@ -11,6 +11,7 @@ data. Peaks are the counting allocator's, in the worker; predictions are traces 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -29,7 +30,7 @@ from memfit.planner.request import Request, make_pricer
 from memfit.runtime.child_process import run
 from memfit.runtime.counting_allocator import CountingAllocator
 from memfit.runtime.local_machine import this_machine
-from memfit.runtime.op_benchmark import ProbeResult, probe
+from memfit.runtime.op_benchmark import CANNOT_RUN, CallMemory, measure_call
 from memfit.runtime.ranks import run_ranks
 from memfit.store.environment import fingerprint
 from memfit.techniques.registry import make_use
@@ -140,7 +141,7 @@ class Bench:
     def __init__(self) -> None:
         self.counter = CountingAllocator()
         self.counter.install()
-        self.probes: dict[str, ProbeResult | None] = {}
+        self.probes: dict[str, CallMemory | None] = {}
         self.references: dict[tuple[str, ...], list[float]] = {}
 
     def record(self, row: Row) -> dict[str, Any]:
@@ -193,7 +194,7 @@ class Bench:
         request = Request(job=spec.job, machine=this_machine("world"), engine=row.engine)
         traced = make_pricer(request)[1].trace(row.plan, rank)
         signatures = {op.signature for op in traced.ops if "c10d" not in op.op}
-        self.probes |= {s: probe(s, self.counter) for s in signatures - self.probes.keys()}
+        self.probes |= {s: self.probe(s) for s in signatures - self.probes.keys()}
         known = {s: p for s in signatures if (p := self.probes[s]) is not None}
         profile = memory_profile(
             traced,
@@ -203,6 +204,11 @@ class Bench:
             ),
         )
         return {**profile.phase_peak_bytes, "peak": profile.peak_bytes}
+
+    def probe(self, signature: str) -> CallMemory | None:
+        with contextlib.suppress(*CANNOT_RUN):
+            return measure_call(signature, self.counter)[1]
+        return None
 
 
 def spec_of(row: Row) -> RunSpec:

@@ -5,6 +5,14 @@
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 install all,dev
 
+say "ruff"; ruff check .; ruff format --check .
+
+# Types and layers are checked beside downloads and the first tests, which often wait. Errors are shown at once.
+found=$(mktemp)
+{ { nice mypy && nice lint-imports --no-cache; } >"$found" 2>&1 || { cat "$found" >&2; false; }; } &
+types=$!
+trap 'kill "$types" 2>/dev/null || true; rm -f "$found"' EXIT
+
 # The report is looked at in a real browser, in Japanese too. Without them those tests are skipped, and counted.
 if ! command -v chromium >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     say "installing Chromium and a Japanese font for the report's tests"
@@ -19,11 +27,10 @@ bash scripts/parsers.sh || echo "   could not be installed: their tests will be 
 unset PYTHONDONTWRITEBYTECODE
 export OMP_NUM_THREADS=1 # two threads can be far slower than one on tiny operators when cores are shared
 
-say "ruff"; ruff check .; ruff format --check .
+say "pytest, and beside it mypy and import-linter"
+status=0
+python -m pytest -n auto "$@" || status=$?
 say "mypy and import-linter"
-mypy &
-types=$!
-lint-imports --no-cache
-wait "$types"
-say "pytest"
-exec python -m pytest -n auto "$@"
+wait "$types" || status=1
+cat "$found"
+exit "$status"

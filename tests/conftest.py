@@ -6,6 +6,7 @@ import fnmatch
 import gc
 import os
 import socket
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # No test reads a prediction that another one, or the user of this machine, has stored.
 os.environ["MEMFIT_CACHE"] = "off"
 
+import forked
 import pytest
 from beartype import BeartypeConf
 from beartype.claw import beartype_packages
@@ -58,6 +60,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Before memfit is imported, in this process and in those of xdist."""
+    gc.disable()  # until all tests are collected: a sixth of that time is otherwise the collector's
     names = (*_CHECKED, *(_CHECKED_WITH_LONG if config.getoption("--long") else ()))
     beartype_packages(
         tuple(f"memfit.{name}" for name in names),
@@ -96,6 +99,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
+    gc.enable()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -135,6 +139,26 @@ def _calibration_of_session(tmp_path_factory: pytest.TempPathFactory) -> Iterato
     with pytest.MonkeyPatch.context() as patch:
         path = tmp_path_factory.mktemp("calibration") / "calibration.sqlite3"
         patch.setattr("memfit.store.calibration.default_path", lambda: path)
+        yield
+
+
+_PROCESSES = "memfit.runtime.child_process.subprocess"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _forked_probes() -> Iterator[None]:
+    """Operators are probed and timed in forked processes, which need not import torch."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "torch" in sys.modules:
+            patch.setattr(_PROCESSES, forked.processes("memfit.worker calibrate"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def forked_workers(_forked_probes: None) -> Iterator[None]:
+    """The workers of this file's trainings are forked: how they start is tested elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_PROCESSES, forked.processes("memfit.worker "))
         yield
 
 

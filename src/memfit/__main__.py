@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 
 from memfit.cli import main
+from memfit.types.gc_pause import collect_rarely, skip_gc_at_exit
 
 
 def run() -> int:
-    """Run the command line and return its exit status, after which the process must end. Unless Triton is
-    loaded, all objects are then excluded from garbage collection, which at the process's end takes longer
-    than many a command where torch and transformers are loaded. With Triton it stays on, because otherwise
-    Triton's bindings list on stderr what was not collected."""
+    """Run the command line and return its exit status, after which the process must end."""
+    collect_rarely()
     code = main()
-    if "triton" not in sys.modules:
-        gc.freeze()
+    skip_gc_at_exit()
     return code
 
 

@@ -1,19 +1,19 @@
-"""Commands and steps on the simulated accelerator, in child processes that find it when they import torch."""
+"""Commands and steps on the simulated accelerator, in child processes that have it."""
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from child_ranks import run_script
 
 import simulated_accelerator
 
 MISSING = simulated_accelerator.missing()
 _LIMIT_S = 280.0
+_ON_DEVICE = Path(__file__).with_name("on_the_device.py")
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -44,13 +44,7 @@ def memfit_on_device(device_environment: Callable[..., dict[str, str]]) -> Comma
     def run(
         *arguments: str | Path, devices: int = 1, capacity_bytes: int = 2**30
     ) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", "memfit", *map(str, arguments)],
-            env={**os.environ, **device_environment(devices=devices, capacity_bytes=capacity_bytes)},
-            capture_output=True,
-            text=True,
-            timeout=_LIMIT_S,
-            check=False,
-        )
+        environment = device_environment(devices=devices, capacity_bytes=capacity_bytes)
+        return run_script(_ON_DEVICE, "-m", "memfit", *arguments, env=environment, limit_s=_LIMIT_S)
 
     return run

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from child_ranks import run_script
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu" / "all.py"
+_ON_DEVICE = Path(__file__).with_name("on_the_device.py")
 _LIMIT_S = 240.0
 
 
@@ -26,22 +28,17 @@ def test_a_killed_run_continues_where_it_was_and_marks_what_is_simulated(
 ) -> None:
     records = tmp_path / "records.jsonl"
     command = [sys.executable, "-W", "ignore", str(SCRIPT), "--only", "steps", "--records", str(records)]
-    environment = {**os.environ, **device_environment(capacity_bytes=2**31)}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as child:
+    environment = device_environment(capacity_bytes=2**31)
+    with subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         first = child.stdout.readline()  # the first measurement has been recorded
         child.send_signal(signal.SIGKILL)
     before = lines(records)
     assert first.startswith("steps: ")
     assert before
-    again = subprocess.run(
-        [*command, "--minutes", "1e-9"],  # none of those that are left is begun
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=_LIMIT_S,
-        check=True,
-    )
+    # none of those that are left is begun
+    again = run_script(_ON_DEVICE, *command[3:], "--minutes", "1e-9", env=environment, limit_s=_LIMIT_S)
+    assert again.returncode == 0, again.stderr[-2000:]
     after = lines(records)
     assert after[: len(before)] == before
     keys = [(line["piece"], line["name"]) for line in after]
@@ -54,21 +51,16 @@ def test_a_killed_run_continues_where_it_was_and_marks_what_is_simulated(
 def test_a_rehearsed_step_has_predictions_beside_measurements(
     device_environment: Callable[..., dict[str, str]], tmp_path: Path
 ) -> None:
-    script = (
-        "import json, sys; sys.path.insert(0, sys.argv[1]); import importlib;"
-        "a = importlib.import_module('all');"
-        "print(next(iter(a.cases(['engines'], simulated=True))).name);"
-        "case = next(c for c in a.cases(['steps'], simulated=True) if 'char-lm' in c.name);"
-        "print(json.dumps(case.measure()))"
+    script = tmp_path / "rehearsed.py"
+    script.write_text(
+        "import json, sys; sys.path.insert(0, sys.argv[1]); import importlib\n"
+        "a = importlib.import_module('all')\n"
+        "print(next(iter(a.cases(['engines'], simulated=True))).name)\n"
+        "case = next(c for c in a.cases(['steps'], simulated=True) if 'char-lm' in c.name)\n"
+        "print(json.dumps(case.measure()))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script, str(SCRIPT.parent)],
-        env={**os.environ, **device_environment(capacity_bytes=2**31)},
-        capture_output=True,
-        text=True,
-        timeout=_LIMIT_S,
-        check=False,
-    )
+    environment = device_environment(capacity_bytes=2**31)
+    done = run_script(_ON_DEVICE, script, SCRIPT.parent, env=environment, limit_s=_LIMIT_S)
     assert done.returncode == 0, done.stderr[-2000:]
     first_engine, *_, measured_step = done.stdout.splitlines()
     assert first_engine.startswith("native: protein-lm")

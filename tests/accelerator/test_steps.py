@@ -7,19 +7,18 @@ kernels.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from child_ranks import run_script
 
 import simulated_accelerator
 
 _MISSING = simulated_accelerator.missing()
 pytestmark = pytest.mark.skipif(_MISSING is not None, reason=str(_MISSING))
-_SCRIPT = Path(__file__).with_name("steps_on_the_device.py")
+_SCRIPT, _ON_DEVICE = (Path(__file__).with_name(f"{n}_the_device.py") for n in ("steps_on", "on"))
 _LIMIT_S = 300
 WORST_RATIO = 0.005
 
@@ -49,11 +48,10 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def of(name: str) -> dict[str, Any]:
         if name not in results:
             folder = tmp_path_factory.mktemp("device")
-            environment = {**os.environ, **simulated_accelerator.environment(folder)}
             group = next(g for g in GROUPS if name in g)
-            command = [sys.executable, str(_SCRIPT), str(folder / "seen.json"), *group]
-            child = subprocess.run(
-                command, env=environment, capture_output=True, text=True, timeout=_LIMIT_S, check=False
+            environment = simulated_accelerator.environment(folder)
+            child = run_script(
+                _ON_DEVICE, _SCRIPT, folder / "seen.json", *group, env=environment, limit_s=_LIMIT_S
             )
             assert child.returncode == 0, child.stderr[-2000:]
             results.update(json.loads((folder / "seen.json").read_text()))

@@ -28,7 +28,7 @@ def test_a_stopped_rank_is_named(kind: str, tmp_path: Path) -> None:
 
 
 def _is_recovered(kind: str, folder: Path) -> None:
-    spec = chaos.spec_of(kind, folder / "whole", steps=chaos.STEPS, step_s=chaos.STEP_S, every=chaos.EVERY)
+    spec = chaos.spec_of(kind, folder / "whole", steps=chaos.STEPS, step_s=0.0, every=chaos.STEPS)
     undisturbed = list(chaos.train(spec)["measured"].losses)
     assert len(undisturbed) == chaos.STEPS
     row = chaos.kill_round(kind, 1, folder / "killed", undisturbed, kills=1)

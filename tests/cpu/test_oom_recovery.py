@@ -18,6 +18,7 @@ from memfit.verify import verdict
 from memfit.workflows import single_run
 from memfit.workflows.recovery import RecoverySettings
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
 MIB = 2**20
 FAILED_STEP = 8  # the first of the third epoch
 JOB = Path(__file__).parents[1] / "data" / "growing_samples.py"

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from child_ranks import leave, run_children
+from scratch_memory import probed
 from torch import nn
 from torch.nn import functional
 
@@ -24,14 +25,12 @@ from memfit.jobs.builtin.gpt import Gpt, GptSize
 from memfit.jobs.training_step import TrainingStep
 from memfit.runtime.counting_allocator import CountingAllocator, available
 from memfit.runtime.gloo import gloo_first
-from memfit.runtime.op_benchmark import probe
 from memfit.techniques.registry import make_use
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
 from memfit.types.job import Job
-from memfit.types.machine import Calibration
 from memfit.types.plan import Plan
-from memfit.types.trace import Category, Phase, Trace
+from memfit.types.trace import Category, Phase
 from memfit.worker.train import join_world
 
 SIZE = GptSize(layers=4, width=64, heads=4, length=32, vocabulary=256, batch_size=8)
@@ -239,14 +238,9 @@ def _trains_as_one_process(case: tuple[str, Plan], found: list[dict[str, Any]]) 
 def _peaks_as_predicted(case: tuple[str, Plan], found: list[dict[str, Any]], counter: Any) -> None:
     for rank, measured in enumerate(found):
         traced = trace(JOBS[case[0]], case[1], rank=rank)
-        predicted = memory_profile(traced, _probed(traced, counter)).phase_peak_bytes
+        predicted = memory_profile(traced, probed(traced, counter)).phase_peak_bytes
         for phase in PHASES:
             assert predicted[phase] == pytest.approx(measured["peaks"][phase], rel=WORST_RATIO), (rank, phase)
-
-
-def _probed(traced: Trace, counter: CountingAllocator) -> Calibration:
-    found = {s: probe(s, counter) for s in {op.signature for op in traced.ops if "c10d" not in op.op}}
-    return Calibration(op_peak_bytes={s: f[1] for s, f in found.items() if f is not None})
 
 
 @pytest.mark.parametrize("index", range(len(TWO)), ids=[_id(c) for c in TWO])

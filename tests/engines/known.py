@@ -62,6 +62,7 @@ def parser_takes(
     parser.exit_on_error = False
     parser.error = _raise  # type: ignore[method-assign]
     known = {n for a in parser._actions for n in a.option_strings}
+    tried: dict[str, list[str]] = {}  # what is tried, and its words on a command line
     for key, spec in data["now"][section].items():
         names = [n for n in (f"--{front}{key}", f"--{front}{key}".replace("_", "-")) if n in known]
         if not names:
@@ -69,12 +70,21 @@ def parser_takes(
         for value in samples(spec) if names else ():
             action = parser._option_string_actions[names[0]]
             words = [] if action.nargs == 0 else [str(value)]
-            if action.choices is None and spec not in ("integer", "number", "switch"):
-                continue
-            try:
-                parser.parse_known_args([names[0], *words, *after])
-            except (argparse.ArgumentError, ValueError, KeyError) as error:
-                yield f"{section}.{key} {value}: {error}"
+            if action.choices is not None or spec in ("integer", "number", "switch"):
+                tried[f"{section}.{key} {value}"] = [names[0], *words]
+    if _refusal(parser, [word for words in tried.values() for word in words], after):
+        for name, words in tried.items():  # one by one, to say which
+            if error := _refusal(parser, words, after):
+                yield f"{name}: {error}"
+
+
+def _refusal(parser: argparse.ArgumentParser, words: list[str], after: tuple[str, ...]) -> str:
+    """Return why the parser refuses the words; "" if it takes them."""
+    try:
+        parser.parse_known_args([*words, *after])
+    except (argparse.ArgumentError, ValueError, KeyError) as error:
+        return str(error) or repr(error)
+    return ""
 
 
 def _raise(message: str) -> None:

@@ -29,6 +29,7 @@ from memfit.types.errors import MemfitError, UserError
 from memfit.types.job import OptimizerChoice
 from memfit.types.launch import CheckpointSettings
 from memfit.types.plan import Plan, use
+from memfit.workflows import single_run
 
 SCRIPT = Path(__file__).with_name("checkpoint_ranks.py")
 _spec = importlib.util.spec_from_file_location("checkpoint_ranks", SCRIPT)
@@ -442,6 +443,13 @@ job = Job(name="own", build_model=lambda: torch.nn.Linear(4, 1), make_batch=batc
 """
 
 
+@pytest.fixture
+def no_timings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operators are not timed, as no step time is tested here."""
+    monkeypatch.setattr(single_run, "calibrate", lambda *args, **options: None)
+
+
+@pytest.mark.usefixtures("no_timings")
 def test_a_run_killed_while_saving_can_be_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, to = tmp_path / "own.py", tmp_path / "to"
     path.write_text(f"KILL = True\n{JOB}")
@@ -459,6 +467,7 @@ def test_a_run_killed_while_saving_can_be_resumed(tmp_path: Path, capsys: pytest
     assert (to / "latest").read_text() == "step-00000004\n"
 
 
+@pytest.mark.usefixtures("no_timings")
 def test_resuming_a_checkpoint_of_another_model_is_a_user_error(
     saved: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,9 +9,7 @@ import contextlib
 import gc
 import importlib.util
 import json
-import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from child_ranks import leave, run_children
+from child_ranks import leave, run_children, run_script
 from torch import nn
 from torch.nn import functional
 
@@ -267,36 +265,77 @@ def _buckets_bytes(plan: Plan) -> int:
     return int(used.settings["reduce_bucket_elements"]) * width if in_the_way else 0
 
 
-_READ = """
+# What DeepSpeed makes of configurations: python THIS CONFIGURATIONS ANSWERS, both JSON objects by test.
+_OF_DEEPSPEED = """
 import json, sys
+import torch
 from deepspeed.runtime.config import DeepSpeedConfig
-c = DeepSpeedConfig(json.load(open(sys.argv[1])))
-z = c.zero_config
-device = lambda o: str(o.device) if o is not None else "none"
-json.dump({
-    "stage": int(z.stage), "bucket": z.reduce_bucket_size, "overlap": z.overlap_comm,
-    "optimizer": device(z.offload_optimizer), "parameters": device(z.offload_param),
-    "prefetch": z.prefetch_bucket_size, "persist": z.param_persistence_threshold,
-    "live": z.max_live_parameters, "reuse": z.max_reuse_distance, "bf16": c.bfloat16_config.enabled,
-    "parts": c.gradient_accumulation_steps, "batch": c.train_micro_batch_size_per_gpu,
-    "clip": c.gradient_clipping, "untested": c.zero_allow_untested_optimizer,
-}, open(sys.argv[2], "w"))
+from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
+from memfit.engines.deepspeed.step import import_deepspeed
+from memfit.techniques.rank_mesh import join_alone
+
+def settings(config):
+    c = DeepSpeedConfig(config)
+    z = c.zero_config
+    device = lambda o: str(o.device) if o is not None else "none"
+    return {
+        "stage": int(z.stage), "bucket": z.reduce_bucket_size, "overlap": z.overlap_comm,
+        "optimizer": device(z.offload_optimizer), "parameters": device(z.offload_param),
+        "prefetch": z.prefetch_bucket_size, "persist": z.param_persistence_threshold,
+        "live": z.max_live_parameters, "reuse": z.max_reuse_distance, "bf16": c.bfloat16_config.enabled,
+        "parts": c.gradient_accumulation_steps, "batch": c.train_micro_batch_size_per_gpu,
+        "clip": c.gradient_clipping, "untested": c.zero_allow_untested_optimizer,
+    }
+
+def nvme(config):
+    c = DeepSpeedZeroOffloadOptimizerConfig(**config["zero_optimization"]["offload_optimizer"])
+    return [str(c.device), c.buffer_count, c.pipeline, str(c.nvme_path)]
+
+def recomputed(config):
+    deepspeed, found = import_deepspeed(), []
+    join_alone("cpu")
+    asked = {"partition_activations": True, "number_checkpoints": 2}
+    for section in ({}, {"activation_checkpointing": asked}):
+        calls, model = [], torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+        model[0].register_forward_pre_hook(lambda *_: calls.append(1))
+        optimizer = torch.optim.AdamW(model.parameters())
+        engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config | section)[0]
+        engine.backward(engine(torch.ones(4, 4)).sum())
+        read = engine._config.activation_checkpointing_config.partition_activations
+        found.append([read, len(calls), deepspeed.checkpointing.is_configured()])
+    return found
+
+asked = json.load(open(sys.argv[1]))
+json.dump({name: globals()[name](config) for name, config in asked.items()}, open(sys.argv[2], "w"))
 """
+_KNOBS = {**WINDOW, "stage": 3, "precision": "bf16", "offload": "parameters", "overlap": True}
+_NVME = {"stage": 3, "offload": "parameters", "nvme": "optimizer", "sub_group_elements": 7_000_000}
+CONFIGURED = {
+    "settings": _plan(2, zero=_KNOBS, gradient_accumulation={"micro_batches": 2}),
+    "nvme": _plan(2, zero=_NVME),
+    "recomputed": _plan(1, zero={"stage": 2}, activation_checkpointing={}),
+}
+
+
+def _configuration(name: str) -> dict[str, Any]:
+    return json.loads(render(_spec(CONFIGURED[name])).files[CONFIG])  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def of_deepspeed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What DeepSpeed makes of the configurations of `CONFIGURED`, by the functions of its program."""
+    folder = tmp_path_factory.mktemp("configurations")
+    (folder / "asked.json").write_text(json.dumps({name: _configuration(name) for name in CONFIGURED}))
+    (folder / "program.py").write_text(_OF_DEEPSPEED)
+    env = {**ENGINE.environment("cpu"), "WORLD_SIZE": "1"}
+    ended = run_script(*(folder / name for name in ("program.py", "asked.json", "answers.json")), env=env)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    return json.loads((folder / "answers.json").read_text())  # type: ignore[no-any-return]
 
 
 @installed
-def test_the_deepspeed_parser_reads_the_settings_of_the_plan(tmp_path: Path) -> None:
-    knobs = {**WINDOW, "stage": 3, "precision": "bf16", "offload": "parameters", "overlap": True}
-    plan = _plan(2, zero=knobs, gradient_accumulation={"micro_batches": 2})
-    (tmp_path / CONFIG).write_text(render(_spec(plan)).files[CONFIG])
-    command = [sys.executable, "-c", _READ, str(tmp_path / CONFIG), str(tmp_path / "read.json")]
-    subprocess.run(
-        command,
-        check=True,
-        capture_output=True,
-        env={**os.environ, **ENGINE.environment("cpu"), "WORLD_SIZE": "1"},
-    )
-    assert json.loads((tmp_path / "read.json").read_text()) == {
+def test_the_deepspeed_parser_reads_the_settings_of_the_plan(of_deepspeed: dict[str, Any]) -> None:
+    assert of_deepspeed["settings"] == {
         "stage": 3,
         "bucket": 40_000,
         "overlap": True,
@@ -316,60 +355,23 @@ def test_the_deepspeed_parser_reads_the_settings_of_the_plan(tmp_path: Path) -> 
 
 @installed
 def test_the_deepspeed_configuration_of_a_plan_with_nvme_is_read_by_its_parser_and_the_linter(
-    tmp_path: Path,
+    of_deepspeed: dict[str, Any], tmp_path: Path
 ) -> None:
-    knobs = {"stage": 3, "offload": "parameters", "nvme": "optimizer", "sub_group_elements": 7_000_000}
-    text = render(_spec(_plan(2, zero=knobs))).files[CONFIG]
-    section = json.loads(text)["zero_optimization"]
+    section = _configuration("nvme")["zero_optimization"]
     assert section["sub_group_size"] == 7_000_000
     assert section["offload_param"]["device"] == "cpu"
-    code = (
-        "import json, sys; from deepspeed.runtime.zero.offload_config import *;"
-        "c = DeepSpeedZeroOffloadOptimizerConfig(**json.loads(sys.argv[1]));"
-        "print(c.device, c.buffer_count, c.pipeline, c.nvme_path)"
-    )
-    parsed = subprocess.run(
-        [sys.executable, "-c", code, json.dumps(section["offload_optimizer"])],
-        check=True,
-        capture_output=True,
-        text=True,
-        env={**os.environ, **ENGINE.environment("cpu")},
-    )
-    assert parsed.stdout.splitlines()[-1] == "nvme 4 False /local_nvme"
-    (tmp_path / CONFIG).write_text(text)
+    assert of_deepspeed["nvme"] == ["nvme", 4, False, "/local_nvme"]
+    (tmp_path / CONFIG).write_text(json.dumps(_configuration("nvme")))
     assert not check(read([tmp_path / CONFIG], ranks=2))
 
 
-_SECTION = """
-import json, sys
-import torch
-from memfit.engines.deepspeed.step import import_deepspeed
-from memfit.techniques.rank_mesh import join_alone
-deepspeed, found = import_deepspeed(), []
-join_alone("cpu")
-for section in ({}, {"activation_checkpointing": {"partition_activations": True, "number_checkpoints": 2}}):
-    calls, model = [], torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
-    model[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    config = json.load(open(sys.argv[1])) | section
-    optimizer = torch.optim.AdamW(model.parameters())
-    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-    engine.backward(engine(torch.ones(4, 4)).sum())
-    read = engine._config.activation_checkpointing_config.partition_activations
-    found.append([read, len(calls), deepspeed.checkpointing.is_configured()])
-json.dump(found, open(sys.argv[2], "w"))
-"""
-
-
 @installed
-def test_the_activation_checkpointing_section_is_left_out_as_it_has_no_effect(tmp_path: Path) -> None:
+def test_the_activation_checkpointing_section_is_left_out_as_it_has_no_effect(
+    of_deepspeed: dict[str, Any],
+) -> None:
     """DeepSpeed accepts the section, but recomputes no layer for it."""
-    plan = _plan(1, zero={"stage": 2}, activation_checkpointing={})
-    text = render(_spec(plan)).files[CONFIG]
-    assert "activation_checkpointing" not in json.loads(text)
-    (tmp_path / CONFIG).write_text(text)
-    command = [sys.executable, "-c", _SECTION, str(tmp_path / CONFIG), str(tmp_path / "found.json")]
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, **ENGINE.environment("cpu")})
-    assert json.loads((tmp_path / "found.json").read_text()) == [[False, 1, False], [True, 1, False]]
+    assert "activation_checkpointing" not in _configuration("recomputed")
+    assert of_deepspeed["recomputed"] == [[False, 1, False], [True, 1, False]]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ import importlib.util
 import json
 import os
 import statistics
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -346,30 +345,20 @@ def checkpointed(folder: Path) -> dict[str, Any]:
     return found
 
 
-_ALONE = """
-import json, sys, warnings
-warnings.simplefilter("ignore")
-from pathlib import Path
-import torch
-sys.path[:0] = sys.argv[1], str(Path(sys.argv[1]).parent / "unit")
-import test_fairscale as t
-torch.set_num_threads(1)
-plan = t.ALONE["alone"]
-torch.manual_seed(0)
-step = t.step_maker("fairscale", t._configured(Path(sys.argv[2]) / "alone", plan))(t.JOB, plan)
-losses = t._losses(step)
-Path(sys.argv[3]).write_text(json.dumps({"losses": losses, **t.checkpointed(Path(sys.argv[2]))}))
-"""
+def _alone(folder: Path, target: Path) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    plan = ALONE["alone"]
+    torch.manual_seed(0)
+    step = step_maker("fairscale", _configured(folder / "alone", plan))(JOB, plan)
+    target.write_text(json.dumps({"losses": _losses(step), **checkpointed(folder)}))
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    tmp_path = tmp_path_factory.mktemp("one")
-    target = tmp_path / "found.json"
-    command = [sys.executable, "-c", _ALONE, str(Path(__file__).parent), str(tmp_path), str(target)]
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    found: dict[str, Any] = json.loads(target.read_text())
-    return found
+    folder = tmp_path_factory.mktemp("one")
+    run_children(__file__, [[folder, folder / "found.json"]])
+    return json.loads((folder / "found.json").read_text())  # type: ignore[no-any-return]
 
 
 @installed
@@ -440,5 +429,5 @@ def test_an_unsupported_plan_is_refused_with_the_reason(plan: Plan, why: str) ->
 
 
 if __name__ == "__main__":
-    _rank(Path(sys.argv[1]), Path(sys.argv[2]))
+    (_rank if "RANK" in os.environ else _alone)(Path(sys.argv[1]), Path(sys.argv[2]))
     leave()

@@ -32,6 +32,7 @@ from memfit.types.result import Measurement, OutcomeKind
 from memfit.types.trace import Category
 from memfit.worker.train import step_maker
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
 installed = pytest.mark.skipif(
     importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed"
 )

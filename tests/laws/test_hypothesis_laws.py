@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import Phase as Stage
 from hypothesis import strategies as st
+from scratch_memory import probed
 from torch import nn
 
 from memfit.cost.allocator import replay
@@ -21,7 +22,6 @@ from memfit.cost.device_overhead import exceeds_probability
 from memfit.cost.memory import levels, memory_profile
 from memfit.jobs.training_step import TrainingStep
 from memfit.runtime.counting_allocator import CountingAllocator, available
-from memfit.runtime.op_benchmark import probe
 from memfit.techniques.registry import make_use
 from memfit.trace.trace_extrapolation import deep_trace
 from memfit.trace.tracer import trace
@@ -287,9 +287,7 @@ def test_predicted_peaks_of_a_random_network_are_the_measured_ones(
     kernels that take scratch memory are run alone beforehand."""
     plan, job = Plan(uses=(make_use(*use),) if use else ()), chain(widths, rows, kind)
     traced = trace(job, plan)
-    inside = {s: probe(s, counter) for s in {op.signature for op in traced.ops}}
-    scratch = Calibration(op_peak_bytes={s: p.peak_bytes for s, p in inside.items() if p})
-    told = memory_profile(traced, scratch).phase_peak_bytes
+    told = memory_profile(traced, probed(traced, counter)).phase_peak_bytes
     measured = dict[str, int]()
     phase, base = "setup", counter.live_bytes()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,25 +52,28 @@ def offers(name: str) -> Iterator[Offer]:
             )
 
 
+@functools.cache
+def decided_with_all(name: str) -> Decision:
+    return decided(name)
+
+
 def decided(name: str) -> Decision:
     poc = dataclasses.replace(full_poc(), offers=tuple(offers(name)))
     return decide(poc, cases.read(CASES / f"{name}.toml"), name=name)
 
 
-def without(monkeypatch: pytest.MonkeyPatch, deal: str, device: str, index: int) -> None:
-    """Take one row out of prices.toml, as if nobody had found that price."""
+@functools.cache
+def decided_without(name: str, deal: str, device: str, index: int) -> Decision:
+    """The decision without one row of prices.toml, as if nobody had found that price."""
     changed = copy.deepcopy(tables.table("prices.toml"))
     del changed[deal][device][index]
-    monkeypatch.setattr(
-        prices, "table", lambda file: changed if file == "prices.toml" else tables.table(file)
-    )
-    load._device.cache_clear()
-
-
-@pytest.fixture(autouse=True)
-def devices_are_read_again() -> Iterator[None]:
-    yield
-    load._device.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prices, "table", lambda file: changed if file == "prices.toml" else tables.table(file))
+        load._device.cache_clear()
+        try:
+            return decided(name)
+        finally:
+            load._device.cache_clear()
 
 
 def rows(name: str) -> list[tuple[str, str, int, dict[str, Any]]]:
@@ -84,19 +88,14 @@ def rows(name: str) -> list[tuple[str, str, int, dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_removing_any_one_price_moves_the_saving_by_less_than_its_interval(
-    monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    before = decided(name)
+def test_removing_any_one_price_moves_the_saving_by_less_than_its_interval(name: str) -> None:
+    before = decided_with_all(name)
     assert before.saved_percent is not None
     assert before.saved_interval_percent is not None
     width = before.saved_interval_percent.high - before.saved_interval_percent.low
     moved = 0
     for deal, device, index, _ in rows(name):
-        without(monkeypatch, deal, device, index)
-        after = decided(name)
-        monkeypatch.undo()
-        load._device.cache_clear()
+        after = decided_without(name, deal, device, index)
         assert after.saved_percent is not None, f"no headline without {deal} {device} {index}"
         assert abs(after.saved_percent - before.saved_percent) < width, f"{deal} {device} {index}"
         moved += after.saved_percent != before.saved_percent
@@ -104,16 +103,13 @@ def test_removing_any_one_price_moves_the_saving_by_less_than_its_interval(
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_prices_of_other_kinds_never_move_the_saving(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    before = decided(name)
+def test_prices_of_other_kinds_never_move_the_saving(name: str) -> None:
+    before = decided_with_all(name)
     kinds = {"rent": "on_demand", "buy": "street"}
     others = [(deal, device, index) for deal, device, index, row in rows(name) if row["kind"] != kinds[deal]]
     assert others
     for deal, device, index in others:
-        without(monkeypatch, deal, device, index)
-        after = decided(name)
-        monkeypatch.undo()
-        load._device.cache_clear()
+        after = decided_without(name, deal, device, index)
         assert (after.saved_percent, after.saved_interval_percent) == (
             before.saved_percent,
             before.saved_interval_percent,

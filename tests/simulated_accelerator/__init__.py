@@ -69,17 +69,25 @@ def build() -> Path:
     library = folder / f"{_LIBRARY}.so"
     if library.exists():
         return library
+    import fcntl
+
     folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes, one compiles
+        if not library.exists():
+            _compile(folder)
+    return library
+
+
+def _compile(folder: Path) -> None:
     draft = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
         # In a process of its own: torch loads what it has built.
         command = [sys.executable, "-c", _BUILD, _LIBRARY, str(_SOURCE), str(draft)]
         subprocess.run(command, check=True, timeout=_BUILD_LIMIT_S, stdout=sys.stderr)
-        if not library.exists():  # another process may have been faster
-            draft.rename(folder)
+        draft.rename(folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    return library
 
 
 def _cache_folder() -> Path:

@@ -1,20 +1,55 @@
-"""Several ranks of a test over gloo: child processes that run the test's own file."""
+"""Child processes that run a script: several ranks of a test over gloo, or one program by itself."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+
+from forked import Popen
 
 from memfit.conformance.monitor import Monitor
 from memfit.jobs.training_step import TrainingStep
 from memfit.runtime.ranks import free_port, rank_env
 from memfit.types.conformance import NotConforming
 from memfit.types.trace import Phase
+
+
+def start(
+    argv: Sequence[str | Path], *, env: Mapping[str, str] = {}, output: str = os.devnull, errors: str = ""
+) -> Popen | subprocess.Popen[bytes]:
+    """Start ``python *argv`` in the current folder, with ``env`` in addition to this process's variables and
+    without warnings; it finds the modules beside this one. What it prints is appended to the files ``output``
+    and ``errors`` (by default, its standard error is that of this process)."""
+    paths = [str(Path(__file__).parent), env.get("PYTHONPATH") or os.environ.get("PYTHONPATH", "")]
+    variables = {**os.environ, **env, "PYTHONPATH": os.pathsep.join(paths)}
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(Path(name).open("ab")) if name else None for name in (output, errors)]
+        words = ["-W", "ignore", *argv]
+        if sys.platform == "linux":
+            return Popen(words, env=variables, stdout=files[0], stderr=files[1])
+        return subprocess.Popen([sys.executable, *words], env=variables, stdout=files[0], stderr=files[1])
+
+
+def run_script(
+    *argv: str | Path, cwd: str | Path = ".", env: Mapping[str, str] = {}, limit_s: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """Run ``python *argv`` in the folder ``cwd`` to its end, and return its exit code and what it printed."""
+    with tempfile.TemporaryDirectory() as folder:
+        output, errors = Path(folder, "output"), Path(folder, "errors")
+        with contextlib.chdir(cwd):
+            child = start(argv, env=env, output=str(output), errors=str(errors))
+        try:
+            code = child.wait(limit_s)
+        finally:
+            child.kill()
+        return subprocess.CompletedProcess(argv, code, output.read_text(), errors.read_text())
 
 
 def run_children(
@@ -26,19 +61,8 @@ def run_children(
 ) -> None:
     """``python script *arguments[rank]`` on every rank, until each has ended well. One rank joins nothing."""
     ranks, port = len(arguments), free_port()
-    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     children = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", script, *of_rank],
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": paths,
-                **env,
-                **(rank_env(rank, ranks, port) if ranks > 1 else {}),
-            },
-            stdout=subprocess.DEVNULL,
-        )
+        start([script, *of_rank], env={**env, **(rank_env(rank, ranks, port) if ranks > 1 else {})})
         for rank, of_rank in enumerate(arguments)
     ]
     try:
@@ -46,7 +70,6 @@ def run_children(
     finally:
         for child in children:
             child.kill()
-            child.wait()
     assert codes == [0] * ranks, f"the ranks of {Path(script).name} ended with {codes}"
 
 

@@ -14,15 +14,15 @@ from memfit.monitoring.diagnosis import Certainty, DeathCause, Diagnosis
 from memfit.runtime.child_process import CHILD_ENV
 from memfit.types.units import MIB
 
-_SCRIPT = Path(__file__).with_name("dying_training.py")
+SCRIPT = Path(__file__).with_name("dying_training.py")
 KINDS = ("tensors-too-large", "leak", "longer-sample", "evaluation", "checkpoint", "optimizer-step")
 
 
-def death_of(kind: str, device: str, memory_bytes: int, environment: dict[str, str]) -> tuple[str, Diagnosis]:
-    """Return the log of a training that dies, and its diagnosis."""
+def death_of(kind: str) -> tuple[str, Diagnosis]:
+    """Return the log of a training that dies under a cap of its memory, and its diagnosis."""
     process = subprocess.run(
-        [sys.executable, str(_SCRIPT), kind, device, str(memory_bytes)],
-        env={**os.environ, **CHILD_ENV, "OMP_NUM_THREADS": "1", **environment},
+        [sys.executable, str(SCRIPT), kind, "cpu", str(48 * MIB)],
+        env={**os.environ, **CHILD_ENV, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -35,12 +35,12 @@ def death_of(kind: str, device: str, memory_bytes: int, environment: dict[str, s
 
 @pytest.mark.parametrize("kind", KINDS[:-1])
 def test_a_real_death_under_a_memory_cap_is_named(kind: str) -> None:
-    log, diagnosis = death_of(kind, "cpu", 48 * MIB, {})
+    log, diagnosis = death_of(kind)
     assert diagnosis.cause == kind, log[-1500:]
     assert diagnosis.memory == "host"
-    assert diagnosis.line.startswith(str(_SCRIPT))
+    assert diagnosis.line.startswith(str(SCRIPT))
 
 
 def test_a_real_death_of_another_kind_is_no_death_of_memory() -> None:
-    _, diagnosis = death_of("not-memory", "cpu", 48 * MIB, {})
+    _, diagnosis = death_of("not-memory")
     assert (diagnosis.cause, diagnosis.certainty) == (DeathCause.NOT_MEMORY, Certainty.CERTAIN)

@@ -132,7 +132,7 @@ class _Recycled(Axial):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Linear(C, C)
-        self.blocks = nn.ModuleList(EvoformerBlock(WIDTHS) for _ in range(4))
+        self.blocks = nn.ModuleList(EvoformerBlock(WIDTHS) for _ in range(3))
 
     def forward(self, batch: Any) -> torch.Tensor:
         with torch.no_grad():
@@ -157,7 +157,7 @@ def test_search_cuts_one_sample_across_devices_and_its_sketches_match_full_estim
         ranks=on.device_count,
         per_host=4,
         batch=1,
-        blocks=4,
+        blocks=3,
         device="cuda",
         context=(1, 4),
         pipeline=False,

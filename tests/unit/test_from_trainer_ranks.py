@@ -7,6 +7,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import hf_trainer
 import pytest
 from child_ranks import run_children
 from hf_trainer import make_trainer
@@ -17,13 +18,12 @@ from memfit.types.errors import UserError
 
 pytest.importorskip("accelerate", reason="the Trainer needs Accelerate")
 SCRIPT = Path(__file__).parent / "trainer_ranks.py"
-EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def launched(folder: Path, *, ranks: int, **arguments: Any) -> list[dict[str, Any]]:
     files = [folder / f"{rank}.json" for rank in range(ranks)]
-    paths = {"PYTHONPATH": f"{SCRIPT.parent}:{EXAMPLES}:{Path(memfit.__file__).parents[1]}"}
-    run_children(SCRIPT, [[file, json.dumps(arguments)] for file in files], env=paths)
+    examples = {"PYTHONPATH": str(Path(hf_trainer.__file__).parent)}
+    run_children(SCRIPT, [[file, json.dumps(arguments)] for file in files], env=examples)
     return [json.loads(file.read_text()) for file in files]
 
 

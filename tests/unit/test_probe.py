@@ -107,6 +107,24 @@ def test_calibration_measures_rates_and_the_given_operators() -> None:
     assert found.threads == torch.get_num_threads()
 
 
+@pytest.mark.parametrize(("slow_s", "largest"), [(60.0, 32), (0.0, 16)])
+def test_a_large_product_is_measured_only_on_a_fast_accelerator(
+    slow_s: float, largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, product = [], torch.mm
+
+    def noted(left: torch.Tensor, right: torch.Tensor, **given: Any) -> torch.Tensor:
+        sizes.append(len(left))
+        return product(left, right, **given)
+
+    monkeypatch.setattr(torch, "mm", noted)
+    for name, value in (("_MATMUL_SIZE", 16), ("_DEVICE_MATMUL_SIZE", 32), ("_SLOW_MATMUL_S", slow_s)):
+        monkeypatch.setattr(room, name, value)
+    accelerator = torch.device("cpu", 0)  # differs from the host's processor by its index
+    assert room._matmul_flops_s(torch.float32, accelerator) > 0
+    assert max(sizes) == largest
+
+
 @pytest.mark.usefixtures("quick")
 def test_calibration_stops_when_its_time_is_over() -> None:
     found = calibrate(RUNNABLE, budget_s=0.0, counter=Counter())

@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
+from child_ranks import start
 
 from memfit.cli.app import main
 from memfit.cli.termination import interrupted_by_signals
@@ -35,10 +36,12 @@ from memfit.types.result import OutcomeKind
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux's kernel")
 TRACING = """
-import time
+import os, signal, time
 from memfit.trace.trace_pool import side_by_side
-import os; os.sched_getaffinity = lambda _: {0, 1}
-print("ready", flush=True)
+for number in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+os.sched_getaffinity = lambda _: {0, 1}
 side_by_side([lambda: time.sleep(60)] * 2)
 """
 
@@ -54,10 +57,10 @@ def environment(folder: Path) -> dict[str, str]:
     return {**os.environ, "TMPDIR": str(folder), "MEMFIT_CACHE": "off"}
 
 
-def children_of(process: subprocess.Popen[bytes], count: int) -> list[psutil.Process]:
+def children_of(process: int, count: int) -> list[psutil.Process]:
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
-        if len(children := psutil.Process(process.pid).children(recursive=True)) >= count:
+        if len(children := psutil.Process(process).children(recursive=True)) >= count:
             return children
         time.sleep(0.05)
     raise AssertionError("no children were started")
@@ -91,16 +94,12 @@ def test_a_signal_that_arrives_in_a_callback_of_a_weak_reference_ends_the_comman
 @LINUX
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL, signal.SIGINT])
 def test_forked_traces_die_with_the_process_that_forked_them(number: signal.Signals, tmp_path: Path) -> None:
-    with subprocess.Popen(
-        (sys.executable, "-c", TRACING),
-        env=environment(tmp_path),
-        stderr=subprocess.DEVNULL,
-        preexec_fn=default_signals,  # noqa: PLW1509  no threads take locks that it needs
-    ) as process:
-        children = children_of(process, 2)
-        time.sleep(0.3)
-        process.send_signal(number)
-        process.wait(5)
+    (tmp_path / "tracing.py").write_text(TRACING)
+    process = start([tmp_path / "tracing.py"], env=environment(tmp_path), errors=os.devnull)
+    children = children_of(process.pid, 2)
+    time.sleep(0.3)
+    os.kill(process.pid, number)
+    process.wait(5)
     assert not alive(children)
 
 
@@ -119,7 +118,7 @@ def test_a_signal_ends_a_run_with_its_children_and_temporary_folders(
         cwd=tmp_path,
         preexec_fn=default_signals,  # noqa: PLW1509  no threads take locks that it needs
     ) as process:
-        children = children_of(process, 1)
+        children = children_of(process.pid, 1)
         time.sleep(0.5)
         process.send_signal(number)
         errors = process.stderr.read().decode()
@@ -144,7 +143,7 @@ def test_a_child_process_is_killed_when_its_parent_is(system: str, monkeypatch: 
         "subprocess.Popen(argv).wait()"
     )
     with subprocess.Popen((sys.executable, "-c", code)) as process:
-        children = children_of(process, 1 if system == "linux" else 2)
+        children = children_of(process.pid, 1 if system == "linux" else 2)
         process.kill()
     assert not alive(children)
 

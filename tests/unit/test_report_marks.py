@@ -166,17 +166,23 @@ def test_every_verdict_cause_has_a_sentence_on_the_page(lang: str) -> None:
     surrogate = EndpointDifference(
         name="<b>", unit="", margin=1.0, difference=0.5, low=0.0, high=1.0, kind=VerdictKind.UNDECIDED
     )
+    poc = full_poc()
+    first = poc.verdicts[0]
+    verdicts = [
+        dataclasses.replace(
+            first,
+            verdict=dataclasses.replace(
+                first.verdict,
+                kind=VerdictKind.UNDECIDED,
+                cause=dataclasses.replace(cause, kind=kind),
+                surrogates=(surrogate,),
+            ),
+        )
+        for kind in kinds
+    ]
+    page = render_html(dataclasses.replace(poc, verdicts=tuple(verdicts)), lang=lang)
+    told = next(n for n in Walk(page).nodes if n.attributes.get("id") == "verdicts").text
     for kind in kinds:
-        poc = full_poc()
-        first = poc.verdicts[0]
-        because = dataclasses.replace(cause, kind=kind)
-        open_ = dataclasses.replace(
-            first.verdict, kind=VerdictKind.UNDECIDED, cause=because, surrogates=(surrogate,)
-        )
-        page = render_html(
-            dataclasses.replace(poc, verdicts=(dataclasses.replace(first, verdict=open_),)), lang=lang
-        )
-        told = next(n for n in Walk(page).nodes if n.attributes.get("id") == "verdicts").text
         for piece in re.split(r"\{\w+\}", words.texts[f"why.{kind}"]):
             assert piece.strip() in told
 

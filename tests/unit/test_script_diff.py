@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from child_ranks import run_script
 
 from memfit.cli.estimate_script import _edit
 from memfit.export.script_diff import ScriptDiff, read_script, script_diff
@@ -200,9 +201,7 @@ def patched(text: str, edit: ScriptDiff, folder: Path, tool: str = "patch") -> s
 
 def output(script: str, folder: Path) -> Any:
     (folder / "run.py").write_text(script)
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "run.py"], cwd=folder, capture_output=True, text=True, check=False
-    )
+    run = run_script("run.py", cwd=folder)
     assert run.returncode == 0, run.stderr
     return ast.literal_eval(run.stdout.strip().splitlines()[-1])
 
@@ -299,9 +298,7 @@ def test_a_loop_with_micro_batches_of_its_own_trains_the_same_if_there_is_one(tm
     assert any("micro-batches must be one" in remark for remark in edit.remarks)
     assert output(edited, tmp_path) == output(OWN_STEPS, tmp_path)
     (tmp_path / "run.py").write_text(edited.replace("steps, norm = 1", "steps, norm = 2"))
-    run = subprocess.run(
-        [sys.executable, "run.py"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    run = run_script("run.py", cwd=tmp_path)
     assert "fit.split was called before the step before it ended" in run.stderr
 
 
@@ -309,8 +306,8 @@ def test_an_edited_script_is_predicted_although_its_traced_step_cannot_be_compar
     tmp_path: Path,
 ) -> None:
     patched(OWN_STEPS, diff(OWN_STEPS, {"adamw-single": {}}), tmp_path)  # it clips to a norm
-    command = [sys.executable, "-m", "memfit", "estimate", "--json", "--", sys.executable, "train.py"]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
+    command = ("-m", "memfit", "estimate", "--json", "--", sys.executable, "train.py")
+    run = run_script(*command, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout)["estimate"]["allocated_bytes"]["value"] > 0
 
@@ -695,14 +692,8 @@ def test_columns_count_bytes(tmp_path: Path) -> None:
 def test_the_command_prints_the_diff_and_writes_nothing(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(PLAIN)
     (tmp_path / "plan.yaml").write_text("techniques:\n  bf16-autocast: {}\n")
-    command = [sys.executable, "-m", "memfit", "plan", "protein-ss", "--batch", "16"]
-    run = subprocess.run(
-        [*command, "--diff", "train.py", "--plan", "plan.yaml"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = ("-m", "memfit", "plan", "protein-ss", "--batch", "16")
+    run = run_script(*command, "--diff", "train.py", "--plan", "plan.yaml", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("--- train.py\n+++ train.py\n")
     assert "bf16-autocast" in run.stderr

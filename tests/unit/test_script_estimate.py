@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import forked
 import pytest
 import torch
 from scripts.corpus import PublicScript
@@ -50,6 +51,14 @@ for step in range(4):
 {after}
 """
 _PLAIN = "loss = functional.cross_entropy(model(inputs), labels)"
+
+
+@pytest.fixture(autouse=True)
+def _forked_scripts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Scripts run in forked processes, but those of commands, here and in test_scripts.py; and in a folder in
+    which no other test writes files meanwhile."""
+    monkeypatch.setattr("memfit.capture.estimate.subprocess", forked.processes("memfit.capture "))
+    monkeypatch.chdir(tmp_path)
 
 
 def _script(folder: Path, *, before: str = "", after: str = "", to: str = "", context: str = _PLAIN) -> str:

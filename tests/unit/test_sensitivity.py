@@ -47,6 +47,7 @@ from memfit.verify.sensitivity import judge_pair, judge_study, power_study, with
 from memfit.worker.degraded_training import change_last_bits, degrade, round_weights, scores_by_endpoint
 from memfit.workflows import proof_of_concept
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
 LOSS = dataclasses.replace(Q3, name="held-out loss", unit="nats", higher_is_better=False, margin=0.1)
 ENDPOINTS = (Q3, LOSS)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Callable
 
@@ -96,12 +97,17 @@ def rowwise(inner: Callable[[Rowwise, torch.Tensor], torch.Tensor]) -> Job:
     )
 
 
-def both(job: Job, plan: Plan, device: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Trace, Trace]:
+def both(job: Job, plan: Plan, device: str) -> tuple[Trace, Trace]:
     """Return (trace as it is, trace with all slices)."""
     short = trace(job, plan, device=device)
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tracer, "SliceReplay", lambda recorder: run_slices)
         return short, trace(job, plan, device=device)
+
+
+@functools.cache
+def evoformer_traces(samples: int, plan: Plan, device: str) -> tuple[Trace, Trace]:
+    return both(evoformer(samples), plan, device)
 
 
 def work(of: Trace) -> Counter[tuple[str, str, str]]:
@@ -118,26 +124,22 @@ def largest(of: Trace) -> tuple[object, ...]:
 
 @pytest.mark.quick_cases("*gradient-accumulation*", "*activation-checkpointing*", "*optimizer-in-backward*")
 @pytest.mark.parametrize(("plan", "device"), [*zip(PLANS, ["cpu", "cuda"] * 3, strict=True)], ids=str)
-def test_peaks_and_work_are_those_of_all_slices(
-    plan: Plan, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    samples = 4 if plan.get("gradient-accumulation") else 2
-    short, whole = both(evoformer(samples), plan, device, monkeypatch)
+def test_peaks_and_work_are_those_of_all_slices(plan: Plan, device: str) -> None:
+    short, whole = evoformer_traces(4 if plan.get("gradient-accumulation") else 2, plan, device)
     assert any(op.times > 1 for op in short.ops)
     assert largest(short) == largest(whole)
     assert work(short) == work(whole)
 
 
-def test_reserved_memory_is_near_that_of_all_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reserved_memory_is_near_that_of_all_slices() -> None:
     short, whole = (
-        run(events_of(t.allocations)).reserved_peak_bytes
-        for t in both(evoformer(), PLANS[1], "cuda", monkeypatch)
+        run(events_of(t.allocations)).reserved_peak_bytes for t in evoformer_traces(2, PLANS[1], "cuda")
     )
     assert short == pytest.approx(whole, rel=0.02)
 
 
-def test_a_step_takes_as_long_as_with_all_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    short, whole = both(evoformer(), PLANS[1], "cuda", monkeypatch)
+def test_a_step_takes_as_long_as_with_all_slices() -> None:
+    short, whole = evoformer_traces(2, PLANS[1], "cuda")
     machine = parse_machine("A100-80GB-SXM")
     model = time_model(machine.device, Calibration())
     assert model is not None
@@ -149,18 +151,16 @@ def test_a_step_takes_as_long_as_with_all_slices(monkeypatch: pytest.MonkeyPatch
         assert one.idle_s == pytest.approx(other.idle_s, rel=1e-3)
 
 
-def test_slices_that_grow_are_all_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slices_that_grow_are_all_run() -> None:
     def growing(module: Rowwise, wide: torch.Tensor) -> torch.Tensor:
         return wide + torch.zeros(module.calls, 1, 1, 1).sum()
 
-    short, whole = both(rowwise(growing), PLANS[0], "cpu", monkeypatch)
+    short, whole = both(rowwise(growing), PLANS[0], "cpu")
     assert largest(short) == largest(whole)
     assert work(short) == work(whole)
 
 
-def test_slices_that_differ_only_in_the_middle_of_backward_are_all_run(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_slices_that_differ_only_in_the_middle_of_backward_are_all_run() -> None:
     class Growing(torch.autograd.Function):
         calls = 0
 
@@ -189,10 +189,8 @@ def test_slices_whose_values_are_asked_for_are_all_run() -> None:
     assert all(op.times == 1 for op in trace(rowwise(asks), PLANS[0]).ops)
 
 
-def test_slices_whose_inputs_need_no_gradients_are_counted_in_backward(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    short, whole = both(rowwise(lambda module, wide: wide.sin()), PLANS[0], "cpu", monkeypatch)
+def test_slices_whose_inputs_need_no_gradients_are_counted_in_backward() -> None:
+    short, whole = both(rowwise(lambda module, wide: wide.sin()), PLANS[0], "cpu")
     assert any(op.times > 1 for op in short.ops)
     assert any(a.pieces > 1 for a in short.allocations)
     assert largest(short) == largest(whole)

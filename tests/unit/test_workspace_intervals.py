@@ -23,6 +23,7 @@ import memfit.planner.workspace_probes
 from memfit.api import Prediction
 from memfit.cost.workspaces import bound_bytes
 from memfit.planner.capacity import needed_bytes
+from memfit.runtime import child_process
 from memfit.runtime.memory import peak_counter
 from memfit.trace.allocation_recorder import AllocationRecorder
 from memfit.trace.operators import fact
@@ -207,9 +208,10 @@ for name, make in CASES.items():
 
 @pytest.fixture(autouse=True, scope="module")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """An empty cache of probes for these tests."""
+    """An empty cache of probes for these tests, and processes that are started anew."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(child_process, "subprocess", subprocess)
         patch.setattr(
             memfit.planner.workspace_probes.platformdirs, "user_cache_path", lambda name: folder / name
         )

@@ -48,8 +48,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.web)
             if reason:
                 item.add_marker(pytest.mark.skip(reason=reason))
-    # These are the last files. The longest one comes first, so that no worker waits for another at the end.
-    items.sort(key=lambda item: item.path.parent == _HERE and 1 + (item.path.name != _LONGEST))
+    # They come first, beginning with the longest one: short files remain for the end, when a worker that has
+    # no more of them waits for the others.
+    items.sort(key=lambda item: 2 if item.path.parent != _HERE else item.path.name != _LONGEST)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """The process that runs a user's script on fake parameters, traces its first steps and predicts their memory.
 
-``python -m memfit.capture.child SPEC.json`` reads a `ScriptSpec` and writes a `ScriptAnswer` to the file that
+``python -m memfit.capture SPEC.json`` reads a `ScriptSpec` and writes a `ScriptAnswer` to the file that
 it names. The process ends as soon as the steps are traced.
 """
 
@@ -37,6 +37,7 @@ from memfit.report.explain import traced_estimate
 from memfit.techniques.base import Space
 from memfit.trace.tracer import fake_patches, recording_patches
 from memfit.types.errors import MemfitError, UserError, first_line
+from memfit.types.gc_pause import collect_as_usual
 from memfit.types.job import Job, JobRef
 from memfit.types.plan import Bounds, Plan
 from memfit.types.result import Estimate
@@ -75,6 +76,7 @@ class _Session:
         """Run the script until its steps are traced; write the answer and end the process."""
         try:
             self._enter(self.program)
+            collect_as_usual()
             threading.excepthook = self._note_thread
             with self.stack:
                 self._patch()
@@ -339,9 +341,6 @@ def _not_built(*arguments: Any) -> Any:
     raise AssertionError("the model of a script is not built again")
 
 
-def main() -> None:
-    _Session(loads(ScriptSpec, Path(sys.argv[1]).read_text())).run()
-
-
-if __name__ == "__main__":
-    main()
+def main(path: Path) -> NoReturn:
+    """Run the script of the `ScriptSpec` in the file ``path``, and end the process."""
+    _Session(loads(ScriptSpec, path.read_text())).run()

@@ -80,7 +80,7 @@ def _run(spec: ScriptSpec, folder: Path, output: Path, limit_s: float, *, show_o
     with contextlib.ExitStack() as stack:
         sink = sys.stderr if show_output else stack.enter_context(output.open("wb"))
         process = subprocess.Popen(
-            dying_with_parent([sys.executable, "-P", "-m", "memfit.capture.child", str(spec_file)]),
+            dying_with_parent([sys.executable, "-P", "-m", "memfit.capture", str(spec_file)]),
             env={**os.environ, **CHILD_ENV, "PYTHONPATH": paths},
             stdin=subprocess.DEVNULL,
             stdout=sink,

@@ -91,7 +91,6 @@ def estimate_command(
     that a search finds; write ``files``. ``on``: the machine, as in --on. Raises UserError for options that
     do not go together."""
     cap_bytes = parse_bytes(goal.memory) if goal.memory is not None else None
-    machine = machine_of(on, "world")
     if (options.save is not None or options.diff) and not options.plans:
         raise UserError("--save and --diff are for a recommended plan", hint="add --plans")
     source = _script_source(command) if options.diff else None
@@ -99,6 +98,7 @@ def estimate_command(
         writable(options.save, overwrite=False)
     for path in files.paths:
         writable(path)
+    machine = machine_of(on, "world")  # may load torch
     with Bars(lang) as progress:
         progress("script", 0, 0, " ".join(command))
         from memfit.capture.estimate import estimate_script

@@ -188,8 +188,10 @@ class _Watch:
             if event is not None:
                 self._note(event)
                 on_event(event)
-        while not self._exited() and self._left_s() > 0:  # it closed its output but still runs
-            time.sleep(min(_TICK_S, self._left_s()))
+        pause_s = 0.01  # most children exit soon after they have closed their output
+        while not self._exited() and self._left_s() > 0:
+            time.sleep(min(pause_s, self._left_s()))
+            pause_s = min(_TICK_S, 2 * pause_s)
         self._timed_out = not self._exited()
 
     def _note(self, event: Event) -> None:

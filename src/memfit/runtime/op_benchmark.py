@@ -31,6 +31,7 @@ _CALLS, _FEWEST_CALLS = 9, 2  # per operator
 _OP_LIMIT_S = 0.1  # no single operator may use up the budget
 _MATMUL_SIZE = 1024
 _DEVICE_MATMUL_SIZE = 4096  # large enough for the matrix units of an accelerator
+_SLOW_MATMUL_S = 5e-3  # an accelerator that needs longer for the smaller product is not given the larger one
 _COPY_BYTES = 64 * 2**20
 _DEVICE_CACHE_BYTES = 256 * 2**20  # several times the cache of an accelerator
 _IN_A_ROW_S, _MOST_IN_A_ROW = 1e-3, 100
@@ -327,10 +328,15 @@ def _tensor(
 
 
 def _matmul_flops_s(dtype: torch.dtype, device: torch.device) -> float:
-    n = _MATMUL_SIZE if device == _HOST else _DEVICE_MATMUL_SIZE
-    left, right, out = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(3))
-    torch.mm(left, right, out=out)
-    return 2 * n**3 / _best_s(lambda: torch.mm(left, right, out=out), device)
+    def seconds(n: int) -> float:
+        left, right, out = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(3))
+        torch.mm(left, right, out=out)
+        return _best_s(lambda: torch.mm(left, right, out=out), device)
+
+    size, took_s = _MATMUL_SIZE, seconds(_MATMUL_SIZE)
+    if device != _HOST and took_s < _SLOW_MATMUL_S:
+        size, took_s = _DEVICE_MATMUL_SIZE, seconds(_DEVICE_MATMUL_SIZE)
+    return 2 * size**3 / took_s
 
 
 def _copy_bytes_s(device: torch.device) -> float:

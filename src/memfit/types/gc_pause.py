@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 from collections.abc import Iterator
+from typing import Final
+
+_USUAL: Final[list[tuple[int, int, int]]] = []
 
 
 @contextlib.contextmanager
@@ -22,3 +26,27 @@ def pause_gc() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def collect_rarely() -> None:
+    """Let the collector run after 20,000 new objects, until `collect_as_usual`. To be called where a process
+    begins: a sixth of the time that torch takes to be imported is otherwise the collector's."""
+    _USUAL.append(gc.get_threshold())
+    gc.set_threshold(20_000, 20, 20)
+
+
+def collect_as_usual() -> None:
+    """Let the collector run as before `collect_rarely`, as it decides when cycles of the user's objects are
+    freed. It no longer looks through what exists now, such as imported modules. Do nothing in a process that
+    has not called `collect_rarely`."""
+    if _USUAL:
+        gc.freeze()
+        gc.set_threshold(*_USUAL.pop())
+
+
+def skip_gc_at_exit() -> None:
+    """Exclude all objects from garbage collection, in a process that is about to end. The collection at its
+    end takes longer than many a command where torch and transformers are loaded. Do nothing if Triton is
+    loaded, because its bindings then list on stderr what was not collected."""
+    if "triton" not in sys.modules:
+        gc.freeze()

@@ -6,12 +6,23 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from memfit.types.gc_pause import collect_rarely, skip_gc_at_exit
 from memfit.worker import calibrate, devices, train
 
-if __name__ == "__main__":
+
+def main() -> int:
+    """Do what the command line says, and return the exit status, with which the process must end."""
+    collect_rarely()
+    code = 0
     if sys.argv[1] == "devices":
         devices.main()
     elif sys.argv[1] == "calibrate":
         calibrate.main(Path(sys.argv[2]))
     else:
-        sys.exit(train.main(Path(sys.argv[2])))
+        code = train.main(Path(sys.argv[2]))
+    skip_gc_at_exit()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -25,6 +25,7 @@ from memfit.runtime.progress_events import tell
 from memfit.types import serialization
 from memfit.types.device_kind import HOST
 from memfit.types.errors import MemfitError, UserError
+from memfit.types.gc_pause import collect_as_usual
 from memfit.types.launch import RENDEZVOUS, RESUMABLE_EXIT, RunSpec
 from memfit.types.result import Measurement, OutcomeKind
 from memfit.types.trace import Phase
@@ -185,6 +186,7 @@ def _run(spec: RunSpec, path: Path, requests: SaveRequests | None) -> OutcomeKin
     spec = dataclasses.replace(spec, keep=restarted(spec.keep))
     resident = ResidentMeter()
     job = load(spec.job)
+    collect_as_usual()
     rendezvous = path.parent / RENDEZVOUS
     with join_world(spec.plan, spec.device, rendezvous) as world, gloo_first(spec.plan.ranks > 1) as settle:
         tell("stage", stage="warm-up")
