@@ -27,14 +27,16 @@ BLOCKS = 4
 
 
 def folding() -> Job:
-    """AlphaFold 2 with three stacks of blocks and with dropout."""
+    """AlphaFold 2 with three stacks of blocks and with dropout. Its two representations have equal sizes."""
+    tiny = small(residues=16, batch_size=1)
     shape = dataclasses.replace(
-        small(residues=16, batch_size=1),
+        tiny,
+        widths=dataclasses.replace(tiny.widths, c_m=32),
         blocks=BLOCKS,
         extra_blocks=4,
         templates=1,
         template_blocks=2,
-        rows=4,
+        rows=16,
         extra_rows=8,
     )
     folds = alphafold2.built_in_folds()

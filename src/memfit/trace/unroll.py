@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
@@ -563,37 +564,47 @@ class _Script:
         return others[own.index(index)] if others else None
 
     def release(self, block: int, size_bytes: int) -> _Place:
-        """Return the place after which a block frees an input of this size, in backward: where the first
-        block of the stack frees the only one that it gets. The end of their work, counted from which it is
-        the same place, must be equal; what begins it depends on which outputs are used. Raises Mismatch if
-        the place is not clear."""
+        """Return the place after which a block frees an input of this size, in backward, if it frees it
+        before the block that made it. It is where the first block of the stack frees an input of that size,
+        but not where ``block`` frees another one. Places are counted from the end of the blocks' work, which
+        must be equal; what begins it depends on which outputs are used. Raises Mismatch if the place is not
+        clear."""
         first = block - block % _APART
-        places = [
+        work = {b: self._work(b, Phase.BACKWARD) for b in (first, block)}
+        places = {b: self._releases(b, size_bytes) for b in (first, block)}
+        known = {len(work[block]) - place.offset for place in places[block]}
+        found = [place for place in places[first] if len(work[first]) - place.offset not in known]
+        if len(found) == 1:
+            pairs = zip(reversed(work[first]), reversed(work[block]), strict=False)
+            equal = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+            if equal > len(work[first]) - found[0].offset:
+                offset = found[0].offset + len(work[block]) - len(work[first])
+                return found[0]._replace(block=block, offset=offset)
+        raise Mismatch("where a block frees its inputs is not known")
+
+    def _releases(self, block: int, size_bytes: int) -> list[_Place]:
+        """Return the places after which a block frees, in backward, what others have made of this size in
+        forward."""
+        return [
             death
             for index, death in self.deaths.items()
-            if death.block == first
-            and self.births[index].block != first
+            if death.block == block
+            and self.births[index].block != block
             and self.trace.allocations[index].requested_bytes == size_bytes
             and self.trace.allocations[index].phase is Phase.FORWARD
             and self.chapters[death.chapter].span.phase is Phase.BACKWARD
         ]
-        if len(places) == 1:
-            work, own = (self._work(places[0]._replace(block=b)) for b in (first, block))
-            pairs = enumerate(zip(reversed(work), reversed(own), strict=False))
-            equal = next((n for n, (one, other) in pairs if one != other), min(len(work), len(own)))
-            if equal > len(work) - places[0].offset:
-                return places[0]._replace(block=block, offset=places[0].offset + len(own) - len(work))
-        raise Mismatch("where a block frees its inputs is not known")
 
-    def _work(self, place: _Place) -> list[tuple[object, ...]]:
-        """Return what the run of a place does, whichever block it belongs to."""
-        runs = self.chapters[place.chapter].runs
-        own = [run for block, run in runs if block == place.block]
+    def _work(self, block: int, phase: Phase) -> list[tuple[object, ...]]:
+        """Return what a block does in its only run of a phase. Raises Mismatch if it has none or several."""
+        runs = [run for c in self.chapters if c.span.phase is phase for b, run in c.runs if b == block]
+        if len(runs) != 1:
+            raise Mismatch(f"a block runs {len(runs)} times in {phase}")
         return [
             (self.trace.allocations[e.index].op, self.trace.allocations[e.index].requested_bytes)
             if e.kind == _ALLOCATE
             else (self.trace.ops[e.index].signature,)
-            for e in own[place.occurrence]
+            for e in runs[0]
         ]
 
 
