@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import math
 import statistics
@@ -133,6 +134,11 @@ class Scored:
 
 def _gib(size_bytes: float | None) -> float | None:
     return None if size_bytes is None else size_bytes / GIB
+
+
+def in_development(source: str) -> bool:
+    """Whether what intervals cover may be chosen with the source's rows in view (PROTOCOL.md, 9)."""
+    return hashlib.sha256(source.encode()).digest()[0] % 2 == 0
 
 
 def score(row: Row) -> Scored:
