@@ -1,6 +1,6 @@
 """Memory and step time of published training runs, predicted from their rows (benchmarks/PROTOCOL.md).
 
-    python benchmarks/published.py [--csv FILE] [--json] [--record] [--only REGEX] [--held-out] [--jobs N]
+    python benchmarks/published.py [--csv FILE] [--json] [--record] [--only REGEX] [--memory] [--held-out] [--jobs N]
     python benchmarks/published.py --check [--csv FILE]   checks every row, predicts nothing
     python benchmarks/published.py --page                 the page from the last record
 
@@ -9,8 +9,9 @@ where a speed was published) and both lines of every statistic. ``--json`` print
 (sizes in GiB, times in seconds). Rows that contradict themselves are rejected before anything is
 predicted; rows that cannot be expressed are refused; both with the reason. ``--held-out`` also chooses the
 constants of time that were set after rows had been seen again without each house in turn
-(published/held_out.py), which the targets are judged on. ``--record`` adds the run to
-benchmarks/records/published.jsonl and writes benchmarks/published.md from it."""
+(published/held_out.py), which the targets are judged on. ``--memory`` predicts no step times: those of the
+last record stand. ``--record`` adds the run to benchmarks/records/published.jsonl and writes
+benchmarks/published.md from it; rows that ``--only`` leaves out are those of the last record."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ import argparse
 import concurrent.futures
 import dataclasses
 import datetime
+import functools
 import json
 import multiprocessing
 import re
@@ -30,11 +32,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from published.checks import contradictions
-from published.held_out import study
+from published.held_out import restated, study
 from published.page import HEADER, held_out_in_words, in_words, line, page
 from published.rows import setup_of
 from published.schema import DATA, problems, read
-from published.score import Scored, memory, order, score, sweeps, times
+from published.score import Scored, memory, order, score, scored_of, speed_of, sweeps, times
 
 from memfit.store.environment import fingerprint
 from memfit.types.errors import UserError
@@ -52,15 +54,19 @@ def main() -> int:
         rows = [r for r in read(args.csv) if re.search(args.only, r["id"])]
         if not rows:
             raise UserError(f"no row's id matches {args.only!r}")
+        last = _last()
+        if args.memory and not last:
+            raise UserError(f"no record in {RECORDS} has step times", hint="run without --memory")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     if args.check:
         return _check(rows)
     begun = time.perf_counter()
-    scored = _all(rows, args)
+    scored, carried = _with_earlier(_all(rows, args), last, args)
     results = {
         "unit": "GiB",
+        "carried": carried,
         "rows": [s.as_row() for s in scored],
         "memory": [dataclasses.asdict(s) for s in memory(scored)],
         "times": [dataclasses.asdict(t) for t in times(scored)],
@@ -77,7 +83,7 @@ def main() -> int:
         if args.held_out:
             print(*held_out_in_words(results["held_out"]), sep="\n")
     if args.record:
-        _record(results, time.perf_counter() - begun, args)
+        _record(results, scored, time.perf_counter() - begun, args)
     return 0
 
 
@@ -97,35 +103,65 @@ def _all(rows: Sequence[dict[str, str]], args: argparse.Namespace) -> list[Score
     scored = []
     if not args.json:
         print(HEADER)
-    for found in _scored(rows, args.jobs):
+    for found in _scored(rows, args):
         scored.append(found)
         if not args.json:
             print(line(found), flush=True)
     return scored
 
 
-def _scored(rows: Sequence[dict[str, str]], jobs: int) -> Iterator[Scored]:
-    if jobs == 1:
-        yield from map(score, rows)
+def _scored(rows: Sequence[dict[str, str]], args: argparse.Namespace) -> Iterator[Scored]:
+    one = functools.partial(score, times=not args.memory)
+    if args.jobs == 1:
+        yield from map(one, rows)
         return
     spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
-        yield from pool.map(score, rows)
+    with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=spawn) as pool:
+        yield from pool.map(one, rows)
 
 
-def _record(results: dict[str, Any], took_s: float, args: argparse.Namespace) -> None:
+def _with_earlier(
+    scored: list[Scored], last: dict[str, Any], args: argparse.Namespace
+) -> tuple[list[Scored], dict[str, Any]]:
+    """The rows with what this run did not predict, and what that is: step times, and rows that are recorded
+    beside those of ``--only``."""
+    earlier = {row["id"]: row for row in last.get("rows", [])}
+    carried = {}
+    if args.memory:
+        scored = [dataclasses.replace(s, speed=speed_of(earlier.get(s.id, {}))) for s in scored]
+        carried["times"] = last.get("carried", {}).get("times", last["created"])
+    if args.record and args.only:
+        own = {s.id: s for s in scored}
+        ids = [row["id"] for row in read(args.csv) if row["id"] in {**earlier, **own}]
+        scored = [own[i] if i in own else scored_of(earlier[i]) for i in ids]
+        carried |= {"rows": len(ids) - len(own), "created": last["created"]}
+    return scored, carried
+
+
+def _last() -> dict[str, Any]:
+    """The last record of the present form; empty where there is none."""
+    text = RECORDS.read_text(encoding="utf-8") if RECORDS.exists() else ""
+    found = [record for record in map(json.loads, text.splitlines()) if "memory" in record]
+    return found[-1] if found else {}
+
+
+def _record(
+    results: dict[str, Any], scored: Sequence[Scored], took_s: float, args: argparse.Namespace
+) -> None:
     """The choice without houses takes an hour: without a new one, the last one stays, with its date. First
     scores of blind rows stay for good."""
-    text = RECORDS.read_text(encoding="utf-8") if RECORDS.exists() else ""
-    before = [r for r in map(json.loads, text.splitlines()) if "memory" in r]
+    last = _last()
     if "held_out" not in results:
-        results["held_out"] = next((r["held_out"] for r in reversed(before) if r["held_out"]), None)
+        before = last.get("held_out")
+        results["held_out"] = restated(before, scored) if before else None
     first = {r["id"]: r for r in results["rows"] if r["blind"]}
-    results["first_scores"] = {**first, **(before[-1]["first_scores"] if before else {})}
+    results["first_scores"] = {**first, **last.get("first_scores", {})}
     about = {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "took_s": round(took_s),
-        "command": "python benchmarks/published.py --record" + " --held-out" * args.held_out,
+        "command": "python benchmarks/published.py --record"
+        + " --memory" * args.memory
+        + " --held-out" * args.held_out,
         "environment": dict(fingerprint()),
     }
     if args.held_out:
@@ -136,11 +172,8 @@ def _record(results: dict[str, Any], took_s: float, args: argparse.Namespace) ->
 
 
 def _write_page() -> None:
-    if not RECORDS.exists():
+    if not (last := _last()):
         raise UserError(f"no record yet in {RECORDS}", hint="run with --record first")
-    last = json.loads(RECORDS.read_text(encoding="utf-8").splitlines()[-1])
-    if "memory" not in last:
-        raise UserError("the last record is of an older form", hint="run with --record first")
     PAGE.write_text(page(last), encoding="utf-8")
 
 
@@ -158,6 +191,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--record", action="store_true", help="add a record, and write the page from it")
     parser.add_argument("--page", action="store_true", help="write the page from the last record only")
     parser.add_argument("--only", default="", metavar="REGEX", help="rows whose id matches this pattern")
+    parser.add_argument("--memory", action="store_true", help="predict no step times, take the last record's")
     parser.add_argument(
         "--held-out", action="store_true", help="choose constants again without each source, and predict it"
     )

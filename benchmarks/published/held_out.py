@@ -364,6 +364,20 @@ def _studied(
     }
 
 
+def restated(held: Mapping[str, Any], scored: Sequence[Scored]) -> dict[str, Any]:
+    """An earlier study with today's intervals: the statistics whose seconds it has by row, made again. Rows that
+    were blind were not in it."""
+    timed = [s for s in scored if s.speed is not None and not s.blind]
+    seconds = {
+        name: {row: found[key] for row, found in held["rows"].items()}
+        for name, key in (("before", "before_s"), ("left out", "left_out_s"))
+    }
+    return {
+        **held,
+        "summary": {**held["summary"], **{name: _summary(timed, found) for name, found in seconds.items()}},
+    }
+
+
 def _levels(setting: Setting) -> list[float]:
     return [c.levels[i] for c, i in zip(CHOICES, setting, strict=True)]
 

@@ -108,12 +108,11 @@ def page(record: Mapping[str, Any]) -> str:
 
 
 def _carried(record: Mapping[str, Any]) -> list[str]:
-    """Rows that were not predicted again, because they are read as they were before."""
-    if not (carried := record.get("carried")):
-        return []
-    names = ", ".join(f"`{name}`" for name in carried["ids"])
-    text = f"{len(carried['ids'])} rows have their predictions of {carried['created'][:10]}: they are read as"
-    return [f"{text} they were then, and there was no time to predict them again: {names}.", ""]
+    """What was not predicted by this run."""
+    carried = record.get("carried", {})
+    told = [f"{carried['rows']} rows were predicted by the run of {carried['created'][:16]}"] * ("rows" in carried)
+    told += [f"step times are those of {carried['times'][:16]}"] * ("times" in carried)
+    return [f"Of earlier runs: {'; '.join(told)} (UTC).", ""] if told else []
 
 
 def _blind(record: Mapping[str, Any], why: Mapping[str, str]) -> list[str]:
@@ -122,8 +121,16 @@ def _blind(record: Mapping[str, Any], why: Mapping[str, str]) -> list[str]:
     lines = ["## Blind rows, as they were scored first", ""]
     if not found:
         return [*lines, "None: every row was seen before rules were written (PROTOCOL.md, 7).", ""]
-    sizes = [_answer(r, "error", "inside") for r in found if not r["rejected"] and r["measured"]]
-    steps = [_answer(r, "step_error", "step_inside") for r in found if r.get("speed_unit")]
+    sizes = [
+        Answer(source=r["source"], error=r["error"], inside=r["inside"], width=_width(r))
+        for r in found
+        if not r["rejected"] and r["measured"]
+    ]
+    steps = [
+        Answer(source=r["source"], error=r["step_error"], inside=r["step_inside"])
+        for r in found
+        if r.get("speed_unit")
+    ]
     rejected = sum(r["rejected"] for r in found)
     kinds = [statistic("memory", sizes, rejected), statistic("step time", steps, rejected)]
     lines += [*_statistics([dataclasses.asdict(s) for s in kinds]), "", why["text"].strip(), ""]
@@ -137,13 +144,14 @@ def _blind(record: Mapping[str, Any], why: Mapping[str, str]) -> list[str]:
     return [*lines, ""]
 
 
-def _answer(row: Mapping[str, Any], error: str, inside: str) -> Answer:
-    return Answer(source=row["source"], error=row[error], inside=row[inside])
+def _width(row: Mapping[str, Any]) -> float:
+    low, high = row["interval"]
+    return float(high - low)
 
 
 _TABLE = [
-    "| rows | line | rows | sources | median of sources | of rows | worst | within 30 % | in interval |",
-    "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+    "| rows | line | rows | sources | median of sources | of rows | worst | within 30 % | in interval | width |",
+    "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
 ]
 
 
@@ -156,7 +164,8 @@ def _statistics(found: Sequence[Mapping[str, Any]]) -> list[str]:
                 continue
             keys = ("median_of_sources", "median", "worst", "within", "inside")
             numbers = " | ".join(_percent(e[k]) for k in keys)
-            lines.append(f"| {s['name']} | {name} | {e['rows']} | {e['sources']} | {numbers} |")
+            width = "-" if (found_width := e.get("width")) is None else f"{found_width:.1%}"
+            lines.append(f"| {s['name']} | {name} | {e['rows']} | {e['sources']} | {numbers} | {width} |")
     rejected = found[0]["rejected"]
     return [*lines, "", f"Rows of the file that are rejected, and in neither line: {rejected}."]
 
@@ -182,7 +191,11 @@ def _targets(record: Mapping[str, Any]) -> list[str]:
     add("allocated, quality A: median over sources at most 3 %", quality_a, "median_of_sources", None, 0.03)
     add("allocated, quality A: worst row at most 10 %", quality_a, "worst", None, 0.10)
     add("reserved and device: median over sources at most 10 %", reserved, "median_of_sources", None, 0.10)
-    add("memory inside of the interval, 80 to 97 %", sizes["all with a measurement"], "inside", 0.80, 0.97)
+    for name, rows in (
+        ("memory inside of the interval, test half, 80 to 97 %", "all of the test half"),
+        ("memory inside of the interval, all rows, 80 to 97 %", "all with a measurement"),
+    ):
+        add(name, sizes[rows], "inside", 0.80, 0.97)
     if held := record.get("held_out"):
         blind = held["summary"]["left out"]
         whole, order = blind["times"][0], blind["order"]
@@ -208,7 +221,7 @@ def _least(ranks: Sequence[float]) -> dict[str, float | None]:
 
 def _memory(record: Mapping[str, Any], why: Mapping[str, Any]) -> list[str]:
     rows: Sequence[Mapping[str, Any]] = record["rows"]
-    lines = ["", "# Memory", "", *_statistics(record["memory"])]
+    lines = ["", "# Memory", "", why["intervals"].strip(), "", *_statistics(record["memory"])]
     known = [r for r in rows if r["measured"] is not None and not r["reference"] and not r["rejected"]]
     lines += [
         "",
@@ -222,7 +235,7 @@ def _memory(record: Mapping[str, Any], why: Mapping[str, Any]) -> list[str]:
             measured = _size(r["measured"]) + ("" if r["unit_sure"] else " (unit unsure)")
             ends = " to ".join(_size(r["predicted"] * end) for end in r["interval"])
             numbers = f"{measured} | {_size(r['predicted'])} | {_signed(r['error'])}"
-            inside = ends if r["inside"] else f"{ends}, outside"
+            inside = ends + _open(r) + ("" if r["inside"] else ", outside")
             told = _why(r, why["rows"])
             lines.append(f"| {r['id']} | {r['quality']} | {r['kind']} | {numbers} | {inside} | {told} |")
     refused = [r for r in known if r["predicted"] is None]
@@ -243,6 +256,12 @@ def _memory(record: Mapping[str, Any], why: Mapping[str, Any]) -> list[str]:
     without = [r for r in rows if (r["measured"] is None or r["reference"]) and not r["rejected"]]
     names = ", ".join(f"`{r['id']}`" for r in without)
     return [*lines, "", f"{len(without)} more rows publish no memory, or a formula's: {names}."]
+
+
+def _open(row: Mapping[str, Any]) -> str:
+    """The columns that the source does not state, and that the interval covers."""
+    columns = dict.fromkeys(name.partition(" ")[0] for name in row.get("others", {}))
+    return f" ({', '.join(columns)})" if columns else ""
 
 
 def _why(row: Mapping[str, Any], why: Mapping[str, str]) -> str:

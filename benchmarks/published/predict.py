@@ -5,22 +5,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 from unittest import mock
 
-from memfit.catalog.load import device
+from memfit.catalog.load import device, device_names
 from memfit.cost.allocator import Settings, replay
-from memfit.cost.device_overhead import device_overhead, with_workspaces
-from memfit.cost.estimate import MEMORY_RATIO, interval_around
-from memfit.cost.memory import levels
-from memfit.cost.memory_estimate import footprint
+from memfit.cost.device_overhead import added, device_overhead, nccl_bytes, with_workspaces
+from memfit.cost.estimate import MEMORY_RATIO, allocated_interval, interval_around
+from memfit.cost.memory import levels, memory_profile
+from memfit.cost.memory_estimate import ASSUMED_RESERVED_RATIO, footprint
 from memfit.techniques.registry import make_use
 from memfit.techniques.zero.zero_stage12 import ZeroTwo
 from memfit.trace.trace_extrapolation import deep_trace
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
-from memfit.types.machine import Device, Machine
+from memfit.types.machine import Calibration, Device, Fact, Machine
 from memfit.types.plan import KnobValue, Plan, Use
 from memfit.types.result import Interval
 from memfit.types.trace import Phase, Trace
@@ -32,7 +33,7 @@ from published.rows import Setup
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
     """Peaks of a training step. ``phase``: where the allocated one lies. ``ranges``: (low, high) over the
-    value by kind of memory, as memfit's estimates give them."""
+    value by kind of memory, as memfit's estimates give them; of "unstated" over the allocated one."""
 
     allocated_bytes: int
     phase: str
@@ -241,6 +242,17 @@ def forget() -> None:
     _KEPT.clear()
 
 
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Traces made meanwhile are let go of."""
+    before = dict(_KEPT)
+    try:
+        yield
+    finally:
+        _KEPT.clear()
+        _KEPT.update(before)
+
+
 def traced(setup: Setup, plan: Plan, layers: int = 0) -> Trace:
     """Of the model with so many blocks; 0: with all of its own."""
     key = (repr(setup), plan, layers)
@@ -292,13 +304,19 @@ def _on_a_line(setup: Setup, plan: Plan) -> Prediction | None:
     """Peaks grow by as much with every further period of blocks; None where a third depth says otherwise."""
     card, period = card_of(setup), _period(plan)
     found = [traced(setup, plan, _FEW_BLOCKS + i * period) for i in range(3)]
-    few, more, most = (_tops(with_workspaces(t, card) if card else t) for t in found)
+    seen = [with_workspaces(t, card) if card else t for t in found]
+    few, more, most = map(_tops, seen)
     times = (_count(setup) - _FEW_BLOCKS) / period
     whole = {key: int(few[key] + times * (more[key] - few[key])) for key in few}
     where = max(whole, key=lambda key: whole[key])
     if abs((2 * more[where] - few[where]) / most[where] - 1) > _ON_THE_LINE:
         return None
-    return Prediction(allocated_bytes=whole[where], phase=where[0], ranges={"allocated": _ALLOCATED_RANGE})
+    allocated = _allocated(seen[-1], whole[where])
+    reserved = Interval(
+        value=allocated.value, low=allocated.low, high=allocated.high * ASSUMED_RESERVED_RATIO
+    )
+    ranges = _ranges(allocated, reserved, _beside(setup, card, found[-1]))
+    return Prediction(allocated_bytes=whole[where], phase=where[0], ranges=ranges)
 
 
 def _with_layers(setup: Setup, count: int) -> Setup:
@@ -327,44 +345,72 @@ def of_trace(setup: Setup, traced: Trace) -> Prediction:
     seen = with_workspaces(traced, card) if card else traced
     tops = _tops(seen)
     where = max(tops, key=lambda key: tops[key])
-    played = replay(seen.allocations, Settings(expandable_segments=setup.expandable_segments))
-    beside = _beside(setup, card, traced) if card else None
+    allocated = _allocated(seen, tops[where])
+    reserved, beside = _reserved(setup, seen, allocated), _beside(setup, card, traced)
     return Prediction(
         allocated_bytes=tops[where],
         phase=where[0],
         resident_bytes=_resident(seen),
-        reserved_bytes=played.reserved_peak_bytes,
-        device_bytes=None if beside is None else played.reserved_peak_bytes + beside,
-        ranges=_ranges(setup, seen, tops[where], card),
+        reserved_bytes=int(reserved.value),
+        device_bytes=int(reserved.value + beside.value) if card and beside else None,
+        ranges=_ranges(allocated, reserved, beside),
     )
 
 
-_ALLOCATED_RANGE = (1 - MEMORY_RATIO, 1 + MEMORY_RATIO)
+def _allocated(seen: Trace, peak_bytes: int) -> Interval:
+    """As memfit's answers give it, around the last step's peak. What kernels may take inside keeps its bytes
+    where the trace has fewer blocks than the model."""
+    found, _ = allocated_interval(seen, memory_profile(seen, Calibration()), Calibration())
+    around = interval_around(peak_bytes, MEMORY_RATIO)
+    low = min(around.low, peak_bytes * found.low / found.value)
+    return Interval(value=peak_bytes, low=low, high=max(around.high, peak_bytes + found.high - found.value))
+
+
+_UNKNOWN_CARD = Device(name="unknown", kind="cuda", memory_bytes=Fact(value=math.inf, source="", date=""))
+
+
+def _reserved(setup: Setup, seen: Trace, allocated: Interval) -> Interval:
+    """Around the replay under the row's own setting of the allocator. Its interval, which takes more replays, is
+    made only where it is compared."""
+    settings = Settings(expandable_segments=setup.expandable_segments)
+    value = replay(seen.allocations, settings).reserved_peak_bytes
+    if setup.measured is None or setup.measured.kind not in ("reserved", "device", "unstated"):
+        return Interval(value=value, low=value, high=value)
+    around = footprint(seen, allocated, Machine(name="", device=_UNKNOWN_CARD)).reserved_bytes
+    assert around is not None
+    return Interval(value=value, low=min(value, around.low), high=max(value, around.high))
+
+
+_ALL_KERNELS_BYTES = 2**30  # loaded at once before CUDA 11.7 (catalog/libraries.toml, kernels_bytes)
+
+
+def _beside(setup: Setup, card: Device | None, traced: Trace) -> Interval | None:
+    """Memory outside of the allocator; None where the catalog does not know it. Of an unknown card: up to the
+    largest of the catalog. A source may have measured its empty context. Before CUDA 11.7, which torch has
+    since 1.13 (October 2022), a process held all kernels of its libraries."""
+    if card is None:
+        known = [device_overhead(device(name)).total_bytes for name in device_names()]
+        return Interval(value=0, low=0, high=max(total.high for total in known if total))
+    groups = traced.communicators or [(k, n) for k, n in setup.ranks.items() if k != "vp"]
+    if setup.context_bytes is not None:
+        own = interval_around(setup.context_bytes, 0.0)
+        return added((own, *(nccl_bytes(card, ranks) for _, ranks in groups if ranks > 1)))
+    total = device_overhead(card, groups).total_bytes
+    if total is None or not setup.older(2022, 11):
+        return total
+    return dataclasses.replace(total, high=total.high + _ALL_KERNELS_BYTES)
 
 
 def _ranges(
-    setup: Setup, seen: Trace, peak_bytes: int, card: Device | None
+    allocated: Interval, reserved: Interval, beside: Interval | None
 ) -> dict[str, tuple[float, float]]:
-    """Of the allocator's cache and of the device only where the measured number is one of them."""
-    kind = setup.measured.kind if setup.measured else ""
-    if card is None or kind not in ("reserved", "device"):
-        return {"allocated": _ALLOCATED_RANGE, "resident": _ALLOCATED_RANGE}
-    around = footprint(seen, interval_around(peak_bytes, MEMORY_RATIO), Machine(name=card.name, device=card))
-    found = {"reserved": around.reserved_bytes, "device": around.device_bytes}
-    return {"allocated": _ALLOCATED_RANGE, **{k: _ratios(v) for k, v in found.items() if v}}
-
-
-def _ratios(interval: Interval) -> tuple[float, float]:
-    return interval.low / interval.value, interval.high / interval.value
-
-
-def _beside(setup: Setup, card: Device, traced: Trace) -> int | None:
-    """Outside the allocator. A source may have measured its empty context: before CUDA
-    11.7 loaded kernels one by one, that was much more."""
-    parts = device_overhead(card, traced.communicators)
-    if setup.context_bytes is None:
-        return int(parts.total_bytes.value) if parts.total_bytes else None
-    return setup.context_bytes + parts.parts_bytes.get("nccl", 0)
+    """Memory of which the source does not say what it counts is anything from the live tensors to the device's
+    memory."""
+    device_memory = added((reserved, beside)) or reserved
+    kinds = {"allocated": allocated, "reserved": reserved, "device": device_memory}
+    found = {kind: (i.low / i.value, i.high / i.value) for kind, i in kinds.items()}
+    found["unstated"] = (allocated.low / allocated.value, device_memory.high / allocated.value)
+    return {**found, "resident": (1 - MEMORY_RATIO, 1 + MEMORY_RATIO)}
 
 
 def _resident(traced: Trace) -> int:

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import math
 import statistics
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from memfit.cost.estimate import KERNELS_TIME_RATIO
+from memfit.cost.estimate import KERNELS_TIME_RATIO, interval_of_rates
 from memfit.types.errors import UserError
+from published.alternatives import alternatives
 from published.checks import contradictions
-from published.predict import Prediction, forget, predict
+from published.predict import Prediction, apart, forget, predict
 from published.rows import SPEEDS, Setup, setup_of, unit_sure
-from published.schema import GIB, Row, problems
+from published.schema import GIB, Row, assumed, problems
 from published.step_time import measured_s, timed
 from published.step_time import predicted as seconds_of
 
 FULL_RATIO = 0.94  # of the card: above it the allocator's cache is what fills it
 WITHIN = 0.30
+STEP_RANGE = interval_of_rates(1.0, KERNELS_TIME_RATIO)  # where kernels' shares are known
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,9 +47,8 @@ class Speed:
 
     @property
     def inside(self) -> bool:
-        """Whether the measured step lies in the interval that memfit gives where kernels' shares are
-        known."""
-        return self.error is not None and abs(1 / (1 + self.error) - 1) <= KERNELS_TIME_RATIO
+        """Whether the measured step lies in the interval of memfit's answers."""
+        return self.error is not None and STEP_RANGE.low <= 1 / (1 + self.error) <= STEP_RANGE.high
 
     @property
     def predicted(self) -> float | None:
@@ -73,8 +75,10 @@ class Speed:
 class Scored:
     """``rejected``: the row contradicts the schema or itself, for ``reason``. ``predicted_bytes`` None and
     not rejected: refused, for ``reason``. ``measured_bytes`` None: no memory was published. ``kind``: what
-    was measured; ``compared``: which of the predicted numbers stands beside it. ``low``, ``high``: the
-    ends of the predicted interval over the predicted number."""
+    was measured; ``compared``: which of the predicted numbers stands beside it. ``ends``: those of memfit's
+    interval over the predicted number. ``others``: the number, in bytes, where a column that the source does not
+    state has another value. ``low``, ``high``: the ends of the interval over all of these, over the predicted
+    number."""
 
     id: str
     source: str
@@ -85,8 +89,8 @@ class Scored:
     compared: str = ""
     measured_bytes: float | None = None
     predicted_bytes: float | None = None
-    low: float = 1.0
-    high: float = 1.0
+    ends: tuple[float, float] = (1.0, 1.0)
+    others: Mapping[str, float] = dataclasses.field(default_factory=dict)
     reason: str = ""
     rejected: bool = False
     full: bool = False  # the measured number is within 6 % of the card
@@ -100,6 +104,18 @@ class Scored:
         if self.predicted_bytes is None or not self.measured_bytes:
             return None
         return self.predicted_bytes / self.measured_bytes - 1
+
+    @property
+    def low(self) -> float:
+        return self.ends[0] * min((1.0, *self._over_predicted()))
+
+    @property
+    def high(self) -> float:
+        """A number whose unit is not sure may count units of powers of ten, of which there are more."""
+        return self.ends[1] * max((1.0, *self._over_predicted())) * (1.0 if self.sure else GIB / 1e9)
+
+    def _over_predicted(self) -> Iterator[float]:
+        return (other / (self.predicted_bytes or math.inf) for other in self.others.values())
 
     @property
     def inside(self) -> bool:
@@ -120,6 +136,8 @@ class Scored:
             "predicted": _gib(self.predicted_bytes),
             "error": self.error,
             "interval": [self.low, self.high],
+            "ends": list(self.ends),
+            "others": {name: _gib(size) for name, size in self.others.items()},
             "inside": self.inside,
             "compared": self.compared,
             "reason": self.reason,
@@ -136,14 +154,47 @@ def _gib(size_bytes: float | None) -> float | None:
     return None if size_bytes is None else size_bytes / GIB
 
 
+def scored_of(row: Mapping[str, Any]) -> Scored:
+    """The inverse of `Scored.as_row`."""
+
+    def size(gib: float | None) -> float | None:
+        return None if gib is None else gib * GIB
+
+    return Scored(
+        **{key: row[key] for key in ("id", "source", "house", "blind", "quality", "kind", "compared")},
+        **{key: row[key] for key in ("reason", "rejected", "reference", "state")},
+        measured_bytes=size(row["measured"]),
+        predicted_bytes=size(row["predicted"]),
+        ends=tuple(row.get("ends", row["interval"])),  # in older records that is all
+        others={name: gib * GIB for name, gib in row.get("others", {}).items()},
+        full=row["card_full"],
+        sure=row["unit_sure"],
+        speed=speed_of(row),
+    )
+
+
+def speed_of(row: Mapping[str, Any]) -> Speed | None:
+    """That of a row as `Scored.as_row` gives it."""
+    if "speed_unit" not in row:
+        return None
+    return Speed(
+        unit=row["speed_unit"],
+        value=row["measured_speed"],
+        measured_s=row["measured_step_s"],
+        predicted_s=row["step_s"],
+        busy_s=row["busy_s"],
+        reason=row["step_reason"],
+    )
+
+
 def in_development(source: str) -> bool:
     """Whether what intervals cover may be chosen with the source's rows in view (PROTOCOL.md, 9)."""
     return hashlib.sha256(source.encode()).digest()[0] % 2 == 0
 
 
-def score(row: Row) -> Scored:
+def score(row: Row, *, times: bool = True) -> Scored:
     """Checks before anything is predicted. A row can be odd in ways that nobody foresaw: it is then
-    refused, and the others go on."""
+    refused, and the others go on. ``times``: whether its step is predicted too."""
     found = Scored(
         id=row["id"],
         source=row["group"],
@@ -168,9 +219,11 @@ def score(row: Row) -> Scored:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if setup.measured is not None:
-            found = _tried(lambda: _sized(setup, found), lambda why: dataclasses.replace(found, reason=why))
+            found = _tried(
+                lambda: _sized(setup, found, assumed(row)), lambda why: dataclasses.replace(found, reason=why)
+            )
         unit = next((name for name in SPEEDS if name in setup.speeds), None)
-        if unit is None:
+        if unit is None or not times:
             return found
         bare = Speed(unit=unit, value=setup.speeds[unit])
         speed = _tried(lambda: _timed(setup, bare), lambda why: dataclasses.replace(bare, reason=why))
@@ -203,13 +256,34 @@ def _timed(setup: Setup, bare: Speed) -> Speed:
     return dataclasses.replace(found, predicted_s=played.step_s, busy_s=played.busy_s)
 
 
-def _sized(setup: Setup, found: Scored) -> Scored:
+def _sized(setup: Setup, found: Scored, open_columns: Iterable[str]) -> Scored:
     assert setup.measured is not None
+    kind, scale = setup.measured.kind, setup.measured.scale
     predicted = predict(setup)
-    size_bytes, compared = number_of(predicted, setup.measured.kind)
-    low, high = predicted.ranges.get(compared, (1.0, 1.0))
-    scaled = size_bytes * setup.measured.scale
-    return dataclasses.replace(found, predicted_bytes=scaled, compared=compared, low=low, high=high)
+    size_bytes, compared = number_of(predicted, kind)
+    others = {
+        name: scale * other
+        for name, changed in alternatives(setup, open_columns, predicted.phase).items()
+        if (other := _other(changed, kind)) is not None
+    }
+    return dataclasses.replace(
+        found,
+        predicted_bytes=scale * size_bytes,
+        compared=compared,
+        ends=predicted.ranges["unstated" if kind == "unstated" else compared],
+        others=others,
+    )
+
+
+def _other(setup: Setup, kind: str) -> float | None:
+    """The number that is compared, where another value was assumed; None where that is not expressed. Its
+    own interval is not needed, and allocated memory, which unstated numbers are compared as, is the
+    quickest."""
+    assert setup.measured is not None
+    measured = dataclasses.replace(setup.measured, kind="allocated" if kind == "unstated" else kind)
+    with contextlib.suppress(UserError), apart():
+        return number_of(predict(dataclasses.replace(setup, measured=measured)), kind)[0]
+    return None
 
 
 def number_of(predicted: Prediction, kind: str) -> tuple[float, str]:
@@ -228,18 +302,19 @@ def number_of(predicted: Prediction, kind: str) -> tuple[float, str]:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """``error`` None: a miss."""
+    """``error`` None: a miss. ``width``: of the interval, high less low over the predicted value."""
 
     source: str
     error: float | None
     inside: bool
+    width: float = math.nan
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Errors:
     """Absolute errors as ratios. ``median_of_sources``: over sources, of each source's median. ``within``,
-    ``inside``: shares within 30 % and in the interval, of each source, averaged. None: a miss decides it, or
-    there is no row."""
+    ``inside``: shares within 30 % and in the interval, of each source, averaged. ``width``: median of the
+    sources' median widths of intervals, of predicted rows. None: a miss decides it, or there is no row."""
 
     rows: int
     sources: int
@@ -250,6 +325,7 @@ class Errors:
     within_rows: float | None = None
     inside: float | None = None
     inside_rows: float | None = None
+    width: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -277,6 +353,7 @@ def errors_of(answers: Sequence[Answer]) -> Errors:
 
     within, within_rows = shares(lambda a: _size(a) <= WITHIN)
     inside, inside_rows = shares(lambda a: a.inside)
+    widths = [[a.width for a in own if a.error is not None] for own in sources.values()]
     return Errors(
         rows=len(answers),
         sources=len(sources),
@@ -287,6 +364,7 @@ def errors_of(answers: Sequence[Answer]) -> Errors:
         within_rows=within_rows,
         inside=inside,
         inside_rows=inside_rows,
+        width=_finite(statistics.median([statistics.median(own) for own in widths if own] or [math.nan])),
     )
 
 
@@ -311,6 +389,8 @@ _GROUPS: tuple[tuple[str, Callable[[Scored], bool]], ...] = (
         lambda s: s.kind in ("reserved", "device") and not s.full and s.sure,
     ),
     ("all with a measurement", lambda s: True),
+    ("all of the development half", lambda s: in_development(s.source)),
+    ("all of the test half", lambda s: not in_development(s.source)),
 )
 
 
@@ -324,7 +404,7 @@ def memory(scored: Sequence[Scored]) -> list[Statistic]:
 
 
 def _memory_answer(s: Scored) -> Answer:
-    return Answer(source=s.source, error=s.error, inside=s.inside)
+    return Answer(source=s.source, error=s.error, inside=s.inside, width=s.high - s.low)
 
 
 def times(scored: Sequence[Scored]) -> list[Statistic]:
@@ -334,15 +414,22 @@ def times(scored: Sequence[Scored]) -> list[Statistic]:
         ("all with a speed", known),
         ("quality A", [s for s in known if s.quality == "A"]),
         ("quality B and C", [s for s in known if s.quality != "A"]),
+        ("development half", [s for s in known if in_development(s.source)]),
+        ("test half", [s for s in known if not in_development(s.source)]),
     ]
     return [
         statistic(
             name,
-            [Answer(source=s.source, error=s.speed.error, inside=s.speed.inside) for s in rows if s.speed],
+            [_step_answer(s.source, s.speed) for s in rows if s.speed],
             rejected,
         )
         for name, rows in named
     ]
+
+
+def _step_answer(source: str, speed: Speed) -> Answer:
+    width = STEP_RANGE.high - STEP_RANGE.low
+    return Answer(source=source, error=speed.error, inside=speed.inside, width=width)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

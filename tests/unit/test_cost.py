@@ -308,6 +308,17 @@ def test_a_calibrated_estimate_has_a_narrower_interval() -> None:
     assert width(CALIBRATED) < width(Calibration())
 
 
+def test_the_interval_of_a_step_is_one_of_rates_and_longer_upwards() -> None:
+    traced = dataclasses.replace(SMALL, ops=(op(12, flops=10**9),))
+    found = estimate(traced, Plan(), machine=machine(), calibration=CALIBRATED, model=model()).step_s
+    assert found is not None
+    assert (found.low, found.high) == (pytest.approx(found.value / 1.25), pytest.approx(found.value / 0.75))
+    measured = dataclasses.replace(CALIBRATED, step_spread_ratio=0.1)
+    spread = estimate(traced, Plan(), machine=machine(), calibration=measured, model=model(measured)).step_s
+    assert spread is not None
+    assert spread.high / spread.value == pytest.approx(1.1)
+
+
 @given(value=st.floats(0, 1e15), ratio=st.floats(0, 1))
 def test_an_interval_contains_its_value(value: float, ratio: float) -> None:
     from memfit.cost.estimate import interval_around

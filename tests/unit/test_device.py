@@ -182,7 +182,7 @@ def test_reserved_and_device_memory_match_a_calculation_by_hand() -> None:
     assert found.reserved_bytes is not None
     assert found.device_bytes is not None
     assert found.reserved_bytes.value == 75 * GIB
-    assert found.reserved_bytes.low >= 55 * GIB
+    assert found.reserved_bytes.low == 55 * GIB  # other frees or settings may strand nothing
     beside = device_overhead(A100.device)
     assert beside.total_bytes is not None
     assert found.device_bytes.value == 75 * GIB + beside.total_bytes.value

@@ -291,6 +291,34 @@ def test_another_machine_is_not_probed_and_gets_a_wider_interval(
     assert found.allocated_bytes.high > 1.01 * found.allocated_bytes.value
 
 
+def test_backward_of_attention_on_cuda_is_bounded_by_its_float32_sums() -> None:
+    """2 x 3 heads, 100 queries padded to 128, heads of 80 to 96 (flash) or 128; 200 keys padded to 256."""
+    queries, keys = torch.empty(2, 3, 100, 80), torch.empty(2, 3, 200, 80)
+    args = [queries, queries, keys, keys]
+    flash = describe("aten._scaled_dot_product_flash_attention_backward.default", args, {})
+    efficient = describe("aten._scaled_dot_product_efficient_attention_backward.default", args, {})
+    assert bound_bytes(flash, "cuda", 1) == 4 * 2 * 3 * 128 * (96 + 1)
+    assert bound_bytes(efficient, "cuda", 1) == 4 * 2 * 3 * ((128 + 2 * 256) * 128 + 100)
+    assert bound_bytes(flash, "xpu", 1) == 0
+
+
+def test_an_estimate_for_another_card_covers_what_backward_of_attention_takes() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mixed = nn.Linear(64, 192, bias=False, dtype=torch.bfloat16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            query, key, value = self.mixed(x).unflatten(2, (3, 1, 64)).permute(2, 0, 3, 1, 4)
+            return functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+    batch = {"x": torch.rand(1, 2**16, 64).bfloat16()}
+    found = memfit.estimate(Attention(), batch, loss=lambda m, b: m(b["x"]).sum(), machine="A100-80GB-SXM")
+    sums_bytes = 4 * 2**16 * (64 + 1)
+    assert any("flash_attention_backward" in a for a in found.estimate.assumptions)
+    assert found.allocated_bytes.high > found.allocated_bytes.value + sums_bytes / 2
+
+
 def test_a_model_without_kernels_to_probe_starts_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memfit.planner.workspace_probes, "run", None)
     model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))

@@ -6,23 +6,24 @@ import dataclasses
 
 from memfit.cost.device_overhead import with_workspaces
 from memfit.cost.host import HostTensors, host_memory, known_host, ranks_of_host
-from memfit.cost.memory import memory_profile, step_ops
+from memfit.cost.memory import MemoryProfile, memory_profile, step_ops
 from memfit.cost.memory_estimate import footprint
 from memfit.cost.money import bill, hosts_w
 from memfit.cost.op_time import TimeModel
 from memfit.cost.step_time import simulate_step
 from memfit.cost.step_time_calibration import factor
 from memfit.cost.stream_simulator import SimulatedStep
-from memfit.cost.workspaces import find_unprobed
+from memfit.cost.workspaces import UnprobedWorkspaces, find_unprobed
 from memfit.types.machine import Calibration, Machine
 from memfit.types.plan import Plan
 from memfit.types.result import Estimate, Interval
 from memfit.types.trace import Trace
 
 # Half-widths of the intervals. Memory: twice the worst error of the test matrix (tests/engines); the widths
-# for reserved and device memory are explained in cost/memory_estimate.py. Time: sums of calibrated operators
-# are within the first ratio; the second was set so that 90 % of published runs were within it, with constants
-# that had seen them (without: benchmarks/published.md); plain rooflines are rough.
+# for reserved and device memory are explained in cost/memory_estimate.py. Time: of the rates that the
+# hardware reaches. Sums of calibrated operators are within the first ratio; the second was set so that 90 %
+# of published runs were within it, with constants that had seen them (without: benchmarks/published.md);
+# plain rooflines are rough.
 MEMORY_RATIO = 0.01
 CALIBRATED_TIME_RATIO = 0.25
 KERNELS_TIME_RATIO = 0.30
@@ -58,9 +59,7 @@ def estimate(
         step = simulate_step([trace], plan, machine, model)
     trace = with_workspaces(trace, machine.device)
     profile = memory_profile(trace, calibration)
-    allocated = _with_assumed(interval_around(profile.peak_bytes, MEMORY_RATIO), trace)
-    if (unprobed_workspaces := find_unprobed(trace, profile, calibration)) is not None:
-        allocated = dataclasses.replace(allocated, high=max(allocated.high, unprobed_workspaces.high_bytes))
+    allocated, unprobed_workspaces = allocated_interval(trace, profile, calibration)
     memory = footprint(trace, allocated, machine)
     host = host_memory(tensors, plan, machine, allocated=allocated, workers=workers)
     ops, local_ranks = step_ops(trace), ranks_of_host(plan, machine)
@@ -72,7 +71,7 @@ def estimate(
         phase_peak_bytes=profile.phase_peak_bytes,
         at_peak_bytes=profile.at_peak_bytes,
         by_module_bytes=profile.by_module_bytes,
-        step_s=interval_around(step_s, _spread(calibration, machine)) if step_s is not None else None,
+        step_s=_step_interval(step_s, calibration, machine) if step_s is not None else None,
         flops_per_step=sum(op.flops * times for op, times in ops),
         energy_j=cost.energy_j,
         energy_boundary=modelled_boundary(machine),
@@ -100,21 +99,34 @@ def estimate(
     )
 
 
-def _with_assumed(allocated: Interval, trace: Trace) -> Interval:
-    """Return ``allocated`` with its low end multiplied by ``trace.assumed_low_ratio`` and its high end by
-    ``trace.assumed_high_ratio``; the value stays. These are the lowest and the highest peak under other
-    values of what the trace had to assume, relative to its peak.
+def allocated_interval(
+    trace: Trace, profile: MemoryProfile, calibration: Calibration
+) -> tuple[Interval, UnprobedWorkspaces | None]:
+    """Return the peak of the live bytes with its interval, and the operators whose workspaces could raise it.
+
+    ``profile``: of ``trace``. The interval covers the peaks under other values of what the trace had to
+    assume, and the upper bounds of workspaces that were not probed.
     """
-    low, high = allocated.low * trace.assumed_low_ratio, allocated.high * trace.assumed_high_ratio
-    return Interval(value=allocated.value, low=low, high=high)
+    around = interval_around(profile.peak_bytes, MEMORY_RATIO)
+    low, high = around.low * trace.assumed_low_ratio, around.high * trace.assumed_high_ratio
+    workspaces = find_unprobed(trace, profile, calibration)
+    if workspaces is not None:
+        high = max(high, workspaces.high_bytes)
+    return Interval(value=around.value, low=low, high=high), workspaces
 
 
-def _spread(calibration: Calibration, machine: Machine) -> float:
+def _step_interval(step_s: float, calibration: Calibration, machine: Machine) -> Interval:
     if calibration.step_spread_ratio is not None:
-        return calibration.step_spread_ratio
+        return interval_around(step_s, calibration.step_spread_ratio)
     if calibration.flops_s:
-        return CALIBRATED_TIME_RATIO
-    return CATALOG_TIME_RATIO if machine.device.is_host else KERNELS_TIME_RATIO
+        return interval_of_rates(step_s, CALIBRATED_TIME_RATIO)
+    return interval_of_rates(step_s, CATALOG_TIME_RATIO if machine.device.is_host else KERNELS_TIME_RATIO)
+
+
+def interval_of_rates(seconds: float, ratio: float) -> Interval:
+    """Return the interval of ``seconds`` of work whose rates are known to within ``ratio``, below 1: from
+    ``seconds / (1 + ratio)`` to ``seconds / (1 - ratio)``."""
+    return Interval(value=seconds, low=seconds / (1 + ratio), high=seconds / (1 - ratio))
 
 
 def scaled(interval: Interval, factor: float) -> Interval:

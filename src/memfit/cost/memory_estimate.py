@@ -1,9 +1,10 @@
 """Reserved and device memory of a plan, each with its range, and the probability that it does not fit.
 
-Basis of the ranges. Reserved: the lowest and highest of replays in the traced order and with frees up to 16
-events late (a free waits for Python and for autograd's thread), plus the error of the sizes themselves; not
-yet checked on a GPU. Device: the catalog's ranges for context, kernels and NCCL are added to that, end to
-end. For probabilities a range is read as the central 95 % of a split normal distribution.
+Basis of the ranges. Reserved: at least the live bytes, which no order of frees and no setting of the
+allocator changes; at most the highest of replays in the traced order and with frees up to 16 events late (a
+free waits for Python and for autograd's thread), plus the error of the sizes themselves. Not yet checked on a
+GPU; published runs of FSDP2 reserved less than any of the replays (benchmarks/published.md). Device: the
+catalog's ranges for context, kernels and NCCL are added to that, end to end. For probabilities a range is read as the central 95 % of a split normal distribution.
 """
 
 from __future__ import annotations
@@ -108,11 +109,10 @@ def _reserved(events: Sequence[Event], plain: Replayed, allocated: Interval) -> 
         plain.reserved_peak_bytes,
         *(run(delay_frees(events, places)).reserved_peak_bytes for places in _LATE_EVENTS),
     ]
-    scale_low, scale_high = allocated.low / allocated.value, allocated.high / allocated.value
     return Interval(
         value=plain.reserved_peak_bytes,
-        low=min(plain.reserved_peak_bytes, max(allocated.low, min(peaks) * scale_low)),
-        high=max(peaks) * scale_high,
+        low=min(plain.reserved_peak_bytes, allocated.low),
+        high=max(peaks) * allocated.high / allocated.value,
     )
 
 

@@ -96,8 +96,11 @@ _BY_LAYOUT: Final = frozenset(
     }
 )
 _NO_KERNELS: Final = ("memfit.", "stream.", "c10d.", "_c10d_functional.", "prim.", "profiler.")
-# The only operators checked on an accelerator, because their workspaces are the large ones.
+# The only operators checked on an accelerator, because their workspaces are the large ones; of attention,
+# CUDA's backward kernels only.
 _CONVOLUTIONS: Final = frozenset({"convolution", "convolution_backward", "cudnn_convolution"})
+_FLASH_BACKWARD: Final = "_scaled_dot_product_flash_attention_backward"
+_CUDA_ATTENTION: Final = frozenset({_FLASH_BACKWARD, "_scaled_dot_product_efficient_attention_backward"})
 _RECURRENT: Final = frozenset({"mkldnn_rnn_layer", "mkldnn_rnn_layer_backward"})
 
 
@@ -215,7 +218,8 @@ def base_name(op: str) -> str:
 def bound_bytes(signature: str, device: str, threads: int) -> int:
     """Return an upper bound on the bytes that the operator uses beside its inputs and outputs while it runs.
 
-    0 if it uses none or is not a torch operator, and on an accelerator for all operators but convolutions.
+    0 if it uses none or is not a torch operator, and on an accelerator for all operators but convolutions
+    and, with CUDA's kernels, the backward of attention.
     ``device``: "cpu" or "cuda". ``threads``: number of the CPU's threads that run the operator.
     """
     if not signature.startswith('["'):
@@ -226,9 +230,12 @@ def bound_bytes(signature: str, device: str, threads: int) -> int:
         return 0
     if base in _ANY_DTYPE or (base in _PLAIN and not halves):
         return _copied_bytes(signature, base) if device == "cpu" else 0
-    if device != "cpu" and base not in _CONVOLUTIONS:
+    on_cuda = base in _CUDA_ATTENTION and device == "cuda"
+    if device != "cpu" and base not in _CONVOLUTIONS and not on_cuda:
         return 0
     _, args, kwargs = json.loads(signature)
+    if on_cuda:
+        return _attention_backward_bytes(args, flash=base == _FLASH_BACKWARD)
     if base in _CONVOLUTIONS:
         return _convolution_bytes(args, backward=base.endswith("backward"), device=device, threads=threads)
     tensors = _tensors([args, kwargs])
@@ -475,6 +482,24 @@ def _attention_bytes(tensors: Sequence[Sequence[Any]], threads: int) -> int:
     block_bytes = 3 * rows * (min(keys, 512) + width + 2) * 4
     packed_bytes = sum(map(_tensor_bytes, tensors)) if any(t[2] in _HALVES for t in tensors) else 0
     return int(threads * block_bytes + packed_bytes)
+
+
+def _attention_backward_bytes(args: Sequence[Any], *, flash: bool) -> int:
+    """Return an upper bound on the bytes that CUDA's backward of attention needs while it runs: sums of
+    gradients in float32, and one float32 for each row of the scores. ``args``: those of its signature: the
+    output's gradient, queries, keys and values of the shape (batch, heads, length, head dim).
+
+    The flash kernel sums the gradient of the queries, with lengths padded to 128 and heads to 32 or, above
+    128, to 64 (mha_bwd in csrc/flash_attn/flash_api.cpp). The memory-efficient kernel sums that of queries,
+    keys and values in tiles of at most 128 x 128 (workspace_size in fmha kernel_backward.h); it has sums of
+    keys and values for large heads only, which this bound always counts.
+    """
+    (batch, heads, queries, width), keys = args[1]["t"][0], args[2]["t"][0][2]
+    rows, heads_bytes = _filled(queries, 128), 4 * batch * heads
+    if flash:
+        return int(heads_bytes * rows * (_filled(width, 32 if width <= 128 else 64) + 1))
+    columns = max(_filled(width, 128), _filled(args[3]["t"][0][3], 128))
+    return int(heads_bytes * ((rows + 2 * _filled(keys, 128)) * columns + queries))
 
 
 def _tensors(value: Any) -> list[Sequence[Any]]:

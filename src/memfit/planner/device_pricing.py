@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy
 
-from memfit.cost.estimate import interval_around, modelled_boundary, scaled
+from memfit.cost.estimate import interval_around, interval_of_rates, modelled_boundary, scaled
 from memfit.cost.host import host_memory, known_host, memory_bytes
 from memfit.cost.memory_estimate import ASSUMED_RESERVED_RATIO, sketch_footprint
 from memfit.cost.money import bill
@@ -287,7 +287,7 @@ class Scale:
             phase_peak_bytes={},
             at_peak_bytes={},
             by_module_bytes={},
-            step_s=interval_around(sketch.step_s, _SKETCH_TIME_RATIO),
+            step_s=interval_of_rates(sketch.step_s, _SKETCH_TIME_RATIO),
             flops_per_step=0,
             energy_j=cost.energy_j,
             energy_boundary=modelled_boundary(machine),

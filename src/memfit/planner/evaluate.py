@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy
 
-from memfit.cost.estimate import estimate, interval_around, modelled_boundary
+from memfit.cost.estimate import estimate, interval_around, interval_of_rates, modelled_boundary
 from memfit.cost.host import HostTensors, host_memory, known_host
 from memfit.cost.memory import levels, step_ops
 from memfit.cost.memory_estimate import ASSUMED_RESERVED_RATIO, sketch_footprint
@@ -660,7 +660,7 @@ class Pricer:
             phase_peak_bytes=peaks,
             at_peak_bytes={},
             by_module_bytes={},
-            step_s=interval_around(step_s, _SKETCH_TIME_RATIO) if step_s is not None else None,
+            step_s=interval_of_rates(step_s, _SKETCH_TIME_RATIO) if step_s is not None else None,
             flops_per_step=int(micros * vector[_FLOPS]),
             energy_j=cost.energy_j,
             energy_boundary=modelled_boundary(self.machine),
