@@ -1,6 +1,6 @@
 """Memory and step time of published training runs, predicted from their rows (benchmarks/PROTOCOL.md).
 
-    python benchmarks/published.py [--csv FILE] [--json] [--record] [--only REGEX] [--memory] [--held-out] [--jobs N]
+    python benchmarks/published.py [--csv FILE] [--json] [--record] [--only REGEX] [--memory] [--held-out]
     python benchmarks/published.py --check [--csv FILE]   checks every row, predicts nothing
     python benchmarks/published.py --page                 the page from the last record
 

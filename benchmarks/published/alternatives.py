@@ -15,8 +15,8 @@ _LOSSES = {"megatron": ("dense", "fused")}
 
 
 def alternatives(setup: Setup, assumed: Iterable[str], phase: str) -> dict[str, Setup]:
-    """Setups that differ from this one in one of the columns ``assumed``, named "column value". ``phase``: where
-    the allocated peak of this one lies."""
+    """Setups that differ from this one in one of the columns ``assumed``, named "column value". ``phase``:
+    where the allocated peak of this one lies."""
     return {
         f"{column} {name}": dataclasses.replace(setup, **changed)
         for column in assumed

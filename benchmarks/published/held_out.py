@@ -365,8 +365,8 @@ def _studied(
 
 
 def restated(held: Mapping[str, Any], scored: Sequence[Scored]) -> dict[str, Any]:
-    """An earlier study with today's intervals: the statistics whose seconds it has by row, made again. Rows that
-    were blind were not in it."""
+    """An earlier study with today's intervals: the statistics whose seconds it has by row, made again. Rows
+    that were blind were not in it."""
     timed = [s for s in scored if s.speed is not None and not s.blind]
     seconds = {
         name: {row: found[key] for row, found in held["rows"].items()}

@@ -110,8 +110,11 @@ def page(record: Mapping[str, Any]) -> str:
 def _carried(record: Mapping[str, Any]) -> list[str]:
     """What was not predicted by this run."""
     carried = record.get("carried", {})
-    told = [f"{carried['rows']} rows were predicted by the run of {carried['created'][:16]}"] * ("rows" in carried)
-    told += [f"step times are those of {carried['times'][:16]}"] * ("times" in carried)
+    told = []
+    if "rows" in carried:
+        told.append(f"{carried['rows']} rows were predicted by the run of {carried['created'][:16]}")
+    if "times" in carried:
+        told.append(f"step times are those of {carried['times'][:16]}")
     return [f"Of earlier runs: {'; '.join(told)} (UTC).", ""] if told else []
 
 
@@ -150,7 +153,7 @@ def _width(row: Mapping[str, Any]) -> float:
 
 
 _TABLE = [
-    "| rows | line | rows | sources | median of sources | of rows | worst | within 30 % | in interval | width |",
+    "| rows | line | rows | sources | median of sources | of rows | worst | within 30 % | inside | width |",
     "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
 ]
 

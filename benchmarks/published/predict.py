@@ -370,8 +370,8 @@ _UNKNOWN_CARD = Device(name="unknown", kind="cuda", memory_bytes=Fact(value=math
 
 
 def _reserved(setup: Setup, seen: Trace, allocated: Interval) -> Interval:
-    """Around the replay under the row's own setting of the allocator. Its interval, which takes more replays, is
-    made only where it is compared."""
+    """Around the replay under the row's own setting of the allocator. Its interval, which takes more replays,
+    is made only where it is compared."""
     settings = Settings(expandable_segments=setup.expandable_segments)
     value = replay(seen.allocations, settings).reserved_peak_bytes
     if setup.measured is None or setup.measured.kind not in ("reserved", "device", "unstated"):
@@ -404,8 +404,8 @@ def _beside(setup: Setup, card: Device | None, traced: Trace) -> Interval | None
 def _ranges(
     allocated: Interval, reserved: Interval, beside: Interval | None
 ) -> dict[str, tuple[float, float]]:
-    """Memory of which the source does not say what it counts is anything from the live tensors to the device's
-    memory."""
+    """Memory of which the source does not say what it counts is anything from the live tensors to the
+    device's memory."""
     device_memory = added((reserved, beside)) or reserved
     kinds = {"allocated": allocated, "reserved": reserved, "device": device_memory}
     found = {kind: (i.low / i.value, i.high / i.value) for kind, i in kinds.items()}

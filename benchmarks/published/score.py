@@ -76,9 +76,9 @@ class Scored:
     """``rejected``: the row contradicts the schema or itself, for ``reason``. ``predicted_bytes`` None and
     not rejected: refused, for ``reason``. ``measured_bytes`` None: no memory was published. ``kind``: what
     was measured; ``compared``: which of the predicted numbers stands beside it. ``ends``: those of memfit's
-    interval over the predicted number. ``others``: the number, in bytes, where a column that the source does not
-    state has another value. ``low``, ``high``: the ends of the interval over all of these, over the predicted
-    number."""
+    interval over the predicted number. ``others``: the number, in bytes, where a column that the source does
+    not state has another value. ``low``, ``high``: the ends of the interval over all of these, over the
+    predicted number."""
 
     id: str
     source: str

@@ -17,7 +17,6 @@ from typing import Any
 import published.score
 import pytest
 import torch
-from published import step_time
 from published.alternatives import alternatives
 from published.checks import contradictions, parameters
 from published.decoder import ExpertList, Experts
@@ -379,7 +378,7 @@ def test_with_memory_step_times_are_those_of_the_last_record_and_only_adds_to_it
     assert "run without --memory" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", [*asked, "--record"])
     assert script.main() == 0
-    monkeypatch.setattr(step_time, "predicted", None)
+    monkeypatch.setattr(published.score, "_timed", None)
     monkeypatch.setattr(sys, "argv", [*asked, "--record", "--memory", "--only", "x-1"])
     assert script.main() == 0
     first, second = (json.loads(line) for line in (tmp_path / "published.jsonl").open())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from memfit.cost.device_overhead import with_workspaces
 from memfit.cost.host import HostTensors, host_memory, known_host, ranks_of_host
 from memfit.cost.memory import MemoryProfile, memory_profile, step_ops

@@ -4,7 +4,8 @@ Basis of the ranges. Reserved: at least the live bytes, which no order of frees 
 allocator changes; at most the highest of replays in the traced order and with frees up to 16 events late (a
 free waits for Python and for autograd's thread), plus the error of the sizes themselves. Not yet checked on a
 GPU; published runs of FSDP2 reserved less than any of the replays (benchmarks/published.md). Device: the
-catalog's ranges for context, kernels and NCCL are added to that, end to end. For probabilities a range is read as the central 95 % of a split normal distribution.
+catalog's ranges for context, kernels and NCCL are added to that, end to end. For probabilities a range is
+read as the central 95 % of a split normal distribution.
 """
 
 from __future__ import annotations

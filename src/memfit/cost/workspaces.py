@@ -230,19 +230,17 @@ def bound_bytes(signature: str, device: str, threads: int) -> int:
         return 0
     if base in _ANY_DTYPE or (base in _PLAIN and not halves):
         return _copied_bytes(signature, base) if device == "cpu" else 0
-    on_cuda = base in _CUDA_ATTENTION and device == "cuda"
-    if device != "cpu" and base not in _CONVOLUTIONS and not on_cuda:
+    if device != "cpu" and base not in _CONVOLUTIONS and not (device == "cuda" and base in _CUDA_ATTENTION):
         return 0
     _, args, kwargs = json.loads(signature)
-    if on_cuda:
-        return _attention_backward_bytes(args, flash=base == _FLASH_BACKWARD)
     if base in _CONVOLUTIONS:
         return _convolution_bytes(args, backward=base.endswith("backward"), device=device, threads=threads)
     tensors = _tensors([args, kwargs])
     if base in _RECURRENT:
         return _recurrent_bytes(*_sizes(signature))
     if base.startswith("_scaled_dot_product"):
-        return _attention_bytes(tensors, threads)
+        on_cuda = device == "cuda"
+        return _attention_backward_bytes(args, base) if on_cuda else _attention_bytes(tensors, threads)
     output_bytes = 0  # an output that may first be made in another layout
     if base.startswith("upsample") and not base.endswith("backward"):
         shape, _, dtype = args[0]["t"][:3]
@@ -484,10 +482,11 @@ def _attention_bytes(tensors: Sequence[Sequence[Any]], threads: int) -> int:
     return int(threads * block_bytes + packed_bytes)
 
 
-def _attention_backward_bytes(args: Sequence[Any], *, flash: bool) -> int:
+def _attention_backward_bytes(args: Sequence[Any], base: str) -> int:
     """Return an upper bound on the bytes that CUDA's backward of attention needs while it runs: sums of
     gradients in float32, and one float32 for each row of the scores. ``args``: those of its signature: the
-    output's gradient, queries, keys and values of the shape (batch, heads, length, head dim).
+    output's gradient, queries, keys and values of the shape (batch, heads, length, head dim). ``base``: the
+    operator's `base_name`.
 
     The flash kernel sums the gradient of the queries, with lengths padded to 128 and heads to 32 or, above
     128, to 64 (mha_bwd in csrc/flash_attn/flash_api.cpp). The memory-efficient kernel sums that of queries,
@@ -496,7 +495,7 @@ def _attention_backward_bytes(args: Sequence[Any], *, flash: bool) -> int:
     """
     (batch, heads, queries, width), keys = args[1]["t"][0], args[2]["t"][0][2]
     rows, heads_bytes = _filled(queries, 128), 4 * batch * heads
-    if flash:
+    if base == _FLASH_BACKWARD:
         return int(heads_bytes * rows * (_filled(width, 32 if width <= 128 else 64) + 1))
     columns = max(_filled(width, 128), _filled(args[3]["t"][0][3], 128))
     return int(heads_bytes * ((rows + 2 * _filled(keys, 128)) * columns + queries))
