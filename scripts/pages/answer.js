@@ -181,11 +181,7 @@ async function answer(file, setting, whole = true) {
   const streams = step.kindOf.map((kind) => kind[STREAM]);
   const plain = reservedPeak(events, sizes, streams);
   const peaks = [plain, ...file.late.map((by) => reservedPeak(delayed(events, by, file.random), sizes, streams))];
-  const reserved = [
-    plain,
-    Math.min(plain, Math.max(allocated[1], Math.min(...peaks) * (allocated[1] / bytes))),
-    Math.max(...peaks) * (allocated[2] / bytes),
-  ];
+  const reserved = [plain, Math.min(plain, allocated[1]), Math.max(...peaks) * (allocated[2] / bytes)];
   const needed = reserved.map((n, i) => n + device.beside[entry.groups][i]);
   const figures = { allocated, reserved, device: needed, memory: device.memory, fits: Math.floor(needed[2]) <= device.memory };
   return whole ? { ...figures, peak, bounded: bounded > 0, ...holders(step, sizes, found.parts, peak.at), line: timeline(step, sizes, live) } : figures;
