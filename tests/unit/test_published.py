@@ -381,10 +381,10 @@ def test_with_memory_step_times_are_those_of_the_last_record_and_only_adds_to_it
     monkeypatch.setattr(published.score, "_timed", None)
     monkeypatch.setattr(sys, "argv", [*asked, "--record", "--memory", "--only", "x-1"])
     assert script.main() == 0
-    first, second = (json.loads(line) for line in (tmp_path / "published.jsonl").open())
+    first, second = map(json.loads, script.RECORDS.read_text(encoding="utf-8").splitlines())
     assert second["rows"] == first["rows"]
     assert second["carried"] == {"times": first["created"], "rows": 1, "created": first["created"]}
-    assert "1 rows were predicted by the run of" in (tmp_path / "published.md").read_text(encoding="utf-8")
+    assert "1 rows were predicted by the run of" in script.PAGE.read_text(encoding="utf-8")
 
 
 def _record(rows: list[Scored]) -> dict[str, Any]:

@@ -51,23 +51,24 @@ def footprint(trace: Trace, allocated: Interval, machine: Machine) -> Footprint:
 
     The allocations of ``trace`` must include the BLAS workspaces. ``allocated``: the predicted peak of the
     live bytes, with its range. Cached segments that the allocator could give back do not count for
-    ``oom_probability``.
+    ``oom_probability``, nor does that the allocator may reserve less than in any replay.
     """
     if machine.device.kind != "cuda":
         return Footprint()
     events = events_of(trace.allocations)
     plain = run(events)
-    reserved = _reserved(events, plain, allocated)
+    replayed = _replayed(events, plain, allocated)
+    reserved = dataclasses.replace(replayed, low=min(replayed.low, allocated.low))
     outside_memory = device_overhead(machine.device, trace.communicators)
     device = added((reserved, outside_memory.total_bytes))
     memory_bytes = machine.device.memory_bytes.value
-    required = reserved
+    required = replayed
     if (
         outside_memory.total_bytes
         and device
         and device.high > memory_bytes > allocated.low + outside_memory.total_bytes.low
     ):
-        required = _least(events, plain, reserved, allocated)
+        required = _least(events, plain, replayed, allocated)
     required_total = added((required, outside_memory.total_bytes))
     return Footprint(
         reserved_bytes=reserved,
@@ -105,15 +106,16 @@ def sketch_footprint(
     )
 
 
-def _reserved(events: Sequence[Event], plain: Replayed, allocated: Interval) -> Interval:
+def _replayed(events: Sequence[Event], plain: Replayed, allocated: Interval) -> Interval:
     peaks = [
         plain.reserved_peak_bytes,
         *(run(delay_frees(events, places)).reserved_peak_bytes for places in _LATE_EVENTS),
     ]
+    scale_low, scale_high = allocated.low / allocated.value, allocated.high / allocated.value
     return Interval(
         value=plain.reserved_peak_bytes,
-        low=min(plain.reserved_peak_bytes, allocated.low),
-        high=max(peaks) * allocated.high / allocated.value,
+        low=min(plain.reserved_peak_bytes, max(allocated.low, min(peaks) * scale_low)),
+        high=max(peaks) * scale_high,
     )
 
 
