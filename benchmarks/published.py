@@ -11,12 +11,14 @@ predicted; rows that cannot be expressed are refused; both with the reason. ``--
 constants of time that were set after rows had been seen again without each house in turn
 (published/held_out.py), which the targets are judged on. ``--memory`` predicts no step times: those of the
 last record stand. ``--record`` adds the run to benchmarks/records/published.jsonl and writes
-benchmarks/published.md from it; rows that ``--only`` leaves out are those of the last record."""
+benchmarks/published.md from it; rows that ``--only`` leaves out are those of the last record. ``--resume
+FILE`` adds each row to FILE when it is predicted, and predicts none that FILE has."""
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -107,17 +109,35 @@ def _all(rows: Sequence[dict[str, str]], args: argparse.Namespace) -> list[Score
         scored.append(found)
         if not args.json:
             print(line(found), flush=True)
-    return scored
+    places = {row["id"]: i for i, row in enumerate(rows)}
+    return sorted(scored, key=lambda s: places[s.id])
 
 
 def _scored(rows: Sequence[dict[str, str]], args: argparse.Namespace) -> Iterator[Scored]:
+    """In any order."""
     one = functools.partial(score, times=not args.memory)
-    if args.jobs == 1:
-        yield from map(one, rows)
-        return
+    done = _lines(args.resume) if args.resume else []
+    kept = {row["id"]: scored_of(row) for row in done}
+    yield from (kept[row["id"]] for row in rows if row["id"] in kept)
+    missing = [row for row in rows if row["id"] not in kept]
     spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=spawn) as pool:
-        yield from pool.map(one, rows)
+    with contextlib.ExitStack() as stack:
+        found = map(one, missing)
+        if args.jobs > 1:
+            pool = stack.enter_context(concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=spawn))
+            found = (
+                f.result() for f in concurrent.futures.as_completed([pool.submit(one, r) for r in missing])
+            )
+        for scored in found:
+            if args.resume:
+                with args.resume.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(scored.as_row()) + "\n")
+            yield scored
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def _with_earlier(
@@ -140,8 +160,7 @@ def _with_earlier(
 
 def _last() -> dict[str, Any]:
     """The last record of the present form; empty where there is none."""
-    text = RECORDS.read_text(encoding="utf-8") if RECORDS.exists() else ""
-    found = [record for record in map(json.loads, text.splitlines()) if "memory" in record]
+    found = [record for record in _lines(RECORDS) if "memory" in record]
     return found[-1] if found else {}
 
 
@@ -191,6 +210,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--record", action="store_true", help="add a record, and write the page from it")
     parser.add_argument("--page", action="store_true", help="write the page from the last record only")
     parser.add_argument("--only", default="", metavar="REGEX", help="rows whose id matches this pattern")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="keep rows in FILE, and go on from them")
     parser.add_argument("--memory", action="store_true", help="predict no step times, take the last record's")
     parser.add_argument(
         "--held-out", action="store_true", help="choose constants again without each source, and predict it"

@@ -372,13 +372,18 @@ _UNKNOWN_CARD = Device(name="unknown", kind="cuda", memory_bytes=Fact(value=math
 def _reserved(setup: Setup, seen: Trace, allocated: Interval) -> Interval:
     """Around the replay under the row's own setting of the allocator. Its interval, which takes more replays,
     is made only where it is compared."""
+    compared = setup.measured is not None and setup.measured.kind in ("reserved", "device", "unstated")
+    around = (
+        footprint(seen, allocated, Machine(name="", device=_UNKNOWN_CARD)).reserved_bytes
+        if compared
+        else None
+    )
+    if around is not None and not setup.expandable_segments:
+        return around
     settings = Settings(expandable_segments=setup.expandable_segments)
     value = replay(seen.allocations, settings).reserved_peak_bytes
-    if setup.measured is None or setup.measured.kind not in ("reserved", "device", "unstated"):
-        return Interval(value=value, low=value, high=value)
-    around = footprint(seen, allocated, Machine(name="", device=_UNKNOWN_CARD)).reserved_bytes
-    assert around is not None
-    return Interval(value=value, low=min(value, around.low), high=max(value, around.high))
+    low, high = (around.low, around.high) if around else (value, value)
+    return Interval(value=value, low=min(value, low), high=max(value, high))
 
 
 _ALL_KERNELS_BYTES = 2**30  # loaded at once before CUDA 11.7 (catalog/libraries.toml, kernels_bytes)

@@ -376,13 +376,17 @@ def test_with_memory_step_times_are_those_of_the_last_record_and_only_adds_to_it
     monkeypatch.setattr(sys, "argv", [*asked, "--memory"])
     assert script.main() == 2  # there is no record yet
     assert "run without --memory" in capsys.readouterr().err
-    monkeypatch.setattr(sys, "argv", [*asked, "--record"])
+    monkeypatch.setattr(sys, "argv", [*asked, "--record", "--resume", str(tmp_path / "rows")])
     assert script.main() == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "score", lambda *given, **options: pytest.fail("predicted again"))
+        assert script.main() == 0  # every row is in the file
     monkeypatch.setattr(published.score, "_timed", None)
     monkeypatch.setattr(sys, "argv", [*asked, "--record", "--memory", "--only", "x-1"])
     assert script.main() == 0
-    first, second = map(json.loads, script.RECORDS.read_text(encoding="utf-8").splitlines())
-    assert second["rows"] == first["rows"]
+    first, again, second = map(json.loads, script.RECORDS.read_text(encoding="utf-8").splitlines())
+    assert first["rows"] == again["rows"] == second["rows"]
+    first = again
     assert second["carried"] == {"times": first["created"], "rows": 1, "created": first["created"]}
     assert "1 rows were predicted by the run of" in script.PAGE.read_text(encoding="utf-8")
 
