@@ -261,16 +261,21 @@ def _sized(setup: Setup, found: Scored, open_columns: Iterable[str]) -> Scored:
     kind, scale = setup.measured.kind, setup.measured.scale
     predicted = predict(setup)
     size_bytes, compared = number_of(predicted, kind)
+    fits = (
+        setup.card_bytes or math.inf
+    )  # the run fitted its card, so a value with which it would not was not its
     others = {
         name: scale * other
         for name, changed in alternatives(setup, open_columns, predicted.phase).items()
-        if (other := _other(changed, kind)) is not None
+        if (other := _other(changed, kind)) is not None and other <= fits
     }
+    low, high = predicted.ranges["unstated" if kind == "unstated" else compared]
+    high = max(1.0, min(high, fits / size_bytes))
     return dataclasses.replace(
         found,
         predicted_bytes=scale * size_bytes,
         compared=compared,
-        ends=predicted.ranges["unstated" if kind == "unstated" else compared],
+        ends=(low, high),
         others=others,
     )
 

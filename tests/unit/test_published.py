@@ -340,6 +340,16 @@ def test_a_row_that_leaves_recomputation_open_is_predicted_with_and_without_it()
     assert found.low == pytest.approx(0.99 * found.others["recompute full"] / found.predicted_bytes)
 
 
+def test_what_would_not_fit_the_card_was_not_what_ran() -> None:
+    given = {"attention": "sdpa", "seq_len": "4096", "layers": "2", "assumed": "attention: the default"}
+    measured = {"mem_gib": "1", "mem_kind": "unstated"}
+    roomy, small = (score(row(**given, **measured, gpu_mem_gb=size), times=False) for size in ("80", "1.5"))
+    assert roomy.predicted_bytes is not None
+    assert roomy.others["attention eager"] > 1.5 * GIB > roomy.predicted_bytes
+    assert small.others == {}
+    assert small.high == pytest.approx(1.5 * GIB / roomy.predicted_bytes)
+
+
 def test_memory_of_an_unstated_kind_is_anything_from_tensors_to_the_device() -> None:
     ranges = predict(setup(mem_gib="1", mem_kind="unstated", loss="plain")).ranges
     whole = predict(setup(mem_gib="1", mem_kind="device", loss="plain"))
