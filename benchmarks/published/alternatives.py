@@ -34,8 +34,8 @@ def _recompute(setup: Setup, phase: str) -> Changes:
 
 
 def _attention(setup: Setup, phase: str) -> Changes:
-    """Written out or not: fused kernels keep the same tensors."""
-    if setup.code not in ("hf", "bert"):
+    """Written out or not: fused kernels keep the same tensors. The default of a known month is not open."""
+    if setup.code not in ("hf", "bert") or setup.date is not None:
         return {}
     other = "sdpa" if setup.attention in ("eager", "unfused") else "eager"
     return {other: {"attention": other}}
