@@ -12,7 +12,7 @@ from unittest import mock
 
 from memfit.catalog.load import device, device_names
 from memfit.cost.allocator import Settings, replay
-from memfit.cost.device_overhead import added, device_overhead, nccl_bytes, with_workspaces
+from memfit.cost.device_overhead import added, device_overhead, interval_of, nccl_bytes, with_workspaces
 from memfit.cost.estimate import MEMORY_RATIO, allocated_interval, interval_around
 from memfit.cost.memory import levels, memory_profile
 from memfit.cost.memory_estimate import ASSUMED_RESERVED_RATIO, footprint
@@ -398,8 +398,10 @@ def _beside(setup: Setup, card: Device | None, traced: Trace) -> Interval | None
         return Interval(value=0, low=0, high=max(total.high for total in known if total))
     groups = traced.communicators or [(k, n) for k, n in setup.ranks.items() if k != "vp"]
     if setup.context_bytes is not None:
-        own = interval_around(setup.context_bytes, 0.0)
-        return added((own, *(nccl_bytes(card, ranks) for _, ranks in groups if ranks > 1)))
+        code = interval_of(card.kernels_bytes)  # of products, which an empty process has not loaded
+        own = float(setup.context_bytes)
+        context = Interval(value=own, low=own, high=own + (code.high if code else 0.0))
+        return added((context, *(nccl_bytes(card, ranks) for _, ranks in groups if ranks > 1)))
     total = device_overhead(card, groups).total_bytes
     if total is None or not setup.older(2022, 11):
         return total
