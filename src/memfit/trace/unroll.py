@@ -36,6 +36,7 @@ class _Event:
 
 
 _Runs = list[tuple[int | None, list[_Event]]]
+_RunKey = tuple[int, int | None, int]  # the fields of a `_Place` but the last
 _Item = TypeVar("_Item", Allocation, OpCall)
 
 
@@ -504,7 +505,7 @@ class _Script:
         self.chapters: list[_Chapter] = []
         self.births: dict[int, _Place] = {}
         self.deaths: dict[int, _Place] = {}
-        self.order: dict[tuple[int, int | None, int], int] = {}  # of the runs of all chapters
+        self.order: dict[_RunKey, int] = {}  # of the runs of all chapters
         for c, (span, events) in enumerate(_spanned(_events(trace, block_of), trace.spans)):
             runs: _Runs = []
             for event in events:
@@ -515,13 +516,13 @@ class _Script:
             self.chapters.append(_Chapter(span, _joined(runs)))
             self._read(c, events)
         self.made = {place: index for index, place in self.births.items()}
-        self.passed: dict[tuple[_Place, int | None], list[int]] = defaultdict(list)
+        self.passed: dict[tuple[_RunKey, int | None], list[int]] = defaultdict(list)
         self.alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
         for index, birth in self.births.items():
             death, made = self.deaths.get(index), trace.allocations[index]
-            self.alike[birth._replace(offset=0), made.op, made.module, made.requested_bytes].append(index)
+            self.alike[birth[:3], made.op, made.module, made.requested_bytes].append(index)
             if birth.block is not None and death is not None and death.block not in (None, birth.block):
-                self.passed[birth._replace(offset=0), death.block].append(index)
+                self.passed[birth[:3], death.block].append(index)
 
     def _read(self, chapter: int, events: list[_Event]) -> None:
         places: dict[tuple[int, int], _Place] = {}
@@ -550,14 +551,14 @@ class _Script:
         op = self.trace.ops[event.index]
         return op.signature, op.module, op.stream, op.times
 
-    def sizes(self, passed: tuple[_Place, int | None]) -> list[int]:
+    def sizes(self, passed: tuple[_RunKey, int | None]) -> list[int]:
         return [self.trace.allocations[index].requested_bytes for index in self.passed.get(passed, ())]
 
     def counterpart(self, index: int, other: _Script) -> int | None:
         """Return the index in ``other`` of the allocation ``index``, which is made in the same run; None if
         there is none. Raises Mismatch if that is not clear."""
         made = self.trace.allocations[index]
-        key = self.births[index]._replace(offset=0), made.op, made.module, made.requested_bytes
+        key = self.births[index][:3], made.op, made.module, made.requested_bytes
         own, others = self.alike[key], other.alike.get(key, [])
         if others and len(own) != len(others):
             raise Mismatch("a block makes another number of allocations if it is recomputed")
@@ -640,10 +641,11 @@ class _Mixed:
             for (block, run), (_, other_run) in zip(one.runs, other.runs, strict=True):
                 if block is None and [*map(kept.facts, run)] != [*map(recomputed.facts, other_run)]:
                     raise Mismatch("the traces without and with recomputation differ outside the blocks")
-        for place, block in {*kept.passed, *recomputed.passed}:
-            is_mixed = self._script(place.block) is not self._script(block)
-            is_forward = kept.chapters[place.chapter].span.phase is Phase.FORWARD
-            if is_mixed and not is_forward and kept.sizes((place, block)) != recomputed.sizes((place, block)):
+        for run_key, block in {*kept.passed, *recomputed.passed}:
+            is_mixed = self._script(run_key[1]) is not self._script(block)
+            is_forward = kept.chapters[run_key[0]].span.phase is Phase.FORWARD
+            sizes = [script.sizes((run_key, block)) for script in (kept, recomputed)]
+            if is_mixed and not is_forward and sizes[0] != sizes[1]:
                 raise Mismatch("a recomputed block passes on other allocations than one that is kept")
 
     def _write(self) -> Trace:
@@ -711,7 +713,7 @@ class _Mixed:
             return other_death
         if is_forward:  # the other kind of the block that made it keeps it for longer
             return other.release(death.block, script.trace.allocations[index].requested_bytes)
-        passed = birth._replace(offset=0), death.block
+        passed = birth[:3], death.block
         return other.deaths[other.passed[passed][script.passed[passed].index(index)]]
 
     def _later(self, one: _Place, other: _Place | None) -> _Place:
