@@ -610,9 +610,10 @@ def apply(  # noqa: PLR0913
     clipped. ``loss_terms``: returns how many terms the loss of a batch averages, by default its number of
     samples; micro-batches are weighted by it.
 
-    ``batch``, an example, and ``loss``, as in `estimate`, are needed only for plans that look at a run of the
-    model first: chunking, tensor-parallel and context-parallel. ``structure``: the fields of `Job` that say
-    where things are in the model: blocks, more_blocks, head, tensor_parallel, sequence_dim, experts, islands.
+    ``batch``, an example of what ``fit.split`` gets on this rank, and ``loss``, as in `estimate`, are needed
+    only for plans that look at a run of the model first: chunking, tensor-parallel and context-parallel.
+    ``structure``: the fields of `Job` that say where things are in the model: blocks, more_blocks, head,
+    tensor_parallel, sequence_dim, experts, islands.
 
     Raises UserError if an argument is none of these, if the plan does not suit the model or the optimizer,
     and for a pipeline, which a loop cannot run. After an error in a technique, the model may be changed in

@@ -21,10 +21,10 @@ from memfit.conformance.sharding import world_size
 from memfit.inputs import batch_of, loss_of, on_ranks, plan_of
 from memfit.jobs.optimizer_groups import PlanOptimizer, UserGroups
 from memfit.jobs.training_step import MicroBatch, TrainingStep, moved, weighted
-from memfit.model.batch_objects import batch_length
+from memfit.model.batch_objects import batch_length, repeat
 from memfit.techniques.imported_optimizer import parse_arguments
 from memfit.techniques.optimizers import default_optimizer
-from memfit.techniques.rank_mesh import make_world
+from memfit.techniques.rank_mesh import layout, make_world
 from memfit.types.conformance import Conformance
 from memfit.types.device_kind import HOST, device_kind
 from memfit.types.errors import UserError, suggest
@@ -242,7 +242,8 @@ def apply_plan(  # noqa: PLR0913
             )
     torch_device = torch.device(device) if device is not None else next(model.parameters()).device
     user_groups = UserGroups(_optimizer(optimizer, model, torch_device), model)
-    example = None if batch is None else batch_of(batch)
+    # A job's batch is that of all ranks, an example that of this one.
+    example = None if batch is None else repeat(batch_of(batch), layout(job_plan).data)
 
     def make_batch(step: int, seed: int) -> Any:
         if example is None:

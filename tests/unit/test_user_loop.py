@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 import memfit
+from memfit import user_loop
 from memfit.inputs import plan_of
 from memfit.jobs.training_step import TrainingStep
 from memfit.techniques.rank_mesh import make_world
@@ -393,6 +394,24 @@ def test_a_call_that_cannot_be_right_is_refused_in_one_line(name: str) -> None:
 
 
 # -- two ranks ------------------------------------------------------------------------------------
+
+
+def test_an_example_of_one_rank_stands_for_the_batch_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunking looks at a part of the job's batch, for one rank and micro-batch."""
+    jobs: list[Job] = []
+
+    def step(job: Job, *_: Any, **__: Any) -> None:
+        jobs.append(job)
+        raise UserError("no step")
+
+    monkeypatch.setattr(user_loop, "TrainingStep", step)
+    monkeypatch.setattr(user_loop, "world_size", lambda: 2)
+    monkeypatch.setattr(user_loop, "make_world", lambda *_, **__: None)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    with pytest.raises(UserError, match="no step"):
+        memfit.apply({"ddp": {}, "chunking": {}}, make_model(), batch=torch.zeros(3, 5))
+    assert (jobs[0].batch_size, jobs[0].make_batch(0, 0).shape) == (6, (6, 5))
+
 
 RANKED: dict[str, dict[str, dict[str, Any]]] = {
     "ddp": {"ddp": {}},
