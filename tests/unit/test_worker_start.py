@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 from report_fixture import PEAKS, PLAIN, full_poc
 
 from memfit.catalog import machine
+from memfit.engines.registry import render
 from memfit.jobs.user_job import shadowed_modules
 from memfit.planner.request import Request
 from memfit.runtime.child_process import STOPPED, run
@@ -22,6 +24,7 @@ from memfit.runtime.ranks import run_ranks
 from memfit.store import exchange
 from memfit.techniques.registry import effect_of, make_plain_plan
 from memfit.types.errors import UserError
+from memfit.types.gc_pause import collect_as_usual, collect_rarely
 from memfit.types.job import JobRef
 from memfit.types.launch import LaunchConfig, RunSpec
 from memfit.types.plan import Plan
@@ -150,6 +153,35 @@ def test_another_program_that_imports_memfit_keeps_its_folder_on_the_path(tmp_pa
     (tmp_path / "mine" / "__init__.py").write_text("import memfit\n")
     (tmp_path / "mine" / "__main__.py").write_text("import sys\nprint(sys.path[0])\n")
     assert _ended(["-m", "mine", "memfit"], tmp_path) == (0, f"{tmp_path}\n", "")
+
+
+@pytest.mark.usefixtures("forked_workers")
+def test_the_garbage_collector_runs_as_usual_once_a_job_trains(folder: Path) -> None:
+    usual = subprocess.check_output([sys.executable, "-c", "import gc; print(gc.get_threshold())"], text=True)
+    asserted = f"    import gc\n    assert gc.get_threshold() == {usual}    noise ="
+    (folder / "mine.py").write_text(JOB.replace("    noise =", asserted))
+    spec = RunSpec(
+        name="test",
+        role="run",
+        job=JobRef(spec=f"{folder / 'mine.py'}:job"),
+        plan=Plan(),
+        seed=0,
+        steps=1,
+        threads=1,
+        evaluate=False,
+    )
+    measured = run(render(spec), on_event=lambda event: None)
+    assert measured.outcome is OutcomeKind.OK, measured.reason
+
+
+def test_the_garbage_collector_runs_rarely_only_between_two_calls() -> None:
+    usual = gc.get_threshold()
+    collect_as_usual()
+    assert gc.get_threshold() == usual
+    collect_rarely()
+    gc.set_threshold(usual[0] + 1)  # whatever it is meanwhile
+    collect_as_usual()
+    assert gc.get_threshold() == usual
 
 
 # --- how long a run may take
