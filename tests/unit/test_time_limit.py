@@ -486,6 +486,17 @@ def test_the_answer_says_how_far_the_search_got_and_what_could_still_be_gained(
     assert "0.41" not in unknown
 
 
+@pytest.mark.parametrize(
+    ("lang", "part"), [("en", "nothing more was traced"), ("ja", "新たなトレースは行っていません")]
+)
+def test_an_answer_from_what_an_earlier_search_kept_says_how_to_continue(
+    result: SearchResult, lang: str, part: str
+) -> None:
+    text = shown(dataclasses.replace(EXTENT, limit_s=0.0), result, lang)
+    assert part in text
+    assert "--within 60s" in text
+
+
 @pytest.mark.parametrize("reason", ["unpriced", "few_pairs", "no_score", "not_searched", "goal"])
 @pytest.mark.parametrize("lang", ["en", "ja"])
 def test_every_reason_for_no_bound_has_words(result: SearchResult, lang: str, reason: str) -> None:
