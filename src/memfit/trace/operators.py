@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed._functional_collectives  # registers its operators
+from torch._prims_common import make_contiguous_strides_for
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
@@ -237,7 +238,7 @@ class Results:
                 return args[0]
         elif entry and self._mode is not None and not self._guesses.decides(func):
             return entry.make(self._mode)
-        out = self._guesses.call(func, args, kwargs, values)
+        out = _iterated(func, args, self._guesses.call(func, args, kwargs, values))
         if (only_writes(func) and out is args[0] and type(out) is FakeTensor) or only_writes_list(func):
             _RESULTS[call] = True
         elif not self._guesses.decides(func):
@@ -272,6 +273,31 @@ class Results:
             return self.of(call_key(func, args, kwargs), func, args, kwargs)
         fake_view = view(func, args, kwargs)
         return func(*args, **kwargs) if fake_view is None else fake_view
+
+
+def _iterated(func: Any, args: Any, out: Any) -> Any:
+    """Return ``out``, the fake result of an operator, or a tensor in its place with the strides that a real
+    kernel gives it, if the operator is pointwise or the gradient of a pointwise loss.
+
+    Of contiguous operands of one shape, kernels make contiguous results (compute_fast_setup_type in
+    aten/src/ATen/TensorIterator.cpp). Channels-last images of one channel or one pixel are contiguous, too;
+    torch's fake implementations keep their strides. Gradients of losses are contiguous in any case
+    (aten/src/ATen/native/Loss.cpp).
+    """
+    if type(out) is not FakeTensor or func._schema.is_mutable:
+        return out
+    if func not in _CONTIGUOUS_GRADIENTS:
+        is_pointwise = torch.Tag.pointwise in func.tags or func in _UNTAGGED
+        kinds = [str(a.type) for a in func._schema.arguments]
+        operands = [a for a, kind in zip(args, kinds, strict=False) if kind == "Tensor"]
+        if not is_pointwise or func is _CLONE or not all(_is_contiguous(a, out.shape) for a in operands):
+            return out
+    strides = make_contiguous_strides_for(out.shape)
+    return out if out.stride() == strides else out.new_empty_strided(out.shape, strides)
+
+
+def _is_contiguous(operand: Any, shape: torch.Size) -> bool:
+    return isinstance(operand, torch.Tensor) and operand.shape == shape and operand.is_contiguous()
 
 
 def _at_start(tensor: torch.Tensor) -> bool:
@@ -489,6 +515,26 @@ _WRITE_ONLY = frozenset(
 ITEM = _ATEN._local_scalar_dense.default
 ADD = _ATEN.add.Tensor
 SCATTER_ADD = _ATEN.scatter_add.default
+_CLONE = _ATEN.clone.default
+_CONTIGUOUS_GRADIENTS = frozenset(
+    {
+        _ATEN.mse_loss_backward.default,
+        _ATEN.smooth_l1_loss_backward.default,
+        _ATEN.huber_loss_backward.default,
+    }
+)
+_UNTAGGED = frozenset(  # pointwise operators without torch's tag
+    {
+        _ATEN.hardswish.default,
+        _ATEN.elu_backward.default,
+        _ATEN.hardsigmoid_backward.default,
+        _ATEN.hardswish_backward.default,
+        _ATEN.hardtanh_backward.default,
+        _ATEN.leaky_relu_backward.default,
+        _ATEN.mish_backward.default,
+        _ATEN.softplus_backward.default,
+    }
+)
 IN_PLACE = {
     ADD: _ATEN.add_.Tensor,
     _ATEN.index_put.default: _ATEN.index_put_.default,
