@@ -27,7 +27,7 @@ from memfit.cli import main
 from memfit.cli.progress import _Stage
 from memfit.cli.views import search_view
 from memfit.cost.estimate import interval_around
-from memfit.planner import device_pricing, evaluate, multi_device_bound, search
+from memfit.planner import device_pricing, evaluate, job_content, multi_device_bound, search
 from memfit.planner.capacity import needed_bytes
 from memfit.planner.device_pricing import Aim, Scale
 from memfit.planner.evaluate import Pricer
@@ -302,12 +302,23 @@ def test_a_cut_search_for_which_another_cap_is_asked_answers_from_what_it_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MEMFIT_CACHE", str(tmp_path))
+    # Libraries that are imported meanwhile set some, which a new process would not have.
+    monkeypatch.setattr(job_content, "_variables", lambda names: {})
 
     def ask(**changes: Any) -> SearchResult:
         base = Request(job=JobRef(spec="char-lm"), machine=machine("RTX-4090"), accuracy=Accuracy.EXACT)
         return search.search(dataclasses.replace(base, **changes), quiet).result
 
-    first = ask(within_s=1e-6)
+    without_estimates = [ask(within_s=1e-6, continues=continues) for continues in (True, False)]
+    assert [result.extent and result.extent.limit_s for result in without_estimates] == [1e-6, 1e-6]
+
+    def no_time(pricer: Pricer, plans: object, tell: object = None) -> None:
+        pricer.deadline.end_s = 1e-9
+        pricer.deadline.check()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pricer, "trace_all", no_time)
+        first = ask(within_s=3600.0)
     assert first.extent is not None
     assert first.extent.time_up
     other_plans = ask(within_s=1e-6, continues=False, accuracy=Accuracy.ROUNDING)
@@ -321,7 +332,7 @@ def test_a_cut_search_for_which_another_cap_is_asked_answers_from_what_it_kept(
     assert again.recommended.estimate.traced
     assert again.extent is not None
     assert (again.extent.time_up, again.extent.limit_s) == (True, 0.0)
-    assert again.extent.unpriced_count > 0
+    assert again.extent.priced_count == first.extent.priced_count > 0
     needed = needed_bytes(first.baseline.estimate, machine("RTX-4090"))
     smaller = ask(within_s=1e-6, continues=False, cap_bytes=needed - 2**20)  # what was kept does not fit
     assert smaller.extent is not None

@@ -322,6 +322,10 @@ class Pricer:
         """Return whether the plan's trace is in memory or on disk, so that `whole` traces nothing."""
         return not self._missing(plan, layout(plan).distinct_ranks())
 
+    def has_parts(self, plan: Plan) -> bool:
+        """Return whether all parts of the plan's sketch are in memory or on disk."""
+        return all(self._has_part(*part) for part in self._composed_of(plan)[1])
+
     def was_cut(self, *question: Any) -> bool:
         """Return whether a time limit cut the last search of the job for which `note_cut` was called with
         this question, in this process or another one."""

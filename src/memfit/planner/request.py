@@ -54,7 +54,7 @@ class Request:
     recalibrate: bool = False  # time this machine's operators again, ignoring stored times
     within_s: float | None = None  # seconds after which a search answers with what it has; None: no limit
     # Whether a search goes on where the time limit cut an earlier one for the same plans. If not, it answers
-    # from what that one has kept on disk, unless no plan in it fits.
+    # from what that one has kept on disk, unless that has no estimate, or no plan in it fits.
     continues: bool = True
 
     @property

@@ -114,7 +114,8 @@ def price_plans(
     ]
     if not any(respects_micro_batch(plan, request.bounds, pricer.space.batch_size) for plan in all_plans):
         raise _no_micro_batches(request, dependence)
-    if not request.continues and pricer.was_cut(*plans_asked_for(request)):
+    was_cut = not request.continues and pricer.was_cut(*plans_asked_for(request))
+    if was_cut and any(map(pricer.has_parts, all_plans)):
         known_plans = [plan for plan in all_plans if pricer.is_known(plan)]
         if any(map(fits, pricer.whole_in_time(known_plans))):
             pricer.deadline.stop()
