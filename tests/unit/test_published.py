@@ -401,7 +401,7 @@ def test_with_memory_step_times_are_those_of_the_last_record_and_only_adds_to_it
     assert first["rows"] == again["rows"] == second["rows"]
     first = again
     assert second["carried"] == {"times": first["created"], "rows": 1, "created": first["created"]}
-    assert "1 rows were predicted by the run of" in script.PAGE.read_text(encoding="utf-8")
+    assert "1 rows are those of" in script.PAGE.read_text(encoding="utf-8")
 
 
 def _record(rows: list[Scored]) -> dict[str, Any]:
