@@ -180,6 +180,7 @@ def _record(
         "took_s": round(took_s),
         "command": "python benchmarks/published.py --record"
         + " --memory" * args.memory
+        + " --resume FILE" * bool(args.resume)
         + " --held-out" * args.held_out,
         "environment": dict(fingerprint()),
     }

@@ -85,7 +85,8 @@ def page(record: Mapping[str, Any]) -> str:
     """Caveats first, then targets and statistics, then every row with what explains a large error."""
     why = tomllib.loads((_FOLDER / "why.toml").read_text(encoding="utf-8"))
     environment = record["environment"]
-    took = f"{record['took_s'] / 60:.0f} minutes, cores {environment['cores']}"
+    minutes = "in parts" if "--resume" in record["command"] else f"{record['took_s'] / 60:.0f} minutes"
+    took = f"{minutes}, cores {environment['cores']}"
     made = f"torch {environment['torch']}, {record['created'][:10]}"
     lines = [
         "# Published training runs",
