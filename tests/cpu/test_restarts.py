@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import os
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from memfit.jobs import checkpoints
+from memfit.runtime import child_process
 from memfit.runtime.child_process import Event
 from memfit.techniques.registry import make_use
 from memfit.types.job import JobRef
@@ -209,7 +211,12 @@ def test_a_rank_that_hangs_is_named_and_the_run_restarts(tmp_path: Path) -> None
     assert len(disturbed.losses) == STEPS
 
 
-def test_on_sigterm_the_ranks_save_after_the_same_step_and_end(tmp_path: Path) -> None:
+def test_on_sigterm_the_ranks_save_after_the_same_step_and_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        child_process, "subprocess", subprocess
+    )  # started anew, as schedulers signal processes
     stopped, told = _run(tmp_path / "stopped", TWO, 1, signal="SIGTERM", in_step=True)
     assert (stopped.outcome, told) == (OutcomeKind.INTERRUPTED, []), stopped.reason
     assert stopped.reason.startswith(f"stopped by SIGTERM after {stopped.steps_done} steps, which are saved")
