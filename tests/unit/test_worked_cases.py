@@ -505,7 +505,7 @@ def test_a_loss_is_reported_as_a_negative_saving(decided: Any) -> None:
     least = min(sheets[i]["present_cost"] for i in tight)
     loss = 100 * (1 - Decimal(least) / cloud["present_cost"])
     assert loss < 0
-    assert "With memory saving the cheapest option is" in found.said
+    assert "With memory saving, the cheapest option is" in found.said
     assert f"saved: \u2212{abs(loss):.1f} %" in found.said
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from memfit.types.errors import UserError
 _WEEK_MIN: Final = 7 * 24 * 60
 _CANCEL_S: Final = 20.0
 _TICK_S: Final = 0.1
+_STARTING: Final = threading.Lock()
 
 
 class LocalExecutor(SubmititExecutor):
@@ -59,8 +61,9 @@ class LocalExecutor(SubmititExecutor):
     def start(self, tasks: Sequence[Task]) -> Sequence[Any]:
         from submitit.core.utils import environment_variables
 
-        # The processes do not import from the user's folder, and leave Ctrl-C to this one.
-        with ignoring_ctrl_c(), environment_variables(PYTHONSAFEPATH="1"):
+        # The processes do not import from the user's folder, and leave Ctrl-C to this one. Both are changed for
+        # this whole process while they start, so that two threads must not do it at once.
+        with _STARTING, ignoring_ctrl_c(), environment_variables(PYTHONSAFEPATH="1"):
             return super().start(tasks)
 
     def cancel(self, jobs: Mapping[str, Task]) -> None:
