@@ -92,6 +92,7 @@ def measure(job: str, times: int) -> dict[str, Any]:
         "asked": times,
         "failed": sum("error" in a for a in answers),
         "answers": len(distinct),
+        "answer_of_question": [distinct.index(a.get("answer", str(a.get("error")))) for a in answers],
         "recommendations": sorted({str(a.get("recommended", a.get("error"))) for a in answers}),
         "seconds": [round(a["seconds"], 1) for a in answers],
     }
@@ -99,7 +100,6 @@ def measure(job: str, times: int) -> dict[str, Any]:
 
 def write_page() -> None:
     rows = [json.loads(line) for line in RECORD.read_text().splitlines()]
-    newest = {row["job"]: row for row in rows}
     lines = [
         "# The same question, asked again",
         "",
@@ -110,7 +110,7 @@ def write_page() -> None:
         "| job | asked | failed | different answers | recommended | seconds | beside it | date |",
         "|---|--:|--:|--:|---|--:|--:|---|",
     ]
-    for row in newest.values():
+    for row in rows:
         quiet, busy = row["seconds"][::2], row["seconds"][1::2]
         spans = " | ".join(f"{min(s):.0f} to {max(s):.0f}" for s in (quiet, busy))
         recommended = "; ".join(row["recommendations"])

@@ -61,8 +61,8 @@ class LocalExecutor(SubmititExecutor):
     def start(self, tasks: Sequence[Task]) -> Sequence[Any]:
         from submitit.core.utils import environment_variables
 
-        # The processes do not import from the user's folder, and leave Ctrl-C to this one. Both are changed for
-        # this whole process while they start, so that two threads must not do it at once.
+        # The processes do not import from the user's folder, and leave Ctrl-C to this one. Both change this
+        # whole process while they start, so two threads must not do it at once.
         with _STARTING, ignoring_ctrl_c(), environment_variables(PYTHONSAFEPATH="1"):
             return super().start(tasks)
 
