@@ -490,10 +490,12 @@ class Pricer:
         )
         traced_parts = from_both_ends(traced_parts)
 
-        def told(done: int, index: int) -> None:
+        def report_part(done: int, index: int) -> None:
             tell(done, len(traced_parts), traced_parts[index][0].label)
 
-        self._add_parts([functools.partial(self._part, *part, part in bases) for part in traced_parts], told)
+        self._add_parts(
+            [functools.partial(self._part, *part, part in bases) for part in traced_parts], report_part
+        )
         self._add_parts([functools.partial(self._part, *part) for part in self.compose()])
 
     def compose(self) -> list[_Step]:

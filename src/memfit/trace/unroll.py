@@ -574,13 +574,13 @@ class _Script:
         work = {b: self._work(b, Phase.BACKWARD) for b in (first, block)}
         places = {b: self._releases(b, size_bytes) for b in (first, block)}
         known = {len(work[block]) - place.offset for place in places[block]}
-        found = [place for place in places[first] if len(work[first]) - place.offset not in known]
-        if len(found) == 1:
+        unmatched = [place for place in places[first] if len(work[first]) - place.offset not in known]
+        if len(unmatched) == 1:
             pairs = zip(reversed(work[first]), reversed(work[block]), strict=False)
             equal = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-            if equal > len(work[first]) - found[0].offset:
-                offset = found[0].offset + len(work[block]) - len(work[first])
-                return found[0]._replace(block=block, offset=offset)
+            if equal > len(work[first]) - unmatched[0].offset:
+                offset = unmatched[0].offset + len(work[block]) - len(work[first])
+                return unmatched[0]._replace(block=block, offset=offset)
         raise Mismatch("where a block frees its inputs is not known")
 
     def _releases(self, block: int, size_bytes: int) -> list[_Place]:
