@@ -232,7 +232,7 @@ def test_the_settings_in_a_file_that_fsdp_config_names_are_kept(
     capsys.readouterr()
     assert export(*words, to="trainer") == 2
     told = capsys.readouterr().err
-    assert "fsdp_config of sharded.json is fsdp.json, but there is no such JSON file" in told
+    assert "fsdp_config of sharded.json is fsdp.json, which is neither valid JSON nor the name" in told
     assert told.count("\n") == 1
 
 

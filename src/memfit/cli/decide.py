@@ -43,7 +43,7 @@ class DecideOptions:
         typer.Option(
             "--template",
             help="Only print a case file to fill in, to standard output. It names every figure that can be "
-            "given. Not with --case or the ID of a proof of concept.",
+            "given. Of the other options, only --json can be given with it.",
         ),
     ] = False
 

@@ -438,7 +438,7 @@ def _read(path: Path) -> dict[str, str]:
     try:
         return {path.name: read_text(path, most_bytes=_MOST_BYTES)}
     except UserError as error:
-        what = (
+        purpose = (
             "the Python file of --script or of the job, or one that it imports, to be copied into the export"
         )
-        raise UserError(f"{error.given} ({what})", allowed=error.allowed) from error
+        raise UserError(f"{error.given} ({purpose})", allowed=error.allowed) from error

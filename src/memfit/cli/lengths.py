@@ -62,7 +62,7 @@ class LengthOptions:
             help="With --lengths: two sizes of each sample instead of one length, such as nodes,edges or "
             "crop,rows: columns of a .csv file or keys of the lines of a .jsonl file. The job must have "
             "sizes of these names (see `memfit plan --largest`), of which a step gets what --combine makes "
-            "of --batch samples. Not with --column, --max-length and --extra-tokens.",
+            "of --batch samples, of one without --batch. Not with --column, --max-length and --extra-tokens.",
         ),
     ] = None
     combine: Annotated[

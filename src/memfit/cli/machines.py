@@ -82,7 +82,8 @@ def _print_one(kind: str, entry: Any) -> None:
 def _found(name: str) -> tuple[str, Any]:
     """Return (the kind, the entry) that ``name`` names in the catalog. The kinds are tried in this order:
     "machine", "network", "host", "link", "place"; a ``name`` that ends in .toml is a file with a machine. A
-    machine of the catalog is returned without a place. Raises UserError if nothing has the name, with the
+    machine of the catalog is returned with ``place`` None: where its electricity comes from is the user's
+    choice, not a figure of the machine. Raises UserError if nothing has the name, with the
     nearest name of each kind that has a similar one; also for an invalid file, and for an invalid machine
     such as ``0xH100-SXM``."""
     if name.endswith(".toml"):

@@ -183,9 +183,10 @@ class GoalOptions:
         typer.Option(
             metavar="SIZE",
             help="Memory of each host of the machine, apart from that of its devices, for example 512GiB. A "
-            "recommended plan must fit in it too. Default: the value in the catalog or the machine file; "
-            "without one, no plan that keeps tensors in host memory is recommended. Refused if the device is "
-            "a CPU, as on this machine.",
+            "recommended plan must fit in it too. Default: on this machine, all that memfit may use; on "
+            "another, the value in the catalog or the machine file; without one, no plan that keeps tensors "
+            "in host memory is recommended. Refused if the device is a CPU, as with --on this:cpu or on this "
+            "machine without a GPU.",
         ),
     ] = None
     goal: Annotated[
@@ -308,11 +309,12 @@ class RuntimeOptions:
         bool,
         typer.Option(
             "--recalibrate",
-            help="Delete all stored timings of operators on this machine that were made with the same number "
-            "of threads and version of torch, and time operators again. This happens when a search for "
-            "plans for this machine begins: in `memfit poc`; without --on or with --on this, in `memfit "
-            "plan` (with --from only for files of one process) and in other commands with --recommended; "
-            "in `memfit decide` with --pilot this or --full this. Ignored without such a search.",
+            help="Delete all stored timings of operators on the device of this machine that is planned for, "
+            "made with the same number of threads and version of torch, and time operators again. This "
+            "happens when a search for plans for this machine begins: in `memfit poc`; without --on or with "
+            "--on this or this:cpu, in `memfit plan` (with --from only for files of one process) and in "
+            "other commands with --recommended; in `memfit decide` with --pilot or --full of this or "
+            "this:cpu. Ignored without such a search.",
         ),
     ] = False
     within: Annotated[

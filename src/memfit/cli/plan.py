@@ -86,7 +86,10 @@ class SaveOptions:
     ] = None
     force: Annotated[
         bool,
-        typer.Option("--force", help="With --save: overwrite the file if it exists. Ignored without --save."),
+        typer.Option(
+            "--force",
+            help="With --save, or with --largest and --out: overwrite the file if it exists. Otherwise ignored.",
+        ),
     ] = False
 
 

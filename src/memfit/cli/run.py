@@ -136,9 +136,10 @@ class RunOptions:
         typer.Option(
             metavar="TIME",
             help="With --save: on SIGTERM, the run saves at the end of the step, or with several processes "
-            "of the step after it, and ends with exit code 75. What has not ended this long after the signal "
-            "is killed. Give a little less than your scheduler allows before it kills. On SIGUSR1, the run "
-            "saves and goes on. Default: 25s.",
+            "of the step after it, and ends with exit code 75. What has not ended this long after the "
+            "signal, or at a second SIGTERM, is killed; before the first step, all is killed at once. Give a "
+            "little less than your scheduler allows before it kills. On SIGUSR1, the run saves and goes on. "
+            "Default: 25s.",
         ),
     ] = "25s"
     stall_limit: Annotated[

@@ -89,7 +89,8 @@ class SweepOptions:
         str,
         typer.Option(
             metavar="NAME",
-            help="Engine that trains: native (the default) or another that `memfit list engines` lists.",
+            help="Engine that trains: native (the default) or another that `memfit list engines` lists, "
+            "except replay, which trains nothing.",
         ),
     ] = "native"
     threads: Annotated[

@@ -122,6 +122,9 @@ def _text(node: ast.expr | None) -> str:
     return "" if node is None else ast.unparse(node)
 
 
+_NO_STEP = "no OPTIMIZER.step() follows backward in its block, nor an inner for loop that ends with backward"
+
+
 def _sequence(place: LoopPlace, statements: Statements, *, is_whole: bool) -> Update:
     """Return what ``statements`` do from their first backward on. ``is_whole``: they must do nothing else;
     else the step may follow the loop. Their `zero_grad` is removed, too."""
@@ -131,10 +134,10 @@ def _sequence(place: LoopPlace, statements: Statements, *, is_whole: bool) -> Up
     if not is_whole and _step_index(place, rest, scaler) is None and (parent := _parent(place)) is not None:
         step_body, position = parent
         if rest:
-            raise UserError("no OPTIMIZER.step() follows backward in the same block")
+            raise UserError(_NO_STEP)
         rest = step_body[position + 1 :]
     if (step := _step_index(place, rest, scaler)) is None:
-        raise UserError("no OPTIMIZER.step() follows backward in the same block")
+        raise UserError(_NO_STEP)
     clip, condition, removed = _gradient_changes(rest[:step], scaler)
     removed += [s for s in rest[step + 1 :] if scaler and _method(s, "update") == scaler]
     if is_whole and len(removed) + 2 != len(statements):

@@ -354,9 +354,9 @@ def _sections_of_text(data: Mapping[str, Any], options: Options, setup: Setup) -
     for name in FILE_ARGUMENTS:
         if data.get(name) in setup.missing:
             raise UserError(
-                f"{name} of {options.file} is {data[name]}, but there is no such JSON file, so its settings "
-                "cannot be kept",
-                hint="correct the name, or write the settings in its place",
+                f"{name} of {options.file} is {data[name]}, which is neither valid JSON nor the name of an "
+                "existing .json file, so its settings cannot be kept",
+                hint="correct the name, or write the settings in its place, as valid JSON",
             )
     texts = (name for name, value in data.items() if isinstance(value, str))
     return {name: value for name in texts if isinstance(value := options.raw(name), Mapping)}

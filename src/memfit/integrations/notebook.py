@@ -238,7 +238,9 @@ def _optimizer(tree: ast.AST, values: Mapping[str, Any]) -> torch.optim.Optimize
                 found[id(value)] = value
     if len(found) != 1:
         raise UserError(
-            f"the cell calls step of {len(found)} optimizers of the notebook", allowed="one", hint=_HINT
+            f"the cell calls step of {len(found)} optimizers that are variables of the notebook",
+            allowed="one, as NAME.step() or SCALER.step(NAME)",
+            hint=_HINT,
         )
     return next(iter(found.values()))
 

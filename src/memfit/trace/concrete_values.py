@@ -192,8 +192,9 @@ class ConcreteValues:
 
     def may_follow(self, args: Any) -> bool:
         """Return whether an operator with these arguments may be followed, by a quick look at the first
-        argument (at its first element if it is a list): it has values, is a real tensor or is no tensor.
-        False while ``on`` is False, and inside torch.func's transforms, whose tensors wrap others."""
+        argument (at its first element if it is a list): values are attached to it, it is a plain real
+        tensor, or it is no tensor. False while ``on`` is False, and inside torch.func's transforms, whose
+        tensors wrap others."""
         argument = args[0] if args else None
         while isinstance(argument, list | tuple) and argument:
             argument = argument[0]

@@ -124,9 +124,11 @@ def _observed(
         )
         first_line_of_error = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            f"tensor-parallel: in a test run {on_sliced_features_or_no_values}, the blocks raised: "
+            f"tensor-parallel: in a test run {on_sliced_features_or_no_values}, the model raised: "
             f"{first_line_of_error}",
-            hint="name the Linear layers to split in Job(tensor_parallel=...)",
+            hint="name the Linear layers to split in Job(tensor_parallel=...)"
+            if shrink
+            else "forward must run on tensors without values, such as those of torch's FakeTensorMode",
         ) from error
     return flows[key]
 

@@ -259,8 +259,9 @@ class SharedDropout(Axial):
     """Dropout with probability ``p`` whose mask is the same at all places along dimension ``dim`` (supplement
     1.11.6 of AlphaFold 2). In evaluation mode, or if ``p`` is 0, the input is returned.
 
-    Ranks that share a sample each hold a slice of dimension 1 of the input, and all draw the same mask. The
-    whole input must then have the same length along dimensions 1 and 2, unless ``dim`` is 1.
+    Ranks that share a sample each hold a slice of dimension 1 of the input. All draw the same mask, that of
+    the whole input, and each applies its slice of it. A rank takes the length of dimension 1 from dimension
+    2, so the whole input must have the same length along both, unless ``dim`` is 1.
     """
 
     def __init__(self, p: float, dim: int) -> None:
