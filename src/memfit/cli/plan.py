@@ -88,7 +88,8 @@ class SaveOptions:
         bool,
         typer.Option(
             "--force",
-            help="With --save, or with --largest and --out: overwrite the file if it exists. Otherwise ignored.",
+            help="With --save, or with --largest and --out: overwrite the file if it exists. Otherwise "
+            "ignored.",
         ),
     ] = False
 

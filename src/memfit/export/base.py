@@ -48,8 +48,9 @@ class UserSettings:
     """What became of the user's settings in an export. ``files``: name -> text of the exported files.
     ``sources``: exported file -> the user's file whose settings it keeps. ``changed``: one text for each
     setting that was replaced, added or removed to fit the plan, such as "deepspeed.json: bf16.enabled: false
-    -> true". ``not_carried``: one text for each option that is not in the export because its value is known only when
-    the user's script runs. Options of launchers, and files for which the export has none, get no text."""
+    -> true". ``not_carried``: one text for each option that is not in the export because its value
+    is known only when the user's script runs. Options of launchers, and files for which the export has none,
+    get no text."""
 
     files: Files
     sources: Mapping[str, str]
