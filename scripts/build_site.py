@@ -37,6 +37,7 @@ from memfit.jobs.registry import describe
 from memfit.lint.check import CHECKS, explain
 from memfit.report.words import JAPANESE, LANGUAGES, Words, load_words
 from memfit.techniques.registry import TECHNIQUES
+from memfit.types.device_kind import device_kinds
 
 ROOT = Path(__file__).parents[1]
 DOCS, HAND = ROOT / "docs", ROOT / "docs" / "site"
@@ -157,12 +158,13 @@ class Writer:
             engines = ", ".join(
                 f"[`{e.name}`](../engines/{e.name}.md)" for e in ENGINES.values() if t.name in e.known
             )
+            kinds = [kind.name for kind in device_kinds() if t.supports(kind)]
             facts = [
                 (self.say("plan_name"), f"`{t.name}`"),
                 (self.say("effect"), f"[{effect}](../concepts.md#{self.say('effect_anchor')})"),
                 (self.say("needs"), ", ".join(f"`{p}`" for p in t.needs)),
                 (self.say("forbids"), forbids),
-                (self.say("devices"), ", ".join(sorted(t.devices))),
+                (self.say("devices"), ", ".join(kinds) if len(kinds) < len(device_kinds()) else ""),
                 (self.say("engines"), engines),
             ]
             self.add(

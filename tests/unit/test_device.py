@@ -18,9 +18,13 @@ from memfit.cost.device_overhead import (
     nccl_bytes,
     with_workspaces,
 )
-from memfit.cost.memory_estimate import delay_frees, footprint, sketch_footprint
-from memfit.types.machine import Device, Fact, Machine
-from memfit.types.result import Interval
+from memfit.cost.estimate import estimate
+from memfit.cost.memory_estimate import UNKNOWN_FOOTPRINT, delay_frees, footprint, sketch_footprint
+from memfit.planner.capacity import needed_bytes
+from memfit.report.words import load_words
+from memfit.types.machine import Calibration, Device, Fact, Machine
+from memfit.types.plan import Plan
+from memfit.types.result import Estimate, Interval
 from memfit.types.trace import Allocation, Category, OpCall, Phase, PhaseSpan, Trace
 
 MIB, GIB = 2**20, 2**30
@@ -215,6 +219,30 @@ def test_a_cpu_has_no_reserved_or_device_memory_and_no_oom_probability() -> None
         sketch_footprint(exactly(GIB), machine, reserved_ratio=1.1),
     ):
         assert (found.reserved_bytes, found.device_bytes, found.oom_probability) == (None, None, None)
+
+
+def test_on_a_kind_whose_allocator_is_not_modelled_the_answer_says_that_memory_beside_tensors_is_unknown() -> (
+    None
+):
+    """For 55 GiB of tensors, 6 % are counted for the allocator and 1 GiB for the context, as the answer says."""
+    memory = Fact(value=64.0 * GIB, source="", date="")
+
+    def on(kind: str) -> Estimate:
+        machine = Machine(name="x", device=Device(name="x", kind=kind, memory_bytes=memory))
+        return estimate(
+            traced(STRANDED), Plan(), machine=machine, calibration=Calibration(), model=None, step=None
+        )
+
+    unknown = on("xpu")
+    assert (unknown.reserved_bytes, unknown.device_bytes) == (None, None)
+    assert UNKNOWN_FOOTPRINT in unknown.assumptions
+    assert UNKNOWN_FOOTPRINT not in (*on("cuda").assumptions, *on("cpu").assumptions)
+    machine = Machine(name="x", device=Device(name="x", kind="xpu", memory_bytes=memory))
+    needed = needed_bytes(unknown, machine)
+    assert needed == int(unknown.allocated_bytes.value * 1.06) + GIB
+    assert "6 % of the tensors" in UNKNOWN_FOOTPRINT
+    assert "1 GiB" in UNKNOWN_FOOTPRINT
+    assert load_words("ja").of(UNKNOWN_FOOTPRINT) != UNKNOWN_FOOTPRINT
 
 
 def test_an_unknown_context_size_leaves_device_memory_unknown_but_not_reserved() -> None:

@@ -11,7 +11,10 @@ import pytest
 from memfit import catalog
 from memfit.engines.base import Engine
 from memfit.engines.registry import ENGINES, engine, ready_engine, render, supporting_engine
+from memfit.export.script_steps import CLIP
 from memfit.jobs.registry import load
+from memfit.report.plan_words import in_words
+from memfit.report.words import load_words
 from memfit.techniques.registry import TECHNIQUES, make_use
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
@@ -26,13 +29,15 @@ TENSOR = Plan(uses=(make_use("tensor-parallel", {}),), ranks=2)
 @pytest.mark.parametrize("name", ENGINES)
 def test_an_engine_names_only_existing_techniques(name: str) -> None:
     found = ENGINES[name]
-    assert found.carries | found.applied_by_memfit <= set(TECHNIQUES)
+    assert found.carries | found.applied_by_memfit | found.unsaved <= set(TECHNIQUES)
+    assert found.applied_by_files - {CLIP} <= found.known
     assert not found.carries & found.applied_by_memfit
 
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_the_engines_page_has_the_versions_that_each_engine_accepts(name: str) -> None:
-    row = next(line for line in PAGE.splitlines() if line.startswith(f"| `{name}` |"))
+    row = next((line for line in PAGE.splitlines() if line.startswith(f"| `{name}` |")), "")
+    assert row, f"the table of docs/engines.md has no row for {name}"
     low, high = ENGINES[name].tested
     assert not low or f"| {low} to below {high} |" in row
 
@@ -42,6 +47,14 @@ def test_facts_about_an_engine_have_a_source_and_a_date(name: str) -> None:
     facts = catalog.engine_facts(name)
     assert {"release", "torch", "licence", "status", "builds"} <= set(facts)
     assert all(source and re.fullmatch(r"\d{4}-\d\d-\d\d", date) for _, source, date in facts.values())
+
+
+@pytest.mark.parametrize("lang", ["en", "ja"])
+def test_each_engine_with_a_package_has_a_name_in_words(lang: str) -> None:
+    texts = load_words(lang).texts
+    named = {name for name, e in ENGINES.items() if e.distribution}
+    assert not {name for name in named if f"engine.{name}" not in texts}
+    assert in_words("deepspeed or megatron", load_words("en")) == "DeepSpeed or Megatron-LM"
 
 
 def test_an_unsupported_technique_is_refused_with_the_engines_that_support_it() -> None:
@@ -57,7 +70,12 @@ def test_a_probe_reports_an_untested_version_and_a_missing_package_with_its_inst
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     probed = Engine(
-        name="x", summary="", distribution="numpy", tested=("0.1", "0.2"), install="pip install x"
+        name="x",
+        summary="",
+        applied_by_files=frozenset(),
+        distribution="numpy",
+        tested=("0.1", "0.2"),
+        install="pip install x",
     )
     assert "is untested" in probed.probe().problem
     missing = dataclasses.replace(probed, distribution="no-such-thing")

@@ -119,6 +119,7 @@ def test_the_skypilot_task_has_only_known_keys(given: Handover) -> None:
     ("engine", "packages"),
     [
         ("native", "torch, memfit"),
+        ("replay", "torch, memfit"),
         ("fairscale", "torch, memfit, fairscale"),
         ("colossalai", "torch, memfit, colossalai"),
         ("megatron", "torch, memfit, megatron.core"),

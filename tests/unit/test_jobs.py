@@ -6,6 +6,7 @@ import gzip
 import math
 import subprocess
 import sys
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from memfit.cli.options import SizeOptions
 from memfit.jobs import registry
 from memfit.jobs.builtin import char_lm, esm, fasta, protein_lm, protein_ss
 from memfit.jobs.builtin.batches import epoch_indices
@@ -32,6 +34,8 @@ from memfit.types.plan import Plan
 from memfit.worker.degraded_training import scores_by_endpoint
 
 BUILT_IN = ("protein-ss", "protein-lm", "char-lm")
+# These have test files of their own.
+ELSEWHERE = {"alphafold2", "molecules", "genome", "weather", "potential", "segmentation3d"}
 
 
 @pytest.fixture(autouse=True)
@@ -199,7 +203,12 @@ def test_describing_the_jobs_loads_no_torch() -> None:
         "import sys; from memfit.jobs import registry; registry.describe(); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-    assert set(BUILT_IN) < set(registry.names())
+
+
+def test_every_built_in_job_is_tested_here_or_elsewhere_and_in_the_help_of_data() -> None:
+    assert {*BUILT_IN} | ELSEWHERE == {*registry.names()}
+    (option,) = typing.get_args(typing.get_type_hints(SizeOptions, include_extras=True)["data"])[1:]
+    assert all(name in option.help for name in registry.names()), "what it reads, or that it refuses --data"
 
 
 # -- the data -------------------------------------------------------------------------------------------

@@ -200,7 +200,7 @@ def test_all_problems_of_a_machine_file_are_listed_in_one_line(tmp_path: Path) -
     ("old", "new", "told"),
     [
         ("device_count = 2", "device_count = 0", "device_count: 0"),
-        ('"cuda"', '"tpu"', "device.kind: 'tpu'"),
+        ('"cuda"', '"tpu"', "device.kind: 'tpu', but one of cpu, cuda, xpu, mps"),
         ("5e10", "-1", "device.memory_bytes: -1"),
         ("1.8e14", "0", "device.peak_flops.bfloat16: 0"),
         (

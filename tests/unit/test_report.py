@@ -445,6 +445,14 @@ def test_html_ids_are_unique_and_links_have_targets() -> None:
     assert targets <= set(ids)
 
 
+def test_the_contents_list_every_section_after_them_in_its_order() -> None:
+    page = render_html(full_poc(), lang="en")
+    contents = page[page.index("<nav") : page.index("</nav>")]
+    linked = re.findall(r'href="#([\w-]+)"', contents)
+    assert linked == re.findall(r'<h2 id="([\w-]+)-h"', page[page.index("</nav>") :])
+    assert {"runs", "search", "records"} <= {*linked}
+
+
 def test_the_report_of_an_unfinished_poc_says_what_is_missing() -> None:
     page = Page(render_html(minimal_poc(), lang="en"))
     assert "was interrupted" in page.text

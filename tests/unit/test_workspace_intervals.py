@@ -299,7 +299,7 @@ def test_backward_of_attention_on_cuda_is_bounded_by_its_float32_sums() -> None:
     efficient = describe("aten._scaled_dot_product_efficient_attention_backward.default", args, {})
     assert bound_bytes(flash, "cuda", 1) == 4 * 2 * 3 * 128 * (96 + 1)
     assert bound_bytes(efficient, "cuda", 1) == 4 * 2 * 3 * ((128 + 2 * 256) * 128 + 100)
-    assert bound_bytes(flash, "xpu", 1) == 0
+    assert bound_bytes(flash, "xpu", 1) == bound_bytes(flash, "cuda", 1), "CUDA's kernels stand for its own"
 
 
 def test_an_estimate_for_another_card_covers_what_backward_of_attention_takes() -> None:

@@ -352,9 +352,7 @@ def _present(trace: ScriptTrace, machine: Machine) -> list[tuple[Any, str, Any]]
     replacements |= {name: _answer(None) for name in _SILENT}
     replacements["get_rng_state"] = lambda *arguments, **options: torch.get_rng_state()
     replacements |= {name: _answer(False) for name in ("is_current_stream_capturing", "_is_in_bad_fork")}
-    homes = [torch.accelerator, getattr(torch, kind, None)]
-    if kind == "mps":
-        homes.append(torch.backends.mps)
+    homes = [torch.accelerator, getattr(torch, kind, None), getattr(torch.backends, kind, None)]
     patches = []
     for home in filter(None, homes):
         patches += [(home, name, value) for name, value in replacements.items() if hasattr(home, name)]
@@ -363,9 +361,9 @@ def _present(trace: ScriptTrace, machine: Machine) -> list[tuple[Any, str, Any]]
     # what torch's compiler imports where the device is present
     patches.append((torch._C, f"_{kind}_getCurrentRawStream", _answer(0)))
     patches.append((torch.nn.DataParallel, "forward", _on_one_device))
-    if kind == CUDA:
-        nvtx = ("range_push", "range_pop", "mark", "range_start", "range_end")
-        patches += [(torch.cuda.nvtx, name, _answer(0)) for name in nvtx]
+    if (nvtx := getattr(homes[1], "nvtx", None)) is not None:
+        names = ("range_push", "range_pop", "mark", "range_start", "range_end")
+        patches += [(nvtx, name, _answer(0)) for name in names]
     return patches
 
 

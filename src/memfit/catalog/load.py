@@ -12,6 +12,7 @@ from typing import Any, Final
 from memfit.catalog.embodied import estimated_kg
 from memfit.catalog.prices import typical_price
 from memfit.catalog.tables import fact, facts, find, table
+from memfit.types.device_kind import CUDA
 from memfit.types.machine import Device, Fact, Host, Link, Place
 
 _DEVICE_FACTS: Final = tuple(f.name for f in dataclasses.fields(Device) if str(f.type).startswith("Fact"))
@@ -184,7 +185,7 @@ def _device(name: str) -> Device:
     }
     return Device(
         name=name,
-        kind="cuda",
+        kind=row.get("kind", CUDA),
         peak_flops={dtype: fact(peak, sources) for dtype, peak in row["peak_flops"].items()},
         link=link(row["link"]) if "link" in row else None,
         efficiency_ratio=efficiency(row["architecture"], name),

@@ -12,7 +12,7 @@
 
     [device]
     name = "Custom 48GB"
-    kind = "cuda"
+    kind = "cuda"              # torch's name: cpu, cuda, xpu, mps
     architecture = "ada"       # its efficiency_ratio is used for what the table does not give
     link = "PCIe4"             # or a table
     memory_bytes = {value = 50e9, source = "torch total_memory", date = "2025-06-01", kind = "measured"}
@@ -35,6 +35,7 @@ from typing import Any, Final
 
 from memfit.catalog import load
 from memfit.files.read import read_toml
+from memfit.types.device_kind import device_kinds
 from memfit.types.errors import UserError, suggest
 from memfit.types.machine import Device, Fact, Machine
 
@@ -217,11 +218,11 @@ def _dataclass_in(hint: Any) -> Any:
 
 
 def _odd_values(machine: Machine) -> Iterator[str]:
-    """Yield a text for each value that has the right type but cannot be true: a kind of device other than cpu
-    and cuda, a PUE below 1, and figures of device, host and network that are not greater than 0.
+    """Yield a text for each value that has the right type but cannot be true: an unknown kind of device, a
+    PUE below 1, and figures of device, host and network that are not greater than 0.
     """
-    if machine.device.kind not in ("cpu", "cuda"):
-        yield f"device.kind: {machine.device.kind!r}, but cpu or cuda is needed"
+    if machine.device.kind not in (kinds := [kind.name for kind in device_kinds()]):
+        yield f"device.kind: {machine.device.kind!r}, but one of {', '.join(kinds)} is needed"
     if machine.place is not None and machine.place.pue_ratio.value < 1:
         yield "place.pue_ratio: below 1, but a site draws at least what its computers draw"
     for part, part_name in ((machine.device, "device"), (machine.host, "host"), (machine.network, "network")):

@@ -7,15 +7,16 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
+from memfit.types.job import DEFAULT_JOB
+
 Words = list[str]
 
 # Options without a value of the commands in `ALIASES`.
 _FLAGS: Final = {"--json", "--help", "--recommended", "--recalibrate", "--lines", "--no-lines"}
-_DEFAULT_JOB: Final = "protein-ss"
 
 
 def _estimate(arguments: Words, options: Words) -> Words:
-    return ["estimate", *(arguments or [_DEFAULT_JOB]), *options]
+    return ["estimate", *(arguments or [DEFAULT_JOB]), *options]
 
 
 def _estimate_engines(arguments: Words, options: Words) -> Words:

@@ -104,8 +104,8 @@ class ExportOptions:
         typer.Option(
             metavar="COMMAND",
             help="For --to skypilot: the shell command that sets up a new machine. Default: a check that "
-            "these can be imported: torch; memfit, without --script; and accelerate, deepspeed, fairscale, "
-            "colossalai or megatron.core, if that is the engine. Ignored with any other --to.",
+            "these can be imported: torch; memfit, without --script; and the package of the engine. Ignored "
+            "with any other --to.",
         ),
     ] = ""
     save: Annotated[

@@ -42,8 +42,8 @@ class LengthOptions:
             "token; .csv with a header line, or .npz: the lengths (see --column); any other file: the "
             "lengths, one whole number per line. Without --size NAME@N a built-in job gets as many positions "
             "as the longest sequence has, at least 64. With --batch sequences per step, or all of a shorter "
-            "file. --memory: by default all memory of one device of --on. potential, weather and "
-            "segmentation3d have no length and are refused.",
+            "file. --memory: by default all memory of one device of --on. Jobs whose samples have no length "
+            "are refused.",
         ),
     ] = None
     column: Annotated[

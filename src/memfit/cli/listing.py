@@ -12,6 +12,7 @@ from memfit.cli.machines import print_machines
 from memfit.cli.options import JsonOptions
 from memfit.cli.output import check_choice, emit, print_table
 from memfit.types.errors import UserError
+from memfit.types.job import DEFAULT_JOB
 
 if TYPE_CHECKING:
     import memfit.catalog.published_models
@@ -62,12 +63,12 @@ def list_known(options: ListOptions, output: JsonOptions) -> None:
 
 
 def _jobs(*, as_json: bool) -> None:
-    from memfit.jobs.registry import DEFAULT, describe
+    from memfit.jobs.registry import describe
 
     descriptions = describe()
     if as_json:
         keys = ("name", "title", "sizes", "data_source")
-        emit({"default": DEFAULT, "jobs": [{key: getattr(job, key) for key in keys} for job in descriptions]})
+        emit({"default": DEFAULT_JOB, "jobs": [{key: getattr(job, key) for key in keys} for job in descriptions]})
         return
     print_table(
         ("job", "sizes", "what is trained, on what"),

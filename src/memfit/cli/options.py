@@ -12,9 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from memfit.types.errors import UserError
-from memfit.types.job import JobRef
-
-_DEFAULT_JOB = "protein-ss"
+from memfit.types.job import DEFAULT_JOB, JobRef
 
 # Larger numbers are mistakes: they would only fill the memory.
 MOST, MOST_SAMPLES = 2**31 - 1, 2**24
@@ -52,7 +50,8 @@ class SizeOptions:
             metavar="DIR",
             help="Folder with safetensors files (*.safetensors) of a model of the same architecture and "
             "size, from which to take the initial weights. Default: the weights as the job initializes "
-            "them, usually at random. Refused by alphafold2 and by a memfit.Job in FILE.py:NAME.",
+            "them, usually at random. Refused by jobs that can load none, and by a memfit.Job in "
+            "FILE.py:NAME.",
         ),
     ] = None
     steps: Annotated[
@@ -83,7 +82,7 @@ class SizeOptions:
             max=MOST,
             help="Length of a sample: tokens, residues or bases. Default: the length of the job's size; for "
             "`memfit plan --from`, that of the files if they state one that the job accepts. Built-in "
-            "jobs take 16 to 262144; potential, weather, segmentation3d and a memfit.Job in FILE.py:NAME "
+            "jobs take 16 to 262144; jobs whose samples have no length, and a memfit.Job in FILE.py:NAME, "
             "refuse this option.",
         ),
     ] = None
@@ -120,7 +119,7 @@ class JobOptions(SizeOptions):
     @property
     def spec(self) -> str:
         """The job as the user named it, or the default job, "protein-ss"."""
-        return self.job or _DEFAULT_JOB
+        return self.job or DEFAULT_JOB
 
     @property
     def ref(self) -> JobRef:

@@ -12,6 +12,7 @@ from memfit.cli.options import JobOptions
 from memfit.cli.output import check_choice, console, emit
 from memfit.cli.progress import Bars
 from memfit.cli.request import print_workload
+from memfit.types.device_kind import CUDA, device_kinds
 
 _DTYPES: Final = ("bf16", "fp16")
 
@@ -58,7 +59,7 @@ class PrecisionOptions:
             "torch.autocast keeps other operators in float32 on GPUs than on CPUs. The measurement "
             "itself runs on the CPU.",
         ),
-    ] = "cuda"
+    ] = CUDA
 
 
 def print_precision(job: JobOptions, options: PrecisionOptions, *, lang: str, as_json: bool) -> None:
@@ -68,7 +69,7 @@ def print_precision(job: JobOptions, options: PrecisionOptions, *, lang: str, as
     recorded results of its child modules are used instead of running these, so that an error is attributed to
     the module that causes it."""
     dtype = check_choice("--precision", options.precision or "", (*_DTYPES, "both"))
-    device = check_choice("--device", options.device, ("cuda", "cpu"))
+    device = check_choice("--device", options.device, [k.name for k in device_kinds() if k.checked])
     quiet_libraries()
     from memfit.jobs.registry import load
     from memfit.planner.workload import workload_of

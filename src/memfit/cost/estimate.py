@@ -5,7 +5,7 @@ from __future__ import annotations
 from memfit.cost.device_overhead import with_workspaces
 from memfit.cost.host import HostTensors, host_memory, known_host, ranks_of_host
 from memfit.cost.memory import MemoryProfile, memory_profile, step_ops
-from memfit.cost.memory_estimate import footprint
+from memfit.cost.memory_estimate import UNKNOWN_FOOTPRINT, footprint
 from memfit.cost.money import bill, hosts_w
 from memfit.cost.op_time import TimeModel
 from memfit.cost.step_time import simulate_step
@@ -91,6 +91,7 @@ def estimate(
         rank=trace.rank,
         assumptions=(
             *trace.assumptions,
+            *([UNKNOWN_FOOTPRINT] if memory.reserved_bytes is None and not machine.device.is_host else []),
             *([unprobed_workspaces.assumption()] if unprobed_workspaces else []),
             *([_UNKNOWN_STORAGE] if trace.storage_bytes and step is None else []),
         ),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from memfit.techniques.registry import technique
 from memfit.types.errors import UserError
 from memfit.types.machine import Fact, Host, Machine
 from memfit.types.plan import Plan
@@ -31,7 +32,6 @@ _CUDA_PROCESS = Interval(value=2.5 * 2**30, low=1.0 * 2**30, high=5.0 * 2**30)
 _WORKER = Interval(value=64 * _MIB, low=11 * _MIB, high=400 * _MIB)
 _READY_BATCHES = 2  # torch.utils.data.DataLoader's prefetch_factor
 _PINNED_ROUNDING = 2.0  # the pinned allocator rounds each block up to a power of two
-LOADED_IN_PIECES = frozenset({"qlora"})  # quantized tensor by tensor while it is loaded
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,8 +92,8 @@ def host_memory(
 
     ``tensors``: of one rank. ``allocated``: the peak of one rank's tensors on its device; it counts only on a
     CPU, whose memory is the host's. ``workers``: number of DataLoader workers of each rank. Building the
-    model in host memory counts on accelerators only, and not for plans with qlora, which quantizes the model
-    tensor by tensor.
+    model in host memory counts on accelerators only, and not for plans that load it in pieces, such as with
+    qlora.
     """
     ranks, cpu = ranks_of_host(plan, machine), machine.device.is_host
     process = _times(_CPU_PROCESS if cpu else _CUDA_PROCESS, ranks)
@@ -110,7 +110,7 @@ def host_memory(
     )
     tensor_memory = _times(allocated, ranks) if cpu else _exactly(0.0)
     loading_bytes = 0.0
-    if not cpu and not any(u.technique in LOADED_IN_PIECES for u in plan.uses):
+    if not cpu and not any(technique(u.technique).loaded_in_pieces for u in plan.uses):
         loading_bytes = max(tensors.building_bytes * (ranks == 1), tensors.model_bytes)
     training_memory = _plus(_plus(offload, workers_memory), tensor_memory)
     need = Interval(

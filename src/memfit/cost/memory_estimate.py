@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 import numpy
 
 from memfit.cost.allocator import Event, Replayed, Settings, events_of, run
 from memfit.cost.device_overhead import added, device_overhead, exceeds_probability
+from memfit.types.device_kind import device_kind
 from memfit.types.machine import Machine
 from memfit.types.result import Interval
 from memfit.types.trace import Trace
@@ -26,12 +28,18 @@ _BISECTIONS = 6
 ASSUMED_RESERVED_RATIO = (
     1.06  # reserved to allocated, median of 20 replayed plans; used for plans that were not traced
 )
+# One of an estimate's assumptions if its footprint is empty on an accelerator (planner/capacity.py).
+UNKNOWN_FOOTPRINT: Final = (
+    "how much memory training takes on this kind of device beside its tensors is unknown; 6 % of the "
+    "tensors are added for the allocator and, on a device that is not in this machine, 1 GiB for context "
+    "and libraries"
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
-    """Reserved memory and device memory of one rank of a plan. All is None or empty if the device is not a
-    CUDA device.
+    """Reserved memory and device memory of one rank of a plan. All is None or empty on the host, and on a
+    device whose kind does not reserve memory as CUDA does (`DeviceKind.reserves_as_cuda`): it is unknown.
 
     ``reserved_bytes``: what the caching allocator reserves. ``device_bytes``: that plus what the process uses
     outside the allocator; None if the catalog lacks a part of it. ``device_parts_bytes``: "reserved" and the
@@ -46,14 +54,14 @@ class Footprint:
 
 
 def footprint(trace: Trace, allocated: Interval, machine: Machine) -> Footprint:
-    """Return the footprint of a traced plan; an empty one, ``Footprint()``, if the device is not a CUDA
-    device.
+    """Return the footprint of a traced plan; an empty one, ``Footprint()``, if the device's kind does not
+    reserve memory as CUDA does.
 
     The allocations of ``trace`` must include the BLAS workspaces. ``allocated``: the predicted peak of the
     live bytes, with its range. Cached segments that the allocator could give back do not count for
     ``oom_probability``, nor does that the allocator may reserve less than in any replay.
     """
-    if machine.device.kind != "cuda":
+    if not device_kind(machine.device.kind).reserves_as_cuda:
         return Footprint()
     events = events_of(trace.allocations)
     plain = run(events)
@@ -81,15 +89,15 @@ def footprint(trace: Trace, allocated: Interval, machine: Machine) -> Footprint:
 def sketch_footprint(
     allocated: Interval, machine: Machine, *, reserved_ratio: float, communicators: Sequence[int] = ()
 ) -> Footprint:
-    """Return the footprint of a plan that was not traced; an empty one, ``Footprint()``, if the device is not
-    a CUDA device.
+    """Return the footprint of a plan that was not traced; an empty one, ``Footprint()``, if the device's kind
+    does not reserve memory as CUDA does.
 
     ``allocated``: the predicted peak of its tensors. ``communicators``: as `Layout.communicators`, for the
     buffers of NCCL. ``reserved_ratio``: reserved over allocated memory of a
     traced plan of the same job. The reserved memory is ``allocated`` times that ratio; its low end is that of
     ``allocated``, and its high end is computed with a ratio of at least 1.06.
     """
-    if machine.device.kind != "cuda":
+    if not device_kind(machine.device.kind).reserves_as_cuda:
         return Footprint()
     reserved = Interval(
         value=allocated.value * reserved_ratio,

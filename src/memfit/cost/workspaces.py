@@ -16,6 +16,7 @@ from typing import Any, Final
 import numpy
 
 from memfit.cost.memory import MemoryProfile, levels, memory_profile, with_kept
+from memfit.types.device_kind import HOST, device_kind
 from memfit.types.machine import Calibration
 from memfit.types.trace import OpCall, Phase, Trace
 from memfit.types.units import KIB
@@ -219,8 +220,8 @@ def bound_bytes(signature: str, device: str, threads: int) -> int:
     """Return an upper bound on the bytes that the operator uses beside its inputs and outputs while it runs.
 
     0 if it uses none or is not a torch operator, and on an accelerator for all operators but convolutions
-    and, with CUDA's kernels, the backward of attention.
-    ``device``: "cpu" or "cuda". ``threads``: number of the CPU's threads that run the operator.
+    and, if its kind has CUDA's kernels, the backward of attention.
+    ``device``: its kind. ``threads``: number of the CPU's threads that run the operator.
     """
     if not signature.startswith('["'):
         return 0
@@ -229,8 +230,9 @@ def bound_bytes(signature: str, device: str, threads: int) -> int:
     if name.startswith(_NO_KERNELS):
         return 0
     if base in _ANY_DTYPE or (base in _PLAIN and not halves):
-        return _copied_bytes(signature, base) if device == "cpu" else 0
-    if device != "cpu" and base not in _CONVOLUTIONS and not (device == "cuda" and base in _CUDA_ATTENTION):
+        return _copied_bytes(signature, base) if device == HOST else 0
+    on_cuda = device_kind(device).kernels == "cuda"
+    if device != HOST and base not in _CONVOLUTIONS and not (on_cuda and base in _CUDA_ATTENTION):
         return 0
     _, args, kwargs = json.loads(signature)
     if base in _CONVOLUTIONS:
@@ -239,7 +241,6 @@ def bound_bytes(signature: str, device: str, threads: int) -> int:
     if base in _RECURRENT:
         return _recurrent_bytes(*_sizes(signature))
     if base.startswith("_scaled_dot_product"):
-        on_cuda = device == "cuda"
         return _attention_backward_bytes(args, base) if on_cuda else _attention_bytes(tensors, threads)
     output_bytes = 0  # an output that may first be made in another layout
     if base.startswith("upsample") and not base.endswith("backward"):
@@ -397,7 +398,7 @@ def _convolution_bytes(args: list[Any], *, backward: bool, device: str, threads:
     """
     convolution = _convolution(args, backward=backward)
     item_bytes = _ITEM_BYTES.get(convolution.dtype, 4)
-    if device != "cpu":
+    if device != HOST:
         copies = sum(s[0] * _filled(s[1], 8) * math.prod(s[2:]) for s in (convolution.x, convolution.out))
         return (copies + math.prod(convolution.weight)) * item_bytes
     halves = convolution.dtype in _HALVES

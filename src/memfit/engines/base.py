@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 
 from memfit.engines.environment import recorded
+from memfit.techniques.registry import TECHNIQUES
 from memfit.types.device_kind import HOST
 from memfit.types.launch import RunSpec
 from memfit.types.plan import Plan
@@ -18,20 +19,7 @@ Files = Mapping[str, str]
 
 
 # Techniques that memfit applies to a model, a loss or an optimizer before it passes them to an engine.
-APPLIED_BY_MEMFIT = frozenset(
-    {
-        "activation-checkpointing",
-        "selective-checkpointing",
-        "activation-offload",
-        "chunked-cross-entropy",
-        "adamw-8bit",
-        "adamw-fused",
-        "adamw-single",
-        "adafactor",
-        "sgd",
-        "lora",
-    }
-)
+APPLIED_BY_MEMFIT = frozenset(t.name for t in TECHNIQUES.values() if t.before_engine)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,17 +28,21 @@ class Engine:
 
     - ``summary``: what the engine is and offers, in one line.
     - ``distribution``: the name of its package on the package index; "" if it has no package of its own.
+    - ``module``: the name by which that package is imported; "": that of the distribution.
     - ``tested``: the tested versions of that package, from (inclusive) and to (exclusive).
     - ``install``: the command that installs it; "" if it has no package of its own.
     - ``carries``: names of the techniques that the engine applies itself.
     - ``applied_by_memfit``: names of the techniques that memfit applies to the model or the step and that the
       engine does not affect. Plans with a technique in neither set are not supported.
+    - ``applied_by_files``: names of the techniques that its library applies if a user's script passes it the
+      exported configuration; with "clipping" among them, it clips gradients as well.
     - ``reasons(plan)``: why the engine does not support a plan whose techniques are all in ``carries`` or
       ``applied_by_memfit``, such as a setting that its library lacks; empty if it does support it.
     - ``asks_cuda(plan)``: the parts of the plan, in words, that the engine runs only on NVIDIA GPUs; may be
       empty.
     - ``no_scalars(plan)``: whether the engine refuses parameters without dimensions.
-    - ``saves``: whether memfit's worker can save and resume training on this engine.
+    - ``saves``: whether memfit's worker can save and resume training on this engine. ``unsaved``: names of
+      the techniques with which it cannot nevertheless.
     - ``own_trace``: whether the engine's step runs on fake tensors. If so, predictions are traces of it.
       Otherwise they are traces of the native step for the plan ``predicted(plan)``, which needs the same
       memory as the engine's step for ``plan``.
@@ -65,7 +57,9 @@ class Engine:
 
     name: str
     summary: str
+    applied_by_files: frozenset[str]
     distribution: str = ""
+    module: str = ""
     tested: tuple[str, str] = ("", "")
     install: str = ""
     carries: frozenset[str] = frozenset()
@@ -74,6 +68,7 @@ class Engine:
     asks_cuda: Callable[[Plan], tuple[str, ...]] = lambda plan: ()
     no_scalars: Callable[[Plan], bool] = lambda plan: False
     saves: bool = False
+    unsaved: frozenset[str] = frozenset()
     own_trace: bool = False
     predicted: Callable[[Plan], Plan] = lambda plan: plan
     requirements: tuple[str, ...] = ()

@@ -20,6 +20,7 @@ ENGINE = Engine(
     saves=True,
     summary="torch alone: DDP, FSDP2, tensor, pipeline, context, axial and expert parallelism",
     carries=frozenset(TECHNIQUES),
+    applied_by_files=frozenset(),
 )
 
 

@@ -9,4 +9,5 @@ ENGINE = Engine(
     name="replay",
     summary="answers from the store: the last run of the same job, plan and seed",
     carries=frozenset(TECHNIQUES),
+    applied_by_files=frozenset(),
 )

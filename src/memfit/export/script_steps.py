@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 from memfit.engines import accelerate
+from memfit.engines.registry import ENGINES
+from memfit.techniques.registry import technique
 from memfit.types.errors import UserError, suggest
 from memfit.types.launch import LaunchConfig, RunSpec
 from memfit.types.plan import Plan, Use
@@ -17,68 +19,6 @@ _BUCKETS = (
     "Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(bucket_cap_mb={bucket_mib}, "
     "gradient_as_bucket_view={bucket_view})])"
 )
-
-# Engine -> techniques that its library applies if a script passes it the exported configuration.
-_APPLIED: Mapping[str, frozenset[str]] = {
-    "native": frozenset(),
-    "accelerate": frozenset({"ddp", "fsdp2", "zero", "bf16-autocast", "fp16-autocast"}),
-    "deepspeed": frozenset({"ddp", "zero", "gradient-accumulation"}),
-    "megatron": frozenset(
-        {
-            "ddp",
-            "fsdp2",
-            "zero",
-            "tensor-parallel",
-            "pipeline",
-            "context-parallel",
-            "activation-checkpointing",
-            "bf16-parameters",
-            "gradient-accumulation",
-            "sgd",
-        }
-    ),
-}
-
-_CALLS: Mapping[str, str] = {
-    "activation-checkpointing": "recompute {blocks} in backward: model.gradient_checkpointing_enable(), "
-    "or torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)",
-    "selective-checkpointing": "torch.utils.checkpoint with create_selective_checkpoint_contexts, "
-    "keep: {keep}",
-    "optimal-checkpointing": "recompute the operators that plan.yaml names; memfit's own worker does this",
-    "activation-offload": "torch.autograd.graph.save_on_cpu(pin_memory=True) around the forward pass",
-    "chunked-cross-entropy": "compute head and loss in chunks, so that the full logits never exist",
-    "chunking": "run independent slices of modules one after another; memfit's own worker does this",
-    "compile": "torch.compile, scope: {scope}",
-    "gradient-accumulation": "split the batch into {micro_batches} micro-batches and update after the last",
-    "bf16-autocast": "torch.autocast(device_type, torch.bfloat16) around forward and loss",
-    "fp16-autocast": "torch.autocast(device_type, torch.float16) with a torch.amp.GradScaler",
-    "bf16-parameters": "model.to(torch.bfloat16), with an optimizer for rounding: {rounding}",
-    "float8-linear": "torchao.float8.convert_to_float8_training(model), scaling: {scaling}",
-    "adamw-8bit": "an 8-bit AdamW, such as torchao.optim.AdamW8bit or bitsandbytes.optim.AdamW8bit",
-    "adamw-4bit": "torchao.optim.AdamW4bit",
-    "adamw-paged": "bitsandbytes.optim.PagedAdamW8bit",
-    "adamw-fused": "torch.optim.AdamW(..., fused=True)",
-    "adamw-single": "torch.optim.AdamW(..., foreach=False)",
-    "adafactor": "Adafactor, such as torch.optim.Adafactor",
-    "sgd": "torch.optim.SGD with momentum",
-    "optimizer": "the optimizer {path}, arguments: {arguments}; group of the blocks' matrices: {matrices}; "
-    "optimizer of other parameters: {others}",
-    "optimizer-in-backward": "update each parameter in a register_post_accumulate_grad_hook",
-    "lora": "LoRA adapters of rank {rank}, such as peft.get_peft_model, with all other weights frozen",
-    "qlora": "4-bit frozen weights with LoRA adapters of rank {rank}",
-    "ddp": "torch.nn.parallel.DistributedDataParallel(model, bucket_cap_mb={bucket_mib}, "
-    "gradient_as_bucket_view={bucket_view})",
-    "fsdp2": "torch.distributed.fsdp.fully_shard on each block and the model, "
-    "reshard_after_forward={reshard}, precision {precision}",
-    "zero": "ZeRO stage {stage}",
-    "sharded-ddp": "fairscale's OSS and ShardedDataParallel",
-    "tensor-parallel": "torch.distributed.tensor.parallel.parallelize_module over {degree} ranks",
-    "context-parallel": "torch.distributed.tensor.experimental.context_parallel over {degree} ranks",
-    "axial-parallel": "split each sample along its axes over {degree} ranks; memfit's own worker does this",
-    "expert-parallel": "distribute experts over {degree} ranks",
-    "pipeline": "torch.distributed.pipelining in {stages} stages, schedule {schedule}, {micro_batches} "
-    "micro-batches",
-}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,14 +38,13 @@ def script_steps(spec: RunSpec) -> tuple[ScriptStep, ...]:
 
 
 def _steps(spec: RunSpec) -> Iterator[ScriptStep]:
-    plan, applied = spec.plan, _APPLIED.get(spec.engine, frozenset())
+    plan, applied = spec.plan, ENGINES[spec.engine].applied_by_files
     for use in plan.uses:
         if use.technique == "ddp" and spec.engine == "accelerate" and not _default_buckets(use):
             yield ScriptStep(name="ddp", text=_BUCKETS.format(**use.settings))
         elif use.technique not in applied and not _by_accelerate(spec, use):
             yield ScriptStep(name=use.technique, text=step_text(use, plan))
-    clipped_by_file = spec.engine in ("deepspeed", "megatron") or "zero" in plan
-    if spec.clip and not (clipped_by_file and spec.engine != "native"):
+    if spec.clip and CLIP not in applied and ("zero" not in plan or spec.engine == "native"):
         call = "accelerator" if spec.engine == "accelerate" else "torch.nn.utils"
         yield ScriptStep(name=CLIP, text=f"{call}.clip_grad_norm_(model.parameters(), {spec.clip:g})")
 
@@ -116,7 +55,7 @@ def step_text(use: Use, plan: Plan) -> str:
     if use.technique == "activation-checkpointing":
         interval = int(settings["every"])
         settings["blocks"] = "every block" if interval == 1 else f"one block of {interval}"
-    text = _CALLS[use.technique].format(**settings)
+    text = technique(use.technique).script_call.format(**settings)
     if use.technique == "lora" and settings.get("dora"):
         text = f"{text}, with use_dora=True"
     reduces_once = any(plan_use.settings.get("sync") == "last" for plan_use in plan.uses)

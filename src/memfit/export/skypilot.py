@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from memfit.engines import native
+from memfit.engines.registry import ENGINES
 from memfit.export import torchrun
 from memfit.export.base import Files, Handover
 from memfit.export.kubernetes import text
@@ -61,9 +61,10 @@ def _resources(handover: Handover) -> dict[str, Any]:
 
 def _check(handover: Handover) -> str:
     """Return a shell command that fails if a Python package is missing: it imports torch; memfit if its
-    worker trains; and the engine's package unless the engine is native. It serves as set-up command if none
-    is given, so that a node reports a missing package before anything starts."""
+    worker trains; and the engine's package if it has one. It serves as set-up command if none is given, so
+    that a node reports a missing package before anything starts."""
     packages = ["torch"] if handover.script else ["torch", "memfit"]
-    if (engine := handover.config.engine) != native.ENGINE.name:
-        packages.append("megatron.core" if engine == "megatron" else engine)
+    engine = ENGINES[handover.config.engine]
+    if package := engine.module or engine.distribution:
+        packages.append(package)
     return f"python -c {shlex.quote('import ' + ', '.join(packages))}"

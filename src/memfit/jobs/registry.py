@@ -14,7 +14,6 @@ from memfit.types.errors import UserError, suggest
 from memfit.types.gc_pause import pause_gc
 from memfit.types.job import Job, JobRef
 
-DEFAULT: Final = "protein-ss"
 SHORTEST: Final = 16
 MOST_TOKENS: Final = 262_144
 

@@ -22,6 +22,7 @@ from memfit.precision.recording import FAILURES, LOSS, RecordedCall, learn_dtype
 from memfit.precision.replay import Mode, NonFiniteOperators, ReplayErrors, compare, modes, replay_call
 from memfit.precision.sums import NarrowSums
 from memfit.precision.tensors import Gap, is_float, leaves, rebuild
+from memfit.types.device_kind import CUDA, device_kind
 from memfit.types.errors import UserError
 from memfit.types.job import Job
 from memfit.types.plan import Plan
@@ -72,17 +73,17 @@ class _Place:
 
 
 def advise(
-    job: Job, dtypes: Sequence[str], *, batches: int, trained: int, device: str = "cuda", say: Say = _silent
+    job: Job, dtypes: Sequence[str], *, batches: int, trained: int, device: str = CUDA, say: Say = _silent
 ) -> tuple[PrecisionAdvice, ...]:
     """Return the advice which modules must stay in float32, one for each of ``dtypes``, "bf16" or "fp16", in
     their order.
 
     The model is trained without a plan for ``trained`` steps, and then examined on ``batches`` further
-    batches, always with only a few samples of a batch. ``device`` ("cuda" or "cpu") selects whose list of
+    batches, always with only a few samples of a batch. ``device``: the kind of device whose list of
     operators that torch.autocast keeps in float32 is used; everything runs on the CPU. ``say`` receives the
     progress: (stage, done, total). Raises UserError if the loss is not finite in float32."""
     model = _trained(job, trained, say)
-    modes_by_dtype = {d: modes(model, DTYPES[d], cuda=device == "cuda") for d in dtypes}
+    modes_by_dtype = {d: modes(model, DTYPES[d], cuda=device_kind(device).autocast == "cuda") for d in dtypes}
     for other_modes in list(modes_by_dtype.values())[1:]:
         other_modes["exact"] = modes_by_dtype[dtypes[0]]["exact"]
     places: dict[str, dict[str, _Place]] = {d: {} for d in dtypes}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -279,7 +280,8 @@ def helpers(words: Words, labels: Mapping[str, str] | None) -> Mapping[str, Any]
 
     Functions: ``t`` (text of a key of the word catalogs, filled), ``num`` (a figure with its mark), ``say``
     (a sentence, a figure or a text), ``plan_name`` (a plan in words), ``technique_names`` (techniques in
-    words), ``moment`` (a date) and ``asset`` (the content of a file of this package, not escaped). Makers of
+    words), ``moment`` (a date), ``section_ids`` (the ids of the sections in a part of the page, in order) and
+    ``asset`` (the content of a file of this package, not escaped). Makers of
     figures: ``assumed``, ``counted`` (measured) and ``guessed`` (predicted). Anchors of records: those that
     begin with ``of_``. Constants: ``labels`` (empty if None) and ``case_classes``.
     """
@@ -319,6 +321,7 @@ def helpers(words: Words, labels: Mapping[str, str] | None) -> Mapping[str, Any]
         "moment": moment,
         "say": say,
         "asset": asset,
+        "section_ids": lambda html: re.findall(r'<section id="([\w-]+)"', html),
         "plan_name": lambda label: plan_title(label, words),
         "technique_names": lambda names: technique_names(", ".join(names), words) if names else "",
         "assumed": assumed,

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Final
 
+from memfit.engines.registry import ENGINES
 from memfit.report.words import JAPANESE, Words
 from memfit.techniques.registry import TECHNIQUES
 
@@ -91,7 +92,9 @@ _IDENTIFIER: Final = re.compile(
         "|".join(sorted((name for name in TECHNIQUES if "-" in name), key=len, reverse=True))
     )
 )
-_ENGINE: Final = re.compile(r"(?<![\w-])(?:accelerate|colossalai|deepspeed|fairscale|megatron)(?![\w-])")
+_ENGINE: Final = re.compile(
+    r"(?<![\w-])(?:{})(?![\w-])".format("|".join(e.name for e in ENGINES.values() if e.distribution))
+)
 
 
 def _prose(identifier: str, words: Words) -> str:

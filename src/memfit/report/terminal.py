@@ -15,6 +15,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from memfit.cost.memory_estimate import UNKNOWN_FOOTPRINT
 from memfit.report.choices import search_view
 from memfit.report.quantities import (
     Figure,
@@ -139,10 +140,13 @@ def _print_extent(view: SearchView, words: Words, console: Console) -> None:
 def _print_cautions(
     result: SearchResult, correction: Calibration | None, words: Words, console: Console
 ) -> None:
-    """Print, each if it is the case: that the search was interrupted, that timings are noisy, and by the runs
-    of which PoC the step times were corrected."""
+    """Print, each if it is the case: that the search was interrupted, that the memory beside tensors is
+    unknown, that timings are noisy, and by the runs of which PoC the step times were corrected."""
     if result.unfinished:
         console.print(Text(words.get("terminal.unfinished"), style="bold yellow"))
+    choices = filter(None, (result.baseline, result.recommended))
+    if any(UNKNOWN_FOOTPRINT in choice.estimate.assumptions for choice in choices):
+        console.print(Text(words.of(UNKNOWN_FOOTPRINT), style="yellow"))
     if result.timings is not None and result.timings.noisy:
         console.print(Text(_noise(result.timings, words), style="yellow"))
     if correction is not None and correction.corrected_by:

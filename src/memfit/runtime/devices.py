@@ -1,5 +1,5 @@
-"""The devices on which training runs, and all that memfit asks of them. No other module knows how one kind of
-accelerator differs from another.
+"""The devices on which training runs, and all that memfit asks of them. How one kind of accelerator differs
+from another is in the fields of its `DeviceKind` (types/device_kind.py).
 
 Torch serves most accelerators through one interface, ``torch.accelerator``. What it lacks comes from the
 module of the kind, such as ``torch.cuda``, ``torch.xpu`` or ``torch.mps``: the memory fraction, names and
@@ -23,7 +23,7 @@ import weakref
 from typing import TYPE_CHECKING, Any, Final
 
 from memfit.runtime.child_process import child_environment, dying_with_parent
-from memfit.types.device_kind import CUDA, HOST
+from memfit.types.device_kind import HOST, device_kind
 from memfit.types.errors import MemfitError, UserError
 
 if TYPE_CHECKING:
@@ -33,10 +33,7 @@ if TYPE_CHECKING:
 
 _SAMPLING_S: Final = 0.0005
 _DESCRIBE_LIMIT_S: Final = 120.0
-_DEFAULT_FRACTIONS: Final = {"mps": 1.7}  # of the recommended memory (torch.mps)
 _INSTEAD: Final = "`--on this:cpu` uses the processor instead"
-_VISIBLE: Final = {CUDA: "CUDA_VISIBLE_DEVICES", "xpu": "ZE_AFFINITY_MASK"}
-_KINDS_WITHOUT_PEAK: Final = frozenset({"mps"})  # torch keeps no peak of their memory
 _SAFE_PATH: Final = "PYTHONSAFEPATH"  # as for every worker (engines/native.py)
 
 
@@ -83,8 +80,8 @@ def visible_accelerators(first: int, count: int) -> dict[str, str]:
     """Return the environment variable, name -> value, under which a process sees only ``count`` of the
     accelerators that this one sees, from number ``first`` on. Empty if there are none, and for a kind whose
     drivers have no such variable."""
-    name = _VISIBLE.get(accelerator_kind())
-    if name is None:
+    name = device_kind(accelerator_kind()).visible_variable
+    if not name:
         return {}
     seen = os.environ.get(name)
     numbers = seen.split(",") if seen else [str(i) for i in range(accelerator_count())]
@@ -142,9 +139,9 @@ def _describe(device: torch.device) -> Accelerator:
 
 
 def _board(device: torch.device) -> Board | None:
-    """Return a CUDA device as its driver's management library knows it, which needs no context on it, or None
+    """Return a device as its driver's management library knows it, which needs no context on it, or None
     without that library."""
-    if device.type != CUDA:
+    if not device_kind(device.type).nvml:
         return None
     from memfit.runtime.energy import board
 
@@ -290,7 +287,7 @@ def memory_info(device: torch.device) -> tuple[int, int]:
     """Return (free, total) bytes of the accelerator's memory."""
     import torch
 
-    if device.type in _KINDS_WITHOUT_PEAK:
+    if not device_kind(device.type).keeps_peak:
         total = int(_module(device).recommended_max_memory())
         return total - int(_module(device).driver_allocated_memory()), total
     free, total = torch.accelerator.get_memory_info(device)
@@ -301,7 +298,7 @@ def allocated_bytes(device: torch.device) -> int:
     """Return the bytes of tensors on the accelerator now, as torch's allocator rounds them."""
     import torch
 
-    if device.type in _KINDS_WITHOUT_PEAK:
+    if not device_kind(device.type).keeps_peak:
         return int(_module(device).current_allocated_memory())
     return int(torch.accelerator.memory_allocated(device))
 
@@ -310,7 +307,7 @@ def reserved_bytes(device: torch.device) -> int:
     """Return the bytes that torch's allocator has taken from the accelerator."""
     import torch
 
-    if device.type in _KINDS_WITHOUT_PEAK:
+    if not device_kind(device.type).keeps_peak:
         return int(_module(device).driver_allocated_memory())
     return int(torch.accelerator.memory_reserved(device))
 
@@ -333,7 +330,7 @@ def allocator_figures(device: torch.device) -> AllocatorFigures:
     device."""
     import torch
 
-    if device.type in _KINDS_WITHOUT_PEAK:
+    if not device_kind(device.type).keeps_peak:
         return AllocatorFigures(
             allocated_bytes=allocated_bytes(device), reserved_bytes=reserved_bytes(device)
         )
@@ -351,7 +348,7 @@ def free_cache(device: torch.device) -> None:
     """Give back to the accelerator what torch's allocator keeps without using it."""
     import torch
 
-    if device.type in _KINDS_WITHOUT_PEAK:
+    if not device_kind(device.type).keeps_peak:
         _module(device).empty_cache()
     else:
         torch.accelerator.empty_cache()
@@ -359,7 +356,7 @@ def free_cache(device: torch.device) -> None:
 
 def lift_memory_fraction(device: torch.device) -> None:
     """Allow torch's allocator what it may take when no fraction has been set."""
-    set_memory_fraction(device, _DEFAULT_FRACTIONS.get(device.type, 1.0))
+    set_memory_fraction(device, device_kind(device.type).default_fraction)
 
 
 def set_memory_fraction(device: torch.device, fraction: float) -> None:
@@ -368,7 +365,7 @@ def set_memory_fraction(device: torch.device, fraction: float) -> None:
     limit = getattr(_module(device), "set_per_process_memory_fraction", None)
     if limit is None:
         raise MemfitError(f"torch has no memory limit for devices of the kind {device.type!r}")
-    if device.type in _KINDS_WITHOUT_PEAK:
+    if not device_kind(device.type).keeps_peak:
         limit(fraction)
     else:
         limit(fraction, device)
@@ -384,7 +381,7 @@ def reset_reserved_peak(counter: object) -> None:
 def accelerator_counter(device: torch.device) -> AllocatorCounter | SampledCounter:
     """Return a counter of the accelerator's tensor bytes: torch's own statistics, or samples of them where
     torch keeps no peak."""
-    return SampledCounter(device) if device.type in _KINDS_WITHOUT_PEAK else AllocatorCounter(device)
+    return AllocatorCounter(device) if device_kind(device.type).keeps_peak else SampledCounter(device)
 
 
 class AllocatorCounter:

@@ -8,7 +8,7 @@ import importlib
 from pathlib import Path
 from typing import Any, Final
 
-from memfit.types.device_kind import HOST
+from memfit.types.device_kind import HOST, device_kind
 
 _POWERCAP: Final = Path("/sys/class/powercap")
 _NO_METER: Final = (None, "")
@@ -24,7 +24,7 @@ class EnergyMeter:
     CPU's counters, unused for other devices."""
 
     def __init__(self, device: str = HOST, *, powercap: Path = _POWERCAP) -> None:
-        self._board = board(device) if device.startswith("cuda") else None
+        self._board = board(device) if device_kind(device.partition(":")[0]).nvml else None
         self._zones = _zones(powercap) if device == HOST else ()
         self._started: tuple[int | None, ...] = ()
 

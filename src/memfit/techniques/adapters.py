@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from memfit.model.blocks import find_blocks
 from memfit.techniques.base import Knob, Space, Technique, Workbench
-from memfit.types.device_kind import BITSANDBYTES
 from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue
 
@@ -96,6 +95,8 @@ _DORA = Knob(
 LORA = Technique(
     name="lora",
     summary="freeze the blocks and train low-rank updates beside their weights (Hu et al. 2021); also DoRA",
+    script_call="LoRA adapters of rank {rank}, such as peft.get_peft_model, with all other weights frozen",
+    before_engine=True,
     effect=EffectClass.E3,
     apply=_apply_lora,
     settings=lambda space: [{**settings, "dora": False} for settings in _ranks(space)],
@@ -107,6 +108,8 @@ LORA = Technique(
 QLORA = Technique(
     name="qlora",
     summary="LoRA on blocks whose frozen weights are stored in 4 bits",
+    script_call="4-bit frozen weights with LoRA adapters of rank {rank}",
+    loaded_in_pieces=True,
     effect=EffectClass.E3,
     apply=_apply_qlora,
     settings=_ranks,
@@ -114,6 +117,6 @@ QLORA = Technique(
     slot="adapters",
     knobs=(_RANK, _OUTSIDE),
     needs=("peft", "bitsandbytes"),
-    devices=BITSANDBYTES,
+    supports=lambda kind: kind.bitsandbytes,
     forbids=("bf16-parameters",),
 )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, Protocol
 
 from memfit.techniques.rank_mesh import Layout, World
-from memfit.types.device_kind import HOST, DeviceKind
+from memfit.types.device_kind import HOST, DeviceKind, device_kind
 from memfit.types.plan import EffectClass, KnobValue
 
 if TYPE_CHECKING:
@@ -136,6 +136,8 @@ class Technique:
     """A memory-saving technique.
 
     - ``effect`` says how the technique may change the numbers that training computes.
+    - ``script_call``: what a user's script must call or do to apply it without memfit, for a person to read.
+      ``{knob}`` stands for the value of a setting.
     - ``apply(bench, settings)`` changes the workbench. Techniques of smaller ``order`` are applied first.
     - ``settings(space)`` gives the knob settings worth searching for one device, in addition to leaving the
       technique out. Knobs that they omit have their default values. By default there are none.
@@ -145,8 +147,11 @@ class Technique:
     - ``needs``: import names of the packages required beyond memfit's own.
     - ``forbids``: names of techniques or slots with which it cannot be combined.
     - ``unsearched``: names of techniques with which the search does not combine it, though users may.
-    - ``devices``: kinds of device for which the packages that it needs have kernels; empty: all. The search
+    - ``supports(kind)``: whether the packages that it needs have kernels for devices of this kind. The search
       proposes it for these only.
+    - ``before_engine``: memfit applies it to a model, a loss or an optimizer before it passes them to an
+      engine, so that most engines can train with it (engines/base.py).
+    - ``loaded_in_pieces``: while the model is loaded, the host holds one tensor of it at a time.
     - ``look(bench)`` reads what the technique must know about the plain model, before any technique changes
       it.
     """
@@ -154,6 +159,7 @@ class Technique:
     name: str
     summary: str
     effect: EffectClass
+    script_call: str
     apply: Callable[[Workbench, Mapping[str, KnobValue]], None]
     order: int
     settings: Callable[[Space], Iterable[Mapping[str, KnobValue]]] = lambda space: ()
@@ -162,12 +168,14 @@ class Technique:
     needs: tuple[str, ...] = ()
     forbids: tuple[str, ...] = ()
     unsearched: tuple[str, ...] = ()
-    devices: frozenset[str] = frozenset()
+    supports: Callable[[DeviceKind], bool] = lambda kind: True
+    before_engine: bool = False
+    loaded_in_pieces: bool = False
     look: Callable[[Workbench], None] = lambda bench: None
 
     def runs_on(self, device: str) -> bool:
         """Whether it can run on devices of the kind ``device``."""
-        return not self.devices or device in self.devices
+        return self.supports(device_kind(device))
 
     @property
     def missing(self) -> tuple[str, ...]:

@@ -36,6 +36,8 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 TECHNIQUE = Technique(
     name="chunked-cross-entropy",
     summary="compute head and cross-entropy in chunks, so that the logits never exist whole",
+    script_call="compute head and loss in chunks, so that the full logits never exist",
+    before_engine=True,
     effect=EffectClass.E1,
     apply=_apply,
     settings=lambda space: [{"chunks": 8}] if space.vocabulary >= 512 else [],

@@ -89,6 +89,7 @@ def _wrap(module: torch.nn.Module, cut: ChunkCut, budget: int, run_slices: Calla
 TECHNIQUE = Technique(
     name="chunking",
     summary="run modules that work on independent slices, such as triangle attention, slice by slice",
+    script_call="run independent slices of modules one after another; memfit's own worker does this",
     effect=EffectClass.E1,
     apply=_apply,
     settings=lambda space: [{"parts": 0, "mib": 0}] if space.slices else [],

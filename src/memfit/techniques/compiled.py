@@ -56,6 +56,7 @@ def _calling(region: Callable[..., Any], inner: Callable[..., Any]) -> Callable[
 TECHNIQUE = Technique(
     name="compile",
     summary="torch.compile: fused kernels, and only what a minimum cut keeps for backward",
+    script_call="torch.compile, scope: {scope}",
     effect=EffectClass.E1,
     apply=_apply,
     # Not searched: only for predictions of runs that use it.

@@ -48,6 +48,7 @@ def fits(shape: Iterable[int]) -> bool:
 TECHNIQUE = Technique(
     name=NAME,
     summary="matrix products of the blocks' linear layers in 8-bit floats (Micikevicius et al. 2022)",
+    script_call="torchao.float8.convert_to_float8_training(model), scaling: {scaling}",
     effect=EffectClass.E3,
     apply=_apply,
     # Not searched: only together with compile, which fuses the casts (planner/parallelism_grid.py).

@@ -19,6 +19,7 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 TECHNIQUE = Technique(
     name="gradient-accumulation",
     summary="train the batch in micro-batches and add up their gradients",
+    script_call="split the batch into {micro_batches} micro-batches and update after the last",
     effect=EffectClass.E1,
     apply=_apply,
     settings=lambda space: [{"micro_batches": n} for n in space.parts if n > 1],

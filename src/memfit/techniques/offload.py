@@ -278,6 +278,8 @@ def _settings(space: Space) -> Iterable[Mapping[str, KnobValue]]:
 TECHNIQUE = Technique(
     name="activation-offload",
     summary="move what backward needs out of memory after forward, and back just before its use",
+    script_call="torch.autograd.graph.save_on_cpu(pin_memory=True) around the forward pass",
+    before_engine=True,
     effect=EffectClass.E0,
     apply=_apply,
     settings=_settings,

@@ -17,7 +17,7 @@ from memfit.techniques.imported_optimizer import (
     imported_optimizer,
     parse_arguments,
 )
-from memfit.types.device_kind import BITSANDBYTES, DeviceKind
+from memfit.types.device_kind import DeviceKind
 from memfit.types.errors import UserError, suggest
 from memfit.types.job import OptimizerChoice
 from memfit.types.plan import EffectClass, KnobValue
@@ -330,20 +330,23 @@ ADAMW_8BIT = _technique(
     "AdamW with its two moments in 8 bits (Dettmers et al. 2022)",
     EffectClass.E2,
     _adamw8bit,
+    script_call="an 8-bit AdamW, such as torchao.optim.AdamW8bit or bitsandbytes.optim.AdamW8bit",
+    before_engine=True,
     settings=lambda space: () if "adamw-8bit" in space.refused else _once(space),
     needs=("bitsandbytes",),
-    devices=BITSANDBYTES,
+    supports=lambda kind: kind.bitsandbytes,
     forbids=("bf16-parameters",),
 )
 ADAMW_PAGED = Technique(
     name="adamw-paged",
     summary="AdamW in 8 bits, with its moments in paged memory that host and device share",
+    script_call="bitsandbytes.optim.PagedAdamW8bit",
     effect=EffectClass.E2,
     apply=_apply_paged,
     order=40,
     slot="optimizer",
     needs=("bitsandbytes",),
-    devices=BITSANDBYTES,
+    supports=lambda kind: kind.bitsandbytes,
     forbids=("bf16-parameters",),
 )
 ADAMW_4BIT = _technique(
@@ -351,6 +354,7 @@ ADAMW_4BIT = _technique(
     "AdamW with its two moments in 4 bits (Li et al. 2023)",
     EffectClass.E3,
     _adamw4bit,
+    script_call="torchao.optim.AdamW4bit",
     needs=("torchao",),
     forbids=("bf16-parameters",),
 )
@@ -359,24 +363,40 @@ ADAMW_FUSED = _technique(
     "AdamW's update in one kernel: no temporaries",
     EffectClass.E1,
     _adamw_in("fused"),
+    script_call="torch.optim.AdamW(..., fused=True)",
+    before_engine=True,
 )
 ADAMW_SINGLE = _technique(
     "adamw-single",
     "AdamW one parameter at a time: temporaries of the largest parameter only",
     EffectClass.E0,
     _adamw_in("single"),
+    script_call="torch.optim.AdamW(..., foreach=False)",
+    before_engine=True,
 )
 ADAFACTOR = _technique(
     "adafactor",
     "second moments factored into rows and columns, no first moment (Shazeer and Stern 2018)",
     EffectClass.E3,
     _adafactor,
+    script_call="Adafactor, such as torch.optim.Adafactor",
+    before_engine=True,
     settings=_once,
 )
-SGD = _technique("sgd", "SGD with momentum: one moment instead of two", EffectClass.E3, _sgd, settings=_once)
+SGD = _technique(
+    "sgd",
+    "SGD with momentum: one moment instead of two",
+    EffectClass.E3,
+    _sgd,
+    script_call="torch.optim.SGD with momentum",
+    before_engine=True,
+    settings=_once,
+)
 IMPORTED = Technique(
     name="optimizer",
     summary="any installed torch optimizer by its import path: Muon, Lion, Adam-mini, GaLore and others",
+    script_call="the optimizer {path}, arguments: {arguments}; group of the blocks' matrices: {matrices}; "
+    "optimizer of other parameters: {others}",
     effect=EffectClass.E3,
     apply=_apply_imported,
     order=40,
@@ -408,6 +428,7 @@ IMPORTED = Technique(
 IN_BACKWARD = Technique(
     name="optimizer-in-backward",
     summary="step each parameter as soon as its gradient is complete, then free the gradient",
+    script_call="update each parameter in a register_post_accumulate_grad_hook",
     effect=EffectClass.E0,
     apply=_apply_in_backward,
     settings=lambda space: () if "optimizer-in-backward" in space.refused else _once(space),

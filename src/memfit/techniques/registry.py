@@ -1,9 +1,7 @@
 """The table of all techniques, which of them can be combined, and the checks of plans.
 
 A new technique is entered in `TECHNIQUES`. The search for one device then finds it through its ``settings``.
-These places name techniques and are to be looked at, too: planner/parallelism_grid.py (the search for many
-devices), ``carries`` and ``applied_by_memfit`` of each engine, export/script_steps.py (the call that a user's
-script makes), conformance/registry.py, integrations/lightning.py, and lint/to_plan*.py.
+CONTRIBUTING.md lists what else belongs to it.
 """
 
 from __future__ import annotations

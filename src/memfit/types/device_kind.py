@@ -1,7 +1,8 @@
-"""Kinds of devices: which of torch's choices, made by the type of a device, a trace has to repeat.
+"""Kinds of devices, and all in which they differ: what torch chooses by the type of a device, what memfit can
+measure there, and what is known of its memory.
 
 A trace runs on fake CPU tensors, whatever the device. What torch would do differently on the device follows
-from the fields of its `DeviceKind`.
+from the fields of its `DeviceKind`. Other modules ask for these fields and do not compare names of kinds.
 """
 
 from __future__ import annotations
@@ -11,8 +12,6 @@ from typing import Final
 
 HOST: Final = "cpu"  # torch's name of the host's processor and its memory
 CUDA: Final = "cuda"  # and of devices that run CUDA or, with torch's build for it, ROCm
-
-BITSANDBYTES: Final = frozenset({HOST, CUDA, "xpu"})  # kinds for which bitsandbytes has kernels
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +25,15 @@ class DeviceKind:
     - ``fused_dropout``: dropout keeps a mask of one byte per element, not one of the input's dtype.
     - ``foreach``: torch's optimizers update all parameters together unless told otherwise.
     - ``streams``: torch has streams for it, on which copies run beside operators.
+    - ``reserves_as_cuda``: its allocator keeps segments as that of CUDA does, which cost/allocator.py
+      replays, and the other memory of a process is that of cost/device_overhead.py. Without it, what training
+      takes beside its tensors is unknown, and the answer says so.
+    - ``keeps_peak``: its allocator keeps the peak of its bytes, and ``torch.accelerator`` answers for it.
+      Otherwise memfit samples them, through functions that its module has under the names of ``torch.mps``.
+    - ``default_fraction``: the share of the device's memory that its allocator may take by default.
+    - ``visible_variable``: the environment variable that says which of its devices a process sees; "": none.
+    - ``nvml``: NVIDIA's management library knows its energy and memory.
+    - ``bitsandbytes``: bitsandbytes has kernels for it.
     - ``checked``: predictions were compared with measurements on devices of this kind.
     """
 
@@ -36,6 +44,12 @@ class DeviceKind:
     fused_dropout: bool = True
     foreach: bool = True
     streams: bool = True
+    reserves_as_cuda: bool = False
+    keeps_peak: bool = True
+    default_fraction: float = 1.0
+    visible_variable: str = ""
+    nvml: bool = False
+    bitsandbytes: bool = False
     checked: bool = False
 
     def __post_init__(self) -> None:
@@ -57,6 +71,11 @@ def add_device_kind(kind: DeviceKind) -> None:
     _KINDS[kind.name] = kind
 
 
+def device_kinds() -> tuple[DeviceKind, ...]:
+    """Return all kinds that were added, the host's first."""
+    return tuple(_KINDS.values())
+
+
 def device_kind(name: str) -> DeviceKind:
     """Return the kind with torch's name ``name``, such as "cuda". A kind that nobody has added counts as one
     with CUDA's kernels, unchecked."""
@@ -71,9 +90,28 @@ add_device_kind(
         autocast="cpu",
         fused_dropout=False,
         foreach=False,
+        bitsandbytes=True,
         checked=True,
     )
 )
-add_device_kind(DeviceKind(name=CUDA, checked=True))
-add_device_kind(DeviceKind(name="xpu"))
-add_device_kind(DeviceKind(name="mps", fused_dropout=False, foreach=False, streams=False))
+add_device_kind(
+    DeviceKind(
+        name=CUDA,
+        reserves_as_cuda=True,
+        visible_variable="CUDA_VISIBLE_DEVICES",
+        nvml=True,
+        bitsandbytes=True,
+        checked=True,
+    )
+)
+add_device_kind(DeviceKind(name="xpu", visible_variable="ZE_AFFINITY_MASK", bitsandbytes=True))
+add_device_kind(
+    DeviceKind(
+        name="mps",
+        fused_dropout=False,
+        foreach=False,
+        streams=False,
+        keeps_peak=False,
+        default_fraction=1.7,  # of the recommended memory (torch.mps)
+    )
+)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from memfit.types.errors import UserError, suggest
 
+DEFAULT_JOB: Final = "protein-ss"  # the built-in job of commands that name none
 Bound = int | float | Mapping[str, int | float]
 DEFAULT_EMA_DECAY = 0.999
 # Degraded trainings that a job's test must be able to tell from plain training.

@@ -699,7 +699,7 @@ class Poc:
     machine: str
     environment: Mapping[str, str]
     cap_bytes: int
-    cap_reason: str  # "demonstration: a quarter of the baseline's predicted peak", "asked for", "free now"
+    cap_reason: str  # "demonstration: a quarter of the baseline's predicted peak", "asked for"
     search: SearchResult
     runs: tuple[Run, ...]
     verdicts: tuple[NamedVerdict, ...]

@@ -67,17 +67,17 @@ class Checkpointer:
         """Create it before ``step`` runs. Raises UserError if the state of the run cannot be saved by name
         because of its engine or plan, or if no torch optimizer is inside the step's optimizer."""
         self.spec, self.step, self.rank = spec, step, step.bench.world.rank
-        if not ENGINES[spec.engine].saves:
+        engine = ENGINES[spec.engine]
+        if not engine.saves:
             raise UserError(
                 f"checkpoints are not supported for engine {spec.engine}",
                 allowed=f"{', '.join(e.name for e in ENGINES.values() if e.saves)}, or a run without --save "
                 "and --resume",
             )
-        if spec.engine == "fairscale" and "fsdp2" in spec.plan:
+        if unsaved := engine.unsaved & spec.plan.techniques:
             raise UserError(
-                "checkpoints are not supported for plans with fsdp2 on engine fairscale, which flattens "
-                "parameters",
-                allowed="engine native with fsdp2",
+                f"checkpoints are not supported for plans with {', '.join(unsaved)} on engine {spec.engine}",
+                allowed="engine native",
             )
         if step.bench.own_parameters:
             raise UserError(

@@ -98,6 +98,7 @@ ENGINE = Engine(
     install="pip install 'memfit[accelerate]'",
     carries=frozenset({"ddp", "fsdp2", "zero", "bf16-autocast", "fp16-autocast", "gradient-accumulation"}),
     applied_by_memfit=APPLIED_BY_MEMFIT | {"adamw-4bit", "bf16-parameters"},
+    applied_by_files=frozenset({"ddp", "fsdp2", "zero", "bf16-autocast", "fp16-autocast"}),
     reasons=_reasons,
     asks_cuda=_asks_cuda,
     no_scalars=lambda plan: "zero" in plan,

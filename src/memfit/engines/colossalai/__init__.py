@@ -165,6 +165,7 @@ ENGINE = Engine(
             "bf16-parameters",
         }
     ),
+    applied_by_files=frozenset(),
     reasons=_reasons,
     asks_cuda=_asks_cuda,
     files=_files,

@@ -123,6 +123,7 @@ ENGINE = Engine(
     install="pip install 'memfit[deepspeed]'",
     carries=frozenset({"ddp", "zero", "gradient-accumulation"}),
     applied_by_memfit=APPLIED_BY_MEMFIT,
+    applied_by_files=frozenset({"ddp", "zero", "gradient-accumulation", "clipping"}),
     reasons=_reasons,
     no_scalars=lambda plan: True,  # parameters are sent as bytes; torch cannot view a scalar as bytes
     predicted=as_zero,

@@ -48,12 +48,14 @@ def config(plan: Plan) -> dict[str, object]:
 ENGINE = Engine(
     name="fairscale",
     saves=True,
+    unsaved=frozenset({"fsdp2"}),  # it flattens parameters
     summary="FairScale: optimizer state and gradients of whole parameters on one rank each",
     distribution="fairscale",
     tested=("0.4.13", "0.4.14"),
     install="pip install 'memfit[fairscale]'",
     carries=frozenset({"sharded-ddp", "gradient-accumulation", "fsdp2", "activation-checkpointing"}),
     applied_by_memfit=(APPLIED_BY_MEMFIT | {"bf16-autocast"}) - {"activation-checkpointing"},
+    applied_by_files=frozenset(),
     reasons=_reasons,
     files=_files,
 )

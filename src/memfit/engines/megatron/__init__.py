@@ -160,26 +160,29 @@ def parse(text: str) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
+_CARRIES = frozenset(
+    {
+        "ddp",
+        "fsdp2",
+        "zero",
+        "tensor-parallel",
+        "pipeline",
+        "context-parallel",
+        "activation-checkpointing",
+        "bf16-parameters",
+        "gradient-accumulation",
+    }
+)
 ENGINE = Engine(
     name="megatron",
     summary="Megatron-core's GPTModel: tensor and sequence parallelism, gradient buffers, recomputation",
     distribution="megatron-core",
+    module="megatron.core",
     tested=("0.16", "0.17"),
     install="pip install 'memfit[megatron]'",
-    carries=frozenset(
-        {
-            "ddp",
-            "fsdp2",
-            "zero",
-            "tensor-parallel",
-            "pipeline",
-            "context-parallel",
-            "activation-checkpointing",
-            "bf16-parameters",
-            "gradient-accumulation",
-        }
-    ),
+    carries=_CARRIES,
     applied_by_memfit=frozenset({"adamw-fused", "adamw-single", "sgd"}),
+    applied_by_files=_CARRIES | {"sgd", "clipping"},
     reasons=_reasons,
     asks_cuda=_asks_cuda,
     files=_files,

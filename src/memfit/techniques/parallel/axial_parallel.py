@@ -55,6 +55,7 @@ def axial_modules(model: torch.nn.Module) -> list[Axial]:
 TECHNIQUE = Technique(
     name="axial-parallel",
     summary="each rank holds a part of the rows or residues of an Evoformer's representations (FastFold)",
+    script_call="split each sample along its axes over {degree} ranks; memfit's own worker does this",
     effect=EffectClass.E1,
     apply=_apply,
     order=49,  # chunking runs modules whole

@@ -160,6 +160,7 @@ def _terms(part: Any) -> int | None:
 TECHNIQUE = Technique(
     name="context-parallel",
     summary="each rank works on its slice of the sequence; attention gathers keys and values",
+    script_call="torch.distributed.tensor.experimental.context_parallel over {degree} ranks",
     effect=EffectClass.E1,
     apply=_apply,
     order=46,

@@ -281,6 +281,8 @@ def _sharding(space: Space) -> Iterable[Mapping[str, KnobValue]]:
 DDP = Technique(
     name="ddp",
     summary="the same model on every rank, gradients averaged in buckets",
+    script_call="torch.nn.parallel.DistributedDataParallel(model, bucket_cap_mb={bucket_mib}, "
+    "gradient_as_bucket_view={bucket_view})",
     effect=EffectClass.E1,
     apply=_apply_ddp,
     settings=_on_ranks({}),
@@ -302,6 +304,8 @@ DDP = Technique(
 FSDP2 = Technique(
     name="fsdp2",
     summary="each rank keeps a shard of parameters, gradients and optimizer state (ZeRO-3; HSDP by replicas)",
+    script_call="torch.distributed.fsdp.fully_shard on each block and the model, "
+    "reshard_after_forward={reshard}, precision {precision}",
     effect=EffectClass.E1,
     apply=_apply_fsdp2,
     settings=_sharding,

@@ -295,6 +295,7 @@ def _summed(
 TECHNIQUE = Technique(
     name="expert-parallel",
     summary="the experts of each mixture are distributed over the data-parallel ranks",
+    script_call="distribute experts over {degree} ranks",
     effect=EffectClass.E3,  # tokens beyond an expert's capacity are dropped; with dropless it is E1
     apply=_apply,
     order=47,

@@ -67,6 +67,8 @@ def _check(schedule: str, virtual: int, layout: Layout) -> None:
 TECHNIQUE = Technique(
     name="pipeline",
     summary="each rank holds some of the blocks, and micro-batches stream through them",
+    script_call="torch.distributed.pipelining in {stages} stages, schedule {schedule}, {micro_batches} "
+    "micro-batches",
     effect=EffectClass.E1,
     apply=_apply,
     order=86,

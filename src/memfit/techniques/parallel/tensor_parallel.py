@@ -363,6 +363,7 @@ def _split_vocabulary(bench: Workbench, mesh: DeviceMesh, *, parallel_loss: bool
 TECHNIQUE = Technique(
     name="tensor-parallel",
     summary="each rank keeps a slice of every Linear layer of the blocks (Megatron-LM)",
+    script_call="torch.distributed.tensor.parallel.parallelize_module over {degree} ranks",
     effect=EffectClass.E1,
     apply=_apply,
     order=45,

@@ -78,6 +78,7 @@ def _without(key: int, numbers: frozenset[int]) -> Iterator[None]:
 TECHNIQUE = Technique(
     name=NAME,
     summary="drop the tensors that cost least to recompute, until the step's peak fits a budget",
+    script_call="recompute the operators that plan.yaml names; memfit's own worker does this",
     effect=EffectClass.E0,
     apply=_apply,
     # Not searched: the budget comes from the user or from the search.

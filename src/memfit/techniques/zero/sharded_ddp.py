@@ -255,6 +255,7 @@ def owners(params: list[torch.nn.Parameter], ranks: int) -> dict[torch.nn.Parame
 TECHNIQUE = Technique(
     name="sharded-ddp",
     summary="optimizer state and gradient of each whole parameter on one rank, as FairScale lays it out",
+    script_call="fairscale's OSS and ShardedDataParallel",
     effect=EffectClass.E1,
     apply=_apply,
     order=90,

@@ -62,6 +62,7 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 TECHNIQUE = Technique(
     name="zero",
     summary="optimizer state, then gradients, then parameters sharded, as DeepSpeed lays them out",
+    script_call="ZeRO stage {stage}",
     effect=EffectClass.E1,
     apply=_apply,
     order=90,
