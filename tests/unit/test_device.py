@@ -221,10 +221,8 @@ def test_a_cpu_has_no_reserved_or_device_memory_and_no_oom_probability() -> None
         assert (found.reserved_bytes, found.device_bytes, found.oom_probability) == (None, None, None)
 
 
-def test_on_a_kind_whose_allocator_is_not_modelled_the_answer_says_that_memory_beside_tensors_is_unknown() -> (
-    None
-):
-    """For 55 GiB of tensors, 6 % are counted for the allocator and 1 GiB for the context, as the answer says."""
+def test_the_answer_for_a_kind_with_an_unknown_footprint_says_so_and_what_is_added_for_it() -> None:
+    """6 % of the tensors for the allocator, and 1 GiB for the context."""
     memory = Fact(value=64.0 * GIB, source="", date="")
 
     def on(kind: str) -> Estimate:

@@ -68,7 +68,12 @@ def _jobs(*, as_json: bool) -> None:
     descriptions = describe()
     if as_json:
         keys = ("name", "title", "sizes", "data_source")
-        emit({"default": DEFAULT_JOB, "jobs": [{key: getattr(job, key) for key in keys} for job in descriptions]})
+        emit(
+            {
+                "default": DEFAULT_JOB,
+                "jobs": [{key: getattr(job, key) for key in keys} for job in descriptions],
+            }
+        )
         return
     print_table(
         ("job", "sizes", "what is trained, on what"),

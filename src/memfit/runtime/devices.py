@@ -356,7 +356,7 @@ def free_cache(device: torch.device) -> None:
 
 def lift_memory_fraction(device: torch.device) -> None:
     """Allow torch's allocator what it may take when no fraction has been set."""
-    set_memory_fraction(device, device_kind(device.type).default_fraction)
+    set_memory_fraction(device, device_kind(device.type).default_memory_ratio)
 
 
 def set_memory_fraction(device: torch.device, fraction: float) -> None:

@@ -30,7 +30,7 @@ class DeviceKind:
       takes beside its tensors is unknown, and the answer says so.
     - ``keeps_peak``: its allocator keeps the peak of its bytes, and ``torch.accelerator`` answers for it.
       Otherwise memfit samples them, through functions that its module has under the names of ``torch.mps``.
-    - ``default_fraction``: the share of the device's memory that its allocator may take by default.
+    - ``default_memory_ratio``: the share of the device's memory that its allocator may take by default.
     - ``visible_variable``: the environment variable that says which of its devices a process sees; "": none.
     - ``nvml``: NVIDIA's management library knows its energy and memory.
     - ``bitsandbytes``: bitsandbytes has kernels for it.
@@ -46,7 +46,7 @@ class DeviceKind:
     streams: bool = True
     reserves_as_cuda: bool = False
     keeps_peak: bool = True
-    default_fraction: float = 1.0
+    default_memory_ratio: float = 1.0
     visible_variable: str = ""
     nvml: bool = False
     bitsandbytes: bool = False
@@ -112,6 +112,6 @@ add_device_kind(
         foreach=False,
         streams=False,
         keeps_peak=False,
-        default_fraction=1.7,  # of the recommended memory (torch.mps)
+        default_memory_ratio=1.7,  # of the recommended memory (torch.mps)
     )
 )
