@@ -96,11 +96,6 @@ def job_of(
         workers=workers or 0,
     )
     module = model if isinstance(model, torch.nn.Module) else fake_model(guard_job(job, _MINE))
-    if not isinstance(module, torch.nn.Module):
-        raise UserError(
-            f"the function {name}, given as model, returned a {type(module).__name__}",
-            allowed="a torch.nn.Module",
-        )
     loss_function = loss_of(loss, inspect.signature(module.forward))
     return guard_job(dataclasses.replace(job, loss=loss_function), _MINE)
 

@@ -596,6 +596,24 @@ def test_only_known_harmless_library_warnings_are_suppressed(caplog: pytest.LogC
     assert [r.getMessage() for r in caplog.records] == ["something is really wrong"]
 
 
+PRINTING = """
+import torch
+from memfit import Job
+print("loading data")
+job = Job(name="x", build_model=lambda: torch.nn.Linear(4, 4),
+          make_batch=lambda s, d: print(s) or torch.ones(2, 4),
+          loss=lambda model, batch: model(batch).mean(), batch_size=2)
+"""
+
+
+def test_what_a_job_prints_is_not_in_the_json(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "own.py").write_text(PRINTING)
+    assert main(["estimate", f"{tmp_path / 'own.py'}:job", "--on", "RTX-4090", "--json"]) == 0
+    out, err = capfd.readouterr()
+    assert json.loads(out)
+    assert "loading data" in err
+
+
 BROKEN = """
 from memfit import Job
 job = Job(name="x", build_model=lambda: {}["zz"], make_batch=lambda s, d: (), loss=max, batch_size=1)

@@ -75,9 +75,9 @@ def add_output(
     if steps.start:
         events.append({"event": "resumed", "path": f"kept/{steps.start}", "step": steps.start})
     events += [{"event": "step", "step": step, "loss": 10.0 * rank + step} for step in steps]
-    lines = [json.dumps(event) for event in events]
+    lines = [json.dumps({"event": event.pop("event"), "by": "memfit", **event}) for event in events]
     if result is not None:
-        lines.append(serialization.dumps({"event": "result", "measurement": result}))
+        lines.append(serialization.dumps({"event": "result", "by": "memfit", "measurement": result}))
     log.write_text("\n".join([*lines, '{"event": "st']))
     log.with_name("stderr.log").write_text(error)
 

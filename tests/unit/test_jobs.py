@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import math
 import subprocess
@@ -24,7 +25,7 @@ from memfit.cli.options import SizeOptions
 from memfit.jobs import registry
 from memfit.jobs.builtin import char_lm, esm, fasta, protein_lm, protein_ss
 from memfit.jobs.builtin.batches import epoch_indices
-from memfit.jobs.training_step import TrainingStep
+from memfit.jobs.training_step import TrainingStep, weighted
 from memfit.jobs.user_job import guarded
 from memfit.jobs.weights import load_weights
 from memfit.model.blocks import find_blocks, find_head
@@ -577,6 +578,49 @@ def test_errors_in_the_users_file_name_their_line(own: str, tmp_path: Path) -> N
     assert f"SyntaxError: '(' was never closed at {file}:1" in refusal(f"{file}:job")
     assert "does not accept --size" in refusal(f"{own}:job", size="big")
     assert "cannot be called with data" in refusal(f"{own}:make", data="x")
+
+
+def test_an_error_whose_text_raises_is_reported_in_one_line() -> None:
+    class Silent(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("no text")
+
+    def fail() -> None:
+        raise Silent
+
+    with pytest.raises(UserError, match=r"own.py:job raised Silent: an error without a text at "):
+        guarded(fail, "own.py:job")
+
+
+def test_a_job_that_changes_the_current_folder_does_not_change_memfits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "size.txt").write_text("3")
+    (tmp_path / "own.py").write_text(
+        "import os\nfrom pathlib import Path\nfrom memfit import Job\nos.chdir('data')\n"
+        "job = Job(name='x', build_model=lambda: None, loss=max, batch_size=1,\n"
+        "          make_batch=lambda step, seed: Path('size.txt').read_text())\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    job = load("own.py:job")
+    assert Path.cwd() == tmp_path
+    assert job.make_batch(0, 0) == "3"  # the job's own relative paths go on to work
+    assert Path.cwd() == tmp_path
+    with pytest.raises(UserError, match=r"build_model of own.py:job returned a NoneType; .* torch.nn.Module"):
+        load("own.py:job").build_model()
+
+
+def test_a_model_without_trainable_parameters_is_refused() -> None:
+    job = dataclasses.replace(load("char-lm"), build_model=torch.nn.ReLU)
+    with pytest.raises(UserError, match="the model has no trainable parameters"):
+        TrainingStep(job, Plan())
+
+
+def test_a_complex_loss_is_refused() -> None:
+    loss = torch.ones((), dtype=torch.complex64, requires_grad=True)
+    with pytest.raises(UserError, match="the loss of the training step is complex"):
+        weighted(loss, 1.0)
 
 
 def test_ddps_error_about_parameters_without_gradients_is_explained_with_a_remedy() -> None:

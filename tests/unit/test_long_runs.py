@@ -56,7 +56,7 @@ from memfit.runtime.heartbeat import Heartbeat
 RANK, FOLDER = int(os.environ.get("RANK", "0")), Path(sys.argv[1])
 def tell(kind, **fields):
     import json
-    print(json.dumps({{"event": kind, **fields}}), flush=True)
+    print(json.dumps({{"event": kind, "by": "memfit", **fields}}), flush=True)
 def end(**fields):
     tell("result", measurement={{"outcome": "ok", **fields}})
 """.format(source=str(Path(__file__).parents[2] / "src"))

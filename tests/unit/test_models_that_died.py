@@ -340,6 +340,18 @@ def test_the_interval_holds_training_with_sparse_gradients(
     holds(build, tokens, squares, lambda params: torch.optim.SparseAdam(list(params)))
 
 
+@counted
+def test_sgd_with_sparse_gradients_takes_no_more_than_estimated() -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Embedding(4000, 32, sparse=True), nn.Flatten(1))
+
+    tokens = torch.randint(0, 4000, (32, 8), generator=torch.Generator().manual_seed(0))
+    high_bytes = memfit.estimate(
+        build(), tokens, loss=squares, optimizer=torch.optim.SGD
+    ).allocated_bytes.high
+    assert high_bytes / 1.2 < peak_bytes(build, tokens, squares, torch.optim.SGD) <= high_bytes
+
+
 class Blocks(nn.Module):
     def __init__(self) -> None:
         super().__init__()

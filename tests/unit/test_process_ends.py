@@ -309,9 +309,10 @@ plan = Plan(ranks=2, uses=(make_use("ddp", {}),))
 with join_world(plan, rendezvous=pathlib.Path(sys.argv[1]) / RENDEZVOUS):
     torch.distributed.all_reduce(torch.ones(2))
     ports = [c for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN]
-    print(json.dumps({"event": "listens", "on": sorted({c.laddr.ip for c in ports})}), flush=True)
+    on = sorted({c.laddr.ip for c in ports})
+    print(json.dumps({"event": "listens", "by": "memfit", "on": on}), flush=True)
     torch.distributed.barrier()
-print(json.dumps({"event": "result", "measurement": {"outcome": "ok"}}))
+print(json.dumps({"event": "result", "by": "memfit", "measurement": {"outcome": "ok"}}))
 """
 
 

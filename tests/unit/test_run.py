@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -23,7 +22,10 @@ from memfit.types.plan import Plan
 from memfit.types.result import Measurement, OutcomeKind
 
 MIB = 2**20
-TELL = "import json, sys\ndef tell(event, **more): print(json.dumps({'event': event, **more}), flush=True)\n"
+TELL = """import json, sys
+def tell(event, **more):
+    print(json.dumps({"event": event, "by": "memfit", **more}), flush=True)
+"""
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 
 
@@ -94,12 +96,37 @@ def test_child_output_that_is_not_an_event_is_ignored() -> None:
     seen: list[Mapping[str, object]] = []
     code = r"""
 sys.stdout.buffer.write(b'\xff\xfe\x00 loading\n{"event": oops\n{"event": 3}\n{"other": 1}\n\n')
-print('{"event": "step", "loss": 1' + '0' * 200_000 + '}')  # longer than a pipe holds
+print('{"event": "step", "by": "memfit", "loss": 1' + '0' * 200_000 + '}')  # longer than a pipe holds
+print('{"event": "step", "by": "memfit", "loss": ' + '[' * 100_000)
 tell("result", measurement={"outcome": "ok"})
 sys.stdout.write('{"event": "cut sh')
 """
     assert run(config(code), on_event=seen.append).outcome is OutcomeKind.OK
     assert [e["event"] for e in seen][-1] == "result"
+
+
+def test_json_lines_that_the_job_logs_are_not_taken_for_events() -> None:
+    code = """
+print('{"event": "step"}', flush=True)  # as structlog writes it
+print('{"event": "step", "step": 7, "loss": 9.5}')
+print('{"event": "epoch"} ', end="")
+tell("step", step=0, loss=2.5)
+tell("result", measurement={"outcome": "ok", "peak_bytes": 64})
+print('{"event": "result", "measurement": 5}')
+"""
+    seen: list[Mapping[str, object]] = []
+    assert run(config(code), on_event=seen.append).peak_bytes == 64
+    assert [(e["event"], e.get("step")) for e in seen] == [("step", 0), ("result", None)]
+
+
+def test_output_without_the_end_of_a_line_is_read_in_linear_time() -> None:
+    code = """
+for _ in range(640): sys.stdout.write("x" * 65536)
+tell("result", measurement={"outcome": "ok"})
+"""
+    begun_s = time.process_time()
+    assert run(config(code), on_event=lambda _: None).outcome is OutcomeKind.OK
+    assert time.process_time() - begun_s < 2  # 40 MiB; each chunk anew copied them 320 times
 
 
 def test_an_event_after_dots_that_the_job_prints_is_read() -> None:
@@ -338,7 +365,7 @@ from memfit.types.job import JobRef
 from memfit.types.plan import Plan
 child = '''
 import os, time
-print('{{"event": "pid", "pid": %d}}' % os.getpid(), flush=True)
+print('{{"event": "pid", "by": "memfit", "pid": %d}}' % os.getpid(), flush=True)
 time.sleep(100)
 '''
 spec = RunSpec(name="n", role="baseline", job=JobRef(spec="x"), plan=Plan(), seed=0, steps=1)
@@ -368,7 +395,7 @@ def test_a_child_whose_parent_is_already_gone_does_not_start() -> None:
 
 
 def test_events_are_plain_json() -> None:
-    assert child_process.parse_event(json.dumps({"event": "step", "loss": 1}).encode()) == {
+    assert child_process.parse_event(b'{"event":"step","by":"memfit","loss":1}') == {
         "event": "step",
         "loss": 1,
     }

@@ -198,7 +198,7 @@ def test_a_run_has_a_time_limit_only_on_request(folder: Path) -> None:
 
 
 def test_a_child_without_a_time_limit_runs_to_its_end() -> None:
-    result = '{"event": "result", "measurement": {"outcome": "ok"}}'
+    result = '{"event": "result", "by": "memfit", "measurement": {"outcome": "ok"}}'
     code = f"import time\ntime.sleep(0.5)\nprint({result!r})"
     assert run(_config(code, ranks=1), on_event=lambda event: None).outcome is OutcomeKind.OK
 

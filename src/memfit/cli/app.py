@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
@@ -33,7 +34,7 @@ from memfit.cli import (
 from memfit.cli.aliases import rewrite, suggest_command
 from memfit.cli.estimate import EstimateCommand
 from memfit.cli.options import grouped
-from memfit.cli.output import emit
+from memfit.cli.output import emit, only_json
 from memfit.cli.termination import interrupted_by_signals
 from memfit.files.temporary import remove_abandoned
 from memfit.runtime.oom import is_oom_error
@@ -131,7 +132,8 @@ def _main(arguments: Sequence[str]) -> int:
     as_json = "--json" in (argv[: argv.index("--")] if "--" in argv else argv)
     try:
         _known_command(argv)
-        code = typer.main.get_command(app).main(argv, prog_name="memfit", standalone_mode=False)
+        with only_json() if as_json and "--help" not in argv else contextlib.nullcontext():
+            code = typer.main.get_command(app).main(argv, prog_name="memfit", standalone_mode=False)
         sys.stdout.flush()
     except MemfitError as error:
         return _fail(str(error), error.exit_code, as_json and not isinstance(error, Interrupted))

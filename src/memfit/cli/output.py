@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from memfit.types.errors import UserError, suggest
 from memfit.types.sanitize import escape_controls
@@ -14,6 +17,7 @@ if TYPE_CHECKING:
 
     from memfit.cli.options import OutputOptions
 
+_JSON_OUTPUT: Final = ContextVar[TextIO | None]("_JSON_OUTPUT", default=None)  # None: sys.stdout
 _PIPE_COLUMNS = 120  # rich assumes 80 if there is no terminal, which is too narrow for the tables
 
 
@@ -22,7 +26,24 @@ def emit(value: Any) -> None:
     output. Characters that a terminal would interpret are escaped."""
     from memfit.types import serialization
 
-    print(escape_controls(serialization.dumps(value, indent=2)))
+    emit_text(escape_controls(serialization.dumps(value, indent=2)) + "\n")
+
+
+def emit_text(text: str) -> None:
+    """Print ``text``, which is JSON, on standard output."""
+    print(text, end="", file=_JSON_OUTPUT.get())
+
+
+@contextlib.contextmanager
+def only_json() -> Iterator[None]:
+    """Inside this context, only `emit` and `emit_text` write to standard output. All else that is printed,
+    for example by a job, goes to standard error."""
+    token = _JSON_OUTPUT.set(sys.stdout)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _JSON_OUTPUT.reset(token)
 
 
 def console() -> rich.console.Console:

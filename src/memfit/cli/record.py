@@ -12,7 +12,7 @@ import typer
 
 from memfit.cli.log_filters import quiet_libraries
 from memfit.cli.options import JsonOptions, StoreOptions
-from memfit.cli.output import console, emit, print_table, refuse_options
+from memfit.cli.output import console, emit, emit_text, print_table, refuse_options
 from memfit.cli.request import writable
 from memfit.files.read import read_text
 from memfit.files.replace import write_whole
@@ -131,7 +131,7 @@ def record(options: RecordOptions, store: StoreOptions, output: JsonOptions) -> 
         return
     text = exchange.text(find_record(options.poc, store.store).record)
     if options.out is None:
-        print(text, end="")
+        emit_text(text)
     else:
         write_whole(writable(options.out), text.encode())
         emit({"record": str(options.out)}) if output.json else print(options.out)

@@ -253,7 +253,9 @@ class TrainingStep:
         bench = self.bench
         if bench.step_in_backward:
             return StepInBackward(bench)
-        optimizer = bench.make_optimizer(bench.trainable())
+        if not (parameters := bench.trainable()):
+            raise UserError("the model has no trainable parameters", hint="unfreeze some of them")
+        optimizer = bench.make_optimizer(parameters)
         if bench.loss_scale is not None:
             bench.loss_scale.keep_in(innermost(optimizer)[0])
         return optimizer
@@ -376,12 +378,15 @@ def _move_rest(
 
 def weighted(loss: Any, share: float) -> torch.Tensor:
     """Return the loss of a micro-batch times its share of the step's loss. Raises UserError unless it is a
-    tensor with one element that depends on a trainable parameter."""
-    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
+    real tensor with one element that depends on a trainable parameter."""
+    is_real = isinstance(loss, torch.Tensor) and not loss.is_complex()
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad or not is_real:
         description = (
             f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(loss)
         )
-        if isinstance(loss, torch.Tensor) and loss.numel() == 1:
+        if isinstance(loss, torch.Tensor) and not is_real:
+            description = "complex"
+        elif isinstance(loss, torch.Tensor) and loss.numel() == 1:
             description = "a scalar tensor that does not depend on any trainable parameter"
         raise UserError(
             f"the loss of the training step is {description[:120]}",

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import hashlib
 import importlib.machinery
 import importlib.util
 import inspect
+import os
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import CodeType, ModuleType
-from typing import Any
+from typing import Any, Final
 
 from memfit.types.errors import OUT_OF_MEMORY_TEXTS, UserError, suggest
 from memfit.types.job import Dimension, Job
@@ -89,7 +91,18 @@ def _dimensions(function: Any, options: Mapping[str, Any], job: Job) -> tuple[Di
 
 def guard_job(job: Job, spec: str) -> Job:
     """Return the job with its functions build_model, make_batch, loss, loss_terms and evaluate wrapped in
-    `guarded`, so that their errors become one-line UserErrors that name ``spec``."""
+    `guarded`, so that their errors become one-line UserErrors that name ``spec``. So does a model that is no
+    module."""
+
+    def build_model() -> Any:
+        import torch
+
+        model = guarded(job.build_model, spec)
+        if not isinstance(model, torch.nn.Module):
+            raise UserError(
+                f"build_model of {spec} returned a {type(model).__name__}", allowed="a torch.nn.Module"
+            )
+        return model
 
     def spoken(function: Any) -> Any:
         if function is None:
@@ -98,7 +111,7 @@ def guard_job(job: Job, spec: str) -> Job:
 
     return dataclasses.replace(
         job,
-        build_model=spoken(job.build_model),
+        build_model=build_model,
         make_batch=spoken(job.make_batch),
         loss=spoken(job.loss),
         loss_terms=spoken(job.loss_terms),
@@ -127,6 +140,7 @@ def _run_file(path: Path, spec: str) -> ModuleType:
         raise UserError(f"{path} is not a Python file", allowed="a file ending in .py")
     module, run = importlib.util.module_from_spec(module_spec), module_spec.loader.exec_module
     sys.modules[name] = module  # dataclasses and pickle look their module up there
+    _FOLDERS.pop(spec, None)
     if str(resolved.parent) not in sys.path:
         sys.path.append(str(resolved.parent))
     guarded(lambda: run(module), spec)
@@ -233,17 +247,22 @@ def guarded(action: Any, spec: str) -> Any:
     UserError, MemoryError, errors whose text says that memory ran out, and errors of a collective whose other
     ranks are gone are raised unchanged. ``spec``: the user's job, ``path.py:attribute``, or a name for what
     else runs; the message begins with it.
+
+    The action runs in the folder that earlier ones of ``spec`` have changed to. Afterwards memfit is again in
+    its own, so that relative paths of the command line keep their meaning.
     """
     try:
-        return action()
+        with _own_folder(spec):
+            return action()
     except (UserError, MemoryError):
         raise
     except (Exception, SystemExit) as error:  # user code may raise anything
-        if any(text in str(error) for text in OUT_OF_MEMORY_TEXTS):
+        text = _text(error)
+        if any(known in text for known in OUT_OF_MEMORY_TEXTS):
             raise  # an outcome of the run, not a mistake
-        if isinstance(error, RuntimeError) and is_peer_error(str(error)):
+        if isinstance(error, RuntimeError) and is_peer_error(text):
             raise  # another rank has died
-        if _NO_GRADIENT in str(error):
+        if _NO_GRADIENT in text:
             raise UserError(
                 f"{spec}: ddp waits for gradients of parameters that the loss does not use",
                 hint="freeze them (requires_grad_(False)), or use fsdp2, "
@@ -258,11 +277,38 @@ def guarded(action: Any, spec: str) -> Any:
         at_file_and_line = (
             f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else _syntax_place(error)
         )
-        error_text = error.msg if isinstance(error, SyntaxError) else str(error)
+        error_text = error.msg if isinstance(error, SyntaxError) else text
         first_line_of_error = (error_text.splitlines() or [""])[0]
         raise UserError(
             f"{spec} raised {type(error).__name__}: {first_line_of_error}{at_file_and_line}"
         ) from error
+
+
+_FOLDERS: Final[dict[str, Path]] = {}  # by job: the current folder, if its code has changed it
+
+
+@contextlib.contextmanager
+def _own_folder(spec: str) -> Iterator[None]:
+    try:
+        before = Path.cwd()
+    except OSError:  # it was deleted
+        before = None
+    if (folder := _FOLDERS.get(spec)) is not None:
+        os.chdir(folder)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            if before and (after := Path.cwd()) != before:
+                _FOLDERS[spec] = after
+                os.chdir(before)
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001  its __str__ is user code, too
+        return "an error without a text"
 
 
 def _syntax_place(error: BaseException) -> str:

@@ -3,11 +3,11 @@ stops waiting for it or ends (on Linux, also if this process is killed).
 
 The child writes one JSON object per line to standard output::
 
-    {"event": "step", "step": 3, "loss": 1.02}        any event is passed on as it arrives
-    {"event": "result", "measurement": {...}}          the last one is the run's Measurement
+    {"event": "step", "by": "memfit", "step": 3}       any event is passed on as it arrives
+    {"event": "result", "by": "memfit", "measurement": {...}}    the last one is the run's Measurement
 
-All other lines are ignored. Standard error is kept in a file, whose end gives the reason if the child dies
-without a result.
+All other lines are ignored, such as what the job itself logs as JSON. Standard error is kept in a file, whose
+end gives the reason if the child dies without a result.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import selectors
 import signal
 import subprocess
@@ -29,12 +30,13 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, Final, cast
 
 from memfit.files.temporary import temporary_folder
 from memfit.runtime.cgroup import Group, oom_kills_here
 from memfit.runtime.heartbeat import HEARTBEAT
 from memfit.runtime.oom import is_oom_text
+from memfit.runtime.progress_events import SENDER
 from memfit.types import serialization
 from memfit.types.errors import UserError
 from memfit.types.launch import LaunchConfig
@@ -43,6 +45,7 @@ from memfit.types.units import format_bytes
 
 Event = Mapping[str, object]
 STOPPED: Final = "stopped because another rank failed"
+_EVENT: Final = re.compile(rb'\{"event": *"[^"]*", *"by": *"%b"' % SENDER.encode())
 
 
 class Child:
@@ -207,11 +210,14 @@ class _Watch:
     def _lines(self) -> Iterator[bytes]:
         """Yield the lines of the child's output, without their ends, until it closes its output, exits or
         runs out of time, or the run is stopped. The last one may be empty or cut off."""
-        rest = b""
+        parts: list[bytes] = []
         for chunk in self._chunks():
-            *lines, rest = (rest + chunk).split(b"\n")
-            yield from lines
-        yield rest
+            first, *lines = chunk.split(b"\n")
+            parts.append(first)
+            for line in lines:
+                yield b"".join(parts)
+                parts = [line]
+        yield b"".join(parts)
 
     def _chunks(self) -> Iterator[bytes]:
         assert self._process.stdout is not None
@@ -343,16 +349,17 @@ class _OomKills:
 
 
 def parse_event(line: bytes) -> Event | None:
-    """Return the event that a line of a child's output contains; None for all other output, and for a line
-    that is cut off."""
-    begin = line.find(b'{"event":')  # after what the job has printed without the end of a line, such as dots
-    if begin < 0:
+    """Return the event that a line of a child's output contains, without its sender; None for all other
+    output, and for a line that is cut off."""
+    begin = _EVENT.search(line)  # after what the job has printed without the end of a line, such as dots
+    if begin is None:
         return None
     try:
-        event = json.loads(line[begin:])
-    except ValueError:
-        return None  # output of other code, or a line that was cut off
-    return event if isinstance(event["event"], str) else None
+        event = json.loads(line[begin.start() :])
+    except (ValueError, RecursionError):
+        return None  # a line that was cut off
+    del event["by"]
+    return cast(Event, event)
 
 
 def _code_text(code: int) -> str:

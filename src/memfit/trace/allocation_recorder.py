@@ -465,8 +465,10 @@ class AllocationRecorder(TorchDispatchMode):
 
     def owner(self, tensor: torch.Tensor) -> str:
         """Return the path of the module that the tensor's storage is recorded for (of a wrapper subclass: its
-        first inner tensor's storage), or "" if the storage is not recorded or has no module."""
-        entries = [self._known.get(t.untyped_storage()._cdata) for t in plain_tensors(tensor)]
+        first inner tensor's storage), or "" if it has none, as a sparse tensor, or the storage is not
+        recorded or has no module."""
+        dense = [t for t in plain_tensors(tensor) if not t.is_sparse]
+        entries = [self._known.get(t.untyped_storage()._cdata) for t in dense]
         return entries[0][1].module if entries and entries[0] is not None else ""
 
     def unseen(self, build: Callable[[], torch.nn.Module]) -> Callable[[], torch.nn.Module]:

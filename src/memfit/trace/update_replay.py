@@ -63,7 +63,7 @@ class UpdateReplay:
     def _update(self, func: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         with torch._C.DisableTorchFunction():  # which would otherwise be asked for each size
             tensors = tensors_in(args, kwargs)
-            if not all(type(t) is FakeTensor for t in tensors):
+            if not all(type(t) is FakeTensor and not t.is_sparse for t in tensors):
                 return func(*args, **kwargs)
             module, owners = self._owners(tensors)
             call = func, self._recorder.surroundings(), owners, key(args), key(kwargs)

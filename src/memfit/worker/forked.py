@@ -8,11 +8,11 @@ import os
 import signal
 import sys
 import traceback
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from memfit.files.temporary import temporary_folder
 from memfit.jobs.registry import add_job
-from memfit.runtime.child_process import die_with_parent
+from memfit.runtime.child_process import die_with_parent, parse_event
 from memfit.runtime.oom import is_oom_error
 from memfit.types import serialization
 from memfit.types.device_kind import HOST
@@ -48,28 +48,19 @@ def train_forked(spec: RunSpec, job: Job) -> Measurement:
         _train(spec, job, writer)
     os.close(writer)
     try:
-        with os.fdopen(reader, encoding="utf-8") as events:
-            results = [event for line in events if (event := _event(line)).get("event") == "result"]
+        with os.fdopen(reader, "rb") as output:
+            events = [event for line in output if (event := parse_event(line)) is not None]
     except BaseException:  # an interrupt: the copy must not train on
         os.kill(process, signal.SIGKILL)
         raise
     finally:
         status = os.waitpid(process, 0)[1]
+    results = [event for event in events if event["event"] == "result"]
     if results:
         return serialization.loads(Measurement, json.dumps(results[-1]["measurement"]), what="measurement")
     return Measurement(
         outcome=OutcomeKind.FAILED, reason=f"the process ended with status {status} without a result"
     )
-
-
-def _event(line: str) -> dict[str, Any]:
-    if not line.startswith('{"event":'):
-        return {}
-    try:
-        event: dict[str, Any] = json.loads(line)
-    except ValueError:  # the copy was killed while it wrote the line
-        return {}
-    return event
 
 
 def _train(spec: RunSpec, job: Job, writer: int) -> NoReturn:
