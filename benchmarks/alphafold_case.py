@@ -37,8 +37,8 @@ from memfit.jobs.registry import load
 from memfit.lint.openfold import PRESETS
 from memfit.lint.openfold import SIZES as PUBLISHED_SIZES
 from memfit.planner.capacity import needed_bytes
-from memfit.planner.evaluate import Pricer
-from memfit.planner.request import Request, make_pricer, space_of
+from memfit.planner.evaluate import Predictor
+from memfit.planner.request import Request, job_facts, make_predictor
 from memfit.runtime import local_machine
 from memfit.store.environment import fingerprint
 from memfit.techniques.registry import effect_of, make_use
@@ -115,10 +115,12 @@ def predicted(size: str, name: str, machine: str = ONE) -> dict[str, Any]:
     plan = plan_of({**LADDER, **BESIDE}[name], devices.device_count)
     samples = devices.device_count if name in LADDER else 1
     ref = JobRef(spec="alphafold2", size=size, batch=samples)
-    job, pricer = make_pricer(Request(job=ref, machine=devices, ranks=plan.ranks), replicas=name in LADDER)
-    pricer.job = dataclasses.replace(job, make_batch=functools.partial(_alike, size, samples))
-    found = pricer.whole(plan)
-    traced = pricer.trace(plan, found.rank)
+    job, predictor = make_predictor(
+        Request(job_ref=ref, machine=devices, ranks=plan.ranks), replicas=name in LADDER
+    )
+    predictor.job = dataclasses.replace(job, make_batch=functools.partial(_alike, size, samples))
+    found = predictor.whole(plan)
+    traced = predictor.trace(plan, found.rank)
     step, kept = found.step_s, found.device_bytes
     classes = at_peak(traced)
     classes["workspace"] = int(found.allocated_bytes.value) - sum(classes.values())  # cuBLAS's own
@@ -151,13 +153,13 @@ def offered(size: str = "initial") -> Iterator[dict[str, Any]]:
     """One sample a step on single devices: what a decision on a machine is made from."""
     job = load(JobRef(spec="alphafold2", size=size, batch=1))
     devices = [catalog.machine(name) for name in reference_machines.priced()]
-    space = space_of(job, "cuda")
+    facts = job_facts(job, "cuda")
     for name in OFFERED:
         plan, traces = plan_of(LADDER[name]), dict[tuple[Plan, int], Trace]()
         for machine in (m for m in devices if "bfloat16" in m.device.peak_flops):
-            pricer = Pricer(job=job, machine=machine, space=space, traces=traces)
-            found = pricer.whole(plan)
-            traces = dict(pricer.traces)  # of one kind of device: made once
+            predictor = Predictor(job=job, machine=machine, job_facts=facts, traces=traces)
+            found = predictor.whole(plan)
+            traces = dict(predictor.traces)  # of one kind of device: made once
             fits = needed_bytes(found, machine) <= machine.device.memory_bytes.value
             told = reference_machines.make_offer(
                 found, machine=machine.name, size=size, plain=name == OFFERED[0], fits=fits
@@ -233,7 +235,7 @@ def trained(name: str, seeds: int) -> Iterator[dict[str, Any]]:
     """The tiny size under one plan, each seed in a process of its own."""
     ref, plan = JobRef(spec="alphafold2"), plan_of(LADDER[name])
     machine = local_machine.this_machine("world")
-    asked = Request(job=ref, machine=machine, threads=1)
+    asked = Request(job_ref=ref, machine=machine, threads=1)
     guess, job = explain(asked, plan, lambda *_: None), load(ref)
     for seed in range(seeds):
         spec = RunSpec(

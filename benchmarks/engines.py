@@ -26,7 +26,7 @@ from memfit.cost.memory import memory_profile
 from memfit.engines.environment import recorded
 from memfit.engines.registry import engine, render
 from memfit.jobs.registry import load
-from memfit.planner.request import Request, make_pricer
+from memfit.planner.request import Request, make_predictor
 from memfit.runtime.child_process import run
 from memfit.runtime.counting_allocator import CountingAllocator
 from memfit.runtime.local_machine import this_machine
@@ -191,8 +191,8 @@ class Bench:
         return self.references[key]
 
     def predicted(self, row: Row, spec: RunSpec, rank: int) -> dict[str, int]:
-        request = Request(job=spec.job, machine=this_machine("world"), engine=row.engine)
-        traced = make_pricer(request)[1].trace(row.plan, rank)
+        request = Request(job_ref=spec.job, machine=this_machine("world"), engine=row.engine)
+        traced = make_predictor(request)[1].trace(row.plan, rank)
         signatures = {op.signature for op in traced.ops if "c10d" not in op.op}
         self.probes |= {s: self.probe(s) for s in signatures - self.probes.keys()}
         known = {s: p for s in signatures if (p := self.probes[s]) is not None}

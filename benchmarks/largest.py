@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from memfit.planner.capacity import expected_bytes, needed_bytes
-from memfit.planner.request import Request, make_pricer
+from memfit.planner.request import Request, make_predictor
 from memfit.runtime import local_machine
 from memfit.techniques.registry import make_use
 from memfit.types.job import JobRef
@@ -84,9 +84,9 @@ def run(question: Question, value: int) -> dict[str, Any]:
     own = {"batch": value} if question.dimension == "batch" else {}
     own |= {"length": value} if question.dimension == "length" else {}
     ref = JobRef(spec=question.job, **own, dimensions={} if own else {question.dimension: value})
-    request = Request(job=ref, machine=local_machine.this_machine("world", "cpu"))
-    job, pricer = make_pricer(request)
-    estimate = pricer.whole(question.plan)
+    request = Request(job_ref=ref, machine=local_machine.this_machine("world", "cpu"))
+    job, predictor = make_predictor(request)
+    estimate = predictor.whole(question.plan)
     spec = RunSpec(
         name=f"{question.name} {value}",
         role="run",
@@ -115,7 +115,7 @@ def run(question: Question, value: int) -> dict[str, Any]:
 
 def request_of(question: Question) -> Request:
     return Request(
-        job=JobRef(spec=question.job),
+        job_ref=JobRef(spec=question.job),
         machine=local_machine.this_machine("world", "cpu"),
         cap_bytes=question.cap_mib * MIB,
     )

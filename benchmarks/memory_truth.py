@@ -35,7 +35,7 @@ from memfit.cost.memory import memory_profile
 from memfit.jobs.registry import load
 from memfit.jobs.training_step import TrainingStep
 from memfit.planner.plan_space import usable
-from memfit.planner.request import space_of
+from memfit.planner.request import job_facts
 from memfit.runtime.counting_allocator import CountingAllocator
 from memfit.runtime.op_benchmark import ProbeResult, probe
 from memfit.store.environment import fingerprint
@@ -174,13 +174,13 @@ def science_job(name: str) -> Job:
 
 def _every_technique(job: Job) -> list[Plan]:
     """Each that the search offers for this job, alone at its first and last setting, and some together."""
-    space = space_of(job, "cpu")
+    facts = job_facts(job, "cpu")
     found = [Plan()]
-    for one in usable(space, Accuracy.ANY)[0]:
-        settings = list(one.settings(space))
+    for one in usable(facts, Accuracy.ANY)[0]:
+        settings = list(one.settings(facts))
         found += [Plan(uses=(make_use(one.name, s),)) for s in (settings[0], settings[-1])]
     found += [Plan(uses=(AUTOCAST, parts(2)))]
-    found += [Plan(uses=uses) for uses in ((MASTER, FULL), (AUTOCAST, FULL, parts(2))) if space.block_count]
+    found += [Plan(uses=uses) for uses in ((MASTER, FULL), (AUTOCAST, FULL, parts(2))) if facts.block_count]
     return list(dict.fromkeys(found))
 
 

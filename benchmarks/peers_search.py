@@ -295,16 +295,16 @@ def to_plan(layout: Mapping[str, Any], question: Question) -> Any:
 
 def memfit_costs(name: str, layouts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     from memfit.catalog import machine
-    from memfit.planner.evaluate import Pricer
-    from memfit.planner.request import space_of
+    from memfit.planner.evaluate import Predictor
+    from memfit.planner.request import job_facts
 
     question = QUESTIONS[name]
     on, job = machine(question["on"]), _job(name, question)
-    pricer = Pricer(job=job, machine=on, space=space_of(job, on.device.kind, on.device_count))
+    predictor = Predictor(job=job, machine=on, job_facts=job_facts(job, on.device.kind, on.device_count))
     found: list[dict[str, Any]] = []
     for layout in layouts:
         try:
-            told = pricer.whole(to_plan(layout, question))
+            told = predictor.whole(to_plan(layout, question))
             seconds = told.step_s.value if told.step_s else None
             found.append({"seconds": seconds, "gib": told.allocated_bytes.value / 2**30})
         except Exception as error:  # noqa: BLE001  the page says which plans it cannot express

@@ -337,7 +337,7 @@ def _choose(conn: Any, make: Callable[[], Job], budgets_mib: list[int]) -> None:
     counter.install()
     job, configs, refused = make(), [], {}
     plain = trace(job, Plan())
-    known = calibrate(signatures_by_weight((op, 1) for op in plain.ops), budget_s=20.0, counter=counter)
+    known = calibrate(signatures_by_weight((op, 1) for op in plain.ops), timing_s=20.0, counter=counter)
     model = time_model(local_machine.this_machine("world").device, known, plain.ops)
     assert model is not None
     for budget in budgets_mib:

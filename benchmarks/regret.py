@@ -82,11 +82,13 @@ def _options() -> argparse.Namespace:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    request = Request(job=JobRef(spec=options.job), machine=local_machine.this_machine("world"))
+    request = Request(job_ref=JobRef(spec=options.job), machine=local_machine.this_machine("world"))
     planning = search(request, lambda *stage: None)
     if options.cap_ratio != 0.25:
         plain = planning.result.baseline.estimate.allocated_bytes.value
-        request = Request(job=request.job, machine=request.machine, cap_bytes=int(plain * options.cap_ratio))
+        request = Request(
+            job_ref=request.job_ref, machine=request.machine, cap_bytes=int(plain * options.cap_ratio)
+        )
         planning = search(request, lambda *stage: None)
     assert planning.result.recommended is not None
     teachers = taught(planning, options.steps)
@@ -105,9 +107,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             _measure_one(planning, plan, options.steps, rows[plan])
     _again_where_wide(planning, rows, options)
     repeats = _repeated(planning, rows, options.steps)
-    known = correct_calibration(planning.pricer.calibration, list(teachers.items()), source="these")
+    known = correct_calibration(planning.predictor.calibration, list(teachers.items()), source="these")
     for plan in chosen:
-        estimate = planning.pricer.whole(plan)
+        estimate = planning.predictor.whole(plan)
         rows[plan]["predicted_peak_bytes"] = int(estimate.allocated_bytes.value)
         assert estimate.step_s is not None, "this machine is calibrated"
         rows[plan]["uncorrected_step_s"] = estimate.step_s.value
@@ -164,7 +166,7 @@ def taught(planning: Planning, steps: int) -> dict[Plan, float]:
     without each technique, precision and checkpointing alone and together."""
     assert planning.result.recommended is not None
     best, plain = planning.result.recommended.estimate.plan, Plan()
-    mixed, checkpointing = autocast(planning.pricer.space), use("activation-checkpointing", every=1)
+    mixed, checkpointing = autocast(planning.predictor.job_facts), use("activation-checkpointing", every=1)
     found: dict[Plan, float] = {}
     for plan in dict.fromkeys(
         [
@@ -177,7 +179,7 @@ def taught(planning: Planning, steps: int) -> dict[Plan, float]:
         ]
     ):
         try:
-            guess = planning.pricer.whole(plan).step_s
+            guess = planning.predictor.whole(plan).step_s
         except UserError:  # a budget that cannot be met without the technique
             continue
         print(f"teaching: {plan.label}", flush=True)
@@ -195,8 +197,8 @@ def always(planning: Planning) -> list[Plan]:
 
 def drawn(planning: Planning, count: int) -> list[Plan]:
     """The recommendation, plain training and an even draw over the predicted order of what fits."""
-    techniques, _ = usable(planning.pricer.space, Accuracy.ROUNDING)
-    sketches = [planning.pricer.sketch(p) for p in plans(planning.pricer.space, techniques)]
+    techniques, _ = usable(planning.predictor.job_facts, Accuracy.ROUNDING)
+    sketches = [planning.predictor.sketch(p) for p in plans(planning.predictor.job_facts, techniques)]
     fits = fits_under(planning.cap_bytes, planning.request.machine)
     order = sorted((e for e in sketches if fits(e)), key=lambda e: score(e, Objective.FASTEST))
     # Half from the fastest quarter, where regret is decided, half from everywhere.
@@ -209,7 +211,7 @@ def _measure_one(planning: Planning, plan: Plan, steps: int, row: dict[str, Any]
     spec = RunSpec(
         name=plan.label,
         role="benchmark",
-        job=planning.request.job,
+        job=planning.request.job_ref,
         plan=plan,
         seed=0,
         steps=steps,

@@ -27,7 +27,7 @@ from typing import Any
 
 from regret_jobs import ARCHITECTURES, named
 
-from memfit.planner.request import Planning, Request, autocast, make_pricer
+from memfit.planner.request import Planning, Request, autocast, make_predictor
 from memfit.planner.trials import few_steps
 from memfit.runtime import local_machine
 from memfit.store.environment import fingerprint
@@ -37,7 +37,7 @@ from memfit.types.job import JobRef
 from memfit.types.plan import Plan, Use, use
 from memfit.types.result import OutcomeKind
 from memfit.types.units import format_bytes, format_seconds
-from memfit.workflows import proof_of_concept
+from memfit.workflows.plan import find_plan
 
 FOLDER = Path(__file__).parent
 DRAWS, RECORDS = FOLDER / "records" / "regret_draws.json", FOLDER / "records" / "regret_drawn.jsonl"
@@ -148,13 +148,13 @@ def measure_one(drawn: dict[str, Any]) -> dict[str, Any]:
 
 def _recommended(drawn: dict[str, Any]) -> Planning:
     """Under the drawn cap; where nothing fits, under one a tenth of the plain peak larger, and so on."""
-    request = Request(job=JobRef(spec=f"{FOLDER / 'regret_jobs.py'}:{drawn['job']}"), machine=_machine())
-    plain = make_pricer(request)[1].whole(Plan()).allocated_bytes.value
+    request = Request(job_ref=JobRef(spec=f"{FOLDER / 'regret_jobs.py'}:{drawn['job']}"), machine=_machine())
+    plain = make_predictor(request)[1].whole(Plan()).allocated_bytes.value
     share = drawn["cap_ratio"]
     while True:
-        asked = Request(job=request.job, machine=request.machine, cap_bytes=int(share * plain))
+        asked = Request(job_ref=request.job_ref, machine=request.machine, cap_bytes=int(share * plain))
         try:
-            return proof_of_concept.search(asked, _progress, measure_s=MEASURE_S)
+            return find_plan(asked, _progress, measure_s=MEASURE_S)
         except NothingFits:
             share += 0.1
 
@@ -202,7 +202,7 @@ def _that_fit(planning: Planning, uses: tuple[Use | str, ...]) -> Iterator[Plan]
     batch, highest = planning.job.batch_size, planning.request.accuracy.highest
     plan = Plan()
     for one in uses:
-        mixed = autocast(planning.pricer.space)
+        mixed = autocast(planning.predictor.job_facts)
         plan = plan.with_use(mixed if isinstance(one, str) else make_use(one.technique, one.settings))
     for micro_batches in (n for n in range(1, batch + 1) if batch % n == 0):
         tried = plan
@@ -215,13 +215,13 @@ def _that_fit(planning: Planning, uses: tuple[Use | str, ...]) -> Iterator[Plan]
 def _works(planning: Planning, plan: Plan) -> bool:
     try:
         missing = any(TECHNIQUES[u.technique].missing for u in plan.uses)
-        return not missing and planning.fits(planning.pricer.whole(plan))
+        return not missing and planning.meets_limits(planning.predictor.whole(plan))
     except UserError:
         return False
 
 
 def _row(planning: Planning, plan: Plan) -> dict[str, Any]:
-    step = planning.pricer.whole(plan).step_s
+    step = planning.predictor.whole(plan).step_s
     return {"plan": plan.label, "predicted_s": step.value if step else None, "step_s": [], "reason": ""}
 
 

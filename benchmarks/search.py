@@ -72,34 +72,31 @@ def _llama(size: str, rows: int) -> Any:
 def searched(
     job: Any, machine: Any, tell: Any, without: Sequence[str] = (), limit_s: float | None = None
 ) -> Any:
-    from memfit.cost.host import host_holds
-    from memfit.planner.capacity import needed_bytes
-    from memfit.planner.device_pricing import Aim
-    from memfit.planner.evaluate import Pricer
-    from memfit.planner.multi_device import search_scale
-    from memfit.planner.request import space_of
+    from memfit.planner.capacity import memory_cap
+    from memfit.planner.evaluate import Predictor
+    from memfit.planner.multi_device import search_many_devices
+    from memfit.planner.multi_device_predictor import MultiDeviceRequest
+    from memfit.planner.request import job_facts
     from memfit.planner.selection import Objective
     from memfit.types.deadline import Deadline
     from memfit.types.plan import Accuracy, Bounds
 
     ranks, deadline = machine.device_count, Deadline.after(limit_s)
-    pricer = Pricer(
+    predictor = Predictor(
         job=job,
         machine=machine,
-        space=space_of(job, machine.device.kind, ranks),
+        job_facts=job_facts(job, machine.device.kind, ranks),
         deadline=deadline,
     )
-    aim = Aim(
+    request = MultiDeviceRequest(
         goal=Objective.FASTEST,
         accuracy=Accuracy.ROUNDING,
-        cap_bytes=int(machine.device.memory_bytes.value),
-        needs=lambda e: needed_bytes(e, machine),
-        host=lambda e: host_holds(e, machine),
+        cap=memory_cap(int(machine.device.memory_bytes.value), machine),
         tell=tell,
         bounds=Bounds(without=tuple(without)),
         limit_s=limit_s,
     )
-    return search_scale(pricer, ranks, aim)
+    return search_many_devices(predictor, ranks, request)
 
 
 def child(name: str) -> None:

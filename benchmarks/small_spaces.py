@@ -57,14 +57,14 @@ from memfit.catalog.machine_spec import machine
 from memfit.cost.host import host_holds
 from memfit.planner import search
 from memfit.planner.block_costs import BLOCKS
-from memfit.planner.capacity import needed_bytes
-from memfit.planner.device_pricing import Aim, Scale
-from memfit.planner.evaluate import Pricer
+from memfit.planner.capacity import memory_cap, needed_bytes
+from memfit.planner.evaluate import Predictor
 from memfit.planner.multi_device import counts
+from memfit.planner.multi_device_predictor import MultiDevicePredictor, MultiDeviceRequest
 from memfit.planner.parallelism_grid import Grid, Limits, grids, rank_blocks
 from memfit.planner.plan_space import plans, usable
-from memfit.planner.request import Request, limit_parts, make_pricer
-from memfit.planner.selection import Objective, mildness
+from memfit.planner.request import Request, limit_micro_batches, make_predictor
+from memfit.planner.selection import Objective, preference_key
 from memfit.techniques.registry import TECHNIQUES, without
 from memfit.types.errors import NothingFits, UserError
 from memfit.types.job import JobRef
@@ -228,7 +228,7 @@ class SmallSpace:
         on = PROCESSOR if self.devices == "processor" else machine(self.devices)
         excluded = tuple(sorted(set(TECHNIQUES) - set(self.offered)))
         return Request(
-            job=JobRef(spec=f"{HERE / 'regret_jobs.py'}:{self.job}"),
+            job_ref=JobRef(spec=f"{HERE / 'regret_jobs.py'}:{self.job}"),
             machine=on,
             goal=Objective(self.goal),
             accuracy=Accuracy(self.accuracy),
@@ -281,11 +281,13 @@ class Question:
 
     def __init__(self, space: SmallSpace) -> None:
         self.space, self.request = space, space.request()
-        self.pricer = _pricer(space)
+        self.predictor = _predictor(space)
         ranks = self.request.ranks
-        self.in_grids = ranks > 1 and self.pricer.space.block_count >= BLOCKS and self.pricer.repeats
+        self.in_grids = (
+            ranks > 1 and self.predictor.job_facts.block_count >= BLOCKS and self.predictor.repeats
+        )
         if not self.in_grids:
-            limit_parts(self.pricer, self.request.accuracy)
+            limit_micro_batches(self.predictor, self.request.accuracy)
 
     def count(self, most: int) -> int:
         """Return the number of plans, or ``most`` if there are more."""
@@ -310,35 +312,41 @@ class Question:
             )
             yield from dict.fromkeys(listed)
             return
-        pricer, request = self.pricer, self.request
-        dependence = pricer.dependence if pricer.job.batch_size > 1 else None
-        techniques, _ = usable(pricer.space, request.accuracy, dependence=dependence)
+        predictor, request = self.predictor, self.request
+        dependence = predictor.dependence if predictor.job.batch_size > 1 else None
+        techniques, _ = usable(predictor.job_facts, request.accuracy, dependence=dependence)
         names = self.space.offered
-        for plan in plans(pricer.space, [t for t in techniques if t.name in names]):
+        for plan in plans(predictor.job_facts, [t for t in techniques if t.name in names]):
             size, use = self.space.micro_batch, plan.get("gradient-accumulation")
             parts = int(use.settings["micro_batches"]) if use else 1
-            if not size or size * parts == pricer.space.batch_size:
+            if not size or size * parts == predictor.job_facts.batch_size:
                 yield plan
 
     def _limits(self) -> Iterator[Limits]:
         for ranks in counts(self.request.ranks, self.request.goal):
-            yield Scale(self.pricer, aim_of(self.request, 2**50)).limits(ranks)
+            yield MultiDevicePredictor(self.predictor, many_devices_request(self.request, 2**50)).limits(
+                ranks
+            )
 
     def whole(self, plan: Plan) -> Estimate:
         """Return the estimate of the plan's whole trace, with the money of as many devices as it has."""
-        estimate = self.pricer.whole(plan)
-        return Scale(self.pricer, aim_of(self.request, 2**50)).billed(estimate) if self.in_grids else estimate
+        estimate = self.predictor.whole(plan)
+        return (
+            MultiDevicePredictor(self.predictor, many_devices_request(self.request, 2**50)).billed(estimate)
+            if self.in_grids
+            else estimate
+        )
 
 
-_PRICERS: dict[tuple[str, str], Pricer] = {}
+_PREDICTORS: dict[tuple[str, str], Predictor] = {}
 
 
-def _pricer(space: SmallSpace) -> Pricer:
+def _predictor(space: SmallSpace) -> Predictor:
     key = space.job, space.devices
-    if key not in _PRICERS:
-        _PRICERS.clear()
-        _PRICERS[key] = make_pricer(space.request(), replicas=False)[1]
-    return dataclasses.replace(_PRICERS[key])
+    if key not in _PREDICTORS:
+        _PREDICTORS.clear()
+        _PREDICTORS[key] = make_predictor(space.request(), replicas=False)[1]
+    return dataclasses.replace(_PREDICTORS[key])
 
 
 def _divisions(grid: Grid, limits: Limits) -> Iterator[Grid]:
@@ -355,13 +363,11 @@ def _divisions(grid: Grid, limits: Limits) -> Iterator[Grid]:
         yield dataclasses.replace(grid, layout=dataclasses.replace(layout, fewer=fewer))
 
 
-def aim_of(request: Request, cap_bytes: int) -> Aim:
-    return Aim(
+def many_devices_request(request: Request, cap_bytes: int) -> MultiDeviceRequest:
+    return MultiDeviceRequest(
         goal=request.goal,
         accuracy=request.accuracy,
-        cap_bytes=cap_bytes,
-        needs=lambda e: needed_bytes(e, request.machine),
-        host=lambda e: host_holds(e, request.machine),
+        cap=memory_cap(cap_bytes, request.machine, request.engine),
         bounds=request.bounds,
         tell=lambda *progress: None,
     )
@@ -387,7 +393,7 @@ def enumerate_space(question: Question) -> list[dict[str, Any]]:
         try:
             estimate = question.whole(plan)
         except Exception as error:  # noqa: BLE001  a plan that cannot be traced cannot be recommended either
-            rows.append((mildness(plan), {"plan": plan.label, "error": str(error)[:120]}))
+            rows.append((preference_key(plan), {"plan": plan.label, "error": str(error)[:120]}))
             continue
         row = {
             "plan": plan.label,
@@ -398,7 +404,7 @@ def enumerate_space(question: Question) -> list[dict[str, Any]]:
             "tensors": int(estimate.allocated_bytes.value),
             "step_s": estimate.step_s.value if estimate.step_s else None,
         }
-        rows.append((mildness(plan, estimate.dependence), row))
+        rows.append((preference_key(plan, estimate.dependence), row))
     return [row for _, row in sorted(rows, key=lambda entry: entry[0])]
 
 
@@ -447,7 +453,7 @@ def answer(question: Question, rows: Sequence[Mapping[str, Any]]) -> dict[str, A
         "enumerated": own is not None,
         "differs": 0.0 if own is None else reached / own - 1,  # what the search says of it from its trace
         "considered": planning.result.considered,
-        "traced": len(planning.pricer.traces),
+        "traced": len(planning.predictor.traces),
         "reasons": [{**dataclasses.asdict(r), **judge(r, winner, reached, rows)} for r in chosen.reasons],
     }
 

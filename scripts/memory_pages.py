@@ -207,7 +207,7 @@ def request_of(model: Model, plan: Mapping[str, Any], batch: int, second: int, d
     ranks = plan.get("ranks", 1)
     sizes = {"batch": batch * ranks} | ({model.second: second} if model.second else {})
     ref = JobRef(spec=model.spec, size=model.size).with_sizes(sizes)
-    return Request(job=ref, machine=machine(f"{ranks}x{device}" if ranks > 1 else device))
+    return Request(job_ref=ref, machine=machine(f"{ranks}x{device}" if ranks > 1 else device))
 
 
 def traced(model: Model, plan: Mapping[str, Any], batch: int, second: int) -> Any:
@@ -224,7 +224,7 @@ def traced(model: Model, plan: Mapping[str, Any], batch: int, second: int) -> An
     checked = check(parse_plan(plan, what="the plan"), request.machine)
     assert layout(checked).distinct_ranks() == (0,), "one trace stands for all ranks"
     with pause_gc():
-        trace = deep_trace(load(request.job), checked, device=request.machine.device.kind)
+        trace = deep_trace(load(request.job_ref), checked, device=request.machine.device.kind)
     return with_workspaces(trace, request.machine.device)
 
 

@@ -355,7 +355,7 @@ def test_only_modules_that_run_foreign_code_catch_all_exceptions() -> None:
         "trace/trace_extrapolation.py",
         "planner/evaluate.py",
         "trace/trace_pool.py",
-        "planner/device_pricing.py",
+        "planner/multi_device_predictor.py",
         "planner/block_traces.py",
         "model/chunking_probe.py",
         "trace/sample_dependence.py",

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from memfit.engines.registry import ENGINES
-from memfit.planner.request import Request, make_pricer
+from memfit.planner.request import Request, make_predictor
 from memfit.runtime.devices import accelerator_kind
 from memfit.runtime.local_machine import this_machine
 from memfit.store.environment import fingerprint
@@ -166,8 +166,8 @@ def _steps(*, simulated: bool) -> Iterator[Case]:
 
 def step(ref: JobRef, plan: Plan, engine: str = "native", *, simulated: bool) -> dict[str, Any]:
     """Return what was predicted of the plan's step and what was measured."""
-    request = Request(job=ref, machine=this_machine("world"), engine=engine)
-    before = make_pricer(request)[1].whole(plan)  # from the catalog's figures
+    request = Request(job_ref=ref, machine=this_machine("world"), engine=engine)
+    before = make_predictor(request)[1].whole(plan)  # from the catalog's figures
     steps = REHEARSED_STEPS if simulated else STEPS
     run = run_plan(request, plan, seed=0, steps=steps, capped=False, progress=_silent)
     measured = run.measurement

@@ -35,16 +35,16 @@ from memfit.monitoring.record import OutOfMemory
 from memfit.monitoring.watch import watch
 from memfit.planner.batch_shape import with_batch_shape
 from memfit.planner.capacity import fits_under, needed_bytes
-from memfit.planner.evaluate import Pricer
+from memfit.planner.evaluate import Predictor
 from memfit.planner.largest import LargestValue, MeasuredSize, batch_multiple, find_largest, prober
 from memfit.planner.largest_runs import MEASURED_STEPS, measured_size, with_boundary
-from memfit.planner.request import space_of
-from memfit.planner.safer_plans import FAILURES, pricer_of_batch, safer_plan
+from memfit.planner.request import job_facts
+from memfit.planner.safer_plans import FAILURES, predictor_of_batch, safer_plan
 from memfit.planner.workload import workload_of
 from memfit.planner.workspace_probes import probe_workspaces
 from memfit.report.workload_text import workload_text
 from memfit.runtime import local_machine
-from memfit.techniques.base import Space
+from memfit.techniques.base import JobFacts
 from memfit.techniques.imported_optimizer import SeparateOptimizers
 from memfit.techniques.plan_file import plan_text
 from memfit.techniques.rank_mesh import SEVERAL, layout
@@ -101,7 +101,7 @@ class Prediction:
     job: Job
     machine: Machine
     cap_bytes: int
-    pricer: Pricer = dataclasses.field(repr=False)
+    predictor: Predictor = dataclasses.field(repr=False)
     probe: bool = True  # whether kernel workspaces may be probed, as given to `estimate`
 
     @property
@@ -165,17 +165,17 @@ class Prediction:
 
         ``batch``: the batch that failed, for example a longer one; None: that of this prediction. Nothing is
         trained and no plan applied. Raises UserError, which says why, if there is no such plan."""
-        space = space_of(self.job, self.machine.device.kind, self.plan.ranks)
-        pricer = dataclasses.replace(self.pricer, space=space)
+        facts = job_facts(self.job, self.machine.device.kind, self.plan.ranks)
+        predictor = dataclasses.replace(self.predictor, job_facts=facts)
         if batch is not None:
-            pricer = pricer_of_batch(pricer, batch)
+            predictor = predictor_of_batch(predictor, batch)
         try:
-            choice = safer_plan(pricer, self.plan, limit_bytes=self.cap_bytes)
+            choice = safer_plan(predictor, self.plan, limit_bytes=self.cap_bytes)
         except FAILURES as error:
             raise UserError(f"{self.plan.label} cannot be predicted for this batch: {error}") from error
         if isinstance(choice, str):
             raise UserError(f"no safer plan: {choice}")
-        return dataclasses.replace(self, estimate=choice.estimate, job=pricer.job, pricer=pricer)
+        return dataclasses.replace(self, estimate=choice.estimate, job=predictor.job, predictor=predictor)
 
     @property
     def not_included(self) -> tuple[str, ...]:
@@ -264,7 +264,7 @@ class Prediction:
         from memfit.report.notebook import estimate_html
 
         try:
-            live_bytes = timeline(self.pricer.trace(self.plan, self.estimate.rank), _TIMELINE_POINTS)
+            live_bytes = timeline(self.predictor.trace(self.plan, self.estimate.rank), _TIMELINE_POINTS)
         except (MemfitError, *_FAILURES):  # what was predicted is shown without it
             live_bytes = ()
         return estimate_html(
@@ -327,14 +327,14 @@ def estimate(  # noqa: PLR0913
         model, batch, loss=loss, optimizer=optimizer, bound=bound, ema=ema, clip=clip, workers=workers
     )
     target = _with_host(machine_of(machine), host_memory)
-    space = Space(batch_size=job.batch_size, block_count=0, vocabulary=0, device=target.device.kind)
-    pricer = Pricer(job=job, machine=target, space=space)
+    facts = JobFacts(batch_size=job.batch_size, block_count=0, vocabulary=0, device_kind=target.device.kind)
+    predictor = Predictor(job=job, machine=target, job_facts=facts)
     return Prediction(
-        estimate=_priced(pricer, _plan_on(plan, target), probe),
+        estimate=_priced(predictor, _plan_on(plan, target), probe),
         job=job,
         machine=target,
         cap_bytes=int(target.device.memory_bytes.value),
-        pricer=pricer,
+        predictor=predictor,
         probe=probe,
     )
 
@@ -354,17 +354,17 @@ def _of_several(plan: Plan) -> list[str]:
     return [u.technique for u in plan.uses if u.technique in SEVERAL]
 
 
-def _priced(pricer: Pricer, plan: Plan, probe: bool) -> Estimate:
+def _priced(predictor: Predictor, plan: Plan, probe: bool) -> Estimate:
     """Return the plan's estimate. With ``probe``, sizes that depend on computed values are computed with the
     model's weights if the step is small enough (`real_weights`), and on this machine the workspaces of
     kernels that could move the peak are measured first. Raises UserError if the step cannot be traced."""
     try:
         if not probe:
-            return pricer.whole(plan)
-        with offering(_weights(pricer.job)):
-            if pricer.machine.is_here and pricer.machine.device.is_host:
-                probe_workspaces(pricer, plan)
-            return pricer.whole(plan)
+            return predictor.whole(plan)
+        with offering(_weights(predictor.job)):
+            if predictor.machine.is_here and predictor.machine.device.is_host:
+                probe_workspaces(predictor, plan)
+            return predictor.whole(plan)
     except _FAILURES as error:  # outside the user's own functions, whose errors are already UserErrors
         raise UserError(
             "memfit cannot predict this training step, as it does not run on fake tensors, which have shapes "
@@ -562,7 +562,7 @@ def _smaller(prediction: Prediction) -> Iterator[Prediction]:
         return
     plan, batch = prediction.plan, prediction.job.batch_size
     extra_uses: list[Use] = [use("bf16-autocast"), use("activation-checkpointing", every=1)]
-    if batch > 1 and prediction.pricer.dependence.kind is not DependenceKind.DEPENDENT:
+    if batch > 1 and prediction.predictor.dependence.kind is not DependenceKind.DEPENDENT:
         extra_uses += [use("gradient-accumulation", micro_batches=n) for n in (2, 4, batch) if 1 < n <= batch]
     for extra_use in extra_uses:
         with contextlib.suppress(MemfitError):  # it conflicts with the plan or does not suit the model
@@ -570,7 +570,7 @@ def _smaller(prediction: Prediction) -> Iterator[Prediction]:
             if not proposable(extended_plan):
                 continue
             yield dataclasses.replace(
-                prediction, estimate=_priced(prediction.pricer, extended_plan, prediction.probe)
+                prediction, estimate=_priced(prediction.predictor, extended_plan, prediction.probe)
             )
             plan = extended_plan
 
@@ -792,8 +792,8 @@ def largest(  # noqa: PLR0913
 
     target_plan = _plan_on(plan, target)
     first_job, kind = job_at(start or 1), target.device.kind
-    space = Space(batch_size=first_job.batch_size, block_count=0, vocabulary=0, device=kind)
-    pricer = Pricer(job=first_job, machine=target, space=space)
+    facts = JobFacts(batch_size=first_job.batch_size, block_count=0, vocabulary=0, device_kind=kind)
+    predictor = Predictor(job=first_job, machine=target, job_facts=facts)
     cap_bytes = parse_bytes(memory) if isinstance(memory, str) else memory
     cap_bytes = cap_bytes or int(target.device.memory_bytes.value)
     is_cpu_here = target.is_here and target.device.is_host
@@ -805,11 +805,11 @@ def largest(  # noqa: PLR0913
         )
     answer = find_largest(
         prober(
-            pricer,
+            predictor,
             target_plan,
             job_at,
             cap_bytes=cap_bytes,
-            prepare=probe_workspaces if is_cpu_here else lambda pricer, plan: None,
+            prepare=probe_workspaces if is_cpu_here else lambda predictor, plan: None,
         ),
         dimension="batch" if samples else "number",
         plan=target_plan,

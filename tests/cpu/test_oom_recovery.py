@@ -40,7 +40,7 @@ def _run(
 ) -> Run:
     keep = CheckpointSettings() if folder is None else CheckpointSettings(save=str(folder), every_steps=3)
     request = Request(
-        job=JobRef(spec=f"{JOB}:{job}"),
+        job_ref=JobRef(spec=f"{JOB}:{job}"),
         machine=local_machine.this_machine("world", "cpu"),
         cap_bytes=cap_bytes,
         threads=1,

@@ -23,6 +23,7 @@ from memfit.types.result import (
     PaperRow,
     Poc,
     Reason,
+    ReasonKind,
     Reproducibility,
     Run,
     SearchResult,
@@ -152,15 +153,27 @@ def choice(plan: Plan, *reasons: Reason, effect: EffectClass = EffectClass.E2) -
 def search() -> SearchResult:
     best = choice(
         RECOMMENDED,
-        Reason(kind="saves", technique="activation-checkpointing", saved_bytes=310 * MIB, time_ratio=1.35),
-        Reason(kind="saves", technique="bf16-autocast", saved_bytes=148 * MIB, time_ratio=0.87),
-        Reason(kind="saves", technique="gradient-accumulation", saved_bytes=72 * MIB, time_ratio=1.1),
         Reason(
-            kind="left_out_slower", technique="saved-tensor-offload", saved_bytes=30 * MIB, time_ratio=2.4
+            kind=ReasonKind.SAVES,
+            technique="activation-checkpointing",
+            saved_bytes=310 * MIB,
+            time_ratio=1.35,
         ),
-        Reason(kind="left_out_not_needed", technique="adamw-8bit", saved_bytes=20 * MIB, time_ratio=1.02),
-        Reason(kind="left_out_accuracy", technique="lora", detail="rounding"),
-        Reason(kind="left_out_unavailable", technique="qlora", detail="bitsandbytes"),
+        Reason(kind=ReasonKind.SAVES, technique="bf16-autocast", saved_bytes=148 * MIB, time_ratio=0.87),
+        Reason(
+            kind=ReasonKind.SAVES, technique="gradient-accumulation", saved_bytes=72 * MIB, time_ratio=1.1
+        ),
+        Reason(
+            kind=ReasonKind.LEFT_OUT_SLOWER,
+            technique="saved-tensor-offload",
+            saved_bytes=30 * MIB,
+            time_ratio=2.4,
+        ),
+        Reason(
+            kind=ReasonKind.LEFT_OUT_NOT_NEEDED, technique="adamw-8bit", saved_bytes=20 * MIB, time_ratio=1.02
+        ),
+        Reason(kind=ReasonKind.LEFT_OUT_ACCURACY, technique="lora", detail="rounding"),
+        Reason(kind=ReasonKind.LEFT_OUT_UNAVAILABLE, technique="qlora", detail="bitsandbytes"),
     )
     plain = choice(PLAIN, effect=EffectClass.E0)
     checkpointed = choice(CHECKPOINTED, effect=EffectClass.E0)

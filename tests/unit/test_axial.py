@@ -16,10 +16,10 @@ from memfit.cost.op_time import time_model
 from memfit.cost.stream_simulator import collective_size
 from memfit.jobs.builtin.alphafold.evoformer import EvoformerBlock, Widths
 from memfit.planner.block_traces import BlockTracer
-from memfit.planner.evaluate import Pricer
+from memfit.planner.evaluate import Predictor
 from memfit.planner.grid_search import find
 from memfit.planner.parallelism_grid import Limits
-from memfit.planner.request import space_of
+from memfit.planner.request import job_facts
 from memfit.techniques.axial import Axial, Whole
 from memfit.techniques.registry import TECHNIQUES, make_use
 from memfit.trace.tracer import trace
@@ -165,11 +165,11 @@ def test_search_cuts_one_sample_across_devices_and_its_sketches_match_full_estim
         effect=EffectClass.E1,
     )
     found = find(BlockTracer(job, "cuda"), on, model, limits, (2.0**40, 2.0**50))
-    pricer = Pricer(job=job, machine=on, space=space_of(job, "cuda", on.device_count))
+    predictor = Predictor(job=job, machine=on, job_facts=job_facts(job, "cuda", on.device_count))
     assert found.sketches
     for sketch in found.sketches[:2]:
         used = sketch.plan.get("axial-parallel")
         assert used == (make_use("axial-parallel", {"degree": 4}) if cut else None)
-        whole = pricer.whole(sketch.plan)
+        whole = predictor.whole(sketch.plan)
         assert sketch.allocated_bytes == pytest.approx(whole.allocated_bytes.value, rel=0.15)
         assert whole.step_s is not None

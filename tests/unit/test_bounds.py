@@ -12,7 +12,8 @@ import pytest
 from memfit.catalog import machine
 from memfit.cli import main
 from memfit.cost.step_time import sketched_s
-from memfit.planner.explanations import nothing_fits
+from memfit.planner.capacity import Cap
+from memfit.planner.multi_device_explanations import nothing_fits
 from memfit.planner.request import Planning, Request
 from memfit.planner.search import search
 from memfit.planner.selection import Objective, missed_bounds, respects_micro_batch
@@ -37,7 +38,7 @@ def searched(job: str, on: str = "L4", *, goal: Objective = Objective.FASTEST, *
     few = frozenset(TECHNIQUES) - {"gradient-accumulation", "bf16-autocast", "ddp", "fsdp2"}
     bounds = Bounds(**asked, without=tuple(sorted(few)))  # type: ignore[arg-type]
     given = JobRef(spec=job, batch=8, steps=1000)
-    return search(Request(job=given, machine=machine(on), goal=goal, bounds=bounds), lambda *stage: None)
+    return search(Request(job_ref=given, machine=machine(on), goal=goal, bounds=bounds), lambda *stage: None)
 
 
 def test_a_feasible_deadline_is_kept_and_an_infeasible_deadline_or_budget_names_the_best_plan(
@@ -69,7 +70,7 @@ def test_a_requested_micro_batch_is_kept_and_one_that_does_not_divide_is_refused
 
 def test_a_micro_batch_that_no_allowed_plan_has_is_refused(small: str) -> None:
     bounds = Bounds(micro_batch=2, without=tuple(TECHNIQUES))
-    request = Request(job=JobRef(spec=small, batch=8), machine=machine("L4"), bounds=bounds)
+    request = Request(job_ref=JobRef(spec=small, batch=8), machine=machine("L4"), bounds=bounds)
     with pytest.raises(UserError, match="leave no plan with a micro-batch of 2; relax --without"):
         search(request, lambda *stage: None)
 
@@ -79,9 +80,9 @@ def test_the_fastest_plan_on_two_devices_is_no_slower_than_plain_ddp(small: str)
     found = searched(small, "2xH100-SXM")
     step = found.result.recommended and found.result.recommended.estimate.step_s
     assert step
-    every = [found.pricer.sketch(c.estimate.plan).step_s for c in found.result.frontier]
+    every = [found.predictor.sketch(c.estimate.plan).step_s for c in found.result.frontier]
     assert all(s is not None for s in every)
-    ddp = found.pricer.whole(make_plain_plan(2)).step_s
+    ddp = found.predictor.whole(make_plain_plan(2)).step_s
     assert ddp is not None
     assert step.value <= ddp.value
 
@@ -159,15 +160,15 @@ def ways_out(needs_bytes: int = 0, **limits: float) -> tuple[str, ...]:
             raise UserError("no plan")
         return []
 
-    aim = SimpleNamespace(goal=Objective.FASTEST, cap_bytes=2**30, host=lambda e: True)
-    scale: Any = SimpleNamespace(
-        aim=aim,
+    cap = Cap(bytes=2**30, needs=lambda e: needs_bytes, refuses=lambda plan: ())
+    many: Any = SimpleNamespace(
+        request=SimpleNamespace(goal=Objective.FASTEST, cap=cap),
         bounds=Bounds(steps=1000, **limits),  # type: ignore[arg-type]
         estimates=estimates,
-        needs=lambda e: needs_bytes,
-        fits_memory=lambda e: needs_bytes <= aim.cap_bytes,
+        needs=cap.needs,
+        fits_memory=cap.holds,
     )
-    return nothing_fits(scale, [QUICK, CHEAP], 1).ways
+    return nothing_fits(many, [QUICK, CHEAP], 1).ways
 
 
 def test_each_suggested_deadline_or_budget_is_enough_alone() -> None:

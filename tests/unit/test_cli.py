@@ -21,7 +21,7 @@ import report_fixture as fixture
 import memfit.workflows
 from memfit.cli import app, doctor, main, views
 from memfit.cli.log_filters import quiet_libraries
-from memfit.cli.options import GoalOptions
+from memfit.cli.options import SearchOptions
 from memfit.cli.output import check_choice
 from memfit.cli.progress import Bars
 from memfit.report.explain import TracedEstimate
@@ -61,7 +61,7 @@ class FakePipeline(SimpleNamespace):
 
     asked: dict[str, Any]
 
-    def search(self, request: Any, progress: Any, *, measure_s: float | None = None) -> Any:
+    def find_plan(self, request: Any, progress: Any, *, measure_s: float | None = None) -> Any:
         self.asked = {"request": request}
         progress("search", 0, 2, "plain")
         return SimpleNamespace(result=POC.search)
@@ -88,8 +88,9 @@ class FakePipeline(SimpleNamespace):
 @pytest.fixture
 def pipeline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakePipeline:
     fake = FakePipeline()
-    monkeypatch.setitem(sys.modules, "memfit.workflows.proof_of_concept", fake)  # type: ignore[arg-type]
-    monkeypatch.setattr(memfit.workflows, "proof_of_concept", fake, raising=False)
+    for module in ("plan", "proof_of_concept"):
+        monkeypatch.setitem(sys.modules, f"memfit.workflows.{module}", fake)  # type: ignore[arg-type]
+        monkeypatch.setattr(memfit.workflows, module, fake, raising=False)
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     return fake
 
@@ -145,7 +146,7 @@ def test_the_help_names_the_goals_and_accuracies_that_exist() -> None:
 
     from memfit.planner.selection import Objective
 
-    hints = typing.get_type_hints(GoalOptions, include_extras=True)
+    hints = typing.get_type_hints(SearchOptions, include_extras=True)
     assert hints["goal"].__metadata__[0].metavar == "|".join(Objective)
     assert hints["accuracy"].__metadata__[0].metavar == "|".join(Accuracy)
 
@@ -269,21 +270,21 @@ def _raise(error: BaseException) -> Callable[..., Any]:
 def test_when_nothing_fits_the_exit_code_is_three_and_the_smallest_need_is_named(
     ask: Ask, pipeline: FakePipeline
 ) -> None:
-    pipeline.search = _raise(NothingFits(cap_bytes=1024, least_bytes=4096, plan_text="plain"))
+    pipeline.find_plan = _raise(NothingFits(cap_bytes=1024, least_bytes=4096, plan_text="plain"))
     code, out, err = ask("plan", "--json")
     assert (code, json.loads(out)["error"]["exit_code"]) == (3, 3)
     assert "4096 B" in err.splitlines()[-1]
 
 
 def test_a_broken_run_exits_with_code_one(ask: Ask, pipeline: FakePipeline) -> None:
-    pipeline.search = _raise(RunError("the worker broke"))
+    pipeline.find_plan = _raise(RunError("the worker broke"))
     assert ask("plan")[0] == 1
 
 
 def test_an_internal_error_keeps_its_traceback_and_is_reported_as_json(
     ask: Ask, pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pipeline.search = _raise(ZeroDivisionError("inside"))
+    pipeline.find_plan = _raise(ZeroDivisionError("inside"))
     with pytest.raises(ZeroDivisionError):
         ask("plan", "--json")
     assert json.loads(capsys.readouterr().out) == {
@@ -317,7 +318,7 @@ def test_command_line_options_become_the_request(ask: Ask, pipeline: FakePipelin
     )
     assert ask(*line.split())[0] == 0
     request = pipeline.asked["request"]
-    assert request.job == JobRef(spec="protein-ss", size="8M", batch=4, steps=7)
+    assert request.job_ref == JobRef(spec="protein-ss", size="8M", batch=4, steps=7)
     assert (request.cap_bytes, request.goal, request.accuracy) == (1536 * 2**20, "smallest", "any")
     assert (request.machine.device_count, request.machine.place.name, request.threads) == (8, "japan", 2)
 
@@ -370,7 +371,7 @@ def test_two_plan_files_are_compared_with_or_without_a_job(
     other.write_text("techniques: {bf16-autocast: {}}\n")
     for words, job in (([], "protein-ss"), (["char-lm"], "char-lm")):
         code, out, _ = ask("estimate", *words, str(one), str(other), "--json")
-        assert (code, pipeline.asked["request"].job.spec) == (0, job)
+        assert (code, pipeline.asked["request"].job_ref.spec) == (0, job)
         assert pipeline.asked["plans"] == [Plan(), Plan(uses=(use("bf16-autocast"),))]
         assert json.loads(out)["change_bytes"] == 0
     assert ask("estimate", str(one), str(other))[1].splitlines()[1] == "Why they differ"

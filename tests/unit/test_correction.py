@@ -77,7 +77,7 @@ def stored(folder: Path, **changes: str) -> Store:
 
 
 def asked(spec: str) -> Request:
-    return Request(job=JobRef(spec=spec), machine=local_machine.this_machine("world"))
+    return Request(job_ref=JobRef(spec=spec), machine=local_machine.this_machine("world"))
 
 
 def test_a_proof_of_concept_corrects_only_its_own_job_in_its_own_environment(tmp_path: Path) -> None:

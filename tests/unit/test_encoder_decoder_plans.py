@@ -14,10 +14,10 @@ from memfit.catalog import machine
 from memfit.cost.op_time import time_model
 from memfit.model.blocks import find_stacks
 from memfit.planner.block_traces import BlockTracer
-from memfit.planner.evaluate import Pricer
-from memfit.planner.grid_search import Sketch, _cuttable, _Pricing, picked
+from memfit.planner.evaluate import Predictor
+from memfit.planner.grid_search import Sketch, _cuttable, _GridPredictor, picked
 from memfit.planner.parallelism_grid import Limits, grids
-from memfit.planner.request import space_of
+from memfit.planner.request import job_facts
 from memfit.techniques.registry import make_use
 from memfit.trace.tracer import fake_model, trace
 from memfit.types.job import Job
@@ -89,10 +89,10 @@ def traced(name: str) -> BlockTracer:
 
 
 @functools.cache
-def pricing(name: str) -> _Pricing:
+def grid_predictor(name: str) -> _GridPredictor:
     model = time_model(ON.device, Calibration())
     assert model is not None
-    return _Pricing(traced(name), ON, model, limits(name))
+    return _GridPredictor(traced(name), ON, model, limits(name))
 
 
 def limits(name: str) -> Limits:
@@ -136,9 +136,9 @@ def _sketch(name: str, plan: str, micro: int) -> Sketch:
         if state in grid.states:
             part = dataclasses.replace(grid, states=(state,), inside=(inside,), ends=((),), away=((),))
             compute = "bf16" if "bf16" in str(state) and "autocast" not in str(state) else "autocast"
-            priced = pricing(name).price(part, compute)
-            assert priced is not None
-            return Sketch(part, *picked(part, priced, micro))
+            predictions = grid_predictor(name).predict(part, compute)
+            assert predictions is not None
+            return Sketch(part, *picked(part, predictions, micro))
     raise AssertionError(state)
 
 
@@ -156,8 +156,8 @@ def test_law_the_price_of_an_encoder_and_a_decoder_is_that_of_a_whole_trace(
     name: str, plan: str, micro: int
 ) -> None:
     sketch = _sketch(name, plan, micro)
-    pricer = Pricer(job=job(name), machine=ON, space=space_of(job(name), "cuda", 2))
-    whole = pricer.whole(sketch.plan)
+    predictor = Predictor(job=job(name), machine=ON, job_facts=job_facts(job(name), "cuda", 2))
+    whole = predictor.whole(sketch.plan)
     assert whole.step_s is not None
     # Samples have few tokens here, so that autocast's copies of weights, which are counted for each sample,
     # weigh much. The gradient of T5's relative positions, which all blocks add to, is not counted.

@@ -14,13 +14,13 @@ from memfit.catalog import machine
 from memfit.cost.op_time import time_model
 from memfit.cost.stream_simulator import collective_size
 from memfit.planner.block_traces import BlockTracer
-from memfit.planner.capacity import needed_bytes
-from memfit.planner.device_pricing import Aim
-from memfit.planner.evaluate import Pricer
-from memfit.planner.grid_search import Sketch, _cuttable, _Pricing, _todo, picked
-from memfit.planner.multi_device import search_scale
+from memfit.planner.capacity import Cap, needed_bytes
+from memfit.planner.evaluate import Predictor
+from memfit.planner.grid_search import Sketch, _cuttable, _GridPredictor, _todo, picked
+from memfit.planner.multi_device import search_many_devices
+from memfit.planner.multi_device_predictor import MultiDeviceRequest
 from memfit.planner.parallelism_grid import Grid, Limits, grids
-from memfit.planner.request import space_of
+from memfit.planner.request import job_facts
 from memfit.planner.selection import Objective
 from memfit.techniques.rank_mesh import layout
 from memfit.techniques.registry import conflict, effect_of, make_use
@@ -81,8 +81,8 @@ def limits(**changes: Any) -> Limits:
     return dataclasses.replace(base, **changes)
 
 
-def pricer() -> Pricer:
-    return Pricer(job=job(), machine=ON, space=space_of(job(), "cuda", 2))
+def predictor() -> Predictor:
+    return Predictor(job=job(), machine=ON, job_facts=job_facts(job(), "cuda", 2))
 
 
 def _uses(**uses: Any) -> tuple[Any, ...]:
@@ -133,23 +133,23 @@ PLANS = {
 
 
 @functools.cache
-def _pricing() -> tuple[_Pricing, list[Any]]:
+def _grid_predictor() -> tuple[_GridPredictor, list[Any]]:
     model = time_model(ON.device, Calibration())
     assert model is not None
-    found = _Pricing(traced(), ON, model, limits())
+    found = _GridPredictor(traced(), ON, model, limits())
     todo = [t for t in _todo(ON, limits()) if t[0].layout.experts > 1]
     traced().trace(*found.needed(todo))
     return found, todo
 
 
 def _sketch(inside: tuple[Any, ...], state: tuple[Any, ...], micro: int) -> Sketch:
-    found, todo = _pricing()
+    found, todo = _grid_predictor()
     for grid, compute, states in todo:
         if state in states:
             part = dataclasses.replace(grid, states=(state,), inside=(inside,), away=((),))
-            priced = found.price(part, compute)
-            assert priced is not None
-            return Sketch(part, *picked(part, priced, micro))
+            predictions = found.predict(part, compute)
+            assert predictions is not None
+            return Sketch(part, *picked(part, predictions, micro))
     raise AssertionError(state)
 
 
@@ -157,7 +157,7 @@ def _sketch(inside: tuple[Any, ...], state: tuple[Any, ...], micro: int) -> Sket
 @pytest.mark.parametrize("name", PLANS)
 def test_law_the_price_of_distributed_experts_is_that_of_a_whole_trace(name: str, micro: int) -> None:
     sketch = _sketch(*PLANS[name], micro)
-    whole = pricer().whole(sketch.plan)
+    whole = predictor().whole(sketch.plan)
     assert whole.step_s is not None
     assert sketch.allocated_bytes == pytest.approx(whole.allocated_bytes.value, rel=0.12)
     assert sketch.step_s == pytest.approx(whole.step_s.value, rel=0.12)
@@ -184,15 +184,14 @@ def test_busier_experts_take_more_memory_and_longer_exchanges() -> None:
 
 @pytest.mark.long
 def test_a_search_says_what_distributed_experts_would_change() -> None:
-    aim = Aim(
+    request = MultiDeviceRequest(
         goal=Objective.FASTEST,
         accuracy=Accuracy.ROUNDING,
-        cap_bytes=40 * 2**30,
+        cap=Cap(bytes=40 * 2**30, needs=lambda e: needed_bytes(e, ON), refuses=lambda plan: ()),
         bounds=Bounds(without=(*FEW, "selective-checkpointing", "activation-offload", "bf16-autocast")),
-        needs=lambda e: needed_bytes(e, ON),
         tell=lambda *a: None,
     )
-    found = search_scale(pricer(), 2, aim)
+    found = search_many_devices(predictor(), 2, request)
     assert found.recommended is not None
     assert found.recommended.fits
     assert "expert-parallel" in {r.technique for r in found.recommended.reasons}

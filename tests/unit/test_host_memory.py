@@ -144,20 +144,20 @@ def test_no_random_plan_fits_where_its_host_tensors_exceed_the_host_memory() -> 
 
 def test_sketches_and_traces_agree_on_the_host_memory_that_a_plan_needs() -> None:
     from memfit.planner.capacity import fits_under
-    from memfit.planner.request import Request, make_pricer
+    from memfit.planner.request import Request, make_predictor
     from memfit.types.job import JobRef
 
     plan = memfit.Plan(uses=(make_use("activation-offload", {"to": "host"}),))
     roomy = with_host_memory(catalog.machine("H100-SXM"), 64 * GIB)
-    _, pricer = make_pricer(Request(job=JobRef(spec=f"{_PATH}:long"), machine=roomy))
-    sketch, whole = pricer.sketch(plan), pricer.whole(plan)
+    _, predictor = make_predictor(Request(job_ref=JobRef(spec=f"{_PATH}:long"), machine=roomy))
+    sketch, whole = predictor.sketch(plan), predictor.whole(plan)
     away = [e.host_parts_bytes["offload"] for e in (sketch, whole)]
     assert away[0] == pytest.approx(away[1], rel=0.1)
     tight = with_host_memory(roomy, 3 * GIB)
     for estimate in (sketch, whole):
         assert fits_under(80 * GIB, roomy)(estimate)
         assert not fits_under(80 * GIB, tight)(estimate)
-    assert fits_under(80 * GIB, tight)(pricer.sketch(memfit.Plan()))
+    assert fits_under(80 * GIB, tight)(predictor.sketch(memfit.Plan()))
 
 
 def test_assert_fits_raises_when_the_host_memory_is_too_small() -> None:

@@ -10,7 +10,7 @@ from tiny import regression, words
 from torch import nn
 
 from memfit.jobs.training_step import TrainingStep
-from memfit.techniques.base import Space
+from memfit.techniques.base import JobFacts
 from memfit.techniques.imported_optimizer import (
     SeparateOptimizers,
     needs_names,
@@ -220,9 +220,11 @@ def test_a_search_tries_no_copies_of_parameters_for_an_optimizer_that_needs_thei
     choice: OptimizerChoice, named: bool
 ) -> None:
     assert needs_names(choice) is named
-    space = Space(batch_size=4, block_count=2, vocabulary=0, device="cpu", named=named)
-    assert ("bf16-parameters" in space.refused) is named
-    assert bool(TECHNIQUES["bf16-parameters"].settings(space)) is not named
+    facts = JobFacts(
+        batch_size=4, block_count=2, vocabulary=0, device_kind="cpu", needs_parameter_names=named
+    )
+    assert ("bf16-parameters" in facts.refused) is named
+    assert bool(TECHNIQUES["bf16-parameters"].settings(facts)) is not named
 
 
 def update_operators(**settings: Any) -> set[str]:

@@ -17,8 +17,8 @@ from memfit.jobs.builtin import neural_operator, segmentation3d, unet3d, weather
 from memfit.jobs.builtin.navier_stokes import Square, advance, coarser, energy, enstrophy, random_vorticity
 from memfit.jobs.training_step import TrainingStep
 from memfit.model.blocks import find_blocks
-from memfit.planner.evaluate import Pricer
-from memfit.planner.request import space_of
+from memfit.planner.evaluate import Predictor
+from memfit.planner.request import job_facts
 from memfit.runtime.local_machine import this_machine
 from memfit.trace.trace_extrapolation import repeated
 from memfit.trace.tracer import fake_model
@@ -356,8 +356,8 @@ def test_a_model_of_unequal_blocks_has_no_repeated_block_and_still_gets_a_sketch
     job = load("segmentation3d", batch=2)
     assert len(find_blocks(fake_model(job), job.blocks)[1]) == 5
     assert repeated(fake_model(job), job) is None
-    pricer = Pricer(job=job, machine=this_machine("world"), space=space_of(job, "cpu"))
-    assert pricer.sketch(Plan()).allocated_bytes.value > 0
+    predictor = Predictor(job=job, machine=this_machine("world"), job_facts=job_facts(job, "cpu"))
+    assert predictor.sketch(Plan()).allocated_bytes.value > 0
 
 
 @pytest.mark.parametrize("crop", [4, 192])

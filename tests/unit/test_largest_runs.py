@@ -178,7 +178,7 @@ def test_measuring_needs_a_cap_and_this_machine() -> None:
 
 def test_the_question_to_measure_another_machine_or_a_fixed_job_is_refused(tmp_path: Path) -> None:
     here = local_machine.this_machine("world", "cpu")
-    without_cap = Request(job=JobRef(spec="char-lm"), machine=here)
+    without_cap = Request(job_ref=JobRef(spec="char-lm"), machine=here)
     with pytest.raises(UserError, match="needs a cap below"):
         largest(without_cap, "batch", measure=True)
     (tmp_path / "my.py").write_text(
@@ -186,6 +186,6 @@ def test_the_question_to_measure_another_machine_or_a_fixed_job_is_refused(tmp_p
         "job = Job(name='x', build_model=lambda: torch.nn.Linear(4, 4), batch_size=2,\n"
         "    make_batch=lambda step, seed: torch.ones(2, 4), loss=lambda m, b: m(b).sum())\n"
     )
-    fixed = Request(job=JobRef(spec=f"{tmp_path / 'my.py'}:job"), machine=here, cap_bytes=MIB)
+    fixed = Request(job_ref=JobRef(spec=f"{tmp_path / 'my.py'}:job"), machine=here, cap_bytes=MIB)
     with pytest.raises(UserError, match="takes no sizes"):
         largest(fixed, "batch", measure=True)

@@ -179,7 +179,7 @@ def test_plan_begins_with_the_workload_even_where_nothing_fits(
     def nothing(*request: Any, **options: Any) -> Any:
         raise NothingFits(cap_bytes=1, least_bytes=2, plan_text="plain")
 
-    monkeypatch.setattr(proof_of_concept, "search", nothing)
+    monkeypatch.setattr("memfit.workflows.plan.find_plan", nothing)
     assert app.main(["plan", "protein-lm", "--batch", "2", "--length", "16", "--on", "H100-SXM"]) == 3
     first = "protein-lm: 814 k parameters, batch 2 × 16 residues, on H100-SXM"
     assert capsys.readouterr().out.startswith(first)

@@ -152,12 +152,13 @@ def test_clipping_is_refused_with_the_optimizer_in_backward() -> None:
 
 def test_a_search_for_a_clipped_job_leaves_out_the_optimizer_in_backward() -> None:
     from memfit.planner.plan_space import usable
-    from memfit.planner.request import space_of
+    from memfit.planner.request import job_facts
     from memfit.types.plan import Accuracy
 
     names = {
         clip: {
-            t.name for t in usable(space_of(dataclasses.replace(JOB, clip=clip), "cpu"), Accuracy.ROUNDING)[0]
+            t.name
+            for t in usable(job_facts(dataclasses.replace(JOB, clip=clip), "cpu"), Accuracy.ROUNDING)[0]
         }
         for clip in (None, 1.0)
     }
@@ -166,13 +167,13 @@ def test_a_search_for_a_clipped_job_leaves_out_the_optimizer_in_backward() -> No
 
 def test_a_search_proposes_no_other_adamw_to_a_job_with_another_optimizer() -> None:
     from memfit.planner.plan_space import usable
-    from memfit.planner.request import space_of
+    from memfit.planner.request import job_facts
     from memfit.types.job import OptimizerChoice
     from memfit.types.plan import Accuracy
 
     def proposed(choice: OptimizerChoice) -> bool:
-        space = space_of(dataclasses.replace(JOB, optimizer=choice), "cpu")
-        return "adamw-8bit" in {t.name for t in usable(space, Accuracy.ROUNDING)[0]}
+        facts = job_facts(dataclasses.replace(JOB, optimizer=choice), "cpu")
+        return "adamw-8bit" in {t.name for t in usable(facts, Accuracy.ROUNDING)[0]}
 
     assert proposed(OptimizerChoice())
     assert proposed(OptimizerChoice(name="adam"))

@@ -18,7 +18,7 @@ from torch import nn
 import memfit
 from memfit.model.batch_objects import batch_length, split
 from memfit.planner.plan_space import plans, usable
-from memfit.planner.request import space_of
+from memfit.planner.request import job_facts
 from memfit.runtime.counting_allocator import CountingAllocator, available
 from memfit.techniques.registry import conflict, make_use, proposable
 from memfit.trace.tracer import trace
@@ -399,8 +399,8 @@ def test_autocast_with_fsdp2_is_allowed_in_a_plan_but_never_searched() -> None:
     job = Job(
         name="m", build_model=Blocks, make_batch=lambda *_: torch.rand(8, 64), loss=squares, batch_size=8
     )
-    techniques, _ = usable(space := space_of(job, "cuda", 2), Accuracy.ROUNDING)
-    searched = list(plans(space, techniques))
+    techniques, _ = usable(facts := job_facts(job, "cuda", 2), Accuracy.ROUNDING)
+    searched = list(plans(facts, techniques))
     assert any(p.get("fsdp2") for p in searched)
     assert any(p.get("bf16-autocast") for p in searched)
     assert not any(p.get("fsdp2") and p.get("bf16-autocast") for p in searched)

@@ -16,12 +16,13 @@ from memfit.cost.host import host_holds, with_host_memory
 from memfit.cost.op_time import time_model
 from memfit.cost.step_time import StorageRates, storage_rates
 from memfit.planner.block_traces import BlockTracer
-from memfit.planner.device_pricing import Aim
-from memfit.planner.evaluate import Pricer
-from memfit.planner.grid_search import Sketch, _Pricing, picked
-from memfit.planner.multi_device import search_scale
+from memfit.planner.capacity import Cap
+from memfit.planner.evaluate import Predictor
+from memfit.planner.grid_search import Sketch, _GridPredictor, picked
+from memfit.planner.multi_device import search_many_devices
+from memfit.planner.multi_device_predictor import MultiDeviceRequest
 from memfit.planner.parallelism_grid import Limits, grids, zero_uses
-from memfit.planner.request import space_of
+from memfit.planner.request import job_facts
 from memfit.planner.selection import Objective
 from memfit.techniques.registry import make_use
 from memfit.types.job import Job
@@ -80,8 +81,8 @@ def job(width: int = WIDTH) -> Job:
 
 
 @functools.cache
-def pricer() -> Pricer:
-    return Pricer(job=job(), machine=ON, space=space_of(job(), "cuda", 2))
+def predictor() -> Predictor:
+    return Predictor(job=job(), machine=ON, job_facts=job_facts(job(), "cuda", 2))
 
 
 def _limits(**changes: Any) -> Limits:
@@ -107,9 +108,9 @@ def test_a_search_has_plans_with_optimizer_state_on_nvme_only_if_the_rate_of_sto
     assert storage_rates(bare, model, 2) is None
     assert storage_rates(ON, model, 2) == StorageRates(read_bytes_s=3e9, write_bytes_s=1.5e9)
     plan = Plan(uses=(_use(("parameters", "bf16")),), ranks=2)
-    unpriced = dataclasses.replace(pricer(), machine=bare).whole(plan)
-    assert unpriced.step_s is None
-    assert any("rate of the host's local storage is unknown" in a for a in unpriced.assumptions)
+    untimed = dataclasses.replace(predictor(), machine=bare).whole(plan)
+    assert untimed.step_s is None
+    assert any("rate of the host's local storage is unknown" in a for a in untimed.assumptions)
 
 
 def _use(kind: tuple[str, str]) -> Use:
@@ -128,7 +129,7 @@ def test_law_the_price_of_state_on_nvme_is_that_of_a_whole_trace(
 ) -> None:
     state = (make_use("zero", {**_use(kind).settings, "sub_group_elements": sub_group}),)
     sketch = _sketch(state, kind[1])
-    whole = pricer().whole(sketch.plan)
+    whole = predictor().whole(sketch.plan)
     assert whole.step_s is not None
     assert sketch.allocated_bytes == pytest.approx(whole.allocated_bytes.value, rel=0.09)
     assert sketch.step_s == pytest.approx(whole.step_s.value, rel=0.03)
@@ -140,34 +141,37 @@ def test_law_the_price_of_state_on_nvme_is_that_of_a_whole_trace(
 
 
 @functools.cache
-def _pricing() -> _Pricing:
+def _grid_predictor() -> _GridPredictor:
     model = time_model(ON.device, Calibration())
     assert model is not None
-    return _Pricing(BlockTracer(job(), "cuda"), ON, model, _limits())
+    return _GridPredictor(BlockTracer(job(), "cuda"), ON, model, _limits())
 
 
 def _sketch(state: tuple[Use, ...], precision: str) -> Sketch:
     grid = next(g for g in grids(_limits()) if any(u.technique == "zero" for s in g.states for u in s))
     part = dataclasses.replace(grid, states=(state,), inside=((),), ends=((),), away=((),))
-    priced = _pricing().price(part, precision)
-    assert priced is not None
+    predictions = _grid_predictor().predict(part, precision)
+    assert predictions is not None
     micro = next(i for i, (_, count) in enumerate(grid.micro) if count == 1)
-    return Sketch(part, *picked(part, priced, micro))
+    return Sketch(part, *picked(part, predictions, micro))
 
 
 def test_a_search_puts_optimizer_state_on_nvme_where_host_memory_is_too_small() -> None:
     small = with_host_memory(ON, 16 * 2**30)  # in which FSDP2's offload does not fit with two processes
-    aim = Aim(
+    request = MultiDeviceRequest(
         goal=Objective.FASTEST,
         accuracy=Accuracy.ROUNDING,
-        cap_bytes=6 * 2**30,
-        needs=lambda e: e.allocated_bytes.value,
-        host=lambda e: host_holds(e, small),
+        cap=Cap(
+            bytes=6 * 2**30,
+            needs=lambda e: int(e.allocated_bytes.value),
+            refuses=lambda plan: (),
+            host=lambda e: host_holds(e, small),
+        ),
         bounds=Bounds(without=(*FEW, *FEWER)),
         tell=lambda *_: None,
     )
-    large = Pricer(job=job(LARGE), machine=small, space=space_of(job(LARGE), "cuda", 2))
-    found = search_scale(large, 2, aim).recommended
+    large = Predictor(job=job(LARGE), machine=small, job_facts=job_facts(job(LARGE), "cuda", 2))
+    found = search_many_devices(large, 2, request).recommended
     assert found is not None
     assert found.fits
     assert _on_nvme(found.estimate.plan)

@@ -37,15 +37,15 @@ def sized(ref: JobRef) -> Job:
 
 def planning(accuracy: Accuracy = Accuracy.EXACT) -> Any:
     request = SimpleNamespace(
-        job=JobRef(spec="protein-ss", size="tiny", batch=2, steps=3),
+        job_ref=JobRef(spec="protein-ss", size="tiny", batch=2, steps=3),
         machine=SimpleNamespace(place=None),
         accuracy=accuracy,
         goal=Objective.FASTEST,
         bounds=Bounds(),
     )
     independent = SampleDependence(kind=DependenceKind.INDEPENDENT)
-    pricer = SimpleNamespace(dependence=independent)
-    return SimpleNamespace(request=request, result=SimpleNamespace(recommended=None), pricer=pricer)
+    predictor = SimpleNamespace(dependence=independent)
+    return SimpleNamespace(request=request, result=SimpleNamespace(recommended=None), predictor=predictor)
 
 
 @pytest.fixture(autouse=True)
@@ -101,10 +101,10 @@ def test_a_job_that_fits_no_machine_has_no_recommendation(monkeypatch: pytest.Mo
 
 def test_a_job_without_published_sizes_is_offered_as_it_is(jobs: list[JobRef]) -> None:
     own = planning()
-    own.request.job = JobRef(spec="own.py:job", batch=2)
+    own.request.job_ref = JobRef(spec="own.py:job", batch=2)
     rows, offers = reference_machines.paper(own, quiet)
     assert rows == ()
-    assert jobs == [own.request.job]
+    assert jobs == [own.request.job_ref]
     assert (True, True) in [(o.plain, o.fits) for o in offers if o.machine == "RTX-4090"]
     assert reference_machines.reach(own, quiet) == ()
 

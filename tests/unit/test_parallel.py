@@ -1,4 +1,4 @@
-"""Calls made in parallel, in forked copies of the process."""
+"""Calls made in parallel, in forked workers of the process."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from functools import partial
 import pytest
 
 from memfit.trace import trace_pool
-from memfit.trace.trace_pool import Copies, side_by_side
+from memfit.trace.trace_pool import ForkedWorkers, run_parallel
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="copies of a process are made by fork")
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="workers of a process are made by fork")
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def told(number: int, seen: list[int]) -> tuple[int, int, int]:
 
 def test_results_come_in_order_from_copies_that_make_several_calls() -> None:
     seen: list[int] = []
-    found = side_by_side([partial(told, n, seen) for n in range(7)])
+    found = run_parallel([partial(told, n, seen) for n in range(7)])
     assert [number for number, _, _ in found] == list(range(7))
     made = {process for _, process, _ in found}
     assert os.getpid() not in made
@@ -46,7 +46,7 @@ def failing(number: int) -> int:
 
 def test_the_first_failure_is_raised() -> None:
     with pytest.raises(ValueError, match="call 1"):
-        side_by_side([partial(failing, n) for n in range(5)])
+        run_parallel([partial(failing, n) for n in range(5)])
 
 
 def test_a_call_whose_copy_dies_is_made_in_the_original_process() -> None:
@@ -59,7 +59,7 @@ def test_a_call_whose_copy_dies_is_made_in_the_original_process() -> None:
 
     calls: list[Callable[[], int]] = [partial(dies, n) for n in range(5)]
     results: dict[int, int] = {}
-    assert side_by_side(calls, results=results) == list(range(5))
+    assert run_parallel(calls, results=results) == list(range(5))
     assert results == {n: n for n in range(5)}
 
 
@@ -89,7 +89,7 @@ def test_an_exception_that_pickle_cannot_copy_is_raised_as_it_is(error: Exceptio
 
     results: dict[int, int] = {}
     with pytest.raises(type(error), match=f"^{message}$") as caught:
-        side_by_side([partial(fails, n) for n in range(4)], results=results)
+        run_parallel([partial(fails, n) for n in range(4)], results=results)
     assert caught.value.__context__ is None
     assert results == {0: 0, 2: 2, 3: 3}  # all other calls have ended
 
@@ -109,8 +109,8 @@ def test_where_copies_cannot_run_backward_the_original_makes_every_call(
     seen: list[str] = []
     monkeypatch.setattr(trace_pool, "_REFUSED", seen)
     calls = [partial(refused, n, os.getpid()) for n in range(4)]
-    assert side_by_side(calls) == list(range(4))
-    assert side_by_side(calls) == list(range(4))
+    assert run_parallel(calls) == list(range(4))
+    assert run_parallel(calls) == list(range(4))
     assert len(seen) == 1  # it is not tried again
 
 
@@ -127,28 +127,28 @@ class Owner:
 
 def test_copies_that_stay_make_later_calls_too() -> None:
     owner = Owner()
-    copies = Copies(owner)
-    first = side_by_side([partial(owner.called, n) for n in range(4)], copies=copies)
+    workers = ForkedWorkers(owner)
+    first = run_parallel([partial(owner.called, n) for n in range(4)], workers=workers)
     processes = {process for _, process, _ in first}
     assert len(processes) == 2
     assert os.getpid() not in processes
-    again = side_by_side([partial(owner.called, 7)], copies=copies)
+    again = run_parallel([partial(owner.called, 7)], workers=workers)
     assert again[0][:2] in {(7, process) for process in processes}
     assert again[0][2] > 1, "the process that made an earlier call"
     assert owner.count == 0
-    copies.end()
-    assert not copies.processes
-    assert side_by_side([partial(owner.called, 8)], copies=copies) == [(8, os.getpid(), 1)]
+    workers.end()
+    assert not workers.processes
+    assert run_parallel([partial(owner.called, 8)], workers=workers) == [(8, os.getpid(), 1)]
 
 
 def test_copies_end_with_their_owner() -> None:
     owner = Owner()
-    copies = Copies(owner)
-    side_by_side([partial(owner.called, n) for n in range(2)], copies=copies)
-    processes = [process for _, process in copies.processes.items()]
+    workers = ForkedWorkers(owner)
+    run_parallel([partial(owner.called, n) for n in range(2)], workers=workers)
+    processes = [process for _, process in workers.processes.items()]
     assert all(process.is_alive() for process in processes)
     del owner
     gc.collect()
-    assert not copies.processes
+    assert not workers.processes
     with pytest.raises(ValueError, match="closed"):
         processes[0].is_alive()

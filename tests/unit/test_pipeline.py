@@ -13,7 +13,7 @@ import pytest
 from memfit.cost.estimate import interval_around
 from memfit.cost.memory import memory_profile
 from memfit.planner import machine_calibration, plan_space, single_device, trials
-from memfit.planner.request import Planning, make_pricer
+from memfit.planner.request import Planning, make_predictor
 from memfit.runtime import local_machine
 from memfit.runtime.counting_allocator import available
 from memfit.store.database import Store
@@ -83,7 +83,7 @@ def request_(tmp_path_factory: pytest.TempPathFactory) -> Request:
     path = tmp_path_factory.mktemp("own") / "own.py"
     path.write_text(JOB)
     return Request(
-        job=JobRef(spec=f"{path}:job"),
+        job_ref=JobRef(spec=f"{path}:job"),
         machine=local_machine.this_machine("world"),
         cap_bytes=19 * MIB,
         accuracy=Accuracy.EXACT,
@@ -109,8 +109,8 @@ def whole(
     stages: list[str] = []
     store = Store(tmp_path_factory.mktemp("store") / "store.sqlite3")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(machine_calibration, "_FIRST_BUDGET_S", 2.0)
-        patch.setattr(machine_calibration, "_SECOND_BUDGET_S", 2.0)
+        patch.setattr(machine_calibration, "_FIRST_TIMING_S", 2.0)
+        patch.setattr(machine_calibration, "_SECOND_TIMING_S", 2.0)
         patch.setattr(single_device, "FINALISTS", 4)
         patch.setattr(proof_of_concept, "_TRIALS_S", 0.0)  # two runs
         found = poc(
@@ -215,8 +215,8 @@ def test_the_frontier_is_sorted_by_peak_and_the_recommendation_is_the_best_that_
 def test_explain_gives_the_peak_of_a_whole_trace_and_refuses_impossible_plans(request_: Request) -> None:
     plan = Plan(uses=(use("activation-checkpointing", every=1),))
     found = explain(request_, plan, quiet)
-    _, pricer = make_pricer(request_)
-    assert found.allocated_bytes.value == memory_profile(pricer.trace(plan), Calibration()).peak_bytes
+    _, predictor = make_predictor(request_)
+    assert found.allocated_bytes.value == memory_profile(predictor.trace(plan), Calibration()).peak_bytes
     with pytest.raises(UserError, match="impossible plan"):
         explain(request_, Plan(uses=(use("sgd"), use("adafactor"))), quiet)
 
@@ -320,10 +320,10 @@ def test_step_times_are_compared_pair_by_pair() -> None:
 
 def test_plain_training_may_be_the_recommendation(whole: Whole, request_: Request, tmp_path: Path) -> None:
     found = whole[0]
-    _, pricer = make_pricer(request_)
+    _, predictor = make_predictor(request_)
     result = dataclasses.replace(found.search, recommended=found.search.baseline)
     finished = Planning(
-        request=request_, job=pricer.job, pricer=pricer, cap_bytes=1, cap_reason="", result=result
+        request=request_, job=predictor.job, predictor=predictor, cap_bytes=1, cap_reason="", result=result
     )
     story = proof_of_concept._Story(finished, Store(tmp_path / "s.sqlite3"), 1, 4, "", quiet)
     judged = list(story._verdicts([], [], []))
@@ -345,9 +345,14 @@ def test_only_ablations_that_are_many_times_slower_run_fewer_steps(
     whole: Whole, request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ablations only show memory and step time; runs that are judged keep all their steps."""
-    _, pricer = make_pricer(request_)
+    _, predictor = make_predictor(request_)
     finished = Planning(
-        request=request_, job=pricer.job, pricer=pricer, cap_bytes=1, cap_reason="", result=whole[0].search
+        request=request_,
+        job=predictor.job,
+        predictor=predictor,
+        cap_bytes=1,
+        cap_reason="",
+        result=whole[0].search,
     )
     story = proof_of_concept._Story(finished, Store(tmp_path / "s.sqlite3"), 1, 40, "", quiet)
     seconds = {story.baseline: 0.4, story.recommended: 30.0}
@@ -357,7 +362,7 @@ def test_only_ablations_that_are_many_times_slower_run_fewer_steps(
 
     def told(step_s: Any) -> None:
         monkeypatch.setattr(
-            type(pricer),
+            type(predictor),
             "whole",
             lambda self, plan: dataclasses.replace(
                 estimate, step_s=interval_around(seconds[plan], 0.1) if plan in seconds else step_s

@@ -11,7 +11,7 @@ import pytest
 
 from memfit.report.plan_words import glossary, in_words, plan_phrase, plan_title, technique_names
 from memfit.report.words import LANGUAGES, load_words
-from memfit.techniques.base import Space
+from memfit.techniques.base import JobFacts
 from memfit.techniques.registry import TECHNIQUES, make_use
 from memfit.types.plan import Plan, use
 
@@ -57,11 +57,13 @@ def test_every_technique_has_a_name_and_a_picture_of_one_sentence(lang: str, nam
 @pytest.mark.parametrize("lang", LANGUAGES)
 @pytest.mark.parametrize("name", TECHNIQUES)
 def test_settings_that_the_search_tries_have_different_words(lang: str, name: str) -> None:
-    space = Space(batch_size=8, block_count=12, vocabulary=32000, device="cuda", slices=True, ranks=8)
-    spaces = (space, dataclasses.replace(space, device="cpu", ranks=1))
+    facts = JobFacts(
+        batch_size=8, block_count=12, vocabulary=32000, device_kind="cuda", has_slices=True, ranks=8
+    )
+    on_devices = (facts, dataclasses.replace(facts, device_kind="cpu", ranks=1))
     plans = [
         Plan(uses=(make_use(name, dict(settings)),))
-        for s in spaces
+        for s in on_devices
         for settings in TECHNIQUES[name].settings(s)
     ]
     phrases = {plan.fingerprint: plan_phrase(plan.label, load_words(lang)) for plan in plans}

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tiny import words
 
-from memfit.cli.options import BoundsOptions, GoalOptions, JobOptions, RuntimeOptions
+from memfit.cli.options import BoundsOptions, JobOptions, RuntimeOptions, SearchOptions
 from memfit.cli.plan import bounds_of
 from memfit.cli.request import request as request_of
 from memfit.planner import capacity, search, single_device
@@ -60,7 +60,7 @@ def ask(monkeypatch: pytest.MonkeyPatch) -> Ask:
         monkeypatch.setattr("memfit.planner.request.load", lambda ref: job or words(2))
         monkeypatch.setattr(single_device, "FINALISTS", 3)
         request = Request(
-            job=JobRef(spec="words"),
+            job_ref=JobRef(spec="words"),
             machine=PROCESSOR,
             accuracy=Accuracy.EXACT,
             **more,
@@ -73,10 +73,10 @@ def ask(monkeypatch: pytest.MonkeyPatch) -> Ask:
 def test_a_proof_of_concept_in_an_unknown_language_is_refused_before_any_search(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(proof_of_concept, "search", lambda *_, **__: pytest.fail("a plan was searched"))
+    monkeypatch.setattr(proof_of_concept, "find_plan", lambda *_, **__: pytest.fail("a plan was searched"))
     with pytest.raises(UserError, match="no such language: 'xx'"):
         proof_of_concept.poc(
-            Request(job=JobRef(spec="words"), machine=PROCESSOR),
+            Request(job_ref=JobRef(spec="words"), machine=PROCESSOR),
             store=Store(tmp_path / "s"),
             seeds=1,
             steps=None,
@@ -167,21 +167,21 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("gpus")
 def test_on_a_machine_with_gpus_one_line_says_which_is_used(capsys: pytest.CaptureFixture[str]) -> None:
-    request = request_of(JobOptions(), GoalOptions(), RuntimeOptions())
+    request = request_of(JobOptions(), SearchOptions(), RuntimeOptions())
     assert capsys.readouterr().err == "memfit: device: Acme Z9 (cuda); --nproc 2 uses all 2\n"
-    assert (request.device, request.machine.device.name) == ("cuda", "Acme Z9")
-    request_of(JobOptions(), GoalOptions(), RuntimeOptions(), ranks=2)
+    assert (request.device_kind, request.machine.device.name) == ("cuda", "Acme Z9")
+    request_of(JobOptions(), SearchOptions(), RuntimeOptions(), ranks=2)
     assert capsys.readouterr().err == "memfit: device: Acme Z9 (cuda)\n"
     with pytest.raises(UserError, match="--nproc 3 is more than the 2 devices of this machine"):
-        request_of(JobOptions(), GoalOptions(), RuntimeOptions(), ranks=3)
-    request_of(JobOptions(), GoalOptions(), RuntimeOptions(), "H100-SXM")
+        request_of(JobOptions(), SearchOptions(), RuntimeOptions(), ranks=3)
+    request_of(JobOptions(), SearchOptions(), RuntimeOptions(), "H100-SXM")
     assert capsys.readouterr().err == ""
-    assert request_of(JobOptions(), GoalOptions(), RuntimeOptions(), "this:cpu").device == "cpu"
+    assert request_of(JobOptions(), SearchOptions(), RuntimeOptions(), "this:cpu").device_kind == "cpu"
     assert capsys.readouterr().err == ""
 
 
 def test_on_a_machine_without_a_gpu_no_warning_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    request_of(JobOptions(), GoalOptions(), RuntimeOptions())
+    request_of(JobOptions(), SearchOptions(), RuntimeOptions())
     assert capsys.readouterr().err == ""
 
 

@@ -25,9 +25,9 @@ from memfit.jobs import registry
 from memfit.jobs.opened_files import OPENED_WHILE_LOADING
 from memfit.jobs.registry import load
 from memfit.planner import job_content as content_module
-from memfit.planner.evaluate import Pricer
+from memfit.planner.evaluate import Predictor
 from memfit.planner.job_content import job_content
-from memfit.planner.request import Request, make_pricer
+from memfit.planner.request import Request, make_predictor
 from memfit.planner.search import search
 from memfit.store import trace_columns
 from memfit.store.prediction_cache import (
@@ -157,7 +157,7 @@ def quiet(stage: str, done: int, total: int, detail: str) -> None:
 
 def ask(ref: JobRef, memory: int | None = None) -> str:
     without = tuple(set(TECHNIQUES) - {"bf16-autocast", "activation-checkpointing", "optimal-checkpointing"})
-    request = Request(job=ref, machine=machine("L4"), cap_bytes=memory, bounds=Bounds(without=without))
+    request = Request(job_ref=ref, machine=machine("L4"), cap_bytes=memory, bounds=Bounds(without=without))
     return dumps(search(request, quiet).result)
 
 
@@ -325,35 +325,35 @@ def test_another_memory_is_answered_from_the_same_traces(files: UserFiles, folde
 def test_estimates_of_several_ranks_are_equal_from_disk(
     files: UserFiles, folder: Path, monkeypatch: pytest.MonkeyPatch, lines: bool
 ) -> None:
-    request = Request(job=files.ref, machine=machine("4xH100-SXM"), ranks=4)
+    request = Request(job_ref=files.ref, machine=machine("4xH100-SXM"), ranks=4)
     plan = make_plain_plan(4)
 
     def predicted() -> tuple[str, list[tuple[int, object]]]:
-        _, pricer = make_pricer(request)
-        pricer.lines = lines
-        pricer.ahead([plan])
-        estimates = dumps(pricer.each_rank(plan))
-        return estimates, [(rank, pricer.trace(p, rank)) for p, rank in pricer.traces]
+        _, predictor = make_predictor(request)
+        predictor.lines = lines
+        predictor.ahead([plan])
+        estimates = dumps(predictor.each_rank(plan))
+        return estimates, [(rank, predictor.trace(p, rank)) for p, rank in predictor.traces]
 
     first = predicted()
     refuse_to_trace(monkeypatch)
     assert predicted() == first
 
 
-def test_a_pricer_of_another_job_reads_nothing(files: UserFiles, folder: Path) -> None:
-    _, pricer = make_pricer(Request(job=files.ref, machine=machine("L4")))
-    peak = pricer.whole(Plan()).allocated_bytes.value
+def test_a_predictor_of_another_job_reads_nothing(files: UserFiles, folder: Path) -> None:
+    _, predictor = make_predictor(Request(job_ref=files.ref, machine=machine("L4")))
+    peak = predictor.whole(Plan()).allocated_bytes.value
     rows = 500_000
-    larger = dataclasses.replace(pricer.job, make_batch=lambda step, seed: {"x": torch.zeros(rows, 16)})
-    other = dataclasses.replace(pricer, job=larger, traces={}, parts={}, vectors={}, plain={})
+    larger = dataclasses.replace(predictor.job, make_batch=lambda step, seed: {"x": torch.zeros(rows, 16)})
+    other = dataclasses.replace(predictor, job=larger, traces={}, part_digests={}, plain={})
     assert other.whole(Plan()).allocated_bytes.value > 2 * peak
 
 
 def test_an_edit_of_a_module_that_the_job_imports_changes_the_answer(files: UserFiles, folder: Path) -> None:
     def peak() -> float:
         files.forget()
-        _, pricer = make_pricer(Request(job=files.ref, machine=machine("L4")))
-        return pricer.whole(Plan()).allocated_bytes.value
+        _, predictor = make_predictor(Request(job_ref=files.ref, machine=machine("L4")))
+        return predictor.whole(Plan()).allocated_bytes.value
 
     before = peak()
     files.edit(f"{files.helper}.py", "WIDTH = 16", "WIDTH = 512")
@@ -365,9 +365,9 @@ def test_a_trace_that_reads_a_file_of_its_own_is_not_kept(files: UserFiles, fold
     files.edit(
         "mine.py", "    import late", '    json.loads((HERE / "late.json").read_text())\n    import late'
     )
-    _, pricer = make_pricer(Request(job=files.ref, machine=machine("L4")))
+    _, predictor = make_predictor(Request(job_ref=files.ref, machine=machine("L4")))
     count = PredictionCache(folder).usage()[0]
-    pricer.trace(Plan())
+    predictor.trace(Plan())
     assert PredictionCache(folder).usage()[0] == count
 
 
@@ -377,8 +377,8 @@ def test_a_trace_that_reads_a_file_of_its_own_is_not_kept(files: UserFiles, fold
 def test_the_digest_of_a_job_is_the_same_again(files: UserFiles) -> None:
     first = files.digest()
     assert first is not None
-    _, pricer = make_pricer(Request(job=files.ref, machine=machine("L4")))
-    pricer.trace(Plan())  # which loads the module that only the loss imports
+    _, predictor = make_predictor(Request(job_ref=files.ref, machine=machine("L4")))
+    predictor.trace(Plan())  # which loads the module that only the loss imports
     assert files.digest() == first
 
 
@@ -409,10 +409,10 @@ def test_a_file_that_has_changed_since_it_was_read_leaves_no_digest(files: UserF
 
 
 def test_a_trace_during_which_a_file_changes_is_not_kept(files: UserFiles, folder: Path) -> None:
-    _, pricer = make_pricer(Request(job=files.ref, machine=machine("L4")))
+    _, predictor = make_predictor(Request(job_ref=files.ref, machine=machine("L4")))
     count = PredictionCache(folder).usage()[0]
     files.edit("rows.txt", "a b", "a b c")
-    pricer.trace(Plan())
+    predictor.trace(Plan())
     assert PredictionCache(folder).usage()[0] == count
 
 
@@ -522,9 +522,9 @@ def test_jobs_of_this_process_have_no_digest(monkeypatch: pytest.MonkeyPatch) ->
     ref = JobRef(spec="in memory")
     job: Job = load(ref)
     assert job_content(ref, job) is None
-    _, pricer = make_pricer(Request(job=ref, machine=machine("L4")))
-    assert isinstance(pricer, Pricer)
-    assert pricer.stored is None
+    _, predictor = make_predictor(Request(job_ref=ref, machine=machine("L4")))
+    assert isinstance(predictor, Predictor)
+    assert predictor.stored is None
 
 
 def test_the_digest_leaves_the_generators_of_random_numbers_as_they_are(files: UserFiles) -> None:

@@ -99,7 +99,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("quick")
 def test_calibration_measures_rates_and_the_given_operators() -> None:
     texts = [RUNNABLE[0], signature("aten.no_such.default"), RUNNABLE[1]]
-    found = calibrate(texts, budget_s=60.0, counter=Counter())
+    found = calibrate(texts, timing_s=60.0, counter=Counter())
     assert set(found.op_s) == set(found.op_peak_bytes) == {RUNNABLE[0], RUNNABLE[1]}
     assert set(found.flops_s) == {"float32", "bfloat16"}
     assert min(*found.flops_s.values(), found.bandwidth_bytes_s, found.disk_bytes_s) > 0
@@ -127,6 +127,6 @@ def test_a_large_product_is_measured_only_on_a_fast_accelerator(
 
 @pytest.mark.usefixtures("quick")
 def test_calibration_stops_when_its_time_is_over() -> None:
-    found = calibrate(RUNNABLE, budget_s=0.0, counter=Counter())
+    found = calibrate(RUNNABLE, timing_s=0.0, counter=Counter())
     assert found.op_s == {}
     assert found.flops_s

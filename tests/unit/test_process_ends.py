@@ -37,12 +37,12 @@ from memfit.types.result import OutcomeKind
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux's kernel")
 TRACING = """
 import os, signal, time
-from memfit.trace.trace_pool import side_by_side
+from memfit.trace.trace_pool import run_parallel
 for number in (signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.sched_getaffinity = lambda _: {0, 1}
-side_by_side([lambda: time.sleep(60)] * 2)
+run_parallel([lambda: time.sleep(60)] * 2)
 """
 
 
@@ -290,7 +290,8 @@ def test_a_folder_that_cannot_be_written_is_an_error_before_training_begins(
 
     monkeypatch.setattr(child_process, "run", start)
     monkeypatch.setattr("memfit.workflows.single_run.explain", start)
-    monkeypatch.setattr("memfit.workflows.proof_of_concept.search", start)
+    for module in ("plan", "proof_of_concept"):
+        monkeypatch.setattr(f"memfit.workflows.{module}.find_plan", start)
     store = () if arguments[0] == "plan" else ("--store", str(tmp_path / "s.sqlite3"))
     assert main([*arguments, *store]) == 2
     (line,) = capsys.readouterr().err.splitlines()

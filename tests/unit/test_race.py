@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from memfit.planner.capacity import Cap
 from memfit.planner.multi_device_shortlist import FinalistTracer
 from memfit.planner.plan_kinds import doublings, kind
 from memfit.planner.selection import Objective
@@ -68,14 +69,18 @@ def estimate(at: int, *, traced: bool) -> Estimate:
     )
 
 
-def scale(blocks: int) -> Any:
+def many(blocks: int) -> Any:
     """A search that begins with the first plan; neighbours are the plans before and after one."""
 
     def at(e: Estimate) -> int:
         return STEPS.index(int(e.plan.uses[0].settings["micro_batches"]))
 
     return SimpleNamespace(
-        aim=SimpleNamespace(goal=Objective.FASTEST, cap_bytes=10, limit_s=None),
+        request=SimpleNamespace(
+            goal=Objective.FASTEST,
+            cap=Cap(bytes=10, needs=lambda e: 1, refuses=lambda plan: ()),
+            limit_s=None,
+        ),
         deadline=Deadline(),
         traced=SimpleNamespace(blocks=blocks),
         tell=lambda *given: None,
@@ -92,5 +97,5 @@ def scale(blocks: int) -> Any:
 @pytest.mark.parametrize(("blocks", "best"), [(4, 0.8), (80, 1.0)])
 def test_neighbours_of_the_best_plan_are_traced_only_for_a_small_model(blocks: int, best: float) -> None:
     """A neighbour whose sketch is far slower is not traced."""
-    found = FinalistTracer(scale(blocks), lambda e: True).run([estimate(0, traced=False)], Plan())
+    found = FinalistTracer(many(blocks), lambda e: True).run([estimate(0, traced=False)], Plan())
     assert min(e.step_s.value for e in found if e.step_s) == best

@@ -27,7 +27,7 @@ from memfit.jobs.training_step import TrainingStep
 from memfit.planner import recompute_budget
 from memfit.planner.capacity import needed_bytes
 from memfit.planner.recompute_budget import choose_tensors, nominal_s
-from memfit.planner.request import Request, make_pricer
+from memfit.planner.request import Request, make_predictor
 from memfit.planner.search import search
 from memfit.planner.selection import Objective, score
 from memfit.techniques.plan_file import plan_text, read_plan
@@ -372,8 +372,8 @@ def test_recomputation_leaves_no_objects_for_the_garbage_collector(name: str) ->
 @pytest.mark.long
 def test_a_search_proposes_a_budget_where_it_beats_every_other_plan() -> None:
     on = machine("L4")
-    asked = Request(job=JobRef(spec="char-lm"), machine=on, accuracy=Accuracy.EXACT)
-    basis = make_pricer(asked)[1].whole(Plan())
+    asked = Request(job_ref=JobRef(spec="char-lm"), machine=on, accuracy=Accuracy.EXACT)
+    basis = make_predictor(asked)[1].whole(Plan())
     tight = dataclasses.replace(asked, cap_bytes=needed_bytes(basis, on) - 20 * 2**20)
     without = dataclasses.replace(tight, bounds=Bounds(without=("optimal-checkpointing",)))
     proposed, other = (search(r, lambda *told: None).result.recommended for r in (tight, without))

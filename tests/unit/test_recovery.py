@@ -16,9 +16,9 @@ from memfit.cli.run import RunOptions, lines, most_recoveries, print_recovery
 from memfit.cli.views import run_view
 from memfit.jobs import checkpoints
 from memfit.jobs.registry import load
-from memfit.planner.evaluate import Pricer
-from memfit.planner.request import Request, space_of
-from memfit.planner.safer_plans import SaferPlan, pricer_of_batch, safer_plan
+from memfit.planner.evaluate import Predictor
+from memfit.planner.request import Request, job_facts
+from memfit.planner.safer_plans import SaferPlan, predictor_of_batch, safer_plan
 from memfit.runtime.local_machine import this_machine
 from memfit.runtime.restart import Losses, newest
 from memfit.techniques.registry import make_use
@@ -55,94 +55,94 @@ OFFLOAD = make_use("activation-offload", {"to": "disk", "minimum_kib": 64})
 
 
 @pytest.fixture(scope="module")
-def pricer() -> Pricer:
+def predictor() -> Predictor:
     """Predicts plans for a batch of long samples."""
     job: Job = load(JobRef(spec=f"{JOB}:job"))
     machine = this_machine("world", "cpu")
-    short = Pricer(job=job, machine=machine, space=space_of(job, "cpu"))
-    return pricer_of_batch(short, job.make_batch(LONG, 0))
+    short = Predictor(job=job, machine=machine, job_facts=job_facts(job, "cpu"))
+    return predictor_of_batch(short, job.make_batch(LONG, 0))
 
 
-def _next(pricer: Pricer, failed: Plan, limit_mib: int, **options: Any) -> Plan:
-    choice = safer_plan(pricer, failed, limit_bytes=limit_mib * MIB, **options)
+def _next(predictor: Predictor, failed: Plan, limit_mib: int, **options: Any) -> Plan:
+    choice = safer_plan(predictor, failed, limit_bytes=limit_mib * MIB, **options)
     assert isinstance(choice, SaferPlan), choice
     assert choice.needed_bytes <= choice.limit_bytes
     assert choice.needed_bytes < choice.failed_bytes
     return choice.estimate.plan
 
 
-def test_the_batch_that_failed_is_predicted(pricer: Pricer) -> None:
-    long = pricer.whole(Plan()).allocated_bytes.value
+def test_the_batch_that_failed_is_predicted(predictor: Predictor) -> None:
+    long = predictor.whole(Plan()).allocated_bytes.value
     job = load(JobRef(spec=f"{JOB}:job"))
-    short = pricer_of_batch(pricer, job.make_batch(0, 0)).whole(Plan()).allocated_bytes.value
+    short = predictor_of_batch(predictor, job.make_batch(0, 0)).whole(Plan()).allocated_bytes.value
     assert long > 3 * short
 
 
-def test_a_plan_of_class_e0_is_never_followed_by_one_that_reorders_sums(pricer: Pricer) -> None:
-    assert _next(pricer, Plan(), 80) == _plan(CHECKPOINTING)
-    assert _next(pricer, Plan(), 42) == _plan(CHECKPOINTING, OFFLOAD)
-    reason = safer_plan(pricer, Plan(), limit_bytes=20 * MIB)
+def test_a_plan_of_class_e0_is_never_followed_by_one_that_reorders_sums(predictor: Predictor) -> None:
+    assert _next(predictor, Plan(), 80) == _plan(CHECKPOINTING)
+    assert _next(predictor, Plan(), 42) == _plan(CHECKPOINTING, OFFLOAD)
+    reason = safer_plan(predictor, Plan(), limit_bytes=20 * MIB)
     assert isinstance(reason, str)
     assert "of effect class E0 that are left" in reason
     assert "20 MiB may be used; a plan with gradient-accumulation (E1)" in reason
 
 
-def test_a_plan_of_class_e1_first_gets_the_fewest_micro_batches_that_fit(pricer: Pricer) -> None:
+def test_a_plan_of_class_e1_first_gets_the_fewest_micro_batches_that_fit(predictor: Predictor) -> None:
     two = _plan(_micro(2))
-    assert _next(pricer, two, 60) == _plan(_micro(4))
-    assert _next(pricer, two, 30) == _plan(_micro(8))
-    assert _next(pricer, two, 20) == _plan(_micro(4), CHECKPOINTING)
+    assert _next(predictor, two, 60) == _plan(_micro(4))
+    assert _next(predictor, two, 30) == _plan(_micro(8))
+    assert _next(predictor, two, 20) == _plan(_micro(4), CHECKPOINTING)
 
 
-def test_plans_that_were_tried_are_not_tried_again(pricer: Pricer) -> None:
-    assert _next(pricer, _plan(_micro(2)), 60, tried=[_plan(_micro(4))]) == _plan(_micro(8))
+def test_plans_that_were_tried_are_not_tried_again(predictor: Predictor) -> None:
+    assert _next(predictor, _plan(_micro(2)), 60, tried=[_plan(_micro(4))]) == _plan(_micro(8))
 
 
 def test_a_plan_that_failed_though_predicted_to_fit_is_followed_by_one_that_needs_a_tenth_less(
-    pricer: Pricer,
+    predictor: Predictor,
 ) -> None:
-    choice = safer_plan(pricer, _plan(_micro(2)), limit_bytes=10_000 * MIB)
+    choice = safer_plan(predictor, _plan(_micro(2)), limit_bytes=10_000 * MIB)
     assert isinstance(choice, SaferPlan)
     assert choice.needed_bytes <= choice.limit_bytes == int(0.9 * choice.failed_bytes)
 
 
-def test_a_plan_of_the_frontier_is_preferred_if_it_can_follow(pricer: Pricer) -> None:
+def test_a_plan_of_the_frontier_is_preferred_if_it_can_follow(predictor: Predictor) -> None:
     rare = make_use("activation-checkpointing", {"every": 2})
     other_optimizer, other_class = _plan("sgd", CHECKPOINTING), _plan("bf16-autocast", CHECKPOINTING)
     frontier = [other_optimizer, other_class, _plan(_micro(8)), _plan(rare), Plan(), _plan(CHECKPOINTING)]
-    assert _next(pricer, Plan(), 130, frontier=frontier) == _plan(rare)
-    assert _next(pricer, Plan(), 60, frontier=frontier) == _plan(CHECKPOINTING)
+    assert _next(predictor, Plan(), 130, frontier=frontier) == _plan(rare)
+    assert _next(predictor, Plan(), 60, frontier=frontier) == _plan(CHECKPOINTING)
     # With other micro-batches only, though recomputation needs more memory, so is nearer.
-    assert _next(pricer, _plan(_micro(2)), 60, frontier=frontier) == _plan(_micro(8))
+    assert _next(predictor, _plan(_micro(2)), 60, frontier=frontier) == _plan(_micro(8))
 
 
 def test_a_plan_of_the_frontier_cannot_follow_if_it_has_a_higher_class_or_another_precision(
-    pricer: Pricer, monkeypatch: pytest.MonkeyPatch
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def whole(self: Pricer, plan: Plan) -> Estimate:
+    def whole(self: Predictor, plan: Plan) -> Estimate:
         value = 200.0 * MIB / (1 + len(plan.uses))
         return dataclasses.replace(
             _estimate(plan), allocated_bytes=Interval(value=value, low=value, high=value)
         )
 
-    monkeypatch.setattr(Pricer, "whole", whole)
-    assert _next(pricer, Plan(), 130, frontier=[_plan("chunked-cross-entropy")]) == _plan(CHECKPOINTING)
-    assert _next(pricer, _plan("sgd"), 90, frontier=[_plan("chunked-cross-entropy", CHECKPOINTING)]) == _plan(
-        "sgd", _micro(2)
-    )
+    monkeypatch.setattr(Predictor, "whole", whole)
+    assert _next(predictor, Plan(), 130, frontier=[_plan("chunked-cross-entropy")]) == _plan(CHECKPOINTING)
+    assert _next(
+        predictor, _plan("sgd"), 90, frontier=[_plan("chunked-cross-entropy", CHECKPOINTING)]
+    ) == _plan("sgd", _micro(2))
     cut = _plan(_micro(2), "chunked-cross-entropy")
-    assert _next(pricer, _plan(_micro(2)), 90, frontier=[cut]) == cut
+    assert _next(predictor, _plan(_micro(2)), 90, frontier=[cut]) == cut
 
 
 @pytest.mark.parametrize("kind", [DependenceKind.DEPENDENT, DependenceKind.NOT_TESTED])
 def test_a_batch_is_not_cut_unless_its_samples_are_known_to_be_independent(
-    kind: DependenceKind, pricer: Pricer
+    kind: DependenceKind, predictor: Predictor
 ) -> None:
-    unsure = dataclasses.replace(pricer)
-    unsure.traces = pricer.traces
+    unsure = dataclasses.replace(predictor)
+    unsure.traces = predictor.traces
     unsure.__dict__["dependence"] = SampleDependence(kind=kind)
     reordered = make_use("adamw-fused", {})  # E1, and does not cut the batch
-    assert _next(pricer, _plan(reordered), 80).get("gradient-accumulation") is not None
+    assert _next(predictor, _plan(reordered), 80).get("gradient-accumulation") is not None
     assert _next(unsure, _plan(reordered), 80) == _plan(reordered, CHECKPOINTING)
     cut = safer_plan(unsure, _plan(_micro(2)), limit_bytes=60 * MIB)
     assert isinstance(cut, SaferPlan)
@@ -160,7 +160,7 @@ def test_a_training_loop_of_the_user_gets_the_next_plan_for_the_batch_that_faile
     safer = prediction.safer(long)
     assert safer.plan == _plan(CHECKPOINTING)
     assert safer.fits
-    assert not dataclasses.replace(safer, estimate=safer.pricer.whole(Plan())).fits
+    assert not dataclasses.replace(safer, estimate=safer.predictor.whole(Plan())).fits
     with pytest.raises(UserError, match="no safer plan: of the plans of effect class E0 that are left"):
         dataclasses.replace(prediction, cap_bytes=20 * MIB).safer(long)
 
@@ -247,7 +247,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def _recovered(train: Trainer, most: int = 2, **changes: Any) -> Run:
-    request = Request(job=JobRef(spec=f"{JOB}:job"), machine=this_machine("world", "cpu"))
+    request = Request(job_ref=JobRef(spec=f"{JOB}:job"), machine=this_machine("world", "cpu"))
     return train_with_recoveries(
         train, request, _spec(**changes), _estimate(Plan()), RecoverySettings(most=most)
     )
@@ -310,13 +310,15 @@ def test_a_batch_that_cannot_be_made_ends_the_run_and_not_memfit(
         raise UserError("no such sample")
 
     broken = dataclasses.replace(job, make_batch=lambda s, seed: fail(s, seed) if s else torch.ones(8, 4, 64))
-    monkeypatch.setattr(recovery, "make_pricer", lambda *a, **k: (broken, None))
+    monkeypatch.setattr(recovery, "make_predictor", lambda *a, **k: (broken, None))
     run = _recovered(Trainer(1))
     assert run.recovery_stop == "plans cannot be predicted for the batch of step 1: no such sample"
 
 
 def test_the_engine_that_replays_cannot_recover() -> None:
-    request = Request(job=JobRef(spec=f"{JOB}:job"), machine=this_machine("world", "cpu"), engine="replay")
+    request = Request(
+        job_ref=JobRef(spec=f"{JOB}:job"), machine=this_machine("world", "cpu"), engine="replay"
+    )
     with pytest.raises(UserError, match="engine replay trains nothing"):
         run_plan(
             request,

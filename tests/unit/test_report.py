@@ -46,7 +46,7 @@ from memfit.report.view import downsample, poc_view
 from memfit.report.words import LANGUAGES, load_words
 from memfit.types import serialization
 from memfit.types.errors import UserError
-from memfit.types.result import OutcomeKind, Poc, Reason, VerdictKind
+from memfit.types.result import OutcomeKind, Poc, Reason, ReasonKind, VerdictKind
 from memfit.types.units import GIB, MIB
 
 EN = load_words("en")
@@ -310,7 +310,7 @@ def test_only_metered_energy_is_marked_as_measured(boundary: str, mark: str) -> 
 
 def test_a_technique_that_costs_memory_is_not_reported_as_saving() -> None:
     best = search().frontier[0]
-    worse = Reason(kind="saves", technique="bf16-autocast", saved_bytes=-3 * MIB, time_ratio=0.8)
+    worse = Reason(kind=ReasonKind.SAVES, technique="bf16-autocast", saved_bytes=-3 * MIB, time_ratio=0.8)
     choice = dataclasses.replace(best, reasons=(worse,))
     found = search_view(dataclasses.replace(search(), recommended=choice)).recommended
     assert found is not None
@@ -478,7 +478,7 @@ def test_times_are_not_predicted_on_a_machine_of_unknown_speed() -> None:
     unknown = dataclasses.replace(
         poc.search.baseline,
         estimate=estimate(PLAIN, 2 * GIB, None),
-        reasons=(Reason(kind="saves", technique="x"),),
+        reasons=(Reason(kind=ReasonKind.SAVES, technique="x"),),
     )
     found = dataclasses.replace(poc.search, baseline=unknown, frontier=(unknown,), recommended=unknown)
     rows = tuple(dataclasses.replace(row, plain=unknown.estimate) for row in full_poc().paper)

@@ -17,9 +17,9 @@ from memfit.jobs.registry import load
 from memfit.jobs.training_step import TrainingStep
 from memfit.planner.parallelism_grid import Limits, grids
 from memfit.planner.plan_space import dependence_reasons, usable
-from memfit.planner.request import Request, make_pricer
+from memfit.planner.request import Request, make_predictor
 from memfit.planner.search import search
-from memfit.techniques.base import Space
+from memfit.techniques.base import JobFacts
 from memfit.techniques.plan_file import plan_text
 from memfit.techniques.registry import TECHNIQUES, effect_of, make_use
 from memfit.trace import sample_dependence as trials
@@ -40,7 +40,7 @@ OF_NORMS = SampleDependence(
 OF_SYNCED = dataclasses.replace(OF_NORMS, cause=DependenceCause.SYNC_BATCH_NORM, across_ranks=False)
 OF_WEIGHTS = dataclasses.replace(OF_NORMS, cause=DependenceCause.WEIGHTS)
 UNTESTED = SampleDependence(kind=DependenceKind.NOT_TESTED, reason="the model is too large for a trial")
-SPACE = Space(batch_size=8, block_count=2, vocabulary=0, device="cpu")
+FACTS = JobFacts(batch_size=8, block_count=2, vocabulary=0, device_kind="cpu")
 
 
 @pytest.mark.parametrize("job", DEPENDENT, ids=lambda job: job.name)
@@ -226,7 +226,7 @@ def test_the_effect_class_of_splitting_depends_on_the_job(
 def test_micro_batches_of_dependent_samples_are_outside_the_default_search(
     dependence: SampleDependence, accuracy: Accuracy, searched: bool
 ) -> None:
-    allowed, out = usable(SPACE, accuracy, dependence=dependence)
+    allowed, out = usable(FACTS, accuracy, dependence=dependence)
     assert ("gradient-accumulation" in {t.name for t in allowed}) is searched
     told = {r.technique: r for r in out if r.kind == "left_out_changes"}
     assert searched or told["gradient-accumulation"].detail == dependence.changes
@@ -264,7 +264,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _request(spec: str, **more: object) -> Request:
-    return Request(job=JobRef(spec=spec), machine=catalog.machine("H100-SXM", "world"), **more)  # type: ignore[arg-type]
+    return Request(job_ref=JobRef(spec=spec), machine=catalog.machine("H100-SXM", "world"), **more)  # type: ignore[arg-type]
 
 
 def _quiet(*begun: object) -> None:
@@ -342,7 +342,7 @@ def test_an_estimate_of_a_splitting_plan_names_the_dependence(own: Path) -> None
     found = explain(_request(f"{own}:norms"), SPLIT, _quiet)
     assert found.dependence is not None
     assert found.dependence.cause is DependenceCause.BATCH_NORM
-    assert make_pricer(_request(f"{own}:norms"))[1].whole(Plan()).dependence is None
+    assert make_predictor(_request(f"{own}:norms"))[1].whole(Plan()).dependence is None
 
 
 def test_terminal_estimates_state_the_dependence_in_every_language(

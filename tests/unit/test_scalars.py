@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from test_scaling import aim
+from test_scaling import request_for
 from tiny import Words, words_batch, words_loss
 from torch import nn
 
 from memfit.catalog import machine
 from memfit.jobs.training_step import TrainingStep
-from memfit.planner.device_pricing import Scale
-from memfit.planner.evaluate import Pricer
-from memfit.planner.request import space_of
+from memfit.planner.evaluate import Predictor
+from memfit.planner.multi_device_predictor import MultiDevicePredictor
+from memfit.planner.request import job_facts
 from memfit.runtime import local_machine
 from memfit.techniques.registry import make_use, technique
 from memfit.types.errors import UserError
@@ -28,16 +28,16 @@ from memfit.worker.train import step_maker
 class Scaled(Words):
     def __init__(self) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.tensor(1.0))
+        self.many = nn.Parameter(torch.tensor(1.0))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.scale * super().forward(tokens)
+        return self.many * super().forward(tokens)
 
 
 JOB = Job(
     name="scaled", build_model=Scaled, make_batch=words_batch, loss=words_loss, batch_size=8, blocks="blocks"
 )
-TOLD = r"does not support parameters without dimensions, but 'scale' is one; .*torch\.ones\(1\)"
+TOLD = r"does not support parameters without dimensions, but 'many' is one; .*torch\.ones\(1\)"
 
 
 def _plan(name: str, ranks: int = 2, **settings: Any) -> Plan:
@@ -62,11 +62,14 @@ def _missing(*names: str) -> bool:
 def test_prediction_refuses_an_unsupported_scalar_parameter(engine: str, plan: Plan, who: str) -> None:
     if engine == "accelerate" and _missing("accelerate"):
         pytest.skip("accelerate is not installed: native's step is traced")
-    pricer = Pricer(
-        job=JOB, machine=local_machine.this_machine("world"), space=space_of(JOB, "cpu", 2), engine=engine
+    predictor = Predictor(
+        job=JOB,
+        machine=local_machine.this_machine("world"),
+        job_facts=job_facts(JOB, "cpu", 2),
+        engine=engine,
     )
     with pytest.raises(UserError, match=f"^{who} {TOLD}"):
-        pricer.whole(plan)
+        predictor.whole(plan)
 
 
 @pytest.mark.parametrize("engine", ["deepspeed", "accelerate"])
@@ -89,16 +92,18 @@ def test_zero_3_and_plain_training_support_a_scalar_parameter(plan: Plan) -> Non
     step = TrainingStep(JOB, plan)
     before = float(step.run(JOB.make_batch(0, 0))[0])
     assert float(step.run(JOB.make_batch(0, 0))[0]) < before
-    assert step.model.scale.numel() in {0, 1}
+    assert step.model.many.numel() in {0, 1}
     step.close()
 
 
 def test_fsdp2_is_not_proposed_for_a_scalar_parameter() -> None:
-    assert not list(technique("fsdp2").settings(space_of(JOB, "cpu", 2)))
-    assert list(technique("ddp").settings(space_of(JOB, "cpu", 2)))
+    assert not list(technique("fsdp2").settings(job_facts(JOB, "cpu", 2)))
+    assert list(technique("ddp").settings(job_facts(JOB, "cpu", 2)))
 
 
 def test_a_search_for_many_devices_leaves_out_fsdp2_for_a_scalar_parameter() -> None:
     on = machine("4xL4")
-    scale = Scale(Pricer(job=JOB, machine=on, space=space_of(JOB, "cuda", 4)), aim(on))
-    assert "fsdp2" in scale.limits(4).without
+    many = MultiDevicePredictor(
+        Predictor(job=JOB, machine=on, job_facts=job_facts(JOB, "cuda", 4)), request_for(on)
+    )
+    assert "fsdp2" in many.limits(4).without

@@ -21,24 +21,24 @@ from memfit.cost.estimate import interval_around
 from memfit.cost.money import bill
 from memfit.cost.op_time import time_model
 from memfit.engines.registry import engine
-from memfit.planner import device_pricing, multi_device
+from memfit.planner import multi_device, multi_device_predictor
 from memfit.planner.block_traces import BlockTracer
-from memfit.planner.capacity import needed_bytes
-from memfit.planner.device_pricing import Aim, Scale
-from memfit.planner.evaluate import Pricer
+from memfit.planner.capacity import Cap, needed_bytes
+from memfit.planner.evaluate import Predictor
 from memfit.planner.grid_search import (
     GridSketches,
     Sketch,
     _extremes,
+    _GridPredictor,
     _merged,
-    _Pricing,
     _todo,
     find,
     picked,
 )
-from memfit.planner.multi_device import search_scale
+from memfit.planner.multi_device import search_many_devices
+from memfit.planner.multi_device_predictor import MultiDevicePredictor, MultiDeviceRequest
 from memfit.planner.parallelism_grid import Limits, grids, no_grid_error
-from memfit.planner.request import space_of
+from memfit.planner.request import job_facts
 from memfit.planner.selection import Objective, frontier, score
 from memfit.techniques.rank_mesh import layout
 from memfit.techniques.registry import TECHNIQUES, conflict, make_plain_plan, make_use
@@ -117,7 +117,7 @@ def block_tracer(job: Job, device: str) -> BlockTracer:
 
 @pytest.fixture(autouse=True)
 def _shared_small_traces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_pricing, "BlockTracer", block_tracer)
+    monkeypatch.setattr(multi_device_predictor, "BlockTracer", block_tracer)
 
 
 def traced(batch: int = 32) -> BlockTracer:
@@ -138,10 +138,10 @@ def limits(**changes: Any) -> Limits:
     return dataclasses.replace(base, **changes)
 
 
-def pricing(wanted: Limits, on: Machine) -> tuple[_Pricing, list[Any]]:
+def grid_predictor(wanted: Limits, on: Machine) -> tuple[_GridPredictor, list[Any]]:
     model = time_model(on.device, Calibration())
     assert model is not None
-    found = _Pricing(traced(), on, model, wanted)
+    found = _GridPredictor(traced(), on, model, wanted)
     todo = _todo(on, wanted)
     traced().trace(*found.needed(todo))
     return found, todo
@@ -185,9 +185,9 @@ def test_grids_for_512_devices_hold_over_a_million_plans() -> None:
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
 def test_sketched_memory_is_near_the_traced_memory() -> None:
     """One plan of each kind of layout. A search traces the plans that it picks whole in any case."""
-    found, todo = pricing(limits(), H100)
+    found, todo = grid_predictor(limits(), H100)
     model_job = job(32)
-    pricer = Pricer(job=model_job, machine=H100, space=space_of(model_job, "cuda", 8))
+    predictor = Predictor(job=model_job, machine=H100, job_facts=job_facts(model_job, "cuda", 8))
     rng = random.Random(4)
     kinds: dict[tuple[int, int, int, str], int] = {}
     errors = []
@@ -198,13 +198,13 @@ def test_sketched_memory_is_near_the_traced_memory() -> None:
         if kinds.get(kind, 0) >= 1 or at.schedule not in ("", "1f1b", "interleaved") or at.stages > 2:
             continue
         part = dataclasses.replace(grid, states=states, away=((),))
-        priced = found.price(part, compute)
-        assert priced is not None
-        sketch = Sketch(part, *picked(part, priced, rng.randrange(priced.step_s.size)))
+        predictions = found.predict(part, compute)
+        assert predictions is not None
+        sketch = Sketch(part, *picked(part, predictions, rng.randrange(predictions.step_s.size)))
         if sketch.plan.get("chunked-cross-entropy") or sketch.plan.get("compile"):
             continue  # the loss is outside of the model here; graphs with collectives cannot be cut
         kinds[kind] = kinds.get(kind, 0) + 1
-        whole = pricer.whole(sketch.plan).allocated_bytes.value
+        whole = predictor.whole(sketch.plan).allocated_bytes.value
         errors.append((abs(sketch.allocated_bytes / whole - 1), sketch.plan.label))
     errors.sort()
     assert len(errors) >= 8
@@ -228,10 +228,10 @@ def _found(on: Machine, **changes: Any) -> GridSketches:
 def test_law_the_extremes_of_each_technique_are_those_of_all_plans(tight: bool) -> None:
     """The fastest fitting plan and the smallest one, with each technique and without it, by enumeration."""
     wanted = limits(ranks=2, batch=4, tensor=(1, 2), context=(1,), without=frozenset({*FEW, "fsdp2"}))
-    found, todo = pricing(wanted, H100)
-    priced = [(dataclasses.replace(g, states=states), found.price(dataclasses.replace(g, states=states), c))
-              for g, c, states in todo]  # fmt: skip
-    grids_of = [(grid, p) for grid, p in priced if p is not None]
+    found, todo = grid_predictor(wanted, H100)
+    whole_grids = [(dataclasses.replace(grid, states=states), compute) for grid, compute, states in todo]
+    predictions = [(grid, found.predict(grid, compute)) for grid, compute in whole_grids]
+    grids_of = [(grid, p) for grid, p in predictions if p is not None]
     memory = sorted(float(m) for _, p in grids_of for m in p.allocated_bytes.ravel())
     caps = (memory[len(memory) // 3] if tight else math.inf, 1.0 if tight else math.inf)
     merged = _merged(
@@ -268,10 +268,13 @@ def test_law_the_extremes_of_each_technique_are_those_of_all_plans(tight: bool) 
 def test_a_sketch_on_several_devices_needs_about_as_much_as_the_whole_trace() -> None:
     on = machine("2xL4")
     only_ddp = Bounds(without=tuple(t for t in TECHNIQUES if t != "ddp"))
-    scale, plain_plan = Scale(_two_cards(), aim(on, bounds=only_ddp)), make_plain_plan(2)
-    sketch = next(e for e in scale.estimates(2) if e.plan == plain_plan)
-    whole = scale.needs(scale.pricer.whole(plain_plan))  # mostly the context and the buffers of NCCL
-    assert scale.needs(sketch) == pytest.approx(whole, rel=0.1)
+    many, plain_plan = (
+        MultiDevicePredictor(_two_cards(), request_for(on, bounds=only_ddp)),
+        make_plain_plan(2),
+    )
+    sketch = next(e for e in many.estimates(2) if e.plan == plain_plan)
+    whole = many.needs(many.plan_predictor.whole(plain_plan))  # mostly the context and the buffers of NCCL
+    assert many.needs(sketch) == pytest.approx(whole, rel=0.1)
 
 
 def test_of_few_plans_all_are_kept() -> None:
@@ -324,31 +327,32 @@ def test_the_fastest_sketch_is_not_slower_on_a_faster_machine(times: float, part
     assert fast <= slow * (1 + 1e-9)
 
 
-def aim(on: Machine, *, goal: str = "fastest", accuracy: str = "exact", **changes: Any) -> Aim:
+def request_for(
+    on: Machine, *, goal: str = "fastest", accuracy: str = "exact", **changes: Any
+) -> MultiDeviceRequest:
     bounds = changes.pop("bounds", Bounds())
     bounds = dataclasses.replace(bounds, without=(*bounds.without, *FEW))
     cap = changes.pop("cap_bytes", int(on.device.memory_bytes.value))
-    return Aim(
+    return MultiDeviceRequest(
         goal=Objective(goal),
         accuracy=Accuracy(accuracy),
-        cap_bytes=cap,
+        cap=Cap(bytes=cap, needs=lambda e: needed_bytes(e, on), refuses=lambda plan: ()),
         bounds=bounds,
-        needs=lambda e: needed_bytes(e, on),
         tell=lambda *a: None,
     )
 
 
 @functools.cache
-def pricer_of(batch: int, spec: str, blocks: int = 4) -> Pricer:
+def predictor_of(batch: int, spec: str, blocks: int = 4) -> Predictor:
     small, on = shared_job(batch, blocks), machine(spec)
-    return Pricer(job=small, machine=on, space=space_of(small, "cuda", on.device_count))
+    return Predictor(job=small, machine=on, job_facts=job_facts(small, "cuda", on.device_count))
 
 
 _SHARES = (0.0, 0.2, 0.35, 0.6, 1.0)
 
 
-def _two_cards() -> Pricer:
-    return pricer_of(8, "2xL4")
+def _two_cards() -> Predictor:
+    return predictor_of(8, "2xL4")
 
 
 @functools.cache
@@ -357,15 +361,15 @@ def _answer(goal: str, cap_bytes: int, deadline_s: float) -> float:
     on = machine("2xL4")
     few = ("pipeline", "chunked-cross-entropy", "tensor-parallel", "activation-offload", "adamw-8bit")
     bounds = Bounds(steps=1000, deadline_s=deadline_s, without=few)
-    wanted = aim(on, goal=goal, accuracy="rounding", cap_bytes=cap_bytes, bounds=bounds)
+    wanted = request_for(on, goal=goal, accuracy="rounding", cap_bytes=cap_bytes, bounds=bounds)
     try:
-        found = search_scale(_two_cards(), 2, wanted).recommended
+        found = search_many_devices(_two_cards(), 2, wanted).recommended
     except NothingFits:
         return math.inf
     assert found is not None
     assert found.estimate.step_s is not None
     assert found.estimate.step_s.value * 1000 <= deadline_s
-    assert wanted.needs(found.estimate) <= cap_bytes
+    assert wanted.cap.needs(found.estimate) <= cap_bytes
     return score(found.estimate, Objective(goal))
 
 
@@ -383,8 +387,8 @@ def test_law_a_whole_search_with_a_looser_cap_or_deadline_is_never_worse(shares:
 
 
 def test_no_sketch_on_the_frontier_is_dominated() -> None:
-    scale = Scale(pricer_of(8, "4xL4"), aim(machine("4xL4"), accuracy="rounding"))
-    estimates = scale.estimates(4)
+    many = MultiDevicePredictor(predictor_of(8, "4xL4"), request_for(machine("4xL4"), accuracy="rounding"))
+    estimates = many.estimates(4)
     edge = frontier(estimates)
     for one in edge:
         assert not any(
@@ -405,26 +409,28 @@ def test_a_deadline_met_on_a_slow_network_is_met_on_a_faster_one() -> None:
     times = []
     small = shared_job(8, 4)
     for on in (slow, fast):
-        pricer = Pricer(job=small, machine=on, space=space_of(small, "cuda", on.device_count))
-        scale = Scale(pricer, aim(on, accuracy="rounding"))
-        times.append(min(score(e, Objective.FASTEST) for e in scale.estimates(4)) * steps)
+        predictor = Predictor(job=small, machine=on, job_facts=job_facts(small, "cuda", on.device_count))
+        many = MultiDevicePredictor(predictor, request_for(on, accuracy="rounding"))
+        times.append(min(score(e, Objective.FASTEST) for e in many.estimates(4)) * steps)
     assert times[1] <= times[0]
 
 
 def test_the_error_when_nothing_fits_names_ways_out() -> None:
     on = machine("2xL4")
     with pytest.raises(NothingFits) as caught:
-        search_scale(_two_cards(), 2, aim(on, cap_bytes=500 * 2**20))
+        search_many_devices(_two_cards(), 2, request_for(on, cap_bytes=500 * 2**20))
     assert "more on each device" in str(caught.value.explained())
     late = Bounds(steps=10**9, deadline_s=1.0)
     with pytest.raises(NothingFits) as caught:
-        search_scale(_two_cards(), 2, aim(on, bounds=late))
+        search_many_devices(_two_cards(), 2, request_for(on, bounds=late))
     assert any("deadline" in way for way in caught.value.ways)
 
 
 def test_the_model_is_cut_if_there_are_fewer_samples_than_devices() -> None:
     on, few = machine("4xL4"), shared_job(3, 4)
-    found = search_scale(Pricer(job=few, machine=on, space=space_of(few, "cuda", 1)), 4, aim(on))
+    found = search_many_devices(
+        Predictor(job=few, machine=on, job_facts=job_facts(few, "cuda", 1)), 4, request_for(on)
+    )
     assert found.recommended is not None
     assert layout(found.recommended.estimate.plan).data in (1, 3)
     assert found.baseline.estimate.plan == make_plain_plan(3)  # a replica needs a sample
@@ -432,7 +438,7 @@ def test_the_model_is_cut_if_there_are_fewer_samples_than_devices() -> None:
 
 def test_a_search_for_the_fewest_devices_may_leave_devices_idle() -> None:
     on = machine("2xL4")
-    found = search_scale(pricer_of(8, "2xL4"), 2, aim(on, goal="fewest"))
+    found = search_many_devices(predictor_of(8, "2xL4"), 2, request_for(on, goal="fewest"))
     assert found.recommended is not None
     estimate = found.recommended.estimate
     assert estimate.plan.ranks == 1
@@ -444,15 +450,15 @@ def test_a_search_for_the_fewest_devices_may_leave_devices_idle() -> None:
 def test_a_device_count_without_plans_is_skipped_if_others_have_plans() -> None:
     on = machine("4xL4")
     whole = Bounds(without=("tensor-parallel", "pipeline"))
-    scale = Scale(pricer_of(8, "4xL4"), aim(on, goal="cheapest", bounds=whole))
-    assert {e.plan.ranks for e in scale.over((3, 2))} == {2}
+    many = MultiDevicePredictor(predictor_of(8, "4xL4"), request_for(on, goal="cheapest", bounds=whole))
+    assert {e.plan.ranks for e in many.over((3, 2))} == {2}
     with pytest.raises(UserError, match="a batch of 8 cannot be shared evenly by 3 devices"):
-        scale.over((3,))
+        many.over((3,))
 
 
 def test_a_sketch_is_expected_to_err_as_traced_plans_did_in_time_energy_cost_and_co2() -> None:
     on = machine("4xL4")
-    scale = Scale(pricer_of(8, "4xL4"), aim(on))
+    many = MultiDevicePredictor(predictor_of(8, "4xL4"), request_for(on))
     sketch = Estimate(
         plan=make_plain_plan(4),
         allocated_bytes=interval_around(2.0**30, 0.1),
@@ -466,8 +472,8 @@ def test_a_sketch_is_expected_to_err_as_traced_plans_did_in_time_energy_cost_and
         co2_g=40.0,
         traced=False,
     )
-    scale.pairs.append((sketch, dataclasses.replace(sketch, step_s=interval_around(2.0, 0.1), traced=True)))
-    expected = scale.expected(sketch)
+    many.pairs.append((sketch, dataclasses.replace(sketch, step_s=interval_around(2.0, 0.1), traced=True)))
+    expected = many.expected(sketch)
     assert expected.step_s is not None
     assert (expected.step_s.value, expected.energy_j, expected.usd, expected.co2_g) == (2.0, 600.0, 0.5, 80.0)
 
@@ -475,11 +481,13 @@ def test_a_sketch_is_expected_to_err_as_traced_plans_did_in_time_energy_cost_and
 def test_a_search_without_bf16_techniques_stays_in_float32() -> None:
     on = machine("2xL4")
     left = Bounds(without=("bf16-autocast", "bf16-parameters", "tensor-parallel", "pipeline", "zero"))
-    pricer = pricer_of(8, "2xL4")
-    found = search_scale(pricer, 2, aim(on, goal="cheapest", accuracy="rounding", bounds=left))
+    predictor = predictor_of(8, "2xL4")
+    found = search_many_devices(
+        predictor, 2, request_for(on, goal="cheapest", accuracy="rounding", bounds=left)
+    )
     assert found.recommended is not None
-    scale = Scale(pricer, aim(on, accuracy="rounding", bounds=left))
-    plans = [e.plan for e in scale.estimates(1)]
+    many = MultiDevicePredictor(predictor, request_for(on, accuracy="rounding", bounds=left))
+    plans = [e.plan for e in many.estimates(1)]
     assert plans
     assert all(p.get("bf16-autocast") is None for p in plans)
 
@@ -513,7 +521,7 @@ def test_a_recommendation_is_no_slower_than_plain_training_that_fits() -> None:
     """Its reasons compare traces with traces and sketches with sketches. The optimizer of a small model is
     not offloaded, because copies and operators of many small tensors would have to be started."""
     on = machine("2xH100-SXM")
-    found = search_scale(pricer_of(8, "2xH100-SXM"), 2, aim(on, accuracy="rounding"))
+    found = search_many_devices(predictor_of(8, "2xH100-SXM"), 2, request_for(on, accuracy="rounding"))
     assert found.recommended is not None
     assert found.baseline.fits
     assert score(found.recommended.estimate, Objective.FASTEST) <= 1.03 * score(
@@ -532,7 +540,7 @@ def test_a_plan_that_is_traced_for_a_reason_and_is_better_is_recommended(
 ) -> None:
     faster: list[Estimate] = []
 
-    def traced(scale: Any, winner: Estimate, *rest: Any, **options: Any) -> Iterator[Estimate]:
+    def traced(many: Any, winner: Estimate, *rest: Any, **options: Any) -> Iterator[Estimate]:
         if not faster:  # as if one more plan had been traced, in half of the winner's time
             assert winner.step_s is not None
             times = winner.step_s
@@ -545,7 +553,7 @@ def test_a_plan_that_is_traced_for_a_reason_and_is_better_is_recommended(
 
     monkeypatch.setattr(multi_device, "traced_for_reasons", traced)
     on = machine("2xH100-SXM")
-    found = search_scale(pricer_of(8, "2xH100-SXM"), 2, aim(on))
+    found = search_many_devices(predictor_of(8, "2xH100-SXM"), 2, request_for(on))
     assert found.recommended is not None
     assert found.recommended.estimate.plan == faster[0].plan
     assert faster[0].plan in [choice.estimate.plan for choice in found.frontier]
@@ -565,9 +573,11 @@ def test_pipelines_have_enough_micro_batches_for_their_schedule() -> None:
 def test_plain_training_without_enough_host_memory_is_shown_as_not_fitting() -> None:
     on, plain_plan = machine("2xL4"), make_plain_plan(2)
     only_ddp = Bounds(without=tuple(t for t in TECHNIQUES if t != "ddp"))
-    wanted = dataclasses.replace(aim(on, bounds=only_ddp), host=lambda e: e.plan != plain_plan)
-    assert plain_plan in {e.plan for e in Scale(_two_cards(), wanted).estimates(2)}
-    found = search_scale(_two_cards(), 2, wanted)
+    asked = request_for(on, bounds=only_ddp)
+    cap = dataclasses.replace(asked.cap, host=lambda e: e.plan != plain_plan)
+    wanted = dataclasses.replace(asked, cap=cap)
+    assert plain_plan in {e.plan for e in MultiDevicePredictor(_two_cards(), wanted).estimates(2)}
+    found = search_many_devices(_two_cards(), 2, wanted)
     assert found.baseline.estimate.plan == plain_plan
     assert not found.baseline.estimate.traced  # a sketch that does not fit is not traced
     assert not found.baseline.fits
@@ -576,7 +586,7 @@ def test_plain_training_without_enough_host_memory_is_shown_as_not_fitting() -> 
 def test_excluded_techniques_are_in_no_plan() -> None:
     on = machine("2xL4")
     unwanted = Bounds(without=("fsdp2", "tensor-parallel"))
-    found = search_scale(pricer_of(8, "2xL4"), 2, aim(on, bounds=unwanted))
+    found = search_many_devices(predictor_of(8, "2xL4"), 2, request_for(on, bounds=unwanted))
     plans: list[Plan] = [c.estimate.plan for c in found.frontier]
     assert plans
     assert not any(p.get("fsdp2") or p.get("tensor-parallel") for p in plans)
@@ -601,10 +611,10 @@ def test_a_technique_that_cannot_be_traced_does_not_end_the_search(
     monkeypatch.setattr(BlockTracer, "_traced", fails)
     on, small = machine("2xL4"), shared_job(8, 3)
     alone = BlockTracer(small, "cuda")  # shares no traces with other searches
-    monkeypatch.setattr(device_pricing, "BlockTracer", lambda job, device: alone)
+    monkeypatch.setattr(multi_device_predictor, "BlockTracer", lambda job, device: alone)
     few = ("activation-offload", "adamw-8bit", "fsdp2", "optimizer-in-backward", "pipeline")
-    pricer = Pricer(job=small, machine=on, space=space_of(small, "cuda", 2))
-    found = search_scale(pricer, 2, aim(on, bounds=Bounds(without=few)))
+    predictor = Predictor(job=small, machine=on, job_facts=job_facts(small, "cuda", 2))
+    found = search_many_devices(predictor, 2, request_for(on, bounds=Bounds(without=few)))
     assert found.recommended is not None
     assert "no such operator" in alone.kept.values()
 

@@ -12,22 +12,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memfit import catalog
-from memfit.planner.capacity import states_bytes
-from memfit.planner.evaluate import Pricer
-from memfit.planner.plan_space import complexity, plans, usable
-from memfit.planner.recompute_budget import Cap
-from memfit.planner.request import Request, half_precision_of, make_pricer
-from memfit.planner.search import _small_state_bytes
-from memfit.planner.selection import TIE_RATIO, Band, Objective, Prices, best, decide, frontier, score
+from memfit.planner.capacity import Cap, states_bytes
+from memfit.planner.evaluate import Predictor
+from memfit.planner.plan_space import effect_then_size_key, plans, usable
+from memfit.planner.reasons import ReasonInputs
+from memfit.planner.request import Request, half_precision_of, make_predictor
+from memfit.planner.search import _negligible_state_bytes, build_result
+from memfit.planner.selection import TIE_RATIO, EqualityBand, Objective, best, frontier, score
 from memfit.planner.shortlist import most_promising, until_none_better
-from memfit.planner.sketch_errors import Hopes
-from memfit.techniques.base import Space
+from memfit.planner.sketch_errors import BestCaseEstimates
+from memfit.techniques.base import JobFacts
 from memfit.techniques.registry import conflict, effect_of, make_use
 from memfit.types.job import JobRef
 from memfit.types.plan import Accuracy, Bounds, EffectClass, Plan, use
-from memfit.types.result import Estimate, Interval, Reason
+from memfit.types.result import Estimate, Interval, Reason, ReasonKind
 
-SPACE = Space(batch_size=4, block_count=4, vocabulary=1000, device="cpu")
+FACTS = JobFacts(batch_size=4, block_count=4, vocabulary=1000, device_kind="cpu")
 EVERY_PLAN = [
     Plan(),
     Plan(uses=(use("activation-checkpointing", every=1),)),
@@ -40,7 +40,7 @@ EVERY_PLAN = [
 PLAIN, CHECKPOINTED, ACCUMULATED, MIXED, SGD, BOTH, MIXED_ACCUMULATED = EVERY_PLAN
 
 
-def priced(plan: Plan, peak: float, time_s: float | None = 1.0, **more: Any) -> Estimate:
+def estimated(plan: Plan, peak: float, time_s: float | None = 1.0, **more: Any) -> Estimate:
     def exact(value: float) -> Interval:
         return Interval(value=value, low=value, high=value)
 
@@ -56,15 +56,15 @@ def priced(plan: Plan, peak: float, time_s: float | None = 1.0, **more: Any) -> 
     )
 
 
-# --- space
+# --- the plans of a search
 
 
-def names(accuracy: Accuracy, space: Space = SPACE) -> set[str]:
-    return {t.name for t in usable(space, accuracy)[0]}
+def names(accuracy: Accuracy, facts: JobFacts = FACTS) -> set[str]:
+    return {t.name for t in usable(facts, accuracy)[0]}
 
 
 def test_an_accuracy_goal_allows_only_its_effect_classes_and_names_the_rest() -> None:
-    allowed, left_out = usable(SPACE, Accuracy.EXACT)
+    allowed, left_out = usable(FACTS, Accuracy.EXACT)
     assert {t.effect for t in allowed} == {EffectClass.E0}
     reasons = {r.technique: r for r in left_out}
     assert reasons["bf16-autocast"].kind == "left_out_accuracy"
@@ -75,7 +75,7 @@ def test_an_accuracy_goal_allows_only_its_effect_classes_and_names_the_rest() ->
 
 def test_a_missing_package_leaves_its_techniques_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    allowed, left_out = usable(SPACE, Accuracy.ANY)
+    allowed, left_out = usable(FACTS, Accuracy.ANY)
     missing = {r.technique: r.detail for r in left_out if r.kind == "left_out_unavailable"}
     assert missing == {
         "adamw-8bit": "bitsandbytes",
@@ -89,12 +89,12 @@ def test_a_missing_package_leaves_its_techniques_out_with_the_reason(monkeypatch
 
 
 def test_techniques_that_do_not_apply_to_the_job_are_not_tried() -> None:
-    bare = Space(batch_size=1, block_count=0, vocabulary=0, device="cpu")
+    bare = JobFacts(batch_size=1, block_count=0, vocabulary=0, device_kind="cpu")
     assert not names(Accuracy.ANY, bare) & {"gradient-accumulation", "activation-checkpointing", "lora"}
 
 
 def test_plans_are_unique_conflict_free_combinations_with_plain_first() -> None:
-    found = list(plans(SPACE, usable(SPACE, Accuracy.ROUNDING)[0]))
+    found = list(plans(FACTS, usable(FACTS, Accuracy.ROUNDING)[0]))
     assert found[0] == Plan()
     assert len(set(found)) == len(found)
     assert all(conflict(p) is None for p in found)
@@ -104,11 +104,11 @@ def test_plans_are_unique_conflict_free_combinations_with_plain_first() -> None:
 def test_the_number_of_plans_is_the_product_of_choices_minus_clashes() -> None:
     kept = [
         t
-        for t in usable(SPACE, Accuracy.ROUNDING)[0]
+        for t in usable(FACTS, Accuracy.ROUNDING)[0]
         if t.name in ("gradient-accumulation", "optimizer-in-backward", "activation-checkpointing")
     ]
     # accumulation (none, 2, 4) x checkpointing (none, 1, 2, 3) x in backward (no, yes), but not with 2 and 4
-    assert len(list(plans(SPACE, kept))) == 3 * 4 * 2 - 2 * 4
+    assert len(list(plans(FACTS, kept))) == 3 * 4 * 2 - 2 * 4
 
 
 # --- frontier
@@ -131,7 +131,7 @@ def at_least_as_good(one: Estimate, other: Estimate) -> bool:
 
 @given(ESTIMATES)
 def test_law_the_frontier_keeps_exactly_the_undominated_plans(drawn: list[tuple[int, int, int]]) -> None:
-    estimates = [priced(EVERY_PLAN[i], peak, time_s) for i, peak, time_s in drawn]
+    estimates = [estimated(EVERY_PLAN[i], peak, time_s) for i, peak, time_s in drawn]
     kept = frontier(estimates)
     dropped = [e for e in estimates if e not in kept]
     assert kept
@@ -143,7 +143,9 @@ def test_law_the_frontier_keeps_exactly_the_undominated_plans(drawn: list[tuple[
 
 
 def test_without_times_the_frontier_is_by_memory_and_effect() -> None:
-    found = frontier([priced(PLAIN, 10, None), priced(CHECKPOINTED, 5, None), priced(MIXED, 7, None)])
+    found = frontier(
+        [estimated(PLAIN, 10, None), estimated(CHECKPOINTED, 5, None), estimated(MIXED, 7, None)]
+    )
     assert [e.plan for e in found] == [CHECKPOINTED]
 
 
@@ -152,7 +154,7 @@ def test_without_times_the_frontier_is_by_memory_and_effect() -> None:
 
 @given(ESTIMATES, st.integers(1, 5), st.sampled_from(list(Objective)))
 def test_law_a_looser_cap_is_never_worse(drawn: list[Any], cap: int, goal: Objective) -> None:
-    estimates = [priced(EVERY_PLAN[i], peak, time_s) for i, peak, time_s in drawn]
+    estimates = [estimated(EVERY_PLAN[i], peak, time_s) for i, peak, time_s in drawn]
 
     def reached(limit: int) -> float:
         found = best([e for e in estimates if e.allocated_bytes.value <= limit], goal)
@@ -162,14 +164,14 @@ def test_law_a_looser_cap_is_never_worse(drawn: list[Any], cap: int, goal: Objec
 
 
 def test_among_nearly_equal_plans_the_milder_and_simpler_one_wins() -> None:
-    close = [priced(BOTH, 5, 1.0), priced(MIXED, 5, 1.01), priced(ACCUMULATED, 5, 1.015)]
+    close = [estimated(BOTH, 5, 1.0), estimated(MIXED, 5, 1.01), estimated(ACCUMULATED, 5, 1.015)]
     found = best(close, Objective.FASTEST)
     assert found is not None
     assert found.plan == ACCUMULATED  # E1 before E2
     found = best(close[:2], Objective.FASTEST)
     assert found is not None
     assert found.plan == MIXED  # one technique before two
-    clear = best([*close, priced(SGD, 5, 0.5)], Objective.FASTEST)
+    clear = best([*close, estimated(SGD, 5, 0.5)], Objective.FASTEST)
     assert clear is not None
     assert clear.plan == SGD
 
@@ -179,41 +181,46 @@ def test_best_of_no_plans_is_none() -> None:
 
 
 def test_each_goal_scores_its_own_figure_and_falls_back_to_time() -> None:
-    one = priced(PLAIN, 10, 2.0, usd=3.0, co2_g=4.0)
+    one = estimated(PLAIN, 10, 2.0, usd=3.0, co2_g=4.0)
     figures = [score(one, g) for g in Objective]
     assert figures[:4] == [2.0, 10, 3.0, 4.0]
-    assert score(priced(PLAIN, 10, 9.0), Objective.FEWEST) > figures[4] > one.plan.ranks
-    bare = priced(PLAIN, 10, 2.0)
+    assert score(estimated(PLAIN, 10, 9.0), Objective.FEWEST) > figures[4] > one.plan.ranks
+    bare = estimated(PLAIN, 10, 2.0)
     assert [score(bare, g) for g in (Objective.CHEAPEST, Objective.GREENEST)] == [2.0, 2.0]
-    assert score(priced(PLAIN, 10, None), Objective.FASTEST) == float("inf")
+    assert score(estimated(PLAIN, 10, None), Objective.FASTEST) == float("inf")
 
 
 def test_complexity_compares_effect_class_first() -> None:
-    assert complexity(PLAIN) == (0, 0, 0)
-    assert complexity(CHECKPOINTED) < complexity(ACCUMULATED) < complexity(MIXED) < complexity(BOTH)
+    assert effect_then_size_key(PLAIN) == (0, 0, 0)
+    assert (
+        effect_then_size_key(CHECKPOINTED)
+        < effect_then_size_key(ACCUMULATED)
+        < effect_then_size_key(MIXED)
+        < effect_then_size_key(BOTH)
+    )
 
 
 # --- decide
 
-PRICES = {
-    PLAIN: priced(PLAIN, 100, 1.0),
-    CHECKPOINTED: priced(CHECKPOINTED, 60, 1.3),
-    ACCUMULATED: priced(ACCUMULATED, 50, 1.1),
-    MIXED: priced(MIXED, 60, 0.8),
-    SGD: priced(SGD, 90, 0.9),
-    BOTH: priced(BOTH, 40, 1.0),
+ESTIMATES = {
+    PLAIN: estimated(PLAIN, 100, 1.0),
+    CHECKPOINTED: estimated(CHECKPOINTED, 60, 1.3),
+    ACCUMULATED: estimated(ACCUMULATED, 50, 1.1),
+    MIXED: estimated(MIXED, 60, 0.8),
+    SGD: estimated(SGD, 90, 0.9),
+    BOTH: estimated(BOTH, 40, 1.0),
 }
 
 
 def decided(cap: int, goal: Objective = Objective.FASTEST, *left_out: Reason) -> Any:
-    return decide(
-        list(PRICES.values()),
+    return build_result(
+        list(ESTIMATES.values()),
         goal=goal,
         cap_bytes=cap,
         considered=99,
         left_out=left_out,
-        fits=lambda e: e.allocated_bytes.value <= cap,
-        price=PRICES.__getitem__,
+        meets_limits=lambda e: e.allocated_bytes.value <= cap,
+        inputs=ReasonInputs(ESTIMATES.__getitem__),
     )
 
 
@@ -228,7 +235,7 @@ def test_the_recommendation_states_what_each_technique_saves() -> None:
 
 
 def test_the_recommendation_states_why_each_other_technique_is_left_out() -> None:
-    why = Reason(kind="left_out_accuracy", technique="lora", detail="rounding")
+    why = Reason(kind=ReasonKind.LEFT_OUT_ACCURACY, technique="lora", detail="rounding")
     found = decided(70, Objective.FASTEST, why).recommended
     assert found.estimate.plan == MIXED
     kinds = {r.technique: r for r in found.reasons if r.kind != "saves"}
@@ -244,15 +251,15 @@ def test_the_recommendation_states_why_each_other_technique_is_left_out() -> Non
 
 
 def test_an_equally_good_plan_that_is_not_simpler_is_left_out_as_not_needed() -> None:
-    same = {PLAIN: priced(PLAIN, 50), CHECKPOINTED: priced(CHECKPOINTED, 40)}
-    found = decide(
+    same = {PLAIN: estimated(PLAIN, 50), CHECKPOINTED: estimated(CHECKPOINTED, 40)}
+    found = build_result(
         list(same.values()),
         goal=Objective.FASTEST,
         cap_bytes=60,
         considered=2,
         left_out=(),
-        fits=lambda e: True,
-        price=same.__getitem__,
+        meets_limits=lambda e: True,
+        inputs=ReasonInputs(same.__getitem__),
     )
     assert found.recommended is not None
     assert found.recommended.estimate.plan == PLAIN
@@ -260,15 +267,15 @@ def test_an_equally_good_plan_that_is_not_simpler_is_left_out_as_not_needed() ->
 
 
 def test_a_faster_plan_within_the_time_error_is_left_out_as_uncertain() -> None:
-    quicker = {PLAIN: priced(PLAIN, 50), CHECKPOINTED: priced(CHECKPOINTED, 40, 0.9)}
-    found = decide(
+    quicker = {PLAIN: estimated(PLAIN, 50), CHECKPOINTED: estimated(CHECKPOINTED, 40, 0.9)}
+    found = build_result(
         list(quicker.values()),
         goal=Objective.FASTEST,
         cap_bytes=60,
         considered=2,
         left_out=(),
-        fits=lambda e: True,
-        price=Prices(quicker.__getitem__, band=Band(0.25, 0.5)),
+        meets_limits=lambda e: True,
+        inputs=ReasonInputs(quicker.__getitem__, band=EqualityBand(0.25, 0.5)),
     ).recommended
     assert found is not None
     assert found.estimate.plan == PLAIN
@@ -294,15 +301,15 @@ def test_when_nothing_fits_the_smallest_plan_is_given_without_a_recommendation()
 
 
 def test_without_times_a_reason_has_no_time_ratio() -> None:
-    prices = {PLAIN: priced(PLAIN, 100, None), CHECKPOINTED: priced(CHECKPOINTED, 40, None)}
-    found = decide(
-        list(prices.values()),
+    estimates = {PLAIN: estimated(PLAIN, 100, None), CHECKPOINTED: estimated(CHECKPOINTED, 40, None)}
+    found = build_result(
+        list(estimates.values()),
         goal=Objective.SMALLEST,
         cap_bytes=50,
         considered=2,
         left_out=(),
-        fits=lambda e: e.allocated_bytes.value <= 50,
-        price=prices.__getitem__,
+        meets_limits=lambda e: e.allocated_bytes.value <= 50,
+        inputs=ReasonInputs(estimates.__getitem__),
     )
     assert found.recommended is not None
     assert [(r.saved_bytes, r.time_ratio) for r in found.recommended.reasons] == [(60, None)]
@@ -311,7 +318,9 @@ def test_without_times_a_reason_has_no_time_ratio() -> None:
 @pytest.mark.parametrize(("device", "mixed"), [("T4", "fp16-autocast"), ("A100-80GB-SXM", "bf16-autocast")])
 def test_the_proposed_mixed_precision_is_the_half_type_of_the_device(device: str, mixed: str) -> None:
     half = half_precision_of(catalog.machine(device, "world"))
-    offered, _ = usable(dataclasses.replace(SPACE, device="cuda", half=half), Accuracy.ROUNDING)
+    offered, _ = usable(
+        dataclasses.replace(FACTS, device_kind="cuda", half_precision=half), Accuracy.ROUNDING
+    )
     assert {t.name for t in offered if t.slot == "precision"} & {"fp16-autocast", "bf16-autocast"} == {mixed}
     assert (half == "float16") == ("bf16-parameters" not in {t.name for t in offered})
 
@@ -335,13 +344,13 @@ TRUE_RATIOS = {"bf16-autocast": 3.0, "sgd": 0.5}  # of trace to sketch, for each
 def _whole_of(sketch: Estimate) -> Estimate:
     factor = math.prod(TRUE_RATIOS.get(u.technique, 1.0) for u in sketch.plan.uses)
     assert sketch.step_s is not None
-    return priced(sketch.plan, sketch.allocated_bytes.value, sketch.step_s.value * factor, traced=True)
+    return estimated(sketch.plan, sketch.allocated_bytes.value, sketch.step_s.value * factor, traced=True)
 
 
 def _more_traced(times: dict[Plan, float], traced: list[Plan], cap_bytes: int, most: int) -> list[Plan]:
     """Return the plans that are traced in addition. Each of ``times``, those of sketches, has a peak of
     100."""
-    sketches = [priced(plan, 100, time_s, traced=False) for plan, time_s in times.items()]
+    sketches = [estimated(plan, 100, time_s, traced=False) for plan, time_s in times.items()]
     whole = {e.plan: _whole_of(e) for e in sketches}
     added = until_none_better(
         lambda chosen: [whole[p] for p in chosen],
@@ -371,33 +380,35 @@ def test_plans_that_cannot_fit_are_not_traced_nor_any_if_none_fits() -> None:
     assert _more_traced(times, [PLAIN], 99, 9) == []
 
 
-def _baseline(goal: str, batch: int) -> tuple[Request, Pricer, Estimate]:
+def _baseline(goal: str, batch: int) -> tuple[Request, Predictor, Estimate]:
     ref = JobRef(spec="char-lm", batch=batch)
-    request = Request(job=ref, machine=catalog.machine("T4"), goal=Objective(goal), cap_bytes=2**40)
-    _, pricer = make_pricer(request)
-    return request, pricer, pricer.whole(Plan())
+    request = Request(job_ref=ref, machine=catalog.machine("T4"), goal=Objective(goal), cap_bytes=2**40)
+    _, predictor = make_predictor(request)
+    return request, predictor, predictor.whole(Plan())
 
 
 @pytest.mark.parametrize(("goal", "batch"), [("fastest", 2), ("smallest", 2048)])
 def test_other_optimizers_are_searched_where_the_optimizer_takes_long_or_memory_is_the_goal(
     goal: str, batch: int
 ) -> None:
-    request, pricer, baseline = _baseline(goal, batch)
-    assert _small_state_bytes(request, pricer, baseline, 2**40) is None
+    request, predictor, baseline = _baseline(goal, batch)
+    assert _negligible_state_bytes(request, predictor, baseline, 2**40) is None
 
 
 def test_other_optimizers_are_not_searched_where_states_are_small_and_the_optimizer_is_quick() -> None:
-    request, pricer, baseline = _baseline("fastest", 2048)
-    assert _small_state_bytes(request, pricer, baseline, 2**40) == states_bytes(baseline) > 0
-    assert _small_state_bytes(request, pricer, baseline, states_bytes(baseline) * 10) is None
+    request, predictor, baseline = _baseline("fastest", 2048)
+    assert _negligible_state_bytes(request, predictor, baseline, 2**40) == states_bytes(baseline) > 0
+    assert _negligible_state_bytes(request, predictor, baseline, states_bytes(baseline) * 10) is None
 
 
 def test_the_least_that_a_trace_may_show_follows_the_traced_plan_most_like_it() -> None:
-    sketches = [priced(p, 100, 10.0, traced=False) for p in (PLAIN, MIXED, MIXED_ACCUMULATED, SGD)]
-    traced = [priced(PLAIN, 100, 10.0, traced=True), priced(MIXED, 120, 30.0, traced=True)]
+    sketches = [estimated(p, 100, 10.0, traced=False) for p in (PLAIN, MIXED, MIXED_ACCUMULATED, SGD)]
+    traced = [estimated(PLAIN, 100, 10.0, traced=True), estimated(MIXED, 120, 30.0, traced=True)]
     cap = Cap(bytes=100, needs=lambda e: int(e.allocated_bytes.value), refuses=lambda plan: ())
-    hopes = Hopes(sketches, traced, cap, Objective.FASTEST)
-    assert hopes.of(sketches[2]) == pytest.approx((30.0 * 0.9, 120 * 0.97))  # as MIXED, one technique more
-    assert hopes.of(sketches[3]) == pytest.approx((10.0 * 0.9, 100 * 0.97))  # as PLAIN
-    assert [e.plan for e in most_promising(sketches[2:], hopes, 10.0)] == [SGD]
-    assert Hopes([], [], cap, Objective.FASTEST).of(sketches[0]) == (10.0, 100)
+    best_cases = BestCaseEstimates(sketches, traced, cap, Objective.FASTEST)
+    assert best_cases.of(sketches[2]) == pytest.approx(
+        (30.0 * 0.9, 120 * 0.97)
+    )  # as MIXED, one technique more
+    assert best_cases.of(sketches[3]) == pytest.approx((10.0 * 0.9, 100 * 0.97))  # as PLAIN
+    assert [e.plan for e in most_promising(sketches[2:], best_cases, 10.0)] == [SGD]
+    assert BestCaseEstimates([], [], cap, Objective.FASTEST).of(sketches[0]) == (10.0, 100)

@@ -20,7 +20,7 @@ from memfit.decision import rollout_gates
 from memfit.engines.registry import render
 from memfit.jobs.registry import load
 from memfit.jobs.training_step import TrainingStep
-from memfit.planner.request import Planning, Request, make_pricer
+from memfit.planner.request import Planning, Request, make_predictor
 from memfit.report.html import write_html
 from memfit.report.terminal import print_poc
 from memfit.runtime import local_machine
@@ -396,8 +396,8 @@ def test_a_proof_of_concept_trains_the_control_and_says_whether_it_was_noticed(
         runs.append(dataclasses.replace(plain, spec=dataclasses.replace(plain.spec, seed=seed)))
         planned = dataclasses.replace(bf16, seed=seed, name="recommended", role="recommended")
         runs.append(dataclasses.replace(plain, spec=planned))
-    request = Request(job=JobRef(spec=spec), machine=local_machine.this_machine("world"), threads=1)
-    pricer = make_pricer(request)[1]
+    request = Request(job_ref=JobRef(spec=spec), machine=local_machine.this_machine("world"), threads=1)
+    predictor = make_predictor(request)[1]
     poc = full_poc()
     recommended = poc.search.recommended
     assert recommended is not None
@@ -406,8 +406,8 @@ def test_a_proof_of_concept_trains_the_control_and_says_whether_it_was_noticed(
     )
     planning = Planning(
         request=request,
-        job=pricer.job,
-        pricer=pricer,
+        job=predictor.job,
+        predictor=predictor,
         cap_bytes=1,
         cap_reason="",
         result=dataclasses.replace(poc.search, recommended=chosen),

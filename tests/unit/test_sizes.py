@@ -8,7 +8,7 @@ import pytest
 
 from memfit.jobs.registry import load
 from memfit.planner import capacity, search
-from memfit.planner.request import Request, make_pricer
+from memfit.planner.request import Request, make_predictor
 from memfit.runtime import local_machine
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
@@ -36,12 +36,12 @@ def test_two_different_lengths_are_refused() -> None:
 
 
 def test_the_batch_is_halved_until_plain_training_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    request = Request(job=JobRef(spec="protein-ss", batch=8), machine=local_machine.this_machine("world"))
-    job, pricer = make_pricer(request)
-    plain = pricer.whole(Plan())
+    request = Request(job_ref=JobRef(spec="protein-ss", batch=8), machine=local_machine.this_machine("world"))
+    job, predictor = make_predictor(request)
+    plain = predictor.whole(Plan())
     need = capacity.needed_bytes(plain, request.machine)
     monkeypatch.setattr(local_machine, "free_bytes", lambda: need // 2)
-    smaller, job, _, estimate = search._runnable(request, job, pricer, plain)
-    assert smaller.job == dataclasses.replace(request.job, batch=job.batch_size)
+    smaller, job, _, estimate = search._runnable(request, job, predictor, plain)
+    assert smaller.job_ref == dataclasses.replace(request.job_ref, batch=job.batch_size)
     assert job.batch_size in (2, 4)
     assert capacity.needed_bytes(estimate, request.machine) <= need // 2

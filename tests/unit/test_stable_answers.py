@@ -34,7 +34,6 @@ from memfit.types.machine import Calibration, Device, Fact, Machine
 from memfit.types.plan import Accuracy, Plan, Use, use
 from memfit.types.result import Estimate, Measurement, OutcomeKind, Timings
 from memfit.types.trace import OpCall, Phase
-from memfit.workflows import proof_of_concept
 
 MIB = 2**20
 ACCUMULATED = use("gradient-accumulation", micro_batches=2)
@@ -42,7 +41,7 @@ CHECKPOINTED = use("activation-checkpointing", every=1)
 EIGHT_BIT, MIXED = use("adamw-8bit"), use("bf16-autocast")
 
 
-def priced(seconds: float, *uses: Use, mib: float = 10.0) -> Estimate:
+def estimated(seconds: float, *uses: Use, mib: float = 10.0) -> Estimate:
     return Estimate(
         plan=Plan(uses=uses),
         allocated_bytes=interval_around(mib * MIB, 0.01),
@@ -59,12 +58,12 @@ def priced(seconds: float, *uses: Use, mib: float = 10.0) -> Estimate:
 
 def test_noise_within_the_error_of_the_timings_changes_no_recommendation() -> None:
     truth = [
-        priced(1.00, MIXED, CHECKPOINTED, EIGHT_BIT),
-        priced(1.01, MIXED, ACCUMULATED, EIGHT_BIT),
-        priced(1.03, MIXED, ACCUMULATED),
-        priced(1.02, MIXED, CHECKPOINTED),
-        priced(1.45, CHECKPOINTED),
-        priced(1.5, ACCUMULATED),
+        estimated(1.00, MIXED, CHECKPOINTED, EIGHT_BIT),
+        estimated(1.01, MIXED, ACCUMULATED, EIGHT_BIT),
+        estimated(1.03, MIXED, ACCUMULATED),
+        estimated(1.02, MIXED, CHECKPOINTED),
+        estimated(1.45, CHECKPOINTED),
+        estimated(1.5, ACCUMULATED),
     ]
     draw, answers = random.Random(0), set()
     for _ in range(200):
@@ -81,17 +80,17 @@ def test_noise_within_the_error_of_the_timings_changes_no_recommendation() -> No
 
 def test_the_line_of_a_tie_is_drawn_where_plans_are_furthest_apart() -> None:
     for simple_s in (1.06, 1.08, 1.10):  # the next is far away: no limit between 7 and 14 % cuts these off
-        close = [priced(1.0, MIXED), priced(simple_s, ACCUMULATED), priced(1.3)]
+        close = [estimated(1.0, MIXED), estimated(simple_s, ACCUMULATED), estimated(1.3)]
         found = best(close, Objective.FASTEST, TIMED)
         assert found is not None
         assert found.plan == Plan(uses=(ACCUMULATED,))
-    slower = best([priced(1.0, MIXED), priced(1.2)], Objective.FASTEST, TIMED)
+    slower = best([estimated(1.0, MIXED), estimated(1.2)], Objective.FASTEST, TIMED)
     assert slower is not None
     assert slower.plan == Plan(uses=(MIXED,))
 
 
 def test_a_gain_of_four_percent_is_not_worth_a_technique_that_is_not_needed() -> None:
-    needless = [priced(1.0, MIXED), priced(0.96, MIXED, EIGHT_BIT), priced(2.0)]
+    needless = [estimated(1.0, MIXED), estimated(0.96, MIXED, EIGHT_BIT), estimated(2.0)]
     found = best(needless, Objective.FASTEST, TIMED)
     assert found is not None
     assert found.plan == Plan(uses=(MIXED,))
@@ -101,15 +100,15 @@ def test_a_gain_of_four_percent_is_not_worth_a_technique_that_is_not_needed() ->
 
 
 def test_the_noisier_the_timings_the_more_counts_as_equal() -> None:
-    close = [priced(1.0, MIXED, EIGHT_BIT), priced(1.25, CHECKPOINTED)]
+    close = [estimated(1.0, MIXED, EIGHT_BIT), estimated(1.25, CHECKPOINTED)]
     answers = [best(close, Objective.FASTEST, timed_band(spread)) for spread in (0.0, 0.05, 0.5)]
     assert [len(e.plan.uses) for e in answers if e] == [2, 2, 1]
-    far = [priced(1.0, MIXED, EIGHT_BIT), priced(1.6, CHECKPOINTED)]
+    far = [estimated(1.0, MIXED, EIGHT_BIT), estimated(1.6, CHECKPOINTED)]
     assert [len(e.plan.uses) for e in [best(far, Objective.FASTEST, timed_band(9.0))] if e] == [2]
 
 
 def test_memory_is_no_timing_and_keeps_its_narrow_tie() -> None:
-    found = best([priced(1.0, mib=10), priced(1.0, CHECKPOINTED, mib=9.2)], Objective.SMALLEST, TIMED)
+    found = best([estimated(1.0, mib=10), estimated(1.0, CHECKPOINTED, mib=9.2)], Objective.SMALLEST, TIMED)
     assert found is not None
     assert found.plan.get("activation-checkpointing")
 
@@ -117,7 +116,7 @@ def test_memory_is_no_timing_and_keeps_its_narrow_tie() -> None:
 def test_of_plans_with_the_same_techniques_the_settings_decide_and_not_the_noise() -> None:
     more = use("gradient-accumulation", micro_batches=4)
     for fewer_s, more_s in ((1.0, 1.01), (1.01, 1.0)):
-        found = best([priced(more_s, more), priced(fewer_s, ACCUMULATED)], Objective.FASTEST, TIMED)
+        found = best([estimated(more_s, more), estimated(fewer_s, ACCUMULATED)], Objective.FASTEST, TIMED)
         assert found is not None
         assert found.plan == Plan(uses=(ACCUMULATED,))
 
@@ -147,10 +146,10 @@ def calls(count: int, flops: int = 10**9) -> list[tuple[OpCall, int]]:
 
 def test_which_operators_are_timed_depends_on_the_plans_and_not_on_the_clock() -> None:
     ops = calls(40)
-    chosen = signatures_to_time(ops, (), budget_s=1.0)
+    chosen = signatures_to_time(ops, (), timing_s=1.0)
     assert 5 <= len(chosen) < 40
-    assert chosen == signatures_to_time(list(reversed(ops)), (), budget_s=1.0)
-    assert not set(chosen[:3]) & set(signatures_to_time(ops, chosen[:3], budget_s=1.0))
+    assert chosen == signatures_to_time(list(reversed(ops)), (), timing_s=1.0)
+    assert not set(chosen[:3]) & set(signatures_to_time(ops, chosen[:3], timing_s=1.0))
 
 
 def timed(seconds: float, *names: str, failed: Sequence[str] = ()) -> Calibration:
@@ -203,7 +202,7 @@ class Probes:
     def __init__(self) -> None:
         self.draw, self.asked = random.Random(1), list[list[str]]()
 
-    def __call__(self, request: Request, signatures: list[str], budget_s: float, rates: bool) -> Calibration:
+    def __call__(self, request: Request, signatures: list[str], timing_s: float, rates: bool) -> Calibration:
         self.asked.append(signatures)
         times = {s: self.draw.uniform(1e-5, 3e-5) for s in signatures}
         return dataclasses.replace(timed(0.0), op_s=times, op_peak_bytes=dict.fromkeys(times, 0))
@@ -221,7 +220,7 @@ def probes(monkeypatch: pytest.MonkeyPatch) -> Probes:
 
 def question(**changes: Any) -> Request:
     asked = Request(
-        job=JobRef(spec="words"), machine=HERE, cap_bytes=1_000_000, accuracy=Accuracy.EXACT, threads=1
+        job_ref=JobRef(spec="words"), machine=HERE, cap_bytes=1_000_000, accuracy=Accuracy.EXACT, threads=1
     )
     return dataclasses.replace(asked, **changes)
 
@@ -239,7 +238,7 @@ def test_the_same_question_is_answered_by_the_same_timings_and_those_of_others_c
     second = search.search(question(), quiet)
     assert len(probes.asked) == taken > 0, "nothing is timed again"
     assert second.result == first.result
-    assert second.pricer.calibration.op_s == first.pricer.calibration.op_s
+    assert second.predictor.calibration.op_s == first.predictor.calibration.op_s
     with pytest.raises(KeyboardInterrupt):
         search.search(question(recalibrate=True), interrupted_at("search"))
     assert probes.asked[taken] == probes.asked[0], "all of it is timed again"
@@ -259,8 +258,8 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Planning]:
 
 
 def test_a_plan_fits_only_if_the_host_holds_what_it_keeps_there(searched: Planning) -> None:
-    fitting = next(e for e in searched.estimates if searched.fits(e))
-    assert not searched.fits(dataclasses.replace(fitting, host_bytes=interval_around(1e12, 0.0)))
+    fitting = next(e for e in searched.estimates if searched.meets_limits(e))
+    assert not searched.meets_limits(dataclasses.replace(fitting, host_bytes=interval_around(1e12, 0.0)))
 
 
 # --- Ctrl-C
@@ -283,7 +282,7 @@ def test_an_interrupted_search_has_the_best_plan_so_far(stage: str) -> None:
     assert found.unfinished
     assert found.recommended is not None
     assert found.recommended.fits
-    assert not found.recommended.reasons  # nothing was priced for them
+    assert not found.recommended.reasons  # nothing was estimated for them
 
 
 @pytest.mark.parametrize("more", [(), ("--json",)])
@@ -296,7 +295,7 @@ def test_ctrl_c_shows_it_and_ends_as_shells_expect(
     def search(*asked: object, **more: object) -> Planning:
         raise SearchInterrupted(dataclasses.replace(searched.result, unfinished=True))
 
-    monkeypatch.setattr(proof_of_concept, "search", search)
+    monkeypatch.setattr("memfit.workflows.plan.find_plan", search)
     assert main(["plan", "protein-ss", *more]) == 130
     out, err = capsys.readouterr()
     assert "interrupted: the search was not finished" in err
@@ -317,7 +316,7 @@ def test_progress_counts_what_is_done_and_not_what_began(monkeypatch: pytest.Mon
         monkeypatch.setattr(trace_pool, "_may_fork", lambda may=may_fork: may)
         seen: list[tuple[int, int]] = []
         results: dict[int, int] = {}
-        trace_pool.side_by_side([partial(int, n) for n in range(5)], partial(note, seen), results)
+        trace_pool.run_parallel([partial(int, n) for n in range(5)], partial(note, seen), results)
         counts = [done for done, _ in seen]
         assert (counts[0], counts[-1]) == (0, 5)
         assert counts == sorted(counts)
@@ -367,8 +366,8 @@ def run_with(
         return Measurement(outcome=OutcomeKind.OK, step_s=(9.0, 9.0, *[step_s] * 3), peak_bytes=1)
 
     monkeypatch.setattr(trials, "few_steps", few_steps)
-    found = dataclasses.replace(searched, pricer=copy.copy(searched.pricer))
-    return trials.measured(found, quiet, budget_s=60.0), ran
+    found = dataclasses.replace(searched, predictor=copy.copy(searched.predictor))
+    return trials.measured(found, quiet, measure_s=60.0), ran
 
 
 def test_the_rival_that_is_quickest_when_run_is_recommended(
@@ -385,7 +384,7 @@ def test_the_rival_that_is_quickest_when_run_is_recommended(
     assert 2 <= len(set(ran)) <= trials.FIRST + trials.CLIMBS * trials.NEIGHBOURS
     assert 3 <= ran.count(chosen) <= 4 + trials.CLIMBS, "the plans that decide run in three rounds or more"
     assert {t.plan for t in found.result.trials} == set(ran)
-    known = found.pricer.calibration
+    known = found.predictor.calibration
     assert known.corrected_count == len(set(ran))
     step = found.result.recommended.estimate.step_s
     assert step is not None
@@ -397,15 +396,17 @@ def test_a_set_of_techniques_predicted_close_is_tried_with_its_fewest_micro_batc
 ) -> None:
     four = use("gradient-accumulation", micro_batches=4)
     sketches = [
-        priced(1.0),
-        priced(1.05, CHECKPOINTED),
-        priced(1.1, EIGHT_BIT),
-        priced(1.15, CHECKPOINTED, EIGHT_BIT),
-        priced(1.2, EIGHT_BIT, four),
-        priced(1.4, EIGHT_BIT, ACCUMULATED),
-        priced(9.0, ACCUMULATED),
+        estimated(1.0),
+        estimated(1.05, CHECKPOINTED),
+        estimated(1.1, EIGHT_BIT),
+        estimated(1.15, CHECKPOINTED, EIGHT_BIT),
+        estimated(1.2, EIGHT_BIT, four),
+        estimated(1.4, EIGHT_BIT, ACCUMULATED),
+        estimated(9.0, ACCUMULATED),
     ]
-    planning = dataclasses.replace(searched, sketches=sketches, estimates=(), fits=lambda estimate: True)
+    planning = dataclasses.replace(
+        searched, sketches=sketches, estimates=(), meets_limits=lambda estimate: True
+    )
     plans = trials._shortlist(planning)
     assert Plan(uses=(EIGHT_BIT, four)) in plans
     assert Plan(uses=(EIGHT_BIT, ACCUMULATED)) in plans
@@ -435,7 +436,7 @@ def test_a_plan_predicted_fast_runs_again_though_its_only_run_was_slower_than_th
         Plan(uses=(use("gradient-accumulation", micro_batches=n),)) for n in range(2, trials.SECOND + 3)
     ]
     disturbed, slow = Plan(), Plan(uses=(EIGHT_BIT,))
-    of_trials = trials._Trials(searched, quiet, budget_s=1.0)
+    of_trials = trials._Trials(searched, quiet, measure_s=1.0)
     of_trials.predicted = {disturbed: 0.9, slow: 1.4, **dict.fromkeys(rivals, 1.0)}
     of_trials.times = {disturbed: [1.5], slow: [1.5], **{plan: [1.0] for plan in rivals}}
     of_trials.rounds = {plan: [1] for plan in of_trials.times}
@@ -513,14 +514,16 @@ def test_when_the_time_is_over_no_run_begins_but_the_first_two(
         return Measurement(outcome=OutcomeKind.OK, step_s=(1.0,))
 
     monkeypatch.setattr(trials, "few_steps", few_steps)
-    trials.measured(dataclasses.replace(searched, pricer=copy.copy(searched.pricer)), quiet, budget_s=0.0)
+    trials.measured(
+        dataclasses.replace(searched, predictor=copy.copy(searched.predictor)), quiet, measure_s=0.0
+    )
     assert len(ran) == 2
 
 
 def test_measuring_for_a_goal_that_is_not_about_time_is_refused(searched: Planning) -> None:
     smallest = dataclasses.replace(searched, request=question(goal=Objective.SMALLEST))
     with pytest.raises(UserError, match="not for smallest"):
-        trials.measured(smallest, quiet, budget_s=1.0)
+        trials.measured(smallest, quiet, measure_s=1.0)
 
 
 def test_measure_is_for_this_machine(capsys: pytest.CaptureFixture[str]) -> None:

@@ -107,7 +107,7 @@ def test_the_gradient_norm_is_that_of_all_parameters_together() -> None:
 def test_forward_and_backward_run_once_for_each_micro_batch_played() -> None:
     seen: list[Phase] = []
     step = TrainingStep(words(), Plan(uses=(use("gradient-accumulation", micro_batches=4),)))
-    step.run(step.job.make_batch(0, 0), seen.append, micro_batches_played=2)
+    step.run(step.job.make_batch(0, 0), seen.append, micro_batch_limit=2)
     micro = [Phase.FORWARD, Phase.BACKWARD]
     assert seen == [*micro, *micro, Phase.OPTIMIZER]
 

@@ -319,7 +319,7 @@ def test_the_same_plan_twice_and_two_executors_of_one_kind_are_refused() -> None
 def story(store: Store) -> proof_of_concept._Story:
     """A proof of concept whose plans are predicted, with none of its runs made."""
     planning = Mock(spec=Planning)
-    planning.pricer = Mock(whole=lambda plan: report_fixture.estimate(plan, report_fixture.PEAKS[plan]))
+    planning.predictor = Mock(whole=lambda plan: report_fixture.estimate(plan, report_fixture.PEAKS[plan]))
     return proof_of_concept._Story(
         planning=planning, store=store, seeds=1, steps=40, command="", progress=lambda *_: None
     )

@@ -20,8 +20,8 @@ from memfit.jobs.registry import load
 from memfit.jobs.training_step import TrainingStep
 from memfit.model.blocks import find_blocks, find_head
 from memfit.planner.plan_space import plans
-from memfit.planner.request import space_of
-from memfit.techniques.base import Knob, Space, Workbench
+from memfit.planner.request import job_facts
+from memfit.techniques.base import JobFacts, Knob, Workbench
 from memfit.techniques.offload import DiskSpool, HostCopies, Spool, SpooledTensor
 from memfit.techniques.optimizers import default_optimizer
 from memfit.techniques.plan_file import parse_plan, plan_text, read_plan
@@ -42,7 +42,7 @@ from memfit.types.errors import UserError
 from memfit.types.job import JobRef, OptimizerChoice
 from memfit.types.plan import EffectClass, Plan, Use, use
 
-SPACE = Space(batch_size=8, block_count=3, vocabulary=VOCABULARY, device="cpu")
+FACTS = JobFacts(batch_size=8, block_count=3, vocabulary=VOCABULARY, device_kind="cpu")
 
 
 def needs(package: str) -> pytest.MarkDecorator:
@@ -133,13 +133,13 @@ def test_a_plan_without_a_technique_that_it_lacks_is_the_same_plan(name: str) ->
 def test_every_proposed_setting_is_valid_user_input() -> None:
     for found in TECHNIQUES.values():
         for device in ("cpu", "cuda"):
-            space = Space(batch_size=8, block_count=5, vocabulary=1000, device=device)
-            for settings in found.settings(space):
+            facts = JobFacts(batch_size=8, block_count=5, vocabulary=1000, device_kind=device)
+            for settings in found.settings(facts):
                 assert make_use(found.name, settings).settings == settings
 
 
 def test_techniques_that_do_not_apply_to_the_job_are_not_proposed() -> None:
-    bare = Space(batch_size=1, block_count=0, vocabulary=0, device="cpu")
+    bare = JobFacts(batch_size=1, block_count=0, vocabulary=0, device_kind="cpu")
     proposed = {t.name for t in TECHNIQUES.values() if list(t.settings(bare))}
     assert not proposed & {
         "gradient-accumulation",
@@ -149,7 +149,7 @@ def test_techniques_that_do_not_apply_to_the_job_are_not_proposed() -> None:
         "lora",
         "qlora",
     }
-    assert [s["micro_batches"] for s in technique("gradient-accumulation").settings(SPACE)] == [2, 4, 8]
+    assert [s["micro_batches"] for s in technique("gradient-accumulation").settings(FACTS)] == [2, 4, 8]
 
 
 class _TwoStacks(nn.Module):
@@ -187,9 +187,9 @@ def test_checkpointing_wraps_the_blocks_of_every_stack(more: tuple[str, ...], ev
 
 def test_adapters_are_not_proposed_to_blocks_without_linear_layers() -> None:
     volumes = load(JobRef(spec="segmentation3d", batch=1))
-    space = space_of(volumes, "cpu")
-    assert space.block_count
-    assert not list(technique("lora").settings(space))
+    facts = job_facts(volumes, "cpu")
+    assert facts.block_count
+    assert not list(technique("lora").settings(facts))
     with pytest.raises(UserError, match="linear layers"):
         trace(volumes, Plan(uses=(make_use("lora", {}),)))
 
@@ -367,7 +367,7 @@ def test_adapters_reach_the_blocks_of_a_model_that_is_itself_the_sequence_of_blo
         build_model=lambda: nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(2))),
         make_batch=lambda step, seed: (torch.ones(32, 8), torch.zeros(32, 8)),
     )
-    assert space_of(job, "cpu").linears
+    assert job_facts(job, "cpu").has_linear_layers
     step = TrainingStep(job, Plan(uses=(make_use("lora", {"rank": 2}),)))
     trainable = {n: p.numel() for n, p in step.model.named_parameters() if p.requires_grad}
     assert all("lora_" in n for n in trainable)
@@ -588,8 +588,8 @@ def test_a_setting_whose_package_is_missing_is_neither_proposed_nor_accepted(
     narrow = TECHNIQUES["bf16-parameters"]
     assert narrow.lacks({"rounding": "stochastic"}) == ("torchao",)
     assert not narrow.lacks({"rounding": "master"})
-    space = Space(batch_size=8, block_count=4, vocabulary=64, device="cuda")
-    proposed = {u for plan in plans(space, [narrow]) for u in plan.uses}
+    facts = JobFacts(batch_size=8, block_count=4, vocabulary=64, device_kind="cuda")
+    proposed = {u for plan in plans(facts, [narrow]) for u in plan.uses}
     assert [u.settings["rounding"] for u in proposed] == ["master"]
     with pytest.raises(UserError, match=r"rounding=stochastic\) needs torchao, which is not installed"):
         check(Plan(uses=(make_use("bf16-parameters", {"rounding": "stochastic"}),)))

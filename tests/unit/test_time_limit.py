@@ -27,19 +27,19 @@ from memfit.cli import main
 from memfit.cli.progress import _Stage
 from memfit.cli.views import search_view
 from memfit.cost.estimate import interval_around
-from memfit.planner import device_pricing, evaluate, job_content, multi_device_bound, search
-from memfit.planner.capacity import needed_bytes
-from memfit.planner.device_pricing import Aim, Scale
-from memfit.planner.evaluate import Pricer
-from memfit.planner.multi_device import search_scale
-from memfit.planner.request import Request, space_of
-from memfit.planner.search_bound import ENOUGH, least_ratio, rest_of
+from memfit.planner import evaluate, job_content, multi_device_bound, multi_device_predictor, search
+from memfit.planner.capacity import Cap, needed_bytes
+from memfit.planner.evaluate import Predictor
+from memfit.planner.multi_device import search_many_devices
+from memfit.planner.multi_device_predictor import MultiDevicePredictor, MultiDeviceRequest
+from memfit.planner.request import Request, job_facts
+from memfit.planner.search_bound import ENOUGH, least_ratio, untraced_plans
 from memfit.planner.selection import Objective, score
 from memfit.planner.single_device import _best_first
 from memfit.report.terminal import print_search
 from memfit.runtime.local_machine import this_machine
 from memfit.trace import trace_pool
-from memfit.trace.trace_pool import side_by_side
+from memfit.trace.trace_pool import run_parallel
 from memfit.types.deadline import Deadline, TimeUp
 from memfit.types.errors import NothingFits, UserError
 from memfit.types.job import Job, JobRef
@@ -87,24 +87,24 @@ def test_a_deadline_ends_calls_in_forked_processes_and_keeps_the_finished_ones(
     begun, results = time.monotonic(), dict[int, float]()
     deadline = Deadline.after(1.0)
     with pytest.raises(TimeUp):
-        side_by_side([lambda: _wait(0.0), lambda: _wait(60.0)], results=results, deadline=deadline)
+        run_parallel([lambda: _wait(0.0), lambda: _wait(60.0)], results=results, deadline=deadline)
     assert time.monotonic() - begun < 30
     assert results == {0: 0.0}
-    assert deadline.cut
+    assert deadline.hit_time_limit
 
 
 def test_a_deadline_ends_a_single_call_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trace_pool, "_may_fork", lambda: True)
     begun = time.monotonic()
     with pytest.raises(TimeUp):
-        side_by_side([lambda: _wait(60.0)], deadline=Deadline.after(0.5))
+        run_parallel([lambda: _wait(60.0)], deadline=Deadline.after(0.5))
     assert time.monotonic() - begun < 30
 
 
 def test_a_deadline_that_has_not_passed_changes_nothing() -> None:
     deadline = Deadline.after(600.0)
-    assert side_by_side([lambda: _wait(0.0), lambda: _wait(0.01)], deadline=deadline) == [0.0, 0.01]
-    assert not deadline.cut
+    assert run_parallel([lambda: _wait(0.0), lambda: _wait(0.01)], deadline=deadline) == [0.0, 0.01]
+    assert not deadline.hit_time_limit
 
 
 def test_work_without_which_there_is_no_answer_is_done_after_the_deadline() -> None:
@@ -127,7 +127,7 @@ def test_progress_estimates_the_time_left_from_the_units_that_are_done() -> None
 # -- the bound
 
 
-def priced(seconds: float, number: int, *, traced: bool = False) -> Estimate:
+def estimated(seconds: float, number: int, *, traced: bool = False) -> Estimate:
     return Estimate(
         plan=Plan(uses=(use("gradient-accumulation", micro_batches=number + 1),)),
         allocated_bytes=interval_around(1e6, 0.01),
@@ -150,12 +150,12 @@ def test_law_no_plan_gains_more_than_the_bound_if_its_sketch_errs_as_assumed(
 ) -> None:
     """Any ratio of trace to sketch from the assumed least one upwards."""
     least, best_score = least_ratio(ratios), 1.0
-    sketches = [priced(seconds, number) for number, (seconds, _) in enumerate(others)]
-    rest = rest_of(sketches, Objective.FASTEST, ratios, best_score)
-    bound = max(0.0, 1 - rest.lowest / best_score)
+    sketches = [estimated(seconds, number) for number, (seconds, _) in enumerate(others)]
+    untraced = untraced_plans(sketches, Objective.FASTEST, ratios, best_score)
+    bound = max(0.0, 1 - untraced.lowest / best_score)
     true_scores = [seconds * (least + above) for seconds, above in others]
     assert all(1 - true / best_score <= bound + 1e-12 for true in true_scores)
-    assert sum(true < best_score for true in true_scores) <= rest.contenders
+    assert sum(true < best_score for true in true_scores) <= untraced.contenders
     assert least <= min(ratios)
 
 
@@ -165,13 +165,13 @@ def test_ratios_that_differ_more_give_a_weaker_bound() -> None:
 
 
 def test_too_few_traces_give_no_bound() -> None:
-    rest = rest_of([priced(1.0, 1)], Objective.FASTEST, [1.0] * (ENOUGH - 1), 1.0)
-    assert rest.unknown == "few_pairs"
+    untraced = untraced_plans([estimated(1.0, 1)], Objective.FASTEST, [1.0] * (ENOUGH - 1), 1.0)
+    assert untraced.unknown == "few_pairs"
 
 
 def test_unknown_step_times_give_no_bound() -> None:
-    sketch = dataclasses.replace(priced(1.0, 1), step_s=None)
-    assert rest_of([sketch], Objective.FASTEST, [1.0] * ENOUGH, 1.0).unknown == "no_score"
+    sketch = dataclasses.replace(estimated(1.0, 1), step_s=None)
+    assert untraced_plans([sketch], Objective.FASTEST, [1.0] * ENOUGH, 1.0).unknown == "no_score"
 
 
 # -- one device
@@ -182,7 +182,7 @@ def question(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Request]:
     monkeypatch.setattr("memfit.planner.request.load", lambda ref: words(2))
 
     def ask(**changes: Any) -> Request:
-        base = Request(job=JobRef(spec="words"), machine=machine("RTX-4090"), accuracy=Accuracy.EXACT)
+        base = Request(job_ref=JobRef(spec="words"), machine=machine("RTX-4090"), accuracy=Accuracy.EXACT)
         return dataclasses.replace(base, **changes)
 
     return ask
@@ -208,7 +208,7 @@ def test_a_search_without_time_recommends_what_it_traced_and_states_no_bound(
     assert found.recommended.fits
     assert found.extent is not None
     assert found.extent.time_up
-    assert found.extent.unpriced_count > 0
+    assert 0 < found.considered < found.extent.unpriced_count  # most were not estimated
     assert found.extent.gain_ratio is None
     assert found.extent.gain_unknown == "unpriced"
 
@@ -228,11 +228,11 @@ def test_what_a_search_without_time_recommends_for_this_machine_is_measured_as_a
 def test_a_search_that_is_cut_after_its_sketches_traces_the_best_one_that_fits(
     question: Callable[..., Request], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_time(pricer: Pricer, plans: object, tell: object = None) -> None:
-        pricer.deadline.end_s = 0.0
-        pricer.deadline.check()
+    def no_time(predictor: Predictor, plans: object, tell: object = None) -> None:
+        predictor.deadline.end_s = 0.0
+        predictor.deadline.check()
 
-    monkeypatch.setattr(Pricer, "trace_all", no_time)
+    monkeypatch.setattr(Predictor, "trace_all", no_time)
     wanted = question(within_s=3600.0, accuracy=Accuracy.ROUNDING, bounds=Bounds(micro_batch=2, without=FEW))
     found = search.search(wanted, quiet).result
     assert found.recommended is not None
@@ -247,15 +247,15 @@ def test_a_search_that_is_cut_after_its_sketches_traces_the_best_one_that_fits(
 def test_parts_that_were_not_traced_side_by_side_in_time_leave_time_for_whole_plans(
     question: Callable[..., Request], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_time(pricer: Pricer, plans: object, tell: object = None) -> None:
-        pricer.deadline.end_s = 0.0
-        pricer.deadline.check()
+    def no_time(predictor: Predictor, plans: object, tell: object = None) -> None:
+        predictor.deadline.end_s = 0.0
+        predictor.deadline.check()
 
-    def one_by_one(pricer: Pricer, plan: Plan, steps: int) -> None:
-        raise AssertionError(f"{plan.label} was traced while plans were priced")
+    def one_by_one(predictor: Predictor, plan: Plan, steps: int) -> None:
+        raise AssertionError(f"{plan.label} was traced while plans were estimated")
 
-    monkeypatch.setattr(Pricer, "prepare", no_time)
-    monkeypatch.setattr(Pricer, "_part", one_by_one)
+    monkeypatch.setattr(Predictor, "prepare", no_time)
+    monkeypatch.setattr(Predictor, "_digest_part_outcome", one_by_one)
     found = search.search(question(within_s=3600.0), quiet).result
     assert found.extent is not None
     assert found.extent.time_up
@@ -306,18 +306,18 @@ def test_a_cut_search_for_which_another_cap_is_asked_answers_from_what_it_kept(
     monkeypatch.setattr(job_content, "_variables", lambda names: {})
 
     def ask(**changes: Any) -> SearchResult:
-        base = Request(job=JobRef(spec="char-lm"), machine=machine("RTX-4090"), accuracy=Accuracy.EXACT)
+        base = Request(job_ref=JobRef(spec="char-lm"), machine=machine("RTX-4090"), accuracy=Accuracy.EXACT)
         return search.search(dataclasses.replace(base, **changes), quiet).result
 
     without_estimates = [ask(within_s=1e-6, continues=continues) for continues in (True, False)]
     assert [result.extent and result.extent.limit_s for result in without_estimates] == [1e-6, 1e-6]
 
-    def no_time(pricer: Pricer, plans: object, tell: object = None) -> None:
-        pricer.deadline.end_s = 1e-9
-        pricer.deadline.check()
+    def no_time(predictor: Predictor, plans: object, tell: object = None) -> None:
+        predictor.deadline.end_s = 1e-9
+        predictor.deadline.check()
 
     with monkeypatch.context() as patch:
-        patch.setattr(Pricer, "trace_all", no_time)
+        patch.setattr(Predictor, "trace_all", no_time)
         first = ask(within_s=3600.0)
     assert first.extent is not None
     assert first.extent.time_up
@@ -342,16 +342,16 @@ def test_a_cut_search_for_which_another_cap_is_asked_answers_from_what_it_kept(
 def test_what_a_limit_may_leave_out_is_traced_last(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trace_pool, "_may_fork", lambda: False)
     long_job, labels = evoformer(samples=1), list[str]()
-    pricer = Pricer(job=long_job, machine=machine("RTX-4090"), space=space_of(long_job, "cuda"))
+    predictor = Predictor(job=long_job, machine=machine("RTX-4090"), job_facts=job_facts(long_job, "cuda"))
     chunked, recomputed = use("chunking", mib=0, parts=16), use("activation-checkpointing", every=1)
     plans = [Plan(uses=uses) for uses in ((), (chunked,), (recomputed,), (chunked, recomputed))]
-    pricer.prepare(plans, lambda done, count, label: labels.append(label))
+    predictor.prepare(plans, lambda done, count, label: labels.append(label))
     order = list(dict.fromkeys(labels))  # two processes would take them from both ends
     assert ["chunking" in label for label in order] == [False, True, True, False]
 
 
 def test_the_best_plans_by_their_sketches_are_traced_first() -> None:
-    sketches = [priced(seconds, number) for number, seconds in enumerate((5.0, 2.0, 4.0, 1.0, 3.0))]
+    sketches = [estimated(seconds, number) for number, seconds in enumerate((5.0, 2.0, 4.0, 1.0, 3.0))]
     sketches[2] = dataclasses.replace(sketches[2], allocated_bytes=interval_around(1e3, 0.01))
     plans = [sketch.plan for sketch in sketches]
     ordered = _best_first(plans, sketches, lambda e: e.plan != plans[3], Objective.FASTEST)
@@ -362,68 +362,73 @@ def test_the_best_plans_by_their_sketches_are_traced_first() -> None:
 
 
 @pytest.fixture
-def scale_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Scale]:
-    monkeypatch.setattr(device_pricing, "BlockTracer", lambda job, device: traced())
+def many_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., MultiDevicePredictor]:
+    monkeypatch.setattr(multi_device_predictor, "BlockTracer", lambda job, device: traced())
 
-    def make(limit_s: float | None = None, **wanted: Any) -> Scale:
+    def make(limit_s: float | None = None, **wanted: Any) -> MultiDevicePredictor:
         asked = job(32)
-        pricer = Pricer(
-            job=asked, machine=H100, space=space_of(asked, "cuda", 8), deadline=Deadline.after(limit_s)
+        predictor = Predictor(
+            job=asked, machine=H100, job_facts=job_facts(asked, "cuda", 8), deadline=Deadline.after(limit_s)
         )
-        aim = Aim(
+        request = MultiDeviceRequest(
             goal=wanted.get("goal", Objective.FASTEST),
             accuracy=Accuracy.ROUNDING,
-            cap_bytes=wanted.get("cap_bytes", 4 * 2**30),
-            needs=lambda e: needed_bytes(e, H100),
+            cap=Cap(
+                bytes=wanted.get("cap_bytes", 4 * 2**30),
+                needs=lambda e: needed_bytes(e, H100),
+                refuses=lambda plan: (),
+            ),
             bounds=Bounds(without=FEW, micro_batch=4),
             tell=quiet,
             limit_s=limit_s,
         )
-        return Scale(pricer, aim)
+        return MultiDevicePredictor(predictor, request)
 
     return make
 
 
-def _pairs(scale: Scale, ratio: float) -> None:
+def _pairs(many: MultiDevicePredictor, ratio: float) -> None:
     """Pretend that some plans were traced, and took ``ratio`` times as long as their sketches."""
-    for sketch in scale.estimates(2)[::20]:
+    for sketch in many.estimates(2)[::20]:
         assert sketch.step_s is not None
         trace = dataclasses.replace(
             sketch, traced=True, step_s=interval_around(sketch.step_s.value * ratio, 0.1)
         )
-        scale.pairs.append((sketch, trace))
+        many.pairs.append((sketch, trace))
 
 
 @pytest.mark.parametrize("goal", [Objective.FASTEST, Objective.SMALLEST, Objective.CHEAPEST])
 def test_law_the_bound_over_the_grids_is_that_over_all_their_plans(
-    scale_of: Callable[..., Scale], goal: Objective
+    many_of: Callable[..., MultiDevicePredictor], goal: Objective
 ) -> None:
-    scale = scale_of(goal=goal)
-    _pairs(scale, 1.05)
-    best_score = min(score(t, goal) for _, t in scale.pairs)
-    rest = multi_device_bound.rest_of_grids(scale, [2], best_score)
-    ratios = multi_device_bound.least_ratios(scale.pairs, goal)
-    known = {t.plan for _, t in scale.pairs}
+    many = many_of(goal=goal)
+    _pairs(many, 1.05)
+    best_score = min(score(t, goal) for _, t in many.pairs)
+    untraced = multi_device_bound.untraced_in_grids(many, [2], best_score)
+    ratios = multi_device_bound.least_ratios(many.pairs, goal)
+    known = {t.plan for _, t in many.pairs}
     lowest, contenders = math.inf, 0
-    for grid in {id(s.grid): s.grid for s in scale.found[2].picks}.values():
-        predicted = scale.found[2].price(grid)
+    for grid in {id(s.grid): s.grid for s in many.found[2].picks}.values():
+        predicted = many.found[2].predict(grid)
         for index in itertools.product(*map(range, grid.shape)):
             step_s, peak = float(predicted.step_s[index]), float(predicted.allocated_bytes[index])
             family = multi_device_bound.family(grid.plan(index).uses)
             least = ratios.get(family, multi_device_bound.unseen_ratio(family, deep=False))
             value = least * (peak if goal is Objective.SMALLEST else step_s)
             if goal is Objective.CHEAPEST:
-                value *= score(scale.pairs[0][0], goal) / scale.pairs[0][0].step_s.value  # type: ignore[union-attr]
+                value *= score(many.pairs[0][0], goal) / many.pairs[0][0].step_s.value  # type: ignore[union-attr]
             if value < best_score and grid.plan(index) not in known:
                 lowest, contenders = min(lowest, value), contenders + 1
-    assert rest.contenders == contenders
-    assert rest.lowest == pytest.approx(lowest)
+    assert untraced.contenders == contenders
+    assert untraced.lowest == pytest.approx(lowest)
 
 
-def test_a_family_of_plans_of_which_none_was_traced_is_trusted_less(scale_of: Callable[..., Scale]) -> None:
-    scale = scale_of()
-    _pairs(scale, 1.0)
-    ratios = multi_device_bound.least_ratios(scale.pairs, Objective.FASTEST)
+def test_a_family_of_plans_of_which_none_was_traced_is_trusted_less(
+    many_of: Callable[..., MultiDevicePredictor],
+) -> None:
+    many = many_of()
+    _pairs(many, 1.0)
+    ratios = multi_device_bound.least_ratios(many.pairs, Objective.FASTEST)
     unseen = multi_device_bound.unseen_ratio(("pipeline", "zero"), deep=True)
     assert ratios
     assert all(unseen < ratio < 1.0 for ratio in ratios.values())
@@ -431,10 +436,10 @@ def test_a_family_of_plans_of_which_none_was_traced_is_trusted_less(scale_of: Ca
 
 
 def test_a_search_for_many_devices_without_time_recommends_a_traced_plan(
-    scale_of: Callable[..., Scale],
+    many_of: Callable[..., MultiDevicePredictor],
 ) -> None:
-    scale = scale_of(1e-6)
-    found = search_scale(scale.pricer, 2, scale.aim)
+    many = many_of(1e-6)
+    found = search_many_devices(many.plan_predictor, 2, many.request)
     assert found.recommended is not None
     assert found.recommended.estimate.traced
     assert found.extent is not None
@@ -445,9 +450,11 @@ def test_a_search_for_many_devices_without_time_recommends_a_traced_plan(
 
 @pytest.mark.long
 def test_a_search_for_many_devices_within_its_limit_is_the_same_every_time(
-    scale_of: Callable[..., Scale],
+    many_of: Callable[..., MultiDevicePredictor],
 ) -> None:
-    first, second = (search_scale(s.pricer, 2, s.aim) for s in (scale_of(3600.0), scale_of(3600.0)))
+    first, second = (
+        search_many_devices(s.plan_predictor, 2, s.request) for s in (many_of(3600.0), many_of(3600.0))
+    )
     assert first == second
     assert first.extent is not None
     assert not first.extent.time_up
@@ -474,7 +481,7 @@ EXTENT = SearchExtent(
 def result() -> SearchResult:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("memfit.planner.request.load", lambda ref: words(2))
-        wanted = Request(job=JobRef(spec="words"), machine=machine("RTX-4090"), accuracy=Accuracy.EXACT)
+        wanted = Request(job_ref=JobRef(spec="words"), machine=machine("RTX-4090"), accuracy=Accuracy.EXACT)
         return search.search(dataclasses.replace(wanted, within_s=1e-6), quiet).result
 
 

@@ -167,11 +167,11 @@ def test_the_child_reads_the_specification_it_was_given() -> None:
 
 
 def test_a_calibration_request_holds_its_signatures_and_budget() -> None:
-    config = native.render_calibration(SPEC, ["a", "b"], budget_s=1.5, packages=["bitsandbytes"])
+    config = native.render_calibration(SPEC, ["a", "b"], timing_s=1.5, packages=["bitsandbytes"])
     request = json.loads(config.files["request.json"])
     assert request == {
         "signatures": ["a", "b"],
-        "budget_s": 1.5,
+        "timing_s": 1.5,
         "threads": 2,
         "device": "cpu",
         "packages": ["bitsandbytes"],

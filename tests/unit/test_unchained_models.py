@@ -73,7 +73,7 @@ def test_the_answer_has_what_divides_the_batch_and_says_what_is_not_modelled(
     file = tmp_path / "mine.py"
     file.write_text(_JOBS)
     request = Request(
-        job=JobRef(spec=f"{file}:{name}"),
+        job_ref=JobRef(spec=f"{file}:{name}"),
         machine=machine("2xL4"),
         bounds=Bounds(without=tuple(sorted(set(TECHNIQUES) - SEARCHED))),
     )

@@ -14,10 +14,10 @@ from torch import nn
 from memfit.catalog import machine
 from memfit.cost.op_time import time_model
 from memfit.planner.block_traces import BlockTracer
-from memfit.planner.evaluate import Pricer
-from memfit.planner.grid_search import Sketch, _Pricing, _with_ends, picked
+from memfit.planner.evaluate import Predictor
+from memfit.planner.grid_search import Sketch, _GridPredictor, _with_ends, picked
 from memfit.planner.parallelism_grid import Limits, _best_fewer, grids, rank_blocks
-from memfit.planner.request import space_of
+from memfit.planner.request import job_facts
 from memfit.techniques.parallel.stage_sizes import stage_sizes
 from memfit.techniques.registry import make_use
 from memfit.types.errors import UserError
@@ -69,14 +69,14 @@ def job() -> Job:
 
 
 @functools.cache
-def _pricing() -> tuple[_Pricing, Limits]:
+def _grid_predictor() -> tuple[_GridPredictor, Limits]:
     model = time_model(ON.device, Calibration())
     assert model is not None
     traced = BlockTracer(job(), "cuda")
     few = frozenset({"compile", "zero", "fsdp2", "activation-offload", "adamw-single"})
     limits = Limits(ranks=4, per_host=4, batch=ROWS, blocks=BLOCKS, device="cuda", without=few)
     limits = _with_ends(traced, model, limits, "bf16")
-    return _Pricing(traced, ON, model, limits), limits
+    return _GridPredictor(traced, ON, model, limits), limits
 
 
 @given(st.integers(1, 60), st.integers(1, 12), st.integers(0, 4), st.integers(0, 4))
@@ -111,21 +111,21 @@ def test_ends_have_fewer_blocks_only_where_the_busiest_rank_gains() -> None:
 
 
 def _sketch(fewer: tuple[int, int], stages: int, schedule: str) -> Sketch:
-    found, limits = _pricing()
+    found, limits = _grid_predictor()
     state = (make_use("bf16-autocast", {}),)
     for grid in grids(dataclasses.replace(limits, ranks=stages)):
         at = grid.layout
         if (at.fewer, at.stages, at.schedule) == (fewer, stages, schedule) and state in grid.states:
             micro = next(i for i, (_, count) in enumerate(grid.micro) if count == ROWS)
             part = dataclasses.replace(grid, states=(state,), inside=((),), ends=((),), away=((),))
-            priced = found.price(part, "autocast")
-            assert priced is not None
-            return Sketch(part, *picked(part, priced, micro))
+            predictions = found.predict(part, "autocast")
+            assert predictions is not None
+            return Sketch(part, *picked(part, predictions, micro))
     raise AssertionError((fewer, stages, schedule))
 
 
 def test_stages_around_a_heavy_head_are_uneven_in_the_search() -> None:
-    _, limits = _pricing()
+    _, limits = _grid_predictor()
     assert limits.ends[1] > 2
     pipelines = {(g.layout.stages, g.layout.fewer) for g in grids(limits) if g.layout.schedule == "1f1b"}
     assert {(2, (0, 0)), (4, (0, 0))} < pipelines
@@ -135,14 +135,16 @@ def test_stages_around_a_heavy_head_are_uneven_in_the_search() -> None:
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
 @pytest.mark.parametrize("stages", [2, 4])
 def test_law_the_price_of_uneven_stages_is_that_of_a_whole_trace(stages: int, schedule: str) -> None:
-    _, limits = _pricing()
+    _, limits = _grid_predictor()
     fewer = _best_fewer(BLOCKS, stages, 1, schedule, limits.ends)
     assert fewer != (0, 0)
     times = []
     for sizes in ((0, 0), fewer):
         sketch = _sketch(sizes, stages, schedule)
         on = dataclasses.replace(ON, device_count=stages)
-        whole = Pricer(job=job(), machine=on, space=space_of(job(), "cuda", stages)).whole(sketch.plan)
+        whole = Predictor(job=job(), machine=on, job_facts=job_facts(job(), "cuda", stages)).whole(
+            sketch.plan
+        )
         assert whole.step_s is not None
         assert sketch.allocated_bytes == pytest.approx(whole.allocated_bytes.value, rel=0.15)
         assert sketch.step_s == pytest.approx(whole.step_s.value, rel=0.15)

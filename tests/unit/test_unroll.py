@@ -12,8 +12,8 @@ from torch import nn
 
 from memfit.catalog.machine_spec import machine
 from memfit.cost.memory import memory_profile, step_ops
-from memfit.planner.evaluate import Pricer
-from memfit.planner.request import space_of
+from memfit.planner.evaluate import Predictor
+from memfit.planner.request import job_facts
 from memfit.techniques.rank_mesh import layout
 from memfit.techniques.registry import make_use
 from memfit.trace.trace_extrapolation import deep_trace, deep_traces
@@ -182,10 +182,10 @@ class Skips(Deep):
 def test_a_model_that_needs_all_its_blocks_is_traced_and_priced_whole() -> None:
     skips = dataclasses.replace(job(), build_model=Skips)
     assert same(canonical(deep_trace(skips, Plan())), canonical(trace(skips, Plan())))
-    pricer = Pricer(job=skips, machine=machine("L4", "world"), space=space_of(skips, "cuda"))
-    assert pricer.repeats
-    assert pricer.sketch(Plan()).allocated_bytes.value > 0
-    assert not pricer.repeats, "the next sketch is made from the whole model at once"
+    predictor = Predictor(job=skips, machine=machine("L4", "world"), job_facts=job_facts(skips, "cuda"))
+    assert predictor.repeats
+    assert predictor.sketch(Plan()).allocated_bytes.value > 0
+    assert not predictor.repeats, "the next sketch is made from the whole model at once"
 
 
 class Alternating(Block):

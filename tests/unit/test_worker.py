@@ -259,7 +259,7 @@ def test_a_technique_missing_after_the_warm_up_fails_the_run(
 
 def test_replay_refuses_a_job_that_has_changed(own: str, tmp_path: Path, told: Any) -> None:
     store, asked = Store(tmp_path / "s.db"), spec(own, source_digest=source_digest(f"{own}:job"))
-    request = Request(job=asked.job, machine=machine("RTX-4090"), engine="replay")
+    request = Request(job_ref=asked.job, machine=machine("RTX-4090"), engine="replay")
 
     def replayed(*uses: Use) -> Run:
         return run_plan(
@@ -326,7 +326,7 @@ def test_calibration_reports_its_rates_and_a_result(
     monkeypatch.setattr(op_benchmark, "_COPY_BYTES", 2**16)
     path = tmp_path / "request.json"
     for threads in (0, 1):
-        request = {"threads": threads, "device": "cpu", "packages": ["math"], "signatures": [], "budget_s": 1}
+        request = {"threads": threads, "device": "cpu", "packages": ["math"], "signatures": [], "timing_s": 1}
         path.write_text(json.dumps({**request, "rates": True, "memory_only": False}))
         calibrate.main(path)
         rates, result = (json.loads(line) for line in capsys.readouterr().out.splitlines())

@@ -188,7 +188,7 @@ def test_the_garbage_collector_runs_rarely_only_between_two_calls() -> None:
 
 
 def test_a_run_has_a_time_limit_only_on_request(folder: Path) -> None:
-    assert Request(job=JobRef(spec="mine.py:job"), machine=machine("H100-SXM")).timeout_s is None
+    assert Request(job_ref=JobRef(spec="mine.py:job"), machine=machine("H100-SXM")).timeout_s is None
     wait = "    import sys, time\n    time.sleep(10 * (step > 0 and 'memfit.worker' in sys.orig_argv))\n"
     slow = JOB.replace("    noise =", f"{wait}    noise =")  # not while the step is predicted
     (folder / "mine.py").write_text(slow)

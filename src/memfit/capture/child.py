@@ -29,12 +29,12 @@ from memfit.capture.script_ranks import ScriptRanks, script_ranks
 from memfit.capture.script_trace import LoopMode, ScriptTrace
 from memfit.inputs import machine_of
 from memfit.jobs.registry import add_job
-from memfit.planner.evaluate import Pricer
+from memfit.planner.evaluate import Predictor
 from memfit.planner.request import Request
 from memfit.planner.search import search
 from memfit.planner.workspace_probes import probe_workspaces
 from memfit.report.explain import traced_estimate
-from memfit.techniques.base import Space
+from memfit.techniques.base import JobFacts
 from memfit.trace.tracer import fake_patches, recording_patches
 from memfit.types.errors import MemfitError, UserError, first_line
 from memfit.types.gc_pause import collect_as_usual
@@ -145,7 +145,7 @@ class _Session:
             job = trace.calls.job(name, optimizer, trace.accumulated, clip=trace.clip, workers=trace.workers)
             add_job(name, job)
             request = Request(
-                job=JobRef(spec=name),
+                job_ref=JobRef(spec=name),
                 machine=self.machine,
                 threads=torch.get_num_threads(),  # as in the estimate, since workspaces depend on them
                 bounds=Bounds(without=_NOT_FOR_SCRIPTS),
@@ -181,24 +181,24 @@ class _Session:
                 self.notes.append(f"LBFGS keeps more directions in later steps: {format_bytes(growth)} more")
         assert self.ranks is not None
         plan = Plan(uses=tuple(self.ranks.uses.values()), ranks=self.ranks.count)
-        pricer = Pricer(
+        predictor = Predictor(
             job=job,
             machine=self.machine,
-            space=Space(batch_size=1, block_count=0, vocabulary=0, device=trace.recorder.device),
+            job_facts=JobFacts(batch_size=1, block_count=0, vocabulary=0, device_kind=trace.recorder.device),
             traces={(plan, 0): trace.finish(plan.ranks)},
         )
         if self.spec.probe and self.machine.is_here and self.machine.device.is_host:
-            probe_workspaces(pricer, plan)
-        estimate = pricer.whole(plan)
+            probe_workspaces(predictor, plan)
+        estimate = predictor.whole(plan)
         if self.machine.device.is_host:
-            estimate = _with_late_collective(estimate, pricer.trace(plan))
+            estimate = _with_late_collective(estimate, predictor.trace(plan))
         estimate = self._with_other_batches(self._with_sparse_rows(estimate), trace)
         if trace.setup_peak_bytes > estimate.allocated_bytes.high:
             self.notes.append(
                 f"before its first training step, the script needs {format_bytes(trace.setup_peak_bytes)}, "
                 "more than a training step: it evaluates the model, or builds it"
             )
-        explained = traced_estimate(estimate, pricer.trace(plan, estimate.rank), pricer.calibration)
+        explained = traced_estimate(estimate, predictor.trace(plan, estimate.rank), predictor.calibration)
         full_trace = explained.trace
         if not self.spec.whole_trace:
             live = full_trace.live_at(explained.peak_clock)

@@ -1,7 +1,7 @@
 """Let a script that trains on an accelerator run on a machine without one, on fake CPU tensors.
 
 Tensors keep torch's CPU as their device. Whether they lie on the target device or on its host is kept by the
-recorder (``place``), and the script's loop is answered as if the device existed.
+recorder (``memory_pool``), and the script's loop is answered as if the device existed.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class DeviceRedirect(TorchFunctionMode):
         """Return whether a tensor lies on the target device."""
         if self.trace.is_host or not isinstance(tensor, FakeTensor):
             return self.trace.is_host
-        return self.trace.recorder.note_real(tensor, "").place != NOWHERE
+        return self.trace.recorder.note_real(tensor, "").memory_pool != NOWHERE
 
     def _born_on_target(self, out: Any) -> Any:
         for leaf in _pytree.tree_leaves(out):
@@ -186,7 +186,7 @@ class DeviceRedirect(TorchFunctionMode):
         if torch.device(device).type == "meta":
             return torch.Tensor.to(tensor, "meta", dtype=dtype or tensor.dtype)
         if not to_accelerator:
-            with trace.region(), trace.recorder.placed(NOWHERE):
+            with trace.region(), trace.recorder.in_memory_pool(NOWHERE):
                 out = torch.Tensor.to(tensor, dtype=dtype or tensor.dtype, copy=True)
                 trace.recorder.move(out, NOWHERE)
                 return out
@@ -194,7 +194,7 @@ class DeviceRedirect(TorchFunctionMode):
         with trace.region():
             out = torch.Tensor.to(source, dtype=dtype or tensor.dtype, copy=True)
             life = trace.recorder.note_real(out, "to the device")
-            life.place = ""
+            life.memory_pool = ""
             if is_real(tensor):
                 life.category = Category.INPUT
                 trace.calls.note_copy(out, tensor)

@@ -127,7 +127,7 @@ class ScriptTrace:
         if category is not None and life.category is None:
             life.category = category
         if tensor in self._from_workers or self.foreign.holds(tensor):
-            life.place = NOWHERE
+            life.memory_pool = NOWHERE
 
     def as_fake(self, value: Any) -> Any:
         """Return ``value`` with the real tensors in it replaced by their fake copies."""

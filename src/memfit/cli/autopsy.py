@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from memfit.cli.options import GoalOptions, JobOptions, OutputOptions, RuntimeOptions
+from memfit.cli.options import JobOptions, OutputOptions, RuntimeOptions, SearchOptions
 from memfit.cli.output import check_language, emit
 from memfit.cli.progress import Bars
 from memfit.files.read import open_regular
@@ -178,8 +178,8 @@ def _compare(
     job = JobOptions(job=options.job, size=options.size, batch=options.batch, length=options.length)
     plan = plan_file(PlanOptions(plan=options.plan))
     assert plan is not None
-    goal = GoalOptions(memory=options.memory)
-    job_request = request(job, goal, RuntimeOptions(), options.on or "this", ranks=plan.ranks)
+    search_options = SearchOptions(memory=options.memory)
+    job_request = request(job, search_options, RuntimeOptions(), options.on or "this", ranks=plan.ranks)
     with Bars(lang) as progress:
         from memfit.workflows.autopsy_comparison import compare_with_prediction
 

@@ -10,7 +10,7 @@ import typer
 
 from memfit.cli.gates import GateOptions, check_gates
 from memfit.cli.log_filters import quiet_libraries
-from memfit.cli.options import EffortOptions, GoalOptions, OutputOptions, RuntimeOptions, StoreOptions
+from memfit.cli.options import EffortOptions, OutputOptions, RuntimeOptions, SearchOptions, StoreOptions
 from memfit.cli.output import check_language, console, emit, english_only, refuse_options, set_options
 
 
@@ -52,7 +52,7 @@ def decide(
     options: DecideOptions,
     gates: GateOptions,
     effort: EffortOptions,
-    goal: GoalOptions,
+    search_options: SearchOptions,
     runtime: RuntimeOptions,
     store: StoreOptions,
     output: OutputOptions,
@@ -71,10 +71,10 @@ def decide(
             "cannot be used with --gates, --pilot or --full",
             hint="`memfit decide --case FILE` stores your figures for later commands",
         )
-        check_gates(options.poc, gates, effort, goal, runtime, store, output)
+        check_gates(options.poc, gates, effort, search_options, runtime, store, output)
         return
     refuse_options(
-        {"--size": gates.size, "--job": gates.job, **set_options(goal, runtime)},
+        {"--size": gates.size, "--job": gates.job, **set_options(search_options, runtime)},
         "cannot be used without a stage to predict",
         hint="add --pilot or --full",
     )

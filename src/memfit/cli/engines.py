@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from memfit.cli.options import (
-    GoalOptions,
     JobOptions,
     MachineOptions,
     PlanOptions,
     RuntimeOptions,
+    SearchOptions,
 )
 from memfit.cli.output import emit, print_table
 from memfit.cli.progress import Bars
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def compare_engines(
     job: JobOptions,
     plan_options: PlanOptions,
-    goal: GoalOptions,
+    search_options: SearchOptions,
     on: MachineOptions,
     runtime: RuntimeOptions,
     *,
@@ -32,7 +32,7 @@ def compare_engines(
     """Print for each engine whether it supports the plan of --plan or --recommended, else plain training; its
     predicted peak memory and step time; and facts about its installation and maintenance."""
     plan = plan_file(plan_options)
-    job_request = request(job, goal, runtime, on.on)
+    job_request = request(job, search_options, runtime, on.on)
     workload = print_workload_of(job_request, lang="en", quiet=as_json)
     with Bars("en") as progress:
         from memfit.workflows.engine_comparison import choices

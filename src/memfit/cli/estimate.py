@@ -15,12 +15,12 @@ from memfit.cli.estimate_job import TraceFileOptions, estimate_job
 from memfit.cli.estimate_script import ScriptOptions, estimate_command
 from memfit.cli.lengths import LengthOptions, print_lengths
 from memfit.cli.options import (
-    GoalOptions,
     JobOptions,
     MachineOptions,
     OutputOptions,
     PlanOptions,
     RuntimeOptions,
+    SearchOptions,
     SizeOptions,
 )
 from memfit.cli.output import check_language, english_only, refuse_options, set_options
@@ -85,7 +85,7 @@ def estimate(  # noqa: PLR0913
     files: TraceFileOptions,
     sizes: SizeOptions,
     plan_options: PlanOptions,
-    goal: GoalOptions,
+    search_options: SearchOptions,
     on: MachineOptions,
     runtime: RuntimeOptions,
     lengths: LengthOptions,
@@ -106,10 +106,12 @@ def estimate(  # noqa: PLR0913
     targets = options.targets or []
     if targets and not is_job(targets[0]):
         job_only = set_options(sizes, plan_options, runtime, lengths, precision)
-        job_only |= {"--engines": options.engines, "--engine": bool(goal.engine)}
-        job_only["--host-memory"] = bool(goal.host_memory)
+        job_only |= {"--engines": options.engines, "--engine": bool(search_options.engine)}
+        job_only["--host-memory"] = bool(search_options.host_memory)
         refuse_options(job_only, "cannot be used with a COMMAND", hint="they are for `memfit estimate JOB`")
-        estimate_command(targets, script, files, goal, on.on, lang=language_code, as_json=output.json)
+        estimate_command(
+            targets, script, files, search_options, on.on, lang=language_code, as_json=output.json
+        )
         return
     refuse_options(
         set_options(script),
@@ -126,25 +128,33 @@ def estimate(  # noqa: PLR0913
     job, plan_paths = JobOptions(**job_sizes, job=jobs[0] if jobs else None), targets[len(jobs) :]
     if precision.precision is not None:
         not_for_precision: dict[str, object] = {"plan files": plan_paths, "--engines": options.engines}
-        not_for_precision |= set_options(files, plan_options, goal, on, runtime, lengths)
+        not_for_precision |= set_options(files, plan_options, search_options, on, runtime, lengths)
         refuse_options(not_for_precision, "cannot be used with --precision")
         print_precision(job, precision, lang=language_code, as_json=output.json)
         return
     refuse_options(set_options(precision), "cannot be used without --precision")
     if lengths.lengths is not None:
         other = set_options(files, runtime) | {"plan files": plan_paths, "--engines": options.engines}
-        other |= {"--recommended": plan_options.recommended, "--engine": goal.engine}
-        other["--host-memory"] = goal.host_memory
+        other |= {"--recommended": plan_options.recommended, "--engine": search_options.engine}
+        other["--host-memory"] = search_options.host_memory
         other |= {f"--{name}": job_sizes[name] for name in ("data", "weights", "steps", "length", "dim")}
         refuse_options(other, "cannot be used with --lengths")
         english_only(output, "--lengths")
-        print_lengths(lengths, job, plan_options.plan, goal.memory, on.on, as_json=output.json)
+        print_lengths(lengths, job, plan_options.plan, search_options.memory, on.on, as_json=output.json)
     elif options.engines:
         refuse_options(set_options(files) | {"plan files": plan_paths}, "cannot be used with --engines")
         english_only(output, "--engines")
-        compare_engines(job, plan_options, goal, on, runtime, as_json=output.json)
+        compare_engines(job, plan_options, search_options, on, runtime, as_json=output.json)
     else:
         refuse_options(set_options(lengths), "cannot be used without --lengths")
         estimate_job(
-            job, plan_paths, files, plan_options, goal, on, runtime, lang=language_code, as_json=output.json
+            job,
+            plan_paths,
+            files,
+            plan_options,
+            search_options,
+            on,
+            runtime,
+            lang=language_code,
+            as_json=output.json,
         )

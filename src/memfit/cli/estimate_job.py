@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from memfit.cli.options import (
-    GoalOptions,
     JobOptions,
     MachineOptions,
     PlanOptions,
     RuntimeOptions,
+    SearchOptions,
 )
 from memfit.cli.output import console, emit
 from memfit.cli.progress import Bars
@@ -76,7 +76,7 @@ def estimate_job(  # noqa: PLR0913
     plan_paths: Sequence[str],
     files: TraceFileOptions,
     plan_options: PlanOptions,
-    goal: GoalOptions,
+    search_options: SearchOptions,
     on: MachineOptions,
     runtime: RuntimeOptions,
     *,
@@ -87,7 +87,7 @@ def estimate_job(  # noqa: PLR0913
     ``files``. ``plan_paths``: the plan files of the command line. Raises UserError for options that do not go
     together."""
     plans = _plans(plan_paths, files, plan_options)
-    job_request = request(job, goal, runtime, on.on)
+    job_request = request(job, search_options, runtime, on.on)
     workload = print_workload_of(job_request, lang=lang, quiet=as_json)
     with Bars(lang) as progress:
         from memfit.workflows import proof_of_concept

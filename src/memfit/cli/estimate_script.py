@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from memfit.cli.estimate_job import TraceFileOptions, write_trace_files
-from memfit.cli.options import GoalOptions
+from memfit.cli.options import SearchOptions
 from memfit.cli.output import check_choice, console, emit
 from memfit.cli.progress import Bars
 from memfit.cli.request import machine_of, writable
@@ -81,7 +81,7 @@ def estimate_command(
     command: list[str],
     options: ScriptOptions,
     files: TraceFileOptions,
-    goal: GoalOptions,
+    search_options: SearchOptions,
     on: str,
     *,
     lang: str,
@@ -90,7 +90,7 @@ def estimate_command(
     """Run ``command`` until its second optimizer step, print the predicted memory, and with --plans the plans
     that a search finds; write ``files``. ``on``: the machine, as in --on. Raises UserError for options that
     do not go together."""
-    cap_bytes = parse_bytes(goal.memory) if goal.memory is not None else None
+    cap_bytes = parse_bytes(search_options.memory) if search_options.memory is not None else None
     if (options.save is not None or options.diff) and not options.plans:
         raise UserError("--save and --diff are for a recommended plan", hint="add --plans")
     source = _script_source(command) if options.diff else None
@@ -107,8 +107,8 @@ def estimate_command(
 
         wanted = PlanSearch(
             cap_bytes=cap_bytes,
-            goal=Objective(check_choice("--goal", goal.goal, Objective)),
-            accuracy=Accuracy(check_choice("--accuracy", goal.accuracy, Accuracy)),
+            goal=Objective(check_choice("--goal", search_options.goal, Objective)),
+            accuracy=Accuracy(check_choice("--accuracy", search_options.accuracy, Accuracy)),
         )
         answer = estimate_script(
             command,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from memfit.cli.options import GoalOptions, JobOptions, JsonOptions, PlanOptions, RuntimeOptions
+from memfit.cli.options import JobOptions, JsonOptions, PlanOptions, RuntimeOptions, SearchOptions
 from memfit.cli.output import check_choice, emit
 from memfit.cli.progress import Bars
 from memfit.cli.request import plan_file, recommended_plan, request
@@ -182,7 +182,7 @@ class ExportOptions:
 def export(
     job: JobOptions,
     plan_options: PlanOptions,
-    goal: GoalOptions,
+    search_options: SearchOptions,
     options: ExportOptions,
     runtime: RuntimeOptions,
     output: JsonOptions,
@@ -210,17 +210,17 @@ def export(
         if options.from_files
         else None
     )
-    job, goal = _as_files_say(user_files, job, goal)
+    job, search_options = _as_files_say(user_files, job, search_options)
     plan_chosen = plan_options.plan is not None or plan_options.recommended
     plan = user_files.carried.plan if user_files is not None and not plan_chosen else plan_file(plan_options)
     if plan is None:
         with Bars("en") as progress:
-            plan = recommended_plan(request(job, goal, runtime), progress)
+            plan = recommended_plan(request(job, search_options, runtime), progress)
     elif open_budget(plan) is not None:
         with Bars("en") as progress:
-            plan = resolve_plan(request(job, goal, runtime), plan, progress)
+            plan = resolve_plan(request(job, search_options, runtime), plan, progress)
     config, job_file, user_files, dependence = _launch(
-        job, goal.engine or "native", plan, runtime, _kept(options), user_files
+        job, search_options.engine or "native", plan, runtime, _kept(options), user_files
     )
     steps = script_steps(config.spec) if script_words and target not in LIBRARIES else ()
     applied = tuple(name for part in options.script_applies.split(",") if (name := part.strip()))
@@ -271,20 +271,20 @@ def _print_written(
 
 
 def _as_files_say(
-    user_files: memfit.export.base.UserFiles | None, job: JobOptions, goal: GoalOptions
-) -> tuple[JobOptions, GoalOptions]:
+    user_files: memfit.export.base.UserFiles | None, job: JobOptions, search_options: SearchOptions
+) -> tuple[JobOptions, SearchOptions]:
     """Return ``job`` with the batch of the user's files, unless --batch is given or the files state none, and
-    ``goal`` with their engine, unless --engine is given. If the job refuses their batch, it keeps its own
-    number; if that is another number, this is printed on standard error. If ``user_files`` is None, return
-    both unchanged."""
+    ``search_options`` with their engine, unless --engine is given. If the job refuses their batch, it keeps
+    its own number; if that is another number, this is printed on standard error. If ``user_files`` is None,
+    return both unchanged."""
     from memfit.jobs.registry import load
 
     if user_files is None:
-        return job, goal
-    if goal.engine is None:
-        goal = dataclasses.replace(goal, engine=user_files.carried.engine)
+        return job, search_options
+    if search_options.engine is None:
+        search_options = dataclasses.replace(search_options, engine=user_files.carried.engine)
     if job.batch is not None or user_files.carried.batch is None:
-        return job, goal
+        return job, search_options
     batch = user_files.carried.batch
     ref = job.ref
     try:
@@ -295,8 +295,8 @@ def _as_files_say(
                 f"memfit: the files of --from set a batch of {batch}, but the job uses {job_batch}: {error}",
                 file=sys.stderr,
             )
-        return job, goal
-    return dataclasses.replace(job, batch=batch), goal
+        return job, search_options
+    return dataclasses.replace(job, batch=batch), search_options
 
 
 def _kept(options: ExportOptions) -> CheckpointSettings:

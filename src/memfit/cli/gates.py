@@ -11,10 +11,10 @@ import typer
 from memfit.cli.log_filters import quiet_libraries
 from memfit.cli.options import (
     EffortOptions,
-    GoalOptions,
     JobOptions,
     OutputOptions,
     RuntimeOptions,
+    SearchOptions,
     StoreOptions,
 )
 from memfit.cli.output import check_language, console, emit, refuse_options, set_options
@@ -93,7 +93,7 @@ def check_gates(
     record_name: str | None,
     options: GateOptions,
     effort: EffortOptions,
-    goal: GoalOptions,
+    search_options: SearchOptions,
     runtime: RuntimeOptions,
     store: StoreOptions,
     output: OutputOptions,
@@ -105,7 +105,7 @@ def check_gates(
     machines = {n: m for n, m in (("pilot", options.pilot), ("full", options.full)) if m is not None}
     if not machines:
         refuse_options(
-            {"--size": options.size, "--job": options.job, **set_options(goal, runtime)},
+            {"--size": options.size, "--job": options.job, **set_options(search_options, runtime)},
             "cannot be used without a stage to predict",
             hint="add --pilot or --full",
         )
@@ -126,7 +126,7 @@ def check_gates(
     if not failed and machines:
         job, plans = _job(options.job or _spec(sourced_record, store), options.size), []
         for name, on in machines.items():
-            stages[name], planning = _stage(job, on, goal, runtime)
+            stages[name], planning = _stage(job, on, search_options, runtime)
             plans.append(planning)
         if not sourced_record.taken_from:
             _keep(record.poc_id, plans, store)
@@ -194,7 +194,7 @@ def _job(spec: str, size: str | None) -> JobOptions:
 
 
 def _stage(
-    job: JobOptions, on: str, goal: GoalOptions, runtime: RuntimeOptions
+    job: JobOptions, on: str, search_options: SearchOptions, runtime: RuntimeOptions
 ) -> tuple[dict[str, Any], memfit.planner.request.Planning]:
     """Search for the plan of one stage, the pilot or the full-size training, on the machine ``on``. Return
     (plain data; the finished search). The data have the recommended plan, its predicted memory and step time,
@@ -204,7 +204,7 @@ def _stage(
     from memfit.planner import search
     from memfit.types.units import format_bytes
 
-    job_request = request(job, goal, runtime, on)
+    job_request = request(job, search_options, runtime, on)
     with Bars("en") as progress:
         planning = search.search(job_request, progress)
     choice = planning.result.recommended
@@ -251,7 +251,7 @@ def _keep(poc_id: str, plannings: list[memfit.planner.request.Planning], store: 
     priced_already = {o.machine for o in stored_offers if o.size == base_planning.job.size} >= set(
         reference_machines.priced()
     )
-    slow = base_planning.pricer.space.ranks == 1 and is_long(base_planning.pricer)
+    slow = base_planning.predictor.job_facts.ranks == 1 and is_long(base_planning.predictor)
     if not priced_already and not slow and poc.search.recommended is not None:
         with Bars("en") as progress:
             offers += reference_machines.offers(base_planning, poc.search.recommended.estimate.plan, progress)

@@ -156,7 +156,7 @@ def _dimensions(texts: list[str]) -> dict[str, int]:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class GoalOptions:
+class SearchOptions:
     """What a recommended plan minimizes, the limits on its memory and on its effect on results (accuracy),
     and the engine that trains."""
 
@@ -321,9 +321,9 @@ class RuntimeOptions:
         typer.Option(
             metavar="TIME",
             help="Time limit of a search for plans, for example 30 or 30s (seconds) or 2min, counted from "
-            "when the libraries are loaded. The answer then rests on what was priced and traced until then, "
-            "and says how much better a plan could still be. What no answer can do without is finished all "
-            "the same: the trace of plain training and of one plan that fits. A search that ends earlier "
+            "when the libraries are loaded. The answer then rests on what was estimated and traced until "
+            "then, and says how much better a plan could still be. What no answer can do without is finished "
+            "all the same: the trace of plain training and of one plan that fits. A search that ends earlier "
             "gives the same answer with any limit. Default: 60s, or, where the limit cut an earlier search "
             "for the same plans of the job on such a device, the answer from what that one has kept, if a "
             "plan in it fits; any TIME continues the search. Ignored without a search for a plan.",

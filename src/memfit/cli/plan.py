@@ -13,11 +13,11 @@ from memfit.cli.largest import LargestOptions, print_largest, refuse_without_lar
 from memfit.cli.options import (
     MOST,
     BoundsOptions,
-    GoalOptions,
     JobOptions,
     MachineOptions,
     OutputOptions,
     RuntimeOptions,
+    SearchOptions,
 )
 from memfit.cli.output import check_language, english_only, refuse_options
 from memfit.cli.plan_diff import DiffOptions, print_diff, script_of
@@ -41,9 +41,9 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class SaveOptions:
-    """The number of processes, whether to measure the fastest plans before one is recommended and for how
-    long, the file to write the plan to, and whether it may be overwritten."""
+class PlanRunOptions:
+    """The number of processes, and whether to measure the fastest plans before one is recommended, and for
+    how long."""
 
     nproc: Annotated[
         int,
@@ -75,6 +75,12 @@ class SaveOptions:
             "--measure.",
         ),
     ] = "5m"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SaveOptions:
+    """The file to write the plan to, and whether it may be overwritten."""
+
     save: Annotated[
         Path | None,
         typer.Option(
@@ -133,15 +139,20 @@ class FromOptions:
 
 
 def _refuse_options_with(
-    mode: str, limits: BoundsOptions, from_options: FromOptions, save: SaveOptions, largest: LargestOptions
+    mode: str,
+    limits: BoundsOptions,
+    from_options: FromOptions,
+    run: PlanRunOptions,
+    save: SaveOptions,
+    largest: LargestOptions,
 ) -> None:
     """Raise UserError if an option is given that cannot be used with the option ``mode``: "--from",
     "--largest" or "--diff"."""
     options = {
         "--from": from_options.from_files,
         "--corrected-by": from_options.corrected_by,
-        "--nproc": save.nproc != 1,
-        "--measure": save.measure,
+        "--nproc": run.nproc != 1,
+        "--measure": run.measure,
         "--save": save.save,
         "--largest": largest.largest,
         "--values": largest.values,
@@ -182,28 +193,32 @@ def _print_diff_or_largest(
     script: memfit.export.source_edits.Source | None,
     job_request: memfit.planner.request.Request,
     largest: LargestOptions,
+    run: PlanRunOptions,
     save: SaveOptions,
     output: OutputOptions,
 ) -> None:
     """Print the edit of ``script``, or without one the answer to --largest. With --save, write the plan of
     the edit."""
     if script is None:
-        print_largest(job_request, largest, as_json=output.json, force=save.force, measure=save.measure)
+        print_largest(job_request, largest, as_json=output.json, force=save.force, measure=run.measure)
         return
     if save.save is not None:
         writable(save.save, overwrite=save.force)
     chosen_plan = print_diff(script, job_request, largest.plans, as_json=output.json)
     if save.save is not None:
-        write_plan(save.save, chosen_plan, note=f"for {job_request.job.spec}, of the edit of {script.path}")
+        write_plan(
+            save.save, chosen_plan, note=f"for {job_request.job_ref.spec}, of the edit of {script.path}"
+        )
 
 
 def plan(  # noqa: PLR0913
     job: JobOptions,
-    goal: GoalOptions,
+    search_options: SearchOptions,
     on: MachineOptions,
     limits: BoundsOptions,
     runtime: RuntimeOptions,
     from_options: FromOptions,
+    run: PlanRunOptions,
     save: SaveOptions,
     largest: LargestOptions,
     diff: DiffOptions,
@@ -219,37 +234,45 @@ def plan(  # noqa: PLR0913
     job_request: memfit.planner.request.Request
     if diff.diff is not None or largest.largest is not None:
         mode = "--diff" if diff.diff is not None else "--largest"
-        _refuse_options_with(mode, limits, from_options, save, largest)
+        _refuse_options_with(mode, limits, from_options, run, save, largest)
         english_only(output, mode)
         script = script_of(diff, largest.plans)
         job_request = request(
-            job, goal, runtime, on.on, ranks=save.nproc, bounds=bounds_of(job, limits, on.on)
+            job, search_options, runtime, on.on, ranks=run.nproc, bounds=bounds_of(job, limits, on.on)
         )
-        _print_diff_or_largest(script, job_request, largest, save, output)
+        _print_diff_or_largest(script, job_request, largest, run, save, output)
         return
     refuse_without_largest(largest)
     if save.save is not None:
         writable(save.save, overwrite=save.force)
     if from_options.from_files:
-        _refuse_options_with("--from", limits, from_options, save, largest)
-    if save.measure and (from_options.from_files or not is_here(on.on)):
+        _refuse_options_with("--from", limits, from_options, run, save, largest)
+    if run.measure and (from_options.from_files or not is_here(on.on)):
         raise UserError(
             "--measure runs plans on this machine, so it cannot be used with another machine in --on or with "
             "--from",
             allowed="--measure without --from, and without --on or with --on this",
         )
-    budget_s = parse_duration(save.measure_time)
+    measure_s = parse_duration(run.measure_time)
     if from_options.from_files:
         from memfit.cli.plan_from_config import review_files
 
         read_plan = review_files(
-            from_options.from_files, job, goal, runtime, on.on, lang=language_code, as_json=output.json
+            from_options.from_files,
+            job,
+            search_options,
+            runtime,
+            on.on,
+            lang=language_code,
+            as_json=output.json,
         )
         if save.save is not None:
             read_from = ", ".join(str(p) for p in from_options.from_files)
             write_plan(save.save, read_plan, note=f"for {job.spec}, read from {read_from}")
         return
-    job_request = request(job, goal, runtime, on.on, ranks=save.nproc, bounds=bounds_of(job, limits, on.on))
+    job_request = request(
+        job, search_options, runtime, on.on, ranks=run.nproc, bounds=bounds_of(job, limits, on.on)
+    )
     if from_options.corrected_by is not None:
         job_request = _corrected(job_request, from_options)
     workload = print_workload_of(job_request, lang=language_code, quiet=output.json)
@@ -257,12 +280,10 @@ def plan(  # noqa: PLR0913
         best_so_far(lang=language_code, as_json=output.json, workload=workload),
         Bars(language_code) as progress,
     ):
-        from memfit.workflows import proof_of_concept
+        from memfit.workflows.plan import find_plan
 
         try:
-            result = proof_of_concept.search(
-                job_request, progress, measure_s=budget_s if save.measure else None
-            ).result
+            result = find_plan(job_request, progress, measure_s=measure_s if run.measure else None).result
         except NothingFits as error:
             raise error.explained() if limits.explain_infeasible else error from None
     if save.save is not None and result.recommended is not None:

@@ -75,7 +75,7 @@ def print_diff(
             plan = resolve_plan(job_request, read_plan(plans[0]), progress)
         else:
             plan = recommended_plan(job_request, progress)
-    job = load(job_request.job)
+    job = load(job_request.job_ref)
     defaults = {field.name: field.default for field in dataclasses.fields(job)}
     structure = {n: v for n in STRUCTURE if (v := getattr(job, n)) != defaults[n]}
     print_edit(source, plan, job.batch_size, structure, as_json=as_json)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memfit.cli.lint import findings_view, print_findings
-from memfit.cli.options import GoalOptions, JobOptions, RuntimeOptions
+from memfit.cli.options import JobOptions, RuntimeOptions, SearchOptions
 from memfit.cli.output import console, emit
 from memfit.cli.progress import Bars
 from memfit.cli.request import machine_of, print_workload_of, request
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def review_files(
     files: Sequence[Path],
     job: JobOptions,
-    goal: GoalOptions,
+    search_options: SearchOptions,
     runtime: RuntimeOptions,
     on: str,
     *,
@@ -56,13 +56,13 @@ def review_files(
         )
         carried = dataclasses.replace(carried, left_out=(*carried.left_out, note))
     job, carried = _modelled(*_published(carried, job))
-    job_request, size, carried = _sized(carried, job, goal, runtime, on)
+    job_request, size, carried = _sized(carried, job, search_options, runtime, on)
     job_request, carried = _clipped(job_request, carried, clipping_setting(setup).limit)
     if carried.ema is not None:
         job_request = dataclasses.replace(
-            job_request, job=dataclasses.replace(job_request.job, ema=carried.ema)
+            job_request, job_ref=dataclasses.replace(job_request.job_ref, ema=carried.ema)
         )
-    job_request, carried = _on_engine(job_request, carried, goal.engine)
+    job_request, carried = _on_engine(job_request, carried, search_options.engine)
     from memfit.workflows import config_review
 
     findings = check.check(dataclasses.replace(setup, parameters=size.parameter_count), lang=lang)
@@ -75,7 +75,7 @@ def review_files(
             job_request, carried.plan, progress, parameters=size.parameter_count
         )
     if as_json:
-        of_job = {"clip": job_request.job.clip or None, "ema": job_request.job.ema}
+        of_job = {"clip": job_request.job_ref.clip or None, "ema": job_request.job_ref.ema}
         emit({"workload": workload, **of_job, **_view(carried, findings, result)})
     else:
         _print(result, lang)
@@ -145,7 +145,11 @@ def _described(model: memfit.lint.models.DescribedModel) -> str:
 
 
 def _sized(
-    carried: memfit.lint.draft.Carried, job: JobOptions, goal: GoalOptions, runtime: RuntimeOptions, on: str
+    carried: memfit.lint.draft.Carried,
+    job: JobOptions,
+    search_options: SearchOptions,
+    runtime: RuntimeOptions,
+    on: str,
 ) -> tuple[memfit.planner.request.Request, memfit.workflows.config_review.JobSize, memfit.lint.draft.Carried]:
     """Return (the request to predict, the size of its job, ``carried`` with the batch and length of that
     job). Batch and length are those of the files if they state them. If the user gave another value, that one
@@ -162,14 +166,14 @@ def _sized(
             continue
         changed_job = dataclasses.replace(job, **{name: file_value})
         try:
-            config_review.job_size(request(changed_job, goal, runtime, on))
+            config_review.job_size(request(changed_job, search_options, runtime, on))
         except UserError as error:
             # Raises the job's own error if the job is invalid without the files' value too.
-            config_review.job_size(request(job, goal, runtime, on))
+            config_review.job_size(request(job, search_options, runtime, on))
             carried = _left_out(carried, f"{name} {file_value}", str(error))
             continue
         job = changed_job
-    job_request = request(job, goal, runtime, on)
+    job_request = request(job, search_options, runtime, on)
     size = config_review.job_size(job_request)
     return job_request, size, _as_predicted(carried, job, size)
 
@@ -212,7 +216,9 @@ def _clipped(
     if limit and carried.plan.get("optimizer-in-backward"):
         reason = "each parameter is updated before the whole norm is known: predicted without clipping"
         return job_request, _left_out(carried, f"gradients clipped to {limit:g}", reason)
-    return dataclasses.replace(job_request, job=dataclasses.replace(job_request.job, clip=limit)), carried
+    return dataclasses.replace(
+        job_request, job_ref=dataclasses.replace(job_request.job_ref, clip=limit)
+    ), carried
 
 
 def _on_engine(
@@ -229,7 +235,7 @@ def _on_engine(
     reason = f"--engine {chosen} was given"
     try:
         backend = supporting_engine(chosen or carried.engine, carried.plan)
-        model_sizes(backend.name, load(job_request.job))  # Megatron-LM cannot build every model
+        model_sizes(backend.name, load(job_request.job_ref))  # Megatron-LM cannot build every model
     except UserError as error:
         if chosen is not None:
             raise

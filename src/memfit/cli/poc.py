@@ -14,10 +14,10 @@ from memfit.cli.options import (
     MOST,
     DeviceOptions,
     ExcludedTechniques,
-    GoalOptions,
     JobOptions,
     OutputOptions,
     RuntimeOptions,
+    SearchOptions,
     StoreOptions,
 )
 from memfit.cli.output import check_language, console, emit, refuse_options
@@ -89,7 +89,7 @@ class PocOptions:
 
 def poc(
     job: JobOptions,
-    goal: GoalOptions,
+    search_options: SearchOptions,
     options: PocOptions,
     runtime: RuntimeOptions,
     device: DeviceOptions,
@@ -108,7 +108,7 @@ def poc(
     side_by_side = _side_by_side(options, may_ask=not output.json)
     job_request = request(
         job,
-        goal,
+        search_options,
         runtime,
         device_here(device),
         ranks=options.nproc,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memfit.cli.log_filters import quiet_libraries
-from memfit.cli.options import DeviceOptions, GoalOptions, JobOptions, PlanOptions, RuntimeOptions
+from memfit.cli.options import DeviceOptions, JobOptions, PlanOptions, RuntimeOptions, SearchOptions
 from memfit.cli.output import check_choice, console, emit
 from memfit.cli.progress import Bars
 from memfit.cost.host import with_host_memory
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 def request(
     job: JobOptions,
-    goal: GoalOptions,
+    search_options: SearchOptions,
     runtime: RuntimeOptions,
     on: str = "this",
     *,
@@ -42,11 +42,11 @@ def request(
     Raises UserError for an invalid option, and if ``ranks`` is neither 1 nor the machine's number of devices,
     unless its devices are CPUs. Warns on standard error of modules beside the job's file that it imports but
     for which Python finds others of that name, and says which accelerator of this machine is used."""
-    cap_bytes = parse_bytes(goal.memory) if goal.memory is not None else None
-    accuracy = Accuracy(check_choice("--accuracy", goal.accuracy, Accuracy))
+    cap_bytes = parse_bytes(search_options.memory) if search_options.memory is not None else None
+    accuracy = Accuracy(check_choice("--accuracy", search_options.accuracy, Accuracy))
     machine = machine_of(on, runtime.place)
-    if goal.host_memory is not None:
-        machine = with_host_memory(machine, parse_bytes(goal.host_memory))
+    if search_options.host_memory is not None:
+        machine = with_host_memory(machine, parse_bytes(search_options.host_memory))
     count = machine.device_count
     if machine.is_here and not machine.device.is_host:
         _say_device(machine, ranks)
@@ -68,13 +68,13 @@ def request(
     from memfit.planner.selection import Objective
 
     return Request(
-        job=job.ref,
+        job_ref=job.ref,
         machine=machine,
         cap_bytes=cap_bytes,
-        goal=Objective(check_choice("--goal", goal.goal, Objective)),
+        goal=Objective(check_choice("--goal", search_options.goal, Objective)),
         accuracy=accuracy,
         threads=runtime.threads or 0,
-        engine=engine(goal.engine or "native").name,
+        engine=engine(search_options.engine or "native").name,
         ranks=ranks,
         bounds=bounds or Bounds(),
         recalibrate=runtime.recalibrate,
@@ -100,7 +100,7 @@ def print_workload_of(search_request: memfit.planner.request.Request, *, lang: s
     from memfit.jobs.registry import load
     from memfit.planner.workload import stored_workload
 
-    ref = search_request.job
+    ref = search_request.job_ref
     workload = stored_workload(ref, load(ref), search_request.machine.name)
     if not quiet:
         print_workload(workload, lang)
@@ -196,9 +196,9 @@ def recommended_plans(
     """Search for the plan that is recommended for the request. Return (this plan, the plans of the search's
     frontier). Raises NothingFits if no plan fits the memory and the other limits, UserError if the request or
     the job is wrong, and RunError if operators cannot be timed on this machine."""
-    from memfit.workflows import proof_of_concept
+    from memfit.workflows.plan import find_plan
 
-    result = proof_of_concept.search(search_request, progress).result
+    result = find_plan(search_request, progress).result
     assert result.recommended is not None, "search raises NothingFits otherwise"
     return result.recommended.estimate.plan, tuple(choice.estimate.plan for choice in result.frontier)
 

@@ -18,11 +18,11 @@ import typer
 from memfit.cli.options import (
     MOST,
     DeviceOptions,
-    GoalOptions,
     JobOptions,
     JsonOptions,
     PlanOptions,
     RuntimeOptions,
+    SearchOptions,
     StoreOptions,
 )
 from memfit.cli.output import check_choice, emit, refuse_options, set_options
@@ -212,7 +212,7 @@ class RunOptions:
 def run(
     job: JobOptions,
     plan_options: PlanOptions,
-    goal: GoalOptions,
+    search_options: SearchOptions,
     options: RunOptions,
     runtime: RuntimeOptions,
     device: DeviceOptions,
@@ -231,12 +231,16 @@ def run(
         refuse_options({"--store": store.store}, "cannot be used with --record, which stores nothing")
         writable(options.record)
     if options.spec is not None:
-        _finish(_run_prepared(job, plan_options, goal, options, runtime, device), None, options, output)
+        _finish(
+            _run_prepared(job, plan_options, search_options, options, runtime, device), None, options, output
+        )
         return
     plan, keep = plan_file(plan_options), checkpoint_settings(options)
     stall_s = parse_duration(options.stall_limit) if options.stall_limit is not None else None
     frontier: tuple[Plan, ...] = ()
-    job_request = dataclasses.replace(request(job, goal, runtime, device_here(device)), timeout_s=timeout_s)
+    job_request = dataclasses.replace(
+        request(job, search_options, runtime, device_here(device)), timeout_s=timeout_s
+    )
     from memfit.store import Store
 
     records = Store(store.store) if options.record is None else None
@@ -244,7 +248,7 @@ def run(
         from memfit.jobs import checkpoints
         from memfit.jobs.registry import load
 
-        checkpoints.settled(keep, options.seed, job.steps or load(job_request.job).steps)
+        checkpoints.settled(keep, options.seed, job.steps or load(job_request.job_ref).steps)
     workload = print_workload_of(job_request, lang="en", quiet=output.json)
     with Bars("en") as progress:
         from memfit.workflows import proof_of_concept
@@ -252,7 +256,7 @@ def run(
 
         if plan is None:
             plan, frontier = recommended_plans(job_request, progress)
-        capped = goal.memory is not None if options.capped is None else options.capped
+        capped = search_options.memory is not None if options.capped is None else options.capped
         finished_run = proof_of_concept.run_plan(
             job_request,
             plan,
@@ -276,7 +280,7 @@ def run(
 def _run_prepared(
     job: JobOptions,
     plan: PlanOptions,
-    goal: GoalOptions,
+    search_options: SearchOptions,
     options: RunOptions,
     runtime: RuntimeOptions,
     device: DeviceOptions,
@@ -289,7 +293,7 @@ def _run_prepared(
     from memfit.workflows.single_run import run_spec
 
     assert options.spec is not None
-    options_set = set_options(job, plan, goal, options, runtime, device)
+    options_set = set_options(job, plan, search_options, options, runtime, device)
     options_set["JOB"] = options_set.pop("--job")
     allowed = ("--spec", "--record", "--label")
     refuse_options(

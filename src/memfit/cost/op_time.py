@@ -168,20 +168,20 @@ _CALLS, _CALLS_S, _SETUP_S = 10, 0.1, 2e-3
 
 
 def signatures_to_time(
-    ops: Iterable[tuple[OpCall, int]], known: Collection[str], *, budget_s: float
+    ops: Iterable[tuple[OpCall, int]], known: Collection[str], *, timing_s: float
 ) -> list[str]:
     """Return the distinct signatures of ``ops``, which are (operator, calls per step), that are not in
     ``known`` and should be timed.
 
     They come in the order of `signatures_by_weight`. Another one is added as long as timing the ones before
-    it would take less than ``budget_s`` seconds on a machine of nominal rates (100 GFLOP/s, 10 GB/s), so the
+    it would take less than ``timing_s`` seconds on a machine of nominal rates (100 GFLOP/s, 10 GB/s), so the
     last may exceed the budget.
     """
     pairs = list(ops)
     weights_s = {op.signature: nominal_s(op) for op, _ in pairs}
     signatures, spent_s = [], 0.0
     for signature in signatures_by_weight(pairs):
-        if signature not in known and spent_s < budget_s:
+        if signature not in known and spent_s < timing_s:
             signatures.append(signature)
             spent_s += _SETUP_S + max(2 * weights_s[signature], min(_CALLS_S, _CALLS * weights_s[signature]))
     return signatures

@@ -99,10 +99,10 @@ class StreamSimulator:
     def item(self, op: OpCall) -> TimedCall:
         key = (op.signature, op.phase, op.group, op.stream)
         if key not in self._items or op.waits:
-            self._items[key] = self._priced(op)
+            self._items[key] = self._item_of(op)
         return TimedCall(op, *self._items[key])
 
-    def _priced(self, op: OpCall) -> tuple[float, float, str]:
+    def _item_of(self, op: OpCall) -> tuple[float, float, str]:
         if op.waits:
             return 0.0, 0.0, ""
         if collective_size(op)[0]:

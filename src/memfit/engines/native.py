@@ -54,7 +54,7 @@ def render_calibration(
     spec: RunSpec,
     signatures: Sequence[str],
     *,
-    budget_s: float,
+    timing_s: float,
     packages: Sequence[str] = (),
     rates: bool = True,
     memory_only: bool = False,
@@ -63,7 +63,7 @@ def render_calibration(
     variables of a run on the native engine. ``spec`` gives the kind of device, the number of threads and the
     time limit.
 
-    - ``budget_s``: seconds for the measurements.
+    - ``timing_s``: seconds for the measurements.
     - ``packages``: modules to import first, which register operators.
     - ``rates``: also measure the machine's rates, such as its memory bandwidth.
     - ``memory_only``: measure only the peak memory inside each operator, without its inputs, and neither
@@ -71,7 +71,7 @@ def render_calibration(
     """
     request = {
         "signatures": list(signatures),
-        "budget_s": budget_s,
+        "timing_s": timing_s,
         "threads": spec.threads,
         "device": spec.device,
         "packages": list(packages),

@@ -22,15 +22,15 @@ class WeightAverage:
 
     def __init__(self, bench: Workbench, model: torch.nn.Module, decay: float, *, frozen: bool) -> None:
         self.bench, self.model, self.weight, self.frozen = bench, model, 1 - decay, frozen
-        with torch.no_grad(), bench.place(bench.parameters_on):
+        with torch.no_grad(), bench.memory_pool(bench.parameters_on):
             self.averages = [_copy(p) for p in self._weights()]
-        with torch.no_grad(), bench.place(""):
+        with torch.no_grad(), bench.memory_pool(""):
             self.buffers = [b.detach().clone() for b in model.buffers()]
         for tensor in (*self.averages, *self.buffers):
             bench.on_kept(tensor, Category.EMA)
 
     def update(self) -> None:
-        with torch.no_grad(), self.bench.place(self.bench.parameters_on):
+        with torch.no_grad(), self.bench.memory_pool(self.bench.parameters_on):
             for average, weight in zip(self.averages, self._weights(), strict=True):
                 average.lerp_(weight.to(average.dtype), self.weight)
             for copy, buffer in zip(self.buffers, self.model.buffers(), strict=True):

@@ -97,7 +97,7 @@ class TrainingStep:
         on_built(bench)
         fp32_modules.keep_in_float32(bench, plan, self.carried)
         for technique, _ in ordered_uses(plan):
-            technique.look(bench)
+            technique.observe_plain_model(bench)
         for technique, use in ordered_uses(plan):
             if technique.name not in self.carried:
                 technique.apply(bench, use.settings)
@@ -128,7 +128,7 @@ class TrainingStep:
         batch: Any,
         on_phase: OnPhase = _ignore,
         *,
-        micro_batches_played: int | None = None,
+        micro_batch_limit: int | None = None,
         update: bool = True,
         terms_per_rank: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,7 +142,7 @@ class TrainingStep:
         so that the first result is the mean loss of ``batch``. The second is the gradient norm before
         clipping, or 0 if float16 gradients overflowed and the optimizer's step was skipped.
 
-        ``on_phase`` is called with each phase when it begins. ``micro_batches_played``: run only this many
+        ``on_phase`` is called with each phase when it begins. ``micro_batch_limit``: run only this many
         micro-batches, the first ones and the last, for a trace that knows that the others are alike; by
         default all run. ``update=False``: free the gradients without the optimizer's step and the average's
         update. Raises UserError if ``batch`` cannot be split as the plan requires, or if the job's loss is
@@ -150,7 +150,7 @@ class TrainingStep:
         """
         micro_batches = self.split(batch, terms_per_rank)
         loss_sum: torch.Tensor | None = None
-        for index in played(len(micro_batches), micro_batches_played):
+        for index in micro_batch_indices(len(micro_batches), micro_batch_limit):
             around, part = self.around_micro_batch, micro_batches[index]
             loss = around(self._micro_step, part, on_phase) if around else self._micro_step(part, on_phase)
             loss_sum = loss if loss_sum is None else loss_sum + loss
@@ -449,7 +449,7 @@ def global_norm(
     return total.sqrt()
 
 
-def played(count: int, most: int | None) -> list[int]:
+def micro_batch_indices(count: int, most: int | None) -> list[int]:
     """Return the indices of the micro-batches to run, out of ``count``, if ``most`` (at least 1) are enough:
     the first ``most`` - 1 and the last. All if ``most`` is None or at least ``count``."""
     if most is None or most >= count:

@@ -1,1 +1,1 @@
-"""Plan search: generate plans, price them, select one and explain the choice, for one device or several."""
+"""Plan search: generate plans, predict them, select one and explain the choice, for one device or several."""

@@ -23,7 +23,7 @@ from memfit.techniques.parallel.axial_parallel import axial_modules
 from memfit.techniques.parallel.expert_parallel import count_experts, mixtures
 from memfit.techniques.registry import make_use
 from memfit.trace.trace_extrapolation import are_alike
-from memfit.trace.trace_pool import side_by_side
+from memfit.trace.trace_pool import run_parallel
 from memfit.trace.tracer import fake_model, stepping, trace
 from memfit.trace.truncated_model import CONTAINERS, FirstBlocks
 from memfit.types.errors import UserError, first_line
@@ -74,10 +74,11 @@ class BlockTracer:
     divisor if mixtures differ; 0 if the model has none, or some outside the blocks. ``expert_elements``:
     number of their trained elements in an average block.
 
-    ``chains``: path of each stack of blocks that is priced block by block -> number of its blocks; first the
-    one of `find_blocks`. Where there are several, such as an encoder's and a decoder's, "block" is the mean
-    over all their blocks. ``blocks``: number of blocks in all chains. ``is_single_chain``: whether there is
-    one chain, of blocks that are all alike, so that pipeline stages and parts of a sequence can be modelled.
+    ``chains``: path of each stack of blocks that is predicted block by block -> number of its blocks; first
+    the one of `find_blocks`. Where there are several, such as an encoder's and a decoder's, "block" is the
+    mean over all their blocks. ``blocks``: number of blocks in all chains. ``is_single_chain``: whether there
+    is one chain, of blocks that are all alike, so that pipeline stages and parts of a sequence can be
+    modelled.
 
     Creating a BlockTracer raises UserError if the model has no repeated blocks.
     """
@@ -162,7 +163,7 @@ class BlockTracer:
         ]
         tasks.sort(key=lambda task: task[0])
         with pause_gc():
-            results = side_by_side([functools.partial(make, task_key) for _, _, task_key, make in tasks])
+            results = run_parallel([functools.partial(make, task_key) for _, _, task_key, make in tasks])
         for (_, cache, task_key, _), result in zip(tasks, results, strict=True):
             cache[task_key] = result
 
@@ -207,10 +208,10 @@ class BlockTracer:
 
 
 def find_chains(model: torch.nn.Module, job: Job) -> dict[str, int]:
-    """Return the module path of each stack of blocks that can be priced block by block -> the number of its
-    blocks. The first is that of `find_blocks`. Others follow if they have at least as many blocks as a small
-    trace, alike but for the first, with a quarter of its parameters or more; smaller ones are priced with
-    what runs before or after the blocks. Raises UserError as `find_blocks` does."""
+    """Return the module path of each stack of blocks that can be predicted block by block -> the number of
+    its blocks. The first is that of `find_blocks`. Others follow if they have at least as many blocks as a
+    small trace, alike but for the first, with a quarter of its parameters or more; smaller ones are predicted
+    with what runs before or after the blocks. Raises UserError as `find_blocks` does."""
     main_path, main_blocks = find_blocks(model, job.blocks)
     chains = {main_path: len(main_blocks)}
     for path, blocks in find_stacks(model, job.blocks).items():

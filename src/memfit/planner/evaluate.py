@@ -1,11 +1,24 @@
-"""Price plans, that is, predict their memory, time and cost: exactly, by tracing them whole, or quickly,
-by composing traces of their parts.
+"""Predict memory, time and cost of plans: exactly, by tracing them whole (`Predictor.whole`), or quickly, by
+composing traces of their parts (`Predictor.sketch`).
 
-A search needs the prices of hundreds of plans that share their parts. The memory that forward and backward
+A search needs predictions of hundreds of plans that share their parts. The memory that forward and backward
 use above the resident bytes depends on precision, recomputation and micro-batch, not on the optimizer. The
 optimizer's phase depends on precision and adapters, not on recomputation. Values for a micro-batch size are
-interpolated linearly between the smallest and the largest one. Blocks repeat. ``sketch`` adds up such parts;
-``whole`` traces the plan itself. The best sketches are always traced whole before anything is recommended.
+interpolated linearly between the smallest and the largest one. Blocks repeat. The best sketches are always
+traced whole before anything is recommended.
+
+An example: activation-checkpointing(every=1) + adafactor + gradient-accumulation(micro_batches=2), of a batch
+of 4 samples and a model of 12 equal blocks. Its sketch is composed of three parts (`Predictor._composed_of`):
+
+- activation-checkpointing(every=1) with the whole batch (`_forward_backward_plan`), with weight 1/3
+- the same with 4 micro-batches of one sample, with weight 2/3
+- adafactor with 4 micro-batches, two steps (`_optimizer_plan`), for the optimizer's phase
+
+Each is traced with 3 blocks, lengthened to 4 or traced with these, too, and extrapolated linearly to 12. What
+was seen in a trace becomes a `PartDigest`, whose entries are a vector: resident bytes, bytes of forward above
+these, and so on. The vectors of the first two parts are added up with their weights. Resident bytes and the
+optimizer's entries are taken from the third. The peak of forward is then resident bytes + forward, that of
+backward resident bytes + backward, and the highest peak is the prediction.
 """
 
 from __future__ import annotations
@@ -15,7 +28,7 @@ import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 
@@ -32,15 +45,15 @@ from memfit.engines.registry import engine
 from memfit.model.blocks import find_stacks
 from memfit.model.scalar_parameters import refuse_scalars
 from memfit.planner.recompute_budget import ChosenPlans, open_budget, resolved_plans
-from memfit.planner.stored_predictions import Result, StoredPredictions, Traces
+from memfit.planner.stored_predictions import CallOutcome, StoredPredictions, Traces
 from memfit.store import trace_columns
 from memfit.store.prediction_cache import digest_of
-from memfit.techniques.base import Space
+from memfit.techniques.base import JobFacts
 from memfit.techniques.rank_mesh import layout
 from memfit.techniques.registry import make_plain_plan, splits_batch, technique
 from memfit.trace.sample_dependence import sample_dependence, trial_limit_bytes
 from memfit.trace.trace_extrapolation import deep_traces, repeated, traces_of
-from memfit.trace.trace_pool import Copies, from_both_ends, side_by_side
+from memfit.trace.trace_pool import ForkedWorkers, from_both_ends, run_parallel
 from memfit.trace.tracer import fake_model, stepping, trace
 from memfit.trace.truncated_model import with_blocks
 from memfit.trace.unroll import Blocks, Mismatch, longer, mixed
@@ -56,7 +69,8 @@ from memfit.types.trace import Allocation, Category, OpCall, Phase, PhaseSpan, T
 from memfit.worker.train import step_maker
 
 _ACCUMULATION, _CHECKPOINTING = "gradient-accumulation", "activation-checkpointing"
-_SLOW = "chunking"  # runs each module slice by slice, so that its parts take several times as long to trace
+# It runs each module slice by slice, so that its parts take several times as long to trace.
+_SLOW_TO_TRACE = "chunking"
 _SKETCH_MEMORY_RATIO, _SKETCH_TIME_RATIO = 0.10, 0.40
 
 # The numbers a sketch adds up, as one vector so that parts compose by plain arithmetic.
@@ -70,36 +84,60 @@ _LASTING = (Category.PARAMETER, Category.OPTIMIZER_STATE, Category.EMA, Category
 _SCALAR_BYTES = 4
 
 
-_Key = tuple[Plan, int, int, str]
 Weighted = list[tuple[OpCall, int]]
-_Part = tuple[list[float], Weighted, Weighted, int]
-_Step = tuple[Plan, int]  # a part to trace: plan, number of steps
+
+
+class SketchPart(NamedTuple):
+    """A part of a sketch: a plan to trace, and the number of steps to trace."""
+
+    plan: Plan
+    steps: int
+
+
+class PartKey(NamedTuple):
+    """What a `PartDigest` was seen in: a trace of ``steps`` steps of the plan, with ``blocks`` blocks of the
+    model (0: all)."""
+
+    plan: Plan
+    blocks: int
+    steps: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PartDigest:
+    """What was seen in the last step of a trace (`_digest`): ``entries``, the numbers from `_RESIDENT` to
+    `_HOST`; the operators of all micro-batches and of the optimizer, with the number of their calls; and the
+    number of micro-batches.
+    """
+
+    entries: list[float]
+    micro_ops: Weighted
+    optimizer_ops: Weighted
+    micro_batches: int
 
 
 @dataclasses.dataclass(kw_only=True)
-class Pricer:
+class Predictor:
     """Predicts memory, time and cost of plans of one job on one machine and engine. Traces are cached; a new
     calibration changes the predictions that are made from them.
 
     ``model``: predicts the seconds of operators; None if the device's speed is unknown, and then predictions
-    have no step time. ``parts``: what was seen in each traced part (`_digested`), from which sketches are
-    composed. ``vectors``: the same as numbers to add up, with the seconds that the calibration gives.
+    have no step time. ``part_digests``: what was seen in each traced part, from which sketches are composed.
     ``choices``: for plans with a memory budget for recomputation, the plan with the tensors to recompute
     chosen. ``stored``: what was predicted of the job before, on disk; None: nothing is read from disk or kept
-    there, nor is it if the pricer's job is replaced by another. ``deadline``: what would be traced after it
-    raises TimeUp instead.
+    there, nor is it if the predictor's job is replaced by another. ``deadline``: what would be traced after
+    it raises TimeUp instead.
     """
 
     job: Job
     machine: Machine
-    space: Space
+    job_facts: JobFacts
     engine: str = "native"
     calibration: Calibration = dataclasses.field(default_factory=Calibration)
     model: TimeModel | None = None
     lines: bool = False  # whether traces record the user's source line of each allocation
     traces: MutableMapping[tuple[Plan, int], Trace] = dataclasses.field(default_factory=Traces)
-    parts: dict[_Key, Any] = dataclasses.field(default_factory=dict)
-    vectors: dict[_Key, numpy.ndarray] = dataclasses.field(default_factory=dict)
+    part_digests: dict[PartKey, PartDigest] = dataclasses.field(default_factory=dict)
     choices: ChosenPlans = dataclasses.field(default_factory=ChosenPlans)
     gap_ratio: float = GAP_RATIO  # optimality gap of the recomputation chosen under a budget
     # reserved over allocated bytes of the plain plan, once traced
@@ -107,10 +145,15 @@ class Pricer:
     stored: StoredPredictions | None = None
     deadline: Deadline = dataclasses.field(default_factory=Deadline)
     plain: dict[int, tuple[int, HostTensors]] = dataclasses.field(default_factory=dict)  # see `_plain`
-    _copies: tuple[Any, Copies] | None = dataclasses.field(default=None, init=False, repr=False)
-    # Traces of parts, as bytes, from which others are put together; and these, with the two that they need.
-    _bases: dict[Plan, Result] = dataclasses.field(default_factory=dict, init=False, repr=False)
-    _awaited: dict[_Step, tuple[Plan, Plan]] = dataclasses.field(default_factory=dict, init=False, repr=False)
+    # Entries of the digests, with the seconds that the present calibration gives, as vectors to add up.
+    _vectors: dict[PartKey, numpy.ndarray] = dataclasses.field(default_factory=dict, init=False, repr=False)
+    _workers: tuple[Any, ForkedWorkers] | None = dataclasses.field(default=None, init=False, repr=False)
+    # Traces of parts, as bytes, from which others are put together; and these, with the two plans that they
+    # need.
+    _source_traces: dict[Plan, CallOutcome] = dataclasses.field(default_factory=dict, init=False, repr=False)
+    _parts_to_mix: dict[SketchPart, tuple[Plan, Plan]] = dataclasses.field(
+        default_factory=dict, init=False, repr=False
+    )
     # By (plan, lines), with the present calibration: one estimate for every distinct rank.
     _rank_estimates: dict[tuple[Plan, bool], list[Estimate]] = dataclasses.field(
         default_factory=dict, init=False, repr=False
@@ -123,7 +166,7 @@ class Pricer:
         self.recalibrate(self.calibration)
 
     @property
-    def device(self) -> str:
+    def device_kind(self) -> str:
         return self.machine.device.kind
 
     @property
@@ -137,7 +180,9 @@ class Pricer:
         them can represent the whole model. It becomes False if such a trace fails.
         """
         stored = self._stored()
-        return stored.keep(bool, self._repeats, "repeats") if stored is not None else self._repeats()
+        return (
+            stored.get_or_compute(bool, self._repeats, "repeats") if stored is not None else self._repeats()
+        )
 
     def _repeats(self) -> bool:
         return self._blocks is not None
@@ -152,7 +197,9 @@ class Pricer:
         if (stored := self._stored()) is None:
             return sample_dependence(self.job)
         limit_bytes = trial_limit_bytes()
-        return stored.keep(SampleDependence, lambda: sample_dependence(self.job), "dependence", limit_bytes)
+        return stored.get_or_compute(
+            SampleDependence, lambda: sample_dependence(self.job), "dependence", limit_bytes
+        )
 
     def dependence_under(self, plan: Plan) -> SampleDependence | None:
         """Return `dependence` if the plan splits the batch into micro-batches or over data-parallel ranks,
@@ -165,20 +212,20 @@ class Pricer:
         seen_ops = self.seen() if calibration.op_s else ()  # only timed operators matter
         self.model = time_model(self.machine.device, calibration, seen_ops)
         # All depend on the seconds of operators.
-        self.choices, self.vectors, self._rank_estimates = ChosenPlans(), {}, {}
-        self._pricing_digest = ""
+        self.choices, self._vectors, self._rank_estimates = ChosenPlans(), {}, {}
+        self._kept_digest = ""
 
     def _stored(self) -> StoredPredictions | None:
         return self.stored if self.stored is not None and self.stored.job is self.job else None
 
-    def _pricing(self) -> str:
+    def _prediction_digest(self) -> str:
         """Return a digest of all that the predictions depend on beside the traces: the machine and what is
         known of the seconds of its operators."""
-        if not self._pricing_digest:
+        if not self._kept_digest:
             curves = sorted(self.model.curves.items()) if self.model else None
             facts = to_plain(self.machine), to_plain(self.calibration), to_plain(curves)
-            self._pricing_digest = digest_of(*facts)
-        return self._pricing_digest
+            self._kept_digest = digest_of(*facts)
+        return self._kept_digest
 
     def resolve(self, plan: Plan) -> Plan:
         """Return the plan with the tensors to recompute chosen, if it has optimal-checkpointing with a memory
@@ -189,8 +236,10 @@ class Pricer:
             return plan
         if (stored := self._stored()) is None or plan in self.choices.kept:
             return self._chosen(plan)
-        facts = (self.device, self.gap_ratio, self._pricing(), plan.fingerprint)
-        self.choices.kept[plan] = stored.keep(Plan, lambda: self._chosen(plan), "chosen tensors", *facts)
+        facts = (self.device_kind, self.gap_ratio, self._prediction_digest(), plan.fingerprint)
+        self.choices.kept[plan] = stored.get_or_compute(
+            Plan, lambda: self._chosen(plan), "chosen tensors", *facts
+        )
         return self._chosen(plan)
 
     def _chosen(self, plan: Plan) -> Plan:
@@ -198,7 +247,7 @@ class Pricer:
         return self.choices.of(
             self.job,
             plan,
-            device=self.device,
+            device=self.device_kind,
             seconds=op_seconds,
             calibration=self.calibration,
             gap_ratio=self.gap_ratio,
@@ -217,15 +266,15 @@ class Pricer:
         return self.traces[plan, rank]
 
     def _trace(self, plan: Plan, ranks: Iterable[int]) -> None:
-        if missing_ranks := self._missing(plan, ranks):
+        if missing_ranks := self._load_and_list_missing(plan, ranks):
             self.deadline.check()
             with pause_gc():
-                result = self._result(plan, missing_ranks)
+                result = self._traced_outcome(plan, missing_ranks)
                 if result.may_be_kept:
                     result = _as_bytes(result)
                 self._add([(plan, rank) for rank in missing_ranks], result)
 
-    def _missing(self, plan: Plan, ranks: Iterable[int]) -> list[int]:
+    def _load_and_list_missing(self, plan: Plan, ranks: Iterable[int]) -> list[int]:
         """Add to the traces those of the plan on these ranks that are on disk. Return the ranks without a
         trace."""
         stored = self._stored()
@@ -238,16 +287,16 @@ class Pricer:
 
     def _facts(self, plan: Plan, rank: int) -> tuple[Any, ...]:
         """Return what decides the plan's trace beside the job."""
-        return self.engine, self.device, self.lines, plan.fingerprint, rank
+        return self.engine, self.device_kind, self.lines, plan.fingerprint, rank
 
-    def _result(self, plan: Plan, ranks: list[int]) -> Result:
+    def _traced_outcome(self, plan: Plan, ranks: list[int]) -> CallOutcome:
         """Trace the plan on these ranks. The value is a list of the traces."""
         stored, is_own = self._stored(), engine(self.engine).own_trace
         if stored is None or is_own:  # an engine's own step depends on more than the job's content
-            return Result(self._made(plan, ranks), may_be_kept=False)
-        return stored.run(lambda: self._made(plan, ranks))
+            return CallOutcome(self._trace_ranks(plan, ranks), may_be_kept=False)
+        return stored.run(lambda: self._trace_ranks(plan, ranks))
 
-    def _add(self, keys: Sequence[tuple[Plan, int]], result: Result) -> None:
+    def _add(self, keys: Sequence[tuple[Plan, int]], result: CallOutcome) -> None:
         """Add the traces in the value of the result, and keep them on disk if they may be kept."""
         stored = self._stored()
         for (plan, rank), traced in zip(keys, result.value, strict=True):
@@ -255,7 +304,7 @@ class Pricer:
             if stored is not None and result.may_be_kept:
                 stored.write_bytes(traced, "trace", *self._facts(plan, rank))
 
-    def _made(self, plan: Plan, ranks: list[int]) -> Sequence[Trace]:
+    def _trace_ranks(self, plan: Plan, ranks: list[int]) -> Sequence[Trace]:
         """Trace the plan on these ranks and return the traces, one per rank. If the engine has a training
         step of its own and it can run here, that is traced; else the step of native, memfit's own engine. If
         the engine's own step cannot run here, the traces' assumptions say so.
@@ -269,16 +318,16 @@ class Pricer:
         if not backend.own_trace:
             plan = backend.predicted(plan)
             return deep_traces(
-                self.job, plan, ranks, deadline=self.deadline, device=self.device, lines=self.lines
+                self.job, plan, ranks, deadline=self.deadline, device=self.device_kind, lines=self.lines
             )
         if obstacle := backend.probe().problem or ", ".join(backend.asks_cuda(plan)):
-            traces = deep_traces(self.job, plan, ranks, device=self.device, lines=self.lines)
+            traces = deep_traces(self.job, plan, ranks, device=self.device_kind, lines=self.lines)
             assumption = (
                 f"{self.engine}'s own step cannot be traced here ({obstacle}), so native's step was predicted"
             )
             return [dataclasses.replace(t, assumptions=(*t.assumptions, assumption)) for t in traces]
         with stepping(step_maker(self.engine, None)):
-            return [trace(self.job, plan, rank=r, device=self.device, lines=self.lines) for r in ranks]
+            return [trace(self.job, plan, rank=r, device=self.device_kind, lines=self.lines) for r in ranks]
 
     def ahead(self, plans: Sequence[Plan]) -> None:
         """Trace every distinct rank (`Layout.distinct_ranks`) of all these plans in parallel, so that later
@@ -292,15 +341,15 @@ class Pricer:
         with contextlib.suppress(Exception), pause_gc():
             concrete_plans = [self.resolve(plan) for plan in plans]
             keys = [(plan, rank) for plan in concrete_plans for rank in layout(plan).distinct_ranks()]
-            missing_keys = [key for key in keys if self._missing(key[0], [key[1]])]
+            missing_keys = [key for key in keys if self._load_and_list_missing(key[0], [key[1]])]
 
             def make() -> list[Trace]:
                 return traces_of(
-                    self.job, missing_keys, deadline=self.deadline, device=self.device, lines=self.lines
+                    self.job, missing_keys, deadline=self.deadline, device=self.device_kind, lines=self.lines
                 )
 
             stored = self._stored()
-            self._add(missing_keys, _as_bytes(stored.run(make)) if stored else Result(make(), False))
+            self._add(missing_keys, _as_bytes(stored.run(make)) if stored else CallOutcome(make(), False))
 
     # -- exact ----------------------------------------------------------------------------------------
 
@@ -318,26 +367,27 @@ class Pricer:
             largest, host_bytes=host_largest.host_bytes, host_parts_bytes=host_largest.host_parts_bytes
         )
 
-    def is_known(self, plan: Plan) -> bool:
-        """Return whether the plan's trace is in memory or on disk, so that `whole` traces nothing."""
-        return not self._missing(plan, layout(plan).distinct_ranks())
+    def load_traces(self, plan: Plan) -> bool:
+        """Load the plan's traces from disk. Return whether all are in memory then, so that `whole` traces
+        nothing."""
+        return not self._load_and_list_missing(plan, layout(plan).distinct_ranks())
 
-    def has_parts(self, plan: Plan) -> bool:
-        """Return whether all parts of the plan's sketch are in memory or on disk."""
-        return all(self._has_part(*part) for part in self._composed_of(plan)[1])
+    def load_parts(self, plan: Plan) -> bool:
+        """Load the parts of the plan's sketch from disk. Return whether all are in memory then."""
+        return all(self._load_part(*part) for part in self._composed_of(plan)[1])
 
-    def was_cut(self, *question: Any) -> bool:
-        """Return whether a time limit cut the last search of the job for which `note_cut` was called with
-        this question, in this process or another one."""
+    def had_hit_time_limit(self, *question: Any) -> bool:
+        """Return whether the last search of the job for which `note_time_limit` was called with this
+        question, in this process or another one, hit its time limit."""
         stored = self._stored()
-        return stored is not None and bool(stored.read(bool, "cut", *self._question(question)))
+        return stored is not None and bool(stored.read(bool, "hit time limit", *self._question(question)))
 
-    def note_cut(self, is_cut: bool, *question: Any) -> None:
-        if (stored := self._stored()) is not None and (is_cut or self.was_cut(*question)):
-            stored.write(is_cut, "cut", *self._question(question))
+    def note_time_limit(self, is_hit: bool, *question: Any) -> None:
+        if (stored := self._stored()) is not None and (is_hit or self.had_hit_time_limit(*question)):
+            stored.write(is_hit, "hit time limit", *self._question(question))
 
     def _question(self, question: tuple[Any, ...]) -> tuple[Any, ...]:
-        return self.device, self.engine, self.space.half, *question
+        return self.device_kind, self.engine, self.job_facts.half_precision, *question
 
     def whole_in_time(self, plans: Iterable[Plan]) -> Iterator[Estimate]:
         """Yield `whole` of each plan; those that would have to be traced after the deadline are left out."""
@@ -363,7 +413,7 @@ class Pricer:
         ranks, stored = layout(plan).distinct_ranks(), self._stored()
         self._trace(plan, ranks)
         if stored is not None and not engine(self.engine).own_trace:
-            facts = (self._pricing(), *self._facts(plan, -1))
+            facts = (self._prediction_digest(), *self._facts(plan, -1))
             estimates: list[Estimate] | None = stored.read(list[Estimate], "estimates", *facts)
             if estimates is not None:
                 return estimates
@@ -375,7 +425,7 @@ class Pricer:
         """Keep the estimates of the plan in memory and on disk, and return them."""
         self._rank_estimates[plan, self.lines] = estimates
         if (stored := self._stored()) is not None and not engine(self.engine).own_trace:
-            stored.write(estimates, "estimates", self._pricing(), *self._facts(plan, -1))
+            stored.write(estimates, "estimates", self._prediction_digest(), *self._facts(plan, -1))
         return estimates
 
     def _estimates(self, plan: Plan, traces: Sequence[Trace]) -> list[Estimate]:
@@ -406,49 +456,51 @@ class Pricer:
         an interrupt are kept. Plans of one rank are also estimated there, unless the calibration changes.
         """
         missing_plans = [
-            p for p in dict.fromkeys(resolved_plans(plans, self.resolve)) if self._missing(p, [0])
+            p
+            for p in dict.fromkeys(resolved_plans(plans, self.resolve))
+            if self._load_and_list_missing(p, [0])
         ]
-        results: dict[int, tuple[Result, str, list[Estimate] | None]] = {}
+        results: dict[int, tuple[CallOutcome, str, list[Estimate] | None]] = {}
         try:
             with pause_gc():
-                side_by_side(
-                    [functools.partial(self._result_and_estimates, plan) for plan in missing_plans],
+                run_parallel(
+                    [functools.partial(self._trace_and_estimate, plan) for plan in missing_plans],
                     lambda done, i: tell(done, len(missing_plans), missing_plans[i].label),
                     results,
-                    copies=self._warm_copies(),
+                    workers=self._forked_workers(),
                     deadline=self.deadline,
                 )
         finally:  # after an interrupt, the finished ones are kept
-            for index, (result, pricing, estimates) in results.items():
+            for index, (result, digest, estimates) in results.items():
                 self._add([(missing_plans[index], 0)], result)
-                if estimates is not None and pricing == self._pricing():
+                if estimates is not None and digest == self._prediction_digest():
                     self._add_estimates(missing_plans[index], estimates)
 
-    def _result_and_estimates(self, plan: Plan) -> tuple[Result, str, list[Estimate] | None]:
-        """Trace rank 0 of the plan. Return (the trace as bytes; `_pricing`; the plan's estimates, or None if
-        other ranks differ)."""
-        result = self._result(plan, [0])
+    def _trace_and_estimate(self, plan: Plan) -> tuple[CallOutcome, str, list[Estimate] | None]:
+        """Trace rank 0 of the plan. Return (the trace as bytes; `_prediction_digest`; the plan's estimates,
+        or None if other ranks differ)."""
+        result = self._traced_outcome(plan, [0])
         is_all = list(layout(plan).distinct_ranks()) == [0]
         estimates = self._estimates(plan, result.value) if is_all else None
-        return _as_bytes(result), self._pricing(), estimates
+        return _as_bytes(result), self._prediction_digest(), estimates
 
-    def _warm_copies(self) -> Copies:
-        """Return the forked processes that trace for this pricer. They end if what they were forked with no
-        longer holds."""
-        state = (self.job, self.lines, self.space, self.__dict__.get("repeats", True))
-        if self._copies is not None and self._copies[1].owner is not self:
-            self._copies = None  # those of the pricer of which this is a copy
-        if self._copies is not None and self._copies[0] != state:
-            self.end_copies()
-        if self._copies is None:
-            self._copies = state, Copies(self)
-        return self._copies[1]
+    def _forked_workers(self) -> ForkedWorkers:
+        """Return the forked processes that trace for this predictor. They end if what they were forked with
+        no longer holds."""
+        state = (self.job, self.lines, self.job_facts, self.__dict__.get("repeats", True))
+        if self._workers is not None and self._workers[1].owner is not self:
+            self._workers = None  # those of the predictor of which this is a copy
+        if self._workers is not None and self._workers[0] != state:
+            self.end_workers()
+        if self._workers is None:
+            self._workers = state, ForkedWorkers(self)
+        return self._workers[1]
 
-    def end_copies(self) -> None:
-        """End the forked processes that trace for this pricer; later traces fork new ones."""
-        if self._copies is not None:
-            self._copies[1].end()
-            self._copies = None
+    def end_workers(self) -> None:
+        """End the forked processes that trace for this predictor; later traces fork new ones."""
+        if self._workers is not None:
+            self._workers[1].end()
+            self._workers = None
 
     # -- quick ----------------------------------------------------------------------------------------
 
@@ -465,69 +517,80 @@ class Pricer:
         for u in (u for plan in plans for u in plan.uses):
             first.setdefault(u.technique, u)
         counts = Counter(part for composed_plan in plans for part in self._composed_of(composed_plan)[1])
-        missing_parts = [part for part in counts if not self._has_part(*part)]
+        missing_parts = [part for part in counts if not self._load_part(*part)]
         if missing_parts:
             self.deadline.check()
             fake_model(self.job)  # before processes are forked, each of which would build it
             _ = plans[0].ranks == 1 and self._leaves_only_gradients
-        pairs = {part: self._pair(*part) for part in missing_parts}
-        self._awaited = {
-            part: pair
-            for part, pair in pairs.items()
-            if pair is not None and all((base, 1) in pairs or base in self._bases for base in pair)
+        sources = {part: self._mix_sources(*part) for part in missing_parts}
+        self._parts_to_mix = {
+            part: plans_of_part
+            for part, plans_of_part in sources.items()
+            if plans_of_part is not None
+            and all(SketchPart(plan, 1) in sources or plan in self._source_traces for plan in plans_of_part)
         }
-        bases = {(base, 1) for pair in self._awaited.values() for base in pair}
-        for part, pair in self._awaited.items():
-            counts.update({(base, 1): counts[part] for base in pair})
+        source_parts = {
+            SketchPart(plan, 1) for source_plans in self._parts_to_mix.values() for plan in source_plans
+        }
+        for part, source_plans in self._parts_to_mix.items():
+            counts.update({SketchPart(plan, 1): counts[part] for plan in source_plans})
         traced_parts = sorted(
-            (part for part in missing_parts if part not in self._awaited),
+            (part for part in missing_parts if part not in self._parts_to_mix),
             key=lambda part: (
-                _SLOW in part[0],
-                sum(u != first.get(u.technique, u) for u in part[0].uses),
+                _SLOW_TO_TRACE in part.plan,
+                sum(u != first.get(u.technique, u) for u in part.plan.uses),
                 -counts[part],
-                (part[0].fingerprint, part[1]),
+                (part.plan.fingerprint, part.steps),
             ),
         )
         traced_parts = from_both_ends(traced_parts)
 
         def report_part(done: int, index: int) -> None:
-            tell(done, len(traced_parts), traced_parts[index][0].label)
+            tell(done, len(traced_parts), traced_parts[index].plan.label)
 
         self._add_parts(
-            [functools.partial(self._part, *part, part in bases) for part in traced_parts], report_part
+            [
+                functools.partial(self._digest_part_outcome, *part, part in source_parts)
+                for part in traced_parts
+            ],
+            report_part,
         )
-        self._add_parts([functools.partial(self._part, *part) for part in self.compose()])
+        self._add_parts([functools.partial(self._digest_part_outcome, *part) for part in self.compose()])
 
-    def compose(self) -> list[_Step]:
+    def compose(self) -> list[SketchPart]:
         """Put together the parts for which `prepare` has traced what they need (`mixed`), in parallel and
         whatever the deadline: it takes about a second each. Return those that cannot be put together."""
-        ready = [part for part, pair in self._awaited.items() if all(base in self._bases for base in pair)]
+        ready = {
+            part: [self._source_traces[plan] for plan in plans]
+            for part, plans in self._parts_to_mix.items()
+            if all(plan in self._source_traces for plan in plans)
+        }
         calls = [
-            functools.partial(self._mixed_part, plan, *(self._bases[b] for b in self._awaited[plan, steps]))
-            for plan, steps in ready
+            functools.partial(self._part_from_two_traces, part.plan, *traces)
+            for part, traces in ready.items()
         ]
-        self._awaited = {part: pair for part, pair in self._awaited.items() if part not in ready}
+        self._parts_to_mix = {part: p for part, p in self._parts_to_mix.items() if part not in ready}
         self._add_parts(calls, deadline=Deadline())
-        return [part for part in ready if not self._has_part(*part)]
+        return [part for part in ready if not self._load_part(*part)]
 
     def _add_parts(
         self,
-        calls: Sequence[Callable[[], Result]],
+        calls: Sequence[Callable[[], CallOutcome]],
         tell: Callable[[int, int], None] = lambda done, index: None,
         deadline: Deadline | None = None,
     ) -> None:
         """Make the calls in parallel, and add the parts that they return. ``tell`` and ``deadline`` are those
-        of `side_by_side`; None: the pricer's deadline."""
-        results: dict[int, Result] = {}
+        of `run_parallel`; None: the predictor's deadline."""
+        results: dict[int, CallOutcome] = {}
         deadline = deadline or self.deadline
         try:
             with pause_gc():
-                side_by_side(calls, tell, results, copies=self._warm_copies(), deadline=deadline)
+                run_parallel(calls, tell, results, workers=self._forked_workers(), deadline=deadline)
         finally:  # after an interrupt, the finished ones are kept
             for index in sorted(results):
                 self._add_part(results[index])
 
-    def _pair(self, plan: Plan, steps: int) -> tuple[Plan, Plan] | None:
+    def _mix_sources(self, plan: Plan, steps: int) -> tuple[Plan, Plan] | None:
         """Return the plans from whose traces the part's can be put together: without recomputation, and with
         all blocks recomputed. None for other parts than those in which some blocks are recomputed, and if the
         blocks are not all alike."""
@@ -538,71 +601,80 @@ class Pricer:
             return None
         return plan.without(_CHECKPOINTING), plan.with_use(use(_CHECKPOINTING, every=1))
 
-    def _mixed_part(self, plan: Plan, kept: Result, recomputed: Result) -> Result:
-        """Return what `_part` returns, from the traces of the two plans of `_pair`; without a part if they do
-        not tell the plan's trace (`mixed`)."""
+    def _part_from_two_traces(self, plan: Plan, kept: CallOutcome, recomputed: CallOutcome) -> CallOutcome:
+        """Return what `_digest_part_outcome` returns, from the traces of the two plans of `_mix_sources`;
+        without a part if they do not tell the plan's trace (`mixed`)."""
         recompute = plan.get(_CHECKPOINTING)
         assert recompute is not None
         assert self._blocks is not None
-        cut, traced_cut = self._cut(plan), self._cut(plan.without(_CHECKPOINTING))
-        traces = [trace_columns.from_bytes(base.value) for base in (kept, recomputed)]
-        parts: dict[_Key, _Part] = {}
+        counts, source_counts = self._block_counts(plan), self._block_counts(plan.without(_CHECKPOINTING))
+        traces = [trace_columns.from_bytes(source.value) for source in (kept, recomputed)]
+        digests: dict[PartKey, PartDigest] = {}
         with contextlib.suppress(Mismatch):
             if any(t.host_step_bytes for t in traces):
                 raise Mismatch("blocks may keep tensors in host memory")
-            if traced_cut is not None:
-                blocks = Blocks(path=self._blocks[0], first=0, count=traced_cut[0])
-                more = (cut[0] if cut else self.space.block_count) - traced_cut[0]
+            if source_counts is not None:
+                blocks = Blocks(path=self._blocks[0], first=0, count=source_counts[0])
+                more = (counts[0] if counts else self.job_facts.block_count) - source_counts[0]
                 traces = [longer(t, blocks, more) for t in traces]
             stacks = tuple(find_stacks(fake_model(self.job), self.job.blocks, self.job.more_blocks))
             small = mixed(traces[0], traces[1], stacks, int(recompute.settings["every"]))
-            large = self._longer(small, cut) if cut else small
+            large = self._longer(small, counts) if counts else small
             if large is not None:
-                parts = {
-                    (plan, n, 1, ""): _digested(t) for n, t in zip(cut or (0,), (small, large), strict=False)
+                digests = {
+                    PartKey(plan, n, 1): _digest(t)
+                    for n, t in zip(counts or (0,), (small, large), strict=False)
                 }
-        return Result((parts, b""), kept.may_be_kept and recomputed.may_be_kept)
+        return CallOutcome((digests, b""), kept.may_be_kept and recomputed.may_be_kept)
 
-    def _has_part(self, plan: Plan, steps: int) -> bool:
-        """Return whether the part is known, with all numbers of blocks of `_cut`, after adding it if it is on
-        disk."""
+    def _load_part(self, plan: Plan, steps: int) -> bool:
+        """Load the part from disk, with all numbers of blocks of `_block_counts`. Return whether it is in
+        memory then."""
         stored = self._stored()
-        for key in self._keys(plan, steps):
-            if key not in self.parts and stored is not None:
-                part = stored.read(_Part, "part", self.device, key[0].fingerprint, *key[1:])
-                if part is not None:
-                    self.parts[key] = part
-        return self._keys(plan, steps) <= self.parts.keys()
+        for key in self._part_keys(plan, steps):
+            if key not in self.part_digests and stored is not None:
+                digest = stored.read(PartDigest, "part", *self._part_facts(key))
+                if digest is not None:
+                    self.part_digests[key] = digest
+        return self._part_keys(plan, steps) <= self.part_digests.keys()
 
-    def _add_part(self, result: Result) -> None:
-        parts, data = result.value
-        self.parts |= parts
+    def _part_facts(self, key: PartKey) -> tuple[Any, ...]:
+        """Return what decides the part beside the job."""
+        return self.device_kind, key.plan.fingerprint, key.blocks, key.steps
+
+    def _add_part(self, result: CallOutcome) -> None:
+        digests, data = result.value
+        self.part_digests |= digests
         if data:
-            self._bases[next(iter(parts))[0]] = Result(data, result.may_be_kept)
+            self._source_traces[next(iter(digests)).plan] = CallOutcome(data, result.may_be_kept)
         if (stored := self._stored()) is not None and result.may_be_kept:
-            for key, part in parts.items():
-                stored.write(part, "part", self.device, key[0].fingerprint, *key[1:])
+            for key, digest in digests.items():
+                stored.write(digest, "part", *self._part_facts(key))
 
-    def _composed_of(self, plan: Plan) -> tuple[float, list[tuple[Plan, int]]]:
-        """Return (weight of the first part, parts), for the parts that the plan's sketch is composed of. A
-        part is (plan to trace, number of steps to trace). In order, they are:
+    def _composed_of(self, plan: Plan) -> tuple[float, list[SketchPart]]:
+        """Return (weight of the first part, parts), for the parts that the plan's sketch is composed of. In
+        order, they are:
 
-        - the plan's `_core` with the whole batch in one micro-batch, whose weight is returned; left out if
-          that is 0
-        - the `_core` with the smallest micro-batches, whose weight is the rest up to 1; left out if that is 0
-        - `_optimizer_only` with the smallest micro-batches, for the optimizer's phase; two steps, and no
+        - the plan's `_forward_backward_plan` with the whole batch in one micro-batch, whose weight is
+          returned; left out if that is 0
+        - the `_forward_backward_plan` with the smallest micro-batches, whose weight is the rest up to 1; left
+          out if that is 0
+        - `_optimizer_plan` with the smallest micro-batches, for the optimizer's phase; two steps, and no
           weight
         """
-        max_micro_batches, micros = self.space.parts[-1], plan.micro_batches
+        max_micro_batches, micros = self.job_facts.micro_batch_counts[-1], plan.micro_batches
         whole_batch_share = (
             (1 / micros - 1 / max_micro_batches) / (1 - 1 / max_micro_batches)
             if max_micro_batches > 1
             else 1.0
         )
-        core = _core(plan)
-        parts = [(core, 1)] if whole_batch_share > 0 else []
-        parts += [(_accumulated(core, max_micro_batches), 1)] if whole_batch_share < 1 else []
-        return whole_batch_share, [*parts, (_accumulated(_optimizer_only(plan), max_micro_batches), 2)]
+        passes = _forward_backward_plan(plan)
+        parts = [SketchPart(passes, 1)] if whole_batch_share > 0 else []
+        parts += (
+            [SketchPart(_with_micro_batches(passes, max_micro_batches), 1)] if whole_batch_share < 1 else []
+        )
+        optimizer = _with_micro_batches(_optimizer_plan(plan), max_micro_batches)
+        return whole_batch_share, [*parts, SketchPart(optimizer, 2)]
 
     def sketch(self, plan: Plan) -> Estimate:
         """Return the plan's estimate, composed from traces of parts without tracing the plan itself. Parts
@@ -612,16 +684,16 @@ class Pricer:
         between the traces of these two. A peak so found is an upper bound, because a maximum of linear
         functions is convex and lies below its chord.
         """
-        max_micro_batches, micros = self.space.parts[-1], plan.micro_batches
-        core, whole_batch_share = _core(plan), self._composed_of(plan)[0]
+        max_micro_batches, micros = self.job_facts.micro_batch_counts[-1], plan.micro_batches
+        passes, whole_batch_share = _forward_backward_plan(plan), self._composed_of(plan)[0]
         vector = numpy.zeros(_ENTRIES)
         if whole_batch_share > 0:
-            vector += whole_batch_share * self._vector(core)
+            vector += whole_batch_share * self._vector(passes)
         if whole_batch_share < 1:
-            vector += (1 - whole_batch_share) * self._vector(_accumulated(core, max_micro_batches))
+            vector += (1 - whole_batch_share) * self._vector(_with_micro_batches(passes, max_micro_batches))
         if micros > 1:
             vector[[_FORWARD, _BACKWARD]] = vector[[_FORWARD_AGAIN, _BACKWARD_AGAIN]]
-        optimizer = self._vector(_accumulated(_optimizer_only(plan), max_micro_batches), steps=2)
+        optimizer = self._vector(_with_micro_batches(_optimizer_plan(plan), max_micro_batches), steps=2)
         vector[[_RESIDENT, _OPTIMIZER, _STEP_S]] = optimizer[[_RESIDENT, _OPTIMIZER, _STEP_S]]
         vector[_HOST] = max(vector[_HOST], optimizer[_HOST])
         if plan.get("optimizer-in-backward"):
@@ -634,9 +706,9 @@ class Pricer:
             if self.model:
                 vector[_MICRO_S] += 2 * vector[_SAVED] / host_bytes_s(self.machine, self.model)
                 vector[_MICRO_S] += vector[_TENSORS] * self.calibration.disk_file_s
-        return self._priced(plan, vector, micros)
+        return self._estimate_of_vector(plan, vector, micros)
 
-    def _priced(self, plan: Plan, vector: numpy.ndarray, micros: int = 1) -> Estimate:
+    def _estimate_of_vector(self, plan: Plan, vector: numpy.ndarray, micros: int = 1) -> Estimate:
         resident = vector[_RESIDENT]
         peaks = {
             "forward": int(resident + vector[_FORWARD]),
@@ -692,7 +764,7 @@ class Pricer:
             self.plain[ranks] = plain_trace.parameter_count, HostTensors.of(plain_trace)
         return self.plain[ranks]
 
-    def _cut(self, plan: Plan, steps: int = 1) -> tuple[int, int] | None:
+    def _block_counts(self, plan: Plan, steps: int = 1) -> tuple[int, int] | None:
         """Return (smaller, larger) numbers of blocks with which a part is traced, and then extrapolated
         linearly to all blocks of the model. None if it is traced with all blocks.
 
@@ -704,89 +776,93 @@ class Pricer:
             return None
         recompute = plan.get(_CHECKPOINTING)
         period = int(recompute.settings["every"]) if recompute else 1
-        is_deep = self.space.block_count > 4 * period
+        is_deep = self.job_facts.block_count > 4 * period
         return (3 * period, 4 * period) if is_deep and self.repeats else None
 
     def _is_whole(self, plan: Plan, steps: int) -> bool:
         """Return whether the whole trace of plain training is this part."""
         return steps > 1 and self.engine == "native" and plan == make_plain_plan(plan.ranks)
 
-    def _keys(self, plan: Plan, steps: int) -> set[_Key]:
-        return {(plan, blocks, steps, "") for blocks in self._cut(plan, steps) or (0,)}
+    def _part_keys(self, plan: Plan, steps: int) -> set[PartKey]:
+        return {PartKey(plan, blocks, steps) for blocks in self._block_counts(plan, steps) or (0,)}
 
     def _vector(self, plan: Plan, *, steps: int = 1) -> numpy.ndarray:
-        cut = self._cut(plan, steps)
-        if cut is None:
-            return self._measured(plan, 0, steps)
+        counts = self._block_counts(plan, steps)
+        if counts is None:
+            return self._part_vector(PartKey(plan, 0, steps))
         try:
-            small_vector, large_vector = (self._measured(plan, n, steps) for n in cut)
+            small_vector, large_vector = (self._part_vector(PartKey(plan, n, steps)) for n in counts)
         except Exception:  # noqa: BLE001  the model may not run with fewer blocks; the whole one shows the error
             self.repeats = False
-            return self._measured(plan, 0, steps)
+            return self._part_vector(PartKey(plan, 0, steps))
         extrapolated_vector: numpy.ndarray = small_vector + (large_vector - small_vector) * (
-            (self.space.block_count - cut[0]) / (cut[1] - cut[0])
+            (self.job_facts.block_count - counts[0]) / (counts[1] - counts[0])
         )
         return extrapolated_vector
 
-    def _measured(self, plan: Plan, blocks: int, steps: int) -> numpy.ndarray:
-        key = (plan, blocks, steps, self.machine.name)
-        if key not in self.vectors:
-            part_key = (plan, blocks, steps, "")
-            if not self._has_part(plan, steps):
+    def _part_vector(self, key: PartKey) -> numpy.ndarray:
+        if key not in self._vectors:
+            if not self._load_part(key.plan, key.steps):
                 self.deadline.check()
-                self._add_part(self._part(plan, steps))
-            memory_entries, micro_ops, optimizer_ops, micros = self.parts[part_key]
-            seconds = [self.model.total_s(ops) if self.model else 0.0 for ops in (micro_ops, optimizer_ops)]
-            self.vectors[key] = numpy.array([*memory_entries, seconds[0] / micros, seconds[1]])
-        return self.vectors[key]
+                self._add_part(self._digest_part_outcome(key.plan, key.steps))
+            digest = self.part_digests[key]
+            micro_s, optimizer_s = (
+                self.model.total_s(ops) if self.model else 0.0
+                for ops in (digest.micro_ops, digest.optimizer_ops)
+            )
+            entries = [*digest.entries, micro_s / digest.micro_batches, optimizer_s]
+            self._vectors[key] = numpy.array(entries)
+        return self._vectors[key]
 
-    def _part(self, plan: Plan, steps: int, keeps_trace: bool = False) -> Result:
+    def _digest_part_outcome(self, plan: Plan, steps: int, keeps_trace: bool = False) -> CallOutcome:
         """Return what `_digest_part` returns."""
         stored = self._stored()
         if stored is None:
-            return Result(self._digest_part(plan, steps, keeps_trace), may_be_kept=False)
+            return CallOutcome(self._digest_part(plan, steps, keeps_trace), may_be_kept=False)
         return stored.run(lambda: self._digest_part(plan, steps, keeps_trace))
 
-    def _digest_part(self, plan: Plan, steps: int, keeps_trace: bool) -> tuple[dict[_Key, _Part], bytes]:
-        """Trace the part and return what was seen in it, by the numbers of blocks of `_cut`, and with
-        ``keeps_trace`` the trace with the smaller number, else b"". For forward and backward the model is
-        traced with the smaller number, and its middle blocks are repeated for the larger one (`longer`);
+    def _digest_part(
+        self, plan: Plan, steps: int, keeps_trace: bool
+    ) -> tuple[dict[PartKey, PartDigest], bytes]:
+        """Trace the part and return what was seen in it, by the numbers of blocks of `_block_counts`, and
+        with ``keeps_trace`` the trace with the smaller number, else b"". For forward and backward the model
+        is traced with the smaller number, and its middle blocks are repeated for the larger one (`longer`);
         where they do not repeat, it is traced with both. An optimizer's operators take the tensors of all
         blocks at once, so its part is traced with both as well.
         """
-        cut = self._cut(plan, steps)
+        counts = self._block_counts(plan, steps)
         if self._is_whole(plan, steps):
             known = self.traces.get((plan, 0))
-            traces = [known or deep_traces(self.job, plan, [0], device=self.device)[0]]
-        elif cut is None:
+            traces = [known or deep_traces(self.job, plan, [0], device=self.device_kind)[0]]
+        elif counts is None:
             traces = [self._trace_part(self.job, plan, steps)]
         else:
-            traces = [self._trace_part(with_blocks(self.job, cut[0]), plan, steps)]
-            large = self._longer(traces[0], cut) if steps == 1 else None
-            traces.append(large or self._trace_part(with_blocks(self.job, cut[1]), plan, steps))
-        parts = {(plan, n, steps, ""): _digested(t) for n, t in zip(cut or (0,), traces, strict=True)}
-        return parts, trace_columns.to_bytes(traces[0]) if keeps_trace else b""
+            traces = [self._trace_part(with_blocks(self.job, counts[0]), plan, steps)]
+            large = self._longer(traces[0], counts) if steps == 1 else None
+            traces.append(large or self._trace_part(with_blocks(self.job, counts[1]), plan, steps))
+        digests = {PartKey(plan, n, steps): _digest(t) for n, t in zip(counts or (0,), traces, strict=True)}
+        return digests, trace_columns.to_bytes(traces[0]) if keeps_trace else b""
 
-    def _longer(self, traced: Trace, cut: tuple[int, int]) -> Trace | None:
-        """Return the trace of a part with ``cut[1]`` blocks, made from the one with ``cut[0]``. None if its
-        blocks do not repeat with the plan's period, or if the step keeps bytes in host memory, which `longer`
-        would not add to.
+    def _longer(self, traced: Trace, counts: tuple[int, int]) -> Trace | None:
+        """Return the trace of a part with ``counts[1]`` blocks, made from the one with ``counts[0]``. None if
+        its blocks do not repeat with the plan's period, or if the step keeps bytes in host memory, which
+        `longer` would not add to.
         """
         if self._blocks is None or traced.host_step_bytes:
             return None
         path, _, model_period = self._blocks
-        period = cut[1] - cut[0]
+        period = counts[1] - counts[0]
         if period % model_period:
             return None
         with contextlib.suppress(Mismatch):
-            return longer(traced, Blocks(path=path, first=0, count=cut[0], period=period))
+            return longer(traced, Blocks(path=path, first=0, count=counts[0], period=period))
         return None
 
     def _trace_part(self, job: Job, plan: Plan, steps: int) -> Trace:
         return trace(
             job,
             plan,
-            device=self.device,
+            device=self.device_kind,
             steps=steps,
             max_micro_batches=int(steps == 1 or not self._updates_need_no_pass(plan)),
             update=steps > 1,
@@ -809,15 +885,14 @@ class Pricer:
         return sorted(a.requested_bytes for a in left) == sorted([*sizes, _SCALAR_BYTES])
 
 
-def _as_bytes(result: Result) -> Result:
+def _as_bytes(result: CallOutcome) -> CallOutcome:
     """Return the result with its traces as bytes, which take less time to send and less memory."""
     return dataclasses.replace(result, value=[trace_columns.to_bytes(t) for t in result.value])
 
 
-def _digested(traced: Trace) -> _Part:
-    """Return (entries, operators of all micro-steps, operators of the optimizer, number of micro-steps) of
-    the last traced step. An operator is (call, number of calls); equal ones are stored once with their count,
-    so that many traces can be kept.
+def _digest(traced: Trace) -> PartDigest:
+    """Return what was seen in the last traced step. Equal operators are stored once with their count, so that
+    many traces can be kept.
 
     The entries, in the order of `_RESIDENT` to `_HOST`, are: live bytes at the end; highest live bytes of
     forward, of backward and of the optimizer; bytes of activations of at least 64 KiB, which would be
@@ -834,17 +909,17 @@ def _digested(traced: Trace) -> _Part:
         if a.category is Category.INPUT and a.step == last_spans[0].step
     )
     base_bytes = int(live_bytes[max(0, int(numpy.searchsorted(clock, last_spans[0].start)) - 1)]) - input_size
-    peaks = _tops(traced, last_spans)
+    peaks = _phase_peaks(traced, last_spans)
     ops = step_ops(traced)
     micros = 1 + traced.repeated_micro_steps
     step_allocations = [a for a in traced.allocations if a.start >= last_spans[0].start]
     gradients = [a for a in step_allocations if a.category is Category.GRADIENT and a.end]
     pass_ops = [(o, n) for o, n in ops if o.phase is not Phase.OPTIMIZER]
-    micro_ops = _gathered(pass_ops + [(_added(g), micros - 1) for g in gradients if micros > 1])
-    optimizer_ops = _gathered((o, n) for o, n in ops if o.phase is Phase.OPTIMIZER)
+    micro_ops = _count_equal(pass_ops + [(_accumulation_op(g), micros - 1) for g in gradients if micros > 1])
+    optimizer_ops = _count_equal((o, n) for o, n in ops if o.phase is Phase.OPTIMIZER)
     accumulation_peaks, stepping_peaks = _with_gradients_moved(traced, last_spans, gradients)
     activation_sizes = [a.size_bytes for a in step_allocations if a.category is Category.ACTIVATION]
-    memory_entries = [
+    entries = [
         int(live_bytes[-1]),
         peaks[Phase.FORWARD] - base_bytes,
         peaks[Phase.BACKWARD] - base_bytes,
@@ -857,10 +932,10 @@ def _digested(traced: Trace) -> _Part:
         sum(size >= _OFFLOADED_BYTES for size in activation_sizes),
         traced.host_step_bytes,
     ]
-    return memory_entries, micro_ops, optimizer_ops, micros
+    return PartDigest(entries=entries, micro_ops=micro_ops, optimizer_ops=optimizer_ops, micro_batches=micros)
 
 
-def _tops(traced: Trace, spans: Iterable[PhaseSpan]) -> dict[Phase, int]:
+def _phase_peaks(traced: Trace, spans: Iterable[PhaseSpan]) -> dict[Phase, int]:
     """Return the highest live bytes in each of forward, backward and optimizer, within ``spans``; 0 for a
     phase that has no span among them.
     """
@@ -872,7 +947,7 @@ def _tops(traced: Trace, spans: Iterable[PhaseSpan]) -> dict[Phase, int]:
     return peaks
 
 
-def _added(gradient: Allocation) -> OpCall:
+def _accumulation_op(gradient: Allocation) -> OpCall:
     """Return the operator by which each micro-batch after the first adds its gradient to the accumulated
     one.
     """
@@ -892,8 +967,8 @@ def _added(gradient: Allocation) -> OpCall:
 def _with_gradients_moved(
     traced: Trace, last_spans: Sequence[PhaseSpan], gradients: list[Allocation]
 ) -> tuple[dict[Phase, int], dict[Phase, int]]:
-    """Return the highest live bytes of each phase, as `_tops` does, in two cases that were not traced: (in a
-    micro-batch after the first, if the optimizer steps in backward).
+    """Return the highest live bytes of each phase, as `_phase_peaks` does, in two cases that were not traced:
+    (in a micro-batch after the first, if the optimizer steps in backward).
 
     In a later micro-batch, the accumulated gradients are alive from the start, and for a moment beside the
     new gradient that is added to them. If the optimizer steps in backward, each gradient is freed as soon as
@@ -908,10 +983,10 @@ def _with_gradients_moved(
         dataclasses.replace(traced, allocations=(*traced.allocations, *extra_allocations))
         for extra_allocations in (accumulated_gradients, [*releases, *temporaries])
     )
-    return _tops(accumulation_trace, last_spans), _tops(stepping_trace, last_spans)
+    return _phase_peaks(accumulation_trace, last_spans), _phase_peaks(stepping_trace, last_spans)
 
 
-def _gathered(ops: Iterable[tuple[OpCall, int]]) -> Weighted:
+def _count_equal(ops: Iterable[tuple[OpCall, int]]) -> Weighted:
     counts: dict[str, int] = {}
     examples: dict[str, OpCall] = {}
     for op, count in ops:
@@ -920,16 +995,16 @@ def _gathered(ops: Iterable[tuple[OpCall, int]]) -> Weighted:
     return [(examples[s], n) for s, n in counts.items()]
 
 
-def _accumulated(plan: Plan, micros: int) -> Plan:
+def _with_micro_batches(plan: Plan, micros: int) -> Plan:
     return plan.with_use(use(_ACCUMULATION, micro_batches=micros)) if micros > 1 else plan
 
 
-def _core(plan: Plan) -> Plan:
+def _forward_backward_plan(plan: Plan) -> Plan:
     """Return the plan with only those of its techniques that decide forward and backward: all but
     gradient-accumulation, activation-offload, optimizer-in-backward and another optimizer. bf16-parameters,
     if it is among them, gets a float32 master copy.
 
-    `Pricer.sketch` adds the effect of what is left out.
+    `Predictor.sketch` adds the effect of what is left out.
     """
     excluded_names = (_ACCUMULATION, "activation-offload", "optimizer-in-backward")
     uses = [
@@ -937,11 +1012,13 @@ def _core(plan: Plan) -> Plan:
         for u in plan.uses
         if technique(u.technique).slot != "optimizer" and u.technique not in excluded_names
     ]
-    core = Plan(uses=tuple(uses), ranks=plan.ranks)
-    return core.with_use(use("bf16-parameters", rounding="master")) if core.get("bf16-parameters") else core
+    passes = Plan(uses=tuple(uses), ranks=plan.ranks)
+    if passes.get("bf16-parameters") is None:
+        return passes
+    return passes.with_use(use("bf16-parameters", rounding="master"))
 
 
-def _optimizer_only(plan: Plan) -> Plan:
+def _optimizer_plan(plan: Plan) -> Plan:
     """Return the plan with only those of its techniques that decide the optimizer's phase: another optimizer,
     bf16-parameters, adapters (lora, qlora) and data parallelism.
     """

@@ -1,4 +1,4 @@
-"""Inputs of the prices (time and memory) of all plans of a grid, and its axes as arrays of shape
+"""Inputs of the predicted time and memory of all plans of a grid, and its axes as arrays of shape
 (micro-batch, inside, ends, away, states), as in `Grid`.
 """
 
@@ -24,7 +24,7 @@ _MICRO_SIZES: Final = (1, 2)  # traced micro-batch sizes; others lie on the line
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Priced:
+class GridPredictions:
     """Predictions for all plans of a grid, as arrays of the grid's shape: seconds of a step, peak bytes on
     the device of the rank that needs most, and bytes in host memory of the rank that needs most.
     """
@@ -92,7 +92,7 @@ def _line(parts: Sequence[Parts], which: str, field: str, sizes: Array) -> Array
 
 
 class Axes:
-    """Inputs of a grid's prices as arrays with the axes (micro, inside, ends, away, states), shaped to
+    """Inputs of a grid's predictions as arrays with the axes (micro, inside, ends, away, states), shaped to
     broadcast: axes on which an input does not depend have length 1.
     """
 

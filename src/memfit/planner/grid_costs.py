@@ -13,7 +13,16 @@ from collections.abc import Sequence
 
 import numpy
 
-from memfit.planner.grid_axes import GATHERED, Array, Axes, Elements, GridInputs, Priced, Rates, depths
+from memfit.planner.grid_axes import (
+    GATHERED,
+    Array,
+    Axes,
+    Elements,
+    GridInputs,
+    GridPredictions,
+    Rates,
+    depths,
+)
 from memfit.planner.parallelism_grid import Grid, GridLayout
 from memfit.planner.sharding_costs import State
 from memfit.techniques.zero import BUFFER_COUNT
@@ -23,7 +32,7 @@ _CALLS_AWAY = {"zero": 2, "fsdp2": 4}
 _OFFLOADED_KEEPS = 0.02  # share of kept bytes that stays: tensors too small to be worth moving
 
 
-def price(grid: Grid, inputs: GridInputs, rates: Rates) -> Priced:
+def predict(grid: Grid, inputs: GridInputs, rates: Rates) -> GridPredictions:
     """Return for every plan in the grid the seconds of a step, the peak bytes on the device of the rank that
     needs most, including BLAS workspaces, and the bytes in host memory of the rank that needs most.
 
@@ -45,7 +54,7 @@ def price(grid: Grid, inputs: GridInputs, rates: Rates) -> Priced:
     peak, host = _bytes(layout, axes, elements, offloaded)
     peak = peak + rates.workspace_bytes
     shape = grid.shape
-    return Priced(
+    return GridPredictions(
         step_s=numpy.broadcast_to(seconds, shape),
         allocated_bytes=numpy.broadcast_to(peak, shape),
         host_bytes=numpy.broadcast_to(host, shape),

@@ -19,15 +19,23 @@ from memfit.cost.op_time import ASSUMED_ISSUE_S, ASSUMED_LINK_BYTES_S, TimeModel
 from memfit.cost.step_time import storage_rates
 from memfit.cost.stream_simulator import ASSUMED_HOST_BYTES_S, StreamSimulator
 from memfit.planner.block_traces import BlockTracer, Key
-from memfit.planner.grid_axes import Communicate, GridInputs, Priced, Rates
-from memfit.planner.grid_costs import price
+from memfit.planner.grid_axes import Communicate, GridInputs, GridPredictions, Rates
+from memfit.planner.grid_costs import predict
 from memfit.planner.layout_costs import Composer, LayoutCut
-from memfit.planner.parallelism_grid import CUTTING, QUICK_BLOCKS, Grid, GridLayout, Limits, Uses, grids
+from memfit.planner.parallelism_grid import (
+    DIVIDING_TECHNIQUES,
+    QUICK_BLOCKS,
+    Grid,
+    GridLayout,
+    Limits,
+    Uses,
+    grids,
+)
 from memfit.planner.selection import TIE_RATIO
 from memfit.planner.sharding_costs import State, compute_of, state_of
 from memfit.techniques.rank_mesh import Layout
 from memfit.techniques.registry import effect_of, technique
-from memfit.trace.trace_pool import side_by_side
+from memfit.trace.trace_pool import run_parallel
 from memfit.types.errors import UserError
 from memfit.types.machine import Machine
 from memfit.types.parts import PartCosts, Parts
@@ -42,7 +50,7 @@ _BLAS_THREADS = 2  # the caller's thread and autograd's, each with its own BLAS 
 _LEVELS_PER_DOUBLING = 4  # memory levels per doubling; the best plan of each level is kept for the frontier
 LEVEL_RATIO = 2 ** (1 / _LEVELS_PER_DOUBLING)  # highest over lowest memory of a level
 _WORTH = 0.005  # a relative gain in time below this adds no point to the frontier
-_SHARES = 2  # number of shares of the grids that are priced in parallel
+_SHARES = 2  # number of shares of the grids that are predicted in parallel
 _COPIED_BYTES = 1 << 30
 _COPY = OpCall(
     clock=0,
@@ -99,7 +107,7 @@ class GridSketches:
     refused: tuple[str, ...]
     picks: tuple[Sketch, ...]
     neighbours: Callable[[Sketch], list[Sketch]]  # plans of its grid that differ from it along one axis
-    price: Callable[[Grid], Priced]  # predictions for all plans of a grid of the picks
+    predict: Callable[[Grid], GridPredictions]  # predictions for all plans of a grid of the picks
 
 
 # highest bytes of a rank that fit: of tensors on a device without buffers of NCCL, and in host memory
@@ -118,11 +126,11 @@ def find(traced: BlockTracer, machine: Machine, model: TimeModel, limits: Limits
     memory) with which a rank fits; from the first, the buffers of each layout's communicators are subtracted
     (`buffers_bytes`). Raises UserError if there is no grid.
     """
-    pricing, grid_precisions, refusals = priced_grids(traced, machine, model, limits)
+    predictor, grid_precisions, refusals = grids_to_predict(traced, machine, model, limits)
     shares = [grid_precisions[offset::_SHARES] for offset in range(_SHARES)]
     keeps_all = sum(math.prod(grid.shape) for grid, _ in grid_precisions) <= _ALL_KEPT
-    share_results = side_by_side(
-        [functools.partial(pricing.best, share, caps, keeps_all) for share in shares]
+    share_results = run_parallel(
+        [functools.partial(predictor.best, share, caps, keeps_all) for share in shares]
     )
     sketches, considered = list[Sketch](), 0
     extremes = list[tuple[Grid, _Extremes]]()
@@ -134,7 +142,7 @@ def find(traced: BlockTracer, machine: Machine, model: TimeModel, limits: Limits
     sketches.sort(key=lambda s: (s.step_s, s.allocated_bytes))
 
     def fits(sketch: Sketch) -> bool:
-        device_cap, host_cap = pricing.caps_of(sketch.grid, caps)
+        device_cap, host_cap = predictor.caps_of(sketch.grid, caps)
         return sketch.allocated_bytes <= device_cap and sketch.host_bytes <= host_cap
 
     return GridSketches(
@@ -143,14 +151,14 @@ def find(traced: BlockTracer, machine: Machine, model: TimeModel, limits: Limits
         considered=considered,
         refused=tuple(refusals),
         picks=tuple(sketches),
-        neighbours=pricing.neighbours,
-        price=pricing.priced,
+        neighbours=predictor.neighbours,
+        predict=predictor.runnable_predictions,
     )
 
 
-def priced_grids(
+def grids_to_predict(
     traced: BlockTracer, machine: Machine, model: TimeModel, limits: Limits
-) -> tuple[_Pricing, list[tuple[Grid, str]], list[str]]:
+) -> tuple[_GridPredictor, list[tuple[Grid, str]], list[str]]:
     """Return (what predicts the plans of a grid, (grid, compute precision) of all plans that ``limits`` and
     the model allow, texts that say why the model cannot be divided or traced in other ways).
 
@@ -159,7 +167,7 @@ def priced_grids(
     optimistic_limits = dataclasses.replace(limits, sharing=traced.sharing, vocabulary=max(limits.tensor) > 1)
     tasks = _todo(machine, optimistic_limits)
     # in one call, because most models can be cut
-    traced.trace(*_Pricing(traced, machine, model, optimistic_limits).needed(tasks))
+    traced.trace(*_GridPredictor(traced, machine, model, optimistic_limits).needed(tasks))
     limits, refusals = _cuttable(traced, machine, limits)
     limits = _with_ends(traced, model, limits, _computes(machine, limits)[0])
     if limits != optimistic_limits:
@@ -168,15 +176,17 @@ def priced_grids(
         from memfit.planner.parallelism_grid import no_grid_error
 
         raise no_grid_error(limits)
-    pricing = _Pricing(traced, machine, model, limits)
-    traced.trace(*pricing.needed(tasks))
-    tasks = [(pricing.traceable(grid, compute, refusals), compute, states) for grid, compute, states in tasks]
+    predictor = _GridPredictor(traced, machine, model, limits)
+    traced.trace(*predictor.needed(tasks))
+    tasks = [
+        (predictor.traceable(grid, compute, refusals), compute, states) for grid, compute, states in tasks
+    ]
     grid_precisions = [
         (dataclasses.replace(grid, states=states), compute)
         for grid, compute, states in tasks
         if grid.inside and grid.ends
     ]
-    return pricing, grid_precisions, refusals
+    return predictor, grid_precisions, refusals
 
 
 def _with_ends(traced: BlockTracer, model: TimeModel, limits: Limits, compute: str) -> Limits:
@@ -280,7 +290,7 @@ def _cuttable(traced: BlockTracer, machine: Machine, limits: Limits) -> tuple[Li
     return outcome, refusals
 
 
-class _Pricing:
+class _GridPredictor:
     def __init__(self, traced: BlockTracer, machine: Machine, model: TimeModel, limits: Limits) -> None:
         self.computes = _computes(machine, limits)
         self.composer = Composer(
@@ -309,7 +319,7 @@ class _Pricing:
 
     def needed(self, todo: _Todo) -> tuple[list[Key], list[Uses]]:
         """Return (keys of the small traces, sets of techniques under which the optimizer's step is traced)
-        for all traces that the prices of these grids are composed from.
+        for all traces that the predictions of these grids are composed from.
         """
         inside, ends, updates, computes = (dict[Any, None]() for _ in range(4))
         for grid, compute, states in todo:
@@ -353,14 +363,16 @@ class _Pricing:
         """
         results = list[tuple[int, list[_Picked], _Extremes]]()
         for grid, compute in parts:
-            priced = self.price(grid, compute)
+            predictions = self.predict(grid, compute)
             own_caps = self.caps_of(grid, caps)
-            if priced is None:
+            if predictions is None:
                 results.append((0, [], {}))
                 continue
-            every = [picked(grid, priced, i) for i in range(priced.step_s.size)] if keeps_all else []
-            picks = every or _best(grid, priced, own_caps)
-            results.append((priced.step_s.size, picks, _extremes(grid, priced, own_caps)))
+            every = (
+                [picked(grid, predictions, i) for i in range(predictions.step_s.size)] if keeps_all else []
+            )
+            picks = every or _best(grid, predictions, own_caps)
+            results.append((predictions.step_s.size, picks, _extremes(grid, predictions, own_caps)))
         return results
 
     def caps_of(self, grid: Grid, caps: Caps) -> Caps:
@@ -374,7 +386,7 @@ class _Pricing:
     def neighbours(self, sketch: Sketch) -> list[Sketch]:
         """Return sketches of all plans of the sketch's grid that differ from it along exactly one axis."""
         grid, index = sketch.grid, sketch.index
-        priced = self.priced(grid)
+        predictions = self.runnable_predictions(grid)
         neighbours = [
             (*index[:axis], position, *index[axis + 1 :])
             for axis, size in enumerate(grid.shape)
@@ -382,15 +394,15 @@ class _Pricing:
             if position != index[axis]
         ]
         flat_indices = (int(numpy.ravel_multi_index(neighbour, grid.shape)) for neighbour in neighbours)
-        return [Sketch(grid, *picked(grid, priced, position)) for position in flat_indices]
+        return [Sketch(grid, *picked(grid, predictions, position)) for position in flat_indices]
 
-    def priced(self, grid: Grid) -> Priced:
-        """Return what `price` does, for a grid whose model can run with the grid's layout."""
-        priced = self.price(grid, compute_of(grid.states[0]))
-        assert priced is not None, "the model runs with this layout"
-        return priced
+    def runnable_predictions(self, grid: Grid) -> GridPredictions:
+        """Return what `predict` does, for a grid whose model can run with the grid's layout."""
+        predictions = self.predict(grid, compute_of(grid.states[0]))
+        assert predictions is not None, "the model runs with this layout"
+        return predictions
 
-    def price(self, grid: Grid, compute: str) -> Priced | None:
+    def predict(self, grid: Grid, compute: str) -> GridPredictions | None:
         """Return the predicted step time and memory of every plan of the grid in this compute precision; None
         if the model cannot run with the grid's layout.
         """
@@ -414,7 +426,7 @@ class _Pricing:
             averaged=self.traced.job.ema is not None,
             expert_elements=self.traced.expert_elements / layout.experts * (layout.experts > 1),
         )
-        return price(grid, inputs, self.rates)
+        return predict(grid, inputs, self.rates)
 
     @functools.cache  # noqa: B019  lives as long as one search
     def _state(self, uses: Uses, ranks: int, staged: bool) -> State:
@@ -499,7 +511,7 @@ def _updating(uses: Uses) -> Uses:
     return tuple(u for u in relevant_uses if u.technique != "bf16-autocast")
 
 
-def _best(grid: Grid, priced: Priced, caps: Caps) -> list[_Picked]:
+def _best(grid: Grid, predictions: GridPredictions, caps: Caps) -> list[_Picked]:
     """Return a selection of the plans of one grid. ``caps``: the highest (bytes on the device, bytes in host
     memory) of a rank that fit.
 
@@ -511,9 +523,9 @@ def _best(grid: Grid, priced: Priced, caps: Caps) -> list[_Picked]:
 
     A plan that is selected for several reasons is in the list once.
     """
-    step, memory = priced.step_s.ravel(), priced.allocated_bytes.ravel()
+    step, memory = predictions.step_s.ravel(), predictions.allocated_bytes.ravel()
     picks: dict[int, None] = {}
-    host_fits = priced.host_bytes.ravel() <= caps[1]
+    host_fits = predictions.host_bytes.ravel() <= caps[1]
     fitting = numpy.flatnonzero((memory <= caps[0]) & host_fits)
     if fitting.size:
         fastest = fitting[numpy.argsort(step[fitting], kind="stable")[:_KEPT_PER_GRID]]
@@ -526,19 +538,19 @@ def _best(grid: Grid, priced: Priced, caps: Caps) -> list[_Picked]:
         flat_index = numpy.flatnonzero((levels == level) & candidates)
         picks[int(flat_index[numpy.argmin(step[flat_index])])] = None
     picks[int(numpy.argmin(memory))] = None
-    return [picked(grid, priced, flat_index) for flat_index in picks]
+    return [picked(grid, predictions, flat_index) for flat_index in picks]
 
 
-def _extremes(grid: Grid, priced: Priced, caps: Caps) -> _Extremes:
+def _extremes(grid: Grid, predictions: GridPredictions, caps: Caps) -> _Extremes:
     """Return, for each technique of the grid's plans, and for the plans (with it, without it): the fastest
     that fits, if there is one, and the one that needs the least device memory, of those that fit host memory
     if there are any. The technique "" stands for all plans of the grid. ``caps``: as in `_best`.
     """
-    host_fits = priced.host_bytes <= caps[1]
-    fitting = (priced.allocated_bytes <= caps[0]) & host_fits
+    host_fits = predictions.host_bytes <= caps[1]
+    fitting = (predictions.allocated_bytes <= caps[0]) & host_fits
     orders = (
-        numpy.where(fitting, priced.step_s, math.inf),
-        priced.allocated_bytes * numpy.where(host_fits, 1.0, _NOT_ON_HOST),
+        numpy.where(fitting, predictions.step_s, math.inf),
+        predictions.allocated_bytes * numpy.where(host_fits, 1.0, _NOT_ON_HOST),
     )
     axes = range(len(grid.shape))
     lowest = [[order.min(axis=tuple(a for a in axes if a != axis)) for axis in axes] for order in orders]
@@ -552,7 +564,7 @@ def _extremes(grid: Grid, priced: Priced, caps: Caps) -> _Extremes:
                 slab = numpy.take(order, position, axis)
                 place = [int(i) for i in numpy.unravel_index(int(numpy.argmin(slab)), slab.shape)]
                 indices[*place[:axis], position, *place[axis:]] = None
-        return [picked(grid, priced, int(numpy.ravel_multi_index(i, grid.shape))) for i in indices]
+        return [picked(grid, predictions, int(numpy.ravel_multi_index(i, grid.shape))) for i in indices]
 
     found: _Extremes = {("", False): picks(0, range(grid.shape[0]))}
     for name, axis, indices in _placed(grid):
@@ -581,7 +593,7 @@ def _merged(
 ) -> Mapping[tuple[str, bool], tuple[Sketch, ...]]:
     """Return the extremes of all grids together, as `GridSketches` has them."""
     layouts = {
-        id(grid): {u.technique for u in grid.plan((0,) * 5).uses if u.technique in CUTTING}
+        id(grid): {u.technique for u in grid.plan((0,) * 5).uses if u.technique in DIVIDING_TECHNIQUES}
         for grid, _ in extremes
     }
     names = {name for _, found in extremes for name, _ in found if name} | set().union(*layouts.values())
@@ -661,14 +673,14 @@ def _few(sketches: Sequence[Sketch], fits: Callable[[Sketch], bool]) -> list[Ske
     return list({id(s): s for s in selection}.values())
 
 
-def picked(grid: Grid, priced: Priced, flat_index: int) -> _Picked:
+def picked(grid: Grid, predictions: GridPredictions, flat_index: int) -> _Picked:
     """Return the plan of the grid with this index in its flattened arrays: what a `Sketch` has after its
     grid.
     """
     index = tuple(int(i) for i in numpy.unravel_index(flat_index, grid.shape))
     return (
         index,
-        float(priced.step_s[index]),
-        float(priced.allocated_bytes[index]),
-        float(priced.host_bytes[index]),
+        float(predictions.step_s[index]),
+        float(predictions.allocated_bytes[index]),
+        float(predictions.host_bytes[index]),
     )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy
 
 from memfit.planner.capacity import expected_bytes, fits_under, host_holds_under, needed_bytes
-from memfit.planner.evaluate import Pricer
+from memfit.planner.evaluate import Predictor
 from memfit.techniques.rank_mesh import layout
 from memfit.techniques.registry import splits_batch
 from memfit.types.errors import UserError, first_line
@@ -301,17 +301,17 @@ def _crossing(points: Sequence[tuple[int, int]], low: int, high: float, cap_byte
 
 
 def prober(
-    base: Pricer,
+    base: Predictor,
     plan: Plan,
     job_of: Callable[[int], Job],
     *,
     cap_bytes: int,
-    prepare: Callable[[Pricer, Plan], None] = lambda pricer, plan: None,
+    prepare: Callable[[Predictor, Plan], None] = lambda predictor, plan: None,
 ) -> Callable[[int], TracedSize]:
     """Return a function that traces the plan at one value: on the job ``job_of(value)``, and the machine,
     engine and calibration of ``base``.
 
-    ``prepare`` is called with the pricer of that job before its estimate counts, if it is near the cap and
+    ``prepare`` is called with the predictor of that job before its estimate counts, if it is near the cap and
     does not fit. Whether samples depend on each other is tested once, with the job of ``base``.
     """
     machine = base.machine
@@ -320,17 +320,17 @@ def prober(
     def probe(value: int) -> TracedSize:
         try:
             job = job_of(value)
-            space = dataclasses.replace(base.space, batch_size=max(1, job.batch_size // plan.ranks))
-            pricer = Pricer(
-                job=job, machine=machine, space=space, engine=base.engine, calibration=base.calibration
+            facts = dataclasses.replace(base.job_facts, batch_size=max(1, job.batch_size // plan.ranks))
+            predictor = Predictor(
+                job=job, machine=machine, job_facts=facts, engine=base.engine, calibration=base.calibration
             )
             if splits_batch(plan):
-                pricer.dependence = base.dependence
-            estimate = pricer.whole(plan)
+                predictor.dependence = base.dependence
+            estimate = predictor.whole(plan)
             is_near = expected_bytes(estimate, machine) <= _NEAR * cap_bytes
             if is_near and needed_bytes(estimate, machine) > cap_bytes:
-                prepare(pricer, plan)
-                estimate = pricer.whole(plan)
+                prepare(predictor, plan)
+                estimate = predictor.whole(plan)
         except (UserError, *_FAILURES) as error:
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             return TracedSize(value=value, problem=f"{kind}{first_line(error)}")

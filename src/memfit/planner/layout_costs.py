@@ -3,7 +3,7 @@ handful of traces.
 
 What one of n tensor- or context-parallel ranks takes is a + d / n: a is what every rank does or keeps, d is
 what is divided. One trace of a single rank and one of the largest degree therefore give all degrees between.
-Tensor and context degrees multiply. Collectives are priced for their own number of ranks.
+Tensor and context degrees multiply. Collectives are timed for their own number of ranks.
 """
 
 from __future__ import annotations

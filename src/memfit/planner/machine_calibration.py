@@ -7,11 +7,11 @@ from typing import Any
 
 from memfit.cost.step_time_calibration import merge_calibrations
 from memfit.engines import native
-from memfit.planner.evaluate import Pricer
+from memfit.planner.evaluate import Predictor
 from memfit.planner.request import Progress, Request, autocast
 from memfit.planner.selection import (
     MODELLED,
-    Band,
+    EqualityBand,
     timed_band,
 )
 from memfit.runtime import local_machine
@@ -25,7 +25,7 @@ from memfit.types.machine import Calibration
 from memfit.types.plan import Plan, use
 from memfit.types.result import Timings
 
-_FIRST_BUDGET_S, _SECOND_BUDGET_S = 5.0, 4.0  # nominal seconds of probing operators
+_FIRST_TIMING_S, _SECOND_TIMING_S = 5.0, 4.0  # nominal seconds of probing operators
 
 
 def timings(known: Calibration) -> Timings:
@@ -40,29 +40,29 @@ def timings(known: Calibration) -> Timings:
     )
 
 
-def score_band(pricer: Pricer, request: Request) -> Band:
+def score_band(predictor: Predictor, request: Request) -> EqualityBand:
     """Return the band of scores within which plans count as equally good: for this machine `timed_band` of
     the spread of its timings, else `MODELLED`, 5 %.
     """
-    return timed_band(pricer.calibration.spread_ratio) if request.is_here else MODELLED
+    return timed_band(predictor.calibration.spread_ratio) if request.is_here else MODELLED
 
 
 def calibrate(
-    pricer: Pricer,
+    predictor: Predictor,
     request: Request,
     progress: Progress,
     plans: list[Plan] | None = None,
     *,
-    budget_s: float = _SECOND_BUDGET_S,
+    timing_s: float = _SECOND_TIMING_S,
 ) -> None:
-    """Add to the pricer's calibration the times of those operators of ``plans`` that take most of a step's
+    """Add to the predictor's calibration the times of those operators of ``plans`` that take most of a step's
     time, and the kernel workspaces of at most 32 other operators that could move a plan's peak.
 
     What is stored for this machine is reused; the rest is measured in a child process on this machine and
     stored. Without ``plans``, as in the first call of a search, the operators are those of plans that span
     the search. The machine's rates of computing and copying are measured too if they are not known.
 
-    ``budget_s`` limits the number of operators: timing them would take about that many seconds on a machine
+    ``timing_s`` limits the number of operators: timing them would take about that many seconds on a machine
     of nominal speed (100 GFLOP/s, 10 GB/s). Without ``plans``, the limit is 5 seconds. The choice does not
     depend on how long the measurements take, so the same request finds the same stored times. Raises RunError
     if the child process gives no result.
@@ -72,16 +72,18 @@ def calibrate(
     from memfit.cost.workspaces import unprobed_signatures
 
     is_first_call = plans is None
-    calibrated_plans = _representatives(pricer, request.bounds.without) if plans is None else plans
+    calibrated_plans = _representatives(predictor, request.bounds.without) if plans is None else plans
     if request.ranks == 1:
-        pricer.trace_all(calibrated_plans)
-    ops = [pair for plan in calibrated_plans for pair in step_ops(pricer.trace(plan))]
-    known_signatures = {*pricer.calibration.op_s, *pricer.calibration.not_timed}
+        predictor.trace_all(calibrated_plans)
+    ops = [pair for plan in calibrated_plans for pair in step_ops(predictor.trace(plan))]
+    known_signatures = {*predictor.calibration.op_s, *predictor.calibration.not_timed}
     signatures = signatures_to_time(
-        ops, known_signatures, budget_s=_FIRST_BUDGET_S if is_first_call else budget_s
+        ops, known_signatures, timing_s=_FIRST_TIMING_S if is_first_call else timing_s
     )
     peak_signatures = [
-        s for plan in calibrated_plans for s in unprobed_signatures(pricer.trace(plan), pricer.calibration)
+        s
+        for plan in calibrated_plans
+        for s in unprobed_signatures(predictor.trace(plan), predictor.calibration)
     ]
     signatures = list(
         dict.fromkeys(
@@ -95,40 +97,45 @@ def calibrate(
     missing_signatures = [
         s for s in signatures if s not in stored_calibration.op_s and s not in stored_calibration.not_timed
     ]
-    needs_rates = not stored_calibration.flops_s and not pricer.calibration.flops_s
+    needs_rates = not stored_calibration.flops_s and not predictor.calibration.flops_s
     if missing_signatures or needs_rates:
         progress("calibrate", 0, 0, f"{len(missing_signatures)} operators")
         stored_calibration = cache.add(
-            probe_here(request, missing_signatures, _LONGEST_RATIO * budget_s, needs_rates)
+            probe_here(request, missing_signatures, _LONGEST_RATIO * timing_s, needs_rates)
         )
-    pricer.recalibrate(merge_calibrations(pricer.calibration, selected(stored_calibration, set(signatures))))
+    predictor.recalibrate(
+        merge_calibrations(predictor.calibration, selected(stored_calibration, set(signatures)))
+    )
 
 
-def begin_calibration(pricer: Pricer, request: Request, progress: Progress) -> None:
+def begin_calibration(predictor: Predictor, request: Request, progress: Progress) -> None:
     """Run the first calibration of a search (`calibrate` without plans). If the request says ``recalibrate``,
     the timings stored for this machine and number of threads are discarded first.
     """
     if request.recalibrate:
         CalibrationCache(_threads(request), device=calibrated_device(request)).forget()
-    calibrate(pricer, request, progress)
+    calibrate(predictor, request, progress)
 
 
-def _representatives(pricer: Pricer, excluded_techniques: Sequence[str]) -> list[Plan]:
+def _representatives(predictor: Predictor, excluded_techniques: Sequence[str]) -> list[Plan]:
     """Return plans whose operators span the search: plain training and plain training with autocast, each
     with the whole batch, with four micro-batches and with the smallest micro-batches, as far as the batch can
     be split so.
 
     Plans with a technique in ``excluded_techniques`` are left out, except plain training.
     """
-    parts = pricer.space.parts
-    single_samples = [use("gradient-accumulation", micro_batches=parts[-1])] if parts[-1] > 1 else []
-    four_micro_batches = [use("gradient-accumulation", micro_batches=4)] if 4 in parts[:-1] else []
-    mixed_precision, plain_plan = autocast(pricer.space), make_plain_plan(pricer.space.ranks)
+    *fewer, most = predictor.job_facts.micro_batch_counts
+    smallest_micro_batches = [use("gradient-accumulation", micro_batches=most)] if most > 1 else []
+    four_micro_batches = [use("gradient-accumulation", micro_batches=4)] if 4 in fewer else []
+    mixed_precision, plain_plan = autocast(predictor.job_facts), make_plain_plan(predictor.job_facts.ranks)
     candidates = [
         plain_plan,
         plain_plan.with_use(mixed_precision),
-        *(plain_plan.with_use(u) for u in four_micro_batches + single_samples),
-        *(plain_plan.with_use(mixed_precision).with_use(u) for u in four_micro_batches + single_samples),
+        *(plain_plan.with_use(u) for u in four_micro_batches + smallest_micro_batches),
+        *(
+            plain_plan.with_use(mixed_precision).with_use(u)
+            for u in four_micro_batches + smallest_micro_batches
+        ),
     ]
     return [plan for plan in candidates if plan == plain_plan or not any(map(plan.get, excluded_techniques))]
 
@@ -149,11 +156,11 @@ def _threads(request: Request) -> int:
     return request.threads or local_machine.threads()
 
 
-def probe_here(request: Request, signatures: list[str], budget_s: float, rates: bool = True) -> Calibration:
+def probe_here(request: Request, signatures: list[str], timing_s: float, rates: bool = True) -> Calibration:
     """Measure the operators with these signatures on this machine, in a child process; with ``rates``, also
     the machine's rates of computing and copying.
 
-    They are measured in the given order; none is begun after ``budget_s`` seconds. The process is stopped
+    They are measured in the given order; none is begun after ``timing_s`` seconds. The process is stopped
     after 900 seconds. Raises RunError if no result has come when it ends.
     """
     calibrations: list[Calibration] = []
@@ -169,16 +176,16 @@ def probe_here(request: Request, signatures: list[str], budget_s: float, rates: 
     spec = RunSpec(
         name="calibration",
         role="calibration",
-        job=request.job,
+        job=request.job_ref,
         plan=Plan(),
         seed=0,
         steps=0,
-        device=request.device,
+        device=request.device_kind,
         threads=_threads(request),
         timeout_s=_CALIBRATION_LIMIT_S,
     )
     packages = ["bitsandbytes"] if any('"bitsandbytes.' in s for s in signatures) else []
-    config = native.render_calibration(spec, signatures, budget_s=budget_s, packages=packages, rates=rates)
+    config = native.render_calibration(spec, signatures, timing_s=timing_s, packages=packages, rates=rates)
     outcome = run(config, on_event=listen)
     if not calibrations:
         why_it_ended = outcome.reason or outcome.outcome.value

@@ -11,8 +11,8 @@ import numpy
 
 from memfit.planner.grid_search import LEVEL_RATIO, Sketch, picked
 from memfit.planner.multi_device_shortlist import is_quick
-from memfit.planner.parallelism_grid import CUTTING, Grid
-from memfit.planner.search_bound import Facts, Rest, extent, least_ratio, score_ratios
+from memfit.planner.parallelism_grid import DIVIDING_TECHNIQUES, Grid
+from memfit.planner.search_bound import SearchProgress, UntracedPlans, extent, least_ratio, score_ratios
 from memfit.planner.selection import Objective, score
 from memfit.planner.sketch_errors import sketch_errors
 from memfit.techniques.registry import technique
@@ -21,7 +21,7 @@ from memfit.types.plan import Plan, Use
 from memfit.types.result import Estimate, SearchExtent
 
 if TYPE_CHECKING:
-    from memfit.planner.device_pricing import Scale
+    from memfit.planner.multi_device_predictor import MultiDevicePredictor
 
 GOOD_GAIN = 0.01  # a bound that is good enough to stop
 _MOST_TRACES = 8  # traced for a better bound
@@ -39,58 +39,65 @@ Family = tuple[str, ...]
 one family are composed in the same way, so that their errors are similar."""
 
 
-def scale_extent(
-    scale: Scale,
+def multi_device_extent(
+    predictor: MultiDevicePredictor,
     sizes: Sequence[int],
     traced: Sequence[Estimate],
     chosen: Estimate | None,
-    fits: Callable[[Estimate], bool],
+    meets_limits: Callable[[Estimate], bool],
 ) -> SearchExtent:
     """Return how far a search for many devices got, with the bound on what its other plans could gain.
 
     ``sizes``: the numbers of devices that the search was to try. ``traced``: the estimates of all plans that
-    were traced. ``chosen``: the recommended one of them. ``fits`` tells whether a plan may be recommended.
+    were traced. ``chosen``: the recommended one of them. ``meets_limits`` tells whether a plan may be
+    recommended.
     """
-    goal = scale.aim.goal
-    searched = [ranks for ranks in sizes if ranks in scale.found]
-    unknown = "goal" if goal is Objective.FEWEST else "not_searched" * (len(scale.tried) < len(sizes))
-    best_score = min((score(e, goal) for e in traced if fits(e)), default=math.inf)
+    goal = predictor.request.goal
+    searched = [ranks for ranks in sizes if ranks in predictor.found]
+    if goal is Objective.FEWEST:
+        unknown = "goal"
+    else:
+        unknown = "not_searched" if len(predictor.tried) < len(sizes) else ""
+    best_score = min((score(e, goal) for e in traced if meets_limits(e)), default=math.inf)
     return extent(
-        unique_pairs(scale),
+        unique_pairs(predictor),
         best_score,
         goal=goal,
         chosen=chosen,
-        rest=lambda: rest_of_grids(scale, searched, best_score),
-        facts=Facts(
-            priced=sum(scale.found[ranks].considered for ranks in searched),
-            deadline=scale.deadline,
-            limit_s=scale.aim.limit_s,
+        untraced=lambda: untraced_in_grids(predictor, searched, best_score),
+        reached=SearchProgress(
+            predicted=sum(predictor.found[ranks].considered for ranks in searched),
+            deadline=predictor.deadline,
+            limit_s=predictor.request.limit_s,
             unknown=unknown,
         ),
     )
 
 
 def traced_for_bound(
-    scale: Scale, sizes: Sequence[int], traced: Sequence[Estimate], fits: Callable[[Estimate], bool]
+    predictor: MultiDevicePredictor,
+    sizes: Sequence[int],
+    traced: Sequence[Estimate],
+    meets_limits: Callable[[Estimate], bool],
 ) -> Iterator[Estimate]:
     """Trace the plans that could be better than the best traced one by most, until none could be by more than
     1 %, and yield their estimates; at most 8, and none in the last 30 % of the time limit. Plans that cannot
     be traced are skipped.
     """
-    goal, traced = scale.aim.goal, list(traced)
-    if goal is Objective.FEWEST or scale.aim.limit_s is None:
+    goal, traced = predictor.request.goal, list(traced)
+    if goal is Objective.FEWEST or predictor.request.limit_s is None:
         return
-    kept_s = _KEPT_SHARE * scale.aim.limit_s
+    kept_s = _KEPT_SHARE * predictor.request.limit_s
     for attempt in range(_MOST_TRACES):
-        best_score = min(score(e, goal) for e in traced if fits(e))
-        rest = rest_of_grids(scale, [r for r in sizes if r in scale.found], best_score)
-        if not isinstance(rest.first, Sketch) or rest.lowest >= best_score * (1 - GOOD_GAIN):
+        best_score = min(score(e, goal) for e in traced if meets_limits(e))
+        untraced = untraced_in_grids(predictor, [r for r in sizes if r in predictor.found], best_score)
+        if not isinstance(untraced.first, Sketch) or untraced.lowest >= best_score * (1 - GOOD_GAIN):
             return
-        scale.tell("bound", attempt, _MOST_TRACES, "")
+        predictor.tell("bound", attempt, _MOST_TRACES, "")
         trace = None
         try:
-            with scale.deadline.earlier_by(kept_s):
-                trace = scale.traced_or_refused(scale.estimate(rest.first))
+            with predictor.deadline.earlier_by(kept_s):
+                trace = predictor.traced_or_refused(predictor.estimate(untraced.first))
         except TimeUp:
             return
         if trace is not None:
@@ -101,7 +108,7 @@ def traced_for_bound(
 def family(uses: Sequence[Use]) -> Family:
     """Return the family of a plan with these techniques."""
     data = [u.technique for u in uses if technique(u.technique).slot == "data-parallel"]
-    return (*sorted({u.technique for u in uses if u.technique in CUTTING}), *data)
+    return (*sorted({u.technique for u in uses if u.technique in DIVIDING_TECHNIQUES}), *data)
 
 
 def unseen_ratio(name: Family, *, deep: bool) -> float:
@@ -129,55 +136,59 @@ def least_ratios(pairs: Sequence[tuple[Estimate, Estimate]], goal: Objective) ->
     }
 
 
-def rest_of_grids(scale: Scale, searched: Sequence[int], best_score: float) -> Rest:
+def untraced_in_grids(
+    predictor: MultiDevicePredictor, searched: Sequence[int], best_score: float
+) -> UntracedPlans:
     """Return the plans of all grids that were not traced, nor failed to be, and may fit.
 
     ``searched``: the numbers of devices that were searched. ``best_score``: the best traced one; plans that
-    cannot be better than that are not told apart. Only the grids that may have a better plan are priced
+    cannot be better than that are not told apart. Only the grids that may have a better plan are predicted
     again: the selection has the fastest plan of each grid in each interval of memory, and the plan that needs
     the least.
     """
-    pairs = unique_pairs(scale)
-    errors = sketch_errors([s for s, _ in pairs], [t for _, t in pairs], scale.needs)
-    cap_bytes = scale.allocated_cap(errors.most_sketched(scale.aim.cap_bytes))
-    known = {trace.plan for _, trace in pairs} | scale.refused.keys()
-    ratios = least_ratios(pairs, scale.aim.goal)
-    contenders, lowest, first, deep = 0, math.inf, None, not is_quick(scale)
+    pairs = unique_pairs(predictor)
+    errors = sketch_errors([s for s, _ in pairs], [t for _, t in pairs], predictor.needs)
+    cap_bytes = predictor.allocated_cap(errors.most_sketched(predictor.request.cap.bytes))
+    known = {trace.plan for _, trace in pairs} | predictor.refused.keys()
+    ratios = least_ratios(pairs, predictor.request.goal)
+    contenders, lowest, first, deep = 0, math.inf, None, not is_quick(predictor)
     for ranks in searched:
-        caps, unit = (cap_bytes, scale.host_cap(ranks)), _score_per_unit(scale, ranks)
-        for grid, best_value in _grids(scale.found[ranks].picks, caps, by_memory=_by_memory(scale)):
+        caps, unit = (cap_bytes, predictor.host_cap(ranks)), _score_per_unit(predictor, ranks)
+        for grid, best_value in _grids(predictor.found[ranks].picks, caps, by_memory=_by_memory(predictor)):
             families = [family(grid.plan((0, 0, 0, 0, i)).uses) for i in range(len(grid.states))]
             least = numpy.array([ratios.get(f, unseen_ratio(f, deep=deep)) for f in families])
             if best_value * unit * least.min() >= best_score:
                 continue
-            priced = scale.found[ranks].price(grid)
-            scores = unit * least * (priced.allocated_bytes if _by_memory(scale) else priced.step_s)
-            fitting = (priced.allocated_bytes <= caps[0]) & (priced.host_bytes <= caps[1])
+            predictions = predictor.found[ranks].predict(grid)
+            scores = (
+                unit * least * (predictions.allocated_bytes if _by_memory(predictor) else predictions.step_s)
+            )
+            fitting = (predictions.allocated_bytes <= caps[0]) & (predictions.host_bytes <= caps[1])
             better = _unknown(grid, numpy.flatnonzero((fitting & (scores < best_score)).ravel()), known)
             contenders += int(better.size)
             if better.size and (grid_lowest := float(scores.ravel()[better].min())) < lowest:
                 place = int(better[numpy.argmin(scores.ravel()[better])])
-                lowest, first = grid_lowest, Sketch(grid, *picked(grid, priced, place))
-    return Rest(lowest=lowest, contenders=contenders, first=first)
+                lowest, first = grid_lowest, Sketch(grid, *picked(grid, predictions, place))
+    return UntracedPlans(lowest=lowest, contenders=contenders, first=first)
 
 
-def unique_pairs(scale: Scale) -> list[tuple[Estimate, Estimate]]:
+def unique_pairs(predictor: MultiDevicePredictor) -> list[tuple[Estimate, Estimate]]:
     """Return (sketch, trace) of each plan that was traced, once."""
-    return list({trace.plan: (sketch, trace) for sketch, trace in scale.pairs}.values())
+    return list({trace.plan: (sketch, trace) for sketch, trace in predictor.pairs}.values())
 
 
-def _by_memory(scale: Scale) -> bool:
-    return scale.aim.goal is Objective.SMALLEST
+def _by_memory(predictor: MultiDevicePredictor) -> bool:
+    return predictor.request.goal is Objective.SMALLEST
 
 
-def _score_per_unit(scale: Scale, ranks: int) -> float:
+def _score_per_unit(predictor: MultiDevicePredictor, ranks: int) -> float:
     """Return the goal's score of a plan for ``ranks`` devices per second of its step; for the goal of least
     memory 1, because that score is the peak itself.
     """
-    if _by_memory(scale):
+    if _by_memory(predictor):
         return 1.0
-    sketch = next(s for s in scale.found[ranks].picks if s.step_s > 0)
-    return score(scale.estimate(sketch), scale.aim.goal) / sketch.step_s
+    sketch = next(s for s in predictor.found[ranks].picks if s.step_s > 0)
+    return score(predictor.estimate(sketch), predictor.request.goal) / sketch.step_s
 
 
 def _grids(

@@ -11,20 +11,19 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from memfit.planner.parallelism_grid import CUTTING, QUICK_BLOCKS
+from memfit.planner.parallelism_grid import DIVIDING_TECHNIQUES, QUICK_BLOCKS
 from memfit.planner.plan_kinds import doublings, kind
-from memfit.planner.plan_space import complexity
-from memfit.planner.recompute_budget import Cap
+from memfit.planner.plan_space import effect_then_size_key
 from memfit.planner.selection import TIE_RATIO, Objective, best, score, within_bounds
 from memfit.planner.shortlist import most_promising
-from memfit.planner.sketch_errors import Hopes
+from memfit.planner.sketch_errors import BestCaseEstimates
 from memfit.techniques.registry import short_label, technique
 from memfit.types.deadline import TimeUp
 from memfit.types.plan import Plan
 from memfit.types.result import Estimate
 
 if TYPE_CHECKING:
-    from memfit.planner.device_pricing import Scale
+    from memfit.planner.multi_device_predictor import MultiDevicePredictor
 
 # more finalists for small models, whose traces are quick
 _FINALISTS, _MOST_FINALISTS, _TRACED_BLOCKS = 3, 12, 48
@@ -40,9 +39,9 @@ _NEAR = 0.97  # factor by which ratios of trace to sketch differed per doubling 
 Fits = Callable[[Estimate], bool]
 
 
-def is_quick(scale: Scale) -> bool:
+def is_quick(predictor: MultiDevicePredictor) -> bool:
     """Return whether the model has at most 12 blocks, so that whole traces are quick."""
-    return scale.traced.blocks <= QUICK_BLOCKS
+    return predictor.traced.blocks <= QUICK_BLOCKS
 
 
 class FinalistTracer:
@@ -54,19 +53,23 @@ class FinalistTracer:
     cap after multiplication by the largest such factor are not traced. For a model of at least 13 blocks, no
     plan is traced for a gain of 3 % or less.
 
-    ``fits`` tells whether an estimate's plan fits and keeps to the other limits of the search. ``goal``: None
-    means that of the search.
+    ``meets_limits`` tells whether an estimate's plan fits and keeps to the other limits of the search.
+    ``goal``: None means that of the search.
     """
 
-    def __init__(self, scale: Scale, fits: Fits, goal: Objective | None = None) -> None:
-        self.scale, self.fits, self.goal = scale, fits, goal or scale.aim.goal
+    def __init__(
+        self, predictor: MultiDevicePredictor, meets_limits: Fits, goal: Objective | None = None
+    ) -> None:
+        self.predictor, self.meets_limits, self.goal = predictor, meets_limits, goal or predictor.request.goal
         self.traced: list[Estimate] = []
         self._ratios: dict[Plan, float] = {}  # score of the whole trace over that of the sketch
         self._unknown = _TOO_LARGE if self.goal is Objective.SMALLEST else _TOO_SLOW
         self._heaviest = 1.0
         self._late = 0  # traces begun after the deadline
         self._most = (
-            min(_MOST_FINALISTS, _TRACED_BLOCKS // scale.traced.blocks) if is_quick(scale) else _FINALISTS
+            min(_MOST_FINALISTS, _TRACED_BLOCKS // predictor.traced.blocks)
+            if is_quick(predictor)
+            else _FINALISTS
         )
         self._equal = 1 + TIE_RATIO * (self._most == _FINALISTS)
 
@@ -83,9 +86,9 @@ class FinalistTracer:
         of the plan with the lowest peak.
         """
         with contextlib.suppress(TimeUp):
-            self._finalists([e for e in estimates if self.fits(e)], basis)
-        if not any(map(self.fits, self.traced)):
-            with self.scale.deadline.overtime():
+            self._finalists([e for e in estimates if self.meets_limits(e)], basis)
+        if not any(map(self.meets_limits, self.traced)):
+            with self.predictor.deadline.overtime():
                 self._smallest(estimates)
         elif self._most > _FINALISTS:
             with contextlib.suppress(TimeUp):
@@ -94,16 +97,16 @@ class FinalistTracer:
 
     def _finalists(self, candidates: list[Estimate], basis: Plan) -> None:
         sketch, rival = self._two(candidates)
-        if sketch is not None and rival is not None and self.scale.aim.limit_s is None:
-            self.scale.tell(
+        if sketch is not None and rival is not None and self.predictor.request.limit_s is None:
+            self.predictor.tell(
                 "finalists", 0, self._most, f"{short_label(sketch.plan)}, {short_label(rival.plan)}"
             )
-            self.scale.ahead([sketch.plan, rival.plan, basis])
+            self.predictor.ahead([sketch.plan, rival.plan, basis])
         for attempt in range(3 * self._most):
             if sketch is None:
                 break
             candidates.remove(sketch)
-            self.scale.tell("finalists", attempt, self._most, short_label(sketch.plan))
+            self.predictor.tell("finalists", attempt, self._most, short_label(sketch.plan))
             traced_estimate = self._traced(sketch)
             if traced_estimate is None:
                 candidates = [e for e in candidates if _family(e.plan) != _family(sketch.plan)]
@@ -113,45 +116,48 @@ class FinalistTracer:
             sketch = rival if rival in candidates else self._next(candidates)
 
     def _traced(self, sketch: Estimate) -> Estimate | None:
-        """Return what `Scale.traced_or_refused` does. While no plan fits, the deadline ends no trace, and two
-        are begun after it.
+        """Return what `MultiDevicePredictor.traced_or_refused` does. While no plan fits, the deadline ends no
+        trace, and two are begun after it.
         """
-        deadline = self.scale.deadline
-        if any(map(self.fits, self.traced)):
-            return self.scale.traced_or_refused(sketch)
+        deadline = self.predictor.deadline
+        if any(map(self.meets_limits, self.traced)):
+            return self.predictor.traced_or_refused(sketch)
         if deadline.left_s <= 0:
             if self._late == _LATE:
                 deadline.check()
             self._late += 1
         with deadline.overtime():
-            return self.scale.traced_or_refused(sketch)
+            return self.predictor.traced_or_refused(sketch)
 
     def close(self, estimates: Sequence[Estimate]) -> None:
         """Trace plans of a small model until none of the ``estimates`` may fit and be better than the best
-        traced plan, or less than 3 % worse, by the errors of the sketches seen so far (`Hopes`); at most 24.
-        Nothing is traced if no traced plan fits, if the model has at least 13 blocks, or after the deadline.
+        traced plan, or less than 3 % worse, by the errors of the sketches seen so far (`BestCaseEstimates`);
+        at most 24. Nothing is traced if no traced plan fits, if the model has at least 13 blocks, or after
+        the deadline.
 
         Sketches that do not fit count, too: they may be too high.
         """
-        if is_quick(self.scale) and any(map(self.fits, self.traced)):
+        if is_quick(self.predictor) and any(map(self.meets_limits, self.traced)):
             with contextlib.suppress(TimeUp):
                 self._close(estimates)
 
     def _close(self, estimates: Sequence[Estimate]) -> None:
-        scale = self.scale
-        cap = Cap(bytes=scale.aim.cap_bytes, needs=scale.needs, refuses=lambda plan: (), host=scale.aim.host)
-        tried = {e.plan for e in self.traced} | scale.refused.keys()
+        predictor = self.predictor
+        cap = predictor.request.cap
+        tried = {e.plan for e in self.traced} | predictor.refused.keys()
         for attempt in range(_CLOSING):
-            best_score = min(score(e, self.goal) for e in self.traced if self.fits(e))
-            hopes = Hopes([s for s, _ in scale.pairs], [t for _, t in scale.pairs], cap, self.goal)
-            candidates = [e for e in estimates if e.plan not in tried and within_bounds(scale.bounds, e)]
-            promising = most_promising(candidates, hopes, best_score * (1 + TIE_RATIO))
+            best_score = min(score(e, self.goal) for e in self.traced if self.meets_limits(e))
+            best_cases = BestCaseEstimates(
+                [s for s, _ in predictor.pairs], [t for _, t in predictor.pairs], cap, self.goal
+            )
+            candidates = [e for e in estimates if e.plan not in tried and within_bounds(predictor.bounds, e)]
+            promising = most_promising(candidates, best_cases, best_score * (1 + TIE_RATIO))
             if not promising:
                 return
             sketch = promising[0]
             tried.add(sketch.plan)
-            scale.tell("finalists", attempt, _CLOSING, short_label(sketch.plan))
-            traced_estimate = scale.traced_or_refused(sketch)
+            predictor.tell("finalists", attempt, _CLOSING, short_label(sketch.plan))
+            traced_estimate = predictor.traced_or_refused(sketch)
             if traced_estimate is not None:
                 self.traced.append(traced_estimate)
 
@@ -164,7 +170,7 @@ class FinalistTracer:
         """
         traced_plans, neighbours = {e.plan for e in self.traced}, dict[Plan, list[Estimate]]()
         for attempt in range(_CLIMBED):
-            best_traced = best([e for e in self.traced if self.fits(e)], self.goal)
+            best_traced = best([e for e in self.traced if self.meets_limits(e)], self.goal)
             if best_traced is None:
                 return
             if best_traced.plan not in neighbours:
@@ -175,8 +181,8 @@ class FinalistTracer:
             if next_sketch is None:
                 return
             traced_plans.add(next_sketch.plan)
-            self.scale.tell("finalists", attempt, _CLIMBED, short_label(next_sketch.plan))
-            traced_estimate = self.scale.traced_or_refused(next_sketch)
+            self.predictor.tell("finalists", attempt, _CLIMBED, short_label(next_sketch.plan))
+            traced_estimate = self.predictor.traced_or_refused(next_sketch)
             if traced_estimate is not None:
                 self.traced.append(traced_estimate)
 
@@ -184,11 +190,15 @@ class FinalistTracer:
         """Return the sketches of the fitting plans that differ from ``plan`` along one axis of its grid and
         whose score is at most 1.25 times that of the sketch of ``plan``. Empty if ``plan`` has no sketch.
         """
-        sketch = self.scale.sketch_of(plan)
+        sketch = self.predictor.sketch_of(plan)
         if sketch is None:
             return []
-        limit = score(self.scale.estimate(sketch), self.goal) * _MAY_BE_BETTER
-        return [e for e in self.scale.neighbours(sketch) if self.fits(e) and score(e, self.goal) <= limit]
+        limit = score(self.predictor.estimate(sketch), self.goal) * _MAY_BE_BETTER
+        return [
+            e
+            for e in self.predictor.neighbours(sketch)
+            if self.meets_limits(e) and score(e, self.goal) <= limit
+        ]
 
     def hoped(self, e: Estimate) -> float:
         """Return the best (lowest) score that a trace of the plan of the sketch ``e`` may be hoped to have.
@@ -219,7 +229,7 @@ class FinalistTracer:
         return best_sketch, rival if is_worth_tracing else None
 
     def _next(self, candidates: Sequence[Estimate]) -> Estimate | None:
-        fitting = [e for e in self.traced if self.fits(e)]
+        fitting = [e for e in self.traced if self.meets_limits(e)]
         best_traced = best(fitting, self.goal)
         if best_traced is None and not self.traced:
             return best(candidates, self.goal)
@@ -246,9 +256,9 @@ class FinalistTracer:
         def preferred(found: tuple[Estimate, float]) -> tuple[Any, ...]:
             e, h = found
             return (
-                complexity(e.plan, e.dependence),
+                effect_then_size_key(e.plan, e.dependence),
                 _unusual(e.plan),
-                self.scale.needs(e),
+                self.predictor.needs(e),
                 h,
                 e.plan.fingerprint,
             )
@@ -256,27 +266,37 @@ class FinalistTracer:
         return min(contenders, key=preferred, default=(None, 0.0))[0]
 
     def _light(self, e: Estimate) -> bool:
-        return self.scale.aim.host(e) and self.scale.needs(e) * self._heaviest <= self.scale.aim.cap_bytes
+        return (
+            self.predictor.request.cap.host(e)
+            and self.predictor.needs(e) * self._heaviest <= self.predictor.request.cap.bytes
+        )
 
     def _learn(self, sketch: Estimate, traced_estimate: Estimate) -> None:
         self.traced.append(traced_estimate)
         self._ratios[sketch.plan] = score(traced_estimate, self.goal) / score(sketch, self.goal)
-        if self.scale.needs(traced_estimate) > self.scale.aim.cap_bytes:
-            self._heaviest = max(self._heaviest, self.scale.needs(traced_estimate) / self.scale.needs(sketch))
+        if self.predictor.needs(traced_estimate) > self.predictor.request.cap.bytes:
+            self._heaviest = max(
+                self._heaviest, self.predictor.needs(traced_estimate) / self.predictor.needs(sketch)
+            )
 
     def _smallest(self, estimates: Sequence[Estimate]) -> None:
-        ordered = sorted(estimates, key=lambda e: (e.allocated_bytes.value, complexity(e.plan, e.dependence)))
-        traced_estimates = (self.scale.traced_or_refused(e) for e in ordered[:_FINALISTS])
+        ordered = sorted(
+            estimates, key=lambda e: (e.allocated_bytes.value, effect_then_size_key(e.plan, e.dependence))
+        )
+        traced_estimates = (self.predictor.traced_or_refused(e) for e in ordered[:_FINALISTS])
         self.traced += list(itertools.islice(filter(None, traced_estimates), 1))
 
 
 def _unusual(plan: Plan) -> int:
     """Return how many settings of the plan's techniques differ from their defaults, not counting those of
-    techniques that cut the model.
+    techniques that divide the model.
     """
     defaults = {(u.technique, k.name): k.default for u in plan.uses for k in technique(u.technique).knobs}
     return sum(
-        defaults[u.technique, k] != v for u in plan.uses if u.technique not in CUTTING for k, v in u.knobs
+        defaults[u.technique, k] != v
+        for u in plan.uses
+        if u.technique not in DIVIDING_TECHNIQUES
+        for k, v in u.knobs
     )
 
 

@@ -22,7 +22,7 @@ from memfit.types.plan import EffectClass, KnobValue, Plan, Use
 Uses = tuple[Use, ...]
 _MOST_FEWER = 8  # blocks that the first or the last stage may have fewer
 QUICK_BLOCKS = 12  # of a model whose whole traces are quick, at most
-CUTTING = ("tensor-parallel", "context-parallel", "axial-parallel", "pipeline", "expert-parallel")
+DIVIDING_TECHNIQUES = ("tensor-parallel", "context-parallel", "axial-parallel", "pipeline", "expert-parallel")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -459,7 +459,7 @@ def _fine(uses: Uses, limits: Limits) -> bool:
 @functools.cache
 def _fine_use(used: Use, effect: EffectClass, device: str, excluded: frozenset[str]) -> bool:
     definition = technique(used.technique)
-    divides_work = definition.slot == "data-parallel" or definition.name in CUTTING
+    divides_work = definition.slot == "data-parallel" or definition.name in DIVIDING_TECHNIQUES
     accurate_enough = effect_of(Plan(uses=(used,))) <= (
         max(effect, EffectClass.E1) if divides_work else effect
     )
@@ -556,8 +556,8 @@ def no_grid_error(limits: Limits) -> UserError:
             f"the engine (--engine) supports none of the plans for {limits.ranks} devices that a search "
             "considers",
             allowed="an engine with DDP, FSDP2 or ZeRO on several ranks",
-            hint="`memfit estimate JOB --plan FILE --engines` prices a plan of yours and shows which engines "
-            "support it",
+            hint="`memfit estimate JOB --plan FILE --engines` predicts a plan of yours and shows which "
+            "engines support it",
         )
     if limits.batch % limits.ranks == 0:
         return UserError(

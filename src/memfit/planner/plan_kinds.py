@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from memfit.planner.parallelism_grid import CUTTING
+from memfit.planner.parallelism_grid import DIVIDING_TECHNIQUES
 from memfit.techniques.registry import technique
 from memfit.types.plan import Plan
 
@@ -21,16 +21,18 @@ def kind(plan: Plan) -> tuple[object, Degrees]:
     """Return (kind, degrees) of a plan. The predictions for plans that agree in both have similar errors if
     they are sketches, composed from traces of parts.
 
-    Plans are of the same kind if they have the same techniques that cut the model (`CUTTING`) and the same
-    data-parallel technique, all with the same settings, except degrees, numbers of micro-batches and sizes of
-    stages of the cutting ones. Degrees: (technique, setting) -> number of ranks, pipeline stages or virtual
-    stages.
+    Plans are of the same kind if they have the same techniques that divide the model (`DIVIDING_TECHNIQUES`)
+    and the same data-parallel technique, all with the same settings, except degrees, numbers of micro-batches
+    and sizes of stages of the dividing ones. Degrees: (technique, setting) -> number of ranks, pipeline
+    stages or virtual stages.
     """
-    cutting_settings = [(u.technique, k, v) for u in plan.uses if u.technique in CUTTING for k, v in u.knobs]
-    degrees = {(name, k): int(v) for name, k, v in cutting_settings if k in _DEGREES}
-    cutting_kind = tuple(setting for setting in cutting_settings if setting[1] not in (*_DEGREES, *_SIZES))
+    dividing_settings = [
+        (u.technique, k, v) for u in plan.uses if u.technique in DIVIDING_TECHNIQUES for k, v in u.knobs
+    ]
+    degrees = {(name, k): int(v) for name, k, v in dividing_settings if k in _DEGREES}
+    dividing_kind = tuple(setting for setting in dividing_settings if setting[1] not in (*_DEGREES, *_SIZES))
     data = (u for u in plan.uses if technique(u.technique).slot == "data-parallel")
-    return (tuple(dict.fromkeys(name for name, _, _ in cutting_settings)), cutting_kind, *data), degrees
+    return (tuple(dict.fromkeys(name for name, _, _ in dividing_settings)), dividing_kind, *data), degrees
 
 
 def doublings(one: Degrees, other: Degrees) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 
-from memfit.techniques.base import Space, Technique
+from memfit.techniques.base import JobFacts, Technique
 from memfit.techniques.registry import (
     TECHNIQUES,
     changes_training,
@@ -20,14 +20,14 @@ from memfit.techniques.registry import (
 )
 from memfit.types.dependence import DependenceCause, DependenceKind, SampleDependence
 from memfit.types.plan import Accuracy, EffectClass, Plan, Use
-from memfit.types.result import Reason
+from memfit.types.result import Reason, ReasonKind
 
 
 def usable(
-    space: Space,
+    facts: JobFacts,
     accuracy: Accuracy,
     *,
-    small_states_bytes: int | None = None,
+    negligible_state_bytes: int | None = None,
     dependence: SampleDependence | None = None,
 ) -> tuple[list[Technique], tuple[Reason, ...]]:
     """Return (the techniques that a search may use, reasons why others are left out).
@@ -39,33 +39,41 @@ def usable(
     - it does not support the device, or has no setting for the job; this case alone gives no reason
     - it changes the numbers by more than ``accuracy`` allows, unless it is data parallelism, which is asked
       for explicitly
-    - it is another optimizer, and ``small_states_bytes`` is given
+    - it is another optimizer, and ``negligible_state_bytes`` is given
 
-    ``small_states_bytes``: size of parameters, gradients and optimizer state if that is too little to be
+    ``negligible_state_bytes``: size of parameters, gradients and optimizer state if that is too little to be
     worth saving, else None. ``dependence``: whether the job's samples depend on each other; None if it does
     not matter.
     """
     allowed, reasons = [], []
     for candidate in TECHNIQUES.values():
-        is_applicable = candidate.runs_on(space.device) and any(True for _ in candidate.settings(space))
+        is_applicable = candidate.runs_on(facts.device_kind) and any(True for _ in candidate.settings(facts))
         if missing_packages := candidate.missing:
             reasons.append(
                 Reason(
-                    kind="left_out_unavailable", technique=candidate.name, detail=", ".join(missing_packages)
+                    kind=ReasonKind.LEFT_OUT_UNAVAILABLE,
+                    technique=candidate.name,
+                    detail=", ".join(missing_packages),
                 )
             )
         elif candidate.name == "gradient-accumulation" and dependence and not may_split(dependence, accuracy):
             reasons.append(
-                Reason(kind="left_out_changes", technique=candidate.name, detail=dependence.changes)
+                Reason(kind=ReasonKind.LEFT_OUT_CHANGES, technique=candidate.name, detail=dependence.changes)
             )
         elif not is_applicable:
             continue
         # data parallelism is requested explicitly
         elif candidate.effect > accuracy.highest and candidate.slot != "data-parallel":
-            reasons.append(Reason(kind="left_out_accuracy", technique=candidate.name, detail=accuracy.value))
-        elif small_states_bytes is not None and candidate.slot == "optimizer":
             reasons.append(
-                Reason(kind="left_out_small", technique=candidate.name, saved_bytes=small_states_bytes)
+                Reason(kind=ReasonKind.LEFT_OUT_ACCURACY, technique=candidate.name, detail=accuracy.value)
+            )
+        elif negligible_state_bytes is not None and candidate.slot == "optimizer":
+            reasons.append(
+                Reason(
+                    kind=ReasonKind.LEFT_OUT_SMALL,
+                    technique=candidate.name,
+                    saved_bytes=negligible_state_bytes,
+                )
             )
         else:
             allowed.append(candidate)
@@ -93,52 +101,52 @@ def dependence_reasons(plan: Plan, dependence: SampleDependence) -> tuple[Reason
     """Return what to report about a recommended plan because its batch's samples may depend on each other; at
     most one reason, of one of these kinds:
 
-    - "changes": samples depend on each other, and the plan changes the training by splitting the batch
-    - "left_out_changes": samples depend on each other, and plans that change the training so were left out
-    - "not_tested": dependence was not tested, and the plan splits the batch
+    - CHANGES: samples depend on each other, and the plan changes the training by splitting the batch
+    - LEFT_OUT_CHANGES: samples depend on each other, and plans that change the training so were left out
+    - NOT_TESTED: dependence was not tested, and the plan splits the batch
     """
     if dependence.kind is DependenceKind.DEPENDENT:
         changes = changes_training(plan, dependence)
-        kind = "changes" if changes else "left_out_changes"
+        kind = ReasonKind.CHANGES if changes else ReasonKind.LEFT_OUT_CHANGES
         return (
             Reason(kind=kind, technique="" if changes else "splits of the batch", detail=dependence.changes),
         )
     if dependence.kind is DependenceKind.NOT_TESTED and splits_batch(plan):
-        return (Reason(kind="not_tested", technique="", detail=dependence.reason),)
+        return (Reason(kind=ReasonKind.NOT_TESTED, technique="", detail=dependence.reason),)
     return ()
 
 
-def plans(space: Space, techniques: Iterable[Technique]) -> Iterator[Plan]:
+def plans(facts: JobFacts, techniques: Iterable[Technique]) -> Iterator[Plan]:
     """Yield all plans with some of ``techniques`` that a search may propose (`proposable`), in a fixed order.
-    Each technique has one of the settings that it proposes for ``space``; at most one technique of each slot
+    Each technique has one of the settings that it proposes for ``facts``; at most one technique of each slot
     is used. On one device plain training comes first; on several, every plan has a data-parallel technique.
     Settings whose packages are not installed are left out.
     """
     slots: dict[str, list[Use]] = {}
     for candidate in techniques:
-        slots.setdefault(candidate.slot or candidate.name, []).extend(_uses(candidate, space))
+        slots.setdefault(candidate.slot or candidate.name, []).extend(_uses(candidate, facts))
     choices = [[None, *uses] for uses in slots.values()]
     for combination in itertools.product(*choices):
-        plan = Plan(uses=tuple(u for u in combination if u is not None), ranks=space.ranks)
+        plan = Plan(uses=tuple(u for u in combination if u is not None), ranks=facts.ranks)
         shares_work = any(technique(name).slot == "data-parallel" for name in plan.techniques)
-        if proposable(plan) and (space.ranks == 1 or shares_work):
+        if proposable(plan) and (facts.ranks == 1 or shares_work):
             yield plan
 
 
-def _uses(definition: Technique, space: Space) -> list[Use]:
-    settings: Iterable[Mapping[str, object]] = definition.settings(space)
+def _uses(definition: Technique, facts: JobFacts) -> list[Use]:
+    settings: Iterable[Mapping[str, object]] = definition.settings(facts)
     uses = [make_use(definition.name, s) for s in settings]
     return [u for u in uses if not definition.lacks(u.settings)]
 
 
-_PLACE = {name: place for place, name in enumerate(TECHNIQUES)}
+_POSITIONS = {name: position for position, name in enumerate(TECHNIQUES)}
 
 
-def complexity(plan: Plan, dependence: SampleDependence | None = None) -> tuple[int, int, int]:
+def effect_then_size_key(plan: Plan, dependence: SampleDependence | None = None) -> tuple[int, int, int]:
     """Return a sort key of the plan: of equally good plans, the one with the lowest key is preferred.
 
     It is (effect class from 0 to 3, number of techniques, sum of the techniques' positions in `TECHNIQUES`,
     where the customary ones come first). ``dependence``: whether the job's samples depend on each other; if
     they do, and the plan changes the training by splitting the batch, the effect class is 3.
     """
-    return int(effect_of(plan, dependence)), len(plan.uses), sum(_PLACE[u.technique] for u in plan.uses)
+    return int(effect_of(plan, dependence)), len(plan.uses), sum(_POSITIONS[u.technique] for u in plan.uses)

@@ -16,9 +16,10 @@ from memfit.cost.memory import memory_profile
 from memfit.cost.op_time import nominal_s
 from memfit.cost.recompute_ilp import GAP_RATIO, refine_choice, smallest, solve
 from memfit.cost.recompute_replay import Replay, replay
+from memfit.planner.capacity import Cap
 from memfit.planner.selection import Objective, best, score
-from memfit.techniques.recompute.optimal import NAME, encode_dropped
-from memfit.techniques.registry import check, conflict, make_use, short_label
+from memfit.techniques.recompute.optimal import OPTIMAL_CHECKPOINTING, encode_dropped
+from memfit.techniques.registry import check, make_use, short_label
 from memfit.trace.op_recording import record
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
@@ -34,54 +35,10 @@ _TRIES = 6
 _SPARE_RATIO = 0.001  # of the budget: twice the largest excess of a measured peak over its prediction
 _LEAST_RATIO = 1 / 20_000  # of the budget: smaller tensors are never recomputed
 _SEGMENT = 20 * _MIB
-# plans that a search tries; the least relative gain it hopes for; share of the cap to use
-_ATTEMPTS, _WORTH, _UNDER_CAP = 3, 0.03, 0.99
+_ATTEMPTS, _WORTH = 3, 0.03  # plans that a search tries; the least relative gain it hopes for
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Cap:
-    """The memory limit of a search: ``bytes`` of one device, and the memory of its host.
-
-    ``needs`` returns how many bytes of a device an estimate's plan needs. ``host`` tells whether the host has
-    enough memory for it. ``refuses`` returns the reasons why the search's engine does not support a plan;
-    empty if it does.
-    """
-
-    bytes: int
-    needs: Callable[[Estimate], int]
-    refuses: Callable[[Plan], tuple[str, ...]]
-    host: Callable[[Estimate], bool] = lambda estimate: True
-
-    def has(self, estimate: Estimate) -> bool:
-        """Return whether the estimate fits the device and the host."""
-        return self.needs(estimate) <= self.bytes and self.host(estimate)
-
-    def may(self, plan: Plan) -> bool:
-        """Return whether optimal-checkpointing, which recomputes within a memory budget, can be added to the
-        plan: the plan is then without conflicts, and the engine supports it.
-        """
-        budget = plan.with_use(make_use(NAME, {}))
-        return conflict(budget) is None and not self.refuses(budget)
-
-    def room_bytes(self, traced: Sequence[Estimate]) -> int:
-        """Return the peak of tensors, in bytes, at which a plan would need 99 % of the cap; at least 0.
-
-        The need is taken to be linear in the peak: on the line through the estimates of ``traced`` with the
-        lowest and the highest peak. If that line does not rise, a change of the need by one byte counts as a
-        change of the peak by the lowest estimate's ratio of peak to need.
-        """
-        lowest, highest = (f(traced, key=lambda e: e.allocated_bytes.value) for f in (min, max))
-        tensor_bytes, lowest_need = lowest.allocated_bytes.value, self.needs(lowest)
-        need_rise = self.needs(highest) - lowest_need
-        slope = (
-            (highest.allocated_bytes.value - tensor_bytes) / need_rise
-            if need_rise > 0
-            else tensor_bytes / lowest_need
-        )
-        return max(0, int(tensor_bytes + (self.bytes * _UNDER_CAP - lowest_need) * slope))
-
-
-def budgeted(
+def with_optimal_checkpointing(
     whole: Callable[[Plan], Estimate],
     sketches: Sequence[Estimate],
     traced: Sequence[Estimate],
@@ -102,23 +59,27 @@ def budgeted(
     """
     if goal is Objective.SMALLEST:
         return []
-    limit = min((score(e, goal) for e in traced if cap.has(e)), default=math.inf) * (1 - _WORTH)
+    limit = min((score(e, goal) for e in traced if cap.holds(e)), default=math.inf) * (1 - _WORTH)
     traced_plans = {e.plan for e in traced}
     estimates = [*traced, *(e for e in sketches if e.plan not in traced_plans)]
-    candidates = [e for e in estimates if score(e, goal) < limit and not cap.has(e) and cap.may(e.plan)]
+    candidates = [
+        e
+        for e in estimates
+        if score(e, goal) < limit and not cap.holds(e) and cap.can_add_optimal_checkpointing(e.plan)
+    ]
     room_bytes, beside_bytes = cap.room_bytes(traced), 0  # device memory beside the step's own tensors
     for _ in range(_ATTEMPTS):
         candidate, budget_bytes = best(candidates, goal), room_bytes - beside_bytes
         if candidate is None or budget_bytes < _MIB:
             break
-        plan = candidate.plan.with_use(make_use(NAME, {"budget_mib": budget_bytes // _MIB}))
+        plan = candidate.plan.with_use(make_use(OPTIMAL_CHECKPOINTING, {"budget_mib": budget_bytes // _MIB}))
         tell("finalists", 0, 1, short_label(plan))
         try:
             plan_estimate = whole(plan)
         except UserError:  # does not fit even with everything recomputed
             candidates.remove(candidate)
             continue
-        if cap.has(plan_estimate):
+        if cap.holds(plan_estimate):
             return [plan_estimate]
         excess_bytes = int(plan_estimate.allocated_bytes.value) - budget_bytes
         if excess_bytes > beside_bytes + _MIB:
@@ -131,7 +92,7 @@ def budgeted(
 def open_budget(plan: Plan) -> int | None:
     """Return the memory budget in bytes of a plan whose tensors to recompute are not chosen yet. None if they
     are chosen, or if the plan has no such budget."""
-    recomputation = plan.get(NAME)
+    recomputation = plan.get(OPTIMAL_CHECKPOINTING)
     return (
         int(recomputation.settings["budget_mib"]) * _MIB
         if recomputation and not recomputation.settings["dropped"]
@@ -161,8 +122,8 @@ def choose_tensors(
     if budget_bytes is None:
         return plan
     device_calibration = calibration or Calibration()
-    recording = record(job, plan.without(NAME), device=device)
-    if memory_profile(recording.trace, device_calibration).peak_bytes <= _aim(budget_bytes):
+    recording = record(job, plan.without(OPTIMAL_CHECKPOINTING), device=device)
+    if memory_profile(recording.trace, device_calibration).peak_bytes <= _target_bytes(budget_bytes):
         return _with(plan, "none")
     recording_replay = replay(
         recording, seconds, device_calibration, least_bytes=int(budget_bytes * _LEAST_RATIO)
@@ -174,18 +135,18 @@ def choose_tensors(
             trace(job, concrete_plan, device=device), device_calibration
         ).peak_bytes
 
-    budget_plan = _closed(recording_replay, traced, _aim(budget_bytes), gap_ratio)
+    budget_plan = _closed(recording_replay, traced, _target_bytes(budget_bytes), gap_ratio)
     if budget_plan is not None:
         return budget_plan
     smallest_choice = smallest(recording_replay)
     smallest_plan, smallest_peak = traced(smallest_choice.dropped)
     # the solver ended without an answer: start from the smallest and refine up to the budget
-    if smallest_peak <= _aim(budget_bytes):
+    if smallest_peak <= _target_bytes(budget_bytes):
         off_bytes = max(0, smallest_peak - smallest_choice.peak_bytes)
         refined_plan, peak_bytes = traced(
-            refine_choice(recording_replay, smallest_choice, _aim(budget_bytes) - off_bytes).dropped
+            refine_choice(recording_replay, smallest_choice, _target_bytes(budget_bytes) - off_bytes).dropped
         )
-        return refined_plan if peak_bytes <= _aim(budget_bytes) else smallest_plan
+        return refined_plan if peak_bytes <= _target_bytes(budget_bytes) else smallest_plan
     smallest_budget_mib = math.ceil(smallest_peak / (1 - _SPARE_RATIO) / _MIB)
     raise UserError(
         "optimal-checkpointing: recomputation cannot reduce the peak to a budget of "
@@ -230,7 +191,7 @@ def resolved_plans(plans: Iterable[Plan], resolve: Callable[[Plan], Plan]) -> It
             yield resolve(plan)
 
 
-def _aim(budget_bytes: int) -> int:
+def _target_bytes(budget_bytes: int) -> int:
     return int(budget_bytes * (1 - _SPARE_RATIO))
 
 
@@ -271,6 +232,6 @@ def _closed(
 
 
 def _with(plan: Plan, dropped: str) -> Plan:
-    recomputation = plan.get(NAME)
+    recomputation = plan.get(OPTIMAL_CHECKPOINTING)
     assert recomputation is not None
-    return plan.with_use(make_use(NAME, {**recomputation.settings, "dropped": dropped}))
+    return plan.with_use(make_use(OPTIMAL_CHECKPOINTING, {**recomputation.settings, "dropped": dropped}))

@@ -1,4 +1,4 @@
-"""What a search is asked and what it answers, and the pricer that predicts a request's plans."""
+"""What a search is asked and what it answers, and the predictor of a request's plans."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from memfit.jobs.registry import load
 from memfit.model.blocks import find_blocks, find_head
 from memfit.planner.capacity import Fits, needed_bytes
-from memfit.planner.evaluate import Pricer
+from memfit.planner.evaluate import Predictor
 from memfit.planner.plan_space import may_split
-from memfit.planner.selection import (
-    Objective,
-)
+from memfit.planner.selection import Objective
 from memfit.planner.stored_predictions import stored_predictions
-from memfit.techniques.base import Space
+from memfit.techniques.base import JobFacts
 from memfit.techniques.optimizers import is_adamw
 from memfit.types.dependence import DependenceKind
 from memfit.types.device_kind import HOST
@@ -32,6 +30,7 @@ Progress = Callable[[str, int, int, str], None]
 class Request:
     """What the user asked for.
 
+    ``job_ref`` names the job and says what replaces its default sizes; `make_predictor` loads it.
     ``cap_bytes``: the memory of one device that the plan must fit. None means the memory of the device; on a
     CPU it means a demonstration, whose cap is a share of plain training's peak, by default a quarter, or, if
     no plan fits that, the least that some plan needs plus 10 %. ``threads``: number of this machine's threads
@@ -40,7 +39,7 @@ class Request:
     a search takes the number of steps from the job, not from ``bounds.steps``.
     """
 
-    job: JobRef
+    job_ref: JobRef
     machine: Machine
     cap_bytes: int | None = None
     goal: Objective = Objective.FASTEST
@@ -53,7 +52,7 @@ class Request:
     correction: Calibration = dataclasses.field(default_factory=Calibration)  # from runs on this machine
     recalibrate: bool = False  # time this machine's operators again, ignoring stored times
     within_s: float | None = None  # seconds after which a search answers with what it has; None: no limit
-    # Whether a search goes on where the time limit cut an earlier one for the same plans. If not, it answers
+    # Whether a search goes on where an earlier one for the same plans hit its time limit. If not, it answers
     # from what that one has kept on disk, unless that has no estimate, or no plan in it fits.
     continues: bool = True
 
@@ -63,7 +62,7 @@ class Request:
         return self.machine.is_here
 
     @property
-    def device(self) -> str:
+    def device_kind(self) -> str:
         """Torch's name of the kind of device on which runs train: that of the machine if it is this one, else
         the processor of this machine."""
         return self.machine.device.kind if self.machine.is_here else HOST
@@ -74,20 +73,21 @@ class Planning:
     """A finished search, with what is needed to predict further plans in the same way.
 
     ``cap_bytes``: the memory of one device that plans had to fit. ``cap_reason``: where that figure is from,
-    such as "asked for". ``fits``: whether an estimate fits it and keeps to the request's other limits.
-    ``left_out``: why techniques were not searched. After a search for many devices with tensor, context or
-    pipeline parallelism, ``estimates``, ``sketches`` and ``left_out`` are empty, and ``fits`` is always true.
+    such as "asked for". ``meets_limits``: whether an estimate fits it and keeps to the request's other
+    limits. ``left_out``: why techniques were not searched. After a search for many devices with tensor,
+    context or pipeline parallelism, ``estimates``, ``sketches`` and ``left_out`` are empty, and
+    ``meets_limits`` is always true.
     """
 
     request: Request
     job: Job
-    pricer: Pricer
+    predictor: Predictor
     cap_bytes: int
     cap_reason: str
     result: SearchResult
     estimates: Sequence[Estimate] = ()  # of the traced plans
     sketches: Sequence[Estimate] = ()  # of every plan
-    fits: Fits = lambda estimate: True
+    meets_limits: Fits = lambda estimate: True
     left_out: tuple[Reason, ...] = ()
 
     def __post_init__(self) -> None:
@@ -111,14 +111,13 @@ def with_needs(result: SearchResult, machine: Machine) -> SearchResult:
     )
 
 
-def space_of(job: Job, device: str, ranks: int = 1, half: str = "bfloat16") -> Space:
+def job_facts(job: Job, device_kind: str, ranks: int = 1, half_precision: str = "bfloat16") -> JobFacts:
     """Return the facts about the job from which techniques propose settings, counted on a model built without
     memory. ``batch_size`` of the result is that of one rank, at least 1.
 
-    ``device``: its kind, such as "cuda". ``half``: what `half_precision_of` returns for the machine. If the
-    job does not name its blocks and none are found, ``block_count`` is 0; if it does not name its head and
-    none is found, ``vocabulary`` is 0. Raises UserError if the job names blocks or a head that the model
-    does not have.
+    ``half_precision``: what `half_precision_of` returns for the machine. If the job does not name its blocks
+    and none are found, ``block_count`` is 0; if it does not name its head and none is found, ``vocabulary``
+    is 0. Raises UserError if the job names blocks or a head that the model does not have.
     """
     from memfit.model.chunk_analysis import worth_cutting
     from memfit.model.scalar_parameters import scalars
@@ -129,30 +128,30 @@ def space_of(job: Job, device: str, ranks: int = 1, half: str = "bfloat16") -> S
     model = fake_model(job)
     try:
         path, modules = find_blocks(model, job.blocks)
-        block_count, has_linears = len(modules), any(True for _ in block_linears(model, path))
+        block_count, has_linear_layers = len(modules), any(True for _ in block_linears(model, path))
     except UserError:
         if job.blocks is not None:
             raise
-        block_count, has_linears = 0, False
+        block_count, has_linear_layers = 0, False
     try:
         vocabulary = find_head(model, job.head)[1].out_features
     except UserError:
         if job.head is not None:
             raise
         vocabulary = 0
-    return Space(
+    return JobFacts(
         batch_size=max(1, job.batch_size // ranks),
         block_count=block_count,
         vocabulary=vocabulary,
-        device=device,
+        device_kind=device_kind,
         ranks=ranks,
-        half=half,
-        linears=has_linears,
-        scalars=bool(scalars(model)),
-        clipped=job.clip is not None,
-        adamw=is_adamw(job.optimizer),
-        named=needs_names(job.optimizer),
-        slices=ranks == 1 and worth_cutting(job, model),
+        half_precision=half_precision,
+        has_linear_layers=has_linear_layers,
+        has_scalar_parameters=bool(scalars(model)),
+        has_slices=ranks == 1 and worth_cutting(job, model),
+        clips_gradients=job.clip is not None,
+        is_adamw=is_adamw(job.optimizer),
+        needs_parameter_names=needs_names(job.optimizer),
     )
 
 
@@ -164,32 +163,36 @@ def half_precision_of(machine: Machine) -> str:
     return "float16" if "float16" in rates and "bfloat16" not in rates else "bfloat16"
 
 
-def autocast(space: Space) -> Use:
-    """Return the autocast technique for the half precision of ``space``: fp16-autocast or bf16-autocast."""
-    return use("fp16-autocast" if space.half == "float16" else "bf16-autocast")
+def autocast(facts: JobFacts) -> Use:
+    """Return the autocast technique for the half precision of ``facts``: fp16-autocast or bf16-autocast."""
+    return use("fp16-autocast" if facts.half_precision == "float16" else "bf16-autocast")
 
 
-def make_pricer(request: Request, *, replicas: bool = True) -> tuple[Job, Pricer]:
-    """Load the request's job and return (the job, the pricer that predicts its plans on the request's machine
-    and engine).
+def make_predictor(request: Request, *, replicas: bool = True) -> tuple[Job, Predictor]:
+    """Load the request's job and return (the job, the predictor that predicts its plans on the request's
+    machine and engine).
 
     ``replicas``: whether every rank trains samples of its own. If so, and if the batch has fewer samples than
     there are ranks, raises UserError. Also raises it if the job cannot be loaded, or if it names blocks or a
     head that its model does not have.
     """
-    job, ranks = load(request.job), request.ranks
+    job, ranks = load(request.job_ref), request.ranks
     if replicas and job.batch_size < ranks:
         raise UserError(
             f"a batch of {job.batch_size} has fewer samples than the {ranks} ranks",
             allowed=f"--batch {ranks} or more",
         )
-    stored = stored_predictions(request.job, job)
+    stored = stored_predictions(request.job_ref, job)
     how = request.machine.device.kind, request.ranks, half_precision_of(request.machine)
-    space = stored.keep(Space, lambda: space_of(job, *how), "space", *how) if stored else space_of(job, *how)
-    return job, Pricer(
+    facts = (
+        stored.get_or_compute(JobFacts, lambda: job_facts(job, *how), "job facts", *how)
+        if stored
+        else job_facts(job, *how)
+    )
+    return job, Predictor(
         job=job,
         machine=request.machine,
-        space=space,
+        job_facts=facts,
         engine=request.engine,
         calibration=request.correction,
         stored=stored,
@@ -210,14 +213,20 @@ def model_sizes(name: str, job: Job) -> Mapping[str, str]:
     return sizes(read(fake_model(job)))
 
 
-def limit_parts(pricer: Pricer, accuracy: Accuracy) -> None:
-    """If samples of a batch depend on each other, set the smallest micro-batch of the pricer's space: two
-    samples if ``accuracy`` allows splitting the batch nevertheless (some layers need more than one), else the
-    whole batch of a rank. If they do not depend on each other, or if a rank has only one sample, nothing is
-    changed.
+def with_steps_of(request: Request, job: Job) -> Request:
+    """Return the request with the job's number of steps in its bounds, for the deadline and the budget of the
+    whole training."""
+    return dataclasses.replace(request, bounds=dataclasses.replace(request.bounds, steps=job.steps))
+
+
+def limit_micro_batches(predictor: Predictor, accuracy: Accuracy) -> None:
+    """If samples of a batch depend on each other, set the smallest micro-batch of the predictor's job facts:
+    two samples if ``accuracy`` allows splitting the batch nevertheless (some layers need more than one), else
+    the whole batch of a rank. If they do not depend on each other, or if a rank has only one sample, nothing
+    is changed.
     """
-    space = pricer.space
-    if space.batch_size == 1 or pricer.dependence.kind is not DependenceKind.DEPENDENT:
+    facts = predictor.job_facts
+    if facts.batch_size == 1 or predictor.dependence.kind is not DependenceKind.DEPENDENT:
         return
-    smallest_part = 2 if may_split(pricer.dependence, accuracy) else space.batch_size
-    pricer.space = dataclasses.replace(space, least_part=smallest_part)
+    smallest = 2 if may_split(predictor.dependence, accuracy) else facts.batch_size
+    predictor.job_facts = dataclasses.replace(facts, smallest_micro_batch=smallest)

@@ -15,7 +15,7 @@ from typing import Any
 from memfit.cost.memory_estimate import ASSUMED_RESERVED_RATIO
 from memfit.engines.registry import supporting_engine
 from memfit.planner.capacity import CPU_HEADROOM_BYTES, CPU_HEADROOM_RATIO, fits_under, needed_bytes
-from memfit.planner.evaluate import Pricer
+from memfit.planner.evaluate import Predictor
 from memfit.planner.workspace_probes import probe_workspaces
 from memfit.techniques.recompute import optimal
 from memfit.techniques.registry import (
@@ -58,15 +58,15 @@ class SaferPlan:
     limit_bytes: int
 
 
-def pricer_of_batch(pricer: Pricer, batch: Any) -> Pricer:
-    """Return a pricer of the same job, machine and calibration, for which every step has the batch
+def predictor_of_batch(predictor: Predictor, batch: Any) -> Predictor:
+    """Return a predictor of the same job, machine and calibration, for which every step has the batch
     ``batch``."""
-    job = dataclasses.replace(pricer.job, make_batch=lambda step, seed: batch)
-    return dataclasses.replace(pricer, job=job, traces={}, parts={}, vectors={}, plain={})
+    job = dataclasses.replace(predictor.job, make_batch=lambda step, seed: batch)
+    return dataclasses.replace(predictor, job=job, traces={}, part_digests={}, plain={})
 
 
 def safer_plan(
-    pricer: Pricer,
+    predictor: Predictor,
     failed: Plan,
     *,
     limit_bytes: int,
@@ -74,7 +74,7 @@ def safer_plan(
     tried: Collection[Plan] = (),
 ) -> SaferPlan | str:
     """Return a plan to continue with after ``failed`` has run out of memory, or a text that says why there is
-    none. ``pricer``: predicts plans for the batch that failed. ``limit_bytes``: the memory that is there.
+    none. ``predictor``: predicts plans for the batch that failed. ``limit_bytes``: the memory that is there.
 
     The plan has the same effect class as ``failed`` or a lower one, and fits the limit with that batch. It
     also needs at least 10 % less than ``failed`` if that was itself predicted to fit, and so needs more than
@@ -93,18 +93,18 @@ def safer_plan(
 
     Raises one of `FAILURES` if ``failed`` cannot be predicted.
     """
-    if _probes(pricer):
-        probe_workspaces(pricer, failed)
-    failed_bytes = needed_bytes(pricer.whole(failed), pricer.machine)
+    if _probes(predictor):
+        probe_workspaces(predictor, failed)
+    failed_bytes = needed_bytes(predictor.whole(failed), predictor.machine)
     if failed_bytes <= limit_bytes:
         limit_bytes = int(failed_bytes * _UNEXPLAINED_RATIO)
-    search = _Search(pricer=pricer, failed=failed, limit_bytes=limit_bytes, tried={failed, *tried})
+    search = _Search(predictor=predictor, failed=failed, limit_bytes=limit_bytes, tried={failed, *tried})
     for share in (_SPARING_RATIO, 1.0):
         search.limit_bytes = int(share * limit_bytes)
         if (estimate := search.of_frontier(frontier) or search.of_extensions()) is not None:
             return SaferPlan(
                 estimate=estimate,
-                needed_bytes=needed_bytes(estimate, pricer.machine),
+                needed_bytes=needed_bytes(estimate, predictor.machine),
                 failed_bytes=failed_bytes,
                 limit_bytes=limit_bytes,
             )
@@ -114,10 +114,10 @@ def safer_plan(
 @dataclasses.dataclass(kw_only=True)
 class _Search:
     """The search for a safer plan than ``failed`` within ``limit_bytes``. ``estimates``: of the plans that
-    were priced; None for one that cannot be used. ``smallest``: the least bytes that one of them needs, and
-    its plan; None if there is none."""
+    were estimated; None for one that cannot be used. ``smallest``: the least bytes that one of them needs,
+    and its plan; None if there is none."""
 
-    pricer: Pricer
+    predictor: Predictor
     failed: Plan
     limit_bytes: int
     tried: Collection[Plan]
@@ -131,7 +131,7 @@ class _Search:
         alone = self.failed.without(_ACCUMULATION)
         return max(
             estimates,
-            key=lambda e: (e.plan.without(_ACCUMULATION) == alone, needed_bytes(e, self.pricer.machine)),
+            key=lambda e: (e.plan.without(_ACCUMULATION) == alone, needed_bytes(e, self.predictor.machine)),
             default=None,
         )
 
@@ -148,7 +148,7 @@ class _Search:
         effect = self._effect(self.failed)
         hint = (
             "; a plan with gradient-accumulation (E1) could be cut into more micro-batches"
-            if effect is EffectClass.E0 and self.pricer.space.parts[-1] > 1
+            if effect is EffectClass.E0 and self.predictor.job_facts.micro_batch_counts[-1] > 1
             else ""
         )
         if self.smallest is None:
@@ -167,7 +167,7 @@ class _Search:
             self._with_splits(self.failed),
             self._with_splits(recomputing),
             self._within_budget(),
-            self._with_splits(self._with(recomputing.without(optimal.NAME), _OFFLOAD)),
+            self._with_splits(self._with(recomputing.without(optimal.OPTIMAL_CHECKPOINTING), _OFFLOAD)),
         ):
             if variants := [plan for plan in plans if self._can_follow(plan)]:
                 yield variants
@@ -176,29 +176,29 @@ class _Search:
         """Return the plan with the technique ``name`` in the first setting that it proposes for the job, in
         place of others of its slot. The plan is returned unchanged if it proposes none."""
         definition = technique(name)
-        settings = next(iter(definition.settings(self.pricer.space)), None)
+        settings = next(iter(definition.settings(self.predictor.job_facts)), None)
         return plan if settings is None else _replaced(plan, make_use(name, settings))
 
     def _within_budget(self) -> list[Plan]:
         """Return the failed plan with optimal-checkpointing, which recomputes as many tensors as it takes to
         stay within the limit. Empty if next to nothing is left for tensors."""
-        if self.pricer.machine.device.is_host:
+        if self.predictor.machine.device.is_host:
             tensor_bytes = (self.limit_bytes - CPU_HEADROOM_BYTES) / CPU_HEADROOM_RATIO
         else:
             tensor_bytes = self.limit_bytes / ASSUMED_RESERVED_RATIO
         budget_mib = int(tensor_bytes) // _MIB
         if budget_mib < 1:
             return []
-        return [_replaced(self.failed, make_use(optimal.NAME, {"budget_mib": budget_mib}))]
+        return [_replaced(self.failed, make_use(optimal.OPTIMAL_CHECKPOINTING, {"budget_mib": budget_mib}))]
 
     def _with_splits(self, plan: Plan) -> list[Plan]:
         """Return the plan, and it with each larger number of micro-batches, ascending, at least doubling."""
         count = plan.micro_batches
-        largest, plans = self.pricer.space.parts[-1], [plan]
-        for parts in self.pricer.space.parts:
-            if parts >= 2 * count or count < parts == largest:
-                count = parts
-                plans.append(plan.with_use(make_use(_ACCUMULATION, {"micro_batches": parts})))
+        largest, plans = self.predictor.job_facts.micro_batch_counts[-1], [plan]
+        for more in self.predictor.job_facts.micro_batch_counts:
+            if more >= 2 * count or count < more == largest:
+                count = more
+                plans.append(plan.with_use(make_use(_ACCUMULATION, {"micro_batches": more})))
         return plans
 
     def _can_follow(self, plan: Plan) -> bool:
@@ -211,7 +211,7 @@ class _Search:
         if plan.micro_batches > self.failed.micro_batches and not self._may_split():
             return False
         with contextlib.suppress(MemfitError):  # a package is not installed, or the engine lacks a technique
-            supporting_engine(self.pricer.engine, check(plan, self.pricer.machine))
+            supporting_engine(self.predictor.engine, check(plan, self.predictor.machine))
             return self._effect(plan) <= self._effect(self.failed)
         return False
 
@@ -220,13 +220,13 @@ class _Search:
         the samples are independent, or not known to be dependent and already cut."""
         if effect_of(self.failed) < EffectClass.E1:
             return False
-        kind = self.pricer.dependence.kind
+        kind = self.predictor.dependence.kind
         if kind is DependenceKind.NOT_TESTED:
             return in_micro_batches(self.failed)
         return kind is DependenceKind.INDEPENDENT
 
     def _effect(self, plan: Plan) -> EffectClass:
-        return effect_of(plan, self.pricer.dependence_under(plan))
+        return effect_of(plan, self.predictor.dependence_under(plan))
 
     def _fitting(self, plan: Plan) -> Estimate | None:
         """Return the plan's estimate if it fits the limit, else None, also for a plan that does not suit the
@@ -234,33 +234,33 @@ class _Search:
         if plan not in self.estimates:
             self.estimates[plan] = None
             with contextlib.suppress(*FAILURES):
-                self.estimates[plan] = self._priced(plan)
+                self.estimates[plan] = self._estimate_of(plan)
         estimate = self.estimates[plan]
         return estimate if estimate and self._fits(estimate) else None
 
-    def _priced(self, plan: Plan) -> Estimate | None:
+    def _estimate_of(self, plan: Plan) -> Estimate | None:
         """Return the plan's estimate; None if, once its tensors to recompute are chosen, it is a plan that
         was tried. On the processor of this machine, workspaces of kernels are probed if they decide whether
         it fits."""
-        estimate = self.pricer.whole(plan)
+        estimate = self.predictor.whole(plan)
         if estimate.plan in self.tried:
             return None
         is_close = not self._fits(estimate) and estimate.allocated_bytes.value < self.limit_bytes
-        if is_close and _probes(self.pricer):
-            probe_workspaces(self.pricer, estimate.plan)
-            estimate = self.pricer.whole(estimate.plan)
-        needed = needed_bytes(estimate, self.pricer.machine)
+        if is_close and _probes(self.predictor):
+            probe_workspaces(self.predictor, estimate.plan)
+            estimate = self.predictor.whole(estimate.plan)
+        needed = needed_bytes(estimate, self.predictor.machine)
         if self.smallest is None or needed < self.smallest[0]:
             self.smallest = needed, estimate.plan
         return estimate
 
     def _fits(self, estimate: Estimate) -> bool:
-        return fits_under(self.limit_bytes, self.pricer.machine)(estimate)
+        return fits_under(self.limit_bytes, self.predictor.machine)(estimate)
 
 
-def _probes(pricer: Pricer) -> bool:
+def _probes(predictor: Predictor) -> bool:
     """Return whether workspaces of kernels are probed: on the processor of this machine."""
-    return pricer.machine.is_here and pricer.machine.device.is_host
+    return predictor.machine.is_here and predictor.machine.device.is_host
 
 
 def _core(plan: Plan) -> Plan:

@@ -1,47 +1,54 @@
 """Search the best plan for a job on a machine.
 
-Plain training is traced, the cap decided, and plans are priced by single_device.py, or, where tensor, context
-and pipeline parallelism can be searched, by multi_device.py. One of the traced plans is recommended.
+Plain training is traced and the cap decided. Plans are then estimated by single_device.py, or, where tensor,
+context and pipeline parallelism can be searched, by multi_device.py. One of the traced plans is recommended.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from memfit.cost.host import host_holds, host_line
 from memfit.cost.memory import step_ops
 from memfit.engines.registry import engine
-from memfit.planner.capacity import Fits, fits_under, needed_bytes, states_bytes
-from memfit.planner.evaluate import Pricer
+from memfit.planner.capacity import Fits, fits_under, memory_cap, needed_bytes, states_bytes
+from memfit.planner.evaluate import Predictor
 from memfit.planner.machine_calibration import begin_calibration, calibrate, score_band, timings
-from memfit.planner.plan_space import may_share, may_split
-from memfit.planner.recompute_budget import Cap
-from memfit.planner.request import Planning, Progress, Request, limit_parts, make_pricer
-from memfit.planner.search_bound import Facts, extent, rest_of, score_ratios, unfinished_text
+from memfit.planner.plan_space import effect_then_size_key, may_share, may_split
+from memfit.planner.reasons import ReasonInputs, reasons_for
+from memfit.planner.request import (
+    Planning,
+    Progress,
+    Request,
+    limit_micro_batches,
+    make_predictor,
+    with_steps_of,
+)
+from memfit.planner.search_bound import SearchProgress, extent, score_ratios, unfinished_text, untraced_plans
 from memfit.planner.selection import (
     Objective,
-    Prices,
     best,
-    decide,
+    frontier,
     missed_bounds,
     respects_micro_batch,
     score,
     within_bounds,
 )
-from memfit.planner.single_device import memory_cap, plans_asked_for, price_plans
-from memfit.planner.sketch_errors import may_fit
+from memfit.planner.single_device import estimate_plans, plans_asked_for
+from memfit.planner.sketch_errors import may_fit_under
 from memfit.runtime import local_machine
-from memfit.techniques.recompute.optimal import NAME
-from memfit.techniques.registry import effect_of, make_plain_plan, proposable, refuse_wrong_weights
-from memfit.types.deadline import Deadline
+from memfit.techniques.recompute.optimal import OPTIMAL_CHECKPOINTING
+from memfit.techniques.registry import effect_of, make_plain_plan, proposable, refuse_wrong_weights, without
+from memfit.types.deadline import Deadline, TimeUp
 from memfit.types.dependence import DependenceCause
 from memfit.types.errors import NothingFits, UserError
 from memfit.types.job import Job
 from memfit.types.plan import use
-from memfit.types.result import Choice, Estimate, Reason, SearchExtent, SearchResult
+from memfit.types.result import Choice, Estimate, Reason, ReasonKind, SearchExtent, SearchResult
 from memfit.types.trace import Phase
 
 # Of the cap and of the step time: other optimizers are not searched where states are smaller and the
@@ -78,127 +85,152 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
 
     After the request's ``within_s`` no further plan is traced, and traces in other processes are ended. Plans
     are traced in a fixed order, the most promising first, so that the limit changes only how far the search
-    gets. It does not cut what no answer can do without: the trace of plain training, for many devices those
-    of the model's parts, and that of one plan that fits, if there is one. A request that does not continue
-    (`Request.continues`) takes what an earlier search has kept for the answer, if that was cut.
+    gets. What no answer can do without is finished nevertheless: the trace of plain training, for many
+    devices those of the model's parts, and that of one plan that fits, if there is one. A request that does
+    not continue (`Request.continues`) takes what an earlier search has kept for the answer, if that hit its
+    time limit.
     """
     deadline = Deadline.after(request.within_s)
-    if may_divide := request.machine.device_count > 1 and not request.is_here:
+    may_divide = request.machine.device_count > 1 and not request.is_here
+    if may_divide:
         ranks = request.ranks if request.ranks > 1 else request.machine.device_count
         request = dataclasses.replace(request, ranks=ranks)
         if (planning := _search_many(request, progress, deadline)) is not None:
             return planning
-    unsearched = (Reason(kind="cannot", technique="", detail=_NOT_A_CHAIN),) * may_divide
+    unsearched = (Reason(kind=ReasonKind.CANNOT, technique="", detail=_NOT_A_CHAIN),) if may_divide else ()
+    return _search_dividing_batch(request, progress, deadline, unsearched, must_run=must_run)
+
+
+def _search_dividing_batch(
+    request: Request,
+    progress: Progress,
+    deadline: Deadline,
+    unsearched: tuple[Reason, ...],
+    *,
+    must_run: bool,
+) -> Planning:
+    """Search plans for the request's ranks that at most divide the batch over them. ``unsearched``: why other
+    plans were not searched."""
     progress("trace", 0, 0, "plain training")
-    job, pricer = make_pricer(request)
-    _refuse_ranks(request, pricer)
-    limit_parts(pricer, request.accuracy)
-    baseline = pricer.whole(make_plain_plan(request.ranks))
+    job, predictor = make_predictor(request)
+    _refuse_ranks(request, predictor)
+    limit_micro_batches(predictor, request.accuracy)
+    baseline = predictor.whole(make_plain_plan(request.ranks))
     if request.is_here and must_run:
-        request, job, pricer, baseline = _runnable(request, job, pricer, baseline)
-    pricer.gap_ratio = _GAP_RATIO
+        request, job, predictor, baseline = _runnable(request, job, predictor, baseline)
+    request = with_steps_of(request, job)
+    predictor.gap_ratio = _GAP_RATIO
     cap_bytes, cap_reason = _cap(request, baseline, job.demonstration_ratio, demonstrates=must_run)
     if request.is_here:
-        begin_calibration(pricer, request, progress)
-    pricer.deadline = deadline
-    batch, bounds = pricer.space.batch_size, dataclasses.replace(request.bounds, steps=job.steps)
+        begin_calibration(predictor, request, progress)
+    predictor.deadline = deadline
 
-    def inside(e: Estimate) -> bool:
+    def fits_memory(e: Estimate) -> bool:
         return fits_under(cap_bytes, request.machine)(e)
 
-    def fits(e: Estimate) -> bool:
-        return inside(e) and respects_micro_batch(e.plan, bounds, batch) and within_bounds(bounds, e)
+    def meets_limits(e: Estimate) -> bool:
+        return (
+            fits_memory(e)
+            and respects_micro_batch(e.plan, request.bounds, predictor.job_facts.batch_size)
+            and within_bounds(request.bounds, e)
+        )
 
     sketches: list[Estimate] = []
-    pricing = functools.partial(
-        price_plans,
-        pricer,
+    estimate_under = functools.partial(
+        estimate_plans,
+        predictor,
         request,
         progress=progress,
-        fits=fits,
-        small_state_bytes=_small_state_bytes(request, pricer, baseline, cap_bytes),
+        meets_limits=meets_limits,
+        negligible_state_bytes=_negligible_state_bytes(request, predictor, baseline, cap_bytes),
         sketches=sketches,
     )
     try:
-        estimates, considered, left_out = pricing(cap_bytes)
-        if cap_reason.startswith(_DEMONSTRATION) and not any(map(fits, estimates)):
-            cap_bytes = _reachable_cap(estimates, request, batch)
+        estimated = estimate_under(cap_bytes)
+        estimates = estimated.traced
+        if cap_reason.startswith(_DEMONSTRATION) and not any(map(meets_limits, estimates)):
+            cap_bytes = _reachable_cap(estimates, request, predictor.job_facts.batch_size)
             cap_reason = _REACHABLE.format(
                 share=job.demonstration_ratio,
-                looked_at=" that was looked at in time" if pricer.deadline.cut else "",
+                looked_at=" that was looked at in time" if predictor.deadline.hit_time_limit else "",
             )
             sketches.clear()
-            capped_estimates, considered, left_out = pricing(cap_bytes)
-            estimates = list({e.plan: e for e in (*estimates, *capped_estimates)}.values())
-        result = decide(
-            estimates := _measured_if_cut(pricer, request, estimates, fits, progress),
+            estimated = estimate_under(cap_bytes)
+            estimates = list({e.plan: e for e in (*estimates, *estimated.traced)}.values())
+        left_out = (*estimated.left_out, *unsearched)
+        result = build_result(
+            estimates := _measured_if_out_of_time(predictor, request, estimates, meets_limits, progress),
             goal=request.goal,
             cap_bytes=cap_bytes,
-            considered=considered,
-            fits=fits,
-            left_out=(*left_out, *unsearched),
-            inside=inside,
-            price=_prices(pricer, request, sketches, memory_cap(request, cap_bytes)),
+            considered=estimated.count,
+            meets_limits=meets_limits,
+            left_out=left_out,
+            fits_memory=fits_memory,
+            inputs=_reason_inputs(predictor, request, sketches, cap_bytes),
         )
     except KeyboardInterrupt:
-        partial_result = _best_so_far(pricer, request, cap_bytes, fits, sketches)
+        partial_result = _best_so_far(predictor, request, cap_bytes, meets_limits, sketches)
         raise SearchInterrupted(partial_result) from None
     finally:
-        pricer.deadline = Deadline()
+        predictor.deadline = Deadline()
     planning = Planning(
         request=request,
         job=job,
-        pricer=pricer,
+        predictor=predictor,
         cap_bytes=cap_bytes,
         cap_reason=cap_reason,
         result=result,
         estimates=estimates,
         sketches=sketches,
-        fits=fits,
-        left_out=(*left_out, *unsearched),
+        meets_limits=meets_limits,
+        left_out=left_out,
     )
-    return _completed(planning, deadline)
+    return _completed(planning, deadline, estimated.unsketched_count)
 
 
-def _measured_if_cut(
-    pricer: Pricer, request: Request, estimates: list[Estimate], fits: Fits, progress: Progress
+def _measured_if_out_of_time(
+    predictor: Predictor, request: Request, estimates: list[Estimate], meets_limits: Fits, progress: Progress
 ) -> list[Estimate]:
-    """Return the estimates. If the search is for this machine and was cut by its time limit, first measure
-    the operators of plain training and of the best plan that fits, as a search does that is not cut. Memory
-    and time of these two are then what an estimate of each alone says."""
-    if not (request.is_here and pricer.deadline.cut):
+    """Return the estimates. If the search is for this machine and hit its time limit, first measure the
+    operators of plain training and of the best plan that fits, as a search does that does not. Memory and
+    time of these two are then what an estimate of each alone says."""
+    if not (request.is_here and predictor.deadline.hit_time_limit):
         return estimates
-    winner = best(filter(fits, estimates), request.goal, score_band(pricer, request))
+    winner = best(filter(meets_limits, estimates), request.goal, score_band(predictor, request))
     plans = [make_plain_plan(request.ranks), *([winner.plan] if winner else [])]
-    with pricer.deadline.overtime():
-        calibrate(pricer, request, progress, plans=plans)
-        return [pricer.whole(e.plan) for e in estimates]
+    with predictor.deadline.overtime():
+        calibrate(predictor, request, progress, plans=plans)
+        return [predictor.whole(e.plan) for e in estimates]
 
 
-def _completed(planning: Planning, deadline: Deadline) -> Planning:
+def _completed(planning: Planning, deadline: Deadline, unsketched_count: int) -> Planning:
     """Return the planning with the result's `SearchExtent`, timings and reason of the cap added, and note on
-    disk whether the time limit cut the search. Raises NothingFits if no plan is recommended.
+    disk whether the search hit its time limit. Raises NothingFits if no plan is recommended.
+
+    ``unsketched_count``: number of plans that there was no time to sketch.
     """
-    request, pricer, result = planning.request, planning.pricer, planning.result
-    pricer.note_cut(deadline.cut, *plans_asked_for(request))
-    facts = Facts(
-        priced=len(planning.sketches),
-        unpriced=result.considered - len(planning.sketches),
+    request, predictor, result = planning.request, planning.predictor, planning.result
+    predictor.note_time_limit(deadline.hit_time_limit, *plans_asked_for(request))
+    reached = SearchProgress(
+        predicted=len(planning.sketches),
+        unpredicted=unsketched_count,
         deadline=deadline,
         limit_s=0.0 if deadline.is_stopped else request.within_s,
     )
     result = dataclasses.replace(
         result,
         cap_reason=planning.cap_reason,
-        timings=timings(pricer.calibration) if request.is_here else None,
-        extent=_extent(planning, facts),
+        timings=timings(predictor.calibration) if request.is_here else None,
+        extent=_extent(planning, reached),
     )
     if result.recommended is None:
         raise _nothing_fits(planning, result)
     return dataclasses.replace(planning, result=result)
 
 
-def _small_state_bytes(request: Request, pricer: Pricer, baseline: Estimate, cap_bytes: int) -> int | None:
+def _negligible_state_bytes(
+    request: Request, predictor: Predictor, baseline: Estimate, cap_bytes: int
+) -> int | None:
     """Return the bytes of parameters, gradients and optimizer state if another optimizer would not matter,
     else None: if they are less than 1/32 of the cap and the optimizer takes less than 3 % of plain training's
     step. With the goal of least memory, it may always matter.
@@ -206,52 +238,108 @@ def _small_state_bytes(request: Request, pricer: Pricer, baseline: Estimate, cap
     state_bytes = states_bytes(baseline)
     if request.goal is Objective.SMALLEST or state_bytes >= _SMALL_STATES_RATIO * cap_bytes:
         return None
-    if pricer.model is None:
+    if predictor.model is None:
         return state_bytes
-    ops = step_ops(pricer.trace(baseline.plan))
+    ops = step_ops(predictor.trace(baseline.plan))
     update_s, step_s = (
-        pricer.model.total_s(chosen)
+        predictor.model.total_s(chosen)
         for chosen in ([(o, n) for o, n in ops if o.phase is Phase.OPTIMIZER], ops)
     )
     return state_bytes if update_s < _SHORT_UPDATE_RATIO * step_s else None
 
 
-def _prices(pricer: Pricer, request: Request, sketches: list[Estimate], cap: Cap) -> Prices:
-    bounds = dataclasses.replace(request.bounds, steps=pricer.job.steps)
-    return Prices(
-        pricer.whole,
-        pricer.trace_all if request.ranks == 1 else lambda plans: None,
-        score_band(pricer, request),
+def _reason_inputs(
+    predictor: Predictor, request: Request, sketches: list[Estimate], cap_bytes: int
+) -> ReasonInputs:
+    cap = memory_cap(cap_bytes, request.machine, request.engine)
+    return ReasonInputs(
+        predictor.whole,
+        predictor.trace_all if request.ranks == 1 else lambda plans: None,
+        score_band(predictor, request),
         cap.needs,
         sketches,
-        lambda traced: may_fit(sketches, traced, cap, bounds),
+        lambda traced: may_fit_under(cap, request.bounds, sketches, traced),
     )
 
 
-def _extent(planning: Planning, facts: Facts) -> SearchExtent:
+def build_result(
+    estimates: Sequence[Estimate],
+    *,
+    goal: Objective,
+    cap_bytes: int,
+    considered: int,
+    meets_limits: Callable[[Estimate], bool],
+    left_out: tuple[Reason, ...],
+    inputs: ReasonInputs,
+    fits_memory: Callable[[Estimate], bool] | None = None,
+) -> SearchResult:
+    """Return the search result with the recommended plan and its reasons. If no estimate meets the limits,
+    the result's ``recommended`` is None.
+
+    ``estimates`` were traced and include plain training. ``considered``: number of plans of the search that
+    were estimated. ``left_out``: reasons to report after those of the recommended plan. ``inputs``: what
+    these rest on. ``meets_limits`` tells whether a plan may be recommended. ``fits_memory`` tells whether it
+    fits the memory, which the ``fits`` of each choice in the result says; None: ``meets_limits`` checks no
+    more than that.
+
+    The result's frontier has the estimates of `frontier` that meet the limits, plain training and the
+    recommended plan, and the plan with the lowest peak if it is in `frontier`; by increasing peak.
+    """
+    baseline = next(e for e in estimates if e.plan == make_plain_plan(e.plan.ranks))
+    winner = best([e for e in estimates if meets_limits(e)], goal, inputs.band)
+    smallest = min(
+        estimates, key=lambda e: (e.allocated_bytes.value, effect_then_size_key(e.plan, e.dependence))
+    )
+
+    def choice(e: Estimate, reasons: tuple[Reason, ...] = ()) -> Choice:
+        fits = (fits_memory or meets_limits)(e)
+        return Choice(estimate=e, fits=fits, effect=effect_of(e.plan, e.dependence), reasons=reasons)
+
+    shown = [e for e in frontier(estimates) if meets_limits(e) or e is smallest] + [baseline]
+    by_plan = {e.plan: e for e in ([winner] if winner else []) + shown}
+    ordered = sorted(by_plan.values(), key=lambda e: e.allocated_bytes.value)
+    recommended = None
+    if winner is not None:
+        with contextlib.suppress(TimeUp):
+            inputs.prepare([without(winner.plan, u.technique) for u in winner.plan.uses])
+        winner_reasons = reasons_for(winner, estimates, meets_limits, goal, inputs, cap_bytes)
+        recommended = choice(winner, (*winner_reasons, *left_out))
+    return SearchResult(
+        goal=goal.value,
+        cap_bytes=cap_bytes,
+        considered=considered,
+        baseline=choice(baseline),
+        frontier=tuple(recommended if recommended and e is winner else choice(e) for e in ordered),
+        recommended=recommended,
+        smallest=choice(smallest),
+    )
+
+
+def _extent(planning: Planning, reached: SearchProgress) -> SearchExtent:
     traced, request, chosen = planning.estimates, planning.request, planning.result.recommended
     traces, goal = {e.plan: e for e in traced}, request.goal
-    bounds = dataclasses.replace(request.bounds, steps=planning.job.steps)
-    may = may_fit(planning.sketches, traced, memory_cap(request, planning.cap_bytes), bounds)
+    cap = memory_cap(planning.cap_bytes, request.machine, request.engine)
+    may_fit = may_fit_under(cap, request.bounds, planning.sketches, traced)
     pairs = [(s, traces[s.plan]) for s in planning.sketches if s.plan in traces]
-    rest = [s for s in planning.sketches if s.plan not in traces and may(s)]
-    best_score = min((score(e, goal) for e in traced if planning.fits(e)), default=math.inf)
+    untraced = [s for s in planning.sketches if s.plan not in traces and may_fit(s)]
+    best_score = min((score(e, goal) for e in traced if planning.meets_limits(e)), default=math.inf)
     return extent(
         pairs,
         best_score,
         goal=goal,
         chosen=chosen.estimate if chosen else None,
-        rest=lambda: rest_of(rest, goal, score_ratios(pairs, goal), best_score),
-        facts=facts,
+        untraced=lambda: untraced_plans(untraced, goal, score_ratios(pairs, goal), best_score),
+        reached=reached,
     )
 
 
 def _nothing_fits(planning: Planning, result: SearchResult) -> NothingFits:
     """Return the error for a search in which no plan fits, with the least memory that would be enough."""
-    request, pricer, fits = planning.request, planning.pricer, planning.fits
-    bounds = dataclasses.replace(request.bounds, steps=planning.job.steps)
+    request, predictor, meets_limits = planning.request, planning.predictor, planning.meets_limits
     requested_estimates = [
-        e for e in planning.estimates if respects_micro_batch(e.plan, bounds, pricer.space.batch_size)
+        e
+        for e in planning.estimates
+        if respects_micro_batch(e.plan, request.bounds, predictor.job_facts.batch_size)
     ]
     smallest = min(requested_estimates, key=lambda e: e.allocated_bytes.value)
     return NothingFits(
@@ -259,9 +347,9 @@ def _nothing_fits(planning: Planning, result: SearchResult) -> NothingFits:
         least_bytes=needed_bytes(smallest, request.machine),
         plan_text=smallest.plan.label,
         missed=missed_bounds(
-            bounds, list(filter(fits_under(result.cap_bytes, request.machine), requested_estimates))
+            request.bounds, list(filter(fits_under(result.cap_bytes, request.machine), requested_estimates))
         ),
-        ways=_ways(pricer, request, requested_estimates, fits),
+        ways=_ways(predictor, request, requested_estimates, meets_limits),
         host="" if host_holds(smallest, request.machine) else host_line(smallest, request.machine),
         unfinished=unfinished_text(result.extent) if result.extent is not None else "",
     )
@@ -276,7 +364,7 @@ class SearchInterrupted(KeyboardInterrupt):
 
 
 def _best_so_far(
-    pricer: Pricer, request: Request, cap_bytes: int, fits: Fits, sketches: list[Estimate]
+    predictor: Predictor, request: Request, cap_bytes: int, meets_limits: Fits, sketches: list[Estimate]
 ) -> SearchResult:
     """Return the result of an interrupted search. Its ``recommended`` is the best plan that fits of those
     traced so far, or of the sketches if no traced plan fits; None if no sketch fits either. Traced plans that
@@ -287,21 +375,23 @@ def _best_so_far(
     """
     max_effect, refusals_of = request.accuracy.highest, engine(request.engine).supports
     traced_estimates = [
-        pricer.whole(plan)
-        for plan, rank in list(pricer.traces)
+        predictor.whole(plan)
+        for plan, rank in list(predictor.traces)
         if rank == 0
-        and effect_of(plan, pricer.dependence) <= max_effect
+        and effect_of(plan, predictor.dependence) <= max_effect
         and not refusals_of(plan)
         and not any(plan.get(name) for name in request.bounds.without)
     ]
-    baseline = pricer.whole(make_plain_plan(request.ranks))
-    candidates = traced_estimates if any(map(fits, traced_estimates)) else [*traced_estimates, *sketches]
-    winner = best(filter(fits, candidates), request.goal, score_band(pricer, request))
+    baseline = predictor.whole(make_plain_plan(request.ranks))
+    candidates = (
+        traced_estimates if any(map(meets_limits, traced_estimates)) else [*traced_estimates, *sketches]
+    )
+    winner = best(filter(meets_limits, candidates), request.goal, score_band(predictor, request))
     smallest = min([baseline, *candidates], key=lambda e: e.allocated_bytes.value)
 
     def choice(e: Estimate) -> Choice:
         need_bytes, effect = needed_bytes(e, request.machine), effect_of(e.plan, e.dependence)
-        return Choice(estimate=e, fits=fits(e), effect=effect, needed_bytes=need_bytes)
+        return Choice(estimate=e, fits=meets_limits(e), effect=effect, needed_bytes=need_bytes)
 
     by_plan = {e.plan: e for e in (baseline, smallest, *([winner] if winner else []))}
     return SearchResult(
@@ -316,42 +406,48 @@ def _best_so_far(
     )
 
 
-def _ways(pricer: Pricer, request: Request, estimates: Sequence[Estimate], fits: Fits) -> tuple[str, ...]:
+def _ways(
+    predictor: Predictor, request: Request, estimates: Sequence[Estimate], meets_limits: Fits
+) -> tuple[str, ...]:
     """Return (text,) with the change of the request that would allow gradient accumulation, if that would be
     enough for a plan to fit; else ().
 
-    It is () if accumulation was searched, or was excluded by the user. It would be enough if ``fits`` is true
-    of plain training, or of the plan of ``estimates`` with the lowest peak that accumulation can be added to,
-    when trained in the smallest micro-batches of at least two samples (some layers need more than one).
+    It is () if accumulation was searched, or was excluded by the user. It would be enough if ``meets_limits``
+    is true of plain training, or of the plan of ``estimates`` with the lowest peak that accumulation can be
+    added to, when trained in the smallest micro-batches of at least two samples (some layers need more than
+    one).
     """
-    name, micro_batches = "gradient-accumulation", dataclasses.replace(pricer.space, least_part=2).parts[-1]
+    name, micro_batches = (
+        "gradient-accumulation",
+        dataclasses.replace(predictor.job_facts, smallest_micro_batch=2).micro_batch_counts[-1],
+    )
     if micro_batches == 1 or name in request.bounds.without:
         return ()
-    dependence = pricer.dependence
+    dependence = predictor.dependence
     if may_split(dependence, request.accuracy):  # it was searched
         return ()
     by_peak = sorted(estimates, key=lambda e: e.allocated_bytes.value)
     split_plans = [
         plan.with_use(use(name, micro_batches=micro_batches))
         for plan in (make_plain_plan(request.ranks), *(e.plan for e in by_peak))
-        if NAME not in plan  # its choice of tensors holds for the whole batch
+        if OPTIMAL_CHECKPOINTING not in plan  # its choice of tensors holds for the whole batch
     ]
     refusals_of = engine(request.engine).supports
     possible_plans = [p for p in split_plans if proposable(p) and not refusals_of(p)]
-    if not any(fits(pricer.whole(p)) for p in possible_plans[:2]):
+    if not any(meets_limits(predictor.whole(p)) for p in possible_plans[:2]):
         return ()
     if dependence.cause is DependenceCause.WEIGHTS:
         return (f"{name}, with {dependence.way_out}",)
     return (f"{name}, which {dependence.changes}, under --accuracy any",)
 
 
-def _refuse_ranks(request: Request, pricer: Pricer) -> None:
+def _refuse_ranks(request: Request, predictor: Predictor) -> None:
     """Raise UserError if the request has several ranks, and dividing the batch over them would change the
     training by more than its accuracy allows. With one rank, nothing is checked.
     """
-    if request.ranks == 1 or may_share(pricer.dependence, request.accuracy):
+    if request.ranks == 1 or may_share(predictor.dependence, request.accuracy):
         return
-    dependence = pricer.dependence
+    dependence = predictor.dependence
     effect_on_training = dependence.changes  # such as "changes BatchNorm's statistics"
     how_this_is_known, plan_or_norm_to_use = dependence.reason, dependence.way_out
     refuse_wrong_weights(make_plain_plan(request.ranks), dependence)
@@ -367,57 +463,56 @@ def _search_many(request: Request, progress: Progress, deadline: Deadline) -> Pl
     """Search plans with tensor, context, pipeline and data parallelism for up to the request's ranks.
 
     Returns None, without a search, if the model has fewer than 3 blocks or they are not alike. Raises
-    NothingFits if no plan fits, and UserError if `search_scale` does or the job cannot be loaded.
+    NothingFits if no plan fits, and UserError if `search_many_devices` does or the job cannot be loaded.
     """
     from memfit.planner.block_costs import BLOCKS
     from memfit.planner.block_traces import is_main_chain
-    from memfit.planner.device_pricing import Aim
-    from memfit.planner.multi_device import search_scale
+    from memfit.planner.multi_device import search_many_devices
+    from memfit.planner.multi_device_predictor import MultiDeviceRequest
 
     ranks = request.ranks
     progress("trace", 0, 0, "plain training")
-    job, pricer = make_pricer(request, replicas=False)
-    if pricer.space.block_count < BLOCKS or not (pricer.repeats or is_main_chain(job)):
+    job, predictor = make_predictor(request, replicas=False)
+    if predictor.job_facts.block_count < BLOCKS or not (predictor.repeats or is_main_chain(job)):
         return None
+    request = with_steps_of(request, job)
     cap_bytes = request.cap_bytes or int(request.machine.device.memory_bytes.value)
-    pricer.deadline = deadline
-    aim = Aim(
+    predictor.deadline = deadline
+    many_devices_request = MultiDeviceRequest(
         goal=request.goal,
         accuracy=request.accuracy,
-        cap_bytes=cap_bytes,
-        needs=lambda estimate: needed_bytes(estimate, request.machine),
-        host=lambda estimate: host_holds(estimate, request.machine),
-        bounds=dataclasses.replace(request.bounds, steps=job.steps),
+        cap=memory_cap(cap_bytes, request.machine, request.engine),
+        bounds=request.bounds,
         tell=progress,
         limit_s=request.within_s,
     )
     try:
-        result = search_scale(pricer, ranks, aim)
+        result = search_many_devices(predictor, ranks, many_devices_request)
     finally:
-        pricer.deadline = Deadline()
+        predictor.deadline = Deadline()
     reason = "asked for" if request.cap_bytes is not None else "the device's memory"
     return Planning(
-        request=request, job=job, pricer=pricer, cap_bytes=cap_bytes, cap_reason=reason, result=result
+        request=request, job=job, predictor=predictor, cap_bytes=cap_bytes, cap_reason=reason, result=result
     )
 
 
 def _runnable(
-    request: Request, job: Job, pricer: Pricer, baseline: Estimate
-) -> tuple[Request, Job, Pricer, Estimate]:
+    request: Request, job: Job, predictor: Predictor, baseline: Estimate
+) -> tuple[Request, Job, Predictor, Estimate]:
     """Return the four arguments, changed to a batch that was halved until plain training fits the memory of
     this machine that is free now, divided by the ranks, or until there is one sample per rank. They are
     returned unchanged if plain training fits already.
     """
-    free_bytes = local_machine.free_device_bytes(request.device)
+    free_bytes = local_machine.free_device_bytes(request.device_kind)
     if request.machine.device.is_host:
         free_bytes //= request.ranks
     while needed_bytes(baseline, request.machine) > free_bytes and job.batch_size > request.ranks:
-        smaller_job = dataclasses.replace(request.job, batch=job.batch_size // 2)
-        request = dataclasses.replace(request, job=smaller_job)
-        job, pricer = make_pricer(request)
-        limit_parts(pricer, request.accuracy)
-        baseline = pricer.whole(make_plain_plan(request.ranks))
-    return request, job, pricer, baseline
+        smaller_job = dataclasses.replace(request.job_ref, batch=job.batch_size // 2)
+        request = dataclasses.replace(request, job_ref=smaller_job)
+        job, predictor = make_predictor(request)
+        limit_micro_batches(predictor, request.accuracy)
+        baseline = predictor.whole(make_plain_plan(request.ranks))
+    return request, job, predictor, baseline
 
 
 def _cap(
@@ -441,7 +536,9 @@ def _cap(
         return int(baseline.allocated_bytes.value * ratio), reason
     if request.is_here:
         kernels = request.machine.device.kernels_bytes  # loaded later, outside torch's allocator
-        free_bytes = local_machine.free_device_bytes(request.device) - int(kernels.value if kernels else 0)
+        free_bytes = local_machine.free_device_bytes(request.device_kind) - int(
+            kernels.value if kernels else 0
+        )
         return free_bytes, "what is free on the device now"
     return int(request.machine.device.memory_bytes.value), "the device's memory"
 

@@ -21,20 +21,21 @@ _STEPS = 2  # below the lowest ratio seen that the ratio of another plan may lie
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
-    """What a search did: the fields of these names of `SearchExtent`. ``unknown``: why there is no bound
-    whatever was traced, as in ``gain_unknown``; "" if there may be one.
+class SearchProgress:
+    """How far a search got. ``predicted``, ``unpredicted``: numbers of plans, as ``priced_count`` and
+    ``unpriced_count`` of `SearchExtent`. ``limit_s``: as there. ``unknown``: why there is no bound whatever
+    was traced, as in ``gain_unknown``; "" if there may be one.
     """
 
-    priced: int
+    predicted: int
     deadline: Deadline
     limit_s: float | None
-    unpriced: int = 0
+    unpredicted: int = 0
     unknown: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Rest:
+class UntracedPlans:
     """The plans that were not traced and may fit.
 
     ``lowest``: the lowest score that one of them may have. ``contenders``: number of those that may be better
@@ -68,50 +69,50 @@ def extent(
     *,
     goal: Objective,
     chosen: Estimate | None,
-    rest: Callable[[], Rest],
-    facts: Facts,
+    untraced: Callable[[], UntracedPlans],
+    reached: SearchProgress,
 ) -> SearchExtent:
     """Return how far a search got, with the bound on what the plans could gain that it did not trace.
 
     ``pairs``: (sketch, trace) of each plan that has both. ``best_score``: the lowest of a traced plan that
-    may be recommended; infinite if there is none. ``chosen``: the one that is recommended. ``rest`` returns
-    the other plans; it is called only if a bound is possible.
+    may be recommended; infinite if there is none. ``chosen``: the one that is recommended. ``untraced``
+    returns the other plans; it is called only if a bound is possible.
     """
     ratios, is_scored = score_ratios(pairs, goal), 0 < best_score < math.inf
-    reached = SearchExtent(
-        priced_count=facts.priced,
+    search_extent = SearchExtent(
+        priced_count=reached.predicted,
         traced_count=len(pairs),
-        unpriced_count=facts.unpriced,
-        limit_s=facts.limit_s,
-        time_up=facts.deadline.cut,
+        unpriced_count=reached.unpredicted,
+        limit_s=reached.limit_s,
+        time_up=reached.deadline.hit_time_limit,
         pairs=len(ratios),
         low_ratio=min(ratios, default=None),
         high_ratio=max(ratios, default=None),
         chosen_ratio=score(chosen, goal) / best_score - 1 if chosen and is_scored else 0.0,
     )
-    unknown = facts.unknown or ("unpriced" if facts.unpriced else "" if is_scored else "no_score")
-    others = Rest(unknown=unknown) if unknown else rest()
+    unknown = reached.unknown or ("unpriced" if reached.unpredicted else "" if is_scored else "no_score")
+    others = UntracedPlans(unknown=unknown) if unknown else untraced()
     if others.unknown:
-        return dataclasses.replace(reached, gain_unknown=others.unknown)
+        return dataclasses.replace(search_extent, gain_unknown=others.unknown)
     gain_ratio = max(0.0, 1 - others.lowest / best_score)
-    return dataclasses.replace(reached, gain_ratio=gain_ratio, contender_count=others.contenders)
+    return dataclasses.replace(search_extent, gain_ratio=gain_ratio, contender_count=others.contenders)
 
 
-def rest_of(
+def untraced_plans(
     sketches: Sequence[Estimate], goal: Objective, ratios: Sequence[float], best_score: float
-) -> Rest:
-    """Return the `Rest` of these sketches of plans that were not traced. ``ratios``: of trace to sketch, of
-    all plans that were.
+) -> UntracedPlans:
+    """Return the `UntracedPlans` of these sketches of plans that were not traced. ``ratios``: of trace to
+    sketch, of all plans that were.
     """
     scores = [score(s, goal) for s in sketches]
     if not scores:
-        return Rest()
+        return UntracedPlans()
     if not all(0 < s < math.inf for s in scores):
-        return Rest(unknown="no_score")
+        return UntracedPlans(unknown="no_score")
     if len(ratios) < ENOUGH:
-        return Rest(unknown="few_pairs")
+        return UntracedPlans(unknown="few_pairs")
     least = least_ratio(ratios)
-    return Rest(lowest=least * min(scores), contenders=sum(least * s < best_score for s in scores))
+    return UntracedPlans(lowest=least * min(scores), contenders=sum(least * s < best_score for s in scores))
 
 
 def unfinished_text(reached: SearchExtent) -> str:

@@ -8,16 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from memfit.planner.recompute_budget import Cap
+from memfit.planner.capacity import Cap
+from memfit.planner.reasons import missing_techniques
 from memfit.planner.selection import (
     Objective,
     frontier,
-    missing_techniques,
     score,
     simplest_first,
     within_bounds,
 )
-from memfit.planner.sketch_errors import Hopes, may_fit
+from memfit.planner.sketch_errors import BestCaseEstimates, may_fit_under
 from memfit.techniques.registry import make_plain_plan
 from memfit.types.plan import Bounds, Plan
 from memfit.types.result import Estimate
@@ -28,7 +28,7 @@ _SPARE = 6  # finalists reserved for plans that are not the best by the goal
 
 
 def finalists(
-    sketches: list[Estimate], fits: Callable[[Estimate], bool], goal: Objective, most: int
+    sketches: list[Estimate], meets_limits: Callable[[Estimate], bool], goal: Objective, most: int
 ) -> list[Plan]:
     """Return the plans to trace whole: the first ``most`` + 4 of these, without repetitions, in this order:
 
@@ -39,7 +39,7 @@ def finalists(
     - the plan with the lowest peak
     - at most 7 plans, evenly spread over the `frontier` of peak, step time and effect class
     """
-    fitting = _ordered([e for e in sketches if fits(e)], goal)
+    fitting = _ordered([e for e in sketches if meets_limits(e)], goal)
     smallest = sorted(sketches, key=lambda e: (e.allocated_bytes.value, e.plan.fingerprint))
     frontier_sketches = frontier(sketches)
     stride = max(1, len(frontier_sketches) // 4)
@@ -58,7 +58,7 @@ def finalists(
 
 def until_some_fit(
     whole: Callable[[Plan], Estimate],
-    look: Callable[[list[Plan]], object],
+    trace: Callable[[list[Plan]], object],
     sketches: Sequence[Estimate],
     chosen: Sequence[Plan],
     *,
@@ -69,7 +69,7 @@ def until_some_fit(
     """Trace further plans, in at most 3 rounds, until ``most`` - 6 of the ``chosen`` and the further plans
     together fit, or no other plan may fit. Return the further ones.
 
-    The plans of a round are those of `more_finalists`. ``look`` is called with them to trace them. ``whole``
+    The plans of a round are those of `more_finalists`. ``trace`` is called with them to trace them. ``whole``
     returns the estimate of a plan.
     """
     added: list[Plan] = []
@@ -79,46 +79,46 @@ def until_some_fit(
         )
         if not round_plans:
             break
-        look(round_plans)
+        trace(round_plans)
         added += round_plans
     return added
 
 
 def until_one_fits(
     whole: Callable[[Plan], Estimate],
-    look: Callable[[list[Plan]], object],
+    trace: Callable[[list[Plan]], object],
     sketches: Sequence[Estimate],
     chosen: Sequence[Plan],
     *,
     cap: Cap,
     bounds: Bounds,
 ) -> list[Plan]:
-    """If none of the ``chosen`` plans fits, trace others that may fit (`may_fit`), those that need the least
-    device memory first, in at most 3 rounds of 4, until one fits. Return them.
+    """If none of the ``chosen`` plans fits, trace others that may fit (`may_fit_under`), those that need the
+    least device memory first, in at most 3 rounds of 4, until one fits. Return them.
 
-    ``look`` is called with the plans of a round to trace them. ``whole`` returns the estimate of a plan.
+    ``trace`` is called with the plans of a round to trace them. ``whole`` returns the estimate of a plan.
     """
     added: list[Plan] = []
     for _ in range(_ROUNDS):
         traced = [*map(whole, (*chosen, *added))]
-        if any(cap.has(e) and within_bounds(bounds, e) for e in traced):
+        if any(cap.holds(e) and within_bounds(bounds, e) for e in traced):
             break
         traced_plans = {e.plan for e in traced}
-        may = may_fit(sketches, traced, cap, bounds)
+        may_fit = may_fit_under(cap, bounds, sketches, traced)
         untraced = sorted(
-            (e for e in sketches if e.plan not in traced_plans and may(e)),
+            (e for e in sketches if e.plan not in traced_plans and may_fit(e)),
             key=lambda e: (cap.needs(e), e.plan.fingerprint),
         )
         if not untraced:
             break
         round_plans = [e.plan for e in untraced[:_PER_ROUND]]
-        look(round_plans)
+        trace(round_plans)
         added += round_plans
     return added
 
 
 def until_none_better(
-    look: Callable[[list[Plan]], list[Estimate]],
+    trace: Callable[[list[Plan]], list[Estimate]],
     sketches: Sequence[Estimate],
     traced: Sequence[Estimate],
     *,
@@ -129,36 +129,38 @@ def until_none_better(
     most: int,
 ) -> list[Estimate]:
     """Trace plans, four in a round, until no other one may fit and be better than the best that fits, or less
-    than ``near_ratio`` worse, by the errors of the sketches seen so far (`Hopes`); at most ``most``. Return
-    their estimates. Nothing is traced if none of the ``traced`` plans fits.
+    than ``near_ratio`` worse, by the errors of the sketches seen so far (`BestCaseEstimates`); at most
+    ``most``. Return their estimates. Nothing is traced if none of the ``traced`` plans fits.
 
-    Plans so near are traced because the mildest and simplest of them is recommended. ``look`` traces the
+    Plans so near are traced because the mildest and simplest of them is recommended. ``trace`` traces the
     plans of a round and returns their estimates.
     """
     added: list[Estimate] = []
     while len(added) < most:
         known = [*traced, *added]
-        fitting = [score(e, goal) for e in known if cap.has(e) and within_bounds(bounds, e)]
+        fitting = [score(e, goal) for e in known if cap.holds(e) and within_bounds(bounds, e)]
         if not fitting or math.isinf(min(fitting)):
             break
         known_plans = {e.plan for e in known}
         candidates = [e for e in sketches if e.plan not in known_plans]
-        hopes, limit = Hopes(sketches, known, cap, goal), min(fitting) * (1 + near_ratio)
-        promising = most_promising(candidates, hopes, limit)
+        best_cases, limit = BestCaseEstimates(sketches, known, cap, goal), min(fitting) * (1 + near_ratio)
+        promising = most_promising(candidates, best_cases, limit)
         if not promising:
             break
-        added += look([e.plan for e in promising[: min(_PER_ROUND, most - len(added))]])
+        added += trace([e.plan for e in promising[: min(_PER_ROUND, most - len(added))]])
     return added
 
 
-def most_promising(sketches: Sequence[Estimate], hopes: Hopes, limit: float) -> list[Estimate]:
+def most_promising(
+    sketches: Sequence[Estimate], best_cases: BestCaseEstimates, limit: float
+) -> list[Estimate]:
     """Return those of the sketches whose plans may fit device and host and have a score of at most ``limit``,
     the one that may have the lowest score first."""
     promising = list[tuple[float, str, Estimate]]()
     for sketch in sketches:
-        hoped_score, least_bytes = hopes.of(sketch)
-        if hoped_score <= limit and least_bytes <= hopes.cap.bytes and hopes.cap.host(sketch):
-            promising.append((hoped_score, sketch.plan.fingerprint, sketch))
+        lowest_score, least_bytes = best_cases.of(sketch)
+        if lowest_score <= limit and least_bytes <= best_cases.cap.bytes and best_cases.cap.host(sketch):
+            promising.append((lowest_score, sketch.plan.fingerprint, sketch))
     return [sketch for *_, sketch in sorted(promising, key=lambda entry: entry[:2])]
 
 
@@ -175,19 +177,19 @@ def counterfactuals(
     """Return plans to trace for each technique that a sketch has and the winner lacks, so that the reason for
     leaving it out rests on a trace. Plans that were traced already are left out.
 
-    For each technique they are, of the plans with it: the best by the goal that may fit (`may_fit`), if
+    For each technique they are, of the plans with it: the best by the goal that may fit (`may_fit_under`), if
     ``compares`` or no traced plan with it fits; and, if none fits, the one that needs the least device memory
     of those that may fit, or of all if none was traced. Empty for a technique if a traced plan with it fits
     and ``compares`` is False, or if no other plan with it may fit.
     """
     traced_plans = {e.plan for e in traced}
-    may = may_fit(sketches, traced, cap, bounds or Bounds())
+    may_fit = may_fit_under(cap, bounds or Bounds(), sketches, traced)
     plans_to_trace: list[Plan] = []
     for name in missing_techniques(winner, sketches):
         traced_rivals = [e for e in traced if e.plan.get(name)]
         untraced = [e for e in sketches if e.plan.get(name) and e.plan not in traced_plans]
-        candidates = _ordered(list(filter(may, untraced)), goal)
-        has_fitting = any(map(cap.has, traced_rivals))
+        candidates = _ordered(list(filter(may_fit, untraced)), goal)
+        has_fitting = any(map(cap.holds, traced_rivals))
         if has_fitting and not compares:
             continue
         smallest = candidates if traced_rivals else untraced
@@ -206,7 +208,7 @@ def more_finalists(
     A plan may fit if its sketch fits the host, and fits the device after multiplication by the largest ratio
     of needed memory, trace to sketch, of the traced plans with the same techniques (1 if there are none).
     """
-    missing_count = most - _SPARE - sum(map(cap.has, traced))
+    missing_count = most - _SPARE - sum(map(cap.holds, traced))
     by_plan, ratios = {e.plan: e for e in sketches}, dict[frozenset[str], float]()
     for traced_estimate in traced:
         if (sketch := by_plan.pop(traced_estimate.plan, None)) is not None:

@@ -12,11 +12,11 @@ import dataclasses
 from collections.abc import Sequence
 
 from memfit.engines.registry import engine
-from memfit.planner.capacity import Fits, host_holds_under, needed_bytes
-from memfit.planner.evaluate import Pricer
+from memfit.planner.capacity import Cap, Fits, memory_cap
+from memfit.planner.evaluate import Predictor
 from memfit.planner.machine_calibration import calibrate, score_band
-from memfit.planner.plan_space import complexity, may_split, plans, usable
-from memfit.planner.recompute_budget import Cap, budgeted
+from memfit.planner.plan_space import effect_then_size_key, may_split, plans, usable
+from memfit.planner.recompute_budget import with_optimal_checkpointing
 from memfit.planner.request import Progress, Request
 from memfit.planner.selection import (
     TIE_RATIO,
@@ -32,13 +32,13 @@ from memfit.planner.shortlist import (
     until_one_fits,
     until_some_fit,
 )
-from memfit.techniques.recompute.optimal import NAME
+from memfit.techniques.recompute.optimal import OPTIMAL_CHECKPOINTING
 from memfit.techniques.registry import make_plain_plan, without
 from memfit.trace.trace_pool import from_both_ends
 from memfit.types.deadline import TimeUp
 from memfit.types.dependence import DependenceCause, SampleDependence
 from memfit.types.errors import UserError
-from memfit.types.plan import Bounds, Plan
+from memfit.types.plan import Plan
 from memfit.types.result import Estimate, Reason
 
 FINALISTS = 14
@@ -49,7 +49,7 @@ _MORE_CALLS, _FEWEST_MORE, _MOST_MORE, _PASSES = 40_000, 4, 48, 3
 _TRACING_SHARE = 0.4  # of the time limit, which is left for traces of whole plans
 _SAVING_MOST = ({"activation-checkpointing"}, {"activation-checkpointing", "chunking"})
 # Most rounds, and seconds of each, to measure the best plan and its rivals while the best plan still changes.
-_SETTLING_ROUNDS, _SETTLING_BUDGET_S = 3, 3.0
+_SETTLING_ROUNDS, _SETTLING_S = 3, 3.0
 # Rounds of plans traced for the reasons: first the best with each technique, then only for techniques with
 # which no traced plan fits, though another may. Long traces: one round, of at most so many plans.
 _COMPARING_ROUNDS, _FITTING_ROUNDS, _LONG_COUNTERFACTUALS = 2, 4, 4
@@ -79,62 +79,86 @@ def _no_micro_batches(request: Request, dependence: SampleDependence | None) -> 
     )
 
 
-def price_plans(
-    pricer: Pricer,
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EstimatedPlans:
+    """What `estimate_plans` returns. ``traced``: estimates of the plans that were traced whole, with plain
+    training, even if the request forbids its micro-batch. ``count``: number of plans of the search that were
+    estimated, by a sketch or by a trace. ``unsketched_count``: number of those that there was no time to
+    sketch. ``left_out``: reasons why techniques were left out.
+    """
+
+    traced: list[Estimate]
+    count: int
+    unsketched_count: int
+    left_out: tuple[Reason, ...]
+
+
+def estimate_plans(
+    predictor: Predictor,
     request: Request,
     cap_bytes: int,
     *,
     progress: Progress,
-    fits: Fits,
-    small_state_bytes: int | None,
+    meets_limits: Fits,
+    negligible_state_bytes: int | None,
     sketches: list[Estimate],
-) -> tuple[list[Estimate], int, tuple[Reason, ...]]:
+) -> EstimatedPlans:
     """Sketch every plan, trace the best ones whole, and, if the request is for this machine, time the
     operators that they need.
 
-    Returns (estimates of the traced plans, number of sketched plans, reasons why techniques were left out).
-    Plain training is among the traced plans, even if the request forbids its micro-batch.
-    ``small_state_bytes``: bytes of parameters, gradients and optimizer state if they are too small for
+    ``meets_limits`` tells whether a plan fits the memory and keeps to the request's other limits.
+    ``negligible_state_bytes``: bytes of parameters, gradients and optimizer state if they are too small for
     another optimizer to matter, else None. The sketches are appended to ``sketches``, so that the caller has
-    them if the search is interrupted; after the pricer's deadline they lack those for which parts were not
+    them if the search is interrupted; after the predictor's deadline they lack those for which parts were not
     traced in time. Raises UserError if no plan has the requested micro-batch.
     """
-    dependence = pricer.dependence if pricer.job.batch_size > 1 else None
+    dependence = predictor.dependence if predictor.job.batch_size > 1 else None
     usable_techniques, left_out = usable(
-        pricer.space, request.accuracy, small_states_bytes=small_state_bytes, dependence=dependence
+        predictor.job_facts,
+        request.accuracy,
+        negligible_state_bytes=negligible_state_bytes,
+        dependence=dependence,
     )
     techniques = [t for t in usable_techniques if t.name not in request.bounds.without]
     refusals_of = engine(request.engine).supports
-    plain_plan = make_plain_plan(request.ranks)  # always priced, because the other plans are compared with it
+    plain_plan = make_plain_plan(request.ranks)  # always estimated: the other plans are compared with it
     all_plans = [
         plan
-        for plan in plans(pricer.space, techniques)
+        for plan in plans(predictor.job_facts, techniques)
         if not refusals_of(plan)
-        and (plan == plain_plan or respects_micro_batch(plan, request.bounds, pricer.space.batch_size))
+        and (plan == plain_plan or respects_micro_batch(plan, request.bounds, predictor.job_facts.batch_size))
     ]
-    if not any(respects_micro_batch(plan, request.bounds, pricer.space.batch_size) for plan in all_plans):
+    if not any(
+        respects_micro_batch(plan, request.bounds, predictor.job_facts.batch_size) for plan in all_plans
+    ):
         raise _no_micro_batches(request, dependence)
-    was_cut = not request.continues and pricer.was_cut(*plans_asked_for(request))
-    if was_cut and any(map(pricer.has_parts, all_plans)):
-        known_plans = [plan for plan in all_plans if pricer.is_known(plan)]
-        if any(map(fits, pricer.whole_in_time(known_plans))):
-            pricer.deadline.stop()
+    had_hit_limit = not request.continues and predictor.had_hit_time_limit(*plans_asked_for(request))
+    if had_hit_limit and any(map(predictor.load_parts, all_plans)):
+        known_plans = [plan for plan in all_plans if predictor.load_traces(plan)]
+        if any(map(meets_limits, predictor.whole_in_time(known_plans))):
+            predictor.deadline.stop()
     kept_s = _TRACING_SHARE * (request.within_s or 0.0)
-    with pricer.deadline.earlier_by(kept_s):
+    with predictor.deadline.earlier_by(kept_s):
         with contextlib.suppress(TimeUp):
-            pricer.prepare(all_plans, lambda *counts: progress("search", *counts))
-        pricer.compose()
+            predictor.prepare(all_plans, lambda *counts: progress("search", *counts))
+        predictor.compose()
         for index, plan in enumerate(all_plans):
             progress("price", index, len(all_plans), plan.label)
             with contextlib.suppress(TimeUp):  # parts that are missing would be traced one after another
-                sketches.append(pricer.sketch(plan))
+                sketches.append(predictor.sketch(plan))
     try:
         if not sketches:
             raise TimeUp
-        estimates = _traced(pricer, request, cap_bytes, progress, fits, sketches)
+        estimates = _traced(predictor, request, cap_bytes, progress, meets_limits, sketches)
     except TimeUp:
-        estimates = _traced_in_time(pricer, request, cap_bytes, fits, sketches, all_plans)
-    return estimates, len(all_plans), left_out
+        estimates = _traced_in_time(predictor, request, cap_bytes, meets_limits, sketches, all_plans)
+    estimated_plans = {e.plan for e in (*sketches, *estimates)}
+    return EstimatedPlans(
+        traced=estimates,
+        count=sum(plan in estimated_plans for plan in all_plans),
+        unsketched_count=len(all_plans) - len(sketches),
+        left_out=left_out,
+    )
 
 
 def plans_asked_for(request: Request) -> tuple[object, ...]:
@@ -144,105 +168,124 @@ def plans_asked_for(request: Request) -> tuple[object, ...]:
 
 
 def _traced(
-    pricer: Pricer,
+    predictor: Predictor,
     request: Request,
     cap_bytes: int,
     progress: Progress,
-    fits: Fits,
+    meets_limits: Fits,
     sketches: list[Estimate],
 ) -> list[Estimate]:
     """Trace the plans with the best sketches, and those on which reasons rest, and return their estimates.
-    Raises TimeUp if the pricer's deadline passes before that is done; what was traced is kept.
+    Raises TimeUp if the predictor's deadline passes before that is done; what was traced is kept.
     """
-    finalist_count = _FEWER_FINALISTS if is_long(pricer) else FINALISTS
-    finalist_plans = finalists(sketches, fits, request.goal, finalist_count)
+    finalist_count = _FEWER_FINALISTS if is_long(predictor) else FINALISTS
+    finalist_plans = finalists(sketches, meets_limits, request.goal, finalist_count)
 
-    def look(these: list[Plan]) -> list[Estimate]:
-        in_order = from_both_ends(_best_first(these, sketches, fits, request.goal))
-        pricer.trace_all(in_order, lambda *counts: progress("finalists", *counts))
+    def trace_and_time(these: list[Plan]) -> list[Estimate]:
+        in_order = from_both_ends(_best_first(these, sketches, meets_limits, request.goal))
+        predictor.trace_all(in_order, lambda *counts: progress("finalists", *counts))
         if request.is_here:
-            calibrate(pricer, request, progress, plans=these)
-        return [pricer.whole(plan) for plan in these]
+            calibrate(predictor, request, progress, plans=these)
+        return [predictor.whole(plan) for plan in these]
 
-    look(finalist_plans)
-    cap = memory_cap(request, cap_bytes)
+    trace_and_time(finalist_plans)
+    cap = memory_cap(cap_bytes, request.machine, request.engine)
     finalist_plans += until_some_fit(
-        pricer.whole, look, sketches, finalist_plans, cap=cap, goal=request.goal, most=finalist_count
+        predictor.whole,
+        trace_and_time,
+        sketches,
+        finalist_plans,
+        cap=cap,
+        goal=request.goal,
+        most=finalist_count,
     )
     finalist_plans += until_one_fits(
-        pricer.whole, look, sketches, finalist_plans, cap=cap, bounds=_bounds(request, pricer)
+        predictor.whole, trace_and_time, sketches, finalist_plans, cap=cap, bounds=request.bounds
     )
-    estimates, more = [pricer.whole(plan) for plan in finalist_plans], _more_traces(pricer, request)
+    estimates, more = [predictor.whole(plan) for plan in finalist_plans], _more_traces(predictor, request)
     for index in range(_PASSES):  # plans that are traced for a reason may be better
         added = until_none_better(
-            look,
+            trace_and_time,
             sketches,
             estimates,
             cap=cap,
             goal=request.goal,
-            bounds=_bounds(request, pricer),
-            near_ratio=_near_ratio(pricer, request),
+            bounds=request.bounds,
+            near_ratio=_near_ratio(predictor, request),
             most=more,
         )
         if index and not added:
             break
         more -= len(added)
-        estimates = [pricer.whole(e.plan) for e in (*estimates, *added)]
-        estimates = _with_rivals(pricer, request, fits, estimates, progress)
-        estimates = _with_counterfactuals(pricer, request, fits, estimates, sketches, cap, progress)
-    if pricer.space.ranks == 1 and NAME not in request.bounds.without and not is_long(pricer):
-        estimates += budgeted(pricer.whole, sketches, estimates, request.goal, cap, progress)
+        estimates = [predictor.whole(e.plan) for e in (*estimates, *added)]
+        estimates = _with_rivals(predictor, request, meets_limits, estimates, progress)
+        estimates = _with_counterfactuals(
+            predictor, request, meets_limits, estimates, sketches, cap, progress
+        )
+    if (
+        predictor.job_facts.ranks == 1
+        and OPTIMAL_CHECKPOINTING not in request.bounds.without
+        and not is_long(predictor)
+    ):
+        estimates += with_optimal_checkpointing(
+            predictor.whole, sketches, estimates, request.goal, cap, progress
+        )
     return estimates
 
 
 def _best_first(
-    plans: Sequence[Plan], sketches: Sequence[Estimate], fits: Fits, goal: Objective
+    plans: Sequence[Plan], sketches: Sequence[Estimate], meets_limits: Fits, goal: Objective
 ) -> list[Plan]:
     """Return the plans in the order in which they are traced, so that a time limit leaves out what matters
     least: the two best by their sketches that fit, the one that needs the least memory, and the others as
     they are.
     """
     chosen = [s for s in sketches if s.plan in plans]
-    best_fitting = sorted(filter(fits, chosen), key=lambda e: (score(e, goal), e.plan.fingerprint))[:2]
+    best_fitting = sorted(filter(meets_limits, chosen), key=lambda e: (score(e, goal), e.plan.fingerprint))[
+        :2
+    ]
     smallest = sorted(chosen, key=lambda e: (e.allocated_bytes.value, e.plan.fingerprint))[:1]
     return list(dict.fromkeys([*(e.plan for e in (*best_fitting, *smallest)), *plans]))
 
 
 def _traced_in_time(
-    pricer: Pricer,
+    predictor: Predictor,
     request: Request,
     cap_bytes: int,
-    fits: Fits,
+    meets_limits: Fits,
     sketches: Sequence[Estimate],
     all_plans: Sequence[Plan],
 ) -> list[Estimate]:
-    """Return the estimates of the plans that were traced before the pricer's deadline, with plain training.
+    """Return the estimates of the plans that were traced before the predictor's deadline, with plain
+    training.
 
     If none of them fits, more are traced until one does, however long that takes: the best of those whose
     sketch fits; the one that needs the least memory by its sketch; and of the plans without a sketch the
     simplest with activation checkpointing, and with chunking, too, which save the most as a rule.
     """
-    traced_plans = {plan for plan, _ in pricer.traces}
-    estimates = {e.plan: e for e in pricer.whole_in_time(p for p in all_plans if p in traced_plans)}
+    traced_plans = {plan for plan, _ in predictor.traces}
+    estimates = {e.plan: e for e in predictor.whole_in_time(p for p in all_plans if p in traced_plans)}
     plain_plan = make_plain_plan(request.ranks)
-    estimates[plain_plan] = pricer.whole(plain_plan)
-    needs = memory_cap(request, cap_bytes).needs
-    fitting = sorted(filter(fits, sketches), key=lambda e: (score(e, request.goal), e.plan.fingerprint))
+    estimates[plain_plan] = predictor.whole(plain_plan)
+    needs = memory_cap(cap_bytes, request.machine, request.engine).needs
+    fitting = sorted(
+        filter(meets_limits, sketches), key=lambda e: (score(e, request.goal), e.plan.fingerprint)
+    )
     smallest = sorted(sketches, key=lambda e: (needs(e), e.plan.fingerprint))
     sketched = {e.plan for e in sketches}
     chosen = [e.plan for e in (*fitting[:1], *smallest[:1])]
     for wanted in _SAVING_MOST:
         with_these = [p for p in all_plans if p not in sketched and wanted <= p.techniques]
-        chosen += sorted(with_these, key=complexity)[:1]
+        chosen += sorted(with_these, key=effect_then_size_key)[:1]
     for plan in chosen:
-        if not any(map(fits, estimates.values())):
-            with pricer.deadline.overtime():
-                estimates[plan] = pricer.whole(plan)
+        if not any(map(meets_limits, estimates.values())):
+            with predictor.deadline.overtime():
+                estimates[plan] = predictor.whole(plan)
     return list(estimates.values())
 
 
 def _with_rivals(
-    pricer: Pricer, request: Request, fits: Fits, estimates: list[Estimate], progress: Progress
+    predictor: Predictor, request: Request, meets_limits: Fits, estimates: list[Estimate], progress: Progress
 ) -> list[Estimate]:
     """Return the estimates, and with them those of the plans that lack one technique of the best fitting
     plan. Their sketches may have been too high, so that they were not traced. Plans that the engine does not
@@ -252,21 +295,21 @@ def _with_rivals(
     anew. If the best plan is then another, the same is done for that one, in at most 3 rounds in all.
     """
     refusals_of = engine(request.engine).supports
-    winner = best(filter(fits, estimates), request.goal, score_band(pricer, request))
+    winner = best(filter(meets_limits, estimates), request.goal, score_band(predictor, request))
     for _ in range(_SETTLING_ROUNDS):
         if winner is None:
             break
         reduced_plans = dict.fromkeys(without(winner.plan, u.technique) for u in winner.plan.uses)
         rivals = [p for p in reduced_plans if p not in {e.plan for e in estimates} and not refusals_of(p)]
         if request.ranks == 1:
-            pricer.trace_all(rivals)
+            predictor.trace_all(rivals)
         if request.is_here:
-            calibrate(pricer, request, progress, [winner.plan, *rivals], budget_s=_SETTLING_BUDGET_S)
-            estimates = [pricer.whole(e.plan) for e in estimates]  # priced with the new calibration
-        estimates = [*estimates, *map(pricer.whole, rivals)]
+            calibrate(predictor, request, progress, [winner.plan, *rivals], timing_s=_SETTLING_S)
+            estimates = [predictor.whole(e.plan) for e in estimates]  # by the new calibration
+        estimates = [*estimates, *map(predictor.whole, rivals)]
         previous_winner, winner = (
             winner,
-            best(filter(fits, estimates), request.goal, score_band(pricer, request)),
+            best(filter(meets_limits, estimates), request.goal, score_band(predictor, request)),
         )
         if winner is None or winner.plan == previous_winner.plan:
             break
@@ -274,9 +317,9 @@ def _with_rivals(
 
 
 def _with_counterfactuals(
-    pricer: Pricer,
+    predictor: Predictor,
     request: Request,
-    fits: Fits,
+    meets_limits: Fits,
     estimates: list[Estimate],
     sketches: list[Estimate],
     cap: Cap,
@@ -290,11 +333,10 @@ def _with_counterfactuals(
     of this is done at most 6 times; after the first two, only for techniques with which no traced plan fits.
     If traces are long, it is done once, for at most 4 plans: those with the most such techniques.
     """
-    bounds = _bounds(request, pricer)
-    rounds = 1 if is_long(pricer) else _COMPARING_ROUNDS + _FITTING_ROUNDS
+    rounds = 1 if is_long(predictor) else _COMPARING_ROUNDS + _FITTING_ROUNDS
     for index in range(rounds):
-        band = score_band(pricer, request)
-        winner = best(filter(fits, estimates), request.goal, band)
+        band = score_band(predictor, request)
+        winner = best(filter(meets_limits, estimates), request.goal, band)
         if winner is None:
             break
         candidate_plans = counterfactuals(
@@ -303,7 +345,7 @@ def _with_counterfactuals(
             winner,
             cap=cap,
             goal=request.goal,
-            bounds=bounds,
+            bounds=request.bounds,
             compares=rounds > 1 and index < _COMPARING_ROUNDS,
         )
         if rounds == 1:
@@ -311,32 +353,32 @@ def _with_counterfactuals(
         if not candidate_plans:
             break
         if request.ranks == 1:
-            pricer.trace_all(candidate_plans, lambda *counts: progress("finalists", *counts))
+            predictor.trace_all(candidate_plans, lambda *counts: progress("finalists", *counts))
         if request.is_here:
-            calibrate(pricer, request, progress, plans=candidate_plans, budget_s=_SETTLING_BUDGET_S)
+            calibrate(predictor, request, progress, plans=candidate_plans, timing_s=_SETTLING_S)
         estimates = [
-            pricer.whole(plan) for plan in dict.fromkeys([*(e.plan for e in estimates), *candidate_plans])
+            predictor.whole(plan) for plan in dict.fromkeys([*(e.plan for e in estimates), *candidate_plans])
         ]
-        new_winner = best(filter(fits, estimates), request.goal, band)
+        new_winner = best(filter(meets_limits, estimates), request.goal, band)
         if new_winner is None or new_winner.plan != winner.plan:
-            estimates = _with_rivals(pricer, request, fits, estimates, progress)
+            estimates = _with_rivals(predictor, request, meets_limits, estimates, progress)
     return estimates
 
 
-def _near_ratio(pricer: Pricer, request: Request) -> float:
+def _near_ratio(predictor: Predictor, request: Request) -> float:
     """Return by how much a score may lie above the lowest and always counts as equal to it, as `best` has
     it."""
     if request.goal in (Objective.SMALLEST, Objective.FEWEST):
         return TIE_RATIO
-    return score_band(pricer, request).low
+    return score_band(predictor, request).low
 
 
-def _more_traces(pricer: Pricer, request: Request) -> int:
+def _more_traces(predictor: Predictor, request: Request) -> int:
     """Return how many plans may be traced after the finalists: the more, the fewer operators plain training
     has. On this machine, where the operators of each are timed, at most four."""
     if request.is_here:
         return _FEWEST_MORE
-    calls = len(pricer.trace(make_plain_plan(pricer.space.ranks)).ops)
+    calls = len(predictor.trace(make_plain_plan(predictor.job_facts.ranks)).ops)
     return min(max(_MORE_CALLS // calls, _FEWEST_MORE), _MOST_MORE)
 
 
@@ -355,20 +397,6 @@ def _covering(candidates: list[Plan], winner: Plan) -> list[Plan]:
     return ordered
 
 
-def _bounds(request: Request, pricer: Pricer) -> Bounds:
-    return dataclasses.replace(request.bounds, steps=pricer.job.steps)
-
-
-def memory_cap(request: Request, cap_bytes: int) -> Cap:
-    """Return the memory limit of a search for the request: ``cap_bytes`` of a device, and the host's."""
-    return Cap(
-        bytes=cap_bytes,
-        needs=lambda e: needed_bytes(e, request.machine),
-        refuses=engine(request.engine).supports,
-        host=host_holds_under(cap_bytes, request.machine),
-    )
-
-
-def is_long(pricer: Pricer) -> bool:
+def is_long(predictor: Predictor) -> bool:
     """Return whether the plain plan's trace has more than 10,000 operators, so that traces take long."""
-    return len(pricer.trace(make_plain_plan(pricer.space.ranks)).ops) > _LONG_TRACE_CALLS
+    return len(predictor.trace(make_plain_plan(predictor.job_facts.ranks)).ops) > _LONG_TRACE_CALLS

@@ -1,8 +1,8 @@
 """What whole traces may show of plans that were only sketched, judged by the plans of the search that were
 both sketched and traced.
 
-`may_fit` rests on all of them, for statements such as "no plan fits". `Hopes` rests on the one that is most
-like the plan, to choose which plans are worth a trace.
+`may_fit_under` rests on all of them, for statements such as "no plan fits". `BestCaseEstimates` rests on the
+one that is most like the plan, to choose which plans are worth a trace.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 
-from memfit.planner.recompute_budget import Cap
+from memfit.planner.capacity import Cap
 from memfit.planner.selection import Objective, score, within_bounds
 from memfit.types.plan import Bounds, Plan
 from memfit.types.result import Estimate
@@ -72,7 +72,7 @@ def sketch_errors(
     return SketchErrors(slope=slope, offset_bytes=offset_bytes, time_ratio=time_ratio)
 
 
-class Hopes:
+class BestCaseEstimates:
     """The best that traces of plans may show, by the sketches and the trace of the traced plan that is most
     like each of them.
 
@@ -115,22 +115,22 @@ def _distance(plan: Plan, other: Plan) -> float:
     return len(alone) + len(changed) / 2 + abs(math.log2(plan.ranks / other.ranks))
 
 
-def may_fit(
-    sketches: Sequence[Estimate], traced: Sequence[Estimate], cap: Cap, bounds: Bounds
+def may_fit_under(
+    cap: Cap, bounds: Bounds, sketches: Sequence[Estimate], traced: Sequence[Estimate]
 ) -> Callable[[Estimate], bool]:
     """Return a function that tells whether the plan of a sketch may fit device and host and keep to deadline
     and budget when it is traced whole, by the errors of the sketches of the ``traced`` plans.
     """
     errors = sketch_errors(sketches, traced, cap.needs)
 
-    def may(sketch: Estimate) -> bool:
+    def may_fit(sketch: Estimate) -> bool:
         return (
             errors.least_need(cap.needs(sketch)) <= cap.bytes
             and cap.host(sketch)
             and within_bounds(bounds, _faster(sketch, errors.time_ratio))
         )
 
-    return may
+    return may_fit
 
 
 def _faster(sketch: Estimate, ratio: float) -> Estimate:

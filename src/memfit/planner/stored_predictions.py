@@ -23,7 +23,7 @@ _T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Result:
+class CallOutcome:
     """What a call returned, and whether it may be kept: whether it depends on nothing that is not in the
     job's content."""
 
@@ -58,23 +58,23 @@ class StoredPredictions:
         with contextlib.suppress(TypeError):
             self.write_bytes(json.dumps(to_plain(value)).encode(), kind, *facts)
 
-    def run(self, call: Callable[[], Any]) -> Result:
+    def run(self, call: Callable[[], Any]) -> CallOutcome:
         """Call the function, and return its value with whether the value may be kept. It may not if the call
         opened files or loaded modules that are not in the job's content."""
         opened = dict[str, float]()
         with note_opened_files(opened):
             value = call()
-        return Result(value, self.content.covers(opened))
+        return CallOutcome(value, self.content.covers(opened))
 
-    def keep(self, type_: Any, call: Callable[[], _T], kind: str, *facts: Any) -> _T:
+    def get_or_compute(self, type_: Any, call: Callable[[], _T], kind: str, *facts: Any) -> _T:
         """Return the entry, or if there is none what ``call`` returns, which becomes the entry. None is not
         kept."""
         entry: _T | None = self.read(type_, kind, *facts)
         if entry is not None:
             return entry
-        result = self.run(call)
-        value: _T = result.value
-        if result.may_be_kept and value is not None:
+        outcome = self.run(call)
+        value: _T = outcome.value
+        if outcome.may_be_kept and value is not None:
             self.write(value, kind, *facts)
         return value
 

@@ -4,13 +4,12 @@ on several ranks, sharding; and the best plan with one of them.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 
+from memfit.planner.capacity import memory_cap
 from memfit.planner.request import Planning, autocast
 from memfit.planner.selection import by_goal
-from memfit.planner.single_device import memory_cap
-from memfit.planner.sketch_errors import may_fit
+from memfit.planner.sketch_errors import may_fit_under
 from memfit.techniques.registry import TECHNIQUES
 from memfit.types.plan import Plan
 
@@ -26,7 +25,7 @@ def technique_groups(planning: Planning) -> dict[str, frozenset[str]]:
     for name, technique in TECHNIQUES.items():
         by_slot.setdefault(technique.slot or "", set()).add(name)
     groups = {
-        "mixed precision": frozenset({autocast(planning.pricer.space).technique}),
+        "mixed precision": frozenset({autocast(planning.predictor.job_facts).technique}),
         "checkpointing": frozenset(by_slot["recomputation"]),
     }
     if planning.request.ranks > 1:
@@ -48,7 +47,7 @@ def best_of_groups(planning: Planning) -> Iterator[tuple[str, Plan]]:
 
 
 def _best_with(planning: Planning, techniques: frozenset[str]) -> Plan | None:
-    pricer, goal, result = planning.pricer, planning.request.goal, planning.result
+    predictor, goal, result = planning.predictor, planning.request.goal, planning.result
 
     def has_one(plan: Plan) -> bool:
         return any(u.technique in techniques for u in plan.uses)
@@ -56,16 +55,18 @@ def _best_with(planning: Planning, techniques: frozenset[str]) -> Plan | None:
     known_plans = [*(e.plan for e in planning.estimates), *(t.plan for t in result.trials)]
     if result.recommended is not None:
         known_plans.append(result.recommended.estimate.plan)
-    known = [pricer.whole(plan) for plan in dict.fromkeys(known_plans)]
-    fitting = [e for e in known if has_one(e.plan) and planning.fits(e)]
+    known = [predictor.whole(plan) for plan in dict.fromkeys(known_plans)]
+    fitting = [e for e in known if has_one(e.plan) and planning.meets_limits(e)]
     if fitting:
         return min(fitting, key=lambda e: by_goal(e, goal)).plan
-    cap = memory_cap(planning.request, planning.cap_bytes)
-    bounds = dataclasses.replace(planning.request.bounds, steps=planning.job.steps)
-    may = may_fit(planning.sketches, known, cap, bounds)
+    request = planning.request
+    cap = memory_cap(planning.cap_bytes, request.machine, request.engine)
+    may_fit = may_fit_under(cap, request.bounds, planning.sketches, known)
     traced_plans = {e.plan for e in known}
-    candidates = [e for e in planning.sketches if has_one(e.plan) and e.plan not in traced_plans and may(e)]
+    candidates = [
+        e for e in planning.sketches if has_one(e.plan) and e.plan not in traced_plans and may_fit(e)
+    ]
     for sketch in sorted(candidates, key=lambda e: by_goal(e, goal))[:_MOST_TRACES]:
-        if planning.fits(pricer.whole(sketch.plan)):
+        if planning.meets_limits(predictor.whole(sketch.plan)):
             return sketch.plan
     return None

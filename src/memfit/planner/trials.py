@@ -18,11 +18,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from memfit.cost.estimate import interval_around
 from memfit.cost.step_time_calibration import correct_calibration, factor
 from memfit.engines.registry import engine, render
+from memfit.planner.capacity import memory_cap
 from memfit.planner.plan_space import plans, usable
+from memfit.planner.reasons import ReasonInputs, reasons_for
 from memfit.planner.request import Planning, Progress, model_sizes
-from memfit.planner.selection import Band, Objective, Prices, best, reasons_for, score, simplest_first
-from memfit.planner.single_device import memory_cap
-from memfit.planner.sketch_errors import may_fit
+from memfit.planner.selection import EqualityBand, Objective, best, score, simplest_first
+from memfit.planner.sketch_errors import may_fit_under
 from memfit.runtime import local_machine
 from memfit.runtime.child_process import run
 from memfit.runtime.ranks import run_ranks
@@ -42,16 +43,16 @@ _SCREENING, _FINAL = (3, 1), (5, 2)  # steps of a run, and how many of them warm
 _WITHIN = 1.6  # times the best predicted step: two predictions with +-25 % error may differ that much
 _SECOND_WITHIN = 1.6  # times the fastest: a single round of a plan may be that much too slow
 _LAST_WITHIN = 1.18  # times the fastest: two rounds of a plan may be that much too slow by other work
-_MEASURED = Band(0.015, 0.035)  # spread between rounds of one plan on an otherwise idle machine
+_MEASURED = EqualityBand(0.015, 0.035)  # spread between rounds of one plan on an otherwise idle machine
 _POLISHING_ROUNDS = 20
 _CLEAR = 0.045  # a band up to this decides; a wider one asks for more rounds
 
 
-def measured(planning: Planning, progress: Progress, *, budget_s: float) -> Planning:
+def measured(planning: Planning, progress: Progress, *, measure_s: float) -> Planning:
     """Return `planning` with the recommendation revised by training the recommended plan and plans that may
     be faster for a few steps each, under the cap.
 
-    No run starts after ``budget_s`` seconds, unless fewer than two plans ran successfully. If every run
+    No run starts after ``measure_s`` seconds, unless fewer than two plans ran successfully. If every run
     failed, the recommendation is unchanged. Raises UserError for a goal that is not calculated from step time
     ("smallest", "fewest").
     """
@@ -62,7 +63,7 @@ def measured(planning: Planning, progress: Progress, *, budget_s: float) -> Plan
             allowed=f"the goals {', '.join(BY_TIME)}",
             hint="for other goals, search without measuring: plans are then chosen by their predictions",
         )
-    trials = _Trials(planning, progress, budget_s)
+    trials = _Trials(planning, progress, measure_s)
     trials.run_round(_shortlist(planning), _SCREENING)
     trials.run_round(trials.contenders(SECOND, _SECOND_WITHIN), _SCREENING)
     for _ in range(CLIMBS):
@@ -85,9 +86,9 @@ class _Trials:
     that says why its run failed (``failed``).
     """
 
-    def __init__(self, planning: Planning, progress: Progress, budget_s: float) -> None:
+    def __init__(self, planning: Planning, progress: Progress, measure_s: float) -> None:
         self.planning, self.progress = planning, progress
-        self.ends_s = time.monotonic() + budget_s
+        self.ends_s = time.monotonic() + measure_s
         self.predicted: dict[Plan, float | None] = {}
         self.times: dict[Plan, list[float]] = {}
         self.rounds: dict[Plan, list[int]] = {}
@@ -106,7 +107,7 @@ class _Trials:
                 self._run(plan, *steps)
 
     def _run(self, plan: Plan, steps: int, warm_up: int) -> None:
-        step_s = self.planning.pricer.whole(plan).step_s
+        step_s = self.planning.predictor.whole(plan).step_s
         self.predicted.setdefault(plan, step_s.value if step_s else None)
         measurement = few_steps(self.planning, plan, steps, expected_s=step_s.value if step_s else 1.0)
         if measurement.outcome is OutcomeKind.OK and measurement.step_s:
@@ -123,7 +124,7 @@ class _Trials:
         comparable = comparable_times(self.times, self.rounds)
         return {plan: statistics.median_low(times) for plan, times in comparable.items()}
 
-    def band(self) -> Band:
+    def band(self) -> EqualityBand:
         return measured_band(list(comparable_times(self.times, self.rounds).values()))
 
     def ordered(self) -> list[Plan]:
@@ -159,7 +160,7 @@ class _Trials:
         """Return (plan, measured over predicted step time) for each plan that ran successfully and has a
         predicted time. The predicted time is that without the corrections by earlier runs.
         """
-        calibration = self.planning.pricer.calibration
+        calibration = self.planning.predictor.calibration
         pairs = [(plan, step_s, self.predicted[plan]) for plan, step_s in self.step_s().items()]
         return [
             (plan, measured_s * factor(calibration, plan) / predicted_s)
@@ -172,7 +173,7 @@ class _Trials:
         corrected by the measured ones, and the recommended plan is the simplest of those whose measured step
         times count as equal to the fastest.
         """
-        planning, pricer = self.planning, self.planning.pricer
+        planning, predictor = self.planning, self.planning.predictor
         trials = tuple(
             Trial(
                 plan=plan,
@@ -186,30 +187,32 @@ class _Trials:
         result = planning.result
         if not self.times:
             return dataclasses.replace(planning, result=dataclasses.replace(result, trials=trials))
-        pricer.recalibrate(correct_calibration(pricer.calibration, self.measured_ratios(), source=""))
-        priced = {plan: pricer.whole(plan) for plan in self.times}
+        predictor.recalibrate(correct_calibration(predictor.calibration, self.measured_ratios(), source=""))
+        estimates = {plan: predictor.whole(plan) for plan in self.times}
         fastest = best(
             (
-                dataclasses.replace(priced[p], step_s=interval_around(step_s, 0.0))
+                dataclasses.replace(estimates[p], step_s=interval_around(step_s, 0.0))
                 for p, step_s in self.step_s().items()
             ),
             Objective.FASTEST,
             self.band(),
         )
         assert fastest is not None
-        winner = priced[fastest.plan]
-        cap = memory_cap(planning.request, planning.cap_bytes)
-        bounds = dataclasses.replace(planning.request.bounds, steps=planning.job.steps)
+        winner = estimates[fastest.plan]
+        request = planning.request
+        cap = memory_cap(planning.cap_bytes, request.machine, request.engine)
         reasons = reasons_for(
             winner,
-            [*priced.values(), *(pricer.whole(e.plan) for e in planning.estimates)],
-            planning.fits,
-            planning.request.goal,
-            Prices(
-                pricer.whole,
+            [*estimates.values(), *(predictor.whole(e.plan) for e in planning.estimates)],
+            planning.meets_limits,
+            request.goal,
+            ReasonInputs(
+                predictor.whole,
                 sketches=planning.sketches,
                 needs=cap.needs,
-                may_fit=lambda traced: may_fit(planning.sketches, traced, cap, bounds),
+                may_fit_by_traces=lambda traced: may_fit_under(
+                    cap, request.bounds, planning.sketches, traced
+                ),
             ),
             planning.cap_bytes,
         )
@@ -219,22 +222,22 @@ class _Trials:
             effect=effect_of(winner.plan, winner.dependence),
             reasons=(*reasons, *planning.left_out),
         )
-        choices = {c.estimate.plan: self._priced_again(c) for c in (*result.frontier, result.baseline)}
+        choices = {c.estimate.plan: self._estimated_again(c) for c in (*result.frontier, result.baseline)}
         choices[winner.plan] = recommended
         result = dataclasses.replace(
             result,
             recommended=recommended,
             baseline=choices[result.baseline.estimate.plan],
             trials=trials,
-            smallest=self._priced_again(result.smallest),
+            smallest=self._estimated_again(result.smallest),
             frontier=tuple(sorted(choices.values(), key=lambda c: c.estimate.allocated_bytes.value)),
         )
         return dataclasses.replace(planning, result=result)
 
-    def _priced_again(self, choice: Choice) -> Choice:
+    def _estimated_again(self, choice: Choice) -> Choice:
         estimate = choice.estimate
-        priced = self.planning.pricer.whole(estimate.plan) if estimate.traced else estimate
-        return dataclasses.replace(choice, estimate=priced)
+        again = self.planning.predictor.whole(estimate.plan) if estimate.traced else estimate
+        return dataclasses.replace(choice, estimate=again)
 
 
 def comparable_times(
@@ -262,7 +265,7 @@ def comparable_times(
     return {plan: [math.exp(v - levels[r] + fastest) for r, v in taken] for plan, taken in logs.items()}
 
 
-def measured_band(rounds: Sequence[Sequence[float]]) -> Band:
+def measured_band(rounds: Sequence[Sequence[float]]) -> EqualityBand:
     """Return how close the measured step times of two plans must be to count as equal.
 
     ``rounds``: for each plan, its comparable step times. The band is 1.5 % to 3.5 %, the spread between
@@ -272,7 +275,7 @@ def measured_band(rounds: Sequence[Sequence[float]]) -> Band:
     """
     pairs = [sorted(times)[:2] for times in rounds if len(times) > 1]
     spread_ratio = statistics.median(second / first - 1 for first, second in pairs) if pairs else 0.0
-    return Band(_MEASURED.low + spread_ratio, _MEASURED.high + 2 * spread_ratio)
+    return EqualityBand(_MEASURED.low + spread_ratio, _MEASURED.high + 2 * spread_ratio)
 
 
 def few_steps(planning: Planning, plan: Plan, steps: int, *, expected_s: float) -> Measurement:
@@ -289,7 +292,7 @@ def few_steps(planning: Planning, plan: Plan, steps: int, *, expected_s: float) 
     spec = RunSpec(
         name=plan.label,
         role="trial",
-        job=request.job,
+        job=request.job_ref,
         plan=plan,
         engine=name,
         seed=0,
@@ -299,7 +302,7 @@ def few_steps(planning: Planning, plan: Plan, steps: int, *, expected_s: float) 
         evaluate=False,
         cap_bytes=planning.cap_bytes,
         timeout_s=120.0 + 10 * steps * expected_s,
-        device=request.device,
+        device=request.device_kind,
         threads=request.threads or max(1, local_machine.threads() // request.ranks),
     )
     if plan.ranks == 1:
@@ -337,7 +340,9 @@ def _shortlist(planning: Planning) -> list[Plan]:
     goal, recommended = planning.request.goal, planning.result.recommended
     assert recommended is not None, "search raises NothingFits otherwise"
     traced = {e.plan: e for e in planning.estimates}
-    fitting = [e for e in ({e.plan: e for e in planning.sketches} | traced).values() if planning.fits(e)]
+    fitting = [
+        e for e in ({e.plan: e for e in planning.sketches} | traced).values() if planning.meets_limits(e)
+    ]
     best_score = min((score(e, goal) for e in fitting), default=score(recommended.estimate, goal))
     near = [e for e in fitting if score(e, goal) <= best_score * _WITHIN]
     near.sort(key=lambda e: (score(e, goal), e.plan.label))
@@ -364,16 +369,16 @@ def _neighbours(
 
     ``measured_ratios``: (plan, measured over predicted step time) by which the predictions are corrected.
     """
-    calibration = correct_calibration(planning.pricer.calibration, measured_ratios, source="")
+    calibration = correct_calibration(planning.predictor.calibration, measured_ratios, source="")
     goal, excluded = planning.request.goal, set(tried)
     changed = dict.fromkeys(p for plan in fastest for p in one_change_away(planning, plan))
     candidates = [p for p in changed if p not in excluded]
 
     def expected(e: Estimate) -> float:
-        return score(e, goal) * factor(calibration, e.plan) / factor(planning.pricer.calibration, e.plan)
+        return score(e, goal) * factor(calibration, e.plan) / factor(planning.predictor.calibration, e.plan)
 
-    planning.pricer.prepare(candidates)
-    sketches = sorted(map(planning.pricer.sketch, candidates), key=lambda e: (expected(e), e.plan.label))
+    planning.predictor.prepare(candidates)
+    sketches = sorted(map(planning.predictor.sketch, candidates), key=lambda e: (expected(e), e.plan.label))
     return list(_that_fit(planning, [e.plan for e in sketches[: 3 * NEIGHBOURS]], NEIGHBOURS))
 
 
@@ -381,10 +386,10 @@ def one_change_away(planning: Planning, plan: Plan) -> Iterator[Plan]:
     """Yield the plans that differ from ``plan`` in one technique (removed, added, or in another setting) and
     that the search may propose: accuracy, excluded techniques and the engine allow them.
     """
-    request, space = planning.request, planning.pricer.space
-    allowed = [t for t in usable(space, request.accuracy)[0] if t.name not in request.bounds.without]
-    by_uses = {frozenset(p.uses): p for p in plans(space, allowed)}
-    options: list[Use] = [make_use(t.name, s) for t in allowed for s in t.settings(space)]
+    request, facts = planning.request, planning.predictor.job_facts
+    allowed = [t for t in usable(facts, request.accuracy)[0] if t.name not in request.bounds.without]
+    by_uses = {frozenset(p.uses): p for p in plans(facts, allowed)}
+    options: list[Use] = [make_use(t.name, s) for t in allowed for s in t.settings(facts)]
     changed = [*(without(plan, u.technique) for u in plan.uses), *map(plan.with_use, options)]
     for changed_plan in changed:
         found = by_uses.get(frozenset(changed_plan.uses))
@@ -399,8 +404,8 @@ def _that_fit(planning: Planning, candidates: Sequence[Plan], count: int) -> Ite
     """
     distinct = list(dict.fromkeys(candidates))
     if planning.request.ranks == 1:
-        planning.pricer.trace_all(distinct[: count + 2])
+        planning.predictor.trace_all(distinct[: count + 2])
     for plan in distinct:
-        if count and planning.fits(planning.pricer.whole(plan)):
+        if count and planning.meets_limits(planning.predictor.whole(plan)):
             count -= 1
-            yield planning.pricer.resolve(plan)
+            yield planning.predictor.resolve(plan)

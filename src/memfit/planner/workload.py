@@ -40,7 +40,7 @@ def stored_workload(ref: JobRef, job: Job, machine: str = "") -> Workload:
     stored = stored_predictions(ref, job) if ref.spec in names() else None
     if stored is None:
         return workload_of(job, machine)
-    return stored.keep(Workload, lambda: workload_of(job, machine), "workload", machine)
+    return stored.get_or_compute(Workload, lambda: workload_of(job, machine), "workload", machine)
 
 
 def _model(job: Job) -> str:

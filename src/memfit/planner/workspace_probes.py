@@ -21,7 +21,7 @@ import torch
 from memfit.cost.workspaces import bound_bytes, input_bytes, unprobed_signatures
 from memfit.engines import native
 from memfit.files.replace import write_whole
-from memfit.planner.evaluate import Pricer
+from memfit.planner.evaluate import Predictor
 from memfit.runtime import local_machine
 from memfit.runtime.child_process import run
 from memfit.store.environment import digest, fingerprint
@@ -32,7 +32,7 @@ from memfit.types.launch import RunSpec
 from memfit.types.plan import Plan
 from memfit.types.trace import OpCall
 
-_BUDGET_S: Final = 2.0  # in which operators are begun, beside the start of the process
+_TIMING_S: Final = 2.0  # in which operators are begun, beside the start of the process
 _LIMIT_S: Final = 60.0  # time limit of the process, for a busy machine
 _MOST_FLOPS: Final = 10**11  # of one operator: about five seconds on two slow cores
 _FREE_RATIO: Final = 0.25  # share of free memory that one operator may take
@@ -44,30 +44,31 @@ Taken = tuple[int, int] | None
 """(bytes at the operator's own peak, bytes kept for backward); None: it cannot be run alone."""
 
 
-def probe_workspaces(pricer: Pricer, plan: Plan) -> None:
-    """Add to the calibration of ``pricer`` the workspaces of those operators of the plan that could move its
-    peak.
+def probe_workspaces(predictor: Predictor, plan: Plan) -> None:
+    """Add to the calibration of ``predictor`` the workspaces of those operators of the plan that could move
+    its peak.
 
     They are read from the results stored on disk; operators without a stored result are probed in a child
     process, and the results are stored. The calibration's number of threads becomes that of torch in this
     process. Workspaces that cannot be probed stay unknown; `cost.estimate` then adds an upper bound of them
     to the upper end of the predicted peak.
     """
-    pricer.recalibrate(dataclasses.replace(pricer.calibration, threads=torch.get_num_threads()))
-    stored_probes = _Kept.of(pricer.calibration.threads)
+    predictor.recalibrate(dataclasses.replace(predictor.calibration, threads=torch.get_num_threads()))
+    stored_probes = _Kept.of(predictor.calibration.threads)
     for _ in range(_ATTEMPTS):
-        signatures = _wanted(pricer, plan)
+        signatures = _wanted(predictor, plan)
         _learn(
-            pricer, {s: stored_probes.taken[k] for s in signatures if (k := _key(s)) in stored_probes.taken}
+            predictor,
+            {s: stored_probes.taken[k] for s in signatures if (k := _key(s)) in stored_probes.taken},
         )
-        unknown_signatures = [s for s in _wanted(pricer, plan) if _key(s) not in stored_probes.taken]
-        results = _probed(unknown_signatures, pricer.calibration.threads)
+        unknown_signatures = [s for s in _wanted(predictor, plan) if _key(s) not in stored_probes.taken]
+        results = _probed(unknown_signatures, predictor.calibration.threads)
         if not results:
             return
         stored_probes.add({_key(s): workspace for s, workspace in results.items()})
 
 
-def _wanted(pricer: Pricer, plan: Plan) -> list[str]:
+def _wanted(predictor: Predictor, plan: Plan) -> list[str]:
     """Return the signatures of the plan's operators whose workspaces are not in the calibration and could
     move its peak, those of the first distinct rank first, and for each rank the largest effect first.
     Operators that are too large to be run are left out: more than 1e11 FLOPs, or more than a quarter of the
@@ -75,11 +76,11 @@ def _wanted(pricer: Pricer, plan: Plan) -> list[str]:
     """
     most_bytes = _FREE_RATIO * local_machine.free_bytes()
     signatures: dict[str, None] = {}
-    for rank in layout(pricer.resolve(plan)).distinct_ranks():
-        trace = pricer.trace(plan, rank)
+    for rank in layout(predictor.resolve(plan)).distinct_ranks():
+        trace = predictor.trace(plan, rank)
         ops = {op.signature: op for op in trace.ops}
-        for signature in unprobed_signatures(trace, pricer.calibration):
-            if _is_small(ops[signature], most_bytes, pricer.calibration.threads):
+        for signature in unprobed_signatures(trace, predictor.calibration):
+            if _is_small(ops[signature], most_bytes, predictor.calibration.threads):
                 signatures[signature] = None
     return list(signatures)
 
@@ -89,12 +90,12 @@ def _is_small(op: OpCall, most_bytes: float, threads: int) -> bool:
     return op.flops <= _MOST_FLOPS and total_bytes <= most_bytes
 
 
-def _learn(pricer: Pricer, workspaces: Mapping[str, Taken]) -> None:
+def _learn(predictor: Predictor, workspaces: Mapping[str, Taken]) -> None:
     peak_bytes = {s: t[0] for s, t in workspaces.items() if t}
     kept_bytes = {s: t[1] for s, t in workspaces.items() if t and t[1]}
     if peak_bytes:
-        calibration = pricer.calibration
-        pricer.recalibrate(
+        calibration = predictor.calibration
+        predictor.recalibrate(
             dataclasses.replace(
                 calibration,
                 op_peak_bytes={**calibration.op_peak_bytes, **peak_bytes},
@@ -133,7 +134,7 @@ def _probed(signatures: Sequence[str], threads: int) -> dict[str, Taken]:
     config = native.render_calibration(
         spec,
         signatures,
-        budget_s=_BUDGET_S,
+        timing_s=_TIMING_S,
         packages=sorted(namespaces & sys.modules.keys()),
         memory_only=True,
     )

@@ -11,7 +11,7 @@ from memfit.report.provenance import POC, prediction_anchor
 from memfit.report.quantities import Figure, Mark, Sentence, assumed, predicted, sourced
 from memfit.report.rows import ChoiceRow, SearchView
 from memfit.types.plan import Accuracy
-from memfit.types.result import Choice, Reason, SearchExtent, SearchResult, Sensitivity
+from memfit.types.result import Choice, Reason, ReasonKind, SearchExtent, SearchResult, Sensitivity
 
 _NOTABLE_RATIO: Final = 0.0005  # by which the recommended plan is above the best traced one
 
@@ -120,12 +120,13 @@ def _reason(reason: Reason) -> Sentence:
     """Convert the reason why a technique is in a plan or was left out to a sentence. A technique that raises
     the peak instead of lowering it gets the sentence that says how many more bytes it takes."""
     saved = reason.saved_bytes
-    costs = reason.kind == "saves" and saved is not None and saved < 0
+    costs = reason.kind is ReasonKind.SAVES and saved is not None and saved < 0
     change = Figure(
         value=None if saved is None else -saved, unit="bytes", mark=Mark.PREDICTED, signed=not costs
     )
+    key = _reason_key(reason.kind, timed=reason.time_ratio is not None)
     return Sentence(
-        key=_reason_key("costs" if costs else reason.kind, timed=reason.time_ratio is not None),
+        key=key.replace("saves", "costs") if costs else key,
         values={
             "technique": reason.technique,
             "saved": predicted(saved, "bytes"),
@@ -140,25 +141,19 @@ def _reason(reason: Reason) -> Sentence:
 
 def _detail(reason: Reason) -> Sentence | str:
     """Return the reason's detail: an accuracy or the plan of a comparison as a sentence, else its text."""
-    if reason.kind == "left_out_accuracy" and reason.detail in set(Accuracy):
+    if reason.kind is ReasonKind.LEFT_OUT_ACCURACY and reason.detail in set(Accuracy):
         return Sentence(key=f"accuracy.{reason.detail}")
-    if reason.kind in _COMPARISONS and is_plan_label(reason.detail):
+    if reason.kind.is_comparison and is_plan_label(reason.detail):
         return Sentence(key="reason.rival", values={"plan": reason.detail})
     return reason.detail
 
 
-_COMPARISONS: Final = frozenset(
-    {
-        "saves",
-        "costs",
-        "left_out_slower",
-        "left_out_not_needed",
-        "left_out_uncertain",
-        "without_worse",
-        "without_as_good",
-    }
+def _reason_key(kind: ReasonKind, *, timed: bool) -> str:
+    return f"reason.{kind}" if timed or not kind.is_comparison else f"reason.{kind}_untimed"
+
+
+# Keys of the sentences that say why a technique is in the plan. A technique that costs memory is not among
+# them.
+SPEAKING_FOR: Final = frozenset(
+    _reason_key(kind, timed=timed) for kind in ReasonKind if kind.speaks_for for timed in (True, False)
 )
-
-
-def _reason_key(kind: str, *, timed: bool) -> str:
-    return f"reason.{kind}" if timed or kind not in _COMPARISONS else f"reason.{kind}_untimed"

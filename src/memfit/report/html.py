@@ -19,6 +19,7 @@ from memfit.files.replace import write_whole
 from memfit.monitoring.record import WatchRecord
 from memfit.report import charts, report_charts
 from memfit.report.case import CLASSES
+from memfit.report.choices import SPEAKING_FOR
 from memfit.report.decision import MONEY, decision_view
 from memfit.report.decision_answers import DECISIVE
 from memfit.report.decision_rows import DecisionView, way_name
@@ -97,6 +98,7 @@ def render_html(
         summary=summary(poc, decision_page),
         watch=watch_chapter(watch, words) if watch is not None else None,
         glossary=glossary(_plan_labels(poc, decision), words),
+        speaking_for=SPEAKING_FOR,
         **_drawings(view, words),
         **_script(decision_page, words),
     )

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from memfit.cost.memory_estimate import UNKNOWN_FOOTPRINT
-from memfit.report.choices import search_view
+from memfit.report.choices import SPEAKING_FOR, search_view
 from memfit.report.quantities import (
     Figure,
     Sentence,
@@ -95,8 +95,8 @@ def print_search(
     words, view = load_words(lang), search_view(result)
     cap = _text(view.cap, words)
     goal = words.name("goal", view.goal)
-    priced = _text(view.considered, words)
-    title = words.get("terminal.search", goal=goal, cap=cap, considered=priced)
+    considered = _text(view.considered, words)
+    title = words.get("terminal.search", goal=goal, cap=cap, considered=considered)
     console.print(Text(title, style="bold"))
     console.print(Text(_plain_line(view, cap, words)))
     if result.cap_reason.startswith("demonstration"):
@@ -418,11 +418,8 @@ def _frontier(rows: Sequence[ChoiceRow], words: Words) -> Table:
     return table
 
 
-_FOR = frozenset({"reason.saves", "reason.needed", "reason.without_worse", "reason.without_worse_untimed"})
-
-
 def _reason(reason: Sentence, words: Words) -> Padding:
-    sign, style = ("+", "") if reason.key in _FOR else ("-", "dim")
+    sign, style = ("+", "") if reason.key in SPEAKING_FOR else ("-", "dim")
     return Padding(Text(f"{sign} {sentence_text(reason, words).strip()}", style=style), (0, 0, 0, 2))
 
 

@@ -44,7 +44,7 @@ _SCHEDULED = Path("/proc/thread-self/schedstat")
 def calibrate(
     signatures: Iterable[str],
     *,
-    budget_s: float,
+    timing_s: float,
     counter: PeakCounter,
     rates: bool = True,
     device: torch.device = _HOST,
@@ -52,16 +52,16 @@ def calibrate(
     """Run the operators that ``signatures`` describe (JSON, see `prepare_call`) on ``device`` and return
     their times (medians, in seconds) and peak bytes.
 
-    They are run in order; none is begun after ``budget_s`` seconds. With ``rates``, the machine itself is
+    They are run in order; none is begun after ``timing_s`` seconds. With ``rates``, the machine itself is
     measured first: matrix products, copies, offloading and the overhead of a call. This takes from the same
-    ``budget_s``, but is never cut short. Operators that cannot run alone are listed in ``not_timed``; those
+    ``timing_s``, but is never cut short. Operators that cannot run alone are listed in ``not_timed``; those
     for which no time was left are in no list. ``counter`` measures the peaks."""
     start, waited_s = time.perf_counter(), _waited_s()
     machine = _rates(device) if rates else Calibration()
     probes: dict[str, ProbeResult] = {}
     failures: list[str] = []
     for signature in signatures:
-        if time.perf_counter() - start > budget_s:
+        if time.perf_counter() - start > timing_s:
             break
         if (result := probe(signature, counter, device)) is not None:
             probes[signature] = result
@@ -104,14 +104,14 @@ def _waited_s() -> float:
 
 
 def workspaces(
-    signatures: Iterable[str], *, budget_s: float, counter: PeakCounter
+    signatures: Iterable[str], *, timing_s: float, counter: PeakCounter
 ) -> Iterator[tuple[str, CallMemory | None]]:
-    """Run each signature's operator once, in order, as the results are asked for. End when ``budget_s``
+    """Run each signature's operator once, in order, as the results are asked for. End when ``timing_s``
     seconds have passed, without the remaining operators. Yield (signature, bytes that its operator takes),
     with None instead of the bytes if the operator cannot run alone."""
     start = time.perf_counter()
     for signature in signatures:
-        if time.perf_counter() - start > budget_s:
+        if time.perf_counter() - start > timing_s:
             return
         try:
             yield signature, measure_call(signature, counter)[1]

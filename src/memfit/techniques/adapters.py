@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from memfit.model.blocks import find_blocks
-from memfit.techniques.base import Knob, Space, Technique, Workbench
+from memfit.techniques.base import JobFacts, Knob, Technique, Workbench
 from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue
 
@@ -70,8 +70,8 @@ def block_linears(model: torch.nn.Module, path: str) -> Iterable[tuple[str, torc
             yield name, module
 
 
-def _ranks(space: Space) -> Iterable[Mapping[str, KnobValue]]:
-    return [{"rank": 8, "outside": "trained"}] if space.block_count and space.linears else []
+def _ranks(facts: JobFacts) -> Iterable[Mapping[str, KnobValue]]:
+    return [{"rank": 8, "outside": "trained"}] if facts.block_count and facts.has_linear_layers else []
 
 
 _RANK = Knob(
@@ -99,7 +99,7 @@ LORA = Technique(
     before_engine=True,
     effect=EffectClass.E3,
     apply=_apply_lora,
-    settings=lambda space: [{**settings, "dora": False} for settings in _ranks(space)],
+    settings=lambda facts: [{**settings, "dora": False} for settings in _ranks(facts)],
     order=10,
     slot="adapters",
     knobs=(_RANK, _OUTSIDE, _DORA),

@@ -91,30 +91,30 @@ class Knob:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Space:
-    """Facts about the job and the machine, from which ``Technique.settings`` determines the settings that the
-    search tries."""
+class JobFacts:
+    """Facts about a job on a kind of device, from which ``Technique.settings`` determines the settings that
+    the search tries."""
 
     batch_size: int  # of one rank
     block_count: int
     vocabulary: int  # output size of the head; 0 if there is no head
-    device: str  # its kind, such as "cpu" or "cuda"
+    device_kind: str  # such as "cpu" or "cuda"
     ranks: int = 1
-    half: str = "bfloat16"  # the half precision in which the device multiplies
-    linears: bool = True  # the blocks have linear layers, to which adapters can be added
-    scalars: bool = False  # the model has parameters without dimensions
-    slices: bool = False  # some module allocates much inside and can be cut into independent slices
-    least_part: int = 1  # number of samples in the smallest micro-batch
-    clipped: bool = False  # gradients are clipped by their total norm
-    adamw: bool = True  # the job's optimizer is AdamW with the job's hyperparameters
-    named: bool = False  # the job's optimizer needs the names of the model's parameters
+    half_precision: str = "bfloat16"  # in which the device multiplies
+    has_linear_layers: bool = True  # in the blocks, to which adapters can be added
+    has_scalar_parameters: bool = False  # parameters without dimensions
+    has_slices: bool = False  # some module allocates much inside and can be cut into independent slices
+    smallest_micro_batch: int = 1  # its number of samples
+    clips_gradients: bool = False  # by their total norm
+    is_adamw: bool = True  # the job's optimizer is AdamW with the job's hyperparameters
+    needs_parameter_names: bool = False  # the job's optimizer needs the names of the model's parameters
 
     @property
-    def parts(self) -> tuple[int, ...]:
+    def micro_batch_counts(self) -> tuple[int, ...]:
         """Numbers of equal micro-batches into which a rank's ``batch_size`` samples can be split so that each
-        has at least ``least_part`` samples, in ascending order. 1 is always included."""
-        most_parts = max(1, self.batch_size // self.least_part)
-        return tuple(n for n in range(1, most_parts + 1) if self.batch_size % n == 0)
+        has at least ``smallest_micro_batch`` samples, in ascending order. 1 is always included."""
+        most = max(1, self.batch_size // self.smallest_micro_batch)
+        return tuple(n for n in range(1, most + 1) if self.batch_size % n == 0)
 
     @property
     def refused(self) -> frozenset[str]:
@@ -122,11 +122,12 @@ class Space:
         without dimensions; optimizer-in-backward if gradients are clipped by their total norm; adamw-8bit,
         adamw-4bit, adamw-fused and adamw-single if the job's optimizer is not AdamW; if it needs names of
         parameters, techniques that give it copies or parts of them."""
+        needs_names = self.needs_parameter_names
         reasons = {
-            "fsdp2": self.scalars or self.named,
-            **dict.fromkeys(("bf16-parameters", "zero", "sharded-ddp", "tensor-parallel"), self.named),
-            "optimizer-in-backward": self.clipped,
-            **dict.fromkeys(("adamw-8bit", "adamw-4bit", "adamw-fused", "adamw-single"), not self.adamw),
+            "fsdp2": self.has_scalar_parameters or needs_names,
+            **dict.fromkeys(("bf16-parameters", "zero", "sharded-ddp", "tensor-parallel"), needs_names),
+            "optimizer-in-backward": self.clips_gradients,
+            **dict.fromkeys(("adamw-8bit", "adamw-4bit", "adamw-fused", "adamw-single"), not self.is_adamw),
         }
         return frozenset(name for name, is_refused in reasons.items() if is_refused)
 
@@ -139,7 +140,7 @@ class Technique:
     - ``script_call``: what a user's script must call or do to apply it without memfit, for a person to read.
       ``{knob}`` stands for the value of a setting.
     - ``apply(bench, settings)`` changes the workbench. Techniques of smaller ``order`` are applied first.
-    - ``settings(space)`` gives the knob settings worth searching for one device, in addition to leaving the
+    - ``settings(facts)`` gives the knob settings worth searching for one device, in addition to leaving the
       technique out. Knobs that they omit have their default values. By default there are none.
     - ``slot``: a kind of technique, such as "optimizer". A plan has at most one technique of each slot; "" is
       no slot.
@@ -152,8 +153,8 @@ class Technique:
     - ``before_engine``: memfit applies it to a model, a loss or an optimizer before it passes them to an
       engine, so that most engines can train with it (engines/base.py).
     - ``loaded_in_pieces``: while the model is loaded, the host holds one tensor of it at a time.
-    - ``look(bench)`` reads what the technique must know about the plain model, before any technique changes
-      it.
+    - ``observe_plain_model(bench)`` reads what the technique must know about the plain model, before any
+      technique changes it.
     """
 
     name: str
@@ -162,7 +163,7 @@ class Technique:
     script_call: str
     apply: Callable[[Workbench, Mapping[str, KnobValue]], None]
     order: int
-    settings: Callable[[Space], Iterable[Mapping[str, KnobValue]]] = lambda space: ()
+    settings: Callable[[JobFacts], Iterable[Mapping[str, KnobValue]]] = lambda facts: ()
     slot: str = ""
     knobs: tuple[Knob, ...] = ()
     needs: tuple[str, ...] = ()
@@ -171,11 +172,11 @@ class Technique:
     supports: Callable[[DeviceKind], bool] = lambda kind: True
     before_engine: bool = False
     loaded_in_pieces: bool = False
-    look: Callable[[Workbench], None] = lambda bench: None
+    observe_plain_model: Callable[[Workbench], None] = lambda bench: None
 
-    def runs_on(self, device: str) -> bool:
-        """Whether it can run on devices of the kind ``device``."""
-        return self.supports(device_kind(device))
+    def runs_on(self, kind: str) -> bool:
+        """Whether it can run on devices of this kind, such as "cuda"."""
+        return self.supports(device_kind(kind))
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -225,7 +226,8 @@ class Workbench:
       leaves out of the gradient norm, because another one counts them.
     - ``closers`` are functions that are called when the step is closed.
     - ``on_gradient``, ``on_ddp``, ``on_offload``, ``on_storage``, ``on_kept``, ``on_assumption`` and
-      ``place`` are set by the tracer, to be told what happens. In a real run they are None or do nothing.
+      ``memory_pool`` are set by the tracer, to be told what happens. In a real run they are None or do
+      nothing.
     - ``run_slices(run, slices)`` returns ``run(*tensors)`` for each slice, a tuple of tensors, in turn.
     """
 
@@ -270,16 +272,19 @@ class Workbench:
     on_assumption: Callable[[str], None] = lambda sentence: None
     # Set by the tracer: returns a context in which new tensors count as memory of the host ("host"), of the
     # stream of that name, or ("") of the device.
-    place: Callable[[str], contextlib.AbstractContextManager[Any]] = lambda name: contextlib.nullcontext()
+    memory_pool: Callable[[str], contextlib.AbstractContextManager[Any]] = lambda name: (
+        contextlib.nullcontext()
+    )
     # Set by the tracer: `run_slices`, of which a trace runs a few.
     run_slices: Callable[[Callable[..., Any], Sequence[tuple[torch.Tensor, ...]]], list[Any]] = run_slices
-    gradients_on: str = ""  # a place, as for `place`
+    gradients_on: str = ""  # a memory pool, as for `memory_pool`
     parameters_on: str = ""
     grad_norm: Callable[[], torch.Tensor] | None = None  # set if gradients are not in the parameters
 
-    def device_at(self, place: str) -> str:
-        """Return where tensors of this place are: ``torch_device`` for "", the host's memory for "host"."""
-        return HOST if place == "host" else self.torch_device
+    def device_of(self, pool: str) -> str:
+        """Return where tensors of this memory pool are: ``torch_device`` for "", the host's memory for
+        "host"."""
+        return HOST if pool == "host" else self.torch_device
 
     def trainable(self) -> list[torch.nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]

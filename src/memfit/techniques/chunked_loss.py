@@ -40,7 +40,7 @@ TECHNIQUE = Technique(
     before_engine=True,
     effect=EffectClass.E1,
     apply=_apply,
-    settings=lambda space: [{"chunks": 8}] if space.vocabulary >= 512 else [],
+    settings=lambda facts: [{"chunks": 8}] if facts.vocabulary >= 512 else [],
     order=60,
     knobs=(
         Knob(

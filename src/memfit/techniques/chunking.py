@@ -39,7 +39,7 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     requested_bytes = int(settings["mib"]) * MIB
     budget = requested_bytes or budget_bytes(bench.model, calls, int(settings["parts"]), trials)
     cuts = to_cut(bench.model, calls, budget, trials)
-    with bench.place("host"):  # stands for the memory of the trials in a prediction
+    with bench.memory_pool("host"):  # stands for the memory of the trials in a prediction
         torch.empty(trials.peak_bytes, dtype=torch.uint8)
     if not cuts:
         raise UserError(
@@ -92,7 +92,7 @@ TECHNIQUE = Technique(
     script_call="run independent slices of modules one after another; memfit's own worker does this",
     effect=EffectClass.E1,
     apply=_apply,
-    settings=lambda space: [{"parts": 0, "mib": 0}] if space.slices else [],
+    settings=lambda facts: [{"parts": 0, "mib": 0}] if facts.has_slices else [],
     order=48,
     knobs=(
         Knob(

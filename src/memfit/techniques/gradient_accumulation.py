@@ -22,7 +22,7 @@ TECHNIQUE = Technique(
     script_call="split the batch into {micro_batches} micro-batches and update after the last",
     effect=EffectClass.E1,
     apply=_apply,
-    settings=lambda space: [{"micro_batches": n} for n in space.parts if n > 1],
+    settings=lambda facts: [{"micro_batches": n} for n in facts.micro_batch_counts if n > 1],
     order=5,  # others look at a micro-batch
     knobs=(
         Knob(

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from memfit.techniques.base import Knob, Space, Technique, Workbench
+from memfit.techniques.base import JobFacts, Knob, Technique, Workbench
 from memfit.types.device_kind import HOST, device_kind
 from memfit.types.plan import EffectClass, KnobValue
 
@@ -119,7 +119,7 @@ class HostCopies(_Away):
         if self.bench.torch_device != HOST and self.bench.device.streams and self.stream is None:
             self.stream = torch.Stream(device=tensor.device)
         source = tensor.detach()
-        with self.bench.place("host"):
+        with self.bench.memory_pool("host"):
             copy = HostCopy(source, self.stream)
         self.underway = source, copy
         return copy
@@ -270,8 +270,8 @@ def raw_bytes(tensor: Any) -> memoryview:
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())
 
 
-def _settings(space: Space) -> Iterable[Mapping[str, KnobValue]]:
-    target = "disk" if device_kind(space.device).is_host else "host"
+def _settings(facts: JobFacts) -> Iterable[Mapping[str, KnobValue]]:
+    target = "disk" if device_kind(facts.device_kind).is_host else "host"
     return [{"to": target, "minimum_kib": 64}]
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 from unittest import mock
 
-from memfit.techniques.base import Knob, MakeOptimizer, OptimizerLike, Space, Technique, Workbench
+from memfit.techniques.base import JobFacts, Knob, MakeOptimizer, OptimizerLike, Technique, Workbench
 from memfit.techniques.imported_optimizer import (
     ALLOWED_PATH,
     PATH,
@@ -172,7 +172,7 @@ def stepping_on_host(bench: Workbench, optimizer: OptimizerLike) -> OptimizerLik
     step = optimizer.step
 
     def on_host() -> None:
-        with bench.place("host"):
+        with bench.memory_pool("host"):
             step()
 
     optimizer.step = on_host  # type: ignore[method-assign]
@@ -307,7 +307,7 @@ def _apply_imported(bench: Workbench, settings: Mapping[str, KnobValue]) -> None
 _TEXT = re.compile(r"[^\n]*")
 
 
-def _once(space: Space) -> Iterable[Mapping[str, KnobValue]]:
+def _once(facts: JobFacts) -> Iterable[Mapping[str, KnobValue]]:
     return [{}]
 
 
@@ -332,7 +332,7 @@ ADAMW_8BIT = _technique(
     _adamw8bit,
     script_call="an 8-bit AdamW, such as torchao.optim.AdamW8bit or bitsandbytes.optim.AdamW8bit",
     before_engine=True,
-    settings=lambda space: () if "adamw-8bit" in space.refused else _once(space),
+    settings=lambda facts: () if "adamw-8bit" in facts.refused else _once(facts),
     needs=("bitsandbytes",),
     supports=lambda kind: kind.bitsandbytes,
     forbids=("bf16-parameters",),
@@ -431,7 +431,7 @@ IN_BACKWARD = Technique(
     script_call="update each parameter in a register_post_accumulate_grad_hook",
     effect=EffectClass.E0,
     apply=_apply_in_backward,
-    settings=lambda space: () if "optimizer-in-backward" in space.refused else _once(space),
+    settings=lambda facts: () if "optimizer-in-backward" in facts.refused else _once(facts),
     order=85,
     forbids=("gradient-accumulation",),
 )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from memfit.techniques import fp32_modules
-from memfit.techniques.base import Knob, MakeOptimizer, OptimizerLike, Space, Technique, Workbench
+from memfit.techniques.base import JobFacts, Knob, MakeOptimizer, OptimizerLike, Technique, Workbench
 from memfit.techniques.loss_scale import LossScale
 from memfit.types.plan import EffectClass, KnobValue
 
@@ -42,7 +42,7 @@ def _apply_parameters(bench: Workbench, settings: Mapping[str, KnobValue]) -> No
         inner = bench.make_optimizer
 
         def with_masters(params: list[torch.nn.Parameter]) -> MasterWeights:
-            with bench.place(bench.parameters_on):  # a model that is built on the host has moved by now
+            with bench.memory_pool(bench.parameters_on):  # a model that is built on the host has moved by now
                 return MasterWeights(params, inner)
 
         bench.make_optimizer = with_masters
@@ -121,10 +121,10 @@ class MasterWeights:
 _Settings = Iterable[Mapping[str, KnobValue]]
 
 
-def _in(half: str, *settings: Mapping[str, KnobValue]) -> Callable[[Space], _Settings]:
-    """Return a function of a `Space` that returns ``settings`` if the device multiplies in the half precision
-    ``half`` ("bfloat16" or "float16"), else nothing."""
-    return lambda space: settings if space.half == half else ()
+def _in(half: str, *settings: Mapping[str, KnobValue]) -> Callable[[JobFacts], _Settings]:
+    """Return a function of a `JobFacts` that returns ``settings`` if the device multiplies in the half
+    precision ``half`` ("bfloat16" or "float16"), else nothing."""
+    return lambda facts: settings if facts.half_precision == half else ()
 
 
 _ROUNDINGS = _in("bfloat16", {"rounding": "master"}, {"rounding": "stochastic"})
@@ -159,7 +159,7 @@ PARAMETERS = Technique(
     script_call="model.to(torch.bfloat16), with an optimizer for rounding: {rounding}",
     effect=EffectClass.E2,
     apply=_apply_parameters,
-    settings=lambda space: () if "bf16-parameters" in space.refused else _ROUNDINGS(space),
+    settings=lambda facts: () if "bf16-parameters" in facts.refused else _ROUNDINGS(facts),
     order=75,
     slot="precision",
     knobs=(

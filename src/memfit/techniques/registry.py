@@ -131,8 +131,10 @@ def without(plan: Plan, name: str) -> Plan:
     if plan.get(name) is None:
         return plan
     reduced_plan = plan.without(name)
-    if (budget := reduced_plan.get(optimal.NAME)) is not None:
-        reduced_plan = reduced_plan.with_use(make_use(optimal.NAME, {**budget.settings, "dropped": ""}))
+    if (budget := reduced_plan.get(optimal.OPTIMAL_CHECKPOINTING)) is not None:
+        reduced_plan = reduced_plan.with_use(
+            make_use(optimal.OPTIMAL_CHECKPOINTING, {**budget.settings, "dropped": ""})
+        )
     if slot != "data-parallel" or plan.ranks == 1:
         return reduced_plan
     return reduced_plan.with_use(make_use("ddp", {}))

@@ -52,7 +52,7 @@ class Life:
     node: int  # sequence number of the running autograd node, also in forward if gradients are computed there
     end: int | None = None
     category: Category | None = None
-    place: str = ""
+    memory_pool: str = ""
     pieces: int = 1  # as of `Allocation`; ``size_bytes`` is the size of one piece
 
 
@@ -115,9 +115,9 @@ class AllocationRecorder(TorchDispatchMode):
         self.offloaded_bytes = self.restored_bytes = self.offloaded_tensors = 0
         self.storage_written_bytes = self.storage_read_bytes = self.storage_bytes = 0
         self.paused = False
-        # Where new tensors are placed: "" (the model's device), "host", "nowhere" (not counted), or the name
-        # of another stream's pool.
-        self.place = ""
+        # The memory pool of new tensors: "" (the model's device), "host", "nowhere" (not counted), or the
+        # name of another stream's pool.
+        self.memory_pool = ""
         # Dispatch modes entered after this one; each holds a reference to the arguments during a call.
         self.modes_above = 0
         self._span_start = 0
@@ -206,7 +206,7 @@ class AllocationRecorder(TorchDispatchMode):
         """Return what decides, beside the operators, how they are recorded now."""
         line = self._line() if self.lines else ""
         module = self.modules.name(self.current)
-        return self.current, self.place, module, line, torch.is_grad_enabled()
+        return self.current, self.memory_pool, module, line, torch.is_grad_enabled()
 
     def calls_between(self, first: int, last: int | None = None) -> list[operators.OperatorCall]:
         return self._calls[first:last]
@@ -269,8 +269,8 @@ class AllocationRecorder(TorchDispatchMode):
     def restart(self) -> int:
         """Forget all operator calls and ended storages, and count the clock anew, as if the storages that are
         alive were made now. Return the peak of live bytes at the model's device until now."""
-        levels = [(x.start, x.size_bytes) for x in self.lives if not x.place]
-        levels += [(x.end, -x.size_bytes) for x in self.lives if not x.place and x.end is not None]
+        levels = [(x.start, x.size_bytes) for x in self.lives if not x.memory_pool]
+        levels += [(x.end, -x.size_bytes) for x in self.lives if not x.memory_pool and x.end is not None]
         peak_bytes = max(itertools.accumulate(size for _, size in sorted(levels)), default=0)
         self.lives = [life for life in self.lives if life.end is None]
         for clock, life in enumerate(self.lives):
@@ -395,13 +395,13 @@ class AllocationRecorder(TorchDispatchMode):
         self._fly(func, args, out)
         work = self.results.work(key, func, fact, args, kwargs, out)
         # Building the model on the host is not device work.
-        if self.place != "host" or self.current is not Phase.SETUP:
+        if self.memory_pool != "host" or self.current is not Phase.SETUP:
             self._record(
                 start_clock,
                 fact.name,
                 work,
                 module,
-                self.stream_tracker.of(func, fact.name, args, out, self.place),
+                self.stream_tracker.of(func, fact.name, args, out, self.memory_pool),
             )
         return out
 
@@ -481,11 +481,11 @@ class AllocationRecorder(TorchDispatchMode):
         and `note_real` still record storages."""
         return self._set("paused", True)
 
-    def placed(self, place: str) -> contextlib._GeneratorContextManager[None]:
-        """Inside this context, record new storages as lying at ``place``: "" (the model's device), "host"
+    def in_memory_pool(self, pool: str) -> contextlib._GeneratorContextManager[None]:
+        """Inside this context, record new storages as lying in ``pool``: "" (the model's device), "host"
         (host memory), or the name of a stream, whose memory pool they come from. Operators are recorded as
         running there."""
-        return self._set("place", place)
+        return self._set("memory_pool", pool)
 
     @contextlib.contextmanager
     def _set(self, name: str, value: Any) -> Iterator[None]:
@@ -512,12 +512,12 @@ class AllocationRecorder(TorchDispatchMode):
             operators.OperatorCall(clock, name, work, self.current, self.step, module, stream_use)
         )
 
-    def move(self, value: Any, place: str) -> None:
-        """Record that the storages of every tensor in ``value`` have been at ``place`` (see `placed`) since
-        they were made. Storages that have not been recorded yet are recorded as made now."""
+    def move(self, value: Any, pool: str) -> None:
+        """Record that the storages of every tensor in ``value`` have been in ``pool`` (see `in_memory_pool`)
+        since they were made. Storages that have not been recorded yet are recorded as made now."""
         for tensor in tensors_in(value):
             for inner in plain_tensors(tensor):
-                self.note_real(inner, "").place = place
+                self.note_real(inner, "").memory_pool = pool
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -633,7 +633,7 @@ class AllocationRecorder(TorchDispatchMode):
             line,
             node,
             category=category,
-            place=self.place,
+            memory_pool=self.memory_pool,
         )
         self.clock += 1
         self.lives.append(life)
@@ -687,6 +687,6 @@ class AllocationRecorder(TorchDispatchMode):
             line=life.line.rpartition("/")[2],
             file=life.line.rpartition(":")[0],
             requested_bytes=life.pieces * life.size_bytes,
-            stream=life.place,
+            stream=life.memory_pool,
             pieces=life.pieces,
         )

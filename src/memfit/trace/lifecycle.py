@@ -27,7 +27,7 @@ from memfit.trace.device_kernels import use_device_kernels
 from memfit.trace.fake_copy import FakeCopies
 from memfit.trace.fake_storage import plain_tensors
 from memfit.trace.tracer import (
-    _PLAYED_MICRO_BATCHES,
+    _TRACED_MICRO_BATCHES,
     _fake_world,
     _guesses_blamed,
     _label_model,
@@ -179,7 +179,7 @@ def _training(job: Job, plan: Plan, batch: Any, device: str) -> tuple[list[Lifec
         inputs = _fake(batch, fake, watch.recorder)
         watch.recorder.label(inputs, Category.INPUT)
         for event in ("first-step", "steady-step"):
-            step.run(inputs, micro_batches_played=_PLAYED_MICRO_BATCHES)
+            step.run(inputs, micro_batch_limit=_TRACED_MICRO_BATCHES)
             _label_state(watch.recorder, step)
             peaks.append(watch.end(event))
         peaks.append(_evaluated(step, inputs, watch))
@@ -217,7 +217,7 @@ def _resuming(job: Job, plan: Plan, batch: Any, device: str, way: str) -> Lifecy
     with _watched(job, device) as (watch, fake):
         old_step = TrainingStep(job, plan, device=device)
         _label_state(watch.recorder, old_step)
-        old_step.run(_fake(batch, fake, watch.recorder), micro_batches_played=1)
+        old_step.run(_fake(batch, fake, watch.recorder), micro_batch_limit=1)
         state = _state(old_step)
         watch.aside.update(_lives_of(watch.recorder, state))
         old_step.close()

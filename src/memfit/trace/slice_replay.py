@@ -90,7 +90,7 @@ class _Window:
             and end.values == start.values
         )
         self._begins = [
-            (x.start - start.clock, x.size_bytes, x.pieces, x.module, x.op, x.place, x.category)
+            (x.start - start.clock, x.size_bytes, x.pieces, x.module, x.op, x.memory_pool, x.category)
             for x in self.lives
         ]
         self._work = [(c.clock - start.clock, c.name, c.work, c.module, c.times) for c in calls]

@@ -22,11 +22,13 @@ class _Event(torch.cpu.Event):
         self.recorder, self.at = recorder, ("", 0)
 
     def record(self, stream: Any = None) -> None:
-        name = stream.name if isinstance(stream, _Stream) else self.recorder.place
+        name = stream.name if isinstance(stream, _Stream) else self.recorder.memory_pool
         self.at = (name, self.recorder.stream_tracker.calls[name])
 
     def wait(self, stream: Any = None) -> None:
-        self.recorder.wait(stream.name if isinstance(stream, _Stream) else self.recorder.place, *self.at)
+        self.recorder.wait(
+            stream.name if isinstance(stream, _Stream) else self.recorder.memory_pool, *self.at
+        )
 
 
 class _Stream(torch.cpu.Stream):
@@ -60,14 +62,16 @@ def streams(recorder: AllocationRecorder) -> Iterator[None]:
         return _Stream(recorder, f"stream {next(numbers)}")
 
     def enter(stream: Any) -> Any:
-        return recorder.placed(stream.name) if isinstance(stream, _Stream) else contextlib.nullcontext()
+        return (
+            recorder.in_memory_pool(stream.name) if isinstance(stream, _Stream) else contextlib.nullcontext()
+        )
 
     def current(device: Any = None) -> _Stream:
-        return _Stream(recorder, recorder.place)
+        return _Stream(recorder, recorder.memory_pool)
 
     def waited(self: Any, *args: Any, **kwargs: Any) -> bool:
         if (awaited := recorder.stream_tracker.next_under_way()) is not None:
-            recorder.wait(recorder.place, *awaited)
+            recorder.wait(recorder.memory_pool, *awaited)
         return True
 
     event = functools.partial(_Event, recorder)

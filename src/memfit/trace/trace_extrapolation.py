@@ -15,7 +15,7 @@ from memfit.model.blocks import attribute_period, child_prefix, find_blocks
 from memfit.techniques import fp32_modules
 from memfit.trace import tracer
 from memfit.trace.short_pipeline import MemoryLine, shortened
-from memfit.trace.trace_pool import side_by_side
+from memfit.trace.trace_pool import run_parallel
 from memfit.trace.truncated_model import CONTAINERS
 from memfit.trace.unroll import Blocks, Mismatch, renumbered, unroll
 from memfit.types.deadline import Deadline
@@ -82,7 +82,7 @@ def traces_of(
     large = sum(sizes) >= _LARGE or len(sizes) >= _MANY_TENSORS
     del model
     results = (
-        side_by_side(list(calls.values()), deadline=deadline)
+        run_parallel(list(calls.values()), deadline=deadline)
         if large
         else [call() for call in calls.values()]
     )

@@ -1,4 +1,4 @@
-"""Run independent traces in parallel, in forked copies of this process."""
+"""Run independent traces in parallel, in forked workers of this process."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _T = TypeVar("_T")
 Tell = Callable[[int, int], None]
 
 
-class Copies:
-    """Forked copies of this process that stay for later calls of `side_by_side`, so that what one call
+class ForkedWorkers:
+    """Forked workers of this process that stay for later calls of `run_parallel`, so that what one call
     imports and torch caches also serves the calls of another time.
 
-    ``owner``: the object whose methods are called. The copies have it as it is when they are forked, and it
+    ``owner``: the object whose methods are called. The workers have it as it is when they are forked, and it
     is not sent to them; all else in a call must be picklable. They end with `end`, with the owner, or with
     this process.
     """
@@ -45,18 +45,18 @@ class Copies:
         return self._owner()
 
     def end(self) -> None:
-        """End the copies; the next call of `side_by_side` forks new ones."""
+        """End the workers; the next call of `run_parallel` forks new ones."""
         _end(self.processes)
 
     def grow(self, count: int) -> list[Connection]:
-        """Fork copies until there are ``count``. Return the connections of all."""
+        """Fork workers until there are ``count``. Return the connections of all."""
         while len(self.processes) < count:
             self.add()
         return list(self.processes)
 
     def add(self) -> Connection:
-        """Fork a copy and return its connection, which takes messages and gives back what `_outcome` returns.
-        If an exception cannot be sent faithfully, the copy ends without an answer."""
+        """Fork a worker and return its connection, which takes messages and gives back what `_outcome`
+        returns. If an exception cannot be sent faithfully, the worker ends without an answer."""
         context = multiprocessing.get_context("fork")
         parent_end, child_end = context.Pipe()
         inherited = [parent_end, *self.processes]
@@ -68,23 +68,23 @@ class Copies:
         return parent_end
 
     def remove(self, channel: Connection) -> None:
-        """End one copy."""
+        """End one worker."""
         _end({channel: self.processes.pop(channel)})
 
     def message(self, calls: Sequence[Callable[[], Any]], index: int) -> Any:
-        """Return what is sent to a copy for one of the calls."""
+        """Return what is sent to a worker for one of the calls."""
         buffer = io.BytesIO()
         _OwnerPickler(buffer, self.owner).dump(calls[index])
         return buffer.getvalue()
 
     def _call(self, message: Any) -> Callable[[], Any]:
-        """Return the call of a message, in a copy."""
+        """Return the call of a message, in a worker."""
         call: Callable[[], Any] = _OwnerUnpickler(io.BytesIO(message), self.owner).load()
         return call
 
 
-class _CopiesOfCalls(Copies):
-    """Forked copies for certain calls only, which need not be picklable."""
+class _WorkersOfCalls(ForkedWorkers):
+    """Forked workers for certain calls only, which need not be picklable."""
 
     def __init__(self, calls: Sequence[Callable[[], Any]]) -> None:
         super().__init__(self)
@@ -125,12 +125,12 @@ class _OwnerUnpickler(pickle.Unpickler):
         return self._owner
 
 
-def side_by_side(
+def run_parallel(
     calls: Sequence[Callable[[], _T]],
     tell: Tell = lambda done, index: None,
     results: dict[int, _T] | None = None,
     *,
-    copies: Copies | None = None,
+    workers: ForkedWorkers | None = None,
     deadline: Deadline | None = None,
 ) -> list[_T]:
     """Return the results of the calls, in order. If calls raise exceptions, raise that of the first such call
@@ -138,18 +138,18 @@ def side_by_side(
 
     ``tell(done, index)`` is called whenever a call begins or ends: ``done`` calls are finished, and call
     ``index`` is running (or, if none is running, has just ended). ``results`` receives each result by the
-    index of its call as soon as it is known, for callers that may be interrupted. ``copies``: the calls are
+    index of its call as soon as it is known, for callers that may be interrupted. ``workers``: the calls are
     made by these forked processes, which stay; None: by new ones, which end. ``deadline``: when it has
     passed, forked processes are ended, and TimeUp is raised unless all calls are finished. A call that runs
     in this process is finished first. In a forked process it has no effect; the original process ends it.
 
-    A forked process needs no imports, and without ``copies`` no picklable job, but forking is safe only on
+    A forked process needs no imports, and without ``workers`` no picklable job, but forking is safe only on
     Linux, without other threads and without initialised CUDA. Otherwise, with one CPU core or one call
-    (unless there are ``copies`` already or a ``deadline``), and inside a daemon process such as a forked one,
-    the calls run one after the other in this process and stop at the first exception. Else as many processes
-    are forked as there are CPU cores, at most one for each call. Each makes several calls one after another,
-    so that what torch loads and caches for the first serves the others. Every second process takes calls from
-    the end of the list, so put calls with the least in common first and last.
+    (unless there are ``workers`` already or a ``deadline``), and inside a daemon process such as a forked
+    one, the calls run one after the other in this process and stop at the first exception. Else as many
+    processes are forked as there are CPU cores, at most one for each call. Each makes several calls one after
+    another, so that what torch loads and caches for the first serves the others. Every second process takes
+    calls from the end of the list, so put calls with the least in common first and last.
 
     If a forked process is killed, or if no faithful copy of its exception can be sent here, its call runs in
     this process. If autograd refuses to run in a forked process, all calls run in this process, and so do
@@ -157,9 +157,9 @@ def side_by_side(
     """
     results = {} if results is None else results
     deadline = deadline or Deadline()
-    if not _is_worth(len(calls), copies, deadline) or _REFUSED or not _may_fork():
+    if not _is_worth(len(calls), workers, deadline) or _REFUSED or not _may_fork():
         return _one_by_one(calls, tell, results, deadline)
-    pool, outcomes = copies or _CopiesOfCalls(calls), dict[int, tuple[bool, Any]]()
+    pool, outcomes = workers or _WorkersOfCalls(calls), dict[int, tuple[bool, Any]]()
     try:
         for index, outcome in _outcomes(calls, pool, min(_cores(), len(calls)), tell, deadline):
             outcomes[index] = outcome
@@ -168,7 +168,7 @@ def side_by_side(
                 _REFUSED.append(str(outcome[1]))
                 break
     finally:
-        if copies is None or len(outcomes) < len(calls):  # some may still be at work
+        if workers is None or len(outcomes) < len(calls):  # some may still be at work
             pool.end()
     if _REFUSED:
         return _one_by_one(calls, tell, results, deadline)
@@ -180,15 +180,15 @@ def side_by_side(
 
 
 def from_both_ends(items: Sequence[_T]) -> list[_T]:
-    """Return the items in an order in which `side_by_side`, if it makes its calls in two processes, begins
+    """Return the items in an order in which `run_parallel`, if it makes its calls in two processes, begins
     with the first of them."""
     return [*items[::2], *items[1::2][::-1]]
 
 
 def _outcomes(
-    calls: Sequence[Callable[[], Any]], pool: Copies, count: int, tell: Tell, deadline: Deadline
+    calls: Sequence[Callable[[], Any]], pool: ForkedWorkers, count: int, tell: Tell, deadline: Deadline
 ) -> Iterator[tuple[int, tuple[bool, Any]]]:
-    """Make the calls in ``count`` copies of the pool, or as many as it has if they are more. Yield (index of
+    """Make the calls in ``count`` workers of the pool, or as many as it has if they are more. Yield (index of
     a call, its `_outcome`) in the order in which the calls end. Raises TimeUp if the deadline passes."""
     queue, index_by_channel, done = list(range(len(calls))), dict[Connection, int](), 0
     deadline.check()
@@ -221,11 +221,11 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
 
-def _is_worth(calls: int, copies: Copies | None, deadline: Deadline) -> bool:
+def _is_worth(calls: int, workers: ForkedWorkers | None, deadline: Deadline) -> bool:
     """Return whether forked processes make so many calls faster, or can be ended in time."""
-    has_copies = copies is not None and bool(copies.processes)
+    has_workers = workers is not None and bool(workers.processes)
     if calls == 1:
-        return deadline.left_s < math.inf or (has_copies and _cores() > 1)
+        return deadline.left_s < math.inf or (has_workers and _cores() > 1)
     return min(calls, _cores()) > 1
 
 
@@ -266,13 +266,13 @@ def _answer(
     call_of: Callable[[Any], Callable[[], Any]], channel: Connection, inherited: list[Connection], parent: int
 ) -> None:
     die_with_parent(parent)
-    # Ctrl-C is handled by the original process, which ends its copies by SIGTERM
+    # Ctrl-C is handled by the original process, which ends its workers by SIGTERM
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     for other in inherited:
         other.close()
-    torch.set_num_threads(1)  # the original's threads do not exist in a copy
+    torch.set_num_threads(1)  # the original's threads do not exist in a worker
     gc.freeze()  # objects of the original stay: collect only what the calls leave
     while True:
         try:

@@ -60,7 +60,7 @@ from memfit.types.job import Job
 from memfit.types.plan import Plan
 from memfit.types.trace import Category, Phase, Trace
 
-_PLAYED_MICRO_BATCHES = 3  # the second accumulates into existing gradients; the third repeats it
+_TRACED_MICRO_BATCHES = 3  # the second accumulates into existing gradients; the third repeats it
 _STEP: contextvars.ContextVar[Callable[..., TrainingStep]] = contextvars.ContextVar(
     "step", default=TrainingStep
 )
@@ -88,7 +88,7 @@ def trace(
     *,
     device: str = "cpu",
     steps: int = 2,
-    max_micro_batches: int = _PLAYED_MICRO_BATCHES,
+    max_micro_batches: int = _TRACED_MICRO_BATCHES,
     update: bool = True,
     lines: bool = False,
     rank: int = 0,
@@ -99,10 +99,9 @@ def trace(
     At most ``max_micro_batches`` (default 3) micro-batches of a step are run: the first ``max_micro_batches``
     - 1 and the last. The trace says how many are left out of the last step. Earlier steps than the last run
     only one micro-batch if the plan has one rank (see also `optimizer_steps_only`). With 0 none is run: all
-    gradients are zeros, and a scalar stands for the loss. ``update=False`` leaves
-    out the optimizer step. ``device`` is the kind of device, such as "cuda", whose kernels and rounding
-    are traced. With ``lines``, each
-    allocation records the line of the user's code that made it. ``rank`` is the traced rank, on a fake
+    gradients are zeros, and a scalar stands for the loss. ``update=False`` leaves out the optimizer step.
+    ``device``: the kind of device, such as "cuda", whose kernels and rounding are traced. ``lines``: whether
+    each allocation records the line of the user's code that made it. ``rank``: the traced rank, on a fake
     process group of ``plan.ranks`` ranks if there are several.
 
     If values had to be assumed, other values are traced as well (`cover_assumed_cases`). Raises UserError if
@@ -124,7 +123,7 @@ def trace(
         GlooScratch() if scratch else contextlib.nullcontext(),
         streams(recorder) if plan.ranks > 1 and not recorder.kind.is_host else contextlib.nullcontext(),
     ):
-        recorder.place = "host" if builds_on_host(plan, device) else ""
+        recorder.memory_pool = "host" if builds_on_host(plan, device) else ""
         model_bytes: list[int] = []
         step = _STEP.get()(
             _unwatched(job, recorder),
@@ -133,7 +132,7 @@ def trace(
             world=world,
             on_built=partial(_begin, recorder, model_bytes),
         )
-        recorder.place = ""
+        recorder.memory_pool = ""
         _label_state(recorder, step)
         recorder.move(list(step.model.buffers()), "")
         moves_all, own = moves_parameters(plan, device), step.bench.own_parameters
@@ -324,7 +323,7 @@ def _run_recorded(
                     step.run(
                         inputs,
                         mark,
-                        micro_batches_played=count,
+                        micro_batch_limit=count,
                         update=update,
                         terms_per_rank=part[1],
                     )
@@ -371,7 +370,7 @@ def _begin(recorder: AllocationRecorder, model_bytes: list[int], bench: Workbenc
     model_bytes.append(sum(t.numel() * t.element_size() for t in tensors))
     bench.on_ddp = partial(ready_for_fakes, note=recorder.note_real)
     if not recorder.kind.is_host:
-        bench.place = recorder.placed
+        bench.memory_pool = recorder.in_memory_pool
     else:
         bench.first_part = partial(_first_part, recorder, bench.first_part)
     bench.run_slices = SliceReplay(recorder)
@@ -484,7 +483,7 @@ def _random_states(recorder: AllocationRecorder) -> Any:
         state = inner()
         life = recorder.note_real(state, "get_rng_state")
         if not recorder.kind.is_host:
-            life.place = "nowhere"  # 5 KiB of host memory per recomputed block
+            life.memory_pool = "nowhere"  # 5 KiB of host memory per recomputed block
         return state
 
     return mock.patch.object(torch, "get_rng_state", noted)

@@ -36,7 +36,7 @@ class _Event:
 
 
 _Runs = list[tuple[int | None, list[_Event]]]
-_RunKey = tuple[int, int | None, int]  # the fields of a `_Place` but the last
+_RunKey = tuple[int, int | None, int]  # the fields of a `_EventPosition` but the last
 _Item = TypeVar("_Item", Allocation, OpCall)
 
 
@@ -49,7 +49,7 @@ class _Chapter:
     runs: _Runs
 
 
-class _Place(NamedTuple):
+class _EventPosition(NamedTuple):
     """Where an allocation was made, which identifies the allocation that another block made at the same
     point. ``chapter`` is the index of the phase span, ``block`` the period of blocks that ran (None outside),
     ``occurrence`` the index among the runs of that block in the chapter, and ``offset`` the index of the
@@ -356,7 +356,7 @@ class _Unrolled:
         self.extra = (target_blocks.count - shallow_blocks.count) // shallow_blocks.period
         events = _spanned(_events(shallow, shallow_blocks.period_of), shallow.spans)
         self.chapters: list[_Chapter] = []
-        self.born: dict[int, _Place] = {}
+        self.born: dict[int, _EventPosition] = {}
         for span, span_events in events:
             runs = self._runs(span_events, span.phase)
             self.born |= _births(len(self.chapters), runs)
@@ -400,7 +400,7 @@ class _Unrolled:
         ends: list[int | None] = []
         ops: list[OpCall] = []
         spans: list[PhaseSpan] = []
-        indices: dict[_Place, int] = {}  # new place -> new index
+        indices: dict[_EventPosition, int] = {}  # new position -> new index
         clock = 0
         for c, chapter in enumerate(self.chapters):
             start = clock
@@ -409,7 +409,7 @@ class _Unrolled:
                 occurrence = occurrences[block] = occurrences.get(block, -1) + 1
                 for offset, event in enumerate(events):
                     if event.kind == _ALLOCATE:
-                        indices[_Place(c, block, occurrence, offset)] = len(starts)
+                        indices[_EventPosition(c, block, occurrence, offset)] = len(starts)
                         module = self._renamed(self.shallow.allocations[event.index].module, template, block)
                         starts.append(clock)
                         ends.append(None)
@@ -459,20 +459,20 @@ class _Unrolled:
             for copy in copies:
                 yield block, copy, events
 
-    def _like(self, place: _Place, template: int | None, block: int | None) -> _Place:
-        """Return the place, in the deep trace, of the allocation that relates to ``block`` there as the one
-        made at ``place`` in the shallow trace relates to its block ``template``. ``template`` is None for
-        events outside the blocks. An allocation that is more than half of the blocks away from ``template``,
-        or all if that is None, keeps its distance from the nearer end of the blocks. Places outside the
-        blocks stay as they are."""
-        if place.block is None:
-            return place
-        is_far = template is not None and 2 * abs(place.block - template) > self.periods - 1
+    def _like(self, position: _EventPosition, template: int | None, block: int | None) -> _EventPosition:
+        """Return the position, in the deep trace, of the allocation that relates to ``block`` there as the
+        one made at ``position`` in the shallow trace relates to its block ``template``. ``template`` is None
+        for events outside the blocks. An allocation that is more than half of the blocks away from
+        ``template``, or all if that is None, keeps its distance from the nearer end of the blocks. Places
+        outside the blocks stay as they are."""
+        if position.block is None:
+            return position
+        is_far = template is not None and 2 * abs(position.block - template) > self.periods - 1
         if template is None or block is None or is_far:  # from one end to the other
-            new_block = place.block + (self.extra if place.block > self.middle else 0)
+            new_block = position.block + (self.extra if position.block > self.middle else 0)
         else:
-            new_block = place.block + block - template
-        return place._replace(block=new_block)
+            new_block = position.block + block - template
+        return position._replace(block=new_block)
 
     def _renamed(self, module: str, template: int | None, block: int | None) -> str:
         key = module, template, block
@@ -492,19 +492,19 @@ class _Unrolled:
 
 
 class _Script:
-    """A trace whose chapters have runs of allocations and operator calls only. A free is noted as the place
-    of the event that it follows, because another block may decide when an allocation is freed.
+    """A trace whose chapters have runs of allocations and operator calls only. A free is noted as the
+    position of the event that it follows, because another block may decide when an allocation is freed.
 
-    ``births``, ``deaths``: place of each allocation, and of the event before its free, by its index.
-    ``made``: the index of the allocation at a place. ``passed``: for a run of a block and another block, the
-    allocations made in the run that are freed while the other block runs, in the order in which they are
+    ``births``, ``deaths``: position of each allocation, and of the event before its free, by its index.
+    ``made``: the index of the allocation at a position. ``passed``: for a run of a block and another block,
+    the allocations made in the run that are freed while the other block runs, in the order in which they are
     made. ``alike``: for a run of a block, operator, module and size, the allocations made so."""
 
     def __init__(self, trace: Trace, block_of: Callable[[str], int | None]) -> None:
         self.trace = trace
         self.chapters: list[_Chapter] = []
-        self.births: dict[int, _Place] = {}
-        self.deaths: dict[int, _Place] = {}
+        self.births: dict[int, _EventPosition] = {}
+        self.deaths: dict[int, _EventPosition] = {}
         self.order: dict[_RunKey, int] = {}  # of the runs of all chapters
         for c, (span, events) in enumerate(_spanned(_events(trace, block_of), trace.spans)):
             runs: _Runs = []
@@ -515,7 +515,7 @@ class _Script:
                     runs.append((event.block, [event]))
             self.chapters.append(_Chapter(span, _joined(runs)))
             self._read(c, events)
-        self.made = {place: index for index, place in self.births.items()}
+        self.made = {position: index for index, position in self.births.items()}
         self.passed: dict[tuple[_RunKey, int | None], list[int]] = defaultdict(list)
         self.alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
         for index, birth in self.births.items():
@@ -525,7 +525,7 @@ class _Script:
                 self.passed[birth[:3], death.block].append(index)
 
     def _read(self, chapter: int, events: list[_Event]) -> None:
-        places: dict[tuple[int, int], _Place] = {}
+        positions: dict[tuple[int, int], _EventPosition] = {}
         occurrences: dict[int | None, int] = {}
         begin = _begin(chapter)
         self.order[begin[:3]] = len(self.order)
@@ -533,15 +533,15 @@ class _Script:
             occurrence = occurrences[block] = occurrences.get(block, -1) + 1
             self.order[chapter, block, occurrence] = len(self.order)
             for offset, event in enumerate(run):
-                places[event.kind, event.index] = _Place(chapter, block, occurrence, offset)
-        place = begin
+                positions[event.kind, event.index] = _EventPosition(chapter, block, occurrence, offset)
+        position = begin
         for event in events:
             if event.kind == _FREE:
-                self.deaths[event.index] = place
+                self.deaths[event.index] = position
                 continue
-            place = places[event.kind, event.index]
+            position = positions[event.kind, event.index]
             if event.kind == _ALLOCATE:
-                self.births[event.index] = place
+                self.births[event.index] = position
 
     def facts(self, event: _Event) -> tuple[object, ...]:
         """Return what must be equal for an event outside the blocks."""
@@ -564,17 +564,19 @@ class _Script:
             raise Mismatch("a block makes another number of allocations if it is recomputed")
         return others[own.index(index)] if others else None
 
-    def release(self, block: int, size_bytes: int) -> _Place:
-        """Return the place after which a block frees an input of this size, in backward, if it frees it
+    def release(self, block: int, size_bytes: int) -> _EventPosition:
+        """Return the position after which a block frees an input of this size, in backward, if it frees it
         before the block that made it. It is where the first block of the stack frees an input of that size,
         but not where ``block`` frees another one. Places are counted from the end of the blocks' work, which
-        must be equal; what begins it depends on which outputs are used. Raises Mismatch if the place is not
-        clear."""
+        must be equal; what begins it depends on which outputs are used. Raises Mismatch if the position is
+        not clear."""
         first = block - block % _APART
         work = {b: self._work(b, Phase.BACKWARD) for b in (first, block)}
-        places = {b: self._releases(b, size_bytes) for b in (first, block)}
-        known = {len(work[block]) - place.offset for place in places[block]}
-        unmatched = [place for place in places[first] if len(work[first]) - place.offset not in known]
+        positions = {b: self._releases(b, size_bytes) for b in (first, block)}
+        known = {len(work[block]) - position.offset for position in positions[block]}
+        unmatched = [
+            position for position in positions[first] if len(work[first]) - position.offset not in known
+        ]
         if len(unmatched) == 1:
             pairs = zip(reversed(work[first]), reversed(work[block]), strict=False)
             equal = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
@@ -583,8 +585,8 @@ class _Script:
                 return unmatched[0]._replace(block=block, offset=offset)
         raise Mismatch("where a block frees its inputs is not known")
 
-    def _releases(self, block: int, size_bytes: int) -> list[_Place]:
-        """Return the places after which a block frees, in backward, what others have made of this size in
+    def _releases(self, block: int, size_bytes: int) -> list[_EventPosition]:
+        """Return the positions after which a block frees, in backward, what others have made of this size in
         forward."""
         return [
             death
@@ -609,8 +611,8 @@ class _Script:
         ]
 
 
-def _begin(chapter: int) -> _Place:
-    return _Place(chapter, None, -1, -1)
+def _begin(chapter: int) -> _EventPosition:
+    return _EventPosition(chapter, None, -1, -1)
 
 
 class _Mixed:
@@ -619,7 +621,9 @@ class _Mixed:
     def __init__(self, kept: _Script, recomputed: _Script, every: int) -> None:
         self._kept, self._recomputed, self._every = kept, recomputed, every
         self._compare()
-        self._frees: dict[_Place, list[int]] = defaultdict(list)  # place -> indices of what is freed there
+        self._frees: dict[_EventPosition, list[int]] = defaultdict(
+            list
+        )  # position -> indices of what is freed there
         self.trace = self._write()
 
     def _script(self, block: int | None) -> _Script:
@@ -652,8 +656,8 @@ class _Mixed:
         allocations, births, ends = list[Allocation](), list[int](), list[int | None]()
         ops, spans, clock = list[OpCall](), list[PhaseSpan](), 0
 
-        def free_at(place: _Place) -> int:
-            indices = self._frees.pop(place, [])
+        def free_at(position: _EventPosition) -> int:
+            indices = self._frees.pop(position, [])
             for offset, index in enumerate(indices):
                 ends[index] = clock + offset
             return clock + len(indices)
@@ -665,9 +669,9 @@ class _Mixed:
                 script = self._script(block)
                 occurrence = occurrences[block] = occurrences.get(block, -1) + 1
                 for offset, event in enumerate(script.chapters[c].runs[number][1]):
-                    place = _Place(c, block, occurrence, offset)
+                    position = _EventPosition(c, block, occurrence, offset)
                     if event.kind == _ALLOCATE:
-                        death = self._death(script, event.index, place)
+                        death = self._death(script, event.index, position)
                         if death is not None:
                             self._frees[death].append(len(allocations))
                         allocations.append(script.trace.allocations[event.index])
@@ -677,7 +681,7 @@ class _Mixed:
                         op = script.trace.ops[event.index]
                         ops.append(op.at(clock, op.module))
                     clock += 1
-                    clock = free_at(place)
+                    clock = free_at(position)
             spans.append(dataclasses.replace(chapter.span, start=start, end=clock))
         if self._frees:
             raise Mismatch("an allocation would be freed before it is made")
@@ -691,9 +695,9 @@ class _Mixed:
             spans=tuple(spans),
         )
 
-    def _death(self, script: _Script, index: int, birth: _Place) -> _Place | None:
-        """Return the place after which the allocation ``index`` of ``script``, made at ``birth``, is freed;
-        None if it never is."""
+    def _death(self, script: _Script, index: int, birth: _EventPosition) -> _EventPosition | None:
+        """Return the position after which the allocation ``index`` of ``script``, made at ``birth``, is
+        freed; None if it never is."""
         death = script.deaths.get(index)
         if birth.block is None:
             return self._last(death, self._recomputed.deaths.get(self._recomputed.made[birth]))
@@ -716,10 +720,10 @@ class _Mixed:
         passed = birth[:3], death.block
         return other.deaths[other.passed[passed][script.passed[passed].index(index)]]
 
-    def _later(self, one: _Place, other: _Place | None) -> _Place:
-        return max(one, other or one, key=lambda place: (self._kept.order[place[:3]], place.offset))
+    def _later(self, one: _EventPosition, other: _EventPosition | None) -> _EventPosition:
+        return max(one, other or one, key=lambda position: (self._kept.order[position[:3]], position.offset))
 
-    def _last(self, kept: _Place | None, recomputed: _Place | None) -> _Place | None:
+    def _last(self, kept: _EventPosition | None, recomputed: _EventPosition | None) -> _EventPosition | None:
         """Return where an allocation from outside the blocks is freed, given where it is if no block and if
         all blocks are recomputed. All blocks release it, so that the last release decides: if it is by a
         block that is as in the trace where it is the last, no block of the other kind releases it later."""
@@ -750,17 +754,17 @@ def _categorized(allocation: Allocation, spans: Sequence[PhaseSpan]) -> Allocati
     )
 
 
-def _births(chapter: int, runs: _Runs) -> dict[int, _Place]:
-    """Return the place of each allocation that is made in these runs, those of the chapter ``chapter``, by
+def _births(chapter: int, runs: _Runs) -> dict[int, _EventPosition]:
+    """Return the position of each allocation that is made in these runs, those of the chapter ``chapter``, by
     its index."""
-    places = {}
+    positions = {}
     occurrences: dict[int | None, int] = {}
     for block, events in runs:
         occurrence = occurrences[block] = occurrences.get(block, -1) + 1
         for offset, event in enumerate(events):
             if event.kind == _ALLOCATE:
-                places[event.index] = _Place(chapter, block, occurrence, offset)
-    return places
+                positions[event.index] = _EventPosition(chapter, block, occurrence, offset)
+    return positions
 
 
 def _groups(events: list[_Event]) -> Iterator[list[_Event]]:

@@ -19,12 +19,13 @@ class TimeUp(BaseException):
 class Deadline:
     """When a search has to stop looking for better plans.
 
-    ``end_s``: that time, on the clock of `time.monotonic`; infinite: never. ``cut``: whether anything was
-    left out because the time was up. As long as it is False, the answer does not depend on the clock.
+    ``end_s``: that time, on the clock of `time.monotonic`; infinite: never. ``hit_time_limit``: whether
+    anything was left out because the time was up. As long as it is False, the answer does not depend on the
+    clock.
     """
 
     def __init__(self, end_s: float = math.inf) -> None:
-        self.end_s, self.cut = end_s, False
+        self.end_s, self.hit_time_limit = end_s, False
 
     @classmethod
     def after(cls, limit_s: float | None) -> Deadline:
@@ -46,13 +47,13 @@ class Deadline:
         self.end_s = 0.0
 
     def check(self) -> None:
-        """Raise TimeUp, and set ``cut``, if the time is up."""
+        """Raise TimeUp, and set ``hit_time_limit``, if the time is up."""
         if not self.has_time():
             raise TimeUp
 
     def has_time(self) -> bool:
-        """Return whether there is time left; set ``cut`` if there is none."""
-        self.cut = self.cut or self.left_s <= 0
+        """Return whether there is time left; set ``hit_time_limit`` if there is none."""
+        self.hit_time_limit = self.hit_time_limit or self.left_s <= 0
         return self.left_s > 0
 
     def overtime(self) -> contextlib.AbstractContextManager[None]:

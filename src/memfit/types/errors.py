@@ -121,9 +121,9 @@ class NothingFits(MemfitError):
         self.cap_bytes, self.least_bytes, self.plan_text = cap_bytes, least_bytes, plan_text
         self.ways = ways
         host_text = f"; {host}" if host else ""
-        looked_at = "plan that was looked at " * bool(unfinished) or "allowed plan "
+        which_plan = "plan that was looked at" if unfinished else "allowed plan"
         message = missed or (
-            f"no {looked_at}fits {format_bytes(cap_bytes)} ({cap_bytes} B); the smallest plan "
+            f"no {which_plan} fits {format_bytes(cap_bytes)} ({cap_bytes} B); the smallest plan "
             f"needs {format_bytes(least_bytes)} ({least_bytes} B): {plan_text}{host_text}"
         )
         super().__init__(f"{message}; {unfinished}" if unfinished else message)

@@ -415,20 +415,68 @@ class Record:
     body: str
 
 
+class ReasonKind(enum.StrEnum):
+    """Why a technique is in a plan or was left out. The texts are ``reason.KIND`` of the word catalogs."""
+
+    SAVES = "saves"  # the plan without it has a higher peak, or a lower one if ``saved_bytes`` is negative
+    NEEDED = "needed"  # there is no plan without it
+    # None of the ``plan_count`` plans without it fits the device; the smallest needs ``least_bytes``.
+    NEEDED_FOR_DEVICE = "needed_priced"
+    # The device has enough memory for the smallest plan without it, but no plan without it meets device
+    # memory, host memory, deadline and cost limit together.
+    NEEDED_FOR_LIMITS = "needed_late"
+    # No traced plan without it fits, but ``plan_count`` others may.
+    NEEDED_NOT_LOOKED_AT = "needed_not_looked_at"
+    WITHOUT_WORSE = "without_worse"  # the best plan without it is worse for the goal
+    WITHOUT_AS_GOOD = "without_as_good"  # it is nearly as good
+    LEFT_OUT_SLOWER = "left_out_slower"  # the best plan with it is worse for the goal
+    LEFT_OUT_NOT_NEEDED = "left_out_not_needed"  # it is nearly as good
+    LEFT_OUT_UNCERTAIN = "left_out_uncertain"  # it is better by less than predicted times are off
+    LEFT_OUT_TOO_LARGE = "left_out_too_large"  # of plans with it what NEEDED_FOR_DEVICE says of those without
+    LEFT_OUT_LATE = "left_out_late"  # of plans with it what NEEDED_FOR_LIMITS says
+    LEFT_OUT_NOT_LOOKED_AT = "left_out_not_looked_at"  # of plans with it what NEEDED_NOT_LOOKED_AT says
+    LEFT_OUT_ACCURACY = "left_out_accuracy"  # the requested accuracy does not allow it
+    LEFT_OUT_SMALL = "left_out_small"  # the ``saved_bytes`` of the job's state are too few to matter
+    LEFT_OUT_CHANGES = "left_out_changes"  # it changes the training, because samples depend on each other
+    LEFT_OUT_UNAVAILABLE = "left_out_unavailable"  # a package that it needs is not installed
+    LEFT_OUT_DOES_NOT_FIT = "left_out_does_not_fit"  # in records of older versions only
+    LEFT_OUT_FORBIDDEN = "left_out_forbidden"  # in records of older versions only
+    CHANGES = "changes"  # the plan splits the batch, which changes the training
+    NOT_TESTED = "not_tested"  # whether samples depend on each other was not tested
+    EXPERT_LOAD = "expert_load"  # the assumed load of the busiest device's experts, over an even one
+    CANNOT = "cannot"  # the model does not allow it
+
+    @property
+    def is_comparison(self) -> bool:
+        """Whether it compares the plan with the best one that differs in this technique."""
+        return self in (
+            ReasonKind.SAVES,
+            ReasonKind.WITHOUT_WORSE,
+            ReasonKind.WITHOUT_AS_GOOD,
+            ReasonKind.LEFT_OUT_SLOWER,
+            ReasonKind.LEFT_OUT_NOT_NEEDED,
+            ReasonKind.LEFT_OUT_UNCERTAIN,
+        )
+
+    @property
+    def speaks_for(self) -> bool:
+        """Whether it is a reason to have the technique in the plan."""
+        return self in (
+            ReasonKind.SAVES,
+            ReasonKind.NEEDED,
+            ReasonKind.NEEDED_FOR_DEVICE,
+            ReasonKind.NEEDED_FOR_LIMITS,
+            ReasonKind.WITHOUT_WORSE,
+        )
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Reason:
-    """Why a technique is in a plan or was left out.
-
-    ``kind``: the text ``reason.KIND`` of the word catalogs, such as "saves" or "left_out_slower"; the other
-    fields fill its placeholders. "left_out_too_large": none of the ``plan_count`` priced plans with the
-    technique fits the device's memory; the smallest needs ``least_bytes``. "needed_priced": the same of the
-    plans without it. "left_out_late" (plans with it) and "needed_late" (plans without it): the device has
-    enough memory for the smallest of these plans, but none meets device memory, host memory, deadline and
-    cost limit together. "left_out_not_looked_at" (plans with it) and "needed_not_looked_at" (plans without
-    it): none of these plans that were traced fits, but ``plan_count`` others may.
+    """Why a technique is in a plan or was left out. The fields beside ``kind`` fill the placeholders of its
+    text; `ReasonKind` says what they mean.
     """
 
-    kind: str
+    kind: ReasonKind
     technique: str
     saved_bytes: int | None = None  # peak without it minus peak with it
     time_ratio: float | None = None  # step time with it over without it
@@ -529,10 +577,10 @@ class SearchExtent:
     ``priced_count``: number of plans that were predicted by sketches (composed from traces of parts).
     ``traced_count``: number of those that were traced whole. ``unpriced_count``: number of plans that there
     was no time to predict. ``limit_s``: the time limit of the search in seconds; None: none; 0: the result
-    rests on what an earlier search has kept that its limit cut. ``time_up``: whether the limit cut the
-    search; if not, the result does not depend on it.
+    rests on what an earlier search has kept that hit its limit. ``time_up``: whether the search hit its
+    limit; if not, the result does not depend on it.
 
-    ``gain_ratio``: the goal's score of a plan that was priced and not traced is lower than that of the best
+    ``gain_ratio``: the goal's score of a plan that was sketched and not traced is lower than that of the best
     traced one that fits by at most this ratio (0.01 is 1 %), as far as the errors of sketches can be judged
     by the traced plans. None: there is no such bound; ``gain_unknown`` then says why: "unpriced",
     "few_pairs", "no_score", "not_searched" or "goal". ``contender_count``: number of plans that could be

@@ -29,7 +29,7 @@ def main(path: Path) -> None:
     device = use_device(request["device"])
     counter = peak_counter(device)
     if request["memory_only"]:
-        probes = workspaces(request["signatures"], budget_s=request["budget_s"], counter=counter)
+        probes = workspaces(request["signatures"], timing_s=request["timing_s"], counter=counter)
         # Reported one by one, because the next one may crash this process.
         for index, (_, usage) in enumerate(probes):
             tell("workspace", index=index, taken=usage)
@@ -37,7 +37,7 @@ def main(path: Path) -> None:
         return
     result = calibrate(
         request["signatures"],
-        budget_s=request["budget_s"],
+        timing_s=request["timing_s"],
         counter=counter,
         rates=request["rates"],
         device=device,

@@ -289,7 +289,7 @@ def _warm_up(
     part, terms = step.local(batch)
     keeper = _keeper(spec, step) if spec.cap_bytes is not None and spec.keep.save else None
     _conform(step, (part, terms), job, spec, model_facts[0])
-    step.run(part, micro_batches_played=1, terms_per_rank=terms)
+    step.run(part, micro_batch_limit=1, terms_per_rank=terms)
     del batch, part
     data_peak_bytes = _rehearse(job, spec, step, keeper, counter)
     step.close()
@@ -364,7 +364,7 @@ def _conform(
             monitor.before_update()
 
     with monitor:
-        norm = step.run(inputs[0], on_phase, micro_batches_played=micro_batches, terms_per_rank=inputs[1])[1]
+        norm = step.run(inputs[0], on_phase, micro_batch_limit=micro_batches, terms_per_rank=inputs[1])[1]
     monitor.clipping.before = float(norm)
     tell("conformance", told=str(monitor.conclude()))
 

@@ -6,7 +6,7 @@ import dataclasses
 
 from memfit.monitoring.diagnosis import DeathCause, Diagnosis
 from memfit.planner.capacity import needed_bytes
-from memfit.planner.request import Progress, Request, make_pricer
+from memfit.planner.request import Progress, Request, make_predictor
 from memfit.planner.safer_plans import safer_plan
 from memfit.planner.search import search
 from memfit.techniques.registry import check
@@ -59,15 +59,15 @@ def compare_with_prediction(
     micro-batches, offload and chunking only; if none of these fits, it is the one that a search recommends.
     Raises UserError if the job does not support the plan.
     """
-    _, pricer = make_pricer(request)
+    _, predictor = make_predictor(request)
     progress("trace", 0, 0, plan.label)
-    predicted = pricer.whole(check(plan, request.machine))
+    predicted = predictor.whole(check(plan, request.machine))
     figures = diagnosis.figures
     allocated, asked = figures.get("allocated_bytes"), figures.get("request_bytes")
     limit_bytes = (
         request.cap_bytes or _limit_bytes(diagnosis) or int(request.machine.device.memory_bytes.value)
     )
-    choice = safer_plan(pricer, plan, limit_bytes=limit_bytes)
+    choice = safer_plan(predictor, plan, limit_bytes=limit_bytes)
     if isinstance(choice, str):
         nearest, why_not = _by_search(request, limit_bytes, progress)
     else:

@@ -24,10 +24,10 @@ from memfit.files.replace import write_whole
 from memfit.inputs import on_ranks, plan_of
 from memfit.jobs import huggingface
 from memfit.jobs.registry import load
-from memfit.planner.evaluate import Pricer
+from memfit.planner.evaluate import Predictor
 from memfit.report.baseline_drift import compare_baseline
 from memfit.report.baseline_file import baseline_text, read_baseline
-from memfit.techniques.base import Space
+from memfit.techniques.base import JobFacts
 from memfit.techniques.rank_mesh import SEVERAL
 from memfit.techniques.registry import check
 from memfit.trace.tracer import fake_model
@@ -189,10 +189,10 @@ def predict(target: BaselineTarget, job: Job, plan: Plan, machine: Machine, fold
     """Return the prediction for ``target``, which is ``job`` under ``plan`` on ``machine``, with the rows of
     all modules. Paths of lines are relative to ``folder``. Raises UserError if the model does not support the
     plan."""
-    space = Space(batch_size=job.batch_size, block_count=0, vocabulary=0, device=machine.device.kind)
-    pricer = Pricer(job=job, machine=machine, space=space, lines=True)
-    estimate = pricer.whole(plan)
-    trace = with_workspaces(pricer.trace(plan, estimate.rank), machine.device)
+    facts = JobFacts(batch_size=job.batch_size, block_count=0, vocabulary=0, device_kind=machine.device.kind)
+    predictor = Predictor(job=job, machine=machine, job_facts=facts, lines=True)
+    estimate = predictor.whole(plan)
+    trace = with_workspaces(predictor.trace(plan, estimate.rank), machine.device)
     model = fake_model(job)
     reserved = estimate.reserved_bytes
     return MemoryBaseline(

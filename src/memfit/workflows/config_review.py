@@ -15,7 +15,7 @@ from memfit.engines.registry import supporting_engine
 from memfit.lint.neighbours import neighbours
 from memfit.model.blocks import find_blocks
 from memfit.planner.capacity import fits_under, needed_bytes
-from memfit.planner.request import Progress, Request, make_pricer
+from memfit.planner.request import Progress, Request, make_predictor
 from memfit.planner.search import search
 from memfit.runtime import local_machine
 from memfit.techniques.registry import check, effect_of
@@ -65,7 +65,7 @@ class JobSize:
 def job_size(request: Request) -> JobSize:
     """Return the size of the request's job. Raises UserError if the job cannot be built, or if its batch has
     fewer samples than the request has ranks."""
-    job, _ = make_pricer(request)
+    job, _ = make_predictor(request)
     model = fake_model(job)
     count = sum(p.numel() for p in model.parameters())
     try:
@@ -92,13 +92,13 @@ def find_alternatives(request: Request, plan: Plan, progress: Progress, *, param
     ``parameters``: number of the model's parameters; larger ZeRO buckets are reduced to it. Raises UserError
     if the job does not support ``plan``.
     """
-    _, pricer = make_pricer(request)
+    _, predictor = make_predictor(request)
     progress("trace", 0, 0, plan.label)
-    existing_estimate = pricer.whole(check(plan, request.machine))
+    existing_estimate = predictor.whole(check(plan, request.machine))
     cap_bytes = request.cap_bytes
     if cap_bytes is None and not request.machine.device.is_host:
         cap_bytes = (
-            local_machine.free_device_bytes(request.device)
+            local_machine.free_device_bytes(request.device_kind)
             if request.is_here
             else int(request.machine.device.memory_bytes.value)
         )
@@ -122,7 +122,7 @@ def find_alternatives(request: Request, plan: Plan, progress: Progress, *, param
         progress("trace", 0, 0, neighbour.label)
         with contextlib.suppress(UserError):  # engine or job do not support it, for example half a sample
             supporting_engine(request.engine, neighbour)
-            neighbour_estimate = pricer.whole(check(neighbour))
+            neighbour_estimate = predictor.whole(check(neighbour))
             if effect_of(neighbour, neighbour_estimate.dependence) <= max(
                 effect_of(plan, existing_estimate.dependence), EffectClass.E2
             ):

@@ -12,7 +12,7 @@ from memfit.engines.base import Engine
 from memfit.engines.registry import ENGINES, render
 from memfit.jobs.registry import load
 from memfit.planner.machine_calibration import calibrate
-from memfit.planner.request import Progress, Request, make_pricer, model_sizes
+from memfit.planner.request import Progress, Request, make_predictor, model_sizes
 from memfit.techniques.rank_mesh import layout
 from memfit.types.errors import UserError
 from memfit.types.job import Job
@@ -61,7 +61,7 @@ def choices(request: Request, plan: Plan, progress: Progress) -> list[EngineChoi
     """
     # shared calibration of this machine, so that engines differ by what they run and not by timing noise
     calibrations = [Calibration()]
-    load(request.job)  # a job that cannot be loaded is not the fault of an engine
+    load(request.job_ref)  # a job that cannot be loaded is not the fault of an engine
     layout(plan)
     training_engines = (e for e in ENGINES.values() if e.name != "replay")
     engine_choices = [_choice(request, plan, engine, calibrations, progress) for engine in training_engines]
@@ -80,7 +80,7 @@ def _choice(
     if not gaps:
         progress("trace", 0, 0, engine.name)
         try:
-            estimate, lines = _priced(
+            estimate, lines = _estimated_with_lines(
                 dataclasses.replace(request, engine=engine.name), plan, calibrations, progress
             )
         except UserError as error:
@@ -102,16 +102,16 @@ def _choice(
     )
 
 
-def _priced(
+def _estimated_with_lines(
     request: Request, plan: Plan, calibrations: list[Calibration], progress: Progress
 ) -> tuple[Estimate, int]:
-    job, pricer = make_pricer(request)
-    pricer.whole(plan)
+    job, predictor = make_predictor(request)
+    predictor.whole(plan)
     if request.is_here:
-        pricer.recalibrate(calibrations[-1])
-        calibrate(pricer, request, progress, plans=[plan])
-        calibrations.append(pricer.calibration)
-    return pricer.whole(plan), sum(_lines(request, job, plan))
+        predictor.recalibrate(calibrations[-1])
+        calibrate(predictor, request, progress, plans=[plan])
+        calibrations.append(predictor.calibration)
+    return predictor.whole(plan), sum(_lines(request, job, plan))
 
 
 def _lines(request: Request, job: Job, plan: Plan) -> Iterator[int]:
@@ -120,7 +120,7 @@ def _lines(request: Request, job: Job, plan: Plan) -> Iterator[int]:
     spec = RunSpec(
         name="",
         role="",
-        job=request.job,
+        job=request.job_ref,
         plan=plan,
         engine=request.engine,
         seed=0,

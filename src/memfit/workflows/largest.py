@@ -15,7 +15,7 @@ from memfit.engines.registry import ready_engine, supporting_engine
 from memfit.jobs.registry import load
 from memfit.jobs.user_job import source_digest
 from memfit.planner.batch_shape import length_of, with_batch_shape
-from memfit.planner.evaluate import Pricer
+from memfit.planner.evaluate import Predictor
 from memfit.planner.largest import (
     LargestValue,
     MeasuredSize,
@@ -26,7 +26,7 @@ from memfit.planner.largest import (
 )
 from memfit.planner.largest_runs import MEASURED_STEPS, measured_size, with_boundary
 from memfit.planner.machine_calibration import calibrate
-from memfit.planner.request import Progress, Request, make_pricer, model_sizes
+from memfit.planner.request import Progress, Request, make_predictor, model_sizes
 from memfit.planner.search import search
 from memfit.planner.workspace_probes import probe_workspaces
 from memfit.runtime import local_machine
@@ -146,7 +146,7 @@ def largest(  # noqa: PLR0913
     and if ``measure`` is asked for another machine, without a cap on a processor, or of a job that takes no
     sizes; NothingFits if no plan of a search fits even with the smallest value.
     """
-    sizes = _sizes(request.job)
+    sizes = _sizes(request.job_ref)
     asked = sizes.resolve(dimension)
     if measure:
         _must_be_measurable(request, sizes)
@@ -155,7 +155,7 @@ def largest(  # noqa: PLR0913
         raise UserError(f"{asked.name} is asked for along itself", allowed="two different sizes")
     cap_bytes, cap_reason = _cap(request)
     request = dataclasses.replace(request, cap_bytes=cap_bytes)
-    pricer, chosen_plans = _plans(request, sizes, asked, plans, progress)
+    predictor, chosen_plans = _plans(request, sizes, asked, plans, progress)
     chosen_plans = chosen_plans if plans else chosen_plans[: most_plans or _MOST_PLANS]
     if other is None:
         other_values: Sequence[int | None] = [None]
@@ -166,7 +166,7 @@ def largest(  # noqa: PLR0913
         start = asked.value
         for value in other_values:
             fixed = {} if other is None or value is None else {other.name: value}
-            row = _row(request, pricer, sizes, asked, plan, fixed, start, step, progress, measure=measure)
+            row = _row(request, predictor, sizes, asked, plan, fixed, start, step, progress, measure=measure)
             rows.append(dataclasses.replace(row, value=value))
             if row.result is not None and row.result.value is not None:
                 start = row.result.value
@@ -182,7 +182,7 @@ def largest(  # noqa: PLR0913
 
 def _row(  # noqa: PLR0913
     request: Request,
-    pricer: Pricer,
+    predictor: Predictor,
     sizes: _Sizes,
     asked: Dimension,
     plan: Plan,
@@ -207,7 +207,11 @@ def _row(  # noqa: PLR0913
     try:
         result = find_largest(
             prober(
-                pricer, plan, job_of, cap_bytes=request.cap_bytes or 0, prepare=_workspaces(request, pricer)
+                predictor,
+                plan,
+                job_of,
+                cap_bytes=request.cap_bytes or 0,
+                prepare=_workspaces(request, predictor),
             ),
             dimension=asked.name,
             plan=plan,
@@ -257,7 +261,7 @@ def _trained(
 ) -> MeasuredSize:
     """Train the job of ``values`` for a few steps under the request's cap, and return how that ended for
     ``value``."""
-    ready_engine(request.engine, plan, request.device)
+    ready_engine(request.engine, plan, request.device_kind)
     ref = sizes.ref.with_sizes(values)
     job = load(ref)
     progress("run", 0, 0, f"{', '.join(f'{name} {n}' for name, n in values.items())}: {plan.label}")
@@ -273,7 +277,7 @@ def _trained(
         clip=job.clip,
         sizes=model_sizes(request.engine, job),
         cap_bytes=request.cap_bytes,
-        device=request.device,
+        device=request.device_kind,
         threads=request.threads or max(1, local_machine.threads() // plan.ranks),
         evaluate=False,
         timeout_s=request.timeout_s,
@@ -282,14 +286,14 @@ def _trained(
     return measured_size(value, measure_spec(spec))
 
 
-def _workspaces(request: Request, base: Pricer) -> Callable[[Pricer, Plan], None]:
+def _workspaces(request: Request, base: Predictor) -> Callable[[Predictor, Plan], None]:
     """Return what to do before an estimate counts: on the CPU of this machine, kernel workspaces that could
     move the peak are measured, and kept in the calibration of ``base`` for later values."""
 
-    def prepare(pricer: Pricer, plan: Plan) -> None:
+    def prepare(predictor: Predictor, plan: Plan) -> None:
         if request.is_here and request.machine.device.is_host:
-            probe_workspaces(pricer, plan)
-            base.calibration = pricer.calibration
+            probe_workspaces(predictor, plan)
+            base.calibration = predictor.calibration
 
     return prepare
 
@@ -301,37 +305,37 @@ def _cap(request: Request) -> tuple[int, str]:
     device = request.machine.device
     if request.is_here and not device.is_host:
         kernels = device.kernels_bytes  # loaded later, outside torch's allocator
-        free_bytes = local_machine.free_device_bytes(request.device)
+        free_bytes = local_machine.free_device_bytes(request.device_kind)
         return free_bytes - int(kernels.value if kernels else 0), "what is free on the device now"
     return int(device.memory_bytes.value), "the device's memory"
 
 
 def _plans(
     request: Request, sizes: _Sizes, asked: Dimension, plans: Sequence[Plan], progress: Progress
-) -> tuple[Pricer, Sequence[Plan]]:
-    """Return (the pricer of the job with its own sizes, the plans to answer for)."""
+) -> tuple[Predictor, Sequence[Plan]]:
+    """Return (the predictor of the job with its own sizes, the plans to answer for)."""
     if plans:
-        _, pricer = make_pricer(request)
+        _, predictor = make_predictor(request)
         for plan in plans:
             supporting_engine(request.engine, plan)
         checked_plans = [check(plan, request.machine) for plan in plans]
         if request.is_here:
             for plan in checked_plans:
-                pricer.whole(plan)
-            calibrate(pricer, request, progress, plans=checked_plans)
-        return pricer, checked_plans
+                predictor.whole(plan)
+            calibrate(predictor, request, progress, plans=checked_plans)
+        return predictor, checked_plans
     try:
         planning = search(request, progress)
     except NothingFits:
         if sizes.fixed:
             raise
         smallest = max(asked.multiple, request.ranks if asked.name == "batch" else 1)
-        smaller_request = dataclasses.replace(request, job=sizes.ref.with_sizes({asked.name: smallest}))
+        smaller_request = dataclasses.replace(request, job_ref=sizes.ref.with_sizes({asked.name: smallest}))
         planning = search(smaller_request, progress)
     result = planning.result
     recommended = [result.recommended] if result.recommended else []
     choices = [*recommended, result.baseline, *_spread([c for c in result.frontier if c.fits])]
-    return planning.pricer, list(dict.fromkeys(choice.estimate.plan for choice in choices))
+    return planning.predictor, list(dict.fromkeys(choice.estimate.plan for choice in choices))
 
 
 def _spread(frontier: Sequence[Choice]) -> list[Choice]:

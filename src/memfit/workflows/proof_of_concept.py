@@ -25,8 +25,6 @@ from memfit.engines.registry import engine
 from memfit.files.read import read_text
 from memfit.files.replace import must_be_writable
 from memfit.monitoring.record import WatchRecord
-from memfit.planner import search as plan_search
-from memfit.planner import trials
 from memfit.planner.machine_calibration import calibrate
 from memfit.planner.request import Planning, Progress, Request, autocast, model_sizes
 from memfit.planner.selection import Objective
@@ -68,6 +66,7 @@ from memfit.verify.aggregate import median_step_s
 from memfit.verify.sensitivity import degraded, judge_pair, judge_study, power_study, with_control
 from memfit.workflows import reference_machines
 from memfit.workflows.effort import effort
+from memfit.workflows.plan import find_plan
 from memfit.workflows.single_run import anatomy, explain, run_plan, run_spec
 from memfit.workflows.sweep import (
     Budget,
@@ -91,7 +90,6 @@ __all__ = [
     "poc",
     "report",
     "run_plan",
-    "search",
     "store_attended_minutes",
     "stored_poc",
 ]
@@ -155,11 +153,13 @@ def poc(  # noqa: PLR0913
     if parallel > 1 and not request.threads:  # runs side by side on this machine share its threads
         threads = max(1, local_machine.threads() // (parallel * request.ranks))
         request = dataclasses.replace(request, threads=threads)
-    planning = search(request, progress, must_run=True, measure_s=_TRIALS_S)
+    planning = find_plan(request, progress, must_run=True, measure_s=_TRIALS_S)
     runner = _Story(planning, store, seeds, steps or planning.job.steps, command, progress)
     proof = runner.begin(request)
     specs = list(runner.specs())
-    calibrate(planning.pricer, planning.request, progress, plans=list(dict.fromkeys(s.plan for s in specs)))
+    calibrate(
+        planning.predictor, planning.request, progress, plans=list(dict.fromkeys(s.plan for s in specs))
+    )
     if side_by_side is not None:
         proof = runner.add_runs(proof, [runner.shortened(spec) for spec in specs], side_by_side)
     else:
@@ -173,37 +173,6 @@ def poc(  # noqa: PLR0913
     decision = decide_on(proof, default_case(proof, lang), by_default=True)
     write_html(proof, path, lang=lang, decision=decision)
     return proof
-
-
-def search(
-    request: Request, progress: Progress, *, must_run: bool = False, measure_s: float | None = None
-) -> Planning:
-    """Search the best plan for the request, as `planner.search.search` does.
-
-    If ``measure_s`` is given, the best plans are then run for about that many seconds, and the recommendation
-    is chosen by the measured step times. This is only possible for the goals "fastest", "cheapest" and
-    "greenest", which depend on step time. For any other goal, nothing is run if ``must_run``, and otherwise
-    UserError is raised.
-
-    ``must_run``: whether plain training must be able to run; if the request is for this machine, the batch is
-    then halved until plain training fits its free memory or has one sample per rank. Raises NothingFits if no
-    plan fits, and SearchInterrupted with the result so far on Ctrl-C.
-    """
-    if measure_s is not None and not must_run and request.goal not in trials.BY_TIME:
-        raise UserError(
-            f"--measure needs a --goal that is calculated from step time, not {request.goal.value}",
-            allowed=", ".join(trials.BY_TIME),
-        )
-    planning = plan_search.search(request, progress, must_run=must_run)
-    try:
-        if measure_s is not None and request.goal in trials.BY_TIME:
-            planning = trials.measured(planning, progress, budget_s=measure_s)
-    except KeyboardInterrupt:
-        partial_result = dataclasses.replace(planning.result, unfinished=True)
-        raise plan_search.SearchInterrupted(partial_result) from None
-    finally:
-        planning.pricer.end_copies()
-    return planning
 
 
 def report(
@@ -293,7 +262,7 @@ def corrected_by(request: Request, store: Store, poc_id: str | None) -> Request:
     resolved_id = resolve_poc_id(store, poc_id)
     proof, environment = stored_poc(store, resolved_id), fingerprint()
     job = proof.runs[0].spec.job.spec if proof.runs else proof.job_name
-    if not request.is_here or job != request.job.spec:
+    if not request.is_here or job != request.job_ref.spec:
         raise UserError(
             f"PoC {resolved_id} ran {job} on this machine, so it cannot correct predictions for another job "
             "or machine",
@@ -361,12 +330,12 @@ class _Story:
 
     @property
     def mixed(self) -> Use:
-        return autocast(self.planning.pricer.space)
+        return autocast(self.planning.predictor.job_facts)
 
     def begin(self, original_request: Request) -> Poc:
         job, result, request = self.planning.job, self.planning.result, self.planning.request
         # Other machines and sizes are only reported for one device, and for models that are traced quickly.
-        metric, covers_other_sizes = job.metric, request.ranks == 1 and not is_long(self.planning.pricer)
+        metric, covers_other_sizes = job.metric, request.ranks == 1 and not is_long(self.planning.predictor)
         paper, offers = (
             reference_machines.paper(self.planning, self.progress)
             if covers_other_sizes
@@ -380,7 +349,7 @@ class _Story:
             job_title=job.title or job.name,
             job_size=job.size,
             data_source=job.data_source,
-            parameter_count=self.planning.pricer.trace(self.baseline).parameter_count,
+            parameter_count=self.planning.predictor.trace(self.baseline).parameter_count,
             workload=workload_of(job, request.machine.name),
             metric=metric.name if metric else "",
             metric_unit=metric.unit if metric else "",
@@ -396,9 +365,9 @@ class _Story:
             verdicts=(),
             interactions=(),
             reproducibility=Reproducibility(reproducible=None),
-            effort=effort(request.job, self.recommended, (), self.store),
+            effort=effort(request.job_ref, self.recommended, (), self.store),
             predicted_timeline_bytes={
-                name: timeline(self.planning.pricer.trace(plan), _TIMELINE_POINTS)
+                name: timeline(self.planning.predictor.trace(plan), _TIMELINE_POINTS)
                 for name, plan in ((BASELINE, self.baseline), (RECOMMENDED, self.recommended))
             },
             place=request.machine.place.name if request.machine.place else "",
@@ -407,7 +376,9 @@ class _Story:
             reach=reference_machines.reach(self.planning, self.progress) if covers_other_sizes else (),
             steps_per_run=self.steps,
             notes=_notes(
-                request.job, original_request.job, covers_other_sizes=covers_other_sizes or request.ranks > 1
+                request.job_ref,
+                original_request.job_ref,
+                covers_other_sizes=covers_other_sizes or request.ranks > 1,
             ),
             finished=False,
         )
@@ -446,11 +417,11 @@ class _Story:
         for technique_use in self.recommended.uses:
             reduced_plan = without(self.recommended, technique_use.technique)
             with contextlib.suppress(UserError):  # a budget that cannot be met without it
-                yield f"without {technique_use.technique}", self.planning.pricer.resolve(reduced_plan)
+                yield f"without {technique_use.technique}", self.planning.predictor.resolve(reduced_plan)
         for group, plan in best_of_groups(self.planning):
             yield f"best with {group}", plan
         yield "precision only", self.baseline.with_use(self.mixed)
-        if self.planning.pricer.space.block_count:
+        if self.planning.predictor.job_facts.block_count:
             yield "checkpointing only", self.baseline.with_use(_CHECKPOINTING)
             combined_plan = self.baseline.with_use(self.mixed).with_use(_CHECKPOINTING)
             yield "precision and checkpointing", combined_plan
@@ -461,7 +432,7 @@ class _Story:
         return RunSpec(
             name=name,
             role=role,
-            job=request.job,
+            job=request.job_ref,
             plan=plan,
             engine=engine_name,
             seed=seed,
@@ -470,7 +441,7 @@ class _Story:
             clip=job.clip,
             sizes=model_sizes(engine_name, job),
             cap_bytes=self.planning.cap_bytes if capped else None,
-            device=request.device,
+            device=request.device_kind,
             threads=request.threads or max(1, local_machine.threads() // request.ranks),
             timeline=seed == 0,
         )
@@ -483,7 +454,7 @@ class _Story:
         least 5: it then measures memory and step time only. If it does not have more steps than that, it is
         unchanged too.
         """
-        spec_step, plain_step = (self.planning.pricer.whole(p).step_s for p in (spec.plan, self.baseline))
+        spec_step, plain_step = (self.planning.predictor.whole(p).step_s for p in (spec.plan, self.baseline))
         if (
             spec.role != ABLATION
             or spec_step is None
@@ -497,7 +468,7 @@ class _Story:
         )
 
     def add_run(self, poc: Poc, spec: RunSpec, label: str) -> Poc:
-        run = run_spec(spec, self.planning.pricer.whole(spec.plan), self.progress, label)
+        run = run_spec(spec, self.planning.predictor.whole(spec.plan), self.progress, label)
         self.store.append(poc.poc_id, "run", run)
         return dataclasses.replace(poc, runs=(*poc.runs, run))
 
@@ -511,7 +482,9 @@ class _Story:
         self, poc_id: str, kind: str, specs: Sequence[RunSpec], side_by_side: SideBySide
     ) -> tuple[tuple[Run, ...], tuple[str, ...]]:
         """Return the runs, which are stored as rows of ``kind``, and sentences on where they were made."""
-        prepared = [PreparedRun(spec=spec, estimate=self.planning.pricer.whole(spec.plan)) for spec in specs]
+        prepared = [
+            PreparedRun(spec=spec, estimate=self.planning.predictor.whole(spec.plan)) for spec in specs
+        ]
         trials = [prepared_trial(each, side_by_side.placement) for each in prepared]
         stored: set[str] = set()
 
@@ -554,7 +527,7 @@ class _Story:
             (run,), _ = self._by_executor(poc.poc_id, "control", [spec], side_by_side)
         else:
             label = f"{CONTROL}: {spec.degraded}"
-            run = run_spec(spec, self.planning.pricer.whole(spec.plan), self.progress, label)
+            run = run_spec(spec, self.planning.predictor.whole(spec.plan), self.progress, label)
             self.store.append(poc.poc_id, "control", run)
         return dataclasses.replace(poc, control=run)
 
@@ -567,7 +540,7 @@ class _Story:
             verdicts=tuple(self._verdicts(baseline_runs, recommended_runs, runs, poc.control)),
             interactions=tuple(self._interactions(runs)),
             reproducibility=reproducibility(recommended_runs[0], repeated_runs[0]),
-            effort=effort(self.planning.request.job, self.recommended, runs, self.store),
+            effort=effort(self.planning.request.job_ref, self.recommended, runs, self.store),
             step_time_ratio=_paired_ratio(baseline_runs, recommended_runs),
             finished=True,
         )

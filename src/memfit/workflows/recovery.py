@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Protocol
 
 from memfit.jobs import checkpoints
-from memfit.planner.request import Request, make_pricer
-from memfit.planner.safer_plans import FAILURES, SaferPlan, pricer_of_batch, safer_plan
+from memfit.planner.request import Request, make_predictor
+from memfit.planner.safer_plans import FAILURES, SaferPlan, predictor_of_batch, safer_plan
 from memfit.runtime import local_machine
 from memfit.runtime.child_process import Event
 from memfit.runtime.restart import Losses, newest
@@ -110,9 +110,9 @@ def _next_plan(
     if spec.device == HOST:
         limit_bytes -= spec.save_copy_bytes
     try:
-        job, pricer = make_pricer(dataclasses.replace(request, ranks=ranks), replicas=False)
-        batch_pricer = pricer_of_batch(pricer, job.make_batch(step, spec.seed))
-        return safer_plan(batch_pricer, spec.plan, limit_bytes=limit_bytes, frontier=frontier, tried=tried)
+        job, predictor = make_predictor(dataclasses.replace(request, ranks=ranks), replicas=False)
+        batch_predictor = predictor_of_batch(predictor, job.make_batch(step, spec.seed))
+        return safer_plan(batch_predictor, spec.plan, limit_bytes=limit_bytes, frontier=frontier, tried=tried)
     except FAILURES as error:
         return f"plans cannot be predicted for the batch of step {step}: {error}"
 

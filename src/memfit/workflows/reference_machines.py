@@ -9,16 +9,15 @@ from __future__ import annotations
 import bisect
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 from memfit import catalog
 from memfit.jobs.registry import describe, load
 from memfit.planner.capacity import fits_under
-from memfit.planner.evaluate import Pricer
+from memfit.planner.evaluate import PartDigest, PartKey, Predictor
 from memfit.planner.plan_space import plans, usable
-from memfit.planner.request import Planning, Progress, limit_parts, space_of
+from memfit.planner.request import Planning, Progress, job_facts, limit_micro_batches
 from memfit.planner.selection import MODELLED, best
-from memfit.techniques.base import Space, Technique
+from memfit.techniques.base import JobFacts, Technique
 from memfit.types.dependence import DependenceKind
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
@@ -45,13 +44,13 @@ def paper(planning: Planning, progress: Progress) -> tuple[tuple[PaperRow, ...],
     `_AT_PAPER`; for offers see `_offers`.
     """
     ref = _at(planning, "paper")
-    pricers = _pricers(planning, ref or planning.request.job, priced())
+    predictors = _predictors(planning, ref or planning.request.job_ref, priced())
     rows = [
-        _row(planning, pricer, progress)
-        for pricer in pricers
-        if ref is not None and pricer.machine.name in MACHINES
+        _row(planning, predictor, progress)
+        for predictor in predictors
+        if ref is not None and predictor.machine.name in MACHINES
     ]
-    return tuple(rows), tuple(_offers(planning, pricers, progress))
+    return tuple(rows), tuple(_offers(planning, predictors, progress))
 
 
 def offers(planning: Planning, trained: Plan, progress: Progress) -> tuple[Offer, ...]:
@@ -62,8 +61,8 @@ def offers(planning: Planning, trained: Plan, progress: Progress) -> tuple[Offer
     ``trained``: the plan that a proof of concept trained. Plans whose effects on results its training tested
     are preferred to all others.
     """
-    pricers = _pricers(planning, planning.request.job, priced())
-    return tuple(_offers(planning, pricers, progress, trained))
+    predictors = _predictors(planning, planning.request.job_ref, priced())
+    return tuple(_offers(planning, predictors, progress, trained))
 
 
 def priced() -> tuple[str, ...]:
@@ -74,10 +73,10 @@ def priced() -> tuple[str, ...]:
 
 
 def _offers(
-    planning: Planning, pricers: Sequence[Pricer], progress: Progress, trained: Plan | None = None
+    planning: Planning, predictors: Sequence[Predictor], progress: Progress, trained: Plan | None = None
 ) -> Iterator[Offer]:
-    """Yield for each pricer's machine a prediction of plain training, and one of the best plan that fits, if
-    there is one and it is another.
+    """Yield for each predictor's machine a prediction of plain training, and one of the best plan that fits,
+    if there is one and it is another.
 
     The best plan is sought by the request's goal among the plans of `_seen_plans`, whose effects on results
     were tested by training ``trained``. Only if none of these fits, it is sought among the combinations of
@@ -87,24 +86,26 @@ def _offers(
     if trained is None:
         recommendation = planning.result.recommended
         trained = recommendation.estimate.plan if recommendation is not None else Plan()
-    for pricer in pricers:
-        machine = pricer.machine
-        progress("outlook", 0, 0, f"{pricer.job.size} on {machine.name}")
+    for predictor in predictors:
+        machine = predictor.machine
+        progress("outlook", 0, 0, f"{predictor.job.size} on {machine.name}")
         fits = fits_under(int(machine.device.memory_bytes.value), machine)
-        plain = pricer.sketch(Plan())
-        yield make_offer(plain, machine=machine.name, size=pricer.job.size, plain=True, fits=fits(plain))
-        for candidate_plans in (_seen_plans(planning, pricer, trained), _paper_plans(planning, pricer)):
+        plain = predictor.sketch(Plan())
+        yield make_offer(plain, machine=machine.name, size=predictor.job.size, plain=True, fits=fits(plain))
+        for candidate_plans in (_seen_plans(planning, predictor, trained), _paper_plans(planning, predictor)):
             recommended = best(
-                _fitting(pricer, candidate_plans, fits, machine), planning.request.goal, MODELLED
+                _fitting(predictor, candidate_plans, fits, machine), planning.request.goal, MODELLED
             )
             if recommended is not None:
                 break
         if recommended is not None and recommended.plan != plain.plan:
-            yield make_offer(recommended, machine=machine.name, size=pricer.job.size, plain=False, fits=True)
+            yield make_offer(
+                recommended, machine=machine.name, size=predictor.job.size, plain=False, fits=True
+            )
 
 
 def _fitting(
-    pricer: Pricer, candidate_plans: Sequence[Plan], fits: Callable[[Estimate], bool], machine: Machine
+    predictor: Predictor, candidate_plans: Sequence[Plan], fits: Callable[[Estimate], bool], machine: Machine
 ) -> list[Estimate]:
     """Return the predictions for those of the plans that fit the machine. If the upper end of device memory
     fits for some of them, return only these. Empty if no plan fits."""
@@ -113,18 +114,20 @@ def _fitting(
         device_bytes = sketch.device_bytes
         return device_bytes is None or device_bytes.high <= machine.device.memory_bytes.value
 
-    fitting = [e for e in map(pricer.sketch, candidate_plans) if fits(e)]
+    fitting = [e for e in map(predictor.sketch, candidate_plans) if fits(e)]
     return [e for e in fitting if surely(e)] or fitting
 
 
-def _usable(planning: Planning, pricer: Pricer) -> list[Technique]:
-    """Return the techniques that the job, the pricer's machine and the accuracy in the request allow, without
-    those that the user excluded."""
-    techniques, _ = usable(pricer.space, planning.request.accuracy, dependence=planning.pricer.dependence)
+def _usable(planning: Planning, predictor: Predictor) -> list[Technique]:
+    """Return the techniques that the job, the predictor's machine and the accuracy in the request allow,
+    without those that the user excluded."""
+    techniques, _ = usable(
+        predictor.job_facts, planning.request.accuracy, dependence=planning.predictor.dependence
+    )
     return [t for t in techniques if t.name not in planning.request.bounds.without]
 
 
-def _seen_plans(planning: Planning, pricer: Pricer, trained: Plan) -> list[Plan]:
+def _seen_plans(planning: Planning, predictor: Predictor, trained: Plan) -> list[Plan]:
     """Return the plans that combine the techniques of ``trained`` and those techniques of `_AT_PAPER` that
     change results by no more than the order of sums (E1).
 
@@ -132,8 +135,8 @@ def _seen_plans(planning: Planning, pricer: Pricer, trained: Plan) -> list[Plan]
     accumulation is not added if the samples of a batch depend on each other. Activation checkpointing
     recomputes every block.
     """
-    techniques = _usable(planning, pricer)
-    trained_names, dependence = trained.techniques, planning.pricer.dependence
+    techniques = _usable(planning, predictor)
+    trained_names, dependence = trained.techniques, planning.predictor.dependence
 
     def mild(t: Technique) -> bool:
         splits_dependent = t.name == "gradient-accumulation" and dependence.kind is DependenceKind.DEPENDENT
@@ -143,7 +146,7 @@ def _seen_plans(planning: Planning, pricer: Pricer, trained: Plan) -> list[Plan]
     restricted_names = {t.name for t in allowed if t.effect > EffectClass.E1}
     return [
         p
-        for p in plans(pricer.space, allowed)
+        for p in plans(predictor.job_facts, allowed)
         if _one_setting(p) and all(p.get(n) in (None, trained.get(n)) for n in restricted_names)
     ]
 
@@ -184,43 +187,43 @@ def sizes(spec: str) -> tuple[str, ...]:
 
 
 def _at(planning: Planning, size: str) -> JobRef | None:
-    ref = planning.request.job
+    ref = planning.request.job_ref
     if size not in sizes(ref.spec):
         return None
     return dataclasses.replace(ref, size=size, batch=None, length=None, steps=None, data=None, weights=None)
 
 
-def _pricers(planning: Planning, ref: JobRef, machines: Sequence[str] = MACHINES) -> list[Pricer]:
-    """Return one pricer of the job ``ref`` for each of ``machines`` (names in the catalog), in the same
+def _predictors(planning: Planning, ref: JobRef, machines: Sequence[str] = MACHINES) -> list[Predictor]:
+    """Return one predictor of the job ``ref`` for each of ``machines`` (names in the catalog), in the same
     order. They share the traces of parts of the model. Whether the samples of a batch depend on each other is
     taken from ``planning``."""
     job = load(ref)
     place = planning.request.machine.place
-    shared_parts: dict[Any, Any] = {}
-    spaces: dict[str, Space] = {}
-    pricers = []
+    shared_digests: dict[PartKey, PartDigest] = {}
+    facts_by_kind: dict[str, JobFacts] = {}
+    predictors = []
     for name in machines:
         machine = catalog.machine(name, place.name if place else "world")
         device_kind = machine.device.kind
-        if device_kind not in spaces:
-            spaces[device_kind] = space_of(job, device_kind)
-        pricer = Pricer(job=job, machine=machine, space=spaces[device_kind])
-        pricer.dependence = planning.pricer.dependence  # of the same model at a smaller size
-        limit_parts(pricer, planning.request.accuracy)
-        pricer.parts = shared_parts
-        pricers.append(pricer)
-    return pricers
+        if device_kind not in facts_by_kind:
+            facts_by_kind[device_kind] = job_facts(job, device_kind)
+        predictor = Predictor(job=job, machine=machine, job_facts=facts_by_kind[device_kind])
+        predictor.dependence = planning.predictor.dependence  # of the same model at a smaller size
+        limit_micro_batches(predictor, planning.request.accuracy)
+        predictor.part_digests = shared_digests
+        predictors.append(predictor)
+    return predictors
 
 
-def _row(planning: Planning, pricer: Pricer, progress: Progress) -> PaperRow:
-    machine = pricer.machine
+def _row(planning: Planning, predictor: Predictor, progress: Progress) -> PaperRow:
+    machine = predictor.machine
     fits = fits_under(int(machine.device.memory_bytes.value), machine)
-    progress("outlook", 0, 0, f"{pricer.job.size} on {machine.name}")
-    plain = pricer.sketch(Plan())
-    fitting = _fitting(pricer, _paper_plans(planning, pricer), fits, machine)
+    progress("outlook", 0, 0, f"{predictor.job.size} on {machine.name}")
+    plain = predictor.sketch(Plan())
+    fitting = _fitting(predictor, _paper_plans(planning, predictor), fits, machine)
     return PaperRow(
         machine=machine.name,
-        size=pricer.job.size,
+        size=predictor.job.size,
         device_memory_bytes=int(machine.device.memory_bytes.value),
         plain=plain,
         plain_fits=fits(plain),
@@ -228,10 +231,10 @@ def _row(planning: Planning, pricer: Pricer, progress: Progress) -> PaperRow:
     )
 
 
-def _paper_plans(planning: Planning, pricer: Pricer) -> list[Plan]:
-    techniques = _usable(planning, pricer)
+def _paper_plans(planning: Planning, predictor: Predictor) -> list[Plan]:
+    techniques = _usable(planning, predictor)
     allowed = [t for t in techniques if t.name in _AT_PAPER]
-    return [p for p in plans(pricer.space, allowed) if _one_setting(p)]
+    return [p for p in plans(predictor.job_facts, allowed) if _one_setting(p)]
 
 
 def _one_setting(plan: Plan) -> bool:
@@ -248,7 +251,7 @@ def reach(planning: Planning, progress: Progress) -> tuple[LargestSize, ...]:
     of one sample. There are no entries for models if the job has none of these sizes, and none for inputs if
     it has no size "paper" or its samples have no length.
     """
-    job = planning.request.job
+    job = planning.request.job_ref
     models = {s: _sized(job, s) for s in sizes(job.spec) if s in _FULL_LENGTH}
     inputs = {}
     if "paper" in sizes(job.spec):
@@ -276,21 +279,21 @@ class _Ladder:
 
     planning: Planning
     rungs: Mapping[str, JobRef]
-    loaded: dict[str, list[Pricer]] = dataclasses.field(default_factory=dict)
+    loaded: dict[str, list[Predictor]] = dataclasses.field(default_factory=dict)
     shortened: bool = False  # a rung could not be loaded: it and those above it were removed
 
     def stands(self) -> bool:
         """Return whether there is a smallest version and it can be loaded. It cannot if the versions differ
         in length and the job has none, as one on grids or on molecules in space."""
         try:
-            return bool([self.pricer(name, 0) for name in list(self.rungs)[:1]])
+            return bool([self.predictor(name, 0) for name in list(self.rungs)[:1]])
         except UserError:
             return False
 
-    def pricer(self, name: str, index: int) -> Pricer:
+    def predictor(self, name: str, index: int) -> Predictor:
         if name not in self.loaded:
             try:
-                self.loaded[name] = _pricers(self.planning, self.rungs[name])
+                self.loaded[name] = _predictors(self.planning, self.rungs[name])
             except UserError:  # the available data are shorter
                 names = list(self.rungs)
                 self.rungs = {n: self.rungs[n] for n in names[: names.index(name)]}
@@ -320,10 +323,10 @@ class _Ladder:
                 return names[below - 1] if below else None
 
     def _fits(self, name: str, index: int, *, tight: bool) -> bool:
-        pricer = self.pricer(name, index)
-        plan = _tightest(self.planning, pricer) if tight else Plan()
-        fits = fits_under(int(pricer.machine.device.memory_bytes.value), pricer.machine)
-        return fits(pricer.sketch(plan))
+        predictor = self.predictor(name, index)
+        plan = _tightest(self.planning, predictor) if tight else Plan()
+        fits = fits_under(int(predictor.machine.device.memory_bytes.value), predictor.machine)
+        return fits(predictor.sketch(plan))
 
 
 def _reach_row(
@@ -332,7 +335,7 @@ def _reach_row(
     def amount(name: str | None) -> float | None:
         if name is None:
             return None
-        return float(name) if quantity == "length" else float(_count(ladder.pricer(name, index)))
+        return float(name) if quantity == "length" else float(_count(ladder.predictor(name, index)))
 
     label = "paper" if quantity == "length" else None
     return LargestSize(
@@ -346,18 +349,18 @@ def _reach_row(
     )
 
 
-def _count(pricer: Pricer) -> int:
+def _count(predictor: Predictor) -> int:
     from memfit.trace.tracer import fake_model
 
-    return sum(p.numel() for p in fake_model(pricer.job).parameters())
+    return sum(p.numel() for p in fake_model(predictor.job).parameters())
 
 
-def _tightest(planning: Planning, pricer: Pricer) -> Plan:
+def _tightest(planning: Planning, predictor: Predictor) -> Plan:
     """Return the plan that counts as the allowed one with the least memory: bf16 autocast, recomputation of
     every block, 8-bit optimizer state, and gradient accumulation with the smallest micro-batches, each only
     if the job, the machine and the user allow it. No other plan is tried."""
-    names = {t.name for t in _usable(planning, pricer)}
+    names = {t.name for t in _usable(planning, predictor)}
     uses: list[Use] = [use("bf16-autocast"), use("activation-checkpointing", every=1), use("adamw-8bit")]
-    if pricer.space.parts[-1] > 1:
-        uses.append(use("gradient-accumulation", micro_batches=pricer.space.parts[-1]))
+    if predictor.job_facts.micro_batch_counts[-1] > 1:
+        uses.append(use("gradient-accumulation", micro_batches=predictor.job_facts.micro_batch_counts[-1]))
     return Plan(uses=tuple(u for u in uses if u.technique in names))

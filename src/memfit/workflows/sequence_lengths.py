@@ -22,8 +22,8 @@ from memfit.files.read import read_bytes, unpacked_limit
 from memfit.jobs.builtin.fasta import read_fasta, read_text
 from memfit.planner.batch_shape import with_batch_shape
 from memfit.planner.capacity import needed_bytes
-from memfit.planner.evaluate import Pricer
-from memfit.planner.request import space_of
+from memfit.planner.evaluate import Predictor
+from memfit.planner.request import job_facts
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError, first_line
 from memfit.types.job import Job
@@ -267,9 +267,9 @@ def _checked(
 def traced_peak(job: Job, plan: Plan, machine: Machine) -> tuple[int, int]:
     """Return (the peak of live tensors in the trace of a step, the bytes that the step needs on a device
     beside them; at least 0)."""
-    pricer = Pricer(job=job, machine=machine, space=space_of(job, machine.device.kind))
-    traced_bytes = int(levels(pricer.trace(plan))[1].max())
-    return traced_bytes, max(0, needed_bytes(pricer.whole(plan), machine) - traced_bytes)
+    predictor = Predictor(job=job, machine=machine, job_facts=job_facts(job, machine.device.kind))
+    traced_bytes = int(levels(predictor.trace(plan))[1].max())
+    return traced_bytes, max(0, needed_bytes(predictor.whole(plan), machine) - traced_bytes)
 
 
 def _limit(model: PeakModel, rows: int, distinct: Ints, fits: Any) -> int:

@@ -14,7 +14,7 @@ from memfit.monitoring.run_alarms import RunAlarms
 from memfit.planner.capacity import needed_bytes, saved_bytes
 from memfit.planner.machine_calibration import calibrate
 from memfit.planner.recompute_budget import open_budget
-from memfit.planner.request import Progress, Request, make_pricer, model_sizes
+from memfit.planner.request import Progress, Request, make_predictor, model_sizes
 from memfit.report.explain import TracedEstimate, traced_estimate
 from memfit.runtime import local_machine
 from memfit.runtime.child_process import Event
@@ -67,19 +67,19 @@ def anatomy(
     if the request's engine or machine does not support a plan, or if a plan splits the batch in a way that
     gives the terms of the loss wrong weights.
     """
-    _, pricer = make_pricer(request)
-    pricer.lines = lines
+    _, predictor = make_predictor(request)
+    predictor.lines = lines
     for plan in plans:
         supporting_engine(request.engine, plan)
-        if (dependence := pricer.dependence_under(plan)) is not None:
+        if (dependence := predictor.dependence_under(plan)) is not None:
             refuse_wrong_weights(plan, dependence)
         progress("trace", 0, 0, plan.label)
-        pricer.whole(check(plan, request.machine))
+        predictor.whole(check(plan, request.machine))
     if request.is_here:
-        calibrate(pricer, request, progress, plans=list(plans))
-    estimates = [pricer.whole(plan) for plan in plans]
+        calibrate(predictor, request, progress, plans=list(plans))
+    estimates = [predictor.whole(plan) for plan in plans]
     return tuple(
-        traced_estimate(e, pricer.trace(p, e.rank), pricer.calibration)
+        traced_estimate(e, predictor.trace(p, e.rank), predictor.calibration)
         for p, e in zip(plans, estimates, strict=True)
     )
 
@@ -111,7 +111,7 @@ def run_plan(
     plan or cannot train it here, if the checkpoint to resume from is missing or does not suit, or if the
     process that trains refuses the plan or the job.
     """
-    ready_engine(request.engine, plan, request.device)
+    ready_engine(request.engine, plan, request.device_kind)
     if request.engine == "replay" and recovery.most:
         raise UserError("engine replay trains nothing, so it cannot recover from running out of memory")
     device = request.machine.device
@@ -125,7 +125,7 @@ def run_plan(
             allowed=f"at most {max_ranks} ranks, {reason}",
             hint="`memfit estimate JOB` predicts it without running it",
         )
-    job = make_pricer(request)[0]
+    job = make_predictor(request)[0]
     keep, seed = checkpoints.settled(recovery.keep, seed, steps or job.steps)
     is_replay = request.engine == "replay"
     stored_runs = _stored(store or Store(), request, seed) if is_replay else []
@@ -140,7 +140,7 @@ def run_plan(
     spec = RunSpec(
         name=plan.label,
         role="run",
-        job=request.job,
+        job=request.job_ref,
         plan=plan,
         engine=request.engine,
         seed=seed,
@@ -155,10 +155,10 @@ def run_plan(
         cap_bytes=(request.cap_bytes or bound_bytes) if capped else None,
         save_copy_bytes=copy_bytes,
         cap_scope="run" if request.cap_bytes else "bound",
-        device=request.device,
+        device=request.device_kind,
         threads=request.threads or max(1, local_machine.threads() // plan.ranks),
         evaluate=plan.ranks == 1,
-        source_digest=source_digest(request.job.spec),
+        source_digest=source_digest(request.job_ref.spec),
     )
 
     def train(spec: RunSpec, estimate: Estimate, losses: Losses, *, strict: bool) -> Run:
@@ -185,7 +185,7 @@ def _stored(store: Store, request: Request, seed: int) -> list[Run]:
     stored_runs = [
         serialization.loads(Run, r.body, what=f"record {r.record_id}") for r in store.records(kind="run")
     ]
-    request_key = (_unlimited(request.job), seed)
+    request_key = (_unlimited(request.job_ref), seed)
     if matches := [r for r in stored_runs if (_unlimited(r.spec.job), r.spec.seed) == request_key]:
         return matches
     raise UserError(
@@ -207,9 +207,9 @@ def _replayed(stored_runs: Sequence[Run], request: Request, estimate: Estimate) 
             f"no stored run of this job with this seed has the plan {estimate.plan.label}",
             hint="record one with `memfit run` without --engine replay",
         )
-    if matches[-1].spec.source_digest not in {"", source_digest(request.job.spec)}:
+    if matches[-1].spec.source_digest not in {"", source_digest(request.job_ref.spec)}:
         raise UserError(
-            f"the file of {request.job.spec} has changed since the stored run of this plan",
+            f"the file of {request.job_ref.spec} has changed since the stored run of this plan",
             hint="record one with `memfit run` without --engine replay",
         )
     return dataclasses.replace(

@@ -287,7 +287,7 @@ def predicted_hours(trials: Sequence[SweepTrial], settings: RunSettings, progres
                 return None
             if (group := _group(trial)) not in estimates:
                 request = Request(
-                    job=trial.job, machine=machine, engine=settings.engine, threads=settings.threads
+                    job_ref=trial.job, machine=machine, engine=settings.engine, threads=settings.threads
                 )
                 estimates[group] = explain(request, trial.plan, progress)
             estimate, steps = estimates[group], trial.job.steps or load(trial.job).steps

@@ -75,7 +75,7 @@ class Step(TrainingStep):
 
             config = transformer_config(shape, **_transformer(options))
             self._check_sequence(bool(config.sequence_parallel))
-            with bench.place(""):  # its buffers must also be allocated on the training device
+            with bench.memory_pool(""):  # its buffers must also be allocated on the training device
                 self.model = bench.model = megatron_model = MegatronGpt(shape, config)
                 if bench.torch_device != HOST:
                     megatron_model.to(bench.torch_device)

@@ -63,7 +63,7 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     bench.before_micro_batch.append(average_gradients(bench, across))
 
 
-def _look(bench: Workbench) -> None:
+def _observe_plain_model(bench: Workbench) -> None:
     if bench.world.layout.context > 1:
         from memfit.model.linear_roles import PlaceholderValues, without_values
         from memfit.techniques.parallel.gathered_attention import GatheredCounts
@@ -166,5 +166,5 @@ TECHNIQUE = Technique(
     order=46,
     knobs=(Knob(name="degree", default=2, doc="number of ranks that share each sequence"),),
     forbids=("zero", "pipeline", "selective-checkpointing"),
-    look=_look,
+    observe_plain_model=_observe_plain_model,
 )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from memfit.model.blocks import find_stacks
 from memfit.model.scalar_parameters import refuse_scalars
-from memfit.techniques.base import Knob, Space, Technique, Workbench
+from memfit.techniques.base import JobFacts, Knob, Technique, Workbench
 from memfit.techniques.optimizers import stepping_on_host
 from memfit.types.device_kind import HOST
 from memfit.types.errors import UserError
@@ -40,7 +40,7 @@ def _apply_ddp(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     if bench.torch_device != HOST:  # DDP's hooks do not survive a later move
         bench.model.to(bench.torch_device)
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(bench.model, bench.own_parameters)
-    with bench.place(""):  # DDP's buckets are on the device
+    with bench.memory_pool(""):  # DDP's buckets are on the device
         ddp = DistributedDataParallel(
             bench.model,
             process_group=mesh.get_group(),
@@ -96,7 +96,7 @@ def _apply_fsdp2(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
         "ignored_params": {p for n, p in bench.model.named_parameters() if n in bench.own_parameters},
     }
     # The model is built on the host, and shards move.
-    with bench.place("host" if settings["offload"] else ""):
+    with bench.memory_pool("host" if settings["offload"] else ""):
         groups = _sharded(bench, settings, options)
         root: Any = groups.pop()
     if settings["offload"]:
@@ -268,14 +268,14 @@ def _prefetch(groups: list[Any], depth: int) -> None:
         group.set_modules_to_backward_prefetch(groups[max(0, i - depth) : i][::-1])
 
 
-def _on_ranks(*settings: Mapping[str, KnobValue]) -> Callable[[Space], Iterable[Mapping[str, KnobValue]]]:
-    """Return a function of a `Space` that returns ``settings`` if the plan has several ranks, and nothing for
-    one rank, where the technique is useless."""
-    return lambda space: settings if space.ranks > 1 else ()
+def _on_ranks(*settings: Mapping[str, KnobValue]) -> Callable[[JobFacts], Iterable[Mapping[str, KnobValue]]]:
+    """Return a function of a `JobFacts` that returns ``settings`` if the plan has several ranks, and nothing
+    for one rank, where the technique is useless."""
+    return lambda facts: settings if facts.ranks > 1 else ()
 
 
-def _sharding(space: Space) -> Iterable[Mapping[str, KnobValue]]:
-    return () if "fsdp2" in space.refused else _on_ranks({}, {"precision": "bf16"})(space)
+def _sharding(facts: JobFacts) -> Iterable[Mapping[str, KnobValue]]:
+    return () if "fsdp2" in facts.refused else _on_ranks({}, {"precision": "bf16"})(facts)
 
 
 DDP = Technique(

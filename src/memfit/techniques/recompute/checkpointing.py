@@ -169,8 +169,8 @@ FULL = Technique(
     before_engine=True,
     effect=EffectClass.E0,
     apply=_apply_full,
-    settings=lambda space: [
-        {"every": k} for k in (1, 2, 3) if k < space.block_count or k == space.block_count == 1
+    settings=lambda facts: [
+        {"every": k} for k in (1, 2, 3) if k < facts.block_count or k == facts.block_count == 1
     ],
     order=50,
     slot="recomputation",
@@ -190,7 +190,7 @@ SELECTIVE = Technique(
     before_engine=True,
     effect=EffectClass.E0,
     apply=_apply_selective,
-    settings=lambda space: [{"keep": "attention"}, {"keep": "matmul"}] if space.block_count else [],
+    settings=lambda facts: [{"keep": "attention"}, {"keep": "matmul"}] if facts.block_count else [],
     order=50,
     slot="recomputation",
     knobs=(

@@ -16,7 +16,7 @@ from memfit.techniques.base import Knob, Technique, Workbench
 from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue
 
-NAME = "optimal-checkpointing"
+OPTIMAL_CHECKPOINTING = "optimal-checkpointing"
 _SHAPE = r"(|none|[0-9a-f]{8}:\d+(-\d+)?(,\d+(-\d+)?)*)"
 
 
@@ -76,7 +76,7 @@ def _without(key: int, numbers: frozenset[int]) -> Iterator[None]:
 
 
 TECHNIQUE = Technique(
-    name=NAME,
+    name=OPTIMAL_CHECKPOINTING,
     summary="drop the tensors that cost least to recompute, until the step's peak fits a budget",
     script_call="recompute the operators that plan.yaml names; memfit's own worker does this",
     effect=EffectClass.E0,

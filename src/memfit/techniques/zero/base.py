@@ -57,7 +57,7 @@ def on_device(bench: Workbench, tensor: torch.Tensor) -> torch.Tensor:
     device is the host."""
     if bench.device.is_host:
         return tensor
-    with bench.place(""):
+    with bench.memory_pool(""):
         return tensor.to(bench.torch_device, copy=True)
 
 
@@ -119,7 +119,7 @@ class Reducing(abc.ABC):
         bench.before_micro_batch.append(self._begin)
         bench.grad_norm = self.grad_norm
         updated = self._prepare(settings)
-        with bench.place(self.state_on):
+        with bench.memory_pool(self.state_on):
             self.inner = make(updated)
 
     def _begin(self, last: bool) -> None:

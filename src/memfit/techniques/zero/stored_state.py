@@ -36,7 +36,7 @@ class StoredState:
         """Write the elements of ``shard`` as the master copy. ``piece_sizes``: numbers of elements of the
         pieces of parameters that make up the shard, in order. A sub-group takes whole pieces until it has at
         least ``most`` elements (``_create_fp16_sub_groups`` of deepspeed/runtime/zero/stage3.py)."""
-        self.bench, self.host = bench, bench.device_at("host")
+        self.bench, self.host = bench, bench.device_of("host")
         self.sizes = sub_group_sizes(piece_sizes, most)
         self.elements = sum(self.sizes)
         self.starts = [0, *itertools.accumulate(self.sizes)][:-1]
@@ -46,7 +46,7 @@ class StoredState:
         self.end = 0
         self.kept: dict[torch.nn.Parameter, dict[str, torch.dtype]] = {}  # states in the file
         self.buffers: list[torch.Tensor] = []
-        with bench.place("host"):
+        with bench.memory_pool("host"):
             self._buffer(BUFFER_COUNT - 1, 0, torch.float32)
             self.masters = [
                 torch.nn.Parameter(torch.empty(0, dtype=torch.float32, device=self.host)) for _ in self.sizes
@@ -58,7 +58,7 @@ class StoredState:
 
     def write_gradient(self, start: int, grad: torch.Tensor) -> None:
         """Write the fp32 gradient of the elements from ``start`` on, through a buffer in host memory."""
-        with self.bench.place("host"):
+        with self.bench.memory_pool("host"):
             buffer = self._buffer(0, grad.numel(), torch.float32)
             buffer.copy_(grad)
             self._write(_GRADIENT, start, buffer)
@@ -70,7 +70,7 @@ class StoredState:
         its values and its gradient, and ``states[master]``, which the optimizer makes in its first step, its
         values; they are then written and freed, the gradient without being written."""
         for start, size, master in zip(self.starts, self.sizes, self.masters, strict=True):
-            with self.bench.place("host"):
+            with self.bench.memory_pool("host"):
                 master.data = self._read(_MASTER, start, self._buffer(0, size, torch.float32))
                 master.grad = self._read(_GRADIENT, start, self._buffer(1, size, torch.float32))
                 for index, (name, dtype) in enumerate(self.kept.get(master, {}).items()):
@@ -79,7 +79,7 @@ class StoredState:
             self._put_back(start, master, states.get(master, {}))
 
     def _put_back(self, start: int, master: torch.nn.Parameter, state: dict[str, Any]) -> None:
-        with self.bench.place("host"):
+        with self.bench.memory_pool("host"):
             kept = {name: value for name, value in state.items() if _is_stored(value, master)}
             self.kept[master] = {name: value.dtype for name, value in kept.items()}
             self._write(_MASTER, start, master)

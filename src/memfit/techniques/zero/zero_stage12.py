@@ -108,11 +108,11 @@ class ZeroTwo(Reducing):
             p: (max(a, low) - a, min(b, high) - a) for p, (a, b) in self.span.items() if a < high and b > low
         }
         on_host = bool(self.state_on) and not bench.device.is_host
-        with torch.no_grad(), bench.place("host" if on_host and not self.copies_part else ""):
+        with torch.no_grad(), bench.memory_pool("host" if on_host and not self.copies_part else ""):
             part_copy = self.part.clone()
-        with torch.no_grad(), bench.place(self.state_on):
+        with torch.no_grad(), bench.memory_pool(self.state_on):
             self.master = torch.nn.Parameter(
-                part_copy.to(bench.device_at(self.state_on), torch.float32, copy=on_host)
+                part_copy.to(bench.device_of(self.state_on), torch.float32, copy=on_host)
             )
             del part_copy
             if self.state_on:
@@ -125,10 +125,10 @@ class ZeroTwo(Reducing):
         """Make the host's buffers, which are kept from step to step. Also make one of ``largest`` elements,
         the largest number of elements of a parameter, on the device: through it, sums of gradients come back
         from the host."""
-        host, dtype = self.bench.device_at("host"), self.flat.dtype
+        host, dtype = self.bench.device_of("host"), self.flat.dtype
         self.low = torch.zeros(self.size, dtype=dtype, device=host)
         self.spare_host = torch.zeros(largest, dtype=dtype, device=host)
-        with self.bench.place(""):
+        with self.bench.memory_pool(""):
             self.spare = torch.zeros(largest, dtype=dtype, device=self.bench.torch_device)
         self.master.grad = torch.zeros_like(self.master)
         self.gathered: dict[torch.nn.Parameter, torch.Tensor] = {}
@@ -138,8 +138,8 @@ class ZeroTwo(Reducing):
         """Return a flat copy of the parameters, of which they become views. ``alignment``: its number of
         elements is a multiple of this. On an accelerator, the parameters leave it before the copy comes."""
         bench, count = self.bench, sum(p.numel() for p in self.params)
-        with bench.place("host"):
-            tensors = [p.detach().to(bench.device_at("host")) for p in self.params]
+        with bench.memory_pool("host"):
+            tensors = [p.detach().to(bench.device_of("host")) for p in self.params]
             if not bench.device.is_host:
                 for param in self.params:
                     param.data = torch.empty(0, dtype=param.dtype, device=bench.torch_device)
@@ -232,9 +232,9 @@ class ZeroTwo(Reducing):
         has_sum = self.shards_gradients and self.micro_batch > 0
         if has_sum or not self.last:
             if param not in self.gathered:
-                with self.bench.place("host"):
+                with self.bench.memory_pool("host"):
                     self.gathered[param] = torch.zeros(
-                        param.numel(), dtype=param.dtype, device=self.bench.device_at("host")
+                        param.numel(), dtype=param.dtype, device=self.bench.device_of("host")
                     )
             if has_sum:
                 grad.view(-1).add_(self.spare[: param.numel()].copy_(self.gathered[param]))
@@ -291,7 +291,7 @@ class ZeroTwo(Reducing):
         if not self.state_on:
             self.master.grad = self._own_gradient()
             self.held = []
-        with self.bench.place(self.state_on):
+        with self.bench.memory_pool(self.state_on):
             self._scaled()
             self.inner.step()
         with torch.no_grad():

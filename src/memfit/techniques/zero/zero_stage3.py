@@ -47,11 +47,11 @@ class ZeroThree(Reducing):
                 self.stored = StoredState(bench, flat, sizes, int(settings["sub_group_elements"]))
             else:
                 self._make_master(flat)
-            with bench.place(""):
+            with bench.memory_pool(""):
                 self.buffers = [torch.empty(self.limit, dtype=flat.dtype, device=bench.torch_device)]
-            with bench.place(self.state_on):
-                self.grads = torch.zeros_like(flat, device=bench.device_at(self.state_on))
-            with bench.place(""):
+            with bench.memory_pool(self.state_on):
+                self.grads = torch.zeros_like(flat, device=bench.device_of(self.state_on))
+            with bench.memory_pool(""):
                 for param in params:  # so that its gradient's shape is known
                     shards.gather([param])
                     shards.let_go([param])
@@ -68,8 +68,8 @@ class ZeroThree(Reducing):
 
     def _make_master(self, flat: torch.Tensor) -> None:
         leaves = bool(self.state_on) and not self.shards.offload and not self.bench.device.is_host
-        with self.bench.place(self.state_on):
-            wide = flat.to(self.bench.device_at(self.state_on), torch.float32, copy=leaves)
+        with self.bench.memory_pool(self.state_on):
+            wide = flat.to(self.bench.device_of(self.state_on), torch.float32, copy=leaves)
             self.master = torch.nn.Parameter(wide.clone())
             del wide
             if self.state_on:
@@ -140,7 +140,7 @@ class ZeroThree(Reducing):
         else:
             total.add_(part)
         if self.state_on and self.last:
-            with self.bench.place(""):
+            with self.bench.memory_pool(""):
                 grad = total.to(self.bench.torch_device, copy=True) if on_host else total
                 self.norms[param] = norm64(grad)
                 if self.stored is not None:
@@ -180,7 +180,7 @@ class ZeroThree(Reducing):
             self.shards.gather(list(self.shards.persistent))
 
     def _step_at_once(self) -> None:
-        with self.bench.place(self.state_on):
+        with self.bench.memory_pool(self.state_on):
             if not self.state_on:
                 parts = [self.shards.of(p, self.grads) for p in self.params]
                 self.master.grad = torch._utils._flatten_dense_tensors(parts).float()
@@ -195,10 +195,10 @@ class ZeroThree(Reducing):
         """Update one sub-group after the other: only the one in memory has a gradient, and optimizers leave
         parameters without a gradient alone."""
         for start, master in stored.loaded(self.inner.state):
-            with self.bench.place("host"), torch.no_grad():
+            with self.bench.memory_pool("host"), torch.no_grad():
                 if self.scale is not None and master.grad is not None:
                     master.grad.mul_(self.scale.to(master.grad.device))
-            with self.bench.place("host"):
+            with self.bench.memory_pool("host"):
                 self.inner.step()
             with torch.no_grad():
                 self.shards.flat.narrow(0, start, master.numel()).copy_(master)
@@ -245,11 +245,11 @@ class Shards:
             param.whole_shape, param.shard = self.shape[param], self.shard[param]  # type: ignore[attr-defined]
         self.begin()
 
-    def _cut(self, param: torch.nn.Parameter, place: str) -> torch.Tensor:
-        """Return this rank's piece of the parameter, in a tensor of its own at ``place``, and make the
-        parameter empty."""
-        with self.bench.place(place):
-            shard = torch.empty(self.size[param], dtype=param.dtype, device=self.bench.device_at(place))
+    def _cut(self, param: torch.nn.Parameter, pool: str) -> torch.Tensor:
+        """Return this rank's piece of the parameter, in a tensor of its own in the memory pool ``pool``, and
+        make the parameter empty."""
+        with self.bench.memory_pool(pool):
+            shard = torch.empty(self.size[param], dtype=param.dtype, device=self.bench.device_of(pool))
         start = min(self.group.rank() * self.size[param], param.numel())
         elements = param.detach().view(-1)[start : start + self.size[param]]
         shard[: elements.numel()].copy_(elements)
@@ -263,11 +263,11 @@ class Shards:
         the returned buffer. DeepSpeed's pieces are on the device before (``defragment`` of
         runtime/zero/utils.py), but leave it, with the allocator's cache emptied, before the buffer comes, so
         that they never take memory beside it."""
-        with self.bench.place("host"):
+        with self.bench.memory_pool("host"):
             flat = torch.empty(
                 sum(self.size[p] for p in trained),
                 dtype=trained[0].dtype,
-                device=self.bench.device_at("host"),
+                device=self.bench.device_of("host"),
             )
         offset = 0
         for param in trained:

@@ -1,4 +1,4 @@
-"""A technique is left out for a reason based on a priced plan: the best plan with it, or the smallest."""
+"""A technique is left out for a reason based on an estimated plan: the best plan with it, or the smallest."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from hypothesis import strategies as st
 from tiny import words
 
 from memfit.planner import capacity, search, single_device
-from memfit.planner.capacity import needed_bytes
-from memfit.planner.explanations import (
+from memfit.planner.capacity import Cap, needed_bytes
+from memfit.planner.multi_device_explanations import (
     explain_techniques,
     traced_before_nothing_fits,
     traced_for_reasons,
 )
-from memfit.planner.recompute_budget import Cap
+from memfit.planner.reasons import ReasonInputs
 from memfit.planner.request import Planning, Request
-from memfit.planner.selection import Objective, Prices, decide, within_bounds
+from memfit.planner.search import build_result
+from memfit.planner.selection import Objective, within_bounds
 from memfit.planner.shortlist import counterfactuals, until_one_fits
-from memfit.planner.sketch_errors import may_fit, sketch_errors
+from memfit.planner.sketch_errors import may_fit_under, sketch_errors
 from memfit.planner.technique_groups import best_of_groups
 from memfit.report.choices import search_view
 from memfit.report.quantities import sentence_text
@@ -32,7 +33,7 @@ from memfit.techniques.registry import short_label
 from memfit.types.job import JobRef
 from memfit.types.machine import Device, Fact, Machine
 from memfit.types.plan import Accuracy, Bounds, Plan, use
-from memfit.types.result import Estimate, Interval, Reason
+from memfit.types.result import Estimate, Interval, Reason, ReasonKind
 
 PLAIN = Plan()
 MIXED, CHECKPOINTED = use("bf16-autocast"), use("activation-checkpointing")
@@ -44,7 +45,7 @@ def plan(*uses: Any) -> Plan:
     return Plan(uses=uses)
 
 
-def priced(of: Plan, peak: float, step_s: float, *, traced: bool = True) -> Estimate:
+def estimated(of: Plan, peak: float, step_s: float, *, traced: bool = True) -> Estimate:
     return Estimate(
         plan=of,
         allocated_bytes=Interval(value=peak, low=peak, high=peak),
@@ -59,31 +60,33 @@ def priced(of: Plan, peak: float, step_s: float, *, traced: bool = True) -> Esti
 
 # Sketches of all plans. The one of half batches in bf16 is too small: its trace needs 45.
 SKETCHES = [
-    priced(PLAIN, 100, 1.0, traced=False),
-    priced(plan(CHECKPOINTED), 30, 1.3, traced=False),
-    priced(plan(MIXED), 60, 0.8, traced=False),
-    priced(plan(MIXED, HALVES), 39, 0.9, traced=False),
-    priced(plan(MIXED, THIRDS, LOW_BIT), 35, 1.2, traced=False),
-    priced(plan(LOW_BIT), 80, 1.0, traced=False),
+    estimated(PLAIN, 100, 1.0, traced=False),
+    estimated(plan(CHECKPOINTED), 30, 1.3, traced=False),
+    estimated(plan(MIXED), 60, 0.8, traced=False),
+    estimated(plan(MIXED, HALVES), 39, 0.9, traced=False),
+    estimated(plan(MIXED, THIRDS, LOW_BIT), 35, 1.2, traced=False),
+    estimated(plan(LOW_BIT), 80, 1.0, traced=False),
 ]
 TRACED = [
-    priced(PLAIN, 100, 1.0),
-    priced(plan(CHECKPOINTED), 30, 1.3),
-    priced(plan(MIXED), 60, 0.8),
-    priced(plan(MIXED, HALVES), 45, 0.9),
+    estimated(PLAIN, 100, 1.0),
+    estimated(plan(CHECKPOINTED), 30, 1.3),
+    estimated(plan(MIXED), 60, 0.8),
+    estimated(plan(MIXED, HALVES), 45, 0.9),
 ]
 CAP = Cap(bytes=40, needs=lambda e: int(e.allocated_bytes.value), refuses=lambda of: ())
 
 
 def reasons(traced: Sequence[Estimate]) -> dict[str, Reason]:
-    found = decide(
+    found = build_result(
         traced,
         goal=Objective.FASTEST,
         cap_bytes=40,
         considered=len(SKETCHES),
-        fits=CAP.has,
+        meets_limits=CAP.holds,
         left_out=(),
-        price=Prices(lambda of: next(e for e in (*traced, *SKETCHES) if e.plan == of), sketches=SKETCHES),
+        inputs=ReasonInputs(
+            lambda of: next(e for e in (*traced, *SKETCHES) if e.plan == of), sketches=SKETCHES
+        ),
     )
     assert found.recommended is not None
     return {r.technique: r for r in found.recommended.reasons if r.kind != "saves"}
@@ -92,14 +95,14 @@ def reasons(traced: Sequence[Estimate]) -> dict[str, Reason]:
 def test_the_best_plan_with_a_technique_that_may_fit_is_traced_before_it_is_left_out() -> None:
     rival = plan(MIXED, THIRDS, LOW_BIT)
     assert counterfactuals(SKETCHES, TRACED, TRACED[1], cap=CAP, goal=Objective.FASTEST) == [rival]
-    found = reasons([*TRACED, priced(rival, 38, 1.4)])
+    found = reasons([*TRACED, estimated(rival, 38, 1.4)])
     for name in ("bf16-autocast", "adamw-8bit", "gradient-accumulation"):
         assert (found[name].kind, found[name].detail) == ("left_out_slower", rival.label)
         assert found[name].time_ratio == pytest.approx(1.4 / 1.3)
 
 
 def test_nothing_more_is_traced_once_the_best_plan_with_each_technique_was() -> None:
-    traced = [*TRACED, priced(plan(MIXED, THIRDS, LOW_BIT), 38, 1.4)]
+    traced = [*TRACED, estimated(plan(MIXED, THIRDS, LOW_BIT), 38, 1.4)]
     assert counterfactuals(SKETCHES, traced, traced[1], cap=CAP, goal=Objective.FASTEST) == []
 
 
@@ -107,9 +110,9 @@ def test_where_no_plan_with_a_technique_fits_the_smallest_is_traced_and_named() 
     tight = Cap(bytes=32, needs=CAP.needs, refuses=CAP.refuses)
     wanted = counterfactuals(SKETCHES, TRACED, TRACED[1], cap=tight, goal=Objective.FASTEST)
     assert wanted == [plan(MIXED, THIRDS, LOW_BIT)]
-    found = reasons([*TRACED, priced(wanted[0], 41, 1.4)])
+    found = reasons([*TRACED, estimated(wanted[0], 41, 1.4)])
     assert found["adamw-8bit"] == Reason(
-        kind="left_out_too_large",
+        kind=ReasonKind.LEFT_OUT_TOO_LARGE,
         technique="adamw-8bit",
         plan_count=2,
         least_bytes=41,
@@ -119,7 +122,7 @@ def test_where_no_plan_with_a_technique_fits_the_smallest_is_traced_and_named() 
 
 def test_a_technique_with_a_sketch_that_may_fit_is_called_not_looked_at() -> None:
     assert reasons(TRACED)["adamw-8bit"] == Reason(
-        kind="left_out_not_looked_at", technique="adamw-8bit", plan_count=1
+        kind=ReasonKind.LEFT_OUT_NOT_LOOKED_AT, technique="adamw-8bit", plan_count=1
     )
 
 
@@ -140,15 +143,15 @@ def test_traced_plans_that_do_not_fit_are_no_proof_for_others_that_may() -> None
         ),
     ],
 )
-def test_the_reason_with_the_priced_plans_is_printed_in_both_languages(lang: str, said: str) -> None:
-    found = decide(
-        [*TRACED, priced(plan(MIXED, THIRDS, LOW_BIT), 41, 1.4)],
+def test_the_reason_with_the_estimated_plans_is_printed_in_both_languages(lang: str, said: str) -> None:
+    found = build_result(
+        [*TRACED, estimated(plan(MIXED, THIRDS, LOW_BIT), 41, 1.4)],
         goal=Objective.FASTEST,
         cap_bytes=40,
         considered=6,
-        fits=CAP.has,
+        meets_limits=CAP.holds,
         left_out=(),
-        price=Prices(lambda of: next(e for e in TRACED if e.plan == of), sketches=SKETCHES),
+        inputs=ReasonInputs(lambda of: next(e for e in TRACED if e.plan == of), sketches=SKETCHES),
     )
     view = search_view(found).recommended
     assert view is not None
@@ -157,7 +160,7 @@ def test_the_reason_with_the_priced_plans_is_printed_in_both_languages(lang: str
 
 
 def test_before_nothing_is_said_to_fit_the_plans_that_may_are_traced() -> None:
-    traces = {e.plan: e for e in (*TRACED, priced(plan(MIXED, THIRDS, LOW_BIT), 31, 1.4))}
+    traces = {e.plan: e for e in (*TRACED, estimated(plan(MIXED, THIRDS, LOW_BIT), 31, 1.4))}
     looked = list[list[Plan]]()
     chosen = [PLAIN, plan(MIXED), plan(MIXED, HALVES)]
     added = until_one_fits(
@@ -173,11 +176,12 @@ def test_before_nothing_is_said_to_fit_the_plans_that_may_are_traced() -> None:
 # --- many devices
 
 
-class Scale:
+class FakePredictor:
     """The parts of a search that reasons use; ``whole`` are the traces of its sketches."""
 
     def __init__(self, cap_bytes: int, whole: Sequence[Estimate] = (), bounds: Bounds | None = None) -> None:
-        self.aim = SimpleNamespace(goal=Objective.FASTEST, cap_bytes=cap_bytes, host=lambda e: True)
+        cap = Cap(bytes=cap_bytes, needs=self.needs, refuses=lambda of: ())
+        self.request = SimpleNamespace(goal=Objective.FASTEST, cap=cap)
         self.whole, self.refused, self.bounds = (
             {e.plan: e for e in whole},
             dict[Plan, str](),
@@ -189,8 +193,8 @@ class Scale:
     def needs(self, e: Estimate) -> int:
         return int(e.allocated_bytes.value)
 
-    def fits(self, e: Estimate) -> bool:
-        return self.needs(e) <= self.aim.cap_bytes and within_bounds(self.bounds, e)
+    def meets_limits(self, e: Estimate) -> bool:
+        return self.request.cap.holds(e) and within_bounds(self.bounds, e)
 
     def expected(self, e: Estimate) -> Estimate:
         return e
@@ -204,24 +208,24 @@ class Scale:
         return trace
 
 
-WINNER = priced(plan(CHECKPOINTED), 30, 1.3)
+WINNER = estimated(plan(CHECKPOINTED), 30, 1.3)
 OTHERS = [e for e in SKETCHES if e.plan != WINNER.plan]
 KNOWN = [WINNER, *OTHERS]
 
 
-def told_of(scale: Scale, known: Sequence[Estimate], *, by_traces: bool = False) -> dict[str, Reason]:
-    told = explain_techniques(scale, WINNER, known, scale.fits, by_traces=by_traces)  # type: ignore[arg-type]
+def told_of(many: FakePredictor, known: Sequence[Estimate], *, by_traces: bool = False) -> dict[str, Reason]:
+    told = explain_techniques(many, WINNER, known, many.meets_limits, by_traces=by_traces)  # type: ignore[arg-type]
     return {r.technique: r for r in told}
 
 
-def traced_of(scale: Scale, known: Sequence[Estimate], *, quick: bool = True) -> list[Estimate]:
-    return list(traced_for_reasons(scale, WINNER, known, scale.fits, quick=quick))  # type: ignore[arg-type]
+def traced_of(many: FakePredictor, known: Sequence[Estimate], *, quick: bool = True) -> list[Estimate]:
+    return list(traced_for_reasons(many, WINNER, known, many.meets_limits, quick=quick))  # type: ignore[arg-type]
 
 
-def test_on_many_devices_a_technique_that_does_not_fit_is_reported_with_the_priced_plans() -> None:
-    told = told_of(Scale(27), KNOWN)
+def test_on_many_devices_a_technique_that_does_not_fit_is_reported_with_the_estimated_plans() -> None:
+    told = told_of(FakePredictor(27), KNOWN)
     assert told["adamw-8bit"] == Reason(
-        kind="left_out_too_large",
+        kind=ReasonKind.LEFT_OUT_TOO_LARGE,
         technique="adamw-8bit",
         plan_count=2,
         least_bytes=35,
@@ -232,52 +236,54 @@ def test_on_many_devices_a_technique_that_does_not_fit_is_reported_with_the_pric
 
 
 def test_on_many_devices_a_sketch_slightly_above_the_cap_is_traced_before_it_is_too_large() -> None:
-    trace = priced(plan(MIXED, THIRDS, LOW_BIT), 31, 1.4)
-    scale = Scale(32, [trace])
-    assert traced_of(scale, KNOWN, quick=False) == [trace]
+    trace = estimated(plan(MIXED, THIRDS, LOW_BIT), 31, 1.4)
+    many = FakePredictor(32, [trace])
+    assert traced_of(many, KNOWN, quick=False) == [trace]
     known = [trace if e.plan == trace.plan else e for e in KNOWN]
-    assert told_of(scale, known)["adamw-8bit"].kind == "left_out_slower"
-    tight = Scale(21, [trace])  # farther above the cap than sketches err
+    assert told_of(many, known)["adamw-8bit"].kind == "left_out_slower"
+    tight = FakePredictor(21, [trace])  # farther above the cap than sketches err
     assert not traced_of(tight, KNOWN, quick=False)
 
 
 def test_on_many_devices_a_sketch_that_may_fit_and_was_not_traced_is_called_not_looked_at() -> None:
-    told = told_of(Scale(32), KNOWN)
-    assert told["adamw-8bit"] == Reason(kind="left_out_not_looked_at", technique="adamw-8bit", plan_count=1)
+    told = told_of(FakePredictor(32), KNOWN)
+    assert told["adamw-8bit"] == Reason(
+        kind=ReasonKind.LEFT_OUT_NOT_LOOKED_AT, technique="adamw-8bit", plan_count=1
+    )
     needed = told["activation-checkpointing"]
     assert (needed.kind, needed.plan_count) == ("needed_not_looked_at", 2)
 
 
 def test_where_traces_are_quick_a_technique_is_left_out_only_by_traces() -> None:
-    trace = priced(plan(MIXED, HALVES), 44, 0.9)
-    scale = Scale(40, [trace, priced(plan(MIXED, THIRDS, LOW_BIT), 38, 1.4)])
-    traced = traced_of(scale, KNOWN)  # the best sketch does not fit; the smallest does
+    trace = estimated(plan(MIXED, HALVES), 44, 0.9)
+    many = FakePredictor(40, [trace, estimated(plan(MIXED, THIRDS, LOW_BIT), 38, 1.4)])
+    traced = traced_of(many, KNOWN)  # the best sketch does not fit; the smallest does
     assert {e.plan for e in traced} >= {trace.plan, plan(MIXED, THIRDS, LOW_BIT)}
     known = {e.plan: e for e in (*KNOWN, *traced)}
-    told = told_of(scale, [*known.values()], by_traces=True)
+    told = told_of(many, [*known.values()], by_traces=True)
     assert told["bf16-autocast"].detail == short_label(plan(MIXED, THIRDS, LOW_BIT))
-    assert told_of(Scale(40), KNOWN, by_traces=True)["bf16-autocast"].kind == "left_out_not_looked_at"
+    assert told_of(FakePredictor(40), KNOWN, by_traces=True)["bf16-autocast"].kind == "left_out_not_looked_at"
 
 
 def test_on_many_devices_plans_that_may_fit_are_traced_before_nothing_fits() -> None:
-    larger, smaller = priced(plan(CHECKPOINTED), 33, 1.3), priced(plan(MIXED, THIRDS, LOW_BIT), 31, 1.4)
-    scale = Scale(32, [larger, smaller])
-    found = list(traced_before_nothing_fits(scale, SKETCHES, scale.fits))  # type: ignore[arg-type]
+    larger, smaller = estimated(plan(CHECKPOINTED), 33, 1.3), estimated(plan(MIXED, THIRDS, LOW_BIT), 31, 1.4)
+    many = FakePredictor(32, [larger, smaller])
+    found = list(traced_before_nothing_fits(many, SKETCHES, many.meets_limits))  # type: ignore[arg-type]
     assert found == [larger, smaller]
-    scale = Scale(20, [larger, smaller])  # farther below all sketches than these err
-    assert not list(traced_before_nothing_fits(scale, SKETCHES, scale.fits))  # type: ignore[arg-type]
+    many = FakePredictor(20, [larger, smaller])  # farther below all sketches than these err
+    assert not list(traced_before_nothing_fits(many, SKETCHES, many.meets_limits))  # type: ignore[arg-type]
 
 
 def test_plans_that_could_not_be_traced_are_no_reason() -> None:
-    scale = Scale(40)
-    assert not traced_of(scale, KNOWN)
-    assert plan(MIXED, THIRDS, LOW_BIT) in scale.refused  # which the answer reports by themselves
-    assert "adamw-8bit" not in told_of(scale, KNOWN)
+    many = FakePredictor(40)
+    assert not traced_of(many, KNOWN)
+    assert plan(MIXED, THIRDS, LOW_BIT) in many.refused  # which the answer reports by themselves
+    assert "adamw-8bit" not in told_of(many, KNOWN)
 
 
 def test_a_plan_that_fits_but_is_late_is_not_reported_as_too_large() -> None:
     bounds = Bounds(deadline_s=0.5, steps=1)
-    late = told_of(Scale(1000, bounds=bounds), KNOWN)
+    late = told_of(FakePredictor(1000, bounds=bounds), KNOWN)
     assert late["adamw-8bit"].kind == "left_out_late"
     assert late["activation-checkpointing"].kind == "needed_late"
 
@@ -293,9 +299,10 @@ def test_no_plan_that_was_traced_needs_less_than_its_sketch_allows(
     pairs: list[tuple[int, float]], offset_bytes: int
 ) -> None:
     plans = [plan(use("gradient-accumulation", micro_batches=n + 2)) for n in range(len(pairs))]
-    sketches = [priced(of, peak, 1.0, traced=False) for of, (peak, _) in zip(plans, pairs, strict=True)]
+    sketches = [estimated(of, peak, 1.0, traced=False) for of, (peak, _) in zip(plans, pairs, strict=True)]
     traces = [
-        priced(of, peak * ratio + offset_bytes, 1.0) for of, (peak, ratio) in zip(plans, pairs, strict=True)
+        estimated(of, peak * ratio + offset_bytes, 1.0)
+        for of, (peak, ratio) in zip(plans, pairs, strict=True)
     ]
     errors = sketch_errors(sketches, traces, CAP.needs)
     for sketch, trace in zip(sketches, traces, strict=True):
@@ -304,13 +311,13 @@ def test_no_plan_that_was_traced_needs_less_than_its_sketch_allows(
 
 def test_a_constant_part_that_sketches_do_not_know_is_learned_from_traces() -> None:
     plans = [plan(use("gradient-accumulation", micro_batches=n)) for n in (2, 3, 4, 5, 6)]
-    sketches = [priced(of, 10 * n, 1.0, traced=False) for n, of in enumerate(plans, 1)]
-    traces = [priced(of, 10 * n + 400, 1.0) for n, of in enumerate(plans[:4], 1)]
+    sketches = [estimated(of, 10 * n, 1.0, traced=False) for n, of in enumerate(plans, 1)]
+    traces = [estimated(of, 10 * n + 400, 1.0) for n, of in enumerate(plans[:4], 1)]
     errors = sketch_errors(sketches, traces, CAP.needs)
     assert 440 < errors.least_need(50) <= 450
     cap = Cap(bytes=430, needs=CAP.needs, refuses=CAP.refuses)
-    assert not may_fit(sketches, traces, cap, Bounds())(sketches[-1])
-    assert may_fit(sketches, traces[:3], cap, Bounds())(sketches[-1])  # too few traces to know
+    assert not may_fit_under(cap, Bounds(), sketches, traces)(sketches[-1])
+    assert may_fit_under(cap, Bounds(), sketches, traces[:3])(sketches[-1])  # too few traces to know
 
 
 # --- the search
@@ -340,16 +347,16 @@ def test_a_search_traces_a_plan_with_every_technique_that_it_leaves_out(
     monkeypatch.setattr(single_device, "FINALISTS", 1)
     monkeypatch.setattr(capacity, "CPU_HEADROOM_BYTES", 0)
     found = search.search(
-        Request(job=JobRef(spec="words"), machine=PROCESSOR, cap_bytes=950_000, accuracy=Accuracy.EXACT),
+        Request(job_ref=JobRef(spec="words"), machine=PROCESSOR, cap_bytes=950_000, accuracy=Accuracy.EXACT),
         lambda *begun: None,
     )
     best = found.result.recommended
     assert best is not None
-    offered = {u.technique for traced, _ in found.pricer.traces for u in traced.uses}
+    offered = {u.technique for traced, _ in found.predictor.traces for u in traced.uses}
     compared = ("left_out_slower", "left_out_not_needed", "left_out_uncertain", "left_out_too_large")
     told = {r.technique: r for r in best.reasons if r.kind in compared}
     assert set(told) == offered - {u.technique for u in best.estimate.plan.uses}
-    traced = [found.pricer.whole(p) for p, _ in found.pricer.traces]
+    traced = [found.predictor.whole(p) for p, _ in found.predictor.traces]
     for name, reason in told.items():
         fitting = [e for e in traced if e.plan.get(name) and needed_bytes(e, PROCESSOR) <= found.cap_bytes]
         assert bool(fitting) == (reason.kind != "left_out_too_large")
@@ -367,31 +374,33 @@ def planned(traced: Sequence[Estimate], whole: Sequence[Estimate], *, ranks: int
             ranks=ranks, goal=Objective.FASTEST, machine=PROCESSOR, engine="native", bounds=Bounds()
         ),
         job=SimpleNamespace(steps=1),
-        pricer=SimpleNamespace(whole=by_plan.__getitem__, space=SimpleNamespace(half="bfloat16")),
-        cap_bytes=needed_bytes(priced(PLAIN, 40, 1.0), PROCESSOR),
+        predictor=SimpleNamespace(
+            whole=by_plan.__getitem__, job_facts=SimpleNamespace(half_precision="bfloat16")
+        ),
+        cap_bytes=needed_bytes(estimated(PLAIN, 40, 1.0), PROCESSOR),
         result=result,
         estimates=traced,
         sketches=SKETCHES,
-        fits=CAP.has,
+        meets_limits=CAP.holds,
     )
 
 
 def test_a_proof_of_concept_compares_the_best_traced_plan_of_each_group() -> None:
-    rival = priced(plan(MIXED, THIRDS, LOW_BIT), 38, 1.4)
+    rival = estimated(plan(MIXED, THIRDS, LOW_BIT), 38, 1.4)
     best = dict(best_of_groups(planned([*TRACED, rival], [])))
     assert best == {"mixed precision": rival.plan, "checkpointing": plan(CHECKPOINTED)}
 
 
 def test_a_group_of_which_no_traced_plan_fits_is_traced_until_one_does() -> None:
-    rival = priced(plan(MIXED, THIRDS, LOW_BIT), 38, 1.4)
+    rival = estimated(plan(MIXED, THIRDS, LOW_BIT), 38, 1.4)
     best = dict(best_of_groups(planned(TRACED, [rival])))
     assert best["mixed precision"] == rival.plan
-    too_large = priced(rival.plan, 41, 1.4)
+    too_large = estimated(rival.plan, 41, 1.4)
     assert "mixed precision" not in dict(best_of_groups(planned(TRACED, [too_large])))
 
 
 def test_sharding_is_compared_on_several_ranks_only() -> None:
-    sharded = priced(Plan(uses=(use("fsdp2"),), ranks=2), 30, 1.0)
-    traced = [*TRACED, priced(plan(MIXED, THIRDS, LOW_BIT), 38, 1.4), sharded]
+    sharded = estimated(Plan(uses=(use("fsdp2"),), ranks=2), 30, 1.0)
+    traced = [*TRACED, estimated(plan(MIXED, THIRDS, LOW_BIT), 38, 1.4), sharded]
     assert dict(best_of_groups(planned(traced, [], ranks=2)))["sharding"] == sharded.plan
     assert "sharding" not in dict(best_of_groups(planned(traced, [])))

@@ -18,14 +18,13 @@ from memfit.cost.op_time import signatures_by_weight
 from memfit.cost.step_time_calibration import merge_calibrations
 from memfit.planner import capacity, evaluate, machine_calibration, search, single_device
 from memfit.planner.block_traces import BlockTracer, Key
-from memfit.planner.capacity import fits_under, needed_bytes
-from memfit.planner.evaluate import Pricer
+from memfit.planner.capacity import Cap, fits_under, needed_bytes
+from memfit.planner.evaluate import Predictor
 from memfit.planner.plan_space import usable
-from memfit.planner.recompute_budget import Cap
-from memfit.planner.request import Request, space_of
+from memfit.planner.request import Request, job_facts
 from memfit.planner.selection import Objective
 from memfit.planner.shortlist import finalists, more_finalists
-from memfit.planner.stored_predictions import Result
+from memfit.planner.stored_predictions import CallOutcome
 from memfit.trace import trace_pool
 from memfit.trace.tracer import trace
 from memfit.trace.unroll import Mismatch
@@ -64,9 +63,9 @@ def quiet(stage: str, done: int, total: int, detail: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def pricer() -> Pricer:
+def predictor() -> Predictor:
     job = words(BLOCKS)
-    return Pricer(job=job, machine=CPU, space=space_of(job, "cpu"))
+    return Predictor(job=job, machine=CPU, job_facts=job_facts(job, "cpu"))
 
 
 FULL, MIXED = use("activation-checkpointing", every=1), use("bf16-autocast")
@@ -95,10 +94,10 @@ PLANS = [
 
 @pytest.mark.parametrize("uses", PLANS, ids=lambda u: Plan(uses=u).label)
 def test_a_sketch_is_close_to_the_whole_trace_and_never_much_too_low(
-    uses: tuple[Use, ...], pricer: Pricer
+    uses: tuple[Use, ...], predictor: Predictor
 ) -> None:
     plan = Plan(uses=uses)
-    sketch, whole = pricer.sketch(plan), pricer.whole(plan)
+    sketch, whole = predictor.sketch(plan), predictor.whole(plan)
     ratio = sketch.allocated_bytes.value / whole.allocated_bytes.value
     assert 0.98 <= ratio <= 1.10, ratio
     assert (sketch.traced, whole.traced) == (False, True)
@@ -108,8 +107,8 @@ def test_a_sketch_is_close_to_the_whole_trace_and_never_much_too_low(
     assert sketch.flops_per_step == pytest.approx(whole.flops_per_step, rel=0.05)
 
 
-def test_the_sketch_of_plain_training_is_exact_to_64_bytes(pricer: Pricer) -> None:
-    sketch, whole = pricer.sketch(Plan()), pricer.whole(Plan())
+def test_the_sketch_of_plain_training_is_exact_to_64_bytes(predictor: Predictor) -> None:
+    sketch, whole = predictor.sketch(Plan()), predictor.whole(Plan())
     for phase in ("forward", "backward", "optimizer"):
         assert sketch.phase_peak_bytes[phase] == pytest.approx(whole.phase_peak_bytes[phase], abs=64)
 
@@ -117,7 +116,7 @@ def test_the_sketch_of_plain_training_is_exact_to_64_bytes(pricer: Pricer) -> No
 def test_activation_offload_lowers_the_forward_peak_and_takes_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate, "_OFFLOADED_BYTES", 1024)  # everything here is smaller than the default
     job = words(BLOCKS)
-    found = Pricer(job=job, machine=CPU, space=space_of(job, "cpu"))
+    found = Predictor(job=job, machine=CPU, job_facts=job_facts(job, "cpu"))
     plan = Plan(uses=(use("activation-offload", to="disk", minimum_kib=1),))
     plain, sketch = found.sketch(Plan()), found.sketch(plan)
     assert sketch.phase_peak_bytes["forward"] < plain.phase_peak_bytes["forward"]
@@ -128,14 +127,14 @@ def test_activation_offload_lowers_the_forward_peak_and_takes_longer(monkeypatch
 
 
 def test_parts_are_traced_once_and_shared_between_machines(
-    pricer: Pricer, monkeypatch: pytest.MonkeyPatch
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pricer.sketch(Plan(uses=(micro(2),)))
+    predictor.sketch(Plan(uses=(micro(2),)))
     monkeypatch.setattr(evaluate, "trace", lambda *a, **k: pytest.fail("traced again"))
-    other = Pricer(
-        job=pricer.job,
-        space=pricer.space,
-        parts=pricer.parts,
+    other = Predictor(
+        job=predictor.job,
+        job_facts=predictor.job_facts,
+        part_digests=predictor.part_digests,
         machine=dataclasses.replace(
             CPU,
             name="faster",
@@ -144,7 +143,7 @@ def test_parts_are_traced_once_and_shared_between_machines(
             ),
         ),
     )
-    slow, fast = pricer.sketch(Plan(uses=(micro(4),))), other.sketch(Plan(uses=(micro(4),)))
+    slow, fast = predictor.sketch(Plan(uses=(micro(4),))), other.sketch(Plan(uses=(micro(4),)))
     assert fast.allocated_bytes == slow.allocated_bytes
     assert fast.step_s is not None
     assert slow.step_s is not None
@@ -154,31 +153,31 @@ def test_parts_are_traced_once_and_shared_between_machines(
 def test_a_sketch_of_a_batch_of_one_on_a_device_of_unknown_speed_has_no_step_time() -> None:
     job = dataclasses.replace(regression(), batch_size=1)
     unknown = dataclasses.replace(CPU, device=dataclasses.replace(CPU.device, peak_flops={}))
-    found = Pricer(job=job, machine=unknown, space=space_of(job, "cpu"))
+    found = Predictor(job=job, machine=unknown, job_facts=job_facts(job, "cpu"))
     sketch = found.sketch(Plan(uses=(use("activation-offload", to="disk", minimum_kib=64),)))
     assert sketch.step_s is None
     assert sketch.allocated_bytes.value > 0
 
 
-@pytest.mark.parametrize("price", [Pricer.whole, Pricer.sketch])
+@pytest.mark.parametrize("price", [Predictor.whole, Predictor.sketch])
 def test_a_new_calibration_prices_the_same_traces_again(
-    pricer: Pricer, price: Callable[[Pricer, Plan], Estimate]
+    predictor: Predictor, price: Callable[[Predictor, Plan], Estimate]
 ) -> None:
-    before = price(pricer, Plan())
-    some = next(op for op in pricer.seen() if op.op == "aten.addmm.default")
+    before = price(predictor, Plan())
+    some = next(op for op in predictor.seen() if op.op == "aten.addmm.default")
     rates = Calibration(flops_s={"float32": 1e10}, bandwidth_bytes_s=1e9, op_s={some.signature: 100.0})
     try:
-        pricer.recalibrate(rates)
-        after = price(pricer, Plan())
+        predictor.recalibrate(rates)
+        after = price(predictor, Plan())
     finally:
-        pricer.recalibrate(Calibration())
+        predictor.recalibrate(Calibration())
     assert after.step_s is not None
     assert after.step_s.value > 100
-    assert price(pricer, Plan()) == before
+    assert price(predictor, Plan()) == before
 
 
-def test_the_heaviest_operators_are_probed_first(pricer: Pricer) -> None:
-    ops = step_ops(pricer.trace(Plan()))
+def test_the_heaviest_operators_are_probed_first(predictor: Predictor) -> None:
+    ops = step_ops(predictor.trace(Plan()))
     weights = {op.signature: max(op.flops / 1e11, op.moved_bytes / 1e10, 2e-6) for op, _ in ops}
     order = signatures_by_weight(ops)
     assert set(order) == set(weights)
@@ -186,31 +185,31 @@ def test_the_heaviest_operators_are_probed_first(pricer: Pricer) -> None:
     assert [total[s] for s in order] == sorted(total.values(), reverse=True)
 
 
-# --- the space, caps and finalists
+# --- the facts of a job, caps and finalists
 
 
 def test_the_plan_space_is_derived_from_the_model() -> None:
-    space = space_of(words(BLOCKS), "cpu")
-    assert (space.block_count, space.batch_size, space.vocabulary) == (BLOCKS, 8, 512)
-    bare = space_of(regression(), "cuda")
-    assert (bare.block_count, bare.vocabulary, bare.device) == (0, 0, "cuda")
+    facts = job_facts(words(BLOCKS), "cpu")
+    assert (facts.block_count, facts.batch_size, facts.vocabulary) == (BLOCKS, 8, 512)
+    bare = job_facts(regression(), "cuda")
+    assert (bare.block_count, bare.vocabulary, bare.device_kind) == (0, 0, "cuda")
 
 
 @pytest.mark.parametrize("wrong", [{"blocks": "layers"}, {"head": "projection"}])
 def test_a_wrong_path_of_blocks_or_head_is_refused(wrong: dict[str, str]) -> None:
     with pytest.raises(UserError, match=r"layers|projection"):
-        space_of(dataclasses.replace(words(), **wrong), "cpu")
+        job_facts(dataclasses.replace(words(), **wrong), "cpu")
 
 
 def test_a_sketch_needs_about_as_much_of_a_gpu_as_the_whole_trace() -> None:
     on, job = machine("A100-80GB-SXM"), words(BLOCKS)
-    pricer = Pricer(job=job, machine=on, space=space_of(job, "cuda"))
-    whole = needed_bytes(pricer.whole(Plan()), on)  # mostly the context, whose upper end counts
-    assert needed_bytes(pricer.sketch(Plan()), on) == pytest.approx(whole, rel=0.1)
+    predictor = Predictor(job=job, machine=on, job_facts=job_facts(job, "cuda"))
+    whole = needed_bytes(predictor.whole(Plan()), on)  # mostly the context, whose upper end counts
+    assert needed_bytes(predictor.sketch(Plan()), on) == pytest.approx(whole, rel=0.1)
 
 
-def test_needed_bytes_include_the_overhead_beside_the_tensors(pricer: Pricer) -> None:
-    found = pricer.whole(Plan())
+def test_needed_bytes_include_the_overhead_beside_the_tensors(predictor: Predictor) -> None:
+    found = predictor.whole(Plan())
     peak = found.allocated_bytes.value
     assert needed_bytes(found, CPU) == int(peak * 1.05) + 2 * 2**20
     assert needed_bytes(found, CUDA) == int(peak * 1.06) + 2**30
@@ -218,8 +217,8 @@ def test_needed_bytes_include_the_overhead_beside_the_tensors(pricer: Pricer) ->
     assert not fits_under(needed_bytes(found, CPU) - 1, CPU)(found)
 
 
-def test_finalists_are_plain_the_best_and_the_smallest_without_repeats(pricer: Pricer) -> None:
-    sketches = [pricer.sketch(Plan(uses=uses)) for uses in PLANS]
+def test_finalists_are_plain_the_best_and_the_smallest_without_repeats(predictor: Predictor) -> None:
+    sketches = [predictor.sketch(Plan(uses=uses)) for uses in PLANS]
     smallest = min(sketches, key=lambda e: e.allocated_bytes.value)
     fastest = min(sketches, key=lambda e: e.step_s.value if e.step_s else 0.0)
     chosen = finalists(sketches, lambda e: True, Objective.FASTEST, 8)
@@ -230,9 +229,11 @@ def test_finalists_are_plain_the_best_and_the_smallest_without_repeats(pricer: P
     assert smallest.plan in none_fit
 
 
-def test_more_finalists_are_the_next_best_that_fit_after_correction_by_traced_plans(pricer: Pricer) -> None:
+def test_more_finalists_are_the_next_best_that_fit_after_correction_by_traced_plans(
+    predictor: Predictor,
+) -> None:
     """A trace of twice its sketch doubles the expected size of all sketches with the same techniques."""
-    sketch = pricer.sketch(Plan())
+    sketch = predictor.sketch(Plan())
 
     def made(seconds: float, size: float, *uses: Use) -> Estimate:
         return dataclasses.replace(
@@ -271,7 +272,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, machine: Machine = CPU, cap_bytes: in
     monkeypatch.setattr(single_device, "FINALISTS", 3)
     monkeypatch.setattr(capacity, "CPU_HEADROOM_BYTES", 0)  # larger than the whole job here
     return Request(
-        job=JobRef(spec="words"),
+        job_ref=JobRef(spec="words"),
         machine=machine,
         cap_bytes=cap_bytes,
         accuracy=Accuracy.EXACT,
@@ -281,7 +282,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, machine: Machine = CPU, cap_bytes: in
 
 def test_a_search_recommends_a_plan_that_fits_and_was_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     stages: list[str] = []
-    plain = Pricer(job=words(2), machine=CPU, space=space_of(words(2), "cpu")).whole(Plan())
+    plain = Predictor(job=words(2), machine=CPU, job_facts=job_facts(words(2), "cpu")).whole(Plan())
     cap = int(plain.allocated_bytes.value * 0.95)
     found = search.search(asked(monkeypatch, cap_bytes=cap), lambda stage, *rest: stages.append(stage))
     assert found.cap_reason == "asked for"
@@ -308,10 +309,10 @@ def test_a_search_raises_where_nothing_fits_and_caps_a_gpu_at_its_memory(
 
 
 def test_the_demonstration_cap_is_the_jobs_share_of_the_baselines_peak(
-    pricer: Pricer, monkeypatch: pytest.MonkeyPatch
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request, peak = asked(monkeypatch), Interval(value=800, low=800, high=800)
-    basis = dataclasses.replace(pricer.sketch(Plan()), allocated_bytes=peak)
+    basis = dataclasses.replace(predictor.sketch(Plan()), allocated_bytes=peak)
     assert search._cap(request, basis, 0.25) == (
         200,
         "demonstration: a quarter of the baseline's predicted peak",
@@ -333,21 +334,23 @@ def test_excluded_techniques_are_not_considered(monkeypatch: pytest.MonkeyPatch)
     assert searches[1].considered < searches[0].considered
 
 
-def test_optimizers_are_left_out_where_their_states_are_small(pricer: Pricer) -> None:
-    offered, _ = usable(pricer.space, Accuracy.ANY)
-    fewer, reasons = usable(pricer.space, Accuracy.ANY, small_states_bytes=2**20)
+def test_optimizers_are_left_out_where_their_states_are_small(predictor: Predictor) -> None:
+    offered, _ = usable(predictor.job_facts, Accuracy.ANY)
+    fewer, reasons = usable(predictor.job_facts, Accuracy.ANY, negligible_state_bytes=2**20)
     gone = {t.name for t in offered} - {t.name for t in fewer}
     assert {"adafactor", "sgd"} <= gone == {r.technique for r in reasons if r.kind == "left_out_small"}
     assert {r.saved_bytes for r in reasons if r.kind == "left_out_small"} == {2**20}
 
 
 def test_parts_traced_in_parallel_equal_parts_traced_one_by_one() -> None:
-    ready, plain = (Pricer(job=words(2), machine=CPU, space=space_of(words(2), "cpu")) for _ in range(2))
+    ready, plain = (
+        Predictor(job=words(2), machine=CPU, job_facts=job_facts(words(2), "cpu")) for _ in range(2)
+    )
     some = [Plan(uses=uses) for uses in PLANS[:4]]
     ready.prepare(some)
-    made = dict(ready.parts)
+    made = dict(ready.part_digests)
     assert [ready.sketch(plan) for plan in some] == [plain.sketch(plan) for plan in some]
-    assert ready.parts.keys() == made.keys()
+    assert ready.part_digests.keys() == made.keys()
     ready.trace_all(some)
     assert [ready.whole(plan) for plan in some] == [plain.whole(plan) for plan in some]
 
@@ -356,14 +359,18 @@ def _without_clocks(ops: evaluate.Weighted) -> list[object]:
     return [(dataclasses.replace(op, clock=0), count) for op, count in ops]
 
 
-def _passes(pricer: Pricer) -> dict[object, object]:
+def _passes(predictor: Predictor) -> dict[object, object]:
     """Return of each part what a sketch takes of its passes, without the clocks of the operators that stand
     for equal ones."""
     of_updates = (evaluate._RESIDENT, evaluate._OPTIMIZER)
     return {
-        key: ([x for i, x in enumerate(entries) if i not in of_updates], _without_clocks(passes), micros)
-        for key, (entries, passes, _, micros) in pricer.parts.items()
-        if key[2] == 1
+        key: (
+            [x for i, x in enumerate(digest.entries) if i not in of_updates],
+            _without_clocks(digest.micro_ops),
+            digest.micro_batches,
+        )
+        for key, digest in predictor.part_digests.items()
+        if key.steps == 1
     }
 
 
@@ -375,7 +382,7 @@ def test_parts_with_some_blocks_recomputed_are_put_together_from_those_with_none
     blocks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = words(blocks)
-    fast, slow = (Pricer(job=job, machine=CPU, space=space_of(job, "cpu")) for _ in range(2))
+    fast, slow = (Predictor(job=job, machine=CPU, job_facts=job_facts(job, "cpu")) for _ in range(2))
     monkeypatch.setattr(trace_pool, "_may_fork", lambda: False)
     plans, traced = [Plan(), *RECOMPUTED, *(p.with_use(MIXED) for p in (Plan(), *RECOMPUTED))], list[Plan]()
 
@@ -388,7 +395,7 @@ def test_parts_with_some_blocks_recomputed_are_put_together_from_those_with_none
     assert not [
         p for p in traced if (use := p.get("activation-checkpointing")) and use.settings["every"] != 1
     ]
-    monkeypatch.setattr(Pricer, "_pair", lambda *part: None)
+    monkeypatch.setattr(Predictor, "_mix_sources", lambda *part: None)
     slow.prepare(plans)
     assert _passes(fast) == _passes(slow)
     assert [fast.sketch(plan) for plan in plans] == [slow.sketch(plan) for plan in plans]
@@ -399,47 +406,49 @@ def test_parts_that_cannot_be_put_together_are_traced(monkeypatch: pytest.Monkey
         raise Mismatch("refused")
 
     job = words(3)
-    pricer = Pricer(job=job, machine=CPU, space=space_of(job, "cpu"))
+    predictor = Predictor(job=job, machine=CPU, job_facts=job_facts(job, "cpu"))
     monkeypatch.setattr(trace_pool, "_may_fork", lambda: False)
     monkeypatch.setattr(evaluate, "mixed", refused)
-    pricer.prepare([Plan(), *RECOMPUTED])
+    predictor.prepare([Plan(), *RECOMPUTED])
     monkeypatch.setattr(evaluate, "trace", lambda *a, **k: pytest.fail("traced again"))
-    assert [pricer.sketch(plan).plan for plan in RECOMPUTED] == RECOMPUTED
+    assert [predictor.sketch(plan).plan for plan in RECOMPUTED] == RECOMPUTED
 
 
-def test_what_a_cut_search_has_traced_is_put_together_after_its_deadline(
+def test_what_a_search_out_of_time_has_traced_is_put_together_after_its_deadline(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     job = words(3)
-    pricer, inner = Pricer(job=job, machine=CPU, space=space_of(job, "cpu")), Pricer._add_parts
+    predictor, inner = Predictor(job=job, machine=CPU, job_facts=job_facts(job, "cpu")), Predictor._add_parts
 
-    def cut(pricer: Pricer, calls: Sequence[Callable[[], Result]], *args: Any, **deadline: Any) -> None:
-        inner(pricer, calls, *args, **deadline)
+    def out_of_time(
+        predictor: Predictor, calls: Sequence[Callable[[], CallOutcome]], *args: Any, **deadline: Any
+    ) -> None:
+        inner(predictor, calls, *args, **deadline)
         if not deadline:
             raise TimeUp
 
     monkeypatch.setattr(trace_pool, "_may_fork", lambda: False)
-    monkeypatch.setattr(Pricer, "_add_parts", cut)
+    monkeypatch.setattr(Predictor, "_add_parts", out_of_time)
     with pytest.raises(TimeUp):
-        pricer.prepare([Plan(), *RECOMPUTED])
-    assert pricer.compose() == []
+        predictor.prepare([Plan(), *RECOMPUTED])
+    assert predictor.compose() == []
     monkeypatch.setattr(evaluate, "trace", lambda *a, **k: pytest.fail("traced again"))
-    assert [pricer.sketch(plan).plan for plan in RECOMPUTED] == RECOMPUTED
+    assert [predictor.sketch(plan).plan for plan in RECOMPUTED] == RECOMPUTED
 
 
 def test_the_optimizer_of_plain_training_is_sketched_from_its_whole_trace(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     job = dataclasses.replace(words(6), batch_size=1)  # no micro-batches
-    pricer, parts = Pricer(job=job, machine=CPU, space=space_of(job, "cpu")), list[int]()
-    whole = pricer.whole(Plan())
+    predictor, parts = Predictor(job=job, machine=CPU, job_facts=job_facts(job, "cpu")), list[int]()
+    whole = predictor.whole(Plan())
 
     def watched(job: Job, plan: Plan, **options: Any) -> Trace:
         parts.append(options["steps"])
         return trace(job, plan, **options)
 
     monkeypatch.setattr(evaluate, "trace", watched)
-    sketch = pricer.sketch(Plan())
+    sketch = predictor.sketch(Plan())
     assert set(parts) == {1}
     assert sketch.phase_peak_bytes["optimizer"] == whole.phase_peak_bytes["optimizer"]
 
@@ -462,22 +471,22 @@ def test_updates_after_gradients_of_zero_need_the_memory_and_the_operators_of_th
     uses: tuple[Use, ...], machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job, plan = words(3), Plan(uses=uses)
-    pricer = Pricer(job=job, machine=machine, space=space_of(job, machine.device.kind))
-    assert pricer._updates_need_no_pass(plan)
-    updates = pricer._trace_part(job, plan, 2)
-    monkeypatch.setattr(Pricer, "_updates_need_no_pass", lambda *plan: False)
-    with_passes = pricer._trace_part(job, plan, 2)
+    predictor = Predictor(job=job, machine=machine, job_facts=job_facts(job, machine.device.kind))
+    assert predictor._updates_need_no_pass(plan)
+    updates = predictor._trace_part(job, plan, 2)
+    monkeypatch.setattr(Predictor, "_updates_need_no_pass", lambda *plan: False)
+    with_passes = predictor._trace_part(job, plan, 2)
     assert len(updates.ops) < len(with_passes.ops)
-    (fast, _, fast_ops, _), (slow, _, slow_ops, _) = map(evaluate._digested, (updates, with_passes))
+    fast, slow = map(evaluate._digest, (updates, with_passes))
     used = [evaluate._RESIDENT, evaluate._OPTIMIZER, evaluate._HOST]
-    assert [fast[entry] for entry in used] == [slow[entry] for entry in used]
-    assert _without_clocks(fast_ops) == _without_clocks(slow_ops)
+    assert [fast.entries[i] for i in used] == [slow.entries[i] for i in used]
+    assert _without_clocks(fast.optimizer_ops) == _without_clocks(slow.optimizer_ops)
 
 
 def test_updates_are_traced_with_their_pass_if_more_than_gradients_is_left_of_it() -> None:
     job = regression()  # the mean of squares keeps the memory of the squares
-    pricer = Pricer(job=job, machine=CUDA, space=space_of(job, "cuda"))
-    assert not pricer._updates_need_no_pass(Plan())
+    predictor = Predictor(job=job, machine=CUDA, job_facts=job_facts(job, "cuda"))
+    assert not predictor._updates_need_no_pass(Plan())
 
 
 class Wrapped(nn.Module):
@@ -514,7 +523,7 @@ def test_the_parts_of_a_bare_sequential_are_those_of_a_model_that_contains_it() 
 # --- measured rivals of the best plan
 
 
-class Prices:
+class TimedPlans:
     """Bytes and seconds of plans that a test sets; measuring the operators changes the seconds."""
 
     def __init__(self, like: Estimate, told: dict[Plan, tuple[int, float]], then: dict[Plan, float]) -> None:
@@ -550,7 +559,7 @@ OTHER = Plan(uses=(use("gradient-accumulation", micro_batches=2),))
     ],
 )
 def test_the_best_plan_is_measured_beside_those_that_lack_one_of_its_techniques(
-    pricer: Pricer, monkeypatch: pytest.MonkeyPatch, then: dict[Plan, float], wanted: Plan
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch, then: dict[Plan, float], wanted: Plan
 ) -> None:
     mib = 2**20
     told = {
@@ -560,16 +569,16 @@ def test_the_best_plan_is_measured_beside_those_that_lack_one_of_its_techniques(
         SECOND: (800 * mib, 1.0),
         OTHER: (350 * mib, 2.0),
     }
-    prices = Prices(pricer.whole(Plan()), told, then)
+    timed = TimedPlans(predictor.whole(Plan()), told, then)
     monkeypatch.setattr(single_device, "calibrate", lambda p, r, t, plans, **rest: p.measured.update(plans))
-    request = Request(job=JobRef(spec="words"), machine=dataclasses.replace(CPU, is_here=True))
-    made = [prices.whole(plan) for plan in (Plan(), BOTH, OTHER)]
+    request = Request(job_ref=JobRef(spec="words"), machine=dataclasses.replace(CPU, is_here=True))
+    made = [timed.whole(plan) for plan in (Plan(), BOTH, OTHER)]
     fits = capacity.fits_under(500 * mib, request.machine)
-    found = single_device._with_rivals(prices, request, fits, made, quiet)
+    found = single_device._with_rivals(timed, request, fits, made, quiet)
     fitting = [e for e in found if e.allocated_bytes.value < 450 * mib]
     best = min(fitting, key=lambda e: e.step_s.value if e.step_s else 0.0)
     assert best.plan == wanted
-    assert wanted in prices.measured
+    assert wanted in timed.measured
 
 
 # --- calibration by a child
@@ -594,7 +603,7 @@ def test_on_this_machine_the_search_calibrates_and_keeps_the_better_rates(
     told = Calibration(
         flops_s={"float32": 1e9}, bandwidth_bytes_s=1e8, op_s={"s": 1.0}, overhead_s=1e-6, took_s=1.0
     )
-    found = search.search(here(monkeypatch, told), quiet).pricer.calibration
+    found = search.search(here(monkeypatch, told), quiet).predictor.calibration
     assert found.machine == "this machine"
     assert found.flops_s == {"float32": 1e9}
     assert found.took_s >= 2.0  # calibrated twice: over the search space, and for its best plans
@@ -622,9 +631,9 @@ def test_a_failed_calibration_raises_an_error_with_its_reason(monkeypatch: pytes
         search.search(here(monkeypatch, None), quiet)
 
 
-def test_representatives_span_batch_and_precision(pricer: Pricer) -> None:
-    labels = {p.label for p in machine_calibration._representatives(pricer, [])}
+def test_representatives_span_batch_and_precision(predictor: Predictor) -> None:
+    labels = {p.label for p in machine_calibration._representatives(predictor, [])}
     assert {"plain", "bf16-autocast", "gradient-accumulation(micro_batches=8)"} <= labels
-    alone = dataclasses.replace(pricer, space=dataclasses.replace(pricer.space, batch_size=1))
+    alone = dataclasses.replace(predictor, job_facts=dataclasses.replace(predictor.job_facts, batch_size=1))
     assert [p.label for p in machine_calibration._representatives(alone, [])] == ["plain", "bf16-autocast"]
     assert [p.label for p in machine_calibration._representatives(alone, ["bf16-autocast"])] == ["plain"]

@@ -19,7 +19,8 @@ from memfit.cost.stream_simulator import StreamSimulator
 from memfit.engines import native
 from memfit.engines.registry import engine
 from memfit.planner.block_traces import BlockTracer
-from memfit.planner.evaluate import Pricer
+from memfit.planner.capacity import Cap
+from memfit.planner.evaluate import Predictor
 from memfit.planner.grid_search import GridSketches, Sketch, find, per_host, picked
 from memfit.planner.parallelism_grid import Limits
 from memfit.planner.plan_kinds import kind
@@ -43,54 +44,51 @@ Tell = Callable[[str, int, int, str], None]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Aim:
+class MultiDeviceRequest:
     """What a search for many devices is asked for.
 
-    ``cap_bytes``: memory of one device that a plan may use. ``needs`` returns how many bytes of it an
-    estimate's plan needs. ``host`` tells whether the host has enough memory for an estimate's plan; the
-    default says that it always has. ``bounds``: the deadline, the budget of money and other limits beside
-    memory. ``tell(stage, done, total, detail)`` is called with the progress.
+    ``cap``: the memory of one device and of its host that a plan may use. ``bounds``: the deadline, the
+    budget of money and other limits beside memory. ``tell(stage, done, total, detail)`` is called with the
+    progress.
     """
 
     goal: Objective
     accuracy: Accuracy
-    cap_bytes: int
-    needs: Callable[[Estimate], int]
+    cap: Cap
     bounds: Bounds
     tell: Tell
-    host: Callable[[Estimate], bool] = lambda estimate: True
     limit_s: float | None = None  # the search's time limit, as the result states it
 
 
-class Scale:
+class MultiDevicePredictor:
     """Predicts plans of one job on one machine for different numbers of devices: by sketches, composed from
     small traces, and by whole traces.
 
     The small traces are shared between the numbers of devices. ``refused``: for each plan whose whole trace
     failed, a text that says why. ``pairs``: (estimate by the sketch, estimate by the whole trace) of each
-    plan that was traced whole and has a step time. Creating a Scale raises UserError if the speed of the
-    device is unknown or the model has no repeated blocks.
+    plan that was traced whole and has a step time. Creating a MultiDevicePredictor raises UserError if the
+    speed of the device is unknown or the model has no repeated blocks.
     """
 
-    def __init__(self, pricer: Pricer, aim: Aim) -> None:
-        self.pricer, self.aim, self.machine = pricer, aim, pricer.machine
-        self.bounds, self.tell, self.needs = aim.bounds, aim.tell, aim.needs
-        self.deadline = pricer.deadline
-        self.engine = engine(pricer.engine)
+    def __init__(self, plan_predictor: Predictor, request: MultiDeviceRequest) -> None:
+        self.plan_predictor, self.request, self.machine = plan_predictor, request, plan_predictor.machine
+        self.bounds, self.tell, self.needs = request.bounds, request.tell, request.cap.needs
+        self.deadline = plan_predictor.deadline
+        self.engine = engine(plan_predictor.engine)
         self.refused: dict[Plan, str] = {}
         self.pairs: list[tuple[Estimate, Estimate]] = []  # (sketch, whole trace) of each finalist
-        if pricer.model is None:
+        if plan_predictor.model is None:
             raise UserError(
                 f"step times on {self.machine.device.name} are unknown, because its machine file does not "
                 "say how fast it computes",
                 hint="add the device's peak FLOP/s and memory bandwidth to its machine file",
             )
-        self.model = pricer.model
-        self.traced = BlockTracer(pricer.job, pricer.device)
+        self.model = plan_predictor.model
+        self.traced = BlockTracer(plan_predictor.job, plan_predictor.device_kind)
         self.found: dict[int, GridSketches] = {}
         self.sketched: dict[int, list[Sketch]] = {}  # by number of devices
         self.tried: set[int] = set()  # numbers of devices for which plans were looked for
-        self.cap_bytes = self.allocated_cap(aim.cap_bytes)
+        self.cap_bytes = self.allocated_cap(request.cap.bytes)
 
     def allocated_cap(self, cap_bytes: float) -> float:
         """Return the highest peak of live tensors, in bytes, at which a sketch without buffers of NCCL needs
@@ -116,7 +114,7 @@ class Scale:
             )
             fitting_bytes, excessive_bytes = (
                 (middle_bytes, excessive_bytes)
-                if self.needs(probe) <= cap_bytes and self.aim.host(probe)
+                if self.needs(probe) <= cap_bytes and self.request.cap.host(probe)
                 else (fitting_bytes, middle_bytes)
             )
         return fitting_bytes
@@ -129,7 +127,7 @@ class Scale:
         return 0.0 if host_memory_bytes is None else host_memory_bytes / min(ranks, per_host(self.machine))
 
     def fits_memory(self, estimate: Estimate) -> bool:
-        return self.needs(estimate) <= self.aim.cap_bytes and self.aim.host(estimate)
+        return self.request.cap.holds(estimate)
 
     def sketches(self, ranks: int) -> GridSketches:
         self.tried.add(ranks)
@@ -146,24 +144,24 @@ class Scale:
     def limits(self, ranks: int) -> Limits:
         devices_per_host, known_techniques = (
             per_host(self.machine),
-            self.engine.known - self.pricer.space.refused,
+            self.engine.known - self.plan_predictor.job_facts.refused,
         )
         degrees = tuple(2**i for i in range(5) if 2**i <= min(ranks, max(devices_per_host, 1)))
         return Limits(
             ranks=ranks,
             per_host=devices_per_host,
-            batch=self.pricer.job.batch_size,
+            batch=self.plan_predictor.job.batch_size,
             blocks=self.traced.blocks,
-            device=self.pricer.device,
+            device=self.plan_predictor.device_kind,
             tensor=degrees,
             context=tuple(d for d in degrees if d <= 8) if self.traced.is_single_chain else (1,),
             experts=self.traced.experts,
-            chunks=self.pricer.space.vocabulary >= 512,
-            effect=self.aim.accuracy.highest,
+            chunks=self.plan_predictor.job_facts.vocabulary >= 512,
+            effect=self.request.accuracy.highest,
             micro_batch=self.bounds.micro_batch,
-            splits=may_split(self.pricer.dependence, self.aim.accuracy),
+            splits=may_split(self.plan_predictor.dependence, self.request.accuracy),
             storage=storage_rates(self.machine, self.model, 1) is not None,
-            shares=may_share(self.pricer.dependence, self.aim.accuracy),
+            shares=may_share(self.plan_predictor.dependence, self.request.accuracy),
             refuses=None if self.engine.name == native.ENGINE.name else self.engine.supports,
             without=frozenset(self.bounds.without)
             | (frozenset() if self.traced.is_single_chain else NEEDS_SINGLE_CHAIN)
@@ -257,7 +255,7 @@ class Scale:
         """Return (resource of the machine, seconds by which the step would be shorter if the work of this
         resource took a tenth less time) for each resource that the plan's rank 0 uses, largest saving first.
         """
-        trace = self.pricer.trace(plan, layout(plan).distinct_ranks()[0])
+        trace = self.plan_predictor.trace(plan, layout(plan).distinct_ranks()[0])
         simulator = StreamSimulator(model=self.model, machine=self.machine, members=trace.members)
         return list(simulator.bottleneck(trace).items())
 
@@ -279,7 +277,7 @@ class Scale:
             sketch.plan,
             machine,
             allocated=allocated,
-            workers=self.pricer.job.workers,
+            workers=self.plan_predictor.job.workers,
         )
         return Estimate(
             plan=sketch.plan,
@@ -298,7 +296,7 @@ class Scale:
             device_bytes=memory.device_bytes,
             device_parts_bytes=memory.device_parts_bytes,
             oom_probability=memory.oom_probability,
-            dependence=self.pricer.dependence_under(sketch.plan),
+            dependence=self.plan_predictor.dependence_under(sketch.plan),
             host_bytes=host.bytes,
             host_parts_bytes=host.parts_bytes,
             host_memory_bytes=known_host(machine)[0],
@@ -328,7 +326,7 @@ class Scale:
                     grid,
                     *picked(
                         grid,
-                        self.found[plain_plan.ranks].price(grid),
+                        self.found[plain_plan.ranks].predict(grid),
                         int(numpy.ravel_multi_index(place, grid.shape)),
                     ),
                 )
@@ -336,7 +334,7 @@ class Scale:
 
     def ahead(self, plans: Sequence[Plan]) -> None:
         with optimizer_steps_only():
-            self.pricer.ahead(plans)
+            self.plan_predictor.ahead(plans)
 
     def whole(self, sketched_as: Estimate) -> Estimate:
         """Trace the plan of the sketch ``sketched_as`` whole and return its estimate, with energy, cost and
@@ -347,7 +345,7 @@ class Scale:
         sketches.
         """
         with optimizer_steps_only():
-            traced = self.billed(self.pricer.whole(sketched_as.plan))
+            traced = self.billed(self.plan_predictor.whole(sketched_as.plan))
         if traced.step_s is not None:
             self.pairs.append((sketched_as, traced))
             return traced

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from memfit.cost.host import host_line
 from memfit.planner.parallelism_grid import QUICK_BLOCKS
-from memfit.planner.plan_space import complexity
-from memfit.planner.recompute_budget import Cap
-from memfit.planner.selection import Objective, best, missed_bounds, none_fits, score, within_bounds
-from memfit.planner.sketch_errors import may_fit
+from memfit.planner.plan_space import effect_then_size_key
+from memfit.planner.reasons import none_fits
+from memfit.planner.selection import Objective, best, missed_bounds, score, within_bounds
+from memfit.planner.sketch_errors import may_fit_under
 from memfit.techniques.registry import short_label
 from memfit.types.errors import NothingFits, UserError
 from memfit.types.plan import Bounds, Plan
-from memfit.types.result import Estimate, Reason, Sensitivity
+from memfit.types.result import Estimate, Reason, ReasonKind, Sensitivity
 
 if TYPE_CHECKING:
-    from memfit.planner.device_pricing import Scale
+    from memfit.planner.multi_device_predictor import MultiDevicePredictor
 
 _QUICK_TRIES = 12  # most plans traced before nothing fits, if traces are quick
 _TRIES, _LONG_TRIES = 3, 2  # most plans traced for the reason about one technique; if traces are long
@@ -29,10 +29,10 @@ _GAIN = 0.03  # relative change of the score that is worth reporting
 
 
 def explain_techniques(
-    scale: Scale,
+    predictor: MultiDevicePredictor,
     winner: Estimate,
     known: Sequence[Estimate],
-    fits: Callable[[Estimate], bool],
+    meets_limits: Callable[[Estimate], bool],
     *,
     by_traces: bool = False,
 ) -> Iterator[Reason]:
@@ -41,51 +41,53 @@ def explain_techniques(
 
     For a technique of the winner, the winner is compared with the best fitting plan of ``known`` without it;
     for another technique, with the best fitting plan that has it. Best is the lowest score by the goal. If
-    ``by_traces``, only traced plans are compared; else sketches, corrected by `Scale.expected`, are, too, but
-    those that predict a better score than the winner's only if no other plan fits (see `is_comparable`). The
-    kind of the reason says whether the plan is worse by more than 3 % ("without_worse",
-    "left_out_slower") or not ("without_as_good", "left_out_not_needed").
+    ``by_traces``, only traced plans are compared; else sketches, corrected by
+    `MultiDevicePredictor.expected`, are, too, but those that predict a better score than the winner's only if
+    no other plan fits (see `is_comparable`). The kind of the reason says whether the plan is worse by more
+    than 3 % (WITHOUT_WORSE, LEFT_OUT_SLOWER) or not (WITHOUT_AS_GOOD, LEFT_OUT_NOT_NEEDED).
 
     If none of these plans fits, though some that were not traced may, their number is given
-    ("needed_not_looked_at", "left_out_not_looked_at"). If none may, the reason is that of `none_fits`.
+    (NEEDED_NOT_LOOKED_AT, LEFT_OUT_NOT_LOOKED_AT). If none may, the reason is that of `none_fits`.
 
     ``known``: estimates by whole traces, and sketches. Those of plans that could not be traced do not count.
     """
-    goal = scale.aim.goal
-    may = _may_fit(scale)
-    known = [e for e in known if e.plan not in scale.refused]
+    goal = predictor.request.goal
+    may_fit = _may_fit(predictor)
+    known = [e for e in known if e.plan not in predictor.refused]
 
     def relative(e: Estimate) -> float:
         return score(e, goal) / score(winner, goal)
 
     for name, has_technique, alternatives in _with_or_without(winner, known):
-        expected = [scale.expected(e) for e in alternatives]
+        expected = [predictor.expected(e) for e in alternatives]
         rivals = [
             e
             for e, known_as in zip(expected, alternatives, strict=True)
-            if fits(e) and (e.traced or may(known_as))
+            if meets_limits(e) and (e.traced or may_fit(known_as))
         ]
         if by_traces:
             rivals = [e for e in rivals if e.traced]
         rivals = [e for e in rivals if is_comparable(e, winner, goal)] or rivals
         if not rivals:
-            if untraced_count := sum(not e.traced and may(e) for e in alternatives):
-                kind = "needed_not_looked_at" if has_technique else "left_out_not_looked_at"
+            if untraced_count := sum(not e.traced and may_fit(e) for e in alternatives):
+                kind = ReasonKind.NEEDED_NOT_LOOKED_AT if has_technique else ReasonKind.LEFT_OUT_NOT_LOOKED_AT
                 yield Reason(kind=kind, technique=name, plan_count=untraced_count)
             else:
-                yield none_fits(name, expected, scale.needs, scale.aim.cap_bytes, inside=has_technique)
+                yield none_fits(
+                    name, expected, predictor.needs, predictor.request.cap.bytes, winner_has_it=has_technique
+                )
             continue
-        rival = min(rivals, key=lambda e: (relative(e), complexity(e.plan, e.dependence)))
+        rival = min(rivals, key=lambda e: (relative(e), effect_then_size_key(e.plan, e.dependence)))
         is_worse = relative(rival) > 1 + _GAIN
         ratio = rival.step_s.value / winner.step_s.value if rival.step_s and winner.step_s else None
         saved_bytes = int(winner.allocated_bytes.value - rival.allocated_bytes.value)
         kinds = (
-            ("without_worse", "without_as_good")
+            (ReasonKind.WITHOUT_WORSE, ReasonKind.WITHOUT_AS_GOOD)
             if has_technique
-            else ("left_out_slower", "left_out_not_needed")
+            else (ReasonKind.LEFT_OUT_SLOWER, ReasonKind.LEFT_OUT_NOT_NEEDED)
         )
         yield Reason(
-            kind=kinds[not is_worse],
+            kind=kinds[0] if is_worse else kinds[1],
             technique=name,
             saved_bytes=saved_bytes,
             time_ratio=ratio,
@@ -94,10 +96,10 @@ def explain_techniques(
 
 
 def traced_for_reasons(
-    scale: Scale,
+    predictor: MultiDevicePredictor,
     winner: Estimate,
     known: Sequence[Estimate],
-    fits: Callable[[Estimate], bool],
+    meets_limits: Callable[[Estimate], bool],
     *,
     quick: bool,
 ) -> Iterator[Estimate]:
@@ -113,25 +115,27 @@ def traced_for_reasons(
     most two plans are otherwise.
     """
     traced = {e.plan: e for e in known if e.traced}
-    refused = set(scale.refused)
+    refused = set(predictor.refused)
     for _, _, alternatives in _with_or_without(winner, known):
         for attempt in range(_TRIES if quick else _LONG_TRIES):
             estimates = [traced.get(e.plan, e) for e in alternatives if e.plan not in refused]
-            fitting = [e for e in estimates if fits(e)]
+            fitting = [e for e in estimates if meets_limits(e)]
             if any(e.traced for e in fitting) or (fitting and not quick):
                 break
             untraced = [e for e in estimates if not e.traced]
-            possible = list(filter(_may_fit(scale), untraced))
+            possible = list(filter(_may_fit(predictor), untraced))
             if quick and len(untraced) == len(estimates):
                 possible = possible or untraced  # the smallest, so that the reason rests on a trace
             if not possible:
                 break
-            fitting = [e for e in possible if fits(e)]
+            fitting = [e for e in possible if meets_limits(e)]
             if attempt == 0 and fitting:
-                chosen = min(fitting, key=lambda e: (score(e, scale.aim.goal), complexity(e.plan)))
+                chosen = min(
+                    fitting, key=lambda e: (score(e, predictor.request.goal), effect_then_size_key(e.plan))
+                )
             else:
-                chosen = min(possible, key=lambda e: (scale.needs(e), complexity(e.plan)))
-            trace = scale.traced_or_refused(chosen)
+                chosen = min(possible, key=lambda e: (predictor.needs(e), effect_then_size_key(e.plan)))
+            trace = predictor.traced_or_refused(chosen)
             if trace is None:
                 refused.add(chosen.plan)
             else:
@@ -140,33 +144,33 @@ def traced_for_reasons(
 
 
 def traced_before_nothing_fits(
-    scale: Scale, known: Sequence[Estimate], fits: Callable[[Estimate], bool]
+    predictor: MultiDevicePredictor, known: Sequence[Estimate], meets_limits: Callable[[Estimate], bool]
 ) -> Iterator[Estimate]:
     """Trace plans of the sketches in ``known`` that may fit (`_may_fit`), those that need the least device
     memory first, until one fits, and yield their estimates: at most three, or twelve of a model of at most 12
     blocks. Plans that cannot be traced are skipped.
     """
-    tried = {e.plan for e in known if e.traced} | scale.refused.keys()
-    for _ in range(_QUICK_TRIES if scale.traced.blocks <= QUICK_BLOCKS else _TRIES):
-        may = _may_fit(scale)
-        possible = [e for e in known if e.plan not in tried and may(e)]
+    tried = {e.plan for e in known if e.traced} | predictor.refused.keys()
+    for _ in range(_QUICK_TRIES if predictor.traced.blocks <= QUICK_BLOCKS else _TRIES):
+        may_fit = _may_fit(predictor)
+        possible = [e for e in known if e.plan not in tried and may_fit(e)]
         if not possible:
             return
-        smallest = min(possible, key=lambda e: (scale.needs(e), complexity(e.plan)))
+        smallest = min(possible, key=lambda e: (predictor.needs(e), effect_then_size_key(e.plan)))
         tried.add(smallest.plan)
-        trace = scale.traced_or_refused(smallest)
+        trace = predictor.traced_or_refused(smallest)
         if trace is not None:
             yield trace
-            if fits(trace):
+            if meets_limits(trace):
                 return
 
 
-def _may_fit(scale: Scale) -> Callable[[Estimate], bool]:
+def _may_fit(predictor: MultiDevicePredictor) -> Callable[[Estimate], bool]:
     """Return a function that tells whether the plan of a sketch may fit when it is traced, by the plans that
-    were traced so far (`may_fit`).
+    were traced so far (`may_fit_under`).
     """
-    cap = Cap(bytes=scale.aim.cap_bytes, needs=scale.needs, refuses=lambda plan: (), host=scale.aim.host)
-    return may_fit([s for s, _ in scale.pairs], [t for _, t in scale.pairs], cap, scale.bounds)
+    sketches, traced = [s for s, _ in predictor.pairs], [t for _, t in predictor.pairs]
+    return may_fit_under(predictor.request.cap, predictor.bounds, sketches, traced)
 
 
 def _with_or_without(
@@ -189,27 +193,27 @@ def is_comparable(e: Estimate, winner: Estimate, goal: Objective) -> bool:
     return e.traced or score(e, goal) >= score(winner, goal)
 
 
-def unsupported_reasons(scale: Scale) -> list[Reason]:
-    """Return one reason of kind "cannot" for each way in which the model cannot be divided or small parts of
-    it not be traced, and for each plan whose whole trace failed.
+def unsupported_reasons(predictor: MultiDevicePredictor) -> list[Reason]:
+    """Return one reason of kind CANNOT for each way in which the model cannot be divided or small parts of it
+    not be traced, and for each plan whose whole trace failed.
     """
-    refusals = [r for f in scale.found.values() for r in f.refused] + list(scale.refused.values())
-    return [Reason(kind="cannot", technique="", detail=text) for text in dict.fromkeys(refusals)]
+    refusals = [r for f in predictor.found.values() for r in f.refused] + list(predictor.refused.values())
+    return [Reason(kind=ReasonKind.CANNOT, technique="", detail=text) for text in dict.fromkeys(refusals)]
 
 
 def load_reasons(plan: Plan) -> list[Reason]:
-    """Return one reason of kind "expert_load" if the prices of the plan rest on an assumed load of experts;
-    its detail is that load over an even one.
+    """Return one reason of kind EXPERT_LOAD if the predictions of the plan rest on an assumed load of
+    experts; its detail is that load over an even one.
     """
     use = plan.get("expert-parallel")
     if use is None or not use.settings["dropless"]:
         return []
     load_ratio = int(use.settings["capacity_percent"]) / 100
-    return [Reason(kind="expert_load", technique="", detail=f"{load_ratio:g}")]
+    return [Reason(kind=ReasonKind.EXPERT_LOAD, technique="", detail=f"{load_ratio:g}")]
 
 
 def sensitivity(
-    scale: Scale, winner: Estimate, known: Sequence[Estimate], ranks: int
+    predictor: MultiDevicePredictor, winner: Estimate, known: Sequence[Estimate], ranks: int
 ) -> Iterator[Sensitivity]:
     """Yield what would change with more memory on each device, with twice as many devices as ``ranks``, and
     if the work of one resource of the machine took a tenth less time.
@@ -222,35 +226,40 @@ def sensitivity(
       search has no time left.
     - Each resource of which a tenth less time would shorten the step by more than 0.5 %.
     """
-    goal, cap_bytes = scale.aim.goal, scale.aim.cap_bytes
+    goal, cap_bytes = predictor.request.goal, predictor.request.cap.bytes
 
     def better(e: Estimate) -> bool:
-        return score(scale.expected(e), goal) < score(winner, goal) * (1 - _GAIN)
+        return score(predictor.expected(e), goal) < score(winner, goal) * (1 - _GAIN)
 
     larger_plans = [
-        e for e in known if within_bounds(scale.bounds, e) and scale.needs(e) > cap_bytes and better(e)
+        e
+        for e in known
+        if within_bounds(predictor.bounds, e) and predictor.needs(e) > cap_bytes and better(e)
     ]
     if larger_plans:
-        smallest = min(larger_plans, key=lambda e: (scale.needs(e), score(e, goal)))
-        extra_bytes = scale.needs(smallest) - cap_bytes
-        yield _sensitivity_to("memory", winner, scale.expected(smallest), more_bytes=extra_bytes)
-    if goal is not Objective.FEWEST and (2 * ranks in scale.found or scale.deadline.has_time()):
+        smallest = min(larger_plans, key=lambda e: (predictor.needs(e), score(e, goal)))
+        extra_bytes = predictor.needs(smallest) - cap_bytes
+        yield _sensitivity_to("memory", winner, predictor.expected(smallest), more_bytes=extra_bytes)
+    if goal is not Objective.FEWEST and (2 * ranks in predictor.found or predictor.deadline.has_time()):
         # more devices are smaller in any case, so compare by time
         objective = Objective.FASTEST if goal is Objective.SMALLEST else goal
         try:
             candidates = [
                 e
-                for e in scale.estimates(2 * ranks)
-                if scale.fits_memory(e) and within_bounds(scale.bounds, e)
+                for e in predictor.estimates(2 * ranks)
+                if predictor.fits_memory(e) and within_bounds(predictor.bounds, e)
             ]
             doubled_best = best(candidates, objective)
         except UserError:
             doubled_best = None
         if doubled_best is not None:
             yield _sensitivity_to(
-                "devices", winner, scale.expected(doubled_best), more_devices=2 * ranks - winner.plan.ranks
+                "devices",
+                winner,
+                predictor.expected(doubled_best),
+                more_devices=2 * ranks - winner.plan.ranks,
             )
-    for resource, saved_s in scale.bottleneck(winner.plan):
+    for resource, saved_s in predictor.bottleneck(winner.plan):
         step_s = winner.step_s.value if winner.step_s else math.inf
         if saved_s > 0.005 * step_s:
             yield Sensitivity(kind=resource, time_ratio=1 - saved_s / step_s)
@@ -271,7 +280,7 @@ def _sensitivity_to(kind: str, winner: Estimate, changed: Estimate, **extra: Any
     )
 
 
-def _more_memory(scale: Scale, known: Sequence[Estimate], ranks: int) -> Iterator[str]:
+def _more_memory(predictor: MultiDevicePredictor, known: Sequence[Estimate], ranks: int) -> Iterator[str]:
     """Yield changes of memory, each of which alone would be enough: by how much each device falls short of
     what the smallest plan needs; and the plan that fits the device and needs the least of the host, with what
     it needs of it. Only plans that keep to the deadline and the budget count; for the first change, also only
@@ -279,20 +288,21 @@ def _more_memory(scale: Scale, known: Sequence[Estimate], ranks: int) -> Iterato
 
     ``known``: the traced estimates, none of which fits both device and host. ``ranks``: as in `nothing_fits`.
     """
-    on_host = [e for e in known if within_bounds(scale.bounds, e) and scale.aim.host(e)]
+    on_host = [e for e in known if within_bounds(predictor.bounds, e) and predictor.request.cap.host(e)]
     if on_host:
-        extra_bytes = min(map(scale.needs, on_host)) - scale.aim.cap_bytes
+        extra_bytes = min(map(predictor.needs, on_host)) - predictor.request.cap.bytes
         yield f"{_rounded_up(extra_bytes / 2**30, 1)} GiB more on each device"
     on_device = [
         e
-        for e in (*known, *scale.estimates(ranks))
-        if scale.needs(e) <= scale.aim.cap_bytes and within_bounds(scale.bounds, e)
+        for e in (*known, *predictor.estimates(ranks))
+        if predictor.needs(e) <= predictor.request.cap.bytes and within_bounds(predictor.bounds, e)
     ]
     if on_device:
         preferred = min(
-            on_device, key=lambda e: (e.host_bytes.value if e.host_bytes else 0.0, complexity(e.plan))
+            on_device,
+            key=lambda e: (e.host_bytes.value if e.host_bytes else 0.0, effect_then_size_key(e.plan)),
         )
-        yield f"{short_label(preferred.plan)}, which {host_line(preferred, scale.machine)}"
+        yield f"{short_label(preferred.plan)}, which {host_line(preferred, predictor.machine)}"
 
 
 def _looser_bounds(bounds: Bounds, fitting: Sequence[Estimate]) -> Iterator[str]:
@@ -312,15 +322,15 @@ def _looser_bounds(bounds: Bounds, fitting: Sequence[Estimate]) -> Iterator[str]
         (bounds.deadline_s, Objective.FASTEST, budget),
         (bounds.budget_usd, Objective.CHEAPEST, deadline),
     )
-    priced = [
+    limited = [
         e
         for e in fitting
         if (bounds.deadline_s is None or e.step_s) and (bounds.budget_usd is None or e.usd is not None)
     ]
     for limit, objective, other_limit in wanted:
-        if limit is None or not priced:
+        if limit is None or not limited:
             continue
-        preferred = min(priced, key=lambda e: (not within_bounds(other_limit, e), score(e, objective)))
+        preferred = min(limited, key=lambda e: (not within_bounds(other_limit, e), score(e, objective)))
         changes = []
         if not within_bounds(deadline, preferred) and preferred.step_s:
             needed_s = preferred.step_s.value * bounds.steps
@@ -336,7 +346,9 @@ def _rounded_up(value: float, digits: int) -> str:
     return f"{math.ceil(value * 10**digits) / 10**digits:.{digits}f}"
 
 
-def nothing_fits(scale: Scale, known: Sequence[Estimate], ranks: int, *, unfinished: str = "") -> NothingFits:
+def nothing_fits(
+    predictor: MultiDevicePredictor, known: Sequence[Estimate], ranks: int, *, unfinished: str = ""
+) -> NothingFits:
     """Return the NothingFits error, with a list of changes (``ways``) that would help:
 
     - If some known plan fits the memory: the deadline and the budget of money of `_looser_bounds`.
@@ -347,24 +359,28 @@ def nothing_fits(scale: Scale, known: Sequence[Estimate], ranks: int, *, unfinis
     ``known``: the traced estimates, at least one. ``ranks``: the largest number of devices that was searched.
     ``unfinished``: as in NothingFits; numbers of devices are then not tried.
     """
-    goal, cap_bytes = scale.aim.goal, scale.aim.cap_bytes
-    smallest = min(known, key=lambda e: (scale.needs(e), complexity(e.plan, e.dependence)))
-    fitting = [e for e in known if scale.fits_memory(e)]
-    ways = list(_looser_bounds(scale.bounds, fitting) if fitting else _more_memory(scale, known, ranks))
+    goal, cap_bytes = predictor.request.goal, predictor.request.cap.bytes
+    smallest = min(known, key=lambda e: (predictor.needs(e), effect_then_size_key(e.plan, e.dependence)))
+    fitting = [e for e in known if predictor.fits_memory(e)]
+    ways = list(
+        _looser_bounds(predictor.bounds, fitting) if fitting else _more_memory(predictor, known, ranks)
+    )
     for factor in (2, 4, 8, 16) if not unfinished else ():
         try:
-            candidates = [e for e in scale.estimates(factor * ranks) if scale.fits_memory(e)]
+            candidates = [e for e in predictor.estimates(factor * ranks) if predictor.fits_memory(e)]
         except UserError:
             continue
-        if acceptable := [e for e in candidates if within_bounds(scale.bounds, e)]:
-            preferred = min(acceptable, key=lambda e: (score(e, goal), complexity(e.plan, e.dependence)))
+        if acceptable := [e for e in candidates if within_bounds(predictor.bounds, e)]:
+            preferred = min(
+                acceptable, key=lambda e: (score(e, goal), effect_then_size_key(e.plan, e.dependence))
+            )
             ways.append(f"{factor * ranks} devices, with {short_label(preferred.plan)}")
             break
     return NothingFits(
         cap_bytes=cap_bytes,
-        least_bytes=scale.needs(smallest),
+        least_bytes=predictor.needs(smallest),
         plan_text=short_label(smallest.plan),
         ways=tuple(dict.fromkeys(ways)),
-        missed=missed_bounds(scale.bounds, fitting),
+        missed=missed_bounds(predictor.bounds, fitting),
         unfinished=unfinished,
     )
