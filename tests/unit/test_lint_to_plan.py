@@ -20,6 +20,7 @@ from memfit.lint.parse import Setup, read
 from memfit.lint.to_plan import over
 from memfit.techniques.rank_mesh import layout
 from memfit.techniques.registry import conflict, make_use
+from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 from memfit.types.launch import RunSpec
 from memfit.types.plan import Plan, Use
@@ -293,6 +294,18 @@ def test_torchtitan_degrees_in_the_tables_of_older_releases_are_in_the_plan(
     found = carried(tmp_path, tt(**{table: {f"{name}_degree": 2}}))
     assert found.plan.ranks == 2
     assert technique in names(found)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        tt(parallelism={"data_parallel_shard_degree": 10**17}),
+        ("train.sh", "torchrun --nproc-per-node -8 pretrain_gpt.py --num-layers 24 --micro-batch-size 1\n"),
+    ],
+)
+def test_an_impossible_number_of_processes_is_refused(file: File, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the files ask for -?\d+ processes; allowed: 1 to 1,048,576"):
+        carried(tmp_path, file)
 
 
 def test_torchtitan_pipelines_of_older_releases_have_a_number_of_micro_batches(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Final
 
 from memfit.lint.clipping import NORMS
 from memfit.lint.draft import Carried, Draft
@@ -20,6 +20,9 @@ from memfit.lint.to_plan_lightning import from_lightning
 from memfit.lint.to_plan_mace import from_mace
 from memfit.lint.to_plan_openfold import from_openfold
 from memfit.lint.to_plan_scripts import from_megatron, from_torchtitan
+from memfit.types.errors import UserError
+
+_MOST_RANKS: Final = 2**20
 
 
 def over(setup: Setup) -> Carried:
@@ -29,8 +32,10 @@ def over(setup: Setup) -> Carried:
     and torchtitan, as the smallest number that their degrees of parallelism allow. ``left_out`` of the result
     lists the settings that no plan can express, settings that the plan depends on but that are known only
     when a script runs, and the files in ``setup.missing``. Raises UserError for a crop, batch or
-    blocks_per_ckpt of OpenFold that is not a whole number above 0; blocks_per_ckpt may also be null."""
+    blocks_per_ckpt of OpenFold that is not a whole number above 0; blocks_per_ckpt may also be null. Raises
+    UserError, too, for a number of processes that is not from 1 to 2**20."""
     engine, apply = _whose(setup)
+    _check_ranks(setup.ranks or 1)
     draft = Draft(ranks=setup.ranks or 1)
     tracked_options: dict[str, Any] = {
         kind: _TrackedOptions(
@@ -44,6 +49,7 @@ def over(setup: Setup) -> Carried:
         draft.leave(option, "its value is known only when the script runs: predicted without it")
     for name in setup.missing:
         draft.leave(f"the file {name}", "it does not exist or is no JSON file")
+    _check_ranks(draft.ranks)
     plan = dataclasses.replace(draft.plan, ranks=draft.ranks)
     return Carried(
         plan=plan,
@@ -57,6 +63,11 @@ def over(setup: Setup) -> Carried:
         carried=tuple(draft.carried),
         ema=draft.ema,
     )
+
+
+def _check_ranks(ranks: int) -> None:
+    if not 1 <= ranks <= _MOST_RANKS:
+        raise UserError(f"the files ask for {ranks} processes", allowed=f"1 to {_MOST_RANKS:,}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
