@@ -311,6 +311,17 @@ def test_a_closed_output_pipe_exits_without_a_traceback() -> None:
 # --- requests to the pipeline
 
 
+@pytest.mark.parametrize(("memory", "used_bytes"), [("20GiB", 20 * 2**30), ("24GiB", 25_383_256_719)])
+def test_more_memory_than_the_gpu_has_is_not_planned_with(
+    memory: str, used_bytes: int, pipeline: FakePipeline, ask: Ask
+) -> None:
+    code, _, err = ask("plan", "char-lm", "--on", "RTX-4090", "--memory", memory)
+    assert code == 0
+    assert pipeline.asked["request"].cap_bytes == used_bytes
+    warning = "memfit: warning: --memory 24GiB is more than RTX-4090 has: 23.64 GiB is used\n"
+    assert (warning in err) == (memory == "24GiB")
+
+
 def test_command_line_options_become_the_request(ask: Ask, pipeline: FakePipeline, tmp_path: Path) -> None:
     line = (
         "plan protein-ss --size 8M --batch 4 --steps 7 --memory 1.5GiB --goal smallest --accuracy any "

@@ -13,9 +13,8 @@ from memfit.cli.estimate_job import TraceFileOptions, write_trace_files
 from memfit.cli.options import SearchOptions
 from memfit.cli.output import check_choice, console, emit
 from memfit.cli.progress import Bars
-from memfit.cli.request import machine_of, writable
+from memfit.cli.request import machine_of, parse_cap, writable
 from memfit.types.errors import UserError
-from memfit.types.parsing import parse_bytes
 from memfit.types.plan import Accuracy
 
 if TYPE_CHECKING:
@@ -90,7 +89,7 @@ def estimate_command(
     """Run ``command`` until its second optimizer step, print the predicted memory, and with --plans the plans
     that a search finds; write ``files``. ``on``: the machine, as in --on. Raises UserError for options that
     do not go together."""
-    cap_bytes = parse_bytes(search_options.memory) if search_options.memory is not None else None
+    parse_cap(search_options.memory)
     if (options.save is not None or options.diff) and not options.plans:
         raise UserError("--save and --diff are for a recommended plan", hint="add --plans")
     source = _script_source(command) if options.diff else None
@@ -99,6 +98,7 @@ def estimate_command(
     for path in files.paths:
         writable(path)
     machine = machine_of(on, "world")  # may load torch
+    cap_bytes = parse_cap(search_options.memory, machine)
     with Bars(lang) as progress:
         progress("script", 0, 0, " ".join(command))
         from memfit.capture.estimate import estimate_script

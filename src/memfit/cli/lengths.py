@@ -12,11 +12,10 @@ import typer
 from memfit.cli.log_filters import quiet_libraries
 from memfit.cli.options import JobOptions
 from memfit.cli.output import check_choice, emit, print_table
-from memfit.cli.request import machine_of, print_workload
+from memfit.cli.request import machine_of, parse_cap, print_workload
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 from memfit.types.machine import Machine
-from memfit.types.parsing import parse_bytes
 from memfit.types.plan import Plan
 from memfit.types.units import format_bytes
 
@@ -108,8 +107,9 @@ def print_lengths(
     --on."""
     assert options.lengths is not None
     spec = job_options.job or _DEFAULT_JOB
-    cap_bytes = parse_bytes(memory) if memory is not None else None
+    parse_cap(memory)
     machine = machine_of(on, "world")
+    cap_bytes = parse_cap(memory, machine)
     if options.columns is not None:
         _print_two_sizes(options, spec, job_options, plan, machine, cap_bytes, as_json=as_json)
         return

@@ -164,17 +164,18 @@ class SearchOptions:
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Memory that the training must fit in on each device, for example 24GiB. Without a search "
-            "for a plan it is ignored, except by `memfit plan --from`, which checks whether the plan of the "
-            "files fits it, by `memfit estimate -- COMMAND`, which checks the script in the same way (by "
-            "default against all memory of the device), by `memfit estimate --lengths`, and by `memfit run`, "
-            "which limits the training to it (see --capped). Default: on "
-            "another machine's GPU, its memory; on this machine's GPU, what is free of its memory now; on a "
-            "CPU, where each process counts as a device, and always in `memfit poc`, only a demonstration: "
-            "a quarter of the peak memory of plain training (the job may set another share) or, if no plan "
-            "fits that, 10 % more than the smallest plan needs. `memfit plan --from` checks the plan of the "
-            "files against all memory of a GPU; on a CPU, the limit is what that plan needs, if it is for "
-            "one process, otherwise there is none.",
+            help="Memory that the training must fit in on each device, for example 24GiB; at most what a "
+            "GPU has. Without a search for a plan it is ignored, except by `memfit plan --from`, "
+            "which checks whether the plan of the files fits it, by `memfit estimate -- COMMAND`, "
+            "which checks the script in the same way (by default against all memory of the device), "
+            "by `memfit estimate --lengths`, and by `memfit run`, which limits the training to it "
+            "(see --capped). Default: on another machine's GPU, its memory; on this machine's GPU, "
+            "what is free of its memory now; on a CPU, where each process counts as a device, and "
+            "always in `memfit poc`, only a demonstration: a quarter of the peak memory of plain "
+            "training (the job may set another share) or, if no plan fits that, 10 % more than the "
+            "smallest plan needs. `memfit plan --from` checks the plan of the files against all "
+            "memory of a GPU; on a CPU, the limit is what that plan needs, if it is for one process, "
+            "otherwise there is none.",
         ),
     ] = None
     host_memory: Annotated[

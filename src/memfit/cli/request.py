@@ -21,6 +21,7 @@ from memfit.types.parsing import parse_bytes, parse_time_limit
 from memfit.types.plan import Accuracy, Bounds, Plan
 from memfit.types.result import SearchResult
 from memfit.types.sanitize import one_line
+from memfit.types.units import format_bytes
 from memfit.types.workload import Workload
 
 if TYPE_CHECKING:
@@ -42,9 +43,10 @@ def request(
     Raises UserError for an invalid option, and if ``ranks`` is neither 1 nor the machine's number of devices,
     unless its devices are CPUs. Warns on standard error of modules beside the job's file that it imports but
     for which Python finds others of that name, and says which accelerator of this machine is used."""
-    cap_bytes = parse_bytes(search_options.memory) if search_options.memory is not None else None
     accuracy = Accuracy(check_choice("--accuracy", search_options.accuracy, Accuracy))
+    parse_cap(search_options.memory)
     machine = machine_of(on, runtime.place)
+    cap_bytes = parse_cap(search_options.memory, machine)
     if search_options.host_memory is not None:
         machine = with_host_memory(machine, parse_bytes(search_options.host_memory))
     count = machine.device_count
@@ -116,6 +118,19 @@ def print_workload(workload: Workload, lang: str) -> None:
     from memfit.report.workload_text import workload_text
 
     console().print(Text(workload_text(workload, load_words(lang))))
+
+
+def parse_cap(memory: str | None, machine: Machine | None = None) -> int | None:
+    """Return --memory in bytes; None if it is not given. Of a ``machine`` with GPUs, it is at most the memory
+    of one of them, with a warning on standard error. Raises UserError if it is no size."""
+    cap_bytes = parse_bytes(memory) if memory is not None else None
+    if cap_bytes is None or machine is None or machine.device.is_host:
+        return cap_bytes
+    device, most_bytes = machine.device.name, int(machine.device.memory_bytes.value)
+    if cap_bytes > most_bytes:
+        text = f"--memory {memory} is more than {device} has: {format_bytes(most_bytes)} is used"
+        print(f"memfit: warning: {one_line(text)}", file=sys.stderr)
+    return min(cap_bytes, most_bytes)
 
 
 def _say_device(machine: Machine, ranks: int) -> None:

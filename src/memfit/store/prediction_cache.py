@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+from memfit.files.read import read_bytes
 from memfit.files.replace import DRAFT, write_whole
 from memfit.types.errors import UserError
 
@@ -100,8 +101,8 @@ class PredictionCache:
         that is damaged, or not memfit's, is deleted."""
         path = self._path(name)
         try:
-            data = path.read_bytes()
-        except OSError:
+            data = read_bytes(path, most_bytes=self.limit_bytes)
+        except UserError:
             return None
         try:
             payload = unpack(data)
