@@ -39,6 +39,22 @@ def plain() -> Trace:
     return trace(regression(), Plan())
 
 
+@pytest.mark.parametrize(("device", "input_bytes"), [("cpu", 4 + 64 * 256 * 4), ("cuda", 1024 * 4 + 16 * 4)])
+def test_an_expanded_or_sliced_input_takes_on_a_device_what_its_copy_takes(
+    device: str, input_bytes: int
+) -> None:
+    def make_batch(step: int, seed: int) -> Any:
+        return {"mask": torch.ones(1).expand(16, 64), "part": torch.zeros(64, 256)[:4, :4]}
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        return model(batch["part"]).mean() * batch["mask"].mean()
+
+    job = Job(name="x", build_model=lambda: nn.Linear(4, 4), make_batch=make_batch, loss=loss, batch_size=16)
+    found = trace(job, Plan(), device=device)
+    sizes = [a.size_bytes for a in found.allocations if a.category == Category.INPUT and a.step == 0]
+    assert sum(sizes) == pytest.approx(input_bytes, abs=2 * 512)  # rounded by the allocator
+
+
 # --- models with few blocks
 
 

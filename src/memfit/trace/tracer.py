@@ -261,13 +261,25 @@ def _without_memory(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _fake_batch(recorder: AllocationRecorder, fake: FakeTensorMode, step: TrainingStep, part: Any) -> Any:
-    """Return the batch ``part`` on fake tensors. It is recorded as input, and its real values are attached to
-    it."""
+    """Return the batch ``part`` on fake tensors, as it is after it was moved to the device. It is recorded as
+    input, and its real values are attached to it."""
     inputs = map_batch(fake.from_tensor, part)
+    if not recorder.kind.is_host:
+        with _disable_current_modes(), fake:
+            inputs = map_batch(_as_copied, inputs)
     recorder.label(inputs, Category.INPUT)
     attach_weights(recorder.concrete_values, step.model)
     recorder.concrete_values.seed(inputs, part)
     return inputs
+
+
+def _as_copied(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that takes what a copy of ``tensor`` on another device takes: all elements of an
+    expanded tensor, but not the rest of the storage of a slice."""
+    if tensor.layout is not torch.strided:
+        return tensor
+    is_whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if is_whole else torch.empty_like(tensor)
 
 
 def _run_steps(
