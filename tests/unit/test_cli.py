@@ -308,6 +308,40 @@ def test_a_closed_output_pipe_exits_without_a_traceback() -> None:
     assert (child.returncode, child.stderr) == (1, b"")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("words", ["list machines", "list machines --json"])
+def test_an_output_on_a_full_disk_is_reported_in_one_line(words: str) -> None:
+    with Path("/dev/full").open("w") as full:
+        child = subprocess.run(
+            [sys.executable, "-m", "memfit", *words.split()], stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert (child.returncode, child.stderr) == (1, b"memfit: cannot write: No space left on device\n")
+
+
+def test_a_closed_standard_output_is_no_error() -> None:
+    command = f"{sys.executable} -m memfit list machines --json >&-"
+    child = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, check=False)
+    assert (child.returncode, child.stderr) == (0, b"")
+
+
+@pytest.mark.usefixtures("pipeline")
+def test_an_output_without_unicode_gets_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", output)
+    assert main(["estimate", "char-lm", "--lang", "ja"]) == 0
+    assert b"\\u" in output.buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "words", [("lint",), ("estimate", "char-lm", "--html"), ("watch",), ("run", "char-lm", "--plan")]
+)
+def test_a_name_that_is_too_long_is_reported_in_one_line(words: tuple[str, ...], ask: Ask) -> None:
+    code, _, err = ask(*words, "x" * 300 + ".py")
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "too long" in err.lower()
+
+
 # --- requests to the pipeline
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -41,7 +42,8 @@ from memfit.runtime.oom import is_oom_error
 from memfit.types.errors import Interrupted, MemfitError, UserError, first_line
 from memfit.types.sanitize import one_line
 
-_DISK_ERRORS: Final = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
+_NAME_ERRORS: Final = {errno.ENAMETOOLONG, errno.ELOOP}
+_DISK_ERRORS: Final = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO}
 INTERRUPTED: Final = Interrupted.exit_code
 # Newer releases of typer contain their own copy of click. This is the UsageError of the click in use.
 _USAGE_ERROR: Final = cast("type[Exception]", typer.BadParameter.__mro__[1])
@@ -121,10 +123,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     {"error": {"message": ..., "exit_code": ...}}, unless an interrupted search has already printed the best
     plan so far there. Any other exception is raised; with --json it is first printed in the same two ways. If
     the reader of standard output closes the pipe, the exit code is 1 and nothing is printed about it.
-    Temporary folders of processes that were killed are removed first."""
+    Temporary folders of processes that were killed are removed first. Characters that the encoding of
+    standard output does not have are printed as escapes."""
+    _open_closed_streams()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     remove_abandoned()
     with interrupted_by_signals() as termination:
         return termination.exit_code(_main(sys.argv[1:] if arguments is None else arguments))
+
+
+def _open_closed_streams() -> None:
+    """Open the null device in place of standard input, output and error if they are closed. The next file
+    that is opened would get their number, and what other code prints."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            if descriptor != number:
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
+
+
+def _discard_output() -> None:
+    """Let what is still to be written to standard output go nowhere, so that the interpreter's last flush
+    does not fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _main(arguments: Sequence[str]) -> int:
@@ -142,11 +166,11 @@ def _main(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except BrokenPipeError:
-        # The reader has closed the pipe, as in `memfit plan | head`. Redirect standard output, so that the
-        # interpreter's last flush does not fail.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()  # the reader has closed the pipe, as in `memfit plan | head`
         return 1
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _NAME_ERRORS:
+            return _fail(f"{error.filename}: {error.strerror}", 2, as_json)
         if fault := _machine_fault(error):
             return _fail(fault, 1, as_json)
         if as_json:
@@ -194,6 +218,10 @@ def _usage(error: BaseException) -> str:
 def _fail(message: str, exit_code: int, as_json: bool) -> int:
     line = one_line(message)
     print(f"memfit: {line}", file=sys.stderr)
-    if as_json:
-        emit({"error": {"message": line, "exit_code": exit_code}})
+    try:
+        if as_json:
+            emit({"error": {"message": line, "exit_code": exit_code}})
+        sys.stdout.flush()
+    except OSError:  # a full disk, which the message is about
+        _discard_output()
     return exit_code
