@@ -16,6 +16,7 @@ from tiny import VOCABULARY, WIDTH, Words, regression, words
 from torch import nn
 from torch.testing import assert_close
 
+from memfit.cost.memory import memory_profile
 from memfit.jobs.registry import load
 from memfit.jobs.training_step import TrainingStep
 from memfit.model.blocks import find_blocks, find_head
@@ -40,6 +41,7 @@ from memfit.trace.tracer import trace
 from memfit.types.device_kind import device_kind
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef, OptimizerChoice
+from memfit.types.machine import Calibration
 from memfit.types.plan import EffectClass, Plan, Use, use
 
 FACTS = JobFacts(batch_size=8, block_count=3, vocabulary=VOCABULARY, device_kind="cpu")
@@ -394,6 +396,34 @@ def test_nf4_linear_takes_half_a_byte_per_weight_and_stays_accurate() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert small(x).dtype == torch.bfloat16
     assert Nf4Linear(nn.Linear(64, 64, bias=False))(torch.ones(1, 64)).shape == (1, 64)
+
+
+@needs("peft")
+@needs("bitsandbytes")
+def test_qlora_quantizes_on_the_host_and_moves_only_small_weights_to_an_accelerator() -> None:
+    job = dataclasses.replace(
+        regression(),
+        build_model=lambda: nn.Sequential(*(nn.Sequential(nn.Linear(512, 512), nn.GELU()) for _ in range(8))),
+        make_batch=lambda step, seed: (torch.ones(4, 512), torch.zeros(4, 512)),
+    )
+    traced = trace(job, Plan(uses=(use("qlora", rank=2),)), device="cuda")
+    peak_bytes = memory_profile(traced, Calibration()).phase_peak_bytes
+    weights = 8 * 512 * 512
+    small_bytes = weights // 2 + weights // 64 * 4  # half a byte, and one float32 for 64 weights
+    assert small_bytes <= peak_bytes["setup"] < 1.2 * small_bytes < 4 * weights
+    assert peak_bytes["forward"] > small_bytes
+
+
+@needs("bitsandbytes")
+def test_the_scales_of_an_nf4_linear_move_with_its_weights_and_keep_their_dtype() -> None:
+    from memfit.techniques.nf4 import Nf4Linear
+
+    small = Nf4Linear(nn.Linear(64, 64)).to(torch.bfloat16)
+    assert small.absmax.dtype == torch.float32
+    small.to("meta")
+    assert small.state.absmax is small.absmax
+    assert {small.packed.device.type, small.absmax.device.type, small.state.code.device.type} == {"meta"}
+    assert set(small.state_dict()) == {"packed", "bias"}
 
 
 def test_a_tensor_at_the_former_address_of_a_parameter_is_offloaded() -> None:

@@ -17,6 +17,9 @@ class Nf4Linear(torch.nn.Module):
     tensors.
     """
 
+    absmax: torch.Tensor | None
+    packed: torch.Tensor
+
     def __init__(self, linear: torch.nn.Linear, *, double: bool = False) -> None:
         import bitsandbytes as bnb
 
@@ -29,8 +32,21 @@ class Nf4Linear(torch.nn.Module):
             self.scales = bnb.functional.quantize_blockwise(self.state.absmax, code=code, blocksize=256)
             self.state.absmax = None
         self.register_buffer("packed", packed)
+        self.register_buffer("absmax", self.state.absmax, persistent=False)
         self.bias = linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Nf4Linear:
+        """Move the scales with the weights; they keep their dtype."""
+        absmax: torch.Tensor | None = self.absmax
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = self.packed.device
+        self.absmax = None if absmax is None else absmax.to(device)
+        self.state.absmax, self.state.code = self.absmax, self.state.code.to(device)
+        if self.scales is not None:
+            self.scales[1].to(device)
+            self.scales = (self.scales[0].to(device), self.scales[1])
+        return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the layer's output, of shape (..., out_features), for ``x`` of shape (..., in_features).

@@ -234,14 +234,14 @@ def join_alone(device: str) -> bool:
 
 def builds_on_host(plan: Plan, device: str) -> bool:
     """Return whether the whole model is built in host memory and the accelerator then gets a part or copy of
-    it. True under ZeRO 1, 2 and 3, fsdp2 that shards over several ranks, and pipeline, tensor or expert
-    parallelism. False for other plans, and if ``device`` is "cpu"."""
-    return not device_kind(device).is_host and (_shards(plan) or _cuts(plan))
+    it. True under ZeRO 1, 2 and 3, fsdp2 that shards over several ranks, pipeline, tensor or expert
+    parallelism, and qlora, which quantizes there. False for other plans, and if ``device`` is "cpu"."""
+    return not device_kind(device).is_host and (_shards(plan) or _cuts(plan) or "qlora" in plan)
 
 
 def moves_parameters(plan: Plan, device: str) -> bool:
     """Return whether the model is built in host memory and its parameters then move to the accelerator: under
-    pipeline, tensor or expert parallelism (`builds_on_host`). False if shards or a flat copy of the
+    pipeline, tensor or expert parallelism and qlora (`builds_on_host`). False if shards or a flat copy of the
     parameters are made there instead (ZeRO, fsdp2)."""
     return builds_on_host(plan, device) and not _shards(plan)
 
