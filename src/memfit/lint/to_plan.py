@@ -39,7 +39,9 @@ def over(setup: Setup) -> Carried:
     draft = Draft(ranks=setup.ranks or 1)
     tracked_options: dict[str, Any] = {
         kind: _TrackedOptions(
-            read_paths=set(), **{f.name: getattr(options, f.name) for f in dataclasses.fields(Options)}
+            read_paths=set(),
+            size_paths=set(),
+            **{f.name: getattr(options, f.name) for f in dataclasses.fields(Options)},
         )
         for kind in KINDS
         if (options := getattr(setup, kind)) is not None
@@ -47,6 +49,9 @@ def over(setup: Setup) -> Carried:
     apply(dataclasses.replace(setup, **tracked_options), draft)
     for option in _undetermined(tracked_options):
         draft.leave(option, "its value is known only when the script runs: predicted without it")
+    unusable = dict(_unusable(tracked_options))
+    for name, value in unusable.items():
+        draft.leave(f"{name} {value}", "it is no whole number of at least 1: predicted without it")
     for name in setup.missing:
         draft.leave(f"the file {name}", "it does not exist or is no JSON file")
     _check_ranks(draft.ranks)
@@ -60,7 +65,7 @@ def over(setup: Setup) -> Carried:
         size=draft.size,
         length=draft.length,
         model=draft.model,
-        carried=tuple(draft.carried),
+        carried=tuple(name for name in draft.carried if name not in unusable),
         ema=draft.ema,
     )
 
@@ -72,13 +77,19 @@ def _check_ranks(ranks: int) -> None:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _TrackedOptions(Options):
-    """Options that add each path whose value is read to ``read_paths``."""
+    """Options that add each path whose value is read to ``read_paths``, and those of sizes, which are whole
+    numbers of at least 1, to ``size_paths``."""
 
     read_paths: set[str]
+    size_paths: set[str]
 
     def raw(self, path: str) -> Any:
         self.read_paths.add(path)
         return Options.raw(self, path)
+
+    def size(self, path: str) -> int | None:
+        self.size_paths.add(path)
+        return Options.size(self, path)
 
 
 def _undetermined(tracked_options: Mapping[str, _TrackedOptions]) -> Iterator[str]:
@@ -90,6 +101,20 @@ def _undetermined(tracked_options: Mapping[str, _TrackedOptions]) -> Iterator[st
             if options.undetermined(path):
                 name = path.replace("_", "-") if kind == "megatron" else path
                 yield name if options.raw(path) is True else f"{name} {options.raw(path)}"
+
+
+_SIZES: Final = ("micro_batch_size", "gradient_accumulation_steps")  # also read before the draft is made
+
+
+def _unusable(tracked_options: Mapping[str, _TrackedOptions]) -> Iterator[tuple[str, Any]]:
+    """Yield (path, value) of each size that was read and is a number, but no whole number of at least 1. The
+    number -1, which stands for a default in many files, is not counted."""
+    for options in tracked_options.values():
+        for path in sorted({*options.size_paths, *_SIZES}):
+            value = options.get(path)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if is_number and value != -1 and Options.size(options, path) is None:
+                yield path, value
 
 
 def _whose(setup: Setup) -> tuple[str, Callable[[Setup, Draft], None]]:
