@@ -10,6 +10,7 @@ from tiny import regression, words
 from torch import nn
 
 from memfit.jobs.training_step import TrainingStep
+from memfit.planner.plan_space import usable
 from memfit.techniques.base import JobFacts
 from memfit.techniques.imported_optimizer import (
     SeparateOptimizers,
@@ -17,11 +18,11 @@ from memfit.techniques.imported_optimizer import (
     optimizer_class,
     parse_arguments,
 )
-from memfit.techniques.registry import TECHNIQUES, make_use
+from memfit.techniques.registry import excluded_techniques, make_use
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
 from memfit.types.job import Job, OptimizerChoice
-from memfit.types.plan import Plan
+from memfit.types.plan import Accuracy, Plan
 from memfit.types.trace import Phase
 
 
@@ -223,8 +224,9 @@ def test_a_search_tries_no_copies_of_parameters_for_an_optimizer_that_needs_thei
     facts = JobFacts(
         batch_size=4, block_count=2, vocabulary=0, device_kind="cpu", needs_parameter_names=named
     )
-    assert ("bf16-parameters" in facts.refused) is named
-    assert bool(TECHNIQUES["bf16-parameters"].settings(facts)) is not named
+    copies = {"bf16-parameters", "fsdp2", "zero", "sharded-ddp", "tensor-parallel"}
+    assert excluded_techniques(facts) == (copies if named else set())
+    assert ("bf16-parameters" in {t.name for t in usable(facts, Accuracy.ROUNDING)[0]}) is not named
 
 
 def update_operators(**settings: Any) -> set[str]:

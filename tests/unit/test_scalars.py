@@ -16,12 +16,13 @@ from memfit.catalog import machine
 from memfit.jobs.training_step import TrainingStep
 from memfit.planner.evaluate import Predictor
 from memfit.planner.multi_device_predictor import MultiDevicePredictor
+from memfit.planner.plan_space import usable
 from memfit.planner.request import job_facts
 from memfit.runtime import local_machine
-from memfit.techniques.registry import make_use, technique
+from memfit.techniques.registry import make_use
 from memfit.types.errors import UserError
 from memfit.types.job import Job
-from memfit.types.plan import Plan
+from memfit.types.plan import Accuracy, Plan
 from memfit.worker.train import step_maker
 
 
@@ -97,8 +98,9 @@ def test_zero_3_and_plain_training_support_a_scalar_parameter(plan: Plan) -> Non
 
 
 def test_fsdp2_is_not_proposed_for_a_scalar_parameter() -> None:
-    assert not list(technique("fsdp2").settings(job_facts(JOB, "cpu", 2)))
-    assert list(technique("ddp").settings(job_facts(JOB, "cpu", 2)))
+    proposed = {t.name for t in usable(job_facts(JOB, "cpu", 2), Accuracy.EXACT)[0]}
+    assert "ddp" in proposed
+    assert "fsdp2" not in proposed
 
 
 def test_a_search_for_many_devices_leaves_out_fsdp2_for_a_scalar_parameter() -> None:

@@ -131,11 +131,8 @@ def host_memory(
 
 
 def uses_pinned(plan: Plan) -> bool:
-    """Return whether the plan uses fsdp2, zero or activation-offload. What these keep in host memory may be
-    pinned.
-    """
-    names = {u.technique for u in plan.uses}
-    return bool(names & {"fsdp2", "zero", "activation-offload"})
+    """Return whether what the plan's techniques keep in host memory may be pinned."""
+    return any(technique(u.technique).pins_host_memory for u in plan.uses)
 
 
 def _exactly(value: float) -> Interval:

@@ -48,7 +48,7 @@ from memfit.planner.recompute_budget import ChosenPlans, open_budget, resolved_p
 from memfit.planner.stored_predictions import CallOutcome, StoredPredictions, Traces
 from memfit.store import trace_columns
 from memfit.store.prediction_cache import digest_of
-from memfit.techniques.base import JobFacts
+from memfit.techniques.base import JobFacts, StepPart
 from memfit.techniques.rank_mesh import layout
 from memfit.techniques.registry import make_plain_plan, splits_batch, technique
 from memfit.trace.sample_dependence import sample_dependence, trial_limit_bytes
@@ -1000,29 +1000,22 @@ def _with_micro_batches(plan: Plan, micros: int) -> Plan:
 
 
 def _forward_backward_plan(plan: Plan) -> Plan:
-    """Return the plan with only those of its techniques that decide forward and backward: all but
-    gradient-accumulation, activation-offload, optimizer-in-backward and another optimizer. bf16-parameters,
+    """Return the plan with only those of its techniques that decide forward and backward. bf16-parameters,
     if it is among them, gets a float32 master copy.
 
     `Predictor.sketch` adds the effect of what is left out.
     """
-    excluded_names = (_ACCUMULATION, "activation-offload", "optimizer-in-backward")
-    uses = [
-        u
-        for u in plan.uses
-        if technique(u.technique).slot != "optimizer" and u.technique not in excluded_names
-    ]
-    passes = Plan(uses=tuple(uses), ranks=plan.ranks)
+    passes = _of_part(plan, StepPart.PASSES)
     if passes.get("bf16-parameters") is None:
         return passes
     return passes.with_use(use("bf16-parameters", rounding="master"))
 
 
 def _optimizer_plan(plan: Plan) -> Plan:
-    """Return the plan with only those of its techniques that decide the optimizer's phase: another optimizer,
-    bf16-parameters, adapters (lora, qlora) and data parallelism.
-    """
-    names = {"bf16-parameters", "lora", "qlora"}
-    slots = {"optimizer", "data-parallel"}
-    uses = [u for u in plan.uses if u.technique in names or technique(u.technique).slot in slots]
-    return Plan(uses=tuple(uses), ranks=plan.ranks)
+    """Return the plan with only those of its techniques that decide the optimizer's phase."""
+    return _of_part(plan, StepPart.UPDATE)
+
+
+def _of_part(plan: Plan, part: StepPart) -> Plan:
+    uses = tuple(u for u in plan.uses if part in technique(u.technique).changes)
+    return Plan(uses=uses, ranks=plan.ranks)

@@ -27,7 +27,7 @@ from memfit.planner.plan_kinds import kind
 from memfit.planner.plan_space import may_share, may_split
 from memfit.planner.selection import Objective
 from memfit.techniques.rank_mesh import layout
-from memfit.techniques.registry import TECHNIQUES, short_label, unsupported_techniques
+from memfit.techniques.registry import TECHNIQUES, excluded_techniques, short_label, unsupported_techniques
 from memfit.trace.fake_process_group import optimizer_steps_only
 from memfit.types.deadline import TimeUp
 from memfit.types.errors import UserError, first_line
@@ -144,7 +144,7 @@ class MultiDevicePredictor:
     def limits(self, ranks: int) -> Limits:
         devices_per_host, known_techniques = (
             per_host(self.machine),
-            self.engine.known - self.plan_predictor.job_facts.refused,
+            self.engine.known - excluded_techniques(self.plan_predictor.job_facts),
         )
         degrees = tuple(2**i for i in range(5) if 2**i <= min(ranks, max(devices_per_host, 1)))
         return Limits(

@@ -36,7 +36,7 @@ def usable(
 
     - its packages are not installed
     - it is gradient-accumulation, and `may_split` is false for ``dependence``
-    - it does not support the device, or has no setting for the job; this case alone gives no reason
+    - it does not support the device, is excluded or has no setting for the job; this alone gives no reason
     - it changes the numbers by more than ``accuracy`` allows, unless it is data parallelism, which is asked
       for explicitly
     - it is another optimizer, and ``negligible_state_bytes`` is given
@@ -47,7 +47,8 @@ def usable(
     """
     allowed, reasons = [], []
     for candidate in TECHNIQUES.values():
-        is_applicable = candidate.runs_on(facts.device_kind) and any(True for _ in candidate.settings(facts))
+        is_applicable = candidate.runs_on(facts.device_kind) and not candidate.excluded(facts)
+        is_applicable = is_applicable and any(True for _ in candidate.settings(facts))
         if missing_packages := candidate.missing:
             reasons.append(
                 Reason(

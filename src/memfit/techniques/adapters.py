@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from memfit.model.blocks import find_blocks
-from memfit.techniques.base import JobFacts, Knob, Technique, Workbench
+from memfit.techniques.base import JobFacts, Knob, StepPart, Technique, Workbench
 from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue
 
@@ -96,6 +96,7 @@ LORA = Technique(
     name="lora",
     summary="freeze the blocks and train low-rank updates beside their weights (Hu et al. 2021); also DoRA",
     script_call="LoRA adapters of rank {rank}, such as peft.get_peft_model, with all other weights frozen",
+    changes=StepPart.BOTH,
     before_engine=True,
     effect=EffectClass.E3,
     apply=_apply_lora,
@@ -109,6 +110,7 @@ QLORA = Technique(
     name="qlora",
     summary="LoRA on blocks whose frozen weights are stored in 4 bits",
     script_call="4-bit frozen weights with LoRA adapters of rank {rank}",
+    changes=StepPart.BOTH,
     loaded_in_pieces=True,
     effect=EffectClass.E3,
     apply=_apply_qlora,

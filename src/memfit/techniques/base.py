@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import importlib.util
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
@@ -116,20 +117,16 @@ class JobFacts:
         most = max(1, self.batch_size // self.smallest_micro_batch)
         return tuple(n for n in range(1, most + 1) if self.batch_size % n == 0)
 
-    @property
-    def refused(self) -> frozenset[str]:
-        """Names of techniques that the search does not propose for the job: fsdp2 if the model has parameters
-        without dimensions; optimizer-in-backward if gradients are clipped by their total norm; adamw-8bit,
-        adamw-4bit, adamw-fused and adamw-single if the job's optimizer is not AdamW; if it needs names of
-        parameters, techniques that give it copies or parts of them."""
-        needs_names = self.needs_parameter_names
-        reasons = {
-            "fsdp2": self.has_scalar_parameters or needs_names,
-            **dict.fromkeys(("bf16-parameters", "zero", "sharded-ddp", "tensor-parallel"), needs_names),
-            "optimizer-in-backward": self.clips_gradients,
-            **dict.fromkeys(("adamw-8bit", "adamw-4bit", "adamw-fused", "adamw-single"), not self.is_adamw),
-        }
-        return frozenset(name for name, is_refused in reasons.items() if is_refused)
+
+class StepPart(enum.Flag):
+    """The parts of a training step that a sketch traces separately, each under the techniques that change it
+    (planner/evaluate.py). What a technique with ``NONE`` does, the sketch must compute from these traces.
+    """
+
+    NONE = 0
+    PASSES = enum.auto()  # forward and backward
+    UPDATE = enum.auto()  # the optimizer's phase
+    BOTH = PASSES | UPDATE
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +136,7 @@ class Technique:
     - ``effect`` says how the technique may change the numbers that training computes.
     - ``script_call``: what a user's script must call or do to apply it without memfit, for a person to read.
       ``{knob}`` stands for the value of a setting.
+    - ``changes``: the parts of a step in which it changes what is computed or kept.
     - ``apply(bench, settings)`` changes the workbench. Techniques of smaller ``order`` are applied first.
     - ``settings(facts)`` gives the knob settings worth searching for one device, in addition to leaving the
       technique out. Knobs that they omit have their default values. By default there are none.
@@ -147,12 +145,14 @@ class Technique:
     - ``knobs``: the technique's settings.
     - ``needs``: import names of the packages required beyond memfit's own.
     - ``forbids``: names of techniques or slots with which it cannot be combined.
+    - ``excluded(facts)``: whether the search must not propose it for the job.
     - ``unsearched``: names of techniques with which the search does not combine it, though users may.
     - ``supports(kind)``: whether the packages that it needs have kernels for devices of this kind. The search
       proposes it for these only.
     - ``before_engine``: memfit applies it to a model, a loss or an optimizer before it passes them to an
       engine, so that most engines can train with it (engines/base.py).
     - ``loaded_in_pieces``: while the model is loaded, the host holds one tensor of it at a time.
+    - ``pins_host_memory``: what it keeps in host memory may be pinned.
     - ``observe_plain_model(bench)`` reads what the technique must know about the plain model, before any
       technique changes it.
     """
@@ -161,6 +161,7 @@ class Technique:
     summary: str
     effect: EffectClass
     script_call: str
+    changes: StepPart
     apply: Callable[[Workbench, Mapping[str, KnobValue]], None]
     order: int
     settings: Callable[[JobFacts], Iterable[Mapping[str, KnobValue]]] = lambda facts: ()
@@ -168,10 +169,12 @@ class Technique:
     knobs: tuple[Knob, ...] = ()
     needs: tuple[str, ...] = ()
     forbids: tuple[str, ...] = ()
+    excluded: Callable[[JobFacts], bool] = lambda facts: False
     unsearched: tuple[str, ...] = ()
     supports: Callable[[DeviceKind], bool] = lambda kind: True
     before_engine: bool = False
     loaded_in_pieces: bool = False
+    pins_host_memory: bool = False
     observe_plain_model: Callable[[Workbench], None] = lambda bench: None
 
     def runs_on(self, kind: str) -> bool:

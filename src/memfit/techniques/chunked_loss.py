@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from memfit.model.blocks import find_head
-from memfit.techniques.base import Knob, Technique, Workbench
+from memfit.techniques.base import Knob, StepPart, Technique, Workbench
 from memfit.types.plan import EffectClass, KnobValue
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ TECHNIQUE = Technique(
     name="chunked-cross-entropy",
     summary="compute head and cross-entropy in chunks, so that the logits never exist whole",
     script_call="compute head and loss in chunks, so that the full logits never exist",
+    changes=StepPart.PASSES,
     before_engine=True,
     effect=EffectClass.E1,
     apply=_apply,

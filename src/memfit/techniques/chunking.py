@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from memfit.techniques.base import Knob, Technique, Workbench
+from memfit.techniques.base import Knob, StepPart, Technique, Workbench
 from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue
 from memfit.types.units import MIB
@@ -90,6 +90,7 @@ TECHNIQUE = Technique(
     name="chunking",
     summary="run modules that work on independent slices, such as triangle attention, slice by slice",
     script_call="run independent slices of modules one after another; memfit's own worker does this",
+    changes=StepPart.PASSES,
     effect=EffectClass.E1,
     apply=_apply,
     settings=lambda facts: [{"parts": 0, "mib": 0}] if facts.has_slices else [],

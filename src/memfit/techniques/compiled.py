@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from memfit.model.blocks import equal_blocks, find_blocks
-from memfit.techniques.base import Knob, Technique, Workbench
+from memfit.techniques.base import Knob, StepPart, Technique, Workbench
 from memfit.types.plan import EffectClass, KnobValue
 
 
@@ -57,6 +57,7 @@ TECHNIQUE = Technique(
     name="compile",
     summary="torch.compile: fused kernels, and only what a minimum cut keeps for backward",
     script_call="torch.compile, scope: {scope}",
+    changes=StepPart.PASSES,
     effect=EffectClass.E1,
     apply=_apply,
     # Not searched: only for predictions of runs that use it.

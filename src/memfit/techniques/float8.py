@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 
 from memfit.model.blocks import find_blocks
 from memfit.techniques.adapters import block_linears
-from memfit.techniques.base import Knob, Technique, Workbench
+from memfit.techniques.base import Knob, StepPart, Technique, Workbench
 from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue
 
@@ -49,6 +49,7 @@ TECHNIQUE = Technique(
     name=NAME,
     summary="matrix products of the blocks' linear layers in 8-bit floats (Micikevicius et al. 2022)",
     script_call="torchao.float8.convert_to_float8_training(model), scaling: {scaling}",
+    changes=StepPart.PASSES,
     effect=EffectClass.E3,
     apply=_apply,
     # Not searched: only together with compile, which fuses the casts (planner/parallelism_grid.py).

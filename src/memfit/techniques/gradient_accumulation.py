@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from memfit.techniques.base import Knob, Technique, Workbench
+from memfit.techniques.base import Knob, StepPart, Technique, Workbench
 from memfit.types.plan import EffectClass, KnobValue
 
 
@@ -20,6 +20,7 @@ TECHNIQUE = Technique(
     name="gradient-accumulation",
     summary="train the batch in micro-batches and add up their gradients",
     script_call="split the batch into {micro_batches} micro-batches and update after the last",
+    changes=StepPart.NONE,
     effect=EffectClass.E1,
     apply=_apply,
     settings=lambda facts: [{"micro_batches": n} for n in facts.micro_batch_counts if n > 1],

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from memfit.techniques.base import JobFacts, Knob, Technique, Workbench
+from memfit.techniques.base import JobFacts, Knob, StepPart, Technique, Workbench
 from memfit.types.device_kind import HOST, device_kind
 from memfit.types.plan import EffectClass, KnobValue
 
@@ -279,6 +279,8 @@ TECHNIQUE = Technique(
     name="activation-offload",
     summary="move what backward needs out of memory after forward, and back just before its use",
     script_call="torch.autograd.graph.save_on_cpu(pin_memory=True) around the forward pass",
+    changes=StepPart.NONE,
+    pins_host_memory=True,
     before_engine=True,
     effect=EffectClass.E0,
     apply=_apply,

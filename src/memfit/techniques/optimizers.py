@@ -10,7 +10,15 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 from unittest import mock
 
-from memfit.techniques.base import JobFacts, Knob, MakeOptimizer, OptimizerLike, Technique, Workbench
+from memfit.techniques.base import (
+    JobFacts,
+    Knob,
+    MakeOptimizer,
+    OptimizerLike,
+    StepPart,
+    Technique,
+    Workbench,
+)
 from memfit.techniques.imported_optimizer import (
     ALLOWED_PATH,
     PATH,
@@ -319,6 +327,7 @@ def _technique(name: str, summary: str, effect: EffectClass, maker: Any, **optio
         summary=summary,
         effect=effect,
         apply=_replace(maker),
+        changes=StepPart.UPDATE,
         order=40,
         slot="optimizer",
         **options,
@@ -331,8 +340,9 @@ ADAMW_8BIT = _technique(
     EffectClass.E2,
     _adamw8bit,
     script_call="an 8-bit AdamW, such as torchao.optim.AdamW8bit or bitsandbytes.optim.AdamW8bit",
+    excluded=lambda facts: not facts.is_adamw,
     before_engine=True,
-    settings=lambda facts: () if "adamw-8bit" in facts.refused else _once(facts),
+    settings=_once,
     needs=("bitsandbytes",),
     supports=lambda kind: kind.bitsandbytes,
     forbids=("bf16-parameters",),
@@ -341,6 +351,7 @@ ADAMW_PAGED = Technique(
     name="adamw-paged",
     summary="AdamW in 8 bits, with its moments in paged memory that host and device share",
     script_call="bitsandbytes.optim.PagedAdamW8bit",
+    changes=StepPart.UPDATE,
     effect=EffectClass.E2,
     apply=_apply_paged,
     order=40,
@@ -355,6 +366,7 @@ ADAMW_4BIT = _technique(
     EffectClass.E3,
     _adamw4bit,
     script_call="torchao.optim.AdamW4bit",
+    excluded=lambda facts: not facts.is_adamw,
     needs=("torchao",),
     forbids=("bf16-parameters",),
 )
@@ -364,6 +376,7 @@ ADAMW_FUSED = _technique(
     EffectClass.E1,
     _adamw_in("fused"),
     script_call="torch.optim.AdamW(..., fused=True)",
+    excluded=lambda facts: not facts.is_adamw,
     before_engine=True,
 )
 ADAMW_SINGLE = _technique(
@@ -372,6 +385,7 @@ ADAMW_SINGLE = _technique(
     EffectClass.E0,
     _adamw_in("single"),
     script_call="torch.optim.AdamW(..., foreach=False)",
+    excluded=lambda facts: not facts.is_adamw,
     before_engine=True,
 )
 ADAFACTOR = _technique(
@@ -397,6 +411,7 @@ IMPORTED = Technique(
     summary="any installed torch optimizer by its import path: Muon, Lion, Adam-mini, GaLore and others",
     script_call="the optimizer {path}, arguments: {arguments}; group of the blocks' matrices: {matrices}; "
     "optimizer of other parameters: {others}",
+    changes=StepPart.UPDATE,
     effect=EffectClass.E3,
     apply=_apply_imported,
     order=40,
@@ -429,9 +444,11 @@ IN_BACKWARD = Technique(
     name="optimizer-in-backward",
     summary="step each parameter as soon as its gradient is complete, then free the gradient",
     script_call="update each parameter in a register_post_accumulate_grad_hook",
+    changes=StepPart.NONE,
+    excluded=lambda facts: facts.clips_gradients,
     effect=EffectClass.E0,
     apply=_apply_in_backward,
-    settings=lambda facts: () if "optimizer-in-backward" in facts.refused else _once(facts),
+    settings=_once,
     order=85,
     forbids=("gradient-accumulation",),
 )

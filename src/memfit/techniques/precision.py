@@ -7,7 +7,15 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from memfit.techniques import fp32_modules
-from memfit.techniques.base import JobFacts, Knob, MakeOptimizer, OptimizerLike, Technique, Workbench
+from memfit.techniques.base import (
+    JobFacts,
+    Knob,
+    MakeOptimizer,
+    OptimizerLike,
+    StepPart,
+    Technique,
+    Workbench,
+)
 from memfit.techniques.loss_scale import LossScale
 from memfit.types.plan import EffectClass, KnobValue
 
@@ -133,6 +141,7 @@ AUTOCAST = Technique(
     name="bf16-autocast",
     summary="matrix products and activations in bfloat16, parameters and optimizer in float32",
     script_call="torch.autocast(device_type, torch.bfloat16) around forward and loss",
+    changes=StepPart.PASSES,
     effect=EffectClass.E2,
     apply=_apply_autocast,
     settings=_in("bfloat16", {}),
@@ -144,6 +153,7 @@ FP16 = Technique(
     name="fp16-autocast",
     summary="matrix products and activations in float16 with a loss scale, for devices without bfloat16",
     script_call="torch.autocast(device_type, torch.float16) with a torch.amp.GradScaler",
+    changes=StepPart.PASSES,
     effect=EffectClass.E2,
     apply=_apply_fp16,
     settings=_in("float16", {}),
@@ -157,9 +167,11 @@ PARAMETERS = Technique(
     name="bf16-parameters",
     summary="parameters, gradients and activations in bfloat16",
     script_call="model.to(torch.bfloat16), with an optimizer for rounding: {rounding}",
+    changes=StepPart.BOTH,
+    excluded=lambda facts: facts.needs_parameter_names,
     effect=EffectClass.E2,
     apply=_apply_parameters,
-    settings=lambda facts: () if "bf16-parameters" in facts.refused else _ROUNDINGS(facts),
+    settings=_ROUNDINGS,
     order=75,
     slot="precision",
     knobs=(

@@ -20,7 +20,7 @@ from memfit.techniques import (
     optimizers,
     precision,
 )
-from memfit.techniques.base import Technique
+from memfit.techniques.base import JobFacts, Technique
 from memfit.techniques.parallel import (
     axial_parallel,
     context_parallel,
@@ -193,6 +193,11 @@ def proposable(plan: Plan) -> bool:
     another one in its ``unsearched``, combinations that only users choose."""
     names = plan.techniques
     return conflict(plan) is None and all(names.isdisjoint(technique(n).unsearched) for n in names)
+
+
+def excluded_techniques(facts: JobFacts) -> frozenset[str]:
+    """Return the names of the techniques that the search must not propose for the job."""
+    return frozenset(t.name for t in TECHNIQUES.values() if t.excluded(facts))
 
 
 def unsupported_techniques(machine: Machine) -> frozenset[str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from memfit.techniques.base import Knob, Technique, Workbench
+from memfit.techniques.base import Knob, StepPart, Technique, Workbench
 from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue
 
@@ -56,6 +56,7 @@ TECHNIQUE = Technique(
     name="axial-parallel",
     summary="each rank holds a part of the rows or residues of an Evoformer's representations (FastFold)",
     script_call="split each sample along its axes over {degree} ranks; memfit's own worker does this",
+    changes=StepPart.PASSES,
     effect=EffectClass.E1,
     apply=_apply,
     order=49,  # chunking runs modules whole

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from memfit.model.blocks import find_blocks
-from memfit.techniques.base import Knob, Technique, Workbench
+from memfit.techniques.base import Knob, StepPart, Technique, Workbench
 from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue
 
@@ -161,6 +161,7 @@ TECHNIQUE = Technique(
     name="context-parallel",
     summary="each rank works on its slice of the sequence; attention gathers keys and values",
     script_call="torch.distributed.tensor.experimental.context_parallel over {degree} ranks",
+    changes=StepPart.PASSES,
     effect=EffectClass.E1,
     apply=_apply,
     order=46,

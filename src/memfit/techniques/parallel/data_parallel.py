@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from memfit.model.blocks import find_stacks
 from memfit.model.scalar_parameters import refuse_scalars
-from memfit.techniques.base import JobFacts, Knob, Technique, Workbench
+from memfit.techniques.base import JobFacts, Knob, StepPart, Technique, Workbench
 from memfit.techniques.optimizers import stepping_on_host
 from memfit.types.device_kind import HOST
 from memfit.types.errors import UserError
@@ -275,7 +275,7 @@ def _on_ranks(*settings: Mapping[str, KnobValue]) -> Callable[[JobFacts], Iterab
 
 
 def _sharding(facts: JobFacts) -> Iterable[Mapping[str, KnobValue]]:
-    return () if "fsdp2" in facts.refused else _on_ranks({}, {"precision": "bf16"})(facts)
+    return _on_ranks({}, {"precision": "bf16"})(facts)
 
 
 DDP = Technique(
@@ -283,6 +283,7 @@ DDP = Technique(
     summary="the same model on every rank, gradients averaged in buckets",
     script_call="torch.nn.parallel.DistributedDataParallel(model, bucket_cap_mb={bucket_mib}, "
     "gradient_as_bucket_view={bucket_view})",
+    changes=StepPart.BOTH,
     effect=EffectClass.E1,
     apply=_apply_ddp,
     settings=_on_ranks({}),
@@ -306,6 +307,9 @@ FSDP2 = Technique(
     summary="each rank keeps a shard of parameters, gradients and optimizer state (ZeRO-3; HSDP by replicas)",
     script_call="torch.distributed.fsdp.fully_shard on each block and the model, "
     "reshard_after_forward={reshard}, precision {precision}",
+    changes=StepPart.BOTH,
+    excluded=lambda facts: facts.has_scalar_parameters or facts.needs_parameter_names,
+    pins_host_memory=True,
     effect=EffectClass.E1,
     apply=_apply_fsdp2,
     settings=_sharding,

@@ -23,7 +23,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from memfit.techniques.base import Knob, Technique, Workbench
+from memfit.techniques.base import Knob, StepPart, Technique, Workbench
 from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue
 
@@ -296,6 +296,7 @@ TECHNIQUE = Technique(
     name="expert-parallel",
     summary="the experts of each mixture are distributed over the data-parallel ranks",
     script_call="distribute experts over {degree} ranks",
+    changes=StepPart.PASSES,
     effect=EffectClass.E3,  # tokens beyond an expert's capacity are dropped; with dropless it is E1
     apply=_apply,
     order=47,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 
-from memfit.techniques.base import Knob, Technique, Workbench
+from memfit.techniques.base import Knob, StepPart, Technique, Workbench
 from memfit.techniques.rank_mesh import Layout
 from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue
@@ -69,6 +69,7 @@ TECHNIQUE = Technique(
     summary="each rank holds some of the blocks, and micro-batches stream through them",
     script_call="torch.distributed.pipelining in {stages} stages, schedule {schedule}, {micro_batches} "
     "micro-batches",
+    changes=StepPart.PASSES,
     effect=EffectClass.E1,
     apply=_apply,
     order=86,

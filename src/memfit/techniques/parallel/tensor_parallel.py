@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from memfit.model.blocks import find_blocks, find_head
-from memfit.techniques.base import Knob, Technique, Workbench
+from memfit.techniques.base import Knob, StepPart, Technique, Workbench
 from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue
 
@@ -364,6 +364,8 @@ TECHNIQUE = Technique(
     name="tensor-parallel",
     summary="each rank keeps a slice of every Linear layer of the blocks (Megatron-LM)",
     script_call="torch.distributed.tensor.parallel.parallelize_module over {degree} ranks",
+    changes=StepPart.PASSES,
+    excluded=lambda facts: facts.needs_parameter_names,
     effect=EffectClass.E1,
     apply=_apply,
     order=45,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from memfit.model.blocks import find_stacks
-from memfit.techniques.base import Knob, Technique, Workbench
+from memfit.techniques.base import Knob, StepPart, Technique, Workbench
 from memfit.types.plan import EffectClass, KnobValue
 
 if TYPE_CHECKING:
@@ -166,6 +166,7 @@ FULL = Technique(
     summary="keep only the inputs of blocks and compute their insides again in backward",
     script_call="recompute {blocks} in backward: model.gradient_checkpointing_enable(), or "
     "torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)",
+    changes=StepPart.PASSES,
     before_engine=True,
     effect=EffectClass.E0,
     apply=_apply_full,
@@ -187,6 +188,7 @@ SELECTIVE = Technique(
     name="selective-checkpointing",
     summary="recompute cheap operators of every block, keep the expensive ones",
     script_call="torch.utils.checkpoint with create_selective_checkpoint_contexts, keep: {keep}",
+    changes=StepPart.PASSES,
     before_engine=True,
     effect=EffectClass.E0,
     apply=_apply_selective,

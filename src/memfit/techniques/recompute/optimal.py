@@ -12,7 +12,7 @@ import contextlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
-from memfit.techniques.base import Knob, Technique, Workbench
+from memfit.techniques.base import Knob, StepPart, Technique, Workbench
 from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue
 
@@ -79,6 +79,7 @@ TECHNIQUE = Technique(
     name=OPTIMAL_CHECKPOINTING,
     summary="drop the tensors that cost least to recompute, until the step's peak fits a budget",
     script_call="recompute the operators that plan.yaml names; memfit's own worker does this",
+    changes=StepPart.PASSES,
     effect=EffectClass.E0,
     apply=_apply,
     # Not searched: the budget comes from the user or from the search.

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from memfit.techniques.base import Knob, MakeOptimizer, Technique, Workbench
+from memfit.techniques.base import Knob, MakeOptimizer, StepPart, Technique, Workbench
 from memfit.types.plan import EffectClass, KnobValue
 
 if TYPE_CHECKING:
@@ -256,6 +256,8 @@ TECHNIQUE = Technique(
     name="sharded-ddp",
     summary="optimizer state and gradient of each whole parameter on one rank, as FairScale lays it out",
     script_call="fairscale's OSS and ShardedDataParallel",
+    changes=StepPart.BOTH,
+    excluded=lambda facts: facts.needs_parameter_names,
     effect=EffectClass.E1,
     apply=_apply,
     order=90,

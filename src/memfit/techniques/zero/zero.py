@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from memfit.techniques.base import Knob, Technique, Workbench
+from memfit.techniques.base import Knob, StepPart, Technique, Workbench
 from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue
 
@@ -63,6 +63,9 @@ TECHNIQUE = Technique(
     name="zero",
     summary="optimizer state, then gradients, then parameters sharded, as DeepSpeed lays them out",
     script_call="ZeRO stage {stage}",
+    changes=StepPart.BOTH,
+    excluded=lambda facts: facts.needs_parameter_names,
+    pins_host_memory=True,
     effect=EffectClass.E1,
     apply=_apply,
     order=90,
