@@ -145,8 +145,9 @@ def left_out_reasons() -> list[str]:
         reasons += option_reasons(library).reasons.values()
     parallel = (axial_parallel, context_parallel, gathered_attention, tensor_parallel)
     for call in (call for module in (*parallel, float8, block_costs) for call in calls(module, "UserError")):
-        texts = {keyword.arg or "": literal(keyword.value) for keyword in call.keywords}
-        reasons.append(str(UserError(literal(call.args[0]), **texts)))
+        for case in ("body", "orelse"):  # of a text that depends on a condition
+            texts = {k.arg or "": literal(getattr(k.value, case, k.value)) for k in call.keywords}
+            reasons.append(str(UserError(literal(call.args[0]), **texts)))
     return sorted(set(reasons) - {""})
 
 
