@@ -25,7 +25,7 @@ from memfit.report.baseline_file import baseline_text, read_baseline
 from memfit.report.sarif import LEVELS
 from memfit.types.baseline import OTHERS, BaselineFile, BaselineTarget, MemoryBaseline, ModuleMemory
 from memfit.types.errors import UserError
-from memfit.workflows.baseline import job_path, target_in
+from memfit.workflows.baseline import job_path, target_in, write_baseline
 
 ROOT = Path(__file__).parents[2]
 MIB = 2**20
@@ -235,6 +235,24 @@ def test_writing_one_job_keeps_the_others(ask: Ask, tmp_path: Path) -> None:
         "my_train.py:job, bf16-autocast, H100-SXM",
         "my_train.py:job, plain, H100-SXM",
     ]
+
+
+def test_a_job_that_another_process_writes_meanwhile_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "memfit-baseline.toml"
+
+    def predict(targets: Any, folder: Path, tell: Any) -> list[MemoryBaseline]:
+        other = BaselineFile(jobs=(stored(job="other.py:job"),))
+        path.write_text(baseline_text(other))
+        return [stored(job="my_train.py:job")]
+
+    monkeypatch.setattr("memfit.workflows.baseline._predictions", predict)
+    monkeypatch.setattr("memfit.workflows.baseline.shortened", lambda prediction: prediction)
+    write_baseline(
+        path, [BaselineTarget(job="my_train.py:job", machine="H100-SXM")], lambda done, count, target: None
+    )
+    assert [entry.job for entry in read_baseline(path).jobs] == ["my_train.py:job", "other.py:job"]
 
 
 @pytest.mark.parametrize(

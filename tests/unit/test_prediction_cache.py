@@ -228,6 +228,19 @@ def test_a_damaged_or_foreign_file_is_no_entry_and_is_deleted(tmp_path: Path) ->
     assert cache.read(name) == b"what was predicted"
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_named_pipe_in_place_of_an_entry_is_not_waited_for(tmp_path: Path) -> None:
+    cache = PredictionCache(tmp_path)
+    name = digest_of("an entry")
+    cache.write(name, b"what was predicted")
+    (path,) = tmp_path.rglob("*.memfit")
+    path.unlink()
+    os.mkfifo(path)
+    assert cache.read(name) is None
+    cache.write(name, b"what was predicted")
+    assert cache.read(name) == b"what was predicted"
+
+
 def test_the_least_recently_used_entries_are_deleted_beyond_the_limit(tmp_path: Path) -> None:
     contents = {digest_of(i): os.urandom(10_000) for i in range(10)}
     cache = PredictionCache(tmp_path, limit_bytes=10**6)

@@ -9,6 +9,7 @@ import secrets
 import stat
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -43,6 +44,19 @@ def write_whole(path: Path, data: bytes, *, durable: bool = True, make_folder: b
 def cannot_write(path: Path, error: OSError) -> UserError:
     """Return the error of the user whose file ``path`` could not be written."""
     return UserError(f"cannot write {path}: {error.strerror or error}", hint="what was there is unchanged")
+
+
+@contextlib.contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """Inside this context, no other process is inside it for a file in the folder of ``path``: what is read
+    from the file, changed and written back is not changed in between. File systems without locks have no
+    such guarantee."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
 
 
 def must_be_writable(folder: Path, what: str) -> None:

@@ -103,6 +103,9 @@ class PredictionCache:
         try:
             data = read_bytes(path, most_bytes=self.limit_bytes)
         except UserError:
+            if path.exists() and not path.is_file():  # such as a named pipe, for which a write would wait
+                with contextlib.suppress(OSError):
+                    path.unlink()
             return None
         try:
             payload = unpack(data)

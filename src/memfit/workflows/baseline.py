@@ -20,7 +20,7 @@ import torch
 from memfit import catalog
 from memfit.cost.device_overhead import with_workspaces
 from memfit.cost.module_memory import Place, largest_modules, module_memory
-from memfit.files.replace import write_whole
+from memfit.files.replace import only_writer, write_whole
 from memfit.inputs import on_ranks, plan_of
 from memfit.jobs import huggingface
 from memfit.jobs.registry import load
@@ -64,9 +64,11 @@ def write_baseline(path: Path, targets: Sequence[BaselineTarget], tell: Tell) ->
     targets = targets or stored.jobs
     if not targets:
         raise UserError(f"{path} has no jobs to predict again", hint="name them: `memfit baseline write JOB`")
-    entries = {entry.key: entry for entry in stored.jobs}
     new = {p.key: shortened(p) for p in _predictions(targets, path.parent, tell)}
-    _write(path, dataclasses.replace(stored, jobs=tuple((entries | new).values())))
+    with only_writer(path):
+        stored = read_baseline(path) if path.exists() else BaselineFile()  # as others have left it meanwhile
+        entries = {entry.key: entry for entry in stored.jobs}
+        _write(path, dataclasses.replace(stored, jobs=tuple((entries | new).values())))
     return tuple(new.values())
 
 
@@ -89,9 +91,10 @@ def check_baseline(path: Path, tolerance_ratio: float, tell: Tell) -> tuple[Base
 def write_test(path: Path, prediction: MemoryBaseline) -> None:
     """Store the prediction of a test in the baseline file ``path`` in place of that of the test's name. Other
     entries stay. Raises UserError if the file is not a baseline."""
-    stored = read_baseline(path) if path.exists() else BaselineFile()
-    others = tuple(entry for entry in stored.tests if entry.job != prediction.job)
-    _write(path, dataclasses.replace(stored, tests=(*others, shortened(prediction))))
+    with only_writer(path):
+        stored = read_baseline(path) if path.exists() else BaselineFile()
+        others = tuple(entry for entry in stored.tests if entry.job != prediction.job)
+        _write(path, dataclasses.replace(stored, tests=(*others, shortened(prediction))))
 
 
 def _write(path: Path, baseline: BaselineFile) -> None:
