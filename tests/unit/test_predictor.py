@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,9 +27,10 @@ from memfit.planner.selection import Objective
 from memfit.planner.shortlist import finalists, more_finalists
 from memfit.planner.stored_predictions import CallOutcome
 from memfit.trace import trace_pool
+from memfit.trace.sample_dependence import _Trial, sample_dependence
 from memfit.trace.tracer import trace
 from memfit.trace.unroll import Mismatch
-from memfit.types.deadline import TimeUp
+from memfit.types.deadline import Deadline, TimeUp
 from memfit.types.errors import NothingFits, RunError, UserError
 from memfit.types.job import Job, JobRef
 from memfit.types.machine import Calibration, Device, Fact, Machine
@@ -434,6 +436,46 @@ def test_what_a_search_out_of_time_has_traced_is_put_together_after_its_deadline
     assert predictor.compose() == []
     monkeypatch.setattr(evaluate, "trace", lambda *a, **k: pytest.fail("traced again"))
     assert [predictor.sketch(plan).plan for plan in RECOMPUTED] == RECOMPUTED
+
+
+def test_whether_samples_depend_on_each_other_is_tested_beside_the_parts_that_do_not_split_the_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job = words(3)
+    plans = [Plan(), *RECOMPUTED, Plan(uses=(MIXED,))]
+    predictor = Predictor(job=job, machine=CPU, job_facts=job_facts(job, "cpu"))
+    predictor.test_dependence(plans, Deadline())
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "sample_dependence", lambda job: pytest.fail("tested again"))
+        assert predictor.dependence == sample_dependence(words(3))
+        predictor.test_dependence(plans, Deadline())
+    monkeypatch.setattr(evaluate, "trace", lambda *a, **k: pytest.fail("traced again"))
+    assert all(predictor._load_part(plan, 1) for plan in (Plan(), RECOMPUTED[0], Plan(uses=(MIXED,))))
+
+
+def test_after_the_deadline_the_dependence_is_unknown_and_tested_where_it_is_needed() -> None:
+    job = words(3)
+    predictor = Predictor(job=job, machine=CPU, job_facts=job_facts(job, "cpu"))
+    predictor.test_dependence([Plan()], Deadline.after(0.0))
+    assert "dependence" not in vars(predictor)
+    assert predictor.dependence == sample_dependence(job)
+
+
+def test_a_trial_that_autograd_refuses_in_a_forked_process_is_made_in_the_original_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused(trial: object) -> object:
+        if multiprocessing.current_process().daemon:
+            raise RuntimeError("Unable to handle autograd's threading with fork-based multiprocessing")
+        return run(trial)  # type: ignore[arg-type]
+
+    job, run = words(3), _Trial.run
+    expected = sample_dependence(words(3))
+    monkeypatch.setattr(trace_pool, "_REFUSED", [])
+    monkeypatch.setattr(_Trial, "run", refused)
+    predictor = Predictor(job=job, machine=CPU, job_facts=job_facts(job, "cpu"))
+    predictor.test_dependence([Plan(), *RECOMPUTED], Deadline())
+    assert predictor.dependence == expected
 
 
 def test_the_optimizer_of_plain_training_is_sketched_from_its_whole_trace(

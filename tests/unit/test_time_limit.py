@@ -254,6 +254,7 @@ def test_parts_that_were_not_traced_side_by_side_in_time_leave_time_for_whole_pl
     def one_by_one(predictor: Predictor, plan: Plan, steps: int) -> None:
         raise AssertionError(f"{plan.label} was traced while plans were estimated")
 
+    monkeypatch.setattr(Predictor, "test_dependence", lambda *parts: None)
     monkeypatch.setattr(Predictor, "prepare", no_time)
     monkeypatch.setattr(Predictor, "_digest_part_outcome", one_by_one)
     found = search.search(question(within_s=3600.0), quiet).result

@@ -27,7 +27,7 @@ import contextlib
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy
@@ -51,7 +51,7 @@ from memfit.store.prediction_cache import digest_of
 from memfit.techniques.base import JobFacts, StepPart
 from memfit.techniques.rank_mesh import layout
 from memfit.techniques.registry import make_plain_plan, splits_batch, technique
-from memfit.trace.sample_dependence import sample_dependence, trial_limit_bytes
+from memfit.trace.sample_dependence import remember_dependence, sample_dependence, trial_limit_bytes
 from memfit.trace.trace_extrapolation import deep_traces, repeated, traces_of
 from memfit.trace.trace_pool import ForkedWorkers, from_both_ends, run_parallel
 from memfit.trace.tracer import fake_model, stepping, trace
@@ -200,6 +200,36 @@ class Predictor:
         return stored.get_or_compute(
             SampleDependence, lambda: sample_dependence(self.job), "dependence", limit_bytes
         )
+
+    def test_dependence(
+        self,
+        plans: Sequence[Plan],
+        deadline: Deadline,
+        tell: Callable[[int, int, str], None] = lambda *progress: None,
+    ) -> None:
+        """Test whether samples depend on each other (`dependence`) in one process, while others trace the
+        parts of the sketches of ``plans``, none of which splits the batch: a search needs these whatever the
+        answer is. Do nothing if it is known. After the deadline it may still be unknown. ``tell`` is called
+        as in `prepare`.
+        """
+        stored, is_known = self._stored(), "dependence" in self.__dict__
+        if is_known or (stored is not None and stored.has("dependence", trial_limit_bytes())):
+            return
+        counts = Counter(SketchPart(_forward_backward_plan(plan), 1) for plan in plans)
+        sources = {part: self._mix_sources(*part) for part in counts}
+        parts = [part for part in counts if sources[part] is None and not self._load_part(*part)]
+        source_plans = {plan for plans_of_part in sources.values() for plan in plans_of_part or ()}
+        if parts:
+            with contextlib.suppress(TimeUp):
+                ordered = self._in_order(parts, plans, counts)
+                self._trace_parts(ordered, source_plans, tell, deadline, self._dependence_outcome)
+
+    def _dependence_outcome(self) -> CallOutcome:
+        """Test whether samples depend on each other. The value is what `dependence` returns."""
+        stored = self._stored()
+        if stored is None:
+            return CallOutcome(sample_dependence(self.job), may_be_kept=False)
+        return stored.run(lambda: sample_dependence(self.job))
 
     def dependence_under(self, plan: Plan) -> SampleDependence | None:
         """Return `dependence` if the plan splits the batch into micro-batches or over data-parallel ranks,
@@ -513,15 +543,9 @@ class Predictor:
         blocks are recomputed are put together from others (`compose`), after a deadline by the caller.
         ``tell`` is called as in `trace_all`, with the label of the part's plan.
         """
-        plans, first = list(plans), dict[str, Use]()
-        for u in (u for plan in plans for u in plan.uses):
-            first.setdefault(u.technique, u)
+        plans = list(plans)
         counts = Counter(part for composed_plan in plans for part in self._composed_of(composed_plan)[1])
         missing_parts = [part for part in counts if not self._load_part(*part)]
-        if missing_parts:
-            self.deadline.check()
-            fake_model(self.job)  # before processes are forked, each of which would build it
-            _ = plans[0].ranks == 1 and self._leaves_only_gradients
         sources = {part: self._mix_sources(*part) for part in missing_parts}
         self._parts_to_mix = {
             part: plans_of_part
@@ -529,13 +553,27 @@ class Predictor:
             if plans_of_part is not None
             and all(SketchPart(plan, 1) in sources or plan in self._source_traces for plan in plans_of_part)
         }
-        source_parts = {
-            SketchPart(plan, 1) for source_plans in self._parts_to_mix.values() for plan in source_plans
-        }
         for part, source_plans in self._parts_to_mix.items():
             counts.update({SketchPart(plan, 1): counts[part] for plan in source_plans})
-        traced_parts = sorted(
-            (part for part in missing_parts if part not in self._parts_to_mix),
+        traced_parts = [part for part in missing_parts if part not in self._parts_to_mix]
+        self._trace_parts(
+            self._in_order(traced_parts, plans, counts),
+            {plan for source_plans in self._parts_to_mix.values() for plan in source_plans},
+            tell,
+            self.deadline,
+        )
+        self._add_parts([functools.partial(self._digest_part_outcome, *part) for part in self.compose()])
+
+    def _in_order(
+        self, parts: Iterable[SketchPart], plans: Iterable[Plan], counts: Mapping[SketchPart, int]
+    ) -> list[SketchPart]:
+        """Return the parts in the order in which `prepare` traces them. ``counts``: number of the plans with
+        a part."""
+        first = dict[str, Use]()
+        for u in (u for plan in plans for u in plan.uses):
+            first.setdefault(u.technique, u)
+        return sorted(
+            parts,
             key=lambda part: (
                 _SLOW_TO_TRACE in part.plan,
                 sum(u != first.get(u.technique, u) for u in part.plan.uses),
@@ -543,19 +581,32 @@ class Predictor:
                 (part.plan.fingerprint, part.steps),
             ),
         )
-        traced_parts = from_both_ends(traced_parts)
+
+    def _trace_parts(
+        self,
+        parts: Sequence[SketchPart],
+        source_plans: Collection[Plan],
+        tell: Callable[[int, int, str], None],
+        deadline: Deadline,
+        *first_calls: Callable[[], CallOutcome],
+    ) -> None:
+        """Make the calls, and trace the parts in this order. ``source_plans``: plans from whose traces other
+        parts are put together. ``deadline`` is as in `run_parallel`."""
+        if parts:
+            deadline.check()
+            fake_model(self.job)  # before processes are forked, each of which would build it
+            _ = parts[0].plan.ranks == 1 and self._leaves_only_gradients
+        parts = from_both_ends(parts)
+        calls = [
+            functools.partial(self._digest_part_outcome, *part, part.steps == 1 and part.plan in source_plans)
+            for part in parts
+        ]
 
         def report_part(done: int, index: int) -> None:
-            tell(done, len(traced_parts), traced_parts[index].plan.label)
+            others = len(first_calls)
+            tell(max(0, done - others), len(parts), parts[max(0, index - others)].plan.label)
 
-        self._add_parts(
-            [
-                functools.partial(self._digest_part_outcome, *part, part in source_parts)
-                for part in traced_parts
-            ],
-            report_part,
-        )
-        self._add_parts([functools.partial(self._digest_part_outcome, *part) for part in self.compose()])
+        self._add_parts([*first_calls, *calls], report_part, deadline)
 
     def compose(self) -> list[SketchPart]:
         """Put together the parts for which `prepare` has traced what they need (`mixed`), in parallel and
@@ -579,8 +630,8 @@ class Predictor:
         tell: Callable[[int, int], None] = lambda done, index: None,
         deadline: Deadline | None = None,
     ) -> None:
-        """Make the calls in parallel, and add the parts that they return. ``tell`` and ``deadline`` are those
-        of `run_parallel`; None: the predictor's deadline."""
+        """Make the calls in parallel, and add the parts, or the `dependence`, that they return. ``tell`` and
+        ``deadline`` are those of `run_parallel`; None: the predictor's deadline."""
         results: dict[int, CallOutcome] = {}
         deadline = deadline or self.deadline
         try:
@@ -643,11 +694,18 @@ class Predictor:
         return self.device_kind, key.plan.fingerprint, key.blocks, key.steps
 
     def _add_part(self, result: CallOutcome) -> None:
+        stored = self._stored() if result.may_be_kept else None
+        if isinstance(result.value, SampleDependence):
+            self.dependence = result.value
+            remember_dependence(self.job, result.value)
+            if stored is not None:
+                stored.write(result.value, "dependence", trial_limit_bytes())
+            return
         digests, data = result.value
         self.part_digests |= digests
         if data:
             self._source_traces[next(iter(digests)).plan] = CallOutcome(data, result.may_be_kept)
-        if (stored := self._stored()) is not None and result.may_be_kept:
+        if stored is not None:
             for key, digest in digests.items():
                 stored.write(digest, "part", *self._part_facts(key))
 

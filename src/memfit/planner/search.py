@@ -38,7 +38,7 @@ from memfit.planner.selection import (
     score,
     within_bounds,
 )
-from memfit.planner.single_device import estimate_plans, plans_asked_for
+from memfit.planner.single_device import estimate_plans, plans_asked_for, test_dependence
 from memfit.planner.sketch_errors import may_fit_under
 from memfit.runtime import local_machine
 from memfit.techniques.recompute.optimal import OPTIMAL_CHECKPOINTING
@@ -114,8 +114,8 @@ def _search_dividing_batch(
     progress("trace", 0, 0, "plain training")
     job, predictor = make_predictor(request)
     _refuse_ranks(request, predictor)
-    limit_micro_batches(predictor, request.accuracy)
     baseline = predictor.whole(make_plain_plan(request.ranks))
+    test_dependence(predictor, request, deadline, progress)
     if request.is_here and must_run:
         request, job, predictor, baseline = _runnable(request, job, predictor, baseline)
     request = with_steps_of(request, job)

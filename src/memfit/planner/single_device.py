@@ -17,7 +17,7 @@ from memfit.planner.evaluate import Predictor
 from memfit.planner.machine_calibration import calibrate, score_band
 from memfit.planner.plan_space import effect_then_size_key, may_split, plans, usable
 from memfit.planner.recompute_budget import with_optimal_checkpointing
-from memfit.planner.request import Progress, Request
+from memfit.planner.request import Progress, Request, limit_micro_batches
 from memfit.planner.selection import (
     TIE_RATIO,
     Objective,
@@ -32,10 +32,11 @@ from memfit.planner.shortlist import (
     until_one_fits,
     until_some_fit,
 )
+from memfit.techniques.base import StepPart
 from memfit.techniques.recompute.optimal import OPTIMAL_CHECKPOINTING
 from memfit.techniques.registry import make_plain_plan, without
 from memfit.trace.trace_pool import from_both_ends
-from memfit.types.deadline import TimeUp
+from memfit.types.deadline import Deadline, TimeUp
 from memfit.types.dependence import DependenceCause, SampleDependence
 from memfit.types.errors import UserError
 from memfit.types.plan import Plan
@@ -91,6 +92,25 @@ class EstimatedPlans:
     count: int
     unsketched_count: int
     left_out: tuple[Reason, ...]
+
+
+def test_dependence(predictor: Predictor, request: Request, deadline: Deadline, progress: Progress) -> None:
+    """Test whether samples of the batch depend on each other, and limit micro-batches by that
+    (`limit_micro_batches`). Meanwhile, until the deadline, trace the parts of sketches that do not split the
+    batch (`Predictor.test_dependence`); but not if the request has a micro-batch, which may need none of
+    these, or if it is for this machine, where the batch may change."""
+    facts = predictor.job_facts
+    if facts.batch_size > 1 and not request.bounds.micro_batch and not request.is_here:
+        techniques = usable(facts, request.accuracy)[0]
+        excluded_names = request.bounds.without
+        allowed = [t for t in techniques if StepPart.PASSES in t.changes and t.name not in excluded_names]
+        refusals_of = engine(request.engine).supports
+        whole_batch_plans = [plan for plan in plans(facts, allowed) if not refusals_of(plan)]
+        with deadline.earlier_by(_TRACING_SHARE * (request.within_s or 0.0)):
+            predictor.test_dependence(
+                whole_batch_plans, deadline, lambda *counts: progress("search", *counts)
+            )
+    limit_micro_batches(predictor, request.accuracy)
 
 
 def estimate_plans(

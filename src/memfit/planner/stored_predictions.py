@@ -47,6 +47,9 @@ class StoredPredictions:
     def write_bytes(self, data: bytes, kind: str, *facts: Any) -> None:
         self.cache.write(self._name(kind, facts), data)
 
+    def has(self, kind: str, *facts: Any) -> bool:
+        return self.read_bytes(kind, *facts) is not None
+
     def read(self, type_: Any, kind: str, *facts: Any) -> Any:
         """Return the entry as a value of the type ``type_`` (see `restore`). None if there is none."""
         data = self.read_bytes(kind, *facts)

@@ -147,11 +147,12 @@ class AllocationRecorder(TorchDispatchMode):
         """Assign ``category`` and, unless it is None, ``module`` to the storages of every tensor in
         ``value``, in place of what they had before. Storages that have not been recorded yet are recorded as
         made now."""
-        for tensor in batch_tensors(value):
-            for inner in plain_tensors(tensor):
-                life = self.note_real(inner, category.value)
-                life.category = category
-                life.module = life.module if module is None else module
+        with torch._C.DisableTorchFunction():  # as in `__torch_dispatch__`
+            for tensor in [value] if isinstance(value, torch.Tensor) else batch_tensors(value):
+                for inner in plain_tensors(tensor):
+                    life = self.note_real(inner, category.value)
+                    life.category = category
+                    life.module = life.module if module is None else module
 
     def note_real(self, tensor: torch.Tensor, op: str) -> Life:
         """Record the storage of a tensor that this mode did not see being made, as if the operator ``op``
@@ -515,9 +516,10 @@ class AllocationRecorder(TorchDispatchMode):
     def move(self, value: Any, pool: str) -> None:
         """Record that the storages of every tensor in ``value`` have been in ``pool`` (see `in_memory_pool`)
         since they were made. Storages that have not been recorded yet are recorded as made now."""
-        for tensor in tensors_in(value):
-            for inner in plain_tensors(tensor):
-                self.note_real(inner, "").memory_pool = pool
+        with torch._C.DisableTorchFunction():
+            for tensor in tensors_in(value):
+                for inner in plain_tensors(tensor):
+                    self.note_real(inner, "").memory_pool = pool
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

@@ -26,6 +26,7 @@ from memfit.cost.memory import live_peak_bytes
 from memfit.model.batch_objects import batch_length, split
 from memfit.runtime import local_machine
 from memfit.trace.fixed_random import FixedRandom, TimeLimitExceeded
+from memfit.trace.trace_pool import is_fork_refused
 from memfit.trace.tracer import fake_model, trace
 from memfit.trace.truncated_model import with_blocks
 from memfit.types.dependence import DependenceCause, DependenceKind, SampleDependence
@@ -72,13 +73,21 @@ def sample_dependence(job: Job) -> SampleDependence:
     return _tried(job)
 
 
+def remember_dependence(job: Job, result: SampleDependence) -> None:
+    """Let `sample_dependence` return the result of a trial of this job in another process."""
+    with contextlib.suppress(TypeError):
+        _KNOWN.setdefault(job.build_model, {})[id(job.loss), job.batch_size] = job.loss, result
+
+
 def _tried(job: Job) -> SampleDependence:
     try:
         small_job = _affordable(job)
         result = _Trial(small_job).run()
     except TimeLimitExceeded:
         result = _not_tested(f"the trial takes more processor time than {_MOST_S:g} s")
-    except Exception as error:  # noqa: BLE001  any error of the user's code on parts of a batch
+    except Exception as error:  # any error of the user's code on parts of a batch
+        if is_fork_refused(error):
+            raise
         result = _not_tested(first_line(error)[:160])
     if result.kind is DependenceKind.NOT_TESTED:
         return _by_batch_norms(job, result)

@@ -164,7 +164,7 @@ def run_parallel(
         for index, outcome in _outcomes(calls, pool, min(_cores(), len(calls)), tell, deadline):
             outcomes[index] = outcome
             results.update({index: outcome[1]} if outcome[0] else {})
-            if _no_backward(*outcome):
+            if not outcome[0] and is_fork_refused(outcome[1]):
                 _REFUSED.append(str(outcome[1]))
                 break
     finally:
@@ -255,11 +255,10 @@ def _one_by_one(
     return [results[index] for index in range(len(calls))]
 
 
-def _no_backward(is_ok: bool, value: Any) -> bool:
-    """Return whether a call in a forked process, with the outcome ``is_ok``, ``value`` (`_outcome`), failed
-    because autograd has device threads (CUDA builds). No backward can then run in a forked process after one
-    has run in the original process."""
-    return not is_ok and isinstance(value, RuntimeError) and "fork-based multiprocessing" in str(value)
+def is_fork_refused(error: Exception) -> bool:
+    """Return whether a call in a forked process failed with this error because autograd has device threads
+    (CUDA builds). No backward can then run in a forked process after one has run in the original process."""
+    return "fork-based multiprocessing" in str(error)
 
 
 def _answer(

@@ -11,7 +11,7 @@ import multiprocessing
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -414,18 +414,23 @@ def _marker(recorder: AllocationRecorder, step: TrainingStep) -> Any:
 def _label_state(recorder: AllocationRecorder, step: TrainingStep) -> None:
     """Label the optimizer's state, and then the model's parameters and buffers, whose label therefore holds
     for a storage that belongs to both."""
-    owner = {id(p): name.rpartition(".")[0] for name, p in step.model.named_parameters()}
+    parameters = list(step.model.named_parameters())
+    owner = {id(p): name.rpartition(".")[0] for name, p in parameters}
     on_host = not recorder.kind.is_host and counts_steps_on_host(step.optimizer)
     for param, state in step.optimizer.state.items():
         recorder.label(state, Category.OPTIMIZER_STATE, module=owner.get(id(param)) or recorder.owner(param))
         counter = state.get("step") if on_host and isinstance(state, dict) else None
         if isinstance(counter, torch.Tensor) and not counter.dim():
             recorder.move(counter, "nowhere")  # a few bytes of host memory per parameter
-    _label_model(recorder, step.model)
+    _label_tensors(recorder, [*parameters, *step.model.named_buffers()])
 
 
 def _label_model(recorder: AllocationRecorder, model: torch.nn.Module) -> None:
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    _label_tensors(recorder, [*model.named_parameters(), *model.named_buffers()])
+
+
+def _label_tensors(recorder: AllocationRecorder, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+    for name, tensor in named:
         recorder.label(tensor, Category.PARAMETER, module=name.rpartition(".")[0])
 
 
