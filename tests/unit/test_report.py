@@ -28,6 +28,7 @@ from report_fixture import (
 )
 from rich.console import Console
 
+from memfit.cost.memory_estimate import UNKNOWN_FOOTPRINT
 from memfit.report import charts, terminal
 from memfit.report.answer import answer
 from memfit.report.case import CLASSES, case_view
@@ -565,6 +566,17 @@ def test_terminal_plan_shortens_a_long_frontier_and_counts_the_rest() -> None:
     left = re.search(r"Further plans on the frontier between these: (\d+)\.", out.getvalue())
     assert left is not None
     assert int(left[1]) == len(frontier) - len(terminal._spread(search_view(many).frontier))
+
+
+def test_terminal_plan_says_that_the_memory_beside_tensors_of_a_kind_of_device_is_unknown() -> None:
+    found = full_poc().search
+    estimate = dataclasses.replace(found.baseline.estimate, assumptions=(UNKNOWN_FOOTPRINT,))
+    unknown = dataclasses.replace(found, baseline=dataclasses.replace(found.baseline, estimate=estimate))
+    for lang, said in (("en", "Assumed: 6 % of the tensors' memory"), ("ja", "仮定：アロケーターの分として")):
+        for result, is_said in ((unknown, True), (found, False)):
+            console, out = shown(lang)
+            terminal.print_search(result, console=console, lang=lang)
+            assert (said in out.getvalue()) is is_said
 
 
 def test_terminal_plan_marks_estimates_that_were_not_traced() -> None:

@@ -30,9 +30,8 @@ ASSUMED_RESERVED_RATIO = (
 )
 # One of an estimate's assumptions if its footprint is empty on an accelerator (planner/capacity.py).
 UNKNOWN_FOOTPRINT: Final = (
-    "how much memory training takes on this kind of device beside its tensors is unknown; 6 % of the "
-    "tensors are added for the allocator and, on a device that is not in this machine, 1 GiB for context "
-    "and libraries"
+    "6 % of the tensors' memory for the allocator and, on a device that is not in this machine, 1 GiB for "
+    "context and libraries; what this kind of device takes beside tensors is unknown"
 )
 
 

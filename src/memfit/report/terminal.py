@@ -146,7 +146,8 @@ def _print_cautions(
         console.print(Text(words.get("terminal.unfinished"), style="bold yellow"))
     choices = filter(None, (result.baseline, result.recommended))
     if any(UNKNOWN_FOOTPRINT in choice.estimate.assumptions for choice in choices):
-        console.print(Text(words.of(UNKNOWN_FOOTPRINT), style="yellow"))
+        assumed_text = words.get("terminal.assumed", what=words.of(UNKNOWN_FOOTPRINT))
+        console.print(Text(assumed_text, style="yellow"))
     if result.timings is not None and result.timings.noisy:
         console.print(Text(_noise(result.timings, words), style="yellow"))
     if correction is not None and correction.corrected_by:
