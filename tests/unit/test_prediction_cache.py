@@ -530,6 +530,22 @@ def test_a_job_whose_content_cannot_be_known_has_no_digest(files: UserFiles, cod
     assert files.digest() is None
 
 
+def test_masked_values_of_numpy_are_part_of_the_content(files: UserFiles) -> None:
+    files.edit(
+        "mine.py", "HERE = ", "import numpy\n\nEDGE = numpy.ma.masked\nROW = numpy.ma.array([1, 2])\nHERE = "
+    )
+    whole = files.digest()
+    assert whole is not None
+    files.edit("mine.py", "ROW = numpy.ma.array([1, 2])", "ROW = numpy.ma.array([1, 2], mask=[0, 1])")
+    assert files.digest() not in (None, whole)
+
+
+def test_a_job_with_a_value_that_cannot_be_read_has_no_digest(files: UserFiles) -> None:
+    code = "class Odd(dict):\n    def items(self):\n        raise ArithmeticError\n\n\nODD = Odd()\n"
+    files.edit("mine.py", "HERE = ", f"{code}\nHERE = ")
+    assert files.digest() is None
+
+
 def test_jobs_of_this_process_have_no_digest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_OF_THIS_PROCESS", {"in memory": words()})
     ref = JobRef(spec="in memory")

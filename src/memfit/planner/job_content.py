@@ -219,6 +219,8 @@ def _variables(names: re.Pattern[str]) -> dict[str, str]:
 def _library_folders() -> tuple[str, ...]:
     names = ("stdlib", "platstdlib", "purelib", "platlib")
     folders = {*(sysconfig.get_path(n) for n in names), *site.getsitepackages(), site.getusersitepackages()}
+    # Folders of packages that a .pth file or PYTHONPATH adds, such as those of an environment below this one.
+    folders |= {path for path in sys.path if Path(path).name in {"site-packages", "dist-packages"}}
     folders |= {str(Path(os.__file__).parent), str(_MEMFIT), "/proc", "/sys", "/dev"}
     return tuple(f"{os.path.realpath(folder)}{os.sep}" for folder in folders)
 
@@ -323,8 +325,15 @@ def _described(value: Any) -> str:
             continue
         numbers[id(current)] = len(numbers)
         kept.append(current)  # its id stays its own
-        text, parts = _head(current)
-        parts = list(parts)
+        try:
+            text, parts = _head(current)
+            parts = list(parts)
+        except _UnknownContentError:
+            raise
+        except (
+            Exception
+        ) as error:  # of an object that cannot be read, whose type is the user's or a library's
+            raise _UnknownContentError(f"{type(current)} cannot be read") from error
         digest.update(f"{text} {len(parts)}\0".encode())
         pending.extend(reversed(parts))
         if len(numbers) + len(pending) > _MOST_VALUES:
@@ -408,6 +417,12 @@ def _head_of_array(array: numpy.ndarray) -> tuple[str, Iterable[Any]]:
     if array.nbytes > _MOST_TENSOR_BYTES:
         raise _UnknownContentError("an array is too large to be hashed")
     return f"{text} {hashlib.sha256(array.tobytes()).hexdigest()}", ()
+
+
+@_head.register(numpy.ma.MaskedArray)
+def _head_of_masked_array(array: numpy.ma.MaskedArray[Any, Any]) -> tuple[str, Iterable[Any]]:
+    fill_value = str(getattr(array, "fill_value", None))  # numpy.ma.masked has none
+    return _class_name(type(array)), [numpy.ma.getdata(array), numpy.ma.getmaskarray(array), fill_value]
 
 
 @_head.register(torch.Tensor)
