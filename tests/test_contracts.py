@@ -354,6 +354,7 @@ def test_only_modules_that_run_foreign_code_catch_all_exceptions() -> None:
         "jobs/user_job.py",
         "trace/trace_extrapolation.py",
         "planner/evaluate.py",
+        "planner/job_content.py",
         "trace/trace_pool.py",
         "planner/multi_device_predictor.py",
         "planner/block_traces.py",
