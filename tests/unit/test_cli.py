@@ -318,6 +318,13 @@ def test_an_output_on_a_full_disk_is_reported_in_one_line(words: str) -> None:
     assert (child.returncode, child.stderr) == (1, b"memfit: cannot write: No space left on device\n")
 
 
+def test_an_output_that_is_cut_off_is_an_error(tmp_path: Path) -> None:
+    command = f"ulimit -f 1; exec {sys.executable} -B -m memfit list machines --json"
+    with (tmp_path / "machines.json").open("w") as output:
+        child = subprocess.run(["bash", "-c", command], stdout=output, stderr=subprocess.PIPE, check=False)
+    assert (child.returncode, child.stderr) == (1, b"memfit: cannot write: File too large\n")
+
+
 def test_a_closed_standard_output_is_no_error() -> None:
     command = f"{sys.executable} -m memfit list machines --json >&-"
     child = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, check=False)

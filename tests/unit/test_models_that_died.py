@@ -346,9 +346,7 @@ def test_sgd_with_sparse_gradients_takes_no_more_than_estimated() -> None:
         return nn.Sequential(nn.Embedding(4000, 32, sparse=True), nn.Flatten(1))
 
     tokens = torch.randint(0, 4000, (32, 8), generator=torch.Generator().manual_seed(0))
-    high_bytes = memfit.estimate(
-        build(), tokens, loss=squares, optimizer=torch.optim.SGD
-    ).allocated_bytes.high
+    high_bytes = memfit.estimate(build(), tokens, loss=squares, optimizer="sgd").allocated_bytes.high
     assert high_bytes / 1.2 < peak_bytes(build, tokens, squares, torch.optim.SGD) <= high_bytes
 
 

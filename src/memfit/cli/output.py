@@ -30,8 +30,9 @@ def emit(value: Any) -> None:
 
 
 def emit_text(text: str) -> None:
-    """Print ``text``, which is JSON, on standard output."""
-    print(text, end="", file=_JSON_OUTPUT.get())
+    """Print ``text``, which is JSON and ends with a line break, on standard output."""
+    # The line break is written apart: Python notices a write that a full disk has cut off only in the next.
+    print(text.removesuffix("\n"), file=_JSON_OUTPUT.get())
 
 
 @contextlib.contextmanager
