@@ -4,8 +4,8 @@ composing traces of their parts (`Predictor.sketch`).
 A search needs predictions of hundreds of plans that share their parts. The memory that forward and backward
 use above the resident bytes depends on precision, recomputation and micro-batch, not on the optimizer. The
 optimizer's phase depends on precision and adapters, not on recomputation. Values for a micro-batch size are
-interpolated linearly between the smallest and the largest one. Blocks repeat. The best sketches are always
-traced whole before anything is recommended.
+interpolated linearly between the smallest and the largest one. Blocks repeat. The best sketches are traced
+whole before anything is recommended, unless Ctrl-C ends the search first.
 
 An example: activation-checkpointing(every=1) + adafactor + gradient-accumulation(micro_batches=2), of a batch
 of 4 samples and a model of 12 equal blocks. Its sketch is composed of three parts (`Predictor._composed_of`):
