@@ -119,8 +119,9 @@ class CachingAllocator:
         return True
 
     def free(self, key: Hashable) -> None:
-        self.request_free(key)
-        self.complete_free(key)
+        block = self._live.pop(key)
+        self.allocated_bytes -= block.size
+        self._make_idle(block)
 
     def request_free(self, key: Hashable) -> None:
         """Do the first half of `free`: no longer count the block of ``key`` as allocated, but keep it from
@@ -132,9 +133,13 @@ class CachingAllocator:
         self.allocated_bytes -= block.size
 
     def complete_free(self, key: Hashable) -> None:
-        block = self._held.pop(key)
-        for neighbour in (block.before, block.after):
-            merge(block, neighbour)
+        self._make_idle(self._held.pop(key))
+
+    def _make_idle(self, block: SegmentBlock) -> None:
+        if (before := block.before) is not None and before.idle:
+            merge(block, before)
+        if (after := block.after) is not None and after.idle:
+            merge(block, after)
         block.pool.add(block)
 
     # -- where a block comes from ---------------------------------------------------------------------
@@ -351,7 +356,13 @@ def run(events: Iterable[Event], settings: Settings | None = None) -> Replayed:
     None means `Settings` with its defaults: all options off, unlimited memory.
     """
     allocator = CachingAllocator(settings)
-    fits = all(_played(allocator, *event) for event in events)
+    fits = True
+    for key, size_bytes, stream in events:
+        if size_bytes < 0:
+            allocator.free(key)
+        elif not allocator.allocate(key, size_bytes, stream):
+            fits = False
+            break
     return Replayed(
         allocated_peak_bytes=allocator.allocated_peak_bytes,
         reserved_peak_bytes=allocator.reserved_peak_bytes,
@@ -360,13 +371,6 @@ def run(events: Iterable[Event], settings: Settings | None = None) -> Replayed:
         retries=allocator.retries,
         fits=fits,
     )
-
-
-def _played(allocator: CachingAllocator, key: Hashable, size_bytes: int, stream: str) -> bool:
-    if size_bytes < 0:
-        allocator.free(key)
-        return True
-    return allocator.allocate(key, size_bytes, stream)
 
 
 def replay(allocations: Iterable[Allocation], settings: Settings | None = None) -> Replayed:
