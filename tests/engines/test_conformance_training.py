@@ -22,9 +22,10 @@ from memfit.conformance.observation import (
     WeightFigures,
 )
 from memfit.conformance.training_checks import optimizer_parameters, weights
+from memfit.jobs import registry
 from memfit.jobs.training_step import TrainingStep
 from memfit.techniques.registry import make_use
-from memfit.types.job import Job, OptimizerChoice
+from memfit.types.job import Job, JobRef, OptimizerChoice
 from memfit.types.plan import Plan
 
 # One step cannot tell a schedule that stays at 0 from a warm-up, nor a layer whose weights are read without
@@ -94,6 +95,32 @@ def test_a_list_of_optimizers_is_taken_together() -> None:
             optimizer.zero_grad()
 
     assert "optimizer: parameters" in conform(model, optimizers, {}, step=step, blocks="blocks").checked
+
+
+def test_a_last_layer_that_starts_at_zero_lets_no_gradient_through_in_the_first_step() -> None:
+    model = Net()
+    nn.init.zeros_(model.head.weight)
+    optimizer = adamw(model.parameters())
+    result = conform(model, optimizer, {}, step=plain_step(model, optimizer), blocks="blocks")
+    assert any("head.weight was 0 before the step" in text for text in result.unseen)
+
+
+def test_blocks_that_are_detached_before_a_last_layer_that_starts_at_zero_are_reported() -> None:
+    model = Net()
+    nn.init.zeros_(model.head.weight)
+    model.blocks[-1].register_forward_hook(lambda module, args, output: output.detach())
+    optimizer = adamw(model.parameters())
+    with pytest.raises(Exception, match="block gradients: planned gradients in all blocks, found none"):
+        conform(model, optimizer, {}, step=plain_step(model, optimizer), blocks="blocks")
+
+
+@pytest.mark.parametrize("name", [n for n in registry.names() if n != "alphafold2"])
+def test_the_first_step_of_a_built_in_job_conforms_to_plain_training(name: str) -> None:
+    torch.manual_seed(0)
+    job = registry.load(JobRef(spec=name))
+    step = TrainingStep(job, Plan())
+    answer = child_ranks.told(step, sum(p.numel() for p in step.model.parameters()))
+    assert answer.startswith("fine: ")
 
 
 def test_updates_below_the_precision_of_bf16_count_if_master_weights_change() -> None:

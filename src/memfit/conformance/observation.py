@@ -245,6 +245,8 @@ class WeightFigures:
       ``changed``: those that differ. ``not_finite``: those with a value that is not finite after the step.
     - ``gradients``: the largest absolute value of the gradients that arrived; None: an earlier hook had taken
       the gradient away. ``gradients_at_update``: the same when the optimizer stepped; 0 if there was none.
+    - ``were_zero``: for parameters of two dimensions or more of which this rank held a part before the step,
+      whether it had only zeros.
     - ``updates``: number of steps of torch's optimizers; None: not counted.
     - ``ran``: parameters of blocks whose own module ran; None: not observed.
     - ``masters``: parameters of which the optimizer updated a copy -> whether they are equal to it now."""
@@ -255,6 +257,7 @@ class WeightFigures:
     not_finite: frozenset[str] = frozenset()
     gradients: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
     gradients_at_update: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    were_zero: Mapping[str, bool] = dataclasses.field(default_factory=dict)
     updates: int | None = None
     ran: frozenset[str] | None = None
     masters: Mapping[str, bool] = dataclasses.field(default_factory=dict)

@@ -168,8 +168,10 @@ def block_gradients(plan: Plan, observed: Observations) -> Iterator[CheckFinding
 
     It is a difference if no parameter of a block gets a gradient other than 0, or if parameters whose modules
     ran, and that get no gradient at all, are a quarter of a block's elements. Fewer are `NotChecked`, and so
-    are such parameters of the last block alone, of which the loss may not read all outputs. Yields nothing if
-    it was not observed which modules ran or no gradient was seen."""
+    are such parameters of the last block alone, of which the loss may not read all outputs; and gradients of
+    0 in whole blocks if a weight that gets another gradient was 0 before the step, as a last layer may be
+    at first: none passes through it. Yields nothing if it was not observed which modules ran or no gradient
+    was seen."""
     figures = _figures(observed)
     gradients, ran = _gradients(figures), _union(f.ran for f in figures if f.ran is not None)
     blocks = [
@@ -181,6 +183,11 @@ def block_gradients(plan: Plan, observed: Observations) -> Iterator[CheckFinding
         return
     dead = [index for index, params in blocks if not any(gradients.get(p.name, 0) != 0 for p in params)]
     cut = {index: [p for p in params if p.name not in gradients] for index, params in blocks}
+    was_zero = next(_were_zero(figures, gradients), None)
+    if dead and was_zero and all(p.name in gradients for i, params in blocks if i in dead for p in params):
+        names = ", ".join(map(str, dead))
+        yield NotChecked(f"block gradients: 0 in blocks {names}; {was_zero} was 0 before the step")
+        return
     partly = [i for i, params in blocks if i not in dead and _ratio(cut[i], params) >= _MOST_UNTRAINED_RATIO]
     unused = [p for i, params in cut.items() if i not in dead for p in params]
     if dead or (partly and partly != [blocks[-1][0]]):
@@ -282,6 +289,15 @@ def _gradients(figures: Sequence[WeightFigures]) -> Mapping[str, float]:
         size = math.inf if value is None or math.isnan(value) else value
         largest[name] = max(largest.get(name, 0.0), size)
     return largest
+
+
+def _were_zero(figures: Sequence[WeightFigures], gradients: Mapping[str, float]) -> Iterator[str]:
+    """Yield the parameters that held only zeros before the step, on all ranks, and got a gradient that is not
+    0."""
+    for name, gradient in gradients.items():
+        parts = [f.were_zero[name] for f in figures if name in f.were_zero]
+        if gradient != 0 and parts and all(parts):
+            yield name
 
 
 def _cleared(figures: Sequence[WeightFigures]) -> frozenset[str]:

@@ -37,6 +37,7 @@ class WeightUpdates:
         self._before: dict[str, Any] = {}
         self._after: dict[str, Any] | None = None
         self._largest_weights: dict[str, Any] = {}
+        self._largest_before: dict[str, Any] = {}
         self._arrived: dict[str, Any] = {}
         self._unread = set[str]()
         self._at_update: dict[str, Any] = {}
@@ -54,6 +55,9 @@ class WeightUpdates:
         self._params = {n: p for n, p in prepared.model.named_parameters() if p.requires_grad}
         self._names = {id(p): n for n, p in self._params.items()}
         self._before = {n: _digest(own_shard(p)) for n, p in self._params.items()}
+        matrices = {n: p for n, p in self._params.items() if len(shape(p)) > 1}
+        shards = {n: own_shard(p) for n, p in matrices.items()}
+        self._largest_before = {n: _largest(s) for n, s in shards.items() if _local(s) is not None}
         self._masters = _masters(prepared.optimizer, self._params)
         tensors = _tensors(prepared.optimizer) or {}
         self._foreign = [(t, _digest(t)) for t in _split_tensors(tensors, self._params)[1]]
@@ -138,6 +142,7 @@ class WeightUpdates:
             not_finite=frozenset(n for n, v in self._largest_weights.items() if _is_not_finite(v)),
             gradients=gradients,
             gradients_at_update=at_update,
+            were_zero={n: float(v) == 0 for n, v in self._largest_before.items()},
             updates=self._updates_count,
             ran=self._ran_names() if self._listens_to_modules else None,
             masters={n: _equal(m, self._params[n]) for n, m in self._masters.items() if id(m) in changed_ids},
