@@ -193,7 +193,7 @@ def test_restarted_ranks_continue_from_the_last_checkpoint(
     assert _run("torchrun.sh", tmp_path / "out", {}) == ["ok", "ok"]
     logs = sorted((tmp_path / "out" / "logs").rglob("0/stdout.log"))  # one per attempt
     assert len(logs) == 2
-    steps = [re.findall(r'"step", "step": (\d+)', log.read_text()) for log in logs]
+    steps = [re.findall(r'"event": "step".*?"step": (\d+)', log.read_text()) for log in logs]
     assert [step for attempt in steps for step in attempt] == ["0", "1", "2", "3"]
 
 

@@ -275,10 +275,13 @@ def _fake_batch(recorder: AllocationRecorder, fake: FakeTensorMode, step: Traini
 
 def _as_copied(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor that takes what a copy of ``tensor`` on another device takes: all elements of an
-    expanded tensor, but not the rest of the storage of a slice."""
+    expanded tensor, but not the rest of the storage of a slice. The first samples of a batch keep its
+    storage: a trace of fewer micro-batches than the plan has counts the whole batch so."""
     if tensor.layout is not torch.strided:
         return tensor
-    is_whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    storage_bytes, own_bytes = tensor.untyped_storage().nbytes(), tensor.numel() * tensor.element_size()
+    is_first_part = storage_bytes > own_bytes and tensor.is_contiguous() and tensor.storage_offset() == 0
+    is_whole = storage_bytes == own_bytes or is_first_part
     return tensor if is_whole else torch.empty_like(tensor)
 
 
