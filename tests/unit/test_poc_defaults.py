@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_machine import processor
 from tiny import words
 
 from memfit.cli.options import BoundsOptions, JobOptions, RuntimeOptions, SearchOptions
@@ -24,28 +25,13 @@ from memfit.store.database import Store
 from memfit.techniques.registry import effect_of
 from memfit.types.errors import NothingFits, UserError
 from memfit.types.job import Job, JobRef
-from memfit.types.machine import Device, Fact, Machine
 from memfit.types.plan import Accuracy, Bounds, EffectClass
 from memfit.workflows import proof_of_concept
 
 Ask = Callable[..., Planning]
 
 
-def fact(value: float) -> Fact:
-    return Fact(value=value, source="a test", date="2026-01-01", kind="assumed")
-
-
-PROCESSOR = Machine(
-    name="test",
-    device=Device(
-        name="test",
-        kind="cpu",
-        memory_bytes=fact(2**30),
-        bandwidth_bytes_s=fact(1e9),
-        peak_flops={"float32": fact(1e10)},
-        power_w=fact(10.0),
-    ),
-)
+PROCESSOR = processor(float32=1e10)
 
 
 def quiet(*begun: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_machine import fact, processor
 from tiny import WIDTH, Block, regression, words
 from torch import nn
 
@@ -33,7 +34,7 @@ from memfit.trace.unroll import Mismatch
 from memfit.types.deadline import Deadline, TimeUp
 from memfit.types.errors import NothingFits, RunError, UserError
 from memfit.types.job import Job, JobRef
-from memfit.types.machine import Calibration, Device, Fact, Machine
+from memfit.types.machine import Calibration, Machine
 from memfit.types.parts import Parts
 from memfit.types.plan import Accuracy, Bounds, Plan, Use, use
 from memfit.types.result import Estimate, Interval, Measurement, OutcomeKind
@@ -42,21 +43,7 @@ from memfit.types.trace import Trace
 BLOCKS = 6
 
 
-def fact(value: float) -> Fact:
-    return Fact(value=value, source="a test", date="2026-01-01", kind="assumed")
-
-
-CPU = Machine(
-    name="test",
-    device=Device(
-        name="test",
-        kind="cpu",
-        memory_bytes=fact(2**30),
-        bandwidth_bytes_s=fact(1e9),
-        peak_flops={"float32": fact(1e10)},
-        power_w=fact(10.0),
-    ),
-)
+CPU = processor(float32=1e10)
 CUDA = dataclasses.replace(CPU, device=dataclasses.replace(CPU.device, kind="cuda"))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from small_machine import processor
 from tiny import words
 
 from memfit.planner import capacity, search, single_device
@@ -31,7 +32,6 @@ from memfit.report.quantities import sentence_text
 from memfit.report.words import load_words
 from memfit.techniques.registry import short_label
 from memfit.types.job import JobRef
-from memfit.types.machine import Device, Fact, Machine
 from memfit.types.plan import Accuracy, Bounds, Plan, use
 from memfit.types.result import Estimate, Interval, Reason, ReasonKind
 
@@ -323,21 +323,7 @@ def test_a_constant_part_that_sketches_do_not_know_is_learned_from_traces() -> N
 # --- the search
 
 
-def fact(value: float) -> Fact:
-    return Fact(value=value, source="a test", date="2026-01-01", kind="assumed")
-
-
-PROCESSOR = Machine(
-    name="test",
-    device=Device(
-        name="test",
-        kind="cpu",
-        memory_bytes=fact(2**30),
-        bandwidth_bytes_s=fact(1e9),
-        peak_flops={"float32": fact(1e10), "bfloat16": fact(2e10)},
-        power_w=fact(10.0),
-    ),
-)
+PROCESSOR = processor(float32=1e10, bfloat16=2e10)
 
 
 def test_a_search_traces_a_plan_with_every_technique_that_it_leaves_out(
