@@ -136,7 +136,20 @@ def test_a_loss_with_its_own_random_numbers_is_not_tested() -> None:
 
     found = sample_dependence(dataclasses.replace(JOBS["linear"], loss=noisy))
     assert found.kind is DependenceKind.NOT_TESTED
-    assert "random numbers of its own" in found.reason
+    assert "random numbers or a state of its own" in found.reason
+
+
+def test_a_loss_that_keeps_numbers_from_pass_to_pass_is_not_tested() -> None:
+    means = [0.0]
+
+    def centered(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        x = model(batch["x"])
+        means.append(0.9 * means[-1] + 0.1 * float(x.detach().mean()))
+        return (x - means[-1]).square().mean()
+
+    found = sample_dependence(dataclasses.replace(JOBS["linear"], loss=centered))
+    assert found.kind is DependenceKind.NOT_TESTED
+    assert "a state of its own" in found.reason
 
 
 def test_a_loss_that_fails_on_half_of_a_batch_is_not_tested() -> None:
@@ -149,7 +162,7 @@ def test_a_loss_that_fails_on_half_of_a_batch_is_not_tested() -> None:
 
 
 def test_the_reason_says_why_random_samples_could_not_be_tried() -> None:
-    real = JOBS["linear"].make_batch(0, 0)["x"]
+    real = torch.cat([JOBS["linear"].make_batch(step, 0)["x"] for step in range(40)])
 
     def picky(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         if not torch.isin(batch["x"].float(), real).all():
@@ -323,7 +336,7 @@ def test_a_micro_batch_of_dependent_samples_is_refused_with_alternatives(own: Pa
 
 
 def test_accumulation_that_weighs_the_loss_wrongly_is_refused(own: Path) -> None:
-    with pytest.raises(UserError, match=r"a sum that weighs two parts of the batch by 1, 1.*loss_terms"):
+    with pytest.raises(UserError, match=r"a sum that weighs 2 parts of the batch by 1, 1.*loss_terms"):
         explain(_request(f"{own}:summed"), SPLIT, _quiet)
 
 

@@ -128,6 +128,43 @@ def repeat(batch: Any, times: int) -> Any:
     return _pytree.tree_map(lambda v: torch.cat([v] * times) if _is_per_sample(v, length) else v, batch)
 
 
+def select(batch: Any, indices: Sequence[int]) -> Any:
+    """Return a batch of the samples at ``indices``, in this order. Tensors whose first dimension is not the
+    number of samples stay as they are. Raises UserError if the batch holds an object that cannot be split
+    (`split_object`).
+    """
+    length = batch_length(batch)
+    if (samples := split_object(batch, [1] * length)) is not None:
+        return type(batch).from_data_list([d for i in indices for d in samples[i].to_data_list()])
+    rows = torch.tensor(indices)
+    return _pytree.tree_map(lambda v: v[rows.to(v.device)] if _is_per_sample(v, length) else v, batch)
+
+
+def join(first: Any, second: Any) -> Any | None:
+    """Return a batch with the samples of ``first``, then those of ``second``. Return None if the two cannot
+    be joined: because their structure, dtypes or shapes apart from the number of samples differ, or because
+    they hold objects without ``to_data_list()`` and ``from_data_list()``.
+    """
+    (leaves, structure), (others, other_structure) = map(_pytree.tree_flatten, (first, second))
+    if structure != other_structure:
+        return None
+    if any(map(_is_object, leaves)):
+        concatenate = getattr(type(first), "from_data_list", None)
+        if concatenate is None or not hasattr(first, "to_data_list"):
+            return None
+        return concatenate([*first.to_data_list(), *second.to_data_list()])
+    lengths, joined = (batch_length(first), batch_length(second)), []
+    for leaf, other in zip(leaves, others, strict=True):
+        both = (leaf, other)
+        if all(_is_per_sample(v, n) for v, n in zip(both, lengths, strict=True)):
+            if leaf.shape[1:] != other.shape[1:] or leaf.dtype != other.dtype:
+                return None
+            joined.append(torch.cat(both))
+        else:
+            joined.append(leaf)
+    return _pytree.tree_unflatten(joined, structure)
+
+
 def _is_per_sample(value: Any, length: int) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == length
 

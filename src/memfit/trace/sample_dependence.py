@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import random
 import time
 import warnings
@@ -29,13 +30,14 @@ from memfit.trace.fixed_random import FixedRandom, TimeLimitExceeded
 from memfit.trace.trace_pool import is_fork_refused
 from memfit.trace.tracer import fake_model, trace
 from memfit.trace.truncated_model import with_blocks
+from memfit.trace.varied_samples import varied_samples
 from memfit.types.dependence import DependenceCause, DependenceKind, SampleDependence
 from memfit.types.errors import UserError, first_line
 from memfit.types.job import Job
 from memfit.types.plan import Plan
 from memfit.types.units import format_bytes
 
-_SAMPLES = (8, 4, 2)  # numbers of samples of the real batch to try, largest first
+_SAMPLES = (8, 4, 2)  # numbers of real samples to try, largest first
 _ROUNDING_RATIO, _DEPENDENCE_RATIO = 1e-9, 1e-7
 # A parameter's gradient norm counts as at least this fraction of the whole gradient's norm.
 _SMALL_GRADIENT_RATIO = 1e-3
@@ -50,33 +52,37 @@ _FEW_BLOCKS = (2, 1)
 # Errors for a single sample, such as BatchNorm1d's.
 _ONE_IS_TOO_FEW = (RuntimeError, ValueError, IndexError, UserError)
 
-# Keyed by the function that builds the model, then by the id of the loss (kept alive, so that its id stays
-# unique) and the batch size.
-_KNOWN: weakref.WeakKeyDictionary[Any, dict[tuple[int, int], tuple[Any, SampleDependence]]]
+# Keyed by the function that builds the model, then by the ids of the job's other functions (kept alive, so
+# that their ids stay unique) and the batch size.
+_KNOWN: weakref.WeakKeyDictionary[Any, dict[tuple[int, ...], tuple[Any, SampleDependence]]]
 _KNOWN = weakref.WeakKeyDictionary()
 
 
 def sample_dependence(job: Job) -> SampleDependence:
     """Return whether the samples of the job's batch depend on each other ("independent", "dependent" or "not
-    tested", with the reason), by a trial with a few of its samples. Jobs with the same functions for model
-    and loss and the same batch size are tried once per process.
+    tested", with the reason), by a trial with a few of its samples. Jobs with the same functions for model,
+    batches, loss and its terms and the same batch size are tried once per process.
 
     An error of the job's own functions is not raised. If no trial is possible, or if it decides nothing, the
     result is "dependent" if the model has BatchNorm layers that take batch statistics, else "not tested".
     """
-    key = (id(job.loss), job.batch_size)
     with contextlib.suppress(TypeError):  # the function cannot be a weak key
-        results = _KNOWN.setdefault(job.build_model, {})
-        if key not in results:
-            results[key] = job.loss, _tried(job)
-        return results[key][1]
-    return _tried(job)
+        if (known := _KNOWN.setdefault(job.build_model, {}).get(_key(job))) is not None:
+            return known[1]
+    result = _tried(job)
+    remember_dependence(job, result)
+    return result
 
 
 def remember_dependence(job: Job, result: SampleDependence) -> None:
     """Let `sample_dependence` return the result of a trial of this job in another process."""
     with contextlib.suppress(TypeError):
-        _KNOWN.setdefault(job.build_model, {})[id(job.loss), job.batch_size] = job.loss, result
+        functions = (job.loss, job.make_batch, job.loss_terms)
+        _KNOWN.setdefault(job.build_model, {})[_key(job)] = functions, result
+
+
+def _key(job: Job) -> tuple[int, ...]:
+    return id(job.loss), id(job.make_batch), id(job.loss_terms), job.batch_size
 
 
 def _tried(job: Job) -> SampleDependence:
@@ -137,14 +143,15 @@ def _of_norms(norms: Mapping[str, nn.Module], reason: str, *, loss: bool = False
 
 
 def _affordable(job: Job) -> Job:
-    """Return the job with the first samples of its first batch, so few that a trial keeps within the limits
-    of memory and time: about 8, else about 4, else about 2. If this is too much with the whole model, try the
+    """Return the job with a few samples of its first batches (`varied_samples`), so few that a trial keeps
+    within the limits of memory and time: 8, else 4, else 2. If this is too much with the whole model, try the
     job's reduced form (`Job.reduced`), if it has one, then the model with 2 blocks and with 1. Raises
     UserError if no such job keeps within the limits."""
     reasons: list[str] = []
     for variant in _smaller(job):
+        candidate = variant
         for count in _SAMPLES:
-            candidate = _with_samples(variant, count)
+            candidate = _with_samples(candidate, count)
             cost = _Cost.of(candidate)
             if not cost.reason(candidate.batch_size):
                 return candidate
@@ -179,8 +186,7 @@ def _parameter_bytes(model: nn.Module) -> int:
 
 
 def _with_samples(job: Job, count: int) -> Job:
-    batch = job.make_batch(0, 0)
-    part = split(batch, max(1, batch_length(batch) // count))[0]
+    part = varied_samples(job, count)
     return dataclasses.replace(job, make_batch=lambda step, seed: part, batch_size=batch_length(part))
 
 
@@ -234,6 +240,9 @@ class _Gradients:
     size: float
     by_name: dict[str, torch.Tensor]
 
+    def is_finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.norm())
+
     def norm(self) -> float:
         return float(sum(g.double().square().sum() for g in self.by_name.values()) ** 0.5)
 
@@ -241,8 +250,11 @@ class _Gradients:
         """Return the largest of the relative differences between the two losses and between the two gradients
         of each parameter. That of the losses is relative to the larger ``size``. Those of gradients are
         relative to the larger of the two norms, which counts as at least 1/1000 of the norm of all
-        parameters' gradients, because rounding may dominate small ones."""
+        parameters' gradients, because rounding may dominate small ones. Infinite if any of these is not
+        finite."""
         scale = max(self.norm(), other.norm())
+        if not self.is_finite() or not other.is_finite():
+            return math.inf
         loss = abs(self.loss - other.loss) / max(self.size, other.size, 1e-300)
         distances = [
             _norm(self.by_name[n] - other.by_name[n])
@@ -287,7 +299,7 @@ class _Trial:
             self.model = _model_in_float64(self.job)
             self.state = _state_of(self.model)
             batch = _pytree.tree_map_only(torch.Tensor, lambda t: _wide(t.detach()), self.batch)
-            real_result = self._compared(batch, "on the first real samples", real=True)
+            real_result = self._compared(batch, "on real samples", real=True)
             if real_result.kind is not DependenceKind.INDEPENDENT:
                 return real_result
             _add_noise(self.model)
@@ -310,22 +322,26 @@ class _Trial:
         - "independent" if they are equal up to rounding and a forward pass leaves the model's state as it is.
         - "dependent" if they differ (`_difference`), or if a forward pass changes the state (`_stateful`).
         - "not tested" if the whole batch has a loss or gradients that are not finite or gradients that are
-          all zero, if the loss fails on a half of the batch, or if `_difference` says so.
+          all zero, if a ``real`` batch has another loss when it is computed again, if the loss fails on
+          half of the batch, or if `_difference` says so.
 
         ``setting`` names the batch in the result's reason, as in "on random samples".
         """
+        first_gradients = None
         if real:  # fill caches and initialise what depends on the first batch
-            self._gradients(batch)
+            first_gradients = self._gradients(batch)
             self.state = _state_of(self.model)
         batch_gradients = self._gradients(batch)
-        if (
-            not numpy.isfinite(batch_gradients.loss)
-            or not numpy.isfinite(batch_gradients.norm())
-            or not batch_gradients.norm()
-        ):
+        if not batch_gradients.is_finite() or not batch_gradients.norm():
             return _not_tested(
                 f"the loss or gradients are not finite, or the gradients are all zero, {setting}"
             )
+        if (
+            first_gradients is not None
+            and batch_gradients.distance(first_gradients) > _ROUNDING_RATIO
+            and batch_gradients.distance(self._gradients(batch)) > _ROUNDING_RATIO
+        ):
+            return _not_tested("the loss has random numbers or a state of its own, which cannot be fixed")
         final_state = _state_of(self.model)
         halves = split(batch, 2)
         try:
@@ -402,12 +418,14 @@ class _Trial:
                 f"{setting}"
             )
         if self._is_random(batch, batch_gradients):
-            return _not_tested("the loss has random numbers of its own, which cannot be fixed")
+            return _not_tested("the loss has random numbers or a state of its own, which cannot be fixed")
         reason = f"the whole and the split batch differ by {distance:.1g} {setting}"
         if norms := dict(self.norms):
             return _of_norms(norms, reason, loss=self._differs_without(batch, norms))
         if (weights := _weights(batch_gradients, part_gradients)) is not None:
             return _wrongly_weighed(weights, shares)
+        if not all(p.is_finite() for p in part_gradients):
+            reason = f"the loss or gradients of a part of the batch are not finite {setting}"
         return SampleDependence(kind=DependenceKind.DEPENDENT, cause=DependenceCause.LOSS, reason=reason)
 
     def _is_random(self, batch: Any, batch_gradients: _Gradients) -> bool:
@@ -466,26 +484,29 @@ def _wrongly_weighed(weights: list[float], shares: list[float]) -> SampleDepende
     loss_weights, step_weights = (", ".join(f"{w:.3g}" for w in ws) for ws in (weights, shares))
     kind = "a sum" if all(abs(w - 1) < _DEPENDENCE_RATIO for w in weights) else "a mean"
     reason = (
-        f"the loss is {kind} that weighs two parts of the batch by {loss_weights}, but the step weighs them "
-        f"by {step_weights}"
+        f"the loss is {kind} that weighs {len(weights)} parts of the batch by {loss_weights}, but the step "
+        f"weighs them by {step_weights}"
     )
     return SampleDependence(kind=DependenceKind.DEPENDENT, cause=DependenceCause.WEIGHTS, reason=reason)
 
 
-def _weights(batch_gradients: _Gradients, part_gradients: list[_Gradients]) -> list[float] | None:
-    """Return the weights with which the losses and gradients of two parts add up to those of the whole batch.
-    Return None if there are not two parts, or if the whole is neither a weighted mean of the two (weights of
-    at least 0 that add up to 1) nor their plain sum (weights 1 and 1)."""
-    if len(part_gradients) != 2:
+def _weights(batch_gradients: _Gradients, part_gradients: Sequence[_Gradients]) -> list[float] | None:
+    """Return the weights with which the losses and gradients of the parts add up to those of the whole batch.
+    A part whose loss or gradients are not finite, such as a mean over no terms, weighs 0. Return None if the
+    whole is neither a weighted mean of the parts (weights of at least 0 that add up to 1) nor their plain sum
+    (weights 1)."""
+    weights = torch.tensor([float(p.is_finite()) for p in part_gradients])
+    finite = [p for p in part_gradients if p.is_finite()]
+    if not finite:
         return None
-    left, right = (_flat(f) for f in part_gradients)
-    columns, target = torch.stack((left, right), dim=1), _flat(batch_gradients)
-    weights = torch.linalg.lstsq(columns, target[:, None], driver="gelsd").solution[:, 0].tolist()
-    is_sum = batch_gradients.distance(_sum(part_gradients, weights)) <= _ROUNDING_RATIO
-    is_mean_or_sum = abs(sum(weights) - 1) <= _DEPENDENCE_RATIO or all(
-        abs(w - 1) <= _DEPENDENCE_RATIO for w in weights
+    columns, target = torch.stack([_flat(p) for p in finite], dim=1), _flat(batch_gradients)
+    solution = torch.linalg.lstsq(columns, target[:, None], driver="gelsd").solution[:, 0]
+    weights[weights > 0] = solution.clamp(min=0)
+    is_sum = batch_gradients.distance(_sum(finite, solution.tolist())) <= _ROUNDING_RATIO
+    is_mean_or_sum = abs(float(solution.sum()) - 1) <= _DEPENDENCE_RATIO or bool(
+        ((solution - 1).abs() <= _DEPENDENCE_RATIO).all()
     )
-    return weights if is_sum and is_mean_or_sum and min(weights) >= 0 else None
+    return weights.tolist() if is_sum and is_mean_or_sum and float(solution.min()) >= 0 else None
 
 
 def _flat(gradients: _Gradients) -> torch.Tensor:
