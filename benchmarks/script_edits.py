@@ -7,7 +7,7 @@ scripts/script_edits.toml has the edits (scripts, plans, number of steps) and th
 first run; scripts.py says where the scripts come from. The diff is printed, and applied with `patch` to a
 copy beside the script, which is removed again. Peaks and losses are counted in the script's own processes by
 scripts/counting/sitecustomize.py, which knows nothing of the plan. If losses differ by more than the margin,
-a control runs (added after the first results): the script as published, with each of its first weights off by
+controls run (added after the first results): the script as published, with each of its first weights off by
 the rounding of the type in which the edited one computes. Every number in the page comes from
 benchmarks/records/script_edits.jsonl; of several records of an edit the latest counts.
 """
@@ -53,7 +53,7 @@ _COLUMNS = (
     "error",
     "loss",
     "allowed",
-    "control",
+    "controls",
     "holds",
 )
 ROUNDING = {"E0": 0.0, "E1": 2.0**-24, "E2": 2.0**-9}  # of float32, of bfloat16
@@ -83,6 +83,7 @@ class Protocol:
     steps: int
     peak_ratio: float
     torch_seed: int
+    controls: int
     loss_ratio: Mapping[str, float]
     edit: tuple[Edit, ...]
 
@@ -177,8 +178,11 @@ def _run(
         "predicted": predicted,
     }
     if loss_ratio(record) > protocol.loss_ratio[edit.effect] and (nudge := ROUNDING[edit.effect]):
-        control = measure(script, sources, work, repeats=1, steps=protocol.steps, nudge=nudge)
-        record["control"] = {"nudge": nudge, "losses": _losses(control)}
+        runs = [
+            measure(script, sources, work, repeats=1, steps=protocol.steps, nudge=nudge, nudge_seed=seed)
+            for seed in range(1, protocol.controls + 1)
+        ]
+        record["controls"] = {"nudge": nudge, "losses": [_losses(run) for run in runs]}
     return record
 
 
@@ -208,11 +212,16 @@ def _losses(measured: Mapping[str, Any]) -> list[float]:
 # -- the page -------------------------------------------------------------------------------------
 
 
-def loss_ratio(record: Mapping[str, Any], of: str = "edited") -> float:
-    """Return the largest relative difference between the losses of the copy and of the original. ``of``:
-    "control" for those of the control in place of the copy's."""
-    pairs = zip(record[of]["losses"], record["original"]["losses"], strict=True)
+def loss_ratio(record: Mapping[str, Any], losses: Sequence[float] | None = None) -> float:
+    """Return the largest relative difference between the losses of the copy, or ``losses``, and of the
+    original."""
+    pairs = zip(losses or record["edited"]["losses"], record["original"]["losses"], strict=True)
     return max(abs(a - b) / abs(b) if a != b else 0.0 for a, b in pairs)
+
+
+def control_ratios(record: Mapping[str, Any]) -> list[float]:
+    """Return what `loss_ratio` is for each control; empty if none ran."""
+    return [loss_ratio(record, losses) for losses in record.get("controls", {}).get("losses", ())]
 
 
 def peak_error(record: Mapping[str, Any]) -> float | None:
@@ -247,10 +256,11 @@ def page(protocol: Protocol, history: Sequence[Mapping[str, Any]]) -> str:
         "bytes of the edited script, from its first forward pass to the end of its second step; `before`:",
         "that of the script. `predicted`: `memfit estimate -- COMMAND` of the edited script. `loss`: the",
         "largest relative difference from the losses of the script as published over",
-        f"{protocol.steps} steps from the same seed, recorded where `backward` is called. `control`, where",
-        "that is more than allowed: the same difference of the script as published, with its first weights",
-        "off by the rounding of float32 (E1) or bfloat16 (E2). If it is as large, the training itself",
-        "enlarges any rounding so much.",
+        f"{protocol.steps} steps from the same seed, recorded where `backward` is called. `controls`, where",
+        "that is more than allowed: the smallest and the largest difference of the script as published from",
+        "itself with its first weights off by the rounding of float32 (E1) or bfloat16 (E2), in",
+        f"{protocol.controls} draws of the signs. What lies within is the training's own: it enlarges any",
+        "rounding so much.",
         "",
         f"- {_summary(protocol, records)}",
         f"- in the first record of each edit: {_summary(protocol, [first[r['edit']] for r in records])}",
@@ -259,8 +269,8 @@ def page(protocol: Protocol, history: Sequence[Mapping[str, Any]]) -> str:
         "|---|---|---|---|--:|--:|--:|--:|--:|--:|--:|---|",
         *(_row(protocol, r) for r in records),
     ]
-    replaced = [r for r in records if r.get("replace")]
-    lines += ["", *(f"- `{r['edit']}`: with {_replacements(r)}" for r in replaced)]
+    lines += ["", *(f"- `{r['edit']}`: with {_replacements(r)}" for r in records if r.get("replace"))]
+    lines += [f"- `{r['edit']}`: {_judged(r)}" for r in records if control_ratios(r)]
     return "\n".join(lines) + "\n"
 
 
@@ -268,12 +278,23 @@ def _replacements(record: Mapping[str, Any]) -> str:
     return ", ".join(f"`{new}` in place of `{old}`" for old, new in record["replace"].items())
 
 
+def _judged(record: Mapping[str, Any]) -> str:
+    """Return how the losses outside the margin compare with those of the controls."""
+    ratios, edited = control_ratios(record), record["edited"]["losses"]
+    more = sum(ratio >= loss_ratio(record) for ratio in ratios)
+    pairs = zip(edited, record["original"]["losses"], strict=True)
+    by_step = ", ".join(f"{abs(a - b) / abs(b):.1e}" for a, b in pairs)
+    return (
+        f"{more} of {len(ratios)} controls differ as much or more; the edit differs step by step by {by_step}"
+    )
+
+
 def _summary(protocol: Protocol, records: Sequence[Mapping[str, Any]]) -> str:
     peaks, losses = zip(*(holds(protocol, r) for r in records), strict=True)
     errors = [abs(e) for r in records if "error" not in r and (e := peak_error(r)) is not None]
     worst = f", worst {max(errors):.3%}" if errors else ""
-    chaotic = sum("control" in r and loss_ratio(r) <= loss_ratio(r, "control") for r in records)
-    more = f", {chaotic} more differ no more than their control" if chaotic else ""
+    own = sum(loss_ratio(r) <= max(control_ratios(r), default=0) for r in records if control_ratios(r))
+    more = f", {own} more differ no more than their controls do" if own else ""
     return (
         f"{sum(peaks)} of {len(records)} peaks within {protocol.peak_ratio:.1%} of the prediction{worst};"
         f" {sum(losses)} of {len(records)} losses as the effect class says{more}"
@@ -298,7 +319,7 @@ def _row(protocol: Protocol, record: Mapping[str, Any]) -> str:
         ("equal" if ratio == 0 else f"{ratio:.1e}")
         + ("" if record["original"]["reproducible"] else " (the original's own losses differ)"),
         f"{protocol.loss_ratio[record['effect']]:g}",
-        f"{loss_ratio(record, 'control'):.1e}" if "control" in record else "",
+        f"{min(ratios):.1e} to {max(ratios):.1e}" if (ratios := control_ratios(record)) else "",
         "yes" if all(holds(protocol, record)) else "no",
     )
     return f"| {' | '.join(cells)} |"

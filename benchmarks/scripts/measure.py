@@ -43,26 +43,25 @@ def measure(
     repeats: int,
     steps: int = _PREDICTED_STEPS,
     nudge: float = 0.0,
+    nudge_seed: int = 1,
 ) -> dict[str, Any]:
     """Run the script `repeats` times to the end of its optimizer step number `steps`. `nudge`: the relative
-    change of its first weights; 0: none. Return the peaks to the
-    end of the second, their median (`peak_bytes`), and the periods of the last run's ranks. Raise ScriptError
-    if a rank does not take the steps in 10 minutes."""
-    runs = [_measure_once(script, sources, work, steps, nudge) for _ in range(repeats)]
+    change of its first weights, with signs drawn from `nudge_seed`; 0: none. Return the peaks to the end of
+    the second, their median (`peak_bytes`), and the periods of the last run's ranks. Raise ScriptError if a
+    rank does not take the steps in 10 minutes."""
+    nudges = {"MEMFIT_TRUTH_NUDGE": str(nudge), "MEMFIT_TRUTH_NUDGE_SEED": str(nudge_seed)}
+    runs = [_measure_once(script, sources, work, steps, nudges) for _ in range(repeats)]
     peaks = [run["peak_bytes"] for run in runs]
     return runs[-1] | {"peak_bytes": statistics.median(peaks), "peaks_bytes": peaks}
 
 
 def _measure_once(
-    script: PublicScript, sources: Path, work: Path, steps: int, nudge: float
+    script: PublicScript, sources: Path, work: Path, steps: int, nudges: dict[str, str]
 ) -> dict[str, Any]:
     begin_s = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        environment = _child_environment(script, work) | {
-            "MEMFIT_TRUTH": folder,
-            "MEMFIT_TRUTH_STEPS": str(steps),
-            "MEMFIT_TRUTH_NUDGE": str(nudge),
-        }
+        counting = {"MEMFIT_TRUTH": folder, "MEMFIT_TRUTH_STEPS": str(steps)}
+        environment = _child_environment(script, work) | counting | nudges
         done = _call(script.arguments(sources, work), script, sources, work, environment)
         ranks = [json.loads(p.read_text()) for p in sorted(Path(folder).glob("rank-*.json"))]
     if len(ranks) != script.ranks:

@@ -6,8 +6,9 @@ process that takes two optimizer steps, or as many as MEMFIT_TRUTH_STEPS says, w
 and ends. The loss of a step is the sum of what `backward` was called on, as each micro-batch passes its share
 of it. Nothing here imports memfit's tracer or its cost model. With MEMFIT_TORCH_SEED, torch starts with that
 seed in place of a random one. With MEMFIT_TRUTH_NUDGE, each weight is multiplied by 1 plus or minus that
-number before the first forward pass, with signs drawn apart from torch's own random numbers. With
-MEMFIT_ANY_CIFAR, torchvision does not check the MD5 sums of CIFAR-10's files.
+number before the first forward pass, with signs drawn from the seed MEMFIT_TRUTH_NUDGE_SEED, apart from
+torch's own random numbers. With MEMFIT_ANY_CIFAR, torchvision does not check the MD5 sums of CIFAR-10's
+files.
 """
 
 from __future__ import annotations
@@ -153,7 +154,7 @@ class _Measurement:
 def _nudge(module: Any, ratio: float) -> None:
     import torch
 
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(int(os.environ.get("MEMFIT_TRUTH_NUDGE_SEED", "1")))
     with torch.no_grad():
         for param in module.parameters():
             signs = torch.randint(0, 2, param.shape, generator=generator) * 2 - 1
