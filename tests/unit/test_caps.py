@@ -110,6 +110,14 @@ def test_a_file_that_is_mapped_counts(tmp_path: Path) -> None:
     assert "64 MiB of mapped files" in _run(tmp_path, batch=kept).reason
 
 
+@LINUX
+def test_memfits_own_files_do_not_count(tmp_path: Path) -> None:
+    """A run that uses its cap to the last page had failed by the 40 bytes of its own heartbeat."""
+    measured = _run(tmp_path)
+    assert measured.resident is not None
+    assert measured.resident.mapped_bytes == measured.resident.shared_bytes == 0
+
+
 # -- what a cap holds for ---------------------------------------------------------------------------------
 
 

@@ -60,7 +60,6 @@ class Machine:
 
     def run(self, value: int) -> MeasuredSize:
         assert value > 0
-        assert value not in self.values
         self.values.append(value)
         used = int(self.each * value)
         outcome = OutcomeKind.OK if used <= CAP else OutcomeKind.OOM
@@ -72,17 +71,40 @@ class Machine:
     step=st.sampled_from([1, 4, 100]),
     margin=st.floats(min_value=0.8, max_value=1.0),
 )
-def test_the_largest_that_runs_is_next_to_one_that_does_not(each: float, step: int, margin: float) -> None:
+def test_the_largest_that_runs_three_times_is_next_to_one_that_does_not(
+    each: float, step: int, margin: float
+) -> None:
     machine = Machine(each)
     expected = CAP // 100 // step * step
     safe = max(step, int(expected * margin) // step * step)
     result = find_boundary(machine.run, traced(safe, expected, step=step), most_runs=40)
     assert result.ran is not None
     assert result.died is not None
-    assert result.died.value - result.ran.value == step
+    assert result.died.value - result.ran.value <= max(step, result.ran.value / 1000)
     assert result.ran.value % step == 0
     assert int(each * result.ran.value) <= CAP < int(each * result.died.value)
     assert len(machine.values) <= MOST_RUNS
+    assert all(machine.values.count(v) == (3 if v == result.ran.value else 1) for v in machine.values)
+
+
+def test_a_value_that_runs_out_of_memory_once_of_three_times_does_not_count_as_one_that_runs() -> None:
+    lucky = 10_000
+    machine = Machine(100.0)
+    seen: list[int] = []
+
+    def run(value: int) -> MeasuredSize:
+        size = machine.run(value)
+        seen.append(value)
+        if value == lucky and seen.count(lucky) == 2:
+            return dataclasses.replace(size, outcome=OutcomeKind.OOM)
+        return size
+
+    result = find_boundary(run, traced(lucky, lucky + 1))
+    assert result.died is not None
+    assert result.died.value == lucky
+    assert result.ran is not None
+    assert result.ran.value < lucky
+    assert seen.count(result.ran.value) == 3
 
 
 def test_if_the_safe_value_dies_a_smaller_one_is_sought() -> None:
@@ -91,7 +113,7 @@ def test_if_the_safe_value_dies_a_smaller_one_is_sought() -> None:
     assert result.ran is not None
     assert result.ran.value < 9000
     assert result.died is not None
-    assert result.died.value - result.ran.value == 1
+    assert 0 < result.died.value - result.ran.value <= 9
 
 
 def test_if_nothing_runs_that_is_said() -> None:

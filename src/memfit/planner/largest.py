@@ -72,7 +72,7 @@ class MeasuredSize:
 class MeasuredLargest:
     """What ran under the cap, for ``steps`` steps each. ``ran``: the largest value that did, None if none
     did; ``died``: the smallest above it that ran out of memory, None if none did. Values between the two were
-    not run. ``runs``: all, in ascending order of values."""
+    not run. ``runs``: all, in ascending order of values, of which one may occur several times."""
 
     steps: int
     ran: MeasuredSize | None

@@ -1,7 +1,7 @@
 """The largest value of a size that runs under a cap, by short runs: what traces leave open, runs decide.
 
 Traces give a safe value and an expected one; what lies between may run out of memory. `find_boundary` runs
-values, each once, until one that runs out of memory is next to one that does not.
+values until one that runs out of memory is next to one that does not.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ MOST_RUNS = 12
 MEASURED_STEPS = 3
 _ALTERNATES = 2  # runs after which every second one is in the middle
 _LOWER = 0.9  # of the smallest value that ran out of memory, if none has run
+_CONFIRMED = 3  # runs of the largest value that runs
+_RESOLUTION = 0.001  # of a value: what a process holds differs by up to 0.1 % of 100 MiB from run to run
 
 
 def measured_size(value: int, measurement: Measurement) -> MeasuredSize:
@@ -34,29 +36,37 @@ def find_boundary(
     run: Callable[[int], MeasuredSize], prediction: LargestValue, *, most_runs: int = MOST_RUNS
 ) -> MeasuredLargest:
     """Return the largest value that runs and the next one that runs out of memory, among the multiples of
-    ``prediction.step``.
+    ``prediction.step``. The next one is at most 0.1 % larger, or one step.
 
     ``run`` trains one value under the cap. The first is the largest safe value of ``prediction``, or the
     smallest that the job takes. If the values of ``prediction`` end for another reason than memory, only that
-    one is run, and there is none that runs out of memory. After ``most_runs``, or after a run that fails for
-    another reason, the answer is as far as it got.
+    one is run, and there is none that runs out of memory. Near the cap it can be chance whether a value runs:
+    the largest is therefore run three times, and counts as one that runs out of memory if it does so once.
+    After ``most_runs``, or after a run that fails for another reason, the answer is as far as it got.
     """
     first = prediction.safe or prediction.safe_next
     assert first is not None
-    runs: dict[int, MeasuredSize] = {}
+    done: list[MeasuredSize] = []
+    runs: dict[
+        int, MeasuredSize
+    ] = {}  # of each value the last one: if it ran out of memory, there is no other
     value: int | None = first.value
-    while value is not None and len(runs) < most_runs:
-        runs[value] = run(value)
+    while value is not None and len(done) < most_runs:
+        done.append(run(value))
+        runs[value] = done[-1]
         if runs[value].outcome not in (OutcomeKind.OK, OutcomeKind.OOM):
             break
-        ends = prediction.limit != "memory" and all(r.outcome is OutcomeKind.OK for r in runs.values())
+        ends = prediction.limit != "memory" and all(r.outcome is OutcomeKind.OK for r in done)
         value = None if ends else _next_value(runs, prediction)
+        low = _bounds(runs)[0]
+        if value is None and not ends and 0 < sum(r.value == low for r in done) < _CONFIRMED:
+            value = low
     low, high = _bounds(runs)
     return MeasuredLargest(
         steps=MEASURED_STEPS,
         ran=runs.get(low),
         died=None if high is None else runs[high],
-        runs=tuple(runs[v] for v in sorted(runs)),
+        runs=tuple(sorted(done, key=lambda size: size.value)),
     )
 
 
@@ -72,7 +82,8 @@ def _next_value(runs: Mapping[int, MeasuredSize], prediction: LargestValue) -> i
     reach the cap. None if the values next to each other were run, or the job refuses all others."""
     step = prediction.step
     low, high = _bounds(runs)
-    if high is not None and high - low <= step:
+    least = max(step, int(_RESOLUTION * low) // step * step)  # by which the next value is larger
+    if high is not None and high - low <= least:
         return None
     refused = min((t.value for t in prediction.traced if t.problem and t.value > low), default=None)
     if high is None and refused is not None and refused - low <= step:
@@ -95,7 +106,7 @@ def _next_value(runs: Mapping[int, MeasuredSize], prediction: LargestValue) -> i
         target += max(step, (most - target) // 2 // step * step)
     while target > low + step and _interpolated(points, target) * ratio > prediction.cap_bytes:
         target -= max(step, (target - low) // 8 // step * step)
-    return max(low + step, min(target, most))
+    return min(max(low + least, target), most)
 
 
 def _interpolated(points: Sequence[TracedSize], value: int) -> float:

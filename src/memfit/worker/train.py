@@ -184,6 +184,7 @@ def _run(spec: RunSpec, path: Path, requests: SaveRequests | None) -> OutcomeKin
     device = use_device(spec.device, local_rank())
     counter = peak_counter(device)
     spec = dataclasses.replace(spec, keep=restarted(spec.keep))
+    heartbeat = Heartbeat(path.parent / HEARTBEAT)  # a mapped file, which the meter is not to count
     resident = ResidentMeter()
     job = load(spec.job)
     collect_as_usual()
@@ -212,7 +213,7 @@ def _run(spec: RunSpec, path: Path, requests: SaveRequests | None) -> OutcomeKin
             elements=elements,
             device=device,
             driver_bytes_before=used_bytes,
-            heartbeat=Heartbeat(path.parent / HEARTBEAT),
+            heartbeat=heartbeat,
             requests=requests,
             resident=resident,
         )
