@@ -21,6 +21,7 @@ from memfit.trace.unroll import Blocks, Mismatch, renumbered, unroll
 from memfit.types.deadline import Deadline
 from memfit.types.device_kind import HOST, device_kind
 from memfit.types.errors import UserError
+from memfit.types.gc_pause import pause_gc
 from memfit.types.job import Job
 from memfit.types.plan import Plan
 from memfit.types.trace import Trace
@@ -45,6 +46,7 @@ def deep_traces(
     return traces_of(job, [(plan, rank) for rank in ranks], deadline=deadline, **options)
 
 
+@pause_gc()
 def traces_of(
     job: Job, requests: Sequence[tuple[Plan, int]], *, deadline: Deadline | None = None, **options: Any
 ) -> list[Trace]:

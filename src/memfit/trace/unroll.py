@@ -16,23 +16,23 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 from memfit.model.blocks import child_prefix
-from memfit.types.trace import Allocation, Category, OpCall, Phase, PhaseSpan, Trace, rounded
+from memfit.types.trace import Allocation, Category, OpCall, Phase, PhaseSpan, Trace, copied_rows, rounded
 
 _ALLOCATE, _FREE, _OPERATE = range(3)
 _APART = 10**6  # between the numbers of the blocks of two stacks, more than a stack has
 
 
-@dataclasses.dataclass(slots=True)
-class _Event:
+class _Event(NamedTuple):
+    clock: int
     kind: int
     block: int | None  # the running period of blocks; None outside the blocks
-    index: int  # into the trace's allocations or ops
-    clock: int
+    row: int  # of the trace's allocations or ops
 
 
 _Runs = list[tuple[int | None, list[_Event]]]
@@ -298,15 +298,15 @@ def _worked(candidate: _Unrolled, extra_work: dict[int, tuple[_Work, _Work]]) ->
 
 
 def _events(trace: Trace, period_of: Callable[[str], int | None]) -> list[_Event]:
-    events = []
-    tag = functools.cache(period_of)
+    period_of = functools.cache(period_of)
+    events: list[tuple[int, int, int | None, int]] = []
     for i, a in enumerate(trace.allocations):
-        block = tag(a.module)
-        events.append(_Event(_ALLOCATE, block, i, a.start))
+        block = period_of(a.module)
+        events.append((a.start, _ALLOCATE, block, i))
         if a.end is not None:
-            events.append(_Event(_FREE, block, i, a.end))
-    events += [_Event(_OPERATE, tag(o.module), i, o.clock) for i, o in enumerate(trace.ops)]
-    return sorted(events, key=lambda e: e.clock)
+            events.append((a.end, _FREE, block, i))
+    events += [(o.clock, _OPERATE, period_of(o.module), i) for i, o in enumerate(trace.ops)]
+    return list(map(_Event._make, sorted(events, key=operator.itemgetter(0))))
 
 
 def _spanned(events: list[_Event], spans: tuple[PhaseSpan, ...]) -> Iterator[tuple[PhaseSpan, list[_Event]]]:
@@ -328,14 +328,20 @@ def canonical(trace: Trace) -> Trace:
     for span, events in _spanned(_events(trace, lambda module: None), trace.spans):
         start = clock
         for event in (e for group in _groups(events) for e in group):
-            tables[event.kind][event.index] = clock
+            tables[event.kind][event.row] = clock
             clock += 1
         spans.append(dataclasses.replace(span, start=start, end=clock))
+    made, called = range(len(starts)), range(len(clocks))
     return dataclasses.replace(
         trace,
         spans=tuple(spans),
-        allocations=tuple(a.at(starts[i], ends.get(i), a.module) for i, a in enumerate(trace.allocations)),
-        ops=tuple(o.at(clocks[i], o.module) for i, o in enumerate(trace.ops)),
+        allocations=copied_rows(
+            trace.allocations,
+            made := range(len(starts)),
+            start=map(starts.get, made),
+            end=map(ends.get, made),
+        ),
+        ops=copied_rows(trace.ops, called := range(len(clocks)), clock=map(clocks.get, called)),
     )
 
 
@@ -375,9 +381,9 @@ class _Unrolled:
         span it was made, as the norms of gradients that a hook of the optimizer takes."""
 
         def maker(event: _Event) -> int | None:
-            if event.block is not None or event.index not in self.born:
+            if event.block is not None or event.row not in self.born:
                 return event.block
-            return self.born[event.index].block
+            return self.born[event.row].block
 
         positional = phase in (Phase.FORWARD, Phase.BACKWARD)
         runs: _Runs = []
@@ -396,11 +402,10 @@ class _Unrolled:
     # -- writing ------------------------------------------------------------------------------------
 
     def _write(self) -> Trace:
-        starts, modules = list[int](), list[str]()
+        starts, modules, clocks, op_modules = list[int](), list[str](), list[int](), list[str]()
         ends: list[int | None] = []
-        ops: list[OpCall] = []
         spans: list[PhaseSpan] = []
-        indices: dict[_EventPosition, int] = {}  # new position -> new index
+        indices: dict[tuple[int, int | None, int, int], int] = {}  # new `_EventPosition` -> new index
         clock = 0
         for c, chapter in enumerate(self.chapters):
             start = clock
@@ -409,14 +414,14 @@ class _Unrolled:
                 occurrence = occurrences[block] = occurrences.get(block, -1) + 1
                 for offset, event in enumerate(events):
                     if event.kind == _ALLOCATE:
-                        indices[_EventPosition(c, block, occurrence, offset)] = len(starts)
-                        module = self._renamed(self.shallow.allocations[event.index].module, template, block)
+                        indices[c, block, occurrence, offset] = len(starts)
+                        module = self.shallow.allocations[event.row].module
                         starts.append(clock)
                         ends.append(None)
-                        modules.append(module)
-                        self.origin.append(event.index)
+                        modules.append(self._renamed(module, template, block))
+                        self.origin.append(event.row)
                     elif event.kind == _FREE:
-                        target = indices.get(self._like(self.born[event.index], template, block))
+                        target = indices.get(self._like(self.born[event.row], template, block))
                         if target is None or ends[target] is not None:
                             raise Mismatch(
                                 "a block frees an allocation whose counterpart in the unrolled trace does "
@@ -424,18 +429,19 @@ class _Unrolled:
                             )
                         ends[target] = clock
                     else:
-                        op = self.shallow.ops[event.index]
-                        module = self._renamed(op.module, template, block)
-                        ops.append(op.at(clock, module))
-                        self.op_origin.append(event.index)
+                        clocks.append(clock)
+                        op_modules.append(self._renamed(self.shallow.ops[event.row].module, template, block))
+                        self.op_origin.append(event.row)
                     clock += 1
             spans.append(dataclasses.replace(chapter.span, start=start, end=clock))
-        originals = self.shallow.allocations
-        allocations = tuple(
-            originals[i].at(start, end, module)
-            for i, start, end, module in zip(self.origin, starts, ends, modules, strict=True)
+        return dataclasses.replace(
+            self.shallow,
+            allocations=copied_rows(
+                self.shallow.allocations, self.origin, start=starts, end=ends, module=modules
+            ),
+            ops=copied_rows(self.shallow.ops, self.op_origin, clock=clocks, module=op_modules),
+            spans=tuple(spans),
         )
-        return dataclasses.replace(self.shallow, allocations=allocations, ops=tuple(ops), spans=tuple(spans))
 
     def _expanded(self, chapter: _Chapter) -> Iterator[tuple[int | None, int | None, list[_Event]]]:
         """Yield the chapter's runs as (block in the shallow trace, block in the deep one, events). Both
@@ -459,9 +465,11 @@ class _Unrolled:
             for copy in copies:
                 yield block, copy, events
 
-    def _like(self, position: _EventPosition, template: int | None, block: int | None) -> _EventPosition:
-        """Return the position, in the deep trace, of the allocation that relates to ``block`` there as the
-        one made at ``position`` in the shallow trace relates to its block ``template``. ``template`` is None
+    def _like(
+        self, position: _EventPosition, template: int | None, block: int | None
+    ) -> tuple[int, int | None, int, int]:
+        """Return the `_EventPosition`, in the deep trace, of the allocation that relates to ``block`` there
+        as the one made at ``position`` in the shallow trace relates to its block ``template``, which is None
         for events outside the blocks. An allocation that is more than half of the blocks away from
         ``template``, or all if that is None, keeps its distance from the nearer end of the blocks. Places
         outside the blocks stay as they are."""
@@ -472,7 +480,7 @@ class _Unrolled:
             new_block = position.block + (self.extra if position.block > self.middle else 0)
         else:
             new_block = position.block + block - template
-        return position._replace(block=new_block)
+        return position.chapter, new_block, position.occurrence, position.offset
 
     def _renamed(self, module: str, template: int | None, block: int | None) -> str:
         key = module, template, block
@@ -533,22 +541,22 @@ class _Script:
             occurrence = occurrences[block] = occurrences.get(block, -1) + 1
             self.order[chapter, block, occurrence] = len(self.order)
             for offset, event in enumerate(run):
-                positions[event.kind, event.index] = _EventPosition(chapter, block, occurrence, offset)
+                positions[event.kind, event.row] = _EventPosition(chapter, block, occurrence, offset)
         position = begin
         for event in events:
             if event.kind == _FREE:
-                self.deaths[event.index] = position
+                self.deaths[event.row] = position
                 continue
-            position = positions[event.kind, event.index]
+            position = positions[event.kind, event.row]
             if event.kind == _ALLOCATE:
-                self.births[event.index] = position
+                self.births[event.row] = position
 
     def facts(self, event: _Event) -> tuple[object, ...]:
         """Return what must be equal for an event outside the blocks."""
         if event.kind == _ALLOCATE:
-            a = self.trace.allocations[event.index]
+            a = self.trace.allocations[event.row]
             return a.op, a.requested_bytes, a.module, a.stream, a.pieces
-        op = self.trace.ops[event.index]
+        op = self.trace.ops[event.row]
         return op.signature, op.module, op.stream, op.times
 
     def sizes(self, passed: tuple[_RunKey, int | None]) -> list[int]:
@@ -604,9 +612,9 @@ class _Script:
         if len(runs) != 1:
             raise Mismatch(f"a block runs {len(runs)} times in {phase}")
         return [
-            (self.trace.allocations[e.index].op, self.trace.allocations[e.index].requested_bytes)
+            (self.trace.allocations[e.row].op, self.trace.allocations[e.row].requested_bytes)
             if e.kind == _ALLOCATE
-            else (self.trace.ops[e.index].signature,)
+            else (self.trace.ops[e.row].signature,)
             for e in runs[0]
         ]
 
@@ -654,7 +662,7 @@ class _Mixed:
 
     def _write(self) -> Trace:
         allocations, births, ends = list[Allocation](), list[int](), list[int | None]()
-        ops, spans, clock = list[OpCall](), list[PhaseSpan](), 0
+        ops, clocks, spans, clock = list[OpCall](), list[int](), list[PhaseSpan](), 0
 
         def free_at(position: _EventPosition) -> int:
             indices = self._frees.pop(position, [])
@@ -671,15 +679,15 @@ class _Mixed:
                 for offset, event in enumerate(script.chapters[c].runs[number][1]):
                     position = _EventPosition(c, block, occurrence, offset)
                     if event.kind == _ALLOCATE:
-                        death = self._death(script, event.index, position)
+                        death = self._death(script, event.row, position)
                         if death is not None:
                             self._frees[death].append(len(allocations))
-                        allocations.append(script.trace.allocations[event.index])
+                        allocations.append(script.trace.allocations[event.row])
                         births.append(clock)
                         ends.append(None)
                     else:
-                        op = script.trace.ops[event.index]
-                        ops.append(op.at(clock, op.module))
+                        ops.append(script.trace.ops[event.row])
+                        clocks.append(clock)
                     clock += 1
                     clock = free_at(position)
             spans.append(dataclasses.replace(chapter.span, start=start, end=clock))
@@ -688,10 +696,10 @@ class _Mixed:
         return dataclasses.replace(
             self._kept.trace,
             allocations=tuple(
-                _categorized(a.at(start, end, a.module), spans)
-                for a, start, end in zip(allocations, births, ends, strict=True)
+                _categorized(a, spans)
+                for a in copied_rows(allocations, range(len(births)), start=births, end=ends)
             ),
-            ops=tuple(ops),
+            ops=copied_rows(ops, range(len(ops)), clock=clocks),
             spans=tuple(spans),
         )
 
@@ -763,7 +771,7 @@ def _births(chapter: int, runs: _Runs) -> dict[int, _EventPosition]:
         occurrence = occurrences[block] = occurrences.get(block, -1) + 1
         for offset, event in enumerate(events):
             if event.kind == _ALLOCATE:
-                positions[event.index] = _EventPosition(chapter, block, occurrence, offset)
+                positions[event.row] = _EventPosition(chapter, block, occurrence, offset)
     return positions
 
 
@@ -776,11 +784,11 @@ def _groups(events: list[_Event]) -> Iterator[list[_Event]]:
             frees.append(event)
             continue
         if frees:
-            yield sorted(frees, key=lambda e: e.index)
+            yield sorted(frees, key=lambda e: e.row)
             frees = []
         yield [event]
     if frees:
-        yield sorted(frees, key=lambda e: e.index)
+        yield sorted(frees, key=lambda e: e.row)
 
 
 def _joined(runs: _Runs) -> _Runs:

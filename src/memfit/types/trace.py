@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Mapping
+import itertools
+import operator
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from memfit.types.device_kind import device_kind
 
@@ -67,26 +71,6 @@ class Allocation:
     stream: str = ""
     pieces: int = 1  # number of equal storages that this stands for; the sizes are those of all together
 
-    def at(self, start: int, end: int | None, module: str) -> Allocation:
-        """Return the same allocation with these clocks and this module, in half the time of
-        dataclasses.replace: long traces have 100,000 of them.
-        """
-        return Allocation(
-            start=start,
-            end=end,
-            size_bytes=self.size_bytes,
-            category=self.category,
-            phase=self.phase,
-            step=self.step,
-            module=module,
-            op=self.op,
-            line=self.line,
-            file=self.file,
-            requested_bytes=self.requested_bytes,
-            stream=self.stream,
-            pieces=self.pieces,
-        )
-
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class OpCall:
@@ -112,23 +96,34 @@ class OpCall:
     waits: tuple[str, int] | None = None
     times: int = 1
 
-    def at(self, clock: int, module: str) -> OpCall:
-        """Return the same call at this clock and in this module, as fast as `Allocation.at`."""
-        return OpCall(
-            clock=clock,
-            op=self.op,
-            signature=self.signature,
-            phase=self.phase,
-            step=self.step,
-            module=module,
-            dtype=self.dtype,
-            flops=self.flops,
-            moved_bytes=self.moved_bytes,
-            stream=self.stream,
-            group=self.group,
-            waits=self.waits,
-            times=self.times,
-        )
+
+_Row = TypeVar("_Row", Allocation, OpCall)
+
+
+def rows_of(kind: type[_Row], columns: Mapping[str, Iterable[Any]], count: int) -> tuple[_Row, ...]:
+    """Return ``count`` instances of ``kind``, `Allocation` or `OpCall`, with the values of each field in
+    ``columns``. They are built a field at a time, in a quarter of the time that the constructor takes: long
+    traces have 100,000 of them.
+    """
+    rows = list(map(object.__new__, itertools.repeat(kind, count)))
+    assert columns.keys() == set(kind.__slots__), kind
+    for name, values in columns.items():
+        deque(map(getattr(kind, name).__set__, rows, values), maxlen=0)
+    return tuple(rows)
+
+
+def copied_rows(rows: Sequence[_Row], indices: Sequence[int], **columns: Iterable[Any]) -> tuple[_Row, ...]:
+    """Return a copy of ``rows[i]`` for every i in ``indices``. The fields named in ``columns`` get the values
+    there, one for each index.
+    """
+    if not indices:
+        return ()
+    kind = type(rows[0])
+    for name in kind.__slots__:
+        if name not in columns:
+            values = list(map(operator.attrgetter(name), rows))
+            columns[name] = map(values.__getitem__, indices)
+    return rows_of(kind, columns, len(indices))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,6 +175,15 @@ class Trace:
     communicators: tuple[tuple[str, int], ...] = ()  # (name, number of ranks) of every process group in use
     members: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)  # their ranks
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle rows by columns, which takes a quarter of the time."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        columns = [
+            {name: [getattr(row, name) for row in rows] for name in kind.__slots__}
+            for kind, rows in ((Allocation, values.pop("allocations")), (OpCall, values.pop("ops")))
+        ]
+        return _unpickled, (values, *columns)
+
     @property
     def last_step_spans(self) -> tuple[PhaseSpan, ...]:
         """The spans of the last step, without those of setup."""
@@ -198,3 +202,11 @@ class Trace:
         """Return how many passes of ``phase``, forward or backward, one step has beside the traced ones."""
         per_micro_step = sum(s.phase is phase for s in self.repeated_spans) or 1
         return per_micro_step * self.repeated_micro_steps
+
+
+def _unpickled(values: dict[str, Any], allocations: dict[str, list[Any]], ops: dict[str, list[Any]]) -> Trace:
+    return Trace(
+        **values,
+        allocations=rows_of(Allocation, allocations, len(allocations["step"])),
+        ops=rows_of(OpCall, ops, len(ops["step"])),
+    )
