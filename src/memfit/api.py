@@ -248,11 +248,14 @@ class Prediction:
         caveats = f"; {self.estimate.split_warning}" if self.estimate.split_warning else ""
         caveats += f"; assumed: {guesses[0]}" if guesses else ""
         caveats += f" and {len(guesses) - 1} more" if len(guesses) > 1 else ""
+        need, cap = format_bytes(self.needed_bytes), format_bytes(self.cap_bytes)
+        verdict = f"{'fits' if self.fits else 'does not fit'} {cap}, of which it needs {need}"
+        if not self.fits and self.needed_bytes <= self.cap_bytes:
+            verdict = f"does not fit the host; of the device's {cap} it needs {need}"
         return (
             f"{workload_text(self.workload)}; {self.plan.label}: allocated {format_bytes(allocated.value)} "
             f"({format_bytes(allocated.low)} to {format_bytes(allocated.high)}){other_memory}; peak in "
-            f"{self.estimate.peak_phase}; {'fits' if self.fits else 'does not fit'} "
-            f"{format_bytes(self.cap_bytes)}, of which it needs {format_bytes(self.needed_bytes)}{caveats}"
+            f"{self.estimate.peak_phase}; {verdict}{caveats}"
             f"{f'; {self.host}' if self.host else ''}; not included: {', '.join(NOT_INCLUDED)}"
         )
 
@@ -273,6 +276,7 @@ class Prediction:
             machine=self.machine.name,
             cap_bytes=self.cap_bytes,
             fits=self.fits,
+            host=self.host,
             timeline_bytes=live_bytes,
         )
 
@@ -529,18 +533,14 @@ def _why_not(prediction: Prediction) -> str:
         lines.insert(
             1,
             prediction.host
-            or f"all processes together need {format_bytes(_host_value(peak_estimate))} of this machine's "
-            "memory",
+            or "all processes together need up to "
+            f"{format_bytes(peak_estimate.needed_host_bytes or 0)} of this machine's memory",
         )
     if smaller is not None:
         smaller_need = format_bytes(needed_bytes(smaller.estimate, prediction.machine))
         warning = f"; {smaller.estimate.split_warning}" if smaller.estimate.split_warning else ""
         lines.append(f"would fit: {smaller.plan.label} ({smaller_need}){warning}")
     return "\n".join(lines)
-
-
-def _host_value(peak_estimate: Estimate) -> float:
-    return peak_estimate.host_bytes.value if peak_estimate.host_bytes else 0.0
 
 
 def _largest(parts: Mapping[str, int]) -> str:

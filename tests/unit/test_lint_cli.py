@@ -192,6 +192,34 @@ def test_plan_from_a_configuration_predicts_with_its_engine(
     assert all(str(reason) in text for text in reasons)
 
 
+HOST = ("plan", "own.py:job", "--from", "useless.json", *TWO, "--host-memory", "4GiB")
+
+
+def test_plan_from_names_the_host_if_only_the_host_is_too_small(ask: Ask) -> None:
+    """A reported case: the device's sizes were given as the reason, beside a chance of 0.000000000 %."""
+    code, out, _ = ask(*HOST)
+    assert code == 3
+    assert "It does not fit: the host has 4 GiB, and it needs up to 10" in out
+    assert "The device would be enough" in out
+    assert "Chance that it does not fit: 8" in out
+    assert "--host-memory" not in out  # it was given
+    assert "(does not fit)" in out  # each better plan needs the same host
+    told = json.loads(ask(*HOST, "--json")[1])
+    assert told["fits"] is False
+    assert told["given"]["oom_probability"] > 0.8
+    code, out, _ = ask(*HOST, "--lang", "ja")
+    assert (code, "収まりません。ホストのメモリーが最大 10" in out) == (3, True)
+
+
+def test_plan_from_says_that_a_small_chance_is_small(ask: Ask) -> None:
+    words = ("plan", "own.py:job", "--from", "useless.json", *TWO)
+    code, out, _ = ask(*words)
+    assert code == 0
+    assert "Chance that it does not fit: less than 0.1 %" in out
+    assert "It fits: it needs up to" in out
+    assert "収まらない確率：0.1 % 未満" in ask(*words, "--lang", "ja")[1]
+
+
 def test_plan_from_refuses_a_chosen_engine_that_does_not_support_the_plan(ask: Ask) -> None:
     code, out, err = ask("plan", "own.py:job", "--from", "clean.json", "--engine", "fairscale")
     assert (code, out) == (2, "")
@@ -207,7 +235,7 @@ def test_plan_from_a_configuration_reports_the_smallest_need_when_nothing_fits(
     monkeypatch.setattr(memfit.workflows.config_review, "search", search)
     assert ask("plan", "own.py:job", "--from", "clean.json", "--nproc", "2", "--without", "lora")[0] == 2
     code, out, _ = ask("plan", "own.py:job", "--from", "clean.json", "--memory", "1B")
-    assert code == 0
+    assert code == 3
     assert "the smallest plan needs 2 B" in out
     # the job refuses the batch of the file, so its own is predicted and shown
     assert f"; batch {regression().batch_size}\n" in out

@@ -157,7 +157,7 @@ def _sketch(state: tuple[Use, ...], precision: str) -> Sketch:
 
 
 def test_a_search_puts_optimizer_state_on_nvme_where_host_memory_is_too_small() -> None:
-    small = with_host_memory(ON, 16 * 2**30)  # in which FSDP2's offload does not fit with two processes
+    small = with_host_memory(ON, 24 * 2**30)  # in which FSDP2's offload does not fit with two processes
     request = MultiDeviceRequest(
         goal=Objective.FASTEST,
         accuracy=Accuracy.ROUNDING,

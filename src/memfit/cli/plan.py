@@ -257,19 +257,14 @@ def plan(  # noqa: PLR0913
     if from_options.from_files:
         from memfit.cli.plan_from_config import review_files
 
-        read_plan = review_files(
-            from_options.from_files,
-            job,
-            search_options,
-            runtime,
-            on.on,
-            lang=language_code,
-            as_json=output.json,
+        files, as_json = from_options.from_files, output.json
+        read_plan, fits = review_files(
+            files, job, search_options, runtime, on.on, lang=language_code, as_json=as_json
         )
         if save.save is not None:
-            read_from = ", ".join(str(p) for p in from_options.from_files)
+            read_from = ", ".join(str(p) for p in files)
             write_plan(save.save, read_plan, note=f"for {job.spec}, read from {read_from}")
-        return
+        raise typer.Exit(0 if fits else 3)
     job_request = request(
         job, search_options, runtime, on.on, ranks=run.nproc, bounds=bounds_of(job, limits, on.on)
     )

@@ -33,14 +33,15 @@ def review_files(
     *,
     lang: str,
     as_json: bool,
-) -> Plan:
-    """Predict and lint the set-up in ``files``, find better plans, print all of this, and return the plan of
-    the set-up. ``on``: the machine to predict for, as in --on; ``as_json``: print one JSON object instead of
-    text in ``lang``. If the files do not say how many processes train, and the machine has several devices,
-    it is one process per device. The engine that predicts is that of --engine or, without it, that of the
-    files (see `_on_engine`). Raises UserError for files that `memfit.lint.parse.read` refuses, for
-    OpenFold's settings with another job than alphafold2, for a plan that the job or the engine of --engine
-    does not support, for a job that cannot be built, and for invalid options."""
+) -> tuple[Plan, bool]:
+    """Predict and lint the set-up in ``files``, find better plans, and print all of this. Return (the plan of
+    the set-up, whether it or a better plan fits). ``on``: the machine to predict for, as in --on;
+    ``as_json``: print one JSON object instead of text in ``lang``. If the files do not say how many processes
+    train, and the machine has several devices, it is one process per device. The engine that predicts is that
+    of --engine or, without it, that of the files (see `_on_engine`). Raises UserError for files that
+    `memfit.lint.parse.read` refuses, for OpenFold's settings with another job than alphafold2, for a plan
+    that the job or the engine of --engine does not support, for a job that cannot be built, and for invalid
+    options."""
     from memfit.lint import check, draft, parse, to_plan
     from memfit.lint.clipping import clipping_setting
 
@@ -79,7 +80,7 @@ def review_files(
         emit({"workload": workload, **of_job, **_view(carried, findings, result)})
     else:
         _print(result, lang)
-    return carried.plan
+    return carried.plan, not result.nothing_fits
 
 
 def _left_out(carried: memfit.lint.draft.Carried, option: str, reason: str) -> memfit.lint.draft.Carried:
@@ -291,23 +292,37 @@ def _print_carried(carried: memfit.lint.draft.Carried, lang: str) -> None:
 def _print(result: memfit.workflows.config_review.ConfigReview, lang: str) -> None:
     from rich.text import Text
 
-    from memfit.report.terminal import print_estimate
+    from memfit.report.terminal import print_estimate, print_verdict
     from memfit.report.words import load_words
-    from memfit.types.units import format_bytes
 
     words, output = load_words(lang), console()
     print_estimate(result.existing, console=output, lang=lang)
     if result.fits is not None and result.cap_bytes is not None:
-        sizes = {"needed": format_bytes(result.needed_bytes), "cap": format_bytes(result.cap_bytes)}
-        output.print(Text(words.get("lint.fits" if result.fits else "lint.too_much", **sizes), style="bold"))
+        print_verdict(
+            result.existing,
+            needed_bytes=result.needed_bytes,
+            cap_bytes=result.cap_bytes,
+            fits=result.fits,
+            console=output,
+            words=words,
+        )
     choice = result.recommended
-    estimates = [choice.estimate] if choice is not None else list(result.better)
+    estimates = (
+        [(choice.estimate, None)]
+        if choice is not None
+        else list(zip(result.better, result.better_fits, strict=True))
+    )
     if result.nothing is not None:
         output.print(Text(result.nothing, style="bold"))
         return
     output.print(Text(words.get("lint.better" if estimates else "lint.nothing_better"), style="bold"))
-    for estimate in estimates:
-        output.print(Text(words.get("lint.instead", **_compared(result.existing, estimate))))
+    for estimate, fits in estimates:
+        line = words.get("lint.instead", **_compared(result.existing, estimate))
+        if fits is not None and not result.fits:
+            line = words.get(
+                "text.with_note", text=line, note=words.get(f"text.{'fits' if fits else 'does_not_fit'}")
+            )
+        output.print(Text(line))
 
 
 def _compared(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from memfit.cost.device_overhead import with_workspaces
-from memfit.cost.host import HostTensors, host_memory, known_host, ranks_of_host
+from memfit.cost.host import HostTensors, host_memory, known_host, oom_probability, ranks_of_host
 from memfit.cost.memory import MemoryProfile, memory_profile, step_ops
 from memfit.cost.memory_estimate import UNKNOWN_FOOTPRINT, footprint
 from memfit.cost.money import bill, hosts_w
@@ -87,7 +87,7 @@ def estimate(
         host_memory_assumed=known_host(machine)[1],
         storage_bytes=trace.storage_bytes * local_ranks,
         storage_written_bytes=trace.storage_written_bytes * local_ranks,
-        oom_probability=memory.oom_probability,
+        oom_probability=oom_probability(memory.oom_probability, host, machine),
         rank=trace.rank,
         assumptions=(
             *trace.assumptions,

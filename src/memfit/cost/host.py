@@ -5,6 +5,10 @@ tensors that a plan keeps in host memory, once per rank of the host, and DataLoa
 they hold ready. Before training: the model built in host memory, from which each rank's part goes to its
 device. One copy is counted per host, which holds if ranks load one after the other or one of them loads for
 all. On a CPU, all tensors are in the host's memory.
+
+A host has enough if it has the upper end of the need, as a device has. What is pinned comes from torch's
+caching host allocator (ATen/core/CachingHostAllocator.h), which rounds each block up to a power of two and
+keeps freed blocks for later ones of the same power: `HostTensors.pinned_bytes` is computed by this rule.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from memfit.cost.device_overhead import exceeds_probability
 from memfit.techniques.registry import technique
 from memfit.types.errors import UserError
 from memfit.types.machine import Fact, Host, Machine
@@ -31,7 +36,7 @@ _CUDA_PROCESS = Interval(value=2.5 * 2**30, low=1.0 * 2**30, high=5.0 * 2**30)
 # touches is added to that. A spawned worker imports torch again.
 _WORKER = Interval(value=64 * _MIB, low=11 * _MIB, high=400 * _MIB)
 _READY_BATCHES = 2  # torch.utils.data.DataLoader's prefetch_factor
-_PINNED_ROUNDING = 2.0  # the pinned allocator rounds each block up to a power of two
+_PINNED_ROUNDING = 2.0  # the most that a block can grow by; used where the sizes of blocks are unknown
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +44,9 @@ class HostTensors:
     """What one rank's tensors need of host memory, in bytes, beside its device.
 
     ``kept_bytes``: the most at once from the first forward pass on, such as offloaded optimizer state.
+    ``optimizer_bytes``: the most of it at once that the optimizer's step makes, which is never pinned; 0 if
+    unknown. ``pinned_bytes``: what a pool of pinned memory takes for all other tensors of it; None if
+    unknown. ``is_sketch``: the plan was not traced, and ``kept_bytes`` is an upper bound.
     ``building_bytes``: the most at once at any time, also before that, while the model is built.
     ``model_bytes``: parameters and buffers as the job builds them. ``batch_bytes``: the rank's inputs of one
     step, of which each DataLoader worker holds several.
@@ -48,6 +56,9 @@ class HostTensors:
     building_bytes: float
     model_bytes: float
     batch_bytes: float
+    optimizer_bytes: float = 0.0
+    pinned_bytes: float | None = None
+    is_sketch: bool = False
 
     @staticmethod
     def of(trace: Trace) -> HostTensors:
@@ -56,12 +67,19 @@ class HostTensors:
             for a in trace.allocations
             if a.category is Category.INPUT and a.step == trace.steps - 1
         )
+        pinned_bytes = sum(count * _power_of_two(size) for size, count in trace.host_blocks)
         return HostTensors(
             kept_bytes=trace.host_step_bytes,
+            optimizer_bytes=trace.host_optimizer_bytes,
+            pinned_bytes=pinned_bytes if trace.host_blocks else None,
             building_bytes=trace.host_peak_bytes,
             model_bytes=trace.model_bytes,
             batch_bytes=batch,
         )
+
+
+def _power_of_two(size_bytes: int) -> int:
+    return 1 << (size_bytes - 1).bit_length()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +94,14 @@ class HostMemory:
 
     bytes: Interval
     parts_bytes: Mapping[str, int]
+
+
+def bytes_beside_tensors(ranks: int, machine: Machine, *, workers: int) -> float:
+    """Return the upper end of what one host needs for its ranks, of ``ranks`` in all, beside the tensors of
+    the plan and of the batches that its ``workers`` DataLoader workers of each rank hold."""
+    nothing, plan = _exactly(0.0), Plan(ranks=ranks)
+    tensors = HostTensors(kept_bytes=0.0, building_bytes=0.0, model_bytes=0.0, batch_bytes=0.0)
+    return host_memory(tensors, plan, machine, allocated=nothing, workers=workers).bytes.high
 
 
 def ranks_of_host(plan: Plan, machine: Machine) -> int:
@@ -94,16 +120,15 @@ def host_memory(
     CPU, whose memory is the host's. ``workers``: number of DataLoader workers of each rank. Building the
     model in host memory counts on accelerators only, and not for plans that load it in pieces, such as with
     qlora.
+
+    If the plan's techniques may pin what they keep in host memory, the value and the upper end count it as
+    pinned. If it is not known how large its blocks are, only the upper end does, with the largest rounding.
     """
     ranks, cpu = ranks_of_host(plan, machine), machine.device.is_host
     process = _times(_CPU_PROCESS if cpu else _CUDA_PROCESS, ranks)
     if cpu and plan.ranks > 1:
         process = _plus(process, _exactly(ranks * _CPU_GROUP_BYTES))
-    kept_bytes = tensors.kept_bytes
-    offload = Interval(
-        value=kept_bytes, low=kept_bytes, high=kept_bytes * (_PINNED_ROUNDING if uses_pinned(plan) else 1.0)
-    )
-    offload = _times(offload, ranks)
+    offload = _times(_exactly(tensors.kept_bytes) if cpu else _offload(tensors, plan), ranks)
     workers_memory = _times(_WORKER, ranks * workers)
     workers_memory = _plus(
         workers_memory, _exactly(ranks * workers * (_READY_BATCHES + 1) * tensors.batch_bytes)
@@ -130,9 +155,18 @@ def host_memory(
     )
 
 
-def uses_pinned(plan: Plan) -> bool:
-    """Return whether what the plan's techniques keep in host memory may be pinned."""
-    return any(technique(u.technique).pins_host_memory for u in plan.uses)
+def _offload(tensors: HostTensors, plan: Plan) -> Interval:
+    """Return what a rank's tensors take of host memory beside an accelerator, if they are pinned or not."""
+    kept_bytes, optimizer_bytes = tensors.kept_bytes, tensors.optimizer_bytes
+    pinning = [(technique(u.technique), u.settings) for u in plan.uses]
+    pinning = [(t, settings) for t, settings in pinning if t.pins_host_memory]
+    if not pinning or tensors.is_sketch:
+        return _exactly(kept_bytes)
+    if tensors.pinned_bytes is None or not all(t.pins_traced_blocks(settings) for t, settings in pinning):
+        most_bytes = optimizer_bytes + (kept_bytes - optimizer_bytes) * _PINNED_ROUNDING
+        return Interval(value=kept_bytes, low=kept_bytes, high=most_bytes)
+    most_bytes = max(kept_bytes, optimizer_bytes + tensors.pinned_bytes)
+    return Interval(value=most_bytes, low=kept_bytes, high=most_bytes)
 
 
 def _exactly(value: float) -> Interval:
@@ -180,18 +214,27 @@ def memory_bytes(machine: Machine) -> float | None:
 
 
 def host_holds(estimate: Estimate, machine: Machine) -> bool:
-    """Return whether the memory of a host is at least what the estimate says that one host needs,
-    ``estimate.host_bytes``. Its value counts, not its upper end.
+    """Return whether the memory of a host of this machine is at least what the plan needs there
+    (`Estimate.lacks_host_memory`)."""
+    available_bytes = memory_bytes(machine)
+    known_bytes = None if available_bytes is None else int(available_bytes)
+    return not dataclasses.replace(estimate, host_memory_bytes=known_bytes).lacks_host_memory
 
-    If that need is None (unknown), the result is True. If the need is known but the host's memory is not, the
-    result is False for a plan that keeps tensors in host memory and True for any other.
+
+def oom_probability(on_device: float | None, host: HostMemory, machine: Machine) -> float | None:
+    """Return the probability, from 0 to 1, that a plan does not fit the device or the host.
+
+    ``on_device``: that it does not fit the device. The two are taken as independent, and on a CPU the result
+    is ``on_device``, because its memory is the host's. If the host's memory is unknown, the result is None
+    for a plan that keeps tensors there, and ``on_device`` for any other, for which it is not checked. The
+    result is None if ``on_device`` is.
     """
-    need, available_bytes = estimate.host_bytes, memory_bytes(machine)
-    if need is None:
-        return True
+    available_bytes = memory_bytes(machine)
+    if on_device is None or machine.device.is_host:
+        return on_device
     if available_bytes is None:
-        return not estimate.host_parts_bytes.get("offload")
-    return need.value <= available_bytes
+        return None if host.parts_bytes.get("offload") else on_device
+    return 1 - (1 - on_device) * (1 - exceeds_probability(host.bytes, available_bytes))
 
 
 def known_host(machine: Machine) -> tuple[int | None, bool]:
@@ -204,8 +247,8 @@ def known_host(machine: Machine) -> tuple[int | None, bool]:
 
 def host_line(estimate: Estimate, machine: Machine) -> str:
     """Return a text for reports: what the plan needs of one host's memory, what the host has, and that the
-    plan does not fit if so. Example: "needs 300 GiB of host memory for 8 ranks, the host has 256 GiB: does
-    not fit". If only the upper end of the need is above the host's memory, the text also gives that end.
+    plan does not fit if so. Example: "needs up to 300 GiB of host memory for 8 ranks (280 GiB expected), the
+    host has 256 GiB: does not fit".
 
     If the host's memory is unknown, the text says that the plan does not fit unless the host has that much,
     for a plan that keeps tensors there, or that it was not checked, for any other. If a plan does not fit
@@ -213,11 +256,14 @@ def host_line(estimate: Estimate, machine: Machine) -> str:
     is unknown, and on a CPU, where the memory cap already covers this memory.
     """
     need, available_bytes = estimate.host_bytes, memory_bytes(machine)
-    if machine.device.is_host or need is None:
+    need_bytes = estimate.needed_host_bytes
+    if machine.device.is_host or need is None or need_bytes is None:
         return ""
     ranks = ranks_of_host(estimate.plan, machine)
-    need_text = f"needs {format_bytes(need.value)} of host memory"
+    expected, most = format_bytes(need.value), format_bytes(need_bytes)
+    need_text = f"needs {expected if most == expected else f'up to {most}'} of host memory"
     need_text += f" for {ranks} ranks" if ranks > 1 else ""
+    need_text += "" if most == expected else f" ({expected} expected)"
     hint = "give your host's memory with --host-memory or in a machine file"
     if available_bytes is None:
         if estimate.host_parts_bytes.get("offload"):
@@ -225,8 +271,6 @@ def host_line(estimate: Estimate, machine: Machine) -> str:
         return f"host memory unknown: not checked ({need_text})"
     is_assumed = known_host(machine)[1]
     host_text = f"the host has {format_bytes(available_bytes)}{' (assumed)' if is_assumed else ''}"
-    if need.value > available_bytes:
+    if need_bytes > available_bytes:
         return f"{need_text}, {host_text}: does not fit" + (f" ({hint})" if is_assumed else "")
-    if need.high > available_bytes:
-        return f"{need_text} (up to {format_bytes(need.high)} as pinned blocks are rounded up), {host_text}"
     return f"{need_text}, {host_text}"

@@ -108,7 +108,11 @@ class BlockTracer:
         """
         batch_bytes = sum(t.numel() * t.element_size() for t in tensor_leaves(self._batch))
         return HostTensors(
-            kept_bytes=kept_bytes, building_bytes=0.0, model_bytes=self.model_bytes, batch_bytes=batch_bytes
+            is_sketch=True,
+            kept_bytes=kept_bytes,
+            building_bytes=0.0,
+            model_bytes=self.model_bytes,
+            batch_bytes=batch_bytes,
         )
 
     def parts(self, key: Key, seconds: Seconds) -> Parts:

@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import numpy
 
 from memfit.cost.estimate import estimate, interval_around, interval_of_rates, modelled_boundary
-from memfit.cost.host import HostTensors, host_memory, known_host
+from memfit.cost.host import HostTensors, host_memory, known_host, oom_probability
 from memfit.cost.memory import levels, step_ops
 from memfit.cost.memory_estimate import ASSUMED_RESERVED_RATIO, sketch_footprint
 from memfit.cost.money import bill
@@ -393,8 +393,12 @@ class Predictor:
         rank_estimates = self.each_rank(plan)
         largest = max(rank_estimates, key=lambda e: e.allocated_bytes.value)
         host_largest = max(rank_estimates, key=lambda e: e.host_bytes.value if e.host_bytes else 0.0)
+        chances = [e.oom_probability for e in rank_estimates]
         return dataclasses.replace(
-            largest, host_bytes=host_largest.host_bytes, host_parts_bytes=host_largest.host_parts_bytes
+            largest,
+            host_bytes=host_largest.host_bytes,
+            host_parts_bytes=host_largest.host_parts_bytes,
+            oom_probability=None if None in chances else max(filter(None, chances), default=0.0),
         )
 
     def load_traces(self, plan: Plan) -> bool:
@@ -786,8 +790,12 @@ class Predictor:
             communicators=layout(plan).communicators,
         )
         host_kept_bytes = float(vector[_HOST])
-        tensors = dataclasses.replace(
-            plain_tensors, kept_bytes=host_kept_bytes, building_bytes=host_kept_bytes
+        tensors = HostTensors(
+            is_sketch=True,
+            kept_bytes=host_kept_bytes,
+            building_bytes=host_kept_bytes,
+            model_bytes=plain_tensors.model_bytes,
+            batch_bytes=plain_tensors.batch_bytes,
         )
         host = host_memory(tensors, plan, self.machine, allocated=allocated, workers=self.job.workers)
         return Estimate(
@@ -807,7 +815,7 @@ class Predictor:
             reserved_bytes=memory.reserved_bytes,
             device_bytes=memory.device_bytes,
             device_parts_bytes=memory.device_parts_bytes,
-            oom_probability=memory.oom_probability,
+            oom_probability=oom_probability(memory.oom_probability, host, self.machine),
             dependence=self.dependence_under(plan),
             host_bytes=host.bytes,
             host_parts_bytes=host.parts_bytes,

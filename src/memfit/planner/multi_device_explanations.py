@@ -382,5 +382,6 @@ def nothing_fits(
         plan_text=short_label(smallest.plan),
         ways=tuple(dict.fromkeys(ways)),
         missed=missed_bounds(predictor.bounds, fitting),
+        host=host_line(smallest, predictor.machine) if smallest.lacks_host_memory else "",
         unfinished=unfinished,
     )

@@ -11,7 +11,14 @@ from collections.abc import Callable, Sequence
 import numpy
 
 from memfit.cost.estimate import interval_around, interval_of_rates, modelled_boundary, scaled
-from memfit.cost.host import host_memory, known_host, memory_bytes
+from memfit.cost.host import (
+    HostMemory,
+    bytes_beside_tensors,
+    host_memory,
+    known_host,
+    memory_bytes,
+    oom_probability,
+)
 from memfit.cost.memory_estimate import ASSUMED_RESERVED_RATIO, sketch_footprint
 from memfit.cost.money import bill
 from memfit.cost.step_time import storage_rates
@@ -120,11 +127,16 @@ class MultiDevicePredictor:
         return fitting_bytes
 
     def host_cap(self, ranks: int) -> float:
-        """Return the bytes of host memory that each of ``ranks`` ranks may use: the memory of one host
-        divided by the number of ranks on it; 0 if the host's memory is unknown.
+        """Return the bytes of host memory that each of ``ranks`` ranks may use for tensors of the plan: the
+        memory of one host, less what its processes and loader workers need, divided by the number of ranks
+        on it; 0 if the host's memory is unknown.
         """
         host_memory_bytes = memory_bytes(self.machine)
-        return 0.0 if host_memory_bytes is None else host_memory_bytes / min(ranks, per_host(self.machine))
+        if host_memory_bytes is None:
+            return 0.0
+        workers = self.plan_predictor.job.workers
+        taken_bytes = bytes_beside_tensors(ranks, self._machine(ranks), workers=workers)
+        return max(0.0, host_memory_bytes - taken_bytes) / min(ranks, per_host(self.machine))
 
     def fits_memory(self, estimate: Estimate) -> bool:
         return self.request.cap.holds(estimate)
@@ -238,6 +250,10 @@ class MultiDevicePredictor:
             reserved_ratio=ASSUMED_RESERVED_RATIO,
             communicators=layout(e.plan).communicators,
         )
+        chance = device_memory.oom_probability
+        if e.host_bytes is not None:
+            host = HostMemory(bytes=e.host_bytes, parts_bytes=e.host_parts_bytes)
+            chance = oom_probability(chance, host, self.machine)
         return dataclasses.replace(
             e,
             step_s=e.step_s and scaled(e.step_s, step_ratio),
@@ -245,7 +261,7 @@ class MultiDevicePredictor:
             reserved_bytes=device_memory.reserved_bytes,
             device_bytes=device_memory.device_bytes,
             device_parts_bytes=device_memory.device_parts_bytes,
-            oom_probability=device_memory.oom_probability,
+            oom_probability=chance,
             energy_j=e.energy_j and e.energy_j * step_ratio,
             usd=e.usd and e.usd * step_ratio,
             co2_g=e.co2_g and e.co2_g * step_ratio,
@@ -295,7 +311,7 @@ class MultiDevicePredictor:
             reserved_bytes=memory.reserved_bytes,
             device_bytes=memory.device_bytes,
             device_parts_bytes=memory.device_parts_bytes,
-            oom_probability=memory.oom_probability,
+            oom_probability=oom_probability(memory.oom_probability, host, machine),
             dependence=self.plan_predictor.dependence_under(sketch.plan),
             host_bytes=host.bytes,
             host_parts_bytes=host.parts_bytes,

@@ -98,6 +98,7 @@ def _choice(choice: Choice, *, recommended: bool) -> ChoiceRow:
         plan=estimate.plan.label,
         effect=choice.effect.label,
         fits=choice.fits,
+        host_short=not choice.fits and choice.estimate.lacks_host_memory,
         recommended=recommended,
         traced=estimate.traced,
         peak=predicted(peak.value, "bytes"),

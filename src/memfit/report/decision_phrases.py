@@ -127,7 +127,7 @@ def fit_phrase(view: DecisionView, index: int) -> Sentence:
     high = None if way.memory_bytes is None else way.memory_bytes.high
     values: Filled = {
         "machine": way.machine,
-        "chance": predicted(way.fit_percent, "percent", source),
+        "chance": predicted(way.fit_percent, "chance", source),
         "high": predicted(high, "bytes", source),
         "usable": assumed(way.usable_bytes, "bytes", machine_anchor(way.machine)),
     }

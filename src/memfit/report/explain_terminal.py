@@ -11,7 +11,7 @@ from rich.text import Text
 
 from memfit.report.explain import Contributor, MemoryChange, PlanDifference, TracedEstimate, contributors
 from memfit.report.quantities import Figure, Mark, figure_text, predicted, sentence_text
-from memfit.report.terminal import new_table, print_estimate
+from memfit.report.terminal import new_table, print_estimate, print_verdict
 from memfit.report.words import Words, load_words
 
 MOST: Final = 15
@@ -51,13 +51,14 @@ def print_script(explained: TracedEstimate, facts: ScriptFacts, *, console: Cons
         ranks=facts.ranks,
     )
     console.print(Text(line))
-    need, cap = (predicted(n, "bytes") for n in (facts.needed_bytes, facts.cap_bytes))
-    verdict = words.get(
-        "script.fits" if facts.fits else "script.does_not_fit",
-        needed=figure_text(need, words),
-        cap=figure_text(cap, words),
+    print_verdict(
+        explained.estimate,
+        needed_bytes=facts.needed_bytes,
+        cap_bytes=facts.cap_bytes,
+        fits=facts.fits,
+        console=console,
+        words=words,
     )
-    console.print(Text(verdict, style="bold green" if facts.fits else "bold red"))
     for note in facts.notes:
         console.print(Text(words.get("script.note", note=words.of(note)), style="yellow"))
     print_explained(explained, console=console, lang=lang, title=words.get("script.title"))

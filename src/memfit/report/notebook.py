@@ -45,12 +45,14 @@ def estimate_html(
     machine: str,
     cap_bytes: int,
     fits: bool,
+    host: str = "",
     timeline_bytes: Sequence[int] = (),
 ) -> str:
     """Return HTML for a notebook, in this order: ``title``, the plan's label, whether it fits ``cap_bytes``
     of ``machine`` (as ``fits`` says), and the phase of the peak; a table of the predicted kinds of memory
     (allocated, reserved, device, host), each with its range; a bar of the memory at the peak by category; the
-    live bytes over one step, if ``timeline_bytes`` has them at equal distances; a warning if splitting the
+    live bytes over one step, if ``timeline_bytes`` has them at equal distances; ``host``, a sentence on the
+    memory of the host; a warning if splitting the
     batch may change the training or this was not tested; and the first five of the assumptions that are not
     taken from the batch."""
     verdict = f'<b class="{"fits" if fits else "not"}">{"fits" if fits else "does not fit"}</b>'
@@ -65,6 +67,8 @@ def estimate_html(
     )
     if estimate.split_warning:
         notes = f"<div>{escape(estimate.split_warning)}</div>{notes}"
+    if host:
+        notes = f"<div>{escape(host)}</div>{notes}"
     rows = "".join(_row(name, value) for name, value in kinds.items() if value is not None)
     return (
         f'{_STYLE}<div class="memfit"><div><b>{escape(title)}</b>, {escape(estimate.plan.label)}: {verdict} '

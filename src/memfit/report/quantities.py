@@ -28,8 +28,9 @@ class Figure:
     """A number with unit, mark and source. ``value`` None: unknown.
 
     ``unit``: "bytes", "s", "j", "usd", "g", "count", "parameters", "ratio", "percent", "saving" (in percent),
-    "times" (a multiple), "points" (percentage points), "rate" (a bare number with more digits), "years",
-    "hours", "steps", "runs", "factor", "money SYMBOL DECIMALS" ("money $ 2"), or any other, such as that of a
+    "times" (a multiple), "points" (percentage points), "chance" (a probability in percent, shown as "less
+    than 0.1 %" or "more than 99.9 %" at the ends), "rate" (a bare number with more digits), "years", "hours",
+    "steps", "runs", "factor", "money SYMBOL DECIMALS" ("money $ 2"), or any other, such as that of a
     job's metric, which is shown after the number. ``signed``: whether a positive value is shown with a plus
     sign. ``source``: anchor of the record it comes from, or "". A page that lists its records shows no known
     figure without one. ``live``: name by which the page's script finds it, or "".
@@ -97,7 +98,8 @@ _WHOLE: Final = ("years", "hours", "steps", "runs")  # shown without decimals if
 # these units are words of a language; figure_text adds them
 _WORDED: Final = ("ratio", "points", "years", "hours", "steps", "runs", "factor")
 MANY: Final = -200.0  # % saved: a larger loss is also given as a multiple
-_PERCENT: Final = dict.fromkeys(("percent", "saving", "percentage points"), " %")
+_PERCENT: Final = dict.fromkeys(("percent", "saving", "chance", "percentage points"), " %")
+_LOWEST_CHANCE: Final = 0.1  # %; no prediction is so sure that a smaller number would mean anything
 _SUFFIXES: Final = {"": ""} | _PERCENT | dict.fromkeys(_WORDED, "")
 
 
@@ -151,6 +153,8 @@ def figure_text(figure: Figure, words: Words) -> str:
         return words.get(f"missing.{figure.mark}")
     if figure.unit == "times":
         return _times(figure.value)
+    if figure.unit == "chance" and not _LOWEST_CHANCE <= figure.value <= 100 - _LOWEST_CHANCE:
+        return words.get("unit.chance_low" if figure.value < _LOWEST_CHANCE else "unit.chance_high")
     sign = "+" if figure.signed and figure.value > 0 else ""
     unit = words.translations.get(figure.unit, figure.unit)  # unit of a job's own metric
     text = (sign + number_text(figure.value, unit)).replace("-", "\u2212")

@@ -109,7 +109,8 @@ class ChoiceRow:
     """A plan of the search, as predicted.
 
     ``effect``: class of its effect on results, "E0" to "E3". ``peak``, ``low`` and ``high``: peak of live
-    tensors and its range. ``needed``: bytes that were compared with the cap. ``device``: low end, value and
+    tensors and its range. ``host_short``: it does not fit, because the host has too little memory; the device
+    may have enough. ``needed``: bytes that were compared with the cap. ``device``: low end, value and
     high end of the memory held on the device; None if that is not predicted, as on a CPU. ``traced``: True if
     the plan was traced as a whole, False if it was estimated from traces of parts. ``reasons``: why each
     technique is in the plan or was left out.
@@ -118,6 +119,7 @@ class ChoiceRow:
     plan: str
     effect: str
     fits: bool
+    host_short: bool
     recommended: bool
     traced: bool
     peak: Figure
@@ -127,6 +129,11 @@ class ChoiceRow:
     device: tuple[Figure, Figure, Figure] | None
     step: Figure
     reasons: tuple[Sentence, ...]
+
+    @property
+    def verdict(self) -> str:
+        """Key of the text that says whether the plan fits, in the section "text"."""
+        return "fits" if self.fits else "host_too_small" if self.host_short else "does_not_fit"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -99,6 +99,8 @@ def print_search(
     title = words.get("terminal.search", goal=goal, cap=cap, considered=considered)
     console.print(Text(title, style="bold"))
     console.print(Text(_plain_line(view, cap, words)))
+    if view.baseline.host_short and (host := _host(result.baseline.estimate, words)) is not None:
+        console.print(Text(host))
     if result.cap_reason.startswith("demonstration"):
         cap_reason = words.of(words.name("cap_reason", result.cap_reason))
         console.print(Text(words.get("page.cap_line", cap=cap, reason=cap_reason)))
@@ -256,6 +258,23 @@ def print_estimate(estimate: Estimate, *, console: Console, lang: str, title: st
     console.print(Text(words.get("terminal.not_included"), style="dim"))
 
 
+def print_verdict(
+    estimate: Estimate, *, needed_bytes: int, cap_bytes: int, fits: bool, console: Console, words: Words
+) -> None:
+    """Print whether the plan fits. If it does not, print whose memory is too small: the device's, which has
+    ``cap_bytes`` and would need ``needed_bytes``, or only the host's."""
+    values = {"needed": needed_bytes, "cap": cap_bytes, "host": estimate.needed_host_bytes}
+    texts = {name: _text(predicted(value, "bytes"), words) for name, value in values.items()}
+    key = "fits" if fits else "does_not_fit"
+    if not fits and needed_bytes <= cap_bytes:
+        key = "fits_device_only"
+        if estimate.host_memory_bytes is None:
+            key = "fits_if_host_has"
+        else:
+            texts["there"] = _text(predicted(estimate.host_memory_bytes, "bytes"), words)
+    console.print(Text(words.get(f"terminal.{key}", **texts), style="bold green" if fits else "bold red"))
+
+
 def _host(estimate: Estimate, words: Words) -> str | None:
     """Return the sentence on whether the host has the memory that the plan needs there, or that the host's
     memory is unknown. None if this need is not predicted, or on a CPU, where the host's memory is the
@@ -263,7 +282,7 @@ def _host(estimate: Estimate, words: Words) -> str | None:
     need, host_memory_bytes = estimate.host_bytes, estimate.host_memory_bytes
     if need is None or "tensors" in estimate.host_parts_bytes:
         return None
-    values = {"need": _text(predicted(need.value, "bytes"), words)}
+    values = {"need": _text(predicted(estimate.needed_host_bytes, "bytes"), words)}
     if host_memory_bytes is None:
         offload_bytes = estimate.host_parts_bytes.get("offload")
         return words.get(
@@ -272,9 +291,10 @@ def _host(estimate: Estimate, words: Words) -> str | None:
     values["there"] = value_text(predicted(host_memory_bytes, "bytes"), words)
     if estimate.host_memory_assumed:
         values["there"] += f" ({words.get('mark.assumed')})"
-    return words.get(
-        "terminal.host_short" if need.value > host_memory_bytes else "terminal.host_enough", **values
-    )
+    if not estimate.lacks_host_memory:
+        return words.get("terminal.host_enough", **values)
+    way_out = words.get("terminal.host_give") if estimate.host_memory_assumed else ""
+    return words.get("terminal.host_short", way_out=way_out, **values).strip()
 
 
 def _split(dependence: SampleDependence | None, words: Words) -> Text | None:
@@ -378,7 +398,7 @@ def _effort(effort: Effort, words: Words) -> str:
 
 def _plain_line(view: SearchView, cap: str, words: Words) -> str:
     plain = view.baseline
-    fits = words.get("text.fits" if plain.fits else "text.does_not_fit")
+    fits = words.get("text.fits" if plain.fits or plain.host_short else "text.does_not_fit")
     need, peak, step = (_text(figure, words) for figure in (_need(plain), plain.peak, plain.step))
     placeholders = {"needed": need, "peak": peak, "step": step, "fits": fits, "cap": cap}
     if plain.device is None:
@@ -409,7 +429,7 @@ def _frontier(rows: Sequence[ChoiceRow], words: Words) -> Table:
     )
     for row in rows:
         effect = f"{row.effect} {words.get(f'effect.{row.effect}')}"
-        fits = words.get("text.fits" if row.fits else "text.does_not_fit")
+        fits = words.get(f"text.{row.verdict}")
         name = ("* " if row.recommended else "") + _folded(row.plan)
         prefix = "" if row.traced else "~ "
         figures = (prefix + _text(figure, words) for figure in (_need(row), row.peak, row.step))

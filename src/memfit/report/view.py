@@ -121,7 +121,7 @@ def estimate_view(estimate: Estimate) -> EstimateView:
         modules=_shares(_largest(estimate.by_module_bytes), peak.value),
         further=_further(estimate),
         device_parts=_shares(estimate.device_parts_bytes.items(), sum(estimate.device_parts_bytes.values())),
-        oom=None if chance is None else predicted(100 * chance, "percent"),
+        oom=None if chance is None else predicted(100 * chance, "chance"),
     )
 
 

@@ -152,7 +152,9 @@ class Technique:
     - ``before_engine``: memfit applies it to a model, a loss or an optimizer before it passes them to an
       engine, so that most engines can train with it (engines/base.py).
     - ``loaded_in_pieces``: while the model is loaded, the host holds one tensor of it at a time.
-    - ``pins_host_memory``: what it keeps in host memory may be pinned.
+    - ``pins_host_memory``: what it keeps in host memory may be pinned. ``pins_traced_blocks``: whether each
+      tensor that a trace shows there is then a block of pinned memory, with the given settings; else an
+      engine cuts them otherwise.
     - ``observe_plain_model(bench)`` reads what the technique must know about the plain model, before any
       technique changes it.
     """
@@ -175,6 +177,7 @@ class Technique:
     before_engine: bool = False
     loaded_in_pieces: bool = False
     pins_host_memory: bool = False
+    pins_traced_blocks: Callable[[Mapping[str, KnobValue]], bool] = lambda settings: True
     observe_plain_model: Callable[[Workbench], None] = lambda bench: None
 
     def runs_on(self, kind: str) -> bool:

@@ -7,6 +7,7 @@ import contextvars
 import itertools
 import sys
 import types
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -287,16 +288,42 @@ class _RealIntegers(TorchDispatchMode):
 
 def without_host(
     allocations: Sequence[Allocation], spans: Sequence[PhaseSpan]
-) -> tuple[tuple[Allocation, ...], int, int]:
-    """Return (the allocations that are on the device, the peak bytes in host memory, the same peak without
-    the temporary memory of building the model). The latter counts only allocations that are freed after the
-    first forward pass began, or never. Bytes are as requested, not rounded. Allocations at the place
-    "nowhere" are left out of all."""
+) -> tuple[tuple[Allocation, ...], dict[str, Any]]:
+    """Return (the allocations that are on the device, the fields of `Trace` about host memory). Except for
+    ``host_peak_bytes``, these leave out the temporary memory of building the model: they count only
+    allocations that are freed after the first forward pass began, or never. Bytes are as requested, not
+    rounded. Allocations at the place "nowhere" are left out of all."""
     host = [a for a in allocations if a.stream == "host"]
     forward_start = next((s.start for s in spans if s.phase is Phase.FORWARD), 0)
     later_host = [a for a in host if a.end is None or a.end > forward_start]
     on_device = tuple(a for a in allocations if a.stream not in ("host", "nowhere"))
-    return on_device, _highest(host), _highest(later_host)
+    return on_device, {
+        "host_peak_bytes": _highest(host),
+        "host_step_bytes": _highest(later_host),
+        "host_optimizer_bytes": _highest([a for a in later_host if a.phase is Phase.OPTIMIZER]),
+        "host_blocks": _host_blocks([a for a in later_host if a.phase is not Phase.OPTIMIZER]),
+    }
+
+
+def _host_blocks(allocations: Sequence[Allocation]) -> tuple[tuple[int, int], ...]:
+    """Return (size, number) of the blocks that a pool of pinned memory holds for these allocations, by size.
+    The pool reuses a freed block for the same power of two only, so that for each power these are the
+    tensors alive when most of that power are."""
+    by_power = defaultdict[int, list[Allocation]](list)
+    for a in allocations:
+        if a.requested_bytes:
+            by_power[(a.requested_bytes // a.pieces - 1).bit_length()].append(a)
+    blocks = Counter[int]()
+    for group in by_power.values():
+        changes = [(a.start, a.pieces, a.requested_bytes // a.pieces) for a in group]
+        changes += [(a.end, -a.pieces, a.requested_bytes // a.pieces) for a in group if a.end is not None]
+        alive, most = Counter[int](), Counter[int]()
+        for _, count, size_bytes in sorted(changes):
+            alive[size_bytes] += count
+            if alive.total() > most.total():
+                most = alive.copy()
+        blocks += most
+    return tuple(sorted(blocks.items()))
 
 
 def _highest(allocations: Sequence[Allocation]) -> int:

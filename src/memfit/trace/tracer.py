@@ -156,7 +156,7 @@ def trace(
         )
         groups = members()
     allocations, ops, spans = recorder.finish()
-    allocations, host_peak_bytes, host_step_bytes = without_host(allocations, spans)
+    allocations, host_memory = without_host(allocations, spans)
     params = list(step.model.parameters())
     return Trace(
         device=device,
@@ -180,9 +180,8 @@ def trace(
         ranks=plan.ranks,
         communicators=tuple((name, len(ranks)) for name, ranks in groups.items()),
         members=groups,
-        host_peak_bytes=host_peak_bytes,
-        host_step_bytes=host_step_bytes,
         model_bytes=model_bytes[0],
+        **host_memory,
     )
 
 

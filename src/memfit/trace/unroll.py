@@ -127,6 +127,7 @@ _ON_A_LINE = (
     "storage_bytes",
     "host_peak_bytes",
     "host_step_bytes",
+    "host_optimizer_bytes",
     "model_bytes",
 )
 
@@ -157,7 +158,27 @@ def unroll(shallow: Trace, deeper: Trace, shallow_blocks: Blocks, target_blocks:
         name: getattr(shallow, name) + extra_periods * (getattr(deeper, name) - getattr(shallow, name))
         for name in _ON_A_LINE
     }
-    return dataclasses.replace(deep.trace, allocations=tuple(allocations), ops=ops, **totals)
+    return dataclasses.replace(
+        deep.trace,
+        allocations=tuple(allocations),
+        ops=ops,
+        host_blocks=_blocks_on_a_line(shallow.host_blocks, deeper.host_blocks, extra_periods),
+        **totals,
+    )
+
+
+def _blocks_on_a_line(
+    shallow: Sequence[tuple[int, int]], deeper: Sequence[tuple[int, int]], extra_periods: int
+) -> tuple[tuple[int, int], ...]:
+    """Return `Trace.host_blocks` after ``extra_periods`` more periods of blocks, of which the first gives
+    ``deeper``. The sizes of both, which are sorted, correspond to each other in this order: the model's
+    blocks have more tensors of the same sizes, and flat buffers grow. () if their numbers differ."""
+    if len(shallow) != len(deeper):
+        return ()
+    return tuple(
+        (size + extra_periods * (more - size), count + extra_periods * (times - count))
+        for (size, count), (more, times) in zip(shallow, deeper, strict=True)
+    )
 
 
 def longer(trace: Trace, blocks: Blocks, periods: int = 1) -> Trace:

@@ -93,6 +93,23 @@ class Estimate:
     dependence: SampleDependence | None = None  # of the job's samples, if the plan splits the batch
 
     @property
+    def needed_host_bytes(self) -> float | None:
+        """The bytes of one host's memory that are enough for the plan: the upper end of ``host_bytes``. None
+        if the need is unknown."""
+        return None if self.host_bytes is None else self.host_bytes.high
+
+    @property
+    def lacks_host_memory(self) -> bool:
+        """Whether ``host_memory_bytes`` is less than ``needed_host_bytes``. If the host's memory is unknown,
+        it counts as too small for a plan that keeps tensors there, and as enough for any other. False if the
+        need is unknown."""
+        if self.needed_host_bytes is None:
+            return False
+        if self.host_memory_bytes is None:
+            return bool(self.host_parts_bytes.get("offload"))
+        return self.needed_host_bytes > self.host_memory_bytes
+
+    @property
     def split_warning(self) -> str:
         """The objection to splitting the batch as the plan does: that it changes the training, or that this
         was not tested. "" if the samples are known to be independent, or if the plan does not split the

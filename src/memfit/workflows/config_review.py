@@ -35,7 +35,7 @@ class ConfigReview:
 
     For a plan of one rank, ``recommended`` is the plan that a search recommends; if no plan fits, it is None
     and ``nothing`` is the text of the error. For a plan of several ranks, ``better`` has its variants with a
-    lower peak, lowest first; empty if there are none.
+    lower peak, lowest first; empty if there are none. ``better_fits``: for each of them, as ``fits``.
     """
 
     existing: Estimate
@@ -43,8 +43,14 @@ class ConfigReview:
     needed_bytes: int
     cap_bytes: int | None
     better: tuple[Estimate, ...] = ()
+    better_fits: tuple[bool | None, ...] = ()
     recommended: Choice | None = None
     nothing: str | None = None
+
+    @property
+    def nothing_fits(self) -> bool:
+        """Whether neither the existing plan nor a better one fits."""
+        return self.fits is False and self.recommended is None and not any(self.better_fits)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,11 +109,15 @@ def find_alternatives(request: Request, plan: Plan, progress: Progress, *, param
             else int(request.machine.device.memory_bytes.value)
         )
     need_bytes = needed_bytes(existing_estimate, request.machine)
+
+    def fits(estimate: Estimate) -> bool | None:
+        return None if cap_bytes is None else fits_under(cap_bytes, request.machine)(estimate)
+
     comparison = ConfigReview(
         existing=existing_estimate,
         needed_bytes=need_bytes,
         cap_bytes=cap_bytes,
-        fits=None if cap_bytes is None else fits_under(cap_bytes, request.machine)(existing_estimate),
+        fits=fits(existing_estimate),
     )
     if plan.ranks == 1:
         if cap_bytes is None:  # on a CPU, the cap is what the existing plan needs
@@ -128,6 +138,5 @@ def find_alternatives(request: Request, plan: Plan, progress: Progress, *, param
             ):
                 better.append(neighbour_estimate)
     smaller = [e for e in better if e.allocated_bytes.value < existing_estimate.allocated_bytes.value]
-    return dataclasses.replace(
-        comparison, better=tuple(sorted(smaller, key=lambda e: e.allocated_bytes.value))
-    )
+    smaller.sort(key=lambda e: e.allocated_bytes.value)
+    return dataclasses.replace(comparison, better=tuple(smaller), better_fits=tuple(fits(e) for e in smaller))

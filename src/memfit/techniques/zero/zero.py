@@ -66,6 +66,9 @@ TECHNIQUE = Technique(
     changes=StepPart.BOTH,
     excluded=lambda facts: facts.needs_parameter_names,
     pins_host_memory=True,
+    # Stage 3 pins the fp32 gradient in sub-groups (initialize_optimizer_states of deepspeed's stage3.py),
+    # which a trace has in one tensor unless the gradient is on NVMe.
+    pins_traced_blocks=lambda settings: int(settings["stage"]) < 3 or settings["nvme"] != "none",
     effect=EffectClass.E1,
     apply=_apply,
     order=90,
