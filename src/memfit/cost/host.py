@@ -67,11 +67,11 @@ class HostTensors:
             for a in trace.allocations
             if a.category is Category.INPUT and a.step == trace.steps - 1
         )
-        pinned_bytes = sum(count * _power_of_two(size) for size, count in trace.host_blocks)
+        pinned_bytes = sum(count * _power_of_two(size) for size, count in trace.host_blocks_bytes)
         return HostTensors(
             kept_bytes=trace.host_step_bytes,
             optimizer_bytes=trace.host_optimizer_bytes,
-            pinned_bytes=pinned_bytes if trace.host_blocks else None,
+            pinned_bytes=pinned_bytes if trace.host_blocks_bytes else None,
             building_bytes=trace.host_peak_bytes,
             model_bytes=trace.model_bytes,
             batch_bytes=batch,

@@ -301,7 +301,7 @@ def without_host(
         "host_peak_bytes": _highest(host),
         "host_step_bytes": _highest(later_host),
         "host_optimizer_bytes": _highest([a for a in later_host if a.phase is Phase.OPTIMIZER]),
-        "host_blocks": _host_blocks([a for a in later_host if a.phase is not Phase.OPTIMIZER]),
+        "host_blocks_bytes": _host_blocks([a for a in later_host if a.phase is not Phase.OPTIMIZER]),
     }
 
 

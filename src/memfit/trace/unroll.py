@@ -162,7 +162,9 @@ def unroll(shallow: Trace, deeper: Trace, shallow_blocks: Blocks, target_blocks:
         deep.trace,
         allocations=tuple(allocations),
         ops=ops,
-        host_blocks=_blocks_on_a_line(shallow.host_blocks, deeper.host_blocks, extra_periods),
+        host_blocks_bytes=_blocks_on_a_line(
+            shallow.host_blocks_bytes, deeper.host_blocks_bytes, extra_periods
+        ),
         **totals,
     )
 
@@ -170,7 +172,7 @@ def unroll(shallow: Trace, deeper: Trace, shallow_blocks: Blocks, target_blocks:
 def _blocks_on_a_line(
     shallow: Sequence[tuple[int, int]], deeper: Sequence[tuple[int, int]], extra_periods: int
 ) -> tuple[tuple[int, int], ...]:
-    """Return `Trace.host_blocks` after ``extra_periods`` more periods of blocks, of which the first gives
+    """Return `Trace.host_blocks_bytes` after ``extra_periods`` more periods of blocks, of which the first gives
     ``deeper``. The sizes of both, which are sorted, correspond to each other in this order: the model's
     blocks have more tensors of the same sizes, and flat buffers grow. () if their numbers differ."""
     if len(shallow) != len(deeper):

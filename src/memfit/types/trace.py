@@ -173,7 +173,7 @@ class Trace:
     host_step_bytes: int = 0  # the same from the first forward pass on, when the model is built
     host_optimizer_bytes: int = 0  # the most of it at once that the optimizer's step made; never pinned
     # (size in bytes, number at once) of the other tensors that it consists of, which may be pinned
-    host_blocks: tuple[tuple[int, int], ...] = ()
+    host_blocks_bytes: tuple[tuple[int, int], ...] = ()
     model_bytes: int = 0  # parameters and buffers as built by the job
     communicators: tuple[tuple[str, int], ...] = ()  # (name, number of ranks) of every process group in use
     members: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)  # their ranks
