@@ -172,8 +172,8 @@ def unroll(shallow: Trace, deeper: Trace, shallow_blocks: Blocks, target_blocks:
 def _blocks_on_a_line(
     shallow: Sequence[tuple[int, int]], deeper: Sequence[tuple[int, int]], extra_periods: int
 ) -> tuple[tuple[int, int], ...]:
-    """Return `Trace.host_blocks_bytes` after ``extra_periods`` more periods of blocks, of which the first gives
-    ``deeper``. The sizes of both, which are sorted, correspond to each other in this order: the model's
+    """Return `Trace.host_blocks_bytes` after ``extra_periods`` more periods of blocks, of which the first
+    gives ``deeper``. The sizes of both, which are sorted, correspond to each other in this order: the model's
     blocks have more tensors of the same sizes, and flat buffers grow. () if their numbers differ."""
     if len(shallow) != len(deeper):
         return ()
