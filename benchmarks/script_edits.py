@@ -224,6 +224,11 @@ def control_ratios(record: Mapping[str, Any]) -> list[float]:
     return [loss_ratio(record, losses) for losses in record.get("controls", {}).get("losses", ())]
 
 
+def is_as_controls(record: Mapping[str, Any]) -> bool:
+    """Return whether a control differs as much as the edited script."""
+    return "error" not in record and loss_ratio(record) <= max(control_ratios(record), default=-1)
+
+
 def peak_error(record: Mapping[str, Any]) -> float | None:
     """Return (predicted - measured) / measured, None without a prediction."""
     predicted = record["predicted"].get("allocated_bytes")
@@ -293,7 +298,7 @@ def _summary(protocol: Protocol, records: Sequence[Mapping[str, Any]]) -> str:
     peaks, losses = zip(*(holds(protocol, r) for r in records), strict=True)
     errors = [abs(e) for r in records if "error" not in r and (e := peak_error(r)) is not None]
     worst = f", worst {max(errors):.3%}" if errors else ""
-    own = sum(loss_ratio(r) <= max(control_ratios(r), default=0) for r in records if control_ratios(r))
+    own = sum(is_as_controls(r) for r in records)
     more = f", {own} more differ no more than their controls do" if own else ""
     return (
         f"{sum(peaks)} of {len(records)} peaks within {protocol.peak_ratio:.1%} of the prediction{worst};"
@@ -320,9 +325,16 @@ def _row(protocol: Protocol, record: Mapping[str, Any]) -> str:
         + ("" if record["original"]["reproducible"] else " (the original's own losses differ)"),
         f"{protocol.loss_ratio[record['effect']]:g}",
         f"{min(ratios):.1e} to {max(ratios):.1e}" if (ratios := control_ratios(record)) else "",
-        "yes" if all(holds(protocol, record)) else "no",
+        _verdict(protocol, record),
     )
     return f"| {' | '.join(cells)} |"
+
+
+def _verdict(protocol: Protocol, record: Mapping[str, Any]) -> str:
+    peak, same = holds(protocol, record)
+    if peak and not same and is_as_controls(record):
+        return "as its controls"
+    return "yes" if peak and same else "no"
 
 
 def _mib(count_bytes: float) -> str:

@@ -210,6 +210,35 @@ def test_a_model_larger_than_this_machines_memory_is_predicted(tmp_path: Path) -
     assert _peak_bytes(answer) == pytest.approx(2 * 16 * 65536**2 * 4, rel=0.01)
 
 
+@pytest.mark.parametrize("also", ["", "\n            empty.step()"])
+def test_updates_inside_backward_end_no_step(tmp_path: Path, also: str) -> None:
+    """One optimizer per parameter, called by a hook: each update had counted as a step of its own. Some
+    scripts also call an optimizer that has nothing left to do."""
+    path = tmp_path / "in_backward.py"
+    path.write_text(
+        textwrap.dedent(f"""
+        import torch
+        from torch import nn
+        model = nn.Sequential(*[nn.Linear(256, 256, bias=False) for _ in range(4)])
+        optimizers = {{p: torch.optim.SGD([p], lr=0.1, momentum=0.9) for p in model.parameters()}}
+        empty = torch.optim.SGD(model.parameters(), lr=0.1)
+        def update(param):
+            optimizers[param].step()
+            optimizers[param].zero_grad()
+        for param in model.parameters():
+            param.register_post_accumulate_grad_hook(update)
+        for _ in range(3):
+            model(torch.randn(64, 256)).sum().backward(){also}
+        """)
+    )
+    answer = estimate_script([sys.executable, str(path)], machine="this:cpu", probe=False, whole_trace=True)
+    assert answer.trace is not None
+    assert answer.estimate is not None
+    assert answer.trace.steps == 2
+    assert answer.estimate.flops_per_step == 11 * 2 * 64 * 256**2  # 4 products forward, 4 + 3 backward
+    assert answer.estimate.peak_phase == "backward"
+
+
 # -- ranks --------------------------------------------------------------------------------------------
 
 _RANKS = """

@@ -57,11 +57,12 @@ class ScriptTrace:
         self.recorder = AllocationRecorder(device, lines=True, guesses=Guesses(bound))
         self.on_traced = on_traced
         self.begun = False
-        self.forwards = 0  # of outermost modules, since `begin`
+        self.forwards = 0  # of outermost modules, since the last optimizer step
         self.micro_batches = 0  # backwards since the last optimizer step
         self.has_optimizer = False  # whether the script has made one of torch's optimizers
         self.optimizers: dict[int, Any] = {}  # that have made steps, by id
         self.updates: dict[int, int] = {}  # number of their steps, by id
+        self._in_backward = False
         self.model: torch.nn.Module | None = None  # the first that was trained
         self.foreign = ForeignMemory()
         self.foreign_bytes = 0  # of parameters in memory that torch's allocator did not make
@@ -318,11 +319,18 @@ class ScriptTrace:
             self.recorder.phase(Phase.BACKWARD)
             self.micro_batches += 1
             self.calls.note_loss(args[0] if args else kwargs.get("tensors"))
-        with self.region():
-            out = call(*self.as_fake(args), **self.as_fake(kwargs))
+        updates = sum(self.updates.values())
+        outer, self._in_backward = self._in_backward, True
+        try:
+            with self.region():
+                out = call(*self.as_fake(args), **self.as_fake(kwargs))
+        finally:
+            self._in_backward = outer
         if self.begun:
             self._close_backward()
             self.recorder.phase(Phase.OPTIMIZER)
+            if sum(self.updates.values()) > updates and not outer:
+                self._close_update()
         return out
 
     def _close_backward(self) -> None:
@@ -345,10 +353,16 @@ class ScriptTrace:
                     self.recorder.move(tensor, NOWHERE)
         self.optimizers[id(optimizer)] = optimizer
         self.updates[id(optimizer)] = self.updates.get(id(optimizer), 0) + 1
+        if not self._in_backward:  # one optimizer per parameter, each called by a hook: the step is not over
+            self._close_update()
+
+    def _close_update(self) -> None:
+        """End the step if all optimizers have made as many steps. An update without a forward pass before it
+        belongs to the step that has ended: that of the script's own optimizer after those inside backward."""
         self.recorder.phase(Phase.SETUP)
         counts = set(self.updates.values())
-        if len(counts) == 1:
-            self.accumulated, self.micro_batches = max(1, self.micro_batches), 0
+        if len(counts) == 1 and (self.forwards or counts == {_STEPS}):
+            self.accumulated, self.micro_batches, self.forwards = max(1, self.micro_batches), 0, 0
             if counts == {_STEPS}:
                 self.on_traced(self)
             self.recorder.next_step()
