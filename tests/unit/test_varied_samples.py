@@ -82,6 +82,12 @@ def test_the_weight_of_a_rare_class_is_detected(make_batch: Any) -> None:
     assert (result.kind, result.cause) == (DependenceKind.DEPENDENT, DependenceCause.WEIGHTS)
 
 
+def test_the_weight_of_a_class_is_detected_though_no_sample_has_it() -> None:
+    result = sample_dependence(job(rare_class(8, 3, step=99), weighted, 8))
+    assert result.cause is DependenceCause.WEIGHTS
+    assert result.reason == "the loss is a mean that weighs classes differently"
+
+
 def test_a_rare_class_without_a_weight_leaves_samples_independent() -> None:
     assert sample_dependence(job(rare_class(40, 37), plain, 40)).kind is DependenceKind.INDEPENDENT
 

@@ -23,6 +23,7 @@ _SAME, _SAME_KEPT = (
     0.6,
     0.05,
 )
+_MEAN = 1  # the number by which torch's operators of losses are told to average
 _WIDE = {
     torch.float16: torch.float64,
     torch.bfloat16: torch.float64,
@@ -45,13 +46,15 @@ class FixedRandom(TorchDispatchMode):
     operators that write in place.
 
     ``counts`` holds the numbers of samples in the batches that are compared. If the last dimension has one of
-    these lengths it may be the batch, and all numbers along it are equal. Raises TimeLimitExceeded at the
+    these lengths it may be the batch, and all numbers along it are equal. ``weighs_classes`` is True once a
+    loss was averaged with weights that differ from class to class. Raises TimeLimitExceeded at the
     first operator after ``deadline_s``, a reading of this thread's processor time (`time.thread_time`).
     """
 
     def __init__(self, counts: Collection[int], deadline_s: float) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.counts, self.deadline_s = frozenset(counts), deadline_s
+        self.weighs_classes = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if time.thread_time() > self.deadline_s:
@@ -60,6 +63,8 @@ class FixedRandom(TorchDispatchMode):
         options = {k: _WIDE.get(v, v) if k == "dtype" else v for k, v in (kwargs or {}).items()}
         if not func._schema.is_mutable:
             args, options = _widened(args, options)
+        if name in ("nll_loss_forward", "nll_loss2d_forward") and args[3] == _MEAN:
+            self.weighs_classes |= args[2] is not None and args[2].unique().numel() > 1
         if name == "native_dropout" and args[2] is not False:
             return self._dropout(*args[:2])
         out = func(*args, **options)

@@ -302,6 +302,12 @@ class _Trial:
             real_result = self._compared(batch, "on real samples", real=True)
             if real_result.kind is not DependenceKind.INDEPENDENT:
                 return real_result
+            if self.mode.weighs_classes and self.job.loss_terms is None:
+                return SampleDependence(
+                    kind=DependenceKind.DEPENDENT,
+                    cause=DependenceCause.WEIGHTS,
+                    reason="the loss is a mean that weighs classes differently",
+                )
             _add_noise(self.model)
             try:
                 random_result = self._compared(_redrawn(batch), "on random samples", real=False)
