@@ -202,7 +202,7 @@ def test_the_config_manager_of_torchtitan_0_3_refuses_an_unknown_argument(
         (plan(2, pipeline={"schedule": "zero-bubble", "virtual": 3}), "virtual must be 2"),
         (
             plan(gradient_accumulation={"micro_batches": 3}),
-            "a batch of 8 samples cannot be split into 3 equal parts",
+            "a batch of 8 samples cannot be split equally over 3 micro-batches",
         ),
     ],
 )

@@ -128,7 +128,7 @@ def loaded_as_is(folder: Path) -> Any:
         (plan(2, zero={}), "--engine deepspeed"),
         (
             plan(gradient_accumulation={"micro_batches": 3}),
-            "a batch of 8 samples cannot be split into 3 equal parts",
+            "a batch of 8 samples cannot be split equally over 3 micro-batches",
         ),
     ],
 )

@@ -216,6 +216,69 @@ def test_an_export_for_the_trainer_keeps_auto_values_and_the_trainers_clipping(f
     assert json.loads((folder / "out" / "deepspeed.json").read_text()) == AUTO
 
 
+def exported_norms(folder: Path) -> tuple[float | None, float | None]:
+    """The gradient norms in the Trainer's arguments and in DeepSpeed's file, None for one that is not set."""
+    names = (("training_args.json", "max_grad_norm"), ("deepspeed.json", "gradient_clipping"))
+    files = [(json.loads((folder / "out" / file).read_text()), norm) for file, norm in names]
+    return files[0][0].get(files[0][1]), files[1][0].get(files[1][1])
+
+
+def test_an_export_refuses_files_that_clip_to_different_norms(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A reported case: the export kept both, with which the Trainer does not start."""
+    (folder / "ds.json").write_text(json.dumps({**AUTO, "gradient_clipping": 1.5}))
+    assert export("--from", "ds.json", "--from", "trainer.json", "--ranks", "2", to="trainer") == 2
+    told = capsys.readouterr().err
+    assert "ds.json clips gradients to a norm of 1.5 (gradient_clipping), trainer.json to 0.3" in told
+    assert len(told.strip().splitlines()) == 1
+    assert not (folder / "out").exists()
+
+
+def test_a_file_that_is_added_clips_as_the_users_files_do(folder: Path) -> None:
+    """The norm of an added file was 0, with which the Trainer refuses the user's own."""
+    plan = wanted(zero={"stage": 2, "precision": "bf16"})
+    words = (*plan, "--ranks", "2", "--engine", "deepspeed")
+    assert export("--from", "trainer.json", *words, to="trainer") == 0
+    assert exported_norms(folder) == (0.3, 0.3)
+    default = {n: v for n, v in TRAINER.items() if n != "max_grad_norm"}
+    (folder / "trainer.json").write_text(json.dumps(default))
+    assert export("--from", "trainer.json", *words, to="trainer") == 0
+    assert exported_norms(folder) == (None, 1.0)  # the Trainer's default
+    (folder / "ds.json").write_text(json.dumps({**AUTO, "gradient_clipping": 1.5}))
+    assert export("--from", "ds.json", *words, to="trainer") == 0
+    assert exported_norms(folder) == (1.5, 1.5)
+    assert export("--from", "ds.json", "--from", "trainer.json", *words, to="trainer") == 0
+    assert exported_norms(folder) == (1.5, 1.5)
+
+
+def test_an_export_says_which_gradient_norm_has_no_effect(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "ds.json").write_text(json.dumps({n: v for n, v in AUTO.items() if n != "gradient_clipping"}))
+    assert export("--from", "ds.json", "--from", "trainer.json", "--ranks", "2", to="trainer") == 0
+    said = "max_grad_norm 0.3 of trainer.json has no effect: DeepSpeed clips"
+    assert said in capsys.readouterr().out
+    assert said in (folder / "out" / "README.md").read_text()
+    (folder / "clipped.py").write_text(
+        f"import dataclasses, sys\nsys.path.insert(0, {str(Path(TINY).parent)!r})\nfrom tiny import words\n"
+        "def job():\n    return dataclasses.replace(words(), clip=2.0)\n"
+    )
+    assert export("--from", "trainer.json", "--ranks", "2", to="trainer", job="clipped.py:job") == 0
+    assert "The job's gradient norm of 2 is not used: 0.3 is that of your files." in capsys.readouterr().out
+
+
+def test_an_export_refuses_a_batch_that_cannot_be_split_equally(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """DeepSpeed's file had the whole number below: 2 samples for 2.67."""
+    plan = wanted(zero={"stage": 2}, gradient_accumulation={"micro_batches": 3})
+    assert export("--engine", "deepspeed", *plan) == 2
+    assert "samples cannot be split equally over 2 data-parallel ranks x 3 micro-batches" in (
+        capsys.readouterr().err
+    )
+
+
 def test_the_settings_in_a_file_that_fsdp_config_names_are_kept(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

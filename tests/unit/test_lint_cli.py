@@ -115,7 +115,8 @@ def test_plan_from_a_two_rank_configuration_lists_plans_that_need_less_memory(as
         2 * own,
     )
     assert {f["rule"] for f in told["findings"]} == {"deepspeed-offload-parameters", "deepspeed-bucket"}
-    assert [left["option"] for left in told["left_out"]] == ["batch 8"]  # the job has its own
+    # the job has its own batch
+    assert [left["option"] for left in told["left_out"]] == ["batch 8", "4 samples per micro-batch"]
     peaks = [e["allocated_bytes"]["value"] for e in told["better"]]
     assert peaks == sorted(peaks)
     assert peaks[0] < told["given"]["allocated_bytes"]["value"] - 2**30  # without the bucket
@@ -218,6 +219,46 @@ def test_plan_from_says_that_a_small_chance_is_small(ask: Ask) -> None:
     assert "Chance that it does not fit: less than 0.1 %" in out
     assert "It fits: it needs up to" in out
     assert "収まらない確率：0.1 % 未満" in ask(*words, "--lang", "ja")[1]
+
+
+ACCUMULATED = (
+    '{"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "output_dir": "o", "bf16": true}'
+)
+FUNCTION = """
+import dataclasses, sys, torch
+sys.path.insert(0, {folder!r})
+from tiny import regression
+def job(batch: int = 16):
+    def make_batch(step, seed):
+        return torch.ones(batch, 8), torch.zeros(batch, 4)
+    return dataclasses.replace(regression(), make_batch=make_batch, batch_size=batch)
+"""
+
+
+def test_a_batch_that_cannot_be_split_equally_is_refused_alike(ask: Ask, tmp_path: Path) -> None:
+    """A reported case: 40 samples on 4 ranks of 4 micro-batches were answered with 2.5 samples each."""
+    (tmp_path / "args.json").write_text(ACCUMULATED)
+    (tmp_path / "sized.py").write_text(FUNCTION.format(folder=str(Path(__file__).parent)))
+    (tmp_path / "plan.yaml").write_text(
+        "ranks: 4\ntechniques: {ddp: {}, gradient-accumulation: {micro_batches: 4}}\n"
+    )
+    four = ("--on", "4xH100-SXM")
+    for words in (
+        ("plan", "sized.py:job", "--from", "args.json", "--batch", "40", *four),
+        ("estimate", "sized.py:job", "--plan", "plan.yaml", "--batch", "40", *four),
+        ("export", "sized.py:job", "--plan", "plan.yaml", "--batch", "40", "--to", "torchrun", "--out", "x"),
+    ):
+        code, _, err = ask(*words)
+        assert code == 2, words
+        assert err == (
+            "memfit: a batch of 40 samples cannot be split equally over 4 data-parallel ranks x 4 "
+            "micro-batches; allowed: a multiple of 16 samples, such as 32 or 48 (--batch)\n"
+        )
+    told = json.loads(ask("plan", "sized.py:job", "--from", "args.json", "--batch", "48", *four, "--json")[1])
+    assert (told["batch"], told["micro_batch"]) == (48, 3)
+    left_out = {note["option"]: note["reason"] for note in told["left_out"]}
+    assert left_out["batch 32"] == "--batch 48 was given"
+    assert left_out["2 samples per micro-batch"] == "3 with a batch of 48"
 
 
 def test_plan_from_refuses_a_chosen_engine_that_does_not_support_the_plan(ask: Ask) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import importlib.util
 import json
 import tomllib
 from importlib import resources
@@ -17,6 +19,7 @@ from memfit.lint.check import check
 from memfit.lint.clipping import clipping_setting
 from memfit.lint.draft import Carried
 from memfit.lint.option_reasons import option_reasons
+from memfit.lint.option_schema import known
 from memfit.lint.parse import Options, read
 from memfit.lint.to_plan import over
 
@@ -72,11 +75,75 @@ def test_a_file_is_recognised_and_read_only_as_its_library(name: str) -> None:
     assert [library for library in LIBRARIES if getattr(setup, library) is not None] == [kind(name)]
 
 
-@pytest.mark.parametrize("library", LIBRARIES)
+HUGGING_FACE = ("accelerate", "deepspeed", "trainer")
+
+
+@pytest.mark.parametrize("library", HUGGING_FACE)
+def test_every_option_of_the_hugging_face_libraries_is_carried_over_or_has_a_reason(library: str) -> None:
+    """All that options/*.toml has: the libraries' own names, as scripts/library_options.py read them."""
+    table, options = option_reasons(library), known(library).now
+    names = {n for n in options[""] if n not in table.sections}
+    names |= {f"{section}.{n}" for section in table.sections for n in options[section]}
+    assert sorted(names - table.carried - table.silent - table.reasons.keys()) == []
+
+
+def test_every_field_of_the_installed_training_arguments_is_known() -> None:
+    spec = importlib.util.find_spec("transformers")
+    assert spec is not None
+    assert spec.origin is not None
+    source = (Path(spec.origin).parent / "training_args.py").read_text(encoding="utf-8")
+    (arguments,) = (
+        n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == "TrainingArguments"
+    )
+    fields = {ast.unparse(n.target) for n in arguments.body if isinstance(n, ast.AnnAssign)}
+    table = option_reasons("trainer")
+    assert len(fields) > 100
+    assert sorted(fields - table.carried - table.silent - table.sections - table.reasons.keys()) == []
+
+
+def test_arguments_that_change_the_training_are_not_dropped_without_a_word(tmp_path: Path) -> None:
+    """A reported case: neither was carried over or listed."""
+    changed = {"label_smoothing_factor": 0.1, "neftune_noise_alpha": 5, "torch_empty_cache_steps": 4}
+    file = {
+        "per_device_train_batch_size": 2,
+        "output_dir": "out",
+        "bf16": True,
+        "logging_steps": 5,
+        **changed,
+    }
+    (tmp_path / "args.json").write_text(json.dumps(file))
+    found = over(read([tmp_path / "args.json"]))
+    assert reasons(found).keys() == changed.keys()
+    assert found.carried == ("per_device_train_batch_size", "bf16")
+    (tmp_path / "args.json").write_text(json.dumps({**file, **dict.fromkeys(changed, 0), "lerning_rate": 1}))
+    found = over(read([tmp_path / "args.json"]))
+    assert list(reasons(found).values()) == [
+        "memfit knows no such option of TrainingArguments; did you mean learning_rate?"
+    ]
+
+
+def test_settings_of_deepspeed_and_accelerate_are_not_dropped_without_a_word(tmp_path: Path) -> None:
+    ds = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_dtype": "fp32", "steps_per_print": 3}
+    (tmp_path / "ds.json").write_text(json.dumps(ds))
+    assert reasons(over(read([tmp_path / "ds.json"], ranks=2))).keys() == {"gradient_accumulation_dtype"}
+    half = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    (tmp_path / "ds.json").write_text(json.dumps({"train_micro_batch_size_per_gpu": 1, **half}))
+    assert reasons(over(read([tmp_path / "ds.json"], ranks=2))).keys() == {"data_types.grad_accum_dtype fp32"}
+    (tmp_path / "a.yaml").write_text(
+        "distributed_type: FSDP\nnum_processes: 2\n"
+        "fsdp_config: {fsdp_version: 2, fsdp_ignored_modules: head}\n"
+        "parallelism_config: {parallelism_config_sp_size: 2}\n"
+    )
+    found = reasons(over(read([tmp_path / "a.yaml"])))
+    assert found.keys() == {"fsdp_config.ignored_modules", "parallelism_config.sp_size"}
+
+
+@pytest.mark.parametrize("library", [*LIBRARIES, *HUGGING_FACE])
 def test_no_option_has_two_reasons_or_is_carried_over_as_well(library: str) -> None:
     text = resources.files("memfit.lint").joinpath(f"reasons/{library}.toml").read_text(encoding="utf-8")
     data = tomllib.loads(text)
-    names = [*data["carried"].split(), *(n for group in data["group"] for n in group["options"].split())]
+    names = [*data["carried"].split(), *data.get("silent", "").split()]
+    names += [*(n for group in data["group"] for n in group["options"].split())]
     assert sorted({name for name in names if names.count(name) > 1}) == []
 
 

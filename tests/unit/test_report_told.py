@@ -141,7 +141,7 @@ def left_out_reasons() -> list[str]:
         to_plan_scripts._MEGATRON_REASONS,
     ):
         reasons += table.values()
-    for library in ("axolotl", "lightning", "llamafactory", "mace"):
+    for library in ("accelerate", "axolotl", "deepspeed", "lightning", "llamafactory", "mace", "trainer"):
         reasons += option_reasons(library).reasons.values()
     parallel = (axial_parallel, context_parallel, gathered_attention, tensor_parallel)
     for call in (call for module in (*parallel, float8, block_costs) for call in calls(module, "UserError")):

@@ -264,6 +264,8 @@ def _print_written(
     for step in steps:
         print(f"  {step.name}: {step.text}")
     if handover.user_files is not None:
+        for sentence in handover.user_files.unused_norms:
+            print(sentence)
         print(
             f"Settings that the plan does not decide are kept; {out}/README.md lists your settings that the "
             "plan changed and those that are not in the export."

@@ -183,16 +183,21 @@ def _as_predicted(
     carried: memfit.lint.draft.Carried, job: JobOptions, size: memfit.workflows.config_review.JobSize
 ) -> memfit.lint.draft.Carried:
     """Return ``carried`` with the batch of ``size``, and with the length in the options ``job`` (None: the
-    job's own length). Its micro-batch is that batch divided by the files' number of micro-batches in a batch,
-    None if this leaves a remainder; it is unchanged if the files do not state both batch and micro-batch.
+    job's own length). Its micro-batch is that of the plan with this batch, and the files' is listed as left
+    out if it is another; it is unchanged if the files do not state both batch and micro-batch. Raises
+    UserError if the batch cannot be split equally over the plan's ranks and micro-batches.
 
     If the user named another job than the one that builds the files' model, it lists the model as left out if
     that job has another number of blocks or another width, or if the files do not state the model's number of
     blocks."""
-    micro_batch = carried.micro_batch
+    from memfit.techniques.rank_mesh import split_batch
+
+    micro_batch, samples = carried.micro_batch, split_batch(carried.plan, size.batch_size)
     if micro_batch is not None and carried.batch is not None:
-        steps = max(1, carried.batch // micro_batch)
-        micro_batch = size.batch_size // steps if size.batch_size % steps == 0 else None
+        if micro_batch != samples:
+            reason = f"{samples} with a batch of {size.batch_size}"
+            carried = _left_out(carried, f"{micro_batch} samples per micro-batch", reason)
+        micro_batch = samples
     model = carried.model
     if model is not None and job.job not in (None, model.job):
         pairs = ((model.layers, size.layers), (model.width, size.width))

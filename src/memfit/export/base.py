@@ -6,8 +6,9 @@ import dataclasses
 import re
 import shlex
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
-from memfit.lint.clipping import ClippingSetting
+from memfit.lint.clipping import NORMS, ClippingSetting
 from memfit.lint.draft import Carried
 from memfit.lint.parse import Setup
 from memfit.types.dependence import SampleDependence
@@ -33,6 +34,23 @@ class UserFiles:
     clipping: ClippingSetting
     job_clip: float | None = None
     for_worker: bool = False
+
+    @property
+    def unused_norms(self) -> tuple[str, ...]:
+        """One sentence for each gradient norm that is set somewhere and has no effect: the Trainer's if
+        DeepSpeed's file sets none, and the job's if the files set another."""
+        sentences, config, arguments = [], self.setup.deepspeed, self.setup.trainer
+        norm, used = arguments.number(NORMS["trainer"]) if arguments is not None else None, self.clip or 0.0
+        if config is not None and arguments is not None and norm is not None and norm != used:
+            sentences.append(
+                f"{NORMS['trainer']} {norm:g} of {Path(arguments.file).name} has no effect: DeepSpeed clips, "
+                f"and {Path(config.file).name} has no {NORMS['deepspeed']}, so that its norm is {used:g}."
+            )
+        if self.job_clip and self.job_clip != used:
+            sentences.append(
+                f"The job's gradient norm of {self.job_clip:g} is not used: {used:g} is that of your files."
+            )
+        return tuple(sentences)
 
     @property
     def clip(self) -> float | None:
@@ -142,18 +160,6 @@ class Handover:
 def divisors(number: int) -> list[int]:
     """Return all divisors of ``number``, in ascending order."""
     return [n for n in range(1, number + 1) if number % n == 0]
-
-
-def split_batch(batch_size: int, parts: int) -> int:
-    """Return the samples of each of ``parts`` equal parts of a step's batch, one for each micro-batch of each
-    data-parallel rank. Raises UserError if the batch cannot be split so."""
-    if batch_size % parts:
-        raise UserError(
-            f"a batch of {batch_size} samples cannot be split into {parts} equal parts, one for each "
-            "micro-batch of each data-parallel rank",
-            allowed=f"--batch with a multiple of {parts}",
-        )
-    return batch_size // parts
 
 
 def quoted(words: Iterable[str]) -> str:

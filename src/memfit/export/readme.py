@@ -68,6 +68,8 @@ def _lines(target: str, handover: Handover, files: Files) -> Iterator[str]:
     if (caution := dependence_line(handover)) is not None:
         yield f"- {caution}"
     yield f"- {_clipping(target, handover)}"
+    if handover.user_files is not None:
+        yield from (f"- {sentence}" for sentence in handover.user_files.unused_norms)
     for line in _notes(target, handover):
         yield f"- {line}"
 

@@ -10,6 +10,7 @@ from memfit.export import kubernetes, openfold, skypilot, slurm, torchrun, torch
 from memfit.export.base import Files, Handover
 from memfit.export.readme import NAME, readme
 from memfit.export.user_settings import with_engine_settings, with_target_settings
+from memfit.techniques.rank_mesh import split_batch
 from memfit.types.errors import UserError
 
 TARGETS: Mapping[str, Callable[[Handover], Files]] = {
@@ -34,10 +35,12 @@ def bundle(target: str, handover: Handover) -> Files:
     names.
 
     Raises UserError if the target cannot express the plan or lacks an option that it needs, such as a
-    container image; if the script is started with a configuration file of the user that the export does not
-    replace; and if one of ``handover.own_files`` has the name of a file that memfit writes with another
-    content.
+    container image; if the batch cannot be split equally over ranks and micro-batches; if the script is
+    started with a configuration file of the user that the export does not replace; and if one of
+    ``handover.own_files`` has the name of a file that memfit writes with another content.
     """
+    if handover.config.spec.batch_size:
+        split_batch(handover.plan, handover.config.spec.batch_size)
     handover = _without_folders(with_engine_settings(handover))
     files = {**TARGETS[target](handover)}
     if handover.user_files is not None and target in LIBRARIES:

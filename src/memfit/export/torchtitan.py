@@ -11,8 +11,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from memfit.export.base import Files, Handover, split_batch
-from memfit.techniques.rank_mesh import layout
+from memfit.export.base import Files, Handover
+from memfit.techniques.rank_mesh import layout, split_batch
 from memfit.types.errors import UserError
 from memfit.types.plan import Plan
 
@@ -194,7 +194,7 @@ def _batches(handover: Handover) -> tuple[dict[str, Any], dict[str, Any]]:
     plan, batch_size = handover.plan, handover.config.spec.batch_size
     stages = plan.get("pipeline")
     pipeline_batches = int(stages.settings["micro_batches"]) if stages is not None else 1
-    micro_batch_size = split_batch(batch_size, layout(plan).data * plan.micro_batches * pipeline_batches)
+    micro_batch_size = split_batch(plan, batch_size)
     training = {"local_batch_size": micro_batch_size * pipeline_batches, "global_batch_size": batch_size}
     if stages is None:
         return training, {}

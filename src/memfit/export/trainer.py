@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from memfit.engines.registry import engine
-from memfit.export.base import Files, Handover, split_batch
-from memfit.techniques.rank_mesh import layout
+from memfit.export.base import Files, Handover
+from memfit.techniques.rank_mesh import split_batch
 from memfit.types.errors import UserError
 from memfit.types.plan import Plan
 
@@ -89,7 +89,7 @@ def training_arguments(
     of a whole step. ``clip``: the largest gradient norm. ``deepspeed``: whether deepspeed.json is used.
     Raises UserError if the batch cannot be split into equal parts for the data-parallel ranks and
     micro-batches."""
-    micro_batch_size = split_batch(batch_size, layout(plan).data * plan.micro_batches)
+    micro_batch_size = split_batch(plan, batch_size)
     optimizer = next((OPTIMIZERS[u.technique] for u in plan.uses if u.technique in OPTIMIZERS), "adamw_torch")
     arguments_by_name: dict[str, Any] = {
         "output_dir": "out",

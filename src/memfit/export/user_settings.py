@@ -23,7 +23,7 @@ from memfit.export import openfold, torchtitan, trainer
 from memfit.export.base import Files, Handover, UserFiles, UserSettings
 from memfit.export.script_steps import script_files
 from memfit.lint import to_plan
-from memfit.lint.clipping import clipping_setting
+from memfit.lint.clipping import NORMS, clipping_setting
 from memfit.lint.launch_script import option_values
 from memfit.lint.parse import FILE_ARGUMENTS, Options, Setup, parsed, read
 from memfit.lint.rules_hugging_face import ONLY_IN_DEEPSPEED_FILE
@@ -150,8 +150,9 @@ def read_user_files(
 ) -> UserFiles:
     """Read the user's configuration files ``paths`` and convert them to a plan. ``ranks``: the number of
     processes that train; None if the files say it. ``for_worker``: see UserFiles. Raises UserError as
-    `memfit.lint.parse.read` does, if neither the files nor ``ranks`` say how many processes train, or if the
-    files say another number than ``ranks``."""
+    `memfit.lint.parse.read` does, if neither the files nor ``ranks`` say how many processes train, if the
+    files say another number than ``ranks``, or if the Trainer's arguments and DeepSpeed's settings clip
+    gradients to different norms."""
     setup = read(paths)
     if ranks is not None and setup.ranks not in (None, ranks):
         raise UserError(
@@ -164,6 +165,15 @@ def read_user_files(
             allowed="--ranks N, the number of processes",
         )
     setup = dataclasses.replace(setup, ranks=ranks or setup.ranks)
+    config, arguments = setup.deepspeed, setup.trainer
+    if config is not None and arguments is not None:
+        norms = config.number(NORMS["deepspeed"]), arguments.number(NORMS["trainer"])
+        if None not in norms and norms[0] != norms[1]:
+            raise UserError(
+                f"{Path(config.file).name} clips gradients to a norm of {norms[0]:g} ({NORMS['deepspeed']}), "
+                f"{Path(arguments.file).name} to {norms[1]:g} ({NORMS['trainer']}): the Trainer refuses this",
+                allowed=f'the same norm in both, or {NORMS["deepspeed"]} "auto", which takes the Trainer\'s',
+            )
     return UserFiles(
         setup=setup, carried=to_plan.over(setup), clipping=clipping_setting(setup), for_worker=for_worker
     )
@@ -224,11 +234,15 @@ def _kept(
     in ``names``. Its ``files`` are all files of ``rendered(spec)``.
 
     If the user's files set gradient clipping, it stays as it is. If only the job sets it, it is written. If
-    neither does, nothing is written, so that the library's default applies. For memfit's worker,
-    ``spec.clip`` is always written.
+    neither does, nothing is written, so that the library's default applies. In a file of which the user has
+    none, and for memfit's worker, ``spec.clip`` is always written.
     """
     clip = None if user_files.clipping.explicit else user_files.job_clip
     new_files = rendered(dataclasses.replace(spec, clip=spec.clip if user_files.for_worker else clip))
+    added_files = rendered(spec)
+    for name in names & new_files.keys():
+        if getattr(user_files.setup, _FORMATS[name].kind) is None:
+            new_files = {**new_files, name: added_files[name]}
     batch = user_files.carried.batch or spec.batch_size
     user_spec = dataclasses.replace(spec, plan=user_files.carried.plan, batch_size=batch, clip=None)
     try:
@@ -267,6 +281,10 @@ def keep_settings(
         free_paths = file_format.free if for_worker else None
         merged, changes = _merged(user, _leaves(file_format.load(text)), user_plan_leaves, free=free_paths)
         changes += _made_consistent(name, merged, files, data_ranks, bool(changes))
+        norm = setup.deepspeed.number(NORMS["deepspeed"]) if setup.deepspeed is not None else None
+        if name == trainer.ARGUMENTS and norm is not None and NORMS["trainer"] not in merged:
+            merged[NORMS["trainer"]] = norm  # the Trainer refuses DeepSpeed's if its own default is another
+            changes.append(_change((NORMS["trainer"],), _MISSING, norm))
         is_unchanged = not changes and user_text is not None and not for_worker
         merged_files[name] = user_text if is_unchanged and user_text is not None else file_format.dump(merged)
         sources[name] = options.file

@@ -2,8 +2,9 @@
 others.
 
 The tables are reasons/LIBRARY.toml. ``carried``: names of the options that the module to_plan_LIBRARY.py
-reads. ``group``: options with the reason why they are not carried over; ``if_on`` says that they ask for
-nothing while they are off. An option that no table names is unknown, which is said as well."""
+reads. ``silent``: options that change neither what is trained nor the memory or time of a step. ``group``:
+options with the reason why they are not carried over; ``if_on`` says that they ask for nothing while they are
+off. An option that no table names is unknown, which is said as well."""
 
 from __future__ import annotations
 
@@ -23,13 +24,14 @@ _OFF = (None, False, "", 0, "false", "False", "no", "none", "None")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class OptionReasons:
-    """The options of one front end. ``title``: its name, as in "Axolotl"; ``carried``: dotted names of the
-    options that are carried over; ``reasons``: dotted name -> why it is not carried over; ``if_on``: names in
-    ``reasons`` of the options that are listed only if they are on; ``sections``: dotted names of the mappings
-    whose keys are options."""
+    """The options of one library. ``title``: its name, as in "Axolotl"; ``carried``: dotted names of the
+    options that are carried over; ``silent``: of those of which nothing is said; ``reasons``: dotted name ->
+    why it is not carried over; ``if_on``: names in ``reasons`` of the options that are listed only if they
+    are on; ``sections``: dotted names of the mappings whose keys are options."""
 
     title: str
     carried: frozenset[str]
+    silent: frozenset[str]
     reasons: Mapping[str, str]
     if_on: frozenset[str]
     sections: frozenset[str]
@@ -37,7 +39,8 @@ class OptionReasons:
 
 @functools.cache
 def option_reasons(library: str) -> OptionReasons:
-    """Return the options of ``library``: "axolotl", "llamafactory", "lightning" or "mace"."""
+    """Return the options of ``library``: "axolotl", "llamafactory", "lightning", "mace", "trainer",
+    "deepspeed" or "accelerate"."""
     data = read_table(f"reasons/{library}.toml")
     groups = [
         (group["reason"], group.get("if_on", False), group["options"].split()) for group in data["group"]
@@ -45,6 +48,7 @@ def option_reasons(library: str) -> OptionReasons:
     return OptionReasons(
         title=data["title"],
         carried=frozenset(data["carried"].split()),
+        silent=frozenset(data.get("silent", "").split()),
         reasons={name: reason for reason, _, names in groups for name in names},
         if_on=frozenset(name for _, if_on, names in groups if if_on for name in names),
         sections=frozenset(data.get("sections", "").split()),
@@ -62,7 +66,7 @@ def account_for(options: Options, library: str, draft: Draft) -> None:
     names_by_reason: dict[str, list[str]] = {}
     for name, value in _named_values(options.data, table, ""):
         reason = _reason(name, table)
-        if name in noted:
+        if name in noted or name in table.silent:
             continue
         if name in table.carried or (name in table.if_on and value in _OFF):
             draft.carried.append(name)
@@ -87,7 +91,7 @@ def _reason(name: str, table: OptionReasons) -> str:
     reason = table.reasons.get(name)
     if reason is not None:
         return reason
-    near = like(name, table.carried | table.reasons.keys())
+    near = like(name, table.carried | table.silent | table.reasons.keys())
     if near is not None:
         return f"memfit knows no such option of {table.title}; did you mean {near}?"
     return f"memfit knows no such option of {table.title}: predicted without it"

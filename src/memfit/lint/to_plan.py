@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from memfit.lint.clipping import NORMS
 from memfit.lint.draft import Carried, Draft
+from memfit.lint.option_reasons import account_for
 from memfit.lint.parse import KINDS, Options, Setup
 from memfit.lint.to_plan_fine_tuning import from_axolotl, from_llamafactory
 from memfit.lint.to_plan_hugging_face import from_deepspeed, from_hugging_face
@@ -47,6 +48,10 @@ def over(setup: Setup) -> Carried:
         if (options := getattr(setup, kind)) is not None
     }
     apply(dataclasses.replace(setup, **tracked_options), draft)
+    if apply in (from_deepspeed, from_hugging_face):
+        for kind in ("deepspeed", "accelerate", "trainer"):
+            if (options := getattr(setup, kind)) is not None:
+                account_for(options, kind, draft)
     for option in _undetermined(tracked_options):
         draft.leave(option, "its value is known only when the script runs: predicted without it")
     unusable = dict(_unusable(tracked_options))

@@ -65,6 +65,12 @@ def from_deepspeed(setup: Setup, draft: Draft) -> None:
     assert config is not None
     _batches(setup, config, draft)
     precision = _precision(setup, config, draft)
+    accumulated = str(config.raw("data_types.grad_accum_dtype") or precision)
+    if ("32" in accumulated) != (precision == "fp32"):
+        draft.leave(
+            f"data_types.grad_accum_dtype {accumulated}",
+            "gradients are predicted in the precision of the parameters",
+        )
     stage = 1 if config.raw("zero_optimization") is True else config.count("zero_optimization.stage") or 0
     zero = {k: config.number(f"zero_optimization.{k}") for k in config.section("zero_optimization")}
     if stage or (draft.ranks > 1 and precision == "fp32"):

@@ -123,6 +123,25 @@ def layout(plan: Plan) -> Layout:
     return Layout(replicate=replicate, shard=shard, owned=plan.get("sharded-ddp") is not None, **degrees)
 
 
+def split_batch(plan: Plan, batch_size: int) -> int:
+    """Return the samples of each micro-batch of each data-parallel rank, in a pipeline of each of its
+    micro-batches, for ``batch_size`` samples of one step of all ranks. Raises UserError if the micro-batches
+    would not be equal, and as `layout` does."""
+    ranks, stages = layout(plan).data, plan.get("pipeline")
+    micro_batches = plan.micro_batches * (int(stages.settings["micro_batches"]) if stages is not None else 1)
+    parts = ranks * micro_batches
+    samples, rest = divmod(batch_size, parts)
+    if rest or not samples:
+        sizes = " or ".join(str(parts * n) for n in (samples, samples + 1) if n)
+        counts = ((ranks, "data-parallel ranks"), (micro_batches, "micro-batches"))
+        raise UserError(
+            f"a batch of {batch_size} samples cannot be split equally over "
+            f"{' x '.join(f'{count} {name}' for count, name in counts if count > 1)}",
+            allowed=f"a multiple of {parts} samples, such as {sizes} (--batch)",
+        )
+    return samples
+
+
 def _data_degrees(plan: Plan, data: int) -> tuple[int, int]:
     data_uses = [u for u in plan.uses if u.technique in (*_REPLICATED, *_SHARDED)]
     if not data_uses:

@@ -18,6 +18,7 @@ from memfit.planner.capacity import fits_under, needed_bytes
 from memfit.planner.request import Progress, Request, make_predictor
 from memfit.planner.search import search
 from memfit.runtime import local_machine
+from memfit.techniques.rank_mesh import split_batch
 from memfit.techniques.registry import check, effect_of
 from memfit.trace.tracer import fake_model
 from memfit.types.errors import NothingFits, UserError
@@ -96,9 +97,10 @@ def find_alternatives(request: Request, plan: Plan, progress: Progress, *, param
     that the job or the request's engine does not support are skipped.
 
     ``parameters``: number of the model's parameters; larger ZeRO buckets are reduced to it. Raises UserError
-    if the job does not support ``plan``.
+    if the job does not support ``plan``, or if its batch cannot be split equally.
     """
-    _, predictor = make_predictor(request)
+    job, predictor = make_predictor(request)
+    split_batch(plan, job.batch_size)
     progress("trace", 0, 0, plan.label)
     existing_estimate = predictor.whole(check(plan, request.machine))
     cap_bytes = request.cap_bytes
@@ -132,6 +134,7 @@ def find_alternatives(request: Request, plan: Plan, progress: Progress, *, param
         progress("trace", 0, 0, neighbour.label)
         with contextlib.suppress(UserError):  # engine or job do not support it, for example half a sample
             supporting_engine(request.engine, neighbour)
+            split_batch(neighbour, job.batch_size)
             neighbour_estimate = predictor.whole(check(neighbour))
             if effect_of(neighbour, neighbour_estimate.dependence) <= max(
                 effect_of(plan, existing_estimate.dependence), EffectClass.E2

@@ -22,6 +22,7 @@ from memfit.runtime.interruption import NO_INTERRUPTION, Interruption
 from memfit.runtime.ranks import OnEvent, run_ranks
 from memfit.runtime.restart import Losses, run_through
 from memfit.store.database import Store
+from memfit.techniques.rank_mesh import split_batch
 from memfit.techniques.registry import check, refuse_wrong_weights, with_defaults
 from memfit.types import serialization
 from memfit.types.device_kind import HOST
@@ -64,13 +65,14 @@ def anatomy(
     peak. If the request is for this machine, the plans' operators are timed here first.
 
     ``lines``: whether the trace has the line of the user's code that made each allocation. Raises UserError
-    if the request's engine or machine does not support a plan, or if a plan splits the batch in a way that
-    gives the terms of the loss wrong weights.
+    if the request's engine or machine does not support a plan, if a plan cannot split the batch equally, or
+    if it splits it in a way that gives the terms of the loss wrong weights.
     """
     _, predictor = make_predictor(request)
     predictor.lines = lines
     for plan in plans:
         supporting_engine(request.engine, plan)
+        split_batch(plan, predictor.job.batch_size)
         if (dependence := predictor.dependence_under(plan)) is not None:
             refuse_wrong_weights(plan, dependence)
         progress("trace", 0, 0, plan.label)
