@@ -440,3 +440,23 @@ def test_wrong_data_of_two_sizes_are_refused(
     code, output = lengths(*sizes, *words)
     assert code != 0
     assert message in output
+
+
+def test_a_host_that_is_the_limit_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The sizes of the device, which has enough, were the only ones given."""
+    from memfit.cli import main
+
+    benchmark = Path(__file__).parents[2] / "benchmarks" / "host_memory.py"
+    (tmp_path / "away.py").write_text(
+        "import importlib.util, sys\n"
+        f"spec = importlib.util.spec_from_file_location('by_hand_host', {str(benchmark)!r})\n"
+        "by_hand = sys.modules['by_hand_host'] = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(by_hand)\n"
+        "def job(batch: int = 16):\n    return by_hand.job(512, 4, batch)\n"
+    )
+    (tmp_path / "plan.yaml").write_text("techniques: {activation-offload: {to: host}}\n")
+    words = ["plan", f"{tmp_path}/away.py:job", "--largest", "batch", "--plan", f"{tmp_path}/plan.yaml"]
+    assert main([*words, "--on", "H100-SXM", "--host-memory", "5.5GiB"]) in (0, None)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "the host's memory is the limit: the next needs up to 5." in out
+    assert "the host has 5.5 GiB" in out

@@ -301,8 +301,10 @@ def _remarks(report: memfit.workflows.largest.LargestReport, numbers: Mapping[Pl
             smallest = result.safe_next
             lines[
                 f"{where}: no {report.dimension} fits; the smallest, {smallest.value}, needs "
-                f"{format_bytes(smallest.needed_bytes)}"
+                f"{format_bytes(smallest.needed_bytes)}{f'; {smallest.host}' if smallest.host else ''}"
             ] = None
+        elif result.safe_next is not None and result.safe_next.host:
+            lines[f"{where}: the host's memory is the limit: the next {result.safe_next.host}"] = None
         if result is not None and result.measured is not None:
             lines |= dict.fromkeys(f"{where}: {text}" for text in _measured_remarks(result))
     yield from lines

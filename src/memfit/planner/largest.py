@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy
 
+from memfit.cost.host import host_line
 from memfit.planner.capacity import expected_bytes, fits_under, host_holds_under, needed_bytes
 from memfit.planner.evaluate import Predictor
 from memfit.techniques.rank_mesh import layout
@@ -20,7 +21,7 @@ from memfit.techniques.registry import splits_batch
 from memfit.types.errors import UserError, first_line
 from memfit.types.job import Job
 from memfit.types.plan import Plan
-from memfit.types.result import OutcomeKind
+from memfit.types.result import Estimate, OutcomeKind
 from memfit.types.units import format_bytes
 
 _LARGEST_RATIO = 2**16  # no larger multiple of the first value is tried
@@ -38,6 +39,7 @@ class TracedSize:
     value that is expected, without margin. ``step_s``, ``samples_per_s`` and ``tokens_per_s`` are None if
     they cannot be predicted.
 
+    ``host``: what the host has and the value needs there, "" if the host has enough or is not checked.
     ``problem``: why the job refuses the value. The numbers are then 0 or None, and nothing fits. ``notes``:
     what the prediction assumes, and what splitting the batch as the plan does would change.
     """
@@ -50,6 +52,7 @@ class TracedSize:
     step_s: float | None = None
     samples_per_s: float | None = None
     tokens_per_s: float | None = None
+    host: str = ""
     problem: str = ""
     notes: tuple[str, ...] = ()
 
@@ -300,6 +303,13 @@ def _crossing(points: Sequence[tuple[int, int]], low: int, high: float, cap_byte
 # -- probes ---------------------------------------------------------------------------------------
 
 
+def _as_expected(estimate: Estimate) -> Estimate:
+    need = estimate.host_bytes
+    if need is None:
+        return estimate
+    return dataclasses.replace(estimate, host_bytes=dataclasses.replace(need, high=need.value))
+
+
 def prober(
     base: Predictor,
     plan: Plan,
@@ -341,7 +351,8 @@ def prober(
             needed_bytes=needed_bytes(estimate, machine),
             expected_bytes=expected,
             fits=fits(estimate),
-            expected_to_fit=expected <= cap_bytes and host_fits(estimate),
+            expected_to_fit=expected <= cap_bytes and host_fits(_as_expected(estimate)),
+            host="" if host_fits(estimate) else host_line(estimate, machine),
             step_s=step_s,
             samples_per_s=job.batch_size / step_s if step_s else None,
             tokens_per_s=job.tokens_per_batch / step_s if step_s and job.tokens_per_batch else None,
