@@ -29,6 +29,7 @@ from memfit.inputs import job_of, machine_of, on_ranks, plan_of, says_ranks
 from memfit.jobs.user_job import guarded
 from memfit.lint import to_plan
 from memfit.lint.clipping import clipping_setting
+from memfit.lint.option_reasons import option_reasons
 from memfit.lint.trainer_setup import setup_of_trainer
 from memfit.model.batch_objects import repeat
 from memfit.monitoring.record import OutOfMemory
@@ -82,6 +83,16 @@ _FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, A
 # Limits of a step that is computed on real tensors: operations, and share of free memory.
 _MOST_COMPUTED_FLOPS, _FREE_RATIO = 4e12, 0.5
 _TIMELINE_POINTS = 400
+# Arguments of a Trainer that act on its loop, not on its model, loss, optimizer or loader.
+_LOOP_ARGUMENTS = (
+    "neftune_noise_alpha",
+    "torch_empty_cache_steps",
+    "auto_find_batch_size",
+    "ddp_find_unused_parameters",
+    "ddp_static_graph",
+    "torch_compile_backend",
+    "torch_compile_mode",
+)
 _CHEAP_BYTES = 64 * 2**30  # larger models are not searched for a plan that would fit
 
 
@@ -433,7 +444,7 @@ def from_trainer(
             hint="give ranks=N for a launch of one process per device, as by torchrun --nproc-per-node N",
         )
     setup = setup_of_trainer(trainer, ranks or args.world_size)
-    carried = to_plan.over(setup)
+    carried = to_plan.over(setup, of_objects=True)
     plan, optimizer = carried.plan, None
     if not _has_deepspeed_optimizer(trainer):
         names = [u.technique for u in plan.uses if technique(u.technique).slot == "optimizer"]
@@ -457,6 +468,8 @@ def from_trainer(
         probe=probe,
     )
     notes = [f"without {note.option}: {note.reason}" for note in carried.left_out]
+    reasons = option_reasons("trainer").reasons
+    notes += [f"without {name}: {reasons[name]}" for name in _LOOP_ARGUMENTS if getattr(args, name, None)]
     if plan.ranks > prediction.machine.device_count:
         notes.append(f"each of the {plan.ranks} processes has a device of its own")
     estimate_with_notes = dataclasses.replace(

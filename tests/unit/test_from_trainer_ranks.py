@@ -60,6 +60,14 @@ def test_the_number_of_ranks_may_be_given_without_a_launch(tmp_path: Path) -> No
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+def test_arguments_that_act_on_the_loop_alone_are_listed_as_left_out(tmp_path: Path) -> None:
+    """The loss, the optimizer and the loader are the Trainer's own, and so are their arguments."""
+    trainer = make_trainer(str(tmp_path), neftune_noise_alpha=5, label_smoothing_factor=0.1, learning_rate=1)
+    notes = memfit.from_trainer(trainer, probe=False).estimate.assumptions
+    assert [n.split(":")[0] for n in notes if n.startswith("without")] == ["without neftune_noise_alpha"]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 def test_arguments_that_no_plan_can_express_are_assumptions_of_the_prediction(tmp_path: Path) -> None:
     trainer = make_trainer(str(tmp_path), bf16=True)
     trainer.args.fsdp = True

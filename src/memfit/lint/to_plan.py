@@ -26,15 +26,18 @@ from memfit.types.errors import UserError
 _MOST_RANKS: Final = 2**20
 
 
-def over(setup: Setup) -> Carried:
+def over(setup: Setup, *, of_objects: bool = False) -> Carried:
     """Convert ``setup`` to a plan. If several libraries are configured, only one decides how the model is
     distributed, the first of OpenFold, Axolotl, LLaMA-Factory, Lightning, MACE, Megatron-LM, torchtitan,
     DeepSpeed, and Accelerate with the Trainer. An unknown number of processes counts as 1; with Megatron-LM
     and torchtitan, as the smallest number that their degrees of parallelism allow. ``left_out`` of the result
     lists the settings that no plan can express, settings that the plan depends on but that are known only
-    when a script runs, and the files in ``setup.missing``. Raises UserError for a crop, batch or
-    blocks_per_ckpt of OpenFold that is not a whole number above 0; blocks_per_ckpt may also be null. Raises
-    UserError, too, for a number of processes that is not from 1 to 2**20."""
+    when a script runs, and the files in ``setup.missing``. ``of_objects``: the settings are those of objects,
+    such as a Trainer, with all their defaults: options that `account_for` would list are not.
+
+    Raises UserError for a crop, batch or blocks_per_ckpt of OpenFold that is not a whole number above 0;
+    blocks_per_ckpt may also be null. Raises UserError, too, for a number of processes that is not from 1 to
+    2**20."""
     engine, apply = _whose(setup)
     _check_ranks(setup.ranks or 1)
     draft = Draft(ranks=setup.ranks or 1)
@@ -48,7 +51,7 @@ def over(setup: Setup) -> Carried:
         if (options := getattr(setup, kind)) is not None
     }
     apply(dataclasses.replace(setup, **tracked_options), draft)
-    if apply in (from_deepspeed, from_hugging_face):
+    if apply in (from_deepspeed, from_hugging_face) and not of_objects:
         for kind in ("deepspeed", "accelerate", "trainer"):
             if (options := getattr(setup, kind)) is not None:
                 account_for(options, kind, draft)
