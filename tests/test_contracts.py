@@ -376,7 +376,7 @@ def test_no_worker_technique_or_engine_names_a_device_or_a_backend() -> None:
     """They take devices as values. Whose kernels run (`DeviceKind.kernels`) is not a device."""
     named = set()
     for name, tree in trees():
-        if not name.startswith(("worker/", "techniques/", "engines/")):
+        if not name.startswith(("worker/", "techniques/", "engines/", "conformance/")):
             continue
         of_kernels = {
             id(other)
@@ -387,7 +387,9 @@ def test_no_worker_technique_or_engine_names_a_device_or_a_backend() -> None:
         named |= {
             f"{name}:{node.lineno}"
             for node in ast.walk(tree)
-            if isinstance(node, ast.Constant) and node.value in DEVICES and id(node) not in of_kernels
+            if (isinstance(node, ast.Constant) and node.value in DEVICES and id(node) not in of_kernels)
+            or (isinstance(node, ast.Attribute) and node.attr == "is_cuda")
+            or (isinstance(node, ast.ImportFrom) and any(alias.name == "CUDA" for alias in node.names))
         }
     assert not named
 

@@ -9,7 +9,8 @@ energy, of each engine, and of a whole proof of concept.
 
 It needs no network. Each measurement is a line of benchmarks/records/gpu.jsonl as soon as it ends, so that a
 killed run loses at most one; what this card, torch and memfit have a line for is not measured again
-(--again does). Predictions are made before the step runs, once from the catalog's figures for the card and
+(--again does), what failed is tried again after all others. A measurement that takes over 8 minutes has
+failed. Predictions are made before the step runs, once from the catalog's figures for the card and
 once after its operators were timed. Training runs in a process of its own (memfit's worker): allocated and
 reserved bytes are those of torch's allocator, device memory is what the driver counts on the card less what
 was used before, so nothing else may run there. On a device that is no GPU this is a rehearsal with small
@@ -40,7 +41,7 @@ from memfit.techniques.registry import make_use
 from memfit.types.errors import MemfitError
 from memfit.types.job import JobRef
 from memfit.types.plan import Plan, Use
-from memfit.types.result import Measurement
+from memfit.types.result import Measurement, OutcomeKind
 from memfit.workflows.single_run import run_plan
 
 _HERE = Path(__file__).parent
@@ -49,7 +50,7 @@ GPUS = ("cuda", "xpu", "mps")
 STEPS, WARM_UP = 12, 3
 REHEARSED_STEPS = 4
 NO_DEVICE = "no accelerator: nothing is measured"
-_POC_LIMIT_S = 1800.0
+PIECE_LIMIT_S = 480.0
 _TARGETS = {  # name: (target, whether its worst case counts)
     "allocated": "worst 1 %",
     "reserved": "worst 5 %",
@@ -94,12 +95,13 @@ class Case:
 def main() -> int:
     options = _options()
     target = PAGE if options.records == RECORDS else options.records.with_suffix(".md")
+    lines = read(options.records)
     if options.page:
-        target.write_text(page(read(options.records)), encoding="utf-8")
+        target.write_text(page(lines), encoding="utf-8")
         return 0
     kind = accelerator_kind()
     if options.contribute is not None:
-        return contribute(options.contribute, options.records)
+        return contribute(options.contribute, lines)
     if not kind:
         print(NO_DEVICE)
         return 0
@@ -112,28 +114,37 @@ def main() -> int:
         "torch": fingerprint()["torch"],
         "memfit": fingerprint()["memfit"],
     }
-    known = {_key(line) for line in read(options.records)}
     deadline = time.monotonic() + options.minutes * 60 if options.minutes else float("inf")
     left = 0
-    for case in cases(options.only, simulated=simulated):
-        line = {**about, "piece": case.piece, "name": case.name}
-        if _key(line) in known and not options.again:
-            continue
+    for case in _unmeasured(cases(options.only, simulated=simulated), about, lines, again=options.again):
         if time.monotonic() > deadline:
             left += 1
             continue
+        line = {**about, "piece": case.piece, "name": case.name}
         try:
             line |= case.measure()
-        except (MemfitError, RuntimeError, OSError, ValueError) as error:
+        except (MemfitError, RuntimeError, OSError, ValueError, subprocess.TimeoutExpired) as error:
             line["error"] = f"{type(error).__name__}: {str(error)[:200]}"
         line["created"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         append(options.records, line)
-        known.add(_key(line))
+        lines.append(line)
         print(f"{case.piece}: {case.name}: {line.get('error', 'done')}", flush=True)
-    target.write_text(page(read(options.records)), encoding="utf-8")
+    target.write_text(page(lines), encoding="utf-8")
     if left:
         print(f"{left} measurements are left; the same command continues")
     return 0
+
+
+def _unmeasured(
+    all_cases: Iterator[Case], about: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], *, again: bool
+) -> list[Case]:
+    """Return the cases that ``lines`` have no line for, in order, then those of which the last line is an
+    error. ``again``: all of them. ``about``: the fields of the lines to write that all cases share."""
+    failed = {_key(line): "error" in line for line in lines}
+    # Sizes of one job are one case in a rehearsal, which has small sizes only.
+    keyed = {_key({**about, "piece": c.piece, "name": c.name}): c for c in all_cases}
+    new = [c for key, c in keyed.items() if again or key not in failed]
+    return new + [c for key, c in keyed.items() if not again and failed.get(key)]
 
 
 def cases(only: Sequence[str] | None, *, simulated: bool) -> Iterator[Case]:
@@ -150,8 +161,7 @@ def cases(only: Sequence[str] | None, *, simulated: bool) -> Iterator[Case]:
 def _steps(*, simulated: bool) -> Iterator[Case]:
     for spec, size, batch, small_batch, plans in JOBS:
         if ".py:" in spec:
-            name = spec if not simulated else "evoformer.py:rehearsal"
-            ref = JobRef(spec=str(_HERE / name))
+            ref = JobRef(spec=str(_HERE / spec) + "_rehearsal" * simulated)
         else:
             ref = JobRef(spec=spec, size=None if simulated else size or None, batch=small_batch)
             ref = ref if simulated else dataclasses.replace(ref, batch=batch)
@@ -166,13 +176,14 @@ def _steps(*, simulated: bool) -> Iterator[Case]:
 
 def step(ref: JobRef, plan: Plan, engine: str = "native", *, simulated: bool) -> dict[str, Any]:
     """Return what was predicted of the plan's step and what was measured."""
-    request = Request(job_ref=ref, machine=this_machine("world"), engine=engine)
+    request = Request(job_ref=ref, machine=this_machine("world"), engine=engine, timeout_s=PIECE_LIMIT_S)
     before = make_predictor(request)[1].whole(plan)  # from the catalog's figures
     steps = REHEARSED_STEPS if simulated else STEPS
     run = run_plan(request, plan, seed=0, steps=steps, capped=False, progress=_silent)
     measured = run.measurement
-    if measured.outcome.value != "ok":
-        return {"error": f"{measured.outcome.value}: {measured.reason}"}
+    if measured.outcome is not OutcomeKind.OK:
+        is_answer = measured.outcome is OutcomeKind.OOM  # another attempt would end so, too
+        return {"outcome" if is_answer else "error": f"{measured.outcome.value}: {measured.reason}"}
     values = {
         "allocated": (before.allocated_bytes, measured.peak_bytes),
         "reserved": (before.reserved_bytes, measured.reserved_peak_bytes),
@@ -220,7 +231,7 @@ def poc(job: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-W", "ignore", "-m", "memfit", "poc", job, "--steps", "6", "--seeds", "1"]
         command += ["--json", "--store", f"{folder}/store.sqlite3", "--out", f"{folder}/report.html"]
-        child = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_POC_LIMIT_S)
+        child = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PIECE_LIMIT_S)
     if not child.stdout.startswith("{"):
         return {"error": (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[-1][:200]}
     answer = json.loads(child.stdout)
@@ -257,21 +268,33 @@ def _key(line: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of the record, of several for one measurement the last."""
-    if not path.exists():
-        return []
-    lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines() if text]
+    """Return the lines of the record. One that is incomplete, as a kill or a full disk leaves it, is left out
+    with a note on standard error, so that its measurement is made again."""
+    lines = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], 1):
+        try:
+            lines += [json.loads(text)] if text else []
+        except ValueError:
+            print(f"note: line {number} of {path} is incomplete and is left out", file=sys.stderr)
+    return lines
+
+
+def _latest(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return of several lines for one measurement the last."""
     return list({_key(line): line for line in lines}.values())
 
 
 def append(path: Path, line: Mapping[str, Any]) -> None:
+    """Add a line to the record. If its last line was not ended, the new one still begins at a line's
+    start."""
+    is_torn = path.exists() and not path.read_bytes().endswith(b"\n")
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write("\n" * is_torn + json.dumps(line) + "\n")
 
 
-def contribute(target: Path, records: Path) -> int:
+def contribute(target: Path, lines: Sequence[dict[str, Any]]) -> int:
     """Write the lines of real GPUs to ``target``."""
-    lines = [line for line in read(records) if not line["simulated"]]
+    lines = [line for line in _latest(lines) if not line["simulated"]]
     if not lines:
         print("nothing to contribute: no GPU has been measured here")
         return 1
@@ -280,8 +303,9 @@ def contribute(target: Path, records: Path) -> int:
     return 0
 
 
-def page(lines: Sequence[Mapping[str, Any]]) -> str:
+def page(lines: Sequence[dict[str, Any]]) -> str:
     """Return the page as Markdown: for each card what is claimed, then every measurement."""
+    lines = _latest(lines)
     head = ["# Predictions beside measurements on GPUs", ""]
     head += ["Generated by `python benchmarks/gpu/all.py`; do not edit.", ""]
     cards = sorted({line["card"] for line in lines if not line["simulated"]})
@@ -316,7 +340,11 @@ def _of_card(card: str, lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 def _row(line: Mapping[str, Any]) -> str:
     begin = f"| {line['piece']} | {line['name']} "
     if "values" not in line:
-        said = line.get("error") or f"verdict {line.get('verdict')}, recommended {line.get('recommended')}"
+        said = (
+            line.get("error")
+            or line.get("outcome")
+            or f"verdict {line.get('verdict')}, recommended {line.get('recommended')}"
+        )
         return f"{begin}| {said.replace('|', '/')} | | | | |"
     units = {"allocated": 2**20, "reserved": 2**20, "device": 2**20, "time after calibration": 1, "energy": 1}
     cells = [_both(line["values"].get(name), unit) for name, unit in units.items()]

@@ -43,6 +43,11 @@ def fine_tuning() -> Job:
     return _block(384, 512)
 
 
-def rehearsal() -> Job:
+def initial_training_rehearsal() -> Job:
     """A crop that a processor trains in a second."""
     return _block(16, 8)
+
+
+def fine_tuning_rehearsal() -> Job:
+    """A crop that is larger, as that of fine-tuning is."""
+    return _block(24, 16)

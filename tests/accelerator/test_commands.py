@@ -86,6 +86,24 @@ def test_plan_is_for_the_accelerator_and_says_so(job: str, memfit_on_device: Com
     assert NAME not in on_processor.stdout
 
 
+def test_commands_without_nproc_do_not_offer_it(job: str, memfit_on_device: Command, tmp_path: Path) -> None:
+    said = memfit_on_device("estimate", job, devices=2).stderr
+    assert f"device: {NAME} (sim); `memfit plan --nproc 2` plans for all 2" in said
+    plan = tmp_path / "ddp.yaml"
+    plan.write_text("ranks: 2\ntechniques: {ddp: {}}\n")
+    said = memfit_on_device("run", job, "--plan", plan, "--steps", "1", devices=2).stderr
+    assert f"device: {NAME} (sim)\n" in said
+
+
+def test_the_advice_on_precision_names_its_device_and_touches_none(
+    job: str, memfit_on_device: Command
+) -> None:
+    result = memfit_on_device("estimate", job, "--precision", "bf16", "--after", "0", devices=2)
+    assert result.returncode == 0, result.stderr
+    assert "Warning" not in result.stderr
+    assert "in bf16, for cuda, measured on the processor" in result.stdout
+
+
 @pytest.fixture(scope="module")
 def run(job: str, memfit_on_device: Command) -> dict[str, Any]:
     """An undisturbed run of four steps."""
@@ -98,6 +116,14 @@ def test_run_trains_on_the_accelerator_within_its_prediction(run: dict[str, Any]
     assert (run["device"], run["peak_source"]) == (NAME, "torch's allocator of sim")
     assert run["measured_peak_bytes"] == pytest.approx(run["predicted_peak_bytes"], rel=0.005)
     assert run["reserved_peak_bytes"] >= run["measured_peak_bytes"]
+
+
+def test_a_run_that_fills_the_device_says_so(job: str, memfit_on_device: Command) -> None:
+    result = memfit_on_device("run", job, "--steps", "3", "--memory", "2MiB")
+    assert result.returncode == 1
+    assert "memory of the device (sim) ran out: " in result.stdout
+    assert "2.0 MiB allowed" in result.stdout or "2 MiB allowed" in result.stdout
+    assert "memory of the host" not in result.stdout
 
 
 def test_running_out_of_the_devices_memory_is_an_outcome(job: str, memfit_on_device: Command) -> None:
@@ -177,6 +203,12 @@ def test_a_proof_of_concept_runs_on_the_accelerator(poc: tuple[dict[str, Any], s
             assert run["measured_peak_bytes"] == pytest.approx(run["predicted_peak_bytes"], rel=0.005)
     assert f"device: {NAME} (sim)" in errors
     assert NAME in report
+    text = " ".join(re.sub(r"<[^>]+>", " ", report).split())
+    assert f"accelerators {NAME}" in text
+    assert "none seen" not in text
+    assert "this machine can hold" not in text
+    assert "another processor" not in text
+    assert "measuring this machine" not in errors
 
 
 def test_the_check_of_gates_names_the_device_of_the_proof_of_concept(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -68,3 +70,79 @@ def test_a_rehearsed_step_has_predictions_beside_measurements(
     predicted, measured = values["allocated"]
     assert predicted == pytest.approx(measured, rel=0.005)
     assert None not in values["time after calibration"]
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gpu_benchmark", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "gpu_benchmark", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def benchmark(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script where it sees a device and has three cases, of which the first fails, the second runs into
+    its time limit and the third succeeds."""
+    module = script
+
+    def fail() -> dict[str, Any]:
+        raise RuntimeError("no kernel")
+
+    def hang() -> dict[str, Any]:
+        raise subprocess.TimeoutExpired("memfit poc", module.PIECE_LIMIT_S)
+
+    measures = {"fails": fail, "hangs": hang, "succeeds": lambda: {"values": {}}}
+    cases = [module.Case(piece="steps", name=n, measure=m) for n, m in measures.items()]
+    monkeypatch.setattr(module, "accelerator_kind", lambda: "sim")
+    monkeypatch.setattr(module, "cases", lambda only, simulated: iter(cases))
+    return module
+
+
+def run(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, records: Path, *more: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["all.py", "--records", str(records), *more])
+    assert benchmark.main() == 0
+
+
+def test_what_failed_or_took_too_long_is_tried_again_after_the_others(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    records = tmp_path / "records.jsonl"
+    run(benchmark, monkeypatch, records)
+    assert ["error" in line for line in lines(records)] == [True, True, False]
+    assert "TimeoutExpired" in lines(records)[1]["error"]
+    records.write_text("".join(f"{text}\n" for text in records.read_text().splitlines()[:2]))
+    run(benchmark, monkeypatch, records)
+    assert [line["name"] for line in lines(records)[2:]] == ["succeeds", "fails", "hangs"]
+    assert benchmark.PIECE_LIMIT_S <= 8 * 60
+
+
+def test_an_incomplete_last_line_is_left_out_and_measured_again(
+    benchmark: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    records = tmp_path / "records.jsonl"
+    run(benchmark, monkeypatch, records)
+    whole = records.read_text().splitlines()
+    records.write_text("\n".join([*whole[:2], whole[2][:20]]))
+    capsys.readouterr()
+    run(benchmark, monkeypatch, records, "--page")
+    assert capsys.readouterr().err == f"note: line 3 of {records} is incomplete and is left out\n"
+    run(benchmark, monkeypatch, records)
+    texts = records.read_text().splitlines()
+    assert texts[:3] == [*whole[:2], whole[2][:20]]
+    assert [json.loads(text)["name"] for text in texts[3:]] == ["succeeds", "fails", "hangs"]
+
+
+def test_no_two_measurements_have_one_name(script: ModuleType) -> None:
+    names = [(c.piece, c.name) for c in script.cases(["steps", "poc"], simulated=False)]
+    assert len(names) == len(set(names))
+    rehearsed = {c.name for c in script.cases(["steps"], simulated=True)}
+    assert {
+        f"evoformer.py:{stage}_rehearsal plain" for stage in ("fine_tuning", "initial_training")
+    } <= rehearsed

@@ -583,6 +583,8 @@ def pinned() -> dict[str, Any]:
 
 
 def random_numbers() -> dict[str, bool]:
+    from memfit.conformance.cross_rank_dependence import _kept_generators
+
     torch.manual_seed(3)
     host_state = torch.get_rng_state()
     first = torch.randn(100, device="sim")
@@ -593,6 +595,10 @@ def random_numbers() -> dict[str, bool]:
     again = torch.randn(100, device="sim")
     with torch.random.fork_rng():
         torch.randn(5, device="sim")
+    before_trial = torch.sim.get_rng_state()
+    with _kept_generators({"x": torch.ones(2, device="sim")}):
+        torch.randn(5, device="sim")
+    after_trial = torch.sim.get_rng_state()
     own = torch.Generator("sim").manual_seed(3)
     by_own = torch.randn(100, device="sim", generator=own)
     torch.manual_seed(3)
@@ -601,6 +607,7 @@ def random_numbers() -> dict[str, bool]:
         "moves on": not torch.equal(first, second),
         "restored": torch.equal(second, again),
         "forked": torch.equal(torch.randn(100, device="sim"), first),
+        "kept in a trial of a block": torch.equal(after_trial, before_trial),
         "own generator": torch.equal(by_own, first),
         "as the CPU": torch.equal(first.cpu(), torch.randn(100, generator=torch.Generator().manual_seed(3))),
         "permutation": torch.randperm(50, device="sim").sort().values.equal(torch.arange(50, device="sim")),

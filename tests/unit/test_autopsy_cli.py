@@ -168,3 +168,28 @@ def test_a_run_of_memfit_that_dies_is_explained_in_a_line() -> None:
         is DeathCause.LATE_GROWTH
     )
     assert diagnose_run("killed by the kernel at its cap of 1 GiB", 3).cause is DeathCause.HOST_KILLED
+
+
+@pytest.mark.parametrize(
+    ("message", "memory"),
+    [
+        (
+            (
+                "OutOfMemoryError: CUDA out of memory. Tried to allocate 12.00 MiB. GPU 0 has a total "
+                "capacity of 79.11 GiB of which 78.00 GiB is free. 20.00 MiB allowed; Of the allocated "
+                "memory 18.50 MiB is allocated by PyTorch, and 1.50 MiB is reserved by PyTorch but "
+                "unallocated."
+            ),
+            "device",
+        ),
+        ("OutOfMemoryError: a message of another form", "device"),
+        ("RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory", "host"),
+        ("MemoryError: ", "host"),
+    ],
+)
+def test_a_run_says_whether_the_devices_memory_or_the_hosts_ran_out(message: str, memory: str) -> None:
+    diagnosis = diagnose_run("out of memory in forward of step 0", 0, message=message, device="cuda")
+    assert diagnosis.memory == memory
+    assert diagnosis.cause is DeathCause.TENSORS_TOO_LARGE
+    named = "the device (cuda)" if memory == "device" else "the host"
+    assert any(text.startswith(f"memory of {named} ran out") for text in diagnosis.evidence)

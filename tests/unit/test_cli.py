@@ -25,8 +25,10 @@ from memfit.cli.options import SearchOptions
 from memfit.cli.output import check_choice
 from memfit.cli.progress import Bars
 from memfit.report.explain import TracedEstimate
+from memfit.runtime import devices
 from memfit.types.errors import NothingFits, RunError, UserError
 from memfit.types.job import JobRef
+from memfit.types.machine import Device, Fact, Machine
 from memfit.types.plan import Accuracy, Plan, use
 from memfit.types.result import Measurement, OutcomeKind, Poc, Run
 from memfit.types.trace import Allocation, Category, Phase, PhaseSpan, Trace
@@ -612,6 +614,37 @@ def test_the_doctor_reports_techniques_that_a_missing_package_disables() -> None
     assert usable["bf16-autocast"].ok
     assert not usable["lora"].ok
     assert usable["lora"].fix == "pip install 'memfit[lora]'"
+
+
+@pytest.mark.parametrize(
+    ("build", "detail", "fix"),
+    [
+        ("", "this build of torch cannot use it", "--index-url URL"),
+        ("CUDA 12.8", "this build of torch cannot use it", "--index-url URL"),
+        ("ROCm 6.4", "torch is built for ROCm 6.4, but it finds no device", "whether the driver supports"),
+    ],
+)
+def test_the_doctor_knows_whether_torch_is_built_for_the_driver(
+    build: str, detail: str, fix: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    version = tmp_path / "version"
+    version.write_text("6.10.5\n")
+    monkeypatch.setattr(devices, "_DRIVERS", {"AMD": (version, version)})
+    monkeypatch.setattr(devices, "torch_build", lambda: build)
+    driver, accelerator = doctor.accelerator_checks()
+    assert driver.detail == "AMD, version 6.10.5"
+    assert not accelerator.ok
+    assert detail in accelerator.detail
+    assert fix in accelerator.fix
+
+
+def test_the_doctor_reports_techniques_that_the_device_cannot_run() -> None:
+    device = Device(name="Another GPU", kind="another", memory_bytes=Fact(value=2**30, source="", date=""))
+    checks = {t.name: t for t in doctor.techniques([], Machine(name="here", device=device))}
+    for name in ("adamw-8bit", "adamw-paged", "float8-linear"):
+        assert not checks[name].ok
+        assert checks[name].detail.startswith("cannot run on Another GPU: ")
+    assert checks["bf16-autocast"].ok
 
 
 def test_the_doctor_works_without_torch_and_optional_packages(

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
+from memfit import catalog
 from memfit.cost.estimate import estimate, modelled_boundary
 from memfit.cost.memory import levels, memory_profile, step_ops, timeline
-from memfit.cost.op_time import ASSUMED_EFFICIENCY_RATIO, ASSUMED_OVERHEAD_S, TimeModel, time_model
+from memfit.cost.op_time import (
+    ASSUMED_EFFICIENCY_RATIO,
+    ASSUMED_OVERHEAD_S,
+    TimeModel,
+    step_basis,
+    time_model,
+)
 from memfit.cost.step_time import host_bytes_s, simulate_step
+from memfit.report.terminal import print_estimate
 from memfit.types.machine import Calibration, Device, Fact, Host, Machine
 from memfit.types.plan import Plan
 from memfit.types.trace import Allocation, Category, OpCall, Phase, PhaseSpan, Trace
@@ -306,6 +316,25 @@ def test_a_calibrated_estimate_has_a_narrower_interval() -> None:
         return (found.step_s.high - found.step_s.low) / found.step_s.value
 
     assert width(CALIBRATED) < width(Calibration())
+
+
+def test_a_step_time_says_what_it_rests_on() -> None:
+    gpu = catalog.device("H100-SXM")
+    bandwidth = gpu.bandwidth_bytes_s
+    assert bandwidth is not None
+    assumed = dataclasses.replace(gpu, bandwidth_bytes_s=dataclasses.replace(bandwidth, kind="assumed"))
+    assert step_basis(gpu, CALIBRATED) == "timed"
+    assert step_basis(gpu, Calibration()) == "published"
+    assert step_basis(assumed, Calibration()) == "assumed"
+    traced = dataclasses.replace(SMALL, ops=(op(12, flops=10**9),))
+    timed = estimate(traced, Plan(), machine=machine(), calibration=CALIBRATED, model=model())
+    assert timed.step_basis == "timed"
+    unknown = estimate(SMALL, Plan(), machine=machine(), calibration=Calibration(), model=None)
+    assert unknown.step_basis == ""
+    for lang, text in (("en", "(operators timed here)"), ("ja", "（このマシンで演算を計測）")):
+        console = Console(record=True, width=200, file=io.StringIO())
+        print_estimate(timed, console=console, lang=lang)
+        assert console.export_text().count(text) == 1
 
 
 def test_the_interval_of_a_step_is_one_of_rates_and_longer_upwards() -> None:

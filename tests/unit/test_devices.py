@@ -3,9 +3,11 @@ arguments."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -13,10 +15,14 @@ from unittest import mock
 import pytest
 import torch
 
+from memfit.planner.machine_calibration import calibrated_device
+from memfit.planner.request import Request
 from memfit.runtime import devices, local_machine
 from memfit.runtime.memory_cap import MemoryLimit
 from memfit.types.device_kind import DeviceKind, add_device_kind, device_kind
 from memfit.types.errors import MemfitError, UserError
+from memfit.types.job import JobRef
+from memfit.types.machine import Device, Fact, Machine
 
 GIB = 2**30
 KINDS = ("cuda", "xpu", "mps")
@@ -159,3 +165,19 @@ def test_a_kind_that_nobody_added_counts_as_unchecked_with_cudas_kernels() -> No
         assert device_kind("hpu").block_bytes == 128
     finally:
         add_device_kind(DeviceKind(name="hpu"))
+
+
+def test_timings_of_a_device_are_kept_by_its_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    version = tmp_path / "version"
+    version.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5\n")
+    device = Device(name="Card", kind="cuda", memory_bytes=Fact(value=GIB, source="", date=""))
+    here = Machine(name="Card of this machine", device=device, is_here=True)
+    request = Request(job_ref=JobRef(spec="char-lm"), machine=here)
+    monkeypatch.setattr(
+        devices, "_DRIVERS", {"NVIDIA": (version, version), "AMD": (tmp_path / "no", version)}
+    )
+    assert calibrated_device(request) == "Card, NVIDIA driver 550.54.15"
+    assert (
+        calibrated_device(dataclasses.replace(request, machine=dataclasses.replace(here, is_here=False)))
+        == ""
+    )

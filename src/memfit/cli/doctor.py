@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import os
@@ -9,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -21,13 +22,18 @@ from memfit.runtime.child_process import dying_with_parent
 from memfit.types.errors import MemfitError
 from memfit.types.units import format_bytes, format_seconds
 
+if TYPE_CHECKING:
+    from memfit.types.machine import Machine
+
 # Optional package -> the extra of memfit that installs it.
 EXTRAS: Final[Mapping[str, str]] = {"bitsandbytes": "lowbit", "torchao": "lowbit", "peft": "lora"}
-# Whose driver a file shows, and how to install a build of torch for its devices.
-_DRIVERS: Final[Mapping[str, str]] = {"NVIDIA": "/proc/driver/nvidia/version", "AMD": "/dev/kfd"}
-_BUILDS: Final[Mapping[str, str]] = {
-    "NVIDIA": "pip install --force-reinstall torch  (on Linux: the build for CUDA)",
-    "AMD": "install torch's build for ROCm: https://pytorch.org/get-started/locally has the command",
+# Vendor -> torch's name for the software of its devices, and how to install torch's build for it.
+_BUILDS: Final[Mapping[str, tuple[str, str]]] = {
+    "NVIDIA": ("CUDA", "pip install --force-reinstall torch  (on Linux: the build for CUDA)"),
+    "AMD": (
+        "ROCm",
+        "pip install --force-reinstall torch --index-url URL  (see pytorch.org/get-started/locally: ROCm)",
+    ),
 }
 _IMPORT_LIMIT_S: Final = 120.0
 _IMPORTED: Final = "memfit: imported"  # a line of its own, as modules may print while they are imported
@@ -85,7 +91,7 @@ def doctor(options: InstallOptions, store: StoreOptions, output: JsonOptions) ->
         checks_by_group = {"machine": list(machine()), "tools": list(tools())}
         progress("packages", 0, 0, ", ".join(EXTRAS))
         checks_by_group["packages"] = packages(EXTRAS)
-        checks_by_group["techniques"] = techniques(checks_by_group["packages"])
+        checks_by_group["techniques"] = techniques(checks_by_group["packages"], _machine_here())
         checks_by_group["engines"] = list(engines())
         checks_by_group["files"] = list(files(store))
     if output.json:
@@ -147,11 +153,14 @@ def torch_check() -> Check:
 
 
 def accelerator_checks() -> Iterator[Check]:
-    """Yield one check for each accelerator that torch finds, with its product name and its memory, or a
-    single one if it finds none. That one fails if the machine has the driver of a GPU which this build of
-    torch cannot use; ``fix`` then installs a build that can."""
-    from memfit.runtime.devices import accelerator_kind, accelerators
+    """Yield information on the drivers of accelerators, then one check for each accelerator that torch finds,
+    with its product name and its memory, or a single one if it finds none. That one fails if there is a
+    driver; ``fix`` then installs a build of torch that can use it, unless this one should."""
+    from memfit.runtime.devices import accelerator_kind, accelerators, loaded_drivers, torch_build
 
+    drivers = loaded_drivers()
+    for vendor, version in drivers.items():
+        yield Check(name="driver", ok=None, detail=f"{vendor}, version {version or 'unknown'}")
     try:
         devices = accelerators()
     except MemfitError as error:
@@ -164,12 +173,16 @@ def accelerator_checks() -> Iterator[Check]:
             detail += f", of which each process takes {format_bytes(accelerator.context_bytes)}"
         yield Check(name=accelerator.device, ok=True, detail=detail)
     if not accelerator_kind():
-        driver = next((name for name, path in _DRIVERS.items() if Path(path).exists()), None)
-        if driver is None:
+        if not drivers:
             yield Check(name="accelerator", ok=None, detail="none: memfit trains on the processor")
-        else:
-            detail = f"there is a driver of {driver}, but this build of torch cannot use the device"
-            yield Check(name="accelerator", ok=False, detail=detail, fix=_BUILDS[driver])
+            return
+        vendor = next(iter(drivers))
+        needed_build, fix = _BUILDS[vendor]
+        detail = f"there is a driver of {vendor}, but this build of torch cannot use it"
+        if (build := torch_build()).startswith(needed_build):
+            detail = f"there is a driver of {vendor}, and torch is built for {build}, but it finds no device"
+            fix = f"see whether the driver supports {build}, and whether a variable hides the devices"
+        yield Check(name="accelerator", ok=False, detail=detail, fix=fix)
 
 
 def tools() -> Iterator[Check]:
@@ -197,13 +210,20 @@ def allocator_check() -> Check:
 
 
 def cap_check() -> Check:
-    """Check how the memory of runs can be capped: by a cgroup of each run or, if cgroups cannot be created
-    here, by RLIMIT_DATA. The check fails if neither is possible."""
+    """Check how the memory of runs can be capped: on an accelerator by a memory fraction; on the processor by
+    a cgroup of each run or, if cgroups cannot be created here, by RLIMIT_DATA. The check fails if neither of
+    these two is possible."""
     from memfit.runtime.cgroup import Group
 
-    name = "memory cap"
+    name, on_device = "memory cap", ""
+    with contextlib.suppress(ImportError, OSError):
+        from memfit.runtime.devices import accelerator_kind, has_memory_fraction
+
+        if kind := accelerator_kind():
+            cap = "a memory fraction" if has_memory_fraction(kind) else "none"
+            on_device = f"{cap} of the accelerator's memory; on the processor: "
     if Group.of(os.getpid()) is not None:
-        return Check(name=name, ok=True, detail="each run has a cgroup of its own")
+        return Check(name=name, ok=True, detail=f"{on_device}each run has a cgroup of its own")
     try:
         from memfit.runtime.memory import data_bytes
 
@@ -211,8 +231,10 @@ def cap_check() -> Check:
     except (ImportError, OSError):
         can_limit_data = False
     if can_limit_data:
-        return Check(name=name, ok=True, detail="RLIMIT_DATA of each run (cgroups cannot be created here)")
-    return Check(name=name, ok=False, detail="none: this system has no /proc, so runs cannot be capped")
+        detail = f"{on_device}RLIMIT_DATA of each run (cgroups cannot be created here)"
+        return Check(name=name, ok=True, detail=detail)
+    detail = f"{on_device}none: this system has no /proc, so runs cannot be capped"
+    return Check(name=name, ok=False, detail=detail)
 
 
 def meter_check() -> Check:
@@ -294,18 +316,35 @@ def _imported_count(output: bytes) -> int:
     return output.splitlines().count(_IMPORTED.encode())
 
 
-def techniques(checks: Sequence[Check]) -> list[Check]:
-    """Return one check for each of memfit's techniques. It fails if one of the optional packages that the
-    technique needs failed in ``checks``, those of `packages`; the detail then says why, otherwise what the
-    technique does. If memfit's techniques cannot be imported at all, return a single failed check."""
+def _machine_here() -> Machine | None:
+    """Return this machine, None if torch or its accelerator cannot be used."""
+    try:
+        from memfit.runtime.local_machine import this_machine
+
+        return this_machine("world")
+    except (ImportError, OSError, MemfitError):
+        return None
+
+
+def techniques(checks: Sequence[Check], here: Machine | None = None) -> list[Check]:
+    """Return one check for each of memfit's techniques. It fails if the devices of the machine ``here``
+    cannot run it, and if one of the optional packages that the technique needs failed in ``checks``, those of
+    `packages`; the detail then says why, otherwise what the technique does. If memfit's techniques cannot be
+    imported at all, return a single failed check."""
     quiet_libraries()
     try:
-        from memfit.techniques.registry import TECHNIQUES
+        from memfit.techniques.registry import TECHNIQUES, unsupported_techniques
     except (ImportError, OSError, MemfitError) as error:
         return [Check(name="techniques", ok=False, detail=_one_line(str(error)))]
     failed_checks = {check.name: check for check in checks if not check.ok}
+    not_here: set[str] = set()
+    if here is not None:
+        kind = here.device.kind
+        not_here = {t.name for t in TECHNIQUES.values() if not t.runs_on(kind)} | unsupported_techniques(here)
     return [
-        _technique(t.name, t.summary, [failed_checks[p] for p in t.needs if p in failed_checks])
+        Check(name=t.name, ok=False, detail=f"cannot run on {here.device.name}: {t.summary}")
+        if here is not None and t.name in not_here
+        else _technique(t.name, t.summary, [failed_checks[p] for p in t.needs if p in failed_checks])
         for t in TECHNIQUES.values()
     ]
 

@@ -32,7 +32,7 @@ def compare_engines(
     """Print for each engine whether it supports the plan of --plan or --recommended, else plain training; its
     predicted peak memory and step time; and facts about its installation and maintenance."""
     plan = plan_file(plan_options)
-    job_request = request(job, search_options, runtime, on.on)
+    job_request = request(job, search_options, runtime, on.on, plans=[plan] if plan else [])
     workload = print_workload_of(job_request, lang="en", quiet=as_json)
     with Bars("en") as progress:
         from memfit.workflows.engine_comparison import choices

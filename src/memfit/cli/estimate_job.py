@@ -87,7 +87,7 @@ def estimate_job(  # noqa: PLR0913
     ``files``. ``plan_paths``: the plan files of the command line. Raises UserError for options that do not go
     together."""
     plans = _plans(plan_paths, files, plan_options)
-    job_request = request(job, search_options, runtime, on.on)
+    job_request = request(job, search_options, runtime, on.on, plans=plans)
     workload = print_workload_of(job_request, lang=lang, quiet=as_json)
     with Bars(lang) as progress:
         from memfit.workflows import proof_of_concept

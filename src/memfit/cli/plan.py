@@ -238,7 +238,13 @@ def plan(  # noqa: PLR0913
         english_only(output, mode)
         script = script_of(diff, largest.plans)
         job_request = request(
-            job, search_options, runtime, on.on, ranks=run.nproc, bounds=bounds_of(job, limits, on.on)
+            job,
+            search_options,
+            runtime,
+            on.on,
+            ranks=run.nproc,
+            bounds=bounds_of(job, limits, on.on),
+            has_nproc=True,
         )
         _print_diff_or_largest(script, job_request, largest, run, save, output)
         return
@@ -266,7 +272,13 @@ def plan(  # noqa: PLR0913
             write_plan(save.save, read_plan, note=f"for {job.spec}, read from {read_from}")
         raise typer.Exit(0 if fits else 3)
     job_request = request(
-        job, search_options, runtime, on.on, ranks=run.nproc, bounds=bounds_of(job, limits, on.on)
+        job,
+        search_options,
+        runtime,
+        on.on,
+        ranks=run.nproc,
+        bounds=bounds_of(job, limits, on.on),
+        has_nproc=True,
     )
     if from_options.corrected_by is not None:
         job_request = _corrected(job_request, from_options)

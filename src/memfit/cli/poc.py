@@ -113,6 +113,7 @@ def poc(
         device_here(device),
         ranks=options.nproc,
         bounds=Bounds(without=excluded_techniques(options.without)),
+        has_nproc=True,
     )
     from memfit.store import Store
 

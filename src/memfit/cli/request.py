@@ -36,9 +36,12 @@ def request(
     *,
     ranks: int = 1,
     bounds: Bounds | None = None,
+    has_nproc: bool = False,
+    plans: Sequence[Plan] = (),
 ) -> memfit.planner.request.Request:
     """Return the options as a request to the planner. ``on``: the machine, as in --on; ``ranks``: the number
-    of processes, as in --nproc; ``bounds``: further limits on the plan, None for none. Memory, accuracy,
+    of processes, as in --nproc; ``bounds``: further limits on the plan, None for none; ``has_nproc``: whether
+    the command has the option --nproc; ``plans``: those that the user gave. Memory, accuracy,
     machine and number of processes are checked before torch is loaded; the job itself is not built yet.
     Raises UserError for an invalid option, and if ``ranks`` is neither 1 nor the machine's number of devices,
     unless its devices are CPUs. Warns on standard error of modules beside the job's file that it imports but
@@ -51,7 +54,8 @@ def request(
         machine = with_host_memory(machine, parse_bytes(search_options.host_memory))
     count = machine.device_count
     if machine.is_here and not machine.device.is_host:
-        _say_device(machine, ranks)
+        use_all = "--nproc {0} uses all {0}" if has_nproc else "`memfit plan --nproc {0}` plans for all {0}"
+        _say_device(machine, ranks, "" if any(plan.ranks > 1 for plan in plans) else use_all)
     elif ranks > 1 and not machine.device.is_host and ranks != count:
         from memfit import catalog
 
@@ -133,9 +137,10 @@ def parse_cap(memory: str | None, machine: Machine | None = None) -> int | None:
     return min(cap_bytes, most_bytes)
 
 
-def _say_device(machine: Machine, ranks: int) -> None:
-    """Print to standard error on which accelerator of this machine runs train, and how to use all of them if
-    there are several. Raises UserError if there are more ranks than accelerators."""
+def _say_device(machine: Machine, ranks: int, use_all: str) -> None:
+    """Print to standard error on which accelerator of this machine runs train. If there are more than
+    ``ranks``, also print ``use_all``, how to use all of them, with their number in place of {0}. Raises
+    UserError if there are more ranks than accelerators."""
     count, name = machine.device_count, machine.device.name
     if ranks > count:
         raise UserError(
@@ -143,7 +148,7 @@ def _say_device(machine: Machine, ranks: int) -> None:
             allowed=f"1 to {count}, one process for each device",
             hint="`--on this:cpu` uses the processor, with any number of processes",
         )
-    unused = f"; --nproc {count} uses all {count}" if ranks < count else ""
+    unused = f"; {use_all.format(count)}" if use_all and ranks < count else ""
     print(f"memfit: device: {name} ({machine.device.kind}){unused}", file=sys.stderr)
 
 

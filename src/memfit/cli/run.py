@@ -239,7 +239,8 @@ def run(
     stall_s = parse_duration(options.stall_limit) if options.stall_limit is not None else None
     frontier: tuple[Plan, ...] = ()
     job_request = dataclasses.replace(
-        request(job, search_options, runtime, device_here(device)), timeout_s=timeout_s
+        request(job, search_options, runtime, device_here(device), plans=[plan] if plan else []),
+        timeout_s=timeout_s,
     )
     from memfit.store import Store
 
@@ -465,7 +466,13 @@ def lines(run: Run) -> Iterator[str]:
         from memfit.cli.autopsy import in_one_line
         from memfit.monitoring.autopsy import diagnose_run
 
-        yield f"  why     {in_one_line(diagnose_run(measurement.reason, measurement.steps_done))}"
+        diagnosis = diagnose_run(
+            measurement.reason,
+            measurement.steps_done,
+            message=measurement.oom_message,
+            device=run.spec.device,
+        )
+        yield f"  why     {in_one_line(diagnosis)}"
     if measurement.peak_bytes is not None:
         yield f"  peak    {_peak(run, measurement.peak_bytes)}, {measurement.peak_source}"
     yield from _resident_lines(run)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Self
 from unittest import mock
 
@@ -71,7 +72,7 @@ class PartReach:
         outs = []
         try:
             for change in changes:
-                with torch.no_grad(), torch.random.fork_rng(_devices(inputs)):
+                with torch.no_grad(), _kept_generators(inputs):
                     args, kwargs = _pytree.tree_map_only(torch.Tensor, change, inputs)
                     outs.append(inner(*args, **kwargs))
         finally:
@@ -94,9 +95,14 @@ class PartReach:
         return CrossRankReads(reached=self.reached, local_only=self.local_only)
 
 
-def _devices(args: Any) -> list[int]:
+def _kept_generators(args: Any) -> AbstractContextManager[None]:
+    """Return a context that restores the random number generators of the host and of the accelerators that
+    hold tensors of ``args``, which are of one kind."""
     leaves = _pytree.tree_leaves(args)
-    return sorted({t.device.index for t in leaves if isinstance(t, torch.Tensor) and t.is_cuda})
+    devices = {t.device for t in leaves if isinstance(t, torch.Tensor) and t.device.index is not None}
+    if not devices:
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng([d.index for d in devices], device_type=devices.pop().type)
 
 
 def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from memfit.conformance.findings import Checked, CheckFinding, NotChecked, join_
 from memfit.conformance.observation import Observations
 from memfit.conformance.planned_shards import persists, shard_degree
 from memfit.techniques.rank_mesh import layout
+from memfit.types.device_kind import HOST
 from memfit.types.plan import Plan
 
 _ALL_RATIO = 0.9  # fraction of bytes
@@ -130,7 +131,7 @@ def offloaded_states(plan: Plan, observed: Observations) -> Iterator[CheckFindin
     if use is None:
         return
     planned_names = _planned_on_host(str(use.settings["offload"]))
-    on_host = observed.saved.device in ("", "cpu")
+    on_host = observed.saved.device in ("", HOST)
     found_names = observed.offload_policy if on_host else _on_devices(plan, observed, planned_names)
     feature = f"{use.technique}: offload"
     if use.settings.get("nvme", "none") != "none":
@@ -171,7 +172,7 @@ def _on_devices(plan: Plan, observed: Observations, planned_names: Sequence[str]
 
 def _on_host(bytes_and_devices: Sequence[tuple[int, str]], is_planned: bool) -> bool:
     all_bytes = sum(size for size, _ in bytes_and_devices)
-    host_bytes = sum(size for size, device in bytes_and_devices if device == "cpu")
+    host_bytes = sum(size for size, device in bytes_and_devices if device == HOST)
     return host_bytes > all_bytes * (_ALL_RATIO if is_planned else 0.5) if all_bytes else is_planned
 
 

@@ -28,6 +28,7 @@ from memfit.conformance.sharding import (
 )
 from memfit.model.blocks import find_head
 from memfit.techniques.optimizers import innermost
+from memfit.types.device_kind import HOST
 from memfit.types.errors import UserError
 
 
@@ -227,7 +228,7 @@ def optimizer_classes(optimizer: Any) -> frozenset[str]:
 def _kernel(group: dict[str, Any]) -> str:
     if group.get("fused"):
         return "fused"
-    on_host = all(p.device.type == "cpu" for p in group["params"])
+    on_host = all(p.device.type == HOST for p in group["params"])
     foreach = group.get("foreach")
     return "foreach" if foreach or (foreach is None and not on_host) else "single"
 

@@ -13,6 +13,7 @@ from memfit.conformance.findings import Checked, CheckFinding, NotChecked, join_
 from memfit.conformance.observation import Observations, ObservedState
 from memfit.techniques import float8
 from memfit.techniques.imported_optimizer import optimizer_class
+from memfit.types.device_kind import HOST
 from memfit.types.plan import Plan
 
 # Elements. bitsandbytes and torchao keep states of smaller parameters in float32. torchao also does so if a
@@ -45,7 +46,7 @@ def offloaded_activations(plan: Plan, observed: Observations) -> Iterator[CheckF
     if use is None:
         return
     saved, minimum_bytes = observed.saved, int(use.settings["minimum_kib"]) * 1024
-    if use.settings["to"] == "host" and saved.device == "cpu":
+    if use.settings["to"] == "host" and saved.device == HOST:
         yield NotChecked(
             "activation-offload: the step runs in host memory, so there is no other memory to offload to"
         )

@@ -7,7 +7,7 @@ from memfit.cost.host import HostTensors, host_memory, known_host, oom_probabili
 from memfit.cost.memory import MemoryProfile, memory_profile, step_ops
 from memfit.cost.memory_estimate import UNKNOWN_FOOTPRINT, footprint
 from memfit.cost.money import bill, hosts_w
-from memfit.cost.op_time import TimeModel
+from memfit.cost.op_time import TimeModel, step_basis
 from memfit.cost.step_time import simulate_step
 from memfit.cost.step_time_calibration import factor
 from memfit.cost.stream_simulator import SimulatedStep
@@ -70,6 +70,7 @@ def estimate(
         at_peak_bytes=profile.at_peak_bytes,
         by_module_bytes=profile.by_module_bytes,
         step_s=_step_interval(step_s, calibration, machine) if step_s is not None else None,
+        step_basis=step_basis(machine.device, calibration) if step_s is not None else "",
         flops_per_step=sum(op.flops * times for op, times in ops),
         energy_j=cost.energy_j,
         energy_boundary=modelled_boundary(machine),

@@ -138,6 +138,16 @@ def time_model(device: Device, calibration: Calibration, seen: Iterable[OpCall] 
     return dataclasses.replace(base_model, curves=_curves(base_model, seen))
 
 
+def step_basis(device: Device, calibration: Calibration) -> str:
+    """Return what a step time by `time_model` rests on: "timed" if the device was calibrated, "published" if
+    it is an accelerator whose figures in the catalog are all published, else "assumed"."""
+    if calibration.flops_s:
+        return "timed"
+    facts = [*device.peak_flops.values(), device.bandwidth_bytes_s]
+    is_published = all(fact is not None and fact.kind == "published" for fact in facts)
+    return "published" if is_published and not device.is_host else "assumed"
+
+
 def _curves(model: TimeModel, ops: Iterable[OpCall]) -> dict[tuple[str, str], list[tuple[float, float]]]:
     points: dict[tuple[str, str], dict[float, float]] = defaultdict(dict)
     for op in {o.signature: o for o in ops}.values():

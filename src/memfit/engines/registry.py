@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from memfit.engines import accelerate, colossalai, deepspeed, fairscale, megatron, native, replay
 from memfit.engines.base import Engine
 from memfit.techniques.rank_mesh import layout
-from memfit.types.device_kind import CUDA, HOST
+from memfit.types.device_kind import HOST, device_kind
 from memfit.types.errors import UserError, look_up
 from memfit.types.launch import LaunchConfig, RunSpec
 from memfit.types.plan import Plan
@@ -55,7 +55,7 @@ def ready_engine(name: str, plan: Plan, device: str = HOST) -> Engine:
     `supporting_engine`; an error that names the parts of the plan that require CUDA; or one that says what is
     wrong with the installation and gives the command that installs a tested version."""
     candidate = supporting_engine(name, plan)
-    if device != CUDA and (cuda_only_parts := candidate.asks_cuda(plan)):
+    if not device_kind(device).runs_cuda and (cuda_only_parts := candidate.asks_cuda(plan)):
         where = "the CPU ranks of memfit's runs" if device == HOST else f"devices of the kind {device!r}"
         raise UserError(
             f"engine {name} cannot train this plan on {where}: {', '.join(cuda_only_parts)} requires CUDA",

@@ -20,6 +20,7 @@ from memfit.monitoring.record import RankRecord, WatchRecord
 from memfit.monitoring.remedies import advice_for, capture_for
 from memfit.monitoring.traceback_text import TracebackText, read_tracebacks
 from memfit.monitoring.training_log import NumberSeries, TrainingLog, outlier, read_training_log
+from memfit.types.device_kind import HOST
 from memfit.types.peer_errors import PEER_ERRORS
 from memfit.types.units import GIB, format_bytes
 
@@ -586,15 +587,18 @@ def _log_of(record: RankRecord) -> TrainingLog:
     )
 
 
-def diagnose_run(reason: str, steps_done: int) -> Diagnosis:
+def diagnose_run(reason: str, steps_done: int, *, message: str = "", device: str = HOST) -> Diagnosis:
     """Return why a run of memfit ended whose outcome is out of memory. ``reason``: what its worker reported.
-    ``steps_done``: optimizer steps that it finished."""
+    ``steps_done``: optimizer steps that it finished. ``message``: of the allocator, with the error's class.
+    ``device``: the kind on which the run trained; its memory ran out if torch's error for devices was raised,
+    also where the message cannot be read."""
     kills = list(host_kills([reason]))
     if kills:
         return _killed(kills[-1], None)
-    failure = next(iter(allocation_failures([reason])), None)
+    failure = next(iter(allocation_failures([message or reason])), None)
     if failure is None:
-        failure = AllocationFailure(device="cpu", row=0, text=reason)
+        on = device if message.startswith("OutOfMemoryError") else HOST
+        failure = AllocationFailure(device=on, row=0, text=message or reason)
     log = TrainingLog(
         last_step=steps_done, epochs=0, in_evaluation=False, progress_rows=(), memory=None, samples=()
     )

@@ -37,7 +37,7 @@ from memfit.cost.host import HostTensors, host_memory, known_host, oom_probabili
 from memfit.cost.memory import levels, step_ops
 from memfit.cost.memory_estimate import ASSUMED_RESERVED_RATIO, sketch_footprint
 from memfit.cost.money import bill
-from memfit.cost.op_time import TimeModel, nominal_s, time_model
+from memfit.cost.op_time import TimeModel, nominal_s, step_basis, time_model
 from memfit.cost.recompute_ilp import GAP_RATIO
 from memfit.cost.step_time import host_bytes_s, simulate_step, sketched_s
 from memfit.cost.step_time_calibration import factor
@@ -805,6 +805,7 @@ class Predictor:
             at_peak_bytes={},
             by_module_bytes={},
             step_s=interval_of_rates(step_s, _SKETCH_TIME_RATIO) if step_s is not None else None,
+            step_basis=step_basis(self.machine.device, self.calibration) if step_s is not None else "",
             flops_per_step=int(micros * vector[_FLOPS]),
             energy_j=cost.energy_j,
             energy_boundary=modelled_boundary(self.machine),

@@ -16,6 +16,7 @@ from memfit.planner.selection import (
 )
 from memfit.runtime import local_machine
 from memfit.runtime.child_process import run
+from memfit.runtime.devices import loaded_drivers
 from memfit.store.calibration import CalibrationCache, selected
 from memfit.techniques.registry import make_plain_plan
 from memfit.types import serialization
@@ -147,9 +148,11 @@ _LONGEST_RATIO = 20.0  # of the nominal budget: no machine should take longer
 
 def calibrated_device(request: Request) -> str:
     """Return under which name the calibration of the request's device is stored: "" for the processor, else
-    the product name of the accelerator."""
+    the product name of the accelerator and the versions of the drivers that are loaded."""
     device = request.machine.device
-    return "" if device.is_host or not request.is_here else device.name
+    if device.is_host or not request.is_here:
+        return ""
+    return ", ".join([device.name, *(f"{v} driver {number}" for v, number in loaded_drivers().items())])
 
 
 def _threads(request: Request) -> int:

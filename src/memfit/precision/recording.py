@@ -168,8 +168,9 @@ class _Computing(TorchDispatchMode):
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
     """Within the context, disable dropout (functions named so, and that of attention), and start from the
-    same random numbers each time. The state of the random number generators is restored afterwards."""
-    with torch.random.fork_rng(), _WithoutDropout():
+    same random numbers each time. The state of the host's generator is restored afterwards; modules are
+    measured there."""
+    with torch.random.fork_rng(devices=[]), _WithoutDropout():
         torch.manual_seed(0)
         yield
 

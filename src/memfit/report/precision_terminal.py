@@ -31,6 +31,7 @@ def print_advice(advice: PrecisionAdvice, *, console: Console, lang: str) -> Non
         job=advice.job,
         size=advice.size,
         dtype=advice.dtype,
+        device=advice.device,
         batches=advice.batches_count,
         steps=advice.trained_steps,
     )

@@ -98,7 +98,7 @@ def print_search(
     considered = _text(view.considered, words)
     title = words.get("terminal.search", goal=goal, cap=cap, considered=considered)
     console.print(Text(title, style="bold"))
-    console.print(Text(_plain_line(view, cap, words)))
+    console.print(Text(_plain_line(view, result.baseline.estimate, cap, words)))
     if view.baseline.host_short and (host := _host(result.baseline.estimate, words)) is not None:
         console.print(Text(host))
     if result.cap_reason.startswith("demonstration"):
@@ -216,6 +216,7 @@ def print_estimate(estimate: Estimate, *, console: Console, lang: str, title: st
     """
     words, view = load_words(lang), estimate_view(estimate)
     peak, low, high, step = (_text(f, words) for f in (view.peak, view.low, view.high, view.step))
+    step = _with_basis(step, estimate, words)
     title = words.get("terminal.estimate", plan=view.plan) if title is None else title
     console.print(Text(title, style="bold"))
     console.print(Text(words.get("terminal.peak_line", peak=peak, low=low, high=high, step=step)))
@@ -396,10 +397,18 @@ def _effort(effort: Effort, words: Words) -> str:
     )
 
 
-def _plain_line(view: SearchView, cap: str, words: Words) -> str:
+def _with_basis(step: str, estimate: Estimate, words: Words) -> str:
+    """Return the text of the estimate's step time with what it rests on."""
+    if not estimate.step_basis:  # no step time, or of an older version
+        return step
+    return words.get("text.with_note", text=step, note=words.name("step_basis", estimate.step_basis))
+
+
+def _plain_line(view: SearchView, estimate: Estimate, cap: str, words: Words) -> str:
     plain = view.baseline
     fits = words.get("text.fits" if plain.fits or plain.host_short else "text.does_not_fit")
     need, peak, step = (_text(figure, words) for figure in (_need(plain), plain.peak, plain.step))
+    step = _with_basis(step, estimate, words)
     placeholders = {"needed": need, "peak": peak, "step": step, "fits": fits, "cap": cap}
     if plain.device is None:
         return words.get("terminal.baseline", **placeholders)

@@ -15,11 +15,13 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
 import time
 import weakref
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from memfit.runtime.child_process import child_environment, dying_with_parent
@@ -34,6 +36,12 @@ if TYPE_CHECKING:
 _SAMPLING_S: Final = 0.0005
 _DESCRIBE_LIMIT_S: Final = 120.0
 _INSTEAD: Final = "`--on this:cpu` uses the processor instead"
+_BUILDS: Final = {"hip": "ROCm", "cuda": "CUDA", "xpu": "XPU"}  # attribute of torch.version -> its name
+# Vendor -> the file that its driver makes, and the file that has the driver's version.
+_DRIVERS: Final = {
+    "NVIDIA": (Path("/proc/driver/nvidia/version"), Path("/proc/driver/nvidia/version")),
+    "AMD": (Path("/dev/kfd"), Path("/sys/module/amdgpu/version")),
+}
 _SAFE_PATH: Final = "PYTHONSAFEPATH"  # as for every worker (engines/native.py)
 
 
@@ -153,6 +161,38 @@ def driver_used_bytes(device: torch.device) -> int | None:
     the driver does not tell."""
     board = _board(device)
     return None if board is None else board.used_bytes()
+
+
+def loaded_drivers() -> dict[str, str]:
+    """Return the version of each accelerator driver that this system has loaded, by vendor, as far as memfit
+    knows where to look; "" where the version is unknown."""
+    return {vendor: _version(file) for vendor, (path, file) in _DRIVERS.items() if path.exists()}
+
+
+def _version(file: Path) -> str:
+    """Return the first number with points in a file, "" without one."""
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    match = re.search(r"\b\d+(\.\d+)+", text)
+    return match[0] if match else ""
+
+
+def torch_build() -> str:
+    """Return for which accelerators this build of torch was made, with the version of their software, such as
+    "CUDA 12.8" or "ROCm 6.4". "" if for none of those that torch names."""
+    import torch
+
+    versions = {name: getattr(torch.version, key, None) for key, name in _BUILDS.items()}
+    return next((f"{name} {version}" for name, version in versions.items() if version), "")
+
+
+def has_memory_fraction(kind: str) -> bool:
+    """Return whether torch can limit the memory that its allocator takes from devices of this kind."""
+    import torch
+
+    return hasattr(_module(torch.device(kind)), "set_per_process_memory_fraction")
 
 
 def device_name(device: torch.device) -> str:

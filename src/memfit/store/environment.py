@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -30,16 +30,20 @@ VARIABLES: Final = (
 _UNKNOWN: Final = "unknown"
 
 
-def fingerprint() -> Mapping[str, str]:
+def fingerprint(accelerators: Sequence[str] = ()) -> Mapping[str, str]:
     """Return facts about this machine and its software, name -> text: "python" (interpreter), "system",
-    "libc", "processor", "cores" (physical and logical), "ram_bytes", "accelerators" (NVIDIA GPUs), the
+    "libc", "processor", "cores" (physical and logical), "ram_bytes", "accelerators" (the names in
+    ``accelerators``, or if there are none the GPUs that NVIDIA's driver knows: torch is not loaded), the
     versions of `PACKAGES` under their names, and the values of the environment `VARIABLES` under their names
     with "env " before. What cannot be determined is "unknown", a missing package "not installed", no
     accelerator "none seen", and a variable that is not set "unset".
 
     No host name, user name or path is among the facts unless a variable contains it, so that a record can be
     shared."""
-    return _software() | _hardware() | {f"env {name}": os.environ.get(name, "unset") for name in VARIABLES}
+    hardware = _hardware()
+    if accelerators:
+        hardware["accelerators"] = ", ".join(accelerators)
+    return _software() | hardware | {f"env {name}": os.environ.get(name, "unset") for name in VARIABLES}
 
 
 def digest(environment: Mapping[str, str]) -> str:

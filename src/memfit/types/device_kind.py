@@ -34,6 +34,7 @@ class DeviceKind:
     - ``visible_variable``: the environment variable that says which of its devices a process sees; "": none.
     - ``nvml``: NVIDIA's management library knows its energy and memory.
     - ``bitsandbytes``: bitsandbytes has kernels for it.
+    - ``runs_cuda``: code that was written for ``torch.cuda``, as parts of engines are, runs on it.
     - ``checked``: predictions were compared with measurements on devices of this kind.
     """
 
@@ -50,6 +51,7 @@ class DeviceKind:
     visible_variable: str = ""
     nvml: bool = False
     bitsandbytes: bool = False
+    runs_cuda: bool = False
     checked: bool = False
 
     def __post_init__(self) -> None:
@@ -101,6 +103,7 @@ add_device_kind(
         visible_variable="CUDA_VISIBLE_DEVICES",
         nvml=True,
         bitsandbytes=True,
+        runs_cuda=True,
         checked=True,
     )
 )

@@ -67,6 +67,7 @@ class Estimate:
     by_module_bytes: Mapping[str, int]  # bytes at the peak by path of the module that made them
     step_s: Interval | None
     flops_per_step: int
+    step_basis: str = ""  # rates behind step_s: "timed" here, "published" or "assumed"; "": no step_s
     energy_j: float | None = None  # per step
     energy_boundary: str = ""  # e.g. "package (modelled: power x time)"
     usd: float | None = None  # per step
@@ -191,6 +192,7 @@ class Measurement:
 
     outcome: OutcomeKind
     reason: str = ""  # what happened, in one line, unless the outcome is ok
+    oom_message: str = ""  # what the allocator said that found no memory, with its class
     steps_done: int = 0
     first_step: int = 0  # counted from 0; above it if the run resumed from a checkpoint
     failed_after_rank: int | None = None  # the rank whose failure made this one fail

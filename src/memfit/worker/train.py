@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     MakeStep = Callable[..., TrainingStep]
 
 TIMELINE_POINTS = 400
+_LONGEST_MESSAGE = 1000  # characters that are kept of an allocator's message
 # On CPUs a step may take longer than torch's default of half an hour.
 _COLLECTIVE_LIMIT = datetime.timedelta(days=7)
 
@@ -439,7 +440,7 @@ def _guarded(job: Job, spec: RunSpec, gauge: _Gauge, limit: MemoryLimit | None) 
     from memfit.runtime.memory_cap import is_oom_error
     from memfit.worker.degraded_training import scores_by_endpoint
 
-    outcome, reason, digest = OutcomeKind.OK, "", ""
+    outcome, reason, oom_message, digest = OutcomeKind.OK, "", "", ""
     scores: Mapping[str, float] = {}
     meter = EnergyMeter(str(gauge.device))
     energy: tuple[float | None, str] = (None, "")
@@ -470,11 +471,25 @@ def _guarded(job: Job, spec: RunSpec, gauge: _Gauge, limit: MemoryLimit | None) 
         if not is_oom_error(error):
             raise
         gauge.turn(gauge.phase)
-        outcome, reason = OutcomeKind.OOM, _oom_text(gauge.phase, gauge.first + len(gauge.losses))
+        outcome, reason, oom_message = (
+            OutcomeKind.OOM,
+            _oom_text(gauge.phase, gauge.first + len(gauge.losses)),
+            _message(error),
+        )
     gauge.resident.sample(whole=True)
     if outcome is OutcomeKind.OK and limit is not None and (passed := _passed_cap(spec, gauge, limit)):
         outcome, reason = OutcomeKind.FAILED, passed
-    return _measurement(spec, gauge, limit, outcome, reason, energy, scores, digest)
+    return dataclasses.replace(
+        _measurement(spec, gauge, limit, outcome, reason, energy, scores, digest), oom_message=oom_message
+    )
+
+
+def _message(error: Exception) -> str:
+    """Return the class and text of an error in one line, "" for one whose text may have the path of a
+    file."""
+    if isinstance(error, OSError):
+        return ""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_MESSAGE]
 
 
 def _oom_text(phase: str, done: int) -> str:

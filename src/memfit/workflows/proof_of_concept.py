@@ -35,6 +35,7 @@ from memfit.report.case import case_offers
 from memfit.report.html import write_html
 from memfit.report.words import load_words
 from memfit.runtime import local_machine
+from memfit.runtime.devices import accelerators
 from memfit.store.database import Store
 from memfit.store.environment import fingerprint
 from memfit.store.pocs import resolve_poc_id, store_attended_minutes, stored_poc
@@ -334,6 +335,7 @@ class _Story:
 
     def begin(self, original_request: Request) -> Poc:
         job, result, request = self.planning.job, self.planning.result, self.planning.request
+        is_host = request.machine.device.is_host
         # Other machines and sizes are only reported for one device, and for models that are traced quickly.
         metric, covers_other_sizes = job.metric, request.ranks == 1 and not is_long(self.planning.predictor)
         paper, offers = (
@@ -357,7 +359,7 @@ class _Story:
             metric_naive_name=metric.naive_name if metric else "",
             metric_margin_source=metric.margin_source if metric else "",
             machine=request.machine.name,
-            environment=fingerprint(),
+            environment=fingerprint([] if is_host else [a.name for a in accelerators()]),
             cap_bytes=self.planning.cap_bytes,
             cap_reason=self.planning.cap_reason,
             search=result,
