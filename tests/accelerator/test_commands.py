@@ -146,6 +146,21 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(
     assert losses == run["losses"]
 
 
+def test_what_cannot_train_on_the_device_is_refused_in_one_line(
+    job: str, memfit_on_device: Command, tmp_path: Path
+) -> None:
+    by_accelerate = memfit_on_device("run", job, "--steps", "1", "--engine", "accelerate")
+    assert by_accelerate.returncode == 2
+    assert "engine accelerate cannot train on devices of the kind 'sim'" in by_accelerate.stderr
+    moving = tmp_path / "moving.py"
+    moving.write_text(JOB.replace('"y": labels', '"y": labels.to("sim")'))
+    by_batch = memfit_on_device("estimate", f"{moving}:job")
+    assert by_batch.returncode == 2
+    assert by_batch.stderr.splitlines()[-1].startswith(
+        "memfit: make_batch returns tensors on sim:0; allowed: "
+    )
+
+
 def test_another_machine_is_refused_where_training_runs_here(job: str, memfit_on_device: Command) -> None:
     result = memfit_on_device("run", job, "--on", "H100-SXM")
     assert (result.returncode, result.stdout) == (2, "")

@@ -19,7 +19,13 @@ from memfit.cost.device_overhead import (
     with_workspaces,
 )
 from memfit.cost.estimate import estimate
-from memfit.cost.memory_estimate import UNKNOWN_FOOTPRINT, delay_frees, footprint, sketch_footprint
+from memfit.cost.memory_estimate import (
+    UNKNOWN_FOOTPRINT,
+    UNKNOWN_FOOTPRINT_HERE,
+    delay_frees,
+    footprint,
+    sketch_footprint,
+)
 from memfit.planner.capacity import needed_bytes
 from memfit.report.words import load_words
 from memfit.types.machine import Calibration, Device, Fact, Machine
@@ -225,8 +231,9 @@ def test_the_answer_for_a_kind_with_an_unknown_footprint_says_so_and_what_is_add
     """6 % of the tensors for the allocator, and 1 GiB for the context."""
     memory = Fact(value=64.0 * GIB, source="", date="")
 
-    def on(kind: str) -> Estimate:
-        machine = Machine(name="x", device=Device(name="x", kind=kind, memory_bytes=memory))
+    def on(kind: str, *, is_here: bool = False) -> Estimate:
+        device = Device(name="x", kind=kind, memory_bytes=memory)
+        machine = Machine(name="x", device=device, is_here=is_here)
         return estimate(
             traced(STRANDED), Plan(), machine=machine, calibration=Calibration(), model=None, step=None
         )
@@ -240,7 +247,24 @@ def test_the_answer_for_a_kind_with_an_unknown_footprint_says_so_and_what_is_add
     assert needed == int(unknown.allocated_bytes.value * 1.06) + GIB
     assert "6 % of the tensors" in UNKNOWN_FOOTPRINT
     assert "1 GiB" in UNKNOWN_FOOTPRINT
-    assert load_words("ja").of(UNKNOWN_FOOTPRINT) != UNKNOWN_FOOTPRINT
+    here = on("xpu", is_here=True)
+    assert UNKNOWN_FOOTPRINT_HERE in here.assumptions
+    assert UNKNOWN_FOOTPRINT not in here.assumptions
+    for text in (UNKNOWN_FOOTPRINT, UNKNOWN_FOOTPRINT_HERE):
+        assert load_words("ja").of(text) != text
+
+
+def test_the_process_beside_an_unknown_device_may_be_as_small_as_one_without_a_device() -> None:
+    def low_bytes(kind: str) -> float:
+        memory = Fact(value=64.0 * GIB, source="", date="")
+        machine = Machine(name="x", device=Device(name="x", kind=kind, memory_bytes=memory))
+        estimated = estimate(
+            traced(STRANDED), Plan(), machine=machine, calibration=Calibration(), model=None, step=None
+        )
+        assert estimated.host_bytes is not None
+        return estimated.host_bytes.low
+
+    assert low_bytes("another") < 0.38 * GIB < low_bytes("cuda")
 
 
 def test_an_unknown_context_size_leaves_device_memory_unknown_but_not_reserved() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from memfit.cost.device_overhead import with_workspaces
 from memfit.cost.host import HostTensors, host_memory, known_host, oom_probability, ranks_of_host
 from memfit.cost.memory import MemoryProfile, memory_profile, step_ops
-from memfit.cost.memory_estimate import UNKNOWN_FOOTPRINT, footprint
+from memfit.cost.memory_estimate import UNKNOWN_FOOTPRINT, UNKNOWN_FOOTPRINT_HERE, footprint
 from memfit.cost.money import bill, hosts_w
 from memfit.cost.op_time import TimeModel, step_basis
 from memfit.cost.step_time import simulate_step
@@ -63,6 +63,7 @@ def estimate(
     ops, local_ranks = step_ops(trace), ranks_of_host(plan, machine)
     step_s = step.step_s * factor(calibration, plan) if step is not None else None
     cost = bill(machine, step_s=step_s)
+    unknown = UNKNOWN_FOOTPRINT_HERE if machine.is_here else UNKNOWN_FOOTPRINT
     return Estimate(
         plan=plan,
         allocated_bytes=allocated,
@@ -92,7 +93,7 @@ def estimate(
         rank=trace.rank,
         assumptions=(
             *trace.assumptions,
-            *([UNKNOWN_FOOTPRINT] if memory.reserved_bytes is None and not machine.device.is_host else []),
+            *([unknown] if memory.reserved_bytes is None and not machine.device.is_host else []),
             *([unprobed_workspaces.assumption()] if unprobed_workspaces else []),
             *([_UNKNOWN_STORAGE] if trace.storage_bytes and step is None else []),
         ),

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 
 from memfit.cost.device_overhead import exceeds_probability
 from memfit.techniques.registry import technique
+from memfit.types.device_kind import device_kind
 from memfit.types.errors import UserError
 from memfit.types.machine import Fact, Host, Machine
 from memfit.types.plan import Plan
@@ -32,6 +33,8 @@ _MIB = 2**20
 _CPU_PROCESS = Interval(value=328 * _MIB, low=250 * _MIB, high=700 * _MIB)
 _CPU_GROUP_BYTES = 21 * _MIB
 _CUDA_PROCESS = Interval(value=2.5 * 2**30, low=1.0 * 2**30, high=5.0 * 2**30)
+# Other accelerators: from a process without libraries for devices to one with those of CUDA.
+_OTHER_PROCESS = dataclasses.replace(_CUDA_PROCESS, low=_CPU_PROCESS.low)
 # Private bytes of a forked DataLoader worker: 11 MiB measured directly after the fork; what its dataset
 # touches is added to that. A spawned worker imports torch again.
 _WORKER = Interval(value=64 * _MIB, low=11 * _MIB, high=400 * _MIB)
@@ -125,7 +128,8 @@ def host_memory(
     pinned. If it is not known how large its blocks are, only the upper end does, with the largest rounding.
     """
     ranks, cpu = ranks_of_host(plan, machine), machine.device.is_host
-    process = _times(_CPU_PROCESS if cpu else _CUDA_PROCESS, ranks)
+    on_device = _CUDA_PROCESS if device_kind(machine.device.kind).reserves_as_cuda else _OTHER_PROCESS
+    process = _times(_CPU_PROCESS if cpu else on_device, ranks)
     if cpu and plan.ranks > 1:
         process = _plus(process, _exactly(ranks * _CPU_GROUP_BYTES))
     offload = _times(_exactly(tensors.kept_bytes) if cpu else _offload(tensors, plan), ranks)

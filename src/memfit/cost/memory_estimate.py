@@ -29,9 +29,10 @@ ASSUMED_RESERVED_RATIO = (
     1.06  # reserved to allocated, median of 20 replayed plans; used for plans that were not traced
 )
 # One of an estimate's assumptions if its footprint is empty on an accelerator (planner/capacity.py).
-UNKNOWN_FOOTPRINT: Final = (
-    "6 % of the tensors' memory for the allocator and, on a device that is not in this machine, 1 GiB for "
-    "context and libraries; what this kind of device takes beside tensors is unknown"
+_UNKNOWN: Final = "what this kind of device takes beside tensors is unknown"
+UNKNOWN_FOOTPRINT_HERE: Final = f"6 % of the tensors' memory for the allocator; {_UNKNOWN}"
+UNKNOWN_FOOTPRINT: Final = (  # of a device that is not in this machine
+    f"6 % of the tensors' memory for the allocator and 1 GiB for context and libraries; {_UNKNOWN}"
 )
 
 

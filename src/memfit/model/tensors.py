@@ -7,6 +7,21 @@ from typing import Any
 import torch
 from torch.utils import _pytree
 
+from memfit.types.device_kind import HOST
+from memfit.types.errors import UserError
+
+
+def host_batch(batch: Any) -> Any:
+    """Return a job's batch unchanged. Raises UserError if it has tensors outside the host's memory."""
+    devices = sorted({str(t.device) for t in tensor_leaves(batch) if t.device.type != HOST})
+    if devices:
+        raise UserError(
+            f"make_batch returns tensors on {', '.join(devices)}",
+            allowed="tensors in the host's memory: memfit moves each batch to the device itself",
+            hint="leave .to(device) out of make_batch",
+        )
+    return batch
+
 
 def tensor_leaves(value: Any) -> list[torch.Tensor]:
     """Return the tensors in ``value``, also those in nested containers, in the order of torch's pytree."""

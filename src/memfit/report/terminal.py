@@ -15,7 +15,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from memfit.cost.memory_estimate import UNKNOWN_FOOTPRINT
+from memfit.cost.memory_estimate import UNKNOWN_FOOTPRINT, UNKNOWN_FOOTPRINT_HERE
 from memfit.report.choices import SPEAKING_FOR, search_view
 from memfit.report.quantities import (
     Figure,
@@ -146,9 +146,9 @@ def _print_cautions(
     unknown, that timings are noisy, and by the runs of which PoC the step times were corrected."""
     if result.unfinished:
         console.print(Text(words.get("terminal.unfinished"), style="bold yellow"))
-    choices = filter(None, (result.baseline, result.recommended))
-    if any(UNKNOWN_FOOTPRINT in choice.estimate.assumptions for choice in choices):
-        assumed_text = words.get("terminal.assumed", what=words.of(UNKNOWN_FOOTPRINT))
+    assumed = {a for c in filter(None, (result.baseline, result.recommended)) for a in c.estimate.assumptions}
+    for unknown in assumed & {UNKNOWN_FOOTPRINT, UNKNOWN_FOOTPRINT_HERE}:
+        assumed_text = words.get("terminal.assumed", what=words.of(unknown))
         console.print(Text(assumed_text, style="yellow"))
     if result.timings is not None and result.timings.noisy:
         console.print(Text(_noise(result.timings, words), style="yellow"))

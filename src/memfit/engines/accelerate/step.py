@@ -52,7 +52,7 @@ class Step(TrainingStep):
         has_fsdp = bool(content.get("fsdp_config"))
         if self.folder is None and not has_fsdp:
             return self._as_native()
-        self.accelerator = accelerator = _accelerator(content, plan, on_host=bench.torch_device == HOST)
+        self.accelerator = accelerator = _accelerator(content, plan, torch.device(bench.torch_device).type)
         if has_fsdp:
             refuse_scalars(self.model, "fsdp2")
             cast(Any, self.model)._no_split_modules = list(_block_classes(bench))
@@ -132,9 +132,8 @@ class _ThroughDeepspeed(step.Step, Step):
     def _initialized(self, model: torch.nn.Module, optimizer: OptimizerLike, config: dict[str, Any]) -> Any:
         assert self.folder is not None
         content = yaml.safe_load((self.folder / CONFIG).read_text())
-        self.accelerator = _accelerator(
-            content, self.plan, on_host=self.bench.torch_device == HOST, folder=self.folder
-        )
+        kind = torch.device(self.bench.torch_device).type
+        self.accelerator = _accelerator(content, self.plan, kind, folder=self.folder)
         self.bench.closers.append(self.accelerator.free_memory)
         return self.accelerator.prepare(model, optimizer)[0]
 
@@ -161,18 +160,26 @@ def _block_classes(bench: Any) -> Iterator[str]:
     yield from sorted({type(b).__name__ for blocks in stacks.values() for b in blocks})
 
 
-def _accelerator(content: Mapping[str, Any], plan: Plan, *, on_host: bool, folder: Path | None = None) -> Any:
-    """Return a new Accelerator, on the CPU if ``on_host``, after a reset of Accelerate's state. ``content``
-    is the content of the
-    configuration file: it is passed on through the environment variables that `accelerate launch` would set
-    from it. The sizes of DDP's buckets, which the file does not hold, are taken from ``plan`` and passed as
-    arguments. ``folder`` is the folder with DeepSpeed's own file; if it is None, DeepSpeed is not set up."""
+def _accelerator(content: Mapping[str, Any], plan: Plan, kind: str, *, folder: Path | None = None) -> Any:
+    """Return a new Accelerator for devices of this kind, after a reset of Accelerate's state. ``content`` is
+    the content of the configuration file: it is passed on through the environment variables that
+    `accelerate launch` would set from it. The sizes of DDP's buckets, which the file does not hold, are taken
+    from ``plan`` and passed as arguments. ``folder`` is the folder with DeepSpeed's own file; if it is None,
+    DeepSpeed is not set up. Raises UserError for a kind that Accelerate does not know: it takes the CPU
+    instead and would move the model there."""
     from accelerate import Accelerator
     from accelerate.utils import patch_environment
 
     _reset()
+    on_host = kind == HOST
     with patch_environment(**_variables(content)):
         accelerator = Accelerator(cpu=on_host, kwargs_handlers=list(_handlers(plan)))
+        if accelerator.device.type != kind:
+            raise UserError(
+                f"engine accelerate cannot train on devices of the kind {kind!r}: Accelerate does not know "
+                f"it, and would train on {accelerator.device.type}",
+                hint="`--engine native` can, and `--on this:cpu` trains on the processor",
+            )
         if content.get("fsdp_config") and on_host:
             _shard_on_cpu(accelerator)
         if content.get("deepspeed_config") and folder is not None and on_host:
