@@ -133,7 +133,6 @@ PATCHED: dict[str, dict[str, str | None]] = {
         "torch.amp.autocast_mode.autocast.__init__": "self device_type dtype enabled cache_enabled",
         "torch.is_autocast_enabled": BUILTIN,
         "torch.get_autocast_dtype": BUILTIN,
-        "torch.autograd._engine_run_backward": "t_outputs args kwargs",
     },
     "trace/fake_copy.py": {
         "torch.jit.load": "f map_location _extra_files _restore_shapes",

@@ -419,6 +419,27 @@ def test_masked_attention_on_cuda_uses_the_memory_efficient_kernel(mask: torch.T
     }
 
 
+@pytest.mark.parametrize(
+    ("technique", "kernel"),
+    [
+        (None, "_scaled_dot_product_efficient_attention"),
+        ("bf16-autocast", "_scaled_dot_product_flash_attention"),
+    ],
+)
+def test_attention_inside_torchs_own_encoder_layer_uses_the_kernel_of_cuda(
+    technique: str | None, kernel: str
+) -> None:
+    """Its insides are hidden from modes of torch functions."""
+    job = dataclasses.replace(
+        attention(),
+        build_model=lambda: nn.TransformerEncoderLayer(DIM, HEADS, 2 * DIM, batch_first=True),
+        make_batch=lambda step, seed: torch.ones(1, QUERIES, DIM),
+    )
+    found = trace(job, Plan(uses=(use(technique),) if technique else ()), device="cuda")
+    assert kernel in kernels(found)
+    assert {o.op for o in found.ops if "softmax" in o.op or "bernoulli" in o.op} == set()
+
+
 def test_single_precision_attention_on_cuda_uses_the_memory_efficient_kernel() -> None:
     assert "_scaled_dot_product_efficient_attention" in kernels(trace(attention(), Plan(), device="cuda"))
 

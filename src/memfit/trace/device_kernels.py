@@ -1,16 +1,17 @@
 """Choose the kernels of the target device while all tensors are fake CPU tensors.
 
-What a device chooses follows from its `DeviceKind`. For CUDA:
+What a device chooses follows from its `DeviceKind`. The choices are made in torch's dispatcher, so that they
+also hold for calls inside torch's own modules and functions. For CUDA:
 
 - Attention uses the flash kernel (half precision, no mask, a head dim of at most 256) or else the
   memory-efficient kernel, as torch's own dispatcher chooses
   (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
 - Dropout keeps a mask of one byte per element (``native_dropout``). The CPU keeps a mask of the input's
   dtype.
-- Under autocast, the functions in CUDA's float32 list run in float32 (aten/src/ATen/autocast_mode.h). The CPU
-  has a different list, which leaves most of them in half precision.
+- Autocast follows CUDA's lists (`cuda_autocast_on_host`).
 - ``softmax(dtype=float32)`` of a float16 tensor is one kernel and makes no float32 copy of its input. Of a
   bfloat16 tensor it makes one (``softmax`` in aten/src/ATen/native/SoftMax.cpp).
+- ``rms_norm`` is one kernel.
 - Layer normalisation keeps its statistics in float32.
 
 On every accelerator, a layer of an LSTM is one kernel. Torch chooses it for CPU tensors by their dtype and by
@@ -21,74 +22,66 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 import torch
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from memfit.techniques.synthetic_kernel import kernel, read_bytes
 from memfit.trace.autograd_patches import plain_formulas
+from memfit.trace.device_autocast import cuda_autocast_on_host
 from memfit.trace.evoformer_kernel import trace_evoformer_attention
 from memfit.types.device_kind import CUDA, HOST, DeviceKind, device_kind
 
+_ATEN: Any = torch.ops.aten
 _HALF = (torch.float16, torch.bfloat16)
 _LSTM_MODE = 2  # among torch's recurrent networks
-
-
-class DeviceKernelMode(TorchFunctionMode):
-    """Mode that redirects calls of torch functions on fake CPU tensors to the kernels that a device of this
-    kind would run: attention, dropout, softmax, log_softmax and, under autocast, the functions that its
-    autocast runs in float32."""
-
-    def __init__(self, kind: DeviceKind) -> None:
-        super().__init__()
-        self._replacements: dict[Any, Callable[..., Any]] = {torch.lstm: _lstm}
-        if kind.kernels == "cuda":
-            self._replacements |= _ATTENTION | _softmax_kernels(half_to_float=True)
-        elif kind.autocast == "cuda":
-            self._replacements |= _softmax_kernels(half_to_float=False)
-        if kind.fused_dropout:
-            self._replacements |= _DROPOUT
-        self._in_float32 = _IN_FLOAT32 if kind.autocast == "cuda" else frozenset()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        replacement = self._replacements.get(func)
-        if replacement is not None:
-            return replacement(*args, **kwargs)
-        if func in self._in_float32 and torch.is_autocast_enabled("cpu"):
-            return _widened(func, args, kwargs)
-        return func(*args, **kwargs)
 
 
 @contextlib.contextmanager
 def use_device_kernels(device: str) -> Iterator[None]:
     """Inside this context, patch the derivatives that differ for fake tensors (`plain_formulas`) and, unless
-    ``device`` is "cpu", use `DeviceKernelMode` in forward and in what backward recomputes, and let autocast
-    that the model enters for the device (`autocast_on_host`) be that of the host. Torch disables function
-    modes before its autograd engine runs, so the mode is entered again there. For "cuda", also replace the
-    kernels of DeepSpeed's attention for Evoformers (`trace_evoformer_attention`)."""
+    ``device`` is "cpu", run the kernels that a device of this kind would run for tensors on the CPU, and let
+    autocast that the model enters for the device (`autocast_on_host`) be that of the host, with the device's
+    lists. For "cuda", also replace the kernels of DeepSpeed's attention for Evoformers
+    (`trace_evoformer_attention`)."""
     if (kind := device_kind(device)).is_host:
         with plain_formulas():
             yield
         return
-    engine = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
-    mode = DeviceKernelMode(kind)
-
-    def run_in_mode(*args: Any, **kwargs: Any) -> Any:
-        with mode:
-            return engine(*args, **kwargs)
-
-    evoformer = trace_evoformer_attention() if kind.name == CUDA else contextlib.nullcontext()
-    patch = mock.patch.object(torch.autograd, "_engine_run_backward", run_in_mode)
     with contextlib.ExitStack() as stack:
         for owner, name, replacement in autocast_on_host(lambda d: torch.device(d).type == kind.name):
             stack.enter_context(mock.patch.object(owner, name, replacement))
-        for context in (plain_formulas(), mode, evoformer, patch):
+        for context in (plain_formulas(), _kernels_of(kind)):
             stack.enter_context(context)
+        if kind.autocast == "cuda":
+            stack.enter_context(cuda_autocast_on_host())
+        if kind.name == CUDA:
+            stack.enter_context(trace_evoformer_attention())
+        yield
+
+
+@contextlib.contextmanager
+def _kernels_of(kind: DeviceKind) -> Iterator[None]:
+    kernels: dict[str, Callable[..., Any]] = {"lstm.input": _lstm}
+    if kind.kernels == "cuda":
+        kernels |= {
+            "scaled_dot_product_attention": _attention,
+            "softmax.int": _softmax,
+            "log_softmax.int": _log_softmax,
+        }
+    if kind.name == CUDA:
+        kernels["rms_norm"] = _rms_norm
+    if kind.fused_dropout:
+        kernels["dropout"] = _dropout
+    with torch.library._scoped_library("aten", "IMPL") as library, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that kernels of torch are replaced
+        for name, function in kernels.items():
+            for key in ("AutogradCPU", "CPU"):
+                library.impl(name, function, key)
         yield
 
 
@@ -124,26 +117,23 @@ def _attention(
     attn_mask: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
+    *,
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
     """Return the scaled dot-product attention of tensors of the shape (batch, heads, length, head dim). It
     runs the flash kernel for half precision (float16 or bfloat16), no mask and a head dim of at most 256,
-    else the memory-efficient one. Autocast casts the tensors before this choice. With ``enable_gqa``, heads
-    of keys and values are repeated."""
-    aten: Any = torch.ops.aten
+    else the memory-efficient one. With ``enable_gqa``, heads of keys and values are repeated."""
     if enable_gqa and key.shape[1] != query.shape[1]:
         repeats = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    if torch.is_autocast_enabled("cpu"):
-        query, key, value = (t.to(torch.get_autocast_dtype("cpu")) for t in (query, key, value))
     if attn_mask is None and query.dtype in _HALF and query.shape[-1] <= 256:
-        out = aten._scaled_dot_product_flash_attention(
+        out = _ATEN._scaled_dot_product_flash_attention(
             query, key, value, dropout_p, is_causal, False, scale=scale
         )
         return out[0]  # type: ignore[no-any-return]
     bias = _bias(attn_mask, query, key)
-    out = aten._scaled_dot_product_efficient_attention(
+    out = _ATEN._scaled_dot_product_efficient_attention(
         query, key, value, bias, True, dropout_p, is_causal, scale=scale
     )
     return out[0]  # type: ignore[no-any-return]
@@ -160,15 +150,42 @@ def _bias(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> 
     return mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
 
 
-def _dropout(
-    input: torch.Tensor,  # noqa: A002 - torch's own name
-    p: float = 0.5,
-    training: bool = True,
-    inplace: bool = False,
-) -> torch.Tensor:
-    if not training or p == 0.0 or inplace or not input.requires_grad:
-        return functional.dropout(input, p, training, inplace)
+def _dropout(input: torch.Tensor, p: float, train: bool) -> torch.Tensor:  # noqa: A002 - torch's own name
+    if not train or not 0.0 < p < 1.0 or not input.numel():
+        return _ATEN.dropout.default.decompose(input, p, train)  # type: ignore[no-any-return]
     return torch.native_dropout(input, p, True)[0]
+
+
+def _rms_norm(
+    input: torch.Tensor,  # noqa: A002 - torch's own name
+    normalized_shape: list[int],
+    weight: torch.Tensor | None = None,
+    eps: float | None = None,
+) -> torch.Tensor:
+    return _RmsNorm.apply(input, weight, len(normalized_shape))  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _RmsNorm(torch.autograd.Function):
+    """Autograd function: rms_norm over the last ``dims`` dimensions in one kernel (``_fused_rms_norm``),
+    which keeps the input and one number for each norm. Like `_HalfToFloat` it computes no values."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, weight: torch.Tensor | None, dims: int) -> torch.Tensor:
+        out = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        shape = (*tensor.shape[:-dims], *[1] * dims)
+        scale = tensor.new_empty(shape, dtype=torch.float32 if tensor.dtype in _HALF else tensor.dtype)
+        kernel([out, scale], read_bytes([t for t in (tensor, weight) if t is not None]))
+        ctx.save_for_backward(tensor, weight, scale)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        tensor, weight, scale = ctx.saved_tensors
+        needed = zip((tensor, weight), ctx.needs_input_grad, strict=False)
+        results = [torch.empty_like(t) if is_needed else None for t, is_needed in needed]
+        read = read_bytes([t for t in (tensor, weight, scale, *grads) if t is not None])
+        kernel([t for t in results if t is not None], read)
+        return *results, None
 
 
 def _lstm(input: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # noqa: A002
@@ -179,7 +196,7 @@ def _lstm(input: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor, 
     is_packed = isinstance(args[0], torch.Tensor)
     directions = 2 if args[-2] is True else 1
     if is_packed or len(args[1]) != (4 if args[2] else 2) * args[3] * directions or input.is_complex():
-        return torch.lstm(input, *args)
+        return _ATEN.lstm.input.decompose(input, *args)  # type: ignore[no-any-return]
     (hidden, cell), weights, has_biases, layers, dropout, train, bidirectional, batch_first = args
     count = len(weights) // (layers * directions)
     states = hidden.contiguous(), cell.contiguous()
@@ -215,30 +232,16 @@ def _lstm(input: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor, 
     return layer_input.transpose(0, 1) if batch_first else layer_input, last_hidden, last_cell
 
 
-def _softmax(
-    kernel: Callable[..., torch.Tensor] | None, whole: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
-) -> torch.Tensor:
-    """Return the result of ``whole``, torch's softmax or log_softmax. Under autocast its dtype is float32
-    unless the caller gives one. ``kernel``: one that goes from float16 to float32, or None. With one, for a
-    float16 tensor, the dtype float32 and a given dim, run it instead, which makes no float32 copy of the
-    input."""
-    tensor, dim, dtype = _softmax_arguments(*args, **kwargs)
-    if torch.is_autocast_enabled("cpu"):
-        dtype = dtype or torch.float32
-    if kernel is not None and tensor.dtype == torch.float16 and dtype == torch.float32 and dim is not None:
-        if kernel is torch._softmax:
-            return torch._softmax(tensor, dim, True)
+def _softmax(tensor: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    if tensor.dtype == torch.float16 and dtype == torch.float32:
+        return torch._softmax(tensor, dim, True)
+    return _ATEN.softmax.int.decompose(tensor, dim, dtype)  # type: ignore[no-any-return]
+
+
+def _log_softmax(tensor: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    if tensor.dtype == torch.float16 and dtype == torch.float32:
         return _HalfToFloat.apply(tensor)  # type: ignore[no-any-return,no-untyped-call]
-    return whole(tensor, dim, dtype=dtype)
-
-
-def _softmax_arguments(
-    input: torch.Tensor,  # noqa: A002 - torch's own name
-    dim: int | None = None,
-    _stacklevel: int | torch.dtype | None = None,  # torch.softmax takes the dtype in this position
-    dtype: torch.dtype | None = None,
-) -> tuple[torch.Tensor, int | None, torch.dtype | None]:
-    return input, dim, _stacklevel if isinstance(_stacklevel, torch.dtype) else dtype
+    return _ATEN.log_softmax.int.decompose(tensor, dim, dtype)  # type: ignore[no-any-return]
 
 
 class _HalfToFloat(torch.autograd.Function):
@@ -260,91 +263,3 @@ class _HalfToFloat(torch.autograd.Function):
         grad = torch.empty_like(out, dtype=ctx.dtype)
         kernel([grad], read_bytes([out, *grads]))
         return grad
-
-
-def _widened(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Return the result of the call in float32: half-precision tensors among the arguments, also in lists,
-    are cast, and autocast is disabled."""
-
-    def wide(value: Any) -> Any:
-        if isinstance(value, torch.Tensor) and value.dtype in _HALF:
-            return value.float()
-        return type(value)(wide(v) for v in value) if isinstance(value, list | tuple) else value
-
-    with torch.autocast("cpu", enabled=False):
-        return func(*(wide(a) for a in args), **{k: wide(v) for k, v in kwargs.items()})
-
-
-_ATTENTION: dict[Any, Callable[..., Any]] = {functional.scaled_dot_product_attention: _attention}
-_DROPOUT: dict[Any, Callable[..., Any]] = {functional.dropout: _dropout}
-
-
-def _softmax_kernels(*, half_to_float: bool) -> dict[Any, Callable[..., Any]]:
-    """Return torch's functions of softmax and log_softmax -> what replaces them. ``half_to_float``: the
-    device's kernels read float16 and write float32."""
-    softmax = functools.partial(_softmax, torch._softmax if half_to_float else None, torch.softmax)
-    log_softmax = functools.partial(
-        _softmax, torch._log_softmax if half_to_float else None, torch.log_softmax
-    )
-    return {
-        **dict.fromkeys((functional.softmax, torch.softmax, torch.Tensor.softmax), softmax),
-        **dict.fromkeys((functional.log_softmax, torch.log_softmax, torch.Tensor.log_softmax), log_softmax),
-    }
-
-
-_NAMES = (
-    "acos",
-    "asin",
-    "cosh",
-    "erfinv",
-    "exp",
-    "expm1",
-    "log",
-    "log10",
-    "log2",
-    "log1p",
-    "reciprocal",
-    "rsqrt",
-    "sinh",
-    "tan",
-    "pow",
-    "norm",
-    "cumprod",
-    "cumsum",
-    "dist",
-    "renorm",
-    "logsumexp",
-    "prod",
-    "sum",
-)
-_FUNCTIONS = (
-    "layer_norm",
-    "group_norm",
-    "rms_norm",
-    "cross_entropy",
-    "nll_loss",
-    "mse_loss",
-    "l1_loss",
-    "smooth_l1_loss",
-    "huber_loss",
-    "kl_div",
-    "cosine_similarity",
-    "cosine_embedding_loss",
-    "poisson_nll_loss",
-    "hinge_embedding_loss",
-    "margin_ranking_loss",
-    "multi_margin_loss",
-    "soft_margin_loss",
-    "triplet_margin_loss",
-    "multilabel_margin_loss",
-    "gaussian_nll_loss",
-    "softplus",
-    "softmin",
-    "binary_cross_entropy_with_logits",
-)
-_IN_FLOAT32 = frozenset(
-    getattr(home, name)
-    for home, names in ((torch, _NAMES), (torch.Tensor, _NAMES), (functional, _FUNCTIONS))
-    for name in names
-    if hasattr(home, name)
-) | frozenset({torch.layer_norm, torch.group_norm, torch.rms_norm, torch.Tensor.__pow__})

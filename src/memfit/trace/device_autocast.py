@@ -1,0 +1,143 @@
+"""Autocast of a device while all tensors are on the host.
+
+Autocast casts the arguments of operators by lists, and each device has its own lists
+(aten/src/ATen/autocast_mode.h and autocast_mode.cpp). Torch applies the lists of the host to tensors of the
+host. Here they are replaced, in torch's dispatcher, by those of CUDA. Calls that other operators make are
+cast too, as those of ``log_softmax`` in ``cross_entropy``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import torch
+from torch.utils import _pytree
+
+_HALF: Final = (torch.float16, torch.bfloat16)
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(f"aten::{name}" for name in text.split())
+
+
+# What CUDA's autocast does with the operators that torch has registered for it: run them in the lower
+# precision, let their result be float32 unless the caller gives a dtype, run them in the widest dtype of
+# their arguments, or refuse them. It runs all others in float32.
+_LOWER_PRECISION: Final = _names(
+    """
+    _convolution _convolution.deprecated conv1d conv2d conv3d conv_tbc conv_transpose1d
+    conv_transpose2d.input conv_transpose3d.input convolution cudnn_convolution
+    cudnn_convolution_transpose prelu addmm addmv addr matmul einsum mm mv linalg_vecdot linear addbmm
+    baddbmm bmm chain_matmul linalg_multi_dot _thnn_fused_lstm_cell _thnn_fused_gru_cell lstm_cell
+    gru_cell rnn_tanh_cell rnn_relu_cell _scaled_dot_product_flash_attention
+    scaled_dot_product_attention
+    """
+)
+_FLOAT32_RESULT: Final = _names(
+    """
+    prod prod.dim_int softmax.int log_softmax.int cumprod cumsum linalg_vector_norm linalg_matrix_norm
+    linalg_matrix_norm.str_ord sum sum.dim_IntList
+    """
+)
+_FLOAT32_RESULT_OF: Final = {  # an operator that takes a dtype instead
+    "aten::norm.Scalar": "aten::norm.ScalarOpt_dtype",
+    "aten::norm.ScalarOpt_dim": "aten::norm.ScalarOpt_dim_dtype",
+}
+_WIDEST: Final = _names(
+    """
+    addcdiv addcmul atan2 bilinear cross dot vdot grid_sampler index_put tensordot scatter_add
+    """
+)
+_REFUSED: Final = frozenset({"aten::binary_cross_entropy"})
+
+
+@contextlib.contextmanager
+def cuda_autocast_on_host() -> Iterator[None]:
+    """Inside this context, autocast casts tensors of the host as CUDA's autocast casts those of a GPU.
+    Casts of operators that only CUDA's lists have are not cached."""
+    cuda, host = (
+        set(torch._C._dispatch_get_registrations_for_dispatch_key(key))
+        for key in ("AutocastCUDA", "AutocastCPU")
+    )
+    with torch.library._scoped_library("aten", "IMPL") as library, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that kernels of torch are replaced
+        for name in host - cuda:
+            library.impl(name, torch.library.fallthrough_kernel, "AutocastCPU")
+        for name in cuda - _REFUSED:
+            if name not in host or name not in _LOWER_PRECISION:
+                library.impl(name, _kernel(name), "AutocastCPU")
+        yield
+
+
+def _kernel(name: str) -> Callable[..., Any]:
+    operator = _operator(name)
+    if name in _FLOAT32_RESULT_OF:
+        return functools.partial(_with_dtype, operator, _operator(_FLOAT32_RESULT_OF[name]))
+    if name in _FLOAT32_RESULT:
+        return functools.partial(_to_float32_result, operator)
+    if name in _WIDEST:
+        return functools.partial(_in_widest, operator)
+    return functools.partial(_in_lower_precision if name in _LOWER_PRECISION else _in_float32, operator)
+
+
+def _operator(name: str) -> Any:
+    packet, _, overload = name.removeprefix("aten::").partition(".")
+    return getattr(getattr(torch.ops.aten, packet), overload or "default")
+
+
+def _without_autocast() -> Any:
+    return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU))
+
+
+def _cast(dtype: torch.dtype, arguments: Any) -> Any:
+    def cast(value: Any) -> Any:
+        is_castable = isinstance(value, torch.Tensor) and value.dtype in (*_HALF, torch.float32)
+        return value.to(dtype) if is_castable else value
+
+    return _pytree.tree_map(cast, arguments)
+
+
+def _in_lower_precision(operator: Any, *args: Any, **kwargs: Any) -> Any:
+    with _without_autocast():
+        args, kwargs = _cast(torch.get_autocast_dtype("cpu"), (args, kwargs))
+        return operator(*args, **kwargs)
+
+
+def _in_float32(operator: Any, *args: Any, **kwargs: Any) -> Any:
+    with _without_autocast():
+        args, kwargs = _cast(torch.float32, (args, kwargs))
+        return operator(*args, **kwargs)
+
+
+def _to_float32_result(operator: Any, *args: Any, **kwargs: Any) -> Any:
+    """Give the operator the dtype float32 if it was given none, without a cast of its argument."""
+    names = [argument.name for argument in operator._schema.arguments]
+    values = dict(zip(names, args, strict=False)) | kwargs
+    with _without_autocast():
+        if args[0].dtype in (*_HALF, torch.float32) and values.get("dtype") is None:
+            values["dtype"] = torch.float32
+        first = [
+            values.pop(a.name) for a in operator._schema.arguments if a.name in values and not a.kwarg_only
+        ]
+        return operator(*first, **values)
+
+
+def _with_dtype(operator: Any, typed: Any, *args: Any, **kwargs: Any) -> Any:
+    with _without_autocast():
+        if args[0].dtype not in _HALF:
+            return operator(*args, **kwargs)
+        defaults = [a.default_value for a in operator._schema.arguments]
+        return typed(*args, *defaults[len(args) :], **kwargs, dtype=torch.float32)
+
+
+def _in_widest(operator: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run the operator in float32 if one of its tensors is float32, else in the dtype of autocast."""
+    dtypes = {t.dtype for t in _pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+    dtype = torch.float32 if torch.float32 in dtypes else torch.get_autocast_dtype("cpu")
+    with _without_autocast():
+        args, kwargs = _cast(dtype, (args, kwargs))
+        return operator(*args, **kwargs)
