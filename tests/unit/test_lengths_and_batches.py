@@ -297,11 +297,16 @@ def test_a_megatron_model_that_memfit_cannot_build_is_reported(more: str, tmp_pa
 
 
 def _planned(
-    tmp_path: Path, text: str, arguments: str, capsys: pytest.CaptureFixture[str], name: str = "train.sh"
+    tmp_path: Path,
+    text: str,
+    arguments: str,
+    capsys: pytest.CaptureFixture[str],
+    name: str = "train.sh",
+    code: int = 0,
 ) -> Any:
     (tmp_path / name).write_text(text)
     words = ["plan", *arguments.split(), "--from", str(tmp_path / name), "--on", "2xH100-SXM", "--json"]
-    assert app.main(words) == 0
+    assert app.main(words) == code
     return json.loads(capsys.readouterr().out)
 
 
@@ -433,7 +438,7 @@ def test_a_plan_from_a_file_fits_by_the_needed_bytes_it_reports(
     tmp_path: Path, own: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     zero = '{"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 0}}'
-    told = _planned(tmp_path, zero, f"{own}:job --memory 1GiB", capsys, "zero.json")
+    told = _planned(tmp_path, zero, f"{own}:job --memory 1GiB", capsys, "zero.json", code=3)
     assert told["cap_bytes"] == 2**30
     assert told["needed_bytes"] == int(told["given"]["device_bytes"]["high"])
     assert told["fits"] == (told["needed_bytes"] <= told["cap_bytes"])
