@@ -562,6 +562,13 @@ def test_a_leak_on_the_host_is_certain_if_the_watch_has_alarmed(tmp_path: Path) 
     assert any("the resident memory grows" in e for e in both.evidence)
 
 
+def test_the_record_of_a_watch_names_the_device_also_by_a_message_that_cannot_be_read(tmp_path: Path) -> None:
+    end = {"kind": "end", "time_s": 9.0, "error": "OutOfMemoryError", "message": "of another form"}
+    diagnosis = record_of(tmp_path, step_line(1, 1), end)
+    assert diagnosis.memory == "device"
+    assert "memory of the device (cuda) ran out" in diagnosis.evidence
+
+
 def test_the_record_of_a_watch_shows_a_step_that_needed_more(tmp_path: Path) -> None:
     steps = [step_line(n, 10) for n in range(1, 60)]
     end = {"kind": "end", "time_s": 9.0, "error": "OutOfMemoryError", "message": full().partition(": ")[2]}

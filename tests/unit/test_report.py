@@ -579,6 +579,17 @@ def test_terminal_plan_says_that_the_memory_beside_tensors_of_a_kind_of_device_i
             assert (said in out.getvalue()) is is_said
 
 
+def test_terminal_plan_says_once_what_the_step_times_rest_on() -> None:
+    found = full_poc().search
+    estimate = dataclasses.replace(found.baseline.estimate, step_basis="published")
+    timed = dataclasses.replace(found, baseline=dataclasses.replace(found.baseline, estimate=estimate))
+    for lang, said in (("en", " per step (from published figures),"), ("ja", "（公表値に基づく）、")):
+        for result, count in ((timed, 1), (found, 0)):
+            console, out = shown(lang)
+            terminal.print_search(result, console=console, lang=lang)
+            assert "".join(out.getvalue().split()).count("".join(said.split())) == count
+
+
 def test_terminal_plan_marks_estimates_that_were_not_traced() -> None:
     found = search()
     (console, out), (other, plain) = shown(), shown()

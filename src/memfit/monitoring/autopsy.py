@@ -552,8 +552,10 @@ def _of_rank(record: RankRecord) -> Diagnosis | None:
     text = f"{record.end.error}: {record.end.message}"
     failure = next(iter(allocation_failures(text.splitlines())), None)
     if failure is None:
-        if _LIBRARY.search(text) or "OutOfMemory" in record.end.error or record.end.error == "MemoryError":
-            failure = AllocationFailure(device="cuda" if _LIBRARY.search(text) else "cpu", row=0, text=text)
+        on_device = _LIBRARY.search(text) or "OutOfMemory" in record.end.error  # torch's error for devices
+        if on_device or record.end.error == "MemoryError":
+            trained_on = record.start.device.partition(":")[0] if record.start is not None else HOST
+            failure = AllocationFailure(device=trained_on if on_device else HOST, row=0, text=text)
         else:
             return None
     diagnosis = judge(failure, PhaseOfDeath(), _log_of(record))

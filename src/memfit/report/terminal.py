@@ -216,7 +216,7 @@ def print_estimate(estimate: Estimate, *, console: Console, lang: str, title: st
     """
     words, view = load_words(lang), estimate_view(estimate)
     peak, low, high, step = (_text(f, words) for f in (view.peak, view.low, view.high, view.step))
-    step = _with_basis(step, estimate, words)
+    step += _basis(estimate, words)
     title = words.get("terminal.estimate", plan=view.plan) if title is None else title
     console.print(Text(title, style="bold"))
     console.print(Text(words.get("terminal.peak_line", peak=peak, low=low, high=high, step=step)))
@@ -397,19 +397,20 @@ def _effort(effort: Effort, words: Words) -> str:
     )
 
 
-def _with_basis(step: str, estimate: Estimate, words: Words) -> str:
-    """Return the text of the estimate's step time with what it rests on."""
-    if not estimate.step_basis:  # no step time, or of an older version
-        return step
-    return words.get("text.with_note", text=step, note=words.name("step_basis", estimate.step_basis))
+def _basis(estimate: Estimate, words: Words) -> str:
+    """Return what the estimate's step time rests on, in parentheses, to follow the time. "" if there is none,
+    and for a record of an older version."""
+    if not estimate.step_basis:
+        return ""
+    return words.get("text.with_note", text="", note=words.name("step_basis", estimate.step_basis))
 
 
 def _plain_line(view: SearchView, estimate: Estimate, cap: str, words: Words) -> str:
     plain = view.baseline
     fits = words.get("text.fits" if plain.fits or plain.host_short else "text.does_not_fit")
     need, peak, step = (_text(figure, words) for figure in (_need(plain), plain.peak, plain.step))
-    step = _with_basis(step, estimate, words)
-    placeholders = {"needed": need, "peak": peak, "step": step, "fits": fits, "cap": cap}
+    basis = _basis(estimate, words)
+    placeholders = {"needed": need, "peak": peak, "step": step, "basis": basis, "fits": fits, "cap": cap}
     if plain.device is None:
         return words.get("terminal.baseline", **placeholders)
     low, expected, high = (_text(figure, words) for figure in plain.device)
