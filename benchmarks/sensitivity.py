@@ -93,8 +93,8 @@ PROTOCOLS = (
         job="alphafold2",
         seeds=(0, 1, 2, 3),
         note=(
-            "the job was rebuilt on the day of these studies. `python benchmarks/sensitivity.py alphafold2` "
-            "makes the missing trainings. Until then, its proof of concept trains the control itself."
+            "two trainings of the job as it was before 2026-11-29, when its data was rebuilt, were dropped; "
+            "protocol, margin and seeds are as they were."
         ),
     ),
 )

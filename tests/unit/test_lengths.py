@@ -229,6 +229,8 @@ def test_lengths_are_read_from_every_kind_of_file(tmp_path: Path) -> None:
         ("a.csv", "n\n1\n", "m", "no column m; .* of this file are n;"),
         ("a.csv", "name\nx,1\n", None, "first value is a whole number; .* of this file are name;"),
         ("a.csv", "n\n1,2\n", "m", "no column m; .* of this file are n;"),
+        ("a.csv", f"{'[' * 3000},b\nx,y\n", None, r"of this file are \[{40}, b;"),
+        ("a.csv", ",".join("ab" * 20) + "\n", "m", "of this file are (a, b, ){10}…;"),
         ("a.csv", "n\n", "n", "contains no lengths"),
         ("a.csv", "n\n²\n", None, "no column whose first value is a whole number"),
         ("a.txt", "3\n²\n", None, "line 2: '²' is not a length"),

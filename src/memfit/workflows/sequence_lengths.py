@@ -32,6 +32,7 @@ from memfit.types.plan import Plan
 
 _SHORTEST = 16
 _MOST_NPZ_BYTES = 2**29
+_MOST_NAMES, _NAME_LENGTH = 20, 40  # of columns in an error: how many, and characters of each
 _LIMIT = 2**63  # lengths are 64-bit integers
 _FASTA = (".fasta", ".fa", ".faa", ".fasta.gz", ".fa.gz", ".faa.gz")
 
@@ -167,9 +168,11 @@ def _from_csv(path: str, column: str | None) -> list[int]:
     column_name = column or next((n for n in column_names if (first.get(n) or "").strip().isdecimal()), None)
     if column_name is None or column_name not in column_names:
         named_or_of_whole_numbers = column or "whose first value is a whole number"
+        names_text = ", ".join(name[:_NAME_LENGTH] for name in column_names[:_MOST_NAMES]) or "none"
+        names_text += ", …" if len(column_names) > _MOST_NAMES else ""
         raise UserError(
             f"the CSV file {path} has no column {named_or_of_whole_numbers}",
-            allowed=f"a column with the lengths; those of this file are {', '.join(column_names) or 'none'}",
+            allowed=f"a column with the lengths; those of this file are {names_text}",
             hint="--column names the column",
         )
     return [_whole((r[column_name] or "").strip(), f"{path} line {n}") for n, r in enumerate(rows, start=2)]
