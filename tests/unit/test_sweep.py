@@ -17,8 +17,9 @@ from unittest.mock import Mock
 import pytest
 import report_fixture
 
-from memfit.planner.request import Planning
+from memfit.planner.request import Planning, Request
 from memfit.report.words import load_words
+from memfit.runtime.local_machine import this_machine
 from memfit.store.database import Store
 from memfit.store.environment import fingerprint
 from memfit.store.exchange.run_record import RUN, parse_run_record, record_of, run_record_text
@@ -269,6 +270,14 @@ def test_a_trial_that_ends_without_a_result_in_another_sweep_is_run(tmp_path: Pa
     assert (states(sweep), sweep.results[0].before, len(program.begun)) == (["done"], False, 1)
 
 
+def test_a_run_names_the_accelerator_that_trained_it_not_the_processor() -> None:
+    run = a_run(trials()[0])
+    elsewhere = {"processor": "a processor", "accelerators": "none seen"}
+    assert sweeps.device_of(run, elsewhere) == "a processor"
+    by_card = dataclasses.replace(run.measurement, device="A card")
+    assert sweeps.device_of(dataclasses.replace(run, measurement=by_card), elsewhere) == "A card"
+
+
 def test_a_record_of_another_trial_is_refused(tmp_path: Path, program: Program) -> None:
     store = Store(tmp_path / "store.sqlite3")
     original = program.command
@@ -319,6 +328,7 @@ def test_the_same_plan_twice_and_two_executors_of_one_kind_are_refused() -> None
 def story(store: Store) -> proof_of_concept._Story:
     """A proof of concept whose plans are predicted, with none of its runs made."""
     planning = Mock(spec=Planning)
+    planning.request = Request(job_ref=JOB, machine=this_machine("world"))
     planning.predictor = Mock(whole=lambda plan: report_fixture.estimate(plan, report_fixture.PEAKS[plan]))
     return proof_of_concept._Story(
         planning=planning, store=store, seeds=1, steps=40, command="", progress=lambda *_: None

@@ -45,7 +45,7 @@ from memfit.types.decision import Decision
 from memfit.types.errors import RunError, UserError
 from memfit.types.job import JobRef
 from memfit.types.launch import RunSpec
-from memfit.types.machine import Calibration
+from memfit.types.machine import Calibration, Device
 from memfit.types.plan import Plan, Use, use
 from memfit.types.result import (
     Cause,
@@ -510,7 +510,7 @@ class _Story:
                 "others, with a budget of its own"
             )
         runs = tuple(_run_of(result, each) for result, each in zip(sweep.results, prepared, strict=True))
-        return runs, tuple(_notes_on_places(sweep))
+        return runs, tuple(_notes_on_places(sweep, self.planning.request.machine.device))
 
     def add_control(self, poc: Poc, side_by_side: SideBySide | None = None) -> Poc:
         """Train the job's negative control with seed 0, if the metric judges the recommended plan equivalent
@@ -645,11 +645,12 @@ def _run_of(result: TrialResult, prepared: PreparedRun) -> Run:
     )
 
 
-def _notes_on_places(sweep: Sweep) -> Iterator[str]:
-    """Yield sentences on what the places of the runs do to their step times."""
+def _notes_on_places(sweep: Sweep, device: Device) -> Iterator[str]:
+    """Yield sentences on what the places of the runs do to their step times, which are predicted for
+    ``device`` of this machine."""
     if sweep.is_parallel:
         yield "Runs were made side by side, which may have changed their step times."
-    here = device_name(fingerprint())
+    here = device_name(fingerprint()) if device.is_host else device.name
     if others := sorted({r.device for r in sweep.results if r.device not in ("", here)}):
         yield f"Runs were made on {', '.join(others)}; the predictions are for {here}."
 

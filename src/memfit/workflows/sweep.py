@@ -400,7 +400,7 @@ class Sweep:
             for row in self._store.records(trial.trial_id, RUN):
                 run = serialization.loads(Run, row.body, what=f"record {row.record_id}")
                 if _is_result(run):
-                    device = device_name(self._store.environment(row.environment))
+                    device = device_of(run, self._store.environment(row.environment))
                     self._set(trial, state=TrialState.DONE, run=run, device=device, before=True)
 
     def _submit(self, waiting: deque[SweepTrial], budget: Budget) -> bool:
@@ -517,7 +517,7 @@ class Sweep:
             state=TrialState.DONE if _is_result(run) else TrialState.FAILED,
             reason=run.measurement.reason,
             run=run,
-            device=device_name(record.environment),
+            device=device_of(run, record.environment),
         )
 
     def _cancel(self, running: Sequence[_Running], reason: str) -> None:
@@ -647,6 +647,11 @@ def _checked(trial: SweepTrial, text: str) -> RunRecord:
     if record.run.spec.source_digest != source_digest(trial.job.spec):
         raise UserError(f"the file of {trial.job.spec} has changed since the sweep began")
     return record
+
+
+def device_of(run: Run, environment: Mapping[str, str]) -> str:
+    """Return the name of the device that trained the run, made in this environment."""
+    return run.measurement.device or device_name(environment)
 
 
 def device_name(environment: Mapping[str, str]) -> str:
