@@ -111,6 +111,9 @@ def calls(device: str, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
         "embedding": lambda: f.embedding(numbers(4), matrix),
         "dropout": lambda: f.dropout(x, 0.1),
         "dropout without gradient": lambda: f.dropout(x.detach(), 0.1),
+        "lstm_cell": lambda: torch.lstm_cell(
+            x, (x, x), tensor(64, 16), tensor(64, 16), tensor(64), tensor(64)
+        ),
         "attention with weights": lambda: f.multi_head_attention_forward(
             rows, rows, rows, 16, 4, wide(48, 16), wide(48), None, None, False, 0.1, matrix, bias
         ),

@@ -11,7 +11,7 @@ also hold for calls inside torch's own modules and functions. For CUDA:
 - Autocast follows CUDA's lists (`cuda_autocast_on_host`).
 - ``softmax(dtype=float32)`` of a float16 tensor is one kernel and makes no float32 copy of its input. Of a
   bfloat16 tensor it makes one (``softmax`` in aten/src/ATen/native/SoftMax.cpp).
-- ``rms_norm`` is one kernel.
+- ``rms_norm`` is one kernel, and so are the gates of an LSTM's cell with biases.
 - Layer normalisation keeps its statistics in float32.
 
 On every accelerator, a layer of an LSTM is one kernel. Torch chooses it for CPU tensors by their dtype and by
@@ -74,7 +74,7 @@ def _kernels_of(kind: DeviceKind) -> Iterator[None]:
             "log_softmax.int": _log_softmax,
         }
     if kind.name == CUDA:
-        kernels["rms_norm"] = _rms_norm
+        kernels |= {"rms_norm": _rms_norm, "lstm_cell": _lstm_cell}
     if kind.fused_dropout:
         kernels["dropout"] = _dropout
     with torch.library._scoped_library("aten", "IMPL") as library, warnings.catch_warnings():
@@ -230,6 +230,21 @@ def _lstm(input: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor, 
             layer_input = functional.dropout(layer_input, dropout)
     last_hidden, last_cell = (torch.stack([end[i] for end in ends]) for i in range(2))
     return layer_input.transpose(0, 1) if batch_first else layer_input, last_hidden, last_cell
+
+
+def _lstm_cell(
+    input: torch.Tensor,  # noqa: A002 - torch's own name
+    hx: list[torch.Tensor],
+    w_ih: torch.Tensor,
+    w_hh: torch.Tensor,
+    b_ih: torch.Tensor | None = None,
+    b_hh: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if b_ih is None:  # torch's fake tensors lack this form of the kernel
+        return _ATEN.lstm_cell.default.decompose(input, hx, w_ih, w_hh)  # type: ignore[no-any-return]
+    gates = input @ w_ih.t(), hx[0] @ w_hh.t()
+    hidden, cell, _ = _ATEN._thnn_fused_lstm_cell(*gates, hx[1], b_ih, b_hh)
+    return hidden, cell
 
 
 def _softmax(tensor: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
