@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import operator
 from collections.abc import Callable, Iterator
@@ -136,7 +137,8 @@ def operators(call: Callable[[], Any]) -> list[list[Any]]:
 
     with Recorder():
         call()
-    return sorted(seen) if all(name == "_to_copy" for name, _ in seen[:2]) else seen
+    groups = itertools.groupby(seen, key=lambda entry: entry[0] == "_to_copy")
+    return [entry for is_cast, run in groups for entry in (sorted(run) if is_cast else run)]
 
 
 @contextlib.contextmanager
