@@ -51,3 +51,12 @@ def test_autocast_of_the_host_is_as_before_after_a_trace_for_cuda() -> None:
     with FakeTensorMode(), use_device_kernels("cuda"):
         pass
     assert repr(loss().next_functions[0][0]).split()[0] == before.split()[0] == "<LogSoftmaxBackward0"
+
+
+def test_operators_that_libraries_cast_for_cuda_are_left_to_them() -> None:
+    """As torchvision does, whose import made every trace for CUDA fail."""
+    with torch.library._scoped_library("library_of_test", "DEF") as library:
+        library.define("cropped(Tensor x) -> Tensor")
+        library.impl("cropped", lambda x: x, "AutocastCUDA")
+        with FakeTensorMode(), use_device_kernels("cuda"):
+            torch.nn.functional.softmax(torch.zeros(2, 2), -1)

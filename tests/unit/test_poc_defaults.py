@@ -154,7 +154,9 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("gpus")
 def test_on_a_machine_with_gpus_one_line_says_which_is_used(capsys: pytest.CaptureFixture[str]) -> None:
     request = request_of(JobOptions(), SearchOptions(), RuntimeOptions())
-    assert capsys.readouterr().err == "memfit: device: Acme Z9 (cuda); --nproc 2 uses all 2\n"
+    assert (
+        capsys.readouterr().err == "memfit: device: Acme Z9 (cuda); `memfit plan --nproc 2` plans for all 2\n"
+    )
     assert (request.device_kind, request.machine.device.name) == ("cuda", "Acme Z9")
     request_of(JobOptions(), SearchOptions(), RuntimeOptions(), ranks=2)
     assert capsys.readouterr().err == "memfit: device: Acme Z9 (cuda)\n"

@@ -371,10 +371,10 @@ HEADS, QUERIES, DIM = 2, 128, 16
 
 
 class Attention(nn.Module):
-    def __init__(self, mask: torch.Tensor | None, kv_heads: int) -> None:
+    def __init__(self, mask: torch.Tensor | None, kv_heads: int, dim: int = DIM) -> None:
         super().__init__()
         self.mask, self.kv_heads = mask, kv_heads
-        self.inner = nn.Linear(DIM, DIM)
+        self.inner = nn.Linear(dim, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.inner(x)
@@ -438,6 +438,39 @@ def test_attention_inside_torchs_own_encoder_layer_uses_the_kernel_of_cuda(
     found = trace(job, Plan(uses=(use(technique),) if technique else ()), device="cuda")
     assert kernel in kernels(found)
     assert {o.op for o in found.ops if "softmax" in o.op or "bernoulli" in o.op} == set()
+
+
+@pytest.mark.parametrize("technique", [None, "bf16-autocast"])
+def test_attention_with_a_head_dim_that_no_fused_kernel_takes_keeps_its_scores(technique: str | None) -> None:
+    odd = attention(torch.zeros(QUERIES, QUERIES))
+    job = dataclasses.replace(
+        odd,
+        build_model=lambda: nn.Sequential(
+            nn.Linear(DIM, 6), Attention(torch.zeros(QUERIES, QUERIES), HEADS, 6)
+        ),
+    )
+    found = trace(job, Plan(uses=(use(technique),) if technique else ()), device="cuda")
+    assert kernels(found) == set()
+    assert max(a.size_bytes for a in found.allocations) >= HEADS * QUERIES * QUERIES * 4
+
+
+def test_a_kernel_of_attention_that_the_job_disables_is_not_used() -> None:
+    def loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            return model(x).square().mean()
+
+    assert kernels(trace(dataclasses.replace(attention(), loss=loss), Plan(), device="cuda")) == set()
+
+
+def test_values_of_another_head_dim_than_the_queries_use_the_memory_efficient_kernel() -> None:
+    def loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        x = model.inner(x)
+        return functional.scaled_dot_product_attention(x, x, x[..., :8]).float().square().mean()
+
+    found = trace(
+        dataclasses.replace(attention(), loss=loss), Plan(uses=(use("bf16-autocast"),)), device="cuda"
+    )
+    assert "_scaled_dot_product_efficient_attention" in kernels(found)
 
 
 def test_single_precision_attention_on_cuda_uses_the_memory_efficient_kernel() -> None:

@@ -59,10 +59,7 @@ _REFUSED: Final = frozenset({"aten::binary_cross_entropy"})
 def cuda_autocast_on_host() -> Iterator[None]:
     """Inside this context, autocast casts tensors of the host as CUDA's autocast casts those of a GPU.
     Casts of operators that only CUDA's lists have are not cached."""
-    cuda, host = (
-        set(torch._C._dispatch_get_registrations_for_dispatch_key(key))
-        for key in ("AutocastCUDA", "AutocastCPU")
-    )
+    cuda, host = (_registered(key) for key in ("AutocastCUDA", "AutocastCPU"))
     with torch.library._scoped_library("aten", "IMPL") as library, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that kernels of torch are replaced
         for name in host - cuda:
@@ -71,6 +68,13 @@ def cuda_autocast_on_host() -> Iterator[None]:
             if name not in host or name not in _LOWER_PRECISION:
                 library.impl(name, _kernel(name), "AutocastCPU")
         yield
+
+
+def _registered(key: str) -> set[str]:
+    """Return torch's own operators with a kernel for a dispatch key. Libraries, such as torchvision, add
+    others."""
+    names = torch._C._dispatch_get_registrations_for_dispatch_key(key)
+    return {name for name in names if name.startswith("aten::")}
 
 
 def _kernel(name: str) -> Callable[..., Any]:

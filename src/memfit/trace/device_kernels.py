@@ -3,8 +3,8 @@
 What a device chooses follows from its `DeviceKind`. The choices are made in torch's dispatcher, so that they
 also hold for calls inside torch's own modules and functions. For CUDA:
 
-- Attention uses the flash kernel (half precision, no mask, a head dim of at most 256) or else the
-  memory-efficient kernel, as torch's own dispatcher chooses
+- Attention uses the flash kernel, the memory-efficient one or a composite of matrix products, as torch's own
+  dispatcher chooses on GPUs of compute capability 8.0 or above
   (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
 - Dropout keeps a mask of one byte per element (``native_dropout``). The CPU keeps a mask of the input's
   dtype.
@@ -121,33 +121,81 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """Return the scaled dot-product attention of tensors of the shape (batch, heads, length, head dim). It
-    runs the flash kernel for half precision (float16 or bfloat16), no mask and a head dim of at most 256,
-    else the memory-efficient one. With ``enable_gqa``, heads of keys and values are repeated."""
-    if enable_gqa and key.shape[1] != query.shape[1]:
-        repeats = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    if attn_mask is None and query.dtype in _HALF and query.shape[-1] <= 256:
+    """Return the scaled dot-product attention of tensors of the shape (batch, heads, length, head dim), by
+    the kernel that torch chooses on a GPU of compute capability 8.0 or above (sdp_utils.cpp): flash if
+    `_is_flash`, else the memory-efficient kernel if `_is_efficient`, else the composite of matrix products.
+    A kernel that the caller has disabled (``torch.nn.attention.sdpa_kernel``) is not chosen. For flash, head
+    dims are padded to multiples of 8."""
+    if torch.backends.cuda.flash_sdp_enabled() and _is_flash(
+        query, key, value, attn_mask, is_causal, enable_gqa
+    ):
+        size = query.shape[-1]
+        if padding := -size % 8:
+            query, key, value = (functional.pad(t, (0, padding)) for t in (query, key, value))
         out = _ATEN._scaled_dot_product_flash_attention(
-            query, key, value, dropout_p, is_causal, False, scale=scale
+            query, key, value, dropout_p, is_causal, False, scale=size**-0.5 if scale is None else scale
+        )[0]
+        return out[..., :size] if padding else out  # type: ignore[no-any-return]
+    if torch.backends.cuda.mem_efficient_sdp_enabled() and _is_efficient(query, key, value):
+        bias = _bias(attn_mask, query)
+        if bias is not None:
+            bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+        out = _ATEN._scaled_dot_product_efficient_attention(
+            query, key, value, bias, True, dropout_p, is_causal, scale=scale
         )
         return out[0]  # type: ignore[no-any-return]
-    bias = _bias(attn_mask, query, key)
-    out = _ATEN._scaled_dot_product_efficient_attention(
-        query, key, value, bias, True, dropout_p, is_causal, scale=scale
+    out = _ATEN._scaled_dot_product_attention_math(
+        query,
+        key,
+        value,
+        _bias(attn_mask, query),
+        dropout_p,
+        is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
     )
     return out[0]  # type: ignore[no-any-return]
 
 
-def _bias(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
-    """Return the mask that is added to the scores, in their shape (batch, heads, queries, keys), or None
-    without a mask. A boolean mask becomes one of the query's dtype with 0 for True and -inf for False, as the
-    kernel's caller in torch does it."""
-    if mask is None:
-        return None
-    if mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), float("-inf"))
-    return mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+def _is_flash(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    is_causal: bool,
+    enable_gqa: bool,
+) -> bool:
+    """Return whether torch's flash kernel takes these tensors: half precision, no mask, four dimensions, one
+    head dim of at most 256, as many keys as queries if causal, and as many heads unless ``enable_gqa``."""
+    return (
+        mask is None
+        and query.dtype in _HALF
+        and query.dim() == key.dim() == value.dim() == 4
+        and query.shape[-1] == key.shape[-1] == value.shape[-1] <= 256
+        and (not is_causal or query.shape[2] == key.shape[2])
+        and (enable_gqa or query.shape[1] == key.shape[1])
+    )
+
+
+def _is_efficient(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Return whether torch's memory-efficient kernel takes these tensors: at most single precision, four
+    dimensions, as many heads, and head dims that are multiples of 8 (4 in single precision)."""
+    alignment = 8 if query.dtype in _HALF else 4
+    return (
+        query.dtype in (*_HALF, torch.float32)
+        and query.dim() == key.dim() == value.dim() == 4
+        and query.shape[:2] == key.shape[:2]
+        and query.shape[-1] == key.shape[-1]
+        and query.shape[-1] % alignment == value.shape[-1] % alignment == 0
+    )
+
+
+def _bias(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
+    """Return the mask that is added to the scores, or None without a mask. A boolean mask becomes one of the
+    query's dtype with 0 for True and -inf for False, as the kernel's caller in torch does it."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), float("-inf"))
 
 
 def _dropout(input: torch.Tensor, p: float, train: bool) -> torch.Tensor:  # noqa: A002 - torch's own name
@@ -162,6 +210,8 @@ def _rms_norm(
     weight: torch.Tensor | None = None,
     eps: float | None = None,
 ) -> torch.Tensor:
+    if weight is not None and weight.dtype != input.dtype:  # torch's kernel takes one dtype
+        return _ATEN.rms_norm.default.decompose(input, normalized_shape, weight, eps)  # type: ignore[no-any-return]
     return _RmsNorm.apply(input, weight, len(normalized_shape))  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -223,6 +273,8 @@ def _lstm(input: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor, 
                 batch_first,
                 train,
             )
+            if output.requires_grad:
+                output = _KeptGates.apply(output)  # type: ignore[no-untyped-call]
             outputs.append(output)
             ends.append((end[0], end[1]))
         layer_input = outputs[0] if directions == 1 else torch.cat(outputs, -1)
@@ -230,6 +282,21 @@ def _lstm(input: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor, 
             layer_input = functional.dropout(layer_input, dropout)
     last_hidden, last_cell = (torch.stack([end[i] for end in ends]) for i in range(2))
     return layer_input.transpose(0, 1) if batch_first else layer_input, last_hidden, last_cell
+
+
+class _KeptGates(torch.autograd.Function):
+    """Autograd function that returns its input, the output of an LSTM layer, and keeps for backward what its
+    kernel keeps: four gates and the cell state of each step. How large cuDNN's buffer is in fact is not
+    published; this is the least that its backward needs."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(output.new_empty((*output.shape[:-1], 5 * output.shape[-1])))
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        return grads[0]
 
 
 def _lstm_cell(
