@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 
 from memfit import catalog
+from memfit.cost.memory import live_peak_bytes
 from memfit.engines.base import Engine
 from memfit.engines.registry import ENGINES, engine, ready_engine, render, supporting_engine
 from memfit.export.script_steps import CLIP
@@ -16,11 +18,12 @@ from memfit.jobs.registry import load
 from memfit.report.plan_words import in_words
 from memfit.report.words import load_words
 from memfit.techniques.registry import TECHNIQUES, make_use
-from memfit.trace.tracer import trace
+from memfit.trace.tracer import stepping, trace
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 from memfit.types.launch import RunSpec
 from memfit.types.plan import Plan
+from memfit.worker.train import step_maker
 
 PAGE = (Path(__file__).parents[2] / "docs" / "engines.md").read_text(encoding="utf-8")
 TENSOR = Plan(uses=(make_use("tensor-parallel", {}),), ranks=2)
@@ -90,6 +93,19 @@ def test_a_probe_reports_an_untested_version_and_a_missing_package_with_its_inst
 def test_fsdp2_replicas_that_leave_nothing_to_shard_are_refused() -> None:
     with pytest.raises(UserError, match="leave nothing to shard; use ddp"):
         trace(load(JobRef(spec="char-lm")), Plan(uses=(make_use("fsdp2", {"replicas": 2}),), ranks=2))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="accelerate is not installed")
+def test_state_that_fsdp2_offloads_is_in_host_memory_under_accelerate_too() -> None:
+    job, plan = load(JobRef(spec="char-lm")), Plan(uses=(make_use("fsdp2", {"offload": True}),), ranks=2)
+    found = {}
+    for name in ("native", "accelerate"):
+        with stepping(step_maker(name, None)):
+            traced = trace(job, plan, device="cuda")
+        found[name] = traced.host_step_bytes, live_peak_bytes(traced)
+    assert found["accelerate"][0] == found["native"][0]
+    assert found["native"][0] > 2 * 4 * traced.parameter_count  # half of what is 16 bytes per parameter
+    assert found["accelerate"][1] == pytest.approx(found["native"][1], rel=0.01)
 
 
 def test_the_engines_configuration_is_written_beside_the_run_file() -> None:

@@ -23,6 +23,7 @@ from memfit.jobs.training_step import TrainingStep
 from memfit.model.blocks import find_stacks
 from memfit.model.scalar_parameters import refuse_scalars
 from memfit.techniques.base import OptimizerLike
+from memfit.techniques.parallel.data_parallel import optimize_on_host
 from memfit.techniques.registry import ordered_uses
 from memfit.types.device_kind import HOST
 from memfit.types.errors import UserError
@@ -88,9 +89,14 @@ class Step(TrainingStep):
         from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
         # Torch would create the same mesh, but it cannot do so with fake tensors.
-        mesh = self.bench.world.sub("shard")
-        with mock.patch(_DEFAULT_MESH, return_value=mesh):
+        mesh, use = self.bench.world.sub("shard"), self.plan.get("fsdp2")
+        is_offloaded = use is not None and bool(use.settings["offload"])
+        # The model is built on the host, and shards move.
+        pool = self.bench.memory_pool("host" if is_offloaded else "")
+        with mock.patch(_DEFAULT_MESH, return_value=mesh), pool:
             self.wrapped = fsdp2_prepare_model(self.accelerator, self.model)
+        if is_offloaded:
+            optimize_on_host(self.bench)
         return self.bench.make_optimizer(self.bench.trainable())
 
     def _sync_last(self, last: bool) -> None:

@@ -100,7 +100,7 @@ def _apply_fsdp2(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
         groups = _sharded(bench, settings, options)
         root: Any = groups.pop()
     if settings["offload"]:
-        _optimize_on_host(bench)
+        optimize_on_host(bench)
     _prefetch([g for g in groups if not isinstance(g, list)], int(settings["prefetch"]))
 
     def choose(last: bool) -> None:
@@ -172,7 +172,8 @@ def _sharded(bench: Workbench, settings: Mapping[str, KnobValue], options: dict[
     return [*groups, shard(*group_specs[-1])]
 
 
-def _optimize_on_host(bench: Workbench) -> None:
+def optimize_on_host(bench: Workbench) -> None:
+    """Let the optimizer that ``bench`` makes step on the host, where its parameters and gradients are."""
     make = bench.make_optimizer
 
     bench.make_optimizer = lambda params: stepping_on_host(bench, make(params))
