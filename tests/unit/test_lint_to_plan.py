@@ -140,6 +140,17 @@ def test_trainer_arguments_fill_in_auto_values_of_deepspeed(tmp_path: Path) -> N
     assert knobs(found, "zero")["precision"] == "bf16"
 
 
+def test_optimizer_state_that_is_offloaded_in_part_is_listed(tmp_path: Path) -> None:
+    away = {"device": "cpu", "ratio": 0.1}
+    found = carried(tmp_path, ds(**zero(3, offload_optimizer=away)), ranks=4)
+    assert left(found) == {"offload_optimizer.ratio 0.1"}
+    assert left(carried(tmp_path, ds(**zero(3, offload_optimizer=away | {"ratio": 1.0})), ranks=4)) == set()
+
+
+def test_fsdp_without_wrapping_is_listed(tmp_path: Path) -> None:
+    assert left(carried(tmp_path, fsdp(2, auto_wrap_policy="NO_WRAP"))) == {"auto_wrap_policy NO_WRAP"}
+
+
 def test_accelerate_fsdp_of_both_versions_becomes_fsdp2(tmp_path: Path) -> None:
     new = carried(tmp_path, fsdp(2, reshard_after_forward=False, offload_params=True))
     assert (new.engine, new.plan.ranks, new.left_out) == ("accelerate", 8, ())

@@ -132,6 +132,12 @@ def _offload(config: Options, stage: int, draft: Draft) -> dict[str, KnobValue]:
     for name, device in devices.items():
         if device == "nvme" and not (name == "optimizer" and stage == 3):
             draft.leave(f"offload_{name} to nvme", "predicted as offloaded to host memory")
+    ratio = config.number("zero_optimization.offload_optimizer.ratio")
+    if devices["optimizer"] != "none" and ratio is not None and ratio < 1:
+        draft.leave(
+            f"offload_optimizer.ratio {ratio:g}",
+            "predicted as offloaded whole; the rest of the optimizer's state stays on the device",
+        )
     knobs: dict[str, KnobValue] = {
         "offload": "optimizer" if devices["optimizer"] != "none" else "none",
     }
@@ -324,6 +330,11 @@ def _fsdp(setup: Setup, fsdp: Options, precision: str, draft: Draft) -> int:
             if precision == "bf16":
                 draft.take("bf16-autocast", "mixed precision bf16")
             return data_ranks
+    if str(fsdp.raw("auto_wrap_policy")).upper() == "NO_WRAP":
+        draft.leave(
+            "auto_wrap_policy NO_WRAP",
+            "predicted with one unit per block; without wrapping, all parameters are gathered at once",
+        )
     reshard = fsdp.raw("reshard_after_forward")
     keeps_parameters = strategy in ("SHARD_GRAD_OP", "HYBRID_SHARD_ZERO2") or str(reshard).lower() == "false"
     replicas = (
