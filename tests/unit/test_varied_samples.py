@@ -126,6 +126,38 @@ def test_chosen_samples_show_every_class_and_keep_their_order() -> None:
     assert {0.0, 29.0} <= set(chosen["x"][:, 0].tolist())  # the extreme means
 
 
+def test_a_loss_over_samples_of_one_class_that_stand_together_is_detected() -> None:
+    """Eight samples of eight classes have no pair of one class."""
+
+    def make_batch(step: int, seed: int) -> dict[str, torch.Tensor]:
+        g = torch.Generator().manual_seed(100 * seed + step)
+        return {"x": torch.randn(64, WIDTH, generator=g), "y": torch.arange(16).repeat_interleave(4)}
+
+    def hardest_pairs(model: nn.Module, batch: Any) -> torch.Tensor:
+        out, y = model(batch["x"]), batch["y"]
+        distance = torch.cdist(out, out)
+        same = y[:, None] == y[None, :]
+        nearest = torch.where(same, distance.new_tensor(1e6), distance).min(1).values
+        return (torch.where(same, distance, 0.0).max(1).values - nearest + 1).clamp(min=0).mean()
+
+    assert sample_dependence(job(make_batch, hardest_pairs, 64)).kind is DependenceKind.DEPENDENT
+
+
+def test_a_counter_that_every_forward_pass_raises_is_a_state() -> None:
+    class Annealed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(WIDTH, 3)
+            self.register_buffer("passes", torch.zeros((), dtype=torch.long))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.passes += 1
+            return self.inner(x)
+
+    result = sample_dependence(job(rare_class(8, 1), plain, 8, build_model=Annealed))
+    assert (result.cause, result.across_ranks) == (DependenceCause.STATE, False)
+
+
 def test_no_more_samples_are_chosen_than_the_job_has_in_a_batch() -> None:
     assert batch_length(varied_samples(job(rare_class(4, 1, step=3), plain, 4), 8)) == 4
 

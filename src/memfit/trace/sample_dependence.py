@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree
 
 from memfit.cost.memory import live_peak_bytes
-from memfit.model.batch_objects import batch_length, split
+from memfit.model.batch_objects import batch_length, select, split
 from memfit.runtime import local_machine
 from memfit.trace.fixed_random import FixedRandom, TimeLimitExceeded
 from memfit.trace.trace_pool import is_fork_refused
@@ -186,8 +186,15 @@ def _parameter_bytes(model: nn.Module) -> int:
 
 
 def _with_samples(job: Job, count: int) -> Job:
-    part = varied_samples(job, count)
-    return dataclasses.replace(job, make_batch=lambda step, seed: part, batch_size=batch_length(part))
+    """Return the job with ``count`` samples that differ (`varied_samples`) as its batch of step 0, and as
+    many that stand together, the first of its first batch, as that of step 1. Samplers may put what belongs
+    together, such as several samples of one person, side by side."""
+    varied, batch = varied_samples(job, count), job.make_batch(0, 0)
+    size = batch_length(varied)
+    first = select(batch, range(size))
+    return dataclasses.replace(
+        job, make_batch=lambda step, seed: first if step == 1 else varied, batch_size=size
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -302,6 +309,12 @@ class _Trial:
             real_result = self._compared(batch, "on real samples", real=True)
             if real_result.kind is not DependenceKind.INDEPENDENT:
                 return real_result
+            first = _pytree.tree_map_only(
+                torch.Tensor, lambda t: _wide(t.detach()), self.job.make_batch(1, 0)
+            )
+            first_result = self._compared(first, "on the first samples of a batch", real=False)
+            if first_result.kind is DependenceKind.DEPENDENT:
+                return first_result
             if self.mode.weighs_classes and self.job.loss_terms is None:
                 return SampleDependence(
                     kind=DependenceKind.DEPENDENT,
@@ -659,12 +672,12 @@ def _changed(
     new_state: Mapping[tuple[nn.Module, str], torch.Tensor],
 ) -> list[tuple[nn.Module, str]]:
     """Return the keys of ``old_state`` whose tensors differ in ``new_state`` by more than rounding or are
-    missing there, as after a forward pass (`_state_of`). Scalars that are not floating-point, such as
-    counters of passes, are left out."""
+    missing there, as after a forward pass (`_state_of`). BatchNorm's counter of passes is left out."""
     return [
-        k
-        for k, t in old_state.items()
-        if (t.dim() or t.is_floating_point()) and not _alike(new_state.get(k), t)
+        (module, name)
+        for (module, name), t in old_state.items()
+        if not (isinstance(module, _BatchNorm) and name == "num_batches_tracked")
+        and not _alike(new_state.get((module, name)), t)
     ]
 
 
