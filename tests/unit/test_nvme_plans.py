@@ -25,6 +25,7 @@ from memfit.planner.parallelism_grid import Limits, grids, zero_uses
 from memfit.planner.request import job_facts
 from memfit.planner.selection import Objective
 from memfit.techniques.registry import make_use
+from memfit.trace.trace_extrapolation import deep_trace
 from memfit.types.job import Job
 from memfit.types.machine import Calibration
 from memfit.types.plan import Accuracy, Bounds, Plan, Use
@@ -133,8 +134,10 @@ def test_law_the_price_of_state_on_nvme_is_that_of_a_whole_trace(
     assert whole.step_s is not None
     assert sketch.allocated_bytes == pytest.approx(whole.allocated_bytes.value, rel=0.09)
     assert sketch.step_s == pytest.approx(whole.step_s.value, rel=0.03)
-    host_bytes = whole.host_parts_bytes["offload"] / 2
+    # Pinned memory is rounded in whole plans only.
+    host_bytes = deep_trace(predictor().job, sketch.plan, device="cuda").host_step_bytes
     assert sketch.host_bytes == pytest.approx(host_bytes, rel=0.14)
+    assert whole.host_parts_bytes["offload"] / 2 >= host_bytes
     state_bytes = 16 * (BLOCKS * (8 * WIDTH**2 + 7 * WIDTH) + 2 * VOCAB * WIDTH)
     assert whole.storage_bytes == pytest.approx(state_bytes, rel=0.001)
     assert whole.storage_written_bytes == whole.storage_bytes
