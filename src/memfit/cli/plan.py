@@ -231,21 +231,12 @@ def plan(  # noqa: PLR0913
     better plans, if there are any. With --largest, finds the largest batch or other size that fits. With
     --diff, prints the edit of your own script that applies the plan."""
     language_code = check_language(output.lang)
-    job_request: memfit.planner.request.Request
     if diff.diff is not None or largest.largest is not None:
         mode = "--diff" if diff.diff is not None else "--largest"
         _refuse_options_with(mode, limits, from_options, run, save, largest)
         english_only(output, mode)
         script = script_of(diff, largest.plans)
-        job_request = request(
-            job,
-            search_options,
-            runtime,
-            on.on,
-            ranks=run.nproc,
-            bounds=bounds_of(job, limits, on.on),
-            has_nproc=True,
-        )
+        job_request = _read_request(job, search_options, runtime, on, run, limits)
         _print_diff_or_largest(script, job_request, largest, run, save, output)
         return
     refuse_without_largest(largest)
@@ -271,15 +262,7 @@ def plan(  # noqa: PLR0913
             read_from = ", ".join(str(p) for p in files)
             write_plan(save.save, read_plan, note=f"for {job.spec}, read from {read_from}")
         raise typer.Exit(0 if fits else 3)
-    job_request = request(
-        job,
-        search_options,
-        runtime,
-        on.on,
-        ranks=run.nproc,
-        bounds=bounds_of(job, limits, on.on),
-        has_nproc=True,
-    )
+    job_request = _read_request(job, search_options, runtime, on, run, limits)
     if from_options.corrected_by is not None:
         job_request = _corrected(job_request, from_options)
     workload = print_workload_of(job_request, lang=language_code, quiet=output.json)
@@ -298,6 +281,19 @@ def plan(  # noqa: PLR0913
     show_search(
         result, lang=language_code, as_json=output.json, correction=job_request.correction, workload=workload
     )
+
+
+def _read_request(
+    job: JobOptions,
+    search_options: SearchOptions,
+    runtime: RuntimeOptions,
+    on: MachineOptions,
+    run: PlanRunOptions,
+    limits: BoundsOptions,
+) -> memfit.planner.request.Request:
+    """Return what the options ask of a search."""
+    bounds = bounds_of(job, limits, on.on)
+    return request(job, search_options, runtime, on.on, ranks=run.nproc, bounds=bounds, has_nproc=True)
 
 
 def _corrected(

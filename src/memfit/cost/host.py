@@ -99,7 +99,7 @@ class HostMemory:
     parts_bytes: Mapping[str, int]
 
 
-def bytes_beside_tensors(ranks: int, machine: Machine, *, workers: int) -> float:
+def host_process_bytes(ranks: int, machine: Machine, *, workers: int) -> float:
     """Return the upper end of what one host needs for its ranks, of ``ranks`` in all, beside the tensors of
     the plan and of the batches that its ``workers`` DataLoader workers of each rank hold."""
     nothing, plan = _exactly(0.0), Plan(ranks=ranks)

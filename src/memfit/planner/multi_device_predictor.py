@@ -13,8 +13,8 @@ import numpy
 from memfit.cost.estimate import interval_around, interval_of_rates, modelled_boundary, scaled
 from memfit.cost.host import (
     HostMemory,
-    bytes_beside_tensors,
     host_memory,
+    host_process_bytes,
     known_host,
     memory_bytes,
     oom_probability,
@@ -135,7 +135,7 @@ class MultiDevicePredictor:
         if host_memory_bytes is None:
             return 0.0
         workers = self.plan_predictor.job.workers
-        taken_bytes = bytes_beside_tensors(ranks, self._machine(ranks), workers=workers)
+        taken_bytes = host_process_bytes(ranks, self._machine(ranks), workers=workers)
         return max(0.0, host_memory_bytes - taken_bytes) / min(ranks, per_host(self.machine))
 
     def fits_memory(self, estimate: Estimate) -> bool:

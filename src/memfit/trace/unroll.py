@@ -359,12 +359,9 @@ def canonical(trace: Trace) -> Trace:
         trace,
         spans=tuple(spans),
         allocations=copied_rows(
-            trace.allocations,
-            made := range(len(starts)),
-            start=map(starts.get, made),
-            end=map(ends.get, made),
+            trace.allocations, made, start=map(starts.get, made), end=map(ends.get, made)
         ),
-        ops=copied_rows(trace.ops, called := range(len(clocks)), clock=map(clocks.get, called)),
+        ops=copied_rows(trace.ops, called, clock=map(clocks.get, called)),
     )
 
 
