@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from memfit.model.batch_objects import batch_length
+from memfit.model.batch_objects import batch_length, join, select
 from memfit.trace.sample_dependence import sample_dependence
 from memfit.trace.varied_samples import varied_samples
 from memfit.types.dependence import DependenceCause, DependenceKind
@@ -167,3 +167,27 @@ def test_batches_of_different_lengths_are_not_joined() -> None:
         return {"x": torch.zeros(8, WIDTH + step), "y": torch.zeros(8, dtype=torch.long)}
 
     assert varied_samples(job(make_batch, plain, 8), 8)["x"].shape == (8, WIDTH)
+
+
+class Graphs:
+    """A batch of graphs as libraries make it: numbers of graphs, joined."""
+
+    def __init__(self, numbers: list[int]) -> None:
+        self.y, self.num_graphs = torch.tensor(numbers), len(numbers)
+
+    def to(self, device: str) -> Graphs:
+        return self
+
+    def to_data_list(self) -> list[int]:
+        return self.y.tolist()
+
+    @classmethod
+    def from_data_list(cls, numbers: list[int]) -> Graphs:
+        return cls(numbers)
+
+
+def test_samples_of_a_batch_object_are_selected_and_joined_by_its_own_methods() -> None:
+    assert select(Graphs([5, 6, 7]), [0, 2]).y.tolist() == [5, 7]
+    joined = join(Graphs([5, 6]), Graphs([7]))
+    assert joined is not None
+    assert joined.y.tolist() == [5, 6, 7]

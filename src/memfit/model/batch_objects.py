@@ -134,8 +134,9 @@ def select(batch: Any, indices: Sequence[int]) -> Any:
     (`split_object`).
     """
     length = batch_length(batch)
-    if (samples := split_object(batch, [1] * length)) is not None:
-        return type(batch).from_data_list([d for i in indices for d in samples[i].to_data_list()])
+    if split_object(batch, [length]) is not None:
+        samples = batch.to_data_list()
+        return type(batch).from_data_list([samples[i] for i in indices])
     rows = torch.tensor(indices)
     return _pytree.tree_map(lambda v: v[rows.to(v.device)] if _is_per_sample(v, length) else v, batch)
 
