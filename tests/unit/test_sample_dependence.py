@@ -161,6 +161,38 @@ def test_a_loss_that_fails_on_half_of_a_batch_is_not_tested() -> None:
     assert "fails on half of the batch" in found.reason
 
 
+def test_a_batch_of_one_sample_is_not_tried_even_if_the_reduced_job_has_more() -> None:
+    def never(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        raise AssertionError("nothing is computed")
+
+    linear = JOBS["linear"]
+    one = dataclasses.replace(
+        linear,
+        loss=never,
+        batch_size=1,
+        make_batch=lambda step, seed: {"x": linear.make_batch(step, seed)["x"][:1]},
+        reduced=lambda: linear,
+    )
+    found = sample_dependence(one)
+    assert found.kind is DependenceKind.NOT_TESTED
+    assert found.reason == "a batch of one sample cannot be split"
+
+
+def test_fewer_samples_that_must_be_too_slow_are_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced_sizes = []
+    cost = trials._Cost(needed_bytes=2**20, flops_s=100.0, call_s=1.0)
+
+    def cost_of(job: Job) -> trials._Cost:
+        traced_sizes.append(job.batch_size)
+        return cost
+
+    monkeypatch.setattr(trials._Cost, "of", cost_of)
+    found = sample_dependence(dataclasses.replace(JOBS["linear"], loss_terms=lambda batch: 8))
+    assert found.kind is DependenceKind.NOT_TESTED
+    assert found.reason == "a trial of 2 samples takes 26 s, more than the limit of 10 s"
+    assert traced_sizes == [8]
+
+
 def test_the_reason_says_why_random_samples_could_not_be_tried() -> None:
     real = torch.cat([JOBS["linear"].make_batch(step, 0)["x"] for step in range(40)])
 

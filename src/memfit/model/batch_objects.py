@@ -141,29 +141,29 @@ def select(batch: Any, indices: Sequence[int]) -> Any:
     return _pytree.tree_map(lambda v: v[rows.to(v.device)] if _is_per_sample(v, length) else v, batch)
 
 
-def join(first: Any, second: Any) -> Any | None:
-    """Return a batch with the samples of ``first``, then those of ``second``. Return None if the two cannot
-    be joined: because their structure, dtypes or shapes apart from the number of samples differ, or because
-    they hold objects without ``to_data_list()`` and ``from_data_list()``.
+def join(*batches: Any) -> Any | None:
+    """Return a batch with the samples of all batches, in this order. Return None if they cannot be joined:
+    because their structures, dtypes or shapes apart from the number of samples differ, or because they hold
+    objects without ``to_data_list()`` and ``from_data_list()``.
     """
-    (leaves, structure), (others, other_structure) = map(_pytree.tree_flatten, (first, second))
-    if structure != other_structure:
+    first = batches[0]
+    leaves, structures = zip(*map(_pytree.tree_flatten, batches), strict=True)
+    if any(structure != structures[0] for structure in structures):
         return None
-    if any(map(_is_object, leaves)):
+    if any(map(_is_object, leaves[0])):
         concatenate = getattr(type(first), "from_data_list", None)
         if concatenate is None or not hasattr(first, "to_data_list"):
             return None
-        return concatenate([*first.to_data_list(), *second.to_data_list()])
-    lengths, joined = (batch_length(first), batch_length(second)), []
-    for leaf, other in zip(leaves, others, strict=True):
-        both = (leaf, other)
-        if all(_is_per_sample(v, n) for v, n in zip(both, lengths, strict=True)):
-            if leaf.shape[1:] != other.shape[1:] or leaf.dtype != other.dtype:
+        return concatenate([sample for batch in batches for sample in batch.to_data_list()])
+    lengths, joined = [batch_length(batch) for batch in batches], []
+    for values in zip(*leaves, strict=True):
+        if all(map(_is_per_sample, values, lengths)):
+            if any(v.shape[1:] != values[0].shape[1:] or v.dtype != values[0].dtype for v in values):
                 return None
-            joined.append(torch.cat(both))
+            joined.append(torch.cat(values))
         else:
-            joined.append(leaf)
-    return _pytree.tree_unflatten(joined, structure)
+            joined.append(values[0])
+    return _pytree.tree_unflatten(joined, structures[0])
 
 
 def _is_per_sample(value: Any, length: int) -> bool:

@@ -48,6 +48,7 @@ _FREE_SHARE = 4  # a trial may take 1/4 of the free memory
 _PASSES, _CALLS, _FLOPS_PER_S, _CALL_S = 6, 11, 3e9, 4e-5
 _NOISE_RATIO = 0.3  # of 1 / sqrt(fan-in), added to parameters when inputs are random
 _FEW_VALUES = 3
+_ONE_SAMPLE = "a batch of one sample cannot be split"
 _FEW_BLOCKS = (2, 1)
 # Errors for a single sample, such as BatchNorm1d's.
 _ONE_IS_TOO_FEW = (RuntimeError, ValueError, IndexError, UserError)
@@ -87,8 +88,8 @@ def _key(job: Job) -> tuple[int, ...]:
 
 def _tried(job: Job) -> SampleDependence:
     try:
-        small_job = _affordable(job)
-        result = _Trial(small_job).run()
+        # The job's reduced form may have more samples, but only those of the job itself are split.
+        result = _Trial(_affordable(job)).run() if job.batch_size > 1 else _not_tested(_ONE_SAMPLE)
     except TimeLimitExceeded:
         result = _not_tested(f"the trial takes more processor time than {_MOST_S:g} s")
     except Exception as error:  # any error of the user's code on parts of a batch
@@ -148,16 +149,24 @@ def _affordable(job: Job) -> Job:
     job's reduced form (`Job.reduced`), if it has one, then the model with 2 blocks and with 1. Raises
     UserError if no such job keeps within the limits."""
     reasons: list[str] = []
+    few = _with_samples(job, _SAMPLES[0])
     for variant in _smaller(job):
-        candidate = variant
-        for count in _SAMPLES:
-            candidate = _with_samples(candidate, count)
+        if variant.make_batch is job.make_batch:  # the same samples, which need not be chosen again
+            candidate = dataclasses.replace(variant, make_batch=few.make_batch, batch_size=few.batch_size)
+        else:
+            candidate = _with_samples(variant, _SAMPLES[0])
+        cost = _Cost.of(candidate)
+        while cost.reason(candidate.batch_size):
+            size = candidate.batch_size
+            fewer = [n for n in _SAMPLES if n < size and not cost.at_least(n / size).reason(n)]
+            if not fewer:
+                least = min(size, _SAMPLES[-1])
+                reasons.append(cost.at_least(least / size).reason(least))
+                break
+            candidate = _with_samples(candidate, fewer[0])
             cost = _Cost.of(candidate)
-            if not cost.reason(candidate.batch_size):
-                return candidate
-            reasons.append(cost.reason(candidate.batch_size))
-            if cost.call_s > _MOST_COST_S:
-                break  # fewer samples need as many calls
+        else:
+            return candidate
     raise UserError(reasons[-1] if reasons else "the model is too large for a trial")
 
 
@@ -213,6 +222,10 @@ class _Cost:
         flops = _PASSES * sum(op.times * op.flops for op in job_trace.ops)
         calls = _CALLS * sum(op.times for op in job_trace.ops)
         return cls(2 * live_peak_bytes(job_trace), flops / _FLOPS_PER_S, calls * _CALL_S)
+
+    def at_least(self, ratio: float) -> _Cost:
+        """Return the least that the trial costs with this share of its samples: calls stay as many."""
+        return _Cost(int(self.needed_bytes * ratio), self.flops_s * ratio, self.call_s)
 
     def reason(self, samples: int) -> str:
         """Return why the cost of a trial is too high, as a clause that names ``samples``, its number of
@@ -301,7 +314,7 @@ class _Trial:
 
     def run(self) -> SampleDependence:
         if self.length < 2:
-            return _not_tested("a batch of one sample cannot be split")
+            return _not_tested(_ONE_SAMPLE)
         with _on_its_own(), self.mode, _batch_norm_anywhere():
             self.model = _model_in_float64(self.job)
             self.state = _state_of(self.model)
@@ -537,15 +550,19 @@ def _flat(gradients: _Gradients) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _on_its_own() -> Iterator[None]:
-    """Inside this context, use float64 by default, enable gradients and hide warnings. Afterwards, restore
-    the default dtype and the random states of torch, numpy and Python."""
-    dtype, states = torch.get_default_dtype(), (random.getstate(), numpy.random.get_state())  # noqa: NPY002
+    """Inside this context, use float64 by default, one thread (several are far slower than one on small
+    operators if other processes use the cores), enable gradients and hide warnings. Afterwards, restore the
+    default dtype, the number of threads and the random states of torch, numpy and Python."""
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    states = random.getstate(), numpy.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.set_default_dtype(torch.float64)
+        torch.set_num_threads(1)
         try:
             yield
         finally:
+            torch.set_num_threads(threads)
             torch.set_default_dtype(dtype)
             random.setstate(states[0])
             numpy.random.set_state(states[1])  # noqa: NPY002

@@ -59,18 +59,19 @@ def varied_samples(job: Job, count: int) -> Any:
 
 def _pool(job: Job, first: Any) -> Any:
     """Return the first batches joined into one, cut to the largest number of samples."""
-    pool, start = first, time.monotonic()
-    for step in range(1, _MOST_BATCHES):
-        size_bytes = sum(t.numel() * t.element_size() for t in batch_tensors(pool))
-        is_large = batch_length(pool) >= _MOST_SAMPLES or size_bytes * (step + 1) > _MOST_BYTES * step
+    batches, length, start = [first], batch_length(first), time.monotonic()
+    size_bytes = sum(t.numel() * t.element_size() for t in batch_tensors(first))
+    while len(batches) < _MOST_BATCHES and length < _MOST_SAMPLES:
+        is_large = size_bytes * (len(batches) + 1) > _MOST_BYTES
         if is_large or time.monotonic() - start > _MOST_S:
             break
-        batch = job.make_batch(step, 0)
-        longer = None if batch is first else join(pool, batch)
-        if longer is None:
+        batch = job.make_batch(len(batches), 0)
+        if batch is first or join(first, batch) is None:
             break
-        pool = longer
-    return select(pool, range(min(batch_length(pool), _MOST_SAMPLES)))
+        batches.append(batch)
+        length += batch_length(batch)
+    pool = join(*batches) if len(batches) > 1 else first
+    return select(pool, range(min(length, _MOST_SAMPLES)))
 
 
 def _properties(pool: Any) -> list[dict[Any, float]]:
