@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from memfit.cost.memory import memory_profile
-from memfit.engines.environment import recorded
+from memfit.engines.environment import load_environment
 from memfit.engines.registry import engine, render
 from memfit.jobs.registry import load
 from memfit.planner.request import Request, make_predictor
@@ -176,7 +176,8 @@ class Bench:
     def reference(self, row: Row, seed: int) -> list[float]:
         """Losses of one native process trained plainly, in the engine's own environment where it has one: its
         torch is another."""
-        config = render(spec_of(dataclasses.replace(row, ranks=1, uses={}))) if recorded(row.engine) else None
+        has_own = load_environment(row.engine) is not None
+        config = render(spec_of(dataclasses.replace(row, ranks=1, uses={}))) if has_own else None
         job = row.reference or row.job
         key = (job, str(seed), config.argv[0] if config else "")
         if key not in self.references:

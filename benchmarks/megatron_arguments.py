@@ -119,7 +119,7 @@ def judged(checkout: Path) -> list[dict[str, Any]]:
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, **ENGINE.environment("cpu")},
+        env={**os.environ, **ENGINE.variables("cpu")},
     )
     if child.returncode:
         raise RuntimeError(f"the parser of {checkout} does not load: {child.stderr}")

@@ -20,7 +20,7 @@ from memfit.cost.memory import memory_profile
 from memfit.engines import environment
 from memfit.engines.base import Engine
 from memfit.engines.colossalai import CONFIG, ENGINE, config, plugin_of
-from memfit.engines.environment import Environment, record, recorded
+from memfit.engines.environment import Environment, load_environment, store_environment
 from memfit.engines.registry import ready_engine, render
 from memfit.jobs.registry import load
 from memfit.runtime.child_process import run
@@ -134,7 +134,7 @@ def test_a_plan_maps_to_a_plugin_and_its_arguments(name: str) -> None:
 
 @made
 def test_the_plugin_constructors_accept_the_arguments() -> None:
-    home = recorded("colossalai")
+    home = load_environment("colossalai")
     assert home is not None
     given = [(p.ranks, json.loads(render(_spec(p)).files[CONFIG])) for p, _ in PLUGINS.values()]
     child = subprocess.run(
@@ -181,7 +181,7 @@ def test_without_an_environment_the_install_command_is_given(home: Path) -> None
 
 def test_a_deleted_environment_is_reported(home: Path) -> None:
     nowhere = str(home / "nowhere")
-    record(
+    store_environment(
         "colossalai",
         Environment(
             folder=nowhere,
@@ -204,7 +204,7 @@ def _tiny(*requirements: str) -> Engine:
 def test_installing_an_environment_measures_and_records_it(home: Path) -> None:
     told: list[str] = []
     found = install(_tiny("--help"), home / "own", told.append)  # pip only prints its help
-    assert recorded("tiny") == found
+    assert load_environment("tiny") == found
     assert Path(found.python).is_file()
     assert Path(found.packages, "pip").is_dir()
     assert found.installed_bytes > 1_000_000
@@ -216,7 +216,7 @@ def test_installing_an_environment_measures_and_records_it(home: Path) -> None:
 def test_a_failed_installation_reports_the_error_of_pip(home: Path) -> None:
     with pytest.raises(RunError, match="no such option: --nonsense"):
         install(_tiny("--nonsense"), home / "own", lambda line: None)
-    assert recorded("tiny") is None
+    assert load_environment("tiny") is None
 
 
 def test_engines_are_listed_and_one_without_an_environment_is_refused(

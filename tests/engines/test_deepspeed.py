@@ -185,7 +185,7 @@ def _ran(folder: Path, ranks: int) -> Found:
     run_children(
         __file__,
         [[folder, str(ranks), folder / f"{rank}.json"] for rank in range(ranks)],
-        env=ENGINE.environment("cpu"),
+        env=ENGINE.variables("cpu"),
     )
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
 
@@ -327,7 +327,7 @@ def of_deepspeed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("configurations")
     (folder / "asked.json").write_text(json.dumps({name: _configuration(name) for name in CONFIGURED}))
     (folder / "program.py").write_text(_OF_DEEPSPEED)
-    env = {**ENGINE.environment("cpu"), "WORLD_SIZE": "1"}
+    env = {**ENGINE.variables("cpu"), "WORLD_SIZE": "1"}
     ended = run_script(*(folder / name for name in ("program.py", "asked.json", "answers.json")), env=env)
     assert ended.returncode == 0, ended.stderr[-2000:]
     return json.loads((folder / "answers.json").read_text())  # type: ignore[no-any-return]

@@ -16,7 +16,7 @@ from torch.nn import functional
 from memfit.cost.memory import memory_profile
 from memfit.jobs.builtin.alphafold.evoformer import EvoformerBlock, RowAttention, TriangleAttention, Widths
 from memfit.jobs.training_step import TrainingStep
-from memfit.model.chunk_analysis import first_calls, to_cut, worth_cutting
+from memfit.model.chunk_analysis import find_cuts, first_calls, worth_cutting
 from memfit.techniques.registry import make_use
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
@@ -54,7 +54,7 @@ def _job(build: Callable[[], nn.Module], *shape: int) -> Job:
 
 def _axes(build: Callable[[], nn.Module], *shape: int) -> tuple[tuple[int, ...], int] | None:
     job = _job(build, *shape)
-    found = to_cut(job.build_model(), first_calls(job, job.build_model()), 0)
+    found = find_cuts(job.build_model(), first_calls(job, job.build_model()), 0)
     return next(((tuple(c.axes.values()), c.out_axis) for n, c in found.items() if n == "0"), None)
 
 
@@ -118,7 +118,7 @@ def _evoformer(residues: int, rows: int, widths: Widths = WIDTHS) -> Job:
 @pytest.mark.parametrize("columns", [False, True], ids=["evoformer", "extra MSA"])
 def test_gradients_of_a_chunked_evoformer_block_equal_those_of_the_whole_block(columns: bool) -> None:
     job = _evoformer(20, 9, dataclasses.replace(WIDTHS, global_columns=columns))
-    found = to_cut(job.build_model(), first_calls(job, job.build_model()), 20_000)
+    found = find_cuts(job.build_model(), first_calls(job, job.build_model()), 20_000)
     names = {n.removeprefix("block.") for n in found}
     assert {"pairs.starting.attention", "pairs.ending.attention", "outer.product"} <= names
     assert found["block.outer.product"].out_axis == 1
@@ -159,7 +159,7 @@ def test_row_attention_is_cut_by_rows_even_if_a_length_equals_the_channel_count(
     )
     with FakeTensorMode():
         model = job.build_model()
-    found = to_cut(model, first_calls(job, model), 2**28)
+    found = find_cuts(model, first_calls(job, model), 2**28)
     assert dict(found["attention"].axes) == {0: 1, 1: 1}
     assert found["attention"].out_axis == 1
 
@@ -217,7 +217,7 @@ def _cuts(layers: list[nn.Module], shape: tuple[int, ...]) -> dict[str, tuple[in
         loss=lambda m, b: m(b["x"]).square().mean(),
         batch_size=shape[0],
     )
-    found = to_cut(model, first_calls(job, model), 0)
+    found = find_cuts(model, first_calls(job, model), 0)
     return {name: (cut.axes[cut.first], cut.out_axis) for name, cut in found.items()}
 
 

@@ -419,7 +419,7 @@ def test_the_error_when_nothing_fits_names_ways_out() -> None:
     on = machine("2xL4")
     with pytest.raises(NothingFits) as caught:
         search_many_devices(_two_cards(), 2, request_for(on, cap_bytes=500 * 2**20))
-    assert "more on each device" in str(caught.value.explained())
+    assert "more on each device" in str(caught.value.add_ways())
     late = Bounds(steps=10**9, deadline_s=1.0)
     with pytest.raises(NothingFits) as caught:
         search_many_devices(_two_cards(), 2, request_for(on, bounds=late))

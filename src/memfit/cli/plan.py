@@ -275,7 +275,7 @@ def plan(  # noqa: PLR0913
         try:
             result = find_plan(job_request, progress, measure_s=measure_s if run.measure else None).result
         except NothingFits as error:
-            raise error.explained() if limits.explain_infeasible else error from None
+            raise error.add_ways() if limits.explain_infeasible else error from None
     if save.save is not None and result.recommended is not None:
         write_plan(save.save, result.recommended.estimate.plan, note=f"for {job.spec}, found by memfit plan")
     show_search(

@@ -85,7 +85,7 @@ def print_precision(job: JobOptions, options: PrecisionOptions, *, lang: str, as
             batches=options.batches,
             trained=options.after,
             device=device,
-            say=lambda stage, done, total: progress(f"precision-{stage}", done, total, ""),
+            progress=lambda stage, done, total: progress(f"precision-{stage}", done, total, ""),
         )
     if as_json:
         emit({"workload": workload, "advice": results})

@@ -3,13 +3,15 @@ configuration."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
-from memfit.engines.environment import recorded
+from memfit.engines.environment import load_environment
 from memfit.techniques.registry import TECHNIQUES
 from memfit.types.device_kind import HOST
 from memfit.types.launch import RunSpec
@@ -76,12 +78,14 @@ class Engine:
     tried_on: frozenset[str] = frozenset({HOST})
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
-    def environment(self, device: str) -> dict[str, str]:
-        """Return ``env`` for training on devices of the kind ``device``."""
+    def variables(self, device: str) -> dict[str, str]:
+        """Return the environment variables ``env`` for training on devices of the kind ``device``, with that
+        in place of ``{device}``."""
         return {name: value.replace("{device}", device) for name, value in self.env.items()}
 
     @property
     def known(self) -> frozenset[str]:
+        """Names of the techniques in ``carries`` and in ``applied_by_memfit``."""
         return self.carries | self.applied_by_memfit
 
     def supports(self, plan: Plan) -> tuple[str, ...]:
@@ -96,13 +100,13 @@ class Engine:
         """Return the installed version of the engine's package, and what keeps the engine from running: the
         package is not installed, or its version is not one of ``tested``. Nothing is imported. For an engine
         without a package of its own, the package is torch, of which every version will do. An engine with
-        ``requirements`` is looked up only in its environment on record (`recorded`), and counts as not
-        installed if there is none."""
+        ``requirements`` is looked up only in its environment on record (`load_environment`), and counts as
+        not installed if there is none."""
         if not self.distribution:
             return Probe(
                 version=_version("torch") or "", problem="" if _version("torch") else "torch is not installed"
             )
-        environment = recorded(self.name) if self.requirements else None
+        environment = load_environment(self.name) if self.requirements else None
         version = None
         if environment is not None or not self.requirements:
             version = _version(self.distribution, environment.packages if environment is not None else None)
@@ -132,6 +136,22 @@ class Probe:
     version: str = ""
     problem: str = ""
     fix: str = ""
+
+
+def sync_last(
+    no_sync: Callable[[], contextlib.AbstractContextManager[Any]],
+) -> Callable[[bool], None]:
+    """Return a function for `Workbench.before_micro_batch` that lets backward reduce gradients over ranks
+    only in the last micro-batch of a step: a second reduction would average averages. ``no_sync()`` returns a
+    context in which backward does not reduce them."""
+    stack = contextlib.ExitStack()
+
+    def choose(last: bool) -> None:
+        stack.close()
+        if not last:
+            stack.enter_context(no_sync())
+
+    return choose
 
 
 def _version(distribution: str, folder: str | None = None) -> str | None:

@@ -31,7 +31,7 @@ def environments_folder() -> Path:
     return platformdirs.user_data_path("memfit") / "engines"
 
 
-def recorded(name: str) -> Environment | None:
+def load_environment(name: str) -> Environment | None:
     """Return the environment of the engine ``name`` as its record describes it. It is not checked whether the
     environment still exists. Return None if there is no record or it cannot be read."""
     try:
@@ -42,8 +42,9 @@ def recorded(name: str) -> Environment | None:
         return None
 
 
-def record(name: str, environment: Environment) -> None:
-    """Store ``environment`` as the record of the engine ``name``, in place of any earlier record."""
+def store_environment(name: str, environment: Environment) -> None:
+    """Write ``environment`` as the record of the engine ``name``, in place of any earlier record. Raises
+    UserError if the file cannot be written."""
     text = f"{serialization.dumps(environment, indent=2)}\n"
     write_whole(_record(name), text.encode(), make_folder=True)
 

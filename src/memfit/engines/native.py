@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from memfit.engines.base import Engine
-from memfit.engines.environment import recorded
+from memfit.engines.environment import load_environment
 from memfit.techniques.registry import TECHNIQUES
 from memfit.types import serialization
 from memfit.types.launch import LaunchConfig, RunSpec
@@ -30,7 +30,7 @@ def render(spec: RunSpec, engine: Engine = ENGINE) -> LaunchConfig:
     writes. The command uses the interpreter that runs now. If the engine has an environment of its own on
     record, the command uses that one's interpreter, which imports memfit from the folder from which it is
     imported now."""
-    environment = recorded(engine.name) if engine.requirements else None
+    environment = load_environment(engine.name) if engine.requirements else None
     return LaunchConfig(
         engine=engine.name,
         argv=(
@@ -42,7 +42,7 @@ def render(spec: RunSpec, engine: Engine = ENGINE) -> LaunchConfig:
         ),
         env={
             **_environment(spec.threads),
-            **engine.environment(spec.device),
+            **engine.variables(spec.device),
             **({"PYTHONPATH": str(_SOURCE)} if environment else {}),
         },
         files={"run.json": serialization.dumps(spec, indent=2), **engine.files(spec)},
@@ -88,10 +88,13 @@ def render_calibration(
 
 
 def _environment(threads: int) -> dict[str, str]:
-    """Return the worker's environment variables: PYTHONSAFEPATH and, unless ``threads`` is 0, OMP_NUM_THREADS
-    with the value ``threads``. PYTHONSAFEPATH removes the current folder from the import path, so that a
-    user's file cannot shadow a module of the standard library or of an installed package.
-    TORCH_CUDNN_SDPA_DEPRIORITIZED makes CUDA choose the attention kernels that a trace chooses
-    (trace/device_kernels.py), and not cuDNN's, on devices for which torch prefers those."""
+    """Return the worker's environment variables:
+
+    - PYTHONSAFEPATH removes the current folder from the import path, so that a user's file cannot shadow a
+      module of the standard library or of an installed package.
+    - TORCH_CUDNN_SDPA_DEPRIORITIZED makes CUDA choose the attention kernels that a trace chooses
+      (trace/device_kernels.py), and not cuDNN's, on devices for which torch prefers those.
+    - OMP_NUM_THREADS has the value ``threads``; left out if that is 0.
+    """
     variables = {"PYTHONSAFEPATH": "1", "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"}
     return variables | ({"OMP_NUM_THREADS": str(threads)} if threads else {})

@@ -144,7 +144,8 @@ def select(batch: Any, indices: Sequence[int]) -> Any:
 def join(*batches: Any) -> Any | None:
     """Return a batch with the samples of all batches, in this order. Return None if they cannot be joined:
     because their structures, dtypes or shapes apart from the number of samples differ, or because they hold
-    objects without ``to_data_list()`` and ``from_data_list()``.
+    objects without ``to_data_list()`` and ``from_data_list()``. What is not per sample is that of the first
+    batch. Raises UserError if a batch contains no tensor with dimensions.
     """
     first = batches[0]
     leaves, structures = zip(*map(_pytree.tree_flatten, batches), strict=True)

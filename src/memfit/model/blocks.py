@@ -91,6 +91,12 @@ def child_prefix(path: str) -> str:
     return f"{path}." if path else ""
 
 
+def is_within(name: str, path: str) -> bool:
+    """Return whether ``name`` is the module at ``path`` or one inside it. ``path`` is not that of the model
+    itself, ""."""
+    return name == path or name.startswith(f"{path}.")
+
+
 def _repeats(module: torch.nn.Module) -> bool:
     import torch
 

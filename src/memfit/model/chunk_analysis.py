@@ -15,7 +15,7 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from memfit.model.blocks import child_prefix, equal_blocks, find_blocks
-from memfit.model.chunking_probe import LiveBytes, ModuleCall, columns_bytes, tried
+from memfit.model.chunking_probe import LiveBytes, ModuleCall, columns_bytes, find_cut
 from memfit.model.linear_roles import PlaceholderValues, without_values
 from memfit.model.tensors import tensor_leaves
 from memfit.types.errors import UserError
@@ -24,9 +24,8 @@ _MOST_PARAMETERS = 2**25  # of a module that is run on random numbers
 _MOST_TENSORS = 6
 # If a module's submodules hold more than this share of its inner bytes, they are cut instead of it.
 _HELD_BELOW = 0.75
-_SEEN: dict[
-    object, tuple[object, dict[str, ModuleCall]]
-] = {}  # keyed by everything that decides the result, because a search asks for many plans
+# First calls by everything that decides them, because a search asks for them for many plans.
+_SEEN: dict[object, tuple[object, dict[str, ModuleCall]]] = {}
 _MOST_SEEN = 4
 _WORTH = 4  # the search considers cutting a module if it makes this many times its output inside
 
@@ -134,16 +133,17 @@ def _reach(func: Any, args: Any) -> int:
 
 @dataclasses.dataclass(slots=True)
 class ChunkTrials:
-    """``known``: what `tried` returned and the bytes that it took, by a key of everything that decides them.
-    ``peak_bytes``: the largest memory that a trial takes. Trials that were made before in this process are
-    not made again, but count."""
+    """``known``: what `find_cut` returned and the bytes that it took, by a key of everything that decides
+    them. ``peak_bytes``: the largest memory that a trial takes. Trials that were made before in this process
+    are not made again, but count."""
 
     known: dict[object, tuple[Any, int]] = dataclasses.field(default_factory=dict)
     peak_bytes: int = 0
 
     def result(self, key: object, run: Callable[[], Any], *, is_lasting: bool) -> Any:
-        """Return the result of the trial ``key``, which ``run()`` makes. ``is_lasting``: the key stays valid
-        when its model is gone."""
+        """Return the result of the trial ``key``: that of an earlier one if there was one, else that of
+        ``run()``. ``is_lasting``: the key stays valid when its model is gone, so that later objects of this
+        class use the result, too."""
         known = _LASTING if is_lasting else self.known
         if key not in known:
             if len(_LASTING) >= _MOST_LASTING:
@@ -214,7 +214,7 @@ def _first_calls(job: Any, model: nn.Module, count: int) -> dict[str, ModuleCall
     return _SEEN[key][1]
 
 
-def to_cut(
+def find_cuts(
     model: nn.Module, calls: Mapping[str, ModuleCall], budget: int, trials: ChunkTrials | None = None
 ) -> dict[str, ChunkCut]:
     """Return module path -> how to cut it, for modules that allocate more than ``budget`` bytes inside and
@@ -243,21 +243,21 @@ def to_cut(
 
 def budget_bytes(model: nn.Module, calls: Mapping[str, ModuleCall], parts: int, trials: ChunkTrials) -> int:
     """Return the bytes that one slice of a module may allocate inside. They follow from the one module that
-    allocates the most inside among those that `to_cut` would cut without a budget, and are 0 if there are
+    allocates the most inside among those that `find_cuts` would cut without a budget, and are 0 if there are
     none.
 
     If ``parts`` is not 0, they are this module's inner bytes divided by ``parts``. If it is 0, they are half
     of the module's output, which exists anyway, but at most half of its inner bytes."""
-    sizes = [(calls[n].inside_bytes, calls[n].out_bytes) for n in to_cut(model, calls, 0, trials)]
+    sizes = [(calls[n].inside_bytes, calls[n].out_bytes) for n in find_cuts(model, calls, 0, trials)]
     inside_bytes, out_bytes = max(sizes, default=(0, 0))
     return inside_bytes // parts if parts else min(inside_bytes, out_bytes) // 2
 
 
 def worth_cutting(job: Any, model: nn.Module) -> bool:
     """Return whether some module allocates inside more than 4 times its output and is cut along an axis other
-    than the first (that of the batch) when `to_cut` runs with `budget_bytes` of 0 parts."""
+    than the first (that of the batch) when `find_cuts` runs with `budget_bytes` of 0 parts."""
     calls, trials = first_calls(job, model), ChunkTrials()
-    cuts = to_cut(model, calls, budget_bytes(model, calls, 0, trials), trials)
+    cuts = find_cuts(model, calls, budget_bytes(model, calls, 0, trials), trials)
     return any(c.axes[c.first] > 0 and c.inside_bytes > _WORTH * calls[n].out_bytes for n, c in cuts.items())
 
 
@@ -281,7 +281,7 @@ def _cut(module: nn.Module, call: ModuleCall, trials: ChunkTrials) -> ChunkCut |
     constants = _constants(module)
     key = (kinds, tuple(shapes.items()), form, parameters, constants)
     is_lasting = not any(_BY_ID in text for text in (*constants, *map(str, form)))
-    result = trials.result(key, lambda: tried(module, call, shapes), is_lasting=is_lasting)
+    result = trials.result(key, lambda: find_cut(module, call, shapes), is_lasting=is_lasting)
     if result is None:
         return None
     axes, out_axis = result

@@ -28,18 +28,19 @@ _FAR = (1024, 512, 256, 128, 64, 32)  # longer lengths of the cut axis, to test 
 class ModuleCall:
     """A module's first call. ``leaves``, ``spec``: the flattened (args, kwargs), in which tensors hold no
     values. ``inside_bytes``: bytes of new tensors, those of submodules included, without the output.
-    ``columns_bytes``: bytes to which convolutions would unfold their inputs. ``reach``: the largest dilation
-    or padding inside. ``random``: whether it draws random numbers. ``out_shape`` and ``out_bytes`` are None
-    and 0 if the output is not a tensor."""
+    ``columns_bytes``: bytes to which convolutions would unfold their inputs, as those in float64 do.
+    ``reach``: the largest dilation or padding inside. ``random``: whether it draws random numbers, which
+    would differ between slices. ``out_shape`` and ``out_bytes`` are None and 0 if the output is not a
+    tensor."""
 
     leaves: list[Any]
     spec: Any
-    inside_bytes: int = 0  # bytes of new tensors without the output
+    inside_bytes: int = 0
     out_shape: tuple[int, ...] | None = None
     out_bytes: int = 0
-    columns_bytes: int = 0  # to which convolutions unfold their inputs, as float64 convolutions do
-    reach: int = 0  # largest dilation or padding inside
-    random: bool = False  # draws random numbers, which would differ between slices
+    columns_bytes: int = 0
+    reach: int = 0
+    random: bool = False
 
 
 def columns_bytes(out: torch.Tensor, weight: torch.Tensor) -> int:
@@ -69,10 +70,11 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
-def tried(module: nn.Module, call: ModuleCall, shapes: dict[int, tuple[int, ...]]) -> Any:
-    """Return ({leaf: axis to cut}, the output's axis) for the longest axis of the largest input tensor that
-    can be cut, together with the axes of the same length in other tensors that are cut with it. Return None
-    if no axis can be cut, or if the module cannot be copied or does not run on inputs of a trial's size.
+def find_cut(module: nn.Module, call: ModuleCall, shapes: dict[int, tuple[int, ...]]) -> Any:
+    """Run a small copy of the module on whole inputs and on slices of them. Return ({leaf: axis to cut}, the
+    output's axis) for the longest axis of the largest input tensor that can be cut, together with the axes of
+    the same length in other tensors that are cut with it. Return None if no axis can be cut, or if the module
+    cannot be copied or does not run on inputs of a trial's size.
 
     ``shapes`` are the real shapes of the tensors among the leaves of ``call``, by the leaf's index."""
     try:

@@ -11,7 +11,7 @@ import torch
 from torch import _meta_registrations
 
 _NAME = "_meta_grouped_mm_common"
-_known: Any = getattr(_meta_registrations, _NAME)
+_TORCH_RULE: Any = getattr(_meta_registrations, _NAME)
 
 
 def grouped_products() -> AbstractContextManager[Any]:
@@ -22,6 +22,6 @@ def grouped_products() -> AbstractContextManager[Any]:
 def _of_any_dtype(mat_a: torch.Tensor, mat_b: torch.Tensor, **options: Any) -> torch.Tensor:
     half = torch.bfloat16
     if options.get("scale_a") is not None or mat_a.dtype == half or mat_b.dtype != mat_a.dtype:
-        return _known(mat_a, mat_b, **options)  # type: ignore[no-any-return]
-    out: torch.Tensor = _known(mat_a.to(half), mat_b.to(half), **{**options, "out_dtype": None})
+        return _TORCH_RULE(mat_a, mat_b, **options)  # type: ignore[no-any-return]
+    out: torch.Tensor = _TORCH_RULE(mat_a.to(half), mat_b.to(half), **{**options, "out_dtype": None})
     return out.to(options.get("out_dtype") or mat_a.dtype)

@@ -21,7 +21,7 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from memfit.model.batch_objects import map_batch, split
-from memfit.model.blocks import equal_blocks
+from memfit.model.blocks import equal_blocks, is_within
 from memfit.model.grouped_mm import grouped_products
 from memfit.model.tensors import tensor_leaves
 
@@ -42,15 +42,14 @@ class LinearUsage:
     """What was observed of a Linear in its first call. ``role``: "colwise", "rowwise", or "" if it is not to
     be split. ``input``: its input. ``within``: the modules of the block that were running, outermost first,
     the Linear itself last. ``output_dims``: number of dimensions of its input and output. ``parts``: number
-    of equal parts into which its output is split. ``reaches_rows``: whether the input of a row-split Linear
-    depends on its output."""
+    of equal parts into which its output is split, such as 3 for a fused query, key and value.
+    ``reaches_rows``: whether the input of a row-split Linear depends on its output."""
 
     role: str
     input: torch.Tensor
-    # Modules of the block that are running, outermost first; the Linear itself last.
     within: tuple[_Call, ...]
     output_dims: int
-    parts: int = 1  # number of equal parts its output is split into; 3 for a fused query, key and value
+    parts: int = 1
     reaches_rows: bool = False
 
 
@@ -97,7 +96,7 @@ class LinearFlow(PlaceholderValues):
         linear = self.linears[name]
         _, users = self._used.get(id(linear.input), (None, ()))
         for call in linear.within:
-            is_used = any(_in(user, call.name) for user in users)
+            is_used = any(is_within(user, call.name) for user in users)
             place = next((key for key, t in call.arguments if t is linear.input), None)
             if place is not None and not is_used:
                 return call.name, place
@@ -108,7 +107,7 @@ class LinearFlow(PlaceholderValues):
         (`_Done`) after the last block."""
         paths = tuple(blocks)
         for name, module in model.named_modules():
-            if not any(_in(name, path) for path in paths):
+            if not any(is_within(name, path) for path in paths):
                 continue
             module.register_forward_pre_hook(self._entering(name, name in paths), with_kwargs=True)
             module.register_forward_hook(self._leaving(name, name == paths[-1]))
@@ -118,15 +117,15 @@ class LinearFlow(PlaceholderValues):
         ``twin``, which was not run. Views are not copied."""
 
         def there(name: str) -> str:
-            return twin + name[len(block) :] if _in(name, block) else name
+            return twin + name[len(block) :] if is_within(name, block) else name
 
-        for name in [n for n in self.linears if _in(n, block)]:
+        for name in [n for n in self.linears if is_within(n, block)]:
             linear = self.linears[name]
             within = tuple(_Call(there(c.name), c.arguments) for c in linear.within)
             self.linears[there(name)] = dataclasses.replace(linear, within=within)
-        self.inside |= {there(n): dims for n, dims in self.inside.items() if _in(n, block)}
+        self.inside |= {there(n): dims for n, dims in self.inside.items() if is_within(n, block)}
         for _, users in self._used.values():
-            users += [there(user) for user in users if _in(user, block)]
+            users += [there(user) for user in users if is_within(user, block)]
 
     def _entering(self, name: str, is_block: bool) -> Any:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -251,7 +250,7 @@ def observe(
 def _twins(model: nn.Module, blocks: list[str], roles: Mapping[str, str]) -> list[int]:
     """Return `equal_blocks` of the blocks at these paths, except that a block whose Linears have other
     ``roles`` than those of the block with its index gets its own index."""
-    block_roles = [{(n[len(b) :], role) for n, role in roles.items() if _in(n, b)} for b in blocks]
+    block_roles = [{(n[len(b) :], role) for n, role in roles.items() if is_within(n, b)} for b in blocks]
     twin_indices = equal_blocks([model.get_submodule(name) for name in blocks])
     return [twin if block_roles[twin] == block_roles[i] else i for i, twin in enumerate(twin_indices)]
 
@@ -283,10 +282,6 @@ def _mark(tensor: Any, sources: frozenset[str], origin: tuple[str, int] | None) 
 def _sources(tensor: torch.Tensor) -> frozenset[str]:
     sources: frozenset[str] = getattr(tensor, "_memfit_sources", frozenset())
     return sources
-
-
-def _in(name: str, path: str) -> bool:
-    return name == path or name.startswith(path + ".")
 
 
 def _tail(shape: torch.Size, width: int) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def scalars(model: torch.nn.Module) -> list[str]:
+def scalar_names(model: torch.nn.Module) -> list[str]:
     """Return the names of the model's parameters without dimensions, in its order."""
     return [name for name, param in model.named_parameters() if param.dim() == 0]
 
@@ -21,9 +21,8 @@ def refuse_scalars(
     model: torch.nn.Module, technique_or_engine: str, *, left_alone: Collection[str] = ()
 ) -> None:
     """Raise UserError if the model has parameters without dimensions whose names are not in ``left_alone``.
-    The message names the first one and says that ``technique_or_engine``, its name, does not
-    support them."""
-    names = [name for name in scalars(model) if name not in left_alone]
+    The message names the first one, and ``technique_or_engine`` as what does not support it."""
+    names = [name for name in scalar_names(model) if name not in left_alone]
     if names:
         count_of_them = f" ({len(names)} such parameters)" if len(names) > 1 else ""
         raise UserError(

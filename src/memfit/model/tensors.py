@@ -11,7 +11,7 @@ from memfit.types.device_kind import HOST
 from memfit.types.errors import UserError
 
 
-def host_batch(batch: Any) -> Any:
+def check_on_host(batch: Any) -> Any:
     """Return a job's batch unchanged. Raises UserError if it has tensors outside the host's memory."""
     devices = sorted({str(t.device) for t in tensor_leaves(batch) if t.device.type != HOST})
     if devices:

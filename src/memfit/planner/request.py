@@ -120,7 +120,7 @@ def job_facts(job: Job, device_kind: str, ranks: int = 1, half_precision: str = 
     is 0. Raises UserError if the job names blocks or a head that the model does not have.
     """
     from memfit.model.chunk_analysis import worth_cutting
-    from memfit.model.scalar_parameters import scalars
+    from memfit.model.scalar_parameters import scalar_names
     from memfit.techniques.adapters import block_linears
     from memfit.techniques.imported_optimizer import needs_names
     from memfit.trace.tracer import fake_model
@@ -147,7 +147,7 @@ def job_facts(job: Job, device_kind: str, ranks: int = 1, half_precision: str = 
         ranks=ranks,
         half_precision=half_precision,
         has_linear_layers=has_linear_layers,
-        has_scalar_parameters=bool(scalars(model)),
+        has_scalar_parameters=bool(scalar_names(model)),
         has_slices=ranks == 1 and worth_cutting(job, model),
         clips_gradients=job.clip is not None,
         is_adamw=is_adamw(job.optimizer),

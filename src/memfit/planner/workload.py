@@ -8,7 +8,7 @@ import torch
 from torch.utils import _pytree
 
 from memfit.jobs.registry import names
-from memfit.model.tensors import host_batch
+from memfit.model.tensors import check_on_host
 from memfit.planner.stored_predictions import stored_predictions
 from memfit.trace.tracer import fake_model
 from memfit.types.job import Job, JobRef
@@ -62,7 +62,7 @@ def _with_shape(workload: Workload, job: Job) -> Workload:
     Only tensors with at least two dimensions count. If the batch has none, the workload is returned
     unchanged.
     """
-    leaves = _pytree.tree_leaves(host_batch(job.make_batch(0, 0)))
+    leaves = _pytree.tree_leaves(check_on_host(job.make_batch(0, 0)))
     samples = [t for t in leaves if isinstance(t, torch.Tensor) and t.dim() > 1]
     if not samples:
         return workload

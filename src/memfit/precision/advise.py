@@ -45,7 +45,7 @@ _RUN: Final = 12  # number of worst places whose effect on the loss is measured
 _WAYS: Final = ("pure", "autocast")
 _NUMBER: Final = re.compile(r"(?<![^.])\d+(?![^.])")
 
-Say = Callable[[str, int, int], None]
+Progress = Callable[[str, int, int], None]
 
 
 def _silent(stage: str, done: int, total: int) -> None:
@@ -55,7 +55,7 @@ def _silent(stage: str, done: int, total: int) -> None:
 @dataclasses.dataclass(slots=True)
 class _Place:
     """Modules of one class whose paths differ only in numbers. ``pattern``: their path with stars for these
-    numbers; ``kind``: the name of the class. ``calls``: the paths of all of them as keys. ``found``: path ->
+    numbers; ``kind``: the name of the class. ``calls``: the paths of all of them as keys. ``errors``: path ->
     name of the mode -> errors, for the modules that were examined. ``loss_ratio``, ``effect_ratio``: how far
     the loss, and the gradients of all other modules, move relative to their size if only these modules run in
     the narrow dtype; None if that was not run."""
@@ -63,33 +63,40 @@ class _Place:
     pattern: str
     kind: str
     calls: dict[str, None] = dataclasses.field(default_factory=dict)  # paths, in order
-    found: dict[str, dict[str, ReplayErrors]] = dataclasses.field(default_factory=dict)
+    errors: dict[str, dict[str, ReplayErrors]] = dataclasses.field(default_factory=dict)
     loss_ratio: float | None = None
     effect_ratio: float | None = None
 
     @property
     def worst(self) -> dict[str, ReplayErrors]:
-        return _merged(self.found.values())
+        return _merged(self.errors.values())
 
 
 def advise(
-    job: Job, dtypes: Sequence[str], *, batches: int, trained: int, device: str = CUDA, say: Say = _silent
+    job: Job,
+    dtypes: Sequence[str],
+    *,
+    batches: int,
+    trained: int,
+    device: str = CUDA,
+    progress: Progress = _silent,
 ) -> tuple[PrecisionAdvice, ...]:
     """Return the advice which modules must stay in float32, one for each of ``dtypes``, "bf16" or "fp16", in
     their order.
 
     The model is trained without a plan for ``trained`` steps, and then examined on ``batches`` further
     batches, always with only a few samples of a batch. ``device``: the kind of device whose list of
-    operators that torch.autocast keeps in float32 is used; everything runs on the CPU. ``say`` receives the
-    progress: (stage, done, total). Raises UserError if the loss is not finite in float32."""
-    model = _trained(job, trained, say)
+    operators that torch.autocast keeps in float32 is used; everything runs on the CPU. ``progress(stage,
+    done, total)`` is called before each part of the work; the stages are "train", "record", "module" and
+    "effect". Raises UserError if the loss is not finite in float32."""
+    model = _trained(job, trained, progress)
     modes_by_dtype = {d: modes(model, DTYPES[d], cuda=device_kind(device).autocast == "cuda") for d in dtypes}
     for other_modes in list(modes_by_dtype.values())[1:]:
         other_modes["exact"] = modes_by_dtype[dtypes[0]]["exact"]
     places: dict[str, dict[str, _Place]] = {d: {} for d in dtypes}
-    data = [add_padding(_few(job, trained + index)) for index in range(batches)]
+    data = [add_padding(_first_samples(job, trained + index)) for index in range(batches)]
     for index, batch in enumerate(data):
-        say("record", index, batches)
+        progress("record", index, batches)
         root = record(model, batch, job.loss)
         if not math.isfinite(loss := float(root.output)):
             raise UserError(
@@ -98,29 +105,29 @@ def advise(
             )
         for dtype, dtype_modes in modes_by_dtype.items():
             _learn(root, dtype_modes, batch, job, dtype)
-        _examine(root, places, model, modes_by_dtype, job, say)
+        _examine(root, places, model, modes_by_dtype, job, progress)
     advice = []
     for dtype in dtypes:
-        effects = _Whole(model, modes_by_dtype[dtype]["pure"].model, DTYPES[dtype], data[0], job)
+        effects = _Effects(model, modes_by_dtype[dtype]["pure"].model, DTYPES[dtype], data[0], job)
         module_places = [p for p in places[dtype].values() if p.pattern != LOSS]
         for index, place in enumerate(sorted(module_places, key=_rank, reverse=True)[:_RUN]):
-            say("effect", index, _RUN)
+            progress("effect", index, _RUN)
             place.loss_ratio, place.effect_ratio = effects.effect(_paths(place, "pure") or set(place.calls))
         advice.append(_advise_dtype(job, dtype, device, places[dtype], effects, (batches, trained)))
     return tuple(advice)
 
 
-def _trained(job: Job, steps: int, say: Say) -> nn.Module:
+def _trained(job: Job, steps: int, progress: Progress) -> nn.Module:
     torch.manual_seed(0)
     step = TrainingStep(dataclasses.replace(job, islands=()), Plan())
     for index in range(steps):
-        say("train", index, steps)
-        step.run(_few(job, index))
+        progress("train", index, steps)
+        step.run(_first_samples(job, index))
     step.model.zero_grad(set_to_none=True)
     return step.model
 
 
-def _few(job: Job, index: int) -> Any:
+def _first_samples(job: Job, index: int) -> Any:
     """Return the first samples of the batch of step ``index``: the first of as many micro-batches as can be
     cut with at least n samples each, or all samples if there are fewer than 2 n. n is the number of samples
     that fit into 2**15 elements of the batch's largest tensor, but at least 2."""
@@ -163,7 +170,7 @@ def _learn(root: RecordedCall, modes_by_name: dict[str, Mode], batch: Any, job: 
                 stack.callback(mode.model.register_forward_pre_hook(narrowed, with_kwargs=True).remove)
 
             def run(mode: Mode = mode) -> RecordedCall:
-                with mode.around():
+                with mode.make_context():
                     return record(mode.model, batch, job.loss, backward=False)
 
             learn_dtypes(root, mode.name, run)
@@ -175,7 +182,7 @@ def _examine(
     model: nn.Module,
     modes_by_dtype: dict[str, dict[str, Mode]],
     job: Job,
-    say: Say,
+    progress: Progress,
 ) -> None:
     calls: dict[tuple[str, str], dict[str, list[RecordedCall]]] = {}
     for call in root.all():
@@ -184,22 +191,22 @@ def _examine(
             kind = "" if call.path == LOSS else type(model.get_submodule(call.path)).__name__
             calls.setdefault((pattern, kind), {}).setdefault(call.path, []).append(call)
     for index, ((pattern, kind), by_path) in enumerate(calls.items()):
-        say("module", index, len(calls))
+        progress("module", index, len(calls))
         places_by_dtype = {
             d: p.setdefault(f"{pattern} {kind}", _Place(pattern, kind)) for d, p in places.items()
         }
         paths = list(by_path)
         sample = sorted({paths[0], paths[1 % len(paths)], paths[len(paths) // 2], paths[-1]})
         for path in sample if len(paths) > _SAME else paths:
-            _look(places_by_dtype, path, by_path[path], modes_by_dtype, job)
+            _examine_calls(places_by_dtype, path, by_path[path], modes_by_dtype, job)
         if len(paths) > _SAME and any(_paths(place, m) for place in places_by_dtype.values() for m in _WAYS):
             for path in set(paths) - set(sample):
-                _look(places_by_dtype, path, by_path[path], modes_by_dtype, job)
+                _examine_calls(places_by_dtype, path, by_path[path], modes_by_dtype, job)
         for place in places_by_dtype.values():
             place.calls |= dict.fromkeys(paths)
 
 
-def _look(
+def _examine_calls(
     places: dict[str, _Place],
     path: str,
     calls: list[RecordedCall],
@@ -230,7 +237,7 @@ def _look(
                     call, modes_by_dtype[dtype]["pure"], job.loss, listening=sums, backward=False
                 )
                 errors["sums"] = compare(exact, replay) if sums.used else ReplayErrors(Gap(), 0.0)
-            place.found[path] = _merged([place.found[path], errors]) if path in place.found else errors
+            place.errors[path] = _merged([place.errors[path], errors]) if path in place.errors else errors
 
 
 def _largest(call: RecordedCall) -> float:
@@ -284,11 +291,11 @@ def _fault(errors: dict[str, ReplayErrors], mode: str, effect: float | None = No
 
 
 def _paths(place: _Place, mode: str) -> set[str]:
-    return {p for p, errors in place.found.items() if _fault(errors, mode, place.effect_ratio)}
+    return {p for p, errors in place.errors.items() if _fault(errors, mode, place.effect_ratio)}
 
 
 def _rank(place: _Place) -> tuple[bool, float]:
-    if not place.found:
+    if not place.errors:
         return False, 0.0
     errors = place.worst["pure"]
     return bool(_fault(place.worst, "pure")), max(
@@ -296,14 +303,14 @@ def _rank(place: _Place) -> tuple[bool, float]:
     )
 
 
-class _Whole:
+class _Effects:
     """Compares the loss and the gradients of the whole model in float32 with those of a run in which the own
     code of some modules runs in the dtype ``low``. ``narrow``: a copy of the model with its parameters in
     ``low``. Both run on ``batch``."""
 
     def __init__(self, model: nn.Module, narrow: nn.Module, low: torch.dtype, batch: Any, job: Job) -> None:
         self.model, self.narrow, self.low, self.batch, self.job = model, narrow, low, batch, job
-        self.loss, self.grads = casting.step(model, batch, job.loss, backward=True)
+        self.loss, self.grads = casting.run_step(model, batch, job.loss, backward=True)
 
     def effect(self, paths: set[str], *, backward: bool = True) -> tuple[float, float]:
         """Return how far (the loss, the gradients of all other modules) move if the own code of the modules
@@ -312,8 +319,8 @@ class _Whole:
         Both are infinite if the run fails or its loss is not finite, the second also if a gradient is not
         finite. Without ``backward`` the second is 0, unless the run fails or its loss is not finite."""
         try:
-            with casting.casting(self.model, self.narrow, paths, self.low):
-                loss, grads = casting.step(self.model, self.batch, self.job.loss, backward=backward)
+            with casting.cast_modules(self.model, self.narrow, paths, self.low):
+                loss, grads = casting.run_step(self.model, self.batch, self.job.loss, backward=backward)
         except FAILURES:
             return math.inf, math.inf
         finally:
@@ -325,14 +332,16 @@ class _Whole:
 
 
 def _advise_dtype(
-    job: Job, dtype: str, device: str, places: dict[str, _Place], effects: _Whole, counts: tuple[int, int]
+    job: Job, dtype: str, device: str, places: dict[str, _Place], effects: _Effects, counts: tuple[int, int]
 ) -> PrecisionAdvice:
     all_paths = [p for place in places.values() for p in place.calls if p not in ("", LOSS)]
-    islands = {m: _named(places.values(), m, effects.model) for m in ("pure", "autocast")}
-    examined = [_examined_module(p) for p in sorted(places.values(), key=_rank, reverse=True) if p.found]
+    islands = {m: _island_patterns(places.values(), m, effects.model) for m in ("pure", "autocast")}
+    examined = [_examined_module(p) for p in sorted(places.values(), key=_rank, reverse=True) if p.errors]
     pure_islands = islands["pure"]
     narrow_paths = {
-        p for p in all_paths if not any(fnmatch.fnmatchcase(o, i) for i in pure_islands for o in _above(p))
+        p
+        for p in all_paths
+        if not any(fnmatch.fnmatchcase(o, i) for i in pure_islands for o in _enclosing_paths(p))
     }
     return PrecisionAdvice(
         job=job.name,
@@ -362,7 +371,7 @@ def _sums(place: ExaminedModules) -> bool:
     )
 
 
-def _above(path: str) -> Iterator[str]:
+def _enclosing_paths(path: str) -> Iterator[str]:
     parts = path.split(".")
     yield from (".".join(parts[:n]) for n in range(1, len(parts) + 1))
 
@@ -380,7 +389,7 @@ def _examined_module(place: _Place) -> ExaminedModules:
         if name != "sums"
     }
     reasons = {
-        mode: next((r for f in place.found.values() if (r := _fault(f, mode, place.effect_ratio))), "")
+        mode: next((r for f in place.errors.values() if (r := _fault(f, mode, place.effect_ratio))), "")
         for mode in ("pure", "autocast")
     }
     return ExaminedModules(
@@ -396,7 +405,7 @@ def _examined_module(place: _Place) -> ExaminedModules:
     )
 
 
-def _named(places: Iterable[_Place], mode: str, model: nn.Module) -> tuple[str, ...]:
+def _island_patterns(places: Iterable[_Place], mode: str, model: nn.Module) -> tuple[str, ...]:
     """Return patterns, as for ``fnmatch``, that match the paths of exactly those modules of ``model`` whose
     own code must not run in ``mode``. The root and the loss function are left out. Where no pattern matches
     exactly, the paths themselves are returned."""

@@ -14,7 +14,9 @@ from memfit.precision.tensors import is_float, rebuild
 
 
 @contextlib.contextmanager
-def casting(model: nn.Module, narrow: nn.Module, paths: Collection[str], low: torch.dtype) -> Iterator[None]:
+def cast_modules(
+    model: nn.Module, narrow: nn.Module, paths: Collection[str], low: torch.dtype
+) -> Iterator[None]:
     """Make ``model``, within the context, run the own code of the modules at ``paths`` in the dtype ``low``.
     Their inputs are cast to it and their outputs back to float32.
 
@@ -54,7 +56,7 @@ def casting(model: nn.Module, narrow: nn.Module, paths: Collection[str], low: to
             del module.forward
 
 
-def step(
+def run_step(
     model: nn.Module, batch: Any, loss: Callable[[Any, Any], torch.Tensor], *, backward: bool
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Run one forward and, if ``backward``, one backward pass, without dropout. Return (loss, gradients by

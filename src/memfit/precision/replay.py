@@ -48,16 +48,17 @@ class CudaLists(TorchFunctionMode):
 class Mode:
     """A precision in which modules are replayed.
 
-    ``model``: the model whose parameters are used. ``arrives``: dtype of inputs whose dtype was not learned
-    from a real run. ``rounded``: dtype to which inputs and outputs are rounded, while the computation is in
-    ``arrives``; None: no rounding. ``around``: called without arguments, it makes a context in which modules
-    run. ``narrow``: whether the operators that make non-finite values are recorded by default."""
+    ``model``: the model whose parameters are used. ``input_dtype``: dtype of inputs whose dtype was not
+    learned from a real run. ``rounded``: dtype to which inputs and outputs are rounded, while the computation
+    is in ``input_dtype``; None: no rounding. ``make_context()`` returns a context in which modules run.
+    ``narrow``: whether `replay_call` without ``listening`` records the operators that make non-finite
+    values."""
 
     name: str
     model: nn.Module
-    arrives: torch.dtype
+    input_dtype: torch.dtype
     rounded: torch.dtype | None = None
-    around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    make_context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     narrow: bool = False
 
 
@@ -91,7 +92,7 @@ def modes(model: nn.Module, low: torch.dtype, *, cuda: bool) -> dict[str, Mode]:
         "float32": Mode("float32", model, torch.float32),
         "rounded": Mode("rounded", twin(low, wide), wide, rounded=low),
         "pure": Mode(f"pure {low}", twin(low), low, narrow=True),
-        "autocast": Mode(f"autocast {low}", model, low, around=autocast, narrow=True),
+        "autocast": Mode(f"autocast {low}", model, low, make_context=autocast, narrow=True),
     }
 
 
@@ -108,7 +109,7 @@ class ReplayedModule:
     then all fields but ``nonfinite_operators`` are empty."""
 
     outputs: list[torch.Tensor]
-    passed: list[bool]  # of each output: whether it is an input, or shares its memory, and is not computed
+    passed: list[bool]
     inputs: list[torch.Tensor]
     grads: list[torch.Tensor | None]
     parameters: torch.Tensor | None
@@ -134,7 +135,7 @@ def replay_call(
     listener = listening or (NonFiniteOperators() if mode.narrow else contextlib.nullcontext())
     nonfinite_operators = listener.names if isinstance(listener, NonFiniteOperators) else set()
     try:
-        with deterministic(), run.children(), listener, mode.around():
+        with deterministic(), run.children(), listener, mode.make_context():
             output = run.run_forward(loss)
         if run.pending:
             raise ReplayMismatch(f"the module does not call its child {run.pending[0].path} again")
@@ -162,20 +163,20 @@ class _Replay:
         self.sources: list[torch.Tensor] = []
         self.ends: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self.dtypes = call.dtypes.get(mode.name)
-        self.handed = self.sources
+        self.received = self.sources
 
-    def enters(self, value: Any, dtypes: list[torch.dtype] | None) -> Any:
+    def enter(self, value: Any, dtypes: list[torch.dtype] | None) -> Any:
         """Return the value with its floating-point tensors replaced by new tensors that begin an autograd
         graph, and add these to ``sources``. A tensor that occurs twice gets one new tensor.
 
         ``dtypes`` has one dtype for each tensor of the value, also for those that are not floating-point, in
-        the order of `leaves`. The new tensor is cast to it, or to the mode's ``arrives`` if ``dtypes`` is
+        the order of `leaves`. The new tensor is cast to it, or to the mode's ``input_dtype`` if ``dtypes`` is
         None or too short; if the mode rounds, it is rounded before."""
         memo: dict[int, torch.Tensor] = {}
         dtype_order = iter(dtypes or ())
 
-        def enter(tensor: torch.Tensor) -> torch.Tensor:
-            dtype = next(dtype_order, self.mode.arrives)
+        def replace(tensor: torch.Tensor) -> torch.Tensor:
+            dtype = next(dtype_order, self.mode.input_dtype)
             if not is_float(tensor):
                 return tensor
             if id(tensor) not in memo:
@@ -189,13 +190,13 @@ class _Replay:
             # the module's own code may write into it
             return leaf.view_as(leaf) if leaf.requires_grad else leaf
 
-        return rebuild(value, enter)
+        return rebuild(value, replace)
 
     def run_forward(self, loss: Callable[[Any, Any], torch.Tensor]) -> Any:
         if self.call.path == LOSS:
-            self.handed = list(leaves(self.call.inputs))
+            self.received = list(leaves(self.call.inputs))
             return loss(self.mode.model, self.call.inputs[0][0])
-        args, kwargs = self.enters(self.call.inputs, self.dtypes[0] if self.dtypes else None)
+        args, kwargs = self.enter(self.call.inputs, self.dtypes[0] if self.dtypes else None)
         return self.module.forward(*args, **kwargs)
 
     @contextlib.contextmanager
@@ -218,7 +219,7 @@ class _Replay:
                 if is_float(tensor):
                     self.ends.append((tensor, call.input_grads.get(index)))
             dtypes = call.dtypes.get(self.mode.name)
-            return self.enters(call.output, dtypes[1] if dtypes else None)
+            return self.enter(call.output, dtypes[1] if dtypes else None)
 
         return forward
 
@@ -239,7 +240,7 @@ class _Replay:
             torch.autograd.backward([t for t, _ in pairs], [(g / largest).to(t.dtype) for t, g in pairs])
 
     def result(self, nonfinite_operators: set[str]) -> ReplayedModule:
-        storages = {t.untyped_storage().data_ptr() for t in self.handed}
+        storages = {t.untyped_storage().data_ptr() for t in self.received}
         passed = [t.untyped_storage().data_ptr() in storages for t, _ in self.ends]
         grads = [p.grad.double().flatten() for p in self.module.parameters() if p.grad is not None]
         return ReplayedModule(
@@ -304,6 +305,7 @@ class ReplayErrors:
     failed: str = ""
 
     def worst(self, other: ReplayErrors) -> ReplayErrors:
+        """Return the larger error of the two, field by field, and the operators of both."""
         operators = ", ".join(
             sorted({*self.nonfinite_operators.split(", "), *other.nonfinite_operators.split(", ")} - {""})
         )

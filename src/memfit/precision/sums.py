@@ -15,7 +15,7 @@ _MOST: Final = 512  # most consecutive additions; with more elements, each addit
 
 class NarrowSums(TorchDispatchMode):
     """Mode that replaces sums, means, softmax and layer norms of bfloat16 and float16 tensors by ones whose
-    sums are rounded to that dtype after every addition (`added`).
+    sums are rounded to that dtype after every addition (`add_narrow`).
 
     Sums and means over a list of several dimensions, or with a given result dtype, are not replaced.
     ``used``: whether anything was replaced."""
@@ -36,10 +36,10 @@ class NarrowSums(TorchDispatchMode):
 _NARROW: Final = (torch.bfloat16, torch.float16)
 
 
-def added(x: torch.Tensor) -> torch.Tensor:
+def add_narrow(x: torch.Tensor) -> torch.Tensor:
     """Return the sum over the last dimension, (..., n) to (...), rounded to the dtype of ``x`` after every
     addition. If n is above 512, groups of equal size (the last may be smaller) are first summed in float32
-    and rounded, as few per group as leave at most 512 to be added."""
+    and rounded, as few per group as leave at most 512 to be add_narrow."""
     groups = -(-x.shape[-1] // _MOST)
     parts = [p.float().sum(-1).to(x.dtype) if groups > 1 else p.squeeze(-1) for p in x.split(groups, -1)]
     total = torch.zeros_like(parts[0])
@@ -52,9 +52,9 @@ def _layer_norm(
     x: torch.Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: float
 ) -> tuple[torch.Tensor, ...]:
     flat = x.flatten(x.dim() - len(shape))
-    mean = added(flat).unsqueeze(-1) / flat.shape[-1]
+    mean = add_narrow(flat).unsqueeze(-1) / flat.shape[-1]
     centred = flat - mean
-    scale = (added(centred * centred).unsqueeze(-1) / flat.shape[-1] + eps).rsqrt()
+    scale = (add_narrow(centred * centred).unsqueeze(-1) / flat.shape[-1] + eps).rsqrt()
     result = (centred * scale).view_as(x)
     result = result if weight is None else result * weight
     statistics = (x.shape[: x.dim() - len(shape)] + (1,) * len(shape),) * 2
@@ -66,15 +66,15 @@ def _layer_norm(
 
 def _softmax(x: torch.Tensor, dim: int, half_to_float: bool) -> torch.Tensor:
     exponentials = (x - x.amax(dim, keepdim=True)).exp()
-    return exponentials / added(exponentials.transpose(dim, -1)).unsqueeze(-1).transpose(dim, -1)
+    return exponentials / add_narrow(exponentials.transpose(dim, -1)).unsqueeze(-1).transpose(dim, -1)
 
 
 def _sum(x: torch.Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     if dtype is not None or (isinstance(dim, list | tuple) and len(dim) != 1):
         return NotImplemented
     if dim is None:
-        return added(x.flatten())
-    result = added(x.transpose(dim[0], -1)).unsqueeze(-1).transpose(dim[0], -1)
+        return add_narrow(x.flatten())
+    result = add_narrow(x.transpose(dim[0], -1)).unsqueeze(-1).transpose(dim[0], -1)
     return result if keepdim else result.squeeze(dim[0])
 
 

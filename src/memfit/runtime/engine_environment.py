@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from memfit.engines.base import Engine
-from memfit.engines.environment import Environment, environments_folder, record
+from memfit.engines.environment import Environment, environments_folder, store_environment
 from memfit.runtime.child_process import dying_with_parent
 from memfit.types.errors import RunError, UserError
 
@@ -48,7 +48,7 @@ def install(engine: Engine, into: Path | None, on_line: OnLine) -> Environment:
         installed_bytes=_bytes(folder),
         took_s=time.perf_counter() - start,
     )
-    record(engine.name, environment)
+    store_environment(engine.name, environment)
     return environment
 
 

@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     import torch
 
-    from memfit.model.chunk_analysis import ChunkTrials, budget_bytes, first_calls, to_cut
+    from memfit.model.chunk_analysis import ChunkTrials, budget_bytes, find_cuts, first_calls
 
     parts = bench.world.layout.data * bench.micro_batches  # a pass works on one of these
     calls, trials = first_calls(bench.job, bench.model, parts), ChunkTrials()
     requested_bytes = int(settings["mib"]) * MIB
     budget = requested_bytes or budget_bytes(bench.model, calls, int(settings["parts"]), trials)
-    cuts = to_cut(bench.model, calls, budget, trials)
+    cuts = find_cuts(bench.model, calls, budget, trials)
     with bench.memory_pool("host"):  # stands for the memory of the trials in a prediction
         torch.empty(trials.peak_bytes, dtype=torch.uint8)
     if not cuts:

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from memfit.jobs.training_step import TrainingStep
 from memfit.model.batch_objects import map_batch
-from memfit.model.tensors import host_batch
+from memfit.model.tensors import check_on_host
 from memfit.techniques import fp32_modules
 from memfit.techniques.base import Workbench
 from memfit.techniques.optimizers import counts_steps_on_host
@@ -236,7 +236,7 @@ def _local_batch(step: TrainingStep, index: int) -> tuple[Any, float]:
 
     def make() -> tuple[Any, float]:
         with _disable_current_modes():
-            batch = host_batch(step.job.make_batch(index, 0))
+            batch = check_on_host(step.job.make_batch(index, 0))
         return step.local(batch)
 
     if step.bench.world.layout.ranks > 1 or follows_weights():

@@ -43,7 +43,8 @@ class Deadline:
         return self.end_s == 0.0
 
     def stop(self) -> None:
-        """Let the time be up from now on."""
+        """Let the time be up from now on. Within `overtime` or `earlier_by`, this holds only until the end of
+        the ``with`` block."""
         self.end_s = 0.0
 
     def check(self) -> None:

@@ -112,8 +112,7 @@ class Alternative:
     its devices; None if the kind has no such price. ``price_low_ratio`` and ``price_high_ratio``: the lowest
     and the highest price between sellers, over ``price`` or ``per_hour``; 1 for a price of the user.
     ``power_w``: of the machine's devices and host, without the site's overhead (PUE); None if unknown.
-    ``hours``: duration of one run. ``storage_per_month``: price
-    per month of storing the data in the cloud.
+    ``hours``: duration of one run. ``storage_per_month``: price per month of storing the data in the cloud.
     """
 
     kind: str

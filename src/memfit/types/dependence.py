@@ -19,15 +19,16 @@ class DependenceKind(enum.StrEnum):
 class DependenceCause(enum.StrEnum):
     """What depends on the other samples of the batch: "" (nothing, or it is not known), statistics
     ("batch-norm", "sync-batch-norm"), a state that a forward pass changes ("state"), the loss or anything
-    before it ("loss"), or the weights of the loss terms ("weights").
+    before it ("loss"), or the weights of the loss terms ("weights": the loss is a sum, or a mean over other
+    terms than the job counts).
     """
 
     NONE = ""
     BATCH_NORM = "batch-norm"
     SYNC_BATCH_NORM = "sync-batch-norm"
-    STATE = "state"  # changed by a forward pass
-    LOSS = "loss"  # the loss or anything before it
-    WEIGHTS = "weights"  # the loss averages over other terms than the job counts, or sums
+    STATE = "state"
+    LOSS = "loss"
+    WEIGHTS = "weights"
 
 
 _CHANGES = {
@@ -76,6 +77,7 @@ class SampleDependence:
 
     @property
     def way_out(self) -> str:
+        """What to use instead of a plan that splits the batch, as text that depends on the cause."""
         if self.cause is DependenceCause.BATCH_NORM:
             return "SyncBatchNorm for data-parallel ranks, no micro-batches"
         if self.cause is DependenceCause.WEIGHTS:

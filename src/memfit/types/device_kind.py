@@ -23,7 +23,7 @@ class DeviceKind:
       outputs and temporary memory.
     - ``autocast``: "cpu" or "cuda": whose lists of float32 functions its autocast follows.
     - ``fused_dropout``: dropout keeps a mask of one byte per element, not one of the input's dtype.
-    - ``foreach``: torch's optimizers update all parameters together unless told otherwise.
+    - ``foreach``: torch's optimizers update all parameters together by default.
     - ``streams``: torch has streams for it, on which copies run beside operators.
     - ``reserves_as_cuda``: its allocator keeps segments as that of CUDA does, which cost/allocator.py
       replays, and the other memory of a process is that of cost/device_overhead.py. Without it, what training

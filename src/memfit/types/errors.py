@@ -52,12 +52,7 @@ class UserError(MemfitError):
     def __init__(self, given: str, *, allowed: str = "", hint: str = "") -> None:
         given = given if len(given) <= _LONGEST_GIVEN else f"{given[:_LONGEST_GIVEN]}..."
         self.given, self.allowed, self.hint = given, allowed, hint
-        parts = [given]
-        if allowed:
-            parts.append(f"allowed: {allowed}")
-        if hint:
-            parts.append(hint)
-        super().__init__("; ".join(parts))
+        super().__init__("; ".join(filter(None, (given, allowed and f"allowed: {allowed}", hint))))
 
 
 def look_up(what: str, name: str, table: Mapping[str, _Entry]) -> _Entry:
@@ -96,7 +91,7 @@ class NothingFits(MemfitError):
 
     ``cap_bytes``: the memory that a plan may use. ``least_bytes``, ``plan_text``: what the smallest plan
     needs, and that plan's label. ``ways``: texts of changes that would help; they are not in the message
-    before `explained` is called.
+    before `add_ways` is called.
 
     Three more arguments only form the message and are not attributes. ``missed``: the whole message if a plan
     fits the memory but the deadline or the limit on cost is missed, else "". ``host``: a text that says that
@@ -128,7 +123,7 @@ class NothingFits(MemfitError):
         )
         super().__init__(f"{message}; {unfinished}" if unfinished else message)
 
-    def explained(self) -> NothingFits:
+    def add_ways(self) -> NothingFits:
         """Add ``ways``, the changes that would help, to this error's message, if there are any. Return the
         error itself.
         """

@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
-    """The scientific metric of a job. ``margin``: differences below it, in ``unit``, count as scientifically
-    equivalent; it is fixed before anything runs.
+    """The scientific metric of a job. ``margin``: results that differ by less than this, in ``unit``, count
+    as scientifically equivalent; it is fixed before anything runs.
     """
 
     name: str
     unit: str
     higher_is_better: bool
-    margin: float  # results that differ by less than this count as scientifically equivalent, in `unit`
+    margin: float
     margin_source: str
     naive: float  # result of a simple baseline method, in `unit`
     naive_name: str

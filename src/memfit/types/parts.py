@@ -66,4 +66,4 @@ class UpdateCosts:
     state_bytes: float
     top_bytes: float  # highest memory above parameters, gradients and state
     tensor_top_bytes: float
-    moved_bytes: float  # bytes read plus bytes written
+    moved_bytes: float

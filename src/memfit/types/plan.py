@@ -11,15 +11,15 @@ KnobValue = str | int | float | bool
 
 
 class EffectClass(enum.IntEnum):
-    """How far a technique may change the results of training. It decides how equality is tested. E0: bitwise
-    equal. E1: sums are reordered, equal within float32 tolerance. E2: the precision changes. E3: the
-    algorithm changes.
+    """How far a technique may change the results of training, which decides how equality is tested. E0:
+    bitwise equal. E1: sums are reordered; equal within float32 tolerance. E2: the precision changes; tested
+    for equivalence over pairs of runs of equal seed. E3: the algorithm changes; judged by the task's metric.
     """
 
-    E0 = 0  # bitwise equal
-    E1 = 1  # sums reordered: equal within float32 tolerance
-    E2 = 2  # precision changed: equivalence over paired seeds
-    E3 = 3  # algorithm changed: judged by the task's metric
+    E0 = 0
+    E1 = 1
+    E2 = 2
+    E3 = 3
 
     @property
     def label(self) -> str:
@@ -98,7 +98,7 @@ class Plan:
         return int(accumulation.settings["micro_batches"]) if accumulation is not None else 1
 
     def without(self, technique: str) -> Plan:
-        """Return the plan without ``technique``."""
+        """Return the plan without ``technique``; an equal plan if it does not use it."""
         return dataclasses.replace(self, uses=tuple(u for u in self.uses if u.technique != technique))
 
     def with_use(self, added: Use) -> Plan:

@@ -585,6 +585,7 @@ class Trial:
 
     @property
     def median_s(self) -> float | None:
+        """The median of ``step_s``, of an even number of rounds the larger middle one; None if empty."""
         times = sorted(self.step_s)
         return times[len(times) // 2] if times else None
 
@@ -738,7 +739,7 @@ class NamedVerdict:
     variant of the recommended plan or of plain training.
     """
 
-    name: str  # "recommended" or the ablation's name
+    name: str
     plan: Plan
     verdict: Verdict
 

@@ -19,17 +19,18 @@ from memfit.types.device_kind import device_kind
 class Category(enum.StrEnum):
     """What a memory allocation is for: "parameter" (parameters and buffers), "gradient", "optimizer_state",
     "ema" (an averaged copy of the weights), "activation" (made in forward and needed after it), "temporary"
-    (lives within one phase), "input", or "workspace" (inside a kernel while it runs).
+    (lives within one phase), "input", or "workspace" (inside a kernel while it runs; measured by running the
+    operator alone).
     """
 
-    PARAMETER = "parameter"  # parameters and buffers
+    PARAMETER = "parameter"
     GRADIENT = "gradient"
     OPTIMIZER_STATE = "optimizer_state"
-    EMA = "ema"  # the averaged copy of the weights
-    ACTIVATION = "activation"  # made in forward and needed after it
-    TEMPORARY = "temporary"  # lives within one phase
+    EMA = "ema"
+    ACTIVATION = "activation"
+    TEMPORARY = "temporary"
     INPUT = "input"
-    WORKSPACE = "workspace"  # inside a kernel while it runs; measured by probing the operator alone
+    WORKSPACE = "workspace"
 
 
 class Phase(enum.StrEnum):
@@ -37,7 +38,7 @@ class Phase(enum.StrEnum):
     the optimizer are built.
     """
 
-    SETUP = "setup"  # the model and the optimizer are built
+    SETUP = "setup"
     FORWARD = "forward"
     BACKWARD = "backward"
     OPTIMIZER = "optimizer"
@@ -67,7 +68,7 @@ class Allocation:
     line: str = ""  # "file.py:123" in user code, if requested
     file: str = ""  # path of that file
     requested_bytes: int = 0  # before rounding
-    # "" is the compute stream; others, such as "all-gather", have their own pool in the CUDA allocator
+    # "" is the compute stream; others, such as "stream 1", have their own pool in the CUDA allocator
     stream: str = ""
     pieces: int = 1  # number of equal storages that this stands for; the sizes are those of all together
 
@@ -91,7 +92,9 @@ class OpCall:
     dtype: str  # dtype of the arithmetic: "float32", "bfloat16", ...
     flops: int
     moved_bytes: int  # inputs read + outputs written
-    stream: str = ""  # "" is the compute stream; a collective uses the stream of its group
+    # "": the compute stream; "group NAME": that of a process group, on which its collectives run; "host":
+    # the host's processor; "stream 1" and so on: others
+    stream: str = ""
     group: str = ""
     waits: tuple[str, int] | None = None
     times: int = 1
@@ -161,12 +164,12 @@ class Trace:
     storage_written_bytes: int = 0
     storage_read_bytes: int = 0
     storage_bytes: int = 0
-    assumptions: tuple[str, ...] = ()  # e.g. answers given to .item()
-    guessed: tuple[str, ...] = ()  # lines that needed a number which only the weights decide
-    assumed: tuple[str, ...] = ()  # lines that needed a value which only a run has, assumed within its range
-    # lowest peak under other values of what only a run decides, relative to this peak
+    assumptions: tuple[str, ...] = ()  # sentences, such as the answers given to .item()
+    guessed: tuple[str, ...] = ()  # lines that read a number that is not known; they got 1
+    assumed: tuple[str, ...] = ()  # lines whose value only a run has; it was assumed within its range
+    # lowest and highest peak under other assumed values, relative to this trace's peak
     assumed_low_ratio: float = 1.0
-    assumed_high_ratio: float = 1.0  # highest peak, in the same way
+    assumed_high_ratio: float = 1.0
     rank: int = 0  # the traced rank, of `ranks`
     ranks: int = 1
     host_peak_bytes: int = 0  # tensors in host memory beside the device; not in `allocations`

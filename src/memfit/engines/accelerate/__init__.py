@@ -83,12 +83,6 @@ def config(plan: Plan) -> dict[str, Any]:
     return content
 
 
-def _asks_cuda(plan: Plan) -> tuple[str, ...]:
-    """Return ("fp16-autocast",) if the plan uses that technique, else (). On a CPU, an Accelerator set to
-    fp16 silently trains in float32."""
-    return ("fp16-autocast",) if "fp16-autocast" in plan else ()
-
-
 ENGINE = Engine(
     name="accelerate",
     saves=True,
@@ -100,7 +94,8 @@ ENGINE = Engine(
     applied_by_memfit=APPLIED_BY_MEMFIT | {"adamw-4bit", "bf16-parameters"},
     applied_by_files=frozenset({"ddp", "fsdp2", "zero", "bf16-autocast", "fp16-autocast"}),
     reasons=_reasons,
-    asks_cuda=_asks_cuda,
+    # On a CPU, an Accelerator set to fp16 silently trains in float32.
+    asks_cuda=lambda plan: ("fp16-autocast",) if "fp16-autocast" in plan else (),
     no_scalars=lambda plan: "zero" in plan,
     own_trace=True,
     files=_files,

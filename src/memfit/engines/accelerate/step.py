@@ -18,6 +18,7 @@ import yaml
 
 from memfit.engines import deepspeed
 from memfit.engines.accelerate import CONFIG, ENGINE, config
+from memfit.engines.base import sync_last
 from memfit.engines.deepspeed import step
 from memfit.jobs.training_step import TrainingStep
 from memfit.model.blocks import find_stacks
@@ -62,8 +63,7 @@ class Step(TrainingStep):
         self.model = bench.model = bench.call.inner
         sync = next((str(u.settings["sync"]) for u in plan.uses if "sync" in u.settings), "every")
         if sync == "last":
-            bench.before_micro_batch.append(self._sync_last)
-        self.syncing: Any = None
+            bench.before_micro_batch.append(sync_last(lambda: accelerator.no_sync(self.wrapped)))
         bench.closers.append(accelerator.free_memory)
         return optimizer
 
@@ -99,14 +99,6 @@ class Step(TrainingStep):
             optimize_on_host(self.bench)
         return self.bench.make_optimizer(self.bench.trainable())
 
-    def _sync_last(self, last: bool) -> None:
-        accelerator = self.accelerator
-        if self.syncing is not None:
-            self.syncing.__exit__(None, None, None)
-        self.syncing = None if last else accelerator.no_sync(self.wrapped)
-        if self.syncing is not None:
-            self.syncing.__enter__()
-
     def _backward(self, loss: torch.Tensor) -> None:
         if self.folder is None:
             loss.backward()
@@ -135,7 +127,7 @@ class _ThroughDeepspeed(step.Step, Step):
         with patch_environment(DS_ACCELERATOR=kind, LOCAL_RANK=str(self.bench.world.rank)):
             return super()._prepare()
 
-    def _initialized(self, model: torch.nn.Module, optimizer: OptimizerLike, config: dict[str, Any]) -> Any:
+    def _initialize(self, model: torch.nn.Module, optimizer: OptimizerLike, config: dict[str, Any]) -> Any:
         assert self.folder is not None
         content = yaml.safe_load((self.folder / CONFIG).read_text())
         kind = torch.device(self.bench.torch_device).type

@@ -12,7 +12,6 @@ from typing import Any
 
 from memfit.engines.base import Engine
 from memfit.techniques.rank_mesh import layout
-from memfit.types.launch import RunSpec
 from memfit.types.plan import Plan
 
 CONFIG = "colossalai.json"
@@ -140,10 +139,6 @@ def _asks_cuda(plan: Plan) -> tuple[str, ...]:
     return (f"Colossal-AI's {name}",) if name not in {"", DDP} else ()
 
 
-def _files(spec: RunSpec) -> dict[str, str]:
-    return {CONFIG: json.dumps(config(spec.plan, spec.clip), indent=2) + "\n"}
-
-
 ENGINE = Engine(
     name="colossalai",
     summary="Colossal-AI's Booster: DDP, LowLevelZero, Gemini and HybridParallel plugins",
@@ -168,5 +163,5 @@ ENGINE = Engine(
     applied_by_files=frozenset(),
     reasons=_reasons,
     asks_cuda=_asks_cuda,
-    files=_files,
+    files=lambda spec: {CONFIG: json.dumps(config(spec.plan, spec.clip), indent=2) + "\n"},
 )

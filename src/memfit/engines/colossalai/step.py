@@ -3,7 +3,6 @@ older torch."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import warnings
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, cast
 
 import torch
 
+from memfit.engines.base import sync_last
 from memfit.engines.colossalai import CONFIG, ENGINE
 from memfit.jobs.training_step import TrainingStep
 from memfit.techniques.base import OptimizerLike
@@ -43,14 +43,9 @@ class Step(TrainingStep):
         self.model = bench.model = self.wrapped.unwrap()
         bench.call = self.wrapped
         if any(u.settings.get("sync") == "last" for u in self.plan.uses):
-            bench.before_micro_batch.append(self._sync_last)
-        self.syncing = contextlib.ExitStack()
+            no_sync = self.booster.no_sync
+            bench.before_micro_batch.append(sync_last(lambda: no_sync(self.wrapped, self.optimizer)))
         return cast(OptimizerLike, _Stepping(optimizer))
-
-    def _sync_last(self, last: bool) -> None:
-        self.syncing.close()
-        if not last:
-            self.syncing.enter_context(self.booster.no_sync(self.wrapped, self.optimizer))
 
     def _backward(self, loss: torch.Tensor) -> None:
         if self.booster is None:

@@ -46,14 +46,10 @@ def _reasons(plan: Plan) -> Iterator[str]:
             yield "chunked-cross-entropy: ZeRO stage 3 has freed the head's weight when the loss runs"
 
 
-def _files(spec: RunSpec) -> dict[str, str]:
-    return {CONFIG: json.dumps(config(spec), indent=2) + "\n"}
-
-
 def config(spec: RunSpec) -> dict[str, Any]:
     """Return the content of the JSON file that `deepspeed --deepspeed_config` reads. It does not describe the
     optimizer, which the program that trains creates. DDP, and a plan of one rank without zero, are written as
-    ZeRO stage 0."""
+    ZeRO stage 0. If ``spec.batch_size`` is 0, which means unknown, micro-batches have 1 sample."""
     zero = as_zero(spec.plan).get("zero")
     micro_batches = spec.plan.micro_batches
     is_bf16 = zero is not None and zero.settings["precision"] == "bf16"
@@ -127,6 +123,6 @@ ENGINE = Engine(
     reasons=_reasons,
     no_scalars=lambda plan: True,  # parameters are sent as bytes; torch cannot view a scalar as bytes
     predicted=as_zero,
-    files=_files,
+    files=lambda spec: {CONFIG: json.dumps(config(spec), indent=2) + "\n"},
     env={"DS_ACCELERATOR": "{device}", "LOCAL_RANK": "0"},  # LOCAL_RANK is needed even with one rank
 )

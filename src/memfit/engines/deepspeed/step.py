@@ -41,13 +41,13 @@ class Step(TrainingStep):
             bench.forward_contexts.append(lambda: Bf16Inputs(model))
         linear = torch.nn.functional.linear  # ZeRO stage 3 replaces it for the whole process
         join_alone(bench.torch_device)  # it stays, because DeepSpeed keeps a reference to it
-        engine = self._initialized(model, bench.make_optimizer(bench.trainable()), config)
+        engine = self._initialize(model, bench.make_optimizer(bench.trainable()), config)
         self.wrapped, self.model, bench.call = engine, engine.module, engine
         bench.before_micro_batch.append(engine.set_gradient_accumulation_boundary)
         bench.closers += [engine.destroy, lambda: setattr(torch.nn.functional, "linear", linear)]
         return cast(OptimizerLike, engine.optimizer)
 
-    def _initialized(self, model: torch.nn.Module, optimizer: OptimizerLike, config: dict[str, Any]) -> Any:
+    def _initialize(self, model: torch.nn.Module, optimizer: OptimizerLike, config: dict[str, Any]) -> Any:
         import deepspeed
 
         return deepspeed.initialize(model=model, optimizer=cast(Any, optimizer), config=config)[0]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 
 from memfit.engines.base import APPLIED_BY_MEMFIT, Engine
-from memfit.types.launch import RunSpec
 from memfit.types.plan import Plan
 
 CONFIG = "fairscale.json"
@@ -24,10 +23,6 @@ def _reasons(plan: Plan) -> tuple[str, ...]:
     if plan.ranks > 1 and "sharded-ddp" not in plan:
         return ("several ranks: FairScale requires sharded-ddp",)
     return ()
-
-
-def _files(spec: RunSpec) -> dict[str, str]:
-    return {CONFIG: json.dumps(config(spec.plan), indent=2) + "\n"}
 
 
 def config(plan: Plan) -> dict[str, object]:
@@ -57,5 +52,5 @@ ENGINE = Engine(
     applied_by_memfit=(APPLIED_BY_MEMFIT | {"bf16-autocast"}) - {"activation-checkpointing"},
     applied_by_files=frozenset(),
     reasons=_reasons,
-    files=_files,
+    files=lambda spec: {CONFIG: json.dumps(config(spec.plan), indent=2) + "\n"},
 )

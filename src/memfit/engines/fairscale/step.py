@@ -8,7 +8,6 @@ recomputed with torch's checkpoint instead.
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, cast
 
 import torch
 
+from memfit.engines.base import sync_last
 from memfit.engines.fairscale import CONFIG, ENGINE
 from memfit.jobs.training_step import TrainingStep
 from memfit.model.blocks import find_stacks
@@ -53,8 +53,7 @@ class Step(TrainingStep):
         settings = json.loads((self.folder / CONFIG).read_text())
         self.wrapped = ShardedDataParallel(self.model, optimizer, process_group=group, **settings)
         bench.call = self.wrapped
-        bench.before_micro_batch.append(self._sync_last)
-        self._syncing = contextlib.ExitStack()
+        bench.before_micro_batch.append(sync_last(self.wrapped.no_sync))
         bench.closers.append(self._let_go)
         return cast(OptimizerLike, optimizer)
 
@@ -83,14 +82,6 @@ class Step(TrainingStep):
                 "which itself computes gradients with torch.autograd.grad",
                 hint="leave activation-checkpointing out, or train on another engine",
             ) from error
-
-    def _sync_last(self, last: bool) -> None:
-        """Called before each micro-batch. Let its backward reduce gradients over ranks only if it is the last
-        of the step (``last``), because a second reduction would average gradients that are averages
-        already."""
-        self._syncing.close()
-        if not last:
-            self._syncing.enter_context(self.wrapped.no_sync())
 
     def update(self) -> torch.Tensor:
         norm = self._grad_norm()

@@ -142,14 +142,9 @@ def _batches(spec: RunSpec, mesh: Layout) -> dict[str, str]:
     return {"micro-batch-size": str(max(1, micro_batch_size)), "global-batch-size": str(spec.batch_size)}
 
 
-def _files(spec: RunSpec) -> dict[str, str]:
-    """Return the one file megatron.args, name -> text. Each line is an option of the trainer, such as
-    "--num-layers 12". The file is for ``pretrain_gpt.py $(cat megatron.args) --data-path ...``"""
-    return {CONFIG: options_text(arguments(spec))}
-
-
 def options_text(options: Mapping[str, object]) -> str:
-    """Return the text of megatron.args: one line for each option. ``options``: as `parse` returns them."""
+    """Return the text of megatron.args: one line for each option, such as "--num-layers 12", for
+    ``pretrain_gpt.py $(cat megatron.args) --data-path ...``. ``options``: as `parse` returns them."""
     return "".join(f"--{name} {value}".rstrip() + "\n" for name, value in options.items())
 
 
@@ -185,7 +180,7 @@ ENGINE = Engine(
     applied_by_files=_CARRIES | {"sgd", "clipping"},
     reasons=_reasons,
     asks_cuda=_asks_cuda,
-    files=_files,
+    files=lambda spec: {CONFIG: options_text(arguments(spec))},
     env={"CUDA_DEVICE_MAX_CONNECTIONS": "1"},
     own_trace=True,
 )

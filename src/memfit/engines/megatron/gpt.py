@@ -224,7 +224,7 @@ class MegatronGpt(nn.Module):
         the configuration has sequence parallelism and the number of tensor-parallel ranks does not divide the
         length."""
         if self.config.sequence_parallel:
-            must_divide("sequence", tokens.shape[1], self.config.tensor_model_parallel_size)
+            must_divide("sequence length", tokens.shape[1], self.config.tensor_model_parallel_size)
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         logits: torch.Tensor = self.core(tokens, positions, None)
         is_padded = logits.shape[-1] > self.vocabulary

@@ -20,6 +20,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from memfit.engines.base import sync_last
 from memfit.engines.megatron import CONFIG, ENGINE, arguments, parse
 from memfit.engines.megatron.gpt import MegatronGpt, check_cut, copy_weights, read, transformer_config
 from memfit.jobs.training_step import TrainingStep
@@ -57,12 +58,11 @@ class Step(TrainingStep):
             bench.closers.append(stack.pop_all().close)
         for param in bench.trainable():
             bench.on_kept(cast(Any, param).main_grad, "gradient")
-        self.syncing: Any = None
-        bench.before_micro_batch.append(self._sync_last)
+        bench.before_micro_batch.append(sync_last(self.wrapped.no_sync))
         return bench.make_optimizer(bench.trainable())
 
     def _build(self, stack: contextlib.ExitStack) -> None:
-        bench, options, shape, source = self.bench, self._given(), read(self.model), cast(Any, self.model)
+        bench, options, shape, source = self.bench, self._options(), read(self.model), cast(Any, self.model)
         degree = int(options["tensor-model-parallel-size"])
         check_cut(shape, degree)
         is_trace = isinstance(next(source.parameters()), FakeTensor)
@@ -83,7 +83,7 @@ class Step(TrainingStep):
                 copy_weights(source, megatron_model, rank=bench.world.rank % degree)
                 self.wrapped = bench.call = _wrapped(megatron_model, config, options)
 
-    def _given(self) -> Mapping[str, str]:
+    def _options(self) -> Mapping[str, str]:
         """Return the options of Megatron-LM's trainer, name without dashes -> value: in a run those in the
         run's megatron.args, in a trace, which has no such file, those that follow from the plan."""
         if self.folder is not None:
@@ -103,13 +103,6 @@ class Step(TrainingStep):
                 feature="tensor-parallel: activations", planned=texts[planned_split], found=texts[is_split]
             )
             raise NotConforming(Conformance(differences=(difference,), checked=(), unseen=()))
-
-    def _sync_last(self, last: bool) -> None:
-        if self.syncing is not None:
-            self.syncing.__exit__(None, None, None)
-        self.syncing = None if last else self.wrapped.no_sync()
-        if self.syncing is not None:
-            self.syncing.__enter__()
 
     def update(self) -> torch.Tensor:
         self._reduced()

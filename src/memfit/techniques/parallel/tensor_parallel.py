@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from memfit.model.blocks import find_blocks, find_head
+from memfit.model.blocks import find_blocks, find_head, is_within
 from memfit.techniques.base import Knob, StepPart, Technique, Workbench
 from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue
@@ -198,15 +198,11 @@ def _split_heads(model: torch.nn.Module, roles: Mapping[str, str], degree: int) 
     UserError if such a number is not divisible."""
     holders = {name.rpartition(".")[0] for name, role in roles.items() if role == _COLWISE}
     for name, module in model.named_modules():
-        if name and any(_within(holder, name) for holder in holders):
+        if name and any(is_within(holder, name) for holder in holders):
             for attribute, count in list(vars(module).items()):
                 if type(count) is int and _COUNTS_HEADS.fullmatch(attribute):
                     _must_divide(f"{name}.{attribute}", count, degree)
                     setattr(module, attribute, count // degree)
-
-
-def _within(name: str, path: str) -> bool:
-    return name == path or name.startswith(path + ".")
 
 
 def _rows_by_rank(linear: torch.nn.Module, parts: int, degree: int) -> None:
@@ -255,7 +251,7 @@ def _styles(
         )
     for name, module in model.named_modules():
         has_parameters = any(True for _ in module.parameters(recurse=False))
-        if not has_parameters or name in roles or not any(_within(name, b) for b in blocks):
+        if not has_parameters or name in roles or not any(is_within(name, b) for b in blocks):
             continue
         if name in flow.inside:
             if flow.inside[name] != 4:
