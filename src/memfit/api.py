@@ -51,7 +51,7 @@ from memfit.techniques.plan_file import plan_text
 from memfit.techniques.rank_mesh import SEVERAL, layout
 from memfit.techniques.registry import proposable, technique
 from memfit.trace.lifecycle import Lifecycle, lifecycle
-from memfit.trace.real_weights import WeightsSource, built_weights, offering
+from memfit.trace.real_weights import WeightsSource, build_weights, offer_weights
 from memfit.types.conformance import Conformance, Difference, NotConforming
 from memfit.types.dependence import DependenceKind
 from memfit.types.errors import MemfitError, UserError, first_line
@@ -376,7 +376,7 @@ def _priced(predictor: Predictor, plan: Plan, probe: bool) -> Estimate:
     try:
         if not probe:
             return predictor.whole(plan)
-        with offering(_weights(predictor.job)):
+        with offer_weights(_weights(predictor.job)):
             if predictor.machine.is_here and predictor.machine.device.is_host:
                 probe_workspaces(predictor, plan)
             return predictor.whole(plan)
@@ -391,7 +391,7 @@ def _priced(predictor: Predictor, plan: Plan, probe: bool) -> Estimate:
 
 def _weights(job: Job) -> WeightsSource:
     return WeightsSource(
-        lambda: built_weights(job.build_model), _MOST_COMPUTED_FLOPS, _FREE_RATIO * local_machine.free_bytes()
+        lambda: build_weights(job.build_model), _MOST_COMPUTED_FLOPS, _FREE_RATIO * local_machine.free_bytes()
     )
 
 

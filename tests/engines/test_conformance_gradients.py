@@ -113,7 +113,7 @@ def _own_part(self: Any, grads: list[torch.Tensor], sizes: list[int]) -> torch.T
 def _own_shards() -> Any:
     from memfit.techniques.zero.zero_stage3 import ZeroThree
 
-    return mock.patch.object(ZeroThree, "_scattered", _own_part)
+    return mock.patch.object(ZeroThree, "_reduce_scatter", _own_part)
 
 
 def _other(technique: str, **settings: Any) -> Callable[[], Any]:

@@ -31,7 +31,7 @@ from memfit.runtime.counting_allocator import CountingAllocator, available
 from memfit.runtime.gloo import gloo_first
 from memfit.techniques.rank_mesh import layout, make_world
 from memfit.techniques.registry import make_use
-from memfit.techniques.zero.sharded_ddp import owners
+from memfit.techniques.zero.sharded_ddp import assign_owners
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
 from memfit.types.job import Job, JobRef
@@ -411,7 +411,7 @@ def test_fairscale_accepts_the_arguments_and_shards_as_predicted() -> None:
         theirs.world_size, theirs.param_groups = 3, [{"params": params}]
         theirs._partition_parameters = []
         divided = theirs.partition_parameters()
-    ours = owners(params, 3)
+    ours = assign_owners(params, 3)
     for rank, groups in enumerate(divided):
         assert [id(p) for g in groups for p in g["params"]] == [id(p) for p in params if ours[p] == rank]
 

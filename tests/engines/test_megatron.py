@@ -22,7 +22,7 @@ from memfit.jobs.builtin.gpt import Gpt, GptSize
 from memfit.runtime.child_process import run
 from memfit.runtime.ranks import run_ranks
 from memfit.techniques.registry import make_use
-from memfit.trace.tracer import stepping, trace
+from memfit.trace.tracer import trace, use_step
 from memfit.types.errors import UserError
 from memfit.types.job import Job, JobRef
 from memfit.types.launch import RunSpec
@@ -125,7 +125,7 @@ def test_losses_match_one_process_and_memory_matches_the_prediction(name: str) -
     losses = [statistics.fmean(parts) for parts in zip(*(r.losses for r in ranks), strict=True)]
     assert losses == pytest.approx(reference.losses, rel=1e-6)
     assert ranks[0].grad_norms == pytest.approx(reference.grad_norms, rel=1e-5)
-    with stepping(step_maker("megatron", None)):
+    with use_step(step_maker("megatron", None)):
         for rank, measured in enumerate(ranks):
             traced = trace(globals()[attribute], plan, rank=rank)
             found = memory_profile(traced, Calibration())
@@ -136,14 +136,14 @@ def test_losses_match_one_process_and_memory_matches_the_prediction(name: str) -
 def test_the_gradient_buffer_of_megatron_changes_the_predicted_peak() -> None:
     plan = _plan(1)
     native = memory_profile(trace(gpt, plan), Calibration())
-    with stepping(step_maker("megatron", None)):
+    with use_step(step_maker("megatron", None)):
         own = memory_profile(trace(gpt, plan), Calibration())
     assert own.peak_bytes != native.peak_bytes  # its buffer of all gradients is never freed
 
 
 @installed
 def test_on_a_gpu_the_gradient_buffer_is_as_large_as_the_parameters() -> None:
-    with stepping(step_maker("megatron", None)):
+    with use_step(step_maker("megatron", None)):
         traced = trace(gpt, _plan(2, tensor_parallel=_TENSOR), device="cuda")
     kept = dict.fromkeys((Category.PARAMETER, Category.GRADIENT), 0)
     for made in traced.allocations:

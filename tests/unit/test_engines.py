@@ -18,7 +18,7 @@ from memfit.jobs.registry import load
 from memfit.report.plan_words import in_words
 from memfit.report.words import load_words
 from memfit.techniques.registry import TECHNIQUES, make_use
-from memfit.trace.tracer import stepping, trace
+from memfit.trace.tracer import trace, use_step
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 from memfit.types.launch import RunSpec
@@ -100,7 +100,7 @@ def test_state_that_fsdp2_offloads_is_in_host_memory_under_accelerate_too() -> N
     job, plan = load(JobRef(spec="char-lm")), Plan(uses=(make_use("fsdp2", {"offload": True}),), ranks=2)
     found = {}
     for name in ("native", "accelerate"):
-        with stepping(step_maker(name, None)):
+        with use_step(step_maker(name, None)):
             traced = trace(job, plan, device="cuda")
         found[name] = traced.host_step_bytes, live_peak_bytes(traced)
     assert found["accelerate"][0] == found["native"][0]

@@ -20,7 +20,7 @@ from memfit.model.blocks import find_blocks
 from memfit.planner.evaluate import Predictor
 from memfit.planner.request import job_facts
 from memfit.runtime.local_machine import this_machine
-from memfit.trace.trace_extrapolation import repeated
+from memfit.trace.trace_extrapolation import find_repeated_blocks
 from memfit.trace.tracer import fake_model
 from memfit.types.errors import UserError
 from memfit.types.job import Job, JobRef
@@ -355,7 +355,7 @@ def test_selective_checkpointing_of_a_repeatedly_called_block_keeps_the_loss_und
 def test_a_model_of_unequal_blocks_has_no_repeated_block_and_still_gets_a_sketch() -> None:
     job = load("segmentation3d", batch=2)
     assert len(find_blocks(fake_model(job), job.blocks)[1]) == 5
-    assert repeated(fake_model(job), job) is None
+    assert find_repeated_blocks(fake_model(job), job) is None
     predictor = Predictor(job=job, machine=this_machine("world"), job_facts=job_facts(job, "cpu"))
     assert predictor.sketch(Plan()).allocated_bytes.value > 0
 

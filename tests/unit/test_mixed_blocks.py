@@ -18,7 +18,7 @@ from memfit.jobs.registry import load
 from memfit.model.blocks import find_stacks
 from memfit.trace.tracer import fake_model, trace
 from memfit.trace.truncated_model import with_blocks
-from memfit.trace.unroll import Mismatch, canonical, mixed
+from memfit.trace.unroll import Mismatch, mix_recomputed, normalize_clocks
 from memfit.types.job import Job, JobRef
 from memfit.types.plan import Plan, Use, use
 from memfit.types.trace import Trace
@@ -88,8 +88,10 @@ def test_a_mixed_trace_equals_the_trace_of_the_whole_model(
         part(all_blocks, (*uses, *more), device) for more in ((), (use("activation-checkpointing", every=1),))
     )
     for every in (2, 3):
-        found = canonical(mixed(kept, recomputed, stacks, every))
-        wanted = canonical(part(all_blocks, (*uses, use("activation-checkpointing", every=every)), device))
+        found = normalize_clocks(mix_recomputed(kept, recomputed, stacks, every))
+        wanted = normalize_clocks(
+            part(all_blocks, (*uses, use("activation-checkpointing", every=every)), device)
+        )
         assert found.spans == wanted.spans
         for one, other in zip(found.allocations, wanted.allocations, strict=True):
             assert one == other
@@ -102,7 +104,7 @@ def test_traces_of_different_models_are_not_mixed() -> None:
     kept = part(job(depth=3), (), "cuda")
     recomputed = part(job(depth=4), (use("activation-checkpointing", every=1),), "cuda")
     with pytest.raises(Mismatch):
-        mixed(kept, recomputed, ("blocks",), 2)
+        mix_recomputed(kept, recomputed, ("blocks",), 2)
 
 
 class Shifting(Deep):
@@ -139,7 +141,7 @@ def test_blocks_that_read_what_others_read_too_are_mixed_rightly_or_not_at_all()
     for every in (2, 3):
         wanted = part(whole, (use("activation-checkpointing", every=every),), "cuda")
         try:
-            found = mixed(kept, recomputed, ("blocks",), every)
+            found = mix_recomputed(kept, recomputed, ("blocks",), every)
         except Mismatch:
             continue
-        assert canonical(found) == canonical(wanted)
+        assert normalize_clocks(found) == normalize_clocks(wanted)

@@ -16,7 +16,7 @@ from torch import nn
 from memfit.trace.op_recording import record
 from memfit.trace.pass_replay import PassReplay
 from memfit.trace.tracer import trace
-from memfit.trace.unroll import canonical
+from memfit.trace.unroll import normalize_clocks
 from memfit.types.job import Job
 from memfit.types.plan import Plan, use
 from memfit.types.trace import Trace
@@ -102,7 +102,7 @@ def test_a_copied_pass_equals_one_that_runs(plan: Plan, device: str, monkeypatch
     runs, run = passes_run(words(), plan, device)
     # The first without gradients and the first with them.
     assert (copied_runs, runs) == ((2, 4) if plan.micro_batches > 1 else (1, 2))
-    assert canonical(copied) == canonical(run)
+    assert normalize_clocks(copied) == normalize_clocks(run)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_a_pass_whose_gradients_a_hook_keeps_until_the_next_one_runs_again(
     job = dataclasses.replace(regression(), build_model=keeping)
     found = trace(job, Plan(), device="cuda")
     monkeypatch.setattr(PassReplay, "micro_step", lambda self, run, *arguments: run(*arguments))
-    assert canonical(found) == canonical(trace(job, Plan(), device="cuda"))
+    assert normalize_clocks(found) == normalize_clocks(trace(job, Plan(), device="cuda"))
 
 
 def test_a_pass_on_a_batch_of_another_layout_runs() -> None:

@@ -32,7 +32,7 @@ from memfit.planner.search import search
 from memfit.planner.selection import Objective, score
 from memfit.techniques.plan_file import plan_text, read_plan
 from memfit.techniques.recompute.optimal import encode_dropped, read_dropped
-from memfit.techniques.recompute.selective_recompute import RecomputedCall, SelectiveRecompute, Value
+from memfit.techniques.recompute.selective_recompute import DroppedStorage, RecomputedCall, SelectiveRecompute
 from memfit.techniques.registry import make_use
 from memfit.trace.op_recording import record
 from memfit.trace.tracer import trace
@@ -357,7 +357,7 @@ def test_a_budget_is_respected_across_micro_batches(wide: Job) -> None:
 @pytest.mark.parametrize("name", JOBS)
 def test_recomputation_leaves_no_objects_for_the_garbage_collector(name: str) -> None:
     def alive() -> set[int]:
-        return {id(o) for o in gc.get_objects() if type(o) in (Value, RecomputedCall)}
+        return {id(o) for o in gc.get_objects() if type(o) in (DroppedStorage, RecomputedCall)}
 
     gc.collect()
     gc.disable()

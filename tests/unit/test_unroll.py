@@ -19,7 +19,7 @@ from memfit.techniques.registry import make_use
 from memfit.trace.trace_extrapolation import deep_trace, deep_traces
 from memfit.trace.tracer import trace
 from memfit.trace.truncated_model import with_blocks
-from memfit.trace.unroll import Blocks, Mismatch, canonical, unroll
+from memfit.trace.unroll import Blocks, Mismatch, normalize_clocks, unroll
 from memfit.types.job import Job
 from memfit.types.machine import Calibration
 from memfit.types.plan import KnobValue, Plan, Use, use
@@ -124,7 +124,7 @@ def test_a_deep_trace_equals_the_trace_of_the_whole_model(
     plan: Plan, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     depth = 10 if plan.get("compile") else DEPTH
-    whole = canonical(trace(with_blocks(job(), depth), plan, device=device))
+    whole = normalize_clocks(trace(with_blocks(job(), depth), plan, device=device))
     depths = _watched_depths(monkeypatch)
     deep = deep_trace(job(depth=depth), plan, device=device)
     assert None not in depths, "it fell back to tracing the whole model"
@@ -181,7 +181,7 @@ class Skips(Deep):
 
 def test_a_model_that_needs_all_its_blocks_is_traced_and_priced_whole() -> None:
     skips = dataclasses.replace(job(), build_model=Skips)
-    assert same(canonical(deep_trace(skips, Plan())), canonical(trace(skips, Plan())))
+    assert same(normalize_clocks(deep_trace(skips, Plan())), normalize_clocks(trace(skips, Plan())))
     predictor = Predictor(job=skips, machine=machine("L4", "world"), job_facts=job_facts(skips, "cuda"))
     assert predictor.repeats
     assert predictor.sketch(Plan()).allocated_bytes.value > 0
@@ -221,9 +221,9 @@ def test_a_deep_trace_of_blocks_that_differ_in_what_they_do_equals_the_trace_of_
     kind: Callable[[int], Block], is_unrolled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     numbered = dataclasses.replace(job(), build_model=lambda: Numbered(kind))
-    whole = canonical(trace(with_blocks(numbered, DEPTH) if is_unrolled else numbered, Plan()))
+    whole = normalize_clocks(trace(with_blocks(numbered, DEPTH) if is_unrolled else numbered, Plan()))
     depths = _watched_depths(monkeypatch)
-    assert same(canonical(deep_trace(numbered, Plan())), whole)
+    assert same(normalize_clocks(deep_trace(numbered, Plan())), whole)
     assert (None not in depths) is is_unrolled
 
 
@@ -242,7 +242,7 @@ def _bare(depth: int) -> Job:
 def test_a_deep_trace_of_a_bare_sequential_equals_the_trace_of_the_whole_model(
     plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = canonical(trace(with_blocks(_bare(DEPTH), DEPTH), plan))
+    whole = normalize_clocks(trace(with_blocks(_bare(DEPTH), DEPTH), plan))
     depths = _watched_depths(monkeypatch)
     assert same(deep_trace(_bare(DEPTH), plan), whole)
     assert None not in depths
@@ -268,7 +268,7 @@ def test_a_model_whose_blocks_do_not_repeat_is_traced_whole() -> None:
         unroll(few, more, *(Blocks(path="blocks", first=0, count=n) for n in (4, DEPTH)))
     one_by_one = dataclasses.replace(uneven, build_model=lambda: nn.Linear(3, 3), blocks=None)
     batch = dataclasses.replace(one_by_one, make_batch=lambda step, seed: torch.zeros(4, 3))
-    assert same(*(canonical(t) for t in (deep_trace(batch, Plan()), trace(batch, Plan()))))
+    assert same(*(normalize_clocks(t) for t in (deep_trace(batch, Plan()), trace(batch, Plan()))))
 
 
 @pytest.mark.quick_cases(

@@ -17,7 +17,7 @@ from torch.distributed import device_mesh, fsdp
 from memfit.capture.device_redirect import DeviceRedirect
 from memfit.capture.script_trace import ScriptTrace
 from memfit.capture.tensors import is_real
-from memfit.trace.fake_process_group import GlooScratch, rank_patches, ready_for_fakes
+from memfit.trace.fake_process_group import GlooScratch, prepare_ddp, rank_patches
 from memfit.trace.stream_patches import streams
 from memfit.types.device_kind import HOST
 from memfit.types.plan import Use, use
@@ -56,7 +56,7 @@ class ScriptRanks:
         ) -> None:
             with self.trace.region():
                 inner(ddp, module, **options)
-                ready_for_fakes(ddp, self.trace.recorder.note_real)
+                prepare_ddp(ddp, self.trace.recorder.note_real)
             self.uses["ddp"] = use("ddp")
 
         return init

@@ -33,7 +33,7 @@ from memfit.techniques.optimizers import counts_steps_on_host
 from memfit.trace import operators
 from memfit.trace.allocation_recorder import AllocationRecorder
 from memfit.trace.data_dependent import Guesses
-from memfit.trace.fake_process_group import members
+from memfit.trace.fake_process_group import process_groups
 from memfit.trace.tracer import not_tracing
 from memfit.types.job import Bound
 from memfit.types.trace import Category, Phase, Trace
@@ -371,7 +371,7 @@ class ScriptTrace:
         """Return the trace of the steps that were made. ``ranks``: the size of the script's process group."""
         self.recorder.modules.close()
         self._patches.close()
-        groups = members()
+        groups = process_groups()
         allocations, ops, spans = self.recorder.finish()
         params = {id(p): p for root in self._roots.values() for p in root.parameters()}.values()
         steps = max(s.step for s in spans) + 1

@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree
 
-from memfit.trace.fake_storage import plain_tensors
+from memfit.model.tensors import plain_tensors
 
 KEPT_BUFFERS = "_memfit_buffers"  # attribute of a module: its real buffers, which fake ones stand for
 

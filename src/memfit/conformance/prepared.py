@@ -42,7 +42,7 @@ class Prepared:
             self.blocks = find_blocks(model, blocks)[1]
         except UserError:
             self.blocks = []
-        self.islands = frozenset(fp32_modules.members(model))
+        self.islands = frozenset(fp32_modules.island_modules(model))
 
     def trainable(self) -> Iterator[nn.Parameter]:
         return (p for p in self.model.parameters() if p.requires_grad)

@@ -16,7 +16,7 @@ import torch
 from memfit.techniques.imported_optimizer import SeparateOptimizers
 from memfit.techniques.optimizers import EagerStep, StepInBackward, innermost
 from memfit.techniques.precision import MasterWeights
-from memfit.techniques.zero.base import Reducing
+from memfit.techniques.zero.base import ZeroOptimizer
 from memfit.techniques.zero.sharded_ddp import ShardedDdp
 from memfit.techniques.zero.zero_stage12 import ZeroNone
 from memfit.types.errors import UserError
@@ -249,7 +249,7 @@ class PlanOptimizer(torch.optim.Optimizer):
         return [p for group in groups for p in group["params"] if p not in shown]
 
     def _must_be_whole(self) -> None:
-        if isinstance(self.inner, Reducing | ShardedDdp):
+        if isinstance(self.inner, ZeroOptimizer | ShardedDdp):
             raise UserError(
                 "the optimizer's state cannot be returned as one mapping: the plan divides it among ranks",
                 allowed="a plan without zero and sharded-ddp, such as fsdp2 in their place",
@@ -266,9 +266,9 @@ def _inner_groups(optimizer: Any) -> Iterator[tuple[type, Group, list[torch.nn.P
         case MasterWeights():
             for param, single in zip(optimizer.params, optimizer.inner, strict=True):
                 yield from ((kind, group, [param]) for kind, group, _ in _inner_groups(single))
-        case Reducing() if not isinstance(optimizer, ZeroNone):
+        case ZeroOptimizer() if not isinstance(optimizer, ZeroNone):
             yield from _of_all(optimizer.inner, optimizer.params)
-        case EagerStep() | Reducing() | ShardedDdp():
+        case EagerStep() | ZeroOptimizer() | ShardedDdp():
             yield from _inner_groups(optimizer.inner)
         case _:
             for group in optimizer.param_groups:

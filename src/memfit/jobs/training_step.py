@@ -235,7 +235,7 @@ class TrainingStep:
         is skipped, and the norm returned is 0.
         """
         norm, scale = self._grad_norm(), self.bench.loss_scale
-        if scale is None or scale.unscaled(norm, self.bench.trainable()):
+        if scale is None or scale.unscale(norm, self.bench.trainable()):
             self._clip(norm)
             (self.take_step or self.optimizer.step)()
         else:

@@ -55,7 +55,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.held: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
         self.peak_bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -63,10 +63,10 @@ class LiveBytes(TorchDispatchMode):
         for tensor in _pytree.tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
-                self.held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.held = {k: entry for k, entry in self.held.items() if not entry[0].expired()}
+                self.live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.live = {k: entry for k, entry in self.live.items() if not entry[0].expired()}
         columns = columns_bytes(out, args[1]) if func is torch.ops.aten.convolution.default else 0
-        self.peak_bytes = max(self.peak_bytes, columns + sum(size for _, size in self.held.values()))
+        self.peak_bytes = max(self.peak_bytes, columns + sum(size for _, size in self.live.values()))
         return out
 
 

@@ -1,4 +1,4 @@
-"""The tensors inside nested values, such as the arguments of a module."""
+"""The tensors inside nested values and inside wrapper subclasses."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch.utils import _pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from memfit.types.device_kind import HOST
 from memfit.types.errors import UserError
@@ -26,3 +27,12 @@ def check_on_host(batch: Any) -> Any:
 def tensor_leaves(value: Any) -> list[torch.Tensor]:
     """Return the tensors in ``value``, also those in nested containers, in the order of torch's pytree."""
     return [leaf for leaf in _pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def plain_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return the tensors that hold the bytes of ``tensor``: the innermost ones if it is a wrapper subclass,
+    such as a DTensor, else the tensor itself."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    inner = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+    return [p for t in inner if isinstance(t, torch.Tensor) for p in plain_tensors(t)]

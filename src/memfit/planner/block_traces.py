@@ -20,11 +20,11 @@ from memfit.model.tensors import tensor_leaves
 from memfit.planner.block_costs import BLOCKS, Seconds, parts_of, updating_of
 from memfit.planner.parallelism_grid import Uses
 from memfit.techniques.parallel.axial_parallel import axial_modules
-from memfit.techniques.parallel.expert_parallel import count_experts, mixtures
+from memfit.techniques.parallel.expert_parallel import count_experts, find_mixtures
 from memfit.techniques.registry import make_use
 from memfit.trace.trace_extrapolation import are_alike
 from memfit.trace.trace_pool import run_parallel
-from memfit.trace.tracer import fake_model, stepping, trace
+from memfit.trace.tracer import fake_model, trace, use_step
 from memfit.trace.truncated_model import CONTAINERS, FirstBlocks
 from memfit.types.errors import UserError, first_line
 from memfit.types.gc_pause import pause_gc
@@ -188,7 +188,7 @@ class BlockTracer:
             uses += [make_use("ddp", {}), make_use("expert-parallel", _DROPLESS | {"degree": key.experts})]
         plan = Plan(uses=tuple(uses), ranks=key.tensor * key.context * key.experts)
         try:
-            with stepping(_WithoutAveraging):
+            with use_step(_WithoutAveraging):
                 return trace(
                     self._small(key.samples * key.experts, BLOCKS),
                     plan,
@@ -260,7 +260,7 @@ class _WithoutAveraging(TrainingStep):
 def _experts(model: torch.nn.Module, job: Job, path: str, blocks: int) -> tuple[int, float]:
     """Return `BlockTracer.experts` and `BlockTracer.expert_elements`."""
     try:
-        names = mixtures(model, job.experts)
+        names = find_mixtures(model, job.experts)
         counts = [count_experts(model.get_submodule(name), name) for name in names]
     except UserError:
         return 0, 0.0

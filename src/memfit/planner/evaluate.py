@@ -52,11 +52,11 @@ from memfit.techniques.base import JobFacts, StepPart
 from memfit.techniques.rank_mesh import layout
 from memfit.techniques.registry import make_plain_plan, splits_batch, technique
 from memfit.trace.sample_dependence import remember_dependence, sample_dependence, trial_limit_bytes
-from memfit.trace.trace_extrapolation import deep_traces, repeated, traces_of
+from memfit.trace.trace_extrapolation import deep_traces, find_repeated_blocks, traces_of
 from memfit.trace.trace_pool import ForkedWorkers, from_both_ends, run_parallel
-from memfit.trace.tracer import fake_model, stepping, trace
+from memfit.trace.tracer import fake_model, trace, use_step
 from memfit.trace.truncated_model import with_blocks
-from memfit.trace.unroll import Blocks, Mismatch, longer, mixed
+from memfit.trace.unroll import Blocks, Mismatch, add_periods, mix_recomputed
 from memfit.types.deadline import Deadline, TimeUp
 from memfit.types.dependence import SampleDependence
 from memfit.types.gc_pause import pause_gc
@@ -176,8 +176,8 @@ class Predictor:
 
     @functools.cached_property
     def repeats(self) -> bool:
-        """Whether the model has repeated blocks that are all alike (`repeated`), so that traces with few of
-        them can represent the whole model. It becomes False if such a trace fails.
+        """Whether the model has repeated blocks that are all alike (`find_repeated_blocks`), so that traces
+        with few of them can represent the whole model. It becomes False if such a trace fails.
         """
         stored = self._stored()
         return (
@@ -189,7 +189,7 @@ class Predictor:
 
     @functools.cached_property
     def _blocks(self) -> tuple[str, int, int] | None:
-        return repeated(fake_model(self.job), self.job)
+        return find_repeated_blocks(fake_model(self.job), self.job)
 
     @functools.cached_property
     def dependence(self) -> SampleDependence:
@@ -356,7 +356,7 @@ class Predictor:
                 f"{self.engine}'s own step cannot be traced here ({obstacle}), so native's step was predicted"
             )
             return [dataclasses.replace(t, assumptions=(*t.assumptions, assumption)) for t in traces]
-        with stepping(step_maker(self.engine, None)):
+        with use_step(step_maker(self.engine, None)):
             return [trace(self.job, plan, rank=r, device=self.device_kind, lines=self.lines) for r in ranks]
 
     def ahead(self, plans: Sequence[Plan]) -> None:
@@ -613,8 +613,9 @@ class Predictor:
         self._add_parts([*first_calls, *calls], report_part, deadline)
 
     def compose(self) -> list[SketchPart]:
-        """Put together the parts for which `prepare` has traced what they need (`mixed`), in parallel and
-        whatever the deadline: it takes about a second each. Return those that cannot be put together."""
+        """Put together the parts for which `prepare` has traced what they need (`mix_recomputed`), in
+        parallel and whatever the deadline: it takes about a second each. Return those that cannot be put
+        together."""
         ready = {
             part: [self._source_traces[plan] for plan in plans]
             for part, plans in self._parts_to_mix.items()
@@ -658,7 +659,7 @@ class Predictor:
 
     def _part_from_two_traces(self, plan: Plan, kept: CallOutcome, recomputed: CallOutcome) -> CallOutcome:
         """Return what `_digest_part_outcome` returns, from the traces of the two plans of `_mix_sources`;
-        without a part if they do not tell the plan's trace (`mixed`)."""
+        without a part if they do not tell the plan's trace (`mix_recomputed`)."""
         recompute = plan.get(_CHECKPOINTING)
         assert recompute is not None
         assert self._blocks is not None
@@ -671,9 +672,9 @@ class Predictor:
             if source_counts is not None:
                 blocks = Blocks(path=self._blocks[0], first=0, count=source_counts[0])
                 more = (counts[0] if counts else self.job_facts.block_count) - source_counts[0]
-                traces = [longer(t, blocks, more) for t in traces]
+                traces = [add_periods(t, blocks, more) for t in traces]
             stacks = tuple(find_stacks(fake_model(self.job), self.job.blocks, self.job.more_blocks))
-            small = mixed(traces[0], traces[1], stacks, int(recompute.settings["every"]))
+            small = mix_recomputed(traces[0], traces[1], stacks, int(recompute.settings["every"]))
             large = self._longer(small, counts) if counts else small
             if large is not None:
                 digests = {
@@ -893,9 +894,9 @@ class Predictor:
     ) -> tuple[dict[PartKey, PartDigest], bytes]:
         """Trace the part and return what was seen in it, by the numbers of blocks of `_block_counts`, and
         with ``keeps_trace`` the trace with the smaller number, else b"". For forward and backward the model
-        is traced with the smaller number, and its middle blocks are repeated for the larger one (`longer`);
-        where they do not repeat, it is traced with both. An optimizer's operators take the tensors of all
-        blocks at once, so its part is traced with both as well.
+        is traced with the smaller number, and its middle blocks are repeated for the larger one
+        (`add_periods`); where they do not repeat, it is traced with both. An optimizer's operators take the
+        tensors of all blocks at once, so its part is traced with both as well.
         """
         counts = self._block_counts(plan, steps)
         if self._is_whole(plan, steps):
@@ -913,7 +914,7 @@ class Predictor:
     def _longer(self, traced: Trace, counts: tuple[int, int]) -> Trace | None:
         """Return the trace of a part with ``counts[1]`` blocks, made from the one with ``counts[0]``. None if
         its blocks do not repeat with the plan's period, or if the step keeps bytes in host memory, which
-        `longer` would not add to.
+        `add_periods` would not add to.
         """
         if self._blocks is None or traced.host_step_bytes:
             return None
@@ -922,7 +923,7 @@ class Predictor:
         if period % model_period:
             return None
         with contextlib.suppress(Mismatch):
-            return longer(traced, Blocks(path=path, first=0, count=counts[0], period=period))
+            return add_periods(traced, Blocks(path=path, first=0, count=counts[0], period=period))
         return None
 
     def _trace_part(self, job: Job, plan: Plan, steps: int) -> Trace:

@@ -285,7 +285,7 @@ def spread(step: TrainingStep) -> None:
     with torch.no_grad():
         if hasattr(optimizer, "shards"):
             optimizer.shards.flat.copy_(optimizer.master)
-            optimizer.shards.let_go(list(optimizer.shards.whole))
+            optimizer.shards.free(list(optimizer.shards.whole))
         elif hasattr(optimizer, "fp32_partitioned_groups_flat"):
             for group in range(len(optimizer.fp32_partitioned_groups_flat)):
                 optimizer._reassign_or_swap_out_partitioned_parameters(group)

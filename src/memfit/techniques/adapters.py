@@ -35,9 +35,9 @@ def _apply_qlora(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 def _adapt(bench: Workbench, rank: int, *, trains_outside: bool, dora: bool = False) -> None:
     """Add two trained matrices of the inner width ``rank`` to every Linear of the repeated blocks, and with
     ``dora`` the trained norms of its weight's rows. Freeze all other parameters of the blocks. With
-    ``trains_outside``, all floating-point parameters outside the
-    blocks (input projection, head) become trainable, as the head of a new task must be; otherwise they are
-    frozen. Raises UserError if no repeated blocks, or no Linears in them, are found."""
+    ``trains_outside``, all floating-point parameters outside the blocks (input projection, head) become
+    trainable, as the head of a new task must be; otherwise they are frozen. Raises UserError if no repeated
+    blocks, or no Linears in them, are found."""
     from peft import LoraConfig, inject_adapter_in_model
 
     path, _ = find_blocks(bench.model, bench.job.blocks)

@@ -152,9 +152,9 @@ class Technique:
     - ``before_engine``: memfit applies it to a model, a loss or an optimizer before it passes them to an
       engine, so that most engines can train with it (engines/base.py).
     - ``loaded_in_pieces``: while the model is loaded, the host holds one tensor of it at a time.
-    - ``pins_host_memory``: what it keeps in host memory may be pinned. ``pins_traced_blocks``: whether each
-      tensor that a trace shows there is then a block of pinned memory, with the given settings; else an
-      engine cuts them otherwise.
+    - ``pins_host_memory``: what it keeps in host memory may be pinned. ``pins_traced_blocks(settings)``:
+      whether each tensor that a trace shows there is then one block of pinned memory; False if engines pin
+      blocks of other sizes.
     - ``observe_plain_model(bench)`` reads what the technique must know about the plain model, before any
       technique changes it.
     """
@@ -181,7 +181,7 @@ class Technique:
     observe_plain_model: Callable[[Workbench], None] = lambda bench: None
 
     def runs_on(self, kind: str) -> bool:
-        """Whether it can run on devices of this kind, such as "cuda"."""
+        """Return whether it can run on devices of this kind, such as "cuda"."""
         return self.supports(device_kind(kind))
 
     @property
@@ -217,80 +217,81 @@ def run_slices(run: Callable[..., Any], slices: Sequence[tuple[torch.Tensor, ...
 @dataclasses.dataclass(kw_only=True)
 class Workbench:
     """The training step under construction. Techniques change it, those of smaller ``Technique.order`` first.
-
-    - ``device`` is the kind of device whose kernels run. ``torch_device`` is where tensors are: the device in
-      a real run, but the CPU in a trace, whatever ``device`` is.
-    - ``make_optimizer`` is called with the trainable parameters once all techniques are applied.
-    - ``forward_contexts``: functions whose context managers surround forward and loss of each micro-batch.
-    - ``before_micro_batch``: functions that are called before each micro-batch (with a ``pipeline``, before
-      each backward) with whether it is the last of the step.
-    - ``call`` is what the job's loss gets in place of ``model``; None if it gets ``model`` itself.
-    - ``first_part(n)`` returns the first of n equal parts of the job's first batch.
-    - ``pipeline`` runs forward and backward if the plan has pipeline stages; otherwise it is None.
-    - ``ddp`` is DDP's wrapper of the model, or None without DDP.
-    - ``counted_elsewhere`` holds the names of parameters that several pipeline ranks hold and that this rank
-      leaves out of the gradient norm, because another one counts them.
-    - ``closers`` are functions that are called when the step is closed.
-    - ``on_gradient``, ``on_ddp``, ``on_offload``, ``on_storage``, ``on_kept``, ``on_assumption`` and
-      ``memory_pool`` are set by the tracer, to be told what happens. In a real run they are None or do
-      nothing.
-    - ``run_slices(run, slices)`` returns ``run(*tensors)`` for each slice, a tuple of tensors, in turn.
+    `TrainingStep` creates it, and runs what they have made of it. In a trace, the tracer also sets functions
+    to observe the step. Comments at the fields say what each is.
     """
 
     job: Job
     model: torch.nn.Module
-    device: DeviceKind
-    make_optimizer: MakeOptimizer
+    device: DeviceKind  # whose kernels run
+    # Where tensors are: the device in a real run, but the CPU in a trace, whatever ``device`` is.
     torch_device: str = HOST
     world: World = dataclasses.field(default_factory=lambda: World(layout=Layout()))
-    call: Any = None
-    micro_batches: int = 1
-    before_micro_batch: list[Callable[[bool], None]] = dataclasses.field(default_factory=list)
-    forward_contexts: list[Context] = dataclasses.field(default_factory=list)
-    step_in_backward: bool = False
-    loss_scale: LossScale | None = None
+    # Returns the first of n equal parts of the job's first batch.
     first_part: Callable[[int], Any] = lambda parts: None
-    pipeline: RunsPipeline | None = None
-    ddp: Any = None
+
+    # -- Set by techniques.
+    # Called with the trainable parameters once all techniques are applied.
+    make_optimizer: MakeOptimizer
+    # What the job's loss gets in place of ``model``; None: ``model`` itself.
+    call: Any = None
+    micro_batches: int = 1  # into which each rank's batch is cut
+    # Each is called before each micro-batch (with a ``pipeline``, before each backward) with whether it is
+    # the last of the step.
+    before_micro_batch: list[Callable[[bool], None]] = dataclasses.field(default_factory=list)
+    # Make the contexts around forward and loss of each micro-batch.
+    forward_contexts: list[Context] = dataclasses.field(default_factory=list)
+    closers: list[Callable[[], None]] = dataclasses.field(default_factory=list)  # called at the step's close
+    step_in_backward: bool = False  # each parameter is updated as soon as its gradient is complete
+    loss_scale: LossScale | None = None
+    pipeline: RunsPipeline | None = None  # runs forward and backward if the plan has pipeline stages
+    ddp: Any = None  # DDP's wrapper of the model
+    # Returns the norm of all gradients over all ranks; None: gradients are those of the parameters.
+    grad_norm: Callable[[], torch.Tensor] | None = None
+    # The memory pools (see ``memory_pool``) in which gradients, and what is kept of parameters, are.
+    gradients_on: str = ""
+    parameters_on: str = ""
+    islands: Mapping[str, torch.nn.Module] = dataclasses.field(default_factory=dict)  # computed in float32
+    # Names of parameters that several pipeline ranks hold and that this rank leaves out of the gradient norm,
+    # because another one counts them.
     counted_elsewhere: set[str] = dataclasses.field(default_factory=set)
     # Names of parameters that differ between data-parallel ranks. Their gradients are not averaged.
     own_parameters: set[str] = dataclasses.field(default_factory=set)
     # Names of parameters whose rows are in the order of tensor ranks, with the number of parts fused in each.
     fused_rows: dict[str, int] = dataclasses.field(default_factory=dict)
-    # Cuts a batch along its sequence, one part per context rank. `loss_terms` counts a part's labels.
+    # Cuts a batch along its sequence, one part per context rank. ``loss_terms`` counts a part's labels; it
+    # returns None if they cannot be counted.
     slices: Callable[[Any], list[Any]] | None = None
-    islands: Mapping[str, torch.nn.Module] = dataclasses.field(default_factory=dict)  # computed in float32
-    fixed_counts: Mapping[Any, frozenset[int]] = dataclasses.field(default_factory=dict)
     loss_terms: Callable[[Any], int | None] = lambda part: None
-    # Set by the tracer: called with each parameter whose gradient is ready.
+    # By place in the code, the numbers to which code counts there on whole sequences (`GatheredCounts`).
+    fixed_counts: Mapping[Any, frozenset[int]] = dataclasses.field(default_factory=dict)
+
+    # -- Set by the tracer. In a real run they are None or do nothing.
+    # Called with each parameter whose gradient is ready.
     on_gradient: Callable[[torch.nn.Parameter], None] | None = None
-    closers: list[Callable[[], None]] = dataclasses.field(default_factory=list)
-    # Set by the tracer: called with DDP's wrapper before its first step.
+    # Called with DDP's wrapper before its first step.
     on_ddp: Callable[[Any], None] | None = None
-    # Set by the tracer: called with the bytes that leave memory and that come back.
+    # Called with the bytes that leave memory and that come back.
     on_offload: Callable[[int, int], None] | None = None
-    # Set by the tracer: called with the bytes that are written to local storage, those that are read from it,
-    # and those that it holds.
+    # Called with the bytes that are written to local storage, those read from it, and those that it holds.
     on_storage: Callable[[int, int, int], None] | None = None
-    # Set by the tracer: called with a "parameter" or "gradient" that replaces the model's own.
+    # Called with a tensor that replaces the model's own "parameter" or "gradient", and this word.
     on_kept: Callable[[torch.Tensor, str], None] = lambda tensor, category: None
-    # Set by the tracer: called with a sentence about what a trace assumes and a run finds out.
+    # Called with a sentence about what a trace assumes and a run finds out.
     on_assumption: Callable[[str], None] = lambda sentence: None
-    # Set by the tracer: returns a context in which new tensors count as memory of the host ("host"), of the
-    # stream of that name, or ("") of the device.
+    # Returns a context in which new tensors count as memory of the host ("host"), of the stream of that name,
+    # or ("") of the device.
     memory_pool: Callable[[str], contextlib.AbstractContextManager[Any]] = lambda name: (
         contextlib.nullcontext()
     )
-    # Set by the tracer: `run_slices`, of which a trace runs a few.
+    # Returns ``run(*tensors)`` for each of the slices, of which a trace runs a few.
     run_slices: Callable[[Callable[..., Any], Sequence[tuple[torch.Tensor, ...]]], list[Any]] = run_slices
-    gradients_on: str = ""  # a memory pool, as for `memory_pool`
-    parameters_on: str = ""
-    grad_norm: Callable[[], torch.Tensor] | None = None  # set if gradients are not in the parameters
 
     def device_of(self, pool: str) -> str:
-        """Return where tensors of this memory pool are: ``torch_device`` for "", the host's memory for
-        "host"."""
+        """Return where tensors of this memory pool are: the host's memory for "host", else
+        ``torch_device``."""
         return HOST if pool == "host" else self.torch_device
 
     def trainable(self) -> list[torch.nn.Parameter]:
+        """Return the model's parameters that require gradients, in its order."""
         return [p for p in self.model.parameters() if p.requires_grad]

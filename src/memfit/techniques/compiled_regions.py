@@ -53,7 +53,7 @@ _REDUCTIONS = frozenset(
 
 
 class Region:
-    """Calls a module through a `Pair` of graphs, forward and backward. Where gradients are disabled, it calls
+    """Calls a module through a `GraphPair`, its forward and backward. Where gradients are disabled, it calls
     the module's own forward.
 
     ``graphs`` is a dict that all regions of one model share: it holds the pairs made so far. ``kind`` is the
@@ -94,7 +94,7 @@ class Region:
         if key not in self.graphs:
             call = self._functional(tuple(state), leaves, places, spec)
             others = [leaf for leaf in leaves if not isinstance(leaf, torch.Tensor)]
-            pair = Pair(call, tensors, range(len(state)), self.recompute)
+            pair = GraphPair(call, tensors, range(len(state)), self.recompute)
             self.graphs[key] = pair, others  # kept alive, so that their ids stay unique
         pair, _ = self.graphs[key]
         outs = _Run.apply(pair, *tensors)  # type: ignore[no-untyped-call]
@@ -139,7 +139,7 @@ def _plain_attributes(module: torch.nn.Module) -> dict[tuple[str, str], Any]:
     }
 
 
-class Pair:
+class GraphPair:
     """Forward and backward of a function, each as a schedule of kernels. The function ``call`` takes
     ``tensors``. ``static`` holds the indices of those tensors that stay alive anyway (parameters, buffers),
     so that it costs nothing to keep them for backward. ``recompute`` is as in `Region`."""
@@ -195,9 +195,9 @@ def _joint(
     single, count = False, 0
     names, copy_outputs = set[str](), False  # outputs may be views of inputs
 
-    def flat(*given: torch.Tensor) -> tuple[Any, ...]:
+    def flat(*inputs: torch.Tensor) -> tuple[Any, ...]:
         nonlocal single, count
-        outs = call(*given)
+        outs = call(*inputs)
         if (mode := get_proxy_mode()) is not None:
             names.update(n.name for n in mode.tracer.graph.nodes)
         single = isinstance(outs, torch.Tensor)
@@ -252,7 +252,7 @@ def _without_last_copies(joint: Any, outputs: int) -> Any:
 
 class _Run(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, pair: Pair, *tensors: torch.Tensor) -> Any:
+    def forward(ctx: Any, pair: GraphPair, *tensors: torch.Tensor) -> Any:
         results = pair.forward.run(list(tensors))
         outs, saved = results[: pair.outputs], results[pair.outputs :]
         ctx.pair, ctx.other = pair, [None if isinstance(s, torch.Tensor) else s for s in saved]
@@ -303,12 +303,12 @@ class Schedule:
         self.uses = Counter(n for k in self.kernels for n in k.inputs)
         self.uses.update(n for n in self.result if isinstance(n, fx.Node))
 
-    def run(self, given: list[Any]) -> list[Any]:
-        """Run the kernels on the inputs ``given``, one for each placeholder, and return the graph's results
-        in order. Fused groups allocate their outputs but compute nothing. ``given`` is emptied, and every
-        value is freed when it is not needed again."""
-        values: dict[fx.Node, Any] = dict(zip(self.placeholders, given, strict=True))
-        given.clear()
+    def run(self, inputs: list[Any]) -> list[Any]:
+        """Run the kernels on ``inputs``, one for each placeholder, and return the graph's results in order.
+        Fused groups allocate their outputs but compute nothing. ``inputs`` is emptied, and every value is
+        freed when it is not needed again."""
+        values: dict[fx.Node, Any] = dict(zip(self.placeholders, inputs, strict=True))
+        inputs.clear()
         values.update(self.attributes)
         reads_left = Counter(self.uses)
         for node in [n for n in values if not reads_left[n]]:

@@ -3,6 +3,7 @@ technique chunked-cross-entropy is applied."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -203,7 +204,10 @@ def _reshape(lazy: LazyLogits, name: str, args: tuple[Any, ...], kwargs: Any) ->
         start, end = (*args, *(kwargs.get(k, d) for k, d in (("start_dim", 0), ("end_dim", -1))[len(args) :]))
         flattens_last = end % hidden.dim() == hidden.dim() - 1
         return None if flattens_last else lazy.with_hidden(hidden.flatten(start, end))
-    if not shape or shape[-1] not in (vocabulary, -1) or (shape[-1] == -1 and _leading(shape, lazy) is None):
+    if not shape or shape[-1] not in (vocabulary, -1):
+        return None
+    rows = hidden.numel() // hidden.shape[-1]
+    if shape[-1] == -1 and math.prod(map(int, shape[:-1])) != rows:
         return None
     return lazy.with_hidden(hidden.reshape(*shape[:-1], hidden.shape[-1]))
 
@@ -234,15 +238,6 @@ def _keeps_last(index: tuple[Any, ...], dims: int) -> bool:
     masks = [i for i in index if isinstance(i, torch.Tensor) and i.dtype == torch.bool]
     covered_dims = len(index) + sum(m.dim() - 1 for m in masks)
     return covered_dims < dims or (keeps_vocabulary and covered_dims == dims)
-
-
-def _leading(shape: Any, lazy: LazyLogits) -> int | None:
-    """Return the product of ``shape[:-1]`` if that is the number of rows of the logits (the product of all
-    their dimensions but the vocabulary), else None."""
-    rows = 1
-    for size in shape[:-1]:
-        rows *= int(size)
-    return rows if rows == lazy.hidden.numel() // lazy.hidden.shape[-1] else None
 
 
 def _cross_entropy(

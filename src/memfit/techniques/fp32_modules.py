@@ -51,9 +51,9 @@ def keep_in_float32(bench: Workbench, plan: Plan, carried: frozenset[str]) -> No
     ``carried``, because these cast all parameters.
     """
     bench.islands = find(bench.model, bench.job.islands)
-    outer_dtype = surroundings(plan)
+    outer_dtype = dtype_between_modules(plan)
     for name, module in bench.islands.items():
-        technique_with_precision_bf16 = _lost(plan, carried)
+        technique_with_precision_bf16 = _casts_all_parameters(plan, carried)
         if technique_with_precision_bf16 and next(module.parameters(), None) is not None:
             raise UserError(
                 f"{technique_with_precision_bf16} has one dtype for all parameters, but the module "
@@ -63,20 +63,20 @@ def keep_in_float32(bench: Workbench, plan: Plan, carried: frozenset[str]) -> No
         _wrap(module, outer_dtype if name else None)  # the whole model has no surroundings
 
 
-def surroundings(plan: Plan) -> torch.dtype | None:
+def dtype_between_modules(plan: Plan) -> torch.dtype | None:
     """Return bfloat16 if tensors between modules have that dtype without autocast: if the plan has
     bf16-parameters, or a technique with the setting precision=bf16. (For fsdp2, the setting counts only if
     the plan has several ranks.) Otherwise return None."""
     import torch
 
-    has_bf16_use = any(u.settings.get("precision") == "bf16" for u in plan.uses if u.technique != "fsdp2")
-    gathers_bf16 = (
-        plan.ranks > 1 and (fsdp2_use := plan.get("fsdp2")) and fsdp2_use.settings["precision"] == "bf16"
-    )
-    return torch.bfloat16 if has_bf16_use or gathers_bf16 or plan.get("bf16-parameters") else None
+    uses = (u for u in plan.uses if u.technique != "fsdp2" or plan.ranks > 1)
+    is_bf16 = "bf16-parameters" in plan or any(u.settings.get("precision") == "bf16" for u in uses)
+    return torch.bfloat16 if is_bf16 else None
 
 
-def _lost(plan: Plan, carried: frozenset[str]) -> str:
+def _casts_all_parameters(plan: Plan, carried: frozenset[str]) -> str:
+    """Return the technique of the plan that has one dtype, bfloat16, for all parameters, as text; "" if there
+    is none."""
     for technique_use in plan.uses:
         is_shared = technique_use.technique == "zero" or technique_use.technique in carried
         if is_shared and technique_use.settings.get("precision") == "bf16":
@@ -127,9 +127,9 @@ def _narrowed(value: Any, *, dtype: torch.dtype) -> Any:
     return value.to(dtype) if is_wide else value
 
 
-def members(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Yield each island and all modules inside it. Islands are known only after `keep_in_float32`, which
-    marks them."""
+def island_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Yield each island of the model and all modules inside it. Islands are known only after
+    `keep_in_float32`, which marks them; before, yield nothing."""
     for module in model.modules():
         if getattr(module.forward, "island", False):
             yield from module.modules()

@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from memfit.model.blocks import find_blocks
 from memfit.techniques.base import MakeOptimizer, OptimizerLike
-from memfit.types.errors import OUT_OF_MEMORY_TEXTS, MemfitError, UserError, first_names, suggest
+from memfit.types.errors import (
+    OUT_OF_MEMORY_TEXTS,
+    MemfitError,
+    UserError,
+    first_line,
+    first_names,
+    suggest,
+)
 from memfit.types.job import OptimizerChoice
 
 if TYPE_CHECKING:
@@ -46,7 +53,7 @@ def optimizer_class(path: str) -> type[torch.optim.Optimizer]:
         package = module_name.partition(".")[0]
         is_missing = isinstance(error, ModuleNotFoundError) and error.name == package
         raise UserError(
-            f"the optimizer {path} cannot be imported: {_first_line(error)}",
+            f"the optimizer {path} cannot be imported: {first_line(error)[:200]}",
             allowed=ALLOWED_PATH,
             hint=f"install the package that provides the module {package}" if is_missing else "",
         ) from error
@@ -81,8 +88,8 @@ def parse_arguments(text: str, what: str) -> dict[str, Any]:
 
 def needs_names(choice: OptimizerChoice) -> bool:
     """Return whether the optimizer can only be made from the model's parameters with their names: its class
-    takes named parameters, or matrices of the blocks are chosen. False for memfit's own names. Raises
-    UserError for an import path or an argument that is wrong."""
+    takes named parameters, or matrices of the blocks are chosen. False for memfit's own names and for a
+    user-defined optimizer (``make``). Raises UserError for an import path or an argument that is wrong."""
     if choice.make is not None or ":" not in choice.name:
         return False
     takes_names = _arguments(optimizer_class(choice.name), choice)[1]
@@ -106,8 +113,8 @@ def imported_optimizer(
 
     Raises UserError at once if there is no such class, if it has no parameter of the name of an argument, or
     if the blocks are needed and not found. The maker raises UserError if the class refuses the parameters or
-    arguments, and if it needs names or blocks but updates copies of the model's parameters. So does the
-    optimizer's step for errors other than those of memory.
+    arguments, and if it needs names or blocks but gets other parameters than those of ``model``, such as
+    copies of them. So does the optimizer's step for errors other than those of memory.
     """
     kind = optimizer_class(choice.name)
     arguments, takes_names = _arguments(kind, choice)
@@ -180,7 +187,7 @@ def _in_one_line(function: Callable[..., Any], choice: OptimizerChoice) -> Calla
             no_memory = isinstance(error, MemoryError) or any(t in str(error) for t in OUT_OF_MEMORY_TEXTS)
             if is_own or no_memory:
                 raise
-            message = _first_line(error)
+            message = first_line(error)[:200]
             may_help = choice.others != "adamw" and _ABOUT_SHAPES.search(message)
             raise UserError(
                 f"the optimizer {choice.name} raised {type(error).__name__}: {message}",
@@ -188,10 +195,6 @@ def _in_one_line(function: Callable[..., Any], choice: OptimizerChoice) -> Calla
             ) from error
 
     return call
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0][:200]
 
 
 class SeparateOptimizers:

@@ -7,10 +7,10 @@ import contextlib
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from memfit.techniques.base import JobFacts, Knob, StepPart, Technique, Workbench
+from memfit.techniques.base import Knob, StepPart, Technique, Workbench
 from memfit.types.device_kind import HOST, device_kind
 from memfit.types.plan import EffectClass, KnobValue
 
@@ -26,7 +26,7 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     bench.forward_contexts.append(spool.hooks)
 
 
-class _Away:
+class _SavedTensorOffload:
     """Base class of `HostCopies` and `DiskSpool`, which keep what autograd saves for backward elsewhere in
     the meantime. Inside `hooks`, a saved tensor whose storage has at least ``minimum_bytes`` is replaced by a
     copy elsewhere, which is read back when backward needs the tensor. Parameters stay, because they are in
@@ -75,7 +75,7 @@ class _Away:
         return _Saved(stored_copy, tensor.shape)
 
     def _unpack(self, packed: Any) -> Any:
-        return packed.away.back().view(packed.shape) if isinstance(packed, _Saved) else packed
+        return packed.copy.back().view(packed.shape) if isinstance(packed, _Saved) else packed
 
     def _is_resident(self, storage: Any) -> bool:
         """Return whether the storage now belongs to a parameter. The address alone does not tell: ZeRO 3
@@ -94,11 +94,11 @@ class _Away:
 
 
 class _Saved(NamedTuple):
-    away: Any
+    copy: Any
     shape: Any
 
 
-class HostCopies(_Away):
+class HostCopies(_SavedTensorOffload):
     """Keeps tensors that autograd saves for backward in host memory, and copies them back when backward needs
     them.
 
@@ -131,8 +131,9 @@ class HostCopies(_Away):
 
 
 class HostCopy:
-    """A copy of ``tensor`` in host memory. With a ``stream``, it is in pinned memory and is made there; the
-    tensor must then be kept until `wait` has been called."""
+    """A copy of ``tensor`` in host memory. With a ``stream``, it is in pinned memory and is made on that
+    stream; the tensor must then be kept until `wait` has been called. If ``stream`` is None, it is made at
+    once, in memory that is not pinned."""
 
     def __init__(self, tensor: Any, stream: Any) -> None:
         import torch
@@ -148,7 +149,7 @@ class HostCopy:
             self.event = stream.record_event()
 
     def wait(self) -> None:
-        """Let what is computed from now on wait for the copy."""
+        """Let what is computed from now on wait for the copy. Do nothing if it was made at once."""
         import torch
 
         if self.event is not None:
@@ -160,7 +161,7 @@ class HostCopy:
         return self.copy.to(self.device, non_blocking=True, copy=True)
 
 
-class DiskSpool(_Away):
+class DiskSpool(_SavedTensorOffload):
     """Keeps contiguous tensors that autograd saves for backward in a file, and reads them back when backward
     needs them. Other tensors stay in memory. The file has no name, so that it disappears however the process
     ends. With fake tensors nothing is written, but storages are allocated and freed in the same order."""
@@ -195,7 +196,8 @@ class DiskFile:
                 data = data[self._file.write(data) :]
 
     def read(self, data: memoryview, place: int) -> None:
-        """Fill ``data`` from ``place`` on. Raises OSError if the file ends before ``data`` is full."""
+        """Fill ``data`` from ``place`` on, an offset in bytes. Raises OSError if the file ends before
+        ``data`` is full."""
         with self._lock:
             self._file.seek(place)
             while data.nbytes:
@@ -270,11 +272,6 @@ def raw_bytes(tensor: Any) -> memoryview:
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())
 
 
-def _settings(facts: JobFacts) -> Iterable[Mapping[str, KnobValue]]:
-    target = "disk" if device_kind(facts.device_kind).is_host else "host"
-    return [{"to": target, "minimum_kib": 64}]
-
-
 TECHNIQUE = Technique(
     name="activation-offload",
     summary="move what backward needs out of memory after forward, and back just before its use",
@@ -284,7 +281,9 @@ TECHNIQUE = Technique(
     before_engine=True,
     effect=EffectClass.E0,
     apply=_apply,
-    settings=_settings,
+    settings=lambda facts: [
+        {"to": "disk" if device_kind(facts.device_kind).is_host else "host", "minimum_kib": 64}
+    ],
     order=90,
     knobs=(
         Knob(

@@ -41,13 +41,14 @@ def default_optimizer(
     blocks: str | None = None,
 ) -> MakeOptimizer:
     """Return the maker of plain training's optimizer, which is called with a list of parameters. It calls
-    ``choice.make`` if that is set (see `_own`). Otherwise it makes the optimizer at the import path
-    ``choice.name`` if that has a colon (`imported_optimizer`, which ``model`` and ``blocks`` are for), and
-    else torch's optimizer of this name: "adamw", "adam", "sgd" or "adafactor".
+    ``choice.make`` if that is set. Otherwise it makes the optimizer at the import path ``choice.name`` if
+    that has a colon (`imported_optimizer`, which ``model`` and ``blocks`` are for), and else torch's
+    optimizer of this name: "adamw", "adam", "sgd" or "adafactor".
 
-    ``foreach`` of torch's optimizer is set explicitly to what torch chooses for ``device`` (on for CUDA, off
-    for CPU; always off for Adafactor), because a prediction for a device is traced on CPU tensors. Raises
-    UserError at once if ``choice.make`` is None and there is no optimizer of this name or import path.
+    ``foreach`` is set explicitly to what torch chooses for ``device`` (on for CUDA, off for CPU; always off
+    for Adafactor), because a prediction for a device is traced on CPU tensors; in an optimizer of the user or
+    of an import path, only where it is left open. Raises UserError at once if ``choice.make`` is None and
+    there is no optimizer of this name or import path.
     """
     makers = {"adamw": _adamw, "adam": _adamw, "sgd": _sgd, "adafactor": _adafactor}
     if choice.make is not None:
@@ -169,12 +170,12 @@ def _adamw8bit(
 
 def _apply_paged(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     def make(params: list[torch.nn.Parameter]) -> OptimizerLike:
-        return stepping_on_host(bench, _adamw8bit(bench.job.optimizer, bench.device, params))
+        return step_on_host(bench, _adamw8bit(bench.job.optimizer, bench.device, params))
 
     bench.make_optimizer = make
 
 
-def stepping_on_host(bench: Workbench, optimizer: OptimizerLike) -> OptimizerLike:
+def step_on_host(bench: Workbench, optimizer: OptimizerLike) -> OptimizerLike:
     """Make a trace count new tensors of the optimizer's steps as host memory. Return ``optimizer`` itself,
     whose ``step`` is wrapped. In a real run its steps do the same as before."""
     step = optimizer.step
@@ -417,7 +418,12 @@ IMPORTED = Technique(
     order=40,
     slot="optimizer",
     knobs=(
-        Knob(name="path", default="torch.optim:AdamW", doc="PACKAGE.MODULE:CLASS", pattern=PATH),
+        Knob(
+            name="path",
+            default="torch.optim:AdamW",
+            doc="import path of the optimizer's class: PACKAGE.MODULE:CLASS",
+            pattern=PATH,
+        ),
         Knob(
             name="arguments",
             default="",
@@ -427,13 +433,15 @@ IMPORTED = Technique(
         Knob(
             name="matrices",
             default="",
-            doc="settings of a parameter group of the matrices of the repeated blocks, such as GaLore's rank",
+            doc="settings of a parameter group of the matrices of the repeated blocks, such as GaLore's "
+            "rank; if left out, there is no such group",
             pattern=_TEXT,
         ),
         Knob(
             name="others",
             default="same",
-            doc="what updates the parameters that are not matrices of the repeated blocks",
+            doc="what updates the parameters that are not matrices of the repeated blocks; same: this "
+            "optimizer; adamw: AdamW",
             choices=("same", "adamw"),
         ),
     ),

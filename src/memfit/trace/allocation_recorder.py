@@ -23,11 +23,12 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 
 from memfit.model.batch_objects import batch_tensors
+from memfit.model.tensors import plain_tensors
 from memfit.trace import operators
 from memfit.trace.assumed_values import is_assumed
 from memfit.trace.concrete_values import ConcreteValues
 from memfit.trace.data_dependent import Guesses
-from memfit.trace.fake_storage import of_kernels, plain_tensors, sole_counts, strided_storage
+from memfit.trace.fake_storage import correct_norm_outputs, sole_counts, strided_storage
 from memfit.trace.operators import tensors_in
 from memfit.trace.optimizer_scalars import COUNTING, count_from_late_step
 from memfit.trace.source_location import ModuleStack, library_line, newest_node, running_node, user_place
@@ -87,12 +88,12 @@ class AllocationRecorder(TorchDispatchMode):
     """Dispatch mode that records storages and operator calls. Enter it inside a FakeTensorMode.
 
     ``phase()`` starts a phase of the training step. ``label()`` assigns a category to storages. ``finish()``
-    returns the record: (allocations, operator calls, phase spans). ``device`` ("cpu" or "cuda") decides how
-    sizes are rounded and what some kernels allocate. With ``lines``, each allocation records the line of the
-    user's code that made it. ``guesses`` gives the answers where the step reads values of fake tensors (None:
-    a new `Guesses` without bounds). ``follows_optimizer_scalars``: whether the optimizer's own counts and
-    factors of one element are computed, from a late step on (`count_from_late_step`), because its update may
-    branch on them; off by default.
+    returns the record: (allocations, operator calls, phase spans). ``device``, a kind such as "cuda", decides
+    how sizes are rounded and what some kernels allocate. With ``lines``, each allocation records the line of
+    the user's code that made it. ``guesses`` gives the answers where the step reads values of fake tensors
+    (None: a new `Guesses` without bounds). ``follows_optimizer_scalars``: whether the optimizer's own counts
+    and factors of one element are computed, from a late step on (`count_from_late_step`), because its update
+    may branch on them; off by default.
     """
 
     def __init__(self, device: str, *, lines: bool = False, guesses: Guesses | None = None) -> None:
@@ -135,12 +136,14 @@ class AllocationRecorder(TorchDispatchMode):
     # -- called by the training step ----------------------------------------------------------------
 
     def phase(self, phase: Phase) -> None:
+        """Start a phase of the present step."""
         self._close_span()
         self.current = phase
         self.concrete_values.on = self.concrete_values.seeded and phase is not Phase.OPTIMIZER
         self.optimizer_scalars.on = self.follows_optimizer_scalars and phase is Phase.OPTIMIZER
 
     def next_step(self) -> None:
+        """Count what is recorded from now on to the next step."""
         self.step += 1
 
     def label(self, value: Any, category: Category, *, module: str | None = None) -> None:
@@ -161,11 +164,13 @@ class AllocationRecorder(TorchDispatchMode):
         return self._note(tensor, op, self.modules.name(self.current))
 
     def note_offload(self, out_bytes: int, back_bytes: int) -> None:
+        """Count one tensor more that is offloaded: ``out_bytes`` are copied out, ``back_bytes`` back."""
         self.offloaded_bytes += out_bytes
         self.restored_bytes += back_bytes
         self.offloaded_tensors += 1
 
     def note_storage(self, written_bytes: int, read_bytes: int, size_bytes: int) -> None:
+        """Count bytes written to local storage and read from it. ``size_bytes``: what it then holds."""
         self.storage_written_bytes += written_bytes
         self.storage_read_bytes += read_bytes
         self.storage_bytes = max(self.storage_bytes, size_bytes)
@@ -186,6 +191,7 @@ class AllocationRecorder(TorchDispatchMode):
 
     @property
     def call_count(self) -> int:
+        """The number of operator calls recorded so far."""
         return len(self._calls)
 
     def counts(self) -> Counter[str]:
@@ -210,6 +216,7 @@ class AllocationRecorder(TorchDispatchMode):
         return self.current, self.memory_pool, module, line, torch.is_grad_enabled()
 
     def calls_between(self, first: int, last: int | None = None) -> list[operators.OperatorCall]:
+        """Return the recorded calls from number ``first`` to before ``last``, None: to the newest."""
         return self._calls[first:last]
 
     def repeat_calls(
@@ -385,7 +392,7 @@ class AllocationRecorder(TorchDispatchMode):
                 # The product with the gradient: SoftMax.cu.
                 self.guesses.scratch.append(torch.empty_like(args[1]))
             elif func in operators.NORMS:
-                out = of_kernels(func, args, out, self.device)
+                out = correct_norm_outputs(func, args, out, self.device)
         outputs = tensors_in(out)
         per_output = len(owners) == len(outputs) > 1
         for i, tensor in enumerate((*self.guesses.scratch, *outputs)):
@@ -402,7 +409,7 @@ class AllocationRecorder(TorchDispatchMode):
                 fact.name,
                 work,
                 module,
-                self.stream_tracker.of(func, fact.name, args, out, self.memory_pool),
+                self.stream_tracker.note_call(func, fact.name, args, out, self.memory_pool),
             )
         return out
 
@@ -664,6 +671,7 @@ class AllocationRecorder(TorchDispatchMode):
         self._span_start = self.clock
 
     def finish(self) -> tuple[tuple[Allocation, ...], tuple[OpCall, ...], tuple[PhaseSpan, ...]]:
+        """End the present phase and return (allocations, operator calls, phase spans) of the whole record."""
         self._close_span()
         bounds = sorted({s.end for s in self.spans})
         ops = tuple(call.finish() for call in self._calls)

@@ -44,12 +44,12 @@ _CASE: contextvars.ContextVar[AssumedCase] = contextvars.ContextVar("case", defa
 
 
 def current_case() -> AssumedCase:
-    """Return the case that is assumed in the current context: ``USUAL`` outside `assuming`."""
+    """Return the case that is assumed in the current context: ``USUAL`` outside `assume_case`."""
     return _CASE.get()
 
 
 @contextlib.contextmanager
-def assuming(case: AssumedCase) -> Iterator[None]:
+def assume_case(case: AssumedCase) -> Iterator[None]:
     """Assume the values of ``case`` in traces made inside this context."""
     token = _CASE.set(case)
     try:
@@ -134,7 +134,7 @@ def _mark_holder(tensor: torch.Tensor) -> Any:
     return tensor.untyped_storage() if tensor.layout is torch.strided else tensor
 
 
-def assumed(tensor: torch.Tensor, case: AssumedCase, seed: int) -> torch.Tensor | None:
+def assume_values(tensor: torch.Tensor, case: AssumedCase, seed: int) -> torch.Tensor | None:
     """Return assumed values of the tensor's shape and dtype, marked as assumed: for a floating-point or bool
     tensor those that `AssumedCase` says. ``seed`` decides the random ones. Return None for integers and
     complex numbers, whose range is not known."""

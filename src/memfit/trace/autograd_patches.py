@@ -18,7 +18,7 @@ from memfit.model.grouped_mm import grouped_products
 
 
 @contextlib.contextmanager
-def plain_formulas() -> Iterator[None]:
+def patch_formulas() -> Iterator[None]:
     """Inside this context, replace ``prod`` and ``cumprod`` by versions whose derivatives assume no zeros,
     for fake tensors that require a gradient outside autocast, and let fake grouped matrix products have any
     dtype. When the context ends, ``torch.nn.functional.linear`` is again the function that it was at the

@@ -18,13 +18,13 @@ from torch.utils import _pytree
 
 from memfit.model.batch_objects import batch_tensors
 from memfit.model.tensors import tensor_leaves
-from memfit.techniques.recompute.op_numbering import written
+from memfit.techniques.recompute.op_numbering import written_tensors
 from memfit.trace.assumed_values import (
     CHOICES,
     CONSTANTS,
     COUNTS,
     FILLS,
-    assumed,
+    assume_values,
     current_case,
     draw_values,
     fill_values,
@@ -170,7 +170,7 @@ class ConcreteValues:
         more than ``max_elements`` elements."""
         real = self.of(tensor)
         if real is None and isinstance(tensor, FakeTensor) and 0 < tensor.numel() <= self.max_elements:
-            real = assumed(tensor, self.case, self._seed())
+            real = assume_values(tensor, self.case, self._seed())
             if real is not None:
                 setattr(tensor, _NAME, real)
         return real
@@ -238,7 +238,7 @@ class ConcreteValues:
                 self._forget(func, args, kwargs)  # a kernel of another device, for example
                 return None
         if any(map(is_assumed, values.values())):
-            mark_assumed((out, written(func, *real_arguments)))
+            mark_assumed((out, written_tensors(func, *real_arguments)))
         return out
 
     def attach(self, out: Any, real: Any) -> None:
@@ -254,7 +254,7 @@ class ConcreteValues:
 
     def _forget(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
         """Treat the values of the tensors that the operator writes to as unknown from now on."""
-        for tensor in written(func, args, kwargs):
+        for tensor in written_tensors(func, args, kwargs):
             if (real := self.of(tensor)) is not None:
                 storage = real.untyped_storage()
                 self._stale[storage._cdata] = storage

@@ -31,7 +31,7 @@ import torch
 from torch.nn import functional
 
 from memfit.techniques.synthetic_kernel import kernel, read_bytes
-from memfit.trace.autograd_patches import plain_formulas
+from memfit.trace.autograd_patches import patch_formulas
 from memfit.trace.device_autocast import cuda_autocast_on_host
 from memfit.trace.evoformer_kernel import trace_evoformer_attention
 from memfit.types.device_kind import CUDA, HOST, DeviceKind, device_kind
@@ -43,19 +43,19 @@ _LSTM_MODE = 2  # among torch's recurrent networks
 
 @contextlib.contextmanager
 def use_device_kernels(device: str) -> Iterator[None]:
-    """Inside this context, patch the derivatives that differ for fake tensors (`plain_formulas`) and, unless
+    """Inside this context, patch the derivatives that differ for fake tensors (`patch_formulas`) and, unless
     ``device`` is "cpu", run the kernels that a device of this kind would run for tensors on the CPU, and let
     autocast that the model enters for the device (`autocast_on_host`) be that of the host, with the device's
     lists. For "cuda", also replace the kernels of DeepSpeed's attention for Evoformers
     (`trace_evoformer_attention`)."""
     if (kind := device_kind(device)).is_host:
-        with plain_formulas():
+        with patch_formulas():
             yield
         return
     with contextlib.ExitStack() as stack:
         for owner, name, replacement in autocast_on_host(lambda d: torch.device(d).type == kind.name):
             stack.enter_context(mock.patch.object(owner, name, replacement))
-        for context in (plain_formulas(), _kernels_of(kind)):
+        for context in (patch_formulas(), _kernels_of(kind)):
             stack.enter_context(context)
         if kind.autocast == "cuda":
             stack.enter_context(cuda_autocast_on_host())

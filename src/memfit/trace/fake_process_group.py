@@ -208,7 +208,7 @@ def optimizer_steps_only() -> Iterator[None]:
         _PRIMES.reset(token)
 
 
-def primed(plan: Plan) -> bool:
+def runs_optimizer_steps_only(plan: Plan) -> bool:
     """Return whether a trace of ``plan`` made now runs only an optimizer step in place of every training step
     but the last: inside `optimizer_steps_only`, if the pipeline of ``plan`` has several stages per rank."""
     pipeline = plan.get("pipeline")
@@ -286,7 +286,7 @@ class _RealIntegers(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def without_host(
+def split_host_memory(
     allocations: Sequence[Allocation], spans: Sequence[PhaseSpan]
 ) -> tuple[tuple[Allocation, ...], dict[str, Any]]:
     """Return (the allocations that are on the device, the fields of `Trace` about host memory). Except for
@@ -332,7 +332,7 @@ def _highest(allocations: Sequence[Allocation]) -> int:
     return max(itertools.accumulate(size for _, size in sorted(events)), default=0)
 
 
-def ready_for_fakes(wrapped: Any, note: Callable[[torch.Tensor, str], Any]) -> None:
+def prepare_ddp(wrapped: Any, note: Callable[[torch.Tensor, str], Any]) -> None:
     """Prepare the DDP module ``wrapped`` for fake tensors. Its reduction reads the value of the collective's
     future, which is None on a fake process group, so a communication hook replaces it: it divides each bucket
     by the number of ranks and all-reduces it. The buckets are listed in integer tensors, which are made real
@@ -361,7 +361,7 @@ def ready_for_fakes(wrapped: Any, note: Callable[[torch.Tensor, str], Any]) -> N
     wrapped.register_comm_hook(wrapped.process_group, reduce)
 
 
-def members() -> dict[str, tuple[int, ...]]:
+def process_groups() -> dict[str, tuple[int, ...]]:
     """Return the ranks of every process group that this rank belongs to, by the group's name. The default
     group comes first. Return {} if this process has no process group."""
     import torch.distributed as dist

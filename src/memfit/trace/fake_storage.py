@@ -1,5 +1,5 @@
-"""Properties of plain tensors that fake ones lack: the storage that holds the bytes, the dtypes and strides
-that real kernels return, and reference counts."""
+"""Properties of plain tensors that fake ones lack: the dtypes and strides that real kernels return, and
+reference counts. And a clear error for tensors that are neither dense nor sparse COO."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch._prims_common import (
     suggest_memory_format,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memfit.trace import operators
 from memfit.trace.source_location import user_line
@@ -21,16 +21,7 @@ from memfit.types.device_kind import device_kind
 from memfit.types.errors import UserError
 
 
-def plain_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Return the tensors that hold the bytes of ``tensor``: the innermost ones if it is a wrapper subclass,
-    such as a DTensor, else the tensor itself."""
-    if not is_traceable_wrapper_subclass(tensor):
-        return [tensor]
-    inner = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
-    return [p for t in inner if isinstance(t, torch.Tensor) for p in plain_tensors(t)]
-
-
-def of_kernels(func: Any, args: Any, out: Any, device: str) -> Any:
+def correct_norm_outputs(func: Any, args: Any, out: Any, device: str) -> Any:
     """Return ``out``, the fake outputs of a normalisation (layer, group or batch norm, forward or backward),
     corrected to what the real kernels return.
 

@@ -19,10 +19,7 @@ from memfit.model.tensors import tensor_leaves
 
 _GOLDEN = 0.6180339887498949  # its multiples are evenly distributed modulo 1
 # Used where numbers must not depend on the position. The second is for dropout: it keeps every element.
-_SAME, _SAME_KEPT = (
-    0.6,
-    0.05,
-)
+_SAME, _SAME_KEPT = 0.6, 0.05
 _MEAN = 1  # the number by which torch's operators of losses are told to average
 _WIDE = {
     torch.float16: torch.float64,
@@ -47,8 +44,8 @@ class FixedRandom(TorchDispatchMode):
 
     ``counts`` holds the numbers of samples in the batches that are compared. If the last dimension has one of
     these lengths it may be the batch, and all numbers along it are equal. ``weighs_classes`` is True once a
-    loss was averaged with weights that differ from class to class. Raises TimeLimitExceeded at the
-    first operator after ``deadline_s``, a reading of this thread's processor time (`time.thread_time`).
+    loss was averaged with weights that differ from class to class. Raises TimeLimitExceeded at the first
+    operator after ``deadline_s``, a reading of this thread's processor time (`time.thread_time`).
     """
 
     def __init__(self, counts: Collection[int], deadline_s: float) -> None:

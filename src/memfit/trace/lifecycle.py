@@ -20,23 +20,19 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from memfit.jobs.training_step import TrainingStep
 from memfit.model.batch_objects import map_batch, split
-from memfit.model.tensors import tensor_leaves
+from memfit.model.tensors import plain_tensors, tensor_leaves
 from memfit.trace.allocation_recorder import AllocationRecorder
 from memfit.trace.data_dependent import Guesses
-from memfit.trace.device_kernels import use_device_kernels
 from memfit.trace.fake_copy import FakeCopies
-from memfit.trace.fake_storage import plain_tensors
 from memfit.trace.tracer import (
-    _TRACED_MICRO_BATCHES,
-    _fake_world,
-    _guesses_blamed,
-    _label_model,
-    _label_state,
-    _random_states,
-    _resizes,
+    TRACED_MICRO_BATCHES,
+    blame_guesses,
+    fake_world,
+    label_state,
+    label_tensors,
+    recording_patches,
 )
 from memfit.trace.value_guess_retry import retry_guesses
-from memfit.trace.value_patches import values_read
 from memfit.types.device_kind import device_kind
 from memfit.types.job import Job
 from memfit.types.plan import Plan
@@ -139,13 +135,10 @@ class _Watch:
 def _watched(job: Job, device: str) -> Iterator[tuple[_Watch, Any]]:
     recorder = AllocationRecorder(device, guesses=Guesses(job.bound))
     with (
-        _guesses_blamed(recorder),
-        _fake_world() as fake,
-        _random_states(recorder),
-        _resizes(recorder),
-        use_device_kernels(device),
+        blame_guesses(recorder),
+        fake_world() as fake,
+        recording_patches(recorder),
         recorder,
-        values_read(recorder.guesses),
     ):
         yield _Watch(recorder=recorder), fake
 
@@ -159,7 +152,7 @@ def _loading(job: Job, device: str) -> list[LifecyclePeak]:
     for way, place in places.items():
         with _watched(job, device) as (watch, _):
             model = job.build_model()
-            _label_model(watch.recorder, model)
+            label_tensors(watch.recorder, [*model.named_parameters(), *model.named_buffers()])
             state = model.state_dict()
             if way == "load-assign":
                 watch.aside.update(_lives_of(watch.recorder, state))
@@ -174,13 +167,13 @@ def _loading(job: Job, device: str) -> list[LifecyclePeak]:
 def _training(job: Job, plan: Plan, batch: Any, device: str) -> tuple[list[LifecyclePeak], Mapping[str, int]]:
     with _watched(job, device) as (watch, fake):
         step = TrainingStep(job, plan, device=device)
-        _label_state(watch.recorder, step)
+        label_state(watch.recorder, step)
         peaks = [watch.end("build")]
         inputs = _fake(batch, fake, watch.recorder)
         watch.recorder.label(inputs, Category.INPUT)
         for event in ("first-step", "steady-step"):
-            step.run(inputs, micro_batch_limit=_TRACED_MICRO_BATCHES)
-            _label_state(watch.recorder, step)
+            step.run(inputs, micro_batch_limit=TRACED_MICRO_BATCHES)
+            label_state(watch.recorder, step)
             peaks.append(watch.end(event))
         peaks.append(_evaluated(step, inputs, watch))
         peaks += _saved(step, watch)
@@ -216,14 +209,14 @@ def _saved(step: TrainingStep, watch: _Watch) -> list[LifecyclePeak]:
 def _resuming(job: Job, plan: Plan, batch: Any, device: str, way: str) -> LifecyclePeak:
     with _watched(job, device) as (watch, fake):
         old_step = TrainingStep(job, plan, device=device)
-        _label_state(watch.recorder, old_step)
+        label_state(watch.recorder, old_step)
         old_step.run(_fake(batch, fake, watch.recorder), micro_batch_limit=1)
         state = _state(old_step)
         watch.aside.update(_lives_of(watch.recorder, state))
         old_step.close()
         watch.begin()
         new_step = TrainingStep(job, plan, device=device)
-        _label_state(watch.recorder, new_step)
+        label_state(watch.recorder, new_step)
         with watch.made("host" if way == "resume-via-host" else ""):
             loaded_state = _loaded(state)
         new_step.model.load_state_dict(loaded_state["model"])

@@ -14,16 +14,16 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from memfit.jobs.training_step import TrainingStep
 from memfit.techniques.recompute.op_numbering import (
-    OperatorNumber,
+    RecomputeFacts,
     StorageNumbering,
-    flat,
+    is_repeatable,
     plain_view,
-    repeatable,
     storage_key,
-    written,
+    strided_tensors,
+    written_tensors,
 )
 from memfit.trace.allocation_recorder import AllocationRecorder
-from memfit.trace.tracer import stepping, trace
+from memfit.trace.tracer import trace, use_step
 from memfit.types.job import Job
 from memfit.types.plan import Plan
 from memfit.types.recording import ForwardCall, ForwardStorage, Recording
@@ -48,7 +48,7 @@ def record(job: Job, plan: Plan, *, device: str = "cpu") -> Recording:
         step.bench.forward_contexts.append(recording)
         return step
 
-    with stepping(make_step):
+    with use_step(make_step):
         job_trace = trace(job, plan, device=device)
     (recorder,) = last
     return Recording(
@@ -91,14 +91,14 @@ class _Recorder(StorageNumbering):
 
     sees_views = True
 
-    def before(self, known: OperatorNumber, func: Any, args: Any, kwargs: Any) -> Any:
+    def before(self, facts: RecomputeFacts, func: Any, args: Any, kwargs: Any) -> Any:
         return self.recorder.clock
 
     def after(
         self, func: Any, args: Any, kwargs: Any, new_storages: list[tuple[int, torch.Tensor]], state: Any
     ) -> None:
-        inputs = list(flat((args, tuple(kwargs.values()))))
-        write_targets = written(func, args, kwargs)
+        inputs = list(strided_tensors((args, tuple(kwargs.values()))))
+        write_targets = written_tensors(func, args, kwargs)
         reads = dict.fromkeys(n for n in map(self.number, inputs) if n is not None)
         for number in reads:
             self.last_read[number] = self.recorder.clock
@@ -130,7 +130,7 @@ class _Recorder(StorageNumbering):
             self.pinned |= readers - {self.number(tensor)}
         has_odd_view = any(not self._plain(n, t) for t in write_targets if (n := self.number(t)) is not None)
         if (
-            not repeatable(kwargs, len(write_targets) - len(target_numbers))
+            not is_repeatable(kwargs, len(write_targets) - len(target_numbers))
             or len(write_targets) > 1
             or has_odd_view
         ):

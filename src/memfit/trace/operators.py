@@ -14,8 +14,9 @@ from torch._prims_common import make_contiguous_strides_for
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
+from memfit.techniques.recompute.op_numbering import written_tensors
 from memfit.trace.data_dependent import Guesses
-from memfit.trace.signature import describe, moved_bytes
+from memfit.trace.signature import describe, dtype_name, moved_bytes
 from memfit.types.trace import OpCall, Phase
 
 
@@ -334,17 +335,9 @@ def work(func: Any, of: OperatorFact, args: Any, kwargs: Any, out: Any) -> Opera
         inputs = []
     elif of.name in _WRITE_ONLY:
         inputs = inputs[len(tensors_in(args[0])) :]
-    targets = outputs or tensors_in(*_mutated(func, args, kwargs))
+    targets = outputs or written_tensors(func, args, kwargs)  # a foreach operator returns nothing
     total_bytes += moved_bytes(inputs + targets)
     return OperatorWork(describe(of.name, args, kwargs), dtype, flops, total_bytes)
-
-
-def _mutated(func: Any, args: Any, kwargs: Any) -> list[Any]:
-    """Return the arguments that an operator writes to, such as the lists of a foreach operator, which returns
-    nothing."""
-    arguments = enumerate(func._schema.arguments)
-    targets = [(i, a.name) for i, a in arguments if a.alias_info and a.alias_info.is_write]
-    return [args[i] if i < len(args) else kwargs.get(name) for i, name in targets]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -457,13 +450,8 @@ def _dtype(tensors: list[torch.Tensor]) -> str:
     else "int64"."""
     for tensor in tensors:
         if tensor.is_floating_point() or tensor.is_complex():
-            return _name(tensor.dtype)
+            return dtype_name(tensor.dtype)
     return "int64"
-
-
-@functools.cache
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> int:

@@ -71,12 +71,14 @@ class PassReplay:
     def micro_step(
         self, run: Callable[[MicroBatch, OnPhase], torch.Tensor], micro_batch: MicroBatch, mark: OnPhase
     ) -> torch.Tensor:
-        """Run the micro-batch, or repeat a pass. That is done if a micro-batch of the same layout ran when
-        the same parameters had gradients, and its pass left nothing behind but the loss
-        and gradients, each in a storage of its own; ran without collectives and read no values; and changed
-        no number, text, switch or length of a container of a module, nor the state of Python's or numpy's
-        random numbers. Gradients of that pass that are still alive are kept by something, such as a hook,
-        that only another run would show."""
+        """Run the micro-batch, or repeat an earlier pass, and return the loss. ``mark`` is called with each
+        phase in either case.
+
+        A pass is repeated if it was of a micro-batch of the same layout, when the same parameters had
+        gradients, and it left nothing behind but the loss and gradients, each in a storage of its own; ran
+        without collectives and read no values; and changed no number, text, switch or length of a container
+        of a module, nor the state of Python's or numpy's random numbers. It is not repeated while gradients
+        that it made are alive: something keeps them, such as a hook, that only another run would show."""
         layout = _layouts(micro_batch.batch)
         if layout is None:
             return run(micro_batch, mark)

@@ -26,7 +26,7 @@ _REGISTERED = ("_parameters", "_buffers", "_modules")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class WeightsSource:
-    """Offers a model's weights to traces. ``load`` returns its tensors by name, as `built_weights` does; the
+    """Offers a model's weights to traces. ``load`` returns its tensors by name, as `build_weights` does; the
     caller may write to them. ``max_flops`` and ``max_bytes``: floating-point operations and peak memory of
     the largest trace that may be computed on real tensors."""
 
@@ -43,7 +43,7 @@ _FOLLOWED: contextvars.ContextVar[Weights | None] = contextvars.ContextVar("foll
 
 
 @contextlib.contextmanager
-def offering(source: WeightsSource) -> Iterator[None]:
+def offer_weights(source: WeightsSource) -> Iterator[None]:
     """Let traces made inside this context also compute the step with the weights of ``source`` if values had
     to be assumed (`cover_assumed_cases`)."""
     token = _OFFERED.set(source)
@@ -54,12 +54,12 @@ def offering(source: WeightsSource) -> Iterator[None]:
 
 
 def offered_weights() -> WeightsSource | None:
-    """Return the source that `offering` gives in the current context, or None."""
+    """Return the source that `offer_weights` gives in the current context, or None."""
     return _OFFERED.get()
 
 
 @contextlib.contextmanager
-def following(weights: Weights) -> Iterator[None]:
+def follow_weights(weights: Weights) -> Iterator[None]:
     """Attach ``weights`` to the model's fake parameters and buffers in traces made inside this context, and
     follow tensors of any size."""
     token = _FOLLOWED.set(weights)
@@ -70,9 +70,9 @@ def following(weights: Weights) -> Iterator[None]:
 
 
 def attach_weights(concrete_values: ConcreteValues, model: torch.nn.Module) -> None:
-    """Attach the weights of `following` to the model's tensors of the same names and shapes, marked as
+    """Attach the weights of `follow_weights` to the model's tensors of the same names and shapes, marked as
     assumed, and let ``concrete_values`` follow tensors of any size. Other tensors of the model get no values.
-    Do nothing outside `following`."""
+    Do nothing outside `follow_weights`."""
     weights = _FOLLOWED.get()
     if weights is None:
         return
@@ -82,12 +82,12 @@ def attach_weights(concrete_values: ConcreteValues, model: torch.nn.Module) -> N
             concrete_values.set_assumed(tensor, weights[name])
 
 
-def follows_weights() -> bool:
-    """Return whether this runs inside `following`."""
+def are_weights_followed() -> bool:
+    """Return whether this runs inside `follow_weights`."""
     return _FOLLOWED.get() is not None
 
 
-def built_weights(build: Callable[[], torch.nn.Module]) -> Weights:
+def build_weights(build: Callable[[], torch.nn.Module]) -> Weights:
     """Return the tensors of a model that ``build`` builds, detached from autograd: parameters and buffers by
     name, and tensors in other attributes of its modules, with names such as "encoder.scale[0]". The state of
     torch's random numbers is restored."""

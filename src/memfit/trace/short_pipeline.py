@@ -20,7 +20,7 @@ from memfit.types.trace import Allocation, Category, Phase, PhaseSpan, Trace
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryLine:
+class PipelineRank:
     """One rank of a pipeline, and the shorter pipeline (fewer ranks and micro-batches) in which it is traced.
 
     Fields that begin with ``short_`` describe the shorter pipeline, the other ones the whole. ``stages`` is
@@ -44,8 +44,8 @@ class MemoryLine:
     short_stage: int = 0
     micros: int = 1
     short_micros: int = 1
-    missing: tuple[int, ...] = (0,)  # per chunk: micro-batches in flight that are not traced
-    fewer: int = 0  # blocks that the last stages of the short pipeline lack
+    missing: tuple[int, ...] = (0,)
+    fewer: int = 0
 
     def own_blocks(self, count: int) -> list[int]:
         """Return the indices of this rank's blocks, chunk by chunk, in a model of ``count`` blocks."""
@@ -72,7 +72,7 @@ class MemoryLine:
         job = with_blocks(self.short_job, self._short_count(depth))
         return tracer.trace(job, self.short_plan, rank=self.short_rank, **options)
 
-    def filled(self, trace: Trace) -> Trace:
+    def fill_in(self, trace: Trace) -> Trace:
         """Return ``trace``, one of the short pipeline, as that of this rank in the whole plan: with this
         rank's number, with the memory of the micro-batches that were not traced, and with their number.
         Without a pipeline, only the rank and the number of ranks are set. Raises Mismatch if micro-batches
@@ -159,7 +159,7 @@ _ROUND = 3  # stages of a shortened interleaved pipeline: a first, a last and on
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Short:
-    """Shape of the shorter pipeline. Fields are as in `MemoryLine`."""
+    """Shape of the shorter pipeline. Fields are as in `PipelineRank`."""
 
     stages: int
     stage: int
@@ -168,7 +168,7 @@ class _Short:
     fewer: int = 0
 
 
-def shortened(job: Job, plan: Plan, rank: int, blocks: int) -> MemoryLine | None:
+def shorten_pipeline(job: Job, plan: Plan, rank: int, blocks: int) -> PipelineRank | None:
     """Return ``rank`` of ``plan`` with the shorter pipeline in which it is traced, for a model with
     ``blocks`` blocks. If the plan has no pipeline, the result's short plan is the plan itself. Return None if
     no shorter pipeline can stand for the schedule (it is none of GPipe, 1F1B and those of `_interleaved`), if
@@ -176,7 +176,7 @@ def shortened(job: Job, plan: Plan, rank: int, blocks: int) -> MemoryLine | None
     micro-batches."""
     pipeline, place = plan.get("pipeline"), layout(plan)
     if pipeline is None:
-        return MemoryLine(job=job, plan=plan, rank=rank, short_job=job, short_plan=plan, short_rank=rank)
+        return PipelineRank(job=job, plan=plan, rank=rank, short_job=job, short_plan=plan, short_rank=rank)
     if pipeline.settings.get("first_fewer") or pipeline.settings.get("last_fewer"):
         return None
     stages, micros = place.pipeline, int(pipeline.settings["micro_batches"])
@@ -191,7 +191,7 @@ def shortened(job: Job, plan: Plan, rank: int, blocks: int) -> MemoryLine | None
     if short is None or job.batch_size % parts:
         return None
     knobs = {**pipeline.settings, "stages": short.stages, "micro_batches": short.micros}
-    return MemoryLine(
+    return PipelineRank(
         job=job,
         plan=plan,
         rank=rank,

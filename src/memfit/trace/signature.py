@@ -23,7 +23,7 @@ def describe(name: str, args: Any, kwargs: Mapping[str, Any]) -> str:
 def _plain(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         sizes = [list(value.shape), list(value.stride())]
-        return {"t": [*sizes, _dtype_name(value.dtype), *(["conj"] if value.is_conj() else [])]}
+        return {"t": [*sizes, dtype_name(value.dtype), *(["conj"] if value.is_conj() else [])]}
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     if isinstance(value, Mapping):
@@ -38,8 +38,9 @@ def _plain(value: Any) -> Any:
 
 
 @functools.cache
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype)[6:]
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the dtype's name, such as "float32"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def moved_bytes(tensors: list[torch.Tensor]) -> int:

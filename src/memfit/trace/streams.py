@@ -37,7 +37,7 @@ class StreamTracker:
         # c10d collectives: (stream, calls on it, calls in total).
         self._under_way: list[tuple[str, int, int]] = []
 
-    def of(self, func: Any, name: str, args: Any, out: Any, place: str) -> StreamUse | None:
+    def note_call(self, func: Any, name: str, args: Any, out: Any, place: str) -> StreamUse | None:
         """Count a call of ``func`` (whose name is ``name``), made while the current stream is ``place`` (""
         for the model's). Return (stream on which it runs, process group or "" if it is no collective, None).
         Return None for a call on the model's stream that is not a collective. If the call waits for a

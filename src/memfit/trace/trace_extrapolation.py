@@ -14,10 +14,10 @@ import torch
 from memfit.model.blocks import attribute_period, child_prefix, find_blocks
 from memfit.techniques import fp32_modules
 from memfit.trace import tracer
-from memfit.trace.short_pipeline import MemoryLine, shortened
+from memfit.trace.short_pipeline import PipelineRank, shorten_pipeline
 from memfit.trace.trace_pool import run_parallel
 from memfit.trace.truncated_model import CONTAINERS
-from memfit.trace.unroll import Blocks, Mismatch, renumbered, unroll
+from memfit.trace.unroll import Blocks, Mismatch, renumber_blocks, unroll
 from memfit.types.deadline import Deadline
 from memfit.types.device_kind import HOST, device_kind
 from memfit.types.errors import UserError
@@ -65,7 +65,7 @@ def traces_of(
     micro-batch in flight. Ranks and plans with the same shorter trace share it.
     """
     model = tracer.fake_model(job)
-    blocks = repeated(model, job)
+    blocks = find_repeated_blocks(model, job)
     cpu = device_kind(options.get("device", HOST)).is_host
     deep_ranks = [
         _Deep.of(job, plan, rank, *blocks) if blocks and _repeats(plan, cpu=cpu) else None
@@ -122,7 +122,7 @@ class _Deep:
     """One rank of a model whose repeated blocks need not all be traced. ``line`` is the rank and its shorter
     pipeline. ``first_depth`` is the number of blocks (per stage of a pipeline) of the first shallow trace."""
 
-    line: MemoryLine
+    line: PipelineRank
     blocks: Blocks  # the rank's blocks
     first_depth: int
     # Set if all of the rank's blocks are traced, because two shallow traces would have more of them: maps
@@ -131,7 +131,7 @@ class _Deep:
 
     @staticmethod
     def of(job: Job, plan: Plan, rank: int, path: str, count: int, model_period: int) -> _Deep | None:
-        line = shortened(job, plan, rank, count)
+        line = shorten_pipeline(job, plan, rank, count)
         if line is None:
             return None
         indices, period = line.own_blocks(count), math.lcm(_period(plan), model_period)
@@ -169,8 +169,8 @@ class _Deep:
         line, rank_blocks = self.line, self.blocks
         if self.numbers:
             try:
-                return line.filled(
-                    renumbered(kept[self.key(self.first_depth)], rank_blocks.path, self.numbers)
+                return line.fill_in(
+                    renumber_blocks(kept[self.key(self.first_depth)], rank_blocks.path, self.numbers)
                 )
             except Mismatch:
                 return tracer.trace(line.job, line.plan, rank=line.rank, **options)
@@ -186,7 +186,7 @@ class _Deep:
             short_blocks = dataclasses.replace(rank_blocks, first=line.short_stage * depth, count=depth)
             shallow_trace, deeper_trace = kept[self.key(depth)], kept[self.key(deeper)]
             try:
-                return line.filled(unroll(shallow_trace, deeper_trace, short_blocks, rank_blocks))
+                return line.fill_in(unroll(shallow_trace, deeper_trace, short_blocks, rank_blocks))
             except Mismatch:
                 continue
         return tracer.trace(line.job, line.plan, rank=line.rank, **options)
@@ -198,7 +198,7 @@ class _Deep:
         return shallow < self.blocks.count * self.line.micros
 
 
-def repeated(model: torch.nn.Module, job: Job) -> tuple[str, int, int] | None:
+def find_repeated_blocks(model: torch.nn.Module, job: Job) -> tuple[str, int, int] | None:
     """Return (path of the module that contains the model's blocks, their number, their `attribute_period`) if
     all blocks have parameters of the same names and shapes, keep the same inner modules in float32
     (`Job.islands`), and lie in a ModuleList or Sequential. Return None otherwise, and if no blocks are

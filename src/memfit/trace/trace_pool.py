@@ -23,7 +23,7 @@ from memfit.runtime.child_process import die_with_parent
 from memfit.types.deadline import Deadline
 
 _T = TypeVar("_T")
-Tell = Callable[[int, int], None]
+Progress = Callable[[int, int], None]
 
 
 class ForkedWorkers:
@@ -127,7 +127,7 @@ class _OwnerUnpickler(pickle.Unpickler):
 
 def run_parallel(
     calls: Sequence[Callable[[], _T]],
-    tell: Tell = lambda done, index: None,
+    progress: Progress = lambda done, index: None,
     results: dict[int, _T] | None = None,
     *,
     workers: ForkedWorkers | None = None,
@@ -136,7 +136,7 @@ def run_parallel(
     """Return the results of the calls, in order. If calls raise exceptions, raise that of the first such call
     in the list; if calls run in forked processes, only after all of them have ended.
 
-    ``tell(done, index)`` is called whenever a call begins or ends: ``done`` calls are finished, and call
+    ``progress(done, index)`` is called whenever a call begins or ends: ``done`` calls are finished, and call
     ``index`` is running (or, if none is running, has just ended). ``results`` receives each result by the
     index of its call as soon as it is known, for callers that may be interrupted. ``workers``: the calls are
     made by these forked processes, which stay; None: by new ones, which end. ``deadline``: when it has
@@ -158,10 +158,10 @@ def run_parallel(
     results = {} if results is None else results
     deadline = deadline or Deadline()
     if not _is_worth(len(calls), workers, deadline) or _REFUSED or not _may_fork():
-        return _one_by_one(calls, tell, results, deadline)
+        return _one_by_one(calls, progress, results, deadline)
     pool, outcomes = workers or _WorkersOfCalls(calls), dict[int, tuple[bool, Any]]()
     try:
-        for index, outcome in _outcomes(calls, pool, min(_cores(), len(calls)), tell, deadline):
+        for index, outcome in _outcomes(calls, pool, min(_cores(), len(calls)), progress, deadline):
             outcomes[index] = outcome
             results.update({index: outcome[1]} if outcome[0] else {})
             if not outcome[0] and is_fork_refused(outcome[1]):
@@ -171,7 +171,7 @@ def run_parallel(
         if workers is None or len(outcomes) < len(calls):  # some may still be at work
             pool.end()
     if _REFUSED:
-        return _one_by_one(calls, tell, results, deadline)
+        return _one_by_one(calls, progress, results, deadline)
     for index in sorted(outcomes):
         is_ok, value = outcomes[index]
         if not is_ok:
@@ -186,7 +186,11 @@ def from_both_ends(items: Sequence[_T]) -> list[_T]:
 
 
 def _outcomes(
-    calls: Sequence[Callable[[], Any]], pool: ForkedWorkers, count: int, tell: Tell, deadline: Deadline
+    calls: Sequence[Callable[[], Any]],
+    pool: ForkedWorkers,
+    count: int,
+    progress: Progress,
+    deadline: Deadline,
 ) -> Iterator[tuple[int, tuple[bool, Any]]]:
     """Make the calls in ``count`` workers of the pool, or as many as it has if they are more. Yield (index of
     a call, its `_outcome`) in the order in which the calls end. Raises TimeUp if the deadline passes."""
@@ -200,7 +204,7 @@ def _outcomes(
             channel = idle_channels.pop(0)
             index = index_by_channel[channel] = queue.pop(-1 if channel in end_channels else 0)
             channel.send(pool.message(calls, index))
-            tell(done, index)
+            progress(done, index)
         for ready_channel in _ready(list(index_by_channel), deadline):
             index = index_by_channel.pop(ready_channel)
             outcome: tuple[bool, Any] | None = None
@@ -214,7 +218,7 @@ def _outcomes(
                 idle_channels.append(ready_channel)
             done += 1
             yield index, outcome
-            tell(done, next(iter(index_by_channel.values()), index))
+            progress(done, next(iter(index_by_channel.values()), index))
 
 
 def _cores() -> int:
@@ -243,15 +247,15 @@ _REFUSED: list[str] = []  # autograd's message from a forked process; later call
 
 
 def _one_by_one(
-    calls: Sequence[Callable[[], _T]], tell: Tell, results: dict[int, _T], deadline: Deadline
+    calls: Sequence[Callable[[], _T]], progress: Progress, results: dict[int, _T], deadline: Deadline
 ) -> list[_T]:
     is_original = not multiprocessing.current_process().daemon
     for index, call in enumerate(calls):
         if is_original:
             deadline.check()
-        tell(index, index)
+        progress(index, index)
         results[index] = call()
-        tell(index + 1, index)
+        progress(index + 1, index)
     return [results[index] for index in range(len(calls))]
 
 

@@ -36,14 +36,14 @@ from memfit.trace.fake_copy import script_modules_loaded
 from memfit.trace.fake_process_group import (
     GlooScratch,
     fake_ranks,
-    members,
-    primed,
-    ready_for_fakes,
-    without_host,
+    prepare_ddp,
+    process_groups,
+    runs_optimizer_steps_only,
+    split_host_memory,
 )
 from memfit.trace.operators import fills_storage
 from memfit.trace.pass_replay import PassReplay
-from memfit.trace.real_weights import attach_weights, follows_weights
+from memfit.trace.real_weights import are_weights_followed, attach_weights
 from memfit.trace.slice_replay import SliceReplay, SlicesDiffer, run_all_if_different
 from memfit.trace.stream_patches import streams
 from memfit.trace.truncated_model import FirstBlocks, note_modules, remember
@@ -54,21 +54,21 @@ from memfit.trace.value_guess_retry import (
     cover_assumed_cases,
     retry_guesses,
 )
-from memfit.trace.value_patches import values_read
+from memfit.trace.value_patches import patch_value_reads
 from memfit.types.device_kind import device_kind
 from memfit.types.errors import UserError, first_line
 from memfit.types.job import Job
 from memfit.types.plan import Plan
 from memfit.types.trace import Category, Phase, Trace
 
-_TRACED_MICRO_BATCHES = 3  # the second accumulates into existing gradients; the third repeats it
+TRACED_MICRO_BATCHES = 3  # the second accumulates into existing gradients; the third repeats it
 _STEP: contextvars.ContextVar[Callable[..., TrainingStep]] = contextvars.ContextVar(
     "step", default=TrainingStep
 )
 
 
 @contextlib.contextmanager
-def stepping(make_step: Callable[..., TrainingStep]) -> Iterator[None]:
+def use_step(make_step: Callable[..., TrainingStep]) -> Iterator[None]:
     """Let traces made inside this context run the training step that ``make_step`` returns, such as that of
     an engine (engines/NAME/step.py). ``make_step`` is called with the arguments of `TrainingStep`. Outside,
     `TrainingStep` itself is ``make_step``."""
@@ -89,7 +89,7 @@ def trace(
     *,
     device: str = "cpu",
     steps: int = 2,
-    max_micro_batches: int = _TRACED_MICRO_BATCHES,
+    max_micro_batches: int = TRACED_MICRO_BATCHES,
     update: bool = True,
     lines: bool = False,
     rank: int = 0,
@@ -116,9 +116,9 @@ def trace(
     recorder.modes_above = int(scratch)
     _import_needed(plan)
     with (
-        _guesses_blamed(recorder),
+        blame_guesses(recorder),
         fake_ranks(plan, rank) as world,
-        _fake_world() as fake,
+        fake_world() as fake,
         recording_patches(recorder),
         recorder,
         GlooScratch() if scratch else contextlib.nullcontext(),
@@ -134,7 +134,7 @@ def trace(
             on_built=partial(_begin, recorder, model_bytes),
         )
         recorder.memory_pool = ""
-        _label_state(recorder, step)
+        label_state(recorder, step)
         recorder.move(list(step.model.buffers()), "")
         moves_all, own = moves_parameters(plan, device), step.bench.own_parameters
         recorder.move([p for n, p in step.model.named_parameters() if moves_all or n in own], "")
@@ -143,7 +143,10 @@ def trace(
                 f"the kernels of CUDA stand for those of {device} devices; no prediction for these was "
                 "compared with a measurement"
             ] = None
-        if any(_compiled(m) for m in step.model.modules()):
+        if any(
+            m._compiled_call_impl is not None or type(m).__name__ == "OptimizedModule"
+            for m in step.model.modules()
+        ):
             recorder.guesses.assumptions[
                 "modules under torch.compile keep the same tensors as in eager mode"
             ] = None
@@ -155,9 +158,9 @@ def trace(
             max_micro_batches=max_micro_batches,
             update=update,
         )
-        groups = members()
+        groups = process_groups()
     allocations, ops, spans = recorder.finish()
-    allocations, host_memory = without_host(allocations, spans)
+    allocations, host_memory = split_host_memory(allocations, spans)
     params = list(step.model.parameters())
     return Trace(
         device=device,
@@ -201,10 +204,6 @@ def _import_needed(plan: Plan) -> None:
                     importlib.import_module(package)
 
 
-def _compiled(module: torch.nn.Module) -> bool:
-    return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
-
-
 def fake_model(job: Job) -> torch.nn.Module:
     """Return the job's model on fake tensors, without any plan, to inspect its structure. Do not change it:
     later calls for jobs with the same ``build_model`` return the same model. Raises what ``build_model``
@@ -215,7 +214,7 @@ def fake_model(job: Job) -> torch.nn.Module:
         return model
     recorder = AllocationRecorder("cpu", guesses=Guesses(job.bound))  # answers initialisers that read values
     order: list[torch.nn.Module] = []
-    with _fake_world(), recorder, note_modules(order):
+    with fake_world(), recorder, note_modules(order):
         model = recorder.unseen(job.build_model)()
     remember(job, model, order)
     fp32_modules.find(model, job.islands)
@@ -239,7 +238,7 @@ def _local_batch(step: TrainingStep, index: int) -> tuple[Any, float]:
             batch = check_on_host(step.job.make_batch(index, 0))
         return step.local(batch)
 
-    if step.bench.world.layout.ranks > 1 or follows_weights():
+    if step.bench.world.layout.ranks > 1 or are_weights_followed():
         return make()
     with contextlib.suppress(TypeError):  # make_batch cannot be a weak key
         batches, key = _BATCHES.setdefault(step.job.make_batch, {}), (index, step.job.loss_terms)
@@ -327,7 +326,7 @@ def _run_recorded(
         for index in range(steps):
             mark, inputs, outputs = _marker(recorder, step), None, None  # type: Any, Any, Any
             recorder.start_counts()
-            if index < steps - 1 and primed(step.plan):
+            if index < steps - 1 and runs_optimizer_steps_only(step.plan):
                 step.prime(mark)
             else:
                 part = _local_batch(step, index)
@@ -347,7 +346,7 @@ def _run_recorded(
                 )
             recorder.phase(Phase.SETUP)
             del outputs, inputs
-            _label_state(recorder, step)
+            label_state(recorder, step)
             recorder.next_step()
     finally:
         recorder.modules.close()
@@ -383,7 +382,7 @@ def _unwatched(job: Job, recorder: AllocationRecorder) -> Job:
 def _begin(recorder: AllocationRecorder, model_bytes: list[int], bench: Workbench) -> None:
     tensors = [*bench.model.parameters(), *bench.model.buffers()]
     model_bytes.append(sum(t.numel() * t.element_size() for t in tensors))
-    bench.on_ddp = partial(ready_for_fakes, note=recorder.note_real)
+    bench.on_ddp = partial(prepare_ddp, note=recorder.note_real)
     if not recorder.kind.is_host:
         bench.memory_pool = recorder.in_memory_pool
     else:
@@ -391,7 +390,7 @@ def _begin(recorder: AllocationRecorder, model_bytes: list[int], bench: Workbenc
     bench.run_slices = SliceReplay(recorder)
     bench.on_kept = lambda tensor, category: recorder.label(tensor, Category(category))
     bench.on_assumption = lambda sentence: recorder.guesses.assumptions.update({sentence: None})
-    _label_model(recorder, bench.model)
+    label_tensors(recorder, [*bench.model.named_parameters(), *bench.model.named_buffers()])
 
 
 def _first_part(recorder: AllocationRecorder, inner: Callable[[int], Any], parts: int) -> Any:
@@ -414,7 +413,7 @@ def _marker(recorder: AllocationRecorder, step: TrainingStep) -> Any:
     return mark
 
 
-def _label_state(recorder: AllocationRecorder, step: TrainingStep) -> None:
+def label_state(recorder: AllocationRecorder, step: TrainingStep) -> None:
     """Label the optimizer's state, and then the model's parameters and buffers, whose label therefore holds
     for a storage that belongs to both."""
     parameters = list(step.model.named_parameters())
@@ -425,20 +424,17 @@ def _label_state(recorder: AllocationRecorder, step: TrainingStep) -> None:
         counter = state.get("step") if on_host and isinstance(state, dict) else None
         if isinstance(counter, torch.Tensor) and not counter.dim():
             recorder.move(counter, "nowhere")  # a few bytes of host memory per parameter
-    _label_tensors(recorder, [*parameters, *step.model.named_buffers()])
+    label_tensors(recorder, [*parameters, *step.model.named_buffers()])
 
 
-def _label_model(recorder: AllocationRecorder, model: torch.nn.Module) -> None:
-    _label_tensors(recorder, [*model.named_parameters(), *model.named_buffers()])
-
-
-def _label_tensors(recorder: AllocationRecorder, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+def label_tensors(recorder: AllocationRecorder, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Label the tensors, pairs of name and tensor, as parameters of the module that their name says."""
     for name, tensor in named:
         recorder.label(tensor, Category.PARAMETER, module=name.rpartition(".")[0])
 
 
 @contextlib.contextmanager
-def _fake_world() -> Iterator[FakeTensorMode]:
+def fake_world() -> Iterator[FakeTensorMode]:
     """Yield an active fake tensor mode, with the patches of torch that let a training step run in it."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake_patches(fake), fake:
@@ -478,7 +474,7 @@ def recording_patches(recorder: AllocationRecorder) -> Iterator[None]:
         _resizes(recorder),
         _propagation_unseen(recorder),
         use_device_kernels(recorder.device),
-        values_read(recorder.guesses),
+        patch_value_reads(recorder.guesses),
     ):
         yield
 
@@ -540,7 +536,7 @@ def _propagation_unseen(recorder: AllocationRecorder) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _guesses_blamed(recorder: AllocationRecorder) -> Iterator[None]:
+def blame_guesses(recorder: AllocationRecorder) -> Iterator[None]:
     """Attribute an error inside this context to a guessed value, if there was one: another value may work, or
     the user can give it. Raises GuessFailed if a condition was assumed to be true, unless the error is a
     UserError without a cause, which memfit itself found. Otherwise raises UserError if any value was assumed

@@ -57,8 +57,8 @@ class _EventPosition(NamedTuple):
 
     chapter: int
     block: int | None
-    occurrence: int  # which of that block's runs in the chapter
-    offset: int  # within the run
+    occurrence: int
+    offset: int
 
 
 class _Work(NamedTuple):
@@ -183,7 +183,7 @@ def _blocks_on_a_line(
     )
 
 
-def longer(trace: Trace, blocks: Blocks, periods: int = 1) -> Trace:
+def add_periods(trace: Trace, blocks: Blocks, periods: int = 1) -> Trace:
     """Return the trace with so many more periods of blocks than ``blocks``, those of ``trace``: its middle
     period is repeated. Unlike `unroll`, nothing shows that a model of this depth has this trace, and what
     grows with the depth outside the blocks does not grow here. Raises Mismatch if the blocks are fewer than
@@ -195,7 +195,7 @@ def longer(trace: Trace, blocks: Blocks, periods: int = 1) -> Trace:
     return _Unrolled(trace, blocks, longer_blocks, present // 2).trace
 
 
-def mixed(kept: Trace, recomputed: Trace, stacks: Sequence[str], every: int) -> Trace:
+def mix_recomputed(kept: Trace, recomputed: Trace, stacks: Sequence[str], every: int) -> Trace:
     """Return the trace of a model in which every ``every``-th block of each stack, beginning with the first,
     is recomputed in backward, from the trace ``kept``, in which none is, and ``recomputed``, in which all
     are. ``stacks``: paths of the modules whose children are the blocks. Both traces are of one process and
@@ -217,7 +217,7 @@ def mixed(kept: Trace, recomputed: Trace, stacks: Sequence[str], every: int) -> 
     return _Mixed(_Script(kept, block_of), _Script(recomputed, block_of), every).trace
 
 
-def renumbered(trace: Trace, path: str, numbers: Mapping[int, int]) -> Trace:
+def renumber_blocks(trace: Trace, path: str, numbers: Mapping[int, int]) -> Trace:
     """Return the trace with the numbers of the blocks in the container at ``path`` replaced in module paths:
     each key of ``numbers`` by its value. Blocks whose number is no key keep it."""
 
@@ -246,7 +246,7 @@ def _middle(
     first, because the first and last periods, and those that prefetch them, may differ. Raises Mismatch if
     there is none."""
     reason = "the shallow trace has fewer than three periods of blocks, so none lies between two others"
-    expected, periods = canonical(deeper), -(-blocks.count // blocks.period)
+    expected, periods = normalize_clocks(deeper), -(-blocks.count // blocks.period)
     deeper_blocks = dataclasses.replace(blocks, count=blocks.count + blocks.period)
     for middle in sorted(range(1, periods - 1), key=lambda m: abs(2 * m - periods)):
         try:
@@ -342,7 +342,7 @@ def _spanned(events: list[_Event], spans: tuple[PhaseSpan, ...]) -> Iterator[tup
         start = end
 
 
-def canonical(trace: Trace) -> Trace:
+def normalize_clocks(trace: Trace) -> Trace:
     """Return the same trace with clocks that count its events from 0, phase span by phase span. Frees that
     follow one another directly in a span are put in the order of their allocations."""
     starts, ends, clocks = dict[int, int](), dict[int, int](), dict[int, int]()
@@ -372,12 +372,8 @@ class _Unrolled:
     copies. Raises Mismatch if a copy would free an allocation that does not exist or is freed already."""
 
     def __init__(self, shallow: Trace, shallow_blocks: Blocks, target_blocks: Blocks, middle: int) -> None:
-        self.shallow, self.shallow_blocks, self.first, self.middle = (
-            shallow,
-            shallow_blocks,
-            target_blocks.first,
-            middle,
-        )
+        self.shallow, self.shallow_blocks, self.middle = shallow, shallow_blocks, middle
+        self.first = target_blocks.first
         self.periods = -(-shallow_blocks.count // shallow_blocks.period)
         self.extra = (target_blocks.count - shallow_blocks.count) // shallow_blocks.period
         events = _spanned(_events(shallow, shallow_blocks.period_of), shallow.spans)
@@ -644,14 +640,13 @@ def _begin(chapter: int) -> _EventPosition:
 
 
 class _Mixed:
-    """The trace that `mixed` returns."""
+    """The trace that `mix_recomputed` returns."""
 
     def __init__(self, kept: _Script, recomputed: _Script, every: int) -> None:
         self._kept, self._recomputed, self._every = kept, recomputed, every
         self._compare()
-        self._frees: dict[_EventPosition, list[int]] = defaultdict(
-            list
-        )  # position -> indices of what is freed there
+        # Position -> indices of what is freed there.
+        self._frees: dict[_EventPosition, list[int]] = defaultdict(list)
         self.trace = self._write()
 
     def _script(self, block: int | None) -> _Script:

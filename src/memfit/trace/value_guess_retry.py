@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from memfit.cost.memory import live_peak_bytes
-from memfit.trace.assumed_values import AssumedCase, assuming
-from memfit.trace.real_weights import following, offered_weights
+from memfit.trace.assumed_values import AssumedCase, assume_case
+from memfit.trace.real_weights import follow_weights, offered_weights
 from memfit.types.errors import UserError
 from memfit.types.job import Job
 from memfit.types.trace import Phase, Trace
@@ -92,8 +92,8 @@ def check_guessed_numbers(run: Callable[Concatenate[Job, P], Trace]) -> Callable
 
 def cover_assumed_cases(run: Callable[Concatenate[Job, P], Trace]) -> Callable[Concatenate[Job, P], Trace]:
     """Wrap ``run``: if values were assumed, also trace the step in the cases LOW and HIGH (`AssumedCase`). If
-    weights are offered (`offering`) and the step is within the limits of their source, also trace it with
-    values computed from them (`real_weights`).
+    weights are offered (`offer_weights`) and the step is within the limits of their source, also trace it
+    with values computed from them (`real_weights`).
 
     The returned trace is that of the computed values, else that of the usual case. It gives the lowest and
     the highest peak of all cases as ratios to its own peak (``assumed_low_ratio``, ``assumed_high_ratio``).
@@ -107,11 +107,11 @@ def cover_assumed_cases(run: Callable[Concatenate[Job, P], Trace]) -> Callable[C
             return trace
         usual_peak_bytes, source = live_peak_bytes(trace), offered_weights()
         if source is not None and source.allows(trace, usual_peak_bytes):
-            with contextlib.suppress(UserError, *_FAILURES), following(source.load()):
+            with contextlib.suppress(UserError, *_FAILURES), follow_weights(source.load()):
                 trace = run(job, *args, **kwargs)
         peaks = [live_peak_bytes(trace), usual_peak_bytes]
         for case in (AssumedCase.LOW, AssumedCase.HIGH):
-            with contextlib.suppress(UserError, *_FAILURES), assuming(case):  # some values are impossible
+            with contextlib.suppress(UserError, *_FAILURES), assume_case(case):  # some values are impossible
                 peaks.append(live_peak_bytes(run(job, *args, **kwargs)))
         places, case_count = " and ".join(trace.assumed), len(peaks) - 2
         note = f"values at {places} were assumed; the interval covers the peaks of {case_count} other cases"

@@ -20,7 +20,7 @@ from memfit.trace.data_dependent import Guesses
 
 
 @contextlib.contextmanager
-def values_read(guesses: Guesses) -> Iterator[None]:
+def patch_value_reads(guesses: Guesses) -> Iterator[None]:
     """Inside this context, patch the functions that read or write values of fake tensors without a dispatch
     mode: pad_packed_sequence, ctc_loss, tensor_split, numpy and tolist. ``guesses`` gives the values. If
     bitsandbytes is imported already, the maps of its 8-bit optimizers are computed once, for real."""

@@ -43,7 +43,7 @@ class Step(TrainingStep):
 
     def _prepare(self) -> OptimizerLike:
         bench = self.bench
-        if bench.islands and fp32_modules.surroundings(self.plan) is not None:
+        if bench.islands and fp32_modules.dtype_between_modules(self.plan) is not None:
             raise UserError(
                 "engine megatron does not support the job's islands (modules kept in float32) with a plan of "
                 "lower precision, because it builds its own model without them",

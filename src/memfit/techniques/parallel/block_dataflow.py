@@ -16,18 +16,17 @@ from typing import Any
 
 import torch
 from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _disable_current_modes,
-    is_traceable_wrapper_subclass,
     is_traceable_wrapper_subclass_type,
 )
 
 from memfit.model.batch_objects import map_batch
 from memfit.model.blocks import child_prefix, equal_blocks, find_blocks
-from memfit.model.tensors import tensor_leaves
+from memfit.model.tensors import plain_tensors, tensor_leaves
 from memfit.techniques.base import Workbench
 from memfit.types.errors import UserError
 
@@ -89,7 +88,7 @@ def record_chain(bench: Workbench, parts: int) -> Chain:
     with _disable_current_modes():
         batch = bench.first_part(parts)
         fake = detect_fake_mode(list(bench.model.parameters())) or FakeTensorMode(allow_non_fake_inputs=True)
-        with fake, _lent(bench.model, fake) as fake_tensors:
+        with fake, _fake_tensors_of(bench.model, fake):
             names = {key: name for name, p in bench.model.named_parameters() for key in _storages(p)}
             recorder = _Recorder(names, path, blocks)
             part = map_batch(fake.from_tensor, batch)
@@ -99,7 +98,6 @@ def record_chain(bench: Workbench, parts: int) -> Chain:
                 for context in bench.forward_contexts:
                     stack.enter_context(context())
                 bench.job.loss(bench.call or bench.model, part)
-            del fake_tensors
     if recorder.position != len(blocks):
         raise UserError(
             "pipeline cannot cut the model, because the job's loss does not call every block of "
@@ -142,10 +140,10 @@ class _Recorder(TorchDispatchMode):
         self._ran: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default and isinstance(args[0], _FAKE):
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device
         kwargs = kwargs or {}
-        if any(kind is not _FAKE and is_traceable_wrapper_subclass_type(kind) for kind in types):
+        if any(kind is not FakeTensor and is_traceable_wrapper_subclass_type(kind) for kind in types):
             return NotImplemented
         if func is _ITEM:
             return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].dtype.is_floating_point else 1)
@@ -200,7 +198,7 @@ class _Recorder(TorchDispatchMode):
 
         def leave(module: torch.nn.Module, args: Any, out: Any) -> None:
             if self.position == -1 and id(module) in names and stack and stack[-1] == names[id(module)]:
-                self._called[stack.pop()].append(holes(out))
+                self._called[stack.pop()].append(with_placeholders(out))
 
         hooks = torch.nn.modules.module
         handles = [hooks.register_module_forward_pre_hook(enter), hooks.register_module_forward_hook(leave)]
@@ -228,7 +226,7 @@ class _Recorder(TorchDispatchMode):
             )
             self.position = index
             out = self._output(index, block, args, kwargs)
-            self.returns.append(holes(out))
+            self.returns.append(with_placeholders(out))
             self.position = index + (1 if index == len(self.blocks) - 1 else 0.5)
             return out
 
@@ -238,14 +236,14 @@ class _Recorder(TorchDispatchMode):
         """Return the output of block ``index``. The block is not run if an equal earlier block had the same
         inputs (tensors of the same shapes and dtypes) and had no other effect than its output: then return
         new tensors like those of that block's output."""
-        inputs = (holes((args, kwargs)), self.carried[-1])
+        inputs = (with_placeholders((args, kwargs)), self.carried[-1])
         if self._twins[index] in self._ran and _same(self._ran[self._twins[index]][0], inputs):
             out = _pytree.tree_map_only(torch.Tensor, torch.empty_like, self._ran[self._twins[index]][1])
             outputs = tensor_leaves(out)
             self._origin |= {key: index for t in outputs for key in _storages(t)}
             self._kept += outputs
             return out
-        attribute_ids = _held(block)
+        attribute_ids = _attribute_ids(block)
         out = block._call_impl(*args, **kwargs)
         reads_own_parameters = all(
             n.startswith(f"{child_prefix(self.path)}{index}.")
@@ -254,9 +252,9 @@ class _Recorder(TorchDispatchMode):
         )
         input_storages = {key for t in tensor_leaves((args, kwargs)) for key in _storages(t)}
         outputs_are_new = all(
-            type(t) is _FAKE and not input_storages & {*_storages(t)} for t in tensor_leaves(out)
+            type(t) is FakeTensor and not input_storages & {*_storages(t)} for t in tensor_leaves(out)
         )
-        if reads_own_parameters and outputs_are_new and attribute_ids == _held(block):
+        if reads_own_parameters and outputs_are_new and attribute_ids == _attribute_ids(block):
             self._ran[index] = inputs, out
         return out
 
@@ -273,7 +271,7 @@ class _Recorder(TorchDispatchMode):
         return results
 
 
-def holes(value: Any) -> Any:
+def with_placeholders(value: Any) -> Any:
     """Return the same structure with a `TensorPlaceholder` in place of each tensor."""
     return _pytree.tree_map_only(torch.Tensor, lambda t: TensorPlaceholder(tuple(t.shape), t.dtype), value)
 
@@ -297,10 +295,9 @@ class ZeroFiller:
 
 
 @contextlib.contextmanager
-def _lent(model: torch.nn.Module, fake: FakeTensorMode) -> Iterator[dict[int, torch.Tensor]]:
-    """Replace the model's parameters and buffers by fake copies inside this context. Yield the copies by the
-    id of the original. Afterwards the attributes of all modules are as before; tables that a forward has
-    cached there are gone."""
+def _fake_tensors_of(model: torch.nn.Module, fake: FakeTensorMode) -> Iterator[None]:
+    """Replace the model's parameters and buffers by fake copies inside this context. Afterwards the
+    attributes of all modules are as before; tables that a forward has cached there are gone."""
     module_states = [(module, dict(vars(module))) for module in model.modules()]
     copies: dict[int, torch.Tensor] = {}
 
@@ -308,21 +305,22 @@ def _lent(model: torch.nn.Module, fake: FakeTensorMode) -> Iterator[dict[int, to
         if tensor is None:
             return None
         if id(tensor) not in copies:
-            copies[id(tensor)] = tensor.detach() if isinstance(tensor, _FAKE) else fake.from_tensor(tensor)
+            is_fake = isinstance(tensor, FakeTensor)
+            copies[id(tensor)] = tensor.detach() if is_fake else fake.from_tensor(tensor)
         return copies[id(tensor)]
 
     try:
         for module, attributes in module_states:
             for kind in ("_parameters", "_buffers"):
                 vars(module)[kind] = {name: copy(tensor) for name, tensor in attributes[kind].items()}
-        yield copies
+        yield
     finally:
         for module, attributes in module_states:
             vars(module).clear()
             vars(module).update(attributes)
 
 
-def _held(block: torch.nn.Module) -> list[int]:
+def _attribute_ids(block: torch.nn.Module) -> list[int]:
     """Return the ids of the values of all attributes of a block's modules. They differ before and after a
     call in which the block stores something."""
     return [id(value) for m in block.modules() for value in vars(m).values()]
@@ -336,10 +334,4 @@ def _same(left: Any, right: Any) -> bool:
 
 
 def _storages(tensor: torch.Tensor) -> list[int]:
-    if is_traceable_wrapper_subclass(tensor) and not isinstance(tensor, _FAKE):
-        inner = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
-        return [key for t in inner if isinstance(t, torch.Tensor) for key in _storages(t)]
-    return [tensor.untyped_storage()._cdata]
-
-
-_FAKE = torch._subclasses.fake_tensor.FakeTensor
+    return [plain.untyped_storage()._cdata for plain in plain_tensors(tensor)]

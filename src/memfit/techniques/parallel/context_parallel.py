@@ -71,12 +71,10 @@ def _observe_plain_model(bench: Workbench) -> None:
         with (
             without_values(bench.job, bench.model) as (model, batch),
             PlaceholderValues(),
-            GatheredCounts() as counts,
+            GatheredCounts() as gathered,
         ):
             bench.job.loss(model, batch)
-        bench.fixed_counts = {
-            site: frozenset(counts_at_site) for site, counts_at_site in counts.found.items()
-        }
+        bench.fixed_counts = {site: frozenset(counts) for site, counts in gathered.counts.items()}
 
 
 def _blocks(bench: Workbench) -> list[torch.nn.Module]:

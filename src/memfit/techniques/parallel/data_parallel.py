@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from memfit.model.blocks import find_stacks
 from memfit.model.scalar_parameters import refuse_scalars
 from memfit.techniques.base import JobFacts, Knob, StepPart, Technique, Workbench
-from memfit.techniques.optimizers import stepping_on_host
+from memfit.techniques.optimizers import step_on_host
 from memfit.types.device_kind import HOST
 from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue
@@ -176,7 +176,7 @@ def optimize_on_host(bench: Workbench) -> None:
     """Let the optimizer that ``bench`` makes step on the host, where its parameters and gradients are."""
     make = bench.make_optimizer
 
-    bench.make_optimizer = lambda params: stepping_on_host(bench, make(params))
+    bench.make_optimizer = lambda params: step_on_host(bench, make(params))
     bench.gradients_on = bench.parameters_on = "host"
 
 
@@ -275,10 +275,6 @@ def _on_ranks(*settings: Mapping[str, KnobValue]) -> Callable[[JobFacts], Iterab
     return lambda facts: settings if facts.ranks > 1 else ()
 
 
-def _sharding(facts: JobFacts) -> Iterable[Mapping[str, KnobValue]]:
-    return _on_ranks({}, {"precision": "bf16"})(facts)
-
-
 DDP = Technique(
     name="ddp",
     summary="the same model on every rank, gradients averaged in buckets",
@@ -313,7 +309,7 @@ FSDP2 = Technique(
     pins_host_memory=True,
     effect=EffectClass.E1,
     apply=_apply_fsdp2,
-    settings=_sharding,
+    settings=_on_ranks({}, {"precision": "bf16"}),
     order=90,
     slot="data-parallel",
     knobs=(

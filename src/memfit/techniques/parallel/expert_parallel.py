@@ -41,10 +41,10 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
             allowed=f"degree={ranks}, if that is at least 2; and fsdp2, if used, with replicas=1",
         )
     group, percent = mesh.get_group(), int(settings["capacity_percent"])
-    for name in mixtures(bench.model, bench.job.experts):
+    for name in find_mixtures(bench.model, bench.job.experts):
         module = bench.model.get_submodule(name)
-        experts = _deal(module, name, bench.world.layout.data_index(bench.world.rank), ranks)
-        dispatcher = _Travel(group=group, ranks=ranks, experts=experts, capacity_percent=percent)
+        experts = _keep_own_experts(module, name, bench.world.layout.data_index(bench.world.rank), ranks)
+        dispatcher = _TokenExchange(group=group, ranks=ranks, experts=experts, capacity_percent=percent)
         module.forward = dispatcher.send_all if settings["dropless"] else dispatcher.send_capacity
         for param_name, param in module.named_parameters():
             bench.own_parameters.add(f"{name}.{param_name}")
@@ -57,7 +57,7 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
         )
 
 
-def mixtures(model: torch.nn.Module, pattern: str | None) -> list[str]:
+def find_mixtures(model: torch.nn.Module, pattern: str | None) -> list[str]:
     """Return the names of the modules that hold experts: those that match ``pattern``, which is that of
     ``Job(experts=...)``. If it is None, return those that are built like Hugging Face's: their parameters are
     gate_up_proj and down_proj, of three dimensions each, and they have act_fn. Raises UserError if there are
@@ -105,7 +105,7 @@ def _is_grouped(module: torch.nn.Module) -> bool:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Dealt:
+class _LocalExperts:
     """The experts of one mixture that this rank keeps. ``run`` applies them all at once: it maps the tokens
     of each of them, shape (experts of this rank, n, width), to results of the same shape. ``run_each``
     applies them one by one to a list with the tokens of each, of shape (n, width) with an n of its own.
@@ -117,7 +117,7 @@ class _Dealt:
     run_each: Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]
 
 
-def _deal(module: Any, name: str, rank: int, ranks: int) -> _Dealt:
+def _keep_own_experts(module: Any, name: str, rank: int, ranks: int) -> _LocalExperts:
     """Remove all experts but those of ``rank`` from the module, whose name is ``name``, and return those of
     ``rank``. Raises UserError as `count_experts` does, or if the number of experts is no multiple of
     ``ranks``."""
@@ -135,7 +135,7 @@ def _deal(module: Any, name: str, rank: int, ranks: int) -> _Dealt:
         for param in _GROUPED:
             weights = getattr(module, param).detach()[own_slice].clone()
             setattr(module, param, torch.nn.Parameter(weights))
-        return _Dealt(
+        return _LocalExperts(
             own=own,
             total=total,
             run=lambda tokens: _gated(module, tokens),
@@ -148,7 +148,7 @@ def _deal(module: Any, name: str, rank: int, ranks: int) -> _Dealt:
     def run_each(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return [e(t) for e, t in zip(own_experts, parts, strict=True)]
 
-    return _Dealt(
+    return _LocalExperts(
         own=own, total=total, run=lambda tokens: torch.stack(run_each(list(tokens))), run_each=run_each
     )
 
@@ -177,7 +177,7 @@ def _gated_each(module: Any, parts: Sequence[torch.Tensor]) -> list[torch.Tensor
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Travel:
+class _TokenExchange:
     """Sends tokens to the ranks of their experts, runs the experts there, and sends the results back.
 
     `send_capacity` and `send_all` are forwards of the module of experts. ``tokens`` has shape (N, width),
@@ -186,7 +186,7 @@ class _Travel:
 
     group: Any
     ranks: int
-    experts: _Dealt
+    experts: _LocalExperts
     capacity_percent: int
 
     def send_capacity(
@@ -203,11 +203,11 @@ class _Travel:
         rows = tokens.new_zeros(total * capacity + 1, width)  # the last row receives dropped tokens
         rows = rows.index_copy(0, slots, tokens[order // choices])[:-1]
         even = [rows.shape[0] // self.ranks] * self.ranks
-        own_tokens = self._swap(rows, even, even).view(self.ranks, -1, capacity, width).transpose(0, 1)
+        own_tokens = self._exchange(rows, even, even).view(self.ranks, -1, capacity, width).transpose(0, 1)
         outputs = self.experts.run(own_tokens.flatten(1, 2)).view(-1, self.ranks, capacity, width)
-        results = self._swap(outputs.transpose(0, 1).reshape(-1, width), even, even)
+        results = self._exchange(outputs.transpose(0, 1).reshape(-1, width), even, even)
         results = torch.cat([results, results.new_zeros(1, width)])[slots]
-        return _summed(tokens, results, weights, order)
+        return _weighted_sum(tokens, results, weights, order)
 
     def send_all(self, tokens: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Each expert takes all choices of it. Ranks first tell each other how many they will send."""
@@ -216,10 +216,10 @@ class _Travel:
         own, ranks = self.experts.own, self.ranks
         by_expert, order = chosen.reshape(-1).sort(stable=True)
         counts = self._counts(by_expert)
-        incoming_counts = self._swap(counts, [own] * ranks, [own] * ranks)
+        incoming_counts = self._exchange(counts, [own] * ranks, [own] * ranks)
         sent, received = self._sizes(counts, incoming_counts, chosen.numel())
         sent_sizes, received_sizes = [sum(s) for s in sent], [sum(r) for r in received]
-        rows = self._swap(tokens[order // chosen.shape[-1]], received_sizes, sent_sizes)
+        rows = self._exchange(tokens[order // chosen.shape[-1]], received_sizes, sent_sizes)
         if own == 1:
             results = self.experts.run_each([rows])[0]
         else:
@@ -227,7 +227,7 @@ class _Travel:
             outputs = self.experts.run_each([torch.cat(parts[e::own]) for e in range(own)])
             per_rank = [o.split([r[e] for r in received]) for e, o in enumerate(outputs)]
             results = torch.cat([o[r] for r in range(ranks) for o in per_rank])
-        return _summed(tokens, self._swap(results, sent_sizes, received_sizes), weights, order)
+        return _weighted_sum(tokens, self._exchange(results, sent_sizes, received_sizes), weights, order)
 
     def _capacity(self, choices: int) -> int:
         return math.ceil(choices * self.capacity_percent / (100 * self.experts.total))
@@ -271,7 +271,7 @@ class _Travel:
         index = numbers - (counts.cumsum(0) - counts)[by_expert]
         return torch.where(index < capacity, by_expert * capacity + index, self.experts.total * capacity)
 
-    def _swap(self, rows: torch.Tensor, received: list[int], sent: list[int]) -> torch.Tensor:
+    def _exchange(self, rows: torch.Tensor, received: list[int], sent: list[int]) -> torch.Tensor:
         """Send the first ``sent[0]`` of the rows to the first rank, the next ``sent[1]`` to the second, and
         so on. Return the ``received[i]`` rows of each rank i, in the order of ranks."""
         import torch
@@ -281,7 +281,7 @@ class _Travel:
         return torch.ops._c10d_functional.wait_tensor(result)  # type: ignore[no-any-return]
 
 
-def _summed(
+def _weighted_sum(
     tokens: torch.Tensor, results: torch.Tensor, weights: torch.Tensor, order: torch.Tensor
 ) -> torch.Tensor:
     """Return, for each token, the sum of its results times their weights. ``results`` has one row for each

@@ -87,17 +87,17 @@ class GatheredAttention(TorchFunctionMode):
 
 
 class GatheredCounts(TorchFunctionMode):
-    """Mode that records in ``found``, for each place in the code, the numbers to which ``torch.arange``
+    """Mode that records in ``counts``, for each place in the code, the numbers to which ``torch.arange``
     counts there. It is used while the sequence is whole. A place that later counts to the same number on a
     part of the sequence counts something else than positions, such as channels or heads."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: dict[Site, set[int]] = {}
+        self.counts: dict[Site, set[int]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if (count := _counted(func, args)) is not None:
-            self.found.setdefault(_site(), set()).add(count)
+            self.counts.setdefault(_site(), set()).add(count)
         return func(*args, **(kwargs or {}))
 
 

@@ -87,14 +87,14 @@ class Pipeline:
         self._weighted: WeightedLoss | None = None
         self._last, self._backwards_left = True, dict[int, int]()  # backwards left of each stage
         self.ending: Set[object] = frozenset()  # modules whose next backward is their last of the step
-        learns = [self._learns(s) for s in range(count)]  # determined before parameters are dropped
+        needs_input_grad = [self._needs_input_grad(s) for s in range(count)]  # before parameters are dropped
         self._shared = self._find_shared()
         self._cut()
         blocks = {s: self.chain.blocks[slice(*self.bounds[s])] for s in self.stages}
         self._inside = {
             s: frozenset(m for b in stage_blocks for m in b.modules()) for s, stage_blocks in blocks.items()
         }
-        self._schedule = self._make_schedule(schedule, learns)
+        self._schedule = self._make_schedule(schedule, needs_input_grad)
 
     # -- reducing the model ---------------------------------------------------------------------------
 
@@ -103,7 +103,7 @@ class Pipeline:
         prefix = {-1} if stage == 0 else set[int]()
         return {*range(first, end), *prefix, *({end} if stage == len(self.bounds) - 1 else ())}
 
-    def _learns(self, stage: int) -> bool:
+    def _needs_input_grad(self, stage: int) -> bool:
         """Return whether the input of the stage needs a gradient: whether a parameter is trained that is used
         before the stage's first block."""
         first = self.bounds[stage][0]
@@ -196,8 +196,8 @@ class Pipeline:
 
     # -- running --------------------------------------------------------------------------------------
 
-    def _make_schedule(self, name: str, learns: list[bool]) -> Any:
-        stages = [self._make_stage(s, learns) for s in self.stages]
+    def _make_schedule(self, name: str, needs_input_grad: list[bool]) -> Any:
+        stages = [self._make_stage(s, needs_input_grad) for s in self.stages]
         single = issubclass(SCHEDULES[name], schedules.PipelineScheduleSingle)
         try:
             return SCHEDULES[name](
@@ -213,7 +213,7 @@ class Pipeline:
                 hint="choose another schedule, or other values of virtual or micro_batches",
             ) from reason_from_torch
 
-    def _make_stage(self, stage: int, learns: list[bool]) -> _Stage:
+    def _make_stage(self, stage: int, needs_input_grad: list[bool]) -> _Stage:
         def like(at: int) -> tuple[torch.Tensor, ...]:
             """Return tensors on the meta device, which have no values, with the shapes and dtypes of those
             that enter stage ``at``. They are none for the first stage, what its first block receives for a
@@ -226,7 +226,7 @@ class Pipeline:
                 if loss
                 else self.chain.carried[self.bounds[at][0]].values()
             )
-            needs_grad = loss or learns[at]
+            needs_grad = loss or needs_input_grad[at]
             return tuple(
                 torch.empty(h.shape, dtype=h.dtype, device="meta", requires_grad=needs_grad) for h in carried
             )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from memfit.model.blocks import find_blocks, find_head, is_within
 from memfit.techniques.base import Knob, StepPart, Technique, Workbench
-from memfit.types.errors import UserError
+from memfit.types.errors import UserError, first_line
 from memfit.types.plan import EffectClass, KnobValue
 
 if TYPE_CHECKING:
@@ -67,10 +67,10 @@ def _roles(bench: Workbench, blocks: list[str]) -> tuple[LinearFlow, dict[str, s
     Raises UserError if no Linear can be split, if the job splits one by columns that no Linear split by rows
     follows, or if the blocks do not run on tensors without values.
     """
-    given_roles = _given(
+    named_roles = _named_roles(
         bench.model, bench.job.tensor_parallel or getattr(bench.model, "_tp_plan", None) or {}
     )
-    flow = _observed(bench, blocks, given_roles, 1)
+    flow = _observed(bench, blocks, named_roles, 1)
     roles = {}
     for name, linear in flow.linears.items():
         if linear.role == _ROWWISE or (linear.role == _COLWISE and linear.reaches_rows):
@@ -89,7 +89,7 @@ def _roles(bench: Workbench, blocks: list[str]) -> tuple[LinearFlow, dict[str, s
     return flow, roles
 
 
-def _given(model: torch.nn.Module, patterns: Mapping[str, str]) -> dict[str, str]:
+def _named_roles(model: torch.nn.Module, patterns: Mapping[str, str]) -> dict[str, str]:
     """Return the role of each module by name. ``patterns`` maps patterns of names to roles, and the first
     that matches a name decides. Names that match none, or whose role is neither "colwise" nor "rowwise", are
     left out."""
@@ -122,7 +122,7 @@ def _observed(
         on_sliced_features_or_no_values = (
             "on a slice of their features" if shrink else "on tensors without values"
         )
-        first_line_of_error = next(iter(str(error).splitlines()), type(error).__name__)
+        first_line_of_error = first_line(error)
         raise UserError(
             f"tensor-parallel: in a test run {on_sliced_features_or_no_values}, the model raised: "
             f"{first_line_of_error}",

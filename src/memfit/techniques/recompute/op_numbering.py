@@ -25,15 +25,15 @@ _CONSTANTS = re.compile(r"::(new_)?(full|empty|zeros|ones|arange|scalar_tensor)"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class OperatorNumber:
-    """Facts about an operator.
+class RecomputeFacts:
+    """What recomputation must know about an operator.
 
     - ``checked`` is its contribution to the checksum of `StorageNumbering`: its name as bytes. Operators that
       make constants contribute nothing, because code may use other ones of these on fake tensors.
-    - ``views``: True if all its outputs are views of arguments and it writes to nothing, None if that depends
-      on the call.
+    - ``views``: True if all its outputs are views of arguments and it writes to nothing, None if only some of
+      its outputs are declared to be views or if it has none, False otherwise.
     - ``random`` says whether it draws random numbers.
-    - ``written`` holds the positions of arguments that it writes to, or their names if they are keyword-only.
+    - ``written`` holds (position, name) of each argument that it writes to.
     - ``statistics`` is None for most operators. Some update running statistics without declaring it, in two
       adjacent arguments: it is then the position of the first.
     """
@@ -41,27 +41,25 @@ class OperatorNumber:
     checked: bytes
     views: bool | None
     random: bool
-    written: tuple[int | str, ...]
+    written: tuple[tuple[int, str], ...]
     statistics: int | None
 
 
 @functools.cache
-def fact(func: Any) -> OperatorNumber:
-    """Return the facts about the operator ``func``."""
-    written_arguments: list[int | str] = []
-    for i, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            written_arguments.append(argument.name if argument.kwarg_only else i)
+def recompute_facts(func: Any) -> RecomputeFacts:
+    """Return what recomputation must know about the operator ``func``."""
+    arguments = enumerate(func._schema.arguments)
+    written = tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
     random = torch.Tag.nondeterministic_seeded in func.tags
     aliases = [r.alias_info is not None for r in func._schema.returns]
-    views: bool | None = all(aliases) and not written_arguments if all(aliases) == any(aliases) else None
+    views: bool | None = all(aliases) and not written if all(aliases) == any(aliases) else None
     if func is _ATEN._unsafe_view.default:
         views = True
     checked = b"" if _CONSTANTS.search(func.name()) else func.name().encode()
-    return OperatorNumber(checked, views, random, tuple(written_arguments), _STATISTICS.get(func))
+    return RecomputeFacts(checked, views, random, written, _STATISTICS.get(func))
 
 
-def flat(values: Any) -> Iterator[torch.Tensor]:
+def strided_tensors(values: Any) -> Iterator[torch.Tensor]:
     """Yield the strided tensors among ``values``, and those in lists and tuples in them at any depth. Such a
     tensor has exactly one storage."""
     for value in values:
@@ -69,7 +67,7 @@ def flat(values: Any) -> Iterator[torch.Tensor]:
             if value.layout is torch.strided:
                 yield value
         elif isinstance(value, list | tuple):
-            yield from flat(value)
+            yield from strided_tensors(value)
 
 
 def storage_key(tensor: torch.Tensor) -> int:
@@ -77,12 +75,12 @@ def storage_key(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def called(func: Any, args: Any, kwargs: Any) -> Any:
+def call_operator(func: Any, args: Any, kwargs: Any) -> Any:
     """Call an operator and return its result. Torch does some additions in place, such as that of a linear
     layer's bias (aten/src/ATen/native/Linear.cpp), but out of place under a dispatch mode, such as the
     caller. A trace takes such an addition to be in place if nothing else holds its first argument. So while
     an addition runs whose first argument is not a plain tensor (in a trace it is a fake one), an alias of
-    that argument is held, which tells the trace that the addition is out of place."""
+    that argument is kept, which tells the trace that the addition is out of place."""
     if func is not _ATEN.add.Tensor or type(args[0]) in _PLAIN:
         return func(*args, **kwargs)
     alias = args[0].detach()
@@ -104,10 +102,9 @@ class StorageNumbering(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.count, self.key, self.busy = 0, 0, False
 
-    def before(self, known: OperatorNumber, func: Any, args: Any, kwargs: Any) -> Any:
-        """Called before an operator with the facts about it, ``known``. The return value, here None, is
-        passed to `after` as ``state``. Operators that only make views are left out unless ``sees_views`` is
-        set."""
+    def before(self, facts: RecomputeFacts, func: Any, args: Any, kwargs: Any) -> Any:
+        """Called before an operator with its ``facts``. The return value, here None, is passed to `after` as
+        ``state``. Operators that only make views are left out unless ``sees_views`` is set."""
 
     def after(self, func: Any, args: Any, kwargs: Any, new_storages: NewStorages, state: Any) -> None:
         """Called after an operator. ``new_storages`` holds the storages that it made, as (index among the
@@ -119,25 +116,25 @@ class StorageNumbering(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.busy or func in _UNSEEN:
             return func(*args, **kwargs)
-        facts = fact(func)
+        facts = recompute_facts(func)
         if facts.views and not self.sees_views:
             return func(*args, **kwargs)
         state = self.before(facts, func, args, kwargs)
-        out = called(func, args, kwargs)
-        outputs = self._made(facts, args, kwargs, out)
+        out = call_operator(func, args, kwargs)
+        outputs = self._new_storages(facts, args, kwargs, out)
         self.after(func, args, kwargs, outputs, state)
         if outputs:
             self.count += len(outputs)
             self.key = zlib.crc32(facts.checked, self.key)
         return out
 
-    def _made(self, facts: OperatorNumber, args: Any, kwargs: Any, out: Any) -> NewStorages:
+    def _new_storages(self, facts: RecomputeFacts, args: Any, kwargs: Any, out: Any) -> NewStorages:
         if facts.views:
             return []
         if facts.views is False and not facts.written:
-            return [(0, out)] if isinstance(out, torch.Tensor) else list(enumerate(flat((out,))))
-        input_keys = {storage_key(t) for t in flat((args, tuple(kwargs.values())))}
-        return [(i, t) for i, t in enumerate(flat((out,))) if storage_key(t) not in input_keys]
+            return [(0, out)] if isinstance(out, torch.Tensor) else list(enumerate(strided_tensors((out,))))
+        input_keys = {storage_key(t) for t in strided_tensors((args, tuple(kwargs.values())))}
+        return [(i, t) for i, t in enumerate(strided_tensors((out,))) if storage_key(t) not in input_keys]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -150,16 +147,14 @@ def plain_view(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
     return tensor.dtype == dtype and not tensor.is_conj() and not tensor.is_neg()
 
 
-def written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
+def written_tensors(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
     """Return the strided tensors that a call of ``func`` with these arguments writes to, according to the
     operator's schema."""
-    places = fact(func).written
-    if not places:
-        return []
-    return list(flat([args[p] if isinstance(p, int) and p < len(args) else kwargs.get(p) for p in places]))
+    places = recompute_facts(func).written
+    return list(strided_tensors(args[i] if i < len(args) else kwargs.get(name) for i, name in places))
 
 
-def repeatable(kwargs: Any, written_elsewhere: int) -> bool:
+def is_repeatable(kwargs: Any, written_elsewhere: int) -> bool:
     """Return whether a call with these keyword arguments can be repeated: no random generator is passed to
     it, and ``written_elsewhere``, the number of tensors it writes to that are not dropped, is 0."""
     return kwargs.get("generator") is None and not written_elsewhere

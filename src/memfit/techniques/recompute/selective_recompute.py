@@ -17,15 +17,15 @@ from typing import Any, NamedTuple
 import torch
 
 from memfit.techniques.recompute.op_numbering import (
-    OperatorNumber,
+    RecomputeFacts,
     StorageNumbering,
-    called,
-    fact,
-    flat,
+    call_operator,
+    is_repeatable,
     plain_view,
-    repeatable,
+    recompute_facts,
     storage_key,
-    written,
+    strided_tensors,
+    written_tensors,
 )
 from memfit.types.device_kind import HOST
 from memfit.types.errors import MemfitError
@@ -47,7 +47,7 @@ class Ref(NamedTuple):
     """A dropped tensor as an argument of a recorded call: the storage that it is in, and size, stride and
     offset of the tensor there."""
 
-    value: Value
+    value: DroppedStorage
     geometry: StorageGeometry
 
 
@@ -67,7 +67,7 @@ class KeptTensor(NamedTuple):
     version: int | None
 
 
-class Value:
+class DroppedStorage:
     """A dropped storage. ``pending`` holds, in their order, the recorded calls that made it or wrote to it
     and that have not been repeated yet. ``dtype`` is that of the tensor that was made with it. ``tensor`` is
     the recomputed tensor, None until then."""
@@ -84,28 +84,28 @@ class Handle(NamedTuple):
     """What autograd keeps instead of a dropped tensor: the storage that the tensor is in, and its size,
     stride and offset there."""
 
-    value: Value
+    value: DroppedStorage
     geometry: StorageGeometry
 
 
 class RecomputedCall:
-    """A recorded call of an operator, which can be repeated once. ``given`` is (positional arguments, keyword
-    arguments). ``state`` is (device, random state before the call), or None if the operator draws no random
-    numbers. ``outputs`` holds (index among the call's outputs, dropped storage that it makes) and (-1,
+    """A recorded call of an operator, which can be repeated once. ``arguments`` is (positional arguments,
+    keyword arguments). ``state`` is (device, random state before the call), or None if the operator draws no
+    random numbers. ``outputs`` holds (index among the call's outputs, dropped storage that it makes) and (-1,
     dropped storage that it writes to)."""
 
     __slots__ = ("__weakref__", "args", "func", "kwargs", "outputs", "sources", "state")
 
-    def __init__(self, func: Any, given: tuple[Any, Any], state: Any) -> None:
+    def __init__(self, func: Any, arguments: tuple[Any, Any], state: Any) -> None:
         self.func, self.state = func, state
-        self.args, self.kwargs = given
-        self.outputs: list[tuple[int, weakref.ref[Value]]] = []
+        self.args, self.kwargs = arguments
+        self.outputs: list[tuple[int, weakref.ref[DroppedStorage]]] = []
         self.sources = [r.value for r in self._references() if isinstance(r, Ref)]
 
     def _references(self) -> Iterator[Ref | KeptTensor]:
         return _references((*self.args, *self.kwargs.values()))
 
-    def reads(self, tensor: torch.Tensor, value: Value | None) -> bool:
+    def reads(self, tensor: torch.Tensor, value: DroppedStorage | None) -> bool:
         """Return whether the call reads the storage of ``tensor``: whether one of its arguments is a kept
         tensor in that storage, or refers to ``value``. ``value`` is the dropped storage of ``tensor``, None
         if it is not dropped."""
@@ -115,33 +115,33 @@ class RecomputedCall:
             for r in self._references()
         )
 
-    def run(self, own: Value) -> None:
-        """Repeat the call for ``own``, a dropped storage that it makes or writes to. It makes all the dropped
-        storages that it made before. It gives up its arguments, so that it can be repeated only once. Raises
-        MemfitError if a parameter among them has been changed since the call was recorded."""
-        args = [_given(own, a) for a in self.args]
-        kwargs = {k: _given(own, a) for k, a in self.kwargs.items()}
+    def run(self, target: DroppedStorage) -> None:
+        """Repeat the call for ``target``, a dropped storage that it makes or writes to. It makes all the
+        dropped storages that it made before. It gives up its arguments, so that it can be repeated only once.
+        Raises MemfitError if a parameter among them has been changed since the call was recorded."""
+        args = [_argument(target, a) for a in self.args]
+        kwargs = {k: _argument(target, a) for k, a in self.kwargs.items()}
         # Tensors that are kept for this call alone are freed with the arguments.
         self.args, self.kwargs, self.sources = (), {}, []
-        outs = list(flat((_repeated(self.func, args, kwargs, self.state),)))
-        own.pending.remove(self)
+        outs = list(strided_tensors((_repeat(self.func, args, kwargs, self.state),)))
+        target.pending.remove(self)
         for place, reference in self.outputs:
             value = reference()
             if value is not None and place >= 0:
                 value.tensor = outs[place]
-                if value is not own:
+                if value is not target:
                     value.pending.remove(self)
 
 
-def _references(given: Any) -> Iterator[Ref | KeptTensor]:
-    for value in given:
+def _references(arguments: Any) -> Iterator[Ref | KeptTensor]:
+    for value in arguments:
         if isinstance(value, Ref | KeptTensor):
             yield value
         elif isinstance(value, list):
             yield from _references(value)
 
 
-def _given(target: Value, leaf: Any) -> Any:
+def _argument(target: DroppedStorage, leaf: Any) -> Any:
     if isinstance(leaf, KeptTensor):
         if leaf.version is not None and leaf.tensor._version != leaf.version:
             raise MemfitError(
@@ -152,10 +152,10 @@ def _given(target: Value, leaf: Any) -> Any:
         return view_of(leaf.value, leaf.geometry)
     if isinstance(leaf, WrittenStorage):
         return view_of(target, leaf.geometry)
-    return [_given(target, part) for part in leaf] if isinstance(leaf, list) else leaf
+    return [_argument(target, part) for part in leaf] if isinstance(leaf, list) else leaf
 
 
-def view_of(value: Value, geometry: StorageGeometry) -> torch.Tensor:
+def view_of(value: DroppedStorage, geometry: StorageGeometry) -> torch.Tensor:
     """Return a tensor with this size, stride and offset in the storage of ``value``. That storage must have
     been recomputed."""
     tensor = value.tensor
@@ -163,12 +163,12 @@ def view_of(value: Value, geometry: StorageGeometry) -> torch.Tensor:
     return tensor if StorageGeometry.of(tensor) == geometry else tensor.as_strided(*geometry)
 
 
-def _repeated(func: Any, args: Any, kwargs: Any, state: Any) -> Any:
-    index = fact(func).statistics
+def _repeat(func: Any, args: Any, kwargs: Any, state: Any) -> Any:
+    index = recompute_facts(func).statistics
     if index is not None and args[index] is not None:  # the first run has updated them
         args = [*args[:index], args[index].clone(), args[index + 1].clone(), *args[index + 2 :]]
     if state is None:
-        return called(func, args, kwargs)
+        return call_operator(func, args, kwargs)
     device, start_state = state
     current_state = rng_state(device)
     set_rng_state(device, start_state)
@@ -196,7 +196,7 @@ def set_rng_state(device: torch.device, state: torch.Tensor) -> None:
 def device_of(args: Any, kwargs: Any) -> torch.device:
     """Return the device on which a call runs: that of its first tensor argument, else its argument
     ``device``, else the CPU."""
-    tensor = next(flat((args, tuple(kwargs.values()))), None)
+    tensor = next(strided_tensors((args, tuple(kwargs.values()))), None)
     return tensor.device if tensor is not None else torch.device(kwargs.get("device") or HOST)
 
 
@@ -209,27 +209,28 @@ class SelectiveRecompute(StorageNumbering):
     def __init__(self, dropped: frozenset[int]) -> None:
         super().__init__()
         self.dropped, self.packed = dropped, 0
-        self.values: dict[int, tuple[weakref.ref[Any], Value]] = {}  # by storage, while the storage is alive
+        # By storage, while the storage is alive.
+        self.values: dict[int, tuple[weakref.ref[Any], DroppedStorage]] = {}
         self.calls: weakref.WeakSet[RecomputedCall] = weakref.WeakSet()
         self.read: set[int] = set()  # storages, some already freed, that recorded calls read
 
-    def value(self, tensor: torch.Tensor) -> Value | None:
+    def value(self, tensor: torch.Tensor) -> DroppedStorage | None:
         entry = self.values.get(storage_key(tensor))
         return entry[1] if entry is not None else None
 
     # -- forward
 
-    def before(self, known: OperatorNumber, func: Any, args: Any, kwargs: Any) -> Any:
-        if not (known.written or known.random):
+    def before(self, facts: RecomputeFacts, func: Any, args: Any, kwargs: Any) -> Any:
+        if not (facts.written or facts.random):
             return None
-        targets = written(func, args, kwargs)
+        targets = written_tensors(func, args, kwargs)
         for tensor in targets:
             if storage_key(tensor) in self.read:
                 self._run_readers(tensor)
-        if any(self._is_odd(t, targets, kwargs) for t in targets):
+        if any(self._cannot_repeat_on(t, targets, kwargs) for t in targets):
             for tensor in targets:
                 self._keep(tensor)
-        if known.random and (self.count in self.dropped or any(map(self.value, targets))):
+        if facts.random and (self.count in self.dropped or any(map(self.value, targets))):
             device = device_of(args, kwargs)
             return device, rng_state(device)
         return None
@@ -237,12 +238,12 @@ class SelectiveRecompute(StorageNumbering):
     def after(
         self, func: Any, args: Any, kwargs: Any, new_storages: list[tuple[int, torch.Tensor]], state: Any
     ) -> None:
-        written_tensors = written(func, args, kwargs)
-        if not written_tensors and self.dropped.isdisjoint(range(self.count, self.count + len(new_storages))):
+        write_targets = written_tensors(func, args, kwargs)
+        if not write_targets and self.dropped.isdisjoint(range(self.count, self.count + len(new_storages))):
             return
-        targets = [v for v in map(self.value, written_tensors) if v is not None]
+        targets = [v for v in map(self.value, write_targets) if v is not None]
         dropped_outputs = [pair for i, pair in enumerate(new_storages, self.count) if i in self.dropped]
-        if not (targets or dropped_outputs) or not repeatable(kwargs, len(written_tensors) - len(targets)):
+        if not (targets or dropped_outputs) or not is_repeatable(kwargs, len(write_targets) - len(targets)):
             return
         call = RecomputedCall(func, self._sources(args, kwargs, targets), state)
         self.calls.add(call)
@@ -250,16 +251,16 @@ class SelectiveRecompute(StorageNumbering):
             value.pending.append(call)
             call.outputs.append((-1, weakref.ref(value)))
         for place, tensor in dropped_outputs:
-            value = Value(tensor.dtype)
+            value = DroppedStorage(tensor.dtype)
             value.pending.append(call)
             call.outputs.append((place, weakref.ref(value)))
             self._remember(tensor, value)
 
-    def _is_odd(self, tensor: torch.Tensor, targets: list[torch.Tensor], kwargs: Any) -> bool:
+    def _cannot_repeat_on(self, tensor: torch.Tensor, targets: list[torch.Tensor], kwargs: Any) -> bool:
         """Return whether ``tensor``, one of the tensors ``targets`` that a call writes to, is in a dropped
         storage and the call cannot be repeated on the recomputed storage."""
         value = self.value(tensor)
-        unrepeatable = len(targets) > 1 or not repeatable(kwargs, 0)
+        unrepeatable = len(targets) > 1 or not is_repeatable(kwargs, 0)
         return value is not None and (unrepeatable or not plain_view(tensor, value.dtype))
 
     def _keep(self, tensor: torch.Tensor) -> None:
@@ -273,7 +274,7 @@ class SelectiveRecompute(StorageNumbering):
             if (value := value_reference()) is not None:
                 self._make(value)
 
-    def _remember(self, tensor: torch.Tensor, value: Value) -> None:
+    def _remember(self, tensor: torch.Tensor, value: DroppedStorage) -> None:
         key, values = storage_key(tensor), self.values
 
         def died(reference: Any) -> None:
@@ -282,7 +283,7 @@ class SelectiveRecompute(StorageNumbering):
 
         values[key] = (weakref.ref(tensor.untyped_storage(), died), value)
 
-    def _sources(self, args: Any, kwargs: Any, targets: list[Value]) -> Any:
+    def _sources(self, args: Any, kwargs: Any, targets: list[DroppedStorage]) -> Any:
         """Return (positional, keyword) arguments of a call in the form that `RecomputedCall` takes. A tensor
         in one of the dropped storages ``targets``, to which the call writes, becomes a `WrittenStorage`.
         Other dropped tensors become a `Ref`. Kept tensors become a `KeptTensor`, detached unless they are
@@ -290,7 +291,7 @@ class SelectiveRecompute(StorageNumbering):
         positional = [self._source(leaf, targets) for leaf in args]
         return positional, {name: self._source(leaf, targets) for name, leaf in kwargs.items()}
 
-    def _source(self, leaf: Any, targets: list[Value]) -> Any:
+    def _source(self, leaf: Any, targets: list[DroppedStorage]) -> Any:
         if isinstance(leaf, list | tuple):
             return [self._source(part, targets) for part in leaf]
         if not isinstance(leaf, torch.Tensor):
@@ -335,7 +336,7 @@ class SelectiveRecompute(StorageNumbering):
         self._make(packed.value)
         return view_of(packed.value, packed.geometry)
 
-    def _make(self, value: Value) -> None:
+    def _make(self, value: DroppedStorage) -> None:
         """Recompute a dropped storage: repeat its pending calls, in order, each after those of the dropped
         storages that it reads. Do nothing if it has no pending calls."""
         if not value.pending:

@@ -80,7 +80,7 @@ def make_inner(make: MakeOptimizer, params: list[torch.nn.Parameter]) -> Optimiz
     return make(params) if params else cast("OptimizerLike", torch.optim.SGD([{"params": []}]))
 
 
-class Reducing(abc.ABC):
+class ZeroOptimizer(abc.ABC):
     """Base class of the optimizers of ZeRO's stages, 0 to 3.
 
     In each micro-batch, it calls `_on_gradient` with each parameter as soon as backward has completed its
@@ -175,7 +175,7 @@ class Reducing(abc.ABC):
         update, as DeepSpeed clips gradients. Stage 0 multiplies the gradients at once."""
         self.scale = factor
 
-    def _scaled(self) -> None:
+    def _apply_scale(self) -> None:
         if self.scale is not None and self.master.grad is not None:
             with torch.no_grad():
                 self.master.grad.mul_(self.scale.to(self.master.grad.device))

@@ -27,8 +27,8 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 
 class ShardedDdp:
-    """The optimizer of one rank. Each parameter is owned by one rank (see `owners`), and a rank may own none.
-    Gradients are reduced to their owner, which updates the parameter and sends it to all ranks.
+    """The optimizer of one rank. Each parameter is owned by one rank (`assign_owners`), and a rank may own
+    none. Gradients are reduced to their owner, which updates the parameter and sends it to all ranks.
 
     Gradients of small parameters are reduced in buckets, one for each owner. An owner's bucket takes the
     gradients of its smallest parameters, as long as it then has fewer than ``most`` elements; the gradients
@@ -43,7 +43,7 @@ class ShardedDdp:
         self.bench, self.group, self.ranks, self.rank = bench, group, group.size(), group.rank()
         model_elements = sum(p.numel() for p in bench.model.parameters())
         self.most = min(most, model_elements) if self.ranks > 1 else 0
-        self.owner = owners(params, self.ranks)
+        self.owner = assign_owners(params, self.ranks)
         self.by_owner = [
             sorted((p for p in params if self.owner[p] == rank), key=lambda p: p.numel())
             for rank in range(self.ranks)
@@ -242,9 +242,9 @@ class Bucket:
         param.grad = place
 
 
-def owners(params: list[torch.nn.Parameter], ranks: int) -> dict[torch.nn.Parameter, int]:
-    """Return the rank that owns each parameter. Parameters are dealt in the order of ``params``, each to the
-    rank that has the fewest elements so far, and among several such ranks to the lowest."""
+def assign_owners(params: list[torch.nn.Parameter], ranks: int) -> dict[torch.nn.Parameter, int]:
+    """Return the rank that owns each parameter. Parameters are assigned in the order of ``params``, each to
+    the rank that has the fewest elements so far, and among several such ranks to the lowest."""
     sizes, owner_of = [0] * ranks, {}
     for param in params:
         owner_of[param] = rank = sizes.index(min(sizes))

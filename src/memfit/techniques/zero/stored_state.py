@@ -23,11 +23,11 @@ _MASTER, _GRADIENT = "master", "gradient"
 class StoredState:
     """The fp32 master copy of a rank's shard, its gradient and the optimizer's state, in a file.
 
-    The shard is cut into sub-groups. `loaded` brings one sub-group after the other into host memory, where
-    the optimizer updates it. ``masters`` are the parameters of the optimizer, one per sub-group; outside
-    `loaded` they are empty and have no gradient. Host memory for one sub-group, ``BUFFER_COUNT`` buffers of
-    the size of the largest, is kept from step to step. States that have another shape than their parameter,
-    such as step counters, stay in memory.
+    The shard is cut into sub-groups. `load_sub_groups` brings one sub-group after the other into host memory,
+    where the optimizer updates it. ``masters`` are the parameters of the optimizer, one per sub-group;
+    outside `load_sub_groups` they are empty and have no gradient. Host memory for one sub-group,
+    ``BUFFER_COUNT`` buffers of the size of the largest, is kept from step to step. States that have another
+    shape than their parameter, such as step counters, stay in memory.
 
     With fake tensors nothing is written, but storages are allocated and freed in the same order.
     """
@@ -63,7 +63,7 @@ class StoredState:
             buffer.copy_(grad)
             self._write(_GRADIENT, start, buffer)
 
-    def loaded(
+    def load_sub_groups(
         self, states: Mapping[torch.nn.Parameter, dict[str, Any]]
     ) -> Iterator[tuple[int, torch.nn.Parameter]]:
         """Yield (first element, master) of each sub-group. Until the next one is asked for, the master has
@@ -90,7 +90,8 @@ class StoredState:
             master.data = torch.empty(0, dtype=master.dtype, device=self.host)
 
     def state(self, states: Mapping[Any, dict[str, Any]]) -> dict[Any, Any]:
-        """Return ``states``, those of the optimizer, with what this object keeps in memory added."""
+        """Return ``states``, those of the optimizer, with what this object keeps in memory added: the master
+        copy of each sub-group ("master"), and beside the first the host's buffers ("buffers")."""
         merged: dict[Any, Any] = {m: {_MASTER: m, **states.get(m, {})} for m in self.masters}
         merged[self.masters[0]]["buffers"] = self.buffers
         return merged

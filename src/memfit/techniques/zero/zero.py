@@ -18,7 +18,7 @@ from memfit.types.plan import EffectClass, KnobValue
 if TYPE_CHECKING:
     import torch
 
-    from memfit.techniques.zero.base import Reducing
+    from memfit.techniques.zero.base import ZeroOptimizer
 
 
 def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
@@ -53,7 +53,7 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     make, group = bench.make_optimizer, shard_group(bench)
     zero_class = (ZeroNone, ZeroTwo, ZeroTwo, ZeroThree)[stage]
 
-    def make_zero(params: list[torch.nn.Parameter]) -> Reducing:
+    def make_zero(params: list[torch.nn.Parameter]) -> ZeroOptimizer:
         return zero_class(bench, params, settings, make, group)
 
     bench.make_optimizer = make_zero

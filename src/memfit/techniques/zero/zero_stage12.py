@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from memfit.techniques.zero.base import Reducing, all_gather, all_reduce, norm64, on_device
+from memfit.techniques.zero.base import ZeroOptimizer, all_gather, all_reduce, norm64, on_device
 
 if TYPE_CHECKING:
     from memfit.types.plan import KnobValue
 
 
-class ZeroNone(Reducing):
+class ZeroNone(ZeroOptimizer):
     """Stage 0: everything is whole on every rank. After the last backward of a step, gradients are averaged
     over ranks in flat copies, one after the other. A copy takes gradients until it has more than
     ``most_elements`` elements (deepspeed/runtime/engine.py). A parameter without a gradient gets one of
@@ -63,7 +63,7 @@ class ZeroNone(Reducing):
         return self.inner.state
 
 
-class ZeroTwo(Reducing):
+class ZeroTwo(ZeroOptimizer):
     """Stages 1 and 2: every rank has whole parameters, which are views of one flat buffer. Each rank updates
     an fp32 master copy of its part of the buffer and copies it back. Then the parts of all ranks are
     gathered.
@@ -93,7 +93,7 @@ class ZeroTwo(Reducing):
         self.in_backward = self.shards_gradients or bool(settings["overlap"])
         self.buffer_count = 2 if settings["overlap"] else 1
         self.own: torch.Tensor | None = None  # gradients of the parameters in this rank's part
-        self.held: list[torch.Tensor] = []  # the same, summed over micro-batches
+        self.sums: list[torch.Tensor] = []  # the same, summed over micro-batches
         with torch.no_grad():
             self.flat = self._flatten(2 * self.ranks)  # parts start at multiples of 4 bytes
             for param in bench.model.parameters():
@@ -212,12 +212,9 @@ class ZeroTwo(Reducing):
             self._to_host(param)
         else:
             if self.own is None:
-                self.own, self.own_at = (
-                    torch.empty(
-                        sum(p.numel() for p in self.mine), dtype=self.flat.dtype, device=self.flat.device
-                    ),
-                    0,
-                )
+                elements = sum(p.numel() for p in self.mine)
+                self.own = torch.empty(elements, dtype=self.flat.dtype, device=self.flat.device)
+                self.own_at = 0
             self._into(self.own, self.own_at, param)
             self.own_at += param.numel()
 
@@ -264,9 +261,9 @@ class ZeroTwo(Reducing):
                         self._to_host(param)
             else:
                 new_grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.mine]
-                for total, grad in zip(self.held, new_grads, strict=False):
+                for total, grad in zip(self.sums, new_grads, strict=False):
                     total.add_(grad)
-                self.held = self.held or new_grads
+                self.sums = self.sums or new_grads
             self.buffers, self.own = [], None
             self.zero_grad()
 
@@ -276,12 +273,12 @@ class ZeroTwo(Reducing):
             part_start = self.rank * self.size
             for param, (a, b) in self.mine.items():
                 yield param, a, self.master.grad.narrow(0, self.span[param][0] + a - part_start, b - a)
-        elif self.held:
+        elif self.sums:
             starts = (a for a, _ in self.mine.values())
             yield from zip(self.mine, starts, self._parts(), strict=True)
 
     def _parts(self) -> list[torch.Tensor]:
-        return [g.view(-1)[a:b] for g, (a, b) in zip(self.held, self.mine.values(), strict=True)]
+        return [g.view(-1)[a:b] for g, (a, b) in zip(self.sums, self.mine.values(), strict=True)]
 
     def grad_norm(self) -> torch.Tensor:
         return self._norm(self.norms.values() if self.state_on else map(norm64, self._parts()))
@@ -290,9 +287,9 @@ class ZeroTwo(Reducing):
         self.micro_batch = -1
         if not self.state_on:
             self.master.grad = self._own_gradient()
-            self.held = []
+            self.sums = []
         with self.bench.memory_pool(self.state_on):
-            self._scaled()
+            self._apply_scale()
             self.inner.step()
         with torch.no_grad():
             if self.state_on:

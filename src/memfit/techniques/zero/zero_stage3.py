@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.distributed_c10d import ReduceScatterOptions
 
-from memfit.techniques.zero.base import Group, Reducing, all_gather, norm64, on_device
+from memfit.techniques.zero.base import Group, ZeroOptimizer, all_gather, norm64, on_device
 from memfit.techniques.zero.stored_state import StoredState
-from memfit.techniques.zero.zero_stage3_autograd import LinearPatch, tapped, watch_reads
+from memfit.techniques.zero.zero_stage3_autograd import LinearPatch, call_on_gradient, watch_reads
 
 if TYPE_CHECKING:
     from memfit.techniques.base import Workbench
     from memfit.types.plan import KnobValue
 
 
-class ZeroThree(Reducing):
+class ZeroThree(ZeroOptimizer):
     """Stage 3: every parameter is cut into as many pieces of one size as there are ranks; pieces at the end
     are padded. Each rank keeps one piece of each parameter. Its pieces of trained parameters are in one flat
     buffer. A step updates an fp32 master copy of that buffer and copies it back.
@@ -54,7 +54,7 @@ class ZeroThree(Reducing):
             with bench.memory_pool(""):
                 for param in params:  # so that its gradient's shape is known
                     shards.gather([param])
-                    shards.let_go([param])
+                    shards.free([param])
         bench.on_kept(flat, "parameter")
         bench.on_kept(self.grads, "gradient")
         bench.closers.append(bench.model.register_forward_pre_hook(lambda *_: shards.begin()).remove)
@@ -84,12 +84,12 @@ class ZeroThree(Reducing):
         def before(mod: torch.nn.Module, args: Any) -> Any:
             running.append(mod)
             fetch(mod)
-            return tapped(args, lambda: release(mod), once=True)
+            return call_on_gradient(args, lambda: release(mod), once=True)
 
         def after(mod: torch.nn.Module, args: Any, out: Any) -> Any:
             running.pop()
             release(mod)
-            return tapped(out, lambda: fetch(mod))
+            return call_on_gradient(out, lambda: fetch(mod))
 
         self.bench.closers.append(module.register_forward_pre_hook(before).remove)
         self.bench.closers.append(module.register_forward_hook(after).remove)
@@ -102,11 +102,11 @@ class ZeroThree(Reducing):
         those of earlier micro-batches of the step, and free the whole gradients."""
         pending = sorted(self.pending, key=self.shards.number.__getitem__)
         sizes = [self.shards.size[p] for p in pending]
-        rank_part = self._scattered([p.grad.view(-1) for p in pending if p.grad is not None], sizes)
+        rank_part = self._reduce_scatter([p.grad.view(-1) for p in pending if p.grad is not None], sizes)
         for param, part in zip(pending, rank_part.split(sizes), strict=True):
             self._keep(param, part)
 
-    def _scattered(self, grads: list[torch.Tensor], sizes: list[int]) -> torch.Tensor:
+    def _reduce_scatter(self, grads: list[torch.Tensor], sizes: list[int]) -> torch.Tensor:
         even = all(g.numel() == n * self.ranks for g, n in zip(grads, sizes, strict=True))
         if even and len(grads) == 1:
             whole = grads[0]
@@ -127,16 +127,13 @@ class ZeroThree(Reducing):
         return rank_part
 
     def _keep(self, param: torch.nn.Parameter, part: torch.Tensor) -> None:
-        total, on_host = (
-            self.shards.of(param, self.grads),
-            bool(self.state_on) and not self.bench.device.is_host,
-        )
+        total = self.shards.of(param, self.grads)
+        on_host = bool(self.state_on) and not self.bench.device.is_host
         if self.micro_batch == 0:
             total.copy_(part)
         elif on_host:
-            total.copy_(
-                total.to(part.device, copy=True).add_(part)
-            )  # the sum comes to the device and goes back
+            # The sum comes to the device and goes back.
+            total.copy_(total.to(part.device, copy=True).add_(part))
         else:
             total.add_(part)
         if self.state_on and self.last:
@@ -165,7 +162,7 @@ class ZeroThree(Reducing):
 
     def grad_norm(self) -> torch.Tensor:
         with torch.no_grad():
-            self.shards.let_go(self.shards.whole)
+            self.shards.free(self.shards.whole)
         if self.state_on:
             return self._norm(self.norms.values())
         return self._norm(norm64(self.shards.of(p, self.grads)) for p in self.params)
@@ -184,7 +181,7 @@ class ZeroThree(Reducing):
             if not self.state_on:
                 parts = [self.shards.of(p, self.grads) for p in self.params]
                 self.master.grad = torch._utils._flatten_dense_tensors(parts).float()
-            self._scaled()
+            self._apply_scale()
             self.inner.step()
             if not self.state_on:
                 self.master.grad = None
@@ -194,7 +191,7 @@ class ZeroThree(Reducing):
     def _step_by_sub_groups(self, stored: StoredState) -> None:
         """Update one sub-group after the other: only the one in memory has a gradient, and optimizers leave
         parameters without a gradient alone."""
-        for start, master in stored.loaded(self.inner.state):
+        for start, master in stored.load_sub_groups(self.inner.state):
             with self.bench.memory_pool("host"), torch.no_grad():
                 if self.scale is not None and master.grad is not None:
                     master.grad.mul_(self.scale.to(master.grad.device))
@@ -229,7 +226,7 @@ class Shards:
         self.persistent = dict.fromkeys(p for p in params if p.numel() <= threshold)
         self.most_live, self.ahead = int(settings["live_elements"]), int(settings["prefetch_elements"])
         self.whole: dict[torch.nn.Parameter, None] = {}  # in the order in which they were gathered
-        self.flying: dict[torch.nn.Parameter, Flight] = {}  # being gathered, or gathered and not used yet
+        self.gathers: dict[torch.nn.Parameter, Gather] = {}  # being gathered, or gathered and not used yet
         self.active: dict[torch.nn.Parameter, set[torch.nn.Module]] = defaultdict(set)
         self.running: list[torch.nn.Module] = []
         # For a module, the parameters of other modules that it reads.
@@ -237,10 +234,10 @@ class Shards:
         # Modules of this micro-batch in order, while the order is recorded.
         self.visits: list[torch.nn.Module] | None = None
         self.order: list[torch.nn.Module] = []  # the known order
-        away = {*trained, *(p for p in params if self.offload and p not in self.persistent)}
-        self.shard = {p: self._cut(p, "host" if p in away else "") for p in params}
+        on_host = {*trained, *(p for p in params if self.offload and p not in self.persistent)}
+        self.shard = {p: self._cut(p, "host" if p in on_host else "") for p in params}
         self.place: dict[torch.nn.Parameter, int] = {}
-        self.flat = self._flattened(trained)
+        self.flat = self._flatten(trained)
         for param in params:  # for code that inspects what a rank holds
             param.whole_shape, param.shard = self.shape[param], self.shard[param]  # type: ignore[attr-defined]
         self.begin()
@@ -257,7 +254,7 @@ class Shards:
         param.data = torch.empty(0, dtype=param.dtype, device=self.bench.torch_device)
         return shard
 
-    def _flattened(self, trained: list[torch.nn.Parameter]) -> torch.Tensor:
+    def _flatten(self, trained: list[torch.nn.Parameter]) -> torch.Tensor:
         """Copy this rank's pieces of the trained parameters, one by one, into a flat buffer on the host. Move
         the buffer to the device unless parameters are offloaded, and return it. The pieces become views of
         the returned buffer. DeepSpeed's pieces are on the device before (``defragment`` of
@@ -289,10 +286,10 @@ class Shards:
         """Start a forward pass of the whole model. Free the parameters that were gathered ahead and not used.
         If the order in which modules run is not known, take the one recorded since the last call of this
         method; if none was recorded, begin to record."""
-        for param in list(self.flying):
-            if param in self.flying:
-                self._land(param)
-            self._free(param)
+        for param in list(self.gathers):
+            if param in self.gathers:
+                self._finish_gather(param)
+            self._free_unused(param)
         if not self.order and self.visits:
             self.order, self.visits = self.visits, None
         elif not self.order:
@@ -308,7 +305,7 @@ class Shards:
         for param in [p for p, modules in self.active.items() if modules]:
             self.active[param].clear()
             if param not in self.persistent:
-                self._free(param)
+                self._free_unused(param)
 
     def _of(self, module: torch.nn.Module) -> list[torch.nn.Parameter]:
         params = {*module.parameters(recurse=False), *self.others[module]}
@@ -318,7 +315,7 @@ class Shards:
         """Called when code reads ``param``. Gather it if a module is running and the parameter is neither
         whole nor being gathered, as when the module uses a parameter of another one. From then on, it is
         fetched together with the running module's own parameters."""
-        if self.running and param in self.number and param not in self.whole and param not in self.flying:
+        if self.running and param in self.number and param not in self.whole and param not in self.gathers:
             self.others[self.running[-1]].append(param)
             with torch.no_grad():
                 self.gather([param])
@@ -334,11 +331,11 @@ class Shards:
             self.visits.append(module)
         params = self._of(module)
         with torch.no_grad():
-            self._send([p for p in params if p not in self.whole and p not in self.flying])
+            self._send([p for p in params if p not in self.whole and p not in self.gathers])
             for param in params:
                 self.active[param].add(module)
-                if param in self.flying:
-                    self._land(param)
+                if param in self.gathers:
+                    self._finish_gather(param)
             if self.order:
                 self._prefetch(params)
         self.at += 1
@@ -353,14 +350,12 @@ class Shards:
         while self.queue and len(used_params) < len(new_params):
             param, self.latest[param] = self.queue.popleft()
             used_params.add(param)
-        elements_left, next_params = (
-            min(self.most_live - self.live, self.ahead),
-            dict[torch.nn.Parameter, None](),
-        )
+        elements_left = min(self.most_live - self.live, self.ahead)
+        next_params = dict[torch.nn.Parameter, None]()
         while self.queue and elements_left > 0:
             param, position = self.queue.popleft()
             self.latest[param] = max(self.latest[param], position)
-            if param not in self.whole and param not in self.flying and param not in next_params:
+            if param not in self.whole and param not in self.gathers and param not in next_params:
                 next_params[param] = None
                 elements_left -= math.prod(self.shape[param])
         self._send(sorted(next_params, key=self.number.__getitem__))
@@ -374,7 +369,7 @@ class Shards:
         for param in params:
             self.active[param].discard(module)
             if param not in kept_params:
-                self._free(param)
+                self._free_unused(param)
 
     def _kept(self, module_params: list[torch.nn.Parameter]) -> set[torch.nn.Parameter]:
         """Return the parameters that `release` must not free: persistent ones; those in ``module_params``,
@@ -390,13 +385,13 @@ class Shards:
                 elements += math.prod(self.shape[param])
         return kept_params
 
-    def _free(self, param: torch.nn.Parameter) -> None:
+    def _free_unused(self, param: torch.nn.Parameter) -> None:
         if param in self.whole and not self.active[param]:
-            self.let_go([param])
+            self.free([param])
             self.live -= math.prod(self.shape[param])
 
-    def let_go(self, params: Iterable[torch.nn.Parameter]) -> None:
-        """Make the parameters empty, even those that modules are using. This rank's pieces of them stay."""
+    def free(self, params: Iterable[torch.nn.Parameter]) -> None:
+        """Make the parameters empty tensors, even those that modules are using. This rank's pieces stay."""
         for param in list(params):
             param.data = torch.empty(0, dtype=param.dtype, device=self.bench.torch_device)
             self.whole.pop(param, None)
@@ -404,9 +399,9 @@ class Shards:
 
     def gather(self, params: list[torch.nn.Parameter]) -> None:
         """Gather each parameter into a tensor of its own, and wait until all are whole. On one rank, several
-        parameters use their pieces instead (see `_be_whole`), and a single parameter a copy of its piece."""
+        parameters use their pieces instead (`_make_whole`), and a single parameter a copy of its piece."""
         if self.ranks == 1 and len(params) > 1:
-            self._be_whole(params)
+            self._make_whole(params)
             return
         device = self.bench.torch_device
         wholes = [torch.empty(self.size[p] * self.ranks, dtype=p.dtype, device=device) for p in params]
@@ -417,16 +412,16 @@ class Shards:
             if work is not None:
                 work.wait()
         for param, whole in zip(params, wholes, strict=True):
-            self._arrived(param, whole)
+            self._set_whole(param, whole)
 
     def _send(self, params: list[torch.nn.Parameter]) -> None:
         """Start gathering the parameters; several of them are gathered into one flat tensor. They are then in
-        ``flying`` until `_land`. On one rank they are made whole at once."""
+        ``gathers`` until `_finish_gather`. On one rank they are made whole at once."""
         if not params:
             return
         self.live += sum(math.prod(self.shape[p]) for p in params)
         if self.ranks == 1:
-            self._be_whole(params)
+            self._make_whole(params)
             return
         device = self.bench.torch_device
         shards = [self.shard[p].to(device) for p in params]
@@ -436,34 +431,34 @@ class Shards:
         rank_part = flat.chunk(self.ranks)[self.group.rank()] if len(params) > 1 else shards[0]
         if len(params) > 1:
             torch.cat(shards, out=rank_part)
-        flight = Flight(params, flat, all_gather(flat, rank_part, self.group))
-        self.flying.update(dict.fromkeys(params, flight))
+        gather = Gather(params, flat, all_gather(flat, rank_part, self.group))
+        self.gathers.update(dict.fromkeys(params, gather))
 
-    def _be_whole(self, params: list[torch.nn.Parameter]) -> None:
+    def _make_whole(self, params: list[torch.nn.Parameter]) -> None:
         """On one rank, make the parameters whole: use the pieces themselves, or copies on the device if the
         pieces are offloaded to the host."""
         for param in params:
             on_host = self.offload and not self.bench.device.is_host
-            self._arrived(
+            self._set_whole(
                 param,
                 self.shard[param].to(self.bench.torch_device, copy=True) if on_host else self.shard[param],
             )
 
-    def _land(self, param: torch.nn.Parameter) -> None:
+    def _finish_gather(self, param: torch.nn.Parameter) -> None:
         """Wait for the gather that contains ``param``, and make all parameters of that gather whole. If that
-        has been done for another of them, only remove ``param`` from ``flying``. The flat tensor of the
+        has been done for another of them, only remove ``param`` from ``gathers``. The flat tensor of the
         gather is kept until all of its parameters have been removed."""
-        flight = self.flying.pop(param)
-        if flight.landed:
+        gather = self.gathers.pop(param)
+        if gather.is_done:
             return
-        flight.landed = True
-        if flight.work is not None:
-            flight.work.wait()
-        if len(flight.params) == 1:
-            self._arrived(param, flight.flat)
+        gather.is_done = True
+        if gather.work is not None:
+            gather.work.wait()
+        if len(gather.params) == 1:
+            self._set_whole(param, gather.flat)
             return
-        offset, rows = 0, flight.flat.view(self.ranks, -1)
-        for member in flight.params:
+        offset, rows = 0, gather.flat.view(self.ranks, -1)
+        for member in gather.params:
             size, count = self.size[member], math.prod(self.shape[member])
             if count == size * self.ranks:
                 flat_param = (
@@ -472,22 +467,22 @@ class Shards:
             else:
                 pieces = [rows[r, offset : offset + min(size, count - r * size)] for r in range(self.ranks)]
                 flat_param = torch.cat([p for p in pieces if p.numel()])
-            self._arrived(member, flat_param)
+            self._set_whole(member, flat_param)
             del flat_param
             offset += size
 
-    def _arrived(self, param: torch.nn.Parameter, flat: torch.Tensor) -> None:
+    def _set_whole(self, param: torch.nn.Parameter, flat: torch.Tensor) -> None:
         shape = self.shape[param]
         param.data = flat[: math.prod(shape)].view(shape)
         self.whole[param] = None
 
 
-class Flight:
-    """A gather of ``params`` into ``flat``. It is in progress until ``landed`` is True. ``work`` is the
+class Gather:
+    """A gather of ``params`` into ``flat``. It is in progress until ``is_done`` is True. ``work`` is the
     handle to wait for, or None if there is nothing to wait for."""
 
     def __init__(self, params: list[torch.nn.Parameter], flat: torch.Tensor, work: Any) -> None:
-        self.params, self.flat, self.work, self.landed = params, flat, work, False
+        self.params, self.flat, self.work, self.is_done = params, flat, work, False
 
 
 def piece(flat: torch.Tensor, size: int, rank: int) -> list[torch.Tensor]:

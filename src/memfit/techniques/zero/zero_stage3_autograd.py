@@ -90,7 +90,7 @@ class _Linear(torch.autograd.Function):
         )
 
 
-def tapped(values: Any, call: Callable[[], None], *, once: bool = False) -> Any:
+def call_on_gradient(values: Any, call: Callable[[], None], *, once: bool = False) -> Any:
     """Return the same structure of values, in which each tensor that needs a gradient is replaced by an
     alias. In backward, ``call`` runs for each alias, when its gradient is ready. With ``once``, it runs once,
     when the gradients of all aliases are ready. If no tensor needs a gradient or gradients are disabled,
@@ -108,11 +108,11 @@ def tapped(values: Any, call: Callable[[], None], *, once: bool = False) -> Any:
             call()
 
     for i in places:
-        leaves[i] = _Tap.apply(report_use, leaves[i])  # type: ignore[no-untyped-call]
+        leaves[i] = _GradientCall.apply(report_use, leaves[i])  # type: ignore[no-untyped-call]
     return _pytree.tree_unflatten(leaves, shape)
 
 
-class _Tap(torch.autograd.Function):
+class _GradientCall(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Callable[[], None], tensor: torch.Tensor) -> torch.Tensor:
         ctx.call = call
