@@ -22,10 +22,10 @@ class LazyLogits:
     one.
 
     It is not a tensor subclass. Its shape, dtype and device are known without computing. Reshapes, indexing
-    and casts that leave the last dimension, the vocabulary, whole return deferred logits again. A plain
-    cross-entropy (see `_plain`) is computed for at most ``chunks`` parts of the rows, one after the
-    other. Every other use computes the real logits. Once computed they are kept, so that changes in place
-    persist, and every later use is of them.
+    and casts that leave the last dimension, the vocabulary, whole return deferred logits again. A
+    cross-entropy with class indices, a mean or sum without other options than ``ignore_index``, is computed
+    for at most ``chunks`` parts of the rows, one after the other. Every other use computes the real logits.
+    Once computed they are kept, so that changes in place persist, and every later use is of them.
     """
 
     def __init__(

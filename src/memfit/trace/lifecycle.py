@@ -115,9 +115,9 @@ class _Watch:
         return LifecyclePeak(event=event, device_bytes=device, host_bytes=host)
 
     @contextlib.contextmanager
-    def made(self, place: str) -> Iterator[None]:
-        """Let `_Watch` count storages that are made inside this context as lying at ``place``: "host",
-        "nowhere" (not counted) or "" (the device, as without this context)."""
+    def count_at(self, place: str) -> Iterator[None]:
+        """Count storages that are made inside this context as lying at ``place``: "host", "nowhere" (not
+        counted) or "" (the device, as without this context)."""
         start = len(self.recorder.lives)
         yield
         self.aside.update((id(life), place) for life in self.recorder.lives[start:])
@@ -157,7 +157,7 @@ def _loading(job: Job, device: str) -> list[LifecyclePeak]:
             if way == "load-assign":
                 watch.aside.update(_lives_of(watch.recorder, state))
                 watch.begin()
-            with watch.made(place):
+            with watch.count_at(place):
                 loaded_state = _loaded(state)
             model.load_state_dict(loaded_state, assign=way == "load-assign")
             peaks.append(watch.end(way))
@@ -196,10 +196,10 @@ def _saved(step: TrainingStep, watch: _Watch) -> list[LifecyclePeak]:
     state = _state(step)
     if not watch.recorder.kind.is_host:
         for tensor in _pytree.tree_leaves(state):
-            with watch.made("host"):
+            with watch.count_at("host"):
                 _loaded(tensor)
     peaks = [watch.end("save")]
-    with watch.made("host"):
+    with watch.count_at("host"):
         copy = _loaded(state)
     peaks.append(watch.end("save-async"))
     del copy
@@ -217,7 +217,7 @@ def _resuming(job: Job, plan: Plan, batch: Any, device: str, way: str) -> Lifecy
         watch.begin()
         new_step = TrainingStep(job, plan, device=device)
         label_state(watch.recorder, new_step)
-        with watch.made("host" if way == "resume-via-host" else ""):
+        with watch.count_at("host" if way == "resume-via-host" else ""):
             loaded_state = _loaded(state)
         new_step.model.load_state_dict(loaded_state["model"])
         # On a device the optimizer moves the state it is given; on fake CPU tensors this copy stands for that

@@ -64,8 +64,9 @@ def sample_dependence(job: Job) -> SampleDependence:
     tested", with the reason), by a trial with a few of its samples. Jobs with the same functions for model,
     batches, loss and its terms and the same batch size are tried once per process.
 
-    An error of the job's own functions is not raised. If no trial is possible, or if it decides nothing, the
-    result is "dependent" if the model has BatchNorm layers that take batch statistics, else "not tested".
+    An error of the job's own functions is not raised; only that autograd refuses to run in a forked process
+    is (`is_fork_refused`). If no trial is possible, or if it decides nothing, the result is "dependent" if
+    the model has BatchNorm layers that take batch statistics, else "not tested".
     """
     with contextlib.suppress(TypeError):  # the function cannot be a weak key
         if (known := _KNOWN.setdefault(job.build_model, {}).get(_key(job))) is not None:

@@ -77,7 +77,7 @@ def traces_of(
             calls["whole", plan, rank] = partial(tracer.trace, job, plan, rank=rank, **options)
         else:
             calls |= {
-                deep_rank.key(d): partial(_or_none, deep_rank.line.trace, d, **options)
+                deep_rank.key(d): partial(_or_none, deep_rank.pipe.trace, d, **options)
                 for d in deep_rank.depths()[:2]
             }
     sizes = [p.numel() for p in model.parameters()]
@@ -89,15 +89,15 @@ def traces_of(
         else [call() for call in calls.values()]
     )
     traces = dict(zip(calls, results, strict=True))
-    found = []
+    rank_traces = []
     for (plan, rank), deep_rank in zip(requests, deep_ranks, strict=True):
         if deep_rank is None:
-            found.append(traces["whole", plan, rank])
+            rank_traces.append(traces["whole", plan, rank])
         elif all(traces[deep_rank.key(d)] is not None for d in deep_rank.depths()[:2]):
-            found.append(deep_rank.unrolled(traces, options))
+            rank_traces.append(deep_rank.unrolled(traces, options))
         else:
-            found.append(tracer.trace(job, plan, rank=rank, **options))
-    return found
+            rank_traces.append(tracer.trace(job, plan, rank=rank, **options))
+    return rank_traces
 
 
 def _or_none(run: Callable[..., Trace], *args: Any, **options: Any) -> Trace | None:
@@ -119,10 +119,10 @@ def _repeats(plan: Plan, *, cpu: bool) -> bool:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Deep:
-    """One rank of a model whose repeated blocks need not all be traced. ``line`` is the rank and its shorter
+    """One rank of a model whose repeated blocks need not all be traced. ``pipe`` is the rank and its shorter
     pipeline. ``first_depth`` is the number of blocks (per stage of a pipeline) of the first shallow trace."""
 
-    line: PipelineRank
+    pipe: PipelineRank
     blocks: Blocks  # the rank's blocks
     first_depth: int
     # Set if all of the rank's blocks are traced, because two shallow traces would have more of them: maps
@@ -131,24 +131,23 @@ class _Deep:
 
     @staticmethod
     def of(job: Job, plan: Plan, rank: int, path: str, count: int, model_period: int) -> _Deep | None:
-        line = shorten_pipeline(job, plan, rank, count)
-        if line is None:
+        pipe = shorten_pipeline(job, plan, rank, count)
+        if pipe is None:
             return None
-        indices, period = line.own_blocks(count), math.lcm(_period(plan), model_period)
+        indices, period = pipe.own_blocks(count), math.lcm(_period(plan), model_period)
         first_depth = _first_depth(plan, period)
         first_depth += (len(indices) - first_depth) % period
         rank_blocks = Blocks(path=path, first=indices[0], count=len(indices), period=period)
-        deep = _Deep(line=line, blocks=rank_blocks, first_depth=first_depth)
-        if line.stages > 1 and (line.virtual > 1 or len(indices) <= 2 * first_depth + period):
-            numbers = dict(zip(line.short_blocks(line.depth(count)), indices, strict=True))
+        deep = _Deep(pipe=pipe, blocks=rank_blocks, first_depth=first_depth)
+        if pipe.stages > 1 and (pipe.virtual > 1 or len(indices) <= 2 * first_depth + period):
+            numbers = dict(zip(pipe.short_blocks(pipe.depth(count)), indices, strict=True))
             are_aligned = all((short_index - index) % period == 0 for short_index, index in numbers.items())
-            deep = dataclasses.replace(deep, numbers=numbers, first_depth=line.depth(count))
-            is_worth = (
-                line.short_micros < line.micros and len(indices) * line.short_stages <= count and are_aligned
-            )
+            deep = dataclasses.replace(deep, numbers=numbers, first_depth=pipe.depth(count))
+            has_fewer_blocks = len(indices) * pipe.short_stages <= count
+            is_worth = pipe.short_micros < pipe.micros and has_fewer_blocks and are_aligned
         else:
             bucketed = any(map(plan.get, ("ddp", "zero", "sharded-ddp")))  # buckets span blocks
-            is_aligned = (line.short_stage * first_depth - indices[0]) % period == 0
+            is_aligned = (pipe.short_stage * first_depth - indices[0]) % period == 0
             is_worth = not bucketed and is_aligned and deep._is_worth(first_depth)
         return deep if is_worth else None
 
@@ -163,39 +162,39 @@ class _Deep:
         return range(self.first_depth, self.first_depth + (_TRIES + 1) * period, period)
 
     def key(self, depth: int) -> Any:
-        return self.line.short_plan, self.line.short_rank, self.line.short_job.batch_size, depth
+        return self.pipe.short_plan, self.pipe.short_rank, self.pipe.short_job.batch_size, depth
 
     def unrolled(self, kept: dict[Any, Trace], options: dict[str, Any]) -> Trace:
-        line, rank_blocks = self.line, self.blocks
+        pipe, rank_blocks = self.pipe, self.blocks
         if self.numbers:
             try:
-                return line.fill_in(
+                return pipe.fill_in(
                     renumber_blocks(kept[self.key(self.first_depth)], rank_blocks.path, self.numbers)
                 )
             except Mismatch:
-                return tracer.trace(line.job, line.plan, rank=line.rank, **options)
+                return tracer.trace(pipe.job, pipe.plan, rank=pipe.rank, **options)
         for depth, deeper in pairwise(self.depths()):
             if not self._is_worth(depth):
                 break
             for blocks in (depth, deeper):
                 if self.key(blocks) not in kept:
-                    trace = _or_none(line.trace, blocks, **options)
+                    trace = _or_none(pipe.trace, blocks, **options)
                     if trace is None:
-                        return tracer.trace(line.job, line.plan, rank=line.rank, **options)
+                        return tracer.trace(pipe.job, pipe.plan, rank=pipe.rank, **options)
                     kept[self.key(blocks)] = trace
-            short_blocks = dataclasses.replace(rank_blocks, first=line.short_stage * depth, count=depth)
+            short_blocks = dataclasses.replace(rank_blocks, first=pipe.short_stage * depth, count=depth)
             shallow_trace, deeper_trace = kept[self.key(depth)], kept[self.key(deeper)]
             try:
-                return line.fill_in(unroll(shallow_trace, deeper_trace, short_blocks, rank_blocks))
+                return pipe.fill_in(unroll(shallow_trace, deeper_trace, short_blocks, rank_blocks))
             except Mismatch:
                 continue
-        return tracer.trace(line.job, line.plan, rank=line.rank, **options)
+        return tracer.trace(pipe.job, pipe.plan, rank=pipe.rank, **options)
 
     def _is_worth(self, depth: int) -> bool:
         """Return whether two shallow traces, of ``depth`` blocks and of one period more, run fewer blocks
         over all micro-batches than a whole one."""
-        shallow = (2 * depth + self.blocks.period) * self.line.short_micros
-        return shallow < self.blocks.count * self.line.micros
+        shallow = (2 * depth + self.blocks.period) * self.pipe.short_micros
+        return shallow < self.blocks.count * self.pipe.micros
 
 
 def find_repeated_blocks(model: torch.nn.Module, job: Job) -> tuple[str, int, int] | None:

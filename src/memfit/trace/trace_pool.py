@@ -144,12 +144,13 @@ def run_parallel(
     in this process is finished first. In a forked process it has no effect; the original process ends it.
 
     A forked process needs no imports, and without ``workers`` no picklable job, but forking is safe only on
-    Linux, without other threads and without initialised CUDA. Otherwise, with one CPU core or one call
-    (unless there are ``workers`` already or a ``deadline``), and inside a daemon process such as a forked
-    one, the calls run one after the other in this process and stop at the first exception. Else as many
-    processes are forked as there are CPU cores, at most one for each call. Each makes several calls one after
-    another, so that what torch loads and caches for the first serves the others. Every second process takes
-    calls from the end of the list, so put calls with the least in common first and last.
+    Linux, without other threads and without initialised CUDA. Where it is not safe, inside a daemon process
+    such as a forked one, with one CPU core, and for a single call, the calls run one after the other in this
+    process and stop at the first exception. (A single call is nevertheless made by a forked process if there
+    is a ``deadline``, or on several cores if ``workers`` has processes already.) Else as many processes are
+    forked as there are CPU cores, at most one for each call. Each makes several calls one after another, so
+    that what torch loads and caches for the first serves the others. Every second process takes calls from
+    the end of the list, so put calls with the least in common first and last.
 
     If a forked process is killed, or if no faithful copy of its exception can be sent here, its call runs in
     this process. If autograd refuses to run in a forked process, all calls run in this process, and so do

@@ -207,7 +207,7 @@ def _import_needed(plan: Plan) -> None:
 def fake_model(job: Job) -> torch.nn.Module:
     """Return the job's model on fake tensors, without any plan, to inspect its structure. Do not change it:
     later calls for jobs with the same ``build_model`` return the same model. Raises what ``build_model``
-    raises."""
+    raises, and UserError if a pattern of ``job.islands`` matches no module."""
     with contextlib.suppress(TypeError, KeyError):  # build_model cannot be a weak key, or is not yet known
         model = _FAKES[job.build_model]
         fp32_modules.find(model, job.islands)

@@ -24,7 +24,7 @@ from memfit.jobs.training_step import TrainingStep
 from memfit.model.blocks import find_stacks
 from memfit.model.scalar_parameters import refuse_scalars
 from memfit.techniques.base import OptimizerLike
-from memfit.techniques.parallel.data_parallel import optimize_on_host
+from memfit.techniques.parallel.data_parallel import WrappedModel, optimize_on_host
 from memfit.techniques.registry import ordered_uses
 from memfit.types.device_kind import HOST
 from memfit.types.errors import UserError
@@ -59,8 +59,8 @@ class Step(TrainingStep):
             refuse_scalars(self.model, "fsdp2")
             cast(Any, self.model)._no_split_modules = list(_block_classes(bench))
         optimizer = self._prepared_fake() if has_fsdp and self.folder is None else self._prepared()
-        bench.call = _Forwarding(self.wrapped, accelerator.unwrap_model(self.wrapped))
-        self.model = bench.model = bench.call.inner
+        self.model = bench.model = accelerator.unwrap_model(self.wrapped)
+        bench.call = WrappedModel(self.wrapped, self.model)
         sync = next((str(u.settings["sync"]) for u in plan.uses if "sync" in u.settings), "every")
         if sync == "last":
             bench.before_micro_batch.append(sync_last(lambda: accelerator.no_sync(self.wrapped)))
@@ -134,20 +134,6 @@ class _ThroughDeepspeed(step.Step, Step):
         self.accelerator = _accelerator(content, self.plan, kind, folder=self.folder)
         self.bench.closers.append(self.accelerator.free_memory)
         return self.accelerator.prepare(model, optimizer)[0]
-
-
-class _Forwarding:
-    """Passes calls on to ``wrapped``, the model that Accelerate prepared, and reading of attributes to
-    ``inner``, the plain model inside it."""
-
-    def __init__(self, wrapped: torch.nn.Module, inner: torch.nn.Module) -> None:
-        self._wrapped, self.inner = wrapped, inner
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._wrapped(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
 
 
 def _block_classes(bench: Any) -> Iterator[str]:

@@ -47,7 +47,7 @@ def _apply_ddp(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
             bucket_cap_mb=int(settings["bucket_mib"]),
             gradient_as_bucket_view=bool(settings["bucket_view"]),
         )
-    bench.call, bench.ddp = _Forwarding(ddp), ddp
+    bench.call, bench.ddp = WrappedModel(ddp, bench.model), ddp
     if bench.on_ddp is not None:
         bench.on_ddp(ddp)
     if settings["sync"] == "last":
@@ -58,18 +58,18 @@ def _apply_ddp(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
         bench.before_micro_batch.append(choose)
 
 
-class _Forwarding:
-    """Passes calls to DDP's wrapper ``wrapped``, and reading of attributes to the model inside it, so that a
-    job's loss works unchanged."""
+class WrappedModel:
+    """What a job's loss gets as its model if that is wrapped, as by DDP. Calls go to ``wrapper``, and reading
+    of attributes to ``model``, the one inside it, so that the loss works unchanged."""
 
-    def __init__(self, wrapped: torch.nn.Module) -> None:
-        self._wrapped = wrapped
+    def __init__(self, wrapper: torch.nn.Module, model: torch.nn.Module) -> None:
+        self._wrapper, self._model = wrapper, model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._wrapped(*args, **kwargs)
+        return self._wrapper(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._wrapped.module, name)
+        return getattr(self._model, name)
 
 
 def _apply_fsdp2(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:

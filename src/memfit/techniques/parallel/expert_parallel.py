@@ -38,7 +38,9 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     if mesh is None or mesh.ndim > 1 or int(settings["degree"]) != ranks:
         raise UserError(
             f"expert-parallel of degree {settings['degree']} does not fit {ranks} data-parallel ranks",
-            allowed=f"degree={ranks}, if that is at least 2; and fsdp2, if used, with replicas=1",
+            allowed=f"degree={ranks}; and fsdp2, if used, with replicas=1"
+            if ranks > 1
+            else "at least 2 data-parallel ranks, as many as the degree",
         )
     group, percent = mesh.get_group(), int(settings["capacity_percent"])
     for name in find_mixtures(bench.model, bench.job.experts):
