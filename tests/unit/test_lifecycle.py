@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import gc
 from collections.abc import Callable
 from pathlib import Path
@@ -211,3 +213,30 @@ def test_a_model_with_frozen_parameters_has_a_smaller_trainable_checkpoint() -> 
     sizes = lifecycle(tiny.words(), Plan(uses=(use("lora", rank=4),))).checkpoint_bytes
     assert sizes["trainable"] < sizes["model"]
     assert "trainable" not in lifecycle(tiny.words(), Plan()).checkpoint_bytes
+
+
+class _Wrapper:
+    """An optimizer of the user that is no torch optimizer but holds one, under the attribute ``name``."""
+
+    def __init__(self, name: str, params: list[nn.Parameter]) -> None:
+        self.name = name
+        vars(self)[name] = torch.optim.AdamW(params)
+
+    def step(self) -> None:
+        vars(self)[self.name].step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        vars(self)[self.name].zero_grad(set_to_none=set_to_none)
+
+    @property
+    def state(self) -> Any:
+        return vars(self)[self.name].state
+
+
+@pytest.mark.parametrize("name", ["optimizer", "optim"])
+def test_a_checkpoint_has_the_state_of_an_optimizer_inside_a_users_wrapper(name: str) -> None:
+    job = tiny.regression()
+    wrapped = dataclasses.replace(job, optimizer=OptimizerChoice(make=functools.partial(_Wrapper, name)))
+    plain = dataclasses.replace(job, optimizer=OptimizerChoice(make=torch.optim.AdamW))
+    sizes = [lifecycle(j, Plan()).checkpoint_bytes["optimizer"] for j in (wrapped, plain)]
+    assert sizes[0] == sizes[1]

@@ -305,7 +305,7 @@ class ReplayErrors:
     failed: str = ""
 
     def worst(self, other: ReplayErrors) -> ReplayErrors:
-        """Return the larger error of the two, field by field, and the operators of both."""
+        """Return the larger errors of the two, the operators of both, and the first failure."""
         operators = ", ".join(
             sorted({*self.nonfinite_operators.split(", "), *other.nonfinite_operators.split(", ")} - {""})
         )

@@ -95,7 +95,7 @@ class Gap:
     lost: bool = False
 
     def worst(self, other: Gap) -> Gap:
-        """Return the larger error of the two, field by field."""
+        """Return the larger errors of the two; lost if one of them is."""
         return Gap(max(self.error, other.error), max(self.spread, other.spread), self.lost or other.lost)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from memfit.model.blocks import find_blocks
+from memfit.model.blocks import child_prefix, find_blocks
 from memfit.techniques.base import JobFacts, Knob, StepPart, Technique, Workbench
 from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue
@@ -41,7 +41,7 @@ def _adapt(bench: Workbench, rank: int, *, trains_outside: bool, dora: bool = Fa
     from peft import LoraConfig, inject_adapter_in_model
 
     path, _ = find_blocks(bench.model, bench.job.blocks)
-    prefix = f"{path}.".lstrip(".")  # "" if the model itself contains the blocks
+    prefix = child_prefix(path)
     # Keep ids, not parameters: the imports below log and keep this frame alive, and would keep parameters
     # that shards replace.
     outside_ids = {id(p) for name, p in bench.model.named_parameters() if not name.startswith(prefix)}
@@ -64,7 +64,7 @@ def block_linears(model: torch.nn.Module, path: str) -> Iterable[tuple[str, torc
     ``path``, which is the one that contains the model's blocks. The path of the model itself is ""."""
     import torch
 
-    prefix = f"{path}.".lstrip(".")
+    prefix = child_prefix(path)
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name.startswith(prefix):
             yield name, module

@@ -119,44 +119,11 @@ def _on_real_logits(name: str) -> Any:
 
 
 # Python looks up operators on the class and not through __getattr__.
-for _name in (
-    "add",
-    "radd",
-    "iadd",
-    "sub",
-    "rsub",
-    "isub",
-    "mul",
-    "rmul",
-    "imul",
-    "truediv",
-    "rtruediv",
-    "itruediv",
-    "floordiv",
-    "rfloordiv",
-    "ifloordiv",
-    "mod",
-    "rmod",
-    "imod",
-    "pow",
-    "rpow",
-    "ipow",
-    "matmul",
-    "rmatmul",
-    "neg",
-    "pos",
-    "abs",
-    "eq",
-    "ne",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-    "contains",
-    "bool",
-    "setitem",
-    "len",
-):
+_OPERATORS = """
+add radd iadd sub rsub isub mul rmul imul truediv rtruediv itruediv floordiv rfloordiv ifloordiv mod rmod imod
+pow rpow ipow matmul rmatmul neg pos abs eq ne lt le gt ge contains bool setitem len
+"""
+for _name in _OPERATORS.split():
     setattr(LazyLogits, f"__{_name}__", _on_real_logits(f"__{_name}__"))
 
 

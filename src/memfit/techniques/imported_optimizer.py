@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from memfit.model.blocks import find_blocks
+from memfit.model.blocks import child_prefix, find_blocks
 from memfit.techniques.base import MakeOptimizer, OptimizerLike
 from memfit.types.errors import (
     OUT_OF_MEMORY_TEXTS,
@@ -121,7 +121,7 @@ def imported_optimizer(
     selects = bool(choice.matrices) or choice.others == "adamw"
     prefix = ""
     if selects and model is not None:
-        prefix = f"{find_blocks(model, blocks)[0]}.".lstrip(".")
+        prefix = child_prefix(find_blocks(model, blocks)[0])
 
     def construct(groups: list[dict[str, Any]]) -> OptimizerLike:
         groups = [group for group in groups if group["params"]]

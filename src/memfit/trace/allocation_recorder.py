@@ -200,7 +200,7 @@ class AllocationRecorder(TorchDispatchMode):
         return Counter(questions=self.guesses.questions, draws=self.concrete_values.draws, **streams)
 
     def add_counts(self, counts: Mapping[str, int]) -> None:
-        """Count what was not run as if it had been."""
+        """Add the numbers of calls that were not run: differences of what `counts` returns."""
         for name, count in counts.items():
             if name == "questions":
                 self.guesses.questions += count
@@ -210,7 +210,8 @@ class AllocationRecorder(TorchDispatchMode):
                 self.stream_tracker.calls[name.removeprefix("stream ")] += count
 
     def surroundings(self) -> tuple[Any, ...]:
-        """Return what decides, beside the operators, how they are recorded now."""
+        """Return what decides, beside an operator's arguments, how its call is recorded now: (phase, memory
+        pool, module, line of the user's code, whether gradients are enabled)."""
         line = self._line() if self.lines else ""
         module = self.modules.name(self.current)
         return self.current, self.memory_pool, module, line, torch.is_grad_enabled()

@@ -65,7 +65,7 @@ class Guesses:
 
     @property
     def statements(self) -> tuple[Any, ...]:
-        """What was noted of the answers: equal before and after if nothing was."""
+        """A value that differs between two times if something was noted of an answer between them."""
         return self.doubtful, len(self.open), len(self.assumed), len(self.assumptions)
 
     def item(self, tensor: torch.Tensor, *, is_listed: bool, value: Any = None) -> bool | int | float:

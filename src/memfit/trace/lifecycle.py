@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from memfit.jobs.training_step import TrainingStep
 from memfit.model.batch_objects import map_batch, split
 from memfit.model.tensors import plain_tensors, tensor_leaves
+from memfit.techniques.optimizers import innermost
 from memfit.trace.allocation_recorder import AllocationRecorder
 from memfit.trace.data_dependent import Guesses
 from memfit.trace.fake_copy import FakeCopies
@@ -242,13 +243,11 @@ def _fake(batch: Any, fake: Any, recorder: AllocationRecorder) -> Any:
 
 
 def _optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """Return ``[optimizer]`` if it is a torch optimizer, else a list of those that it wraps, at any depth:
-    one per parameter, or the one that updates master weights."""
+    """Return ``[optimizer]`` if it is a torch optimizer, else a list of those that it wraps (`innermost`),
+    such as one per parameter."""
     if isinstance(optimizer, torch.optim.Optimizer):
         return [optimizer]
-    inner = getattr(optimizer, "optimizers", None) or getattr(optimizer, "inner", [])
-    parts = inner.values() if isinstance(inner, Mapping) else inner if isinstance(inner, list) else [inner]
-    return [torch_optimizer for part in parts for torch_optimizer in _optimizers(part)]
+    return [inner for inner in innermost(optimizer) if isinstance(inner, torch.optim.Optimizer)]
 
 
 def _state(step: TrainingStep) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class _Pass:
 
 
 class PassReplay:
-    """Runs the micro-batches of a traced step, each as one that ran before if that is equal."""
+    """Runs the micro-batches of a traced step. If an equal one ran before, its record is repeated instead."""
 
     def __init__(self, recorder: AllocationRecorder, step: TrainingStep) -> None:
         self._recorder, self._step = recorder, step

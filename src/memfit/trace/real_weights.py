@@ -35,6 +35,7 @@ class WeightsSource:
     max_bytes: float
 
     def allows(self, trace: Trace, peak_bytes: int) -> bool:
+        """Return whether the step of ``trace``, whose peak is ``peak_bytes``, is within both limits."""
         return peak_bytes <= self.max_bytes and sum(op.times * op.flops for op in trace.ops) <= self.max_flops
 
 

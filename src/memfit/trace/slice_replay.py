@@ -116,7 +116,8 @@ class _Window:
 
 
 class SliceReplay:
-    """Takes the place of `Workbench.run_slices` while a trace is recorded."""
+    """Takes the place of `Workbench.run_slices` while a trace is recorded: of many equal slices it runs the
+    first three and the last four, and counts those between."""
 
     def __init__(self, recorder: AllocationRecorder) -> None:
         self._recorder = recorder

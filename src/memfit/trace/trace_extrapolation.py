@@ -42,7 +42,7 @@ def deep_traces(
 ) -> list[Trace]:
     """Return the traces of several ranks of one plan, in the order of ``ranks``. Those of models with many
     equal blocks are built from traces with few blocks, as `traces_of` describes. ``options`` are those of
-    `trace` except ``rank``."""
+    `trace` except ``rank``. Raises what `traces_of` raises."""
     return traces_of(job, [(plan, rank) for rank in ranks], deadline=deadline, **options)
 
 

@@ -72,7 +72,7 @@ class ForkedWorkers:
         _end({channel: self.processes.pop(channel)})
 
     def message(self, calls: Sequence[Callable[[], Any]], index: int) -> Any:
-        """Return what is sent to a worker for one of the calls."""
+        """Return what is sent to a worker so that it makes the call ``calls[index]``."""
         buffer = io.BytesIO()
         _OwnerPickler(buffer, self.owner).dump(calls[index])
         return buffer.getvalue()

@@ -46,7 +46,7 @@ from memfit.trace.pass_replay import PassReplay
 from memfit.trace.real_weights import are_weights_followed, attach_weights
 from memfit.trace.slice_replay import SliceReplay, SlicesDiffer, run_all_if_different
 from memfit.trace.stream_patches import streams
-from memfit.trace.truncated_model import FirstBlocks, note_modules, remember
+from memfit.trace.truncated_model import FirstBlocks, note_modules, remember_blocks
 from memfit.trace.update_replay import UpdateReplay
 from memfit.trace.value_guess_retry import (
     GuessFailed,
@@ -216,7 +216,7 @@ def fake_model(job: Job) -> torch.nn.Module:
     order: list[torch.nn.Module] = []
     with fake_world(), recorder, note_modules(order):
         model = recorder.unseen(job.build_model)()
-    remember(job, model, order)
+    remember_blocks(job, model, order)
     fp32_modules.find(model, job.islands)
     with contextlib.suppress(TypeError):
         _FAKES[job.build_model] = model

@@ -75,7 +75,7 @@ def note_modules(order: list[torch.nn.Module]) -> Iterator[None]:
         yield
 
 
-def remember(job: Job, model: object, order: Sequence[torch.nn.Module]) -> None:
+def remember_blocks(job: Job, model: object, order: Sequence[torch.nn.Module]) -> None:
     """Remember how the job's ``build_model``, which has returned ``model``, builds the blocks, so that
     `FirstBlocks` need not build those that it drops. ``order``: the modules in the order of their
     construction. Do nothing if the model has no blocks or if it does not build them one after another."""

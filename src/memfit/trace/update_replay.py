@@ -44,7 +44,7 @@ class _Update:
 
 
 class UpdateReplay:
-    """Replays equal updates in one trace of one process."""
+    """Repeats the record of an optimizer's update for equal updates, in one trace of one process."""
 
     def __init__(self, recorder: AllocationRecorder) -> None:
         self._recorder = recorder

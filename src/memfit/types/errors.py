@@ -81,7 +81,7 @@ def first_names(names: Iterable[str], most: int) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of the error's text, or the name of its class if it has no text."""
+    """Return the first line of the error's text, or the name of its class if that line is empty."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 _SYNC = Knob(
     name="sync",
     default="every",
-    doc="when gradients are reduced; every: after every micro-batch; last: only after the last (no_sync: "
-    "whole gradients are kept until then), but with fsdp2 in a pipeline in the last backward of each stage, "
-    "until which reshard=False keeps parameters gathered",
+    doc="when gradients are reduced over ranks; every: after every micro-batch; last: after the last one "
+    "only (no_sync), until which whole gradients are kept; with fsdp2 in a pipeline, last means the last "
+    "backward of each stage, until which reshard=False keeps parameters gathered",
     choices=("every", "last"),
 )
 
@@ -173,7 +173,8 @@ def _sharded(bench: Workbench, settings: Mapping[str, KnobValue], options: dict[
 
 
 def optimize_on_host(bench: Workbench) -> None:
-    """Let the optimizer that ``bench`` makes step on the host, where its parameters and gradients are."""
+    """Let the optimizer that ``bench`` makes step on the host, where its parameters and gradients are, and
+    enter this memory pool in ``gradients_on`` and ``parameters_on``."""
     make = bench.make_optimizer
 
     bench.make_optimizer = lambda params: step_on_host(bench, make(params))

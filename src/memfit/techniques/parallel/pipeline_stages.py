@@ -20,6 +20,7 @@ from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.pipelining._utils import generate_stage_to_rank_mapping
 from torch.utils import _pytree
 
+from memfit.model.blocks import child_prefix
 from memfit.techniques.base import Piece, WeightedLoss, Workbench
 from memfit.techniques.parallel.block_dataflow import TensorPlaceholder, ZeroFiller, record_chain
 from memfit.techniques.parallel.stage_sizes import stage_sizes
@@ -138,7 +139,7 @@ class Pipeline:
         own_positions = set[int]().union(*(self._positions(s) for s in self.stages))
         dropped_names = {n for n, positions in chain.uses.items() if not positions & own_positions}
         for name, module in model.named_modules(remove_duplicate=False):
-            for key in [k for k in module._parameters if f"{name}.{k}".lstrip(".") in dropped_names]:
+            for key in [k for k in module._parameters if f"{child_prefix(name)}{k}" in dropped_names]:
                 _drop(module, key, module._parameters, self.device)
         for index, block in enumerate(chain.blocks):
             block._compiled_call_impl = self._route(index, block)

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from memfit.model.blocks import find_blocks, find_head, is_within
+from memfit.model.blocks import child_prefix, find_blocks, find_head, is_within
 from memfit.techniques.base import Knob, StepPart, Technique, Workbench
 from memfit.types.errors import UserError, first_line
 from memfit.types.plan import EffectClass, KnobValue
@@ -35,7 +35,7 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     if mesh is None:
         return
     path, blocks = find_blocks(bench.model, bench.job.blocks)
-    names = [f"{path}.{n}".lstrip(".") for n, _ in bench.model.get_submodule(path).named_children()]
+    names = [f"{child_prefix(path)}{n}" for n, _ in bench.model.get_submodule(path).named_children()]
     flow, roles = _roles(bench, names)
     _check_split(bench, names, roles, flow, mesh.size())
     _split_heads(bench.model, roles, mesh.size())
