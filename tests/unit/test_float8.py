@@ -122,7 +122,7 @@ def test_float8_is_supported_only_on_devices_with_8_bit_matrix_units(name: str, 
     if able:
         check(plan(NAME), on)
     else:
-        with pytest.raises(UserError, match=f"{NAME} is not supported on {name}, which has no matrix units"):
+        with pytest.raises(UserError, match=f"{NAME} is not supported on {name}, for which no peak rate"):
             check(plan(NAME), on)
 
 

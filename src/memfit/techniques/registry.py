@@ -215,8 +215,8 @@ def check(plan: Plan, machine: Machine | None = None) -> Plan:
     installed. If ``machine`` is None, devices are not checked."""
     if machine is not None and not unsupported_techniques(machine).isdisjoint(plan.techniques):
         raise UserError(
-            f"float8-linear is not supported on {machine.device.name}, which has no matrix units for "
-            "8-bit floats",
+            f"float8-linear is not supported on {machine.device.name}, for which no peak rate of 8-bit "
+            "floats is known",
             allowed="CPUs, which emulate them, and devices with a peak rate for float8, such as H100, L4, "
             "L40S, RTX 4090, B200 and MI300X",
             hint="`memfit list machines` lists the peak rates of devices",

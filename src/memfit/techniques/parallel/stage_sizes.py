@@ -20,6 +20,9 @@ def stage_sizes(blocks: int, stages: int, first_fewer: int = 0, last_fewer: int 
         fewer *= bool(first_fewer + last_fewer)
         raise UserError(
             f"{stages} pipeline stages{fewer} are more than the model's {blocks} blocks can fill",
-            allowed=f"at most {blocks} stages on all ranks together: stages times virtual",
+            allowed="fewer stages on all ranks together (stages times virtual), or smaller values of "
+            "first_fewer and last_fewer"
+            if fewer
+            else f"at most {blocks} stages on all ranks together: stages times virtual",
         )
     return sizes
