@@ -576,8 +576,8 @@ def test_compiled_blocks_that_differ_only_in_their_number_share_graphs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made: list[Any] = []
-    inner = compiled_regions.Pair.__init__
-    monkeypatch.setattr(compiled_regions.Pair, "__init__", lambda *args: made.append(inner(*args)))
+    inner = compiled_regions.GraphPair.__init__
+    monkeypatch.setattr(compiled_regions.GraphPair, "__init__", lambda *args: made.append(inner(*args)))
 
     class Numbered(nn.Module):
         def __init__(self, index: int) -> None:
