@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from memfit.api import conform
-from memfit.conformance.autograd_graph import Graph
+from memfit.conformance.autograd_graph import GraphProbe
 from memfit.conformance.distributed_checks import offloaded_states
 from memfit.conformance.monitor import Monitor
 from memfit.conformance.registry import COVERED
@@ -233,9 +233,9 @@ def test_every_technique_but_chunking_is_checked() -> None:
 def test_reading_the_autograd_graph_restores_torch_functions() -> None:
     model = nn.Linear(4, 4)
     plain = torch.autograd.backward
-    with Graph(model) as graph:
+    with GraphProbe(model) as graph:
         model(torch.ones(2, 4)).square().sum().backward()
-    assert (graph.backwards, graph.away) == (1, 0)
+    assert (graph.backwards, graph.offloaded) == (1, 0)
     assert torch.autograd.backward is plain
 
 

@@ -27,7 +27,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel as Ddp
 
 from memfit.api import conform
-from memfit.conformance.fingerprints import figures
+from memfit.conformance.fingerprints import fingerprint
 from memfit.jobs.builtin.gpt import Gpt, GptSize
 from memfit.techniques.rank_mesh import make_world
 from memfit.techniques.registry import TECHNIQUES, make_use
@@ -562,13 +562,13 @@ def test_gradient_fingerprints_of_shards_add_up_to_that_of_the_whole() -> None:
     torch.manual_seed(0)
     whole = torch.randn(7, 5, 3)
     for cuts in ([0, 105], [0, 50, 105], [0, 1, 16, 44, 45, 104, 105]):
-        parts = [figures(whole.flatten()[a:b], a, 15) for a, b in itertools.pairwise(cuts)]
-        torch.testing.assert_close(sum(parts), figures(whole), rtol=1e-6, atol=1e-6)
+        parts = [fingerprint(whole.flatten()[a:b], a, 15) for a, b in itertools.pairwise(cuts)]
+        torch.testing.assert_close(sum(parts), fingerprint(whole), rtol=1e-6, atol=1e-6)
     with mock.patch("memfit.conformance.fingerprints._AT_ONCE", 8):
-        torch.testing.assert_close(figures(whole), sum(parts), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(fingerprint(whole), sum(parts), rtol=1e-6, atol=1e-6)
     changed = whole.clone()
     changed[3, 2, 1] += 1
-    assert float((figures(changed) - figures(whole)).abs().min()) > 1e-3
+    assert float((fingerprint(changed) - fingerprint(whole)).abs().min()) > 1e-3
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 
 from memfit.conformance import observation, registry
 from memfit.conformance.block_checks import plain_runs, recomputation
-from memfit.conformance.clipping_check import clipped
+from memfit.conformance.clipping_check import gradient_clipping
 from memfit.conformance.distributed_checks import replicas, stages
 from memfit.conformance.findings import Checked, NotChecked
 from memfit.conformance.observation import (
@@ -158,9 +158,9 @@ def test_parameters_that_only_another_stage_trains_are_reported() -> None:
 def test_the_norm_at_the_update_is_summed_over_ranks() -> None:
     plan = _plan("ddp", ranks=2)
     update = UpdateNorms(is_observed=True, squared_norm=4.0, squared_norm_share=2.0)
-    (finding,) = clipped(plan, _observed(plan, {"update": update}, {"update": update}, clip=1.0))
+    (finding,) = gradient_clipping(plan, _observed(plan, {"update": update}, {"update": update}, clip=1.0))
     assert finding == Checked("gradient clipping", "gradients of norm at most 1 at the update", "2", True)
-    assert not list(clipped(plan, _observed(plan, {"update": update}, {"update": update})))
+    assert not list(gradient_clipping(plan, _observed(plan, {"update": update}, {"update": update})))
 
 
 def test_what_the_plain_model_recomputes_is_asked_for_only_if_it_can_explain_something() -> None:

@@ -22,24 +22,12 @@ _LOOKS = 16  # backward passes of one step that are inspected
 _DEEP = 4  # depth of containers inside what a hook packed
 
 
-class Graph:
+class GraphProbe:
     """Inspects the autograd graph at the beginning of the first 16 calls of `torch.autograd.backward` between
     `__enter__` and `__exit__`. Calls from inside a backward pass are ignored. Numbers and lists are added up
-    over the inspected calls.
+    over the inspected calls. The attributes have the names and meanings of those of `SavedTensors`, and
+    further:
 
-    - ``backwards``: number of calls, those after the 16th included.
-    - ``device``: kind of device of the loss, such as "cuda"; "" before the first call.
-    - ``here``: bytes of each storage kept for backward on that device, without those of parameters and
-      buffers.
-    - ``stuck``: like ``here``, only storages that contain a contiguous saved tensor.
-    - ``away``: number of saved tensors that are not on that device, because a saved-tensor hook has moved or
-      replaced them. ``unsized``: how many of them have an unknown number of bytes. ``away_bytes``: bytes of
-      the others.
-    - ``packed``: number of saved tensors in whose place a hook has stored something that is not a tensor.
-      Those of torch's checkpointing are left out.
-    - ``unread``: number of saved tensors that this version of torch does not let one read (torch 2.5).
-    - ``rows``: last dimension -> most rows (elements divided by it) of a saved tensor on that device that has
-      at least two dimensions and is no parameter or buffer.
     - ``ends``: the sum of the elements of each tensor at which a backward starts: a loss, or what a pipeline
       stage passes on.
     - ``compiled``, ``eager``: ids of parameters whose gradient comes from a compiled graph, or from an
@@ -50,15 +38,15 @@ class Graph:
         self, model: nn.Module, on_backward: Callable[[], None] = lambda: None, *, weighs: bool = False
     ) -> None:
         """``on_backward`` is called at the beginning of each counted backward. ``weighs``: whether to measure
-        the bytes of the tensors that saved-tensor hooks receive. Without it, ``away_bytes`` stays 0, and
-        ``unsized`` equals ``away``."""
+        the bytes of the tensors that saved-tensor hooks receive. Without it, ``offloaded_bytes`` stays 0, and
+        ``unsized`` equals ``offloaded``."""
         self._model = weakref.ref(model)  # a listener that is never exited must not keep the model alive
         self._on_backward, self._weighs = on_backward, weighs
         self.backwards, self.device = 0, ""
         self.ends: list[float] = []
-        self.here: list[int] = []
-        self.stuck: list[int] = []
-        self.away = self.away_bytes = self.unsized = self.packed = self.unread = 0
+        self.resident_bytes: list[int] = []
+        self.contiguous_bytes: list[int] = []
+        self.offloaded = self.offloaded_bytes = self.unsized = self.packed = self.unread = 0
         self._sizes: dict[int, int] = {}  # address of what a hook returned -> bytes that it was given
         self._known: dict[Any, StorageWeakRef] = {}
         self.rows: dict[int, int] = {}
@@ -74,7 +62,7 @@ class Graph:
                 self.backwards += 1
                 self._on_backward()
                 if self.backwards <= _LOOKS:
-                    self._look([tensors] if isinstance(tensors, torch.Tensor) else list(tensors))
+                    self._inspect([tensors] if isinstance(tensors, torch.Tensor) else list(tensors))
             inner(tensors, *args, **kwargs)
 
         hooks: Any = torch._C._autograd
@@ -98,10 +86,10 @@ class Graph:
         return SavedTensors(
             backwards=self.backwards,
             device=self.device,
-            resident_bytes=tuple(self.here),
-            contiguous_bytes=tuple(self.stuck),
-            offloaded=self.away,
-            offloaded_bytes=self.away_bytes,
+            resident_bytes=tuple(self.resident_bytes),
+            contiguous_bytes=tuple(self.contiguous_bytes),
+            offloaded=self.offloaded,
+            offloaded_bytes=self.offloaded_bytes,
             unsized=self.unsized,
             packed=self.packed,
             unread=self.unread,
@@ -109,7 +97,7 @@ class Graph:
         )
 
     def _push(self, push: Any, pack: Callable[[torch.Tensor], Any], unpack: Any) -> None:
-        def weighed(tensor: torch.Tensor) -> Any:
+        def pack_and_weigh(tensor: torch.Tensor) -> Any:
             packed, storage = pack(tensor), tensor.untyped_storage()
             key = (storage._cdata, tensor._version, tensor.storage_offset(), tensor.numel(), tensor.dtype)
             previous = self._known.get(key)
@@ -118,9 +106,9 @@ class Graph:
             self._sizes[id(packed)] = 0 if repeated else tensor.numel() * tensor.element_size()
             return packed
 
-        push(weighed, unpack)
+        push(pack_and_weigh, unpack)
 
-    def _look(self, roots: list[Any]) -> None:
+    def _inspect(self, roots: list[Any]) -> None:
         tensors = [r for r in roots if isinstance(r, torch.Tensor)]
         self.device = tensors[0].device.type if tensors else self.device
         local_tensors = (getattr(t, "_local_tensor", t).detach() for t in tensors)
@@ -136,9 +124,9 @@ class Graph:
                 if (leaf := getattr(next_node, "variable", None)) is not None:
                     (self.compiled if is_compiled else self.eager).add(id(leaf))
             for raw in _raw(node):
-                self._one(raw, resident_ids, storage_keys)
+                self._count_saved(raw, resident_ids, storage_keys)
 
-    def _one(self, raw: Any, resident_ids: set[int], storage_keys: set[Any]) -> None:
+    def _count_saved(self, raw: Any, resident_ids: set[int], storage_keys: set[Any]) -> None:
         try:
             saved_value = raw.data
         except RuntimeError:  # freed
@@ -153,33 +141,33 @@ class Graph:
             self.packed += 1
         device_tensors = [getattr(t, "_local_tensor", t) for t in tensors if t.device.type == self.device]
         if not device_tensors:
-            self.away += 1
+            self.offloaded += 1
             self.unsized += id(saved_value) not in self._sizes
-            self.away_bytes += self._sizes.get(id(saved_value), 0)
+            self.offloaded_bytes += self._sizes.get(id(saved_value), 0)
         for local in device_tensors:
             if local.untyped_storage()._cdata not in resident_ids:
-                self._near(local, storage_keys)
+                self._count_resident(local, storage_keys)
 
-    def _near(self, local: torch.Tensor, storage_keys: set[Any]) -> None:
+    def _count_resident(self, local: torch.Tensor, storage_keys: set[Any]) -> None:
         if local.dim() > 1:
             width = int(local.shape[-1])
             self.rows[width] = max(self.rows.get(width, 0), local.numel() // max(width, 1))
         storage = local.untyped_storage()
-        for sizes, applies in ((self.here, True), (self.stuck, local.is_contiguous())):
-            if applies and (key := (storage._cdata, sizes is self.here)) not in storage_keys:
+        kinds = ((self.resident_bytes, True), (self.contiguous_bytes, local.is_contiguous()))
+        for sizes, applies in kinds:
+            if applies and (key := (storage._cdata, sizes is self.resident_bytes)) not in storage_keys:
                 storage_keys.add(key)
                 sizes.append(storage.nbytes())
 
 
 def _resident(model: nn.Module) -> Iterator[torch.Tensor]:
     """Yield the tensor on this rank of each parameter and buffer of the model (of a sharded one, its local
-    shard), then of each full parameter that FSDP2 has gathered (the first of each pair that `gathered`
-    yields)."""
-    for tensor in (*model.parameters(), *model.buffers(), *(p for p, _ in gathered(model))):
+    shard), then of each full parameter that FSDP2 has gathered (`gathered_parameters`)."""
+    for tensor in (*model.parameters(), *model.buffers(), *(p for p, _ in gathered_parameters(model))):
         yield getattr(tensor, "_local_tensor", tensor)
 
 
-def gathered(model: nn.Module) -> Iterator[tuple[torch.Tensor, nn.Parameter]]:
+def gathered_parameters(model: nn.Module) -> Iterator[tuple[torch.Tensor, nn.Parameter]]:
     """Yield (parameter that layers compute with, shard that it is gathered from) for each parameter that
     FSDP2 has gathered at least once, also if its memory is freed now."""
     for fsdp_param in fsdp_params(model):

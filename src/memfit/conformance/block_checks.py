@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from memfit.conformance.findings import Checked, CheckFinding, NotChecked
+from memfit.conformance.findings import Checked, CheckFinding, NotChecked, join_values
 from memfit.conformance.observation import Observations
 from memfit.types.plan import Plan, Use
 
@@ -41,7 +41,7 @@ def parameter_dtypes(plan: Plan, observed: Observations) -> Iterator[CheckFindin
     params = [p for p in in_blocks or observed.trained if not p.is_fp32_module]
     float_params = [p for p in params if p.dtype.is_floating_point and p.dtype != torch.float64]
     dtypes = {p.dtype for p in float_params}
-    text = _listed(dtypes)
+    text = _join_sorted(dtypes)
     if is_bf16:
         wide_elements = sum(p.whole_elements for p in float_params if p.dtype != planned_dtype)
         max_elements = _MODEL_WIDE_RATIO * sum(p.whole_elements for p in float_params)
@@ -68,7 +68,7 @@ def recomputation(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
         return
     feature = use.technique if use is not None else "activation-checkpointing"
     planned_blocks, recomputed_blocks = _recomputed(plan, observed)
-    planned_text, text = (_listed(sorted(s)) for s in (planned_blocks, recomputed_blocks))
+    planned_text, text = (join_values(sorted(s)) for s in (planned_blocks, recomputed_blocks))
     plain = observed.plain_runs.get(None)
     unexpected_blocks = yield from _unexpected(
         feature,
@@ -83,7 +83,7 @@ def recomputation(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
     missing_blocks = due_blocks - recomputed_blocks
     unseen_blocks = missing_blocks & observed.activity.undivided
     if unseen_blocks:
-        unseen_text = _listed(sorted(unseen_blocks))
+        unseen_text = join_values(sorted(unseen_blocks))
         yield NotChecked(f"{feature}: blocks {unseen_text} contain no modules, so a second run is not seen")
     wrong = bool(missing_blocks - unseen_blocks or unexpected_blocks)
     if unseen_blocks and unseen_blocks == due_blocks and not wrong:
@@ -121,7 +121,7 @@ def autocast(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
             yield NotChecked(f"{feature}: no layers of repeated blocks were observed")
         return
     kinds = {kind for _, kind in observed.activity.autocast}
-    text = _listed(kinds)
+    text = _join_sorted(kinds)
     if feature in plan:
         is_wrong = yield from _outside(feature, observed)
         yield Checked(feature, str(_AUTOCAST[feature]), text, wrong=is_wrong)
@@ -150,7 +150,7 @@ def _outside(feature: str, observed: Observations) -> Generator[CheckFinding, No
     is_minority = 2 * len(outside_blocks) <= len(blocks)
     if outside_blocks and is_minority:
         yield NotChecked(
-            f"{feature}: blocks {_listed(sorted(outside_blocks))} run outside autocast; "
+            f"{feature}: blocks {join_values(sorted(outside_blocks))} run outside autocast; "
             "whether the model itself causes this is unknown"
         )
     return not is_minority
@@ -191,9 +191,8 @@ def fsdp2_precision(plan: Plan, observed: Observations) -> Iterator[CheckFinding
         if is_bf16
         else planned_dtypes != set(elements_by_dtype)
     )
-    yield Checked(
-        "fsdp2: precision", f"layers in {_listed(planned_dtypes)}", _listed(elements_by_dtype), wrong=wrong
-    )
+    planned_text, text = f"layers in {_join_sorted(planned_dtypes)}", _join_sorted(elements_by_dtype)
+    yield Checked("fsdp2: precision", planned_text, text, wrong=wrong)
 
 
 def _unexpected(
@@ -212,5 +211,5 @@ def _unexpected(
     return set()
 
 
-def _listed(values: Iterable[Any]) -> str:
-    return ", ".join(map(str, values if isinstance(values, list) else sorted(values, key=str))) or "none"
+def _join_sorted(values: Iterable[Any]) -> str:
+    return join_values(sorted(values, key=str))

@@ -17,7 +17,7 @@ _TOLERANCE_RATIO = 0.01  # relative to the limit; gradients may be bf16
 _SEVERAL = {"tensor-parallel", "context-parallel", "axial-parallel", "pipeline", "expert-parallel"}
 
 
-def clipped(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
+def gradient_clipping(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
     """Check the norm of all ranks' gradients at the update against ``observed.clip``. Yields nothing if that
     is None (unknown).
 
@@ -46,13 +46,13 @@ def clipped(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
     )
     limits = {n for u in updates for n in u.limits}
     if observed.clip:
-        yield _limited(observed.clip, math.sqrt(squared_norm), limits, whole=knows_whole)
+        yield _check_limit(observed.clip, math.sqrt(squared_norm), limits, whole=knows_whole)
     else:
         norm_before = observed.norm_before_clipping if knows_whole else None
-        yield _never(math.sqrt(squared_norm), limits, norm_before)
+        yield _check_unclipped(math.sqrt(squared_norm), limits, norm_before)
 
 
-def _limited(limit: float, norm: float, limits: set[float], *, whole: bool) -> CheckFinding:
+def _check_limit(limit: float, norm: float, limits: set[float], *, whole: bool) -> CheckFinding:
     prefix = "" if whole else "at least "
     clipping_called = any(math.isclose(n, limit) for n in limits)
     too_large = norm > limit * (1 + _TOLERANCE_RATIO)
@@ -62,7 +62,7 @@ def _limited(limit: float, norm: float, limits: set[float], *, whole: bool) -> C
     return NotChecked(f"{FEATURE}: the norm, {prefix}{norm:.4g}, did not reach {limit:g}")
 
 
-def _never(norm: float, limits: set[float], norm_before: float | None) -> CheckFinding:
+def _check_unclipped(norm: float, limits: set[float], norm_before: float | None) -> CheckFinding:
     if finite_limits := sorted(n for n in limits if n < math.inf):
         limits_text = ", ".join(f"{n:g}" for n in finite_limits)
         return Checked(FEATURE, "none", f"clipping to a norm of {limits_text}", wrong=True)

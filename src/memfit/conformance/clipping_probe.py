@@ -19,7 +19,7 @@ from memfit.conformance.sharding import world_size
 _TORCH = ("_clip_grads_with_norm_", "clip_grads_with_norm_")  # torch's functions that scale gradients
 
 
-class Clipping:
+class ClippingProbe:
     """Records calls of torch's gradient clipping between `__enter__` and `__exit__`, and the norms of
     gradients in each `before_update`.
 

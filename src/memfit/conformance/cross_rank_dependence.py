@@ -23,6 +23,8 @@ from torch.utils import _pytree
 from memfit.conformance.observation import CrossRankReads
 from memfit.conformance.prepared import Prepared
 from memfit.conformance.sharding import from_all, in_backward
+from memfit.model.tensors import tensor_leaves
+from memfit.types.device_kind import HOST
 
 
 class PartReach:
@@ -98,8 +100,7 @@ class PartReach:
 def _kept_generators(args: Any) -> AbstractContextManager[None]:
     """Return a context that restores the random number generators of the host and of the accelerators that
     hold tensors of ``args``, which are of one kind."""
-    leaves = _pytree.tree_leaves(args)
-    devices = {t.device for t in leaves if isinstance(t, torch.Tensor) and t.device.index is not None}
+    devices = {t.device for t in tensor_leaves(args) if t.device.type not in (HOST, "meta")}
     if not devices:
         return torch.random.fork_rng(devices=[])
     return torch.random.fork_rng([d.index for d in devices], device_type=devices.pop().type)
@@ -133,17 +134,13 @@ def _same(first_output: Any, second_output: Any) -> bool:
 
 
 def _tensors(out: Any) -> list[torch.Tensor]:
-    leaves = _pytree.tree_leaves(out)
-    return [getattr(t, "_local_tensor", t) for t in leaves if isinstance(t, torch.Tensor)]
+    return [getattr(t, "_local_tensor", t) for t in tensor_leaves(out)]
 
 
 def reach_of(prepared: Prepared) -> PartReach:
     """Return the `PartReach` for the blocks of a prepared model. It has no blocks to try if every rank holds
     whole samples (no context or axial parallelism), or if the plan has compile."""
-    coordinate, plan = (
-        prepared.layout.coordinate(dist.get_rank() if dist.is_initialized() else 0),
-        prepared.plan,
-    )
-    can_try = prepared.layout.context > 1 and "compile" not in plan
+    coordinate = prepared.layout.coordinate(dist.get_rank() if dist.is_initialized() else 0)
+    can_try = prepared.layout.context > 1 and "compile" not in prepared.plan
     group = tuple(v for name, v in coordinate.items() if name != "context")
     return PartReach(prepared.blocks if can_try else [], place=coordinate["context"], group=group)

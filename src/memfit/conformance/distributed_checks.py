@@ -63,7 +63,7 @@ def units(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
     )
 
 
-def resharded(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
+def resharding(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
     """Check, with fsdp2, whether the gathered parameters of the blocks are freed after forward, or kept if
     the setting ``reshard`` is False. They count as freed if at most half of the blocks are still gathered
     when the first backward begins. The last block, which backward needs first, is left out.

@@ -15,13 +15,13 @@ _AT_ONCE = 2**20  # elements
 TURNS = ((2.4, 1.9), (1.1, 0.83), (0.37, 2.65), (2.9, 0.29))
 
 
-def real(tensor: torch.Tensor) -> torch.Tensor:
+def as_real(tensor: torch.Tensor) -> torch.Tensor:
     """Return a complex tensor as a view of its real and imaginary parts, with a further, last dimension of 2.
     Return other tensors unchanged."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def figures(values: torch.Tensor, start: int = 0, columns: int | None = None) -> torch.Tensor:
+def fingerprint(values: torch.Tensor, start: int = 0, columns: int | None = None) -> torch.Tensor:
     """Return the fingerprint of ``values``: len(TURNS) float64 numbers, each a sum of the elements with other
     weights, which depend on row and column. Fingerprints of the parts of a tensor add up to that of the
     tensor.
@@ -30,7 +30,7 @@ def figures(values: torch.Tensor, start: int = 0, columns: int | None = None) ->
     (the elements of one index along dimension 0) have ``columns`` elements, by default those of ``values``. A
     sparse ``values`` is taken for a whole tensor whose other elements are zero; ``start`` and ``columns`` are
     ignored then."""
-    values = real(values.detach())
+    values = as_real(values.detach())
     columns = columns or math.prod(values.shape[1:])
     if values.is_sparse:
         return _of_rows(values.coalesce())
@@ -77,7 +77,7 @@ def of_output(out: Any) -> list[tuple[float, float]]:
         if any(not p.is_replicate() for p in getattr(value, "placements", ())):
             return []
         local = getattr(value, "_local_tensor", value).detach()
-        return [(float(figures(local)[0]), float(torch.linalg.vector_norm(local, dtype=torch.float64)))]
+        return [(float(fingerprint(local)[0]), float(torch.linalg.vector_norm(local, dtype=torch.float64)))]
     return []
 
 

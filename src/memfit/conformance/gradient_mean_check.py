@@ -57,7 +57,7 @@ def mean_gradients(plan: Plan, observed: Observations) -> Iterator[CheckFinding]
     groups = collections.defaultdict[tuple[int, ...], list[RankObservation]](list)
     for rank in observed.ranks:
         groups[rank.other_coordinates("replicate", "shard", "context")].append(rank)
-    verdicts = [_judged([r.gradients for r in group], _copies(plan, group)) for group in groups.values()]
+    verdicts = [_judge([r.gradients for r in group], _copies(plan, group)) for group in groups.values()]
     if any(v.wrong for v in verdicts) and any(r.gradients.has_user_hooks for r in observed.ranks):
         yield NotChecked(f"{feature}: they are not the mean, but a hook of the user may have changed them")
     elif reasons := [v.why for v in verdicts if not v.wrong and v.why]:
@@ -87,7 +87,7 @@ class _Verdict:
     wrong: bool = False
 
 
-def _judged(group: list[GradientFigures], copies: list[list[GradientFigures]]) -> _Verdict:
+def _judge(group: list[GradientFigures], copies: list[list[GradientFigures]]) -> _Verdict:
     if any(g.began for g in group):
         return _Verdict("gradients of an earlier pass existed when the step began")
     if any(g.waiting for g in group):
@@ -97,10 +97,10 @@ def _judged(group: list[GradientFigures], copies: list[list[GradientFigures]]) -
     ranks = _Ranks.of([g.local for g in group])
     if not bool(ranks.sure.any()):
         return _Verdict("the gradients of the ranks hardly differ")
-    return _compared(ranks, copies)
+    return _compare(ranks, copies)
 
 
-def _compared(ranks: _Ranks, copies: list[list[GradientFigures]]) -> _Verdict:
+def _compare(ranks: _Ranks, copies: list[list[GradientFigures]]) -> _Verdict:
     before = [ranks.figures([g.before for g in copy]) for copy in copies]
     after = [ranks.figures([g.after for g in copy]) for copy in copies]
     backward = [ranks.figures([g.backward for g in copy]) for copy in copies]
@@ -108,10 +108,10 @@ def _compared(ranks: _Ranks, copies: list[list[GradientFigures]]) -> _Verdict:
         return _Verdict("the gradients that the update receives were not found")
     if not any(bool(f.any()) for f in before):
         before = backward  # the optimizer's step was not observed
-    if ranks.averaged(before) or ranks.averaged(after):  # the second: averaged within the optimizer's step
+    if ranks.are_mean(before) or ranks.are_mean(after):  # the second: averaged within the optimizer's step
         return _Verdict()
     if not ranks.of_one(before[0]) and all(ranks.alike(f, before[0]) for f in before):
-        if ranks.averaged(backward):
+        if ranks.are_mean(backward):
             return _Verdict()  # averaged, then clipped or decayed
         if len(copies) > 1:
             return _Verdict("the gradients are the same on every rank, but not a multiple of the mean")
@@ -151,15 +151,14 @@ class _Ranks:
         shards = [[rank_figures.get(n, zeros) for n in self._names] for rank_figures in copy]
         return torch.tensor(shards, dtype=torch.float64).sum(0)
 
-    def averaged(self, copies: list[torch.Tensor]) -> bool:
-        return all(bool(f.any()) and self.off(f) < _SHARE for f in copies)
-
-    def off(self, gradients: torch.Tensor) -> float:
-        """Return the share (`_share`) of the parameters whose ``gradients``, with shape (parameters,
-        figures), are not a multiple of the ranks' mean. Parameters that are not in ``sure`` do not count."""
-        return self._share(self._wrong(gradients))
+    def are_mean(self, copies: list[torch.Tensor]) -> bool:
+        """Return whether each of ``copies``, with shape (parameters, figures), has gradients, and those that
+        are not a multiple of the ranks' mean have a share (`_share`) of less than 1 %."""
+        return all(bool(f.any()) and self._share(self._wrong(f)) < _SHARE for f in copies)
 
     def _wrong(self, gradients: torch.Tensor) -> torch.Tensor:
+        """Return a mask of the parameters in ``sure`` whose ``gradients``, with shape (parameters, figures),
+        are not a multiple of the ranks' mean."""
         distances = _apart(gradients, self._mean)
         return self.sure & (distances > self._near) & (distances > self._rounding)
 

@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from memfit.conformance.fingerprints import figures, real
+from memfit.conformance.fingerprints import as_real, fingerprint
 from memfit.conformance.observation import Figures, GradientFigures
 from memfit.conformance.prepared import Prepared
-from memfit.conformance.sharding import fsdp_groups, in_backward, layers, meshes_of, placed, shape
+from memfit.conformance.sharding import fsdp_groups, in_backward, layers, mesh_placements, meshes_of, shape
 
 _FSDP = (
     "torch.distributed.fsdp._fully_shard._fsdp_param_group",
@@ -27,7 +27,7 @@ _FSDP = (
 )
 
 
-class Averages:
+class GradientProbe:
     """Records fingerprints of this rank's gradients between `__enter__` and `__exit__`. Records nothing if
     the plan has only one data-parallel and context-parallel rank. Figures are the numbers of a fingerprint
     (fingerprints.py). All mappings have parameter names as keys.
@@ -66,7 +66,7 @@ class Averages:
         self._params = list(prepared.trainable())
         for param in self._params:
             self.hooked |= bool(getattr(param, "_post_accumulate_grad_hooks", None))
-            handle = param.register_hook(functools.partial(self._made, self._names[id(param)]))
+            handle = param.register_hook(functools.partial(self._add_local, self._names[id(param)]))
             self._stack.callback(handle.remove)
         self._patch(torch.autograd, "backward", self._backward)
         for layer in layers(prepared.optimizer):
@@ -103,12 +103,12 @@ class Averages:
         with contextlib.suppress(AttributeError):  # an object without settable attributes
             self._stack.enter_context(mock.patch.object(target, name, call))
 
-    def _made(self, name: str, grad: torch.Tensor) -> None:
-        local = real(getattr(grad, "_local_tensor", grad).detach())
+    def _add_local(self, name: str, grad: torch.Tensor) -> None:
+        local = as_real(getattr(grad, "_local_tensor", grad).detach())
         squares = torch.linalg.vector_norm(
             local.coalesce().values() if local.is_sparse else local, dtype=torch.float64
         ).square()
-        numbers = torch.cat([figures(local), squares[None]])
+        numbers = torch.cat([fingerprint(local), squares[None]])
         previous = self.local.get(name)
         self.local[name] = numbers if previous is None else previous + numbers
 
@@ -118,7 +118,7 @@ class Averages:
         model's parameters, so that hooks on these do not see their gradients."""
         for param, grad in zip(params, grads := list(grads), strict=True):
             if (name := self._names.get(id(param.sharded_param))) is not None:
-                self._made(name, grad)
+                self._add_local(name, grad)
         return inner(params, grads, *args, **kw)
 
     def _backward(self, inner: Any, *args: Any, **kwargs: Any) -> None:
@@ -147,11 +147,11 @@ class Averages:
 
     def _read(self) -> Figures:
         with meshes_of(self._prepared.plan, self._prepared.model):
-            gradients = list(_held(self._prepared, self._params))
+            gradients = list(_own_gradients(self._prepared, self._params))
         pieces = [(n, piece) for piece in gradients if (n := self._names.get(id(piece.of))) is not None]
         if not pieces:
             return {}
-        fingerprints = [figures(p.values, p.start, p.columns).cpu() / p.copies for _, p in pieces]
+        fingerprints = [fingerprint(p.values, p.start, p.columns).cpu() / p.copies for _, p in pieces]
         totals: dict[str, list[float]] = {}
         for (name, _), values in zip(pieces, torch.stack(fingerprints).tolist(), strict=True):
             totals[name] = [a + b for a, b in zip(totals.get(name, [0.0] * len(values)), values, strict=True)]
@@ -188,7 +188,7 @@ def _fsdp_module() -> Any:
     return None
 
 
-def _held(prepared: Prepared, params: list[nn.Parameter]) -> Iterator[_Piece]:
+def _own_gradients(prepared: Prepared, params: list[nn.Parameter]) -> Iterator[_Piece]:
     """Yield the gradients with which this rank updates: of ``params`` (the model's trained parameters) whole
     or as DTensors, or the parts that memfit's ZeRO and sharded DDP, DeepSpeed's ZeRO or FairScale keep on
     this rank. Gradients whose elements on this rank are not adjacent are left out."""
@@ -239,7 +239,7 @@ def _starts(param: nn.Parameter) -> int | None:
     start, rows = 0, param.shape[0] if param.dim() else 1
     cuts = [
         (i, tensor_parallel, p.dim)
-        for i, (p, tensor_parallel) in enumerate(placed(param))
+        for i, (p, tensor_parallel) in enumerate(mesh_placements(param))
         if hasattr(p, "dim")
     ]
     for index, tensor_parallel, dim in cuts:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from memfit.conformance.observation import BlockActivity
-from memfit.conformance.sharding import in_backward, whole
+from memfit.conformance.sharding import count_whole_elements, in_backward
 from memfit.model.tensors import tensor_leaves
 
 
@@ -62,7 +62,7 @@ class BlockListener:
 
     def _record(self, index: int, module: nn.Module, inputs: Any, *, apart: bool) -> None:
         params = list(module.parameters(recurse=False))
-        elements = sum(map(whole, params))
+        elements = sum(map(count_whole_elements, params))
         if in_backward():
             self.again[index][id(module)] = elements
             return
@@ -74,7 +74,7 @@ class BlockListener:
                 device_type = p.device.type
                 enabled = torch.is_autocast_enabled(device_type)
                 self.autocast.add((index, str(torch.get_autocast_dtype(device_type)) if enabled else "off"))
-                self.computed[p.dtype] += whole(p)
+                self.computed[p.dtype] += count_whole_elements(p)
 
     def observed(self) -> BlockActivity:
         """Return what was recorded so far, as a value."""

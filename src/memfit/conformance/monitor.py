@@ -18,12 +18,12 @@ import torch.distributed as dist
 from torch import nn
 
 from memfit.conformance import block_checks, fingerprints, registry, snapshot
-from memfit.conformance.autograd_graph import Graph
+from memfit.conformance.autograd_graph import GraphProbe
 from memfit.conformance.batch_digest import InputDigester
-from memfit.conformance.clipping_probe import Clipping
+from memfit.conformance.clipping_probe import ClippingProbe
 from memfit.conformance.cross_rank_dependence import reach_of
 from memfit.conformance.findings import Checked, CheckFinding, NotChecked
-from memfit.conformance.gradient_probes import Averages
+from memfit.conformance.gradient_probes import GradientProbe
 from memfit.conformance.module_hooks import BlockListener, PlainModel
 from memfit.conformance.observation import (
     Observations,
@@ -42,7 +42,7 @@ from memfit.conformance.sharding import (
     meshes_of,
     world_size,
 )
-from memfit.conformance.stage_order import Order
+from memfit.conformance.stage_order import OrderProbe
 from memfit.conformance.weight_updates import WeightUpdates
 from memfit.types.conformance import Conformance, Difference, NotConforming
 from memfit.types.plan import Plan
@@ -74,11 +74,10 @@ class Monitor(Prepared):
         super().__init__(model, optimizer, plan, blocks=blocks, head=head, whole_elements=whole_elements)
         self.plain_model: PlainModel | None = None  # set by the caller, if known
         self.micro_batches = micro_batches
-        self.order, self.reach, self.inputs = Order(plan), reach_of(self), InputDigester()
-        self.averages, self.clipping, self.activity = Averages(self), Clipping(self), BlockListener()
-        self.weights = WeightUpdates(self)
-        offloads = "activation-offload" in plan
-        self.graph = Graph(model, self._on_backward, weighs=offloads)
+        self.order, self.reach, self.inputs = OrderProbe(plan), reach_of(self), InputDigester()
+        self.gradients, self.clipping = GradientProbe(self), ClippingProbe(self)
+        self.weights, self.activity = WeightUpdates(self), BlockListener()
+        self.graph = GraphProbe(model, self._on_backward, weighs="activation-offload" in plan)
         self._handles: list[Any] = []
         self._forwards = 0
         self._passes: list[int] = []  # numbers of backward passes, for each optimizer step
@@ -93,7 +92,7 @@ class Monitor(Prepared):
 
     def __enter__(self) -> Self:
         self._handles = []
-        for listener in (self.graph, self.order, self.reach, self.averages, self.clipping, self.weights):
+        for listener in (self.graph, self.order, self.reach, self.gradients, self.clipping, self.weights):
             listener.__enter__()
         compile_use = self.plan.get("compile")  # a hook inside would split the graph
         if compile_use is None or compile_use.settings["scope"] != "model":
@@ -115,7 +114,7 @@ class Monitor(Prepared):
         return self
 
     def __exit__(self, *_: object) -> None:
-        for listener in (self.weights, self.clipping, self.averages, self.reach, self.order, self.graph):
+        for listener in (self.weights, self.clipping, self.gradients, self.reach, self.order, self.graph):
             listener.__exit__()
         for handle in self._handles:
             handle.remove()
@@ -253,7 +252,7 @@ class Monitor(Prepared):
             inputs=self.inputs.observed(),
             order=self.order.observed(),
             update=self.clipping.observed(),
-            gradients=self.averages.observed(only=only),
+            gradients=self.gradients.observed(only=only),
             weights=self.weights.observed(),
         )
 
@@ -275,13 +274,13 @@ class Monitor(Prepared):
         ]
         if ranks == self.plan.ranks:
             findings += registry.findings(self.plan, self.observe())
-        result = _gathered(findings)
+        result = _gather(findings)
         if result.differences:
             raise NotConforming(result)
         return result
 
 
-def _gathered(findings: list[CheckFinding]) -> Conformance:
+def _gather(findings: list[CheckFinding]) -> Conformance:
     """Return the result for ``findings``: the differences of all ranks, each once, so that all ranks stop if
     one does; what was checked and not checked on this rank alone. All ranks must call it."""
     checked = [f for f in findings if isinstance(f, Checked)]

@@ -47,7 +47,7 @@ CHECKS = (
     ConformanceCheck(shard_checks.parameters, _DATA_PARALLEL),
     ConformanceCheck(block_checks.parameter_dtypes, ("bf16-parameters", "zero")),
     ConformanceCheck(technique_checks.adapters, ("lora", "qlora")),
-    ConformanceCheck(technique_checks.eight_bits, (float8.NAME,)),
+    ConformanceCheck(technique_checks.float8_layers, (float8.NAME,)),
     ConformanceCheck(technique_checks.update_kernel, ("adamw-fused", "adamw-single")),
     ConformanceCheck(technique_checks.imported_class, ("optimizer",)),
     ConformanceCheck(tensor_parallel_check.tensor_parallel, ("tensor-parallel",)),
@@ -60,7 +60,7 @@ CHECKS = (
     ConformanceCheck(shard_checks.optimizer_state, _SHARDING, needs_step=True),
     ConformanceCheck(technique_checks.offloaded_activations, ("activation-offload",), needs_step=True),
     ConformanceCheck(technique_checks.dropped_tensors, ("optimal-checkpointing",), needs_step=True),
-    ConformanceCheck(technique_checks.compiled, ("compile",), needs_step=True),
+    ConformanceCheck(technique_checks.compilation, ("compile",), needs_step=True),
     ConformanceCheck(technique_checks.chunked_loss, ("chunked-cross-entropy",), needs_step=True),
     ConformanceCheck(technique_checks.optimizer_kind, technique_checks.OPTIMIZERS, needs_step=True),
     ConformanceCheck(technique_checks.in_backward_updates, ("optimizer-in-backward",), needs_step=True),
@@ -68,7 +68,7 @@ CHECKS = (
     ConformanceCheck(distributed_checks.offloaded_states, ("fsdp2", "zero"), needs_step=True),
     ConformanceCheck(distributed_checks.stages, ("pipeline",), needs_step=True),
     ConformanceCheck(distributed_checks.shared_samples, _SAMPLE_PARALLEL, needs_step=True),
-    ConformanceCheck(distributed_checks.resharded, ("fsdp2",), needs_step=True),
+    ConformanceCheck(distributed_checks.resharding, ("fsdp2",), needs_step=True),
     ConformanceCheck(
         block_checks.recomputation, ("activation-checkpointing", "selective-checkpointing"), needs_step=True
     ),
@@ -80,8 +80,8 @@ CHECKS = (
     ConformanceCheck(
         gradient_mean_check.mean_gradients, (*_DATA_PARALLEL, *_SAMPLE_PARALLEL), needs_step=True
     ),
-    ConformanceCheck(tensor_parallel_check.summed, ("tensor-parallel",), needs_step=True),
-    ConformanceCheck(clipping_check.clipped, needs_step=True),
+    ConformanceCheck(tensor_parallel_check.sums_over_ranks, ("tensor-parallel",), needs_step=True),
+    ConformanceCheck(clipping_check.gradient_clipping, needs_step=True),
     ConformanceCheck(training_checks.update, needs_step=True),
     ConformanceCheck(training_checks.weights, ("lora", "qlora"), needs_step=True),
     ConformanceCheck(training_checks.block_gradients, needs_step=True),

@@ -121,7 +121,7 @@ def _shard(plan: Plan, observed: Observations, params: Sequence[ObservedParamete
     if "sharded-ddp" in plan:
         return sum(sizes) / degree + max(sizes, default=0) * (degree - 1) / degree
     by_rows = "fsdp2" in plan
-    # Parameters that FSDP2 was told to ignore.
+    # Parameters that the user lets FSDP2 ignore.
     ignored_names = {p.name for p in params if by_rows and not p.has_mesh}
     if sum(p.whole_elements for p in params if p.name in ignored_names) > _IGNORED_RATIO * sum(sizes):
         ignored_names = set()

@@ -17,15 +17,15 @@ from memfit.types.plan import Plan
 _DEEP = 8  # depth of wrappers around an optimizer
 
 
-def whole(param: nn.Parameter) -> int:
+def count_whole_elements(param: nn.Parameter) -> int:
     """Return the number of elements of a parameter before data-parallel sharding, also if ZeRO 3 has freed
     it. Under tensor parallelism, it is that of this rank's part, rounded up."""
-    if lets_go(param):
+    if is_freed_between_uses(param):
         return math.prod(shape(param))
     mesh: Any = getattr(param, "device_mesh", None)
     tensor_degrees = [
         mesh.size(i)
-        for i, (p, tensor_parallel) in enumerate(placed(param))
+        for i, (p, tensor_parallel) in enumerate(mesh_placements(param))
         if p.is_shard() and tensor_parallel
     ]
     return math.ceil(param.numel() / int(math.prod(tensor_degrees)))
@@ -37,9 +37,9 @@ _UNNAMED_IS_TENSOR: contextvars.ContextVar[bool] = contextvars.ContextVar("unnam
 
 @contextlib.contextmanager
 def meshes_of(plan: Plan, model: nn.Module) -> Iterator[None]:
-    """Inside this context, `placed` reads device meshes whose dimensions have no names as those of tensor
-    parallelism if the plan has tensor-parallel and no module of the model uses FSDP2, else as data-parallel.
-    Outside, it reads them as data-parallel."""
+    """Inside this context, `mesh_placements` reads device meshes whose dimensions have no names as those of
+    tensor parallelism if the plan has tensor-parallel and no module of the model uses FSDP2, else as
+    data-parallel. Outside, it reads them as data-parallel."""
     only_tensor = "tensor-parallel" in plan and not any(True for _ in fsdp_groups(model))
     token = _UNNAMED_IS_TENSOR.set(only_tensor)
     try:
@@ -48,7 +48,7 @@ def meshes_of(plan: Plan, model: nn.Module) -> Iterator[None]:
         _UNNAMED_IS_TENSOR.reset(token)
 
 
-def placed(param: torch.Tensor) -> list[tuple[Any, bool]]:
+def mesh_placements(param: torch.Tensor) -> list[tuple[Any, bool]]:
     """Return (placement, whether it belongs to tensor parallelism) for each dimension of the device mesh of
     ``param``. The name of the dimension decides, for example "tp"; for one without a name, see `meshes_of`.
     Return an empty list for a plain tensor."""
@@ -65,7 +65,7 @@ def shape(param: torch.Tensor) -> tuple[int, ...]:
     return tuple(getattr(param, "ds_shape", getattr(param, "whole_shape", param.shape)))
 
 
-def lets_go(param: torch.Tensor) -> bool:
+def is_freed_between_uses(param: torch.Tensor) -> bool:
     """Return whether DeepSpeed's or memfit's ZeRO 3 frees this parameter between uses."""
     return hasattr(param, "ds_shape") or hasattr(param, "whole_shape")
 

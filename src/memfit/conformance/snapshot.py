@@ -9,22 +9,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from memfit.conformance.autograd_graph import Graph, gathered
-from memfit.conformance.fingerprints import real
+from memfit.conformance.autograd_graph import GraphProbe, gathered_parameters
+from memfit.conformance.fingerprints import as_real
 from memfit.conformance.observation import ObservedLinear, ObservedParameter, ObservedState, StateTensor
 from memfit.conformance.prepared import Prepared
 from memfit.conformance.sharding import (
+    count_whole_elements,
     fsdp_groups,
     fsdp_params,
+    is_freed_between_uses,
     layers,
-    lets_go,
     local_bytes,
     local_elements,
+    mesh_placements,
     own_shard,
-    placed,
     shape,
     states,
-    whole,
 )
 from memfit.model.blocks import find_head
 from memfit.techniques.optimizers import innermost
@@ -33,12 +33,12 @@ from memfit.types.errors import UserError
 
 
 def parameters(
-    prepared: Prepared, graph: Graph, learned_ids: Collection[int], *, measures_norms: bool
+    prepared: Prepared, graph: GraphProbe, learned_ids: Collection[int], *, measures_norms: bool
 ) -> Iterator[ObservedParameter]:
     """Yield the model's parameters, in its order. ``learned_ids``: ids of those that got a gradient.
     ``measures_norms``: whether to measure the norms of trained parameters and, under tensor parallelism, of
     all matrices; else norms are None."""
-    shards = {id(param): id(shard) for param, shard in gathered(prepared.model)}
+    shards = {id(param): id(shard) for param, shard in gathered_parameters(prepared.model)}
     compiled_ids = {shards.get(i, i) for i in graph.compiled}
     graph_ids = compiled_ids | {shards.get(i, i) for i in graph.eager}
     fp32_ids = {id(p) for m in prepared.islands for p in m.parameters(recurse=False)}
@@ -55,15 +55,15 @@ def parameters(
             dtype=param.dtype,
             is_trained=param.requires_grad,
             elements=param.numel(),
-            whole_elements=whole(param),
+            whole_elements=count_whole_elements(param),
             local_elements=local_elements(param),
             shard_bytes=local_bytes(shard),
             shard_device=shard.device.type,
             blocks=tuple(blocks[id(param)]),
             is_fp32_module=id(param) in fp32_ids,
-            has_mesh=bool(placed(param)),
+            has_mesh=bool(mesh_placements(param)),
             is_tensor_sharded=_is_tensor_sharded(param),
-            is_freed_between_uses=lets_go(param),
+            is_freed_between_uses=is_freed_between_uses(param),
             has_gradient=id(param) in learned_ids,
             in_graph=id(param) in graph_ids,
             in_compiled_graph=id(param) in compiled_ids,
@@ -72,7 +72,7 @@ def parameters(
 
 
 def _is_tensor_sharded(param: nn.Parameter) -> bool | None:
-    placements = placed(param)
+    placements = mesh_placements(param)
     if not placements and not hasattr(param, "tensor_model_parallel"):
         return None
     by_mesh = any(p.is_shard() for p, tensor_parallel in placements if tensor_parallel)
@@ -80,7 +80,7 @@ def _is_tensor_sharded(param: nn.Parameter) -> bool | None:
 
 
 def _norm(param: nn.Parameter) -> float | None:
-    local = real(getattr(param, "to_local", lambda: param)().detach())
+    local = as_real(getattr(param, "to_local", lambda: param)().detach())
     return float(torch.linalg.vector_norm(local, dtype=torch.float64)) if local.is_floating_point() else None
 
 
@@ -244,12 +244,12 @@ def offload_policy(prepared: Prepared) -> frozenset[str] | None:
     for layer in layers(prepared.optimizer):
         if hasattr(layer, "state_on"):  # memfit's ZeRO
             parameters = getattr(getattr(layer, "shards", None), "offload", False)
-            return _named(optimizer=layer.state_on == "host", parameters=parameters)
+            return _enabled(optimizer=layer.state_on == "host", parameters=parameters)
         if hasattr(layer, "cpu_offload") or hasattr(layer, "offload_optimizer"):  # DeepSpeed's ZeRO
             flags = [getattr(layer, name, False) for name in ("cpu_offload", "offload_optimizer")]
-            return _named(optimizer=any(flags), parameters=getattr(layer, "offload_param", False))
+            return _enabled(optimizer=any(flags), parameters=getattr(layer, "offload_param", False))
     return None
 
 
-def _named(**flags: bool) -> frozenset[str]:
+def _enabled(**flags: bool) -> frozenset[str]:
     return frozenset(name for name, enabled in flags.items() if enabled)

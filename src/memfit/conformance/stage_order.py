@@ -15,7 +15,7 @@ from memfit.types.plan import Plan
 _CALLS = {"forward_one_chunk": "F", "backward_one_chunk": "B", "backward_weight_one_chunk": "W"}
 
 
-class Order:
+class OrderProbe:
     """Records this rank's order of forwards (F), backwards (B) and the weights' parts of backwards (W), as
     strings of these letters, for example "FFBB".
 

@@ -86,7 +86,7 @@ def dropped_tensors(plan: Plan, observed: Observations) -> Iterator[CheckFinding
     yield Checked("optimal-checkpointing", "tensors that backward recomputes", str(count), wrong=not count)
 
 
-def compiled(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
+def compilation(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
     """Check whether the modules that compile covers, each block or the whole model, run compiled: of the
     elements of a module's parameters that get gradients, over half get them from compiled graphs. A module
     without such parameters is left out. Yields `NotChecked` if no module has any. Yields nothing without
@@ -197,7 +197,7 @@ def adapters(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
         )
 
 
-def eight_bits(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
+def float8_layers(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
     """Check, with float8-linear, whether all linear layers of the blocks whose sizes it supports are
     torchao's Float8Linear. Yields `NotChecked` if there are no layers of such sizes. Yields nothing without
     float8-linear."""

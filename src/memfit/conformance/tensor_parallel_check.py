@@ -74,7 +74,7 @@ def _by_matrices(observed: Observations, degree: int) -> CheckFinding:
     )
 
 
-def summed(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
+def sums_over_ranks(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
     """Check whether tensor-parallel ranks have equal parameters that are not sharded (`_whole_alike`), and
     whether their last blocks have the same output, which they have if partial sums are summed over the ranks.
 

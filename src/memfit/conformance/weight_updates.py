@@ -7,16 +7,17 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 import torch
 from torch import nn
 
-from memfit.conformance.fingerprints import real
+from memfit.conformance.fingerprints import as_real
 from memfit.conformance.observation import ObservedOptimizer, OptimizerGroup, WeightFigures
 from memfit.conformance.prepared import Prepared
-from memfit.conformance.sharding import in_backward, layers, own_shard, placed, shape
+from memfit.conformance.sharding import in_backward, layers, mesh_placements, own_shard, shape
 from memfit.techniques.optimizers import innermost
 from memfit.types.device_kind import HOST
 
@@ -139,7 +140,7 @@ class WeightUpdates:
             optimizer=optimizer,
             compared=frozenset(known),
             changed=frozenset(n for n in known if _integer(self._before[n]) != _integer(self._after[n])),
-            not_finite=frozenset(n for n, v in self._largest_weights.items() if _is_not_finite(v)),
+            not_finite=frozenset(n for n, v in self._largest_weights.items() if not math.isfinite(v)),
             gradients=gradients,
             gradients_at_update=at_update,
             were_zero={n: float(v) == 0 for n, v in self._largest_before.items()},
@@ -165,7 +166,7 @@ def _local(tensor: torch.Tensor) -> torch.Tensor | None:
         return None
     if local.is_sparse:
         local = local._values()
-    return real(local) if local.numel() and local.untyped_storage().nbytes() else None
+    return as_real(local) if local.numel() and local.untyped_storage().nbytes() else None
 
 
 def _largest(tensor: torch.Tensor) -> Any:
@@ -185,11 +186,6 @@ def _keep_larger(table: dict[str, Any], name: str, value: Any) -> None:
         table[name] = torch.maximum(torch.as_tensor(before).to(tensor), torch.as_tensor(value).to(tensor))
     else:
         table[name] = value if value != value or value > before else before  # not a number stays
-
-
-def _is_not_finite(value: Any) -> bool:
-    number = float(value)
-    return number != number or number == float("inf")
 
 
 def _digest(tensor: torch.Tensor) -> Any:
@@ -224,11 +220,9 @@ def _equal(master: torch.Tensor, param: torch.Tensor) -> bool:
 
 
 def _optimizers(optimizer: Any) -> Iterator[Any]:
-    """Yield the optimizer and all that it wraps, each once."""
-    if optimizer is None:
-        return
-    listed = {id(o): o for o in (*layers(optimizer), *innermost(optimizer))}
-    yield from listed.values()
+    """Yield the optimizer and all that it wraps, each once; nothing for None."""
+    if optimizer is not None:
+        yield from {id(o): o for o in (*layers(optimizer), *innermost(optimizer))}.values()
 
 
 def _torch_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
@@ -261,8 +255,8 @@ def _observed_optimizer(optimizer: Any, params: Mapping[str, nn.Parameter]) -> O
     if tensors is None:
         return None
     own_names, foreign = _split_tensors(tensors, params)
-    missing_shapes = {shape(p) for n, p in params.items() if n not in own_names and placed(p)}
-    unsharded = sum(not placed(t) and tuple(t.shape) in missing_shapes for t in foreign)
+    missing_shapes = {shape(p) for n, p in params.items() if n not in own_names and mesh_placements(p)}
+    unsharded = sum(not mesh_placements(t) and tuple(t.shape) in missing_shapes for t in foreign)
     names = {id(p): n for n, p in params.items()}
     return ObservedOptimizer(
         parameters=own_names,
@@ -322,5 +316,4 @@ def _groups(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> list[
 
 
 def _number(value: Any) -> float | None:
-    convert: Callable[[Any], float] = float
-    return convert(value) if isinstance(value, int | float | torch.Tensor) else None
+    return float(value) if isinstance(value, int | float | torch.Tensor) else None
