@@ -521,6 +521,7 @@ def test_one_step_alone_is_predicted_and_said(tmp_path: Path) -> None:
         ("python -m torch.distributed.run --nproc-per-node 2 train.py", ("", (), 2)),
         ("srun -n 4 --gpus-per-task=1 python train.py --n 2", ("", ("--n", "2"), 4)),
         ("deepspeed --num_gpus 4 train.py --deepspeed ds.json", ("", ("--deepspeed", "ds.json"), 4)),
+        ("deepspeed --num_nodes=2 --num_gpus=2 --module pkg.train a", ("pkg.train", ("a",), 4)),
     ],
 )
 def test_a_launchers_command_is_read(
@@ -555,6 +556,9 @@ def test_accelerate_launch_is_read_with_its_settings(tmp_path: Path, monkeypatch
         ("no-such-command", "does not exist"),
         ("pyton train.py", "did you mean 'python'"),
         ("torchrun --nproc-per-node auto train.py", "depends on the machine"),
+        ("torchrun --nproc-per-node 1 --nnodes two train.py", "--nnodes=two is no number of nodes"),
+        ("deepspeed --num_gpus two train.py", "--num_gpus=two is no number"),
+        ("deepspeed --num_gpus", "--num_gpus= is no number"),
     ],
 )
 def test_another_command_is_refused_in_one_line(command: str, message: str) -> None:
@@ -712,6 +716,7 @@ def test_a_search_for_a_scripts_plans_counts_workspaces_of_as_many_threads_as_it
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     calls = SimpleNamespace(job=lambda *_, **__: None)
     seen = SimpleNamespace(optimizers={0: None}, calls=calls, accumulated=1, clip=None, workers=0)
-    session = SimpleNamespace(program=SimpleNamespace(name="train.py"), machine=machine_of("this:cpu"))
-    child._Session._with_plans(session, ScriptAnswer(program="train.py"), seen, PlanSearch())  # type: ignore[arg-type]
+    program = SimpleNamespace(name="train.py")
+    session = SimpleNamespace(program=program, machine=machine_of("this:cpu"), trace=seen)
+    child._Session._with_plans(session, ScriptAnswer(program="train.py"), PlanSearch())  # type: ignore[arg-type]
     assert [request.threads for request in asked] == [3]

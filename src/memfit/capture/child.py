@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import re
 import runpy
 import sys
 import threading
@@ -21,7 +20,8 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from memfit.capture.device_redirect import DeviceRedirect, device_patches
-from memfit.capture.program import Program, load_program
+from memfit.capture.estimate import COLOURS
+from memfit.capture.program import load_program
 from memfit.capture.result import PlanSearch, ScriptAnswer, ScriptSpec
 from memfit.capture.sandbox import Sandbox, sandboxed
 from memfit.capture.script_patches import script_patches
@@ -45,7 +45,6 @@ from memfit.types.serialization import dumps, loads
 from memfit.types.trace import Category, Trace
 from memfit.types.units import format_bytes
 
-_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 # Dispatch modes belong to a thread: what other threads send to a device would not be seen.
 _ONE_THREAD = {"HF_DEACTIVATE_ASYNC_LOAD": "1"}
 _THREAD_LIMIT_S = 10.0
@@ -75,7 +74,7 @@ class _Session:
     def run(self) -> NoReturn:
         """Run the script until its steps are traced; write the answer and end the process."""
         try:
-            self._enter(self.program)
+            self._set_arguments()
             collect_as_usual()
             threading.excepthook = self._note_thread
             with self.stack:
@@ -91,30 +90,31 @@ class _Session:
                 f"the script ended with {'code ' if isinstance(ending.code, int) else ''}{ending.code or 0}"
             )
         except BaseException as error:  # noqa: BLE001  whatever the script raises is told in one line
-            problem = self._described(error)
+            problem = self._describe(error)
         self.fail(problem)
 
     def _note_thread(self, failure: Any) -> None:
         self.thread_problem = (
-            f"{self._described(failure.exc_value)}, in a thread that the script started; memfit follows only "
+            f"{self._describe(failure.exc_value)}, in a thread that the script started; memfit follows only "
             "the main one"
         )
 
-    def _enter(self, program: Program) -> None:
+    def _set_arguments(self) -> None:
+        program = self.program
         sys.argv = [program.script or program.module, *program.arguments]
         sys.dont_write_bytecode = True
         os.environ.update({**_ONE_THREAD, **program.environment})
         # As for python itself, the folder of a script, or for a module the current one, comes first.
         sys.path.insert(0, str(Path(program.script).resolve().parent if program.script else Path.cwd()))
 
-    def end(self, trace: ScriptTrace) -> NoReturn:
-        """Price the trace, write the answer and end the process."""
+    def end(self) -> NoReturn:
+        """Predict the traced steps, write the answer and end the process."""
         with _disable_current_modes():
             self._leave()
-            answer = self._answer(trace)
+            answer = self._answer()
             if self.spec.search is not None:
                 self._unpatch()
-                answer = self._with_plans(answer, trace, self.spec.search)
+                answer = self._with_plans(answer, self.spec.search)
             self._write(answer)
 
     def _patch(self) -> None:
@@ -135,9 +135,9 @@ class _Session:
             self.stack.close()
         torch.set_grad_enabled(True)
 
-    def _with_plans(self, answer: ScriptAnswer, trace: ScriptTrace, wanted: PlanSearch) -> ScriptAnswer:
+    def _with_plans(self, answer: ScriptAnswer, wanted: PlanSearch) -> ScriptAnswer:
         """Return the answer with plans for the script's step, or with the reason why there are none."""
-        name = self.program.name
+        name, trace = self.program.name, self.trace
         try:
             if len(trace.optimizers) > 1:
                 raise UserError(f"no plan can be searched for {name}: its step has several optimizers")
@@ -158,7 +158,8 @@ class _Session:
             return dataclasses.replace(answer, no_plans=str(error))
         return dataclasses.replace(answer, plans=planning.result, batch_size=job.batch_size)
 
-    def _answer(self, trace: ScriptTrace) -> ScriptAnswer:
+    def _answer(self) -> ScriptAnswer:
+        trace = self.trace
         if trace.is_host and trace.foreign_bytes:
             self.notes.append(
                 f"{format_bytes(trace.foreign_bytes)} of weights are mapped from files, as safetensors does; "
@@ -192,7 +193,7 @@ class _Session:
         estimate = predictor.whole(plan)
         if self.machine.device.is_host:
             estimate = _with_late_collective(estimate, predictor.trace(plan))
-        estimate = self._with_other_batches(self._with_sparse_rows(estimate), trace)
+        estimate = self._with_other_batches(self._with_sparse_rows(estimate))
         if trace.setup_peak_bytes > estimate.allocated_bytes.high:
             self.notes.append(
                 f"before its first training step, the script needs {format_bytes(trace.setup_peak_bytes)}, "
@@ -229,18 +230,19 @@ class _Session:
         widened = dataclasses.replace(peak, low=min(peak.low, low), high=max(peak.high, high))
         return dataclasses.replace(estimate, allocated_bytes=widened)
 
-    def _with_other_batches(self, estimate: Estimate, trace: ScriptTrace) -> Estimate:
+    def _with_other_batches(self, estimate: Estimate) -> Estimate:
         """Return the estimate with its interval widened to other batches of the script's loader: down to one
-        of median size, up to the largest, which is said. Activations and temporary tensors are taken to grow
-        with the batch."""
-        typical, most, count = trace.batches.ratios()
-        if trace.batches.problem:
-            self.notes.append(f"not all batches could be compared in size: {trace.batches.problem}")
+        of median size, up to the largest, which a note names. Activations and temporary tensors are taken to
+        grow with the batch."""
+        batches = self.trace.batches
+        typical, most, count = batches.ratios()
+        if batches.problem:
+            self.notes.append(f"not all batches could be compared in size: {batches.problem}")
         if max(most, 1 / typical) < _ALIKE_RATIO:
             return estimate
         growing = (Category.ACTIVATION, Category.TEMPORARY)
         varying_bytes = sum(estimate.at_peak_bytes.get(str(category), 0) for category in growing)
-        varying_bytes += 2 * trace.batches.traced_bytes  # the last one is freed when the next is there
+        varying_bytes += 2 * batches.traced_bytes  # the last one is freed when the next is there
         peak = estimate.allocated_bytes
         typical_bytes, most_bytes = (peak.value + varying_bytes * (ratio - 1) for ratio in (typical, most))
         if most >= _ALIKE_RATIO:
@@ -261,7 +263,7 @@ class _Session:
             self.notes.append(
                 f"the script made {steps} optimizer step only: a later one may need more memory"
             )
-            self.end(self.trace)
+            self.end()
         if problem.startswith("the script raised EOFError"):
             hint = "the script reads its standard input, which is empty here: give what it asks as arguments"
         before = (
@@ -276,7 +278,8 @@ class _Session:
         )
 
     def _leave(self) -> None:
-        """Let this process write again as it wants, and keep what is to be said of the script."""
+        """End the sandbox, so that this process can write to any file, and add its notes to ``notes``. Add a
+        note if the script names an accelerator, but the prediction is for a CPU."""
         if self.sandbox is not None and self.sandbox.active:
             self.sandbox.active = False
             self.notes += self.sandbox.notes()
@@ -294,13 +297,13 @@ class _Session:
         sys.stderr.flush()
         os._exit(0)
 
-    def _described(self, error: BaseException) -> str:
+    def _describe(self, error: BaseException) -> str:
         """Return a line that says what the script raised, and where in the user's code."""
         _print_traceback(error)
         frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_PACKAGE)]
         own = [f for f in frames if "/lib/python" not in f.filename and not f.filename.startswith("<")]
         place = f" at {Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""
-        text = _COLOURS.sub("", first_line(error))
+        text = COLOURS.sub("", first_line(error))
         if isinstance(error, UserError):
             return f"{text}{place}"
         return f"the script raised {type(error).__name__}{place}: {text[:300]}"

@@ -92,8 +92,10 @@ class DeviceRedirect(TorchFunctionMode):
         self.target = torch.device(HOST if trace.is_host else trace.recorder.device)
         self._handlers: dict[Any, Callable[..., Any]] = {
             torch.Tensor.to: self._to,
-            torch.Tensor.cuda: self._cuda,
-            torch.Tensor.cpu: self._cpu,
+            torch.Tensor.cuda: lambda tensor, device=None, **_: self._move(
+                tensor, torch.device(CUDA) if device is None else device, None
+            ),
+            torch.Tensor.cpu: lambda tensor, **_: self._move(tensor, torch.device(HOST), None),
             torch.device: self._named_device,
         }
         if not trace.is_host:
@@ -155,20 +157,14 @@ class DeviceRedirect(TorchFunctionMode):
             named = {k: self._without_index(v) for k, v in kwargs.items() if k != "copy"}
             device, dtype, _, _ = torch._C._nn._parse_to(*map(self._without_index, args[:3]), **named)
             copy = kwargs.get("copy", args[3] if len(args) > 3 else False)
-        return self._moved(tensor, device, dtype, copy=copy)
+        return self._move(tensor, device, dtype, copy=copy)
 
     def _without_index(self, argument: Any) -> Any:
         """Return a device for the index of one, and any other argument as it is."""
         is_index = isinstance(argument, int) and not isinstance(argument, bool)
         return self._named_device(argument) if is_index else argument
 
-    def _cuda(self, tensor: torch.Tensor, device: Any = None, **options: Any) -> Any:
-        return self._moved(tensor, torch.device(CUDA) if device is None else device, None)
-
-    def _cpu(self, tensor: torch.Tensor, **options: Any) -> Any:
-        return self._moved(tensor, torch.device(HOST), None)
-
-    def _moved(self, tensor: torch.Tensor, device: Any, dtype: Any, *, copy: bool = False) -> Any:
+    def _move(self, tensor: torch.Tensor, device: Any, dtype: Any, *, copy: bool = False) -> Any:
         """Return the tensor on ``device`` (None: where it is) in ``dtype`` (None: its own), as Tensor.to
         does."""
         trace = self.trace
@@ -207,7 +203,7 @@ class DeviceRedirect(TorchFunctionMode):
         plain: torch.device = torch.Tensor.device.__get__(tensor)
         if plain.type != HOST or self.trace.inside or not self.is_on_target(tensor):
             return plain
-        return torch.device(self.target.type, 0) if not self.trace.is_host else plain
+        return torch.device(self.target.type, 0)
 
 
 @contextlib.contextmanager
@@ -230,7 +226,7 @@ def device_patches(trace: ScriptTrace, machine: Machine) -> Iterator[DeviceRedir
                 for module in [m for n, m in sys.modules.items() if n.startswith("torch.optim.")]:
                     if hasattr(module, "_default_to_fused_or_foreach"):
                         stack.enter_context(
-                            mock.patch.object(module, "_default_to_fused_or_foreach", _foreach_by_default)
+                            mock.patch.object(module, "_default_to_fused_or_foreach", _use_foreach)
                         )
         stack.enter_context(redirect)
         yield redirect
@@ -281,7 +277,7 @@ def _sort_modes(*, contexts_last: bool) -> None:
         _push_mode(mode)
 
 
-def _foreach_by_default(params: Any, differentiable: bool, use_fused: bool = False) -> tuple[bool, bool]:
+def _use_foreach(params: Any, differentiable: bool, use_fused: bool = False) -> tuple[bool, bool]:
     return False, not differentiable
 
 

@@ -19,11 +19,9 @@ from memfit.runtime.child_process import CHILD_ENV, dying_with_parent
 from memfit.types.errors import UserError
 from memfit.types.serialization import dumps, loads
 
-_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _SHOWN_LINES = 6  # of the script's output, in an error
-_ROOT = str(
-    Path(__file__).parents[2]
-)  # memfit may be imported from a folder that is on this process's path only
+_ROOT = str(Path(__file__).parents[2])  # memfit may lie in a folder that is on this process's path only
 
 
 def estimate_script(
@@ -38,12 +36,13 @@ def estimate_script(
     whole_trace: bool = False,
 ) -> ScriptAnswer:
     """Run the script of ``command`` in a child process until its second optimizer step, on fake parameters,
-    and
-    return the prediction for that step on ``machine``. Nothing is trained.
+    and return the prediction for that step on ``machine``. Nothing is trained. If the script ends after its
+    first optimizer step, the prediction is for that one, and a note says so.
 
     ``limit_s``: seconds after which the script is ended. ``show_output``: whether the script's output is
     shown, on standard error. The other arguments are as in `ScriptSpec`. Raises UserError if the command is
-    none that `load_program` reads, and if the script ends, fails or is ended before its first optimizer step.
+    none that `load_program` reads, if the script ends before its first optimizer step, and if it raises an
+    error, dies or reaches ``limit_s`` before its second.
     """
     program = load_program(command)
     with temporary_folder("memfit-script-") as folder:
@@ -101,7 +100,7 @@ def _run(spec: ScriptSpec, folder: Path, output: Path, limit_s: float, *, show_o
 def _end_of(output: Path) -> str:
     """Return the last lines of the script's output, for an error; "" if there are none or they were shown."""
     with contextlib.suppress(OSError):
-        text = _COLOURS.sub("", output.read_text(errors="replace"))
+        text = COLOURS.sub("", output.read_text(errors="replace"))
         lines = [" ".join(line.split()) for line in text.splitlines()]
         if lines := [line for line in lines if line][-_SHOWN_LINES:]:
             return f"; the end of its output: {' | '.join(lines)[-600:]}"

@@ -57,7 +57,7 @@ class ForeignMemory:
             self._regions, self._starts = regions, [r[0] for r in regions]
 
     @contextlib.contextmanager
-    def noticed(self) -> Iterator[None]:
+    def notice_shared(self) -> Iterator[None]:
         """Inside this context, notice tensors that share memory with arrays of other libraries."""
         with contextlib.ExitStack() as stack:
             for name in _SHARING:

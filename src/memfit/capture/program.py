@@ -38,8 +38,9 @@ def load_program(command: Sequence[str]) -> Program:
     """Return the Python program that ``command`` would run.
 
     The command may start with python, torchrun, ``accelerate launch``, ``deepspeed``, ``srun``, ``mpirun``,
-    or ``uv run`` and the like; or be the name or the path of a Python script. Raises UserError for other
-    commands, and if the script does not exist.
+    or ``uv run`` and the like; or be the name or the path of a Python script. ``env`` and ``NAME=VALUE`` may
+    come before it. Raises UserError for other commands, for options of a launcher that it does not accept,
+    and if the script does not exist.
     """
     if not command:
         raise UserError("no command is given after --", hint="memfit estimate -- python train.py ARGS")
@@ -132,19 +133,23 @@ def _installed_script(name: str) -> str | None:
 def _of_torchrun(arguments: list[str]) -> Program:
     from torch.distributed.run import get_args_parser
 
-    args = _parsed(get_args_parser(), arguments, "torchrun")
+    args = _parse_arguments(get_args_parser(), arguments, "torchrun")
     per_node = str(args.nproc_per_node)
     if not per_node.isdigit():
         raise UserError(
             f"--nproc-per-node={per_node} depends on the machine", allowed="the number of processes of a node"
         )
-    nodes = int(str(args.nnodes).rpartition(":")[2])
-    program = (
-        _of_module([args.training_script, *args.training_script_args])
-        if args.module
-        else _of_script(args.training_script, args.training_script_args)
-    )
-    return dataclasses.replace(program, ranks=int(per_node) * nodes)
+    nodes = str(args.nnodes).rpartition(":")[2]
+    if not nodes.isdigit():
+        raise UserError(f"--nnodes={args.nnodes} is no number of nodes", allowed="N, or MIN:MAX")
+    return dataclasses.replace(_of_training_script(args), ranks=int(per_node) * int(nodes))
+
+
+def _of_training_script(args: argparse.Namespace) -> Program:
+    """Return the program that torchrun's arguments name; those of ``accelerate launch`` are alike."""
+    if args.module:
+        return _of_module([args.training_script, *args.training_script_args])
+    return _of_script(args.training_script, args.training_script_args)
 
 
 def _of_accelerate(arguments: list[str]) -> Program:
@@ -156,13 +161,9 @@ def _of_accelerate(arguments: list[str]) -> Program:
         )
     except ImportError as error:
         raise UserError("accelerate is not installed here", hint="pip install accelerate") from error
-    args = _parsed(launch_command_parser(), arguments, "accelerate launch")
+    args = _parse_arguments(launch_command_parser(), arguments, "accelerate launch")
     args, _, _ = _validate_launch_command(args)
-    program = (
-        _of_module([args.training_script, *args.training_script_args])
-        if args.module
-        else _of_script(args.training_script, args.training_script_args)
-    )
+    program = _of_training_script(args)
     _, environment = prepare_simple_launcher_cmd_env(args)
     names = ("ACCELERATE_", "FSDP_", "DEEPSPEED_")
     kept = {k: v for k, v in environment.items() if k.startswith(names) and k != "ACCELERATE_USE_CPU"}
@@ -170,19 +171,26 @@ def _of_accelerate(arguments: list[str]) -> Program:
 
 
 def _of_deepspeed(arguments: list[str]) -> Program:
-    ranks, index = 1, 0
+    ranks, index, is_module = 1, 0, False
     while index < len(arguments) and arguments[index].startswith("-"):
         name, equals, value = arguments[index].partition("=")
         value = value if equals else (arguments[index + 1] if index + 1 < len(arguments) else "")
         if name in ("--num_gpus", "--num_nodes"):
+            if not value.isdigit():
+                raise UserError(f"{name}={value} is no number", allowed="a whole number")
             ranks *= int(value)
+        is_module = is_module or name == "--module"
         index += 1 if equals or name in ("--no_python", "--module", "--force_multi") else 2
     if index >= len(arguments):
         raise UserError("the command names no script", hint="memfit estimate -- deepspeed train.py ARGS")
-    return dataclasses.replace(_of_script(arguments[index], arguments[index + 1 :]), ranks=ranks)
+    rest = arguments[index:]
+    program = _of_module(rest) if is_module else _of_script(rest[0], rest[1:])
+    return dataclasses.replace(program, ranks=ranks)
 
 
-def _parsed(parser: argparse.ArgumentParser, arguments: list[str], launcher: str) -> argparse.Namespace:
+def _parse_arguments(
+    parser: argparse.ArgumentParser, arguments: list[str], launcher: str
+) -> argparse.Namespace:
     try:
         return parser.parse_args(arguments)
     except SystemExit as error:

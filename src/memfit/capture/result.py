@@ -52,7 +52,6 @@ class ScriptAnswer:
     peak_clock: int | None = None
     model: str = ""
     optimizers: tuple[str, ...] = ()
-    micro_batches: int = 1
     ranks: int = 1
     problem: str = ""
     hint: str = ""

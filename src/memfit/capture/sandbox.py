@@ -121,8 +121,9 @@ class Sandbox:
         return mkdir
 
     def change(self, inner: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function whose first argument is a path, and that changes the file but does not open it,
-        for one that changes a copy. Folders that exist are not changed."""
+        """Return a stand-in for ``inner``, a function such as os.chmod that changes the file of its first
+        argument without opening it. The stand-in changes a copy of the file. It leaves existing folders
+        unchanged."""
 
         @functools.wraps(inner)
         def changed(path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -135,8 +136,8 @@ class Sandbox:
         return changed
 
     def link(self, inner: Callable[..., Any]) -> Callable[..., Any]:
-        """Return ``os.symlink`` or ``os.link``. A link in place of a file that the script has removed is not
-        made."""
+        """Return a stand-in for ``inner``, os.symlink or os.link. It makes no link in place of a file that
+        the script has removed, and a copy in place of a hard link to a file that the script did not make."""
 
         @functools.wraps(inner)
         def linked(source: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
@@ -218,8 +219,7 @@ class Sandbox:
 
     def place(self, path: Any, *, writes: bool) -> Any:
         """Return the path to open instead of ``path``: a copy of an existing file that the script writes or
-        has
-        written. A new file is listed as created."""
+        has written. A new file is listed as created."""
         if not self.active or isinstance(path, int):
             return path
         name = os.path.realpath(os.fsdecode(path))
@@ -280,8 +280,8 @@ class Sandbox:
         os.write(self._journal, name.encode() + b"\0")
 
     def listen(self, event: str, args: Any) -> None:
-        """Note connections and programs that are started, and patch h5py once it is imported; for
-        `sys.addaudithook`."""
+        """Handle an audit event (`sys.addaudithook`): note the host of a connection or the program that is
+        started, and patch h5py once it is imported."""
         if not self.active:
             return
         if event == "import" and not self._is_hdf5_patched:

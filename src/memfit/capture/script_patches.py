@@ -69,7 +69,7 @@ def script_patches(trace: ScriptTrace) -> Iterator[None]:
         if safetensors := _safetensors():
             stack.enter_context(mock.patch.object(safetensors, "save_file", _save))
             stack.enter_context(mock.patch.object(safetensors, "save", lambda *args, **options: b""))
-        stack.enter_context(trace.foreign.noticed())
+        stack.enter_context(trace.foreign.notice_shared())
         stack.enter_context(_optimizer_hooks(trace))
         stack.enter_context(LoopFunctions(trace))
         yield
@@ -142,7 +142,8 @@ def _parameter_new(trace: ScriptTrace) -> Any:
 
 
 def _on_host(inner: Callable[..., Any]) -> Any:
-    """Return a ``__new__`` of a lazy module's tensor, which has no data yet."""
+    """Return a ``__new__`` for the parameters and buffers of lazy modules that makes them on the host,
+    whatever the script's device is."""
 
     def new(cls: Any, requires_grad: bool = True, device: Any = None, dtype: Any = None, **rest: Any) -> Any:
         return inner(cls, requires_grad, "cpu", dtype, **rest)
@@ -265,7 +266,8 @@ def _optimizer_hooks(trace: ScriptTrace) -> Iterator[None]:
             return None
 
         def outside_region() -> Any:
-            """Run the script's code that computes the loss, between the optimizer's own operators."""
+            """Run the closure, which is the script's code, outside the region that records the
+            optimizer's operators."""
             stack.close()
             try:
                 return closure()
@@ -291,8 +293,7 @@ def _optimizer_hooks(trace: ScriptTrace) -> Iterator[None]:
 
 def _single_process_iterator(trace: ScriptTrace) -> Any:
     """Return a ``DataLoader._get_iterator`` that loads in this process. What worker processes would load is
-    not
-    counted: it comes in shared memory."""
+    not counted: it comes in shared memory."""
 
     def get_iterator(loader: Any) -> Any:
         workers, timeout = loader.num_workers, loader.timeout

@@ -24,9 +24,8 @@ from memfit.types.plan import Use, use
 
 
 class ScriptRanks:
-    """The ranks of a script. ``count``: the size of its process group, 1 without one. ``uses``: the
-    techniques
-    of several ranks that it uses, of those that memfit knows."""
+    """The ranks of a script. ``count``: the size of its process group, 1 without one. ``uses``: technique ->
+    its use, of the techniques for several ranks that the script applies: ddp and fsdp2."""
 
     def __init__(self, trace: ScriptTrace, redirect: DeviceRedirect, launched: int) -> None:
         self.trace, self.redirect, self.launched = trace, redirect, launched
@@ -81,7 +80,8 @@ class ScriptRanks:
         fn(0, *args)
 
     def mesh(self, inner: Callable[..., Any]) -> Callable[..., Any]:
-        """Return ``inner``, whose first argument is the type of a device, for the host's."""
+        """Return a stand-in for ``inner``, a function such as init_device_mesh whose first argument is a kind
+        of device. An accelerator there is replaced by the host."""
 
         @functools.wraps(inner)
         def make(device_type: str, *args: Any, **options: Any) -> Any:

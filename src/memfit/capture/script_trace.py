@@ -52,7 +52,7 @@ class ScriptTrace:
     that has been used has made two steps.
     """
 
-    def __init__(self, device: str, *, bound: Bound | None, on_traced: Callable[[ScriptTrace], None]) -> None:
+    def __init__(self, device: str, *, bound: Bound | None, on_traced: Callable[[], None]) -> None:
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.recorder = AllocationRecorder(device, lines=True, guesses=Guesses(bound))
         self.on_traced = on_traced
@@ -80,7 +80,7 @@ class ScriptTrace:
         self._adopted: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._patches = contextlib.ExitStack()
         self._from_workers: WeakIdKeyDictionary = WeakIdKeyDictionary()  # real tensors that are not counted
-        self._uncounted = False  # batches of worker processes come in memory that torch does not allocate
+        self.is_uncounted = False  # batches of worker processes come in memory that torch does not allocate
 
     @property
     def is_host(self) -> bool:
@@ -118,7 +118,7 @@ class ScriptTrace:
     def note_real(self, tensor: torch.Tensor, category: Category | None = None) -> None:
         """Record the memory of a real tensor, if torch's allocator made it, on the device on which the script
         runs: real tensors lie in host memory, which is not counted if the target is an accelerator."""
-        if self._uncounted and isinstance(tensor, torch.Tensor):
+        if self.is_uncounted and isinstance(tensor, torch.Tensor):
             self._from_workers[tensor] = True
         if not (self.begun and self.is_host) or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             return
@@ -137,16 +137,11 @@ class ScriptTrace:
     @contextlib.contextmanager
     def uncounted(self) -> Iterator[None]:
         """Inside this context, real tensors are not counted: they come from worker processes."""
-        before, self._uncounted = self._uncounted, True
+        before, self.is_uncounted = self.is_uncounted, True
         try:
             yield
         finally:
-            self._uncounted = before
-
-    @property
-    def counts_nothing(self) -> bool:
-        """Whether real tensors are not counted now (`uncounted`)."""
-        return self._uncounted
+            self.is_uncounted = before
 
     # -- operators ----------------------------------------------------------------------------------
 
@@ -194,8 +189,7 @@ class ScriptTrace:
 
     def _draw(self, func: Any, args: Any, kwargs: Any) -> None:
         """Draw the random numbers of an operator on a real tensor that is dropped, so that later ones, such
-        as
-        the order of the samples, are those of the script's own run. Stop after `_MOST_DRAWN`."""
+        as the order of the samples, are those of the script's own run. Stop after `_MOST_DRAWN`."""
         tensor = args[0]
         if not func._schema.is_mutable or not isinstance(tensor, FakeTensor):
             return
@@ -270,8 +264,9 @@ class ScriptTrace:
         return is_number and self.recorder.concrete_values.of(value) is None
 
     def _find_roots(self, model: torch.nn.Module) -> None:
-        """Name the outermost modules that exist and have parameters: "" for that of ``model``, for others
-        their class."""
+        """Find the outermost modules of the process that have parameters, and give each a name: "" to
+        ``model``, to others that of their class, with a number if it is taken. Modules that contain ``model``
+        are left out."""
         modules = _existing(torch.nn.Module)
         inner = {id(c) for m in modules for c in m._modules.values() if c is not None}
         self._roots[""] = model
@@ -286,7 +281,8 @@ class ScriptTrace:
             self._roots[name] = module
 
     def forward(self, module: torch.nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Run the forward of an outermost module."""
+        """Return the result of ``call``, the forward of the outermost module ``module``, and record it. The
+        first one of a training begins the recording."""
         if not self.begun and torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()):
             self.begin(module)
         if self.begun:
@@ -308,7 +304,7 @@ class ScriptTrace:
         if self.has_optimizer or self.recorder.current is Phase.FORWARD or not self.micro_batches:
             return
         if self.micro_batches >= _STEPS:
-            self.on_traced(self)
+            self.on_traced()
         self._close_backward()
         self.recorder.phase(Phase.SETUP)
         self.recorder.next_step()
@@ -364,11 +360,12 @@ class ScriptTrace:
         if len(counts) == 1 and (self.forwards or counts == {_STEPS}):
             self.accumulated, self.micro_batches, self.forwards = max(1, self.micro_batches), 0, 0
             if counts == {_STEPS}:
-                self.on_traced(self)
+                self.on_traced()
             self.recorder.next_step()
 
     def finish(self, ranks: int) -> Trace:
-        """Return the trace of the steps that were made. ``ranks``: the size of the script's process group."""
+        """End the recording, and return the trace of the steps that were made. ``ranks``: the size of the
+        script's process group."""
         self.recorder.modules.close()
         self._patches.close()
         groups = process_groups()
@@ -413,8 +410,8 @@ class LoopMode(TorchDispatchMode):
             return self.trace.call(func, args, kwargs)
         out = func(*args, **kwargs)
         # a view of a data set's tensor is no tensor of a worker process
-        is_skipped = self.trace.counts_nothing and any(r.alias_info for r in func._schema.returns)
-        if (self.trace.begun or self.trace.counts_nothing) and not is_skipped:
+        is_skipped = self.trace.is_uncounted and any(r.alias_info for r in func._schema.returns)
+        if (self.trace.begun or self.trace.is_uncounted) and not is_skipped:
             for tensor in tensor_leaves(out):
                 self.trace.note_real(tensor)
         return out

@@ -31,7 +31,7 @@ _INIT_STD = 0.02  # of weights whose values are not known, where a trial compute
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Made:
+class _Output:
     """Stands for a tensor that a recorded call returned: the ``index``-th tensor of call ``call``."""
 
     call: int
@@ -76,7 +76,7 @@ class StepCalls:
         self.problem = ""
         self.done = False
         self._calls: list[_Call] = []
-        self._made: WeakIdKeyDictionary = WeakIdKeyDictionary()  # fake tensor -> _Made
+        self._outputs: WeakIdKeyDictionary = WeakIdKeyDictionary()  # fake tensor -> _Output
         self._items: WeakIdKeyDictionary = WeakIdKeyDictionary()  # real tensor or object -> _Item
         self._copies: WeakIdKeyDictionary = WeakIdKeyDictionary()  # copy on the device -> real tensor
         self._reshaped: WeakIdKeyDictionary = WeakIdKeyDictionary()  # real tensor -> (function, args, kwargs)
@@ -119,7 +119,7 @@ class StepCalls:
             torch.is_grad_enabled(),
         )
         for index, tensor in enumerate(batch_tensors(out)):
-            self._made[tensor] = _Made(len(self._calls), index)
+            self._outputs[tensor] = _Output(len(self._calls), index)
         self._calls.append(call)
 
     def note_loss(self, loss: Any) -> None:
@@ -127,21 +127,21 @@ class StepCalls:
         if self.done:
             return
         self.done = True
-        self._loss = self._made.get(loss) if isinstance(loss, torch.Tensor) else None
+        self._loss = self._outputs.get(loss) if isinstance(loss, torch.Tensor) else None
         if self._loss is None and not self.problem:
             self.problem = "the loss is made by operators that memfit does not see in the script's loop"
 
     def _stand_in(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            for known in (self._made, self._copies, self._items):
-                if (found := known.get(value)) is not None:
-                    return found
+            for known in (self._outputs, self._copies, self._items):
+                if (stand_in := known.get(value)) is not None:
+                    return stand_in
             if (shaping := self._reshaped.get(value)) is not None:
                 function, *arguments = shaping
                 call = _Call(function, _pytree.tree_map(self._stand_in, tuple(arguments)), None, True)
-                self._made[value] = _Made(len(self._calls), 0)
+                self._outputs[value] = _Output(len(self._calls), 0)
                 self._calls.append(call)
-                return self._made[value]
+                return self._outputs[value]
             if is_real(value):
                 return self._item(value)
             if (name := self._parameter_name(value)) is not None:
@@ -177,7 +177,7 @@ class StepCalls:
         if self.problem or self.model is None or not self.done:
             reason = self.problem or "no training step was seen"
             raise UserError(f"no plan can be searched for {name}: {reason}", hint=_HINT)
-        model = _unwrapped(self.model)
+        model = _unwrap(self.model)
         micro_batch = self.micro_batch[0] if len(self.micro_batch) == 1 else tuple(self.micro_batch)
         batch = repeat(micro_batch, micro_batches)
         job = Job(
@@ -195,10 +195,10 @@ class StepCalls:
     def _repeat_calls(self, model: Any, batch: Any) -> torch.Tensor:
         items = (batch,) if len(self.micro_batch) == 1 else batch
         results: list[list[torch.Tensor]] = []
-        bare = _unwrapped(model if hasattr(model, "get_submodule") else getattr(model, "module", model))
+        bare = _unwrap(model if hasattr(model, "get_submodule") else getattr(model, "module", model))
 
         def value_of(stand_in: Any) -> Any:
-            if isinstance(stand_in, _Made):
+            if isinstance(stand_in, _Output):
                 return results[stand_in.call][stand_in.index]
             if isinstance(stand_in, _Item):
                 return items[stand_in.index]
@@ -249,10 +249,10 @@ def call_context(autocast: torch.dtype | None, *, has_grad: bool) -> Iterator[No
         yield
 
 
-def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+def _unwrap(model: torch.nn.Module) -> torch.nn.Module:
     inner: torch.nn.Module = getattr(model, "_orig_mod", model)
     if isinstance(inner, torch.nn.parallel.DistributedDataParallel):
-        return _unwrapped(inner.module)
+        return _unwrap(inner.module)
     return inner
 
 
@@ -261,7 +261,7 @@ def _copy(model: torch.nn.Module) -> torch.nn.Module:
     Tied parameters stay tied."""
     fake = torch._guards.active_fake_mode()
 
-    def made(tensor: torch.Tensor) -> torch.Tensor:
+    def make(tensor: torch.Tensor) -> torch.Tensor:
         fresh = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
         if fake is None:
             _fill(fresh)
@@ -275,7 +275,7 @@ def _copy(model: torch.nn.Module) -> torch.nn.Module:
         others = [t for t in vars(module).values() if isinstance(t, torch.Tensor)]
         for tensor in (*registered, *others):
             if tensor is not None and id(tensor) not in memo:
-                memo[id(tensor)] = made(tensor)
+                memo[id(tensor)] = make(tensor)
         if KEPT_BUFFERS in vars(module):
             memo[id(vars(module)[KEPT_BUFFERS])] = []
     with FakeCopies(fake):
