@@ -162,6 +162,6 @@ def divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def quoted(words: Iterable[str]) -> str:
+def quote(words: Iterable[str]) -> str:
     """Join ``words`` with spaces into a shell command, in which words with special characters are quoted."""
     return " ".join(map(shlex.quote, words))

@@ -7,7 +7,7 @@ import ast
 from collections.abc import Iterator
 from typing import Any, Final
 
-from memfit.export.source_edits import Replacement, Source, literal, name_of
+from memfit.export.source_edits import Replacement, Source, literal, name_of, number_lines
 
 _SHOWN: Final = frozenset({"print", "info", "debug", "warning", "tqdm"})  # calls whose numbers train nothing
 _OF_TRAINER: Final = frozenset({"limit_train_batches", "val_check_interval"})  # Lightning's, in batches
@@ -32,23 +32,25 @@ class BatchCounts:
         lines = {node.lineno for node in self._iterations()}
         adapted = set[int]()
         for count in self._counts():
-            schedules = self._schedules_of(count)
-            if schedules is None:
+            of_count = self._schedules_of(count)
+            if of_count is None:
                 lines.add(count.lineno)
-            elif all(map(self._steps_with_updates, schedules)):
+            elif all(map(self._steps_with_updates, of_count)):
                 edits = self._adapt(count, None if old_steps == 1 else stated)
                 (adapted if edits else lines).add(count.lineno)
                 self.changes += [edit for edit in edits if edit not in self.changes]
-        lines |= {line for schedule in self._schedules() for line in self._early_steps(schedule)}
+        schedules = [n for n in ast.walk(source.tree) if isinstance(n, ast.Call) and _is_schedule(n)]
+        lines |= {line for schedule in schedules for line in self._early_steps(schedule)}
         if adapted:
             self.remarks.append(
-                f"the schedule of {_at(adapted)} counts updates of {steps} micro-batches: check its length"
+                f"the schedule of {number_lines(adapted)} counts updates of {steps} micro-batches: check its "
+                "length"
             )
         if lines:
             share = f"{steps} for each update" if old_steps == 1 else "of another number for each update"
             self.remarks.append(
                 f"iterations of the loop and batches of the DataLoader are now micro-batches, {share}; "
-                f"check what counts them: {_at(lines)}"
+                f"check what counts them: {number_lines(lines)}"
             )
 
     # -- what counts ------------------------------------------------------------------------------
@@ -81,9 +83,6 @@ class BatchCounts:
                 yield use
 
     # -- schedules --------------------------------------------------------------------------------
-
-    def _schedules(self) -> Iterator[ast.Call]:
-        return (n for n in ast.walk(self.source.tree) if isinstance(n, ast.Call) and _is_schedule(n))
 
     def _schedules_of(self, node: ast.AST, seen: frozenset[str] = frozenset()) -> list[ast.Call] | None:
         """Return the calls that make schedules from the value ``node``, also through variables; None if
@@ -184,7 +183,3 @@ def _targets(statement: ast.AST) -> set[str]:
     """Return the last names of the targets of an assignment; none for other statements."""
     targets = statement.targets if isinstance(statement, ast.Assign) else []
     return {name_of(t) for t in targets} - {""}
-
-
-def _at(lines: set[int]) -> str:
-    return f"line{'s' if len(lines) > 1 else ''} {', '.join(map(str, sorted(lines)))}"

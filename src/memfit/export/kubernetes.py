@@ -120,10 +120,8 @@ def _pod(handover: Handover) -> Object:
             {"name": "files", "configMap": {"name": name}},
             {"name": "work", "emptyDir": {}},
             *([claim_volume] if handover.claim else []),
-            {
-                "name": "shm",
-                "emptyDir": {"medium": "Memory"},
-            },  # NCCL and data loaders need more shared memory than a container's 64 MiB
+            # NCCL and data loaders need more shared memory than a container's 64 MiB
+            {"name": "shm", "emptyDir": {"medium": "Memory"}},
         ],
     }
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from memfit.export.loop_update import Statements, end, lists_of, loaded_names, stored_names
-from memfit.export.source_edits import Source, literal, name_of, source_of
+from memfit.export.source_edits import Source, literal, name_of, number_lines, source_of
 from memfit.export.step_counters import repeated_lines
 from memfit.export.training_loop import Loop, find_loop, wrappers
 from memfit.techniques.registry import make_use
@@ -70,8 +70,10 @@ def edit_loop(source: Source, plan: Plan, structure: Mapping[str, Any]) -> tuple
         assert loop.setup.before is not None
         place, indent = loop.setup.before.lineno, source.indent(loop.setup.before.lineno)
     edits[place, place - 1] = [f"{indent}{line}\n" for line in setup]
-    if not any(_imports_memfit(s) for s in source.tree.body):
-        import_line = _import_line(source)
+    imports = [s for s in source.tree.body if isinstance(s, ast.Import | ast.ImportFrom)]
+    names = [a for s in imports if isinstance(s, ast.Import) for a in s.names]
+    if not any(a.name == "memfit" and not a.asname for a in names):
+        import_line = end(imports[-1]) + 1 if imports else 1
         edits.setdefault((import_line, import_line - 1), []).insert(0, "import memfit\n")
     for (start, last), new_lines in sorted(edits.items(), reverse=True):
         lines[start - 1 : last] = new_lines
@@ -140,7 +142,7 @@ def _remarks(source: Source, loop: Loop, plan: Plan) -> Iterator[str]:
     yield from loop.setup.remarks
     for name, _, line in wrappers(source):
         yield f"line {line} uses {name} under a condition: start the script so that it does not"
-    if loop.autocast is not None or any(name_of(c.func) == "GradScaler" for c in _calls(source)):
+    if loop.autocast is not None or source.calls(frozenset({"GradScaler"})):
         yield (
             "autocast and GradScaler of the script are out of the loop: the plan decides the precision, "
             "float32 without bf16-autocast or fp16-autocast"
@@ -155,10 +157,13 @@ def _remarks(source: Source, loop: Loop, plan: Plan) -> Iterator[str]:
         between, moved = loop.body[loop.forward : index], (*loop.update.removed, *loop.prefetch)
         if loop.counters:
             lines = [s.lineno for s in loop.counters]
-            yield f"moved behind the micro-batches, to run once for each step: {_at(lines)}"
+            yield f"moved behind the micro-batches, to run once for each step: {number_lines(lines)}"
         repeated = repeated_lines(between, (*moved, *loop.counters), loop.batch)
         if repeated and not loop.own_accumulation:
-            yield f"run once for each micro-batch now, so check what they count or log: {_at(repeated)}"
+            yield (
+                "run once for each micro-batch now, so check what they count or log: "
+                f"{number_lines(repeated)}"
+            )
         used = {n.id for s in loop.body[index + 1 :] for n in ast.walk(s) if isinstance(n, ast.Name)}
         if shown := sorted(used & {loop.update.loss, *loop.batch}):
             yield f"after fit.split, {', '.join(shown)} is that of the last micro-batch: check what you log"
@@ -169,18 +174,11 @@ def _remarks(source: Source, loop: Loop, plan: Plan) -> Iterator[str]:
         yield "the plan looks at a run of the model on an example batch; give loss= if the model has none"
 
 
-def _at(lines: list[int]) -> str:
-    return f"line{'s' if len(lines) > 1 else ''} {', '.join(map(str, lines))}"
-
-
-def _calls(source: Source) -> Iterator[ast.Call]:
-    return (n for n in ast.walk(source.tree) if isinstance(n, ast.Call))
-
-
 def _must_split_alike(source: Source, loop: Loop) -> None:
-    """Raise UserError if the loop, or a function that it calls, has a loss that is a sum, if the loss begins
-    before the model is called, or if one of the variables of the batch is computed from another one that
-    forward reads, too: the number of samples, for example, is not that of a micro-batch."""
+    """Raise UserError if the step is not the mean of its micro-batches: if the loop, or a function that it
+    calls, has a loss with reduction="sum"; if the loss has a value before the model is called, to which
+    micro-batches would be added; or if one variable of the batch is computed from another, such as the number
+    of samples, and forward reads both."""
     names, loss = list(loop.batch), loop.update.loss
     statements: list[ast.AST] = [*loop.body[: loop.backward]]
     calls = {name_of(n.func) for s in statements for n in ast.walk(s) if isinstance(n, ast.Call)}
@@ -199,10 +197,7 @@ def _must_split_alike(source: Source, loop: Loop) -> None:
         )
     for statement in loop.body[: loop.forward]:
         changed = stored_names(statement)
-        loaded = {
-            n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)
-        }
-        if sources := sorted((loaded - set(changed)) & set(names)):
+        if sources := sorted((loaded_names(statement) - set(changed)) & set(names)):
             computed_names = ", ".join(n for n in changed if n in names)
             if computed_names:
                 raise UserError(
@@ -225,15 +220,3 @@ def _iterable(loop: Loop) -> ast.expr:
     if not isinstance(node, ast.Name):
         raise UserError("the plan needs an example batch, but the script does not show its DataLoader")
     return node
-
-
-def _imports_memfit(statement: ast.stmt) -> bool:
-    return isinstance(statement, ast.Import) and any(
-        a.name == "memfit" and not a.asname for a in statement.names
-    )
-
-
-def _import_line(source: Source) -> int:
-    """Return the line before which to import memfit: after the last import at the top of the script."""
-    imports = [s for s in source.tree.body if isinstance(s, ast.Import | ast.ImportFrom)]
-    return end(imports[-1]) + 1 if imports else 1

@@ -25,7 +25,7 @@ DEEPSPEED: Final = "deepspeed_config.json"
 _SEED: Final = 42  # OpenFold requires one if several processes train
 _BUCKET_ELEMENTS: Final = 25 * 2**20 // 2  # bf16 gradients in torch's bucket of 25 MiB
 
-_SAID = {"ddp", "zero", "bf16-autocast", "bf16-parameters", "activation-checkpointing"}
+_SUPPORTED = {"ddp", "zero", "bf16-autocast", "bf16-parameters", "activation-checkpointing"}
 _WHY = {
     "chunking": "OpenFold chunks only in inference (tune_chunk_size stops in training)",
     "gradient-accumulation": "OpenFold's --accumulate_grad_batches does not reach its Trainer",
@@ -72,7 +72,7 @@ def _why_not(handover: Handover) -> Iterator[str]:
         yield f"its only network is that of {JOB} at --size {' or '.join(SIZES)}"
     for use in plan.uses:
         name = use.technique
-        if name not in _SAID:
+        if name not in _SUPPORTED:
             yield f"{name}: {_WHY.get(name, 'not supported')}"
         for knob, allowed, reason in _ONLY.get(name, ()):
             if use.settings[knob] not in allowed:

@@ -76,10 +76,10 @@ def script_diff(
     except UserError as error:
         lines = ("import memfit", *apply_lines(plan, "model", "optimizer", structure), *loop_lines("batch"))
         return ScriptDiff(diff="", reason=error.given, lines=lines)
-    return ScriptDiff(diff=_checked(source, text), remarks=remarks)
+    return ScriptDiff(diff=_diff_to(source, text), remarks=remarks)
 
 
-def _checked(source: Source, text: str) -> str:
+def _diff_to(source: Source, text: str) -> str:
     """Return the diff to ``text``, after a check that it is Python."""
     ast.parse(text)
     return source.diff(text)
@@ -126,7 +126,7 @@ def _trainer_diff(source: Source, calls: list[ast.Call], plan: Plan, batch_size:
     if _BATCH not in present and sources[_BATCH] == "8" and keeps_defaults:
         del wanted[_BATCH]
     text = source.replaced(source.with_keywords(call, wanted))
-    return ScriptDiff(diff=_checked(source, text), remarks=tuple(remarks))
+    return ScriptDiff(diff=_diff_to(source, text), remarks=tuple(remarks))
 
 
 def _batch_source(source: Source, call: ast.Call, plan: Plan, batch_size: int) -> tuple[str, str]:
@@ -255,7 +255,7 @@ def _library_diff(source: Source, calls: list[ast.Call], plan: Plan, library: _L
         return ScriptDiff(diff="", reason=reason, lines=lines, remarks=tuple(remarks))
     for call in calls:  # those of several branches
         changes += source.with_keywords(call, sources)
-    return ScriptDiff(diff=_checked(source, source.replaced(changes)), remarks=tuple(remarks))
+    return ScriptDiff(diff=_diff_to(source, source.replaced(changes)), remarks=tuple(remarks))
 
 
 def _is_manual(source: Source) -> bool:

@@ -40,7 +40,7 @@ def script_steps(spec: RunSpec) -> tuple[ScriptStep, ...]:
 def _steps(spec: RunSpec) -> Iterator[ScriptStep]:
     plan, applied = spec.plan, ENGINES[spec.engine].applied_by_files
     for use in plan.uses:
-        if use.technique == "ddp" and spec.engine == "accelerate" and not _default_buckets(use):
+        if use.technique == "ddp" and spec.engine == "accelerate" and not _has_default_buckets(use):
             yield ScriptStep(name="ddp", text=_BUCKETS.format(**use.settings))
         elif use.technique not in applied and not _by_accelerate(spec, use):
             yield ScriptStep(name=use.technique, text=step_text(use, plan))
@@ -64,7 +64,7 @@ def step_text(use: Use, plan: Plan) -> str:
     )
 
 
-def _default_buckets(use: Use) -> bool:
+def _has_default_buckets(use: Use) -> bool:
     """Return whether ``use``, of the technique ddp, has the buckets of torch's DDP by default (25 MiB,
     gradients not views of them), with which Accelerate creates it."""
     return (use.settings["bucket_mib"], use.settings["bucket_view"]) == (25, False)

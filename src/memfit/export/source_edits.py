@@ -127,6 +127,12 @@ def _lines(text: str) -> list[str]:
     return io.StringIO(text).readlines()
 
 
+def number_lines(lines: Iterable[int]) -> str:
+    """Return the numbers of lines in words, such as "line 3" or "lines 3, 5"."""
+    numbers = sorted(lines)
+    return f"line{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+
+
 def name_of(node: ast.expr) -> str:
     """Return the last name of a dotted name, such as "AdamW" for ``torch.optim.AdamW``; "" for others."""
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
@@ -141,7 +147,8 @@ def literal(node: ast.expr | None) -> Any:
 
 
 def source_of(value: Any) -> str:
-    """Return the source of a literal with double quotes."""
+    """Return ``value`` as a Python literal, with texts in double quotes, also in mappings. Texts in other
+    containers have the quotes that repr gives them."""
     if isinstance(value, str):
         return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
     if isinstance(value, Mapping):

@@ -50,7 +50,8 @@ def repeated_lines(between: Statements, omitted: Sequence[ast.stmt], batch: Sequ
 def _repeated(
     statements: Statements, omitted: Sequence[ast.stmt], batch: set[str], known: set[str]
 ) -> Iterator[ast.stmt]:
-    """Yield them, and add what the statements set to ``known``, the variables that this step has set."""
+    """Yield the statements that `repeated_lines` names. ``known``: the variables that the step has set before
+    ``statements``; those that they set are added."""
     for statement in statements:
         if statement in omitted or isinstance(statement, FUNCTIONS):
             continue

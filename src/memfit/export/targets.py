@@ -24,9 +24,8 @@ TARGETS: Mapping[str, Callable[[Handover], Files]] = {
 }
 
 
-LIBRARIES = frozenset(
-    {"trainer", "torchtitan", "openfold"}
-)  # the library's own program trains, not memfit's worker
+# Targets for which the library's own program trains, not memfit's worker.
+LIBRARIES = frozenset({"trainer", "torchtitan", "openfold"})
 
 
 def bundle(target: str, handover: Handover) -> Files:

@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from memfit.export.base import Files, Handover, quoted
+from memfit.export.base import Files, Handover, quote
 from memfit.types.errors import UserError
 
 SCRIPT = "torchrun.sh"
@@ -96,14 +96,14 @@ def _accelerate(handover: Handover) -> Iterator[str]:
 
 def program(handover: Handover) -> str:
     """Return, as shell words, what every rank starts: memfit's worker, or the user's script with its
-    arguments, followed by those that pass it the engine's configuration (see `_handed`). Raises UserError if
-    these are needed and the engine has none."""
+    arguments, followed by those that pass it the engine's configuration. Raises UserError if memfit does not
+    know by which argument the script takes it (`_configuration_arguments`)."""
     if not handover.script:
-        return quoted(part.replace("{dir}/", "") for part in handover.config.argv[1:])
-    return " ".join(filter(None, (quoted(handover.script), _handed(handover))))
+        return quote(part.replace("{dir}/", "") for part in handover.config.argv[1:])
+    return " ".join(filter(None, (quote(handover.script), _configuration_arguments(handover))))
 
 
-def _handed(handover: Handover) -> str:
+def _configuration_arguments(handover: Handover) -> str:
     """Return, as shell words, the arguments that pass the configuration of DeepSpeed or Megatron-LM to the
     user's script, such as "--deepspeed --deepspeed_config deepspeed.json".
 

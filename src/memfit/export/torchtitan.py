@@ -48,7 +48,7 @@ _ONLY: Mapping[str, tuple[tuple[str, object, str], ...]] = {
     ),
     "selective-checkpointing": (("keep", "every-second-matmul", "its op policy keeps every second matmul"),),
 }
-_SAID = {
+_SUPPORTED = {
     "ddp",
     "fsdp2",
     "tensor-parallel",
@@ -82,7 +82,7 @@ def files(handover: Handover) -> Files:
 def _why_not(plan: Plan) -> Iterator[str]:
     for use in plan.uses:
         name, knobs = use.technique, use.settings
-        if name not in _SAID:
+        if name not in _SUPPORTED:
             yield f"{name} is not supported"
         for knob, value, reason in _ONLY.get(name, ()):
             if knobs[knob] != value:
@@ -173,11 +173,11 @@ def sections(handover: Handover) -> Sections:
             **({"early_step_in_backward": True} if steps_in_backward else {}),
         },
         "compile": {"enable": bool(compile_section), **compile_section},
-        **_converted(plan),
+        **_float8_tables(plan),
     }
 
 
-def _converted(plan: Plan) -> Sections:
+def _float8_tables(plan: Plan) -> Sections:
     """Return the tables of torchtitan's float8 converter, table -> setting -> value; {} if the plan has no
     float8-linear. The head is not converted, as in memfit."""
     float8 = plan.get("float8-linear")

@@ -198,11 +198,13 @@ def calls(statement: ast.stmt, model: str) -> bool:
 
 
 def _spans_text(statement: ast.stmt) -> bool:
-    texts = [
-        n for n in ast.walk(statement) if isinstance(n, ast.Constant) and isinstance(n.value, str | bytes)
-    ]
-    joined = [n for n in ast.walk(statement) if isinstance(n, ast.JoinedStr)]
-    return any(n.end_lineno != n.lineno for n in [*texts, *joined])
+    """Return whether the statement contains a text that goes over several lines."""
+    return any(
+        isinstance(n, ast.Constant | ast.JoinedStr)
+        and n.end_lineno != n.lineno
+        and isinstance(getattr(n, "value", ""), str | bytes)
+        for n in ast.walk(statement)
+    )
 
 
 def _autocast(source: Source, place: LoopPlace, forward: int) -> ast.With | None:
@@ -286,8 +288,8 @@ def _loads_next(statement: ast.stmt, between: Statements, computed: set[str], mo
 
 def _setup(source: Source, place: LoopPlace, update: Update, model: str) -> LoopSetup:
     """Return where and with what names the plan is applied: after the optimizer is made, or before the loop
-    if that is made elsewhere. Raises UserError if the script does not show where,
-    or if the model changes between."""
+    if that is made elsewhere. Raises UserError if the script does not show where, or if the model changes
+    between."""
     names = {update.optimizer: update.optimizer, model: model}
     user: ast.AST = place.loop
     statements, arguments = place.scope, dict[str, ast.expr]()
@@ -418,11 +420,11 @@ def _clip(place: LoopPlace, update: Update, arguments: dict[str, ast.expr] | Non
                     f"between backward and step, the script changes gradients: it clips them to "
                     f"{ast.unparse(update.clip)}, which may change"
                 )
-        text.append(_renamed(node, arguments or {}))
+        text.append(_rename_variables(node, arguments or {}))
     return text[0] if len(text) == 1 else f"{text[0]} if {text[1]} else None"
 
 
-def _renamed(node: ast.expr, arguments: dict[str, ast.expr]) -> str:
+def _rename_variables(node: ast.expr, arguments: dict[str, ast.expr]) -> str:
     class Rename(ast.NodeTransformer):
         def visit_Name(self, name: ast.Name) -> ast.expr:
             return arguments.get(name.id, name)

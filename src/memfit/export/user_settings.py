@@ -196,7 +196,7 @@ def with_engine_settings(handover: Handover) -> Handover:
         launch = render(spec)
         return script_files(launch) if handover.script else launch.files
 
-    settings = _kept(handover.user_files, config.spec, rendered, _OF_ENGINES)
+    settings = _merge_settings(handover.user_files, config.spec, rendered, _OF_ENGINES)
     return dataclasses.replace(
         handover, kept=settings, config=dataclasses.replace(config, files=settings.files)
     )
@@ -216,7 +216,7 @@ def with_target_settings(handover: Handover, target: Target) -> Handover:
         )
 
     of_target = _FORMATS.keys() - _OF_ENGINES
-    settings = _kept(handover.user_files, handover.config.spec, rendered, of_target)
+    settings = _merge_settings(handover.user_files, handover.config.spec, rendered, of_target)
     engine_settings = handover.kept or settings
     combined = UserSettings(
         files=settings.files,
@@ -227,7 +227,7 @@ def with_target_settings(handover: Handover, target: Target) -> Handover:
     return dataclasses.replace(handover, kept=combined)
 
 
-def _kept(
+def _merge_settings(
     user_files: UserFiles, spec: RunSpec, rendered: Callable[[RunSpec], Files], names: Collection[str]
 ) -> UserSettings:
     """Return the result of merging the user's settings into those files of ``rendered(spec)`` whose names are
@@ -279,8 +279,9 @@ def keep_settings(
         user, user_text, omitted = _user_data(file_format, options, setup, name)
         user_plan_leaves = _leaves(file_format.load(before[name])) if name in before else {}
         free_paths = file_format.free if for_worker else None
-        merged, changes = _merged(user, _leaves(file_format.load(text)), user_plan_leaves, free=free_paths)
-        changes += _made_consistent(name, merged, files, data_ranks, bool(changes))
+        new_leaves = _leaves(file_format.load(text))
+        merged, changes = _merge_leaves(user, new_leaves, user_plan_leaves, free=free_paths)
+        changes += _make_consistent(name, merged, files, data_ranks, bool(changes))
         norm = setup.deepspeed.number(NORMS["deepspeed"]) if setup.deepspeed is not None else None
         if name == trainer.ARGUMENTS and norm is not None and NORMS["trainer"] not in merged:
             merged[NORMS["trainer"]] = norm  # the Trainer refuses DeepSpeed's if its own default is another
@@ -356,7 +357,7 @@ def _user_data(
     ]
     known_values = {n: w for n, w in values.items() if n not in unknown_names}
     if name == trainer.ARGUMENTS:
-        arguments = {n: _typed(words) for n, words in known_values.items()}
+        arguments = {n: _parse_words(words) for n, words in known_values.items()}
         return copy.deepcopy(arguments | _sections_of_text(arguments, options, setup)), None, omitted
     options_text = {
         n.replace("_", "-") if name == megatron.CONFIG else n: " ".join(w) for n, w in known_values.items()
@@ -390,7 +391,7 @@ def _flat(data: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     return {n: () if v is True else tuple(str(v).split()) for n, v in values.items() if v is not False}
 
 
-def _typed(words: tuple[str, ...]) -> Any:
+def _parse_words(words: tuple[str, ...]) -> Any:
     """Convert the words after an option to the value that the Trainer's own parser makes of them: True for no
     word, a number, boolean or text for one, a list for several."""
 
@@ -415,7 +416,7 @@ def _leaves(data: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Leaves:
     return leaves
 
 
-def _merged(
+def _merge_leaves(
     user: dict[str, Any], new_leaves: Leaves, old_leaves: Leaves, *, free: frozenset[str] | None
 ) -> tuple[dict[str, Any], list[str]]:
     """Put the settings that the plan decides into the user's settings ``user``. Return ``user`` and one text
@@ -439,7 +440,7 @@ def _merged(
             _set(user, path, value)
     for path in old_leaves.keys() - new_leaves.keys():
         if free is None and (current := _get(user, path)) is not _MISSING:
-            _remove(user, path)
+            (_get(user, path[:-1]) if path[:-1] else user).pop(path[-1])
             changes.append(_change(path, current, _MISSING))
     return user, changes
 
@@ -467,12 +468,7 @@ def _set(data: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     data[path[-1]] = value
 
 
-def _remove(data: dict[str, Any], path: tuple[str, ...]) -> None:
-    parent = _get(data, path[:-1]) if path[:-1] else data
-    parent.pop(path[-1], None)
-
-
-def _made_consistent(
+def _make_consistent(
     name: str, merged: dict[str, Any], files: Files, data_ranks: int, differs: bool
 ) -> Iterator[str]:
     """Change settings in ``merged``, the content of the exported file ``name``, that contradict others, and
