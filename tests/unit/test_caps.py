@@ -272,7 +272,7 @@ def _alarms(peaks: list[int], live: list[int]) -> tuple[str, ...]:
         alarms.add(
             {"step": step, "step_peak_bytes": peak, "allocated_bytes": allocated, "step_s": 0.1, "loss": 1.0}
         )
-    return alarms.finished()
+    return alarms.conclude()
 
 
 def test_a_steady_run_has_no_alarms() -> None:

@@ -19,7 +19,7 @@ from memfit.monitoring.phases import PhaseOfDeath, phase_of
 from memfit.monitoring.record import RankRecord, WatchRecord
 from memfit.monitoring.remedies import advice_for, capture_for
 from memfit.monitoring.traceback_text import TracebackText, read_tracebacks
-from memfit.monitoring.training_log import NumberSeries, TrainingLog, outlier, read_training_log
+from memfit.monitoring.training_log import NumberSeries, TrainingLog, outlier_factor, read_training_log
 from memfit.types.device_kind import HOST
 from memfit.types.peer_errors import PEER_ERRORS
 from memfit.types.units import GIB, format_bytes
@@ -64,7 +64,7 @@ _OTHER_ENDS: Final = (
 
 def diagnose_log(text: str) -> Diagnosis:
     """Return why a training ended, judged by the end of its log, an error message, or the kernel's log."""
-    lines = [_shortened(line) for line in re.split(r"\r\n|\r|\n", text)]
+    lines = [_shorten(line) for line in re.split(r"\r\n|\r|\n", text)]
     kills = list(host_kills(lines))
     stated = [k for k in kills if k.kind != "sigkill"]
     tracebacks = [t for t in read_tracebacks(lines) if not _CONSEQUENCE.search(f"{t.error}: {t.message}")]
@@ -86,7 +86,7 @@ def diagnose_log(text: str) -> Diagnosis:
     return _with_place(_other_end(lines, last), last)
 
 
-def _shortened(line: str) -> str:
+def _shorten(line: str) -> str:
     """Return a line without the middle of one that is too long for a log, such as of printed data."""
     half = _LONGEST_LINE // 2
     return line if len(line) <= _LONGEST_LINE else f"{line[:half]} ... {line[-half:]}"
@@ -226,8 +226,8 @@ _Judgement = tuple[DeathCause, Certainty, list[str], list[DeathCause]]
 
 
 def judge(failure: AllocationFailure, phase: PhaseOfDeath, log: TrainingLog) -> Diagnosis:
-    """Return why an allocation failed. The figures of the message are judged first, then what ran, then how
-    far the training had come."""
+    """Return why an allocation failed. The figures of the message (``failure``) are judged first, then what
+    ran (``phase``), then how far the training had come (``log``)."""
     cause, certainty, evidence, alternatives = _merge(
         failure, _by_figures(failure), _by_phase(phase, log) or _by_progress(log) or _by_start(log)
     )
@@ -366,7 +366,7 @@ def _by_progress(log: TrainingLog) -> _Judgement | None:
     growing_sample = next((s for s in log.samples if s.is_growing), None)
     row_count = max((s.rows[-1] for s in log.samples), default=0) + 1
     row_count = max([row_count, *log.progress_rows, *([memory.rows[-1] + 1] if memory else [])])
-    factors = [(f, s) for s in log.samples if (f := outlier(s, row_count)) is not None]
+    factors = [(f, s) for s in log.samples if (f := outlier_factor(s, row_count)) is not None]
     if factors:
         factor, series = max(factors, key=lambda item: item[0])
         text = f"the last value of {series.key!r} in the log is {factor:.2g} times the highest before it"
@@ -511,8 +511,9 @@ def is_record(head: bytes) -> bool:
 
 
 def diagnose_record(record: WatchRecord) -> Diagnosis:
-    """Return why a watched training ended, judged by the rank that ended with an error of memory, or else by
-    the fullest."""
+    """Return why a watched training ended, judged by the ranks that ended with an error of memory and, if
+    memfit ran the command, by how that was killed. Without either, the cause is not memory if a rank ended
+    with another error; else it is unknown, and the least free memory is the evidence."""
     diagnoses = [d for r in record.ranks if (d := _of_rank(r)) is not None]
     end = record.exit
     if end is not None and end.oom_kills:
@@ -546,7 +547,7 @@ def _headroom(record: WatchRecord) -> list[str]:
 
 def _of_rank(record: RankRecord) -> Diagnosis | None:
     """Return the diagnosis of a rank that ended with an error of memory, None for another. A leak is certain
-    if an alarm of the watch has found it as well."""
+    if the watch has raised an alarm of kind "creep" as well."""
     if record.end is None or not record.end.error:
         return None
     text = f"{record.end.error}: {record.end.message}"
@@ -569,7 +570,7 @@ _ALARMS: Final = ("creep", "maximum", "above-prediction", "fragmentation", "head
 
 
 def _log_of(record: RankRecord) -> TrainingLog:
-    """Return the steps of a rank as what a log would tell: memory after each step."""
+    """Return what a log of the rank would tell: its steps, and the memory after each."""
     quantities = ("allocated_bytes", "heap_bytes", "host_bytes")  # of a device, of the C library, resident
     quantity = next((q for q in quantities if record.peak(q) is not None), quantities[-1])
     values = [(row, v) for row, s in enumerate(record.steps) if (v := getattr(s, quantity)) is not None]
@@ -590,7 +591,7 @@ def _log_of(record: RankRecord) -> TrainingLog:
 
 
 def diagnose_run(reason: str, steps_done: int, *, message: str = "", device: str = HOST) -> Diagnosis:
-    """Return why a run of memfit ended whose outcome is out of memory. ``reason``: what its worker reported.
+    """Return why a run of memfit ran out of memory. ``reason``: what its worker reported.
     ``steps_done``: optimizer steps that it finished. ``message``: of the allocator, with the error's class.
     ``device``: the kind on which the run trained; its memory ran out if torch's error for devices was raised,
     also where the message cannot be read."""
@@ -631,8 +632,9 @@ _ORDER: Final = (Certainty.CERTAIN, Certainty.LIKELY, Certainty.UNKNOWN)
 
 
 def combine(diagnoses: Sequence[Diagnosis]) -> Diagnosis:
-    """Return one diagnosis from several of the same death: the most certain and most specific, with the
-    evidence of all. If two that are certain differ, the result is only likely and names both."""
+    """Return one diagnosis from ``diagnoses``, at least one, of the same death: the most certain and most
+    specific, with the evidence of all. If two that are certain differ, the result is only likely, and its
+    ``alternatives`` have the other cause unless that is a general one (`_GENERAL`)."""
     assert diagnoses
     ranked = sorted(
         diagnoses,

@@ -47,18 +47,19 @@ class AlarmLimits:
 
 
 def limits_of(limits: AlarmLimits | Mapping[str, Any] | str | Path | None) -> AlarmLimits:
-    """Return the thresholds that ``limits`` gives: a mapping of names to numbers, a TOML file of them, or a
-    plan file (.yaml, .yml) with them under the key ``watch``. Others have their default. Names that end in
-    ``_bytes`` also take a size such as "64MiB". Raises UserError if the file cannot be read, for unknown
-    names, and for values that are not numbers of at least 0."""
+    """Return the thresholds that ``limits`` gives: an `AlarmLimits`, which is returned as it is; a mapping of
+    names to numbers; a TOML file of them; or a plan file (.yaml, .yml) with them under the key ``watch``.
+    Thresholds that are not given have their default, and so have all for None. Names that end in ``_bytes``
+    also take a size such as "64MiB". Raises UserError if the file cannot be read, for unknown names, for
+    values that are not numbers of at least 0, and for a number with a fraction where the default has none."""
     if limits is None:
         return AlarmLimits()
     if isinstance(limits, AlarmLimits):
         return limits
     if isinstance(limits, Mapping):
-        return _checked(limits, "limits")
+        return _parse_limits(limits, "limits")
     path = Path(limits)
-    return _checked(_section(path) if path.suffix in (".yaml", ".yml") else read_toml(path), str(path))
+    return _parse_limits(_section(path) if path.suffix in (".yaml", ".yml") else read_toml(path), str(path))
 
 
 def _section(path: Path) -> Mapping[str, Any]:
@@ -71,7 +72,7 @@ def _section(path: Path) -> Mapping[str, Any]:
     return section
 
 
-def _checked(values: Mapping[str, Any], what: str) -> AlarmLimits:
+def _parse_limits(values: Mapping[str, Any], what: str) -> AlarmLimits:
     defaults = {f.name: f.default for f in dataclasses.fields(AlarmLimits)}
     for name in values:
         if name not in defaults:

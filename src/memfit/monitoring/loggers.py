@@ -25,7 +25,8 @@ class Loggers:
         self._next_s = 0.0
 
     def write(self, values: Mapping[str, float | None], step: int) -> None:
-        """Write the values that are not None, with "memfit/" before their names."""
+        """Write the values that are not None, with "memfit/" before their names. Do nothing less than a
+        second after the last write."""
         if time.monotonic() < self._next_s:
             return
         self._next_s = time.monotonic() + _PERIOD_S

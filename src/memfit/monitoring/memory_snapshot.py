@@ -119,11 +119,12 @@ def parse_snapshot(data: bytes, *, what: str) -> list[MemorySnapshot]:
 
 
 class _TooMany(Exception):
-    """More is to be looked at than a file of this size can hold without repeating itself."""
+    """The snapshot has more items than memfit reads: its lists refer to each other many times."""
 
 
 class _Budget:
-    """Counts what was looked at: a small file can refer to the same list any number of times."""
+    """Limits the number of items that are read in all. A small file can refer to the same list any number of
+    times."""
 
     def __init__(self) -> None:
         self._left = _MOST_ITEMS

@@ -51,12 +51,13 @@ class AllocationFailure:
     """An allocation that failed, as its message describes it. A field is None if the message does not state
     it.
 
-    ``device``: kind of the device in small letters, such as "cuda", or "cpu". ``row``: index of the
-    message's first line in the log. ``request_bytes``: what was asked for. ``capacity_bytes``: memory of the
-    device. ``free_bytes``: free on the device. ``allowed_bytes``: limit of this process if it is lower.
-    ``allocated_bytes``: in tensors. ``unallocated_bytes``: reserved by torch's allocator but in no tensor.
-    ``process_bytes``: of this process, with what torch's allocator does not manage. ``other_bytes``: memory
-    outside torch's allocator, of other processes or of the same.
+    ``device``: kind of the device in small letters, such as "cuda", or "cpu"; ``index``: its number. ``row``:
+    index of the message's first line in the log. ``text``: the message on one line. ``request_bytes``: what
+    was asked for. ``capacity_bytes``: memory of the device. ``free_bytes``: free on the device.
+    ``allowed_bytes``: limit of this process if it is lower. ``allocated_bytes``: in tensors.
+    ``unallocated_bytes``: reserved by torch's allocator but in no tensor. ``process_bytes``: of this process,
+    with what torch's allocator does not manage. ``other_bytes``: memory outside torch's allocator, of other
+    processes or of the same. ``other_processes``: number of other processes that the message names.
     """
 
     device: str

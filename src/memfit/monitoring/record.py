@@ -191,8 +191,9 @@ class WatchRecord:
 
     @property
     def fullest(self) -> RankRecord | None:
-        """The rank with the least free memory on its device. If free memory is unknown, the one with the
-        highest peak of tensors, or else of its resident memory. None if nothing was measured."""
+        """The rank with the least free memory on its accelerator. On processors, and if free memory is
+        unknown, the one with the highest peak of tensors, or else of its resident memory. None if nothing was
+        measured."""
         free = [
             (r.least_headroom_bytes, r.rank, r)
             for r in self.ranks
@@ -337,7 +338,8 @@ class _RankFile:
                 raise ValueError(kind)
 
     def _complete(self, values: dict[str, Any]) -> None:
-        """Add values that were read from the device after the line of their step had been written."""
+        """Add values that were read from the device after the line of their step had been written. They are
+        dropped if that is none of the last 1,000 steps."""
         values = _known(WatchStep, values)
         for i in range(len(self._steps) - 1, max(-1, len(self._steps) - 1000), -1):
             if self._steps[i].step == values["step"]:
@@ -370,10 +372,6 @@ def _known(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
 # -- writing ----------------------------------------------------------------------------------------------
 
 
@@ -388,8 +386,9 @@ class LineFile:
 
     def write(self, kind: str, values: Mapping[str, Any]) -> None:
         """Append a line. Values that are None are left out. Numbers that are not finite become text."""
-        filled = {name: _plain(v) for name, v in values.items() if v is not None}
-        line = f"{json.dumps({'kind': kind, **filled})}\n".encode()
+        known = {name: v for name, v in values.items() if v is not None}
+        texts = {n: str(v) for n, v in known.items() if isinstance(v, float) and not math.isfinite(v)}
+        line = f"{json.dumps({'kind': kind, **known, **texts})}\n".encode()
         data = b"\n" + line if self._is_torn else line
         self._is_torn = os.write(self._descriptor, data) < len(data)
 

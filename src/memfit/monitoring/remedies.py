@@ -90,14 +90,16 @@ def title_of(cause: DeathCause) -> str:
 
 
 def advice_for(cause: DeathCause, memory: str) -> tuple[str, ...]:
-    """Return what to change, the most useful first. ``memory``: "host" or "device"."""
+    """Return what to change, the most useful first; nothing if the cause is unknown or not memory.
+    ``memory``: which memory ran out, "host", "device" or "" if unknown."""
     advice = _ADVICE.get(cause, ())
     is_tensor = cause in (DeathCause.TENSORS_TOO_LARGE, DeathCause.LATE_GROWTH, DeathCause.LEAK)
     return (*advice, _ON_HOST) if memory == "host" and is_tensor else advice
 
 
 def capture_for(cause: DeathCause, memory: str) -> tuple[str, ...]:
-    """Return what to record next time, so that the cause becomes certain."""
+    """Return what to record next time, so that the cause becomes certain; nothing if the cause is not memory.
+    ``memory``: which memory ran out, "host", "device" or "" if unknown."""
     if cause is DeathCause.NOT_MEMORY:
         return ()
     if cause is DeathCause.HOST_KILLED:

@@ -16,9 +16,8 @@ from memfit.types.units import MIB, format_bytes
 
 # Measured peaks of a processor lie up to 2 % above the value of a prediction (benchmarks/memory_truth.md).
 _ABOVE_RATIO, _ABOVE_BYTES = 1.02, MIB
-_RISING_STEPS: Final = (
-    10  # in each of which memory must grow, in runs that are too short for the test of creep
-)
+# Steps in each of which memory must grow, in runs that are too short for the test of creep.
+_RISING_STEPS: Final = 10
 _REPORTED: Final = {
     "step_s": "step_s",
     "allocated_bytes": "allocated_bytes",
@@ -56,7 +55,7 @@ class RunAlarms:
             if (value := values.get(name)) is not None:
                 recent.append(int(value))
 
-    def finished(self) -> tuple[str, ...]:
+    def conclude(self) -> tuple[str, ...]:
         """Return one sentence for each alarm, after the last step. A run that is too short for the test of
         creep has one if memory grew in each of its last 10 steps, by the limit of creep at least."""
         rising = [] if self._creeping else [text for n in _RISING if (text := self._rise(n))]

@@ -11,8 +11,9 @@ from memfit.types.device_kind import HOST
 
 
 def scalar_tensor(value: Any) -> torch.Tensor | None:
-    """Return a tensor of one element without its graph, or None if ``value`` is none. Subclasses, such as
-    fake tensors and those that are distributed over ranks, are none."""
+    """Return ``value`` without its graph if it is a plain tensor or parameter of one element. Return None for
+    anything else, also for a tensor on the meta device, a fake tensor and one that is distributed over
+    ranks."""
     if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.numel() != 1:
         return None
     return None if value.device.type == "meta" else value.detach()

@@ -86,7 +86,7 @@ class WatchSummary:
 
 
 def summarize(record: WatchRecord) -> WatchSummary:
-    """Return the numbers of a record."""
+    """Return the summary of a record, with a `RankSummary` for each of its ranks."""
     start = record.ranks[0].start if record.ranks else None
     return WatchSummary(
         ranks=tuple(_rank(r, is_over=record.exit is not None) for r in record.ranks),

@@ -45,7 +45,7 @@ def _is_fake(optimizer: Any) -> bool:
 
 
 def device_of_optimizer(optimizer: Any) -> torch.device | None:
-    """Return the device of the first parameter, or None if there is none."""
+    """Return the device of the optimizer's first parameter, or None if it has none."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             return parameter.device  # type: ignore[no-any-return]
@@ -70,7 +70,7 @@ def _observe(
     """Wrap a function of a module, once for all observers. Compiled code calls the function itself."""
     observed = getattr(owner, name)
     if not hasattr(observed, "memfit_observers"):
-        observed = _wrapped(observed)
+        observed = _wrap(observed)
         setattr(owner, name, observed)
     observer = (before, after)
     observed.memfit_observers.append(observer)
@@ -84,7 +84,7 @@ def _observe(
     return remove
 
 
-def _wrapped(function: Any) -> Any:
+def _wrap(function: Any) -> Any:
     observers: list[tuple[Observer | None, Observer | None]] = []
 
     @functools.wraps(function)

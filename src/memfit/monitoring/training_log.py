@@ -142,7 +142,7 @@ def read_training_log(lines: Sequence[str]) -> TrainingLog:
     )
 
 
-def outlier(series: NumberSeries, row_count: int) -> float | None:
+def outlier_factor(series: NumberSeries, row_count: int) -> float | None:
     """Return by what factor the last value, in one of the last lines of ``row_count``, exceeds the highest of
     at least four before it; None if by less than 1.3."""
     *earlier, last = series.values

@@ -60,7 +60,7 @@ _LOGGED: Final = (
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Recording:
-    """What a watch needs from its first step on."""
+    """The file of a watch, what it reads, and its alarms. They exist from the first step on."""
 
     file: LineFile
     readings: MemoryReadings
@@ -206,7 +206,7 @@ class TrainingWatch:
         loss = scalar_tensor(tensors)
         if loss is not None:
             self._loss = loss
-            self._started(loss.device)
+            self._start_recording(loss.device)
         return []
 
     def _after_clipping(self, norm: Any) -> list[Alarm]:
@@ -227,8 +227,9 @@ class TrainingWatch:
         kind = devices.accelerator_kind()
         return torch.device(kind, torch.accelerator.current_device_index()) if kind else torch.device(HOST)
 
-    def _started(self, device: torch.device | None = None) -> _Recording:
-        """Return what a recording needs. The first call opens the file and writes its first line."""
+    def _start_recording(self, device: torch.device | None = None) -> _Recording:
+        """Return the recording. The first call makes it for ``device`` (None: `_device`), and writes the
+        first line of the file."""
         if self._recording is not None:
             return self._recording
         device = device or self._device()
@@ -244,10 +245,10 @@ class TrainingWatch:
                 self._limits, rank=rank, total_bytes=readings.total_bytes, prediction=predicted
             ),
         )
-        self._recording.file.write("start", self._start(device, rank, world_size))
+        self._recording.file.write("start", self._start_values(device, rank, world_size))
         return self._recording
 
-    def _start(self, device: torch.device, rank: int, world_size: int) -> dict[str, Any]:
+    def _start_values(self, device: torch.device, rank: int, world_size: int) -> dict[str, Any]:
         assert self._recording is not None
         return {
             "format": FORMAT,
@@ -277,7 +278,7 @@ class TrainingWatch:
         if self._spent_s > _BUDGET_RATIO * (now_s - self._began_s) + _ALLOWANCE_S:
             self._last_end_s = time.perf_counter()
             return []
-        recording = self._started(device)
+        recording = self._start_recording(device)
         recorded_s = time.perf_counter()
         try:
             values: dict[str, Any] = {"step": self._number, "time_s": round(time.time(), 3)}
@@ -297,7 +298,7 @@ class TrainingWatch:
         values |= {**recording.readings.read(), "energy_j": recording.energy.read(), **now}
         step = WatchStep(**values)
         recording.file.write("step", values)
-        alarms = [*self._arrived(), *recording.detector.add(step)]
+        alarms = [*self._write_pending(), *recording.detector.add(step)]
         if later:
             self._pending.append(PendingScalars(step.step, later))
         recording.file.write_alarms(alarms)
@@ -311,11 +312,12 @@ class TrainingWatch:
         if later:
             self._pending.append(PendingScalars(self._number, later))
         self._number = self._number if number is None else number
-        self._started().file.write_alarms(alarms)
+        self._start_recording().file.write_alarms(alarms)
         return alarms
 
-    def _arrived(self, *, wait: bool = False) -> list[Alarm]:
-        """Write the values of earlier steps that have arrived from the device. ``wait``: wait for all."""
+    def _write_pending(self, *, wait: bool = False) -> list[Alarm]:
+        """Write the values of earlier steps that have arrived from the device, and return their alarms.
+        ``wait``: wait for all."""
         alarms: list[Alarm] = []
         while self._pending and (wait or self._pending[0].is_ready()):
             pending = self._pending.popleft()
@@ -323,15 +325,15 @@ class TrainingWatch:
         return alarms
 
     def _with_values(self, step: int, values: Mapping[str, float]) -> list[Alarm]:
-        recording = self._started()
+        recording = self._start_recording()
         recording.file.write("values", {"step": step, **values})
         return recording.detector.add_values(step, values.get("loss"), values.get("grad_norm"))
 
     def _end(self, error: BaseException | None, recovery: str) -> list[Alarm]:
         if self._recording is None and error is None:
             return []  # nothing was trained in this process
-        recording = self._started()
-        alarms = self._arrived(wait=error is None)
+        recording = self._start_recording()
+        alarms = self._write_pending(wait=error is None)
         recording.file.write_alarms(alarms)
         end = {
             "time_s": time.time(),

@@ -274,7 +274,7 @@ def run_spec(
         predicted_step_s=estimate.step_s.value if estimate.step_s else None,
         measurement=measurement,
         dependence=estimate.dependence,
-        alarms=alarms.finished(),
+        alarms=alarms.conclude(),
     )
 
 
