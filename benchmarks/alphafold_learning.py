@@ -30,7 +30,7 @@ from alphafold_learning_page import page
 
 from memfit.jobs import checkpoints
 from memfit.jobs.builtin import alphafold2
-from memfit.jobs.builtin.alphafold.model import FoldSize, distance_edges, small
+from memfit.jobs.builtin.alphafold.model import FoldSize, distance_edges, small_size
 from memfit.jobs.builtin.batches import evaluating, to_device
 from memfit.jobs.registry import load
 from memfit.jobs.training_step import TrainingStep
@@ -49,7 +49,7 @@ CHECKPOINTS = HERE / "records" / "alphafold_learning.checkpoints"
 # -- protocol: fixed before the first run -----------------------------------------------------------------
 
 STEPS, EVERY, SEEDS = 2000, 200, (0, 1, 2)
-SHAPE = small(residues=64, batch_size=4)
+SHAPE = small_size(residues=64, batch_size=4)
 PLANS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "plain": {},
     "bf16-autocast": {"bf16-autocast": {}},

@@ -135,7 +135,7 @@ def not_whole(folder: Path) -> Iterator[str]:
     except UserError as error:
         yield str(error)[:200]
     for path in (folder / "saved").glob("step-*"):
-        if path.suffix != checkpoints.PARTIAL and (problem := checkpoints.incomplete(path)):
+        if path.suffix != checkpoints.PARTIAL and (problem := checkpoints.why_incomplete(path)):
             yield f"{path.name}: {problem}"
 
 

@@ -11,7 +11,7 @@ import sys
 
 import numpy as np
 
-from memfit.jobs.builtin.navier_stokes import Square, advance, coarser, random_vorticity
+from memfit.jobs.builtin.navier_stokes import Square, advance, coarsen, random_vorticity
 
 TRAJECTORIES, TRAINING, FRAMES, FRAME_S, STEP_S = 64, 52, 14, 0.5, 0.05
 
@@ -20,10 +20,10 @@ def trajectories(square: Square, kept_points: int) -> np.ndarray:
     """(trajectories, frames, kept points, kept points)."""
     vorticity = random_vorticity(np.random.default_rng(0), TRAJECTORIES, square.points, peak=6)
     vorticity = advance(square, vorticity, step_s=STEP_S, steps=60)
-    frames = [coarser(vorticity, kept_points)]
+    frames = [coarsen(vorticity, kept_points)]
     for _ in range(FRAMES - 1):
         vorticity = advance(square, vorticity, step_s=STEP_S, steps=round(FRAME_S / STEP_S))
-        frames.append(coarser(vorticity, kept_points))
+        frames.append(coarsen(vorticity, kept_points))
     return np.stack(frames, axis=1)
 
 

@@ -8,11 +8,11 @@ import torch
 
 from memfit import Job
 from memfit.jobs.builtin.alphafold.evoformer import EvoformerBlock
-from memfit.jobs.builtin.alphafold.model import published
+from memfit.jobs.builtin.alphafold.model import published_size
 
 
 def _block(residues: int, rows: int) -> Job:
-    widths = published(residues=residues, rows=rows, extra_rows=rows, batch_size=1).widths
+    widths = published_size(residues=residues, rows=rows, extra_rows=rows, batch_size=1).widths
 
     def make_batch(step: int, seed: int) -> list[torch.Tensor]:
         numbers = torch.Generator().manual_seed(1000 * seed + step)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from memfit.jobs.builtin import alphafold2
-from memfit.jobs.builtin.alphafold.model import AlphaFold, published
+from memfit.jobs.builtin.alphafold.model import AlphaFold, published_size
 from memfit.types.errors import UserError
 from memfit.types.job import Job
 from published.rows import Setup
@@ -20,7 +20,7 @@ def fold_job(setup: Setup) -> Job:
         raise UserError(f"the row's fold gives no {', '.join(missing)}")
     residues, rows, extra = (int(setup.fold[k]) for k in ("residues", "sequences", "extra"))
     samples = max(1, setup.micro_batch) * setup.micro_batches * setup.ranks["dp"]
-    shape = published(residues=residues, rows=rows, extra_rows=extra, batch_size=samples)
+    shape = published_size(residues=residues, rows=rows, extra_rows=extra, batch_size=samples)
     if setup.layers:
         shape = dataclasses.replace(shape, blocks=setup.layers)
     folds = alphafold2.built_in_folds()

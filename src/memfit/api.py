@@ -26,7 +26,7 @@ from memfit.conformance.sharding import world_size
 from memfit.cost.host import host_holds, host_line, with_host_memory
 from memfit.files.replace import write_whole
 from memfit.inputs import job_of, machine_of, on_ranks, plan_of, says_ranks
-from memfit.jobs.user_job import guarded
+from memfit.jobs.user_job import run_user_code
 from memfit.lint import to_plan
 from memfit.lint.clipping import clipping_setting
 from memfit.lint.option_reasons import option_reasons
@@ -800,7 +800,7 @@ def largest(  # noqa: PLR0913
     def job_at(value: int) -> Job:
         if samples:
             return with_batch_shape(own_job, value)
-        built = guarded(lambda: model(value), "the function given as model")
+        built = run_user_code(lambda: model(value), "the function given as model")
         return job_of(*(built if isinstance(built, tuple) else (built,)), **settings)
 
     target_plan = _plan_on(plan, target)

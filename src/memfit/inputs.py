@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from memfit import catalog
 from memfit.files.read import parse_yaml
-from memfit.jobs.user_job import guard_job, guarded
+from memfit.jobs.user_job import guard_job, run_user_code
 from memfit.model.batch_objects import batch_length, batch_tensors, map_batch
 from memfit.model.tensors import tensor_leaves
 from memfit.runtime.local_machine import this_machine
@@ -137,7 +137,7 @@ def batch_of(batch: Any) -> Any:
     the function.
     """
     if callable(batch) and not isinstance(batch, Mapping | torch.Tensor) and not batch_tensors(batch):
-        batch = guarded(batch, "the function that makes the batch")
+        batch = run_user_code(batch, "the function that makes the batch")
     if isinstance(batch, torch.utils.data.DataLoader):
         raise UserError(
             "the argument batch is a DataLoader, not a batch",
@@ -285,7 +285,9 @@ def optimizer_of(optimizer: Any, model: Any) -> OptimizerChoice:
             "parameters, an OptimizerChoice, or None: AdamW",
         )
     name = getattr(optimizer, "__name__", type(optimizer).__name__)
-    return OptimizerChoice(name=name, make=lambda params: guarded(lambda: make(params), "your optimizer"))
+    return OptimizerChoice(
+        name=name, make=lambda params: run_user_code(lambda: make(params), "your optimizer")
+    )
 
 
 def _made_like(optimizer: torch.optim.Optimizer, model: Any) -> Callable[[list[torch.nn.Parameter]], Any]:

@@ -20,7 +20,7 @@ from memfit.conformance.monitor import Monitor
 from memfit.conformance.sharding import world_size
 from memfit.inputs import batch_of, loss_of, on_ranks, plan_of
 from memfit.jobs.optimizer_groups import PlanOptimizer, UserGroups
-from memfit.jobs.training_step import MicroBatch, TrainingStep, moved, weighted
+from memfit.jobs.training_step import MicroBatch, TrainingStep, move_batch, weigh_loss
 from memfit.model.batch_objects import batch_length, repeat
 from memfit.techniques.imported_optimizer import parse_arguments
 from memfit.techniques.optimizers import default_optimizer
@@ -84,7 +84,7 @@ class Fit:
         if whole:
             part, terms = self._step.local(batch)
         else:
-            part = moved(batch, self._step.bench.torch_device)
+            part = move_batch(batch, self._step.bench.torch_device)
         micro_batches = self._step.split(part, terms, allow_fewer=True)
         self._is_open, self._is_complete = True, False
         self._watch()
@@ -120,7 +120,7 @@ class Fit:
                 hint="for part in fit.split(batch): ... fit.backward(loss)",
             )
         share, self._micro_batch = self._micro_batch.share, None
-        self._step.backward(weighted(loss, share))
+        self._step.backward(weigh_loss(loss, share))
 
     def step(self) -> torch.Tensor:
         """Undo the loss scale, clip the gradients, update the parameters and free the gradients. Return the

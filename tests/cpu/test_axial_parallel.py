@@ -21,7 +21,7 @@ from torch import nn
 
 from memfit.jobs.builtin import alphafold2
 from memfit.jobs.builtin.alphafold.evoformer import EvoformerBlock, Widths
-from memfit.jobs.builtin.alphafold.model import AlphaFold, small
+from memfit.jobs.builtin.alphafold.model import AlphaFold, small_size
 from memfit.jobs.training_step import TrainingStep
 from memfit.runtime.counting_allocator import CountingAllocator, available
 from memfit.runtime.gloo import gloo_first
@@ -36,7 +36,7 @@ from memfit.worker.train import join_world
 RATIO = 0.6  # the share of one process's activations that one of two ranks may hold
 # Neither residues nor rows nor extra rows divide by two; every part of the network is there.
 SIZE = dataclasses.replace(
-    small(residues=21, batch_size=2), templates=2, rows=7, extra_rows=9, blocks=2, extra_blocks=1
+    small_size(residues=21, batch_size=2), templates=2, rows=7, extra_rows=9, blocks=2, extra_blocks=1
 )
 
 

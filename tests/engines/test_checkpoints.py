@@ -319,19 +319,21 @@ def test_a_missing_or_interrupted_checkpoint_is_refused(tmp_path: Path) -> None:
 
 
 def test_resume_and_save_options_are_checked_before_a_run_starts(saved: Path) -> None:
-    keep, seed = checkpoints.settled(CheckpointSettings(resume=str(saved), save=str(saved)), None, 5)
+    keep, seed = checkpoints.resolve_settings(CheckpointSettings(resume=str(saved), save=str(saved)), None, 5)
     assert (keep.resume, seed) == (str(saved / "step-00000003"), 0)
     with pytest.raises(UserError, match="seed 4 differs from the seed of the run to resume, 0"):
-        checkpoints.settled(CheckpointSettings(resume=str(saved)), 4, 5)
+        checkpoints.resolve_settings(CheckpointSettings(resume=str(saved)), 4, 5)
     with pytest.raises(
         UserError,
         match="has done 3 steps, so nothing remains to be done of 3 steps in all; allowed: --steps above 3",
     ):
-        checkpoints.settled(CheckpointSettings(resume=str(saved)), 0, 3)
+        checkpoints.resolve_settings(CheckpointSettings(resume=str(saved)), 0, 3)
     with pytest.raises(UserError, match="already contains step-00000003 of another run"):
-        checkpoints.settled(CheckpointSettings(save=str(saved)), 0, 3)
+        checkpoints.resolve_settings(CheckpointSettings(save=str(saved)), 0, 3)
     with pytest.raises(UserError, match="already contains step-00000003 of another run"):
-        checkpoints.settled(CheckpointSettings(resume=str(saved / "step-00000001"), save=str(saved)), 0, 3)
+        checkpoints.resolve_settings(
+            CheckpointSettings(resume=str(saved / "step-00000001"), save=str(saved)), 0, 3
+        )
 
 
 @pytest.mark.parametrize(
@@ -405,7 +407,7 @@ def test_a_save_that_dies_at_any_moment_leaves_a_complete_checkpoint(saved: Path
         path, about, passed = checkpoints.find(folder)
         found.add(about.step)
         assert about.step in {3, 4}
-        assert not checkpoints.incomplete(path)
+        assert not checkpoints.why_incomplete(path)
         assert all("interrupted" in p for p in passed)
         assert (folder / (folder / "latest").read_text().strip()).is_dir()
         if not died:

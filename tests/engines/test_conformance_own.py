@@ -79,7 +79,7 @@ def _conform(build: Callable[[], nn.Module], planned: Plan, done: Plan | None = 
     job = _job(build)
     step = TrainingStep(job, done or planned)
     spec = RunSpec(name="x", role="run", job=JobRef(spec="x"), plan=planned, seed=0, steps=1)
-    train._conform(step, step.local(job.make_batch(0, 0)), job, spec, train._made(build()))
+    train._conform(step, step.local(job.make_batch(0, 0)), job, spec, train._elements_and_dtypes(build()))
 
 
 PLAIN, RECOMPUTED, NARROW = Plan(), _plan(activation_checkpointing={}), _plan(bf16_autocast={})

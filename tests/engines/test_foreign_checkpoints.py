@@ -67,7 +67,7 @@ def test_every_flipped_bit_is_seen_and_an_older_checkpoint_is_used(folder: Path,
     for _ in range(40):
         bit = draw.randrange(bits)
         flip(file, bit)
-        assert checkpoints.incomplete(file.parent), f"bit {bit}"
+        assert checkpoints.why_incomplete(file.parent), f"bit {bit}"
         path, _, passed_over = checkpoints.find(folder)
         assert path.name == "step-00000001"
         assert name in passed_over[0]
@@ -94,7 +94,7 @@ def test_a_checkpoint_of_a_version_without_checksums_can_be_resumed(folder: Path
 def test_files_outside_the_folder_are_refused(folder: Path) -> None:
     path = folder / "step-00000002"
     _change(path, lambda d: (d["files_bytes"].update({"../x": 1}), d.pop("files_sha256"), d.pop("sha256")))
-    assert "names files outside its folder" in checkpoints.incomplete(path)
+    assert "names files outside its folder" in checkpoints.why_incomplete(path)
 
 
 class Attack:

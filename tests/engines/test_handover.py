@@ -111,7 +111,7 @@ def test_the_exported_folder_trains_the_plan(launched: Mapping[str, tuple[Path, 
     assert code == 0, text[-3000:]
     told = [json.loads(line) for line in re.findall(r"^\[default\d\]:(\{.*\})$", text, re.M)]
     if not CASES[name].words:
-        said = [t["told"] for t in told if t["event"] == "conformance"]
+        said = [t["result"] for t in told if t["event"] == "conformance"]
         assert len(said) == 2
         assert all(s.startswith("as planned (") and "gradient clipping" in s.partition(")")[0] for s in said)
         assert [t["measurement"]["outcome"] for t in told if t["event"] == "result"] == ["ok", "ok"]

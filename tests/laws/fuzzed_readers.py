@@ -173,7 +173,7 @@ def checkpoint(path: Path) -> object:
     folder = path.with_suffix("")
     folder.mkdir(exist_ok=True)
     path.replace(folder / checkpoints.ABOUT)
-    checkpoints.incomplete(folder)
+    checkpoints.why_incomplete(folder)
     return checkpoints.about(folder)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from memfit.jobs.builtin.alphafold import model
 
-PUBLISHED = model.published(residues=256, rows=128, extra_rows=1024, batch_size=1)
+PUBLISHED = model.published_size(residues=256, rows=128, extra_rows=1024, batch_size=1)
 
 
 class Gives(nn.Module):

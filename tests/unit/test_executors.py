@@ -127,7 +127,7 @@ def test_the_time_of_every_start_of_a_requeued_task_counts(tmp_path: Path) -> No
     each = task(tmp_path, "twice", "import time; time.sleep(0.2)")
     for _ in range(2):
         assert run_task(each.argv, str(each.folder), str(tmp_path)) == 0
-    usage = read_usage(each)
+    usage = read_usage(each.folder)
     assert len(usage.spans) == 2
     assert usage.run_s >= 0.4
     assert usage.exit_code == 0
@@ -151,8 +151,8 @@ def test_an_executor_and_its_settings_are_one_text() -> None:
     ("text", "message"),
     [
         ("lokal", "unknown executor 'lokal'; allowed: local, slurm; did you mean 'local'?"),
-        ("local:parallel", "'parallel' is not a setting"),
-        ("local:parallel=1,parallel=2", "'parallel=2' is not a setting"),
+        ("local:parallel", "'parallel' is not KEY=VALUE"),
+        ("local:parallel=1,parallel=2", "'parallel=2' is not KEY=VALUE"),
         ("local:parallel=0", "a whole number from 1 to 1024"),
         ("local:partition=a", "has no setting partition"),
         ("slurm:time=1h", "--executor slurm:time=1h; allowed: a whole number"),

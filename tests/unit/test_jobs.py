@@ -25,8 +25,8 @@ from memfit.cli.options import SizeOptions
 from memfit.jobs import registry
 from memfit.jobs.builtin import char_lm, esm, fasta, protein_lm, protein_ss
 from memfit.jobs.builtin.batches import epoch_indices
-from memfit.jobs.training_step import TrainingStep, weighted
-from memfit.jobs.user_job import guarded
+from memfit.jobs.training_step import TrainingStep, weigh_loss
+from memfit.jobs.user_job import run_user_code
 from memfit.jobs.weights import load_weights
 from memfit.model.blocks import find_blocks, find_head
 from memfit.types.errors import UserError
@@ -589,7 +589,7 @@ def test_an_error_whose_text_raises_is_reported_in_one_line() -> None:
         raise Silent
 
     with pytest.raises(UserError, match=r"own.py:job raised Silent: an error without a text at "):
-        guarded(fail, "own.py:job")
+        run_user_code(fail, "own.py:job")
 
 
 def test_a_job_that_changes_the_current_folder_does_not_change_memfits(
@@ -620,7 +620,7 @@ def test_a_model_without_trainable_parameters_is_refused() -> None:
 def test_a_complex_loss_is_refused() -> None:
     loss = torch.ones((), dtype=torch.complex64, requires_grad=True)
     with pytest.raises(UserError, match="the loss of the training step is complex"):
-        weighted(loss, 1.0)
+        weigh_loss(loss, 1.0)
 
 
 def test_ddps_error_about_parameters_without_gradients_is_explained_with_a_remedy() -> None:
@@ -630,4 +630,4 @@ def test_ddps_error_about_parameters_without_gradients_is_explained_with_a_remed
         )
 
     with pytest.raises(UserError, match=r"own.py:job: ddp waits for gradients .* freeze them"):
-        guarded(fail, "own.py:job")
+        run_user_code(fail, "own.py:job")

@@ -249,7 +249,7 @@ def test_dropout_is_shared_along_a_row() -> None:
 def test_a_block_and_the_network_have_the_published_number_of_parameters() -> None:
     """Others counted 1,829,952 for a block and 93 million in all (Wang et al. 2022, HelixFold)."""
     with torch.device("meta"):
-        whole = model.AlphaFold(model.published(residues=256, rows=128, extra_rows=1024, batch_size=1))
+        whole = model.AlphaFold(model.published_size(residues=256, rows=128, extra_rows=1024, batch_size=1))
     assert sum(p.numel() for p in whole.blocks[0].parameters()) == 1_829_952
     assert sum(p.numel() for p in whole.parameters()) == pytest.approx(93e6, rel=0.01)
     assert len(list(whole.blocks)) == 48

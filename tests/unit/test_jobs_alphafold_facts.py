@@ -19,7 +19,7 @@ from memfit.jobs.builtin.alphafold.structure import Frames
 
 Array = np.ndarray[Any, Any]
 N = 24
-SHAPE = dataclasses.replace(model.small(residues=N, batch_size=3), blocks=1, templates=2, rows=4)
+SHAPE = dataclasses.replace(model.small_size(residues=N, batch_size=3), blocks=1, templates=2, rows=4)
 LENGTHS = (9, 26, 40, 30, 30)
 
 

@@ -29,7 +29,7 @@ WIDTHS = evoformer.Widths(
     transition=2,
     dropout=(0.5, 0.5),
 )
-SMALL = dataclasses.replace(model.small(residues=16, batch_size=2), blocks=1)
+SMALL = dataclasses.replace(model.small_size(residues=16, batch_size=2), blocks=1)
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ from memfit.jobs.builtin.alphafold.structure import Frames
 Array = np.ndarray[Any, Any]
 N = 10
 SMALL = dataclasses.replace(
-    model.small(residues=N, batch_size=1), blocks=2, extra_blocks=2, templates=2, template_blocks=2
+    model.small_size(residues=N, batch_size=1), blocks=2, extra_blocks=2, templates=2, template_blocks=2
 )
 
 

@@ -136,22 +136,24 @@ def test_a_ring_skeleton_ignores_side_chains_and_the_way_of_writing() -> None:
 
 
 def test_no_ring_skeleton_is_in_both_training_and_test_molecules(listed: str) -> None:
-    found = molecules.arranged(molecules._user(listed), 72, "")
+    found = molecules.split_by_skeleton(molecules._user(listed), 72, "")
     assert len(found.smiles) == 24
     skeletons = [smiles.ring_skeleton(text) for text in found.smiles]
     assert found.train_count == 16
     assert not set(skeletons[:16]) & set(skeletons[16:])
-    assert len(molecules.arranged(molecules._user(listed), 12, "").smiles) < 24, "longer ones are left out"
+    assert len(molecules.split_by_skeleton(molecules._user(listed), 12, "").smiles) < 24, (
+        "longer ones are left out"
+    )
 
 
 def test_a_skeleton_of_nearly_all_molecules_is_split_and_the_source_says_so(listed: str) -> None:
     chains = [("C" * n, float(n)) for n in range(1, 19)]
     for pairs in (chains, [("C1CC1", 0.0), *chains]):
-        found = molecules.arranged(pairs, 72, "mine")
+        found = molecules.split_by_skeleton(pairs, 72, "mine")
         assert found.train_count == int(0.8 * len(pairs))
         assert found.scale[1] > 1
         assert found.source.startswith("mine: one ring skeleton has over four fifths")
-    assert molecules.arranged(molecules._user(listed), 72, "mine").source == "mine"
+    assert molecules.split_by_skeleton(molecules._user(listed), 72, "mine").source == "mine"
 
 
 def test_padding_does_not_change_a_prediction() -> None:
@@ -257,7 +259,7 @@ def test_the_target_of_each_word_is_the_base_that_follows() -> None:
 
 def test_markov_chains_need_fewer_bits_with_more_context() -> None:
     found = genome.read(None, 1024)
-    places = genome.scored(found, genome._shape("tiny"))
+    places = genome.scored_positions(found, genome._shape("tiny"))
     bits = [genome.markov_bits(found, places[places >= 8], order) for order in (0, 2, 4)]
     assert bits == pytest.approx([2.000, 1.965, 1.945], abs=0.002)
 
@@ -357,11 +359,11 @@ def test_energy_is_invariant_and_forces_rotate_with_the_molecule(
 ) -> None:
     torch.manual_seed(0)
     model = schnet.Schnet(small)
-    batch = potential.packed(frames, np.array([[5]]), small)
+    batch = potential.pack(frames, np.array([[5]]), small)
     turn, _ = torch.linalg.qr(torch.randn(3, 3))
     moved = dataclasses.replace(frames, positions=frames.positions @ turn.numpy() + np.float32([3, -1, 2]))
     energy, forces = model(*inputs(batch))
-    other_energy, other_forces = model(*inputs(potential.packed(moved, np.array([[5]]), small)))
+    other_energy, other_forces = model(*inputs(potential.pack(moved, np.array([[5]]), small)))
     assert torch.allclose(energy, other_energy, atol=1e-5)
     assert torch.allclose(forces @ turn, other_forces, atol=1e-5)
     assert forces.sum(1).abs().max() < 1e-5, "nothing pulls the whole molecule"
@@ -372,16 +374,16 @@ def test_padding_and_atoms_beyond_the_cutoff_add_no_energy(
 ) -> None:
     torch.manual_seed(0)
     model = schnet.Schnet(small)
-    alone = potential.packed(frames, np.array([[0]]), small)
+    alone = potential.pack(frames, np.array([[0]]), small)
     two = dataclasses.replace(small, atoms=26, neighbours=14)
-    both = potential.packed(frames, np.array([[0, 1000]]), two)
+    both = potential.pack(frames, np.array([[0, 1000]]), two)
     assert both["near"].shape == (1, 26, 14)
     assert not both["within"][both["species"] == 0].any()
     apart = both["positions"][0, 11:22].mean(0) - both["positions"][0, :5].mean(0)
     both["positions"][0, 11:22] += 3 * apart  # out of the cutoff; the list of neighbours still has them
     first, second = (
         model(*inputs(alone))[0],
-        model(*inputs(potential.packed(frames, np.array([[1000]]), small)))[0],
+        model(*inputs(potential.pack(frames, np.array([[1000]]), small)))[0],
     )
     assert torch.allclose(model(*inputs(both))[0], first + second, atol=1e-5)
 

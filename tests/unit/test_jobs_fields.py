@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from memfit.jobs import registry
 from memfit.jobs.builtin import neural_operator, segmentation3d, unet3d, weather
-from memfit.jobs.builtin.navier_stokes import Square, advance, coarser, energy, enstrophy, random_vorticity
+from memfit.jobs.builtin.navier_stokes import Square, advance, coarsen, random_vorticity
 from memfit.jobs.training_step import TrainingStep
 from memfit.model.blocks import find_blocks
 from memfit.planner.evaluate import Predictor
@@ -69,6 +69,17 @@ def test_a_rossby_wave_travels_west_at_its_own_speed() -> None:
     assert np.abs(after - np.exp(-0.01 * 5 * 1.5) * np.cos(2 * x + y - turned)).max() < 1e-12
 
 
+def energy(square: Square, vorticity: np.ndarray) -> np.ndarray:
+    """Return the mean kinetic energy, per unit area and mass, of each field."""
+    u, v = square.velocity(np.fft.rfft2(vorticity))
+    return (u**2 + v**2).mean(axis=(-2, -1)) / 2
+
+
+def enstrophy(vorticity: np.ndarray) -> np.ndarray:
+    """Return half the mean squared vorticity of each field."""
+    return (vorticity**2).mean(axis=(-2, -1)) / 2
+
+
 @pytest.mark.parametrize("beta", [0.0, 10.0])
 def test_without_viscosity_energy_and_enstrophy_are_conserved_while_the_flow_changes(beta: float) -> None:
     square = Square(points=32, viscosity=0.0, beta=beta)
@@ -100,7 +111,7 @@ def test_coarser_fields_keep_the_waves_they_can_resolve() -> None:
     y, x = mesh(32)
     fine = np.sin(3 * x - 5 * y) + np.cos(12 * x)
     y, x = mesh(16)
-    np.testing.assert_allclose(coarser(fine, 16), np.sin(3 * x - 5 * y), atol=1e-12)
+    np.testing.assert_allclose(coarsen(fine, 16), np.sin(3 * x - 5 * y), atol=1e-12)
 
 
 def test_the_stored_fields_follow_from_their_first_frame_by_the_solver() -> None:
@@ -206,21 +217,21 @@ def test_logits_come_at_every_resolution_but_the_lowest() -> None:
 def test_soft_dice_and_cross_entropy_match_hand_computation() -> None:
     tissue = torch.tensor([0, 1, 1, 2]).reshape(1, 4, 1, 1)
     logits = functional.one_hot(tissue, 3).movedim(-1, 1) * 50.0
-    assert float(segmentation3d._of_output(logits, tissue, 1)) == pytest.approx(-1.0, abs=1e-4)
+    assert float(segmentation3d._output_loss(logits, tissue, 1)) == pytest.approx(-1.0, abs=1e-4)
     even = torch.zeros(1, 3, 4, 1, 1)
     dice = (2 * 2 / 3 / (4 / 3 + 2) + 2 * 1 / 3 / (4 / 3 + 1)) / 2
-    assert float(segmentation3d._of_output(even, tissue, 1)) == pytest.approx(np.log(3) - dice, abs=1e-4)
+    assert float(segmentation3d._output_loss(even, tissue, 1)) == pytest.approx(np.log(3) - dice, abs=1e-4)
     found, truth = np.array([0, 1, 2, 2, 1]), np.array([0, 1, 1, 2, 2])
     assert segmentation3d.dice(found, truth) == pytest.approx(50.0)
 
 
 def test_a_simulated_scan_has_rayleigh_noise_and_a_bias_field_of_20_percent() -> None:
-    seen = segmentation3d.scanned(np.zeros((32, 32, 32), np.float32), np.random.default_rng(0))
+    seen = segmentation3d.simulate_scan(np.zeros((32, 32, 32), np.float32), np.random.default_rng(0))
     assert seen.mean() == pytest.approx(0.09 * np.sqrt(np.pi / 2), rel=0.01), (
         "Rayleigh where there is nothing"
     )
     bright = 100 * np.ones((32, 32, 32), np.float32)
-    seen = segmentation3d.scanned(bright, np.random.default_rng(0), 2) / 100
+    seen = segmentation3d.simulate_scan(bright, np.random.default_rng(0), 2) / 100
     assert seen.shape == (2, 32, 32, 32)
     assert (seen.min(), seen.max()) == pytest.approx((0.8, 1.2), abs=0.01)
 

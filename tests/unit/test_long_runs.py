@@ -20,13 +20,13 @@ from hypothesis import given, strategies
 from memfit.cli.run import RunOptions, checkpoint_settings, exit_code, lines, print_notice
 from memfit.files.read import read_bytes
 from memfit.jobs import checkpoints
-from memfit.jobs.user_job import guarded
+from memfit.jobs.user_job import run_user_code
 from memfit.runtime import stalls
 from memfit.runtime.child_process import STOPPED, Child, Event
 from memfit.runtime.heartbeat import HEARTBEAT, Beat, Heartbeat, read_beat
 from memfit.runtime.interruption import Interruption
 from memfit.runtime.ranks import run_ranks
-from memfit.runtime.restart import StepLosses, run_through
+from memfit.runtime.restart import StepLosses, run_with_restarts
 from memfit.runtime.stalls import StallWatch, user_frame
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
@@ -128,7 +128,7 @@ def test_a_lost_connection_to_another_rank_is_not_a_mistake_of_the_job(text: str
 
     assert is_peer_error(text)
     with pytest.raises(RuntimeError, match=re.escape(text)):
-        guarded(fail, "job.py:job")
+        run_user_code(fail, "job.py:job")
 
 
 def test_other_errors_of_the_job_stay_mistakes() -> None:
@@ -136,7 +136,7 @@ def test_other_errors_of_the_job_stay_mistakes() -> None:
         raise ConnectionResetError("Connection reset by peer")  # of the job's own data server
 
     with pytest.raises(UserError, match="raised ConnectionResetError"):
-        guarded(fail, "job.py:job")
+        run_user_code(fail, "job.py:job")
 
 
 # --- restarts
@@ -175,7 +175,7 @@ def _through(
         why.extend([str(event["why"])] if event["event"] == "restarted" else [])
 
     keep_settings = CheckpointSettings(**{"save": str(tmp_path), **keep})
-    ends = run_through(_spec(len(attempts[0]), keep=keep_settings), start, on_event=on_event)
+    ends = run_with_restarts(_spec(len(attempts[0]), keep=keep_settings), start, on_event=on_event)
     return ends, specs, why
 
 
@@ -218,13 +218,15 @@ def test_a_run_goes_on_in_its_folder_after_its_newest_checkpoint_is_damaged(tmp_
     _save(tmp_path, 2)
     (_save(tmp_path, 4) / checkpoints.ABOUT).write_text("{")
     keep = CheckpointSettings(save=str(tmp_path), resume=str(tmp_path))
-    settled, _ = checkpoints.settled(keep, None, 9)
+    settled, _ = checkpoints.resolve_settings(keep, None, 9)
     assert (Path(settled.resume).name, len(settled.passed_over)) == ("step-00000002", 1)
     _save(tmp_path, 4)
     assert checkpoints.find(tmp_path)[1].step == 4
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000002", "step-00000004"]
     with pytest.raises(UserError, match="of another run"):
-        checkpoints.settled(dataclasses.replace(keep, resume=str(tmp_path / "step-00000002")), None, 9)
+        checkpoints.resolve_settings(
+            dataclasses.replace(keep, resume=str(tmp_path / "step-00000002")), None, 9
+        )
 
 
 def test_what_memfit_keeps_of_a_step_is_a_few_bytes() -> None:
@@ -697,7 +699,7 @@ def _interrupted(code: str, number: int, grace_s: float, folder: Path) -> tuple[
 
     with Interruption(grace_s) as interruption:
         keep = CheckpointSettings(save=str(folder), grace_s=grace_s)
-        ends = run_through(
+        ends = run_with_restarts(
             _spec(2, keep=keep),
             lambda spec, on: run_ranks(_config(code, ranks=2), on_event=on, interruption=interruption),
             on_event=on_event,

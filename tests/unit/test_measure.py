@@ -13,13 +13,11 @@ from typing import Any
 
 import pytest
 from child_ranks import run_script
-from hypothesis import given
-from hypothesis import strategies as st
 
 from memfit.runtime import cgroup, counting_allocator, memory
 from memfit.runtime.cgroup import Group
 from memfit.runtime.child_process import CHILD_ENV
-from memfit.runtime.counting_allocator import AllocatorUnavailable, available, downsample_peaks
+from memfit.runtime.counting_allocator import AllocatorUnavailable, available
 from memfit.runtime.energy import EnergyMeter
 from memfit.runtime.memory_cap import MemoryLimit
 from memfit.runtime.oom import is_oom_error, is_oom_text
@@ -157,14 +155,13 @@ y.untyped_storage().resize_(65)            # a new block of 128, then the old on
 log = c.stop_log()
 times = [e.time_ns for e in log.events]
 out = [log.start_bytes, log.deltas_bytes, times == sorted(times)]
-out += [log.timeline_bytes(99), log.timeline_bytes(2)]
 torch.empty(5)                             # after the log
 c.start_log()
 out.append(c.stop_log().deltas_bytes)
 """,
         tmp_path,
     )
-    assert out == [64, [448, 64, -448, 128, -64], True, [64, 512, 576, 128, 256, 192], [576, 256], []]
+    assert out == [64, [448, 64, -448, 128, -64], True, []]
 
 
 @needs_compiler
@@ -228,17 +225,6 @@ def test_a_library_that_does_not_load_raises_an_error(tmp_path: Path) -> None:
     (tmp_path / "x.so").write_text("no library")
     with pytest.raises(AllocatorUnavailable, match="does not load"):
         counting_allocator._load(tmp_path / "x.so")
-
-
-@given(st.lists(st.integers(0, 10**12), min_size=1), st.integers(1, 50))
-def test_thinning_keeps_the_peak_in_at_most_the_given_number_of_points(
-    values: list[int], points: int
-) -> None:
-    thinned = downsample_peaks(values, points)
-    assert len(thinned) <= points
-    assert max(thinned) == max(values)
-    if len(values) <= points:
-        assert thinned == tuple(values)
 
 
 # --- the counter used where nothing can be built
@@ -323,7 +309,8 @@ def test_without_proc_resident_memory_is_read_with_psutil(
 
 TRAIN = """
 import torch
-from memfit.runtime.memory_cap import MemoryLimit, is_oom_error
+from memfit.runtime.memory_cap import MemoryLimit
+from memfit.runtime.oom import is_oom_error
 from memfit.runtime.memory import peak_counter
 torch.set_num_threads(1)
 counter = peak_counter()

@@ -13,7 +13,7 @@ from tiny import words
 from torch import nn
 
 from memfit.jobs.builtin import alphafold2
-from memfit.jobs.builtin.alphafold.model import AlphaFold, small
+from memfit.jobs.builtin.alphafold.model import AlphaFold, small_size
 from memfit.jobs.registry import load
 from memfit.model.blocks import find_stacks
 from memfit.trace.tracer import fake_model, trace
@@ -28,7 +28,7 @@ BLOCKS = 4
 
 def folding() -> Job:
     """AlphaFold 2 with three stacks of blocks and with dropout. Its two representations have equal sizes."""
-    tiny = small(residues=16, batch_size=1)
+    tiny = small_size(residues=16, batch_size=1)
     shape = dataclasses.replace(
         tiny,
         widths=dataclasses.replace(tiny.widths, c_m=32),

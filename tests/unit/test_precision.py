@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from memfit.cli import main
 from memfit.jobs.builtin import alphafold2
-from memfit.jobs.builtin.alphafold.model import AlphaFold, small
+from memfit.jobs.builtin.alphafold.model import AlphaFold, small_size
 from memfit.precision.advise import add_padding, advise
 from memfit.types.job import Job
 from memfit.types.precision import ExaminedModules, PrecisionAdvice
@@ -342,7 +342,7 @@ def test_a_long_recurrence_is_an_island_and_other_code_of_many_operators_is_not(
 @pytest.fixture(scope="module")
 def fold() -> tuple[PrecisionAdvice, ...]:
     """AlphaFold 2 at the size of its tiny job, with one block, on real chains."""
-    size = dataclasses.replace(small(residues=40, batch_size=2), blocks=1)
+    size = dataclasses.replace(small_size(residues=40, batch_size=2), blocks=1)
     folds = alphafold2.built_in_folds()
     job = Job(
         name="fold",

@@ -20,7 +20,7 @@ from memfit.planner.evaluate import Predictor
 from memfit.planner.request import Request, job_facts
 from memfit.planner.safer_plans import SaferPlan, predictor_of_batch, safer_plan
 from memfit.runtime.local_machine import this_machine
-from memfit.runtime.restart import Losses, newest
+from memfit.runtime.restart import Losses, resume_newest
 from memfit.techniques.registry import make_use
 from memfit.types import serialization
 from memfit.types.dependence import DependenceKind, SampleDependence
@@ -295,10 +295,10 @@ def test_a_checkpoint_of_an_earlier_step_than_the_run_resumed_from_is_not_taken(
     _checkpoint(tmp_path / "own", 2)
     _checkpoint(tmp_path / "other", 5)
     keep = CheckpointSettings(save=str(tmp_path / "own"), resume=str(tmp_path / "other" / "step-00000005"))
-    assert newest(keep) == keep
+    assert resume_newest(keep) == keep
     _checkpoint(tmp_path / "own", 7)
-    assert newest(keep).resume == str(tmp_path / "own" / "step-00000007")
-    assert newest(CheckpointSettings()) == CheckpointSettings()
+    assert resume_newest(keep).resume == str(tmp_path / "own" / "step-00000007")
+    assert resume_newest(CheckpointSettings()) == CheckpointSettings()
 
 
 def test_a_batch_that_cannot_be_made_ends_the_run_and_not_memfit(

@@ -249,7 +249,7 @@ def run(
         from memfit.jobs import checkpoints
         from memfit.jobs.registry import load
 
-        checkpoints.settled(keep, options.seed, job.steps or load(job_request.job_ref).steps)
+        checkpoints.resolve_settings(keep, options.seed, job.steps or load(job_request.job_ref).steps)
     workload = print_workload_of(job_request, lang="en", quiet=output.json)
     with Bars("en") as progress:
         from memfit.workflows import proof_of_concept
@@ -343,9 +343,9 @@ def exit_code(run: Run) -> int:
     checkpoint to resume from; 143 if SIGTERM ended it and there is none; else 1."""
     outcome = run.measurement.outcome
     if outcome is OutcomeKind.INTERRUPTED:
-        from memfit.runtime.restart import newest
+        from memfit.runtime.restart import resume_newest
 
-        return RESUMABLE_EXIT if newest(run.spec.keep).resume else _TERMINATED
+        return RESUMABLE_EXIT if resume_newest(run.spec.keep).resume else _TERMINATED
     return 0 if outcome is OutcomeKind.OK else 1
 
 
@@ -506,12 +506,12 @@ def lines(run: Run) -> Iterator[str]:
 
 def _saved_line(run: Run) -> Iterator[str]:
     """Yield a line with the folder of the checkpoints, if there is one to resume from."""
-    from memfit.runtime.restart import newest
+    from memfit.runtime.restart import resume_newest
 
     outcome, keep = run.measurement.outcome, run.spec.keep
     if keep.save and outcome is OutcomeKind.OK:
         yield f"  saved   {keep.save}"
-    elif outcome is OutcomeKind.INTERRUPTED and (path := newest(keep).resume):
+    elif outcome is OutcomeKind.INTERRUPTED and (path := resume_newest(keep).resume):
         yield f"  saved   {path}; --resume {keep.save or path} goes on"
 
 

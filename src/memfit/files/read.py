@@ -86,9 +86,9 @@ def read_text(path: Path, *, most_bytes: int = MOST_BYTES, encoding: str = "utf-
 
 
 def read_data_text(path: Path, *, most_bytes: int) -> str:
-    """Return the text, in UTF-8, of a data file, decompressed if its name ends in ``.gz``. Raises UserError
-    as `read_text` does, and if it unpacks to more than ``most_bytes`` or to more than 64 MiB and 200 times
-    its own size."""
+    """Return the text, in UTF-8, of a data file of at most ``most_bytes``, decompressed if its name ends in
+    ``.gz``. Raises UserError as `read_text` does, and if it cannot be decompressed or unpacks to more than
+    `unpacked_limit`."""
     if path.suffix != ".gz":
         return read_text(path, most_bytes=most_bytes)
     data = read_bytes(path, most_bytes=most_bytes)
@@ -110,8 +110,8 @@ def read_data_text(path: Path, *, most_bytes: int) -> str:
 
 
 def unpacked_limit(packed_bytes: int, most_bytes: int = MOST_BYTES) -> int:
-    """Return the number of bytes to which a file of ``packed_bytes`` may unpack: 200 times as many, at least
-    64 MiB, at most ``most_bytes`` if that is more."""
+    """Return the number of bytes to which a file of ``packed_bytes`` may unpack: 200 times as many, but at
+    least 64 MiB, and at most the larger of 64 MiB and ``most_bytes``."""
     return min(max(most_bytes, MOST_BYTES), max(MOST_BYTES, _LARGEST_RATIO * packed_bytes))
 
 
@@ -198,7 +198,7 @@ def bounded(value: Any, *, what: str) -> Any:
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (keys joined by dots, value) for each value of nested dictionaries that is not one itself."""
+    """Yield (keys joined by dots, value) for each value in nested dictionaries that is no dictionary."""
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from leaves(value, f"{prefix}{key}.")

@@ -42,15 +42,15 @@ def write_whole(path: Path, data: bytes, *, durable: bool = True, make_folder: b
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:
-    """Return the error of the user whose file ``path`` could not be written."""
+    """Return the UserError that says why the file ``path`` could not be written."""
     return UserError(f"cannot write {path}: {error.strerror or error}", hint="what was there is unchanged")
 
 
 @contextlib.contextmanager
 def only_writer(path: Path) -> Iterator[None]:
-    """Inside this context, no other process is inside it for a file in the folder of ``path``: what is read
-    from the file, changed and written back is not changed in between. File systems without locks have no
-    such guarantee."""
+    """Lock the folder of ``path`` inside this context. Other processes that enter it for a file of the same
+    folder wait until it is left, so none changes a file that is read, changed and written back here. If the
+    folder cannot be locked, as on file systems without locks, nobody waits."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             descriptor = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)

@@ -123,7 +123,7 @@ class _Hooks:
         prediction, why_not = self._prediction, ""
         if prediction is None:
             try:
-                prediction = predicted(trainer, pl_module, plan)
+                prediction = predict_first_batch(trainer, pl_module, plan)
             except UserError as error:
                 why_not = str(error)
         self._recorder = Recorder(
@@ -135,15 +135,15 @@ class _Hooks:
             blocks=self._blocks,
         )
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, *given: Any) -> None:
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         if not self._inside and self._recorder is not None:
             self._recorder.step_begins(pl_module, trainer.optimizers[0], pl_module.device)
             self._inside = True
 
-    def on_before_optimizer_step(self, *given: Any) -> None:
+    def on_before_optimizer_step(self, *args: Any) -> None:
         self._updating = True
 
-    def on_train_batch_end(self, *given: Any) -> None:
+    def on_train_batch_end(self, *args: Any) -> None:
         if self._updating and self._recorder is not None:
             self._recorder.step_ends()
             self._recorder.updated()
@@ -194,7 +194,7 @@ def plan_of_trainer(trainer: Any) -> Plan:
     return plan_of(Plan(uses=tuple(uses), ranks=trainer.world_size))
 
 
-def predicted(trainer: Any, module: Any, plan: Plan) -> Prediction:
+def predict_first_batch(trainer: Any, module: Any, plan: Plan) -> Prediction:
     """Return the prediction for ``plan`` of the module's ``training_step`` on the first batch of the
     Trainer's loader, on this machine, with the Trainer's first optimizer. The batch of the whole step is this
     first batch, repeated once for each accumulated micro-batch. Raises UserError if the plan has several

@@ -24,7 +24,7 @@ from typing import Any, Final
 import torch
 
 from memfit.api import Prediction, estimate
-from memfit.jobs.user_job import guarded
+from memfit.jobs.user_job import run_user_code
 from memfit.model.batch_objects import batch_tensors
 from memfit.types.device_kind import HOST
 from memfit.types.errors import UserError
@@ -81,11 +81,11 @@ def predict_cell(
         raise UserError("the cell uses no model of the notebook", hint=_HINT)
     model = next(iter(models.values())) if len(models) == 1 else torch.nn.ModuleDict(models)
     batch = {name: values[name] for name in names if name not in models and _is_batch(values[name])}
-    run = _compiled(body, loss, names, values)
+    run = _compile(body, loss, names, values)
 
     def loss_of(model: torch.nn.Module, batch: Mapping[str, Any]) -> Any:
         own = {name: model[name] for name in models} if len(models) > 1 else dict.fromkeys(models, model)  # type: ignore[index]
-        return run(**{name: _left_alone(values[name]) for name in names} | dict(batch) | own)
+        return run(**{name: _protect(values[name]) for name in names} | dict(batch) | own)
 
     return estimate(
         model,
@@ -131,7 +131,7 @@ def _is_device(text: str) -> bool:
 def _until_backward(body: list[ast.stmt], values: dict[str, Any]) -> tuple[list[ast.stmt], ast.expr]:
     """Return the statements of ``body`` up to the call of ``backward``, and the loss on which it is called.
     The call, in whatever ``with`` or ``if``, becomes a ``return`` of the loss. Of loops around it the first
-    turn remains, and ``values`` gets what it is about."""
+    turn remains, and ``values`` gets the loop variables of that turn."""
     calls = [node for part in body for node in ast.walk(part) if _calls(node, "backward")]
     if len(calls) != 1:
         raise UserError(f"the cell calls backward {len(calls)} times", allowed="once", hint=_HINT)
@@ -172,10 +172,12 @@ def _take_first(loop: ast.For, values: dict[str, Any]) -> None:
     turn = ast.For(loop.target, loop.iter, [ast.Break()], [])
     code = compile(ast.fix_missing_locations(ast.Module([turn], [])), _CELL, "exec")
     with torch.random.fork_rng(devices=[]):
-        guarded(lambda: exec(code, values), f"the first turn of the loop in line {loop.lineno} of the cell")
+        run_user_code(
+            lambda: exec(code, values), f"the first turn of the loop in line {loop.lineno} of the cell"
+        )
 
 
-def _compiled(
+def _compile(
     body: list[ast.stmt], loss: ast.expr, names: list[str], values: dict[str, Any]
 ) -> Callable[..., Any]:
     """Return the function of ``names`` that does what ``body`` does and returns the loss."""
@@ -212,8 +214,8 @@ class _Nothing:
         return lambda *values, **_: values[0] if values else None
 
 
-def _left_alone(value: Any) -> Any:
-    """Return ``value``, or what stands for it if the step must not change it."""
+def _protect(value: Any) -> Any:
+    """Return ``value``, or if the step could change it, a stand-in (`_Nothing`) or a shallow copy."""
     changed = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, torch.amp.GradScaler)
     if isinstance(value, changed):
         return _Nothing()
@@ -226,7 +228,7 @@ def _calls(node: ast.AST, method: str) -> bool:
 
 def _optimizer(tree: ast.AST, values: Mapping[str, Any]) -> torch.optim.Optimizer:
     """Return the only optimizer whose ``step`` the cell calls, also as ``scaler.step(optimizer)``."""
-    found: dict[int, torch.optim.Optimizer] = {}
+    optimizers: dict[int, torch.optim.Optimizer] = {}
     for node in ast.walk(tree):
         if not _calls(node, "step"):
             continue
@@ -235,14 +237,14 @@ def _optimizer(tree: ast.AST, values: Mapping[str, Any]) -> torch.optim.Optimize
             value = values.get(part.id) if isinstance(part, ast.Name) else None
             value = getattr(value, "optimizer", value) if not isinstance(value, torch.nn.Module) else None
             if isinstance(value, torch.optim.Optimizer):
-                found[id(value)] = value
-    if len(found) != 1:
+                optimizers[id(value)] = value
+    if len(optimizers) != 1:
         raise UserError(
-            f"the cell calls step of {len(found)} optimizers that are variables of the notebook",
+            f"the cell calls step of {len(optimizers)} optimizers that are variables of the notebook",
             allowed="one, as NAME.step() or SCALER.step(NAME)",
             hint=_HINT,
         )
-    return next(iter(found.values()))
+    return next(iter(optimizers.values()))
 
 
 def _clip(tree: ast.AST, values: Mapping[str, Any]) -> float | None:

@@ -41,9 +41,11 @@ def memfit_memory(request: pytest.FixtureRequest) -> Callable[..., MemoryBaselin
 
     ``memfit_memory(model, batch, loss=..., optimizer=..., plan=..., machine="H100-SXM", name=None,
     tolerance=0.02)``: the first six are as in `memfit.estimate`, but "this" is refused as machine.
-    ``name``: under which it is stored; by default the test's own. ``tolerance``: growth that passes, of each
-    phase and of each module that holds at least 1 % of the peak. Returns the prediction. Fails the test also
-    if nothing is stored for it; ``pytest --memfit-update`` stores it.
+    ``name``: under which it is stored; by default the test's own. ``tolerance``: relative growth that passes
+    (0.02 is 2 %), of each phase and of each module that holds at least 1 % of the peak. Returns the
+    prediction. Fails the test also if nothing is stored for it, if what is stored is for another plan or
+    machine, and if two calls use the same name. With ``pytest --memfit-update`` it stores the prediction and
+    compares nothing; that fails under ``pytest -n``.
     """
     names = set[str]()
 

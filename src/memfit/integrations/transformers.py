@@ -75,16 +75,16 @@ class MemfitCallback(TrainerCallback):  # type: ignore[misc]
         if prediction is not None and args.process_index == 0:
             print(f"memfit: {prediction}")
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        self._recorder.step_begins(given["model"], given["optimizer"], args.device)
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._recorder.step_begins(kwargs["model"], kwargs["optimizer"], args.device)
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._recorder.updated()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._recorder.step_ends()
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         rank = args.process_index
         self._recorder.write(self._path.with_suffix(f".{rank}.json") if rank else self._path)
         if rank == 0:

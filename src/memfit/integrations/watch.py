@@ -19,12 +19,13 @@ from memfit.monitoring.watch import TrainingWatch
 
 
 class _TrainerHooks:
-    """Callback that watches each step of a Hugging Face Trainer on this rank. Losses are those on which
-    ``backward`` is called: of the last micro-batch, divided by their number.
+    """Callback that watches each step of a Hugging Face Trainer on this rank. The loss of a step is that on
+    which ``backward`` is called: of the last micro-batch, divided by the number of micro-batches.
 
     ``trainer``: the Trainer to which it is added. ``file``: by default run.jsonl in its output folder.
-    ``logger``: by default the writer of the Trainer's TensorBoard callback, if it has one; W&B and MLflow are
-    found. Other arguments are those of `memfit.watch`. Raises UserError for wrong arguments.
+    ``logger``: by default the writer of the Trainer's TensorBoard callback; without one, the active runs of
+    W&B and MLflow in this process. Other arguments are those of `memfit.watch`. Raises UserError for wrong
+    arguments.
     """
 
     def __init__(
@@ -51,13 +52,11 @@ class _TrainerHooks:
     def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         if self._watch is not None:  # of a training that failed, which the Trainer tells no callback
             self._watch.close()
-        logger = self._logger if self._logger is not None else self._tensorboard()
+        callbacks = self._trainer.callback_handler.callbacks
+        writers = (getattr(callback, "tb_writer", None) for callback in callbacks)  # TensorBoard's
+        logger = next((w for w in (self._logger, *writers) if w is not None), None)
         self._watch = self._new_watch(more.get("model"), False, logger=logger)
         self._watch.__enter__()
-
-    def _tensorboard(self) -> Any:
-        callbacks = self._trainer.callback_handler.callbacks
-        return next((w for c in callbacks if (w := getattr(c, "tb_writer", None)) is not None), None)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         if self._watch is not None:

@@ -39,7 +39,7 @@ def find(folder: Path) -> tuple[Path, Checkpoint, tuple[str, ...]]:
     is no complete checkpoint.
     """
     if (folder / ABOUT).is_file() or _NAME.fullmatch(folder.name.removesuffix(PARTIAL)):
-        if what_is_missing := incomplete(folder):
+        if what_is_missing := why_incomplete(folder):
             raise UserError(
                 f"{folder} is not a complete checkpoint: {what_is_missing}",
                 hint=f"name {folder.parent} to use the newest complete checkpoint in it",
@@ -47,7 +47,7 @@ def find(folder: Path) -> tuple[Path, Checkpoint, tuple[str, ...]]:
         return folder, about(folder), ()
     skipped_reasons: list[str] = []
     for path in _newest_first(folder):
-        if not (reason := incomplete(path)):
+        if not (reason := why_incomplete(path)):
             return path, about(path), tuple(skipped_reasons)
         skipped_reasons.append(f"{path.name}: {reason}")
     incomplete_ones = f", only incomplete ones: {'; '.join(skipped_reasons)}" if skipped_reasons else ""
@@ -58,7 +58,9 @@ def find(folder: Path) -> tuple[Path, Checkpoint, tuple[str, ...]]:
     )
 
 
-def settled(keep: CheckpointSettings, seed: int | None, steps: int) -> tuple[CheckpointSettings, int]:
+def resolve_settings(
+    keep: CheckpointSettings, seed: int | None, steps: int
+) -> tuple[CheckpointSettings, int]:
     """Return ``keep`` and the seed, ready for a run. Paths in the returned ``keep`` are absolute. If ``keep``
     resumes, its ``resume`` becomes the newest complete checkpoint found there, and ``passed_over`` names the
     newer incomplete ones.
@@ -96,7 +98,7 @@ def settled(keep: CheckpointSettings, seed: int | None, steps: int) -> tuple[Che
     return keep, resume_seed
 
 
-def restarted(keep: CheckpointSettings) -> CheckpointSettings:
+def resume_if_restarted(keep: CheckpointSettings) -> CheckpointSettings:
     """Return ``keep`` for a process that a launcher may have restarted.
 
     If ``keep.resume`` is the folder ``keep.save``, it is replaced by the newest complete checkpoint in that
@@ -174,7 +176,7 @@ def reserve(folder: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def incomplete(path: Path, *, contents: bool = True) -> str:
+def why_incomplete(path: Path, *, contents: bool = True) -> str:
     """Return why the folder ``path`` is not a complete checkpoint, such as "no memfit.json"; "" if it is
     complete. It is complete if its name does not end in ``.partial``, and if every file in its description
     exists with the size and the SHA-256 that are stated there. All files are read for this. Without
@@ -224,13 +226,13 @@ def begin(folder: Path, step: int) -> Path:
     return path
 
 
-def publish(partial: Path, said: Checkpoint) -> Path:
-    """Finish a save and return the folder's final path: write the description ``said`` into the folder
-    ``partial``, whose other files must already be durable, rename the folder to its name without
-    ``.partial``, and write this name into the file ``latest`` beside it. A folder of this name is replaced:
-    it is damaged, as the run would have resumed from it."""
-    said = dataclasses.replace(said, sha256=_sha256_of_description(said))
-    write_whole(partial / ABOUT, f"{serialization.dumps(said, indent=2)}\n".encode())
+def publish(partial: Path, description: Checkpoint) -> Path:
+    """Finish a save: write ``description`` into the folder ``partial``, whose other files must already be
+    durable, rename the folder to its name without ``.partial``, and write this name into the file ``latest``
+    beside it. Return the folder's final path. An existing folder of this name is replaced: it must be
+    damaged, since otherwise the run would have resumed from it."""
+    description = dataclasses.replace(description, sha256=_sha256_of_description(description))
+    write_whole(partial / ABOUT, f"{serialization.dumps(description, indent=2)}\n".encode())
     _sync(partial)
     path = partial.with_suffix("")
     damaged = path.with_name(f"{path.name}-damaged{PARTIAL}")
@@ -249,7 +251,7 @@ def prune(folder: Path, keep_last: int) -> tuple[Path, ...]:
     return the paths of those deleted. Incomplete ones do not count and stay; contents are not read for this.
     A deletion that is interrupted leaves a folder that is named ``.partial`` and never taken for a
     checkpoint."""
-    complete_ones = [path for path in _newest_first(folder) if not incomplete(path, contents=False)]
+    complete_ones = [path for path in _newest_first(folder) if not why_incomplete(path, contents=False)]
     old_ones = complete_ones[max(1, keep_last) :]
     for path in old_ones:
         path.rename(path.with_name(path.name + PARTIAL))

@@ -143,8 +143,7 @@ def _set_dimensions(config: Any, dimensions: Mapping[str, int], task: str, name:
 def _shown_name(name: str, config: Any) -> str:
     """Return the job's name, such as ``hf:llama`` or ``hf:meta-llama/Llama-3.1-8B``; if settings were
     changed, with the number of layers and the width in place of the changes, such as ``hf:llama (2 layers of
-    width 64)``. How the model that is built differs from the repository's is
-    added in parentheses."""
+    width 64)``. How the model that is built differs from the repository's is added in parentheses."""
     base, changes, _ = name.partition("?")
     layers, width = (getattr(config, n, None) for n in ("num_hidden_layers", "hidden_size"))
     changed = f" ({layers} layers of width {width})" if changes else ""

@@ -47,9 +47,9 @@ def task_of(config: Any, name: str) -> str:
     "image-classification", "seq2seq" (encoder and decoder of text) or "speech-to-text".
 
     It is that of the first architecture in the configuration whose name shows such a head. Without one, it is
-    the first task for which transformers has a model of this type: of the last two for models with encoder
-    and decoder, of the others in the order masked-lm, causal-lm, classification, image-classification for all
-    others. Raises UserError if there is no task. ``name``: for the message.
+    the first task for which transformers has a model of this type. Models with encoder and decoder are tried
+    in the order speech-to-text, seq2seq; all others in the order masked-lm, causal-lm, classification,
+    image-classification. Raises UserError if there is no task. ``name``: of the model, for the message.
     """
     for architecture in getattr(config, "architectures", None) or ():
         for ending, task in _ENDINGS.items():
@@ -65,7 +65,7 @@ def task_of(config: Any, name: str) -> str:
         f"{name} ({type(config).__name__}) has no head for which memfit has a loss",
         allowed="architectures with a masked-LM, causal-LM, sequence-classification, image-classification or "
         "sequence-to-sequence head; not several encoders side by side, such as CLIP",
-        hint="a file of your own can train any model: FILE.py:NAME, see README",
+        hint="a file of your own can train any model: FILE.py:NAME, see docs/estimate.md",
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -82,7 +82,11 @@ class UserGroups:
         self._must_be_replaceable(optimizer)
         for group in self.optimizer.param_groups:
             group["params"] = []
-        groups = {p: self._group(name) for name, p in model.named_parameters() if p.requires_grad}
+        groups = {
+            p: self._group_of_name.get(_ADAPTER.sub("", name), 0)  # the first for one that was not trained
+            for name, p in model.named_parameters()
+            if p.requires_grad
+        }
         if isinstance(optimizer, torch.optim.Optimizer) and "step" not in vars(optimizer):
             divide_groups(optimizer, groups)
             kind = type(optimizer)
@@ -135,15 +139,10 @@ class UserGroups:
                 allowed="Adam or AdamW, or a plan without such an optimizer",
             )
 
-    def _group(self, name: str) -> int:
-        """Return the index of the user's group of the parameter ``name``: the first for a parameter that the
-        user did not train."""
-        return self._group_of_name.get(_ADAPTER.sub("", name), 0)
-
     def rate_factor(self, group: Group, kind: type) -> float:
-        """Return by what the learning rates of the user are multiplied in ``group``, a group of an optimizer
-        of the class ``kind`` as the plan made it: 1 for the user's own class. Other optimizers were made by
-        `choice`, with a learning rate of 1."""
+        """Return the factor of the user's learning rates in ``group``, a group of an optimizer of the class
+        ``kind`` as the plan made it: 1 for the user's own class, else the group's learning rate, since
+        `choice` makes other optimizers with a learning rate of 1."""
         return 1.0 if kind is type(self.optimizer) else float(group.get("lr", 1.0))
 
     def set(self, group: Group, settings: Mapping[str, Any], kind: type, rate_factor: float) -> None:
@@ -236,10 +235,7 @@ class PlanOptimizer(torch.optim.Optimizer):
         with torch.no_grad():
             for master, value in zip(self._masters(), state_dict["masters"], strict=True):
                 master.copy_(value)
-        self._link_again()
-
-    def _link_again(self) -> None:
-        """Find the groups of the inner optimizers anew, because torch replaces them when it loads state."""
+        # torch replaces an optimizer's groups when it loads state.
         groups = [group for _, group, params in _inner_groups(self.inner) if params]
         self.links = [(new, *link[1:]) for new, link in zip(groups, self.links, strict=True)]
 
@@ -267,15 +263,10 @@ def _inner_groups(optimizer: Any) -> Iterator[tuple[type, Group, list[torch.nn.P
             for param, single in zip(optimizer.params, optimizer.inner, strict=True):
                 yield from ((kind, group, [param]) for kind, group, _ in _inner_groups(single))
         case ZeroOptimizer() if not isinstance(optimizer, ZeroNone):
-            yield from _of_all(optimizer.inner, optimizer.params)
+            params = list(optimizer.params)
+            yield from ((kind, group, params) for kind, group, _ in _inner_groups(optimizer.inner))
         case EagerStep() | ZeroOptimizer() | ShardedDdp():
             yield from _inner_groups(optimizer.inner)
         case _:
             for group in optimizer.param_groups:
                 yield type(optimizer), group, group["params"]
-
-
-def _of_all(
-    optimizer: Any, params: Iterable[torch.nn.Parameter]
-) -> Iterator[tuple[type, Group, list[torch.nn.Parameter]]]:
-    yield from ((kind, group, list(params)) for kind, group, _ in _inner_groups(optimizer))

@@ -92,7 +92,7 @@ class TrainingStep:
             torch_device=torch_device,
             make_optimizer=default_optimizer(job.optimizer, device_kind(device), model, job.blocks),
             world=world or World(layout=layout(plan)),
-            first_part=lambda parts: moved(split(job.make_batch(0, 0), parts)[0], first_device),
+            first_part=lambda parts: move_batch(split(job.make_batch(0, 0), parts)[0], first_device),
         )
         on_built(bench)
         fp32_modules.keep_in_float32(bench, plan, self.carried)
@@ -157,7 +157,7 @@ class TrainingStep:
         assert loss_sum is not None
         on_phase(Phase.OPTIMIZER)
         if not update:
-            return loss_sum, self._forgo()
+            return loss_sum, self._skip_update()
         return loss_sum, self.finish()
 
     def finish(self) -> torch.Tensor:
@@ -190,14 +190,13 @@ class TrainingStep:
             with _disable_current_modes():  # labels are counted on real values, in a trace too
                 parts = [s for part in split(batch, world.layout.data) for s in cut_sample(part)]
                 index = world.layout.data_index(world.rank) * world.layout.context + world.index("context")
-                return moved(parts[index], self.bench.torch_device), sum(self._terms(p) for p in parts) / len(
-                    parts
-                )
+                mean_terms = sum(self._terms(p) for p in parts) / len(parts)
+                return move_batch(parts[index], self.bench.torch_device), mean_terms
         if world.layout.data == 1:
-            return moved(batch, self.bench.torch_device), float(self._terms(batch))
+            return move_batch(batch, self.bench.torch_device), float(self._terms(batch))
         part = split(batch, world.layout.data)[world.layout.data_index(world.rank)]
         device = self.bench.torch_device
-        local_part = map_batch(torch.clone, part) if device == HOST else moved(part, device)
+        local_part = map_batch(torch.clone, part) if device == HOST else move_batch(part, device)
         return local_part, self._terms(batch) / world.layout.data
 
     def split(
@@ -222,8 +221,8 @@ class TrainingStep:
             callback(micro_batch.last)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Run backward from ``loss``, a weighted loss (`weighted`), multiplied by the loss scale if the plan
-        has one."""
+        """Run backward from ``loss``, a weighted loss (`weigh_loss`), multiplied by the loss scale if the
+        plan has one."""
         scale = self.bench.loss_scale
         self._backward(loss if scale is None else loss * scale.value)
 
@@ -283,7 +282,7 @@ class TrainingStep:
         has_adapters = "lora" in self.plan or "qlora" in self.plan
         return WeightAverage(self.bench, self.model, self.job.ema, frozen=not has_adapters)
 
-    def _forgo(self) -> torch.Tensor:
+    def _skip_update(self) -> torch.Tensor:
         norm = self._grad_norm()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
@@ -293,15 +292,15 @@ class TrainingStep:
 
     def _micro_step(self, micro_batch: MicroBatch, on_phase: OnPhase) -> torch.Tensor:
         if self.bench.pipeline is not None:
-            return self._pipelined(micro_batch, on_phase)
+            return self._run_pipeline(micro_batch, on_phase)
         self.begin(micro_batch)
         on_phase(Phase.FORWARD)
-        loss = self._weighted(self.bench.call or self.model, micro_batch.batch, micro_batch.share)
+        loss = self._weighted_loss(self.bench.call or self.model, micro_batch.batch, micro_batch.share)
         on_phase(Phase.BACKWARD)
         self.backward(loss)
         return loss.detach().float()
 
-    def _pipelined(self, micro_batch: MicroBatch, on_phase: OnPhase) -> torch.Tensor:
+    def _run_pipeline(self, micro_batch: MicroBatch, on_phase: OnPhase) -> torch.Tensor:
         assert self.bench.pipeline is not None
         parts_count, samples = self.bench.pipeline.micro_batches, batch_length(micro_batch.batch)
         if samples % parts_count:
@@ -314,12 +313,12 @@ class TrainingStep:
         parts = split(micro_batch.batch, parts_count)
         terms = [self._terms(p) for p in parts]
         pieces = [(p, micro_batch.share * n / sum(terms)) for p, n in zip(parts, terms, strict=True)]
-        return self.bench.pipeline.run(pieces, self._weighted, on_phase, last=micro_batch.last)
+        return self.bench.pipeline.run(pieces, self._weighted_loss, on_phase, last=micro_batch.last)
 
-    def _weighted(self, model: Any, part: Any, share: float) -> torch.Tensor:
+    def _weighted_loss(self, model: Any, part: Any, share: float) -> torch.Tensor:
         with self.contexts():
             loss = self.job.loss(model, part)
-        return weighted(loss, share)
+        return weigh_loss(loss, share)
 
     @contextlib.contextmanager
     def contexts(self) -> Iterator[None]:
@@ -354,7 +353,7 @@ class TrainingStep:
         return total
 
 
-def moved(batch: Any, device: str) -> Any:
+def move_batch(batch: Any, device: str) -> Any:
     """Return the batch with its tensors on ``device``, such as "cuda:0"; the batch itself if that is the
     host."""
     return batch if device == HOST else map_batch(lambda tensor: tensor.to(device), batch)
@@ -376,7 +375,7 @@ def _move_rest(
                 module._buffers[name] = buffer.to(device)
 
 
-def weighted(loss: Any, share: float) -> torch.Tensor:
+def weigh_loss(loss: Any, share: float) -> torch.Tensor:
     """Return the loss of a micro-batch times its share of the step's loss. Raises UserError unless it is a
     real tensor with one element that depends on a trainable parameter."""
     is_real = isinstance(loss, torch.Tensor) and not loss.is_complex()

@@ -70,7 +70,7 @@ def _call(function: Any, options: dict[str, Any], spec: str) -> Job:
             allowed="a function that accepts each given one of size, data, weights, batch, length and of "
             "--dim by keyword, and has defaults for all other arguments",
         ) from error
-    job = guarded(lambda: function(**options), spec)
+    job = run_user_code(lambda: function(**options), spec)
     if not isinstance(job, Job):
         raise UserError(f"{spec}() returned a {type(job).__name__}", allowed="a memfit.Job")
     return guard_job(dataclasses.replace(job, dimensions=_dimensions(function, options, job)), spec)
@@ -91,31 +91,31 @@ def _dimensions(function: Any, options: Mapping[str, Any], job: Job) -> tuple[Di
 
 def guard_job(job: Job, spec: str) -> Job:
     """Return the job with its functions build_model, make_batch, loss, loss_terms and evaluate wrapped in
-    `guarded`, so that their errors become one-line UserErrors that name ``spec``. So does a model that is no
-    module."""
+    `run_user_code`, so that their errors become one-line UserErrors that name ``spec``. A ``build_model``
+    that returns no torch module raises one, too."""
 
     def build_model() -> Any:
         import torch
 
-        model = guarded(job.build_model, spec)
+        model = run_user_code(job.build_model, spec)
         if not isinstance(model, torch.nn.Module):
             raise UserError(
                 f"build_model of {spec} returned a {type(model).__name__}", allowed="a torch.nn.Module"
             )
         return model
 
-    def spoken(function: Any) -> Any:
+    def guard(function: Any) -> Any:
         if function is None:
             return None
-        return lambda *args, **kwargs: guarded(lambda: function(*args, **kwargs), spec)
+        return lambda *args, **kwargs: run_user_code(lambda: function(*args, **kwargs), spec)
 
     return dataclasses.replace(
         job,
         build_model=build_model,
-        make_batch=spoken(job.make_batch),
-        loss=spoken(job.loss),
-        loss_terms=spoken(job.loss_terms),
-        evaluate=spoken(job.evaluate),
+        make_batch=guard(job.make_batch),
+        loss=guard(job.loss),
+        loss_terms=guard(job.loss_terms),
+        evaluate=guard(job.evaluate),
     )
 
 
@@ -143,7 +143,7 @@ def _run_file(path: Path, spec: str) -> ModuleType:
     _FOLDERS.pop(spec, None)
     if str(resolved.parent) not in sys.path:
         sys.path.append(str(resolved.parent))
-    guarded(lambda: run(module), spec)
+    run_user_code(lambda: run(module), spec)
     return module
 
 
@@ -240,7 +240,7 @@ def _origin(name: str) -> str | None:
 _NO_GRADIENT = "Expected to have finished reduction in the prior iteration"  # DDP's reducer
 
 
-def guarded(action: Any, spec: str) -> Any:
+def run_user_code(action: Any, spec: str) -> Any:
     """Return ``action()``. Convert any error that it raises, SystemExit included, to a UserError of one line
     with the file and line of the innermost call that is in the folder of the user's file.
 

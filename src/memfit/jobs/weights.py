@@ -30,7 +30,7 @@ def load_weights(model: torch.nn.Module, folder: str, *, may_miss: tuple[str, ..
     """
     from torch._guards import detect_fake_mode
 
-    files = _stored(Path(folder))
+    files = _files_by_tensor(Path(folder))
     if detect_fake_mode() is not None:
         return
     tensors = model.state_dict(keep_vars=True)
@@ -58,7 +58,7 @@ def _aliases(name: str) -> Iterator[str]:
         yield from {spelling, spelling.removeprefix("esm.")}
 
 
-def _stored(folder: Path) -> dict[str, Path]:
+def _files_by_tensor(folder: Path) -> dict[str, Path]:
     """Return tensor name -> the file in ``folder`` that contains it. Raises UserError if there is no such
     folder or it has no safetensors."""
     if not folder.is_dir():

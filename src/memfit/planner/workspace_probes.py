@@ -117,7 +117,7 @@ def _probed(signatures: Sequence[str], threads: int) -> dict[str, Taken]:
 
     def listen(event: Mapping[str, Any]) -> None:
         if event["event"] == "workspace":
-            workspace = event["taken"]
+            workspace = event["usage"]
             results[signatures[event["index"]]] = workspace and (workspace[0], workspace[1])
 
     spec = RunSpec(

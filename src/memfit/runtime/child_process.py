@@ -162,7 +162,7 @@ def run(
 
 
 class _Watch:
-    """A child process, which constructing this starts, and what it has reported so far. Call `follow`, then
+    """Starts a child process when it is constructed, and keeps what the child reports. Call `follow`, then
     `end` (also after an error), then `measurement`."""
 
     def __init__(self, config: LaunchConfig, folder: Path, errors: IO[bytes], child: Child) -> None:
@@ -294,7 +294,7 @@ class _Watch:
 
         SIGKILL alone does not prove an out-of-memory kill: the kernel must have counted one since the start
         (`_oom_kill`). Any exit code but 0 counts as out of memory if the end of standard error says so."""
-        code, lines = self._process.returncode, self._last_words()
+        code, lines = self._process.returncode, self._error_lines()
         if self._timed_out and self._child.stopped:
             return OutcomeKind.FAILED, self._child.stop_reason
         if self._timed_out:
@@ -304,7 +304,7 @@ class _Watch:
         oom_lines = [line for line in lines if is_oom_text(line)]
         if code and oom_lines:
             return OutcomeKind.OOM, oom_lines[-1]
-        ending = "ended without a result" if code == 0 else _code_text(code)
+        ending = "ended without a result" if code == 0 else exit_text(code)
         if not lines or -code in _FROM_OUTSIDE:  # what it wrote before has nothing to do with its death
             return OutcomeKind.FAILED, ending
         return OutcomeKind.FAILED, f"{ending}: {lines[-1]}"
@@ -327,7 +327,8 @@ class _Watch:
             return "killed by SIGKILL, probably by the kernel: the machine ran out of memory then"
         return ""
 
-    def _last_words(self) -> list[str]:
+    def _error_lines(self) -> list[str]:
+        """Return the last lines that the child wrote to standard error, without empty ones."""
         size = self._errors.seek(0, os.SEEK_END)
         self._errors.seek(max(0, size - _STDERR_KEPT_BYTES))
         text = self._errors.read().decode("utf-8", "replace")
@@ -362,7 +363,8 @@ def parse_event(line: bytes) -> Event | None:
     return cast(Event, event)
 
 
-def _code_text(code: int) -> str:
+def exit_text(code: int) -> str:
+    """Return the exit code of a process in words, such as "exit code 1", or "killed by SIGTERM" for -15."""
     if code >= 0:
         return f"exit code {code}"
     try:

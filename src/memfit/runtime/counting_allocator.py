@@ -15,8 +15,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -49,35 +47,21 @@ class Event(NamedTuple):
     and the operating system's id of its thread."""
 
     delta_bytes: int
-    time_ns: int  # monotonic clock
-    thread: int  # the operating system's thread id
+    time_ns: int
+    thread: int
 
 
 class Log(NamedTuple):
     """Every allocation and free between start_log and stop_log, in the order in which they were counted.
     ``start_bytes``: live bytes when the log started."""
 
-    start_bytes: int  # live when the log started
+    start_bytes: int
     events: tuple[Event, ...]
 
     @property
     def deltas_bytes(self) -> tuple[int, ...]:
         """Change in live bytes of each event, in the order of ``events``."""
         return tuple(e.delta_bytes for e in self.events)
-
-    def timeline_bytes(self, points: int) -> tuple[int, ...]:
-        """Return the live bytes at the start and after each event, reduced to at most `points` values
-        (`downsample_peaks`)."""
-        return downsample_peaks(accumulate(self.deltas_bytes, initial=self.start_bytes), points)
-
-
-def downsample_peaks(live_bytes: Iterable[int], points: int) -> tuple[int, ...]:
-    """Return at most `points` values (at least 1). The values are divided into runs of equal length, the last
-    of which may be shorter, and each run gives its maximum, so that the peak is kept. Return an empty tuple
-    if there are no values."""
-    values = tuple(live_bytes)
-    per_point = -(-len(values) // points) or 1
-    return tuple(max(values[i : i + per_point]) for i in range(0, len(values), per_point))
 
 
 def available() -> str | None:

@@ -180,8 +180,8 @@ def _version(file: Path) -> str:
 
 
 def torch_build() -> str:
-    """Return for which accelerators this build of torch was made, with the version of their software, such as
-    "CUDA 12.8" or "ROCm 6.4". "" if for none of those that torch names."""
+    """Return the accelerator software for which this build of torch was made, with its version, such as "CUDA
+    12.8" or "ROCm 6.4"; "" if torch names none of CUDA, ROCm and XPU."""
     import torch
 
     versions = {name: getattr(torch.version, key, None) for key, name in _BUILDS.items()}
@@ -235,7 +235,7 @@ def use_device(kind: str, local_rank: int = 0) -> torch.device:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all work that was handed to it."""
+    """Wait until an accelerator has done all work that was handed to it. On the host, do nothing."""
     import torch
 
     if device.type != HOST:
@@ -313,8 +313,8 @@ def slurm_memory() -> tuple[int, str] | None:
 
 
 def _slurm_bytes(text: str) -> int:
-    """Return the bytes of a size as Slurm writes it: a whole number of MiB, or one with a unit. 0 if it is
-    none."""
+    """Return the bytes of a size as Slurm writes it: a whole number of MiB, or one with the unit K, M, G or
+    T. Return 0 for any other text."""
     unit = _SLURM_UNITS.get(text[-1:].upper())
     number = text[:-1] if unit else text
     return int(number) * (unit or _SLURM_UNITS["M"]) if number.isdigit() and len(number) <= 12 else 0
@@ -324,7 +324,8 @@ def _slurm_bytes(text: str) -> int:
 
 
 def memory_info(device: torch.device) -> tuple[int, int]:
-    """Return (free, total) bytes of the accelerator's memory."""
+    """Return (free, total) bytes of the accelerator's memory. Where torch keeps no peak, as for MPS, the
+    total is what the system recommends to use at most."""
     import torch
 
     if not device_kind(device.type).keeps_peak:
@@ -335,7 +336,7 @@ def memory_info(device: torch.device) -> tuple[int, int]:
 
 
 def allocated_bytes(device: torch.device) -> int:
-    """Return the bytes of tensors on the accelerator now, as torch's allocator rounds them."""
+    """Return the bytes of this process's tensors on the accelerator now, as torch's allocator rounds them."""
     import torch
 
     if not device_kind(device.type).keeps_peak:
@@ -344,7 +345,7 @@ def allocated_bytes(device: torch.device) -> int:
 
 
 def reserved_bytes(device: torch.device) -> int:
-    """Return the bytes that torch's allocator has taken from the accelerator."""
+    """Return the bytes that torch's allocator has taken from the accelerator for this process."""
     import torch
 
     if not device_kind(device.type).keeps_peak:
@@ -354,8 +355,8 @@ def reserved_bytes(device: torch.device) -> int:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class AllocatorFigures:
-    """What torch's allocator of an accelerator says of itself: bytes of tensors, bytes taken from the device,
-    their peaks since the process began or somebody reset them, and how often it freed its cache to find a
+    """Statistics of torch's allocator of an accelerator: bytes of tensors, bytes taken from the device, the
+    peaks of both since the process began or they were reset, and how often it freed its cache to find a
     block. None: it does not count this."""
 
     allocated_bytes: int
@@ -395,7 +396,8 @@ def free_cache(device: torch.device) -> None:
 
 
 def lift_memory_fraction(device: torch.device) -> None:
-    """Allow torch's allocator what it may take when no fraction has been set."""
+    """Undo `set_memory_fraction`: torch's allocator may take again what it may if no fraction was ever set.
+    Raises MemfitError if this kind of device has no such limit."""
     set_memory_fraction(device, device_kind(device.type).default_memory_ratio)
 
 

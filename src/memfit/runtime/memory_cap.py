@@ -19,14 +19,11 @@ from memfit.runtime import devices
 from memfit.runtime.cgroup import Group
 from memfit.runtime.counting_allocator import CountingAllocator
 from memfit.runtime.memory import PeakCounter, data_bytes, rss_bytes
-from memfit.runtime.oom import is_oom_error
 from memfit.types.device_kind import HOST
 from memfit.types.errors import MemfitError
 
 if TYPE_CHECKING:
     import torch
-
-__all__ = ["MemoryLimit", "is_oom_error"]
 
 _PROBE_BYTES: Final = 32 * 1024**2
 _SPARE_RATIO, _SPARE_BYTES = 1.05, 2 * 1024**2  # as in planner.capacity

@@ -74,7 +74,7 @@ def run_ranks(
         finally:
             team.done.set()
         watching.result()
-    return in_order_of_failure(measurements, team.failures)
+    return name_first_failure(measurements, team.failures)
 
 
 class _Team:
@@ -145,12 +145,15 @@ class _Team:
         self._on_event(stall.ranks[0], event)
 
 
-def in_order_of_failure(
+def name_first_failure(
     measurements: tuple[Measurement, ...], failures: Sequence[int]
 ) -> tuple[Measurement, ...]:
-    """Return the measurements, of which all that failed, but the first, name the rank that failed first.
-    Processes that die at nearly the same time may be seen in another order, so a rank whose error says that
-    it lost another, and a rank that was stopped, are never first if there is one without such a reason."""
+    """Return the ranks' measurements, with the rank that failed first in ``failed_after_rank`` of all others
+    that failed. ``failures``: the ranks that failed, in the order in which this was seen.
+
+    Processes that die at nearly the same time may be seen in another order. So the first is one that ran out
+    of memory, if any did; else one that was not stopped and whose error does not say that it lost another
+    rank, if there is such a one."""
     if len(failures) < 2:
         return measurements
 

@@ -1,5 +1,5 @@
-"""What a process holds in memory beside its private data: shared memory and mapped files. No cap of this
-module's process counts them, so they are measured."""
+"""What a process holds in memory beside its private data: shared memory and mapped files. The limit that
+enforces a memory cap (RLIMIT_DATA) does not count them, so they are measured."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class ResidentMeter:
             self._next_s = time.monotonic() + _FILES_PERIOD_S
 
     def observed(self) -> ResidentMemory:
-        """Return what was measured so far."""
+        """Return the peaks so far, and what was held at construction and at `begin`."""
         return ResidentMemory(
             peak_bytes=self._peak_bytes,
             start_bytes=self._start_bytes,

@@ -20,8 +20,8 @@ from memfit.types.result import Measurement, OutcomeKind, Restart
 
 
 class StepLosses(Mapping[int, float]):
-    """Step, counted from 0 -> loss. A step takes 9 bytes; in a dict it would take 100, and a run of a month
-    gigabytes."""
+    """A mapping of steps, counted from 0, to losses. A step takes 9 bytes; in a dict it would take 100, and a
+    run of a month gigabytes."""
 
     def __init__(self) -> None:
         self._values, self._has = array("d"), bytearray()
@@ -49,7 +49,7 @@ Losses = dict[int, Mapping[int, float]]
 """Rank -> step, counted from 0 -> loss."""
 
 
-def run_through(
+def run_with_restarts(
     spec: RunSpec,
     start: Callable[[RunSpec, OnEvent], Sequence[Measurement]],
     *,
@@ -87,7 +87,7 @@ def run_through(
         failure = _death(measurements)
         if failure is None or not (spec.keep.save and has_trained) or interruption.is_terminating:
             break
-        keep = newest(spec.keep)
+        keep = resume_newest(spec.keep)
         if keep.resume != spec.keep.resume:
             tries_left = spec.keep.restarts
         restart = _restart(failure, measurements[failure], spec.keep, keep)
@@ -146,7 +146,7 @@ def _interrupted(m: Measurement, spec: RunSpec, interruption: Interruption) -> M
     one with the outcome interrupted."""
     if m.outcome in (OutcomeKind.OK, OutcomeKind.INTERRUPTED):
         return m
-    keep = newest(spec.keep)
+    keep = resume_newest(spec.keep)
     why = interruption.too_late if m.steps_done else interruption.too_early
     saved = f"the newest checkpoint is {keep.resume}" if keep.resume else "there is no checkpoint"
     return dataclasses.replace(
@@ -154,7 +154,7 @@ def _interrupted(m: Measurement, spec: RunSpec, interruption: Interruption) -> M
     )
 
 
-def newest(keep: CheckpointSettings) -> CheckpointSettings:
+def resume_newest(keep: CheckpointSettings) -> CheckpointSettings:
     """Return ``keep`` with ``resume`` set to the newest complete checkpoint in the folder where the run
     saves, and ``passed_over`` to the reasons why newer ones were not taken. Return it unchanged if the run
     saves nowhere, if there is no complete checkpoint, or if it is of an earlier step than ``resume``."""
@@ -164,7 +164,7 @@ def newest(keep: CheckpointSettings) -> CheckpointSettings:
         path, checkpoint, passed_over = checkpoints.find(Path(keep.save))
     except UserError:
         return keep
-    is_complete = bool(keep.resume) and not checkpoints.incomplete(Path(keep.resume))
+    is_complete = bool(keep.resume) and not checkpoints.why_incomplete(Path(keep.resume))
     if is_complete and checkpoint.step < _steps_of(keep):
         return keep
     return dataclasses.replace(keep, resume=str(path), passed_over=passed_over)

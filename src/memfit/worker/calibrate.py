@@ -32,7 +32,7 @@ def main(path: Path) -> None:
         probes = workspaces(request["signatures"], timing_s=request["timing_s"], counter=counter)
         # Reported one by one, because the next one may crash this process.
         for index, (_, usage) in enumerate(probes):
-            tell("workspace", index=index, taken=usage)
+            tell("workspace", index=index, usage=usage)
         tell("result", measurement=Measurement(outcome=OutcomeKind.OK))
         return
     result = calibrate(

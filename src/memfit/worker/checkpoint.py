@@ -117,7 +117,7 @@ class Checkpointer:
         for group, initial in zip(self._groups(), self.begun, strict=True):
             group.update(initial)
         entries = list(self._entries())
-        _must_keep_the_same(path, metadata, _everyone({e.key for e in entries if e.kind == "state"}))
+        _must_keep_the_same(path, metadata, _union_of_ranks({e.key for e in entries if e.kind == "state"}))
         self._read(path, entries, f"random.{self.rank % metadata.ranks}")
         spread(self.step)
         tell("resumed", path=str(path), step=metadata.step)
@@ -164,7 +164,7 @@ class Checkpointer:
     def _begin(self, folder: Path | None, done: int) -> None:
         state, metadata = self._state(done)
         if self.spec.keep.asynchronous:
-            state = {key: _copied(value) for key, value in state.items()}
+            state = {key: _copy(value) for key, value in state.items()}
             self.copy_bytes = max(self.copy_bytes, sum(map(_size_bytes, state.values())))
         self._writing = _Writing(lambda: self._write(folder, state, metadata), done)
         if self.spec.keep.asynchronous:
@@ -189,7 +189,7 @@ class Checkpointer:
     def _state(self, done: int) -> tuple[dict[str, Any], Checkpoint]:
         """Return what this rank saves after ``done`` steps, by key, and the description of the checkpoint,
         without its files."""
-        entries = [e for e in self._entries() if e.kind == "state" or self._moved(e)]
+        entries = [e for e in self._entries() if e.kind == "state" or self._has_changed(e)]
         metadata = self._about(done, entries)
         state: dict[str, Any] = {**self._tensors(writing=True), **{e.text: e.stored for e in entries}}
         return state | self._random_states(f"random.{self.rank}"), metadata
@@ -199,7 +199,7 @@ class Checkpointer:
         done, group, begun = metadata.step, self._group, None
         try:
             begun = checkpoints.begin(folder, done) if self.rank == 0 and folder is not None else None
-            partial_folder = _from_first(begun, group)
+            partial_folder = _broadcast_from_first(begun, group)
             save(
                 state,
                 storage_writer=FileSystemWriter(partial_folder),
@@ -207,7 +207,7 @@ class Checkpointer:
                 process_group=group,
                 no_dist=_alone(),
             )
-            files = _everyone(set(self._own_files(partial_folder)), group)
+            files = _union_of_ranks(set(self._own_files(partial_folder)), group)
             if self.rank == 0 and folder is not None:
                 metadata = dataclasses.replace(
                     metadata,
@@ -227,7 +227,7 @@ class Checkpointer:
             raise MemfitError(
                 f"the checkpoint after step {done} was not saved in {self.spec.keep.save}: {reason}"
             ) from error
-        _from_first(None, group)
+        _broadcast_from_first(None, group)
         return Path(partial_folder).with_suffix("")
 
     def _own_files(self, folder: Path) -> Iterator[tuple[str, int, str]]:
@@ -249,14 +249,14 @@ class Checkpointer:
             ranks=spec.plan.ranks,
             shapes=self._shapes(),
             optimizer=type(self.optimizers[0]).__name__,
-            state=tuple(sorted(_everyone({e.key for e in entries if e.kind == "state"}))),
+            state=tuple(sorted(_union_of_ranks({e.key for e in entries if e.kind == "state"}))),
             files_bytes={},
         )
 
     def _shapes(self) -> Shapes:
         shapes = {n: p.shape for n, p in places(self.step).items()}
         shapes |= {n: tuple(b.shape) for n, b in buffers(self.step.model).items()}
-        return dict(sorted(_everyone(set(shapes.items()))))
+        return dict(sorted(_union_of_ranks(set(shapes.items()))))
 
     def _tensors(self, *, writing: bool = False) -> dict[str, Any]:
         """Return this rank's parts of parameters, and its buffers, by their keys in the checkpoint ("model."
@@ -283,7 +283,7 @@ class Checkpointer:
     def _groups(self) -> list[dict[str, Any]]:
         return [group for o in self.optimizers for group in o.param_groups]
 
-    def _moved(self, entry: Entry) -> bool:
+    def _has_changed(self, entry: Entry) -> bool:
         """Return whether ``entry``, a number of a parameter group, differs from what it was before the run's
         first step. Only changed numbers are saved; the plan sets the others."""
         initial = next(b for g, b in zip(self._groups(), self.begun, strict=True) if g is entry.state)
@@ -313,8 +313,7 @@ class Checkpointer:
 
     def _random_states(self, key: str) -> dict[str, torch.Tensor]:
         """Return the random state of the host under ``key`` and, on an accelerator, the device's under
-        ``key``
-        and its kind."""
+        ``key`` and its kind, such as "random.0.cuda"."""
         states = {key: torch.get_rng_state()}
         if self.device.type != HOST:
             states[f"{key}.{self.device.type}"] = rng_state(self.device)
@@ -395,12 +394,8 @@ class Entry:
 def _numbers(group: Mapping[str, Any]) -> dict[str, Any]:
     """Return the numbers in a parameter group by key. True, False and tensors of one element are numbers,
     too; tensors are copied."""
-    numbers = {k: v for k, v in group.items() if isinstance(v, int | float) or _is_scalar(v)}
-    return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in numbers.items()}
-
-
-def _is_scalar(value: object) -> bool:
-    return isinstance(value, torch.Tensor) and value.numel() == 1
+    tensors = {k: v.clone() for k, v in group.items() if isinstance(v, torch.Tensor) and v.numel() == 1}
+    return {k: tensors.get(k, v) for k, v in group.items() if k in tensors or isinstance(v, int | float)}
 
 
 def _must_be_alike(path: Path, saved_shapes: Shapes, run_shapes: Shapes) -> None:
@@ -437,7 +432,7 @@ def _must_step_together(path: Path, shared: list[Entry], target: Mapping[str, An
     for entry in shared:
         if entry.text in target:
             values.setdefault(entry.key, set()).add(float(target[entry.text]))
-    differences = _everyone({f"{key} {sorted(v)}" for key, v in values.items() if len(v) > 1})
+    differences = _union_of_ranks({f"{key} {sorted(v)}" for key, v in values.items() if len(v) > 1})
     if differences:
         state_and_values = sorted(differences)[0]  # such as "step [2.0, 3.0]"
         raise UserError(
@@ -486,7 +481,7 @@ class _Writing(threading.Thread):
         return self._path
 
 
-def _copied(value: Any) -> Any:
+def _copy(value: Any) -> Any:
     """Return a copy of a value of a state, in host memory if it is a plain tensor or one that is sharded
     (then as `Pieces`), else where it is."""
     if isinstance(value, DTensor):
@@ -525,7 +520,7 @@ def _full_disk(folder: Path, needed_bytes: int) -> str:
     )
 
 
-def _everyone(values: set[Any], group: Any = None) -> set[Any]:
+def _union_of_ranks(values: set[Any], group: Any = None) -> set[Any]:
     """Return the union of all ranks' ``values``. All ranks must call it. Without a process group, return
     ``values``."""
     if _alone():
@@ -535,7 +530,7 @@ def _everyone(values: set[Any], group: Any = None) -> set[Any]:
     return set().union(*rank_values)
 
 
-def _from_first(value: Any, group: Any = None) -> Any:
+def _broadcast_from_first(value: Any, group: Any = None) -> Any:
     """Return rank 0's ``value`` on every rank. All ranks must call it; none continues before rank 0 has sent
     the value. Without a process group, return ``value``."""
     if dist.is_initialized():

@@ -18,9 +18,10 @@ _LEVELS = 127  # of each sign in 8 bits
 
 
 def degrade(step: TrainingStep, degraded: str) -> Callable[[], None]:
-    """Change ``step`` before its first run as `RunSpec.degraded` says, and return what has to be called after
-    each step. Raises UserError for an optimizer without learning rates in its ``param_groups``.
-    """
+    """Change ``step`` before its first run as ``degraded`` says, and return a function to be called after
+    each step. "tenth-learning-rate" divides all learning rates by 10; "last-bit" is `change_last_bits`;
+    "eight-bit-weights" is `round_weights` after each step; anything else changes nothing. Raises UserError
+    for "tenth-learning-rate" if the optimizer has no learning rates in its ``param_groups``."""
     if degraded == "tenth-learning-rate":
         groups = [g for inner in innermost(step.optimizer) for g in getattr(inner, "param_groups", [])]
         if not groups or any("lr" not in group for group in groups):
@@ -38,8 +39,8 @@ def degrade(step: TrainingStep, degraded: str) -> Callable[[], None]:
 
 
 def change_last_bits(model: torch.nn.Module) -> None:
-    """Move each number of the parameters up or down by one unit in its last place, or keep it, each with
-    equal probability, the same in every run. The random numbers of training stay as they are."""
+    """Move each number of the floating-point parameters up or down by one unit in its last place, or keep it,
+    each with equal probability, the same in every run. The random numbers of training stay as they are."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -52,8 +53,8 @@ def change_last_bits(model: torch.nn.Module) -> None:
 
 
 def round_weights(model: torch.nn.Module) -> None:
-    """Round each parameter of ``model`` to 8 bits: to the nearest of 255 equally spaced numbers between minus
-    and plus its largest absolute value."""
+    """Round each number of a floating-point parameter of ``model`` to 8 bits: to the nearest of 255 equally
+    spaced numbers between minus and plus the largest absolute value of this parameter."""
     import torch
 
     with torch.no_grad():
@@ -64,10 +65,9 @@ def round_weights(model: torch.nn.Module) -> None:
 
 
 def scores_by_endpoint(job: Job, scores: Any) -> Mapping[str, float]:
-    """Return name -> value of the job's endpoints from what its ``evaluate`` returned: a number, or a
-    mapping if the job has surrogates. Without a metric, the number's name is "". Empty if it returned None.
-    Raises UserError if an endpoint is missing.
-    """
+    """Return name -> value of the job's endpoints (its metric and its surrogates) from ``scores``, which its
+    ``evaluate`` returned: a number, which is the metric, or a mapping. Without a metric, the number's name is
+    "". Return an empty mapping for None. Raises UserError if an endpoint is missing."""
     if scores is None:
         return {}
     name = job.metric.name if job.metric is not None else ""

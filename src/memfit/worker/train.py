@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     MakeStep = Callable[..., TrainingStep]
 
 TIMELINE_POINTS = 400
+_WATCHED = 2  # micro-batches that are compared with the plan, if it has several
 _LONGEST_MESSAGE = 1000  # characters that are kept of an allocator's message
 # On CPUs a step may take longer than torch's default of half an hour.
 _COLLECTIVE_LIMIT = datetime.timedelta(days=7)
@@ -163,7 +164,7 @@ def _stack_traces(folder: Path) -> Iterator[None]:
 def _run(spec: RunSpec, path: Path, requests: SaveRequests | None) -> OutcomeKind:
     import torch
 
-    from memfit.jobs.checkpoints import restarted
+    from memfit.jobs.checkpoints import resume_if_restarted
     from memfit.jobs.registry import load
     from memfit.runtime.devices import (
         driver_used_bytes,
@@ -184,7 +185,7 @@ def _run(spec: RunSpec, path: Path, requests: SaveRequests | None) -> OutcomeKin
     used_bytes = driver_used_bytes(torch.device(spec.device, local_rank()))  # before there is a context
     device = use_device(spec.device, local_rank())
     counter = peak_counter(device)
-    spec = dataclasses.replace(spec, keep=restarted(spec.keep))
+    spec = dataclasses.replace(spec, keep=resume_if_restarted(spec.keep))
     heartbeat = Heartbeat(path.parent / HEARTBEAT)  # a mapped file, which the meter is not to count
     resident = ResidentMeter()
     job = load(spec.job)
@@ -221,7 +222,7 @@ def _run(spec: RunSpec, path: Path, requests: SaveRequests | None) -> OutcomeKin
         counter.reset_peak()
         with _cap(spec, counter, device, data_peak_bytes) as limit:
             resident.begin()
-            measurement = _guarded(job, spec, gauge, limit)
+            measurement = _train_and_measure(job, spec, gauge, limit)
         # Before the process group is left: a backend may wait there for ranks that wait for this one.
         tell("result", measurement=dataclasses.replace(measurement, wall_s=time.perf_counter() - start))
     return measurement.outcome
@@ -286,7 +287,10 @@ def _warm_up(
     torch.manual_seed(spec.seed)
     model_facts: list[tuple[int, frozenset[Any]]] = []
     step = make_step(
-        job, spec.plan, world=world, on_built=lambda bench: model_facts.append(_made(bench.model))
+        job,
+        spec.plan,
+        world=world,
+        on_built=lambda bench: model_facts.append(_elements_and_dtypes(bench.model)),
     )
     part, terms = step.local(batch)
     keeper = _keeper(spec, step) if spec.cap_bytes is not None and spec.keep.save else None
@@ -358,7 +362,8 @@ def _conform(
     )
     monitor.clip = job.clip or 0.0
     monitor.plain_model = PlainModel(
-        dtypes=model_facts[1], run=functools.partial(_own_step, job, inputs[0], step.bench.torch_device)
+        dtypes=model_facts[1],
+        run=functools.partial(_observe_plain_blocks, job, inputs[0], step.bench.torch_device),
     )
 
     def on_phase(phase: Phase) -> None:
@@ -368,10 +373,10 @@ def _conform(
     with monitor:
         norm = step.run(inputs[0], on_phase, micro_batch_limit=micro_batches, terms_per_rank=inputs[1])[1]
     monitor.clipping.before = float(norm)
-    tell("conformance", told=str(monitor.conclude()))
+    tell("conformance", result=str(monitor.conclude()))
 
 
-def _still(step: TrainingStep, job: Job, elements: int) -> None:
+def _check_trained_step(step: TrainingStep, job: Job, elements: int) -> None:
     """Compare the trained model and optimizer with the plan, as far as this is possible without watching a
     step. The step that the warm-up watched was another instance, made by the same code. ``elements``: number
     of elements of the parameters of the model without a plan. Raises NotConforming if they differ from the
@@ -383,14 +388,10 @@ def _still(step: TrainingStep, job: Job, elements: int) -> None:
     ).conclude()
 
 
-_WATCHED = 2  # micro-batches that are watched if the plan has several
-
-
-def _own_step(job: Job, part: Any, device: str, autocast_dtype: Any) -> Any:
+def _observe_plain_blocks(job: Job, part: Any, device: str, autocast_dtype: Any) -> Any:
     """Run forward and backward of the model without a plan on the first two samples of ``part`` (on three if
     their number is odd, on one if there is one), on ``device``, under autocast to ``autocast_dtype`` unless
-    that is None.
-    Return what was observed of its blocks (`BlockActivity`), or None if the run fails."""
+    that is None. Return what was observed of its blocks (`BlockActivity`), or None if the run fails."""
     import torch
 
     from memfit.conformance.module_hooks import BlockListener
@@ -409,7 +410,7 @@ def _own_step(job: Job, part: Any, device: str, autocast_dtype: Any) -> Any:
     return listener.observed()
 
 
-def _made(model: Any) -> tuple[int, frozenset[Any]]:
+def _elements_and_dtypes(model: Any) -> tuple[int, frozenset[Any]]:
     params = list(model.parameters())
     return sum(p.numel() for p in params), frozenset(p.dtype for p in params)
 
@@ -432,12 +433,12 @@ def _cap(spec: RunSpec, counter: PeakCounter, device: torch.device, data_peak_by
         limit.lift()
 
 
-def _guarded(job: Job, spec: RunSpec, gauge: _Gauge, limit: MemoryLimit | None) -> Measurement:
+def _train_and_measure(job: Job, spec: RunSpec, gauge: _Gauge, limit: MemoryLimit | None) -> Measurement:
     """Train, evaluate, compare the trained step with the plan, and return the measurement. Running out of
     memory becomes its outcome oom, a non-finite loss or gradient norm its outcome failed; other errors are
     raised. ``limit``: the memory cap, lifted before the evaluation; None: no cap."""
     from memfit.runtime.energy import EnergyMeter
-    from memfit.runtime.memory_cap import is_oom_error
+    from memfit.runtime.oom import is_oom_error
     from memfit.worker.degraded_training import scores_by_endpoint
 
     outcome, reason, oom_message, digest = OutcomeKind.OK, "", "", ""
@@ -448,7 +449,7 @@ def _guarded(job: Job, spec: RunSpec, gauge: _Gauge, limit: MemoryLimit | None) 
         step = _train(job, spec, gauge, meter)
         gauge.heartbeat.beat(spec.steps, "end")
         energy = meter.stop()
-        gauge.of_accelerator = _of_accelerator(gauge)
+        gauge.of_accelerator = _accelerator_fields(gauge)
         gauge.used_bytes = limit.used_bytes() if limit is not None else None
         if gauge.end:
             outcome, reason = OutcomeKind.INTERRUPTED, gauge.end
@@ -462,7 +463,7 @@ def _guarded(job: Job, spec: RunSpec, gauge: _Gauge, limit: MemoryLimit | None) 
                 scores = scores_by_endpoint(job, job.evaluate(step.model))
             gauge.turn("end")
             gauge.used_bytes = limit.used_bytes() if limit is not None else None
-        _still(step, job, gauge.elements)
+        _check_trained_step(step, job, gauge.elements)
         digest = _digest(step.model)
         step.close()
     except NonFinite as error:
@@ -493,16 +494,16 @@ def _message(error: Exception) -> str:
 
 
 def _oom_text(phase: str, done: int) -> str:
-    """Return what a run says that ran out of memory in ``phase`` after ``done`` steps."""
+    """Return the reason of a run that ran out of memory in ``phase``, after ``done`` steps."""
     if phase in ("evaluation", "save"):
         return f"out of memory in {phase} after {done} steps"
     return f"out of memory in {phase} of step {done}"
 
 
 def _passed_cap(spec: RunSpec, gauge: _Gauge, limit: MemoryLimit) -> str:
-    """Return how the run has passed its cap in ways that the cap does not stop, or "": memory that it does
-    not count, data that was there before it was set, or a limit that the job has raised. Only for a
-    processor."""
+    """Return, in words, how the run used more than its cap although nothing stopped it: by memory that the
+    cap does not count, by data that was loaded before it was set, or because the job raised the limit.
+    Return "" if it did not, and on an accelerator."""
     if gauge.device.type != HOST:
         return ""
     cap_bytes, resident = limit.cap_bytes, gauge.resident.observed()
@@ -699,7 +700,7 @@ def _digest(model: Any) -> str:
     return checksum.hexdigest()
 
 
-def _of_accelerator(gauge: _Gauge) -> dict[str, Any]:
+def _accelerator_fields(gauge: _Gauge) -> dict[str, Any]:
     """Return the fields of a `Measurement` that only an accelerator has. Empty on a CPU."""
     from memfit.runtime.devices import AllocatorCounter, SampledCounter, device_name, driver_used_bytes
 
@@ -739,7 +740,7 @@ def _measurement(
         first_step=gauge.first,
         peak_bytes=gauge.peak_bytes,
         peak_source=gauge.counter.source,
-        **(gauge.of_accelerator or _of_accelerator(gauge)),
+        **(gauge.of_accelerator or _accelerator_fields(gauge)),
         phase_peak_bytes=phases,
         phase_rss_bytes={k: v for k, v in gauge.phase_rss.items() if k not in outside_steps},
         rss_peak_bytes=max(gauge.phase_rss.values(), default=None),

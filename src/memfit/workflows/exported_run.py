@@ -16,7 +16,7 @@ from memfit.export.base import RUN
 from memfit.files.read import read_text
 from memfit.monitoring.host_kill import host_kills
 from memfit.runtime.child_process import Event, parse_event
-from memfit.runtime.ranks import in_order_of_failure
+from memfit.runtime.ranks import name_first_failure
 from memfit.runtime.restart import with_restarts
 from memfit.store.exchange.run_record import RUN as RUN_LABEL
 from memfit.store.exchange.run_record import RunRecord
@@ -195,7 +195,7 @@ def _measurements(attempt: Attempt, ranks: int, kills: _Kills) -> tuple[Measurem
         r for r, m in enumerate(measurements) if m.outcome not in (OutcomeKind.OK, OutcomeKind.INTERRUPTED)
     ]
     # A rank without any word was killed; those with an error of a lost connection came after it.
-    return in_order_of_failure(measurements, failures)
+    return name_first_failure(measurements, failures)
 
 
 def _measurement(start: RankStart | None, kills: _Kills) -> Measurement:

@@ -13,7 +13,7 @@ from memfit.planner.request import Request, make_predictor
 from memfit.planner.safer_plans import FAILURES, SaferPlan, predictor_of_batch, safer_plan
 from memfit.runtime import local_machine
 from memfit.runtime.child_process import Event
-from memfit.runtime.restart import Losses, newest
+from memfit.runtime.restart import Losses, resume_newest
 from memfit.techniques.registry import effect_of
 from memfit.types.device_kind import HOST
 from memfit.types.launch import CheckpointSettings, RunSpec
@@ -84,7 +84,7 @@ def train_with_recoveries(
         choice = _next_plan(request, spec, step, settings.frontier, tried)
         if isinstance(choice, str):
             return _finished(run, keep, recoveries, losses, choice)
-        next_keep = newest(spec.keep)
+        next_keep = resume_newest(spec.keep)
         recoveries.append(_recovery(run, step, choice, next_keep))
         settings.on_recovery(recoveries[-1], len(recoveries))
         estimate = choice.estimate

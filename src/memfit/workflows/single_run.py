@@ -20,7 +20,7 @@ from memfit.runtime import local_machine
 from memfit.runtime.child_process import Event
 from memfit.runtime.interruption import NO_INTERRUPTION, Interruption
 from memfit.runtime.ranks import OnEvent, run_ranks
-from memfit.runtime.restart import Losses, run_through
+from memfit.runtime.restart import Losses, run_with_restarts
 from memfit.store.database import Store
 from memfit.techniques.rank_mesh import split_batch
 from memfit.techniques.registry import check, refuse_wrong_weights, with_defaults
@@ -128,7 +128,7 @@ def run_plan(
             hint="`memfit estimate JOB` predicts it without running it",
         )
     job = make_predictor(request)[0]
-    keep, seed = checkpoints.settled(recovery.keep, seed, steps or job.steps)
+    keep, seed = checkpoints.resolve_settings(recovery.keep, seed, steps or job.steps)
     is_replay = request.engine == "replay"
     stored_runs = _stored(store or Store(), request, seed) if is_replay else []
     estimate = explain(request, plan, progress)
@@ -236,9 +236,9 @@ def run_spec(
 
     A run that fails raises nothing: the outcome of its measurement says so. With ``strict``, UserError is
     raised if the process that trains refuses the plan or the job; after the first step, it is raised only if
-    the run does not go on after a restart. ``label``: name of the run in what ``progress`` is told.
-    ``losses``: as for `run_through`. ``on_notice``: called with events that a person should see at once:
-    "stalled" and "restarted".
+    the run does not go on after a restart. ``label``: name of the run in the texts for ``progress``.
+    ``losses``: as for `run_with_restarts`. ``on_notice``: called with events that a person should see at
+    once: "stalled" and "restarted".
     """
     refusals: list[UserError] = []
     has_begun = False
@@ -308,7 +308,9 @@ def measure_spec(
         def start(spec: RunSpec, on_event: OnEvent) -> Sequence[Measurement]:
             return run_ranks(render(spec), on_event=on_event, interruption=interruption)
 
-        measurements = run_through(spec, start, on_event=on_event, losses=losses, interruption=interruption)
+        measurements = run_with_restarts(
+            spec, start, on_event=on_event, losses=losses, interruption=interruption
+        )
     return merge_ranks(measurements)
 
 

@@ -71,9 +71,9 @@ class Step(TrainingStep):
         checkpoint_wrapper(block)
         self.bench.closers.append(block.register_forward_hook(_must_be_flat).remove)
 
-    def _weighted(self, model: Any, part: Any, share: float) -> torch.Tensor:
+    def _weighted_loss(self, model: Any, part: Any, share: float) -> torch.Tensor:
         try:
-            return super()._weighted(model, part, share)
+            return super()._weighted_loss(model, part, share)
         except RuntimeError as error:
             if "not compatible with .grad()" not in str(error):
                 raise

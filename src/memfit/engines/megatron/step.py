@@ -110,9 +110,9 @@ class Step(TrainingStep):
         self.wrapped.zero_grad_buffer()
         return norm
 
-    def _forgo(self) -> torch.Tensor:
+    def _skip_update(self) -> torch.Tensor:
         self._reduced()
-        norm = super()._forgo()
+        norm = super()._skip_update()
         self.wrapped.zero_grad_buffer()
         return norm
 

@@ -68,9 +68,8 @@ class Folds(ConcatenatedChains):
     acids, 20 for an unknown one. ``profile`` (n, 20): shares of the amino acids in the family, from 0 to 1.
     ``atoms`` (n, 3 of N CA C, 3): positions in Angstrom. The first ``train_count`` chains are for training.
     ``alignment_of``: function of a chain's index that returns its simulated relatives, numbers of amino
-    acids, uint8 (sequences, residues); None: there are none.
-    ``potential`` (20, 20): logarithm of how much more often than by chance two amino acids are in contact in
-    training chains; None: it is not known.
+    acids, uint8 (sequences, residues); None: there are none. ``potential`` (20, 20): logarithm of how much
+    more often than by chance two amino acids are in contact in training chains; None: it is not known.
     """
 
     residue: Array
@@ -122,16 +121,16 @@ def make(options: BuiltInOptions) -> Job:
 
 
 def _shape(size: str, length: int | None, batch: int | None) -> FoldSize:
-    from memfit.jobs.builtin.alphafold.model import published, small
+    from memfit.jobs.builtin.alphafold.model import published_size, small_size
 
     if size == "tiny":
-        return small(residues=length or 64, batch_size=batch or 4)
+        return small_size(residues=length or 64, batch_size=batch or 4)
     crops = (
         {"residues": 384, "rows": 512, "extra_rows": 5120}
         if size == "finetune"
         else {"residues": 256, "rows": 128, "extra_rows": 1024}
     )
-    return published(**crops | ({"residues": length} if length else {}), batch_size=batch or 1)
+    return published_size(**crops | ({"residues": length} if length else {}), batch_size=batch or 1)
 
 
 def _build(shape: FoldSize) -> torch.nn.Module:
@@ -164,7 +163,7 @@ def built_in_folds() -> Folds:
     )
 
     def alignment_of(index: int) -> Array:
-        return _kept_alignment(folds, index, chains[index], corrections[corrections[:, 0] == index])
+        return _cached_alignment(folds, index, chains[index], corrections[corrections[:, 0] == index])
 
     return dataclasses.replace(folds, alignment_of=alignment_of)
 
@@ -182,7 +181,7 @@ def simulated_alignment(folds: Folds, index: int, seed: int) -> Array:
     )
 
 
-def _kept_alignment(folds: Folds, index: int, seed: int, corrections: Array) -> Array:
+def _cached_alignment(folds: Folds, index: int, seed: int, corrections: Array) -> Array:
     """Return `simulated_alignment` with ``corrections`` (letters, 4), each a chain, a row, a residue and the
     letter there. It is stored in the user's cache folder when it is first made. If nothing can be stored
     there, it is made again each time."""

@@ -70,7 +70,7 @@ class SelfAttention(nn.Module):
         query, key, value = (self._heads(p(hidden)) for p in (self.query, self.key, self.value))
         query = query * self.head_width**-0.5  # before the rotation, as ESM-2 was trained
         context: torch.Tensor = functional.scaled_dot_product_attention(
-            _rotated(query, rotary), _rotated(key, rotary), value, attn_mask=mask, scale=1.0
+            _rotate(query, rotary), _rotate(key, rotary), value, attn_mask=mask, scale=1.0
         )
         return context.transpose(1, 2).flatten(2)
 
@@ -79,14 +79,14 @@ class SelfAttention(nn.Module):
         return projection.view(*projection.shape[:-1], -1, self.head_width).transpose(1, 2)
 
 
-def _rotated(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+def _rotate(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
     """Return ``x`` (batch, heads, length, width of a head) with rotary positions applied (Su et al. 2021,
     arXiv 2104.09864, eq. 34). Channel i of a head is rotated together with channel i + width / 2."""
     cosines, sines = (part.unsqueeze(1) for part in rotary)
-    return ((x.float() * cosines) + (_turned(x.float()) * sines)).to(x.dtype)
+    return ((x.float() * cosines) + (_rotate_half(x.float()) * sines)).to(x.dtype)
 
 
-def _turned(x: torch.Tensor) -> torch.Tensor:
+def _rotate_half(x: torch.Tensor) -> torch.Tensor:
     first, second = x.chunk(2, dim=-1)
     return torch.cat((-second, first), dim=-1)
 

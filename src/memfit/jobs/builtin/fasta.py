@@ -75,7 +75,7 @@ def read_labelled(path: str) -> list[Protein]:
                 f"{path} line {line_number}: {name!r} is followed by {len(lines)} lines",
                 allowed="two lines of the same length: the sequence, and its states as letters H, E, C",
             )
-        sequence, states = _sequence(path, lines[:1]), _checked(path, *lines[1], STATES, "a state")
+        sequence, states = _sequence(path, lines[:1]), _check_letters(path, *lines[1], STATES, "a state")
         if len(sequence) != len(states):
             raise UserError(
                 f"{path} line {lines[1][0]}: {len(states)} states in this line for {len(sequence)} residues "
@@ -113,10 +113,10 @@ def _sequence(path: str, lines: list[tuple[int, str]]) -> str:
         return sequence
     *leading_lines, (number, last_line) = lines
     parts = [*leading_lines, (number, last_line.removesuffix("*"))]
-    return "".join(_checked(path, n, text, RESIDUES + _AMBIGUOUS, "an amino acid") for n, text in parts)
+    return "".join(_check_letters(path, n, text, RESIDUES + _AMBIGUOUS, "an amino acid") for n, text in parts)
 
 
-def _checked(path: str, number: int, line: str, alphabet: str, what: str) -> str:
+def _check_letters(path: str, number: int, line: str, alphabet: str, what: str) -> str:
     upper = line.upper()
     if set(upper) <= set(alphabet):
         return upper

@@ -179,7 +179,7 @@ def markov_bits(genome: Corpus, places: Array, order: int) -> float:
     return float(bits.ravel()[words(genome.test, order + 1)[places - order]].mean())
 
 
-def scored(genome: Corpus, shape: HyenaSize) -> Array:
+def scored_positions(genome: Corpus, shape: HyenaSize) -> Array:
     """Return the positions in the held-out part whose base the metric scores, (windows x length,), one window
     after another. Positions in overlapping windows occur more than once."""
     starts = _test_starts(genome.test, shape) + shape.kmer
@@ -194,7 +194,7 @@ def metric(genome: Corpus, shape: HyenaSize) -> Metric:
     bases. If it gains nothing, as with few bases, it is half of what order 4 gains on the built-in
     chromosome.
     """
-    positions = scored(genome, shape)
+    positions = scored_positions(genome, shape)
     positions = positions[positions >= 4]
     bits = {order: markov_bits(genome, positions, order) for order in (_NAIVE_ORDER, 3, 4)}
     gain, measured_on = bits[3] - bits[4], "the same bases"

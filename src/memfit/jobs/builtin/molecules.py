@@ -70,7 +70,7 @@ class Molecules:
     length: int
     source: str
 
-    def padded(self, picked: Array) -> Array:
+    def pad(self, picked: Array) -> Array:
         """Return the token numbers of the molecules with the indices ``picked``, int64 (picked, length), 0 at
         padding."""
         return np.pad(self.tokens[picked].astype(np.int64), ((0, 0), (0, self.length - self.tokens.shape[1])))
@@ -94,7 +94,7 @@ def make(options: BuiltInOptions) -> Job:
     """
     shape = options.resize(_shape(options.size), _DIMENSIONS)
     pairs = _user(options.data) if options.data else _installed()
-    molecules = arranged(pairs, shape.length, options.data or DATA_SOURCE)
+    molecules = split_by_skeleton(pairs, shape.length, options.data or DATA_SOURCE)
     metric, surrogate = endpoints(molecules)
     return Job(
         name=NAME,
@@ -192,7 +192,7 @@ def _user(path: str) -> Pairs:
     return pairs
 
 
-def arranged(pairs: Pairs, length: int, source: str) -> Molecules:
+def split_by_skeleton(pairs: Pairs, length: int, source: str) -> Molecules:
     """Return those molecules in ``pairs`` (SMILES, value) that have at most ``length`` tokens, split into
     training and test.
 
@@ -250,7 +250,7 @@ def train_batch(
     """
     indices = epoch_indices(molecules.train_count, batch_size, step=step, seed=seed)
     mean, deviation = molecules.scale
-    numbers = molecules.padded(indices)
+    numbers = molecules.pad(indices)
     arrays = {
         "tokens": numbers,
         "valid": numbers != _PAD,
@@ -299,7 +299,7 @@ def predict(model: torch.nn.Module, molecules: Molecules, picked: Array, batch_s
     parts = []
     with evaluating(model) as device:
         for indices in equal_parts(picked, batch_size):
-            numbers = as_tensors({"tokens": molecules.padded(indices)})["tokens"].to(device)
+            numbers = as_tensors({"tokens": molecules.pad(indices)})["tokens"].to(device)
             parts.append(model(numbers, numbers != _PAD)[0].float().cpu().double().numpy())
     return np.concatenate(parts) * deviation + mean
 

@@ -58,7 +58,7 @@ def rotary(length: int, width: int, device: torch.device) -> tuple[torch.Tensor,
     return angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
 
 
-def turned(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+def _rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
     """Return ``x`` (..., length, width) with each position's channels i and i + width / 2 rotated by its
     angle. ``cosine`` and ``sine``: as `rotary` returns them."""
     first, second = x.chunk(2, dim=-1)
@@ -117,7 +117,7 @@ class MolformerBlock(nn.Module):
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for part in self.query_key_value(self.norm_attention(x)).chunk(3, dim=-1)
         )
-        query, key = turned(query, cosine, sine), turned(key, cosine, sine)
+        query, key = _rotate(query, cosine, sine), _rotate(key, cosine, sine)
         x = x + self.mix(self.attention(query, key, value, valid).transpose(1, 2).flatten(2))
         return x + self.narrow(functional.gelu(self.widen(self.norm_feed(x))))  # type: ignore[no-any-return]
 

@@ -86,19 +86,7 @@ def random_vorticity(rng: np.random.Generator, count: int, points: int, *, peak:
     return np.asarray(field / field.std(axis=(1, 2), keepdims=True))
 
 
-def energy(square: Square, vorticity: Array) -> Array:
-    """Return the mean kinetic energy, per unit area and mass, of each field of ``vorticity`` (..., points,
-    points)."""
-    u, v = square.velocity(np.fft.rfft2(vorticity))
-    return np.asarray((u**2 + v**2).mean(axis=(-2, -1)) / 2)
-
-
-def enstrophy(vorticity: Array) -> Array:
-    """Return half the mean squared vorticity of each field of ``vorticity`` (..., points, points)."""
-    return np.asarray((vorticity**2).mean(axis=(-2, -1)) / 2)
-
-
-def coarser(vorticity: Array, points: int) -> Array:
+def coarsen(vorticity: Array, points: int) -> Array:
     """Return the fields ``vorticity`` (..., n, n) on a coarser grid of ``points`` x ``points``, an even
     number up to n, without the wavenumbers from ``points`` / 2 on, which this grid does not resolve."""
     fine_points, half = vorticity.shape[-1], points // 2

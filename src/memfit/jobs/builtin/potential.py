@@ -152,7 +152,7 @@ def read(path: str | None) -> MoleculeFrames:
 def train_batch(
     frames: MoleculeFrames, shape: SchnetSize, batch_size: int, *, step: int, seed: int
 ) -> dict[str, torch.Tensor]:
-    """Return a training batch with the keys of `packed`.
+    """Return a training batch with the keys of `pack`.
 
     A sample contains as many molecules as fit into ``shape.atoms``, each with room for the largest. They lie
     on a grid that keeps them farther apart than the cutoff, because their energies and forces were computed
@@ -160,10 +160,10 @@ def train_batch(
     """
     molecules_per_sample = shape.atoms // frames.species.shape[1]
     indices = epoch_indices(frames.train_count, batch_size * molecules_per_sample, step=step, seed=seed)
-    return packed(frames, indices.reshape(batch_size, molecules_per_sample), shape)
+    return pack(frames, indices.reshape(batch_size, molecules_per_sample), shape)
 
 
-def packed(frames: MoleculeFrames, picked: Array, shape: SchnetSize) -> dict[str, torch.Tensor]:
+def pack(frames: MoleculeFrames, picked: Array, shape: SchnetSize) -> dict[str, torch.Tensor]:
     """Return a batch of the frames with the indices ``picked`` (batch, molecules per sample).
 
     ``species`` (batch, atoms) int64: atomic numbers, 0 at padding. ``positions`` (angstrom) and ``forces``
@@ -239,7 +239,7 @@ def force_error(model: torch.nn.Module, frames: MoleculeFrames, shape: SchnetSiz
     test = test[: len(test) // molecules_per_sample * molecules_per_sample].reshape(-1, molecules_per_sample)
     with evaluating(model) as device:
         for indices in equal_parts(test, batch_size):
-            part = to_device(packed(frames, indices, shape), device)
+            part = to_device(pack(frames, indices, shape), device)
             errors = (_answer(model, part)[1] - part["forces"]).abs() * (part["species"] > 0)[..., None]
             total += float(errors.sum())
             count += 3 * float((part["species"] > 0).sum())

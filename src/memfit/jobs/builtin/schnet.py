@@ -59,7 +59,7 @@ def shifted_softplus(x: torch.Tensor) -> torch.Tensor:
     return functional.softplus(x) - math.log(2)
 
 
-def gathered(x: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
+def gather_neighbours(x: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
     """Return the rows of ``x`` (batch, atoms, width) at the indices ``near`` (batch, atoms, neighbours),
     which number the atoms of each sample from 0, as (batch, atoms, neighbours, width)."""
     batch, atoms, _ = near.shape
@@ -88,7 +88,7 @@ class Geometry(nn.Module):
         the cutoff. The weight (batch, atoms, neighbours, 1) falls from 1 at distance zero to 0 at the cutoff;
         it is 0 beyond, and where ``within`` (batch, atoms, neighbours) is False.
         """
-        displacement = gathered(positions, near) - positions[:, :, None]
+        displacement = gather_neighbours(positions, near) - positions[:, :, None]
         # sets these distances to one, because the square root has no derivative at zero
         padding = (~within).to(displacement.dtype)
         distance = (displacement.square().sum(-1) + padding).sqrt()[..., None]
@@ -115,7 +115,7 @@ class SchnetInteraction(nn.Module):
         """Input ``x`` and output have the shape (batch, atoms, width). ``radial`` and ``weight``: as
         `Geometry` returns them for the neighbours ``near``."""
         filters = self.filter_two(shifted_softplus(self.filter_one(radial))) * weight
-        message = (gathered(self.heard(x), near) * filters).sum(2)
+        message = (gather_neighbours(self.heard(x), near) * filters).sum(2)
         return x + self.two(shifted_softplus(self.one(message)))  # type: ignore[no-any-return]
 
 
@@ -128,10 +128,10 @@ class EnergySum(nn.Module):
         self.one = nn.Linear(width, width // 2)
         self.two = nn.Linear(width // 2, 1)
 
-    def forward(self, x: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
-        """Return energies (batch,) in eV for ``x`` (batch, atoms, width). Atoms where ``there`` (batch,
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Return energies (batch,) in eV for ``x`` (batch, atoms, width). Atoms where ``mask`` (batch,
         atoms) is False (padding) do not count."""
-        shares: torch.Tensor = self.two(shifted_softplus(self.one(x)))[..., 0] * there
+        shares: torch.Tensor = self.two(shifted_softplus(self.one(x)))[..., 0] * mask
         return shares.sum(1)
 
 

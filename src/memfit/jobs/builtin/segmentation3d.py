@@ -137,7 +137,7 @@ def _volume(folder: Path, name: str) -> Array:
     return np.asarray(image.dataobj)
 
 
-def scanned(clean: Array, rng: np.random.Generator, channels: int = 1) -> Array:
+def simulate_scan(clean: Array, rng: np.random.Generator, channels: int = 1) -> Array:
     """Return the intensities of the cube ``clean`` (x, y, z) as a scanner would show them, (channels, x, y,
     z).
 
@@ -191,7 +191,7 @@ def _cubes(
 ) -> dict[str, Array]:
     slices = [tuple(slice(c, c + patch) for c in corner) for corner in corners]
     return {
-        "volume": np.stack([scanned(head.intensity[p], rng, channels) for p in slices]),
+        "volume": np.stack([simulate_scan(head.intensity[p], rng, channels) for p in slices]),
         "tissue": np.stack([head.tissue[p] for p in slices]).astype(np.int64),
     }
 
@@ -208,11 +208,11 @@ def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
     total = sum(2.0**-s for s in scales)
     mean: torch.Tensor = 0  # type: ignore[assignment]
     for out, scale in zip(logits, scales, strict=True):
-        mean = mean + _of_output(out, batch["tissue"], 2**scale) * (2.0**-scale / total)
+        mean = mean + _output_loss(out, batch["tissue"], 2**scale) * (2.0**-scale / total)
     return mean
 
 
-def _of_output(logits: torch.Tensor, tissue: torch.Tensor, step: int) -> torch.Tensor:
+def _output_loss(logits: torch.Tensor, tissue: torch.Tensor, step: int) -> torch.Tensor:
     from torch.nn import functional
 
     logits, tissue = logits.float(), tissue[:, ::step, ::step, ::step]
@@ -253,13 +253,13 @@ def _soft_dice(shares: Array, truth: Array) -> float:
     return 100 * float(np.mean(overlaps))
 
 
-def dice(found: Array, truth: Array) -> float:
+def dice(predicted: Array, truth: Array) -> float:
     """Return the mean of the Dice of grey (1) and of white matter (2) between two label arrays of one shape,
     in percent."""
     scores = [
         2
-        * ((found == tissue) & (truth == tissue)).sum()
-        / ((found == tissue).sum() + (truth == tissue).sum())
+        * ((predicted == tissue) & (truth == tissue)).sum()
+        / ((predicted == tissue).sum() + (truth == tissue).sum())
         for tissue in (1, 2)
     ]
     return 100 * float(np.mean(scores))

@@ -29,13 +29,13 @@ class UNetSize:
 
 
 class Convolution(nn.Module):
-    """A convolution of 3 x 3 x 3 voxels from ``given`` to ``made`` channels, then instance norm and leaky
-    ReLU. The edges of the volume are divided by ``stride``."""
+    """A convolution of 3 x 3 x 3 voxels, then instance norm and leaky ReLU. The edges of the volume are
+    divided by ``stride``."""
 
-    def __init__(self, given: int, made: int, stride: int = 1) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
         super().__init__()
-        self.conv = nn.Conv3d(given, made, 3, stride=stride, padding=1)
-        self.norm = nn.InstanceNorm3d(made, affine=True)
+        self.conv = nn.Conv3d(in_channels, out_channels, 3, stride=stride, padding=1)
+        self.norm = nn.InstanceNorm3d(out_channels, affine=True)
         self.act = nn.LeakyReLU(inplace=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -44,16 +44,16 @@ class Convolution(nn.Module):
 
 
 class UnetStage(nn.Module):
-    """Two convolutions at one resolution, to ``made`` channels. Without ``up``, the first divides the edges
-    of the input, with ``given`` channels, by ``stride``. With ``up``, the input comes from the next lower
-    resolution: it is enlarged twofold to ``made`` channels and concatenated with ``skip``, the output of the
-    stage at this resolution on the way down."""
+    """Two convolutions at one resolution. Without ``up``, the first divides the edges of the input by
+    ``stride``. With ``up``, the input comes from the next lower resolution: it is enlarged twofold to
+    ``out_channels`` and concatenated with ``skip``, the output of the stage at this resolution on the way
+    down."""
 
-    def __init__(self, given: int, made: int, *, stride: int = 1, up: bool = False) -> None:
+    def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1, up: bool = False) -> None:
         super().__init__()
-        self.up = nn.ConvTranspose3d(given, made, 2, stride=2) if up else None
-        self.first = Convolution(2 * made if up else given, made, stride)
-        self.second = Convolution(made, made)
+        self.up = nn.ConvTranspose3d(in_channels, out_channels, 2, stride=2) if up else None
+        self.first = Convolution(2 * out_channels if up else in_channels, out_channels, stride)
+        self.second = Convolution(out_channels, out_channels)
 
     def forward(self, x: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
         if self.up is not None:

@@ -31,7 +31,7 @@ def parse_executor(text: str) -> tuple[str, Mapping[str, str]]:
         key, separator, value = part.partition("=")
         if not (key and separator and value) or key in settings:
             raise UserError(
-                f"--executor {text}: {part!r} is not a setting of its own",
+                f"--executor {text}: {part!r} is not KEY=VALUE, or repeats a KEY",
                 allowed="NAME or NAME:KEY=VALUE,KEY=VALUE and each KEY once, such as slurm:time=60",
             )
         settings[key] = value

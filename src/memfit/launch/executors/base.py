@@ -34,7 +34,7 @@ _ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class TaskState(enum.StrEnum):
-    """Where a task is on its way."""
+    """State of a task. WAITING: submitted, and not started, or preempted and to be started again."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -98,7 +98,8 @@ class Executor(abc.ABC):
 
     @classmethod
     def check(cls, settings: Mapping[str, str]) -> None:
-        """Raise UserError for a setting that the executor does not have."""
+        """Raise UserError for a setting that the executor does not have, and for a value that is not
+        allowed."""
         known = {**cls.keys, **SETTINGS}
         if unknown := sorted(settings.keys() - known.keys()):
             raise UserError(
@@ -133,7 +134,7 @@ class Executor(abc.ABC):
 
     @abc.abstractmethod
     def status(self, task: Task, job_id: str) -> TaskStatus:
-        """Return how the task is. Once it has ended, none of its processes is left."""
+        """Return the task's status. A status of ENDED means that none of its processes is left."""
 
     @abc.abstractmethod
     def cancel(self, jobs: Mapping[str, Task]) -> None:
@@ -151,10 +152,11 @@ class Executor(abc.ABC):
         """Remove what the executor keeps of a task that has ended, beside the task's folder."""
 
 
-def read_usage(task: Task) -> Usage:
-    """Return what the machine that runs the task has noted of it; an empty Usage if it has not started."""
+def read_usage(folder: Path) -> Usage:
+    """Return what the machine that runs a task has noted in the task's folder; an empty Usage if the task has
+    not started, or the note cannot be read."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        usage = json.loads((task.folder / USAGE).read_text(encoding="utf-8"))
+        usage = json.loads((folder / USAGE).read_text(encoding="utf-8"))
         return Usage(
             spans=tuple((float(start), float(end)) for start, end in usage["spans"]),
             exit_code=usage["exit_code"],
@@ -162,8 +164,9 @@ def read_usage(task: Task) -> Usage:
     return Usage()
 
 
-def last_words(task: Task) -> str:
-    """Return the last line that the task's command printed, shortened; "" if it printed nothing."""
+def last_output_line(task: Task) -> str:
+    """Return the last line that the task's command printed, of at most 300 characters, without "memfit: "
+    before it. Lines with nothing but a brace are passed over. Return "" if there is no line."""
     try:
         text = (task.folder / OUTPUT).read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -174,8 +177,8 @@ def last_words(task: Task) -> str:
 
 @contextlib.contextmanager
 def ignoring_ctrl_c() -> Iterator[None]:
-    """Processes that are started inside this context ignore Ctrl-C of the terminal; this process ends
-    them."""
+    """Inside this context, this process and those that it starts ignore Ctrl-C; the started ones go on
+    ignoring it, so this process must end them. Outside the main thread, the context does nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -188,7 +191,8 @@ def ignoring_ctrl_c() -> Iterator[None]:
 
 @contextlib.contextmanager
 def deferring_signals() -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP that this process receives inside this context take effect at its end."""
+    """SIGINT, SIGTERM and SIGHUP that this process receives inside this context take effect at its end.
+    Outside the main thread, the context does nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

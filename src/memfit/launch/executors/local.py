@@ -38,7 +38,8 @@ class LocalExecutor(SubmititExecutor):
         return int(self.settings.get("parallel", self._shares))
 
     def variables(self, task: Task) -> Mapping[str, str]:
-        """Each task has accelerators of its own; more tasks than there are accelerators for share them."""
+        """Return the variables under which the task sees only its own accelerators. Tasks share accelerators
+        if there are not enough for all that run."""
         users = list(self._share_of.values())
         share = min(range(self._shares), key=users.count)
         self._share_of[task.name] = share

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Final
 
 from memfit.files.replace import write_whole
-from memfit.launch.executors.base import CANCEL, OUTPUT, USAGE
+from memfit.launch.executors.base import CANCEL, OUTPUT, USAGE, read_usage
 from memfit.runtime.child_process import child_environment, dying_with_parent
 from memfit.types.errors import UserError
 
@@ -65,16 +65,16 @@ class _RunningTask:
     def __init__(self, folder: Path, owner: str) -> None:
         self._folder, self._owner = folder, owner
         self._must_end = False
-        self._spans = _spans_before(folder)
         now_s = time.time()
-        self._spans.append([now_s, now_s])
+        # After the earlier starts of a task that a scheduler has requeued.
+        self._spans = [*map(list, read_usage(folder).spans), [now_s, now_s]]
         self.note(None)
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         self._must_end = True
 
     def follow(self, process: subprocess.Popen[bytes]) -> None:
-        """Wait until the process ends; end it if it must."""
+        """Wait until the process ends. End it when a condition of `run_task` says so."""
         noted_s = kill_s = 0.0
         while process.poll() is None:
             now_s = time.monotonic()
@@ -109,10 +109,3 @@ class _RunningTask:
             return True
         except OSError:
             return False
-
-
-def _spans_before(folder: Path) -> list[list[float]]:
-    """Return [start, end] of the earlier starts of a task that a scheduler has requeued."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        return [list(span) for span in json.loads((folder / USAGE).read_text(encoding="utf-8"))["spans"]]
-    return []

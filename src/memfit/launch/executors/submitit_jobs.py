@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import shutil
-import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,10 +14,11 @@ from memfit.launch.executors.base import (
     Task,
     TaskState,
     TaskStatus,
-    last_words,
+    last_output_line,
     read_usage,
 )
 from memfit.launch.executors.on_node import run_task
+from memfit.runtime.child_process import exit_text
 from memfit.types.errors import UserError
 
 
@@ -84,14 +83,13 @@ class SubmititExecutor(Executor):
         return self._jobs[job_id]
 
     def status(self, task: Task, job_id: str) -> TaskStatus:
-        usage = read_usage(task)
-        starts = len(usage.spans)
+        state, reason = TaskState.ENDED, ""
         if not self.has_ended(task, job_id):
             state = TaskState.RUNNING if self.is_running(task, job_id) else TaskState.WAITING
-            return TaskStatus(state=state, run_s=usage.run_s, starts=starts)
-        usage = read_usage(task)  # the last note may be newer
-        reason = "" if self.fetch(task) is not None else self.reason(task, job_id)
-        return TaskStatus(state=TaskState.ENDED, run_s=usage.run_s, starts=len(usage.spans), reason=reason)
+        elif self.fetch(task) is None:
+            reason = self.reason(task, job_id)
+        usage = read_usage(task.folder)
+        return TaskStatus(state=state, run_s=usage.run_s, starts=len(usage.spans), reason=reason)
 
     def has_ended(self, task: Task, job_id: str) -> bool:
         """Return whether the job has ended and none of its processes is left."""
@@ -99,23 +97,15 @@ class SubmititExecutor(Executor):
 
     def is_running(self, task: Task, job_id: str) -> bool:
         """Return whether the job's command runs now."""
-        return bool(read_usage(task).spans)
+        return bool(read_usage(task.folder).spans)
 
     def reason(self, task: Task, job_id: str) -> str:
         """Return why the task has ended without a record."""
-        code = read_usage(task).exit_code
+        code = read_usage(task.folder).exit_code
         if code is None:
             return "the process that ran it was killed, or never started"
-        if code < 0:
-            return f"killed by {_signal_name(-code)}"
-        return last_words(task) or f"exit code {code}"
+        return (last_output_line(task) if code >= 0 else "") or exit_text(code)
 
     def forget(self, task: Task, job_id: str) -> None:
         self._jobs.pop(job_id, None)
         shutil.rmtree(self.folder / "jobs" / job_id, ignore_errors=True)
-
-
-def _signal_name(number: int) -> str:
-    with contextlib.suppress(ValueError):
-        return signal.Signals(number).name
-    return f"signal {number}"

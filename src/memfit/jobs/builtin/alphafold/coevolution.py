@@ -21,9 +21,9 @@ _COUNTED_APART: Final = 6  # least separation of the pairs that the potential is
 
 
 def contact_map(atoms: Array) -> Array:
-    """Return, bool (n, n), which residues of the backbone ``atoms`` (n, 3 of N CA C, 3) in Angstrom are in
-    contact: CB atoms under 8 Angstrom apart. Where CB is by the ideal tetrahedron, `model.beta_of` says,
-    too."""
+    """Return, as bool (n, n), which residues of the backbone ``atoms`` (n, 3 of N CA C, 3) in Angstrom are in
+    contact: CB atoms under 8 Angstrom apart. CB is placed by the ideal tetrahedron, as `model.beta_of`
+    does."""
     n, ca, c = (atoms[:, atom] for atom in range(3))
     b, d = ca - n, c - ca
     normal = b[:, [1, 2, 0]] * d[:, [2, 0, 1]] - b[:, [2, 0, 1]] * d[:, [1, 2, 0]]

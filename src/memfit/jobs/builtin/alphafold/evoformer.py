@@ -32,7 +32,7 @@ class Widths:
     multiplication and of an outer product. ``transition``: how many times as wide as its input the hidden
     layer of a transition is. ``dropout``: probabilities for (updates of the MSA, updates of the pairs).
     ``global_columns``: whether attention along columns has one query per column (algorithm 19 of AlphaFold
-    2)."""
+    2), as in the extra-MSA stack."""
 
     c_m: int
     c_z: int
@@ -44,7 +44,7 @@ class Widths:
     outer: int = 32
     transition: int = 4
     dropout: tuple[float, float] = (0.15, 0.25)
-    global_columns: bool = False  # one query a column (algorithm 19), as in the extra-MSA stack
+    global_columns: bool = False
 
 
 class Attention(nn.Module):
@@ -199,14 +199,14 @@ class OuterProductMean(Axial):
 
 class Gated(nn.Module):
     """A linear layer of x (..., width) to ``to`` channels, multiplied by the sigmoid of a second one and by
-    the mask ``held`` (..., 1), which is 0 at padding."""
+    the ``mask`` (..., 1), which is 0 at padding."""
 
     def __init__(self, width: int, to: int) -> None:
         super().__init__()
         self.value, self.gate = nn.Linear(width, to), nn.Linear(width, to)
 
-    def forward(self, x: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
-        return held * torch.sigmoid(self.gate(x)) * self.value(x)  # type: ignore[no-any-return]
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return mask * torch.sigmoid(self.gate(x)) * self.value(x)  # type: ignore[no-any-return]
 
 
 class TriangleMultiplication(Axial):
@@ -378,7 +378,7 @@ def relative_positions(own: torch.Tensor, index: torch.Tensor, reach: int) -> to
     return functional.one_hot(offsets, 2 * reach + 1).float()
 
 
-def binned(squared: torch.Tensor, least: float, most: float, bins: int) -> torch.Tensor:
+def one_hot_distances(squared: torch.Tensor, least: float, most: float, bins: int) -> torch.Tensor:
     """Return, for squared distances in Angstrom^2, the one-hot, float32 (..., bins), of the nearest of
     ``bins`` evenly spaced distances from ``least`` to ``most`` Angstrom (algorithms 32 and 5 of AlphaFold 2).
     Distances outside this range belong to the first or the last bin. AlphaFold's published code spaces the

@@ -13,7 +13,7 @@ from memfit.jobs.builtin.alphafold.evoformer import (
     EvoformerBlock,
     Templates,
     Widths,
-    binned,
+    one_hot_distances,
     relative_positions,
 )
 from memfit.jobs.builtin.alphafold.structure import StructureModule, StructureWidths
@@ -53,7 +53,7 @@ class FoldSize:
     batch_size: int
 
 
-def published(*, residues: int, rows: int, extra_rows: int, batch_size: int) -> FoldSize:
+def published_size(*, residues: int, rows: int, extra_rows: int, batch_size: int) -> FoldSize:
     """Return the size of the published network (model_1 in table 5 of AlphaFold 2's supplement, which has
     four templates) for the given numbers of residues, rows and chains."""
     return FoldSize(
@@ -75,7 +75,7 @@ def published(*, residues: int, rows: int, extra_rows: int, batch_size: int) -> 
     )
 
 
-def small(*, residues: int, batch_size: int) -> FoldSize:
+def small_size(*, residues: int, batch_size: int) -> FoldSize:
     """Return the size of a network about a hundredth as large as the published one: 16 rows, 112 extra rows,
     and all parts but the templates, for which the built-in data has no structures. Its structure module has
     no dropout, which slows its learning more than it helps in short trainings."""
@@ -143,7 +143,7 @@ class RecyclingEmbedder(Axial):
         self, first: torch.Tensor, z: torch.Tensor, beta: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         squared = (beta.unsqueeze(1) - self.across.own(beta, 1).unsqueeze(2)).square().sum(-1)
-        return self.norm_m(first), self.norm_z(z) + self.distance(binned(squared, *_RECYCLED))
+        return self.norm_m(first), self.norm_z(z) + self.distance(one_hot_distances(squared, *_RECYCLED))
 
 
 class Confidence(nn.Module):
@@ -205,7 +205,7 @@ class AlphaFold(Axial):
         self.blocks = nn.ModuleList(EvoformerBlock(size.widths) for _ in range(size.blocks))
         self.single = nn.Linear(size.widths.c_m, size.structure.c_s)
         self.structure, self.heads = StructureModule(size.structure), Heads(size)
-        self.apply(_initialised)
+        self.apply(_initialize)
 
     def forward(self, batch: Any) -> dict[str, torch.Tensor]:
         features = dict(batch)
@@ -263,7 +263,7 @@ class AlphaFold(Axial):
         }
 
 
-def _initialised(module: nn.Module) -> None:
+def _initialize(module: nn.Module) -> None:
     """Initialize the linear layers that are direct children of ``module`` (after supplement 1.11.4 of
     AlphaFold 2): weights normal with a variance of one over the number of inputs, biases zero. Gates get zero
     weights and biases of one. A layer whose output is added to a residual, the distance head and the

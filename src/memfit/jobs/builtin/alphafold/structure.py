@@ -224,29 +224,29 @@ def fape(
     true: Frames,
     points: torch.Tensor,
     true_points: torch.Tensor,
-    held: tuple[torch.Tensor, torch.Tensor],
+    masks: tuple[torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:
     """Return the frame-aligned point error of each sample (algorithm 28 of AlphaFold 2), (batch,). It is the
     mean over all pairs of a frame (batch, n) and a point (batch, k, 3) of the distance between the predicted
     point, in coordinates of the predicted frame, and the true point, in those of the true frame, in units of
-    10 Angstrom. A distance counts for 0.9 clamped at 10 Angstrom and for 0.1 unclamped. ``held``: (mask of
+    10 Angstrom. A distance counts for 0.9 clamped at 10 Angstrom and for 0.1 unclamped. ``masks``: (mask of
     the frames (batch, n), mask of the points (batch, k)), 0 for those that do not count."""
     differences = predicted.invert(points.unsqueeze(1)) - true.invert(true_points.unsqueeze(1))
     error = (differences.square().sum(-1) + _EPS).sqrt()
     error = CLAMPED_SHARE * error.clamp(max=CLAMP) + (1 - CLAMPED_SHARE) * error
-    weight = held[0].unsqueeze(2) * held[1].unsqueeze(1)
+    weight = masks[0].unsqueeze(2) * masks[1].unsqueeze(1)
     return (error * weight).sum((1, 2)) / weight.sum((1, 2)).clamp(min=1) / SCALE
 
 
-def torsion_loss(angles: torch.Tensor, true: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
+def torsion_loss(angles: torch.Tensor, true: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Return the loss of torsion angles (algorithm 27 of AlphaFold 2), a scalar. ``angles`` and ``true``
     (batch, residues, angles, 2): sines and cosines, the first of any length. An angle contributes its squared
     distance to the truth after scaling to length one, plus 0.02 times the deviation of its length from one.
-    This is averaged over the angles where ``held`` (batch, residues, angles) is 1, then over samples."""
+    This is averaged over the angles where ``mask`` (batch, residues, angles) is 1, then over samples."""
     length = (angles.square().sum(-1) + 1e-8).sqrt()
     deviation = (angles / length.unsqueeze(-1) - true).square().sum(-1)
-    count = held.sum((1, 2)).clamp(min=1)
-    return (((deviation + 0.02 * (length - 1).abs()) * held).sum((-1, -2)) / count).mean(0)
+    count = mask.sum((1, 2)).clamp(min=1)
+    return (((deviation + 0.02 * (length - 1).abs()) * mask).sum((-1, -2)) / count).mean(0)
 
 
 def torsions(atoms: torch.Tensor, follows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -308,20 +308,20 @@ def violations(atoms: torch.Tensor, mask: torch.Tensor, follows: torch.Tensor) -
     return bond_loss + (overlap * counted).sum((1, 2)) / own.sum(-1).clamp(min=1)
 
 
-def lddt(points: torch.Tensor, true: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
+def lddt(points: torch.Tensor, true: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Return the lDDT of each residue, (batch, residues), 0 to 1 (Mariani et al. 2013): of its distances to
     others that are truly under 15 Angstrom, the share that the prediction reproduces within 0.5, 1, 2 and 4
     Angstrom, averaged over these four. ``points`` and ``true``: predicted and true CA positions (batch,
-    residues, 3) in Angstrom. Only residues where ``held`` (batch, residues) is 1 count; the lDDT of others,
+    residues, 3) in Angstrom. Only residues where ``mask`` (batch, residues) is 1 count; the lDDT of others,
     and of a residue without such distances, is 0."""
     distances, true_distances = _distances(points), _distances(true)
-    count = held.unsqueeze(1) * held.unsqueeze(2) * (true_distances < 15.0)
+    count = mask.unsqueeze(1) * mask.unsqueeze(2) * (true_distances < 15.0)
     count = count * (1 - torch.eye(count.shape[1], device=count.device))
-    within_limits: Any = (distances - true_distances).abs().unsqueeze(-1) < off_limits(true_distances)
+    within_limits: Any = (distances - true_distances).abs().unsqueeze(-1) < _tolerances(true_distances)
     return (within_limits.float().mean(-1) * count).sum(-1) / count.sum(-1).clamp(min=1)  # type: ignore[no-any-return]
 
 
-def off_limits(like: torch.Tensor) -> torch.Tensor:
+def _tolerances(like: torch.Tensor) -> torch.Tensor:
     return torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=like.dtype, device=like.device)
 
 
