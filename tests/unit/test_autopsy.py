@@ -22,7 +22,7 @@ from memfit.monitoring.diagnosis import Certainty, DeathCause, Diagnosis
 from memfit.monitoring.memory_snapshot import is_snapshot, parse_snapshot, read_snapshot
 from memfit.monitoring.oom_text import AllocationFailure, allocation_failures
 from memfit.monitoring.record import read_records
-from memfit.monitoring.traceback_text import read_tracebacks
+from memfit.monitoring.traceback_text import innermost_user_frame, read_tracebacks
 from memfit.types.errors import UserError
 from memfit.types.units import GIB
 
@@ -286,8 +286,9 @@ def test_tracebacks_of_loggers_and_notebooks_are_read() -> None:
     for text, place in ((logged, "/me/a.py:3"), (notebook, "/me/a.py:14")):
         (read,) = read_tracebacks(text.splitlines())
         assert read.error == "ValueError"
-        assert read.user_frame is not None
-        assert read.user_frame.place == place
+        frame = innermost_user_frame(read.frames)
+        assert frame is not None
+        assert frame.place == place
 
 
 @pytest.mark.parametrize("part", ["a", "1", "a:", "1 ", "_1 ", "[a] ", "2024", " ", "/a", "GPU 0; "])
@@ -576,11 +577,31 @@ def test_the_record_of_a_watch_shows_a_step_that_needed_more(tmp_path: Path) -> 
 
 
 def test_the_record_of_a_watch_shows_a_kill_by_the_kernel(tmp_path: Path) -> None:
-    exit_line = {"kind": "exit", "time_s": 9.0, "code": -9, "oom_kills": 1}
-    diagnosis = record_of(tmp_path, step_line(1, 1), exit_line)
+    diagnosis = record_of(tmp_path, step_line(1, 1), exit_line(oom_kills=1))
     assert (diagnosis.cause, diagnosis.certainty) == (DeathCause.HOST_KILLED, Certainty.CERTAIN)
-    unknown = record_of(tmp_path, step_line(1, 1), {**exit_line, "oom_kills": 0})
-    assert unknown.certainty is Certainty.LIKELY
+
+
+def exit_line(**values: int) -> dict[str, Any]:
+    return {"kind": "exit", "time_s": 9.0, "code": -9, **values}
+
+
+@pytest.mark.parametrize(
+    ("known", "cause", "certainty"),
+    [
+        ({}, "unknown", "unknown"),
+        ({"free_bytes": 20 * GIB, "total_bytes": 64 * GIB}, "unknown", "unknown"),
+        ({"free_bytes": 20 * GIB, "total_bytes": 64 * GIB, "oom_kills": 0}, "not-memory", "likely"),
+        ({"free_bytes": GIB, "total_bytes": 64 * GIB, "oom_kills": 0}, "unknown", "unknown"),
+        ({"free_bytes": GIB, "total_bytes": 64 * GIB}, "host-killed", "likely"),
+        ({"free_bytes": 20 * GIB, "total_bytes": 64 * GIB, "machine_oom_kills": 1}, "host-killed", "likely"),
+    ],
+)
+def test_a_bare_kill_is_judged_by_the_kernels_counts_and_the_free_memory(
+    known: dict[str, int], cause: str, certainty: str, tmp_path: Path
+) -> None:
+    diagnosis = record_of(tmp_path, step_line(1, 1), exit_line(**known))
+    assert (diagnosis.cause, diagnosis.certainty) == (cause, certainty)
+    assert any("it is not known by whom" in e for e in diagnosis.evidence)
 
 
 def test_the_record_of_another_error_is_no_death_of_memory(tmp_path: Path) -> None:

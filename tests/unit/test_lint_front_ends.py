@@ -209,6 +209,14 @@ def test_a_deepspeed_file_that_axolotl_ships_is_known_by_its_name() -> None:
     assert "did you mean context_parallel_size?" in reasons(found)["context_paralel_size"]
 
 
+@pytest.mark.parametrize("shipped", ["zero3.json", "zero3_bf16_cpuoffload_all.json"])
+def test_a_shipped_file_that_gathers_weights_on_saves_is_not_warned_of(shipped: str, tmp_path: Path) -> None:
+    text = (FILES / "axolotl-zero3.yml").read_text()
+    (tmp_path / "a.yml").write_text(text.replace("zero3_bf16.json", shipped))
+    assert shipped in (tmp_path / "a.yml").read_text()
+    assert "deepspeed-gather-on-save" not in {f.rule for f in check(read([tmp_path / "a.yml"]))}
+
+
 def test_an_own_deepspeed_file_takes_precedence_over_a_shipped_one(tmp_path: Path) -> None:
     (tmp_path / "deepspeed_configs").mkdir()
     own = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": "auto"}}

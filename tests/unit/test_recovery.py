@@ -279,6 +279,17 @@ def test_a_run_without_checkpoints_begins_again(chosen: list[int]) -> None:
     assert run.measurement.losses == (10.0, 9.0, 8.0, 7.0)
 
 
+def test_a_run_that_goes_on_exactly_at_the_failed_step_repeats_none(
+    chosen: list[int], tmp_path: Path
+) -> None:
+    run = _recovered(Trainer(3, keep_to=3), keep=CheckpointSettings(save=str(tmp_path / "run")))
+    (first,) = run.recoveries
+    assert (first.first_step, first.step, first.verdict) == (3, 3, None)
+    summary = "\n".join(lines(run))
+    assert "undecided" not in summary
+    assert "verdict none: the checkpoint is of the failed step" in summary
+
+
 def test_the_losses_are_those_of_all_steps(chosen: list[int], tmp_path: Path) -> None:
     train = Trainer(3, keep_to=2)
     run = _recovered(train, keep=CheckpointSettings(save=str(tmp_path / "run")))

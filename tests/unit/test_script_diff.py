@@ -13,11 +13,14 @@ import pytest
 from child_ranks import run_script
 
 from memfit.cli.estimate_script import _edit
-from memfit.export.script_diff import ScriptDiff, read_script, script_diff
+from memfit.cli.plan_diff import edit_of
+from memfit.export.script_diff import ScriptDiff, inexpressible, read_script, script_diff
 from memfit.export.source_edits import Source
 from memfit.techniques.plan_file import parse_plan
+from memfit.techniques.registry import TECHNIQUES
 from memfit.types.errors import UserError
-from memfit.types.plan import Plan
+from memfit.types.plan import EffectClass
+from memfit.types.result import Choice, Estimate, Interval, SearchResult
 
 PLAIN = '''"""Trains a small network."""
 
@@ -700,7 +703,78 @@ def test_the_command_prints_the_diff_and_writes_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "train.py").read_text() == PLAIN
 
 
+def _found(recommended: dict[str, Any], *others: dict[str, Any]) -> SearchResult:
+    """Return the result of a search in which all plans fit."""
+    plans = [parse_plan({"techniques": t}, what="the plan") for t in (recommended, *others)]
+    estimates = [
+        Estimate(
+            plan=plan,
+            allocated_bytes=Interval(value=1.0, low=1.0, high=1.0),
+            phase_peak_bytes={},
+            at_peak_bytes={},
+            by_module_bytes={},
+            flops_per_step=0,
+            step_s=Interval(value=float(n), low=float(n), high=float(n)),
+        )
+        for n, plan in enumerate(plans)
+    ]
+    first, *rest = (Choice(estimate=e, fits=True, effect=EffectClass.E0) for e in estimates)
+    return SearchResult(
+        goal="fastest",
+        cap_bytes=2,
+        considered=2,
+        baseline=first,
+        frontier=(*rest, first),
+        recommended=first,
+        smallest=first,
+    )
+
+
 def test_a_script_for_which_plain_training_is_recommended_needs_no_edit(tmp_path: Path) -> None:
     path = tmp_path / "train.py"
     path.write_text("model(batch).sum().backward()\noptimizer.step()\n")
-    assert _edit(read_script(path), Plan(), 8) == ScriptDiff(diff="")
+    assert _edit(read_script(path), _found({}), 8) == ScriptDiff(diff="")
+
+
+def test_a_plan_that_the_library_cannot_express_gives_way_to_the_next(tmp_path: Path) -> None:
+    source = Source("train.py", TRAINER)
+    slow, every = {"gradient-accumulation": {"micro_batches": 2}}, {"activation-checkpointing": {"every": 2}}
+    plan, edit = edit_of(source, _found(every, {"activation-checkpointing": {"every": 1}}, slow), 8, {})
+    assert plan.get("activation-checkpointing") is not None
+    assert "gradient_checkpointing=True" in edit.diff
+    assert (
+        "activation-checkpointing(every=2) is better, but TrainingArguments cannot express" in edit.remarks[0]
+    )
+    with pytest.raises(UserError, match="cannot express this plan"):
+        edit_of(source, _found(every), 8, {})
+
+
+UNCLIPPED = "".join(line for line in PLAIN.splitlines(keepends=True) if "clip_grad_norm_" not in line)
+
+
+def test_no_edit_is_printed_that_memfit_apply_refuses() -> None:
+    assert "clip_grad_norm_" in PLAIN
+    assert diff(UNCLIPPED, {"optimizer-in-backward": {}}).diff
+    with pytest.raises(
+        UserError, match="clips gradients, which cannot be combined with optimizer-in-backward"
+    ):
+        diff(PLAIN, {"optimizer-in-backward": {}})
+    assert diff(PLAIN, {"bf16-autocast": {}}).diff
+
+
+def test_a_search_leaves_out_what_the_script_cannot_have() -> None:
+    assert inexpressible(Source("train.py", UNCLIPPED)) == ((), "")
+    names, reason = inexpressible(Source("train.py", PLAIN))
+    assert (names, reason) == (("optimizer-in-backward",), "the script clips gradients")
+    for text, library in (
+        (TRAINER, "TrainingArguments"),
+        (ACCELERATE, "Accelerate"),
+        (LIGHTNING, "Lightning"),
+    ):
+        names, reason = inexpressible(Source("train.py", text))
+        assert library in reason
+        assert {"activation-offload", "optimizer-in-backward"} <= set(names)
+        assert not {"bf16-autocast", "gradient-accumulation"} & set(names)
+        for name in set(TECHNIQUES) - set(names) - {"fsdp2", "ddp", "zero", "compile"}:
+            edit = diff(text, {name: {}})
+            assert not any("does not apply" in remark for remark in edit.remarks)

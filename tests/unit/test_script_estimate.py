@@ -23,6 +23,7 @@ from memfit.capture import child
 from memfit.capture.estimate import estimate_script
 from memfit.capture.program import load_program
 from memfit.capture.result import PlanSearch, ScriptAnswer
+from memfit.cli import main
 from memfit.inputs import machine_of
 from memfit.planner.request import Request
 from memfit.runtime.counting_allocator import available
@@ -65,6 +66,24 @@ def _script(folder: Path, *, before: str = "", after: str = "", to: str = "", co
     path = folder / "train.py"
     path.write_text(_LOOP.format(before=before, after=after, to=to, context=context))
     return str(path)
+
+
+def _public(name: str, command: str, ranks: int = 1) -> PublicScript:
+    """Return a script of a test's folder as if it were a public one."""
+    return PublicScript(
+        name=name,
+        kind="",
+        use="development",
+        repository="",
+        commit="",
+        path=f"{name}.py",
+        sha256="",
+        packages=(),
+        prepare="nothing",
+        folder="{work}",
+        command=command,
+        ranks=ranks,
+    )
 
 
 def _peak_bytes(answer: ScriptAnswer) -> float:
@@ -278,20 +297,7 @@ def test_the_peak_of_a_distributed_script_is_that_of_its_two_processes(wrap: str
     path = tmp_path / "ranks.py"
     path.write_text(_RANKS.format(imports=_WRAPS[wrap][0], wrap=_WRAPS[wrap][1]))
     command = f"torchrun --standalone --nproc-per-node 2 {path}"
-    script = PublicScript(
-        name="ranks",
-        kind="",
-        use="development",
-        repository="",
-        commit="",
-        path="ranks.py",
-        sha256="",
-        packages=(),
-        prepare="nothing",
-        folder="{work}",
-        command=command,
-        ranks=2,
-    )
+    script = _public("ranks", command, ranks=2)
     truth = measure(script, tmp_path, tmp_path, repeats=1)
     answer = estimate_script(command.split(), machine="this:cpu")
     assert answer.ranks == 2
@@ -462,6 +468,201 @@ def test_lbfgs_makes_all_its_iterations_and_says_how_its_history_grows(tmp_path:
     assert _peak_bytes(answer) > 16 * model_bytes  # seven pairs of vectors, and the model with its gradients
     (note,) = (note for note in answer.notes if "LBFGS" in note)
     assert "more directions" in note
+
+
+# -- cycles, and what grows -------------------------------------------------------------------------------
+
+_ADVERSARIAL = """
+import torch
+from torch import nn
+torch.manual_seed(0)
+generator = nn.Sequential(nn.Linear(16, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 64))
+critic = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
+of_critic = torch.optim.RMSprop(critic.parameters(), lr=1e-4)
+of_generator = torch.optim.Adam(generator.parameters(), lr=1e-4)
+for step in range(100):
+    with torch.no_grad():
+        made = generator(torch.randn(64, 16))
+    of_critic.zero_grad()
+    (critic(made).mean() - critic(torch.randn(64, 64)).mean()).backward()
+    of_critic.step()
+    if step % {period} == {period} - 1:
+        of_generator.zero_grad()
+        (-critic(generator(torch.randn(64, 16))).mean()).backward()
+        of_generator.step()
+"""
+
+
+def _estimated(path: Path, text: str, machine: str = "this:cpu", **options: Any) -> ScriptAnswer:
+    path.write_text(textwrap.dedent(text))
+    return estimate_script([sys.executable, str(path)], machine=machine, probe=False, **options)
+
+
+@_counts
+@pytest.mark.parametrize("period", [1, 3])
+def test_an_optimizer_that_steps_late_and_rarely_is_in_the_prediction(period: int, tmp_path: Path) -> None:
+    """The generator's step, the largest, had been missed: it comes after the critic's second."""
+    text = _ADVERSARIAL.format(period=period)
+    answer = _estimated(tmp_path / "gan.py", text, whole_trace=True)
+    assert set(answer.optimizers) == {"RMSprop", "Adam"}
+    assert answer.trace is not None
+    passes = [
+        s for s in answer.trace.spans if s.step == answer.trace.steps - 1 and str(s.phase) == "backward"
+    ]
+    assert len(passes) == period + 1  # the last step is a whole cycle
+    script = _public("gan", f"python {tmp_path}/gan.py")
+    measured = measure(script, tmp_path, tmp_path, repeats=1, steps=3 * (period + 1))
+    assert _peak_bytes(answer) == pytest.approx(
+        max(step["peak_bytes"] for rank in measured["ranks"] for step in rank["steps"]), rel=0.01
+    )
+
+
+def test_an_optimizer_of_a_sparse_update_after_one_backward_pass_is_awaited(tmp_path: Path) -> None:
+    answer = _estimated(
+        tmp_path / "two_rates.py",
+        """
+        import torch
+        from torch import nn
+        model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 1))
+        fast = torch.optim.SGD(model[0].parameters(), lr=0.1)
+        slow = torch.optim.Adam(model[2].parameters())
+        for step in range(20):
+            model(torch.randn(4, 32)).sum().backward()
+            fast.step(); fast.zero_grad()
+            if step % 4 == 3:
+                slow.step(); slow.zero_grad()
+        """,
+        whole_trace=True,
+    )
+    assert answer.optimizers == ("SGD", "Adam")
+    assert answer.trace is not None
+    last = [s for s in answer.trace.spans if s.step == answer.trace.steps - 1]
+    assert sum(str(s.phase) == "forward" for s in last) == 4
+    assert not any("update" in note for note in answer.notes)
+
+
+def test_an_optimizer_that_makes_no_step_is_said_and_in_the_upper_end(tmp_path: Path) -> None:
+    text = _ADVERSARIAL.format(period=1000)
+    answer = _estimated(tmp_path / "late.py", text, machine="H100-SXM")
+    assert any("Adam of 304,192 parameters made no update in the first 64" in note for note in answer.notes)
+    assert answer.estimate is not None
+    peak, device = answer.estimate.allocated_bytes, answer.estimate.device_bytes
+    assert peak.high > peak.value + 3 * 304_192 * 4
+    assert device is not None
+    assert device.high > device.value + 3 * 304_192 * 4  # decides whether it fits
+
+
+_GROWING = """
+import torch
+from torch import nn
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+{before}
+for step in range(9):
+    out = model(torch.randn(128, 64))
+    loss = out.square().mean()
+    optimizer.zero_grad()
+    loss.backward({arguments})
+    optimizer.step()
+    {after}
+"""
+_BATCH_BYTES = 128 * 64 * 4
+
+
+@pytest.mark.parametrize("machine", ["this:cpu", "H100-SXM"])
+def test_outputs_that_a_script_collects_are_a_rate_with_their_line(machine: str, tmp_path: Path) -> None:
+    text = _GROWING.format(before="outputs = []", arguments="", after="outputs.append(out)")
+    if machine != "this:cpu":
+        text = text.replace("64))\noptimizer", "64)).cuda()\noptimizer").replace(
+            "128, 64)", "128, 64).cuda()"
+        )
+    answer = _estimated(tmp_path / "collects.py", text, machine)
+    assert answer.growth_bytes == _BATCH_BYTES
+    (note,) = (n for n in answer.notes if "grows" in n)
+    assert "collects.py:9" in note
+    assert "nodes of autograd's graph" in note
+
+
+def test_a_sum_of_losses_keeps_every_graph(tmp_path: Path) -> None:
+    text = _GROWING.format(before="total = 0", arguments="retain_graph=True", after="total = total + loss")
+    answer = _estimated(tmp_path / "sums.py", text)
+    assert answer.growth_bytes >= 2 * _BATCH_BYTES
+    freed = _GROWING.format(before="total = 0", arguments="", after="total += loss")
+    answer = _estimated(tmp_path / "sums.py", freed)  # tensors are freed, nodes are not
+    assert answer.growth_bytes == 0
+    (note,) = (n for n in answer.notes if "grows" in n)
+    assert "sums.py:14" in note
+    assert "nodes of autograd's graph" in note
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("previous = None", "previous = loss"),
+        ("losses = []", "losses.append(loss.item())"),
+        ("mean = torch.zeros(128, 64)", "mean.lerp_(out.detach(), 0.1)"),
+        ("average = torch.zeros(128, 64)", "average = 0.9 * average + 0.1 * out.detach()"),
+        ("table = {}", "table.setdefault(0, torch.ones(128, 64))"),
+    ],
+)
+def test_what_is_kept_until_the_next_step_does_not_grow(before: str, after: str, tmp_path: Path) -> None:
+    answer = _estimated(tmp_path / "keeps.py", _GROWING.format(before=before, arguments="", after=after))
+    assert (answer.growth_bytes, answer.notes) == (0, ())
+
+
+def test_the_verdict_on_a_script_says_after_how_many_steps_it_no_longer_fits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = _GROWING.format(before="outputs = []", arguments="", after="outputs.append(out)")
+    (tmp_path / "collects.py").write_text(text)
+    command = ["estimate", "--on", "this:cpu", "--memory", "10MiB", "--", sys.executable, "collects.py"]
+    main(command)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "It fits" in shown
+    assert "But its memory grows by 32 KiB with each step: after about" in shown
+
+
+# -- batches of worker processes ---------------------------------------------------------------------------
+
+_WORKERS = """
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 64
+    def __getitem__(self, index):
+        return torch.zeros(4096)
+
+loader = DataLoader(Rows(), batch_size=8, num_workers={workers}{options})
+model = nn.Linear(4096, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for batch in loader:
+    model(batch).mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+"""
+
+
+@pytest.mark.parametrize(("workers", "options", "count"), [(2, "", 6), (3, ", prefetch_factor=4", 14)])
+def test_batches_of_worker_processes_are_in_the_needed_memory(
+    workers: int, options: str, count: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = _WORKERS.format(workers=workers, options=options)
+    answer = _estimated(tmp_path / "workers.py", text)
+    plain = _estimated(tmp_path / "plain.py", _WORKERS.format(workers=0, options=""))
+    batch_bytes = 8 * 4096 * 4
+    assert _peak_bytes(answer) < _peak_bytes(plain)  # torch's allocator does not make them
+    assert answer.shared_bytes == count * batch_bytes
+    assert (plain.shared_bytes, plain.notes) == (0, ())
+    assert any(f"batches of {workers} worker processes lie in shared memory" in note for note in answer.notes)
+    assert answer.estimate is not None
+    assert answer.estimate.host_parts_bytes["workers"] >= answer.shared_bytes
+    main(["estimate", "--on", "this:cpu", "--json", "--", sys.executable, "workers.py"])
+    script = json.loads(capsys.readouterr().out)["script"]
+    assert script["needed_bytes"] > answer.shared_bytes + _peak_bytes(answer)
 
 
 # -- errors -------------------------------------------------------------------------------------------
@@ -715,7 +916,8 @@ def test_a_search_for_a_scripts_plans_counts_workspaces_of_as_many_threads_as_it
     monkeypatch.setattr(child, "add_job", lambda *_: None)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     calls = SimpleNamespace(job=lambda *_, **__: None)
-    seen = SimpleNamespace(optimizers={0: None}, calls=calls, accumulated=1, clip=None, workers=0)
+    cycle = SimpleNamespace(optimizers={0: None})
+    seen = SimpleNamespace(cycle=cycle, calls=calls, accumulated=1, clip=None, workers=0)
     program = SimpleNamespace(name="train.py")
     session = SimpleNamespace(program=program, machine=machine_of("this:cpu"), trace=seen)
     child._Session._with_plans(session, ScriptAnswer(program="train.py"), PlanSearch())  # type: ignore[arg-type]

@@ -24,6 +24,7 @@ import memfit
 from memfit.cli import main
 from memfit.cli.safe_console import SafeConsole
 from memfit.monitoring.alarms import alarms_of
+from memfit.monitoring.autopsy import diagnose_log, diagnose_record
 from memfit.monitoring.command import run_watched
 from memfit.monitoring.readings import MemoryReadings
 from memfit.monitoring.record import RankRecord, read_records
@@ -417,6 +418,51 @@ def test_a_command_that_is_killed_ends_as_in_a_shell() -> None:
     assert record.exit is not None
     assert record.exit.code == -9
     assert record.ranks[0].end is None
+
+
+FULL = (
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+    "allocate 307200000 bytes. Error code 12 (Cannot allocate memory)"
+)
+DEATHS = {
+    "validation": (
+        "evaluation",
+        "def validate(net):\n    net(torch.ones(2, 8)); full()\nvalidate(model)",
+    ),
+    "gathering": ("checkpoint", "class Whole:\n    def state_dict(self): full()\nWhole().state_dict()"),
+    "a step": ("longer-sample", "full()"),
+}
+
+
+@pytest.mark.parametrize("where", DEATHS)
+def test_the_record_of_a_death_names_the_cause_that_its_traceback_names(
+    where: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A watch had called each death after steps that fitted that of a longer sample."""
+    cause, text = DEATHS[where]
+    full = f"def full():\n    raise RuntimeError({FULL!r})\n"
+    path = script(f"{TRAINING.replace('range(5)', 'range(20)')}{full}{text}\n")
+    assert main(["watch", "--", sys.executable, path]) == 1
+    printed = capfd.readouterr().err
+    diagnosis = diagnose_record(read_records("run.jsonl"))
+    assert (diagnosis.cause, diagnosis.line.partition(":")[0]) == (cause, "train.py")
+    assert f"why it ended: {cause}" in printed
+    if cause != "longer-sample":
+        assert diagnose_log(printed.partition("memfit:")[0]).cause == diagnosis.cause
+    assert str(Path.cwd()) not in Path("run.jsonl").read_text()
+
+
+def test_a_kill_with_free_memory_is_not_called_one_for_lack_of_memory(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    text = TRAINING + f"import os, time; time.sleep(1.5); os.kill(os.getpid(), {int(signal.SIGKILL)})\n"
+    assert main(["watch", "--", sys.executable, script(text)]) == 128 + 9
+    end = read_records("run.jsonl").exit
+    assert end is not None
+    assert end.free_bytes is not None
+    printed = capfd.readouterr().err
+    assert "host-killed" not in printed.partition("(")[0]
+    assert "it is not known by whom" in printed
 
 
 def test_an_uncaught_error_and_running_out_of_memory_before_training_are_recorded() -> None:

@@ -10,15 +10,16 @@ from memfit.model.batch_objects import batch_tensors
 
 _MOST_BATCHES = 32
 _LIMIT_S = 5.0
+_PREFETCHED = 2  # DataLoader's prefetch_factor by default
 
 
 class BatchSizes:
     """The sizes of the batches that a data loader gives. The loader that the script used last before its
     second optimizer step counts, and no other. ``traced_bytes``: the largest of its batches that the script
-    took."""
+    took. ``largest_bytes``: the largest of all that were looked at."""
 
     def __init__(self) -> None:
-        self.traced_bytes = 0
+        self.traced_bytes = self.largest_bytes = 0
         self._loader: Any = None
         self._is_closed = False
         self.problem = ""  # what ended the look at further batches, if the script's data set failed
@@ -29,7 +30,17 @@ class BatchSizes:
             return
         size_bytes = bytes_of(batch)
         self.traced_bytes = max(size_bytes, self.traced_bytes) if loader is self._loader else size_bytes
+        self.largest_bytes = self.traced_bytes
         self._loader = loader
+
+    def shared(self) -> tuple[int, int]:
+        """Return (number, bytes of one) of the batches that lie in shared memory at once, if the loader has
+        worker processes; (0, 0) otherwise. Each of them prepares some, and the script has the present one
+        while it still holds the one before."""
+        workers = self._loader.num_workers if self._loader is not None else 0
+        if not workers:
+            return 0, 0
+        return workers * (self._loader.prefetch_factor or _PREFETCHED) + 2, self.largest_bytes
 
     def ratios(self) -> tuple[float, float, int]:
         """Return (median, largest, number) of the batches of a new epoch, at most 32, as ratios to the
@@ -47,6 +58,7 @@ class BatchSizes:
             self.problem = f"{type(error).__name__} in batch {len(sizes) + 1} of an epoch"
         if not sizes or not self.traced_bytes:
             return 1.0, 1.0, 0
+        self.largest_bytes = max(self.traced_bytes, *sizes)
         return statistics.median(sizes) / self.traced_bytes, max(sizes) / self.traced_bytes, len(sizes)
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import runpy
 import sys
 import threading
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,8 +29,10 @@ from memfit.capture.sandbox import Sandbox, sandboxed
 from memfit.capture.script_patches import script_patches
 from memfit.capture.script_ranks import ScriptRanks, script_ranks
 from memfit.capture.script_trace import LoopMode, ScriptTrace
+from memfit.capture.update_cycle import UpdateCycle, params_of
 from memfit.inputs import machine_of
 from memfit.jobs.registry import add_job
+from memfit.model.tensors import tensor_leaves
 from memfit.planner.evaluate import Predictor
 from memfit.planner.request import Request
 from memfit.planner.search import search
@@ -40,7 +44,7 @@ from memfit.types.errors import MemfitError, UserError, first_line
 from memfit.types.gc_pause import collect_as_usual
 from memfit.types.job import Job, JobRef
 from memfit.types.plan import Bounds, Plan
-from memfit.types.result import Estimate
+from memfit.types.result import Estimate, Interval
 from memfit.types.serialization import dumps, loads
 from memfit.types.trace import Category, Trace
 from memfit.types.units import format_bytes
@@ -48,11 +52,13 @@ from memfit.types.units import format_bytes
 # Dispatch modes belong to a thread: what other threads send to a device would not be seen.
 _ONE_THREAD = {"HF_DEACTIVATE_ASYNC_LOAD": "1"}
 _THREAD_LIMIT_S = 10.0
-_SEARCH_S = 60.0  # time limit of a search for plans, as the default of --within
 # Its plan names operators by their order in the script's step, which an edit of the script changes.
 _NOT_FOR_SCRIPTS = ("optimal-checkpointing",)
 _ALIKE_RATIO = 1.02  # batches that differ by less are of one size
 _SPARSE_ERROR = 0.15  # of the peak of steps with sparse gradients: the largest of three scripts was 0.11
+_ADAM_RATIO = 2.0  # bytes of optimizer state by those of parameters
+_NODE_BYTES = 512  # of a node of autograd's graph, in host memory
+_MOST_LINES = 3
 _PACKAGE = str(Path(__file__).parents[1])
 
 
@@ -139,18 +145,20 @@ class _Session:
         """Return the answer with plans for the script's step, or with the reason why there are none."""
         name, trace = self.program.name, self.trace
         try:
-            if len(trace.optimizers) > 1:
+            if len(trace.cycle.optimizers) > 1:
                 raise UserError(f"no plan can be searched for {name}: its step has several optimizers")
-            (optimizer,) = trace.optimizers.values()
+            (optimizer,) = trace.cycle.optimizers.values()
             job = trace.calls.job(name, optimizer, trace.accumulated, clip=trace.clip, workers=trace.workers)
             add_job(name, job)
             request = Request(
                 job_ref=JobRef(spec=name),
                 machine=self.machine,
                 threads=torch.get_num_threads(),  # as in the estimate, since workspaces depend on them
-                bounds=Bounds(without=_NOT_FOR_SCRIPTS),
-                within_s=_SEARCH_S,
-                **{f.name: getattr(wanted, f.name) for f in dataclasses.fields(wanted)},
+                bounds=Bounds(without=(*_NOT_FOR_SCRIPTS, *wanted.without)),
+                within_s=wanted.within_s,
+                cap_bytes=wanted.cap_bytes,
+                goal=wanted.goal,
+                accuracy=wanted.accuracy,
             )
             planning = search(request, lambda *progress: None)
         except MemfitError as error:
@@ -173,11 +181,11 @@ class _Session:
             batch_size=1,
             workers=trace.workers,
         )
-        if not trace.has_optimizer:
+        if not trace.cycle.made:
             self.notes.append(
                 "the script makes no optimizer of torch: two forward and backward passes are predicted"
             )
-        for optimizer in trace.optimizers.values():
+        for optimizer in trace.cycle.optimizers.values():
             if isinstance(optimizer, torch.optim.LBFGS) and (growth := _history_growth(optimizer)):
                 self.notes.append(f"LBFGS keeps more directions in later steps: {format_bytes(growth)} more")
         assert self.ranks is not None
@@ -194,11 +202,15 @@ class _Session:
         if self.machine.device.is_host:
             estimate = _with_late_collective(estimate, predictor.trace(plan))
         estimate = self._with_other_batches(self._with_sparse_rows(estimate))
+        estimate = self._with_untraced_updates(estimate, trace.cycle)
         if trace.setup_peak_bytes > estimate.allocated_bytes.high:
             self.notes.append(
                 f"before its first training step, the script needs {format_bytes(trace.setup_peak_bytes)}, "
                 "more than a training step: it evaluates the model, or builds it"
             )
+        growth_bytes = self._note_growth(trace)
+        shared_bytes = self._note_shared_batches(trace) if trace.is_host else 0
+        estimate = _with_shared_batches(estimate, shared_bytes)
         explained = traced_estimate(estimate, predictor.trace(plan, estimate.rank), predictor.calibration)
         full_trace = explained.trace
         if not self.spec.whole_trace:
@@ -210,11 +222,68 @@ class _Session:
             trace=full_trace,
             peak_clock=explained.peak_clock,
             model=type(trace.model).__name__,
-            optimizers=tuple(dict.fromkeys(type(o).__name__ for o in trace.optimizers.values())),
+            optimizers=tuple(dict.fromkeys(type(o).__name__ for o in trace.cycle.optimizers.values())),
+            micro_batches=trace.accumulated,
             ranks=plan.ranks,
-            notes=tuple(self.notes),
+            notes=tuple(dict.fromkeys(self.notes)),
             before_training_bytes=trace.setup_peak_bytes,
+            shared_bytes=shared_bytes,
+            growth_bytes=growth_bytes,
         )
+
+    def _note_growth(self, trace: ScriptTrace) -> int:
+        """Say what the script collects from step to step, and return by how many bytes of the device it grows
+        with each step."""
+        kept = trace.kept
+        if kept is None or not kept.grows:
+            return 0
+        rates = kept.rates()
+        lines = [line for line, _ in rates.most_common(_MOST_LINES) if line] or kept.holders[:_MOST_LINES]
+        parts = [format_bytes(rates.total())] if rates else []
+        if kept.nodes:
+            parts.append(
+                f"{kept.nodes} nodes of autograd's graph (some {format_bytes(kept.nodes * _NODE_BYTES)})"
+            )
+        places = ", ".join(Path(line).name for line in lines) or "no line of yours"
+        self.notes.append(
+            f"memory grows with each step, by {' and '.join(parts)}: what {places} makes is kept after its "
+            "step. If a loss or an output is collected, collect loss.item() or output.detach().cpu(); the "
+            "prediction is that of the first steps"
+        )
+        return rates.total()
+
+    def _note_shared_batches(self, trace: ScriptTrace) -> int:
+        """Say what the batches of worker processes take of shared memory, and return it in bytes. Torch's
+        allocator does not make it, and none of it is in the trace."""
+        count, batch_bytes = trace.batches.shared()
+        if count * batch_bytes:
+            self.notes.append(
+                f"batches of {trace.workers} worker processes lie in shared memory: up to {count} of "
+                f"{format_bytes(batch_bytes)}, {format_bytes(count * batch_bytes)} in all; they are in the "
+                "memory that the script needs, not in the peak of tensors that torch allocates"
+            )
+        return count * batch_bytes
+
+    def _with_untraced_updates(self, estimate: Estimate, cycle: UpdateCycle) -> Estimate:
+        """Return the estimate with the upper end that the updates of further optimizers may need: those that
+        have made none in the traced steps, or one, which had no state before it."""
+        states = [(o, _state_bytes(o)) for o in cycle.optimizers.values()]
+        params_bytes = sum(_bytes(params_of(o)) for o, _ in states)
+        ratio = sum(size for _, size in states) / params_bytes if params_bytes else 0.0
+        more_bytes = 0.0
+        if len(cycle.optimizers) > 1:
+            for optimizer in cycle.once():
+                more_bytes += _state_bytes(optimizer)
+                self.notes.append(f"{_optimizer_text(optimizer)} made one update only in the traced steps")
+        for optimizer in cycle.awaited():
+            passes = (Category.ACTIVATION, Category.TEMPORARY)
+            more_bytes += (1 + max(ratio, _ADAM_RATIO)) * _bytes(params_of(optimizer))
+            more_bytes += sum(estimate.at_peak_bytes.get(str(category), 0) for category in passes)
+            self.notes.append(
+                f"{_optimizer_text(optimizer)} made no update in the first {cycle.count} of the script: what "
+                "its step needs is not known, and the upper end of the peak is a guess"
+            )
+        return _widened(estimate, high=estimate.allocated_bytes.high + more_bytes)
 
     def _with_sparse_rows(self, estimate: Estimate) -> Estimate:
         """Return the estimate with its interval widened if the step makes sparse gradients: how many rows
@@ -225,10 +294,8 @@ class _Session:
             "the step makes sparse gradients, whose rows are estimated only: the true peak may differ by "
             f"{_SPARSE_ERROR:.0%}"
         )
-        peak = estimate.allocated_bytes
-        low, high = peak.value * (1 - _SPARSE_ERROR), peak.value * (1 + _SPARSE_ERROR)
-        widened = dataclasses.replace(peak, low=min(peak.low, low), high=max(peak.high, high))
-        return dataclasses.replace(estimate, allocated_bytes=widened)
+        peak_bytes = estimate.allocated_bytes.value
+        return _widened(estimate, low=peak_bytes * (1 - _SPARSE_ERROR), high=peak_bytes * (1 + _SPARSE_ERROR))
 
     def _with_other_batches(self, estimate: Estimate) -> Estimate:
         """Return the estimate with its interval widened to other batches of the script's loader: down to one
@@ -251,18 +318,17 @@ class _Session:
                 "times as large as those of the traced steps; the peak with it is about "
                 f"{format_bytes(most_bytes)}"
             )
-        widened = dataclasses.replace(
-            peak, low=max(0.0, min(peak.low, typical_bytes)), high=max(peak.high, most_bytes)
-        )
-        return dataclasses.replace(estimate, allocated_bytes=widened)
+        return _widened(estimate, low=max(0.0, typical_bytes), high=most_bytes)
 
     def fail(self, problem: str, hint: str = "") -> NoReturn:
         self._leave()
-        steps = max(self.trace.updates.values(), default=0)
-        if steps and self.trace.begun and problem.startswith("the script ended"):
-            self.notes.append(
-                f"the script made {steps} optimizer step only: a later one may need more memory"
-            )
+        steps = self.trace.cycle.count
+        has_ended = problem.startswith("the script ended")
+        if self.trace.begun and (steps > 1 or (steps and has_ended)):
+            if steps == 1:
+                self.notes.append("the script made 1 optimizer step only: a later one may need more memory")
+            elif not has_ended:
+                self.notes.append(f"{problem}, after {steps} optimizer steps; these are predicted")
             self.end()
         if problem.startswith("the script raised EOFError"):
             hint = "the script reads its standard input, which is empty here: give what it asks as arguments"
@@ -315,6 +381,45 @@ def _history_growth(optimizer: torch.optim.LBFGS) -> int:
     vector_bytes = sum(p.numel() * p.element_size() for p in params)
     pairs = len(optimizer.state[params[0]].get("old_dirs") or [])
     return int(2 * vector_bytes * (optimizer.param_groups[0]["history_size"] - pairs))
+
+
+def _widened(estimate: Estimate, *, high: float, low: float = math.inf) -> Estimate:
+    """Return the estimate with an interval of the peak that reaches to ``low`` and ``high``, in bytes. What
+    the device reserves, and needs in all, then reaches as much farther up."""
+    peak = estimate.allocated_bytes
+    more_bytes = max(0.0, high - peak.high)
+    above = {
+        name: dataclasses.replace(interval, high=interval.high + more_bytes)
+        for name in ("allocated_bytes", "reserved_bytes", "device_bytes")
+        if (interval := getattr(estimate, name)) is not None
+    }
+    above["allocated_bytes"] = dataclasses.replace(above["allocated_bytes"], low=min(peak.low, low))
+    return dataclasses.replace(estimate, **above)
+
+
+def _with_shared_batches(estimate: Estimate, shared_bytes: int) -> Estimate:
+    """Return the estimate with batches in shared memory as a part of the host's."""
+    need, parts = estimate.host_bytes, estimate.host_parts_bytes
+    if need is None or not shared_bytes:
+        return estimate
+    need = Interval(
+        value=need.value + shared_bytes, low=need.low + shared_bytes, high=need.high + shared_bytes
+    )
+    parts = {**parts, "workers": parts.get("workers", 0) + shared_bytes}
+    return dataclasses.replace(estimate, host_bytes=need, host_parts_bytes=parts)
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _state_bytes(optimizer: Any) -> int:
+    return _bytes(tensor_leaves([optimizer.state.get(p, {}) for p in params_of(optimizer)]))
+
+
+def _optimizer_text(optimizer: Any) -> str:
+    parameters = sum(p.numel() for p in params_of(optimizer))
+    return f"{type(optimizer).__name__} of {parameters:,} parameters"
 
 
 def _with_late_collective(estimate: Estimate, trace: Trace) -> Estimate:

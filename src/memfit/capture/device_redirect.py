@@ -20,7 +20,8 @@ from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 from torch.utils import _pytree
 from torch.utils._device import DeviceContext
 
-from memfit.capture.script_trace import NOWHERE, ScriptTrace
+from memfit.capture.kept_memory import NOWHERE
+from memfit.capture.script_trace import ScriptTrace
 from memfit.capture.tensors import is_real
 from memfit.trace.device_kernels import autocast_on_host
 from memfit.types.device_kind import CUDA, HOST

@@ -12,11 +12,14 @@ from memfit.types.trace import Trace
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PlanSearch:
-    """What plans to search for a script's step; the fields are those of `planner.request.Request`."""
+    """What plans to search for a script's step. ``without``: techniques to leave out; the other fields are
+    those of `planner.request.Request`."""
 
     cap_bytes: int | None = None
     goal: Objective = Objective.FASTEST
     accuracy: Accuracy = Accuracy.ROUNDING
+    without: tuple[str, ...] = ()
+    within_s: float = 60.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,8 +45,11 @@ class ScriptAnswer:
     """What is known of a script's training steps. ``estimate``, ``trace`` and ``peak_clock`` are None if no
     step could be traced; ``problem`` then says why. ``notes``: what the script was kept from, and what is
     assumed. ``plans``: the searched plans, None if none were asked for or can be searched; ``no_plans`` then
-    says why. ``batch_size``: samples of a step, known with ``plans``. ``before_training_bytes``: peak of live
-    tensors while the model was built and evaluated, before its first training step.
+    says why. ``batch_size``: samples of a step, known with ``plans``.
+    ``micro_batches``: into how many parts the script splits them. ``before_training_bytes``: peak of live
+    tensors while the model was built and evaluated, before its first training step. ``shared_bytes``: of
+    batches of worker processes, which are not in the estimate's peak. ``growth_bytes``: by how much memory of
+    the device grows with each step, as the script collects what it should not.
     """
 
     program: str
@@ -52,6 +58,7 @@ class ScriptAnswer:
     peak_clock: int | None = None
     model: str = ""
     optimizers: tuple[str, ...] = ()
+    micro_batches: int = 1
     ranks: int = 1
     problem: str = ""
     hint: str = ""
@@ -60,3 +67,5 @@ class ScriptAnswer:
     no_plans: str = ""
     batch_size: int = 0
     before_training_bytes: int = 0
+    shared_bytes: int = 0
+    growth_bytes: int = 0

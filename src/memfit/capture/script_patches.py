@@ -222,8 +222,8 @@ def _optimizer_init(trace: ScriptTrace) -> Callable[..., None]:
 
     @functools.wraps(inner)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        trace.has_optimizer = True
         inner(self, *args, **kwargs)
+        trace.cycle.made.add(self)
         if isinstance(self, torch.optim.LBFGS):  # it does all its iterations
             for group in self.param_groups:
                 group["tolerance_grad"] = group["tolerance_change"] = -math.inf
@@ -280,7 +280,9 @@ def _optimizer_hooks(trace: ScriptTrace) -> Iterator[None]:
 
     def after(optimizer: Any, args: Any, kwargs: Any) -> None:
         running.pop().close()
-        if not running:
+        if running:
+            trace.cycle.note_inner(optimizer)
+        else:
             trace.updated(optimizer)
 
     handles = (register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after))

@@ -8,9 +8,8 @@ outermost module's forward, a backward or an optimizer's step runs, all new tens
 from __future__ import annotations
 
 import contextlib
-import gc
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -25,8 +24,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from memfit.capture.batch_sizes import BatchSizes
 from memfit.capture.foreign_memory import ForeignMemory
+from memfit.capture.kept_memory import NOWHERE, KeptMemory, existing
 from memfit.capture.step_calls import StepCalls
 from memfit.capture.tensors import KEPT_BUFFERS, is_fake, is_real
+from memfit.capture.update_cycle import UpdateCycle
 from memfit.model.batch_objects import map_batch
 from memfit.model.tensors import tensor_leaves
 from memfit.techniques.optimizers import counts_steps_on_host
@@ -38,18 +39,17 @@ from memfit.trace.tracer import not_tracing
 from memfit.types.job import Bound
 from memfit.types.trace import Category, Phase, Trace
 
-_Kind = TypeVar("_Kind")
 _MOST_DRAWN = 2_000_000_000  # random numbers that are drawn for parameters: some ten seconds
-_STEPS = 2  # the second has the optimizer state that the first one made
-NOWHERE = "nowhere"
+_PASSES = 2  # of a script without an optimizer of torch
 
 
 class ScriptTrace:
     """The record of a script's training steps, and the state of its tracing.
 
     ``device``: kind of the device for which the memory is predicted. ``fake``: the mode of all fake tensors.
-    What ``recorder`` has recorded before `begin` is dropped. ``on_traced`` is called when every optimizer
-    that has been used has made two steps.
+    What ``recorder`` has recorded before `begin` is dropped. ``on_traced`` is called when the steps are
+    traced: every optimizer has made two updates (`UpdateCycle`), and what the script keeps of each step is
+    known (`KeptMemory`).
     """
 
     def __init__(self, device: str, *, bound: Bound | None, on_traced: Callable[[], None]) -> None:
@@ -59,9 +59,8 @@ class ScriptTrace:
         self.begun = False
         self.forwards = 0  # of outermost modules, since the last optimizer step
         self.micro_batches = 0  # backwards since the last optimizer step
-        self.has_optimizer = False  # whether the script has made one of torch's optimizers
-        self.optimizers: dict[int, Any] = {}  # that have made steps, by id
-        self.updates: dict[int, int] = {}  # number of their steps, by id
+        self.cycle = UpdateCycle()
+        self.kept: KeptMemory | None = None  # from `begin` on
         self._in_backward = False
         self.model: torch.nn.Module | None = None  # the first that was trained
         self.foreign = ForeignMemory()
@@ -209,13 +208,14 @@ class ScriptTrace:
         self.recorder.modules.watch_all(self._roots)
         for name, root in self._roots.items():
             self.adopt(root, name)
-        tensors = _existing(torch.Tensor)
+        tensors = existing(torch.Tensor)
         copies = {id(self.recorder.concrete_values.of(t)) for t in tensors if isinstance(t, FakeTensor)}
         for tensor in tensors:
             if isinstance(tensor, FakeTensor):
                 self.recorder.note_real(tensor, "created before training")
             elif id(tensor) not in copies:  # values attached to fake tensors are memfit's own
                 self.note_real(tensor, Category.INPUT)
+        self.kept = KeptMemory(self.recorder)
 
     def adopt(self, root: torch.nn.Module, name: str = "") -> None:
         """Replace the real parameters and buffers of a module by fake ones, and label them."""
@@ -267,7 +267,7 @@ class ScriptTrace:
         """Find the outermost modules of the process that have parameters, and give each a name: "" to
         ``model``, to others that of their class, with a number if it is taken. Modules that contain ``model``
         are left out."""
-        modules = _existing(torch.nn.Module)
+        modules = existing(torch.nn.Module)
         inner = {id(c) for m in modules for c in m._modules.values() if c is not None}
         self._roots[""] = model
         for module in modules:
@@ -301,13 +301,10 @@ class ScriptTrace:
 
     def _close_step_without_optimizer(self) -> None:
         """If the script has no optimizer of torch, take each backward pass for a step."""
-        if self.has_optimizer or self.recorder.current is Phase.FORWARD or not self.micro_batches:
+        if self.cycle.made or self.recorder.current is Phase.FORWARD or not self.micro_batches:
             return
-        if self.micro_batches >= _STEPS:
-            self.on_traced()
         self._close_backward()
-        self.recorder.phase(Phase.SETUP)
-        self.recorder.next_step()
+        self._close_step(is_over=self.micro_batches >= _PASSES)
 
     def backward(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run a backward pass."""
@@ -315,7 +312,6 @@ class ScriptTrace:
             self.recorder.phase(Phase.BACKWARD)
             self.micro_batches += 1
             self.calls.note_loss(args[0] if args else kwargs.get("tensors"))
-        updates = sum(self.updates.values())
         outer, self._in_backward = self._in_backward, True
         try:
             with self.region():
@@ -325,7 +321,7 @@ class ScriptTrace:
         if self.begun:
             self._close_backward()
             self.recorder.phase(Phase.OPTIMIZER)
-            if sum(self.updates.values()) > updates and not outer:
+            if not outer:
                 self._close_update()
         return out
 
@@ -347,21 +343,24 @@ class ScriptTrace:
                 self.recorder.label(tensor, Category.OPTIMIZER_STATE, module=owner)
                 if steps_on_host and not tensor.dim():
                     self.recorder.move(tensor, NOWHERE)
-        self.optimizers[id(optimizer)] = optimizer
-        self.updates[id(optimizer)] = self.updates.get(id(optimizer), 0) + 1
+        self.cycle.note(optimizer, in_backward=self._in_backward)
         if not self._in_backward:  # one optimizer per parameter, each called by a hook: the step is not over
+            self.recorder.phase(Phase.SETUP)
             self._close_update()
 
     def _close_update(self) -> None:
-        """End the step if all optimizers have made as many steps. An update without a forward pass before it
-        belongs to the step that has ended: that of the script's own optimizer after those inside backward."""
-        self.recorder.phase(Phase.SETUP)
-        counts = set(self.updates.values())
-        if len(counts) == 1 and (self.forwards or counts == {_STEPS}):
+        if self.cycle.close(has_pass=bool(self.forwards or self.micro_batches)):
             self.accumulated, self.micro_batches, self.forwards = max(1, self.micro_batches), 0, 0
-            if counts == {_STEPS}:
-                self.on_traced()
-            self.recorder.next_step()
+            self._close_step(is_over=self.cycle.is_over)
+
+    def _close_step(self, *, is_over: bool) -> None:
+        """End a step; call ``on_traced`` if enough of them are traced."""
+        assert self.kept is not None
+        self.recorder.phase(Phase.SETUP)
+        self.kept.close_step()
+        if is_over and not self.kept.needs_steps:
+            self.on_traced()
+        self.recorder.next_step()
 
     def finish(self, ranks: int) -> Trace:
         """End the recording, and return the trace of the steps that were made. ``ranks``: the size of the
@@ -419,9 +418,3 @@ class LoopMode(TorchDispatchMode):
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False
-
-
-def _existing(kind: type[_Kind]) -> list[_Kind]:
-    """Return all objects of this class that exist in the process."""
-    # type() does not run code of the object, which isinstance may do for proxies
-    return [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]

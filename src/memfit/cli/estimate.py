@@ -108,9 +108,17 @@ def estimate(  # noqa: PLR0913
         job_only = set_options(sizes, plan_options, runtime, lengths, precision)
         job_only |= {"--engines": options.engines, "--engine": bool(search_options.engine)}
         job_only["--host-memory"] = bool(search_options.host_memory)
+        job_only.pop("--within")
         refuse_options(job_only, "cannot be used with a COMMAND", hint="they are for `memfit estimate JOB`")
         estimate_command(
-            targets, script, files, search_options, on.on, lang=language_code, as_json=output.json
+            targets,
+            script,
+            files,
+            search_options,
+            on.on,
+            within=runtime.within,
+            lang=language_code,
+            as_json=output.json,
         )
         return
     refuse_options(

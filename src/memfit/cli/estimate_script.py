@@ -12,9 +12,11 @@ import typer
 from memfit.cli.estimate_job import TraceFileOptions, write_trace_files
 from memfit.cli.options import SearchOptions
 from memfit.cli.output import check_choice, console, emit
+from memfit.cli.plan_diff import edit_of, excluded_from, print_edit
 from memfit.cli.progress import Bars
 from memfit.cli.request import machine_of, parse_cap, writable
 from memfit.types.errors import UserError
+from memfit.types.parsing import parse_time_limit
 from memfit.types.plan import Accuracy
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from memfit.export.source_edits import Source
     from memfit.report.explain_terminal import ScriptFacts
     from memfit.types.machine import Machine
-    from memfit.types.plan import Plan
+    from memfit.types.result import SearchResult
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,16 +85,21 @@ def estimate_command(
     search_options: SearchOptions,
     on: str,
     *,
+    within: str | None,
     lang: str,
     as_json: bool,
 ) -> None:
     """Run ``command`` until its second optimizer step, print the predicted memory, and with --plans the plans
-    that a search finds; write ``files``. ``on``: the machine, as in --on. Raises UserError for options that
-    do not go together."""
+    that a search finds; write ``files``. ``on``, ``within``: the machine and the time limit of the search, as
+    in --on and --within. Raises UserError for options that do not go together."""
     parse_cap(search_options.memory)
+    within_s = parse_time_limit("60s" if within is None else within)
+    if within is not None and not options.plans:
+        raise UserError("--within is the time limit of a search for plans", hint="add --plans")
     if (options.save is not None or options.diff) and not options.plans:
         raise UserError("--save and --diff are for a recommended plan", hint="add --plans")
     source = _script_source(command) if options.diff else None
+    without = excluded_from(source) if source is not None else ()
     if options.save is not None:
         writable(options.save, overwrite=False)
     for path in files.paths:
@@ -109,6 +116,8 @@ def estimate_command(
             cap_bytes=cap_bytes,
             goal=Objective(check_choice("--goal", search_options.goal, Objective)),
             accuracy=Accuracy(check_choice("--accuracy", search_options.accuracy, Accuracy)),
+            without=without,
+            within_s=within_s,
         )
         answer = estimate_script(
             command,
@@ -151,11 +160,11 @@ def _show(
 ) -> None:
     from rich.text import Text
 
-    from memfit.cli.plan_diff import print_edit
     from memfit.files.replace import write_whole
     from memfit.report.explain import TracedEstimate, contributors
     from memfit.report.explain_terminal import print_script
     from memfit.report.terminal import print_search
+    from memfit.report.words import load_words
     from memfit.techniques.plan_file import plan_text
 
     assert answer.estimate is not None and answer.trace is not None and answer.peak_clock is not None
@@ -172,18 +181,21 @@ def _show(
         if options.plans:
             view["plans"] = search_view(answer.plans) if answer.plans else None
             view["no_plans"] = answer.no_plans
-        if source is not None and recommended is not None:
-            view["edit"] = _edit(source, recommended.estimate.plan, answer.batch_size)
+        if source is not None and answer.plans is not None and recommended is not None:
+            view["edit"] = _edit(source, answer.plans, answer.batch_size)
         emit({**view, "contributors": contributors(explained)})
         return
     print_script(explained, facts, console=console(), lang=lang)
     if answer.plans is not None:
+        if answer.micro_batches > 1:
+            words = load_words(lang)
+            console().print(Text(words.get("script.plain", count=answer.micro_batches), style="yellow"))
         print_search(answer.plans, console=console(), lang=lang)
     elif options.plans:
         console().print(Text(answer.no_plans, style="yellow"))
-    if source is not None and recommended is not None:
+    if source is not None and answer.plans is not None and recommended is not None:
         if recommended.estimate.plan.uses:
-            print_edit(source, recommended.estimate.plan, answer.batch_size, {}, as_json=False)
+            print_edit(source, *edit_of(source, answer.plans, answer.batch_size, {}), as_json=False)
         else:
             print(f"{source.path} needs no edit: plain training, as it is, is recommended.", file=sys.stderr)
 
@@ -191,7 +203,7 @@ def _show(
 def _facts(answer: ScriptAnswer, machine: Machine, cap_bytes: int | None) -> ScriptFacts:
     """Return what is said of the script beside its estimate: what it trains, and whether it fits
     ``cap_bytes`` of one device, None for all its memory. If the script needs more before its first step than
-    in a step, the needed memory is larger in the same proportion."""
+    in a step, the needed memory is larger in the same proportion. Batches in shared memory are added."""
     from memfit.planner.capacity import fits_under, needed_bytes
     from memfit.report.explain_terminal import ScriptFacts
 
@@ -201,6 +213,7 @@ def _facts(answer: ScriptAnswer, machine: Machine, cap_bytes: int | None) -> Scr
     step_bytes = answer.estimate.allocated_bytes.value
     if answer.before_training_bytes > step_bytes:
         needed = max(needed, int(needed / step_bytes * answer.before_training_bytes))
+    needed += answer.shared_bytes
     return ScriptFacts(
         program=answer.program,
         model=answer.model,
@@ -213,18 +226,20 @@ def _facts(answer: ScriptAnswer, machine: Machine, cap_bytes: int | None) -> Scr
         needed_bytes=needed,
         fits=needed <= cap_bytes and fits_under(cap_bytes, machine)(answer.estimate),
         notes=answer.notes,
+        growth_bytes=answer.growth_bytes,
     )
 
 
-def _edit(source: Source, plan: Plan, batch_size: int) -> ScriptDiff:
-    """Return the edit of the script for the plan: none for plain training, which is the script as it is. If
-    the script cannot be edited, the reason says why."""
-    from memfit.export.script_diff import ScriptDiff, script_diff
+def _edit(source: Source, plans: SearchResult, batch_size: int) -> ScriptDiff:
+    """Return the edit of the script for the recommended plan or the next best: none for plain training, which
+    is the script as it is. If the script cannot be edited, the reason says why."""
+    from memfit.export.script_diff import ScriptDiff
 
-    if not plan.uses:
+    assert plans.recommended is not None
+    if not plans.recommended.estimate.plan.uses:
         return ScriptDiff(diff="")
     try:
-        return script_diff(source, plan, batch_size=batch_size)
+        return edit_of(source, plans, batch_size, {})[1]
     except UserError as error:
         return ScriptDiff(diff="", reason=str(error))
 

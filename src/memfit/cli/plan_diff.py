@@ -12,15 +12,18 @@ import typer
 
 from memfit.cli.output import emit
 from memfit.cli.progress import Bars
-from memfit.cli.request import recommended_plan
 from memfit.types.errors import UserError
 from memfit.types.job import STRUCTURE
 from memfit.types.sanitize import escape_controls, one_line
 
+_MOST_NAMES = 5
+
 if TYPE_CHECKING:
     import memfit.export.source_edits
     import memfit.planner.request
+    from memfit.export.script_diff import ScriptDiff
     from memfit.types.plan import Plan
+    from memfit.types.result import SearchResult
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,40 +65,83 @@ def print_diff(
     *,
     as_json: bool,
 ) -> Plan:
-    """Print the edit of the script ``source`` and return the plan: that of the file in ``plans``, or the
-    recommended one. The diff is on standard output; the plan and what the user should know of the edit are on
-    standard error. If the script cannot be edited, standard output has the reason and the lines to insert.
-    With ``as_json``, all is on standard output."""
+    """Print the edit of the script ``source`` and return the plan: that of the file in ``plans``, or else the
+    best that can be printed as an edit. The diff is on standard output; the plan and what the user should
+    know of the edit are on standard error. If the script cannot be edited, standard output has the reason and
+    the lines to insert. With ``as_json``, all is on standard output. Raises UserError if the script's library
+    cannot express the plan."""
+    from memfit.export.script_diff import script_diff
     from memfit.jobs.registry import load
     from memfit.techniques.plan_file import read_plan
+    from memfit.workflows.plan import find_plan
     from memfit.workflows.single_run import resolve_plan
 
-    with Bars("en") as progress:
-        if plans:
-            plan = resolve_plan(job_request, read_plan(plans[0]), progress)
-        else:
-            plan = recommended_plan(job_request, progress)
     job = load(job_request.job_ref)
     defaults = {field.name: field.default for field in dataclasses.fields(job)}
     structure = {n: v for n in STRUCTURE if (v := getattr(job, n)) != defaults[n]}
-    print_edit(source, plan, job.batch_size, structure, as_json=as_json)
+    with Bars("en") as progress:
+        if plans:
+            plan = resolve_plan(job_request, read_plan(plans[0]), progress)
+            edit = script_diff(source, plan, batch_size=job.batch_size, structure=structure)
+        else:
+            without = (*job_request.bounds.without, *excluded_from(source))
+            bounds = dataclasses.replace(job_request.bounds, without=tuple(dict.fromkeys(without)))
+            result = find_plan(dataclasses.replace(job_request, bounds=bounds), progress).result
+            plan, edit = edit_of(source, result, job.batch_size, structure)
+    print_edit(source, plan, edit, as_json=as_json)
     return plan
 
 
-def print_edit(
+def excluded_from(source: memfit.export.source_edits.Source) -> tuple[str, ...]:
+    """Return the techniques that cannot be applied to the script, so that a search must leave them out; say
+    so on standard error."""
+    from memfit.export.script_diff import inexpressible
+
+    names, reason = inexpressible(source)
+    if names:
+        shown = ", ".join(names[:_MOST_NAMES])
+        more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+        print(f"note: left out of the search, as {reason}: {shown}{more}", file=sys.stderr)
+    return names
+
+
+def edit_of(
     source: memfit.export.source_edits.Source,
-    plan: Plan,
+    result: SearchResult,
     batch_size: int,
     structure: Mapping[str, Any],
-    *,
-    as_json: bool,
-) -> None:
-    """Print the edit of a script for a plan, as `print_diff` does. ``batch_size`` and ``structure`` are as in
-    `export.script_diff`."""
+) -> tuple[Plan, ScriptDiff]:
+    """Return (the best plan of the search that can be printed as an edit; the edit): the recommended plan, or
+    the fastest other that fits, with a remark on why. Raises the UserError of the recommended plan if there
+    is none. ``batch_size`` and ``structure`` are as in `export.script_diff`."""
     from memfit.export.script_diff import script_diff
     from memfit.techniques.registry import short_label
 
-    edit = script_diff(source, plan, batch_size=batch_size, structure=structure)
+    assert result.recommended is not None, "search raises NothingFits otherwise"
+    others = [choice for choice in result.frontier if choice.fits]
+    others.sort(key=lambda c: (c.estimate.step_s is None, c.estimate.step_s and c.estimate.step_s.value))
+    first_error: UserError | None = None
+    for choice in (result.recommended, *others):
+        plan = choice.estimate.plan
+        try:
+            edit = script_diff(source, plan, batch_size=batch_size, structure=structure)
+        except UserError as error:
+            first_error = first_error or error
+            continue
+        if first_error is None:
+            return plan, edit
+        remark = f"{short_label(result.recommended.estimate.plan)} is better, but {first_error.given}"
+        return plan, dataclasses.replace(edit, remarks=(remark, *edit.remarks))
+    assert first_error is not None
+    raise first_error
+
+
+def print_edit(
+    source: memfit.export.source_edits.Source, plan: Plan, edit: ScriptDiff, *, as_json: bool
+) -> None:
+    """Print the edit of a script for a plan, as `print_diff` does."""
+    from memfit.techniques.registry import short_label
+
     if as_json:
         emit({"plan": plan.label, **{f.name: getattr(edit, f.name) for f in dataclasses.fields(edit)}})
         return

@@ -432,13 +432,18 @@ def _continued(recovery: Recovery) -> str:
 
 
 def _recovery_lines(run: Run) -> Iterator[str]:
-    """Yield two lines for each recovery, of which the second has the verdict on the repeated steps, and one
-    that says why there was no further recovery although memory ran out."""
+    """Yield lines for each recovery, of which the last has the verdict on the repeated steps, and one that
+    says why there was no further recovery although memory ran out."""
     for recovery in run.recoveries:
         yield f"  failed  {recovery.reason}, under {recovery.failed_plan.label}"
         yield f"  went on {_continued(recovery)}"
         if (verdict := recovery.verdict) is not None:
             yield f"  verdict {verdict.effect.label} {verdict.kind.value}: {verdict.reason}"
+        elif recovery.first_step == recovery.step:
+            yield (
+                "  verdict none: the checkpoint is of the failed step, so that no step was trained twice; "
+                f"the plan changes results at most by its class, {recovery.effect.label}"
+            )
     if run.recovery_stop:
         yield f"  ended   without recovery: {run.recovery_stop}"
 

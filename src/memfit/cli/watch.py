@@ -155,7 +155,7 @@ def _run(command: list[str], options: WatchOptions) -> None:
         from memfit.monitoring.autopsy import diagnose_record
 
         diagnosis = diagnose_record(read_records(file))
-        if diagnosis.is_out_of_memory:
+        if diagnosis.is_out_of_memory or end.is_killed:
             print(f"memfit: why it ended: {in_one_line(diagnosis)}", file=sys.stderr)
         raise typer.Exit(end.code if end.code > 0 else 128 - end.code)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,10 @@ from memfit.export.loop_edit import apply_lines, edit_loop, loop_lines
 from memfit.export.script_steps import step_text
 from memfit.export.source_edits import Replacement, Source, literal, name_of, source_of
 from memfit.files.read import MOST_SOURCE_BYTES, read_text
+from memfit.techniques.base import JobFacts
 from memfit.techniques.rank_mesh import layout
+from memfit.techniques.registry import TECHNIQUES, technique
+from memfit.types.device_kind import HOST
 from memfit.types.errors import UserError
 from memfit.types.plan import Plan
 
@@ -60,7 +63,8 @@ def script_diff(
 ) -> ScriptDiff:
     """Return the edit of the script that makes it train with ``plan``. ``batch_size``: samples of a whole
     step, for which the plan was made. ``structure``: the job's fields that say where things are in the model,
-    such as blocks, name -> value. Raises UserError if the script's library cannot express the plan."""
+    such as blocks, name -> value. Raises UserError if the script's library cannot express the plan, or its
+    loop cannot be combined with it."""
     if calls := source.calls(_ARGUMENTS | _DERIVED):
         return _trainer_diff(source, calls, plan, batch_size)
     if _mentions(source, "TrainingArguments") or _mentions(source, "HfArgumentParser"):
@@ -71,12 +75,47 @@ def script_diff(
     for library, is_used in ((_ACCELERATE, True), (_LIGHTNING, _imports_lightning(source))):
         if is_used and (calls := source.calls(frozenset({library.call}))):
             return _library_diff(source, calls, plan, library)
+    clashing = [use.technique for use in plan.uses if _needs_no_clipping(use.technique)]
+    if clashing and source.calls(frozenset({"clip_grad_norm_"})):
+        raise UserError(
+            f"{source.path} clips gradients, which cannot be combined with {', '.join(clashing)}",
+            hint=f"plan with --without {','.join(clashing)}",
+        )
     try:
         text, remarks = edit_loop(source, plan, structure)
     except UserError as error:
         lines = ("import memfit", *apply_lines(plan, "model", "optimizer", structure), *loop_lines("batch"))
         return ScriptDiff(diff="", reason=error.given, lines=lines)
     return ScriptDiff(diff=_diff_to(source, text), remarks=remarks)
+
+
+def inexpressible(source: Source) -> tuple[tuple[str, ...], str]:
+    """Return (the names of the techniques that cannot be applied to the script, whatever their settings; why
+    not). A search leaves them out, so that what it recommends can be printed as an edit."""
+    if (
+        _mentions(source, "TrainingArguments")
+        or source.calls(_DERIVED)
+        or _mentions(source, "HfArgumentParser")
+    ):
+        return _others(trainer.TECHNIQUES), "TrainingArguments cannot express them"
+    for library, is_used in ((_ACCELERATE, True), (_LIGHTNING, _imports_lightning(source))):
+        if is_used and source.calls(frozenset({library.call})):
+            own = {*library.precision, "gradient-accumulation"} | _BY_LAUNCH
+            return _others(own), f"{library.name} does not apply them"
+    if source.calls(frozenset({"clip_grad_norm_"})):
+        return tuple(n for n in TECHNIQUES if _needs_no_clipping(n)), "the script clips gradients"
+    return (), ""
+
+
+def _others(names: Collection[str]) -> tuple[str, ...]:
+    return tuple(name for name in TECHNIQUES if name not in names)
+
+
+def _needs_no_clipping(name: str) -> bool:
+    """Return whether a technique is not for trainings that clip gradients."""
+    facts = JobFacts(batch_size=1, block_count=0, vocabulary=0, device_kind=HOST)
+    excluded = technique(name).excluded
+    return excluded(dataclasses.replace(facts, clips_gradients=True)) and not excluded(facts)
 
 
 def _diff_to(source: Source, text: str) -> str:

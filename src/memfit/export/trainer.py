@@ -26,7 +26,7 @@ OPTIMIZERS = {
     "adafactor": "adafactor",
     "sgd": "sgd",
 }
-_SUPPORTED = {
+TECHNIQUES = OPTIMIZERS.keys() | {
     "ddp",
     "fsdp2",
     "zero",
@@ -58,7 +58,7 @@ def why_not(plan: Plan) -> Iterator[str]:
     """Yield the reasons why TrainingArguments cannot express the plan, DeepSpeed's file aside."""
     for use in plan.uses:
         name, knobs = use.technique, use.settings
-        if name not in _SUPPORTED | OPTIMIZERS.keys():
+        if name not in TECHNIQUES:
             yield f"{name} is not supported"
         elif name == "activation-checkpointing" and knobs["every"] != 1:
             yield "activation-checkpointing: it recomputes every block or none, so every must be 1"

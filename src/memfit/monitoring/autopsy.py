@@ -16,9 +16,14 @@ from memfit.monitoring.host_kill import HostKill, host_kills
 from memfit.monitoring.memory_snapshot import LiveStack, MemorySnapshot, user_frame
 from memfit.monitoring.oom_text import AllocationFailure, allocation_failures
 from memfit.monitoring.phases import PhaseOfDeath, phase_of
-from memfit.monitoring.record import RankRecord, WatchRecord
+from memfit.monitoring.record import CommandExit, RankRecord, WatchRecord
 from memfit.monitoring.remedies import advice_for, capture_for
-from memfit.monitoring.traceback_text import TracebackText, read_tracebacks
+from memfit.monitoring.traceback_text import (
+    StackFrame,
+    TracebackText,
+    innermost_user_frame,
+    read_tracebacks,
+)
 from memfit.monitoring.training_log import NumberSeries, TrainingLog, outlier_factor, read_training_log
 from memfit.types.device_kind import HOST
 from memfit.types.peer_errors import PEER_ERRORS
@@ -69,21 +74,20 @@ def diagnose_log(text: str) -> Diagnosis:
     stated = [k for k in kills if k.kind != "sigkill"]
     tracebacks = [t for t in read_tracebacks(lines) if not _CONSEQUENCE.search(f"{t.error}: {t.message}")]
     last = tracebacks[-1] if tracebacks else None
+    last_frames = last.frames if last else ()
     failure = _fatal_failure(lines, last)
     if stated and failure is None:
         return _killed(stated[-1], read_training_log(lines[: stated[-1].row]))
     if failure is not None:
         start = min(failure.row, last.start if last else failure.row)
-        diagnosis = judge(
-            failure, phase_of(last.frames) if last else PhaseOfDeath(), read_training_log(lines[:start])
-        )
-        diagnosis = _with_place(diagnosis, last)
+        diagnosis = judge(failure, phase_of(last_frames), read_training_log(lines[:start]))
+        diagnosis = _with_place(diagnosis, last_frames)
         return combine([diagnosis, _killed(stated[-1], None)]) if stated else diagnosis
     if library := _library_failure(lines, last):
-        return _with_place(library, last)
+        return _with_place(library, last_frames)
     if kills and (last is None or kills[-1].row >= last.start):
         return _killed(kills[-1], read_training_log(lines[: kills[-1].row]))
-    return _with_place(_other_end(lines, last), last)
+    return _with_place(_other_end(lines, last), last_frames)
 
 
 def _shorten(line: str) -> str:
@@ -109,11 +113,11 @@ def _fatal_failure(lines: Sequence[str], last: TracebackText | None) -> Allocati
     return final
 
 
-def _with_place(diagnosis: Diagnosis, traceback: TracebackText | None) -> Diagnosis:
-    """Add the line of the user's code and the module that the traceback shows."""
-    if traceback is None:
+def _with_place(diagnosis: Diagnosis, frames: Sequence[StackFrame]) -> Diagnosis:
+    """Add the line of the user's code and the module that the frames of a traceback show."""
+    if not frames:
         return diagnosis
-    frame, phase = traceback.user_frame, phase_of(traceback.frames)
+    frame, phase = innermost_user_frame(frames), phase_of(frames)
     return dataclasses.replace(
         diagnosis,
         line=frame.place if frame else "",
@@ -515,18 +519,8 @@ def diagnose_record(record: WatchRecord) -> Diagnosis:
     memfit ran the command, by how that was killed. Without either, the cause is not memory if a rank ended
     with another error; else it is unknown, and the least free memory is the evidence."""
     diagnoses = [d for r in record.ranks if (d := _of_rank(r)) is not None]
-    end = record.exit
-    if end is not None and end.oom_kills:
-        evidence = [f"the kernel killed {end.oom_kills} process(es) of the command because memory ran out"]
-        diagnoses.append(_diagnosis(DeathCause.HOST_KILLED, Certainty.CERTAIN, evidence, memory="host"))
-    elif end is not None and end.code in (-9, 137):
-        evidence = [
-            "the command died of SIGKILL; the kernel counted no kill in its control group, or none is known"
-        ]
-        others = [DeathCause.NOT_MEMORY]
-        diagnoses.append(
-            _diagnosis(DeathCause.HOST_KILLED, Certainty.LIKELY, evidence, memory="host", alternatives=others)
-        )
+    if record.exit is not None and (killed := _of_exit(record.exit)) is not None:
+        diagnoses.append(killed)
     if diagnoses:
         return combine(diagnoses)
     ended = [r for r in record.ranks if r.end is not None and r.end.error]
@@ -536,6 +530,42 @@ def diagnose_record(record: WatchRecord) -> Diagnosis:
     return _diagnosis(
         DeathCause.UNKNOWN, Certainty.UNKNOWN, ["no rank ended with an error of memory", *_headroom(record)]
     )
+
+
+_SHORT_SHARE: Final = 0.1  # of the host's memory: with less free, or less than 1 GiB, it may have run out
+
+
+def _of_exit(end: CommandExit) -> Diagnosis | None:
+    """Return the diagnosis of a command that was killed, None of another. The kernel counts its own kills.
+    Others, such as a daemon that watches the memory or a person, leave no trace."""
+    if end.oom_kills:
+        evidence = [f"the kernel killed {end.oom_kills} process(es) of the command because memory ran out"]
+        return _diagnosis(DeathCause.HOST_KILLED, Certainty.CERTAIN, evidence, memory="host")
+    if not end.is_killed:
+        return None
+    evidence = ["the command was killed by signal 9, and it is not known by whom"]
+    is_short = None
+    if end.free_bytes is not None and end.total_bytes is not None:
+        is_short = end.free_bytes < max(_SHORT_SHARE * end.total_bytes, GIB)
+        free, total = format_bytes(end.free_bytes), format_bytes(end.total_bytes)
+        evidence.append(f"{free} of the host's {total} was free just before")
+    if end.machine_oom_kills:
+        evidence.append(
+            f"the kernel killed {end.machine_oom_kills} process(es) of this machine meanwhile because memory "
+            "ran out"
+        )
+    elif end.oom_kills is not None:
+        evidence.append("the kernel killed no process of its control group because memory ran out")
+    causes = (DeathCause.HOST_KILLED, DeathCause.NOT_MEMORY)
+    cause, certainty = DeathCause.UNKNOWN, Certainty.UNKNOWN
+    if end.machine_oom_kills or (is_short and end.oom_kills is None):
+        cause, certainty = DeathCause.HOST_KILLED, Certainty.LIKELY
+    elif end.oom_kills is not None and is_short is False:
+        cause, certainty = DeathCause.NOT_MEMORY, Certainty.LIKELY
+    diagnosis = _diagnosis(
+        cause, certainty, evidence, memory="host", alternatives=[c for c in causes if c is not cause]
+    )
+    return dataclasses.replace(diagnosis, capture=capture_for(DeathCause.HOST_KILLED, "host"))
 
 
 def _headroom(record: WatchRecord) -> list[str]:
@@ -559,7 +589,8 @@ def _of_rank(record: RankRecord) -> Diagnosis | None:
             failure = AllocationFailure(device=trained_on if on_device else HOST, row=0, text=text)
         else:
             return None
-    diagnosis = judge(failure, PhaseOfDeath(), _log_of(record))
+    frames = record.end.frames
+    diagnosis = _with_place(judge(failure, phase_of(frames), _log_of(record)), frames)
     if diagnosis.cause is DeathCause.LEAK and any(a.kind == "creep" for a in record.alarms):
         diagnosis = dataclasses.replace(diagnosis, certainty=Certainty.CERTAIN, alternatives=(), capture=())
     alarms = tuple(f"alarm at step {a.step}: {a.text}" for a in record.alarms if a.kind in _ALARMS)

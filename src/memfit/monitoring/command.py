@@ -16,9 +16,12 @@ from typing import Any, Final
 from memfit.monitoring.record import CommandExit, LineFile
 from memfit.monitoring.startup.sitecustomize import SETTINGS
 from memfit.runtime.cgroup import oom_kills_here
+from memfit.runtime.child_process import machine_oom_kills
+from memfit.runtime.local_machine import HostMemoryLimit, host_memory_limit
 from memfit.types.errors import UserError
 from memfit.types.serialization import to_plain
 
+_PERIOD_S: Final = 1.0  # after which the free memory is read again
 _STARTUP: Final = Path(__file__).parent / "startup"
 
 
@@ -49,21 +52,35 @@ def run_watched(
 
 def _run(command: Sequence[str], env: Mapping[str, str], record: LineFile) -> CommandExit:
     """Run a command, and write its end to the record. Raises UserError if it cannot be started."""
-    kills_before = oom_kills_here()
+    kills_before, on_machine_before = oom_kills_here(), machine_oom_kills()
     try:
         child = subprocess.Popen(list(command), env=env)
     except OSError as error:
         raise UserError(f"cannot run {command[0]!r}: {error.strerror or error}") from error
+    memory: HostMemoryLimit | None = None
     with _signals_to(child):
-        code = child.wait()
+        while (code := _wait(child)) is None:
+            memory = host_memory_limit()
     kills = oom_kills_here()
     known = kills is not None and kills_before is not None
     end = CommandExit(
-        time_s=time.time(), code=code, oom_kills=(kills or 0) - (kills_before or 0) if known else None
+        time_s=time.time(),
+        code=code,
+        oom_kills=(kills or 0) - (kills_before or 0) if known else None,
+        machine_oom_kills=machine_oom_kills() - on_machine_before,
+        free_bytes=memory.free_bytes if memory is not None else None,
+        total_bytes=memory.total_bytes if memory is not None else None,
     )
     with contextlib.suppress(OSError):  # the command's own exit code matters more
         record.write("exit", to_plain(end))
     return end
+
+
+def _wait(child: subprocess.Popen[bytes]) -> int | None:
+    """Return the exit code of a command that ends within a second, None for one that lives on."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return child.wait(_PERIOD_S)
+    return None
 
 
 @contextlib.contextmanager

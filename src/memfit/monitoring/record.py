@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from memfit.files.read import open_regular
+from memfit.monitoring.traceback_text import StackFrame
 from memfit.types.errors import UserError
 from memfit.types.result import Interval
 
@@ -122,7 +123,9 @@ class WatchEnd:
     """The end of a process by itself. ``error``: the type of the error that ended it, such as
     "OutOfMemoryError", or "". ``message``: the error's text, at most its first 4,000 characters. ``memory``:
     what could then be measured, by the names of WatchStep's fields. ``recovery``: what ``on_oom`` returned,
-    such as the plan with which to start again; "" if there is nothing to start again with.
+    such as the plan with which to start again; "" if there is nothing to start again with. ``frames``: the
+    calls in which the error was raised, outermost first, with the names of files without the folders of the
+    user.
     """
 
     time_s: float
@@ -130,6 +133,7 @@ class WatchEnd:
     message: str = ""
     recovery: str = ""
     memory: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    frames: tuple[StackFrame, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,12 +148,22 @@ class OutOfMemory:
 class CommandExit:
     """The end of a command that ``memfit watch -- COMMAND`` ran. ``code``: its exit status; -9 means killed
     by signal 9. ``oom_kills``: how many processes the kernel killed meanwhile in the command's control group
-    because memory ran out; None: unknown.
+    because memory ran out; None: unknown. ``machine_oom_kills``: the same of the whole machine.
+    ``free_bytes``: memory of the host that was free when the command was last seen alive, at most a second
+    before its end, of ``total_bytes``; None if it ended earlier.
     """
 
     time_s: float
     code: int
     oom_kills: int | None = None
+    machine_oom_kills: int = 0
+    free_bytes: int | None = None
+    total_bytes: int | None = None
+
+    @property
+    def is_killed(self) -> bool:
+        """Whether the command died of SIGKILL, by what a shell reports as well."""
+        return self.code in (-9, 137)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -331,7 +345,8 @@ class _RankFile:
                 values["kind"] = values.pop("alarm")
                 self._alarms.append(Alarm(**_known(Alarm, values)))
             case "end":
-                self._end = WatchEnd(**_known(WatchEnd, values))
+                frames = tuple(StackFrame(**frame) for frame in values.pop("frames", ()))
+                self._end = WatchEnd(**_known(WatchEnd, values), frames=frames)
             case "exit":
                 self.exit = CommandExit(**_known(CommandExit, values))
             case _:
@@ -364,7 +379,7 @@ _NUMBERS: Final = {"loss", "grad_norm", "value", "limit"}  # that may be "nan", 
 
 def _known(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of ``values`` that are fields of ``kind``. Others may come from a newer version."""
-    names = {f.name for f in dataclasses.fields(kind)} - {"prediction"}
+    names = {f.name for f in dataclasses.fields(kind)} - {"prediction", "frames"}
     return {
         name: float(v) if name in _NUMBERS and v is not None else v
         for name, v in values.items()

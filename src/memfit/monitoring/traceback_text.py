@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final
 
 _HEADER: Final = "Traceback (most recent call last)"
@@ -28,7 +30,12 @@ _ERROR: Final = re.compile(
 _LIBRARIES: Final = (
     "site-packages/", "dist-packages/", "/lib/python3", "/python3.", "/torch/", "<frozen", "<string>",
 )  # fmt: skip
+_INSTALLED: Final = re.compile(r"(?:site|dist)-packages/|/lib/python3\.")
+_OWN: Final = Path(__file__).parents[1].as_posix() + "/"
 _MESSAGE_LINES: Final = 6
+_MOST_FRAMES: Final = 50
+_OUTERMOST: Final = 10  # of these
+_LONGEST_CODE: Final = 200
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,10 +70,36 @@ class TracebackText:
     start: int
     end: int
 
-    @property
-    def user_frame(self) -> StackFrame | None:
-        """The innermost frame outside installed packages, or None."""
-        return next((f for f in reversed(self.frames) if not f.is_library), None)
+
+def innermost_user_frame(frames: Sequence[StackFrame]) -> StackFrame | None:
+    """Return the innermost frame outside installed packages, or None."""
+    return next((f for f in reversed(frames) if not f.is_library), None)
+
+
+def frames_of(error: BaseException) -> tuple[StackFrame, ...]:
+    """Return the calls in which an error was raised, outermost first, without memfit's own and without the
+    folders of the user; of many, the first 10 and the last 40."""
+    calls = [c for c in traceback.extract_tb(error.__traceback__) if not c.filename.startswith(_OWN)]
+    kept = calls if len(calls) <= _MOST_FRAMES else [*calls[:_OUTERMOST], *calls[_OUTERMOST - _MOST_FRAMES :]]
+    return tuple(
+        StackFrame(
+            file=_short_path(c.filename),
+            line=c.lineno or 0,
+            function=c.name,
+            code=(c.line or "")[:_LONGEST_CODE],
+        )
+        for c in kept
+    )
+
+
+def _short_path(path: str) -> str:
+    """Return the path of an installed module from its package's folder on; of others that from the current
+    folder on, or else the name of the file."""
+    path = path.replace("\\", "/")
+    if match := _INSTALLED.search(path):
+        return path[match.start() :]
+    here = f"{Path.cwd().as_posix()}/"
+    return path.removeprefix(here) if path.startswith(here) else path.rpartition("/")[2]
 
 
 def read_tracebacks(lines: Sequence[str]) -> list[TracebackText]:

@@ -27,6 +27,7 @@ from memfit.monitoring.prediction import predicted_intervals
 from memfit.monitoring.readings import EnergyReadings, MemoryReadings
 from memfit.monitoring.record import FORMAT, Alarm, LineFile, OutOfMemory, WatchStep, rank_path
 from memfit.monitoring.scalars import PendingScalars, scalar_tensor, split_scalars
+from memfit.monitoring.traceback_text import frames_of
 from memfit.monitoring.training_hooks import (
     StepHook,
     device_of_optimizer,
@@ -339,6 +340,7 @@ class TrainingWatch:
             "time_s": time.time(),
             "error": type(error).__name__ if error is not None else "",
             "message": str(error)[:_LONGEST_MESSAGE] if error is not None else "",
+            "frames": [dataclasses.asdict(f) for f in frames_of(error)] if error is not None else None,
             "recovery": recovery,
             "memory": {name: v for name, v in recording.readings.read().items() if v is not None},
         }

@@ -21,7 +21,8 @@ Row = tuple[list[str], list[Figure]]
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ScriptFacts:
     """What is said of a training script beside its estimate. ``needed_bytes``, ``fits``: the memory of one
-    device that it needs, and whether that is at most ``cap_bytes``. ``notes``: sentences for the user."""
+    device that it needs, and whether that is at most ``cap_bytes``. ``notes``: sentences for the user.
+    ``growth_bytes``: by how much that grows with each step."""
 
     program: str
     model: str
@@ -34,6 +35,7 @@ class ScriptFacts:
     needed_bytes: int
     fits: bool
     notes: tuple[str, ...]
+    growth_bytes: int = 0
 
 
 def print_script(explained: TracedEstimate, facts: ScriptFacts, *, console: Console, lang: str) -> None:
@@ -59,6 +61,11 @@ def print_script(explained: TracedEstimate, facts: ScriptFacts, *, console: Cons
         console=console,
         words=words,
     )
+    if facts.growth_bytes:
+        rate = figure_text(predicted(facts.growth_bytes, "bytes"), words)
+        steps = max(0, facts.cap_bytes - facts.needed_bytes) // facts.growth_bytes
+        key = "grows_to_cap" if facts.fits else "grows"
+        console.print(Text(words.get(f"script.{key}", rate=rate, steps=f"{steps:,}"), style="bold red"))
     for note in facts.notes:
         console.print(Text(words.get("script.note", note=words.of(note)), style="yellow"))
     print_explained(explained, console=console, lang=lang, title=words.get("script.title"))

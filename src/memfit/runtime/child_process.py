@@ -346,7 +346,7 @@ class _OomKills:
 
     @classmethod
     def now(cls) -> _OomKills:
-        return cls(at_s=time.monotonic(), here=oom_kills_here(), on_machine=_machine_oom_kills())
+        return cls(at_s=time.monotonic(), here=oom_kills_here(), on_machine=machine_oom_kills())
 
 
 def parse_event(line: bytes) -> Event | None:
@@ -373,7 +373,7 @@ def exit_text(code: int) -> str:
         return f"killed by signal {-code}"
 
 
-def _machine_oom_kills() -> int:
+def machine_oom_kills() -> int:
     """Return how many processes of this machine the kernel has killed because memory ran out, since it
     booted; 0 if this is not known."""
     with contextlib.suppress(OSError):

@@ -134,13 +134,14 @@ def _recovery(run: Run, step: int, choice: SaferPlan, keep: CheckpointSettings) 
 
 
 def _judged(recovery: Recovery, before: Losses, after: Losses, seed: int) -> Recovery:
-    """Return the recovery with the verdict on the steps that both plans trained. ``before``: losses of the
-    steps up to the failed one; ``after``: of those after the recovery."""
+    """Return the recovery with the verdict on the steps that both plans trained, without one if there are
+    none, as from a checkpoint of the failed step. ``before``: losses of the steps up to the failed one;
+    ``after``: of those after the recovery."""
     losses_before, losses_after = _of_all_ranks(before), _of_all_ranks(after)
     repeated = [
         s for s in range(recovery.first_step, recovery.step) if s in losses_before and s in losses_after
     ]
-    if not repeated and recovery.first_step < recovery.step:
+    if not repeated:
         return recovery
     verdict = repeated_steps_verdict(
         [losses_before[s] for s in repeated],

@@ -1,0 +1,118 @@
+"""Whether a script keeps more memory after each step, such as graphs, outputs or losses that it collects."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import torch
+
+from memfit.trace.allocation_recorder import AllocationRecorder
+from memfit.trace.source_location import newest_node
+from memfit.types.trace import Category, rounded
+
+NOWHERE = "nowhere"  # the memory pool of tensors that are not counted
+_Kind = TypeVar("_Kind")
+_LEAST_BYTES = 4096  # of growth per step; numbers that are collected take less
+_ENDS, _MOST_ENDS = 4, 12  # ends of steps that are compared, and that are looked at
+_ALIKE_RATIO = 0.25
+_MODEL = frozenset({Category.PARAMETER, Category.GRADIENT, Category.OPTIMIZER_STATE, Category.EMA})
+
+
+class KeptMemory:
+    """What a script has, at the end of a step, of the steps before. A tensor may rightly live until the next
+    step. What grows from each end of a step to the next, four in a row, is collected.
+
+    It begins with the training: what is alive then is not looked at.
+    """
+
+    def __init__(self, recorder: AllocationRecorder) -> None:
+        self._recorder = recorder
+        self._begin_clock = recorder.clock
+        self._sizes: list[Counter[str]] = []  # bytes by line, at each end of a step
+        self._nodes: list[int] = []  # of the graphs of earlier steps, at each end of a step
+        self._first_node = newest_node() + 1  # of the step that runs
+        self.holders: list[str] = []  # lines that made the tensors which hold these graphs
+
+    def close_step(self) -> None:
+        """Look at what is alive at the end of a step, one of the first 12."""
+        if len(self._sizes) == _MOST_ENDS:
+            return
+        sizes, recent = Counter[str](), set[str]()
+        for life in self._recorder.lives:
+            is_counted = life.end is None and life.start >= self._begin_clock and life.category not in _MODEL
+            if is_counted and life.memory_pool != NOWHERE and life.step < self._recorder.step:
+                sizes[life.line] += life.pieces * rounded(life.size_bytes, self._recorder.device)
+            elif is_counted:
+                recent.add(life.line)
+        if len(self._sizes) == 1:  # what is made once, such as a table, is not collected
+            sizes = Counter({line: size for line, size in sizes.items() if line in recent})
+        self._sizes.append(sizes)
+        self._nodes.append(self._old_nodes())
+        self._first_node = newest_node() + 1
+
+    def rates(self) -> Counter[str]:
+        """Return line -> bytes by which what it made grows with each step, so far."""
+        recent = self._sizes[-_ENDS:]
+        rates = {line: _least_rise(sizes[line] for sizes in recent) for line in recent[-1]} if recent else {}
+        return Counter({line: rate for line, rate in rates.items() if rate >= _LEAST_BYTES})
+
+    @property
+    def nodes(self) -> int:
+        """By how many nodes the graphs of earlier steps grow with each step, so far."""
+        return _least_rise(self._nodes[-_ENDS:])
+
+    @property
+    def needs_steps(self) -> bool:
+        """Whether further steps must show whether something is collected."""
+        return 1 < len(self._sizes) < _ENDS and bool(self.rates() or self.nodes)
+
+    @property
+    def grows(self) -> bool:
+        """Whether something is collected."""
+        return len(self._sizes) >= _ENDS and bool(self.rates() or self.nodes)
+
+    def _old_nodes(self) -> int:
+        """Return how many nodes of earlier steps can be reached from tensors that are alive, and note which
+        lines made those tensors."""
+        self.holders = []
+        seen: set[Any] = set()
+        count = 0
+        with torch._C.DisableTorchFunction():
+            tensors = [t for t in existing(torch.Tensor) if t.requires_grad and not t.is_leaf]
+            for tensor in tensors:
+                found = self._count_old(tensor.grad_fn, seen)
+                count += found
+                if found and (life := self._recorder.life_of(tensor)) is not None and life.line:
+                    self.holders.append(life.line)
+        self.holders = list(dict.fromkeys(self.holders))
+        return count
+
+    def _count_old(self, root: Any, seen: set[Any]) -> int:
+        """Return the number of nodes of earlier steps that can be reached from ``root`` and are not in
+        ``seen``; add them there."""
+        stack, count = [root], 0
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            count += node._sequence_nr() < self._first_node
+            stack += [parent for parent, _ in node.next_functions]
+        return count
+
+
+def _least_rise(values: Iterable[int]) -> int:
+    """Return the smallest difference of values that follow each other; 0 unless they rise alike: what is kept
+    until the next step only may be larger by chance."""
+    rises = [b - a for a, b in itertools.pairwise(values)]
+    return min(rises) if rises and min(rises) >= max(rises) * _ALIKE_RATIO > 0 else 0
+
+
+def existing(kind: type[_Kind]) -> list[_Kind]:
+    """Return all objects of this class that exist in the process."""
+    # type() does not run code of the object, which isinstance may do for proxies
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]
