@@ -9,8 +9,8 @@
 // pinned memory arrive only where the program has synchronized (Order).
 //
 // Not simulated: speed, overlap, fragmentation, workspaces of a GPU's kernels, the reuse of memory that another
-// stream still reads (record_stream does nothing), late copies to the device, sparse tensors, fused LSTM cells,
-// and random operators on DTensors, which count offsets in the state of CUDA's generator.
+// stream still reads (record_stream does nothing), late copies to the device, sparse tensors, networks that run
+// as one kernel (LSTM and GRU run cell by cell, as on devices without cuDNN), and random operators on DTensors, which count offsets in the state of CUDA's generator.
 //
 // Nothing is registered when this library is loaded but kernels of PrivateUse1; `start` makes it the process's
 // accelerator. What `start` makes is never destroyed, because tensors may be freed while the process exits.
@@ -898,6 +898,77 @@ int64_t attention_kernel(const at::Tensor& query, const at::Tensor& key, const a
                                enable_gqa);
 }
 
+// Cells of recurrent networks. Torch calls them on devices other than the CPU, which has no such kernels.
+using OptionalTensor = std::optional<at::Tensor>;
+
+bool is_given(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
+
+at::Tensor with_bias(const at::Tensor& gates, const OptionalTensor& bias) {
+  return is_given(bias) ? gates + *bias : gates;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> lstm_cell(const at::Tensor& from_input, const at::Tensor& from_hidden,
+                                                         const at::Tensor& cell, const OptionalTensor& input_bias,
+                                                         const OptionalTensor& hidden_bias) {
+  auto parts = (with_bias(from_input, input_bias) + with_bias(from_hidden, hidden_bias)).chunk(4, 1);
+  at::Tensor in = parts[0].sigmoid(), forget = parts[1].sigmoid(), next = parts[2].tanh(), out = parts[3].sigmoid();
+  at::Tensor next_cell = forget * cell + in * next;
+  return {out * next_cell.tanh(), next_cell, at::cat({in, forget, next, out}, 1)};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> lstm_cell_backward(const OptionalTensor& of_hidden,
+                                                                  const OptionalTensor& of_cell,
+                                                                  const at::Tensor& cell, const at::Tensor& next_cell,
+                                                                  const at::Tensor& workspace, bool has_bias) {
+  if (!is_given(of_hidden) && !is_given(of_cell)) return {};
+  auto parts = workspace.chunk(4, 1);
+  const at::Tensor &in = parts[0], &forget = parts[1], &next = parts[2], &out = parts[3];
+  at::Tensor grad = is_given(of_hidden) ? *of_hidden : at::zeros_like(cell), tanh = next_cell.tanh();
+  at::Tensor grad_cell = grad * out * (1 - tanh * tanh);
+  if (is_given(of_cell)) grad_cell = grad_cell + *of_cell;
+  at::Tensor gates = at::cat({grad_cell * next * in * (1 - in), grad_cell * cell * forget * (1 - forget),
+                              grad_cell * in * (1 - next * next), grad * tanh * out * (1 - out)},
+                             1);
+  return {gates, grad_cell * forget, has_bias ? gates.sum(0) : at::Tensor()};
+}
+
+std::tuple<at::Tensor, at::Tensor> gru_cell(const at::Tensor& from_input, const at::Tensor& from_hidden,
+                                            const at::Tensor& hidden, const OptionalTensor& input_bias,
+                                            const OptionalTensor& hidden_bias) {
+  auto inputs = with_bias(from_input, input_bias).chunk(3, 1), hiddens = with_bias(from_hidden, hidden_bias).chunk(3, 1);
+  at::Tensor reset = (inputs[0] + hiddens[0]).sigmoid(), update = (inputs[1] + hiddens[1]).sigmoid();
+  at::Tensor next = (inputs[2] + reset * hiddens[2]).tanh();
+  return {next + update * (hidden - next), at::cat({reset, update, next, hidden, hiddens[2]}, 1)};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> gru_cell_backward(const at::Tensor& grad,
+                                                                                         const at::Tensor& workspace,
+                                                                                         bool has_bias) {
+  auto parts = workspace.chunk(5, 1);
+  const at::Tensor &reset = parts[0], &update = parts[1], &next = parts[2], &hidden = parts[3];
+  at::Tensor of_update = grad * (hidden - next) * update * (1 - update);
+  at::Tensor of_next = grad * (1 - update) * (1 - next * next);
+  at::Tensor of_reset = of_next * parts[4] * reset * (1 - reset);
+  at::Tensor inputs = at::cat({of_reset, of_update, of_next}, 1);
+  at::Tensor hiddens = at::cat({of_reset, of_update, of_next * reset}, 1);
+  return {inputs, hiddens, grad * update, has_bias ? inputs.sum(0) : at::Tensor(),
+          has_bias ? hiddens.sum(0) : at::Tensor()};
+}
+
+// The operator with this kernel for host tensors.
+template <class Kernel>
+torch::CppFunction on_host(Kernel kernel) {
+  struct OnHost final : c10::OperatorKernel {
+    c10::KernelFunction kernel;
+    explicit OnHost(c10::KernelFunction own) : kernel(std::move(own)) {}
+    void operator()(const c10::OperatorHandle& op, DispatchKeySet, torch::jit::Stack* stack) {
+      HostCall().run(op, stack, [&] { kernel.callBoxed(op, kHostKeys, stack); });
+    }
+  };
+  return torch::CppFunction::makeFromBoxedFunctor(
+      std::make_unique<OnHost>(c10::KernelFunction::makeFromUnboxedRuntimeFunction(kernel)));
+}
+
 // As CUDA under autocast: in fp16 the gradient of a probability near 0 overflows.
 at::Tensor refuse_binary_cross_entropy(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
                                        int64_t) {
@@ -1004,6 +1075,10 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("record_stream", &record_stream);
   m.impl("convolution_overrideable", torch::CppFunction::makeFromBoxedFunction<&convolution>());
   m.impl("convolution_backward_overrideable", torch::CppFunction::makeFromBoxedFunction<&convolution_backward>());
+  m.impl("_thnn_fused_lstm_cell", on_host(&lstm_cell));
+  m.impl("_thnn_fused_lstm_cell_backward_impl", on_host(&lstm_cell_backward));
+  m.impl("_thnn_fused_gru_cell", on_host(&gru_cell));
+  m.impl("_thnn_fused_gru_cell_backward", on_host(&gru_cell_backward));
   // Beside the CPU's kernel these have a composite one, which would win over the fallback and takes more memory.
   for (const char* name : {"native_layer_norm", "native_group_norm", "silu_backward", "mish_backward", "addr",
                            "linalg__powsum", "native_channel_shuffle"}) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -13,7 +14,7 @@ from memfit.trace.device_kernels import use_device_kernels
 from memfit.trace.tracer import trace
 from memfit.types.job import Job
 from memfit.types.plan import Plan
-from memfit.types.trace import Phase
+from memfit.types.trace import UNKNOWN_BUFFER, Phase
 
 _SHAPE = (4, 8, 16)
 _COUNT = 4 * 8 * 16
@@ -122,33 +123,68 @@ def test_softmax_backward_on_cuda_allocates_a_temporary_product(device: str, ten
     assert all(a.end is not None for a in last)
 
 
-@pytest.mark.parametrize("bidirectional", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("layers", [1, 2])
-def test_an_lstm_computes_the_same_with_one_kernel_a_layer(
-    layers: int, *, bias: bool, bidirectional: bool
-) -> None:
-    lstm = torch.nn.LSTM(
-        8, 16, layers, batch_first=bidirectional, bias=bias, bidirectional=bidirectional
-    ).eval()
-    x = torch.randn(3, 5, 8)
-    out, (hidden, cell) = lstm(x)
-    with use_device_kernels("cuda"):
-        out_again, (hidden_again, cell_again) = lstm(x)
-    for one, other in ((out, out_again), (hidden, hidden_again), (cell, cell_again)):
-        torch.testing.assert_close(one, other)
+STEPS, ROWS, WIDTH, UNITS = 5, 4, 8, 16
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_an_lstm_of_an_accelerator_is_one_kernel_a_layer_in_every_dtype(dtype: torch.dtype) -> None:
-    """Torch chooses the kernel on a CPU by its instructions; a prediction for a GPU must not."""
-    job = Job(
-        name="lstm",
-        build_model=lambda: torch.nn.LSTM(8, 16, 2).to(dtype),
-        batch_size=4,
-        make_batch=lambda step, seed: torch.zeros(5, 4, 8, dtype=dtype),
-        loss=lambda model, batch: model(batch)[0].sum(),
+def _recurrent(network: Callable[[], torch.nn.Module], *, packed: bool = False) -> Job:
+    def loss(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        if not packed:
+            return model(batch)[0].sum()  # type: ignore[no-any-return]
+        lengths = torch.tensor([5, 4, 2, 1])
+        return model(torch.nn.utils.rnn.pack_padded_sequence(batch, lengths))[0].data.sum()
+
+    return Job(
+        name="recurrent",
+        build_model=network,
+        batch_size=ROWS,
+        make_batch=lambda step, seed: torch.zeros(STEPS, ROWS, WIDTH),
+        loss=loss,
     )
-    ops = [op.op for op in trace(job, Plan(), device="cuda").ops if op.step == 1]
-    assert sum("mkldnn_rnn_layer." in op for op in ops) == 2
-    assert sum("mkldnn_rnn_layer_backward." in op for op in ops) == 2
+
+
+@pytest.mark.parametrize(
+    ("network", "kept"),
+    [
+        (lambda: torch.nn.LSTM(WIDTH, UNITS), 5),
+        (lambda: torch.nn.GRU(WIDTH, UNITS), 4),
+        (lambda: torch.nn.RNN(WIDTH, UNITS, nonlinearity="relu"), 0),
+        (lambda: torch.nn.GRU(WIDTH, UNITS, 2, bias=False), 2 * 4 + 1),  # and the first layer's output
+        (lambda: torch.nn.LSTM(WIDTH, UNITS, bidirectional=True), 2 * 5),
+    ],
+)
+def test_a_recurrent_network_is_one_kernel_on_cuda_and_keeps_what_backward_needs(
+    network: Callable[[], torch.nn.Module], kept: int
+) -> None:
+    """Torch has no kernel for it on a CPU, or one that depends on the processor's instructions."""
+    traced = trace(_recurrent(network), Plan(), device="cuda")
+    kernels = [op for op in traced.ops if op.step == 1 and op.op.startswith("memfit.kernel")]
+    assert [op.phase for op in kernels] == [Phase.FORWARD, Phase.BACKWARD]
+    sizes = [a.requested_bytes for a in traced.allocations if a.step == 1 and a.phase is Phase.FORWARD]
+    assert not kept or kept * STEPS * ROWS * UNITS * 4 in sizes
+    assert traced.assumptions == (UNKNOWN_BUFFER,)
+
+
+def test_packed_sequences_keep_what_their_steps_need_on_cuda() -> None:
+    traced = trace(_recurrent(lambda: torch.nn.LSTM(WIDTH, UNITS), packed=True), Plan(), device="cuda")
+    sizes = [a.requested_bytes for a in traced.allocations if a.step == 1 and a.phase is Phase.FORWARD]
+    assert 5 * (5 + 4 + 2 + 1) * UNITS * 4 in sizes
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_without_cudnn_the_cells_of_a_recurrent_network_are_one_kernel_each(name: str) -> None:
+    with torch.backends.cudnn.flags(enabled=False):
+        job = _recurrent(lambda: getattr(torch.nn, name)(WIDTH, UNITS, 2))
+        traced = trace(job, Plan(), device="cuda")
+    ops = [op.op for op in traced.ops if op.step == 1]
+    assert sum(f"_thnn_fused_{name.lower()}_cell." in op for op in ops) == 2 * STEPS
+    assert traced.assumptions == ()
+
+
+def test_autocast_casts_a_recurrent_network_as_a_whole() -> None:
+    def loss(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(batch.device.type, torch.bfloat16):
+            return model(batch)[0].sum()  # type: ignore[no-any-return]
+
+    job = dataclasses.replace(_recurrent(lambda: torch.nn.GRU(WIDTH, UNITS)), loss=loss)
+    kernels = [op for op in trace(job, Plan(), device="cuda").ops if op.op.startswith("memfit.kernel")]
+    assert kernels[0].dtype == "bfloat16"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memfit.runtime import devices
 from memfit.store import Store, default_path, digest, fingerprint
 from memfit.store import environment as environment_module
 from memfit.types.errors import UserError
@@ -236,14 +238,35 @@ def test_the_fingerprint_records_thread_settings_and_missing_packages(
     assert found["numpy"][0].isdigit()
 
 
-def test_processor_and_gpu_names_are_read_from_kernel_files(tmp_path: Path) -> None:
+def test_processor_and_gpu_names_are_read_from_kernel_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Fast Chip 9000\nflags\t: a b\n")
     assert environment_module._processor(tmp_path / "cpuinfo") == "Fast Chip 9000"
     assert environment_module._processor(tmp_path / "missing")
-    gpu = tmp_path / "0000:01:00.0"
-    gpu.mkdir()
-    (gpu / "information").write_text("Model: \t\t NVIDIA H100 80GB HBM3\nIRQ: 1\n")
-    assert environment_module._nvidia_models(tmp_path) == ["NVIDIA H100 80GB HBM3"]
+    files = {
+        "proc/driver/nvidia/gpus/0000:01:00.0/information": "Model: \t\t NVIDIA H100 80GB HBM3\nIRQ: 1\n",
+        "sys/bus/pci/drivers/amdgpu/0000:02:00.0/product_name": "AMD Instinct MI300X OAM\n",
+        "sys/bus/pci/drivers/amdgpu/0000:03:00.0/product_name": "\n",  # a card that has none
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(devices, "_ROOT", tmp_path)
+    assert fingerprint()["accelerators"] == "NVIDIA H100 80GB HBM3, AMD Instinct MI300X OAM"
+
+
+def test_the_environment_names_the_accelerators_that_torch_has_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever makes them: their drivers need no files that memfit knows."""
+    found = devices.Accelerator(device="sim:0", name="Simulated accelerator", total_bytes=1, free_bytes=1)
+    asked = functools.cache(lambda: (found, found))
+    monkeypatch.setattr(devices, "_ROOT", tmp_path)
+    monkeypatch.setattr(devices, "accelerators", asked)
+    assert fingerprint()["accelerators"] == "none seen"
+    asked()
+    assert fingerprint()["accelerators"] == "Simulated accelerator, Simulated accelerator"
 
 
 @given(st.dictionaries(st.text(), st.text(), min_size=1, max_size=5))

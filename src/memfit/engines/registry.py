@@ -52,10 +52,17 @@ def supporting_engine(name: str, plan: Plan) -> Engine:
 def ready_engine(name: str, plan: Plan, device: str = HOST) -> Engine:
     """Return the engine called ``name`` if it supports the plan, can train it on devices of the kind
     ``device``, and is installed in a tested version. Otherwise raises UserError: the errors of
-    `supporting_engine`; an error that names the parts of the plan that require CUDA; or one that says what is
-    wrong with the installation and gives the command that installs a tested version."""
-    candidate = supporting_engine(name, plan)
-    if not device_kind(device).runs_cuda and (cuda_only_parts := candidate.asks_cuda(plan)):
+    `supporting_engine`; an error that names the kind of device, or the parts of the plan that require CUDA;
+    or one that says what is wrong with the installation and gives the command that installs a tested
+    version."""
+    candidate, kind = supporting_engine(name, plan), device_kind(device)
+    if candidate.cuda_only and not (kind.is_host or kind.runs_cuda):
+        raise UserError(
+            f"engine {name} cannot train on devices of the kind {device!r}: its library knows those of CUDA "
+            "and the processor",
+            hint="`--engine native` can, and `--on this:cpu` trains on the processor",
+        )
+    if not kind.runs_cuda and (cuda_only_parts := candidate.asks_cuda(plan)):
         where = "the CPU ranks of memfit's runs" if device == HOST else f"devices of the kind {device!r}"
         raise UserError(
             f"engine {name} cannot train this plan on {where}: {', '.join(cuda_only_parts)} requires CUDA",

@@ -251,6 +251,7 @@ class TrainingWatch:
 
     def _start_values(self, device: torch.device, rank: int, world_size: int) -> dict[str, Any]:
         assert self._recording is not None
+        name = "" if device.type == HOST else devices.device_name(device)
         return {
             "format": FORMAT,
             "rank": rank,
@@ -259,11 +260,11 @@ class TrainingWatch:
             "host": platform.node(),
             "time_s": time.time(),
             "device": str(device),
-            "device_name": "" if device.type == HOST else devices.device_name(device),
+            "device_name": name,
             "total_bytes": self._recording.readings.total_bytes,
             "memory_source": self._recording.readings.source,
             "energy_boundary": self._recording.energy.boundary,
-            "environment": fingerprint(),
+            "environment": {**fingerprint(), **({"accelerators": name} if name else {})},
             "prediction": {name: dataclasses.asdict(v) for name, v in self._prediction.items()},
             "limits": dataclasses.asdict(self._limits),
         }

@@ -165,7 +165,7 @@ def _refuse_changed(statuses: Mapping[str, Any], opened: Mapping[str, float]) ->
 def _software() -> list[Any]:
     """Return what of this machine and its software may decide a trace."""
     return [
-        dict(fingerprint()),
+        {name: fact for name, fact in fingerprint().items() if name != "accelerators"},
         _memfit_digest(),
         str(_MEMFIT),
         sys.version,

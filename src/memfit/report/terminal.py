@@ -34,6 +34,7 @@ from memfit.techniques.registry import short_label
 from memfit.types.dependence import DependenceKind, SampleDependence
 from memfit.types.machine import Calibration
 from memfit.types.result import Effort, Estimate, Poc, SearchResult, Timings, Trial
+from memfit.types.trace import UNKNOWN_BUFFER
 
 _STYLES: Final = {
     "ok": "green",
@@ -142,12 +143,12 @@ def _print_extent(view: SearchView, words: Words, console: Console) -> None:
 def _print_cautions(
     result: SearchResult, correction: Calibration | None, words: Words, console: Console
 ) -> None:
-    """Print, each if it is the case: that the search was interrupted, that the memory beside tensors is
-    unknown, that timings are noisy, and by the runs of which PoC the step times were corrected."""
+    """Print, each if it is the case: that the search was interrupted, which part of the memory is unknown,
+    that timings are noisy, and by the runs of which PoC the step times were corrected."""
     if result.unfinished:
         console.print(Text(words.get("terminal.unfinished"), style="bold yellow"))
     assumed = {a for c in filter(None, (result.baseline, result.recommended)) for a in c.estimate.assumptions}
-    for unknown in assumed & {UNKNOWN_FOOTPRINT, UNKNOWN_FOOTPRINT_HERE}:
+    for unknown in sorted(assumed & {UNKNOWN_FOOTPRINT, UNKNOWN_FOOTPRINT_HERE, UNKNOWN_BUFFER}):
         assumed_text = words.get("terminal.assumed", what=words.of(unknown))
         console.print(Text(assumed_text, style="yellow"))
     if result.timings is not None and result.timings.noisy:

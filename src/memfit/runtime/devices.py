@@ -42,6 +42,12 @@ _DRIVERS: Final = {
     "NVIDIA": (Path("/proc/driver/nvidia/version"), Path("/proc/driver/nvidia/version")),
     "AMD": (Path("/dev/kfd"), Path("/sys/module/amdgpu/version")),
 }
+_ROOT: Final = Path("/")
+# Files below the root of which each names an accelerator -> the expression whose group is the name.
+_PRODUCTS: Final = {
+    "proc/driver/nvidia/gpus/*/information": r"^Model:\s*(.+)$",
+    "sys/bus/pci/drivers/amdgpu/*/product_name": r"^(.+)$",
+}
 _SAFE_PATH: Final = "PYTHONSAFEPATH"  # as for every worker (engines/native.py)
 
 
@@ -120,6 +126,18 @@ def accelerators() -> tuple[Accelerator, ...]:
     return tuple(Accelerator(**facts) for facts in json.loads(lines[-1]))
 
 
+def accelerator_names() -> tuple[str, ...]:
+    """Return the product names of this machine's accelerators: those that `accelerators` has found, if this
+    process has called it, else those in the files of NVIDIA's and AMD's drivers. Torch is not loaded."""
+    if accelerators.cache_info().currsize:
+        return tuple(accelerator.name for accelerator in accelerators())
+    found = []
+    for pattern, expression in _PRODUCTS.items():
+        files = sorted(_ROOT.glob(pattern))
+        found += [match[1].strip() for file in files if (match := re.search(expression, _text(file), re.M))]
+    return tuple(found)
+
+
 def describe_accelerators() -> list[Accelerator]:
     """Return the accelerators that torch sees, with a context created on each. `accelerators` calls this in a
     child process."""
@@ -171,12 +189,15 @@ def loaded_drivers() -> dict[str, str]:
 
 def _version(file: Path) -> str:
     """Return the first number with points in a file, "" without one."""
+    match = re.search(r"\b\d+(\.\d+)+", _text(file))
+    return match[0] if match else ""
+
+
+def _text(file: Path) -> str:
     try:
-        text = file.read_text(encoding="utf-8", errors="replace")
+        return file.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
-    match = re.search(r"\b\d+(\.\d+)+", text)
-    return match[0] if match else ""
 
 
 def torch_build() -> str:

@@ -11,9 +11,11 @@ import json
 import os
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
+
+from memfit.runtime.devices import accelerator_names
 
 PACKAGES: Final = ("memfit", "torch", "transformers", "peft", "torchao", "bitsandbytes", "numpy")
 VARIABLES: Final = (
@@ -30,20 +32,16 @@ VARIABLES: Final = (
 _UNKNOWN: Final = "unknown"
 
 
-def fingerprint(accelerators: Sequence[str] = ()) -> Mapping[str, str]:
+def fingerprint() -> Mapping[str, str]:
     """Return facts about this machine and its software, name -> text: "python" (interpreter), "system",
-    "libc", "processor", "cores" (physical and logical), "ram_bytes", "accelerators" (the names in
-    ``accelerators``, or if there are none the GPUs that NVIDIA's driver knows: torch is not loaded), the
-    versions of `PACKAGES` under their names, and the values of the environment `VARIABLES` under their names
-    with "env " before. What cannot be determined is "unknown", a missing package "not installed", no
-    accelerator "none seen", and a variable that is not set "unset".
+    "libc", "processor", "cores" (physical and logical), "ram_bytes", "accelerators" (as `accelerator_names`
+    returns them: torch is not loaded), the versions of `PACKAGES` under their names, and the values of the
+    environment `VARIABLES` under their names with "env " before. What cannot be determined is "unknown", a
+    missing package "not installed", no accelerator "none seen", and a variable that is not set "unset".
 
     No host name, user name or path is among the facts unless a variable contains it, so that a record can be
     shared."""
-    hardware = _hardware()
-    if accelerators:
-        hardware["accelerators"] = ", ".join(accelerators)
-    return _software() | hardware | {f"env {name}": os.environ.get(name, "unset") for name in VARIABLES}
+    return _software() | _hardware() | {f"env {name}": os.environ.get(name, "unset") for name in VARIABLES}
 
 
 def digest(environment: Mapping[str, str]) -> str:
@@ -77,7 +75,7 @@ def _hardware() -> dict[str, str]:
         "processor": _processor(Path("/proc/cpuinfo")),
         "cores": f"{physical or _UNKNOWN} physical, {logical or _UNKNOWN} logical",
         "ram_bytes": str(psutil.virtual_memory().total),
-        "accelerators": ", ".join(_nvidia_models(Path("/proc/driver/nvidia/gpus"))) or "none seen",
+        "accelerators": ", ".join(accelerator_names()) or "none seen",
     }
 
 
@@ -86,15 +84,6 @@ def _processor(cpuinfo: Path) -> str:
     name from Python, or "unknown"."""
     match = re.search(r"^model name\s*:\s*(.+)$", _read(cpuinfo), re.MULTILINE)
     return match[1].strip() if match else platform.processor() or _UNKNOWN
-
-
-def _nvidia_models(folder: Path) -> list[str]:
-    """Return the model of each GPU for which the NVIDIA driver has a folder in ``folder``, in the order of
-    these folders' names; empty if there is no driver."""
-    texts = [_read(file) for file in sorted(folder.glob("*/information"))]
-    return [
-        match[1].strip() for text in texts if (match := re.search(r"^Model:\s*(.+)$", text, re.MULTILINE))
-    ]
 
 
 def _read(file: Path) -> str:

@@ -120,7 +120,7 @@ class Guesses:
             self.open[line] = None
             answer = 1.0 if is_float else 1
         if not (is_bool and bound):
-            self._tell(f".item() on {tensor.dtype} answered {answer}{source}", line)
+            self.assume(f".item() on {tensor.dtype} answered {answer}{source}", line)
         return answer
 
     def _rejects(self) -> bool:
@@ -167,7 +167,7 @@ class Guesses:
                     hint="remove the operator from the training step",
                 ) from None
             origin = "assumed values" if is_guess else "known values, as in the batch"
-            self._tell(f"{op} gave its result for {origin}", line)
+            self.assume(f"{op} gave its result for {origin}", line)
             if is_guess:
                 self.assumed[line or op] = None
             return _pytree.tree_map_only(torch.Tensor, _without_values, values)
@@ -204,7 +204,7 @@ class Guesses:
             else:
                 raise _unbounded(op, line)
         size = math.ceil(bound * most) if isinstance(bound, float) else bound
-        self._tell(f"{op} gave {size} of {most} elements{source}", line)
+        self.assume(f"{op} gave {size} of {most} elements{source}", line)
         return size
 
     def _given(self, op: str, line: str) -> int | float | None:
@@ -231,10 +231,12 @@ class Guesses:
             self.open |= {line: None} if bound is None else {}
             with unset_fake_temporarily():
                 constants = torch.full(tensor.shape, 1 if bound is None else bound).to(tensor.dtype)
-            self._tell(f"{what} gave {1 if bound is None else bound} everywhere", line)
+            self.assume(f"{what} gave {1 if bound is None else bound} everywhere", line)
             return constants
         is_guess = is_assumed(values)
-        self._tell(f"{what} gave {'assumed ' if is_guess else ''}values" + self._source(is_guess, line), line)
+        self.assume(
+            f"{what} gave {'assumed ' if is_guess else ''}values" + self._source(is_guess, line), line
+        )
         return values
 
     def _of_assumed(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
@@ -258,7 +260,8 @@ class Guesses:
             return func(*real_arguments[0], **real_arguments[1])
         return None
 
-    def _tell(self, text: str, line: str) -> None:
+    def assume(self, text: str, line: str = "") -> None:
+        """List a sentence for the user, with the line that it is about."""
         self.assumptions[text + (f" at {line}" if line else "")] = None
 
     def positions(self, func: Any, args: Any) -> Any:
@@ -439,7 +442,7 @@ def _equal(self: Guesses, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> bo
     Torch compares such a scalar to test a condition (is_scalar_tensor_true in TensorUtils, for istft's
     windows), and a true condition is an error there."""
     answer = tensor.dim() > 0 or tensor.dtype is not torch.bool
-    self._tell(f"equal answered {answer}", library_line())
+    self.assume(f"equal answered {answer}", library_line())
     return answer
 
 

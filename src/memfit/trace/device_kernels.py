@@ -11,11 +11,11 @@ also hold for calls inside torch's own modules and functions. For CUDA:
 - Autocast follows CUDA's lists (`cuda_autocast_on_host`).
 - ``softmax(dtype=float32)`` of a float16 tensor is one kernel and makes no float32 copy of its input. Of a
   bfloat16 tensor it makes one (``softmax`` in aten/src/ATen/native/SoftMax.cpp).
-- ``rms_norm`` is one kernel, and so are the gates of an LSTM's cell with biases.
+- ``rms_norm`` is one kernel.
 - Layer normalisation keeps its statistics in float32.
 
-On every accelerator, a layer of an LSTM is one kernel. Torch chooses it for CPU tensors by their dtype and by
-the instructions of this machine's processor; the trace must depend on neither.
+For every accelerator, recurrent networks run as `recurrent_kernels` says. Torch chooses their kernels for CPU
+tensors by their dtype and by the instructions of this machine's processor; the trace must depend on neither.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from memfit.techniques.synthetic_kernel import kernel, read_bytes
 from memfit.trace.autograd_patches import patch_formulas
 from memfit.trace.device_autocast import cuda_autocast_on_host
 from memfit.trace.evoformer_kernel import trace_evoformer_attention
+from memfit.trace.recurrent_kernels import CELLS_ON_FAKES, recurrent_kernels
 from memfit.types.device_kind import CUDA, HOST, DeviceKind, device_kind
 
 _ATEN: Any = torch.ops.aten
 _HALF = (torch.float16, torch.bfloat16)
-_LSTM_MODE = 2  # among torch's recurrent networks
 
 
 @contextlib.contextmanager
-def use_device_kernels(device: str) -> Iterator[None]:
+def use_device_kernels(device: str, note: Callable[[str], None] = lambda text: None) -> Iterator[None]:
     """Inside this context, patch the derivatives that differ for fake tensors (`patch_formulas`) and, unless
     ``device`` is "cpu", run the kernels that a device of this kind would run for tensors on the CPU, and let
     autocast that the model enters for the device (`autocast_on_host`) be that of the host, with the device's
     lists. For "cuda", also replace the kernels of DeepSpeed's attention for Evoformers
-    (`trace_evoformer_attention`)."""
+    (`trace_evoformer_attention`). ``note`` is called with what is not known of a kernel that runs."""
     if (kind := device_kind(device)).is_host:
         with patch_formulas():
             yield
@@ -55,7 +55,7 @@ def use_device_kernels(device: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for owner, name, replacement in autocast_on_host(lambda d: torch.device(d).type == kind.name):
             stack.enter_context(mock.patch.object(owner, name, replacement))
-        for context in (patch_formulas(), _kernels_of(kind)):
+        for context in (patch_formulas(), _kernels_of(kind, note)):
             stack.enter_context(context)
         if kind.autocast == "cuda":
             stack.enter_context(cuda_autocast_on_host())
@@ -65,8 +65,8 @@ def use_device_kernels(device: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _kernels_of(kind: DeviceKind) -> Iterator[None]:
-    kernels: dict[str, Callable[..., Any]] = {"lstm.input": _lstm}
+def _kernels_of(kind: DeviceKind, note: Callable[[str], None]) -> Iterator[None]:
+    kernels = dict(recurrent_kernels(kind, note))
     if kind.kernels == "cuda":
         kernels |= {
             "scaled_dot_product_attention": _attention,
@@ -74,7 +74,7 @@ def _kernels_of(kind: DeviceKind) -> Iterator[None]:
             "log_softmax.int": _log_softmax,
         }
     if kind.name == CUDA:
-        kernels |= {"rms_norm": _rms_norm, "lstm_cell": _lstm_cell}
+        kernels["rms_norm"] = _rms_norm
     if kind.fused_dropout:
         kernels["dropout"] = _dropout
     with torch.library._scoped_library("aten", "IMPL") as library, warnings.catch_warnings():
@@ -82,6 +82,8 @@ def _kernels_of(kind: DeviceKind) -> Iterator[None]:
         for name, function in kernels.items():
             for key in ("AutogradCPU", "CPU"):
                 library.impl(name, function, key)
+        for name, function in CELLS_ON_FAKES.items():
+            library.impl(name, function, "Meta")
         yield
 
 
@@ -236,82 +238,6 @@ class _RmsNorm(torch.autograd.Function):
         read = read_bytes([t for t in (tensor, weight, scale, *grads) if t is not None])
         kernel([t for t in results if t is not None], read)
         return *results, None
-
-
-def _lstm(input: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # noqa: A002
-    """Return (output, last hidden states, last cell states) of an LSTM, with the arguments of ``torch.lstm``.
-    Each layer and direction is one kernel, as torch's own implementation calls it on a CPU in float32
-    (aten/src/ATen/native/mkldnn/RNN.cpp). LSTMs of packed sequences, of complex numbers or with projections
-    are left to torch."""
-    is_packed = isinstance(args[0], torch.Tensor)
-    directions = 2 if args[-2] is True else 1
-    if is_packed or len(args[1]) != (4 if args[2] else 2) * args[3] * directions or input.is_complex():
-        return _ATEN.lstm.input.decompose(input, *args)  # type: ignore[no-any-return]
-    (hidden, cell), weights, has_biases, layers, dropout, train, bidirectional, batch_first = args
-    count = len(weights) // (layers * directions)
-    states = hidden.contiguous(), cell.contiguous()
-    hidden_size = hidden.shape[-1]
-    layer_input = (input.transpose(0, 1) if batch_first else input).contiguous()
-    ends: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for layer in range(layers):
-        outputs = []
-        for direction in range(directions):
-            index = layer * directions + direction
-            own = [*weights[index * count : (index + 1) * count]]
-            own += [torch.zeros_like(own[0][:, 0]) for _ in range(4 - count)]  # without biases
-            output, *end, _ = torch.ops.aten.mkldnn_rnn_layer(
-                layer_input,
-                *own,
-                *(state[index] for state in states),
-                direction > 0,
-                [],
-                _LSTM_MODE,
-                hidden_size,
-                layers,
-                has_biases,
-                bidirectional,
-                batch_first,
-                train,
-            )
-            if output.requires_grad:
-                output = _KeptGates.apply(output)  # type: ignore[no-untyped-call]
-            outputs.append(output)
-            ends.append((end[0], end[1]))
-        layer_input = outputs[0] if directions == 1 else torch.cat(outputs, -1)
-        if dropout and train and layer < layers - 1:
-            layer_input = functional.dropout(layer_input, dropout)
-    last_hidden, last_cell = (torch.stack([end[i] for end in ends]) for i in range(2))
-    return layer_input.transpose(0, 1) if batch_first else layer_input, last_hidden, last_cell
-
-
-class _KeptGates(torch.autograd.Function):
-    """Autograd function that returns its input, the output of an LSTM layer, and keeps for backward what its
-    kernel keeps: four gates and the cell state of each step. How large cuDNN's buffer is in fact is not
-    published; this is the least that its backward needs."""
-
-    @staticmethod
-    def forward(ctx: Any, output: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(output.new_empty((*output.shape[:-1], 5 * output.shape[-1])))
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
-        return grads[0]
-
-
-def _lstm_cell(
-    input: torch.Tensor,  # noqa: A002 - torch's own name
-    hx: list[torch.Tensor],
-    w_ih: torch.Tensor,
-    w_hh: torch.Tensor,
-    b_ih: torch.Tensor | None = None,
-    b_hh: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if b_ih is None:  # torch's fake tensors lack this form of the kernel
-        return _ATEN.lstm_cell.default.decompose(input, hx, w_ih, w_hh)  # type: ignore[no-any-return]
-    gates = input @ w_ih.t(), hx[0] @ w_hh.t()
-    hidden, cell, _ = _ATEN._thnn_fused_lstm_cell(*gates, hx[1], b_ih, b_hh)
-    return hidden, cell
 
 
 def _softmax(tensor: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -389,7 +389,7 @@ def _begin(recorder: AllocationRecorder, model_bytes: list[int], bench: Workbenc
         bench.first_part = partial(_first_part, recorder, bench.first_part)
     bench.run_slices = SliceReplay(recorder)
     bench.on_kept = lambda tensor, category: recorder.label(tensor, Category(category))
-    bench.on_assumption = lambda sentence: recorder.guesses.assumptions.update({sentence: None})
+    bench.on_assumption = recorder.guesses.assume
     label_tensors(recorder, [*bench.model.named_parameters(), *bench.model.named_buffers()])
 
 
@@ -473,7 +473,7 @@ def recording_patches(recorder: AllocationRecorder) -> Iterator[None]:
         _random_states(recorder),
         _resizes(recorder),
         _propagation_unseen(recorder),
-        use_device_kernels(recorder.device),
+        use_device_kernels(recorder.device, recorder.guesses.assume),
         patch_value_reads(recorder.guesses),
     ):
         yield

@@ -23,6 +23,9 @@ class DeviceKind:
       outputs and temporary memory.
     - ``autocast``: "cpu" or "cuda": whose lists of float32 functions its autocast follows.
     - ``fused_dropout``: dropout keeps a mask of one byte per element, not one of the input's dtype.
+    - ``one_kernel_networks``: of torch's recurrent networks ("lstm", "gru", "rnn_tanh", "rnn_relu"), those
+      that run as one kernel each. The others run step by step.
+    - ``fused_cells``: the cell of an LSTM or a GRU is one kernel.
     - ``foreach``: torch's optimizers update all parameters together by default.
     - ``streams``: torch has streams for it, on which copies run beside operators.
     - ``reserves_as_cuda``: its allocator keeps segments as that of CUDA does, which cost/allocator.py
@@ -43,6 +46,8 @@ class DeviceKind:
     kernels: str = "cuda"
     autocast: str = "cuda"
     fused_dropout: bool = True
+    one_kernel_networks: tuple[str, ...] = ()
+    fused_cells: bool = True
     foreach: bool = True
     streams: bool = True
     reserves_as_cuda: bool = False
@@ -91,6 +96,7 @@ add_device_kind(
         kernels="cpu",
         autocast="cpu",
         fused_dropout=False,
+        fused_cells=False,
         foreach=False,
         bitsandbytes=True,
         checked=True,
@@ -99,6 +105,7 @@ add_device_kind(
 add_device_kind(
     DeviceKind(
         name=CUDA,
+        one_kernel_networks=("lstm", "gru", "rnn_tanh", "rnn_relu"),  # cuDNN, MIOpen
         reserves_as_cuda=True,
         visible_variable="CUDA_VISIBLE_DEVICES",
         nvml=True,
@@ -112,6 +119,8 @@ add_device_kind(
     DeviceKind(
         name="mps",
         fused_dropout=False,
+        one_kernel_networks=("lstm",),
+        fused_cells=False,
         foreach=False,
         streams=False,
         keeps_peak=False,

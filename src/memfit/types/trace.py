@@ -11,9 +11,15 @@ import itertools
 import operator
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from memfit.types.device_kind import device_kind
+
+# One of a trace's assumptions if it has recurrent networks that are one kernel each.
+UNKNOWN_BUFFER: Final = (
+    "what the kernel of a recurrent network keeps for backward (cuDNN's reserve space) has no published "
+    "size: the least that backward needs is counted"
+)
 
 
 class Category(enum.StrEnum):

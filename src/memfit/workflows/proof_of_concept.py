@@ -35,7 +35,6 @@ from memfit.report.case import case_offers
 from memfit.report.html import write_html
 from memfit.report.words import load_words
 from memfit.runtime import local_machine
-from memfit.runtime.devices import accelerators
 from memfit.store.database import Store
 from memfit.store.environment import fingerprint
 from memfit.store.pocs import resolve_poc_id, store_attended_minutes, stored_poc
@@ -77,7 +76,6 @@ from memfit.workflows.sweep import (
     SweepTrial,
     TrialResult,
     TrialState,
-    device_name,
     prepared_trial,
 )
 
@@ -335,7 +333,6 @@ class _Story:
 
     def begin(self, original_request: Request) -> Poc:
         job, result, request = self.planning.job, self.planning.result, self.planning.request
-        is_host = request.machine.device.is_host
         # Other machines and sizes are only reported for one device, and for models that are traced quickly.
         metric, covers_other_sizes = job.metric, request.ranks == 1 and not is_long(self.planning.predictor)
         paper, offers = (
@@ -359,7 +356,7 @@ class _Story:
             metric_naive_name=metric.naive_name if metric else "",
             metric_margin_source=metric.margin_source if metric else "",
             machine=request.machine.name,
-            environment=fingerprint([] if is_host else [a.name for a in accelerators()]),
+            environment=fingerprint(),
             cap_bytes=self.planning.cap_bytes,
             cap_reason=self.planning.cap_reason,
             search=result,
@@ -650,7 +647,7 @@ def _notes_on_places(sweep: Sweep, device: Device) -> Iterator[str]:
     ``device`` of this machine."""
     if sweep.is_parallel:
         yield "Runs were made side by side, which may have changed their step times."
-    here = device_name(fingerprint()) if device.is_host else device.name
+    here = fingerprint()["processor"] if device.is_host else device.name
     if others := sorted({r.device for r in sweep.results if r.device not in ("", here)}):
         yield f"Runs were made on {', '.join(others)}; the predictions are for {here}."
 

@@ -196,7 +196,7 @@ def make_trials(
     refs = [dataclasses.replace(job, size=size) for size in sizes] or [job]
     for ref in refs:
         load(ref)
-    wheres = {placement.kind: _where(placement) for placement in placements}
+    wheres = {placement.kind: _where(placement, settings.on) for placement in placements}
     trials = tuple(
         SweepTrial(
             trial_id=_trial_id(ref, plan, seed, wheres[placement.kind], settings),
@@ -227,7 +227,7 @@ def prepared_trial(prepared: PreparedRun, placement: Placement) -> SweepTrial:
     prepared = dataclasses.replace(prepared, spec=dataclasses.replace(prepared.spec, source_digest=source))
     spec = prepared.spec
     return SweepTrial(
-        trial_id=_digest(_where(placement), {"spec": serialization.to_plain(spec)}),
+        trial_id=_digest(_where(placement, f"this:{spec.device}"), {"spec": serialization.to_plain(spec)}),
         job=spec.job,
         plan=spec.plan,
         plan_name=spec.name,
@@ -252,12 +252,15 @@ def _trial_id(job: JobRef, plan: Plan, seed: int, where: Mapping[str, str], sett
     return _digest(where, facts)
 
 
-def _where(placement: Placement) -> Mapping[str, str]:
+def _where(placement: Placement, on: str) -> Mapping[str, str]:
     """Return what of the place decides on a result: its kind, the versions of what trains, and for local
-    trials the name of this machine's device."""
+    trials the name of the device that ``on`` chooses."""
     environment = fingerprint()
     facts = {name: environment[name] for name in ("memfit", "torch")} | {"kind": placement.kind}
-    return facts | ({"device": device_name(environment)} if placement.executor == "local" else {})
+    if placement.executor != "local":
+        return facts
+    device = this_machine("world", on.partition(":")[2]).device
+    return facts | {"device": environment["processor"] if device.is_host else device.name}
 
 
 def _digest(where: Mapping[str, str], facts: Mapping[str, Any]) -> str:
@@ -650,14 +653,9 @@ def _checked(trial: SweepTrial, text: str) -> RunRecord:
 
 
 def device_of(run: Run, environment: Mapping[str, str]) -> str:
-    """Return the name of the device that trained the run, made in this environment."""
-    return run.measurement.device or device_name(environment)
-
-
-def device_name(environment: Mapping[str, str]) -> str:
-    """Return the name of the GPU, or without one that of the processor."""
-    gpu = environment.get("accelerators", "none seen")
-    return gpu if gpu != "none seen" else environment.get("processor", "unknown")
+    """Return the name of the device that trained the run, made in this environment: an accelerator's, or the
+    processor's."""
+    return run.measurement.device or environment.get("processor", "unknown")
 
 
 # --- folders of sweeps

@@ -163,5 +163,6 @@ ENGINE = Engine(
     applied_by_files=frozenset(),
     reasons=_reasons,
     asks_cuda=_asks_cuda,
+    cuda_only=True,
     files=lambda spec: {CONFIG: json.dumps(config(spec.plan, spec.clip), indent=2) + "\n"},
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,7 +35,7 @@ class Step(TrainingStep):
                 "which frees parameters between steps",
                 allowed="ZeRO stages 0 to 2, or the engine native, which averages the shards of each rank",
             )
-        import_deepspeed()
+        import_deepspeed(torch.device(bench.torch_device).type)
         assert self.folder is not None
         config = json.loads((self.folder / CONFIG).read_text())
         if config["bf16"]["enabled"]:
@@ -64,14 +65,21 @@ class Step(TrainingStep):
         return torch.as_tensor(self.wrapped.get_global_grad_norm())
 
 
-def import_deepspeed() -> Any:
-    """Import DeepSpeed and return it. Keep it from compiling its kernel for all-reduces between processes of
-    one host.
+def import_deepspeed(kind: str) -> Any:
+    """Import DeepSpeed for devices of this kind and return it. Raises UserError if it does not know the kind.
+    Keep it from compiling its kernel for all-reduces between processes of one host.
 
     Only inference uses that kernel. A process that is killed while it builds or loads the kernel leaves a
     lock file behind, and every later start on the machine would wait for that lock forever.
     """
-    import deepspeed
-
+    try:
+        import deepspeed
+    except ValueError as error:  # of DS_ACCELERATOR
+        kinds = ", ".join(re.findall(r"'(\w+)'", str(error)))
+        raise UserError(
+            f"engine deepspeed cannot train on devices of the kind {kind!r}: DeepSpeed does not know it",
+            allowed=kinds or str(error),
+            hint="`--engine native` can, and `--on this:cpu` trains on the processor",
+        ) from error
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

@@ -180,6 +180,7 @@ ENGINE = Engine(
     applied_by_files=_CARRIES | {"sgd", "clipping"},
     reasons=_reasons,
     asks_cuda=_asks_cuda,
+    cuda_only=True,
     files=lambda spec: {CONFIG: options_text(arguments(spec))},
     env={"CUDA_DEVICE_MAX_CONNECTIONS": "1"},
     own_trace=True,
