@@ -12,7 +12,13 @@ from unittest import mock
 
 from memfit.catalog.load import device, device_names
 from memfit.cost.allocator import Settings, replay
-from memfit.cost.device_overhead import added, device_overhead, interval_of, nccl_bytes, with_workspaces
+from memfit.cost.device_overhead import (
+    device_overhead,
+    interval_of,
+    nccl_bytes,
+    total_interval,
+    with_workspaces,
+)
 from memfit.cost.estimate import MEMORY_RATIO, allocated_interval, interval_around
 from memfit.cost.memory import levels, memory_profile
 from memfit.cost.memory_estimate import ASSUMED_RESERVED_RATIO, footprint
@@ -401,7 +407,7 @@ def _beside(setup: Setup, card: Device | None, traced: Trace) -> Interval | None
         code = interval_of(card.kernels_bytes)  # of products, which an empty process has not loaded
         own = float(setup.context_bytes)
         context = Interval(value=own, low=own, high=own + (code.high if code else 0.0))
-        return added((context, *(nccl_bytes(card, ranks) for _, ranks in groups if ranks > 1)))
+        return total_interval((context, *(nccl_bytes(card, ranks) for _, ranks in groups if ranks > 1)))
     total = device_overhead(card, groups).total_bytes
     if total is None or not setup.older(2022, 11):
         return total
@@ -413,7 +419,7 @@ def _ranges(
 ) -> dict[str, tuple[float, float]]:
     """Memory of which the source does not say what it counts is anything from the live tensors to the
     device's memory."""
-    device_memory = added((reserved, beside)) or reserved
+    device_memory = total_interval((reserved, beside)) or reserved
     kinds = {"allocated": allocated, "reserved": reserved, "device": device_memory}
     found = {kind: (i.low / i.value, i.high / i.value) for kind, i in kinds.items()}
     found["unstated"] = (allocated.low / allocated.value, device_memory.high / allocated.value)

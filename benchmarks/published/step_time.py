@@ -138,8 +138,8 @@ def play(setup: Setup, card: Device, trace: Trace) -> SimulatedStep:
     trace = dataclasses.replace(trace, ops=ops)
     apart = setup.ranks["tp"] if "async-tensor" in setup.overlap else 1
     # Asynchronous tensor parallelism hides all but the first of so many parts of each transfer.
-    quicker = {"link": 1 / apart}
-    player = StreamSimulator(model=model, machine=machine, members=trace.members, quicker=quicker)
+    work_factors = {"link": 1 / apart}
+    player = StreamSimulator(model=model, machine=machine, members=trace.members, work_factors=work_factors)
     return player.step(trace)
 
 

@@ -221,7 +221,7 @@ def test_the_saving_interval_contains_the_point_estimate(
 ) -> None:
     best, reference = (Alternative(**way) for way in pair)
     told = data.draw(ranges(terms))
-    point = money.saved_percent(money.sheet(best, terms), money.sheet(reference, terms))
+    point = money.sheet(best, terms).saved_percent(money.sheet(reference, terms))
     found = monte_carlo.interval(best, reference, terms, told, draws=50)
     if point is None:
         assert found is None
@@ -236,14 +236,14 @@ def test_the_saving_interval_contains_the_point_estimate(
 @given(data=st.data(), pair=pairs, terms=all_terms)
 def test_a_term_without_a_range_has_no_swing(data: st.DataObject, pair: Pair, terms: Terms) -> None:
     best, reference = (Alternative(**way) for way in pair)
-    point = money.saved_percent(money.sheet(best, terms), money.sheet(reference, terms))
+    point = money.sheet(best, terms).saved_percent(money.sheet(reference, terms))
     assume(point is not None)
     for term in data.draw(ranges(terms)):
         still = dataclasses.replace(term, low=term.value, high=term.value)
         assert monte_carlo.tornado(best, reference, terms, [still]) == ()
         assert term.value is not None
         there = monte_carlo.replace_numbers(terms, {term.name: term.value})
-        again = money.saved_percent(money.sheet(best, there), money.sheet(reference, there))
+        again = money.sheet(best, there).saved_percent(money.sheet(reference, there))
         assert again == pytest.approx(point, rel=1e-6, abs=1e-6)
         one_sided = dataclasses.replace(term, low=term.value)
         for swing in monte_carlo.tornado(best, reference, terms, [one_sided]):
@@ -258,7 +258,7 @@ def test_a_term_of_value_zero_may_have_a_range(pair: Pair, terms: Terms) -> None
     for name in ("tax_ratio", "levy_per_kwh"):
         term = Term(name=name, value=0.0, unit="", low=0.0, high=0.1)
         there = monte_carlo.replace_numbers(terms, {name: 0.1})
-        ends = [money.saved_percent(money.sheet(best, t), money.sheet(reference, t)) for t in (terms, there)]
+        ends = [money.sheet(best, t).saved_percent(money.sheet(reference, t)) for t in (terms, there)]
         found = monte_carlo.tornado(best, reference, terms, [term])
         if ends[0] is None or ends[1] is None:
             assert found == ()
@@ -332,7 +332,7 @@ def test_the_cost_of_a_machine_that_is_not_rented_is_unknown_without_its_power(
     assert (money.cheapest([dark], [sheet], [0]) == 0) is rented
     other = money.sheet(Alternative(**{**way, "power_w": 100.0}), terms)
     assert sheet.initial == other.initial
-    assert rented or money.saved_percent(sheet, other) is money.saved_percent(other, sheet) is None
+    assert rented or sheet.saved_percent(other) is other.saved_percent(sheet) is None
 
 
 # -- whatever the currency, the language and the place -----------------------------------------------

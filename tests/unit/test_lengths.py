@@ -18,8 +18,8 @@ from torch.nn import functional
 from memfit.cost.lengths import (
     PeakModel,
     Shape,
-    all_among,
     batchings,
+    chance_all_good,
     fit,
     oom_per_epoch,
     oom_per_step,
@@ -158,8 +158,8 @@ def test_out_of_memory_probabilities_match_a_simulation() -> None:
 
 @given(st.integers(1, 6), st.integers(0, 12))
 def test_all_among_is_a_probability_and_1_where_every_item_is_good(chosen: int, good: int) -> None:
-    assert all_among(chosen, 12, 12) == pytest.approx(1)
-    assert 0 <= all_among(chosen, good, 12) <= 1
+    assert chance_all_good(chosen, 12, 12) == pytest.approx(1)
+    assert 0 <= chance_all_good(chosen, good, 12) <= 1
 
 
 # --- ways to batch

@@ -105,7 +105,7 @@ def test_a_gather_started_early_is_hidden_behind_compute() -> None:
     assert alone < 0.02
     assert ahead.exposed_s == 0
     assert ahead.step_s == pytest.approx(
-        4 * player().item(work()).seconds + alone * (1 / (1 - 1 / 8) - 1), rel=0.01
+        4 * player().time_call(work()).seconds + alone * (1 / (1 - 1 / 8) - 1), rel=0.01
     )
     blocked = player().simulate([gather(stream="s"), wait("", "s"), *[work()] * 4])
     assert blocked.exposed_s == pytest.approx(alone, rel=0.01)
@@ -141,7 +141,7 @@ def test_many_tiny_kernels_wait_for_the_host() -> None:
 def test_a_blocking_host_adds_its_issue_time_to_every_kernel() -> None:
     steps = [work(), gather(stream="s"), work(), wait("", "s"), work()]
     waiting = dataclasses.replace(player(), blocking=True)
-    items = [waiting.item(op) for op in steps]
+    items = [waiting.time_call(op) for op in steps]
     assert waiting.simulate(steps).step_s == pytest.approx(sum(i.seconds + i.issue_s for i in items))
     assert player().simulate(steps).step_s < waiting.simulate(steps).step_s
 
@@ -192,4 +192,4 @@ def test_a_faster_machine_never_takes_longer(
     fast = machine(flops=100e12 * faster, bandwidth=1e12 * wider, link=100e9 * link)
     slow = player().simulate(ops).step_s
     assert player(fast).simulate(ops).step_s <= slow * (1 + 1e-9)
-    assert slow >= sum(player().item(o).seconds for o in ops if o.op.startswith("aten"))
+    assert slow >= sum(player().time_call(o).seconds for o in ops if o.op.startswith("aten"))

@@ -26,7 +26,7 @@ from memfit.planner.request import Planning, Request
 from memfit.planner.search import SearchInterrupted
 from memfit.planner.selection import TIMED, Objective, best, timed_band
 from memfit.report.terminal import print_search
-from memfit.store.calibration import CalibrationCache, selected
+from memfit.store.calibration import CalibrationCache, select_operators
 from memfit.trace import trace_pool
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
@@ -173,7 +173,7 @@ def test_what_is_stored_is_never_overwritten_until_it_is_forgotten(tmp_path: Pat
     assert again.op_s == {"a": 1.0, "b": 2.0}
     assert cache.read() == again
     assert CalibrationCache(2, cache.path).read().op_s == {}  # another number of threads
-    assert selected(again, {"b"}).op_s == {"b": 2.0}
+    assert select_operators(again, {"b"}).op_s == {"b": 2.0}
     cache.forget()
     assert cache.read() == Calibration()
 

@@ -211,7 +211,7 @@ def test_figures_follow_the_sliders_by_the_formulas(opened: Any, moves: dict[str
         assert row.locator("[data-name]").inner_text().endswith(ways[index].machine)
         _same(opened, slot, sheets[index])
         if slot != "reference":
-            share = money.saved_percent(sheets[index], sheets[reference])
+            share = sheets[index].saved_percent(sheets[reference])
             told = float(row.locator("[data-figure=saved]").get_attribute("data-value"))
             assert told == pytest.approx(share, rel=1e-9, abs=1e-9)
     candidates = [i for i in (mine, slots["purchase"], slots["cloud"]) if i is not None and sheets[i].enough]

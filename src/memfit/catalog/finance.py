@@ -23,7 +23,7 @@ class Currency:
     decimal places of an amount, such as 2 for USD and 0 for JPY.
     """
 
-    code: str  # ISO 4217
+    code: str
     symbol: str
     decimals: int
     per_usd: Fact
@@ -40,8 +40,8 @@ class Tariff:
     place: str
     currency: str
     energy_per_kwh: Fact
-    levy_per_kwh: Fact | None = None  # added to the price of energy
-    basic_per_kw_month: Fact | None = None  # per month and kW of contracted power
+    levy_per_kwh: Fact | None = None
+    basic_per_kw_month: Fact | None = None
 
 
 def currency_codes() -> tuple[str, ...]:
@@ -73,7 +73,7 @@ def default_names() -> tuple[str, ...]:
 def currency(code: str) -> Currency:
     """Return a currency of the catalog by its ISO code, such as ``"JPY"`` or ``"jpy"``.
 
-    Raises UserError for an unknown code, with all known codes.
+    Raises UserError for an unknown code, with the closest codes, if any, and all known codes.
     """
     catalog_code = find(code, what="currency", rows=_rows("currencies"))
     row = _rows("currencies")[catalog_code]
@@ -130,8 +130,8 @@ def supplier_co2(name: str) -> Fact:
 
 
 def site_pue(name: str) -> Fact:
-    """Return the PUE, electricity of the whole site over that of its computers, of a "desk" or a "cloud"; any
-    other name raises KeyError. That of a server room is the place's, see `catalog.place`.
+    """Return the PUE (electricity of the whole site over that of its computers) of the site ``name``, "desk"
+    or "cloud"; any other raises KeyError. The PUE of a server room is that of its place, see `catalog.place`.
     """
     return fact(_rows("sites")[name]["pue_ratio"], _sources())
 
@@ -163,7 +163,8 @@ def host_usd(name: str) -> Fact | None:
 def default(name: str) -> Fact:
     """Return the value of a figure, for example ``"discount_rate"``, that is used if the user gives none.
 
-    Raises UserError if the catalog has no default of that name, with all known names.
+    Raises UserError if the catalog has no default of that name, with the closest names, if any, and all known
+    names.
     """
     catalog_name = find(name, what="default", rows={key: {} for key in default_names()})
     return fact(_rows("defaults")[catalog_name], _sources())

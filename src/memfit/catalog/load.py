@@ -73,7 +73,7 @@ def link(name: str) -> Link:
 
     Raises UserError for an unknown name, with the closest names, if any, and all known names.
     """
-    return _link("links", find(name, what="link", rows=table("links.toml")["links"]))
+    return _link(find(name, what="link", rows=table("links.toml")["links"]))
 
 
 def network(name: str, devices_per_host: int = 1) -> Link:
@@ -194,9 +194,9 @@ def _device(name: str) -> Device:
 
 
 @functools.cache
-def _link(table_name: str, name: str) -> Link:
+def _link(name: str) -> Link:
     links = table("links.toml")
-    return Link(name=name, **facts(links[table_name][name], links["sources"], ("bytes_s", "latency_s")))
+    return Link(name=name, **facts(links["links"][name], links["sources"], ("bytes_s", "latency_s")))
 
 
 @functools.cache

@@ -3,8 +3,8 @@
 ::
 
     name = "lab cluster"
-    hosts = 4                  # in all: hosts x devices_per_host, or device_count; 1 host by default
-    devices_per_host = 2
+    hosts = 4                  # any two of hosts, devices_per_host and device_count (of all hosts together);
+    devices_per_host = 2       # or one of the last two for a single host; without all three, one device
     network = "RoCE-100G"      # between hosts, or a [network] table with name and bytes_s
     host = "workstation"       # or a [host] table; by default the catalog's host for a device of the catalog
     place = "japan"            # or a [place] table with usd_per_kwh, co2_g_per_kwh and pue_ratio
@@ -51,7 +51,7 @@ def from_toml(path: str | Path) -> Machine:
     impossible values.
     """
     data = read_toml(Path(path))
-    problems = [*_counted(data), *_named(data)]
+    problems = [*_resolve_counts(data), *_resolve_names(data)]
     problems += _unknown_keys(Machine, data)
     machine, build_problems = _build(data)
     reported_keys = {problem.partition(":")[0] for problem in problems}
@@ -60,7 +60,8 @@ def from_toml(path: str | Path) -> Machine:
         for build_problem in build_problems
         if build_problem.partition(":")[0] not in reported_keys
     ]
-    problems += [] if machine is None else _odd_values(machine)
+    if machine is not None:
+        problems += _impossible_values(machine)
     if problems or machine is None:
         raise UserError(
             f"machine file {path} has keys that are missing, unknown or have a wrong value: "
@@ -69,7 +70,7 @@ def from_toml(path: str | Path) -> Machine:
     return machine
 
 
-def _counted(data: dict[str, Any]) -> Iterator[str]:
+def _resolve_counts(data: dict[str, Any]) -> Iterator[str]:
     """Replace ``hosts``, ``devices_per_host`` and ``device_count`` in ``data`` by ``device_count`` and
     ``devices_per_host``, which becomes 0 if all devices are in one host. Yield a text for each problem with
     them; then the two may stay as they were.
@@ -83,7 +84,9 @@ def _counted(data: dict[str, Any]) -> Iterator[str]:
     hosts, devices_per_host, count = counts.values()
     data.pop("hosts", None)
     problems = [
-        f"{k}: {v!r}, but a whole number of at least 1 is needed" for k, v in counts.items() if _odd(v)
+        f"{k}: {v!r}, but a whole number of at least 1 is needed"
+        for k, v in counts.items()
+        if _is_invalid_count(v)
     ]
     if problems:
         yield from problems
@@ -111,11 +114,11 @@ def _counted(data: dict[str, Any]) -> Iterator[str]:
         yield f"network: missing, but {hosts} hosts need one; give a [network] table or one of {names}"
 
 
-def _odd(count: Any) -> bool:
+def _is_invalid_count(count: Any) -> bool:
     return count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1)
 
 
-def _named(data: dict[str, Any]) -> Iterator[str]:
+def _resolve_names(data: dict[str, Any]) -> Iterator[str]:
     """Replace the names of a device, host, network, place, link and architecture in ``data`` by what the
     catalog has for them. Yield a text for each name that it does not have.
 
@@ -123,18 +126,18 @@ def _named(data: dict[str, Any]) -> Iterator[str]:
     replaced by its efficiency ratios, for those that the table does not give.
     """
     devices_per_host = data.get("devices_per_host") or data.get("device_count") or 1
-    devices_per_host = 1 if _odd(devices_per_host) else devices_per_host
-    yield from _based(data)
+    devices_per_host = 1 if _is_invalid_count(devices_per_host) else devices_per_host
+    yield from _resolve_base(data)
     device = data.get("device")
-    yield from _looked_up(data, "device", load.device)
+    yield from _resolve_name(data, "device", load.device)
     if isinstance(data.get("device"), Device) and "host" not in data:
         data["host"] = load.host_of(data["device"].name) or None
-    yield from _looked_up(data, "place", load.place)
-    yield from _looked_up(data, "host", lambda name: load.host(name, devices_per_host))
-    yield from _looked_up(data, "network", lambda name: load.network(name, devices_per_host))
+    yield from _resolve_name(data, "place", load.place)
+    yield from _resolve_name(data, "host", lambda name: load.host(name, devices_per_host))
+    yield from _resolve_name(data, "network", lambda name: load.network(name, devices_per_host))
     if isinstance(device, dict):
-        yield from _looked_up(device, "link", load.link, "device.")
-        yield from _looked_up(device, "architecture", load.efficiency, "device.")
+        yield from _resolve_name(device, "link", load.link, "device.")
+        yield from _resolve_name(device, "architecture", load.efficiency, "device.")
         architecture_ratios, device_ratios = device.get("architecture"), device.get("efficiency_ratio", {})
         if isinstance(architecture_ratios, (str, dict)):
             del device["architecture"]
@@ -142,7 +145,7 @@ def _named(data: dict[str, Any]) -> Iterator[str]:
             device["efficiency_ratio"] = architecture_ratios | device_ratios
 
 
-def _based(data: dict[str, Any]) -> Iterator[str]:
+def _resolve_base(data: dict[str, Any]) -> Iterator[str]:
     """Complete a [device] table that has a ``base``, the name of a device of the catalog, with that device's
     figures, for those that the table does not give. Add that device's host if ``data`` has none. If the
     catalog does not have the base, yield that as a text and set the device to None.
@@ -164,7 +167,7 @@ def _based(data: dict[str, Any]) -> Iterator[str]:
     data.setdefault("host", load.host_of(base_device.name) or None)
 
 
-def _looked_up(
+def _resolve_name(
     data: dict[str, Any], key: str, lookup: Callable[[str], Any], prefix: str = ""
 ) -> Iterator[str]:
     if isinstance(data.get(key), str):
@@ -217,7 +220,7 @@ def _dataclass_in(hint: Any) -> Any:
     return next((t for t in typing.get_args(hint) or (hint,) if dataclasses.is_dataclass(t)), None)
 
 
-def _odd_values(machine: Machine) -> Iterator[str]:
+def _impossible_values(machine: Machine) -> Iterator[str]:
     """Yield a text for each value that has the right type but cannot be true: an unknown kind of device, a
     PUE below 1, and figures of device, host and network that are not greater than 0.
     """
@@ -231,18 +234,18 @@ def _odd_values(machine: Machine) -> Iterator[str]:
                 yield f"{name}: {fact.value:g}, but a positive number is needed"
 
 
-def facts_in(noun: Any, where: str = "") -> Iterator[tuple[str, Fact]]:
-    """Yield (path, Fact) for every Fact in ``noun``, which may be a Fact, a mapping or a dataclass, and in
-    what that contains, at any depth. Other values are skipped.
+def facts_in(value: Any, where: str = "") -> Iterator[tuple[str, Fact]]:
+    """Yield (path, Fact) for every Fact in ``value``, which may be a Fact, a mapping or a dataclass, and in
+    what that contains, at any depth. All else is skipped.
 
     The path is ``where`` followed by the keys and fields that lead to the Fact, joined by dots, such as
     "device.peak_flops.bfloat16".
     """
-    if isinstance(noun, Fact):
-        yield where, noun
-    elif isinstance(noun, Mapping):
-        for key, value in noun.items():
-            yield from facts_in(value, f"{where}.{key}".lstrip("."))
-    elif dataclasses.is_dataclass(noun):
-        for field in dataclasses.fields(noun):
-            yield from facts_in(getattr(noun, field.name), f"{where}.{field.name}".lstrip("."))
+    if isinstance(value, Fact):
+        yield where, value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from facts_in(inner, f"{where}.{key}".lstrip("."))
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from facts_in(getattr(value, field.name), f"{where}.{field.name}".lstrip("."))

@@ -15,7 +15,7 @@ from memfit.types.machine import Machine
 EXAMPLES: Final = "H100-SXM, 8xH100-SXM or 64x8xH100-SXM@IB-NDR"
 _TIMES: Final = r"(?:(\d{1,7})\s*[xX*×]\s*)?"
 _WORDS: Final = r"([^@\s](?:[^@]*[^@\s])?)"
-_SPELLED: Final = re.compile(rf"\s*{_TIMES}{_TIMES}{_WORDS}\s*(?:@\s*{_WORDS}\s*)?")
+_SPEC: Final = re.compile(rf"\s*{_TIMES}{_TIMES}{_WORDS}\s*(?:@\s*{_WORDS}\s*)?")
 
 
 def machine(spec: str, place: str = "world") -> Machine:
@@ -29,7 +29,7 @@ def machine(spec: str, place: str = "world") -> Machine:
     for a text of another form, an unknown device, network or place, a count of 0, and several hosts without a
     network.
     """
-    match = _SPELLED.fullmatch(spec)
+    match = _SPEC.fullmatch(spec)
     counts = [int(count) for count in match.groups()[:2] if count] if match else [0]
     if match is None or 0 in counts:
         raise UserError(
@@ -40,7 +40,7 @@ def machine(spec: str, place: str = "world") -> Machine:
     device = load.device(match.group(3))
     network = load.network(match.group(4)).name if match.group(4) else ""
     hosts, devices_per_host = (
-        counts if len(counts) == 2 else _filled(spec, device.name, *counts, network=network)
+        counts if len(counts) == 2 else _fill_hosts(spec, device.name, *counts, network=network)
     )
     if hosts > 1 and not network:
         raise UserError(
@@ -74,7 +74,7 @@ def format_spec(device: str, hosts: int, devices: int, network: str = "") -> str
     return "".join(f"{count}x" for count in counts) + device + (f"@{network}" if network else "")
 
 
-def _filled(spec: str, device: str, count: int = 1, *, network: str) -> tuple[int, int]:
+def _fill_hosts(spec: str, device: str, count: int = 1, *, network: str) -> tuple[int, int]:
     """Return (number of hosts, number of devices in each) if only the total number of devices, ``count``, is
     given.
 

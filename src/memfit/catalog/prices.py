@@ -75,8 +75,8 @@ def median_price(prices: Sequence[SellerPrice], spread: str = "hardware_spread")
     range. ``spread``: name of the catalog's default whose ratios are the range of a single price without one.
     """
     value = statistics.median(price.usd.value for price in prices)
-    low = min(_low(price.usd) for price in prices)
-    high = max(_high(price.usd) for price in prices)
+    low = min(price.usd.bounds[0] for price in prices)
+    high = max(price.usd.bounds[1] for price in prices)
     names = ", ".join(f"{price.seller} {price.usd.value:g}" for price in prices)
     if len(prices) == 1:
         source = f"{prices[0].seller}, the only seller: {prices[0].usd.source}"
@@ -115,11 +115,12 @@ def server_usd(host: str) -> Fact | None:
     if old is None or "memory_bytes" not in row:
         return old
     now, then = memory_usd_per_gb("now"), memory_usd_per_gb("then")
+    (old_low, old_high), (now_low, now_high), (then_low, then_high) = (f.bounds for f in (old, now, then))
     gb = row["memory_bytes"][0] / 1e9
     return Fact(
         value=old.value + gb * (now.value - then.value),
-        low=_low(old) + gb * (_low(now) - _high(then)),
-        high=_high(old) + gb * (_high(now) - _low(then)),
+        low=old_low + gb * (now_low - then_high),
+        high=old_high + gb * (now_high - then_low),
         source=f"{old.source}, {old.value:,.0f} USD; its {gb:g} GB of memory at {now.value:.4g} instead of "
         f"{then.value:.4g} USD per GB, desktop DDR5 standing in ({now.source})",
         date=now.date,
@@ -135,11 +136,3 @@ def _fact(row: dict[str, Any]) -> Fact:
         high=None if high is None else float(high),
         **table("prices.toml")["sources"][row["source"]],
     )
-
-
-def _low(fact: Fact) -> float:
-    return fact.value if fact.low is None else fact.low
-
-
-def _high(fact: Fact) -> float:
-    return fact.value if fact.high is None else fact.high

@@ -231,7 +231,7 @@ def _stored(store: memfit.store.Store, poc_id: str) -> SourcedRecord:
     there is none, return the record with this ID that was added last from others. Raises UserError if there
     is neither, or if the proof of concept is unfinished or recommends no plan."""
     from memfit.store import exchange
-    from memfit.store.database import TAKEN, taken_from
+    from memfit.store.database import TAKEN, reporter_of
     from memfit.workflows import proof_of_concept
 
     received = store.records(poc_id, TAKEN)
@@ -241,7 +241,7 @@ def _stored(store: memfit.store.Store, poc_id: str) -> SourcedRecord:
         )
     body = json.loads(received[-1].body)
     record = exchange.parse_record(json.dumps(body.get("record", body)), what=f"record {poc_id}")
-    return SourcedRecord(record=record, taken_from=taken_from(received[-1]))
+    return SourcedRecord(record=record, taken_from=reporter_of(received[-1]))
 
 
 def _known(

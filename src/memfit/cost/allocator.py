@@ -55,19 +55,20 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Replayed:
+class ReplayResult:
     """What the allocator held during a replay: the peaks of the allocated and of the reserved bytes, and both
     at the end of the replay.
 
-    ``retries``: how often all cached memory was released to make room. ``fits``: False if an allocation
-    failed even after that. The replay ended there, and all numbers are those up to then.
+    ``retries``: how often all cached memory was released to make room, which synchronises the device.
+    ``fits``: False if an allocation failed even after that. The replay ended there, and all numbers are those
+    up to then.
     """
 
     allocated_peak_bytes: int
     reserved_peak_bytes: int
-    allocated_bytes: int  # when the sequence ended
+    allocated_bytes: int
     reserved_bytes: int
-    retries: int  # how often cached segments were released to make room; each time synchronises the device
+    retries: int
     fits: bool
 
 
@@ -88,7 +89,7 @@ class CachingAllocator:
         self._pools: dict[tuple[str, bool], Pool] = {}
         self._searches = ([0], [0])  # of large requests, of small ones
         self._live: dict[Hashable, SegmentBlock] = {}
-        self._held: dict[Hashable, SegmentBlock] = {}
+        self._requested_frees: dict[Hashable, SegmentBlock] = {}
         self._next_address = 0
 
     def allocate(self, key: Hashable, size_bytes: int, stream: str = "") -> bool:
@@ -104,7 +105,7 @@ class CachingAllocator:
         pool = self._pools.get((stream, small))
         if pool is None:
             pool = self._pools[stream, small] = Pool(small=small, searches=self._searches[small])
-        block = self._cached(pool, size) or self._fresh(pool, size)
+        block = self._take_cached(pool, size) or self._take_new(pool, size)
         if block is None:
             return False
         remainder_bytes = block.size - size
@@ -119,6 +120,7 @@ class CachingAllocator:
         return True
 
     def free(self, key: Hashable) -> None:
+        """Free the block of ``key``. Raises KeyError if ``key`` is not allocated."""
         block = self._live.pop(key)
         self.allocated_bytes -= block.size
         self._make_idle(block)
@@ -129,11 +131,12 @@ class CachingAllocator:
 
         This is what happens to a deleted tensor that another stream may still use (``Tensor.record_stream``).
         """
-        block = self._held[key] = self._live.pop(key)
+        block = self._requested_frees[key] = self._live.pop(key)
         self.allocated_bytes -= block.size
 
     def complete_free(self, key: Hashable) -> None:
-        self._make_idle(self._held.pop(key))
+        """Do the second half of `free`, after `request_free`. Raises KeyError without that."""
+        self._make_idle(self._requested_frees.pop(key))
 
     def _make_idle(self, block: SegmentBlock) -> None:
         if (before := block.before) is not None and before.idle:
@@ -144,7 +147,7 @@ class CachingAllocator:
 
     # -- where a block comes from ---------------------------------------------------------------------
 
-    def _cached(self, pool: Pool, size: int) -> SegmentBlock | None:
+    def _take_cached(self, pool: Pool, size: int) -> SegmentBlock | None:
         """Remove a free block of at least ``size`` bytes from the pool and return it; None if there is none,
         or if ``max_split_size_bytes`` forbids its use.
 
@@ -172,7 +175,7 @@ class CachingAllocator:
         del free[index]
         return block
 
-    def _fresh(self, pool: Pool, size: int) -> SegmentBlock | None:
+    def _take_new(self, pool: Pool, size: int) -> SegmentBlock | None:
         """Return a block of at least ``size`` bytes in a new segment or, with expandable segments, on newly
         mapped pages; None if the driver has not enough memory even after the steps below.
 
@@ -182,18 +185,18 @@ class CachingAllocator:
         for the last time.
         """
         self._collect_garbage()
-        block = self._segment(pool, size)
+        block = self._take_segment(pool, size)
         if block is None and self._release_oversize(pool, size):
-            block = self._segment(pool, size)
+            block = self._take_segment(pool, size)
         if block is None:
             self._release_cached()
             self.retries += 1
-            block = self._segment(pool, size)
+            block = self._take_segment(pool, size)
         return block
 
-    def _segment(self, pool: Pool, size: int) -> SegmentBlock | None:
+    def _take_segment(self, pool: Pool, size: int) -> SegmentBlock | None:
         if self.settings.expandable_segments:
-            return self._grown(pool, size)
+            return self._take_grown(pool, size)
         segment_size = segment_bytes(size)
         if not self._reserve(segment_size):
             return None
@@ -216,7 +219,7 @@ class CachingAllocator:
 
     # -- expandable segments ------------------------------------------------------------------------
 
-    def _grown(self, pool: Pool, size: int) -> SegmentBlock | None:
+    def _take_grown(self, pool: Pool, size: int) -> SegmentBlock | None:
         """Take a block of at least ``size`` bytes from the pool of expandable segments, mapping the pages
         that it lacks, and return it. None if the driver has not enough memory; pages mapped until then stay
         mapped.
@@ -330,7 +333,7 @@ class CachingAllocator:
         """Complete every requested free, as if other streams were done, then release to the driver every
         segment or, with expandable segments, every page that has no block in use.
         """
-        for key in list(self._held):
+        for key in list(self._requested_frees):
             self.complete_free(key)
         for small in (False, True):
             for block in list(self._idle(small=small)):
@@ -348,7 +351,7 @@ class CachingAllocator:
         self.reserved_bytes -= block.size
 
 
-def run(events: Iterable[Event], settings: Settings | None = None) -> Replayed:
+def run(events: Iterable[Event], settings: Settings | None = None) -> ReplayResult:
     """Replay the events in order with a new allocator, up to and including the first allocation that fails,
     and return what the allocator held.
 
@@ -363,7 +366,7 @@ def run(events: Iterable[Event], settings: Settings | None = None) -> Replayed:
         elif not allocator.allocate(key, size_bytes, stream):
             fits = False
             break
-    return Replayed(
+    return ReplayResult(
         allocated_peak_bytes=allocator.allocated_peak_bytes,
         reserved_peak_bytes=allocator.reserved_peak_bytes,
         allocated_bytes=allocator.allocated_bytes,
@@ -373,7 +376,7 @@ def run(events: Iterable[Event], settings: Settings | None = None) -> Replayed:
     )
 
 
-def replay(allocations: Iterable[Allocation], settings: Settings | None = None) -> Replayed:
+def replay(allocations: Iterable[Allocation], settings: Settings | None = None) -> ReplayResult:
     """Replay the allocations of a trace and their frees, in the order of `events_of`, with a new allocator,
     up to and including the first allocation that fails. Return what the allocator held.
 

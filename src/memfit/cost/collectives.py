@@ -73,7 +73,7 @@ def collective_s(kind: str, size_bytes: Any, ranks: int, ranks_per_host: int, ma
     local_ranks = max(1, min(ranks_per_host, ranks))
     bandwidths = link_bandwidths(machine)
     if kind == "send":
-        return _sent_s(size_bytes, bandwidths, inside=local_ranks > 1)
+        return _send_s(size_bytes, bandwidths, inside=local_ranks > 1)
     if kind == "all_to_all":
         return _exchange_s(size_bytes, ranks, local_ranks, bandwidths)
     options = [_ring_s(kind, size_bytes, ranks, local_ranks, bandwidths, p) for p in _RING]
@@ -92,7 +92,7 @@ def _least(options: list[Any]) -> Any:
     return numpy.minimum.reduce(options)
 
 
-def _speed(ranks: int, local_ranks: int, bandwidths: LinkBandwidths) -> float:
+def _ring_bytes_s(ranks: int, local_ranks: int, bandwidths: LinkBandwidths) -> float:
     """Return the bytes/s that a ring over ``ranks`` ranks reaches, of which ``local_ranks`` are in each host:
     ``bandwidths.outside`` with one rank per host, ``bandwidths.inside`` if all ranks are in one host.
     Otherwise it is the lower of ``inside`` and ``local_ranks`` x ``outside``, as the ring uses the network
@@ -122,7 +122,7 @@ def _ring_s(
         start
         + max(0, steps - network_steps) * inside_s
         + network_steps * outside_s
-        + moved_bytes / (_speed(ranks, local_ranks, bandwidths) * share)
+        + moved_bytes / (_ring_bytes_s(ranks, local_ranks, bandwidths) * share)
     )
 
 
@@ -134,10 +134,10 @@ def _tree_s(size: Any, ranks: int, local_ranks: int, bandwidths: LinkBandwidths,
     start, inside_s, outside_s, share = protocol
     hosts = -(-ranks // local_ranks)
     latency = 2 * ((local_ranks - 1) * inside_s + math.ceil(math.log2(hosts)) * outside_s)
-    return start + latency + size * 2.0 / (_speed(ranks, local_ranks, bandwidths) * share)
+    return start + latency + size * 2.0 / (_ring_bytes_s(ranks, local_ranks, bandwidths) * share)
 
 
-def _sent_s(size: Any, bandwidths: LinkBandwidths, *, inside: bool) -> Any:
+def _send_s(size: Any, bandwidths: LinkBandwidths, *, inside: bool) -> Any:
     start, inside_s, outside_s, _ = _RING[2]
     return (
         LAUNCH_S

@@ -110,9 +110,9 @@ def device_overhead(device: Device, communicators: Iterable[tuple[str, int]] = (
         parts["kernels"] = interval_of(device.kernels_bytes)
     groups = [ranks for _, ranks in communicators if ranks > 1]
     if groups:
-        parts["nccl"] = added(nccl_bytes(device, ranks) for ranks in groups)
+        parts["nccl"] = total_interval(nccl_bytes(device, ranks) for ranks in groups)
     known_bytes = {name: int(part.value) for name, part in parts.items() if part is not None}
-    return DeviceOverhead(total_bytes=added(parts.values()), parts_bytes=known_bytes)
+    return DeviceOverhead(total_bytes=total_interval(parts.values()), parts_bytes=known_bytes)
 
 
 def nccl_bytes(device: Device, ranks: int) -> Interval | None:
@@ -127,7 +127,8 @@ def nccl_bytes(device: Device, ranks: int) -> Interval | None:
     channels = interval_of(device.nccl_channels)
     if channels is None:
         return None
-    multicast = _MULTICAST_BYTES * min(ranks, _NODE_RANKS) * _count(device.nccl_multicast_channels)
+    multicast_channels = device.nccl_multicast_channels.value if device.nccl_multicast_channels else 0.0
+    multicast = _MULTICAST_BYTES * min(ranks, _NODE_RANKS) * multicast_channels
     second_algorithm = multicast or channels.value * CONNECTION_BYTES
     return Interval(
         value=channels.value * CONNECTION_BYTES + second_algorithm,
@@ -136,19 +137,15 @@ def nccl_bytes(device: Device, ranks: int) -> Interval | None:
     )
 
 
-def _count(fact: Fact | None) -> float:
-    return fact.value if fact is not None else 0.0
-
-
 def interval_of(fact: Fact | None) -> Interval | None:
     """Return a Fact as an interval; None for None. An end that the Fact does not have is its value."""
     if fact is None:
         return None
-    low = fact.value if fact.low is None else fact.low
-    return Interval(value=fact.value, low=low, high=fact.value if fact.high is None else fact.high)
+    low, high = fact.bounds
+    return Interval(value=fact.value, low=low, high=high)
 
 
-def added(parts: Iterable[Interval | None]) -> Interval | None:
+def total_interval(parts: Iterable[Interval | None]) -> Interval | None:
     """Return the sum of the intervals: of the values, of the low ends and of the high ends, because what
     makes one part large may make another large too. None if a part is None (unknown); 0 if there are no
     parts.

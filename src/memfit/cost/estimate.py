@@ -130,11 +130,6 @@ def interval_of_rates(seconds: float, ratio: float) -> Interval:
     return Interval(value=seconds, low=seconds / (1 + ratio), high=seconds / (1 - ratio))
 
 
-def scaled(interval: Interval, factor: float) -> Interval:
-    """Return the interval with its value and both ends multiplied by ``factor``."""
-    return Interval(value=interval.value * factor, low=interval.low * factor, high=interval.high * factor)
-
-
 def interval_around(value: float, ratio: float) -> Interval:
     """Return the interval around ``value`` from ``value * (1 - ratio)`` to ``value * (1 + ratio)``."""
     return Interval(value=value, low=value * (1 - ratio), high=value * (1 + ratio))

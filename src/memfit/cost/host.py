@@ -24,20 +24,19 @@ from memfit.types.machine import Fact, Host, Machine
 from memfit.types.plan import Plan
 from memfit.types.result import Estimate, Interval
 from memfit.types.trace import Category, Trace
-from memfit.types.units import format_bytes
+from memfit.types.units import GIB, MIB, format_bytes
 
-_MIB = 2**20
 # Resident bytes of one training process without its tensors. On CPU: measured beside the tensors that the
 # counting allocator saw, 328 MiB alone and 349 MiB with a process group (torch 2.13). With CUDA: assumed, for
 # libraries and the driver's mappings.
-_CPU_PROCESS = Interval(value=328 * _MIB, low=250 * _MIB, high=700 * _MIB)
-_CPU_GROUP_BYTES = 21 * _MIB
-_CUDA_PROCESS = Interval(value=2.5 * 2**30, low=1.0 * 2**30, high=5.0 * 2**30)
+_CPU_PROCESS = Interval(value=328 * MIB, low=250 * MIB, high=700 * MIB)
+_CPU_GROUP_BYTES = 21 * MIB
+_CUDA_PROCESS = Interval(value=2.5 * GIB, low=1.0 * GIB, high=5.0 * GIB)
 # Other accelerators: from a process without libraries for devices to one with those of CUDA.
 _OTHER_PROCESS = dataclasses.replace(_CUDA_PROCESS, low=_CPU_PROCESS.low)
 # Private bytes of a forked DataLoader worker: 11 MiB measured directly after the fork; what its dataset
 # touches is added to that. A spawned worker imports torch again.
-_WORKER = Interval(value=64 * _MIB, low=11 * _MIB, high=400 * _MIB)
+_WORKER = Interval(value=64 * MIB, low=11 * MIB, high=400 * MIB)
 _READY_BATCHES = 2  # torch.utils.data.DataLoader's prefetch_factor
 _PINNED_ROUNDING = 2.0  # the most that a block can grow by; used where the sizes of blocks are unknown
 
@@ -70,7 +69,9 @@ class HostTensors:
             for a in trace.allocations
             if a.category is Category.INPUT and a.step == trace.steps - 1
         )
-        pinned_bytes = sum(count * _power_of_two(size) for size, count in trace.host_blocks_bytes)
+        pinned_bytes = sum(  # each block rounded up to a power of two
+            count * (1 << (size - 1).bit_length()) for size, count in trace.host_blocks_bytes
+        )
         return HostTensors(
             kept_bytes=trace.host_step_bytes,
             optimizer_bytes=trace.host_optimizer_bytes,
@@ -79,10 +80,6 @@ class HostTensors:
             model_bytes=trace.model_bytes,
             batch_bytes=batch,
         )
-
-
-def _power_of_two(size_bytes: int) -> int:
-    return 1 << (size_bytes - 1).bit_length()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,9 +99,9 @@ class HostMemory:
 def host_process_bytes(ranks: int, machine: Machine, *, workers: int) -> float:
     """Return the upper end of what one host needs for its ranks, of ``ranks`` in all, beside the tensors of
     the plan and of the batches that its ``workers`` DataLoader workers of each rank hold."""
-    nothing, plan = _exactly(0.0), Plan(ranks=ranks)
     tensors = HostTensors(kept_bytes=0.0, building_bytes=0.0, model_bytes=0.0, batch_bytes=0.0)
-    return host_memory(tensors, plan, machine, allocated=nothing, workers=workers).bytes.high
+    nothing = Interval.exactly(0.0)
+    return host_memory(tensors, Plan(ranks=ranks), machine, allocated=nothing, workers=workers).bytes.high
 
 
 def ranks_of_host(plan: Plan, machine: Machine) -> int:
@@ -129,19 +126,17 @@ def host_memory(
     """
     ranks, cpu = ranks_of_host(plan, machine), machine.device.is_host
     on_device = _CUDA_PROCESS if device_kind(machine.device.kind).reserves_as_cuda else _OTHER_PROCESS
-    process = _times(_CPU_PROCESS if cpu else on_device, ranks)
+    process = (_CPU_PROCESS if cpu else on_device).scaled(ranks)
     if cpu and plan.ranks > 1:
-        process = _plus(process, _exactly(ranks * _CPU_GROUP_BYTES))
-    offload = _times(_exactly(tensors.kept_bytes) if cpu else _offload(tensors, plan), ranks)
-    workers_memory = _times(_WORKER, ranks * workers)
-    workers_memory = _plus(
-        workers_memory, _exactly(ranks * workers * (_READY_BATCHES + 1) * tensors.batch_bytes)
-    )
-    tensor_memory = _times(allocated, ranks) if cpu else _exactly(0.0)
+        process += Interval.exactly(ranks * _CPU_GROUP_BYTES)
+    offload = (Interval.exactly(tensors.kept_bytes) if cpu else _offload(tensors, plan)).scaled(ranks)
+    ready_bytes = ranks * workers * (_READY_BATCHES + 1) * tensors.batch_bytes
+    workers_memory = _WORKER.scaled(ranks * workers) + Interval.exactly(ready_bytes)
+    tensor_memory = allocated.scaled(ranks) if cpu else Interval.exactly(0.0)
     loading_bytes = 0.0
     if not cpu and not any(technique(u.technique).loaded_in_pieces for u in plan.uses):
         loading_bytes = max(tensors.building_bytes * (ranks == 1), tensors.model_bytes)
-    training_memory = _plus(_plus(offload, workers_memory), tensor_memory)
+    training_memory = offload + workers_memory + tensor_memory
     need = Interval(
         value=max(training_memory.value, loading_bytes),
         low=max(training_memory.low, loading_bytes),
@@ -155,7 +150,7 @@ def host_memory(
         "loading": loading_bytes,
     }
     return HostMemory(
-        bytes=_plus(need, process), parts_bytes={name: int(size) for name, size in parts.items() if size}
+        bytes=need + process, parts_bytes={name: int(size) for name, size in parts.items() if size}
     )
 
 
@@ -165,24 +160,12 @@ def _offload(tensors: HostTensors, plan: Plan) -> Interval:
     pinning = [(technique(u.technique), u.settings) for u in plan.uses]
     pinning = [(t, settings) for t, settings in pinning if t.pins_host_memory]
     if not pinning or tensors.is_sketch:
-        return _exactly(kept_bytes)
+        return Interval.exactly(kept_bytes)
     if tensors.pinned_bytes is None or not all(t.pins_traced_blocks(settings) for t, settings in pinning):
         most_bytes = optimizer_bytes + (kept_bytes - optimizer_bytes) * _PINNED_ROUNDING
         return Interval(value=kept_bytes, low=kept_bytes, high=most_bytes)
     most_bytes = max(kept_bytes, optimizer_bytes + tensors.pinned_bytes)
     return Interval(value=most_bytes, low=kept_bytes, high=most_bytes)
-
-
-def _exactly(value: float) -> Interval:
-    return Interval(value=value, low=value, high=value)
-
-
-def _times(interval: Interval, count: float) -> Interval:
-    return Interval(value=interval.value * count, low=interval.low * count, high=interval.high * count)
-
-
-def _plus(left: Interval, right: Interval) -> Interval:
-    return Interval(value=left.value + right.value, low=left.low + right.low, high=left.high + right.high)
 
 
 def with_host_memory(machine: Machine, size_bytes: int) -> Machine:

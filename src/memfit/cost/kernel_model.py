@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from memfit.types.machine import Device, Fact
+from memfit.types.machine import Device
 from memfit.types.trace import OpCall
 
 # Share of the peak that large operators reach, used if the catalog has none; marked assumed in reports.
@@ -119,7 +119,7 @@ class Scores(NamedTuple):
     queries: int
     keys: float
     head_dim: int
-    share: float  # share of the full square of scores that is computed
+    share: float
     backward: bool
 
 
@@ -157,7 +157,7 @@ class Kernels:
             flops *= shape.share
             share = _attention_share(shape, self.multiprocessors)
         elif isinstance(shape, Product):
-            share = _aligned(shape, op.dtype) * (FULL_SUM if _sums_fully(op.signature) else 1.0)
+            share = _alignment_share(shape, op.dtype) * (FULL_SUM if _sums_fully(op.signature) else 1.0)
             start = _TILE_START * self.rate(op.dtype) / self.multiprocessors / _TILE_START_FLOPS_S
             share *= product_share(shape, self.multiprocessors, start) / _large_share(
                 self.multiprocessors, start
@@ -189,7 +189,9 @@ def kernels(device: Device) -> Kernels | None:
         flops_s={k: f.value for k, f in device.peak_flops.items()},
         bandwidth_bytes_s=device.bandwidth_bytes_s.value,
         ratios=ASSUMED_RATIOS | catalog_ratios,
-        multiprocessors=int(_value(device.multiprocessor_count, ASSUMED_MULTIPROCESSORS)),
+        multiprocessors=int(
+            device.multiprocessor_count.value if device.multiprocessor_count else ASSUMED_MULTIPROCESSORS
+        ),
     )
 
 
@@ -204,10 +206,6 @@ def bound_by(op: OpCall, rates: Kernels | None) -> str:
         return "memory"
     kind = "attention" if "attention" in op.op or isinstance(shape_of(op.signature), Scores) else "matmul"
     return kind if rates is None or rates.arithmetic_s(op) >= rates.moving_s(op) else "memory"
-
-
-def _value(fact: Fact | None, default: float) -> float:
-    return fact.value if fact is not None else default
 
 
 def product_share(shape: Product, multiprocessors: int, start: float = _TILE_START) -> float:
@@ -230,7 +228,7 @@ def product_share(shape: Product, multiprocessors: int, start: float = _TILE_STA
     return best
 
 
-def _aligned(shape: Product, dtype: str) -> float:
+def _alignment_share(shape: Product, dtype: str) -> float:
     """Return the share of its rate that a half-precision product keeps with its numbers of columns and of
     inner elements: 1 if both are multiples of 8, else 0.7 if of 4, 0.45 if of 2, and 0.25 otherwise. For
     other dtypes the result is 1.
@@ -281,14 +279,14 @@ def shape_of(signature: str) -> Product | Scores | None:
         return None
     base = name.split(".")[1] if name.count(".") > 1 else name
     if base == "kernel":
-        return _stood_in(args[3], args[4])
+        return _synthetic_shape(args[3], args[4])
     if "attention" in base:
         return _scores(base, args)
     if base not in _PRODUCTS:
         return None
     left, right = (_sizes(a) for a in args[_PRODUCTS[base] :][:2])
     if base == "_grouped_mm" or len(left) < 2 or len(right) < 2:
-        return _grouped(left, right)
+        return _grouped_product(left, right)
     return Product(math.prod(left[:-2]), left[-2], right[-1], left[-1])
 
 
@@ -318,12 +316,12 @@ def layout_share(signature: str) -> float:
         return float(width / (width + _ROW_START))
     if base.startswith(_WHOLE):
         return 1.0
-    if not all(_contiguous(shape, strides) for shape, strides, *_ in tensors):
+    if not all(_is_contiguous(shape, strides) for shape, strides, *_ in tensors):
         return STRIDED
     return BROADCAST if len({math.prod(shape) for shape, *_ in tensors if math.prod(shape) > 1}) > 1 else 1.0
 
 
-def _contiguous(shape: list[int], strides: list[int]) -> bool:
+def _is_contiguous(shape: list[int], strides: list[int]) -> bool:
     step = 1
     for size, stride in zip(reversed(shape), reversed(strides), strict=True):
         if size > 1 and stride != step:
@@ -332,7 +330,7 @@ def _contiguous(shape: list[int], strides: list[int]) -> bool:
     return True
 
 
-def _stood_in(kind: str, shape: list[int]) -> Product | Scores | None:
+def _synthetic_shape(kind: str, shape: list[int]) -> Product | Scores | None:
     """Return the sizes of the kernel that a synthetic operator (techniques/synthetic_kernel.py) stands for.
 
     For ``kind`` "mm", ``shape`` is [batch, rows, columns, inner]; for "attention" and "attention_backward",
@@ -343,10 +341,10 @@ def _stood_in(kind: str, shape: list[int]) -> Product | Scores | None:
     if not kind.startswith("attention"):
         return None
     heads, queries, keys, head_dim, causal = shape
-    return _of_scores(heads, queries, keys, head_dim, bool(causal), "backward" in kind)
+    return _make_scores(heads, queries, keys, head_dim, bool(causal), "backward" in kind)
 
 
-def _grouped(left: list[int], right: list[int]) -> Product | None:
+def _grouped_product(left: list[int], right: list[int]) -> Product | None:
     """Return the sizes of a grouped matrix product, with the number of groups as the batch. ``left`` is the
     shape (rows, inner) or (groups, rows, inner), and ``right`` is (groups, inner, columns). None for other
     numbers of dimensions.
@@ -368,12 +366,12 @@ def _scores(base: str, args: list[Any]) -> Scores | None:
         return None
     index = _CAUSAL_AT.get(base, 4)
     causal = index < len(args) and args[index] is True
-    return _of_scores(
+    return _make_scores(
         query[0] * query[1], query[2], key[2], query[3], causal and query[2] == key[2], backward
     )
 
 
-def _of_scores(heads: int, queries: int, keys: int, head_dim: int, causal: bool, backward: bool) -> Scores:
+def _make_scores(heads: int, queries: int, keys: int, head_dim: int, causal: bool, backward: bool) -> Scores:
     share = min(1.0, (1 + _QUERY_TILE / queries) / 2) if causal else 1.0
     tiles = heads * -(-(keys if backward else queries) // _QUERY_TILE)
     return Scores(tiles, queries, (queries if backward else keys) * share, head_dim, share, backward)

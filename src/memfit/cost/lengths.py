@@ -113,7 +113,7 @@ def _allocations_before_free(trace: Trace) -> Ints:
 # -- chances --------------------------------------------------------------------------------------
 
 
-def all_among(chosen: int, good: int, total: int) -> float:
+def chance_all_good(chosen: int, good: int, total: int) -> float:
     """Return the chance, from 0 to 1, that ``chosen`` draws without replacement from ``total`` things, of
     which ``good`` are good, are all good.
     """
@@ -124,7 +124,7 @@ def oom_per_step(lengths: Ints, batch: int, limit: int) -> float:
     """Return the chance, from 0 to 1, that a batch of ``batch`` sequences, drawn without replacement from
     those with these ``lengths``, contains one that is longer than ``limit``.
     """
-    return 1.0 - all_among(batch, int((lengths <= limit).sum()), len(lengths))
+    return 1.0 - chance_all_good(batch, int((lengths <= limit).sum()), len(lengths))
 
 
 def oom_per_epoch(lengths: Ints, batch: int, limit: int, last_limit: int) -> float:
@@ -140,7 +140,7 @@ def oom_per_epoch(lengths: Ints, batch: int, limit: int, last_limit: int) -> flo
         return 0.0
     if long_count > remainder or int(lengths.max()) > last_limit:
         return 1.0
-    return 1.0 - all_among(long_count, remainder, len(lengths))
+    return 1.0 - chance_all_good(long_count, remainder, len(lengths))
 
 
 def quantile_length(lengths: Ints, batch: int, share: float) -> int:
@@ -149,7 +149,7 @@ def quantile_length(lengths: Ints, batch: int, share: float) -> int:
     """
     distinct_lengths = np.unique(lengths)
     ranks = np.searchsorted(np.sort(lengths), distinct_lengths, side="right")
-    index = bisect.bisect_left(ranks, share, key=lambda k: all_among(batch, int(k), len(lengths)))
+    index = bisect.bisect_left(ranks, share, key=lambda k: chance_all_good(batch, int(k), len(lengths)))
     return int(distinct_lengths[min(index, len(distinct_lengths) - 1)])
 
 
@@ -210,15 +210,15 @@ def batchings(
         "length-bucketed": _chunks(lengths, bucketed_order, batch),
         "sorted": _chunks(lengths, longest_first, batch),
         "max-tokens": _by_tokens(lengths, longest_first, budget),
-        "packed": _packed(lengths, longest_first, budget, block_diagonal=False),
-        "packed-block-diagonal": _packed(lengths, longest_first, budget, block_diagonal=True),
+        "packed": _pack(lengths, longest_first, budget, block_diagonal=False),
+        "packed-block-diagonal": _pack(lengths, longest_first, budget, block_diagonal=True),
     }
     # However an epoch is shuffled, its longest sequence is in some batch, and in some epoch that batch is
     # full.
     longest = longest_first[:batch]
     full_batch: _Batch = (longest, Shape(rows=len(longest), length=int(lengths.max())))
     return tuple(
-        _judged(
+        _judge(
             name,
             batches,
             [full_batch, *batches] if name in ("random", "length-bucketed") else batches,
@@ -230,7 +230,7 @@ def batchings(
     )
 
 
-def _judged(
+def _judge(
     name: str,
     batches: list[_Batch],
     possible_batches: list[_Batch],
@@ -275,7 +275,7 @@ def _by_tokens(lengths: Ints, longest_first: Ints, budget: float) -> list[_Batch
     return batches
 
 
-def _packed(lengths: Ints, longest_first: Ints, budget: float, *, block_diagonal: bool) -> list[_Batch]:
+def _pack(lengths: Ints, longest_first: Ints, budget: float, *, block_diagonal: bool) -> list[_Batch]:
     """Return batches of rows that are as long as the longest sequence. Several sequences are packed into a
     row by best fit: in the order ``longest_first``, each goes into the row with the least free space that is
     enough (Johnson 1974). A batch has the number of rows that is nearest to ``budget`` tokens, padding

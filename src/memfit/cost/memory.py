@@ -22,7 +22,8 @@ class MemoryProfile:
     ``at_peak_bytes``: bytes alive at the peak by category. If the peak lies inside a kernel whose memory was
     probed, what this kernel takes counts as "workspace". ``by_module_bytes``: bytes alive at the peak by the
     module that allocated them, without what that kernel takes. ``peak_op``: that kernel's operator, else the
-    operator whose allocation reaches the peak, or "" if there is none.
+    operator whose allocation reaches the peak, or "" if there is none. ``workspace_probed``: whether the peak
+    lies inside such a kernel.
     """
 
     peak_bytes: int
@@ -32,7 +33,7 @@ class MemoryProfile:
     peak_phase: str
     peak_op: str
     peak_clock: int
-    workspace_probed: bool  # the peak lies inside a kernel whose own workspace was probed
+    workspace_probed: bool
 
 
 def levels(trace: Trace) -> tuple[numpy.ndarray, numpy.ndarray]:
@@ -95,7 +96,7 @@ def memory_profile(trace: Trace, calibration: Calibration) -> MemoryProfile:
         at_peak_bytes=categories,
         by_module_bytes=modules,
         peak_phase=phase,
-        peak_op=op_name or _op_at(trace, peak_clock),
+        peak_op=op_name or next((a.op for a in trace.allocations if a.start == peak_clock), ""),
         peak_clock=peak_clock,
         workspace_probed=probed,
     )
@@ -164,10 +165,6 @@ def _sum_by(allocations: Iterable[Allocation], key: Callable[[Allocation], str])
     for a in allocations:
         total[key(a)] += a.size_bytes
     return dict(total.most_common())
-
-
-def _op_at(trace: Trace, clock: int) -> str:
-    return next((a.op for a in trace.allocations if a.start == clock), "")
 
 
 def timeline(trace: Trace, points: int) -> tuple[int, ...]:

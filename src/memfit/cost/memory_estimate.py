@@ -16,8 +16,8 @@ from typing import Final
 
 import numpy
 
-from memfit.cost.allocator import Event, Replayed, Settings, events_of, run
-from memfit.cost.device_overhead import added, device_overhead, exceeds_probability
+from memfit.cost.allocator import Event, ReplayResult, Settings, events_of, run
+from memfit.cost.device_overhead import device_overhead, exceeds_probability, total_interval
 from memfit.types.device_kind import device_kind
 from memfit.types.machine import Machine
 from memfit.types.result import Interval
@@ -65,10 +65,10 @@ def footprint(trace: Trace, allocated: Interval, machine: Machine) -> Footprint:
         return Footprint()
     events = events_of(trace.allocations)
     plain = run(events)
-    replayed = _replayed(events, plain, allocated)
+    replayed = _reserved_interval(events, plain, allocated)
     reserved = dataclasses.replace(replayed, low=min(replayed.low, allocated.low))
     outside_memory = device_overhead(machine.device, trace.communicators)
-    device = added((reserved, outside_memory.total_bytes))
+    device = total_interval((reserved, outside_memory.total_bytes))
     memory_bytes = machine.device.memory_bytes.value
     required = replayed
     if (
@@ -76,8 +76,8 @@ def footprint(trace: Trace, allocated: Interval, machine: Machine) -> Footprint:
         and device
         and device.high > memory_bytes > allocated.low + outside_memory.total_bytes.low
     ):
-        required = _least(events, plain, replayed, allocated)
-    required_total = added((required, outside_memory.total_bytes))
+        required = _least_memory(events, plain, replayed, allocated)
+    required_total = total_interval((required, outside_memory.total_bytes))
     return Footprint(
         reserved_bytes=reserved,
         device_bytes=device,
@@ -105,7 +105,7 @@ def sketch_footprint(
         high=allocated.high * max(reserved_ratio, ASSUMED_RESERVED_RATIO),
     )
     outside_memory = device_overhead(machine.device, [("", ranks) for ranks in communicators])
-    device = added((reserved, outside_memory.total_bytes))
+    device = total_interval((reserved, outside_memory.total_bytes))
     return Footprint(
         reserved_bytes=reserved,
         device_bytes=device,
@@ -114,7 +114,7 @@ def sketch_footprint(
     )
 
 
-def _replayed(events: Sequence[Event], plain: Replayed, allocated: Interval) -> Interval:
+def _reserved_interval(events: Sequence[Event], plain: ReplayResult, allocated: Interval) -> Interval:
     peaks = [
         plain.reserved_peak_bytes,
         *(run(delay_frees(events, places)).reserved_peak_bytes for places in _LATE_EVENTS),
@@ -135,7 +135,9 @@ def delay_frees(events: Sequence[Event], by: int) -> list[Event]:
     return [events[i] for i in order]
 
 
-def _least(events: Sequence[Event], plain: Replayed, reserved: Interval, allocated: Interval) -> Interval:
+def _least_memory(
+    events: Sequence[Event], plain: ReplayResult, reserved: Interval, allocated: Interval
+) -> Interval:
     """Return about the smallest memory with which a replay of ``events`` succeeds, because it releases cached
     segments on the way. It is found by bisection between the allocated and the reserved peak of ``plain``,
     which is the replay without a limit.

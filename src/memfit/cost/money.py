@@ -28,7 +28,7 @@ class Bill:
     equivalent of the electricity.
     """
 
-    energy_j: float | None  # of the devices, and of their hosts if known; before PUE
+    energy_j: float | None
     electricity_usd: float | None
     rental_usd: float | None
     usd: float | None

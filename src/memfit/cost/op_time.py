@@ -53,7 +53,7 @@ class TimeModel:
     efficiency_ratio: float
     offload_bytes_s: float
     curves: Mapping[tuple[str, str], list[tuple[float, float]]]
-    kernels: Kernels | None = None  # of an accelerator that was not calibrated
+    kernels: Kernels | None = None
 
     def roofline_s(self, op: OpCall) -> float:
         """Return the longer of FLOPs / rate and moved bytes / bandwidth, in seconds. The rate is that of the

@@ -125,7 +125,7 @@ class _Program:
         self._structure()
         self.instants = self._instants()
         # temporary bytes of recomputation at that instant
-        self.moment: defaultdict[int, int] = defaultdict(int)
+        self.temporary_bytes: defaultdict[int, int] = defaultdict(int)
 
     def _structure(self) -> None:
         for c in self.replay.candidates:
@@ -139,9 +139,9 @@ class _Program:
                 previous_column = self.absent[c.number, k]
             for source in c.sources:
                 if source in self.index:
-                    self._after(c, self.replay.candidates[self.index[source]])
+                    self._require_source(c, self.replay.candidates[self.index[source]])
 
-    def _after(self, candidate: Candidate, source: Candidate) -> None:
+    def _require_source(self, candidate: Candidate, source: Candidate) -> None:
         """Add the rows that require that the tensor ``source``, if dropped, is present again when
         ``candidate``, which is made from it, is recomputed.
         """
@@ -205,10 +205,10 @@ class _Program:
             seconds[column] = (self.replay.seconds[k] + 1e-9) / total
         rows = []
         for instant, level in self.instants:
-            peak = level + self.moment[instant]
+            peak = level + self.temporary_bytes[instant]
             if peak > budget_bytes:
                 rows.append((self._row(instant), float(budget_bytes - peak)))
-        solution = self._solved(rows, seconds, gap_ratio)
+        solution = self._solve(rows, seconds, gap_ratio)
         if solution is None:
             return None
         return frozenset(n for n, i in self.index.items() if solution[i] > 0.5)
@@ -221,11 +221,11 @@ class _Program:
         objective = numpy.zeros(self.width)
         objective[self.peak] = 1.0
         rows = [({**self._row(instant), self.peak: -unit}, -float(level)) for instant, level in self.instants]
-        solution = self._solved(rows, objective, None)
+        solution = self._solve(rows, objective, None)
         assert solution is not None
         return int(solution[self.peak] * unit)
 
-    def _solved(
+    def _solve(
         self,
         extra_rows: list[tuple[dict[int, float], float]],
         objective: numpy.ndarray,
@@ -282,8 +282,8 @@ class _Program:
         for instant, value in highest.items():
             absent_bytes = self._absent(instant, dropped)
             extra_bytes = value - (levels[instant] - absent_bytes)
-            if extra_bytes > self.moment[instant]:
-                self.moment[instant] = extra_bytes
+            if extra_bytes > self.temporary_bytes[instant]:
+                self.temporary_bytes[instant] = extra_bytes
                 changed = True
         return changed
 

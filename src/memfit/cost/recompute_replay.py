@@ -29,11 +29,11 @@ class Candidate:
 
     number: int
     size_bytes: int
-    gone: int  # clock from which forward does not need it
-    first_need: int  # clock
+    gone: int
+    first_need: int
     sources: tuple[int, ...]
     calls: tuple[int, ...]
-    between: tuple[int, ...]  # numbers of the intermediate tensors
+    between: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +52,7 @@ class Replay:
     workspace: Sequence[int]  # bytes inside each recorded call, with its outputs
     clock: numpy.ndarray
     level: numpy.ndarray
-    outside_bytes: int  # highest level while the model is built and while the optimizer steps
+    outside_bytes: int
 
     def cost_s(self, dropped: frozenset[int]) -> float:
         """Return the seconds that recomputing the tensors ``dropped`` takes; a call that several of them
@@ -178,7 +178,7 @@ class _RecomputeSchedule:
         self.changes: defaultdict[int, int] = defaultdict(int)
         # (clock, bytes above the changed level) during recomputation
         self.instants: list[tuple[int, int]] = []
-        self.present: set[int] = set()
+        self.recomputed: set[int] = set()
         # tensors still to be recomputed, by the tensor they read
         self.readers: defaultdict[int, set[int]] = defaultdict(set)
         self.above = 0
@@ -192,8 +192,8 @@ class _RecomputeSchedule:
                 self.changes[tensor.last_read] -= tensor.size_bytes
         events = sorted((t, n) for n in self.dropped for t in self.storages[n].needs)
         for instant, number in events:
-            if number not in self.present:
-                self._make(number, instant)
+            if number not in self.recomputed:
+                self._recompute(number, instant)
         clocks = numpy.array(sorted(self.changes), dtype=numpy.int64)
         sums = numpy.cumsum(numpy.array([self.changes[c] for c in clocks.tolist()], dtype=numpy.int64))
         clock, level = self.replay.clock, self.replay.level
@@ -215,9 +215,9 @@ class _RecomputeSchedule:
     def _reads(self, number: int) -> set[int]:
         return {r for c in self.storages[number].calls for r in self.calls[c].reads} - {number}
 
-    def _make(self, number: int, clock: int) -> None:
+    def _recompute(self, number: int, clock: int) -> None:
         """Recompute the tensor ``number`` at ``clock``, as at run time: first the dropped tensors that it is
-        made from and that are not present.
+        made from and that are not recomputed yet.
 
         What this changes in the live bytes holds after ``clock``; the levels within the recomputation are
         added to ``instants``.
@@ -226,17 +226,17 @@ class _RecomputeSchedule:
         stack = [number]
         while stack:
             current = stack[-1]
-            missing = [r for r in self._reads(current) if r in self.dropped and r not in self.present]
-            if current in self.present:
+            missing = [r for r in self._reads(current) if r in self.dropped and r not in self.recomputed]
+            if current in self.recomputed:
                 stack.pop()
             elif missing:
                 stack += missing
             else:
-                self._made(current, clock)
+                self._add_recomputed(current, clock)
 
-    def _made(self, number: int, clock: int) -> None:
+    def _add_recomputed(self, number: int, clock: int) -> None:
         tensor = self.storages[number]
-        self.present.add(number)
+        self.recomputed.add(number)
         workspace = max((self.replay.workspace[c] for c in tensor.calls), default=0)
         self.above += tensor.size_bytes
         self.instants.append((clock, max(self.above, self.above - tensor.size_bytes + workspace)))
@@ -245,11 +245,11 @@ class _RecomputeSchedule:
             remaining_readers = self.readers[source]
             remaining_readers.discard(number)
             if not remaining_readers:
-                self._let_go(source, clock)
+                self._release(source, clock)
         if not tensor.needs and not self.readers[number]:
             self._free(tensor.size_bytes, clock)
 
-    def _let_go(self, source: int, clock: int) -> None:
+    def _release(self, source: int, clock: int) -> None:
         """Account for the tensor ``source`` after the last recomputation that reads it, at ``clock``. A
         recomputed intermediate tensor is freed. A tensor that the plain step frees earlier is held until
         ``clock``. Nothing changes for any other.

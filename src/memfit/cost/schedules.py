@@ -60,7 +60,7 @@ def simulate(
     orders = [_order(kind, r, ranks, micro_batches, virtual) for r in range(ranks)]
     if kind == "zero-bubble":
         orders = [_with_weights(order, rank) for rank, order in enumerate(orders)]
-    end_times = _play(orders, seconds, send_s, ranks)
+    end_times = _rank_end_times(orders, seconds, send_s, ranks)
     return SimulatedPipeline(step_s=max(end_times), busy_s=busy)
 
 
@@ -124,7 +124,7 @@ def _group(ranks: int, micros: int) -> int:
     return -(-micros // max(1, micros // ranks))
 
 
-def _play(
+def _rank_end_times(
     orders: list[list[_Work]], seconds: tuple[list[float], ...], send_s: float, ranks: int
 ) -> list[float]:
     """Return the seconds from the start at which each rank has done its order of work. ``seconds``: of a

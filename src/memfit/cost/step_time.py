@@ -40,7 +40,7 @@ def simulate_step(
     pairs = [(StreamSimulator(model=model, machine=machine, members=t.members), t) for t in traces]
     pipeline = plan.get("pipeline")
     if pipeline is not None:
-        return _piped(pairs, plan, pipeline, machine)
+        return _simulate_pipeline(pairs, plan, pipeline, machine)
     steps = [_with_offload(p.step(t), t, machine, model, storage) for p, t in pairs]
     return max(steps, key=lambda step: step.step_s)
 
@@ -58,19 +58,21 @@ def sketched_s(compute_s: float, plan: Plan, parameters: int, machine: Machine, 
         return compute_s
     if machine.device.is_host:
         return None
-    ranks_per_host = min(plan.ranks, machine.devices_per_host or machine.device_count)
+    ranks_per_host = min(plan.ranks, machine.devices_in_host)
     is_bf16 = plan.get("bf16-parameters") or any(u.settings.get("precision") == "bf16" for u in plan.uses)
     size_bytes = parameters * (2.0 if is_bf16 else 4.0)
 
-    def sent(kind: str) -> float:
+    def exchange_seconds(kind: str) -> float:
         return float(collective_s(kind, size_bytes, plan.ranks, ranks_per_host, machine))
 
     shards = plan.get("fsdp2") or plan.get("zero")
     if shards is None:
-        exchange_s = sent("all_reduce")
+        exchange_s = exchange_seconds("all_reduce")
     else:
         keeps_parameters = shards.settings.get("reshard") is False or shards.settings.get("stage", 3) != 3
-        exchange_s = sent("all_gather") * (1 if keeps_parameters else 2 * micros) + sent("reduce_scatter")
+        exchange_s = exchange_seconds("all_gather") * (
+            1 if keeps_parameters else 2 * micros
+        ) + exchange_seconds("reduce_scatter")
     return compute_s + max(0.0, exchange_s - compute_s / 2)
 
 
@@ -99,8 +101,7 @@ def storage_rates(machine: Machine, model: TimeModel, local_ranks: int) -> Stora
     fact = machine.host.storage_bytes_s if machine.host else None
     if fact is None:
         return None
-    writes = fact.value if fact.low is None else fact.low
-    return StorageRates(read_bytes_s=fact.value / local_ranks, write_bytes_s=writes / local_ranks)
+    return StorageRates(read_bytes_s=fact.value / local_ranks, write_bytes_s=fact.bounds[0] / local_ranks)
 
 
 def _with_offload(
@@ -111,8 +112,10 @@ def _with_offload(
     "host link" and of "storage". Reads and writes of state are taken to overlap with nothing, as in DeepSpeed
     unless its pipeline_read and pipeline_write are set.
     """
-    copy_s = _whole(trace, trace.offloaded_bytes + trace.restored_bytes) / host_bytes_s(machine, model)
-    copy_s += model.calibration.disk_file_s * _whole(trace, trace.offloaded_tensors)
+    copy_s = _scale_to_step(trace, trace.offloaded_bytes + trace.restored_bytes) / host_bytes_s(
+        machine, model
+    )
+    copy_s += model.calibration.disk_file_s * _scale_to_step(trace, trace.offloaded_tensors)
     storage_s = 0.0
     if storage is not None:
         read_bytes, written_bytes = trace.storage_read_bytes, trace.storage_written_bytes
@@ -121,7 +124,7 @@ def _with_offload(
     return dataclasses.replace(step, step_s=step.step_s + copy_s + storage_s, busy_s={**step.busy_s, **added})
 
 
-def _whole(trace: Trace, traced_quantity: int) -> float:
+def _scale_to_step(trace: Trace, traced_quantity: int) -> float:
     """Return ``traced_quantity``, the sum over the traced micro-batches of a step, scaled to all
     micro-batches of the step.
     """
@@ -139,14 +142,14 @@ def host_bytes_s(machine: Machine, model: TimeModel) -> float:
     host = machine.host
     if host is None or host.device_bytes_s is None or model.calibration.disk_bytes_s:
         return model.offload_bytes_s
-    devices_per_host = min(machine.devices_per_host or machine.device_count, machine.device_count)
+    devices_per_host = min(machine.devices_in_host, machine.device_count)
     share_bytes_s = (
         host.shared_bytes_s.value / devices_per_host if host.shared_bytes_s else host.device_bytes_s.value
     )
     return min(host.device_bytes_s.value, share_bytes_s)
 
 
-def _piped(
+def _simulate_pipeline(
     pairs: list[tuple[StreamSimulator, Trace]], plan: Plan, pipeline: Use, machine: Machine
 ) -> SimulatedStep:
     """Return the simulated step of a pipeline. ``pairs``: the traced ranks in the order of their stages; the
@@ -161,7 +164,7 @@ def _piped(
     if kind.startswith("zero-bubble"):
         kind = "zero-bubble"  # a rank's chunks run one after the other
     micros = max(1, micro_steps(pairs[0][1]) // virtual)  # the last stage's loss is a separate forward
-    pieces = [_pieces(p, t, micros) for p, t in pairs]
+    pieces = [_phase_seconds(p, t, micros) for p, t in pairs]
     stage_pieces = [pieces[0], *[pieces[min(1, len(pieces) - 1)]] * (stages - 2), pieces[-1]]
     forward, backward = ([piece[i] / chunks for piece in stage_pieces] * chunks for i in range(2))
     simulation = simulate(
@@ -192,7 +195,7 @@ def micro_steps(trace: Trace) -> int:
     return forward_count + trace.untraced_passes(Phase.FORWARD)
 
 
-def _pieces(simulator: StreamSimulator, trace: Trace, micros: int) -> tuple[float, float, float]:
+def _phase_seconds(simulator: StreamSimulator, trace: Trace, micros: int) -> tuple[float, float, float]:
     """Return the seconds of (a micro-batch's forward, its backward, the optimizer's phase) on this rank.
     ``micros``: micro-batches of a step.
     """

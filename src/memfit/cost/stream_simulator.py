@@ -76,16 +76,16 @@ class TimedCall:
 class StreamSimulator:
     """Simulates steps of one rank on one machine from its trace.
 
-    ``members``: the ranks of each process group, by its name. ``quicker``: factors on the seconds of work, by
-    resource as in ``SimulatedStep.busy_s``; without an entry 1. ``blocking``: whether the host waits for
-    every kernel before it launches the next (CUDA_LAUNCH_BLOCKING=1). ``kernel_slowdown``: factor, at least
-    1, on the seconds of a kernel while a collective runs beside it.
+    ``members``: the ranks of each process group, by its name. ``work_factors``: factors on the seconds of
+    work, by resource as in ``SimulatedStep.busy_s``; without an entry 1. ``blocking``: whether the host waits
+    for every kernel before it launches the next (CUDA_LAUNCH_BLOCKING=1). ``kernel_slowdown``: factor, at
+    least 1, on the seconds of a kernel while a collective runs beside it.
     """
 
     model: TimeModel
     machine: Machine
     members: Mapping[str, Sequence[int]]
-    quicker: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    work_factors: Mapping[str, float] = dataclasses.field(default_factory=dict)
     blocking: bool = False
 
     def __post_init__(self) -> None:
@@ -94,29 +94,28 @@ class StreamSimulator:
         multiprocessors = self.model.kernels.multiprocessors if self.model.kernels else math.inf
         # slowdown of a kernel beside a collective
         self.kernel_slowdown = 1 / (1 - min(0.5, channels / multiprocessors))
-        self._items: dict[tuple[str, Phase, str, str], tuple[float, float, str]] = {}
+        self._times: dict[tuple[str, Phase, str, str], tuple[float, float, str]] = {}
 
-    def item(self, op: OpCall) -> TimedCall:
+    def time_call(self, op: OpCall) -> TimedCall:
         key = (op.signature, op.phase, op.group, op.stream)
-        if key not in self._items or op.waits:
-            self._items[key] = self._item_of(op)
-        return TimedCall(op, *self._items[key])
+        if key not in self._times or op.waits:
+            self._times[key] = self._time_call(op)
+        return TimedCall(op, *self._times[key])
 
-    def _item_of(self, op: OpCall) -> tuple[float, float, str]:
+    def _time_call(self, op: OpCall) -> tuple[float, float, str]:
         if op.waits:
             return 0.0, 0.0, ""
         if collective_size(op)[0]:
             seconds, resource = self._collective(op)
         elif op.stream == "host":
-            seconds, resource = op.moved_bytes * self._on_host() / ASSUMED_HOST_BYTES_S, "host memory"
+            seconds, resource = op.moved_bytes * self._host_ranks() / ASSUMED_HOST_BYTES_S, "host memory"
         else:
             seconds, resource = self.model.op_s(op), bound_by(op, self.model.kernels)
-        issue_s = self.model.issue_s(op) * self.quicker.get("host", 1.0)
-        return seconds * self.quicker.get(resource, 1.0), issue_s, resource
+        issue_s = self.model.issue_s(op) * self.work_factors.get("host", 1.0)
+        return seconds * self.work_factors.get(resource, 1.0), issue_s, resource
 
-    def _on_host(self) -> int:
-        devices_per_host = self.machine.devices_per_host or self.machine.device_count
-        return max(1, min(devices_per_host, self.machine.device_count))
+    def _host_ranks(self) -> int:
+        return max(1, min(self.machine.devices_in_host, self.machine.device_count))
 
     def _collective(self, op: OpCall) -> tuple[float, str]:
         kind, size_bytes, *placement = collective_size(op)
@@ -135,7 +134,7 @@ class StreamSimulator:
     # -- simulating -----------------------------------------------------------------------------------
 
     def simulate(self, ops: Iterable[OpCall]) -> SimulatedStep:
-        return _Stage(self.kernel_slowdown, self.blocking).run([self.item(op) for op in ops])
+        return _Streams(self.kernel_slowdown, self.blocking).run([self.time_call(op) for op in ops])
 
     def step(self, trace: Trace) -> SimulatedStep:
         """Return the simulation of the last traced step, without setup, with all its micro-steps. Those that
@@ -147,7 +146,7 @@ class StreamSimulator:
             span_steps = [
                 self.simulate(o for o in trace.last_step_ops if s.start <= o.clock < s.end) for s in spans
             ]
-            return _added(whole_step, span_steps, repetitions)
+            return _add_steps(whole_step, span_steps, repetitions)
         before, micro, after = split(trace)
         if repetitions <= _SIMULATED_AGAIN:
             return self.simulate([*before, *micro * (repetitions + 1), *after])
@@ -156,7 +155,7 @@ class StreamSimulator:
             for n in (_SIMULATED_AGAIN - 1, _SIMULATED_AGAIN)
         )
         extra_steps = repetitions - _SIMULATED_AGAIN
-        return _added(_added(longer, [longer], extra_steps), [shorter], -extra_steps)
+        return _add_steps(_add_steps(longer, [longer], extra_steps), [shorter], -extra_steps)
 
     def bottleneck(self, trace: Trace) -> dict[str, float]:
         """Return for each resource with work how many seconds shorter the step would be if the work of that
@@ -165,12 +164,12 @@ class StreamSimulator:
         base = self.step(trace)
         saved_s = {}
         for resource in [*base.busy_s]:
-            faster_simulator = dataclasses.replace(self, quicker={**self.quicker, resource: FASTER})
+            faster_simulator = dataclasses.replace(self, work_factors={**self.work_factors, resource: FASTER})
             saved_s[resource] = base.step_s - faster_simulator.step(trace).step_s
         return dict(sorted(saved_s.items(), key=lambda kv: -kv[1]))
 
 
-def _added(base: SimulatedStep, additions: Sequence[SimulatedStep], count: int) -> SimulatedStep:
+def _add_steps(base: SimulatedStep, additions: Sequence[SimulatedStep], count: int) -> SimulatedStep:
     """Return ``base`` with the seconds of each of ``additions`` added ``count`` times; a negative count
     subtracts them.
     """
@@ -183,7 +182,7 @@ def _added(base: SimulatedStep, additions: Sequence[SimulatedStep], count: int) 
     )
 
 
-class _Stage:
+class _Streams:
     """State of the simulation of one rank's step, in seconds from its start: until when the host has launched
     all calls so far (``issued``), and when each stream (``free``) and each kind of link (``links``) is free.
     """
@@ -195,7 +194,8 @@ class _Stage:
         self.links: dict[str, float] = defaultdict(float)
         self.ends: dict[str, list[float]] = defaultdict(list)
         self.busy: dict[str, float] = defaultdict(float)
-        self.flying: list[tuple[float, float]] = []  # (start, end) of collectives that may still be running
+        # (start, end) of the collectives that may still be running
+        self.running_collectives: list[tuple[float, float]] = []
 
     def run(self, items: Sequence[TimedCall]) -> SimulatedStep:
         phase = Phase.FORWARD
@@ -221,14 +221,14 @@ class _Stage:
         change: list[float] = []
         while times:
             before = self._levels()
-            for item in items:
-                if item.op.waits is not None:
-                    self._wait(item.op.stream, *item.op.waits)
+            for call in items:
+                if call.op.waits is not None:
+                    self._wait(call.op.stream, *call.op.waits)
                 else:
-                    self._start(item)
+                    self._start(call)
             times -= 1
             last_change, change = change, [b - a for a, b in zip(before, self._levels(), strict=False)]
-            if times > 1 and is_simple and not self.flying and _close(change, last_change):
+            if times > 1 and is_simple and not self.running_collectives and _close(change, last_change):
                 passes = self._equal_passes(change[0], change[1], times - 1)
                 self._add_passes(change, passes)
                 times -= passes
@@ -273,10 +273,10 @@ class _Stage:
         self.exposed += max(0.0, end - ready)
         self.free[""] = max(self.free[""], end)
 
-    def _start(self, item: TimedCall) -> None:
-        op, seconds, resource = item.op, item.seconds, item.resource
-        self.issued += item.issue_s
-        self.busy["host"] += item.issue_s
+    def _start(self, call: TimedCall) -> None:
+        op, seconds, resource = call.op, call.seconds, call.resource
+        self.issued += call.issue_s
+        self.busy["host"] += call.issue_s
         self.busy[resource] += seconds
         start = max(self.free[op.stream], self.issued)
         if op.stream.startswith("group"):
@@ -285,7 +285,7 @@ class _Stage:
             start = max(start, self.links[resource])
             self.links[resource] = start + seconds
             if op.stream:
-                self.flying.append((start, start + seconds))
+                self.running_collectives.append((start, start + seconds))
             else:
                 self.exposed += seconds
         elif not op.stream:
@@ -303,12 +303,13 @@ class _Stage:
         """Return by how many seconds a kernel, which starts at ``start`` and would take ``seconds`` alone,
         takes longer because collectives run at the same time.
         """
-        if not self.flying:
+        if not self.running_collectives:
             return 0.0
-        self.flying = [f for f in self.flying if f[1] > start]
+        self.running_collectives = [f for f in self.running_collectives if f[1] > start]
         end = start + seconds
         overlap_s = sum(
-            max(0.0, min(end, other_end) - max(start, other_start)) for other_start, other_end in self.flying
+            max(0.0, min(end, other_end) - max(start, other_start))
+            for other_start, other_end in self.running_collectives
         )
         return min(overlap_s, seconds) * (self.kernel_slowdown - 1)
 
@@ -355,7 +356,7 @@ def collective_size(op: OpCall) -> tuple[Any, ...]:
     if op.op.startswith(FUSED):
         _, args, _ = json.loads(op.signature)
         return (args[3], *args[4]) if args[3] in KINDS else ("", 0)
-    return _sent(op.signature) if op.op.startswith(COLLECTIVES) else ("", 0)
+    return _collective_of(op.signature) if op.op.startswith(COLLECTIVES) else ("", 0)
 
 
 def payload_bytes(op: OpCall) -> int:
@@ -364,7 +365,7 @@ def payload_bytes(op: OpCall) -> int:
 
 
 @functools.lru_cache(maxsize=1 << 14)
-def _sent(signature: str) -> tuple[str, int]:
+def _collective_of(signature: str) -> tuple[str, int]:
     name, args, _ = json.loads(signature)
     base = name.split(".")[1].strip("_").removesuffix("_base").removesuffix("_into_tensor")
     base = (

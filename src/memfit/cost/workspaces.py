@@ -269,7 +269,7 @@ def _copied_bytes(signature: str, base: str) -> int:
     if base == "where":
         tensors = tensors[1:]  # the condition is used without conversion
     dtypes = {t[2] for t in tensors}
-    widest = _promoted(dtypes)
+    widest = _computing_dtype(dtypes)
     if dtypes <= {widest} and not widest.startswith("complex"):
         return 0
     item_bytes = _ITEM_BYTES.get(widest, 8)  # integers alone may become int64 or float32
@@ -311,7 +311,7 @@ def _lies_in(order: Sequence[int], shape: Sequence[int], strides: Sequence[int])
     return True
 
 
-def _promoted(dtypes: Collection[str]) -> str:
+def _computing_dtype(dtypes: Collection[str]) -> str:
     """Return the floating or complex dtype in which torch computes with tensors of these dtypes together,
     such as "float32" for "bfloat16" and "float16"; "" if all are integers.
     """
@@ -399,18 +399,18 @@ def _convolution_bytes(args: list[Any], *, backward: bool, device: str, threads:
     convolution = _convolution(args, backward=backward)
     item_bytes = _ITEM_BYTES.get(convolution.dtype, 4)
     if device != HOST:
-        copies = sum(s[0] * _filled(s[1], 8) * math.prod(s[2:]) for s in (convolution.x, convolution.out))
+        copies = sum(s[0] * _round_up(s[1], 8) * math.prod(s[2:]) for s in (convolution.x, convolution.out))
         return (copies + math.prod(convolution.weight)) * item_bytes
     halves = convolution.dtype in _HALVES
     item_bytes, groups = max(4, item_bytes), convolution.groups
     cin, cout = convolution.x[1] // groups, convolution.out[1] // groups
     pads_groups = halves and 1 < groups < convolution.x[1]  # each group's channels are padded
     copies = sum(
-        s[0] * (groups * _filled(s[1] // groups) if pads_groups else _filled(s[1])) * math.prod(s[2:])
+        s[0] * (groups * _round_up(s[1] // groups) if pads_groups else _round_up(s[1])) * math.prod(s[2:])
         for s in (convolution.x, convolution.out)
     )
     kernel = math.prod(convolution.weight[2:])
-    weights = max(_filled(groups), groups * _filled(cin) * _filled(cout)) * kernel
+    weights = max(_round_up(groups), groups * _round_up(cin) * _round_up(cout)) * kernel
     reordered_elements = 1.5 * (2 * copies + (4 + threads * convolution.backward) * weights)
     return (
         int(
@@ -446,7 +446,7 @@ def _unfolded(convolution: _Convolution, threads: int) -> int:
     return 0
 
 
-def _filled(channels: int, block: int = _BLOCK) -> int:
+def _round_up(channels: int, block: int = _BLOCK) -> int:
     return -(-channels // block) * block
 
 
@@ -495,11 +495,11 @@ def _attention_backward_bytes(args: Sequence[Any], base: str) -> int:
     keys and values for large heads only, which this bound always counts.
     """
     (batch, heads, queries, width), keys = args[1]["t"][0], args[2]["t"][0][2]
-    rows, heads_bytes = _filled(queries, 128), 4 * batch * heads
+    rows, heads_bytes = _round_up(queries, 128), 4 * batch * heads
     if base == _FLASH_BACKWARD:
-        return int(heads_bytes * rows * (_filled(width, 32 if width <= 128 else 64) + 1))
-    columns = max(_filled(width, 128), _filled(args[3]["t"][0][3], 128))
-    return int(heads_bytes * ((rows + 2 * _filled(keys, 128)) * columns + queries))
+        return int(heads_bytes * rows * (_round_up(width, 32 if width <= 128 else 64) + 1))
+    columns = max(_round_up(width, 128), _round_up(args[3]["t"][0][3], 128))
+    return int(heads_bytes * ((rows + 2 * _round_up(keys, 128)) * columns + queries))
 
 
 def _tensors(value: Any) -> list[Sequence[Any]]:

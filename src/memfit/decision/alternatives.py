@@ -34,7 +34,8 @@ class AlternativeInputs:
     ``case``: the user's figures. ``offers``: predictions for machines, each for plain training or a
     recommended plan. ``steps_per_run``: optimizer steps of one run. ``plan_hours``: people's working hours
     for adopting the recommended plan, from the case or counted in the proof of concept; None if unknown.
-    ``labour_known``: whether the case has the price of a working hour.
+    ``labour_known``: whether the case has the price of a working hour. ``trained``: the plan whose results
+    the proof of concept judged.
     """
 
     case: DecisionCase
@@ -42,9 +43,9 @@ class AlternativeInputs:
     steps_per_run: int
     plan_hours: float | None
     labour_known: bool
-    trained: Plan = dataclasses.field(default_factory=Plan)  # the plan whose results the PoC judged
+    trained: Plan = dataclasses.field(default_factory=Plan)
 
-    def ways(self) -> tuple[Alternative, ...]:
+    def build_options(self) -> tuple[Alternative, ...]:
         """Return the options of the decision, in this order: doing nothing; the machines that the case names;
         and the catalog's machines, bought and rented, that have a price, a predicted step time and a
         prediction that fits (see `_makes_options`).
@@ -58,15 +59,15 @@ class AlternativeInputs:
         for kind in ("existing", "purchase", "cloud"):
             section: ExistingMachine = getattr(case, kind)
             if section.machine is not None:
-                user_ways += self._named(kind, section)
+                user_ways += self._of_user(kind, section)
             elif section != type(section)():
-                self._needs_a_machine(kind, section)
+                self._refuse_figures_without_machine(kind, section)
         catalog_ways = [
             way for offer in self.offers if _makes_options(offer) for way in self._of_catalog(offer)
         ]
         return (Alternative(kind="nothing"), *user_ways, *catalog_ways)
 
-    def _needs_a_machine(self, kind: str, section: ExistingMachine) -> None:
+    def _refuse_figures_without_machine(self, kind: str, section: ExistingMachine) -> None:
         """Raise UserError if the section ``kind`` of the case, which names no machine, sets figures of one.
 
         Setup hours, operating hours, the price of storage and the site may be set without a machine.
@@ -79,8 +80,8 @@ class AlternativeInputs:
                 hint='add to it the machine that they describe, such as machine = "8xH100-SXM"',
             )
 
-    def _named(self, kind: str, section: ExistingMachine) -> list[Alternative]:
-        machine = _known(section.machine or "")
+    def _of_user(self, kind: str, section: ExistingMachine) -> list[Alternative]:
+        machine = _catalog_machine(section.machine or "")
         name = machine.name if machine is not None else section.machine or ""
         hours_by_plain = {True: section.hours_plain, False: section.hours_recommended}
         candidates = []
@@ -88,7 +89,7 @@ class AlternativeInputs:
             offer, at_once = self._offer_for(name, machine, plain)
             if hours is None and (offer is None or not offer.fits or offer.step_s is None):
                 continue
-            way = self._way(kind, section, name, plain, hours, offer, machine)
+            way = self._option(kind, section, name, plain, hours, offer, machine)
             candidates.append(dataclasses.replace(way, parallel_count=at_once if hours is None else 1))
         if not candidates and machine is None:
             raise UserError(
@@ -119,7 +120,7 @@ class AlternativeInputs:
         power_w = None if single.power_w is None else single.power_w * machine.device_count
         return dataclasses.replace(single, power_w=power_w), machine.device_count
 
-    def _way(
+    def _option(
         self,
         kind: str,
         section: ExistingMachine,
@@ -130,7 +131,7 @@ class AlternativeInputs:
         machine: CatalogMachine | None,
     ) -> Alternative:
         power_w = section.power_w if section.power_w else offer.power_w if offer else _power_w(machine)
-        way = self._labelled(kind, name, plain, offer)
+        way = self._without_costs(kind, name, plain, offer)
         price: Amount | None = None
         per_hour: Amount | None = None
         catalog_price: Fact | None = None
@@ -168,11 +169,11 @@ class AlternativeInputs:
             of_catalog=False,
             unknown=way.unknown if power_w or kind == "cloud" else (*way.unknown, f"{kind}.power_w"),
             site=self._site(kind, machine),
-            **_priced(machine, catalog_price),
+            **_price_fields(machine, catalog_price),
         )
 
     def _of_catalog(self, offer: Offer) -> Iterator[Alternative]:
-        machine = _known(offer.machine)
+        machine = _catalog_machine(offer.machine)
         if machine is None:
             return
         facts = {"purchase": machine_price(machine), "cloud": machine_rent(machine)}
@@ -181,7 +182,7 @@ class AlternativeInputs:
             if amount is None or offer.step_s is None:
                 continue
             yield dataclasses.replace(
-                _with_memory(self._labelled(kind, offer.machine, offer.plain, offer), offer),
+                _with_memory(self._without_costs(kind, offer.machine, offer.plain, offer), offer),
                 hours=self._hours(offer),
                 power_w=offer.power_w,
                 price=amount if kind == "purchase" else None,
@@ -189,7 +190,7 @@ class AlternativeInputs:
                 embodied_kg=_embodied_kg(machine),
                 plain_j=self._plain_j(offer.machine),
                 site=self._site(kind, machine),
-                **_priced(machine, fact),
+                **_price_fields(machine, fact),
             )
 
     def _site(self, kind: str, machine: CatalogMachine | None) -> str:
@@ -207,7 +208,7 @@ class AlternativeInputs:
         site = section.site or ("desk" if host_name == _DESKTOP else "server-room")
         return "desk" if site == "desk" else ""
 
-    def _labelled(self, kind: str, name: str, plain: bool, offer: Offer | None) -> Alternative:
+    def _without_costs(self, kind: str, name: str, plain: bool, offer: Offer | None) -> Alternative:
         """Return an option of this kind on the machine ``name``, with its plan's label, people's working
         hours and the price of storage. The hours of a run, power and the machine's price are not set.
 
@@ -246,6 +247,9 @@ class AlternativeInputs:
         return self.steps_per_run * offer.step_s.value * offer.power_w
 
     def _untried(self, label: str) -> tuple[str, ...]:
+        """Return the techniques of the plan with this label that change results by more than reordered sums
+        and that the plan of the proof of concept did not have.
+        """
         names = [part.partition("(")[0] for part in label.split(" + ")]
         trained_techniques = self.trained.techniques
         techniques = [TECHNIQUES[n] for n in names if n in TECHNIQUES and n not in trained_techniques]
@@ -289,7 +293,7 @@ def usable_bytes(machine: str) -> float | None:
     """Return the memory of one device of the machine in bytes; None if the catalog has no machine of this
     name.
     """
-    catalog_machine = _known(machine)
+    catalog_machine = _catalog_machine(machine)
     return catalog_machine.device.memory_bytes.value if catalog_machine is not None else None
 
 
@@ -316,7 +320,7 @@ def _did_you_mean_or(name: str) -> str:
     return f"{hint} or " if hint else ""
 
 
-def _known(name: str) -> CatalogMachine | None:
+def _catalog_machine(name: str) -> CatalogMachine | None:
     """Return the catalog's machine of that name, or None if it has none."""
     try:
         return catalog.machine(name)
@@ -344,8 +348,8 @@ def machine_price(machine: CatalogMachine | None) -> Fact | None:
     servers = -(-machine.device_count // devices_per_host)
     parts = ((device.usd_to_buy, machine.device_count), (server, servers))
     value = sum(fact.value * count for fact, count in parts)
-    below = math.hypot(*(count * (fact.value - _end(fact, fact.low)) for fact, count in parts))
-    above = math.hypot(*(count * (_end(fact, fact.high) - fact.value) for fact, count in parts))
+    below = math.hypot(*(count * (fact.value - fact.bounds[0]) for fact, count in parts))
+    above = math.hypot(*(count * (fact.bounds[1] - fact.value) for fact, count in parts))
     return dataclasses.replace(device.usd_to_buy, value=value, low=value - below, high=value + above)
 
 
@@ -356,24 +360,15 @@ def machine_rent(machine: CatalogMachine | None) -> Fact | None:
     hourly = machine.device.usd_per_hour if machine is not None else None
     if machine is None or hourly is None:
         return None
-    count = machine.device_count
-    return dataclasses.replace(
-        hourly,
-        value=hourly.value * count,
-        low=_end(hourly, hourly.low) * count,
-        high=_end(hourly, hourly.high) * count,
-    )
-
-
-def _end(fact: Fact, bound: float | None) -> float:
-    return fact.value if bound is None else bound
+    low, high = (bound * machine.device_count for bound in hourly.bounds)
+    return dataclasses.replace(hourly, value=hourly.value * machine.device_count, low=low, high=high)
 
 
 def _amount(fact: Fact | None) -> Amount | None:
     return None if fact is None else Amount(usd=fact.value)
 
 
-def _priced(machine: CatalogMachine | None, fact: Fact | None) -> dict[str, Any]:
+def _price_fields(machine: CatalogMachine | None, fact: Fact | None) -> dict[str, Any]:
     """Return the fields of an option that say whose price of the catalog it has, and the spread between
     sellers; none for a price that is the user's.
     """
@@ -382,8 +377,8 @@ def _priced(machine: CatalogMachine | None, fact: Fact | None) -> dict[str, Any]
     return {
         "priced_device": machine.device.name,
         "device_count": machine.device_count,
-        "price_low_ratio": _end(fact, fact.low) / fact.value,
-        "price_high_ratio": _end(fact, fact.high) / fact.value,
+        "price_low_ratio": fact.bounds[0] / fact.value,
+        "price_high_ratio": fact.bounds[1] / fact.value,
     }
 
 
@@ -401,8 +396,9 @@ def _power_w(machine: CatalogMachine | None) -> float | None:
 
 
 def _embodied_kg(machine: CatalogMachine | None) -> float | None:
-    per_device = machine.device.embodied_kg if machine is not None else None
-    return per_device.value * machine.device_count if per_device is not None and machine is not None else None
+    if machine is None or machine.device.embodied_kg is None:
+        return None
+    return machine.device.embodied_kg.value * machine.device_count
 
 
 def missing_inputs(ways: Iterable[Alternative], case: DecisionCase) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from memfit.types.machine import Fact
 from memfit.types.result import Offer
 
 # an exchange rate that differs from the catalog's by more than this factor is a typing error
-_ODD: Final = 10.0
+_MOST_RATE_FACTOR: Final = 10.0
 _WHOLE: Final = ("steps_per_run", "years", "life_years")
 
 
@@ -44,17 +44,17 @@ def collect_assumptions(
     *,
     place: str,
     offers: Sequence[Offer],
-    seen: Mapping[bool, float] | None = None,
+    step_errors: Mapping[bool, float] | None = None,
     project: Mapping[str, Fact] | None = None,
 ) -> Assumptions:
     """Collect the numbers of the decision: the user's where the case has them, else the catalog's.
 
     `place`: used if the case names no place, tariff or supplier. `offers`: predictions, for the ranges of
     step times. `project`: name -> number of a typical project, used in place of the catalog's default.
-    `seen`: measured over predicted step time of plain training (True) and of the recommended plan (False) in
-    the runs of the proof of concept. Raises UserError for a currency, place, tariff or electricity supplier
-    that the catalog does not have, for a place, tariff and supplier that do not belong together, and for an
-    implausible exchange rate.
+    `step_errors`: measured over predicted step time of plain training (True) and of the recommended plan
+    (False) in the runs of the proof of concept. Raises UserError for a currency, place, tariff or electricity
+    supplier that the catalog does not have, for a place, tariff and supplier that do not belong together, and
+    for an implausible exchange rate.
     """
     currency = finance.currency(case.currency)
     case_place = _where(case, place)
@@ -65,7 +65,7 @@ def collect_assumptions(
         *_work(case, project or {}),
         *_money(case, case_place),
         *electricity_prices.electricity(),
-        *_factors(case, offers, seen or {}),
+        *_factors(case, offers, step_errors or {}),
     ]
     terms_by_name = {n.name: n for n in numbers}
 
@@ -134,7 +134,7 @@ def _rate(case: DecisionCase, currency: finance.Currency) -> Term:
     figure, catalog_rate = case.money.per_usd, currency.per_usd.value
     if figure is not None:
         low, high = figure.bounds
-        factor = 1.0 if currency.code == "USD" else _ODD
+        factor = 1.0 if currency.code == "USD" else _MOST_RATE_FACTOR
         if low < catalog_rate / factor or high > catalog_rate * factor:
             raise UserError(
                 f"money.per_usd, or the low or high of its range, is implausible: {figure.value:g} "
@@ -279,9 +279,7 @@ def _number(name: str, figure: CaseFigure | int | None, row: Fact | None, unit: 
         return term(name, figure, unit)
     if row is None:
         return Term(name=name, value=None, unit=unit)
-    is_whole = name in _WHOLE  # years are whole numbers, without a range
-    low = row.value if row.low is None or is_whole else row.low
-    high = row.value if row.high is None or is_whole else row.high
+    low, high = (row.value, row.value) if name in _WHOLE else row.bounds  # whole numbers have no range
     return Term(
         name=name,
         value=row.value,

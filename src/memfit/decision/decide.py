@@ -51,7 +51,7 @@ def decide(
         case,
         place=_place(poc.place),
         offers=offers,
-        seen=_step_errors(poc),
+        step_errors=_step_errors(poc),
         project=project.work if project is not None else None,
     )
     attended_minutes = poc.effort.attended_minutes
@@ -72,7 +72,7 @@ def decide(
         labour_known=labour_known,
         trained=poc.search.recommended.estimate.plan if poc.search.recommended else Plan(),
     )
-    ways = inputs.ways()
+    ways = inputs.build_options()
     sheets = tuple(money.sheet(way, assumptions.terms) for way in ways)
     if setup_figure is not None:
         hours = term("setup_hours", setup_figure, "hours")
@@ -159,7 +159,7 @@ def _without_stages(
     existing = [i for i, w in enumerate(ways) if w.kind == "existing"]
     by_kind = {kind: [i for i, w in enumerate(ways) if w.kind == kind] for kind in ("purchase", "cloud")}
     user_by_kind = {kind: [i for i in indices if not ways[i].of_catalog] for kind, indices in by_kind.items()}
-    best, reference = money.compared(ways, sheets)
+    best, reference = money.best_and_reference(ways, sheets)
     candidates = [
         *zip(("existing", "existing_plain"), existing, strict=False),
         *(
@@ -176,7 +176,7 @@ def _without_stages(
     kind, swings, without_a_price = "", tuple[Swing, ...](), None
     if best is not None and reference is not None:
         pair = ways[best], ways[reference]
-        saving = money.saved_percent(sheets[best], sheets[reference])
+        saving = sheets[best].saved_percent(sheets[reference])
         kind, years = money.payback(sheets[best], sheets[reference], assumptions.terms.life_years)
         numbers = (*numbers, *monte_carlo.price_factors(*pair))
         spread = monte_carlo.interval(*pair, assumptions.terms, numbers)

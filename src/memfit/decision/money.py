@@ -146,7 +146,7 @@ def _embodied(way: Alternative, hours: float, terms: Terms) -> float | None:
     return 1000 * way.embodied_kg * hours / (HOURS_PER_YEAR * terms.utilisation_ratio * terms.life_years)
 
 
-# -- two ways --------------------------------------------------------------------------------------------
+# -- two options --------------------------------------------------------------------------------------------
 
 
 def cheapest(ways: Sequence[Alternative], sheets: Sequence[CostSheet], among: Sequence[int]) -> int | None:
@@ -160,19 +160,14 @@ def cheapest(ways: Sequence[Alternative], sheets: Sequence[CostSheet], among: Se
     return min(known_costs, key=lambda i: known_costs[i], default=None)
 
 
-def compared(ways: Sequence[Alternative], sheets: Sequence[CostSheet]) -> tuple[int | None, int | None]:
+def best_and_reference(
+    ways: Sequence[Alternative], sheets: Sequence[CostSheet]
+) -> tuple[int | None, int | None]:
     """Return (index of the best option, index of the reference): the cheapest that does all the work, and the
     cheapest with plain training on a machine that is bought or rented. None for one that does not exist.
     """
     reference_ways = [i for i, w in enumerate(ways) if w.plain and w.kind in ("purchase", "cloud")]
     return cheapest(ways, sheets, range(len(ways))), cheapest(ways, sheets, reference_ways)
-
-
-def saved_percent(sheet: CostSheet, reference: CostSheet) -> float | None:
-    """Return by how many percent the present cost of ``sheet`` is below that of ``reference``; negative if it
-    is above. None if one of them is unknown, or if that of ``reference`` is not positive.
-    """
-    return sheet.saved_percent(reference)
 
 
 def payback(sheet: CostSheet, reference: CostSheet, life_years: float = math.inf) -> tuple[str, float | None]:

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-from memfit.decision.money import saved_percent, sheet
+from memfit.decision.money import sheet
 from memfit.types.decision import (
     DRAWS,
     OFFERS,
@@ -21,7 +21,7 @@ from memfit.types.decision import (
 )
 from memfit.types.result import Interval
 
-_DUST: Final = 1e-9  # relative to the saving: a smaller swing is rounding
+_ROUNDING: Final = 1e-9  # relative to the saving: a smaller swing is rounding
 
 
 def interval(
@@ -32,18 +32,19 @@ def interval(
 
     ``numbers``: the numbers of the decision with their ranges. For each of ``draws`` draws, every number with
     a range is drawn from it. The interval goes from the 5th to the 95th percentile of the saving in them, and
-    is widened to contain the saving with all numbers at their values. If no number has a range, or if both
-    options are the same, the interval is only this saving, and the percentage is 100 or 0.
+    is widened to contain the saving with all numbers at their values; a draw in which the saving is unknown
+    counts as that one. If no number has a range, or if both options are the same, the interval is only this
+    saving, and the percentage is 100 or 0.
     """
     import numpy
 
-    saved_at, spans = _saver(best, reference, terms, numbers), ranged(numbers)
+    saved_at, spans = _saving_function(best, reference, terms, numbers), ranged(numbers)
     point = saved_at({})
     if point is None:
         return None
     if not spans or best == reference:
-        return Interval(value=point, low=point, high=point), 100.0 * (point > 0)
-    columns = [_drawn(name, span, draws) for name, span in spans.items()]
+        return Interval.exactly(point), 100.0 * (point > 0)
+    columns = [_draw(name, span, draws) for name, span in spans.items()]
     savings = []
     for row in zip(*columns, strict=True):
         sample = {name: float(value) for name, value in zip(spans, row, strict=True)}
@@ -54,7 +55,7 @@ def interval(
     return Interval(value=point, low=min(low, point), high=max(high, point)), chance
 
 
-def _drawn(name: str, span: Interval, draws: int) -> Any:
+def _draw(name: str, span: Interval, draws: int) -> Any:
     """Return ``draws`` draws from the triangular distribution over the range ``span`` with its peak at the
     value. The random generator is seeded by ``name``.
 
@@ -78,12 +79,12 @@ def tornado(
 
     Numbers whose effect is only rounding, and those with which the saving is unknown, are left out.
     """
-    swings, saved_at = [], _saver(best, reference, terms, numbers)
+    swings, saved_at = [], _saving_function(best, reference, terms, numbers)
     for name, span in ranged(numbers).items():
         low, high = (saved_at({name: end}) for end in (span.low, span.high))
         if low is None or high is None:
             continue
-        if abs(high - low) > _DUST * max(100.0, abs(low), abs(high)):
+        if abs(high - low) > _ROUNDING * max(100.0, abs(low), abs(high)):
             swings.append(Swing(name=name, low_percent=low, high_percent=high))
     return tuple(sorted(swings, key=lambda s: -abs(s.high_percent - s.low_percent)))
 
@@ -120,7 +121,7 @@ def ranged(numbers: Sequence[Term]) -> dict[str, Interval]:
     }
 
 
-def _saver(
+def _saving_function(
     best: Alternative, reference: Alternative, terms: Terms, numbers: Sequence[Term]
 ) -> Callable[[Mapping[str, float]], float | None]:
     """Return a function from {name of a number: its value} to what ``best`` saves over ``reference`` in
@@ -134,9 +135,11 @@ def _saver(
         moved_terms = replace_numbers(
             terms, {name: value for name, value in values.items() if name not in own_names}
         )
-        pairs = zip((best, reference), factors, strict=True)
-        ways = (with_draw(way, values, user_values, terms, values.get(name, 1.0)) for way, name in pairs)
-        return saved_percent(*(sheet(way, moved_terms) for way in ways))
+        best_sheet, reference_sheet = (
+            sheet(with_draw(way, values, user_values, terms, values.get(name, 1.0)), moved_terms)
+            for way, name in zip((best, reference), factors, strict=True)
+        )
+        return best_sheet.saved_percent(reference_sheet)
 
     return saved_at
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from memfit.catalog.prices import SellerPrice, seller_prices, typical_price
-from memfit.decision.money import compared, saved_percent, sheet
+from memfit.decision.money import best_and_reference, sheet
 from memfit.types.decision import Alternative, Amount, CostSheet, Terms
 from memfit.types.result import Interval
 
@@ -45,8 +45,8 @@ def _used_prices(ways: Sequence[Alternative]) -> Iterator[SellerPrice]:
 
 
 def _saving(ways: Sequence[Alternative], sheets: Sequence[CostSheet]) -> float | None:
-    best, reference = compared(ways, sheets)
-    return None if best is None or reference is None else saved_percent(sheets[best], sheets[reference])
+    best, reference = best_and_reference(ways, sheets)
+    return None if best is None or reference is None else sheets[best].saved_percent(sheets[reference])
 
 
 def _saving_without(

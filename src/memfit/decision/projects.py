@@ -40,18 +40,19 @@ class Project:
         on that machine with that kind of plan. Its memory is that of the phase that needs most.
 
         Recommended plans are left out on machines that a phase does not fit. Plain training is kept even so,
-        since it is only what plans are compared with.
+        since it is only what plans are compared with. A phase that was not predicted on any machine does not
+        count.
         """
-        found = []
+        whole_runs = []
         for offer in (o for o in offers if o.size == self.size):
             runs = self._runs(offers, offer)
             if offer.plain or all(run.fits for run in runs):
-                found.append(self._mean(offer, runs))
-        return found
+                whole_runs.append(self._mean(offer, runs))
+        return whole_runs
 
     def time_ratios(self, offers: Sequence[Offer], machine: str, *, plain: bool) -> Mapping[str, float]:
-        """Return the share of a run's time of each phase; empty if there is one phase, or no prediction for
-        the machine."""
+        """Return the share of a run's time of each phase with a known step time; empty if there is one phase,
+        or no prediction for the machine."""
         offer = next((o for o in offers if (o.size, o.machine, o.plain) == (self.size, machine, plain)), None)
         runs = self._runs(offers, offer) if offer is not None and self.phases else []
         times_s = {r.size: self.phases[r.size] * r.step_s.value for r in runs if r.step_s is not None}
@@ -75,7 +76,7 @@ class Project:
                 run = dataclasses.replace(
                     offer,
                     size=size,
-                    step_s=_scaled(offer.step_s, statistics.median(ratios)),
+                    step_s=offer.step_s.scaled(statistics.median(ratios)),
                     fits=offer.fits and _device_bytes(offer.machine) >= least_bytes,
                 )
             runs += [run] if run is not None else []
@@ -182,17 +183,14 @@ def estimated_hours(effort: Effort) -> CaseFigure:
 def _labour(place: str, currency: str) -> CaseFigure:
     cost, code = finance.labour_cost(place)
     scale = finance.currency(currency).per_usd.value / finance.currency(code).per_usd.value
+    low, high = (bound * scale for bound in cost.bounds)
     return CaseFigure(
         value=cost.value * scale,
-        low=(cost.value if cost.low is None else cost.low) * scale,
-        high=(cost.value if cost.high is None else cost.high) * scale,
+        low=low,
+        high=high,
         source=cost.source,
         date=cost.date if len(cost.date) == len("2026-11-29") else "",
     )
-
-
-def _scaled(interval: Interval, factor: float) -> Interval:
-    return Interval(value=interval.value * factor, low=interval.low * factor, high=interval.high * factor)
 
 
 def _device_bytes(machine: str) -> float:

@@ -48,14 +48,14 @@ def risks(poc: Poc, decision: Decision) -> tuple[Risk, ...]:
 
 
 _Values = dict[str, str | float | None]
-_Found = tuple[str, str, str, Mapping[str, str | float | None], str]
+_Entry = tuple[str, str, str, Mapping[str, str | float | None], str]
 
 
 def _runs(poc: Poc) -> list[Run]:
     return [r for r in poc.runs if r.spec.role == "recommended"]
 
 
-def _accuracy(poc: Poc, decision: Decision) -> _Found:
+def _accuracy(poc: Poc, decision: Decision) -> _Entry:
     verdict = next((n.verdict for n in poc.verdicts if n.name == "recommended"), None)
     if verdict is None:
         return ("accuracy", "unknown", "accuracy.none", {}, "")
@@ -71,7 +71,7 @@ def _accuracy(poc: Poc, decision: Decision) -> _Found:
     return ("accuracy", level, f"accuracy.{kind}", values, "#verdicts")
 
 
-def _stability(poc: Poc) -> _Found:
+def _stability(poc: Poc) -> _Entry:
     runs = _runs(poc)
     if not runs:
         return ("stability", "unknown", "stability.none", {}, "")
@@ -91,7 +91,7 @@ def _stability(poc: Poc) -> _Found:
     return ("stability", level, "stability.spare", values, "#runs")
 
 
-def _reproducibility(poc: Poc) -> _Found:
+def _reproducibility(poc: Poc) -> _Entry:
     reproducible = poc.reproducibility.reproducible
     level, key = (
         ("unknown", "none") if reproducible is None else ("low", "yes") if reproducible else ("some", "no")
@@ -99,7 +99,7 @@ def _reproducibility(poc: Poc) -> _Found:
     return ("reproducibility", level, f"reproducibility.{key}", {}, "#reproducible")
 
 
-def _load(poc: Poc) -> _Found:
+def _load(poc: Poc) -> _Entry:
     effort = poc.effort
     values = {
         "commands": float(effort.commands),
@@ -113,7 +113,7 @@ def _load(poc: Poc) -> _Found:
     return ("load", level, "load.counted" if counted else "load.uncounted", values, "#effort")
 
 
-def _maturity(poc: Poc, decision: Decision) -> _Found:
+def _maturity(poc: Poc, decision: Decision) -> _Entry:
     """Judge the upkeep of the engine that ran the recommended plan, and of the packages that the recommended
     plan and the plan of the best option need.
 
@@ -167,7 +167,7 @@ def _libraries(poc: Poc, decision: Decision) -> tuple[str, ...]:
     return tuple(packages)
 
 
-def _supply(decision: Decision) -> _Found:
+def _supply(decision: Decision) -> _Entry:
     offers = [w for w in decision.ways if w.of_catalog and w.kind != "nothing"]
     plain, tight = ({w.machine for w in offers if w.plain is side} for side in (True, False))
     if not offers:
@@ -178,7 +178,7 @@ def _supply(decision: Decision) -> _Found:
     return ("supply", level, "supply.counted", values, "#money")
 
 
-def _security(poc: Poc) -> _Found:
+def _security(poc: Poc) -> _Entry:
     packages = float(poc.effort.packages)
     level = "low" if not packages else "some"
     return ("security", level, "security.packages", {"packages": packages}, "#effort")

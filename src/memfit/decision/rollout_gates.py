@@ -23,7 +23,7 @@ Kind = Literal["equivalent", "undecided", "different", "not_sensitive"]
 
 
 def _none_if_false(value: Any) -> Any:
-    """Return None if ``value`` is False, because TOML has no null; return any other value as it is."""
+    """Return None if ``value`` is False, which disables a limit as TOML has no null; else ``value``."""
     return None if value is False else value
 
 
@@ -162,19 +162,23 @@ def evaluate(record: Shared, gates: Gates) -> tuple[Gate, ...]:
     plain, recommended, effort = record.baseline, record.recommended, record.effort
     capped = recommended.under_cap == "ok" if recommended.under_cap else None
     results = [
-        _most("memory: prediction error", _error(plain, recommended), gates.memory.prediction_error),
-        _must("memory: trained under the cap", capped, gates.memory.under_cap),
-        _most("time: step by plain's", _step_ratio(record), gates.time.step_ratio),
-        _verdict(record, gates.accuracy.verdicts),
-        _must("reproducibility: the same again", record.reproducible, gates.reproducibility.same_again),
-        _most("energy: run by plain's", _joules(plain, recommended), gates.energy.ratio),
-        _most("effort: failed attempts", float(effort.failed_attempts), gates.effort.failed_attempts),
-        _most("effort: attended minutes", effort.attended_minutes, gates.effort.attended_minutes),
+        _limit_gate(
+            "memory: prediction error", _prediction_error(plain, recommended), gates.memory.prediction_error
+        ),
+        _required_gate("memory: trained under the cap", capped, gates.memory.under_cap),
+        _limit_gate("time: step by plain's", _step_ratio(record), gates.time.step_ratio),
+        _verdict_gate(record, gates.accuracy.verdicts),
+        _required_gate(
+            "reproducibility: the same again", record.reproducible, gates.reproducibility.same_again
+        ),
+        _limit_gate("energy: run by plain's", _energy_ratio(plain, recommended), gates.energy.ratio),
+        _limit_gate("effort: failed attempts", float(effort.failed_attempts), gates.effort.failed_attempts),
+        _limit_gate("effort: attended minutes", effort.attended_minutes, gates.effort.attended_minutes),
     ]
     return tuple(gate for gate in results if gate is not None)
 
 
-def _most(name: str, value: float | None, limit: float | None) -> Gate | None:
+def _limit_gate(name: str, value: float | None, limit: float | None) -> Gate | None:
     if limit is None:
         return None
     return Gate(
@@ -182,18 +186,18 @@ def _most(name: str, value: float | None, limit: float | None) -> Gate | None:
     )
 
 
-def _must(name: str, value: bool | None, required: bool) -> Gate | None:
+def _required_gate(name: str, value: bool | None, required: bool) -> Gate | None:
     return Gate(name=name, found=value, limit="yes", holds=value is True) if required else None
 
 
-def _verdict(record: Shared, allowed: Sequence[Kind] | None) -> Gate | None:
+def _verdict_gate(record: Shared, allowed: Sequence[Kind] | None) -> Gate | None:
     if allowed is None:
         return None
     kind = record.verdict.kind if record.verdict is not None else None
     return Gate(name="accuracy: verdict", found=kind, limit=" or ".join(allowed), holds=kind in allowed)
 
 
-def _error(plain: Side, recommended: Side) -> float | None:
+def _prediction_error(plain: Side, recommended: Side) -> float | None:
     """Return |predicted / measured - 1| of the peak memory, the larger one of the recommended plan's and, if
     that ran, plain training's. None if a predicted or measured peak that it needs is unknown.
     """
@@ -216,7 +220,7 @@ def _step_ratio(record: Shared) -> float | None:
     return step_s / plain_s if step_s is not None and plain_s else None
 
 
-def _joules(plain: Side, recommended: Side) -> float | None:
+def _energy_ratio(plain: Side, recommended: Side) -> float | None:
     recommended_energy, plain_energy = recommended.energy, plain.energy
     if (
         recommended_energy is None

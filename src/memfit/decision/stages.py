@@ -76,10 +76,6 @@ def stages(
 def _unpaid_poc(poc: Poc, decision: Decision) -> tuple[str, ...]:
     if poc.effort.attended_minutes is None:
         return ("poc.attended_minutes",)
-    return _unpriced(decision)
-
-
-def _unpriced(decision: Decision) -> tuple[str, ...]:
     has_price = any(t.name == "labour_per_hour" and t.value is not None for t in decision.numbers)
     return () if has_price else ("money.labour_per_hour",)
 
@@ -212,12 +208,12 @@ def pilot_most(decision: Decision, way: Alternative | None) -> float | None:
         return None
     ends = _expensive_ends(decision)
     user_values = {t.name: t.value for t in decision.numbers if t.name in OWN and t.value is not None}
-    dear_terms = monte_carlo.replace_numbers(
+    expensive_terms = monte_carlo.replace_numbers(
         decision.terms, {n: end for n, end in ends.items() if n not in OWN}
     )
     trial = _in_pilot(way, decision)
-    dear_way = monte_carlo.with_draw(trial, ends, user_values, decision.terms, way.price_high_ratio)
-    cost, people = _one_run(dear_way, dear_terms)
+    expensive_option = monte_carlo.with_draw(trial, ends, user_values, decision.terms, way.price_high_ratio)
+    cost, people = _one_run(expensive_option, expensive_terms)
     return None if cost is None else cost + people
 
 

@@ -17,7 +17,7 @@ from memfit.planner.selection import (
 from memfit.runtime import local_machine
 from memfit.runtime.child_process import run
 from memfit.runtime.devices import loaded_drivers
-from memfit.store.calibration import CalibrationCache, selected
+from memfit.store.calibration import CalibrationCache, select_operators
 from memfit.techniques.registry import make_plain_plan
 from memfit.types import serialization
 from memfit.types.errors import RunError
@@ -105,7 +105,7 @@ def calibrate(
             probe_here(request, missing_signatures, _LONGEST_RATIO * timing_s, needs_rates)
         )
     predictor.recalibrate(
-        merge_calibrations(predictor.calibration, selected(stored_calibration, set(signatures)))
+        merge_calibrations(predictor.calibration, select_operators(stored_calibration, set(signatures)))
     )
 
 

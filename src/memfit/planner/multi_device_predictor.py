@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy
 
-from memfit.cost.estimate import interval_around, interval_of_rates, modelled_boundary, scaled
+from memfit.cost.estimate import interval_around, interval_of_rates, modelled_boundary
 from memfit.cost.host import (
     HostMemory,
     host_memory,
@@ -243,7 +243,7 @@ class MultiDevicePredictor:
         memory_ratio = statistics.median(
             w.allocated_bytes.value / s.allocated_bytes.value for s, w in similar_pairs
         )
-        allocated = scaled(e.allocated_bytes, memory_ratio)
+        allocated = e.allocated_bytes.scaled(memory_ratio)
         device_memory = sketch_footprint(
             allocated,
             self._machine(e.plan.ranks),
@@ -256,7 +256,7 @@ class MultiDevicePredictor:
             chance = oom_probability(chance, host, self.machine)
         return dataclasses.replace(
             e,
-            step_s=e.step_s and scaled(e.step_s, step_ratio),
+            step_s=e.step_s and e.step_s.scaled(step_ratio),
             allocated_bytes=allocated,
             reserved_bytes=device_memory.reserved_bytes,
             device_bytes=device_memory.device_bytes,

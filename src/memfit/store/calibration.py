@@ -61,8 +61,8 @@ class CalibrationCache:
 
     def read(self) -> Calibration:
         """Return the stored rates with the timings of all stored operators. Return an empty Calibration if no
-        rates are stored, even if timings are, or if the file cannot be read. Raises UserError if the stored
-        rates are not a valid calibration."""
+        rates are stored, even if timings are, or if the file or a stored timing cannot be read. Raises
+        UserError if the stored rates are not a valid calibration."""
         with contextlib.suppress(OSError, sqlite3.Error, ValueError), self._connection() as connection:
             rates = connection.execute("SELECT body FROM machine WHERE key = ?", (self.key,)).fetchone()
             rows = connection.execute("SELECT signature, body FROM operator WHERE key = ?", (self.key,))
@@ -92,8 +92,8 @@ class CalibrationCache:
         return stored if stored.flops_s else fresh
 
     def forget(self) -> None:
-        """Delete the rates and timings of this machine, torch version and number of threads, so that all is
-        measured again. Do nothing if the file cannot be written."""
+        """Delete the rates and timings that are stored for this machine, device, torch version and number of
+        threads, so that all is measured again. Do nothing if the file cannot be written."""
         with contextlib.suppress(OSError, sqlite3.Error), self._connection() as connection:
             for table in ("machine", "operator"):
                 connection.execute(f"DELETE FROM {table} WHERE key = ?", (self.key,))
@@ -108,7 +108,7 @@ class CalibrationCache:
             yield connection
 
 
-def selected(calibration: Calibration, signatures: set[str]) -> Calibration:
+def select_operators(calibration: Calibration, signatures: set[str]) -> Calibration:
     """Return `calibration` with all its rates, but only with the timings of the operators in ``signatures``,
     so that a result does not depend on operators that earlier requests have timed."""
     return dataclasses.replace(

@@ -66,7 +66,7 @@ class Store:
             ) from error
         with self._connection() as connection:
             if self._is_new(connection):
-                self._lay_out(connection)
+                self._create_tables(connection)
 
     def append(self, poc_id: str, kind: str, body: Any) -> Record:
         """Add one row with `body` as JSON (``serialization.dumps``), the current time and the environment of
@@ -121,7 +121,7 @@ class Store:
         return next(reversed(self.poc_ids()), None)
 
     def environment(self, name: str) -> Mapping[str, str]:
-        """Return the environment, the mapping from `fingerprint`, whose digest is `name`. A Record's
+        """Return the environment (a mapping as `fingerprint` returns it) whose digest is `name`. A Record's
         ``environment`` is such a digest. Raises UserError if the store has no environment with it."""
         rows = self._rows("SELECT body FROM environment WHERE digest = ?", name)
         if not rows:
@@ -176,7 +176,7 @@ class Store:
             )
         return True
 
-    def _lay_out(self, connection: sqlite3.Connection) -> None:
+    def _create_tables(self, connection: sqlite3.Connection) -> None:
         with _transaction(connection):
             if not self._is_new(connection):
                 return  # another process has created the store first
@@ -186,9 +186,9 @@ class Store:
             connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
 
-def taken_from(row: Record) -> str:
-    """Return who reports the record in ``row``, a row of the kind TAKEN, as stored with it; "others" if the
-    row does not say."""
+def reporter_of(row: Record) -> str:
+    """Return the name of the group that reports the record in ``row``, a row of the kind `TAKEN`; "others" if
+    the row does not say."""
     return str(json.loads(row.body).get("from", "others"))
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 
-from memfit.store.database import TAKEN, Store, taken_from
+from memfit.store.database import TAKEN, Store, reporter_of
 from memfit.types import serialization
 from memfit.types.errors import UserError
 from memfit.types.result import Poc, Run
@@ -59,7 +59,7 @@ def _stored_poc(store: Store, poc_id: str) -> Poc:
         return serialization.loads(Poc, finished_rows[-1].body, what=f"record {finished_rows[-1].record_id}")
     begin_rows = store.records(poc_id, "begin")
     if not begin_rows and (taken_rows := store.records(poc_id, TAKEN)):
-        reporter = taken_from(taken_rows[-1])
+        reporter = reporter_of(taken_rows[-1])
         raise UserError(
             f"{poc_id} is a record from {reporter}, not measured here, so the store has no PoC with its runs",
             hint="`memfit decide --gates` and `memfit record --compare` can read it",

@@ -26,6 +26,14 @@ class Fact:
     def __post_init__(self) -> None:
         assert self.kind in ("measured", "published", "assumed"), self.kind
 
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """``low`` and ``high``; one that is None is ``value``."""
+        return (
+            self.value if self.low is None else self.low,
+            self.value if self.high is None else self.high,
+        )
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
@@ -113,6 +121,11 @@ class Machine:
     host: Host | None = None
     network: Link | None = None  # between hosts
     is_here: bool = False
+
+    @property
+    def devices_in_host(self) -> int:
+        """Number of devices in one host, also where ``devices_per_host`` is 0."""
+        return self.devices_per_host or self.device_count
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

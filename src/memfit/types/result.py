@@ -49,6 +49,20 @@ class Interval:
     def __post_init__(self) -> None:
         assert self.low <= self.value <= self.high, f"not in order: {self.low}, {self.value}, {self.high}"
 
+    @staticmethod
+    def exactly(value: float) -> Interval:
+        """Return the interval that contains ``value`` alone."""
+        return Interval(value=value, low=value, high=value)
+
+    def scaled(self, factor: float) -> Interval:
+        """Return the interval with its value and both ends multiplied by ``factor``, which is not
+        negative."""
+        return Interval(value=self.value * factor, low=self.low * factor, high=self.high * factor)
+
+    def __add__(self, other: Interval) -> Interval:
+        """Return the sum end to end: what makes one part large may make the other large, too."""
+        return Interval(value=self.value + other.value, low=self.low + other.low, high=self.high + other.high)
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:

@@ -30,7 +30,10 @@ def reproducibility(run_a: Run, run_b: Run) -> Reproducibility:
         return Reproducibility(reproducible=None, detail=reason)
     difference = _first_differing(run_a.measurement, run_b.measurement)
     if difference is None:
-        return Reproducibility(reproducible=True, detail=_what_was_equal(run_a.measurement))
+        norms = ", gradient norms" if run_a.measurement.grad_norms else ""
+        steps = len(run_a.measurement.losses)
+        detail = f"losses{norms} and trained weights bitwise equal over {steps} steps"
+        return Reproducibility(reproducible=True, detail=detail)
     step, what = difference
     detail = f"{what} first differs at step {step} (counted from 0)"
     return Reproducibility(reproducible=False, first_differing_step=step, detail=detail)
@@ -57,8 +60,3 @@ def _first_differing(a: Measurement, b: Measurement) -> tuple[int, str] | None:
     if not differences and a.weights_digest != b.weights_digest:
         differences = [(len(a.losses) - 1, "the update of the weights")]
     return min(differences, key=lambda f: f[0], default=None)
-
-
-def _what_was_equal(m: Measurement) -> str:
-    norms = ", gradient norms" if m.grad_norms else ""
-    return f"losses{norms} and trained weights bitwise equal over {len(m.losses)} steps"

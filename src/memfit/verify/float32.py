@@ -22,6 +22,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from memfit.types.result import Cause
+
 UNIT_ROUNDOFF = 2.0**-24
 TERMS = 2**14
 LAMBDA = 4.0
@@ -36,14 +38,23 @@ def tolerance(step: int) -> float:
     return LAMBDA * math.sqrt(2 * TERMS) * UNIT_ROUNDOFF * GROWTH**step
 
 
-def first_out_of_tolerance(a: Sequence[float], b: Sequence[float]) -> tuple[int, float] | None:
-    """Return (the first step, counted from 0, at which the losses ``a`` and ``b`` differ by more than
-    `tolerance`, the relative difference there); None if there is none.
+def difference_beyond_rounding(
+    a: Sequence[float], b: Sequence[float], *, seed: int, first_step: int = 0
+) -> Cause | None:
+    """Return the Cause "beyond_rounding" with the first step at which the losses ``a`` and ``b`` differ by
+    more than `tolerance`, and the relative difference there; None if there is no such step.
 
-    Only the first `STEPS` (5) steps are checked; of these, ``a`` and ``b`` must have the same number.
+    Only the first `STEPS` (5) losses are compared; of these, ``a`` and ``b`` must have the same number.
+    ``first_step``: number of the step of the first loss. ``seed``: of both runs, for the Cause.
     """
-    for step, (x, y) in enumerate(zip(a[:STEPS], b[:STEPS], strict=True)):
+    for index, (x, y) in enumerate(zip(a[:STEPS], b[:STEPS], strict=True)):
         difference = abs(x - y) / max(abs(x), abs(y), UNIT_ROUNDOFF)
-        if difference > tolerance(step):
-            return step, difference
+        if difference > tolerance(index):
+            return Cause(
+                kind="beyond_rounding",
+                seed=seed,
+                step=first_step + index,
+                difference=difference,
+                limit_ratio=tolerance(index),
+            )
     return None

@@ -48,30 +48,27 @@ def verdict(
       The verdict is different if one of them is. As all must be equivalent, the level of the test stays 5 %.
 
     The verdict is undecided if the seeds do not pair one to one, a run did not complete with finite losses,
-    the numbers of steps differ, or a digest of the weights (E0), the metric or enough pairs for its test (E1
-    to E3) are missing, or if the interval of the metric's difference is neither inside nor outside the
-    margin. The order of the runs does not matter.
+    or the numbers of steps differ. For E0 it is also undecided if a digest of the weights is missing; for E1
+    to E3 if ``metric`` is None, a value of it or of a surrogate is missing or not finite, there are fewer
+    than 3 pairs, or an interval is neither inside nor outside its margin. The order of the runs does not
+    matter.
     """
-    pairs = _paired(baseline, candidate)
-    if problem := _unpaired(baseline, candidate):
+    pairs = _pair_by_seed(baseline, candidate)
+    if problem := _pairing_problem(baseline, candidate):
         return _undecided(effect, problem, Cause(kind="unpaired"), pairs=len(pairs))
-    if problem := _unfinished(pairs):
+    if problem := _completion_problem(pairs):
         return _undecided(effect, problem, Cause(kind="unfinished", detail=problem), pairs=len(pairs))
     if effect is EffectClass.E0:
-        return _bitwise(pairs)
-    if effect is EffectClass.E1 and (cause := _beyond_tolerance(pairs)):
-        return Verdict(
-            kind=VerdictKind.DIFFERENT,
-            effect=effect,
-            test=_TESTS[effect],
-            reason=_beyond_reason(cause),
-            pairs=len(pairs),
-            cause=cause,
-        )
-    return _by_metric(pairs, effect, metric, surrogates)
+        return _judge_bits(pairs)
+    if effect is EffectClass.E1:
+        for a, b in pairs:
+            losses = a.measurement.losses, b.measurement.losses
+            if cause := float32.difference_beyond_rounding(*losses, seed=a.spec.seed):
+                return _different_losses(cause, pairs=len(pairs))
+    return _judge_metric(pairs, effect, metric, surrogates)
 
 
-def _paired(baseline: Sequence[Run], candidate: Sequence[Run]) -> Pairs:
+def _pair_by_seed(baseline: Sequence[Run], candidate: Sequence[Run]) -> Pairs:
     candidate_by_seed = {run.spec.seed: run for run in candidate}
     baseline_runs = sorted(baseline, key=lambda run: run.spec.seed)
     return [
@@ -79,7 +76,7 @@ def _paired(baseline: Sequence[Run], candidate: Sequence[Run]) -> Pairs:
     ]
 
 
-def _unpaired(baseline: Sequence[Run], candidate: Sequence[Run]) -> str:
+def _pairing_problem(baseline: Sequence[Run], candidate: Sequence[Run]) -> str:
     baseline_seeds, candidate_seeds = (
         sorted(run.spec.seed for run in runs) for runs in (baseline, candidate)
     )
@@ -90,7 +87,7 @@ def _unpaired(baseline: Sequence[Run], candidate: Sequence[Run]) -> str:
     return ""
 
 
-def _unfinished(pairs: Pairs) -> str:
+def _completion_problem(pairs: Pairs) -> str:
     for run in (run for pair in pairs for run in pair):
         m = run.measurement
         if m.outcome is not OutcomeKind.OK:
@@ -118,7 +115,7 @@ def _undecided(effect: EffectClass, reason: str, cause: Cause, *, pairs: int) ->
     )
 
 
-def _bitwise(pairs: Pairs) -> Verdict:
+def _judge_bits(pairs: Pairs) -> Verdict:
     if any(not run.measurement.weights_digest for pair in pairs for run in pair):
         cause = Cause(kind="no_digest")
         return _undecided(EffectClass.E0, "a run recorded no digest of its weights", cause, pairs=len(pairs))
@@ -151,28 +148,19 @@ def _bits_reason(cause: Cause) -> str:
     return f"seed {cause.seed}: equal losses, but the weights differ after step {cause.step} (the last)"
 
 
-def _beyond_tolerance(pairs: Pairs) -> Cause | None:
-    for a, b in pairs:
-        if excess := float32.first_out_of_tolerance(a.measurement.losses, b.measurement.losses):
-            step, difference = excess
-            return Cause(
-                kind="beyond_rounding",
-                seed=a.spec.seed,
-                step=step,
-                difference=difference,
-                limit_ratio=float32.tolerance(step),
-            )
-    return None
-
-
-def _beyond_reason(cause: Cause) -> str:
-    return (
-        f"seed {cause.seed}: losses differ by {cause.difference:.1e} at step {cause.step} (counted from 0), "
-        f"more than reordered float32 sums explain ({cause.limit_ratio:.1e})"
+def _different_losses(cause: Cause, *, pairs: int) -> Verdict:
+    return Verdict(
+        kind=VerdictKind.DIFFERENT,
+        effect=EffectClass.E1,
+        test=_TESTS[EffectClass.E1],
+        reason=f"seed {cause.seed}: losses differ by {cause.difference:.1e} at step {cause.step} (counted "
+        f"from 0), more than reordered float32 sums explain ({cause.limit_ratio:.1e})",
+        pairs=pairs,
+        cause=cause,
     )
 
 
-def _by_metric(
+def _judge_metric(
     pairs: Pairs, effect: EffectClass, metric: Metric | None, surrogates: Sequence[Metric]
 ) -> Verdict:
     if metric is None:

@@ -30,12 +30,13 @@ def repeated_steps_verdict(
         why = f"losses alone do not decide {effect.label}" if before else "no step was repeated"
         return Verdict(kind=VerdictKind.UNDECIDED, effect=effect, test="none", reason=why)
     if effect is EffectClass.E0:
-        cause = _differing_bits(before, after, first_step, seed)
+        index = first_difference(before, after)
+        cause = None if index is None else Cause(kind="loss_differs", seed=seed, step=first_step + index)
         equal = f"the losses of {steps} are bitwise equal"
     else:
-        cause = _beyond_tolerance(before, after, first_step, seed)
+        cause = float32.difference_beyond_rounding(before, after, seed=seed, first_step=first_step)
         compared = min(len(before), float32.STEPS)
-        of = f"{steps}" if compared == len(before) else f"the first {compared} of {steps}"
+        of = steps if compared == len(before) else f"the first {compared} of {steps}"
         equal = f"the losses of {of} are equal within float32 tolerance"
     return Verdict(
         kind=VerdictKind.DIFFERENT if cause else VerdictKind.EQUIVALENT,
@@ -55,27 +56,4 @@ def _reason(cause: Cause) -> str:
         f"{differ} by {cause.difference:.1e}, more than reordered float32 sums explain "
         f"({cause.limit_ratio:.1e}); random numbers, such as those of dropout, are others if the number of "
         "micro-batches changes"
-    )
-
-
-def _differing_bits(
-    before: Sequence[float], after: Sequence[float], first_step: int, seed: int
-) -> Cause | None:
-    index = first_difference(before, after)
-    return None if index is None else Cause(kind="loss_differs", seed=seed, step=first_step + index)
-
-
-def _beyond_tolerance(
-    before: Sequence[float], after: Sequence[float], first_step: int, seed: int
-) -> Cause | None:
-    excess = float32.first_out_of_tolerance(before, after)
-    if excess is None:
-        return None
-    index, difference = excess
-    return Cause(
-        kind="beyond_rounding",
-        seed=seed,
-        step=first_step + index,
-        difference=difference,
-        limit_ratio=float32.tolerance(index),
     )

@@ -67,13 +67,17 @@ def overall(kinds: Sequence[VerdictKind]) -> VerdictKind:
 
 
 def degraded(spec: RunSpec, control: str) -> RunSpec:
-    """Return the run ``spec`` as the negative control ``control``, such as "half-steps"."""
+    """Return ``spec``, a run of plain training, changed to a run of the negative control ``control``. For
+    "half-steps" it has half of the steps, at least one; any other control is applied by the worker.
+    """
     steps = max(1, spec.steps // 2) if control == "half-steps" else spec.steps
     return dataclasses.replace(spec, degraded=control, steps=steps)
 
 
 def scores(run: Run, endpoints: Sequence[Metric]) -> Mapping[str, float] | None:
-    """Return the value of each endpoint by name; None if the run did not complete or one is not finite."""
+    """Return the value of each endpoint by name: the job's metric for the first endpoint, a surrogate for
+    each other one. None if the run did not complete, if a value is missing or not finite, or if there are no
+    endpoints."""
     measurement = run.measurement
     if measurement.outcome is not OutcomeKind.OK or not endpoints:
         return None
@@ -87,7 +91,8 @@ def judge_pair(baseline: Run, control: Run, endpoints: Sequence[Metric], verdict
     pair of runs, plain training and the negative control, to be different.
 
     In each endpoint, the difference gets an interval as wide as that in ``verdict``, which must be based on
-    the endpoints.
+    the endpoints. If `scores` returns None for one of the two runs, the result is "not noticed", with the
+    reason in ``problem``.
     """
     name = control.spec.degraded
     plain_scores, control_scores = scores(baseline, endpoints), scores(control, endpoints)
@@ -96,7 +101,7 @@ def judge_pair(baseline: Run, control: Run, endpoints: Sequence[Metric], verdict
         problem = (
             f"its run ended {measurement.outcome}: {measurement.reason}"
             if measurement.reason
-            else ("its run has no finite value of each endpoint")
+            else "its run has no finite value of each endpoint"
         )
         return ControlResult(control=name, noticed=False, source="pair", pairs=1, problem=problem)
     assert verdict.low is not None and verdict.high is not None
@@ -166,8 +171,8 @@ def power_study(job: Job, spec: RunSpec) -> PowerStudy | None:
     """Return the stored power study that holds for ``spec``, a run of plain training of ``job``; None if
     there is none.
 
-    It holds for the same built-in job, size, steps, batch, negative control and margins, on the job's own
-    data, weights and other sizes.
+    It holds for the same built-in job, size, steps, batch, negative control and margins, with the data,
+    weights, other sizes, gradient clipping and averaged weights (EMA) that the job has by itself.
     """
     margins = {endpoint.name: endpoint.margin for endpoint in job.endpoints}
     ref = spec.job

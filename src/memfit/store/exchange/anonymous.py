@@ -29,7 +29,7 @@ def anonymous_command(command: str) -> str:
 
 def anonymous_text(text: str) -> str:
     """Return a text with each absolute path replaced by its last component, each USER@HOST by "USER@HOST",
-    and the name of this machine by "HOST"."""
+    and the name of this machine by "HOST". A name of fewer than 4 characters, and "localhost", stays."""
     text = _LOGIN.sub("USER@HOST", _PATH.sub(lambda match: _last(match.group()), text))
     host = platform.node().partition(".")[0]
     if len(host) >= _SHORTEST_HOST and host != "localhost":

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from memfit.store.exchange.anonymous import anonymous_poc, anonymous_text
-from memfit.store.exchange.record import FORMAT, VERSION, Shared, agrees_with_medians, checked
+from memfit.store.exchange.record import FORMAT, VERSION, Shared, agrees_with_medians, validate_record
 from memfit.types.errors import UserError
 from memfit.types.result import Choice, EndpointDifference, OutcomeKind, Poc, Run, Verdict
 from memfit.verify.aggregate import ok_runs, peak_bytes, step_s
 
-_AS_IT_IS = (
+_COPIED_FIELDS = (
     "poc_id",
     "created",
     "command",
@@ -25,13 +25,13 @@ _AS_IT_IS = (
     "metric_unit",
     "metric_naive",
 )
-_OF_HARDWARE = ("processor", "cores", "ram_bytes", "accelerators")
+_HARDWARE_FACTS = ("processor", "cores", "ram_bytes", "accelerators")
 
 
 def of_poc(poc: Poc) -> Shared:
-    """Return the record of ``poc``, without paths and without the name of this machine. Raises UserError if
-    the PoC is not finished or recommends no plan, because nothing could be compared with such a record, and
-    if its numbers contradict each other (see `faults` of the record)."""
+    """Return the record of ``poc``, made anonymous (`anonymous_poc`). Raises UserError if the PoC is not
+    finished or recommends no plan, because nothing could be compared with such a record, and if its numbers
+    contradict each other (see `faults` in exchange/record.py)."""
     recommended = poc.search.recommended
     if not poc.finished or recommended is None:
         raise UserError(
@@ -41,10 +41,10 @@ def of_poc(poc: Poc) -> Shared:
     verdict = next((v.verdict for v in poc.verdicts if v.name == "recommended"), None)
     poc = anonymous_poc(poc)
     environment = dict(poc.environment)
-    fields = {name: getattr(poc, name) for name in _AS_IT_IS}
+    fields = {name: getattr(poc, name) for name in _COPIED_FIELDS}
     plain_side, recommended_side = (_side(poc.runs, c) for c in (poc.search.baseline, recommended))
     ratio, notes = _step_time_ratio(poc, plain_side, recommended_side)
-    return checked(
+    return validate_record(
         fields
         | {
             "format": FORMAT,
@@ -56,7 +56,7 @@ def of_poc(poc: Poc) -> Shared:
                 "steps_per_run": poc.steps_per_run,
             },
             "hardware": {"machine": poc.machine}
-            | {n: environment.pop(n) for n in _OF_HARDWARE if n in environment},
+            | {n: environment.pop(n) for n in _HARDWARE_FACTS if n in environment},
             "software": environment | {"threads": str(poc.runs[0].spec.threads)},
             "baseline": plain_side,
             "recommended": recommended_side,
@@ -116,7 +116,7 @@ def _endpoint(result: EndpointDifference) -> Mapping[str, Any]:
     return {name: getattr(result, name) for name in names}
 
 
-def _worst(capped_runs: Sequence[Run]) -> str:
+def _outcome_under_cap(capped_runs: Sequence[Run]) -> str:
     """Return "ok" if all ``capped_runs``, the runs under the memory cap, succeeded; otherwise the outcome of
     the first that did not, such as "oom"; "" if there are no runs."""
     outcomes = [r.measurement.outcome for r in capped_runs]
@@ -140,7 +140,7 @@ def _side(runs: Sequence[Run], choice: Choice) -> Mapping[str, Any]:
         "ranks": plan.ranks,
         "engine": first_run.spec.engine,
         "effect": choice.effect.label,
-        "under_cap": _worst(capped_runs),
+        "under_cap": _outcome_under_cap(capped_runs),
         "predicted_peak_bytes": first_run.predicted_peak_bytes,
         "measured_peak_bytes": peak_bytes(plan_runs),
         "peak_source": first_run.measurement.peak_source,

@@ -31,7 +31,6 @@ from memfit.verify.sensitivity import overall
 
 FORMAT, VERSION = "memfit-record", 1
 _MOST_BYTES = 16 * 2**20
-
 _LARGEST = 2**63 - 1
 
 Count = Annotated[int, pydantic.Field(ge=0, le=_LARGEST)]
@@ -40,8 +39,7 @@ Positive = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
 Finite = Annotated[float, pydantic.Field(allow_inf_nan=False)]
 Effect = Literal["E0", "E1", "E2", "E3"]
 Outcome = Literal["", "ok", "oom", "timeout", "interrupted", "failed"]
-NotBlank = Annotated[str, pydantic.Field(pattern=r"\S")]  # not blank
-
+NotBlank = Annotated[str, pydantic.Field(pattern=r"\S")]
 
 # A score is computed under the plan. Even with bitwise equal weights, a sample near a threshold may therefore
 # be scored differently.
@@ -52,7 +50,7 @@ _SAME_PEAK: Final = 0.05
 _SPARE, _SPARE_BYTES = 2, 2**30  # factor and bytes that a process may need in addition to its tensors
 
 
-def _dated(date: str) -> str:
+def _check_time(date: str) -> str:
     try:
         moment = datetime.datetime.fromisoformat(date)
     except ValueError as error:
@@ -65,7 +63,7 @@ def _dated(date: str) -> str:
 
 
 _MOMENT = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?(Z|[+-][0-9]{2}:[0-9]{2})$"
-Moment = Annotated[str, pydantic.Field(pattern=_MOMENT), pydantic.AfterValidator(_dated)]
+Moment = Annotated[str, pydantic.Field(pattern=_MOMENT), pydantic.AfterValidator(_check_time)]
 
 
 # The docstrings of the classes below are the descriptions in docs/record.schema.json.
@@ -246,7 +244,7 @@ def text(record: Shared) -> str:
     return escape_controls(json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False)) + "\n"
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_repeated_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return the fields of one JSON object, pairs of (name, value), as a mapping. Raises ValueError if a name
     is repeated, because readers differ in which of its values they use."""
     mapping = dict(pairs)
@@ -261,7 +259,7 @@ def parse_record(raw: str, *, what: str) -> Shared:
     """Parse the JSON text of a record. Raises UserError if it is not JSON, repeats a field, is of another
     version of the format, or is not a valid record; for the last with the first fault: its place, what was
     given, and what is allowed. ``what`` names the text in messages."""
-    data = parse_json(raw, what=what, pairs_hook=_once)
+    data = parse_json(raw, what=what, pairs_hook=_refuse_repeated_fields)
     if isinstance(data, dict) and data.get("format") == FORMAT:
         version = data.get("version")
         if isinstance(version, bool) or version != VERSION:
@@ -269,13 +267,13 @@ def parse_record(raw: str, *, what: str) -> Shared:
             raise UserError(
                 f"{what} has version {shown_version} of the record format", allowed=f"version {VERSION}"
             )
-    return checked(data, what=what)
+    return validate_record(data, what=what)
 
 
-def checked(data: object, *, what: str) -> Shared:
-    """Return the record that ``data``, parsed from JSON or built alike, contain. Raises UserError with the
-    first fault: its place, such as "effort.commands", what was given, and what is allowed. Numbers that
-    contradict each other (`faults`) are a fault, too. ``what`` names the data in messages."""
+def validate_record(data: object, *, what: str) -> Shared:
+    """Return the record that ``data`` contains, a mapping as JSON text of a record gives. Raises UserError
+    with the first fault: its place, such as "effort.commands", what was given, and what is allowed. Numbers
+    that contradict each other (`faults`) are a fault, too. ``what`` names the data in messages."""
     try:
         record = Shared.model_validate(data)
     except pydantic.ValidationError as error:
@@ -323,7 +321,7 @@ def faults(record: Shared) -> Iterator[str]:
             yield f"{name}.plan: {error}"
             return
         plans.append(plan)
-        yield from _of_side(name, side, plan, record.cap_bytes)
+        yield from _side_faults(name, side, plan, record.cap_bytes)
     peaks = [s.measured_peak_bytes for s in (record.baseline, record.recommended)]
     if plans[0] == plans[1] and None not in peaks and not math.isclose(*peaks, rel_tol=_SAME_PEAK):  # type: ignore[arg-type]
         yield f"the two plans are the same, but their measured peaks differ: {peaks[0]} B and {peaks[1]} B"
@@ -332,12 +330,12 @@ def faults(record: Shared) -> Iterator[str]:
     if plans[0] != make_plain_plan(plans[0].ranks):
         yield f"baseline.plan is {plans[0].label}, allowed: plain training"
     if record.step_time_ratio is not None:
-        yield from _of_ratio(record.step_time_ratio, record.baseline.step_s, record.recommended.step_s)
+        yield from _ratio_faults(record.step_time_ratio, record.baseline.step_s, record.recommended.step_s)
     if record.verdict is not None:
-        yield from _of_verdict(record, record.verdict, same=plans[0] == plans[1])
+        yield from _verdict_faults(record, record.verdict, same=plans[0] == plans[1])
 
 
-def _of_side(name: str, side: Side, plan: Plan, cap_bytes: int) -> Iterator[str]:
+def _side_faults(name: str, side: Side, plan: Plan, cap_bytes: int) -> Iterator[str]:
     effect, peak = effect_of(plan).label, side.measured_peak_bytes
     dependent = (
         splits_batch(plan) and side.effect == EffectClass.E3.label
@@ -355,7 +353,7 @@ def _of_side(name: str, side: Side, plan: Plan, cap_bytes: int) -> Iterator[str]
         )
 
 
-def _of_ratio(ratio: float, plain_s: float | None, recommended_s: float | None) -> Iterator[str]:
+def _ratio_faults(ratio: float, plain_s: float | None, recommended_s: float | None) -> Iterator[str]:
     if plain_s is None or recommended_s is None:
         yield "step_time_ratio is given, but step_s of a plan is missing"
     elif not agrees_with_medians(ratio, plain_s, recommended_s):
@@ -375,21 +373,21 @@ def _plan(side: Side) -> Plan:
     return plan
 
 
-def _of_verdict(record: Shared, verdict: Judgement, *, same: bool) -> Iterator[str]:
+def _verdict_faults(record: Shared, verdict: Judgement, *, same: bool) -> Iterator[str]:
     """Yield the inconsistencies of the verdict. ``same``: the record's two plans are equal, so that the
     verdict "equivalent" needs no proof."""
     baseline_scores, recommended_scores = record.baseline.metric_by_seed, record.recommended.metric_by_seed
     equivalent = verdict.kind in ("equivalent", "not_sensitive")
-    yield from _of_control(verdict)
+    yield from _control_faults(verdict)
     if verdict.effect != record.recommended.effect:
         yield f"verdict.effect is {verdict.effect}, but recommended.effect is {record.recommended.effect}"
     if equivalent and not same:
-        yield from _of_equivalence(verdict, baseline_scores, recommended_scores)
+        yield from _equivalence_faults(verdict, baseline_scores, recommended_scores)
     fields = [n for n in ("difference", "low", "high") if getattr(verdict, n) is not None]
     if verdict.margin is None and fields:
         yield f"verdict.{fields[0]} is given, but verdict.margin is missing"
     if verdict.margin is not None:
-        yield from _of_metric(verdict, verdict.margin, baseline_scores, recommended_scores)
+        yield from _metric_faults(verdict, verdict.margin, baseline_scores, recommended_scores)
     elif equivalent:
         for seed in baseline_scores.keys() & recommended_scores.keys():
             if not math.isclose(baseline_scores[seed], recommended_scores[seed], rel_tol=_SAME_SCORE):
@@ -399,7 +397,7 @@ def _of_verdict(record: Shared, verdict: Judgement, *, same: bool) -> Iterator[s
                 )
 
 
-def _of_control(verdict: Judgement) -> Iterator[str]:
+def _control_faults(verdict: Judgement) -> Iterator[str]:
     """Yield the inconsistencies of the negative control: "not_sensitive" needs one that was not noticed, and
     one that was noticed differs in an endpoint by more than its margin."""
     control = verdict.control
@@ -412,13 +410,12 @@ def _of_control(verdict: Judgement) -> Iterator[str]:
             yield f"verdict.control.noticed is {control.noticed}, but its endpoints are judged: {result}"
 
 
-def _of_equivalence(
+def _equivalence_faults(
     verdict: Judgement, baseline_scores: Mapping[str, float], recommended_scores: Mapping[str, float]
 ) -> Iterator[str]:
     """Yield the inconsistencies of a verdict that two different plans are equivalent, or would be if the test
-    were sensitive. Such a verdict needs at
-    least one pair of runs, scores of the same seeds in both plans, as many pairs as seeds if there are
-    scores, and a margin unless its effect class is E0."""
+    were sensitive. Such a verdict needs at least one pair of runs, scores of the same seeds in both plans, as
+    many pairs as seeds if there are scores, and a margin unless its effect class is E0."""
     if verdict.pairs == 0:
         yield "the verdict is equivalent on 0 pairs of runs"
     if verdict.margin is None and verdict.effect != "E0":
@@ -432,7 +429,7 @@ def _of_equivalence(
         yield f"the verdict has {verdict.pairs} pairs, but the scores have {len(baseline_scores)} seeds"
 
 
-def _of_metric(
+def _metric_faults(
     verdict: Judgement,
     margin: float,
     baseline_scores: Mapping[str, float],
