@@ -332,7 +332,9 @@ class Question:
         """Return the estimate of the plan's whole trace, with the money of as many devices as it has."""
         estimate = self.predictor.whole(plan)
         return (
-            MultiDevicePredictor(self.predictor, many_devices_request(self.request, 2**50)).billed(estimate)
+            MultiDevicePredictor(self.predictor, many_devices_request(self.request, 2**50)).with_bill(
+                estimate
+            )
             if self.in_grids
             else estimate
         )

@@ -15,7 +15,7 @@ from memfit.cost.op_time import time_model
 from memfit.model.blocks import find_stacks
 from memfit.planner.block_traces import BlockTracer
 from memfit.planner.evaluate import Predictor
-from memfit.planner.grid_search import Sketch, _cuttable, _GridPredictor, picked
+from memfit.planner.grid_search import Sketch, _divisible_limits, _GridPredictor, sketch_fields
 from memfit.planner.parallelism_grid import Limits, grids
 from memfit.planner.request import job_facts
 from memfit.techniques.registry import make_use
@@ -110,7 +110,7 @@ def test_encoder_and_decoder_are_two_chains(name: str) -> None:
     assert sorted(traced(name).chains.values()) == [DECODERS, ENCODERS]
     assert traced(name).chains == {path: len(blocks) for path, blocks in stacks.items()}
     assert not traced(name).is_single_chain
-    _, refusals = _cuttable(traced(name), ON, limits(name))
+    _, refusals = _divisible_limits(traced(name), ON, limits(name))
     assert any("pipeline and context parallelism are not modelled" in text for text in refusals)
 
 
@@ -138,7 +138,7 @@ def _sketch(name: str, plan: str, micro: int) -> Sketch:
             compute = "bf16" if "bf16" in str(state) and "autocast" not in str(state) else "autocast"
             predictions = grid_predictor(name).predict(part, compute)
             assert predictions is not None
-            return Sketch(part, *picked(part, predictions, micro))
+            return Sketch(part, *sketch_fields(part, predictions, micro))
     raise AssertionError(state)
 
 

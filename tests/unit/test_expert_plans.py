@@ -16,7 +16,7 @@ from memfit.cost.stream_simulator import collective_size
 from memfit.planner.block_traces import BlockTracer
 from memfit.planner.capacity import Cap, needed_bytes
 from memfit.planner.evaluate import Predictor
-from memfit.planner.grid_search import Sketch, _cuttable, _GridPredictor, _todo, picked
+from memfit.planner.grid_search import Sketch, _divisible_limits, _GridPredictor, _make_tasks, sketch_fields
 from memfit.planner.multi_device import search_many_devices
 from memfit.planner.multi_device_predictor import MultiDeviceRequest
 from memfit.planner.parallelism_grid import Grid, Limits, grids
@@ -115,7 +115,7 @@ def test_only_experts_that_drop_tokens_change_the_training() -> None:
 
 
 def test_a_number_of_ranks_that_does_not_divide_the_experts_is_not_modelled() -> None:
-    wanted, refusals = _cuttable(traced(), machine("8xH100-SXM"), limits(ranks=8))
+    wanted, refusals = _divisible_limits(traced(), machine("8xH100-SXM"), limits(ranks=8))
     assert wanted.expert_degree == 1
     assert any("4 experts cannot be shared equally by 8 ranks" in r for r in refusals)
 
@@ -137,7 +137,7 @@ def _grid_predictor() -> tuple[_GridPredictor, list[Any]]:
     model = time_model(ON.device, Calibration())
     assert model is not None
     found = _GridPredictor(traced(), ON, model, limits())
-    todo = [t for t in _todo(ON, limits()) if t[0].layout.experts > 1]
+    todo = [t for t in _make_tasks(ON, limits()) if t[0].layout.experts > 1]
     traced().trace(*found.needed(todo))
     return found, todo
 
@@ -149,7 +149,7 @@ def _sketch(inside: tuple[Any, ...], state: tuple[Any, ...], micro: int) -> Sket
             part = dataclasses.replace(grid, states=(state,), inside=(inside,), away=((),))
             predictions = found.predict(part, compute)
             assert predictions is not None
-            return Sketch(part, *picked(part, predictions, micro))
+            return Sketch(part, *sketch_fields(part, predictions, micro))
     raise AssertionError(state)
 
 

@@ -18,7 +18,7 @@ from memfit.cost.step_time import StorageRates, storage_rates
 from memfit.planner.block_traces import BlockTracer
 from memfit.planner.capacity import Cap
 from memfit.planner.evaluate import Predictor
-from memfit.planner.grid_search import Sketch, _GridPredictor, picked
+from memfit.planner.grid_search import Sketch, _GridPredictor, sketch_fields
 from memfit.planner.multi_device import search_many_devices
 from memfit.planner.multi_device_predictor import MultiDeviceRequest
 from memfit.planner.parallelism_grid import Limits, grids, zero_uses
@@ -156,7 +156,7 @@ def _sketch(state: tuple[Use, ...], precision: str) -> Sketch:
     predictions = _grid_predictor().predict(part, precision)
     assert predictions is not None
     micro = next(i for i, (_, count) in enumerate(grid.micro) if count == 1)
-    return Sketch(part, *picked(part, predictions, micro))
+    return Sketch(part, *sketch_fields(part, predictions, micro))
 
 
 def test_a_search_puts_optimizer_state_on_nvme_where_host_memory_is_too_small() -> None:

@@ -344,7 +344,7 @@ def test_estimates_of_several_ranks_are_equal_from_disk(
     def predicted() -> tuple[str, list[tuple[int, object]]]:
         _, predictor = make_predictor(request)
         predictor.lines = lines
-        predictor.ahead([plan])
+        predictor.trace_ahead([plan])
         estimates = dumps(predictor.each_rank(plan))
         return estimates, [(rank, predictor.trace(p, rank)) for p, rank in predictor.traces]
 

@@ -87,8 +87,8 @@ def many(blocks: int) -> Any:
         needs=lambda e: 1,
         fits_memory=lambda e: True,
         estimate=lambda e: e,
-        ahead=lambda plans: None,
-        traced_or_refused=lambda e: estimate(at(e), traced=True),
+        trace_ahead=lambda plans: None,
+        trace_or_refuse=lambda e: estimate(at(e), traced=True),
         sketch_of=lambda plan: next(e for i in range(5) if (e := estimate(i, traced=False)).plan == plan),
         neighbours=lambda e: [estimate(i, traced=False) for i in (at(e) - 1, at(e) + 1) if 0 <= i < 5],
     )

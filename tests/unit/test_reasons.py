@@ -17,14 +17,14 @@ from memfit.planner import capacity, search, single_device
 from memfit.planner.capacity import Cap, needed_bytes
 from memfit.planner.multi_device_explanations import (
     explain_techniques,
-    traced_before_nothing_fits,
-    traced_for_reasons,
+    trace_before_nothing_fits,
+    trace_for_reasons,
 )
 from memfit.planner.reasons import ReasonInputs
 from memfit.planner.request import Planning, Request
 from memfit.planner.search import build_result
 from memfit.planner.selection import Objective, within_bounds
-from memfit.planner.shortlist import counterfactuals, until_one_fits
+from memfit.planner.shortlist import counterfactuals, trace_until_one_fits
 from memfit.planner.sketch_errors import may_fit_under, sketch_errors
 from memfit.planner.technique_groups import best_of_groups
 from memfit.report.choices import search_view
@@ -163,12 +163,12 @@ def test_before_nothing_is_said_to_fit_the_plans_that_may_are_traced() -> None:
     traces = {e.plan: e for e in (*TRACED, estimated(plan(MIXED, THIRDS, LOW_BIT), 31, 1.4))}
     looked = list[list[Plan]]()
     chosen = [PLAIN, plan(MIXED), plan(MIXED, HALVES)]
-    added = until_one_fits(
+    added = trace_until_one_fits(
         traces.__getitem__, looked.append, SKETCHES, chosen, cap=replace(CAP, bytes=32), bounds=Bounds()
     )
     assert added == [plan(CHECKPOINTED), plan(MIXED, THIRDS, LOW_BIT)]
     assert looked == [added]
-    assert not until_one_fits(
+    assert not trace_until_one_fits(
         traces.__getitem__, looked.append, SKETCHES, [*traces], cap=CAP, bounds=Bounds()
     )
 
@@ -199,7 +199,7 @@ class FakePredictor:
     def expected(self, e: Estimate) -> Estimate:
         return e
 
-    def traced_or_refused(self, sketch: Estimate) -> Estimate | None:
+    def trace_or_refuse(self, sketch: Estimate) -> Estimate | None:
         trace = self.whole.get(sketch.plan)
         if trace is None:
             self.refused[sketch.plan] = "it could not be traced"
@@ -219,7 +219,7 @@ def told_of(many: FakePredictor, known: Sequence[Estimate], *, by_traces: bool =
 
 
 def traced_of(many: FakePredictor, known: Sequence[Estimate], *, quick: bool = True) -> list[Estimate]:
-    return list(traced_for_reasons(many, WINNER, known, many.meets_limits, quick=quick))  # type: ignore[arg-type]
+    return list(trace_for_reasons(many, WINNER, known, many.meets_limits, quick=quick))  # type: ignore[arg-type]
 
 
 def test_on_many_devices_a_technique_that_does_not_fit_is_reported_with_the_estimated_plans() -> None:
@@ -268,10 +268,10 @@ def test_where_traces_are_quick_a_technique_is_left_out_only_by_traces() -> None
 def test_on_many_devices_plans_that_may_fit_are_traced_before_nothing_fits() -> None:
     larger, smaller = estimated(plan(CHECKPOINTED), 33, 1.3), estimated(plan(MIXED, THIRDS, LOW_BIT), 31, 1.4)
     many = FakePredictor(32, [larger, smaller])
-    found = list(traced_before_nothing_fits(many, SKETCHES, many.meets_limits))  # type: ignore[arg-type]
+    found = list(trace_before_nothing_fits(many, SKETCHES, many.meets_limits))  # type: ignore[arg-type]
     assert found == [larger, smaller]
     many = FakePredictor(20, [larger, smaller])  # farther below all sketches than these err
-    assert not list(traced_before_nothing_fits(many, SKETCHES, many.meets_limits))  # type: ignore[arg-type]
+    assert not list(trace_before_nothing_fits(many, SKETCHES, many.meets_limits))  # type: ignore[arg-type]
 
 
 def test_plans_that_could_not_be_traced_are_no_reason() -> None:

@@ -30,10 +30,10 @@ from memfit.planner.grid_search import (
     Sketch,
     _extremes,
     _GridPredictor,
-    _merged,
-    _todo,
+    _make_tasks,
+    _merge_extremes,
     find,
-    picked,
+    sketch_fields,
 )
 from memfit.planner.multi_device import search_many_devices
 from memfit.planner.multi_device_predictor import MultiDevicePredictor, MultiDeviceRequest
@@ -111,7 +111,7 @@ def block_tracer(job: Job, device: str) -> BlockTracer:
     if id(job) not in _TRACERS:
         tracer = _TRACERS[id(job)] = BlockTracer(job, device)
         first = next(iter(_TRACERS.values()))
-        tracer.kept, tracer.updates = first.kept, first.updates
+        tracer.outcomes, tracer.updates = first.outcomes, first.updates
     return _TRACERS[id(job)]
 
 
@@ -142,7 +142,7 @@ def grid_predictor(wanted: Limits, on: Machine) -> tuple[_GridPredictor, list[An
     model = time_model(on.device, Calibration())
     assert model is not None
     found = _GridPredictor(traced(), on, model, wanted)
-    todo = _todo(on, wanted)
+    todo = _make_tasks(on, wanted)
     traced().trace(*found.needed(todo))
     return found, todo
 
@@ -200,7 +200,7 @@ def test_sketched_memory_is_near_the_traced_memory() -> None:
         part = dataclasses.replace(grid, states=states, away=((),))
         predictions = found.predict(part, compute)
         assert predictions is not None
-        sketch = Sketch(part, *picked(part, predictions, rng.randrange(predictions.step_s.size)))
+        sketch = Sketch(part, *sketch_fields(part, predictions, rng.randrange(predictions.step_s.size)))
         if sketch.plan.get("chunked-cross-entropy") or sketch.plan.get("compile"):
             continue  # the loss is outside of the model here; graphs with collectives cannot be cut
         kinds[kind] = kinds.get(kind, 0) + 1
@@ -234,7 +234,7 @@ def test_law_the_extremes_of_each_technique_are_those_of_all_plans(tight: bool) 
     grids_of = [(grid, p) for grid, p in predictions if p is not None]
     memory = sorted(float(m) for _, p in grids_of for m in p.allocated_bytes.ravel())
     caps = (memory[len(memory) // 3] if tight else math.inf, 1.0 if tight else math.inf)
-    merged = _merged(
+    merged = _merge_extremes(
         [(grid, _extremes(grid, p, caps)) for grid, p in grids_of],
         lambda s: s.allocated_bytes <= caps[0] and s.host_bytes <= caps[1],
         caps[1],
@@ -494,9 +494,9 @@ def test_a_search_without_bf16_techniques_stays_in_float32() -> None:
 
 def test_a_small_model_is_searched_in_float32_too() -> None:
     for blocks, searched in ((12, True), (13, False)):
-        todo = _todo(H100, limits(blocks=blocks))
+        todo = _make_tasks(H100, limits(blocks=blocks))
         assert ("fp32" in {compute for _, compute, _ in todo}) == searched
-    assert {compute for _, compute, _ in _todo(H100, limits(effect=EffectClass.E1))} == {"fp32"}
+    assert {compute for _, compute, _ in _make_tasks(H100, limits(effect=EffectClass.E1))} == {"fp32"}
 
 
 def test_excluded_techniques_are_blamed_if_the_batch_could_be_shared() -> None:
@@ -551,7 +551,7 @@ def test_a_plan_that_is_traced_for_a_reason_and_is_better_is_recommended(
             faster.append(dataclasses.replace(winner, plan=plan, step_s=half))
             yield faster[0]
 
-    monkeypatch.setattr(multi_device, "traced_for_reasons", traced)
+    monkeypatch.setattr(multi_device, "trace_for_reasons", traced)
     on = machine("2xH100-SXM")
     found = search_many_devices(predictor_of(8, "2xH100-SXM"), 2, request_for(on))
     assert found.recommended is not None
@@ -616,7 +616,7 @@ def test_a_technique_that_cannot_be_traced_does_not_end_the_search(
     predictor = Predictor(job=small, machine=on, job_facts=job_facts(small, "cuda", 2))
     found = search_many_devices(predictor, 2, request_for(on, bounds=Bounds(without=few)))
     assert found.recommended is not None
-    assert "no such operator" in alone.kept.values()
+    assert "no such operator" in alone.outcomes.values()
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from memfit.planner.reasons import ReasonInputs
 from memfit.planner.request import Request, half_precision_of, make_predictor
 from memfit.planner.search import _negligible_state_bytes, build_result
 from memfit.planner.selection import TIE_RATIO, EqualityBand, Objective, best, frontier, score
-from memfit.planner.shortlist import most_promising, until_none_better
+from memfit.planner.shortlist import most_promising, trace_until_none_better
 from memfit.planner.sketch_errors import BestCaseEstimates
 from memfit.techniques.base import JobFacts
 from memfit.techniques.registry import conflict, effect_of, make_use
@@ -352,7 +352,7 @@ def _more_traced(times: dict[Plan, float], traced: list[Plan], cap_bytes: int, m
     100."""
     sketches = [estimated(plan, 100, time_s, traced=False) for plan, time_s in times.items()]
     whole = {e.plan: _whole_of(e) for e in sketches}
-    added = until_none_better(
+    added = trace_until_none_better(
         lambda chosen: [whole[p] for p in chosen],
         sketches,
         [whole[p] for p in traced],

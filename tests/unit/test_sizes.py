@@ -41,7 +41,7 @@ def test_the_batch_is_halved_until_plain_training_can_run(monkeypatch: pytest.Mo
     plain = predictor.whole(Plan())
     need = capacity.needed_bytes(plain, request.machine)
     monkeypatch.setattr(local_machine, "free_bytes", lambda: need // 2)
-    smaller, job, _, estimate = search._runnable(request, job, predictor, plain)
+    smaller, job, _, estimate = search._reduce_batch(request, job, predictor, plain)
     assert smaller.job_ref == dataclasses.replace(request.job_ref, batch=job.batch_size)
     assert job.batch_size in (2, 4)
     assert capacity.needed_bytes(estimate, request.machine) <= need // 2

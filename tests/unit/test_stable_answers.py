@@ -367,7 +367,7 @@ def run_with(
 
     monkeypatch.setattr(trials, "few_steps", few_steps)
     found = dataclasses.replace(searched, predictor=copy.copy(searched.predictor))
-    return trials.measured(found, quiet, measure_s=60.0), ran
+    return trials.choose_by_trials(found, quiet, measure_s=60.0), ran
 
 
 def test_the_rival_that_is_quickest_when_run_is_recommended(
@@ -514,7 +514,7 @@ def test_when_the_time_is_over_no_run_begins_but_the_first_two(
         return Measurement(outcome=OutcomeKind.OK, step_s=(1.0,))
 
     monkeypatch.setattr(trials, "few_steps", few_steps)
-    trials.measured(
+    trials.choose_by_trials(
         dataclasses.replace(searched, predictor=copy.copy(searched.predictor)), quiet, measure_s=0.0
     )
     assert len(ran) == 2
@@ -523,7 +523,7 @@ def test_when_the_time_is_over_no_run_begins_but_the_first_two(
 def test_measuring_for_a_goal_that_is_not_about_time_is_refused(searched: Planning) -> None:
     smallest = dataclasses.replace(searched, request=question(goal=Objective.SMALLEST))
     with pytest.raises(UserError, match="not for smallest"):
-        trials.measured(smallest, quiet, measure_s=1.0)
+        trials.choose_by_trials(smallest, quiet, measure_s=1.0)
 
 
 def test_measure_is_for_this_machine(capsys: pytest.CaptureFixture[str]) -> None:

@@ -409,8 +409,8 @@ def test_law_the_bound_over_the_grids_is_that_over_all_their_plans(
     ratios = multi_device_bound.least_ratios(many.pairs, goal)
     known = {t.plan for _, t in many.pairs}
     lowest, contenders = math.inf, 0
-    for grid in {id(s.grid): s.grid for s in many.found[2].picks}.values():
-        predicted = many.found[2].predict(grid)
+    for grid in {id(s.grid): s.grid for s in many.grid_sketches[2].picks}.values():
+        predicted = many.grid_sketches[2].predict(grid)
         for index in itertools.product(*map(range, grid.shape)):
             step_s, peak = float(predicted.step_s[index]), float(predicted.allocated_bytes[index])
             family = multi_device_bound.family(grid.plan(index).uses)

@@ -15,7 +15,7 @@ from memfit.catalog import machine
 from memfit.cost.op_time import time_model
 from memfit.planner.block_traces import BlockTracer
 from memfit.planner.evaluate import Predictor
-from memfit.planner.grid_search import Sketch, _GridPredictor, _with_ends, picked
+from memfit.planner.grid_search import Sketch, _GridPredictor, _with_ends, sketch_fields
 from memfit.planner.parallelism_grid import Limits, _best_fewer, grids, rank_blocks
 from memfit.planner.request import job_facts
 from memfit.techniques.parallel.stage_sizes import stage_sizes
@@ -120,7 +120,7 @@ def _sketch(fewer: tuple[int, int], stages: int, schedule: str) -> Sketch:
             part = dataclasses.replace(grid, states=(state,), inside=((),), ends=((),), away=((),))
             predictions = found.predict(part, "autocast")
             assert predictions is not None
-            return Sketch(part, *picked(part, predictions, micro))
+            return Sketch(part, *sketch_fields(part, predictions, micro))
     raise AssertionError((fewer, stages, schedule))
 
 

@@ -5,13 +5,20 @@ from __future__ import annotations
 from memfit.cost.device_overhead import with_workspaces
 from memfit.cost.host import HostTensors, host_memory, known_host, oom_probability, ranks_of_host
 from memfit.cost.memory import MemoryProfile, memory_profile, step_ops
-from memfit.cost.memory_estimate import UNKNOWN_FOOTPRINT, UNKNOWN_FOOTPRINT_HERE, footprint
+from memfit.cost.memory_estimate import (
+    ASSUMED_RESERVED_RATIO,
+    UNKNOWN_FOOTPRINT,
+    UNKNOWN_FOOTPRINT_HERE,
+    footprint,
+    sketch_footprint,
+)
 from memfit.cost.money import bill, hosts_w
 from memfit.cost.op_time import TimeModel, step_basis
 from memfit.cost.step_time import simulate_step
 from memfit.cost.step_time_calibration import factor
 from memfit.cost.stream_simulator import SimulatedStep
 from memfit.cost.workspaces import UnprobedWorkspaces, find_unprobed
+from memfit.techniques.rank_mesh import layout
 from memfit.types.machine import Calibration, Machine
 from memfit.types.plan import Plan
 from memfit.types.result import Estimate, Interval
@@ -97,6 +104,52 @@ def estimate(
             *([unprobed_workspaces.assumption()] if unprobed_workspaces else []),
             *([_UNKNOWN_STORAGE] if trace.storage_bytes and step is None else []),
         ),
+    )
+
+
+def estimate_of_sketch(
+    plan: Plan,
+    *,
+    machine: Machine,
+    allocated: Interval,
+    step_s: Interval | None,
+    host_tensors: HostTensors,
+    workers: int,
+    reserved_ratio: float = ASSUMED_RESERVED_RATIO,
+) -> Estimate:
+    """Return the predicted memory, seconds, joules, money and CO2 of one optimizer step of a plan that was
+    not traced. Peaks of phases, what is alive at the peak, and FLOPs are left empty or 0.
+
+    ``allocated``: the peak of live tensors on the device of the rank that needs most. ``step_s``: None if it
+    is unknown; joules, money and CO2 are None then. ``host_tensors``: of one rank. ``workers``: number of
+    DataLoader workers of each rank. ``reserved_ratio``: as in `sketch_footprint`.
+    """
+    cost = bill(machine, step_s=step_s.value if step_s else None)
+    memory = sketch_footprint(
+        allocated, machine, reserved_ratio=reserved_ratio, communicators=layout(plan).communicators
+    )
+    host = host_memory(host_tensors, plan, machine, allocated=allocated, workers=workers)
+    return Estimate(
+        plan=plan,
+        allocated_bytes=allocated,
+        phase_peak_bytes={},
+        at_peak_bytes={},
+        by_module_bytes={},
+        step_s=step_s,
+        flops_per_step=0,
+        energy_j=cost.energy_j,
+        energy_boundary=modelled_boundary(machine),
+        usd=cost.usd,
+        co2_g=cost.co2_g,
+        traced=False,
+        reserved_bytes=memory.reserved_bytes,
+        device_bytes=memory.device_bytes,
+        device_parts_bytes=memory.device_parts_bytes,
+        oom_probability=oom_probability(memory.oom_probability, host, machine),
+        host_bytes=host.bytes,
+        host_parts_bytes=host.parts_bytes,
+        host_memory_bytes=known_host(machine)[0],
+        host_memory_assumed=known_host(machine)[1],
     )
 
 

@@ -16,7 +16,8 @@ from memfit.types.job import Job
 
 def with_batch_shape(job: Job, rows: int | None = None, length: int | None = None) -> Job:
     """Return the job with a batch of ``rows`` samples of the length ``length``, made from its own batch by
-    repeating or leaving out samples and positions. Every step gets the same batch. None keeps the number.
+    repeating or leaving out samples and positions. Every step gets the same batch. None keeps the number. The
+    result has neither ``loss_terms`` nor ``tokens_per_batch``, which belong to the job's own batches.
 
     Which dimensions are lengths: of the sizes of all dimensions but the first, the most frequent is the old
     length, and of several equally frequent the largest; all dimensions but the first with this size are

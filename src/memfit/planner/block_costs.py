@@ -39,9 +39,9 @@ def parts_of(trace: Trace, chains: Mapping[str, int], seconds: Seconds) -> Parts
     flow through, as with recycling. Raises UserError unless the last runs of the three blocks of each chain
     come one after the other in forward, and in reverse order in backward, and chains do so, too.
     """
-    views = {path: _Look(trace, path, seconds) for path in chains}
+    views = {path: _StepView(trace, path, seconds) for path in chains}
     for path, view in views.items():
-        forward, backward = view.firsts(Phase.FORWARD), view.firsts(Phase.BACKWARD)
+        forward, backward = view.first_clocks(Phase.FORWARD), view.first_clocks(Phase.BACKWARD)
         is_ordered = forward == sorted(forward) and backward == sorted(backward, reverse=True)
         if len(forward) != BLOCKS or len(backward) != BLOCKS or not is_ordered:
             raise UserError(
@@ -49,17 +49,17 @@ def parts_of(trace: Trace, chains: Mapping[str, int], seconds: Seconds) -> Parts
                 f"{path!r} do not run one after the other in forward and in reverse order in backward",
                 allowed="a chain of blocks, of which each works on the output of the one before it",
             )
-    paths = sorted(views, key=lambda path: views[path].firsts(Phase.FORWARD)[0])
+    paths = sorted(views, key=lambda path: views[path].first_clocks(Phase.FORWARD)[0])
     first, last = views[paths[0]], views[paths[-1]]
     forward_span, backward_span = first.span(Phase.FORWARD), first.span(Phase.BACKWARD)
     before = first.piece(
-        (forward_span.start, first.firsts(Phase.FORWARD)[0]),
+        (forward_span.start, first.first_clocks(Phase.FORWARD)[0]),
         (first.end(Phase.BACKWARD, 0), backward_span.end),
         None,
     )
     after = last.piece(
         (last.end(Phase.FORWARD, BLOCKS - 1), forward_span.end),
-        (backward_span.start, last.firsts(Phase.BACKWARD)[-1]),
+        (backward_span.start, last.first_clocks(Phase.BACKWARD)[-1]),
         None,
     )
     between = [_between(views[a], views[b]) for a, b in itertools.pairwise(paths)]
@@ -68,18 +68,18 @@ def parts_of(trace: Trace, chains: Mapping[str, int], seconds: Seconds) -> Parts
     return Parts(before=_sum([before, *between]), block=_mean(blocks, weights), after=after)
 
 
-def _middle(view: _Look) -> PartCosts:
+def _middle(view: _StepView) -> PartCosts:
     """Return the costs of the middle one of the three blocks of a chain."""
-    forward, backward = view.firsts(Phase.FORWARD), view.firsts(Phase.BACKWARD)
+    forward, backward = view.first_clocks(Phase.FORWARD), view.first_clocks(Phase.BACKWARD)
     module = f"{child_prefix(view.path)}1"
     return view.piece((forward[1], forward[2]), (backward[1], backward[0]), module)
 
 
-def _between(chain: _Look, following: _Look) -> PartCosts:
+def _between(chain: _StepView, following: _StepView) -> PartCosts:
     """Return the costs of what runs between two chains. Raises UserError if they do not run one after the
     other in forward and in reverse order in backward."""
-    forward = chain.end(Phase.FORWARD, BLOCKS - 1), following.firsts(Phase.FORWARD)[0]
-    backward = following.end(Phase.BACKWARD, 0), chain.firsts(Phase.BACKWARD)[-1]
+    forward = chain.end(Phase.FORWARD, BLOCKS - 1), following.first_clocks(Phase.FORWARD)[0]
+    backward = following.end(Phase.BACKWARD, 0), chain.first_clocks(Phase.BACKWARD)[-1]
     if forward[0] > forward[1] or backward[0] > backward[1]:
         raise UserError(
             "a search of plans for several devices needs chains of blocks that run one after the other, but "
@@ -112,7 +112,7 @@ def _mean(pieces: Sequence[PartCosts], weights: Sequence[float]) -> PartCosts:
 
 
 @dataclasses.dataclass
-class _Look:
+class _StepView:
     """Access to the last step of ``trace``: its operators, its live bytes, and the runs of its blocks, whose
     module path is ``path``.
     """
@@ -158,7 +158,7 @@ class _Look:
         """
         return sum(number == "1" for number, _ in self._runs(Phase.FORWARD))
 
-    def firsts(self, phase: Phase) -> list[int]:
+    def first_clocks(self, phase: Phase) -> list[int]:
         runs = [self._of_block(phase, i) for i in range(BLOCKS)]
         return [ops[0].clock for ops in runs if ops]
 
@@ -223,7 +223,7 @@ def _travel(ops: Sequence[OpCall]) -> Travel:
     return tuple((kind, float(size)) for kind, size in transfers if kind)
 
 
-def updating_of(trace: Trace, larger: Trace, seconds: Seconds) -> UpdateCosts:
+def update_costs_of(trace: Trace, larger: Trace, seconds: Seconds) -> UpdateCosts:
     """Return the costs of the optimizer's step.
 
     ``trace``: two steps on one rank. Time, bytes moved and the peak of temporary tensors are those of the
@@ -231,14 +231,14 @@ def updating_of(trace: Trace, larger: Trace, seconds: Seconds) -> UpdateCosts:
     model of more blocks. The peak of temporary tensors lies on the line through both. ``seconds`` returns the
     total time of a sequence of operators.
     """
-    view = _Look(trace, "", seconds)
+    view = _StepView(trace, "", seconds)
     span = view.span(Phase.OPTIMIZER)
     window = (span.start, span.end)
     state_bytes = sum(
         a.size_bytes for a in trace.allocations if a.category is Category.OPTIMIZER_STATE and a.end is None
     )
     elements = trace.trainable_count
-    larger_view = _Look(larger, "", seconds)
+    larger_view = _StepView(larger, "", seconds)
     larger_span = larger_view.span(Phase.OPTIMIZER)
     top_bytes, larger_top_bytes = view.top(window), larger_view.top((larger_span.start, larger_span.end))
     slope = max(0.0, (larger_top_bytes - top_bytes) / max(1, larger.trainable_count - elements))

@@ -17,7 +17,7 @@ from memfit.cost.host import HostTensors
 from memfit.jobs.training_step import TrainingStep
 from memfit.model.blocks import attribute_period, child_prefix, find_blocks, find_stacks
 from memfit.model.tensors import tensor_leaves
-from memfit.planner.block_costs import BLOCKS, Seconds, parts_of, updating_of
+from memfit.planner.block_costs import BLOCKS, Seconds, parts_of, update_costs_of
 from memfit.planner.parallelism_grid import Uses
 from memfit.techniques.parallel.axial_parallel import axial_modules
 from memfit.techniques.parallel.expert_parallel import count_experts, find_mixtures
@@ -65,14 +65,14 @@ class Key:
 
 
 class BlockTracer:
-    """Makes small traces of one job for one kind of device ("cpu" or "cuda"), and returns the costs of the
-    model's pieces that are seen in them.
+    """Makes small traces of one job for one kind of device (torch's name, such as "cuda"), and returns the
+    costs of the model's pieces that are seen in them.
 
-    The traces are cached. ``kept``: each trace of three blocks by its `Key`, or the text of the error that
-    tracing raised. ``updates``: the traces of the optimizer's step with one block and with two, by the set of
-    techniques under which they were made. ``experts``: number of experts of a mixture, the greatest common
-    divisor if mixtures differ; 0 if the model has none, or some outside the blocks. ``expert_elements``:
-    number of their trained elements in an average block.
+    The traces are cached. ``outcomes``: each trace of three blocks by its `Key`, or the text of the error
+    that tracing raised. ``updates``: the traces of the optimizer's step with one block and with two, by the
+    set of techniques under which they were made. ``experts``: number of experts of a mixture, the greatest
+    common divisor if mixtures differ; 0 if the model has none, or some outside the blocks.
+    ``expert_elements``: number of their trained elements in an average block.
 
     ``chains``: path of each stack of blocks that is predicted block by block -> number of its blocks; first
     the one of `find_blocks`. Where there are several, such as an encoder's and a decoder's, "block" is the
@@ -95,7 +95,7 @@ class BlockTracer:
         self.tensors = sum(p.requires_grad for p in model.parameters())
         self.sharing = "axial-parallel" if axial_modules(model) else "context-parallel"
         self.experts, self.expert_elements = _experts(model, job, self.path, self.chains[self.path])
-        self.kept: dict[Key, Trace | str] = {}
+        self.outcomes: dict[Key, Trace | str] = {}
         self.updates: dict[Uses, tuple[Trace, Trace]] = {}
         self.model_bytes = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
         self._batch = job.make_batch(0, 0)  # made once, with real tensors
@@ -122,7 +122,7 @@ class BlockTracer:
         be made, for example because the model cannot be divided by the degree, or if `parts_of` raises it.
         """
         self.trace([key])
-        result = self.kept[key]
+        result = self.outcomes[key]
         if isinstance(result, str):
             raise UserError(result)
         return parts_of(result, self.chains, seconds)
@@ -144,10 +144,11 @@ class BlockTracer:
         )
         return self.parts(key, lambda ops: 0.0).block.kept_bytes
 
-    def updating(self, uses: Uses, seconds: Seconds) -> UpdateCosts:
+    def update_costs(self, uses: Uses, seconds: Seconds) -> UpdateCosts:
+        """Return what `update_costs_of` does under these techniques; the traces are made if not cached."""
         if uses not in self.updates:
             self.trace((), [uses])
-        return updating_of(*self.updates[uses], seconds)
+        return update_costs_of(*self.updates[uses], seconds)
 
     def trace(self, keys: Iterable[Key], updates: Sequence[Uses] = ()) -> None:
         """Make, in parallel, the trace of each of ``keys``, and a trace of the optimizer's step under each
@@ -158,10 +159,12 @@ class BlockTracer:
         distributed tensors last, because each of these loads parts of torch that the others do not need.
         """
         tasks: list[tuple[int, dict[Any, Any], Any, Callable[[Any], Any]]] = [
-            (_loads(key), self.kept, key, self._traced) for key in dict.fromkeys(keys) if key not in self.kept
+            (_loads(key), self.outcomes, key, self._trace_blocks)
+            for key in dict.fromkeys(keys)
+            if key not in self.outcomes
         ]
         tasks += [
-            (-1, self.updates, uses, self._updated)
+            (-1, self.updates, uses, self._trace_updates)
             for uses in dict.fromkeys(updates)
             if uses not in self.updates
         ]
@@ -171,13 +174,13 @@ class BlockTracer:
         for (_, cache, task_key, _), result in zip(tasks, results, strict=True):
             cache[task_key] = result
 
-    def _updated(self, uses: Uses) -> tuple[Trace, Trace]:
+    def _trace_updates(self, uses: Uses) -> tuple[Trace, Trace]:
         single, double = (
             trace(self._small(1, blocks), Plan(uses=uses), device=self.device, steps=2) for blocks in (1, 2)
         )
         return single, double
 
-    def _traced(self, key: Key) -> Trace | str:
+    def _trace_blocks(self, key: Key) -> Trace | str:
         uses: list[Any] = [*_PRECISION[key.compute], *key.uses]
         if key.tensor > 1:
             knobs = {"degree": key.tensor, "sequence": key.sequence, "vocabulary": key.vocabulary}

@@ -32,11 +32,10 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from memfit.cost.estimate import estimate, interval_around, interval_of_rates, modelled_boundary
-from memfit.cost.host import HostTensors, host_memory, known_host, oom_probability
+from memfit.cost.estimate import estimate, estimate_of_sketch, interval_around, interval_of_rates
+from memfit.cost.host import HostTensors
 from memfit.cost.memory import levels, step_ops
-from memfit.cost.memory_estimate import ASSUMED_RESERVED_RATIO, sketch_footprint
-from memfit.cost.money import bill
+from memfit.cost.memory_estimate import ASSUMED_RESERVED_RATIO
 from memfit.cost.op_time import TimeModel, nominal_s, step_basis, time_model
 from memfit.cost.recompute_ilp import GAP_RATIO
 from memfit.cost.step_time import host_bytes_s, simulate_step, sketched_s
@@ -179,13 +178,9 @@ class Predictor:
         """Whether the model has repeated blocks that are all alike (`find_repeated_blocks`), so that traces
         with few of them can represent the whole model. It becomes False if such a trace fails.
         """
-        stored = self._stored()
-        return (
-            stored.get_or_compute(bool, self._repeats, "repeats") if stored is not None else self._repeats()
-        )
-
-    def _repeats(self) -> bool:
-        return self._blocks is not None
+        if (stored := self._stored()) is None:
+            return self._blocks is not None
+        return stored.get_or_compute(bool, lambda: self._blocks is not None, "repeats")
 
     @functools.cached_property
     def _blocks(self) -> tuple[str, int, int] | None:
@@ -226,10 +221,7 @@ class Predictor:
 
     def _dependence_outcome(self) -> CallOutcome:
         """Test whether samples depend on each other. The value is what `dependence` returns."""
-        stored = self._stored()
-        if stored is None:
-            return CallOutcome(sample_dependence(self.job), may_be_kept=False)
-        return stored.run(lambda: sample_dependence(self.job))
+        return self._run(lambda: sample_dependence(self.job))
 
     def dependence_under(self, plan: Plan) -> SampleDependence | None:
         """Return `dependence` if the plan splits the batch into micro-batches or over data-parallel ranks,
@@ -238,6 +230,7 @@ class Predictor:
         return self.dependence if splits_batch(plan) else None
 
     def recalibrate(self, calibration: Calibration) -> None:
+        """Replace the calibration. What was predicted with the one before is dropped; traces are kept."""
         self.calibration = calibration
         seen_ops = self.seen() if calibration.op_s else ()  # only timed operators matter
         self.model = time_model(self.machine.device, calibration, seen_ops)
@@ -247,6 +240,11 @@ class Predictor:
 
     def _stored(self) -> StoredPredictions | None:
         return self.stored if self.stored is not None and self.stored.job is self.job else None
+
+    def _run(self, call: Callable[[], Any]) -> CallOutcome:
+        """Call the function; without predictions on disk, what it returns is not kept there."""
+        stored = self._stored()
+        return stored.run(call) if stored is not None else CallOutcome(call(), may_be_kept=False)
 
     def _prediction_digest(self) -> str:
         """Return a digest of all that the predictions depend on beside the traces: the machine and what is
@@ -264,10 +262,10 @@ class Predictor:
         """
         if open_budget(plan) is None:
             return plan
-        if (stored := self._stored()) is None or plan in self.choices.kept:
+        if (stored := self._stored()) is None or plan in self.choices.outcomes:
             return self._chosen(plan)
         facts = (self.device_kind, self.gap_ratio, self._prediction_digest(), plan.fingerprint)
-        self.choices.kept[plan] = stored.get_or_compute(
+        self.choices.outcomes[plan] = stored.get_or_compute(
             Plan, lambda: self._chosen(plan), "chosen tensors", *facts
         )
         return self._chosen(plan)
@@ -291,6 +289,9 @@ class Predictor:
         return list(ops.values())
 
     def trace(self, plan: Plan, rank: int = 0) -> Trace:
+        """Return the trace of the plan on this rank: the cached one, that on disk, or a new one. Raises
+        UserError as `whole` does, and TimeUp if it would have to be made after the deadline.
+        """
         plan = self.resolve(plan)
         self._trace(plan, [rank])
         return self.traces[plan, rank]
@@ -300,9 +301,8 @@ class Predictor:
             self.deadline.check()
             with pause_gc():
                 result = self._traced_outcome(plan, missing_ranks)
-                if result.may_be_kept:
-                    result = _as_bytes(result)
-                self._add([(plan, rank) for rank in missing_ranks], result)
+                keys = [(plan, rank) for rank in missing_ranks]
+                self._add(keys, _as_bytes(result) if result.may_be_kept else result)
 
     def _load_and_list_missing(self, plan: Plan, ranks: Iterable[int]) -> list[int]:
         """Add to the traces those of the plan on these ranks that are on disk. Return the ranks without a
@@ -321,10 +321,9 @@ class Predictor:
 
     def _traced_outcome(self, plan: Plan, ranks: list[int]) -> CallOutcome:
         """Trace the plan on these ranks. The value is a list of the traces."""
-        stored, is_own = self._stored(), engine(self.engine).own_trace
-        if stored is None or is_own:  # an engine's own step depends on more than the job's content
+        if engine(self.engine).own_trace:  # it depends on more than the job's content
             return CallOutcome(self._trace_ranks(plan, ranks), may_be_kept=False)
-        return stored.run(lambda: self._trace_ranks(plan, ranks))
+        return self._run(lambda: self._trace_ranks(plan, ranks))
 
     def _add(self, keys: Sequence[tuple[Plan, int]], result: CallOutcome) -> None:
         """Add the traces in the value of the result, and keep them on disk if they may be kept."""
@@ -359,7 +358,7 @@ class Predictor:
         with use_step(step_maker(self.engine, None)):
             return [trace(self.job, plan, rank=r, device=self.device_kind, lines=self.lines) for r in ranks]
 
-    def ahead(self, plans: Sequence[Plan]) -> None:
+    def trace_ahead(self, plans: Sequence[Plan]) -> None:
         """Trace every distinct rank (`Layout.distinct_ranks`) of all these plans in parallel, so that later
         calls find the traces cached. Does nothing if the engine is not native.
 
@@ -378,8 +377,8 @@ class Predictor:
                     self.job, missing_keys, deadline=self.deadline, device=self.device_kind, lines=self.lines
                 )
 
-            stored = self._stored()
-            self._add(missing_keys, _as_bytes(stored.run(make)) if stored else CallOutcome(make(), False))
+            result = self._run(make)
+            self._add(missing_keys, _as_bytes(result) if result.may_be_kept else result)
 
     # -- exact ----------------------------------------------------------------------------------------
 
@@ -417,6 +416,7 @@ class Predictor:
         return stored is not None and bool(stored.read(bool, "hit time limit", *self._question(question)))
 
     def note_time_limit(self, is_hit: bool, *question: Any) -> None:
+        """Store on disk, for `had_hit_time_limit`, whether a search for this question hit its time limit."""
         if (stored := self._stored()) is not None and (is_hit or self.had_hit_time_limit(*question)):
             stored.write(is_hit, "hit time limit", *self._question(question))
 
@@ -782,47 +782,29 @@ class Predictor:
         seconds = float(micros * vector[_MICRO_S] + vector[_STEP_S]) * factor(self.calibration, plan)
         parameter_count, plain_tensors = self._plain(plan.ranks)
         step_s = sketched_s(seconds, plan, parameter_count, self.machine, micros) if self.model else None
-        cost = bill(self.machine, step_s=step_s)
-        allocated = interval_around(peaks[phase], _SKETCH_MEMORY_RATIO)
-        memory = sketch_footprint(
-            allocated,
-            self.machine,
-            reserved_ratio=self.reserved_ratio,
-            communicators=layout(plan).communicators,
-        )
         host_kept_bytes = float(vector[_HOST])
-        tensors = HostTensors(
-            is_sketch=True,
-            kept_bytes=host_kept_bytes,
-            building_bytes=host_kept_bytes,
-            model_bytes=plain_tensors.model_bytes,
-            batch_bytes=plain_tensors.batch_bytes,
-        )
-        host = host_memory(tensors, plan, self.machine, allocated=allocated, workers=self.job.workers)
-        return Estimate(
-            plan=plan,
-            allocated_bytes=allocated,
-            phase_peak_bytes=peaks,
-            at_peak_bytes={},
-            by_module_bytes={},
+        sketch = estimate_of_sketch(
+            plan,
+            machine=self.machine,
+            allocated=interval_around(peaks[phase], _SKETCH_MEMORY_RATIO),
             step_s=interval_of_rates(step_s, _SKETCH_TIME_RATIO) if step_s is not None else None,
+            host_tensors=HostTensors(
+                is_sketch=True,
+                kept_bytes=host_kept_bytes,
+                building_bytes=host_kept_bytes,
+                model_bytes=plain_tensors.model_bytes,
+                batch_bytes=plain_tensors.batch_bytes,
+            ),
+            workers=self.job.workers,
+            reserved_ratio=self.reserved_ratio,
+        )
+        return dataclasses.replace(
+            sketch,
+            phase_peak_bytes=peaks,
+            peak_phase=phase,
             step_basis=step_basis(self.machine.device, self.calibration) if step_s is not None else "",
             flops_per_step=int(micros * vector[_FLOPS]),
-            energy_j=cost.energy_j,
-            energy_boundary=modelled_boundary(self.machine),
-            usd=cost.usd,
-            co2_g=cost.co2_g,
-            peak_phase=phase,
-            traced=False,
-            reserved_bytes=memory.reserved_bytes,
-            device_bytes=memory.device_bytes,
-            device_parts_bytes=memory.device_parts_bytes,
-            oom_probability=oom_probability(memory.oom_probability, host, self.machine),
             dependence=self.dependence_under(plan),
-            host_bytes=host.bytes,
-            host_parts_bytes=host.parts_bytes,
-            host_memory_bytes=known_host(self.machine)[0],
-            host_memory_assumed=known_host(self.machine)[1],
         )
 
     def _plain(self, ranks: int) -> tuple[int, HostTensors]:
@@ -884,10 +866,7 @@ class Predictor:
 
     def _digest_part_outcome(self, plan: Plan, steps: int, keeps_trace: bool = False) -> CallOutcome:
         """Return what `_digest_part` returns."""
-        stored = self._stored()
-        if stored is None:
-            return CallOutcome(self._digest_part(plan, steps, keeps_trace), may_be_kept=False)
-        return stored.run(lambda: self._digest_part(plan, steps, keeps_trace))
+        return self._run(lambda: self._digest_part(plan, steps, keeps_trace))
 
     def _digest_part(
         self, plan: Plan, steps: int, keeps_trace: bool

@@ -72,8 +72,8 @@ def _seconds(layout: GridLayout, axes: Axes, elements: Elements, rates: Rates, o
     offload_s = 2 * axes.inside("kept_bytes") * offloaded / rates.host_bytes_s
     each_micro = numpy.maximum(axes.states(lambda s: s.every or s.kind == "zero"), counts == 1)
     stays = axes.states(lambda s: s.stays)
-    gathers = _Opened.of(axes, staged=is_pipelined)
-    copy_s = axes.states(lambda s: _opening_bytes(s) * elements.block / rates.copied_bytes_s)
+    gathers = _GatherCounts.of(axes, staged=is_pipelined)
+    copy_s = axes.states(lambda s: _gather_copy_bytes(s) * elements.block / rates.copied_bytes_s)
     forward = axes.inside("forward_s") + offload_s / 2 + copy_s * gathers.ahead
     backward = axes.inside("backward_s") + offload_s / 2 + copy_s * gathers.back
     # Per block: gathers and reductions hide behind the block's own work as far as it lasts. A stage's
@@ -114,21 +114,21 @@ def _seconds(layout: GridLayout, axes: Axes, elements: Elements, rates: Rates, o
             n * block_s + end_s + micro_s
             for n, (end_s, micro_s, _) in zip((sizes[0], sizes[-1]), ends, strict=True)
         ]
-        stage_times = _Line(
+        stage_times = _MicroBatchTimes(
             busiest=_highest([blocks_s, *works]) + exposed_s,
             through=inputs.blocks * block_s + layout.stages * exposed_s + first_s + last_s,
             ahead=depth * forward,
             send=send_s,
         )
-        step = _pipelined(layout, counts, stage_times) + once_s + _highest([step for *_, step in ends])
-    step = step + _handed_on(axes, rank_elements, each_micro, rates)
+        step = _pipeline_s(layout, counts, stage_times) + once_s + _highest([step for *_, step in ends])
+    step = step + _gradient_copy_s(axes, rank_elements, each_micro, rates)
     expert_bytes = depth * elements.expert * axes.states(lambda s: 3 * s.gradient)  # read two, write one
     step = step + (counts - 1) * expert_bytes / rates.copied_bytes_s
     return step + _update(axes, elements, depth, layout, rates)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Opened:
+class _GatherCounts:
     """How often (0 or 1) parameters are gathered for each micro-batch, as arrays along the axis ``states``:
     before its forward (``ahead``), and between its forward and its backward (``back``).
     """
@@ -137,7 +137,7 @@ class _Opened:
     back: Array
 
     @staticmethod
-    def of(axes: Axes, *, staged: bool) -> _Opened:
+    def of(axes: Axes, *, staged: bool) -> _GatherCounts:
         """Return the numbers of gathers. ``staged``: whether the model is cut into pipeline stages.
 
         Parameters that are freed after forward are gathered before forward and again before backward. Those
@@ -148,10 +148,10 @@ class _Opened:
         """
         reshard, stays = axes.states(lambda s: s.reshard), axes.states(lambda s: s.stays)
         stays_open = (1 - reshard) * (1 - stays)
-        return _Opened(ahead=reshard + stays_open * (not staged), back=reshard + stays_open * staged)
+        return _GatherCounts(ahead=reshard + stays_open * (not staged), back=reshard + stays_open * staged)
 
 
-def _opening_bytes(state: State) -> float:
+def _gather_copy_bytes(state: State) -> float:
     """Return the bytes that copies around the gather of sharded parameters read and write per gathered
     element; 0 if parameters are not sharded.
 
@@ -163,7 +163,7 @@ def _opening_bytes(state: State) -> float:
     return (state.stored + state.gathered) / state.parameter_shards + 2 * state.gathered
 
 
-def _handed_on(axes: Axes, rank_elements: float, each_micro: Array, rates: Rates) -> Array:
+def _gradient_copy_s(axes: Axes, rank_elements: float, each_micro: Array, rates: Rates) -> Array:
     """Return the seconds per step to copy gradients into the buffer of their reduction (FSDP2 and ZeRO only),
     and to accumulate the gradients of several micro-batches.
 
@@ -201,7 +201,7 @@ def _spread(layout: GridLayout, rates: Rates) -> int:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Line:
+class _MicroBatchTimes:
     """Seconds of one micro-batch in a pipeline: forward and backward in the stage that takes longest
     (``busiest``), forward and backward through all stages (``through``), forward through the blocks of one
     stage (``ahead``), and to send a hidden state from one stage to the next (``send``).
@@ -213,7 +213,7 @@ class _Line:
     send: Array
 
 
-def _pipelined(layout: GridLayout, counts: Array, stage_times: _Line) -> Array:
+def _pipeline_s(layout: GridLayout, counts: Array, stage_times: _MicroBatchTimes) -> Array:
     """Return the seconds from the first forward to the last backward of all micro-batches in a pipeline.
     ``counts``: numbers of micro-batches. tests/unit/test_schedules.py has the formulas for equal stages.
 
@@ -275,7 +275,7 @@ def _update(axes: Axes, elements: Elements, depth: int, layout: GridLayout, rate
             if state.sub_group and rates.storage is not None:  # all of it is read and written once
                 stored_bytes = shard_elements * _stored_bytes(state)
                 transfer_s += rates.storage.seconds(read_bytes=stored_bytes, written_bytes=stored_bytes)
-            return transfer_s + shard_elements * state.updating.moved_bytes / rates.host_update_bytes_s
+            return transfer_s + shard_elements * state.update_costs.moved_bytes / rates.host_update_bytes_s
         gather_s = 0.0
         if state.kind == "zero" and state.parameter_shards == 1 and state.state_shards > 1:
             gather_s = rates.communicate(
@@ -284,7 +284,7 @@ def _update(axes: Axes, elements: Elements, depth: int, layout: GridLayout, rate
                 state.state_shards,
                 min(state.state_shards, rates.per_host),
             )
-        return shard_elements * state.updating.update_s + gather_s
+        return shard_elements * state.update_costs.update_s + gather_s
 
     return axes.states(seconds)
 
@@ -378,7 +378,7 @@ def _stage(
     )
 
     is_sharded = states(lambda s: s.parameter_shards > 1)
-    forward_open, backward_open = _opened(axes, elements.block, root_elements, depth)
+    forward_open, backward_open = _gathered_bytes(axes, elements.block, root_elements, depth)
     base_bytes = resident_bytes + held_bytes
     forward_peak = (
         base_bytes
@@ -411,8 +411,8 @@ def _stage(
         model_state.fixed
         + gradient
         + model_state.expert_gradient
-        + expert_elements * states(lambda s: s.updating.top_bytes)
-        + rank_elements * states(lambda s: s.updating.top_bytes / s.state_shards * (not s.offload))
+        + expert_elements * states(lambda s: s.update_costs.top_bytes)
+        + rank_elements * states(lambda s: s.update_costs.top_bytes / s.state_shards * (not s.offload))
         + states(lambda s: _tensor_top(s, layout) * (not s.offload))
     )
     peak = _highest([forward_peak, backward_peak, backward_end, update_peak])
@@ -443,9 +443,9 @@ def _model_state(axes: Axes, rank_elements: Array, expert_elements: Array) -> _M
     states = axes.states
     on_device, state_here = states(lambda s: s.offload != "all"), states(lambda s: not s.offload)
     parameters = rank_elements * states(lambda s: s.stored / s.parameter_shards) * on_device
-    state = rank_elements * states(lambda s: s.updating.state_bytes / s.state_shards) * state_here
+    state = rank_elements * states(lambda s: s.update_costs.state_bytes / s.state_shards) * state_here
     bucket = rank_elements * states(lambda s: s.gradient * s.bucket) + states(lambda s: s.bucket_bytes)
-    experts = expert_elements * states(lambda s: s.stored + s.updating.state_bytes)
+    experts = expert_elements * states(lambda s: s.stored + s.update_costs.state_bytes)
     return _ModelState(
         fixed=parameters + state + bucket + experts,
         gradient=rank_elements * states(lambda s: s.gradient / s.gradient_shards) * on_device,
@@ -458,7 +458,9 @@ def _tensor_top(state: State, layout: GridLayout) -> float:
     blocks, on one rank. They are those of the largest parameter, which is one of experts if these are
     distributed.
     """
-    return state.updating.tensor_top_bytes / (state.state_shards if layout.experts == 1 else layout.experts)
+    return state.update_costs.tensor_top_bytes / (
+        state.state_shards if layout.experts == 1 else layout.experts
+    )
 
 
 def _host_bytes(state: State, rank_elements: float) -> float:
@@ -476,12 +478,12 @@ def _host_bytes(state: State, rank_elements: float) -> float:
         return 0.0
     shard_elements = rank_elements / state.state_shards
     if state.kind != "zero":
-        kept_bytes = state.stored + state.gradient + state.updating.state_bytes
-        return shard_elements * (kept_bytes + state.updating.top_bytes)
+        kept_bytes = state.stored + state.gradient + state.update_costs.state_bytes
+        return shard_elements * (kept_bytes + state.update_costs.top_bytes)
     kept_bytes = state.stored * (1 + (state.offload == "all"))
     if not state.sub_group:
-        return shard_elements * (kept_bytes + _stored_bytes(state) + state.updating.top_bytes)
-    passing_bytes = 4.0 * BUFFER_COUNT + _moment_bytes(state) + state.updating.top_bytes
+        return shard_elements * (kept_bytes + _stored_bytes(state) + state.update_costs.top_bytes)
+    passing_bytes = 4.0 * BUFFER_COUNT + _moment_bytes(state) + state.update_costs.top_bytes
     return shard_elements * kept_bytes + min(shard_elements, state.sub_group) * passing_bytes
 
 
@@ -493,10 +495,10 @@ def _stored_bytes(state: State) -> float:
 
 def _moment_bytes(state: State) -> float:
     """Return the bytes per element of the optimizer's state under ZeRO, without a master copy."""
-    return state.updating.state_bytes - 4.0 * (state.stored < 4.0)
+    return state.update_costs.state_bytes - 4.0 * (state.stored < 4.0)
 
 
-def _opened(axes: Axes, block: float, root: float, depth: int) -> tuple[Array, Array]:
+def _gathered_bytes(axes: Axes, block: float, root: float, depth: int) -> tuple[Array, Array]:
     """Return (bytes in forward, bytes in backward) of gathered parameters and of gradients in reduction on a
     rank with sharded parameters, along the axis ``states``.
 

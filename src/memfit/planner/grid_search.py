@@ -30,6 +30,7 @@ from memfit.planner.parallelism_grid import (
     Limits,
     Uses,
     grids,
+    no_grid_error,
 )
 from memfit.planner.selection import TIE_RATIO
 from memfit.planner.sharding_costs import State, compute_of, state_of
@@ -84,9 +85,9 @@ class Sketch:
 
 
 # grid, compute precision, and the grid's states in that precision
-_Todo = list[tuple[Grid, str, tuple[Uses, ...]]]
-_Picked = tuple[tuple[int, ...], float, float, float]  # a sketch without its grid
-_Extremes = dict[tuple[str, bool], list[_Picked]]  # by (technique, whether the plans have it)
+_Tasks = list[tuple[Grid, str, tuple[Uses, ...]]]
+_SketchFields = tuple[tuple[int, ...], float, float, float]  # a sketch without its grid
+_Extremes = dict[tuple[str, bool], list[_SketchFields]]  # by (technique, whether the plans have it)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,8 +98,8 @@ class GridSketches:
     plan, and for the plans (with it, without it), of all that were predicted: the fastest one that fits, if
     there is one, and those that need the least device memory in their grids (the least first, at most 4), of
     the ones that fit host memory if there are any. ``considered``: number of plans whose time and memory were
-    predicted. ``picks``: what `_best` selects in each grid. ``refused``: a text for each degree by which the
-    model cannot be divided and each technique that it cannot be traced with, which says why.
+    predicted. ``picks``: what `_select_in_grid` selects in each grid. ``refused``: a text for each degree by
+    which the model cannot be divided and each technique that it cannot be traced with, which says why.
     """
 
     sketches: tuple[Sketch, ...]
@@ -118,9 +119,9 @@ def find(traced: BlockTracer, machine: Machine, model: TimeModel, limits: Limits
     """Predict time and memory of every plan of the grids that ``limits`` allow, and return sketches of a
     selection.
 
-    Of at most 400 plans, all are kept. Of more, the selection is made in two steps: in each grid by `_best`,
-    then among all of them by `_few`. Plans that do not fit are among them. Degrees by which the model cannot
-    be divided are left out, and so are techniques that it cannot be traced with.
+    Of at most 400 plans, all are kept. Of more, the selection is made in two steps: in each grid by
+    `_select_in_grid`, then among all of them by `_select`. Plans that do not fit are among them. Degrees by
+    which the model cannot be divided are left out, and so are techniques that it cannot be traced with.
 
     ``model`` predicts the seconds of operators. ``caps``: the highest (bytes on the device, bytes in host
     memory) with which a rank fits; from the first, the buffers of each layout's communicators are subtracted
@@ -146,8 +147,8 @@ def find(traced: BlockTracer, machine: Machine, model: TimeModel, limits: Limits
         return sketch.allocated_bytes <= device_cap and sketch.host_bytes <= host_cap
 
     return GridSketches(
-        sketches=tuple(sketches if keeps_all else _few(sketches, fits)),
-        extremes=_merged(extremes, fits, caps[1]),
+        sketches=tuple(sketches if keeps_all else _select(sketches, fits)),
+        extremes=_merge_extremes(extremes, fits, caps[1]),
         considered=considered,
         refused=tuple(refusals),
         picks=tuple(sketches),
@@ -165,16 +166,14 @@ def grids_to_predict(
     ``model`` predicts the seconds of operators. Raises UserError if there is no grid.
     """
     optimistic_limits = dataclasses.replace(limits, sharing=traced.sharing, vocabulary=max(limits.tensor) > 1)
-    tasks = _todo(machine, optimistic_limits)
+    tasks = _make_tasks(machine, optimistic_limits)
     # in one call, because most models can be cut
     traced.trace(*_GridPredictor(traced, machine, model, optimistic_limits).needed(tasks))
-    limits, refusals = _cuttable(traced, machine, limits)
+    limits, refusals = _divisible_limits(traced, machine, limits)
     limits = _with_ends(traced, model, limits, _computes(machine, limits)[0])
     if limits != optimistic_limits:
-        tasks = _todo(machine, limits)
+        tasks = _make_tasks(machine, limits)
     if not tasks:
-        from memfit.planner.parallelism_grid import no_grid_error
-
         raise no_grid_error(limits)
     predictor = _GridPredictor(traced, machine, model, limits)
     traced.trace(*predictor.needed(tasks))
@@ -202,9 +201,15 @@ def _with_ends(traced: BlockTracer, model: TimeModel, limits: Limits, compute: s
     return dataclasses.replace(limits, ends=(end_s[0] / block_s, end_s[1] / block_s)) if block_s else limits
 
 
-def _todo(machine: Machine, limits: Limits) -> _Todo:
-    tasks = [(grid, compute, states) for grid in grids(limits) for compute, states in _by_compute(grid)]
-    return [t for t in tasks if t[1] in _computes(machine, limits)]
+def _make_tasks(machine: Machine, limits: Limits) -> _Tasks:
+    computes = _computes(machine, limits)
+    return [
+        (grid, compute, states)
+        for grid in grids(limits)
+        for compute in ("bf16", "autocast", "fp32")
+        if compute in computes
+        if (states := tuple(s for s in grid.states if compute_of(s) == compute))
+    ]
 
 
 def _computes(machine: Machine, limits: Limits) -> tuple[str, ...]:
@@ -224,14 +229,7 @@ def _computes(machine: Machine, limits: Limits) -> tuple[str, ...]:
     return ("bf16", "autocast", "fp32") if with_fp32 else ("bf16", "autocast")
 
 
-def _by_compute(grid: Grid) -> Iterator[tuple[str, tuple[Uses, ...]]]:
-    for compute in ("bf16", "autocast", "fp32"):
-        states = tuple(s for s in grid.states if compute_of(s) == compute)
-        if states:
-            yield compute, states
-
-
-def _cuttable(traced: BlockTracer, machine: Machine, limits: Limits) -> tuple[Limits, list[str]]:
+def _divisible_limits(traced: BlockTracer, machine: Machine, limits: Limits) -> tuple[Limits, list[str]]:
     """Return (the limits with only those tensor and context degrees by which the model can be divided, and
     without experts if they cannot be distributed; texts that say why it cannot be divided in other ways).
 
@@ -250,7 +248,7 @@ def _cuttable(traced: BlockTracer, machine: Machine, limits: Limits) -> tuple[Li
     def upto(degrees: Sequence[int], make: Callable[[int], Key]) -> tuple[int, ...]:
         for largest_degree in sorted((d for d in degrees if d > 1), reverse=True):
             traced.trace([make(largest_degree)])
-            outcome = traced.kept[make(largest_degree)]
+            outcome = traced.outcomes[make(largest_degree)]
             if not isinstance(outcome, str):
                 return tuple(d for d in degrees if largest_degree % d == 0)
             refusals.append(outcome)
@@ -270,7 +268,7 @@ def _cuttable(traced: BlockTracer, machine: Machine, limits: Limits) -> tuple[Li
     if limits.expert_degree > 1:
         key = dataclasses.replace(uncut_key, experts=limits.expert_degree)
         traced.trace([key])
-        if isinstance(refusal := traced.kept[key], str):
+        if isinstance(refusal := traced.outcomes[key], str):
             refusals.append(refusal)
             experts = 0
     elif experts and limits.ranks > 1 and "expert-parallel" not in limits.without:
@@ -307,25 +305,25 @@ class _GridPredictor:
         blas = machine.device.blas_workspace_bytes
         self.rates = Rates(
             communicate=_communicator(machine),
-            per_host=per_host(machine),
+            per_host=machine.devices_in_host,
             host_bytes_s=link.value if link else ASSUMED_LINK_BYTES_S,
-            host_update_bytes_s=ASSUMED_HOST_BYTES_S / per_host(machine),
+            host_update_bytes_s=ASSUMED_HOST_BYTES_S / machine.devices_in_host,
             host_call_s=ASSUMED_ISSUE_S[Phase.BACKWARD],
             copied_bytes_s=_COPIED_BYTES / model.op_s(_COPY),
             workspace_bytes=_BLAS_THREADS * (blas.value if blas else 0.0),
-            storage=storage_rates(machine, model, min(per_host(machine), limits.ranks)),
+            storage=storage_rates(machine, model, min(machine.devices_in_host, limits.ranks)),
             kernel_slowdown=StreamSimulator(model=model, machine=machine, members={}).kernel_slowdown,
         )
 
-    def needed(self, todo: _Todo) -> tuple[list[Key], list[Uses]]:
+    def needed(self, tasks: _Tasks) -> tuple[list[Key], list[Uses]]:
         """Return (keys of the small traces, sets of techniques under which the optimizer's step is traced)
         for all traces that the predictions of these grids are composed from.
         """
         inside, ends, updates, computes = (dict[Any, None]() for _ in range(4))
-        for grid, compute, states in todo:
+        for grid, compute, states in tasks:
             inside |= dict.fromkeys(grid.inside)
             ends |= dict.fromkeys(grid.ends)
-            updates |= dict.fromkeys(map(_updating, states))
+            updates |= dict.fromkeys(map(_update_uses, states))
             computes[compute] = None
         return list(self.composer.keys(tuple(inside), tuple(ends), tuple(computes))), list(updates)
 
@@ -337,8 +335,8 @@ class _GridPredictor:
 
         layout = GridLayout(ranks=1, experts=grid.layout.experts)
 
-        def kept(axis: tuple[Uses, ...]) -> tuple[Uses, ...]:
-            traceable_uses = []
+        def traceable_values(axis: tuple[Uses, ...]) -> tuple[Uses, ...]:
+            values = []
             for uses in axis:
                 try:
                     self.composer.block(layout, compute, uses)
@@ -349,19 +347,21 @@ class _GridPredictor:
                     )
                     refused.extend([refusal] if refusal not in refused else [])
                 else:
-                    traceable_uses.append(uses)
-            return tuple(traceable_uses)
+                    values.append(uses)
+            return tuple(values)
 
-        return dataclasses.replace(grid, inside=kept(grid.inside), ends=kept(grid.ends))
+        return dataclasses.replace(
+            grid, inside=traceable_values(grid.inside), ends=traceable_values(grid.ends)
+        )
 
     def best(
         self, parts: Sequence[tuple[Grid, str]], caps: Caps, keeps_all: bool
-    ) -> list[tuple[int, list[_Picked], _Extremes]]:
-        """Return (number of plans, the plans that `_best` selects, or all if ``keeps_all``, `_extremes`) for
-        each pair of a grid and its compute precision; (0, [], {}) if the model cannot run with the grid's
-        layout.
+    ) -> list[tuple[int, list[_SketchFields], _Extremes]]:
+        """Return (number of plans, the plans that `_select_in_grid` selects, or all if ``keeps_all``,
+        `_extremes`) for each pair of a grid and its compute precision; (0, [], {}) if the model cannot run
+        with the grid's layout.
         """
-        results = list[tuple[int, list[_Picked], _Extremes]]()
+        results = list[tuple[int, list[_SketchFields], _Extremes]]()
         for grid, compute in parts:
             predictions = self.predict(grid, compute)
             own_caps = self.caps_of(grid, caps)
@@ -369,9 +369,11 @@ class _GridPredictor:
                 results.append((0, [], {}))
                 continue
             every = (
-                [picked(grid, predictions, i) for i in range(predictions.step_s.size)] if keeps_all else []
+                [sketch_fields(grid, predictions, i) for i in range(predictions.step_s.size)]
+                if keeps_all
+                else []
             )
-            picks = every or _best(grid, predictions, own_caps)
+            picks = every or _select_in_grid(grid, predictions, own_caps)
             results.append((predictions.step_s.size, picks, _extremes(grid, predictions, own_caps)))
         return results
 
@@ -394,7 +396,7 @@ class _GridPredictor:
             if position != index[axis]
         ]
         flat_indices = (int(numpy.ravel_multi_index(neighbour, grid.shape)) for neighbour in neighbours)
-        return [Sketch(grid, *picked(grid, predictions, position)) for position in flat_indices]
+        return [Sketch(grid, *sketch_fields(grid, predictions, position)) for position in flat_indices]
 
     def runnable_predictions(self, grid: Grid) -> GridPredictions:
         """Return what `predict` does, for a grid whose model can run with the grid's layout."""
@@ -430,7 +432,7 @@ class _GridPredictor:
 
     @functools.cache  # noqa: B019  lives as long as one search
     def _state(self, uses: Uses, ranks: int, staged: bool) -> State:
-        return state_of(uses, ranks, self.composer.updating(_updating(uses)), staged=staged)
+        return state_of(uses, ranks, self.composer.update_costs(_update_uses(uses)), staged=staged)
 
     def _with_collectives(self, layout: GridLayout, cuts: Sequence[LayoutCut]) -> list[Parts]:
         """Return the parts of each layout cut, with the time of its tensor-, context- and expert-parallel
@@ -495,23 +497,16 @@ def _communicator(machine: Machine) -> Communicate:
     return communicate
 
 
-def per_host(machine: Machine) -> int:
-    """Return the number of devices in one host: ``devices_per_host`` of the machine, or all its devices if
-    that is 0.
-    """
-    return machine.devices_per_host or machine.device_count
-
-
-def _updating(uses: Uses) -> Uses:
+def _update_uses(uses: Uses) -> Uses:
     """Return those of the techniques that decide the optimizer's step on one rank: bf16-parameters and
-    another optimizer. bf16-autocast and data parallelism are left out.
+    another optimizer.
     """
-    names = ("bf16-parameters", "bf16-autocast")
-    relevant_uses = [u for u in uses if u.technique in names or technique(u.technique).slot == "optimizer"]
-    return tuple(u for u in relevant_uses if u.technique != "bf16-autocast")
+    return tuple(
+        u for u in uses if u.technique == "bf16-parameters" or technique(u.technique).slot == "optimizer"
+    )
 
 
-def _best(grid: Grid, predictions: GridPredictions, caps: Caps) -> list[_Picked]:
+def _select_in_grid(grid: Grid, predictions: GridPredictions, caps: Caps) -> list[_SketchFields]:
     """Return a selection of the plans of one grid. ``caps``: the highest (bytes on the device, bytes in host
     memory) of a rank that fit.
 
@@ -538,13 +533,13 @@ def _best(grid: Grid, predictions: GridPredictions, caps: Caps) -> list[_Picked]
         flat_index = numpy.flatnonzero((levels == level) & candidates)
         picks[int(flat_index[numpy.argmin(step[flat_index])])] = None
     picks[int(numpy.argmin(memory))] = None
-    return [picked(grid, predictions, flat_index) for flat_index in picks]
+    return [sketch_fields(grid, predictions, flat_index) for flat_index in picks]
 
 
 def _extremes(grid: Grid, predictions: GridPredictions, caps: Caps) -> _Extremes:
     """Return, for each technique of the grid's plans, and for the plans (with it, without it): the fastest
     that fits, if there is one, and the one that needs the least device memory, of those that fit host memory
-    if there are any. The technique "" stands for all plans of the grid. ``caps``: as in `_best`.
+    if there are any. The technique "" stands for all plans of the grid. ``caps``: as in `_select_in_grid`.
     """
     host_fits = predictions.host_bytes <= caps[1]
     fitting = (predictions.allocated_bytes <= caps[0]) & host_fits
@@ -555,7 +550,7 @@ def _extremes(grid: Grid, predictions: GridPredictions, caps: Caps) -> _Extremes
     axes = range(len(grid.shape))
     lowest = [[order.min(axis=tuple(a for a in axes if a != axis)) for axis in axes] for order in orders]
 
-    def picks(axis: int, positions: Sequence[int]) -> list[_Picked]:
+    def picks(axis: int, positions: Sequence[int]) -> list[_SketchFields]:
         """Return the first plan by either order of those at these positions of an axis."""
         indices = dict[tuple[int, ...], None]()
         for order, by_axis in zip(orders, lowest, strict=True):
@@ -564,18 +559,20 @@ def _extremes(grid: Grid, predictions: GridPredictions, caps: Caps) -> _Extremes
                 slab = numpy.take(order, position, axis)
                 place = [int(i) for i in numpy.unravel_index(int(numpy.argmin(slab)), slab.shape)]
                 indices[*place[:axis], position, *place[axis:]] = None
-        return [picked(grid, predictions, int(numpy.ravel_multi_index(i, grid.shape))) for i in indices]
+        return [
+            sketch_fields(grid, predictions, int(numpy.ravel_multi_index(i, grid.shape))) for i in indices
+        ]
 
-    found: _Extremes = {("", False): picks(0, range(grid.shape[0]))}
-    for name, axis, indices in _placed(grid):
+    extremes: _Extremes = {("", False): picks(0, range(grid.shape[0]))}
+    for name, axis, indices in _axis_positions(grid):
         for has in (True, False):
             positions = [i for i in range(grid.shape[axis]) if (i in indices) == has]
             if positions:
-                found[name, has] = picks(axis, positions)
-    return found
+                extremes[name, has] = picks(axis, positions)
+    return extremes
 
 
-def _placed(grid: Grid) -> Iterator[tuple[str, int, set[int]]]:
+def _axis_positions(grid: Grid) -> Iterator[tuple[str, int, set[int]]]:
     """Yield (technique, axis of the grid, indices along it whose plans have the technique) for each technique
     that the plans of the grid differ in or share, except those of its layout.
     """
@@ -588,7 +585,7 @@ def _placed(grid: Grid) -> Iterator[tuple[str, int, set[int]]]:
             yield name, axis, {i for i, uses in enumerate(values) if any(u.technique == name for u in uses)}
 
 
-def _merged(
+def _merge_extremes(
     extremes: Sequence[tuple[Grid, _Extremes]], fits: Callable[[Sketch], bool], host_cap: float
 ) -> Mapping[tuple[str, bool], tuple[Sketch, ...]]:
     """Return the extremes of all grids together, as `GridSketches` has them."""
@@ -596,16 +593,16 @@ def _merged(
         id(grid): {u.technique for u in grid.plan((0,) * 5).uses if u.technique in DIVIDING_TECHNIQUES}
         for grid, _ in extremes
     }
-    names = {name for _, found in extremes for name, _ in found if name} | set().union(*layouts.values())
+    names = {name for _, by_name in extremes for name, _ in by_name if name}.union(*layouts.values())
     merged: dict[tuple[str, bool], tuple[Sketch, ...]] = {}
     for name in sorted(names):
         for has in (True, False):
             sketches = list[Sketch]()
-            for grid, found in extremes:
-                if (name, True) in found or (name, False) in found:
-                    picks = found.get((name, has), [])
+            for grid, by_name in extremes:
+                if (name, True) in by_name or (name, False) in by_name:
+                    picks = by_name.get((name, has), [])
                 else:  # all plans of the grid have it, or none
-                    picks = found["", False] if (name in layouts[id(grid)]) == has else []
+                    picks = by_name["", False] if (name in layouts[id(grid)]) == has else []
                 sketches += [Sketch(grid, *pick) for pick in picks]
             merged[name, has] = _ends_of(sketches, fits, host_cap)
     return {key: sketches for key, sketches in merged.items() if sketches}
@@ -642,7 +639,7 @@ def _weight(uses: Uses) -> float:
     return len(uses) + 100.0 * int(effect_of(Plan(uses=uses)))
 
 
-def _few(sketches: Sequence[Sketch], fits: Callable[[Sketch], bool]) -> list[Sketch]:
+def _select(sketches: Sequence[Sketch], fits: Callable[[Sketch], bool]) -> list[Sketch]:
     """Return a selection of the sketches:
 
     - The frontier of device memory and time, also of plans that do not fit. A plan that needs more memory
@@ -673,7 +670,7 @@ def _few(sketches: Sequence[Sketch], fits: Callable[[Sketch], bool]) -> list[Ske
     return list({id(s): s for s in selection}.values())
 
 
-def picked(grid: Grid, predictions: GridPredictions, flat_index: int) -> _Picked:
+def sketch_fields(grid: Grid, predictions: GridPredictions, flat_index: int) -> _SketchFields:
     """Return the plan of the grid with this index in its flattened arrays: what a `Sketch` has after its
     grid.
     """

@@ -71,7 +71,7 @@ class Composer:
         yield self._double_key(1)
         for uses in {_traceable(u) for u in (*inside, *ends, (), (_FULL,))}:
             yield self._key(uses=uses)
-            if self.tensor > 1 and not _named(uses, "compile") and uses not in ends[1:]:
+            if self.tensor > 1 and not _has(uses, "compile") and uses not in ends[1:]:
                 yield self._key(uses=uses, tensor=self.tensor, sequence=True)
         for compute in computes:
             yield self._key(compute=compute)
@@ -96,7 +96,7 @@ class Composer:
         period = next((int(u.settings["every"]) for u in uses if u.technique == _FULL.technique), 1)
         if period > 1:
             other_uses = tuple(u for u in uses if u.technique != _FULL.technique)
-            single = _mixed(single, self._composed(layout, compute, other_uses, self.vocabulary), period)
+            single = _mix(single, self._composed(layout, compute, other_uses, self.vocabulary), period)
         return [single, self._twice(single, layout.experts)]
 
     def ends(self, layout: GridLayout, compute: str, uses: Uses) -> list[LayoutCut]:
@@ -111,8 +111,8 @@ class Composer:
         return [single, self._twice(single, 1)]
 
     @functools.cache  # noqa: B019  lives as long as one search
-    def updating(self, uses: Uses) -> UpdateCosts:
-        return self.traced.updating(uses, self.seconds)
+    def update_costs(self, uses: Uses) -> UpdateCosts:
+        return self.traced.update_costs(uses, self.seconds)
 
     # -- composing ------------------------------------------------------------------------------------
 
@@ -141,7 +141,7 @@ class Composer:
 
     def _expert_keys(self, inside: Sequence[Uses], computes: Sequence[str]) -> Iterator[Key]:
         for uses in {_traceable(u) for u in (*inside, ())}:
-            if not _named(uses, "compile"):
+            if not _has(uses, "compile"):
                 yield self._key(uses=uses, experts=self.experts)
         for compute in computes:
             yield self._key(compute=compute, experts=self.experts)
@@ -166,23 +166,23 @@ class Composer:
         expert_travel = _travel(base, 1.0) if layout.experts > 1 else _no_travel()
         if compute != self.compute:
             compute_parts = self._parts(key(compute=compute))
-            parts = _scaled(parts, plain_parts, compute_parts, 1.0)
-            expert_travel = _rescaled(expert_travel, plain_parts, compute_parts)
+            parts = _scale(parts, plain_parts, compute_parts, 1.0)
+            expert_travel = _rescale_travel(expert_travel, plain_parts, compute_parts)
         if layout.tensor > 1:
             most_cut_parts, weight = (
                 self._at_most(layout, uses, base, vocabulary),
                 _weight(layout.tensor, self.tensor),
             )
             tensor_travel = _travel(most_cut_parts, 1 / layout.context)
-            parts = _scaled(parts, base, most_cut_parts, weight)
+            parts = _scale(parts, base, most_cut_parts, weight)
         if layout.context > 1:
-            matching_uses = (_FULL,) if _named(uses, _FULL.technique) else ()
+            matching_uses = (_FULL,) if _has(uses, _FULL.technique) else ()
             uncut_parts, cut_key = (
                 self._parts(self._key(uses=matching_uses)),
                 self._key(uses=matching_uses, context=self.context),
             )
             context_travel = _travel(self._parts(cut_key), 1 / layout.tensor)
-            parts = _scaled(parts, uncut_parts, self._parts(cut_key), _weight(layout.context, self.context))
+            parts = _scale(parts, uncut_parts, self._parts(cut_key), _weight(layout.context, self.context))
         return LayoutCut(
             parts=parts,
             tensor_travel=tensor_travel,
@@ -200,13 +200,13 @@ class Composer:
         plain_parts = self._parts(self._key())
         most_cut_key = functools.partial(self._key, tensor=self.tensor, sequence=layout.sequence)
         is_traced = uses in ((), (_FULL,)) or layout.sequence
-        if _named(uses, "chunked-cross-entropy") or not is_traced:
-            most_cut_parts = _scaled(base, plain_parts, self._parts(most_cut_key()), 1.0)
+        if _has(uses, "chunked-cross-entropy") or not is_traced:
+            most_cut_parts = _scale(base, plain_parts, self._parts(most_cut_key()), 1.0)
         else:
             most_cut_parts = self._parts(most_cut_key(uses=uses))
         if vocabulary == "whole":
             ends = self._parts(self._key(tensor=self.tensor, sequence=True, vocabulary="whole"))
-            ends = _scaled(base, plain_parts, ends, 1.0)
+            ends = _scale(base, plain_parts, ends, 1.0)
             return dataclasses.replace(most_cut_parts, before=ends.before, after=ends.after)
         return most_cut_parts
 
@@ -240,7 +240,7 @@ class Composer:
             return dataclasses.replace(piece, **values)
 
         def doubled(travel: dict[str, tuple[Travel, Travel]]) -> dict[str, tuple[Travel, Travel]]:
-            return {which: _times(travel[which], 2.0) for which in PIECES}
+            return {which: _scale_travel(travel[which], 2.0) for which in PIECES}
 
         return LayoutCut(
             parts=Parts(before=grown("before"), block=grown("block"), after=grown("after")),
@@ -250,7 +250,7 @@ class Composer:
         )
 
 
-def _times(travel: tuple[Travel, Travel], factor: float) -> tuple[Travel, Travel]:
+def _scale_travel(travel: tuple[Travel, Travel], factor: float) -> tuple[Travel, Travel]:
     forward, backward = (tuple((k, b * factor) for k, b in collectives) for collectives in travel)
     return forward, backward
 
@@ -262,7 +262,7 @@ def _weight(degree: int, largest_degree: int) -> float:
     return (1 - 1 / degree) / (1 - 1 / largest_degree)
 
 
-def _scaled(parts: Parts, denominator: Parts, numerator: Parts, weight: float) -> Parts:
+def _scale(parts: Parts, denominator: Parts, numerator: Parts, weight: float) -> Parts:
     """Return ``parts`` with each number multiplied by the ratio of the same number in ``numerator`` to that
     in ``denominator``.
 
@@ -291,10 +291,10 @@ def _no_travel() -> dict[str, tuple[Travel, Travel]]:
 
 def _travel(parts: Parts, share: float) -> dict[str, tuple[Travel, Travel]]:
     pieces = {which: getattr(parts, which) for which in PIECES}
-    return {w: _times((p.forward_travel, p.backward_travel), share) for w, p in pieces.items()}
+    return {w: _scale_travel((p.forward_travel, p.backward_travel), share) for w, p in pieces.items()}
 
 
-def _rescaled(
+def _rescale_travel(
     travel: dict[str, tuple[Travel, Travel]], denominator: Parts, numerator: Parts
 ) -> dict[str, tuple[Travel, Travel]]:
     """Return the collectives with their bytes multiplied by the ratio of those of ``numerator`` to those of
@@ -306,18 +306,18 @@ def _rescaled(
         return sum(b for _, b in (*piece.forward_travel, *piece.backward_travel))
 
     return {
-        w: _times(t, total(numerator, w) / total(denominator, w) if total(denominator, w) else 1.0)
+        w: _scale_travel(t, total(numerator, w) / total(denominator, w) if total(denominator, w) else 1.0)
         for w, t in travel.items()
     }
 
 
-def _named(uses: Uses, name: str) -> bool:
+def _has(uses: Uses, name: str) -> bool:
     return any(u.technique == name for u in uses)
 
 
 def _traceable(uses: Uses) -> Uses:
     """Return the techniques with activation-checkpointing of every k-th block replaced by that of every
-    block. For k above 1, `_mixed` then averages the parts with those without recomputation.
+    block. For k above 1, `_mix` then averages the parts with those without recomputation.
     """
 
     def one(used: Use) -> Use:
@@ -326,7 +326,7 @@ def _traceable(uses: Uses) -> Uses:
     return tuple(one(u) for u in uses)
 
 
-def _mixed(recomputed: LayoutCut, plain: LayoutCut, period: int) -> LayoutCut:
+def _mix(recomputed: LayoutCut, plain: LayoutCut, period: int) -> LayoutCut:
     """Return the parts whose block is the average one if every ``period``-th block is recomputed.
     ``recomputed``: the parts if all blocks are recomputed; ``plain``: if none is.
 

@@ -11,15 +11,15 @@ import contextlib
 from collections.abc import Callable, Sequence
 
 from memfit.planner.evaluate import Predictor
-from memfit.planner.multi_device_bound import multi_device_extent, traced_for_bound
+from memfit.planner.multi_device_bound import multi_device_extent, trace_for_bound
 from memfit.planner.multi_device_explanations import (
     explain_techniques,
     is_comparable,
     load_reasons,
     nothing_fits,
     sensitivity,
-    traced_before_nothing_fits,
-    traced_for_reasons,
+    trace_before_nothing_fits,
+    trace_for_reasons,
     unsupported_reasons,
 )
 from memfit.planner.multi_device_predictor import MultiDevicePredictor, MultiDeviceRequest
@@ -86,7 +86,7 @@ def search_many_devices(plan_predictor: Predictor, ranks: int, request: MultiDev
     if winner is None:
         unfinished = unfinished_text(multi_device_extent(predictor, sizes, finalists, None, meets_limits))
         raise nothing_fits(predictor, [*finalists, baseline], ranks, unfinished=unfinished)
-    winner, known = _elected(predictor, winner, [*candidates, baseline], sizes, meets_limits)
+    winner, known = _elect(predictor, winner, [*candidates, baseline], sizes, meets_limits)
     traced = [e for e in known.values() if e.traced and e.plan != baseline.plan]
     candidates = [*{e.plan: e for e in (*candidates, *traced)}.values()]
     expected = [predictor.expected(e) for e in candidates]  # compare like with like
@@ -113,7 +113,7 @@ def search_many_devices(plan_predictor: Predictor, ranks: int, request: MultiDev
     recommended = choice(
         winner, (*dependence_reasons(winner.plan, plan_predictor.dependence), *technique_reasons)
     )
-    considered = sum(f.considered for n, f in predictor.found.items() if n in sizes)
+    considered = sum(f.considered for n, f in predictor.grid_sketches.items() if n in sizes)
     ordered = sorted(by_plan.values(), key=lambda e: e.allocated_bytes.value)
     return SearchResult(
         goal=goal.value,
@@ -139,13 +139,13 @@ def _finalists(
 ) -> list[Estimate]:
     """Return the estimates of the plans that are traced whole before one is recommended: those of
     `FinalistTracer`, of a small model all that may be better than the best of these; if none of them fits,
-    others that may; and if one does, those of `traced_for_bound`.
+    others that may; and if one does, those of `trace_for_bound`.
     """
     tracer = FinalistTracer(predictor, meets_limits)
     finalists = tracer.run(estimates, plain_plan)
     if not any(map(meets_limits, finalists)) and not predictor.deadline.hit_time_limit:
         known = {e.plan: e for e in (*estimates, *predictor.extremes(sizes), *finalists)}
-        finalists += traced_before_nothing_fits(predictor, [*known.values()], meets_limits)
+        finalists += trace_before_nothing_fits(predictor, [*known.values()], meets_limits)
     tracer.close([*estimates, *predictor.extremes(sizes)])
     if not any(map(meets_limits, finalists)) and not predictor.deadline.hit_time_limit:
         bounds = (
@@ -159,7 +159,7 @@ def _finalists(
                 )
         finalists = [*{e.plan: e for e in finalists}.values()]
     if any(map(meets_limits, finalists)):
-        finalists += traced_for_bound(predictor, sizes, finalists, meets_limits)
+        finalists += trace_for_bound(predictor, sizes, finalists, meets_limits)
     return finalists
 
 
@@ -168,16 +168,16 @@ def _baseline(predictor: MultiDevicePredictor, plain_plan: Plan) -> Estimate:
     left for the trace and it has one.
     """
     try:
-        return predictor.billed(predictor.plan_predictor.whole(plain_plan))
+        return predictor.with_bill(predictor.plan_predictor.whole(plain_plan))
     except TimeUp:
         sketch = predictor.sketch_of_plain(plain_plan)
     if sketch is not None:
         return predictor.estimate(sketch)
     with predictor.deadline.overtime():
-        return predictor.billed(predictor.plan_predictor.whole(plain_plan))
+        return predictor.with_bill(predictor.plan_predictor.whole(plain_plan))
 
 
-def _elected(
+def _elect(
     predictor: MultiDevicePredictor,
     winner: Estimate,
     candidates: Sequence[Estimate],
@@ -208,7 +208,7 @@ def _plans_compared_with(
     """Return {plan: estimate} of the plans with which the winner is compared: the ``candidates``, the plans
     that differ from it along one axis of its grid, and the best and the smallest plans with each technique
     and without it (`MultiDevicePredictor.extremes`). Those on which reasons rest are traced
-    (`traced_for_reasons`).
+    (`trace_for_reasons`).
 
     ``sizes``: the numbers of devices that were searched.
     """
@@ -216,7 +216,7 @@ def _plans_compared_with(
     neighbours = predictor.neighbours(sketch) if sketch is not None else []
     known = {e.plan: e for e in (*neighbours, *predictor.extremes(sizes), *candidates)}
     with contextlib.suppress(TimeUp):
-        for traced in traced_for_reasons(
+        for traced in trace_for_reasons(
             predictor, winner, [*known.values()], meets_limits, quick=is_quick(predictor)
         ):
             known[traced.plan] = traced

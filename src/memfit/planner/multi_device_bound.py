@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from memfit.planner.grid_search import LEVEL_RATIO, Sketch, picked
+from memfit.planner.grid_search import LEVEL_RATIO, Sketch, sketch_fields
 from memfit.planner.multi_device_shortlist import is_quick
 from memfit.planner.parallelism_grid import DIVIDING_TECHNIQUES, Grid
 from memfit.planner.search_bound import SearchProgress, UntracedPlans, extent, least_ratio, score_ratios
@@ -53,7 +53,7 @@ def multi_device_extent(
     recommended.
     """
     goal = predictor.request.goal
-    searched = [ranks for ranks in sizes if ranks in predictor.found]
+    searched = [ranks for ranks in sizes if ranks in predictor.grid_sketches]
     if goal is Objective.FEWEST:
         unknown = "goal"
     else:
@@ -66,7 +66,7 @@ def multi_device_extent(
         chosen=chosen,
         untraced=lambda: untraced_in_grids(predictor, searched, best_score),
         reached=SearchProgress(
-            predicted=sum(predictor.found[ranks].considered for ranks in searched),
+            predicted=sum(predictor.grid_sketches[ranks].considered for ranks in searched),
             deadline=predictor.deadline,
             limit_s=predictor.request.limit_s,
             unknown=unknown,
@@ -74,7 +74,7 @@ def multi_device_extent(
     )
 
 
-def traced_for_bound(
+def trace_for_bound(
     predictor: MultiDevicePredictor,
     sizes: Sequence[int],
     traced: Sequence[Estimate],
@@ -90,14 +90,16 @@ def traced_for_bound(
     kept_s = _KEPT_SHARE * predictor.request.limit_s
     for attempt in range(_MOST_TRACES):
         best_score = min(score(e, goal) for e in traced if meets_limits(e))
-        untraced = untraced_in_grids(predictor, [r for r in sizes if r in predictor.found], best_score)
+        untraced = untraced_in_grids(
+            predictor, [r for r in sizes if r in predictor.grid_sketches], best_score
+        )
         if not isinstance(untraced.first, Sketch) or untraced.lowest >= best_score * (1 - GOOD_GAIN):
             return
         predictor.tell("bound", attempt, _MOST_TRACES, "")
         trace = None
         try:
             with predictor.deadline.earlier_by(kept_s):
-                trace = predictor.traced_or_refused(predictor.estimate(untraced.first))
+                trace = predictor.trace_or_refuse(predictor.estimate(untraced.first))
         except TimeUp:
             return
         if trace is not None:
@@ -154,21 +156,23 @@ def untraced_in_grids(
     contenders, lowest, first, deep = 0, math.inf, None, not is_quick(predictor)
     for ranks in searched:
         caps, unit = (cap_bytes, predictor.host_cap(ranks)), _score_per_unit(predictor, ranks)
-        for grid, best_value in _grids(predictor.found[ranks].picks, caps, by_memory=_by_memory(predictor)):
+        for grid, best_value in _grids(
+            predictor.grid_sketches[ranks].picks, caps, by_memory=_by_memory(predictor)
+        ):
             families = [family(grid.plan((0, 0, 0, 0, i)).uses) for i in range(len(grid.states))]
             least = numpy.array([ratios.get(f, unseen_ratio(f, deep=deep)) for f in families])
             if best_value * unit * least.min() >= best_score:
                 continue
-            predictions = predictor.found[ranks].predict(grid)
+            predictions = predictor.grid_sketches[ranks].predict(grid)
             scores = (
                 unit * least * (predictions.allocated_bytes if _by_memory(predictor) else predictions.step_s)
             )
             fitting = (predictions.allocated_bytes <= caps[0]) & (predictions.host_bytes <= caps[1])
-            better = _unknown(grid, numpy.flatnonzero((fitting & (scores < best_score)).ravel()), known)
+            better = _without_known(grid, numpy.flatnonzero((fitting & (scores < best_score)).ravel()), known)
             contenders += int(better.size)
             if better.size and (grid_lowest := float(scores.ravel()[better].min())) < lowest:
                 place = int(better[numpy.argmin(scores.ravel()[better])])
-                lowest, first = grid_lowest, Sketch(grid, *picked(grid, predictions, place))
+                lowest, first = grid_lowest, Sketch(grid, *sketch_fields(grid, predictions, place))
     return UntracedPlans(lowest=lowest, contenders=contenders, first=first)
 
 
@@ -187,7 +191,7 @@ def _score_per_unit(predictor: MultiDevicePredictor, ranks: int) -> float:
     """
     if _by_memory(predictor):
         return 1.0
-    sketch = next(s for s in predictor.found[ranks].picks if s.step_s > 0)
+    sketch = next(s for s in predictor.grid_sketches[ranks].picks if s.step_s > 0)
     return score(predictor.estimate(sketch), predictor.request.goal) / sketch.step_s
 
 
@@ -209,7 +213,7 @@ def _grids(
     return list(values.values())
 
 
-def _unknown(grid: Grid, flat_indices: Any, known: Set[Plan]) -> Any:
+def _without_known(grid: Grid, flat_indices: Any, known: Set[Plan]) -> Any:
     """Return those of the flat indices whose plans are not ``known``. If there are very many, all of them,
     which makes the bound no better than it is.
     """

@@ -13,7 +13,7 @@ from memfit.cost.host import host_line
 from memfit.planner.parallelism_grid import QUICK_BLOCKS
 from memfit.planner.plan_space import effect_then_size_key
 from memfit.planner.reasons import none_fits
-from memfit.planner.selection import Objective, best, missed_bounds, score, within_bounds
+from memfit.planner.selection import Objective, best, by_goal, missed_bounds, score, within_bounds
 from memfit.planner.sketch_errors import may_fit_under
 from memfit.techniques.registry import short_label
 from memfit.types.errors import NothingFits, UserError
@@ -95,7 +95,7 @@ def explain_techniques(
         )
 
 
-def traced_for_reasons(
+def trace_for_reasons(
     predictor: MultiDevicePredictor,
     winner: Estimate,
     known: Sequence[Estimate],
@@ -135,7 +135,7 @@ def traced_for_reasons(
                 )
             else:
                 chosen = min(possible, key=lambda e: (predictor.needs(e), effect_then_size_key(e.plan)))
-            trace = predictor.traced_or_refused(chosen)
+            trace = predictor.trace_or_refuse(chosen)
             if trace is None:
                 refused.add(chosen.plan)
             else:
@@ -143,7 +143,7 @@ def traced_for_reasons(
                 yield trace
 
 
-def traced_before_nothing_fits(
+def trace_before_nothing_fits(
     predictor: MultiDevicePredictor, known: Sequence[Estimate], meets_limits: Callable[[Estimate], bool]
 ) -> Iterator[Estimate]:
     """Trace plans of the sketches in ``known`` that may fit (`_may_fit`), those that need the least device
@@ -158,7 +158,7 @@ def traced_before_nothing_fits(
             return
         smallest = min(possible, key=lambda e: (predictor.needs(e), effect_then_size_key(e.plan)))
         tried.add(smallest.plan)
-        trace = predictor.traced_or_refused(smallest)
+        trace = predictor.trace_or_refuse(smallest)
         if trace is not None:
             yield trace
             if meets_limits(trace):
@@ -197,7 +197,9 @@ def unsupported_reasons(predictor: MultiDevicePredictor) -> list[Reason]:
     """Return one reason of kind CANNOT for each way in which the model cannot be divided or small parts of it
     not be traced, and for each plan whose whole trace failed.
     """
-    refusals = [r for f in predictor.found.values() for r in f.refused] + list(predictor.refused.values())
+    refusals = [r for f in predictor.grid_sketches.values() for r in f.refused] + list(
+        predictor.refused.values()
+    )
     return [Reason(kind=ReasonKind.CANNOT, technique="", detail=text) for text in dict.fromkeys(refusals)]
 
 
@@ -240,7 +242,9 @@ def sensitivity(
         smallest = min(larger_plans, key=lambda e: (predictor.needs(e), score(e, goal)))
         extra_bytes = predictor.needs(smallest) - cap_bytes
         yield _sensitivity_to("memory", winner, predictor.expected(smallest), more_bytes=extra_bytes)
-    if goal is not Objective.FEWEST and (2 * ranks in predictor.found or predictor.deadline.has_time()):
+    if goal is not Objective.FEWEST and (
+        2 * ranks in predictor.grid_sketches or predictor.deadline.has_time()
+    ):
         # more devices are smaller in any case, so compare by time
         objective = Objective.FASTEST if goal is Objective.SMALLEST else goal
         try:
@@ -371,9 +375,7 @@ def nothing_fits(
         except UserError:
             continue
         if acceptable := [e for e in candidates if within_bounds(predictor.bounds, e)]:
-            preferred = min(
-                acceptable, key=lambda e: (score(e, goal), effect_then_size_key(e.plan, e.dependence))
-            )
+            preferred = min(acceptable, key=lambda e: by_goal(e, goal))
             ways.append(f"{factor * ranks} devices, with {short_label(preferred.plan)}")
             break
     return NothingFits(

@@ -10,15 +10,8 @@ from collections.abc import Callable, Sequence
 
 import numpy
 
-from memfit.cost.estimate import interval_around, interval_of_rates, modelled_boundary
-from memfit.cost.host import (
-    HostMemory,
-    host_memory,
-    host_process_bytes,
-    known_host,
-    memory_bytes,
-    oom_probability,
-)
+from memfit.cost.estimate import estimate_of_sketch, interval_around, interval_of_rates
+from memfit.cost.host import HostMemory, host_process_bytes, memory_bytes, oom_probability
 from memfit.cost.memory_estimate import ASSUMED_RESERVED_RATIO, sketch_footprint
 from memfit.cost.money import bill
 from memfit.cost.step_time import storage_rates
@@ -28,7 +21,7 @@ from memfit.engines.registry import engine
 from memfit.planner.block_traces import BlockTracer
 from memfit.planner.capacity import Cap
 from memfit.planner.evaluate import Predictor
-from memfit.planner.grid_search import GridSketches, Sketch, find, per_host, picked
+from memfit.planner.grid_search import GridSketches, Sketch, find, sketch_fields
 from memfit.planner.parallelism_grid import Limits
 from memfit.planner.plan_kinds import kind
 from memfit.planner.plan_space import may_share, may_split
@@ -92,7 +85,7 @@ class MultiDevicePredictor:
             )
         self.model = plan_predictor.model
         self.traced = BlockTracer(plan_predictor.job, plan_predictor.device_kind)
-        self.found: dict[int, GridSketches] = {}
+        self.grid_sketches: dict[int, GridSketches] = {}
         self.sketched: dict[int, list[Sketch]] = {}  # by number of devices
         self.tried: set[int] = set()  # numbers of devices for which plans were looked for
         self.cap_bytes = self.allocated_cap(request.cap.bytes)
@@ -136,32 +129,34 @@ class MultiDevicePredictor:
             return 0.0
         workers = self.plan_predictor.job.workers
         taken_bytes = host_process_bytes(ranks, self._machine(ranks), workers=workers)
-        return max(0.0, host_memory_bytes - taken_bytes) / min(ranks, per_host(self.machine))
+        return max(0.0, host_memory_bytes - taken_bytes) / min(ranks, self.machine.devices_in_host)
 
     def fits_memory(self, estimate: Estimate) -> bool:
         return self.request.cap.holds(estimate)
 
     def sketches(self, ranks: int) -> GridSketches:
+        """Return the result of `grid_search.find` for ``ranks`` devices, which is searched in the first call.
+        Raises UserError if there is no plan for so many.
+        """
         self.tried.add(ranks)
-        if ranks not in self.found:
+        if ranks not in self.grid_sketches:
             self.tell("search", 0, 0, f"{ranks} devices")
             limits = self.limits(ranks)
             with pause_gc():
-                self.found[ranks] = find(
+                self.grid_sketches[ranks] = find(
                     self.traced, self.machine, self.model, limits, (self.cap_bytes, self.host_cap(ranks))
                 )
-            self.sketched[ranks] = [*self.found[ranks].sketches]
-        return self.found[ranks]
+            self.sketched[ranks] = [*self.grid_sketches[ranks].sketches]
+        return self.grid_sketches[ranks]
 
     def limits(self, ranks: int) -> Limits:
-        devices_per_host, known_techniques = (
-            per_host(self.machine),
-            self.engine.known - excluded_techniques(self.plan_predictor.job_facts),
-        )
-        degrees = tuple(2**i for i in range(5) if 2**i <= min(ranks, max(devices_per_host, 1)))
+        """Return what the job, the machine, the engine and the request allow for ``ranks`` devices."""
+        devices_in_host = self.machine.devices_in_host
+        known_techniques = self.engine.known - excluded_techniques(self.plan_predictor.job_facts)
+        degrees = tuple(2**i for i in range(5) if 2**i <= min(ranks, max(devices_in_host, 1)))
         return Limits(
             ranks=ranks,
-            per_host=devices_per_host,
+            per_host=devices_in_host,
             batch=self.plan_predictor.job.batch_size,
             blocks=self.traced.blocks,
             device=self.plan_predictor.device_kind,
@@ -186,15 +181,15 @@ class MultiDevicePredictor:
         return [self.estimate(s) for s in self.sketches(ranks).sketches]
 
     def sketch_of(self, plan: Plan) -> Sketch | None:
-        grid_sketches = self.found.get(plan.ranks)
-        return next((s for s in self.sketched[plan.ranks] if s.plan == plan), None) if grid_sketches else None
+        """Return the plan's sketch, of those selected and their neighbours; None if it has none."""
+        return next((s for s in self.sketched.get(plan.ranks, ()) if s.plan == plan), None)
 
     def neighbours(self, sketch: Sketch) -> list[Estimate]:
         """Return, as estimates, the sketches of the plans that differ from this one in the value of exactly
         one axis of its `Grid`, whether they fit or not.
         """
         ranks = sketch.grid.layout.ranks
-        neighbours = self.found[ranks].neighbours(sketch)
+        neighbours = self.grid_sketches[ranks].neighbours(sketch)
         self.sketched[ranks] += neighbours
         return [self.estimate(s) for s in neighbours]
 
@@ -202,7 +197,7 @@ class MultiDevicePredictor:
         """Return, as estimates, the `GridSketches.extremes` for each of these numbers of devices that was
         searched: for every technique, the best and the smallest plans with it, and without it.
         """
-        results = [self.found[ranks] for ranks in counts if ranks in self.found]
+        results = [self.grid_sketches[ranks] for ranks in counts if ranks in self.grid_sketches]
         sketches = {s.plan: s for result in results for chosen in result.extremes.values() for s in chosen}
         return [self.estimate(sketch) for sketch in sketches.values()]
 
@@ -279,50 +274,21 @@ class MultiDevicePredictor:
         """Return the sketch as an `Estimate`, with energy, cost, CO2 and the memory of device and host added.
         Its intervals are the sketch's peak +-15 % and its step time +-40 %.
         """
-        machine = self._machine(sketch.grid.layout.ranks)
-        cost = bill(machine, step_s=sketch.step_s)
-        allocated = interval_around(sketch.allocated_bytes, _SKETCH_MEMORY_RATIO)
-        memory = sketch_footprint(
-            allocated,
-            machine,
-            reserved_ratio=ASSUMED_RESERVED_RATIO,
-            communicators=layout(sketch.plan).communicators,
-        )
-        host = host_memory(
-            self.traced.host_tensors(sketch.host_bytes),
+        estimate = estimate_of_sketch(
             sketch.plan,
-            machine,
-            allocated=allocated,
+            machine=self._machine(sketch.grid.layout.ranks),
+            allocated=interval_around(sketch.allocated_bytes, _SKETCH_MEMORY_RATIO),
+            step_s=interval_of_rates(sketch.step_s, _SKETCH_TIME_RATIO),
+            host_tensors=self.traced.host_tensors(sketch.host_bytes),
             workers=self.plan_predictor.job.workers,
         )
-        return Estimate(
-            plan=sketch.plan,
-            allocated_bytes=allocated,
-            phase_peak_bytes={},
-            at_peak_bytes={},
-            by_module_bytes={},
-            step_s=interval_of_rates(sketch.step_s, _SKETCH_TIME_RATIO),
-            flops_per_step=0,
-            energy_j=cost.energy_j,
-            energy_boundary=modelled_boundary(machine),
-            usd=cost.usd,
-            co2_g=cost.co2_g,
-            traced=False,
-            reserved_bytes=memory.reserved_bytes,
-            device_bytes=memory.device_bytes,
-            device_parts_bytes=memory.device_parts_bytes,
-            oom_probability=oom_probability(memory.oom_probability, host, machine),
-            dependence=self.plan_predictor.dependence_under(sketch.plan),
-            host_bytes=host.bytes,
-            host_parts_bytes=host.parts_bytes,
-            host_memory_bytes=known_host(machine)[0],
-            host_memory_assumed=known_host(machine)[1],
-        )
+        return dataclasses.replace(estimate, dependence=self.plan_predictor.dependence_under(sketch.plan))
 
     def _machine(self, ranks: int) -> Machine:
         return dataclasses.replace(self.machine, device_count=ranks)
 
-    def traced_or_refused(self, sketch: Estimate) -> Estimate | None:
+    def trace_or_refuse(self, sketch: Estimate) -> Estimate | None:
+        """Return what `whole` does. If the plan cannot be traced, note why in ``refused`` and return None."""
         try:
             return self.whole(sketch)
         except UserError as error:
@@ -334,23 +300,23 @@ class MultiDevicePredictor:
 
     def sketch_of_plain(self, plain_plan: Plan) -> Sketch | None:
         """Return the sketch of plain training, that of its grid; None if no grid has it."""
-        for grid in {id(s.grid): s.grid for s in self.found[plain_plan.ranks].picks}.values():
+        for grid in {id(s.grid): s.grid for s in self.grid_sketches[plain_plan.ranks].picks}.values():
             places = [(0, 0, 0, 0, i) for i in range(len(grid.states))]
             place = next((i for i in places if grid.plan(i) == plain_plan), None)
             if place is not None:
                 return Sketch(
                     grid,
-                    *picked(
+                    *sketch_fields(
                         grid,
-                        self.found[plain_plan.ranks].predict(grid),
+                        self.grid_sketches[plain_plan.ranks].predict(grid),
                         int(numpy.ravel_multi_index(place, grid.shape)),
                     ),
                 )
         return None
 
-    def ahead(self, plans: Sequence[Plan]) -> None:
+    def trace_ahead(self, plans: Sequence[Plan]) -> None:
         with optimizer_steps_only():
-            self.plan_predictor.ahead(plans)
+            self.plan_predictor.trace_ahead(plans)
 
     def whole(self, sketched_as: Estimate) -> Estimate:
         """Trace the plan of the sketch ``sketched_as`` whole and return its estimate, with energy, cost and
@@ -361,7 +327,7 @@ class MultiDevicePredictor:
         sketches.
         """
         with optimizer_steps_only():
-            traced = self.billed(self.plan_predictor.whole(sketched_as.plan))
+            traced = self.with_bill(self.plan_predictor.whole(sketched_as.plan))
         if traced.step_s is not None:
             self.pairs.append((sketched_as, traced))
             return traced
@@ -373,7 +339,7 @@ class MultiDevicePredictor:
             energy_j=sketched_as.energy_j,
         )
 
-    def billed(self, e: Estimate) -> Estimate:
+    def with_bill(self, e: Estimate) -> Estimate:
         """Return the estimate with energy, cost and CO2 of as many devices as the plan has ranks, in place of
         those of all devices of the machine.
         """

@@ -48,10 +48,10 @@ class FinalistTracer:
     """Traces finalists, the plans with the most promising sketches, one by one, until no other plan may be
     better than the best traced one or enough traced plans fit.
 
-    How good a plan may be follows from its sketch (see `hoped`). If a traced plan does not fit the device,
-    the factor by which it needs more than its sketch is noted; other plans whose sketches would exceed the
-    cap after multiplication by the largest such factor are not traced. For a model of at least 13 blocks, no
-    plan is traced for a gain of 3 % or less.
+    How good a plan may be follows from its sketch (see `hoped_score`). If a traced plan does not fit the
+    device, the factor by which it needs more than its sketch is noted; other plans whose sketches would
+    exceed the cap after multiplication by the largest such factor are not traced. For a model of at least 13
+    blocks, no plan is traced for a gain of 3 % or less.
 
     ``meets_limits`` tells whether an estimate's plan fits and keeps to the other limits of the search.
     ``goal``: None means that of the search.
@@ -96,38 +96,38 @@ class FinalistTracer:
         return self.traced
 
     def _finalists(self, candidates: list[Estimate], basis: Plan) -> None:
-        sketch, rival = self._two(candidates)
+        sketch, rival = self._first_two(candidates)
         if sketch is not None and rival is not None and self.predictor.request.limit_s is None:
             self.predictor.tell(
                 "finalists", 0, self._most, f"{short_label(sketch.plan)}, {short_label(rival.plan)}"
             )
-            self.predictor.ahead([sketch.plan, rival.plan, basis])
+            self.predictor.trace_ahead([sketch.plan, rival.plan, basis])
         for attempt in range(3 * self._most):
             if sketch is None:
                 break
             candidates.remove(sketch)
             self.predictor.tell("finalists", attempt, self._most, short_label(sketch.plan))
-            traced_estimate = self._traced(sketch)
+            traced_estimate = self._trace(sketch)
             if traced_estimate is None:
                 candidates = [e for e in candidates if _family(e.plan) != _family(sketch.plan)]
             else:
                 self._learn(sketch, traced_estimate)
-                candidates = [e for e in candidates if self._light(e)]
+                candidates = [e for e in candidates if self._may_fit_device(e)]
             sketch = rival if rival in candidates else self._next(candidates)
 
-    def _traced(self, sketch: Estimate) -> Estimate | None:
-        """Return what `MultiDevicePredictor.traced_or_refused` does. While no plan fits, the deadline ends no
+    def _trace(self, sketch: Estimate) -> Estimate | None:
+        """Return what `MultiDevicePredictor.trace_or_refuse` does. While no plan fits, the deadline ends no
         trace, and two are begun after it.
         """
         deadline = self.predictor.deadline
         if any(map(self.meets_limits, self.traced)):
-            return self.predictor.traced_or_refused(sketch)
+            return self.predictor.trace_or_refuse(sketch)
         if deadline.left_s <= 0:
             if self._late == _LATE:
                 deadline.check()
             self._late += 1
         with deadline.overtime():
-            return self.predictor.traced_or_refused(sketch)
+            return self.predictor.trace_or_refuse(sketch)
 
     def close(self, estimates: Sequence[Estimate]) -> None:
         """Trace plans of a small model until none of the ``estimates`` may fit and be better than the best
@@ -157,7 +157,7 @@ class FinalistTracer:
             sketch = promising[0]
             tried.add(sketch.plan)
             predictor.tell("finalists", attempt, _CLOSING, short_label(sketch.plan))
-            traced_estimate = predictor.traced_or_refused(sketch)
+            traced_estimate = predictor.trace_or_refuse(sketch)
             if traced_estimate is not None:
                 self.traced.append(traced_estimate)
 
@@ -182,7 +182,7 @@ class FinalistTracer:
                 return
             traced_plans.add(next_sketch.plan)
             self.predictor.tell("finalists", attempt, _CLIMBED, short_label(next_sketch.plan))
-            traced_estimate = self.predictor.traced_or_refused(next_sketch)
+            traced_estimate = self.predictor.trace_or_refuse(next_sketch)
             if traced_estimate is not None:
                 self.traced.append(traced_estimate)
 
@@ -200,7 +200,7 @@ class FinalistTracer:
             if self.meets_limits(e) and score(e, self.goal) <= limit
         ]
 
-    def hoped(self, e: Estimate) -> float:
+    def hoped_score(self, e: Estimate) -> float:
         """Return the best (lowest) score that a trace of the plan of the sketch ``e`` may be hoped to have.
 
         It is the sketch's score, times the ratio of trace to sketch of the traced plan of the same kind with
@@ -214,7 +214,7 @@ class FinalistTracer:
         nearest = min(reversed(ratios_by_distance), key=lambda entry: entry[0], default=(0.0, self._unknown))
         return float(score(e, self.goal) * nearest[1] * _NEAR ** nearest[0])
 
-    def _two(self, candidates: Sequence[Estimate]) -> tuple[Estimate | None, Estimate | None]:
+    def _first_two(self, candidates: Sequence[Estimate]) -> tuple[Estimate | None, Estimate | None]:
         """Return (the best sketch by the goal, another sketch). The other one is that of another kind (see
         `kind`) that would be traced next if the trace of the best one gave the score of its sketch. It is
         None if none would be traced then. Both are None if there are no candidates.
@@ -223,7 +223,7 @@ class FinalistTracer:
         if best_sketch is None:
             return None, None
         rival = self._closest([e for e in candidates if kind(e.plan) != kind(best_sketch.plan)])
-        is_worth_tracing = rival is not None and self.hoped(rival) * self._equal < score(
+        is_worth_tracing = rival is not None and self.hoped_score(rival) * self._equal < score(
             best_sketch, self.goal
         )
         return best_sketch, rival if is_worth_tracing else None
@@ -237,24 +237,25 @@ class FinalistTracer:
         if sketch is None or len(fitting) >= self._most:
             return None
         is_beaten = (
-            best_traced is not None and score(best_traced, self.goal) <= self.hoped(sketch) * self._equal
+            best_traced is not None
+            and score(best_traced, self.goal) <= self.hoped_score(sketch) * self._equal
         )
         return None if is_beaten else sketch
 
     def _closest(self, candidates: Sequence[Estimate]) -> Estimate | None:
-        """Return, of the sketches with the lowest `hoped` score, the one with the mildest and simplest plan;
+        """Return, of the sketches with the lowest `hoped_score`, the one with the mildest and simplest plan;
         None if there are no candidates. For a model of at least 13 blocks, scores up to 3 % above the lowest
         count as equal to it.
         """
-        hoped_scores = [self.hoped(e) for e in candidates]
+        hoped_scores = [self.hoped_score(e) for e in candidates]
         contenders = [
             (e, h)
             for e, h in zip(candidates, hoped_scores, strict=True)
             if h <= min(hoped_scores) * self._equal
         ]
 
-        def preferred(found: tuple[Estimate, float]) -> tuple[Any, ...]:
-            e, h = found
+        def preference(contender: tuple[Estimate, float]) -> tuple[Any, ...]:
+            e, h = contender
             return (
                 effect_then_size_key(e.plan, e.dependence),
                 _unusual(e.plan),
@@ -263,9 +264,9 @@ class FinalistTracer:
                 e.plan.fingerprint,
             )
 
-        return min(contenders, key=preferred, default=(None, 0.0))[0]
+        return min(contenders, key=preference, default=(None, 0.0))[0]
 
-    def _light(self, e: Estimate) -> bool:
+    def _may_fit_device(self, e: Estimate) -> bool:
         return (
             self.predictor.request.cap.host(e)
             and self.predictor.needs(e) * self._heaviest <= self.predictor.request.cap.bytes
@@ -283,7 +284,7 @@ class FinalistTracer:
         ordered = sorted(
             estimates, key=lambda e: (e.allocated_bytes.value, effect_then_size_key(e.plan, e.dependence))
         )
-        traced_estimates = (self.predictor.traced_or_refused(e) for e in ordered[:_FINALISTS])
+        traced_estimates = (self.predictor.trace_or_refuse(e) for e in ordered[:_FINALISTS])
         self.traced += list(itertools.islice(filter(None, traced_estimates), 1))
 
 

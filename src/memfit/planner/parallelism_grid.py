@@ -30,12 +30,13 @@ class Limits:
     """What the job, the machine and the request allow in a search for ``ranks`` devices.
 
     ``batch``: samples per step over all ranks. ``per_host``: ranks in one host. ``blocks``: number of
-    repeated blocks of the model. ``device``: "cpu" or "cuda". ``tensor``, ``context``: degrees of tensor and
-    context parallelism that the model can be cut by. ``sharing``: the technique by which context-parallel
-    ranks divide each sample, "context-parallel" or "axial-parallel". ``pipeline``: whether pipeline stages
-    are allowed. ``experts``: number of experts of a mixture of experts, 0 if the model has none. ``chunks``:
-    whether the loss may be computed in chunks. ``effect``: the strongest effect on
-    the numbers that is allowed; techniques that divide work over ranks may always reorder sums (E1).
+    repeated blocks of the model. ``device``: torch's name of its kind, such as "cuda". ``tensor``,
+    ``context``: degrees of tensor and context parallelism that the model can be cut by. ``sharing``: the
+    technique by which context-parallel ranks divide each sample, "context-parallel" or "axial-parallel".
+    ``pipeline``: whether pipeline stages are allowed. ``experts``: number of experts of a mixture of experts,
+    0 if the model has none. ``chunks``: whether the loss may be computed in chunks. ``effect``: the strongest
+    effect on the numbers that is allowed; techniques that divide work over ranks may always reorder sums
+    (E1).
     """
 
     ranks: int
@@ -115,6 +116,7 @@ class GridLayout:
 
     @property
     def uses(self) -> Uses:
+        """The techniques of the layout, without the pipeline (`pipeline`) and data parallelism."""
         uses = []
         if self.tensor > 1:
             uses.append(
@@ -182,7 +184,7 @@ def grids(limits: Limits) -> Iterator[Grid]:
         layout_uses = layout.uses
         if layout.stages > 1:
             layout_uses = (*layout_uses, layout.pipeline(2))
-        states = _carried(_states(limits, layout, layout_uses), layout_uses, limits)
+        states = _supported(_states(limits, layout, layout_uses), layout_uses, limits)
         inside = _allowed(_inside(), layout_uses, limits)
         ends = _allowed(_ends(limits, layout), layout_uses, limits)
         away = _allowed([(), (_use("activation-offload", to="host"),)], layout_uses, limits)
@@ -192,7 +194,7 @@ def grids(limits: Limits) -> Iterator[Grid]:
             *((_use("gradient-accumulation", micro_batches=2),) if accumulates else ()),
         )
         engine_check = None if limits.refuses is None else (limits.refuses, engine_uses, limits.ranks)
-        for axes, group_states in _parted((inside, ends, away), states, engine_check):
+        for axes, group_states in _split_states((inside, ends, away), states, engine_check):
             yield Grid(
                 layout=layout, micro=micro, inside=axes[0], ends=axes[1], away=axes[2], states=group_states
             )
@@ -230,11 +232,13 @@ def _layouts(limits: Limits) -> Iterator[GridLayout]:
                     *probe_uses,
                     _use("pipeline", stages=2, schedule="1f1b", virtual=1, micro_batches=2),
                 )
-            if conflict(Plan(uses=probe_uses, ranks=limits.ranks)) is None and _fine(probe_uses, limits):
+            if conflict(Plan(uses=probe_uses, ranks=limits.ranks)) is None and _is_allowed(
+                probe_uses, limits
+            ):
                 yield layout
     if limits.expert_degree > 1:
         layout = GridLayout(ranks=limits.ranks, experts=limits.expert_degree)
-        if _fine(layout.uses, limits):
+        if _is_allowed(layout.uses, limits):
             yield layout
 
 
@@ -358,7 +362,7 @@ def _states(limits: Limits, layout: GridLayout, layout_uses: Uses) -> list[Uses]
     precisions: list[Uses] = [(), (_use("bf16-autocast"),)]
     precisions += [(_use("bf16-parameters", rounding=r),) for r in ("master", "stochastic")]
     axes = [
-        [u for u in axis if _fine(u, limits) and _go_together(layout_uses, u)]
+        [u for u in axis if _is_allowed(u, limits) and _go_together(layout_uses, u)]
         for axis in (_data(limits, layout), precisions, optimizers)
     ]
     data_options, precision_options, optimizer_options = axes
@@ -438,26 +442,26 @@ def zero_uses(*, storage: bool) -> Iterator[Use]:
 
 
 def _allowed(axis: Iterable[Uses], layout_uses: Uses, limits: Limits) -> tuple[Uses, ...]:
-    return tuple(u for u in axis if _fine(u, limits) and _go_together(layout_uses, u))
+    return tuple(u for u in axis if _is_allowed(u, limits) and _go_together(layout_uses, u))
 
 
-def _carried(axis: Iterable[Uses], layout_uses: Uses, limits: Limits) -> tuple[Uses, ...]:
+def _supported(axis: Iterable[Uses], layout_uses: Uses, limits: Limits) -> tuple[Uses, ...]:
     refuses = limits.refuses
     if refuses is None:
         return tuple(axis)
     return tuple(u for u in axis if not refuses(Plan(uses=(*layout_uses, *u), ranks=limits.ranks)))
 
 
-def _fine(uses: Uses, limits: Limits) -> bool:
+def _is_allowed(uses: Uses, limits: Limits) -> bool:
     """Return whether each of the techniques is allowed: its effect on the numbers is at most
     ``limits.effect`` (at most E1, if that is higher, for techniques that divide work over ranks), it supports
     the device, its packages are installed, and ``limits.without`` does not exclude it.
     """
-    return all(_fine_use(u, limits.effect, limits.device, limits.without) for u in uses)
+    return all(_is_use_allowed(u, limits.effect, limits.device, limits.without) for u in uses)
 
 
 @functools.cache
-def _fine_use(used: Use, effect: EffectClass, device: str, excluded: frozenset[str]) -> bool:
+def _is_use_allowed(used: Use, effect: EffectClass, device: str, excluded: frozenset[str]) -> bool:
     definition = technique(used.technique)
     divides_work = definition.slot == "data-parallel" or definition.name in DIVIDING_TECHNIQUES
     accurate_enough = effect_of(Plan(uses=(used,))) <= (
@@ -472,7 +476,7 @@ def _fine_use(used: Use, effect: EffectClass, device: str, excluded: frozenset[s
 
 
 @functools.cache  # most layouts have the same axes
-def _parted(
+def _split_states(
     axes: tuple[tuple[Uses, ...], ...],
     states: tuple[Uses, ...],
     engine: tuple[Callable[[Plan], object], Uses, int] | None,
@@ -523,12 +527,12 @@ def _divisors(number: int) -> tuple[int, ...]:
 
 
 @functools.cache
-def _made(name: str, settings: tuple[tuple[str, KnobValue], ...]) -> Use:
+def _cached_use(name: str, settings: tuple[tuple[str, KnobValue], ...]) -> Use:
     return make_use(name, dict(settings))
 
 
 def _use(name: str, **settings: KnobValue) -> Use:
-    return _made(name, tuple(sorted(settings.items())))
+    return _cached_use(name, tuple(sorted(settings.items())))
 
 
 def no_grid_error(limits: Limits) -> UserError:

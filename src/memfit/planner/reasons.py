@@ -117,7 +117,9 @@ def _left_out_reasons(
         rivals = [e for e in traced if meets_limits(e)]
         sketched = [e for e in inputs.sketches if e.plan.get(name) and e.plan not in traced_plans]
         if rivals:
-            reasons.append(_compared(winner, min(rivals, key=lambda e: by_goal(e, goal)), name, goal))
+            reasons.append(
+                _comparison_reason(winner, min(rivals, key=lambda e: by_goal(e, goal)), name, goal)
+            )
         elif possible := sum(map(may_fit, sketched)):
             kind = ReasonKind.LEFT_OUT_NOT_LOOKED_AT
             reasons.append(Reason(kind=kind, technique=name, plan_count=possible))
@@ -167,7 +169,7 @@ def none_fits(
     )
 
 
-def _compared(winner: Estimate, rival: Estimate, name: str, goal: Objective) -> Reason:
+def _comparison_reason(winner: Estimate, rival: Estimate, name: str, goal: Objective) -> Reason:
     """Return why the technique ``name`` is not in the winner, by comparison with ``rival``, the best plan
     that has it. Its kind is LEFT_OUT_SLOWER if the rival's score by the goal is more than 3 % above the
     winner's, LEFT_OUT_NOT_NEEDED if the two are within 3 % of each other, and LEFT_OUT_UNCERTAIN if the

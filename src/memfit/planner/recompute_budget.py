@@ -28,17 +28,16 @@ from memfit.types.machine import Calibration
 from memfit.types.plan import Plan
 from memfit.types.result import Estimate
 from memfit.types.trace import OpCall
-from memfit.types.units import format_bytes
+from memfit.types.units import MIB, format_bytes
 
-_MIB = 2**20
 _TRIES = 6
 _SPARE_RATIO = 0.001  # of the budget: twice the largest excess of a measured peak over its prediction
 _LEAST_RATIO = 1 / 20_000  # of the budget: smaller tensors are never recomputed
-_SEGMENT = 20 * _MIB
+_SEGMENT = 20 * MIB
 _ATTEMPTS, _WORTH = 3, 0.03  # plans that a search tries; the least relative gain it hopes for
 
 
-def with_optimal_checkpointing(
+def try_optimal_checkpointing(
     whole: Callable[[Plan], Estimate],
     sketches: Sequence[Estimate],
     traced: Sequence[Estimate],
@@ -70,9 +69,9 @@ def with_optimal_checkpointing(
     room_bytes, beside_bytes = cap.room_bytes(traced), 0  # device memory beside the step's own tensors
     for _ in range(_ATTEMPTS):
         candidate, budget_bytes = best(candidates, goal), room_bytes - beside_bytes
-        if candidate is None or budget_bytes < _MIB:
+        if candidate is None or budget_bytes < MIB:
             break
-        plan = candidate.plan.with_use(make_use(OPTIMAL_CHECKPOINTING, {"budget_mib": budget_bytes // _MIB}))
+        plan = candidate.plan.with_use(make_use(OPTIMAL_CHECKPOINTING, {"budget_mib": budget_bytes // MIB}))
         tell("finalists", 0, 1, short_label(plan))
         try:
             plan_estimate = whole(plan)
@@ -82,7 +81,7 @@ def with_optimal_checkpointing(
         if cap.holds(plan_estimate):
             return [plan_estimate]
         excess_bytes = int(plan_estimate.allocated_bytes.value) - budget_bytes
-        if excess_bytes > beside_bytes + _MIB:
+        if excess_bytes > beside_bytes + MIB:
             beside_bytes = excess_bytes
         else:  # the caching allocator takes segments of 20 MiB or more
             room_bytes -= math.ceil((cap.needs(plan_estimate) - cap.bytes) / _SEGMENT) * _SEGMENT
@@ -94,7 +93,7 @@ def open_budget(plan: Plan) -> int | None:
     are chosen, or if the plan has no such budget."""
     recomputation = plan.get(OPTIMAL_CHECKPOINTING)
     return (
-        int(recomputation.settings["budget_mib"]) * _MIB
+        int(recomputation.settings["budget_mib"]) * MIB
         if recomputation and not recomputation.settings["dropped"]
         else None
     )
@@ -113,10 +112,10 @@ def choose_tensors(
     step fits the budget without recomputation. A plan that has no budget, or whose tensors are chosen
     already, is returned itself.
 
-    ``device``: "cpu" or "cuda". ``seconds`` returns the time of one operator call. ``calibration``: the
-    workspaces of operators in it count towards the peak. ``gap_ratio``: by how much the time that
-    recomputation adds may exceed the proven minimum, as a ratio. Raises UserError that names the smallest
-    budget found, if the plan's budget cannot be met; also if the plan itself is not valid.
+    ``device``: torch's name of its kind, such as "cuda". ``seconds`` returns the time of one operator call.
+    ``calibration``: the workspaces of operators in it count towards the peak. ``gap_ratio``: by how much the
+    time that recomputation adds may exceed the proven minimum, as a ratio. Raises UserError that names the
+    smallest budget found, if the plan's budget cannot be met; also if the plan itself is not valid.
     """
     budget_bytes = open_budget(check(plan))
     if budget_bytes is None:
@@ -135,7 +134,7 @@ def choose_tensors(
             trace(job, concrete_plan, device=device), device_calibration
         ).peak_bytes
 
-    budget_plan = _closed(recording_replay, traced, _target_bytes(budget_bytes), gap_ratio)
+    budget_plan = _choose_within(recording_replay, traced, _target_bytes(budget_bytes), gap_ratio)
     if budget_plan is not None:
         return budget_plan
     smallest_choice = smallest(recording_replay)
@@ -147,7 +146,7 @@ def choose_tensors(
             refine_choice(recording_replay, smallest_choice, _target_bytes(budget_bytes) - off_bytes).dropped
         )
         return refined_plan if peak_bytes <= _target_bytes(budget_bytes) else smallest_plan
-    smallest_budget_mib = math.ceil(smallest_peak / (1 - _SPARE_RATIO) / _MIB)
+    smallest_budget_mib = math.ceil(smallest_peak / (1 - _SPARE_RATIO) / MIB)
     raise UserError(
         "optimal-checkpointing: recomputation cannot reduce the peak to a budget of "
         f"{format_bytes(budget_bytes)}",
@@ -158,11 +157,11 @@ def choose_tensors(
 
 @dataclasses.dataclass(kw_only=True)
 class ChosenPlans:
-    """Cache of the results of `choose_tensors` by the plan that it was given: the plan with its tensors to
+    """Cache of the outcomes of `choose_tensors` by the plan that it was given: the plan with its tensors to
     recompute chosen, or the UserError that was raised.
     """
 
-    kept: dict[Plan, Plan | UserError] = dataclasses.field(default_factory=dict)
+    outcomes: dict[Plan, Plan | UserError] = dataclasses.field(default_factory=dict)
 
     def of(self, job: Job, plan: Plan, **how: Any) -> Plan:
         """Return what `choose_tensors` returns for this plan; it is computed only in the first call. ``how``:
@@ -171,12 +170,12 @@ class ChosenPlans:
         If the first call raised UserError, later ones raise the same error. Results are kept by ``plan``
         alone, so all calls of one cache must have the same ``job`` and keywords.
         """
-        if plan not in self.kept:
+        if plan not in self.outcomes:
             try:
-                self.kept[plan] = choose_tensors(job, plan, **how)
+                self.outcomes[plan] = choose_tensors(job, plan, **how)
             except UserError as error:
-                self.kept[plan] = error
-        choice = self.kept[plan]
+                self.outcomes[plan] = error
+        choice = self.outcomes[plan]
         if isinstance(choice, UserError):
             raise choice
         return choice
@@ -195,7 +194,7 @@ def _target_bytes(budget_bytes: int) -> int:
     return int(budget_bytes * (1 - _SPARE_RATIO))
 
 
-def _closed(
+def _choose_within(
     recording_replay: Replay,
     traced: Callable[[frozenset[int]], tuple[Plan, int]],
     target_bytes: int,

@@ -30,11 +30,10 @@ from memfit.types.dependence import DependenceKind
 from memfit.types.errors import MemfitError
 from memfit.types.plan import EffectClass, Plan, Use
 from memfit.types.result import Estimate
-from memfit.types.units import format_bytes
+from memfit.types.units import MIB, format_bytes
 
 _ACCUMULATION, _OFFLOAD = "gradient-accumulation", "activation-offload"
 _CHECKPOINTING = "activation-checkpointing"
-_MIB = 2**20
 _RECOMPUTATION = "recomputation"  # a slot
 # These may differ between a plan and a safer one. Others decide parameters, optimizer, precision or ranks.
 _MAY_DIFFER = (_ACCUMULATION, _OFFLOAD, "chunked-cross-entropy", "chunking")
@@ -186,7 +185,7 @@ class _Search:
             tensor_bytes = (self.limit_bytes - CPU_HEADROOM_BYTES) / CPU_HEADROOM_RATIO
         else:
             tensor_bytes = self.limit_bytes / ASSUMED_RESERVED_RATIO
-        budget_mib = int(tensor_bytes) // _MIB
+        budget_mib = int(tensor_bytes) // MIB
         if budget_mib < 1:
             return []
         return [_replaced(self.failed, make_use(optimal.OPTIMAL_CHECKPOINTING, {"budget_mib": budget_mib}))]

@@ -117,7 +117,7 @@ def _search_dividing_batch(
     baseline = predictor.whole(make_plain_plan(request.ranks))
     test_dependence(predictor, request, deadline, progress)
     if request.is_here and must_run:
-        request, job, predictor, baseline = _runnable(request, job, predictor, baseline)
+        request, job, predictor, baseline = _reduce_batch(request, job, predictor, baseline)
     request = with_steps_of(request, job)
     predictor.gap_ratio = _GAP_RATIO
     cap_bytes, cap_reason = _cap(request, baseline, job.demonstration_ratio, demonstrates=must_run)
@@ -159,7 +159,7 @@ def _search_dividing_batch(
             estimates = list({e.plan: e for e in (*estimates, *estimated.traced)}.values())
         left_out = (*estimated.left_out, *unsearched)
         result = build_result(
-            estimates := _measured_if_out_of_time(predictor, request, estimates, meets_limits, progress),
+            estimates := _measure_if_out_of_time(predictor, request, estimates, meets_limits, progress),
             goal=request.goal,
             cap_bytes=cap_bytes,
             considered=estimated.count,
@@ -185,10 +185,10 @@ def _search_dividing_batch(
         meets_limits=meets_limits,
         left_out=left_out,
     )
-    return _completed(planning, deadline, estimated.unsketched_count)
+    return _complete(planning, deadline, estimated.unsketched_count)
 
 
-def _measured_if_out_of_time(
+def _measure_if_out_of_time(
     predictor: Predictor, request: Request, estimates: list[Estimate], meets_limits: Fits, progress: Progress
 ) -> list[Estimate]:
     """Return the estimates. If the search is for this machine and hit its time limit, first measure the
@@ -203,7 +203,7 @@ def _measured_if_out_of_time(
         return [predictor.whole(e.plan) for e in estimates]
 
 
-def _completed(planning: Planning, deadline: Deadline, unsketched_count: int) -> Planning:
+def _complete(planning: Planning, deadline: Deadline, unsketched_count: int) -> Planning:
     """Return the planning with the result's `SearchExtent`, timings and reason of the cap added, and note on
     disk whether the search hit its time limit. Raises NothingFits if no plan is recommended.
 
@@ -496,7 +496,7 @@ def _search_many(request: Request, progress: Progress, deadline: Deadline) -> Pl
     )
 
 
-def _runnable(
+def _reduce_batch(
     request: Request, job: Job, predictor: Predictor, baseline: Estimate
 ) -> tuple[Request, Job, Predictor, Estimate]:
     """Return the four arguments, changed to a batch that was halved until plain training fits the memory of

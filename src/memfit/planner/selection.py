@@ -110,7 +110,7 @@ def missed_bounds(bounds: Bounds, fitting: Sequence[Estimate]) -> str:
     misses = []
     for limit, goal, template, formatter in limits:
         if limit is not None and fitting:
-            e = min(fitting, key=lambda e: (score(e, goal), effect_then_size_key(e.plan, e.dependence)))
+            e = min(fitting, key=lambda e: by_goal(e, goal))
             time = format_seconds(e.step_s.value * bounds.steps) if e.step_s else "unknown time"
             summary = f"{time} and {_usd(e.usd, bounds.steps)}, with {short_label(e.plan)}"
             misses.append(f"{template.format(formatter(limit))} that fits takes {summary})")
@@ -139,6 +139,11 @@ def score(estimate: Estimate, goal: Objective) -> float:
     if goal is Objective.GREENEST:
         return estimate.co2_g if estimate.co2_g is not None else time_s
     return time_s
+
+
+def lowest_score_first(estimates: Iterable[Estimate], goal: Objective) -> list[Estimate]:
+    """Return the estimates sorted by their score by the goal; equal ones by their plan's fingerprint."""
+    return sorted(estimates, key=lambda e: (score(e, goal), e.plan.fingerprint))
 
 
 def by_goal(e: Estimate, goal: Objective) -> tuple[float, tuple[int, int, int]]:

@@ -29,7 +29,7 @@ class State:
     gathered: float
     gradient: float
     reduced: float
-    updating: UpdateCosts
+    update_costs: UpdateCosts
     parameter_shards: int = 1
     gradient_shards: int = 1
     state_shards: int = 1
@@ -58,12 +58,12 @@ def compute_of(uses: Sequence[Use]) -> str:
     return "fp32"
 
 
-def state_of(uses: Sequence[Use], ranks: int, updating: UpdateCosts, *, staged: bool) -> State:
+def state_of(uses: Sequence[Use], ranks: int, update_costs: UpdateCosts, *, staged: bool) -> State:
     """Return how these techniques (data parallelism, precision, optimizer) keep and share a parameter.
 
     ``ranks``: number of ranks that have the same part of the model, data-parallel times context-parallel
-    ranks. ``updating``: costs of the optimizer's step on one rank. ``staged``: whether the model is cut into
-    pipeline stages.
+    ranks. ``update_costs``: costs of the optimizer's step on one rank. ``staged``: whether the model is cut
+    into pipeline stages.
     """
     settings_by_name = {u.technique: u.settings for u in uses}
     has_half_parameters = "bf16-parameters" in settings_by_name
@@ -74,7 +74,7 @@ def state_of(uses: Sequence[Use], ranks: int, updating: UpdateCosts, *, staged: 
         gathered=stored,
         gradient=stored,
         reduced=stored,
-        updating=updating,
+        update_costs=update_costs,
     )
     reduces_each_micro = any(u.settings.get("sync") == "every" for u in uses)
     if "fsdp2" in settings_by_name:
@@ -105,7 +105,9 @@ def state_of(uses: Sequence[Use], ranks: int, updating: UpdateCosts, *, staged: 
             gathered=element_bytes,
             gradient=element_bytes,
             reduced=element_bytes,
-            updating=dataclasses.replace(updating, state_bytes=updating.state_bytes + 4.0 * is_half),
+            update_costs=dataclasses.replace(
+                update_costs, state_bytes=update_costs.state_bytes + 4.0 * is_half
+            ),
             parameter_shards=ranks if stage == 3 else 1,
             gradient_shards=ranks if stage >= 2 else 1,
             state_shards=ranks,

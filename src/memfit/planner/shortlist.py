@@ -13,6 +13,7 @@ from memfit.planner.reasons import missing_techniques
 from memfit.planner.selection import (
     Objective,
     frontier,
+    lowest_score_first,
     score,
     simplest_first,
     within_bounds,
@@ -39,7 +40,7 @@ def finalists(
     - the plan with the lowest peak
     - at most 7 plans, evenly spread over the `frontier` of peak, step time and effect class
     """
-    fitting = _ordered([e for e in sketches if meets_limits(e)], goal)
+    fitting = lowest_score_first(filter(meets_limits, sketches), goal)
     smallest = sorted(sketches, key=lambda e: (e.allocated_bytes.value, e.plan.fingerprint))
     frontier_sketches = frontier(sketches)
     stride = max(1, len(frontier_sketches) // 4)
@@ -56,7 +57,7 @@ def finalists(
     return list(dict.fromkeys(finalist_plans))[: most + _SIMPLEST]
 
 
-def until_some_fit(
+def trace_until_some_fit(
     whole: Callable[[Plan], Estimate],
     trace: Callable[[list[Plan]], object],
     sketches: Sequence[Estimate],
@@ -84,7 +85,7 @@ def until_some_fit(
     return added
 
 
-def until_one_fits(
+def trace_until_one_fits(
     whole: Callable[[Plan], Estimate],
     trace: Callable[[list[Plan]], object],
     sketches: Sequence[Estimate],
@@ -117,7 +118,7 @@ def until_one_fits(
     return added
 
 
-def until_none_better(
+def trace_until_none_better(
     trace: Callable[[list[Plan]], list[Estimate]],
     sketches: Sequence[Estimate],
     traced: Sequence[Estimate],
@@ -188,7 +189,7 @@ def counterfactuals(
     for name in missing_techniques(winner, sketches):
         traced_rivals = [e for e in traced if e.plan.get(name)]
         untraced = [e for e in sketches if e.plan.get(name) and e.plan not in traced_plans]
-        candidates = _ordered(list(filter(may_fit, untraced)), goal)
+        candidates = lowest_score_first(filter(may_fit, untraced), goal)
         has_fitting = any(map(cap.holds, traced_rivals))
         if has_fitting and not compares:
             continue
@@ -216,8 +217,4 @@ def more_finalists(
             ratios[names] = max(ratio, ratios.get(names, 0.0))
     fitting = (e for e in by_plan.values() if cap.host(e))
     remaining = [e for e in fitting if cap.needs(e) * ratios.get(e.plan.techniques, 1.0) <= cap.bytes]
-    return [e.plan for e in _ordered(remaining, goal)[: max(0, missing_count)]]
-
-
-def _ordered(estimates: Sequence[Estimate], goal: Objective) -> list[Estimate]:
-    return sorted(estimates, key=lambda e: (score(e, goal), e.plan.fingerprint))
+    return [e.plan for e in lowest_score_first(remaining, goal)[: max(0, missing_count)]]

@@ -16,21 +16,21 @@ from memfit.planner.capacity import Cap, Fits, memory_cap
 from memfit.planner.evaluate import Predictor
 from memfit.planner.machine_calibration import calibrate, score_band
 from memfit.planner.plan_space import effect_then_size_key, may_split, plans, usable
-from memfit.planner.recompute_budget import with_optimal_checkpointing
+from memfit.planner.recompute_budget import try_optimal_checkpointing
 from memfit.planner.request import Progress, Request, limit_micro_batches
 from memfit.planner.selection import (
     TIE_RATIO,
     Objective,
     best,
+    lowest_score_first,
     respects_micro_batch,
-    score,
 )
 from memfit.planner.shortlist import (
     counterfactuals,
     finalists,
-    until_none_better,
-    until_one_fits,
-    until_some_fit,
+    trace_until_none_better,
+    trace_until_one_fits,
+    trace_until_some_fit,
 )
 from memfit.techniques.base import StepPart
 from memfit.techniques.recompute.optimal import OPTIMAL_CHECKPOINTING
@@ -169,9 +169,9 @@ def estimate_plans(
     try:
         if not sketches:
             raise TimeUp
-        estimates = _traced(predictor, request, cap_bytes, progress, meets_limits, sketches)
+        estimates = _trace_best(predictor, request, cap_bytes, progress, meets_limits, sketches)
     except TimeUp:
-        estimates = _traced_in_time(predictor, request, cap_bytes, meets_limits, sketches, all_plans)
+        estimates = _estimates_in_time(predictor, request, cap_bytes, meets_limits, sketches, all_plans)
     estimated_plans = {e.plan for e in (*sketches, *estimates)}
     return EstimatedPlans(
         traced=estimates,
@@ -187,7 +187,7 @@ def plans_asked_for(request: Request) -> tuple[object, ...]:
     return request.ranks, request.accuracy.value, bounds.micro_batch, sorted(bounds.without)
 
 
-def _traced(
+def _trace_best(
     predictor: Predictor,
     request: Request,
     cap_bytes: int,
@@ -210,7 +210,7 @@ def _traced(
 
     trace_and_time(finalist_plans)
     cap = memory_cap(cap_bytes, request.machine, request.engine)
-    finalist_plans += until_some_fit(
+    finalist_plans += trace_until_some_fit(
         predictor.whole,
         trace_and_time,
         sketches,
@@ -219,12 +219,12 @@ def _traced(
         goal=request.goal,
         most=finalist_count,
     )
-    finalist_plans += until_one_fits(
+    finalist_plans += trace_until_one_fits(
         predictor.whole, trace_and_time, sketches, finalist_plans, cap=cap, bounds=request.bounds
     )
     estimates, more = [predictor.whole(plan) for plan in finalist_plans], _more_traces(predictor, request)
     for index in range(_PASSES):  # plans that are traced for a reason may be better
-        added = until_none_better(
+        added = trace_until_none_better(
             trace_and_time,
             sketches,
             estimates,
@@ -247,7 +247,7 @@ def _traced(
         and OPTIMAL_CHECKPOINTING not in request.bounds.without
         and not is_long(predictor)
     ):
-        estimates += with_optimal_checkpointing(
+        estimates += try_optimal_checkpointing(
             predictor.whole, sketches, estimates, request.goal, cap, progress
         )
     return estimates
@@ -261,14 +261,12 @@ def _best_first(
     they are.
     """
     chosen = [s for s in sketches if s.plan in plans]
-    best_fitting = sorted(filter(meets_limits, chosen), key=lambda e: (score(e, goal), e.plan.fingerprint))[
-        :2
-    ]
+    best_fitting = lowest_score_first(filter(meets_limits, chosen), goal)[:2]
     smallest = sorted(chosen, key=lambda e: (e.allocated_bytes.value, e.plan.fingerprint))[:1]
     return list(dict.fromkeys([*(e.plan for e in (*best_fitting, *smallest)), *plans]))
 
 
-def _traced_in_time(
+def _estimates_in_time(
     predictor: Predictor,
     request: Request,
     cap_bytes: int,
@@ -288,9 +286,7 @@ def _traced_in_time(
     plain_plan = make_plain_plan(request.ranks)
     estimates[plain_plan] = predictor.whole(plain_plan)
     needs = memory_cap(cap_bytes, request.machine, request.engine).needs
-    fitting = sorted(
-        filter(meets_limits, sketches), key=lambda e: (score(e, request.goal), e.plan.fingerprint)
-    )
+    fitting = lowest_score_first(filter(meets_limits, sketches), request.goal)
     smallest = sorted(sketches, key=lambda e: (needs(e), e.plan.fingerprint))
     sketched = {e.plan for e in sketches}
     chosen = [e.plan for e in (*fitting[:1], *smallest[:1])]

@@ -48,7 +48,7 @@ _POLISHING_ROUNDS = 20
 _CLEAR = 0.045  # a band up to this decides; a wider one asks for more rounds
 
 
-def measured(planning: Planning, progress: Progress, *, measure_s: float) -> Planning:
+def choose_by_trials(planning: Planning, progress: Progress, *, measure_s: float) -> Planning:
     """Return `planning` with the recommendation revised by training the recommended plan and plans that may
     be faster for a few steps each, under the cap.
 
@@ -354,7 +354,7 @@ def _shortlist(planning: Planning) -> list[Plan]:
     fewest.sort(key=lambda e: len(e.plan.uses))
     estimates = [recommended.estimate, *leaders[:3], *simplest_first(fitting, goal)[:2]]
     estimates += [*fewest[: FIRST // 2], *leaders[3:], *fewest[FIRST // 2 :]]
-    return list(_that_fit(planning, [e.plan for e in estimates], FIRST))
+    return list(_fitting_plans(planning, [e.plan for e in estimates], FIRST))
 
 
 def _neighbours(
@@ -379,7 +379,7 @@ def _neighbours(
 
     planning.predictor.prepare(candidates)
     sketches = sorted(map(planning.predictor.sketch, candidates), key=lambda e: (expected(e), e.plan.label))
-    return list(_that_fit(planning, [e.plan for e in sketches[: 3 * NEIGHBOURS]], NEIGHBOURS))
+    return list(_fitting_plans(planning, [e.plan for e in sketches[: 3 * NEIGHBOURS]], NEIGHBOURS))
 
 
 def one_change_away(planning: Planning, plan: Plan) -> Iterator[Plan]:
@@ -392,12 +392,12 @@ def one_change_away(planning: Planning, plan: Plan) -> Iterator[Plan]:
     options: list[Use] = [make_use(t.name, s) for t in allowed for s in t.settings(facts)]
     changed = [*(without(plan, u.technique) for u in plan.uses), *map(plan.with_use, options)]
     for changed_plan in changed:
-        found = by_uses.get(frozenset(changed_plan.uses))
-        if found is not None and found != plan and not engine(request.engine).supports(found):
-            yield found
+        neighbour = by_uses.get(frozenset(changed_plan.uses))
+        if neighbour is not None and neighbour != plan and not engine(request.engine).supports(neighbour):
+            yield neighbour
 
 
-def _that_fit(planning: Planning, candidates: Sequence[Plan], count: int) -> Iterator[Plan]:
+def _fitting_plans(planning: Planning, candidates: Sequence[Plan], count: int) -> Iterator[Plan]:
     """Yield the first ``count`` distinct plans of ``candidates`` that fit when they are traced whole. If a
     plan has a memory budget for recomputation, the tensors to recompute are chosen in the plan that is
     yielded.

@@ -38,9 +38,9 @@ _MOST_FLOPS: Final = 10**11  # of one operator: about five seconds on two slow c
 _FREE_RATIO: Final = 0.25  # share of free memory that one operator may take
 _ATTEMPTS: Final = 3  # an operator that kills the process is left out of the next attempt
 _MOST_KEPT: Final = 50_000
-_KEPT_BY: Final = ("processor", "torch", "env ONEDNN_MAX_CPU_ISA", "env ATEN_CPU_CAPABILITY")
+_FILE_FACTS: Final = ("processor", "torch", "env ONEDNN_MAX_CPU_ISA", "env ATEN_CPU_CAPABILITY")
 
-Taken = tuple[int, int] | None
+Workspace = tuple[int, int] | None
 """(bytes at the operator's own peak, bytes kept for backward); None: it cannot be run alone."""
 
 
@@ -54,21 +54,23 @@ def probe_workspaces(predictor: Predictor, plan: Plan) -> None:
     to the upper end of the predicted peak.
     """
     predictor.recalibrate(dataclasses.replace(predictor.calibration, threads=torch.get_num_threads()))
-    stored_probes = _Kept.of(predictor.calibration.threads)
+    stored_probes = _StoredProbes.of(predictor.calibration.threads)
     for _ in range(_ATTEMPTS):
-        signatures = _wanted(predictor, plan)
-        _learn(
+        signatures = _signatures_to_probe(predictor, plan)
+        _add_to_calibration(
             predictor,
-            {s: stored_probes.taken[k] for s in signatures if (k := _key(s)) in stored_probes.taken},
+            {s: stored_probes.results[k] for s in signatures if (k := _key(s)) in stored_probes.results},
         )
-        unknown_signatures = [s for s in _wanted(predictor, plan) if _key(s) not in stored_probes.taken]
-        results = _probed(unknown_signatures, predictor.calibration.threads)
+        unknown_signatures = [
+            s for s in _signatures_to_probe(predictor, plan) if _key(s) not in stored_probes.results
+        ]
+        results = _probe(unknown_signatures, predictor.calibration.threads)
         if not results:
             return
         stored_probes.add({_key(s): workspace for s, workspace in results.items()})
 
 
-def _wanted(predictor: Predictor, plan: Plan) -> list[str]:
+def _signatures_to_probe(predictor: Predictor, plan: Plan) -> list[str]:
     """Return the signatures of the plan's operators whose workspaces are not in the calibration and could
     move its peak, those of the first distinct rank first, and for each rank the largest effect first.
     Operators that are too large to be run are left out: more than 1e11 FLOPs, or more than a quarter of the
@@ -90,7 +92,7 @@ def _is_small(op: OpCall, most_bytes: float, threads: int) -> bool:
     return op.flops <= _MOST_FLOPS and total_bytes <= most_bytes
 
 
-def _learn(predictor: Predictor, workspaces: Mapping[str, Taken]) -> None:
+def _add_to_calibration(predictor: Predictor, workspaces: Mapping[str, Workspace]) -> None:
     peak_bytes = {s: t[0] for s, t in workspaces.items() if t}
     kept_bytes = {s: t[1] for s, t in workspaces.items() if t and t[1]}
     if peak_bytes:
@@ -104,7 +106,7 @@ def _learn(predictor: Predictor, workspaces: Mapping[str, Taken]) -> None:
         )
 
 
-def _probed(signatures: Sequence[str], threads: int) -> dict[str, Taken]:
+def _probe(signatures: Sequence[str], threads: int) -> dict[str, Workspace]:
     """Return the workspaces of operators by their signature, as a child process measured them before its time
     limit of 60 seconds; empty if no process can be started.
 
@@ -113,7 +115,7 @@ def _probed(signatures: Sequence[str], threads: int) -> dict[str, Taken]:
     """
     if not signatures:
         return {}
-    results: dict[str, Taken] = {}
+    results: dict[str, Workspace] = {}
 
     def listen(event: Mapping[str, Any]) -> None:
         if event["event"] == "workspace":
@@ -147,37 +149,37 @@ def _probed(signatures: Sequence[str], threads: int) -> dict[str, Taken]:
 
 
 @dataclasses.dataclass
-class _Kept:
-    """Results of workspace probes (``taken``), by key of the operator's signature, as stored in the file
+class _StoredProbes:
+    """Results of workspace probes (``results``), by key of the operator's signature, as stored in the file
     ``path``. There is one file for each processor, instruction set, torch version, use of oneDNN and number
     of threads.
     """
 
     path: Path
-    taken: dict[str, Taken]
+    results: dict[str, Workspace]
 
     @classmethod
-    def of(cls, threads: int) -> _Kept:
-        facts = {name: value for name, value in fingerprint().items() if name in _KEPT_BY}
+    def of(cls, threads: int) -> _StoredProbes:
+        facts = {name: value for name, value in fingerprint().items() if name in _FILE_FACTS}
         facts |= {"threads": str(threads), "simd": torch.backends.cpu.get_cpu_capability(), "format": "1"}
         facts["onednn"] = str(torch.backends.mkldnn.enabled)
         path = platformdirs.user_cache_path("memfit") / f"workspaces-{digest(facts)}.json"
         return cls(path, _read(path))
 
-    def add(self, fresh: Mapping[str, Taken]) -> None:
+    def add(self, fresh: Mapping[str, Workspace]) -> None:
         """Add results to this object and to the file, which keeps the 50,000 that were added last.
 
         The file is replaced by renaming. If two processes add at once, the file stays valid; results of one
         that are lost are probed again later. If the file cannot be written, nothing is raised.
         """
-        self.taken |= fresh
-        merged = [*{**_read(self.path), **self.taken}.items()][-_MOST_KEPT:]
+        self.results |= fresh
+        merged = [*{**_read(self.path), **self.results}.items()][-_MOST_KEPT:]
         # if the folder cannot be written, the operator is probed again next time
         with contextlib.suppress(UserError):
             write_whole(self.path, json.dumps(dict(merged)).encode(), durable=False, make_folder=True)
 
 
-def _read(path: Path) -> dict[str, Taken]:
+def _read(path: Path) -> dict[str, Workspace]:
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, IndexError):
         return {k: v and (int(v[0]), int(v[1])) for k, v in json.loads(path.read_text()).items()}
     return {}

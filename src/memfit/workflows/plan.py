@@ -32,7 +32,7 @@ def find_plan(
     planning = search(request, progress, must_run=must_run)
     try:
         if measure_s is not None and request.goal in trials.BY_TIME:
-            planning = trials.measured(planning, progress, measure_s=measure_s)
+            planning = trials.choose_by_trials(planning, progress, measure_s=measure_s)
     except KeyboardInterrupt:
         partial_result = dataclasses.replace(planning.result, unfinished=True)
         raise SearchInterrupted(partial_result) from None
