@@ -123,7 +123,6 @@ def test_place_aliases_give_the_same_tax_and_write_off_years() -> None:
         assert tax.value == 0.10
     assert finance.tax_ratio("our basement") is None
     assert finance.write_off_years("jp").value == 5
-    assert finance.write_off_years("jp", "pc").value == 4
     assert finance.write_off_years("our basement") == finance.write_off_years("world")
 
 

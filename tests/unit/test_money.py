@@ -41,9 +41,7 @@ def test_the_bill_of_a_step_matches_hand_computation() -> None:
     Rent: 4 x 3.6 USD/h x half an hour = 7.20 USD."""
     bill = money.bill(_machine(), step_s=1800.0)
     assert bill.energy_j == pytest.approx(3.6e6)
-    assert bill.electricity_usd == pytest.approx(0.30)
-    assert bill.rental_usd == pytest.approx(7.20)
-    assert bill.usd == pytest.approx(7.50)
+    assert bill.usd == pytest.approx(0.30 + 7.20)
     assert bill.co2_g == pytest.approx(600.0)
 
 
@@ -53,43 +51,29 @@ def test_hosts_with_known_power_add_to_the_energy(each: int, hosts: int) -> None
     inside = Host(name="h", power_w=_fact(300.0))
     machine = dataclasses.replace(_machine(), host=inside, devices_per_host=each)
     assert money.bill(machine, step_s=1800.0).energy_j == pytest.approx(3.6e6 + hosts * 0.54e6)
-    assert money.bill(machine, step_s=1800.0, measured_j=7.2e6).energy_j == 7.2e6
     silent = dataclasses.replace(machine, host=Host(name="h"))
     assert money.bill(silent, step_s=1800.0) == money.bill(_machine(), step_s=1800.0)
 
 
 def test_an_owned_machine_costs_only_its_electricity() -> None:
     bill = money.bill(_machine(rent=None), step_s=1800.0)
-    assert bill.rental_usd is None
     assert bill.usd == pytest.approx(0.30)
-
-
-def test_measured_energy_replaces_power_times_time() -> None:
-    bill = money.bill(_machine(power=None), step_s=1800.0, measured_j=7.2e6)
-    assert bill.energy_j == 7.2e6
-    assert bill.co2_g == pytest.approx(1200.0)
 
 
 def test_unknown_power_leaves_energy_money_and_carbon_unknown() -> None:
     unknown = dataclasses.replace(_machine(power=None), host=Host(name="h", power_w=_fact(300.0)))
-    bill = money.bill(unknown, step_s=1.0)
-    assert bill.rental_usd is not None
-    assert (bill.energy_j, bill.electricity_usd, bill.usd, bill.co2_g) == (None, None, None, None)
+    assert money.bill(unknown, step_s=1.0) == money.Bill(energy_j=None, usd=None, co2_g=None)
 
 
 def test_unknown_time_or_place_leaves_the_bill_unknown() -> None:
-    assert money.bill(_machine(), step_s=None) == money.Bill(
-        energy_j=None, electricity_usd=None, rental_usd=None, usd=None, co2_g=None
-    )
-    nowhere = dataclasses.replace(_machine(), place=None)
-    assert money.usd(nowhere, energy_j=1.0, step_s=1.0) is None
-    assert money.co2_g(None, 1.0) is None
-    assert money.usd(_machine(), energy_j=1.0, step_s=None) is None  # it has a rent, for an unknown time
+    assert money.bill(_machine(), step_s=None) == money.Bill(energy_j=None, usd=None, co2_g=None)
+    nowhere = money.bill(dataclasses.replace(_machine(), place=None), step_s=1800.0)
+    assert nowhere == money.Bill(energy_j=pytest.approx(3.6e6), usd=None, co2_g=None)
 
 
 def _usd(*, price: float, rent: float, pue: float) -> float:
     machine = _machine(rent=rent, place=_place(usd=price, pue=1 + pue))
-    total = money.usd(machine, energy_j=5e5, step_s=2.0)
+    total = money.bill(machine, step_s=2.0).usd
     assert total is not None
     return total
 
@@ -107,18 +91,20 @@ def test_cost_never_falls_when_a_price_rises(price: float, rent: float, pue: flo
 def test_energy_is_proportional_to_power_and_number_of_devices(
     power: float, step: float, factor: float, count: int
 ) -> None:
-    one = money.energy_j(power, step)
+    one = money.bill(_machine(power=power, count=1), step_s=step).energy_j
     assert one is not None
-    assert money.energy_j(power, step, devices=count) == pytest.approx(one * count)
-    assert money.energy_j(power * factor, step) == pytest.approx(one * factor)
+    assert money.bill(_machine(power=power, count=count), step_s=step).energy_j == pytest.approx(one * count)
+    more = money.bill(_machine(power=power * factor, count=1), step_s=step).energy_j
+    assert more == pytest.approx(one * factor)
 
 
-@given(joules=AMOUNT, co2=AMOUNT, factor=FACTOR)
-def test_carbon_is_proportional_to_grid_intensity_and_energy(
-    joules: float, co2: float, factor: float
-) -> None:
-    base = money.co2_g(_place(co2=co2), joules)
+@given(power=AMOUNT, co2=AMOUNT, factor=FACTOR)
+def test_carbon_is_proportional_to_grid_intensity_and_energy(power: float, co2: float, factor: float) -> None:
+    def carbon_g(power: float, co2: float) -> float | None:
+        return money.bill(_machine(power=power, place=_place(co2=co2)), step_s=1.0).co2_g
+
+    base = carbon_g(power, co2)
     assert base is not None
     assert base > 0
-    assert money.co2_g(_place(co2=co2 * factor), joules) == pytest.approx(base * factor)
-    assert money.co2_g(_place(co2=co2), joules * factor) == pytest.approx(base * factor)
+    assert carbon_g(power, co2 * factor) == pytest.approx(base * factor)
+    assert carbon_g(power * factor, co2) == pytest.approx(base * factor)

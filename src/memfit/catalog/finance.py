@@ -89,13 +89,12 @@ def tax_ratio(place: str) -> Fact | None:
     return fact(row["ratio"], _sources()) if row else None
 
 
-def write_off_years(place: str, computer: str = "server") -> Fact:
-    """Return the number of years over which a ``computer``, "server" or "pc" (any other raises KeyError), is
-    written off in ``place``. For a place for which the catalog has no number, it is that of "world".
+def write_off_years(place: str) -> Fact:
+    """Return the number of years over which a server is written off in ``place``. For a place for which the
+    catalog has no number, it is that of "world".
     """
     rows = _rows("write_off")
-    row = rows.get(_place(place), rows["world"])
-    return fact(row[f"{computer}_years"], _sources())
+    return fact(rows.get(_place(place), rows["world"])["server_years"], _sources())
 
 
 def tariff(name: str) -> Tariff:

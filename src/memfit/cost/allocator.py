@@ -4,20 +4,21 @@ The rules are those of c10/cuda/CUDACachingAllocator.cpp (read at pytorch@001074
 documentation ("Memory management" and "Optimizing memory usage with PYTORCH_CUDA_ALLOC_CONF"). Small requests
 (up to 1 MiB) and large ones have separate free lists, one per stream. A request takes the smallest free block
 that is large enough and splits it. If there is none, a segment is requested from the driver. A freed block
-merges with its free neighbours in the segment. Private pools of CUDA graphs are not modelled.
+merges with its free neighbours in the segment. Not modelled are private pools of CUDA graphs, blocks that
+another stream still uses when they are freed (``Tensor.record_stream``), and the other options of
+PYTORCH_CUDA_ALLOC_CONF.
 """
 
 from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable
 
 import numpy
 
 from memfit.cost.caching_allocator_rules import (
     ADDRESSES_BYTES,
-    LARGE_SEGMENT_BYTES,
     SMALL_BYTES,
     SMALLEST_BYTES,
     Pool,
@@ -38,19 +39,12 @@ Event = tuple[Hashable, int, str]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Options of PyTorch's CUDA caching allocator, named as in PYTORCH_CUDA_ALLOC_CONF, and a limit on its
-    memory. By default all options are off and the memory is unlimited.
-
-    ``cap_bytes``: the most bytes that the driver gives to this process; None: unlimited.
-    ``garbage_collection_threshold``: share of ``cap_bytes``, from 0 to 1. If more than that share is reserved
-    when a new segment is needed, cached segments that have been idle for long are released first. It has no
-    effect if it is 0, if ``cap_bytes`` is None or if ``expandable_segments`` is True.
+    """Settings of the simulated allocator. ``expandable_segments``: the option of that name in
+    PYTORCH_CUDA_ALLOC_CONF. ``cap_bytes``: the most bytes that the driver gives to this process; None:
+    unlimited.
     """
 
-    max_split_size_bytes: int | None = None
-    roundup_power2_divisions: int = 0  # a power of two, for all sizes; 0: round up to 512 bytes only
     expandable_segments: bool = False
-    garbage_collection_threshold: float = 0.0
     cap_bytes: int | None = None
 
 
@@ -85,31 +79,30 @@ class CachingAllocator:
         self.allocated_bytes = self.reserved_bytes = 0
         self.allocated_peak_bytes = self.reserved_peak_bytes = 0
         self.retries = 0
-        self._unsplit_bytes = self.settings.max_split_size_bytes
         self._pools: dict[tuple[str, bool], Pool] = {}
-        self._searches = ([0], [0])  # of large requests, of small ones
         self._live: dict[Hashable, SegmentBlock] = {}
-        self._requested_frees: dict[Hashable, SegmentBlock] = {}
         self._next_address = 0
 
     def allocate(self, key: Hashable, size_bytes: int, stream: str = "") -> bool:
         """Allocate a block for ``size_bytes``, rounded up (`rounded_bytes`), on ``stream`` and return True.
-        ``stream``: "" is the compute stream. ``key``: any value that is not in use; `free` and `request_free`
-        take it to find the block.
+        ``stream``: "" is the compute stream. ``key``: any value that is not in use; `free` takes it to find
+        the block.
 
         Returns False, with nothing allocated, if the memory is not enough even after all cached memory was
         released.
         """
-        size = rounded_bytes(size_bytes, self.settings.roundup_power2_divisions)
+        size = rounded_bytes(size_bytes)
         small = size <= SMALL_BYTES
         pool = self._pools.get((stream, small))
         if pool is None:
-            pool = self._pools[stream, small] = Pool(small=small, searches=self._searches[small])
+            pool = self._pools[stream, small] = Pool(small=small)
         block = self._take_cached(pool, size) or self._take_new(pool, size)
         if block is None:
             return False
         remainder_bytes = block.size - size
-        if self._splits(pool, size, remainder_bytes):
+        splits_small = pool.small or self.settings.expandable_segments
+        is_split = remainder_bytes >= SMALLEST_BYTES if splits_small else remainder_bytes > SMALL_BYTES
+        if is_split:
             remainder = block.insert_after(block.address + size, remainder_bytes)
             block.size = size
             pool.add(remainder)
@@ -123,22 +116,6 @@ class CachingAllocator:
         """Free the block of ``key``. Raises KeyError if ``key`` is not allocated."""
         block = self._live.pop(key)
         self.allocated_bytes -= block.size
-        self._make_idle(block)
-
-    def request_free(self, key: Hashable) -> None:
-        """Do the first half of `free`: no longer count the block of ``key`` as allocated, but keep it from
-        being reused until `complete_free` is called. Raises KeyError if ``key`` is not allocated.
-
-        This is what happens to a deleted tensor that another stream may still use (``Tensor.record_stream``).
-        """
-        block = self._requested_frees[key] = self._live.pop(key)
-        self.allocated_bytes -= block.size
-
-    def complete_free(self, key: Hashable) -> None:
-        """Do the second half of `free`, after `request_free`. Raises KeyError without that."""
-        self._make_idle(self._requested_frees.pop(key))
-
-    def _make_idle(self, block: SegmentBlock) -> None:
         if (before := block.before) is not None and before.idle:
             merge(block, before)
         if (after := block.after) is not None and after.idle:
@@ -148,16 +125,12 @@ class CachingAllocator:
     # -- where a block comes from ---------------------------------------------------------------------
 
     def _take_cached(self, pool: Pool, size: int) -> SegmentBlock | None:
-        """Remove a free block of at least ``size`` bytes from the pool and return it; None if there is none,
-        or if ``max_split_size_bytes`` forbids its use.
+        """Remove a free block of at least ``size`` bytes from the pool and return it; None if there is none.
 
         It is the smallest block that is large enough. With expandable segments, the search goes on to the
         next larger block as long as that one, together with the unmapped addresses after it, is smaller than
-        the current one together with those after it. With ``max_split_size_bytes``, a block of at least that
-        size is not used for a smaller request, and a request of at least that size only uses a block that is
-        less than 20 MiB larger.
+        the current one together with those after it.
         """
-        pool.searches[0] += 1
         free = pool.free
         index = bisect.bisect_left(free, (size,))
         if index == len(free):
@@ -165,29 +138,16 @@ class CachingAllocator:
         if self.settings.expandable_segments:  # a block that can grow counts with all it can grow to
             while index + 1 < len(free) and room_bytes(free[index + 1][2]) < room_bytes(free[index][2]):
                 index += 1
-        block = free[index][2]
-        if self._unsplit_bytes is not None:
-            oversize = size >= self._unsplit_bytes
-            if not oversize and block.size >= self._unsplit_bytes:
-                return None
-            if oversize and block.size >= size + LARGE_SEGMENT_BYTES:
-                return None
-        del free[index]
-        return block
+        return free.pop(index)[2]
 
     def _take_new(self, pool: Pool, size: int) -> SegmentBlock | None:
         """Return a block of at least ``size`` bytes in a new segment or, with expandable segments, on newly
-        mapped pages; None if the driver has not enough memory even after the steps below.
+        mapped pages.
 
-        First, garbage is collected (`_collect_garbage`). If the driver then has not enough memory, oversize
-        blocks are released (`_release_oversize`) and, if that was enough, the request is repeated. If it
-        still fails, all cached memory is released, ``retries`` is increased by 1, and the request is repeated
-        for the last time.
+        If the driver has not enough memory, all cached memory is released, ``retries`` is increased by 1, and
+        the request is repeated. None if it fails again.
         """
-        self._collect_garbage()
         block = self._take_segment(pool, size)
-        if block is None and self._release_oversize(pool, size):
-            block = self._take_segment(pool, size)
         if block is None:
             self._release_cached()
             self.retries += 1
@@ -211,11 +171,6 @@ class CachingAllocator:
         self.reserved_bytes += size
         self.reserved_peak_bytes = max(self.reserved_peak_bytes, self.reserved_bytes)
         return True
-
-    def _splits(self, pool: Pool, size: int, remainder_bytes: int) -> bool:
-        if pool.small or self.settings.expandable_segments:
-            return remainder_bytes >= SMALLEST_BYTES
-        return remainder_bytes > SMALL_BYTES and (self._unsplit_bytes is None or size < self._unsplit_bytes)
 
     # -- expandable segments ------------------------------------------------------------------------
 
@@ -287,68 +242,16 @@ class CachingAllocator:
 
     # -- giving memory back -------------------------------------------------------------------------
 
-    def _collect_garbage(self) -> None:
-        """Release cached segments until the reserved bytes are at most ``garbage_collection_threshold`` x
-        ``cap_bytes``, or until no idle segment is left.
-
-        Only segments of the large size class without any block in use are released: in each round all that
-        have been idle for at least the average time of these segments, counted in requests. Nothing is done
-        if the threshold is 0, if ``cap_bytes`` is None or with expandable segments.
-        """
-        threshold, cap = self.settings.garbage_collection_threshold, self.settings.cap_bytes
-        if not threshold or cap is None or self.settings.expandable_segments:
-            return
-        excess = self.reserved_bytes - int(threshold * cap)
-        while excess > 0:
-            ages = {b: b.pool.age(b) for b in self._idle(small=False) if is_whole(b)}
-            stale_blocks = [b for b, age in ages.items() if age * len(ages) >= sum(ages.values())]
-            if not stale_blocks:
-                return
-            for block in stale_blocks:
-                excess -= block.size
-                self._give_back(block)
-
-    def _release_oversize(self, pool: Pool, size: int) -> bool:
-        """Release idle blocks of at least ``max_split_size_bytes`` from the pool. Return whether the released
-        bytes are at least ``size`` and at least ``max_split_size_bytes``.
-
-        If a single block is large enough for that, the smallest one of these is released. Otherwise the
-        largest blocks go, one after the other, until their total is enough or none is left. Without
-        ``max_split_size_bytes`` and with expandable segments nothing is released, and False is returned.
-        """
-        if self._unsplit_bytes is None or self.settings.expandable_segments:
-            return False
-        needed_bytes = max(size, self._unsplit_bytes)
-        index = bisect.bisect_left(pool.free, (needed_bytes,))
-        if index < len(pool.free):
-            self._give_back(pool.free[index][2])
-            return True
-        released_bytes = 0
-        while released_bytes < needed_bytes and pool.free and pool.free[-1][0] >= self._unsplit_bytes:
-            released_bytes += pool.free[-1][0]
-            self._give_back(pool.free[-1][2])
-        return released_bytes >= needed_bytes
-
     def _release_cached(self) -> None:
-        """Complete every requested free, as if other streams were done, then release to the driver every
-        segment or, with expandable segments, every page that has no block in use.
+        """Release to the driver every segment or, with expandable segments, every page that has no block in
+        use.
         """
-        for key in list(self._requested_frees):
-            self.complete_free(key)
-        for small in (False, True):
-            for block in list(self._idle(small=small)):
-                if self.settings.expandable_segments:
-                    self._unmap(block)
-                elif is_whole(block):
-                    self._give_back(block)
-
-    def _idle(self, *, small: bool) -> Iterator[SegmentBlock]:
-        return (b for p in self._pools.values() if p.small is small for _, _, b in p.free)
-
-    def _give_back(self, block: SegmentBlock) -> None:
-        assert is_whole(block), "oversize blocks are never split, cached ones were checked"
-        block.pool.remove(block)
-        self.reserved_bytes -= block.size
+        for block in [block for pool in self._pools.values() for _, _, block in pool.free]:
+            if self.settings.expandable_segments:
+                self._unmap(block)
+            elif is_whole(block):
+                block.pool.remove(block)
+                self.reserved_bytes -= block.size
 
 
 def run(events: Iterable[Event], settings: Settings | None = None) -> ReplayResult:
@@ -356,7 +259,7 @@ def run(events: Iterable[Event], settings: Settings | None = None) -> ReplayResu
     and return what the allocator held.
 
     An event is (key, size in bytes, stream) for an allocation, or (key, -1, "") to free it. ``settings``:
-    None means `Settings` with its defaults: all options off, unlimited memory.
+    None means `Settings` with its defaults: segments that do not expand, unlimited memory.
     """
     allocator = CachingAllocator(settings)
     fits = True
@@ -380,7 +283,7 @@ def replay(allocations: Iterable[Allocation], settings: Settings | None = None) 
     """Replay the allocations of a trace and their frees, in the order of `events_of`, with a new allocator,
     up to and including the first allocation that fails. Return what the allocator held.
 
-    ``settings``: None means `Settings` with its defaults: all options off, unlimited memory.
+    ``settings``: None means `Settings` with its defaults: segments that do not expand, unlimited memory.
     """
     return run(events_of(allocations), settings)
 

@@ -14,22 +14,14 @@ from memfit.types.units import MIB
 SMALLEST_BYTES: Final = 512
 SMALL_BYTES: Final = 1 * MIB  # the largest request of the small pool
 SMALL_SEGMENT_BYTES: Final = 2 * MIB
-LARGE_SEGMENT_BYTES: Final = 20 * MIB  # for requests below 10 MiB; also the tolerance for oversize blocks
+LARGE_SEGMENT_BYTES: Final = 20 * MIB  # for requests below 10 MiB
 PACKED_BYTES: Final = 10 * MIB
 ROUND_LARGE_BYTES: Final = 2 * MIB
 ADDRESSES_BYTES: Final = LARGE_SEGMENT_BYTES << 24  # address range of an expandable segment, never used up
 
 
-def rounded_bytes(size_bytes: int, divisions: int = 0) -> int:
-    """Return ``size_bytes`` rounded up as the allocator does it: to a multiple of 512 bytes, at least 512.
-
-    ``divisions``: the option roundup_power2_divisions, a power of two; 0 or 1: off. Otherwise sizes above
-    512 x ``divisions`` are rounded up to a multiple of the largest power of two that is not above the size,
-    divided by ``divisions``. With 4, for example, 1.1 MiB becomes 1.25 MiB.
-    """
-    if divisions > 1 and size_bytes > SMALLEST_BYTES * divisions:
-        step = (1 << (size_bytes.bit_length() - 1)) // divisions
-        return -(-size_bytes // step) * step
+def rounded_bytes(size_bytes: int) -> int:
+    """Return ``size_bytes`` rounded up as the allocator does it: to a multiple of 512 bytes, at least 512."""
     return max(SMALLEST_BYTES, -(-size_bytes // SMALLEST_BYTES) * SMALLEST_BYTES)
 
 
@@ -51,16 +43,16 @@ class SegmentBlock:
 
     ``idle``: True if it is not in use. ``mapped``: True if memory backs its addresses, as is always so
     without expandable segments. ``before`` and ``after``: the neighbouring blocks in the segment, None at its
-    ends. ``born``: number of requests that the pool had counted in ``searches`` when the block became idle.
+    ends.
     """
 
-    __slots__ = ("address", "after", "before", "born", "idle", "mapped", "pool", "size")
+    __slots__ = ("address", "after", "before", "idle", "mapped", "pool", "size")
 
     def __init__(self, pool: Pool, address: int, size: int) -> None:
         self.pool, self.address, self.size = pool, address, size
         self.before: SegmentBlock | None = None
         self.after: SegmentBlock | None = None
-        self.idle, self.mapped, self.born = True, True, 0
+        self.idle = self.mapped = True
 
     def insert_after(self, address: int, size: int) -> SegmentBlock:
         """Insert a new block of ``size`` bytes at ``address`` after this one in the same segment and return
@@ -77,15 +69,13 @@ class Pool:
     """The idle blocks of one stream and one size class, small (requests of at most 1 MiB) or large.
 
     ``free``: the mapped ones as (size, address, block). ``unmapped``: the others as (address, block). Both
-    are sorted. ``searches``: a list with one number, the requests of the size class so far on all streams.
-    All pools of the size class share it, because PyTorch has one pool for all streams and separates them
-    inside it.
+    are sorted.
     """
 
-    __slots__ = ("free", "page_bytes", "searches", "small", "unmapped")
+    __slots__ = ("free", "page_bytes", "small", "unmapped")
 
-    def __init__(self, *, small: bool, searches: list[int]) -> None:
-        self.small, self.searches = small, searches
+    def __init__(self, *, small: bool) -> None:
+        self.small = small
         self.page_bytes = SMALL_SEGMENT_BYTES if small else LARGE_SEGMENT_BYTES
         self.free: list[tuple[int, int, SegmentBlock]] = []
         self.unmapped: list[tuple[int, SegmentBlock]] = []
@@ -93,7 +83,6 @@ class Pool:
     def add(self, block: SegmentBlock) -> None:
         block.idle = True
         if block.mapped:
-            block.born = self.searches[0]
             bisect.insort(self.free, (block.size, block.address, block))
         else:
             bisect.insort(self.unmapped, (block.address, block))
@@ -103,9 +92,6 @@ class Pool:
             del self.free[bisect.bisect_left(self.free, (block.size, block.address))]
         else:
             del self.unmapped[bisect.bisect_left(self.unmapped, (block.address,))]
-
-    def age(self, block: SegmentBlock) -> int:
-        return self.searches[0] - block.born
 
 
 def merge(block: SegmentBlock, neighbour: SegmentBlock | None) -> None:

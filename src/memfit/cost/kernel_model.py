@@ -116,7 +116,6 @@ class Scores(NamedTuple):
     """
 
     tiles: int
-    queries: int
     keys: float
     head_dim: int
     share: float
@@ -374,7 +373,7 @@ def _scores(base: str, args: list[Any]) -> Scores | None:
 def _make_scores(heads: int, queries: int, keys: int, head_dim: int, causal: bool, backward: bool) -> Scores:
     share = min(1.0, (1 + _QUERY_TILE / queries) / 2) if causal else 1.0
     tiles = heads * -(-(keys if backward else queries) // _QUERY_TILE)
-    return Scores(tiles, queries, (queries if backward else keys) * share, head_dim, share, backward)
+    return Scores(tiles, (queries if backward else keys) * share, head_dim, share, backward)
 
 
 def _sizes(value: Any) -> list[int]:

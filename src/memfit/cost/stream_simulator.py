@@ -21,7 +21,7 @@ from memfit.cost.collectives import KINDS, collective_s
 from memfit.cost.kernel_model import bound_by
 from memfit.cost.op_time import COLLECTIVES, FUSED, TimeModel
 from memfit.types.machine import Machine
-from memfit.types.trace import OpCall, Phase, PhaseSpan, Trace
+from memfit.types.trace import OpCall, Phase, Trace
 
 ASSUMED_CHANNELS = 16  # multiprocessors that a running collective uses, if the catalog has no count
 ASSUMED_HOST_BYTES_S = 200e9  # an optimizer on two sockets with eight channels each: half of their bandwidth
@@ -327,23 +327,15 @@ def split(trace: Trace) -> tuple[list[OpCall], list[OpCall], list[OpCall]]:
 
     If the step has no forward or no backward, all operators are in the third list.
     """
-    ops = trace.last_step_ops
-    window_start, window_end = _window(trace.last_step_spans)
-    before = [o for o in ops if o.clock < window_start]
-    return (
-        before,
-        [o for o in ops if window_start <= o.clock < window_end],
-        [o for o in ops if o.clock >= window_end],
-    )
-
-
-def _window(spans: Sequence[PhaseSpan]) -> tuple[int, int]:
-    """Return (clock at which the last forward starts, clock at which the last backward ends); (0, 0) if
-    either is missing.
-    """
+    ops, spans = trace.last_step_ops, trace.last_step_spans
     starts = [s.start for s in spans if s.phase is Phase.FORWARD]
     ends = [s.end for s in spans if s.phase is Phase.BACKWARD]
-    return (starts[-1], ends[-1]) if starts and ends else (0, 0)
+    start, end = (starts[-1], ends[-1]) if starts and ends else (0, 0)
+    return (
+        [o for o in ops if o.clock < start],
+        [o for o in ops if start <= o.clock < end],
+        [o for o in ops if o.clock >= end],
+    )
 
 
 def collective_size(op: OpCall) -> tuple[Any, ...]:

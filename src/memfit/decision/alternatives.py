@@ -140,8 +140,9 @@ class AlternativeInputs:
             price = Amount(own=section.price.value) if section.price else _amount(catalog_price)
             if price is None:
                 raise UserError(
-                    f"the catalog has no street price for the machine {name} in section [purchase] of the "
-                    "case, or its devices are sold only in whole servers, which their number does not fill",
+                    f"the catalog has no price to buy the machine {name} in section [purchase] of the case: "
+                    "that of its devices or of their server is unknown, or they are sold only in whole "
+                    "servers, which their number does not fill",
                     hint="add price = ..., the price of one machine with all its devices, without tax, in "
                     "the currency of the case",
                 )

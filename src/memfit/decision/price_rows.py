@@ -7,7 +7,7 @@ then be the best one or the reference.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from memfit.catalog.prices import SellerPrice, seller_prices, typical_price
@@ -28,20 +28,21 @@ def saving_without_a_price(
     A price without which there is no best option or no reference is not counted.
     """
     point = _saving(ways, sheets)
+    used_prices = (
+        price
+        for way in ways
+        if way.priced_device
+        for price in seller_prices(way.priced_device, _DEALS[way.kind])
+        if price.is_used
+    )
     savings = [
         saving
-        for price in dict.fromkeys(_used_prices(ways))
+        for price in dict.fromkeys(used_prices)
         if (saving := _saving_without(price, ways, sheets, terms)) is not None
     ]
     if point is None or not savings:
         return None
     return Interval(value=point, low=min(point, *savings), high=max(point, *savings))
-
-
-def _used_prices(ways: Sequence[Alternative]) -> Iterator[SellerPrice]:
-    for way in ways:
-        if way.priced_device:
-            yield from (p for p in seller_prices(way.priced_device, _DEALS[way.kind]) if p.is_used)
 
 
 def _saving(ways: Sequence[Alternative], sheets: Sequence[CostSheet]) -> float | None:

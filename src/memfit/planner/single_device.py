@@ -182,7 +182,8 @@ def estimate_plans(
 
 
 def plans_asked_for(request: Request) -> tuple[object, ...]:
-    """Return what decides which plans are searched, as what ``json`` accepts."""
+    """Return what decides which plans a search considers, as values that ``json`` accepts: number of ranks,
+    accuracy, requested micro-batch, and names of the excluded techniques."""
     bounds = request.bounds
     return request.ranks, request.accuracy.value, bounds.micro_batch, sorted(bounds.without)
 

@@ -35,7 +35,7 @@ class StoredPredictions:
     """Entries of the cache for ``job``, whose content is ``content``.
 
     An entry is found again by its ``kind``, such as "trace", and by ``facts``: all that decides it beside the
-    job, as what ``json`` accepts.
+    job, as values that ``json`` accepts.
     """
 
     def __init__(self, cache: PredictionCache, job: Job, content: JobContent) -> None:

@@ -119,13 +119,9 @@ class PredictionCache:
 
     def write(self, name: str, payload: bytes) -> None:
         """Add the entry, or replace it."""
-        self.write_packed(name, pack(payload))
-
-    def write_packed(self, name: str, data: bytes) -> None:
-        """Add the entry whose file is ``data``, from `pack`, or replace it."""
-        path = self._path(name)
+        data = pack(payload)
         try:
-            write_whole(path, data, durable=False, make_folder=True)
+            write_whole(self._path(name), data, durable=False, make_folder=True)
         except UserError:
             return
         self._unchecked_bytes += len(data)
@@ -134,7 +130,7 @@ class PredictionCache:
             self._shrink()
 
     def usage(self) -> tuple[int, int]:
-        """Return (number of entries, bytes of their files)."""
+        """Return (number of entries, bytes of their files). Drafts that killed processes left count, too."""
         sizes = [size for _, size, _ in self._files()]
         return len(sizes), sum(sizes)
 
