@@ -102,6 +102,11 @@ def test_each_thread_allocates_one_blas_workspace(name: str, size_mib: float) ->
     ]
 
 
+def test_a_matrix_product_in_place_needs_a_blas_workspace() -> None:
+    products = traced([], [op(0, "aten.addmm_.default", Phase.FORWARD)])
+    assert [a.op for a in with_workspaces(products, A100.device).allocations] == [BLAS_WORKSPACE]
+
+
 def test_there_is_no_blas_workspace_without_matrix_products_or_on_a_cpu() -> None:
     assert (
         with_workspaces(traced([], [op(0, "aten.add.Tensor", Phase.FORWARD)]), A100.device).allocations == ()

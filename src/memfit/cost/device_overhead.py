@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Final
 
+from memfit.cost.workspaces import base_name
 from memfit.types.machine import Device, Fact
 from memfit.types.result import Interval
 from memfit.types.trace import Allocation, Category, OpCall, Phase, Trace
@@ -69,16 +70,10 @@ def with_workspaces(trace: Trace, device: Device) -> Trace:
         return trace
     first_ops: dict[bool, OpCall] = {}
     for op in trace.ops:
-        if _base_name(op.op) in _BLAS_OPS:
+        if base_name(op.op) in _BLAS_OPS:
             first_ops.setdefault(op.phase is Phase.BACKWARD, op)
     workspaces = tuple(_workspace(op, int(workspace_size.value)) for op in first_ops.values())
     return dataclasses.replace(trace, allocations=(*trace.allocations, *workspaces))
-
-
-def _base_name(op: str) -> str:
-    """Reduce ``aten.addmm.default`` to ``addmm``; return a name without dots as it is."""
-    parts = op.split(".")
-    return parts[1] if len(parts) > 1 else op
 
 
 def _workspace(op: OpCall, size_bytes: int) -> Allocation:

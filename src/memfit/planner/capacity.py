@@ -96,8 +96,9 @@ def needed_bytes(estimate: Estimate, machine: Machine, *, use_upper_end: bool | 
       end of the rest.
     - On any other accelerator: the value of what the caching allocator reserves, plus 1 GiB.
 
-    ``use_upper_end``: None stands for whether the plan was traced. The values of a sketch are upper bounds
-    already.
+    Where it is unknown what the allocator reserves, 1.06 times the value of the peak of tensors stands for
+    it. ``use_upper_end``: None stands for whether the plan was traced. The values of a sketch are upper
+    bounds already.
     """
     use_upper_end = estimate.traced if use_upper_end is None else use_upper_end
     allocated_bytes = estimate.allocated_bytes.value

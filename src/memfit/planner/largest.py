@@ -24,7 +24,7 @@ from memfit.types.plan import Plan
 from memfit.types.result import Estimate, OutcomeKind
 from memfit.types.units import format_bytes
 
-_LARGEST_RATIO = 2**16  # no larger multiple of the first value is tried
+_LARGEST_RATIO = 2**16  # once this multiple of the first value fits, no larger one is tried
 _UNAFFECTED_RATIO = 2**10  # a size that hardly changes the memory up to this multiple is not tried further
 _UNCHANGED = 1e-3
 _NEAR = 1.1  # of the cap: an estimate whose value is below may fit once it is more certain
@@ -100,9 +100,10 @@ class LargestValue:
     are None if no value fits; then ``safe_next`` and ``expected_next`` are the smallest that the job accepts.
 
     ``limit``: "memory"; "job" if the job refuses ``safe_next``, whose ``problem`` says why, although the
-    memory would be enough; "none" if the needed memory hardly depends on the dimension; or "untried" if the
-    largest value that memfit tries fits. In the last two cases there is no next value. ``traced``: every
-    value that was tried, in ascending order. ``measured``: what ran under the cap, None if nothing was run.
+    memory would be enough; "none" if the needed memory hardly depends on the dimension; or "untried" if a
+    value fits above which memfit tries none (see `find_largest`). In the last two cases there is no next
+    value. ``traced``: every value that was tried, in ascending order. ``measured``: what ran under the cap,
+    None if nothing was run.
     """
 
     dimension: str
@@ -182,8 +183,8 @@ def find_largest(
     """Return the largest multiples of ``step`` that fit, safely and as expected.
 
     ``probe`` traces one value. The first is the smallest multiple that is at least ``start``; each value is
-    traced once. Values above 65,536 times that one are not tried. Raises UserError if the job refuses the
-    first value.
+    traced once. Once a value of at least 65,536 times the first one fits, or one of at least 1,024 times
+    needs hardly more memory, no larger one is tried. Raises UserError if the job refuses the first value.
     """
     sizes: dict[int, TracedSize] = {}
 
@@ -304,6 +305,7 @@ def _crossing(points: Sequence[tuple[int, int]], low: int, high: float, cap_byte
 
 
 def _as_expected(estimate: Estimate) -> Estimate:
+    """Return the estimate with the expected need of host memory as its upper end."""
     need = estimate.host_bytes
     if need is None:
         return estimate

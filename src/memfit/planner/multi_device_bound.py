@@ -143,10 +143,10 @@ def untraced_in_grids(
 ) -> UntracedPlans:
     """Return the plans of all grids that were not traced, nor failed to be, and may fit.
 
-    ``searched``: the numbers of devices that were searched. ``best_score``: the best traced one; plans that
-    cannot be better than that are not told apart. Only the grids that may have a better plan are predicted
-    again: the selection has the fastest plan of each grid in each interval of memory, and the plan that needs
-    the least.
+    ``searched``: the numbers of devices that were searched. ``best_score``: that of the best traced plan.
+    Only plans that may be better are counted; without one, the lowest score is infinite. Only the grids that
+    may have a better plan are predicted again: the selection has the fastest plan of each grid in each
+    interval of memory, and the plan that needs the least.
     """
     pairs = unique_pairs(predictor)
     errors = sketch_errors([s for s, _ in pairs], [t for _, t in pairs], predictor.needs)

@@ -31,12 +31,14 @@ class Request:
     """What the user asked for.
 
     ``job_ref`` names the job and says what replaces its default sizes; `make_predictor` loads it.
-    ``cap_bytes``: the memory of one device that the plan must fit. None means the memory of the device; on a
-    CPU it means a demonstration, whose cap is a share of plain training's peak, by default a quarter, or, if
-    no plan fits that, the least that some plan needs plus 10 %. ``threads``: number of this machine's threads
-    for measurements and runs; 0: all. ``ranks``: number of processes with one device each. On a machine of
-    the catalog with several devices, a search takes 1 to mean all of them. ``bounds``: limits beside memory;
-    a search takes the number of steps from the job, not from ``bounds.steps``.
+    ``cap_bytes``: the memory of one device that the plan must fit. None means the memory of the device or, on
+    an accelerator of this machine, what is free there. On a CPU, and on an accelerator of this machine if a
+    proof of concept follows, None means a demonstration: its cap is a share of plain training's peak, by
+    default a quarter, or, if no plan fits that, the least that some plan needs plus 10 %. ``threads``: number
+    of this machine's threads for measurements and runs; 0: all. ``ranks``: number of processes with one
+    device each. On a machine of the catalog with several devices, a search takes 1 to mean all of them.
+    ``bounds``: limits beside memory; a search takes the number of steps from the job, not from
+    ``bounds.steps``.
     """
 
     job_ref: JobRef
