@@ -154,7 +154,7 @@ class Bench:
             "fixed_bytes": row.fixed_bytes,
         }
         chosen = engine(row.engine)
-        why = "; ".join(chosen.supports(row.plan)) or chosen.probe().problem
+        why = "; ".join(chosen.refusals(row.plan)) or chosen.probe().problem
         if why:
             return {**found, "why_not": why}
         spec = spec_of(row)

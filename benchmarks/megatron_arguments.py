@@ -142,7 +142,7 @@ def judged(checkout: Path) -> list[dict[str, Any]]:
 
 
 def _rendered(plan: Plan) -> str:
-    assert ENGINE.supports(plan) == (), ENGINE.supports(plan)
+    assert ENGINE.refusals(plan) == (), ENGINE.refusals(plan)
     spec = RunSpec(
         name="x",
         role="run",

@@ -125,7 +125,7 @@ for ranks, given in json.loads(sys.argv[1]):
 @pytest.mark.parametrize("name", PLUGINS)
 def test_a_plan_maps_to_a_plugin_and_its_arguments(name: str) -> None:
     plan, wanted = PLUGINS[name]
-    assert ENGINE.supports(plan) == ()
+    assert ENGINE.refusals(plan) == ()
     given = json.loads(render(_spec(plan)).files[CONFIG])
     assert given == config(plan)
     assert given["plugin"] == plugin_of(plan) == name
@@ -162,7 +162,7 @@ def test_a_plugin_that_requires_cuda_is_not_run_without_it(name: str) -> None:
     ],
 )
 def test_an_unsupported_plan_is_refused_with_the_reason(plan: Plan, why: str) -> None:
-    assert why in "; ".join(ENGINE.supports(plan))
+    assert why in "; ".join(ENGINE.refusals(plan))
 
 
 # --- an environment of its own

@@ -425,7 +425,7 @@ def test_fairscale_accepts_the_arguments_and_shards_as_predicted() -> None:
     ],
 )
 def test_an_unsupported_plan_is_refused_with_the_reason(plan: Plan, why: str) -> None:
-    assert why in "; ".join(ENGINE.supports(plan))
+    assert why in "; ".join(ENGINE.refusals(plan))
 
 
 if __name__ == "__main__":

@@ -164,12 +164,12 @@ def test_on_a_gpu_the_gradient_buffer_is_as_large_as_the_parameters() -> None:
     ],
 )
 def test_an_unsupported_plan_is_refused_with_the_reason(plan: Plan, why: str) -> None:
-    assert why in "; ".join(ENGINE.supports(plan))
+    assert why in "; ".join(ENGINE.refusals(plan))
 
 
 @pytest.mark.parametrize("plan", [_plan(2, pipeline={}), _plan(2, zero={"stage": 1})])
 def test_a_plan_that_requires_cuda_is_not_run_without_it(plan: Plan) -> None:
-    assert ENGINE.supports(plan) == ()
+    assert ENGINE.refusals(plan) == ()
     with pytest.raises(UserError, match="requires CUDA"):
         ready_engine("megatron", plan)
 
@@ -274,7 +274,7 @@ RENDERED = {
 @pytest.mark.parametrize("name", RENDERED)
 def test_the_trainer_arguments_follow_the_plan(name: str) -> None:
     plan, wanted = RENDERED[name]
-    assert ENGINE.supports(plan) == ()
+    assert ENGINE.refusals(plan) == ()
     assert wanted.items() <= _arguments(plan).items()
 
 

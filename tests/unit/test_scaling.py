@@ -631,10 +631,10 @@ def test_every_plan_in_the_grids_of_an_engine_is_supported_by_it(name: str, leas
         blocks=4,
         device="cuda",
         chunks=True,
-        refuses=None if name == "native" else carrier.supports,
+        refuses=None if name == "native" else carrier.refusals,
         without=frozenset(TECHNIQUES) - carrier.known,
     )
     plans = [g.plan(i) for g in grids(limits) for i in itertools.product(*map(range, g.shape))]
     assert len(plans) >= least
     assert bool(plans) == bool(least)
-    assert not [why for p in plans if (why := carrier.supports(p))]
+    assert not [why for p in plans if (why := carrier.refusals(p))]

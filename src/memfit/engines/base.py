@@ -90,7 +90,7 @@ class Engine:
         """Names of the techniques in ``carries`` and in ``applied_by_memfit``."""
         return self.carries | self.applied_by_memfit
 
-    def supports(self, plan: Plan) -> tuple[str, ...]:
+    def refusals(self, plan: Plan) -> tuple[str, ...]:
         """Return the reasons why the engine does not support the plan; empty if it does. If the plan has
         techniques that are neither in ``carries`` nor in ``applied_by_memfit``, return one reason for each of
         these and no others."""

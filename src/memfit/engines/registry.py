@@ -39,9 +39,9 @@ def supporting_engine(name: str, plan: Plan) -> Engine:
     the engines that do, except replay, or "none"."""
     candidate = engine(name)
     layout(plan)  # raises first for an invalid number of ranks, which no engine would support
-    if reasons := candidate.supports(plan):
+    if reasons := candidate.refusals(plan):
         engines = (e for e in ENGINES.values() if e is not replay.ENGINE)
-        supporting_engines = ", ".join(e.name for e in engines if not e.supports(plan)) or "none"
+        supporting_engines = ", ".join(e.name for e in engines if not e.refusals(plan)) or "none"
         raise UserError(
             f"engine {name} does not support this plan: {'; '.join(reasons)}",
             allowed=f"engines that support it: {supporting_engines}",

@@ -78,7 +78,7 @@ def memory_cap(cap_bytes: int, machine: Machine, engine_name: str = "native") ->
     return Cap(
         bytes=cap_bytes,
         needs=lambda estimate: needed_bytes(estimate, machine),
-        refuses=engine(engine_name).supports,
+        refuses=engine(engine_name).refusals,
         host=host_holds_under(cap_bytes, machine),
     )
 

@@ -169,7 +169,7 @@ class MultiDevicePredictor:
             splits=may_split(self.plan_predictor.dependence, self.request.accuracy),
             storage=storage_rates(self.machine, self.model, 1) is not None,
             shares=may_share(self.plan_predictor.dependence, self.request.accuracy),
-            refuses=None if self.engine.name == native.ENGINE.name else self.engine.supports,
+            refuses=None if self.engine.name == native.ENGINE.name else self.engine.refusals,
             without=frozenset(self.bounds.without)
             | (frozenset() if self.traced.is_single_chain else NEEDS_SINGLE_CHAIN)
             | (frozenset(TECHNIQUES) - known_techniques)

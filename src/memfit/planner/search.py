@@ -373,7 +373,7 @@ def _best_so_far(
     Its ``frontier`` has only plain training, the plan with the lowest peak and the recommended one, by
     increasing peak.
     """
-    max_effect, refusals_of = request.accuracy.highest, engine(request.engine).supports
+    max_effect, refusals_of = request.accuracy.highest, engine(request.engine).refusals
     traced_estimates = [
         predictor.whole(plan)
         for plan, rank in list(predictor.traces)
@@ -432,7 +432,7 @@ def _ways(
         for plan in (make_plain_plan(request.ranks), *(e.plan for e in by_peak))
         if OPTIMAL_CHECKPOINTING not in plan  # its choice of tensors holds for the whole batch
     ]
-    refusals_of = engine(request.engine).supports
+    refusals_of = engine(request.engine).refusals
     possible_plans = [p for p in split_plans if proposable(p) and not refusals_of(p)]
     if not any(meets_limits(predictor.whole(p)) for p in possible_plans[:2]):
         return ()

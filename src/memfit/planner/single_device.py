@@ -104,7 +104,7 @@ def test_dependence(predictor: Predictor, request: Request, deadline: Deadline, 
         techniques = usable(facts, request.accuracy)[0]
         excluded_names = request.bounds.without
         allowed = [t for t in techniques if StepPart.PASSES in t.changes and t.name not in excluded_names]
-        refusals_of = engine(request.engine).supports
+        refusals_of = engine(request.engine).refusals
         whole_batch_plans = [plan for plan in plans(facts, allowed) if not refusals_of(plan)]
         with deadline.earlier_by(_TRACING_SHARE * (request.within_s or 0.0)):
             predictor.test_dependence(
@@ -140,7 +140,7 @@ def estimate_plans(
         dependence=dependence,
     )
     techniques = [t for t in usable_techniques if t.name not in request.bounds.without]
-    refusals_of = engine(request.engine).supports
+    refusals_of = engine(request.engine).refusals
     plain_plan = make_plain_plan(request.ranks)  # always estimated: the other plans are compared with it
     all_plans = [
         plan
@@ -311,7 +311,7 @@ def _with_rivals(
     The added plans are traced. On this machine, their operators are timed, and all estimates are then made
     anew. If the best plan is then another, the same is done for that one, in at most 3 rounds in all.
     """
-    refusals_of = engine(request.engine).supports
+    refusals_of = engine(request.engine).refusals
     winner = best(filter(meets_limits, estimates), request.goal, score_band(predictor, request))
     for _ in range(_SETTLING_ROUNDS):
         if winner is None:

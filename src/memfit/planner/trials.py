@@ -288,7 +288,7 @@ def few_steps(planning: Planning, plan: Plan, steps: int, *, expected_s: float) 
     the first failed rank, or, if none failed, of the rank with the highest peak.
     """
     request, job = planning.request, planning.job
-    name = "native" if engine(request.engine).supports(plan) else request.engine
+    name = "native" if engine(request.engine).refusals(plan) else request.engine
     spec = RunSpec(
         name=plan.label,
         role="trial",
@@ -393,7 +393,7 @@ def one_change_away(planning: Planning, plan: Plan) -> Iterator[Plan]:
     changed = [*(without(plan, u.technique) for u in plan.uses), *map(plan.with_use, options)]
     for changed_plan in changed:
         neighbour = by_uses.get(frozenset(changed_plan.uses))
-        if neighbour is not None and neighbour != plan and not engine(request.engine).supports(neighbour):
+        if neighbour is not None and neighbour != plan and not engine(request.engine).refusals(neighbour):
             yield neighbour
 
 

@@ -414,7 +414,7 @@ def phrases(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
             k: engine_fact(facts[k][0]) if k in facts else "?"
             for k in ("release", "torch", "licence", "status")
         }
-        gaps = engine(name).supports(plan) if plan is not None else ()
+        gaps = engine(name).refusals(plan) if plan is not None else ()
         key = "phrase.used" if name == used_engine else "phrase.gap" if gaps else "phrase.candidate"
         statements["gap"] = gaps[0] if gaps else ""
         yield Sentence(key=key, values={"engine": name, **statements})

@@ -75,7 +75,7 @@ def _bytes(choice: EngineChoice) -> float:
 def _choice(
     request: Request, plan: Plan, engine: Engine, calibrations: list[Calibration], progress: Progress
 ) -> EngineChoice:
-    gaps, probe = engine.supports(plan), engine.probe()
+    gaps, probe = engine.refusals(plan), engine.probe()
     estimate, lines = None, None
     if not gaps:
         progress("trace", 0, 0, engine.name)

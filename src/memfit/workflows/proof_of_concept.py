@@ -427,7 +427,7 @@ class _Story:
 
     def _spec(self, name: str, role: str, plan: Plan, *, seed: int, capped: bool = False) -> RunSpec:
         request, job = self.planning.request, self.planning.job
-        engine_name = "native" if engine(request.engine).supports(plan) else request.engine
+        engine_name = "native" if engine(request.engine).refusals(plan) else request.engine
         return RunSpec(
             name=name,
             role=role,
