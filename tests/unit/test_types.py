@@ -17,6 +17,7 @@ from memfit.types.downsample import thin_phases
 from memfit.types.errors import NothingFits, UserError, suggest
 from memfit.types.job import JobRef
 from memfit.types.launch import RunSpec
+from memfit.types.machine import Fact
 from memfit.types.parsing import parse_bytes
 from memfit.types.plan import Plan, use
 from memfit.types.result import Interval, Measurement, OutcomeKind
@@ -179,3 +180,13 @@ def test_a_calibration_request_holds_its_signatures_and_budget() -> None:
         "memory_only": False,
     }
     assert config.argv[3:] == ("calibrate", "{dir}/request.json")
+
+
+def test_a_fact_without_a_range_is_bounded_by_its_value() -> None:
+    assert Fact(value=2.0, source="s", date="2026", high=3.0).bounds == (2.0, 3.0)
+    assert Fact(value=2.0, source="s", date="2026", low=0.0).bounds == (0.0, 2.0)
+
+
+def test_intervals_are_added_end_to_end() -> None:
+    both = Interval(value=2, low=1, high=4).scaled(2) + Interval.exactly(1)
+    assert both == Interval(value=5, low=3, high=9)

@@ -19,8 +19,7 @@ from memfit.types.launch import RunSpec
 from memfit.types.plan import EffectClass, Plan
 from memfit.types.result import Measurement, OutcomeKind, Run, Verdict, VerdictKind
 from memfit.verify import float32, reproducibility, verdict
-from memfit.verify.equivalence import pairs_needed, tost
-from memfit.verify.student import central_probability, critical_t, tost_power
+from memfit.verify.equivalence import critical_t, pairs_needed, tost, tost_power
 
 E0, E1, E2, E3 = EffectClass
 EQUIVALENT, DIFFERENT, UNDECIDED, _ = VerdictKind
@@ -63,12 +62,6 @@ def judge(differences: Sequence[float], *, effect: EffectClass = E2, metric: Met
 )
 def test_critical_t_matches_the_printed_table(freedom: int, table: float) -> None:
     assert critical_t(freedom, alpha=0.05) == pytest.approx(table, abs=5e-4)
-
-
-def test_central_probability_has_the_closed_forms_of_one_and_two_degrees() -> None:
-    for t in (0.1, 1.0, 7.0):
-        assert central_probability(t, 1) == pytest.approx(2 / math.pi * math.atan(t), rel=1e-12)
-        assert central_probability(t, 2) == pytest.approx(t / math.sqrt(2 + t * t), rel=1e-12)
 
 
 @pytest.mark.parametrize(("pairs", "sd"), [(2, 0.5), (3, 1.0), (4, 1.0), (10, 2.0), (40, 4.0)])

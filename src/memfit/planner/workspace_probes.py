@@ -30,7 +30,6 @@ from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 from memfit.types.launch import RunSpec
 from memfit.types.plan import Plan
-from memfit.types.trace import OpCall
 
 _TIMING_S: Final = 2.0  # in which operators are begun, beside the start of the process
 _LIMIT_S: Final = 60.0  # time limit of the process, for a busy machine
@@ -82,14 +81,11 @@ def _signatures_to_probe(predictor: Predictor, plan: Plan) -> list[str]:
         trace = predictor.trace(plan, rank)
         ops = {op.signature: op for op in trace.ops}
         for signature in unprobed_signatures(trace, predictor.calibration):
-            if _is_small(ops[signature], most_bytes, predictor.calibration.threads):
+            bound = bound_bytes(signature, "cpu", predictor.calibration.threads)
+            is_small = input_bytes(signature) + bound <= most_bytes
+            if is_small and ops[signature].flops <= _MOST_FLOPS:
                 signatures[signature] = None
     return list(signatures)
-
-
-def _is_small(op: OpCall, most_bytes: float, threads: int) -> bool:
-    total_bytes = input_bytes(op.signature) + bound_bytes(op.signature, "cpu", threads)
-    return op.flops <= _MOST_FLOPS and total_bytes <= most_bytes
 
 
 def _add_to_calibration(predictor: Predictor, workspaces: Mapping[str, Workspace]) -> None:
