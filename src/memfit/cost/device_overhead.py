@@ -11,10 +11,9 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from memfit.cost.workspaces import base_name
 from memfit.types.machine import Device, Fact
 from memfit.types.result import Interval
-from memfit.types.trace import Allocation, Category, OpCall, Phase, Trace
+from memfit.types.trace import Allocation, Category, OpCall, Phase, Trace, base_name
 from memfit.types.units import KIB, MIB
 
 # One NCCL connection with the default sizes of src/transport/p2p.cc and src/init.cc (nccl@5067397). The

@@ -18,7 +18,7 @@ import numpy
 from memfit.cost.memory import MemoryProfile, levels, memory_profile, with_kept
 from memfit.types.device_kind import HOST, device_kind
 from memfit.types.machine import Calibration
-from memfit.types.trace import OpCall, Phase, Trace
+from memfit.types.trace import OpCall, Phase, Trace, base_name
 from memfit.types.units import KIB
 
 # A possible rise below this share of the peak is ignored: it is within the interval of the estimate.
@@ -204,15 +204,6 @@ def _kept_bytes(trace: Trace, calibration: Calibration) -> int:
         and op.step == trace.steps - 1
         and op.signature not in calibration.op_peak_bytes
     )
-
-
-def base_name(op: str) -> str:
-    """Return the bare name of an operator, without namespace, overload, "_foreach_" (of operators on many
-    tensors) and trailing underscores: "add" for ``aten.add_.Tensor`` and for ``aten._foreach_add_.List``.
-    """
-    parts = op.split(".")
-    name = parts[1] if len(parts) > 1 else op
-    return name.removeprefix("_foreach_").rstrip("_")
 
 
 @functools.lru_cache(maxsize=100_000)

@@ -79,6 +79,15 @@ class Allocation:
     pieces: int = 1  # number of equal storages that this stands for; the sizes are those of all together
 
 
+def base_name(op: str) -> str:
+    """Return the bare name of an operator, without namespace, overload, "_foreach_" (of operators on many
+    tensors) and trailing underscores: "add" for ``aten.add_.Tensor`` and for ``aten._foreach_add_.List``.
+    """
+    parts = op.split(".")
+    name = parts[1] if len(parts) > 1 else op
+    return name.removeprefix("_foreach_").rstrip("_")
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class OpCall:
     """One operator call, or ``times`` equal ones in as many equal slices of a module's input, of which one is
