@@ -177,6 +177,137 @@ def dependent() -> list[Job]:
     ]
 
 
+# -- dependent in a way that a few samples at the first weights do not show --------------------------------
+
+
+def rows(step: int, seed: int) -> dict[str, torch.Tensor]:
+    g = numbers(step, seed)
+    return {"x": torch.randn(64, WIDTH, generator=g), "y": torch.randint(0, CLASSES, (64,), generator=g)}
+
+
+def texts(step: int, seed: int) -> dict[str, torch.Tensor]:
+    return {"tokens": torch.randint(1, 40, (16, 12), generator=numbers(step, seed))}
+
+
+def each(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return functional.cross_entropy(model(batch["x"]), batch["y"], reduction="none")
+
+
+def hardest(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    losses = each(model, batch)
+    return losses.topk(min(16, len(losses))).values.mean()
+
+
+def winsorized(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    losses = each(model, batch)
+    return torch.minimum(losses, losses.detach().sort().values[int(0.95 * len(losses))]).mean()
+
+
+class NormOfMany(nn.Module):
+    """Statistics of the batch, if that has more than eight samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(WIDTH, 16), nn.Linear(16, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        if len(x) > 8:
+            x = (x - x.mean(0)) / (x.std(0) + 1e-5)
+        return self.last(x.relu())
+
+
+class NeighborsOfMany(NormOfMany):
+    """A mean with the sample before, if there are at least 32."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        return self.last(((x + x.roll(1, 0)) / 2 if len(x) >= 32 else x).relu())
+
+
+class Experts(nn.Module):
+    """Two experts that take at least 16 samples, the first ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(WIDTH, 2)
+        self.experts = nn.ModuleList([nn.Linear(WIDTH, CLASSES) for _ in range(2)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, choice = self.router(x).softmax(-1).max(-1)
+        capacity, out = max(16, len(x) // 4), 0.0
+        for i, expert in enumerate(self.experts):
+            chosen = choice == i
+            kept = chosen & (chosen.cumsum(0) <= capacity)
+            out = out + expert(x) * (kept * weight)[:, None]
+        return out
+
+
+class ExpertsChoose(Experts):
+    """Experts that choose their samples, at most 24 of them."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        chance, out = self.router(x).softmax(-1), x.new_zeros(len(x), CLASSES)
+        for i, expert in enumerate(self.experts):
+            weight, samples = chance[:, i].topk(min(24, len(x)))
+            out = out.index_add(0, samples, expert(x[samples]) * weight[:, None])
+        return out
+
+
+def masked_in_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    tokens = batch["tokens"]
+    hidden = torch.rand(tokens.shape) < 0.3
+    return functional.cross_entropy(model(tokens.masked_fill(hidden, 0))[hidden], tokens[hidden])
+
+
+def some_tokens(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    tokens = batch["tokens"]
+    losses = functional.cross_entropy(model(tokens).transpose(1, 2), tokens, reduction="none")
+    kept = torch.bernoulli(torch.full(losses.shape, 0.5))
+    return (losses * kept).sum() / kept.sum()
+
+
+def some_samples(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    kept = (torch.rand(len(batch["x"])) < 0.7).to(batch["x"].dtype)
+    return (each(model, batch) * kept).sum() / kept.sum()
+
+
+def flooded(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return (classify(model, batch) - 0.05).abs() + 0.05
+
+
+def free_bits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    out = model(batch["x"])
+    return functional.cross_entropy(out, batch["y"]) + out.square().mean(0).clamp(min=1e-6).sum()
+
+
+def larger_of_two(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.maximum(classify(model, batch), 1e-6 * model(batch["x"]).square().mean())
+
+
+def dependent_at_size() -> list[Job]:
+    of_rows: dict[str, Any] = {"batch_size": 64}
+    return [
+        job("the hardest 16", dense, rows, hardest, **of_rows),
+        job("losses cut at a quantile", dense, rows, winsorized, **of_rows),
+        job("a norm above eight samples", NormOfMany, rows, classify, **of_rows),
+        job("neighbors from 32 samples on", NeighborsOfMany, rows, classify, **of_rows),
+        job("experts with a smallest capacity", Experts, rows, classify, **of_rows),
+        job("experts that choose at most 24", ExpertsChoose, rows, classify, **of_rows),
+        job("masks drawn in the loss", Words, texts, masked_in_loss, batch_size=16),
+        job("tokens drawn in the loss", Words, texts, some_tokens, batch_size=16),
+        job("samples drawn in the loss", dense, rows, some_samples, **of_rows),
+    ]
+
+
+def undecided() -> list[Job]:
+    return [
+        job("flooding", dense, vectors, flooded),
+        job("free bits", dense, vectors, free_bits),
+        job("the larger of two means", dense, vectors, larger_of_two),
+    ]
+
+
 # -- independent -------------------------------------------------------------------------------------------
 
 
@@ -256,3 +387,71 @@ def independent() -> list[Job]:
         job("frozen BatchNorm", Frozen, images, per_pixel),
         job("diffusion", lambda: conv(nn.Identity()), images, noise_prediction),
     ]
+
+
+def of_lists(step: int, seed: int) -> dict[str, Any]:
+    g = numbers(step, seed)
+    counts = torch.randint(1, 6, (16,), generator=g).tolist()
+    return {
+        "x": torch.randn(16, 3, 8, 8, generator=g),
+        "targets": [{"boxes": torch.rand(n, 4, generator=g)} for n in counts],
+    }
+
+
+class Boxes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 24))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x).view(-1, 6, 4)
+
+
+def box_losses(model: nn.Module, batch: dict[str, Any]) -> list[torch.Tensor]:
+    pairs = zip(model(batch["x"]), batch["targets"], strict=True)
+    return [(out[: len(t["boxes"])] - t["boxes"]).abs() for out, t in pairs]
+
+
+def per_image(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+    return torch.stack([x.mean() for x in box_losses(model, batch)]).mean()
+
+
+def per_box(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+    return torch.cat(box_losses(model, batch)).mean()
+
+
+def padded(step: int, seed: int) -> dict[str, torch.Tensor]:
+    return {k: torch.cat([sequences(2 * step + i, seed)[k] for i in range(2)]) for k in ("tokens", "labels")}
+
+
+def counted(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    kept = batch["labels"] >= 0
+    return functional.cross_entropy(model(batch["tokens"])[kept], batch["labels"][kept])
+
+
+def penalized(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return classify(model, batch) + functional.relu(model[0].weight.norm() - 100)
+
+
+def independent_at_size() -> list[Job]:
+    """With more samples than a trial has."""
+    of_rows: dict[str, Any] = {"batch_size": 64}
+    return [
+        job("stochastic depth of 64", DropPath, rows, classify, **of_rows),
+        job("dropout of 64", lambda: dense(nn.Dropout(0.5)), rows, classify, **of_rows),
+        job("attention of 16 with dropout", lambda: Words(0.2), texts, next_tokens, batch_size=16),
+        job(
+            "a selection that is counted",
+            Words,
+            padded,
+            counted,
+            loss_terms=lambda part: int((part["labels"] >= 0).sum()),
+            batch_size=16,
+        ),
+        job("a hinge on weights", dense, rows, penalized, **of_rows),
+        job("targets in a list", Boxes, of_lists, per_image, batch_size=16),
+    ]
+
+
+def next_tokens(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return functional.cross_entropy(model(batch["tokens"][:, :-1]).transpose(1, 2), batch["tokens"][:, 1:])

@@ -332,6 +332,46 @@ def test_a_job_that_differs_from_the_script_is_reported_as_left_out(
     assert told["workload"]["sample_shape"] == [32, 4]  # its length is the script's
 
 
+@pytest.mark.parametrize(
+    ("more", "missing"),
+    [
+        ("--num-experts 8 --moe-router-topk 2", "a model with experts"),
+        ("--multi-latent-attention", "a model with multi-latent attention"),
+        ("--group-query-attention --num-query-groups 1", "no model with this mix"),
+    ],
+)
+def test_a_model_that_no_job_builds_is_refused(
+    more: str, missing: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It used to be answered for the default job."""
+    (tmp_path / "train.sh").write_text(f"{MEGATRON.rstrip()} {more}\n")
+    assert app.main(["plan", "--from", str(tmp_path / "train.sh"), "--on", "2xH100-SXM"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert missing in lines[0]
+    assert "memfit plan JOB --from" in lines[0]
+
+
+def test_options_of_the_scripts_model_are_left_out_with_another_job(
+    tmp_path: Path, own: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = f"{MEGATRON.rstrip()} --attention-dropout 0.1 --vocab-size 500\n"
+    told = _planned(tmp_path, script, f"{own}:job", capsys)
+    left = {one["option"]: one["reason"] for one in told["left_out"]}
+    named = next(option for option in left if "--attention-dropout" in option)
+    assert "--vocab-size" in named
+    assert left[named] == f"those of {own}:job are predicted"
+
+
+@pytest.mark.parametrize("setting", ["prescale_gradients", "disable_allgather"])
+def test_settings_of_deepspeed_that_change_the_reduction_are_left_out(
+    setting: str, tmp_path: Path, own: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    zero = '{"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 0}, "%s": true}'
+    told = _planned(tmp_path, zero % setting, f"{own}:job", capsys, "zero.json")
+    assert setting in {one["option"] for one in told["left_out"]}
+
+
 def test_a_length_and_batch_that_the_job_cannot_take_are_listed_as_left_out(
     tmp_path: Path, own: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -53,6 +53,41 @@ def test_independent_samples_are_detected_by_a_trial(job: Job) -> None:
     assert sample_dependence(job).kind is DependenceKind.INDEPENDENT
 
 
+@pytest.mark.parametrize("job", dependent_jobs.dependent_at_size(), ids=lambda job: job.name)
+def test_dependence_that_few_samples_do_not_show_is_detected(job: Job) -> None:
+    assert sample_dependence(job).kind is DependenceKind.DEPENDENT
+
+
+@pytest.mark.parametrize("job", dependent_jobs.dependent_at_size()[2:6], ids=lambda job: job.name)
+def test_dependence_at_a_size_that_is_too_large_for_a_trial_is_not_tested(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cost_of = trials._Cost.reason
+    monkeypatch.setattr(trials._Cost, "reason", lambda c, n: "it is large" if n == 64 else cost_of(c, n))
+    result = trials._tried(job)
+    assert result.kind is DependenceKind.NOT_TESTED
+    assert "a batch of 64 samples uses" in result.reason
+
+
+@pytest.mark.parametrize("job", dependent_jobs.undecided(), ids=lambda job: job.name)
+def test_a_function_of_a_mean_that_may_act_at_other_values_is_not_tested(job: Job) -> None:
+    result = sample_dependence(job)
+    assert result.kind is DependenceKind.NOT_TESTED
+    assert "to a sum or mean over samples" in result.reason
+
+
+@pytest.mark.parametrize("job", dependent_jobs.independent_at_size(), ids=lambda job: job.name)
+def test_independent_samples_of_larger_batches_are_detected(job: Job) -> None:
+    assert sample_dependence(job).kind is DependenceKind.INDEPENDENT
+
+
+def test_a_mean_over_the_targets_in_a_list_weighs_samples_by_their_number() -> None:
+    job = dependent_jobs.job(
+        "boxes", dependent_jobs.Boxes, dependent_jobs.of_lists, dependent_jobs.per_box, batch_size=16
+    )
+    assert sample_dependence(job).cause is DependenceCause.WEIGHTS
+
+
 def test_a_trial_supports_complex_weights() -> None:
     assert sample_dependence(dependent_jobs.spectral()).kind is DependenceKind.INDEPENDENT
 
@@ -234,7 +269,7 @@ def test_a_large_model_is_tried_with_few_of_its_blocks(monkeypatch: pytest.Monke
 
     deep = dataclasses.replace(JOBS["linear"], build_model=Deep, blocks="blocks")
     monkeypatch.setattr(trials, "_MOST_BYTES", 50_000)
-    assert len(list(trials._affordable(deep).build_model().blocks)) == 2
+    assert len(list(trials._affordable(deep)[0].build_model().blocks)) == 2
     assert trials._tried(deep).kind is DependenceKind.INDEPENDENT
 
 

@@ -122,16 +122,21 @@ def _modelled(
     carried: memfit.lint.draft.Carried, job: JobOptions
 ) -> tuple[JobOptions, memfit.lint.draft.Carried]:
     """Return ``job`` and ``carried``. If the user named no job and some job builds the model that the files
-    describe, the job options get that job, and ``carried`` lists as left out where its model differs. If no
-    job builds it, or the files describe no model, the job options are unchanged, so that the default job is
-    predicted, and ``carried`` lists why. If the user named a job, both are returned unchanged."""
+    describe, the job options get that job, and ``carried`` lists as left out where its model differs. If the
+    files describe no model, the job options are unchanged, so that the default job is predicted, and
+    ``carried`` says so. If the user named a job, both are returned unchanged. Raises UserError if the user
+    named no job, and none builds the model that the files describe."""
     model = carried.model
     if job.job is not None:
         return job, carried
     if model is None:
         return job, _left_out(carried, "the model", f"no file describes it: predicted for {job.spec}")
     if not model.job:
-        return job, _left_out(carried, _described(model), f"{model.missing}: predicted for {job.spec}")
+        raise UserError(
+            f"no job is named, and none builds the model of the files ({_described(model)}): {model.missing}",
+            allowed="memfit plan JOB --from ..., with a job that builds such a model",
+            hint="JOB is FILE.py:NAME, hf:MODEL, or a built-in job (memfit list jobs)",
+        )
     for option, reason in model.differences:
         carried = _left_out(carried, option, reason)
     return dataclasses.replace(job, job=model.job), carried
@@ -208,6 +213,8 @@ def _as_predicted(
             )
         elif model.layers is None:
             carried = _left_out(carried, "the model", f"{model.missing}: predicted for {job.spec}")
+        if model.options:
+            carried = _left_out(carried, ", ".join(model.options), f"those of {job.spec} are predicted")
     return dataclasses.replace(carried, batch=size.batch_size, length=job.length, micro_batch=micro_batch)
 
 

@@ -32,6 +32,27 @@ _MEGATRON_OTHERS = {
     "hybrid_override_pattern": "state-space layers",
     "heterogeneous_layers_config_path": "layers that differ",
 }
+# Options of Megatron-LM that decide how its model is built, besides layers and width.
+_MEGATRON_MODEL = (
+    "num_attention_heads",
+    "ffn_hidden_size",
+    "kv_channels",
+    "group_query_attention",
+    "num_query_groups",
+    "vocab_size",
+    "padded_vocab_size",
+    "untie_embeddings_and_output_weights",
+    "swiglu",
+    "normalization",
+    "position_embedding_type",
+    "disable_bias_linear",
+    "attention_dropout",
+    "hidden_dropout",
+    *_MEGATRON_OTHERS,
+    "moe_router_topk",
+    "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,13 +60,15 @@ class DescribedModel:
     """The model that a configuration describes. ``layers`` and ``width``: the number of blocks and the hidden
     size, None if unknown. ``job``: the JOB, as on memfit's command line, that builds such a model, or "" if
     none does; then ``missing`` says why. ``differences``: pairs of (what the job's model does differently, or
-    what had to be assumed; what is built or assumed instead)."""
+    what had to be assumed; what is built or assumed instead). ``options``: names of the options in the
+    configuration, besides those of layers and width, that decide how the model is built."""
 
     layers: int | None
     width: int | None
     job: str = ""
     missing: str = ""
     differences: tuple[tuple[str, str], ...] = ()
+    options: tuple[str, ...] = ()
 
 
 def _job(kind: str, sizes: Mapping[str, Any]) -> str:
@@ -66,14 +89,18 @@ def of_megatron(given: Options, tensor: int) -> DescribedModel | None:
     )
     if not (layers or width or heads):
         return None
+    options = tuple(
+        f"--{name.replace('_', '-')}" for name in _MEGATRON_MODEL if given.raw(name) and not given.off(name)
+    )
     if layers is None or width is None or heads is None:
-        return DescribedModel(layers=layers, width=width, missing="the script does not give all of its sizes")
+        missing = "the script does not give all of its sizes"
+        return DescribedModel(layers=layers, width=width, missing=missing, options=options)
     unsupported = [
         feature for name, feature in _MEGATRON_OTHERS.items() if given.raw(name) and not given.off(name)
     ]
     if unsupported:
         missing = f"memfit cannot build a model with {', '.join(unsupported)} from a script"
-        return DescribedModel(layers=layers, width=width, missing=missing)
+        return DescribedModel(layers=layers, width=width, missing=missing, options=options)
     vocabulary, differences = _vocabulary(given, tensor)
     common = {
         "num_hidden_layers": layers,
@@ -85,13 +112,13 @@ def of_megatron(given: Options, tensor: int) -> DescribedModel | None:
     kind, sizes = _family(given, width, heads)
     if not kind:
         missing = "memfit has no model with this mix of positions, normalization, activation and heads"
-        return DescribedModel(layers=layers, width=width, missing=missing)
+        return DescribedModel(layers=layers, width=width, missing=missing, options=options)
     attention, hidden = _share(given, "attention_dropout"), _share(given, "hidden_dropout")
     if kind == "llama" and hidden:
         differences += ((f"hidden-dropout {hidden:g}", "the model that is predicted has none"),)
     names = _DROPOUTS[kind]
     job = _job(kind, common | sizes | dict(zip(names, (attention, hidden), strict=False)))
-    return DescribedModel(layers=layers, width=width, job=job, differences=differences)
+    return DescribedModel(layers=layers, width=width, job=job, differences=differences, options=options)
 
 
 def _share(options: Options, name: str) -> float:

@@ -1,5 +1,6 @@
 """Find the tensors of a batch: in mappings, tuples and lists, and in the attributes of objects with
-``.to()``, such as graphs or padded images. Split a batch into micro-batches."""
+``.to()``, such as graphs or padded images. Split a batch into micro-batches. A list with an element for each
+sample, such as the targets of a detector, is split as a tensor is."""
 
 from __future__ import annotations
 
@@ -69,7 +70,8 @@ def split_object(batch: Any, sizes: Sequence[int]) -> list[Any] | None:
 def batch_length(batch: Any) -> int:
     """Return the number of samples of a batch: the integer ``num_graphs`` or ``batch_size`` of the first
     object in it that has one and holds tensors, such as a batch of graphs; without one, the size of the first
-    dimension of the batch's first tensor with dimensions.
+    dimension of the batch's first tensor with dimensions. If every tensor is in a list, it is the length of
+    the first list of mappings or tuples whose tensors differ in size, such as a list of targets.
 
     Raises UserError if the batch contains no tensor with dimensions.
     """
@@ -79,18 +81,25 @@ def batch_length(batch: Any) -> int:
             "the job's batch contains no tensor with at least one dimension",
             allowed="a tensor, a mapping, tuple or list of tensors, or an object with .to() and tensors",
         )
-    count = sample_count(batch)
-    return int(tensors[0].shape[0]) if count is None else count
+    if (count := sample_count(batch)) is not None:
+        return count
+    leaves = _pytree.tree_leaves(batch, is_leaf=lambda v: isinstance(v, list | tuple) and _is_list(v, batch))
+    if not any(isinstance(leaf, torch.Tensor) and leaf.dim() > 0 for leaf in leaves):
+        for leaf in leaves:
+            is_of_tensors = isinstance(leaf, list | tuple) and any(isinstance(v, torch.Tensor) for v in leaf)
+            if not is_of_tensors and len({t.shape[0] for t in batch_tensors(leaf) if t.dim() > 0}) > 1:
+                return len(leaf)
+    return int(tensors[0].shape[0])
 
 
 def split(batch: Any, parts: int) -> Sequence[Any]:
     """Return ``parts`` micro-batches with consecutive samples of ``batch``. If the number of samples is not a
     multiple of ``parts``, the first micro-batches have one sample more than the others.
 
-    Tensors are cut along the first dimension, as views. A tensor whose first dimension is not the number of
-    samples is whole in every micro-batch. A batch that is an object is split by its own methods. With
-    ``parts`` 1, the result is ``[batch]``. Raises UserError if there are more parts than samples, or if an
-    object cannot be split.
+    Tensors are cut along the first dimension, as views, and lists with an element for each sample are cut,
+    too. A tensor whose first dimension is not the number of samples is whole in every micro-batch. A batch
+    that is an object is split by its own methods. With ``parts`` 1, the result is ``[batch]``. Raises
+    UserError if there are more parts than samples, or if an object cannot be split.
     """
     if parts == 1:
         return [batch]
@@ -105,40 +114,57 @@ def split(batch: Any, parts: int) -> Sequence[Any]:
         return objects
     starts = [sum(sizes[:i]) for i in range(parts)]
 
-    def cut(value: Any, start: int, size: int) -> Any:
-        return value.narrow(0, start, size) if _is_per_sample(value, length) else value
+    def part(start: int, size: int) -> Any:
+        def cut(value: Any) -> Any:
+            if not _is_per_sample(value, length, batch):
+                return value
+            is_tensor = isinstance(value, torch.Tensor)
+            return value.narrow(0, start, size) if is_tensor else value[start : start + size]
 
-    return [
-        _pytree.tree_map(lambda v, s=start, n=size: cut(v, s, n), batch)
-        for start, size in zip(starts, sizes, strict=True)
-    ]
+        return _map(cut, batch, length)
+
+    return [part(start, size) for start, size in zip(starts, sizes, strict=True)]
 
 
 def repeat(batch: Any, times: int) -> Any:
     """Return a batch with all samples of ``batch`` ``times`` times, one copy after another, so that `split`
     cuts it into ``times`` micro-batches equal to ``batch``.
 
-    A tensor whose first dimension is not the number of samples is kept as it is, and so is a batch that is an
-    object. With ``times`` 1, ``batch`` itself is returned. Raises UserError if the batch contains no tensor
-    with dimensions and ``times`` is not 1.
+    A tensor whose first dimension is not the number of samples, and a list of another length, are kept as
+    they are, and so is a batch that is an object. With ``times`` 1, ``batch`` itself is returned. Raises
+    UserError if the batch contains no tensor with dimensions and ``times`` is not 1.
     """
     if times == 1:
         return batch
     length = batch_length(batch)
-    return _pytree.tree_map(lambda v: torch.cat([v] * times) if _is_per_sample(v, length) else v, batch)
+
+    def repeated(value: Any) -> Any:
+        if not _is_per_sample(value, length, batch):
+            return value
+        return torch.cat([value] * times) if isinstance(value, torch.Tensor) else value * times
+
+    return _map(repeated, batch, length)
 
 
 def select(batch: Any, indices: Sequence[int]) -> Any:
     """Return a batch of the samples at ``indices``, in this order. Tensors whose first dimension is not the
-    number of samples stay as they are. Raises UserError if the batch holds an object that cannot be split
-    (`split_object`).
+    number of samples, and lists of another length, stay as they are. Raises UserError if the batch holds an
+    object that cannot be split (`split_object`).
     """
     length = batch_length(batch)
     if split_object(batch, [length]) is not None:
         samples = batch.to_data_list()
         return type(batch).from_data_list([samples[i] for i in indices])
     rows = torch.tensor(indices)
-    return _pytree.tree_map(lambda v: v[rows.to(v.device)] if _is_per_sample(v, length) else v, batch)
+
+    def chosen(value: Any) -> Any:
+        if not _is_per_sample(value, length, batch):
+            return value
+        if isinstance(value, torch.Tensor):
+            return value[rows.to(value.device)]
+        return type(value)(value[i] for i in indices)
+
+    return _map(chosen, batch, length)
 
 
 def join(*batches: Any) -> Any | None:
@@ -147,8 +173,11 @@ def join(*batches: Any) -> Any | None:
     objects without ``to_data_list()`` and ``from_data_list()``. What is not per sample is that of the first
     batch. Raises UserError if a batch contains no tensor with dimensions.
     """
-    first = batches[0]
-    leaves, structures = zip(*map(_pytree.tree_flatten, batches), strict=True)
+    first, lengths = batches[0], [batch_length(batch) for batch in batches]
+    flattened = [
+        _pytree.tree_flatten(b, is_leaf=_list_test(b, n)) for b, n in zip(batches, lengths, strict=True)
+    ]
+    leaves, structures = zip(*flattened, strict=True)
     if any(structure != structures[0] for structure in structures):
         return None
     if any(map(_is_object, leaves[0])):
@@ -156,19 +185,56 @@ def join(*batches: Any) -> Any | None:
         if concatenate is None or not hasattr(first, "to_data_list"):
             return None
         return concatenate([sample for batch in batches for sample in batch.to_data_list()])
-    lengths, joined = [batch_length(batch) for batch in batches], []
+    joined: list[Any] = []
     for values in zip(*leaves, strict=True):
-        if all(map(_is_per_sample, values, lengths)):
-            if any(v.shape[1:] != values[0].shape[1:] or v.dtype != values[0].dtype for v in values):
-                return None
-            joined.append(torch.cat(values))
-        else:
+        if not all(map(_is_per_sample, values, lengths, batches)):
             joined.append(values[0])
+        elif not isinstance(values[0], torch.Tensor):
+            joined.append(type(values[0])(item for value in values for item in value))
+        elif any(v.shape[1:] != values[0].shape[1:] or v.dtype != values[0].dtype for v in values):
+            return None
+        else:
+            joined.append(torch.cat(values))
     return _pytree.tree_unflatten(joined, structures[0])
 
 
-def _is_per_sample(value: Any, length: int) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == length
+def _map(function: Callable[[Any], Any], batch: Any, length: int) -> Any:
+    return _pytree.tree_map(function, batch, is_leaf=_list_test(batch, length))
+
+
+def _list_test(batch: Any, length: int) -> Callable[[Any], bool]:
+    return lambda v: isinstance(v, list | tuple) and _is_per_sample(v, length, batch)
+
+
+def _is_per_sample(value: Any, length: int, batch: Any = None) -> bool:
+    """Return whether ``value``, inside ``batch`` of ``length`` samples, is a tensor whose first dimension is
+    the samples, or a list with an element for each sample. A list of tensors that all have the samples as
+    their first dimension is none."""
+    if isinstance(value, torch.Tensor):
+        return value.dim() > 0 and value.shape[0] == length
+    if not isinstance(value, list | tuple) or len(value) != length or not _is_list(value, batch):
+        return False
+    first_sizes = {t.shape[0] for t in batch_tensors(value) if t.dim() > 0}
+    return first_sizes != {length}
+
+
+def _is_list(value: Sequence[Any], batch: Any) -> bool:
+    """Return whether ``value``, inside ``batch``, is a list or tuple of elements of one kind: mappings; or
+    elements with tensors, of the same structure and types. A batch that is itself a tuple, or a list of
+    tensors, is none."""
+    if type(value) not in (list, tuple) or not value:
+        return False
+    if all(isinstance(item, Mapping) for item in value):
+        return value is not batch or isinstance(value, list)
+    if value is batch and not (isinstance(value, list) and all(isinstance(v, list | tuple) for v in value)):
+        return False
+    kinds = [_kinds(item) for item in value]
+    return bool(batch_tensors(value[0])) and all(k == kinds[0] for k in kinds)
+
+
+def _kinds(item: Any) -> Any:
+    leaves, structure = _pytree.tree_flatten(item)
+    return structure, [(v.dtype, v.dim()) if isinstance(v, torch.Tensor) else type(v) for v in leaves]
 
 
 def _is_object(leaf: Any) -> bool:

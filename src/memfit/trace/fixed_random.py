@@ -43,15 +43,40 @@ class FixedRandom(TorchDispatchMode):
     operators that write in place.
 
     ``counts`` holds the numbers of samples in the batches that are compared. If the last dimension has one of
-    these lengths it may be the batch, and all numbers along it are equal. ``weighs_classes`` is True once a
-    loss was averaged with weights that differ from class to class. Raises TimeLimitExceeded at the first
-    operator after ``deadline_s``, a reading of this thread's processor time (`time.thread_time`).
+    these lengths it may be the batch, and all numbers along it are equal. After `draw_for_each_sample`, the
+    calls of random operators in ``batch_dims`` (number of the call in a pass: dimension of the samples) give
+    numbers that depend on the sample, too. ``weighs_classes`` is True once a loss was averaged with weights
+    that differ from class to class. Raises TimeLimitExceeded at the
+    first operator after ``deadline_s``, a reading of this thread's processor time (`time.thread_time`).
     """
 
     def __init__(self, counts: Collection[int], deadline_s: float) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.counts, self.deadline_s = frozenset(counts), deadline_s
         self.weighs_classes = False
+        self.batch_dims: dict[int, int] = {}
+        self._first_sample = 0
+        self._shapes: list[tuple[int, ...]] = []  # of what random operators returned in this pass
+        self._shapes_by_length: dict[int, list[tuple[int, ...]]] = {}
+
+    def start_pass(self, length: int, first_sample: int = 0) -> None:
+        """Begin a computation of ``length`` samples, of which the first is number ``first_sample`` of the
+        whole batch."""
+        self._first_sample, self._shapes = first_sample, []
+        self._shapes_by_length[length] = self._shapes
+
+    def draw_for_each_sample(self) -> bool:
+        """Set ``batch_dims`` by comparing the shapes of random numbers of the passes so far with the most
+        samples and with half as many. Return whether there are any."""
+        whole = max(self._shapes_by_length)
+        half = whole - whole // 2
+        shapes, others = (self._shapes_by_length.get(n, []) for n in (whole, half))
+        if len(shapes) == len(others):
+            for number, (shape, other) in enumerate(zip(shapes, others, strict=True)):
+                changed = [d for d, (a, b) in enumerate(zip(shape, other, strict=False)) if a != b]
+                if len(shape) == len(other) and [(shape[d], other[d]) for d in changed] == [(whole, half)]:
+                    self.batch_dims[number] = changed[0]
+        return bool(self.batch_dims)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if time.thread_time() > self.deadline_s:
@@ -83,13 +108,29 @@ class FixedRandom(TorchDispatchMode):
 
     def uniform(self, like: torch.Tensor, same: float = _SAME) -> torch.Tensor:
         """Return float64 numbers in [0, 1) in the shape of ``like`` that depend on the index in the last
-        dimension only. All are ``same`` (default 0.6) if that dimension has one element or a length in
-        ``counts``."""
+        dimension only, and on the sample for a call in ``batch_dims``. All of a sample are ``same`` (default
+        0.6) if the last dimension has one element or a length in ``counts``."""
         length = like.shape[-1] if like.dim() else 1
+        dim = self.batch_dims.get(len(self._shapes))
+        self._shapes.append(tuple(like.shape))
         if length <= 1 or length in self.counts:
-            return torch.full(like.shape, same, dtype=torch.float64, device=like.device)
-        positions = torch.arange(1, length + 1, dtype=torch.float64, device=like.device)
-        return (positions * _GOLDEN).frac().expand(like.shape)
+            numbers = torch.full(like.shape, same, dtype=torch.float64, device=like.device)
+        else:
+            positions = torch.arange(1, length + 1, dtype=torch.float64, device=like.device)
+            numbers = (positions * _GOLDEN).frac().expand(like.shape)
+        if dim is None:
+            return numbers
+        samples = torch.arange(like.shape[dim], device=like.device) + self._first_sample
+        places = torch.arange(1 if dim == like.dim() - 1 else length, device=like.device)
+        samples = samples.reshape(-1, *[1] * (like.dim() - 1 - dim))
+        return _scrambled(samples * 1_000_003 + places).expand(like.shape)
+
+
+def _scrambled(integers: torch.Tensor) -> torch.Tensor:
+    """Return a number in [0, 1) for each integer that looks random, the same in every call."""
+    mixed = integers * 2_862_933_555_777_941_757 + 3_037_000_493
+    mixed = (mixed ^ (mixed >> 29)) * 6_364_136_223_846_793_005
+    return ((mixed >> 20) & (2**40 - 1)).double() / 2**40
 
 
 def _widened(args: Any, kwargs: Any) -> tuple[Any, Any]:

@@ -26,7 +26,9 @@ from torch.utils import _pytree
 from memfit.cost.memory import live_peak_bytes
 from memfit.model.batch_objects import batch_length, select, split
 from memfit.runtime import local_machine
+from memfit.trace.batch_scaling import size_dependent_operator
 from memfit.trace.fixed_random import FixedRandom, TimeLimitExceeded
+from memfit.trace.mean_functions import function_of_a_mean
 from memfit.trace.trace_pool import is_fork_refused
 from memfit.trace.tracer import fake_model, trace
 from memfit.trace.truncated_model import with_blocks
@@ -35,6 +37,7 @@ from memfit.types.dependence import DependenceCause, DependenceKind, SampleDepen
 from memfit.types.errors import UserError, first_line
 from memfit.types.job import Job
 from memfit.types.plan import Plan
+from memfit.types.trace import Trace
 from memfit.types.units import format_bytes
 
 _SAMPLES = (8, 4, 2)  # numbers of real samples to try, largest first
@@ -90,7 +93,7 @@ def _key(job: Job) -> tuple[int, ...]:
 def _tried(job: Job) -> SampleDependence:
     try:
         # The job's reduced form may have more samples, but only those of the job itself are split.
-        result = _Trial(_affordable(job)).run() if job.batch_size > 1 else _not_tested(_ONE_SAMPLE)
+        result = _of_trial(*_affordable(job)) if job.batch_size > 1 else _not_tested(_ONE_SAMPLE)
     except TimeLimitExceeded:
         result = _not_tested(f"the trial takes more processor time than {_MOST_S:g} s")
     except Exception as error:  # any error of the user's code on parts of a batch
@@ -100,6 +103,35 @@ def _tried(job: Job) -> SampleDependence:
     if result.kind is DependenceKind.NOT_TESTED:
         return _by_batch_norms(job, result)
     return result
+
+
+def _of_trial(trial_job: Job, whole_job: Job) -> SampleDependence:
+    """Return the result of a trial of ``trial_job``, which has a few samples of ``whole_job``. If that is
+    "independent", but the whole batch does not use its operators as the few samples do at another size
+    (`size_dependent_operator`), return the result of a trial of the whole batch, or "not tested" if it
+    exceeds the limits of memory and time."""
+    result, batch = _Trial(trial_job).run(), whole_job.make_batch(0, 0)
+    length = batch_length(batch)
+    if result.kind is not DependenceKind.INDEPENDENT or length <= trial_job.batch_size:
+        return result
+    half = split(trial_job.make_batch(0, 0), 2)[0]
+    jobs = (_with_batch(trial_job, half), trial_job, _with_batch(whole_job, batch))
+    traces = {j.batch_size: _traced(j) for j in jobs}
+    if not (operator := size_dependent_operator(traces)):
+        return result
+    few = trial_job.batch_size
+    reason = f"a batch of {length} samples uses {operator} in another way than the trial's {few}"
+    if excess := _Cost.of(jobs[-1]).reason(length):
+        return _not_tested(f"{reason}, and {excess}")
+    return _Trial(jobs[-1], singles=False).run()
+
+
+def _traced(job: Job) -> Trace:
+    return trace(job, Plan(), steps=1, update=False)
+
+
+def _with_batch(job: Job, batch: Any) -> Job:
+    return dataclasses.replace(job, make_batch=lambda step, seed: batch, batch_size=batch_length(batch))
 
 
 def _not_tested(reason: str) -> SampleDependence:
@@ -144,11 +176,11 @@ def _of_norms(norms: Mapping[str, nn.Module], reason: str, *, loss: bool = False
 # -- a job that fits the limits of a trial ----------------------------------------------------------------
 
 
-def _affordable(job: Job) -> Job:
+def _affordable(job: Job) -> tuple[Job, Job]:
     """Return the job with a few samples of its first batches (`varied_samples`), so few that a trial keeps
-    within the limits of memory and time: 8, else 4, else 2. If this is too much with the whole model, try the
-    job's reduced form (`Job.reduced`), if it has one, then the model with 2 blocks and with 1. Raises
-    UserError if no such job keeps within the limits."""
+    within the limits of memory and time (8, else 4, else 2), and the same job with its whole batch. If this
+    is too much with the whole model, try the job's reduced form (`Job.reduced`), if it has one, then the
+    model with 2 blocks and with 1. Raises UserError if no such job keeps within the limits."""
     reasons: list[str] = []
     few = _with_samples(job, _SAMPLES[0])
     for variant in _smaller(job):
@@ -167,7 +199,7 @@ def _affordable(job: Job) -> Job:
             candidate = _with_samples(candidate, fewer[0])
             cost = _Cost.of(candidate)
         else:
-            return candidate
+            return candidate, variant
     raise UserError(reasons[-1] if reasons else "the model is too large for a trial")
 
 
@@ -219,7 +251,7 @@ class _Cost:
 
     @classmethod
     def of(cls, job: Job) -> _Cost:
-        job_trace = trace(job, Plan(), steps=1, update=False)
+        job_trace = _traced(job)
         flops = _PASSES * sum(op.times * op.flops for op in job_trace.ops)
         calls = _CALLS * sum(op.times for op in job_trace.ops)
         return cls(2 * live_peak_bytes(job_trace), flops / _FLOPS_PER_S, calls * _CALL_S)
@@ -255,11 +287,12 @@ def trial_limit_bytes() -> int:
 class _Gradients:
     """A loss and the gradient of every trained parameter (``by_name``), of a batch or as a weighted sum over
     its parts. ``size`` is the sum of the absolute values of the weighted losses, the scale for comparing
-    losses."""
+    losses. ``graph`` is the loss's autograd node; None for a sum."""
 
     loss: float
     size: float
     by_name: dict[str, torch.Tensor]
+    graph: Any = None
 
     def is_finite(self) -> bool:
         return math.isfinite(self.loss) and math.isfinite(self.norm())
@@ -302,15 +335,17 @@ def _sum(parts: Sequence[_Gradients], weights: Sequence[float]) -> _Gradients:
 
 class _Trial:
     """One model and batch, whose loss and gradients are computed for the whole batch and for its parts.
-    ``run()`` returns the result."""
+    ``run()`` returns the result. ``singles``: whether half of the batch is compared with its single samples,
+    too."""
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
+    def __init__(self, job: Job, *, singles: bool = True) -> None:
+        self.job, self.singles = job, singles
         self.batch = job.make_batch(0, 0)
         self.length = batch_length(self.batch)
         halves = [batch_length(p) for p in split(self.batch, min(2, self.length))]
         self.mode = FixedRandom({1, self.length, *halves}, time.thread_time() + _MOST_S)
         self.norms: dict[str, nn.Module] = {}  # layers whose forward took batch statistics
+        self.mean_function = ""  # see `function_of_a_mean`
         self.state: dict[tuple[nn.Module, str], torch.Tensor] = {}
 
     def run(self) -> SampleDependence:
@@ -319,37 +354,58 @@ class _Trial:
         with _on_its_own(), self.mode, _batch_norm_anywhere():
             self.model = _model_in_float64(self.job)
             self.state = _state_of(self.model)
-            batch = _pytree.tree_map_only(torch.Tensor, lambda t: _wide(t.detach()), self.batch)
-            real_result = self._compared(batch, "on real samples", real=True)
-            if real_result.kind is not DependenceKind.INDEPENDENT:
-                return real_result
-            first = _pytree.tree_map_only(
-                torch.Tensor, lambda t: _wide(t.detach()), self.job.make_batch(1, 0)
+            batch = _in_float64(self.batch)
+            result = self._compared(batch, "on real samples", real=True)
+            if result.kind is DependenceKind.INDEPENDENT:
+                result = self._with_other_numbers(batch) or result
+            return self._on_random(batch, result) if result.kind is DependenceKind.INDEPENDENT else result
+
+    def _with_other_numbers(self, batch: Any) -> SampleDependence | None:
+        """Return the result with random numbers that differ from sample to sample, or on the first samples of
+        a batch, or by weights of classes, if one of these is not "independent"; else None."""
+        if self.mode.draw_for_each_sample():
+            drawn_result = self._compared(batch, "with random numbers of each sample", real=False)
+            self.mode.batch_dims.clear()
+            if drawn_result.kind is not DependenceKind.INDEPENDENT:
+                return drawn_result
+        first = _in_float64(self.job.make_batch(1, 0))
+        first_result = self._compared(first, "on the first samples of a batch", real=False)
+        if first_result.kind is DependenceKind.DEPENDENT:
+            return first_result
+        if self.mode.weighs_classes and self.job.loss_terms is None:
+            return SampleDependence(
+                kind=DependenceKind.DEPENDENT,
+                cause=DependenceCause.WEIGHTS,
+                reason="the loss is a mean that weighs classes differently",
             )
-            first_result = self._compared(first, "on the first samples of a batch", real=False)
-            if first_result.kind is DependenceKind.DEPENDENT:
-                return first_result
-            if self.mode.weighs_classes and self.job.loss_terms is None:
-                return SampleDependence(
-                    kind=DependenceKind.DEPENDENT,
-                    cause=DependenceCause.WEIGHTS,
-                    reason="the loss is a mean that weighs classes differently",
-                )
-            _add_noise(self.model)
-            try:
-                random_result = self._compared(_redrawn(batch), "on random samples", real=False)
-            except TimeLimitExceeded:
-                raise
-            except Exception as error:  # noqa: BLE001  the job may not accept random values
-                random_result = _not_tested(first_line(error)[:160])
-            if random_result.kind is DependenceKind.NOT_TESTED:
-                reason = f"{real_result.reason}; random samples could not be tried: {random_result.reason}"
-                return dataclasses.replace(real_result, reason=reason)
-            return random_result if random_result.kind is DependenceKind.DEPENDENT else real_result
+        return None
+
+    def _on_random(self, batch: Any, real_result: SampleDependence) -> SampleDependence:
+        """Return the result "dependent" if it is so on random samples, and "not tested" if the loss has a
+        function of a mean (`function_of_a_mean`), else ``real_result``."""
+        _add_noise(self.model)
+        try:
+            random_result = self._compared(_redrawn(batch), "on random samples", real=False)
+        except TimeLimitExceeded:
+            raise
+        except Exception as error:  # noqa: BLE001  the job may not accept random values
+            random_result = _not_tested(first_line(error)[:160])
+        if random_result.kind is DependenceKind.DEPENDENT:
+            return random_result
+        if self.mean_function:
+            return _not_tested(
+                f"the loss applies {self.mean_function} to a sum or mean over samples, which may change at "
+                "values that the trial did not have"
+            )
+        if random_result.kind is DependenceKind.NOT_TESTED:
+            reason = f"{real_result.reason}; random samples could not be tried: {random_result.reason}"
+            return dataclasses.replace(real_result, reason=reason)
+        return real_result
 
     def _compared(self, batch: Any, setting: str, *, real: bool) -> SampleDependence:
-        """Compare loss and gradients of the whole batch with those of its halves and, for a ``real`` batch,
-        those of the first half with those of its single samples, unless the loss fails on a single one.
+        """Compare loss and gradients of the whole batch with those of its halves and, for a ``real`` batch or
+        random numbers of each sample, those of the first half with those of its single samples, unless the
+        loss fails on a single one.
         Return the result:
 
         - "independent" if they are equal up to rounding and a forward pass leaves the model's state as it is.
@@ -388,7 +444,10 @@ class _Trial:
             return difference
         if changed_keys := _changed(self.state, final_state):
             return self._stateful(changed_keys, final_state, states)
-        if real and batch_length(halves[0]) > 1:
+        self.mean_function = self.mean_function or function_of_a_mean(
+            batch_gradients.graph, part_gradients[0].graph
+        )
+        if (real or self.mode.batch_dims) and self.singles and batch_length(halves[0]) > 1:
             samples = split(halves[0], batch_length(halves[0]))
             with contextlib.suppress(*_ONE_IS_TOO_FEW):
                 sample_gradients, _ = self._of_parts(samples)
@@ -405,14 +464,16 @@ class _Trial:
     def _of_parts(self, parts: Sequence[Any]) -> tuple[list[_Gradients], list[dict[Any, torch.Tensor]]]:
         """Return (the loss and gradients of each part, the model's state after each part, see `_state_of`).
         Every part starts from the same state."""
-        gradients, states = [], []
+        gradients, states, first = [], [], 0
         for part in parts:
-            gradients.append(self._gradients(part))
+            gradients.append(self._gradients(part, first_sample=first))
             states.append(_state_of(self.model))
+            first += batch_length(part)
         return gradients, states
 
-    def _gradients(self, part: Any, seed: int = 0) -> _Gradients:
+    def _gradients(self, part: Any, seed: int = 0, first_sample: int = 0) -> _Gradients:
         _restore(self.state)
+        self.mode.start_pass(batch_length(part), first_sample)
         _seed(seed)
         self.model.zero_grad(set_to_none=True)
         with _watched(self.model, self.norms):
@@ -423,7 +484,7 @@ class _Trial:
         dense = {n: g.to_dense() if g.is_sparse else g for n, g in grads.items()}
         value = float(loss.detach())
         self.model.zero_grad(set_to_none=True)
-        return _Gradients(loss=value, size=abs(value), by_name=dense)
+        return _Gradients(loss=value, size=abs(value), by_name=dense, graph=loss.grad_fn)
 
     def _terms(self, part: Any) -> int:
         return self.job.loss_terms(part) if self.job.loss_terms else batch_length(part)
@@ -620,6 +681,10 @@ def _model_in_float64(job: Job) -> nn.Module:
                 if isinstance(value, torch.Tensor):
                     setattr(module, name, _wide(value))
     return model
+
+
+def _in_float64(batch: Any) -> Any:
+    return _pytree.tree_map_only(torch.Tensor, lambda t: _wide(t.detach()), batch)
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,75 @@
+"""Functions of a sum or mean over samples that are not linear, such as ``(loss - b).abs()``, in the autograd
+graph of a loss. At some values they act as a linear function, so that a trial may not notice them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+_TAKING_SAMPLES = "Select Slice Index IndexSelect Unbind Split SplitWithSizes Narrow Squeeze Gather"
+_COPYING = "View Reshape ReshapeAlias UnsafeView Unsqueeze Expand Permute T Transpose ToCopy Clone Copy Alias"
+# Linear in each of their arguments. A product or quotient of two means shows at every value.
+_ADDING = "Add Sub Rsub Neg Mul Div Sum Mean Nansum Mm Mv Bmm Addmm Addmv Baddbmm Dot Stack Cat Cumsum Trace"
+_PICKS = frozenset(_TAKING_SAMPLES.split())
+_LINEAR = _PICKS | frozenset(
+    f"{_COPYING} {_ADDING} Lerp NllLoss NllLoss2D AccumulateGrad Repeat Flip".split()
+)
+
+
+def function_of_a_mean(whole: Any, half: Any) -> str:
+    """Return the name of a function that is not linear and is applied to a sum, mean or other reduction over
+    samples, such as "abs"; "" if there is none. ``whole``, ``half``: the autograd nodes of the losses of a
+    batch and of its half.
+
+    A tensor with the same shape in both has no dimension of samples. Of graphs that differ, the parts that
+    are the same are looked at.
+    """
+    for nodes in _walk((whole, half), into_samples=True):
+        name = _name(nodes[0])
+        if name not in _LINEAR and not _has_samples(nodes) and _is_of_reduction(nodes):
+            return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+    return ""
+
+
+def _is_of_reduction(nodes: tuple[Any, Any]) -> bool:
+    """Return whether an argument of the node, which has no dimension of samples, was made by reducing one."""
+    for below in _walk(nodes, into_samples=False):
+        is_exit = any(_has_samples(child) for child in _arguments(below))
+        if is_exit and below[0] is not nodes[0] and _name(below[0]) not in _PICKS:
+            return True
+    return False
+
+
+def _walk(nodes: tuple[Any, Any], *, into_samples: bool) -> Iterator[tuple[Any, Any]]:
+    """Yield the node and those before it that are of the same kind in both graphs. ``into_samples``: whether
+    to go on at nodes with a dimension of samples, which are left out otherwise."""
+    waiting, known = [nodes], set()
+    while waiting:
+        whole, half = waiting.pop()
+        if whole is None or half is None or whole in known or _name(whole) != _name(half):
+            continue
+        if not into_samples and _has_samples((whole, half)):
+            continue
+        known.add(whole)
+        yield whole, half
+        waiting.extend(_arguments((whole, half)))
+
+
+def _arguments(nodes: tuple[Any, Any]) -> list[tuple[Any, Any]]:
+    pairs = zip(nodes[0].next_functions, nodes[1].next_functions, strict=False)
+    return [(a, b) for (a, _), (b, _) in pairs if a is not None and b is not None]
+
+
+def _has_samples(nodes: tuple[Any, Any]) -> bool:
+    return _shapes(nodes[0]) != _shapes(nodes[1])
+
+
+def _shapes(node: Any) -> list[Any]:
+    if hasattr(node, "variable"):
+        return [tuple(node.variable.shape)]
+    return [tuple(m.shape) for m in node._input_metadata]
+
+
+def _name(node: Any) -> str:
+    return re.sub(r"(Backward)?\d*$", "", node.name().rsplit("::")[-1])
