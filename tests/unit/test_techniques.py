@@ -25,6 +25,7 @@ from memfit.planner.request import job_facts
 from memfit.techniques.base import JobFacts, Knob, Workbench
 from memfit.techniques.offload import DiskSpool, HostCopies, Spool, SpooledTensor
 from memfit.techniques.optimizers import default_optimizer
+from memfit.techniques.parallel.data_parallel import WrappedModel
 from memfit.techniques.plan_file import parse_plan, plan_text, read_plan
 from memfit.techniques.precision import MasterWeights
 from memfit.techniques.registry import (
@@ -623,3 +624,11 @@ def test_a_setting_whose_package_is_missing_is_neither_proposed_nor_accepted(
     assert [u.settings["rounding"] for u in proposed] == ["master"]
     with pytest.raises(UserError, match=r"rounding=stochastic\) needs torchao, which is not installed"):
         check(Plan(uses=(make_use("bf16-parameters", {"rounding": "stochastic"}),)))
+
+
+def test_a_loss_reads_the_models_own_attributes_through_its_wrapper() -> None:
+    model = nn.Linear(2, 2)
+    model.inner, model.wrapped, model.module = nn.ReLU(), nn.GELU(), nn.Tanh()
+    wrapped = WrappedModel(nn.Sequential(model, nn.Flatten(0)), model)
+    assert all(getattr(wrapped, name) is getattr(model, name) for name in ("inner", "wrapped", "module"))
+    assert wrapped(torch.ones(3, 2)).shape == (6,)

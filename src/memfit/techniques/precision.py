@@ -23,10 +23,6 @@ if TYPE_CHECKING:
     import torch
 
 
-def _apply_autocast(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
-    _autocast(bench, "bfloat16")
-
-
 def _apply_fp16(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     _autocast(bench, "float16")
     bench.loss_scale = LossScale()
@@ -143,7 +139,7 @@ AUTOCAST = Technique(
     script_call="torch.autocast(device_type, torch.bfloat16) around forward and loss",
     changes=StepPart.PASSES,
     effect=EffectClass.E2,
-    apply=_apply_autocast,
+    apply=lambda bench, settings: _autocast(bench, "bfloat16"),
     settings=_in("bfloat16", {}),
     order=70,
     slot="precision",

@@ -255,7 +255,12 @@ def builds_on_host(plan: Plan, device: str) -> bool:
     """Return whether the whole model is built in host memory and the accelerator then gets a part or copy of
     it. True under ZeRO 1, 2 and 3, fsdp2 that shards over several ranks, pipeline, tensor or expert
     parallelism, and qlora, which quantizes there. False for other plans, and if ``device`` is "cpu"."""
-    return not device_kind(device).is_host and (_shards(plan) or _cuts(plan) or "qlora" in plan)
+    if device_kind(device).is_host:
+        return False
+    if _shards(plan) or "qlora" in plan or "expert-parallel" in plan:
+        return True
+    place = layout(plan)
+    return place.pipeline > 1 or place.tensor > 1
 
 
 def moves_parameters(plan: Plan, device: str) -> bool:
@@ -270,8 +275,3 @@ def _shards(plan: Plan) -> bool:
     if "zero" in uses and uses["zero"].get("stage") != 0:
         return True
     return "fsdp2" in uses and layout(plan).shard > 1
-
-
-def _cuts(plan: Plan) -> bool:
-    place = layout(plan)
-    return place.pipeline > 1 or place.tensor > 1 or "expert-parallel" in plan

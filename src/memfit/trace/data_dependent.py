@@ -170,7 +170,9 @@ class Guesses:
             self.assume(f"{op} gave its result for {origin}", line)
             if is_guess:
                 self.assumed[line or op] = None
-            return _pytree.tree_map_only(torch.Tensor, _without_values, values)
+            return _pytree.tree_map_only(
+                torch.Tensor, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype), values
+            )
 
     def size(self, op: str, most: int, decided: torch.Tensor, count: Callable[[torch.Tensor], Any]) -> int:
         """Return how many of ``most`` possible elements the operator ``op`` gives.
@@ -284,10 +286,6 @@ class Guesses:
             else:
                 indices.append(index)
         return (args[0], indices, *args[2:])
-
-
-def _without_values(real: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(real.shape, real.stride(), dtype=real.dtype)
 
 
 def _is_mask(index: Any) -> bool:

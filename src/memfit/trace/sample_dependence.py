@@ -477,7 +477,8 @@ class _Trial:
         _seed(seed)
         self.model.zero_grad(set_to_none=True)
         with _watched(self.model, self.norms):
-            loss = self.job.loss(self.model, _cloned(part))
+            # The loss may change its batch.
+            loss = self.job.loss(self.model, _pytree.tree_map_only(torch.Tensor, torch.clone, part))
             loss.backward()
         params = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in params.items()}
@@ -511,7 +512,7 @@ class _Trial:
                 f"the whole and the split batch differ by {distance:.0e}, which rounding may explain, "
                 f"{setting}"
             )
-        if self._is_random(batch, batch_gradients):
+        if batch_gradients.distance(self._gradients(batch, seed=1)) > _ROUNDING_RATIO:
             return _not_tested("the loss has random numbers or a state of its own, which cannot be fixed")
         reason = f"the whole and the split batch differ by {distance:.1g} {setting}"
         if norms := dict(self.norms):
@@ -521,11 +522,6 @@ class _Trial:
         if not all(p.is_finite() for p in part_gradients):
             reason = f"the loss or gradients of a part of the batch are not finite {setting}"
         return SampleDependence(kind=DependenceKind.DEPENDENT, cause=DependenceCause.LOSS, reason=reason)
-
-    def _is_random(self, batch: Any, batch_gradients: _Gradients) -> bool:
-        """Return whether the same batch has another loss or other gradients with another seed, by more than
-        rounding."""
-        return batch_gradients.distance(self._gradients(batch, seed=1)) > _ROUNDING_RATIO
 
     def _differs_without(self, batch: Any, norms: Mapping[str, nn.Module]) -> bool:
         """Return whether splitting the batch in halves changes the loss or the gradients even if the
@@ -691,11 +687,6 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_complex():
         return tensor.to(torch.complex128)
     return tensor.double() if tensor.is_floating_point() else tensor
-
-
-def _cloned(batch: Any) -> Any:
-    """Return the batch with clones of its tensors, because the loss may change them."""
-    return _pytree.tree_map_only(torch.Tensor, torch.clone, batch)
 
 
 def _redrawn(batch: Any) -> Any:

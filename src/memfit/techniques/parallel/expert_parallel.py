@@ -79,24 +79,21 @@ def find_mixtures(model: torch.nn.Module, pattern: str | None) -> list[str]:
 
 def count_experts(module: Any, name: str) -> int:
     """Return the number of experts of the module, whose name is ``name``. Raises UserError if the module
-    neither has a ModuleList of experts as its only child nor is built like Hugging Face's (`mixtures`)."""
-    children = list(module.named_children())
+    neither has a ModuleList of experts as its only child nor is built like Hugging Face's
+    (`find_mixtures`)."""
+    import torch
+
     if _is_grouped(module):
         return int(module.gate_up_proj.shape[0])
-    if len(children) == 1 and (total := _length(children[0][1])):
-        return total
+    children = list(module.children())
+    if len(children) == 1 and isinstance(children[0], torch.nn.ModuleList) and len(children[0]):
+        return len(children[0])
     raise UserError(
         f"{name} is not a module of experts",
         allowed="a module whose only child is an nn.ModuleList of experts; or one whose own parameters "
         "are only gate_up_proj and down_proj, of three dimensions each, and that has an attribute act_fn",
         hint="correct Job(experts=...), the pattern of the paths of such modules",
     )
-
-
-def _length(module: torch.nn.Module) -> int:
-    import torch
-
-    return len(module) if isinstance(module, torch.nn.ModuleList) else 0
 
 
 def _is_grouped(module: torch.nn.Module) -> bool:

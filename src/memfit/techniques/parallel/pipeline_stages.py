@@ -127,8 +127,11 @@ class Pipeline:
             if len(holders) < 2 or rank not in holders or not param.requires_grad:
                 continue
             ranks = tuple(global_ranks[h] for h in holders)
-            if ranks not in groups:
-                groups[ranks] = self.group if len(ranks) == len(global_ranks) else _group(ranks)
+            if ranks not in groups and len(ranks) == len(global_ranks):
+                groups[ranks] = self.group
+            elif ranks not in groups:
+                is_real = dist.get_backend() != "fake"
+                groups[ranks] = dist.new_group(list(ranks), use_local_synchronization=is_real)
             groups_by_name[name] = groups[ranks]
             if rank != holders[0]:
                 self.bench.counted_elsewhere.add(name)
@@ -415,9 +418,3 @@ def _drop(module: torch.nn.Module, key: str, tensors: dict[str, Any], device: to
         object.__setattr__(module, key, zero.expand(tensor.shape))
     else:
         object.__setattr__(module, key, None)
-
-
-def _group(ranks: tuple[int, ...]) -> Any:
-    if dist.get_backend() == "fake":
-        return dist.new_group(list(ranks))
-    return dist.new_group(list(ranks), use_local_synchronization=True)

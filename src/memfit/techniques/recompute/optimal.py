@@ -17,7 +17,6 @@ from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue
 
 OPTIMAL_CHECKPOINTING = "optimal-checkpointing"
-_SHAPE = r"(|none|[0-9a-f]{8}:\d+(-\d+)?(,\d+(-\d+)?)*)"
 
 
 def encode_dropped(key: int, dropped: Iterable[int]) -> str:
@@ -96,7 +95,7 @@ TECHNIQUE = Technique(
             default="",
             doc="checksum of the operators and numbers of the dropped tensors, as memfit writes them; none: "
             "no tensor is dropped; if left out, memfit chooses the tensors",
-            pattern=re.compile(_SHAPE),
+            pattern=re.compile(r"(|none|[0-9a-f]{8}:\d+(-\d+)?(,\d+(-\d+)?)*)"),
         ),
     ),
     forbids=(
