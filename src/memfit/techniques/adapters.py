@@ -94,7 +94,7 @@ _DORA = Knob(
 
 LORA = Technique(
     name="lora",
-    summary="freeze the blocks and train low-rank updates beside their weights (Hu et al. 2021); also DoRA",
+    summary="freeze the blocks and train low-rank updates of their weights (Hu et al. 2021); also DoRA",
     script_call="LoRA adapters of rank {rank}, such as peft.get_peft_model, with all other weights frozen",
     changes=StepPart.BOTH,
     before_engine=True,

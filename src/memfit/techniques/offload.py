@@ -102,10 +102,11 @@ class HostCopies(_SavedTensorOffload):
     """Keeps tensors that autograd saves for backward in host memory, and copies them back when backward needs
     them.
 
-    On a device with streams, the host memory is pinned, and a copy to it runs on a stream of its own beside
-    the next operators. The tensor is therefore kept on the device until the next one is offloaded or forward
-    ends, and computing waits for the copy then. A device without streams (MPS) copies at once, to memory that
-    is not pinned. In a trace, fake tensors of both places are on the CPU, and nothing is copied."""
+    On a device with streams, the host memory is pinned, and a copy to it runs on a stream of its own while
+    the next operators run. The tensor is therefore kept on the device until the next one is offloaded or
+    forward ends, and computing waits for the copy then. A device without streams (MPS) copies at once, to
+    memory that is not pinned. In a trace, fake tensors of both places are on the CPU, and nothing is
+    copied."""
 
     def __init__(self, bench: Workbench, minimum_bytes: int) -> None:
         super().__init__(bench, minimum_bytes)

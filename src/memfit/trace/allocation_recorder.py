@@ -210,7 +210,7 @@ class AllocationRecorder(TorchDispatchMode):
                 self.stream_tracker.calls[name.removeprefix("stream ")] += count
 
     def surroundings(self) -> tuple[Any, ...]:
-        """Return what decides, beside an operator's arguments, how its call is recorded now: (phase, memory
+        """Return what decides, besides an operator's arguments, how its call is recorded now: (phase, memory
         pool, module, line of the user's code, whether gradients are enabled)."""
         line = self._line() if self.lines else ""
         module = self.modules.name(self.current)

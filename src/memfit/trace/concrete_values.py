@@ -278,5 +278,5 @@ def _counts(func: Any, kwargs: Mapping[str, Any]) -> bool:
 
 def _whole_numbers(value: Any) -> Any:
     """Return ``value``, or None if it is a tensor of floating-point numbers, such as the values that ``topk``
-    returns beside its indices."""
+    returns with its indices."""
     return None if isinstance(value, torch.Tensor) and value.dtype.is_floating_point else value

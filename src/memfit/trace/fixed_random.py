@@ -39,8 +39,8 @@ class FixedRandom(TorchDispatchMode):
 
     The random operators are dropout and those of `_FILLS`, such as rand, randn, randint, bernoulli, randperm
     and multinomial (which takes the largest weights); others, such as poisson, stay as they are. The dtypes
-    that change are those that an operator asks for, and those of arguments beside a float64 one, except for
-    operators that write in place.
+    that change are those that an operator asks for, and those of arguments together with a float64 one,
+    except for operators that write in place.
 
     ``counts`` holds the numbers of samples in the batches that are compared. If the last dimension has one of
     these lengths it may be the batch, and all numbers along it are equal. After `draw_for_each_sample`, the

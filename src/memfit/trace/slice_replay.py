@@ -184,7 +184,7 @@ class _LeftOut:
         self._recorder, self._forward, self._count = recorder, forward, count
         self._mode, self._device = output.fake_mode, output.fake_device
         self._layout, self._index = layout, index
-        # For each life that slices leave behind beside their output, what holds its record.
+        # For each life that slices leave behind besides their output, what holds its record.
         self._kept: dict[int, FakeTensor] = {}
         self._forwards: list[_Window] = []  # of the slices that ran, in their order
         self._marks: list[_Mark] = []  # where the backward of each begins, the last slice first

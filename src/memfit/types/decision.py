@@ -71,7 +71,7 @@ class Terms:
     dollar costs. Prices of electricity: ``energy_per_kwh``, ``levy_per_kwh`` (a surcharge), and
     ``basic_per_kw_month`` (a charge by power). ``co2_g_per_kwh``: grams of CO2 per kWh. ``pue_ratio``:
     electricity of the whole site over that of its computers, in the user's server room;
-    ``desk_pue_ratio`` and ``cloud_pue_ratio``: beside a desk and in a cloud, None: as ``pue_ratio``.
+    ``desk_pue_ratio`` and ``cloud_pue_ratio``: at a desk and in a cloud, None: as ``pue_ratio``.
 
     ``value_per_run``: what a finished run is worth to the user; None: unknown. ``longest_run_hours``: an
     option whose run takes longer does not count as doing the work; None: no limit. ``hardware_factor`` and

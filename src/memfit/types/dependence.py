@@ -45,9 +45,10 @@ class SampleDependence:
     """Result of the test of one job whether the samples of its batch depend on each other.
 
     ``kind``: the result. ``cause``: what depends on other samples. ``reason``: in one line, how this is known
-    or why it was not tested. ``modules``: paths of modules whose results depend on the other samples of the
-    batch. ``across_ranks``: whether splitting the batch over data-parallel ranks changes the training, too;
-    False if only micro-batches do.
+    or why it was not tested. ``modules``: paths of the BatchNorm layers that are the cause, or of the state
+    that changes (path of the module and name of the attribute); () for other causes. ``across_ranks``:
+    whether splitting the batch over data-parallel ranks changes the training, too; False if only
+    micro-batches do.
     """
 
     kind: DependenceKind

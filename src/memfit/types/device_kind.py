@@ -27,10 +27,10 @@ class DeviceKind:
       that run as one kernel each. The others run step by step.
     - ``fused_cells``: the cell of an LSTM or a GRU is one kernel.
     - ``foreach``: torch's optimizers update all parameters together by default.
-    - ``streams``: torch has streams for it, on which copies run beside operators.
+    - ``streams``: torch has streams for it, on which copies run while operators do.
     - ``reserves_as_cuda``: its allocator keeps segments as that of CUDA does, which cost/allocator.py
       replays, and the other memory of a process is that of cost/device_overhead.py. Without it, what training
-      takes beside its tensors is unknown, and the answer says so.
+      takes besides its tensors is unknown, and the answer says so.
     - ``keeps_peak``: its allocator keeps the peak of its bytes, and ``torch.accelerator`` answers for it.
       Otherwise memfit samples them, through functions that its module has under the names of ``torch.mps``.
     - ``default_memory_ratio``: the share of the device's memory that its allocator may take by default.

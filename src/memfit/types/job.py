@@ -96,7 +96,7 @@ class Job:
     many terms were averaged (default: the batch size), so that accumulated micro-batches are weighted
     correctly. ``evaluate(model)`` returns the metric on held-out data, in the metric's unit.
 
-    ``surrogates``: further endpoints beside ``metric``, each with a margin of its own, such as the held-out
+    ``surrogates``: further endpoints besides ``metric``, each with a margin of its own, such as the held-out
     loss. ``evaluate`` then returns a mapping, the name of each endpoint -> its value. A plan is equivalent
     only if it is equivalent in every endpoint. ``negative_control``: the degraded training that the test must
     judge different, or a proof of concept says "not sensitive" instead of "equivalent". "half-steps": half of
@@ -126,13 +126,13 @@ class Job:
     ``islands``: patterns (as in ``fnmatch``) of module paths that compute in float32 under any plan;
     ``memfit estimate --precision`` finds them. ``clip``: the largest gradient norm, over all parameters and
     ranks, as in ``torch.nn.utils.clip_grad_norm_``; None: gradients are not clipped. ``ema``: the decay of an
-    exponential moving average of the weights, kept beside the model; True means 0.999; None or False: none.
-    ``workers``: number of DataLoader worker processes per rank, which take host memory. ``reduced`` makes the
-    same job with a small model, for the test of samples' dependence if this model is too large for it.
-    ``dimensions``: the sizes that can be set when the job is loaded; memfit fills it in.
+    exponential moving average of the weights, a copy besides the model; True means 0.999; None or False:
+    none. ``workers``: number of DataLoader worker processes per rank, which take host memory. ``reduced``
+    makes the same job with a small model, for the test of samples' dependence if this model is too large for
+    it. ``dimensions``: the sizes that can be set when the job is loaded; memfit fills it in.
 
     Raises UserError unless 0 < ``ema`` < 1, ``clip`` > 0, ``workers`` is a whole number of at least 0,
-    ``negative_control`` is one of the above, and ``surrogates`` has names of its own beside a ``metric``.
+    ``negative_control`` is one of the above, and ``surrogates`` come with a ``metric`` and have other names.
     """
 
     name: str
@@ -200,7 +200,7 @@ class Job:
             raise UserError(
                 f"Job(surrogates=...) has the endpoints {', '.join(s.name for s in self.surrogates)}, and "
                 f"the metric is {self.metric.name if self.metric else None}",
-                allowed="surrogates beside a metric, each with another name",
+                allowed="surrogates together with a metric, each with another name",
             )
 
     @property

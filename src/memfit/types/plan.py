@@ -143,7 +143,7 @@ def _short(value: KnobValue) -> str:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
-    """Limits of a plan beside memory.
+    """Limits of a plan besides memory.
 
     ``deadline_s`` and ``budget_usd``: longest time and highest cost of the whole training of ``steps`` steps;
     None: no limit. ``micro_batch``: samples per micro-batch of one rank (0: any number). ``without``: names

@@ -11,7 +11,7 @@ from memfit.types.launch import RunSpec
 from memfit.types.plan import EffectClass, Plan
 from memfit.types.workload import Workload
 
-# Memory that a training loop may use beside what is predicted.
+# Memory that a training loop may use besides what is predicted.
 NOT_INCLUDED = ("learning-rate schedulers", "metrics", "logging", "retain_graph", "the dataset in memory")
 
 
@@ -239,7 +239,7 @@ class Measurement:
     grad_norms: tuple[float, ...] = ()
     headroom_bytes: tuple[int, ...] = ()  # cap minus the step's peak
     metric: float | None = None
-    surrogates: Mapping[str, float] = dataclasses.field(default_factory=dict)  # endpoints beside the metric
+    surrogates: Mapping[str, float] = dataclasses.field(default_factory=dict)  # endpoints besides the metric
     energy_j: float | None = None
     energy_boundary: str = ""
     timeline_bytes: tuple[int, ...] = ()  # live bytes over the last step, thinned
@@ -326,7 +326,7 @@ class Verdict:
     ``effect``: the plan's effect class, which decides the test. ``test``: name of the test. ``reason``: the
     result in words. If metrics were not compared, as for the class E0 or with too few runs, ``metric`` is ""
     and ``margin``, ``difference``, ``low``, ``high`` and ``power`` are None. ``surrogates``: the same of the
-    job's endpoints beside the metric. ``control``: how the test judged the job's negative control; None if
+    job's endpoints besides the metric. ``control``: how the test judged the job's negative control; None if
     the verdict does not depend on it, and in records of older versions.
     """
 
@@ -421,7 +421,7 @@ class Effort:
 
     ``commands``: number of commands typed. ``changed_lines``: number of lines of the user's job file that are
     not blank. ``packages`` and ``installed_mib``: number and size of the packages that memfit and the plan
-    need beside torch and numpy. ``failed_attempts``: number of runs that failed or timed out, and of proofs
+    need besides torch and numpy. ``failed_attempts``: number of runs that failed or timed out, and of proofs
     of concept that were begun and not finished. ``attended_minutes``: minutes during which a person attended;
     None if nobody counted them. They are never estimated.
     """
@@ -505,7 +505,7 @@ class ReasonKind(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Reason:
-    """Why a technique is in a plan or was left out. The fields beside ``kind`` fill the placeholders of its
+    """Why a technique is in a plan or was left out. The fields besides ``kind`` fill the placeholders of its
     text; `ReasonKind` says what they mean.
     """
 

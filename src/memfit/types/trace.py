@@ -187,7 +187,7 @@ class Trace:
     assumed_high_ratio: float = 1.0
     rank: int = 0  # the traced rank, of `ranks`
     ranks: int = 1
-    host_peak_bytes: int = 0  # tensors in host memory beside the device; not in `allocations`
+    host_peak_bytes: int = 0  # of tensors in the memory of an accelerator's host; not in `allocations`
     host_step_bytes: int = 0  # the same from the first forward pass on, when the model is built
     host_optimizer_bytes: int = 0  # the most of it at once that the optimizer's step made; never pinned
     # (size in bytes, number at once) of the other tensors that it consists of, which may be pinned
@@ -220,7 +220,7 @@ class Trace:
         return tuple(a for a in self.allocations if a.start <= clock and (a.end is None or a.end > clock))
 
     def untraced_passes(self, phase: Phase) -> int:
-        """Return how many passes of ``phase``, forward or backward, one step has beside the traced ones."""
+        """Return how many passes of ``phase``, forward or backward, one step has besides the traced ones."""
         per_micro_step = sum(s.phase is phase for s in self.repeated_spans) or 1
         return per_micro_step * self.repeated_micro_steps
 

@@ -91,14 +91,14 @@ class StoredState:
 
     def state(self, states: Mapping[Any, dict[str, Any]]) -> dict[Any, Any]:
         """Return ``states``, those of the optimizer, with what this object keeps in memory added: the master
-        copy of each sub-group ("master"), and beside the first the host's buffers ("buffers")."""
+        copy of each sub-group ("master"), and with the first also the host's buffers ("buffers")."""
         merged: dict[Any, Any] = {m: {_MASTER: m, **states.get(m, {})} for m in self.masters}
         merged[self.masters[0]]["buffers"] = self.buffers
         return merged
 
     def _buffer(self, index: int, size: int, dtype: torch.dtype) -> torch.Tensor:
         """Return the first ``size`` elements of a buffer in host memory. Buffers up to ``index`` are made if
-        they do not exist; in a real run beside an accelerator, they are pinned."""
+        they do not exist; in a real run on an accelerator, they are pinned."""
         pins = self.bench.torch_device != self.host
         while len(self.buffers) <= index:
             size_bytes = 4 * max(self.sizes)

@@ -78,7 +78,7 @@ class ZeroTwo(ZeroOptimizer):
       buffer's dtype, bP/N, and 4P/N of zeros for the gradient.
     - In backward b times the elements of the buckets, and bP/N for gradients of the own part; under stage 1
       also the gradients of all parameters until the end of the last backward, bP.
-    - In the update 4P/N for the gradient of the master copy, beside the optimizer's state.
+    - In the update 4P/N for the gradient of the master copy, and the optimizer's state.
 
     With ``offload``, master copy, its gradient and the optimizer's state are in host memory, with bP/N
     through which the new part goes to the accelerator. The accelerator keeps bP and b times the elements of

@@ -259,7 +259,7 @@ class Shards:
         the buffer to the device unless parameters are offloaded, and return it. The pieces become views of
         the returned buffer. DeepSpeed's pieces are on the device before (``defragment`` of
         runtime/zero/utils.py), but leave it, with the allocator's cache emptied, before the buffer comes, so
-        that they never take memory beside it."""
+        that they never take memory at the same time."""
         with self.bench.memory_pool("host"):
             flat = torch.empty(
                 sum(self.size[p] for p in trained),
