@@ -37,7 +37,8 @@ class ChunkCut:
     ``axes``: leaf that is cut -> axis along which that tensor is cut. ``first``: the leaf in ``axes`` whose
     size decides how many slices there are. ``out_axis``: the axis along which the outputs of slices are
     joined. ``inside_bytes``: what the module allocates inside if the leaf ``first`` has ``first_count``
-    elements. ``form``: the `_form` of the call that was tried."""
+    elements. ``form``: how arguments were passed in the call that was tried, the values of those that are no
+    tensors, and the kinds and dimensions of tensors."""
 
     axes: Mapping[int, int]
     first: int
@@ -48,7 +49,7 @@ class ChunkCut:
 
     def length(self, leaves: list[Any], spec: Any) -> int:
         """Return the length of the cut axes in a call with these flattened (args, kwargs). Return 0 if it
-        cannot be cut: its tensors have different lengths there, or it has another `_form` than the call that
+        cannot be cut: its tensors have different lengths there, or it has another ``form`` than the call that
         was tried, so that its slices may depend on each other, or its tensors may have other axes."""
         if _form(leaves, spec) != self.form:
             return 0

@@ -144,7 +144,7 @@ class Guesses:
 
         ``values`` is its real result on known or assumed values, or None if some are missing. If torch has no
         fake result because it depends on values, the result is a fake one with the shapes of ``values``. If
-        these are None, it has the shapes of the real result on values that are assumed here (`_of_assumed`).
+        these are None, it has the shapes of the real result on values that are assumed here.
         Raises UserError if that is None, too, or as `size` does.
         """
         if func in _SHAPED:

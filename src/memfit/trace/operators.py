@@ -251,8 +251,8 @@ class Results:
         return out
 
     def lifted(self, real: Any) -> FakeTensor | None:
-        """Return the fake tensor of a real one without dimensions (`_lifted`). Return None for another
-        tensor, or if the mode is not known yet."""
+        """Return the fake tensor of a real one without dimensions, which knows its value. Return None for
+        another tensor, or if the mode is not known yet."""
         if self._mode is None or type(real) is not torch.Tensor or real.dim():
             return None
         return _lifted(self._mode, real)

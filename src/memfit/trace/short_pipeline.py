@@ -171,7 +171,7 @@ class _Short:
 def shorten_pipeline(job: Job, plan: Plan, rank: int, blocks: int) -> PipelineRank | None:
     """Return ``rank`` of ``plan`` with the shorter pipeline in which it is traced, for a model with
     ``blocks`` blocks. If the plan has no pipeline, the result's short plan is the plan itself. Return None if
-    no shorter pipeline can stand for the schedule (it is none of GPipe, 1F1B and those of `_interleaved`), if
+    no shorter pipeline can stand for the schedule (it is none of GPipe, 1F1B and some interleaved ones), if
     the first or the last stage has fewer blocks by choice, or if the batch does not divide into equal
     micro-batches."""
     pipeline, place = plan.get("pipeline"), layout(plan)

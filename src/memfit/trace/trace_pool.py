@@ -55,8 +55,9 @@ class ForkedWorkers:
         return list(self.processes)
 
     def add(self) -> Connection:
-        """Fork a worker and return its connection, which takes messages and gives back what `_outcome`
-        returns. If an exception cannot be sent faithfully, the worker ends without an answer."""
+        """Fork a worker and return its connection. The worker takes messages (see `message`) and answers each
+        by (True, the result of the call) or (False, its exception). If an exception cannot be sent
+        faithfully, the worker ends without an answer."""
         context = multiprocessing.get_context("fork")
         parent_end, child_end = context.Pipe()
         inherited = [parent_end, *self.processes]

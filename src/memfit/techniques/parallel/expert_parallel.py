@@ -191,8 +191,9 @@ class _TokenExchange:
     def send_capacity(
         self, tokens: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        """Each expert takes, from each rank, at most `_capacity` choices. Others add zero. N must be the same
-        on every rank, because the capacity depends on it."""
+        """Each expert takes, from each rank, at most its capacity of choices (``capacity_percent`` of an even
+        share of them). Others add zero. N must be the same on every rank, because the capacity depends on
+        it."""
         import torch
 
         total, choices, width = self.experts.total, chosen.shape[-1], tokens.shape[-1]

@@ -362,8 +362,9 @@ class Shards:
 
     def release(self, module: torch.nn.Module) -> None:
         """Free the parameters of ``module``, which has run, except those that another module is using and, if
-        the order of modules is known, those of `_kept`. While it is not known, even persistent parameters are
-        freed (release_sub_module in partitioned_param_coordinator.py)."""
+        the order of modules is known, persistent ones and those that the next modules need. While the order
+        is not known, even persistent parameters are freed (release_sub_module in
+        partitioned_param_coordinator.py)."""
         params = self._of(module)
         kept_params = self._kept(params) if self.order else set()
         for param in params:
