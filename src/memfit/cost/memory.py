@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -11,7 +10,7 @@ import numpy
 
 from memfit.types.downsample import thin_phases
 from memfit.types.machine import Calibration
-from memfit.types.trace import Allocation, Category, OpCall, Phase, PhaseSpan, Trace
+from memfit.types.trace import Allocation, Category, OpCall, Phase, PhaseSpan, Trace, peak_of_lives
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,9 +52,7 @@ def levels(trace: Trace) -> tuple[numpy.ndarray, numpy.ndarray]:
 def live_peak_bytes(trace: Trace) -> int:
     """Return the highest number of live bytes between the operators of the trace; at the same clock, frees
     come before allocations."""
-    changes = [(a.start, a.size_bytes) for a in trace.allocations]
-    changes += [(a.end, -a.size_bytes) for a in trace.allocations if a.end is not None]
-    return max(itertools.accumulate(size for _, size in sorted(changes)), default=0)
+    return peak_of_lives((a.start, a.end, a.size_bytes) for a in trace.allocations)
 
 
 def memory_profile(trace: Trace, calibration: Calibration) -> MemoryProfile:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import bisect
 import contextlib
 import dataclasses
-import itertools
 import math
 import weakref
 from collections import Counter
@@ -34,7 +33,7 @@ from memfit.trace.optimizer_scalars import COUNTING, count_from_late_step
 from memfit.trace.source_location import ModuleStack, library_line, newest_node, running_node, user_place
 from memfit.trace.streams import StreamTracker, StreamUse
 from memfit.types.device_kind import device_kind
-from memfit.types.trace import Allocation, Category, OpCall, Phase, PhaseSpan, rounded
+from memfit.types.trace import Allocation, Category, OpCall, Phase, PhaseSpan, peak_of_lives, rounded
 
 _PRODUCT = ("aten.bmm.default", "aten.mm.default")  # makes attention scores; computes a linear layer
 
@@ -278,9 +277,8 @@ class AllocationRecorder(TorchDispatchMode):
     def restart(self) -> int:
         """Forget all operator calls and ended storages, and count the clock anew, as if the storages that are
         alive were made now. Return the peak of live bytes at the model's device until now."""
-        levels = [(x.start, x.size_bytes) for x in self.lives if not x.memory_pool]
-        levels += [(x.end, -x.size_bytes) for x in self.lives if not x.memory_pool and x.end is not None]
-        peak_bytes = max(itertools.accumulate(size for _, size in sorted(levels)), default=0)
+        on_device = [x for x in self.lives if not x.memory_pool]
+        peak_bytes = peak_of_lives((x.start, x.end, x.size_bytes) for x in on_device)
         self.lives = [life for life in self.lives if life.end is None]
         for clock, life in enumerate(self.lives):
             life.start, life.phase, life.step = clock, Phase.SETUP, 0

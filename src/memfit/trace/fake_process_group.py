@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import itertools
 import sys
 import types
 from collections import Counter, defaultdict
@@ -22,7 +21,7 @@ from memfit.techniques.rank_mesh import World, layout, make_world
 from memfit.trace.streams import group_of
 from memfit.types.errors import MemfitError, UserError
 from memfit.types.plan import Plan
-from memfit.types.trace import Allocation, Phase, PhaseSpan
+from memfit.types.trace import Allocation, Phase, PhaseSpan, peak_of_lives
 
 
 @contextlib.contextmanager
@@ -327,9 +326,7 @@ def _host_blocks(allocations: Sequence[Allocation]) -> tuple[tuple[int, int], ..
 
 
 def _highest(allocations: Sequence[Allocation]) -> int:
-    events = [(a.start, a.requested_bytes) for a in allocations]
-    events += [(a.end, -a.requested_bytes) for a in allocations if a.end is not None]
-    return max(itertools.accumulate(size for _, size in sorted(events)), default=0)
+    return peak_of_lives((a.start, a.end, a.requested_bytes) for a in allocations)
 
 
 def prepare_ddp(wrapped: Any, note: Callable[[torch.Tensor, str], Any]) -> None:

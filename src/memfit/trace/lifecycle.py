@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 from collections.abc import Iterator, Mapping
 from typing import IO, Any, cast
 
@@ -37,7 +36,7 @@ from memfit.trace.value_guess_retry import retry_guesses
 from memfit.types.device_kind import device_kind
 from memfit.types.job import Job
 from memfit.types.plan import Plan
-from memfit.types.trace import Category, rounded
+from memfit.types.trace import Category, peak_of_lives, rounded
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,10 +125,8 @@ class _Watch:
     def _highest(self, *places: str) -> int:
         lives = [x for x in self.recorder.lives if self.aside.get(id(x), "") in places]
         lives = [x for x in lives if x.end is None or x.end > self.mark]
-        sizes = [rounded(x.size_bytes, self.recorder.device) for x in lives]
-        changes = [(max(x.start, self.mark), size) for x, size in zip(lives, sizes, strict=True)]
-        changes += [(x.end, -size) for x, size in zip(lives, sizes, strict=True) if x.end is not None]
-        return max(itertools.accumulate(size for _, size in sorted(changes, key=lambda c: c[0])), default=0)
+        device = self.recorder.device
+        return peak_of_lives((max(x.start, self.mark), x.end, rounded(x.size_bytes, device)) for x in lives)
 
 
 @contextlib.contextmanager

@@ -59,6 +59,15 @@ def rounded(size_bytes: int, device: str) -> int:
     return -(-size_bytes // step) * step
 
 
+def peak_of_lives(lives: Iterable[tuple[int, int | None, int]]) -> int:
+    """Return the highest number of bytes alive at once. ``lives``: (clock of the begin, clock of the end or
+    None if there is none, bytes) of each. At the same clock, ends come before begins."""
+    lives = list(lives)
+    changes = [(start, size_bytes) for start, _, size_bytes in lives]
+    changes += [(end, -size_bytes) for _, end, size_bytes in lives if end is not None]
+    return max(itertools.accumulate(size for _, size in sorted(changes)), default=0)
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Allocation:
     """One tensor storage: when it was allocated and freed, and its size, rounded up as by `rounded`."""
