@@ -4,17 +4,18 @@ energy, of each engine, and of a whole proof of concept.
     python benchmarks/gpu/all.py                        measure, record, write the pages
     python benchmarks/gpu/all.py --minutes 8            stop after 8 minutes; the same command continues
     python benchmarks/gpu/all.py --only steps poc       these pieces only: steps, engines, poc
+    python benchmarks/gpu/all.py --plans 1              the first plan of each job only, as a rehearsal
     python benchmarks/gpu/all.py --page                 the page from the records only
     python benchmarks/gpu/all.py --contribute FILE      pack the records of this card, to send to others
 
 It needs no network. Each measurement is a line of benchmarks/records/gpu.jsonl as soon as it ends, so that a
 killed run loses at most one; what this card, torch and memfit have a line for is not measured again
-(--again does), what failed is tried again after all others. A measurement that takes over 8 minutes has
-failed. Predictions are made before the step runs, once from the catalog's figures for the card and
-once after its operators were timed. Training runs in a process of its own (memfit's worker): allocated and
-reserved bytes are those of torch's allocator, device memory is what the driver counts on the card less what
-was used before, so nothing else may run there. On a device that is no GPU this is a rehearsal with small
-sizes: its lines are marked "simulated" and stay out of the page.
+(--again does), what failed is tried again after all others, what memfit refuses is not. A measurement that
+takes over 8 minutes has failed. Predictions are made before the step runs, once from the catalog's figures
+for the card and once after its operators were timed. Training runs in a process of its own (memfit's worker):
+allocated and reserved bytes are those of torch's allocator, device memory is what the driver counts on the
+card less what was used before, so nothing else may run there. On a device that is no GPU this is a rehearsal
+with small sizes: its lines are marked "simulated" and stay out of the page.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import functools
 import json
 import statistics
 import subprocess
@@ -38,7 +40,7 @@ from memfit.runtime.devices import accelerator_kind
 from memfit.runtime.local_machine import this_machine
 from memfit.store.environment import fingerprint
 from memfit.techniques.registry import make_use
-from memfit.types.errors import MemfitError
+from memfit.types.errors import MemfitError, UserError
 from memfit.types.job import JobRef
 from memfit.types.plan import Plan, Use
 from memfit.types.result import Measurement, OutcomeKind
@@ -116,22 +118,27 @@ def main() -> int:
     }
     deadline = time.monotonic() + options.minutes * 60 if options.minutes else float("inf")
     left = 0
-    for case in _unmeasured(cases(options.only, simulated=simulated), about, lines, again=options.again):
+    chosen = list(cases(options.only, simulated=simulated, plans=options.plans))
+    for case in _unmeasured(iter(chosen), about, lines, again=options.again):
         if time.monotonic() > deadline:
             left += 1
             continue
         line = {**about, "piece": case.piece, "name": case.name}
         try:
             line |= case.measure()
+        except UserError as error:  # what cannot be run here: another attempt would end so, too
+            line["outcome"] = f"refused: {str(error)[:200]}"
         except (MemfitError, RuntimeError, OSError, ValueError, subprocess.TimeoutExpired) as error:
             line["error"] = f"{type(error).__name__}: {str(error)[:200]}"
         line["created"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         append(options.records, line)
         lines.append(line)
-        print(f"{case.piece}: {case.name}: {line.get('error', 'done')}", flush=True)
+        print(f"{case.piece}: {case.name}: {line.get('error') or line.get('outcome', 'done')}", flush=True)
     target.write_text(page(lines), encoding="utf-8")
     if left:
         print(f"{left} measurements are left; the same command continues")
+    if others := {c.name for c in cases(options.only, simulated=simulated)} - {c.name for c in chosen}:
+        print(f"--plans {options.plans} leaves out {len(others)} measurements of further plans")
     return 0
 
 
@@ -147,9 +154,10 @@ def _unmeasured(
     return new + [c for key, c in keyed.items() if not again and failed.get(key)]
 
 
-def cases(only: Sequence[str] | None, *, simulated: bool) -> Iterator[Case]:
-    """Yield the cases of the pieces ``only`` (None: all), the most important first."""
-    pieces = {"steps": _steps, "poc": _poc, "engines": _engines}
+def cases(only: Sequence[str] | None, *, simulated: bool, plans: int | None = None) -> Iterator[Case]:
+    """Yield the cases of the pieces ``only`` (None: all), the most important first. ``plans``: of each job's
+    plans in the piece "steps", only so many."""
+    pieces = {"steps": functools.partial(_steps, plans=plans), "poc": _poc, "engines": _engines}
     for name, piece in pieces.items():
         if not only or name in only:
             yield from piece(simulated=simulated)
@@ -158,14 +166,14 @@ def cases(only: Sequence[str] | None, *, simulated: bool) -> Iterator[Case]:
 # -- steps ------------------------------------------------------------------------------------------
 
 
-def _steps(*, simulated: bool) -> Iterator[Case]:
-    for spec, size, batch, small_batch, plans in JOBS:
+def _steps(*, simulated: bool, plans: int | None) -> Iterator[Case]:
+    for spec, size, batch, small_batch, of_job in JOBS:
         if ".py:" in spec:
             ref = JobRef(spec=str(_HERE / spec) + "_rehearsal" * simulated)
         else:
             ref = JobRef(spec=spec, size=None if simulated else size or None, batch=small_batch)
             ref = ref if simulated else dataclasses.replace(ref, batch=batch)
-        for uses in plans:
+        for uses in of_job[:plans]:
             plan = Plan(uses=uses)
             name = f"{Path(ref.spec).name} {ref.size or ''} {plan.label}"
             label = " ".join(name.split())
@@ -358,6 +366,7 @@ def _both(pair: Sequence[float | None] | None, unit: int) -> str:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=("steps", "poc", "engines"), help="these pieces")
+    parser.add_argument("--plans", type=int, metavar="N", help="only the first N plans of each job")
     parser.add_argument("--minutes", type=float, default=0.0, help="begin nothing after so many minutes")
     parser.add_argument("--again", action="store_true", help="also measure what has a line already")
     parser.add_argument("--page", action="store_true", help="write the page from the records only")

@@ -74,6 +74,11 @@ def test_doctor_shows_each_device_with_its_memory(memfit_on_device: Command) -> 
     for name in ("sim:0", "sim:1"):
         assert checks[name]["ok"]
         assert f"{NAME}: 512 MiB" in checks[name]["detail"]
+    engines = {check["name"]: check["detail"] for check in json.loads(result.stdout)["engines"]}
+    assert ", not tried on sim devices: " in engines["native"]
+    assert "sim" not in engines["replay"]
+    if not ENGINES["megatron"].probe().problem:
+        assert ", trains on the processor, not on sim devices: " in engines["megatron"]
 
 
 def test_plan_is_for_the_accelerator_and_says_so(job: str, memfit_on_device: Command) -> None:

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 from child_ranks import run_script
 
+from memfit.types.errors import UserError
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu" / "all.py"
 _ON_DEVICE = Path(__file__).with_name("on_the_device.py")
 _LIMIT_S = 240.0
@@ -98,7 +100,7 @@ def benchmark(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType
     measures = {"fails": fail, "hangs": hang, "succeeds": lambda: {"values": {}}}
     cases = [module.Case(piece="steps", name=n, measure=m) for n, m in measures.items()]
     monkeypatch.setattr(module, "accelerator_kind", lambda: "sim")
-    monkeypatch.setattr(module, "cases", lambda only, simulated: iter(cases))
+    monkeypatch.setattr(module, "cases", lambda only, simulated, plans=None: iter(cases))
     return module
 
 
@@ -137,6 +139,33 @@ def test_an_incomplete_last_line_is_left_out_and_measured_again(
     texts = records.read_text().splitlines()
     assert texts[:3] == [*whole[:2], whole[2][:20]]
     assert [json.loads(text)["name"] for text in texts[3:]] == ["succeeds", "fails", "hangs"]
+
+
+def test_what_is_refused_is_an_outcome_that_is_not_tried_again(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse() -> dict[str, Any]:
+        raise UserError("engine megatron cannot train on devices of the kind 'sim'")
+
+    cases = [benchmark.Case(piece="engines", name="megatron", measure=refuse)]
+    monkeypatch.setattr(benchmark, "cases", lambda only, simulated, plans=None: iter(cases))
+    for _ in range(2):
+        run(benchmark, monkeypatch, tmp_path / "records.jsonl")
+    (line,) = lines(tmp_path / "records.jsonl")
+    assert line["outcome"].startswith("refused: engine megatron cannot train")
+
+
+def test_a_shorter_rehearsal_has_every_job_and_says_what_it_leaves_out(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(script, "accelerator_kind", lambda: "sim")
+    monkeypatch.setattr(script, "step", lambda *args, **options: {"values": {}})
+    run(script, monkeypatch, tmp_path / "records.jsonl", "--only", "steps", "--plans", "1")
+    names = [line["name"] for line in lines(tmp_path / "records.jsonl")]
+    all_names = {case.name for case in script.cases(["steps"], simulated=True)}
+    assert {name.removesuffix(" plain") for name in names} == {name.split()[0] for name in all_names}
+    left_out = len(all_names) - len(names)
+    assert f"--plans 1 leaves out {left_out} measurements of further plans" in capsys.readouterr().out
 
 
 def test_no_two_measurements_have_one_name(script: ModuleType) -> None:

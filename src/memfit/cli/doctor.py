@@ -361,15 +361,23 @@ def _technique(name: str, summary: str, failed_checks: Sequence[Check]) -> Check
 def engines() -> Iterator[Check]:
     """Yield one check for each engine. It fails if something keeps the engine from running here; ``fix`` is
     then the command that would help. The detail is what keeps it from running, otherwise its installed
-    version, followed by what the engine is."""
+    version, followed by what the engine is. On a machine with accelerators it says which engines cannot train
+    on them, and which memfit has not run on this kind."""
     from memfit.engines.registry import ENGINES
+    from memfit.engines.replay import ENGINE as REPLAY
+    from memfit.runtime.devices import accelerator_kind
+    from memfit.types.device_kind import device_kind
 
+    kind = accelerator_kind() if torch_check().ok else ""
     for engine in ENGINES.values():
         probe = engine.probe()
-        detail = probe.problem or probe.version
-        yield Check(
-            name=engine.name, ok=not probe.problem, detail=f"{detail}: {engine.summary}", fix=probe.fix
-        )
+        problem, detail = probe.problem, probe.problem or probe.version
+        if kind and not problem and engine.cuda_only and not device_kind(kind).runs_cuda:
+            problem = f"trains on the processor, not on {kind} devices"
+            detail = f"{probe.version}, {problem}"
+        elif kind and not problem and kind not in engine.tried_on and engine is not REPLAY:
+            detail += f", not tried on {kind} devices"
+        yield Check(name=engine.name, ok=not problem, detail=f"{detail}: {engine.summary}", fix=probe.fix)
 
 
 def files(store: StoreOptions) -> Iterator[Check]:
