@@ -602,13 +602,13 @@ def test_gradient_accumulation_that_is_excluded_is_in_no_grid() -> None:
 def test_a_technique_that_cannot_be_traced_does_not_end_the_search(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    inner = BlockTracer._traced
+    inner = BlockTracer._trace_blocks
 
     def fails(self: BlockTracer, key: Any) -> Any:
         chunked = any(u.technique == "activation-checkpointing" and key.tensor > 1 for u in key.uses)
         return "no such operator" if chunked else inner(self, key)
 
-    monkeypatch.setattr(BlockTracer, "_traced", fails)
+    monkeypatch.setattr(BlockTracer, "_trace_blocks", fails)
     on, small = machine("2xL4"), shared_job(8, 3)
     alone = BlockTracer(small, "cuda")  # shares no traces with other searches
     monkeypatch.setattr(multi_device_predictor, "BlockTracer", lambda job, device: alone)
