@@ -120,7 +120,7 @@ def test_concurrent_writers_lose_no_records(tmp_path: Path) -> None:
 def test_initialising_an_existing_store_again_changes_nothing(store: Store) -> None:
     record = store.append("poc", "run", {})
     with store._connection() as connection:
-        store._lay_out(connection)
+        store._create_tables(connection)
     assert store.records() == (record,)
 
 
