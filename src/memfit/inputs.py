@@ -96,7 +96,7 @@ def job_of(
         workers=workers or 0,
     )
     module = model if isinstance(model, torch.nn.Module) else fake_model(guard_job(job, _MINE))
-    loss_function = loss_of(loss, inspect.signature(module.forward))
+    loss_function = loss_of(loss, _signature(module.forward))
     return guard_job(dataclasses.replace(job, loss=loss_function), _MINE)
 
 
@@ -198,6 +198,19 @@ def _parameters(function: Any) -> list[str]:
         return list(inspect.signature(function).parameters)
     except (TypeError, ValueError):  # built-in functions have no signature
         return []
+
+
+def _signature(forward: Any) -> inspect.Signature:
+    """Return the signature of a model's forward. That of a traced TorchScript module is in its schema."""
+    try:
+        return inspect.signature(forward)
+    except ValueError:
+        schema = getattr(forward, "schema", None)
+        if schema is None:
+            raise
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    names = [a.name for a in schema.arguments if a.name != "self"]
+    return inspect.Signature([inspect.Parameter(name, kind) for name in names])
 
 
 def _target(batch: Any) -> Any:

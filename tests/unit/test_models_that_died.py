@@ -421,3 +421,77 @@ def test_a_failure_on_fake_tensors_is_reported_with_its_first_line() -> None:
         memfit.estimate(
             Blocks, torch.rand(8, 64), loss=lambda m, x: squares(lambda y: OnlyHere.apply(m(y)), x)
         )
+
+
+# -- modules and tensors of other kinds ----------------------------------------------------------------------
+
+
+def _layers() -> nn.Module:
+    return nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 1))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_modules_that_torch_jit_traced_are_predicted_whole_and_as_parts() -> None:
+    batch = torch.randn(128, 64)
+    traced = torch.jit.trace(_layers(), torch.randn(2, 64))
+    whole = memfit.estimate(traced, batch, machine="this:cpu").allocated_bytes
+    scripted = memfit.estimate(torch.jit.script(_layers()), batch, machine="this:cpu").allocated_bytes
+    assert whole == scripted
+    part = nn.Sequential(torch.jit.trace(nn.Linear(64, 256), torch.randn(2, 64)), nn.Linear(256, 1))
+    plain = nn.Sequential(nn.Linear(64, 256), nn.Linear(256, 1))
+    peaks = [memfit.estimate(m, batch, machine="this:cpu").allocated_bytes.value for m in (part, plain)]
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.01)
+
+
+def _jagged() -> torch.Tensor:
+    return torch.nested.nested_tensor([torch.randn(5, 64), torch.randn(9, 64)], layout=torch.jagged)
+
+
+def _of_jagged(model: nn.Module, batch: Any) -> torch.Tensor:
+    return model(batch[0]).values().square().mean()
+
+
+def _makes_jagged(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    rows = torch.nested.nested_tensor([batch[:2], batch[2:]], layout=torch.jagged)
+    return model(rows).values().square().mean()
+
+
+LINKS = torch.eye(50).to_sparse()
+
+
+class Graph(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("links", LINKS)
+        self.inner = nn.Linear(64, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.links @ self.inner(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "loss", "message"),
+    [
+        (lambda: nn.Linear(64, 64), (_jagged(),), _of_jagged, "nested tensor"),
+        (lambda: nn.Linear(64, 64), torch.randn(8, 64), _makes_jagged, "nested tensor"),
+        (nn.Sequential(nn.LazyLinear(8)), torch.randn(8, 64), None, "lazy module"),
+        (lambda: nn.Sequential(nn.LazyBatchNorm1d(affine=False)), torch.randn(8, 64), None, "lazy module"),
+        (Graph(), torch.randn(50, 64), None, "sparse_coo tensor that it did not make"),
+        (Graph, torch.randn(50, 64), None, "sparse_coo tensor that it did not make"),
+    ],
+    ids=[
+        "jagged batch",
+        "jagged in the loss",
+        "lazy",
+        "lazy buffers",
+        "sparse buffer",
+        "built sparse buffer",
+    ],
+)
+def test_tensors_that_cannot_be_traced_are_refused_in_one_line(
+    model: Any, batch: Any, loss: Any, message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        memfit.estimate(model, batch, loss=loss, machine="this:cpu")
+    assert "\n" not in str(caught.value)
+    assert "allowed" in str(caught.value)

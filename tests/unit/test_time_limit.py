@@ -299,6 +299,18 @@ def test_that_nothing_fits_is_not_claimed_of_plans_that_were_not_looked_at(
     assert "--within" not in str(complete.value)
 
 
+@pytest.mark.parametrize("micro_batch", [1, 4])
+def test_a_cut_search_with_a_micro_batch_traces_a_plan_that_has_it(
+    micro_batch: int, question: Callable[..., Request]
+) -> None:
+    """It used to end with a traceback, as only plain training had been traced."""
+    bounds = Bounds(micro_batch=micro_batch, without=(*FEW, "activation-checkpointing"))
+    with pytest.raises(NothingFits, match=f"gradient-accumulation.*{8 // micro_batch}.*ended the search"):
+        search.search(
+            question(cap_bytes=2**20, within_s=1e-6, bounds=bounds, accuracy=Accuracy.ROUNDING), quiet
+        )
+
+
 def test_a_cut_search_for_which_another_cap_is_asked_answers_from_what_it_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -412,6 +412,8 @@ def same_strides(call: Any, args: list[Any]) -> tuple[torch.Tensor, ...]:
         ((2, 8, 12, 12, 12), (8, 8, 3, 3, 3), 1, 1),
         ((2, 64, 200), (64, 64, 5), 1, 2),
         ((1, 8, 30, 30), (8, 8, 3, 3), 1, 1),
+        ((1, 16, 8, 16, 16), (16, 16, 3, 3, 3), 1, 1),  # a single volume, which torch takes for small
+        ((1, 12, 6, 20, 36), (12, 12, 3, 3, 3), 1, 1),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -427,7 +427,8 @@ def _unfolded(convolution: _Convolution, threads: int) -> int:
         (convolution.out, convolution.x) if convolution.transposed else (convolution.x, convolution.out)
     )
     sample_elements = source[1] * kernel * math.prod(positions[2:])
-    is_small = convolution.x[0] == 1 and math.prod(convolution.x) <= _SMALL_INPUT
+    # of a volume, torch multiplies the first four sizes only
+    is_small = convolution.x[0] == 1 and math.prod(convolution.x[:4]) <= _SMALL_INPUT
     if convolution.dtype != "float32" or kernel == 1 or is_small:
         return convolution.x[0] * sample_elements
     min_channels = int(min(convolution.x[1], convolution.out[1]))

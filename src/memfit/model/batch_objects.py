@@ -13,6 +13,9 @@ from torch.utils import _pytree
 
 from memfit.types.errors import UserError
 
+NESTED_GIVEN = "the step uses a nested tensor, whose sizes differ from row to row"
+NESTED_ALLOWED = "padded tensors, with a mask or the lengths"
+
 
 def batch_tensors(batch: Any) -> list[torch.Tensor]:
     """Return every tensor of the batch: in nested mappings, tuples and lists, and in attributes of objects
@@ -73,9 +76,11 @@ def batch_length(batch: Any) -> int:
     dimension of the batch's first tensor with dimensions. If every tensor is in a list, it is the length of
     the first list of mappings or tuples whose tensors differ in size, such as a list of targets.
 
-    Raises UserError if the batch contains no tensor with dimensions.
+    Raises UserError if the batch contains no tensor with dimensions, or a nested tensor.
     """
     tensors = [t for t in batch_tensors(batch) if t.dim() > 0]
+    if any(t.is_nested for t in tensors):
+        raise UserError(NESTED_GIVEN, allowed=NESTED_ALLOWED)
     if not tensors:
         raise UserError(
             "the job's batch contains no tensor with at least one dimension",

@@ -109,7 +109,7 @@ def _kind(module: torch.nn.Module) -> type:
     """Return the module's class, for wrappers (checkpoint_wrapper, torch.compile) that of the module inside,
     and without the mixin that fully_shard adds."""
     for name in ("_checkpoint_wrapped_module", "_orig_mod"):
-        module = module._modules.get(name) or module
+        module = dict(module._modules).get(name) or module
     kind = type(module)
     while any(base.__name__ == "FSDPModule" for base in kind.__bases__):
         kind = kind.__bases__[-1]

@@ -280,7 +280,8 @@ def _estimates_in_time(
 
     If none of them fits, more are traced until one does, however long that takes: the best of those whose
     sketch fits; the one that needs the least memory by its sketch; and of the plans without a sketch the
-    simplest with activation checkpointing, and with chunking, too, which save the most as a rule.
+    simplest with activation checkpointing, and with chunking, too, which save the most as a rule. If a
+    micro-batch is requested, which plain training may not have, the simplest other plan comes before these.
     """
     traced_plans = {plan for plan, _ in predictor.traces}
     estimates = {e.plan: e for e in predictor.whole_in_time(p for p in all_plans if p in traced_plans)}
@@ -289,10 +290,11 @@ def _estimates_in_time(
     needs = memory_cap(cap_bytes, request.machine, request.engine).needs
     fitting = lowest_score_first(filter(meets_limits, sketches), request.goal)
     smallest = sorted(sketches, key=lambda e: (needs(e), e.plan.fingerprint))
-    sketched = {e.plan for e in sketches}
+    excluded = {plain_plan, *(e.plan for e in sketches)}
     chosen = [e.plan for e in (*fitting[:1], *smallest[:1])]
-    for wanted in _SAVING_MOST:
-        with_these = [p for p in all_plans if p not in sketched and wanted <= p.techniques]
+    requested: list[set[str]] = [set()] if request.bounds.micro_batch else []
+    for wanted in (*requested, *_SAVING_MOST):
+        with_these = [p for p in all_plans if p not in excluded and wanted <= p.techniques]
         chosen += sorted(with_these, key=effect_then_size_key)[:1]
     for plan in chosen:
         if not any(map(meets_limits, estimates.values())):

@@ -10,8 +10,12 @@ from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
+
+from memfit.model.batch_objects import NESTED_ALLOWED, NESTED_GIVEN
+from memfit.types.errors import UserError
 
 
 class FakeCopies(TorchFunctionMode):
@@ -59,6 +63,28 @@ def script_modules_loaded(fake: FakeTensorMode) -> Iterator[None]:
             save(*args, **kwargs)
 
     with mock.patch.object(torch.jit, "load", loaded), mock.patch.object(torch.jit, "save", saved):
+        yield
+
+
+@contextlib.contextmanager
+def unsupported_tensors_refused() -> Iterator[None]:
+    """Let tensors of which no fake ones can be made raise UserError inside this context: parameters and
+    buffers without a shape, as lazy modules have them before their first forward pass, and jagged tensors."""
+
+    def refuse_lazy(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        raise UserError(
+            "the model has a lazy module, such as nn.LazyLinear, whose parameters have no shape before its "
+            "first forward pass",
+            allowed="modules with all their sizes, such as nn.Linear(in_features, out_features)",
+        )
+
+    def refuse_jagged(*args: Any, **kwargs: Any) -> Any:
+        raise UserError(NESTED_GIVEN, allowed=NESTED_ALLOWED)
+
+    with contextlib.ExitStack() as stack:
+        for kind in (UninitializedParameter, UninitializedBuffer):
+            stack.enter_context(mock.patch.object(kind, "__new__", refuse_lazy))
+        stack.enter_context(mock.patch.object(FakeTensorMode, "create_symbolic_nested_int", refuse_jagged))
         yield
 
 

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import conv_flop_count, flop_registry
 from memfit.techniques.recompute.op_numbering import written_tensors
 from memfit.trace.data_dependent import Guesses
 from memfit.trace.signature import describe, dtype_name, moved_bytes
+from memfit.types.errors import UserError
 from memfit.types.trace import OpCall, Phase
 
 
@@ -382,8 +383,14 @@ class OperatorCall:
 def key(value: Any) -> Any:
     """Return a hashable key of an argument or of several. It is equal for tensors of equal shape, stride,
     dtype, device, conjugation and storage size, and for equal plain values: those of the same type whose
-    texts are equal."""
+    texts are equal. Raises UserError for a tensor that is not dense."""
     kind = type(value)
+    if isinstance(value, torch.Tensor) and value.layout is not torch.strided:
+        raise UserError(
+            f"the step reads a {str(value.layout)[6:]} tensor that it did not make, such as a buffer of the "
+            "model or a part of the batch",
+            allowed="dense tensors, of which the step may make a sparse one by torch.sparse_coo_tensor",
+        )
     if kind is FakeTensor:  # whose ``device`` would be another call of the dispatcher
         return (
             value.shape,

@@ -32,7 +32,7 @@ from memfit.trace.allocation_recorder import AllocationRecorder
 from memfit.trace.concrete_values import MOST_ELEMENTS
 from memfit.trace.data_dependent import Guesses
 from memfit.trace.device_kernels import use_device_kernels
-from memfit.trace.fake_copy import script_modules_loaded
+from memfit.trace.fake_copy import script_modules_loaded, unsupported_tensors_refused
 from memfit.trace.fake_process_group import (
     GlooScratch,
     fake_ranks,
@@ -462,6 +462,7 @@ def fake_patches(fake: FakeTensorMode) -> Iterator[None]:
         # pin_memory does nothing: fake tensors cannot be pinned, and pinned memory counts as host memory.
         stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", lambda self, *a, **k: self))
         stack.enter_context(script_modules_loaded(fake))
+        stack.enter_context(unsupported_tensors_refused())
         yield
 
 
