@@ -596,6 +596,15 @@ def test_a_sum_of_losses_keeps_every_graph(tmp_path: Path) -> None:
     assert "nodes of autograd's graph" in note
 
 
+def test_a_cache_that_is_filled_before_the_forward_pass_grows(tmp_path: Path) -> None:
+    text = _GROWING.format(before="cache = {}", arguments="", after="pass").replace(
+        "out = model(", "cache[step] = torch.ones(128, 64)\n    out = model(0 * cache[step] + "
+    )
+    answer = _estimated(tmp_path / "caches.py", text)
+    assert answer.growth_bytes == _BATCH_BYTES
+    assert any("caches.py:9 makes" in note for note in answer.notes)
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -663,6 +672,34 @@ def test_batches_of_worker_processes_are_in_the_needed_memory(
     main(["estimate", "--on", "this:cpu", "--json", "--", sys.executable, "workers.py"])
     script = json.loads(capsys.readouterr().out)["script"]
     assert script["needed_bytes"] > answer.shared_bytes + _peak_bytes(answer)
+
+
+@_counts
+@pytest.mark.parametrize("kind", ["GRU", "LSTM"])
+def test_packed_sequences_of_the_loader_reach_a_recurrent_layer(kind: str, tmp_path: Path) -> None:
+    """Their batch sizes had become fake, and the layer failed where it reads them."""
+    text = f"""
+        import torch
+        from torch import nn
+        from torch.nn.utils import rnn
+        torch.manual_seed(0)
+        rows = [torch.randn(20 + 9 * i, 16) for i in range(8)]
+        pack = lambda batch: rnn.pack_sequence(batch, enforce_sorted=False)
+        loader = torch.utils.data.DataLoader(rows, batch_size=8, collate_fn=pack)
+        layer, head = nn.{kind}(16, 64, bidirectional=True), nn.Linear(128, 4)
+        optimizer = torch.optim.Adam([*layer.parameters(), *head.parameters()])
+        for epoch in range(4):
+            for packed in loader:
+                out, lengths = rnn.pad_packed_sequence(layer(packed)[0])
+                loss = head(out.sum(0) / lengths[:, None]).square().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        """
+    answer = _estimated(tmp_path / "packs.py", text)
+    script = _public("packs", f"python {tmp_path}/packs.py")
+    measured = measure(script, tmp_path, tmp_path, repeats=1)
+    assert _peak_bytes(answer) == pytest.approx(measured["peak_bytes"], rel=0.02)
 
 
 # -- errors -------------------------------------------------------------------------------------------

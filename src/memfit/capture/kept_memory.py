@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import itertools
+import statistics
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -17,21 +18,17 @@ from memfit.types.trace import Category, rounded
 NOWHERE = "nowhere"  # the memory pool of tensors that are not counted
 _Kind = TypeVar("_Kind")
 _LEAST_BYTES = 4096  # of growth per step; numbers that are collected take less
-_ENDS, _MOST_ENDS = 4, 12  # ends of steps that are compared, and that are looked at
+_ENDS, _MOST_ENDS = 4, 12  # ends of steps that are compared, after the first, and that are looked at
 _ALIKE_RATIO = 0.25
 _MODEL = frozenset({Category.PARAMETER, Category.GRADIENT, Category.OPTIMIZER_STATE, Category.EMA})
 
 
 class KeptMemory:
     """What a script has, at the end of a step, of the steps before. A tensor may rightly live until the next
-    step. What grows from each end of a step to the next, four in a row, is collected.
-
-    It begins with the training: what is alive then is not looked at.
-    """
+    step. What grows from each end of a step to the next, four in a row after the first, is collected."""
 
     def __init__(self, recorder: AllocationRecorder) -> None:
         self._recorder = recorder
-        self._begin_clock = recorder.clock
         self._sizes: list[Counter[str]] = []  # bytes by line, at each end of a step
         self._nodes: list[int] = []  # of the graphs of earlier steps, at each end of a step
         self._first_node = newest_node() + 1  # of the step that runs
@@ -43,11 +40,12 @@ class KeptMemory:
             return
         sizes, recent = Counter[str](), set[str]()
         for life in self._recorder.lives:
-            is_counted = life.end is None and life.start >= self._begin_clock and life.category not in _MODEL
-            if is_counted and life.memory_pool != NOWHERE and life.step < self._recorder.step:
-                sizes[life.line] += life.pieces * rounded(life.size_bytes, self._recorder.device)
-            elif is_counted:
+            if life.end is not None or life.category in _MODEL or life.memory_pool == NOWHERE:
+                continue
+            if life.step == self._recorder.step:
                 recent.add(life.line)
+            else:
+                sizes[life.line] += life.pieces * rounded(life.size_bytes, self._recorder.device)
         if len(self._sizes) == 1:  # what is made once, such as a table, is not collected
             sizes = Counter({line: size for line, size in sizes.items() if line in recent})
         self._sizes.append(sizes)
@@ -56,24 +54,24 @@ class KeptMemory:
 
     def rates(self) -> Counter[str]:
         """Return line -> bytes by which what it made grows with each step, so far."""
-        recent = self._sizes[-_ENDS:]
-        rates = {line: _least_rise(sizes[line] for sizes in recent) for line in recent[-1]} if recent else {}
+        ends = self._sizes[1:][-_ENDS:]
+        rates = {line: _rise([sizes[line] for sizes in ends]) for line in ends[-1]} if ends else {}
         return Counter({line: rate for line, rate in rates.items() if rate >= _LEAST_BYTES})
 
     @property
     def nodes(self) -> int:
         """By how many nodes the graphs of earlier steps grow with each step, so far."""
-        return _least_rise(self._nodes[-_ENDS:])
+        return _rise(self._nodes[1:][-_ENDS:])
 
     @property
     def needs_steps(self) -> bool:
         """Whether further steps must show whether something is collected."""
-        return 1 < len(self._sizes) < _ENDS and bool(self.rates() or self.nodes)
+        return 1 < len(self._sizes) <= _ENDS and bool(self.rates() or self.nodes)
 
     @property
     def grows(self) -> bool:
         """Whether something is collected."""
-        return len(self._sizes) >= _ENDS and bool(self.rates() or self.nodes)
+        return len(self._sizes) > _ENDS and bool(self.rates() or self.nodes)
 
     def _old_nodes(self) -> int:
         """Return how many nodes of earlier steps can be reached from tensors that are alive, and note which
@@ -105,11 +103,11 @@ class KeptMemory:
         return count
 
 
-def _least_rise(values: Iterable[int]) -> int:
-    """Return the smallest difference of values that follow each other; 0 unless they rise alike: what is kept
-    until the next step only may be larger by chance."""
-    rises = [b - a for a, b in itertools.pairwise(values)]
-    return min(rises) if rises and min(rises) >= max(rises) * _ALIKE_RATIO > 0 else 0
+def _rise(values: Sequence[int]) -> int:
+    """Return the median difference of values that follow each other; 0 unless they rise alike: what is kept
+    until the next step only may be larger by chance. A single value counts as a rise from 0."""
+    rises = [b - a for a, b in itertools.pairwise(values)] or list(values)
+    return int(statistics.median(rises)) if rises and min(rises) >= max(rises) * _ALIKE_RATIO > 0 else 0
 
 
 def existing(kind: type[_Kind]) -> list[_Kind]:

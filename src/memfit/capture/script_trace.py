@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
@@ -130,8 +131,11 @@ class ScriptTrace:
             life.memory_pool = NOWHERE
 
     def as_fake(self, value: Any) -> Any:
-        """Return ``value`` with the real tensors in it replaced by their fake copies."""
-        return map_batch(lambda t: self.twin(t) if is_real(t) else t, value)
+        """Return ``value`` with the real tensors in it replaced by their fake copies, but the batch sizes of
+        packed sequences: recurrent layers read them where no mode sees it."""
+        leaves = _pytree.tree_leaves(value, is_leaf=lambda v: isinstance(v, PackedSequence))
+        kept = {id(leaf.batch_sizes) for leaf in leaves if isinstance(leaf, PackedSequence)}
+        return map_batch(lambda t: self.twin(t) if is_real(t) and id(t) not in kept else t, value)
 
     @contextlib.contextmanager
     def uncounted(self) -> Iterator[None]:

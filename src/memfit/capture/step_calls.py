@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
@@ -111,7 +112,7 @@ class StepCalls:
             )
             return
         is_autocast = torch.is_autocast_enabled("cpu")
-        arguments = _pytree.tree_map(self._stand_in, (args, kwargs))
+        arguments = _pytree.tree_map(self._stand_in, (args, kwargs), is_leaf=_is_packed)
         call = _Call(
             None if model is not None else function,
             arguments,
@@ -149,10 +150,13 @@ class StepCalls:
             self.problem = "the step uses a tensor that was computed before its forward pass"
             return None
         if batch_tensors(value):
-            if any(map(is_fake, batch_tensors(value))):
+            if _is_packed(value):  # its batch sizes must be a tensor, and no stand-in
+                self.problem = "the step passes on packed sequences"
+            elif any(map(is_fake, batch_tensors(value))):
                 self.problem = f"the step passes on a {type(value).__name__} that holds results"
-                return None
-            return self._item(value)
+            else:
+                return self._item(value)
+            return None
         return value
 
     def _item(self, value: Any) -> _Item:
@@ -214,6 +218,10 @@ class StepCalls:
                 results.append(_results(function(*args, **kwargs)))
         loss: torch.Tensor = results[self._loss.call][self._loss.index]
         return loss if loss.numel() == 1 else loss.sum()
+
+
+def _is_packed(value: Any) -> bool:
+    return isinstance(value, PackedSequence)
 
 
 def _results(out: Any) -> list[Any]:
