@@ -42,7 +42,7 @@ from memfit.types.job import Job, JobRef
 from memfit.types.launch import RunSpec
 from memfit.types.plan import Plan
 from memfit.types.result import EndpointDifference, OutcomeKind, PowerStudy, VerdictKind
-from memfit.verify.sensitivity import degraded, endpoint_differences, overall
+from memfit.verify.sensitivity import degrade_run, endpoint_differences, overall
 
 FOLDER = Path(__file__).parent
 RECORDS = FOLDER / "records" / "sensitivity.jsonl"
@@ -146,7 +146,7 @@ def measure(job: Job, protocol: StudyProtocol, arm: str, seed: int) -> dict[str,
         threads=1,
     )
     if arm == "control":
-        spec = degraded(spec, job.negative_control)
+        spec = degrade_run(spec, job.negative_control)
     elif arm == "repetition":
         spec = dataclasses.replace(spec, degraded="last-bit")
     measurement = run(render(spec), on_event=lambda event: None)

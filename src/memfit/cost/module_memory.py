@@ -111,11 +111,11 @@ def largest_modules(rows: Sequence[ModuleMemory], peak_bytes: int) -> tuple[Modu
         else:
             module = row.module if row.module in large else OTHERS
             merged.append(dataclasses.replace(row, module=module, line="", code=""))
-    single += _added(merged)
+    single += _merge_rows(merged)
     return tuple(sorted(single, key=lambda row: (row.module, row.file, row.code)))
 
 
-def _added(rows: Iterable[ModuleMemory]) -> Iterator[ModuleMemory]:
+def _merge_rows(rows: Iterable[ModuleMemory]) -> Iterator[ModuleMemory]:
     for module, sums in module_sums(rows).items():
         columns: dict[str, Any] = dict(sums)
         yield ModuleMemory(module=module, **columns)

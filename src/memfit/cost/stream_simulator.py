@@ -290,7 +290,7 @@ class _Streams:
                 self.exposed += seconds
         elif not op.stream:
             self.idle += max(0.0, start - max(self.free[""], 0.0))
-            seconds += self._slowed(start, seconds)
+            seconds += self._slowdown_s(start, seconds)
         if op.stream == "host":
             start = max(start, self.free[""])
             self.issued = self.free[""] = start + seconds
@@ -299,7 +299,7 @@ class _Streams:
         if self.blocking:
             self.issued = max(self.issued, start + seconds)
 
-    def _slowed(self, start: float, seconds: float) -> float:
+    def _slowdown_s(self, start: float, seconds: float) -> float:
         """Return by how many seconds a kernel, which starts at ``start`` and would take ``seconds`` alone,
         takes longer because collectives run at the same time.
         """

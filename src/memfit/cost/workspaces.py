@@ -407,7 +407,7 @@ def _convolution_bytes(args: list[Any], *, backward: bool, device: str, threads:
         int(
             (
                 reordered_elements * (3 if halves and convolution.backward else 1)
-                + _unfolded(convolution, threads)
+                + _unfolded_elements(convolution, threads)
             )
             * item_bytes
         )
@@ -415,7 +415,7 @@ def _convolution_bytes(args: list[Any], *, backward: bool, device: str, threads:
     )
 
 
-def _unfolded(convolution: _Convolution, threads: int) -> int:
+def _unfolded_elements(convolution: _Convolution, threads: int) -> int:
     """Return the number of elements of the convolution's unfolded input, in which each patch that the kernel
     covers is written out; 0 if the convolution does not unfold its input.
 

@@ -201,26 +201,26 @@ class _Electricity:
             figure = getattr(self.case.money, name)
             row: Fact | None = getattr(self.tariff, name) if self.tariff else None
             if figure is not None:
-                yield self._own(name, _number(name, figure, None, "money"))
+                yield self._add_own_price(name, _number(name, figure, None, "money"))
             elif row is not None and self.tariff is not None:
-                yield self._priced(name, row, self.tariff.currency)
+                yield self._add_catalog_price(name, row, self.tariff.currency)
             elif name == "energy_per_kwh":
-                yield self._priced(name, average, "USD")
+                yield self._add_catalog_price(name, average, "USD")
             else:
                 self.amounts[name] = Amount()
 
-    def _own(self, name: str, number: Term) -> Term:
+    def _add_own_price(self, name: str, number: Term) -> Term:
         self.amounts[name] = Amount(own=number.value or 0.0)
         return number
 
-    def _priced(self, name: str, row: Fact, currency: str) -> Term:
+    def _add_catalog_price(self, name: str, row: Fact, currency: str) -> Term:
         """Return the catalog price ``row``, in ``currency``, as a Term in the currency of the case, and store
         it as an Amount in ``amounts``.
 
         The Amount is in US dollars if the price had to be converted, else in the currency of the case.
         """
         if currency == self.currency.code:
-            return self._own(name, _number(name, None, row, "money"))
+            return self._add_own_price(name, _number(name, None, row, "money"))
         usd = row.value / finance.currency(currency).per_usd.value
         self.amounts[name] = Amount(usd=usd)
         scale = usd * (self.rate.value or 0.0) / row.value if row.value else 0.0

@@ -38,7 +38,7 @@ def interval(
     """
     import numpy
 
-    saved_at, spans = _saving_function(best, reference, terms, numbers), ranged(numbers)
+    saved_at, spans = _saving_function(best, reference, terms, numbers), ranges_of(numbers)
     point = saved_at({})
     if point is None:
         return None
@@ -80,7 +80,7 @@ def tornado(
     Numbers whose effect is only rounding, and those with which the saving is unknown, are left out.
     """
     swings, saved_at = [], _saving_function(best, reference, terms, numbers)
-    for name, span in ranged(numbers).items():
+    for name, span in ranges_of(numbers).items():
         low, high = (saved_at({name: end}) for end in (span.low, span.high))
         if low is None or high is None:
             continue
@@ -108,7 +108,7 @@ def replace_numbers(terms: Terms, values: Mapping[str, Any]) -> Terms:
     return dataclasses.replace(terms, **changes)
 
 
-def ranged(numbers: Sequence[Term]) -> dict[str, Interval]:
+def ranges_of(numbers: Sequence[Term]) -> dict[str, Interval]:
     """Return {name: range} of those of ``numbers`` that the formulas of an option use and whose low end is
     below the high end.
     """

@@ -226,7 +226,7 @@ def _expensive_ends(decision: Decision) -> dict[str, float]:
     end of all others. Numbers without a range are left out, and so are the factors on prices, because the
     pilot's machine has a spread between sellers of its own.
     """
-    spans = monte_carlo.ranged(decision.numbers).items()
+    spans = monte_carlo.ranges_of(decision.numbers).items()
     return {
         name: span.low if name == "utilisation_ratio" else span.high
         for name, span in spans

@@ -104,7 +104,7 @@ def job_content(ref: JobRef, job: Job) -> JobContent | None:
     facts = [_software(), _variables(_OF_LIBRARIES if is_built_in else re.compile(".*")), to_plain(ref)]
     try:
         if is_built_in:
-            return JobContent(digest=digest_of(*facts, _described(plain_fields)), files=None)
+            return JobContent(digest=digest_of(*facts, _digest_values(plain_fields)), files=None)
         with _unchanged_generators():
             return _content_of_files(ref, job, facts)
     except (_UnknownContentError, OSError):
@@ -119,7 +119,7 @@ def _content_of_files(ref: JobRef, job: Job, facts: list[Any]) -> JobContent:
     opened = dict(OPENED_WHILE_LOADING)
     with note_opened_files(opened):
         model = fake_model(job)
-        batches = [_described(job.make_batch(step, 0)) for step in (0, 0, 1)]
+        batches = [_digest_values(job.make_batch(step, 0)) for step in (0, 0, 1)]
     if batches[0] != batches[1]:
         raise _UnknownContentError("the batch differs between calls with the same arguments")
     files = {*_own(opened), *_own_modules(), *_own(map(str, imported_files(ref.spec)))}
@@ -133,7 +133,7 @@ def _content_of_files(ref: JobRef, job: Job, facts: list[Any]) -> JobContent:
         str(Path.cwd()),
         [(file, hashlib.sha256(Path(file).read_bytes()).hexdigest()) for file in statuses],
         batches,
-        _described(
+        _digest_values(
             [
                 job,
                 [(name, type(m), vars(m)) for name, m in model.named_modules()],
@@ -309,7 +309,7 @@ def _values(module: types.ModuleType) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if not name.startswith("__")}
 
 
-def _described(value: Any) -> str:
+def _digest_values(value: Any) -> str:
     """Return a digest of the value and of all that it refers to: numbers, texts, tensors, containers,
     functions with what they enclose, and objects with their attributes. Raises _UnknownContentError if
     something is of a type whose content cannot be read, or if there are too many values."""
@@ -372,7 +372,7 @@ def _head_of_path(value: PurePath) -> tuple[str, Iterable[Any]]:
 @_head.register(set)
 @_head.register(frozenset)
 def _head_of_set(value: Any) -> tuple[str, Iterable[Any]]:
-    return _class_name(type(value)), sorted(map(_described, value))
+    return _class_name(type(value)), sorted(map(_digest_values, value))
 
 
 @_head.register(types.FunctionType)

@@ -97,19 +97,19 @@ def _next_value(runs: Mapping[int, MeasuredSize], prediction: LargestValue) -> i
     if high is not None and len(runs) > _ALTERNATES and len(runs) % 2:
         return (low + high) // 2 // step * step
     used_bytes, points = runs[low].process_bytes, [t for t in prediction.traced if not t.problem]
-    expected = _interpolated(points, low)
+    expected = _expected_bytes_at(points, low)
     ratio = used_bytes / expected if used_bytes and expected else 1.0
     target = low + step
     most = 2 * low if high is None else high - step
     most = most if refused is None else min(most, refused - step)
-    while target < most and _interpolated(points, target) * ratio <= prediction.cap_bytes:
+    while target < most and _expected_bytes_at(points, target) * ratio <= prediction.cap_bytes:
         target += max(step, (most - target) // 2 // step * step)
-    while target > low + step and _interpolated(points, target) * ratio > prediction.cap_bytes:
+    while target > low + step and _expected_bytes_at(points, target) * ratio > prediction.cap_bytes:
         target -= max(step, (target - low) // 8 // step * step)
     return min(max(low + least, target), most)
 
 
-def _interpolated(points: Sequence[TracedSize], value: int) -> float:
+def _expected_bytes_at(points: Sequence[TracedSize], value: int) -> float:
     """Return the expected bytes at ``value``, on the line through the two traced values next to it."""
     if len(points) == 1:
         return points[0].expected_bytes

@@ -92,11 +92,11 @@ class Composer:
         ``uses``: techniques of the grid axis ``inside``, such as recomputation. Raises UserError if the model
         cannot be divided or traced that way.
         """
-        single = self._composed(layout, compute, _traceable(uses), self.vocabulary)
+        single = self._compose(layout, compute, _traceable(uses), self.vocabulary)
         period = next((int(u.settings["every"]) for u in uses if u.technique == _FULL.technique), 1)
         if period > 1:
             other_uses = tuple(u for u in uses if u.technique != _FULL.technique)
-            single = _mix(single, self._composed(layout, compute, other_uses, self.vocabulary), period)
+            single = _mix(single, self._compose(layout, compute, other_uses, self.vocabulary), period)
         return [single, self._twice(single, layout.experts)]
 
     def ends(self, layout: GridLayout, compute: str, uses: Uses) -> list[LayoutCut]:
@@ -107,7 +107,7 @@ class Composer:
         model cannot be divided or traced that way.
         """
         layout = dataclasses.replace(layout, experts=1)  # experts are in the blocks
-        single = self._composed(layout, compute, uses, layout.vocabulary)
+        single = self._compose(layout, compute, uses, layout.vocabulary)
         return [single, self._twice(single, 1)]
 
     @functools.cache  # noqa: B019  lives as long as one search
@@ -159,7 +159,7 @@ class Composer:
         return self.traced.parts(key, self.seconds)
 
     @functools.cache  # noqa: B019
-    def _composed(self, layout: GridLayout, compute: str, uses: Uses, vocabulary: str) -> LayoutCut:
+    def _compose(self, layout: GridLayout, compute: str, uses: Uses, vocabulary: str) -> LayoutCut:
         key = functools.partial(self._key, experts=layout.experts)
         base, plain_parts = self._parts(key(uses=uses)), self._parts(key())
         parts, tensor_travel, context_travel = base, _no_travel(), _no_travel()

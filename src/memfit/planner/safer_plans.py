@@ -176,7 +176,7 @@ class _Search:
         place of others of its slot. The plan is returned unchanged if it proposes none."""
         definition = technique(name)
         settings = next(iter(definition.settings(self.predictor.job_facts)), None)
-        return plan if settings is None else _replaced(plan, make_use(name, settings))
+        return plan if settings is None else _replace_in_slot(plan, make_use(name, settings))
 
     def _within_budget(self) -> list[Plan]:
         """Return the failed plan with optimal-checkpointing, which recomputes as many tensors as it takes to
@@ -188,7 +188,9 @@ class _Search:
         budget_mib = int(tensor_bytes) // MIB
         if budget_mib < 1:
             return []
-        return [_replaced(self.failed, make_use(optimal.OPTIMAL_CHECKPOINTING, {"budget_mib": budget_mib}))]
+        return [
+            _replace_in_slot(self.failed, make_use(optimal.OPTIMAL_CHECKPOINTING, {"budget_mib": budget_mib}))
+        ]
 
     def _with_splits(self, plan: Plan) -> list[Plan]:
         """Return the plan, and it with each larger number of micro-batches, ascending, at least doubling."""
@@ -272,7 +274,7 @@ def _core(plan: Plan) -> Plan:
     return Plan(uses=uses, ranks=plan.ranks)
 
 
-def _replaced(plan: Plan, added: Use) -> Plan:
+def _replace_in_slot(plan: Plan, added: Use) -> Plan:
     """Return the plan with ``added`` in place of techniques of the same slot."""
     slot = technique(added.technique).slot
     others = tuple(u for u in plan.uses if not slot or technique(u.technique).slot != slot)

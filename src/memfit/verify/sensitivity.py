@@ -66,7 +66,7 @@ def overall(kinds: Sequence[VerdictKind]) -> VerdictKind:
     return VerdictKind.EQUIVALENT if is_equivalent else VerdictKind.UNDECIDED
 
 
-def degraded(spec: RunSpec, control: str) -> RunSpec:
+def degrade_run(spec: RunSpec, control: str) -> RunSpec:
     """Return ``spec``, a run of plain training, changed to a run of the negative control ``control``. For
     "half-steps" it has half of the steps, at least one; any other control is applied by the worker.
     """

@@ -63,7 +63,7 @@ from memfit.types.result import (
 )
 from memfit.verify import reproducibility, verdict
 from memfit.verify.aggregate import median_step_s
-from memfit.verify.sensitivity import degraded, judge_pair, judge_study, power_study, with_control
+from memfit.verify.sensitivity import degrade_run, judge_pair, judge_study, power_study, with_control
 from memfit.workflows import reference_machines
 from memfit.workflows.effort import effort
 from memfit.workflows.plan import find_plan
@@ -519,7 +519,7 @@ class _Story:
         plain_spec = baseline_runs[0].spec
         if power_study(self.planning.job, plain_spec) is not None:
             return poc
-        spec = degraded(
+        spec = degrade_run(
             dataclasses.replace(plain_spec, name=CONTROL, role=CONTROL), self.planning.job.negative_control
         )
         if side_by_side is not None:
