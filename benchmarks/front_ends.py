@@ -16,7 +16,7 @@ from pathlib import Path
 from lint_examples import git, remote
 
 from memfit.lint.parse import Setup, read
-from memfit.lint.to_plan import over
+from memfit.lint.to_plan import convert
 
 OUT = Path(__file__).with_suffix(".md")
 KINDS = {"axolotl": "Axolotl", "llamafactory": "LLaMA-Factory", "lightning": "Lightning", "mace": "MACE"}
@@ -39,7 +39,7 @@ def kind(setup: Setup) -> str:
 
 def row(folder: Path, name: str) -> str:
     setup = read([folder / name])
-    found = over(setup)
+    found = convert(setup)
     unknown = [
         n for note in found.left_out if "knows no such" in note.reason for n in note.option.split(", ")
     ]

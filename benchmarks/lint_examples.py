@@ -24,7 +24,7 @@ from pathlib import Path
 
 from memfit.lint.check import CHECKS, Finding, check
 from memfit.lint.parse import KINDS, Setup, read
-from memfit.lint.to_plan import over
+from memfit.lint.to_plan import convert
 from memfit.types.errors import UserError
 
 HERE = Path(__file__).parent
@@ -50,7 +50,7 @@ def linted(folder: Path) -> Checkout:
         except UserError:
             continue
         kinds[kind(setup)] += 1
-        over(setup)  # every example can be read as a plan
+        convert(setup)  # every example can be read as a plan
         findings += [(name, found) for found in check(setup)]
     return Checkout(
         name=remote(folder), commit=git(folder, "rev-parse", "HEAD"), kinds=kinds, findings=tuple(findings)

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
-from memfit.lint.option_schema import like
+from memfit.lint.option_schema import find_similar
 
 ROOT = Path(__file__).parents[1]
 INTO = ROOT / "src/memfit/lint/options"
@@ -328,7 +328,7 @@ def made(library: str, folders: list[Path]) -> tuple[Table, dict[str, Any]]:
         table.accept("", key, spec)
     if library == "trainer":  # of front ends, what could be taken for a slip of the pen
         own = set(by_hand["older"][""].split())
-        table.older[""] = {key for key in table.older[""] if key in own or like(key, now[""])}
+        table.older[""] = {key for key in table.older[""] if key in own or find_similar(key, now[""])}
     return table, by_hand
 
 

@@ -1,7 +1,7 @@
 """memfit fits the training of large models into the memory you have.
 
-The nouns a job of your own needs are here, and predictions for your own code; torch is loaded when the
-first of the latter is asked for.
+This module has the classes with which a job is described, and the functions of `memfit.api`. torch is loaded
+when the first of these functions is accessed.
 """
 
 from __future__ import annotations

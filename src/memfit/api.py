@@ -1,6 +1,7 @@
 """Functions to call in the user's own code: ``memfit.estimate``, ``from_trainer`` and ``assert_fits`` predict
-the memory of a training step; ``apply`` applies a plan to a model in the user's own loop; ``conform``
-compares a prepared model with a plan.
+the memory of a training step; ``largest`` finds the largest batch or other size that fits; ``apply`` applies
+a plan to a model in the user's own loop; ``conform`` compares a prepared model with a plan; ``watch`` records
+a training, and ``next_plan`` chooses a safer plan after it ran out of memory.
 
 ::
 
@@ -157,9 +158,10 @@ class Prediction:
 
     @property
     def needed_bytes(self) -> int:
-        """The bytes that `fits` compares with ``cap_bytes``. On an accelerator, this is the upper end of
-        ``device_bytes``, or if that is None, ``reserved_bytes`` plus 1 GiB. On a CPU, these are the tensors
-        plus 5 % and 2 MiB, and at least the upper end of ``allocated_bytes``."""
+        """The bytes that `fits` compares with ``cap_bytes``. On a CPU, these are the tensors plus 5 % and
+        2 MiB, and at least the upper end of ``allocated_bytes`` plus 2 MiB. On an accelerator of this
+        machine, it is the upper end of ``reserved_bytes``. On another accelerator, it is the upper end of
+        ``device_bytes`` or, if that is None, ``reserved_bytes`` plus 1 GiB."""
         return needed_bytes(self.estimate, self.machine)
 
     @property
@@ -317,7 +319,8 @@ def estimate(  # noqa: PLR0913
     of tensors, an object with ``.to()`` that holds tensors, or a function that makes one of these. ``loss``:
     ``loss(model, batch)``, ``loss(output, batch)`` or ``loss(output, target)``; by default the loss that the
     model returns, else the mean of its output. ``optimizer``: "adamw", "adam", "sgd" or "adafactor", an
-    optimizer of this model, or a function of parameters; by default AdamW.
+    import path such as "torch.optim:Muon", an optimizer of this model, or a function of parameters; by
+    default AdamW.
 
     ``plan``: a Plan, ``{"activation-checkpointing": {}}``, the name of a technique, YAML text, or the path of
     a YAML file; by default plain training. A mapping, text or name of techniques for several ranks that does
@@ -341,11 +344,13 @@ def estimate(  # noqa: PLR0913
     job = job_of(
         model, batch, loss=loss, optimizer=optimizer, bound=bound, ema=ema, clip=clip, workers=workers
     )
-    target = _with_host(machine_of(machine), host_memory)
+    target = machine_of(machine)
+    if host_memory is not None:
+        target = with_host_memory(target, _bytes(host_memory))
     facts = JobFacts(batch_size=job.batch_size, block_count=0, vocabulary=0, device_kind=target.device.kind)
     predictor = Predictor(job=job, machine=target, job_facts=facts)
     return Prediction(
-        estimate=_priced(predictor, _plan_on(plan, target), probe),
+        estimate=_predict(predictor, _plan_on(plan, target), probe),
         job=job,
         machine=target,
         cap_bytes=int(target.device.memory_bytes.value),
@@ -354,10 +359,8 @@ def estimate(  # noqa: PLR0913
     )
 
 
-def _with_host(machine: Machine, memory: str | int | None) -> Machine:
-    if memory is None:
-        return machine
-    return with_host_memory(machine, parse_bytes(memory) if isinstance(memory, str) else memory)
+def _bytes(memory: str | int) -> int:
+    return parse_bytes(memory) if isinstance(memory, str) else memory
 
 
 def _plan_on(plan: Any, machine: Machine) -> Plan:
@@ -369,14 +372,16 @@ def _of_several(plan: Plan) -> list[str]:
     return [u.technique for u in plan.uses if u.technique in SEVERAL]
 
 
-def _priced(predictor: Predictor, plan: Plan, probe: bool) -> Estimate:
+def _predict(predictor: Predictor, plan: Plan, probe: bool) -> Estimate:
     """Return the plan's estimate. With ``probe``, sizes that depend on computed values are computed with the
     model's weights if the step is small enough (`real_weights`), and on this machine the workspaces of
     kernels that could move the peak are measured first. Raises UserError if the step cannot be traced."""
     try:
         if not probe:
             return predictor.whole(plan)
-        with offer_weights(_weights(predictor.job)):
+        job, most_bytes = predictor.job, _FREE_RATIO * local_machine.free_bytes()
+        source = WeightsSource(lambda: build_weights(job.build_model), _MOST_COMPUTED_FLOPS, most_bytes)
+        with offer_weights(source):
             if predictor.machine.is_here and predictor.machine.device.is_host:
                 probe_workspaces(predictor, plan)
             return predictor.whole(plan)
@@ -387,12 +392,6 @@ def _priced(predictor: Predictor, plan: Plan, probe: bool) -> Estimate:
             hint="if the same step trains without memfit, this is a limitation of memfit; if it fails "
             "there too, correct the step",
         ) from error
-
-
-def _weights(job: Job) -> WeightsSource:
-    return WeightsSource(
-        lambda: build_weights(job.build_model), _MOST_COMPUTED_FLOPS, _FREE_RATIO * local_machine.free_bytes()
-    )
 
 
 def next_plan(
@@ -444,7 +443,7 @@ def from_trainer(
             hint="give ranks=N for a launch of one process per device, as by torchrun --nproc-per-node N",
         )
     setup = setup_of_trainer(trainer, ranks or args.world_size)
-    carried = to_plan.over(setup, of_objects=True)
+    carried = to_plan.convert(setup, of_objects=True)
     plan, optimizer = carried.plan, None
     if not _has_deepspeed_optimizer(trainer):
         names = [u.technique for u in plan.uses if technique(u.technique).slot == "optimizer"]
@@ -509,7 +508,7 @@ def assert_fits(  # noqa: PLR0913
     phase and operator, its largest categories and modules, and a plan that would fit, if one is found among a
     few (not for peaks above 64 GiB). Raises UserError as `estimate` does.
     """
-    cap_bytes = parse_bytes(memory) if isinstance(memory, str) else memory
+    cap_bytes = _bytes(memory)
     prediction = (
         model
         if isinstance(model, Prediction)
@@ -583,7 +582,7 @@ def _smaller(prediction: Prediction) -> Iterator[Prediction]:
             if not proposable(extended_plan):
                 continue
             yield dataclasses.replace(
-                prediction, estimate=_priced(prediction.predictor, extended_plan, prediction.probe)
+                prediction, estimate=_predict(prediction.predictor, extended_plan, prediction.probe)
             )
             plan = extended_plan
 
@@ -616,8 +615,7 @@ def apply(  # noqa: PLR0913
     compared with the plan, as by `memfit.conform`, unless ``conform`` is False.
 
     ``plan``: as in `estimate`; its number of ranks must be the world size of torch.distributed, 1 without.
-    ``optimizer``: a torch optimizer of this model, a function of parameters, "adamw", "adam", "sgd" or
-    "adafactor"; by default AdamW. ``fit.optimizer`` has its groups and learning rates; it is another object
+    ``optimizer``: as in `estimate`. ``fit.optimizer`` has its groups and learning rates; it is another object
     if the plan replaces parameters or the optimizer. ``device``: where to train, such as "cuda:0"; by default
     where the model's parameters are. ``clip``: the largest gradient norm; by default gradients are not
     clipped. ``loss_terms``: returns how many terms the loss of a batch averages, by default its number of
@@ -780,10 +778,10 @@ def largest(  # noqa: PLR0913
     The result's ``value`` is the largest that is safe, or None if none fits; ``safe_next`` is the next
     multiple, which was traced and does not fit; ``expected`` is the largest that fits without memfit's
     margin. With ``measure``, numbers are also trained for three steps each in forked copies of this process,
-    under a hard cap of ``memory``, until one that runs is next to one that runs out of memory: then they are
-    in ``measured``, and ``value`` is the largest that ran. That needs Linux, this machine's processor, a plan
-    with one rank, and ``memory``. Raises UserError as `estimate` does, if the first number cannot be
-    predicted, and if ``measure`` is not possible.
+    under a hard cap of ``memory``, at most twelve times: ``value`` is then the largest that ran each of three
+    times, and ``measured`` also has the next one, a step or 0.1 % larger, which ran out of memory.
+    ``measure`` needs Linux, this machine's processor, a plan with one rank, and ``memory``. Raises UserError
+    as `estimate` does, if the first number cannot be predicted, and if ``measure`` is not possible.
     """
     target, samples = machine_of(machine), batch is not None or isinstance(model, Job)
     settings: dict[str, Any] = {"loss": loss, "optimizer": optimizer, "bound": bound, "clip": clip}
@@ -807,8 +805,7 @@ def largest(  # noqa: PLR0913
     first_job, kind = job_at(start or 1), target.device.kind
     facts = JobFacts(batch_size=first_job.batch_size, block_count=0, vocabulary=0, device_kind=kind)
     predictor = Predictor(job=first_job, machine=target, job_facts=facts)
-    cap_bytes = parse_bytes(memory) if isinstance(memory, str) else memory
-    cap_bytes = cap_bytes or int(target.device.memory_bytes.value)
+    cap_bytes = (None if memory is None else _bytes(memory)) or int(target.device.memory_bytes.value)
     is_cpu_here = target.is_here and target.device.is_host
     if measure and (memory is None or not is_cpu_here):
         raise UserError(
@@ -832,12 +829,12 @@ def largest(  # noqa: PLR0913
     )
     if not measure:
         return answer
-    return with_boundary(lambda value: _trained(job_at(value), target_plan, cap_bytes, value), answer)
+    return with_boundary(lambda value: _train(job_at(value), target_plan, cap_bytes, value), answer)
 
 
-def _trained(job: Job, plan: Plan, cap_bytes: int, value: int) -> MeasuredSize:
-    """Train ``job`` for a few steps under the cap, in a forked copy of this process, and return how that
-    ended for ``value``."""
+def _train(job: Job, plan: Plan, cap_bytes: int, value: int) -> MeasuredSize:
+    """Train ``job``, which has the number ``value``, for three steps under the cap in a forked copy of this
+    process, and return how that ended."""
     spec = RunSpec(
         name=plan.label,
         role="run",

@@ -65,11 +65,11 @@ def job_of(
     """Return a Job from a module (or a function that builds one) and a batch (or a function that makes one).
 
     ``model`` may also be a Job, without ``batch``, ``loss`` and ``optimizer``. ``loss`` is as in `loss_of`.
-    ``optimizer``: "adamw", "adam", "sgd" or "adafactor", an optimizer of this model, a function of
-    parameters, or an OptimizerChoice; None: AdamW. ``bound``, ``ema``, ``clip`` and ``workers`` are as in
-    `Job`, and replace those of a given Job if they are not None. Raises UserError for other arguments. The
-    functions of a new Job raise errors in the user's own code as UserErrors; those of a given Job are kept as
-    they are.
+    ``optimizer``: "adamw", "adam", "sgd" or "adafactor", an import path such as "torch.optim:Muon", an
+    optimizer of this model, a function of parameters, or an OptimizerChoice; None: AdamW. ``bound``, ``ema``,
+    ``clip`` and ``workers`` are as in `Job`, and replace those of a given Job if they are not None. Raises
+    UserError for other arguments. The functions of a new Job raise errors in the user's own code as
+    UserErrors; those of a given Job are kept as they are.
     """
     if isinstance(model, Job):
         if batch is not None or loss is not None or optimizer is not None:
@@ -121,8 +121,9 @@ def _build_of(model: Any) -> Callable[[], torch.nn.Module]:
 
     def build() -> torch.nn.Module:
         built_module: torch.nn.Module = model()
-        is_fake = torch._guards.active_fake_mode() is None or not isinstance(built_module, torch.nn.Module)
-        is_fake = is_fake or all(isinstance(p, FakeTensor) for p in built_module.parameters())
+        if torch._guards.active_fake_mode() is None or not isinstance(built_module, torch.nn.Module):
+            return built_module
+        is_fake = all(isinstance(p, FakeTensor) for p in built_module.parameters())
         # a function may return an already existing module
         return built_module if is_fake else copy_model(built_module)
 
@@ -171,7 +172,7 @@ def loss_of(loss: Any, forward: inspect.Signature) -> Loss:
     neither None nor callable.
     """
     if loss is None:
-        return lambda model, batch: model_loss(_called(model, batch, forward))
+        return lambda model, batch: model_loss(_call(model, batch, forward))
     if not callable(loss):
         raise UserError(
             f"the argument loss is a {type(loss).__name__}",
@@ -187,7 +188,7 @@ def loss_of(loss: Any, forward: inspect.Signature) -> Loss:
     takes_batch = not is_torch_loss and len(names) > 1 and names[1].lower() in _BATCHES
 
     def of_output(model: torch.nn.Module, batch: Any) -> torch.Tensor:
-        output = _called(model, batch, forward, target_apart=True)
+        output = _call(model, batch, forward, target_apart=True)
         return loss(output, batch if takes_batch else _target(batch))  # type: ignore[no-any-return]
 
     return of_output
@@ -221,7 +222,7 @@ def _target(batch: Any) -> Any:
     return next((target for k in _TARGETS if (target := getattr(batch, k, None)) is not None), batch)
 
 
-def _called(model: Any, batch: Any, forward: inspect.Signature, *, target_apart: bool = False) -> Any:
+def _call(model: Any, batch: Any, forward: inspect.Signature, *, target_apart: bool = False) -> Any:
     """Call the model with what its forward accepts of the batch, and return its output.
 
     Of a mapping, these are the items whose keys are parameters of forward, or all if it takes ``**kwargs``.

@@ -63,7 +63,8 @@ class Fit:
 
     def split(self, batch: Any, *, whole: bool = False) -> Iterator[Any]:
         """Yield the micro-batches of ``batch``, on the device of the step: one without gradient accumulation.
-        For each, run forward inside `forward`, then `backward`; after the last, `step`.
+        A batch of fewer samples than the plan has micro-batches gives one micro-batch for each sample. For
+        each, run forward inside `forward`, then `backward`; after the last, `step`.
 
         ``batch``: this rank's batch of a whole step, as a DistributedSampler gives it. ``whole``: it is the
         batch of all ranks, the same on each, of which this rank takes its part. Raises UserError if the batch
@@ -204,12 +205,12 @@ class Fit:
         self._is_open = self._is_complete = False
 
 
-def _must_take_the_users_rates(plan: Plan) -> None:
-    """Raise UserError if the plan's optimizer has settings of its own that those of the user's would
-    replace: the loop's optimizer says them, and its schedule changes them."""
+def _check_optimizer_arguments(plan: Plan) -> None:
+    """Raise UserError if the plan's technique ``optimizer`` sets lr, betas, eps or weight_decay: the user's
+    optimizer has these four, and a schedule may change them."""
     use = plan.get("optimizer")
-    own = parse_arguments(str(use.settings["arguments"]), "arguments") if use is not None else {}
-    if fixed := sorted(own.keys() & {"lr", "betas", "eps", "weight_decay"}):
+    arguments = parse_arguments(str(use.settings["arguments"]), "arguments") if use is not None else {}
+    if fixed := sorted(arguments.keys() & {"lr", "betas", "eps", "weight_decay"}):
         raise UserError(
             f"the plan sets {fixed[0]} of its optimizer, which memfit.apply takes from your optimizer",
             hint=f"leave {fixed[0]} out of the plan's arguments and give it to the optimizer of your loop",
@@ -231,8 +232,8 @@ def apply_plan(  # noqa: PLR0913
 ) -> Fit:
     """Apply ``plan`` to ``model`` in place and return a `Fit`. The arguments are those of `memfit.apply`."""
     job_plan = _plan(plan)
-    _must_take_the_users_rates(job_plan)
-    _must_be_plain(model)
+    _check_optimizer_arguments(job_plan)
+    _check_model(model)
     for name in fields:
         if name not in STRUCTURE:
             raise UserError(
@@ -267,14 +268,15 @@ def apply_plan(  # noqa: PLR0913
     elements = sum(p.numel() for p in model.parameters())
     world = make_world(job_plan, rank=dist.get_rank() if job_plan.ranks > 1 else 0, device=torch_device.type)
     step = TrainingStep(
-        job, job_plan, device=torch_device.type, torch_device=_text(torch_device), world=world
+        job, job_plan, device=torch_device.type, torch_device=_device_name(torch_device), world=world
     )
     _APPLIED.add(model)
     return Fit(step, user_groups.adopt(step.optimizer, model), elements=elements, conform=conform)
 
 
-def _text(device: torch.device) -> str:
-    """Return the device's name, such as "cuda:0"; the current device's index if it has none."""
+def _device_name(device: torch.device) -> str:
+    """Return the device's name, such as "cpu" or "cuda:0". If an accelerator has no index, it gets that of
+    torch's current device."""
     if device.type == HOST or device.index is not None:
         return str(device)
     return f"{device.type}:{torch.accelerator.current_device_index()}"
@@ -303,7 +305,7 @@ def _plan(plan: Any) -> Plan:
     return job_plan
 
 
-def _must_be_plain(model: Any) -> None:
+def _check_model(model: Any) -> None:
     if not isinstance(model, torch.nn.Module):
         raise UserError(f"the argument model is a {type(model).__name__}", allowed="a torch.nn.Module")
     if model in _APPLIED:
@@ -316,7 +318,7 @@ def _must_be_plain(model: Any) -> None:
     if sharded or kinds & set(_WRAPPERS):
         raise UserError(
             f"the model is wrapped or sharded already ({type(model).__name__})",
-            allowed="the plain model: ddp, fsdp2, compile and the like belong into the plan",
+            allowed="the plain model: ddp, fsdp2 and compile belong in the plan",
         )
     if any(p.is_meta for p in model.parameters()):
         raise UserError(
@@ -328,8 +330,8 @@ def _must_be_plain(model: Any) -> None:
 
 
 def _optimizer(optimizer: Any, model: torch.nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    """Return the optimizer that the argument ``optimizer`` is or makes, for the trainable parameters of
-    ``model``."""
+    """Return the optimizer that the argument ``optimizer`` of `memfit.apply` is or makes, for the trainable
+    parameters of ``model``. Raises UserError if it is and makes none."""
     if isinstance(optimizer, torch.optim.Optimizer):
         return optimizer
     params = [p for p in model.parameters() if p.requires_grad]
@@ -346,6 +348,7 @@ def _optimizer(optimizer: Any, model: torch.nn.Module, device: torch.device) -> 
         raise UserError(
             f"the argument optimizer is or makes a {type(instance).__name__}",
             allowed="a torch.optim.Optimizer of the model, a function or class that makes one from a list of "
-            "parameters, adamw, adam, sgd or adafactor as text, or None: AdamW",
+            "parameters, adamw, adam, sgd, adafactor or an import path such as torch.optim:Muon as text, or "
+            "None: AdamW",
         )
     return instance

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from memfit.cli import main
-from memfit.cli.export import _carried
+from memfit.cli.export import _file_texts
 from memfit.engines.registry import ENGINES, render
 from memfit.export.base import Handover
 from memfit.export.targets import bundle
@@ -412,5 +412,5 @@ def test_modules_that_the_job_file_imports_are_copied_and_packages_are_reported(
     }.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert sorted(_carried(tmp_path / "jobs.py")) == ["jobs.py", "more.py", "parts.py"]
+    assert sorted(_file_texts(tmp_path / "jobs.py")) == ["jobs.py", "more.py", "parts.py"]
     assert "not copied: layers beside jobs.py" in capsys.readouterr().err

@@ -117,7 +117,7 @@ def test_exported_keys_are_known_to_torchtitan(name: str) -> None:
 def test_the_toml_reads_back_as_the_same_plan(tmp_path: Path, name: str) -> None:
     write(tmp_path / "out", bundle("torchtitan", handover(PLANS[name])))
     setup = read([tmp_path / "out" / "torchtitan.toml"], ranks=PLANS[name].ranks)
-    carried = to_plan.over(setup)
+    carried = to_plan.convert(setup)
     assert carried.plan == PLANS[name]
     assert carried.batch == 8
     assert not [f for f in check(setup) if f.severity == "error"]

@@ -156,7 +156,7 @@ def test_exported_training_arguments_read_back_as_the_same_plan(
     tmp_path: Path, given: Plan, engine: str
 ) -> None:
     write(tmp_path / "out", bundle("trainer", handover(given, engine)))
-    carried = to_plan.over(read([tmp_path / "out" / "training_args.json"], ranks=given.ranks))
+    carried = to_plan.convert(read([tmp_path / "out" / "training_args.json"], ranks=given.ranks))
     assert carried.plan == given
     assert carried.batch == 8
 

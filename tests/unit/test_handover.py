@@ -169,8 +169,8 @@ def test_exporting_another_plan_changes_only_the_settings_that_the_plan_decides(
     }
     assert (folder / "out" / "ds.json").read_text() == (folder / "out" / "deepspeed.json").read_text()
     assert "zero_optimization.stage: 2 -> 3" in (folder / "out" / "README.md").read_text()
-    read_back = to_plan.over(read([folder / "out" / "deepspeed.json"], ranks=2))
-    assert read_back.plan == to_plan.over(read([folder / "out" / "ds.json"], ranks=2)).plan
+    read_back = to_plan.convert(read([folder / "out" / "deepspeed.json"], ranks=2))
+    assert read_back.plan == to_plan.convert(read([folder / "out" / "ds.json"], ranks=2)).plan
     assert read_back.plan.get("zero") is not None
     assert (read_back.micro_batch, read_back.batch) == (2, 8)
 

@@ -223,7 +223,7 @@ def test_the_workload_line_is_translated_to_japanese() -> None:
 
 def _carried(tmp_path: Path, name: str, text: str) -> Any:
     (tmp_path / name).write_text(text)
-    return to_plan.over(parse.read([tmp_path / name]))
+    return to_plan.convert(parse.read([tmp_path / name]))
 
 
 TITAN = """

@@ -17,11 +17,11 @@ from test_lint_to_plan import variants
 
 from memfit.lint.check import check
 from memfit.lint.clipping import clipping_setting
-from memfit.lint.draft import Carried
+from memfit.lint.draft import Conversion
 from memfit.lint.option_reasons import option_reasons
-from memfit.lint.option_schema import known
+from memfit.lint.option_schema import library_settings
 from memfit.lint.parse import Options, read
-from memfit.lint.to_plan import over
+from memfit.lint.to_plan import convert
 
 FILES = Path(__file__).parents[1] / "data/front_ends"
 NAMES = sorted(path.name for path in FILES.iterdir())
@@ -32,20 +32,20 @@ def kind(name: str) -> str:
     return name.partition("-")[0]
 
 
-def carried(name: str, *, ranks: int | None = None) -> Carried:
-    return over(read([FILES / name], ranks=ranks))
+def carried(name: str, *, ranks: int | None = None) -> Conversion:
+    return convert(read([FILES / name], ranks=ranks))
 
 
-def written(folder: Path, name: str, **options: Any) -> Carried:
+def written(folder: Path, name: str, **options: Any) -> Conversion:
     (folder / name).write_text(yaml.safe_dump(options))
-    return over(read([folder / name]))
+    return convert(read([folder / name]))
 
 
-def techniques(found: Carried) -> dict[str, dict[str, Any]]:
+def techniques(found: Conversion) -> dict[str, dict[str, Any]]:
     return {use.technique: dict(use.settings) for use in found.plan.uses}
 
 
-def reasons(found: Carried) -> dict[str, str]:
+def reasons(found: Conversion) -> dict[str, str]:
     return {option: note.reason for note in found.left_out for option in note.option.split(", ")}
 
 
@@ -81,7 +81,7 @@ HUGGING_FACE = ("accelerate", "deepspeed", "trainer")
 @pytest.mark.parametrize("library", HUGGING_FACE)
 def test_every_option_of_the_hugging_face_libraries_is_carried_over_or_has_a_reason(library: str) -> None:
     """All that options/*.toml has: the libraries' own names, as scripts/library_options.py read them."""
-    table, options = option_reasons(library), known(library).now
+    table, options = option_reasons(library), library_settings(library).now
     names = {n for n in options[""] if n not in table.sections}
     names |= {f"{section}.{n}" for section in table.sections for n in options[section]}
     assert sorted(names - table.carried - table.silent - table.reasons.keys()) == []
@@ -112,11 +112,11 @@ def test_arguments_that_change_the_training_are_not_dropped_without_a_word(tmp_p
         **changed,
     }
     (tmp_path / "args.json").write_text(json.dumps(file))
-    found = over(read([tmp_path / "args.json"]))
+    found = convert(read([tmp_path / "args.json"]))
     assert reasons(found).keys() == changed.keys()
     assert found.carried == ("per_device_train_batch_size", "bf16")
     (tmp_path / "args.json").write_text(json.dumps({**file, **dict.fromkeys(changed, 0), "lerning_rate": 1}))
-    found = over(read([tmp_path / "args.json"]))
+    found = convert(read([tmp_path / "args.json"]))
     assert list(reasons(found).values()) == [
         "memfit knows no such option of TrainingArguments; did you mean learning_rate?"
     ]
@@ -125,16 +125,18 @@ def test_arguments_that_change_the_training_are_not_dropped_without_a_word(tmp_p
 def test_settings_of_deepspeed_and_accelerate_are_not_dropped_without_a_word(tmp_path: Path) -> None:
     ds = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_dtype": "fp32", "steps_per_print": 3}
     (tmp_path / "ds.json").write_text(json.dumps(ds))
-    assert reasons(over(read([tmp_path / "ds.json"], ranks=2))).keys() == {"gradient_accumulation_dtype"}
+    assert reasons(convert(read([tmp_path / "ds.json"], ranks=2))).keys() == {"gradient_accumulation_dtype"}
     half = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     (tmp_path / "ds.json").write_text(json.dumps({"train_micro_batch_size_per_gpu": 1, **half}))
-    assert reasons(over(read([tmp_path / "ds.json"], ranks=2))).keys() == {"data_types.grad_accum_dtype fp32"}
+    assert reasons(convert(read([tmp_path / "ds.json"], ranks=2))).keys() == {
+        "data_types.grad_accum_dtype fp32"
+    }
     (tmp_path / "a.yaml").write_text(
         "distributed_type: FSDP\nnum_processes: 2\n"
         "fsdp_config: {fsdp_version: 2, fsdp_ignored_modules: head}\n"
         "parallelism_config: {parallelism_config_sp_size: 2}\n"
     )
-    found = reasons(over(read([tmp_path / "a.yaml"])))
+    found = reasons(convert(read([tmp_path / "a.yaml"])))
     assert found.keys() == {"fsdp_config.ignored_modules", "parallelism_config.sp_size"}
 
 
@@ -157,7 +159,7 @@ def test_unexpected_values_of_a_front_end_never_raise_an_error(name: str) -> Non
         odd = dataclasses.replace(setup, **changed)
         check(odd)
         clipping_setting(odd)
-        assert over(odd).plan.ranks >= 1
+        assert convert(odd).plan.ranks >= 1
 
 
 # -- Axolotl -----------------------------------------------------------------------------------------------
@@ -179,7 +181,7 @@ def test_axolotls_qlora_is_a_plan_with_frozen_weights_in_4_bits() -> None:
 
 def test_axolotls_fsdp2_on_several_ranks_is_sharded_with_its_own_clipping() -> None:
     setup = read([FILES / "axolotl-fsdp2.yml"], ranks=4)
-    plan = techniques(over(setup))
+    plan = techniques(convert(setup))
     assert {k: plan["fsdp2"][k] for k in ("offload", "reshard", "precision", "sync")} == {
         "offload": True,
         "reshard": True,
@@ -187,7 +189,7 @@ def test_axolotls_fsdp2_on_several_ranks_is_sharded_with_its_own_clipping() -> N
         "sync": "last",
     }
     assert "activation-checkpointing" in plan
-    assert over(setup).batch == 8
+    assert convert(setup).batch == 8
     assert clipping_setting(setup).limit == 0.5
 
 
@@ -222,7 +224,7 @@ def test_an_own_deepspeed_file_takes_precedence_over_a_shipped_one(tmp_path: Pat
     own = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": "auto"}}
     (tmp_path / "deepspeed_configs/zero3_bf16.json").write_text(json.dumps(own))
     (tmp_path / "a.yml").write_text((FILES / "axolotl-zero3.yml").read_text())
-    assert techniques(over(read([tmp_path / "a.yml"], ranks=8)))["zero"]["stage"] == 1
+    assert techniques(convert(read([tmp_path / "a.yml"], ranks=8)))["zero"]["stage"] == 1
 
 
 def test_adapters_with_weights_of_8_bits_are_predicted_with_16_and_the_reason(tmp_path: Path) -> None:
@@ -386,7 +388,7 @@ def test_lightnings_precisions_become_techniques_or_notes(
 
 def test_mace_flags_give_batch_average_and_clipping_and_the_model_is_left_out() -> None:
     setup = read([FILES / "mace-slurm.sh"])
-    found = over(setup)
+    found = convert(setup)
     assert (found.plan.uses, found.micro_batch, found.ema) == ((), 32, 0.995)
     assert clipping_setting(setup).limit == 5.0
     assert {"default_dtype float32", "hidden_irreps", "amsgrad"} <= set(reasons(found))
@@ -394,19 +396,19 @@ def test_mace_flags_give_batch_average_and_clipping_and_the_model_is_left_out() 
 
 def test_mace_flags_take_precedence_over_the_file_of_config() -> None:
     setup = read([FILES / "mace-distributed.sh"])
-    found = over(setup)
+    found = convert(setup)
     assert (found.plan.ranks, found.micro_batch, found.batch) == (2, 8, 16)
     assert "ddp" in techniques(found)
     assert clipping_setting(setup).limit == 0.0
     assert "weight_pt" in reasons(found)
     alone = read([FILES / "mace-config.yml"])
     assert clipping_setting(alone).limit == 10.0
-    assert over(alone).plan.ranks == 1
+    assert convert(alone).plan.ranks == 1
 
 
 def test_a_mace_configuration_that_does_not_exist_is_said(tmp_path: Path) -> None:
     (tmp_path / "run.sh").write_text("mace_run_train --config missing.yml --batch_size 3\n")
-    assert "the file missing.yml" in reasons(over(read([tmp_path / "run.sh"])))
+    assert "the file missing.yml" in reasons(convert(read([tmp_path / "run.sh"])))
 
 
 # -- models of the Hub -------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from memfit.lint import phrases
 from memfit.lint.check import CHECKS, Finding, Severity, check, texts
 from memfit.lint.openfold import PRESETS, TUNED
 from memfit.lint.option_reasons import option_reasons
-from memfit.lint.option_schema import known
+from memfit.lint.option_schema import library_settings
 from memfit.lint.parse import read
 
 File = tuple[str, str]  # name and content
@@ -753,7 +753,10 @@ NAMES |= {"null", "true", "false", "all", "lora", "qlora", "norm", "value"}
 
 def setting_names() -> set[str]:
     """Names and enumerated values of the libraries' settings."""
-    tables = [known(library) for library in ("accelerate", "deepspeed", "megatron", "torchtitan", "trainer")]
+    tables = [
+        library_settings(library)
+        for library in ("accelerate", "deepspeed", "megatron", "torchtitan", "trainer")
+    ]
     specs = [(key, spec) for table in tables for keys in table.now.values() for key, spec in keys.items()]
     tables_of_reasons = [option_reasons(name) for name in ("axolotl", "lightning", "llamafactory")]
     names = {name for table in tables_of_reasons for name in {*table.carried, *table.reasons}}

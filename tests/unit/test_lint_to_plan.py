@@ -14,10 +14,10 @@ from memfit.engines import accelerate, deepspeed, megatron
 from memfit.engines.base import Engine
 from memfit.lint.check import check
 from memfit.lint.clipping import clipping_setting
-from memfit.lint.draft import Carried
+from memfit.lint.draft import Conversion
 from memfit.lint.neighbours import neighbours
 from memfit.lint.parse import Setup, read
-from memfit.lint.to_plan import over
+from memfit.lint.to_plan import convert
 from memfit.techniques.rank_mesh import layout
 from memfit.techniques.registry import conflict, make_use
 from memfit.types.errors import UserError
@@ -29,23 +29,23 @@ BF16, AUTO = {"bf16": {"enabled": True}}, {"bf16": {"enabled": "auto"}}
 V2 = {"fsdp_version": 2}
 
 
-def carried(folder: Path, *files: File, ranks: int | None = None) -> Carried:
+def carried(folder: Path, *files: File, ranks: int | None = None) -> Conversion:
     for name, text in files:
         (folder / name).write_text(text)
-    return over(read([folder / name for name, _ in files], ranks=ranks))
+    return convert(read([folder / name for name, _ in files], ranks=ranks))
 
 
-def names(found: Carried) -> set[str]:
+def names(found: Conversion) -> set[str]:
     return {u.technique for u in found.plan.uses}
 
 
-def knobs(found: Carried, technique: str) -> Mapping[str, Any]:
+def knobs(found: Conversion, technique: str) -> Mapping[str, Any]:
     used = found.plan.get(technique)
     assert used is not None, found
     return used.settings
 
 
-def left(found: Carried) -> set[str]:
+def left(found: Conversion) -> set[str]:
     return {o.option for o in found.left_out}
 
 
@@ -484,7 +484,7 @@ def test_of_unexpected_option_values_only_impossible_numbers_of_processes_are_re
             odd = dataclasses.replace(setup, **{kind.name: dataclasses.replace(options, data=data)})
             check(odd)
             try:
-                ranks = over(odd).plan.ranks
+                ranks = convert(odd).plan.ranks
             except UserError as error:
                 ranks = 1 if str(error).startswith("the files ask for ") else 0
             assert ranks >= 1

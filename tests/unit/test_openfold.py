@@ -22,7 +22,7 @@ from memfit.export.write import write
 from memfit.jobs.builtin.alphafold2 import _shape
 from memfit.lint import to_plan
 from memfit.lint.check import check
-from memfit.lint.draft import Carried
+from memfit.lint.draft import Conversion
 from memfit.lint.openfold import PRESETS
 from memfit.lint.parse import read
 from memfit.techniques.plan_file import plan_text
@@ -91,10 +91,10 @@ def exported(
     return dict(bundle("openfold", Handover(config=render(spec), own_files=own, nodes=nodes)))
 
 
-def asked(folder: Path, *files: tuple[str, str]) -> Carried:
+def asked(folder: Path, *files: tuple[str, str]) -> Conversion:
     for name, text in files:
         (folder / name).write_text(text)
-    return to_plan.over(read([folder / files[0][0]]))
+    return to_plan.convert(read([folder / files[0][0]]))
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
@@ -108,7 +108,7 @@ def test_exported_files_read_back_as_the_same_plan_and_size(
         return
     write(tmp_path / "out", exported(given, size, nodes))
     setup = read([tmp_path / "out" / "openfold.args"])
-    found = to_plan.over(setup)
+    found = to_plan.convert(setup)
     assert (found.plan, found.size) == (given, size)
     assert (found.micro_batch, found.batch) == (2, 2 * given.ranks)
     assert check(setup) == ()

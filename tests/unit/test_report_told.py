@@ -133,7 +133,7 @@ def left_out_reasons() -> list[str]:
         to_plan_scripts,
     )
     reasons = [literal(call.args[1]) for module in lint for call in calls(module, "leave")]
-    reasons += [literal(call.args[2]) for call in calls(plan_from_config, "_left_out")]
+    reasons += [literal(call.args[2]) for call in calls(plan_from_config, "_leave_out")]
     for table in (
         to_plan_hugging_face._SECTIONS,
         to_plan_openfold._KERNELS,

@@ -22,8 +22,8 @@ _STYLES = {"error": "red", "warning": "yellow", "note": "dim"}
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LintOptions:
-    """The configuration files to check, whether each is a set-up of its own, the number of processes that
-    train, the file for the findings, and a rule to explain instead."""
+    """The configuration files to check, the number of processes that train, whether each file is a set-up of
+    its own, the file for the findings, and a rule to explain instead."""
 
     files: Annotated[
         list[Path] | None,
@@ -74,8 +74,8 @@ def lint(options: LintOptions, output: OutputOptions) -> None:
 
     Reads DeepSpeed JSON, Accelerate YAML, Hugging Face TrainingArguments, Megatron-LM arguments, torchtitan
     TOML, OpenFold's settings, Axolotl YAML, LLaMA-Factory YAML, YAML of Lightning's command line and flags of
-    mace_run_train. All files together are one set-up. Exits with code 1 if one of the findings
-    is an error; warnings and notes do not change the exit code."""
+    mace_run_train. Without --each, all files together are one set-up. Exits with code 1 if one of the
+    findings is an error; warnings and notes do not change the exit code."""
     language_code = check_language(output.lang)
     if options.explain is not None:
         others = {"FILE": options.files, "--ranks": options.ranks, "--each": options.each}
@@ -153,9 +153,9 @@ def _write_sarif(path: Path, findings: Sequence[memfit.lint.check.Finding]) -> N
 
 def _position(file: Path, sentence: str) -> tuple[int | None, int | None]:
     from memfit.lint.location import locate
-    from memfit.lint.parse import parsed
+    from memfit.lint.parse import read_data
 
-    text, _ = parsed(file)
+    text, _ = read_data(file)
     return locate(text, file.suffix, sentence) or (None, None)
 
 

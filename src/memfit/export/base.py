@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from memfit.lint.clipping import NORMS, ClippingSetting
-from memfit.lint.draft import Carried
+from memfit.lint.draft import Conversion
 from memfit.lint.parse import Setup
 from memfit.types.dependence import SampleDependence
 from memfit.types.errors import UserError
@@ -30,7 +30,7 @@ class UserFiles:
     settings of the plan."""
 
     setup: Setup
-    carried: Carried
+    carried: Conversion
     clipping: ClippingSetting
     job_clip: float | None = None
     for_worker: bool = False

@@ -25,7 +25,7 @@ from memfit.export.script_steps import script_files
 from memfit.lint import to_plan
 from memfit.lint.clipping import NORMS, clipping_setting
 from memfit.lint.launch_script import option_values
-from memfit.lint.parse import FILE_ARGUMENTS, Options, Setup, parsed, read
+from memfit.lint.parse import FILE_ARGUMENTS, Options, Setup, read, read_data
 from memfit.lint.rules_hugging_face import ONLY_IN_DEEPSPEED_FILE
 from memfit.techniques.rank_mesh import layout
 from memfit.types.errors import UserError
@@ -175,7 +175,7 @@ def read_user_files(
                 allowed=f'the same norm in both, or {NORMS["deepspeed"]} "auto", which takes the Trainer\'s',
             )
     return UserFiles(
-        setup=setup, carried=to_plan.over(setup), clipping=clipping_setting(setup), for_worker=for_worker
+        setup=setup, carried=to_plan.convert(setup), clipping=clipping_setting(setup), for_worker=for_worker
     )
 
 
@@ -344,7 +344,7 @@ def _user_data(
     # These settings stand within another library's file.
     if any(o is not None and o.file == options.file for o in other_kinds):
         return copy.deepcopy(dict(options.data)), None, []
-    text, data = parsed(path)
+    text, data = read_data(path)
     if data is not None and file_format.suffixes:
         sections = _sections_of_text(data, options, setup)
         is_copyable = path.suffix in file_format.suffixes and not sections

@@ -95,4 +95,4 @@ def plan_of_arguments(args: Any) -> Plan:
     """Return the plan that the TrainingArguments ``args`` express, with DeepSpeed's configuration if they use
     one, on the current number of ranks (``args.world_size``). Settings that no plan can express are left
     out."""
-    return to_plan.over(setup_of_arguments(args, ranks=args.world_size)).plan
+    return to_plan.convert(setup_of_arguments(args, ranks=args.world_size)).plan

@@ -37,16 +37,16 @@ def trainer_arguments(options: Options) -> Options:
 
 
 def accumulation_steps(options: Options) -> int:
-    """Return gradient_accumulation_steps or, if only batch_size is given, that divided by the micro-batch;
-    else 1."""
+    """Return gradient_accumulation_steps or, if only batch_size is given, that divided by the micro-batch,
+    rounded down and at least 1; else 1."""
     steps, batch = options.size("gradient_accumulation_steps"), options.size("batch_size")
     micro_batch = options.size("micro_batch_size") or 1
     return steps or (max(1, batch // micro_batch) if batch else 1)
 
 
 def uses_bf16(options: Options) -> bool:
-    """Return whether Axolotl computes in bfloat16: bf16 is true, "full" or, also by default, "auto", on a
-    device that supports it, and fp16 is not on."""
+    """Return whether Axolotl computes in bfloat16 on a device that supports it: if bf16 is true or "full", or
+    if it is "auto", the default, and none of fp16, float16 and float32 is on."""
     value = options.raw("bf16")
     if value in ("auto", None):
         return not options.on("fp16") and not options.on("float32") and not options.on("float16")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 
 from memfit.lint.models import DescribedModel
 from memfit.techniques.registry import conflict, make_use
@@ -22,7 +21,7 @@ class LeftOut:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Carried:
+class Conversion:
     """A set-up converted to a plan. ``plan``: its techniques and its number of ranks; ``engine``: the name of
     memfit's engine that would run it: "native", "deepspeed", "accelerate" or "megatron". ``micro_batch``:
     samples per forward pass of one rank; ``batch``: samples per optimizer step of all ranks; ``length``:
@@ -49,7 +48,7 @@ class Carried:
 class Draft:
     """A plan under construction, for ``ranks`` processes; ``plan.ranks`` is not used. take() does not add a
     technique that conflicts with those already in the plan: it lists the setting that asks for it in
-    ``left_out``, with the reason. The other fields are as in Carried."""
+    ``left_out``, with the reason. The other fields are as in Conversion."""
 
     ranks: int
     plan: Plan = dataclasses.field(default_factory=Plan)
@@ -92,17 +91,9 @@ class Draft:
         if steps is not None and steps > 1:
             self.take("gradient-accumulation", f"{steps} accumulation steps", micro_batches=steps)
 
-    def sized(self, data: int, steps: int | None) -> None:
+    def set_batch(self, data: int, steps: int | None) -> None:
         """Set ``batch`` to micro-batch x ``data`` x ``steps``, unless it is already set or the micro-batch is
         unknown. ``data``: the number of ranks that see different samples; ``steps``: the number of
         accumulation steps (None: 1)."""
         if self.micro_batch is not None and self.batch is None:
             self.batch = self.micro_batch * data * (steps or 1)
-
-
-def product(values: Iterable[int | None]) -> int:
-    """Return the product of ``values``; None and 0 count as 1."""
-    result = 1
-    for value in values:
-        result *= value or 1
-    return result

@@ -66,7 +66,7 @@ def read_script(text: str) -> Script:
     flags: dict[str, Any] = {}
     unsure: set[str] = set()
     for line, in_branch in _branches(lines):
-        for name, value in _flags(_filled(line, variables)):
+        for name, value in _flags(_substitute(line, variables)):
             if in_branch or flags.get(name, value) != value:
                 unsure.add(name)
             flags[name] = value
@@ -87,7 +87,7 @@ def option_values(text: str) -> dict[str, tuple[str, ...]]:
     options: dict[str, tuple[str, ...]] = {}
     for line in lines:
         name: str | None = None
-        for word in _words(_filled(line, variables)):
+        for word in _words(_substitute(line, variables)):
             flag, has_value, value = word.partition("=")
             if _FLAG.fullmatch(flag):
                 name = flag[2:].replace("-", "_")
@@ -152,22 +152,22 @@ def _variables(lines: list[str]) -> dict[str, str]:
     }
     for _ in range(_MOST_ROUNDS):
         variables = {
-            name: _filled(value, {k: v for k, v in variables.items() if k != name})
+            name: _substitute(value, {k: v for k, v in variables.items() if k != name})
             for name, value in variables.items()
         }
     return variables
 
 
-def _filled(text: str, variables: Mapping[str, str]) -> str:
+def _substitute(text: str, variables: Mapping[str, str]) -> str:
     def value(match: re.Match[str]) -> str:
         name, default = match[1] or match[3], match[2]
         return variables.get(name, default if default is not None else match[0])
 
     text = _VARIABLE.sub(value, text)
-    return _SUM.sub(lambda m: _worked_out(m[1], variables) or m[0], text)
+    return _SUM.sub(lambda m: _evaluate(m[1], variables) or m[0], text)
 
 
-def _worked_out(text: str, variables: Mapping[str, str]) -> str | None:
+def _evaluate(text: str, variables: Mapping[str, str]) -> str | None:
     """Evaluate ``text``, an expression of whole numbers and variables: * and / first, then + and -, from left
     to right; quotients are rounded down. A number that begins with 0 is octal, and double quotes are ignored,
     as in the shell. Return the result as text, or None if a variable is unknown, an intermediate or the final

@@ -22,8 +22,8 @@ def locate(text: str, suffix: str, sentence: str) -> Position | None:
     scripts.
 
     It is that of the first word that is the name or dotted path of exactly one key, or of one flag, of the
-    file. Words without a digit, underscore, dot or hyphen are skipped. None if there is no such word, or if
-    the file cannot be parsed.
+    file. Words without a digit, underscore, dot or hyphen are skipped. None if there is no such word, if JSON
+    or YAML cannot be parsed, or if it is too large (`MOST_YAML_BYTES`).
     """
     keys = list(_keys(text, suffix))
     for word in _WORD.findall(sentence):
@@ -51,7 +51,8 @@ def _keys(text: str, suffix: str) -> Iterator[tuple[str, Position]]:
 
 
 def _yaml_keys(text: str) -> Iterator[tuple[str, Position]]:
-    """JSON is read as YAML, too, as both have the same form of mappings."""
+    """Yield as `_keys` does the keys of YAML or JSON, which is read as YAML, too; nothing if it cannot be
+    parsed or is too large."""
     import yaml
 
     from memfit.files.yaml_loader import BoundedLoader

@@ -113,7 +113,7 @@ def of_megatron(given: Options, tensor: int) -> DescribedModel | None:
     if not kind:
         missing = "memfit has no model with this mix of positions, normalization, activation and heads"
         return DescribedModel(layers=layers, width=width, missing=missing, options=options)
-    attention, hidden = _share(given, "attention_dropout"), _share(given, "hidden_dropout")
+    attention, hidden = _dropout(given, "attention_dropout"), _dropout(given, "hidden_dropout")
     if kind == "llama" and hidden:
         differences += ((f"hidden-dropout {hidden:g}", "the model that is predicted has none"),)
     names = _DROPOUTS[kind]
@@ -121,7 +121,7 @@ def of_megatron(given: Options, tensor: int) -> DescribedModel | None:
     return DescribedModel(layers=layers, width=width, job=job, differences=differences, options=options)
 
 
-def _share(options: Options, name: str) -> float:
+def _dropout(options: Options, name: str) -> float:
     """Return the dropout probability that the option ``name`` sets, or Megatron-LM's default of 0.1 if it is
     not given or unknown."""
     value = options.number(name)
@@ -217,14 +217,15 @@ _ATTENTIONS = re.compile(r"_(flex|varlen)(_attn)?$")  # suffixes of flavors that
 _DEBUG_TOKENS = 2048
 
 
-def of_torchtitan(given: Options) -> DescribedModel | None:
+def of_torchtitan(options: Options) -> DescribedModel | None:
     """Return the model that torchtitan's file names, or None if it gives neither model.name nor model.flavor.
     If it gives only one of them, the name is llama3 and the flavor debugmodel, as in torchtitan. A model
     other than llama3 and qwen3, or of a flavor that memfit does not know, has no ``job`` and unknown
     sizes."""
-    if not (given.raw("model.name") or given.raw("model.flavor")):
+    if not (options.raw("model.name") or options.raw("model.flavor")):
         return None
-    name, flavor = str(given.get("model.name") or "llama3"), str(given.get("model.flavor") or "debugmodel")
+    name = str(options.get("model.name") or "llama3")
+    flavor = str(options.get("model.flavor") or "debugmodel")
     size = _ATTENTIONS.sub("", flavor)
     rows = {"llama3": _LLAMA3, "qwen3": _QWEN3}.get(name, {})
     if size not in rows:
@@ -308,18 +309,19 @@ def of_hub(name: str | None, file: str, length: int | None) -> DescribedModel | 
     Its configuration is that of the folder ``name``, also relative to the configuration ``file``; or that in
     this machine's cache of the Hub; or that of the model's family and size, if memfit knows these; or that of
     memfit's table of published models. Nothing is downloaded. Without any of these, the model has no ``job``.
-    ``length``: tokens per sample, for which the model must have positions; None if unknown."""
+    ``layers`` and ``width`` are None if the job is a folder, which is not read here. ``length``: tokens per
+    sample, for which the model must have positions; None if unknown."""
     if not name:
         return None
     for folder in (Path(file).parent / name, Path(name).expanduser(), cached_folder(name)):
         if folder is not None and (folder / "config.json").is_file():
             return DescribedModel(layers=None, width=None, job=f"hf:{folder}")
     short_name = name.rstrip("/").rpartition("/")[2].lower()
-    for pattern, (kind, sizes, more) in _HUB.items():
+    for pattern, (kind, sizes, further_settings) in _HUB.items():
         is_other = _OTHER_KINDS.search(short_name) and kind != "mixtral"
         if is_other or not re.search(rf"(?<![a-z0-9]){pattern}(?![0-9])", short_name):
             continue
-        settings = {**dict(zip(_SIZE_NAMES, sizes, strict=True)), **more}
+        settings = {**dict(zip(_SIZE_NAMES, sizes, strict=True)), **further_settings}
         if length is not None:
             settings["max_position_embeddings"] = max(length, 4096)
         difference = (name, "predicted for the sizes that memfit knows of this model, with random weights")

@@ -85,7 +85,7 @@ TUNED: Final = (
 )
 
 
-def changed(s: Setup, paths: Iterable[str], default: Any = None) -> Any:
+def changed_value(s: Setup, paths: Iterable[str], default: Any = None) -> Any:
     """Return the value that OpenFold's JSON of changed settings gives to a setting with the dotted ``paths``,
     which all mean the same setting: that of the last of ``paths`` which the JSON names. It may be None
     (null). Return ``default`` if the JSON names none of them, or if the set-up has no such JSON."""
@@ -127,10 +127,12 @@ def crop(s: Setup) -> Preset | None:
         return None
     keys = {"residues": "crop_size", "rows": "max_msa_clusters", "extra_rows": "max_extra_msa"}
     sizes = {
-        field: _count(f"data.train.{key}", changed(s, [f"data.train.{key}"], getattr(base_preset, field)))
+        field: _count(
+            f"data.train.{key}", changed_value(s, [f"data.train.{key}"], getattr(base_preset, field))
+        )
         for field, key in keys.items()
     }
-    templates = changed(s, ["model.template.enabled"], base_preset.templates) is True
+    templates = changed_value(s, ["model.template.enabled"], base_preset.templates) is True
     return dataclasses.replace(base_preset, templates=templates, **sizes)
 
 
@@ -138,7 +140,7 @@ def blocks_per_ckpt(s: Setup) -> int | None:
     """Return how many blocks are recomputed together, as OpenFold's JSON sets it, by default 1; None if the
     JSON sets null: then no block is recomputed. Raises UserError for any other value that is not a whole
     number above 0."""
-    value = changed(s, CKPT, 1)
+    value = changed_value(s, CKPT, 1)
     return None if value is None else _count(CKPT[0], value)
 
 
@@ -147,7 +149,7 @@ def batch_size(s: Setup) -> int:
     (data.data_module.data_loaders.batch_size), by default 1. Raises UserError for a value that is not a whole
     number above 0."""
     name = "data.data_module.data_loaders.batch_size"
-    return _count(name, changed(s, [name], 1))
+    return _count(name, changed_value(s, [name], 1))
 
 
 def _count(name: str, value: object) -> int:

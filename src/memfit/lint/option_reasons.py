@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from memfit.lint.draft import Draft
-from memfit.lint.option_schema import like
+from memfit.lint.option_schema import find_similar
 from memfit.lint.parse import Options
 from memfit.lint.tables import read_table
 
@@ -58,20 +58,19 @@ def option_reasons(library: str) -> OptionReasons:
 def account_for(options: Options, library: str, draft: Draft) -> None:
     """Say in ``draft`` what became of each option of the file ``options``, after the options were read. An
     option that is carried over, and of which nothing is listed as left out yet, is added to
-    ``draft.carried``; so is an option that is off and would not be carried over. Options that are not carried
-    over are listed as left out, those of one reason together; so are unknown ones. Options without a value
-    are skipped."""
+    ``draft.carried``; so is an option that is off and is listed only if it is on (``if_on``). Options that
+    are not carried over are listed as left out, those of one reason together; so are unknown ones. Options
+    without a value, and those of which nothing is said (``silent``), are skipped."""
     table = option_reasons(library)
     noted = {name for note in draft.left_out for name in re.split(r"[ ,]+", note.option)}
     names_by_reason: dict[str, list[str]] = {}
     for name, value in _named_values(options.data, table, ""):
-        reason = _reason(name, table)
         if name in noted or name in table.silent:
             continue
         if name in table.carried or (name in table.if_on and value in _OFF):
             draft.carried.append(name)
         else:
-            names_by_reason.setdefault(reason, []).append(name)
+            names_by_reason.setdefault(_reason(name, table), []).append(name)
     for reason, names in names_by_reason.items():
         draft.leave(", ".join(names), reason)
 
@@ -91,7 +90,7 @@ def _reason(name: str, table: OptionReasons) -> str:
     reason = table.reasons.get(name)
     if reason is not None:
         return reason
-    near = like(name, table.carried | table.silent | table.reasons.keys())
+    near = find_similar(name, table.carried | table.silent | table.reasons.keys())
     if near is not None:
         return f"memfit knows no such option of {table.title}; did you mean {near}?"
     return f"memfit knows no such option of {table.title}: predicted without it"

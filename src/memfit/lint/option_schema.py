@@ -37,19 +37,19 @@ class Spec:
     values: tuple[Any, ...] = ()
     any_case: bool = False
 
-    def takes(self, value: Any, *, spelled: bool) -> bool:
+    def accepts(self, value: Any, *, spelled: bool) -> bool:
         """Return whether the setting accepts ``value``; None is always accepted. ``spelled``: whether a
         number or a switch may be written as text. If ``values`` is not empty, ``value`` must be one of these,
         compared as text; a boolean also matches words for it, such as yes. Otherwise ``kind`` decides: any
         and text accept every value, list all but a mapping, table only a mapping; for the other kinds see
-        `counts` and `switches`."""
+        `is_number` and `is_switch`."""
         if value is None or (self.kind == "any" and not self.values):
             return True
         if self.values:
             return self._is_one(value)
         if isinstance(value, Mapping | list):
             return self.kind == ("table" if isinstance(value, Mapping) else "list") or self.kind == "text"
-        return _ASKED[self.kind](self, value, spelled)
+        return _CHECKS[self.kind](self, value, spelled)
 
     def _is_one(self, value: Any) -> bool:
         if isinstance(value, Mapping | list):
@@ -59,18 +59,16 @@ class Spec:
         spellings = _SWITCHES[value] if isinstance(value, bool) else (normalize(str(value)),)
         return any(normalize(str(v)) in spellings for v in self.values)
 
-    def counts(self, value: Any, spelled: bool) -> bool:
+    def is_number(self, value: Any, spelled: bool) -> bool:
         """Return whether ``value`` is a number within ``least`` and ``most`` and, if the kind is integer, a
         whole one. true and false count as 1 and 0. ``spelled``: whether the number may be written as text."""
         number = _number(value, spelled)
-        is_valid_number = number is not None and (self.kind == "number" or _is_integer(value, number))
-        return is_valid_number and self._bounded(number)  # type: ignore[arg-type]
-
-    def _bounded(self, number: float) -> bool:
+        if number is None or (self.kind != "number" and not _is_integer(value, number)):
+            return False
         above_minimum = self.least is None or number > self.least or (number == self.least and not self.open)
         return above_minimum and (self.most is None or number <= self.most)
 
-    def switches(self, value: Any, spelled: bool) -> bool:
+    def is_switch(self, value: Any, spelled: bool) -> bool:
         """Return whether ``value`` is true, false, 0 or 1. If ``spelled``, also whether its text, in any
         case, is one of true, yes, on, 1, y, t, false, no, off, 0, n and f."""
         words = (*_SWITCHES[True], *_SWITCHES[False])
@@ -90,10 +88,10 @@ class Spec:
         return phrase("bounded", kind=kind, bounds=Series(tuple(bounds), "space")) if bounds else kind
 
 
-_ASKED = {
-    "integer": Spec.counts,
-    "number": Spec.counts,
-    "switch": Spec.switches,
+_CHECKS = {
+    "integer": Spec.is_number,
+    "number": Spec.is_number,
+    "switch": Spec.is_switch,
     "text": lambda *_: True,
     "list": lambda *_: True,  # most libraries split text into a list
     "table": lambda *_: False,
@@ -117,7 +115,7 @@ def _is_integer(value: Any, number: float) -> bool:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Known:
+class LibrarySettings:
     """The settings of one library, by section; a section is a dotted path, "" is the top level. ``release``:
     name and version of the library that ``now`` describes, such as "DeepSpeed 0.19.8"; ``now``: section ->
     setting -> accepted values; ``older``: section -> names that this release does not have but other
@@ -144,11 +142,11 @@ class Known:
 
     def near(self, section: str, key: str) -> str | None:
         """Return the dotted path of the setting that was probably meant by ``key``, a name unknown in
-        ``section``: that of the most similar name in the section (see `like`). If none is similar, return the
-        path of the setting called ``key`` in another section, if exactly one section has it, otherwise None.
-        If files may hold settings of other programs (``shares``), only names in ``now`` count as similar, and
-        other sections are not searched for a top-level key."""
-        similar_name = like(key, self.now.get(section, {}) if self.shares else self.names(section))
+        ``section``: that of the most similar name in the section (see `find_similar`). If none is similar,
+        return the path of the setting called ``key`` in another section, if exactly one section has it,
+        otherwise None. If files may hold settings of other programs (``shares``), only names in ``now`` count
+        as similar, and other sections are not searched for a top-level key."""
+        similar_name = find_similar(key, self.now.get(section, {}) if self.shares else self.names(section))
         if similar_name is not None:
             return f"{section}.{similar_name}".lstrip(".")
         if self.shares and not section:
@@ -161,7 +159,7 @@ class Known:
         return paths[0] if len(paths) == 1 else None
 
 
-def like(name: str, names: Iterable[str]) -> str | None:
+def find_similar(name: str, names: Iterable[str]) -> str | None:
     """Return the one of ``names`` that is most similar to ``name``, or None if none is so similar that
     ``name`` may be a misspelling of it (one letter left out, doubled or swapped). Capitals in ``name`` count
     as small letters, hyphens as underscores."""
@@ -170,7 +168,7 @@ def like(name: str, names: Iterable[str]) -> str | None:
 
 
 @functools.cache
-def known(library: str) -> Known:
+def library_settings(library: str) -> LibrarySettings:
     """Return the settings that ``library`` accepts. ``library``: "accelerate", "deepspeed", "megatron",
     "torchtitan" or "trainer", a file in options/ without its suffix."""
     data = read_table(f"options/{library}.toml")
@@ -185,7 +183,7 @@ def known(library: str) -> Known:
         }
         for section, keys in data["now"].items()
     }
-    return Known(
+    return LibrarySettings(
         release=data["release"],
         now=now,
         older={section: frozenset(words.split()) for section, words in data["older"].items()},
@@ -211,43 +209,45 @@ def _is_own(options: Options, library: str) -> bool:
     (``needs``), if any, and at most half of its top-level keys are unknown to the library. Front ends mix the
     library's settings with many of their own, and a file that maps words to numbers can contain some of the
     names by chance."""
-    table = known(library)
+    table = library_settings(library)
     foreign = [key for key in options.data if str(key) not in table.names("")]
     if table.needs and table.needs not in options.data:
         return False
     return len(foreign) <= _MOST_FOREIGN * len(options.data)
 
 
-def unknown(options: Options, library: str) -> Iterator[tuple[str, str, str | None]]:
+def find_unknown(options: Options, library: str) -> Iterator[tuple[str, str, str | None]]:
     """Yield (section, key, dotted path of the setting that was probably meant) for each setting of
     ``options`` that the library has in that section neither in the described release (``now``) nor under
-    ``older`` names. The path is None if `Known.near` finds none, or if the file already sets what it finds:
-    then the key is assumed to be the user's own. Yield nothing for a file that is not the library's own (see
-    `_is_own`)."""
-    table = known(library)
+    ``older`` names. The path is None if `LibrarySettings.near` finds none, or if the file already sets what
+    it finds: then the key is assumed to be the user's own. Yield nothing for a file that is not the library's
+    own (see `_is_own`)."""
+    table = library_settings(library)
     for section, key, _ in _settings(options.data, table, "") if _is_own(options, library) else ():
         if key not in table.names(section):
             near = table.near(section, key)
             yield section, key, near if near is None or options.raw(near) is None else None
 
 
-def wrong(options: Options, library: str) -> Iterator[tuple[str, Any, Spec]]:
+def find_invalid(options: Options, library: str) -> Iterator[tuple[str, Any, Spec]]:
     """Yield (dotted path, value, accepted values) for each value in ``options`` that the library does not
-    accept. Skipped are settings that are not in ``now`` of `known`, values that are left to the library
-    ("auto") or known only when a script runs, flags of a script without a value, and files that are not the
-    library's own (see `_is_own`)."""
-    table = known(library)
+    accept. Skipped are settings that are not in ``now`` of `library_settings`, values that are left to the
+    library ("auto") or known only when a script runs, flags of a script without a value, and files that are
+    not the library's own (see `_is_own`)."""
+    table = library_settings(library)
     script = not options.file.endswith((".json", ".yaml", ".yml", ".toml"))
     for section, key, _ in _settings(options.data, table, "") if _is_own(options, library) else ():
         path = f"{section}.{key}".lstrip(".")
         spec, value = table.now.get(section, {}).get(key), options.get(path)
         if spec is None or (value is True and script):  # True in a script: its value was not read
             continue
-        if not spec.takes(value, spelled=section in table.spelled):
+        if not spec.accepts(value, spelled=section in table.spelled):
             yield path, value, spec
 
 
-def _settings(data: Mapping[str, Any], table: Known, section: str) -> Iterator[tuple[str, str, Any]]:
+def _settings(
+    data: Mapping[str, Any], table: LibrarySettings, section: str
+) -> Iterator[tuple[str, str, Any]]:
     """Yield (section, key, value) for all settings in ``data``, the content of ``section``, and in the
     sections below it. If a value is a mapping that is no section of the library, the mapping is yielded as
     one value, but not what it contains: that is the user's own."""
@@ -258,7 +258,7 @@ def _settings(data: Mapping[str, Any], table: Known, section: str) -> Iterator[t
             yield from _settings(value, table, path)
 
 
-def shown(spec: Spec, value: Any) -> str | Phrase:
+def accepted_text(spec: Spec, value: Any) -> str | Phrase:
     """Return the values that ``spec`` accepts, as a part of a finding. Up to nine enumerated values are all
     listed; of more, only the three that are most similar to ``value``, followed by "..." and the number of
     all. Values that are not enumerated are described by kind and bounds."""

@@ -289,7 +289,7 @@ def _with_config(flags: Options, missing: list[str]) -> Options:
     name = flags.get("config")
     if name is None:
         return flags
-    target = _named(flags, name)
+    target = _find_file(flags, name)
     data = _data(target, _text(target)) if target is not None else None
     if not isinstance(data, dict):
         missing.append(str(name))
@@ -326,7 +326,7 @@ def _changes(path: Path, data: Mapping[Any, Any]) -> dict[str, Any] | None:
     return nested
 
 
-def parsed(path: Path) -> tuple[str, dict[str, Any] | None]:
+def read_data(path: Path) -> tuple[str, dict[str, Any] | None]:
     """Return the text of the file ``path`` and its data, with keys as written. The data is None for a file
     whose suffix is not .toml, .json, .yaml or .yml: it counts as a shell script. Raises UserError for a file
     that cannot be read, is above 1 MiB or is no UTF-8 text, and for one whose suffix says TOML, JSON or YAML
@@ -354,17 +354,14 @@ def _text(path: Path) -> str:
 _COMMENT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|#[^\n]*|/\*.*?\*/', re.DOTALL)
 
 
-def _kept_string(match: re.Match[str]) -> str:
-    return match.group() if match.group().startswith('"') else ""
-
-
 def _data(path: Path, text: str) -> dict[str, Any] | Script:
     if path.suffix == ".toml":
         return parse_toml(text, what=str(path))
     if path.suffix not in (".json", ".yaml", ".yml"):
         return read_script(text)
     if path.suffix == ".json":
-        data = parse_json(_COMMENT.sub(_kept_string, text), what=str(path))
+        without_comments = _COMMENT.sub(lambda m: m[0] if m[0].startswith('"') else "", text)
+        data = parse_json(without_comments, what=str(path))
     else:
         data = parse_yaml(text, what=str(path))
     if not isinstance(data, dict):
@@ -424,7 +421,7 @@ def _follow(kind: str, options: Options, options_by_kind: dict[str, Options], mi
         return
     if isinstance(reference, Mapping):
         options_by_kind["deepspeed"] = Options(file=options.file, data=reference)
-    elif (named := _named_json(options, reference, missing)) is not None:
+    elif (named := _read_named_json(options, reference, missing)) is not None:
         options_by_kind["deepspeed"] = named
     elif {"axolotl", "llamafactory"} & options_by_kind.keys() and (
         shipped := shipped_configuration(str(reference))
@@ -441,7 +438,7 @@ def _follow_changes(options_by_kind: dict[str, Options], missing: list[str]) -> 
     name = options.get("experiment_config_json") if options is not None else None
     if options is None or not name or "openfold_config" in options_by_kind:
         return
-    if (target := _named(options, name)) is None:
+    if (target := _find_file(options, name)) is None:
         missing.append(str(name))
         return
     kind, changes = _read_one(target)
@@ -478,7 +475,7 @@ def _with_mappings(options: Options, missing: list[str]) -> Options:
             continue
         if (mapping := _mapping(value)) is not None:
             data[name] = mapping
-        elif name in FILE_ARGUMENTS and (named := _named_json(options, value, missing)) is not None:
+        elif name in FILE_ARGUMENTS and (named := _read_named_json(options, value, missing)) is not None:
             data[name] = named.data
     return dataclasses.replace(options, data=_sections("trainer", data))
 
@@ -493,19 +490,19 @@ def _mapping(text: str) -> dict[str, Any] | None:
     return data if isinstance(data, dict) else None
 
 
-def _named_json(options: Options, name: Any, missing: list[str]) -> Options | None:
+def _read_named_json(options: Options, name: Any, missing: list[str]) -> Options | None:
     """Return the content of the JSON file ``name`` that the file of ``options`` names. It is searched in each
     folder above that file, from the innermost, and in the current folder. If it does not exist, or its name
     does not end in .json, add ``name`` to ``missing`` and return None. Raises UserError if it cannot be read,
     is above 1 MiB, or does not hold keys in valid JSON."""
-    target = _named(options, name)
+    target = _find_file(options, name)
     if target is None or target.suffix != ".json":
         missing.append(str(name))
         return None
     return Options(file=str(target), data=_data(target, _text(target)))  # type: ignore[arg-type]
 
 
-def _named(options: Options, name: Any) -> Path | None:
+def _find_file(options: Options, name: Any) -> Path | None:
     # Projects often name files relative to their root, so every folder above the file is tried.
     folders = (*Path(options.file).absolute().parents, Path.cwd())
     try:
@@ -520,8 +517,8 @@ def _as_deepspeed(options: Options, precision: str | None) -> dict[str, Any]:
     mixed precision of the whole set-up, None if unknown."""
     section = options.section("deepspeed_config")
     zero: dict[str, Any] = {"stage": section.get("zero_stage", 2)}
-    for name, old in (("offload_optimizer", "offload_optimizer"), ("offload_param", "offload_param")):
-        device, path = section.get(f"{old}_device", "none"), section.get(f"{old}_nvme_path")
+    for name in ("offload_optimizer", "offload_param"):
+        device, path = section.get(f"{name}_device", "none"), section.get(f"{name}_nvme_path")
         zero[name] = {"device": device} | ({"nvme_path": path} if path else {})
     zero["stage3_gather_16bit_weights_on_model_save"] = section.get("zero3_save_16bit_model", False)
     data: dict[str, Any] = {

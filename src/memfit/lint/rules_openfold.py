@@ -57,8 +57,8 @@ def openfold_two_kernels(c: Options, s: Setup) -> Found:
 def openfold_chunk_training(c: Options, s: Setup) -> Found:
     """Report a chunk_size in "globals" that is not null, unless tune_chunk_size, which is on by default, is
     switched off: with both, OpenFold stops in training."""
-    chunk = openfold.changed(s, ["globals.chunk_size"])
-    if chunk is not None and openfold.changed(s, openfold.TUNED, True) is True:
+    chunk = openfold.changed_value(s, ["globals.chunk_size"])
+    if chunk is not None and openfold.changed_value(s, openfold.TUNED, True) is True:
         yield {"chunk": chunk}
 
 
@@ -83,7 +83,7 @@ def openfold_extra_ckpt(c: Options, s: Setup) -> Found:
     """Report that the extra-MSA stack is recomputed although blocks_per_ckpt is null, which switches the
     recomputation of the other stacks off: this stack has a setting of its own, which is on by default. Report
     nothing if that is off or blocks_per_ckpt is not null."""
-    if openfold.blocks_per_ckpt(s) is None and openfold.changed(s, [openfold.EXTRA_CKPT], True) is True:
+    if openfold.blocks_per_ckpt(s) is None and openfold.changed_value(s, [openfold.EXTRA_CKPT], True) is True:
         yield {}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from memfit.lint.option_schema import Spec, known, shown, unknown, wrong
+from memfit.lint.option_schema import Spec, accepted_text, find_invalid, find_unknown, library_settings
 from memfit.lint.parse import Found, Options, Setup
 
 
@@ -20,8 +20,8 @@ def _unknown(o: Options, s: Setup, library: str, *, refused: bool) -> Found:
     or the same name in exactly one other section, that the file does not set: the setting is probably
     misspelled or misplaced. ``refused``: True for those in sections in which the library stops at an unknown
     key, False for those in other sections."""
-    table = known(library)
-    for section, key, intended_path in unknown(o, library) if _read_as_written(o, s) else ():
+    table = library_settings(library)
+    for section, key, intended_path in find_unknown(o, library) if _read_as_written(o, s) else ():
         if intended_path is not None and (section in table.refuses) == refused:
             yield {"key": f"{section}.{key}".lstrip("."), "near": intended_path}
 
@@ -30,8 +30,8 @@ def _newer(o: Options, s: Setup, library: str) -> Found:
     """Yield a finding for each setting that the library does not have, in a section in which it stops at an
     unknown key, if the setting is probably not misspelled or misplaced: `_unknown` finds no other name for
     it, or the file sets that one as well. It may be a setting of a newer release."""
-    table = known(library)
-    for section, key, intended_path in unknown(o, library) if _read_as_written(o, s) else ():
+    table = library_settings(library)
+    for section, key, intended_path in find_unknown(o, library) if _read_as_written(o, s) else ():
         if intended_path is None and section in table.refuses:
             yield {"key": f"{section}.{key}".lstrip("."), "release": table.release}
 
@@ -40,18 +40,18 @@ def _wrong(o: Options, s: Setup, library: str) -> Iterator[tuple[str, Any, Spec]
     """Yield (dotted path, value, accepted values) for each value that the library does not accept. Lists are
     accepted from DeepSpeed's files if DeepSpeed accepts each of their values: its autotuner takes lists of
     values to try."""
-    for path, value, spec in wrong(o, library) if _read_as_written(o, s) else ():
+    for path, value, spec in find_invalid(o, library) if _read_as_written(o, s) else ():
         if (
             library == "deepspeed"
             and isinstance(value, list)
-            and all(spec.takes(v, spelled=False) for v in value)
+            and all(spec.accepts(v, spelled=False) for v in value)
         ):
             continue
         yield path, value, spec
 
 
 def _finding(path: str, value: Any, spec: Spec) -> dict[str, Any]:
-    return {"key": path, "value": value, "allowed": shown(spec, value)}
+    return {"key": path, "value": value, "allowed": accepted_text(spec, value)}
 
 
 def _value(o: Options, s: Setup, library: str) -> Found:
@@ -63,7 +63,7 @@ def _is_quoted_number(value: Any, spec: Spec) -> bool:
     """Return whether ``value`` is a number written as text that ``spec`` accepts without the quotation
     marks."""
     try:
-        return isinstance(value, str) and spec.takes(float(value), spelled=False)
+        return isinstance(value, str) and spec.accepts(float(value), spelled=False)
     except ValueError:
         return False
 
@@ -160,7 +160,7 @@ def trainer_gone(t: Options, s: Setup) -> Found:
     """Report arguments that the checked release of transformers does not have, but other releases have. Only
     a file with nothing but arguments of the Trainer, of any release, is checked: front ends with options of
     their own may still accept such arguments."""
-    table = known("trainer")
+    table = library_settings("trainer")
     removed_keys = [key for key in t.data if key in table.older[""]]
     if removed_keys and all(key in table.names("") for key in t.data):
         yield {"keys": ", ".join(removed_keys), "release": table.release}
@@ -174,7 +174,7 @@ def megatron_unknown_option(m: Options, s: Setup) -> Found:
     """Report options that Megatron-LM does not have and refuses, if they are probably misspelled: it has a
     similar one. The beginning of an option's name is not reported, because Megatron-LM accepts abbreviations.
     Options of another front end (``m.defaults`` is False) are skipped."""
-    names = known("megatron").names("")
+    names = library_settings("megatron").names("")
     for finding in _unknown(m, s, "megatron", refused=True) if m.defaults else ():
         if not any(name.startswith(finding["key"]) for name in names):
             yield _option(finding)

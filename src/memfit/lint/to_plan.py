@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 from memfit.lint.clipping import NORMS
-from memfit.lint.draft import Carried, Draft
+from memfit.lint.draft import Conversion, Draft
 from memfit.lint.option_reasons import account_for
 from memfit.lint.parse import KINDS, Options, Setup
 from memfit.lint.to_plan_fine_tuning import from_axolotl, from_llamafactory
@@ -26,7 +26,7 @@ from memfit.types.errors import UserError
 _MOST_RANKS: Final = 2**20
 
 
-def over(setup: Setup, *, of_objects: bool = False) -> Carried:
+def convert(setup: Setup, *, of_objects: bool = False) -> Conversion:
     """Convert ``setup`` to a plan. If several libraries are configured, only one decides how the model is
     distributed, the first of OpenFold, Axolotl, LLaMA-Factory, Lightning, MACE, Megatron-LM, torchtitan,
     DeepSpeed, and Accelerate with the Trainer. An unknown number of processes counts as 1; with Megatron-LM
@@ -38,7 +38,7 @@ def over(setup: Setup, *, of_objects: bool = False) -> Carried:
     Raises UserError for a crop, batch or blocks_per_ckpt of OpenFold that is not a whole number above 0;
     blocks_per_ckpt may also be null. Raises UserError, too, for a number of processes that is not from 1 to
     2**20."""
-    engine, apply = _whose(setup)
+    engine, apply = _engine_and_conversion(setup)
     _check_ranks(setup.ranks or 1)
     draft = Draft(ranks=setup.ranks or 1)
     tracked_options: dict[str, Any] = {
@@ -64,7 +64,7 @@ def over(setup: Setup, *, of_objects: bool = False) -> Carried:
         draft.leave(f"the file {name}", "it does not exist or is no JSON file")
     _check_ranks(draft.ranks)
     plan = dataclasses.replace(draft.plan, ranks=draft.ranks)
-    return Carried(
+    return Conversion(
         plan=plan,
         engine=engine,
         micro_batch=draft.micro_batch,
@@ -125,7 +125,7 @@ def _unusable(tracked_options: Mapping[str, _TrackedOptions]) -> Iterator[tuple[
                 yield path, value
 
 
-def _whose(setup: Setup) -> tuple[str, Callable[[Setup, Draft], None]]:
+def _engine_and_conversion(setup: Setup) -> tuple[str, Callable[[Setup, Draft], None]]:
     if setup.openfold is not None or setup.openfold_config is not None:
         return "native" if setup.deepspeed is None else "deepspeed", from_openfold
     for kind, engine, apply in _FRONT_ENDS:

@@ -4,6 +4,7 @@ Plan."""
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from memfit.lint import axolotl, models
 from memfit.lint.draft import Draft
@@ -61,18 +62,16 @@ def _parallelism(options: Options, setup: Setup, draft: Draft) -> Options | None
     """Return Accelerate's settings for the sizes of Axolotl's parallelism, as `to_plan_hugging_face` reads
     them together with FSDP, or the set-up's own settings of Accelerate if there are none. Sizes without FSDP
     are listed as left out."""
-    sizes = {
+    given_sizes = {
         "tp_size": options.size("tensor_parallel_size"),
         "cp_size": options.size("context_parallel_size") or options.size("sequence_parallel_degree"),
         "dp_replicate_size": options.size("dp_replicate_size"),
     }
-    sizes = {name: size for name, size in sizes.items() if size and size > 1}
+    sizes = {name: size for name, size in given_sizes.items() if size and size > 1}
     if not sizes:
         return setup.accelerate
     if setup.ranks is None and (shard := options.size("dp_shard_size")):
-        draft.ranks = shard
-        for size in sizes.values():
-            draft.ranks *= size or 1
+        draft.ranks = shard * math.prod(sizes.values())
     if axolotl.uses_fsdp(options):
         return Options(file=options.file, data={"parallelism_config": sizes})
     for name in _PARALLEL_SIZES:

@@ -189,7 +189,7 @@ def _batches(setup: Setup, config: Options, draft: Draft) -> None:
     draft.micro_batch = micro_batch
     draft.accumulate(steps)
     if not is_unknown:
-        draft.sized(draft.ranks, steps)
+        draft.set_batch(draft.ranks, steps)
 
 
 _DEEPSPEED_ADAM = ("adam", "adamw", "fusedadam")
@@ -261,7 +261,7 @@ def from_hugging_face(setup: Setup, draft: Draft) -> None:
         steps = args.size("gradient_accumulation_steps")
         draft.accumulate(steps)
         if not args.undetermined("gradient_accumulation_steps"):
-            draft.sized(data_ranks, steps)
+            draft.set_batch(data_ranks, steps)
         if args.on("torch_compile"):
             draft.take("compile", "torch_compile", scope="model")
     if (

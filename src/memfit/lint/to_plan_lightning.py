@@ -46,7 +46,7 @@ def from_lightning(setup: Setup, draft: Draft) -> None:
         _model_parallel(options, kind, draft)
         from_hugging_face(translated, draft)
     draft.micro_batch, draft.batch = micro_batch, None
-    draft.sized(draft.ranks, steps)
+    draft.set_batch(draft.ranks, steps)
     if precision == "bf16-true" and kind not in ("deepspeed", "fsdp"):
         store_in_bf16(draft, "trainer.precision")
     if setup.ranks is None and kind in ("deepspeed", "fsdp", "ddp", "dp"):

@@ -31,7 +31,7 @@ def from_mace(setup: Setup, draft: Draft) -> None:
         )
     if not options.undetermined("batch_size"):
         draft.micro_batch = options.size("batch_size") or _BATCH
-        draft.sized(draft.ranks, 1)
+        draft.set_batch(draft.ranks, 1)
     if options.on("ema"):
         decay = options.number("ema_decay")
         draft.ema = decay if decay is not None and 0 < decay < 1 else _EMA_DECAY

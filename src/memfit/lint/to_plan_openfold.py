@@ -35,7 +35,7 @@ def from_openfold(setup: Setup, draft: Draft) -> None:
             draft.take("ddp", "DDPStrategy", bucket_view=False)
         _precision(precision, draft)
     draft.micro_batch, draft.batch = openfold.batch_size(setup), None
-    draft.sized(draft.ranks, None)
+    draft.set_batch(draft.ranks, None)
     _recomputation(setup, draft)
     draft.size = _size(setup, draft)
     for option, reason in _unsaid(setup):
@@ -92,13 +92,13 @@ def _with_deepspeed(setup: Setup, config: Options, precision: str, draft: Draft)
 def _recomputation(setup: Setup, draft: Draft) -> None:
     blocks_per_group = openfold.blocks_per_ckpt(setup)
     if blocks_per_group is None:
-        if openfold.changed(setup, [openfold.EXTRA_CKPT], True) is True:
+        if openfold.changed_value(setup, [openfold.EXTRA_CKPT], True) is True:
             draft.leave(openfold.EXTRA_CKPT, "memfit recomputes all stacks or none")
         return
     draft.take("activation-checkpointing", f"blocks_per_ckpt {blocks_per_group}", every=1)
     if blocks_per_group > 1:
         draft.leave(f"blocks_per_ckpt {blocks_per_group}", "predicted with each block recomputed by itself")
-    if openfold.changed(setup, [openfold.EXTRA_CKPT], True) is not True:
+    if openfold.changed_value(setup, [openfold.EXTRA_CKPT], True) is not True:
         draft.leave(f"{openfold.EXTRA_CKPT} false", "memfit recomputes all stacks or none")
 
 
@@ -126,11 +126,11 @@ def _size(setup: Setup, draft: Draft) -> str:
 
 def _unsaid(setup: Setup) -> Iterator[tuple[str, str]]:
     for name, reason in _KERNELS.items():
-        if openfold.changed(setup, [f"globals.{name}"]) is True:
+        if openfold.changed_value(setup, [f"globals.{name}"]) is True:
             yield name, reason
-    if (chunk := openfold.changed(setup, ["globals.chunk_size"])) is not None:
+    if (chunk := openfold.changed_value(setup, ["globals.chunk_size"])) is not None:
         yield f"chunk_size {chunk}", "OpenFold uses chunks only in inference; predicted without chunks"
     for path, reason in _CHANGES.items():
-        if openfold.changed(setup, [path]) is True:
+        if openfold.changed_value(setup, [path]) is True:
             yield path, reason
     yield "ema.decay", "the plan omits the moving average of parameters, 4 bytes per parameter on the device"

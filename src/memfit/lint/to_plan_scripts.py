@@ -3,8 +3,10 @@ parallelism."""
 
 from __future__ import annotations
 
+import math
+
 from memfit.lint import models
-from memfit.lint.draft import Draft, product
+from memfit.lint.draft import Draft
 from memfit.lint.parse import Options, Setup
 from memfit.lint.torchtitan import compiles_model, parallelism_path
 from memfit.types.plan import KnobValue
@@ -76,7 +78,7 @@ def _micro_batches(options: Options, data_ranks: int, draft: Draft) -> int | Non
         steps = max(1, global_batch // (micro_batch * data_ranks))
     draft.micro_batch, draft.batch = micro_batch, global_batch
     if not options.undetermined("global_batch_size"):
-        draft.sized(data_ranks, steps)
+        draft.set_batch(data_ranks, steps)
     return steps
 
 
@@ -201,7 +203,7 @@ def from_torchtitan(setup: Setup, draft: Draft) -> None:
         )
     }
     shard = options.size(parallelism_path(options, "data_parallel_shard_degree")) or -1
-    other_ranks = product(v for n, v in degree.items() if n != "expert_parallel")
+    other_ranks = math.prod(v for n, v in degree.items() if n != "expert_parallel")
     if setup.ranks is None:
         draft.ranks = other_ranks * max(1, shard)
         if shard == -1:
@@ -256,7 +258,7 @@ def _titan_batches(options: Options, data_ranks: int, stages: int, draft: Draft)
     global_batch = options.size("training.global_batch_size") or -1
     steps = max(1, global_batch // (local_batch * data_ranks)) if global_batch > 0 else 1
     draft.micro_batch = local_batch
-    draft.sized(data_ranks, steps)
+    draft.set_batch(data_ranks, steps)
     if stages > 1:
         schedule = str(options.get(parallelism_path(options, "pipeline_parallel_schedule")) or "1F1B").lower()
         name = _SCHEDULES.get(schedule.replace("_", ""))  # older releases write interleaved_1f1b

@@ -27,7 +27,7 @@ def setup_of_arguments(args: Any, *, ranks: int, accelerate: Options | None = No
 def setup_of_trainer(trainer: Any, ranks: int) -> Setup:
     """Return the set-up of ``trainer``, a Trainer, on ``ranks`` processes: its arguments, and what only the
     launcher said: DeepSpeed or FSDP of ``accelerate launch``. Raises UserError for what memfit cannot predict
-    from these: Megatron-LM and SageMaker, FSDP of XLA, and tensor, context or sequence parallelism."""
+    from these: Megatron-LM, FSDP of XLA, and tensor, context or sequence parallelism."""
     args, state = trainer.args, trainer.accelerator.state
     _check(trainer, state)
     accelerate = None
