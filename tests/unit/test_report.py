@@ -277,18 +277,18 @@ def test_view_compares_predicted_with_measured() -> None:
     assert (plain.predicted_peak.mark, plain.peak.mark, view.cap.mark) == ("predicted", "measured", "assumed")
 
 
-def test_ladder_peaks_fall_from_plain_to_recommended() -> None:
-    ladder = poc_view(full_poc()).ladder
-    assert [r.role for r in ladder] == ["baseline", "ablation", "ablation", "ablation", "recommended"]
-    peaks = [r.peak.value or 0 for r in ladder]
+def test_peaks_fall_from_plain_to_recommended() -> None:
+    rows = poc_view(full_poc()).plans
+    assert [r.role for r in rows] == ["baseline", "ablation", "ablation", "ablation", "recommended"]
+    peaks = [r.peak.value or 0 for r in rows]
     assert peaks == sorted(peaks, reverse=True)
-    assert ladder[-1].share.value == pytest.approx(18.75)
+    assert rows[-1].share.value == pytest.approx(18.75)
 
 
-def test_an_ablation_equal_to_the_recommendation_adds_no_rung() -> None:
+def test_an_ablation_equal_to_the_recommendation_adds_no_row() -> None:
     poc = full_poc()
     again = dataclasses.replace(poc.runs[2], spec=dataclasses.replace(poc.runs[2].spec, role="ablation"))
-    assert len(poc_view(dataclasses.replace(poc, runs=(*poc.runs, again))).ladder) == 5
+    assert len(poc_view(dataclasses.replace(poc, runs=(*poc.runs, again))).plans) == 5
 
 
 def test_run_time_and_energy_are_the_step_figures_times_the_steps() -> None:
@@ -417,7 +417,7 @@ def test_only_a_job_with_a_recorded_case_has_a_case_chapter(lang: str) -> None:
     assert case is not None
     page = Page(render_html(dataclasses.replace(full_poc(), job_name="alphafold2"), lang=lang))
     bars = [a for tag, a in page.tags if tag == "rect" and (a.get("class") or "").startswith("c-")]
-    assert len(bars) == sum(len(rung.parts) for size in case.sizes for rung in size.rungs)
+    assert len(bars) == sum(len(plan.parts) for size in case.sizes for plan in size.plans)
     assert load_words(lang).get("section.case") in page.text
     assert case.created in page.text  # the date of the recording is given
     other = Page(render_html(full_poc(), lang=lang))
@@ -430,10 +430,10 @@ def test_a_recorded_case_adds_up_and_has_a_text_for_every_name() -> None:
     assert [(s.residues, s.rows) for s in case.sizes] == [(256, 128), (384, 512)]
     for size in case.sizes:
         assert f"case.size.{size.name}" in EN.texts
-        for rung in size.rungs:
-            assert f"case.plan.{rung.plan}" in EN.texts
-            assert sum(part for _, part in rung.parts) == rung.peak.value
-            assert rung.fits is (rung.peak.value < case.memory.value)
+        for plan in size.plans:
+            assert f"case.plan.{plan.plan}" in EN.texts
+            assert sum(part for _, part in plan.parts) == plan.peak.value
+            assert plan.fits is (plan.peak.value < case.memory.value)
     assert all(f"case.class.{name}" in EN.texts for name in CLASSES)
     assert case_view("char-lm") is case_view("../words") is None
 

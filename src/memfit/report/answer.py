@@ -100,7 +100,7 @@ def _science(poc: Poc) -> Sentence:
         is_bitwise = verdict.cause is not None and verdict.cause.kind == "equal_bits"
         kind = "equal_bits" if is_bitwise else verdict.kind
         return Sentence(key=f"answer.science.{kind}", values={"reproducible": reproducibility})
-    values = {**_interval(named_verdict, poc), "reproducible": reproducibility}
+    values = {**_endpoint_figures(named_verdict, poc), "reproducible": reproducibility}
     sentence = Sentence(key=f"answer.science.{verdict.kind}_interval", values=values)
     return sourced(sentence, verdict_anchor(named_verdict.name))
 
@@ -111,7 +111,7 @@ def _sensitivity(poc: Poc) -> Sentence | None:
     return sentence and sourced(sentence, verdict_anchor("recommended"))
 
 
-def _interval(named_verdict: NamedVerdict, poc: Poc) -> dict[str, Figure | str | Sentence]:
+def _endpoint_figures(named_verdict: NamedVerdict, poc: Poc) -> dict[str, Figure | str | Sentence]:
     """Return the figures of the endpoint that decided the verdict: a surrogate that its cause names, else the
     metric."""
     verdict, unit = named_verdict.verdict, poc.metric_unit

@@ -30,7 +30,7 @@ CLASSES: Final = (
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class CaseRung:
+class CasePlan:
     """The stored prediction for one plan at one published size of a job.
 
     ``plan``: end of the key of its name in the word catalogs, which is ``case.plan.PLAN``. ``share``: its
@@ -41,7 +41,7 @@ class CaseRung:
 
     plan: str
     peak: Figure
-    share: Figure  # peak in % of the peak of the first plan of this size
+    share: Figure
     step: Figure
     fits: bool
     parts: tuple[tuple[str, int], ...]
@@ -50,13 +50,13 @@ class CaseRung:
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CaseSize:
     """One published size of the job. ``name``: end of the key of its name in the word catalogs, which is
-    ``case.size.NAME``. A sample has ``residues`` positions and ``rows`` sequences. ``rungs``: the plans
+    ``case.size.NAME``. A sample has ``residues`` positions and ``rows`` sequences. ``plans``: the plans
     predicted at this size, in the stored order."""
 
     name: str
     residues: int
     rows: int
-    rungs: tuple[CaseRung, ...]
+    plans: tuple[CasePlan, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +73,7 @@ class CaseView:
 def case_view(job: str) -> CaseView | None:
     """Return the predictions for the job named ``job`` that are stored in this package (``cases/JOB.json``),
     or None if there are none."""
-    case = _kept(job)
+    case = _stored_case(job)
     if case is None:
         return None
     sizes = tuple(
@@ -81,7 +81,7 @@ def case_view(job: str) -> CaseView | None:
             name=size["name"],
             residues=size["residues"],
             rows=size["rows"],
-            rungs=tuple(_rung(rung, size["rungs"][0]["peak_bytes"]) for rung in size["rungs"]),
+            plans=tuple(_plan(record, size["rungs"][0]["peak_bytes"]) for record in size["rungs"]),
         )
         for size in case["sizes"]
     )
@@ -97,26 +97,26 @@ def case_offers(job: str) -> tuple[Offer, ...]:
     """Return the offers for the job named ``job`` that are stored in this package (``cases/JOB.json``):
     predictions for single devices with a price, for each of plain training and of the stored plan. Empty if
     none are stored."""
-    case = _kept(job) or {}
+    case = _stored_case(job) or {}
     return tuple(
         serialization.loads(Offer, json.dumps(offer), what="a stored case")
         for offer in case.get("offers", ())
     )
 
 
-def _kept(job: str) -> dict[str, Any] | None:
+def _stored_case(job: str) -> dict[str, Any] | None:
     path = resources.files("memfit.report").joinpath("cases", f"{job}.json")
     if not job.isidentifier() or not path.is_file():
         return None
     return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
-def _rung(record: dict[str, object], first_bytes: float) -> CaseRung:
+def _plan(record: dict[str, object], first_bytes: float) -> CasePlan:
     peak, step, parts = record["peak_bytes"], record["step_s"], record["parts"]
     assert isinstance(peak, int | float)
     assert isinstance(step, int | float)
     assert isinstance(parts, dict)
-    return CaseRung(
+    return CasePlan(
         plan=str(record["plan"]),
         peak=predicted(peak, "bytes"),
         share=predicted(100 * peak / first_bytes, "percent"),

@@ -120,7 +120,7 @@ def plot(
     ``chart_id``: id that is unique on the page. ``title`` and ``description`` are for screen readers. All
     texts are escaped here for HTML.
     """
-    parts = [_grid(x, y), _stretched([_path(line, x, y) for line in lines])]
+    parts = [_grid(x, y), _stretch([_path(line, x, y) for line in lines])]
     parts += [_rule(rule, x, y, lines) for rule in rules]
     parts += [_dot(dot, x, y, is_label_above=_has_dot_below(dot, dots, x, y)) for dot in dots]
     return (
@@ -236,7 +236,7 @@ def _grid(x: Axis, y: Axis) -> str:
     return horizontal_lines + x_labels + baseline + titles
 
 
-def _stretched(paths: Sequence[str]) -> str:
+def _stretch(paths: Sequence[str]) -> str:
     return (
         f'<svg width="100%" height="{HEIGHT}" viewBox="0 0 {WIDE} {HEIGHT}" preserveAspectRatio="none">'
         f"{''.join(paths)}</svg>"

@@ -20,13 +20,21 @@ from memfit.report.decision_rows import (
     way_name,
 )
 from memfit.report.provenance import POC, SAVING, stage_anchor, term_anchor, verdict_anchor, way_anchor
-from memfit.report.quantities import Figure, Mark, Sentence, assumed, measured, predicted, sourced
+from memfit.report.quantities import (
+    Figure,
+    Mark,
+    Sentence,
+    SentenceValues,
+    assumed,
+    measured,
+    predicted,
+    sourced,
+)
 from memfit.report.sliders import sliders
 from memfit.types.decision import Alternative, Decision, Risk, Stage, Term
 from memfit.types.result import Interval, Poc
 from memfit.verify.aggregate import energy_saved
 
-Filled = Mapping[str, Figure | str | Sentence]
 MONEY: Final = (  # costs of an option, named as in CostSheet, in the order of the table
     "setup",
     "purchase",
@@ -48,7 +56,7 @@ def decision_view(poc: Poc, decision: Decision) -> DecisionView:
     ways = tuple(_way(decision, slot, index) for slot, index in decision.slots)
     best = next((w for w in ways if w.best and not w.again), None)
     reference = next((w for w in ways if w.reference), None)
-    interval = decision.saved_interval_percent
+    interval, unpriced = decision.saved_interval_percent, decision.without_a_price_percent
     energy = energy_saved(poc.runs)
     view = DecisionView(
         decision=decision,
@@ -68,11 +76,14 @@ def decision_view(poc: Poc, decision: Decision) -> DecisionView:
         phrases=(),
         terms=tuple(_term(decision, term) for term in decision.numbers),
         prices=tuple(price_rows(decision)),
-        without_a_price=_without_a_price(decision),
+        without_a_price=None if unpriced is None else (_percent(unpriced.low), _percent(unpriced.high)),
         energy_saved=energy and (sourced(_energy_saved(*energy), POC), energy[1]),
         sliders=sliders(decision),
     )
-    view = dataclasses.replace(view, stages=tuple(_with_back(view, row) for row in view.stages))
+    stages = (
+        dataclasses.replace(row, back=way_back(view, row)) if row.stage.back else row for row in view.stages
+    )
+    view = dataclasses.replace(view, stages=tuple(stages))
     return dataclasses.replace(
         view,
         questions=questions(poc, view),
@@ -89,18 +100,13 @@ def _energy_saved(percent: float, boundary: str) -> Figure:
     return predicted(percent, "saving") if "model" in boundary else measured(percent, "saving")
 
 
-def _without_a_price(decision: Decision) -> tuple[Figure, Figure] | None:
-    interval = decision.without_a_price_percent
-    return None if interval is None else (_percent(interval.low), _percent(interval.high))
-
-
 def _percent(value: float | None) -> Figure:
     return predicted(value, "saving", SAVING)
 
 
 def _risk(decision: Decision, risk: Risk) -> RiskRow:
     mark = Mark.PREDICTED if risk.kind == "supply" else Mark.MEASURED
-    evidence = Sentence(key=risk.evidence, values=_filled(risk.values, mark))
+    evidence = Sentence(key=risk.evidence, values=_evidence_values(risk.values, mark))
     return RiskRow(
         kind=risk.kind,
         level=risk.level,
@@ -159,7 +165,7 @@ def _payback(decision: Decision) -> Sentence | None:
     return Sentence(key=f"payback.{key}", values={"years": years})
 
 
-def _filled(values: Mapping[str, str | float | None], mark: Mark) -> Filled:
+def _evidence_values(values: Mapping[str, str | float | None], mark: Mark) -> SentenceValues:
     """Convert the values of a risk's evidence sentence to figures, sentences or texts.
 
     A number is a percentage if its name is "spare", minutes if it is "minutes", else a count; ``mark`` is its
@@ -191,10 +197,6 @@ def _stage(decision: Decision, stage: Stage) -> StageRow:
         back=None,
     )
     return sourced(row, stage_anchor(stage.name))
-
-
-def _with_back(view: DecisionView, row: StageRow) -> StageRow:
-    return dataclasses.replace(row, back=way_back(view, row)) if row.stage.back else row
 
 
 def _ends(span: Interval | None, unit: str) -> tuple[Figure, Figure]:

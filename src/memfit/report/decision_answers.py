@@ -22,12 +22,17 @@ from memfit.report.decision_phrases import (
 )
 from memfit.report.decision_rows import AlternativeRow, DecisionView, money_figure, way_name
 from memfit.report.provenance import GATES, POC, SAVING, reach_anchor, stage_anchor, term_anchor, way_anchor
-from memfit.report.quantities import Figure, Sentence, assumed, measured, number_text, predicted, sourced
-from memfit.types.decision import Decision
+from memfit.report.quantities import (
+    Figure,
+    Sentence,
+    SentenceValues,
+    assumed,
+    measured,
+    number_text,
+    predicted,
+    sourced,
+)
 from memfit.types.result import Poc
-
-Filled = Mapping[str, Figure | str | Sentence]
-
 
 # These sentences change the meaning of the short answer on money, so a small screen must not fold them.
 DECISIVE: Final = (
@@ -74,8 +79,13 @@ def _fits(poc: Poc, view: DecisionView) -> tuple[Sentence, ...]:
     key = "none" if not plain else "both" if len(plain) == 2 else "plain" if plain[0] else "recommended"
     if key == "recommended" and len(existing_ways) == 2:
         key = "with"  # plain training may fit, or it fits and is too slow
-    values: Filled = {"machine": machine, "hours": way.hours, "plan": way.plan, "needed": way.machines}
-    poc_sentence = Sentence(key="decide.fits.here", values={"told": poc_sentences[0]})
+    values: SentenceValues = {
+        "machine": machine,
+        "hours": way.hours,
+        "plan": way.plan,
+        "needed": way.machines,
+    }
+    poc_sentence = Sentence(key="decide.fits.here", values={"answer": poc_sentences[0]})
     main_sentence = Sentence(key=f"decide.fits.{key}", values=values)
     if plain and not certain_ways:
         main_sentence = fit_phrase(view, way.index)
@@ -91,11 +101,12 @@ def _fits(poc: Poc, view: DecisionView) -> tuple[Sentence, ...]:
 def _money(view: DecisionView) -> tuple[Sentence, ...]:
     if view.best is None:
         return (Sentence(key=f"decide.money.{view.decision.why_none}"),)
-    best = view.best
+    best, years = view.best, view.decision.terms.years
+    period = {"years": assumed(years, "count", term_anchor("years"))}
     values: dict[str, Figure | str | Sentence] = {
         "way": best.name,
         "cost": best.money["present_cost"],
-        "period": _period(view),
+        "period": Sentence(key="period.one" if years == 1 else "period.many", values=period),
         "initial": best.money["initial"],
         "running": best.money["running_per_year"],
         "saved": view.saved,
@@ -122,12 +133,6 @@ def _money(view: DecisionView) -> tuple[Sentence, ...]:
     return tuple(sentences)
 
 
-def _period(view: DecisionView) -> Sentence:
-    years = view.decision.terms.years
-    figure = assumed(years, "count", term_anchor("years"))
-    return Sentence(key="period.one" if years == 1 else "period.many", values={"years": figure})
-
-
 def _basis(view: DecisionView) -> list[Sentence]:
     """Return what the money is for, its currency and place, and what the project leaves out, if there is no
     case file; empty with one."""
@@ -142,15 +147,12 @@ def _basis(view: DecisionView) -> list[Sentence]:
         return [Sentence(key="decide.money.by_default", values=values)]
     values["project"] = Sentence(key=f"project.{decision.project}")
     sentences = [Sentence(key="decide.money.project", values=values)]
-    if view.best is not None and (ratios := _phase_ratios(decision, view.best.index)):
-        sentences.append(_phases(view, view.best, ratios))
+    if view.best is not None and view.best.index < len(decision.phase_time_ratio):
+        ratios = decision.phase_time_ratio[view.best.index]
+        sentences += [_phases(view, view.best, ratios)] if ratios else []
     if decision.project in _NOTED_PROJECTS:
         sentences.append(Sentence(key=f"project_note.{decision.project}"))
     return sentences
-
-
-def _phase_ratios(decision: Decision, index: int) -> Mapping[str, float]:
-    return decision.phase_time_ratio[index] if index < len(decision.phase_time_ratio) else {}
 
 
 def _phases(view: DecisionView, best: AlternativeRow, ratios: Mapping[str, float]) -> Sentence:
@@ -160,13 +162,10 @@ def _phases(view: DecisionView, best: AlternativeRow, ratios: Mapping[str, float
     anchor = way_anchor(best.index)
     values: dict[str, Figure | str | Sentence] = {"cost": best.money["present_cost"]}
     for size, ratio in ratios.items():
-        values[f"{size}_cost"] = money_figure(decision, _times(sheet.present_cost, ratio), anchor)
+        cost = None if sheet.present_cost is None else sheet.present_cost * ratio
+        values[f"{size}_cost"] = money_figure(decision, cost, anchor)
         values[f"{size}_hours"] = predicted(hours * ratio, "hours", anchor)
     return Sentence(key=f"project_phases.{decision.project}", values=values)
-
-
-def _times(value: float | None, ratio: float) -> float | None:
-    return None if value is None else value * ratio
 
 
 def _doubtful(view: DecisionView) -> list[int]:
@@ -195,7 +194,7 @@ def gains(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
     if view.decision.size == poc.job_size:
         yield Sentence(key="decide.money.same_size", values={"size": poc.job_size})
     if view.reference is not None and view.reference.index != view.best.index:
-        values: Filled = {"hours": view.best.hours, "other": view.reference.hours}
+        values: SentenceValues = {"hours": view.best.hours, "other": view.reference.hours}
         yield Sentence(key="decide.money.gain_time", values=values)
     machine = view.decision.ways[view.best.index].machine
     extended_reaches = [
@@ -205,7 +204,7 @@ def gains(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
     for reach in machine_reaches[:1]:
         unit = "parameters" if reach.quantity == "parameters" else "count"
         source = reach_anchor(poc.reach.index(reach))
-        placeholders: Filled = {
+        placeholders: SentenceValues = {
             "machine": reach.machine,
             "what": Sentence(key=f"quantity.{reach.quantity}"),
             "most": predicted(reach.recommended, unit, source),
@@ -297,13 +296,13 @@ def _next(view: DecisionView) -> tuple[Sentence, ...]:
     if len(view.stages) < 2:
         return (Sentence(key="decide.next.unfinished"),)
     pilot = view.stages[1]
-    if (failed_gate := _stopped(view)) is not None:
+    if (failed_gate := _failed_gate(view)) is not None:
         limit_notes = [Sentence(key="stages.own_limits")] if view.decision.own_limits else []
         return (Sentence(key="decide.next.stopped", values=failed_gate), *limit_notes)
     if not pilot.stage.machine:
         return (Sentence(key="decide.next.predict"),)
     part = view.decision.pilot_ratio
-    placeholders: Filled = {
+    placeholders: SentenceValues = {
         "machine": pilot.stage.machine,
         "cost": pilot.to_spend,
         "memory": pilot.stop,
@@ -318,7 +317,7 @@ def _next(view: DecisionView) -> tuple[Sentence, ...]:
     )
 
 
-def _stopped(view: DecisionView) -> Filled | None:
+def _failed_gate(view: DecisionView) -> SentenceValues | None:
     """Return the first failed gate of the stage "poc" as placeholders of a sentence: "gate" (its name),
     "found" and "limit". None if no gate failed or there are no stages."""
     failed_gates = [g for g in view.stages[0].stage.gates if not g[3]] if view.stages else []
@@ -402,7 +401,7 @@ def phrases(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
     the main risks, if they are known; and one for each engine except "replay": that it trained the
     recommended plan in the PoC, that it does not support this plan and why, or that it could train it, each
     with its release, the torch version it needs, its licence and its upkeep."""
-    failed_gate = _stopped(view)
+    failed_gate = _failed_gate(view)
     yield cost_phrase(poc, view, failed_gate)
     yield stages_phrase(view, failed_gate)
     yield from main_risks(poc, view)

@@ -170,8 +170,11 @@ def chrome_trace(explained: TracedEstimate) -> bytes:
     """
     trace, estimate = explained.trace, explained.estimate
     name = f"memfit: {estimate.plan.label}"
-    trace_events: list[Event] = [_named("process_name", 0, name), _named("thread_name", _PHASES, "phases")]
-    trace_events += [_named("thread_name", _MODULES, "modules and operators"), *_counters(trace)]
+    trace_events: list[Event] = [
+        _metadata_event("process_name", 0, name),
+        _metadata_event("thread_name", _PHASES, "phases"),
+    ]
+    trace_events += [_metadata_event("thread_name", _MODULES, "modules and operators"), *_counters(trace)]
     trace_events += [
         _slice(f"{s.phase}, step {s.step + 1}", s.start, s.end, _PHASES, {})
         for s in trace.spans
@@ -202,7 +205,7 @@ def chrome_trace(explained: TracedEstimate) -> bytes:
     return json.dumps(document, separators=(",", ":")).encode()
 
 
-def _named(kind: str, thread: int, name: str) -> Event:
+def _metadata_event(kind: str, thread: int, name: str) -> Event:
     return {"ph": "M", "name": kind, "pid": 0, "tid": thread, "args": {"name": name}}
 
 

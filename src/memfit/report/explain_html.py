@@ -9,7 +9,7 @@ from collections.abc import Hashable
 from itertools import pairwise
 from typing import Any, Final
 
-from memfit.report.explain import TracedEstimate, events, op_name
+from memfit.report.explain import TracedEstimate, events, live_allocations, op_name
 from memfit.report.html import render
 from memfit.report.quantities import figure_text, predicted
 from memfit.report.words import Words, load_words
@@ -34,11 +34,9 @@ def render_explained(explained: TracedEstimate, *, job: str, lang: str) -> str:
     """Return the text of an HTML page with the treemap of what is alive at an instant and the timeline of the
     step. ``job``: name of the job, for the title; folders in it are left out. Raises UserError for a language
     without a catalog."""
-    words, estimate, peak = load_words(lang), explained.estimate, explained.peak_clock
-    live_allocations = [
-        a for a in explained.trace.allocations if a.start <= peak and (a.end is None or a.end > peak)
-    ]
-    workspace_bytes = estimate.allocated_bytes.value - sum(a.size_bytes for a in live_allocations)
+    words, estimate = load_words(lang), explained.estimate
+    traced_bytes = sum(a.size_bytes for a in live_allocations(explained.trace, explained.peak_clock))
+    workspace_bytes = estimate.allocated_bytes.value - traced_bytes
     return render(
         "explain.html.j2",
         words,

@@ -99,8 +99,8 @@ def render_html(
         watch=watch_chapter(watch, words) if watch is not None else None,
         glossary=glossary(_plan_labels(poc, decision), words),
         speaking_for=SPEAKING_FOR,
-        **_drawings(view, words),
-        **_script(decision_page, words),
+        **_plot_values(view, words),
+        **_slider_values(decision_page, words),
     )
 
 
@@ -137,7 +137,7 @@ def _plan_labels(poc: Poc, decision: Decision | None) -> Iterator[str]:
     yield from (way.plan for way in (decision.ways if decision is not None else ()))
 
 
-def _script(decision_page: DecisionView | None, words: Words) -> Mapping[str, Any]:
+def _slider_values(decision_page: DecisionView | None, words: Words) -> Mapping[str, Any]:
     """Return the values of the page's template for the sliders: the script's data, its hash, by which the
     page's security policy allows this script and no other, and constants. Without a decision or without a
     best option, data and hash are ""."""
@@ -201,12 +201,12 @@ def render(template: str, words: Words, *, labels: Mapping[str, str] | None = No
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=_shown_whole,
+        finalize=_finalize_value,
     )
     return environment.get_template(template).render(words=words, **helpers(words, labels), **values)
 
 
-def _shown_whole(value: Any) -> Any:
+def _finalize_value(value: Any) -> Any:
     """Return ``value`` as the page shows it: in a text, characters that change the reading direction are
     replaced; other values are unchanged. Raises TypeError for a bare number, which has no mark (measured,
     predicted or assumed)."""
@@ -223,7 +223,7 @@ def _asset(name: str) -> str:
     return resources.files("memfit.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _marked(words: Words, labels: Mapping[str, str] | None) -> Callable[[Figure], Markup]:
+def _figure_renderer(words: Words, labels: Mapping[str, str] | None) -> Callable[[Figure], Markup]:
     """Return a function that shows a figure as HTML with its mark and, if ``labels`` (anchor -> label) are
     given, as a link to its record. Unknown figures get no mark and no link. The function raises ValueError
     for a known figure whose source is not in the given ``labels``."""
@@ -254,7 +254,7 @@ def _marked(words: Words, labels: Mapping[str, str] | None) -> Callable[[Figure]
     return num
 
 
-def _named(key: str, value: object, words: Words) -> object:
+def _placeholder_html(key: str, value: object, words: Words) -> object:
     """Return the value of a placeholder: a text as `in_words`, an engine or a currency by its name, and the
     identifier of a plan or a technique as its name with the identifier as its tooltip. Values that are no
     text are unchanged."""
@@ -271,7 +271,7 @@ def _named(key: str, value: object, words: Words) -> object:
     return Markup('<span class="plan-name" title="{}">{}</span>').format(value, name)
 
 
-def _bare(value: object) -> object:
+def _strip_markup(value: object) -> object:
     from markupsafe import Markup
 
     return value.striptags() if isinstance(value, Markup) else value
@@ -289,12 +289,14 @@ def helpers(words: Words, labels: Mapping[str, str] | None) -> Mapping[str, Any]
     """
     from markupsafe import Markup, escape
 
-    num = _marked(words, labels)
+    num = _figure_renderer(words, labels)
 
     def t(key: str, **values: object) -> Markup:
-        html_values = {k: num(v) if isinstance(v, Figure) else _named(k, v, words) for k, v in values.items()}
+        html_values = {
+            k: num(v) if isinstance(v, Figure) else _placeholder_html(k, v, words) for k, v in values.items()
+        }
         text_values = {
-            k: figure_text(v, words) if isinstance(v, Figure) else _bare(html_values[k])
+            k: figure_text(v, words) if isinstance(v, Figure) else _strip_markup(html_values[k])
             for k, v in values.items()
         }
         return Markup(escape(words.template(key, text_values))).format(**html_values)
@@ -304,10 +306,10 @@ def helpers(words: Words, labels: Mapping[str, str] | None) -> Mapping[str, Any]
             return escape(in_words(sentence, words))
         if isinstance(sentence, Figure):
             return num(sentence)
-        return t(sentence.key, **{k: _shown(v) for k, v in sentence.values.items()})
-
-    def _shown(value: object) -> object:
-        return say(value) if isinstance(value, Sentence) else value
+        return t(
+            sentence.key,
+            **{k: say(v) if isinstance(v, Sentence) else v for k, v in sentence.values.items()},
+        )
 
     def asset(name: str) -> Markup:
         return Markup(_asset(name))
@@ -339,7 +341,7 @@ def helpers(words: Words, labels: Mapping[str, str] | None) -> Mapping[str, Any]
     }
 
 
-def _drawings(view: PocView, words: Words) -> Mapping[str, Any]:
+def _plot_values(view: PocView, words: Words) -> Mapping[str, Any]:
     from markupsafe import Markup
 
     def bar(value: Figure, full: float, **options: Any) -> Markup:

@@ -52,9 +52,8 @@ def estimate_html(
     of ``machine`` (as ``fits`` says), and the phase of the peak; a table of the predicted kinds of memory
     (allocated, reserved, device, host), each with its range; a bar of the memory at the peak by category; the
     live bytes over one step, if ``timeline_bytes`` has them at equal distances; ``host``, a sentence on the
-    memory of the host; a warning if splitting the
-    batch may change the training or this was not tested; and the first five of the assumptions that are not
-    taken from the batch."""
+    memory of the host; a warning if splitting the batch may change the training or this was not tested; and
+    the first five of the assumptions that are not taken from the batch."""
     verdict = f'<b class="{"fits" if fits else "not"}">{"fits" if fits else "does not fit"}</b>'
     kinds = {
         "allocated": estimate.allocated_bytes,

@@ -63,7 +63,9 @@ def in_words(text: str, words: Words) -> str:
     names."""
     if is_plan_label(text):
         return plan_phrase(text, words)
-    named = _IDENTIFIER.sub(lambda m: _prose(m[0], words), words.of(text))
+    named = _IDENTIFIER.sub(
+        lambda m: (plan_phrase if "(" in m[0] else technique_names)(m[0], words), words.of(text)
+    )
     named = _ENGINE.sub(lambda m: words.texts.get(f"engine.{m[0]}", m[0]), named)
     return _JAPANESE_SPACE.sub("", named)
 
@@ -95,10 +97,6 @@ _IDENTIFIER: Final = re.compile(
 _ENGINE: Final = re.compile(
     r"(?<![\w-])(?:{})(?![\w-])".format("|".join(e.name for e in ENGINES.values() if e.distribution))
 )
-
-
-def _prose(identifier: str, words: Words) -> str:
-    return plan_phrase(identifier, words) if "(" in identifier else technique_names(identifier, words)
 
 
 def _settings(text: str) -> dict[str, str]:

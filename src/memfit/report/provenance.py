@@ -44,7 +44,7 @@ class ProvenanceRecord:
     date: str = ""
 
 
-def _named(kind: str, *parts: str) -> str:
+def _hashed_anchor(kind: str, *parts: str) -> str:
     return f"{kind}-{zlib.crc32(chr(0).join(parts).encode()):08x}"
 
 
@@ -56,17 +56,17 @@ def run_anchor(index: int) -> str:
 def group_anchor(role: str, plan: Plan) -> str:
     """Return the anchor of the record for all runs of one plan in one role ("baseline", "recommended" or
     "ablation"). It is derived from those of these runs that completed, or from all if none did."""
-    return _named("runs", role, plan.fingerprint)
+    return _hashed_anchor("runs", role, plan.fingerprint)
 
 
 def prediction_anchor(plan: Plan) -> str:
     """Return the anchor of the predictions for ``plan`` at the size that the PoC ran."""
-    return _named("prediction", plan.fingerprint)
+    return _hashed_anchor("prediction", plan.fingerprint)
 
 
 def verdict_anchor(name: str) -> str:
     """Return the anchor of the verdict with this name: "recommended", or an ablation's name."""
-    return _named("verdict", name)
+    return _hashed_anchor("verdict", name)
 
 
 def paper_anchor(index: int) -> str:
@@ -105,7 +105,7 @@ def term_anchor(name: str) -> str:
 
 def machine_anchor(name: str) -> str:
     """Return the anchor of the record for the machine with this name."""
-    return _named("machine", name)
+    return _hashed_anchor("machine", name)
 
 
 # -- of the proof of concept -----------------------------------------------------------------------------
@@ -122,12 +122,14 @@ def poc_records(poc: Poc, case_created: str = "") -> tuple[ProvenanceRecord, ...
     records = [_poc(poc), *_runs(poc), *_groups(poc), *_predictions(poc), *_outlook(poc), *_tests(poc)]
     if case_created:
         records.append(
-            ProvenanceRecord(anchor=CASE, label="C", what=_said("case", job=poc.job_name), date=case_created)
+            ProvenanceRecord(
+                anchor=CASE, label="C", what=_record_sentence("case", job=poc.job_name), date=case_created
+            )
         )
     return tuple(records)
 
 
-def _said(kind: str, **values: Figure | str | Sentence) -> Sentence:
+def _record_sentence(kind: str, **values: Figure | str | Sentence) -> Sentence:
     return Sentence(key=f"record.{kind}", values=values)
 
 
@@ -136,7 +138,7 @@ def _role(role: str) -> Sentence:
 
 
 def _poc(poc: Poc) -> ProvenanceRecord:
-    what = _said("poc", id=poc.poc_id, machine=poc.machine)
+    what = _record_sentence("poc", id=poc.poc_id, machine=poc.machine)
     return ProvenanceRecord(anchor=POC, label="PoC", what=what, sources=(poc.command,), date=poc.created[:10])
 
 
@@ -144,7 +146,7 @@ def _runs(poc: Poc) -> Iterator[ProvenanceRecord]:
     for i, run in enumerate(poc.runs):
         spec, m = run.spec, run.measurement
         kind = "run" if spec.plan.uses else "run_plain"
-        what = _said(kind, role=_role(spec.role), plan=spec.plan.label, seed=str(spec.seed))
+        what = _record_sentence(kind, role=_role(spec.role), plan=spec.plan.label, seed=str(spec.seed))
         notes = (f"{poc.poc_id} / {spec.name} / {i + 1}", spec.engine, m.peak_source, m.energy_boundary)
         sources = tuple(n for n in notes if n)
         yield ProvenanceRecord(anchor=run_anchor(i), label=f"R{i + 1}", what=what, of=(POC,), sources=sources)
@@ -160,7 +162,7 @@ def _groups(poc: Poc) -> Iterator[ProvenanceRecord]:
         yield ProvenanceRecord(
             anchor=group_anchor(spec.role, spec.plan),
             label=f"G{number}",
-            what=_said(
+            what=_record_sentence(
                 "group" if spec.plan.uses else "group_plain", role=_role(spec.role), plan=spec.plan.label
             ),
             of=_of(poc, ok_runs(runs) or runs),
@@ -180,18 +182,18 @@ def choices(poc: Poc) -> tuple[Choice, ...]:
 def _predictions(poc: Poc) -> Iterator[ProvenanceRecord]:
     for number, choice in enumerate(choices(poc), 1):
         plan = choice.estimate.plan
-        what = _said("prediction", plan=plan.label, size=poc.job_size, machine=poc.machine)
+        what = _record_sentence("prediction", plan=plan.label, size=poc.job_size, machine=poc.machine)
         yield ProvenanceRecord(anchor=prediction_anchor(plan), label=f"P{number}", what=what, of=(POC,))
 
 
 def _outlook(poc: Poc) -> Iterator[ProvenanceRecord]:
     for i, row in enumerate(poc.paper):
-        what = _said("paper", size=row.size, machine=row.machine)
+        what = _record_sentence("paper", size=row.size, machine=row.machine)
         origins = (POC, machine_anchor(row.machine))
         yield ProvenanceRecord(anchor=paper_anchor(i), label=f"Q{i + 1}", what=what, of=origins)
     for i, reach in enumerate(poc.reach):
         quantity = Sentence(key=f"quantity.{reach.quantity}")
-        what = _said("reach", machine=reach.machine, quantity=quantity)
+        what = _record_sentence("reach", machine=reach.machine, quantity=quantity)
         origins = (POC, machine_anchor(reach.machine))
         yield ProvenanceRecord(anchor=reach_anchor(i), label=f"L{i + 1}", what=what, of=origins)
 
@@ -203,16 +205,16 @@ def _tests(poc: Poc) -> Iterator[ProvenanceRecord]:
         yield ProvenanceRecord(
             anchor=verdict_anchor(named_verdict.name),
             label=f"V{i + 1}",
-            what=_said("verdict", plan=named_verdict.plan.label),
+            what=_record_sentence("verdict", plan=named_verdict.plan.label),
             of=_of(poc, [*plain_runs, *plan_runs]),
             sources=(named_verdict.verdict.test,),
         )
     for i, table in enumerate(poc.interactions):
-        what = _said("interaction", first=table.first, second=table.second)
+        what = _record_sentence("interaction", first=table.first, second=table.second)
         origins = _of(poc, [r for r in ok_runs(poc.runs) if r.spec.role in ("baseline", "ablation")])
         yield ProvenanceRecord(anchor=interaction_anchor(i), label=f"I{i + 1}", what=what, of=origins)
     if poc.metric_margin_source:
-        what = _said("margin", metric=poc.metric)
+        what = _record_sentence("margin", metric=poc.metric)
         yield ProvenanceRecord(anchor=MARGIN, label="D", what=what, sources=(poc.metric_margin_source,))
 
 
@@ -230,23 +232,29 @@ def _ways(decision: Decision) -> Iterator[ProvenanceRecord]:
         name = Sentence(key=f"way.{way.kind}", values={"machine": way.machine})
         hours = "hours" if way.predicted else "own_hours"
         plan: Sentence | str = Sentence(key="way.plain") if way.plain else way.plan
-        what = _said("nothing") if way.kind == "nothing" else _said(hours, way=name, way_plan=plan)
+        what = (
+            _record_sentence("nothing")
+            if way.kind == "nothing"
+            else _record_sentence(hours, way=name, way_plan=plan)
+        )
         origins = (machine_anchor(way.machine),) if way.machine else ()
         yield ProvenanceRecord(anchor=way_anchor(i), label=f"W{i}", what=what, of=origins)
 
 
 def _saving(decision: Decision) -> Iterator[ProvenanceRecord]:
     origins = tuple(way_anchor(i) for i in (decision.best, decision.reference) if i is not None)
-    yield ProvenanceRecord(anchor=SAVING, label="S", what=_said("saving"), of=origins)
+    yield ProvenanceRecord(anchor=SAVING, label="S", what=_record_sentence("saving"), of=origins)
 
 
 def _stages(decision: Decision) -> Iterator[ProvenanceRecord]:
     for number, stage in enumerate(decision.stages, 1):
-        what = _said("stage", stage=Sentence(key=f"stages.{stage.name}"), machine=stage.machine or "–")
+        what = _record_sentence(
+            "stage", stage=Sentence(key=f"stages.{stage.name}"), machine=stage.machine or "–"
+        )
         origins = _way_of(decision, stage.machine)
         yield ProvenanceRecord(anchor=stage_anchor(stage.name), label=f"K{number}", what=what, of=origins)
     if decision.stages:
-        yield ProvenanceRecord(anchor=GATES, label="T", what=_said("gates"))
+        yield ProvenanceRecord(anchor=GATES, label="T", what=_record_sentence("gates"))
 
 
 def _way_of(decision: Decision, machine: str) -> tuple[str, ...]:
@@ -277,7 +285,7 @@ def machine_records(poc: Poc, decision: Decision | None) -> tuple[ProvenanceReco
 
 
 def _machine(name: str, label: str) -> ProvenanceRecord:
-    what = _said("machine", machine=name)
+    what = _record_sentence("machine", machine=name)
     return ProvenanceRecord(anchor=machine_anchor(name), label=label, what=what, facts=tuple(_facts(name)))
 
 

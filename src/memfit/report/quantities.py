@@ -53,6 +53,9 @@ class Sentence:
     values: Mapping[str, Figure | str | Sentence] = dataclasses.field(default_factory=dict)
 
 
+SentenceValues = Mapping[str, Figure | str | Sentence]
+
+
 def measured(value: float | None, unit: str, source: str = "") -> Figure:
     """Return a figure marked as measured. ``value`` None: unknown. ``source``: anchor of its record."""
     return Figure(value=value, unit=unit, mark=Mark.MEASURED, source=source)
@@ -127,7 +130,7 @@ def number_text(value: float, unit: str) -> str:
     if unit == "usd":
         return f"${_plain(value, 3)}" if value >= 1e-6 or value == 0 else f"${value:.1e}"
     if unit in _SCALES:
-        return _scaled(value, _SCALES[unit])
+        return _scale_text(value, _SCALES[unit])
     if unit == "rate":
         return _plain(value, 5)
     if unit == "count" or (unit in _WHOLE and float(value).is_integer()):
@@ -194,7 +197,7 @@ def value_text(value: Figure | str | Sentence, words: Words, *, plans_in_words: 
     return in_words(value, words) if plans_in_words else words.of(value)
 
 
-def _scaled(value: float, scales: tuple[tuple[float, str], ...]) -> str:
+def _scale_text(value: float, scales: tuple[tuple[float, str], ...]) -> str:
     scale, name = next((s for s in scales if abs(value) >= s[0]), scales[-1])
     return f"{_plain(value / scale, 3)} {name}".rstrip()
 

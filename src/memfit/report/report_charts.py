@@ -60,7 +60,7 @@ def pareto_plot(view: PocView, words: Words) -> str:
     measured. The frontier is also drawn as a staircase, and the memory cap as an upright line.
     """
     search = view.search
-    dots = _rings(search, words) + _filled(view, words)
+    dots = _predicted_dots(search, words) + _measured_dots(view, words)
     if not dots:
         return ""
     return charts.plot(
@@ -68,7 +68,12 @@ def pareto_plot(view: PocView, words: Words) -> str:
         title=words.get("section.search"),
         description=words.get("alt.pareto"),
         x=bytes_axis(words.get("text.peak_axis"), [*(d.x for d in dots), search.cap.value or 0]),
-        y=_seconds_axis(words.get("text.time_axis"), [d.y for d in dots]),
+        y=charts.axis(
+            words.get("text.time_axis"),
+            values=[d.y for d in dots],
+            zero=False,
+            text=lambda v: number_text(v, "s"),
+        ),
         lines=[charts.Line(css="stairs", points=_stairs(search), stepped=True)],
         dots=dots,
         rules=[_cap_rule(search.cap, words, vertical=True)],
@@ -87,11 +92,7 @@ def _stairs(search: SearchView) -> list[tuple[float, float]]:
     return corners
 
 
-def _seconds_axis(title: str, values: Sequence[float]) -> charts.Axis:
-    return charts.axis(title, values=values, zero=False, text=lambda v: number_text(v, "s"))
-
-
-def _rings(search: SearchView, words: Words) -> list[charts.Dot]:
+def _predicted_dots(search: SearchView, words: Words) -> list[charts.Dot]:
     rows = {row.plan: row for row in (search.baseline, *search.frontier)}
     if search.recommended:
         rows[search.recommended.plan] = search.recommended
@@ -113,16 +114,16 @@ def _rings(search: SearchView, words: Words) -> list[charts.Dot]:
     return dots
 
 
-def _filled(view: PocView, words: Words) -> list[charts.Dot]:
+def _measured_dots(view: PocView, words: Words) -> list[charts.Dot]:
     return [
         charts.Dot(
-            css=f"{rung.role} filled",
-            x=rung.peak.value,
-            y=rung.step.value,
-            hint=_hint(rung.plan, rung.peak, rung.step, words),
+            css=f"{row.role} filled",
+            x=row.peak.value,
+            y=row.step.value,
+            hint=_hint(row.plan, row.peak, row.step, words),
         )
-        for rung in view.ladder
-        if rung.peak.value is not None and rung.step.value is not None
+        for row in view.plans
+        if row.peak.value is not None and row.step.value is not None
     ]
 
 

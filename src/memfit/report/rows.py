@@ -281,7 +281,7 @@ class EstimateView:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PocView:
-    """Everything that the report of a PoC shows, its decision part aside. ``ladder``: one row for each plan
+    """Everything that the report of a PoC shows, its decision part aside. ``plans``: one row for each plan
     that was run. ``naive``: the metric of a naive rule, for comparison."""
 
     poc: Poc
@@ -290,7 +290,7 @@ class PocView:
     runs: tuple[RunRow, ...]
     phases: tuple[tuple[PhaseRow, ...], ...]
     timelines: tuple[Timeline, ...]
-    ladder: tuple[PlanRow, ...]
+    plans: tuple[PlanRow, ...]
     search: SearchView
     interactions: tuple[InteractionTable, ...]
     losses: tuple[LossCurve, ...]

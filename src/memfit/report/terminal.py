@@ -53,9 +53,9 @@ Parts = Sequence[tuple[str, Figure, Figure]]
 
 
 def print_poc(poc: Poc, *, console: Console, lang: str) -> None:
-    """Print, in this order and each if there is one: the workload, that the PoC was interrupted, the three
-    sentences of the answer, a table of the runs, why runs failed, the verdicts, the effort, the notes, and
-    the path of the report with how long the PoC took. Raises UserError for an unknown ``lang``."""
+    """Print, in this order and each if there is one: the workload, that the PoC was interrupted, the
+    sentences of `answer`, a table of the runs, why runs failed, the verdicts, the effort, the notes, and the
+    path of the report with how long the PoC took. Raises UserError for an unknown ``lang``."""
     words, view = load_words(lang), poc_view(poc)
     if poc.workload is not None:
         console.print(Text(workload_text(poc.workload, words)))
@@ -206,11 +206,11 @@ def _correction(calibration: Calibration, words: Words) -> str:
 
 def print_estimate(estimate: Estimate, *, console: Console, lang: str, title: str | None = None) -> None:
     """Print the prediction for one plan, in this order: the title (by default one that names the plan); the
-    peak of live tensors with its range, and the step
-    time; other kinds of memory; whether the host has enough memory; the probability that the plan does not
-    fit; phase and operator of the peak; a warning if splitting the batch may change the training or this was
-    not tested; the first `MOST_ASSUMPTIONS` (5) assumptions; tables of memory by category, phase, module and
-    part of the device; what is not included.
+    peak of live tensors with its range, and the step time; other kinds of memory; whether the host has enough
+    memory; the probability that the plan does not fit; phase and operator of the peak; what the plan keeps in
+    local storage; a warning if splitting the batch may change the training or this was not tested; the first
+    `MOST_ASSUMPTIONS` (5) assumptions; tables of memory by category, phase, module and part of the device;
+    what is not included.
 
     All but the first and the last are printed only if they are known or apply. Raises UserError for an
     unknown ``lang``.
@@ -343,7 +343,7 @@ def _run_table(rows: Sequence[RunRow], metric: str, words: Words) -> Table:
 def _run_cells(row: RunRow, words: Words) -> list[Text]:
     name = words.name("run", row.name) if f"run.{row.name}" in words.texts else words.name("role", row.role)
     if row.role == "ablation":
-        name = _folded(row.plan)
+        name = _one_per_line(row.plan)
     capped = words.get("capped.yes" if row.capped else "capped.no")
     outcome = Text(words.get(f"outcome.{row.outcome}"), style=_STYLES.get(row.outcome, ""))
     figures = (row.predicted_peak, row.peak, row.peak_error, row.step, row.metric)
@@ -351,7 +351,7 @@ def _run_cells(row: RunRow, words: Words) -> list[Text]:
     return [Text(words.get("terminal.run", name=name, capped=capped, seed=row.seed)), outcome, *cells]
 
 
-def _folded(plan: str) -> str:
+def _one_per_line(plan: str) -> str:
     """Return the plan's label with each technique on its own line."""
     return plan.replace(" + ", "\n+ ")
 
@@ -441,7 +441,7 @@ def _frontier(rows: Sequence[ChoiceRow], words: Words) -> Table:
     for row in rows:
         effect = f"{row.effect} {words.get(f'effect.{row.effect}')}"
         fits = words.get(f"text.{row.verdict}")
-        name = ("* " if row.recommended else "") + _folded(row.plan)
+        name = ("* " if row.recommended else "") + _one_per_line(row.plan)
         prefix = "" if row.traced else "~ "
         figures = (prefix + _text(figure, words) for figure in (_need(row), row.peak, row.step))
         cells = (name, effect, fits, *figures)

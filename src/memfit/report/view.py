@@ -80,7 +80,7 @@ def poc_view(poc: Poc) -> PocView:
         runs=tuple(sourced(_run_row(r, poc.metric_unit), run_anchor(i)) for i, r in enumerate(poc.runs)),
         phases=tuple(sourced(rows, _group(runs)) for runs in groups if (rows := _phase_rows(runs))),
         timelines=_timelines(poc),
-        ladder=_ladder(groups),
+        plans=_plan_rows(groups),
         search=search_view(poc.search),
         interactions=tuple(
             sourced(_interaction(table, poc.metric_unit), interaction_anchor(i))
@@ -155,8 +155,7 @@ def _error(guess: float | None, truth: float | None) -> Figure:
 
     It is marked as measured, because it depends on a measurement.
     """
-    comparable = guess is not None and truth
-    value = 100 * (guess - truth) / truth if comparable and guess is not None and truth else None
+    value = None if guess is None or not truth else 100 * (guess - truth) / truth
     return Figure(value=value, unit="percent", mark=Mark.MEASURED, signed=True)
 
 
@@ -203,12 +202,12 @@ def _phase_rows(runs: Sequence[Run]) -> tuple[PhaseRow, ...]:
     )
 
 
-def _ladder(groups: Sequence[Sequence[Run]]) -> tuple[PlanRow, ...]:
+def _plan_rows(groups: Sequence[Sequence[Run]]) -> tuple[PlanRow, ...]:
     base = next((peak_bytes(g) for g in groups if g[0].spec.role == "baseline"), None)
-    return tuple(sourced(_rung(group, base), _group(group)) for group in groups)
+    return tuple(sourced(_plan_row(group, base), _group(group)) for group in groups)
 
 
-def _rung(runs: Sequence[Run], base_bytes: int | None) -> PlanRow:
+def _plan_row(runs: Sequence[Run], base_bytes: int | None) -> PlanRow:
     first_run, peak = runs[0], peak_bytes(runs)
     return PlanRow(
         role=first_run.spec.role,

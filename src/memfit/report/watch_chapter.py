@@ -12,11 +12,19 @@ from memfit.monitoring.alarms import alarms_of
 from memfit.monitoring.prediction import MEASURED_AS
 from memfit.monitoring.record import Alarm, RankRecord, WatchRecord
 from memfit.monitoring.summary import RankSummary, WatchSummary, summarize
-from memfit.report import charts
+from memfit.report import charts, report_charts
 from memfit.report.provenance import ProvenanceRecord
-from memfit.report.quantities import Figure, Sentence, assumed, figure_text, measured, number_text, predicted
+from memfit.report.quantities import (
+    Figure,
+    Mark,
+    Sentence,
+    assumed,
+    figure_text,
+    measured,
+    number_text,
+    predicted,
+)
 from memfit.report.words import Words
-from memfit.types.units import GIB, KIB, MIB
 
 WATCH = "record-watch"
 _POINTS = 400  # of a line; of more steps, the highest of each stretch is drawn
@@ -93,8 +101,8 @@ def watch_chapter(record: WatchRecord, words: Words) -> WatchChapter:
         ranks=tuple(_rank_row(r, totals) for r in totals.ranks[:_MOST_RANKS]),
         predictions=tuple(_prediction_rows(totals)),
         alarms=tuple(_alarm(alarm) for alarm in alarms[-_MOST_ALARMS:]),
-        hidden_ranks=_hidden(len(totals.ranks), _MOST_RANKS),
-        hidden_alarms=_hidden(len(alarms), _MOST_ALARMS),
+        hidden_ranks=_hidden_count(len(totals.ranks), _MOST_RANKS),
+        hidden_alarms=_hidden_count(len(alarms), _MOST_ALARMS),
         several=len(totals.ranks) > 1,
         plots={name: svg for name, svg in _plots(record, totals, alarms, words) if svg},
     )
@@ -124,7 +132,7 @@ def _count(value: int) -> Figure:
     return measured(value, "count", WATCH)
 
 
-def _hidden(count: int, most: int) -> Figure | None:
+def _hidden_count(count: int, most: int) -> Figure | None:
     return _count(count - most) if count > most else None
 
 
@@ -164,7 +172,7 @@ def _prediction_rows(totals: WatchSummary) -> list[PredictionRow]:
         error = Figure(
             value=100 * (interval.value / peak - 1),
             unit="percent",
-            mark=measured(0, "").mark,
+            mark=Mark.MEASURED,
             signed=True,
             source=WATCH,
         )
@@ -226,11 +234,11 @@ def _memory_plot(
     words: Words,
 ) -> str:
     series = _series(record, field, lowest=name == "free")
+    if not series:
+        return ""
     values = [v for _, points in series for _, v in points] + [v for _, v in rules]
-    scale = next((s for s in (GIB, MIB, KIB) if max(values, default=0) >= 2 * s), 1)
-    unit = {GIB: "GiB", MIB: "MiB", KIB: "KiB"}.get(scale, "B")
     title = words.get(f"watch.quantity.{field}")
-    y = charts.axis(title, values=values, scale=scale, text=lambda v: f"{v / scale:,g} {unit}")
+    y = report_charts.bytes_axis(title, values)
     lines = [
         charts.Rule(value=value, label=words.get(key, value=figure_text(measured(value, "bytes"), words)))
         for key, value in rules
@@ -304,7 +312,7 @@ def _series(record: WatchRecord, field: str, *, lowest: bool = False) -> list[tu
     if len(ranks) > _MOST_LINES:
         stride = math.ceil(len(ranks) / (_MOST_LINES - 1))
         ranks = [r for i, r in enumerate(ranks) if i % stride == 0 or r is fullest]
-    series = [(r.rank, _thinned(_points(r, field), lowest=lowest)) for r in ranks]
+    series = [(r.rank, _thin_out(_points(r, field), lowest=lowest)) for r in ranks]
     return [(rank, points) for rank, points in series if points]
 
 
@@ -313,7 +321,7 @@ def _points(rank: RankRecord, field: str) -> Points:
     return [p for p in points if math.isfinite(p[1])]
 
 
-def _thinned(points: Points, *, lowest: bool) -> Points:
+def _thin_out(points: Points, *, lowest: bool) -> Points:
     if len(points) <= _POINTS:
         return points
     edges = [round(i * len(points) / _POINTS) for i in range(_POINTS + 1)]

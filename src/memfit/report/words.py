@@ -111,10 +111,8 @@ _BYTES: Final = r"[\d.,e+]+ (?:[KMGT]i)?B"
 
 
 def _pattern(text: str) -> str:
-    parts = re.split(r"\{(\w+)\}", text)
-    groups = (f"(?P<{p}>{_value_pattern(p)})" if i % 2 else re.escape(p) for i, p in enumerate(parts))
-    return "".join(groups)
-
-
-def _value_pattern(name: str) -> str:
-    return _BYTES if name.endswith("bytes") else _ONE_WORD.get(name, ".+?")
+    pattern = ""
+    for index, part in enumerate(re.split(r"\{(\w+)\}", text)):
+        value_pattern = _BYTES if part.endswith("bytes") else _ONE_WORD.get(part, ".+?")
+        pattern += f"(?P<{part}>{value_pattern})" if index % 2 else re.escape(part)
+    return pattern
