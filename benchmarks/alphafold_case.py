@@ -152,7 +152,7 @@ OFFERED = ("plain, fp32", "bf16 parameters, checkpointing per block")
 def offered(size: str = "initial") -> Iterator[dict[str, Any]]:
     """One sample a step on single devices: what a decision on a machine is made from."""
     job = load(JobRef(spec="alphafold2", size=size, batch=1))
-    devices = [catalog.machine(name) for name in reference_machines.priced()]
+    devices = [catalog.machine(name) for name in reference_machines.priced_accelerators()]
     facts = job_facts(job, "cuda")
     for name in OFFERED:
         plan, traces = plan_of(LADDER[name]), dict[tuple[Plan, int], Trace]()

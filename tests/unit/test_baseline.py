@@ -248,7 +248,7 @@ def test_a_job_that_another_process_writes_meanwhile_is_kept(
         return [stored(job="my_train.py:job")]
 
     monkeypatch.setattr("memfit.workflows.baseline._predictions", predict)
-    monkeypatch.setattr("memfit.workflows.baseline.shortened", lambda prediction: prediction)
+    monkeypatch.setattr("memfit.workflows.baseline.shorten", lambda prediction: prediction)
     write_baseline(
         path, [BaselineTarget(job="my_train.py:job", machine="H100-SXM")], lambda done, count, target: None
     )

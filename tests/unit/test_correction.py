@@ -83,14 +83,14 @@ def asked(spec: str) -> Request:
 def test_a_proof_of_concept_corrects_only_its_own_job_in_its_own_environment(tmp_path: Path) -> None:
     store, poc = stored(tmp_path), full_poc()
     spec = poc.runs[0].spec.job.spec
-    found = proof_of_concept.corrected_by(asked(spec), store, None).correction
+    found = proof_of_concept.correct_step_times(asked(spec), store, None).correction
     assert found.corrected_by == poc.poc_id
     assert found.corrected_count >= 3
     with pytest.raises(UserError, match="another job or machine"):
-        proof_of_concept.corrected_by(asked("weather"), store, None)
+        proof_of_concept.correct_step_times(asked("weather"), store, None)
     (tmp_path / "other").mkdir()
     with pytest.raises(UserError, match=r"different environment: torch 1\.0"):
-        proof_of_concept.corrected_by(asked(spec), stored(tmp_path / "other", torch="1.0"), None)
+        proof_of_concept.correct_step_times(asked(spec), stored(tmp_path / "other", torch="1.0"), None)
 
 
 def test_a_proof_of_concept_corrects_by_as_much_as_its_trials_did(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_a_proof_of_concept_corrects_by_as_much_as_its_trials_did(tmp_path: Path
     (tmp_path / "plain").mkdir()
     request = asked(poc.runs[0].spec.job.spec)
     stores = (stored(tmp_path / "plain"), store)
-    corrections = [proof_of_concept.corrected_by(request, s, None).correction for s in stores]
+    corrections = [proof_of_concept.correct_step_times(request, s, None).correction for s in stores]
     without_trials, with_trials = (factor(c, poc.runs[0].spec.plan) for c in corrections)
     assert with_trials == pytest.approx(2 * without_trials, rel=0.05)
 

@@ -16,6 +16,7 @@ from memfit.files import read
 from memfit.files.read import bounded, parse_json, parse_toml, parse_yaml, read_data_text, read_text
 from memfit.techniques.plan_file import read_plan
 from memfit.types.errors import UserError
+from memfit.workflows.sequence_lengths import read_lengths
 
 # A command line for each reader; X stands for the file.
 READERS = (
@@ -141,6 +142,17 @@ def test_an_archive_that_unpacks_to_much_is_refused(
     (tmp_path / "x.npz").write_bytes(stream.getvalue())
     line = refusal(("estimate", "char-lm", "--lengths", "X"), tmp_path / "x.npz", capsys)
     assert "unpacks to too much" in line
+
+
+def test_the_limit_of_an_archive_is_the_one_that_the_error_names(tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.npy", bytes(2**19))
+        archive.getinfo("a.npy").file_size = 2**40  # of the directory alone
+    limit_bytes = read.unpacked_limit(path.stat().st_size, 2**29)
+    assert limit_bytes > read.MOST_BYTES
+    with pytest.raises(UserError, match=f"unpacks to too much; allowed: at most {limit_bytes} bytes"):
+        read_lengths(str(path))
 
 
 @pytest.mark.parametrize(

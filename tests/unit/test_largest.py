@@ -22,7 +22,7 @@ from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 from memfit.types.plan import Plan, use
 from memfit.workflows.largest import bucket_edges
-from memfit.workflows.size_pairs import drawn_steps
+from memfit.workflows.size_pairs import draw_steps
 
 CAP = 1_000_000
 
@@ -418,7 +418,7 @@ def test_two_sizes_of_the_data_give_quantiles_that_agree_with_traces(tmp_path: P
 @pytest.mark.parametrize("combination", ["sum", "largest"])
 def test_steps_sum_graphs_and_pad_samples(combination: str) -> None:
     pairs = torch.tensor([[1, 10], [2, 20], [3, 30]]).numpy()
-    steps = drawn_steps(pairs, 3, combination)
+    steps = draw_steps(pairs, 3, combination)
     assert (steps == ([6, 60] if combination == "sum" else [3, 30])).all()
 
 

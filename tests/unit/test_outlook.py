@@ -92,7 +92,7 @@ def test_there_is_one_row_per_machine_at_the_papers_size(jobs: list[JobRef]) -> 
 
 def test_a_job_that_fits_no_machine_has_no_recommendation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference_machines, "MACHINES", ("RTX-4090",))
-    monkeypatch.setattr(reference_machines, "priced", lambda: ("RTX-4090",))
+    monkeypatch.setattr(reference_machines, "priced_accelerators", lambda: ("RTX-4090",))
     monkeypatch.setattr(reference_machines, "load", lambda ref: sized(dataclasses.replace(ref, size="15B")))
     (row,), (offer,) = reference_machines.paper(planning(), quiet)
     assert (offer.plain, offer.fits) == (True, False)
@@ -139,7 +139,7 @@ def test_a_job_without_lengths_has_no_reach_in_length(monkeypatch: pytest.Monkey
 
 def test_reach_is_unknown_where_not_even_the_smallest_size_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference_machines, "MACHINES", ("RTX-4090",))
-    monkeypatch.setattr(reference_machines, "priced", lambda: ("RTX-4090",))
+    monkeypatch.setattr(reference_machines, "priced_accelerators", lambda: ("RTX-4090",))
     monkeypatch.setattr(reference_machines, "load", lambda ref: sized(dataclasses.replace(ref, size="15B")))
     (row,) = reached("parameters").values()
     assert (row.plain, row.recommended, row.plain_label, row.at_limit) == (None, None, "", False)

@@ -325,14 +325,14 @@ def test_plain_training_may_be_the_recommendation(whole: Whole, request_: Reques
     finished = Planning(
         request=request_, job=predictor.job, predictor=predictor, cap_bytes=1, cap_reason="", result=result
     )
-    story = proof_of_concept._Story(finished, Store(tmp_path / "s.sqlite3"), 1, 4, "", quiet)
-    judged = list(story._verdicts([], [], []))
+    poc_runner = proof_of_concept._PocRunner(finished, Store(tmp_path / "s.sqlite3"), 1, 4, "", quiet)
+    judged = list(poc_runner._verdicts([], [], []))
     assert [(v.name, v.verdict.test, v.verdict.kind) for v in judged] == [
         ("recommended", "identity", VerdictKind.EQUIVALENT)
     ]
-    names = [s.name for s in story.specs()]
+    names = [s.name for s in poc_runner.specs()]
     assert names[:4] == ["baseline", "baseline", "recommended", "recommended again"]
-    assert list(story._interactions([])) == []
+    assert list(poc_runner._interactions([])) == []
 
 
 def test_a_proof_of_concept_runs_a_plan_with_checkpointing_whatever_it_recommends(whole: Whole) -> None:
@@ -354,8 +354,8 @@ def test_only_ablations_that_are_many_times_slower_run_fewer_steps(
         cap_reason="",
         result=whole[0].search,
     )
-    story = proof_of_concept._Story(finished, Store(tmp_path / "s.sqlite3"), 1, 40, "", quiet)
-    seconds = {story.baseline: 0.4, story.recommended: 30.0}
+    poc_runner = proof_of_concept._PocRunner(finished, Store(tmp_path / "s.sqlite3"), 1, 40, "", quiet)
+    seconds = {poc_runner.baseline: 0.4, poc_runner.recommended: 30.0}
     estimate = whole[0].search.baseline.estimate
     assert estimate.step_s is not None
     slow, quick = interval_around(4.0, 0.1), interval_around(1.9, 0.1)
@@ -369,10 +369,10 @@ def test_only_ablations_that_are_many_times_slower_run_fewer_steps(
             ),
         )
 
-    specs = list(story.specs())
+    specs = list(poc_runner.specs())
     for step_s, steps in ((quick, {40}), (slow, {7}), (interval_around(100.0, 0.1), {5})):
         told(step_s)
-        short = [story.shortened(s) for s in specs]
+        short = [poc_runner.shorten(s) for s in specs]
         assert {s.steps for s in short if s.role == ABLATION and s.plan not in seconds} == steps
         assert all(s.evaluate == (s.steps == 40) for s in short)
         assert {s.steps for s in short if s.role != ABLATION} == {40}

@@ -124,8 +124,8 @@ def test_an_excluded_technique_is_in_no_plan_and_in_no_run_of_a_proof_of_concept
     found = ask(bounds=Bounds(without=excluded))
     shown = [c.estimate.plan for c in found.result.frontier]
     assert not [p for p in shown if any(map(p.get, excluded))]
-    story = proof_of_concept._Story(found, Store(tmp_path / "s.sqlite3"), 1, 2, "memfit poc", quiet)
-    ran = [s.plan for s in story.specs()]
+    poc_runner = proof_of_concept._PocRunner(found, Store(tmp_path / "s.sqlite3"), 1, 2, "memfit poc", quiet)
+    ran = [s.plan for s in poc_runner.specs()]
     assert ran
     assert not [p for p in ran if any(map(p.get, excluded))]
 

@@ -413,14 +413,14 @@ def test_a_proof_of_concept_trains_the_control_and_says_whether_it_was_noticed(
         result=dataclasses.replace(poc.search, recommended=chosen),
     )
     store = Store(tmp_path / "s.sqlite3")
-    story = proof_of_concept._Story(planning, store, 3, 8, "", quiet)
-    with_run = story.add_control(dataclasses.replace(poc, runs=tuple(runs)))
+    poc_runner = proof_of_concept._PocRunner(planning, store, 3, 8, "", quiet)
+    with_run = poc_runner.add_control(dataclasses.replace(poc, runs=tuple(runs)))
     assert with_run.control is not None
     assert len(with_run.control.measurement.losses) == 4, "half the steps"
     assert with_run.control.measurement.losses == plain.measurement.losses[:4]
     assert set(with_run.control.measurement.surrogates) == {"log error"}
     assert [r.kind for r in store.records(poc.poc_id)] == ["control"]
-    judged = next(story._verdicts(*proof_of_concept._judged_runs(with_run.runs), runs, with_run.control))
+    judged = next(poc_runner._verdicts(*proof_of_concept._judged_runs(with_run.runs), runs, with_run.control))
     assert (judged.verdict.kind, judged.name) == (kind, "recommended")
     assert judged.verdict.control is not None
     assert judged.verdict.control.noticed is (kind is VerdictKind.EQUIVALENT)

@@ -325,12 +325,12 @@ def test_the_same_plan_twice_and_two_executors_of_one_kind_are_refused() -> None
 # --- the runs of a proof of concept
 
 
-def story(store: Store) -> proof_of_concept._Story:
+def poc_runner(store: Store) -> proof_of_concept._PocRunner:
     """A proof of concept whose plans are predicted, with none of its runs made."""
     planning = Mock(spec=Planning)
     planning.request = Request(job_ref=JOB, machine=this_machine("world"))
     planning.predictor = Mock(whole=lambda plan: report_fixture.estimate(plan, report_fixture.PEAKS[plan]))
-    return proof_of_concept._Story(
+    return proof_of_concept._PocRunner(
         planning=planning, store=store, seeds=1, steps=40, command="", progress=lambda *_: None
     )
 
@@ -368,14 +368,14 @@ def test_an_executor_makes_the_runs_of_a_proof_of_concept_in_their_order_and_onl
     store = Store(tmp_path / "store.sqlite3")
     specs = [run.spec for run in made]
     monkeypatch.setattr(sweeps, "_command", reported(made, lost=specs[-1].name))
-    first = story(store).add_runs(begun, specs, side_by_side)
+    first = poc_runner(store).add_runs(begun, specs, side_by_side)
     assert [run.measurement for run in first.runs[:-1]] == [run.measurement for run in made[:-1]]
     assert first.runs[-1].measurement.reason == "killed by SIGKILL"
     note = "Runs were made side by side, which may have changed their step times."
     assert note in first.notes
     assert "並行して" in load_words("ja").of(note)
     monkeypatch.setattr(sweeps, "_command", reported(made))
-    second = story(store).add_runs(begun, specs, side_by_side)
+    second = poc_runner(store).add_runs(begun, specs, side_by_side)
     assert [run.measurement for run in second.runs] == [run.measurement for run in made]
     assert agreed == [len(made), 1]
     assert len(store.records(begun.poc_id, RUN)) == len(made) - 1 + len(made)
@@ -390,7 +390,7 @@ def test_a_proof_of_concept_whose_budget_is_used_up_says_how_far_it_got(
         placement=Placement(executor="local", settings={}), agree=lambda trials: Budget(hours=1.0 / 3600)
     )
     with pytest.raises(RunError, match="the budget sufficed for 0 of 2 runs; the same command"):
-        story(Store(tmp_path / "s.sqlite3")).add_runs(
+        poc_runner(Store(tmp_path / "s.sqlite3")).add_runs(
             report_fixture.minimal_poc(), [run.spec for run in made], side_by_side
         )
 

@@ -17,7 +17,7 @@ from memfit.cli.options import (
     SearchOptions,
     StoreOptions,
 )
-from memfit.cli.output import check_language, console, emit, refuse_options, set_options
+from memfit.cli.output import check_language, console, emit
 from memfit.cli.progress import Bars
 from memfit.cli.record import SourcedRecord, find_record
 from memfit.cli.request import machine_of, request
@@ -103,12 +103,6 @@ def check_gates(
     concept begun last. If a figure does not keep its limit, no stage is predicted and the exit code is 1."""
     lang = check_language(output.lang)
     machines = {n: m for n, m in (("pilot", options.pilot), ("full", options.full)) if m is not None}
-    if not machines:
-        refuse_options(
-            {"--size": options.size, "--job": options.job, **set_options(search_options, runtime)},
-            "cannot be used without a stage to predict",
-            hint="add --pilot or --full",
-        )
     for name in machines.values():
         machine_of(name, runtime.place)  # raises for an unknown machine before any long work begins
     quiet_libraries()
@@ -118,23 +112,24 @@ def check_gates(
     limits = rollout_gates.read(gates_path) if gates_path is not None else rollout_gates.Gates()
     sourced_record = find_record(record_name, store.store)
     if effort.attended_minutes is not None:
-        sourced_record = _attended(sourced_record, effort.attended_minutes, store)
+        sourced_record = _store_attended(sourced_record, effort.attended_minutes, store)
     record = sourced_record.record
     gate_results = rollout_gates.evaluate(record, limits)
     failed = [gate for gate in gate_results if not gate.holds]
     stages: dict[str, Any] = {}
     if not failed and machines:
-        job, plans = _job(options.job or _spec(sourced_record, store), options.size), []
+        from memfit.workflows.reference_machines import sizes
+
+        spec, plannings = options.job or _job_spec(sourced_record, store), []
+        job = JobOptions(job=spec, size=options.size or ("paper" if "paper" in sizes(spec) else None))
         for name, on in machines.items():
-            stages[name], planning = _stage(job, on, search_options, runtime)
-            plans.append(planning)
+            stages[name], planning = _search_stage(job, on, search_options, runtime)
+            plannings.append(planning)
         if not sourced_record.taken_from:
-            _keep(record.poc_id, plans, store)
-    decision = (
-        None if sourced_record.taken_from else _decision(record.poc_id, stages, gates_path, store, lang)
-    )
+            _store_predictions(record.poc_id, plannings, store)
+    decision = None if sourced_record.taken_from else _decide(record.poc_id, stages, gates_path, store, lang)
     if output.json:
-        stages = stages if decision is None or failed else _with_money(stages, decision[1])
+        stages = stages if decision is None or failed else _with_costs(stages, decision[1])
         details = {
             "gates": [g.model_dump() for g in gate_results],
             "limits": limits.model_dump(),
@@ -149,7 +144,7 @@ def check_gates(
         raise typer.Exit(1)
 
 
-def _attended(sourced_record: SourcedRecord, minutes: float, store: StoreOptions) -> SourcedRecord:
+def _store_attended(sourced_record: SourcedRecord, minutes: float, store: StoreOptions) -> SourcedRecord:
     """Store ``minutes``, for which people attended to the proof of concept of the record, with it, and return
     its updated record. Raises UserError for a record from others, and for a number that is negative or not
     finite."""
@@ -166,7 +161,7 @@ def _attended(sourced_record: SourcedRecord, minutes: float, store: StoreOptions
     return find_record(poc_id, store.store)
 
 
-def _spec(sourced_record: SourcedRecord, store: StoreOptions) -> str:
+def _job_spec(sourced_record: SourcedRecord, store: StoreOptions) -> str:
     """Return the record's job as it is named on the command line, such as "char-lm". For a record that was
     measured here it may be a job of the user, FILE.py:NAME. Raises UserError if a record from others is not
     of a built-in job: predicting the job would run a file that others name."""
@@ -187,13 +182,7 @@ def _spec(sourced_record: SourcedRecord, store: StoreOptions) -> str:
     )
 
 
-def _job(spec: str, size: str | None) -> JobOptions:
-    from memfit.workflows.reference_machines import sizes
-
-    return JobOptions(job=spec, size=size or ("paper" if "paper" in sizes(spec) else None))
-
-
-def _stage(
+def _search_stage(
     job: JobOptions, on: str, search_options: SearchOptions, runtime: RuntimeOptions
 ) -> tuple[dict[str, Any], memfit.planner.request.Planning]:
     """Search for the plan of one stage, the pilot or the full-size training, on the machine ``on``. Return
@@ -231,25 +220,24 @@ def _stage(
     return stage, planning
 
 
-def _keep(poc_id: str, plannings: list[memfit.planner.request.Planning], store: StoreOptions) -> None:
-    """Store the predictions of the stages in ``plannings`` with the proof of concept ``poc_id``, for its
-    decision on costs. Also predict and store the same size of the job on every device of the catalog that has
-    a price, except in three cases: these predictions are already stored; the first stage has one process and
-    plain training of the model has more than 10,000 operators, so that its traces take long; or the proof of
-    concept recommended no plan. Everything is predicted before anything is stored. Without ``plannings``,
-    nothing is done."""
+def _store_predictions(
+    poc_id: str, plannings: list[memfit.planner.request.Planning], store: StoreOptions
+) -> None:
+    """Store the predictions of the stages in ``plannings``, at least one, with the proof of concept
+    ``poc_id``, for its decision on costs. Also predict and store the same size of the job on every device of
+    the catalog that has a price, except in three cases: these predictions are already stored; the first stage
+    has one process and plain training of the model has more than 10,000 operators, so that its traces take
+    long; or the proof of concept recommended no plan. Everything is predicted before anything is stored."""
     from memfit.planner.single_device import is_long
     from memfit.store import Store
     from memfit.workflows import proof_of_concept, reference_machines
 
     records = Store(store.store)
-    if not plannings:
-        return
     poc, base_planning = proof_of_concept.stored_poc(records, poc_id), plannings[0]
     offers: list[memfit.types.result.Offer] = []
     stored_offers = (*poc.offers, *proof_of_concept.offers_of(records, poc_id))
     priced_already = {o.machine for o in stored_offers if o.size == base_planning.job.size} >= set(
-        reference_machines.priced()
+        reference_machines.priced_accelerators()
     )
     slow = base_planning.predictor.job_facts.ranks == 1 and is_long(base_planning.predictor)
     if not priced_already and not slow and poc.search.recommended is not None:
@@ -260,7 +248,7 @@ def _keep(poc_id: str, plannings: list[memfit.planner.request.Planning], store: 
         records.append(poc_id, proof_of_concept.OFFER, offer)
 
 
-def _decision(
+def _decide(
     poc_id: str, stages: dict[str, Any], gates: Path | None, store: StoreOptions, lang: str
 ) -> tuple[memfit.types.result.Poc, memfit.types.decision.Decision]:
     """Return the proof of concept and its decision: the costs of each stage and option, with the figures of
@@ -279,7 +267,7 @@ def _decision(
     return proof_of_concept.decide(records, poc_id=poc_id, case=None, lang=lang)
 
 
-def _with_money(stages: dict[str, Any], decision: memfit.types.decision.Decision) -> dict[str, Any]:
+def _with_costs(stages: dict[str, Any], decision: memfit.types.decision.Decision) -> dict[str, Any]:
     """Return stage name -> plain data of every stage in the decision: its state, machine, plan, prediction
     and costs, as in the report. The fields of the same stage in ``stages``, which was predicted just now, are
     added to them and replace those of the same name."""

@@ -52,8 +52,9 @@ class PlanRunOptions:
             min=1,
             max=MOST,
             help="Plan for N processes of this machine that share the batch, which must have at least N "
-            "samples. Default: 1. With --on a machine of GPUs, N must be 1 or the number of its GPUs; both "
-            "mean that all of them can be used, with one process each. Not with --from.",
+            "samples. Default: 1. On GPUs, each process has one: N is at most the number of this machine's "
+            "GPUs. With --on another machine of GPUs, N must be 1 or the number of its GPUs; both mean that "
+            "all of them can be used. Not with --from.",
         ),
     ] = 1
     measure: Annotated[
@@ -197,8 +198,8 @@ def _print_diff_or_largest(
     save: SaveOptions,
     output: OutputOptions,
 ) -> None:
-    """Print the edit of ``script``, or without one the answer to --largest. With --save, write the plan of
-    the edit."""
+    """Print the edit of ``script`` and, with --save, write its plan; if ``script`` is None, print the answer
+    to --largest."""
     if script is None:
         print_largest(job_request, largest, as_json=output.json, force=save.force, measure=run.measure)
         return
@@ -248,7 +249,7 @@ def plan(  # noqa: PLR0913
         raise UserError(
             "--measure runs plans on this machine, so it cannot be used with another machine in --on or with "
             "--from",
-            allowed="--measure without --from, and without --on or with --on this",
+            allowed="--measure without --from, and without --on or with --on this or this:cpu",
         )
     measure_s = parse_duration(run.measure_time)
     if from_options.from_files:
@@ -264,7 +265,7 @@ def plan(  # noqa: PLR0913
         raise typer.Exit(0 if fits else 3)
     job_request = _read_request(job, search_options, runtime, on, run, limits)
     if from_options.corrected_by is not None:
-        job_request = _corrected(job_request, from_options)
+        job_request = _correct(job_request, from_options)
     workload = print_workload_of(job_request, lang=language_code, quiet=output.json)
     with (
         best_so_far(lang=language_code, as_json=output.json, workload=workload),
@@ -291,19 +292,19 @@ def _read_request(
     run: PlanRunOptions,
     limits: BoundsOptions,
 ) -> memfit.planner.request.Request:
-    """Return what the options ask of a search."""
+    """Return the options as a request to the planner, as `request` does."""
     bounds = bounds_of(job, limits, on.on)
     return request(job, search_options, runtime, on.on, ranks=run.nproc, bounds=bounds, has_nproc=True)
 
 
-def _corrected(
+def _correct(
     job_request: memfit.planner.request.Request, options: FromOptions
 ) -> memfit.planner.request.Request:
     from memfit.store import Store
     from memfit.workflows import proof_of_concept
 
     poc_id = None if options.corrected_by == "last" else options.corrected_by
-    return proof_of_concept.corrected_by(job_request, Store(options.store), poc_id)
+    return proof_of_concept.correct_step_times(job_request, Store(options.store), poc_id)
 
 
 def bounds_of(job: JobOptions, options: BoundsOptions, on: str) -> Bounds:

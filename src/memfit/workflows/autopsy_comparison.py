@@ -85,7 +85,8 @@ def compare_with_prediction(
 
 def _limit_bytes(diagnosis: Diagnosis) -> int | None:
     """Return the memory that the training could use by the evidence: its own limit, or the device's capacity;
-    less what was used outside torch's allocator if that was the cause."""
+    less what was used outside torch's allocator if that was the cause. None if the evidence has neither, or
+    if the host's memory ran out."""
     figures = diagnosis.figures
     limit = figures.get("allowed_bytes") or figures.get("capacity_bytes")
     if limit is None or diagnosis.memory == "host":
@@ -97,7 +98,8 @@ def _limit_bytes(diagnosis: Diagnosis) -> int | None:
 def _by_search(request: Request, limit_bytes: int, progress: Progress) -> tuple[Estimate | None, str]:
     """Return what a search recommends, and "", or None and why nothing fits."""
     try:
-        result = search(dataclasses.replace(request, cap_bytes=limit_bytes), progress).result
+        recommended = search(dataclasses.replace(request, cap_bytes=limit_bytes), progress).result.recommended
     except NothingFits as error:
         return None, str(error)
-    return (result.recommended.estimate, "") if result.recommended else (None, "no plan fits")
+    assert recommended is not None, "search raises NothingFits otherwise"
+    return recommended.estimate, ""

@@ -64,7 +64,7 @@ def write_baseline(path: Path, targets: Sequence[BaselineTarget], tell: Tell) ->
     targets = targets or stored.jobs
     if not targets:
         raise UserError(f"{path} has no jobs to predict again", hint="name them: `memfit baseline write JOB`")
-    new = {p.key: shortened(p) for p in _predictions(targets, path.parent, tell)}
+    new = {p.key: shorten(p) for p in _predictions(targets, path.parent, tell)}
     with only_writer(path):
         stored = read_baseline(path) if path.exists() else BaselineFile()  # as others have left it meanwhile
         entries = {entry.key: entry for entry in stored.jobs}
@@ -89,12 +89,12 @@ def check_baseline(path: Path, tolerance_ratio: float, tell: Tell) -> tuple[Base
 
 
 def write_test(path: Path, prediction: MemoryBaseline) -> None:
-    """Store the prediction of a test in the baseline file ``path`` in place of that of the test's name. Other
-    entries stay. Raises UserError if the file is not a baseline."""
+    """Store the prediction of a test, whose name is its ``job``, in the baseline file ``path``. It replaces
+    the one of this name; other entries stay. Raises UserError if the file is not a baseline."""
     with only_writer(path):
         stored = read_baseline(path) if path.exists() else BaselineFile()
         others = tuple(entry for entry in stored.tests if entry.job != prediction.job)
-        _write(path, dataclasses.replace(stored, tests=(*others, shortened(prediction))))
+        _write(path, dataclasses.replace(stored, tests=(*others, shorten(prediction))))
 
 
 def _write(path: Path, baseline: BaselineFile) -> None:
@@ -104,7 +104,7 @@ def _write(path: Path, baseline: BaselineFile) -> None:
 def _predictions(targets: Sequence[BaselineTarget], folder: Path, tell: Tell) -> Iterator[MemoryBaseline]:
     for index, target in enumerate(targets):
         tell(index, len(targets), target)
-        machine = machine_named(_moved(target.machine, folder))
+        machine = machine_named(_relative_path(target.machine, folder))
         job = load(
             JobRef(
                 spec=job_path(target, folder),
@@ -113,7 +113,7 @@ def _predictions(targets: Sequence[BaselineTarget], folder: Path, tell: Tell) ->
                 length=target.length,
             )
         )
-        plan = None if target.plan == PLAIN else _moved(target.plan, folder)
+        plan = None if target.plan == PLAIN else _relative_path(target.plan, folder)
         yield predict(target, job, plan_on(plan, machine), machine, folder)
 
 
@@ -128,14 +128,14 @@ def target_in(folder: Path, target: BaselineTarget) -> BaselineTarget:
     if not machine.endswith(".toml"):
         machine = machine_named(machine).name
 
-    def moved(path: str) -> str:
+    def move(path: str) -> str:
         return Path(os.path.relpath(path, folder)).as_posix()
 
     return dataclasses.replace(
         target,
-        job=_with_path(target.job, Path(), moved),
-        plan=moved(target.plan) if _is_path(target.plan) else target.plan,
-        machine=moved(machine) if _is_path(machine) else machine,
+        job=_with_path(target.job, Path(), move),
+        plan=move(target.plan) if _is_path(target.plan) else target.plan,
+        machine=move(machine) if _is_path(machine) else machine,
     )
 
 
@@ -144,7 +144,7 @@ def job_path(target: BaselineTarget, folder: Path) -> str:
     return _with_path(target.job, folder, lambda path: os.path.relpath(folder / path))
 
 
-def _moved(path_or_name: str, folder: Path) -> str:
+def _relative_path(path_or_name: str, folder: Path) -> str:
     return os.path.relpath(folder / path_or_name) if _is_path(path_or_name) else path_or_name
 
 
@@ -220,7 +220,7 @@ def _version() -> str:
         return "not installed"
 
 
-def shortened(prediction: MemoryBaseline) -> MemoryBaseline:
+def shorten(prediction: MemoryBaseline) -> MemoryBaseline:
     """Return the prediction with rows of its large modules alone, as it is stored."""
     rows = largest_modules(prediction.modules, prediction.allocated_bytes)
     return dataclasses.replace(prediction, modules=rows)

@@ -30,8 +30,8 @@ class EngineChoice:
     runs on NVIDIA GPUs only. ``version``: of its installed package, "" if there is none. ``problem``: what
     keeps it from running here, "" for nothing; ``fix``: the command that would help. ``tested``: versions of
     its package that memfit was tested with (">=2.0, <3"), or "". ``is_tried``: whether memfit has run it on a
-    device of the machine's kind. ``facts``: what the catalog knows about the
-    engine, name -> (value, source, date).
+    device of the machine's kind. ``facts``: what the catalog knows about the engine, name -> (value, source,
+    date).
 
     ``estimate``: the prediction for the plan; ``config_lines``: number of lines of the configuration files
     that memfit would write for the engine. Both are None if it does not support the plan.
@@ -65,11 +65,10 @@ def choices(request: Request, plan: Plan, progress: Progress) -> list[EngineChoi
     layout(plan)
     training_engines = (e for e in ENGINES.values() if e.name != "replay")
     engine_choices = [_choice(request, plan, engine, calibrations, progress) for engine in training_engines]
-    return sorted(engine_choices, key=lambda c: (bool(c.gaps), c.estimate is None, _bytes(c)))
-
-
-def _bytes(choice: EngineChoice) -> float:
-    return choice.estimate.allocated_bytes.value if choice.estimate else 0.0
+    return sorted(
+        engine_choices,
+        key=lambda c: (bool(c.gaps), c.estimate.allocated_bytes.value if c.estimate else 0.0),
+    )
 
 
 def _choice(
@@ -80,7 +79,7 @@ def _choice(
     if not gaps:
         progress("trace", 0, 0, engine.name)
         try:
-            estimate, lines = _estimated_with_lines(
+            estimate, lines = _predict(
                 dataclasses.replace(request, engine=engine.name), plan, calibrations, progress
             )
         except UserError as error:
@@ -102,9 +101,12 @@ def _choice(
     )
 
 
-def _estimated_with_lines(
+def _predict(
     request: Request, plan: Plan, calibrations: list[Calibration], progress: Progress
 ) -> tuple[Estimate, int]:
+    """Return the prediction for the plan and the number of lines of the engine's files. On this machine, the
+    last of ``calibrations`` is taken as it is, and completed by one with the plan's operators, which is
+    appended."""
     job, predictor = make_predictor(request)
     predictor.whole(plan)
     if request.is_here:

@@ -139,8 +139,8 @@ def largest(  # noqa: PLR0913
     those of its frontier. With ``along`` the question is asked for each of ``values`` of this dimension, by
     default a quarter of the job's own, half, the same, twice and four times as much; without it, ``values``
     are ignored. ``step``: only multiples of it are tried; None: what the job and the plan need. ``measure``:
-    whether values are also run, each for a few steps in a process of its own under the cap, until one that
-    runs out of memory is next to one that does not (`planner.largest_runs`).
+    whether values are also run, each for a few steps in a process of its own under the cap, to find where
+    memory runs out (`planner.largest_runs.find_boundary`).
 
     Raises UserError for a dimension that the job does not have, for a plan that the engine does not support,
     and if ``measure`` is asked for another machine, without a cap on a processor, or of a job that takes no
@@ -221,7 +221,7 @@ def _row(  # noqa: PLR0913
         )
         if measure:
             result = with_boundary(
-                lambda value: _trained(request, sizes, plan, {**fixed, asked.name: value}, value, progress),
+                lambda value: _train(request, sizes, plan, {**fixed, asked.name: value}, value, progress),
                 result,
             )
     except UserError as error:
@@ -251,7 +251,7 @@ def _must_be_measurable(request: Request, sizes: _Sizes) -> None:
         )
 
 
-def _trained(
+def _train(
     request: Request,
     sizes: _Sizes,
     plan: Plan,

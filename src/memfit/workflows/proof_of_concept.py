@@ -108,7 +108,8 @@ _CHECKPOINTING = use("activation-checkpointing", every=1)
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SideBySide:
-    """Where the runs of a PoC are made side by side. ``agree``: called with them, returns the budget."""
+    """Where the runs of a PoC are made side by side. ``agree``: called once, with the runs that have no
+    result yet, if there are any; returns the budget."""
 
     placement: Placement
     agree: Callable[[Sequence[SweepTrial]], Budget]
@@ -153,18 +154,18 @@ def poc(  # noqa: PLR0913
         threads = max(1, local_machine.threads() // (parallel * request.ranks))
         request = dataclasses.replace(request, threads=threads)
     planning = find_plan(request, progress, must_run=True, measure_s=_TRIALS_S)
-    runner = _Story(planning, store, seeds, steps or planning.job.steps, command, progress)
+    runner = _PocRunner(planning, store, seeds, steps or planning.job.steps, command, progress)
     proof = runner.begin(request)
     specs = list(runner.specs())
     calibrate(
         planning.predictor, planning.request, progress, plans=list(dict.fromkeys(s.plan for s in specs))
     )
     if side_by_side is not None:
-        proof = runner.add_runs(proof, [runner.shortened(spec) for spec in specs], side_by_side)
+        proof = runner.add_runs(proof, [runner.shorten(spec) for spec in specs], side_by_side)
     else:
         for index, spec in enumerate(specs):
             label = f"{spec.name} ({index + 1} of {len(specs)})"
-            proof = runner.add_run(proof, runner.shortened(spec), label)
+            proof = runner.add_run(proof, runner.shorten(spec), label)
     proof = runner.conclude(runner.add_control(proof, side_by_side))
     path = report_path or store.path.parent / REPORTS / f"{proof.poc_id}.{lang}.html"
     proof = dataclasses.replace(proof, took_s=time.perf_counter() - started, report=str(path))
@@ -249,7 +250,7 @@ def offers_of(store: Store, poc_id: str) -> list[Offer]:
     ]
 
 
-def corrected_by(request: Request, store: Store, poc_id: str | None) -> Request:
+def correct_step_times(request: Request, store: Store, poc_id: str | None) -> Request:
     """Return the request with its predicted step times corrected by the runs of a PoC: by the ratio of
     measured to predicted step time. ``poc_id`` None: the latest PoC. Of several runs of one plan, the median
     ratio counts.
@@ -301,7 +302,7 @@ def corrected_by(request: Request, store: Store, poc_id: str | None) -> Request:
 
 
 @dataclasses.dataclass(kw_only=False)
-class _Story:
+class _PocRunner:
     """Makes a PoC in steps: lists its runs, trains and stores them one by one, and judges them at the end.
 
     ``planning``: the finished search. ``seeds``: number of pairs of runs of baseline and recommended plan.
@@ -445,7 +446,7 @@ class _Story:
             timeline=seed == 0,
         )
 
-    def shortened(self, spec: RunSpec) -> RunSpec:
+    def shorten(self, spec: RunSpec) -> RunSpec:
         """Return the run unchanged, unless it is an ablation whose steps are predicted to take at least 5
         times as long as those of plain training, such as bfloat16 on a processor without support for it.
 
@@ -585,7 +586,7 @@ class _Story:
         for all four combinations: neither technique, each alone, and both."""
         uses = ((), (self.mixed,), (_CHECKPOINTING,), (self.mixed, _CHECKPOINTING))
         corners = [functools.reduce(Plan.with_use, corner, self.baseline) for corner in uses]
-        cells = [_corner(runs, plan) for plan in corners]
+        cells = [_find_run(runs, plan) for plan in corners]
         for quantity, value in _QUANTITIES.items():
             values = [value(c.measurement) if c else None for c in cells]
             if all(v is not None for v in values):
@@ -652,7 +653,8 @@ def _notes_on_places(sweep: Sweep, device: Device) -> Iterator[str]:
         yield f"Runs were made on {', '.join(others)}; the predictions are for {here}."
 
 
-def _corner(runs: Sequence[Run], plan: Plan) -> Run | None:
+def _find_run(runs: Sequence[Run], plan: Plan) -> Run | None:
+    """Return the first completed run of the plan with seed 0, or None if there is none."""
     successful_runs = (r for r in runs if r.measurement.outcome is OutcomeKind.OK and r.spec.seed == 0)
     return next((r for r in successful_runs if r.spec.plan == plan), None)
 

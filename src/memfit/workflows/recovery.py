@@ -72,18 +72,18 @@ def train_with_recoveries(
         attempt: Losses = {}
         run = train(spec, estimate, attempt, strict=not recoveries)
         if recoveries:
-            recoveries[-1] = _judged(recoveries[-1], losses, attempt, spec.seed)
+            recoveries[-1] = _with_verdict(recoveries[-1], losses, attempt, spec.seed)
         losses = {rank: {**losses.get(rank, {}), **by_step} for rank, by_step in attempt.items()}
         restarts = (*restarts, *run.measurement.restarts)
         run = dataclasses.replace(run, measurement=dataclasses.replace(run.measurement, restarts=restarts))
         if run.measurement.outcome is not OutcomeKind.OOM:
-            return _finished(run, keep, recoveries, losses)
+            return _with_recoveries(run, keep, recoveries, losses)
         if len(recoveries) == settings.most:
-            return _finished(run, keep, recoveries, losses, _limit_text(settings.most))
+            return _with_recoveries(run, keep, recoveries, losses, _limit_text(settings.most))
         step = run.measurement.first_step + run.measurement.steps_done
         choice = _next_plan(request, spec, step, settings.frontier, tried)
         if isinstance(choice, str):
-            return _finished(run, keep, recoveries, losses, choice)
+            return _with_recoveries(run, keep, recoveries, losses, choice)
         next_keep = resume_newest(spec.keep)
         recoveries.append(_recovery(run, step, choice, next_keep))
         settings.on_recovery(recoveries[-1], len(recoveries))
@@ -133,11 +133,11 @@ def _recovery(run: Run, step: int, choice: SaferPlan, keep: CheckpointSettings) 
     )
 
 
-def _judged(recovery: Recovery, before: Losses, after: Losses, seed: int) -> Recovery:
+def _with_verdict(recovery: Recovery, before: Losses, after: Losses, seed: int) -> Recovery:
     """Return the recovery with the verdict on the steps that both plans trained, without one if there are
     none, as from a checkpoint of the failed step. ``before``: losses of the steps up to the failed one;
     ``after``: of those after the recovery."""
-    losses_before, losses_after = _of_all_ranks(before), _of_all_ranks(after)
+    losses_before, losses_after = _mean_losses(before), _mean_losses(after)
     repeated = [
         s for s in range(recovery.first_step, recovery.step) if s in losses_before and s in losses_after
     ]
@@ -153,7 +153,7 @@ def _judged(recovery: Recovery, before: Losses, after: Losses, seed: int) -> Rec
     return dataclasses.replace(recovery, verdict=verdict)
 
 
-def _of_all_ranks(losses: Losses) -> Mapping[int, float]:
+def _mean_losses(losses: Losses) -> Mapping[int, float]:
     """Return step -> mean of the ranks' losses, by step, for steps that all ranks have."""
     if not losses:
         return {}
@@ -161,13 +161,13 @@ def _of_all_ranks(losses: Losses) -> Mapping[int, float]:
     return {step: statistics.fmean(by_step[step] for by_step in losses.values()) for step in steps}
 
 
-def _finished(
+def _with_recoveries(
     run: Run, keep: CheckpointSettings, recoveries: Sequence[Recovery], losses: Losses, stop: str = ""
 ) -> Run:
     """Return the last run with the recoveries, the checkpoint settings of the first run and, if there are
     recoveries, the losses of all steps."""
     if recoveries:
-        all_losses = _of_all_ranks(losses)
+        all_losses = _mean_losses(losses)
         measurement = dataclasses.replace(
             run.measurement,
             losses=tuple(all_losses.values()),

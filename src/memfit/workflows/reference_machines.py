@@ -18,6 +18,7 @@ from memfit.planner.plan_space import plans, usable
 from memfit.planner.request import Planning, Progress, job_facts, limit_micro_batches
 from memfit.planner.selection import MODELLED, best
 from memfit.techniques.base import JobFacts, Technique
+from memfit.trace.tracer import fake_model
 from memfit.types.dependence import DependenceKind
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
@@ -43,12 +44,15 @@ def paper(planning: Planning, progress: Progress) -> tuple[tuple[PaperRow, ...],
     The best plan is the best by the request's goal. In rows it combines at most the techniques of
     `_AT_PAPER`; for offers see `_offers`.
     """
-    ref = _at(planning, "paper")
-    predictors = _predictors(planning, ref or planning.request.job_ref, priced())
+    ref = planning.request.job_ref
+    has_paper_size = "paper" in sizes(ref.spec)
+    predictors = _predictors(
+        planning, _at_size(ref, "paper") if has_paper_size else ref, priced_accelerators()
+    )
     rows = [
         _row(planning, predictor, progress)
         for predictor in predictors
-        if ref is not None and predictor.machine.name in MACHINES
+        if has_paper_size and predictor.machine.name in MACHINES
     ]
     return tuple(rows), tuple(_offers(planning, predictors, progress))
 
@@ -61,11 +65,11 @@ def offers(planning: Planning, trained: Plan, progress: Progress) -> tuple[Offer
     ``trained``: the plan that a proof of concept trained. Plans whose effects on results its training tested
     are preferred to all others.
     """
-    predictors = _predictors(planning, planning.request.job_ref, priced())
+    predictors = _predictors(planning, planning.request.job_ref, priced_accelerators())
     return tuple(_offers(planning, predictors, progress, trained))
 
 
-def priced() -> tuple[str, ...]:
+def priced_accelerators() -> tuple[str, ...]:
     """Return the names of the catalog's accelerators that have a known price for purchase or for rental, in
     the catalog's order."""
     devices = map(catalog.device, catalog.device_names())
@@ -78,7 +82,7 @@ def _offers(
     """Yield for each predictor's machine a prediction of plain training, and one of the best plan that fits,
     if there is one and it is another.
 
-    The best plan is sought by the request's goal among the plans of `_seen_plans`, whose effects on results
+    The best plan is sought by the request's goal among the plans of `_tested_plans`, whose effects on results
     were tested by training ``trained``. Only if none of these fits, it is sought among the combinations of
     `_AT_PAPER`. ``trained`` None: the plan that the search recommends, or plain training if it recommends
     none.
@@ -92,7 +96,10 @@ def _offers(
         fits = fits_under(int(machine.device.memory_bytes.value), machine)
         plain = predictor.sketch(Plan())
         yield make_offer(plain, machine=machine.name, size=predictor.job.size, plain=True, fits=fits(plain))
-        for candidate_plans in (_seen_plans(planning, predictor, trained), _paper_plans(planning, predictor)):
+        for candidate_plans in (
+            _tested_plans(planning, predictor, trained),
+            _paper_plans(planning, predictor),
+        ):
             recommended = best(
                 _fitting(predictor, candidate_plans, fits, machine), planning.request.goal, MODELLED
             )
@@ -127,7 +134,7 @@ def _usable(planning: Planning, predictor: Predictor) -> list[Technique]:
     return [t for t in techniques if t.name not in planning.request.bounds.without]
 
 
-def _seen_plans(planning: Planning, predictor: Predictor, trained: Plan) -> list[Plan]:
+def _tested_plans(planning: Planning, predictor: Predictor, trained: Plan) -> list[Plan]:
     """Return the plans that combine the techniques of ``trained`` and those techniques of `_AT_PAPER` that
     change results by no more than the order of sums (E1).
 
@@ -186,13 +193,6 @@ def sizes(spec: str) -> tuple[str, ...]:
     return next((b.sizes for b in describe() if b.name == spec), ())
 
 
-def _at(planning: Planning, size: str) -> JobRef | None:
-    ref = planning.request.job_ref
-    if size not in sizes(ref.spec):
-        return None
-    return dataclasses.replace(ref, size=size, batch=None, length=None, steps=None, data=None, weights=None)
-
-
 def _predictors(planning: Planning, ref: JobRef, machines: Sequence[str] = MACHINES) -> list[Predictor]:
     """Return one predictor of the job ``ref`` for each of ``machines`` (names in the catalog), in the same
     order. They share the traces of parts of the model. Whether the samples of a batch depend on each other is
@@ -244,7 +244,7 @@ def _one_setting(plan: Plan) -> bool:
 
 def reach(planning: Planning, progress: Progress) -> tuple[LargestSize, ...]:
     """Return the largest model that fits each of `MACHINES`, then the longest input that does; each with
-    plain training, and with the allowed plan that needs the least memory (see `_tightest`).
+    plain training, and with the allowed plan that needs the least memory (see `_least_memory_plan`).
 
     The models tried are the job's sizes that are in `_FULL_LENGTH`; smaller sizes have samples cut to the
     available data. The inputs tried have the `LENGTHS` (1,024 to 131,072), at the size "paper" with a batch
@@ -252,110 +252,107 @@ def reach(planning: Planning, progress: Progress) -> tuple[LargestSize, ...]:
     it has no size "paper" or its samples have no length.
     """
     job = planning.request.job_ref
-    models = {s: _sized(job, s) for s in sizes(job.spec) if s in _FULL_LENGTH}
+    models = {s: _at_size(job, s) for s in sizes(job.spec) if s in _FULL_LENGTH}
     inputs = {}
     if "paper" in sizes(job.spec):
-        inputs = {str(n): dataclasses.replace(_sized(job, f"paper@{n}"), batch=1) for n in LENGTHS}
+        inputs = {str(n): dataclasses.replace(_at_size(job, f"paper@{n}"), batch=1) for n in LENGTHS}
     rows = []
-    for quantity, ladder in (
-        ("parameters", _Ladder(planning, models)),
-        ("length", _Ladder(planning, inputs)),
+    for quantity, versions in (
+        ("parameters", _Versions(planning, models)),
+        ("length", _Versions(planning, inputs)),
     ):
-        for index, machine in enumerate(MACHINES if ladder.stands() else ()):
+        for index, machine in enumerate(MACHINES if versions.can_load() else ()):
             progress("outlook", 0, 0, f"{quantity} on {machine}")
-            plain, tight = ladder.highest(index, tight=False), ladder.highest(index, tight=True)
-            rows.append(_reach_row(machine, quantity, plain, tight, ladder, index))
+            plain, saving = (versions.find_largest(index, saving=saving) for saving in (False, True))
+            rows.append(_reach_row(machine, quantity, plain, saving, versions, index))
     return tuple(rows)
 
 
-def _sized(ref: JobRef, size: str) -> JobRef:
+def _at_size(ref: JobRef, size: str) -> JobRef:
     return dataclasses.replace(ref, size=size, batch=None, length=None, steps=None, data=None, weights=None)
 
 
 @dataclasses.dataclass(kw_only=False)
-class _Ladder:
-    """Versions of a job by increasing size (``rungs``: name -> job). Each is loaded only once for all
+class _Versions:
+    """Versions of a job by increasing size (``jobs``: name -> job). Each is loaded only once for all
     `MACHINES`."""
 
     planning: Planning
-    rungs: Mapping[str, JobRef]
+    jobs: Mapping[str, JobRef]
     loaded: dict[str, list[Predictor]] = dataclasses.field(default_factory=dict)
-    shortened: bool = False  # a rung could not be loaded: it and those above it were removed
+    has_removed: bool = False  # a version could not be loaded: it and the larger ones were removed
 
-    def stands(self) -> bool:
+    def can_load(self) -> bool:
         """Return whether there is a smallest version and it can be loaded. It cannot if the versions differ
         in length and the job has none, as one on grids or on molecules in space."""
         try:
-            return bool([self.predictor(name, 0) for name in list(self.rungs)[:1]])
+            return bool([self.predictor(name, 0) for name in list(self.jobs)[:1]])
         except UserError:
             return False
 
     def predictor(self, name: str, index: int) -> Predictor:
         if name not in self.loaded:
             try:
-                self.loaded[name] = _predictors(self.planning, self.rungs[name])
+                self.loaded[name] = _predictors(self.planning, self.jobs[name])
             except UserError:  # the available data are shorter
-                names = list(self.rungs)
-                self.rungs = {n: self.rungs[n] for n in names[: names.index(name)]}
-                self.shortened = True
+                names = list(self.jobs)
+                self.jobs = {n: self.jobs[n] for n in names[: names.index(name)]}
+                self.has_removed = True
                 raise
         return self.loaded[name][index]
 
-    def highest(self, index: int, *, tight: bool) -> str | None:
+    def find_largest(self, index: int, *, saving: bool) -> str | None:
         """Return the name of the largest version that fits the machine ``MACHINES[index]``; None if not even
         the smallest fits.
 
-        ``tight``: True: with the allowed plan that needs the least memory; False: with plain training. If a
+        ``saving``: True: with the allowed plan that needs the least memory; False: with plain training. If a
         version cannot be loaded, it and all larger ones are left out. The search is a bisection, which
         assumes that no version fits that is larger than one that does not.
         """
         while True:
-            names = list(self.rungs)
+            names = list(self.jobs)
             try:
                 below = bisect.bisect_left(
-                    names, True, key=lambda name: not self._fits(name, index, tight=tight)
+                    names, True, key=lambda name: not self._fits(name, index, saving=saving)
                 )
             except UserError:
-                if not self.shortened:
+                if not self.has_removed:
                     raise
-                self.shortened = False
+                self.has_removed = False
             else:
                 return names[below - 1] if below else None
 
-    def _fits(self, name: str, index: int, *, tight: bool) -> bool:
+    def _fits(self, name: str, index: int, *, saving: bool) -> bool:
         predictor = self.predictor(name, index)
-        plan = _tightest(self.planning, predictor) if tight else Plan()
+        plan = _least_memory_plan(self.planning, predictor) if saving else Plan()
         fits = fits_under(int(predictor.machine.device.memory_bytes.value), predictor.machine)
         return fits(predictor.sketch(plan))
 
 
 def _reach_row(
-    machine: str, quantity: str, plain: str | None, tight: str | None, ladder: _Ladder, index: int
+    machine: str, quantity: str, plain: str | None, saving: str | None, versions: _Versions, index: int
 ) -> LargestSize:
     def amount(name: str | None) -> float | None:
         if name is None:
             return None
-        return float(name) if quantity == "length" else float(_count(ladder.predictor(name, index)))
+        if quantity == "length":
+            return float(name)
+        model = fake_model(versions.predictor(name, index).job)
+        return float(sum(p.numel() for p in model.parameters()))
 
     label = "paper" if quantity == "length" else None
     return LargestSize(
         machine=machine,
         quantity=quantity,
         plain=amount(plain),
-        recommended=amount(tight),
+        recommended=amount(saving),
         plain_label=label or plain or "",
-        recommended_label=label or tight or "",
-        at_limit=tight == list(ladder.rungs)[-1],
+        recommended_label=label or saving or "",
+        at_limit=saving == list(versions.jobs)[-1],
     )
 
 
-def _count(predictor: Predictor) -> int:
-    from memfit.trace.tracer import fake_model
-
-    return sum(p.numel() for p in fake_model(predictor.job).parameters())
-
-
-def _tightest(planning: Planning, predictor: Predictor) -> Plan:
+def _least_memory_plan(planning: Planning, predictor: Predictor) -> Plan:
     """Return the plan that counts as the allowed one with the least memory: bf16 autocast, recomputation of
     every block, 8-bit optimizer state, and gradient accumulation with the smallest micro-batches, each only
     if the job, the machine and the user allow it. No other plan is tried."""

@@ -11,7 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Final
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from memfit.types.job import Job
 from memfit.types.machine import Machine
 from memfit.types.plan import Plan
 
+QUANTILES: Final = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 _SHORTEST = 16
 _MOST_NPZ_BYTES = 2**29
 _MOST_NAMES, _NAME_LENGTH = 20, 40  # of columns in an error: how many, and characters of each
@@ -128,9 +129,9 @@ def _from_npz(path: str, column: str | None) -> list[int]:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             unpacked_bytes = sum(info.file_size for info in archive.infolist())
-        if unpacked_bytes > unpacked_limit(len(data), _MOST_NPZ_BYTES):
+        if unpacked_bytes > (most_bytes := unpacked_limit(len(data), _MOST_NPZ_BYTES)):
             raise UserError(
-                f"{path} unpacks to too much", allowed=f"at most {unpacked_limit(len(data))} bytes"
+                f"{path} unpacks to too much", allowed=f"at most {most_bytes} bytes from this file"
             )
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
             arrays = {k: file[k] for k in file.files if column in (None, k)}
@@ -184,9 +185,8 @@ def peak_model(job: Job, plan: Plan, longest: int, device: str) -> PeakModel:
 
     It is fitted to six traces: three lengths (a quarter, a half and all of ``longest``, rounded up to
     multiples of 16 but not above ``longest``, for which alone a model may have positions; 16, 32 and 64 if
-    these are not distinct), each with one and with two rows per
-    micro-batch. Raises UserError if which operators a step runs depends on the length, or if no tensor of the
-    job's batch has a second dimension.
+    these are not distinct), each with one and with two rows per micro-batch. Raises UserError if which
+    operators a step runs depends on the length, or if no tensor of the job's batch has a second dimension.
     """
     rows = plan.micro_batches
     lengths = sorted({max(_SHORTEST, min(longest, -(-longest * q // 64) * 16)) for q in (1, 2, 4)})
@@ -214,17 +214,19 @@ def report(
     """
     batch, longest = min(batch, len(lengths)), int(lengths.max())
     model = peak_model(job, plan, longest, machine.device.kind)
-    held_out, margin = _checked(job, plan, machine, model, (batch, longest))
+    held_out, margin = _compare_with_traces(job, plan, machine, model, (batch, longest))
 
     def fits(peak_bytes: int) -> bool:
         return peak_bytes + margin <= cap_bytes
 
     distinct = np.unique(lengths)
     last_rows = len(lengths) % batch or batch
-    limit, last_limit = (_limit(model, rows, distinct, fits) for rows in (batch, last_rows))
+    limit, last_limit = (
+        max((int(n) for n in distinct if fits(model.peak_bytes(Shape(rows=rows, length=int(n))))), default=0)
+        for rows in (batch, last_rows)
+    )
     eighths = sorted({max(1, longest * i // 8) for i in range(1, 9)})
     curve_bytes = {n: model.peak_bytes(Shape(rows=batch, length=n)) for n in eighths}
-    quantiles = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
     batchings = cost.batchings(lengths, batch, model, fits=fits)
     return LengthReport(
         sequences=len(lengths),
@@ -236,8 +238,8 @@ def report(
         oom_per_step=cost.oom_per_step(lengths, batch, limit),
         oom_per_epoch=cost.oom_per_epoch(lengths, batch, limit, last_limit),
         quantile_bytes={
-            name: model.peak_bytes(Shape(rows=batch, length=cost.quantile_length(lengths, batch, fraction)))
-            for name, fraction in quantiles.items()
+            name: model.peak_bytes(Shape(rows=batch, length=cost.quantile_length(lengths, batch, share)))
+            for name, share in QUANTILES.items()
         },
         curve_bytes=curve_bytes,
         held_out=held_out,
@@ -247,7 +249,7 @@ def report(
     )
 
 
-def _checked(
+def _compare_with_traces(
     job: Job, plan: Plan, machine: Machine, model: PeakModel, longest_batch: tuple[int, int]
 ) -> tuple[tuple[HeldOut, ...], int]:
     """Compare the peak model with traces of whole batches of two lengths: two thirds of the longest (at least
@@ -273,8 +275,3 @@ def traced_peak(job: Job, plan: Plan, machine: Machine) -> tuple[int, int]:
     predictor = Predictor(job=job, machine=machine, job_facts=job_facts(job, machine.device.kind))
     traced_bytes = int(levels(predictor.trace(plan))[1].max())
     return traced_bytes, max(0, needed_bytes(predictor.whole(plan), machine) - traced_bytes)
-
-
-def _limit(model: PeakModel, rows: int, distinct: Ints, fits: Any) -> int:
-    fitting = [int(n) for n in distinct if fits(model.peak_bytes(Shape(rows=rows, length=int(n))))]
-    return max(fitting, default=0)

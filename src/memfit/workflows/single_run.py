@@ -114,7 +114,8 @@ def run_plan(
     process that trains refuses the plan or the job.
     """
     ready_engine(request.engine, plan, request.device_kind)
-    if request.engine == "replay" and recovery.most:
+    is_replay = request.engine == "replay"
+    if is_replay and recovery.most:
         raise UserError("engine replay trains nothing, so it cannot recover from running out of memory")
     device = request.machine.device
     if request.is_here and not device.is_host:
@@ -129,12 +130,11 @@ def run_plan(
         )
     job = make_predictor(request)[0]
     keep, seed = checkpoints.resolve_settings(recovery.keep, seed, steps or job.steps)
-    is_replay = request.engine == "replay"
-    stored_runs = _stored(store or Store(), request, seed) if is_replay else []
+    stored_runs = _find_runs(store or Store(), request, seed) if is_replay else []
     estimate = explain(request, plan, progress)
     plan = estimate.plan
     if is_replay:
-        return _replayed(stored_runs, request, estimate)
+        return _replay(stored_runs, request, estimate)
     copy_bytes = saved_bytes(estimate) if keep.save and keep.asynchronous else 0
     bound_bytes = needed_bytes(estimate, request.machine)
     if device.is_host:
@@ -181,14 +181,14 @@ def run_plan(
     return result
 
 
-def _stored(store: Store, request: Request, seed: int) -> list[Run]:
+def _find_runs(store: Store, request: Request, seed: int) -> list[Run]:
     """Return the stored runs of the request's job with this seed, whatever their number of steps, oldest
     first. Raises UserError if there are none."""
     stored_runs = [
         serialization.loads(Run, r.body, what=f"record {r.record_id}") for r in store.records(kind="run")
     ]
-    request_key = (_unlimited(request.job_ref), seed)
-    if matches := [r for r in stored_runs if (_unlimited(r.spec.job), r.spec.seed) == request_key]:
+    request_key = (_without_steps(request.job_ref), seed)
+    if matches := [r for r in stored_runs if (_without_steps(r.spec.job), r.spec.seed) == request_key]:
         return matches
     raise UserError(
         f"{store.path} has no stored run to replay of this job with this seed, --size, --data, --weights, "
@@ -197,7 +197,7 @@ def _stored(store: Store, request: Request, seed: int) -> list[Run]:
     )
 
 
-def _replayed(stored_runs: Sequence[Run], request: Request, estimate: Estimate) -> Run:
+def _replay(stored_runs: Sequence[Run], request: Request, estimate: Estimate) -> Run:
     """Return the last of the stored runs that has the plan of ``estimate``, with ``estimate`` as its
     prediction instead of the stored one. Settings that a stored plan lacks have their default values.
 
@@ -345,5 +345,5 @@ def _summary(measurements: Sequence[Measurement]) -> RankComparison:
     )
 
 
-def _unlimited(job: JobRef) -> JobRef:
+def _without_steps(job: JobRef) -> JobRef:
     return dataclasses.replace(job, steps=None)

@@ -18,12 +18,11 @@ from memfit.types.errors import UserError
 from memfit.types.job import Job, JobRef
 from memfit.types.machine import Machine
 from memfit.types.plan import Plan
-from memfit.workflows.sequence_lengths import traced_peak
+from memfit.workflows.sequence_lengths import QUANTILES, traced_peak
 
 COMBINATIONS = ("sum", "largest")
 _DRAWS = 2000
 _GRID = 4  # values of each size that are traced: 16 traces for ten terms
-_SHARES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +77,7 @@ def _rows(path: str) -> Iterator[Mapping[str, object]]:
         yield from csv.DictReader(io.StringIO(read_text(path)))
         return
     if not path.endswith(".jsonl"):
-        raise UserError(f"--columns reads two sizes from {path}", allowed="a file .csv or .jsonl")
+        raise UserError(f"--columns cannot read {path}", allowed="a file .csv or .jsonl")
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         try:
             row = parse_json(line, what=path)
@@ -98,7 +97,7 @@ def _size(row: Mapping[str, object], name: str, where: str) -> int:
     return int(text)
 
 
-def drawn_steps(pairs: Ints, batch: int, combination: str) -> Ints:
+def draw_steps(pairs: Ints, batch: int, combination: str) -> Ints:
     """Return the sizes of 2,000 random steps, (steps, 2): of ``batch`` samples, drawn without replacement,
     the sum of each size, as of graphs in one batch, or the largest, as of padded samples. The same arguments
     give the same steps."""
@@ -126,7 +125,7 @@ def report_pairs(
     The peak is fitted, allocation by allocation, to 16 traces that span the drawn steps, and tested on three
     more. Raises UserError if the job has no such sizes, or if which operators a step runs depends on them.
     """
-    steps = drawn_steps(pairs, batch, combination)
+    steps = draw_steps(pairs, batch, combination)
 
     def job_at(first: int, second: int) -> Job:
         return load(ref.with_sizes(dict(zip(names, (first, second), strict=True))))
@@ -135,7 +134,7 @@ def report_pairs(
     model = fit(points, [trace(job_at(p.first, p.second), plan, device=machine.device.kind) for p in points])
     peaks = np.array([model.peak_bytes(SizePair(first=int(a), second=int(b))) for a, b in steps])
     order = np.argsort(peaks, kind="stable")
-    places = {name: order[int(np.ceil(share * len(order))) - 1] for name, share in _SHARES.items()}
+    places = {name: order[int(np.ceil(share * len(order))) - 1] for name, share in QUANTILES.items()}
     held_out, margin = [], 0
     for place in dict.fromkeys(int(places[name]) for name in ("p50", "p90", "max")):
         first, second = (int(n) for n in steps[place])

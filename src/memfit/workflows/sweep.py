@@ -123,9 +123,9 @@ class SweepTrial:
 
 
 class TrialState(enum.StrEnum):
-    """Where a trial is on its way. DONE: it has a result, which is also that it ran out of memory under its
-    own cap. FAILED: it ended otherwise, and is run again by the next sweep. NOT_RUN: not begun, or ended for
-    the budget."""
+    """The state of a trial. WAITING: it has not begun yet. DONE: it has a result, which is also that it ran
+    out of memory under its own cap. FAILED: it ended otherwise, and is run again by the next sweep. NOT_RUN:
+    the sweep ended before it began, or ended it without a record, for the budget or by Ctrl-C."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -136,7 +136,8 @@ class TrialState(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TrialResult:
-    """How a trial is. ``run``: None until it has reported one. ``before``: whether another sweep ran it.
+    """The state of a trial and what is known of it. ``reason``: why it is not DONE, or the reason of its run;
+    "" if there is none. ``run``: None until it has reported one. ``before``: whether another sweep ran it.
     ``device``: the name of the GPU or processor. ``run_s``: seconds in this sweep over all ``starts``; a
     scheduler may start a trial again."""
 
@@ -163,7 +164,7 @@ class Budget:
     usd: float | None = None
 
     def minus(self, hours: float, usd: float) -> Budget:
-        """Return what is left of the budget."""
+        """Return what is left of the budget, at least 0 of each kind, after this much was used."""
         return Budget(
             hours=None if self.hours is None else max(0.0, self.hours - hours),
             usd=None if self.usd is None else max(0.0, self.usd - usd),
@@ -196,10 +197,10 @@ def make_trials(
     refs = [dataclasses.replace(job, size=size) for size in sizes] or [job]
     for ref in refs:
         load(ref)
-    wheres = {placement.kind: _where(placement, settings.on) for placement in placements}
+    places = {placement.kind: _place_facts(placement, settings.on) for placement in placements}
     trials = tuple(
         SweepTrial(
-            trial_id=_trial_id(ref, plan, seed, wheres[placement.kind], settings),
+            trial_id=_trial_id(ref, plan, seed, places[placement.kind], settings),
             job=ref,
             plan=plan,
             plan_name=name,
@@ -222,12 +223,13 @@ def make_trials(
 
 
 def prepared_trial(prepared: PreparedRun, placement: Placement) -> SweepTrial:
-    """Return the trial that makes exactly this run. It is called as the run is."""
+    """Return the trial that makes exactly this run and has its name. Its run gets the digest of the job's
+    file as it is now."""
     source = source_digest(prepared.spec.job.spec)
     prepared = dataclasses.replace(prepared, spec=dataclasses.replace(prepared.spec, source_digest=source))
     spec = prepared.spec
     return SweepTrial(
-        trial_id=_digest(_where(placement, f"this:{spec.device}"), {"spec": serialization.to_plain(spec)}),
+        trial_id=_digest(_place_facts(placement, f"this:{spec.device}"), {"spec": serialization.to_plain(spec)}),
         job=spec.job,
         plan=spec.plan,
         plan_name=spec.name,
@@ -237,7 +239,7 @@ def prepared_trial(prepared: PreparedRun, placement: Placement) -> SweepTrial:
     )
 
 
-def _trial_id(job: JobRef, plan: Plan, seed: int, where: Mapping[str, str], settings: RunSettings) -> str:
+def _trial_id(job: JobRef, plan: Plan, seed: int, place: Mapping[str, str], settings: RunSettings) -> str:
     facts = {
         "job": serialization.to_plain(job),
         "source": source_digest(job.spec),
@@ -249,10 +251,10 @@ def _trial_id(job: JobRef, plan: Plan, seed: int, where: Mapping[str, str], sett
         "threads": settings.threads,
         "on": settings.on,
     }
-    return _digest(where, facts)
+    return _digest(place, facts)
 
 
-def _where(placement: Placement, on: str) -> Mapping[str, str]:
+def _place_facts(placement: Placement, on: str) -> Mapping[str, str]:
     """Return what of the place decides on a result: its kind, the versions of what trains, and for local
     trials the name of the device that ``on`` chooses."""
     environment = fingerprint()
@@ -263,8 +265,8 @@ def _where(placement: Placement, on: str) -> Mapping[str, str]:
     return facts | {"device": environment["processor"] if device.is_host else device.name}
 
 
-def _digest(where: Mapping[str, str], facts: Mapping[str, Any]) -> str:
-    text = json.dumps({**facts, **where}, sort_keys=True)
+def _digest(place: Mapping[str, str], facts: Mapping[str, Any]) -> str:
+    text = json.dumps({**facts, **place}, sort_keys=True)
     return f"{_TRIAL}{hashlib.sha256(text.encode()).hexdigest()[:20]}"
 
 
@@ -309,7 +311,7 @@ class _Running:
 
 
 class Sweep:
-    """Trials, and how each of them is. In its ``with`` block, `run` runs those that have no result yet; at
+    """Trials, and the state of each. In its ``with`` block, `run` runs those that have no result yet; at
     the end of the block, whatever ends it, no process, job or folder of the sweep is left."""
 
     def __init__(self, trials: Sequence[SweepTrial], settings: RunSettings, store: Store) -> None:
@@ -348,7 +350,7 @@ class Sweep:
 
     @property
     def results(self) -> tuple[TrialResult, ...]:
-        """How each trial is, in the order of the trials."""
+        """The state of each trial, in the order of the trials."""
         return tuple(self._results[trial.trial_id] for trial in self._trials)
 
     @property
@@ -390,7 +392,7 @@ class Sweep:
             time.sleep(min((each.executor.poll_s for each in self._running.values()), default=_POLL_S))
             for running in list(self._running.values()):
                 self._look_at(running)
-            if self._used_up(budget):
+            if self._is_used_up(budget):
                 self._cancel(list(self._running.values()), "ended, as the budget was used up")
         for trial in self.left:
             if self._results[trial.trial_id].state is TrialState.WAITING:
@@ -410,9 +412,9 @@ class Sweep:
         """Submit as many trials as their executors take and as the budget is expected to suffice for. Return
         whether some were not submitted only because another sweep runs them."""
         chosen: dict[str, list[SweepTrial]] = {}
-        hours, usd = self._committed()
+        hours, usd = self._expected_use()
         runs_elsewhere = False
-        for _ in range(0 if self._used_up(budget) else len(waiting)):
+        for _ in range(0 if self._is_used_up(budget) else len(waiting)):
             trial = waiting.popleft()
             kind = trial.placement.kind
             more_hours = self._expected_hours(trial)
@@ -506,7 +508,7 @@ class Sweep:
             self._set(trial, state=TrialState.FAILED, reason=reason)
         else:
             try:
-                record = _checked(trial, text)
+                record = _parse_record(trial, text)
                 add_run(self._store, record)
                 self._set_run(trial, record)
             except UserError as error:
@@ -545,12 +547,12 @@ class Sweep:
     def _set(self, trial: SweepTrial, **changes: Any) -> None:
         self._results[trial.trial_id] = dataclasses.replace(self._results[trial.trial_id], **changes)
 
-    def _used_up(self, budget: Budget) -> bool:
+    def _is_used_up(self, budget: Budget) -> bool:
         return (budget.hours is not None and self.hours >= budget.hours) or (
             budget.usd is not None and (self.usd or 0.0) >= budget.usd
         )
 
-    def _committed(self) -> tuple[float, float]:
+    def _expected_use(self) -> tuple[float, float]:
         """Return the device hours and US dollars that are used, with what running trials are expected to use
         yet."""
         hours, usd = self.hours, self.usd or 0.0
@@ -641,7 +643,7 @@ def _is_result(run: Run) -> bool:
     )
 
 
-def _checked(trial: SweepTrial, text: str) -> RunRecord:
+def _parse_record(trial: SweepTrial, text: str) -> RunRecord:
     """Return the record that the trial wrote. Raises UserError if it is not of this trial, or of another
     version of the job's file."""
     record = parse_run_record(text, what="the trial's record")
