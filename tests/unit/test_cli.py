@@ -32,6 +32,7 @@ from memfit.types.machine import Device, Fact, Machine
 from memfit.types.plan import Accuracy, Plan, use
 from memfit.types.result import Measurement, OutcomeKind, Poc, Run
 from memfit.types.trace import Allocation, Category, Phase, PhaseSpan, Trace
+from memfit.verify.aggregate import median_step_s
 
 POC: Poc = fixture.full_poc()
 TRACE = Trace(
@@ -250,6 +251,15 @@ def test_a_plan_file_is_overwritten_only_with_force(ask: Ask, pipeline: FakePipe
     assert file.read_text() == "mine"
     assert ask("plan", "--save", str(file), "--force")[0] == 0
     assert "techniques:" in file.read_text()
+
+
+def test_a_plan_file_of_a_script_is_not_overwritten(ask: Ask, tmp_path: Path) -> None:
+    file = tmp_path / "plan.yaml"
+    file.write_text("mine")
+    code, _, err = ask("estimate", "--plans", "--save", str(file), "--", "python", "train.py")
+    assert code == 2
+    assert err == f"memfit: {file} already exists; delete it, or give another file name\n"
+    assert file.read_text() == "mine"
 
 
 def test_one_of_suggests_only_similar_values() -> None:
@@ -517,7 +527,7 @@ def test_the_poc_view_keeps_its_key_names() -> None:
 def test_the_step_time_is_the_median_without_the_first_two_steps(
     times_s: tuple[float, ...], median_s: float | None
 ) -> None:
-    assert views.step_s(Measurement(outcome=OutcomeKind.OK, step_s=times_s)) == median_s
+    assert median_step_s(Measurement(outcome=OutcomeKind.OK, step_s=times_s)) == median_s
 
 
 # --- progress

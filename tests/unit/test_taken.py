@@ -164,7 +164,7 @@ def test_control_characters_in_imported_texts_are_not_printed(
 
 
 def test_control_characters_in_a_poc_are_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    from memfit.cli.poc import _tell
+    from memfit.cli.poc import _print
 
     poc = full_poc()
     run = poc.runs[0]
@@ -173,7 +173,7 @@ def test_control_characters_in_a_poc_are_not_printed(capsys: pytest.CaptureFixtu
         poc, runs=(seen, *poc.runs[1:]), notes=(HOSTILE,), metric=HOSTILE, report=f"/tmp/{HOSTILE}"
     )
     for as_json in (False, True):
-        _tell(hostile, lang="en", as_json=as_json)
+        _print(hostile, lang="en", as_json=as_json)
         told = capsys.readouterr().out
         assert not set("\x1b\x07\x9b\u202e\u2066") & set(told)
     assert json.loads(told)["notes"] == [HOSTILE], "as JSON it is the same text"

@@ -19,10 +19,6 @@ def _estimate(arguments: Words, options: Words) -> Words:
     return ["estimate", *(arguments or [DEFAULT_JOB]), *options]
 
 
-def _estimate_engines(arguments: Words, options: Words) -> Words:
-    return [*_estimate(arguments, options), "--engines"]
-
-
 def _estimate_lengths(arguments: Words, options: Words) -> Words:
     job: Words = []
     if "--job" in options:
@@ -51,7 +47,10 @@ def _estimate_precision(arguments: Words, options: Words) -> Words:
 # The old name -> (the new form for the user, the new words from the old arguments and options).
 ALIASES: Final[Mapping[str, tuple[str, Callable[[Words, Words], Words]]]] = {
     "explain": ("memfit estimate JOB", _estimate),
-    "engines": ("memfit estimate JOB --engines", _estimate_engines),
+    "engines": (
+        "memfit estimate JOB --engines",
+        lambda arguments, options: [*_estimate(arguments, options), "--engines"],
+    ),
     "lengths": ("memfit estimate JOB --lengths FILE", _estimate_lengths),
     "jobs": ("memfit list jobs", lambda arguments, options: ["list", "jobs", *arguments, *options]),
     "techniques": (
@@ -73,8 +72,9 @@ ALIASES: Final[Mapping[str, tuple[str, Callable[[Words, Words], Words]]]] = {
 
 
 def rewrite(argv: Sequence[str]) -> Words:
-    """Return ``argv`` with an old name of a command and its arguments replaced by the new form, which is then
-    also printed on standard error; other words unchanged. With --help it is the new command's help."""
+    """Return ``argv`` as a list. If its first word is an old name of a command, that name and its arguments
+    are replaced by the new form, and a line on standard error names the new form. If --help is among the
+    words of an old name, the result is the new command with --help alone."""
     words = list(argv)
     if not words or words[0] not in ALIASES:
         return words
@@ -101,7 +101,7 @@ def suggest_command(word: str, commands: Iterable[str]) -> str:
 
 def _split(words: Sequence[str]) -> tuple[Words, Words]:
     """Return (the arguments, the options with their values) of ``words``, each in their order. An option
-    --NAME=VALUE becomes two words."""
+    --NAME=VALUE becomes two words. All words after "--" are arguments."""
     arguments: Words = []
     options: Words = []
     rest = iter(words)

@@ -34,7 +34,7 @@ from memfit.cli import (
 )
 from memfit.cli.aliases import rewrite, suggest_command
 from memfit.cli.estimate import EstimateCommand
-from memfit.cli.options import grouped
+from memfit.cli.options import group_options
 from memfit.cli.output import emit, only_json
 from memfit.cli.termination import interrupted_by_signals
 from memfit.files.temporary import remove_abandoned
@@ -97,7 +97,7 @@ app = typer.Typer(
 )
 for _commands in COMMANDS.values():
     for _name, (_function, _line) in _commands.items():
-        app.command(_name, cls=EstimateCommand if _name == "estimate" else None)(grouped(_function))
+        app.command(_name, cls=EstimateCommand if _name == "estimate" else None)(group_options(_function))
 
 
 @app.callback()
@@ -117,14 +117,18 @@ def _top(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line ``arguments``, for example ["plan", "char-lm", "--json"], and return its exit
-    code: 0 success, 1 failure, 2 invalid use, 3 no plan fits, 130 interrupted, 143 and 129 ended by SIGTERM
-    and SIGHUP. By default, ``arguments`` are those of the process. An error that memfit raises on purpose, or
-    Ctrl-C, is printed as one line on standard error. With --json it is also printed on standard output, as
-    {"error": {"message": ..., "exit_code": ...}}, unless an interrupted search has already printed the best
-    plan so far there. Any other exception is raised; with --json it is first printed in the same two ways. If
-    the reader of standard output closes the pipe, the exit code is 1 and nothing is printed about it.
+    code; `memfit.cli` lists the codes. By default, ``arguments`` are those of the process.
+
+    These are printed as one line on standard error: an error that memfit raises on purpose, invalid use,
+    Ctrl-C, a file name that the system refuses, a file that cannot be written because of the disk, and memory
+    that ran out. With --json the line is also printed on standard output, as {"error": {"message": ...,
+    "exit_code": ...}}, unless an interrupted search has already printed the best plan so far there. Any other
+    exception is raised; with --json it is first printed in the same two ways. If the reader of standard
+    output closes the pipe, the exit code is 1 and nothing is printed about it.
+
     Temporary folders of processes that were killed are removed first. Characters that the encoding of
-    standard output does not have are printed as escapes."""
+    standard output does not have are printed as escapes.
+    """
     _open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -134,8 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _open_closed_streams() -> None:
-    """Open the null device in place of standard input, output and error if they are closed. The next file
-    that is opened would get their number, and what other code prints."""
+    """Open the null device in place of each of standard input, output and error that is closed. Otherwise,
+    the next file that is opened gets the number of the stream, and receives what other code prints."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             descriptor = os.open(os.devnull, os.O_RDWR)
@@ -146,8 +150,7 @@ def _open_closed_streams() -> None:
 
 
 def _discard_output() -> None:
-    """Let what is still to be written to standard output go nowhere, so that the interpreter's last flush
-    does not fail."""
+    """Redirect standard output to the null device, so that the interpreter's last flush does not fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -155,7 +158,7 @@ def _main(arguments: Sequence[str]) -> int:
     argv = rewrite(arguments)
     as_json = "--json" in (argv[: argv.index("--")] if "--" in argv else argv)
     try:
-        _known_command(argv)
+        _check_command(argv)
         with only_json() if as_json and "--help" not in argv else contextlib.nullcontext():
             code = typer.main.get_command(app).main(argv, prog_name="memfit", standalone_mode=False)
         sys.stdout.flush()
@@ -182,8 +185,8 @@ def _main(arguments: Sequence[str]) -> int:
 
 
 def _machine_fault(error: Exception) -> str:
-    """Return one line if the machine and not memfit is at fault: a full disk, or too little memory; else
-    ""."""
+    """Return one line if this machine is at fault: memory ran out, or a file cannot be written because the
+    disk is full, read-only or faulty, or a quota or the largest size of a file is reached; else ""."""
     if is_oom_error(error):  # torch's is a RuntimeError, such as in a job's `make_batch`
         return f"memory ran out on this machine: {first_line(error)}"
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
@@ -191,7 +194,7 @@ def _machine_fault(error: Exception) -> str:
     return ""
 
 
-def _known_command(argv: Sequence[str]) -> None:
+def _check_command(argv: Sequence[str]) -> None:
     """Raise UserError if there is no command of the name in ``argv``; its hint is the nearest name, old ones
     too, if one is similar. The name is the first word that does not begin with "-", because options before
     the command take no values. Without such a word, nothing is checked."""

@@ -36,8 +36,8 @@ class EvidenceOptions:
             metavar="FILE...",
             help="Evidence of one death, each a file or - for standard input: the log of the training or its "
             "error message; a memory snapshot of torch (torch.cuda.memory._dump_snapshot), of which no code "
-            "is run, or its content as JSON; the file of `memfit watch`; the kernel's log, as `dmesg -T` "
-            "prints it; the output of a scheduler. Of a log, the last 8 MiB are read.",
+            "is run, or its content as JSON; the file of `memfit watch` (not as -); the kernel's log, as "
+            "`dmesg -T` prints it; the output of a scheduler. Of a log, the last 8 MiB are read.",
         ),
     ]
     job: Annotated[
@@ -104,15 +104,15 @@ def autopsy(options: EvidenceOptions, output: OutputOptions) -> None:
     _check(options)
     diagnosis = combine([_diagnosis_of(name) for name in options.files])
     comparison = _compare(diagnosis, options, output.lang) if options.job is not None else None
-    diagnosis = translated(diagnosis, words)
+    diagnosis = translate(diagnosis, words)
     if output.json:
         emit(_view(diagnosis, comparison))
     else:
-        more = _comparison_lines(comparison, words) if comparison is not None else ()
-        print(replace_controls("\n".join([*lines(diagnosis, words), *more])))
+        compared_lines = _comparison_lines(comparison, words) if comparison is not None else ()
+        print(replace_controls("\n".join([*lines(diagnosis, words), *compared_lines])))
 
 
-def translated(diagnosis: Diagnosis, words: Words) -> Diagnosis:
+def translate(diagnosis: Diagnosis, words: Words) -> Diagnosis:
     """Return the diagnosis with its sentences in the language of ``words``. Text of a log stays as it is."""
     return dataclasses.replace(
         diagnosis,
@@ -145,7 +145,9 @@ def _check(options: EvidenceOptions) -> None:
 
 
 def _diagnosis_of(name: str) -> Diagnosis:
-    """Return the diagnosis of one piece of evidence. What kind it is, its content decides."""
+    """Return the diagnosis of one piece of evidence: a file, or standard input for "-". By its content it is
+    a memory snapshot, the record of a watched training (only as a file), or else the text of a log. Raises
+    UserError if it cannot be read."""
     from memfit.monitoring import autopsy as rules
     from memfit.monitoring.memory_snapshot import is_snapshot, parse_snapshot, read_snapshot
     from memfit.monitoring.plain_pickle import LARGEST_BYTES
@@ -187,27 +189,31 @@ def _compare(
 
 
 def lines(diagnosis: Diagnosis, words: Words) -> Iterator[str]:
-    """Yield the lines of an answer: cause and certainty, evidence, place, advice, and what to record."""
+    """Yield the lines of an answer: cause and certainty, then, as far as there are any, evidence, other
+    possible causes, place, advice, and what to record next time."""
     from memfit.monitoring.remedies import title_of
 
     title = words.of(title_of(diagnosis.cause))
     yield words.get(f"autopsy.{diagnosis.certainty}", cause=diagnosis.cause, title=title)
-    yield from _labelled("because", diagnosis.evidence, words)
+    yield from _label_lines("because", diagnosis.evidence, words)
     if diagnosis.alternatives:
-        yield from _labelled("or", [", ".join(diagnosis.alternatives)], words)
+        yield from _label_lines("or", [", ".join(diagnosis.alternatives)], words)
     place = [diagnosis.line]
     if diagnosis.phase:
         place.append(words.get("autopsy.phase", phase=words.of(diagnosis.phase)))
     if diagnosis.module:
         place.append(words.get("autopsy.module", module=diagnosis.module))
     if any(place):
-        yield from _labelled("where", [words.get("plan.detail_separator").join(filter(None, place))], words)
-    yield from _labelled("do", diagnosis.advice, words)
-    yield from _labelled("record", diagnosis.capture, words)
+        yield from _label_lines(
+            "where", [words.get("plan.detail_separator").join(filter(None, place))], words
+        )
+    yield from _label_lines("do", diagnosis.advice, words)
+    yield from _label_lines("record", diagnosis.capture, words)
 
 
 def in_one_line(diagnosis: Diagnosis) -> str:
-    """Return cause, certainty, alternatives and evidence on one line."""
+    """Return the diagnosis on one line, in English: the cause with its certainty and title, other possible
+    causes, and the evidence."""
     from memfit.monitoring.remedies import title_of
     from memfit.types.sanitize import one_line
 
@@ -229,17 +235,17 @@ def _comparison_lines(
         needed=format_bytes(comparison.needed_bytes),
         limit=format_bytes(comparison.limit_bytes),
     )
-    yield from _labelled("predicted", [predicted], words)
+    yield from _label_lines("predicted", [predicted], words)
     if comparison.measured_bytes is not None and comparison.excess_ratio is not None:
         measured = words.get(
             f"autopsy.measured_{'above' if comparison.excess_ratio >= 0 else 'below'}",
             measured=format_bytes(comparison.measured_bytes),
             excess=f"{abs(comparison.excess_ratio):.1%}",
         )
-        yield from _labelled("measured", [measured], words)
+        yield from _label_lines("measured", [measured], words)
     if nearest is None:
         reason = words.of(comparison.why_not)
-        yield from _labelled("fits", [words.get("autopsy.no_plan", reason=reason)], words)
+        yield from _label_lines("fits", [words.get("autopsy.no_plan", reason=reason)], words)
         return
     text = words.get(
         "autopsy.nearest", plan=nearest.plan.label, needed=format_bytes(comparison.nearest_bytes or 0)
@@ -248,10 +254,10 @@ def _comparison_lines(
         text += words.get("autopsy.step_ratio", ratio=f"{comparison.step_ratio:.2f}")
     if nearest.step_s:
         text += words.get("autopsy.step", step=format_seconds(nearest.step_s.value))
-    yield from _labelled("fits", [text], words)
+    yield from _label_lines("fits", [text], words)
 
 
-def _labelled(label: str, texts: Sequence[str], words: Words) -> Iterator[str]:
+def _label_lines(label: str, texts: Sequence[str], words: Words) -> Iterator[str]:
     """Yield a line for each text; the first begins with the label."""
     from rich.cells import cell_len, set_cell_size
 

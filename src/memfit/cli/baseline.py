@@ -37,7 +37,8 @@ class BaselineOptions:
         typer.Argument(
             metavar="write|check",
             help="write: predict the jobs and store their peaks in --file, beside those of other jobs; "
-            "check: predict all jobs of --file again, and exit with code 1 if a peak grew.",
+            "check: predict all jobs of --file again, and exit with code 1 if memory grew by more than "
+            "--tolerance.",
         ),
     ]
     jobs: Annotated[
@@ -51,18 +52,19 @@ class BaselineOptions:
     plan: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="FILE.yaml",
-            help="For write: plan of the jobs, a file as written by `memfit plan --save` or the name of a "
-            "technique. Repeat it to predict each job under several plans. Default: plain, which is "
-            "training without any technique.",
+            metavar="PLAN",
+            help="For write: plan of the jobs: a file as written by `memfit plan --save`, the name of a "
+            "technique, or plain (the default), which is training without any technique. Repeat the option "
+            "to predict each job under several plans.",
         ),
     ] = None
     on: Annotated[
         str | None,
         typer.Option(
             metavar="MACHINE",
-            help="For write: machine to predict for, such as H100-SXM, 8xH100-SXM or FILE.toml (`memfit "
-            "machines` lists the names). It need not be here; this is refused. Default: H100-SXM.",
+            help="For write: machine to predict for, such as H100-SXM, 8xH100-SXM or FILE.toml (`memfit list "
+            "machines` lists the names). Not this: the prediction must be the same on every computer. "
+            "Default: H100-SXM.",
         ),
     ] = None
     size: Annotated[
@@ -93,8 +95,9 @@ class BaselineOptions:
         str | None,
         typer.Option(
             metavar="PERCENT",
-            help="For check: growth that passes, of each phase and of each module that holds at least 1 % of "
-            f"the peak. Default: {_TOLERANCE}.",
+            help="For check: growth that passes, of the peak of each phase, of each module that holds at "
+            "least 1 % of the peak, and of reserved memory (which may also grow by 20 MiB). Default: "
+            f"{_TOLERANCE}.",
         ),
     ] = None
     sarif: Annotated[
@@ -111,9 +114,9 @@ def baseline(options: BaselineOptions, output: JsonOptions) -> None:
     """Store the predicted peaks of memory of your jobs in a file to commit (write), and compare new
     predictions with it (check).
 
-    Needs no GPU and measures nothing, so the result is the same on every computer. Exits with code 1 if a
-    peak grew by more than the tolerance; says the module and the line. Example: memfit baseline write
-    train.py:job; then in CI: memfit baseline check"""
+    Needs no GPU and measures nothing, so the result is the same on every computer. Exits with code 1 if the
+    peak of a phase, or a module's memory in it, grew by more than the tolerance; says the module and the
+    line. Example: memfit baseline write train.py:job; then in CI: memfit baseline check"""
     action = check_choice("action", options.action, ("write", "check"))
     _check_options(options, action)
     if action == "write":
@@ -123,8 +126,8 @@ def baseline(options: BaselineOptions, output: JsonOptions) -> None:
 
 
 def _check_options(options: BaselineOptions, action: str) -> None:
-    """Raise UserError for options of the other action, for options of jobs without a job, and for files that
-    cannot be written."""
+    """Raise UserError for options of the other action, for options of jobs without a job, and for a file to
+    write that cannot be written."""
     of_jobs = ("plan", "on", "size", "batch", "length")
     refused = {"write": ("tolerance", "sarif"), "check": ("jobs", *of_jobs)}[action]
     for name in refused:

@@ -65,7 +65,14 @@ def decide(
     concept are checked against limits, called gates; if all are kept, the pilot on the machine --pilot and
     the full-size training on the machine --full are predicted. If one is not kept, the exit code is 1."""
     language_code = check_language(output.lang)
-    if gates.gates is not None or gates.pilot is not None or gates.full is not None:
+    has_stages = gates.pilot is not None or gates.full is not None
+    if not has_stages:
+        refuse_options(
+            {"--size": gates.size, "--job": gates.job, **set_options(search_options, runtime)},
+            "cannot be used without a stage to predict",
+            hint="add --pilot or --full",
+        )
+    if gates.gates is not None or has_stages:
         refuse_options(
             {"--case": options.case, "--template": options.template},
             "cannot be used with --gates, --pilot or --full",
@@ -73,11 +80,6 @@ def decide(
         )
         check_gates(options.poc, gates, effort, search_options, runtime, store, output)
         return
-    refuse_options(
-        {"--size": gates.size, "--job": gates.job, **set_options(search_options, runtime)},
-        "cannot be used without a stage to predict",
-        hint="add --pilot or --full",
-    )
     if options.template:
         refuse_options(
             {"--case": options.case, "ID": options.poc, "--attended-minutes": effort.attended_minutes},

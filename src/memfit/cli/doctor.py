@@ -154,8 +154,12 @@ def torch_check() -> Check:
 
 def accelerator_checks() -> Iterator[Check]:
     """Yield information on the drivers of accelerators, then one check for each accelerator that torch finds,
-    with its product name and its memory, or a single one if it finds none. That one fails if there is a
-    driver; ``fix`` then installs a build of torch that can use it, unless this one should."""
+    with its product name and its memory.
+
+    If torch finds none, yield a single check instead. Without a driver, it is plain information. With one, it
+    fails: ``fix`` installs a build of torch for the driver or, if this build is for it already, says what to
+    look at. If torch cannot say what it finds, the single check fails with its error.
+    """
     from memfit.runtime.devices import accelerator_kind, accelerators, loaded_drivers, torch_build
 
     drivers = loaded_drivers()
@@ -210,9 +214,9 @@ def allocator_check() -> Check:
 
 
 def cap_check() -> Check:
-    """Check how the memory of runs can be capped: on an accelerator by a memory fraction; on the processor by
-    a cgroup of each run or, if cgroups cannot be created here, by RLIMIT_DATA. The check fails if neither of
-    these two is possible."""
+    """Check how the memory of runs can be capped: on an accelerator of this machine by a memory fraction, if
+    it has one; on the processor by a cgroup of each run or, if cgroups cannot be created here, by
+    RLIMIT_DATA. The check fails if neither of these two is possible."""
     from memfit.runtime.cgroup import Group
 
     name, on_device = "memory cap", ""
@@ -328,9 +332,9 @@ def _machine_here() -> Machine | None:
 
 def techniques(checks: Sequence[Check], here: Machine | None = None) -> list[Check]:
     """Return one check for each of memfit's techniques. It fails if the devices of the machine ``here``
-    cannot run it, and if one of the optional packages that the technique needs failed in ``checks``, those of
-    `packages`; the detail then says why, otherwise what the technique does. If memfit's techniques cannot be
-    imported at all, return a single failed check."""
+    (None: not checked) cannot run it, and if one of the optional packages that the technique needs failed in
+    ``checks``, those of `packages`; the detail then says why, otherwise what the technique does. If memfit's
+    techniques cannot be imported at all, return a single failed check."""
     quiet_libraries()
     try:
         from memfit.techniques.registry import TECHNIQUES, unsupported_techniques
@@ -381,8 +385,9 @@ def engines() -> Iterator[Check]:
 
 
 def files(store: StoreOptions) -> Iterator[Check]:
-    """Yield checks with plain information: the path of the store with its size, if it exists, the path of the
-    cache's folder, and where predictions are kept, how many and how large they are, and how to clear them."""
+    """Yield checks with plain information: the path of the store, with its size if it exists; the path of the
+    cache's folder; and where predictions are kept, how many and how large they are, and how to clear them,
+    or that they are not kept on disk."""
     import platformdirs
 
     from memfit.store import default_path

@@ -57,9 +57,6 @@ def compare_engines(
     )
 
 
-_NOT_TRIED = {True: "", False: "not tried on a GPU yet"}
-
-
 def view(choice: memfit.workflows.engine_comparison.EngineChoice) -> dict[str, Any]:
     """Return the fields of ``choice`` by name as plain data for ``--json``. "estimate", the prediction with
     peak memory and step time, is null if the engine does not support the plan or the job."""
@@ -94,7 +91,7 @@ def _row(choice: memfit.workflows.engine_comparison.EngineChoice) -> tuple[str, 
                 (
                     choice.problem or choice.version,
                     choice.problem and choice.fix,
-                    _NOT_TRIED[choice.is_tried],
+                    "" if choice.is_tried else "not tried on a GPU yet",
                 ),
             )
         ),

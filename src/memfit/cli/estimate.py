@@ -32,7 +32,7 @@ _PLAN_ENDINGS = (".yaml", ".yml")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EstimateOptions:
-    """What to predict, a job with plan files or a command, and whether to compare the engines."""
+    """What to predict (a job with plan files, or a command), and whether to compare the engines."""
 
     targets: Annotated[
         list[str] | None,
@@ -70,8 +70,9 @@ class EstimateCommand(TyperCommand):
 
 
 def is_job(word: str) -> bool:
-    """Return whether ``word`` names a job or a plan file, not the program of a command: it is the name of a
-    built-in job or similar to one and no program, hf:NAME or FILE.py:NAME, or ends in .yaml or .yml."""
+    """Return whether ``word`` names a job or a plan file, and not the program of a command. It does if it is
+    the name of a built-in job, begins with "hf:", contains ".py:", or ends in .yaml or .yml. A word that is
+    similar to the name of a built-in job counts as a misspelled job if it is no program."""
     from memfit.jobs.registry import names
 
     if word in names() or word.startswith("hf:") or ".py:" in word or word.endswith(_PLAN_ENDINGS):

@@ -96,9 +96,9 @@ def estimate_job(  # noqa: PLR0913
             job_request, plans or [recommended_plan(job_request, progress)], progress, lines=files.lines
         )
     if len(explanations) == 1:
-        _one(explanations[0], files, workload, lang=lang, job=job.spec, as_json=as_json)
+        _print_explanation(explanations[0], files, workload, lang=lang, job=job.spec, as_json=as_json)
     else:
-        _two(explanations[0], explanations[1], workload, lang=lang, as_json=as_json)
+        _print_difference(explanations[0], explanations[1], workload, lang=lang, as_json=as_json)
 
 
 def _plans(paths: Sequence[str], files: TraceFileOptions, plan_options: PlanOptions) -> list[Plan]:
@@ -145,7 +145,7 @@ def write_trace_files(
         write_whole(path, data)
 
 
-def _one(
+def _print_explanation(
     explanation: memfit.report.explain.TracedEstimate,
     files: TraceFileOptions,
     workload: Workload,
@@ -173,7 +173,7 @@ def _one(
         print_explained(explanation, console=console(), lang=lang)
 
 
-def _two(
+def _print_difference(
     first: memfit.report.explain.TracedEstimate,
     second: memfit.report.explain.TracedEstimate,
     workload: Workload,

@@ -36,8 +36,9 @@ class ScriptOptions:
         list[str] | None,
         typer.Option(
             metavar="FILE.py:LINE=N",
-            help="The number that a line of your code reads from a tensor, where it depends on data; memfit "
-            "says where it assumed one. Repeat the option for further lines.",
+            help="The number that this line of your code reads from a tensor whose values depend on data. "
+            "The answer names the lines for which memfit assumed a number. Repeat the option for further "
+            "lines. Default: memfit's assumptions.",
         ),
     ] = None
     plans: Annotated[
@@ -52,8 +53,8 @@ class ScriptOptions:
         Path | None,
         typer.Option(
             metavar="FILE.yaml",
-            help="With --plans: write the recommended plan to this file, for memfit.apply in the script. A "
-            "file that exists is not overwritten.",
+            help="With --plans: write the recommended plan to this file, for memfit.apply in the script. An "
+            "existing file is refused. Default: the plan is only printed.",
         ),
     ] = None
     diff: Annotated[
@@ -73,7 +74,8 @@ class ScriptOptions:
         typer.Option(
             metavar="SECONDS",
             min=1,
-            help="End the script after so many seconds. Default: 1800 (half an hour).",
+            help="End the script, and fail, if it has not reached its second optimizer step after so many "
+            "seconds. Default: 1800 (half an hour).",
         ),
     ] = 1800.0
 
@@ -101,7 +103,7 @@ def estimate_command(
     source = _script_source(command) if options.diff else None
     without = excluded_from(source) if source is not None else ()
     if options.save is not None:
-        writable(options.save, overwrite=False)
+        writable(options.save, overwrite=False, hint="delete it, or give another file name")
     for path in files.paths:
         writable(path)
     machine = machine_of(on, "world")  # may load torch
@@ -112,7 +114,7 @@ def estimate_command(
         from memfit.capture.result import PlanSearch
         from memfit.planner.selection import Objective
 
-        wanted = PlanSearch(
+        search = PlanSearch(
             cap_bytes=cap_bytes,
             goal=Objective(check_choice("--goal", search_options.goal, Objective)),
             accuracy=Accuracy(check_choice("--accuracy", search_options.accuracy, Accuracy)),
@@ -123,7 +125,7 @@ def estimate_command(
             command,
             machine=on,
             bound=_bounds(options.bound or []),
-            search=wanted if options.plans else None,
+            search=search if options.plans else None,
             limit_s=options.time_limit,
             show_output=options.show_output,
             whole_trace=bool(files.paths),
@@ -201,7 +203,7 @@ def _show(
 
 
 def _facts(answer: ScriptAnswer, machine: Machine, cap_bytes: int | None) -> ScriptFacts:
-    """Return what is said of the script beside its estimate: what it trains, and whether it fits
+    """Return what is printed of the script beside its estimate: what it trains, and whether it fits
     ``cap_bytes`` of one device, None for all its memory. If the script needs more before its first step than
     in a step, the needed memory is larger in the same proportion. Batches in shared memory are added."""
     from memfit.planner.capacity import fits_under, needed_bytes

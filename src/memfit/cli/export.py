@@ -39,9 +39,9 @@ class ExportOptions:
         str,
         typer.Option(
             metavar="TARGET",
-            help="What starts the training elsewhere. Launchers and clusters: torchrun, slurm, k8s, "
-            "skypilot. Libraries whose own program trains: trainer (Hugging Face), torchtitan, "
-            "openfold.",
+            help="What the files are for. Launchers and clusters, which start the training: torchrun, slurm, "
+            "k8s (Kubernetes), skypilot. Libraries, whose own program trains: trainer (Hugging Face), "
+            "torchtitan, openfold.",
         ),
     ]
     out: Annotated[
@@ -69,7 +69,7 @@ class ExportOptions:
             "The file and the modules beside it (not packages) that it imports are copied, and the "
             "written files start it instead of memfit's worker, the program that trains the job by default. "
             "With --to trainer, torchtitan or openfold it is copied but not started: the library's own "
-            "program trains.",
+            "program trains. Default: memfit's worker or, with these three, the library's program alone.",
         ),
     ] = None
     max_restarts: Annotated[
@@ -203,14 +203,14 @@ def export(
 
     target = check_choice("--to", options.to, TARGETS)
     check_folder(options.out, force=options.force)
-    script_words, script_file = _words(options.script)
+    script_words, script_file = _split_script(options.script)
     by_worker = not script_words and target not in LIBRARIES
     user_files = (
         read_user_files(options.from_files, ranks=options.ranks, for_worker=by_worker)
         if options.from_files
         else None
     )
-    job, search_options = _as_files_say(user_files, job, search_options)
+    job, search_options = _with_batch_and_engine(user_files, job, search_options)
     plan_chosen = plan_options.plan is not None or plan_options.recommended
     plan = user_files.carried.plan if user_files is not None and not plan_chosen else plan_file(plan_options)
     if plan is None:
@@ -220,7 +220,7 @@ def export(
         with Bars("en") as progress:
             plan = resolve_plan(request(job, search_options, runtime), plan, progress)
     config, job_file, user_files, dependence = _launch(
-        job, search_options.engine or "native", plan, runtime, _kept(options), user_files
+        job, search_options.engine or "native", plan, runtime, _checkpoint_settings(options), user_files
     )
     steps = script_steps(config.spec) if script_words and target not in LIBRARIES else ()
     applied = tuple(name for part in options.script_applies.split(",") if (name := part.strip()))
@@ -272,7 +272,7 @@ def _print_written(
         )
 
 
-def _as_files_say(
+def _with_batch_and_engine(
     user_files: memfit.export.base.UserFiles | None, job: JobOptions, search_options: SearchOptions
 ) -> tuple[JobOptions, SearchOptions]:
     """Return ``job`` with the batch of the user's files, unless --batch is given or the files state none, and
@@ -301,7 +301,7 @@ def _as_files_say(
     return dataclasses.replace(job, batch=batch), search_options
 
 
-def _kept(options: ExportOptions) -> CheckpointSettings:
+def _checkpoint_settings(options: ExportOptions) -> CheckpointSettings:
     from memfit.export.targets import LIBRARIES
 
     if options.save and options.to in LIBRARIES:
@@ -337,7 +337,7 @@ def _launch(
     samples of a batch depend on each other, None if the plan does not split the batch). Raises UserError for
     the engine replay, which does not train, for a plan that the engine does not support, for a plan that
     splits the batch and would thereby weight the terms of the loss wrongly, for a job that cannot be loaded,
-    and for job files that cannot be copied (see `_carried`)."""
+    and for job files that cannot be copied (see `_file_texts`)."""
     from memfit.engines.registry import render, supporting_engine
     from memfit.jobs.registry import load
     from memfit.planner.request import model_sizes
@@ -360,7 +360,7 @@ def _launch(
         clip = user_files.clip
         ref = dataclasses.replace(ref, clip=clip or 0.0)
     path, _, attribute = ref.spec.rpartition(":")
-    job_files = {} if path in ("", "hf") else _carried(Path(path))
+    job_files = {} if path in ("", "hf") else _file_texts(Path(path))
     launch_ref = dataclasses.replace(ref, spec=f"{Path(path).name}:{attribute}") if job_files else ref
     spec = RunSpec(
         name=plan.label,
@@ -394,11 +394,11 @@ def _dependence(job: memfit.types.job.Job, plan: Plan) -> memfit.types.dependenc
     return dependence
 
 
-def _words(script: str | None) -> tuple[tuple[str, ...], dict[str, str]]:
+def _split_script(script: str | None) -> tuple[tuple[str, ...], dict[str, str]]:
     """Return (the words of the command line ``script``, in which the program, the first word, is without its
     folder; name -> text of the program and of the modules beside it that it imports). Both are empty for None
     and "". Raises UserError if a quotation mark in ``script`` is not closed or a backslash ends it, and for a
-    file that cannot be copied, as `_carried` does."""
+    file that cannot be copied, as `_file_texts` does."""
     try:
         words = shlex.split(script or "")
     except ValueError as error:
@@ -408,10 +408,10 @@ def _words(script: str | None) -> tuple[tuple[str, ...], dict[str, str]]:
     if not words:
         return (), {}
     path = Path(words[0])
-    return (path.name, *words[1:]), _carried(path)
+    return (path.name, *words[1:]), _file_texts(path)
 
 
-def _carried(path: Path) -> dict[str, str]:
+def _file_texts(path: Path) -> dict[str, str]:
     """Return file name -> text of the Python file ``path`` and of all modules in its folder that it imports,
     directly or through each other. Packages in the folder that are imported are not included, as the files of
     an export have no subfolders; they are named on standard error. Raises UserError if one of the files

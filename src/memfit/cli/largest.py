@@ -37,8 +37,9 @@ class LargestOptions:
             "With two sizes, such as length,batch, the largest of the second for several values of the "
             "first. Every answer is traced, and so is the next larger value, which does not fit. Without "
             "--memory: all memory of the device. With --measure, values are also trained on this machine for "
-            "three steps each under a hard cap of that size, until one that runs is next to one that runs "
-            "out of memory. Example: memfit plan protein-lm --largest batch --on H100-SXM.",
+            "three steps each under a hard cap of that size, in at most 12 runs, until the largest has run "
+            "three times and the next, a step or 0.1 % larger, has run out of memory. If nothing fits, the "
+            "exit code is 3. Example: memfit plan protein-lm --largest batch --on H100-SXM.",
         ),
     ] = None
     plans: Annotated[
@@ -64,8 +65,8 @@ class LargestOptions:
         typer.Option(
             metavar="N,N,...|FILE",
             help="With --largest batch: the largest batch for sequences padded to each of these lengths, or "
-            "to those of at most 8 buckets with equally many sequences of FILE, which is as for `memfit "
-            "lengths`.",
+            "to those of at most 8 buckets with equally many sequences of FILE, a file as for `memfit "
+            "estimate --lengths`.",
         ),
     ] = None
     step: Annotated[
@@ -109,9 +110,10 @@ def print_largest(
     force: bool,
     measure: bool = False,
 ) -> None:
-    """Find the largest values that ``options`` ask for, print them, and write them to the file of --out.
-    ``measure``: whether values are run under the cap, too. Raises UserError for sizes that the job does not
-    have and for options that do not go together."""
+    """Find the largest values that ``options`` ask for, print them, and write them to the file of --out, if
+    it is given. The exit code is 3 if nothing fits under any plan. ``force``: whether an existing file is
+    replaced; ``measure``: whether values are run under the cap, too. Raises UserError for sizes that the job
+    does not have and for options that do not go together."""
     along, dimension, values = _question(options)
     if options.out is not None:
         if not along:
@@ -149,8 +151,9 @@ def print_largest(
 
 
 def _question(options: LargestOptions) -> tuple[str, str, list[int]]:
-    """Return (the size along which is asked or "", the size whose largest value is asked for, the values of
-    the former; none: those that are the default)."""
+    """Return (the first of two sizes, "" for one size; the size whose largest value is asked for; the values
+    of the first size, none for the default). With --buckets, the first size is "length". Raises UserError for
+    options that do not go together."""
     names = [name.strip() for name in (options.largest or "").split(",")]
     if not all(names) or len(names) > 2:
         raise UserError(

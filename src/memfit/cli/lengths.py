@@ -40,9 +40,9 @@ class LengthOptions:
             "lengths. .fasta, .fa or .faa (also with .gz): the sequences, of which each letter counts as a "
             "token; .csv with a header line, or .npz: the lengths (see --column); any other file: the "
             "lengths, one whole number per line. Without --size NAME@N a built-in job gets as many positions "
-            "as the longest sequence has, at least 64. With --batch sequences per step, or all of a shorter "
-            "file. --memory: by default all memory of one device of --on. Jobs whose samples have no length "
-            "are refused.",
+            "as the longest sequence has, at least 64. A step trains --batch sequences (default: the job's "
+            "number), or all if FILE has fewer. --memory: by default all memory of one device of --on. Jobs "
+            "whose samples have no length are refused.",
         ),
     ] = None
     column: Annotated[
@@ -60,8 +60,8 @@ class LengthOptions:
             metavar="NAME,NAME",
             help="With --lengths: two sizes of each sample instead of one length, such as nodes,edges or "
             "crop,rows: columns of a .csv file or keys of the lines of a .jsonl file. The job must have "
-            "sizes of these names (see `memfit plan --largest`), of which a step gets what --combine makes "
-            "of --batch samples, of one without --batch. Not with --column, --max-length and --extra-tokens.",
+            "sizes of these names (see `memfit plan --largest`). A step trains --batch samples (default: "
+            "one), whose sizes --combine combines. Not with --column, --max-length and --extra-tokens.",
         ),
     ] = None
     combine: Annotated[
@@ -102,9 +102,9 @@ def print_lengths(
     *,
     as_json: bool,
 ) -> None:
-    """Print the answer to --lengths for the job, of which size and batch count. ``plan``: the plan file, None
-    for plain training; ``memory``: that of one device, None for all of it; ``on``: the machine, as in
-    --on."""
+    """Print the answer to --lengths. ``job_options``: only its job, size and batch are used; ``plan``: the
+    plan file, None for plain training; ``memory``: that of one device, None for all of it; ``on``: the
+    machine, as in --on."""
     assert options.lengths is not None
     spec = job_options.job or _DEFAULT_JOB
     parse_cap(memory)
@@ -114,19 +114,19 @@ def print_lengths(
         _print_two_sizes(options, spec, job_options, plan, machine, cap_bytes, as_json=as_json)
         return
     quiet_libraries()
-    import memfit.workflows.sequence_lengths as house
     from memfit.jobs.registry import load, names
     from memfit.planner.workload import workload_of
     from memfit.techniques.plan_file import read_plan
     from memfit.types.serialization import to_plain
+    from memfit.workflows import sequence_lengths
 
-    values = house.read_lengths(options.lengths, column=options.column) + options.extra_tokens
+    values = sequence_lengths.read_lengths(options.lengths, column=options.column) + options.extra_tokens
     values = values.clip(max=options.max_length) if options.max_length else values
     size = job_options.size
     if spec in names() and "@" not in (size or ""):
         size = f"{size or 'tiny'}@{max(64, int(values.max()))}"  # enough positions for all that is traced
     job = load(JobRef(spec=spec, size=size, batch=job_options.batch))
-    length_report = house.report(
+    length_report = sequence_lengths.report(
         job,
         values,
         batch=job_options.batch or job.batch_size,
@@ -157,7 +157,8 @@ def _print_two_sizes(
     *,
     as_json: bool,
 ) -> None:
-    """Print what two sizes of each sample mean for memory. Raises UserError for wrong options or files."""
+    """Print how the two sizes of each sample (--columns) affect memory. Raises UserError for wrong options or
+    files."""
     names = tuple(name.strip() for name in (options.columns or "").split(","))
     if len(names) != 2 or not all(names) or names[0] == names[1]:
         raise UserError(f"--columns {options.columns}", allowed="two names with a comma, such as nodes,edges")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ListOptions:
-    """What to list, and the name of one machine or entry of the catalog, None for all."""
+    """What to list, and the name of one machine, other entry of the catalog, or model; None: all."""
 
     what: Annotated[
         str,

@@ -28,7 +28,8 @@ _CHATTER: Final = {
 
 
 def quiet_libraries() -> None:
-    """Drop a few log messages of torchao, torch, DeepSpeed and bitsandbytes: those that contain the text that
-    ``_CHATTER`` has for the name of their logger. Call it before these libraries are imported."""
+    """Drop a few log messages of torchao, torch, DeepSpeed and bitsandbytes that say nothing about the user's
+    machine or job (``_CHATTER``: logger -> text in its message). Call it before these libraries are
+    imported."""
     for logger, message_filter in _CHATTER.items():
         logging.getLogger(logger).addFilter(message_filter)

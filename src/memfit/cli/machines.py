@@ -32,7 +32,7 @@ def print_machines(name: str | None, *, as_json: bool) -> None:
     """Print the devices, networks, hosts and places of the catalog, with ``as_json`` also the links, or every
     figure of the entry ``name`` with its source. Raises UserError for an unknown name."""
     if name is not None:
-        kind, entry = _found(name)
+        kind, entry = _find_entry(name)
         if as_json:
             emit({kind: entry})
         else:
@@ -63,8 +63,8 @@ def print_machines(name: str | None, *, as_json: bool) -> None:
 
 
 def _print_one(kind: str, entry: Any) -> None:
-    """Print ``kind`` and the entry's name, a table of its figures, each with its range, if it has one, and
-    the number of its source, and below it the sources by number."""
+    """Print ``kind`` and the entry's name; a table of its figures, each with its range, if it has one, and
+    the number of its source; and the sources by number."""
     sources: dict[str, int] = {}
     rows = []
     for path, fact in facts_in(entry):
@@ -79,13 +79,13 @@ def _print_one(kind: str, entry: Any) -> None:
         print(f"{number:3}  {source_text}")
 
 
-def _found(name: str) -> tuple[str, Any]:
+def _find_entry(name: str) -> tuple[str, Any]:
     """Return (the kind, the entry) that ``name`` names in the catalog. The kinds are tried in this order:
     "machine", "network", "host", "link", "place"; a ``name`` that ends in .toml is a file with a machine. A
     machine of the catalog is returned with ``place`` None: where its electricity comes from is the user's
-    choice, not a figure of the machine. Raises UserError if nothing has the name, with the
-    nearest name of each kind that has a similar one; also for an invalid file, and for an invalid machine
-    such as ``0xH100-SXM``."""
+    choice, not a figure of the machine. Raises UserError if nothing has the name, with the nearest name of
+    each kind that has a similar one; also for an invalid file, and for an invalid machine such as
+    ``0xH100-SXM``."""
     if name.endswith(".toml"):
         return "machine", catalog.from_toml(name)
     loaders: dict[str, Callable[[], Any]] = {

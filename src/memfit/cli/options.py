@@ -138,8 +138,8 @@ _MOST_DIGITS = 12
 
 
 def _dimensions(texts: list[str]) -> dict[str, int]:
-    """Return what --dim says, name -> number. Raises UserError for a text that is not NAME=N, with a whole
-    number N of at most 12 digits, and for a name that is given twice."""
+    """Return name -> number for the ``texts`` of --dim. Raises UserError for a text that is not NAME=N, with
+    a whole number N of at most 12 digits, and for a name that is given twice."""
     dimensions: dict[str, int] = {}
     for text in texts:
         name, _, number = text.partition("=")
@@ -325,9 +325,9 @@ class RuntimeOptions:
             "when the libraries are loaded. The answer then rests on what was estimated and traced until "
             "then, and says how much better a plan could still be. What no answer can do without is finished "
             "all the same: the trace of plain training and of one plan that fits. A search that ends earlier "
-            "gives the same answer with any limit. Default: 60s, or, where the limit cut an earlier search "
-            "for the same plans of the job on such a device, the answer from what that one has kept, if a "
-            "plan in it fits; any TIME continues the search. Ignored without a search for a plan.",
+            "gives the same answer with any limit. Default: 60s. If a limit has cut an earlier search for "
+            "the same plans of the job on such a device, and that one has kept a plan that fits, the default "
+            "is to answer from it at once; any TIME continues it. Ignored without a search for a plan.",
         ),
     ] = None
 
@@ -445,7 +445,7 @@ class OutputOptions(JsonOptions):
     ] = "en"
 
 
-def grouped(function: Callable[..., None]) -> Callable[..., None]:
+def group_options(function: Callable[..., None]) -> Callable[..., None]:
     """Return a function that typer can register as a command: typer reads options from a signature. Its
     parameters are the fields of the option dataclasses that `function` takes, all keyword-only. It fills
     these dataclasses and calls `function` with them. Its name and docstring are those of `function`."""

@@ -96,8 +96,8 @@ def check_language(code: str) -> str:
 
 
 def english_only(output: OutputOptions, option: str) -> None:
-    """Raise UserError if --lang chooses another language than English and --json is not given. To be called
-    where ``option`` is given, whose answer memfit has in English only."""
+    """Raise UserError if --lang chooses another language than English and --json is not given. Call it for an
+    ``option`` whose answer memfit has in English only."""
     if output.lang != "en" and not output.json:
         raise UserError(
             f"--lang {output.lang} cannot be used with {option}, whose answer is in English only",

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PocOptions:
-    """The numbers of seeds and processes of the proof of concept, techniques not to use, and the file of its
-    report."""
+    """The numbers of seeds and processes of the proof of concept, techniques not to use, where its runs are
+    made and what they may use, and the file of its report."""
 
     seeds: Annotated[
         int,
@@ -100,7 +100,7 @@ def poc(
 
     Searches a plan, trains plain training and this plan with each of --seeds seeds, tests whether their
     results are equivalent, and writes an HTML report. Exits with code 1 if no run of the recommended plan
-    succeeds."""
+    completes."""
     language_code = check_language(output.lang)
     path = writable(options.out) if options.out is not None else None
     if options.executor is None:
@@ -132,7 +132,7 @@ def poc(
             progress=progress,
             side_by_side=side_by_side,
         )
-    _tell(proof, lang=language_code, as_json=output.json)
+    _print(proof, lang=language_code, as_json=output.json)
     if not any(r.measurement.outcome is OutcomeKind.OK for r in proof.runs if r.spec.role == "recommended"):
         raise typer.Exit(1)
 
@@ -155,7 +155,7 @@ def _side_by_side(
     )
 
 
-def _tell(proof: Poc, *, lang: str, as_json: bool) -> None:
+def _print(proof: Poc, *, lang: str, as_json: bool) -> None:
     if as_json:
         from memfit.cli.views import poc_view
 

@@ -1,5 +1,5 @@
-"""``memfit record``: write a proof of concept as a record, which others can read, add a record of others to
-the store, or compare two records."""
+"""``memfit record``: write a proof of concept as a record, which others can read, add the record of a proof
+of concept or of a run to the store, or compare two records."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RecordOptions:
-    """The ID of the record to write and the file for it; the record of others to add to the store and who
-    reports it; two records to compare; or whether to print the format of records."""
+    """The ID of the record to write and the file for it; the record to add to the store and who reports it;
+    two records to compare; or whether to print the format of records."""
 
     poc: Annotated[
         str | None,
@@ -35,7 +35,7 @@ class RecordOptions:
             metavar="ID",
             help="ID of the proof of concept in the store whose record is written, or ID of a record from "
             "others that was added to the store. Default: the proof of concept begun last with this store, "
-            "never a record from others. Not with --add or --schema.",
+            "never a record from others. Not with --add, --compare or --schema.",
         ),
     ] = None
     out: Annotated[
@@ -43,7 +43,7 @@ class RecordOptions:
         typer.Option(
             metavar="FILE.json",
             help="File to write the record to; overwritten if it exists. Default: standard output. Not with "
-            "--add or --schema.",
+            "--add, --compare or --schema.",
         ),
     ] = None
     add: Annotated[
@@ -54,8 +54,8 @@ class RecordOptions:
             "of concept from another group, refused if the store has a different one with this ID; or the "
             "run that `memfit run --record` wrote, for example on a machine of a cluster. Or a folder of "
             "`memfit export` whose training a launcher or scheduler has started: the run that its ranks have "
-            "recorded there is merged, added, and printed as by `memfit run`. Not with --poc, --out or "
-            "--schema.",
+            "recorded there is merged, added, and printed as by `memfit run`. Not with --poc, --out, "
+            "--compare or --schema.",
         ),
     ] = None
     said_by: Annotated[
@@ -64,7 +64,7 @@ class RecordOptions:
             "--from",
             metavar="NAME",
             help="With --add: name of the group that reports the record. Default: the name of the file. "
-            "Refused without --add.",
+            "Refused without --add, and for the record of a run.",
         ),
     ] = None
     schema: Annotated[
@@ -87,8 +87,10 @@ class RecordOptions:
 
 
 def record(options: RecordOptions, store: StoreOptions, output: JsonOptions) -> None:
-    """Write the record of a proof of concept, one JSON file that others can read; add a record from others to
-    the store; or compare two records."""
+    """Write the record of a proof of concept, one JSON file that others can read; add a record, or the run of
+    an exported folder, to the store; or compare two records.
+
+    With a folder, the exit code is that of `memfit run`."""
     writes = options.poc is not None or options.out is not None
     if sum((options.schema, options.add is not None, options.compare is not None, writes)) > 1:
         raise UserError(
@@ -123,7 +125,7 @@ def record(options: RecordOptions, store: StoreOptions, output: JsonOptions) -> 
         return
     if options.add is not None:
         received = exchange.read(options.add)
-        stored = _known(records, received, str(options.add))
+        stored = _find_same(records, received, str(options.add))
         if stored is None:
             body = {"from": options.said_by or options.add.name, "record": received.model_dump(mode="json")}
             records.append(received.poc_id, TAKEN, body)
@@ -164,9 +166,9 @@ def _compare(names: tuple[str, str], store: Path | None, *, as_json: bool) -> No
     """Print the quantities of the two records ``names``, and which are not comparable and why."""
     from memfit.store import exchange
 
-    found_records = [find_record(name, store) for name in names]
-    rows = exchange.compare(*(origin.record for origin in found_records))
-    sources = {side: origin.taken_from for side, origin in zip("AB", found_records, strict=True)}
+    records = [find_record(name, store) for name in names]
+    rows = exchange.compare(*(found.record for found in records))
+    sources = {side: found.taken_from for side, found in zip("AB", records, strict=True)}
     if as_json:
         header = {"a": names[0], "b": names[1], "taken_from": sources}
         emit(header | {"compared": [r.model_dump() for r in rows]})
@@ -216,17 +218,17 @@ def find_record(name: str | None, path: Path | None) -> SourcedRecord:
     records = Store(path)
     if name is not None and Path(name).is_file():
         file_record = exchange.read(Path(name))
-        stored = _known(records, file_record, name)
+        stored = _find_same(records, file_record, name)
         return stored or SourcedRecord(record=file_record, taken_from=name)
     if name is not None and ("/" in name or name.endswith(".json")):
         raise UserError(
             f"there is no file {name}, which cannot be an ID, as it contains a / or ends in .json",
             allowed="a file with a record, or the ID of a record in the store",
         )
-    return _stored(records, resolve_poc_id(records, name))
+    return _find_stored(records, resolve_poc_id(records, name))
 
 
-def _stored(store: memfit.store.Store, poc_id: str) -> SourcedRecord:
+def _find_stored(store: memfit.store.Store, poc_id: str) -> SourcedRecord:
     """Return the record of the proof of concept with the ID ``poc_id`` that was measured with ``store``. If
     there is none, return the record with this ID that was added last from others. Raises UserError if there
     is neither, or if the proof of concept is unfinished or recommends no plan."""
@@ -244,7 +246,7 @@ def _stored(store: memfit.store.Store, poc_id: str) -> SourcedRecord:
     return SourcedRecord(record=record, taken_from=reporter_of(received[-1]))
 
 
-def _known(
+def _find_same(
     store: memfit.store.Store, file_record: memfit.store.exchange.Shared, source: str
 ) -> SourcedRecord | None:
     """Return the record in the store with the ID of ``file_record``, or None if there is none. Raises
@@ -255,7 +257,7 @@ def _known(
 
     if file_record.poc_id not in store.poc_ids() and not store.records(file_record.poc_id, TAKEN):
         return None
-    stored = _stored(store, file_record.poc_id)
+    stored = _find_stored(store, file_record.poc_id)
     if exchange.text(stored.record) != exchange.text(file_record):
         raise UserError(
             f"the record in the file {source} has the ID {file_record.poc_id}, but the store has a different "

@@ -43,8 +43,8 @@ class ReportOptions:
             metavar="FILE.toml",
             help="Case file: a TOML file with your own figures, such as prices (`memfit decide --template` "
             "prints one to fill in). It is stored with the proof of concept, and later commands for this "
-            "proof of concept use it if no other is given. Default: the case file stored last with it, or no "
-            "figures of your own if there is none.",
+            "proof of concept use it if no other is given. Not with --watch alone. Default: the case file "
+            "stored last with it, or no figures of your own if there is none.",
         ),
     ] = None
     watch: Annotated[

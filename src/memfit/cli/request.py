@@ -39,13 +39,17 @@ def request(
     has_nproc: bool = False,
     plans: Sequence[Plan] = (),
 ) -> memfit.planner.request.Request:
-    """Return the options as a request to the planner. ``on``: the machine, as in --on; ``ranks``: the number
-    of processes, as in --nproc; ``bounds``: further limits on the plan, None for none; ``has_nproc``: whether
-    the command has the option --nproc; ``plans``: those that the user gave. Memory, accuracy,
-    machine and number of processes are checked before torch is loaded; the job itself is not built yet.
-    Raises UserError for an invalid option, and if ``ranks`` is neither 1 nor the machine's number of devices,
-    unless its devices are CPUs. Warns on standard error of modules beside the job's file that it imports but
-    for which Python finds others of that name, and says which accelerator of this machine is used."""
+    """Return the options as a request to the planner. The job itself is not built yet.
+
+    ``on``: the machine, as in --on; ``ranks``: the number of processes, as in --nproc; ``bounds``: further
+    limits on the plan, None for none; ``has_nproc``: whether the command has the option --nproc; ``plans``:
+    those that the user gave. Prints to standard error which accelerator of this machine is used, and a
+    warning for each module beside the job's file that the job imports but for which Python finds another of
+    that name.
+
+    Raises UserError for an invalid option; for more ranks than this machine has accelerators, if it has any;
+    and on another machine with accelerators, if ``ranks`` is neither 1 nor their number.
+    """
     accuracy = Accuracy(check_choice("--accuracy", search_options.accuracy, Accuracy))
     parse_cap(search_options.memory)
     machine = machine_of(on, runtime.place)
@@ -125,8 +129,8 @@ def print_workload(workload: Workload, lang: str) -> None:
 
 
 def parse_cap(memory: str | None, machine: Machine | None = None) -> int | None:
-    """Return --memory in bytes; None if it is not given. Of a ``machine`` with GPUs, it is at most the memory
-    of one of them, with a warning on standard error. Raises UserError if it is no size."""
+    """Return --memory in bytes; None if it is not given. If ``machine`` has GPUs, more than the memory of one
+    of them is reduced to it, with a warning on standard error. Raises UserError if it is no size."""
     cap_bytes = parse_bytes(memory) if memory is not None else None
     if cap_bytes is None or machine is None or machine.device.is_host:
         return cap_bytes
@@ -138,8 +142,8 @@ def parse_cap(memory: str | None, machine: Machine | None = None) -> int | None:
 
 
 def _say_device(machine: Machine, ranks: int, use_all: str) -> None:
-    """Print to standard error on which accelerator of this machine runs train. If there are more than
-    ``ranks``, also print ``use_all``, how to use all of them, with their number in place of {0}. Raises
+    """Print to standard error which accelerator of this machine trains. If there are more than ``ranks``,
+    also print ``use_all``, how to use all of them, with their number in place of {0} ("": nothing). Raises
     UserError if there are more ranks than accelerators."""
     count, name = machine.device_count, machine.device.name
     if ranks > count:
@@ -153,12 +157,13 @@ def _say_device(machine: Machine, ranks: int, use_all: str) -> None:
 
 
 def is_here(on: str) -> bool:
-    """Return whether ``on``, the machine as in --on, is the one on which memfit runs."""
+    """Return whether ``on``, the machine as in --on, is the one on which memfit runs: "this" or "this:KIND",
+    such as "this:cpu"."""
     return on.partition(":")[0] == "this"
 
 
 def device_here(options: DeviceOptions) -> str:
-    """Return the device of --on of a command that trains. Raises UserError if it is another machine."""
+    """Return --on of a command that trains, such as "this:cpu". Raises UserError if it is another machine."""
     if not is_here(options.on):
         raise UserError(
             f"--on {options.on}: training runs on this machine only",
@@ -225,9 +230,9 @@ def recommended_plans(
 
 @contextlib.contextmanager
 def best_so_far(*, lang: str, as_json: bool, workload: Workload | None = None) -> Iterator[None]:
-    """If Ctrl-C interrupts a search within the ``with`` block when it already has a result, print that result
-    in the language ``lang`` (as JSON, with ``workload``, if ``as_json``), and raise Interrupted, whose exit
-    code is 130. An earlier Ctrl-C is raised unchanged, as KeyboardInterrupt."""
+    """Context manager. If Ctrl-C interrupts a search within its block when the search already has a result,
+    print that result in the language ``lang`` (as JSON, with ``workload``, if ``as_json``), and raise
+    Interrupted, whose exit code is 130. An earlier Ctrl-C is raised unchanged, as KeyboardInterrupt."""
     from memfit.planner.search import SearchInterrupted
 
     try:
@@ -258,16 +263,16 @@ def show_search(
         print_search(result, lang=lang, console=console(), correction=correction)
 
 
-def writable(path: Path, *, overwrite: bool = True) -> Path:
+def writable(path: Path, *, overwrite: bool = True, hint: str = "--force overwrites it") -> Path:
     """Return ``path``, the path of a file that will be written later. Raises UserError if it is a folder, if
-    its folder does not exist, if it exists and ``overwrite`` is False, and if the file or a new one in its
-    folder cannot be written. Call it before any long work begins."""
+    its folder does not exist, if it exists and ``overwrite`` is False (with ``hint``), and if the file or a
+    new one in its folder cannot be written. Call it before any long work begins."""
     if path.is_dir():
         raise UserError(f"{path} is a folder, not a file that can be written", hint="give a file name")
     if not path.parent.is_dir():
         raise UserError(f"{path} cannot be written: there is no folder {path.parent}", hint="create it first")
     if path.exists() and not overwrite:
-        raise UserError(f"{path} already exists", hint="--force overwrites it")
+        raise UserError(f"{path} already exists", hint=hint)
     if path.exists() and not os.access(path, os.W_OK):
         raise UserError(f"no permission to write {path}", hint="choose another file")
     if path.is_file() or not path.exists():  # other things, such as /dev/stdout, are written to directly

@@ -49,7 +49,8 @@ from memfit.types.workload import Workload
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
-    """The memory cap, seed, limits of time and checkpoints of the run; None: the default."""
+    """The memory cap, seed, limits of time and checkpoints of the run, what it does if memory runs out, and
+    the file that it is read from or written to; None: the default."""
 
     capped: Annotated[
         bool | None,
@@ -350,9 +351,9 @@ def exit_code(run: Run) -> int:
 
 
 def checkpoint_settings(options: RunOptions) -> CheckpointSettings:
-    """Return the settings of --save, --save-every, --keep-last, --restarts, --grace and --resume. "" as the
-    folder to save to, or as the checkpoint to resume, means none. Raises UserError for --save-every,
-    --keep-last and --save-async without --save."""
+    """Return the settings of --save, --save-every, --save-async, --keep-last, --restarts, --grace and
+    --resume. "" as the folder to save to, or as the checkpoint to resume, means none. Raises UserError for
+    --save-every, --keep-last and --save-async without --save, and for a --grace that is no duration."""
     for name, value in (
         ("--save-every N", options.save_every),
         ("--keep-last N", options.keep_last),
@@ -372,8 +373,10 @@ def checkpoint_settings(options: RunOptions) -> CheckpointSettings:
 
 
 def print_notice(event: Mapping[str, object], *, folder: Path | None) -> None:
-    """Print to standard error that ranks stall or have been restarted. The stack traces of a run that is
-    ended because it stalls are written to a file in ``folder``, where it saves, or without one printed."""
+    """Print to standard error that ranks stall or have been restarted. ``event``: "event", which is
+    "restarted" or "stalled"; of a restart "why" and its number "restart"; otherwise "text", and "final",
+    true if the run ends because it stalls. "stacks", rank -> stack trace, is then written to a file in
+    ``folder``, where the run saves, or printed if there is no such folder or it cannot be written."""
     if event["event"] == "restarted":
         print(
             f"memfit: {one_line(str(event['why']))}; restart {event['restart']}", file=sys.stderr, flush=True
@@ -413,13 +416,13 @@ def print_recovery(recovery: Recovery, count: int, *, most: int) -> None:
     ``most``."""
     print(f"memfit: {one_line(recovery.reason)}, under {recovery.failed_plan.label}", file=sys.stderr)
     print(
-        f"memfit: recovery {count} of at most {most}: {one_line(_continued(recovery))}",
+        f"memfit: recovery {count} of at most {most}: {one_line(_continuation_text(recovery))}",
         file=sys.stderr,
         flush=True,
     )
 
 
-def _continued(recovery: Recovery) -> str:
+def _continuation_text(recovery: Recovery) -> str:
     """Describe from which step and under which plan a run continued after it ran out of memory."""
     steps = f"{recovery.first_step} step{'s' * (recovery.first_step != 1)}"
     checkpoint = recovery.checkpoint
@@ -432,11 +435,12 @@ def _continued(recovery: Recovery) -> str:
 
 
 def _recovery_lines(run: Run) -> Iterator[str]:
-    """Yield lines for each recovery, of which the last has the verdict on the repeated steps, and one that
-    says why there was no further recovery although memory ran out."""
+    """Yield two lines for each recovery, what failed and how the run went on, and a third with the verdict on
+    the repeated steps, or that there were none to repeat. If memory ran out and the run ended without a
+    further recovery, a last line says why."""
     for recovery in run.recoveries:
         yield f"  failed  {recovery.reason}, under {recovery.failed_plan.label}"
-        yield f"  went on {_continued(recovery)}"
+        yield f"  went on {_continuation_text(recovery)}"
         if (verdict := recovery.verdict) is not None:
             yield f"  verdict {verdict.effect.label} {verdict.kind.value}: {verdict.reason}"
         elif recovery.first_step == recovery.step:
@@ -449,11 +453,12 @@ def _recovery_lines(run: Run) -> Iterator[str]:
 
 
 def lines(run: Run) -> Iterator[str]:
-    """Yield the lines of a summary of the run. The first has the plan and the outcome. The recoveries from
-    running out of memory follow, and one line each for what is known of: peak memory and step time with their
-    predictions, the checkpoint that was resumed, an objection to splitting the batch, the first and the last
-    loss, the folder of checkpoints that were saved, and the metric."""
-    from memfit.cli.views import step_s
+    """Yield the lines of a summary of the run. The first has the plan and the outcome. The restarts, and the
+    recoveries from running out of memory, follow, and lines for what is known of: why memory ran out, peak
+    memory with its prediction, resident memory and a raised cap, the copy for saves, step time with its
+    prediction, slow data, the ranks, alarms, the checkpoint that was resumed, an objection to splitting the
+    batch, the first and the last loss, the checkpoint to resume, and the metric."""
+    from memfit.verify.aggregate import median_step_s
 
     measurement = run.measurement
     cap_bytes = measurement.cap_bytes or run.spec.cap_bytes
@@ -487,7 +492,7 @@ def lines(run: Run) -> Iterator[str]:
             f"  copy    {format_bytes(measurement.save_copy_bytes)} measured, at most "
             f"{format_bytes(run.spec.save_copy_bytes)} predicted, {where}, while a save is written"
         )
-    if (step := step_s(measurement)) is not None:
+    if (step := median_step_s(measurement)) is not None:
         yield f"  step    {_predicted_and_measured(run.predicted_step_s, step, format_seconds)}"
     yield from _data_line(measurement)
     yield from _rank_lines(measurement)
@@ -510,7 +515,8 @@ def lines(run: Run) -> Iterator[str]:
 
 
 def _saved_line(run: Run) -> Iterator[str]:
-    """Yield a line with the folder of the checkpoints, if there is one to resume from."""
+    """Yield a line with the folder of the checkpoints if the run completed and saved, or with the newest
+    checkpoint if a signal ended the run; nothing for another outcome."""
     from memfit.runtime.restart import resume_newest
 
     outcome, keep = run.measurement.outcome, run.spec.keep
@@ -522,7 +528,7 @@ def _saved_line(run: Run) -> Iterator[str]:
 
 def _rank_lines(measurement: Measurement) -> Iterator[str]:
     """Yield a line with the nodes, the ranks and their collectives, one that names the fullest rank, and one
-    that names the slowest."""
+    that names the slowest if one is slow; nothing for a run of one process."""
     if (ranks := measurement.ranks) is None:
         return
     nodes = f"{ranks.nodes} node{'s' * (ranks.nodes > 1)}"
@@ -577,9 +583,10 @@ def _data_line(measurement: Measurement) -> Iterator[str]:
 
 def _peak(run: Run, peak_bytes: int) -> str:
     """Describe the measured and the predicted peak memory, such as ``1.5 MiB measured, 1.498 MiB predicted
-    (-0.13 %)``. The percentage, predicted relative to measured, is left out in two cases: if the run did not
-    complete, and if it had only one step and stayed below the predicted peak, which is reached from the
-    second step on. Then the text says so."""
+    (-0.13 %)``. The percentage, predicted relative to measured, is left out in three cases, which the text
+    then names: if the run did not complete; if it had only one step and stayed below the predicted peak,
+    which is reached from the second step on; and if it saved asynchronously on a processor, where the
+    measured peak includes the copy."""
     measured, predicted = format_bytes(peak_bytes), run.predicted_peak_bytes
     if run.measurement.outcome is not OutcomeKind.OK:
         prediction = f", {format_bytes(predicted)} predicted for the whole run" if predicted else ""

@@ -178,8 +178,8 @@ def parse_budget(texts: Sequence[str]) -> Budget:
 
 
 def _plans(words: Sequence[str]) -> dict[str, Plan]:
-    """Return the plans by what the user calls them. Raises UserError for a file without a valid plan, and for
-    two of the same name."""
+    """Return the plans by name: ``plain``, or the file's name without its suffix. Raises UserError for a file
+    without a valid plan, and for two of the same name."""
     from memfit.techniques.plan_file import read_plan
 
     plans: dict[str, Plan] = {}
@@ -228,8 +228,9 @@ def _trials(
 def agreed_budget(
     budget: Budget, trials: Sequence[SweepTrial], settings: RunSettings, *, may_ask: bool
 ) -> Budget:
-    """Return ``budget``, or if none is given the one that the user answers on the terminal. Raises UserError
-    if there is no terminal to ask on, and for a budget in US dollars without a known price."""
+    """Return ``budget``, or if it is empty the one that the user answers on the terminal. Raises UserError if
+    it is empty and there is no terminal to ask on or not ``may_ask``, for an answer that is no budget, and
+    for a budget in US dollars if the price of some device of ``trials`` is unknown."""
     if budget.usd is not None:
         placements = {trial.placement.kind: trial.placement for trial in trials}
         unknown = [kind for kind, placement in placements.items() if placement.usd_per_hour() is None]
@@ -368,11 +369,11 @@ def _table(results: Sequence[TrialResult]) -> rich.table.Table:
 
 
 def _cells(row: _Row) -> list[str]:
-    from memfit.cli.views import step_s
+    from memfit.verify.aggregate import median_step_s
 
     peaks = row.values(lambda run: run.measurement.peak_bytes)
     predicted = row.values(lambda run: run.predicted_peak_bytes)
-    steps = row.values(lambda run: step_s(run.measurement))
+    steps = row.values(lambda run: median_step_s(run.measurement))
     losses = row.values(lambda run: run.measurement.losses[-1] if run.measurement.losses else None)
     metrics = row.values(lambda run: run.measurement.metric)
     return [

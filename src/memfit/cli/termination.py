@@ -22,7 +22,7 @@ class Terminated(KeyboardInterrupt):
 
 
 class Termination:
-    """``number``: the signal that has asked the process to end; 0: none has."""
+    """Handles the signals that ask this process to end. ``number``: the signal that has; 0: none has."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -37,9 +37,10 @@ class Termination:
         self.number = number
         raise Terminated(signal.Signals(number).name)
 
-    def again(self, swallowed: sys.UnraisableHookArgs) -> bool:
-        """Send the signal again in a moment if its exception was swallowed: Python does that in the callbacks
-        of weak references and in finalizers, of which a trace has many. Return whether it was."""
+    def resend(self, swallowed: sys.UnraisableHookArgs) -> bool:
+        """Send the signal again in a moment if ``swallowed`` is the exception of one: Python swallows those
+        that are raised in the callbacks of weak references and in finalizers, of which a trace has many.
+        Return whether it is."""
         if not issubclass(swallowed.exc_type, KeyboardInterrupt):
             return False
         number, thread = self.number or signal.SIGINT, threading.main_thread().ident
@@ -53,8 +54,8 @@ class Termination:
 @contextlib.contextmanager
 def interrupted_by_signals() -> Iterator[Termination]:
     """Inside this context, SIGTERM and SIGHUP raise `Terminated`, and again, as Ctrl-C does, if that is
-    swallowed (`Termination.again`). A signal that is ignored stays ignored, as under nohup. Outside the main
-    thread, nothing is changed."""
+    swallowed (`Termination.resend`). A signal that is ignored, as under nohup, or that has a handler of its
+    own keeps that. Outside the main thread, nothing is changed."""
     termination = Termination()
     if threading.current_thread() is not threading.main_thread():
         yield termination
@@ -64,7 +65,7 @@ def interrupted_by_signals() -> Iterator[Termination]:
     for number in changed:
         signal.signal(number, termination._end)
     hook = sys.unraisablehook
-    sys.unraisablehook = lambda swallowed: None if termination.again(swallowed) else hook(swallowed)
+    sys.unraisablehook = lambda swallowed: None if termination.resend(swallowed) else hook(swallowed)
     try:
         yield termination
     finally:

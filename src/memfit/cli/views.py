@@ -9,7 +9,8 @@ from typing import Any
 from memfit.types import serialization
 from memfit.types.machine import Calibration
 from memfit.types.plan import Plan
-from memfit.types.result import NOT_INCLUDED, Choice, Estimate, Measurement, Poc, Recovery, Run, SearchResult
+from memfit.types.result import NOT_INCLUDED, Choice, Estimate, Poc, Recovery, Run, SearchResult
+from memfit.verify.aggregate import median_step_s
 
 View = Mapping[str, Any]
 
@@ -90,16 +91,9 @@ def correction_view(calibration: Calibration) -> View:
     }
 
 
-def step_s(measurement: Measurement) -> float | None:
-    """Return the median step time in seconds without the first two steps, which warm the caches. If there are
-    only one or two steps, return their median; None if no step was measured."""
-    steady = measurement.step_s[2:] or measurement.step_s
-    return statistics.median(steady) if steady else None
-
-
 def run_view(run: Run) -> View:
     """Return a run's plan and settings, its outcome, its predicted and measured peak memory and step time
-    (the median, as in `step_s`), and what else was measured, such as losses and energy. What is not known is
+    (`median_step_s`), and what else was measured, such as losses and energy. What is not known is
     null or empty."""
     spec, measurement = run.spec, run.measurement
     return {
@@ -122,7 +116,7 @@ def run_view(run: Run) -> View:
         "predicted_phase_peak_bytes": dict(run.predicted_phase_peak_bytes),
         "phase_peak_bytes": dict(measurement.phase_peak_bytes),
         "predicted_step_s": run.predicted_step_s,
-        "step_s": step_s(measurement),
+        "step_s": median_step_s(measurement),
         "losses": list(measurement.losses),
         "grad_norms": list(measurement.grad_norms),
         "metric": measurement.metric,
@@ -145,8 +139,8 @@ def run_view(run: Run) -> View:
 
 
 def _recovery_view(recovery: Recovery) -> View:
-    """Return the recovery's fields by name. Of the plans, "failed_plan" and "plan" are technique -> settings,
-    "failed_label" and "label" the plans in one line. "effect" is such as "E0"."""
+    """Return the recovery's fields by name. "failed_plan" and "plan" are technique -> settings,
+    "failed_label" and "label" the same plans in one line. "effect" is the effect class, "E0" to "E3"."""
     return {
         **serialization.to_plain(recovery),
         **plan_view(recovery.plan),
@@ -158,8 +152,9 @@ def _recovery_view(recovery: Recovery) -> View:
 
 def poc_view(poc: Poc) -> View:
     """Return a proof of concept, also an unfinished one ("finished" is then false). "verdict" says of the
-    recommended plan "equivalent", "different" or "undecided", or is null before it is judged; "verdicts" has
-    the whole verdict of each plan that was judged, by its name. "report" is the path of the HTML report."""
+    recommended plan "equivalent", "different", "undecided" or "not_sensitive", or is null before it is
+    judged; "verdicts" has the whole verdict of each plan that was judged, by its name. "report" is the path
+    of the HTML report."""
     verdicts = {named.name: serialization.to_plain(named.verdict) for named in poc.verdicts}
     search = search_view(poc.search)
     return {

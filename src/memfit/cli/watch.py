@@ -29,9 +29,10 @@ class WatchOptions:
         list[str] | None,
         typer.Argument(
             metavar="FILE | -- COMMAND...",
-            help="FILE.jsonl: show this record, while its training runs or afterwards. -- COMMAND: run this "
-            "command, as you would type it, and record the steps of each Python process in it that trains "
-            "with torch, for example: -- torchrun --nproc-per-node 8 train.py",
+            help="FILE.jsonl: show this record, while its training runs or afterwards; also a file with "
+            "another name that cannot be executed. -- COMMAND: run this command, as you would type it, and "
+            "record the steps of each Python process in it that trains with torch, for example: -- torchrun "
+            "--nproc-per-node 8 train.py",
         ),
     ] = None
     file: Annotated[
@@ -149,7 +150,7 @@ def _run(command: list[str], options: WatchOptions) -> None:
             f"memfit: out of memory; start {restart + 1} of {options.restarts} with {recoveries[0]}",
             file=sys.stderr,
         )
-    print(f"memfit: {_line(summarize(read_records(file)), file)}", file=sys.stderr)
+    print(f"memfit: {_summary_line(summarize(read_records(file)), file)}", file=sys.stderr)
     if end.code:
         from memfit.cli.autopsy import in_one_line
         from memfit.monitoring.autopsy import diagnose_record
@@ -160,7 +161,7 @@ def _run(command: list[str], options: WatchOptions) -> None:
         raise typer.Exit(end.code if end.code > 0 else 128 - end.code)
 
 
-def _line(summary: memfit.monitoring.summary.WatchSummary, file: Path) -> str:
+def _summary_line(summary: memfit.monitoring.summary.WatchSummary, file: Path) -> str:
     from memfit.types.units import format_bytes
 
     trained = [r for r in summary.ranks if r.recorded_steps]
