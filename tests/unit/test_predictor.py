@@ -397,7 +397,7 @@ def test_parts_that_cannot_be_put_together_are_traced(monkeypatch: pytest.Monkey
     job = words(3)
     predictor = Predictor(job=job, machine=CPU, job_facts=job_facts(job, "cpu"))
     monkeypatch.setattr(trace_pool, "_may_fork", lambda: False)
-    monkeypatch.setattr(evaluate, "mixed", refused)
+    monkeypatch.setattr(evaluate, "mix_recomputed", refused)
     predictor.prepare([Plan(), *RECOMPUTED])
     monkeypatch.setattr(evaluate, "trace", lambda *a, **k: pytest.fail("traced again"))
     assert [predictor.sketch(plan).plan for plan in RECOMPUTED] == RECOMPUTED
