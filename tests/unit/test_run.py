@@ -198,7 +198,7 @@ def test_a_crash_keeps_the_steps_done_and_the_last_error_line() -> None:
 def test_a_child_that_ends_without_a_result_has_failed(
     code: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(child_process, "_machine_oom_kills", lambda: 0)
+    monkeypatch.setattr(child_process, "machine_oom_kills", lambda: 0)
     measured = ending(code, cap_bytes=MIB)
     assert (measured.outcome, measured.reason) == (OutcomeKind.FAILED, reason)
 

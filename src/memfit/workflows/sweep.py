@@ -229,7 +229,9 @@ def prepared_trial(prepared: PreparedRun, placement: Placement) -> SweepTrial:
     prepared = dataclasses.replace(prepared, spec=dataclasses.replace(prepared.spec, source_digest=source))
     spec = prepared.spec
     return SweepTrial(
-        trial_id=_digest(_place_facts(placement, f"this:{spec.device}"), {"spec": serialization.to_plain(spec)}),
+        trial_id=_digest(
+            _place_facts(placement, f"this:{spec.device}"), {"spec": serialization.to_plain(spec)}
+        ),
         job=spec.job,
         plan=spec.plan,
         plan_name=spec.name,
