@@ -29,7 +29,6 @@ _CHATTER: Final = {
 
 def quiet_libraries() -> None:
     """Drop a few log messages of torchao, torch, DeepSpeed and bitsandbytes that say nothing about the user's
-    machine or job (``_CHATTER``: logger -> text in its message). Call it before these libraries are
-    imported."""
+    machine or job. Call it before these libraries are imported."""
     for logger, message_filter in _CHATTER.items():
         logging.getLogger(logger).addFilter(message_filter)

@@ -221,7 +221,7 @@ def find_unknown(options: Options, library: str) -> Iterator[tuple[str, str, str
     ``options`` that the library has in that section neither in the described release (``now``) nor under
     ``older`` names. The path is None if `LibrarySettings.near` finds none, or if the file already sets what
     it finds: then the key is assumed to be the user's own. Yield nothing for a file that is not the library's
-    own (see `_is_own`)."""
+    own: that lacks the key ``needs``, or most of whose top-level keys the library does not have."""
     table = library_settings(library)
     for section, key, _ in _settings(options.data, table, "") if _is_own(options, library) else ():
         if key not in table.names(section):
@@ -233,7 +233,7 @@ def find_invalid(options: Options, library: str) -> Iterator[tuple[str, Any, Spe
     """Yield (dotted path, value, accepted values) for each value in ``options`` that the library does not
     accept. Skipped are settings that are not in ``now`` of `library_settings`, values that are left to the
     library ("auto") or known only when a script runs, flags of a script without a value, and files that are
-    not the library's own (see `_is_own`)."""
+    not the library's own (as in `find_unknown`)."""
     table = library_settings(library)
     script = not options.file.endswith((".json", ".yaml", ".yml", ".toml"))
     for section, key, _ in _settings(options.data, table, "") if _is_own(options, library) else ():

@@ -41,8 +41,9 @@ def paper(planning: Planning, progress: Progress) -> tuple[tuple[PaperRow, ...],
     and, if another plan fits, the best one that does; at the size "paper", or at the job's present size if it
     has none.
 
-    The best plan is the best by the request's goal. In rows it combines at most the techniques of
-    `_AT_PAPER`; for offers see `_offers`.
+    The best plan is the best by the request's goal. In rows it combines at most gradient accumulation, bf16
+    autocast, recomputation of every block and 8-bit AdamW; for offers see `offers`, with the plan that the
+    search recommends as the one that was trained.
     """
     ref = planning.request.job_ref
     has_paper_size = "paper" in sizes(ref.spec)
@@ -244,9 +245,10 @@ def _one_setting(plan: Plan) -> bool:
 
 def reach(planning: Planning, progress: Progress) -> tuple[LargestSize, ...]:
     """Return the largest model that fits each of `MACHINES`, then the longest input that does; each with
-    plain training, and with the allowed plan that needs the least memory (see `_least_memory_plan`).
+    plain training, and with a plan of bf16 autocast, recomputation of every block, 8-bit AdamW and the
+    smallest micro-batches, each only if the job, the machine and the user allow it.
 
-    The models tried are the job's sizes that are in `_FULL_LENGTH`; smaller sizes have samples cut to the
+    The models tried are the job's sizes 650M, 3B, 15B, 124M and 1.3B; smaller sizes have samples cut to the
     available data. The inputs tried have the `LENGTHS` (1,024 to 131,072), at the size "paper" with a batch
     of one sample. There are no entries for models if the job has none of these sizes, and none for inputs if
     it has no size "paper" or its samples have no length.
