@@ -18,7 +18,7 @@ from memfit.report.html import render_html
 from memfit.report.quantities import Mark, figure_text, measured, predicted, sourced
 from memfit.report.words import LANGUAGES, load_words
 from memfit.types.result import Cause, EndpointDifference, VerdictKind
-from memfit.verify import judge, sensitivity
+from memfit.verify import float32, judge, sensitivity
 from memfit.workflows import proof_of_concept
 
 CASE = """
@@ -153,7 +153,8 @@ def test_sentences_on_cards_contain_no_unmarked_numbers(lang: str) -> None:
 
 @pytest.mark.parametrize("lang", LANGUAGES)
 def test_every_verdict_cause_has_a_sentence_on_the_page(lang: str) -> None:
-    source = [Path(module.__file__ or "").read_text() for module in (judge, sensitivity, proof_of_concept)]
+    modules = (judge, float32, sensitivity, proof_of_concept)
+    source = [Path(module.__file__ or "").read_text() for module in modules]
     kinds = {kind for text in source for kind in re.findall(r'Cause\(\s*kind="(\w+)"', text)} | {
         "better",
         "worse",

@@ -41,8 +41,8 @@ def review_files(
     of --engine or, without it, that of the files, or native if that one does not support the plan or the
     model. Raises UserError for files that `memfit.lint.parse.read` refuses, for OpenFold's settings with
     another job than alphafold2, for a plan that the job or the engine of --engine does not support, for a job
-    that cannot be built, for a batch that cannot be split over the plan's ranks and micro-batches, and for
-    invalid options."""
+    that cannot be built, for a model of the files that no job builds if none is named, for a batch that
+    cannot be split over the plan's ranks and micro-batches, and for invalid options."""
     from memfit.lint import check, draft, parse, to_plan
     from memfit.lint.clipping import clipping_setting
 
@@ -125,8 +125,8 @@ def _with_job_of_model(
     converted: memfit.lint.draft.Conversion, job: JobOptions
 ) -> tuple[JobOptions, memfit.lint.draft.Conversion]:
     """Return ``job`` and ``converted``. If the user named no job and some job builds the model that the files
-    describe, the job options get that job, and ``converted`` lists as left out where its model differs. If the
-    files describe no model, the job options are unchanged, so that the default job is predicted, and
+    describe, the job options get that job, and ``converted`` lists as left out where its model differs. If
+    the files describe no model, the job options are unchanged, so that the default job is predicted, and
     ``converted`` says so. If the user named a job, both are returned unchanged. Raises UserError if the user
     named no job, and none builds the model that the files describe."""
     model = converted.model
@@ -136,7 +136,8 @@ def _with_job_of_model(
         return job, _leave_out(converted, "the model", f"no file describes it: predicted for {job.spec}")
     if not model.job:
         raise UserError(
-            f"no job is named, and none builds the model of the files ({_model_text(model)}): {model.missing}",
+            f"no job is named, and none builds the model of the files ({_model_text(model)}): "
+            f"{model.missing}",
             allowed="memfit plan JOB --from ..., with a job that builds such a model",
             hint="JOB is FILE.py:NAME, hf:MODEL, or a built-in job (memfit list jobs)",
         )
