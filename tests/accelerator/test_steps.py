@@ -29,7 +29,7 @@ GROUPS = (
     ("activation-checkpointing", "selective-checkpointing", "optimal-checkpointing", "bf16-parameters"),
     ("adafactor", "sgd", "adamw-fused", "adamw-single", "optimizer", "optimizer-in-backward", "lora"),
     ("chunked-cross-entropy", "chunking", "zero 2 offloaded", "zero 3 offloaded"),
-    tuple(cuda_jobs.RECURRENT),  # with the cells that torch has for devices without cuDNN
+    (*cuda_jobs.RECURRENT, *cuda_jobs.PACKED),  # with the cells that torch has for devices without cuDNN
 )
 ZERO = GROUPS[3][-2:]  # of one rank; much of their step is on the host
 NAMES = [name for group in GROUPS for name in group if name not in ZERO]
@@ -38,7 +38,10 @@ NOT_RUN = {"adamw-8bit", "qlora"}
 _VIEWS = {"aten.view.dtype", "aten.view.default", "aten.detach.default"}  # of what is copied
 _COPIES = _VIEWS | {f"aten.{n}" for n in ("_to_copy.default", "copy_.default", "empty_like.default")}
 _COPIES |= {"aten.empty.memory_format"}
-MOVED = {"activation-offload": _COPIES, HOST_OFFLOAD: _COPIES}  # to host memory or to disk
+_LENGTHS = {"aten._pack_padded_sequence.default", "aten.arange.start_step", "aten.empty.memory_format"}
+# To host memory or to disk. Lengths of sequences are on the host.
+MOVED = {"activation-offload": _COPIES, HOST_OFFLOAD: _COPIES}
+MOVED |= {name: {*_LENGTHS, "aten.select.int"} for name in cuda_jobs.PACKED}
 
 
 @pytest.fixture(scope="session")

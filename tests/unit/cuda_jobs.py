@@ -196,6 +196,20 @@ class _Cells(nn.Module):
         return torch.stack(out, 1)
 
 
+class _Packed(nn.Module):
+    """Sequences of different lengths, packed."""
+
+    def __init__(self, network: nn.RNNBase) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        lengths = torch.arange(LENGTH, 0, -LENGTH // BATCH)
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+        out, _ = nn.utils.rnn.pad_packed_sequence(self.network(packed)[0], batch_first=True)
+        return out
+
+
 def _language(name: str, build: Callable[[], nn.Module]) -> Job:
     return Job(name=name, build_model=build, make_batch=_tokens, loss=_of_tokens, batch_size=BATCH)
 
@@ -218,6 +232,13 @@ RECURRENT = {
     "rnn": lambda: _Language(nn.RNN(WIDTH, 128, batch_first=True), 128),
     "cells": lambda: _Language(_Cells()),
 }
+# Fake tensors have no lengths, so that these are compared on the simulated accelerator only.
+PACKED = {
+    "packed lstm in both directions": lambda: _Language(
+        _Packed(nn.LSTM(WIDTH, 64, 2, bidirectional=True)), 128
+    ),
+    "packed gru": lambda: _Language(_Packed(nn.GRU(WIDTH, 128, 2)), 128),
+}
 LANGUAGE = {
     "encoder": lambda: _Language(_Encoder()),
     "encoder, bf16": lambda: _Language(_Encoder(norm_first=True), dtype=HALF),
@@ -227,7 +248,10 @@ LANGUAGE = {
     "experts": lambda: _Language(nn.Sequential(_Experts(), _Experts())),
 }
 JOBS: dict[str, Callable[[], Job]] = {
-    **{name: (lambda n=name, b=build: _language(n, b)) for name, build in (LANGUAGE | RECURRENT).items()},
+    **{
+        name: (lambda n=name, b=build: _language(n, b))
+        for name, build in (LANGUAGE | RECURRENT | PACKED).items()
+    },
     "u-net": lambda: _of_images("u-net", _UNet, _noise),
     "u-net, bf16": lambda: _of_images("u-net-bf16", lambda: _UNet(HALF), _noise),
     "images": lambda: _of_images("images", _Images, _labels),
@@ -245,7 +269,7 @@ def job_of(name: str) -> Job:
     return load(JobRef(spec=name, batch=BUILT_IN[name]))
 
 
-NAMES = (*JOBS, *BUILT_IN)
+NAMES = (*(name for name in JOBS if name not in PACKED), *BUILT_IN)
 
 
 def kernels(name: str) -> Any:

@@ -7,6 +7,8 @@ only), and otherwise step by step, with cells that are one kernel each on most d
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -35,8 +37,7 @@ def recurrent_kernels(kind: DeviceKind, note: Callable[[str], None]) -> Mapping[
     for name in _KEPT:
         if kind.fused_cells or name in kind.one_kernel_networks:
             kernels[f"{name}.input"] = _of_batch(name, name in kind.one_kernel_networks, note)
-        if name in kind.one_kernel_networks:
-            kernels[f"{name}.data"] = _of_packed(name, note)
+            kernels[f"{name}.data"] = _of_packed(name, name in kind.one_kernel_networks, note)
     return kernels
 
 
@@ -68,25 +69,24 @@ def _of_batch(name: str, is_one_kernel: bool, note: Callable[[str], None]) -> Ca
         if is_one_kernel and _is_supported(input):
             output, *ends = _one_kernel(name, layers, dropout, train, steps, states, weights, note)
         else:
-            rate = dropout if train else 0.0
-            output, *ends = _step_by_step(
-                name, layers, rate, bidirectional, has_biases, steps, states, weights
-            )
+            rate, run = dropout if train else 0.0, functools.partial(_run_steps, name, has_biases)
+            output, *ends = _step_by_step(run, layers, rate, bidirectional, steps, states, weights)
         return (output.transpose(0, 1) if batch_first else output, *ends)
 
     return network
 
 
-def _of_packed(name: str, note: Callable[[str], None]) -> Callable[..., Any]:
-    """Return the operator of packed sequences, for devices that run it as one kernel. Its arguments are those
-    of ``torch.lstm`` or ``torch.gru`` with sizes of batches."""
+def _of_packed(name: str, is_one_kernel: bool, note: Callable[[str], None]) -> Callable[..., Any]:
+    """Return the operator of packed sequences, with the arguments of ``torch.lstm`` or ``torch.gru`` for
+    these."""
 
-    def network(data: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
-        _, hidden, weights, _, layers, dropout, train, _ = arguments
-        if not _is_supported(data):  # torch's own operators, for the CPU
-            return getattr(_ATEN, name).data.decompose(data, *arguments)  # type: ignore[no-any-return]
+    def network(data: torch.Tensor, batch_sizes: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
+        hidden, weights, has_biases, layers, dropout, train, bidirectional = arguments
         states = tuple(hidden) if name == _LSTM else (hidden,)
-        return _one_kernel(name, layers, dropout, train, data, states, weights, note)
+        if is_one_kernel and _is_supported(data):
+            return _one_kernel(name, layers, dropout, train, data, states, weights, note)
+        rate, run = dropout if train else 0.0, functools.partial(_run_packed, name, has_biases, batch_sizes)
+        return _step_by_step(run, layers, rate, bidirectional, data, states, weights)
 
     return network
 
@@ -99,35 +99,82 @@ def _is_supported(tensor: torch.Tensor) -> bool:
 
 
 def _step_by_step(
-    name: str,
+    run: Callable[..., tuple[torch.Tensor, tuple[torch.Tensor, ...]]],
     layers: int,
     dropout: float,
     bidirectional: bool,
-    has_biases: bool,
     layer_input: torch.Tensor,
     states: Sequence[torch.Tensor],
     weights: Sequence[torch.Tensor],
 ) -> tuple[torch.Tensor, ...]:
-    """Return the output and the last states of a network, cell by cell. ``layer_input``: (steps, batch,
-    features). ``states``: one or two tensors (layers x directions, batch, hidden size)."""
+    """Return the output and the last states of a network, cell by cell. ``run``: `_run_steps` or
+    `_run_packed`, which runs one direction of a layer. ``layer_input``: (steps, batch, features), or (samples
+    of all steps, features). ``states``: one or two tensors (layers x directions, batch, hidden size)."""
     directions = 2 if bidirectional else 1
     count = len(weights) // (layers * directions)
     first = list(zip(*(state.unbind(0) for state in states), strict=True))
     ends: list[tuple[torch.Tensor, ...]] = []
     for layer in range(layers):
-        steps, outputs = layer_input.unbind(0), []
+        # Both directions share the views of the steps, and so the sums of their gradients.
+        steps, outputs = layer_input.unbind(0) if layer_input.dim() == 3 else layer_input, []
         for direction in range(directions):
             index = layer * directions + direction
-            own, hidden, made = weights[index * count : (index + 1) * count], first[index], []
-            for step in reversed(steps) if direction else steps:
-                hidden = _cell(name, step, hidden, own, has_biases)
-                made.append(hidden[0])
-            outputs.append(torch.stack(made[::-1] if direction else made))
-            ends.append(hidden)
+            own = weights[index * count : (index + 1) * count]
+            output, end = run(steps, first[index], own, bool(direction))
+            outputs.append(output)
+            ends.append(end)
         layer_input = outputs[0] if directions == 1 else torch.cat(outputs, -1)
         if dropout and layer < layers - 1:
             layer_input = functional.dropout(layer_input, dropout)
     return layer_input, *(torch.stack(end) for end in zip(*ends, strict=True))
+
+
+def _run_steps(
+    name: str,
+    has_biases: bool,
+    steps: Sequence[torch.Tensor],
+    hidden: tuple[torch.Tensor, ...],
+    weights: Sequence[torch.Tensor],
+    is_reversed: bool,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Return the outputs (steps, batch, hidden size) and the last states of one direction of a layer."""
+    outputs = []
+    for step in reversed(steps) if is_reversed else steps:
+        hidden = _cell(name, step, hidden, weights, has_biases)
+        outputs.append(hidden[0])
+    return torch.stack(outputs[::-1] if is_reversed else outputs), hidden
+
+
+def _run_packed(
+    name: str,
+    has_biases: bool,
+    batch_sizes: torch.Tensor,
+    data: torch.Tensor,
+    first: tuple[torch.Tensor, ...],
+    weights: Sequence[torch.Tensor],
+    is_reversed: bool,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Return the same of packed sequences: ``data`` has, step after step, the samples that are as long."""
+    sizes = batch_sizes.tolist()
+    starts = [0, *itertools.accumulate(sizes[:-1])]
+    order = list(zip(starts, sizes, strict=True))[:: -1 if is_reversed else 1]
+    size_before = order[0][1]
+    hidden = tuple(h.narrow(0, 0, size_before) for h in first) if is_reversed else first
+    outputs, ends = [], []
+    for start, size in order:
+        if size > size_before:  # samples begin, at their end
+            begun = [h.narrow(0, size_before, size - size_before) for h in first]
+            hidden = tuple(torch.cat(pair) for pair in zip(hidden, begun, strict=True))
+        step = data.narrow(0, start, size)
+        if size < size_before:  # samples end
+            ends.append([h.narrow(0, size, size_before - size) for h in hidden])
+            hidden = tuple(h.narrow(0, 0, size) for h in hidden)
+        size_before = size
+        hidden = _cell(name, step, hidden, weights, has_biases)
+        outputs.append(hidden[0])
+    if not is_reversed:
+        hidden = tuple(torch.cat(end) for end in zip(*[*ends, hidden][::-1], strict=True))
+    return torch.cat(outputs[::-1] if is_reversed else outputs), hidden
 
 
 def _cell(
