@@ -225,6 +225,16 @@ class NeighborsOfMany(NormOfMany):
         return self.last(((x + x.roll(1, 0)) / 2 if len(x) >= 32 else x).relu())
 
 
+class GroupsOf16(NormOfMany):
+    """A mean over each 16 samples, if these divide the batch."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        if len(x) % 16 == 0:
+            x = x - x.view(-1, 16, 16).mean(1).repeat_interleave(16, 0)
+        return self.last(x.relu())
+
+
 class Experts(nn.Module):
     """Two experts that take at least 16 samples, the first ones."""
 
@@ -292,6 +302,7 @@ def dependent_at_size() -> list[Job]:
         job("losses cut at a quantile", dense, rows, winsorized, **of_rows),
         job("a norm above eight samples", NormOfMany, rows, classify, **of_rows),
         job("neighbors from 32 samples on", NeighborsOfMany, rows, classify, **of_rows),
+        job("groups of 16 samples", GroupsOf16, rows, classify, **of_rows),
         job("experts with a smallest capacity", Experts, rows, classify, **of_rows),
         job("experts that choose at most 24", ExpertsChoose, rows, classify, **of_rows),
         job("masks drawn in the loss", Words, texts, masked_in_loss, batch_size=16),

@@ -58,7 +58,7 @@ def test_dependence_that_few_samples_do_not_show_is_detected(job: Job) -> None:
     assert sample_dependence(job).kind is DependenceKind.DEPENDENT
 
 
-@pytest.mark.parametrize("job", dependent_jobs.dependent_at_size()[2:6], ids=lambda job: job.name)
+@pytest.mark.parametrize("job", dependent_jobs.dependent_at_size()[2:7], ids=lambda job: job.name)
 def test_dependence_at_a_size_that_is_too_large_for_a_trial_is_not_tested(
     job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -123,7 +123,7 @@ def _of_trial(trial_job: Job, whole_job: Job) -> SampleDependence:
     reason = f"a batch of {length} samples uses {operator} in another way than the trial's {few}"
     if excess := _Cost.of(jobs[-1]).reason(length):
         return _not_tested(f"{reason}, and {excess}")
-    return _Trial(jobs[-1], singles=False).run()
+    return _Trial(jobs[-1], part_size=few).run()
 
 
 def _traced(job: Job) -> Trace:
@@ -335,15 +335,16 @@ def _sum(parts: Sequence[_Gradients], weights: Sequence[float]) -> _Gradients:
 
 class _Trial:
     """One model and batch, whose loss and gradients are computed for the whole batch and for its parts.
-    ``run()`` returns the result. ``singles``: whether half of the batch is compared with its single samples,
-    too."""
+    ``run()`` returns the result. ``part_size``: number of samples of the parts with which half of the batch
+    is compared, too."""
 
-    def __init__(self, job: Job, *, singles: bool = True) -> None:
-        self.job, self.singles = job, singles
+    def __init__(self, job: Job, *, part_size: int = 1) -> None:
+        self.job, self.part_size = job, part_size
         self.batch = job.make_batch(0, 0)
         self.length = batch_length(self.batch)
-        halves = [batch_length(p) for p in split(self.batch, min(2, self.length))]
-        self.mode = FixedRandom({1, self.length, *halves}, time.thread_time() + _MOST_S)
+        halves = split(self.batch, min(2, self.length))
+        sizes = {batch_length(p) for p in (*halves, *self._smaller(halves[0]))}
+        self.mode = FixedRandom({1, self.length, *sizes}, time.thread_time() + _MOST_S)
         self.norms: dict[str, nn.Module] = {}  # layers whose forward took batch statistics
         self.mean_function = ""  # see `function_of_a_mean`
         self.state: dict[tuple[nn.Module, str], torch.Tensor] = {}
@@ -404,8 +405,8 @@ class _Trial:
 
     def _compared(self, batch: Any, setting: str, *, real: bool) -> SampleDependence:
         """Compare loss and gradients of the whole batch with those of its halves and, for a ``real`` batch or
-        random numbers of each sample, those of the first half with those of its single samples, unless the
-        loss fails on a single one.
+        random numbers of each sample, those of the first half with those of its parts of ``part_size``
+        samples, unless the loss fails on these.
         Return the result:
 
         - "independent" if they are equal up to rounding and a forward pass leaves the model's state as it is.
@@ -447,8 +448,7 @@ class _Trial:
         self.mean_function = self.mean_function or function_of_a_mean(
             batch_gradients.graph, part_gradients[0].graph
         )
-        if (real or self.mode.batch_dims) and self.singles and batch_length(halves[0]) > 1:
-            samples = split(halves[0], batch_length(halves[0]))
+        if (real or self.mode.batch_dims) and len(samples := self._smaller(halves[0])) > 1:
             with contextlib.suppress(*_ONE_IS_TOO_FEW):
                 sample_gradients, _ = self._of_parts(samples)
                 if (
@@ -460,6 +460,9 @@ class _Trial:
         return SampleDependence(
             kind=DependenceKind.INDEPENDENT, reason=f"the whole and the split batch agree {setting}"
         )
+
+    def _smaller(self, half: Any) -> Sequence[Any]:
+        return split(half, max(1, batch_length(half) // self.part_size))
 
     def _of_parts(self, parts: Sequence[Any]) -> tuple[list[_Gradients], list[dict[Any, torch.Tensor]]]:
         """Return (the loss and gradients of each part, the model's state after each part, see `_state_of`).
