@@ -402,6 +402,26 @@ def test_gradients_are_clipped_in_the_prediction_as_the_files_clip_them(
     assert _planned(tmp_path, zero, f"{own}:job", capsys, "zero.json")["clip"] == clip
 
 
+def test_a_better_plan_for_a_configuration_says_that_its_search_was_cut_off(
+    tmp_path: Path, own: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "zero.json").write_text('{"train_micro_batch_size_per_gpu": 2}')
+    words = [
+        "plan",
+        f"{own}:job",
+        "--from",
+        str(tmp_path / "zero.json"),
+        "--on",
+        "H100-SXM",
+        "--within",
+        "0.01",
+    ]
+    assert app.main(words) == 0
+    assert "ended the search" in " ".join(capsys.readouterr().out.split())
+    assert app.main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["extent"]["time_up"] is True
+
+
 def test_without_a_model_in_the_files_the_predicted_job_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,8 +12,10 @@ from memfit.cli.options import JobOptions, RuntimeOptions, SearchOptions
 from memfit.cli.output import console, emit
 from memfit.cli.progress import Bars
 from memfit.cli.request import machine_of, print_workload_of, request
+from memfit.types import serialization
 from memfit.types.errors import UserError
 from memfit.types.plan import Plan
+from memfit.types.units import format_seconds
 
 if TYPE_CHECKING:
     import memfit.lint.check
@@ -287,6 +289,7 @@ def _view(
         "findings": findings_view(findings),
         "better": [estimate_view(e) for e in result.better],
         "recommended": choice_view(result.recommended) if result.recommended is not None else None,
+        "extent": serialization.to_plain(result.extent) if result.extent is not None else None,
         "nothing_fits": result.nothing,
     }
 
@@ -345,6 +348,10 @@ def _print(result: memfit.workflows.config_review.ConfigReview, lang: str) -> No
                 "text.with_note", text=line, note=words.get(f"text.{'fits' if fits else 'does_not_fit'}")
             )
         output.print(Text(line))
+    if result.extent is not None and result.extent.time_up:
+        limit_s = result.extent.limit_s or 0.0  # 0: what an earlier search kept was used
+        cut = "extent.time_up" if limit_s else "extent.kept"
+        output.print(Text(words.get(cut, limit=format_seconds(limit_s))))
 
 
 def _differences(

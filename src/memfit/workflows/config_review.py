@@ -23,7 +23,7 @@ from memfit.techniques.registry import check, effect_of
 from memfit.trace.tracer import fake_model
 from memfit.types.errors import NothingFits, UserError
 from memfit.types.plan import EffectClass, Plan
-from memfit.types.result import Choice, Estimate
+from memfit.types.result import Choice, Estimate, SearchExtent
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,9 +34,10 @@ class ConfigReview:
     ``cap_bytes`` and the host has enough memory. On a CPU without a cap asked for, ``fits`` and ``cap_bytes``
     are None.
 
-    For a plan of one rank, ``recommended`` is the plan that a search recommends; if no plan fits, it is None
-    and ``nothing`` is the text of the error. For a plan of several ranks, ``better`` has its variants with a
-    lower peak, lowest first; empty if there are none. ``better_fits``: for each of them, as ``fits``.
+    For a plan of one rank, ``recommended`` is the plan that a search recommends, and ``extent`` says how far
+    the search got; if no plan fits, both are None and ``nothing`` is the text of the error. For a plan of
+    several ranks, ``better`` has its variants with a lower peak, lowest first; empty if there are none.
+    ``better_fits``: for each of them, as ``fits``.
     """
 
     existing: Estimate
@@ -46,6 +47,7 @@ class ConfigReview:
     better: tuple[Estimate, ...] = ()
     better_fits: tuple[bool | None, ...] = ()
     recommended: Choice | None = None
+    extent: SearchExtent | None = None
     nothing: str | None = None
 
     @property
@@ -125,10 +127,10 @@ def find_alternatives(request: Request, plan: Plan, progress: Progress, *, param
         if cap_bytes is None:  # on a CPU, the cap is what the existing plan needs
             request = dataclasses.replace(request, cap_bytes=need_bytes)
         try:
-            recommended = search(request, progress).result.recommended
+            result = search(request, progress).result
         except NothingFits as error:
             return dataclasses.replace(comparison, nothing=str(error))
-        return dataclasses.replace(comparison, recommended=recommended)
+        return dataclasses.replace(comparison, recommended=result.recommended, extent=result.extent)
     better = []
     for neighbour in neighbours(plan, parameters=parameters):
         progress("trace", 0, 0, neighbour.label)
