@@ -444,6 +444,14 @@ def penalized(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return classify(model, batch) + functional.relu(model[0].weight.norm() - 100)
 
 
+def added_one_by_one(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    losses = each(model, batch)
+    total = losses.new_zeros(())
+    for i in range(len(losses)):
+        total = total + losses[i] / len(losses)
+    return total
+
+
 def independent_at_size() -> list[Job]:
     """With more samples than a trial has."""
     of_rows: dict[str, Any] = {"batch_size": 64}
@@ -461,6 +469,7 @@ def independent_at_size() -> list[Job]:
         ),
         job("a hinge on weights", dense, rows, penalized, **of_rows),
         job("targets in a list", Boxes, of_lists, per_image, batch_size=16),
+        job("losses added in a loop", dense, rows, added_one_by_one, **of_rows),
     ]
 
 

@@ -42,7 +42,7 @@ class Engine:
       ``applied_by_memfit``, such as a setting that its library lacks; empty if it does support it.
     - ``asks_cuda(plan)``: the parts of the plan, in words, that the engine runs only on NVIDIA GPUs; may be
       empty.
-    - ``cuda_only``: whether its library trains on the accelerators of CUDA only, beside the processor.
+    - ``cuda_only``: whether its library trains on the accelerators of CUDA only, besides the processor.
     - ``no_scalars(plan)``: whether the engine refuses parameters without dimensions.
     - ``saves``: whether memfit's worker can save and resume training on this engine. ``unsaved``: names of
       the techniques with which it cannot nevertheless.

@@ -88,7 +88,9 @@ def batch_length(batch: Any) -> int:
         )
     if (count := sample_count(batch)) is not None:
         return count
-    leaves = _pytree.tree_leaves(batch, is_leaf=lambda v: isinstance(v, list | tuple) and _is_list(v, batch))
+    leaves = _pytree.tree_leaves(
+        batch, is_leaf=lambda v: isinstance(v, list | tuple) and _has_elements_of_one_kind(v, batch)
+    )
     if not any(isinstance(leaf, torch.Tensor) and leaf.dim() > 0 for leaf in leaves):
         for leaf in leaves:
             is_of_tensors = isinstance(leaf, list | tuple) and any(isinstance(v, torch.Tensor) for v in leaf)
@@ -126,7 +128,7 @@ def split(batch: Any, parts: int) -> Sequence[Any]:
             is_tensor = isinstance(value, torch.Tensor)
             return value.narrow(0, start, size) if is_tensor else value[start : start + size]
 
-        return _map(cut, batch, length)
+        return _map_per_sample(cut, batch, length)
 
     return [part(start, size) for start, size in zip(starts, sizes, strict=True)]
 
@@ -148,7 +150,7 @@ def repeat(batch: Any, times: int) -> Any:
             return value
         return torch.cat([value] * times) if isinstance(value, torch.Tensor) else value * times
 
-    return _map(repeated, batch, length)
+    return _map_per_sample(repeated, batch, length)
 
 
 def select(batch: Any, indices: Sequence[int]) -> Any:
@@ -169,7 +171,7 @@ def select(batch: Any, indices: Sequence[int]) -> Any:
             return value[rows.to(value.device)]
         return type(value)(value[i] for i in indices)
 
-    return _map(chosen, batch, length)
+    return _map_per_sample(chosen, batch, length)
 
 
 def join(*batches: Any) -> Any | None:
@@ -180,7 +182,8 @@ def join(*batches: Any) -> Any | None:
     """
     first, lengths = batches[0], [batch_length(batch) for batch in batches]
     flattened = [
-        _pytree.tree_flatten(b, is_leaf=_list_test(b, n)) for b, n in zip(batches, lengths, strict=True)
+        _pytree.tree_flatten(b, is_leaf=_sample_list_test(b, n))
+        for b, n in zip(batches, lengths, strict=True)
     ]
     leaves, structures = zip(*flattened, strict=True)
     if any(structure != structures[0] for structure in structures):
@@ -203,11 +206,11 @@ def join(*batches: Any) -> Any | None:
     return _pytree.tree_unflatten(joined, structures[0])
 
 
-def _map(function: Callable[[Any], Any], batch: Any, length: int) -> Any:
-    return _pytree.tree_map(function, batch, is_leaf=_list_test(batch, length))
+def _map_per_sample(function: Callable[[Any], Any], batch: Any, length: int) -> Any:
+    return _pytree.tree_map(function, batch, is_leaf=_sample_list_test(batch, length))
 
 
-def _list_test(batch: Any, length: int) -> Callable[[Any], bool]:
+def _sample_list_test(batch: Any, length: int) -> Callable[[Any], bool]:
     return lambda v: isinstance(v, list | tuple) and _is_per_sample(v, length, batch)
 
 
@@ -217,13 +220,17 @@ def _is_per_sample(value: Any, length: int, batch: Any = None) -> bool:
     their first dimension is none."""
     if isinstance(value, torch.Tensor):
         return value.dim() > 0 and value.shape[0] == length
-    if not isinstance(value, list | tuple) or len(value) != length or not _is_list(value, batch):
+    if (
+        not isinstance(value, list | tuple)
+        or len(value) != length
+        or not _has_elements_of_one_kind(value, batch)
+    ):
         return False
     first_sizes = {t.shape[0] for t in batch_tensors(value) if t.dim() > 0}
     return first_sizes != {length}
 
 
-def _is_list(value: Sequence[Any], batch: Any) -> bool:
+def _has_elements_of_one_kind(value: Sequence[Any], batch: Any) -> bool:
     """Return whether ``value``, inside ``batch``, is a list or tuple of elements of one kind: mappings; or
     elements with tensors, of the same structure and types. A batch that is itself a tuple, or a list of
     tensors, is none."""

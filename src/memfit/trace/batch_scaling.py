@@ -3,13 +3,14 @@ nothing of what happens only in larger batches."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from memfit.types.trace import Phase, Trace
+from memfit.types.trace import Phase, Trace, base_name
 
 # Operators whose result has a size that depends on values.
 _OF_VALUES = ("nonzero", "masked_select", "unique", "repeat_interleave", "index.", "bincount", "_local_")
@@ -25,11 +26,12 @@ def size_dependent_operator(traces: Mapping[int, Trace]) -> str:
     """Return the name of the first forward operator that a larger batch uses in another way, "" if there is
     none. ``traces``: the trace of a step for each of three numbers of samples.
 
-    In the same way means: the operators are the same, or each is called a number of times that is linear
-    in the number of samples, as in a loop over them; and sizes of tensors and other numeric arguments are
-    constant, or linear in the number of samples or its inverse. After an operator whose result has a size
-    that depends on values, such as a masked selection, only numbers that select are compared. An operator
-    that orders samples, such as a sort, counts as used in another way.
+    In the same way means: the operators are the same, in the same order, and sizes of tensors and other
+    numeric arguments are constant, or linear in the number of samples or its inverse. After an operator whose
+    result has a size that depends on values, such as a masked selection, only numbers that select are
+    compared. An operator that orders samples, such as a sort, counts as used in another way, and so does one
+    in a loop over samples. If operators differ, one with a number of calls that is not linear in the number
+    of samples is named before others.
     """
     sizes = sorted(traces)
     calls = [_forward_calls(traces[n]) for n in sizes]
@@ -37,20 +39,21 @@ def size_dependent_operator(traces: Mapping[int, Trace]) -> str:
     if any(of_size != names[0] for of_size in names):
         counts = [Counter(of_size) for of_size in names]
         changed = [n for n in dict.fromkeys(names[-1]) if not _is_linear(sizes, [c[n] for c in counts])]
-        pairs_of_names = zip(names[-1], names[0], strict=False)
-        return _short(changed[0] if changed else next(a for a, b in pairs_of_names if a != b))
+        places = itertools.zip_longest(*reversed(names))
+        different = next(place for place in places if len(set(place)) > 1)
+        return base_name(changed[0] if changed else next(filter(None, different)))
     only_selecting = False
     for same_calls in zip(*calls, strict=True):
         name = same_calls[0][0].removeprefix("aten.")
         if name.startswith(_ORDERING) and len({_ordered_size(c) for c in same_calls}) > 1:
-            return _short(name)
+            return base_name(same_calls[0][0])
         selects = name.startswith(_SELECTING)
         if not only_selecting or selects:
             pairs = [_numbers(c[1:], shapes=not only_selecting) for c in same_calls]
             if any(len(p) != len(pairs[0]) for p in pairs) or not all(
                 _is_linear(sizes, values) for values in zip(*pairs, strict=True)
             ):
-                return _short(name)
+                return base_name(same_calls[0][0])
         only_selecting |= name.startswith(_OF_VALUES)
     return ""
 
@@ -91,7 +94,3 @@ def _on_a_line(xs: Sequence[float], values: Sequence[float]) -> bool:
     slope = (values[1] - values[0]) / (xs[1] - xs[0])
     expected = values[0] + slope * (xs[2] - xs[0])
     return abs(expected - values[2]) <= _RATIO * max(map(abs, values))
-
-
-def _short(name: str) -> str:
-    return name.removeprefix("aten.").split(".")[0]

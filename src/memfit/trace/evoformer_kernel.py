@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 
 from memfit.techniques.synthetic_kernel import kernel, read_bytes
+from memfit.trace.signature import dtype_name
 from memfit.types.errors import UserError
 
 MODULE = "deepspeed.ops.deepspeed4science.evoformer_attn"
@@ -89,5 +90,5 @@ def _report(
         flops=(10 if backward else 4) * count * length * length * width,
         kind="attention_backward" if backward else "attention",
         shape=(count, length, length, width, 0),
-        dtype=str(query.dtype).removeprefix("torch."),
+        dtype=dtype_name(query.dtype),
     )

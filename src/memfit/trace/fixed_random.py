@@ -46,8 +46,8 @@ class FixedRandom(TorchDispatchMode):
     these lengths it may be the batch, and all numbers along it are equal. After `draw_for_each_sample`, the
     calls of random operators in ``batch_dims`` (number of the call in a pass: dimension of the samples) give
     numbers that depend on the sample, too. ``weighs_classes`` is True once a loss was averaged with weights
-    that differ from class to class. Raises TimeLimitExceeded at the
-    first operator after ``deadline_s``, a reading of this thread's processor time (`time.thread_time`).
+    that differ from class to class. Raises TimeLimitExceeded at the first operator after ``deadline_s``, a
+    reading of this thread's processor time (`time.thread_time`).
     """
 
     def __init__(self, counts: Collection[int], deadline_s: float) -> None:

@@ -16,12 +16,13 @@ import torch
 from torch.nn import functional
 
 from memfit.techniques.synthetic_kernel import kernel, read_bytes
+from memfit.trace.signature import dtype_name
 from memfit.types.device_kind import HOST, DeviceKind
 from memfit.types.trace import UNKNOWN_BUFFER
 
 _ATEN: Any = torch.ops.aten
 _LSTM: Final = "lstm"
-# Numbers that a layer keeps for backward per step and hidden unit, beside its output: four gates and the cell
+# Numbers that a layer keeps for backward per step and hidden unit besides its output: four gates and the cell
 # state; three gates and the hidden state's part of the candidate; none.
 _KEPT: Final = {_LSTM: 5, "gru": 4, "rnn_tanh": 0, "rnn_relu": 0}
 _DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -36,8 +37,8 @@ def recurrent_kernels(kind: DeviceKind, note: Callable[[str], None]) -> Mapping[
         kernels |= {"lstm_cell": _lstm_cell, "gru_cell": _gru_cell}
     for name in _KEPT:
         if kind.fused_cells or name in kind.one_kernel_networks:
-            kernels[f"{name}.input"] = _of_batch(name, name in kind.one_kernel_networks, note)
-            kernels[f"{name}.data"] = _of_packed(name, name in kind.one_kernel_networks, note)
+            kernels[f"{name}.input"] = _padded_operator(name, name in kind.one_kernel_networks, note)
+            kernels[f"{name}.data"] = _packed_operator(name, name in kind.one_kernel_networks, note)
     return kernels
 
 
@@ -59,7 +60,7 @@ CELLS_ON_FAKES: Final[Mapping[str, Callable[..., Any]]] = {
 }
 
 
-def _of_batch(name: str, is_one_kernel: bool, note: Callable[[str], None]) -> Callable[..., Any]:
+def _padded_operator(name: str, is_one_kernel: bool, note: Callable[[str], None]) -> Callable[..., Any]:
     """Return the operator of a padded batch, with the arguments of ``torch.lstm`` or ``torch.gru``."""
 
     def network(input: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:  # noqa: A002
@@ -76,7 +77,7 @@ def _of_batch(name: str, is_one_kernel: bool, note: Callable[[str], None]) -> Ca
     return network
 
 
-def _of_packed(name: str, is_one_kernel: bool, note: Callable[[str], None]) -> Callable[..., Any]:
+def _packed_operator(name: str, is_one_kernel: bool, note: Callable[[str], None]) -> Callable[..., Any]:
     """Return the operator of packed sequences, with the arguments of ``torch.lstm`` or ``torch.gru`` for
     these."""
 
@@ -255,7 +256,7 @@ def _one_kernel(
 def _kept_bytes(
     name: str, layers: int, dropout: float, steps: torch.Tensor, states: tuple[torch.Tensor, ...]
 ) -> int:
-    """Return the bytes that a network keeps for backward beside its arguments and its output, at least: for
+    """Return the bytes that a network keeps for backward besides its arguments and its output, at least: for
     each layer and direction `_KEPT` and, of an LSTM with projections, what is projected; the outputs of all
     layers but the last, and one byte for each of their elements if there is dropout between layers."""
     networks, out, units = states[0].shape[0], states[0].shape[-1], states[-1].shape[-1]
@@ -280,7 +281,7 @@ class _Network(torch.autograd.Function):
         ends = [torch.empty_like(state, memory_format=torch.contiguous_format) for state in first]
         buffer = steps.new_empty(kept_bytes, dtype=torch.uint8)
         ctx.flops = 2 * steps.shape[:-1].numel() * sum(w.numel() for w in weights if w.dim() == 2)
-        dtype = str(steps.dtype).removeprefix("torch.")
+        dtype = dtype_name(steps.dtype)
         kernel([output, *ends, buffer], read_bytes([read, *tensors[1:]]), flops=ctx.flops, dtype=dtype)
         ctx.save_for_backward(output, buffer, *tensors)
         ctx.states = states
@@ -293,7 +294,7 @@ class _Network(torch.autograd.Function):
         read = [steps.contiguous(), grads[0].contiguous()]
         results = [torch.empty_like(read[0]), *map(torch.empty_like, rest[: ctx.states])]
         flat = steps.new_empty(sum(w.numel() for w in weights))
-        dtype = str(steps.dtype).removeprefix("torch.")
+        dtype = dtype_name(steps.dtype)
         reads = read_bytes([*read, output, buffer, *grads[1:], *rest])
         kernel([*results, flat], reads, flops=2 * ctx.flops, dtype=dtype)
         parts = flat.split([w.numel() for w in weights])

@@ -93,7 +93,7 @@ def _key(job: Job) -> tuple[int, ...]:
 def _tried(job: Job) -> SampleDependence:
     try:
         # The job's reduced form may have more samples, but only those of the job itself are split.
-        result = _of_trial(*_affordable(job)) if job.batch_size > 1 else _not_tested(_ONE_SAMPLE)
+        result = _try_few_samples(*_affordable(job)) if job.batch_size > 1 else _not_tested(_ONE_SAMPLE)
     except TimeLimitExceeded:
         result = _not_tested(f"the trial takes more processor time than {_MOST_S:g} s")
     except Exception as error:  # any error of the user's code on parts of a batch
@@ -105,7 +105,7 @@ def _tried(job: Job) -> SampleDependence:
     return result
 
 
-def _of_trial(trial_job: Job, whole_job: Job) -> SampleDependence:
+def _try_few_samples(trial_job: Job, whole_job: Job) -> SampleDependence:
     """Return the result of a trial of ``trial_job``, which has a few samples of ``whole_job``. If that is
     "independent", but the whole batch does not use its operators as the few samples do at another size
     (`size_dependent_operator`), return the result of a trial of the whole batch, or "not tested" if it
@@ -362,8 +362,9 @@ class _Trial:
             return self._on_random(batch, result) if result.kind is DependenceKind.INDEPENDENT else result
 
     def _with_other_numbers(self, batch: Any) -> SampleDependence | None:
-        """Return the result with random numbers that differ from sample to sample, or on the first samples of
-        a batch, or by weights of classes, if one of these is not "independent"; else None."""
+        """Return the first of these results: with random numbers that differ from sample to sample, if it is
+        not "independent"; on the first samples of a batch, if it is "dependent"; "dependent" if the loss
+        weighs classes and the job has no ``loss_terms``. Return None if there is none of them."""
         if self.mode.draw_for_each_sample():
             drawn_result = self._compared(batch, "with random numbers of each sample", real=False)
             self.mode.batch_dims.clear()
