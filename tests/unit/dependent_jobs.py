@@ -311,9 +311,16 @@ def dependent_at_size() -> list[Job]:
     ]
 
 
+def flooded_in_python(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    losses = each(model, batch)
+    mean = sum((losses[i] for i in range(len(losses))), torch.zeros(())) / len(losses)
+    return (mean - 0.05).abs() + 0.05
+
+
 def undecided() -> list[Job]:
     return [
         job("flooding", dense, vectors, flooded),
+        job("flooding of a sum in Python", dense, vectors, flooded_in_python),
         job("free bits", dense, vectors, free_bits),
         job("the larger of two means", dense, vectors, larger_of_two),
     ]
@@ -452,6 +459,11 @@ def added_one_by_one(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.
     return total
 
 
+def row_by_row(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    pairs = zip(model(batch["x"]), batch["y"], strict=True)
+    return torch.stack([functional.cross_entropy(row, target) for row, target in pairs]).mean()
+
+
 def independent_at_size() -> list[Job]:
     """With more samples than a trial has."""
     of_rows: dict[str, Any] = {"batch_size": 64}
@@ -470,6 +482,7 @@ def independent_at_size() -> list[Job]:
         job("a hinge on weights", dense, rows, penalized, **of_rows),
         job("targets in a list", Boxes, of_lists, per_image, batch_size=16),
         job("losses added in a loop", dense, rows, added_one_by_one, **of_rows),
+        job("losses of the batch's rows", dense, rows, row_by_row, **of_rows),
     ]
 
 

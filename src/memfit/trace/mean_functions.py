@@ -33,12 +33,23 @@ def function_of_a_mean(whole: Any, half: Any) -> str:
 
 
 def _is_of_reduction(nodes: tuple[Any, Any]) -> bool:
-    """Return whether an argument of the node, which has no dimension of samples, was made by reducing one."""
+    """Return whether an argument of the node, which has no dimension of samples, was made by reducing one, or
+    from several samples of one tensor, as by a sum in Python."""
+    picked: dict[Any, set[Any]] = {}  # node with samples -> what of its result was picked
     for below in _walk(nodes, into_samples=False):
-        is_exit = any(_has_samples(child) for child in _arguments(below))
-        if is_exit and below[0] is not nodes[0] and _name(below[0]) not in _PICKS:
+        sources = [child[0] for child in _arguments(below) if _has_samples(child)]
+        if not sources or below[0] is nodes[0]:
+            continue
+        if all(_name(source) == "Unbind" for source in sources):  # whose results are samples
+            for node, number in below[0].next_functions:
+                if node in sources:
+                    picked.setdefault(node, set()).add(number)
+            continue
+        if _name(below[0]) not in _PICKS:
             return True
-    return False
+        numbers = [getattr(below[0], name, None) for name in ("_saved_index", "_saved_start")]
+        picked.setdefault(sources[0], set()).add(tuple(n for n in numbers if isinstance(n, int)))
+    return any(len(samples) > 1 for samples in picked.values())
 
 
 def _walk(nodes: tuple[Any, Any], *, into_samples: bool) -> Iterator[tuple[Any, Any]]:
