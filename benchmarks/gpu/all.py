@@ -76,14 +76,13 @@ JOBS: tuple[tuple[str, str, int | None, int | None, tuple[tuple[Use, ...], ...]]
     ("protein-lm", "35M", 16, 2, PLANS),
     ("char-lm", "", 64, 4, PLANS),
     ("protein-ss", "", 64, 4, (*PLANS, (OFFLOAD,))),
-    ("alphafold2", "", 4, 1, PLANS),
+    ("alphafold2", "", 4, 2, PLANS),
     ("genome", "", 16, 2, PLANS),
     ("weather", "", 16, 2, PLANS),
     ("segmentation3d", "", 8, 2, PLANS),
     ("potential", "", 16, 4, PLANS),
     ("molecules", "", 64, 8, PLANS),
 )
-REHEARSED_SIZES = {"alphafold2": {"crop": 32}}  # its own crop takes minutes a step on a busy processor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,7 +157,11 @@ def _unmeasured(
 def cases(only: Sequence[str] | None, *, simulated: bool, plans: int | None = None) -> Iterator[Case]:
     """Yield the cases of the pieces ``only`` (None: all), the most important first. ``plans``: of each job's
     plans in the piece "steps", only so many."""
-    pieces = {"steps": functools.partial(_steps, plans=plans), "poc": _poc, "engines": _engines}
+    pieces: dict[str, Callable[..., Iterator[Case]]] = {
+        "steps": functools.partial(_steps, plans=plans),
+        "poc": _poc,
+        "engines": _engines,
+    }
     for name, piece in pieces.items():
         if not only or name in only:
             yield from piece(simulated=simulated)
@@ -173,8 +176,7 @@ def _steps(*, simulated: bool, plans: int | None) -> Iterator[Case]:
             ref = JobRef(spec=str(_HERE / spec) + "_rehearsal" * simulated)
         else:
             ref = JobRef(spec=spec, size=None if simulated else size or None, batch=small_batch)
-            sizes = {"dimensions": REHEARSED_SIZES.get(spec, {})} if simulated else {"batch": batch}
-            ref = dataclasses.replace(ref, **sizes)
+            ref = ref if simulated else dataclasses.replace(ref, batch=batch)
         for uses in of_job[:plans]:
             plan = Plan(uses=uses)
             name = f"{Path(ref.spec).name} {ref.size or ''} {plan.label}"
@@ -186,7 +188,8 @@ def _steps(*, simulated: bool, plans: int | None) -> Iterator[Case]:
 
 def step(ref: JobRef, plan: Plan, engine: str = "native", *, simulated: bool) -> dict[str, Any]:
     """Return what was predicted of the plan's step and what was measured."""
-    request = Request(job_ref=ref, machine=this_machine("world"), engine=engine, timeout_s=PIECE_LIMIT_S)
+    machine = this_machine("world")
+    request = Request(job_ref=ref, machine=machine, engine=engine, timeout_s=PIECE_LIMIT_S, evaluates=True)
     before = make_predictor(request)[1].whole(plan)  # from the catalog's figures
     steps = REHEARSED_STEPS if simulated else STEPS
     run = run_plan(request, plan, seed=0, steps=steps, capped=False, progress=_silent)

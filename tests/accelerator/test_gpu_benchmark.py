@@ -17,6 +17,8 @@ import pytest
 from child_ranks import run_script
 
 from memfit.types.errors import UserError
+from memfit.types.job import JobRef
+from memfit.types.plan import Plan
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu" / "all.py"
 _ON_DEVICE = Path(__file__).with_name("on_the_device.py")
@@ -139,6 +141,24 @@ def test_an_incomplete_last_line_is_left_out_and_measured_again(
     texts = records.read_text().splitlines()
     assert texts[:3] == [*whole[:2], whole[2][:20]]
     assert [json.loads(text)["name"] for text in texts[3:]] == ["succeeds", "fails", "hangs"]
+
+
+def test_a_measured_step_computes_no_metric(script: ModuleType, tmp_path: Path) -> None:
+    """That of alphafold2 first simulates alignments, for minutes."""
+    job = tmp_path / "net.py"
+    job.write_text(
+        "import torch\n"
+        "from memfit import Job, Metric\n"
+        "METRIC = Metric(name='m', unit='', higher_is_better=True, margin=1.0, margin_source='', naive=0.0,\n"
+        "    naive_name='')\n"
+        "def evaluate(model): raise RuntimeError('evaluated')\n"
+        "def job():\n"
+        "    return Job(name='net', build_model=lambda: torch.nn.Linear(8, 8), batch_size=4,\n"
+        "        make_batch=lambda step, seed: torch.zeros(4, 8), evaluate=evaluate,\n"
+        "        loss=lambda model, batch: model(batch).sum(), metric=METRIC)\n"
+    )
+    measured = script.step(JobRef(spec=f"{job}:job"), Plan(), simulated=True)
+    assert None not in measured["values"]["allocated"]
 
 
 def test_what_is_refused_is_an_outcome_that_is_not_tried_again(

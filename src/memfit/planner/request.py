@@ -57,6 +57,7 @@ class Request:
     # Whether a search goes on where an earlier one for the same plans hit its time limit. If not, it answers
     # from what that one has kept on disk, unless that has no estimate, or no plan in it fits.
     continues: bool = True
+    evaluates: bool = True  # whether a single run computes the job's metric at its end
 
     @property
     def is_here(self) -> bool:

@@ -159,7 +159,7 @@ def run_plan(
         cap_scope="run" if request.cap_bytes else "bound",
         device=request.device_kind,
         threads=request.threads or max(1, local_machine.threads() // plan.ranks),
-        evaluate=plan.ranks == 1,
+        evaluate=request.evaluates and plan.ranks == 1,
         source_digest=source_digest(request.job_ref.spec),
     )
 
