@@ -583,7 +583,7 @@ def pinned() -> dict[str, Any]:
 
 
 def random_numbers() -> dict[str, bool]:
-    from memfit.conformance.cross_rank_dependence import _kept_generators
+    from memfit.conformance.cross_rank_dependence import _restoring_generators
 
     torch.manual_seed(3)
     host_state = torch.get_rng_state()
@@ -596,7 +596,7 @@ def random_numbers() -> dict[str, bool]:
     with torch.random.fork_rng():
         torch.randn(5, device="sim")
     before_trial = torch.sim.get_rng_state()
-    with _kept_generators({"x": torch.ones(2, device="sim")}):
+    with _restoring_generators({"x": torch.ones(2, device="sim")}):
         torch.randn(5, device="sim")
     after_trial = torch.sim.get_rng_state()
     own = torch.Generator("sim").manual_seed(3)

@@ -136,12 +136,12 @@ def test_a_ring_skeleton_ignores_side_chains_and_the_way_of_writing() -> None:
 
 
 def test_no_ring_skeleton_is_in_both_training_and_test_molecules(listed: str) -> None:
-    found = molecules.split_by_skeleton(molecules._user(listed), 72, "")
+    found = molecules.split_by_skeleton(molecules._read_user_file(listed), 72, "")
     assert len(found.smiles) == 24
     skeletons = [smiles.ring_skeleton(text) for text in found.smiles]
     assert found.train_count == 16
     assert not set(skeletons[:16]) & set(skeletons[16:])
-    assert len(molecules.split_by_skeleton(molecules._user(listed), 12, "").smiles) < 24, (
+    assert len(molecules.split_by_skeleton(molecules._read_user_file(listed), 12, "").smiles) < 24, (
         "longer ones are left out"
     )
 
@@ -153,7 +153,7 @@ def test_a_skeleton_of_nearly_all_molecules_is_split_and_the_source_says_so(list
         assert found.train_count == int(0.8 * len(pairs))
         assert found.scale[1] > 1
         assert found.source.startswith("mine: one ring skeleton has over four fifths")
-    assert molecules.split_by_skeleton(molecules._user(listed), 72, "mine").source == "mine"
+    assert molecules.split_by_skeleton(molecules._read_user_file(listed), 72, "mine").source == "mine"
 
 
 def test_padding_does_not_change_a_prediction() -> None:

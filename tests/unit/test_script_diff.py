@@ -404,7 +404,7 @@ REFUSED = {
     ),
     "a loss that begins before the model is called": (
         PLAIN.replace("# forward\n", "loss = 0.0\n").replace("loss = F", "loss += F"),
-        "line 20 adds to loss, which begins before the model is called",
+        "line 20 adds to loss, which has a value before the model is called",
     ),
     "a number of samples": (
         PLAIN.replace("# forward\n", "n = len(x)\n").replace("F.cross_entropy(out, y)", "out.sum() / n"),

@@ -69,12 +69,16 @@ class PartReach:
 
     def _try(self, block: nn.Module, inner: Callable[..., Any], inputs: Any) -> None:
         parity = self.place % 2
-        changes = (_as_it_is, *(_other if turn == parity else _as_it_is for turn in (0, 1)), _half_other)
+        changes = (
+            _keep,
+            *(_replace_values if turn == parity else _keep for turn in (0, 1)),
+            _replace_first_half,
+        )
         self.running, buffers = True, [(b, b.detach().clone()) for b in block.buffers()]
         outs = []
         try:
             for change in changes:
-                with torch.no_grad(), _kept_generators(inputs):
+                with torch.no_grad(), _restoring_generators(inputs):
                     args, kwargs = _pytree.tree_map_only(torch.Tensor, change, inputs)
                     outs.append(inner(*args, **kwargs))
         finally:
@@ -97,7 +101,7 @@ class PartReach:
         return CrossRankReads(reached=self.reached, local_only=self.local_only)
 
 
-def _kept_generators(args: Any) -> AbstractContextManager[None]:
+def _restoring_generators(args: Any) -> AbstractContextManager[None]:
     """Return a context that restores the random number generators of the host and of the accelerators that
     hold tensors of ``args``, which are of one kind."""
     devices = {t.device for t in tensor_leaves(args) if t.device.type not in (HOST, "meta")}
@@ -106,20 +110,20 @@ def _kept_generators(args: Any) -> AbstractContextManager[None]:
     return torch.random.fork_rng([d.index for d in devices], device_type=devices.pop().type)
 
 
-def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+def _keep(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _other(tensor: torch.Tensor) -> torch.Tensor:
+def _replace_values(tensor: torch.Tensor) -> torch.Tensor:
     """Return 1 - ``tensor``, so that its values differ, if it is floating-point and has more than two
     dimensions, as activations have. Return other tensors unchanged."""
     return 1 - tensor if tensor.is_floating_point() and tensor.dim() > 2 else tensor
 
 
-def _half_other(tensor: torch.Tensor) -> torch.Tensor:
+def _replace_first_half(tensor: torch.Tensor) -> torch.Tensor:
     """Return ``tensor`` with the first half along dimension 1 (the one after the batch) replaced by 1 minus
-    its values. Return tensors that `_other` does not change unchanged."""
-    if _other(tensor) is tensor:
+    its values. Return tensors that `_replace_values` does not change unchanged."""
+    if _replace_values(tensor) is tensor:
         return tensor
     return torch.cat([1 - tensor[:, : tensor.shape[1] // 2], _second_half(tensor)], dim=1)
 

@@ -110,7 +110,7 @@ def _compare(ranks: _Ranks, copies: list[list[GradientFigures]]) -> _Verdict:
         before = backward  # the optimizer's step was not observed
     if ranks.are_mean(before) or ranks.are_mean(after):  # the second: averaged within the optimizer's step
         return _Verdict()
-    if not ranks.of_one(before[0]) and all(ranks.alike(f, before[0]) for f in before):
+    if not ranks.are_of_one_rank(before[0]) and all(ranks.are_alike(f, before[0]) for f in before):
         if ranks.are_mean(backward):
             return _Verdict()  # averaged, then clipped or decayed
         if len(copies) > 1:
@@ -137,7 +137,7 @@ class _Ranks:
         self._names, self.local, self._squares, self._mean = names, local, squares, local.mean(0)
         sizes = self._mean.square().sum(-1).clamp_min(1e-300)
         self._near = _SPREAD_RATIO * torch.stack(
-            [_apart(rank_figures, self._mean) for rank_figures in local]
+            [_squared_sine(rank_figures, self._mean) for rank_figures in local]
         ).amax(0)
         noise = _SURE * squares / sizes
         self.sure = (self._near > noise * _ROUNDING**2) & local.isfinite().all(-1).all(0)
@@ -159,10 +159,10 @@ class _Ranks:
     def _wrong(self, gradients: torch.Tensor) -> torch.Tensor:
         """Return a mask of the parameters in ``sure`` whose ``gradients``, with shape (parameters, figures),
         are not a multiple of the ranks' mean."""
-        distances = _apart(gradients, self._mean)
+        distances = _squared_sine(gradients, self._mean)
         return self.sure & (distances > self._near) & (distances > self._rounding)
 
-    def of_one(self, gradients: torch.Tensor) -> bool:
+    def are_of_one_rank(self, gradients: torch.Tensor) -> bool:
         """Return whether one rank exists of whose own gradients all those ``gradients`` are multiples that
         are not multiples of the ranks' mean. Exceptions with a share (`_share`) of less than 1 % are allowed.
         Also True if all are multiples of the mean. ``gradients`` has shape (parameters, figures)."""
@@ -171,14 +171,14 @@ class _Ranks:
             self._share(wrong & self._differ(gradients, rank_figures)) < _SHARE for rank_figures in self.local
         )
 
-    def alike(self, a: torch.Tensor, b: torch.Tensor) -> bool:
+    def are_alike(self, a: torch.Tensor, b: torch.Tensor) -> bool:
         """Return whether ``a`` and ``b``, with shape (parameters, figures), are equal up to a factor per
         parameter and rounding. Parameters where they differ may have a share (`_share`) of less than 1 %.
         Parameters that are not in ``sure`` do not count."""
         return self._share(self.sure & self._differ(a, b)) < _SHARE
 
     def _differ(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return _apart(a, b) > torch.maximum(self._near / 10, self._rounding)
+        return _squared_sine(a, b) > torch.maximum(self._near / 10, self._rounding)
 
     def _share(self, mask: torch.Tensor) -> float:
         """Return how much the parameters in ``mask`` weigh among those in ``sure``, from 0 to 1: their share
@@ -188,7 +188,7 @@ class _Ranks:
         return max(by_squares, float(mask.sum() / self.sure.sum()) / _COUNT)
 
 
-def _apart(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def _squared_sine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return, for each parameter, the squared sine of the angle between its figures in ``a`` and in ``b``
     (the last dimension): 0 if one is a multiple of the other, also if one is zero; 1 if they are
     orthogonal."""

@@ -67,7 +67,7 @@ def gradients(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
         feature,
         f"1/{degree} of {whole_part:,} elements on a rank before the update",
         f"{held_elements:,}",
-        wrong=unreduced or held_elements > max_elements + _bucketed(plan),
+        wrong=unreduced or held_elements > max_elements + _bucket_elements(plan),
     )
     zero, backward_elements = plan.get("zero"), observed.backward_gradient_elements
     if zero is None or int(zero.settings["stage"]) != 2 or not backward_elements:
@@ -145,7 +145,7 @@ def _overlapping(params: Sequence[ObservedParameter], degree: int, rank: int) ->
     )
 
 
-def _bucketed(plan: Plan) -> int:
+def _bucket_elements(plan: Plan) -> int:
     """Return the elements of gradients that sharded-ddp keeps on every rank in buckets, one bucket of
     ``reduce_buffer_elements`` for each rank of a shard group; 0 without sharded-ddp."""
     use = plan.get("sharded-ddp")

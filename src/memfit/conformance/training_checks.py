@@ -45,7 +45,9 @@ def optimizer_parameters(plan: Plan, observed: Observations) -> Iterator[CheckFi
         yield Checked(
             "optimizer: parameters",
             f"all {len(trained)} trained parameters in the optimizer",
-            f"{len(trained) - len(missing)}; not in it: {_named(missing)}{stale_text}" if missing else "all",
+            f"{len(trained) - len(missing)}; not in it: {_join_names(missing)}{stale_text}"
+            if missing
+            else "all",
             wrong=bool(missing),
         )
     elif not observed.has_step:
@@ -63,7 +65,7 @@ def update(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
     are not finite and the optimizer did not step, as with a loss scale that is too high: then it is
     `NotChecked`. Yields nothing if weights were not compared."""
     figures = _figures(observed)
-    trained = _of(observed, figures)
+    trained = _compared_parameters(observed, figures)
     if not trained:
         return
     if any(math.isnan(loss) for rank in observed.ranks for loss in rank.losses):
@@ -72,7 +74,7 @@ def update(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
     changed, broken = _changed(figures), _union(f.not_finite for f in figures)
     count_text = f"{sum(p.name in changed for p in trained)} of {len(trained)} trained parameters changed"
     if broken:
-        found_text = f"values that are not finite in {_named([p for p in trained if p.name in broken])}"
+        found_text = f"values that are not finite in {_join_names([p for p in trained if p.name in broken])}"
         yield Checked("update", "finite weights after the step", found_text, wrong=True)
     elif changed:
         yield Checked("update", "weights change", count_text, wrong=False)
@@ -84,7 +86,7 @@ def update(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
 
 def _reason_to_wait(figures: Sequence[WeightFigures]) -> str:
     """Return why a correct training may leave all weights unchanged in this step, or ""."""
-    groups = _rated(figures)
+    groups = _parameter_groups(figures)
     if groups and all(_is_warming_up(g, groups) for g in groups):
         rates = sorted({g.rate for g in groups if g.rate is not None})
         return f"the learning rate is {', '.join(f'{r:g}' for r in rates[:_NAMED])} in this step"
@@ -115,7 +117,7 @@ def _cause(figures: Sequence[WeightFigures]) -> str:
         return "the optimizer did not step"
     if _cleared(figures):
         return "the gradients were gone when the optimizer stepped"
-    groups = _rated(figures)
+    groups = _parameter_groups(figures)
     if groups and all(g.rate == 0 for g in groups):
         return "the learning rate is 0, and no schedule raises it"
     return "its updates change none of them, or they were undone"
@@ -135,18 +137,24 @@ def weights(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
     if not changed:
         return
     reported = {p.name for p in _missing(observed)} if _is_certain(figures) else set()
-    due = [p for p in _of(observed, figures) if gradients.get(p.name, 0) != 0 and p.name not in reported]
-    groups = _rated(figures)
+    due = [
+        p
+        for p in _compared_parameters(observed, figures)
+        if gradients.get(p.name, 0) != 0 and p.name not in reported
+    ]
+    groups = _parameter_groups(figures)
     waiting = _union(g.names for g in groups if _is_warming_up(g, groups)) | _rounded(observed, figures)
     stuck, cleared = _union(g.names for g in groups if g.rate == 0) - waiting, _cleared(figures)
     unchanged = [p for p in due if p.name not in changed and p.name not in waiting]
     if resting := [p for p in due if p.name not in changed and p.name in waiting]:
-        yield NotChecked(f"weights: {_named(resting)} did not change, as their updates may be too small yet")
+        yield NotChecked(
+            f"weights: {_join_names(resting)} did not change, as their updates may be too small yet"
+        )
     lost = [p for p in due if p.name in cleared and p.name in changed]
     untrained = [*unchanged, *lost]
     is_wrong = any(p.name in stuck for p in unchanged) or _is_much(untrained, due)
     texts = [
-        f"{len(params)} {text}: {_named(params)}"
+        f"{len(params)} {text}: {_join_names(params)}"
         for text, params in (
             ("do not, at a learning rate of 0", [p for p in unchanged if p.name in stuck]),
             ("do not", [p for p in unchanged if p.name not in stuck]),
@@ -193,11 +201,11 @@ def block_gradients(plan: Plan, observed: Observations) -> Iterator[CheckFinding
     if dead or (partly and partly != [blocks[-1][0]]):
         texts = [f"none that is not 0 in blocks {', '.join(map(str, dead))}"] if dead else []
         if partly:
-            texts.append(f"none in parts of blocks {', '.join(map(str, partly))}: {_named(unused)}")
+            texts.append(f"none in parts of blocks {', '.join(map(str, partly))}: {_join_names(unused)}")
         yield Checked("block gradients", "gradients in all blocks", "; ".join(texts), wrong=True)
         return
     if unused:
-        yield NotChecked(f"block gradients: {_named(unused)} got none; the loss may not depend on them")
+        yield NotChecked(f"block gradients: {_join_names(unused)} got none; the loss may not depend on them")
     yield Checked("block gradients", "gradients in all blocks", f"in {len(blocks)} blocks", wrong=False)
 
 
@@ -211,7 +219,7 @@ def master_weights(plan: Plan, observed: Observations) -> Iterator[CheckFinding]
     yield Checked(
         "master weights",
         f"{len(masters)} parameters equal to their updated copies",
-        f"{len(behind)} differ: {_named(behind)}" if behind else "all",
+        f"{len(behind)} differ: {_join_names(behind)}" if behind else "all",
         wrong=bool(behind),
     )
 
@@ -245,7 +253,7 @@ def _rounded(observed: Observations, figures: Sequence[WeightFigures]) -> frozen
     return frozenset(half - own_names - {n for f in figures for n in f.masters})
 
 
-def _of(observed: Observations, figures: Sequence[WeightFigures]) -> list[ObservedParameter]:
+def _compared_parameters(observed: Observations, figures: Sequence[WeightFigures]) -> list[ObservedParameter]:
     """Return the trained parameters whose bits were compared on some rank."""
     compared = _union(f.compared for f in figures if f.compared is not None)
     return [p for p in observed.trained if p.name in compared]
@@ -255,7 +263,7 @@ def _optimizers(figures: Sequence[WeightFigures]) -> list[ObservedOptimizer]:
     return [f.optimizer for f in figures if f.optimizer is not None]
 
 
-def _rated(figures: Sequence[WeightFigures]) -> list[OptimizerGroup]:
+def _parameter_groups(figures: Sequence[WeightFigures]) -> list[OptimizerGroup]:
     """Return the parameter groups that hold parameters of the model or, if there are none, as where DeepSpeed
     updates copies, all groups."""
     groups = [g for optimizer in _optimizers(figures) for g in optimizer.groups]
@@ -321,5 +329,5 @@ def _ratio(part: Iterable[ObservedParameter], params: Iterable[ObservedParameter
     return sum(p.whole_elements for p in part) / max(1, sum(p.whole_elements for p in params))
 
 
-def _named(params: Sequence[ObservedParameter]) -> str:
+def _join_names(params: Sequence[ObservedParameter]) -> str:
     return first_names([p.name for p in params], _NAMED)

@@ -69,13 +69,13 @@ class BatchCounts:
         Accelerate and in Lightning's training step; and Lightning's settings in batches."""
         for node in ast.walk(self.source.tree):
             if isinstance(node, ast.For) and _accumulates(node):
-                yield from self._counting(node, _index(node))
+                yield from self._uses_of_index(node, _index(node))
             elif isinstance(node, ast.FunctionDef) and node.name == "training_step":
-                yield from self._counting(node, "".join(a.arg for a in node.args.args[2:3]))
+                yield from self._uses_of_index(node, "".join(a.arg for a in node.args.args[2:3]))
             elif isinstance(node, ast.keyword) and node.arg in _OF_TRAINER:
                 yield from [node.value] if isinstance(literal(node.value), int) else []
 
-    def _counting(self, node: ast.For | ast.FunctionDef, index: str) -> Iterator[Any]:
+    def _uses_of_index(self, node: ast.For | ast.FunctionDef, index: str) -> Iterator[Any]:
         for use in (n for s in node.body for n in ast.walk(s)):
             is_index = isinstance(use, ast.Name) and use.id == index and isinstance(use.ctx, ast.Load)
             is_count = isinstance(use, ast.AugAssign) and isinstance(use.value, ast.Constant)

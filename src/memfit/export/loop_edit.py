@@ -192,8 +192,8 @@ def _must_split_alike(source: Source, loop: Loop) -> None:
     first = next(setters, None)
     if first is not None and (isinstance(first, ast.AugAssign) or loss in loaded_names(first)):
         raise UserError(
-            f"line {first.lineno} adds to {loss}, which begins before the model is called, so that "
-            "micro-batches would add up in it"
+            f"line {first.lineno} adds to {loss}, which has a value before the model is called: every "
+            "micro-batch would add its loss to it"
         )
     for statement in loop.body[: loop.forward]:
         changed = stored_names(statement)

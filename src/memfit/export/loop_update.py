@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -144,11 +145,11 @@ def _sequence(place: LoopPlace, statements: Statements, *, is_whole: bool) -> Up
         raise UserError("a branch that runs backward does more than clip and step")
     if not is_whole:
         bodies = [place.body] if step_body is place.body else [place.body, step_body]
-        _must_be_only(str(_stepped(rest[step], scaler)), bodies, scaler)
+        _must_be_only(str(_stepped_optimizer(rest[step], scaler)), bodies, scaler)
         removed += [s for body in bodies for s in body if _method(s, "zero_grad") is not None]
     return Update(
         loss=loss,
-        optimizer=str(_stepped(rest[step], scaler)),
+        optimizer=str(_stepped_optimizer(rest[step], scaler)),
         backward=statements[index],
         step=rest[step],
         step_body=step_body,
@@ -188,11 +189,13 @@ def _parent(place: LoopPlace) -> tuple[Statements, int] | None:
 
 
 def _step_index(place: LoopPlace, statements: Statements, scaler: str) -> int | None:
-    names = [(i, name) for i, s in enumerate(statements) if (name := _stepped(s, scaler)) is not None]
+    names = [
+        (i, name) for i, s in enumerate(statements) if (name := _stepped_optimizer(s, scaler)) is not None
+    ]
     return next((i for i, name in names if scaler or _is_optimizer(place, name)), None)
 
 
-def _stepped(statement: ast.stmt, scaler: str) -> str | None:
+def _stepped_optimizer(statement: ast.stmt, scaler: str) -> str | None:
     """Return the optimizer that the statement steps: X of ``X.step()``, or of ``SCALER.step(X)``."""
     if not scaler:
         return _method(statement, "step")
@@ -247,7 +250,7 @@ def _gradient_changes(
 def _must_be_only(optimizer: str, bodies: list[Statements], scaler: str) -> None:
     """Raise UserError if the loop zeroes the gradients of another optimizer and steps it, too."""
     statements = [s for body in bodies for s in body]
-    stepped = {_stepped(s, scaler) for s in statements} - {None, optimizer}
+    stepped = {_stepped_optimizer(s, scaler) for s in statements} - {None, optimizer}
     if others := sorted(map(str, stepped & {_method(s, "zero_grad") for s in statements})):
         raise UserError(f"the loop trains with more than one optimizer: {optimizer} and {others[0]}")
 
@@ -288,9 +291,9 @@ def _is_whole_model(node: ast.expr) -> bool:
 
 def must_be_on_lines(body: Statements) -> None:
     """Raise UserError if statements share a line."""
-    edges = [x for s in body for x in (s.lineno, end(s) + 0.5)]
-    if sorted(edges) != edges:
-        raise UserError("several statements of the loop are on one line")
+    shared = next((b.lineno for a, b in itertools.pairwise(body) if end(a) >= b.lineno), None)
+    if shared is not None:
+        raise UserError(f"line {shared} has several statements of the loop")
 
 
 # -- names and lines ------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ def step_counters(between: Statements, kept: Sequence[str]) -> tuple[ast.stmt, .
     reads what they set."""
     counters = []
     for index, statement in enumerate(between):
-        names = _counted(statement)
+        names = _counted_variables(statement)
         others = {n for s in between if s is not statement for n in stored_names(s)}
         later = {n for s in between[index + 1 :] for n in loaded_names(s) | set(stored_names(s))}
         reads = loaded_names(statement)
@@ -28,7 +28,7 @@ def step_counters(between: Statements, kept: Sequence[str]) -> tuple[ast.stmt, .
     return tuple(counters)
 
 
-def _counted(statement: ast.stmt) -> set[str]:
+def _counted_variables(statement: ast.stmt) -> set[str]:
     """Return the variables that the statement counts up, none if it counts nothing."""
     if isinstance(statement, ast.AugAssign):
         return set(stored_names(statement.target))
@@ -44,10 +44,10 @@ def repeated_lines(between: Statements, omitted: Sequence[ast.stmt], batch: Sequ
     """Return the lines of the statements of ``between``, also of inner ones, whose effect adds up if they run
     once for each micro-batch: calls, and sums that go on from step to step. Those in ``omitted``, and those
     that read a variable of ``batch`` (sums over its samples), are left out."""
-    return [s.lineno for s in _repeated(between, omitted, set(batch), set())]
+    return [s.lineno for s in _repeated_statements(between, omitted, set(batch), set())]
 
 
-def _repeated(
+def _repeated_statements(
     statements: Statements, omitted: Sequence[ast.stmt], batch: set[str], known: set[str]
 ) -> Iterator[ast.stmt]:
     """Yield the statements that `repeated_lines` names. ``known``: the variables that the step has set before
@@ -57,7 +57,7 @@ def _repeated(
             continue
         if inner_lists := lists_of(statement):
             for inner in inner_lists:
-                yield from _repeated(inner, omitted, batch, known)
+                yield from _repeated_statements(inner, omitted, batch, known)
             continue
         if _adds_up(statement, known) and not loaded_names(statement) & batch:
             yield statement
@@ -70,4 +70,4 @@ def _adds_up(statement: ast.stmt, known: set[str]) -> bool:
     if isinstance(statement, ast.Expr):
         call = statement.value
         return isinstance(call, ast.Call) and name_of(call.func) not in _HARMLESS
-    return bool(_counted(statement) - known)
+    return bool(_counted_variables(statement) - known)

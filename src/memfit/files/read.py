@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Final
 from memfit.types.errors import UserError
 
 MOST_BYTES: Final = 64 * 2**20
-MOST_JSON_BYTES: Final = 16 * 2**20  # the list of the tensors of the largest models has 9 MB
+_MOST_JSON_BYTES: Final = 16 * 2**20  # the list of the tensors of the largest models has 9 MB
 MOST_TOML_BYTES: Final = 256 * 2**10  # the parsers of TOML and YAML take seconds for more
 MOST_YAML_BYTES: Final = 256 * 2**10
 MOST_SOURCE_BYTES: Final = 2 * 2**20  # of a Python file
@@ -115,9 +115,10 @@ def unpacked_limit(packed_bytes: int, most_bytes: int = MOST_BYTES) -> int:
     return min(max(most_bytes, MOST_BYTES), max(MOST_BYTES, _LARGEST_RATIO * packed_bytes))
 
 
-def read_json(path: Path, *, most_bytes: int = MOST_JSON_BYTES) -> Any:
-    """Return the content of a JSON file. Raises UserError as `read_text` and `parse_json` do."""
-    return parse_json(read_text(path, most_bytes=most_bytes), what=str(path))
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file of at most 16 MiB. Raises UserError as `read_text` and `parse_json`
+    do."""
+    return parse_json(read_text(path, most_bytes=_MOST_JSON_BYTES), what=str(path))
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -191,7 +192,7 @@ def bounded(value: Any, *, what: str) -> Any:
             raise UserError(f"{what} has too many values", allowed=f"at most {_MOST_VALUES}")
         if any(isinstance(v, int) and v.bit_length() > _MOST_BITS for v in level):
             raise UserError(f"{what} has a whole number of more than {_MOST_BITS} bits")
-        level = [inner for v in level for inner in _inside(v)]
+        level = [inner for v in level for inner in _inner_values(v)]
         if not level:
             return value
     raise UserError(f"{what} is nested too deeply", allowed=f"at most {_DEEPEST} levels")
@@ -206,7 +207,7 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
-def _inside(value: Any) -> Any:
+def _inner_values(value: Any) -> Any:
     if isinstance(value, Mapping):
         return [*value.keys(), *value.values()]
     return value if isinstance(value, list | tuple | set) else ()

@@ -147,7 +147,7 @@ def _shown_name(name: str, config: Any) -> str:
     base, changes, _ = name.partition("?")
     layers, width = (getattr(config, n, None) for n in ("num_hidden_layers", "hidden_size"))
     changed = f" ({layers} layers of width {width})" if changes else ""
-    published = _of_table(base)
+    published = _find_published(base)
     if published is None:
         return f"{PREFIX}{base}{changed}"
     repository, model = published
@@ -222,7 +222,7 @@ def read_config(name: str) -> Any:
         config = _from_folder(Path(name).expanduser())
     elif name in types:
         config = types[name]()
-    elif published := _of_table(name):
+    elif published := _find_published(name):
         config = _from_table(*published)
     elif folder := cached_folder(name):
         config = _from_folder(folder)
@@ -246,7 +246,7 @@ def _model_types() -> Any:
     return CONFIG_MAPPING
 
 
-def _of_table(name: str) -> tuple[str, PublishedModel] | None:
+def _find_published(name: str) -> tuple[str, PublishedModel] | None:
     """Return the repository and the model of the table of published configurations that ``name``, without
     settings, means. Return None if there is none, or if ``name`` is a folder with config.json or a model
     type."""

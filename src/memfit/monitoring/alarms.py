@@ -166,10 +166,14 @@ class AlarmDetector:
     def add(self, step: WatchStep) -> list[Alarm]:
         """Return the alarms of the next step."""
         self._count += 1
-        alarms = [*self.add_values(step.step, step.loss, step.grad_norm), *self._above_prediction(step)]
+        alarms = [*self.add_values(step.step, step.loss, step.grad_norm), *self._check_prediction(step)]
         if self._count > self._limits.warmup_steps:
-            alarms += [*self._creeping(step), *self._fragmented(step), *self._short_of_memory(step)]
-        alarms += self._new_maximum(step)
+            alarms += [
+                *self._check_creep(step),
+                *self._check_fragmentation(step),
+                *self._check_headroom(step),
+            ]
+        alarms += self._check_maximum(step)
         self._retries = step.allocator_retries
         return alarms
 
@@ -183,11 +187,11 @@ class AlarmDetector:
                 alarms += self._alarm("non-finite", step, name, value, 0.0, text)
         if loss is not None and math.isfinite(loss):
             if len(self._losses) >= _LEAST_LOSSES and loss > max(self._losses):
-                alarms += self._spike(step, loss)
+                alarms += self._check_spike(step, loss)
             self._losses.append(loss)
         return alarms
 
-    def _spike(self, step: int, loss: float) -> list[Alarm]:
+    def _check_spike(self, step: int, loss: float) -> list[Alarm]:
         factor, limit = spike_factor(self._losses, loss), self._limits.loss_spike_factor
         if factor <= limit:
             return []
@@ -198,7 +202,7 @@ class AlarmDetector:
         )
         return self._alarm("loss-spike", step, "loss", factor, limit, text)
 
-    def _creeping(self, step: WatchStep) -> list[Alarm]:
+    def _check_creep(self, step: WatchStep) -> list[Alarm]:
         alarms = []
         for name, test in self._creep.items():
             value = getattr(step, name)
@@ -218,7 +222,7 @@ class AlarmDetector:
             return ""
         return f"; the free memory is used up in about {step.headroom_bytes / slope:.0f} steps"
 
-    def _above_prediction(self, step: WatchStep) -> list[Alarm]:
+    def _check_prediction(self, step: WatchStep) -> list[Alarm]:
         alarms = []
         for predicted_name, name in MEASURED_AS.items():
             value, predicted = getattr(step, name), self._prediction.get(predicted_name)
@@ -230,7 +234,7 @@ class AlarmDetector:
                 alarms += self._alarm("above-prediction", step.step, name, value, predicted.high, text)
         return alarms
 
-    def _new_maximum(self, step: WatchStep) -> list[Alarm]:
+    def _check_maximum(self, step: WatchStep) -> list[Alarm]:
         limits, alarms = self._limits, []
         for name in ("peak_allocated_bytes", "peak_host_bytes"):
             value = getattr(step, name)
@@ -249,7 +253,7 @@ class AlarmDetector:
                 alarms += self._alarm("maximum", step.step, name, value, limit, text)
         return alarms
 
-    def _fragmented(self, step: WatchStep) -> list[Alarm]:
+    def _check_fragmentation(self, step: WatchStep) -> list[Alarm]:
         limits, alarms = self._limits, []
         allocated, reserved = step.peak_allocated_bytes, step.peak_reserved_bytes
         if allocated and reserved and reserved - allocated > limits.fragmentation_bytes:
@@ -267,7 +271,7 @@ class AlarmDetector:
             alarms += self._alarm("retries", step.step, "allocator_retries", retries, before, text)
         return alarms
 
-    def _short_of_memory(self, step: WatchStep) -> list[Alarm]:
+    def _check_headroom(self, step: WatchStep) -> list[Alarm]:
         free, total = step.headroom_bytes, self._total_bytes
         if free is None or not total or free >= self._limits.headroom_ratio * total:
             return []

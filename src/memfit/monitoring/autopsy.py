@@ -77,16 +77,16 @@ def diagnose_log(text: str) -> Diagnosis:
     last_frames = last.frames if last else ()
     failure = _fatal_failure(lines, last)
     if stated and failure is None:
-        return _killed(stated[-1], read_training_log(lines[: stated[-1].row]))
+        return _diagnose_kill(stated[-1], read_training_log(lines[: stated[-1].row]))
     if failure is not None:
         start = min(failure.row, last.start if last else failure.row)
         diagnosis = judge(failure, phase_of(last_frames), read_training_log(lines[:start]))
         diagnosis = _with_place(diagnosis, last_frames)
-        return combine([diagnosis, _killed(stated[-1], None)]) if stated else diagnosis
+        return combine([diagnosis, _diagnose_kill(stated[-1], None)]) if stated else diagnosis
     if library := _library_failure(lines, last):
         return _with_place(library, last_frames)
     if kills and (last is None or kills[-1].row >= last.start):
-        return _killed(kills[-1], read_training_log(lines[: kills[-1].row]))
+        return _diagnose_kill(kills[-1], read_training_log(lines[: kills[-1].row]))
     return _with_place(_other_end(lines, last), last_frames)
 
 
@@ -126,7 +126,7 @@ def _with_place(diagnosis: Diagnosis, frames: Sequence[StackFrame]) -> Diagnosis
     )
 
 
-def _killed(kill: HostKill, log: TrainingLog | None) -> Diagnosis:
+def _diagnose_kill(kill: HostKill, log: TrainingLog | None) -> Diagnosis:
     """Return the diagnosis of a process that was killed from outside."""
     if kill.kind == "shared-memory":
         return _diagnosis(
@@ -518,8 +518,8 @@ def diagnose_record(record: WatchRecord) -> Diagnosis:
     """Return why a watched training ended, judged by the ranks that ended with an error of memory and, if
     memfit ran the command, by how that was killed. Without either, the cause is not memory if a rank ended
     with another error; else it is unknown, and the least free memory is the evidence."""
-    diagnoses = [d for r in record.ranks if (d := _of_rank(r)) is not None]
-    if record.exit is not None and (killed := _of_exit(record.exit)) is not None:
+    diagnoses = [d for r in record.ranks if (d := _diagnose_rank(r)) is not None]
+    if record.exit is not None and (killed := _diagnose_exit(record.exit)) is not None:
         diagnoses.append(killed)
     if diagnoses:
         return combine(diagnoses)
@@ -535,7 +535,7 @@ def diagnose_record(record: WatchRecord) -> Diagnosis:
 _SHORT_SHARE: Final = 0.1  # of the host's memory: with less free, or less than 1 GiB, it may have run out
 
 
-def _of_exit(end: CommandExit) -> Diagnosis | None:
+def _diagnose_exit(end: CommandExit) -> Diagnosis | None:
     """Return the diagnosis of a command that was killed, None of another. The kernel counts its own kills.
     Others, such as a daemon that watches the memory or a person, leave no trace."""
     if end.oom_kills:
@@ -575,7 +575,7 @@ def _headroom(record: WatchRecord) -> list[str]:
     return [f"the least free memory was {format_bytes(rank.least_headroom_bytes)}, on rank {rank.rank}"]
 
 
-def _of_rank(record: RankRecord) -> Diagnosis | None:
+def _diagnose_rank(record: RankRecord) -> Diagnosis | None:
     """Return the diagnosis of a rank that ended with an error of memory, None for another. A leak is certain
     if the watch has raised an alarm of kind "creep" as well."""
     if record.end is None or not record.end.error:
@@ -628,7 +628,7 @@ def diagnose_run(reason: str, steps_done: int, *, message: str = "", device: str
     also where the message cannot be read."""
     kills = list(host_kills([reason]))
     if kills:
-        return _killed(kills[-1], None)
+        return _diagnose_kill(kills[-1], None)
     failure = next(iter(allocation_failures([message or reason])), None)
     if failure is None:
         on = device if message.startswith("OutOfMemoryError") else HOST

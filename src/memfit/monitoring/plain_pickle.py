@@ -59,15 +59,15 @@ def load_plain(data: bytes, *, what: str) -> Any:
     except KeyError as error:
         code = error.args[0] if error.args else None
         if not isinstance(code, int) or code not in _NAME_OF:
-            raise _damaged(what, error) from None
+            raise _damage_error(what, error) from None
         reason = f"it contains the instruction {_NAME_OF[code]}"
     except _FAULTS as error:
-        raise _damaged(what, error) from None
+        raise _damage_error(what, error) from None
     raise UserError(
         f"{what} is not a pickle of plain values: {reason}; nothing in it was run",
         allowed="numbers, texts, lists and dictionaries, as torch.cuda.memory._dump_snapshot writes them",
     )
 
 
-def _damaged(what: str, error: Exception) -> UserError:
+def _damage_error(what: str, error: Exception) -> UserError:
     return UserError(f"{what} is not a readable pickle: {type(error).__name__}: {error}"[:300])

@@ -331,31 +331,31 @@ class _RankFile:
         match kind:
             case "start":
                 prediction = {name: Interval(**v) for name, v in values.pop("prediction").items()}
-                self._begin(WatchStart(**_known(WatchStart, values), prediction=prediction))
+                self._begin(WatchStart(**_known_fields(WatchStart, values), prediction=prediction))
                 self._starts += 1
             case "command":
                 self._begin(None)
                 self._commands += 1
                 self._command_s = values.get("time_s")
             case "step":
-                self._steps.append(WatchStep(**_known(WatchStep, values)))
+                self._steps.append(WatchStep(**_known_fields(WatchStep, values)))
             case "values":
                 self._complete(values)
             case "alarm":
                 values["kind"] = values.pop("alarm")
-                self._alarms.append(Alarm(**_known(Alarm, values)))
+                self._alarms.append(Alarm(**_known_fields(Alarm, values)))
             case "end":
                 frames = tuple(StackFrame(**frame) for frame in values.pop("frames", ()))
-                self._end = WatchEnd(**_known(WatchEnd, values), frames=frames)
+                self._end = WatchEnd(**_known_fields(WatchEnd, values), frames=frames)
             case "exit":
-                self.exit = CommandExit(**_known(CommandExit, values))
+                self.exit = CommandExit(**_known_fields(CommandExit, values))
             case _:
                 raise ValueError(kind)
 
     def _complete(self, values: dict[str, Any]) -> None:
         """Add values that were read from the device after the line of their step had been written. They are
         dropped if that is none of the last 1,000 steps."""
-        values = _known(WatchStep, values)
+        values = _known_fields(WatchStep, values)
         for i in range(len(self._steps) - 1, max(-1, len(self._steps) - 1000), -1):
             if self._steps[i].step == values["step"]:
                 self._steps[i] = dataclasses.replace(self._steps[i], **values)
@@ -377,7 +377,7 @@ class _RankFile:
 _NUMBERS: Final = {"loss", "grad_norm", "value", "limit"}  # that may be "nan", "inf" or "-inf" in a file
 
 
-def _known(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+def _known_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of ``values`` that are fields of ``kind``. Others may come from a newer version."""
     names = {f.name for f in dataclasses.fields(kind)} - {"prediction", "frames"}
     return {

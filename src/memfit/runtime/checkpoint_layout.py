@@ -104,10 +104,10 @@ class PiecesSavePlanner(DefaultSavePlanner):
 
     def transform_object(self, write_item: WriteItem, object: Any) -> Any:  # noqa: A002
         value = super().transform_object(write_item, object)
-        return _apart(value) if isinstance(value, torch.Tensor) else value
+        return _with_own_storage(value) if isinstance(value, torch.Tensor) else value
 
 
-def _apart(part: torch.Tensor) -> torch.Tensor:
+def _with_own_storage(part: torch.Tensor) -> torch.Tensor:
     """Return the elements of ``part``, in the same memory, as a tensor whose storage contains nothing else.
     The writer would copy a part of a larger storage, and keep all copies until its file is complete. Return
     ``part`` itself if it is not a plain contiguous CPU tensor."""

@@ -192,10 +192,10 @@ class _Watch:
                 self._note(event)
                 on_event(event)
         pause_s = 0.01  # most children exit soon after they have closed their output
-        while not self._exited() and self._left_s() > 0:
+        while not self._has_exited() and self._left_s() > 0:
             time.sleep(min(pause_s, self._left_s()))
             pause_s = min(_TICK_S, 2 * pause_s)
-        self._timed_out = not self._exited()
+        self._timed_out = not self._has_exited()
 
     def _note(self, event: Event) -> None:
         loss = event.get("loss")
@@ -228,7 +228,7 @@ class _Watch:
                 if time.monotonic() - self._oom_kills[-1].at_s > _OOM_KILLS_S:
                     self._oom_kills.append(_OomKills.now())
                 # Checked before reading, so that all its output is then in the pipe.
-                has_exited = self._exited()
+                has_exited = self._has_exited()
                 if selector.select(0 if has_exited else min(_TICK_S, self._left_s())):
                     chunk = os.read(descriptor, 1 << 16)
                     if not chunk:
@@ -237,7 +237,7 @@ class _Watch:
                 elif has_exited:
                     return  # a grandchild holds the pipe open
 
-    def _exited(self) -> bool:
+    def _has_exited(self) -> bool:
         """Return whether the child has exited, without reaping it. Until it is reaped, its process group's
         number is not reused."""
         flags = os.WEXITED | os.WNOHANG | os.WNOWAIT

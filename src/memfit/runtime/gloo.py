@@ -43,14 +43,14 @@ def gloo_first(settle: bool = True, *, patient: bool = False) -> Iterator[Callab
 
     def ask() -> bool:
         threads = gloo_threads(RUNS, _SENDS)
-        return settle and bool(threads) and all(_scheduled(t, os.SCHED_FIFO, 1) for t in threads)
+        return settle and bool(threads) and all(_schedule(t, os.SCHED_FIFO, 1) for t in threads)
 
     try:
         with _patient() if patient else contextlib.nullcontext():
             yield ask
     finally:
         for thread in gloo_threads(RUNS, _SENDS) if settle else ():
-            _scheduled(thread, os.SCHED_OTHER, 0)
+            _schedule(thread, os.SCHED_OTHER, 0)
 
 
 @contextlib.contextmanager
@@ -91,7 +91,7 @@ def _patient() -> Iterator[None]:
         yield
 
 
-def _scheduled(thread: int, policy: int, priority: int) -> bool:
+def _schedule(thread: int, policy: int, priority: int) -> bool:
     try:
         os.sched_setscheduler(thread, policy, os.sched_param(priority))
     except OSError:

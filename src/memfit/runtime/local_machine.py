@@ -42,11 +42,11 @@ def this_machine(place: str, kind: str = "") -> Machine:
         return Machine(name=name, device=device, place=catalog.place(place), is_here=True)
     accelerators = devices.accelerators()
     first = accelerators[0]
-    memory = _measured(first.total_bytes, "driver of the device")
+    memory = _memory_fact(first.total_bytes, "driver of the device")
     return Machine(
         name=f"{first.name} of {NAME}",
         device=dataclasses.replace(
-            _known(first.name) or Device(name=first.name, kind=accelerator_kind, memory_bytes=memory),
+            _find_device(first.name) or Device(name=first.name, kind=accelerator_kind, memory_bytes=memory),
             name=first.name,
             kind=accelerator_kind,
             memory_bytes=memory,
@@ -58,7 +58,7 @@ def this_machine(place: str, kind: str = "") -> Machine:
     )
 
 
-def _known(name: str) -> Device | None:
+def _find_device(name: str) -> Device | None:
     """Return the catalog's device with the product name ``name``, or None."""
     try:
         return catalog.device(name)
@@ -97,10 +97,10 @@ def host_memory_limit() -> HostMemoryLimit:
 
 def _host_memory() -> Fact:
     limit = host_memory_limit()
-    return _measured(limit.total_bytes, limit.source)
+    return _memory_fact(limit.total_bytes, limit.source)
 
 
-def _measured(size_bytes: int, source: str) -> Fact:
+def _memory_fact(size_bytes: int, source: str) -> Fact:
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     return Fact(value=float(size_bytes), source=source, date=today, kind="measured")
 

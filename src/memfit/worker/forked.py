@@ -33,7 +33,8 @@ def train_forked(spec: RunSpec, job: Job) -> Measurement:
     the plan has several ranks."""
     if not hasattr(os, "fork") or spec.device != HOST or spec.plan.ranks > 1:
         raise UserError(
-            "objects of this process can be run under a cap only on Linux, on its processor, with one rank",
+            "a model that only this process has can be run under a cap only on Linux, on the processor and "
+            "with one rank",
             allowed="a function FILE.py:NAME that returns a memfit.Job, with "
             "`memfit plan FILE.py:NAME --largest SIZE --measure`",
         )

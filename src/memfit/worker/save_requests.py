@@ -60,11 +60,11 @@ class SaveRequests:
         if rank:
             if store.check([f"memfit/after/{done}"]):
                 self._choose(done, store.get(f"memfit/after/{done}"))
-        elif not self.due(done) and (kind := self._asked(store)):
+        elif not self.due(done) and (kind := self._read_request(store)):
             store.set(f"memfit/after/{done + 1}", kind)
             self._choose(done + 1, kind)
 
-    def _asked(self, store: Any) -> bytes:
+    def _read_request(self, store: Any) -> bytes:
         if store.check(["memfit/end"]):
             return _END
         return _SAVE if store.check([f"memfit/save/{self._choices}"]) else b""

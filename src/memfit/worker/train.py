@@ -478,7 +478,7 @@ def _train_and_measure(job: Job, spec: RunSpec, gauge: _Gauge, limit: MemoryLimi
             _message(error),
         )
     gauge.resident.sample(whole=True)
-    if outcome is OutcomeKind.OK and limit is not None and (passed := _passed_cap(spec, gauge, limit)):
+    if outcome is OutcomeKind.OK and limit is not None and (passed := _describe_excess(spec, gauge, limit)):
         outcome, reason = OutcomeKind.FAILED, passed
     return dataclasses.replace(
         _measurement(spec, gauge, limit, outcome, reason, energy, scores, digest), oom_message=oom_message
@@ -500,7 +500,7 @@ def _oom_text(phase: str, done: int) -> str:
     return f"out of memory in {phase} of step {done}"
 
 
-def _passed_cap(spec: RunSpec, gauge: _Gauge, limit: MemoryLimit) -> str:
+def _describe_excess(spec: RunSpec, gauge: _Gauge, limit: MemoryLimit) -> str:
     """Return, in words, how the run used more than its cap although nothing stopped it: by memory that the
     cap does not count, by data that was loaded before it was set, or because the job raised the limit.
     Return "" if it did not, and on an accelerator."""

@@ -93,7 +93,7 @@ def make(options: BuiltInOptions) -> Job:
     remain.
     """
     shape = options.resize(_shape(options.size), _DIMENSIONS)
-    pairs = _user(options.data) if options.data else _installed()
+    pairs = _read_user_file(options.data) if options.data else _read_installed()
     molecules = split_by_skeleton(pairs, shape.length, options.data or DATA_SOURCE)
     metric, surrogate = endpoints(molecules)
     return Job(
@@ -138,7 +138,7 @@ def _build(shape: MolformerSize) -> torch.nn.Module:
 Pairs = Sequence[tuple[str, float]]
 
 
-def _installed() -> Pairs:
+def _read_installed() -> Pairs:
     """Return (PubChem's SMILES, measured logP) of the molecules in the files of the package chemicals, joined
     by CAS number, sorted by SMILES.
 
@@ -164,7 +164,7 @@ def _installed() -> Pairs:
     return sorted(values_by_smiles.items())
 
 
-def _user(path: str) -> Pairs:
+def _read_user_file(path: str) -> Pairs:
     """Return (SMILES, value) of each line of the user's file. Both are separated by the line's first comma,
     or if it has none, its first tab, else its first space. Empty lines, and a first line without a number,
     are skipped. Raises UserError for a file that cannot be read, and with the number of the line for any

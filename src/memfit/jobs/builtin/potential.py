@@ -246,15 +246,15 @@ def force_error(model: torch.nn.Module, frames: MoleculeFrames, shape: SchnetSiz
     return 1000 * total / count
 
 
-def pair_forces(frames: MoleculeFrames, picked: Array, width: float = 0.25, cutoff: float = 5.0) -> Array:
+def pair_forces(frames: MoleculeFrames, picked: Array) -> Array:
     """Return the basis of a pair potential for the frames ``picked``: the force components that each of its
     terms alone would cause, float32 (frames x atoms x 3, terms).
 
     A term is a force along the line between two atoms of one pair of elements (in either order), whose
-    strength is a triangle over distance: highest at the term's distance, zero from ``width`` on either side.
-    These distances are 0.75, 0.75 + ``width``, and so on, below ``cutoff``, from which on all forces are
-    zero. All are in angstrom.
+    strength is a triangle over distance: highest at the term's distance, zero from 0.25 angstrom on either
+    side. These distances are 0.75, 1, 1.25, ... 4.75 angstrom. From 5 angstrom on, all forces are zero.
     """
+    width, cutoff = 0.25, 5.0
     species, positions = frames.species[picked].astype(np.int64), frames.positions[picked]
     displacement = positions[:, None] - positions[:, :, None]
     distance = np.linalg.norm(displacement, axis=-1) + 1e-9

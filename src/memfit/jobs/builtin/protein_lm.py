@@ -144,10 +144,10 @@ def train_batch(
     one is to be predicted, -100 elsewhere), both (batch, length) int64, and ``valid`` (batch, length) bool,
     False at padding."""
     indices = epoch_indices(len(sequences.train), batch_size, step=step, seed=seed)
-    return as_tensors(_masked([sequences.train[i] for i in indices], length, step_rng(step, seed)))
+    return as_tensors(_mask([sequences.train[i] for i in indices], length, step_rng(step, seed)))
 
 
-def _masked(rows: list[Array], length: int, rng: np.random.Generator) -> dict[str, Array]:
+def _mask(rows: list[Array], length: int, rng: np.random.Generator) -> dict[str, Array]:
     """Return the sequences ``rows`` with start and end token, padded to ``length`` or cropped to it at a
     random position, and masked as BERT does, with the keys of `train_batch`.
 
@@ -180,7 +180,7 @@ def masked_loss(model: torch.nn.Module, batch: Any, *, reduction: str = "mean") 
 def _test_batches(sequences: Sequences, length: int, batch_size: int) -> list[dict[str, Array]]:
     """Return batches of the test sequences, of at most ``batch_size`` and at most 8 sequences each. Crops and
     masks are the same every time and for every ``batch_size``."""
-    arrays = _masked(list(sequences.test), length, np.random.default_rng(_TEST_SEED))
+    arrays = _mask(list(sequences.test), length, np.random.default_rng(_TEST_SEED))
     parts = full_parts(np.arange(len(sequences.test)), batch_size)
     return [{name: array[part] for name, array in arrays.items()} for part in parts]
 

@@ -37,7 +37,7 @@ def graph(smiles: str) -> Graph:
         if token == "(":
             branches.append(last_atom)
         elif token in ").":
-            last_atom = _reopened(branches, smiles) if token == ")" else -1
+            last_atom = _close_branch(branches, smiles) if token == ")" else -1
         elif token[0] == "%" or token.isdigit():
             if token in rings:
                 bonds.append((rings.pop(token), last_atom))
@@ -53,7 +53,7 @@ def graph(smiles: str) -> Graph:
     return atoms, bonds
 
 
-def _reopened(branches: list[int], smiles: str) -> int:
+def _close_branch(branches: list[int], smiles: str) -> int:
     if not branches:
         raise ValueError(f"a ) closes a branch that was not opened in {smiles!r}")
     return branches.pop()
