@@ -189,7 +189,7 @@ def _steps(*, simulated: bool, plans: int | None) -> Iterator[Case]:
 def step(ref: JobRef, plan: Plan, engine: str = "native", *, simulated: bool) -> dict[str, Any]:
     """Return what was predicted of the plan's step and what was measured."""
     machine = this_machine("world")
-    request = Request(job_ref=ref, machine=machine, engine=engine, timeout_s=PIECE_LIMIT_S, evaluates=True)
+    request = Request(job_ref=ref, machine=machine, engine=engine, timeout_s=PIECE_LIMIT_S, evaluates=False)
     before = make_predictor(request)[1].whole(plan)  # from the catalog's figures
     steps = REHEARSED_STEPS if simulated else STEPS
     run = run_plan(request, plan, seed=0, steps=steps, capped=False, progress=_silent)
