@@ -509,6 +509,21 @@ def test_kernels_that_take_indices_have_a_bound_in_half_precision_and_in_other_l
         taken(peak_counter(), call, args)
 
 
+@pytest.mark.parametrize(("rows", "widths"), [(160, (24, 24, 8)), (32, (60, 12, 40))])
+def test_no_bilinear_layer_takes_more_than_its_bound(rows: int, widths: tuple[int, int, int]) -> None:
+    """Its gradients are products of three tensors, larger than all of them."""
+    counter, (left, right, out) = peak_counter(), widths
+    x, y, grad = torch.rand(rows, left), torch.rand(rows, right), torch.rand(rows, out)
+    weight = torch.rand(out, left, right)
+    for args in (
+        [x, weight, y, [1, 3], [0], [1, 2], [2, 3]],
+        [grad, weight, y, [2, 3], [0], [1, 2], [1, 3]],
+        [x, grad, y, [1, 3], [2, 3], [1, 2], [0]],
+        [x, weight, grad, [1, 3], [0], [2, 3], [1, 2]],
+    ):
+        taken(counter, ATEN._trilinear.default, args)
+
+
 def test_a_grouped_convolutions_backward_counts_the_operations_of_each_group_once() -> None:
     """Otherwise a depthwise one seems too large to be probed."""
     images, rest = torch.rand(2, 8, 6, 6), [None, [1, 1], [1, 1], [1, 1], False, [0, 0]]

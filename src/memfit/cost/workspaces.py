@@ -210,18 +210,18 @@ def _kept_bytes(trace: Trace, calibration: Calibration) -> int:
 def bound_bytes(signature: str, device: str, threads: int) -> int:
     """Return an upper bound on the bytes that the operator uses beside its inputs and outputs while it runs.
 
-    0 if it uses none or is not a torch operator, and on an accelerator for all operators but convolutions
-    and, if its kind has CUDA's kernels, the backward of attention.
+    0 if it uses none or is not a torch operator, and on an accelerator for all operators but convolutions,
+    nn.Bilinear's and, if its kind has CUDA's kernels, the backward of attention.
     ``device``: its kind. ``threads``: number of the CPU's threads that run the operator.
     """
-    if not signature.startswith('["'):
-        return 0
-    name = signature[2 : signature.index('"', 2)]
+    name = signature[2 : signature.index('"', 2)] if signature.startswith('["') else ""
     base, halves = base_name(name), any(half in signature for half in _HALVES)
-    if name.startswith(_NO_KERNELS):
+    if not name or name.startswith(_NO_KERNELS):
         return 0
     if base in _ANY_DTYPE or (base in _PLAIN and not halves):
         return _copied_bytes(signature, base) if device == HOST else 0
+    if base == "_trilinear":
+        return _trilinear_bytes(json.loads(signature)[1])
     on_cuda = device_kind(device).kernels == "cuda"
     if device != HOST and base not in _CONVOLUTIONS and not (on_cuda and base in _CUDA_ATTENTION):
         return 0
@@ -238,6 +238,20 @@ def bound_bytes(signature: str, device: str, threads: int) -> int:
         shape, _, dtype = args[0]["t"][:3]
         output_bytes = int(math.prod([*shape[:2], *args[1]])) * _ITEM_BYTES.get(dtype, 1)
     return (sum(map(_tensor_bytes, tensors)) + output_bytes) * (3 if halves else 2) + _ONCE
+
+
+def _trilinear_bytes(args: Sequence[Any]) -> int:
+    """Return an upper bound on the bytes inside nn.Bilinear's operator, on every device: for each index of
+    one dimension, it multiplies its first two inputs and the product by the third, and may copy what it
+    multiplies."""
+    inputs, expanded_dims = [a["t"] for a in args[:3]], args[3:6]
+    sizes = [1] * (len(inputs[0][0]) + len(expanded_dims[0]))
+    for (shape, *_), expanded in zip(inputs, expanded_dims, strict=True):
+        for dim, size in zip((d for d in range(len(sizes)) if d not in expanded), shape, strict=True):
+            sizes[dim] = size
+    unrolled = args[7] if len(args) > 7 else 1
+    products = 4 * math.prod(sizes) // max(1, sizes[unrolled]) * _ITEM_BYTES.get(inputs[0][2], 8)
+    return products + 2 * sum(map(_tensor_bytes, inputs)) + _ONCE
 
 
 def _copied_bytes(signature: str, base: str) -> int:
