@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from memfit.trace.allocation_recorder import AllocationRecorder
+from memfit.trace.allocation_recorder import AllocationRecorder, Life
 from memfit.trace.source_location import newest_node
 from memfit.types.trace import Category, rounded
 
@@ -28,7 +28,7 @@ class KeptMemory:
     step. What grows from each end of a step to the next, four in a row after the first, is collected."""
 
     def __init__(self, recorder: AllocationRecorder) -> None:
-        self._recorder = recorder
+        self._recorder, self._begin_clock = recorder, recorder.clock
         self._sizes: list[Counter[str]] = []  # bytes by line, at each end of a step
         self._nodes: list[int] = []  # of the graphs of earlier steps, at each end of a step
         self._first_node = newest_node() + 1  # of the step that runs
@@ -38,16 +38,19 @@ class KeptMemory:
         """Look at what is alive at the end of a step, one of the first 12."""
         if len(self._sizes) == _MOST_ENDS:
             return
-        sizes, recent = Counter[str](), set[str]()
+        kept, sizes, recent = list[Life](), Counter[str](), set[str | int]()
         for life in self._recorder.lives:
             if life.end is not None or life.category in _MODEL or life.memory_pool == NOWHERE:
                 continue
             if life.step == self._recorder.step:
-                recent.add(life.line)
+                recent |= {life.line, life.size_bytes}
             else:
+                kept.append(life)
+        for life in kept:
+            # What is made once, such as a table, is not collected. Lines of older tensors are not known.
+            mark = life.line if life.start >= self._begin_clock else life.size_bytes
+            if len(self._sizes) != 1 or mark in recent:
                 sizes[life.line] += life.pieces * rounded(life.size_bytes, self._recorder.device)
-        if len(self._sizes) == 1:  # what is made once, such as a table, is not collected
-            sizes = Counter({line: size for line, size in sizes.items() if line in recent})
         self._sizes.append(sizes)
         self._nodes.append(self._old_nodes())
         self._first_node = newest_node() + 1

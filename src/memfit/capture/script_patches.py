@@ -27,6 +27,8 @@ from memfit.capture.script_trace import ScriptTrace
 from memfit.capture.tensors import has_fakes, is_fake, is_real
 from memfit.model.batch_objects import batch_tensors
 
+# As torch has them: traces of jobs refuse lazy modules.
+_NEW_PARAMETER, _NEW_BUFFER = UninitializedParameter.__new__, UninitializedBuffer.__new__
 _NOT_FINITE = frozenset({torch.isnan, torch.isinf, torch.Tensor.isnan, torch.Tensor.isinf})
 _FINITE = frozenset({torch.isfinite, torch.Tensor.isfinite})
 _SHAPING = frozenset(
@@ -61,8 +63,8 @@ def script_patches(trace: ScriptTrace) -> Iterator[None]:
             (FakeTensor, "data_ptr", lambda tensor: tensor.untyped_storage().data_ptr()),
             (torch.UntypedStorage, "data_ptr", _data_pointer(torch.UntypedStorage.data_ptr)),
             (UninitializedTensorMixin, "materialize", _materialize(trace)),
-            (UninitializedParameter, "__new__", _on_host(UninitializedParameter.__new__)),
-            (UninitializedBuffer, "__new__", _on_host(UninitializedBuffer.__new__)),
+            (UninitializedParameter, "__new__", _on_host(_NEW_PARAMETER)),
+            (UninitializedBuffer, "__new__", _on_host(_NEW_BUFFER)),
             (DataLoader, "_get_iterator", _single_process_iterator(trace)),
         ):
             stack.enter_context(mock.patch.object(owner, name, replacement, create=True))
