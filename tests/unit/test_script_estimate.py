@@ -879,6 +879,23 @@ def test_a_command_whose_script_cannot_be_edited_is_refused_before_it_runs(tmp_p
     assert "the command runs a module" in done.stderr
 
 
+def test_the_time_limit_to_which_an_answer_points_is_taken_with_a_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[PlanSearch] = []
+
+    def refuse(command: Any, *, search: PlanSearch, **options: Any) -> None:
+        asked.append(search)
+        raise UserError("enough")
+
+    monkeypatch.setattr("memfit.capture.estimate.estimate_script", refuse)
+    command = ["--", sys.executable, _script(tmp_path)]
+    assert main(["estimate", "--on", "this:cpu", "--plans", "--within", "2min", *command]) == 2
+    assert [search.within_s for search in asked] == [120.0]
+    assert main(["estimate", "--on", "this:cpu", "--within", "2min", *command]) == 2
+    assert "add --plans" in capsys.readouterr().err
+
+
 def test_no_plan_is_searched_for_a_step_that_cannot_be_repeated(tmp_path: Path) -> None:
     path = tmp_path / "two.py"
     path.write_text(
