@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from memfit.model.batch_objects import batch_length, join, select
+from memfit.model.batch_objects import batch_length, join, select, split
 from memfit.trace.sample_dependence import sample_dependence
 from memfit.trace.varied_samples import varied_samples
 from memfit.types.dependence import DependenceCause, DependenceKind
@@ -191,3 +193,16 @@ def test_samples_of_a_batch_object_are_selected_and_joined_by_its_own_methods() 
     joined = join(Graphs([5, 6]), Graphs([7]))
     assert joined is not None
     assert joined.y.tolist() == [5, 6, 7]
+
+
+def test_a_batch_is_freed_at_once_after_it_was_split() -> None:
+    batch = {"x": torch.zeros(4, 2), "targets": [{"boxes": torch.zeros(n, 4)} for n in (1, 2, 1, 3)]}
+    freed = weakref.ref(batch["x"])
+    gc.disable()
+    try:
+        halves = split(batch, 2)
+        assert [len(half["targets"]) for half in halves] == [2, 2]
+        del batch, halves
+        assert freed() is None
+    finally:
+        gc.enable()

@@ -88,8 +88,9 @@ def batch_length(batch: Any) -> int:
         )
     if (count := sample_count(batch)) is not None:
         return count
+    batch_id = id(batch)
     leaves = _pytree.tree_leaves(
-        batch, is_leaf=lambda v: isinstance(v, list | tuple) and _has_elements_of_one_kind(v, batch)
+        batch, is_leaf=lambda v: isinstance(v, list | tuple) and _has_elements_of_one_kind(v, batch_id)
     )
     if not any(isinstance(leaf, torch.Tensor) and leaf.dim() > 0 for leaf in leaves):
         for leaf in leaves:
@@ -123,7 +124,7 @@ def split(batch: Any, parts: int) -> Sequence[Any]:
 
     def part(start: int, size: int) -> Any:
         def cut(value: Any) -> Any:
-            if not _is_per_sample(value, length, batch):
+            if not _is_per_sample(value, length, id(batch)):
                 return value
             is_tensor = isinstance(value, torch.Tensor)
             return value.narrow(0, start, size) if is_tensor else value[start : start + size]
@@ -146,7 +147,7 @@ def repeat(batch: Any, times: int) -> Any:
     length = batch_length(batch)
 
     def repeated(value: Any) -> Any:
-        if not _is_per_sample(value, length, batch):
+        if not _is_per_sample(value, length, id(batch)):
             return value
         return torch.cat([value] * times) if isinstance(value, torch.Tensor) else value * times
 
@@ -165,7 +166,7 @@ def select(batch: Any, indices: Sequence[int]) -> Any:
     rows = torch.tensor(indices)
 
     def chosen(value: Any) -> Any:
-        if not _is_per_sample(value, length, batch):
+        if not _is_per_sample(value, length, id(batch)):
             return value
         if isinstance(value, torch.Tensor):
             return value[rows.to(value.device)]
@@ -195,7 +196,7 @@ def join(*batches: Any) -> Any | None:
         return concatenate([sample for batch in batches for sample in batch.to_data_list()])
     joined: list[Any] = []
     for values in zip(*leaves, strict=True):
-        if not all(map(_is_per_sample, values, lengths, batches)):
+        if not all(map(_is_per_sample, values, lengths, map(id, batches))):
             joined.append(values[0])
         elif not isinstance(values[0], torch.Tensor):
             joined.append(type(values[0])(item for value in values for item in value))
@@ -207,15 +208,18 @@ def join(*batches: Any) -> Any | None:
 
 
 def _map_per_sample(function: Callable[[Any], Any], batch: Any, length: int) -> Any:
-    return _pytree.tree_map(function, batch, is_leaf=_sample_list_test(batch, length))
+    return _pytree.tree_map(function, batch, is_leaf=_sample_list_test(id(batch), length))
 
 
-def _sample_list_test(batch: Any, length: int) -> Callable[[Any], bool]:
-    return lambda v: isinstance(v, list | tuple) and _is_per_sample(v, length, batch)
+def _sample_list_test(batch_id: int, length: int) -> Callable[[Any], bool]:
+    """Return a test whether a value is a list with an element for each sample (`_is_per_sample`). It takes
+    the batch's id, because pytree's functions keep the test until the next garbage collection, and with it
+    the batch's tensors."""
+    return lambda v: isinstance(v, list | tuple) and _is_per_sample(v, length, batch_id)
 
 
-def _is_per_sample(value: Any, length: int, batch: Any = None) -> bool:
-    """Return whether ``value``, inside ``batch`` of ``length`` samples, is a tensor whose first dimension is
+def _is_per_sample(value: Any, length: int, batch_id: int) -> bool:
+    """Return whether ``value``, inside a batch of ``length`` samples, is a tensor whose first dimension is
     the samples, or a list with an element for each sample. A list of tensors that all have the samples as
     their first dimension is none."""
     if isinstance(value, torch.Tensor):
@@ -223,22 +227,24 @@ def _is_per_sample(value: Any, length: int, batch: Any = None) -> bool:
     if (
         not isinstance(value, list | tuple)
         or len(value) != length
-        or not _has_elements_of_one_kind(value, batch)
+        or not _has_elements_of_one_kind(value, batch_id)
     ):
         return False
     first_sizes = {t.shape[0] for t in batch_tensors(value) if t.dim() > 0}
     return first_sizes != {length}
 
 
-def _has_elements_of_one_kind(value: Sequence[Any], batch: Any) -> bool:
-    """Return whether ``value``, inside ``batch``, is a list or tuple of elements of one kind: mappings; or
+def _has_elements_of_one_kind(value: Sequence[Any], batch_id: int) -> bool:
+    """Return whether ``value``, inside a batch, is a list or tuple of elements of one kind: mappings; or
     elements with tensors, of the same structure and types. A batch that is itself a tuple, or a list of
     tensors, is none."""
     if type(value) not in (list, tuple) or not value:
         return False
     if all(isinstance(item, Mapping) for item in value):
-        return value is not batch or isinstance(value, list)
-    if value is batch and not (isinstance(value, list) and all(isinstance(v, list | tuple) for v in value)):
+        return id(value) != batch_id or isinstance(value, list)
+    if id(value) == batch_id and not (
+        isinstance(value, list) and all(isinstance(v, list | tuple) for v in value)
+    ):
         return False
     kinds = [_kinds(item) for item in value]
     return bool(batch_tensors(value[0])) and all(k == kinds[0] for k in kinds)
