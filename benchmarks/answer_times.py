@@ -15,12 +15,16 @@ Protocol, fixed in a commit before the first record:
   module of transformers is imported before, too; until then its import, half a second, was in the times.
 - Times are wall times in seconds. With several repeats the median counts. The ratio is base over this one.
 - The base can be left out where it would take too long: then there is no ratio.
+- Modules are compiled to bytecode before the first question, as an installation does. (Added on 2026-11-30
+  at 15:12 UTC, after questions had been asked with PYTHONDONTWRITEBYTECODE set: each process then compiled
+  500 modules anew.)
 - A question that fails, or that the base cannot answer, stays in the record with its error.
 """
 
 from __future__ import annotations
 
 import argparse
+import compileall
 import contextlib
 import dataclasses
 import datetime
@@ -143,7 +147,8 @@ def _traced(request: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _run(command: list[str], source: Path, cache: Path) -> dict[str, Any]:
-    environment = {**os.environ, "PYTHONPATH": str(source / "src"), "XDG_CACHE_HOME": str(cache)}
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    environment |= {"PYTHONPATH": str(source / "src"), "XDG_CACHE_HOME": str(cache)}
     load, start = os.getloadavg()[0], time.perf_counter()
     try:
         done = subprocess.run(
@@ -202,7 +207,10 @@ def _head() -> str:
 
 def measure(base: str, only: list[str], repeats: int) -> None:
     head = _head()
+    compileall.compile_dir(HERE.parent / "src", quiet=1)
     with _revision(base) if base != "none" else contextlib.nullcontext() as base_source:
+        if base_source:
+            compileall.compile_dir(base_source / "src", quiet=1)
         for question in QUESTIONS:
             if only and not any(word in question.name for word in only):
                 continue
