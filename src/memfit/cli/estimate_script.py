@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from memfit.cli.estimate_job import TraceFileOptions, write_trace_files
-from memfit.cli.options import SearchOptions
+from memfit.cli.options import DEFAULT_WITHIN, SearchOptions
 from memfit.cli.output import check_choice, console, emit
 from memfit.cli.plan_diff import edit_of, excluded_from, print_edit
 from memfit.cli.progress import Bars
@@ -95,7 +95,7 @@ def estimate_command(
     that a search finds; write ``files``. ``on``, ``within``: the machine and the time limit of the search, as
     in --on and --within. Raises UserError for options that do not go together."""
     parse_cap(search_options.memory)
-    within_s = parse_time_limit("60s" if within is None else within)
+    within_s = parse_time_limit(DEFAULT_WITHIN if within is None else within)
     if within is not None and not options.plans:
         raise UserError("--within is the time limit of a search for plans", hint="add --plans")
     if (options.save is not None or options.diff) and not options.plans:

@@ -16,6 +16,8 @@ from memfit.types.job import DEFAULT_JOB, JobRef
 
 # Larger numbers are mistakes: they would only fill the memory.
 MOST, MOST_SAMPLES = 2**31 - 1, 2**24
+# Time limit of a search for plans. With start and end, a command answers within a minute.
+DEFAULT_WITHIN = "55s"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -325,7 +327,8 @@ class RuntimeOptions:
             "when the libraries are loaded. The answer then rests on what was estimated and traced until "
             "then, and says how much better a plan could still be. What no answer can do without is finished "
             "all the same: the trace of plain training and of one plan that fits. A search that ends earlier "
-            "gives the same answer with any limit. Default: 60s. If a limit has cut an earlier search for "
+            "gives the same answer with any limit. Default: 55s, for an answer within a minute. If a limit "
+            "has cut an earlier search for "
             "the same plans of the job on such a device, and that one has kept a plan that fits, the default "
             "is to answer from it at once; any TIME continues it. Ignored without a search for a plan.",
         ),

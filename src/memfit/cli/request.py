@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memfit.cli.log_filters import quiet_libraries
-from memfit.cli.options import DeviceOptions, JobOptions, PlanOptions, RuntimeOptions, SearchOptions
+from memfit.cli.options import (
+    DEFAULT_WITHIN,
+    DeviceOptions,
+    JobOptions,
+    PlanOptions,
+    RuntimeOptions,
+    SearchOptions,
+)
 from memfit.cli.output import check_choice, console, emit
 from memfit.cli.progress import Bars
 from memfit.cost.host import with_host_memory
@@ -70,7 +77,7 @@ def request(
             allowed=f"--nproc {count}, one process per device, or --nproc 1",
             hint=suggestion if device in catalog.device_names() else "",
         )
-    within_s = parse_time_limit("60s" if runtime.within is None else runtime.within)
+    within_s = parse_time_limit(DEFAULT_WITHIN if runtime.within is None else runtime.within)
     warn_of_shadowed_modules(job.spec)
     quiet_libraries()
     from memfit.engines.registry import engine
