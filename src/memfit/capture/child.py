@@ -63,7 +63,8 @@ _PACKAGE = str(Path(__file__).parents[1])
 
 
 class _Session:
-    """One script: what was asked, its trace, and the answer."""
+    """The run of one script that is predicted: its `ScriptSpec`, its trace, and the writing of the
+    `ScriptAnswer`, after which the process ends."""
 
     def __init__(self, spec: ScriptSpec) -> None:
         self.spec = spec

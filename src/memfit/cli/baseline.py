@@ -53,34 +53,41 @@ class BaselineOptions:
         list[str] | None,
         typer.Option(
             metavar="PLAN",
-            help="For write: plan of the jobs: a file as written by `memfit plan --save`, the name of a "
-            "technique, or plain (the default), which is training without any technique. Repeat the option "
-            "to predict each job under several plans.",
+            help="For write with a JOB: plan of the jobs: a file as written by `memfit plan --save`, the "
+            "name of a technique, or plain (the default), which is training without any technique. Repeat "
+            "the option to predict each job under several plans.",
         ),
     ] = None
     on: Annotated[
         str | None,
         typer.Option(
             metavar="MACHINE",
-            help="For write: machine to predict for, such as H100-SXM, 8xH100-SXM or FILE.toml (`memfit list "
-            "machines` lists the names). Not this: the prediction must be the same on every computer. "
-            "Default: H100-SXM.",
+            help="For write with a JOB: machine to predict for, such as H100-SXM, 8xH100-SXM or FILE.toml "
+            "(`memfit list machines` lists the names). Not this: the prediction must be the same on every "
+            "computer. Default: H100-SXM.",
         ),
     ] = None
     size: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="For write: size of the jobs. Default: the default of each job."),
+        typer.Option(
+            metavar="NAME",
+            help="For write with a JOB: size of the jobs. Default: the default of each job.",
+        ),
     ] = None
     batch: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=1, help="For write: samples per step of the jobs. Default: each job's own."
+            metavar="N",
+            min=1,
+            help="For write with a JOB: samples per step of the jobs. Default: each job's own.",
         ),
     ] = None
     length: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=1, help="For write: length of a sample of the jobs. Default: each job's own."
+            metavar="N",
+            min=1,
+            help="For write with a JOB: length of a sample of the jobs. Default: each job's own.",
         ),
     ] = None
     file: Annotated[

@@ -47,8 +47,8 @@ class GateOptions:
             help="Instead of costs: check the figures of the record against limits, called gates, and exit "
             "with code 1 if one is not kept. default: memfit's own limits; FILE.toml: a TOML file with your "
             "limits, such as step_ratio = 1.5 under [time]; false disables a limit; limits that the file "
-            "does not name keep their defaults. With --json all limits are printed. Default: no check "
-            "without --pilot and --full, otherwise memfit's own limits.",
+            "does not name keep their defaults. With --json all limits are printed. Default: memfit's own "
+            "limits if --pilot or --full is given, otherwise no check.",
         ),
     ] = None
     pilot: Annotated[

@@ -82,9 +82,10 @@ class LargestOptions:
         Path | None,
         typer.Option(
             metavar="FILE.json",
-            help="With --buckets or two sizes: write the answer for the first plan to this file as one JSON "
-            'object for a sampler, such as {"128": 96, "256": 40}. A length for which nothing fits is '
-            "left out. An existing file is refused without --force.",
+            help="With --buckets or two sizes in --largest, otherwise refused: write the answer for the "
+            'first plan to this file as one JSON object for a sampler, such as {"128": 96, "256": 40}. A '
+            "value of the first size for which nothing fits is left out. An existing file is refused without "
+            "--force.",
         ),
     ] = None
 

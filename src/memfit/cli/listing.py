@@ -42,7 +42,8 @@ class ListOptions:
             help="For machines: show every figure of one entry with its source: a machine of the catalog or "
             "FILE.toml as in --on of `memfit plan`, or a network, host, link or place of the catalog; not "
             "this, the machine that memfit runs on. For models: show one model and its settings, with their "
-            "sources. Default: all entries, the links only with --json.",
+            "sources. Default: all entries, the links only with --json. Refused for jobs, techniques and "
+            "engines.",
         ),
     ] = None
 

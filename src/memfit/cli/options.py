@@ -103,7 +103,8 @@ class SizeOptions:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class JobOptions(SizeOptions):
-    """The job to train, None for the default job, and what replaces its default sizes."""
+    """The job to train, None for the default job, and what replaces its default sizes, data, initial weights
+    and steps."""
 
     job: Annotated[
         str | None,
@@ -244,7 +245,8 @@ class BoundsOptions:
         typer.Option(
             metavar="TIME",
             help="Longest time that the whole training of --steps steps may take, for example 90m, 72h or "
-            "3d. Needs --steps, and --on with another machine than this one. Default: no limit.",
+            "3d. Needs --steps, and --on with another machine than this one. Not with --from or --largest. "
+            "Default: no limit.",
         ),
     ] = None
     budget: Annotated[
@@ -253,7 +255,7 @@ class BoundsOptions:
             metavar="USD",
             min=0.01,
             help="Most that the whole training of --steps steps may cost, in USD. Needs --steps, and --on "
-            "with another machine than this one. Default: no limit.",
+            "with another machine than this one. Not with --from or --largest. Default: no limit.",
         ),
     ] = None
     micro_batch: Annotated[
@@ -263,8 +265,8 @@ class BoundsOptions:
             min=1,
             max=MOST_SAMPLES,
             help="Samples in one micro-batch of one device. It must divide the number of samples of a "
-            "device in a step. Needs --on with another machine than this one. Default: memfit chooses "
-            "the number.",
+            "device in a step. Needs --on with another machine than this one. Not with --from or "
+            "--largest. Default: memfit chooses the number.",
         ),
     ] = None
     without: ExcludedTechniques = None
@@ -277,7 +279,7 @@ class BoundsOptions:
             "blocks: more memory on each device or host, 2, 4, 8 or 16 times as many devices, a later "
             "deadline or a higher budget. Otherwise: only gradient accumulation, if the search left it out "
             "because splitting the batch changes what is trained. Default: the error names no changes. Not "
-            "with --from.",
+            "with --from, --largest or --diff.",
         ),
     ] = False
 

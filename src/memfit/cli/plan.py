@@ -63,8 +63,8 @@ class PlanRunOptions:
             "--measure",
             help="Before recommending, train the best plans by prediction and similar ones for a few steps "
             "each on this machine: the measured step times then decide. Needs --goal fastest, cheapest "
-            "or greenest. Not with --from or --on another machine. With --largest: run the values that are "
-            "found, and the next ones, under the cap of --memory.",
+            "or greenest. Not with --from, --diff or --on another machine. With --largest: run the values "
+            "that are found, and the next ones, under the cap of --memory.",
         ),
     ] = False
     measure_time: Annotated[
@@ -73,7 +73,7 @@ class PlanRunOptions:
             metavar="TIME",
             help="With --measure: start no further run after this time, for example 90s, counted from the "
             "first run, unless fewer than two plans have run successfully. Default: 5m. Ignored without "
-            "--measure.",
+            "--measure, and with --largest, which makes at most 12 runs.",
         ),
     ] = "5m"
 
@@ -88,7 +88,8 @@ class SaveOptions:
             metavar="FILE.yaml",
             help="Write the recommended plan to this YAML file, which you can read and edit and which other "
             "commands take as --plan. With --from: write the plan of your set-up instead of the "
-            "recommended one. An existing file is refused without --force.",
+            "recommended one; with --diff: that of the edit. Refused with --largest. An existing file is "
+            "refused without --force.",
         ),
     ] = None
     force: Annotated[

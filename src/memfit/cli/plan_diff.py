@@ -37,9 +37,10 @@ class DiffOptions:
             help="Instead of the comparison: print the edit of this training script that applies the plan, "
             "as a diff for `patch -p0` or `git apply -p0`. The script of the Trainer gets TrainingArguments, "
             "that of Accelerate arguments of Accelerator, that of Lightning arguments of Trainer, and a loop "
-            "of plain PyTorch the lines of memfit.apply. The file is only read. Uses the recommended plan or "
-            "that of --plan. Not with --from or --measure. Example: memfit plan protein-ss --diff train.py | "
-            "patch -p0.",
+            "of plain PyTorch the lines of memfit.apply. The file is only read. Uses the plan of --plan, or "
+            "the recommended one or, if the script cannot express that, the fastest other that fits. Not "
+            "with --from, --largest, --measure or --explain-infeasible. Example: memfit plan protein-ss "
+            "--diff train.py | patch -p0.",
         ),
     ] = None
 

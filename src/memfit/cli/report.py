@@ -24,9 +24,9 @@ class ReportOptions:
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="HTML file to write, overwritten if it exists. Default: in the current folder, "
-            "memfit-ID.LANG.html, with the ID of the proof of concept and the value of --lang; with --watch "
-            "and without --poc, the name of the record in place of memfit-ID.",
+            help="HTML file to write, overwritten if it exists. Default: memfit-ID.LANG.html in the current "
+            "folder, with the ID of the proof of concept and the value of --lang; with --watch FILE.jsonl "
+            "and without --poc, FILE.LANG.html.",
         ),
     ] = None
     poc: Annotated[

@@ -58,8 +58,10 @@ class RunOptions:
             "--capped/--no-capped",
             help="--capped: while it trains, no training process can use more memory than --memory or, "
             "without it, than the plan is predicted to need, beside what Python and the libraries hold "
-            "after a step for warm-up; a run that needs more fails. --no-capped: no limit. Default: "
-            "--capped if --memory is given, otherwise --no-capped.",
+            "after a step for warm-up; a run that needs more fails. With --memory, the cap also holds during "
+            "the evaluation after training. Without it, on a CPU, what evaluation and saves take in the "
+            "warm-up raises the cap; on a GPU, and on a CPU whose warm-up did neither, the evaluation has no "
+            "cap. --no-capped: no limit. Default: --capped if --memory is given, otherwise --no-capped.",
         ),
     ] = None
     seed: Annotated[

@@ -65,7 +65,8 @@ class SweepOptions:
             help="Where trials run: local (processes of this machine; the default) or slurm (jobs of a Slurm "
             "cluster; the folder of the store must be shared by its nodes), with settings: local:parallel=4, "
             "slurm:partition=a100,time=60. An unknown setting is refused with the list of those that exist. "
-            "Repeat the option to run each trial on several kinds of devices.",
+            "Repeat the option to run each trial once with each executor; two on the same kind of device are "
+            "refused.",
         ),
     ] = None
     budget: Annotated[
@@ -114,8 +115,9 @@ class SweepOptions:
         str,
         typer.Option(
             metavar="DEVICE",
-            help="Device of the machine of a trial: this (its GPU or, without one, its CPU; the default) or "
-            "this:cpu (its CPU).",
+            help="Device on which a trial trains, of the machine where its executor starts it: this (its GPU "
+            "or, without one, its CPU; the default), this:cpu (its CPU) or this:KIND with torch's name of "
+            "another kind of device, such as this:cuda.",
         ),
     ] = "this"
 
@@ -171,7 +173,8 @@ def parse_budget(texts: Sequence[str]) -> Budget:
             )
         if name in amounts:
             raise UserError(
-                "--budget is given twice in the same unit", allowed="one time, one amount in USD, or both"
+                f"--budget is given twice {'in USD' if name == 'usd' else 'as a time'}",
+                allowed="one time, one amount in USD, or both",
             )
         amounts[name] = amount
     return Budget(**amounts)
@@ -203,7 +206,9 @@ def _trials(
         raise UserError("--size and --sizes exclude each other", allowed="one of them")
     if not is_here(options.on):
         raise UserError(
-            f"--on {options.on}", allowed="this, this:cpu", hint="--executor says which machine trains"
+            f"--on {options.on}",
+            allowed="this, this:cpu or this:KIND",
+            hint="--executor says which machine trains",
         )
     if engine(options.engine).name == "replay":
         raise UserError("the engine replay trains nothing", allowed="an engine that trains")

@@ -238,7 +238,8 @@ def _param_groups(optimizer: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _tensors(optimizer: Any) -> dict[int, torch.Tensor] | None:
-    """Return the tensors of an optimizer's parameter groups by their ids, or None if it has no groups."""
+    """Return, by their ids, the tensors in the parameter groups of ``optimizer`` and of all that it wraps.
+    Return None if none of them has a group, or if ``optimizer`` is None."""
     groups = list(_param_groups(optimizer))
     if not groups:
         return None

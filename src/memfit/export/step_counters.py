@@ -42,8 +42,9 @@ def _counted_variables(statement: ast.stmt) -> set[str]:
 
 def repeated_lines(between: Statements, omitted: Sequence[ast.stmt], batch: Sequence[str]) -> list[int]:
     """Return the lines of the statements of ``between``, also of inner ones, whose effect adds up if they run
-    once for each micro-batch: calls, and sums that go on from step to step. Those in ``omitted``, and those
-    that read a variable of ``batch`` (sums over its samples), are left out."""
+    once for each micro-batch: calls whose result is not used (except those of `_HARMLESS`, such as
+    zero_grad), and sums that go on from step to step. Those in ``omitted``, bodies of functions, and
+    statements that read a variable named in ``batch`` (sums over its samples) are left out."""
     return [s.lineno for s in _repeated_statements(between, omitted, set(batch), set())]
 
 

@@ -134,7 +134,7 @@ def _until_backward(body: list[ast.stmt], values: dict[str, Any]) -> tuple[list[
     turn remains, and ``values`` gets the loop variables of that turn."""
     calls = [node for part in body for node in ast.walk(part) if _calls(node, "backward")]
     if len(calls) != 1:
-        raise UserError(f"the cell calls backward {len(calls)} times", allowed="once", hint=_HINT)
+        raise UserError(f"the cell of %%memfit calls backward {len(calls)} times", allowed="once", hint=_HINT)
     call = calls[0]
     assert isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)
     owner = values.get(call.func.value.id) if isinstance(call.func.value, ast.Name) else None

@@ -139,9 +139,10 @@ class Setup:
     None if there are none of this kind; settings of DeepSpeed and Megatron-LM may also stand in another
     library's file, and a file of LLaMA-Factory also holds arguments of the Trainer. ``ranks``: the number of
     processes, None if unknown; ``parameters``: the number of parameters of the job's model, None if unknown;
-    ``missing``: names of files that a file names but that do not exist or do not end in .json (the file of
-    OpenFold's --experiment_config_json may end otherwise). It also has text of the Trainer's
-    accelerator_config or fsdp_config that is not valid JSON."""
+    ``missing``: names of files that a file names and that do not exist or do not end in .json. The files of
+    OpenFold's --experiment_config_json and of MACE's --config may end otherwise; the latter is missing, too,
+    if it holds no keys. DeepSpeed's files that Axolotl and LLaMA-Factory ship are not missing. ``missing``
+    also has text of the Trainer's accelerator_config or fsdp_config that is not valid JSON."""
 
     deepspeed: Options | None = None
     accelerate: Options | None = None
@@ -199,10 +200,10 @@ class Setup:
 def read(paths: Sequence[Path], *, ranks: int | None = None, parameters: int | None = None) -> Setup:
     """Read ``paths``, and the files of settings that they name, as one set-up. ``ranks``: the number of
     processes; None: the number that the files give, if they do. ``parameters``: see Setup. A named file that
-    does not exist is listed in ``missing``. Raises UserError if a file cannot be read, is above 1 MiB, is no
-    text in UTF-8, is not valid JSON, YAML or TOML, or is of no known kind; if two of ``paths`` are of the
-    same kind; if OpenFold's settings are nested keys, or a key lies below one that has a plain value; and if
-    the file of OpenFold's --experiment_config_json is of another kind."""
+    cannot be used is listed in ``missing``, as Setup says. Raises UserError if a file cannot be read, is
+    above 1 MiB, is no text in UTF-8, is not valid JSON, YAML or TOML, or is of no known kind; if two of
+    ``paths`` are of the same kind; if OpenFold's settings are nested keys, or a key lies below one that has a
+    plain value; and if the file of OpenFold's --experiment_config_json is of another kind."""
     options_by_kind: dict[str, Options] = {}
     missing: list[str] = []
     for path in paths:

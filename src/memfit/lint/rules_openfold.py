@@ -80,9 +80,9 @@ def openfold_blocks_per_ckpt(c: Options, s: Setup) -> Found:
 
 
 def openfold_extra_ckpt(c: Options, s: Setup) -> Found:
-    """Report that the extra-MSA stack is recomputed although blocks_per_ckpt is null, which switches the
-    recomputation of the other stacks off: this stack has a setting of its own, which is on by default. Report
-    nothing if that is off or blocks_per_ckpt is not null."""
+    """Report that the extra-MSA stack is recomputed although the set-up sets blocks_per_ckpt to null
+    (default: 1), which switches the recomputation of the other stacks off: this stack has a setting of its
+    own, which is on by default. Report nothing if that is off."""
     if openfold.blocks_per_ckpt(s) is None and openfold.changed_value(s, [openfold.EXTRA_CKPT], True) is True:
         yield {}
 

@@ -235,9 +235,9 @@ def _is_per_sample(value: Any, length: int, batch_id: int) -> bool:
 
 
 def _has_elements_of_one_kind(value: Sequence[Any], batch_id: int) -> bool:
-    """Return whether ``value``, inside a batch, is a list or tuple of elements of one kind: mappings; or
-    elements with tensors, of the same structure and types. A batch that is itself a tuple, or a list of
-    tensors, is none."""
+    """Return whether ``value``, inside the batch with the id ``batch_id`` or that batch itself, is a list or
+    tuple (no subclass) of at least one element, all of one kind: mappings; or elements with tensors, of the
+    same structure and types. False for a batch that is itself a tuple or a list of tensors."""
     if type(value) not in (list, tuple) or not value:
         return False
     if all(isinstance(item, Mapping) for item in value):

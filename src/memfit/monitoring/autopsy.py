@@ -174,7 +174,8 @@ def _diagnose_kill(kill: HostKill, log: TrainingLog | None) -> Diagnosis:
 
 
 def _library_failure(lines: Sequence[str], last: TracebackText | None) -> Diagnosis | None:
-    """Return the diagnosis if a library outside torch's allocator found no memory, None otherwise."""
+    """Return the diagnosis if a library outside torch's allocator found no memory; one of unknown cause if it
+    failed in a way that lack of memory or another fault can cause; otherwise None."""
     message = f"{last.error}: {last.message}" if last else ""
     own = [message] if last and _LIBRARY.search(message) else []
     if last is None or "NCCL" in message or "DistBackendError" in message:

@@ -46,7 +46,7 @@ def _of_file(path: Path) -> dict[str, Interval]:
     while isinstance(data, dict) and not data.keys() & set(QUANTITIES):
         data = next((data[key] for key in ("estimate", "prediction", "recommended") if key in data), None)
     if not isinstance(data, dict):
-        raise UserError(f"{path} has no predicted memory", allowed=_ALLOWED)
+        raise UserError(f"the file {path}, given as a prediction, has no predicted memory", allowed=_ALLOWED)
     return _of_mapping(data, str(path))
 
 

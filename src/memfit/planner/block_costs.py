@@ -170,7 +170,8 @@ class _StepView:
         return next((o.clock for o in self.ops if last < o.clock < span.end), span.end)
 
     def level(self, clock: int) -> int:
-        """Return the live bytes just before ``clock``; 0 before the first allocation."""
+        """Return the live bytes just before ``clock``, a time of the trace (`OpCall.clock`); 0 before the
+        first allocation."""
         index = int(numpy.searchsorted(self.clock, clock)) - 1
         return int(self.live[index]) if index >= 0 else 0
 

@@ -43,8 +43,9 @@ class AlternativeRow:
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RiskRow:
     """One risk. ``level``: low, some, high or unknown; ``evidence``: what it is judged by; ``source``: the
-    section of the page with the evidence ("#runs"), or a citation; ``loss``: the most that can be lost by the
-    pilot."""
+    section of the page with the evidence ("#runs"), a citation, or "" if there is none; ``loss``: the highest
+    cost of the pilot, the one run before anything is bought, without a value if it is unknown or the risk is
+    not a matter of money."""
 
     kind: str
     level: str

@@ -165,8 +165,8 @@ class Store:
             return False
         if application == APPLICATION_ID:
             raise UserError(
-                f"the store {self.path} has schema version {version}",
-                allowed=f"version {SCHEMA_VERSION}",
+                f"the store {self.path} was written by another memfit: it has schema version {version}",
+                allowed=f"version {SCHEMA_VERSION}, which this memfit reads",
                 hint="update memfit, or choose another file with --store",
             )
         if application or connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:

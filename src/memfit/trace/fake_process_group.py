@@ -332,8 +332,9 @@ def _highest(allocations: Sequence[Allocation]) -> int:
 def prepare_ddp(wrapped: Any, note: Callable[[torch.Tensor, str], Any]) -> None:
     """Prepare the DDP module ``wrapped`` for fake tensors. Its reduction reads the value of the collective's
     future, which is None on a fake process group, so a communication hook replaces it: it divides each bucket
-    by the number of ranks and all-reduces it. The buckets are listed in integer tensors, which are made real
-    and reported as ``note(tensor, operator)``."""
+    by the number of ranks and all-reduces it. Before each forward pass, DDP lists its buckets in int32
+    tensors and reads them in C++. They are made real; each of them, and each tensor computed from real ones,
+    is reported as ``note(tensor, operator)``."""
     enter = wrapped._pre_forward
 
     def pre_forward(*args: Any, **kwargs: Any) -> Any:

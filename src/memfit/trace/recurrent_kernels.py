@@ -79,7 +79,9 @@ def _padded_operator(name: str, is_one_kernel: bool, note: Callable[[str], None]
 
 def _packed_operator(name: str, is_one_kernel: bool, note: Callable[[str], None]) -> Callable[..., Any]:
     """Return the operator of packed sequences, with the arguments of ``torch.lstm`` or ``torch.gru`` for
-    these."""
+    these. ``is_one_kernel``: whether the device has one kernel for the whole network; where `_is_supported`
+    says no, the network runs cell by cell all the same. ``name``: a key of `_KEPT`; ``note``: as in
+    `recurrent_kernels`."""
 
     def network(data: torch.Tensor, batch_sizes: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
         hidden, weights, has_biases, layers, dropout, train, bidirectional = arguments
@@ -185,8 +187,8 @@ def _cell(
     weights: Sequence[torch.Tensor],
     has_biases: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """Return the next states. ``weights``: of the input, of the hidden state, their two biases and, of an
-    LSTM with projections, one more."""
+    """Return the next states. ``name``: a key of `_KEPT`. ``weights``: of the input, of the hidden state,
+    with ``has_biases`` their two biases and, of an LSTM with projections, one more."""
     w_ih, w_hh, *rest = weights
     b_ih, b_hh = rest[:2] if has_biases else (None, None)
     if name.startswith("rnn"):

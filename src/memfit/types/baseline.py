@@ -14,14 +14,15 @@ _STRICT: Final = {"extra": "forbid"}  # pydantic refuses unknown keys
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleMemory:
-    """Bytes of the tensors that one line of the user's code makes in one module.
+    """Bytes of the tensors that one line of the user's code makes in one module. Lines of one file with the
+    same text count as one.
 
     ``module``: dotted path, with a star for the number of one of several alike blocks; `ROOT`; or `OTHERS`.
-    ``line``: "src/model.py:12", relative to the baseline's folder; ``code``: the text of that line; both ""
-    if no line is known. ``state_bytes``: parameters, gradients, optimizer state, weight averages and inputs,
-    which count under one line of the module: their highest sum at the peaks of the three phases.
-    ``forward_bytes``, ``backward_bytes``, ``optimizer_bytes``: all other tensors that are alive at the peak
-    of that phase.
+    ``line``: one of these lines, such as "src/model.py:12", relative to the baseline's folder; ``code``: its
+    text; both "" if no line is known. ``state_bytes``: parameters, gradients, optimizer state, weight
+    averages and inputs, which count under one line of the module: their highest sum at the peaks of the three
+    phases. ``forward_bytes``, ``backward_bytes``, ``optimizer_bytes``: all other tensors that are alive at
+    the peak of that phase.
     """
 
     __pydantic_config__: ClassVar[Mapping[str, str]] = _STRICT

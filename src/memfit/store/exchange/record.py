@@ -413,9 +413,10 @@ def _control_faults(verdict: Judgement) -> Iterator[str]:
 def _equivalence_faults(
     verdict: Judgement, baseline_scores: Mapping[str, float], recommended_scores: Mapping[str, float]
 ) -> Iterator[str]:
-    """Yield the inconsistencies of a verdict that two different plans are equivalent, or would be if the test
-    were sensitive. Such a verdict needs at least one pair of runs, scores of the same seeds in both plans, as
-    many pairs as seeds if there are scores, and a margin unless its effect class is E0."""
+    """Yield a text for each thing that ``verdict`` lacks. The verdict says that two different plans are
+    equivalent, or would be if the test were sensitive; the caller has checked this. It needs at least one
+    pair of runs; a margin, unless its effect class is E0; and, if there are scores, the same seeds in both
+    plans and as many pairs as seeds."""
     if verdict.pairs == 0:
         yield "the verdict is equivalent on 0 pairs of runs"
     if verdict.margin is None and verdict.effect != "E0":

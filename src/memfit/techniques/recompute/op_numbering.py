@@ -47,7 +47,8 @@ class RecomputeFacts:
 
 @functools.cache
 def recompute_facts(func: Any) -> RecomputeFacts:
-    """Return what recomputation must know about the operator ``func``."""
+    """Return the `RecomputeFacts` of the operator ``func``: whether it makes views, whether it draws random
+    numbers, and what it writes to."""
     arguments = enumerate(func._schema.arguments)
     written = tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
     random = torch.Tag.nondeterministic_seeded in func.tags
