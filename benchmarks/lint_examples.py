@@ -3,6 +3,7 @@
 ::
 
     python benchmarks/lint_examples.py FOLDER...      # folders of git checkouts; writes lint_examples.md
+    python benchmarks/lint_examples.py      # only counts, in lint_examples.md, the rules added since
 
 Every JSON, YAML, TOML and shell file that ``memfit lint`` knows is read, and every fenced JSON, YAML or TOML
 block of the documentation. Findings are listed with the argument that is kept in lint_arguments.toml; one
@@ -119,6 +120,16 @@ _HEAD = (
 _COUNTED = "{total} configurations, {rules} rules: {right} findings that are right, {false} false."
 
 
+def with_later_rules(text: str, rules: int) -> str:
+    """Return the page with the number of those of ``rules`` rules that are newer than its findings."""
+
+    def counted(match: re.Match[str]) -> str:
+        later = rules - int(match[2])
+        return match[1] + f" Rules added later, not tried on these: {later}." * bool(later)
+
+    return re.sub(r"^(\d+ configurations, (\d+) rules: .*? false\.).*$", counted, text, flags=re.MULTILINE)
+
+
 def table(found: list[tuple[Checkout, str, Finding, str]]) -> list[str]:
     rows = [
         f"| {c.name} | {name} | {f.rule} | {f.says.replace('|', chr(92) + '|')} | {why} |"
@@ -139,9 +150,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("folders", nargs="*", type=Path)
     parser.add_argument("--out", type=Path, default=HERE / "lint_examples.md")
     given = parser.parse_args()
+    if not given.folders:
+        text = given.out.read_text(encoding="utf-8")
+        given.out.write_text(with_later_rules(text, len(CHECKS)), encoding="utf-8")
+        return
     arguments = tomllib.loads((HERE / "lint_arguments.toml").read_text(encoding="utf-8"))
     note = str(arguments.pop("note"))
     checkouts = [linted(folder) for folder in given.folders]

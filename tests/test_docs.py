@@ -145,12 +145,13 @@ def test_a_japanese_page_links_to_japanese_pages_where_there_are_any(page: Path)
 
 
 def test_the_stated_number_of_lint_rules_is_correct() -> None:
-    """benchmarks/lint_examples.py writes the record: a new rule is tried on the libraries' own examples."""
+    """benchmarks/lint_examples.py writes the record. Without folders it counts the rules added since."""
     record = (ROOT / "benchmarks/lint_examples.md").read_text(encoding="utf-8")
-    linted, rules = re.findall(r"^(\d+) configurations, (\d+) rules:", record, re.MULTILINE)[0]
+    counted = r"^(\d+) configurations, (\d+) rules: .*? false\.(?: Rules added later, .*: (\d+)\.)?$"
+    linted, tried, later = re.findall(counted, record, re.MULTILINE)[0]
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     told = re.findall(r"(\d+) (?:known )?misconfigurations", MANUAL + changes)
-    assert {int(n) for n in (*told, rules)} == {len(CHECKS)}
+    assert {*map(int, told), int(tried) + int(later or 0)} == {len(CHECKS)}
     assert f"{int(linted):,}" in MANUAL
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from memfit.conformance.findings import Checked, CheckFinding, NotChecked, join_values
 from memfit.conformance.observation import Observations
-from memfit.conformance.planned_shards import persists, shard_degree
+from memfit.conformance.planned_shards import averaging_technique, persists, shard_degree
 from memfit.techniques.rank_mesh import layout
 from memfit.types.device_kind import HOST
 from memfit.types.plan import Plan
@@ -16,7 +16,6 @@ from memfit.types.plan import Plan
 _ALL_RATIO = 0.9  # fraction of bytes
 _ONCE_RATIO = 0.75  # fraction of elements: shards are padded, and never smaller in total
 _REPLICAS_RATIO = 1e-7  # averaged gradients are bitwise equal on every rank
-_AVERAGING = ("ddp", "zero", "sharded-ddp", "fsdp2", "context-parallel", "axial-parallel")
 
 
 def shards(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
@@ -103,9 +102,8 @@ def replicas(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
         for rank in observed.ranks
         for a, b in zip(norms, rank.norms.values(), strict=True)
     )
-    feature = next((u.technique for u in plan.uses if u.technique in _AVERAGING), "replicas")
     yield Checked(
-        f"{feature}: replicas",
+        f"{averaging_technique(plan)}: replicas",
         "equal parameters on every rank after a step",
         f"parameter norms up to {deviation:.1e} apart: gradients are not averaged",
         wrong=deviation > _REPLICAS_RATIO,

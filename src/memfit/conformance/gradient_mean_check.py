@@ -20,7 +20,7 @@ import torch
 from memfit.conformance.findings import Checked, CheckFinding, NotChecked
 from memfit.conformance.fingerprints import TURNS
 from memfit.conformance.observation import Figures, GradientFigures, Observations, RankObservation
-from memfit.conformance.planned_shards import shard_degree
+from memfit.conformance.planned_shards import averaging_technique, shard_degree
 from memfit.techniques.rank_mesh import layout
 from memfit.types.plan import Plan
 
@@ -30,7 +30,6 @@ _SURE = 30  # multiple of what rounding can cause, squared
 _SPREAD_RATIO = 0.01
 _SHARE = 0.01  # share of all gradients' squares from which a difference matters
 _COUNT = 5  # a share of the number of parameters must be this many times larger
-_AVERAGING = ("ddp", "zero", "sharded-ddp", "fsdp2", "context-parallel", "axial-parallel")
 
 
 def mean_gradients(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
@@ -44,8 +43,7 @@ def mean_gradients(plan: Plan, observed: Observations) -> Iterator[CheckFinding]
     ranks = layout(plan).data * layout(plan).context
     if ranks == 1:
         return
-    feature = next((u.technique for u in plan.uses if u.technique in _AVERAGING), "replicas")
-    feature = f"{feature}: mean of gradients"
+    feature = f"{averaging_technique(plan)}: mean of gradients"
     pipeline = plan.get("pipeline")
     if "expert-parallel" in plan:
         yield NotChecked(f"{feature}: experts are not the same on all ranks")

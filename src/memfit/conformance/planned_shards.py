@@ -1,9 +1,17 @@
-"""What a plan says that one rank holds of a model."""
+"""What a plan says that one rank holds of a model, and which technique averages gradients over ranks."""
 
 from __future__ import annotations
 
 from memfit.techniques.rank_mesh import layout
 from memfit.types.plan import Plan
+
+_AVERAGING = ("ddp", "zero", "sharded-ddp", "fsdp2", "context-parallel", "axial-parallel")
+
+
+def averaging_technique(plan: Plan) -> str:
+    """Return the name of the plan's first technique that averages gradients over ranks, for findings;
+    "replicas" if it has none."""
+    return next((u.technique for u in plan.uses if u.technique in _AVERAGING), "replicas")
 
 
 def shard_degree(plan: Plan, what: str) -> tuple[int, str]:

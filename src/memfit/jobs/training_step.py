@@ -23,7 +23,7 @@ from memfit.techniques import fp32_modules
 from memfit.techniques.base import OptimizerLike, Workbench
 from memfit.techniques.optimizers import StepInBackward, default_optimizer, innermost
 from memfit.techniques.rank_mesh import World, builds_on_host, layout, moves_parameters
-from memfit.techniques.registry import check, ordered_uses
+from memfit.techniques.registry import check, freezes_parameters, ordered_uses
 from memfit.types.device_kind import HOST, device_kind
 from memfit.types.errors import UserError
 from memfit.types.job import Job
@@ -279,8 +279,7 @@ class TrainingStep:
     def _weight_average(self) -> WeightAverage | None:
         if self.job.ema is None:
             return None
-        has_adapters = "lora" in self.plan or "qlora" in self.plan
-        return WeightAverage(self.bench, self.model, self.job.ema, frozen=not has_adapters)
+        return WeightAverage(self.bench, self.model, self.job.ema, frozen=not freezes_parameters(self.plan))
 
     def _skip_update(self) -> torch.Tensor:
         norm = self._grad_norm()

@@ -49,7 +49,7 @@ from memfit.store import trace_columns
 from memfit.store.prediction_cache import digest_of
 from memfit.techniques.base import JobFacts, StepPart
 from memfit.techniques.rank_mesh import layout
-from memfit.techniques.registry import make_plain_plan, splits_batch, technique
+from memfit.techniques.registry import freezes_parameters, make_plain_plan, splits_batch, technique
 from memfit.trace.sample_dependence import remember_dependence, sample_dependence, trial_limit_bytes
 from memfit.trace.trace_extrapolation import deep_traces, find_repeated_blocks, traces_of
 from memfit.trace.trace_pool import ForkedWorkers, from_both_ends, run_parallel
@@ -919,7 +919,7 @@ class Predictor:
         """Return whether the plan's optimizer finds the same memory after gradients of zero as after forward
         and backward."""
         is_own = self.engine == "native" and plan.ranks == 1
-        return is_own and not any(map(plan.get, ("lora", "qlora"))) and self._leaves_only_gradients
+        return is_own and not freezes_parameters(plan) and self._leaves_only_gradients
 
     @functools.cached_property
     def _leaves_only_gradients(self) -> bool:

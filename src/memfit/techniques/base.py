@@ -151,6 +151,7 @@ class Technique:
       proposes it for these only.
     - ``before_engine``: memfit applies it to a model, a loss or an optimizer before it passes them to an
       engine, so that most engines can train with it (engines/base.py).
+    - ``freezes_parameters``: it freezes parameters of the job's model.
     - ``loaded_in_pieces``: while the model is loaded, the host holds one tensor of it at a time.
     - ``pins_host_memory``: what it keeps in host memory may be pinned. ``pins_traced_blocks(settings)``:
       whether each tensor that a trace shows there is then one block of pinned memory; False if engines pin
@@ -175,6 +176,7 @@ class Technique:
     unsearched: tuple[str, ...] = ()
     supports: Callable[[DeviceKind], bool] = lambda kind: True
     before_engine: bool = False
+    freezes_parameters: bool = False
     loaded_in_pieces: bool = False
     pins_host_memory: bool = False
     pins_traced_blocks: Callable[[Mapping[str, KnobValue]], bool] = lambda settings: True

@@ -140,6 +140,12 @@ def without(plan: Plan, name: str) -> Plan:
     return reduced_plan.with_use(make_use("ddp", {}))
 
 
+def freezes_parameters(plan: Plan) -> bool:
+    """Return whether a technique of the plan freezes parameters of the job's model. Raises UserError for an
+    unknown technique."""
+    return any(technique(u.technique).freezes_parameters for u in plan.uses)
+
+
 def conflict(plan: Plan) -> str | None:
     """Return the reason, as text, why techniques of the plan or their settings cannot be combined; None if
     they can. If there are several reasons, return the first: pairs of techniques are checked in the plan's
@@ -163,7 +169,7 @@ def _conflict_of_settings(plan: Plan, techniques: list[Technique]) -> str | None
     if zero_use is not None and zero_use.settings.get("stage") == 3 and plan.get("compile") is not None:
         return "zero of stage 3 gathers parameters inside blocks, but compile makes one graph of whole blocks"
     recompute_name = next(filter(plan.get, ("activation-checkpointing", "selective-checkpointing")), None)
-    adapter_name = next(filter(plan.get, ("lora", "qlora")), None)
+    adapter_name = next((t.name for t in techniques if t.freezes_parameters), None)
     if zero_use is not None and zero_use.settings.get("stage") == 3 and recompute_name and adapter_name:
         return (
             f"{recompute_name} compares weights between forward and recomputation, but zero of stage 3 has "
