@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import ast
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "memfit"
@@ -30,14 +30,16 @@ def docstrings(path: Path, tree: ast.Module) -> Iterator[Text]:
 
 
 def messages(path: Path, tree: ast.Module) -> Iterator[Text]:
+    constants = _constants(tree)
     for node in ast.walk(tree):
         is_error = isinstance(node, ast.Call) and getattr(node.func, "id", "") in _ERRORS
         if is_error and node.args and isinstance(node.args[0], (ast.JoinedStr, ast.Constant)):
-            keywords = "".join(f"\n  {k.arg}: {_words(k.value)}" for k in node.keywords)
-            yield f"{path}:{node.lineno}", f"{_words(node.args[0])}{keywords}"
+            keywords = "".join(f"\n  {k.arg}: {_words(k.value, constants)}" for k in node.keywords)
+            yield f"{path}:{node.lineno}", f"{_words(node.args[0], constants)}{keywords}"
 
 
 def helps(path: Path, tree: ast.Module) -> Iterator[Text]:
+    constants = _constants(tree)
     for node in ast.walk(tree):
         if isinstance(node, ast.AnnAssign) and (name := getattr(node.target, "id", "")):
             for call in ast.walk(node.annotation):
@@ -45,20 +47,33 @@ def helps(path: Path, tree: ast.Module) -> Iterator[Text]:
                 option = next((s for s in strings if str(s).startswith("--")), f"--{name.replace('_', '-')}")
                 for keyword in getattr(call, "keywords", ()):
                     if keyword.arg == "help":
-                        yield f"{path}:{node.lineno}", f"{option}\n{_words(keyword.value)}"
+                        yield f"{path}:{node.lineno}", f"{option}\n{_words(keyword.value, constants)}"
 
 
-def _words(node: ast.expr) -> str:
-    """Return the text of a literal or of an f-string, whose values stay in braces."""
+def _constants(tree: ast.Module) -> dict[str, str]:
+    """Return name -> text of the module's constants that are literals or f-strings."""
+    texts: dict[str, str] = {}
+    for node in tree.body:
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(
+            node.value, (ast.Constant, ast.JoinedStr)
+        ):
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                texts[ast.unparse(target)] = _words(node.value, texts)
+    return texts
+
+
+def _words(node: ast.expr, constants: Mapping[str, str]) -> str:
+    """Return the text of a literal, of a constant of the module, or of an f-string, whose other values stay
+    in braces."""
     if isinstance(node, ast.Constant):
         return str(node.value)
     if isinstance(node, ast.JoinedStr):
-        return "".join(
-            str(v.value) if isinstance(v, ast.Constant) else "{" + ast.unparse(v.value) + "}"
-            for v in node.values
-            if isinstance(v, (ast.Constant, ast.FormattedValue))
-        )
-    return ast.unparse(node)
+        return "".join(_words(v, constants) for v in node.values)
+    if isinstance(node, ast.FormattedValue):
+        name = ast.unparse(node.value)
+        return constants.get(name, "{" + name + "}")
+    name = ast.unparse(node)
+    return constants.get(name, name)
 
 
 def draw(seed: int, count: int) -> list[Text]:

@@ -84,6 +84,17 @@ def test_standard_input_may_be_text_or_a_snapshot(
         assert json_of(capsys, "-")["cause"] == cause
 
 
+def test_the_end_of_a_long_standard_input_is_read(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memfit.monitoring.plain_pickle.LARGEST_BYTES", 2**20)
+    monkeypatch.setattr("memfit.cli.autopsy._MOST_TEXT_BYTES", 2**18)
+    end = (_DEATHS / "host_killed_dmesg_1.txt").read_bytes()
+    log = b"step 1: loss 0.5\n" * 2**17 + end  # over 2 MiB
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(log)))
+    assert json_of(capsys, "-")["cause"] == "host-killed"
+
+
 def test_the_record_of_a_watch_is_read(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     path.write_text(

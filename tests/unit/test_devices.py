@@ -177,6 +177,10 @@ def test_timings_of_a_device_are_kept_by_its_driver(monkeypatch: pytest.MonkeyPa
         devices, "_DRIVERS", {"NVIDIA": (version, version), "AMD": (tmp_path / "no", version)}
     )
     assert calibrated_device(request) == "Card, NVIDIA driver 550.54.15"
+    card = devices.Accelerator(device="xpu:0", name="Card", total_bytes=1, free_bytes=1, driver="1.6.32567")
+    monkeypatch.setattr("memfit.planner.machine_calibration.accelerators", lambda: (card, card))
+    monkeypatch.setattr(devices, "_DRIVERS", {})
+    assert calibrated_device(request) == "Card, driver 1.6.32567"
     assert (
         calibrated_device(dataclasses.replace(request, machine=dataclasses.replace(here, is_here=False)))
         == ""

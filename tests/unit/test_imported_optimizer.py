@@ -62,6 +62,12 @@ def test_arguments_that_are_not_named_literals_are_refused(text: str) -> None:
         parse_arguments(text, "it")
 
 
+@pytest.mark.parametrize("text", ["lr=1, lr=2", "a=1)(b=2", "a=1).b(c=2", "x={[]:1}", "a=1, **{'b': 2}"])
+def test_a_name_given_twice_or_another_call_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match=r"^it is "):
+        parse_arguments(text, "it")
+
+
 def test_arguments_are_python_literals() -> None:
     assert parse_arguments("", "it") == {}
     assert parse_arguments("lr=1e-3, betas=(0.9, 0.95), name='std', flag=True", "it") == {

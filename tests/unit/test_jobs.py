@@ -310,6 +310,8 @@ def test_a_uniform_model_scores_the_logarithm_of_its_vocabulary() -> None:
     ("text", "place"),
     [
         (">a\nMKV\n>b\nMK1L\n", "line 4, column 3: '1' is not an amino acid"),
+        (">a\nMKß1\n", "line 2, column 3: 'ß' is not an amino acid"),
+        (">a\nMKﬆ\n", "line 2, column 3: 'ﬆ' is not an amino acid"),
         (">a\nMKV\nM-V\n", "line 3, column 2: '-'"),
         (">a\nMKV\n>empty\n\n>c\nMK\n", "line 3: no sequence follows the header of 'empty'"),
         ("MKV\n", "line 1: the first line with text must start with '>'"),

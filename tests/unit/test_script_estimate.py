@@ -3,10 +3,12 @@ alone."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -793,10 +795,15 @@ def test_accelerate_launch_is_read_with_its_settings(tmp_path: Path, monkeypatch
         ("ls -l", "is no Python script"),
         ("no-such-command", "does not exist"),
         ("pyton train.py", "did you mean 'python'"),
-        ("torchrun --nproc-per-node auto train.py", "depends on the machine"),
+        ("torchrun --nproc-per-node auto train.py", "auto is no number of processes"),
+        ("torchrun --nproc-per-node 0 train.py", "=0 is no number of processes"),
+        ("torchrun --nproc-per-node 2 --nnodes ² train.py", "--nnodes=² is no number of nodes"),
         ("torchrun --nproc-per-node 1 --nnodes two train.py", "--nnodes=two is no number of nodes"),
-        ("deepspeed --num_gpus two train.py", "--num_gpus=two is no number"),
-        ("deepspeed --num_gpus", "--num_gpus= is no number"),
+        ("deepspeed --num_gpus two train.py", "--num_gpus is 'two'"),
+        ("deepspeed --num_gpus 2.5 train.py", "--num_gpus is '2.5'"),
+        ("deepspeed --num_gpus=0 train.py", "--num_gpus is '0'"),
+        ("deepspeed --num_nodes ² train.py", "--num_nodes is '²'"),
+        ("deepspeed --num_gpus", "--num_gpus is ''"),
     ],
 )
 def test_another_command_is_refused_in_one_line(command: str, message: str) -> None:
@@ -896,19 +903,54 @@ def test_the_time_limit_to_which_an_answer_points_is_taken_with_a_command(
     assert "add --plans" in capsys.readouterr().err
 
 
+def test_the_time_limit_of_a_script_leaves_out_the_prediction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit is passed as soon as the steps are traced."""
+    traced = tmp_path / "answer.json.traced"
+    wait = forked.Popen.wait
+
+    def passed(process: forked.Popen, timeout: float | None = None) -> int:
+        if timeout is None:
+            return wait(process)
+        while process.poll() is None and not traced.exists():
+            time.sleep(0.001)
+        raise subprocess.TimeoutExpired("a script", timeout)
+
+    monkeypatch.setattr(
+        "memfit.capture.estimate.temporary_folder", lambda prefix: contextlib.nullcontext(tmp_path)
+    )
+    monkeypatch.setattr(forked.Popen, "wait", passed)
+    answer = estimate_script([sys.executable, _script(tmp_path)], machine="this:cpu", probe=False)
+    assert traced.exists()
+    assert _peak_bytes(answer) > 0
+
+
+_TWO_MODELS = """
+import torch
+from torch import nn
+first, second = nn.Linear(8, 8), nn.Linear(8, 8)
+optimizer = torch.optim.SGD([*first.parameters(), *second.parameters()], lr=0.1)
+for _ in range(2):
+    second(first(torch.randn(4, 8))).sum().backward()
+    optimizer.step()
+"""
+
+
+def test_without_a_plan_to_save_the_exit_code_is_3(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "two.py"
+    path.write_text(_TWO_MODELS)
+    options = ["--on", "this:cpu", "--plans", "--save", str(tmp_path / "plan.yaml")]
+    assert main(["estimate", *options, "--", sys.executable, str(path)]) == 3
+    assert "trains several models" in " ".join(capsys.readouterr().out.split())
+    assert not (tmp_path / "plan.yaml").exists()
+
+
 def test_no_plan_is_searched_for_a_step_that_cannot_be_repeated(tmp_path: Path) -> None:
     path = tmp_path / "two.py"
-    path.write_text(
-        textwrap.dedent("""
-        import torch
-        from torch import nn
-        first, second = nn.Linear(8, 8), nn.Linear(8, 8)
-        optimizer = torch.optim.SGD([*first.parameters(), *second.parameters()], lr=0.1)
-        for _ in range(2):
-            second(first(torch.randn(4, 8))).sum().backward()
-            optimizer.step()
-        """)
-    )
+    path.write_text(_TWO_MODELS)
     answer = estimate_script(
         [sys.executable, str(path)], machine="this:cpu", search=PlanSearch(), probe=False
     )

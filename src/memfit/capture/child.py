@@ -22,7 +22,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from memfit.capture.device_redirect import DeviceRedirect, device_patches
-from memfit.capture.estimate import COLOURS
+from memfit.capture.estimate import COLOURS, traced_file
 from memfit.capture.program import load_program
 from memfit.capture.result import PlanSearch, ScriptAnswer, ScriptSpec
 from memfit.capture.sandbox import Sandbox, sandboxed
@@ -118,6 +118,7 @@ class _Session:
         """Predict the traced steps, write the answer and end the process."""
         with _disable_current_modes():
             self._leave()
+            traced_file(self.spec).touch()
             answer = self._answer()
             if self.spec.search is not None:
                 self._unpatch()

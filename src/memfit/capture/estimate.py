@@ -39,10 +39,10 @@ def estimate_script(
     and return the prediction for that step on ``machine``. Nothing is trained. If the script ends after its
     first optimizer step, the prediction is for that one, and a note says so.
 
-    ``limit_s``: seconds after which the script is ended. ``show_output``: whether the script's output is
-    shown, on standard error. The other arguments are as in `ScriptSpec`. Raises UserError if the command is
-    none that `load_program` reads, if the script ends before its first optimizer step, and if it raises an
-    error, dies or reaches ``limit_s`` before its second.
+    ``limit_s``: seconds after which the script is ended if its steps are not traced by then.
+    ``show_output``: whether the script's output is shown, on standard error. The other arguments are as in
+    `ScriptSpec`. Raises UserError if the command is none that `load_program` reads, if the script ends before
+    its first optimizer step, and if it raises an error, dies or reaches ``limit_s`` before its second.
     """
     program = load_program(command)
     with temporary_folder("memfit-script-") as folder:
@@ -71,6 +71,11 @@ def estimate_script(
         return answer
 
 
+def traced_file(spec: ScriptSpec) -> Path:
+    """Return the file that the script's process makes when the steps are traced."""
+    return Path(f"{spec.answer}.traced")
+
+
 def _run(spec: ScriptSpec, folder: Path, output: Path, limit_s: float, *, show_output: bool) -> str:
     """Run the child process, and return how it ended, such as "was killed by signal 9"."""
     spec_file = folder / "spec.json"
@@ -89,7 +94,9 @@ def _run(spec: ScriptSpec, folder: Path, output: Path, limit_s: float, *, show_o
         try:
             code = process.wait(limit_s)
         except subprocess.TimeoutExpired:
-            return f"was ended after {limit_s:g} s,"
+            if not traced_file(spec).exists():
+                return f"was ended after {limit_s:g} s,"
+            code = process.wait()  # for the prediction
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, 9)

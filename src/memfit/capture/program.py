@@ -135,14 +135,19 @@ def _of_torchrun(arguments: list[str]) -> Program:
 
     args = _parse_arguments(get_args_parser(), arguments, "torchrun")
     per_node = str(args.nproc_per_node)
-    if not per_node.isdigit():
+    if not _is_count(per_node):
         raise UserError(
-            f"--nproc-per-node={per_node} depends on the machine", allowed="the number of processes of a node"
+            f"--nproc-per-node={per_node} is no number of processes",
+            allowed="a whole number of at least 1; gpu and auto depend on the machine",
         )
     nodes = str(args.nnodes).rpartition(":")[2]
-    if not nodes.isdigit():
+    if not _is_count(nodes):
         raise UserError(f"--nnodes={args.nnodes} is no number of nodes", allowed="N, or MIN:MAX")
     return dataclasses.replace(_of_training_script(args), ranks=int(per_node) * int(nodes))
+
+
+def _is_count(text: str) -> bool:
+    return text.isdecimal() and int(text) > 0
 
 
 def _of_training_script(args: argparse.Namespace) -> Program:
@@ -176,8 +181,8 @@ def _of_deepspeed(arguments: list[str]) -> Program:
         name, equals, value = arguments[index].partition("=")
         value = value if equals else (arguments[index + 1] if index + 1 < len(arguments) else "")
         if name in ("--num_gpus", "--num_nodes"):
-            if not value.isdigit():
-                raise UserError(f"{name}={value} is no number", allowed="a whole number")
+            if not _is_count(value):
+                raise UserError(f"deepspeed's {name} is {value!r}", allowed="a whole number of at least 1")
             ranks *= int(value)
         is_module = is_module or name == "--module"
         index += 1 if equals or name in ("--no_python", "--module", "--force_multi") else 2
@@ -212,6 +217,6 @@ def _ranks_option(arguments: list[str]) -> int | None:
     for option, value in zip(arguments, [*arguments[1:], ""], strict=True):
         name, equals, inline = option.partition("=")
         text = inline if equals else value
-        if name in _RANKS_OPTIONS and text.isdigit():
+        if name in _RANKS_OPTIONS and _is_count(text):
             return int(text)
     return None

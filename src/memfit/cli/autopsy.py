@@ -154,10 +154,14 @@ def _diagnosis_of(name: str) -> Diagnosis:
     from memfit.monitoring.record import read_records
 
     if name == "-":
-        data = sys.stdin.buffer.read(LARGEST_BYTES)
-        if is_snapshot(data[:4096]):
+        stream = sys.stdin.buffer
+        data = stream.read(4096)
+        if is_snapshot(data):
+            data += stream.read(LARGEST_BYTES - len(data))
             return rules.diagnose_snapshot(parse_snapshot(data, what="standard input"))
-        return rules.diagnose_log(data[-_MOST_TEXT_BYTES:].decode("utf-8", "replace"))
+        while more := stream.read(_MOST_TEXT_BYTES):
+            data = (data + more)[-_MOST_TEXT_BYTES:]
+        return rules.diagnose_log(data.decode("utf-8", "replace"))
     path = Path(name)
     with open_regular(path) as file:
         head = file.read(4096)

@@ -175,6 +175,8 @@ def accelerator_checks() -> Iterator[Check]:
         detail += f", {format_bytes(accelerator.free_bytes)} free now"
         if accelerator.context_bytes:
             detail += f", of which each process takes {format_bytes(accelerator.context_bytes)}"
+        if accelerator.driver:
+            detail += f", driver {accelerator.driver}"
         yield Check(name=accelerator.device, ok=True, detail=detail)
     if not accelerator_kind():
         if not drivers:

@@ -54,7 +54,8 @@ class ScriptOptions:
         typer.Option(
             metavar="FILE.yaml",
             help="With --plans: write the recommended plan to this file, for memfit.apply in the script. An "
-            "existing file is refused. Default: the plan is only printed.",
+            "existing file is refused. Without a plan to recommend, the exit code is 3. Default: the plan is "
+            "only printed.",
         ),
     ] = None
     diff: Annotated[
@@ -75,7 +76,8 @@ class ScriptOptions:
             metavar="SECONDS",
             min=1,
             help="End the script, and fail, if it has not reached its second optimizer step after so many "
-            "seconds. Default: 1800 (half an hour).",
+            "seconds. The prediction after it, and a search for plans, are not limited by this. Default: "
+            "1800 (half an hour).",
         ),
     ] = 1800.0
 
@@ -93,7 +95,8 @@ def estimate_command(
 ) -> None:
     """Run ``command`` until its second optimizer step, print the predicted memory, and with --plans the plans
     that a search finds; write ``files``. ``on``, ``within``: the machine and the time limit of the search, as
-    in --on and --within. Raises UserError for options that do not go together."""
+    in --on and --within. The exit code is 3 if there is no plan for --save. Raises UserError for options that
+    do not go together."""
     parse_cap(search_options.memory)
     within_s = parse_time_limit(DEFAULT_WITHIN if within is None else within)
     if within is not None and not options.plans:
@@ -132,6 +135,8 @@ def estimate_command(
         )
     facts = _facts(answer, machine, cap_bytes)
     _show(answer, facts, command, options, files, source, lang=lang, as_json=as_json)
+    if options.save is not None and (answer.plans is None or answer.plans.recommended is None):
+        raise typer.Exit(3)
 
 
 def _bounds(texts: list[str]) -> dict[str, int | float] | None:

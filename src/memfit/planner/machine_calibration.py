@@ -16,7 +16,7 @@ from memfit.planner.selection import (
 )
 from memfit.runtime import local_machine
 from memfit.runtime.child_process import run
-from memfit.runtime.devices import loaded_drivers
+from memfit.runtime.devices import accelerators, loaded_drivers
 from memfit.store.calibration import CalibrationCache, select_operators
 from memfit.techniques.registry import make_plain_plan
 from memfit.types import serialization
@@ -148,11 +148,14 @@ _LONGEST_RATIO = 20.0  # of the nominal budget: no machine should take longer
 
 def calibrated_device(request: Request) -> str:
     """Return under which name the calibration of the request's device is stored: "" for the processor, else
-    the product name of the accelerator and the versions of the drivers that are loaded."""
+    the product name of the accelerator and the versions of its driver: of those that are loaded, and as torch
+    names it."""
     device = request.machine.device
     if device.is_host or not request.is_here:
         return ""
-    return ", ".join([device.name, *(f"{v} driver {number}" for v, number in loaded_drivers().items())])
+    loaded = (f"{vendor} driver {version}" for vendor, version in loaded_drivers().items())
+    versions = {a.driver for a in accelerators() if a.driver}
+    return ", ".join([device.name, *loaded, *(f"driver {version}" for version in sorted(versions))])
 
 
 def _threads(request: Request) -> int:

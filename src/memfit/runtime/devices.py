@@ -57,7 +57,7 @@ class Accelerator:
 
     ``device``: torch's name, such as "cuda:0". ``name``: its product name. ``total_bytes`` and
     ``free_bytes``: its memory, and what of it nobody uses. ``context_bytes``: what a process takes of it
-    before it makes a tensor.
+    before it makes a tensor. ``driver``: version of its driver if torch names it, as for Intel's, else "".
     """
 
     device: str
@@ -65,6 +65,7 @@ class Accelerator:
     total_bytes: int
     free_bytes: int
     context_bytes: int = 0
+    driver: str = ""
 
     @property
     def kind(self) -> str:
@@ -161,7 +162,13 @@ def _describe(device: torch.device) -> Accelerator:
         total_bytes=total_bytes,
         free_bytes=before if before is not None else outside,
         context_bytes=max(0, before - outside) if before is not None else 0,
+        driver=_driver(device),
     )
+
+
+def _driver(device: torch.device) -> str:
+    properties = getattr(_module(device), "get_device_properties", None)
+    return str(getattr(properties(device), "driver_version", "")) if properties is not None else ""
 
 
 def _board(device: torch.device) -> Board | None:

@@ -75,14 +75,18 @@ def optimizer_class(path: str) -> type[torch.optim.Optimizer]:
 
 def parse_arguments(text: str, what: str) -> dict[str, Any]:
     """Return the keyword arguments in ``text``, such as ``lr=0.02, betas=(0.9, 0.95)``, whose values are
-    Python literals. Raises UserError, which names ``what``, for any other text."""
+    Python literals; none for empty text. Raises UserError, which names ``what``, for any other text, also if
+    a name is given twice."""
     allowed = "NAME=VALUE, NAME=VALUE with Python literals, such as lr=0.02, betas=(0.9, 0.95)"
     try:
         call = ast.parse(f"f({text})", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
+        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)) or call.args:
             raise ValueError(text)
-        return {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-    except (ValueError, SyntaxError) as error:
+        arguments = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg is not None}
+        if len(arguments) < len(call.keywords):  # a name is given twice, or **
+            raise ValueError(text)
+        return arguments
+    except (ValueError, SyntaxError, TypeError) as error:
         raise UserError(f"{what} is {text!r}", allowed=allowed) from error
 
 

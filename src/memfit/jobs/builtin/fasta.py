@@ -108,22 +108,21 @@ def _records(path: str) -> Iterator[tuple[int, str, list[tuple[int, str]]]]:
 
 
 def _sequence(path: str, lines: list[tuple[int, str]]) -> str:
-    sequence = "".join(text for _, text in lines).removesuffix("*").upper()
-    if not sequence.strip(RESIDUES + _AMBIGUOUS):  # only valid letters: the usual case, tested first
-        return sequence
+    sequence = "".join(text for _, text in lines).removesuffix("*")
+    # only valid letters: the usual case, tested first
+    if sequence.isascii() and not sequence.upper().strip(RESIDUES + _AMBIGUOUS):
+        return sequence.upper()
     *leading_lines, (number, last_line) = lines
     parts = [*leading_lines, (number, last_line.removesuffix("*"))]
     return "".join(_check_letters(path, n, text, RESIDUES + _AMBIGUOUS, "an amino acid") for n, text in parts)
 
 
 def _check_letters(path: str, number: int, line: str, alphabet: str, what: str) -> str:
-    upper = line.upper()
-    if set(upper) <= set(alphabet):
-        return upper
-    for column, letter in enumerate(upper, start=1):
-        if letter not in alphabet:
+    for column, letter in enumerate(line, start=1):
+        # some letters beyond ASCII have several capital letters
+        if not letter.isascii() or letter.upper() not in alphabet:
             raise UserError(
-                f"{path} line {number}, column {column}: {line[column - 1]!r} is not {what}",
+                f"{path} line {number}, column {column}: {letter!r} is not {what}",
                 allowed=f"the letters {alphabet}",
             )
-    return upper
+    return line.upper()
