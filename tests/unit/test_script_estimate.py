@@ -1013,8 +1013,82 @@ def test_a_search_for_a_scripts_plans_counts_workspaces_of_as_many_threads_as_it
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     calls = SimpleNamespace(job=lambda *_, **__: None)
     cycle = SimpleNamespace(optimizers={0: None})
-    seen = SimpleNamespace(cycle=cycle, calls=calls, accumulated=1, clip=None, workers=0)
+    seen = SimpleNamespace(cycle=cycle, calls=calls, accumulated=1, clip=None, workers=0, other_bytes=0)
     program = SimpleNamespace(name="train.py")
     session = SimpleNamespace(program=program, machine=machine_of("this:cpu"), trace=seen)
     child._Session._with_plans(session, ScriptAnswer(program="train.py"), PlanSearch())  # type: ignore[arg-type]
     assert [request.threads for request in asked] == [3]
+
+
+def test_plans_count_what_a_script_keeps_beside_its_model(tmp_path: Path) -> None:
+    """A copy of the model and a data set, from which the batches are views; plain training is the script."""
+    script = textwrap.dedent("""
+        import copy
+        import torch
+        from torch import nn
+
+        torch.manual_seed(0)
+        block = lambda: nn.Sequential(nn.Linear(256, 1024), nn.GELU(), nn.Linear(1024, 256))
+        model = nn.Sequential(*[block() for _ in range(3)])
+        {others}
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        for step in range(3):
+            inputs = {inputs}
+            loss = nn.functional.mse_loss(model(inputs), inputs)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        """)
+    others = "average = copy.deepcopy(model).requires_grad_(False); data = torch.randn(20480, 256)"
+    peaks, plans = list[float](), list[dict[str, float]]()
+    for kept, inputs in ((others, "data[512 * step :][:512]"), ("", "torch.randn(512, 256)")):
+        (path := tmp_path / "train.py").write_text(script.format(others=kept, inputs=inputs))
+        search = PlanSearch(cap_bytes=80 * 2**20, accuracy=Accuracy.EXACT, within_s=20)
+        answer = estimate_script([sys.executable, str(path)], machine="this:cpu", search=search)
+        assert answer.plans is not None, answer.no_plans
+        assert answer.plans.baseline.estimate.allocated_bytes == answer.estimate.allocated_bytes  # type: ignore[union-attr]
+        peaks.append(_peak_bytes(answer))
+        choices = [c.estimate for c in answer.plans.frontier if c.estimate.plan.uses]
+        plans.append({e.plan.label: e.allocated_bytes.value for e in choices})
+    kept_bytes = 20480 * 256 * 4 + 3 * (2 * 256 * 1024 + 1280) * 4
+    assert peaks[0] - peaks[1] == pytest.approx(kept_bytes, abs=600_000)
+    common = plans[0].keys() & plans[1].keys()
+    assert common
+    for label in common:
+        assert plans[0][label] - plans[1][label] == pytest.approx(kept_bytes, abs=600_000)
+
+
+def test_no_plan_is_said_to_fit_below_what_a_script_needs_before_it_trains(tmp_path: Path) -> None:
+    before = "with torch.no_grad(): nn.Linear(64, 256)(torch.randn(90_000, 64))"
+    command = [sys.executable, _script(tmp_path, before=before, after="")]
+    answer = estimate_script(command, machine="this:cpu", search=PlanSearch(cap_bytes=8 * 2**20))
+    assert answer.before_training_bytes > 8 * 2**20
+    assert answer.plans is None
+    assert "before its first training step" in answer.no_plans
+
+
+@pytest.mark.parametrize(
+    ("before", "forward", "names"),
+    [
+        (
+            "teacher = nn.TransformerEncoderLayer(64, 4, 64, batch_first=True).eval()",
+            "teacher(inputs[None])",
+            False,
+        ),
+        (
+            "from torch.utils.checkpoint import checkpoint",
+            "checkpoint(model, inputs, use_reentrant=False)",
+            False,
+        ),
+        ("scaler = torch.amp.GradScaler(enabled=False)", "torch.is_autocast_enabled()", False),
+        ("", "inputs.to('cuda')", True),
+    ],
+)
+def test_only_scripts_that_put_something_on_cuda_are_said_to_train_there(
+    tmp_path: Path, before: str, forward: str, names: bool
+) -> None:
+    context = f"{_PLAIN}\n    with torch.no_grad(): {forward}"
+    answer = estimate_script(
+        [sys.executable, _script(tmp_path, before=before, context=context)], machine="this:cpu"
+    )
+    assert any("trains on cuda" in note for note in answer.notes) == names

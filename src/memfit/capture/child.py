@@ -149,8 +149,24 @@ class _Session:
         try:
             if len(trace.cycle.optimizers) > 1:
                 raise UserError(f"no plan can be searched for {name}: its step has several optimizers")
+            cap_bytes = wanted.cap_bytes or int(self.machine.device.memory_bytes.value)
+            if answer.before_training_bytes > cap_bytes:
+                before = format_bytes(answer.before_training_bytes)
+                raise UserError(
+                    f"no plan lets {name} fit {format_bytes(cap_bytes)}: before its first training step, "
+                    f"where plans change nothing, it needs {before}"
+                )
+            if answer.shared_bytes:
+                cap_bytes = max(1, cap_bytes - answer.shared_bytes)
             (optimizer,) = trace.cycle.optimizers.values()
-            job = trace.calls.job(name, optimizer, trace.accumulated, clip=trace.clip, workers=trace.workers)
+            job = trace.calls.job(
+                name,
+                optimizer,
+                trace.accumulated,
+                clip=trace.clip,
+                workers=trace.workers,
+                other_bytes=trace.other_bytes,
+            )
             add_job(name, job)
             request = Request(
                 job_ref=JobRef(spec=name),
@@ -158,7 +174,8 @@ class _Session:
                 threads=torch.get_num_threads(),  # as in the estimate, since workspaces depend on them
                 bounds=Bounds(without=(*_NOT_FOR_SCRIPTS, *wanted.without)),
                 within_s=wanted.within_s,
-                cap_bytes=wanted.cap_bytes,
+                cap_bytes=cap_bytes if answer.shared_bytes else wanted.cap_bytes,
+                plain=answer.estimate if trace.accumulated == 1 and answer.ranks == 1 else None,
                 goal=wanted.goal,
                 accuracy=wanted.accuracy,
             )

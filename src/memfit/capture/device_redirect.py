@@ -126,15 +126,17 @@ class DeviceRedirect(TorchFunctionMode):
             return torch.device(CUDA if self.trace.is_host else self.target.type, name)
         return torch.device(name, *args, **kwargs)
 
-    def names_accelerator(self, device: Any) -> bool:
-        """Return whether ``device``, as the script gave it, is not the host. An index names an
-        accelerator."""
+    def names_accelerator(self, device: Any, *, places: bool = True) -> bool:
+        """Return whether ``device``, as the script gave it, is not the host. An index names an accelerator.
+        ``places``: whether something is put there. Autocast puts nothing there, and torch asks for that of
+        "cuda" where none is named, as in attention and checkpoints."""
         if isinstance(device, bool) or device is None:
             return False
         kind = CUDA if isinstance(device, int) else torch.device(device).type
         if kind in _HERE:
             return False
-        self.redirected[kind] = None
+        if places:
+            self.redirected[kind] = None
         return True
 
     def is_on_target(self, tensor: torch.Tensor) -> bool:
@@ -253,11 +255,10 @@ def _device_arguments(redirect: DeviceRedirect) -> list[tuple[Any, str, Any]]:
 
     @functools.wraps(scaler_init)
     def scaler(self: Any, device: Any = CUDA, *args: Any, **kwargs: Any) -> None:
-        redirect.names_accelerator(device)
         scaler_init(self, HOST, *args, **kwargs)
 
     return [
-        *autocast_on_host(redirect.names_accelerator),
+        *autocast_on_host(functools.partial(redirect.names_accelerator, places=False)),
         (torch, "load", load_here),
         (torch, "set_default_device", functools.partial(_set_default_device, torch.set_default_device)),
         (torch, "Generator", Generator),

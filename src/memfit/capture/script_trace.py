@@ -33,12 +33,12 @@ from memfit.model.batch_objects import map_batch
 from memfit.model.tensors import tensor_leaves
 from memfit.techniques.optimizers import counts_steps_on_host
 from memfit.trace import operators
-from memfit.trace.allocation_recorder import AllocationRecorder
+from memfit.trace.allocation_recorder import AllocationRecorder, Life
 from memfit.trace.data_dependent import Guesses
 from memfit.trace.fake_process_group import process_groups
 from memfit.trace.tracer import not_tracing
 from memfit.types.job import Bound
-from memfit.types.trace import Category, Phase, Trace
+from memfit.types.trace import Category, Phase, Trace, rounded
 
 _MOST_DRAWN = 2_000_000_000  # random numbers that are drawn for parameters: some ten seconds
 _PASSES = 2  # of a script without an optimizer of torch
@@ -69,7 +69,9 @@ class ScriptTrace:
         self.drawn = 0  # random numbers of parameters
         self.inner_modes: list[Callable[[], Any]] = []  # further modes of a region
         self.setup_peak_bytes = 0  # of fake tensors before `begin`: building and evaluation
-        self.calls = StepCalls()
+        self.calls = StepCalls(self._note_item)
+        self._items: dict[int, tuple[Life, int]] = {}  # storages of the job's batch, and bytes of it there
+        self.other_bytes = 0  # alive through the last step, and no part of the job's model, state and batch
         self.batches = BatchSizes()
         self.accumulated = 1  # micro-batches of the last update
         self.clip: float | None = None  # largest norm of the gradients
@@ -362,9 +364,34 @@ class ScriptTrace:
         assert self.kept is not None
         self.recorder.phase(Phase.SETUP)
         self.kept.close_step()
+        self.other_bytes = self._other_bytes()
         if is_over and not self.kept.needs_steps:
             self.on_traced()
         self.recorder.next_step()
+
+    def _note_item(self, tensor: torch.Tensor) -> None:
+        life = self.recorder.life_of(tensor)
+        if life is not None:
+            self._items[id(life)] = life, tensor.numel() * tensor.element_size()
+
+    def _other_bytes(self) -> int:
+        """Return the bytes that were alive before the step that ends and still are, without gradients,
+        optimizer states, the trained model, and the part of each storage that is the job's batch: copies of
+        the model, teachers, data sets, caches, and what the script collects."""
+        model = set[int]()
+        for module in self.calls.model.modules() if self.calls.model is not None else ():
+            own = (*module._parameters.values(), *module._buffers.values())
+            for tensor in filter(None.__ne__, (*own, *vars(module).get(KEPT_BUFFERS, ()))):
+                model.add(id(self.recorder.life_of(tensor)))
+        total_bytes = 0
+        for life in self.recorder.lives:
+            if life.end is not None or life.step == self.recorder.step or life.memory_pool == NOWHERE:
+                continue
+            if life.category in (Category.GRADIENT, Category.OPTIMIZER_STATE) or id(life) in model:
+                continue
+            size_bytes = life.pieces * rounded(life.size_bytes, self.recorder.device)
+            total_bytes += max(0, size_bytes - self._items.get(id(life), (life, 0))[1])
+        return total_bytes
 
     def finish(self, ranks: int) -> Trace:
         """End the recording, and return the trace of the steps that were made. ``ranks``: the size of the

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -67,11 +67,13 @@ class _Call:
 class StepCalls:
     """Records the calls of a script's loop from the first forward to the loss.
 
+    ``on_item`` is called with each tensor of the script that is a part of the job's batch.
     ``problem``: why no job can be made of them, or "". ``micro_batch``: copies of the real tensors, and of
     the objects that hold them, that the calls take.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_item: Callable[[Any], None] = lambda tensor: None) -> None:
+        self.on_item = on_item
         self.model: torch.nn.Module | None = None
         self.micro_batch: list[Any] = []
         self.problem = ""
@@ -134,9 +136,8 @@ class StepCalls:
 
     def _stand_in(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            for known in (self._outputs, self._copies, self._items):
-                if (stand_in := known.get(value)) is not None:
-                    return stand_in
+            if (made := self._made(value)) is not None:
+                return made
             if (shaping := self._reshaped.get(value)) is not None:
                 function, *arguments = shaping
                 call = _Call(function, _pytree.tree_map(self._stand_in, tuple(arguments)), None, True)
@@ -159,9 +160,20 @@ class StepCalls:
             return None
         return value
 
+    def _made(self, tensor: torch.Tensor) -> Any:
+        """Return what stands for a tensor that a call has returned or that is in the batch, else None."""
+        if tensor in self._copies:
+            self.on_item(tensor)
+        for known in (self._outputs, self._copies, self._items):
+            if (stand_in := known.get(tensor)) is not None:
+                return stand_in
+        return None
+
     def _item(self, value: Any) -> _Item:
         if value not in self._items:
             self._items[value] = _Item(len(self.micro_batch))
+            for tensor in batch_tensors(value):
+                self.on_item(tensor)
             with _disable_current_modes():
                 self.micro_batch.append(map_batch(lambda t: t.detach().clone(), value))
         item: _Item = self._items[value]
@@ -175,9 +187,19 @@ class StepCalls:
 
     # -- the job --------------------------------------------------------------------------------------
 
-    def job(self, name: str, optimizer: Any, micro_batches: int, *, clip: float | None, workers: int) -> Job:
+    def job(
+        self,
+        name: str,
+        optimizer: Any,
+        micro_batches: int,
+        *,
+        clip: float | None,
+        workers: int,
+        other_bytes: int = 0,
+    ) -> Job:
         """Return the job whose step is that of the script: ``micro_batches`` micro-batches, and one update of
-        ``optimizer``. Raises UserError if the calls cannot be repeated on a copy of the model."""
+        ``optimizer``. ``other_bytes`` is as of `Job`. Raises UserError if the calls cannot be repeated on a
+        copy of the model."""
         if self.problem or self.model is None or not self.done:
             reason = self.problem or "no training step was seen"
             raise UserError(f"no plan can be searched for {name}: {reason}", hint=_HINT)
@@ -193,6 +215,7 @@ class StepCalls:
             optimizer=optimizer_of(optimizer, model),
             clip=clip,
             workers=workers,
+            other_bytes=other_bytes,
         )
         return guard_job(job, "the script's training step")
 

@@ -81,6 +81,8 @@ _ENTRIES = 13
 _OFFLOADED_BYTES = 64 * 1024  # the offload technique's default minimum
 _LASTING = (Category.PARAMETER, Category.OPTIMIZER_STATE, Category.EMA, Category.INPUT)
 _SCALAR_BYTES = 4
+# Fields of an estimate that say nothing of memory.
+_COSTS = ("step_s", "flops_per_step", "step_basis", "energy_j", "energy_boundary", "usd", "co2_g")
 
 
 Weighted = list[tuple[OpCall, int]]
@@ -122,6 +124,7 @@ class Predictor:
 
     ``model``: predicts the seconds of operators; None if the device's speed is unknown, and then predictions
     have no step time. ``part_digests``: what was seen in each traced part, from which sketches are composed.
+    ``plain_memory``: an estimate whose memory stands for that of plain training; None: that of its trace.
     ``choices``: for plans with a memory budget for recomputation, the plan with the tensors to recompute
     chosen. ``stored``: what was predicted of the job before, on disk; None: nothing is read from disk or kept
     there, nor is it if the predictor's job is replaced by another. ``deadline``: what would be traced after
@@ -142,6 +145,7 @@ class Predictor:
     # reserved over allocated bytes of the plain plan, once traced
     reserved_ratio: float = ASSUMED_RESERVED_RATIO
     stored: StoredPredictions | None = None
+    plain_memory: Estimate | None = None
     deadline: Deadline = dataclasses.field(default_factory=Deadline)
     plain: dict[int, tuple[int, HostTensors]] = dataclasses.field(default_factory=dict)  # see `_plain`
     # Entries of the digests, with the seconds that the present calibration gives, as vectors to add up.
@@ -439,6 +443,8 @@ class Predictor:
             estimates = self._rank_estimates[plan, self.lines] = self._stored_estimates(plan)
         if plan == make_plain_plan(plan.ranks) and estimates[-1].reserved_bytes is not None:
             self.reserved_ratio = estimates[-1].reserved_bytes.value / estimates[-1].allocated_bytes.value
+        if self.plain_memory is not None and not plan.uses:
+            estimates = [_with_memory_of(self.plain_memory, e) for e in estimates]
         return [dataclasses.replace(e, dependence=self.dependence_under(plan)) for e in estimates]
 
     def _stored_estimates(self, plan: Plan) -> list[Estimate]:
@@ -930,6 +936,15 @@ class Predictor:
         left = [a for a in traced.live_at(start - 1) if a.category not in _LASTING]
         sizes = [p.numel() * p.element_size() for p in fake_model(self.job).parameters() if p.requires_grad]
         return sorted(a.requested_bytes for a in left) == sorted([*sizes, _SCALAR_BYTES])
+
+
+def _with_memory_of(memory: Estimate, estimate: Estimate) -> Estimate:
+    """Return the second estimate with all that the first says of memory."""
+    return dataclasses.replace(
+        memory,
+        plan=estimate.plan,
+        **{name: getattr(estimate, name) for name in (*_COSTS, "rank", "assumptions", "dependence")},
+    )
 
 
 def _as_bytes(result: CallOutcome) -> CallOutcome:

@@ -37,6 +37,7 @@ class Request:
     default a quarter, or, if no plan fits that, the least that some plan needs plus 10 %. ``threads``: number
     of this machine's threads for measurements and runs; 0: all. ``ranks``: number of processes with one
     device each. On a machine of the catalog with several devices, a search takes 1 to mean all of them.
+    ``plain``: an estimate whose memory stands for that of plain training: of a script as it is.
     ``bounds``: limits beside memory; a search takes the number of steps from the job, not from
     ``bounds.steps``.
     """
@@ -57,6 +58,7 @@ class Request:
     # Whether a search goes on where an earlier one for the same plans hit its time limit. If not, it answers
     # from what that one has kept on disk, unless that has no estimate, or no plan in it fits.
     continues: bool = True
+    plain: Estimate | None = None
     evaluates: bool = True  # whether a single run computes the job's metric at its end
 
     @property
@@ -199,6 +201,7 @@ def make_predictor(request: Request, *, replicas: bool = True) -> tuple[Job, Pre
         engine=request.engine,
         calibration=request.correction,
         stored=stored,
+        plain_memory=request.plain,
     )
 
 

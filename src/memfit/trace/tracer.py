@@ -124,6 +124,9 @@ def trace(
         GlooScratch() if scratch else contextlib.nullcontext(),
         streams(recorder) if plan.ranks > 1 and not recorder.kind.is_host else contextlib.nullcontext(),
     ):
+        others = torch.empty(job.other_bytes, dtype=torch.uint8)
+        if job.other_bytes:
+            recorder.label(others, Category.EMA)
         recorder.memory_pool = "host" if builds_on_host(plan, device) else ""
         model_bytes: list[int] = []
         step = _STEP.get()(
@@ -159,6 +162,7 @@ def trace(
             update=update,
         )
         groups = process_groups()
+        del others
     allocations, ops, spans = recorder.finish()
     allocations, host_memory = split_host_memory(allocations, spans)
     params = list(step.model.parameters())

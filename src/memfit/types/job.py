@@ -127,7 +127,9 @@ class Job:
     ``memfit estimate --precision`` finds them. ``clip``: the largest gradient norm, over all parameters and
     ranks, as in ``torch.nn.utils.clip_grad_norm_``; None: gradients are not clipped. ``ema``: the decay of an
     exponential moving average of the weights, a copy besides the model; True means 0.999; None or False:
-    none. ``workers``: number of DataLoader worker processes per rank, which take host memory. ``reduced``
+    none. ``workers``: number of DataLoader worker processes per rank, which take host memory.
+    ``other_bytes``: of tensors on the device that the training keeps beside all this, such as a data set in
+    memory. They are counted in predictions; no run makes them. ``reduced``
     makes the same job with a small model, for the test of samples' dependence if this model is too large for
     it. ``dimensions``: the sizes that can be set when the job is loaded; memfit fills it in.
 
@@ -167,6 +169,7 @@ class Job:
     clip: float | None = None
     ema: float | None = None
     workers: int = 0
+    other_bytes: int = 0
     dimensions: tuple[Dimension, ...] = ()
 
     def __post_init__(self) -> None:

@@ -24,9 +24,9 @@ UNKNOWN_BUFFER: Final = (
 
 class Category(enum.StrEnum):
     """What a memory allocation is for: "parameter" (parameters and buffers), "gradient", "optimizer_state",
-    "ema" (an averaged copy of the weights), "activation" (made in forward and needed after it), "temporary"
-    (lives within one phase), "input", or "workspace" (inside a kernel while it runs; measured by running the
-    operator alone).
+    "ema" (an averaged copy of the weights, and what else is kept beside the model), "activation" (made in
+    forward and needed after it), "temporary" (lives within one phase), "input", or "workspace" (inside a
+    kernel while it runs; measured by running the operator alone).
     """
 
     PARAMETER = "parameter"
