@@ -118,7 +118,7 @@ def test_controls_in_a_log_do_not_reach_the_terminal(
     ("arguments", "message"),
     [
         (["missing.txt"], "cannot read missing.txt"),
-        (["-", "-"], "standard input can be read once"),
+        (["-", "-"], "standard input is read once"),
         (["a.txt", "--plan", "p.yaml"], "--plan without --job"),
         (["."], ". is a folder"),
     ],

@@ -141,7 +141,9 @@ def _check(options: EvidenceOptions) -> None:
     if options.job is None and (unused := [f"--{n}" for n in names if getattr(options, n) is not None]):
         raise UserError(f"{', '.join(unused)} without --job", hint="--job JOB names what trained")
     if options.files.count("-") > 1:
-        raise UserError("standard input can be read once", allowed="- once, and files")
+        raise UserError(
+            "- is given several times, but standard input is read once", allowed="- once, and files"
+        )
 
 
 def _diagnosis_of(name: str) -> Diagnosis:

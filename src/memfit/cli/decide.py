@@ -35,7 +35,7 @@ class DecideOptions:
             help="Case file: a TOML file with your own figures, such as prices (--template prints one to "
             "fill in). It is stored with the proof of concept, and later commands for this proof of concept "
             "use it if no other is given. Default: the case file stored last with it, or no figures of your "
-            "own if there is none. Not with --template.",
+            "own if there is none. Not with --template, --gates, --pilot or --full.",
         ),
     ] = None
     template: Annotated[

@@ -75,7 +75,7 @@ class InstallOptions:
         typer.Option(
             metavar="DIR",
             help="With --install: folder for the virtual environment, which must be new or empty. Default: "
-            "memfit/engines/ENGINE in your data folder (on Linux ~/.local/share).",
+            "memfit/engines/ENGINE in your data folder (on Linux ~/.local/share). Refused without --install.",
         ),
     ] = None
 

@@ -48,7 +48,7 @@ class GateOptions:
             "with code 1 if one is not kept. default: memfit's own limits; FILE.toml: a TOML file with your "
             "limits, such as step_ratio = 1.5 under [time]; false disables a limit; limits that the file "
             "does not name keep their defaults. With --json all limits are printed. Default: memfit's own "
-            "limits if --pilot or --full is given, otherwise no check.",
+            "limits if --pilot or --full is given, otherwise no check. Not with --case or --template.",
         ),
     ] = None
     pilot: Annotated[
@@ -75,7 +75,8 @@ class GateOptions:
         typer.Option(
             metavar="NAME",
             help="Size of the job in both predicted stages, the pilot and the full-size training, whatever "
-            "size the record has. Default: paper for a built-in job, otherwise the job's default size.",
+            "size the record has. Default: paper for a built-in job, otherwise the job's default size. "
+            "Refused without --pilot and --full.",
         ),
     ] = None
     job: Annotated[
@@ -84,7 +85,7 @@ class GateOptions:
             metavar="JOB",
             help="Job to predict for the pilot and the full-size training, as in JOB of `memfit plan`. "
             "Default: the job of the record. If such a stage is predicted for a record from others whose job "
-            "is not built in, this option is needed.",
+            "is not built in, this option is needed. Refused without --pilot and --full.",
         ),
     ] = None
 

@@ -42,7 +42,8 @@ class LengthOptions:
             "lengths, one whole number per line. Without --size NAME@N a built-in job gets as many positions "
             "as the longest sequence has, at least 64. A step trains --batch sequences (default: the job's "
             "number), or all if FILE has fewer. --memory: by default all memory of one device of --on. Jobs "
-            "whose samples have no length are refused.",
+            "whose samples have no length are refused. Of the options that change the job, only --size and "
+            "--batch can be given with it; a plan only as --plan.",
         ),
     ] = None
     column: Annotated[
@@ -51,7 +52,7 @@ class LengthOptions:
             metavar="NAME",
             help="With --lengths: name of the column of the .csv file, or of the one-dimensional array of "
             "the .npz file, that holds the lengths. Default: the first column whose first value is a whole "
-            "number, or the first such array of whole numbers. Ignored for other files.",
+            "number, or the first such array of whole numbers. Ignored for other files. Not with --columns.",
         ),
     ] = None
     columns: Annotated[
@@ -79,7 +80,7 @@ class LengthOptions:
             metavar="N",
             min=1,
             help="With --lengths: cut each sequence, its --extra-tokens included, to at most N tokens. "
-            "Default: not cut.",
+            "Default: not cut. Not with --columns.",
         ),
     ] = None
     extra_tokens: Annotated[
@@ -88,7 +89,7 @@ class LengthOptions:
             metavar="N",
             min=0,
             help="With --lengths: number of special tokens to add to the length of each sequence, before it "
-            "is cut to --max-length. Default: 0.",
+            "is cut to --max-length. Default: 0. Not with --columns.",
         ),
     ] = 0
 

@@ -64,7 +64,8 @@ class LintOptions:
         typer.Option(
             metavar="RULE",
             help="Explain the rule of this name, as findings have it in brackets, and check nothing: what it "
-            "reports and when, what to do, and where the problem was reported or is documented.",
+            "reports and when, what to do, and where the problem was reported or is documented. Not with "
+            "FILE, --ranks, --each or --sarif.",
         ),
     ] = None
 

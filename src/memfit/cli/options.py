@@ -189,7 +189,7 @@ class SearchOptions:
             "recommended plan must fit in it too. Default: on this machine, all that memfit may use; on "
             "another, the value in the catalog or the machine file; without one, no plan that keeps tensors "
             "in host memory is recommended. Refused if the device is a CPU, as with --on this:cpu or on this "
-            "machine without a GPU.",
+            "machine without a GPU, and by `memfit estimate -- COMMAND`.",
         ),
     ] = None
     goal: Annotated[
@@ -218,7 +218,8 @@ class SearchOptions:
             metavar="NAME",
             help="Engine that runs the training; `memfit list engines` lists them. Default: native, which is "
             "memfit itself; with --from, the engine of those files. `memfit plan --from` predicts with "
-            "native if their engine, as memfit runs it, does not support the plan or the model.",
+            "native if their engine, as memfit runs it, does not support the plan or the model. Refused by "
+            "`memfit estimate -- COMMAND`.",
         ),
     ] = None
 
@@ -229,7 +230,8 @@ ExcludedTechniques = Annotated[
         "--without",
         metavar="TECHNIQUE",
         help="Technique that no recommended plan may use; `memfit list techniques` lists the names. Repeat "
-        "the option for further techniques. Default: all techniques may be used.",
+        "the option for further techniques. Default: all techniques may be used. Not with `memfit plan "
+        "--from`.",
     ),
 ]
 
@@ -330,9 +332,10 @@ class RuntimeOptions:
             "then, and says how much better a plan could still be. What no answer can do without is finished "
             "all the same: the trace of plain training and of one plan that fits. A search that ends earlier "
             "gives the same answer with any limit. Default: 55s, for an answer within a minute. If a limit "
-            "has cut an earlier search for "
-            "the same plans of the job on such a device, and that one has kept a plan that fits, the default "
-            "is to answer from it at once; any TIME continues it. Ignored without a search for a plan.",
+            "has cut an earlier search for the same plans of the job on such a device, and that one has kept "
+            "a plan that fits, the default is to answer from it at once; any TIME continues it. Ignored "
+            "without a search for a plan, but refused by `memfit estimate` with --lengths, with --precision, "
+            "and with a COMMAND without --plans.",
         ),
     ] = None
 

@@ -126,7 +126,8 @@ class FromOptions:
             help="Correct the predicted step times by the measured ones of the proof of concept with this "
             "ID; last: of the one begun last. It must have run the same job, of any size, on this machine, "
             "with the same processor, number of cores, torch version and OMP_NUM_THREADS, and one of its "
-            "runs must have completed. Default: no correction. Not with --from or --on another machine.",
+            "runs must have completed. Default: no correction. Not with --from, --largest, --diff or --on "
+            "another machine.",
         ),
     ] = None
     store: Annotated[

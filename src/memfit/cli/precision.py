@@ -29,7 +29,8 @@ class PrecisionOptions:
             help="For a JOB: instead of its memory, show which modules must stay in float32, and the error "
             "that they would cause in half precision: bf16 (bfloat16), fp16 (float16) or both, each by "
             "itself. The code of each module runs in half precision and in float64 on real "
-            "activations and gradients.",
+            "activations and gradients. Of the other options, only those that change the job, --lang and "
+            "--json can be given with it.",
         ),
     ] = None
     batches: Annotated[
@@ -38,7 +39,7 @@ class PrecisionOptions:
             metavar="N",
             min=1,
             help="With --precision: number of training batches on which modules are measured, with only a "
-            "few samples of each. Default: 1.",
+            "few samples of each. Default: 1. Another number is refused without --precision.",
         ),
     ] = 1
     after: Annotated[
@@ -47,8 +48,8 @@ class PrecisionOptions:
             metavar="N",
             min=0,
             help="With --precision: number of training steps in float32, on a few samples each, before the "
-            "modules are measured: untrained weights hide many errors. 0: measure at once. Default: "
-            "40.",
+            "modules are measured: untrained weights hide many errors. 0: measure at once. Default: 40. "
+            "Another number is refused without --precision.",
         ),
     ] = 40
     device: Annotated[

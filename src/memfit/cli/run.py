@@ -131,7 +131,7 @@ class RunOptions:
             metavar="N",
             min=0,
             help="With --save: number of restarts after a process died or hung that are made without a new "
-            "checkpoint. Default: 3.",
+            "checkpoint. Default: 3. Ignored without --save.",
         ),
     ] = 3
     grace: Annotated[
