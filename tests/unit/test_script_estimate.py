@@ -112,6 +112,40 @@ def test_a_script_for_a_gpu_is_predicted_as_its_step_is(to: str, tmp_path: Path)
     assert answer.optimizers == ("AdamW",)
 
 
+_IMAGES = """
+import torch
+from torch import nn
+net = nn.Sequential(nn.Conv2d(3, 32, 3, 1, 1), nn.{between}, nn.Conv2d(32, 64, 3, 2, 1)){to}
+optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+for _ in range(4):
+    net(torch.rand(16, 3, 64, 64){to}).pow(2).mean().backward(); optimizer.step(); optimizer.zero_grad()
+"""
+_LAST = "memory_format=torch.channels_last)"
+
+
+@_counts
+@pytest.mark.parametrize("between", ["ReLU()", "BatchNorm2d(32)", "MaxPool2d(2)", "Upsample(scale_factor=2)"])
+def test_workspaces_of_images_with_channels_last_are_those_of_their_layout(
+    between: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "images.py"
+    path.write_text(_IMAGES.format(between=between, to=".to(" + _LAST))
+    answer = estimate_script([sys.executable, str(path)], machine="this:cpu")
+    measured = measure(_public("images", f"python {path}"), tmp_path, tmp_path, repeats=1, steps=4)
+    assert _peak_bytes(answer) == pytest.approx(
+        max(step["peak_bytes"] for rank in measured["ranks"] for step in rank["steps"]), rel=0.01
+    )
+
+
+@pytest.mark.parametrize("to", ['.to("cuda", ' + _LAST, ".cuda().to(" + _LAST, ".to(" + _LAST + ".cuda()"])
+def test_a_memory_format_reaches_the_operators_on_a_gpu(to: str, tmp_path: Path) -> None:
+    text = _IMAGES.format(between="ReLU()", to=to)
+    answer = _estimated(tmp_path / "images.py", text, machine="H100-SXM", whole_trace=True)
+    assert answer.trace is not None
+    first = next(op for op in answer.trace.ops if op.op == "aten.convolution.default")
+    assert [t["t"][1] for t in json.loads(first.signature)[1][:2]] == [[12288, 1, 192, 3], [27, 1, 9, 3]]
+
+
 def test_autocast_and_a_gradient_scaler_on_a_gpu_are_followed(tmp_path: Path) -> None:
     context = (
         'with torch.autocast("cuda", dtype=torch.float16):\n'
@@ -470,6 +504,106 @@ def test_lbfgs_makes_all_its_iterations_and_says_how_its_history_grows(tmp_path:
     assert _peak_bytes(answer) > 16 * model_bytes  # seven pairs of vectors, and the model with its gradients
     (note,) = (note for note in answer.notes if "LBFGS" in note)
     assert "more directions" in note
+
+
+# -- tensors outside modules ---------------------------------------------------------------------------
+
+_BANK = """
+import torch
+from torch import nn
+model, bank = nn.Linear(64, 64), {bank}
+optimizer = torch.optim.AdamW([*model.parameters(), bank])
+for _ in range(3):
+    loss = nn.functional.cross_entropy(model(torch.randn(8, 64)) @ bank.T, torch.arange(8))
+    optimizer.zero_grad(); loss.backward(); optimizer.step()
+"""
+
+
+def test_a_trained_leaf_tensor_counts_as_a_parameter_does(tmp_path: Path) -> None:
+    leaf, parameter = (
+        _estimated(tmp_path / "bank.py", _BANK.format(bank=bank))
+        for bank in ("torch.randn(4096, 64, requires_grad=True)", "nn.Parameter(torch.randn(4096, 64))")
+    )
+    assert _peak_bytes(leaf) == _peak_bytes(parameter) > 4 * 4096 * 64 * 4
+    assert leaf.trace is not None
+    assert leaf.trace.trainable_count == 64 * 64 + 64 + 4096 * 64
+
+
+def test_a_learned_temperature_with_an_optimizer_of_its_own_is_followed(tmp_path: Path) -> None:
+    text = """
+        import torch
+        from torch import nn
+        net, temperature = nn.Linear(17, 1), torch.zeros(1, requires_grad=True)
+        of_net = torch.optim.Adam(net.parameters())
+        of_temperature = torch.optim.Adam([{"params": net.bias}])
+        of_temperature.add_param_group({"params": [temperature]})
+        for _ in range(4):
+            inputs = torch.randn(8, 17)
+            loss = (temperature.exp().detach() * net(inputs)).mean()
+            of_net.zero_grad(); loss.backward(); of_net.step()
+            loss = -(temperature.exp() * (net(inputs).detach() - 6)).mean()
+            of_temperature.zero_grad(); loss.backward(); of_temperature.step()
+            temperature.item()
+        """
+    answer = _estimated(tmp_path / "learned.py", text)
+    assert answer.trace is not None
+    assert answer.trace.trainable_count == 19
+
+
+def test_a_trained_tensor_that_is_in_use_before_its_optimizer_is_refused(tmp_path: Path) -> None:
+    bank = "torch.randn(4096, 64, requires_grad=True); kept = bank.square()"
+    problem = _problem(tmp_path / "used.py", _BANK.format(bank="0; bank = " + bank))
+    assert "AdamW trains a tensor of shape (4096, 64) that is in use" in problem
+
+
+_SPLATS = """
+import torch
+params = {{k: torch.nn.Parameter(torch.randn(20000, d)) for k, d in dict(means=3, colours=48).items()}}
+{optimizers}
+for step in range(4):
+    weight = torch.sigmoid(params["means"]).prod(1, keepdim=True)
+    loss = (weight * params["colours"].view(20000, 16, 3).sum(1)).mean()
+    loss.backward()
+    for optimizer in optimizers:
+        optimizer.step(); optimizer.zero_grad()
+"""
+_IMAGE = """
+import torch
+from torch import nn
+net = nn.Sequential(nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 256)).requires_grad_(False)
+image = torch.rand(512, 256).requires_grad_(True)
+optimizer = torch.optim.Adam([image])
+with torch.no_grad(): target = net(torch.rand(512, 256))
+for step in range(4):
+    loss = (net(image) - target).square().mean()
+    optimizer.zero_grad(); loss.backward(); optimizer.step()
+    with torch.no_grad(): image.clamp_(0, 1)
+"""
+
+
+@_counts
+@pytest.mark.parametrize(
+    "text",
+    [
+        _SPLATS.format(optimizers="optimizers = [torch.optim.Adam(params.values())]"),
+        _SPLATS.format(optimizers="optimizers = [torch.optim.Adam([p]) for p in params.values()]"),
+        _IMAGE,
+    ],
+    ids=["one optimizer", "an optimizer each", "an image"],
+)
+def test_a_training_without_a_module_of_its_own_is_predicted(text: str, tmp_path: Path) -> None:
+    answer = _estimated(tmp_path / "loose.py", text)
+    measured = measure(
+        _public("loose", f"python {tmp_path}/loose.py"), tmp_path, tmp_path, repeats=1, steps=4
+    )
+    assert _peak_bytes(answer) == pytest.approx(
+        max(step["peak_bytes"] for rank in measured["ranks"] for step in rank["steps"]), rel=0.01
+    )
+
+
+def test_a_training_by_hand_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    text = "import torch\nx = torch.ones(3, requires_grad=True)\nfor _ in range(3): x.sum().backward()"
+    assert "give other tensors to such an optimizer" in _problem(tmp_path / "hand.py", text)
 
 
 # -- cycles, and what grows -------------------------------------------------------------------------------
@@ -1013,7 +1147,8 @@ def test_a_search_for_a_scripts_plans_counts_workspaces_of_as_many_threads_as_it
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     calls = SimpleNamespace(job=lambda *_, **__: None)
     cycle = SimpleNamespace(optimizers={0: None})
-    seen = SimpleNamespace(cycle=cycle, calls=calls, accumulated=1, clip=None, workers=0, other_bytes=0)
+    facts = {"accumulated": 1, "clip": None, "workers": 0, "other_bytes": 0, "trains_loose": False}
+    seen = SimpleNamespace(cycle=cycle, calls=calls, **facts)
     program = SimpleNamespace(name="train.py")
     session = SimpleNamespace(program=program, machine=machine_of("this:cpu"), trace=seen)
     child._Session._with_plans(session, ScriptAnswer(program="train.py"), PlanSearch())  # type: ignore[arg-type]

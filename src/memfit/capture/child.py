@@ -149,6 +149,10 @@ class _Session:
         try:
             if len(trace.cycle.optimizers) > 1:
                 raise UserError(f"no plan can be searched for {name}: its step has several optimizers")
+            if trace.trains_loose:
+                raise UserError(
+                    f"no plan can be searched for {name}: its optimizer trains tensors that are in no module"
+                )
             cap_bytes = wanted.cap_bytes or int(self.machine.device.memory_bytes.value)
             if answer.before_training_bytes > cap_bytes:
                 before = format_bytes(answer.before_training_bytes)
@@ -240,7 +244,7 @@ class _Session:
             estimate=explained.estimate,
             trace=full_trace,
             peak_clock=explained.peak_clock,
-            model=type(trace.model).__name__,
+            model=type(trace.model).__name__ if trace.model is not None else "",
             optimizers=tuple(dict.fromkeys(type(o).__name__ for o in trace.cycle.optimizers.values())),
             micro_batches=trace.accumulated,
             ranks=plan.ranks,
@@ -351,6 +355,11 @@ class _Session:
             self.end()
         if problem.startswith("the script raised EOFError"):
             hint = "the script reads its standard input, which is empty here: give what it asks as arguments"
+        if not self.trace.begun and has_ended:
+            hint = (
+                "no backward pass and update of a module's parameters, or of tensors that an optimizer of "
+                "torch.optim holds, was seen: give other tensors to such an optimizer"
+            )
         before = (
             "before its first forward pass with gradients"
             if not self.trace.begun

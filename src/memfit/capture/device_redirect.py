@@ -93,10 +93,12 @@ class DeviceRedirect(TorchFunctionMode):
         self.target = torch.device(HOST if trace.is_host else trace.recorder.device)
         self._handlers: dict[Any, Callable[..., Any]] = {
             torch.Tensor.to: self._to,
-            torch.Tensor.cuda: lambda tensor, device=None, **_: self._move(
-                tensor, torch.device(CUDA) if device is None else device, None
+            torch.Tensor.cuda: lambda tensor, device=None, non_blocking=False, memory_format=None: self._move(
+                tensor, torch.device(CUDA) if device is None else device, None, layout=memory_format
             ),
-            torch.Tensor.cpu: lambda tensor, **_: self._move(tensor, torch.device(HOST), None),
+            torch.Tensor.cpu: lambda tensor, memory_format=None: self._move(
+                tensor, torch.device(HOST), None, layout=memory_format
+            ),
             torch.device: self._named_device,
         }
         if not trace.is_host:
@@ -156,42 +158,48 @@ class DeviceRedirect(TorchFunctionMode):
         if other is not None:
             device, dtype = self._device(other), other.dtype
             copy = kwargs.get("copy", args[2] if len(args) > 2 else False)
+            layout = kwargs.get("memory_format")
         else:
             named = {k: self._without_index(v) for k, v in kwargs.items() if k != "copy"}
-            device, dtype, _, _ = torch._C._nn._parse_to(*map(self._without_index, args[:3]), **named)
+            device, dtype, _, layout = torch._C._nn._parse_to(*map(self._without_index, args[:3]), **named)
             copy = kwargs.get("copy", args[3] if len(args) > 3 else False)
-        return self._move(tensor, device, dtype, copy=copy)
+        return self._move(tensor, device, dtype, copy=copy, layout=layout)
 
     def _without_index(self, argument: Any) -> Any:
         """Return a device for the index of one, and any other argument as it is."""
         is_index = isinstance(argument, int) and not isinstance(argument, bool)
         return self._named_device(argument) if is_index else argument
 
-    def _move(self, tensor: torch.Tensor, device: Any, dtype: Any, *, copy: bool = False) -> Any:
-        """Return the tensor on ``device`` (None: where it is) in ``dtype`` (None: its own), as Tensor.to
-        does."""
+    def _move(
+        self, tensor: torch.Tensor, device: Any, dtype: Any, *, copy: bool = False, layout: Any = None
+    ) -> Any:
+        """Return the tensor on ``device`` (None: where it is) in ``dtype`` and in the memory format
+        ``layout`` (None: its own), as Tensor.to does."""
         trace = self.trace
+        options: Any = {"dtype": dtype or tensor.dtype, "memory_format": layout or torch.preserve_format}
         to_accelerator = device is not None and self.names_accelerator(device)
         if trace.is_host or device is None or trace.inside:
             target = torch.device(device) if device is not None and not to_accelerator else None
             if target is not None and target.type == "meta":
-                return torch.Tensor.to(tensor, target, dtype or tensor.dtype, copy=copy)
+                return torch.Tensor.to(tensor, target, copy=copy, **options)
             # torch copies from "cpu" to "cpu:0", whose tensors are on "cpu" as well
             copy = copy or (target is not None and target.index is not None)
-            return torch.Tensor.to(tensor, dtype=dtype or tensor.dtype, copy=copy)
+            return torch.Tensor.to(tensor, copy=copy, **options)
         is_there = self.is_on_target(tensor)
         if is_there == to_accelerator:
-            return torch.Tensor.to(tensor, dtype=dtype or tensor.dtype, copy=copy)
+            return torch.Tensor.to(tensor, copy=copy, **options)
         if torch.device(device).type == "meta":
-            return torch.Tensor.to(tensor, "meta", dtype=dtype or tensor.dtype)
+            return torch.Tensor.to(tensor, "meta", **options)
         if not to_accelerator:
             with trace.region(), trace.recorder.in_memory_pool(NOWHERE):
-                out = torch.Tensor.to(tensor, dtype=dtype or tensor.dtype, copy=True)
+                out = torch.Tensor.to(tensor, copy=True, **options)
                 trace.recorder.move(out, NOWHERE)
                 return out
+        if layout is not None and is_real(tensor):  # a batch of the script's job has it, too
+            tensor = torch.Tensor.to(tensor, memory_format=layout)
         source = trace.twin(tensor) if is_real(tensor) else tensor
         with trace.region():
-            out = torch.Tensor.to(source, dtype=dtype or tensor.dtype, copy=True)
+            out = torch.Tensor.to(source, copy=True, **options)
             life = trace.recorder.note_real(out, "to the device")
             life.memory_pool = ""
             if is_real(tensor):

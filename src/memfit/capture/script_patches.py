@@ -57,6 +57,7 @@ def script_patches(trace: ScriptTrace) -> Iterator[None]:
             (torch.amp.GradScaler, "_maybe_opt_step", _step_without_overflow),
             (torch.nn.utils, "clip_grad_norm_", _clipping(trace)),
             (torch.optim.Optimizer, "__init__", _optimizer_init(trace)),
+            (torch.optim.Optimizer, "add_param_group", _add_param_group(trace)),
             (torch, "save", _save),
             (torch, "set_anomaly_enabled", _without_nan_check(torch.set_anomaly_enabled)),
             (FakeTensor, "__format__", _format),
@@ -94,6 +95,8 @@ class LoopFunctions(torch.overrides.TorchFunctionMode):
             with _disable_current_modes():
                 return func(torch.ones(()), args[1])
         out = func(*args, **(kwargs or {}))
+        if not self.trace.inside:
+            self.trace.note_loop_result(out)
         is_noted = self.trace.begun and not self.trace.inside and not self.trace.calls.done
         if is_noted and has_fakes((args, kwargs)) and batch_tensors(out):
             self.trace.calls.note_call(func, args, kwargs or {}, out)
@@ -231,6 +234,17 @@ def _optimizer_init(trace: ScriptTrace) -> Callable[..., None]:
                 group["tolerance_grad"] = group["tolerance_change"] = -math.inf
 
     return init
+
+
+def _add_param_group(trace: ScriptTrace) -> Callable[..., None]:
+    inner = torch.optim.Optimizer.add_param_group
+
+    @functools.wraps(inner)
+    def add_param_group(self: Any, param_group: Any) -> None:
+        inner(self, param_group)
+        trace.adopt_leaves(self)
+
+    return add_param_group
 
 
 def _clipping(trace: ScriptTrace) -> Callable[..., Any]:

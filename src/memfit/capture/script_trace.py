@@ -28,7 +28,7 @@ from memfit.capture.foreign_memory import ForeignMemory
 from memfit.capture.kept_memory import NOWHERE, KeptMemory, existing
 from memfit.capture.step_calls import StepCalls
 from memfit.capture.tensors import KEPT_BUFFERS, is_fake, is_real
-from memfit.capture.update_cycle import UpdateCycle
+from memfit.capture.update_cycle import UpdateCycle, params_of
 from memfit.model.batch_objects import map_batch
 from memfit.model.tensors import tensor_leaves
 from memfit.techniques.optimizers import counts_steps_on_host
@@ -37,6 +37,7 @@ from memfit.trace.allocation_recorder import AllocationRecorder, Life
 from memfit.trace.data_dependent import Guesses
 from memfit.trace.fake_process_group import process_groups
 from memfit.trace.tracer import not_tracing
+from memfit.types.errors import UserError
 from memfit.types.job import Bound
 from memfit.types.trace import Category, Phase, Trace, rounded
 
@@ -205,8 +206,9 @@ class ScriptTrace:
 
     # -- the training step ----------------------------------------------------------------------------
 
-    def begin(self, model: torch.nn.Module) -> None:
-        """Start to record: ``model`` is about to be trained. All tensors that exist count from now on."""
+    def begin(self, model: torch.nn.Module | None) -> None:
+        """Start to record: ``model`` is about to be trained, or, if it is None, tensors that belong to no
+        module that is called. All tensors that exist count from now on."""
         self.begun, self.model = True, model
         self.setup_peak_bytes = self.recorder.restart()
         self._patches.enter_context(not_tracing())  # the script may have imported modules to patch
@@ -214,6 +216,9 @@ class ScriptTrace:
         self.recorder.modules.watch_all(self._roots)
         for name, root in self._roots.items():
             self.adopt(root, name)
+        for owner, param in self._trained():
+            if not owner and not is_lazy(param):
+                self.recorder.label(param, Category.PARAMETER)
         tensors = existing(torch.Tensor)
         copies = {id(self.recorder.concrete_values.of(t)) for t in tensors if isinstance(t, FakeTensor)}
         for tensor in tensors:
@@ -254,7 +259,44 @@ class ScriptTrace:
         fake = self.fake_parameter(tensor.data)
         if isinstance(tensor, torch.nn.Parameter):
             fake = torch.nn.Parameter(fake, tensor.requires_grad)
+        elif tensor.is_leaf:
+            fake.requires_grad_(tensor.requires_grad)
+        self._twins.pop(tensor, None)  # tensors with weak references cannot be swapped
         torch.utils.swap_tensors(tensor, fake)
+
+    def adopt_leaves(self, optimizer: torch.optim.Optimizer) -> None:
+        """Turn the real tensors that an optimizer trains, although they are no parameters of a module, into
+        fake ones. Raises UserError for a tensor that cannot be, because other objects refer to it."""
+        for tensor in filter(is_real, params_of(optimizer)):
+            try:
+                with _disable_current_modes():
+                    self.make_fake(tensor)
+            except RuntimeError as error:
+                raise UserError(
+                    f"{type(optimizer).__name__} trains a tensor of shape {tuple(tensor.shape)} that is in "
+                    "use before the optimizer is made, which memfit cannot follow",
+                    hint="make the tensor an nn.Parameter, or use it only after the optimizer is made",
+                ) from error
+
+    def _trained(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (path of its module, tensor) for the parameters of the outermost modules, and ("", tensor)
+        for the other tensors that optimizers train."""
+        seen = set()
+        for name, root in self._roots.items():
+            for path, param in root.named_parameters():
+                seen.add(id(param))
+                yield ".".join(filter(None, (name, path.rpartition(".")[0]))), param
+        for optimizer in self.cycle.made:
+            for tensor in params_of(optimizer):
+                if id(tensor) not in seen and is_fake(tensor):
+                    seen.add(id(tensor))
+                    yield "", tensor
+
+    @property
+    def trains_loose(self) -> bool:
+        """Whether optimizers train tensors that are in no module."""
+        in_modules = {id(p) for root in self._roots.values() for p in root.parameters()}
+        return any(id(t) not in in_modules for _, t in self._trained())
 
     def adopt_states(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn the real tensors of an optimizer's state, which the script has loaded, into fake ones."""
@@ -269,17 +311,18 @@ class ScriptTrace:
         is_number = isinstance(value, FakeTensor) and value.dim() == 0 and value.is_floating_point()
         return is_number and self.recorder.concrete_values.of(value) is None
 
-    def _find_roots(self, model: torch.nn.Module) -> None:
+    def _find_roots(self, model: torch.nn.Module | None) -> None:
         """Find the outermost modules of the process that have parameters, and give each a name: "" to
-        ``model``, to others that of their class, with a number if it is taken. Modules that contain ``model``
-        are left out."""
+        ``model``, if there is one, to others that of their class, with a number if it is taken. Modules that
+        contain ``model`` are left out."""
         modules = existing(torch.nn.Module)
         inner = {id(c) for m in modules for c in m._modules.values() if c is not None}
-        self._roots[""] = model
+        if model is not None:
+            self._roots[""] = model
         for module in modules:
             if id(module) in inner or module is model or next(module.parameters(), None) is None:
                 continue
-            if any(m is model for m in module.modules()):
+            if model is not None and any(m is model for m in module.modules()):
                 continue  # a wrapper that is not called itself
             name, number = type(module).__name__, 2
             while name in self._roots:
@@ -305,6 +348,13 @@ class ScriptTrace:
             self.calls.note_call(module, args, kwargs, out, model=module if is_trained else None)
         return out
 
+    def note_loop_result(self, out: Any) -> None:
+        """Note what an operator of the script's loop returned. In a training without a module, the first
+        result with a gradient after an update begins the next forward pass."""
+        is_next = self.begun and self.model is None and self.recorder.current is Phase.SETUP
+        if is_next and isinstance(out, torch.Tensor) and out.grad_fn is not None:
+            self.recorder.phase(Phase.FORWARD)
+
     def _close_step_without_optimizer(self) -> None:
         """If the script has no optimizer of torch, take each backward pass for a step."""
         if self.cycle.made or self.recorder.current is Phase.FORWARD or not self.micro_batches:
@@ -313,7 +363,10 @@ class ScriptTrace:
         self._close_step(is_over=self.micro_batches >= _PASSES)
 
     def backward(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Run a backward pass."""
+        """Run a backward pass. The first one of a training without a forward pass of a module that it trains
+        begins the recording; its second step is recorded whole."""
+        if not self.begun and any(t.requires_grad for _, t in self._trained()):
+            self.begin(None)
         if self.begun:
             self.recorder.phase(Phase.BACKWARD)
             self.micro_batches += 1
@@ -332,11 +385,9 @@ class ScriptTrace:
         return out
 
     def _close_backward(self) -> None:
-        for name, root in self._roots.items():
-            for path, param in root.named_parameters():
-                if param.grad is not None:
-                    owner = ".".join(filter(None, (name, path.rpartition(".")[0])))
-                    self.recorder.label(param.grad, Category.GRADIENT, module=owner)
+        for owner, param in self._trained():
+            if param.grad is not None:
+                self.recorder.label(param.grad, Category.GRADIENT, module=owner)
 
     def updated(self, optimizer: Any) -> None:
         """Note that an optimizer has made a step; call ``on_traced`` if it was the last to trace."""
@@ -400,7 +451,7 @@ class ScriptTrace:
         self._patches.close()
         groups = process_groups()
         allocations, ops, spans = self.recorder.finish()
-        params = {id(p): p for root in self._roots.values() for p in root.parameters()}.values()
+        params = [p for _, p in self._trained()]
         steps = max(s.step for s in spans) + 1
         return Trace(
             device=self.recorder.device,
@@ -418,8 +469,7 @@ class ScriptTrace:
             assumed=tuple(self.recorder.guesses.assumed),
             model_bytes=sum(
                 t.numel() * t.element_size()
-                for r in self._roots.values()
-                for t in (*r.parameters(), *r.buffers())
+                for t in (*params, *(b for r in self._roots.values() for b in r.buffers()))
             ),
         )
 

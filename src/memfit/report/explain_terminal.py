@@ -45,7 +45,7 @@ def print_script(explained: TracedEstimate, facts: ScriptFacts, *, console: Cons
     line = words.get(
         "script.line",
         program=facts.program,
-        model=facts.model,
+        model=facts.model or words.get("script.no_model"),
         parameters=figure_text(predicted(facts.parameter_count, "parameters"), words),
         trainable=figure_text(predicted(facts.trainable_count, "parameters"), words),
         optimizer=", ".join(facts.optimizers),
