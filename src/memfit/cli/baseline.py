@@ -53,25 +53,26 @@ class BaselineOptions:
         list[str] | None,
         typer.Option(
             metavar="PLAN",
-            help="For write with a JOB: plan of the jobs: a file as written by `memfit plan --save`, the "
-            "name of a technique, or plain (the default), which is training without any technique. Repeat "
-            "the option to predict each job under several plans.",
+            help="For write with a JOB, otherwise refused: plan of the jobs: a file as written by `memfit "
+            "plan --save`, the name of a technique, or plain (the default), which is training without any "
+            "technique. Repeat the option to predict each job under several plans.",
         ),
     ] = None
     on: Annotated[
         str | None,
         typer.Option(
             metavar="MACHINE",
-            help="For write with a JOB: machine to predict for, such as H100-SXM, 8xH100-SXM or FILE.toml "
-            "(`memfit list machines` lists the names). Not this: the prediction must be the same on every "
-            "computer. Default: H100-SXM.",
+            help="For write with a JOB, otherwise refused: machine to predict for, such as H100-SXM, "
+            "8xH100-SXM or FILE.toml (`memfit list machines` lists the names). Not this: the prediction "
+            "must be the same on every computer. Default: H100-SXM.",
         ),
     ] = None
     size: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="For write with a JOB: size of the jobs. Default: the default of each job.",
+            help="For write with a JOB, otherwise refused: size of the jobs. Default: the default of each "
+            "job.",
         ),
     ] = None
     batch: Annotated[
@@ -79,7 +80,8 @@ class BaselineOptions:
         typer.Option(
             metavar="N",
             min=1,
-            help="For write with a JOB: samples per step of the jobs. Default: each job's own.",
+            help="For write with a JOB, otherwise refused: samples per step of the jobs. Default: each "
+            "job's own.",
         ),
     ] = None
     length: Annotated[
@@ -87,7 +89,8 @@ class BaselineOptions:
         typer.Option(
             metavar="N",
             min=1,
-            help="For write with a JOB: length of a sample of the jobs. Default: each job's own.",
+            help="For write with a JOB, otherwise refused: length of a sample of the jobs. Default: each "
+            "job's own.",
         ),
     ] = None
     file: Annotated[
@@ -102,8 +105,9 @@ class BaselineOptions:
         str | None,
         typer.Option(
             metavar="PERCENT",
-            help="For check: growth that passes, of the peak of each phase, of each module that holds at "
-            "least 1 % of the peak, and of reserved memory (which may also grow by 20 MiB). Default: "
+            help="For check, otherwise refused: growth that passes, of the peak of each phase, of each "
+            "module that holds at least 1 % of the peak, and of reserved memory (which may also grow by 20 "
+            "MiB). Default: "
             f"{_TOLERANCE}.",
         ),
     ] = None
@@ -111,8 +115,8 @@ class BaselineOptions:
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="For check: also write what grew to this file as SARIF 2.1.0, for code hosts and editors. "
-            "It is overwritten if it exists.",
+            help="For check, otherwise refused: also write what grew to this file as SARIF 2.1.0, for code "
+            "hosts and editors. It is overwritten if it exists.",
         ),
     ] = None
 

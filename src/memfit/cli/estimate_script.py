@@ -63,7 +63,9 @@ class ScriptOptions:
         typer.Option(
             "--diff",
             help="With --plans: print, after the rest, the edit of the script that applies the recommended "
-            "plan, as a diff for `patch -p0`. The script itself is not changed. Default: no edit.",
+            "plan or, if the script cannot express that, the fastest other that fits, as a diff for "
+            "`patch -p0`. The script itself is not changed. Refused for a command that runs a module. "
+            "Default: no edit.",
         ),
     ] = False
     show_output: Annotated[

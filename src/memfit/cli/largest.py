@@ -56,17 +56,17 @@ class LargestOptions:
         str | None,
         typer.Option(
             metavar="N,N,...",
-            help="With --largest and two sizes: the values of the first. Default: a quarter, half, once, "
-            "twice and four times the job's own value.",
+            help="With --largest and two sizes, otherwise refused: the values of the first. Default: a "
+            "quarter, half, once, twice and four times the job's own value.",
         ),
     ] = None
     buckets: Annotated[
         str | None,
         typer.Option(
             metavar="N,N,...|FILE",
-            help="With --largest batch: the largest batch for sequences padded to each of these lengths, or "
-            "to those of at most 8 buckets with equally many sequences of FILE, a file as for `memfit "
-            "estimate --lengths`.",
+            help="With --largest batch, otherwise refused: the largest batch for sequences padded to each "
+            "of these lengths, or to those of at most 8 buckets with equally many sequences of FILE, a file "
+            "as for `memfit estimate --lengths`.",
         ),
     ] = None
     step: Annotated[

@@ -82,7 +82,8 @@ class Axial(nn.Module):
 
 
 class Cut(Whole):
-    """The operations of `Whole` across the ranks of ``together``."""
+    """The operations of `Whole` for a rank that holds a part: ``together`` has the collectives of all ranks
+    that share ``x``."""
 
     cuts = True
 

@@ -219,7 +219,9 @@ def _measurement(start: RankStart | None, kills: _Kills) -> Measurement:
 
 
 def _restart(measurements: Sequence[Measurement], attempt: Attempt, after: Attempt) -> Restart:
-    """Return the restart after an attempt with these measurements."""
+    """Return the restart between ``attempt``, of which ``measurements`` has one for each rank, and the next,
+    ``after``. It names a rank that failed by itself, if there is one, and the most steps that a rank had
+    done."""
     ended = [(r, m) for r, m in enumerate(measurements) if m.outcome is not OutcomeKind.OK]
     rank, m = min(ended, key=lambda pair: pair[1].failed_after_rank is not None)
     return Restart(
