@@ -547,6 +547,46 @@ def test_the_record_of_a_watch_shows_a_leak(tmp_path: Path) -> None:
     assert diagnosis.figures["request_bytes"] == GIB
 
 
+RESET = "[tcp/pair.cc:537] Read error [127.0.0.1]:62666: Connection reset by peer"
+
+
+@pytest.mark.parametrize(
+    ("error", "other_ended", "killed", "cause", "certainty"),
+    [
+        ((RESET, "RuntimeError"), False, 0, DeathCause.NOT_MEMORY, Certainty.LIKELY),
+        ((RESET, "RuntimeError"), False, None, DeathCause.UNKNOWN, Certainty.UNKNOWN),
+        (("NCCL communicator was aborted on rank 0", "DistBackendError"), False, 1,
+         DeathCause.HOST_KILLED, Certainty.CERTAIN),
+        (("bad label", "ValueError"), False, 0, DeathCause.NOT_MEMORY, Certainty.CERTAIN),
+        ((RESET, "RuntimeError"), True, 0, DeathCause.NOT_MEMORY, Certainty.LIKELY),
+        (None, False, 0, DeathCause.NOT_MEMORY, Certainty.LIKELY),
+    ],
+)  # fmt: skip
+def test_a_lost_connection_of_one_rank_is_no_cause_if_another_has_no_record_of_its_end(
+    tmp_path: Path,
+    error: tuple[str, str] | None,
+    other_ended: bool,
+    killed: int | None,
+    cause: DeathCause,
+    certainty: Certainty,
+) -> None:
+    record_of(tmp_path, step_line(1, 1.0), *([{"kind": "end", "time_s": 8.0}] * other_ended))
+    text = (tmp_path / "run.jsonl").read_text().replace('"rank": 0', '"rank": 1')
+    (tmp_path / "run.1.jsonl").write_text(text)
+    ends = [{"kind": "end", "time_s": 9.0, "error": error[1], "message": error[0]}] if error else []
+    exit_line = {
+        "kind": "exit", "time_s": 9.0, "code": 1, "oom_kills": killed, "free_bytes": 30 * GIB,
+        "total_bytes": 40 * GIB,
+    }  # fmt: skip
+    record_of(tmp_path, step_line(1, 1.0), *ends, exit_line)
+    path = tmp_path / "run.jsonl"
+    path.write_text(path.read_text().replace('"world_size": 1', '"world_size": 2'))
+    diagnosis = diagnose_record(read_records(path))
+    assert (diagnosis.cause, diagnosis.certainty) == (cause, certainty)
+    if not other_ended and killed != 1 and (error is None or error[0] == RESET):
+        assert "rank 1 has no record of its end, as after a signal" in diagnosis.evidence
+
+
 def test_a_leak_on_the_host_is_certain_if_the_watch_has_alarmed(tmp_path: Path) -> None:
     steps: list[dict[str, Any]] = [
         {"kind": "step", "step": n, "time_s": 1.0, "host_bytes": 1000 + 20 * n} for n in range(60)

@@ -465,6 +465,21 @@ def test_a_kill_with_free_memory_is_not_called_one_for_lack_of_memory(
     assert "it is not known by whom" in printed
 
 
+def test_a_watch_says_why_a_command_ended_whose_rank_was_killed(capfd: pytest.CaptureFixture[str]) -> None:
+    text = """
+import os, signal, subprocess, sys
+if "RANK" not in os.environ:
+    ranks = [{**os.environ, "RANK": rank, "WORLD_SIZE": "2"} for rank in "01"]
+    sys.exit(any([p.wait() for p in [subprocess.Popen([sys.executable, __file__], env=e) for e in ranks]]))
+"""
+    text += TRAINING + "if os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\n"
+    text += "raise RuntimeError('Read error [127.0.0.1]:62666: Connection reset by peer')\n"
+    assert main(["watch", "--", sys.executable, script(text)]) == 1
+    (line,) = [x for x in capfd.readouterr().err.splitlines() if "why it ended" in x]
+    assert "rank 1 has no record of its end" in line
+    assert "certain" not in line
+
+
 def test_an_uncaught_error_and_running_out_of_memory_before_training_are_recorded() -> None:
     assert run(sys.executable, script(TRAINING + "raise LookupError('lost')\n")) == 1
     end = recorded().end

@@ -155,8 +155,9 @@ def _run(command: list[str], options: WatchOptions) -> None:
         from memfit.cli.autopsy import in_one_line
         from memfit.monitoring.autopsy import diagnose_record
 
-        diagnosis = diagnose_record(read_records(file))
-        if diagnosis.is_out_of_memory or end.is_killed:
+        record = read_records(file)
+        diagnosis = diagnose_record(record)
+        if diagnosis.is_out_of_memory or end.is_killed or record.lost_ranks:
             print(f"memfit: why it ended: {in_one_line(diagnosis)}", file=sys.stderr)
         raise typer.Exit(end.code if end.code > 0 else 128 - end.code)
 

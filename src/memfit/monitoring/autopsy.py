@@ -26,7 +26,7 @@ from memfit.monitoring.traceback_text import (
 )
 from memfit.monitoring.training_log import NumberSeries, TrainingLog, outlier_factor, read_training_log
 from memfit.types.device_kind import HOST
-from memfit.types.peer_errors import PEER_ERRORS
+from memfit.types.peer_errors import PEER_ERRORS, is_peer_error
 from memfit.types.units import GIB, format_bytes
 
 _LONGEST_LINE: Final = 4000  # characters
@@ -518,16 +518,24 @@ def is_record(head: bytes) -> bool:
 def diagnose_record(record: WatchRecord) -> Diagnosis:
     """Return why a watched training ended, judged by the ranks that ended with an error of memory and, if
     memfit ran the command, by how that was killed. Without either, the cause is not memory if a rank ended
-    with another error; else it is unknown, and the least free memory is the evidence."""
+    with another error. One that says that the connection to another rank ended does not count if a rank has
+    no record of its end, and that rank is judged as killed. Else the cause is unknown, and the least free
+    memory is the evidence."""
     diagnoses = [d for r in record.ranks if (d := _diagnose_rank(r)) is not None]
     if record.exit is not None and (killed := _diagnose_exit(record.exit)) is not None:
         diagnoses.append(killed)
     if diagnoses:
         return combine(diagnoses)
-    ended = [r for r in record.ranks if r.end is not None and r.end.error]
-    if ended and ended[0].end is not None:
-        text = f"rank {ended[0].rank} ended with {ended[0].end.error}: {ended[0].end.message[:200]}"
-        return _diagnosis(DeathCause.NOT_MEMORY, Certainty.CERTAIN, [text])
+    ends = [(r.rank, r.end) for r in record.ranks if r.end is not None and r.end.error]
+    texts = {rank: f"rank {rank} ended with {end.error}: {end.message[:200]}" for rank, end in ends}
+    own = [rank for rank, end in ends if not is_peer_error(f"{end.error}: {end.message}")]
+    if own or (ends and not record.lost_ranks):
+        certainty = Certainty.CERTAIN if own else Certainty.LIKELY
+        return _diagnosis(DeathCause.NOT_MEMORY, certainty, [texts[(own or list(texts))[0]]])
+    if record.lost_ranks:
+        evidence = [f"rank {rank} has no record of its end, as after a signal" for rank in record.lost_ranks]
+        evidence += [f"{text}, which follows from that" for text in texts.values()]
+        return _diagnose_killed(record.exit, evidence)
     return _diagnosis(
         DeathCause.UNKNOWN, Certainty.UNKNOWN, ["no rank ended with an error of memory", *_headroom(record)]
     )
@@ -544,7 +552,22 @@ def _diagnose_exit(end: CommandExit) -> Diagnosis | None:
         return _diagnosis(DeathCause.HOST_KILLED, Certainty.CERTAIN, evidence, memory="host")
     if not end.is_killed:
         return None
-    evidence = ["the command was killed by signal 9, and it is not known by whom"]
+    return _diagnose_killed(end, ["the command was killed by signal 9, and it is not known by whom"])
+
+
+def _diagnose_killed(end: CommandExit | None, evidence: list[str]) -> Diagnosis:
+    """Return the diagnosis of a process that was killed, by the kernel's counts and the free memory before
+    the ``end`` of the command; None: memfit did not run it. ``evidence`` shows that it was killed."""
+    evidence = list(evidence)
+    if end is None:
+        diagnosis = _diagnosis(
+            DeathCause.UNKNOWN,
+            Certainty.UNKNOWN,
+            evidence,
+            memory="host",
+            alternatives=[DeathCause.HOST_KILLED, DeathCause.NOT_MEMORY],
+        )
+        return dataclasses.replace(diagnosis, capture=capture_for(DeathCause.HOST_KILLED, "host"))
     is_short = None
     if end.free_bytes is not None and end.total_bytes is not None:
         is_short = end.free_bytes < max(_SHORT_SHARE * end.total_bytes, GIB)

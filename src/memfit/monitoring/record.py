@@ -204,6 +204,16 @@ class WatchRecord:
     exit: CommandExit | None = None
 
     @property
+    def lost_ranks(self) -> tuple[int, ...]:
+        """The ranks without a record of their end, if another one's error, or the end of the command, shows
+        that the training is over: a signal may have ended them."""
+        if len(self.ranks) == 1:
+            return ()
+        is_over = any(r.end is not None and r.end.error for r in self.ranks)
+        is_over = is_over or (self.exit is not None and self.exit.code > 0)
+        return tuple(r.rank for r in self.ranks if r.end is None) if is_over else ()
+
+    @property
     def fullest(self) -> RankRecord | None:
         """The rank with the least free memory on its accelerator. On processors, and if free memory is
         unknown, the one with the highest peak of tensors, or else of its resident memory. None if nothing was
