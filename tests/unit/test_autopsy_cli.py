@@ -84,6 +84,16 @@ def test_standard_input_may_be_text_or_a_snapshot(
         assert json_of(capsys, "-")["cause"] == cause
 
 
+def test_a_snapshot_on_standard_input_that_is_too_large_is_refused(
+    capsys: pytest.CaptureFixture[str], snapshot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = snapshot.read_bytes()
+    monkeypatch.setattr("memfit.monitoring.plain_pickle.LARGEST_BYTES", len(data) - 1)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    assert main(["autopsy", "-"]) == 2
+    assert f"standard input has {len(data)} bytes; allowed: at most" in capsys.readouterr().err
+
+
 def test_the_end_of_a_long_standard_input_is_read(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -128,7 +128,7 @@ def test_a_small_file_that_unpacks_to_much_is_refused(
     path = tmp_path / "bomb.fasta.gz"
     path.write_bytes(gzip.compress(bytes(2**21)))
     monkeypatch.setattr(read, "MOST_BYTES", 2**19)
-    with pytest.raises(UserError, match="unpacks to too much; allowed: at most 524288 bytes"):
+    with pytest.raises(UserError, match="is too large when unpacked; allowed: at most 524288 bytes"):
         read_data_text(path, most_bytes=2**30)
 
 
@@ -141,7 +141,7 @@ def test_an_archive_that_unpacks_to_much_is_refused(
             file.write(bytes(2**20))
     (tmp_path / "x.npz").write_bytes(stream.getvalue())
     line = refusal(("estimate", "char-lm", "--lengths", "X"), tmp_path / "x.npz", capsys)
-    assert "unpacks to too much" in line
+    assert "is too large when unpacked" in line
 
 
 def test_the_limit_of_an_archive_is_the_one_that_the_error_names(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_the_limit_of_an_archive_is_the_one_that_the_error_names(tmp_path: Path)
         archive.getinfo("a.npy").file_size = 2**40  # of the directory alone
     limit_bytes = read.unpacked_limit(path.stat().st_size, 2**29)
     assert limit_bytes > read.MOST_BYTES
-    with pytest.raises(UserError, match=f"unpacks to too much; allowed: at most {limit_bytes} bytes"):
+    with pytest.raises(UserError, match=f"is too large when unpacked; allowed: at most {limit_bytes} bytes"):
         read_lengths(str(path))
 
 

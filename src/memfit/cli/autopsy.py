@@ -159,7 +159,7 @@ def _diagnosis_of(name: str) -> Diagnosis:
         stream = sys.stdin.buffer
         data = stream.read(4096)
         if is_snapshot(data):
-            data += stream.read(LARGEST_BYTES - len(data))
+            data += stream.read(max(0, LARGEST_BYTES + 1 - len(data)))  # one byte more is refused
             return rules.diagnose_snapshot(parse_snapshot(data, what="standard input"))
         while more := stream.read(_MOST_TEXT_BYTES):
             data = (data + more)[-_MOST_TEXT_BYTES:]

@@ -100,7 +100,7 @@ def read_data_text(path: Path, *, most_bytes: int) -> str:
                 unpacked += chunk
         if len(unpacked) > limit_bytes:
             raise UserError(
-                f"{path} unpacks to too much", allowed=f"at most {limit_bytes} bytes from this file"
+                f"{path} is too large when unpacked", allowed=f"at most {limit_bytes} bytes from this file"
             )
         return io.TextIOWrapper(io.BytesIO(unpacked), encoding="utf-8").read()
     except (OSError, EOFError, zlib.error) as error:

@@ -77,7 +77,7 @@ def read_exported_run(folder: Path) -> RunRecord:
         )
     if missing := sorted(set(range(ranks)) - {rank for attempt in attempts for rank in attempt}):
         raise UserError(
-            f"of the {ranks} ranks of {folder}, there is no output of {', '.join(map(str, missing))}",
+            f"{folder} has no output of rank {', '.join(map(str, missing))}, of {ranks} ranks",
             hint=f"if the machines do not share the folder, copy the folder logs of each into {folder}",
         )
     losses: dict[int, dict[int, float]] = {rank: {} for rank in range(ranks)}
