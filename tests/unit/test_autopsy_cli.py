@@ -87,17 +87,18 @@ def test_standard_input_may_be_text_or_a_snapshot(
 def test_a_snapshot_on_standard_input_that_is_too_large_is_refused(
     capsys: pytest.CaptureFixture[str], snapshot: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = snapshot.read_bytes()
-    monkeypatch.setattr("memfit.monitoring.plain_pickle.LARGEST_BYTES", len(data) - 1)
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
-    assert main(["autopsy", "-"]) == 2
-    assert f"standard input has {len(data)} bytes; allowed: at most" in capsys.readouterr().err
+    pickled = snapshot.read_bytes()
+    for data in (pickled, json.dumps(pickle.loads(pickled)).encode()):
+        monkeypatch.setattr("memfit.monitoring.memory_snapshot.LARGEST_BYTES", len(data) - 1)
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        assert main(["autopsy", "-"]) == 2
+        assert f"standard input has {len(data)} bytes; allowed: at most" in capsys.readouterr().err
 
 
 def test_the_end_of_a_long_standard_input_is_read(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("memfit.monitoring.plain_pickle.LARGEST_BYTES", 2**20)
+    monkeypatch.setattr("memfit.monitoring.memory_snapshot.LARGEST_BYTES", 2**20)
     monkeypatch.setattr("memfit.cli.autopsy._MOST_TEXT_BYTES", 2**18)
     end = (_DEATHS / "host_killed_dmesg_1.txt").read_bytes()
     log = b"step 1: loss 0.5\n" * 2**17 + end  # over 2 MiB

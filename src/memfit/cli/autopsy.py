@@ -151,8 +151,7 @@ def _diagnosis_of(name: str) -> Diagnosis:
     a memory snapshot, the record of a watched training (only as a file), or else the text of a log. Raises
     UserError if it cannot be read."""
     from memfit.monitoring import autopsy as rules
-    from memfit.monitoring.memory_snapshot import is_snapshot, parse_snapshot, read_snapshot
-    from memfit.monitoring.plain_pickle import LARGEST_BYTES
+    from memfit.monitoring.memory_snapshot import LARGEST_BYTES, is_snapshot, parse_snapshot, read_snapshot
     from memfit.monitoring.record import read_records
 
     if name == "-":

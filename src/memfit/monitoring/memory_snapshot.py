@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from memfit.files.read import read_bytes
-from memfit.monitoring.plain_pickle import LARGEST_BYTES, load_plain
+from memfit.monitoring.plain_pickle import load_plain
 from memfit.monitoring.traceback_text import StackFrame
 from memfit.types.errors import UserError, first_line
 
+LARGEST_BYTES: Final = 512 * 2**20  # Python objects take about ten times as much
 _LIVE: Final = ("active_allocated", "active_awaiting_free", "active_pending_free")
 _MOST_ITEMS: Final = 5_000_000  # blocks, events and frames that are looked at
 _SWING: Final = 0.1  # of the peak: what counts as a rise or a fall of memory from step to step
@@ -98,6 +99,8 @@ def read_snapshot(path: Path) -> list[MemorySnapshot]:
 
 def parse_snapshot(data: bytes, *, what: str) -> list[MemorySnapshot]:
     """Return what `read_snapshot` returns for the content of a file. ``what``: its name in messages."""
+    if len(data) > LARGEST_BYTES:
+        raise UserError(f"{what} has {len(data)} bytes", allowed=f"at most {LARGEST_BYTES}")
     if data[:1] == b"\x80":
         value = load_plain(data, what=what)
     else:

@@ -14,7 +14,6 @@ from typing import Any, ClassVar, Final
 
 from memfit.types.errors import UserError
 
-LARGEST_BYTES: Final = 512 * 2**20  # Python objects take about ten times as much
 _NAMES: Final = (
     "PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "INT", "LONG", "BININT", "BININT1",
     "BININT2", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE",
@@ -49,9 +48,7 @@ class _PlainUnpickler(pickle._Unpickler):
 
 def load_plain(data: bytes, *, what: str) -> Any:
     """Return the value of a pickle. ``what``: its name in messages. Raises UserError if the pickle contains
-    anything but plain values, is damaged, or is larger than ``LARGEST_BYTES``. No code of the file is run."""
-    if len(data) > LARGEST_BYTES:
-        raise UserError(f"{what} has {len(data)} bytes", allowed=f"at most {LARGEST_BYTES}")
+    anything but plain values or is damaged. No code of the file is run."""
     try:
         return _PlainUnpickler(io.BytesIO(data), encoding="latin-1").load()
     except _Refusal as refusal:
