@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from memfit.capture.device_redirect import DeviceRedirect, device_patches
 from memfit.capture.estimate import COLOURS, traced_file
+from memfit.capture.kept_memory import peak_growth_bytes
 from memfit.capture.program import load_program
 from memfit.capture.result import PlanSearch, ScriptAnswer, ScriptSpec
 from memfit.capture.sandbox import Sandbox, sandboxed
@@ -231,7 +232,7 @@ class _Session:
                 f"before its first training step, the script needs {format_bytes(trace.setup_peak_bytes)}, "
                 "more than a training step: it evaluates the model, or builds it"
             )
-        growth_bytes = self._note_growth(trace)
+        growth_bytes = self._note_growth(trace, peak_growth_bytes(predictor.trace(plan)))
         shared_bytes = self._note_shared_batches(trace) if trace.is_host else 0
         estimate = _with_shared_batches(estimate, shared_bytes)
         explained = traced_estimate(estimate, predictor.trace(plan, estimate.rank), predictor.calibration)
@@ -254,9 +255,9 @@ class _Session:
             growth_bytes=growth_bytes,
         )
 
-    def _note_growth(self, trace: ScriptTrace) -> int:
-        """Say what the script collects from step to step, and return by how many bytes of the device it grows
-        with each step."""
+    def _note_growth(self, trace: ScriptTrace, peak_bytes: int) -> int:
+        """Say what the script collects from step to step, and return by how many bytes of the device its need
+        grows with each step, at least. ``peak_bytes``: by how many the peak of the traced steps grows."""
         kept = trace.kept
         if kept is None or not kept.grows:
             return 0
@@ -268,12 +269,14 @@ class _Session:
                 f"{kept.nodes} nodes of autograd's graph (some {format_bytes(kept.nodes * _NODE_BYTES)})"
             )
         places = ", ".join(Path(line).name for line in lines) or "no line of yours"
+        if peak_bytes > rates.total():
+            parts.append(f"the peak of a step by {format_bytes(peak_bytes)}, since steps compute with it")
         self.notes.append(
-            f"memory grows with each step, by {' and '.join(parts)}: what {places} makes is kept after its "
-            "step. If a loss or an output is collected, collect loss.item() or output.detach().cpu(); the "
-            "prediction is that of the first steps"
+            f"memory grows with each step, by at least {' and '.join(parts)}: what {places} makes is kept "
+            "after its step. If a loss or an output is collected, collect loss.item() or "
+            "output.detach().cpu(); the prediction is that of the first steps"
         )
-        return rates.total()
+        return max(rates.total(), peak_bytes)
 
     def _note_shared_batches(self, trace: ScriptTrace) -> int:
         """Say what the batches of worker processes take of shared memory, and return it in bytes. Torch's

@@ -9,11 +9,13 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+import numpy
 import torch
 
+from memfit.cost.memory import levels
 from memfit.trace.allocation_recorder import AllocationRecorder, Life
 from memfit.trace.source_location import newest_node
-from memfit.types.trace import Category, rounded
+from memfit.types.trace import Category, Phase, Trace, rounded
 
 NOWHERE = "nowhere"  # the memory pool of tensors that are not counted
 _Kind = TypeVar("_Kind")
@@ -104,6 +106,18 @@ class KeptMemory:
             count += node._sequence_nr() < self._first_node
             stack += [parent for parent, _ in node.next_functions]
         return count
+
+
+def peak_growth_bytes(trace: Trace) -> int:
+    """Return by how many bytes the peak of the last traced steps, after the first, grows with each step; 0
+    unless it rises alike. What a script collects and computes with makes it grow by more than is kept."""
+    clock, live_bytes = levels(trace)
+    peaks = []
+    for step in range(1, trace.steps):
+        spans = [s for s in trace.spans if s.step == step and s.phase is not Phase.SETUP]
+        first, last = numpy.searchsorted(clock, (spans[0].start, spans[-1].end)) if spans else (0, 0)
+        peaks.append(int(live_bytes[first:last].max(initial=0)))
+    return _rise(peaks[-_ENDS:]) if len(peaks) > 1 else 0
 
 
 def _rise(values: Sequence[int]) -> int:
