@@ -506,6 +506,39 @@ def test_lbfgs_makes_all_its_iterations_and_says_how_its_history_grows(tmp_path:
     assert "more directions" in note
 
 
+# -- evaluation -----------------------------------------------------------------------------------------
+
+_ENCODER = """
+import torch
+from torch import nn
+layer = nn.TransformerEncoderLayer(64, 4, 256, batch_first=True, dropout=0{options})
+optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+mask = nn.Transformer.generate_square_subsequent_mask(128)
+for _ in range(4):
+    layer.eval()
+    with torch.no_grad():
+        layer(torch.randn(64, 128, 64){mask})
+    layer.train()
+    layer(torch.randn(2, 16, 64)).sum().backward(); optimizer.step(); optimizer.zero_grad()
+"""
+
+
+@_counts
+@pytest.mark.parametrize(
+    ("options", "mask"),
+    [("", ""), (', norm_first=True, activation="gelu"', ""), ("", ", mask"), (", bias=False", "")],
+    ids=["norm last", "norm first", "mask", "no fast path"],
+)
+def test_an_encoder_layer_takes_its_fast_path_in_evaluation(options: str, mask: str, tmp_path: Path) -> None:
+    answer = _estimated(tmp_path / "encoder.py", _ENCODER.format(options=options, mask=mask))
+    measured = measure(
+        _public("encoder", f"python {tmp_path}/encoder.py"), tmp_path, tmp_path, repeats=1, steps=4
+    )
+    assert _peak_bytes(answer) == pytest.approx(
+        max(step["peak_bytes"] for rank in measured["ranks"] for step in rank["steps"]), rel=0.01
+    )
+
+
 # -- tensors outside modules ---------------------------------------------------------------------------
 
 _BANK = """

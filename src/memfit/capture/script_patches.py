@@ -51,6 +51,7 @@ def script_patches(trace: ScriptTrace) -> Iterator[None]:
         for owner, name, replacement in (
             (torch.nn.Parameter, "__new__", _parameter_new(trace)),
             (torch.nn.Module, "__call__", _module_call(trace)),
+            (torch.nn.TransformerEncoderLayer, "forward", _encoder_layer_forward(trace)),
             (torch.nn.Module, "_apply", _apply_in_place),
             (torch.autograd, "backward", _backward(trace, torch.autograd.backward)),
             (torch.autograd, "grad", _backward(trace, torch.autograd.grad)),
@@ -210,6 +211,27 @@ def _module_call(trace: ScriptTrace) -> Any:
         return trace.forward(self, functools.partial(inner, self), args, kwargs)
 
     return call
+
+
+def _encoder_layer_forward(trace: ScriptTrace) -> Callable[..., Any]:
+    """Return a forward of `TransformerEncoderLayer` that takes its fast path where torch does so on a CPU: in
+    evaluation without gradients. Under modes for functions, such as memfit's, torch does not."""
+    inner = torch.nn.TransformerEncoderLayer.forward
+
+    @functools.wraps(inner)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.training or torch.is_grad_enabled() or not trace.is_host:
+            return inner(self, *args, **kwargs)
+        modes = []
+        while torch._C._len_torch_function_stack():
+            modes.append(torch._C._pop_torch_function_stack())
+        try:
+            return inner(self, *args, **kwargs)
+        finally:
+            for mode in reversed(modes):
+                torch._C._push_on_torch_function_stack(mode)
+
+    return forward
 
 
 def _backward(trace: ScriptTrace, inner: Callable[..., Any]) -> Callable[..., Any]:

@@ -419,6 +419,8 @@ def decomposition(func: Any, fact: OperatorFact, args: Any) -> Callable[..., Any
     """Return a function that makes the calls of which an operator consists, or None if it is one call."""
     if fact.composite:
         return func.decompose  # type: ignore[no-any-return]
+    if func is _ATEN._transformer_encoder_layer_fwd.default:
+        return _encoder_layer
     return _sparse_bag_backward if func is _BAG_BACKWARD and args[_IS_SPARSE_BAG] else None
 
 
@@ -436,6 +438,60 @@ def _sparse_bag_backward(
     if sample_weights is not None:
         of_index = of_index * sample_weights.unsqueeze(1)
     return _ATEN.embedding_backward(of_index, indices, rows, padding, scales_by_count, True)
+
+
+def _encoder_layer(
+    src: Any,
+    width: int,
+    heads: int,
+    qkv_weight: Any,
+    qkv_bias: Any,
+    out_weight: Any,
+    out_bias: Any,
+    *rest: Any,
+) -> Any:
+    """Return the output of a transformer's encoder layer in evaluation: the calls that the CPU's
+    ``transformer_encoder_layer_forward`` makes (aten/src/ATen/native/transformers/transformer.cpp)."""
+    use_gelu, norm_first, eps = rest[:3]
+    norms, weights, masks = (rest[3:5], rest[5:7]), (rest[7:9], rest[9:11]), (*rest[11:], None)
+
+    def norm(x: Any, index: int) -> Any:
+        return _ATEN.native_layer_norm(x, (width,), *norms[index], eps)[0]
+
+    def linear(x: Any, weight: Any, bias: Any) -> Any:
+        return _ATEN.addmm(bias, x.view(-1, x.shape[-1]), weight.t())
+
+    x = norm(src, 0) if norm_first else src
+    x = linear(_attend(x, heads, qkv_weight, masks[0]), out_weight, out_bias).view(src.shape)
+    x.add_(src)
+    x = x if norm_first else norm(x, 0)
+    before = x
+    x = norm(x, 1) if norm_first else x
+    hidden = linear(x, *weights[0])
+    hidden = _ATEN.gelu_(hidden) if use_gelu else _ATEN.relu_(hidden)
+    x = linear(hidden, *weights[1]).view(src.shape)
+    del hidden
+    x.add_(before)
+    return x if norm_first else norm(x, 1)
+
+
+def _attend(x: Any, heads: int, qkv_weight: Any, mask: Any) -> Any:
+    """Return what self-attention of ``x`` (batch, length, width) sends to its last product, (batch, length,
+    width): the calls of ``native_multi_head_attention`` (attention.cpp in the same folder). Queries, keys and
+    values share a storage, and softmax without a mask and the second product overwrite their inputs."""
+    batch, length, width = x.shape
+    qkv = _ATEN.mm(x.reshape(-1, width), qkv_weight.t())
+    parts = qkv.new_empty(3, batch * heads, length, width // heads)
+    del qkv
+    query, key_, value = parts.unbind(0)
+    scores = _ATEN.bmm(query, key_.transpose(1, 2))
+    if mask is not None:
+        mask = mask.to(torch.bool)
+        scores = _ATEN._softmax(scores, -1, False)
+    _ATEN.bmm.out(scores, value, out=query)
+    del scores
+    heads_apart = query.view(batch, heads, length, -1)
+    return heads_apart.transpose(1, 2).contiguous().view(batch, length, width)
 
 
 def tensors_in(*values: Any) -> list[torch.Tensor]:
