@@ -799,6 +799,7 @@ def test_the_verdict_on_a_script_says_after_how_many_steps_it_no_longer_fits(
     shown = " ".join(capsys.readouterr().out.split())
     assert "It fits" in shown
     assert "But its memory grows by at least 32 KiB with each step: after" in shown
+    assert "Not included: memory that torch does not allocate" in shown  # a data set in memory is
 
 
 # -- batches of worker processes ---------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from memfit.cli.request import machine_of, parse_cap, writable
 from memfit.types.errors import UserError
 from memfit.types.parsing import parse_time_limit
 from memfit.types.plan import Accuracy
+from memfit.types.result import NOT_INCLUDED_OF_SCRIPTS
 
 if TYPE_CHECKING:
     from memfit.capture.result import ScriptAnswer
@@ -186,7 +187,8 @@ def _show(
     if as_json:
         from memfit.cli.views import estimate_view, search_view
 
-        view: dict[str, Any] = {"script": facts, "estimate": estimate_view(answer.estimate)}
+        estimate = {**estimate_view(answer.estimate), "not_included": list(NOT_INCLUDED_OF_SCRIPTS)}
+        view: dict[str, Any] = {"script": facts, "estimate": estimate}
         if options.plans:
             view["plans"] = search_view(answer.plans) if answer.plans else None
             view["no_plans"] = answer.no_plans

@@ -68,16 +68,23 @@ def print_script(explained: TracedEstimate, facts: ScriptFacts, *, console: Cons
         console.print(Text(words.get(f"script.{key}", rate=rate, steps=f"{steps:,}"), style="bold red"))
     for note in facts.notes:
         console.print(Text(words.get("script.note", note=words.of(note)), style="yellow"))
-    print_explained(explained, console=console, lang=lang, title=words.get("script.title"))
+    print_explained(
+        explained,
+        console=console,
+        lang=lang,
+        title=words.get("script.title"),
+        not_included="script.not_included",
+    )
 
 
 def print_explained(
-    explained: TracedEstimate, *, console: Console, lang: str, title: str | None = None
+    explained: TracedEstimate, *, console: Console, lang: str, title: str | None = None, **how: str
 ) -> None:
-    """Print the estimate (see `print_estimate`), then a table of what is alive at its peak: the `MOST` (15)
-    largest contributors, and all others as one row. Raises UserError for an unknown ``lang``."""
+    """Print the estimate (see `print_estimate`, which gets ``how``), then a table of what is alive at its
+    peak: the `MOST` (15) largest contributors, and all others as one row. Raises UserError for an unknown
+    ``lang``."""
     words, parts = load_words(lang), contributors(explained)
-    print_estimate(explained.estimate, console=console, lang=lang, title=title)
+    print_estimate(explained.estimate, console=console, lang=lang, title=title, **how)
     rows = [([*_who(c, words), c.line], _sizes(c.size_bytes, c.count)) for c in parts[:MOST]]
     if rest := parts[MOST:]:
         label = words.get("explain.more", count=len(rest))

@@ -204,13 +204,20 @@ def _correction(calibration: Calibration, words: Words) -> str:
     return words.get("terminal.corrected", ratio=ratio, spread=_text(percent, words), **placeholders)
 
 
-def print_estimate(estimate: Estimate, *, console: Console, lang: str, title: str | None = None) -> None:
+def print_estimate(
+    estimate: Estimate,
+    *,
+    console: Console,
+    lang: str,
+    title: str | None = None,
+    not_included: str = "terminal.not_included",
+) -> None:
     """Print the prediction for one plan, in this order: the title (by default one that names the plan); the
     peak of live tensors with its range, and the step time; other kinds of memory; whether the host has enough
     memory; the probability that the plan does not fit; phase and operator of the peak; what the plan keeps in
     local storage; a warning if splitting the batch may change the training or this was not tested; the first
     `MOST_ASSUMPTIONS` (5) assumptions; tables of memory by category, phase, module and part of the device;
-    what is not included.
+    what is not included, by its key among the words.
 
     All but the first and the last are printed only if they are known or apply. Raises UserError for an
     unknown ``lang``.
@@ -257,7 +264,7 @@ def print_estimate(estimate: Estimate, *, console: Console, lang: str, title: st
     ):
         if parts:
             console.print(_shares(words.get(f"column.{column}"), parts, words))
-    console.print(Text(words.get("terminal.not_included"), style="dim"))
+    console.print(Text(words.get(not_included), style="dim"))
 
 
 def print_verdict(

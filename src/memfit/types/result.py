@@ -13,6 +13,7 @@ from memfit.types.workload import Workload
 
 # Memory that a training loop may use besides what is predicted.
 NOT_INCLUDED = ("learning-rate schedulers", "metrics", "logging", "retain_graph", "the dataset in memory")
+NOT_INCLUDED_OF_SCRIPTS = ("memory that torch does not allocate, such as arrays of NumPy",)
 
 
 class OutcomeKind(enum.StrEnum):
