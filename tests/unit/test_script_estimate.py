@@ -526,8 +526,14 @@ for _ in range(4):
 @_counts
 @pytest.mark.parametrize(
     ("options", "mask"),
-    [("", ""), (', norm_first=True, activation="gelu"', ""), ("", ", mask"), (", bias=False", "")],
-    ids=["norm last", "norm first", "mask", "no fast path"],
+    [
+        ("", ""),
+        (', norm_first=True, activation="gelu"', ""),
+        ("", ", mask"),
+        (", bias=False", ""),
+        ('); torch.set_default_device("cpu"', ""),
+    ],
+    ids=["norm last", "norm first", "mask", "no bias", "a default device"],
 )
 def test_an_encoder_layer_takes_its_fast_path_in_evaluation(options: str, mask: str, tmp_path: Path) -> None:
     answer = _estimated(tmp_path / "encoder.py", _ENCODER.format(options=options, mask=mask))

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.data import DataLoader, dataloader
 from torch.utils.weak import WeakIdKeyDictionary
 
+from memfit.capture.device_redirect import DeviceRedirect
 from memfit.capture.script_trace import ScriptTrace
 from memfit.capture.tensors import has_fakes, is_fake, is_real
 from memfit.model.batch_objects import batch_tensors
@@ -215,20 +216,22 @@ def _module_call(trace: ScriptTrace) -> Any:
 
 def _encoder_layer_forward(trace: ScriptTrace) -> Callable[..., Any]:
     """Return a forward of `TransformerEncoderLayer` that takes its fast path where torch does so on a CPU: in
-    evaluation without gradients. Under modes for functions, such as memfit's, torch does not."""
+    evaluation without gradients. Under modes for functions, such as memfit's or that of a default device,
+    torch does not."""
     inner = torch.nn.TransformerEncoderLayer.forward
 
     @functools.wraps(inner)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.training or torch.is_grad_enabled() or not trace.is_host:
+        modes = torch.overrides._get_current_function_mode_stack()
+        is_slow = any(not isinstance(m, LoopFunctions | DeviceRedirect) for m in modes)
+        if is_slow or self.training or torch.is_grad_enabled() or not trace.is_host:
             return inner(self, *args, **kwargs)
-        modes = []
-        while torch._C._len_torch_function_stack():
-            modes.append(torch._C._pop_torch_function_stack())
+        for _ in modes:
+            torch._C._pop_torch_function_stack()
         try:
             return inner(self, *args, **kwargs)
         finally:
-            for mode in reversed(modes):
+            for mode in modes:
                 torch._C._push_on_torch_function_stack(mode)
 
     return forward
