@@ -103,7 +103,7 @@ def deepspeed() -> Sections:
     """What is declared as a pydantic model; the rest it reads key by key (scripts/library_options.toml)."""
     from memfit.engines.deepspeed.step import import_deepspeed
 
-    import_deepspeed()
+    import_deepspeed("cpu")
     found: Sections = {}
     for section, path in tomllib.loads(BY_HAND.read_text(encoding="utf-8"))["deepspeed"]["models"].items():
         module, _, name = path.rpartition(".")

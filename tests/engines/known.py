@@ -32,7 +32,7 @@ def deepspeed(data: dict[str, Any]) -> Iterator[str]:
 
     from memfit.engines.deepspeed.step import import_deepspeed
 
-    import_deepspeed()
+    import_deepspeed("cpu")
     models = tomllib.loads(library_options.BY_HAND.read_text(encoding="utf-8"))["deepspeed"]["models"]
     for section, path in models.items():
         module, _, name = path.rpartition(".")

@@ -41,7 +41,7 @@ def _trainer(arguments: dict[str, Any], config: dict[str, Any] | None) -> None:
 
 def _deepspeed(config: dict[str, Any]) -> None:
     """A step without the update: an error may be raised when the engine is made, or in the step."""
-    deepspeed = import_deepspeed()
+    deepspeed = import_deepspeed("cpu")
     model = torch.nn.Linear(8, 8)
     own = {} if "optimizer" in config else {"optimizer": torch.optim.AdamW(model.parameters())}
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config, **own)

@@ -292,7 +292,7 @@ def nvme(config):
     return [str(c.device), c.buffer_count, c.pipeline, str(c.nvme_path)]
 
 def recomputed(config):
-    deepspeed, found = import_deepspeed(), []
+    deepspeed, found = import_deepspeed("cpu"), []
     join_alone("cpu")
     asked = {"partition_activations": True, "number_checkpoints": 2}
     for section in ({}, {"activation_checkpointing": asked}):

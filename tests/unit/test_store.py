@@ -253,6 +253,7 @@ def test_processor_and_gpu_names_are_read_from_kernel_files(
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(devices, "_ROOT", tmp_path)
+    monkeypatch.setattr(devices, "accelerators", functools.cache(lambda: ()))  # torch was not asked yet
     assert fingerprint()["accelerators"] == "NVIDIA H100 80GB HBM3, AMD Instinct MI300X OAM"
 
 

@@ -418,7 +418,7 @@ def test_a_sweep_of_real_runs_on_the_command_line(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["--budget", "3"], "--budget 3"),
-        (["--budget", "1h", "--budget", "2h"], "twice in the same unit"),
+        (["--budget", "1h", "--budget", "2h"], "twice as a time"),
         (["--budget", "0usd"], "--budget 0usd"),
         (["--budget", "5USD"], "the price of local is unknown"),
         (["missing.yaml", "--budget", "1h"], "cannot read missing.yaml"),

@@ -124,8 +124,8 @@ def trace(
         GlooScratch() if scratch else contextlib.nullcontext(),
         streams(recorder) if plan.ranks > 1 and not recorder.kind.is_host else contextlib.nullcontext(),
     ):
-        others = torch.empty(job.other_bytes, dtype=torch.uint8)
-        if job.other_bytes:
+        others = torch.empty(job.other_bytes, dtype=torch.uint8) if job.other_bytes else None
+        if others is not None:
             recorder.label(others, Category.EMA)
         recorder.memory_pool = "host" if builds_on_host(plan, device) else ""
         model_bytes: list[int] = []
