@@ -16,7 +16,7 @@ from typing import Any
 import forked
 import pytest
 import torch
-from scripts.corpus import PublicScript
+from local_scripts import local_script
 from scripts.measure import measure
 from torch import nn
 
@@ -70,24 +70,6 @@ def _script(folder: Path, *, before: str = "", after: str = "", to: str = "", co
     return str(path)
 
 
-def _public(name: str, command: str, ranks: int = 1) -> PublicScript:
-    """Return a script of a test's folder as if it were a public one."""
-    return PublicScript(
-        name=name,
-        kind="",
-        use="development",
-        repository="",
-        commit="",
-        path=f"{name}.py",
-        sha256="",
-        packages=(),
-        prepare="nothing",
-        folder="{work}",
-        command=command,
-        ranks=ranks,
-    )
-
-
 def _peak_bytes(answer: ScriptAnswer) -> float:
     assert answer.estimate is not None
     return answer.estimate.allocated_bytes.value
@@ -131,7 +113,7 @@ def test_workspaces_of_images_with_channels_last_are_those_of_their_layout(
     path = tmp_path / "images.py"
     path.write_text(_IMAGES.format(between=between, to=".to(" + _LAST))
     answer = estimate_script([sys.executable, str(path)], machine="this:cpu")
-    measured = measure(_public("images", f"python {path}"), tmp_path, tmp_path, repeats=1, steps=4)
+    measured = measure(local_script("images", f"python {path}"), tmp_path, tmp_path, repeats=1, steps=4)
     assert _peak_bytes(answer) == pytest.approx(
         max(step["peak_bytes"] for rank in measured["ranks"] for step in rank["steps"]), rel=0.01
     )
@@ -333,7 +315,7 @@ def test_the_peak_of_a_distributed_script_is_that_of_its_two_processes(wrap: str
     path = tmp_path / "ranks.py"
     path.write_text(_RANKS.format(imports=_WRAPS[wrap][0], wrap=_WRAPS[wrap][1]))
     command = f"torchrun --standalone --nproc-per-node 2 {path}"
-    script = _public("ranks", command, ranks=2)
+    script = local_script("ranks", command, ranks=2)
     truth = measure(script, tmp_path, tmp_path, repeats=1)
     answer = estimate_script(command.split(), machine="this:cpu")
     assert answer.ranks == 2
@@ -538,7 +520,7 @@ for _ in range(4):
 def test_an_encoder_layer_takes_its_fast_path_in_evaluation(options: str, mask: str, tmp_path: Path) -> None:
     answer = _estimated(tmp_path / "encoder.py", _ENCODER.format(options=options, mask=mask))
     measured = measure(
-        _public("encoder", f"python {tmp_path}/encoder.py"), tmp_path, tmp_path, repeats=1, steps=4
+        local_script("encoder", f"python {tmp_path}/encoder.py"), tmp_path, tmp_path, repeats=1, steps=4
     )
     assert _peak_bytes(answer) == pytest.approx(
         max(step["peak_bytes"] for rank in measured["ranks"] for step in rank["steps"]), rel=0.01
@@ -633,7 +615,7 @@ for step in range(4):
 def test_a_training_without_a_module_of_its_own_is_predicted(text: str, tmp_path: Path) -> None:
     answer = _estimated(tmp_path / "loose.py", text)
     measured = measure(
-        _public("loose", f"python {tmp_path}/loose.py"), tmp_path, tmp_path, repeats=1, steps=4
+        local_script("loose", f"python {tmp_path}/loose.py"), tmp_path, tmp_path, repeats=1, steps=4
     )
     assert _peak_bytes(answer) == pytest.approx(
         max(step["peak_bytes"] for rank in measured["ranks"] for step in rank["steps"]), rel=0.01
@@ -685,7 +667,7 @@ def test_an_optimizer_that_steps_late_and_rarely_is_in_the_prediction(period: in
         s for s in answer.trace.spans if s.step == answer.trace.steps - 1 and str(s.phase) == "backward"
     ]
     assert len(passes) == period + 1  # the last step is a whole cycle
-    script = _public("gan", f"python {tmp_path}/gan.py")
+    script = local_script("gan", f"python {tmp_path}/gan.py")
     measured = measure(script, tmp_path, tmp_path, repeats=1, steps=3 * (period + 1))
     assert _peak_bytes(answer) == pytest.approx(
         max(step["peak_bytes"] for rank in measured["ranks"] for step in rank["steps"]), rel=0.01
@@ -873,7 +855,7 @@ def test_packed_sequences_of_the_loader_reach_a_recurrent_layer(kind: str, tmp_p
                 optimizer.step()
         """
     answer = _estimated(tmp_path / "packs.py", text)
-    script = _public("packs", f"python {tmp_path}/packs.py")
+    script = local_script("packs", f"python {tmp_path}/packs.py")
     measured = measure(script, tmp_path, tmp_path, repeats=1)
     assert _peak_bytes(answer) == pytest.approx(measured["peak_bytes"], rel=0.02)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from local_scripts import local_script
 from scripts.corpus import PublicScript, ScriptError, check_unmodified, load_scripts
 from scripts.measure import measure, predict, prepare
 from scripts.page import error_ratio, page, runs_inside, summarize
@@ -23,19 +24,7 @@ _counts = pytest.mark.skipif(available() is not None, reason=f"no counting alloc
 
 def _local(name: str, argument: str = "") -> PublicScript:
     """Return a script of tests/data/scripts as if it were a public one."""
-    return PublicScript(
-        name=name,
-        kind="",
-        use="development",
-        repository="",
-        commit="",
-        path=f"{name}.py",
-        sha256="",
-        packages=(),
-        prepare="nothing",
-        folder="{work}",
-        command=f"python -W ignore {{sources}}/{name}.py {argument}",
-    )
+    return local_script(name, f"python -W ignore {{sources}}/{name}.py {argument}")
 
 
 def test_the_list_has_every_kind_of_script_half_of_them_held_out() -> None:

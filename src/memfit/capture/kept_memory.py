@@ -87,9 +87,9 @@ class KeptMemory:
         with torch._C.DisableTorchFunction():
             tensors = [t for t in existing(torch.Tensor) if t.requires_grad and not t.is_leaf]
             for tensor in tensors:
-                found = self._count_old(tensor.grad_fn, seen)
-                count += found
-                if found and (life := self._recorder.life_of(tensor)) is not None and life.line:
+                old_nodes = self._count_old(tensor.grad_fn, seen)
+                count += old_nodes
+                if old_nodes and (life := self._recorder.life_of(tensor)) is not None and life.line:
                     self.holders.append(life.line)
         self.holders = list(dict.fromkeys(self.holders))
         return count

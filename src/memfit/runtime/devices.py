@@ -132,11 +132,11 @@ def accelerator_names() -> tuple[str, ...]:
     process has called it, else those in the files of NVIDIA's and AMD's drivers. Torch is not loaded."""
     if accelerators.cache_info().currsize:
         return tuple(accelerator.name for accelerator in accelerators())
-    found = []
+    names = []
     for pattern, expression in _PRODUCTS.items():
         files = sorted(_ROOT.glob(pattern))
-        found += [match[1].strip() for file in files if (match := re.search(expression, _text(file), re.M))]
-    return tuple(found)
+        names += [match[1].strip() for file in files if (match := re.search(expression, _text(file), re.M))]
+    return tuple(names)
 
 
 def describe_accelerators() -> list[Accelerator]:
