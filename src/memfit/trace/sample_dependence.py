@@ -183,7 +183,7 @@ def _affordable(job: Job) -> tuple[Job, Job]:
     model with 2 blocks and with 1. Raises UserError if no such job keeps within the limits."""
     reasons: list[str] = []
     few = _with_samples(job, _SAMPLES[0])
-    for variant in _smaller(job):
+    for variant in _smaller_jobs(job):
         if variant.make_batch is job.make_batch:  # the same samples, which need not be chosen again
             candidate = dataclasses.replace(variant, make_batch=few.make_batch, batch_size=few.batch_size)
         else:
@@ -203,7 +203,7 @@ def _affordable(job: Job) -> tuple[Job, Job]:
     raise UserError(reasons[-1] if reasons else "the model is too large for a trial")
 
 
-def _smaller(job: Job) -> Iterator[Job]:
+def _smaller_jobs(job: Job) -> Iterator[Job]:
     limit_bytes = trial_limit_bytes()
     model = fake_model(job)
     if _parameter_bytes(model) <= limit_bytes:
@@ -343,7 +343,7 @@ class _Trial:
         self.batch = job.make_batch(0, 0)
         self.length = batch_length(self.batch)
         halves = split(self.batch, min(2, self.length))
-        sizes = {batch_length(p) for p in (*halves, *self._smaller(halves[0]))}
+        sizes = {batch_length(p) for p in (*halves, *self._small_parts(halves[0]))}
         self.mode = FixedRandom({1, self.length, *sizes}, time.thread_time() + _MOST_S)
         self.norms: dict[str, nn.Module] = {}  # layers whose forward took batch statistics
         self.mean_function = ""  # see `function_of_a_mean`
@@ -449,7 +449,7 @@ class _Trial:
         self.mean_function = self.mean_function or function_of_a_mean(
             batch_gradients.graph, part_gradients[0].graph
         )
-        if (real or self.mode.batch_dims) and len(samples := self._smaller(halves[0])) > 1:
+        if (real or self.mode.batch_dims) and len(samples := self._small_parts(halves[0])) > 1:
             with contextlib.suppress(*_ONE_IS_TOO_FEW):
                 sample_gradients, _ = self._of_parts(samples)
                 if (
@@ -462,7 +462,8 @@ class _Trial:
             kind=DependenceKind.INDEPENDENT, reason=f"the whole and the split batch agree {setting}"
         )
 
-    def _smaller(self, half: Any) -> Sequence[Any]:
+    def _small_parts(self, half: Any) -> Sequence[Any]:
+        """Return the parts of half of the batch, of about ``part_size`` samples each."""
         return split(half, max(1, batch_length(half) // self.part_size))
 
     def _of_parts(self, parts: Sequence[Any]) -> tuple[list[_Gradients], list[dict[Any, torch.Tensor]]]:
