@@ -170,6 +170,29 @@ class _TwoStacks(nn.Module):
         return self.heads[0](x)  # type: ignore[no-any-return]
 
 
+def test_selective_checkpointing_keeps_its_tensors_on_the_device_when_activations_are_offloaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from torch.utils import checkpoint as module
+
+    keeps_hooks_out: list[bool | None] = []
+    checkpoint = module.checkpoint
+
+    def with_option(
+        *args: Any, respect_saved_tensors_hooks: bool | None = None, context_fn: Any, use_reentrant: bool
+    ) -> Any:
+        """Stand for torch.utils.checkpoint.checkpoint of torch 2.15, which warns where the option is None."""
+        keeps_hooks_out.append(respect_saved_tensors_hooks)
+        return checkpoint(*args, context_fn=context_fn, use_reentrant=use_reentrant)
+
+    plan = Plan(uses=(use("selective-checkpointing", keep="matmul"), make_use("activation-offload", {})))
+    job = words(2)
+    TrainingStep(job, plan).run(job.make_batch(0, 0))  # torch's own: pytest turns a warning into an error
+    monkeypatch.setattr(module, "checkpoint", with_option)
+    TrainingStep(job, plan).run(job.make_batch(0, 0))
+    assert set(keeps_hooks_out) == {False}
+
+
 @pytest.mark.parametrize(("more", "every", "again"), [((), 1, 5), (("heads",), 1, 6), (("heads",), 2, 4)])
 def test_checkpointing_wraps_the_blocks_of_every_stack(more: tuple[str, ...], every: int, again: int) -> None:
     job = dataclasses.replace(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -65,9 +66,19 @@ def _apply_selective(bench: Workbench, settings: Mapping[str, KnobValue]) -> Non
         region = getattr(block.forward, "region", None)
         if region is None:
             block.forward = _without_cast_cache(block.forward)
-            recompute(block, context_fn=functools.partial(_contexts, make_predicate))
+            recompute(block, context_fn=functools.partial(_contexts, make_predicate), **_hook_options())
         else:  # a compiled block's graph is split according to the policy
             region.recompute = make_predicate
+
+
+def _hook_options() -> dict[str, bool]:
+    """Return the option of torch.utils.checkpoint.checkpoint that keeps what the policy saves on the device
+    where hooks of saved tensors are active, as with activation-offload. It is empty for versions of torch
+    without the option, which always do so; those with it warn unless it is given."""
+    from torch.utils.checkpoint import checkpoint
+
+    name = "respect_saved_tensors_hooks"
+    return {name: False} if name in inspect.signature(checkpoint).parameters else {}
 
 
 def _without_cast_cache(inner: Callable[..., Any]) -> Callable[..., Any]:
