@@ -76,7 +76,7 @@ TRACED = [
 CAP = Cap(bytes=40, needs=lambda e: int(e.allocated_bytes.value), refuses=lambda of: ())
 
 
-def reasons(traced: Sequence[Estimate]) -> dict[str, Reason]:
+def reasons(traced: Sequence[Estimate], *, hit_time_limit: bool = False) -> dict[str, Reason]:
     found = build_result(
         traced,
         goal=Objective.FASTEST,
@@ -85,7 +85,9 @@ def reasons(traced: Sequence[Estimate]) -> dict[str, Reason]:
         meets_limits=CAP.holds,
         left_out=(),
         inputs=ReasonInputs(
-            lambda of: next(e for e in (*traced, *SKETCHES) if e.plan == of), sketches=SKETCHES
+            lambda of: next(e for e in (*traced, *SKETCHES) if e.plan == of),
+            sketches=SKETCHES,
+            hit_time_limit=hit_time_limit,
         ),
     )
     assert found.recommended is not None
@@ -123,6 +125,16 @@ def test_where_no_plan_with_a_technique_fits_the_smallest_is_traced_and_named() 
 def test_a_technique_with_a_sketch_that_may_fit_is_called_not_looked_at() -> None:
     assert reasons(TRACED)["adamw-8bit"] == Reason(
         kind=ReasonKind.LEFT_OUT_NOT_LOOKED_AT, technique="adamw-8bit", plan_count=1
+    )
+
+
+def test_after_a_time_limit_no_comparison_is_made_with_a_plan_whose_rivals_were_not_traced() -> None:
+    small = plan(MIXED, THIRDS, CHECKPOINTED)  # traced, because it needs the least memory
+    traced = [*TRACED[:3], estimated(small, 20, 1.9)]
+    assert reasons(traced)["gradient-accumulation"].kind == "left_out_slower"
+    unfinished = reasons(traced, hit_time_limit=True)
+    assert unfinished["gradient-accumulation"] == Reason(
+        kind=ReasonKind.LEFT_OUT_NOT_LOOKED_AT, technique="gradient-accumulation", plan_count=2
     )
 
 

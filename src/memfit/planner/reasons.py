@@ -26,7 +26,8 @@ class ReasonInputs:
     parallel. ``needs`` returns the bytes of an estimate that are compared with the cap. ``sketches``: the
     estimates of all searched plans that were composed from traces of parts. ``may_fit_by_traces``, called
     with all traced estimates, returns a function that tells whether the plan of a sketch may fit when it is
-    traced; None: it may if its sketch fits.
+    traced; None: it may if its sketch fits. ``hit_time_limit``: whether the time limit ended the search, so
+    that the best plan with a technique may not have been traced.
     """
 
     whole: Callable[[Plan], Estimate]
@@ -35,6 +36,7 @@ class ReasonInputs:
     needs: Callable[[Estimate], int] = lambda e: int(e.allocated_bytes.value)
     sketches: Sequence[Estimate] = ()
     may_fit_by_traces: Callable[[Sequence[Estimate]], Callable[[Estimate], bool]] | None = None
+    hit_time_limit: bool = False
 
 
 def reasons_for(
@@ -105,7 +107,7 @@ def _left_out_reasons(
     of the sketches has:
 
     - If a traced plan with the technique meets the limits, the winner is compared with the best of these by
-      the goal.
+      the goal; but not if the time limit ended the search before the best sketch with it was traced.
     - Else, if plans with it may fit that were not traced, their number is given (LEFT_OUT_NOT_LOOKED_AT).
     - Else no plan with it fits (`none_fits`).
     """
@@ -116,17 +118,28 @@ def _left_out_reasons(
         traced = [e for e in estimates if e.plan.get(name)]
         rivals = [e for e in traced if meets_limits(e)]
         sketched = [e for e in inputs.sketches if e.plan.get(name) and e.plan not in traced_plans]
-        if rivals:
+        possible = list(filter(may_fit, sketched))
+        if rivals and not (inputs.hit_time_limit and _has_better(possible, rivals, inputs.sketches, goal)):
             reasons.append(
                 _comparison_reason(winner, min(rivals, key=lambda e: by_goal(e, goal)), name, goal)
             )
-        elif possible := sum(map(may_fit, sketched)):
+        elif possible:
             kind = ReasonKind.LEFT_OUT_NOT_LOOKED_AT
-            reasons.append(Reason(kind=kind, technique=name, plan_count=possible))
+            reasons.append(Reason(kind=kind, technique=name, plan_count=len(possible)))
         else:
             with_it = [*traced, *sketched]
             reasons.append(none_fits(name, with_it, inputs.needs, cap_bytes, winner_has_it=False))
     return tuple(reasons)
+
+
+def _has_better(
+    untraced: Sequence[Estimate], traced: Sequence[Estimate], sketches: Sequence[Estimate], goal: Objective
+) -> bool:
+    """Return whether the sketch of an ``untraced`` plan is better by the goal than those of all ``traced``
+    plans. A traced plan without a sketch counts by its trace."""
+    scores = {e.plan: score(e, goal) for e in sketches}
+    best_traced = min(scores.get(e.plan, score(e, goal)) for e in traced)
+    return any(score(e, goal) < best_traced for e in untraced)
 
 
 def missing_techniques(winner: Estimate, estimates: Iterable[Estimate]) -> list[str]:

@@ -459,7 +459,7 @@ class ReasonKind(enum.StrEnum):
     # The device has enough memory for the smallest plan without it, but no plan without it meets device
     # memory, host memory, deadline and cost limit together.
     NEEDED_FOR_LIMITS = "needed_late"
-    # No traced plan without it fits, but ``plan_count`` others may.
+    # ``plan_count`` plans without it may fit, but the best of them were not traced.
     NEEDED_NOT_LOOKED_AT = "needed_not_looked_at"
     WITHOUT_WORSE = "without_worse"  # the best plan without it is worse for the goal
     WITHOUT_AS_GOOD = "without_as_good"  # it is nearly as good
