@@ -31,6 +31,7 @@ from memfit.planner.request import Request
 from memfit.runtime.counting_allocator import available
 from memfit.types.errors import UserError
 from memfit.types.plan import Accuracy
+from memfit.types.result import Interval
 
 _counts = pytest.mark.skipif(available() is not None, reason=f"no counting allocator: {available()}")
 _LOOP = """
@@ -994,7 +995,22 @@ def test_larger_batches_later_in_the_epoch_are_in_the_interval_and_said(tmp_path
     assert short.estimate is not None
     assert short.estimate.allocated_bytes.high == pytest.approx(_peak_bytes(long), rel=0.02)
     assert any("batches of the script differ in size" in note for note in short.notes)
-    assert long.notes == ()
+
+
+def test_plans_for_a_script_hold_its_largest_batch(tmp_path: Path) -> None:
+    path = tmp_path / "lengths.py"
+    search = PlanSearch(cap_bytes=2**30, without=("activation-offload", "bf16-parameters"), within_s=20)
+
+    def peaks(text: str) -> dict[str, Interval]:
+        path.write_text(text)
+        answer = estimate_script([sys.executable, str(path)], machine="this:cpu", probe=False, search=search)
+        assert answer.plans is not None, answer.no_plans
+        return {c.estimate.plan.label: c.estimate.allocated_bytes for c in answer.plans.frontier}
+
+    short, long = peaks(_LENGTHS), peaks(_LENGTHS.replace("i < 16", "False"))
+    for label in ("plain", "gradient-accumulation(micro_batches=8)"):
+        assert short[label].value < 0.5 * long[label].value
+        assert short[label].high == pytest.approx(long[label].value, rel=0.02)
 
 
 @pytest.mark.long

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
 import runpy
 import sys
@@ -31,6 +30,7 @@ from memfit.capture.script_patches import script_patches
 from memfit.capture.script_ranks import ScriptRanks, script_ranks
 from memfit.capture.script_trace import LoopMode, ScriptTrace
 from memfit.capture.update_cycle import UpdateCycle, params_of
+from memfit.cost.estimate import peak_with_batch, widened
 from memfit.inputs import machine_of
 from memfit.jobs.registry import add_job
 from memfit.model.tensors import tensor_leaves
@@ -77,6 +77,7 @@ class _Session:
         self.sandbox: Sandbox | None = None
         self.notes: list[str] = []
         self.thread_problem = ""  # what ended a thread of the script
+        self.largest_batch_ratio = 1.0  # as in `Job`
         self.stack = contextlib.ExitStack()
 
     def run(self) -> NoReturn:
@@ -172,6 +173,7 @@ class _Session:
                 workers=trace.workers,
                 other_bytes=trace.other_bytes,
             )
+            job = dataclasses.replace(job, largest_batch_ratio=self.largest_batch_ratio)
             add_job(name, job)
             request = Request(
                 job_ref=JobRef(spec=name),
@@ -309,7 +311,7 @@ class _Session:
                 f"{_optimizer_text(optimizer)} made no update in the first {cycle.count} of the script: what "
                 "its step needs is not known, and the upper end of the peak is a guess"
             )
-        return _widened(estimate, high=estimate.allocated_bytes.high + more_bytes)
+        return widened(estimate, high=estimate.allocated_bytes.high + more_bytes)
 
     def _with_sparse_rows(self, estimate: Estimate) -> Estimate:
         """Return the estimate with its interval widened if the step makes sparse gradients: how many rows
@@ -321,30 +323,27 @@ class _Session:
             f"{_SPARSE_ERROR:.0%}"
         )
         peak_bytes = estimate.allocated_bytes.value
-        return _widened(estimate, low=peak_bytes * (1 - _SPARSE_ERROR), high=peak_bytes * (1 + _SPARSE_ERROR))
+        return widened(estimate, low=peak_bytes * (1 - _SPARSE_ERROR), high=peak_bytes * (1 + _SPARSE_ERROR))
 
     def _with_other_batches(self, estimate: Estimate) -> Estimate:
         """Return the estimate with its interval widened to other batches of the script's loader: down to one
-        of median size, up to the largest, which a note names. Activations and temporary tensors are taken to
-        grow with the batch."""
+        of median size, up to the largest, which a note names (`peak_with_batch`)."""
         batches = self.trace.batches
         typical, most, count = batches.ratios()
         if batches.problem:
             self.notes.append(f"not all batches could be compared in size: {batches.problem}")
         if max(most, 1 / typical) < _ALIKE_RATIO:
             return estimate
-        growing = (Category.ACTIVATION, Category.TEMPORARY)
-        varying_bytes = sum(estimate.at_peak_bytes.get(str(category), 0) for category in growing)
-        varying_bytes += 2 * batches.traced_bytes  # the last one is freed when the next is there
-        peak = estimate.allocated_bytes
-        typical_bytes, most_bytes = (peak.value + varying_bytes * (ratio - 1) for ratio in (typical, most))
+        typical_bytes = peak_with_batch(estimate, typical, batches.traced_bytes)
+        most_bytes = peak_with_batch(estimate, most, batches.traced_bytes)
         if most >= _ALIKE_RATIO:
+            self.largest_batch_ratio = most
             self.notes.append(
                 f"batches of the script differ in size: of {count} in an epoch, the largest is {most:.2f} "
                 "times as large as those of the traced steps; the peak with it is about "
                 f"{format_bytes(most_bytes)}"
             )
-        return _widened(estimate, low=max(0.0, typical_bytes), high=most_bytes)
+        return widened(estimate, low=max(0.0, typical_bytes), high=most_bytes)
 
     def fail(self, problem: str, hint: str = "") -> NoReturn:
         self._leave()
@@ -412,20 +411,6 @@ def _history_growth(optimizer: torch.optim.LBFGS) -> int:
     vector_bytes = sum(p.numel() * p.element_size() for p in params)
     pairs = len(optimizer.state[params[0]].get("old_dirs") or [])
     return int(2 * vector_bytes * (optimizer.param_groups[0]["history_size"] - pairs))
-
-
-def _widened(estimate: Estimate, *, high: float, low: float = math.inf) -> Estimate:
-    """Return the estimate with an interval of the peak that reaches to ``low`` and ``high``, in bytes. What
-    the device reserves, and needs in all, then reaches as much farther up."""
-    peak = estimate.allocated_bytes
-    more_bytes = max(0.0, high - peak.high)
-    above = {
-        name: dataclasses.replace(interval, high=interval.high + more_bytes)
-        for name in ("allocated_bytes", "reserved_bytes", "device_bytes")
-        if (interval := getattr(estimate, name)) is not None
-    }
-    above["allocated_bytes"] = dataclasses.replace(above["allocated_bytes"], low=min(peak.low, low))
-    return dataclasses.replace(estimate, **above)
 
 
 def _with_shared_batches(estimate: Estimate, shared_bytes: int) -> Estimate:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 from memfit.cost.device_overhead import with_workspaces
 from memfit.cost.host import HostTensors, host_memory, known_host, oom_probability, ranks_of_host
 from memfit.cost.memory import MemoryProfile, memory_profile, step_ops
@@ -22,7 +25,7 @@ from memfit.techniques.rank_mesh import layout
 from memfit.types.machine import Calibration, Machine
 from memfit.types.plan import Plan
 from memfit.types.result import Estimate, Interval
-from memfit.types.trace import Trace
+from memfit.types.trace import Category, Trace
 
 # Half-widths of the intervals. Memory: twice the worst error of the test matrix (tests/engines); the widths
 # for reserved and device memory are explained in cost/memory_estimate.py. Time: of the rates that the
@@ -167,6 +170,29 @@ def allocated_interval(
     if workspaces is not None:
         high = max(high, workspaces.high_bytes)
     return Interval(value=around.value, low=low, high=high), workspaces
+
+
+def widened(estimate: Estimate, *, high: float, low: float = math.inf) -> Estimate:
+    """Return the estimate with an interval of the peak that reaches to ``low`` and ``high``, in bytes. What
+    the device reserves, and needs in all, then reaches as much farther up."""
+    peak = estimate.allocated_bytes
+    more_bytes = max(0.0, high - peak.high)
+    above = {
+        name: dataclasses.replace(interval, high=interval.high + more_bytes)
+        for name in ("allocated_bytes", "reserved_bytes", "device_bytes")
+        if (interval := getattr(estimate, name)) is not None
+    }
+    above["allocated_bytes"] = dataclasses.replace(above["allocated_bytes"], low=min(peak.low, low))
+    return dataclasses.replace(estimate, **above)
+
+
+def peak_with_batch(estimate: Estimate, ratio: float, batch_bytes: float) -> float:
+    """Return the peak of live tensors in bytes, at least 0, with a batch ``ratio`` times as large as that of
+    the estimate, which has ``batch_bytes``. Activations and temporary tensors at the peak are taken to grow
+    with the batch. The last batch is freed when the next is there, so that batches count twice."""
+    growing = (Category.ACTIVATION, Category.TEMPORARY)
+    growing_bytes = sum(estimate.at_peak_bytes.get(str(category), 0) for category in growing)
+    return max(0.0, estimate.allocated_bytes.value + (growing_bytes + 2 * batch_bytes) * (ratio - 1))
 
 
 def _step_interval(step_s: float, calibration: Calibration, machine: Machine) -> Interval:

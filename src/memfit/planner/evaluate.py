@@ -32,7 +32,14 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from memfit.cost.estimate import estimate, estimate_of_sketch, interval_around, interval_of_rates
+from memfit.cost.estimate import (
+    estimate,
+    estimate_of_sketch,
+    interval_around,
+    interval_of_rates,
+    peak_with_batch,
+    widened,
+)
 from memfit.cost.host import HostTensors
 from memfit.cost.memory import levels, step_ops
 from memfit.cost.memory_estimate import ASSUMED_RESERVED_RATIO
@@ -445,7 +452,15 @@ class Predictor:
             self.reserved_ratio = estimates[-1].reserved_bytes.value / estimates[-1].allocated_bytes.value
         if self.plain_memory is not None and not plan.uses:
             estimates = [_with_memory_of(self.plain_memory, e) for e in estimates]
+        elif self.job.largest_batch_ratio > 1:
+            estimates = [self._with_largest_batch(e) for e in estimates]
         return [dataclasses.replace(e, dependence=self.dependence_under(plan)) for e in estimates]
+
+    def _with_largest_batch(self, estimate: Estimate) -> Estimate:
+        """Return the estimate with upper ends of memory that hold with the job's largest batch."""
+        _, tensors = self._plain(estimate.plan.ranks)
+        peak_bytes = peak_with_batch(estimate, self.job.largest_batch_ratio, tensors.batch_bytes)
+        return widened(estimate, high=peak_bytes)
 
     def _stored_estimates(self, plan: Plan) -> list[Estimate]:
         """Return one estimate for every distinct rank of the plan: those on disk, else new ones, which are

@@ -129,7 +129,9 @@ class Job:
     exponential moving average of the weights, a copy besides the model; True means 0.999; None or False:
     none. ``workers``: number of DataLoader worker processes per rank, which take host memory.
     ``other_bytes``: of tensors on the device that the training keeps beside all this, such as a data set in
-    memory. They are counted in predictions; no run makes them. ``reduced``
+    memory. They are counted in predictions; no run makes them. ``largest_batch_ratio``: bytes of the largest
+    batch of the training over those of the batches that ``make_batch`` returns, at least 1. The upper ends of
+    predicted memory are those with the largest batch (`peak_with_batch`). ``reduced``
     makes the same job with a small model, for the test of samples' dependence if this model is too large for
     it. ``dimensions``: the sizes that can be set when the job is loaded; memfit fills it in.
 
@@ -170,6 +172,7 @@ class Job:
     ema: float | None = None
     workers: int = 0
     other_bytes: int = 0
+    largest_batch_ratio: float = 1.0
     dimensions: tuple[Dimension, ...] = ()
 
     def __post_init__(self) -> None:
