@@ -5,12 +5,13 @@
     python benchmarks/scripts.py [NAME ...] --sources DIR --truth-only  measure only, record nothing
     python benchmarks/scripts.py --page                                 the page from the records only
 
-scripts/scripts.toml lists the scripts: DIR holds a checkout of each repository at its commit, named by the
-repository's last part. Each script runs as a user would start it. The truth is the peak of live tensor bytes
-of torch's CPU allocator from the first forward pass that computes gradients to the end of the second
-optimizer step, the highest over ranks; it is counted in the script's own processes by
-scripts/counting/sitecustomize.py. The prediction is `memfit estimate -- COMMAND`. Every number in the page
-comes from benchmarks/records/scripts.jsonl; of several records of a script the latest counts.
+scripts/scripts.toml lists the scripts: DIR holds a checkout of each repository at its commit, named by
+the repository's last part. Each script runs as a user would start it. The truth is the peak of live
+tensor bytes of torch's CPU allocator from the first forward pass that computes gradients to the end of
+the last optimizer step that memfit traces (the second, or up to the fifth), the highest over ranks; it is
+counted in the script's own processes by scripts/counting/sitecustomize.py. The prediction is `memfit
+estimate -- COMMAND`. Every number in the page comes from benchmarks/records/scripts.jsonl; of several
+records of a script the latest counts.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from scripts.corpus import PublicScript, ScriptError, check_unmodified, load_scripts
-from scripts.measure import environment_of, measure, predict, prepare
+from scripts.measure import PREDICTED_STEPS, environment_of, measure, predict, prepare
 from scripts.page import RECORDS, line, write_page
 
 
@@ -74,8 +75,9 @@ def _run(script: PublicScript, sources: Path, options: argparse.Namespace) -> di
     work = prepare(script, sources)
     if options.prepare:
         return None
-    truth = measure(script, sources, work, repeats=options.repeats)
     predicted = {} if options.truth_only else {"predicted": predict(script, sources, work)}
+    steps = predicted.get("predicted", {}).get("steps", PREDICTED_STEPS)
+    truth = measure(script, sources, work, repeats=options.repeats, steps=steps, peak_steps=steps)
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "script": script.name,

@@ -21,7 +21,7 @@ from scripts.prepare import PREPARE
 _HOOKS: Final = Path(__file__).with_name("counting")
 _SOURCE: Final = Path(__file__).parents[2] / "src"
 LIMIT_S: Final = 600.0
-_PREDICTED_STEPS: Final = 2  # `memfit estimate` runs a script to the end of its second step
+PREDICTED_STEPS: Final = 2  # `memfit estimate` runs a script so far, or farther if it may collect memory
 
 
 def prepare(script: PublicScript, sources: Path) -> Path:
@@ -41,22 +41,23 @@ def measure(
     work: Path,
     *,
     repeats: int,
-    steps: int = _PREDICTED_STEPS,
+    steps: int = PREDICTED_STEPS,
+    peak_steps: int = PREDICTED_STEPS,
     nudge: float = 0.0,
     nudge_seed: int = 1,
 ) -> dict[str, Any]:
     """Run the script `repeats` times to the end of its optimizer step number `steps`. `nudge`: the relative
     change of its first weights, with signs drawn from `nudge_seed`; 0: none. Return the peaks to the end of
-    the second, their median (`peak_bytes`), and the periods of the last run's ranks. Raise ScriptError if a
-    rank does not take the steps in 10 minutes."""
+    step number `peak_steps`, their median (`peak_bytes`), and the periods of the last run's ranks. Raise
+    ScriptError if a rank does not take the steps in 10 minutes."""
     nudges = {"MEMFIT_TRUTH_NUDGE": str(nudge), "MEMFIT_TRUTH_NUDGE_SEED": str(nudge_seed)}
-    runs = [_measure_once(script, sources, work, steps, nudges) for _ in range(repeats)]
+    runs = [_measure_once(script, sources, work, steps, peak_steps, nudges) for _ in range(repeats)]
     peaks = [run["peak_bytes"] for run in runs]
     return runs[-1] | {"peak_bytes": statistics.median(peaks), "peaks_bytes": peaks}
 
 
 def _measure_once(
-    script: PublicScript, sources: Path, work: Path, steps: int, nudges: dict[str, str]
+    script: PublicScript, sources: Path, work: Path, steps: int, peak_steps: int, nudges: dict[str, str]
 ) -> dict[str, Any]:
     begin_s = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -67,7 +68,7 @@ def _measure_once(
     if len(ranks) != script.ranks:
         raise ScriptError(f"{len(ranks)} of {script.ranks} ranks took {steps} steps: {_last_lines(done)}")
     return {
-        "peak_bytes": max(step["peak_bytes"] for r in ranks for step in r["steps"][:_PREDICTED_STEPS]),
+        "peak_bytes": max(step["peak_bytes"] for r in ranks for step in r["steps"][:peak_steps]),
         "from_start_bytes": max(p["peak_bytes"] for r in ranks for p in (r["setup"], *r["steps"]) if p),
         "wall_s": time.monotonic() - begin_s,
         "ranks": ranks,
@@ -75,13 +76,18 @@ def _measure_once(
 
 
 def predict(script: PublicScript, sources: Path, work: Path) -> dict[str, Any]:
-    """Return what `memfit estimate --json -- COMMAND` answers: its bytes, or the last lines of its error."""
+    """Return what `memfit estimate --json -- COMMAND` answers: its bytes and the number of steps that it
+    traced, or the last lines of its error."""
     begin_s = time.monotonic()
     command = [sys.executable, "-m", "memfit", "estimate", "--json", "--", *script.arguments(sources, work)]
     done = _call(command, script, sources, work, _child_environment(script, work))
     wall = {"wall_s": time.monotonic() - begin_s}
     try:
-        return wall | {"allocated_bytes": json.loads(done.stdout)["estimate"]["allocated_bytes"]}
+        answer = json.loads(done.stdout)
+        return wall | {
+            "allocated_bytes": answer["estimate"]["allocated_bytes"],
+            "steps": answer["script"]["steps"],
+        }
     except (ValueError, KeyError, TypeError):
         return wall | {"error": _last_lines(done)}
 
