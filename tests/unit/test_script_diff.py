@@ -294,6 +294,18 @@ def test_a_loop_with_a_scaler_in_one_branch_trains_the_same(tmp_path: Path) -> N
     assert output(edited, tmp_path) == output(text, tmp_path)
 
 
+def test_a_loop_that_clips_under_a_condition_can_have_an_optimizer_in_backward(tmp_path: Path) -> None:
+    text = BRANCHES.replace('options["norm"]', "options.norm").replace(
+        'main({"name": "adamw", "norm": 0.5})',
+        "class Settings(dict):\n        norm = None\n\n    main(Settings(name='adamw'))",
+    )
+    edited = patched(text, diff(text, {"optimizer-in-backward": {}}), tmp_path)
+    assert output(edited, tmp_path) == output(text, tmp_path)
+    (tmp_path / "clips.py").write_text(edited.replace("norm = None", "norm = 0.5"))
+    run = run_script("clips.py", cwd=tmp_path)
+    assert "clip cannot be combined with optimizer-in-backward" in run.stderr
+
+
 def test_a_loop_with_micro_batches_of_its_own_trains_the_same_if_there_is_one(tmp_path: Path) -> None:
     edit = diff(OWN_STEPS, {"activation-checkpointing": {}})
     edited = patched(OWN_STEPS, edit, tmp_path)

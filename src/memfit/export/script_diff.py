@@ -17,6 +17,7 @@ from memfit.export.batch_counts import BatchCounts
 from memfit.export.loop_edit import apply_lines, edit_loop, loop_lines
 from memfit.export.script_steps import step_text
 from memfit.export.source_edits import Replacement, Source, literal, name_of, source_of
+from memfit.export.training_loop import with_conditions
 from memfit.files.read import MOST_SOURCE_BYTES, read_text
 from memfit.techniques.base import JobFacts
 from memfit.techniques.rank_mesh import layout
@@ -76,7 +77,7 @@ def script_diff(
         if is_used and (calls := source.calls(frozenset({library.call}))):
             return _library_diff(source, calls, plan, library)
     clashing = [use.technique for use in plan.uses if _needs_no_clipping(use.technique)]
-    if clashing and source.calls(frozenset({"clip_grad_norm_"})):
+    if clashing and _always_clips(source):
         raise UserError(
             f"{source.path} clips gradients, which cannot be combined with {', '.join(clashing)}",
             hint=f"plan with --without {','.join(clashing)}",
@@ -102,13 +103,23 @@ def inexpressible(source: Source) -> tuple[tuple[str, ...], str]:
         if is_used and source.calls(frozenset({library.call})):
             own = {*library.precision, "gradient-accumulation"} | _BY_LAUNCH
             return _others(own), f"{library.name} does not apply them"
-    if source.calls(frozenset({"clip_grad_norm_"})):
+    if _always_clips(source):
         return tuple(n for n in TECHNIQUES if _needs_no_clipping(n)), "the script clips gradients"
     return (), ""
 
 
 def _others(names: Collection[str]) -> tuple[str, ...]:
     return tuple(name for name in TECHNIQUES if name not in names)
+
+
+def _always_clips(source: Source) -> bool:
+    """Return whether the script clips gradients under no condition. Where one decides, such as an argument
+    of the script, the edited script passes the norm to memfit.apply, which refuses it with such a plan."""
+    nodes = with_conditions(source.tree, is_conditional=False)
+    return any(
+        isinstance(node, ast.Call) and name_of(node.func) == "clip_grad_norm_" and not is_conditional
+        for node, is_conditional in nodes
+    )
 
 
 def _needs_no_clipping(name: str) -> bool:

@@ -136,7 +136,7 @@ def wrappers(source: Source) -> Iterator[tuple[str, bool, int]]:
     aliases = {
         a.asname: a.name for n in ast.walk(source.tree) if isinstance(n, ast.ImportFrom) for a in n.names
     }
-    for node, is_conditional in _with_conditions(source.tree, is_conditional=False):
+    for node, is_conditional in with_conditions(source.tree, is_conditional=False):
         if isinstance(node, ast.Call):
             name = aliases.get(name_of(node.func), name_of(node.func))
             name = "torch.compile" if ast.unparse(node.func) == "torch.compile" else name
@@ -144,11 +144,13 @@ def wrappers(source: Source) -> Iterator[tuple[str, bool, int]]:
                 yield name, is_conditional, node.lineno
 
 
-def _with_conditions(node: ast.AST, *, is_conditional: bool) -> Iterator[tuple[ast.AST, bool]]:
+def with_conditions(node: ast.AST, *, is_conditional: bool) -> Iterator[tuple[ast.AST, bool]]:
+    """Yield (node, whether it runs only under a condition) for ``node`` and all nodes below it. The test of
+    ``__name__`` is no condition. ``is_conditional``: whether ``node`` itself runs only under one."""
     yield node, is_conditional
     branches = isinstance(node, ast.If | ast.IfExp) and "__name__" not in ast.unparse(node.test)
     for child in ast.iter_child_nodes(node):
-        yield from _with_conditions(child, is_conditional=is_conditional or branches)
+        yield from with_conditions(child, is_conditional=is_conditional or branches)
 
 
 # -- model and batch ------------------------------------------------------------------------------
