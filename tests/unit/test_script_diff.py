@@ -566,6 +566,42 @@ def test_accelerate_without_accumulate_is_not_edited() -> None:
     assert "accumulate" in edit.reason
 
 
+@pytest.mark.parametrize("rest", [", shuffle=True", ", True", ", sampler=order"])
+def test_a_batch_size_by_position_is_edited_as_a_keyword_is(rest: str) -> None:
+    plan = {"gradient-accumulation": {"micro_batches": 4}}
+    for text in (ACCELERATE, LIGHTNING.replace("batch_size=20, shuffle=True", "shuffle=True, batch_size=8")):
+        script = text.replace(", shuffle=True, batch_size=8", f", options.batch{rest}")
+        assert f"+loader = DataLoader(data, options.batch // 4{rest})" in diff(script, plan).diff
+
+
+def test_accumulation_of_the_scripts_own_is_undone_for_a_plan_without_it() -> None:
+    text = ACCELERATE.replace("cpu=True", "cpu=True, gradient_accumulation_steps=2")
+    edit = diff(text, {"bf16-autocast": {}}, batch=16)
+    assert "gradient_accumulation_steps=1" in edit.diff
+    assert "batch_size=16)" in edit.diff
+
+
+def test_lines_to_insert_by_hand_begin_with_the_batch_of_the_loader() -> None:
+    plan = {"bf16-autocast": {}, "gradient-accumulation": {"micro_batches": 4}}
+    elsewhere = ACCELERATE.replace("DataLoader(", "make_loader(").replace("accumulate", "other")
+    edit = diff(elsewhere, plan, batch=32)
+    assert edit.lines == (
+        "DataLoader(..., batch_size=8)  # one of 4 micro-batches of 32 samples",
+        'Accelerator(mixed_precision="bf16", gradient_accumulation_steps=4)',
+        "with accelerator.accumulate(model):  # around forward, backward and optimizer.step()",
+    )
+    module = LIGHTNING.replace("loader = DataLoader(data, batch_size=20, shuffle=True)\n", "")
+    assert diff(module, plan, batch=32).lines[0].startswith("DataLoader(..., batch_size=8)")
+    unpacked = "a = TrainingArguments('out', **options)\n"
+    assert diff(unpacked, plan, batch=32).lines[:2] == (
+        "per_device_train_batch_size=8",
+        "gradient_accumulation_steps=4",
+    )
+    assert any("all 32 samples" in line for line in diff("import torch\n", plan, batch=32).lines)
+    own_steps = diff(OWN_STEPS, {"activation-checkpointing": {}}, batch=32)
+    assert any("all its 32 samples" in remark for remark in own_steps.remarks)
+
+
 SCHEDULED = """from accelerate import Accelerator
 accelerator = Accelerator()
 loader = DataLoader(data, shuffle=True, batch_size=8)

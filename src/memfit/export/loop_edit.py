@@ -39,10 +39,10 @@ def apply_lines(
     return [*lines, f"{model}, {optimizer} = fit.model, fit.optimizer"]
 
 
-def loop_lines(batch: str) -> list[str]:
-    """Return the lines of a step in a loop, for a person to insert."""
+def loop_lines(batch: str, samples: int) -> list[str]:
+    """Return the lines of a step in a loop, for a person to insert. ``samples``: in a step of one rank."""
     return [
-        f"for {batch} in fit.split({batch}):",
+        f"for {batch} in fit.split({batch}):  # of all {samples} samples of a step",
         "    with fit.forward():",
         "        loss = ...  # forward and loss, as before",
         "    fit.backward(loss)  # in place of loss.backward()",
@@ -50,8 +50,11 @@ def loop_lines(batch: str) -> list[str]:
     ]
 
 
-def edit_loop(source: Source, plan: Plan, structure: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
-    """Return (the text of the edited script; remarks for the user). ``structure`` is as in `apply_lines`.
+def edit_loop(
+    source: Source, plan: Plan, structure: Mapping[str, Any], samples: int
+) -> tuple[str, tuple[str, ...]]:
+    """Return (the text of the edited script; remarks for the user). ``structure`` is as in `apply_lines`,
+    ``samples`` as in `loop_lines`.
     Raises UserError, whose ``given`` is the reason, if the script has no loop that can be edited safely."""
     loop = find_loop(source, plan)
     if "gradient-accumulation" in plan:
@@ -77,7 +80,7 @@ def edit_loop(source: Source, plan: Plan, structure: Mapping[str, Any]) -> tuple
         edits.setdefault((import_line, import_line - 1), []).insert(0, "import memfit\n")
     for (start, last), new_lines in sorted(edits.items(), reverse=True):
         lines[start - 1 : last] = new_lines
-    return "".join(lines), tuple(_remarks(source, loop, plan))
+    return "".join(lines), tuple(_remarks(source, loop, plan, samples))
 
 
 def _loop_edits(source: Source, loop: Loop) -> Edits:
@@ -138,7 +141,7 @@ def _settings(use: Use) -> Mapping[str, Any]:
     return {name: value for name, value in use.settings.items() if keeps_all or defaults[name] != value}
 
 
-def _remarks(source: Source, loop: Loop, plan: Plan) -> Iterator[str]:
+def _remarks(source: Source, loop: Loop, plan: Plan, samples: int) -> Iterator[str]:
     yield from loop.setup.remarks
     for name, _, line in wrappers(source):
         yield f"line {line} uses {name} under a condition: start the script so that it does not"
@@ -149,8 +152,9 @@ def _remarks(source: Source, loop: Loop, plan: Plan) -> Iterator[str]:
         )
     if loop.own_accumulation:
         yield (
-            "the script's own micro-batches must be one for each step, of the whole batch: those of the plan "
-            "replace them, and counts of batches, as for a learning-rate schedule, change"
+            f"the script's own micro-batches must be one for each step, of all its {samples} samples, which "
+            "the DataLoader must give at once: those of the plan replace them, and counts of batches, as for "
+            "a learning-rate schedule, change"
         )
     if "gradient-accumulation" in plan:
         index = loop.body.index(loop.update.backward)

@@ -20,7 +20,7 @@ from memfit.export.source_edits import Replacement, Source, literal, name_of, so
 from memfit.export.training_loop import with_conditions
 from memfit.files.read import MOST_SOURCE_BYTES, read_text
 from memfit.techniques.base import JobFacts
-from memfit.techniques.rank_mesh import layout
+from memfit.techniques.rank_mesh import layout, split_batch
 from memfit.techniques.registry import TECHNIQUES, technique
 from memfit.types.device_kind import HOST
 from memfit.types.errors import UserError
@@ -40,6 +40,7 @@ _DEFAULTS = {
 }
 _BATCH, _STEPS = "per_device_train_batch_size", "gradient_accumulation_steps"
 _BY_LAUNCH = frozenset({"ddp", "fsdp2", "zero"})
+_LOADER_ARGUMENTS = ("dataset", "batch_size", "shuffle")  # in the order of DataLoader's
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,13 +70,13 @@ def script_diff(
     if calls := source.calls(_ARGUMENTS | _DERIVED):
         return _trainer_diff(source, calls, plan, batch_size)
     if _mentions(source, "TrainingArguments") or _mentions(source, "HfArgumentParser"):
-        values = {**trainer.training_arguments(plan, batch_size=batch_size), "output_dir": None}
-        lines = tuple(f"{k}={source_of(v)}" for k, v in values.items() if v is not None)
+        values = _trainer_arguments(plan, batch_size)
+        lines = tuple(f"{k}={source_of(v)}" for k, v in values.items())
         reason = "the script takes its TrainingArguments from elsewhere, such as the command line"
         return ScriptDiff(diff="", reason=reason, lines=lines)
     for library, is_used in ((_ACCELERATE, True), (_LIGHTNING, _imports_lightning(source))):
         if is_used and (calls := source.calls(frozenset({library.call}))):
-            return _library_diff(source, calls, plan, library)
+            return _library_diff(source, calls, plan, library, batch_size)
     clashing = [use.technique for use in plan.uses if _needs_no_clipping(use.technique)]
     if clashing and _always_clips(source):
         raise UserError(
@@ -83,9 +84,14 @@ def script_diff(
             hint=f"plan with --without {','.join(clashing)}",
         )
     try:
-        text, remarks = edit_loop(source, plan, structure)
+        samples = batch_size // layout(plan).data
+        text, remarks = edit_loop(source, plan, structure, samples)
     except UserError as error:
-        lines = ("import memfit", *apply_lines(plan, "model", "optimizer", structure), *loop_lines("batch"))
+        lines = (
+            "import memfit",
+            *apply_lines(plan, "model", "optimizer", structure),
+            *loop_lines("batch", samples),
+        )
         return ScriptDiff(diff="", reason=error.given, lines=lines)
     return ScriptDiff(diff=_diff_to(source, text), remarks=remarks)
 
@@ -148,11 +154,7 @@ def _trainer_diff(source: Source, calls: list[ast.Call], plan: Plan, batch_size:
             f"TrainingArguments cannot express this plan: {'; '.join(reasons)}",
             hint="leave these techniques out with --without, or give another --plan",
         )
-    values = trainer.training_arguments(plan, batch_size=batch_size, deepspeed="zero" in plan)
-    if not any(use.technique in trainer.OPTIMIZERS for use in plan.uses):
-        del values["optim"]  # the script's own
-    for name in ("output_dir", "max_grad_norm"):
-        values.pop(name, None)
+    values = _trainer_arguments(plan, batch_size)
     call = calls[0]
     has_unpacked = any(k.arg is None for k in call.keywords)
     if len(calls) > 1 or has_unpacked:
@@ -177,6 +179,13 @@ def _trainer_diff(source: Source, calls: list[ast.Call], plan: Plan, batch_size:
         del wanted[_BATCH]
     text = source.replaced(source.with_keywords(call, wanted))
     return ScriptDiff(diff=_diff_to(source, text), remarks=tuple(remarks))
+
+
+def _trainer_arguments(plan: Plan, batch_size: int) -> dict[str, Any]:
+    """Return the TrainingArguments for the plan that do not stay as the script has them."""
+    values = trainer.training_arguments(plan, batch_size=batch_size, deepspeed="zero" in plan)
+    own = () if any(use.technique in trainer.OPTIMIZERS for use in plan.uses) else ("optim",)
+    return {k: v for k, v in values.items() if k not in ("output_dir", "max_grad_norm", *own)}
 
 
 def _batch_source(source: Source, call: ast.Call, plan: Plan, batch_size: int) -> tuple[str, str]:
@@ -284,11 +293,14 @@ def _imports_lightning(source: Source) -> bool:
     return any(m.partition(".")[0] in {"lightning", "pytorch_lightning"} for m in modules)
 
 
-def _library_diff(source: Source, calls: list[ast.Call], plan: Plan, library: _Library) -> ScriptDiff:
+def _library_diff(
+    source: Source, calls: list[ast.Call], plan: Plan, library: _Library, batch_size: int
+) -> ScriptDiff:
     values: dict[str, Any] = dict(argument for name, argument in library.precision.items() if name in plan)
     changes: list[Replacement] = []
     steps, reason, counted = plan.micro_batches, "", list[str]()
-    if "gradient-accumulation" in plan:
+    accumulates = any(k.arg == library.steps and literal(k.value) != 1 for c in calls for k in c.keywords)
+    if steps > 1 or accumulates:
         values[library.steps] = steps
         changes, counted, reason = _smaller_batches(source, calls, steps, library)
     if any(k.arg is None for call in calls for k in call.keywords):
@@ -301,11 +313,25 @@ def _library_diff(source: Source, calls: list[ast.Call], plan: Plan, library: _L
     remarks += counted
     sources = {name: source_of(value) for name, value in values.items()}
     if reason:
-        lines = (f"{library.call}({', '.join(f'{k}={v}' for k, v in sources.items())})",)
+        lines = (
+            f"DataLoader(..., batch_size={split_batch(plan, batch_size)})  "
+            f"# {_parts_text(plan, batch_size)}",
+            f"{library.call}({', '.join(f'{k}={v}' for k, v in sources.items())})",
+        )
+        if steps > 1 and library is _ACCELERATE and not _mentions(source, library.accumulates):
+            lines += ("with accelerator.accumulate(model):  # around forward, backward and optimizer.step()",)
         return ScriptDiff(diff="", reason=reason, lines=lines, remarks=tuple(remarks))
     for call in calls:  # those of several branches
         changes += source.with_keywords(call, sources)
     return ScriptDiff(diff=_diff_to(source, source.replaced(changes)), remarks=tuple(remarks))
+
+
+def _parts_text(plan: Plan, batch_size: int) -> str:
+    """Return in words which samples a DataLoader gives at once: of all of a step, those of one rank and
+    micro-batch."""
+    counts = ((layout(plan).data, "ranks"), (plan.micro_batches, "micro-batches"))
+    parts = [f"{count} {name}" for count, name in counts if count > 1]
+    return f"one of {' x '.join(parts)} of {batch_size} samples" if parts else "all samples of a step"
 
 
 def _is_manual(source: Source) -> bool:
@@ -325,18 +351,24 @@ def _smaller_batches(
         return [], [], reason
     if library is _LIGHTNING and _is_manual(source):
         return [], [], "the module optimizes manually, for which Lightning accumulates no gradients"
-    loaders = [
-        call
-        for call in source.calls(frozenset({"DataLoader"}))
-        if any(k.arg == "shuffle" and literal(k.value) is True for k in call.keywords)
-    ]
-    sizes = [k.value for call in loaders for k in call.keywords if k.arg == "batch_size"]
-    if len(loaders) != 1 or len(sizes) != 1:
+    every = source.calls(frozenset({"DataLoader"}))
+    loaders = [call for call in every if literal(_loader_argument(call, "shuffle")) is True] or every
+    size = _loader_argument(loaders[0], "batch_size") if len(loaders) == 1 else None
+    if size is None:
         return [], [], "the script does not show the batch size of its training DataLoader"
     stated = [next((k.value for k in call.keywords if k.arg == library.steps), None) for call in calls]
     if len({None if node is None else source.of(node) for node in stated}) > 1:
         return [], [], f"the calls of {library.call} differ in {library.steps}"
-    text, _ = _micro_batch(source, sizes[0], stated[0], steps)
+    text, _ = _micro_batch(source, size, stated[0], steps)
     counts = BatchCounts(source, loaders[0], steps, stated[0])
-    size = Replacement(start=source.start(sizes[0]), end=source.end(sizes[0]), text=text)
-    return [size, *counts.changes], counts.remarks, ""
+    edit = Replacement(start=source.start(size), end=source.end(size), text=text)
+    return [edit, *counts.changes], counts.remarks, ""
+
+
+def _loader_argument(call: ast.Call, name: str) -> ast.expr | None:
+    """Return the argument ``name`` of a call of DataLoader, given by keyword or by position."""
+    place = _LOADER_ARGUMENTS.index(name)
+    by_position = call.args[place] if place < len(call.args) else None
+    if any(isinstance(a, ast.Starred) for a in call.args[: place + 1]):
+        return None
+    return next((k.value for k in call.keywords if k.arg == name), by_position)
