@@ -588,7 +588,7 @@ def test_lines_to_insert_by_hand_begin_with_the_batch_of_the_loader() -> None:
     assert edit.lines == (
         "DataLoader(..., batch_size=8)  # one of 4 micro-batches of 32 samples",
         'Accelerator(mixed_precision="bf16", gradient_accumulation_steps=4)',
-        "with accelerator.accumulate(model):  # around forward, backward and optimizer.step()",
+        "with accelerator.accumulate(model):  # around the step",
     )
     module = LIGHTNING.replace("loader = DataLoader(data, batch_size=20, shuffle=True)\n", "")
     assert diff(module, plan, batch=32).lines[0].startswith("DataLoader(..., batch_size=8)")

@@ -313,14 +313,16 @@ def _library_diff(
     remarks += counted
     sources = {name: source_of(value) for name, value in values.items()}
     if reason:
-        lines = (
-            f"DataLoader(..., batch_size={split_batch(plan, batch_size)})  "
-            f"# {_parts_text(plan, batch_size)}",
+        samples = split_batch(plan, batch_size)
+        lines = [
+            f"DataLoader(..., batch_size={samples})  # {_parts_text(plan, batch_size)}",
             f"{library.call}({', '.join(f'{k}={v}' for k, v in sources.items())})",
-        )
+        ]
         if steps > 1 and library is _ACCELERATE and not _mentions(source, library.accumulates):
-            lines += ("with accelerator.accumulate(model):  # around forward, backward and optimizer.step()",)
-        return ScriptDiff(diff="", reason=reason, lines=lines, remarks=tuple(remarks))
+            lines.append(
+                "with accelerator.accumulate(model):  # around forward, backward and optimizer.step()"
+            )
+        return ScriptDiff(diff="", reason=reason, lines=tuple(lines), remarks=tuple(remarks))
     for call in calls:  # those of several branches
         changes += source.with_keywords(call, sources)
     return ScriptDiff(diff=_diff_to(source, source.replaced(changes)), remarks=tuple(remarks))
