@@ -13,7 +13,7 @@ from torch import nn
 import memfit
 from memfit import catalog
 from memfit.cli import main
-from memfit.jobs.registry import load
+from memfit.jobs.registry import add_job, load
 from memfit.jobs.training_step import TrainingStep
 from memfit.planner.parallelism_grid import Limits, grids
 from memfit.planner.plan_space import dependence_reasons, usable
@@ -107,6 +107,38 @@ def test_the_cause_of_a_dependence_is_named(
 ) -> None:
     found = sample_dependence(JOBS[name])
     assert (found.cause, found.modules, found.across_ranks) == (cause, modules, across_ranks)
+
+
+def _step_for_the_whole_batch(labels: torch.Tensor) -> Job:
+    """A step whose batch holds numbers for all its samples: a mask of pairs, or the number of each sample."""
+
+    def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        scores = model(batch[0]) @ model(batch[0]).T
+        if batch[1].dim() == 2:
+            return scores.masked_fill(batch[1], 0.0).square().mean()
+        return nn.functional.cross_entropy(scores, batch[1])
+
+    batch = torch.randn(32, 6), labels
+    return dependent_jobs.job(
+        "whole", lambda: nn.Linear(6, 4), lambda step, seed: batch, loss, batch_size=32
+    )
+
+
+@pytest.mark.parametrize(
+    "labels", [torch.eye(32, dtype=torch.bool), torch.arange(32)], ids=["mask of pairs", "number of sample"]
+)
+def test_a_step_that_fails_on_parts_of_its_batch_gets_the_plans_that_keep_it_whole(
+    labels: torch.Tensor,
+) -> None:
+    job = _step_for_the_whole_batch(labels)
+    found = sample_dependence(job)
+    assert (found.kind, found.cause) == (DependenceKind.DEPENDENT, DependenceCause.SIZE)
+    add_job("whole", job)
+    without = tuple(t for t in TECHNIQUES if t not in ("gradient-accumulation", "adamw-single"))
+    for accuracy in (Accuracy.ROUNDING, Accuracy.ANY):
+        planning = search(_request("whole", accuracy=accuracy, bounds=Bounds(without=without)), _quiet)
+        assert planning.result.considered > 1
+        assert not any("gradient-accumulation" in e.plan for e in planning.sketches)
 
 
 def test_micro_batches_of_a_contrastive_loss_change_the_loss_and_are_e3() -> None:

@@ -319,9 +319,7 @@ def _library_diff(
             f"{library.call}({', '.join(f'{k}={v}' for k, v in sources.items())})",
         ]
         if steps > 1 and library is _ACCELERATE and not _mentions(source, library.accumulates):
-            lines.append(
-                "with accelerator.accumulate(model):  # around forward, backward and optimizer.step()"
-            )
+            lines.append("with accelerator.accumulate(model):  # around the step")
         return ScriptDiff(diff="", reason=reason, lines=tuple(lines), remarks=tuple(remarks))
     for call in calls:  # those of several branches
         changes += source.with_keywords(call, sources)

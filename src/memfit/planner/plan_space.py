@@ -83,12 +83,13 @@ def usable(
 
 def may_split(dependence: SampleDependence, accuracy: Accuracy) -> bool:
     """Return whether a search may split the batch into micro-batches. It may if the samples are not known to
-    depend on each other. Else it may if ``accuracy`` allows a changed algorithm (E3) and splitting does not
-    weight the terms of the loss wrongly.
+    depend on each other. Else it may if ``accuracy`` allows a changed algorithm (E3), splitting does not
+    weight the terms of the loss wrongly, and the step can be computed for a part of the batch.
     """
     if dependence.kind is not DependenceKind.DEPENDENT:
         return True
-    return dependence.cause is not DependenceCause.WEIGHTS and accuracy.highest >= EffectClass.E3
+    is_impossible = dependence.cause in (DependenceCause.WEIGHTS, DependenceCause.SIZE)
+    return not is_impossible and accuracy.highest >= EffectClass.E3
 
 
 def may_share(dependence: SampleDependence, accuracy: Accuracy) -> bool:

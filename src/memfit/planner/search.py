@@ -425,8 +425,8 @@ def _ways(
     if micro_batches == 1 or name in request.bounds.without:
         return ()
     dependence = predictor.dependence
-    if may_split(dependence, request.accuracy):  # it was searched
-        return ()
+    if may_split(dependence, request.accuracy) or dependence.cause is DependenceCause.SIZE:
+        return ()  # it was searched, or is impossible
     by_peak = sorted(estimates, key=lambda e: e.allocated_bytes.value)
     split_plans = [
         plan.with_use(use(name, micro_batches=micro_batches))

@@ -72,10 +72,15 @@ def _no_micro_batches(request: Request, dependence: SampleDependence | None) -> 
     effect_on_training = dependence.changes  # such as "changes BatchNorm's statistics"
     how_this_is_known, mean_over_counted_terms = dependence.reason, dependence.way_out
     is_weighted_wrongly = dependence.cause is DependenceCause.WEIGHTS
+    is_impossible = dependence.cause is DependenceCause.SIZE
     return UserError(
         f"a micro-batch of {size} would change the training: splitting the batch {effect_on_training} "
         f"({how_this_is_known})",
-        allowed=f"a loss that is {mean_over_counted_terms}" if is_weighted_wrongly else "--accuracy any",
+        allowed=f"a loss that is {mean_over_counted_terms}"
+        if is_weighted_wrongly
+        else "the whole batch"
+        if is_impossible
+        else "--accuracy any",
         hint="or leave out --micro-batch",
     )
 

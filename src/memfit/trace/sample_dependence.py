@@ -100,9 +100,33 @@ def _tried(job: Job) -> SampleDependence:
         if is_fork_refused(error):
             raise
         result = _not_tested(first_line(error)[:160])
+        if _needs_whole_batch(job, error):
+            kind, cause = DependenceKind.DEPENDENT, DependenceCause.SIZE
+            return dataclasses.replace(result, kind=kind, cause=cause)
     if result.kind is DependenceKind.NOT_TESTED:
         return _by_batch_norms(job, result)
     return result
+
+
+def _needs_whole_batch(job: Job, error: Exception) -> bool:
+    """Return whether the job's step fails on parts of its batch only, as one does that holds numbers for all
+    samples, after a trial of few real samples has raised ``error``: a label that is the number of a sample is
+    out of bounds there, or the step can be traced for the batch and not for half of it."""
+    if isinstance(error.__cause__ or error, IndexError):
+        return True
+    batch = job.make_batch(0, 0)
+    half = split(batch, 2)[0]
+    try:
+        _traced(_with_batch(job, batch))
+    except Exception:  # noqa: BLE001  whoever traces the job reports it
+        return False
+    try:
+        _traced(_with_batch(job, half))
+    except Exception as half_error:
+        if is_fork_refused(half_error):
+            raise
+        return True
+    return False
 
 
 def _try_few_samples(trial_job: Job, whole_job: Job) -> SampleDependence:

@@ -19,8 +19,8 @@ class DependenceKind(enum.StrEnum):
 class DependenceCause(enum.StrEnum):
     """What depends on the other samples of the batch: "" (nothing, or it is not known), statistics
     ("batch-norm", "sync-batch-norm"), a state that a forward pass changes ("state"), the loss or anything
-    before it ("loss"), or the weights of the loss terms ("weights": the loss is a sum, or a mean over other
-    terms than the job counts).
+    before it ("loss"), the weights of the loss terms ("weights": the loss is a sum, or a mean over other
+    terms than the job counts), or whether the step can be computed ("size": it fails on a part of the batch).
     """
 
     NONE = ""
@@ -29,6 +29,7 @@ class DependenceCause(enum.StrEnum):
     STATE = "state"
     LOSS = "loss"
     WEIGHTS = "weights"
+    SIZE = "size"
 
 
 _CHANGES = {
@@ -37,6 +38,7 @@ _CHANGES = {
     DependenceCause.STATE: "changes the state that a forward pass updates",
     DependenceCause.LOSS: "changes the loss, which compares samples of a batch",
     DependenceCause.WEIGHTS: "weights the terms of the loss incorrectly",
+    DependenceCause.SIZE: "fails, since the step can be computed for the whole batch only",
 }
 
 
