@@ -119,9 +119,7 @@ def _step_for_the_whole_batch(labels: torch.Tensor) -> Job:
         return nn.functional.cross_entropy(scores, batch[1])
 
     batch = torch.randn(32, 6), labels
-    return dependent_jobs.job(
-        "whole", lambda: nn.Linear(6, 4), lambda step, seed: batch, loss, batch_size=32
-    )
+    return dependent_jobs.job("whole", lambda: nn.Linear(6, 4), lambda step, seed: batch, loss, batch_size=32)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +135,7 @@ def test_a_step_that_fails_on_parts_of_its_batch_gets_the_plans_that_keep_it_who
     without = tuple(t for t in TECHNIQUES if t not in ("gradient-accumulation", "adamw-single"))
     for accuracy in (Accuracy.ROUNDING, Accuracy.ANY):
         planning = search(_request("whole", accuracy=accuracy, bounds=Bounds(without=without)), _quiet)
-        assert planning.result.considered > 1
+        assert planning.result.recommended is not None
         assert not any("gradient-accumulation" in e.plan for e in planning.sketches)
 
 
