@@ -485,7 +485,7 @@ def write(only: str) -> None:
             file: dict[str, Any] = json.loads(DATA.read_text()) if DATA.is_file() else {"models": {}}
             known = file["models"].get(name, {})
             if "parameters" not in known:
-                job = load(request_of(model, {}, *model.start, "H100-SXM").job)
+                job = load(request_of(model, {}, *model.start, "H100-SXM").job_ref)
                 known = {"parameters": sum(p.numel() for p in fake_model(job).parameters()), "plans": {}}
             plans = known["plans"] | {"/".join(key): entry}
             file["models"][name] = {"made": made, "parameters": known["parameters"], "plans": plans}
