@@ -13,9 +13,11 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Final
+from unittest import mock
 
 import torch
 from torch.utils import _pytree
+from torch.utils.weak import WeakIdRef
 
 _HALF: Final = (torch.float16, torch.bfloat16)
 
@@ -58,15 +60,26 @@ _REFUSED: Final = frozenset({"aten::binary_cross_entropy"})
 @contextlib.contextmanager
 def cuda_autocast_on_host() -> Iterator[None]:
     """Inside this context, autocast casts tensors of the host as CUDA's autocast casts those of a GPU.
-    Casts of operators that only CUDA's lists have are not cached."""
+    As torch does, it casts a weight to the lower precision once for all operators, until the outermost
+    autocast ends (``cached_cast`` in autocast_mode.cpp)."""
     cuda, host = (_registered(key) for key in ("AutocastCUDA", "AutocastCPU"))
-    with torch.library._scoped_library("aten", "IMPL") as library, warnings.catch_warnings():
+    casts: dict[WeakIdRef, torch.Tensor] = {}
+    clear_of_torch = torch.clear_autocast_cache
+
+    def clear() -> None:
+        casts.clear()
+        clear_of_torch()
+
+    with contextlib.ExitStack() as stack:
+        library = stack.enter_context(torch.library._scoped_library("aten", "IMPL"))
+        stack.enter_context(mock.patch.object(torch, "clear_autocast_cache", clear))
+        stack.callback(casts.clear)
+        stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # that kernels of torch are replaced
         for name in host - cuda:
             library.impl(name, torch.library.fallthrough_kernel, "AutocastCPU")
         for name in cuda - _REFUSED:
-            if name not in host or name not in _LOWER_PRECISION:
-                library.impl(name, _kernel(name), "AutocastCPU")
+            library.impl(name, _kernel(name, casts), "AutocastCPU")
         yield
 
 
@@ -77,7 +90,7 @@ def _registered(key: str) -> set[str]:
     return {name for name in names if name.startswith("aten::")}
 
 
-def _kernel(name: str) -> Callable[..., Any]:
+def _kernel(name: str, casts: dict[WeakIdRef, torch.Tensor]) -> Callable[..., Any]:
     operator = _operator(name)
     if name in _FLOAT32_RESULT_OF:
         return functools.partial(_with_dtype, operator, _operator(_FLOAT32_RESULT_OF[name]))
@@ -85,7 +98,9 @@ def _kernel(name: str) -> Callable[..., Any]:
         return functools.partial(_to_float32_result, operator)
     if name in _WIDEST:
         return functools.partial(_in_widest, operator)
-    return functools.partial(_in_lower_precision if name in _LOWER_PRECISION else _in_float32, operator)
+    if name in _LOWER_PRECISION:
+        return functools.partial(_in_lower_precision, operator, casts)
+    return functools.partial(_in_float32, operator)
 
 
 def _operator(name: str) -> Any:
@@ -97,24 +112,41 @@ def _without_autocast() -> Any:
     return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU))
 
 
-def _cast(dtype: torch.dtype, arguments: Any) -> Any:
+def _run(
+    operator: Any,
+    dtype: torch.dtype,
+    args: Any,
+    kwargs: Any,
+    casts: dict[WeakIdRef, torch.Tensor] | None = None,
+) -> Any:
+    """Return the operator's result for its arguments in ``dtype``. ``casts``: those of weights, which are
+    reused and added to; None if casts are not kept. The last argument is cast first, as by torch's builds."""
+
     def cast(value: Any) -> Any:
-        is_castable = isinstance(value, torch.Tensor) and value.dtype in (*_HALF, torch.float32)
-        return value.to(dtype) if is_castable else value
+        if not isinstance(value, torch.Tensor) or value.dtype not in (*_HALF, torch.float32):
+            return value
+        is_weight = value.dtype == torch.float32 and value.requires_grad and value.is_leaf
+        if casts is None or not is_weight or value._is_view() or not torch.is_autocast_cache_enabled():
+            return value.to(dtype)
+        if (kept := casts.get(weight := WeakIdRef(value))) is None:
+            with torch.enable_grad():
+                kept = casts[weight] = value.to(dtype)
+        return kept
 
-    return _pytree.tree_map(cast, arguments)
-
-
-def _in_lower_precision(operator: Any, *args: Any, **kwargs: Any) -> Any:
     with _without_autocast():
-        args, kwargs = _cast(torch.get_autocast_dtype("cpu"), (args, kwargs))
+        kwargs = {name: _pytree.tree_map(cast, kwargs[name]) for name in reversed(kwargs)}
+        args = [_pytree.tree_map(cast, arg) for arg in reversed(args)][::-1]
         return operator(*args, **kwargs)
+
+
+def _in_lower_precision(
+    operator: Any, casts: dict[WeakIdRef, torch.Tensor], *args: Any, **kwargs: Any
+) -> Any:
+    return _run(operator, torch.get_autocast_dtype("cpu"), args, kwargs, casts)
 
 
 def _in_float32(operator: Any, *args: Any, **kwargs: Any) -> Any:
-    with _without_autocast():
-        args, kwargs = _cast(torch.float32, (args, kwargs))
-        return operator(*args, **kwargs)
+    return _run(operator, torch.float32, args, kwargs)
 
 
 def _to_float32_result(operator: Any, *args: Any, **kwargs: Any) -> Any:
@@ -142,6 +174,4 @@ def _in_widest(operator: Any, *args: Any, **kwargs: Any) -> Any:
     """Run the operator in float32 if one of its tensors is float32, else in the dtype of autocast."""
     dtypes = {t.dtype for t in _pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
     dtype = torch.float32 if torch.float32 in dtypes else torch.get_autocast_dtype("cpu")
-    with _without_autocast():
-        args, kwargs = _cast(dtype, (args, kwargs))
-        return operator(*args, **kwargs)
+    return _run(operator, dtype, args, kwargs)
