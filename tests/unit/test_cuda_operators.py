@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import cuda_operators
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from memfit.trace import device_autocast
 from memfit.trace.device_kernels import use_device_kernels
@@ -60,3 +64,54 @@ def test_operators_that_libraries_cast_for_cuda_are_left_to_them() -> None:
         library.impl("cropped", lambda x: x, "AutocastCUDA")
         with FakeTensorMode(), use_device_kernels("cuda"):
             torch.nn.functional.softmax(torch.zeros(2, 2), -1)
+
+
+# Calls with a weight, and how often torch 2.15's CUDA build casts it: in two calls; in two without the cache;
+# in a call without gradients and one with; in two contexts of two; in a checkpoint of two, with its
+# recomputation.
+_Call = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+CASTS: dict[str, tuple[_Call, list[int]]] = {
+    "linear": (functional.linear, [1, 2, 1, 2, 2]),
+    "lstm_cell": (lambda x, w: torch.lstm_cell(x, [x[:, :3], x[:, :3]], w, w[:, :3])[0], [1, 2, 1, 2, 2]),
+    "gru_cell": (lambda x, w: torch.gru_cell(x, x[:, :4], w, w[:, :4]), [1, 2, 1, 2, 2]),
+    "rnn_tanh_cell": (lambda x, w: torch.rnn_tanh_cell(x, x, w, w), [1, 4, 1, 2, 2]),
+    "einsum": (lambda x, w: torch.einsum("ab,bc->ac", x, w), [1, 2, 1, 2, 2]),
+    "addmv": (lambda x, w: torch.addmv(x[0], w, x[0]), [1, 2, 1, 2, 2]),
+    "addr": (lambda x, w: torch.addr(w, x[0], x[0]), [1, 2, 1, 2, 1]),
+    "two operators": (lambda x, w: functional.linear(x, w) + torch.mv(w, x[0]), [1, 4, 1, 2, 2]),
+}
+
+
+class _Casts(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default:
+            self.count += args[0].shape == (12, 12) and args[0].dtype == torch.float32
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", CASTS)
+def test_autocast_casts_a_weight_as_often_as_torch_does_on_cuda(name: str) -> None:
+    call, expected = CASTS[name]
+
+    def two(first_with_gradient: bool = True, **options: Any) -> torch.Tensor:
+        with torch.autocast("cuda", torch.bfloat16, **options):
+            with torch.set_grad_enabled(first_with_gradient):
+                call(x, weight)
+            return call(x, weight)
+
+    with FakeTensorMode(), use_device_kernels("cuda"):
+        weight, x = torch.nn.Parameter(torch.randn(12, 12)), torch.zeros(5, 12)
+        actual = []
+        for uses in (
+            two,
+            lambda: two(cache_enabled=False),
+            lambda: two(first_with_gradient=False),
+            lambda: (two(), two()),
+            lambda: checkpoint(two, use_reentrant=False).sum().backward(),
+        ):
+            with _Casts() as casts:
+                uses()
+            actual.append(casts.count)
+    assert actual == expected
