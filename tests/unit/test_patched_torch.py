@@ -129,6 +129,7 @@ PATCHED: dict[str, dict[str, str | None]] = {
         "torch.Tensor.cumprod": BUILTIN,
         "torch.nn.functional.linear": BUILTIN,
     },
+    "trace/device_autocast.py": {"torch.clear_autocast_cache": BUILTIN},
     "trace/device_kernels.py": {
         "torch.amp.autocast_mode.autocast.__init__": "self device_type dtype enabled cache_enabled",
         "torch.is_autocast_enabled": BUILTIN,
