@@ -287,7 +287,8 @@ from torch import nn
 
 dist.init_process_group("gloo")
 torch.manual_seed(0)
-blocks = [nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256)) for _ in range(3)]
+with torch.device("{place}"):
+    blocks = [nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256)) for _ in range(3)]
 model = nn.Sequential(*blocks)
 {wrap}
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -307,6 +308,37 @@ _WRAPS = {
         "from torch.distributed.fsdp import fully_shard",
         "for block in blocks: fully_shard(block)\nfully_shard(model)",
     ),
+    "fsdp2 from meta": (
+        "from torch.distributed.fsdp import fully_shard",
+        """for block in blocks: fully_shard(block)
+fully_shard(model); model.to_empty(device="cpu")
+for layer in model.modules():
+    if isinstance(layer, nn.Linear): layer.reset_parameters()""",
+    ),
+    "fsdp2 cast": (
+        "from torch.distributed.fsdp import fully_shard",
+        """for block in blocks: fully_shard(block)
+fully_shard(model); model.double(); torch.set_default_dtype(torch.float64)""",
+    ),
+    "parallel layers from meta": (
+        """from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import *""",
+        """halves = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+for block in blocks: parallelize_module(block, init_device_mesh("cpu", (2,)), halves)
+model.to_empty(device="cpu")
+for param in model.parameters(): nn.init.normal_(param, std=0.02)""",
+    ),
+    "distributed tensors": (
+        """from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor""",
+        """mesh = init_device_mesh("cpu", (2,))
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(distribute_tensor(torch.randn(1024, 256), mesh, [Shard(0)]))
+    def forward(self, x): return x @ self.weight.to_local().t()
+model = nn.Sequential(Layer())""",
+    ),
 }
 
 
@@ -314,19 +346,23 @@ _WRAPS = {
 @pytest.mark.parametrize("wrap", _WRAPS)
 def test_the_peak_of_a_distributed_script_is_that_of_its_two_processes(wrap: str, tmp_path: Path) -> None:
     path = tmp_path / "ranks.py"
-    path.write_text(_RANKS.format(imports=_WRAPS[wrap][0], wrap=_WRAPS[wrap][1]))
+    place = "meta" if wrap.endswith("meta") else "cpu"
+    path.write_text(_RANKS.format(imports=_WRAPS[wrap][0], wrap=_WRAPS[wrap][1], place=place))
     command = f"torchrun --standalone --nproc-per-node 2 {path}"
     script = local_script("ranks", command, ranks=2)
     truth = measure(script, tmp_path, tmp_path, repeats=1)
     answer = estimate_script(command.split(), machine="this:cpu")
     assert answer.ranks == 2
     assert answer.estimate is not None
-    assert answer.estimate.plan.get(wrap) is not None
+    technique = wrap.split(maxsplit=1)[0]
+    assert answer.estimate.plan.get(technique if technique in _WRAPS else "ddp") is not None
     peak = answer.estimate.allocated_bytes
     assert peak.low <= truth["peak_bytes"] <= peak.high
     # gloo may end a collective later than predicted, but not earlier
     assert peak.value <= truth["peak_bytes"] * 1.001
-    assert wrap == "fsdp2" or peak.value >= truth["peak_bytes"] * 0.999
+    at_peak = answer.estimate.at_peak_bytes
+    assert at_peak["optimizer_state"] >= 1.9 * at_peak["parameter"]
+    assert technique == "fsdp2" or peak.value >= truth["peak_bytes"] * 0.999
 
 
 # -- side effects -------------------------------------------------------------------------------------

@@ -215,7 +215,7 @@ class _Session:
             if isinstance(optimizer, torch.optim.LBFGS) and (growth := _history_growth(optimizer)):
                 self.notes.append(f"LBFGS keeps more directions in later steps: {format_bytes(growth)} more")
         assert self.ranks is not None
-        plan = Plan(uses=tuple(self.ranks.uses.values()), ranks=self.ranks.count)
+        plan = Plan(uses=self.ranks.uses, ranks=self.ranks.count)
         predictor = Predictor(
             job=job,
             machine=self.machine,

@@ -19,13 +19,13 @@ from torch.nn.parameter import (  # type: ignore[attr-defined]
     is_lazy,
 )
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 from torch.utils.data import DataLoader, dataloader
 from torch.utils.weak import WeakIdKeyDictionary
 
 from memfit.capture.device_redirect import DeviceRedirect
 from memfit.capture.script_trace import ScriptTrace
-from memfit.capture.tensors import has_fakes, is_fake, is_real
+from memfit.capture.tensors import has_fakes, holds_real, is_fake, is_real
 from memfit.model.batch_objects import batch_tensors
 
 # As torch has them: traces of jobs refuse lazy modules.
@@ -141,7 +141,7 @@ def _parameter_new(trace: ScriptTrace) -> Any:
     inner = torch.nn.Parameter.__new__
 
     def new(cls: Any, data: Any = None, requires_grad: bool = True) -> Any:
-        if data is not None and is_real(data):
+        if data is not None and holds_real(data):
             data = trace.fake_parameter(data)
         return inner(cls, data, requires_grad)
 
@@ -185,9 +185,11 @@ def _apply_in_place(module: Any, fn: Callable[..., Any], recurse: bool = True) -
             continue
         with torch.no_grad():
             converted = fn(param)
-            if converted is not param and torch._has_compatible_shallow_copy_type(param, converted):
+            is_wrapper = is_traceable_wrapper_subclass(converted)  # ``data`` does not set what it holds
+            is_alike = not is_wrapper and torch._has_compatible_shallow_copy_type(param, converted)
+            if converted is not param and is_alike:
                 param.data = converted
-            elif converted is not param:  # it was on "meta"
+            elif converted is not param:  # or it was on "meta"
                 torch.utils.swap_tensors(param, torch.nn.Parameter(converted, param.requires_grad))
             if param.grad is not None:
                 param.grad = fn(param.grad)

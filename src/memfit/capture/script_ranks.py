@@ -24,15 +24,20 @@ from memfit.types.plan import Use, use
 
 
 class ScriptRanks:
-    """The ranks of a script. ``count``: the size of its process group, 1 without one. ``uses``: technique ->
-    its use, of the techniques for several ranks that the script applies: ddp and fsdp2."""
+    """The ranks of a script. ``count``: the size of its process group, 1 without one."""
 
     def __init__(self, trace: ScriptTrace, redirect: DeviceRedirect, launched: int) -> None:
         self.trace, self.redirect, self.launched = trace, redirect, launched
         self.count = 1
-        self.uses: dict[str, Use] = {}
+        self._uses: dict[str, Use] = {}
         self.backend = ""
         self._stack = contextlib.ExitStack()
+
+    @property
+    def uses(self) -> tuple[Use, ...]:
+        """The techniques for several ranks that the script applies: ddp and fsdp2. Ranks that share the work
+        in another way, such as tensor parallelism, stand as ddp: their memory is in the trace."""
+        return tuple(self._uses.values()) or ((use("ddp"),) if self.count > 1 else ())
 
     def join(self, backend: Any = None, *args: Any, world_size: int = -1, **options: Any) -> None:
         """Stand for ``torch.distributed.init_process_group``: make a fake group of the script's world
@@ -56,7 +61,7 @@ class ScriptRanks:
             with self.trace.region():
                 inner(ddp, module, **options)
                 prepare_ddp(ddp, self.trace.recorder.note_real)
-            self.uses["ddp"] = use("ddp")
+            self._uses["ddp"] = use("ddp")
 
         return init
 
@@ -67,7 +72,7 @@ class ScriptRanks:
                 options["mesh"] = device_mesh.init_device_mesh(HOST, (self.count,))
             with self.trace.region():
                 out = inner(module, **options)
-            self.uses["fsdp2"] = use("fsdp2")
+            self._uses["fsdp2"] = use("fsdp2")
             return out
 
         return fully_shard

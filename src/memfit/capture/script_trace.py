@@ -19,6 +19,7 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _disable_current_modes,
+    is_traceable_wrapper_subclass,
     is_traceable_wrapper_subclass_type,
 )
 from torch.utils.weak import WeakIdKeyDictionary
@@ -27,7 +28,7 @@ from memfit.capture.batch_sizes import BatchSizes
 from memfit.capture.foreign_memory import ForeignMemory
 from memfit.capture.kept_memory import NOWHERE, KeptMemory, existing
 from memfit.capture.step_calls import StepCalls
-from memfit.capture.tensors import KEPT_BUFFERS, is_fake, is_real
+from memfit.capture.tensors import KEPT_BUFFERS, holds_real, is_fake, is_real
 from memfit.capture.update_cycle import UpdateCycle, params_of
 from memfit.model.batch_objects import map_batch
 from memfit.model.tensors import tensor_leaves
@@ -92,7 +93,13 @@ class ScriptTrace:
     # -- tensors ------------------------------------------------------------------------------------
 
     def fake_parameter(self, data: torch.Tensor) -> torch.Tensor:
-        """Return a fake tensor like the real tensor ``data``, which is not kept."""
+        """Return a fake tensor like the real tensor ``data``, which is not kept. In a wrapper such as
+        DTensor, the real tensors that it holds are replaced."""
+        if is_traceable_wrapper_subclass(data):
+            names, context = data.__tensor_flatten__()
+            inner = {n: self.fake_parameter(t) if holds_real(t := getattr(data, n)) else t for n in names}
+            with _disable_current_modes():
+                return type(data).__tensor_unflatten__(inner, context, data.size(), data.stride())
         with _disable_current_modes(), self.fake:
             fake = torch.empty_strided(data.size(), data.stride(), dtype=data.dtype)
         is_foreign = self.foreign.holds(data)
@@ -239,7 +246,7 @@ class ScriptTrace:
                     module._buffers[key] = self.twin(buffer)
                     self._keep(module, buffer)
             for param in module._parameters.values():
-                if param is not None and is_real(param):
+                if param is not None and holds_real(param):
                     self.make_fake(param)
         for path, tensor in (*root.named_parameters(), *root.named_buffers()):
             if is_lazy(tensor):
@@ -267,7 +274,7 @@ class ScriptTrace:
     def adopt_leaves(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn the real tensors that an optimizer trains, although they are no parameters of a module, into
         fake ones. Raises UserError for a tensor that cannot be, because other objects refer to it."""
-        for tensor in filter(is_real, params_of(optimizer)):
+        for tensor in filter(holds_real, params_of(optimizer)):
             try:
                 with _disable_current_modes():
                     self.make_fake(tensor)

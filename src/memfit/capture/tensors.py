@@ -22,6 +22,11 @@ def is_real(tensor: Any) -> bool:
     )
 
 
+def holds_real(tensor: torch.Tensor) -> bool:
+    """Return whether ``tensor`` is a real tensor, or a wrapper such as DTensor around real ones."""
+    return any(map(is_real, plain_tensors(tensor)))
+
+
 def is_fake(value: Any) -> bool:
     """Return whether ``value`` is a fake tensor, or a wrapper such as DTensor around fake ones."""
     return isinstance(value, torch.Tensor) and any(isinstance(t, FakeTensor) for t in plain_tensors(value))
