@@ -157,6 +157,74 @@ class Queue(nn.Module):
         return similar
 
 
+class ActNorm(nn.Module):
+    """A scale and a bias that normalize the first batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = dense()
+        self.bias, self.scale = nn.Parameter(torch.zeros(WIDTH)), nn.Parameter(torch.ones(WIDTH))
+        self.register_buffer("is_set", torch.tensor(False))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.is_set:
+            with torch.no_grad():
+                self.bias.copy_(-x.mean(0))
+                self.scale.copy_(1 / (x.std(0) + 1e-6))
+                self.is_set.fill_(True)
+        return self.inner((x + self.bias) * self.scale)
+
+
+class Codebook(nn.Module):
+    """Codes that are samples of the first batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.is_set = dense(), False
+        self.register_buffer("codes", torch.zeros(2, WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.is_set:
+            self.codes, self.is_set = x.detach()[[0, -1]].clone(), True
+        return self.inner(x - self.codes[torch.cdist(x, self.codes).argmin(1)])
+
+
+class RunningMax(nn.Module):
+    """Inputs divided by the largest value of all batches so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = dense()
+        self.register_buffer("largest", torch.tensor(0.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.largest = torch.maximum(self.largest, x.detach().abs().max())
+        return self.inner(x / self.largest)
+
+
+class DelayedScale(nn.Module):
+    """A scale that the first pass takes, in a list, and those after it use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.history = dense(), []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = self.history[0] if self.history else 1.0
+        if not self.history:
+            self.history.append(float(x.abs().max()))
+        return self.inner(x / scale)
+
+
+def set_by_the_first_batch() -> list[Job]:
+    return [
+        job("ActNorm", ActNorm, vectors, classify),
+        job("a codebook of the first batch", Codebook, vectors, classify),
+        job("a running maximum", RunningMax, vectors, classify),
+        job("a scale from the second pass on", DelayedScale, vectors, classify),
+    ]
+
+
 def dependent() -> list[Job]:
     return [
         job("BatchNorm1d", lambda: dense(nn.BatchNorm1d(16)), vectors, classify),
@@ -404,7 +472,56 @@ def independent() -> list[Job]:
         job("stochastic depth", DropPath, vectors, classify),
         job("frozen BatchNorm", Frozen, images, per_pixel),
         job("diffusion", lambda: conv(nn.Identity()), images, noise_prediction),
+        job("caches", Caching, vectors, classify),
+        job("tokens cut to the longest", lambda: nn.Embedding(40, CLASSES), ragged, longest_tokens),
+        job(
+            "samples without terms",
+            dense,
+            half_labeled,
+            kept_mean,
+            loss_terms=lambda part: int(part["kept"].sum()),
+        ),
     ]
+
+
+class Caching(nn.Module):
+    """What the first pass keeps depends on shapes and random numbers alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.positions, self.mask = nn.Linear(4, CLASSES), None, None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.positions is None:
+            self.positions = torch.linspace(0, 1, x.shape[1], dtype=x.dtype)
+            self.projection = torch.randn(x.shape[1], 4, dtype=x.dtype)
+        if self.mask is None or len(self.mask) != len(x):
+            self.mask = x.new_ones(len(x), 1)
+        return self.head((x + self.positions) * self.mask @ self.projection)
+
+
+def ragged(step: int, seed: int) -> dict[str, torch.Tensor]:
+    """3 to 30 tokens after padding with 1."""
+    g = numbers(step, seed)
+    filled = torch.arange(32) >= torch.randint(2, 30, (BATCH, 1), generator=g)
+    tokens = torch.randint(2, 40, (BATCH, 32), generator=g).where(filled, 1)
+    return {"tokens": tokens, "y": torch.randint(0, CLASSES, (BATCH,), generator=g)}
+
+
+def longest_tokens(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    tokens = batch["tokens"]
+    tokens = tokens[:, -int((tokens != 1).sum(1).max()) :]
+    kept = (tokens != 1)[..., None]
+    return functional.cross_entropy((model(tokens) * kept).sum(1) / kept.sum(1), batch["y"])
+
+
+def half_labeled(step: int, seed: int) -> dict[str, torch.Tensor]:
+    batch = vectors(step, seed)
+    return {**batch, "kept": torch.arange(BATCH) % 3 == 0}
+
+
+def kept_mean(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return (each(model, batch) * batch["kept"]).sum() / batch["kept"].sum()
 
 
 def of_lists(step: int, seed: int) -> dict[str, Any]:

@@ -48,6 +48,40 @@ def test_dependent_samples_are_detected_by_a_trial(job: Job) -> None:
     assert sample_dependence(job).kind is DependenceKind.DEPENDENT
 
 
+@pytest.mark.parametrize("job", dependent_jobs.set_by_the_first_batch(), ids=lambda job: job.name)
+def test_state_that_the_first_batch_sets_makes_samples_dependent(job: Job) -> None:
+    result = sample_dependence(job)
+    assert (result.kind, result.cause) == (DependenceKind.DEPENDENT, DependenceCause.STATE)
+    assert result.reason.startswith("the first forward pass sets state from its batch")
+
+
+def test_random_samples_keep_their_padding() -> None:
+    tokens = torch.tensor([[1, 5, 6, 7, 0, 0], [1, 8, 9, 5, 6, 2]])
+    frames = torch.tensor([[1.0, 2.0, 3.0, 0.0], [4.0, 5.0, 0.0, 0.0]], dtype=torch.float64)
+    with torch.random.fork_rng():
+        redrawn = trials._redrawn({"tokens": tokens, "frames": frames})
+    assert torch.equal(redrawn["frames"] == 0, frames == 0)
+    assert not torch.equal(redrawn["frames"], frames)
+    assert redrawn["tokens"][:, [0, -1]].tolist() == [[1, 0], [1, 2]]
+    assert redrawn["tokens"][0, 4] == 0
+    assert torch.equal(redrawn["tokens"].sort().values, tokens.sort().values)
+    assert not torch.equal(redrawn["tokens"], tokens)
+
+
+def test_a_model_that_is_built_with_other_values_each_time_does_not_depend_on_its_first_batch() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def build() -> nn.Module:
+        model = dependent_jobs.dense()
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, generator=generator)
+        return model
+
+    result = sample_dependence(dataclasses.replace(JOBS["linear"], build_model=build))
+    assert result.kind is DependenceKind.NOT_TESTED
+    assert result.reason == "the job builds a model with other values each time"
+
+
 @pytest.mark.parametrize("job", INDEPENDENT, ids=lambda job: job.name)
 def test_independent_samples_are_detected_by_a_trial(job: Job) -> None:
     assert sample_dependence(job).kind is DependenceKind.INDEPENDENT
@@ -254,7 +288,7 @@ def test_fewer_samples_that_must_be_too_slow_are_not_traced(monkeypatch: pytest.
     monkeypatch.setattr(trials._Cost, "of", cost_of)
     found = sample_dependence(dataclasses.replace(JOBS["linear"], loss_terms=lambda batch: 8))
     assert found.kind is DependenceKind.NOT_TESTED
-    assert found.reason == "a trial of 2 samples takes 26 s, more than the limit of 10 s"
+    assert found.reason == "a trial of 2 samples takes 26 s, more than the limit of 13 s"
     assert traced_sizes == [8]
 
 

@@ -19,6 +19,7 @@ from memfit.jobs.training_step import TrainingStep
 from memfit.model.batch_objects import batch_length, repeat, split
 from memfit.techniques.base import Workbench
 from memfit.techniques.precision import LossScale
+from memfit.techniques.rank_mesh import Layout, World
 from memfit.techniques.registry import technique
 from memfit.types.device_kind import device_kind
 from memfit.types.errors import UserError
@@ -87,6 +88,47 @@ def test_accumulated_gradients_are_those_of_the_whole_batch_despite_padding(micr
     assert parts_loss == pytest.approx(loss, rel=1e-6)
     assert parts_norm == pytest.approx(norm, rel=1e-5)
     assert_close(parts, gradients, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("micros", [2, 4])
+def test_a_micro_batch_without_loss_terms_adds_nothing(micros: int) -> None:
+    def batch(step: int, seed: int) -> dict[str, torch.Tensor]:
+        x = torch.arange(32.0).reshape(8, 4).cos()
+        return {"x": x, "y": x.sum(1, keepdim=True), "kept": torch.tensor([0.0] * 5 + [1.0] * 3)}
+
+    def loss(model: nn.Module, part: dict[str, torch.Tensor]) -> torch.Tensor:  # 0 / 0 without terms
+        errors = (model(part["x"]) - part["y"]).square()[:, 0]
+        return (errors * part["kept"]).sum() / part["kept"].sum()
+
+    job = Job(
+        name="half labeled",
+        build_model=lambda: nn.Linear(4, 1),
+        make_batch=batch,
+        loss=loss,
+        loss_terms=lambda part: int(part["kept"].sum()),
+        batch_size=8,
+    )
+    whole_loss, whole_norm, gradients = first_gradients(job, Plan())
+    plan = Plan(uses=(use("gradient-accumulation", micro_batches=micros),))
+    loss_sum, norm, parts = first_gradients(job, plan)
+    assert (loss_sum, norm) == pytest.approx((whole_loss, whole_norm), rel=1e-5)
+    assert_close(parts, gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_a_rank_without_loss_terms_adds_nothing() -> None:
+    step = TrainingStep(words(), Plan())
+    step.bench.world = World(rank=1, layout=Layout(replicate=2))
+    batch = step.job.make_batch(0, 0)
+    batch["labels"][len(batch["labels"]) // 2 :] = -100
+    part, terms = step.local(batch)
+    assert torch.equal(part["tokens"], split(batch, 2)[0]["tokens"])
+    assert [micro_batch.share for micro_batch in step.split(part, terms)] == [0.0]
+
+
+def test_a_batch_without_loss_terms_is_refused() -> None:
+    step = TrainingStep(dataclasses.replace(words(), loss_terms=lambda part: 0), Plan())
+    with pytest.raises(UserError, match="loss_terms counts no terms in the batch"):
+        step.run(step.job.make_batch(0, 0))
 
 
 def test_without_the_number_of_terms_padding_would_bias_the_sum() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -177,8 +178,9 @@ class TrainingStep:
         self.update()
 
     def local(self, batch: Any) -> tuple[Any, float]:
-        """Return (this rank's part of ``batch``; the mean number of loss terms of a part). ``batch``: the
-        whole batch of a step, the same on all ranks.
+        """Return (this rank's part of ``batch``; the mean number of loss terms of a part, or infinity if this
+        rank's loss must not count, see `_with_terms`). ``batch``: the whole batch of a step, the same on all
+        ranks.
 
         Data-parallel ranks get consecutive samples, as `split` cuts them, copied into new tensors; without
         data parallelism the part is ``batch`` itself. If the plan cuts samples along their sequence, the part
@@ -194,10 +196,15 @@ class TrainingStep:
                 return move_batch(parts[index], self.bench.torch_device), mean_terms
         if world.layout.data == 1:
             return move_batch(batch, self.bench.torch_device), float(self._terms(batch))
-        part = split(batch, world.layout.data)[world.layout.data_index(world.rank)]
-        device = self.bench.torch_device
+        rank_parts, device = split(batch, world.layout.data), self.bench.torch_device
+        part, mean_terms = (
+            rank_parts[world.layout.data_index(world.rank)],
+            self._terms(batch) / world.layout.data,
+        )
+        if not self._terms(part):
+            part, mean_terms = self._with_terms(rank_parts)[0][0], math.inf
         local_part = map_batch(torch.clone, part) if device == HOST else move_batch(part, device)
-        return local_part, self._terms(batch) / world.layout.data
+        return local_part, mean_terms
 
     def split(
         self, batch: Any, terms_per_rank: float | None = None, *, allow_fewer: bool = False
@@ -205,11 +212,13 @@ class TrainingStep:
         """Return the micro-batches of the plan, in their order. ``batch`` is this rank's part of the batch;
         ``terms_per_rank`` is as in `run`. ``allow_fewer``: a batch of fewer samples than the plan has
         micro-batches, such as the last one of a DataLoader, is split into single samples. Raises UserError if
-        ``batch`` cannot be split as the plan requires."""
+        ``batch`` cannot be split as the plan requires, or if it has no loss terms."""
         count = self.bench.micro_batches
         parts = split(batch, min(count, batch_length(batch)) if allow_fewer and count > 1 else count)
-        terms = [self._terms(part) for part in parts]
+        parts, terms = self._with_terms(parts)
         total = terms_per_rank or sum(terms)
+        if not total:
+            raise UserError("the job's loss_terms counts no terms in the batch", allowed="1 or more")
         return [
             MicroBatch(batch=part, share=n / total, last=index == len(parts) - 1)
             for index, (part, n) in enumerate(zip(parts, terms, strict=True))
@@ -309,8 +318,7 @@ class TrainingStep:
                 allowed=f"a multiple of {parts_count} samples; or a value of pipeline's setting "
                 f"micro_batches that divides {samples}",
             )
-        parts = split(micro_batch.batch, parts_count)
-        terms = [self._terms(p) for p in parts]
+        parts, terms = self._with_terms(split(micro_batch.batch, parts_count))
         pieces = [(p, micro_batch.share * n / sum(terms)) for p, n in zip(parts, terms, strict=True)]
         return self.bench.pipeline.run(pieces, self._weighted_loss, on_phase, last=micro_batch.last)
 
@@ -327,6 +335,14 @@ class TrainingStep:
             for context in self.bench.forward_contexts:
                 stack.enter_context(context())
             yield
+
+    def _with_terms(self, parts: Sequence[Any]) -> tuple[list[Any], list[int]]:
+        """Return (the parts of a batch, their numbers of loss terms). A part without terms, whose mean loss
+        and gradients are not numbers, is replaced by one with terms, which with the number 0 adds nothing."""
+        terms = [self._terms(part) for part in parts]
+        substitute = next((part for part, n in zip(parts, terms, strict=True) if n), None)
+        pairs = zip(parts, terms, strict=True)
+        return [part if n or substitute is None else substitute for part, n in pairs], terms
 
     def _terms(self, part: Any) -> int:
         if self.job.loss_terms:

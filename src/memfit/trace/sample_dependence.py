@@ -45,10 +45,10 @@ _ROUNDING_RATIO, _DEPENDENCE_RATIO = 1e-9, 1e-7
 # A parameter's gradient norm counts as at least this fraction of the whole gradient's norm.
 _SMALL_GRADIENT_RATIO = 1e-3
 # Limits: memory, expected time on one core, processor time used.
-_MOST_BYTES, _MOST_COST_S, _MOST_S = 2**30, 10.0, 40.0
+_MOST_BYTES, _MOST_COST_S, _MOST_S = 2**30, 13.0, 40.0
 _FREE_SHARE = 4  # a trial may take 1/4 of the free memory
 # Cost of a trial: passes over the batch, calls of each operator, a slow core's FLOP/s and time per call.
-_PASSES, _CALLS, _FLOPS_PER_S, _CALL_S = 6, 11, 3e9, 4e-5
+_PASSES, _CALLS, _FLOPS_PER_S, _CALL_S = 8, 14, 3e9, 4e-5
 _NOISE_RATIO = 0.3  # of 1 / sqrt(fan-in), added to parameters when inputs are random
 _FEW_VALUES = 3
 _ONE_SAMPLE = "a batch of one sample cannot be split"
@@ -151,7 +151,8 @@ def _try_few_samples(trial_job: Job, whole_job: Job) -> SampleDependence:
 
 
 def _traced(job: Job) -> Trace:
-    return trace(job, Plan(), steps=1, update=False)
+    # Without loss_terms, because these samples may have none.
+    return trace(dataclasses.replace(job, loss_terms=None), Plan(), steps=1, update=False)
 
 
 def _with_batch(job: Job, batch: Any) -> Job:
@@ -370,6 +371,7 @@ class _Trial:
         sizes = {batch_length(p) for p in (*halves, *self._small_parts(halves[0]))}
         self.mode = FixedRandom({1, self.length, *sizes}, time.thread_time() + _MOST_S)
         self.norms: dict[str, nn.Module] = {}  # layers whose forward took batch statistics
+        self.first_gradients: _Gradients | None = None  # of the whole batch with the model as it was built
         self.mean_function = ""  # see `function_of_a_mean`
         self.state: dict[tuple[nn.Module, str], torch.Tensor] = {}
 
@@ -382,7 +384,7 @@ class _Trial:
             batch = _in_float64(self.batch)
             result = self._compared(batch, "on real samples", real=True)
             if result.kind is DependenceKind.INDEPENDENT:
-                result = self._with_other_numbers(batch) or result
+                result = self._set_by_first_batch(batch) or self._with_other_numbers(batch) or result
             return self._on_random(batch, result) if result.kind is DependenceKind.INDEPENDENT else result
 
     def _with_other_numbers(self, batch: Any) -> SampleDependence | None:
@@ -443,8 +445,8 @@ class _Trial:
         ``setting`` names the batch in the result's reason, as in "on random samples".
         """
         first_gradients = None
-        if real:  # fill caches and initialise what depends on the first batch
-            first_gradients = self._gradients(batch)
+        if real:  # fill caches; what the first batch sets is tried by `_set_by_first_batch`
+            first_gradients = self.first_gradients = self._gradients(batch)
             self.state = _state_of(self.model)
         batch_gradients = self._gradients(batch)
         if not batch_gradients.is_finite() or not batch_gradients.norm():
@@ -473,7 +475,8 @@ class _Trial:
         self.mean_function = self.mean_function or function_of_a_mean(
             batch_gradients.graph, part_gradients[0].graph
         )
-        if (real or self.mode.batch_dims) and len(samples := self._small_parts(halves[0])) > 1:
+        samples = self._small_parts(halves[0])
+        if (real or self.mode.batch_dims) and len(samples) > 1 and self._terms(halves[0]):
             with contextlib.suppress(*_ONE_IS_TOO_FEW):
                 sample_gradients, _ = self._of_parts(samples)
                 if (
@@ -485,6 +488,64 @@ class _Trial:
         return SampleDependence(
             kind=DependenceKind.INDEPENDENT, reason=f"the whole and the split batch agree {setting}"
         )
+
+    def _set_by_first_batch(self, batch: Any) -> SampleDependence | None:
+        """Return the result "dependent" if the first forward pass sets state from its batch, such as a scale,
+        a codebook or a maximum of all batches so far, and "not tested" if models built anew differ. Otherwise
+        return None, also if the first pass sets the same for every batch, such as caches of positions.
+
+        New models compute the first half, the second half after it (as micro-batches do) and the second half
+        alone (as ranks do). Both must add up to the loss and gradients of the whole batch in a new model.
+        """
+        whole, model, state = self.first_gradients, self.model, self.state
+        if whole is None or not whole.is_finite():
+            return None
+        halves = split(batch, 2)
+        middle = batch_length(halves[0])
+        try:
+            first, changed = self._anew(halves[0]), self._unlike(model)
+            self.state = _state_of(self.model)
+            later = self._gradients(halves[1], first_sample=middle)
+            alone = self._anew(halves[1], first_sample=middle)
+            distance = max(whole.distance(self._total(halves, [first, last])) for last in (later, alone))
+            if distance <= _DEPENDENCE_RATIO:
+                return None
+            if whole.distance(self._anew(batch)) > _ROUNDING_RATIO:
+                return _not_tested("the job builds a model with other values each time")
+        finally:
+            self.model, self.state = model, state
+        return SampleDependence(
+            kind=DependenceKind.DEPENDENT,
+            cause=DependenceCause.STATE,
+            reason="the first forward pass sets state from its batch; the whole and the split batch differ "
+            f"by {distance:.1g} on real samples",
+            modules=changed,
+        )
+
+    def _anew(self, part: Any, first_sample: int = 0) -> _Gradients:
+        """Build the model anew and return its loss and gradients on ``part``."""
+        self.model = _model_in_float64(self.job)
+        self.state = _state_of(self.model)
+        return self._gradients(part, first_sample=first_sample)
+
+    def _unlike(self, model: nn.Module) -> tuple[str, ...]:
+        """Return the paths of the parameters and buffers that have the same shape in ``model`` and in this
+        trial's model but other values."""
+        others = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        own = (*self.model.named_parameters(), *self.model.named_buffers())
+        return tuple(
+            n for n, t in own if n in others and others[n].shape == t.shape and not _alike(others[n], t)
+        )
+
+    def _total(self, parts: Sequence[Any], gradients: Sequence[_Gradients]) -> _Gradients:
+        """Return the sum of the gradients of ``parts``, each weighted by its share of the loss terms
+        (`Job.loss_terms`, or the number of samples). Parts without terms are left out: their mean is not
+        defined."""
+        terms = [self._terms(p) for p in parts]
+        if not any(terms):
+            raise UserError("the job's loss_terms counts no terms in the batch")
+        pairs = [(g, n / sum(terms)) for g, n in zip(gradients, terms, strict=True) if n]
+        return _sum(*zip(*pairs, strict=True))
 
     def _small_parts(self, half: Any) -> Sequence[Any]:
         """Return the parts of half of the batch, of about ``part_size`` samples each."""
@@ -532,8 +593,7 @@ class _Trial:
         samples). Otherwise return the result: "dependent" with the cause, or "not tested" if rounding or
         random numbers may explain the difference."""
         terms = [self._terms(p) for p in parts]
-        shares = [n / sum(terms) for n in terms]
-        distance = batch_gradients.distance(_sum(part_gradients, shares))
+        distance = batch_gradients.distance(self._total(parts, part_gradients))
         if distance <= _ROUNDING_RATIO:
             return None
         if distance <= _DEPENDENCE_RATIO:
@@ -547,7 +607,7 @@ class _Trial:
         if norms := dict(self.norms):
             return _of_norms(norms, reason, loss=self._differs_without(batch, norms))
         if (weights := _weights(batch_gradients, part_gradients)) is not None:
-            return _wrongly_weighed(weights, shares)
+            return _wrongly_weighed(weights, [n / sum(terms) for n in terms])
         if not all(p.is_finite() for p in part_gradients):
             reason = f"the loss or gradients of a part of the batch are not finite {setting}"
         return SampleDependence(kind=DependenceKind.DEPENDENT, cause=DependenceCause.LOSS, reason=reason)
@@ -562,10 +622,8 @@ class _Trial:
         for m in layers:
             m.eval()
         parts = split(batch, 2)
-        terms = [self._terms(p) for p in parts]
         gradients, _ = self._of_parts(parts)
-        total = _sum(gradients, [n / sum(terms) for n in terms])
-        differs = self._gradients(batch).distance(total) > _DEPENDENCE_RATIO
+        differs = self._gradients(batch).distance(self._total(parts, gradients)) > _DEPENDENCE_RATIO
         for m in layers:
             m.train()
         return differs
@@ -720,9 +778,11 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
 
 def _redrawn(batch: Any) -> Any:
     """Return a batch of the same structure with other values. Each floating-point tensor with more than 3
-    distinct values gets normal random numbers of the same mean and deviation. Other tensors keep their
-    values, in another order within each sample. Of these other tensors, those of one dimension and those
-    whose first dimension is not the batch stay as they are. The result is the same for every call."""
+    distinct values gets normal random numbers of the same mean and deviation, except for its zeros. Other
+    tensors keep their values, in another order within each sample; equal values at the start or the end of a
+    sample stay there. (Zeros and ends may be padding, and a job may cut its batch to the longest sample.) Of
+    these other tensors, those of one dimension and those whose first dimension is not the batch stay as they
+    are. The result is the same for every call."""
     generator, length = torch.Generator().manual_seed(0), batch_length(batch)
 
     def drawn(t: torch.Tensor) -> torch.Tensor:
@@ -730,15 +790,24 @@ def _redrawn(batch: Any) -> Any:
             return t
         if t.is_floating_point() and t.unique().numel() > _FEW_VALUES:
             noise = torch.randn(t.shape, generator=generator, dtype=torch.float64)
-            return t.mean() + noise * t.std().nan_to_num(1.0)
+            return torch.where(t == 0, t, t.mean() + noise * t.std().nan_to_num(1.0))
         if t.dim() < 2 or t.shape[0] != length:
             return t
         rows = t.reshape(length, -1)
+        moved = _between_runs(rows) & _between_runs(rows.flip(1)).flip(1)
         order = torch.rand(rows.shape, generator=generator).argsort(dim=1)
-        return rows.gather(1, order).reshape(t.shape)
+        drawn_rows = rows.clone()
+        for row, source, places, sequence in zip(drawn_rows, rows, moved, order, strict=True):
+            row[places] = source[sequence[places[sequence]]]
+        return drawn_rows.reshape(t.shape)
 
     with FixedRandom.paused():
         return _pytree.tree_map_only(torch.Tensor, drawn, batch)
+
+
+def _between_runs(rows: torch.Tensor) -> torch.Tensor:
+    """Return which elements of each row come after the equal values at its start."""
+    return (rows != rows[:, :1]).cumsum(dim=1) > 0
 
 
 def _add_noise(model: nn.Module) -> None:
