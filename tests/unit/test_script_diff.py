@@ -526,6 +526,16 @@ def test_other_defaults_of_derived_classes_are_overridden() -> None:
     assert "gradient_checkpointing=False" in edit.diff
 
 
+def test_a_plan_for_the_scripts_own_step_ends_nothing_that_the_script_does_itself() -> None:
+    plan = parse_plan({"techniques": {"gradient-accumulation": {"micro_batches": 2}}}, what="the plan")
+    for name in ("TrainingArguments", "SFTConfig"):
+        text = f"a = {name}('out', per_device_train_batch_size=8, bf16=True, gradient_checkpointing=True)\n"
+        own = script_diff(Source("train.py", text), plan, batch_size=8, is_own=True)
+        assert "bf16=True, gradient_checkpointing=True, gradient_accumulation_steps=2)" in own.diff
+    other = script_diff(Source("train.py", text), plan, batch_size=8)
+    assert "bf16=False" in other.diff
+
+
 def test_a_plan_that_training_arguments_cannot_express_is_refused_with_all_reasons() -> None:
     with pytest.raises(UserError, match="activation-offload is not supported; chunked-cross-entropy"):
         diff(TRAINER, {"chunked-cross-entropy": {}, "activation-offload": {}})

@@ -4,6 +4,7 @@ alone."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from memfit.inputs import machine_of
 from memfit.planner.request import Request
 from memfit.runtime.counting_allocator import available
 from memfit.types.errors import UserError
+from memfit.types.job import Job
 from memfit.types.plan import Accuracy
 from memfit.types.result import Interval
 
@@ -1219,14 +1221,60 @@ def test_a_search_for_a_scripts_plans_counts_workspaces_of_as_many_threads_as_it
     monkeypatch.setattr(child, "search", search)
     monkeypatch.setattr(child, "add_job", lambda *_: None)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    calls = SimpleNamespace(job=lambda *_, **__: None)
+    job = Job(name="", build_model=nn.Identity, make_batch=tuple, loss=len, batch_size=1)  # type: ignore[arg-type]
+    calls = SimpleNamespace(job=lambda *_, **__: job)
     cycle = SimpleNamespace(optimizers={0: None})
     facts = {"accumulated": 1, "clip": None, "workers": 0, "other_bytes": 0, "trains_loose": False}
     seen = SimpleNamespace(cycle=cycle, calls=calls, **facts)
     program = SimpleNamespace(name="train.py")
-    session = SimpleNamespace(program=program, machine=machine_of("this:cpu"), trace=seen)
+    session = SimpleNamespace(
+        program=program, machine=machine_of("this:cpu"), trace=seen, largest_batch_ratio=1.0
+    )
     child._Session._with_plans(session, ScriptAnswer(program="train.py"), PlanSearch())  # type: ignore[arg-type]
     assert [request.threads for request in asked] == [3]
+
+
+@pytest.mark.parametrize("layer", ["nn.Identity()", "nn.BatchNorm1d(256)"])
+def test_a_script_that_accumulates_and_recomputes_is_itself_among_its_plans(
+    layer: str, tmp_path: Path
+) -> None:
+    """With layers that depend on the batch, plans keep the script's own micro-batches."""
+    text = f"""
+        import torch
+        from torch import nn
+        from torch.utils.checkpoint import checkpoint
+
+        block = lambda: nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256), {layer})
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.blocks = nn.ModuleList(block() for _ in range(3))
+            def forward(self, x):
+                for block in self.blocks:
+                    x = checkpoint(block, x, use_reentrant=False)
+                return x
+        model = Net()
+        optimizer = torch.optim.AdamW(model.parameters())
+        for step in range(20):
+            inputs = torch.randn(256, 256)
+            (model(inputs).square().mean() / 5).backward()
+            if step % 5 == 4:
+                optimizer.step()
+                optimizer.zero_grad()
+        """
+    search = PlanSearch(within_s=5, without=("activation-offload", "bf16-parameters"))
+    alone = _estimated(tmp_path / "train.py", text)
+    cap_bytes = int(_peak_bytes(alone) * 1.2)
+    answer = _estimated(tmp_path / "train.py", text, search=dataclasses.replace(search, cap_bytes=cap_bytes))
+    assert answer.plans is not None, answer.no_plans
+    baseline = answer.plans.baseline
+    assert baseline.estimate.plan.label == "gradient-accumulation(micro_batches=5)"
+    assert baseline.fits
+    assert baseline.estimate.allocated_bytes == answer.estimate.allocated_bytes  # type: ignore[union-attr]
+    assert answer.plans.recommended is not None
+    if "BatchNorm" in layer:
+        fitting = [c.estimate.plan for c in answer.plans.frontier if c.estimate.plan.uses]
+        assert all(plan.micro_batches == 5 for plan in fitting)
 
 
 def test_plans_count_what_a_script_keeps_beside_its_model(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ from memfit.planner.search import search
 from memfit.planner.workspace_probes import probe_workspaces
 from memfit.report.explain import traced_estimate
 from memfit.techniques.base import JobFacts
+from memfit.techniques.registry import make_use
 from memfit.trace.tracer import fake_patches, recording_patches
 from memfit.types.errors import MemfitError, UserError, first_line
 from memfit.types.gc_pause import collect_as_usual
@@ -175,6 +176,9 @@ class _Session:
             )
             job = dataclasses.replace(job, largest_batch_ratio=self.largest_batch_ratio)
             add_job(name, job)
+            own = Plan()
+            if trace.accumulated > 1:
+                own = own.with_use(make_use("gradient-accumulation", {"micro_batches": trace.accumulated}))
             request = Request(
                 job_ref=JobRef(spec=name),
                 machine=self.machine,
@@ -182,7 +186,9 @@ class _Session:
                 bounds=Bounds(without=(*_NOT_FOR_SCRIPTS, *wanted.without)),
                 within_s=wanted.within_s,
                 cap_bytes=cap_bytes if answer.shared_bytes else wanted.cap_bytes,
-                plain=answer.estimate if trace.accumulated == 1 and answer.ranks == 1 else None,
+                own=dataclasses.replace(answer.estimate, plan=own)
+                if answer.estimate is not None and answer.ranks == 1
+                else None,
                 goal=wanted.goal,
                 accuracy=wanted.accuracy,
             )

@@ -197,16 +197,18 @@ def _show(
         emit({**view, "contributors": contributors(explained)})
         return
     print_script(explained, facts, console=console(), lang=lang)
+    if options.plans and answer.ranks == 1:
+        key = "script.split" if answer.micro_batches > 1 else "script.plain"
+        console().print(Text(load_words(lang).get(key, count=answer.micro_batches), style="yellow"))
     if answer.plans is not None:
-        if answer.micro_batches > 1:
-            words = load_words(lang)
-            console().print(Text(words.get("script.plain", count=answer.micro_batches), style="yellow"))
         print_search(answer.plans, console=console(), lang=lang)
     elif options.plans:
         console().print(Text(answer.no_plans, style="yellow"))
     if source is not None and answer.plans is not None and recommended is not None:
-        if recommended.estimate.plan.uses:
-            print_edit(source, *edit_of(source, answer.plans, answer.batch_size, {}), as_json=False)
+        if recommended.estimate.plan != answer.plans.baseline.estimate.plan:
+            print_edit(
+                source, *edit_of(source, answer.plans, answer.batch_size, {}, is_own=True), as_json=False
+            )
         else:
             print(f"{source.path} needs no edit: plain training, as it is, is recommended.", file=sys.stderr)
 
@@ -248,10 +250,10 @@ def _edit(source: Source, plans: SearchResult, batch_size: int) -> ScriptDiff:
     from memfit.export.script_diff import ScriptDiff
 
     assert plans.recommended is not None
-    if not plans.recommended.estimate.plan.uses:
+    if plans.recommended.estimate.plan == plans.baseline.estimate.plan:
         return ScriptDiff(diff="")
     try:
-        return edit_of(source, plans, batch_size, {})[1]
+        return edit_of(source, plans, batch_size, {}, is_own=True)[1]
     except UserError as error:
         return ScriptDiff(diff="", reason=str(error))
 

@@ -111,10 +111,12 @@ def edit_of(
     result: SearchResult,
     batch_size: int,
     structure: Mapping[str, Any],
+    *,
+    is_own: bool = False,
 ) -> tuple[Plan, ScriptDiff]:
     """Return (the best plan of the search that can be printed as an edit; the edit): the recommended plan, or
     the fastest other that fits, with a remark on why. Raises the UserError of the recommended plan if there
-    is none. ``batch_size`` and ``structure`` are as in `export.script_diff`."""
+    is none. ``batch_size``, ``structure`` and ``is_own`` are as in `export.script_diff`."""
     from memfit.export.script_diff import script_diff
     from memfit.techniques.registry import short_label
 
@@ -125,7 +127,7 @@ def edit_of(
     for choice in (result.recommended, *others):
         plan = choice.estimate.plan
         try:
-            edit = script_diff(source, plan, batch_size=batch_size, structure=structure)
+            edit = script_diff(source, plan, batch_size=batch_size, structure=structure, is_own=is_own)
         except UserError as error:
             first_error = first_error or error
             continue

@@ -61,16 +61,23 @@ def read_script(path: Path) -> Source:
 
 
 def script_diff(
-    source: Source, plan: Plan, *, batch_size: int, structure: Mapping[str, Any] = {}
+    source: Source,
+    plan: Plan,
+    *,
+    batch_size: int,
+    structure: Mapping[str, Any] = {},
+    is_own: bool = False,
 ) -> ScriptDiff:
     """Return the edit of the script that makes it train with ``plan``. ``batch_size``: samples of a whole
     step, for which the plan was made. ``structure``: the job's fields that say where things are in the model,
-    such as blocks, name -> value. Raises UserError if the script's library cannot express the plan, or its
-    loop cannot be combined with it."""
+    such as blocks, name -> value. ``is_own``: the plan was searched for the step of this script, so that it
+    adds to the precision, checkpointing and compilation that TrainingArguments have, and does not end them.
+    Raises UserError if the script's library cannot express the plan, or its loop cannot be combined with
+    it."""
     if calls := source.calls(_ARGUMENTS | _DERIVED):
-        return _trainer_diff(source, calls, plan, batch_size)
+        return _trainer_diff(source, calls, plan, batch_size, is_own=is_own)
     if _mentions(source, "TrainingArguments") or _mentions(source, "HfArgumentParser"):
-        values = _trainer_arguments(plan, batch_size)
+        values = _trainer_arguments(plan, batch_size, is_own=is_own)
         lines = tuple(f"{k}={source_of(v)}" for k, v in values.items())
         reason = "the script takes its TrainingArguments from elsewhere, such as the command line"
         return ScriptDiff(diff="", reason=reason, lines=lines)
@@ -148,13 +155,15 @@ def _mentions(source: Source, name: str) -> bool:
 # -- Hugging Face's Trainer -----------------------------------------------------------------------
 
 
-def _trainer_diff(source: Source, calls: list[ast.Call], plan: Plan, batch_size: int) -> ScriptDiff:
+def _trainer_diff(
+    source: Source, calls: list[ast.Call], plan: Plan, batch_size: int, *, is_own: bool
+) -> ScriptDiff:
     if reasons := tuple(trainer.why_not(plan)):
         raise UserError(
             f"TrainingArguments cannot express this plan: {'; '.join(reasons)}",
             hint="leave these techniques out with --without, or give another --plan",
         )
-    values = _trainer_arguments(plan, batch_size)
+    values = _trainer_arguments(plan, batch_size, is_own=is_own)
     call = calls[0]
     has_unpacked = any(k.arg is None for k in call.keywords)
     if len(calls) > 1 or has_unpacked:
@@ -181,11 +190,13 @@ def _trainer_diff(source: Source, calls: list[ast.Call], plan: Plan, batch_size:
     return ScriptDiff(diff=_diff_to(source, text), remarks=tuple(remarks))
 
 
-def _trainer_arguments(plan: Plan, batch_size: int) -> dict[str, Any]:
-    """Return the TrainingArguments for the plan that do not stay as the script has them."""
+def _trainer_arguments(plan: Plan, batch_size: int, *, is_own: bool) -> dict[str, Any]:
+    """Return the TrainingArguments for the plan that do not stay as the script has them. ``is_own`` is as in
+    `script_diff`."""
     values = trainer.training_arguments(plan, batch_size=batch_size, deepspeed="zero" in plan)
     own = () if any(use.technique in trainer.OPTIMIZERS for use in plan.uses) else ("optim",)
-    return {k: v for k, v in values.items() if k not in ("output_dir", "max_grad_norm", *own)}
+    kept = {"output_dir", "max_grad_norm", *own, *(k for k, v in values.items() if is_own and v is False)}
+    return {k: v for k, v in values.items() if k not in kept}
 
 
 def _batch_source(source: Source, call: ast.Call, plan: Plan, batch_size: int) -> tuple[str, str]:

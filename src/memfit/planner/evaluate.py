@@ -131,7 +131,7 @@ class Predictor:
 
     ``model``: predicts the seconds of operators; None if the device's speed is unknown, and then predictions
     have no step time. ``part_digests``: what was seen in each traced part, from which sketches are composed.
-    ``plain_memory``: an estimate whose memory stands for that of plain training; None: that of its trace.
+    ``own_memory``: an estimate whose memory stands for that of its plan; None: memory is that of the traces.
     ``choices``: for plans with a memory budget for recomputation, the plan with the tensors to recompute
     chosen. ``stored``: what was predicted of the job before, on disk; None: nothing is read from disk or kept
     there, nor is it if the predictor's job is replaced by another. ``deadline``: what would be traced after
@@ -152,7 +152,7 @@ class Predictor:
     # reserved over allocated bytes of the plain plan, once traced
     reserved_ratio: float = ASSUMED_RESERVED_RATIO
     stored: StoredPredictions | None = None
-    plain_memory: Estimate | None = None
+    own_memory: Estimate | None = None
     deadline: Deadline = dataclasses.field(default_factory=Deadline)
     plain: dict[int, tuple[int, HostTensors]] = dataclasses.field(default_factory=dict)  # see `_plain`
     # Entries of the digests, with the seconds that the present calibration gives, as vectors to add up.
@@ -450,8 +450,8 @@ class Predictor:
             estimates = self._rank_estimates[plan, self.lines] = self._stored_estimates(plan)
         if plan == make_plain_plan(plan.ranks) and estimates[-1].reserved_bytes is not None:
             self.reserved_ratio = estimates[-1].reserved_bytes.value / estimates[-1].allocated_bytes.value
-        if self.plain_memory is not None and not plan.uses:
-            estimates = [_with_memory_of(self.plain_memory, e) for e in estimates]
+        if self.own_memory is not None and plan == self.own_memory.plan:
+            estimates = [_with_memory_of(self.own_memory, e) for e in estimates]
         elif self.job.largest_batch_ratio > 1:
             estimates = [self._with_largest_batch(e) for e in estimates]
         return [dataclasses.replace(e, dependence=self.dependence_under(plan)) for e in estimates]

@@ -14,12 +14,13 @@ from memfit.planner.selection import Objective
 from memfit.planner.stored_predictions import stored_predictions
 from memfit.techniques.base import JobFacts
 from memfit.techniques.optimizers import is_adamw
+from memfit.techniques.registry import make_plain_plan
 from memfit.types.dependence import DependenceKind
 from memfit.types.device_kind import HOST
 from memfit.types.errors import UserError
 from memfit.types.job import Job, JobRef
 from memfit.types.machine import Calibration, Machine
-from memfit.types.plan import Accuracy, Bounds, Use, use
+from memfit.types.plan import Accuracy, Bounds, Plan, Use, use
 from memfit.types.result import Choice, Estimate, Reason, SearchResult
 
 Progress = Callable[[str, int, int, str], None]
@@ -37,7 +38,8 @@ class Request:
     default a quarter, or, if no plan fits that, the least that some plan needs plus 10 %. ``threads``: number
     of this machine's threads for measurements and runs; 0: all. ``ranks``: number of processes with one
     device each. On a machine of the catalog with several devices, a search takes 1 to mean all of them.
-    ``plain``: an estimate whose memory stands for that of plain training: of a script as it is.
+    ``own``: the estimate of the training as it is, of a script: its memory stands for that of its plan, which
+    is always traced, is the baseline of the result, and may be recommended whatever else is left out.
     ``bounds``: limits beside memory; a search takes the number of steps from the job, not from
     ``bounds.steps``.
     """
@@ -58,8 +60,13 @@ class Request:
     # Whether a search goes on where an earlier one for the same plans hit its time limit. If not, it answers
     # from what that one has kept on disk, unless that has no estimate, or no plan in it fits.
     continues: bool = True
-    plain: Estimate | None = None
+    own: Estimate | None = None
     evaluates: bool = True  # whether a single run computes the job's metric at its end
+
+    @property
+    def baseline(self) -> Plan:
+        """The plan with which others are compared: plain training, or that of `own`."""
+        return make_plain_plan(self.ranks) if self.own is None else self.own.plan
 
     @property
     def is_here(self) -> bool:
@@ -201,7 +208,7 @@ def make_predictor(request: Request, *, replicas: bool = True) -> tuple[Job, Pre
         engine=request.engine,
         calibration=request.correction,
         stored=stored,
-        plain_memory=request.plain,
+        own_memory=request.own,
     )
 
 

@@ -44,7 +44,7 @@ from memfit.runtime import local_machine
 from memfit.techniques.recompute.optimal import OPTIMAL_CHECKPOINTING
 from memfit.techniques.registry import effect_of, make_plain_plan, proposable, refuse_wrong_weights, without
 from memfit.types.deadline import Deadline, TimeUp
-from memfit.types.dependence import DependenceCause
+from memfit.types.dependence import DependenceCause, DependenceKind, SampleDependence
 from memfit.types.errors import NothingFits, UserError
 from memfit.types.job import Job
 from memfit.types.plan import use
@@ -65,6 +65,7 @@ _NOT_A_CHAIN = (
     "tensor, context, expert and pipeline parallelism are not modelled for this model, which is no chain of "
     "at least 3 equal blocks; plans that divide the batch over the devices were searched"
 )
+_OTHER_SPLITS = "another number of micro-batches"
 _GAP_RATIO = 0.05  # optimality gap in a search, where a better answer takes longer than it saves
 
 
@@ -114,8 +115,9 @@ def _search_dividing_batch(
     progress("trace", 0, 0, "plain training")
     job, predictor = make_predictor(request)
     _refuse_ranks(request, predictor)
-    baseline = predictor.whole(make_plain_plan(request.ranks))
+    baseline = predictor.whole(request.baseline)
     test_dependence(predictor, request, deadline, progress)
+    request, unsearched = _split_as_it_is(request, predictor, unsearched)
     if request.is_here and must_run:
         request, job, predictor, baseline = _reduce_batch(request, job, predictor, baseline)
     request = with_steps_of(request, job)
@@ -168,6 +170,8 @@ def _search_dividing_batch(
             fits_memory=fits_memory,
             inputs=_reason_inputs(predictor, request, sketches, cap_bytes),
         )
+        own = next(e for e in estimates if e.plan == request.baseline)
+        result = _with_baseline(result, own, fits=fits_memory(own))
     except KeyboardInterrupt:
         partial_result = _best_so_far(predictor, request, cap_bytes, meets_limits, sketches)
         raise SearchInterrupted(partial_result) from None
@@ -192,12 +196,12 @@ def _measure_if_out_of_time(
     predictor: Predictor, request: Request, estimates: list[Estimate], meets_limits: Fits, progress: Progress
 ) -> list[Estimate]:
     """Return the estimates. If the search is for this machine and hit its time limit, first measure the
-    operators of plain training and of the best plan that fits, as a search does that does not. Memory and
+    operators of the baseline and of the best plan that fits, as a search does that does not. Memory and
     time of these two are then what an estimate of each alone says."""
     if not (request.is_here and predictor.deadline.hit_time_limit):
         return estimates
     winner = best(filter(meets_limits, estimates), request.goal, score_band(predictor, request))
-    plans = [make_plain_plan(request.ranks), *([winner.plan] if winner else [])]
+    plans = [request.baseline, *([winner.plan] if winner else [])]
     with predictor.deadline.overtime():
         calibrate(predictor, request, progress, plans=plans)
         return [predictor.whole(e.plan) for e in estimates]
@@ -316,6 +320,32 @@ def build_result(
     )
 
 
+def _with_baseline(result: SearchResult, own: Estimate, *, fits: bool) -> SearchResult:
+    """Return the result with ``own``, the estimate of the training as it is, as its baseline, which its
+    frontier has, too."""
+    shown = next((c for c in result.frontier if c.estimate.plan == own.plan), None)
+    baseline = shown or Choice(estimate=own, fits=fits, effect=effect_of(own.plan, own.dependence))
+    rows = result.frontier if shown else (*result.frontier, baseline)
+    ordered = sorted(rows, key=lambda c: c.estimate.allocated_bytes.value)
+    return dataclasses.replace(result, baseline=baseline, frontier=tuple(ordered))
+
+
+def _split_as_it_is(
+    request: Request, predictor: Predictor, unsearched: tuple[Reason, ...]
+) -> tuple[Request, tuple[Reason, ...]]:
+    """Return the arguments, changed if the training as it is splits its batch and the samples depend on each
+    other: plans then keep its micro-batches, which change nothing, and other numbers of them are left out."""
+    count, dependence = request.baseline.micro_batches, predictor.dependence
+    if count == 1 or dependence.kind is not DependenceKind.DEPENDENT:
+        return request, unsearched
+    size = predictor.job.batch_size // count
+    predictor.dependence = SampleDependence(kind=DependenceKind.INDEPENDENT, reason="split as it is")
+    predictor.job_facts = dataclasses.replace(predictor.job_facts, smallest_micro_batch=size)
+    left_out = Reason(kind=ReasonKind.LEFT_OUT_CHANGES, technique=_OTHER_SPLITS, detail=dependence.changes)
+    bounds = dataclasses.replace(request.bounds, micro_batch=size)
+    return dataclasses.replace(request, bounds=bounds), (*unsearched, left_out)
+
+
 def _extent(planning: Planning, reached: SearchProgress) -> SearchExtent:
     traced, request, chosen = planning.estimates, planning.request, planning.result.recommended
     traces, goal = {e.plan: e for e in traced}, request.goal
@@ -383,7 +413,7 @@ def _best_so_far(
         and not refusals_of(plan)
         and not any(plan.get(name) for name in request.bounds.without)
     ]
-    baseline = predictor.whole(make_plain_plan(request.ranks))
+    baseline = predictor.whole(request.baseline)
     candidates = (
         traced_estimates if any(map(meets_limits, traced_estimates)) else [*traced_estimates, *sketches]
     )

@@ -201,11 +201,13 @@ def _trace_best(
     meets_limits: Fits,
     sketches: list[Estimate],
 ) -> list[Estimate]:
-    """Trace the plans with the best sketches, and those on which reasons rest, and return their estimates.
+    """Trace the baseline, the plans with the best sketches, and those on which reasons rest, and return their
+    estimates.
     Raises TimeUp if the predictor's deadline passes before that is done; what was traced is kept.
     """
     finalist_count = _FEWER_FINALISTS if is_long(predictor) else FINALISTS
-    finalist_plans = finalists(sketches, meets_limits, request.goal, finalist_count)
+    chosen_plans = finalists(sketches, meets_limits, request.goal, finalist_count)
+    finalist_plans = list(dict.fromkeys([request.baseline, *chosen_plans]))
 
     def trace_and_time(these: list[Plan]) -> list[Estimate]:
         in_order = from_both_ends(_best_first(these, sketches, meets_limits, request.goal))
@@ -280,8 +282,8 @@ def _estimates_in_time(
     sketches: Sequence[Estimate],
     all_plans: Sequence[Plan],
 ) -> list[Estimate]:
-    """Return the estimates of the plans that were traced before the predictor's deadline, with plain
-    training.
+    """Return the estimates of the plans that were traced before the predictor's deadline, with plain training
+    and the baseline.
 
     If none of them fits, more are traced until one does, however long that takes: the best of those whose
     sketch fits; the one that needs the least memory by its sketch; and of the plans without a sketch the
@@ -291,7 +293,8 @@ def _estimates_in_time(
     traced_plans = {plan for plan, _ in predictor.traces}
     estimates = {e.plan: e for e in predictor.whole_in_time(p for p in all_plans if p in traced_plans)}
     plain_plan = make_plain_plan(request.ranks)
-    estimates[plain_plan] = predictor.whole(plain_plan)
+    with predictor.deadline.overtime():
+        estimates |= {plan: predictor.whole(plan) for plan in (plain_plan, request.baseline)}
     needs = memory_cap(cap_bytes, request.machine, request.engine).needs
     fitting = lowest_score_first(filter(meets_limits, sketches), request.goal)
     smallest = sorted(sketches, key=lambda e: (needs(e), e.plan.fingerprint))
