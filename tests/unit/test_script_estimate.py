@@ -30,6 +30,7 @@ from memfit.cli import main
 from memfit.inputs import machine_of
 from memfit.planner.request import Request
 from memfit.runtime.counting_allocator import available
+from memfit.techniques.registry import TECHNIQUES
 from memfit.types.errors import UserError
 from memfit.types.job import Job
 from memfit.types.plan import Accuracy
@@ -1313,6 +1314,54 @@ def test_plans_count_what_a_script_keeps_beside_its_model(tmp_path: Path) -> Non
     assert common
     for label in common:
         assert plans[0][label] - plans[1][label] == pytest.approx(kept_bytes, abs=600_000)
+
+
+_OUTPUTS = """
+    import torch
+    from torch import nn
+
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 4096))
+    optimizer = torch.optim.AdamW(model.parameters())
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled={enabled})
+    def loss_of(out):
+        return nn.functional.cross_entropy(out, labels)
+    def step():
+        with autocast:
+            out = model(inputs)
+            loss = loss_of(out)
+        update(loss)
+    def update(loss):
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for _ in range(4):
+        inputs, labels = torch.randn(512, 64), torch.randint(0, 4096, (512,))
+        {loop}
+"""
+
+
+@pytest.mark.parametrize(
+    ("loop", "kept_bytes"),
+    [
+        ("with autocast: loss = loss_of(model(inputs))\n        update(loss)", 0),
+        ("with autocast: out = model(inputs); loss = loss_of(out)\n        update(loss)", 2**22),
+        ("step()", 2**22),
+        ("with autocast: out = model(inputs); loss = out[:, :8].mean()\n        update(loss)", 2**22),
+    ],
+    ids=["dropped", "kept", "kept in a function", "kept until the next"],
+)
+def test_plans_count_outputs_that_a_loop_keeps_in_backward_and_until_the_next_ones(
+    loop: str, kept_bytes: int, tmp_path: Path
+) -> None:
+    without = tuple(name for name in TECHNIQUES if name != "bf16-autocast")
+    search = PlanSearch(cap_bytes=2**30, within_s=5, without=without)
+    edited = _peak_bytes(_estimated(tmp_path / "edited.py", _OUTPUTS.format(loop=loop, enabled=True)))
+    script = _OUTPUTS.format(loop=loop, enabled=False)
+    answer = _estimated(tmp_path / "train.py", script, search=search)
+    assert answer.plans is not None, answer.no_plans
+    (plan,) = (c.estimate for c in answer.plans.frontier if c.estimate.plan.uses)
+    assert plan.allocated_bytes.value == pytest.approx(edited, rel=0.01)
+    assert edited > 2 * kept_bytes
 
 
 def test_no_plan_is_said_to_fit_below_what_a_script_needs_before_it_trains(tmp_path: Path) -> None:

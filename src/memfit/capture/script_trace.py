@@ -385,6 +385,7 @@ class ScriptTrace:
         finally:
             self._in_backward = outer
         if self.begun:
+            self.calls.note_kept_in_backward()
             self._close_backward()
             self.recorder.phase(Phase.OPTIMIZER)
             if not outer:

@@ -1,8 +1,9 @@
 """The training step of a script as a Job, so that plans for it can be searched.
 
 While the first micro-batch runs, the calls of the script's loop are recorded: of outermost modules, and of
-torch functions on what they returned, up to the loss. The job's loss repeats these calls. Recorded are no
-tensors but which call made them, so that recording keeps nothing alive.
+torch functions on what they returned, up to the loss. The job's loss repeats these calls, and keeps of their
+results what the loop's variables keep, such as the outputs until the next ones. Recorded are no tensors but
+which call made them, so that recording keeps nothing alive.
 """
 
 from __future__ import annotations
@@ -84,6 +85,12 @@ class StepCalls:
         self._copies: WeakIdKeyDictionary = WeakIdKeyDictionary()  # copy on the device -> real tensor
         self._reshaped: WeakIdKeyDictionary = WeakIdKeyDictionary()  # real tensor -> (function, args, kwargs)
         self._loss: Any = None
+        # What the loop keeps while backward runs, and of that until the next forward pass has returned.
+        self._kept_in_backward: set[_Output] | None = None
+        self._kept_until_next: set[_Output] | None = None
+        self._kept: WeakIdKeyDictionary = (
+            WeakIdKeyDictionary()
+        )  # copy of the model -> what its last step keeps
 
     def note_copy(self, copied: torch.Tensor, real: torch.Tensor) -> None:
         """Note that ``copied``, on the target device, has the values of the script's tensor ``real``."""
@@ -104,6 +111,8 @@ class StepCalls:
 
     def note_call(self, function: Any, args: Any, kwargs: Any, out: Any, *, model: Any = None) -> None:
         """Record a call that returned ``out``. ``model``: the module, if it has trainable parameters."""
+        if self.done and self._kept_until_next is None and model is not None:
+            self._kept_until_next = set(self._outputs.values())
         if self.done or self.problem:
             return
         if model is not None and self.model is None:
@@ -133,6 +142,12 @@ class StepCalls:
         self._loss = self._outputs.get(loss) if isinstance(loss, torch.Tensor) else None
         if self._loss is None and not self.problem:
             self.problem = "the loss is made by operators that memfit does not see in the script's loop"
+
+    def note_kept_in_backward(self) -> None:
+        """Note what the loop's variables keep of the recorded calls at the end of the first backward pass,
+        which has freed what it used itself."""
+        if self._kept_in_backward is None:
+            self._kept_in_backward = set(self._outputs.values())
 
     def _stand_in(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -223,6 +238,9 @@ class StepCalls:
         items = (batch,) if len(self.micro_batch) == 1 else batch
         results: list[list[torch.Tensor]] = []
         bare = _unwrap(model if hasattr(model, "get_submodule") else getattr(model, "module", model))
+        kept = self._kept.setdefault(bare, {})
+        for output in kept.keys() - (self._kept_until_next or set()):
+            del kept[output]
 
         def value_of(stand_in: Any) -> Any:
             if isinstance(stand_in, _Output):
@@ -239,6 +257,9 @@ class StepCalls:
             function = model if call.function is None else _of_deferred(call.function, args)
             with call_context(call.autocast, has_grad=call.has_grad):
                 results.append(_results(function(*args, **kwargs)))
+            for index, result in enumerate(results[-1]):
+                if (output := _Output(len(results) - 1, index)) in (self._kept_in_backward or ()):
+                    kept[output] = result
         loss: torch.Tensor = results[self._loss.call][self._loss.index]
         return loss if loss.numel() == 1 else loss.sum()
 
