@@ -224,7 +224,7 @@ def traced(model: Model, plan: Mapping[str, Any], batch: int, second: int) -> An
     checked = check(parse_plan(plan, what="the plan"), request.machine)
     assert layout(checked).distinct_ranks() == (0,), "one trace stands for all ranks"
     with pause_gc():
-        trace = deep_trace(load(request.job_ref), checked, device=request.machine.device.kind)
+        trace = deep_trace(load(request.job_ref), checked, device=request.machine.device.trace_kind)
     return with_workspaces(trace, request.machine.device)
 
 

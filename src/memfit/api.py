@@ -230,7 +230,7 @@ class Prediction:
                 f"checkpoint_bytes are predicted only for plans of 1 rank, not of {self.plan.ranks}",
                 hint="predict a plan of 1 rank",
             )
-        return lifecycle(self.job, self.plan, device=self.machine.device.kind)
+        return lifecycle(self.job, self.plan, device=self.machine.device.trace_kind)
 
     @property
     def checkpoint_bytes(self) -> Mapping[str, int]:

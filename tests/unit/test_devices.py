@@ -137,6 +137,7 @@ def test_this_machine_is_its_accelerator_with_the_catalogs_figures(accelerated: 
     assert (machine.device_count, machine.is_here, machine.device.is_host) == (2, True, False)
     assert machine.device.memory_bytes.value == 79 * GIB
     assert machine.device.peak_flops["bfloat16"].value > 9e14  # of the catalog's H100-SXM
+    assert machine.device.trace_kind == "cuda:sm_90"
     assert machine.host is not None
     assert local_machine.free_device_bytes("cuda") == 69 * GIB
     processor = local_machine.this_machine("world", "cpu")
@@ -149,7 +150,27 @@ def test_an_accelerator_that_the_catalog_does_not_know_has_its_memory_only(accel
     ]
     device = local_machine.this_machine("world").device
     assert (device.name, device.kind, device.memory_bytes.value) == ("Acme Z9", "cuda", GIB)
-    assert not device.peak_flops
+    assert (device.trace_kind, dict(device.peak_flops)) == ("cuda", {})
+
+
+def test_a_trace_for_this_machine_has_the_kernels_of_its_accelerator(accelerated: list[Any]) -> None:
+    accelerated += [{"device": "cuda:0", "name": "Acme Z9", "total_bytes": GIB, "free_bytes": GIB}]
+    accelerated[0]["gpu_target"] = "sm_61"
+    assert local_machine.this_machine("world").device.trace_kind == "cuda:sm_61"
+
+
+@pytest.mark.parametrize(("hip", "target"), [(None, "sm_86"), ("6.4", "gfx942")])
+def test_an_accelerator_is_described_with_the_target_of_its_kernels(
+    hip: str | None, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = SimpleNamespace(
+        get_device_capability=lambda device: (8, 6),
+        get_device_properties=lambda device: SimpleNamespace(gcnArchName="gfx942:sramecc+:xnack-"),
+    )
+    monkeypatch.setattr(devices, "_module", lambda device: module)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert devices._gpu_target(torch.device("cuda", 0)) == target
+    assert hip or devices._gpu_target(torch.device("mps")) == ""
 
 
 def test_an_accelerator_that_does_not_work_is_an_error_that_says_what_to_do(accelerated: list[Any]) -> None:

@@ -72,7 +72,7 @@ class _Session:
         self.spec = spec
         self.program = load_program(spec.command)
         self.machine = machine_of(spec.machine)
-        self.trace = ScriptTrace(self.machine.device.kind, bound=spec.bound, on_traced=self.end)
+        self.trace = ScriptTrace(self.machine.device.trace_kind, bound=spec.bound, on_traced=self.end)
         self.redirect: DeviceRedirect | None = None
         self.ranks: ScriptRanks | None = None
         self.sandbox: Sandbox | None = None

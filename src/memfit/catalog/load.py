@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from memfit.catalog.embodied import estimated_kg
 from memfit.catalog.prices import typical_price
-from memfit.catalog.tables import fact, facts, find, table
+from memfit.catalog.tables import fact, facts, find, normalized_name, table
 from memfit.types.device_kind import CUDA
 from memfit.types.machine import Device, Fact, Host, Link, Place
 
@@ -149,6 +149,14 @@ def efficiency(architecture: str, name: str = "") -> dict[str, Fact]:
     } | device_ratios
 
 
+def gpu_target(architecture: str) -> str:
+    """Return the target for which torch compiles kernels for devices of an architecture of the catalog, such
+    as "sm_75" for "turing"; "" for an unknown architecture.
+    """
+    targets = {normalized_name(name): target for name, target in table("gpus.toml")["gpu_targets"].items()}
+    return str(targets.get(normalized_name(architecture), ""))
+
+
 def engine_facts(name: str) -> dict[str, tuple[str, str, str]]:
     """Return what the catalog has on the packages of a training engine and their maintenance, as name of the
     fact -> (value, source, date). Example: "release" -> ("0.19.8, 2026-10-20", ...). Empty for an unknown
@@ -186,6 +194,7 @@ def _device(name: str) -> Device:
     return Device(
         name=name,
         kind=row.get("kind", CUDA),
+        gpu_target=row.get("gpu_target", gpu_target(row["architecture"])),
         peak_flops={dtype: fact(peak, sources) for dtype, peak in row["peak_flops"].items()},
         link=link(row["link"]) if "link" in row else None,
         efficiency_ratio=efficiency(row["architecture"], name),

@@ -13,7 +13,8 @@
     [device]
     name = "Custom 48GB"
     kind = "cuda"              # torch's name: cpu, cuda, xpu, mps
-    architecture = "ada"       # its efficiency_ratio is used for what the table does not give
+    architecture = "ada"       # its efficiency_ratio and gpu_target are used for what the table does not give
+    gpu_target = "sm_89"       # of its kernels: sm_ and CUDA's compute capability, or AMD's target (gfx942)
     link = "PCIe4"             # or a table
     memory_bytes = {value = 50e9, source = "torch total_memory", date = "2025-06-01", kind = "measured"}
     peak_flops.bfloat16 = {value = 180e12, source = "data sheet", date = "2024-03"}
@@ -28,6 +29,7 @@ A device of the catalog with its own price or other figures::
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -137,6 +139,8 @@ def _resolve_names(data: dict[str, Any]) -> Iterator[str]:
     yield from _resolve_name(data, "network", lambda name: load.network(name, devices_per_host))
     if isinstance(device, dict):
         yield from _resolve_name(device, "link", load.link, "device.")
+        if isinstance(device.get("architecture"), str):
+            device.setdefault("gpu_target", load.gpu_target(device["architecture"]))
         yield from _resolve_name(device, "architecture", load.efficiency, "device.")
         architecture_ratios, device_ratios = device.get("architecture"), device.get("efficiency_ratio", {})
         if isinstance(architecture_ratios, (str, dict)):
@@ -222,10 +226,16 @@ def _dataclass_in(hint: Any) -> Any:
 
 def _impossible_values(machine: Machine) -> Iterator[str]:
     """Yield a text for each value that has the right type but cannot be true: an unknown kind of device, a
-    PUE below 1, and figures of device, host and network that are not greater than 0.
+    target of neither CUDA nor AMD, a PUE below 1, and figures of device, host and network that are not
+    greater than 0.
     """
     if machine.device.kind not in (kinds := [kind.name for kind in device_kinds()]):
         yield f"device.kind: {machine.device.kind!r}, but one of {', '.join(kinds)} is needed"
+    if not re.fullmatch(r"(sm_\d{2,3}|gfx[0-9a-f]+)?", machine.device.gpu_target):
+        yield (
+            f"device.gpu_target: {machine.device.gpu_target!r}, but sm_ with the compute capability (sm_89), "
+            "or AMD's target (gfx942), is needed"
+        )
     if machine.place is not None and machine.place.pue_ratio.value < 1:
         yield "place.pue_ratio: below 1, but a site draws at least what its computers draw"
     for part, part_name in ((machine.device, "device"), (machine.host, "host"), (machine.network, "network")):

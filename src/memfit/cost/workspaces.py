@@ -100,8 +100,12 @@ _NO_KERNELS: Final = ("memfit.", "stream.", "c10d.", "_c10d_functional.", "prim.
 # The only operators checked on an accelerator, because their workspaces are the large ones; of attention,
 # CUDA's backward kernels only.
 _CONVOLUTIONS: Final = frozenset({"convolution", "convolution_backward", "cudnn_convolution"})
+_FLASH_FORWARD: Final = "_scaled_dot_product_flash_attention"
 _FLASH_BACKWARD: Final = "_scaled_dot_product_flash_attention_backward"
-_CUDA_ATTENTION: Final = frozenset({_FLASH_BACKWARD, "_scaled_dot_product_efficient_attention_backward"})
+_CUDA_ATTENTION: Final = frozenset(
+    {_FLASH_FORWARD, _FLASH_BACKWARD, "_scaled_dot_product_efficient_attention_backward"}
+)
+_MULTIPROCESSORS: Final = range(16, 193, 4)  # of one CUDA device
 _RECURRENT: Final = frozenset({"mkldnn_rnn_layer", "mkldnn_rnn_layer_backward"})
 
 
@@ -232,7 +236,7 @@ def bound_bytes(signature: str, device: str, threads: int) -> int:
     if base in _RECURRENT:
         return _recurrent_bytes(*_sizes(signature))
     if base.startswith("_scaled_dot_product"):
-        return _attention_backward_bytes(args, base) if on_cuda else _attention_bytes(tensors, threads)
+        return _cuda_attention_bytes(args, base) if on_cuda else _attention_bytes(tensors, threads)
     output_bytes = 0  # an output that may first be made in another layout
     if base.startswith("upsample") and not base.endswith("backward"):
         shape, _, dtype = args[0]["t"][:3]
@@ -489,17 +493,49 @@ def _attention_bytes(tensors: Sequence[Sequence[Any]], threads: int) -> int:
     return int(threads * block_bytes + packed_bytes)
 
 
-def _attention_backward_bytes(args: Sequence[Any], base: str) -> int:
-    """Return an upper bound on the bytes that CUDA's backward of attention needs while it runs: sums of
-    gradients in float32, and one float32 for each row of the scores. ``args``: those of its signature: the
-    output's gradient, queries, keys and values of the shape (batch, heads, length, head dim). ``base``: the
-    operator's `base_name`.
+def _split_attention_bytes(args: Sequence[Any]) -> int:
+    """Return an upper bound on the bytes that CUDA's flash kernel needs in forward while it runs. Without
+    dropout, few queries do not fill the device, so that it splits the keys and keeps a float32 result of each
+    part (set_params_splitkv in csrc/flash_attn/flash_api.cpp). ``args``: those of its signature: queries and
+    keys of the shape (batch, heads, length, head dim), values, probability of dropout.
+    """
+    (batch, heads, queries, width), keys = args[0]["t"][0], args[1]["t"][0][2]
+    if len(args) > 3 and args[3] > 0.0:
+        return 0
+    key_blocks = math.ceil(keys / (256 if width <= 64 else 128 if width <= 128 else 64))
+    blocks = batch * heads * math.ceil(queries / 64)
+    parts = max(_key_parts(blocks, key_blocks, 2 * n) for n in _MULTIPROCESSORS)
+    padded = _round_up(width, 32 if width <= 128 else 64)
+    return int(4 * parts * batch * heads * queries * (padded + 1)) if parts > 1 else 0
+
+
+@functools.lru_cache(maxsize=10_000)
+def _key_parts(blocks: int, key_blocks: int, most_blocks: int) -> int:
+    """Return into how many parts the flash kernel splits the keys: the smallest number that keeps the device
+    nearly as busy as the best one does (num_splits_heuristic in flash_api.cpp). ``blocks``: those of queries;
+    ``most_blocks``: how many the device runs together."""
+    if not blocks or blocks >= 0.8 * most_blocks:
+        return 1
+    counts = range(1, min(128, most_blocks, key_blocks) + 1)
+    sizes = {count: math.ceil(key_blocks / count) for count in counts}
+    waves = {n: blocks * n / most_blocks for n in counts if n == 1 or sizes[n] != sizes[n - 1]}
+    busy = {count: wave / math.ceil(wave) for count, wave in waves.items()}
+    return min((n for n in busy if busy[n] >= 0.85 * max(busy.values())), default=1)
+
+
+def _cuda_attention_bytes(args: Sequence[Any], base: str) -> int:
+    """Return an upper bound on the bytes that CUDA's attention needs while it runs: in forward those of
+    `_split_attention_bytes`; in backward sums of gradients in float32, and one float32 for each row of the
+    scores. ``args``: those of its signature, in backward the output's gradient, queries, keys and values of
+    the shape (batch, heads, length, head dim). ``base``: the operator's `base_name`.
 
     The flash kernel sums the gradient of the queries, with lengths padded to 128 and heads to 32 or, above
     128, to 64 (mha_bwd in csrc/flash_attn/flash_api.cpp). The memory-efficient kernel sums that of queries,
     keys and values in tiles of at most 128 x 128 (workspace_size in fmha kernel_backward.h); it has sums of
     keys and values for large heads only, which this bound always counts.
     """
+    if base == _FLASH_FORWARD:
+        return _split_attention_bytes(args)
     (batch, heads, queries, width), keys = args[1]["t"][0], args[2]["t"][0][2]
     rows, heads_bytes = _round_up(queries, 128), 4 * batch * heads
     if base == _FLASH_BACKWARD:

@@ -176,8 +176,8 @@ class Predictor:
         self.recalibrate(self.calibration)
 
     @property
-    def device_kind(self) -> str:
-        return self.machine.device.kind
+    def trace_kind(self) -> str:
+        return self.machine.device.trace_kind
 
     @property
     def _decoded(self) -> Traces:
@@ -275,7 +275,7 @@ class Predictor:
             return plan
         if (stored := self._stored()) is None or plan in self.choices.outcomes:
             return self._chosen(plan)
-        facts = (self.device_kind, self.gap_ratio, self._prediction_digest(), plan.fingerprint)
+        facts = (self.trace_kind, self.gap_ratio, self._prediction_digest(), plan.fingerprint)
         self.choices.outcomes[plan] = stored.get_or_compute(
             Plan, lambda: self._chosen(plan), "chosen tensors", *facts
         )
@@ -286,7 +286,7 @@ class Predictor:
         return self.choices.of(
             self.job,
             plan,
-            device=self.device_kind,
+            device=self.trace_kind,
             seconds=op_seconds,
             calibration=self.calibration,
             gap_ratio=self.gap_ratio,
@@ -328,7 +328,7 @@ class Predictor:
 
     def _facts(self, plan: Plan, rank: int) -> tuple[Any, ...]:
         """Return what decides the plan's trace beside the job."""
-        return self.engine, self.device_kind, self.lines, plan.fingerprint, rank
+        return self.engine, self.trace_kind, self.lines, plan.fingerprint, rank
 
     def _traced_outcome(self, plan: Plan, ranks: list[int]) -> CallOutcome:
         """Trace the plan on these ranks. The value is a list of the traces."""
@@ -358,16 +358,16 @@ class Predictor:
         if not backend.own_trace:
             plan = backend.predicted(plan)
             return deep_traces(
-                self.job, plan, ranks, deadline=self.deadline, device=self.device_kind, lines=self.lines
+                self.job, plan, ranks, deadline=self.deadline, device=self.trace_kind, lines=self.lines
             )
         if obstacle := backend.probe().problem or ", ".join(backend.asks_cuda(plan)):
-            traces = deep_traces(self.job, plan, ranks, device=self.device_kind, lines=self.lines)
+            traces = deep_traces(self.job, plan, ranks, device=self.trace_kind, lines=self.lines)
             assumption = (
                 f"{self.engine}'s own step cannot be traced here ({obstacle}), so native's step was predicted"
             )
             return [dataclasses.replace(t, assumptions=(*t.assumptions, assumption)) for t in traces]
         with use_step(step_maker(self.engine, None)):
-            return [trace(self.job, plan, rank=r, device=self.device_kind, lines=self.lines) for r in ranks]
+            return [trace(self.job, plan, rank=r, device=self.trace_kind, lines=self.lines) for r in ranks]
 
     def trace_ahead(self, plans: Sequence[Plan]) -> None:
         """Trace every distinct rank (`Layout.distinct_ranks`) of all these plans in parallel, so that later
@@ -385,7 +385,7 @@ class Predictor:
 
             def make() -> list[Trace]:
                 return traces_of(
-                    self.job, missing_keys, deadline=self.deadline, device=self.device_kind, lines=self.lines
+                    self.job, missing_keys, deadline=self.deadline, device=self.trace_kind, lines=self.lines
                 )
 
             result = self._run(make)
@@ -432,7 +432,7 @@ class Predictor:
             stored.write(is_hit, "hit time limit", *self._question(question))
 
     def _question(self, question: tuple[Any, ...]) -> tuple[Any, ...]:
-        return self.device_kind, self.engine, self.job_facts.half_precision, *question
+        return self.trace_kind, self.engine, self.job_facts.half_precision, *question
 
     def whole_in_time(self, plans: Iterable[Plan]) -> Iterator[Estimate]:
         """Yield `whole` of each plan; those that would have to be traced after the deadline are left out."""
@@ -717,7 +717,7 @@ class Predictor:
 
     def _part_facts(self, key: PartKey) -> tuple[Any, ...]:
         """Return what decides the part beside the job."""
-        return self.device_kind, key.plan.fingerprint, key.blocks, key.steps
+        return self.trace_kind, key.plan.fingerprint, key.blocks, key.steps
 
     def _add_part(self, result: CallOutcome) -> None:
         stored = self._stored() if result.may_be_kept else None
@@ -901,7 +901,7 @@ class Predictor:
         counts = self._block_counts(plan, steps)
         if self._is_whole(plan, steps):
             known = self.traces.get((plan, 0))
-            traces = [known or deep_traces(self.job, plan, [0], device=self.device_kind)[0]]
+            traces = [known or deep_traces(self.job, plan, [0], device=self.trace_kind)[0]]
         elif counts is None:
             traces = [self._trace_part(self.job, plan, steps)]
         else:
@@ -930,7 +930,7 @@ class Predictor:
         return trace(
             job,
             plan,
-            device=self.device_kind,
+            device=self.trace_kind,
             steps=steps,
             max_micro_batches=int(steps == 1 or not self._updates_need_no_pass(plan)),
             update=steps > 1,

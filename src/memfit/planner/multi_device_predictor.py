@@ -84,7 +84,7 @@ class MultiDevicePredictor:
                 hint="add the device's peak FLOP/s and memory bandwidth to its machine file",
             )
         self.model = plan_predictor.model
-        self.traced = BlockTracer(plan_predictor.job, plan_predictor.device_kind)
+        self.traced = BlockTracer(plan_predictor.job, plan_predictor.trace_kind)
         self.grid_sketches: dict[int, GridSketches] = {}
         self.sketched: dict[int, list[Sketch]] = {}  # by number of devices
         self.tried: set[int] = set()  # numbers of devices for which plans were looked for
@@ -159,7 +159,7 @@ class MultiDevicePredictor:
             per_host=devices_in_host,
             batch=self.plan_predictor.job.batch_size,
             blocks=self.traced.blocks,
-            device=self.plan_predictor.device_kind,
+            device=self.plan_predictor.trace_kind,
             tensor=degrees,
             context=tuple(d for d in degrees if d <= 8) if self.traced.is_single_chain else (1,),
             experts=self.traced.experts,

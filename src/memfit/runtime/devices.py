@@ -58,6 +58,7 @@ class Accelerator:
     ``device``: torch's name, such as "cuda:0". ``name``: its product name. ``total_bytes`` and
     ``free_bytes``: its memory, and what of it nobody uses. ``context_bytes``: what a process takes of it
     before it makes a tensor. ``driver``: version of its driver if torch names it, as for Intel's, else "".
+    ``gpu_target``: the architecture for which torch compiles its kernels (`DeviceKind.gpu_target`).
     """
 
     device: str
@@ -66,6 +67,7 @@ class Accelerator:
     free_bytes: int
     context_bytes: int = 0
     driver: str = ""
+    gpu_target: str = ""
 
     @property
     def kind(self) -> str:
@@ -163,7 +165,21 @@ def _describe(device: torch.device) -> Accelerator:
         free_bytes=before if before is not None else outside,
         context_bytes=max(0, before - outside) if before is not None else 0,
         driver=_driver(device),
+        gpu_target=_gpu_target(device),
     )
+
+
+def _gpu_target(device: torch.device) -> str:
+    """Return the architecture of an accelerator under CUDA, such as "sm_90", or ROCm, such as "gfx942"; "" of
+    another kind."""
+    import torch
+
+    module = _module(device)
+    if getattr(torch.version, "hip", None):
+        return str(module.get_device_properties(device).gcnArchName).partition(":")[0]
+    if not device_kind(device.type).runs_cuda:
+        return ""
+    return "sm_{}{}".format(*module.get_device_capability(device))
 
 
 def _driver(device: torch.device) -> str:

@@ -43,12 +43,14 @@ def this_machine(place: str, kind: str = "") -> Machine:
     accelerators = devices.accelerators()
     first = accelerators[0]
     memory = _memory_fact(first.total_bytes, "driver of the device")
+    known = _find_device(first.name) or Device(name=first.name, kind=accelerator_kind, memory_bytes=memory)
     return Machine(
         name=f"{first.name} of {NAME}",
         device=dataclasses.replace(
-            _find_device(first.name) or Device(name=first.name, kind=accelerator_kind, memory_bytes=memory),
+            known,
             name=first.name,
             kind=accelerator_kind,
+            gpu_target=first.gpu_target or known.gpu_target,
             memory_bytes=memory,
         ),
         device_count=len(accelerators),

@@ -3,9 +3,8 @@
 What a device chooses follows from its `DeviceKind`. The choices are made in torch's dispatcher, so that they
 also hold for calls inside torch's own modules and functions. For CUDA:
 
-- Attention uses the flash kernel, the memory-efficient one or a composite of matrix products, as torch's own
-  dispatcher chooses on GPUs of compute capability 8.0 or above
-  (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
+- Attention uses the kernel that torch's own dispatcher chooses by the device's compute capability
+  (`attention_kernel_of`).
 - Dropout keeps a mask of one byte per element (``native_dropout``). The CPU keeps a mask of the input's
   dtype.
 - Autocast follows CUDA's lists (`cuda_autocast_on_host`).
@@ -28,9 +27,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch.nn import functional
 
 from memfit.techniques.synthetic_kernel import kernel, read_bytes
+from memfit.trace.attention_kernels import attention_kernel_of
 from memfit.trace.autograd_patches import patch_formulas
 from memfit.trace.device_autocast import cuda_autocast_on_host
 from memfit.trace.evoformer_kernel import trace_evoformer_attention
@@ -44,10 +43,11 @@ _HALF = (torch.float16, torch.bfloat16)
 @contextlib.contextmanager
 def use_device_kernels(device: str, note: Callable[[str], None] = lambda text: None) -> Iterator[None]:
     """Inside this context, patch the derivatives that differ for fake tensors (`patch_formulas`) and, unless
-    ``device`` is "cpu", run the kernels that a device of this kind would run for tensors on the CPU, and let
-    autocast that the model enters for the device (`autocast_on_host`) be that of the host, with the device's
-    lists. For "cuda", also replace the kernels of DeepSpeed's attention for Evoformers
-    (`trace_evoformer_attention`). ``note`` is called with what is not known of a kernel that runs."""
+    ``device``, a name as for `device_kind`, is "cpu", run the kernels that a device of this kind would run
+    for tensors on the CPU, and let autocast that the model enters for the device (`autocast_on_host`) be that
+    of the host, with the device's lists. For "cuda", also replace the kernels of DeepSpeed's attention for
+    Evoformers (`trace_evoformer_attention`). ``note`` is called with what is not known of a kernel that runs.
+    """
     if (kind := device_kind(device)).is_host:
         with patch_formulas():
             yield
@@ -69,7 +69,7 @@ def _kernels_of(kind: DeviceKind, note: Callable[[str], None]) -> Iterator[None]
     kernels = dict(recurrent_kernels(kind, note))
     if kind.kernels == "cuda":
         kernels |= {
-            "scaled_dot_product_attention": _attention,
+            "scaled_dot_product_attention": attention_kernel_of(kind, note),
             "softmax.int": _softmax,
             "log_softmax.int": _log_softmax,
         }
@@ -110,94 +110,6 @@ def autocast_on_host(names_device: Callable[[Any], bool]) -> list[tuple[Any, str
         # the deprecated name, which torchao calls; torch warns of it
         (torch, "get_autocast_gpu_dtype", of_host(torch.get_autocast_dtype)),
     ]
-
-
-def _attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> torch.Tensor:
-    """Return the scaled dot-product attention of tensors of the shape (batch, heads, length, head dim), by
-    the kernel that torch chooses on a GPU of compute capability 8.0 or above (sdp_utils.cpp): flash if
-    `_is_flash`, else the memory-efficient kernel if `_is_efficient`, else the composite of matrix products.
-    A kernel that the caller has disabled (``torch.nn.attention.sdpa_kernel``) is not chosen. For flash, head
-    dims are padded to multiples of 8."""
-    if torch.backends.cuda.flash_sdp_enabled() and _is_flash(
-        query, key, value, attn_mask, is_causal, enable_gqa
-    ):
-        size = query.shape[-1]
-        if padding := -size % 8:
-            query, key, value = (functional.pad(t, (0, padding)) for t in (query, key, value))
-        out = _ATEN._scaled_dot_product_flash_attention(
-            query, key, value, dropout_p, is_causal, False, scale=size**-0.5 if scale is None else scale
-        )[0]
-        return out[..., :size] if padding else out  # type: ignore[no-any-return]
-    if torch.backends.cuda.mem_efficient_sdp_enabled() and _is_efficient(query, key, value):
-        bias = _bias(attn_mask, query)
-        if bias is not None:
-            bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-        out = _ATEN._scaled_dot_product_efficient_attention(
-            query, key, value, bias, True, dropout_p, is_causal, scale=scale
-        )
-        return out[0]  # type: ignore[no-any-return]
-    out = _ATEN._scaled_dot_product_attention_math(
-        query,
-        key,
-        value,
-        _bias(attn_mask, query),
-        dropout_p,
-        is_causal,
-        scale=scale,
-        enable_gqa=enable_gqa,
-    )
-    return out[0]  # type: ignore[no-any-return]
-
-
-def _is_flash(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    is_causal: bool,
-    enable_gqa: bool,
-) -> bool:
-    """Return whether torch's flash kernel takes these tensors: half precision, no mask, four dimensions, one
-    head dim of at most 256, as many keys as queries if causal, and as many heads unless ``enable_gqa``."""
-    return (
-        mask is None
-        and query.dtype in _HALF
-        and query.dim() == key.dim() == value.dim() == 4
-        and query.shape[-1] == key.shape[-1] == value.shape[-1] <= 256
-        and (not is_causal or query.shape[2] == key.shape[2])
-        and (enable_gqa or query.shape[1] == key.shape[1])
-    )
-
-
-def _is_efficient(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Return whether torch's memory-efficient kernel takes these tensors: at most single precision, four
-    dimensions, as many heads, and head dims that are multiples of 8 (4 in single precision)."""
-    alignment = 8 if query.dtype in _HALF else 4
-    return (
-        query.dtype in (*_HALF, torch.float32)
-        and query.dim() == key.dim() == value.dim() == 4
-        and query.shape[:2] == key.shape[:2]
-        and query.shape[-1] == key.shape[-1]
-        and query.shape[-1] % alignment == value.shape[-1] % alignment == 0
-    )
-
-
-def _bias(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
-    """Return the mask that is added to the scores, or None without a mask. A boolean mask becomes one of the
-    query's dtype with 0 for True and -inf for False, as the kernel's caller in torch does it."""
-    if mask is None or mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), float("-inf"))
 
 
 def _dropout(input: torch.Tensor, p: float, train: bool) -> torch.Tensor:  # noqa: A002 - torch's own name

@@ -39,6 +39,8 @@ class DeviceKind:
     - ``bitsandbytes``: bitsandbytes has kernels for it.
     - ``runs_cuda``: code that was written for ``torch.cuda``, as parts of engines are, runs on it.
     - ``checked``: predictions were compared with measurements on devices of this kind.
+    - ``gpu_target``: the architecture for which torch compiles the device's kernels, as
+      ``torch.cuda.get_arch_list`` names it: "sm_75" for compute capability 7.5, AMD's "gfx942"; "": unknown.
     """
 
     name: str
@@ -58,6 +60,7 @@ class DeviceKind:
     bitsandbytes: bool = False
     runs_cuda: bool = False
     checked: bool = False
+    gpu_target: str = ""
 
     def __post_init__(self) -> None:
         assert self.kernels in ("cpu", "cuda"), self.kernels
@@ -67,6 +70,16 @@ class DeviceKind:
     def is_host(self) -> bool:
         """Whether the device is the host's processor, so that its memory is the host's."""
         return self.name == HOST
+
+    @property
+    def compute_capability(self) -> tuple[int, int] | None:
+        """CUDA's compute capability, such as (8, 6), or None if it is unknown or not CUDA's."""
+        number = self.gpu_target.removeprefix("sm_")
+        return (int(number[:-1]), int(number[-1])) if number.isdigit() and len(number) > 1 else None
+
+    def with_target(self, gpu_target: str) -> DeviceKind:
+        """Return the kind for devices of this architecture."""
+        return dataclasses.replace(self, gpu_target=gpu_target)
 
 
 _KINDS: Final[dict[str, DeviceKind]] = {}
@@ -84,9 +97,12 @@ def device_kinds() -> tuple[DeviceKind, ...]:
 
 
 def device_kind(name: str) -> DeviceKind:
-    """Return the kind with torch's name ``name``, such as "cuda". A kind that nobody has added counts as one
-    with CUDA's kernels, unchecked."""
-    return _KINDS.get(name) or DeviceKind(name=name)
+    """Return the kind with torch's name ``name``, such as "cuda", or that for devices of one architecture
+    (`Device.trace_kind`), such as "cuda:sm_75". A kind that nobody has added counts as one with CUDA's
+    kernels, unchecked."""
+    name, _, gpu_target = name.partition(":")
+    kind = _KINDS.get(name) or DeviceKind(name=name)
+    return kind.with_target(gpu_target) if gpu_target else kind
 
 
 add_device_kind(

@@ -68,7 +68,8 @@ class Device:
     """
 
     name: str
-    kind: str  # torch's name, such as "cpu" or "cuda"; determines the kernels in a trace
+    kind: str  # torch's name, such as "cpu" or "cuda"
+    gpu_target: str = ""  # for which torch compiles its kernels (`DeviceKind.gpu_target`); "": unknown
     memory_bytes: Fact
     bandwidth_bytes_s: Fact | None = None
     peak_flops: Mapping[str, Fact] = dataclasses.field(default_factory=dict)  # dense, by dtype name
@@ -86,6 +87,11 @@ class Device:
     # memory.
     efficiency_ratio: Mapping[str, Fact] = dataclasses.field(default_factory=dict)
     embodied_kg: Fact | None = None  # CO2 equivalent of its manufacture
+
+    @property
+    def trace_kind(self) -> str:
+        """The kind and the architecture, such as "cuda:sm_75", which determine the kernels in a trace."""
+        return f"{self.kind}:{self.gpu_target}" if self.gpu_target else self.kind
 
     @property
     def is_host(self) -> bool:

@@ -213,7 +213,7 @@ def report(
     depends on the length.
     """
     batch, longest = min(batch, len(lengths)), int(lengths.max())
-    model = peak_model(job, plan, longest, machine.device.kind)
+    model = peak_model(job, plan, longest, machine.device.trace_kind)
     held_out, margin = _compare_with_traces(job, plan, machine, model, (batch, longest))
 
     def fits(peak_bytes: int) -> bool:

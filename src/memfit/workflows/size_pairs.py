@@ -131,7 +131,9 @@ def report_pairs(
         return load(ref.with_sizes(dict(zip(names, (first, second), strict=True))))
 
     points = [SizePair(first=a, second=b) for a in _grid(steps[:, 0]) for b in _grid(steps[:, 1])]
-    model = fit(points, [trace(job_at(p.first, p.second), plan, device=machine.device.kind) for p in points])
+    model = fit(
+        points, [trace(job_at(p.first, p.second), plan, device=machine.device.trace_kind) for p in points]
+    )
     peaks = np.array([model.peak_bytes(SizePair(first=int(a), second=int(b))) for a, b in steps])
     order = np.argsort(peaks, kind="stable")
     places = {name: order[int(np.ceil(share * len(order))) - 1] for name, share in QUANTILES.items()}
