@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -83,6 +85,16 @@ def words(blocks: int = 3, *, tied: bool = False) -> Job:
         blocks="blocks",
         head="head",
     )
+
+
+def even_words() -> Job:
+    """Like `words`, with equally many labels in all rows."""
+
+    def make_batch(step: int, seed: int) -> dict[str, torch.Tensor]:
+        batch = words_batch(step, seed)
+        return {**batch, "labels": batch["tokens"]}
+
+    return dataclasses.replace(words(), make_batch=make_batch)
 
 
 def regression(model: type[nn.Module] | None = None) -> Job:

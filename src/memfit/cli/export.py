@@ -169,12 +169,13 @@ class ExportOptions:
         str,
         typer.Option(
             metavar="NAME,...",
-            help="With --script and --to torchrun, slurm, k8s or skypilot: the parts of the plan that your "
-            "script applies itself, because no written file does. Their names, separated by commas: of "
-            "techniques, such as activation-checkpointing, or clipping for gradient clipping; all: every "
-            "such part. Default: none. The export is refused until every such part is named; the error lists "
-            "the names. Any other name is refused. Without --script, or with another --to, the plan has no "
-            "such part, so that only all is accepted, without effect.",
+            help="With --script, or --to trainer, torchtitan or openfold: the parts of the plan that your "
+            "training code applies itself, because no written file does. Their names, separated by commas: "
+            "techniques, such as activation-checkpointing; clipping for gradient clipping; loss-terms for "
+            "losses weighted by the job's loss_terms, which libraries do not know; all: every such part. "
+            "Default: none. The export is refused until every such part is named; the error lists the names. "
+            "Any other name is refused. Without --script, --to trainer, torchtitan and openfold have at most "
+            "loss-terms, and other targets none, so that only all is accepted, without effect.",
         ),
     ] = ""
 
@@ -193,7 +194,7 @@ def export(
     would use."""
     from memfit.export.base import Handover
     from memfit.export.readme import dependence_line
-    from memfit.export.script_steps import check_acknowledged, script_steps
+    from memfit.export.script_steps import check_acknowledged, loss_terms_step, script_steps
     from memfit.export.targets import LIBRARIES, TARGETS, bundle
     from memfit.export.user_settings import read_user_files
     from memfit.export.write import check_folder, write
@@ -219,12 +220,13 @@ def export(
     elif open_budget(plan) is not None:
         with Bars("en") as progress:
             plan = resolve_plan(request(job, search_options, runtime), plan, progress)
-    config, job_file, user_files, dependence = _launch(
+    config, job_file, user_files, dependence, loaded = _launch(
         job, search_options.engine or "native", plan, runtime, _checkpoint_settings(options), user_files
     )
     steps = script_steps(config.spec) if script_words and target not in LIBRARIES else ()
+    if not by_worker and (weights := loss_terms_step(loaded, plan, trainer=target == "trainer")) is not None:
+        steps += (weights,)
     applied = tuple(name for part in options.script_applies.split(",") if (name := part.strip()))
-    check_acknowledged(steps, applied, script=script_words[0] if script_words else "")
     handover = Handover(
         config=config,
         nodes=options.nodes,
@@ -236,8 +238,10 @@ def export(
         claim=options.claim,
         user_files=user_files,
         dependence=dependence,
+        script_steps=steps,
         own_files={"plan.yaml": plan_text(plan), **(script_file if script_words else job_file)},
     )
+    check_acknowledged(steps, applied, script=handover.training_code)
     files = bundle(target, handover)
     write(options.out, files, force=options.force)
     if output.json:
@@ -245,23 +249,22 @@ def export(
         summary = {"folder": str(options.out), "files": sorted(files)}
         emit({**summary, "script_steps": step_texts, "dependence": caution})
     else:
-        _print_written(options.out, sorted(files), handover, steps)
+        _print_written(options.out, sorted(files), handover)
 
 
 def _print_written(
     out: Path,
     files: Sequence[str],
     handover: memfit.export.base.Handover,
-    steps: Sequence[memfit.export.script_steps.ScriptStep],
 ) -> None:
     from memfit.export.readme import dependence_line
 
     print(f"{out}: {', '.join(files)}")
     if (caution := dependence_line(handover)) is not None:
         print(caution)
-    if steps:
-        print(f"{handover.script[0]} must apply these parts of the plan itself:")
-    for step in steps:
+    if handover.script_steps:
+        print(f"{handover.training_code} must apply these parts of the plan itself:")
+    for step in handover.script_steps:
         print(f"  {step.name}: {step.text}")
     if handover.user_files is not None:
         for sentence in handover.user_files.unused_norms:
@@ -331,13 +334,14 @@ def _launch(
     dict[str, str],
     memfit.export.base.UserFiles | None,
     memfit.types.dependence.SampleDependence | None,
+    memfit.types.job.Job,
 ]:
     """Return (the launch to export; name -> text of the user's job file and of the modules beside it that it
     imports, empty for a built-in or hf: job; ``user_files`` with ``job_clip`` filled in, or None; how the
-    samples of a batch depend on each other, None if the plan does not split the batch). Raises UserError for
-    the engine replay, which does not train, for a plan that the engine does not support, for a plan that
-    splits the batch and would thereby weight the terms of the loss wrongly, for a job that cannot be loaded,
-    and for job files that cannot be copied (see `_file_texts`)."""
+    samples of a batch depend on each other, None if the plan does not split the batch; the job). Raises
+    UserError for the engine replay, which does not train, for a plan that the engine does not support, for a
+    plan that splits the batch and would thereby weight the terms of the loss wrongly, for a job that cannot
+    be loaded, and for job files that cannot be copied (see `_file_texts`)."""
     from memfit.engines.registry import render, supporting_engine
     from memfit.jobs.registry import load
     from memfit.planner.request import model_sizes
@@ -377,7 +381,7 @@ def _launch(
         evaluate=plan.ranks == 1,
         keep=keep,
     )
-    return render(spec), job_files, user_files, dependence
+    return render(spec), job_files, user_files, dependence, loaded
 
 
 def _dependence(job: memfit.types.job.Job, plan: Plan) -> memfit.types.dependence.SampleDependence | None:

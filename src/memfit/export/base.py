@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from memfit.export.script_steps import ScriptStep
 from memfit.lint.clipping import NORMS, ClippingSetting
 from memfit.lint.draft import Conversion
 from memfit.lint.parse import Setup
@@ -85,7 +86,8 @@ class Handover:
     program and that no target renders: the plan, and the user's program or job with the modules that it
     imports. ``user_files``: the user's own configuration, whose settings the export keeps; None if there is
     none. ``kept``: what became of these settings; None before they are merged. ``dependence``: whether the
-    job's samples depend on each other; None if the plan does not split the batch. Raises UserError if one of
+    job's samples depend on each other; None if the plan does not split the batch. ``script_steps``: what the
+    user's own training code must do because no exported file does. Raises UserError if one of
     ``own_files`` has the name of a file of ``config``, if ``nodes`` is below 1, or if the ranks cannot be
     split evenly over the nodes.
     """
@@ -97,6 +99,7 @@ class Handover:
     user_files: UserFiles | None = None
     kept: UserSettings | None = None
     dependence: SampleDependence | None = None
+    script_steps: tuple[ScriptStep, ...] = ()
     max_restarts: int = 3  # how many times the launcher restarts all ranks after a failure
     gpu: str = ""  # SkyPilot's name of the accelerator
     image: str = ""  # the container image
@@ -120,6 +123,11 @@ class Handover:
     @property
     def plan(self) -> Plan:
         return self.config.spec.plan
+
+    @property
+    def training_code(self) -> str:
+        """What trains instead of memfit's worker: the script's name, or "your training code"."""
+        return self.script[0] if self.script else "your training code"
 
     @property
     def per_node(self) -> int:

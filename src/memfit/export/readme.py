@@ -8,7 +8,7 @@ from pathlib import Path
 from memfit.engines import deepspeed
 from memfit.export import openfold, torchtitan
 from memfit.export.base import RUN, Files, Handover
-from memfit.export.script_steps import script_steps
+from memfit.export.script_steps import LOSS_TERMS
 from memfit.export.torchtitan import newer_cannot
 from memfit.techniques.registry import effect_of
 
@@ -86,13 +86,19 @@ def dependence_line(handover: Handover) -> str | None:
 
 
 def _script_lines(handover: Handover) -> Iterator[str]:
-    steps = script_steps(handover.config.spec) if handover.script else ()
+    steps = handover.script_steps
     if not steps:
         return
-    yield f"\n## What {handover.script[0]} must do itself\n"
+    yield f"\n## What {handover.training_code} must do itself\n"
     yield "No file here applies these steps; `--script-applies` declared that the script does:\n"
     yield from (f"- `{step.name}`: {step.text}" for step in steps)
-    yield "\n`memfit.conform(model, optimizer, 'plan.yaml', step=one_step)` checks it on every rank."
+    if names := [f"`{step.name}`" for step in steps if step.name != LOSS_TERMS]:
+        yield (
+            "\n`memfit.conform(model, optimizer, 'plan.yaml', step=one_step)` checks "
+            f"{', '.join(names)} on every rank."
+        )
+    if len(names) < len(steps):
+        yield f"\nNothing checks `{LOSS_TERMS}`."
 
 
 def _settings_lines(handover: Handover, files: Files) -> Iterator[str]:

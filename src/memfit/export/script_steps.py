@@ -4,16 +4,21 @@ them."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from memfit.engines import accelerate
 from memfit.engines.registry import ENGINES
-from memfit.techniques.registry import technique
+from memfit.techniques.rank_mesh import layout
+from memfit.techniques.registry import splits_batch, technique
 from memfit.types.errors import UserError, suggest
+from memfit.types.job import Job
 from memfit.types.launch import LaunchConfig, RunSpec
 from memfit.types.plan import Plan, Use
 
 CLIP = "clipping"  # the name under which a script acknowledges that it clips gradients
+LOSS_TERMS = "loss-terms"  # the name under which it acknowledges that it weights losses by their terms
+_BATCHES = 4  # whose parts are compared: if all have equally many terms, no weights are needed
 _SPLIT = "gradient-accumulation"
 _BUCKETS = (
     "Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(bucket_cap_mb={bucket_mib}, "
@@ -23,8 +28,9 @@ _BUCKETS = (
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ScriptStep:
-    """A part of the plan that the user's script must implement itself. ``name``: the technique, or "clipping"
-    for gradient clipping. ``text``: what the script must call or do, for a person to read."""
+    """A part of the plan that the user's script must implement itself. ``name``: the technique, "clipping"
+    for gradient clipping, or "loss-terms" for the weights of losses. ``text``: what the script must call or
+    do, for a person to read."""
 
     name: str
     text: str
@@ -35,6 +41,42 @@ def script_steps(spec: RunSpec) -> tuple[ScriptStep, ...]:
     applies them: techniques, in the plan's order, and last gradient clipping if the run clips. With
     Accelerate, ddp is one of them if its buckets are not those of torch's default, which no file sets."""
     return tuple(_steps(spec))
+
+
+def loss_terms_step(job: Job, plan: Plan, *, trainer: bool = False) -> ScriptStep | None:
+    """Return the step "loss-terms": the user's own training code must weight the loss of each part of a batch
+    by its number of loss terms, as memfit does, because libraries weight all parts alike. None if ``plan``
+    does not split the batch, if the job has no ``loss_terms``, or if all parts of each of its first batches
+    have equally many. ``trainer``: whether the Trainer of transformers trains."""
+    if job.loss_terms is None or not splits_batch(plan):
+        return None
+    ranks = layout(plan).data if plan.ranks > 1 else 1
+    parts = math.prod(int(u.settings.get("micro_batches", 1)) for u in plan.uses)
+    if not any(_terms_differ(job, step, ranks * parts) for step in range(_BATCHES)):
+        return None
+    factor = "terms / step_terms" if ranks == 1 else f"{ranks} * terms / step_terms"
+    text = (
+        f"multiply the mean loss of each micro-batch by {factor} before backward; terms is the job's "
+        f"loss_terms of the micro-batch, step_terms that of the whole step ({ranks * parts} micro-batches"
+        + (f" on {ranks} ranks)" if ranks > 1 else ")")
+    )
+    if parts > 1:
+        library = "the Trainer does" if trainer else "DeepSpeed and Accelerate do"
+        text += f"; and by {parts} if the library divides each loss by {parts}, as {library}"
+    if trainer:
+        text += (
+            "; for a model that accepts num_items_in_batch the Trainer does all this itself, if the terms "
+            "are the labels other than -100"
+        )
+    return ScriptStep(name=LOSS_TERMS, text=text)
+
+
+def _terms_differ(job: Job, step: int, parts: int) -> bool:
+    from memfit.model.batch_objects import batch_length, split
+
+    assert job.loss_terms is not None
+    batch = job.make_batch(step, 0)
+    return len({job.loss_terms(part) for part in split(batch, min(parts, batch_length(batch)))}) > 1
 
 
 def _steps(spec: RunSpec) -> Iterator[ScriptStep]:
@@ -84,7 +126,7 @@ def check_acknowledged(steps: Sequence[ScriptStep], acknowledged: Sequence[str],
     """Check that the user declared, with ``--script-applies``, that the script does each of ``steps``:
     ``acknowledged`` must have its name, or "all". Raises UserError for a name in ``acknowledged`` that is
     neither "all" nor one of ``steps``, and with a list of the steps that are not declared. ``script``: the
-    file name for the message."""
+    file name for the message, or a description."""
     names = [step.name for step in steps]
     for name in acknowledged:
         if name not in (*names, "all"):
