@@ -677,7 +677,7 @@ generator = nn.Sequential(nn.Linear(16, 512), nn.ReLU(), nn.Linear(512, 512), nn
 critic = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
 of_critic = torch.optim.RMSprop(critic.parameters(), lr=1e-4)
 of_generator = torch.optim.Adam(generator.parameters(), lr=1e-4)
-for step in range(100):
+for step in range(200):
     with torch.no_grad():
         made = generator(torch.randn(64, 16))
     of_critic.zero_grad()
@@ -741,12 +741,144 @@ def test_an_optimizer_of_a_sparse_update_after_one_backward_pass_is_awaited(tmp_
 def test_an_optimizer_that_makes_no_step_is_said_and_in_the_upper_end(tmp_path: Path) -> None:
     text = _ADVERSARIAL.format(period=1000)
     answer = _estimated(tmp_path / "late.py", text, machine="H100-SXM")
-    assert any("Adam of 304,192 parameters made no update in the first 64" in note for note in answer.notes)
+    assert any("Adam of 304,192 parameters made no update in the first 128" in note for note in answer.notes)
     assert answer.estimate is not None
     peak, device = answer.estimate.allocated_bytes, answer.estimate.device_bytes
     assert peak.high > peak.value + 3 * 304_192 * 4
     assert device is not None
     assert device.high > device.value + 3 * 304_192 * 4  # decides whether it fits
+
+
+_RANGE_TEST = """
+import torch
+from torch import nn
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 8))
+def train(optimizer, batch, steps):
+    for _ in range(steps):
+        loss = model(torch.randn(batch, 64)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+class Trials:
+    def __init__(self, model):
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    def run(self, steps):
+        train(self.optimizer, 8, steps)
+"""
+_FINDERS = {
+    "made before": "adam = torch.optim.AdamW(model.parameters())\nTrials(model).run(20)\ntrain(adam, 512, 4)",
+    "made after": "Trials(model).run(20)\nadam = torch.optim.AdamW(model.parameters())\ntrain(adam, 512, 4)",
+    "one line": "Trials(model).run(100); train(torch.optim.AdamW(model.parameters()), 512, 4)",
+    "in a function": """
+def main():
+    finder = Trials(model)
+    for _ in range(1):
+        finder.run(5)
+    with torch.enable_grad():
+        try:
+            adam = torch.optim.AdamW(model.parameters())
+            for epoch in range(2):
+                train(adam, 512, 2)
+        finally:
+            print("end")
+if __name__ == "__main__":
+    main()
+""",
+    "the same optimizer": """
+adam = torch.optim.AdamW(model.parameters())
+train(adam, 8, 10)
+for step in range(4):
+    train(adam, 512, 1)
+""",
+}
+
+
+_FINDER_STEPS = dict(zip(_FINDERS, (24, 24, 104, 9, 14), strict=True))
+
+
+@_counts
+@pytest.mark.parametrize("finder", _FINDERS)
+def test_the_training_after_a_range_test_of_the_learning_rate_is_predicted(
+    finder: str, tmp_path: Path
+) -> None:
+    answer = _estimated(tmp_path / "finder.py", _RANGE_TEST + _FINDERS[finder])
+    script = local_script("finder", f"python {tmp_path}/finder.py")
+    measured = measure(script, tmp_path, tmp_path, repeats=1, steps=_FINDER_STEPS[finder])
+    assert answer.optimizers == ("AdamW",)
+    assert _peak_bytes(answer) == pytest.approx(
+        max(step["peak_bytes"] for rank in measured["ranks"] for step in rank["steps"]), rel=0.01
+    )
+
+
+def test_a_later_training_that_is_not_reached_is_said_and_in_the_upper_end(tmp_path: Path) -> None:
+    text = _RANGE_TEST + "Trials(model).run(1000)\ntrain(torch.optim.AdamW(model.parameters()), 512, 4)"
+    answer = _estimated(tmp_path / "finder.py", text)
+    assert any("may train again at finder.py:18, after its first 128" in note for note in answer.notes)
+    assert answer.estimate is not None
+    parameters_bytes = 4 * (64 * 512 + 512 * 512)
+    assert answer.estimate.allocated_bytes.high > _peak_bytes(answer) + 2 * parameters_bytes
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        "with torch.no_grad():\n    for _ in range(3): model(torch.randn(8, 64))",
+        "def unused():\n    train(adam, 512, 4)",
+        """x = torch.randn(8, 64, requires_grad=True)
+model(x).sum().backward()""",
+    ],
+    ids=["evaluation", "a function", "an attack"],
+)
+def test_code_after_the_training_that_trains_nothing_is_not_awaited(after: str, tmp_path: Path) -> None:
+    text = _RANGE_TEST + f"adam = torch.optim.AdamW(model.parameters())\ntrain(adam, 16, 9)\n{after}"
+    answer = _estimated(tmp_path / "after.py", text, whole_trace=True)
+    assert answer.trace is not None
+    assert answer.trace.steps == 2
+    assert answer.notes == ()
+
+
+def test_an_optimizer_that_wraps_the_one_that_steps_is_not_awaited(tmp_path: Path) -> None:
+    text = """
+    class Outer(torch.optim.Optimizer):
+        def __init__(self, inner):
+            super().__init__([p for g in inner.param_groups for p in g["params"]], {})
+            self.inner = inner
+        def update(self):
+            self.inner.step()
+    adam = torch.optim.AdamW(model.parameters())
+    outer = Outer(adam)
+    for _ in range(9):
+        model(torch.randn(16, 64)).sum().backward()
+        outer.update()
+    """
+    answer = _estimated(tmp_path / "outer.py", _RANGE_TEST + textwrap.dedent(text), whole_trace=True)
+    assert answer.trace is not None
+    assert answer.trace.steps == 2
+    assert answer.notes == ()
+
+
+@_counts
+def test_batches_of_a_loop_that_differ_from_step_to_step_are_followed(tmp_path: Path) -> None:
+    """A recurrent network over pieces of a text: the first two may be short."""
+    text = """
+        import torch
+        from torch import nn
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 64))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for rows in (64, 66, 64, 70, 256, 64):
+            model(torch.randn(rows, 64)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        """
+    answer = _estimated(tmp_path / "pieces.py", text)
+    script = local_script("pieces", f"python {tmp_path}/pieces.py")
+    measured = measure(script, tmp_path, tmp_path, repeats=1, steps=6)
+    assert any("the largest of the first 6 steps is in the prediction" in note for note in answer.notes)
+    assert _peak_bytes(answer) == pytest.approx(
+        max(step["peak_bytes"] for rank in measured["ranks"] for step in rank["steps"]), rel=0.01
+    )
 
 
 _GROWING = """

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from typing import Any
 
 from memfit.model.batch_objects import batch_tensors
 
 _MOST_BATCHES = 32
 _LIMIT_S = 5.0
+ALIKE_RATIO = 1.02  # batches that differ by less are of one size
 _PREFETCHED = 2  # DataLoader's prefetch_factor by default
 
 
@@ -20,6 +22,9 @@ class BatchSizes:
 
     def __init__(self) -> None:
         self.traced_bytes = self.largest_bytes = 0
+        # of each step without a loader: of the first, second, ... tensor with which its models are called
+        self.step_bytes: list[Counter[int]] = [Counter()]
+        self._begin_s = 0.0  # when the first of these steps ended
         self._loader: Any = None
         self._is_closed = False
         self.problem = ""  # what ended the look at further batches, if the script's data set failed
@@ -32,6 +37,31 @@ class BatchSizes:
         self.traced_bytes = max(size_bytes, self.traced_bytes) if loader is self._loader else size_bytes
         self.largest_bytes = self.traced_bytes
         self._loader = loader
+
+    def note_call(self, arguments: Any) -> None:
+        """Note what the script's loop gives to a model that it trains."""
+        if self._loader is None:
+            tensors = enumerate(batch_tensors(arguments))
+            self.step_bytes[-1] |= Counter({i: t.numel() * t.element_size() for i, t in tensors})
+
+    def close_step(self, *, has_begun_anew: bool) -> None:
+        """Note the end of a step. ``has_begun_anew``: the steps before it belong to another training."""
+        self._begin_s = self._begin_s or time.monotonic()
+        self.step_bytes = [*self.step_bytes[-1 if has_begun_anew else 0 :], Counter()]
+
+    @property
+    def loop_ratio(self) -> float:
+        """The size of the largest batch as a ratio to the smallest, by the tensor that differs most, if the
+        script's loop makes the batches; 1 otherwise."""
+        steps = list(filter(None, self.step_bytes)) if self._loader is None else []
+        sizes = [[step[i] for step in steps] for i in (set.intersection(*map(set, steps)) if steps else ())]
+        return max((max(s) / min(s) for s in sizes), default=1.0)
+
+    @property
+    def needs_steps(self) -> bool:
+        """Whether further steps must show how large the batches of the script's loop become: they differ."""
+        is_long = len(self.step_bytes) > _MOST_BATCHES or time.monotonic() > self._begin_s + _LIMIT_S
+        return not is_long and self.loop_ratio > ALIKE_RATIO
 
     def shared(self) -> tuple[int, int]:
         """Return (number, bytes of one) of the batches that lie in shared memory at once, if the loader has

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from memfit.capture.batch_sizes import ALIKE_RATIO
 from memfit.capture.device_redirect import DeviceRedirect, device_patches
 from memfit.capture.estimate import COLOURS, traced_file
 from memfit.capture.kept_memory import peak_growth_bytes
@@ -56,7 +57,6 @@ _ONE_THREAD = {"HF_DEACTIVATE_ASYNC_LOAD": "1"}
 _THREAD_LIMIT_S = 10.0
 # Its plan names operators by their order in the script's step, which an edit of the script changes.
 _NOT_FOR_SCRIPTS = ("optimal-checkpointing",)
-_ALIKE_RATIO = 1.02  # batches that differ by less are of one size
 _SPARSE_ERROR = 0.15  # of the peak of steps with sparse gradients: the largest of three scripts was 0.11
 _ADAM_RATIO = 2.0  # bytes of optimizer state by those of parameters
 _NODE_BYTES = 512  # of a node of autograd's graph, in host memory
@@ -309,10 +309,16 @@ class _Session:
             for optimizer in cycle.once():
                 more_bytes += _state_bytes(optimizer)
                 self.notes.append(f"{_optimizer_text(optimizer)} made one update only in the traced steps")
+        passes = (Category.ACTIVATION, Category.TEMPORARY)
+        passes_bytes = sum(estimate.at_peak_bytes.get(str(category), 0) for category in passes)
+        if cycle.later:
+            more_bytes += max(0.0, _ADAM_RATIO - ratio) * params_bytes + passes_bytes
+            self.notes.append(
+                f"the script may train again at {cycle.later}, after its first {cycle.count} updates: what "
+                "that training needs is not known, and the upper end of the peak is a guess"
+            )
         for optimizer in cycle.awaited():
-            passes = (Category.ACTIVATION, Category.TEMPORARY)
-            more_bytes += (1 + max(ratio, _ADAM_RATIO)) * _bytes(params_of(optimizer))
-            more_bytes += sum(estimate.at_peak_bytes.get(str(category), 0) for category in passes)
+            more_bytes += (1 + max(ratio, _ADAM_RATIO)) * _bytes(params_of(optimizer)) + passes_bytes
             self.notes.append(
                 f"{_optimizer_text(optimizer)} made no update in the first {cycle.count} of the script: what "
                 "its step needs is not known, and the upper end of the peak is a guess"
@@ -338,11 +344,18 @@ class _Session:
         typical, most, count = batches.ratios()
         if batches.problem:
             self.notes.append(f"not all batches could be compared in size: {batches.problem}")
-        if max(most, 1 / typical) < _ALIKE_RATIO:
+        if batches.loop_ratio > ALIKE_RATIO:
+            self.notes.append(
+                f"batches that the script's loop makes differ in size: the largest of the first "
+                f"{len(batches.step_bytes) - 1} steps is in the prediction, and a later one may be larger"
+            )
+            largest_bytes = max(step.total() for step in batches.step_bytes)
+            return widened(estimate, high=peak_with_batch(estimate, batches.loop_ratio, largest_bytes))
+        if max(most, 1 / typical) < ALIKE_RATIO:
             return estimate
         typical_bytes = peak_with_batch(estimate, typical, batches.traced_bytes)
         most_bytes = peak_with_batch(estimate, most, batches.traced_bytes)
-        if most >= _ALIKE_RATIO:
+        if most >= ALIKE_RATIO:
             self.largest_batch_ratio = most
             self.notes.append(
                 f"batches of the script differ in size: of {count} in an epoch, the largest is {most:.2f} "

@@ -348,6 +348,8 @@ class ScriptTrace:
                 self._close_backward()
                 self.recorder.phase(Phase.FORWARD)
             self.forwards += 1
+            if torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()):
+                self.batches.note_call((args, kwargs))
         with self.region():
             out = call(*self.as_fake(args), **self.as_fake(kwargs))
         if self.begun:
@@ -416,6 +418,8 @@ class ScriptTrace:
     def _close_update(self) -> None:
         if self.cycle.close(has_pass=bool(self.forwards or self.micro_batches)):
             self.accumulated, self.micro_batches, self.forwards = max(1, self.micro_batches), 0, 0
+            if self.cycle.has_begun_anew:  # plans are for the training that has begun
+                self.calls, self._items = StepCalls(self._note_item), {}
             self._close_step(is_over=self.cycle.is_over)
 
     def _close_step(self, *, is_over: bool) -> None:
@@ -424,7 +428,8 @@ class ScriptTrace:
         self.recorder.phase(Phase.SETUP)
         self.kept.close_step()
         self.other_bytes = self._other_bytes()
-        if is_over and not self.kept.needs_steps:
+        self.batches.close_step(has_begun_anew=self.cycle.has_begun_anew)
+        if is_over and not (self.kept.needs_steps or self.batches.needs_steps):
             self.on_traced()
         self.recorder.next_step()
 

@@ -6,11 +6,13 @@ import time
 import weakref
 from typing import Any
 
+from memfit.capture.later_training import later_training
 from memfit.capture.tensors import is_fake
 
 _STEPS = 2  # the second has the optimizer state that the first one made
-# How long an optimizer is awaited that has made fewer, such as that of a generator behind its critic.
-_MOST_UPDATES, _LIMIT_S = 64, 60.0
+# How long an optimizer is awaited that has made fewer, such as that of a generator behind its critic, and a
+# later training. The range tests of torch-lr-finder, Lightning and fastai have 100 updates.
+_MOST_UPDATES, _LIMIT_S = 128, 60.0
 _IN_BACKWARD = 0  # stands for the optimizers that are called inside a backward pass, one per parameter
 
 
@@ -21,13 +23,18 @@ class UpdateCycle:
 
     ``made``: the optimizers that the script has made. ``optimizers``: those that have made updates, by id.
     ``is_over``: the last traced step was a whole cycle, and every optimizer has made two updates; or those
-    that have not were awaited long enough.
+    that have not were awaited long enough. ``later``: where the script may train again (`later_training`).
+    Updates before that training are those of another one, such as a range test of the learning rate, and do
+    not count once it has begun.
     """
 
     def __init__(self) -> None:
         self.made: weakref.WeakSet[Any] = weakref.WeakSet()
         self.optimizers: dict[int, Any] = {}
         self.is_over = False
+        self.later = ""
+        self.has_begun_anew = False  # with the last step: the updates before it do not count
+        self._earlier: weakref.WeakSet[Any] = weakref.WeakSet()  # optimizers of an earlier training
         self._inner: list[Any] = []  # called by others, such as that of a sharpness-aware one
         self._updates: dict[int, int] = {}  # number of them, by id
         self._recent: set[int] = set()  # have made an update since the last call of `close`
@@ -63,19 +70,37 @@ class UpdateCycle:
             return False
         self._begin_s = self._begin_s or time.monotonic()
         self._closes += 1
+        self._note_training(recent)
         least = min(self._updates.values())
         is_long = self._closes >= _MOST_UPDATES or time.monotonic() > self._begin_s + _LIMIT_S
         if min(self._updates[key] for key in recent) > least and not is_long:
             return False
-        is_whole = least >= _STEPS and bool(recent & self._closers) and not self.awaited()
+        is_whole = least >= _STEPS and bool(recent & self._closers) and not self.later and not self.awaited()
         self.is_over = is_whole or (is_long and self.count >= _STEPS)
         self._closers = recent
         return True
 
+    def _note_training(self, recent: set[int]) -> None:
+        """Note where the script may train again. If it has begun to, count anew from ``recent`` updates."""
+        before, self.later = self.later, later_training()
+        self.has_begun_anew = bool(before) and not self.later
+        if self.has_begun_anew:
+            self._earlier.update(o for key, o in self.optimizers.items() if key not in recent)
+            self.optimizers = {key: o for key, o in self.optimizers.items() if key in recent}
+            self._updates = dict.fromkeys(recent, 1)
+
     def awaited(self) -> list[Any]:
-        """Return the optimizers that have made no update, and have parameters that no other has updated."""
-        updated = {id(p) for o in (*self.optimizers.values(), *self._inner) for p in params_of(o)}
-        return [o for o in self.made if any(is_fake(p) and id(p) not in updated for p in params_of(o))]
+        """Return the optimizers that have made no update, but those that wrap another, or are wrapped. If
+        updates are made in backward, one of all parameters may have nothing left to do."""
+        active = [*self.optimizers.values(), *self._inner, *self._earlier]
+        seen = {id(thing) for o in active for thing in (o, *o.param_groups)}
+        done = {id(p) for o in active for p in params_of(o)} if _IN_BACKWARD in self._updates else set()
+        return [
+            o
+            for o in self.made
+            if not any(id(thing) in seen for thing in (o, *o.param_groups, *vars(o).values()))
+            and any(is_fake(p) and id(p) not in done for p in params_of(o))
+        ]
 
     def once(self) -> list[Any]:
         """Return the optimizers that have made one update only."""
