@@ -1496,6 +1496,93 @@ def test_plans_count_outputs_that_a_loop_keeps_in_backward_and_until_the_next_on
     assert edited > 2 * kept_bytes
 
 
+_MODULES = """
+    import torch
+    from torch import nn
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.router, self.layers, self.seen = nn.Linear(64, 4), nn.Linear(64, 2048), []
+        def forward(self, x):
+            weights = self.router(x).softmax(-1)
+            self.balance = weights.mean(0).square().sum()
+            self.seen.append({{"entropy": (weights * weights.log()).sum(-1).mean()}})
+            return self.layers(x) * weights[:, :1]
+    class Agent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.actor, self.critic = nn.Linear(64, 2048), nn.Linear(2048, 64), nn.Linear(2048, 1)
+            self.log_std = nn.Parameter(torch.zeros(1, 64))
+        def act(self, x):
+            hidden = self.body(x).tanh()
+            return torch.distributions.Normal(self.actor(hidden), self.log_std.exp()), self.critic(hidden)
+    class Buffer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers, self.states = nn.Linear(64, 2048), {{}}
+        def forward(self, x):
+            self.states["hidden"] = self.layers(x)
+            return self.states["hidden"].sigmoid()
+    model = {model}
+    optimizer = torch.optim.Adam(model.parameters())
+    for _ in range(4):
+        inputs = torch.randn(512, 64)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled={enabled}):
+            {loss}
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+"""
+
+
+@pytest.mark.parametrize(
+    ("model", "loss"),
+    [
+        ("Experts()", "loss = model(inputs).square().mean() + model.balance + model.seen[-1]['entropy']"),
+        (
+            "nn.Sequential(Buffer())",
+            "loss = model(inputs).mean() + model[0].states['hidden'].square().mean()",
+        ),
+        (
+            "Agent()",
+            "of, value = model.act(inputs); loss = value.view(512, -1).mean() - of.log_prob(inputs).mean()",
+        ),
+    ],
+    ids=["results in attributes", "results in a dictionary", "an agent of several modules"],
+)
+def test_plans_are_searched_for_steps_that_use_what_a_module_holds(
+    model: str, loss: str, tmp_path: Path
+) -> None:
+    text = {e: _MODULES.format(model=model, loss=loss, enabled=e) for e in (True, False)}
+    without = tuple(n for n in TECHNIQUES if n not in ("bf16-autocast", "gradient-accumulation"))
+    search = PlanSearch(cap_bytes=2**30, within_s=5, without=without)
+    answer = _estimated(tmp_path / "train.py", text[False], search=search)
+    assert answer.plans is not None, answer.no_plans
+    edited = _peak_bytes(_estimated(tmp_path / "edited.py", text[True]))
+    plans = {c.estimate.plan.label: c.estimate.allocated_bytes.value for c in answer.plans.frontier}
+    assert plans["bf16-autocast"] == pytest.approx(edited, rel=0.02)
+
+
+def test_a_step_without_plans_names_the_line_of_the_tensor_that_prevents_them(tmp_path: Path) -> None:
+    text = """
+        import torch
+        from torch import nn
+
+        teacher, model = nn.Linear(64, 64).requires_grad_(False), nn.Linear(64, 64)
+        optimizer = torch.optim.Adam(model.parameters())
+        for _ in range(4):
+            inputs = torch.randn(512, 64)
+            wanted = teacher(inputs)
+            loss = (model(inputs) - wanted).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        """
+    answer = _estimated(tmp_path / "train.py", text, search=PlanSearch(within_s=5))
+    assert "train.py:10" in answer.no_plans
+
+
 def test_no_plan_is_said_to_fit_below_what_a_script_needs_before_it_trains(tmp_path: Path) -> None:
     before = "with torch.no_grad(): nn.Linear(64, 256)(torch.randn(90_000, 64))"
     command = [sys.executable, _script(tmp_path, before=before, after="")]

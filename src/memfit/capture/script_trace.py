@@ -302,7 +302,7 @@ class ScriptTrace:
     @property
     def trains_loose(self) -> bool:
         """Whether optimizers train tensors that are in no module."""
-        in_modules = {id(p) for root in self._roots.values() for p in root.parameters()}
+        in_modules = {id(p) for module in existing(torch.nn.Module) for p in module._parameters.values()}
         return any(id(t) not in in_modules for _, t in self._trained())
 
     def adopt_states(self, optimizer: torch.optim.Optimizer) -> None:

@@ -20,15 +20,19 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
+from memfit.capture.kept_memory import existing
 from memfit.capture.tensors import KEPT_BUFFERS, is_fake, is_real
 from memfit.inputs import optimizer_of
 from memfit.jobs.user_job import guard_job
 from memfit.model.batch_objects import batch_length, batch_tensors, map_batch, repeat
 from memfit.techniques.deferred_logits import LazyLogits
 from memfit.trace.fake_copy import FakeCopies
+from memfit.trace.source_location import user_line
 from memfit.types.errors import UserError
 from memfit.types.job import Job
 
+_OF_MODULES = frozenset({"_parameters", "_buffers", "_modules", KEPT_BUFFERS})  # not the user's attributes
+_RESHAPES = frozenset({"reshape", "view"})
 _INIT_STD = 0.02  # of weights whose values are not known, where a trial computes with them
 
 
@@ -48,16 +52,26 @@ class _Item:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Param:
-    """Stands for a parameter or buffer of the model, by name."""
+class _Attribute:
+    """Stands for a parameter or buffer of ``module``, or a result that its forward has left there, by the
+    attribute's ``name`` and, of the tensors in it, the ``index`` from the last one."""
 
+    module: torch.nn.Module
     name: str
+    index: int = -1
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Rows:
+    """Stands for a first dimension of ``times`` the number of samples, which micro-batches have fewer of."""
+
+    times: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Call:
-    """One call of the loop. ``function`` None is the model. ``autocast`` is the dtype of the autocast around
-    it, or None."""
+    """One call of the loop. ``function`` is the model, or a module in it, if the call is one of its forward
+    pass. ``autocast`` is the dtype of the autocast around it, or None."""
 
     function: Any
     arguments: Any  # (args, kwargs) with stand-ins for tensors
@@ -85,6 +99,7 @@ class StepCalls:
         self._copies: WeakIdKeyDictionary = WeakIdKeyDictionary()  # copy on the device -> real tensor
         self._reshaped: WeakIdKeyDictionary = WeakIdKeyDictionary()  # real tensor -> (function, args, kwargs)
         self._loss: Any = None
+        self._paths: dict[int, str] = {}  # id of each module of the model -> its path
         # What the loop keeps while backward runs, and of that until the next forward pass has returned.
         self._kept_in_backward: set[_Output] | None = None
         self._kept_until_next: set[_Output] | None = None
@@ -117,15 +132,17 @@ class StepCalls:
             return
         if model is not None and self.model is None:
             self.model = model
-        elif model is not None and model is not self.model:
+        elif model is not None and not self._enclose(model):
             self.problem = (
                 f"the step trains several models ({type(self.model).__name__}, {type(model).__name__})"
             )
             return
         is_autocast = torch.is_autocast_enabled("cpu")
         arguments = _pytree.tree_map(self._stand_in, (args, kwargs), is_leaf=_is_packed)
+        if getattr(function, "__name__", "") in _RESHAPES:
+            arguments = self._with_rows(*arguments)
         call = _Call(
-            None if model is not None else function,
+            function if model is None else model,
             arguments,
             torch.get_autocast_dtype("cpu") if is_autocast else None,
             torch.is_grad_enabled(),
@@ -149,6 +166,16 @@ class StepCalls:
         if self._kept_in_backward is None:
             self._kept_in_backward = set(self._outputs.values())
 
+    def _with_rows(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Return the arguments of a reshape with `_Rows` for a first dimension that is a multiple of the
+        number of samples."""
+        first = next((len(t) for item in self.micro_batch for t in batch_tensors(item) if t.dim()), 0)
+        whole, *shape = args
+        shape = list(shape[0]) if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
+        if first > 1 and shape and isinstance(shape[0], int) and shape[0] >= first and shape[0] % first == 0:
+            args = (whole, _Rows(shape[0] // first), *shape[1:])
+        return args, kwargs
+
     def _stand_in(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             if (made := self._made(value)) is not None:
@@ -161,9 +188,13 @@ class StepCalls:
                 return self._outputs[value]
             if is_real(value):
                 return self._item(value)
-            if (name := self._parameter_name(value)) is not None:
-                return _Param(name)
-            self.problem = "the step uses a tensor that was computed before its forward pass"
+            if (attribute := self._attribute(value)) is not None:
+                return attribute
+            place = user_line()
+            self.problem = (
+                f"the step uses{f' in {place}' if place else ''} a tensor that no recorded call returned, "
+                "such as one that was computed before its forward pass"
+            )
             return None
         if batch_tensors(value):
             if _is_packed(value):  # its batch sizes must be a tensor, and no stand-in
@@ -194,11 +225,36 @@ class StepCalls:
         item: _Item = self._items[value]
         return item
 
-    def _parameter_name(self, value: torch.Tensor) -> str | None:
-        if self.model is None:
+    def _attribute(self, value: torch.Tensor) -> _Attribute | None:
+        """Return what stands for a tensor that a module of the model holds, else None."""
+        if self.model is None or (isinstance(value, torch.nn.Parameter) and not self._enclose(value)):
             return None
-        named = (*self.model.named_parameters(), *self.model.named_buffers())
-        return next((name for name, tensor in named if tensor is value), None)
+        for module in self.model.modules():
+            for name, held in (*module._parameters.items(), *module._buffers.items(), *vars(module).items()):
+                if name in _OF_MODULES:
+                    continue
+                leaves = [held] if isinstance(held, torch.Tensor) else _leaves(held)
+                for index, leaf in enumerate(leaves):
+                    if leaf is value:
+                        return _Attribute(module, name, index - len(leaves))
+        return None
+
+    def _enclose(self, part: torch.nn.Module | torch.nn.Parameter) -> bool:
+        """Let the model be the smallest module that contains the model so far and ``part``. Return whether
+        there is one."""
+        assert self.model is not None
+
+        def holds(module: torch.nn.Module) -> bool:
+            inner = list(module.modules())
+            tensors = [p for m in inner for p in m._parameters.values()]
+            return any(m is self.model for m in inner) and any(t is part for t in (*inner, *tensors))
+
+        if not holds(self.model):
+            holders = sorted(filter(holds, existing(torch.nn.Module)), key=lambda m: len(list(m.modules())))
+            if not holders:
+                return False
+            self.model = holders[0]
+        return True
 
     # -- the job --------------------------------------------------------------------------------------
 
@@ -219,6 +275,7 @@ class StepCalls:
             reason = self.problem or "no training step was seen"
             raise UserError(f"no plan can be searched for {name}: {reason}", hint=_HINT)
         model = _unwrap(self.model)
+        self._paths = {id(module): path for path, module in model.named_modules()}
         micro_batch = self.micro_batch[0] if len(self.micro_batch) == 1 else tuple(self.micro_batch)
         batch = repeat(micro_batch, micro_batches)
         job = Job(
@@ -234,34 +291,51 @@ class StepCalls:
         )
         return guard_job(job, "the script's training step")
 
+    def _kept_of(self, model: torch.nn.Module) -> dict[_Output, Any]:
+        """Return what the loop keeps of the last step of ``model`` until the next forward pass."""
+        kept: dict[_Output, Any] = self._kept.setdefault(model, {})
+        for output in kept.keys() - (self._kept_until_next or set()):
+            del kept[output]
+        return kept
+
     def _repeat_calls(self, model: Any, batch: Any) -> torch.Tensor:
         items = (batch,) if len(self.micro_batch) == 1 else batch
         results: list[list[torch.Tensor]] = []
         bare = _unwrap(model if hasattr(model, "get_submodule") else getattr(model, "module", model))
-        kept = self._kept.setdefault(bare, {})
-        for output in kept.keys() - (self._kept_until_next or set()):
-            del kept[output]
+        kept = self._kept_of(bare)
 
         def value_of(stand_in: Any) -> Any:
             if isinstance(stand_in, _Output):
                 return results[stand_in.call][stand_in.index]
             if isinstance(stand_in, _Item):
                 return items[stand_in.index]
-            if isinstance(stand_in, _Param):
-                owner, _, attribute = stand_in.name.rpartition(".")
-                return getattr(bare.get_submodule(owner), attribute)
+            if isinstance(stand_in, _Rows):
+                return stand_in.times * next(len(t) for t in batch_tensors(items) if t.dim())
+            if isinstance(stand_in, _Attribute):
+                held = getattr(module_of(stand_in.module), stand_in.name)
+                return held if isinstance(held, torch.Tensor) else _leaves(held)[stand_in.index]
             return stand_in
+
+        def module_of(module: torch.nn.Module) -> Any:
+            return bare.get_submodule(self._paths.get(id(module), ""))
+
+        def function_of(call: _Call, args: Any) -> Any:
+            if call.function is not self.model and id(call.function) not in self._paths:
+                return _of_deferred(call.function, args)
+            return module_of(call.function) if self._paths.get(id(call.function)) else model
 
         for call in self._calls:
             args, kwargs = _pytree.tree_map(value_of, call.arguments)
-            function = model if call.function is None else _of_deferred(call.function, args)
             with call_context(call.autocast, has_grad=call.has_grad):
-                results.append(_results(function(*args, **kwargs)))
-            for index, result in enumerate(results[-1]):
-                if (output := _Output(len(results) - 1, index)) in (self._kept_in_backward or ()):
-                    kept[output] = result
+                results.append(_results(function_of(call, args)(*args, **kwargs)))
+            outputs = {_Output(len(results) - 1, i): result for i, result in enumerate(results[-1])}
+            kept |= {o: outputs[o] for o in outputs.keys() & (self._kept_in_backward or set())}
         loss: torch.Tensor = results[self._loss.call][self._loss.index]
         return loss if loss.numel() == 1 else loss.sum()
+
+
+def _leaves(held: Any) -> list[Any]:
+    return _pytree.tree_leaves(held) if isinstance(held, list | tuple | dict) else []
 
 
 def _is_packed(value: Any) -> bool:

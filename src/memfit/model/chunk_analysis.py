@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils import _pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -27,6 +28,7 @@ _HELD_BELOW = 0.75
 # First calls by everything that decides them, because a search asks for them for many plans.
 _SEEN: dict[object, tuple[object, dict[str, ModuleCall]]] = {}
 _MOST_SEEN = 4
+_OF_VALUES = (DynamicOutputShapeException, DataDependentOutputException)
 _WORTH = 4  # the search considers cutting a module if it makes this many times its output inside
 
 
@@ -256,8 +258,14 @@ def budget_bytes(model: nn.Module, calls: Mapping[str, ModuleCall], parts: int, 
 
 def worth_cutting(job: Any, model: nn.Module) -> bool:
     """Return whether some module allocates inside more than 4 times its output and is cut along an axis other
-    than the first (that of the batch) when `find_cuts` runs with `budget_bytes` of 0 parts."""
-    calls, trials = first_calls(job, model), ChunkTrials()
+    than the first (that of the batch) when `find_cuts` runs with `budget_bytes` of 0 parts. False if sizes in
+    the model depend on values, as where tokens are routed to experts."""
+    try:
+        calls, trials = first_calls(job, model), ChunkTrials()
+    except (UserError, *_OF_VALUES) as error:
+        if not isinstance(error.__cause__ or error, _OF_VALUES):
+            raise
+        return False
     cuts = find_cuts(model, calls, budget_bytes(model, calls, 0, trials), trials)
     return any(c.axes[c.first] > 0 and c.inside_bytes > _WORTH * calls[n].out_bytes for n, c in cuts.items())
 
