@@ -6,6 +6,7 @@ import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
+import attention_calls
 import pytest
 from tiny import regression, words
 from torch import nn
@@ -15,7 +16,7 @@ from memfit.planner.selection import Objective
 from memfit.types.dependence import DependenceKind, SampleDependence
 from memfit.types.errors import UserError
 from memfit.types.job import Job, JobRef
-from memfit.types.plan import Accuracy, Bounds
+from memfit.types.plan import Accuracy, Bounds, Plan
 from memfit.types.result import LargestSize
 from memfit.workflows import reference_machines
 
@@ -107,6 +108,18 @@ def test_a_job_without_published_sizes_is_offered_as_it_is(jobs: list[JobRef]) -
     assert jobs == [own.request.job_ref]
     assert (True, True) in [(o.plain, o.fits) for o in offers if o.machine == "RTX-4090"]
     assert reference_machines.reach(own, quiet) == ()
+
+
+def test_cards_with_other_kernels_have_traces_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = attention_calls.job_of("causal, bfloat16, 64")
+    monkeypatch.setattr(reference_machines, "load", lambda ref: job)
+    names = ("A100-80GB-SXM", "H100-SXM", "RTX-4090", "T4")
+    made = reference_machines._predictors(planning(), JobRef(spec="own.py:job"), names)
+    a100, h100, rtx, t4 = (predictor.sketch(Plan()).allocated_bytes.value for predictor in made)
+    assert t4 > 2 * a100
+    assert made[0].part_digests is made[1].part_digests is not made[2].part_digests
+    assert a100 == pytest.approx(rtx, rel=0.01)
+    assert h100 < t4
 
 
 def test_reach_is_the_largest_size_that_fits() -> None:

@@ -109,7 +109,7 @@ def choose_kernel(kind: DeviceKind, call: AttentionCall) -> str:
     A kernel that the caller has disabled (``torch.nn.attention.sdpa_kernel``) is not chosen. cuDNN's comes
     last, as on most devices. An unknown compute capability counts as 8.0. With a known one, raises
     RuntimeError, as torch does, if no enabled kernel takes the call."""
-    capability = kind.compute_capability or (8, 0)
+    capability = kind.attention_since
     if fused := _fused_kernel(capability, call):
         return fused
     if torch.backends.cuda.math_sdp_enabled():
@@ -155,8 +155,8 @@ def _heads_fit(call: AttentionCall, takes_groups: bool, takes_unequal: bool = Fa
 
 
 def _flash_takes(capability: tuple[int, int], call: AttentionCall) -> bool:
-    """Return whether the flash kernel of devices of this compute capability takes the call.
-    On GPUs with less shared memory (8.6 to 8.9, 12.x) it has no backward for some large heads."""
+    """Return whether the flash kernel of devices of this compute capability takes the call. That
+    of 8.6 has no backward for some large heads."""
     size = call.query.shape[-1]
     if capability < (8, 0) or not call.is_half or call.mask is not None or not _shapes_fit(call):
         return False
@@ -168,9 +168,8 @@ def _flash_takes(capability: tuple[int, int], call: AttentionCall) -> bool:
         return False
     if not (call.has_unit_strides or size == 1):
         return False
-    has_less_memory = (8, 6) <= capability <= (8, 9) or capability >= (12, 0)
     is_trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call.tensors)
-    return not (has_less_memory and is_trained) or size <= 192 or (size > 224 and call.dropout_p == 0.0)
+    return not (capability == (8, 6) and is_trained) or size <= 192 or (size > 224 and call.dropout_p == 0.0)
 
 
 def _efficient_takes(capability: tuple[int, int], call: AttentionCall) -> bool:

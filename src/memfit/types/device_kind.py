@@ -77,6 +77,15 @@ class DeviceKind:
         number = self.gpu_target.removeprefix("sm_")
         return (int(number[:-1]), int(number[-1])) if number.isdigit() and len(number) > 1 else None
 
+    @property
+    def attention_since(self) -> tuple[int, int]:
+        """The lowest compute capability whose devices have the same kernels of attention: 5.0, 7.0, 8.0, or
+        8.6 for GPUs with less shared memory (8.6 to 8.9, 12.x). An unknown one counts as 8.0."""
+        capability = self.compute_capability or (8, 0)
+        if (8, 6) <= capability <= (8, 9) or capability >= (12, 0):
+            return 8, 6
+        return max((since for since in ((7, 0), (8, 0)) if since <= capability), default=(5, 0))
+
     def with_target(self, gpu_target: str) -> DeviceKind:
         """Return the kind for devices of this architecture."""
         return dataclasses.replace(self, gpu_target=gpu_target)

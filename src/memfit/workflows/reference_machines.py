@@ -20,6 +20,7 @@ from memfit.planner.selection import MODELLED, best
 from memfit.techniques.base import JobFacts, Technique
 from memfit.trace.tracer import fake_model
 from memfit.types.dependence import DependenceKind
+from memfit.types.device_kind import device_kind
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 from memfit.types.machine import Machine
@@ -196,22 +197,23 @@ def sizes(spec: str) -> tuple[str, ...]:
 
 def _predictors(planning: Planning, ref: JobRef, machines: Sequence[str] = MACHINES) -> list[Predictor]:
     """Return one predictor of the job ``ref`` for each of ``machines`` (names in the catalog), in the same
-    order. They share the traces of parts of the model. Whether the samples of a batch depend on each other is
-    taken from ``planning``."""
+    order. Those of devices with the same kernels share the traces of parts of the model. Whether the samples
+    of a batch depend on each other is taken from ``planning``."""
     job = load(ref)
     place = planning.request.machine.place
-    shared_digests: dict[PartKey, PartDigest] = {}
+    digests_by_kernels: dict[tuple[str, tuple[int, int]], dict[PartKey, PartDigest]] = {}
     facts_by_kind: dict[str, JobFacts] = {}
     predictors = []
     for name in machines:
         machine = catalog.machine(name, place.name if place else "world")
-        device_kind = machine.device.kind
-        if device_kind not in facts_by_kind:
-            facts_by_kind[device_kind] = job_facts(job, device_kind)
-        predictor = Predictor(job=job, machine=machine, job_facts=facts_by_kind[device_kind])
+        kind = device_kind(machine.device.trace_kind)
+        if kind.name not in facts_by_kind:
+            facts_by_kind[kind.name] = job_facts(job, kind.name)
+        predictor = Predictor(job=job, machine=machine, job_facts=facts_by_kind[kind.name])
         predictor.dependence = planning.predictor.dependence  # of the same model at a smaller size
         limit_micro_batches(predictor, planning.request.accuracy)
-        predictor.part_digests = shared_digests
+        kernels = kind.name, kind.attention_since
+        predictor.part_digests = digests_by_kernels.setdefault(kernels, {})
         predictors.append(predictor)
     return predictors
 
