@@ -90,7 +90,7 @@ class DeviceRedirect(TorchFunctionMode):
         super().__init__()
         self.trace = trace
         self.redirected: dict[str, None] = {}
-        self.target = torch.device(HOST if trace.is_host else trace.recorder.device)
+        self.target = torch.device(HOST if trace.is_host else trace.recorder.kind.name)
         self._handlers: dict[Any, Callable[..., Any]] = {
             torch.Tensor.to: self._to,
             torch.Tensor.cuda: lambda tensor, device=None, non_blocking=False, memory_format=None: self._move(
@@ -319,7 +319,7 @@ def _present(trace: ScriptTrace, machine: Machine) -> list[tuple[Any, str, Any]]
     """Return patches (owner, name, replacement) with which torch says that the target device is present."""
     device = machine.device
     total_bytes, count = int(device.memory_bytes.value), machine.device_count
-    kind = trace.recorder.device
+    kind = trace.recorder.kind.name
     properties = python_types.SimpleNamespace(
         name=device.name,
         total_memory=total_bytes,
