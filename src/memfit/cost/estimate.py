@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from memfit.cost.cuda_workspaces import with_temporaries
 from memfit.cost.device_overhead import with_workspaces
 from memfit.cost.host import HostTensors, host_memory, known_host, oom_probability, ranks_of_host
 from memfit.cost.memory import MemoryProfile, memory_profile, step_ops
@@ -65,7 +66,7 @@ def estimate(
     tensors = HostTensors.of(trace)
     if step is None and model is not None:
         step = simulate_step([trace], plan, machine, model)
-    trace = with_workspaces(trace, machine.device)
+    trace = with_temporaries(with_workspaces(trace, machine.device))
     profile = memory_profile(trace, calibration)
     allocated, unprobed_workspaces = allocated_interval(trace, profile, calibration)
     memory = footprint(trace, allocated, machine)

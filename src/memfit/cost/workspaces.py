@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import numpy
 
+from memfit.cost.cuda_workspaces import CUDA_BOUNDS, cuda_bound_bytes
 from memfit.cost.memory import MemoryProfile, levels, memory_profile, with_kept
 from memfit.types.device_kind import HOST, device_kind
 from memfit.types.machine import Calibration
@@ -215,18 +216,20 @@ def bound_bytes(signature: str, device: str, threads: int) -> int:
     """Return an upper bound on the bytes that the operator uses beside its inputs and outputs while it runs.
 
     0 if it uses none or is not a torch operator, and on an accelerator for all operators but convolutions,
-    nn.Bilinear's and, if its kind has CUDA's kernels, the backward of attention.
+    nn.Bilinear's and, if its kind has CUDA's kernels, the backward of attention and `CUDA_BOUNDS`. What
+    other kernels of CUDA's allocate inside is exact, and in the trace (`with_temporaries`).
     ``device``: its kind. ``threads``: number of the CPU's threads that run the operator.
     """
     name = signature[2 : signature.index('"', 2)] if signature.startswith('["') else ""
     base, halves = base_name(name), any(half in signature for half in _HALVES)
     if not name or name.startswith(_NO_KERNELS):
         return 0
+    on_cuda = device_kind(device).kernels == "cuda"
+    if base == "_trilinear" or (on_cuda and base in CUDA_BOUNDS):
+        args = json.loads(signature)[1]
+        return _trilinear_bytes(args) if base == "_trilinear" else cuda_bound_bytes(base, args)
     if base in _ANY_DTYPE or (base in _PLAIN and not halves):
         return _copied_bytes(signature, base) if device == HOST else 0
-    if base == "_trilinear":
-        return _trilinear_bytes(json.loads(signature)[1])
-    on_cuda = device_kind(device).kernels == "cuda"
     if device != HOST and base not in _CONVOLUTIONS and not (on_cuda and base in _CUDA_ATTENTION):
         return 0
     _, args, kwargs = json.loads(signature)

@@ -1,0 +1,374 @@
+"""Memory that CUDA's kernels in torch allocate and free inside an operator, by the shapes of its arguments.
+
+The formulas follow torch's sources, of which each function names the file, and were compared with the
+caching allocator of torch 2.15 at several sizes and dtypes. CUB's radix sort takes two more arrays as large
+as its keys and values, and at most a hundredth beside them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from memfit.types.device_kind import device_kind
+from memfit.types.trace import Allocation, Category, Trace, base_name, rounded
+
+_SMALL_SORT: Final = 4096  # longest row that is sorted in place, in shared memory
+_FEW_ROWS: Final = 128  # fewer rows are sorted as one array
+_SMALL_EMBEDDING: Final = 3072  # most indices whose gradients are added without a sort
+_NEGLIGIBLE_BYTES: Final = 4096
+_REDUCTIONS: Final = ("sum", "mean")
+# operators of which `cuda_bound_bytes` has a bound
+CUDA_BOUNDS: Final = frozenset(
+    {*_REDUCTIONS, "_cdist_backward", "_pdist_backward", "index", "masked_select"}
+    | {"_fft_c2c", "_fft_c2r", "_fft_r2c"}
+)
+# Of the largest cards in the catalog with CUDA's kernels: multiprocessors, and threads of each
+_MULTIPROCESSORS, _THREADS = 148, 2048
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Inside:
+    """Bytes inside an operator: ``beside_bytes`` beside its outputs, and ``alone_bytes`` before its outputs
+    exist."""
+
+    beside_bytes: int = 0
+    alone_bytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Tensor:
+    """A tensor of a signature."""
+
+    shape: Sequence[int]
+    strides: Sequence[int]
+    dtype: str
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def item_bytes(self) -> int:
+        bits = re.search(r"\d+", self.dtype)
+        return int(bits[0]) // 8 if bits else 1
+
+    @property
+    def bytes(self) -> int:
+        return self.elements * self.item_bytes
+
+    @property
+    def copy_bytes(self) -> int:
+        """Bytes of a contiguous copy; 0 if the tensor is contiguous."""
+        expected = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if size != 1 and stride != expected:
+                return self.bytes
+            expected *= size
+        return 0
+
+
+def with_temporaries(trace: Trace) -> Trace:
+    """Return the trace with what CUDA's kernels allocate inside operators, as allocations of one tick of the
+    clock that begin with the operator's last output. The trace is unchanged if its device has other
+    kernels."""
+    if device_kind(trace.device).kernels != "cuda":
+        return trace
+    calls = [(op, inside) for op in trace.ops if (inside := inside_cuda(op.signature))]
+    if not calls:
+        return trace
+    starts = sorted({op.clock for op in trace.ops})
+    made: dict[int, list[Allocation]] = {}  # clock of the operator -> its outputs
+    for allocation in trace.allocations:
+        index = bisect_right(starts, allocation.start - 1) - 1
+        if index >= 0:
+            made.setdefault(starts[index], []).append(allocation)
+    temporaries = []
+    for op, inside in calls:
+        outputs = [a for a in made.get(op.clock, ()) if a.op == op.op]
+        before_bytes = inside.alone_bytes - sum(a.size_bytes for a in outputs)
+        size_bytes = max(inside.beside_bytes, before_bytes)
+        if size_bytes <= _NEGLIGIBLE_BYTES:
+            continue
+        start = max((a.start for a in outputs), default=op.clock)
+        temporaries.append(
+            Allocation(
+                start=start,
+                end=start + 1,
+                size_bytes=rounded(size_bytes, trace.device),
+                category=Category.WORKSPACE,
+                phase=op.phase,
+                step=op.step,
+                module=op.module,
+                op=op.op,
+            )
+        )
+    return dataclasses.replace(trace, allocations=(*trace.allocations, *temporaries))
+
+
+@functools.lru_cache(maxsize=100_000)
+def inside_cuda(signature: str) -> Inside | None:
+    """Return what CUDA's kernel of the operator with this signature allocates inside; None if that is nothing
+    or not known."""
+    name = signature[2 : signature.index('"', 2)] if signature.startswith('["') else ""
+    formula = _FORMULAS.get(base_name(name)) if name.startswith("aten.") else None
+    if formula is None:
+        return None
+    _, args, kwargs = json.loads(signature)
+    inside = formula([_parsed(a) for a in args], {k: _parsed(v) for k, v in kwargs.items()})
+    return inside if isinstance(inside, Inside) else Inside(beside_bytes=inside)
+
+
+def cuda_bound_bytes(base: str, args: Sequence[Any]) -> int:
+    """Return an upper bound on what CUDA's kernel allocates beside its outputs where that depends on values
+    or is not known beforehand; 0 for other operators. ``base``: the operator's `base_name`. ``args``: those
+    of its signature.
+
+    An index or selection by a mask lists the positions of the mask's elements, at most all
+    (aten/src/ATen/native/cuda/IndexKernel.cpp). A Fourier transform may need a work area of cuFFT, counted as
+    one copy of the operand. That has not been checked. Of sums, the number of blocks depends on the card.
+    """
+    parsed = [_parsed(a) for a in args]
+    tensors = [t for t in _flat(parsed) if isinstance(t, _Tensor)]
+    if base in _REDUCTIONS:
+        return _reduction_bytes(tensors[0], parsed[1] if len(parsed) > 1 else None)
+    if base in ("_cdist_backward", "_pdist_backward"):
+        return _distances_bytes(base, parsed)
+    if base in ("index", "masked_select"):
+        return sum(8 * t.elements * len(t.shape) for t in tensors[1:] if t.dtype == "bool")
+    return tensors[0].bytes if base.startswith("_fft_") else 0
+
+
+def _reduction_bytes(tensor: _Tensor, dims: Any) -> int:
+    """Return an upper bound on the partial results of a sum over ``dims`` that several blocks share, if the
+    dimension with contiguous elements stays, as in the gradient of a bias (``setReduceConfig`` and
+    ``global_memory_size`` in aten/src/ATen/native/cuda/Reduce.cuh). Sums over that dimension need little."""
+    if not isinstance(dims, list) or not dims or not tensor.elements:
+        return 0
+    reduced = {d % len(tensor.shape) for d in dims}
+    by_stride = sorted(
+        (s, n, d) for d, (n, s) in enumerate(zip(tensor.shape, tensor.strides, strict=True)) if n > 1
+    )
+    row = 1  # length of the contiguous run of dimensions that stay
+    for stride, size, dim in by_stride:
+        if dim in reduced or stride != row:
+            break
+        row *= size
+    inputs = math.prod(tensor.shape[d] for d in reduced)
+    vector = next(v for v in (4, 2, 1) if row % v == 0)
+    most_threads = 512 // vector
+    width_limit, height_limit = (
+        min(most_threads, 1 << max(0, n.bit_length() - 1)) for n in (row // vector, inputs)
+    )
+    height = min(height_limit, most_threads // min(width_limit, 32))
+    width = min(width_limit, most_threads // height)
+    values = -(-inputs // height)  # of one thread
+    outputs = tensor.elements // inputs
+    grid, target = -(-outputs // vector // width), _MULTIPROCESSORS * (_THREADS // (width * height))
+    if row == 1 or values < 256 or grid > target:
+        return 0
+    blocks = max(min(-(-target // grid), -(-values // 16)), -(-values // 256))
+    item_bytes = 8 if "int" in tensor.dtype or tensor.dtype == "bool" else max(4, tensor.item_bytes)
+    return int(item_bytes * outputs * blocks * width * vector) if blocks > 1 else 0
+
+
+def _distances_bytes(base: str, args: Sequence[Any]) -> int:
+    """Return an upper bound on the bytes in the backward of distances: the gradient of each coordinate of
+    each pair, and its sum over the second points (DistanceKernel.cu)."""
+    grad, points = args[:2]
+    pairs_bytes = _FORMULAS[base](args, {})
+    size = points.shape[-1]
+    first, second = grad.shape[-2:] if base == "_cdist_backward" else (points.shape[-2], points.shape[-2] - 1)
+    strides = [first * size, size, 1]
+    pairs = dataclasses.replace(points, shape=[second, first, size], strides=strides)
+    return int(pairs_bytes) + (_reduction_bytes(pairs, [0]) if pairs_bytes else 0)
+
+
+def _parsed(value: Any) -> Any:
+    if isinstance(value, dict) and "t" in value:
+        shape, strides, dtype = value["t"][:3]
+        return _Tensor(shape=shape, strides=strides, dtype=dtype)
+    return [_parsed(v) for v in value] if isinstance(value, list) else value
+
+
+def _flat(value: Any) -> Iterable[Any]:
+    return (x for v in value for x in _flat(v)) if isinstance(value, list) else (value,)
+
+
+def _option(args: Sequence[Any], kwargs: Mapping[str, Any], index: int, name: str, default: Any) -> Any:
+    return kwargs[name] if name in kwargs else args[index] if len(args) > index else default
+
+
+def _sort_bytes(tensor: _Tensor, length: int, *, is_last: bool = True) -> int:
+    """Return the bytes beside values and indices in a sort of rows of ``length`` (Sort.cpp, Sort.cu in
+    aten/src/ATen/native/cuda). ``is_last``: whether a row is contiguous; otherwise input, values and indices
+    are copied."""
+    elements, item_bytes = tensor.elements, tensor.item_bytes
+    if length <= _SMALL_SORT:
+        return 8 * length
+    rows = elements // length
+    per_element = 24 + 2 * item_bytes if 1 < rows < _FEW_ROWS else 16 + item_bytes
+    return elements * (per_element + (0 if is_last else 8 + 2 * item_bytes)) + elements // 5
+
+
+def _sort(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    tensor: _Tensor = args[0]
+    # sort(x, dim, descending), or sort(x, *, stable, dim, descending)
+    dim = kwargs.get("dim", next((a for a in args[1:] if type(a) is int), -1))
+    if not tensor.shape:
+        return 0
+    return _sort_bytes(tensor, tensor.shape[dim], is_last=tensor.strides[dim] == 1)
+
+
+def _topk(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """TensorTopK.cpp and TensorTopK.cu: counts of digits, or a sort of the values that were chosen."""
+    tensor, k, dim = args[0], args[1], _option(args, kwargs, 2, "dim", -1)
+    if not tensor.shape:
+        return 0
+    length = tensor.shape[dim]
+    rows = tensor.elements // max(1, length)
+    chosen = dataclasses.replace(tensor, shape=[rows, k], strides=[k, 1])
+    counts_bytes = 1600 * rows + tensor.elements // 3
+    has_counts = length >= 400 and (length >= 20_000 or rows > 4000 or tensor.elements >= 400_000)
+    sort_bytes = 0
+    if k > _SMALL_SORT:
+        sort_bytes = _sort_bytes(chosen, k) + chosen.elements * (8 + chosen.item_bytes)
+    return max(counts_bytes if has_counts else 0, sort_bytes)
+
+
+def _median(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """Sorting.cpp: that of all elements sorts them; that of rows needs nothing."""
+    tensor: _Tensor = args[0]
+    if len(args) > 1 or kwargs:
+        return 0
+    return _sort_bytes(tensor, tensor.elements) + tensor.elements * (8 + tensor.item_bytes)
+
+
+def _unique(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inside:
+    """Unique.cu: keys, and their positions for the inverse or the counts, are sorted before the results are
+    made."""
+    tensor: _Tensor = args[0]
+    has_positions = any(args[2:4]) or any(kwargs.get(n) for n in ("return_inverse", "return_counts"))
+    per_element = (24 if has_positions else 0) + 2 * tensor.item_bytes
+    return Inside(alone_bytes=tensor.elements * per_element + tensor.elements // 5)
+
+
+def _index_put(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """Indexing.cu: with ``accumulate``, the linear indices and their positions are sorted, in int64, and
+    values that were broadcast or are not contiguous are copied."""
+    target: _Tensor = args[0]
+    indices, values = args[1], args[2]
+    if not _option(args, kwargs, 3, "accumulate", False):
+        return 0
+    tensors = [i for i in indices if isinstance(i, _Tensor)]
+    masked_dims = sum(len(i.shape) for i in tensors if i.dtype in ("bool", "uint8"))
+    indexed = masked_dims + sum(i.dtype not in ("bool", "uint8") for i in tensors)
+    first = next((n for n, i in enumerate(indices) if i is not None), 0)
+    inner: int = math.prod(target.shape[:first]) * math.prod(target.shape[first + indexed :])
+    if masked_dims:
+        count = max(1, values.elements // max(1, inner))  # of a broadcast value it is not known
+    else:
+        count = math.prod(_broadcast([i.shape for i in tensors]))
+    written: int = count * inner
+    is_copied = values.elements < written or values.copy_bytes
+    return int(48 * count + count // 4 + (written * target.item_bytes if is_copied else 0))
+
+
+def _broadcast(shapes: Sequence[Sequence[int]]) -> list[int]:
+    dims = max(map(len, shapes), default=0)
+    padded = [[1] * (dims - len(shape)) + list(shape) for shape in shapes]
+    return [max(sizes) for sizes in zip(*padded, strict=True)]
+
+
+def _embedding_bytes(indices: _Tensor, weights: int, grad: _Tensor) -> Inside:
+    """Embedding.cu, EmbeddingBackwardKernel.cu: indices and their positions are sorted; then partial sums of
+    at most ten rows are made in at least float32."""
+    count, item_bytes, width = indices.elements, indices.item_bytes, grad.shape[-1]
+    segments = min(count, weights)
+    partial_segments = count // 10 + segments
+    row_bytes = width * max(4, grad.item_bytes)
+    sums_bytes = (3 * count + 2 * segments + partial_segments) * item_bytes + partial_segments * row_bytes
+    sort_bytes = 5 * count * item_bytes + count // 4
+    copy_bytes = grad.copy_bytes
+    return Inside(beside_bytes=sums_bytes + copy_bytes, alone_bytes=sort_bytes + copy_bytes)
+
+
+def _embedding(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inside:
+    grad, indices, weights, _, is_scaled = args[:5]
+    if indices.elements <= _SMALL_EMBEDDING and not is_scaled:
+        return Inside()
+    return _embedding_bytes(indices, weights, grad)
+
+
+def _embedding_bag(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inside:
+    """EmbeddingBag.cu: sums and means are sorted as for an embedding; the largest need nothing. Arguments are
+    those of _embedding_bag_backward or, without the offsets, of _embedding_bag_dense_backward."""
+    numbers = [a for a in args[4:] if type(a) is int]  # number of weights, mode, perhaps a padding index
+    weights, mode = numbers[:2]
+    return _embedding_bytes(args[1], weights, args[0]) if mode != 2 else Inside()
+
+
+def _softmax_backward(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """SoftMax.cu: the product of gradient and output, and a copy of it."""
+    return int(args[0].bytes + args[0].copy_bytes)
+
+
+def _ctc_backward(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inside:
+    """LossCTC.cu: backward's log probabilities, as large as forward's, and for long inputs two tensors of
+    those of the labels. Fake tensors show a part of it."""
+    log_probs, log_alpha = args[1], args[6]
+    (steps, batch, labels), states = log_probs.shape, log_alpha.shape[2]
+    is_long = 2 * steps + 24 * batch / 10 + 2 * labels / 10 > 450
+    own_bytes = 2 * steps * batch * (states + 1) // 2 * log_probs.item_bytes if is_long else 0
+    return Inside(alone_bytes=log_probs.bytes + log_alpha.bytes + own_bytes)
+
+
+def _multinomial(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """MultinomialKernel.cu: with replacement, normalized and cumulated probabilities; else one of these."""
+    return int(args[0].bytes * (2 if _option(args, kwargs, 2, "replacement", False) else 1))
+
+
+def _copies(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    return sum(t.copy_bytes for t in args if isinstance(t, _Tensor))
+
+
+_FORMULAS: Final[Mapping[str, Callable[[Sequence[Any], Mapping[str, Any]], Any]]] = {  # to int or Inside
+    "sort": _sort,
+    "topk": _topk,
+    "median": _median,
+    "nanmedian": _median,
+    "_unique2": _unique,
+    "index_put": _index_put,
+    "_index_put_impl": _index_put,
+    "_unsafe_index_put": _index_put,
+    "embedding_dense_backward": _embedding,
+    "_embedding_bag_backward": _embedding_bag,
+    "_embedding_bag_dense_backward": _embedding_bag,
+    "_softmax_backward_data": _softmax_backward,
+    "_ctc_loss_backward": _ctc_backward,
+    "multinomial": _multinomial,
+    # DistanceKernel.cu: the gradient of each coordinate of each pair; the norm of order 0 has none
+    "_cdist_backward": lambda args, _: (
+        args[0].elements * args[1].shape[-1] * args[1].item_bytes * bool(args[3])
+    ),
+    "_pdist_backward": lambda args, _: 2 * args[0].elements * args[1].shape[-1] * args[1].item_bytes,
+    # IndexKernel.cpp: the position of each element among those of the mask
+    "masked_scatter": lambda args, _: 8 * args[1].elements,
+    # Repeat.cu: sums of the repeats
+    "repeat_interleave": lambda args, _: args[0].bytes if args and isinstance(args[0], _Tensor) else 0,
+    # SpectralOps.cpp: cuFFT overwrites its input, so that this is copied
+    "_fft_c2r": lambda args, _: args[0].bytes,
+    # SoftMax.cu, layer_norm_kernel.cu, ScanKernels.cpp: inputs are made contiguous
+    "_softmax": _copies,
+    "_log_softmax": _copies,
+    "_log_softmax_backward_data": _copies,
+    "native_layer_norm": _copies,
+    "cumsum": _copies,
+    "cumprod": _copies,
+}
