@@ -232,6 +232,14 @@ def test_a_misspelt_or_ambiguous_device_name_is_refused_with_similar_names(
     assert "(`memfit list machines` lists all)" in caught.value.hint
 
 
+@pytest.mark.parametrize("name", ["Gaudi3", "M3-Ultra", "Intel-Max-1550"])
+def test_a_device_that_the_catalog_lacks_is_referred_to_a_machine_file(name: str) -> None:
+    with pytest.raises(UserError) as caught:
+        catalog.device(name)
+    assert caught.value.hint.startswith("--on FILE.toml describes a device that it lacks")
+    assert len(str(caught.value)) < 200
+
+
 def test_only_what_memfit_machines_lists_is_referred_to_it() -> None:
     rows: dict[str, dict[str, str]] = {f"C{n:02}": {} for n in range(20)}
     with pytest.raises(UserError) as caught:

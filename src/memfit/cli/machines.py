@@ -103,7 +103,9 @@ def _find_entry(name: str) -> tuple[str, Any]:
             if kind == "machine" and not error.given.startswith("unknown device"):
                 raise
             hints.append(error.hint)
-    candidates = " or ".join(hint.removeprefix("did you mean ").rstrip("?") for hint in hints if hint)
+    prefix = "did you mean "
+    names = (hint.removeprefix(prefix).rstrip("?") for hint in hints if hint.startswith(prefix))
+    candidates = " or ".join(names)
     did_you_mean_or_list = (
         f"did you mean {candidates}?"
         if candidates

@@ -179,15 +179,13 @@ def _reduction_bytes(tensor: _Tensor, dims: Any) -> int:
 
 
 def _distances_bytes(base: str, args: Sequence[Any]) -> int:
-    """Return an upper bound on the bytes in the backward of distances: the gradient of each coordinate of
-    each pair, and its sum over the second points (DistanceKernel.cu)."""
+    """Return an upper bound on the partial results of the sum in the backward of distances, over the second
+    points of the gradients of all pairs' coordinates (DistanceKernel.cu)."""
     grad, points = args[:2]
-    pairs_bytes = _FORMULAS[base](args, {})
-    size = points.shape[-1]
-    first, second = grad.shape[-2:] if base == "_cdist_backward" else (points.shape[-2], points.shape[-2] - 1)
+    size, count = points.shape[-1], points.shape[-2]
+    first, second = grad.shape[-2:] if base == "_cdist_backward" else (count, count - 1)
     strides = [first * size, size, 1]
-    pairs = dataclasses.replace(points, shape=[second, first, size], strides=strides)
-    return int(pairs_bytes) + (_reduction_bytes(pairs, [0]) if pairs_bytes else 0)
+    return _reduction_bytes(dataclasses.replace(points, shape=[second, first, size], strides=strides), [0])
 
 
 def _parsed(value: Any) -> Any:
