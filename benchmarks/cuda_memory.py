@@ -145,7 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", default="", metavar="REGEX", help="rows CARD/JOB/PLAN that match")
     parser.add_argument(
-        "--again", choices=("measured", "predicted"), help="make this anew of what has a record"
+        "--again", choices=("measured", "predicted"), help="make this anew where there is a record"
     )
     parser.add_argument("--page", action="store_true", help="write the page from the records only")
     options = parser.parse_args()

@@ -37,15 +37,17 @@ MIB, GIB = 2**20, 2**30
 A100 = catalog.machine("A100-80GB-SXM")
 
 
-def op(clock: int, name: str, phase: Phase, step: int = 0) -> OpCall:
+def op(
+    clock: int, name: str, phase: Phase, step: int = 0, *, signature: str = "", dtype: str = "float32"
+) -> OpCall:
     return OpCall(
         clock=clock,
         op=name,
-        signature="",
+        signature=signature,
         phase=phase,
         step=step,
         module="",
-        dtype="float32",
+        dtype=dtype,
         flops=0,
         moved_bytes=0,
     )
@@ -95,10 +97,31 @@ def test_each_thread_allocates_one_blas_workspace(name: str, size_mib: float) ->
         op(6, "aten.mm.default", Phase.BACKWARD),
         op(8, "aten.bmm.default", Phase.OPTIMIZER),
     ]
-    made = with_workspaces(traced([], ops), catalog.device(name)).allocations
+    made = with_workspaces(traced([], ops), catalog.device(name), keeps=True).allocations
     assert [(a.start, a.end, a.size_bytes, a.op) for a in made] == [
         (3, None, size_mib * MIB, BLAS_WORKSPACE),
         (5, None, size_mib * MIB, BLAS_WORKSPACE),
+    ]
+
+
+@pytest.mark.parametrize(("name", "size_mib"), [("A100-80GB-SXM", 8.125), ("H100-SXM", 32)])
+def test_from_torch_2_15_on_each_product_frees_its_blas_workspace(name: str, size_mib: float) -> None:
+    """What torch 2.15's own CUDA code allocates; benchmarks/cuda_memory.py."""
+    vector, matrix = (
+        f'["aten.addmm.default",[{{"t":[{shape},[1],"float32"]}}],{{}}]' for shape in ("[4]", "[4,4]")
+    )
+    ops = [
+        op(2, "aten.addmm.default", Phase.FORWARD, signature=vector),
+        op(4, "aten.addmm.default", Phase.FORWARD, signature=matrix),
+        op(6, "aten.addmm.default", Phase.FORWARD, signature=matrix, dtype="bfloat16"),
+        op(8, "aten.mm.default", Phase.BACKWARD, dtype="bfloat16"),
+    ]
+    made = with_workspaces(traced([], ops), catalog.device(name), keeps=False).allocations
+    assert [(a.start, a.end, a.size_bytes / MIB) for a in made] == [
+        (3, 3, 1),
+        (5, 5, size_mib),
+        (7, 7, 1),
+        (9, 9, size_mib),
     ]
 
 

@@ -7,6 +7,9 @@ Sizes and channel counts are Facts of the catalog, with ranges. The size of an N
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib.metadata
+import json
 import math
 from collections.abc import Iterable, Mapping
 from typing import Final
@@ -27,18 +30,12 @@ CONNECTION_BYTES: Final = -(-_BUFFERS_BYTES // _PAGE_BYTES) * _PAGE_BYTES + _PAG
 _MULTICAST_BYTES: Final = 2 * 8 * 128 * KIB
 _NODE_RANKS: Final = 8
 
-_BLAS_OPS: Final = (
-    "mm",
-    "addmm",
-    "bmm",
-    "baddbmm",
-    "addmv",
-    "mv",
-    "dot",
-    "_grouped_mm",
-    "_scaled_mm",
-    "linear",
+_BLAS_OPS: Final = frozenset(
+    ("mm", "addmm", "bmm", "baddbmm", "addmv", "mv", "dot", "_grouped_mm", "_scaled_mm", "linear")
 )
+_BLASLT_OPS: Final = frozenset(("linear", "_scaled_mm"))  # and addmm, unless it adds a float32 matrix
+_BLASLT_WORKSPACE_BYTES: Final = 1 * MIB  # default of CUBLASLT_WORKSPACE_SIZE
+_FREES_WORKSPACES: Final = (2, 15)  # first version of torch that frees a workspace after its product
 BLAS_WORKSPACE: Final = "BLAS workspace"
 
 
@@ -55,33 +52,67 @@ class DeviceOverhead:
     parts_bytes: Mapping[str, int]
 
 
-def with_workspaces(trace: Trace, device: Device) -> Trace:
-    """Return the trace with PyTorch's BLAS workspaces added as allocations that are never freed: one at the
-    first matrix product of backward, and one at the first matrix product outside backward. The trace is
-    unchanged if it has no matrix product or if ``device.blas_workspace_bytes`` is None.
+def with_workspaces(trace: Trace, device: Device, *, keeps: bool | None = None) -> Trace:
+    """Return the trace with PyTorch's BLAS workspaces added as allocations. It is unchanged if it has no
+    matrix product or if ``device.blas_workspace_bytes`` is None.
 
-    PyTorch allocates a workspace at the first matrix product of each thread and keeps it. Forward and
-    optimizer run in the caller's thread, backward in autograd's; each has one BLAS handle
-    (aten/src/ATen/cuda/CublasHandlePool.cpp). The workspaces go through the caching allocator.
+    Until torch 2.14, and for AMD's devices, a workspace is allocated at the first matrix product of each
+    thread and kept. Forward and optimizer run in the caller's thread, backward in autograd's; each has one
+    BLAS handle. From 2.15 on, each product has a workspace, which is freed after it; products by cuBLASLt
+    have one of 1 MiB (aten/src/ATen/cuda/CublasHandlePool.cpp). All go through the caching allocator.
+
+    ``keeps``: whether workspaces are kept; None: as the installed torch does.
     """
     workspace_size = device.blas_workspace_bytes
     if workspace_size is None:
         return trace
-    first_ops: dict[bool, OpCall] = {}
-    for op in trace.ops:
-        if base_name(op.op) in _BLAS_OPS:
-            first_ops.setdefault(op.phase is Phase.BACKWARD, op)
-    workspaces = tuple(_workspace(op, int(workspace_size.value)) for op in first_ops.values())
-    return dataclasses.replace(trace, allocations=(*trace.allocations, *workspaces))
+    products = [op for op in trace.ops if base_name(op.op) in _BLAS_OPS]
+    if not products:
+        return trace
+    size_bytes = int(workspace_size.value)
+    if keeps if keeps is not None else not (_frees_workspaces() and device.gpu_target.startswith("sm_")):
+        first_products: dict[bool, OpCall] = {}
+        for op in products:
+            first_products.setdefault(op.phase is Phase.BACKWARD, op)
+        added = [_workspace(op, size_bytes, keeps=True) for op in first_products.values()]
+    else:
+        added = [
+            _workspace(op, _BLASLT_WORKSPACE_BYTES if _is_blaslt(op) else size_bytes, keeps=False)
+            for op in products
+        ]
+    return dataclasses.replace(trace, allocations=(*trace.allocations, *added))
 
 
-def _workspace(op: OpCall, size_bytes: int) -> Allocation:
-    """Return a BLAS workspace as an allocation that is made in the operator ``op`` and never freed. It starts
-    at the same clock as the operator's output, which comes before it in the trace.
+@functools.cache
+def _frees_workspaces() -> bool:
+    """Return whether the installed torch frees the workspace of a matrix product after it."""
+    major, minor = importlib.metadata.version("torch").split(".")[:2]
+    return (int(major), int(minor)) >= _FREES_WORKSPACES
+
+
+def _is_blaslt(op: OpCall) -> bool:
+    """Return whether cuBLASLt computes the product: of linear layers, and with a vector added, or a matrix in
+    less than float32 (addmm_out_cuda_impl in aten/src/ATen/native/cuda/Blas.cpp)."""
+    name = base_name(op.op)
+    if name != "addmm":
+        return name in _BLASLT_OPS
+    return op.dtype not in ("float32", "float64") or _adds_vector(op.signature)
+
+
+@functools.cache
+def _adds_vector(signature: str) -> bool:
+    """Return whether the first tensor of an operator's signature has one dimension."""
+    return len(json.loads(signature)[1][0]["t"][0]) == 1
+
+
+def _workspace(op: OpCall, size_bytes: int, *, keeps: bool) -> Allocation:
+    """Return a BLAS workspace as an allocation that is made in the operator ``op``, and never freed if
+    ``keeps``, else at once. It starts at the same clock as the operator's output, which comes before it in
+    the trace; frees come after allocations of that clock.
     """
     return Allocation(
         start=op.clock + 1,
-        end=None,
+        end=None if keeps else op.clock + 1,
         size_bytes=size_bytes,
         category=Category.WORKSPACE,
         phase=op.phase,
