@@ -70,6 +70,8 @@ def estimate(
     profile = memory_profile(trace, calibration)
     allocated, unprobed_workspaces = allocated_interval(trace, profile, calibration)
     memory = footprint(trace, allocated, machine)
+    counted_high = memory.counted_bytes * (1 + MEMORY_RATIO)
+    allocated = dataclasses.replace(allocated, high=max(allocated.high, counted_high))
     host = host_memory(tensors, plan, machine, allocated=allocated, workers=workers)
     ops, local_ranks = step_ops(trace), ranks_of_host(plan, machine)
     step_s = step.step_s * factor(calibration, plan) if step is not None else None

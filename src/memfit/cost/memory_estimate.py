@@ -41,12 +41,15 @@ class Footprint:
     """Reserved memory and device memory of one rank of a plan. All is None or empty on the host, and on a
     device whose kind does not reserve memory as CUDA does (`DeviceKind.reserves_as_cuda`): it is unknown.
 
-    ``reserved_bytes``: what the caching allocator reserves. ``device_bytes``: that plus what the process uses
+    ``counted_bytes``: peak of the allocated bytes as the caching allocator counts them: with the rest of a
+    cached block that is too small to be cut off, less than 1 MiB each; 0 if unknown. ``reserved_bytes``: what
+    the allocator reserves. ``device_bytes``: that plus what the process uses
     outside the allocator; None if the catalog lacks a part of it. ``device_parts_bytes``: "reserved" and the
     known parts outside: "context", "kernels" and "nccl". ``oom_probability``: probability, from 0 to 1, that
     the device's memory is not enough; None if ``device_bytes`` is.
     """
 
+    counted_bytes: int = 0
     reserved_bytes: Interval | None = None
     device_bytes: Interval | None = None
     device_parts_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -79,6 +82,7 @@ def footprint(trace: Trace, allocated: Interval, machine: Machine) -> Footprint:
         required = _least_memory(events, plain, replayed, allocated)
     required_total = total_interval((required, outside_memory.total_bytes))
     return Footprint(
+        counted_bytes=plain.allocated_peak_bytes,
         reserved_bytes=reserved,
         device_bytes=device,
         device_parts_bytes={"reserved": int(reserved.value), **outside_memory.parts_bytes},
