@@ -225,7 +225,9 @@ class _Session:
         predictor = Predictor(
             job=job,
             machine=self.machine,
-            job_facts=JobFacts(batch_size=1, block_count=0, vocabulary=0, device_kind=trace.recorder.device),
+            job_facts=JobFacts(
+                batch_size=1, block_count=0, vocabulary=0, device_kind=trace.recorder.kind.name
+            ),
             traces={(plan, 0): trace.finish(plan.ranks)},
         )
         if self.spec.probe and self.machine.is_here and self.machine.device.is_host:
