@@ -495,3 +495,42 @@ def test_tensors_that_cannot_be_traced_are_refused_in_one_line(
         memfit.estimate(model, batch, loss=loss, machine="this:cpu")
     assert "\n" not in str(caught.value)
     assert "allowed" in str(caught.value)
+
+
+class PaddedByBuffers(nn.Module):
+    """Padding from numbers in buffers, as in transformers' EncodecModel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(4, 4, 7, stride=2)
+        self.register_buffer("stride", torch.tensor(2), persistent=False)
+        self.register_buffer("padding", torch.tensor(7) - self.stride, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        frames = torch.ceil((x.shape[-1] - 7 + self.padding) / self.stride + 1).to(torch.int64) - 1
+        more = frames * self.stride + 7 - self.padding - x.shape[-1]
+        return self.conv(nn.functional.pad(x, (self.padding, more)))
+
+
+class LoopsOfABuffer(nn.Module):
+    """As many passes as a buffer says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(32, 32)
+        self.register_buffer("loops", torch.tensor(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(int(self.loops)):
+            x = self.inner(x).tanh()
+        return x
+
+
+@counted
+@pytest.mark.parametrize("given", ["a model", "a function"])
+@pytest.mark.parametrize("model", [PaddedByBuffers, LoopsOfABuffer])
+def test_numbers_in_buffers_have_their_values(model: type[nn.Module], given: str) -> None:
+    """A reported case: estimates of EncodecModel died, as every number in its buffers was taken for 1."""
+    x = torch.randn(256, 4, 32)
+    asked = memfit.estimate(model() if given == "a model" else model, x, loss=squares)
+    assert asked.allocated_bytes.value == pytest.approx(peak_bytes(model, x, squares), rel=0.02)

@@ -9,7 +9,7 @@ assumed values (`assumed_values`), which are followed in the same way but are ma
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -72,6 +72,13 @@ class ConcreteValues:
         for fake, real in zip(batch_tensors(fakes), batch_tensors(reals), strict=True):
             if isinstance(fake, FakeTensor) and real.numel() <= self.max_elements:
                 setattr(fake, _NAME, real.detach().clone())  # an operator may write into it
+
+    def seed_constants(self, buffers: Iterable[torch.Tensor]) -> None:
+        """Attach their values to those ``buffers`` of a model whose values torch knows: single numbers that
+        the model makes of Python numbers, such as a stride or a padding."""
+        for buffer in buffers:
+            if self.of(buffer) is None and (constant := getattr(buffer, "constant", None)) is not None:
+                keep_value(buffer, constant)
 
     def set_assumed(self, fake: torch.Tensor, real: torch.Tensor) -> None:
         """Attach the values ``real`` to ``fake`` and mark them as assumed, also if unknown values were
@@ -258,6 +265,12 @@ class ConcreteValues:
             if (real := self.of(tensor)) is not None:
                 storage = real.untyped_storage()
                 self._stale[storage._cdata] = storage
+
+
+def keep_value(fake: torch.Tensor, real: torch.Tensor) -> None:
+    """Attach a copy of ``real`` to ``fake``, as its known values."""
+    with unset_fake_temporarily():
+        setattr(fake, _NAME, real.detach().clone())
 
 
 def _large(args: Any, max_elements: float) -> bool:

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from memfit.model.batch_objects import NESTED_ALLOWED, NESTED_GIVEN
+from memfit.trace.concrete_values import keep_value
 from memfit.types.errors import UserError
 
 
@@ -41,7 +42,10 @@ class FakeCopies(TorchFunctionMode):
             if isinstance(tensor, FakeTensor) or self.fake is None:
                 return tensor.clone()
             if tensor.device.type == "cpu":
-                return self.fake.from_tensor(tensor.detach(), static_shapes=True)
+                copied = self.fake.from_tensor(tensor.detach(), static_shapes=True)
+                if tensor.numel() == 1 and not tensor.requires_grad:
+                    keep_value(copied, tensor)  # a buffer such as a stride, which the model may read
+                return copied
             with self.fake:
                 return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
 

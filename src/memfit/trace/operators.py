@@ -238,7 +238,7 @@ class Results:
                     return None
             elif args[0].constant is None:
                 return args[0]
-        elif entry and self._mode is not None and not self._guesses.decides(func):
+        elif entry and self._mode is not None and not self._guesses.decides(func) and not _has_constant(args):
             return entry.make(self._mode)
         out = _iterated(func, args, self._guesses.call(func, args, kwargs, values))
         if (only_writes(func) and out is args[0] and type(out) is FakeTensor) or only_writes_list(func):
@@ -275,6 +275,11 @@ class Results:
             return self.of(call_key(func, args, kwargs), func, args, kwargs)
         fake_view = view(func, args, kwargs)
         return func(*args, **kwargs) if fake_view is None else fake_view
+
+
+def _has_constant(args: Any) -> bool:
+    """Return whether torch knows the value of one of the arguments. It may then know that of the result."""
+    return any(getattr(a, "constant", None) is not None for a in args)
 
 
 def _iterated(func: Any, args: Any, out: Any) -> Any:

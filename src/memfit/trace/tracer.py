@@ -272,6 +272,7 @@ def _fake_batch(recorder: AllocationRecorder, fake: FakeTensorMode, step: Traini
             inputs = map_batch(_as_copied, inputs)
     recorder.label(inputs, Category.INPUT)
     attach_weights(recorder.concrete_values, step.model)
+    recorder.concrete_values.seed_constants(step.model.buffers())
     recorder.concrete_values.seed(inputs, part)
     return inputs
 
