@@ -371,6 +371,16 @@ def test_the_peak_of_a_distributed_script_is_that_of_its_two_processes(wrap: str
 # -- side effects -------------------------------------------------------------------------------------
 
 
+def test_files_that_the_shell_redirects_to_are_no_change_of_the_script(tmp_path: Path) -> None:
+    options = ["--on", "this:cpu", "--json", "--show-output"]
+    command = [sys.executable, "-m", "memfit", "estimate", *options, "--", "python", _script(tmp_path)]
+    with (tmp_path / "out.json").open("wb") as out, (tmp_path / "err.txt").open("wb") as err:
+        subprocess.run(command, stdout=out, stderr=err, check=True, cwd=tmp_path)
+    assert (tmp_path / "err.txt").stat().st_size
+    assert json.loads((tmp_path / "out.json").read_text())
+    assert "look at them" not in (tmp_path / "out.json").read_text()
+
+
 def test_a_script_leaves_no_file_and_changes_none(tmp_path: Path) -> None:
     before = textwrap.dedent("""
         import os, shutil, sqlite3, subprocess
@@ -665,6 +675,41 @@ def test_a_training_without_a_module_of_its_own_is_predicted(text: str, tmp_path
 def test_a_training_by_hand_is_refused_with_what_to_do(tmp_path: Path) -> None:
     text = "import torch\nx = torch.ones(3, requires_grad=True)\nfor _ in range(3): x.sum().backward()"
     assert "give other tensors to such an optimizer" in _problem(tmp_path / "hand.py", text)
+
+
+_SELECTING = """
+import torch
+from torch import nn
+torch.manual_seed(0)
+score, head = nn.Linear(32, 1), nn.Sequential(nn.Linear(32, 512), nn.ReLU(), nn.Linear(512, 512))
+optimizer = torch.optim.SGD([*score.parameters(), *head.parameters()], lr=1e-6)
+for _ in range(4):
+    rows = torch.randn(1000, 32)
+    scores = score(rows)[:, 0]
+    loss = head({kept}).square().mean() + scores.mean()
+    optimizer.zero_grad(); loss.backward(); optimizer.step()
+"""
+
+
+@_counts
+@pytest.mark.parametrize(
+    "kept",
+    [
+        "rows[scores > 0]",
+        "rows[(scores > 0).nonzero()[:, 0]]",
+        "rows.masked_select(scores[:, None] > 0).view(-1, 32)",
+    ],
+)
+def test_the_interval_covers_what_a_selection_by_unknown_values_may_keep(kept: str, tmp_path: Path) -> None:
+    """All rows had been taken for kept, with an interval of 1 %, as of a detector's boxes."""
+    answer = _estimated(tmp_path / "selecting.py", _SELECTING.format(kept=kept))
+    script = local_script("selecting", f"python {tmp_path}/selecting.py")
+    measured = measure(script, tmp_path, tmp_path, repeats=1, steps=4)
+    assert answer.estimate is not None
+    peak = answer.estimate.allocated_bytes
+    assert peak.low <= measured["peak_bytes"] <= peak.high
+    assert measured["peak_bytes"] < peak.value * 0.9
+    assert any("were assumed; the interval covers the peaks of 2 other cases" in n for n in answer.notes)
 
 
 # -- cycles, and what grows -------------------------------------------------------------------------------

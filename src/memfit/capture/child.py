@@ -42,6 +42,7 @@ from memfit.planner.workspace_probes import probe_workspaces
 from memfit.report.explain import traced_estimate
 from memfit.techniques.base import JobFacts
 from memfit.techniques.registry import make_use
+from memfit.trace.assumed_values import AssumedCase, assume_case
 from memfit.trace.tracer import fake_patches, recording_patches
 from memfit.types.errors import MemfitError, UserError, first_line
 from memfit.types.gc_pause import collect_as_usual
@@ -488,4 +489,6 @@ def _not_built(*arguments: Any) -> Any:
 
 def main(path: Path) -> NoReturn:
     """Run the script of the `ScriptSpec` in the file ``path``, and end the process."""
-    _Session(loads(ScriptSpec, path.read_text())).run()
+    spec = loads(ScriptSpec, path.read_text())
+    with assume_case(AssumedCase(spec.case)):
+        _Session(spec).run()

@@ -4,6 +4,7 @@ steps."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import subprocess
@@ -39,23 +40,52 @@ def estimate_script(
     and return the prediction for that step on ``machine``. Nothing is trained. If the script ends after its
     first optimizer step, the prediction is for that one, and a note says so.
 
-    ``limit_s``: seconds after which the script is ended if its steps are not traced by then.
+    If the step depends on values that are assumed, the script is run twice more, with other values, and the
+    interval covers these cases. ``limit_s``: seconds after which the script is ended if its steps are not
+    traced by then.
     ``show_output``: whether the script's output is shown, on standard error. The other arguments are as in
     `ScriptSpec`. Raises UserError if the command is none that `load_program` reads, if the script ends before
     its first optimizer step, and if it raises an error, dies or reaches ``limit_s`` before its second.
     """
-    program = load_program(command)
+    spec = ScriptSpec(
+        command=tuple(command),
+        machine=machine,
+        bound=dict(bound) if isinstance(bound, Mapping) else bound,
+        search=search,
+        probe=probe,
+        whole_trace=whole_trace,
+    )
+    answer = _answer(spec, limit_s, show_output=show_output)
+    if answer.trace is None or not answer.trace.assumed:
+        return answer
+    return _with_other_cases(answer, dataclasses.replace(spec, search=None, probe=False), limit_s)
+
+
+def _with_other_cases(answer: ScriptAnswer, spec: ScriptSpec, limit_s: float) -> ScriptAnswer:
+    """Return the answer with its interval widened to the peaks under other assumed values, in two more runs
+    of the script, as for a job (`value_guess_retry.cover_assumed_cases`)."""
+    from memfit.cost.estimate import widened  # imports torch
+
+    assert answer.estimate is not None and answer.trace is not None
+    peak, peaks = answer.estimate.allocated_bytes, list[float]()
+    for case in ("low", "high"):
+        with contextlib.suppress(UserError):  # some values are impossible
+            other = _answer(dataclasses.replace(spec, case=case), limit_s, show_output=False)
+            peaks += [other.estimate.allocated_bytes.value] if other.estimate is not None else []
+    low, high = (limit(peak.value, *peaks) / peak.value for limit in (min, max))
+    note = (
+        f"values at {' and '.join(answer.trace.assumed)} were assumed; the interval covers the peaks of "
+        f"{len(peaks)} other cases"
+    )
+    estimate = widened(answer.estimate, low=peak.low * low, high=peak.high * high)
+    return dataclasses.replace(answer, estimate=estimate, notes=(*answer.notes, note))
+
+
+def _answer(spec: ScriptSpec, limit_s: float, *, show_output: bool) -> ScriptAnswer:
+    """Return the answer of a child process that runs the script of ``spec``."""
+    program = load_program(spec.command)
     with temporary_folder("memfit-script-") as folder:
-        spec = ScriptSpec(
-            command=tuple(command),
-            machine=machine,
-            answer=str(folder / "answer.json"),
-            scratch=str(folder / "files"),
-            bound=dict(bound) if isinstance(bound, Mapping) else bound,
-            search=search,
-            probe=probe,
-            whole_trace=whole_trace,
-        )
+        spec = dataclasses.replace(spec, answer=str(folder / "answer.json"), scratch=str(folder / "files"))
         Path(spec.scratch).mkdir()
         output = folder / "output.txt"
         try:

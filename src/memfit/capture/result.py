@@ -28,16 +28,18 @@ class ScriptSpec:
     memory is predicted, as in `memfit.inputs.machine_of`. ``answer``: the file for the `ScriptAnswer`.
     ``scratch``: an empty folder for what the script would write. ``bound``: as in `Job`. ``search``: what
     plans to search, or None. ``probe``: whether workspaces of kernels may be measured. ``whole_trace``:
-    whether the answer holds all allocations, not only those that are alive at the peak."""
+    whether the answer holds all allocations, not only those that are alive at the peak. ``case``: which
+    values are assumed where a run would have them (`memfit.trace.assumed_values.AssumedCase`)."""
 
     command: tuple[str, ...]
     machine: str
-    answer: str
-    scratch: str
+    answer: str = ""
+    scratch: str = ""
     bound: int | float | dict[str, int | float] | None = None
     search: PlanSearch | None = None
     probe: bool = True
     whole_trace: bool = False
+    case: str = "usual"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

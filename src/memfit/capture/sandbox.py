@@ -88,7 +88,12 @@ class Sandbox:
         """Return the files of the project that are new or were changed, but not by the patches below."""
         after = _states(self._protected) if self._before else {}
         changed = (name for name, state in after.items() if self._before.get(name) != state)
-        return [name for name in changed if not self._is_free(name) and not self._is_created(name)]
+        outputs = _output_files()
+        return [
+            name
+            for name in changed
+            if not (self._is_free(name) or self._is_created(name) or _identity(name) in outputs)
+        ]
 
     # -- patches --------------------------------------------------------------------------------------
 
@@ -353,6 +358,25 @@ def _states(folders: Iterable[str]) -> dict[str, tuple[int, int]]:
                     state = os.lstat(os.path.join(parent, name))  # noqa: PTH118  for many files
                     states[os.path.join(parent, name)] = (state.st_size, state.st_mtime_ns)  # noqa: PTH118
     return states
+
+
+def _output_files() -> set[tuple[int, int]]:
+    """Return the identities of the files to which the standard output and error of this process and of its
+    parents are redirected. Empty where there is no /proc."""
+    files, pid = set[tuple[int, int]](), os.getpid()
+    with contextlib.suppress(OSError, ValueError):  # a parent may belong to another user
+        while pid > 1:
+            files |= {_identity(f"/proc/{pid}/fd/{number}") for number in (1, 2)}
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return files
+
+
+def _identity(name: str) -> tuple[int, int]:
+    """Return the device and inode of a file; (0, 0) if it cannot be read."""
+    with contextlib.suppress(OSError):
+        state = Path(name).stat()
+        return state.st_dev, state.st_ino
+    return 0, 0
 
 
 def _free_folders(scratch: Path) -> list[str]:
