@@ -33,7 +33,7 @@ from pydantic import TypeAdapter
 sys.path.insert(0, str(Path(__file__).parent))
 
 from scripts.corpus import PublicScript, ScriptError, check_unmodified, load_scripts
-from scripts.measure import environment_of, measure, predict, prepare
+from scripts.measure import PREDICTED_STEPS, environment_of, measure, predict, prepare
 
 from memfit.export.script_diff import ScriptDiff, read_script, script_diff
 from memfit.techniques.plan_file import parse_plan
@@ -154,8 +154,9 @@ def _run(
         originals[command] = runs[0] | {"reproducible": _losses(runs[0]) == _losses(runs[1])}
     original = originals[command]
     with _edited(script, diff, sources) as copy:
-        measured = measure(copy, sources, work, repeats=1, steps=protocol.steps)
         predicted = predict(copy, sources, work)
+        peak_steps = predicted.get("steps", PREDICTED_STEPS)
+        measured = measure(copy, sources, work, repeats=1, steps=protocol.steps, peak_steps=peak_steps)
     record = {
         "edit": edit.name,
         "effect": edit.effect,
@@ -258,7 +259,7 @@ def page(protocol: Protocol, history: Sequence[Mapping[str, Any]]) -> str:
         "where the scripts come from. One machine's CPU.",
         "",
         "`edit`: the lines that `memfit plan --diff` adds and removes. `measured`: the peak of live tensor",
-        "bytes of the edited script, from its first forward pass to the end of its second step; `before`:",
+        "bytes of the edited script, from its first forward pass to the end of the last traced step; `before`:",
         "that of the script. `predicted`: `memfit estimate -- COMMAND` of the edited script. `loss`: the",
         "largest relative difference from the losses of the script as published over",
         f"{protocol.steps} steps from the same seed, recorded where `backward` is called. `controls`, where",
