@@ -235,7 +235,8 @@ class Step:
     ``events``: index of an allocation, or -1 minus that index for its free, in the order of the clock.
     ``kinds``: (category, stream, contributor) of each allocation. ``spans``: (phase, step, first event, end).
     ``bounded``: (first event, end) of each operator whose workspace has a bound. ``requested``: bytes of each
-    allocation, and ``bounds`` of each of these workspaces.
+    allocation, and ``bounds`` of each of these workspaces. ``largest``: (first event, end, bytes) of
+    operators whose bound is no polynomial, such as of the partial results of a sum; not in the structure.
     """
 
     events: tuple[int, ...]
@@ -246,6 +247,7 @@ class Step:
     ratio: tuple[float, float]
     requested: tuple[int, ...]
     bounds: tuple[int, ...]
+    largest: tuple[tuple[int, int, int], ...]
 
     @property
     def structure(self) -> tuple[Any, ...]:
@@ -261,10 +263,11 @@ class FittedStep(Step):
 
 
 def step_of(trace: Any) -> Step:
+    from memfit.cost.cuda_workspaces import CUDA_BOUNDS
     from memfit.cost.device_overhead import BLAS_WORKSPACE
     from memfit.cost.workspaces import bound_bytes
     from memfit.report.explain import op_name
-    from memfit.types.trace import Phase
+    from memfit.types.trace import Phase, base_name
 
     made = trace.allocations
     assert all(a.pieces == 1 for a in made), "no chunked plan"
@@ -278,10 +281,13 @@ def step_of(trace: Any) -> Step:
         if (op.phase is not Phase.SETUP or op.step == 0)
         and (bound := bound_bytes(op.signature, trace.device, 1))
     ]
+    polynomial = [base_name(op.op) not in CUDA_BOUNDS for op, _ in calls]
     starts = sorted({op.clock for op in trace.ops})
     following = dict(zip(starts, [*starts[1:], int(clock[-1]) + 1], strict=True))
     first = numpy.searchsorted(clock, [op.clock for op, _ in calls], side="right") - 1
     end = numpy.searchsorted(clock, [following[op.clock] for op, _ in calls], side="right")
+    places = [(max(0, int(i)), max(1, int(j))) for i, j in zip(first, end, strict=True)]
+    bounds = [bound for _, bound in calls]
     return Step(
         events=tuple(int(i) if i < len(made) else -1 - freed[i - len(made)] for i in order),
         kinds=tuple(
@@ -296,11 +302,16 @@ def step_of(trace: Any) -> Step:
             (str(s.phase), s.step, *(int(n) for n in numpy.searchsorted(clock, (s.start, s.end))))
             for s in trace.spans
         ),
-        bounded=tuple((max(0, int(i)), max(1, int(j))) for i, j in zip(first, end, strict=True)),
+        bounded=tuple(itertools.compress(places, polynomial)),
         groups=tuple(ranks for _, ranks in trace.communicators if ranks > 1),
         ratio=(trace.assumed_low_ratio, trace.assumed_high_ratio),
         requested=tuple(_BLAS if a.op == BLAS_WORKSPACE else a.requested_bytes or a.size_bytes for a in made),
-        bounds=tuple(bound for _, bound in calls),
+        bounds=tuple(itertools.compress(bounds, polynomial)),
+        largest=tuple(
+            (*place, bound)
+            for place, bound, is_polynomial in zip(places, bounds, polynomial, strict=True)
+            if not is_polynomial
+        ),
     )
 
 
@@ -378,9 +389,13 @@ def fitted_step(
         [fit(values) for values in zip(*(getattr(s, name) for s in steps[: len(points)]), strict=True)]
         for name in ("requested", "bounds")
     )
+    most: dict[tuple[int, int], int] = {}
+    for begin, end, bound in itertools.chain.from_iterable(step.largest for step in steps):
+        most[begin, end] = max(bound, most.get((begin, end), 0))
+    largest = tuple((*place, bound) for place, bound in sorted(most.items()))
     fitted = FittedStep(
         **{f.name: getattr(first, f.name) for f in dataclasses.fields(Step)}
-        | {"requested": requested, "bounds": bounds}
+        | {"requested": requested, "bounds": bounds, "largest": largest}
     )
     found = []
     for (b, s), held_out in zip(checks, steps[len(points) :], strict=True):
@@ -431,6 +446,7 @@ def _encoded(step: FittedStep, parts: dict[str, int]) -> dict[str, Any]:
         "tokens": tokens,
         "spans": step.spans,
         "bounds": [(*place, fitted) for place, fitted in zip(step.bounded, step.bounds, strict=True)],
+        "largest": step.largest,
         "ratio": step.ratio,
     }
 

@@ -148,6 +148,13 @@ function withBounds(step, live, batch, second, degrees, peak) {
   return high > peak * 1.003 ? high : 0;
 }
 
+// Highest level with the largest bound, over all sizes, of operators whose bound is no polynomial.
+function withLargest(step, live) {
+  let high = 0;
+  for (const [from, to, bytes] of step.largest ?? []) for (let i = from; i < to; i++) high = Math.max(high, live[i] + bytes);
+  return high;
+}
+
 // -- the answer ----------------------------------------------------------------------------------------------
 function entryOf(file, setting) {
   return file.models[setting.model].plans[`${setting.precision}/${setting.recomputation}/${setting.sharding}`];
@@ -177,6 +184,7 @@ async function answer(file, setting, whole = true) {
   const peak = peakOf(step, live), bytes = peak.bytes;
   const bounded = withBounds(step, live, batch, second, degrees, bytes);
   const allocated = [bytes, bytes * (1 - 0.01) * step.ratio[0], Math.max(bytes * (1 + 0.01) * step.ratio[1], bounded)];
+  if (withLargest(step, live) > 1.005 * allocated[2]) return { run: "combination" };
   const events = step.events.filter((event) => sizes[event >= 0 ? event : -1 - event] > 0);
   const streams = step.kindOf.map((kind) => kind[STREAM]);
   const plain = reservedPeak(events, sizes, streams);
@@ -216,14 +224,19 @@ function timeline(step, sizes, live) {
 }
 // The largest batch of a device that fits: {value, next: whether the next larger one is known not to fit}.
 async function largest(file, setting) {
-  const fits = async (batch) => (await answer(file, { ...setting, batch }, false)).fits;
+  let answered = true;
+  const fits = async (batch) => {
+    const found = await answer(file, { ...setting, batch }, false);
+    answered &&= !found.run;
+    return found.fits;
+  };
   let low = 0, high = file.models[setting.model].batches.at(-1) + 1;
   if (refusal(file, { ...setting, batch: 1 })) return null;
   while (high - low > 1) {
     const mid = low ? (low + high) >> 1 : Math.min(2, high - 1) === high - 1 ? 1 : (low + high) >> 1;
     if (await fits(mid)) low = mid; else high = mid;
   }
-  return { value: low, next: high <= file.models[setting.model].batches.at(-1) };
+  return answered ? { value: low, next: high <= file.models[setting.model].batches.at(-1) } : null;
 }
 // The commands that give these figures exactly, as text for a shell.
 function planText(file, setting) {
