@@ -101,18 +101,18 @@ def job(batch: int, blocks: int = BLOCKS) -> Job:
 
 
 shared_job = functools.cache(job)
-_TRACERS: dict[int, BlockTracer] = {}
+_TRACERS: dict[tuple[int, str], BlockTracer] = {}
 
 
 def block_tracer(job: Job, device: str) -> BlockTracer:
-    """Return the one tracer of this job object, which it keeps alive. All jobs share their small traces, of
-    three blocks and of samples of zeros, however many blocks and samples a job has."""
-    assert device == "cuda"
-    if id(job) not in _TRACERS:
-        tracer = _TRACERS[id(job)] = BlockTracer(job, device)
-        first = next(iter(_TRACERS.values()))
+    """Return the one tracer of this job object for this kind of device, which it keeps alive. All jobs share
+    their small traces, of three blocks and of samples of zeros, however many blocks and samples a job has."""
+    key = (id(job), device)
+    if key not in _TRACERS:
+        tracer = _TRACERS[key] = BlockTracer(job, device)
+        first = next(t for (_, other), t in _TRACERS.items() if other == device)
         tracer.outcomes, tracer.updates = first.outcomes, first.updates
-    return _TRACERS[id(job)]
+    return _TRACERS[key]
 
 
 @pytest.fixture(autouse=True)
