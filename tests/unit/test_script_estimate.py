@@ -340,7 +340,8 @@ class Layer(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(distribute_tensor(torch.randn(1024, 256), mesh, [Shard(0)]))
     def forward(self, x): return x @ self.weight.to_local().t()
-model = nn.Sequential(Layer())""",
+model = nn.Sequential(Layer())
+del blocks""",
     ),
 }
 

@@ -258,6 +258,7 @@ class _Session:
             peak_clock=explained.peak_clock,
             model=type(trace.model).__name__ if trace.model is not None else "",
             optimizers=tuple(dict.fromkeys(type(o).__name__ for o in trace.cycle.optimizers.values())),
+            steps=trace.cycle.count,
             micro_batches=trace.accumulated,
             ranks=plan.ranks,
             notes=tuple(dict.fromkeys(self.notes)),

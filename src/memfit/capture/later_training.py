@@ -39,13 +39,22 @@ def later_training() -> str:
         if f"{_INSTALLED}torch/" in path:
             return ""
         following, is_in_loop = _following(frame)
-        scope = {**frame.f_globals, **frame.f_locals}
+        scope = _variables(frame)
         for statement in () if is_installed else following:
             if _trains(statement, scope):
                 return f"{Path(path).name}:{statement.lineno}"
         if is_in_loop:
             return ""
     return ""
+
+
+def _variables(frame: types.FrameType) -> dict[str, Any]:
+    """Return the variables that the code of the frame sees, by name."""
+    local = frame.f_locals
+    scope = {**frame.f_globals, **local}
+    if isinstance(local, dict) and frame.f_code.co_flags & inspect.CO_OPTIMIZED:
+        local.clear()  # before Python 3.13 it is a copy that the frame keeps, with the tensors in it
+    return scope
 
 
 def _following(frame: types.FrameType) -> tuple[list[ast.stmt], bool]:

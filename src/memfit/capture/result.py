@@ -48,6 +48,7 @@ class ScriptAnswer:
     step could be traced; ``problem`` then says why. ``notes``: what the script was kept from, and what is
     assumed. ``plans``: the searched plans, None if none were asked for or can be searched; ``no_plans`` then
     says why. ``batch_size``: samples of a step, known with ``plans``.
+    ``steps``: the most updates that an optimizer made in the traced steps.
     ``micro_batches``: into how many parts the script splits them. ``before_training_bytes``: peak of live
     tensors while the model was built and evaluated, before its first training step. ``shared_bytes``: of
     batches of worker processes, which are not in the estimate's peak. ``growth_bytes``: by how much memory of
@@ -60,6 +61,7 @@ class ScriptAnswer:
     peak_clock: int | None = None
     model: str = ""
     optimizers: tuple[str, ...] = ()
+    steps: int = 0
     micro_batches: int = 1
     ranks: int = 1
     problem: str = ""

@@ -239,7 +239,7 @@ def _facts(answer: ScriptAnswer, machine: Machine, cap_bytes: int | None) -> Scr
         needed_bytes=needed,
         fits=needed <= cap_bytes and fits_under(cap_bytes, machine)(answer.estimate),
         notes=answer.notes,
-        steps=answer.trace.steps,
+        steps=answer.steps,
         growth_bytes=answer.growth_bytes,
     )
 

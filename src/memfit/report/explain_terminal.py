@@ -22,8 +22,8 @@ Row = tuple[list[str], list[Figure]]
 class ScriptFacts:
     """What is said of a training script beside its estimate. ``needed_bytes``, ``fits``: the memory of one
     device that it needs, and whether that is at most ``cap_bytes``. ``notes``: sentences for the user.
-    ``growth_bytes``: by how much that grows with each step. ``steps``: number of the script's first steps
-    that were traced."""
+    ``growth_bytes``: by how much that grows with each step. ``steps``: number of the script's first
+    optimizer steps that were traced."""
 
     program: str
     model: str
