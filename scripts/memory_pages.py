@@ -392,7 +392,10 @@ def fitted_step(
     most: dict[tuple[int, int], int] = {}
     for begin, end, bound in itertools.chain.from_iterable(step.largest for step in steps):
         most[begin, end] = max(bound, most.get((begin, end), 0))
-    largest = tuple((*place, bound) for place, bound in sorted(most.items()))
+    levels = [_levels(first.events, step.requested) for step in steps]
+    largest = tuple(
+        (*place, bound) for place, bound in sorted(most.items()) if _matters(levels, *place, bound)
+    )
     fitted = FittedStep(
         **{f.name: getattr(first, f.name) for f in dataclasses.fields(Step)}
         | {"requested": requested, "bounds": bounds, "largest": largest}
@@ -406,9 +409,19 @@ def fitted_step(
     return fitted, found
 
 
+def _matters(levels: Sequence[Sequence[float]], begin: int, end: int, bound: int) -> bool:
+    """Return whether ``bound`` bytes between the events exceed the peak at one of the sizes."""
+    return any(max(live[begin:end], default=0) + bound > max(live) for live in levels)
+
+
+def _levels(events: Sequence[int], sizes: Sequence[float]) -> list[float]:
+    """Return the live bytes after each event."""
+    known = [max(0, size) for size in sizes]
+    return list(itertools.accumulate(known[e] if e >= 0 else -known[-1 - e] for e in events))
+
+
 def _peak(events: Sequence[int], sizes: Sequence[float]) -> float:
-    signed = [sizes[event] if event >= 0 else -sizes[-1 - event] for event in events]
-    return max(itertools.accumulate(signed))
+    return max(_levels(events, sizes))
 
 
 def _encoded(step: FittedStep, parts: dict[str, int]) -> dict[str, Any]:

@@ -13,9 +13,10 @@ function place(free, size, address) {
   }
   return low;
 }
-function reservedPeak(events, sizes, streams) {
+// What the allocator reserves at most, and counts as allocated at most: with the rests of blocks that it does not cut off.
+function allocatorPeaks(events, sizes, streams) {
   const pools = new Map(), live = new Map();
-  let reserved = 0, address = 0;
+  let reserved = 0, address = 0, allocated = 0, counted = 0;
   const add = (block) => { block.idle = true; block.pool.splice(place(block.pool, block.size, block.address), 0, block); };
   const remove = (block) => block.pool.splice(place(block.pool, block.size, block.address), 1);
   for (const event of events) {
@@ -38,9 +39,10 @@ function reservedPeak(events, sizes, streams) {
         block.after = left; block.size = size; add(left);
       }
       block.idle = false; live.set(event, block);
+      allocated += block.size; counted = Math.max(counted, allocated);
     } else {
       const block = live.get(-1 - event), { before, after } = block;
-      live.delete(-1 - event);
+      live.delete(-1 - event); allocated -= block.size;
       if (before?.idle) {
         remove(before); block.address = before.address; block.size += before.size; block.before = before.before;
         if (block.before) block.before.after = block;
@@ -52,7 +54,7 @@ function reservedPeak(events, sizes, streams) {
       add(block);
     }
   }
-  return reserved; // segments are never given back, so that the last level is the highest
+  return { reserved, counted }; // segments are never given back, so that the last level is the highest
 }
 
 // -- frees that come late, drawn as by numpy.random.default_rng(0).integers (memfit/cost/memory_estimate.py) --
@@ -184,12 +186,13 @@ async function answer(file, setting, whole = true) {
   const peak = peakOf(step, live), bytes = peak.bytes;
   const bounded = withBounds(step, live, batch, second, degrees, bytes);
   const allocated = [bytes, bytes * (1 - 0.01) * step.ratio[0], Math.max(bytes * (1 + 0.01) * step.ratio[1], bounded)];
-  if (withLargest(step, live) > 1.005 * allocated[2]) return { run: "combination" };
   const events = step.events.filter((event) => sizes[event >= 0 ? event : -1 - event] > 0);
   const streams = step.kindOf.map((kind) => kind[STREAM]);
-  const plain = reservedPeak(events, sizes, streams);
-  const peaks = [plain, ...file.late.map((by) => reservedPeak(delayed(events, by, file.random), sizes, streams))];
+  const { reserved: plain, counted } = allocatorPeaks(events, sizes, streams);
+  const peaks = [plain, ...file.late.map((by) => allocatorPeaks(delayed(events, by, file.random), sizes, streams).reserved)];
   const reserved = [plain, Math.min(plain, allocated[1]), Math.max(...peaks) * (allocated[2] / bytes)];
+  allocated[2] = Math.max(allocated[2], counted * (1 + 0.01));
+  if (withLargest(step, live) > 1.005 * allocated[2]) return { run: "combination" };
   const needed = reserved.map((n, i) => n + device.beside[entry.groups][i]);
   const figures = { allocated, reserved, device: needed, memory: device.memory, fits: Math.floor(needed[2]) <= device.memory };
   return whole ? { ...figures, peak, bounded: bounded > 0, ...holders(step, sizes, found.parts, peak.at), line: timeline(step, sizes, live) } : figures;

@@ -50,7 +50,7 @@ def later_training() -> str:
 
 def _variables(frame: types.FrameType) -> dict[str, Any]:
     """Return the variables that the code of the frame sees, by name."""
-    local = frame.f_locals
+    local: Any = frame.f_locals
     scope = {**frame.f_globals, **local}
     if isinstance(local, dict) and frame.f_code.co_flags & inspect.CO_OPTIMIZED:
         local.clear()  # before Python 3.13 it is a copy that the frame keeps, with the tensors in it
