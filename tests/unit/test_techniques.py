@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import io
@@ -187,9 +188,11 @@ def test_selective_checkpointing_keeps_its_tensors_on_the_device_when_activation
 
     plan = Plan(uses=(use("selective-checkpointing", keep="matmul"), make_use("activation-offload", {})))
     job = words(2)
-    TrainingStep(job, plan).run(job.make_batch(0, 0))  # torch's own: pytest turns a warning into an error
+    with contextlib.closing(TrainingStep(job, plan)) as step:
+        step.run(job.make_batch(0, 0))  # torch's own: pytest turns a warning into an error
     monkeypatch.setattr(module, "checkpoint", with_option)
-    TrainingStep(job, plan).run(job.make_batch(0, 0))
+    with contextlib.closing(TrainingStep(job, plan)) as step:
+        step.run(job.make_batch(0, 0))
     assert set(keeps_hooks_out) == {False}
 
 
