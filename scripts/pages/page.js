@@ -125,9 +125,10 @@ function showTimeline(result) {
   for (let n = 0; n < top; n += unit) {
     lines.push(svg("line", { class: "grid", x1: 0, x2: "100%", y1: y(n), y2: y(n) }), svg("text", { class: "y", x: -8, y: y(n), dy: ".35em" }, bytes(n)));
   }
+  const letter = lang === "ja" ? 14 : 8, plot = el("timeline").clientWidth; // a phase is named where its name has room
   const names = spans.flatMap(([phase, from, to]) => [
     svg("line", { class: "cut", x1: `${100 * to}%`, x2: `${100 * to}%`, y1: 0, y2: height }),
-    ...(to - from > 0.12 ? [svg("text", { class: "x", x: `${50 * (from + to)}%`, y: height + 18 }, TEXTS[lang].phases[phase])] : [])]);
+    ...((to - from) * plot > letter * TEXTS[lang].phases[phase].length ? [svg("text", { class: "x", x: `${50 * (from + to)}%`, y: height + 18 }, TEXTS[lang].phases[phase])] : [])]);
   const alt = t("timeline_alt", { peak: bytes(result.peak.bytes), phase: TEXTS[lang].phases[result.peak.phase] });
   const inner = svg("svg", { width: "100%", height, viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none" }, ...paths);
   el("timeline").replaceChildren(svg("svg", { class: "plot", role: "img", "aria-label": alt, height }, ...lines, inner, ...names));
