@@ -1214,6 +1214,19 @@ def test_larger_batches_later_in_the_epoch_are_in_the_interval_and_said(tmp_path
     assert any("batches of the script differ in size" in note for note in short.notes)
 
 
+def test_plans_for_a_script_whose_loop_makes_its_batches_hold_a_larger_one(tmp_path: Path) -> None:
+    path = tmp_path / "lengths.py"
+    path.write_text(
+        _LENGTHS.replace("in loader:", "in (torch.zeros(8, 64 * (i + 1), 32) for i in range(3)):")
+    )
+    search = PlanSearch(cap_bytes=2**30, within_s=20)
+    answer = estimate_script([sys.executable, str(path)], machine="this:cpu", probe=False, search=search)
+    assert answer.plans is not None, answer.no_plans
+    split = [c.estimate for c in answer.plans.frontier if "gradient-accumulation" in c.estimate.plan.label]
+    assert split
+    assert all(e.allocated_bytes.high > 1.5 * e.allocated_bytes.value for e in split)
+
+
 def test_plans_for_a_script_hold_its_largest_batch(tmp_path: Path) -> None:
     path = tmp_path / "lengths.py"
     search = PlanSearch(cap_bytes=2**30, without=("activation-offload", "bf16-parameters"), within_s=20)

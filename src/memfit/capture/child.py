@@ -353,6 +353,7 @@ class _Session:
                 f"batches that the script's loop makes differ in size: the largest of the first "
                 f"{len(batches.step_bytes) - 1} steps is in the prediction, and a later one may be larger"
             )
+            self.largest_batch_ratio = batches.loop_ratio
             largest_bytes = max(step.total() for step in batches.step_bytes)
             return widened(estimate, high=peak_with_batch(estimate, batches.loop_ratio, largest_bytes))
         if max(most, 1 / typical) < ALIKE_RATIO:

@@ -312,8 +312,8 @@ class StepCalls:
             if isinstance(stand_in, _Rows):
                 return stand_in.times * next(len(t) for t in batch_tensors(items) if t.dim())
             if isinstance(stand_in, _Attribute):
-                held = getattr(module_of(stand_in.module), stand_in.name)
-                return held if isinstance(held, torch.Tensor) else _leaves(held)[stand_in.index]
+                value = getattr(module_of(stand_in.module), stand_in.name)
+                return value if isinstance(value, torch.Tensor) else _leaves(value)[stand_in.index]
             return stand_in
 
         def module_of(module: torch.nn.Module) -> Any:

@@ -118,7 +118,7 @@ def _needs_whole_batch(job: Job, error: Exception) -> bool:
     half = split(batch, 2)[0]
     try:
         _traced(_with_batch(job, batch))
-    except Exception:  # noqa: BLE001  whoever traces the job reports it
+    except Exception:  # noqa: BLE001  user code; the search traces the job, too, and raises it
         return False
     try:
         _traced(_with_batch(job, half))
