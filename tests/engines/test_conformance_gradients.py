@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel as Ddp
 
 from memfit.api import conform
 from memfit.conformance.fingerprints import fingerprint
+from memfit.engines.deepspeed.step import import_deepspeed
 from memfit.jobs.builtin.gpt import Gpt, GptSize
 from memfit.techniques.rank_mesh import make_world
 from memfit.techniques.registry import TECHNIQUES, make_use
@@ -359,8 +360,7 @@ def _scaled() -> Loop:
 
 
 def _deepspeed(stage: int, dtype: str = "") -> Loop:
-    import deepspeed
-
+    deepspeed = import_deepspeed("cpu")
     model, config = (
         _Net(),
         {

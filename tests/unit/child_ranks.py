@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -59,14 +60,19 @@ def run_children(
     env: Mapping[str, str] = {},
     limit_s: float = 240,
 ) -> None:
-    """``python script *arguments[rank]`` on every rank, until each has ended well. One rank joins nothing."""
+    """``python script *arguments[rank]`` on every rank, until each has ended well. One rank joins nothing.
+
+    A rank that fails ends the others, which would wait for it until the limit."""
     ranks, port = len(arguments), free_port()
     children = [
         start([script, *of_rank], env={**env, **(rank_env(rank, ranks, port) if ranks > 1 else {})})
         for rank, of_rank in enumerate(arguments)
     ]
+    end_s = time.monotonic() + limit_s
     try:
-        codes = [child.wait(limit_s) for child in children]
+        while None in (codes := [child.poll() for child in children]) and not any(codes):
+            assert time.monotonic() < end_s, f"{Path(script).name}: {codes} after {limit_s} s, by rank"
+            time.sleep(0.01)
     finally:
         for child in children:
             child.kill()
