@@ -70,7 +70,7 @@ def _llama(size: str, rows: int) -> Any:
 
 
 def searched(
-    job: Any, machine: Any, tell: Any, without: Sequence[str] = (), limit_s: float | None = None
+    job: Any, machine: Any, progress: Any, without: Sequence[str] = (), limit_s: float | None = None
 ) -> Any:
     from memfit.planner.capacity import memory_cap
     from memfit.planner.evaluate import Predictor
@@ -92,7 +92,7 @@ def searched(
         goal=Objective.FASTEST,
         accuracy=Accuracy.ROUNDING,
         cap=memory_cap(int(machine.device.memory_bytes.value), machine),
-        tell=tell,
+        progress=progress,
         bounds=Bounds(without=tuple(without)),
         limit_s=limit_s,
     )
@@ -108,11 +108,11 @@ def child(name: str) -> None:
     size, on, rows, _, limit_s = LARGE[name]
     marks: list[float] = []
 
-    def tell(stage: str, *rest: Any) -> None:
+    def progress(stage: str, *rest: Any) -> None:
         if stage == "finalists" and not marks:
             marks.append(time.perf_counter() - begun)
 
-    found = searched(_llama(size, rows), machine(on), tell, limit_s=limit_s)
+    found = searched(_llama(size, rows), machine(on), progress, limit_s=limit_s)
     assert found.recommended is not None
     extent = found.extent
     chosen = found.recommended.estimate

@@ -371,7 +371,7 @@ def many_devices_request(request: Request, cap_bytes: int) -> MultiDeviceRequest
         accuracy=request.accuracy,
         cap=memory_cap(cap_bytes, request.machine, request.engine),
         bounds=request.bounds,
-        tell=lambda *progress: None,
+        progress=lambda *progress: None,
     )
 
 

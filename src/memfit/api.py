@@ -788,8 +788,8 @@ def largest(  # noqa: PLR0913
     if not samples and (not callable(model) or hasattr(model, "named_parameters")):
         raise UserError(
             f"the argument model is a {type(model).__name__}, and there is no batch",
-            allowed="a model and a batch, a memfit.Job, or a function of the number that returns a Job or a "
-            "pair (model, batch)",
+            allowed="a model and a batch; a memfit.Job; or a function that takes the number to be found, "
+            "such as a number of layers, and returns a Job or a pair (model, batch)",
         )
     if samples:
         own_job = job_of(model, batch, **settings)

@@ -95,8 +95,8 @@ class Fit:
             if self._micro_batch is micro_batch:
                 self._close_step()
                 raise UserError(
-                    "no backward ran for a micro-batch of fit.split",
-                    hint="call fit.backward(loss) in place of loss.backward()",
+                    "fit.backward was not called for a micro-batch of fit.split",
+                    hint="call fit.backward(loss) for each, in place of loss.backward()",
                 )
         self._is_complete = True
 
@@ -174,8 +174,8 @@ class Fit:
                 module.training = mode
 
     def close(self) -> None:
-        """Release what the plan holds: hooks of optimizers, and files of offloaded tensors. The model keeps
-        what else the plan changed in it. Nothing of this object can be used afterwards."""
+        """Remove the hooks and close the files of techniques that shard or store states, such as zero. The
+        model keeps what else the plan changed in it. Nothing of this object can be used afterwards."""
         self._close_step()
         self._step.close()
 

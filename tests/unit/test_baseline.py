@@ -242,7 +242,7 @@ def test_a_job_that_another_process_writes_meanwhile_is_kept(
 ) -> None:
     path = tmp_path / "memfit-baseline.toml"
 
-    def predict(targets: Any, folder: Path, tell: Any) -> list[MemoryBaseline]:
+    def predict(targets: Any, folder: Path, on_target: Any) -> list[MemoryBaseline]:
         other = BaselineFile(jobs=(stored(job="other.py:job"),))
         path.write_text(baseline_text(other))
         return [stored(job="my_train.py:job")]

@@ -154,6 +154,21 @@ def test_the_help_names_the_goals_and_accuracies_that_exist() -> None:
     assert hints["accuracy"].__metadata__[0].metavar == "|".join(Accuracy)
 
 
+def test_the_help_of_plan_names_the_options_that_each_mode_refuses() -> None:
+    import typer.main
+
+    from memfit.cli.plan import _REFUSED
+
+    params = typer.main.get_command(app.app).commands["plan"].params  # type: ignore[attr-defined]
+    helps = {spelling: p.help for p in params if hasattr(p, "help") for spelling in p.opts}
+    refused = [(mode, option) for mode, (options, _) in _REFUSED.items() for option in options]
+    refused += [("--measure", "--from"), ("--measure", "--diff"), ("--diff", "--largest")]
+    refused += [(option, mode) for mode, option in refused if option in _REFUSED]
+    for mode, option in refused:
+        only_with = helps[option].startswith(("With --largest", "With --buckets"))
+        assert only_with or option in helps[mode].partition("Not with")[2], (mode, option)
+
+
 # --- the user's mistakes
 
 

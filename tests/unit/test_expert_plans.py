@@ -189,7 +189,7 @@ def test_a_search_says_what_distributed_experts_would_change() -> None:
         accuracy=Accuracy.ROUNDING,
         cap=Cap(bytes=40 * 2**30, needs=lambda e: needed_bytes(e, ON), refuses=lambda plan: ()),
         bounds=Bounds(without=(*FEW, "selective-checkpointing", "activation-offload", "bf16-autocast")),
-        tell=lambda *a: None,
+        progress=lambda *a: None,
     )
     found = search_many_devices(predictor(), 2, request)
     assert found.recommended is not None

@@ -106,9 +106,10 @@ def test_cells_without_one_step_are_refused_in_one_line(
     assert "\n" not in str(error.value)
 
 
-def test_other_options_are_refused(predict: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("line", ["--machine H100-SXM", "--on 'H100-SXM", "--on"])
+def test_other_options_and_open_quotation_marks_are_refused(predict: Callable[..., Any], line: str) -> None:
     with pytest.raises(UsageError, match=r"allowed: %%memfit \[--on MACHINE\]"):
-        predict(STEP, "--machine H100-SXM")
+        predict(STEP, line)
 
 
 def test_a_prediction_shows_table_parts_and_timeline_in_a_notebook(predict: Callable[..., Any]) -> None:

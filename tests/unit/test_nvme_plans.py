@@ -171,7 +171,7 @@ def test_a_search_puts_optimizer_state_on_nvme_where_host_memory_is_too_small() 
             host=lambda e: host_holds(e, small),
         ),
         bounds=Bounds(without=(*FEW, *FEWER)),
-        tell=lambda *_: None,
+        progress=lambda *_: None,
     )
     large = Predictor(job=job(LARGE), machine=small, job_facts=job_facts(job(LARGE), "cuda", 2))
     found = search_many_devices(large, 2, request).recommended

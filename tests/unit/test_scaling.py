@@ -338,7 +338,7 @@ def request_for(
         accuracy=Accuracy(accuracy),
         cap=Cap(bytes=cap, needs=lambda e: needed_bytes(e, on), refuses=lambda plan: ()),
         bounds=bounds,
-        tell=lambda *a: None,
+        progress=lambda *a: None,
     )
 
 

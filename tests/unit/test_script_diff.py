@@ -530,7 +530,7 @@ def test_a_plan_for_the_scripts_own_step_ends_nothing_that_the_script_does_itsel
     plan = parse_plan({"techniques": {"gradient-accumulation": {"micro_batches": 2}}}, what="the plan")
     for name in ("TrainingArguments", "SFTConfig"):
         text = f"a = {name}('out', per_device_train_batch_size=8, bf16=True, gradient_checkpointing=True)\n"
-        own = script_diff(Source("train.py", text), plan, batch_size=8, is_own=True)
+        own = script_diff(Source("train.py", text), plan, batch_size=8, keeps_enabled=True)
         assert "bf16=True, gradient_checkpointing=True, gradient_accumulation_steps=2)" in own.diff
     other = script_diff(Source("train.py", text), plan, batch_size=8)
     assert "bf16=False" in other.diff

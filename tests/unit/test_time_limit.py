@@ -392,7 +392,7 @@ def many_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., MultiDevicePredict
                 refuses=lambda plan: (),
             ),
             bounds=Bounds(without=FEW, micro_batch=4),
-            tell=quiet,
+            progress=quiet,
             limit_s=limit_s,
         )
         return MultiDevicePredictor(predictor, request)

@@ -183,7 +183,7 @@ def _write(options: BaselineOptions, *, as_json: bool) -> None:
             for job in options.jobs or ()
             for plan in options.plan or (PLAIN,)
         ]
-        predictions = write_baseline(options.file, targets, _tell(options.file.parent, progress))
+        predictions = write_baseline(options.file, targets, _show_target(options.file.parent, progress))
     if as_json:
         emit({"file": options.file.as_posix(), "jobs": predictions})
         return
@@ -199,7 +199,9 @@ def _check(options: BaselineOptions, *, as_json: bool) -> None:
     with Bars("en") as progress:
         from memfit.workflows.baseline import check_baseline
 
-        comparisons = check_baseline(options.file, tolerance_ratio, _tell(options.file.parent, progress))
+        comparisons = check_baseline(
+            options.file, tolerance_ratio, _show_target(options.file.parent, progress)
+        )
     if options.sarif is not None:
         _write_sarif(options.sarif, options.file, comparisons)
     if as_json:
@@ -210,14 +212,14 @@ def _check(options: BaselineOptions, *, as_json: bool) -> None:
         raise typer.Exit(1)
 
 
-def _tell(folder: Path, progress: Bars) -> memfit.workflows.baseline.Tell:
-    def tell(done: int, total: int, target: BaselineTarget) -> None:
+def _show_target(folder: Path, progress: Bars) -> memfit.workflows.baseline.OnTarget:
+    def show(done: int, total: int, target: BaselineTarget) -> None:
         from memfit.workflows.baseline import job_path
 
         progress("trace", done, total, target.title)
         warn_of_shadowed_modules(job_path(target, folder))
 
-    return tell
+    return show
 
 
 def _print(comparisons: Sequence[BaselineComparison], options: BaselineOptions) -> None:

@@ -53,7 +53,7 @@ class EstimateOptions:
             help="For a JOB: compare the engines that can train it with the plan: whether each supports the "
             "plan, its predicted peak memory and step time, whether it is installed, the number of lines of "
             "its configuration files, and facts about its installation and maintenance. Not with plan files "
-            "as arguments, --html, --snapshot, --perfetto or --no-lines.",
+            "as arguments, --html, --snapshot, --perfetto, --no-lines, --lengths or --precision.",
         ),
     ] = False
 

@@ -37,7 +37,8 @@ class TraceFileOptions:
         typer.Option(
             metavar="FILE",
             help="Also write an HTML page with a treemap and a timeline of the memory of a training step to "
-            "this file, which is overwritten if it exists. Refused with two plan files.",
+            "this file, which is overwritten if it exists. Not with two plan files, --engines, --lengths or "
+            "--precision.",
         ),
     ] = None
     snapshot: Annotated[
@@ -45,7 +46,8 @@ class TraceFileOptions:
         typer.Option(
             metavar="FILE.pickle",
             help="Also write the memory of a training step to this file, as a snapshot for PyTorch's memory "
-            "viewer. The file is overwritten if it exists. Refused with two plan files.",
+            "viewer. The file is overwritten if it exists. Not with two plan files, --engines, --lengths or "
+            "--precision.",
         ),
     ] = None
     perfetto: Annotated[
@@ -53,7 +55,8 @@ class TraceFileOptions:
         typer.Option(
             metavar="FILE.json",
             help="Also write the memory of a training step to this file, as a Chrome trace for "
-            "ui.perfetto.dev. The file is overwritten if it exists. Refused with two plan files.",
+            "ui.perfetto.dev. The file is overwritten if it exists. Not with two plan files, --engines, "
+            "--lengths or --precision.",
         ),
     ] = None
     lines: Annotated[

@@ -207,7 +207,9 @@ def _show(
     if source is not None and answer.plans is not None and recommended is not None:
         if recommended.estimate.plan != answer.plans.baseline.estimate.plan:
             print_edit(
-                source, *edit_of(source, answer.plans, answer.batch_size, {}, is_own=True), as_json=False
+                source,
+                *edit_of(source, answer.plans, answer.batch_size, {}, keeps_enabled=True),
+                as_json=False,
             )
         else:
             print(f"{source.path} needs no edit: plain training, as it is, is recommended.", file=sys.stderr)
@@ -253,7 +255,7 @@ def _edit(source: Source, plans: SearchResult, batch_size: int) -> ScriptDiff:
     if plans.recommended.estimate.plan == plans.baseline.estimate.plan:
         return ScriptDiff(diff="")
     try:
-        return edit_of(source, plans, batch_size, {}, is_own=True)[1]
+        return edit_of(source, plans, batch_size, {}, keeps_enabled=True)[1]
     except UserError as error:
         return ScriptDiff(diff="", reason=str(error))
 

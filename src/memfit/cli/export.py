@@ -153,7 +153,8 @@ class ExportOptions:
             help="Configuration file of your own for DeepSpeed, Accelerate, Trainer, Megatron-LM, "
             "torchtitan or OpenFold. Can be given several times: all files together are one set-up, "
             "with at most one file of each kind. The plan of the set-up is exported unless --plan or "
-            "--recommended is given. Your other settings, which the plan does not decide, are kept.",
+            "--recommended is given. Settings that the plan does not decide are kept in the written files of "
+            "the same kinds; the README.md there lists your settings that are changed or not in the export.",
         ),
     ] = None
     ranks: Annotated[
@@ -174,8 +175,9 @@ class ExportOptions:
             "techniques, such as activation-checkpointing; clipping for gradient clipping; loss-terms for "
             "losses weighted by the job's loss_terms, which libraries do not know; all: every such part. "
             "Default: none. The export is refused until every such part is named; the error lists the names. "
-            "Any other name is refused. Without --script, --to trainer, torchtitan and openfold have at most "
-            "loss-terms, and other targets none, so that only all is accepted, without effect.",
+            "Any other name is refused. With --to trainer, torchtitan or openfold, loss-terms is the only "
+            "such part, if there is one. Where there is none, as with the other targets without --script, "
+            "only all is accepted, without effect.",
         ),
     ] = ""
 

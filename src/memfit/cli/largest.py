@@ -39,7 +39,9 @@ class LargestOptions:
             "--memory: all memory of the device. With --measure, values are also trained on this machine for "
             "three steps each under a hard cap of that size, in at most 12 runs, until the largest has run "
             "three times and the next, a step or 0.1 % larger, has run out of memory. If nothing fits, the "
-            "exit code is 3. Example: memfit plan protein-lm --largest batch --on H100-SXM.",
+            "exit code is 3. Not with --from, --diff, --save, --corrected-by, --deadline, --budget, "
+            "--micro-batch or --explain-infeasible. Example: memfit plan protein-lm --largest batch --on "
+            "H100-SXM.",
         ),
     ] = None
     plans: Annotated[
@@ -74,8 +76,8 @@ class LargestOptions:
         typer.Option(
             metavar="N",
             min=1,
-            help="With --largest: try only multiples of N. Default: what the job and the plan need, such as "
-            "a multiple of the number of ranks and micro-batches for the batch.",
+            help="With --largest, otherwise refused: try only multiples of N. Default: what the job and the "
+            "plan need, such as a multiple of the number of ranks and micro-batches for the batch.",
         ),
     ] = None
     out: Annotated[

@@ -42,8 +42,8 @@ class LengthOptions:
             "lengths, one whole number per line. Without --size NAME@N a built-in job gets as many positions "
             "as the longest sequence has, at least 64. A step trains --batch sequences (default: the job's "
             "number), or all if FILE has fewer. --memory: by default all memory of one device of --on. Jobs "
-            "whose samples have no length are refused. Of the options that change the job, only --size and "
-            "--batch can be given with it; a plan only as --plan.",
+            "whose samples have no length are refused. Of the options of a JOB, only --size, --batch, "
+            "--plan, --memory and --on can be used with it.",
         ),
     ] = None
     column: Annotated[
@@ -70,7 +70,7 @@ class LengthOptions:
         typer.Option(
             metavar="sum|largest",
             help="With --columns: the sizes of a step of several samples. sum (the default): of all its "
-            "samples, as of graphs in one batch; largest: those of the largest, as of padded samples. "
+            "samples, as of graphs in one batch; largest: the largest of each, as of padded samples. "
             "Ignored without --columns.",
         ),
     ] = "sum"

@@ -189,7 +189,7 @@ class SearchOptions:
             "recommended plan must fit in it too. Default: on this machine, all that memfit may use; on "
             "another, the value in the catalog or the machine file; without one, no plan that keeps tensors "
             "in host memory is recommended. Refused if the device is a CPU, as with --on this:cpu or on this "
-            "machine without a GPU, and by `memfit estimate -- COMMAND`.",
+            "machine without a GPU, and by `memfit estimate` with a COMMAND, --lengths or --precision.",
         ),
     ] = None
     goal: Annotated[
@@ -219,7 +219,7 @@ class SearchOptions:
             help="Engine that runs the training; `memfit list engines` lists them. Default: native, which is "
             "memfit itself; with --from, the engine of those files. `memfit plan --from` predicts with "
             "native if their engine, as memfit runs it, does not support the plan or the model. Refused by "
-            "`memfit estimate -- COMMAND`.",
+            "`memfit estimate` with a COMMAND, --lengths or --precision.",
         ),
     ] = None
 

@@ -116,7 +116,7 @@ class FromOptions:
             "torchtitan, OpenFold, Axolotl, LLaMA-Factory, Lightning or MACE. Can be given several times: "
             "all files together are one set-up, with at most one file of each kind. The set-up is predicted "
             "and linted, and compared with better plans. Not with --nproc, --measure, --corrected-by, "
-            "--deadline, --budget, --micro-batch, --without or --explain-infeasible.",
+            "--deadline, --budget, --micro-batch, --without, --explain-infeasible, --largest or --diff.",
         ),
     ] = None
     corrected_by: Annotated[

@@ -39,8 +39,8 @@ class DiffOptions:
             "that of Accelerate arguments of Accelerator, that of Lightning arguments of Trainer, and a loop "
             "of plain PyTorch the lines of memfit.apply. The file is only read. Uses the plan of --plan, or "
             "the recommended one or, if the script cannot express that, the fastest other that fits. Not "
-            "with --from, --largest, --measure or --explain-infeasible. Example: memfit plan protein-ss "
-            "--diff train.py | patch -p0.",
+            "with --from, --largest, --corrected-by, --measure or --explain-infeasible. Example: memfit plan "
+            "protein-ss --diff train.py | patch -p0.",
         ),
     ] = None
 
@@ -69,8 +69,8 @@ def print_diff(
     """Print the edit of the script ``source`` and return the plan: that of the file in ``plans``, or else the
     best that can be printed as an edit. The diff is on standard output; the plan and what the user should
     know of the edit are on standard error. If the script cannot be edited, standard output has the reason and
-    the lines to insert. With ``as_json``, all is on standard output. Raises UserError if the script's library
-    cannot express the plan."""
+    the lines to insert. With ``as_json``, all is on standard output. Raises UserError as `script_diff` does,
+    and `NothingFits` if no plan of the search fits."""
     from memfit.export.script_diff import script_diff
     from memfit.jobs.registry import load
     from memfit.techniques.plan_file import read_plan
@@ -112,11 +112,11 @@ def edit_of(
     batch_size: int,
     structure: Mapping[str, Any],
     *,
-    is_own: bool = False,
+    keeps_enabled: bool = False,
 ) -> tuple[Plan, ScriptDiff]:
     """Return (the best plan of the search that can be printed as an edit; the edit): the recommended plan, or
     the fastest other that fits, with a remark on why. Raises the UserError of the recommended plan if there
-    is none. ``batch_size``, ``structure`` and ``is_own`` are as in `export.script_diff`."""
+    is none. ``batch_size``, ``structure`` and ``keeps_enabled`` are as in `export.script_diff`."""
     from memfit.export.script_diff import script_diff
     from memfit.techniques.registry import short_label
 
@@ -127,7 +127,9 @@ def edit_of(
     for choice in (result.recommended, *others):
         plan = choice.estimate.plan
         try:
-            edit = script_diff(source, plan, batch_size=batch_size, structure=structure, is_own=is_own)
+            edit = script_diff(
+                source, plan, batch_size=batch_size, structure=structure, keeps_enabled=keeps_enabled
+            )
         except UserError as error:
             first_error = first_error or error
             continue

@@ -35,9 +35,10 @@ class Update:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LoopPlace:
-    """A loop in a script. ``function``: the innermost function that holds it, None at the top. ``scope``: the
-    statements of that function or of the module. ``loop``: the innermost loop; ``body``: a statement list in
-    it; ``index``: of the statement with backward."""
+    """The place of a statement in a loop of a script: ``body[index]``. `find_place` returns that of the
+    statement which runs backward. ``body``: a statement list inside ``loop``, the innermost loop around it.
+    ``function``: the innermost function around the loop, None at the top of the module. ``scope``: the
+    statements of that function or of the module."""
 
     function: ast.FunctionDef | ast.AsyncFunctionDef | None
     scope: Statements

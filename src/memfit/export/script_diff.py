@@ -66,18 +66,22 @@ def script_diff(
     *,
     batch_size: int,
     structure: Mapping[str, Any] = {},
-    is_own: bool = False,
+    keeps_enabled: bool = False,
 ) -> ScriptDiff:
     """Return the edit of the script that makes it train with ``plan``. ``batch_size``: samples of a whole
     step, for which the plan was made. ``structure``: the job's fields that say where things are in the model,
-    such as blocks, name -> value. ``is_own``: the plan was searched for the step of this script, so that it
-    adds to the precision, checkpointing and compilation that TrainingArguments have, and does not end them.
-    Raises UserError if the script's library cannot express the plan, or its loop cannot be combined with
-    it."""
+    such as blocks, name -> value. ``keeps_enabled``: precision, checkpointing and compilation that the
+    script's TrainingArguments enable stay on, as for a plan that was searched for the step of this script;
+    otherwise those that the plan lacks are switched off.
+
+    A script whose form cannot be edited gets a reason and lines to insert by hand. Techniques that Accelerate
+    or Lightning does not apply are in the remarks. Raises UserError if TrainingArguments cannot express the
+    plan, if a plain loop clips gradients although a technique forbids it, and if the script's batch cannot be
+    split into equal micro-batches."""
     if calls := source.calls(_ARGUMENTS | _DERIVED):
-        return _trainer_diff(source, calls, plan, batch_size, is_own=is_own)
+        return _trainer_diff(source, calls, plan, batch_size, keeps_enabled=keeps_enabled)
     if _mentions(source, "TrainingArguments") or _mentions(source, "HfArgumentParser"):
-        values = _trainer_arguments(plan, batch_size, is_own=is_own)
+        values = _trainer_arguments(plan, batch_size, keeps_enabled=keeps_enabled)
         lines = tuple(f"{k}={source_of(v)}" for k, v in values.items())
         reason = "the script takes its TrainingArguments from elsewhere, such as the command line"
         return ScriptDiff(diff="", reason=reason, lines=lines)
@@ -156,14 +160,14 @@ def _mentions(source: Source, name: str) -> bool:
 
 
 def _trainer_diff(
-    source: Source, calls: list[ast.Call], plan: Plan, batch_size: int, *, is_own: bool
+    source: Source, calls: list[ast.Call], plan: Plan, batch_size: int, *, keeps_enabled: bool
 ) -> ScriptDiff:
     if reasons := tuple(trainer.why_not(plan)):
         raise UserError(
             f"TrainingArguments cannot express this plan: {'; '.join(reasons)}",
             hint="leave these techniques out with --without, or give another --plan",
         )
-    values = _trainer_arguments(plan, batch_size, is_own=is_own)
+    values = _trainer_arguments(plan, batch_size, keeps_enabled=keeps_enabled)
     call = calls[0]
     has_unpacked = any(k.arg is None for k in call.keywords)
     if len(calls) > 1 or has_unpacked:
@@ -190,12 +194,17 @@ def _trainer_diff(
     return ScriptDiff(diff=_diff_to(source, text), remarks=tuple(remarks))
 
 
-def _trainer_arguments(plan: Plan, batch_size: int, *, is_own: bool) -> dict[str, Any]:
-    """Return the TrainingArguments for the plan that do not stay as the script has them. ``is_own`` is as in
-    `script_diff`."""
+def _trainer_arguments(plan: Plan, batch_size: int, *, keeps_enabled: bool) -> dict[str, Any]:
+    """Return the TrainingArguments for the plan that do not stay as the script has them. ``keeps_enabled`` is
+    as in `script_diff`."""
     values = trainer.training_arguments(plan, batch_size=batch_size, deepspeed="zero" in plan)
     own = () if any(use.technique in trainer.OPTIMIZERS for use in plan.uses) else ("optim",)
-    kept = {"output_dir", "max_grad_norm", *own, *(k for k, v in values.items() if is_own and v is False)}
+    kept = {
+        "output_dir",
+        "max_grad_norm",
+        *own,
+        *(k for k, v in values.items() if keeps_enabled and v is False),
+    }
     return {k: v for k, v in values.items() if k not in kept}
 
 

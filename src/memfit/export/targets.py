@@ -46,7 +46,7 @@ def bundle(target: str, handover: Handover) -> Files:
         handover = with_target_settings(handover, TARGETS[target])
         assert handover.kept is not None
         files |= {name: handover.kept.files[name] for name in files}
-    files |= _by_the_users_names(handover, files)
+    files |= _copies_for_script(handover, files)
     files[NAME] = readme(target, handover, files)
     clashing = sorted(n for n, text in handover.own_files.items() if files[n] != text)
     if clashing:
@@ -78,11 +78,12 @@ def _is_path_of(word: str, path: str) -> bool:
     return bool(parts) and Path(path).absolute().parts[-len(parts) :] == parts
 
 
-def _by_the_users_names(handover: Handover, files: Files) -> Files:
-    """Return copies of those exported configurations, among ``files``, that the script's arguments refer to
-    by the file name of the user: user's file name -> text. A word, or a part of a word between "=", that
-    equals a file's name without folder refers to it. Raises UserError if a word refers in this way to a
-    configuration file of the user that the export does not replace."""
+def _copies_for_script(handover: Handover, files: Files) -> Files:
+    """Return the exported configurations that the script's arguments name as the user calls them: file name
+    of the user's file -> text of the one among ``files`` that replaces it. A file is named by an argument, or
+    by a part of one between "=", that equals its name; `_without_folders` has removed folders. Empty if the
+    user gave no files. Raises UserError if an argument names a file of the user that the export does not
+    replace."""
     sources = handover.kept.sources if handover.kept is not None else {}
     words = [part for word in handover.script[1:] for part in word.split("=")]
     user_paths = handover.user_files.setup.files if handover.user_files is not None else ()

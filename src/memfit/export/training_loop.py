@@ -119,7 +119,8 @@ def _must_not_be_in_the_way(source: Source, plan: Plan) -> None:
     wrapped = {name for name, is_conditional, _ in wrappers(source) if not is_conditional}
     if in_the_way := sorted(names & _IN_THE_WAY | wrapped):
         raise UserError(
-            f"the script uses {', '.join(in_the_way)}, which the plan replaces or must come before"
+            f"the script uses {', '.join(in_the_way)}; the plan either replaces this or must be applied "
+            "before it"
         )
     if plan.ranks > 1 and not {"init_process_group", "DistributedSampler"} <= names:
         raise UserError(

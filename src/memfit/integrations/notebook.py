@@ -51,7 +51,10 @@ def register(shell: Any) -> None:
 
 
 def _options(line: str) -> dict[str, str]:
-    words = shlex.split(line)
+    try:
+        words = shlex.split(line)
+    except ValueError:  # a quotation mark is not closed
+        words = [line]
     if len(words) % 2 or not set(words[::2]) <= set(_OPTIONS):
         raise UserError(f"%%memfit {line}", allowed=_USAGE)
     return {_OPTIONS[name]: value for name, value in zip(words[::2], words[1::2], strict=True)}

@@ -252,7 +252,8 @@ class TrainingStep:
         return norm
 
     def close(self) -> None:
-        """Release everything that the hooks on the model hold in reference cycles. The step must not be used
+        """Undo what the techniques and the engine did outside of this step: remove hooks from the model, end
+        the engine's own objects, close files, restore functions of torch. The step must not be used
         afterwards."""
         for close in self.bench.closers:
             close()

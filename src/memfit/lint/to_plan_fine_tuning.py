@@ -39,8 +39,8 @@ def from_axolotl(setup: Setup, draft: Draft) -> None:
     adapter = str(options.get("adapter") or "").lower()
     if adapter in ("lora", "qlora"):
         bits = 4 if adapter == "qlora" and bits == 16 else bits
-        _adapt(draft, rank=options.size("lora_r") or 8, bits=bits, option=f"adapter {adapter}")
-        _add_norms(draft, options, "peft_use_dora")
+        _add_lora(draft, rank=options.size("lora_r") or 8, bits=bits, option=f"adapter {adapter}")
+        _make_dora(draft, options, "peft_use_dora")
     elif adapter:
         draft.leave(f"adapter {adapter}", "memfit has adapters of LoRA and QLoRA only: predicted without it")
     elif bits < 16:
@@ -99,8 +99,8 @@ def from_llamafactory(setup: Setup, draft: Draft) -> None:
     kind = str(options.get("finetuning_type") or "lora").lower()
     bits = options.count("quantization_bit") or 16
     if kind == "lora":
-        _adapt(draft, rank=options.size("lora_rank") or 8, bits=bits, option="finetuning_type lora")
-        _add_norms(draft, options, "use_dora")
+        _add_lora(draft, rank=options.size("lora_rank") or 8, bits=bits, option="finetuning_type lora")
+        _make_dora(draft, options, "use_dora")
     elif kind != "full":
         draft.leave(
             f"finetuning_type {kind}", "memfit does not support it: predicted with all parameters trained"
@@ -137,11 +137,12 @@ def _as_trainer(setup: Setup, draft: Draft, renamed: dict[str, str] | None = Non
             draft.left_out[index] = dataclasses.replace(note, option=option)
 
 
-def _adapt(draft: Draft, *, rank: int, bits: int, option: str) -> None:
+def _add_lora(draft: Draft, *, rank: int, bits: int, option: str) -> None:
     """Add LoRA of ``rank`` to the draft, or QLoRA if the frozen weights have 4 ``bits``; everything outside
     the blocks is frozen. Frozen weights of 16 bits are predicted as parameters in bfloat16, with masters in
     float32 for the trained ones, if the plan computes in bfloat16 without sharding; frozen weights of 8 bits
-    are predicted as of 16. An optimizer for which memfit has no such parameters is left out."""
+    are predicted as of 16. An optimizer for which memfit has no such parameters is replaced by AdamW and
+    listed as left out."""
     name = "qlora" if bits == 4 else "lora"
     zero = draft.plan.get("zero")
     if zero is not None and zero.settings["stage"] == 3 and _RECOMPUTATION in draft.plan:
@@ -171,7 +172,7 @@ def _adapt(draft: Draft, *, rank: int, bits: int, option: str) -> None:
         )
 
 
-def _add_norms(draft: Draft, options: Options, option: str) -> None:
+def _make_dora(draft: Draft, options: Options, option: str) -> None:
     """Make the draft's LoRA a DoRA if the ``option`` of the file is on. If the draft has no LoRA, as with
     weights of 4 bits, the option is listed as left out."""
     if options.on(option) and (lora := draft.plan.get("lora")) is not None:
@@ -185,9 +186,10 @@ def _add_norms(draft: Draft, options: Options, option: str) -> None:
 
 
 def store_in_bf16(draft: Draft, option: str) -> None:
-    """Replace bf16 autocast, if the plan has it, by parameters, gradients and moments in bfloat16, which
-    memfit has with its own AdamW; another optimizer is left out. ``option``: the setting of the file that
-    asks for it."""
+    """Replace bf16 autocast, if the plan has it, by parameters, gradients and moments in bfloat16, without
+    masters in float32 (stochastic rounding). memfit has them with its own AdamW: any other optimizer that
+    conflicts is replaced by it and, unless it is AdamW too, listed as left out. ``option``: the setting of
+    the file that asks for it."""
     if "bf16-autocast" in draft.plan:
         for name in _OWN_OPTIMIZERS:
             draft.drop(name)

@@ -38,7 +38,7 @@ def from_openfold(setup: Setup, draft: Draft) -> None:
     draft.set_batch(draft.ranks, None)
     _recomputation(setup, draft)
     draft.size = _size(setup, draft)
-    for option, reason in _unsaid(setup):
+    for option, reason in _not_modelled(setup):
         draft.leave(option, reason)
 
 
@@ -124,7 +124,7 @@ def _size(setup: Setup, draft: Draft) -> str:
     return size if crop.residues == default_crop.residues else f"{size}@{crop.residues}"
 
 
-def _unsaid(setup: Setup) -> Iterator[tuple[str, str]]:
+def _not_modelled(setup: Setup) -> Iterator[tuple[str, str]]:
     for name, reason in _KERNELS.items():
         if openfold.changed_value(setup, [f"globals.{name}"]) is True:
             yield name, reason

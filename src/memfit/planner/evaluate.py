@@ -211,12 +211,12 @@ class Predictor:
         self,
         plans: Sequence[Plan],
         deadline: Deadline,
-        tell: Callable[[int, int, str], None] = lambda *progress: None,
+        progress: Callable[[int, int, str], None] = lambda *state: None,
     ) -> None:
         """Test whether samples depend on each other (`dependence`) in one process, while others trace the
         parts of the sketches of ``plans``, none of which splits the batch: a search needs these whatever the
-        answer is. Do nothing if it is known. After the deadline it may still be unknown. ``tell`` is called
-        as in `prepare`.
+        answer is. Do nothing if it is known. After the deadline it may still be unknown. ``progress`` is
+        called as in `prepare`.
         """
         stored, is_known = self._stored(), "dependence" in self.__dict__
         if is_known or (stored is not None and stored.has("dependence", trial_limit_bytes())):
@@ -228,7 +228,7 @@ class Predictor:
         if parts:
             with contextlib.suppress(TimeUp):
                 ordered = self._in_order(parts, plans, counts)
-                self._trace_parts(ordered, source_plans, tell, deadline, self._dependence_outcome)
+                self._trace_parts(ordered, source_plans, progress, deadline, self._dependence_outcome)
 
     def _dependence_outcome(self) -> CallOutcome:
         """Test whether samples depend on each other. The value is what `dependence` returns."""
@@ -500,13 +500,13 @@ class Predictor:
             ]
 
     def trace_all(
-        self, plans: Sequence[Plan], tell: Callable[[int, int, str], None] = lambda *progress: None
+        self, plans: Sequence[Plan], progress: Callable[[int, int, str], None] = lambda *state: None
     ) -> None:
         """Trace rank 0 of several plans in parallel, for those that are not cached.
 
-        ``tell(done, count, label)`` is called whenever a trace begins or ends, with the number of finished
-        traces, the number of all to make, and the label of a plan that is being traced (if none is, of the
-        one just finished). Plans whose memory budget for recomputation cannot be met are skipped here;
+        ``progress(done, count, label)`` is called whenever a trace begins or ends, with the number of
+        finished traces, the number of all to make, and the label of a plan that is being traced (if none is,
+        of the one just finished). Plans whose memory budget for recomputation cannot be met are skipped here;
         `whole` raises the error. An error of a trace is raised. The traces that finished before an error or
         an interrupt are kept. Plans of one rank are also estimated there, unless the calibration changes.
         """
@@ -520,7 +520,7 @@ class Predictor:
             with pause_gc():
                 run_parallel(
                     [functools.partial(self._trace_and_estimate, plan) for plan in missing_plans],
-                    lambda done, i: tell(done, len(missing_plans), missing_plans[i].label),
+                    lambda done, i: progress(done, len(missing_plans), missing_plans[i].label),
                     results,
                     workers=self._forked_workers(),
                     deadline=self.deadline,
@@ -560,13 +560,13 @@ class Predictor:
     # -- quick ----------------------------------------------------------------------------------------
 
     def prepare(
-        self, plans: Iterable[Plan], tell: Callable[[int, int, str], None] = lambda *progress: None
+        self, plans: Iterable[Plan], progress: Callable[[int, int, str], None] = lambda *state: None
     ) -> None:
         """Trace, in parallel, the parts that the sketches of ``plans`` are composed from and that are not
         cached: those with chunking last, those with the first setting of each technique first, and of these,
         the parts of the most plans, so that a deadline leaves out what matters least. Parts in which some
         blocks are recomputed are put together from others (`compose`), after a deadline by the caller.
-        ``tell`` is called as in `trace_all`, with the label of the part's plan.
+        ``progress`` is called as in `trace_all`, with the label of the part's plan.
         """
         plans = list(plans)
         counts = Counter(part for composed_plan in plans for part in self._composed_of(composed_plan)[1])
@@ -584,7 +584,7 @@ class Predictor:
         self._trace_parts(
             self._in_order(traced_parts, plans, counts),
             {plan for source_plans in self._parts_to_mix.values() for plan in source_plans},
-            tell,
+            progress,
             self.deadline,
         )
         self._add_parts([functools.partial(self._digest_part_outcome, *part) for part in self.compose()])
@@ -592,8 +592,8 @@ class Predictor:
     def _in_order(
         self, parts: Iterable[SketchPart], plans: Iterable[Plan], counts: Mapping[SketchPart, int]
     ) -> list[SketchPart]:
-        """Return the parts in the order in which `prepare` traces them. ``counts``: number of the plans with
-        a part."""
+        """Return the parts in the order in which `prepare` traces them. The first setting of a technique is
+        the one in the first of ``plans`` that has it. ``counts``: number of the plans with a part."""
         first = dict[str, Use]()
         for u in (u for plan in plans for u in plan.uses):
             first.setdefault(u.technique, u)
@@ -611,7 +611,7 @@ class Predictor:
         self,
         parts: Sequence[SketchPart],
         source_plans: Collection[Plan],
-        tell: Callable[[int, int, str], None],
+        progress: Callable[[int, int, str], None],
         deadline: Deadline,
         *first_calls: Callable[[], CallOutcome],
     ) -> None:
@@ -629,7 +629,7 @@ class Predictor:
 
         def report_part(done: int, index: int) -> None:
             others = len(first_calls)
-            tell(max(0, done - others), len(parts), parts[max(0, index - others)].plan.label)
+            progress(max(0, done - others), len(parts), parts[max(0, index - others)].plan.label)
 
         self._add_parts([*first_calls, *calls], report_part, deadline)
 
@@ -653,16 +653,16 @@ class Predictor:
     def _add_parts(
         self,
         calls: Sequence[Callable[[], CallOutcome]],
-        tell: Callable[[int, int], None] = lambda done, index: None,
+        progress: Callable[[int, int], None] = lambda done, index: None,
         deadline: Deadline | None = None,
     ) -> None:
-        """Make the calls in parallel, and add the parts, or the `dependence`, that they return. ``tell`` and
-        ``deadline`` are those of `run_parallel`; None: the predictor's deadline."""
+        """Make the calls in parallel, and add the parts, or the `dependence`, that they return. ``progress``
+        and ``deadline`` are those of `run_parallel`; None: the predictor's deadline."""
         results: dict[int, CallOutcome] = {}
         deadline = deadline or self.deadline
         try:
             with pause_gc():
-                run_parallel(calls, tell, results, workers=self._forked_workers(), deadline=deadline)
+                run_parallel(calls, progress, results, workers=self._forked_workers(), deadline=deadline)
         finally:  # after an interrupt, the finished ones are kept
             for index in sorted(results):
                 self._add_part(results[index])

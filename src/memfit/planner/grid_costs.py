@@ -455,8 +455,8 @@ def _model_state(axes: Axes, rank_elements: Array, expert_elements: Array) -> _M
 
 def _tensor_top(state: State, layout: GridLayout) -> float:
     """Return the bytes of temporary tensors of the optimizer's step that do not grow with the number of
-    blocks, on one rank. They are those of the largest parameter, which is one of experts if these are
-    distributed.
+    blocks, on one rank: those of the largest parameter, divided by the shards of the optimizer's state. If
+    experts are distributed, it is one of theirs, divided by the number of ranks that hold them.
     """
     return state.update_costs.tensor_top_bytes / (
         state.state_shards if layout.experts == 1 else layout.experts

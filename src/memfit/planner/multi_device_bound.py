@@ -95,7 +95,7 @@ def trace_for_bound(
         )
         if not isinstance(untraced.first, Sketch) or untraced.lowest >= best_score * (1 - GOOD_GAIN):
             return
-        predictor.tell("bound", attempt, _MOST_TRACES, "")
+        predictor.progress("bound", attempt, _MOST_TRACES, "")
         trace = None
         try:
             with predictor.deadline.earlier_by(kept_s):

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy
 
@@ -25,6 +25,7 @@ from memfit.planner.grid_search import GridSketches, Sketch, find, sketch_fields
 from memfit.planner.parallelism_grid import Limits
 from memfit.planner.plan_kinds import kind
 from memfit.planner.plan_space import may_share, may_split
+from memfit.planner.request import Progress
 from memfit.planner.selection import Objective
 from memfit.techniques.rank_mesh import layout
 from memfit.techniques.registry import TECHNIQUES, excluded_techniques, short_label, unsupported_techniques
@@ -40,23 +41,20 @@ from memfit.types.result import Estimate
 NEEDS_SINGLE_CHAIN = frozenset({"pipeline", "context-parallel", "axial-parallel"})
 _SKETCH_MEMORY_RATIO, _SKETCH_TIME_RATIO = 0.15, 0.40
 
-Tell = Callable[[str, int, int, str], None]
-
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MultiDeviceRequest:
     """What a search for many devices is asked for.
 
     ``cap``: the memory of one device and of its host that a plan may use. ``bounds``: the deadline, the
-    budget of money and other limits beside memory. ``tell(stage, done, total, detail)`` is called with the
-    progress.
+    budget of money and other limits beside memory. ``progress`` is called often.
     """
 
     goal: Objective
     accuracy: Accuracy
     cap: Cap
     bounds: Bounds
-    tell: Tell
+    progress: Progress
     limit_s: float | None = None  # the search's time limit, as the result states it
 
 
@@ -72,7 +70,7 @@ class MultiDevicePredictor:
 
     def __init__(self, plan_predictor: Predictor, request: MultiDeviceRequest) -> None:
         self.plan_predictor, self.request, self.machine = plan_predictor, request, plan_predictor.machine
-        self.bounds, self.tell, self.needs = request.bounds, request.tell, request.cap.needs
+        self.bounds, self.progress, self.needs = request.bounds, request.progress, request.cap.needs
         self.deadline = plan_predictor.deadline
         self.engine = engine(plan_predictor.engine)
         self.refused: dict[Plan, str] = {}
@@ -140,7 +138,7 @@ class MultiDevicePredictor:
         """
         self.tried.add(ranks)
         if ranks not in self.grid_sketches:
-            self.tell("search", 0, 0, f"{ranks} devices")
+            self.progress("search", 0, 0, f"{ranks} devices")
             limits = self.limits(ranks)
             with pause_gc():
                 self.grid_sketches[ranks] = find(

@@ -98,7 +98,7 @@ class FinalistTracer:
     def _finalists(self, candidates: list[Estimate], basis: Plan) -> None:
         sketch, rival = self._first_two(candidates)
         if sketch is not None and rival is not None and self.predictor.request.limit_s is None:
-            self.predictor.tell(
+            self.predictor.progress(
                 "finalists", 0, self._most, f"{short_label(sketch.plan)}, {short_label(rival.plan)}"
             )
             self.predictor.trace_ahead([sketch.plan, rival.plan, basis])
@@ -106,7 +106,7 @@ class FinalistTracer:
             if sketch is None:
                 break
             candidates.remove(sketch)
-            self.predictor.tell("finalists", attempt, self._most, short_label(sketch.plan))
+            self.predictor.progress("finalists", attempt, self._most, short_label(sketch.plan))
             traced_estimate = self._trace(sketch)
             if traced_estimate is None:
                 candidates = [e for e in candidates if _family(e.plan) != _family(sketch.plan)]
@@ -156,7 +156,7 @@ class FinalistTracer:
                 return
             sketch = promising[0]
             tried.add(sketch.plan)
-            predictor.tell("finalists", attempt, _CLOSING, short_label(sketch.plan))
+            predictor.progress("finalists", attempt, _CLOSING, short_label(sketch.plan))
             traced_estimate = predictor.trace_or_refuse(sketch)
             if traced_estimate is not None:
                 self.traced.append(traced_estimate)
@@ -181,7 +181,7 @@ class FinalistTracer:
             if next_sketch is None:
                 return
             traced_plans.add(next_sketch.plan)
-            self.predictor.tell("finalists", attempt, _CLIMBED, short_label(next_sketch.plan))
+            self.predictor.progress("finalists", attempt, _CLIMBED, short_label(next_sketch.plan))
             traced_estimate = self.predictor.trace_or_refuse(next_sketch)
             if traced_estimate is not None:
                 self.traced.append(traced_estimate)

@@ -43,7 +43,7 @@ def try_optimal_checkpointing(
     traced: Sequence[Estimate],
     goal: Objective,
     cap: Cap,
-    tell: Callable[[str, int, int, str], None],
+    progress: Callable[[str, int, int, str], None],
 ) -> list[Estimate]:
     """Take the best plan that does not fit, and try to make it fit by adding optimal-checkpointing, which
     recomputes as many tensors as a memory budget requires.
@@ -51,8 +51,8 @@ def try_optimal_checkpointing(
     A plan is tried only if its estimate, without recomputation, beats the best fitting one of ``traced`` by
     at least 3 % by the goal. There are at most 3 attempts: if a plan with a budget does not fit, the next
     attempt has a smaller budget; if a budget cannot be met, the next best plan is taken. ``whole`` returns
-    the estimate of a plan. ``traced``: estimates by whole traces. ``tell`` is called before each attempt with
-    (stage "finalists", 0, 1, label of the plan).
+    the estimate of a plan. ``traced``: estimates by whole traces. ``progress`` is called before each attempt
+    with (stage "finalists", 0, 1, label of the plan).
 
     Returns a list of one estimate that fits; an empty list if there is none or the goal is least memory.
     """
@@ -72,7 +72,7 @@ def try_optimal_checkpointing(
         if candidate is None or budget_bytes < MIB:
             break
         plan = candidate.plan.with_use(make_use(OPTIMAL_CHECKPOINTING, {"budget_mib": budget_bytes // MIB}))
-        tell("finalists", 0, 1, short_label(plan))
+        progress("finalists", 0, 1, short_label(plan))
         try:
             plan_estimate = whole(plan)
         except UserError:  # does not fit even with everything recomputed

@@ -514,7 +514,7 @@ def _search_many(request: Request, progress: Progress, deadline: Deadline) -> Pl
         accuracy=request.accuracy,
         cap=memory_cap(cap_bytes, request.machine, request.engine),
         bounds=request.bounds,
-        tell=progress,
+        progress=progress,
         limit_s=request.within_s,
     )
     try:

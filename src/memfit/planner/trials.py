@@ -49,11 +49,12 @@ _CLEAR = 0.045  # a band up to this decides; a wider one asks for more rounds
 
 
 def choose_by_trials(planning: Planning, progress: Progress, *, measure_s: float) -> Planning:
-    """Return `planning` with the recommendation revised by training the recommended plan and plans that may
-    be faster for a few steps each, under the cap.
+    """Train the recommended plan, and plans that may be faster, for a few steps each under the cap. Return
+    `planning` with the simplest of those that count as fast as the fastest one recommended, with predicted
+    times corrected by the measured ones, and with the trials.
 
     No run starts after ``measure_s`` seconds, unless fewer than two plans ran successfully. If every run
-    failed, the recommendation is unchanged. Raises UserError for a goal that is not calculated from step time
+    failed, only the trials are added. Raises UserError for a goal that is not calculated from step time
     ("smallest", "fewest").
     """
     if planning.request.goal not in BY_TIME:

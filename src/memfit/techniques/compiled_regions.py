@@ -63,7 +63,7 @@ class Region:
     - Other arguments are equal if they are numbers, texts, None, dtypes, devices or sizes, and the same
       object otherwise.
     - The attributes of those types in the modules have changed alike since the regions were made.
-    - CPU autocast is on for both or off for both.
+    - Autocast for the device of their tensors is on for both or off for both.
 
     ``recompute`` is set if operators inside the compiled module are checkpointed, else None. It returns a new
     predicate, which is called with forward's operators in their order and says of each whether its result is
@@ -140,9 +140,10 @@ def _plain_attributes(module: torch.nn.Module) -> dict[tuple[str, str], Any]:
 
 
 class GraphPair:
-    """Forward and backward of a function, each as a schedule of kernels. The function ``call`` takes
-    ``tensors``. ``static`` holds the indices of those tensors that stay alive anyway (parameters, buffers),
-    so that it costs nothing to keep them for backward. ``recompute`` is as in `Region`."""
+    """Forward and backward of the function ``call``, each as a schedule of kernels (`Schedule`), for
+    arguments like the examples ``tensors``, of which only shapes, strides, dtypes and requires_grad matter.
+    ``static``: indices of the arguments that stay alive anyway (parameters, buffers), so that it costs
+    nothing to keep them for backward. ``recompute`` is as in `Region`."""
 
     def __init__(
         self,

@@ -50,10 +50,12 @@ _PACKAGES: Final = "/site-packages/"
 _SOURCE: Final = Path(__file__).parents[2]  # the folder of memfit's package
 
 # (number of finished predictions, number of all, the target that is predicted)
-Tell = Callable[[int, int, BaselineTarget], None]
+OnTarget = Callable[[int, int, BaselineTarget], None]
 
 
-def write_baseline(path: Path, targets: Sequence[BaselineTarget], tell: Tell) -> tuple[MemoryBaseline, ...]:
+def write_baseline(
+    path: Path, targets: Sequence[BaselineTarget], on_target: OnTarget
+) -> tuple[MemoryBaseline, ...]:
     """Predict ``targets`` and store the predictions in the baseline file ``path``; other entries of the file
     stay. Without targets, predict all jobs of the file again. Return the predictions as stored.
 
@@ -64,7 +66,7 @@ def write_baseline(path: Path, targets: Sequence[BaselineTarget], tell: Tell) ->
     targets = targets or stored.jobs
     if not targets:
         raise UserError(f"{path} has no jobs to predict again", hint="name them: `memfit baseline write JOB`")
-    new = {p.key: shorten(p) for p in _predictions(targets, path.parent, tell)}
+    new = {p.key: shorten(p) for p in _predictions(targets, path.parent, on_target)}
     with only_writer(path):
         stored = read_baseline(path) if path.exists() else BaselineFile()  # as others have left it meanwhile
         entries = {entry.key: entry for entry in stored.jobs}
@@ -72,7 +74,7 @@ def write_baseline(path: Path, targets: Sequence[BaselineTarget], tell: Tell) ->
     return tuple(new.values())
 
 
-def check_baseline(path: Path, tolerance_ratio: float, tell: Tell) -> tuple[BaselineComparison, ...]:
+def check_baseline(path: Path, tolerance_ratio: float, on_target: OnTarget) -> tuple[BaselineComparison, ...]:
     """Predict all jobs of the baseline file ``path`` and compare the predictions with it (see
     `compare_baseline`), in the file's order. Raises UserError if the file is not a baseline or has no jobs,
     and if a job, plan or machine is wrong."""
@@ -82,7 +84,7 @@ def check_baseline(path: Path, tolerance_ratio: float, tell: Tell) -> tuple[Base
             f"{path} has no jobs" + (", only tests, which pytest compares" if stored.tests else ""),
             hint="`memfit baseline write JOB` adds one",
         )
-    predictions = _predictions(stored.jobs, path.parent, tell)
+    predictions = _predictions(stored.jobs, path.parent, on_target)
     return tuple(
         compare_baseline(entry, p, tolerance_ratio) for entry, p in zip(stored.jobs, predictions, strict=True)
     )
@@ -101,9 +103,11 @@ def _write(path: Path, baseline: BaselineFile) -> None:
     write_whole(path, baseline_text(baseline).encode())
 
 
-def _predictions(targets: Sequence[BaselineTarget], folder: Path, tell: Tell) -> Iterator[MemoryBaseline]:
+def _predictions(
+    targets: Sequence[BaselineTarget], folder: Path, on_target: OnTarget
+) -> Iterator[MemoryBaseline]:
     for index, target in enumerate(targets):
-        tell(index, len(targets), target)
+        on_target(index, len(targets), target)
         machine = machine_named(_relative_path(target.machine, folder))
         job = load(
             JobRef(

@@ -98,9 +98,9 @@ def _size(row: Mapping[str, object], name: str, where: str) -> int:
 
 
 def draw_steps(pairs: Ints, batch: int, combination: str) -> Ints:
-    """Return the sizes of 2,000 random steps, (steps, 2): of ``batch`` samples, drawn without replacement,
-    the sum of each size, as of graphs in one batch, or the largest, as of padded samples. The same arguments
-    give the same steps."""
+    """Return the sizes of 2,000 random steps, (steps, 2). Each step has ``batch`` samples, drawn without
+    replacement; each of its two sizes is the sum ("sum", as of graphs in one batch) or the largest
+    ("largest", as of padded samples) of its samples. The same arguments give the same steps."""
     rng = np.random.default_rng(0)
     batch = min(batch, len(pairs))
     chosen = np.stack([rng.choice(len(pairs), batch, replace=False) for _ in range(_DRAWS)])

@@ -29,8 +29,8 @@ class Square:
     beta: float = 0.0  # gradient of planetary vorticity along y
 
     def wavenumbers(self) -> tuple[Array, Array]:
-        """Return the integer wavenumbers along y, (points, 1), from negative to positive in FFT order, and
-        along x, (1, points // 2 + 1), from 0."""
+        """Return the integer wavenumbers along y, (points, 1), in FFT order (from 0 up, then the negative
+        ones), and along x, (1, points // 2 + 1), from 0 up."""
         frequencies = np.fft.fftfreq(self.points, 1 / self.points)
         return frequencies[:, None], np.arange(self.points // 2 + 1)[None, :]
 
