@@ -408,8 +408,8 @@ def on_ranks(plan: Any, ranks: int) -> Any:
 def machine_of(machine: Any) -> Machine:
     """Return a Machine for: a Machine, which is returned; a name of the catalog such as ``8xH100-SXM``; the
     path of a machine file (.toml); None or "this", which is the accelerator of this machine or, without one,
-    its CPU; or "this:cpu", its CPU. Raises UserError for anything else, and for an unknown name or a faulty
-    file."""
+    its CPU; or "this:KIND", its device of this kind, such as "this:cpu". Raises UserError for anything else,
+    for an unknown name, a faulty file, and a kind of device that this machine does not have."""
     if isinstance(machine, Machine):
         return machine
     if machine is None:

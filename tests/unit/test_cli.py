@@ -169,6 +169,22 @@ def test_the_help_of_plan_names_the_options_that_each_mode_refuses() -> None:
         assert only_with or option in helps[mode].partition("Not with")[2], (mode, option)
 
 
+def test_options_that_the_help_of_estimate_names_for_no_command_are_refused_with_one(ask: Ask) -> None:
+    import typer.main
+
+    command = typer.main.get_command(app.app).commands["estimate"]  # type: ignore[attr-defined]
+    named = set(
+        re.findall(r"--[a-z-]+", command.help.partition("Only with a COMMAND")[2].partition("\n\n")[0])
+    )
+    options = {p.opts[0]: p for p in command.params if p.opts[0].startswith("--")}
+    assert named <= options.keys()
+    for name in options.keys() - named - {"--lines"}:
+        value = () if getattr(options[name], "is_flag", False) else ("2",)
+        code, out, err = ask("estimate", name, *value, "--", "python", "missing.py")
+        assert (code, out) == (2, "")
+        assert f"{name} cannot be used with a COMMAND" in err
+
+
 # --- the user's mistakes
 
 

@@ -98,7 +98,7 @@ def test_dependence_at_a_size_that_is_too_large_for_a_trial_is_not_tested(
 ) -> None:
     cost_of = trials._Cost.reason
     monkeypatch.setattr(trials._Cost, "reason", lambda c, n: "it is large" if n == 64 else cost_of(c, n))
-    result = trials._tried(job)
+    result = trials._try_job(job)
     assert result.kind is DependenceKind.NOT_TESTED
     assert "a batch of 64 samples uses" in result.reason
 
@@ -188,7 +188,7 @@ def test_a_trial_restores_random_state_and_default_dtype() -> None:
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    trials._tried(JOBS["dropout"])
+    trials._try_job(JOBS["dropout"])
     assert torch.equal(torch.rand(1), expected)
     assert torch.get_default_dtype() is torch.float32
 
@@ -206,13 +206,13 @@ def test_estimate_does_not_change_the_given_model() -> None:
 
 def test_a_model_that_is_too_large_is_not_tested(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trials, "_MOST_BYTES", 1000)
-    found = trials._tried(JOBS["linear"])
+    found = trials._try_job(JOBS["linear"])
     assert (found.kind, found.reason) == (DependenceKind.NOT_TESTED, "the model is too large for a trial")
 
 
 def test_a_trial_that_takes_too_long_is_reported_as_not_tested(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trials, "_MOST_S", 0.0)
-    found = trials._tried(JOBS["linear"])
+    found = trials._try_job(JOBS["linear"])
     assert found.kind is DependenceKind.NOT_TESTED
     assert found.reason == "the trial takes more processor time than 0 s"
 
@@ -221,9 +221,9 @@ def test_batch_norm_is_found_by_its_layers_where_no_trial_is_possible(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(trials, "_MOST_BYTES", 1000)
-    found = trials._tried(JOBS["BatchNorm1d"])
+    found = trials._try_job(JOBS["BatchNorm1d"])
     assert (found.cause, found.modules) == (DependenceCause.BATCH_NORM, ("1",))
-    assert trials._tried(JOBS["frozen BatchNorm"]).kind is DependenceKind.NOT_TESTED
+    assert trials._try_job(JOBS["frozen BatchNorm"]).kind is DependenceKind.NOT_TESTED
 
 
 def test_a_loss_with_its_own_random_numbers_is_not_tested() -> None:
@@ -334,7 +334,7 @@ def test_a_large_model_is_tried_with_few_of_its_blocks(monkeypatch: pytest.Monke
     deep = dataclasses.replace(JOBS["linear"], build_model=Deep, blocks="blocks")
     monkeypatch.setattr(trials, "_MOST_BYTES", 50_000)
     assert len(list(trials._affordable(deep)[0].build_model().blocks)) == 2
-    assert trials._tried(deep).kind is DependenceKind.INDEPENDENT
+    assert trials._try_job(deep).kind is DependenceKind.INDEPENDENT
 
 
 # -- effect classes and searches -----------------------------------------------------------------------------

@@ -16,9 +16,10 @@ _PREFETCHED = 2  # DataLoader's prefetch_factor by default
 
 
 class BatchSizes:
-    """The sizes of the batches that a data loader gives. The loader that the script used last before its
-    second optimizer step counts, and no other. ``traced_bytes``: the largest of its batches that the script
-    took. ``largest_bytes``: the largest of all that were looked at."""
+    """The sizes of a script's batches. If a data loader gives them, those of the loader that the script used
+    last before its second optimizer step: ``traced_bytes``, the largest batch that the script took;
+    ``largest_bytes``, the largest of these and of those that `ratios` takes from the loader. If the script's
+    loop makes them: ``step_bytes``, for each step the bytes of each tensor that its models got."""
 
     def __init__(self) -> None:
         self.traced_bytes = self.largest_bytes = 0

@@ -223,7 +223,7 @@ class ScriptTrace:
         self.recorder.modules.watch_all(self._roots)
         for name, root in self._roots.items():
             self.adopt(root, name)
-        for owner, param in self._trained():
+        for owner, param in self._trained_tensors():
             if not owner and not is_lazy(param):
                 self.recorder.label(param, Category.PARAMETER)
         tensors = existing(torch.Tensor)
@@ -285,7 +285,7 @@ class ScriptTrace:
                     hint="make the tensor an nn.Parameter, or use it only after the optimizer is made",
                 ) from error
 
-    def _trained(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def _trained_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (path of its module, tensor) for the parameters of the outermost modules, and ("", tensor)
         for the other tensors that optimizers train."""
         seen = set()
@@ -303,7 +303,7 @@ class ScriptTrace:
     def trains_loose(self) -> bool:
         """Whether optimizers train tensors that are in no module."""
         in_modules = {id(p) for module in existing(torch.nn.Module) for p in module._parameters.values()}
-        return any(id(t) not in in_modules for _, t in self._trained())
+        return any(id(t) not in in_modules for _, t in self._trained_tensors())
 
     def adopt_states(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn the real tensors of an optimizer's state, which the script has loaded, into fake ones."""
@@ -374,7 +374,7 @@ class ScriptTrace:
     def backward(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run a backward pass. The first one of a training without a forward pass of a module that it trains
         begins the recording; its second step is recorded whole."""
-        if not self.begun and any(t.requires_grad for _, t in self._trained()):
+        if not self.begun and any(t.requires_grad for _, t in self._trained_tensors()):
             self.begin(None)
         if self.begun:
             self.recorder.phase(Phase.BACKWARD)
@@ -395,7 +395,7 @@ class ScriptTrace:
         return out
 
     def _close_backward(self) -> None:
-        for owner, param in self._trained():
+        for owner, param in self._trained_tensors():
             if param.grad is not None:
                 self.recorder.label(param.grad, Category.GRADIENT, module=owner)
 
@@ -464,7 +464,7 @@ class ScriptTrace:
         self._patches.close()
         groups = process_groups()
         allocations, ops, spans = self.recorder.finish()
-        params = [p for _, p in self._trained()]
+        params = [p for _, p in self._trained_tensors()]
         steps = max(s.step for s in spans) + 1
         return Trace(
             device=self.recorder.device,

@@ -178,7 +178,7 @@ class StepCalls:
 
     def _stand_in(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            if (made := self._made(value)) is not None:
+            if (made := self._stand_in_of(value)) is not None:
                 return made
             if (shaping := self._reshaped.get(value)) is not None:
                 function, *arguments = shaping
@@ -206,7 +206,7 @@ class StepCalls:
             return None
         return value
 
-    def _made(self, tensor: torch.Tensor) -> Any:
+    def _stand_in_of(self, tensor: torch.Tensor) -> Any:
         """Return what stands for a tensor that a call has returned or that is in the batch, else None."""
         if tensor in self._copies:
             self.on_item(tensor)
@@ -321,7 +321,7 @@ class StepCalls:
 
         def function_of(call: _Call, args: Any) -> Any:
             if call.function is not self.model and id(call.function) not in self._paths:
-                return _of_deferred(call.function, args)
+                return _on_plain_logits(call.function, args)
             return module_of(call.function) if self._paths.get(id(call.function)) else model
 
         for call in self._calls:
@@ -348,9 +348,9 @@ def _results(out: Any) -> list[Any]:
     return [tensor for tensors in leaves for tensor in tensors]
 
 
-def _of_deferred(function: Any, args: tuple[Any, ...]) -> Any:
-    """Return the function, or, for a method or property of tensors that is called on deferred logits, a
-    function that uses theirs."""
+def _on_plain_logits(function: Any, args: tuple[Any, ...]) -> Any:
+    """Return the function in the form in which it can be repeated on plain logits: if it is a method or
+    property of tensors that was called on deferred logits, one that looks it up on its first argument."""
     name = getattr(function, "__name__", "")
     if not args or not isinstance(args[0], LazyLogits):
         return function

@@ -102,6 +102,10 @@ def estimate(  # noqa: PLR0913
     for this machine can be predicted, too. A script that needs a GPU can be predicted without one: name it
     with --on.
 
+    Only with a COMMAND: --bound, --plans, --save, --diff, --show-output, --time-limit. Of the other options,
+    it takes --on, --memory, --html, --snapshot, --perfetto, --lang and --json, and with --plans also --goal,
+    --accuracy and --within. All others are for a JOB.
+
     Examples: memfit estimate --on H100-SXM -- python train.py --batch-size 32; memfit estimate protein-lm
     --size 650M --html peak.html"""
     language_code = check_language(output.lang)

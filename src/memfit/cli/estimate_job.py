@@ -64,7 +64,7 @@ class TraceFileOptions:
         typer.Option(
             help="--lines (the default): also show the line of your code that made each allocation of "
             "memory; --no-lines: do not look for these lines. No effect with two plan files and with a "
-            "COMMAND."
+            "COMMAND. --no-lines: not with --engines, --lengths or --precision."
         ),
     ] = True
 

@@ -189,8 +189,8 @@ def _of_libraries(files: Sequence[Path]) -> Sequence[Path]:
         raise UserError(
             "memfit lint has no rules for the given files, which an export contains for memfit, a cluster or "
             f"an engine without rules: {', '.join(map(str, files))}",
-            allowed="at least one configuration file for DeepSpeed, Accelerate, the Trainer, Megatron-LM, "
-            "torchtitan or OpenFold; others of the export are then skipped",
+            allowed="at least one configuration file of a library that `memfit lint --help` names; files "
+            "like the given ones are then skipped",
         )
     return library_files
 

@@ -349,9 +349,10 @@ class MachineOptions:
         typer.Option(
             metavar="MACHINE",
             help="Machine to plan for: this (the GPU of this machine or, without one, its CPU; the default), "
-            "this:cpu (its CPU), H100-SXM (one device), 8xH100-SXM (devices of one host), "
-            "64x8xH100-SXM@IB-NDR (hosts x devices of each @ network between the hosts) or FILE.toml (a file "
-            "that describes your machine). `memfit list machines` lists the names of devices and networks.",
+            "this:cpu (its CPU) or this:KIND (its device of that kind), H100-SXM (one device), 8xH100-SXM "
+            "(devices of one host), 64x8xH100-SXM@IB-NDR (hosts x devices of each @ network between the "
+            "hosts) or FILE.toml (a file that describes your machine). `memfit list machines` lists the "
+            "names of devices and networks.",
         ),
     ] = "this"
 
@@ -364,8 +365,9 @@ class DeviceOptions:
         str,
         typer.Option(
             metavar="DEVICE",
-            help="Where to train: this (the GPU of this machine or, without one, its CPU; the default) or "
-            "this:cpu (its CPU, even if there is a GPU).",
+            help="Where to train: this (the GPU of this machine or, without one, its CPU; the default), "
+            "this:cpu (its CPU, even if there is a GPU) or this:KIND with torch's name of another kind of "
+            "device, such as this:cuda.",
         ),
     ] = "this"
 

@@ -251,7 +251,7 @@ def plan(  # noqa: PLR0913
         raise UserError(
             "--measure runs plans on this machine, so it cannot be used with another machine in --on or with "
             "--from",
-            allowed="--measure without --from, and without --on or with --on this or this:cpu",
+            allowed="--measure without --from, and without --on or with --on this, this:cpu or this:KIND",
         )
     measure_s = parse_duration(run.measure_time)
     if from_options.from_files:

@@ -74,7 +74,8 @@ class PocOptions:
         typer.Option(
             metavar="TIME|NUSD",
             help="With --executor: the most that the runs may use, as of `memfit sweep --budget`. Default: "
-            "asked for on a terminal; elsewhere it must be given. Refused without --executor.",
+            "asked for on a terminal; elsewhere and with --json it must be given. Refused without "
+            "--executor.",
         ),
     ] = None
     out: Annotated[

@@ -171,7 +171,7 @@ class _Bar:
             completed=max(stage.done - 0.01, 0),  # rich stops the clock of a full bar
             total=stage.total or None,
             count=stage.count,
-            left=_left(stage, self._words),
+            left=_time_left_text(stage, self._words),
             detail=_short(stage.detail),
         )
 
@@ -221,11 +221,17 @@ class _Lines:
         if stage is not None and now_s >= self._next_s:
             self._next_s = now_s + _LINE_EVERY_S
             elapsed = f"({format_seconds(stage.age_s)})"
-            parts = (stage.title, stage.count, _short(stage.detail), elapsed, _left(stage, self._words))
+            parts = (
+                stage.title,
+                stage.count,
+                _short(stage.detail),
+                elapsed,
+                _time_left_text(stage, self._words),
+            )
             print(*filter(None, parts), file=sys.stderr, flush=True)
 
 
-def _left(stage: _Stage, words: Words) -> str:
+def _time_left_text(stage: _Stage, words: Words) -> str:
     """Return the estimate of the time that the stage still takes as text; "" if there is none."""
     left_s = stage.left_s
     return "" if left_s is None else words.get("terminal.left", time=format_seconds(round(left_s)))

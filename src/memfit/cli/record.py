@@ -58,7 +58,7 @@ class RecordOptions:
             "--compare or --schema.",
         ),
     ] = None
-    said_by: Annotated[
+    reporter: Annotated[
         str | None,
         typer.Option(
             "--from",
@@ -97,7 +97,7 @@ def record(options: RecordOptions, store: StoreOptions, output: JsonOptions) -> 
             "--schema, --add, --compare, and writing a record (--poc, --out) exclude each other",
             allowed="one of --schema, --add and --compare alone; or --poc, --out, both or neither of them",
         )
-    if options.said_by is not None and options.add is None:
+    if options.reporter is not None and options.add is None:
         raise UserError(
             "--from names the group that reports the record of --add, so it needs --add",
             allowed="--add FILE.json --from NAME",
@@ -115,11 +115,11 @@ def record(options: RecordOptions, store: StoreOptions, output: JsonOptions) -> 
         return
     records = Store(store.store)
     if options.add is not None and options.add.is_dir():
-        refuse_options({"--from": options.said_by}, "is for the record of a proof of concept, not for a run")
+        refuse_options({"--from": options.reporter}, "is for the record of a proof of concept, not for a run")
         _add_exported(options.add, records, as_json=output.json)
         return
     if options.add is not None and is_run_record(options.add):
-        refuse_options({"--from": options.said_by}, "is for the record of a proof of concept, not for a run")
+        refuse_options({"--from": options.reporter}, "is for the record of a proof of concept, not for a run")
         run_record = parse_run_record(read_text(options.add), what=str(options.add))
         _print_added(run_record.label, added=add_run(records, run_record), as_json=output.json)
         return
@@ -127,7 +127,7 @@ def record(options: RecordOptions, store: StoreOptions, output: JsonOptions) -> 
         received = exchange.read(options.add)
         stored = _find_same(records, received, str(options.add))
         if stored is None:
-            body = {"from": options.said_by or options.add.name, "record": received.model_dump(mode="json")}
+            body = {"from": options.reporter or options.add.name, "record": received.model_dump(mode="json")}
             records.append(received.poc_id, TAKEN, body)
         _print_added(received.poc_id, added=stored is None, as_json=output.json)
         return

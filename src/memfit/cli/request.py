@@ -174,7 +174,7 @@ def device_here(options: DeviceOptions) -> str:
     if not is_here(options.on):
         raise UserError(
             f"--on {options.on}: training runs on this machine only",
-            allowed="this, this:cpu",
+            allowed="this, this:cpu or this:KIND",
             hint="`memfit plan --on MACHINE` plans for another one, `memfit export` hands over to it",
         )
     return options.on

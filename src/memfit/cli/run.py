@@ -142,7 +142,7 @@ class RunOptions:
             "of the step after it, and ends with exit code 75. What has not ended this long after the "
             "signal, or at a second SIGTERM, is killed; before the first step, all is killed at once. Give a "
             "little less than your scheduler allows before it kills. On SIGUSR1, the run saves and goes on. "
-            "Default: 25s.",
+            "Default: 25s. Ignored without --save.",
         ),
     ] = "25s"
     stall_limit: Annotated[

@@ -76,7 +76,7 @@ class SweepOptions:
             help="The most that this call may use: device hours as a time, such as 90m or 24h, or US dollars "
             "such as 20USD. Both can be given. A device hour is one device, or one process on a processor, "
             "for one hour from the start of a trial to its end. When the budget is used up, running trials "
-            "are ended. Default: asked for on a terminal; elsewhere it must be given.",
+            "are ended. Default: asked for on a terminal; elsewhere and with --json it must be given.",
         ),
     ] = None
     memory: Annotated[

@@ -71,7 +71,7 @@ def update(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
     if any(math.isnan(loss) for rank in observed.ranks for loss in rank.losses):
         yield Checked("update: loss", "a number", "not a number", wrong=True)
         return
-    changed, broken = _changed(figures), _union(f.not_finite for f in figures)
+    changed, broken = _changed_parameters(figures), _union(f.not_finite for f in figures)
     count_text = f"{sum(p.name in changed for p in trained)} of {len(trained)} trained parameters changed"
     if broken:
         found_text = f"values that are not finite in {_join_names([p for p in trained if p.name in broken])}"
@@ -115,7 +115,7 @@ def _cause(figures: Sequence[WeightFigures]) -> str:
         return "all gradients are 0"
     if all(f.updates == 0 for f in figures):
         return "the optimizer did not step"
-    if _cleared(figures):
+    if _parameters_without_gradient(figures):
         return "the gradients were gone when the optimizer stepped"
     groups = _parameter_groups(figures)
     if groups and all(g.rate == 0 for g in groups):
@@ -133,7 +133,7 @@ def weights(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
     warm-up, and those of 16 bits of which the optimizer may update copies that `master_weights` cannot tell.
     Parameters that `optimizer_parameters` reports are left out."""
     figures = _figures(observed)
-    changed, gradients = _changed(figures), _gradients(figures)
+    changed, gradients = _changed_parameters(figures), _gradients(figures)
     if not changed:
         return
     reported = {p.name for p in _missing(observed)} if _is_certain(figures) else set()
@@ -144,7 +144,10 @@ def weights(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
     ]
     groups = _parameter_groups(figures)
     waiting = _union(g.names for g in groups if _is_warming_up(g, groups)) | _rounded(observed, figures)
-    stuck, cleared = _union(g.names for g in groups if g.rate == 0) - waiting, _cleared(figures)
+    stuck, cleared = (
+        _union(g.names for g in groups if g.rate == 0) - waiting,
+        _parameters_without_gradient(figures),
+    )
     unchanged = [p for p in due if p.name not in changed and p.name not in waiting]
     if resting := [p for p in due if p.name not in changed and p.name in waiting]:
         yield NotChecked(
@@ -235,7 +238,7 @@ def _union(sets: Iterable[frozenset[str]]) -> frozenset[str]:
     return frozenset[str]().union(*sets)
 
 
-def _changed(figures: Sequence[WeightFigures]) -> frozenset[str]:
+def _changed_parameters(figures: Sequence[WeightFigures]) -> frozenset[str]:
     """Return the parameters that the step changed, or that are equal to copies that it changed: an update may
     be below the precision of the parameter, and not of its copy."""
     followed = (frozenset(n for n, is_equal in f.masters.items() if is_equal) for f in figures)
@@ -273,7 +276,7 @@ def _parameter_groups(figures: Sequence[WeightFigures]) -> list[OptimizerGroup]:
 def _missing(observed: Observations) -> list[ObservedParameter]:
     """Return the trained parameters that no optimizer holds and that did not change."""
     figures = _figures(observed)
-    updated = _union(o.parameters for o in _optimizers(figures)) | _changed(figures)
+    updated = _union(o.parameters for o in _optimizers(figures)) | _changed_parameters(figures)
     return [p for p in observed.trained if p.name not in updated]
 
 
@@ -282,7 +285,7 @@ def _is_certain(figures: Sequence[WeightFigures]) -> bool:
     copies of them, or they are stale, or they stayed as they were in a step that changed weights. Optimizers
     without any tensors may have them only while they step, as DeepSpeed's."""
     optimizers = _optimizers(figures)
-    has_step = bool(_changed(figures))
+    has_step = bool(_changed_parameters(figures))
     return any(o.parameters or o.foreign for o in optimizers) and (
         not any(o.foreign for o in optimizers)
         or any(o.unsharded for o in optimizers)
@@ -308,7 +311,7 @@ def _were_zero(figures: Sequence[WeightFigures], gradients: Mapping[str, float])
             yield name
 
 
-def _cleared(figures: Sequence[WeightFigures]) -> frozenset[str]:
+def _parameters_without_gradient(figures: Sequence[WeightFigures]) -> frozenset[str]:
     """Return the parameters whose gradients were not 0 and that the optimizer holds, but without a gradient
     when it stepped."""
     return _union(

@@ -175,8 +175,8 @@ class _Program:
         return list(highest.values())
 
     def _row(self, instant: int) -> dict[int, float]:
-        """Return column -> minus the bytes that are absent at clock ``instant`` if the column is 1, for the
-        candidates that may be absent then.
+        """Return the row of the memory at clock ``instant``, column -> coefficient: for each candidate that
+        may be absent then, minus its bytes, in the column of the variable that is 1 if it is absent.
         """
         # index of the last first need up to that clock
         event_index = int(numpy.searchsorted(self.events, instant, side="right")) - 1

@@ -232,7 +232,7 @@ class AlternativeInputs:
             kind=kind,
             machine=name,
             plan=label,
-            untried=() if plain else self._untried(label),
+            untried=() if plain else self._untried_techniques(label),
             plain=plain,
             setup_hours=(setup or 0.0) + (hours.get("effort.setup_hours") or 0.0),
             plan_hours=hours.get("effort.setup_hours") or 0.0,
@@ -247,7 +247,7 @@ class AlternativeInputs:
             return None  # if plain training cannot run there, nothing is saved
         return self.steps_per_run * offer.step_s.value * offer.power_w
 
-    def _untried(self, label: str) -> tuple[str, ...]:
+    def _untried_techniques(self, label: str) -> tuple[str, ...]:
         """Return the techniques of the plan with this label that change results by more than reordered sums
         and that the plan of the proof of concept did not have.
         """

@@ -143,7 +143,9 @@ def _sequence(place: LoopPlace, statements: Statements, *, is_whole: bool) -> Up
     clip, condition, removed = _gradient_changes(rest[:step], scaler)
     removed += [s for s in rest[step + 1 :] if scaler and _method(s, "update") == scaler]
     if is_whole and len(removed) + 2 != len(statements):
-        raise UserError("a branch that runs backward does more than clip and step")
+        raise UserError(
+            "a branch that runs backward has other statements than backward, clipping and the step"
+        )
     if not is_whole:
         bodies = [place.body] if step_body is place.body else [place.body, step_body]
         _must_be_only(str(_stepped_optimizer(rest[step], scaler)), bodies, scaler)

@@ -103,11 +103,11 @@ def _lines(text: str) -> list[str]:
     """Return the lines of a shell script without comments. Lines that are continued with a backslash are
     joined. In JSON text in quotation marks, private-use characters replace spaces, quotation marks and others
     that the shell interprets (``_HIDDEN``), so that it is one word."""
-    text = re.sub(r"(?m)(?:^|(?<=\s))#.*$", "", _JSON.sub(_hidden, text))
+    text = re.sub(r"(?m)(?:^|(?<=\s))#.*$", "", _JSON.sub(_hide, text))
     return re.sub(r"\\\s*\n", " ", text).splitlines()
 
 
-def _hidden(match: re.Match[str]) -> str:
+def _hide(match: re.Match[str]) -> str:
     text = match[1] if match[1] is not None else re.sub(r"\\(.)", r"\1", match[2])
     return f"'{text.translate(_HIDDEN)}'"
 

@@ -204,7 +204,7 @@ def deepspeed_untested_optimizer(d: Options, s: Setup) -> Found:
 
 def deepspeed_one_bit(d: Options, s: Setup) -> Found:
     """Report a 1-bit optimizer (OneBitAdam, ZeroOneAdam, OneBitLamb) at ZeRO stage 1 or above. At stage 0,
-    deepspeed_removed reports it."""
+    and at an unknown one, deepspeed_removed reports it."""
     if str(d.get("optimizer.type")).lower() in _ONE_BIT and _stage(d):
         yield {"type": d.get("optimizer.type"), "stage": _stage(d)}
 

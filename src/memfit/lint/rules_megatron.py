@@ -53,7 +53,7 @@ _UNEVEN = (
 _VIRTUAL = ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank")
 
 
-def _even(m: Options) -> bool:
+def _splits_evenly(m: Options) -> bool:
     return all(_without(m, name) for name in _UNEVEN)
 
 
@@ -83,7 +83,7 @@ def megatron_layers(m: Options, s: Setup) -> Found:
     stages = _size(m, "pipeline_model")
     layers = m.count("num_layers")
     # Megatron-DeepSpeed splits the layers by rules of its own.
-    if layers and stages and layers % stages and _even(m) and _without(m, "deepspeed"):
+    if layers and stages and layers % stages and _splits_evenly(m) and _without(m, "deepspeed"):
         yield {"layers": layers, "stages": stages}
 
 
@@ -92,7 +92,7 @@ def megatron_virtual_layers(m: Options, s: Setup) -> Found:
     --num-layers-per-virtual-pipeline-stage or of --num-virtual-stages-per-pipeline-rank. Nothing is reported
     if an option, such as --decoder-first-pipeline-num-layers, asks for an uneven split or may do so, or if
     the stages themselves are uneven, which megatron_layers reports."""
-    if not _even(m):
+    if not _splits_evenly(m):
         return
     layers, stages = m.count("num_layers"), _size(m, "pipeline_model")
     layers_per_virtual_stage, virtual_stages = (m.count(n) for n in _VIRTUAL)

@@ -101,7 +101,7 @@ def find_cut(module: nn.Module, call: ModuleCall, shapes: dict[int, tuple[int, .
         """Return whether a slice of the output along ``out_axis`` may depend on inputs outside the same slice
         along ``axes``. This is tested on inputs with a longer cut axis than ``sizes``. Return True if it
         cannot be tested."""
-        long_sizes = _lengthened(shapes, sizes, axes, runs)
+        long_sizes = _lengthen(shapes, sizes, axes, runs)
         tested_length = min((long_sizes or sizes)[i][axis] for i, axis in axes.items())
         if tested_length <= call.reach or (
             long_sizes is None and any(shapes[i][a] != sizes[i][a] for i, a in axes.items())
@@ -136,7 +136,7 @@ def _ran(module: nn.Module, call: ModuleCall, tensors: Mapping[int, torch.Tensor
     return out if isinstance(out, torch.Tensor) else None
 
 
-def _lengthened(
+def _lengthen(
     shapes: dict[int, tuple[int, ...]],
     sizes: dict[int, tuple[int, ...]],
     axes: Mapping[int, int],

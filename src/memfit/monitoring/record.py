@@ -305,8 +305,9 @@ class _RankFile:
         return bool(self._starts or self._commands or self._steps or self._end or self.exit)
 
     def is_with(self, other: _RankFile) -> bool:
-        """Return whether the file of another rank is of the same training as this one, of rank 0. Others are
-        of an earlier one: of more ranks or, if rank 0 has not begun yet, from before its command."""
+        """Return whether the file of another rank is of the same training as this file, that of rank 0. Files
+        of an earlier training may be left: those of ranks that this training does not have and, as long as
+        rank 0 has not started, those that were started before the command."""
         if self._start is not None:
             return other._rank < self._start.world_size
         return self._command_s is None or other._start is None or other._start.time_s >= self._command_s

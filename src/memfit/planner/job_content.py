@@ -82,7 +82,7 @@ class JobContent:
             is_unchanged = all(_status(file) == status for file, status in self.files.items())
         except OSError:
             return False
-        return is_unchanged and {*_own(opened), *_own_modules()} <= self.files.keys()
+        return is_unchanged and {*_own_paths(opened), *_own_modules()} <= self.files.keys()
 
 
 def job_content(ref: JobRef, job: Job) -> JobContent | None:
@@ -122,7 +122,7 @@ def _content_of_files(ref: JobRef, job: Job, facts: list[Any]) -> JobContent:
         batches = [_digest_values(job.make_batch(step, 0)) for step in (0, 0, 1)]
     if batches[0] != batches[1]:
         raise _UnknownContentError("the batch differs between calls with the same arguments")
-    files = {*_own(opened), *_own_modules(), *_own(map(str, imported_files(ref.spec)))}
+    files = {*_own_paths(opened), *_own_modules(), *_own_paths(map(str, imported_files(ref.spec)))}
     statuses = {file: _status(file) for file in sorted(files)}
     if sum(size for _, size, _ in statuses.values()) > _MOST_FILE_BYTES:
         raise _UnknownContentError("the job's files are too large to be hashed")
@@ -225,7 +225,7 @@ def _library_folders() -> tuple[str, ...]:
     return tuple(f"{os.path.realpath(folder)}{os.sep}" for folder in folders)
 
 
-def _own(paths: Iterable[str]) -> Iterator[str]:
+def _own_paths(paths: Iterable[str]) -> Iterator[str]:
     """Yield those of the absolute paths that are neither Python's nor an installed package's. Compiled Python
     files are left out, as their sources count."""
     for path in paths:
@@ -240,7 +240,7 @@ def _module_file(module: Any) -> str:
 
 def _own_modules() -> Iterator[str]:
     files = (_module_file(module) for module in list(sys.modules.values()))
-    return _own(file for file in files if file and Path(file).is_file())
+    return _own_paths(file for file in files if file and Path(file).is_file())
 
 
 def _modules_of(ref: JobRef, files: set[str]) -> list[types.ModuleType]:

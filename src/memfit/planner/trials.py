@@ -224,19 +224,19 @@ class _Trials:
             effect=effect_of(winner.plan, winner.dependence),
             reasons=(*reasons, *planning.left_out),
         )
-        choices = {c.estimate.plan: self._estimated_again(c) for c in (*result.frontier, result.baseline)}
+        choices = {c.estimate.plan: self._estimate_again(c) for c in (*result.frontier, result.baseline)}
         choices[winner.plan] = recommended
         result = dataclasses.replace(
             result,
             recommended=recommended,
             baseline=choices[result.baseline.estimate.plan],
             trials=trials,
-            smallest=self._estimated_again(result.smallest),
+            smallest=self._estimate_again(result.smallest),
             frontier=tuple(sorted(choices.values(), key=lambda c: c.estimate.allocated_bytes.value)),
         )
         return dataclasses.replace(planning, result=result)
 
-    def _estimated_again(self, choice: Choice) -> Choice:
+    def _estimate_again(self, choice: Choice) -> Choice:
         estimate = choice.estimate
         again = self.planning.predictor.whole(estimate.plan) if estimate.traced else estimate
         return dataclasses.replace(choice, estimate=again)

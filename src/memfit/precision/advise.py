@@ -69,7 +69,7 @@ class _Place:
 
     @property
     def worst(self) -> dict[str, ReplayErrors]:
-        return _merged(self.errors.values())
+        return _merge(self.errors.values())
 
 
 def advise(
@@ -89,7 +89,7 @@ def advise(
     operators that torch.autocast keeps in float32 is used; everything runs on the CPU. ``progress(stage,
     done, total)`` is called before each part of the work; the stages are "train", "record", "module" and
     "effect". Raises UserError if the loss is not finite in float32."""
-    model = _trained(job, trained, progress)
+    model = _train_model(job, trained, progress)
     modes_by_dtype = {d: modes(model, DTYPES[d], cuda=device_kind(device).autocast == "cuda") for d in dtypes}
     for other_modes in list(modes_by_dtype.values())[1:]:
         other_modes["exact"] = modes_by_dtype[dtypes[0]]["exact"]
@@ -117,7 +117,7 @@ def advise(
     return tuple(advice)
 
 
-def _trained(job: Job, steps: int, progress: Progress) -> nn.Module:
+def _train_model(job: Job, steps: int, progress: Progress) -> nn.Module:
     torch.manual_seed(0)
     step = TrainingStep(dataclasses.replace(job, islands=()), Plan())
     for index in range(steps):
@@ -237,7 +237,7 @@ def _examine_calls(
                     call, modes_by_dtype[dtype]["pure"], job.loss, listening=sums, backward=False
                 )
                 errors["sums"] = compare(exact, replay) if sums.used else ReplayErrors(Gap(), 0.0)
-            place.errors[path] = _merged([place.errors[path], errors]) if path in place.errors else errors
+            place.errors[path] = _merge([place.errors[path], errors]) if path in place.errors else errors
 
 
 def _largest(call: RecordedCall) -> float:
@@ -245,7 +245,7 @@ def _largest(call: RecordedCall) -> float:
     return max((float(t.abs().max()) for t in floats), default=0.0)
 
 
-def _merged(results: Iterable[dict[str, ReplayErrors]]) -> dict[str, ReplayErrors]:
+def _merge(results: Iterable[dict[str, ReplayErrors]]) -> dict[str, ReplayErrors]:
     worst: dict[str, ReplayErrors] = {}
     for errors in results:
         for name, error in errors.items():
@@ -274,18 +274,18 @@ def _fault(errors: dict[str, ReplayErrors], mode: str, effect: float | None = No
     if (mode_errors.nonfinite_operators or mode_errors.output.lost) and not float32_errors.output.lost:
         return "overflow"
 
-    def mended(low: float, high: float, limit: float) -> bool:
+    def float32_helps(low: float, high: float, limit: float) -> bool:
         return low > limit and high < low / _BETTER
 
-    if mended(mode_errors.output.error, float32_errors.output.error, OUTPUT):
+    if float32_helps(mode_errors.output.error, float32_errors.output.error, OUTPUT):
         return "inputs" if rounded_errors.output.error > mode_errors.output.error / 2 else "computation"
     accumulates = mode_errors.output.error > _TWICE * rounded_errors.output.error
-    if accumulates and mended(mode_errors.output.error, float32_errors.output.error, _SOME):
+    if accumulates and float32_helps(mode_errors.output.error, float32_errors.output.error, _SOME):
         return "computation"
-    if mended(mode_errors.gradient, float32_errors.gradient, GRADIENT):
+    if float32_helps(mode_errors.gradient, float32_errors.gradient, GRADIENT):
         return "gradient"
     matters = effect is not None and effect > OUTPUT
-    if matters and mended(mode_errors.output.spread, float32_errors.output.spread, OUTPUT):
+    if matters and float32_helps(mode_errors.output.spread, float32_errors.output.spread, OUTPUT):
         return "spread"
     return ""
 

@@ -93,7 +93,7 @@ class _Watch:
 
     def _before(self, path: str) -> Callable[..., Any]:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            call = RecordedCall(path, inputs=_kept((args, kwargs)))
+            call = RecordedCall(path, inputs=_copy_value((args, kwargs)))
             self.stack[-1].inner.append(call)
             self.stack.append(call)
             return _listening((args, kwargs), call.input_grads)
@@ -102,13 +102,13 @@ class _Watch:
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         call = self.stack.pop()
-        call.output = _kept(output)
+        call.output = _copy_value(output)
         for index, tensor in enumerate(leaves(output)):
             if tensor.requires_grad and is_float(tensor):
                 tensor.register_hook(_keeping(call.output_grads, index))
 
 
-def _kept(value: Any) -> Any:
+def _copy_value(value: Any) -> Any:
     """Return a copy of the value in which its tensors are detached copies that require gradients as before.
 
     A tensor that occurs twice gets one copy, because code may test whether query and key are identical."""

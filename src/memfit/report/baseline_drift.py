@@ -36,7 +36,7 @@ def compare_baseline(
     drifts = [*_of_phases(stored, predicted, modules, tolerance_ratio)]
     drifts += _of_modules(modules, [drift.phase for drift in drifts])
     drifts += _of_reserved(stored, predicted, tolerance_ratio)
-    fallen = [*_fallen(stored, predicted, tolerance_ratio)]
+    fallen = [*_decrease_notes(stored, predicted, tolerance_ratio)]
     return BaselineComparison(
         title=stored.title,
         drifts=tuple(drifts),
@@ -156,7 +156,9 @@ def _of_reserved(
         yield MemoryDrift(phase="reserved", whole=True, from_bytes=from_bytes, to_bytes=to_bytes)
 
 
-def _fallen(stored: MemoryBaseline, predicted: MemoryBaseline, tolerance_ratio: float) -> Iterator[str]:
+def _decrease_notes(
+    stored: MemoryBaseline, predicted: MemoryBaseline, tolerance_ratio: float
+) -> Iterator[str]:
     for phase, from_bytes in stored.phase_bytes.items():
         to_bytes = predicted.phase_bytes.get(phase, 0)
         if to_bytes < from_bytes * (1 - tolerance_ratio):

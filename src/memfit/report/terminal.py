@@ -70,7 +70,7 @@ def print_poc(poc: Poc, *, console: Console, lang: str) -> None:
     console.print(Text(_effort(poc.effort, words)))
     for note in poc.notes:
         console.print(Text(words.of(note), style="dim"))
-    took = words.get("terminal.took", took=_text(measured(poc.took_s, "s"), words))
+    took = words.get("terminal.took", took=figure_text(measured(poc.took_s, "s"), words))
     report = words.get("terminal.report", path=poc.report) if poc.report else ""
     console.print(Text(words.get("text.with_note", text=report, note=took) if report else took))
 
@@ -94,9 +94,9 @@ def print_search(
     unknown ``lang``.
     """
     words, view = load_words(lang), search_view(result)
-    cap = _text(view.cap, words)
+    cap = figure_text(view.cap, words)
     goal = words.name("goal", view.goal)
-    considered = _text(view.considered, words)
+    considered = figure_text(view.considered, words)
     title = words.get("terminal.search", goal=goal, cap=cap, considered=considered)
     console.print(Text(title, style="bold"))
     console.print(Text(_plain_line(view, result.baseline.estimate, cap, words)))
@@ -114,7 +114,7 @@ def print_search(
         if hidden_count := len(view.frontier) - len(shown_rows):
             console.print(Text(words.get("terminal.frontier_left", count=hidden_count), style="dim"))
     if view.recommended is None:
-        smallest_need = _text(_need(view.smallest), words)
+        smallest_need = figure_text(_need(view.smallest), words)
         text_key = "terminal.no_plan_yet" if result.unfinished else "terminal.no_plan"
         text = words.get(text_key, cap=cap, least=smallest_need, plan=view.smallest.plan)
         console.print(Text(text, style="red"))
@@ -163,21 +163,21 @@ def _print_trials(trials: Sequence[Trial], words: Words, console: Console) -> No
     for trial in sorted(trials, key=lambda t: t.median_s or math.inf):
         placeholders = {
             "plan": short_label(trial.plan),
-            "predicted": _text(predicted(trial.predicted_s, "s"), words),
+            "predicted": figure_text(predicted(trial.predicted_s, "s"), words),
         }
         if trial.median_s is None:
             line = words.get("terminal.trial_failed", reason=trial.reason, **placeholders)
         else:
-            low, high = (_text(measured(f(trial.step_s), "s"), words) for f in (min, max))
+            low, high = (figure_text(measured(f(trial.step_s), "s"), words) for f in (min, max))
             spread = words.get("terminal.trial_spread", low=low, high=high) if len(trial.step_s) > 1 else ""
-            median = _text(measured(trial.median_s, "s"), words)
+            median = figure_text(measured(trial.median_s, "s"), words)
             line = words.get("terminal.trial", measured=median, spread=spread, **placeholders)
         console.print(Padding(Text(line), (0, 0, 0, 2)))
 
 
 def _noise(timings: Timings, words: Words) -> str:
     percents = {"spread": timings.spread_ratio, "waited": timings.waited_ratio}
-    texts = {name: _text(measured(100 * ratio, "percent"), words) for name, ratio in percents.items()}
+    texts = {name: figure_text(measured(100 * ratio, "percent"), words) for name, ratio in percents.items()}
     return words.get("terminal.noisy", load=f"{timings.load_count:.1f}", **texts)
 
 
@@ -193,15 +193,17 @@ def _cost(result: SearchResult, words: Words) -> str | None:
         "carbon": predicted(None if best.co2_g is None else _COSTED_STEPS * best.co2_g, "g"),
         "steps": predicted(_COSTED_STEPS, "count"),
     }
-    return words.get("terminal.cost", **{name: _text(figure, words) for name, figure in figures.items()})
+    return words.get(
+        "terminal.cost", **{name: figure_text(figure, words) for name, figure in figures.items()}
+    )
 
 
 def _correction(calibration: Calibration, words: Words) -> str:
     spread = calibration.step_spread_ratio
     percent = predicted(None if spread is None else 100 * spread, "percent")
     placeholders = {"poc": calibration.corrected_by, "plans": calibration.corrected_count}
-    ratio = _text(measured(calibration.step_ratio, "ratio"), words)
-    return words.get("terminal.corrected", ratio=ratio, spread=_text(percent, words), **placeholders)
+    ratio = figure_text(measured(calibration.step_ratio, "ratio"), words)
+    return words.get("terminal.corrected", ratio=ratio, spread=figure_text(percent, words), **placeholders)
 
 
 def print_estimate(
@@ -223,19 +225,19 @@ def print_estimate(
     unknown ``lang``.
     """
     words, view = load_words(lang), estimate_view(estimate)
-    peak, low, high, step = (_text(f, words) for f in (view.peak, view.low, view.high, view.step))
+    peak, low, high, step = (figure_text(f, words) for f in (view.peak, view.low, view.high, view.step))
     step += _basis(estimate, words)
     title = words.get("terminal.estimate", plan=view.plan) if title is None else title
     console.print(Text(title, style="bold"))
     console.print(Text(words.get("terminal.peak_line", peak=peak, low=low, high=high, step=step)))
     for kind, *figures in view.further:
-        value, low, high = (_text(f, words) for f in figures)
+        value, low, high = (figure_text(f, words) for f in figures)
         name = words.name("memory", kind)
         console.print(Text(words.get("terminal.memory_line", name=name, value=value, low=low, high=high)))
     if (host := _host(estimate, words)) is not None:
         console.print(Text(host))
     if view.oom is not None:
-        console.print(Text(words.get("terminal.oom_line", chance=_text(view.oom, words))))
+        console.print(Text(words.get("terminal.oom_line", chance=figure_text(view.oom, words))))
     if view.peak_phase and view.peak_op:
         phase = words.name("phase", view.peak_phase)
         console.print(Text(words.get("terminal.at", phase=phase, op=view.peak_op)))
@@ -244,8 +246,8 @@ def print_estimate(
             Text(
                 words.get(
                     "terminal.storage",
-                    size=_text(predicted(estimate.storage_bytes, "bytes"), words),
-                    written=_text(predicted(estimate.storage_written_bytes, "bytes"), words),
+                    size=figure_text(predicted(estimate.storage_bytes, "bytes"), words),
+                    written=figure_text(predicted(estimate.storage_written_bytes, "bytes"), words),
                 )
             )
         )
@@ -273,14 +275,14 @@ def print_verdict(
     """Print whether the plan fits. If it does not, print whose memory is too small: the device's, which has
     ``cap_bytes`` and would need ``needed_bytes``, or only the host's."""
     values = {"needed": needed_bytes, "cap": cap_bytes, "host": estimate.needed_host_bytes}
-    texts = {name: _text(predicted(value, "bytes"), words) for name, value in values.items()}
+    texts = {name: figure_text(predicted(value, "bytes"), words) for name, value in values.items()}
     key = "fits" if fits else "does_not_fit"
     if not fits and needed_bytes <= cap_bytes:
         key = "fits_device_only"
         if estimate.host_memory_bytes is None:
             key = "fits_if_host_has"
         else:
-            texts["there"] = _text(predicted(estimate.host_memory_bytes, "bytes"), words)
+            texts["there"] = figure_text(predicted(estimate.host_memory_bytes, "bytes"), words)
     console.print(Text(words.get(f"terminal.{key}", **texts), style="bold green" if fits else "bold red"))
 
 
@@ -291,7 +293,7 @@ def _host(estimate: Estimate, words: Words) -> str | None:
     need, host_memory_bytes = estimate.host_bytes, estimate.host_memory_bytes
     if need is None or "tensors" in estimate.host_parts_bytes:
         return None
-    values = {"need": _text(predicted(estimate.needed_host_bytes, "bytes"), words)}
+    values = {"need": figure_text(predicted(estimate.needed_host_bytes, "bytes"), words)}
     if host_memory_bytes is None:
         offload_bytes = estimate.host_parts_bytes.get("offload")
         return words.get(
@@ -318,10 +320,6 @@ def _split(dependence: SampleDependence | None, words: Words) -> Text | None:
         "terminal.split", changes=changes, reason=words.of(dependence.reason), way_out=way_out
     )
     return Text(message, style="red")
-
-
-def _text(figure: Figure, words: Words) -> str:
-    return figure_text(figure, words)
 
 
 def new_table(columns: Iterable[str], *, left: int = 1) -> Table:
@@ -354,7 +352,7 @@ def _run_cells(row: RunRow, words: Words) -> list[Text]:
     capped = words.get("capped.yes" if row.capped else "capped.no")
     outcome = Text(words.get(f"outcome.{row.outcome}"), style=_STYLES.get(row.outcome, ""))
     figures = (row.predicted_peak, row.peak, row.peak_error, row.step, row.metric)
-    cells = [Text("–" if f.value is None and row.outcome != "ok" else _text(f, words)) for f in figures]
+    cells = [Text("–" if f.value is None and row.outcome != "ok" else figure_text(f, words)) for f in figures]
     return [Text(words.get("terminal.run", name=name, capped=capped, seed=row.seed)), outcome, *cells]
 
 
@@ -388,9 +386,9 @@ def _print_verdicts(rows: Sequence[VerdictRow], console: Console, words: Words) 
 
 def _verdict_line(row: VerdictRow, words: Words) -> str:
     names = ("difference", "low", "high", "margin", "power")
-    figures = {name: _text(getattr(row, name), words) for name in names}
+    figures = {name: figure_text(getattr(row, name), words) for name in names}
     return words.get(
-        "text.verdict_line", metric=words.of(row.metric), pairs=_text(row.pairs, words), **figures
+        "text.verdict_line", metric=words.of(row.metric), pairs=figure_text(row.pairs, words), **figures
     )
 
 
@@ -400,7 +398,7 @@ def _effort(effort: Effort, words: Words) -> str:
         commands=effort.commands,
         lines=effort.changed_lines,
         packages=effort.packages,
-        installed=_text(measured(effort.installed_mib, "MiB"), words),
+        installed=figure_text(measured(effort.installed_mib, "MiB"), words),
         failed=effort.failed_attempts,
     )
 
@@ -416,12 +414,12 @@ def _basis(estimate: Estimate, words: Words) -> str:
 def _plain_line(view: SearchView, estimate: Estimate, cap: str, words: Words) -> str:
     plain = view.baseline
     fits = words.get("text.fits" if plain.fits or plain.host_short else "text.does_not_fit")
-    need, peak, step = (_text(figure, words) for figure in (_need(plain), plain.peak, plain.step))
+    need, peak, step = (figure_text(figure, words) for figure in (_need(plain), plain.peak, plain.step))
     basis = _basis(estimate, words)
     placeholders = {"needed": need, "peak": peak, "step": step, "basis": basis, "fits": fits, "cap": cap}
     if plain.device is None:
         return words.get("terminal.baseline", **placeholders)
-    low, expected, high = (_text(figure, words) for figure in plain.device)
+    low, expected, high = (figure_text(figure, words) for figure in plain.device)
     return words.get("terminal.baseline_device", **placeholders, low=low, expected=expected, high=high)
 
 
@@ -450,7 +448,7 @@ def _frontier(rows: Sequence[ChoiceRow], words: Words) -> Table:
         fits = words.get(f"text.{row.verdict}")
         name = ("* " if row.recommended else "") + _one_per_line(row.plan)
         prefix = "" if row.traced else "~ "
-        figures = (prefix + _text(figure, words) for figure in (_need(row), row.peak, row.step))
+        figures = (prefix + figure_text(figure, words) for figure in (_need(row), row.peak, row.step))
         cells = (name, effect, fits, *figures)
         style = "bold green" if row.recommended else "" if row.fits else "dim"
         table.add_row(*map(Text, cells), style=style)
@@ -482,5 +480,5 @@ def _shares(title: str, parts: Parts, words: Words) -> Table:
     mark = words.get("mark.predicted")
     table = new_table([title, f"{words.get('column.memory')}\n{mark}", words.get("column.share")])
     for name, size, share in parts:
-        table.add_row(Text(name), Text(_text(size, words)), Text(_text(share, words)))
+        table.add_row(Text(name), Text(figure_text(size, words)), Text(figure_text(share, words)))
     return table

@@ -123,13 +123,13 @@ class Cut(Whole):
         length, size = x.shape[dim], self.size(x.shape[dim])
         begin = min(self.together.rank * size, length)
         own_part = x.narrow(dim, begin, min(size, length - begin))
-        return _filled(own_part, dim, size)
+        return _pad(own_part, dim, size)
 
     def all(self, x: torch.Tensor, dim: int, length: int) -> torch.Tensor:
-        return _joined(self.together.stack(x), dim, length)
+        return _join(self.together.stack(x), dim, length)
 
     def turn(self, x: torch.Tensor, dim: int, to: int, length: int) -> torch.Tensor:
-        return _joined(self.together.exchange(self.apart(x, to)), dim, length)
+        return _join(self.together.exchange(self.apart(x, to)), dim, length)
 
     def scattered(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         return self.together.scatter_sum(self.apart(x, dim)).squeeze(0)
@@ -138,17 +138,17 @@ class Cut(Whole):
         """Return ``x``, padded with zeros, cut along ``dim`` into one part for each rank. The parts are
         stacked along a new first dimension, shape (ranks, ...)."""
         size, ranks = self.size(x.shape[dim]), self.together.ranks
-        parts: torch.Tensor = _filled(x, dim, size * ranks).unflatten(dim, (ranks, size))
+        parts: torch.Tensor = _pad(x, dim, size * ranks).unflatten(dim, (ranks, size))
         return parts.movedim(dim, 0).contiguous()
 
 
-def _filled(x: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+def _pad(x: torch.Tensor, dim: int, size: int) -> torch.Tensor:
     """Pad ``x`` with zeros at the end of ``dim``, so that this dimension has length ``size``."""
     missing = size - x.shape[dim]
     return functional.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, missing)) if missing else x
 
 
-def _joined(parts: torch.Tensor, dim: int, length: int) -> torch.Tensor:
+def _join(parts: torch.Tensor, dim: int, length: int) -> torch.Tensor:
     """Join the parts, stacked to shape (ranks, ...), along ``dim``, which counts the dimensions of one part.
     The result has ``length`` elements there: padding at the end of the parts is left out. The result is not a
     view, because a module that FSDP2 wraps must not return a view."""

@@ -52,10 +52,12 @@ def default_optimizer(
     """
     makers = {"adamw": _adamw, "adam": _adamw, "sgd": _sgd, "adafactor": _adafactor}
     if choice.make is not None:
-        return functools.partial(_own, choice.make, device)
+        return functools.partial(_make_user_optimizer, choice.make, device)
     if ":" in choice.name:
         adamw = functools.partial(_adamw, dataclasses.replace(choice, name="adamw"), device)
-        return functools.partial(_own, imported_optimizer(choice, adamw, model, blocks), device)
+        return functools.partial(
+            _make_user_optimizer, imported_optimizer(choice, adamw, model, blocks), device
+        )
     if choice.name not in makers:
         raise UserError(
             f"unknown optimizer {choice.name!r}",
@@ -65,7 +67,9 @@ def default_optimizer(
     return functools.partial(makers[choice.name], choice, device)
 
 
-def _own(make: MakeOptimizer, device: DeviceKind, params: list[torch.nn.Parameter]) -> OptimizerLike:
+def _make_user_optimizer(
+    make: MakeOptimizer, device: DeviceKind, params: list[torch.nn.Parameter]
+) -> OptimizerLike:
     """Return the optimizer that ``make``, the user's function, makes. If torch chooses ``foreach`` for
     ``device``, set it to True in parameter groups in which it is None and ``fused`` is off, also in those of
     optimizers that it wraps."""

@@ -180,12 +180,12 @@ class AllocationRecorder(TorchDispatchMode):
         self.storage_written_bytes = self.storage_read_bytes = 0
 
     @property
-    def offloaded(self) -> tuple[int, int, int]:
+    def offloaded(self) -> tuple[int, ...]:
         """Bytes copied out and back, and the number of tensors, that `note_offload` counted in this step."""
         return self.offloaded_bytes, self.restored_bytes, self.offloaded_tensors
 
     @offloaded.setter
-    def offloaded(self, counts: tuple[int, int, int]) -> None:
+    def offloaded(self, counts: tuple[int, ...]) -> None:
         self.offloaded_bytes, self.restored_bytes, self.offloaded_tensors = counts
 
     @property
@@ -324,7 +324,7 @@ class AllocationRecorder(TorchDispatchMode):
         out = (
             self._silent(func, fact, args, kwargs)
             if fact.silent
-            else self._watched(func, fact, args, kwargs, values)
+            else self._run_recorded(func, fact, args, kwargs, values)
         )
         if values is not None and (func not in operators.MAKERS or self.concrete_values.follows_all):
             followed.attach(out, values)
@@ -363,7 +363,9 @@ class AllocationRecorder(TorchDispatchMode):
             setattr(out, _ROWS, _rows_of(args[0]))
         return out
 
-    def _watched(self, func: Any, fact: operators.OperatorFact, args: Any, kwargs: Any, values: Any) -> Any:
+    def _run_recorded(
+        self, func: Any, fact: operators.OperatorFact, args: Any, kwargs: Any, values: Any
+    ) -> Any:
         """Run an operator that does work (all but `OperatorFact.silent` ones), in place if torch would do so
         on plain tensors (`_writes`), and return its result. ``values`` is its result on real values, or None
         if they are not known.

@@ -101,7 +101,7 @@ class ConcreteValues:
         missing or the operator is not followed (`may_follow`, `compute`).
 
         If the first argument has no values: for an operator that gives indices or counts they are assumed
-        (`_chosen`), and for one such as ``zeros_like`` they are not needed (`_constant`). A random operator
+        (`_choose`), and for one such as ``zeros_like`` they are not needed (`_constant`). A random operator
         that fills a whole tensor of at most 64 elements in place has its numbers attached to the tensor, and
         None is returned. If the whole step is computed, such an operator draws into the real values of its
         tensor, whatever their size, and None is returned. Raises UserError if an embedding is looked up at a
@@ -117,9 +117,9 @@ class ConcreteValues:
             return None
         if self.on and args and isinstance(args[0], FakeTensor) and not hasattr(args[0], _NAME):
             if func in FILLS:
-                return self._filled(func, args, kwargs)
+                return self._attach_fill(func, args, kwargs)
             if func in CHOICES or (args[0].dtype is torch.bool and _counts(func, kwargs)):
-                return self._chosen(func, args, kwargs)
+                return self._choose(func, args, kwargs)
             if func in CONSTANTS and args[0].numel() <= self.max_elements:
                 return self._constant(func, args, kwargs)
         if self.may_follow(args):
@@ -151,7 +151,7 @@ class ConcreteValues:
                 "are tokens, its vocabulary is too small",
             )
 
-    def _chosen(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+    def _choose(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         """Return the operator's indices and counts for assumed values of its first argument, with None for
         the floating-point numbers among its results. Return None if no values can be assumed or if `compute`
         returns None. Afterwards the values of the first argument are forgotten, except those of a mask."""
@@ -191,7 +191,7 @@ class ConcreteValues:
         self.draws += 1
         return self.draws
 
-    def _filled(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
+    def _attach_fill(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
         tensor = args[0]
         is_whole = tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
         if is_whole and 0 < tensor.numel() <= _MOST_FILLED:

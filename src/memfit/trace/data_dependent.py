@@ -97,7 +97,7 @@ class Guesses:
                 return not is_denied and not self._rejects()
             return 1.0 if is_float else 1
         line = library_line()
-        bound = 0 if is_denied else self._given("item", line)
+        bound = 0 if is_denied else self._bound_at("item", line)
         self._asked[line] += 1
         # "" is an optimizer's own line, stepping in backward
         limit = _LOOP_LIMIT if line else 1000 * _LOOP_LIMIT
@@ -157,7 +157,7 @@ class Guesses:
             op, line = func.overloadpacket.__name__, library_line()
             self._value_dependent.add(func)
             is_guess = values is None or any(map(is_assumed, _pytree.tree_leaves(values)))
-            values = self._of_assumed(func, args, kwargs) if values is None else values
+            values = self._call_on_assumed(func, args, kwargs) if values is None else values
             if values is None:
                 raise UserError(
                     op
@@ -186,7 +186,7 @@ class Guesses:
         """
         self.questions += 1
         line = library_line()
-        bound = self._given(op, line)
+        bound = self._bound_at(op, line)
         if bound is None:
             bound = self.bound.get("") if isinstance(self.bound, Mapping) else self.bound
         source = ""
@@ -209,7 +209,7 @@ class Guesses:
         self.assume(f"{op} gave {size} of {most} elements{source}", line)
         return size
 
-    def _given(self, op: str, line: str) -> int | float | None:
+    def _bound_at(self, op: str, line: str) -> int | float | None:
         if not isinstance(self.bound, Mapping):
             return None
         return self.bound.get(line, self.bound.get(user_line(), self.bound.get(op)))
@@ -229,7 +229,7 @@ class Guesses:
         self.questions += 1
         values, line = self.concrete_values.assume(tensor), library_line()
         if values is None:
-            bound = self._given("item", line)
+            bound = self._bound_at("item", line)
             self.open |= {line: None} if bound is None else {}
             with unset_fake_temporarily():
                 constants = torch.full(tensor.shape, 1 if bound is None else bound).to(tensor.dtype)
@@ -241,7 +241,7 @@ class Guesses:
         )
         return values
 
-    def _of_assumed(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+    def _call_on_assumed(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         """Return the operator's real result, with assumed numbers and masks where values are not known; these
         are forgotten afterwards. Return None if no values can be assumed for an argument
         (`ConcreteValues.assume`), as for integers, some of which would be out of range, or if the operator
@@ -368,7 +368,7 @@ def _pack_padded_sequence(
     The batch sizes are a real tensor, because recurrent layers and the derivative read them where no mode
     sees it. Consecutive time steps of equal batch size are copied as one piece, and the pieces are
     concatenated (PackedSequence.cpp). If the lengths are not known, or a bound says another total, lengths
-    are made up (`_shared_out`) and the batch sizes are marked as assumed.
+    are made up (`_split_lengths`) and the batch sizes are marked as assumed.
     """
     by_time = padded.transpose(0, 1) if batch_first else padded
     longest, rows = by_time.shape[:2]
@@ -376,7 +376,7 @@ def _pack_padded_sequence(
     real_lengths = self.concrete_values.of(lengths)
     with torch.no_grad(), unset_fake_temporarily():
         if real_lengths is None or int(real_lengths.sum()) != size:
-            real_lengths = mark_assumed(_shared_out(size, longest, rows))
+            real_lengths = mark_assumed(_split_lengths(size, longest, rows))
         sizes = (real_lengths[None] > torch.arange(int(real_lengths.max()))[:, None]).sum(1)
         widths, steps = sizes.unique_consecutive(return_counts=True)
         cuts = torch.stack((steps.cumsum(0) - steps, steps.cumsum(0), widths), 1).tolist()
@@ -387,7 +387,7 @@ def _pack_padded_sequence(
     return torch.cat(pieces), sizes
 
 
-def _shared_out(size: int, longest: int, rows: int) -> torch.Tensor:
+def _split_lengths(size: int, longest: int, rows: int) -> torch.Tensor:
     """Return lengths of ``rows`` sequences with ``size`` elements in total: the first as long as possible,
     the others about equal. Each is between 1 and ``longest``; a ``size`` that does not allow this is replaced
     by the nearest that does. With 10, 5 and 3, the lengths are 5, 3 and 2."""

@@ -88,10 +88,10 @@ def lifecycle(job: Job, plan: Plan, *, device: str = "cpu") -> Lifecycle:
     one before. Raises UserError as `trace` does if the step fails after a value was guessed.
     """
     batch = job.make_batch(0, 0)
-    peaks, sizes = _training(job, plan, batch, device)
+    peaks, sizes = _training_peaks(job, plan, batch, device)
     ways = ["resume"] if device_kind(device).is_host else ["resume", "resume-via-host"]
-    resume_peaks = [_resuming(job, plan, batch, device, way) for way in ways]
-    return Lifecycle(peaks=(*_loading(job, device), *peaks, *resume_peaks), checkpoint_bytes=sizes)
+    resume_peaks = [_resume_peak(job, plan, batch, device, way) for way in ways]
+    return Lifecycle(peaks=(*_load_peaks(job, device), *peaks, *resume_peaks), checkpoint_bytes=sizes)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -141,7 +141,7 @@ def _watched(job: Job, device: str) -> Iterator[tuple[_Watch, Any]]:
         yield _Watch(recorder=recorder), fake
 
 
-def _loading(job: Job, device: str) -> list[LifecyclePeak]:
+def _load_peaks(job: Job, device: str) -> list[LifecyclePeak]:
     """Return the peaks of the events of `lifecycle` that load a checkpoint of the plain model."""
     peaks = []
     places = {"load": "", "load-mmap": "nowhere", "load-via-host": "host", "load-assign": ""}
@@ -156,13 +156,15 @@ def _loading(job: Job, device: str) -> list[LifecyclePeak]:
                 watch.aside.update(_lives_of(watch.recorder, state))
                 watch.begin()
             with watch.count_at(place):
-                loaded_state = _loaded(state)
+                loaded_state = _copy_as_loaded(state)
             model.load_state_dict(loaded_state, assign=way == "load-assign")
             peaks.append(watch.end(way))
     return peaks
 
 
-def _training(job: Job, plan: Plan, batch: Any, device: str) -> tuple[list[LifecyclePeak], Mapping[str, int]]:
+def _training_peaks(
+    job: Job, plan: Plan, batch: Any, device: str
+) -> tuple[list[LifecyclePeak], Mapping[str, int]]:
     with _watched(job, device) as (watch, fake):
         step = TrainingStep(job, plan, device=device)
         label_state(watch.recorder, step)
@@ -173,14 +175,14 @@ def _training(job: Job, plan: Plan, batch: Any, device: str) -> tuple[list[Lifec
             step.run(inputs, micro_batch_limit=TRACED_MICRO_BATCHES)
             label_state(watch.recorder, step)
             peaks.append(watch.end(event))
-        peaks.append(_evaluated(step, inputs, watch))
-        peaks += _saved(step, watch)
+        peaks.append(_evaluation_peak(step, inputs, watch))
+        peaks += _save_peaks(step, watch)
         sizes = _sizes(step)
         step.close()
     return peaks, sizes
 
 
-def _evaluated(step: TrainingStep, inputs: Any, watch: _Watch) -> LifecyclePeak:
+def _evaluation_peak(step: TrainingStep, inputs: Any, watch: _Watch) -> LifecyclePeak:
     step.model.eval()
     with torch.no_grad(), step.contexts():
         step.job.loss(step.model, split(inputs, step.bench.micro_batches)[0])
@@ -188,23 +190,23 @@ def _evaluated(step: TrainingStep, inputs: Any, watch: _Watch) -> LifecyclePeak:
     return watch.end("evaluate")
 
 
-def _saved(step: TrainingStep, watch: _Watch) -> list[LifecyclePeak]:
+def _save_peaks(step: TrainingStep, watch: _Watch) -> list[LifecyclePeak]:
     """Return the peaks of the events ``save`` and ``save-async``. torch.save copies one storage after the
     other to the host (none from a CPU); an asynchronous save copies all of them first, also from a CPU."""
     state = _state(step)
     if not watch.recorder.kind.is_host:
         for tensor in _pytree.tree_leaves(state):
             with watch.count_at("host"):
-                _loaded(tensor)
+                _copy_as_loaded(tensor)
     peaks = [watch.end("save")]
     with watch.count_at("host"):
-        copy = _loaded(state)
+        copy = _copy_as_loaded(state)
     peaks.append(watch.end("save-async"))
     del copy
     return peaks
 
 
-def _resuming(job: Job, plan: Plan, batch: Any, device: str, way: str) -> LifecyclePeak:
+def _resume_peak(job: Job, plan: Plan, batch: Any, device: str, way: str) -> LifecyclePeak:
     with _watched(job, device) as (watch, fake):
         old_step = TrainingStep(job, plan, device=device)
         label_state(watch.recorder, old_step)
@@ -216,12 +218,14 @@ def _resuming(job: Job, plan: Plan, batch: Any, device: str, way: str) -> Lifecy
         new_step = TrainingStep(job, plan, device=device)
         label_state(watch.recorder, new_step)
         with watch.count_at("host" if way == "resume-via-host" else ""):
-            loaded_state = _loaded(state)
+            loaded_state = _copy_as_loaded(state)
         new_step.model.load_state_dict(loaded_state["model"])
         # On a device the optimizer moves the state it is given; on fake CPU tensors this copy stands for that
         # move.
         optimizer_states = (
-            _loaded(loaded_state["optimizer"]) if way == "resume-via-host" else loaded_state["optimizer"]
+            _copy_as_loaded(loaded_state["optimizer"])
+            if way == "resume-via-host"
+            else loaded_state["optimizer"]
         )
         with FakeCopies():
             for optimizer, optimizer_state in zip(
@@ -258,7 +262,7 @@ def _state(step: TrainingStep) -> dict[str, Any]:
     }
 
 
-def _loaded(state: Any) -> Any:
+def _copy_as_loaded(state: Any) -> Any:
     """Return a copy of ``state`` with the storages that torch.load would allocate: every distinct storage
     once, and tensors as views of their storages. Tensors of wrapper subclasses are cloned."""
     buffers: dict[int, torch.Tensor] = {}

@@ -131,7 +131,7 @@ class NewTensors:
         return self.container(out) if self.container else out[0]
 
 
-def _lifted(mode: FakeTensorMode, real: torch.Tensor) -> FakeTensor:
+def _lift(mode: FakeTensorMode, real: torch.Tensor) -> FakeTensor:
     """Return the fake tensor of a real one without dimensions, such as an optimizer's step counter. It knows
     its value (``constant``), as the result of FakeTensorMode.from_tensor does, which takes ten times longer.
     """
@@ -240,7 +240,7 @@ class Results:
                 return args[0]
         elif entry and self._mode is not None and not self._guesses.decides(func) and not _has_constant(args):
             return entry.make(self._mode)
-        out = _iterated(func, args, self._guesses.call(func, args, kwargs, values))
+        out = _with_kernel_strides(func, args, self._guesses.call(func, args, kwargs, values))
         if (only_writes(func) and out is args[0] and type(out) is FakeTensor) or only_writes_list(func):
             _RESULTS[call] = True
         elif not self._guesses.decides(func):
@@ -256,7 +256,7 @@ class Results:
         another tensor, or if the mode is not known yet."""
         if self._mode is None or type(real) is not torch.Tensor or real.dim():
             return None
-        return _lifted(self._mode, real)
+        return _lift(self._mode, real)
 
     def work(self, call: Any, func: Any, of: OperatorFact, args: Any, kwargs: Any, out: Any) -> OperatorWork:
         """Return the `work` of a call. ``call`` is its `call_key`."""
@@ -282,7 +282,7 @@ def _has_constant(args: Any) -> bool:
     return any(getattr(a, "constant", None) is not None for a in args)
 
 
-def _iterated(func: Any, args: Any, out: Any) -> Any:
+def _with_kernel_strides(func: Any, args: Any, out: Any) -> Any:
     """Return ``out``, the fake result of an operator, or a tensor in its place with the strides that a real
     kernel gives it, if the operator is pointwise or the gradient of a pointwise loss.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 import random
 import sys
 from collections import Counter
@@ -51,7 +52,7 @@ class _Pass:
     lives: list[Life]
     calls: list[OperatorCall]
     counts: Counter[str]
-    offloaded: tuple[int, int, int]
+    offloaded: tuple[int, ...]
     results: list[_Result]
     share: float
     shares: tuple[int, ...]
@@ -121,7 +122,7 @@ class PassReplay:
             lives=lives,
             calls=calls,
             counts=recorder.counts() - counts,
-            offloaded=_less(recorder.offloaded, offloaded),
+            offloaded=tuple(map(operator.sub, recorder.offloaded, offloaded)),
             results=results,
             share=micro_batch.share,
             shares=_multiplying(calls, micro_batch.share),
@@ -172,7 +173,7 @@ class PassReplay:
             calls[index] = _with_share(calls[index], kept.share, share) or calls[index]
         recorder.repeat_calls(calls, shift, {})
         recorder.add_counts(kept.counts)
-        recorder.offloaded = _more(recorder.offloaded, kept.offloaded)
+        recorder.offloaded = tuple(map(operator.add, recorder.offloaded, kept.offloaded))
         for phase, clock in kept.clocks.items():
             recorder.clock = clock + shift
             mark(phase)
@@ -210,7 +211,7 @@ def _multiplying(calls: list[OperatorCall], share: float) -> tuple[int, ...]:
     return tuple(indices) if is_clear else ()
 
 
-_SCALAR_TIMES = '["aten.mul.Tensor",[{"t":[[],[],'  # the begin of such a call's signature
+_SCALAR_TIMES = '["aten.mul.Tensor",[{"t":[[],[],'  # the beginning of such a call's signature
 
 
 def _with_share(call: OperatorCall, share: float, other: float) -> OperatorCall | None:
@@ -221,14 +222,6 @@ def _with_share(call: OperatorCall, share: float, other: float) -> OperatorCall 
         return None
     signature = f"{text.removesuffix(end)}]}},{json.dumps(other)}],{{}}]"
     return dataclasses.replace(call, work=dataclasses.replace(call.work, signature=signature))
-
-
-def _less(counts: tuple[int, ...], earlier: tuple[int, ...]) -> tuple[Any, ...]:
-    return tuple(a - b for a, b in zip(counts, earlier, strict=True))
-
-
-def _more(counts: tuple[int, ...], added: tuple[int, ...]) -> tuple[Any, ...]:
-    return tuple(a + b for a, b in zip(counts, added, strict=True))
 
 
 def _shows(value: Any) -> bool:

@@ -74,7 +74,7 @@ def sample_dependence(job: Job) -> SampleDependence:
     with contextlib.suppress(TypeError):  # the function cannot be a weak key
         if (known := _KNOWN.setdefault(job.build_model, {}).get(_key(job))) is not None:
             return known[1]
-    result = _tried(job)
+    result = _try_job(job)
     remember_dependence(job, result)
     return result
 
@@ -90,7 +90,7 @@ def _key(job: Job) -> tuple[int, ...]:
     return id(job.loss), id(job.make_batch), id(job.loss_terms), job.batch_size
 
 
-def _tried(job: Job) -> SampleDependence:
+def _try_job(job: Job) -> SampleDependence:
     try:
         # The job's reduced form may have more samples, but only those of the job itself are split.
         result = _try_few_samples(*_affordable(job)) if job.batch_size > 1 else _not_tested(_ONE_SAMPLE)
@@ -117,11 +117,11 @@ def _needs_whole_batch(job: Job, error: Exception) -> bool:
     batch = job.make_batch(0, 0)
     half = split(batch, 2)[0]
     try:
-        _traced(_with_batch(job, batch))
+        _trace_without_terms(_with_batch(job, batch))
     except Exception:  # noqa: BLE001  user code; the search traces the job, too, and raises it
         return False
     try:
-        _traced(_with_batch(job, half))
+        _trace_without_terms(_with_batch(job, half))
     except Exception as half_error:
         if is_fork_refused(half_error):
             raise
@@ -140,7 +140,7 @@ def _try_few_samples(trial_job: Job, whole_job: Job) -> SampleDependence:
         return result
     half = split(trial_job.make_batch(0, 0), 2)[0]
     jobs = (_with_batch(trial_job, half), trial_job, _with_batch(whole_job, batch))
-    traces = {j.batch_size: _traced(j) for j in jobs}
+    traces = {j.batch_size: _trace_without_terms(j) for j in jobs}
     if not (operator := size_dependent_operator(traces)):
         return result
     few = trial_job.batch_size
@@ -150,7 +150,7 @@ def _try_few_samples(trial_job: Job, whole_job: Job) -> SampleDependence:
     return _Trial(jobs[-1], part_size=few).run()
 
 
-def _traced(job: Job) -> Trace:
+def _trace_without_terms(job: Job) -> Trace:
     # Without loss_terms, because these samples may have none.
     return trace(dataclasses.replace(job, loss_terms=None), Plan(), steps=1, update=False)
 
@@ -276,7 +276,7 @@ class _Cost:
 
     @classmethod
     def of(cls, job: Job) -> _Cost:
-        job_trace = _traced(job)
+        job_trace = _trace_without_terms(job)
         flops = _PASSES * sum(op.times * op.flops for op in job_trace.ops)
         calls = _CALLS * sum(op.times for op in job_trace.ops)
         return cls(2 * live_peak_bytes(job_trace), flops / _FLOPS_PER_S, calls * _CALL_S)
@@ -382,7 +382,7 @@ class _Trial:
             self.model = _model_in_float64(self.job)
             self.state = _state_of(self.model)
             batch = _in_float64(self.batch)
-            result = self._compared(batch, "on real samples", real=True)
+            result = self._compare_halves(batch, "on real samples", real=True)
             if result.kind is DependenceKind.INDEPENDENT:
                 result = self._set_by_first_batch(batch) or self._with_other_numbers(batch) or result
             return self._on_random(batch, result) if result.kind is DependenceKind.INDEPENDENT else result
@@ -392,12 +392,12 @@ class _Trial:
         not "independent"; on the first samples of a batch, if it is "dependent"; "dependent" if the loss
         weighs classes and the job has no ``loss_terms``. Return None if there is none of them."""
         if self.mode.draw_for_each_sample():
-            drawn_result = self._compared(batch, "with random numbers of each sample", real=False)
+            drawn_result = self._compare_halves(batch, "with random numbers of each sample", real=False)
             self.mode.batch_dims.clear()
             if drawn_result.kind is not DependenceKind.INDEPENDENT:
                 return drawn_result
         first = _in_float64(self.job.make_batch(1, 0))
-        first_result = self._compared(first, "on the first samples of a batch", real=False)
+        first_result = self._compare_halves(first, "on the first samples of a batch", real=False)
         if first_result.kind is DependenceKind.DEPENDENT:
             return first_result
         if self.mode.weighs_classes and self.job.loss_terms is None:
@@ -413,7 +413,7 @@ class _Trial:
         function of a mean (`function_of_a_mean`), else ``real_result``."""
         _add_noise(self.model)
         try:
-            random_result = self._compared(_redrawn(batch), "on random samples", real=False)
+            random_result = self._compare_halves(_redrawn(batch), "on random samples", real=False)
         except TimeLimitExceeded:
             raise
         except Exception as error:  # noqa: BLE001  the job may not accept random values
@@ -430,7 +430,7 @@ class _Trial:
             return dataclasses.replace(real_result, reason=reason)
         return real_result
 
-    def _compared(self, batch: Any, setting: str, *, real: bool) -> SampleDependence:
+    def _compare_halves(self, batch: Any, setting: str, *, real: bool) -> SampleDependence:
         """Compare loss and gradients of the whole batch with those of its halves and, for a ``real`` batch or
         random numbers of each sample, those of the first half with those of its parts of ``part_size``
         samples, unless the loss fails on these.
@@ -470,7 +470,7 @@ class _Trial:
         difference = self._difference(batch, halves, batch_gradients, part_gradients, setting)
         if difference is not None:
             return difference
-        if changed_keys := _changed(self.state, final_state):
+        if changed_keys := _changed_keys(self.state, final_state):
             return self._stateful(changed_keys, final_state, states)
         self.mean_function = self.mean_function or function_of_a_mean(
             batch_gradients.graph, part_gradients[0].graph
@@ -825,21 +825,23 @@ def _state_of(model: nn.Module) -> dict[tuple[nn.Module, str], torch.Tensor]:
     """Return copies of the buffers and of other tensors, except parameters, that modules hold, by (module,
     attribute). A tensor that several modules hold is copied once, and its keys share the copy."""
     attributes = [(m, n, t) for m in model.modules() for n, t in (*m._buffers.items(), *vars(m).items())]
-    return _copied({(m, n): t for m, n, t in attributes if isinstance(t, torch.Tensor)})
+    return _copy_state({(m, n): t for m, n, t in attributes if isinstance(t, torch.Tensor)})
 
 
-def _copied(state: Mapping[tuple[nn.Module, str], torch.Tensor]) -> dict[tuple[nn.Module, str], torch.Tensor]:
+def _copy_state(
+    state: Mapping[tuple[nn.Module, str], torch.Tensor],
+) -> dict[tuple[nn.Module, str], torch.Tensor]:
     copies = {id(t): t.detach().clone() for t in state.values()}
     return {k: copies[id(t)] for k, t in state.items()}
 
 
 def _restore(state: Mapping[tuple[nn.Module, str], torch.Tensor]) -> None:
-    for (module, name), value in _copied(state).items():
+    for (module, name), value in _copy_state(state).items():
         holder = module._buffers if name in module._buffers else vars(module)
         holder[name] = value
 
 
-def _changed(
+def _changed_keys(
     old_state: Mapping[tuple[nn.Module, str], torch.Tensor],
     new_state: Mapping[tuple[nn.Module, str], torch.Tensor],
 ) -> list[tuple[nn.Module, str]]:

@@ -103,7 +103,7 @@ class PipelineRank:
             for forward, backward, missing in zip(
                 second_forwards, second_backwards, self.missing, strict=True
             ):
-                short_lived, long_lived = _kept(trace, forward, backwards[-1].start)
+                short_lived, long_lived = _outliving_allocations(trace, forward, backwards[-1].start)
                 # The second backward adds to existing gradients and reduces nothing, like all but the first
                 # and the last.
                 extra_allocations += [
@@ -139,7 +139,9 @@ def _spans(trace: Trace, step: int, phase: Phase) -> list[PhaseSpan]:
     return [s for s in trace.spans if s.step == step and s.phase is phase]
 
 
-def _kept(trace: Trace, forward: PhaseSpan, last_backward: int) -> tuple[list[Allocation], list[Allocation]]:
+def _outliving_allocations(
+    trace: Trace, forward: PhaseSpan, last_backward: int
+) -> tuple[list[Allocation], list[Allocation]]:
     """Return two lists of the allocations that are made in the span ``forward`` of a micro-batch and outlive
     it: (those that are freed before the clock ``last_backward``, as by the micro-batch's backward; those that
     are freed later, such as its loss). Allocations that are never freed, and inputs, are left out."""
@@ -185,7 +187,7 @@ def shorten_pipeline(job: Job, plan: Plan, rank: int, blocks: int) -> PipelineRa
     ranks_per_stage = plan.ranks // stages
     stage = rank // ranks_per_stage
     if schedule == "interleaved":
-        short = _interleaved(stages, stage, micros, int(pipeline.settings["virtual"]), blocks)
+        short = _interleaved_shape(stages, stage, micros, int(pipeline.settings["virtual"]), blocks)
     else:
         short = _straight(str(schedule), stages, stage, micros)
     if short is None or job.batch_size % parts:
@@ -225,7 +227,7 @@ def _straight(schedule: str, stages: int, stage: int, micros: int) -> _Short | N
     )
 
 
-def _interleaved(stages: int, stage: int, micros: int, virtual: int, blocks: int) -> _Short | None:
+def _interleaved_shape(stages: int, stage: int, micros: int, virtual: int, blocks: int) -> _Short | None:
     """Return the shape of a pipeline of three stages for an interleaved schedule with as many micro-batches
     as stages, in which a rank runs all micro-batches of one chunk in a row.
 

@@ -154,8 +154,9 @@ class SliceReplay:
         return outputs, windows
 
     def _are_alike(self, slices: Slices) -> bool:
-        """Return whether all slices but the last have one layout, and nothing recorded depends on which rows
-        of a tensor are equal. Values of the batch may differ: that none is asked for is seen later."""
+        """Return whether all slices but the last are fake tensors of equal shapes, and no sparse tensor was
+        recorded, whose size depends on values. The values of the slices may differ: whether the step reads
+        any is checked when slices have run (`_mark`)."""
         return not self._recorder.sparse_seen and all(
             type(t) is FakeTensor and t.shape == tensors[0].shape
             for tensors in zip(*slices[:-1], strict=True)

@@ -130,7 +130,7 @@ def trace(
         recorder.memory_pool = "host" if builds_on_host(plan, device) else ""
         model_bytes: list[int] = []
         step = _STEP.get()(
-            _unwatched(job, recorder),
+            _with_unrecorded_build(job, recorder),
             plan,
             device=device,
             world=world,
@@ -347,7 +347,7 @@ def _run_recorded(
                         terms_per_rank=part[1],
                     )
                     if count
-                    else _updated(step, mark)
+                    else _run_update(step, mark)
                 )
             recorder.phase(Phase.SETUP)
             del outputs, inputs
@@ -360,7 +360,7 @@ def _run_recorded(
     return micro_batches
 
 
-def _updated(step: TrainingStep, mark: Callable[[Phase], None]) -> tuple[torch.Tensor, torch.Tensor]:
+def _run_update(step: TrainingStep, mark: Callable[[Phase], None]) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the end of a training step, as `TrainingStep.run` does, after gradients of zero."""
     mark(Phase.FORWARD)
     loss = torch.zeros(())
@@ -376,7 +376,7 @@ def _is_plain(step: TrainingStep) -> bool:
     return type(step) is TrainingStep and _STEP.get() is TrainingStep
 
 
-def _unwatched(job: Job, recorder: AllocationRecorder) -> Job:
+def _with_unrecorded_build(job: Job, recorder: AllocationRecorder) -> Job:
     if not isinstance(job.build_model, FirstBlocks):
         return job
     build: Any = recorder.unseen(job.build_model)

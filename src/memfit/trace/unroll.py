@@ -75,7 +75,7 @@ class _Work(NamedTuple):
         calls = other.waits[1] - one.waits[1] if one.waits and other.waits else 0
         return _Work(other.flops - one.flops, other.moved_bytes - one.moved_bytes, calls)
 
-    def added(self, op: OpCall, times: int) -> OpCall:
+    def add_to(self, op: OpCall, times: int) -> OpCall:
         waits = (op.waits[0], op.waits[1] + times * self.waited_calls) if op.waits else None
         flops, moved_bytes = op.flops + times * self.flops, op.moved_bytes + times * self.moved_bytes
         return dataclasses.replace(op, flops=flops, moved_bytes=moved_bytes, waits=waits)
@@ -149,7 +149,7 @@ def unroll(shallow: Trace, deeper: Trace, shallow_blocks: Blocks, target_blocks:
     middle, growth, extra_work = _middle(shallow, deeper, shallow_blocks)
     deep = _Unrolled(shallow, shallow_blocks, target_blocks, middle)
     extra_periods = deep.extra
-    ops = tuple(_worked(deep, extra_work))
+    ops = tuple(_with_extra_work(deep, extra_work))
     allocations = [
         _grown(a, extra_periods * growth[o], shallow.device) if o in growth else a
         for a, o in zip(deep.trace.allocations, deep.origin, strict=True)
@@ -309,14 +309,14 @@ def _more_work(candidate: _Unrolled, expected: Trace) -> dict[int, tuple[_Work, 
     return {origin: (works[0], works[-1]) for origin, works in work_by_origin.items() if any(map(any, works))}
 
 
-def _worked(candidate: _Unrolled, extra_work: dict[int, tuple[_Work, _Work]]) -> Iterator[OpCall]:
+def _with_extra_work(candidate: _Unrolled, extra_work: dict[int, tuple[_Work, _Work]]) -> Iterator[OpCall]:
     copies: dict[int, int] = defaultdict(int)
     for origin, op in zip(candidate.op_origin, candidate.trace.ops, strict=True):
         if origin not in extra_work:
             yield op
             continue
         first_work, last_work = extra_work[origin]
-        yield last_work.added(first_work.added(op, candidate.extra - copies[origin]), copies[origin])
+        yield last_work.add_to(first_work.add_to(op, candidate.extra - copies[origin]), copies[origin])
         copies[origin] += 1
 
 
@@ -413,7 +413,7 @@ class _Unrolled:
                 if not runs or block != runs[-1][0]:
                     runs.append((block, []))
                 runs[-1][1].append(event)
-        return _joined(runs)
+        return _join_adjacent(runs)
 
     # -- writing ------------------------------------------------------------------------------------
 
@@ -426,7 +426,7 @@ class _Unrolled:
         for c, chapter in enumerate(self.chapters):
             start = clock
             occurrences: dict[int | None, int] = {}
-            for template, block, events in self._expanded(chapter):
+            for template, block, events in self._expand(chapter):
                 occurrence = occurrences[block] = occurrences.get(block, -1) + 1
                 for offset, event in enumerate(events):
                     if event.kind == _ALLOCATE:
@@ -459,7 +459,7 @@ class _Unrolled:
             spans=tuple(spans),
         )
 
-    def _expanded(self, chapter: _Chapter) -> Iterator[tuple[int | None, int | None, list[_Event]]]:
+    def _expand(self, chapter: _Chapter) -> Iterator[tuple[int | None, int | None, list[_Event]]]:
         """Yield the chapter's runs as (block in the shallow trace, block in the deep one, events). Both
         blocks are None for events outside the blocks. The runs of the middle block are repeated, with deep
         numbers that rise or fall in the direction in which the chapter visits blocks."""
@@ -537,7 +537,7 @@ class _Script:
                     runs[-1][1].append(event)
                 elif event.kind != _FREE:
                     runs.append((event.block, [event]))
-            self.chapters.append(_Chapter(span, _joined(runs)))
+            self.chapters.append(_Chapter(span, _join_adjacent(runs)))
             self._read(c, events)
         self.made = {position: index for index, position in self.births.items()}
         self.passed: dict[tuple[_RunKey, int | None], list[int]] = defaultdict(list)
@@ -806,7 +806,7 @@ def _groups(events: list[_Event]) -> Iterator[list[_Event]]:
         yield sorted(frees, key=lambda e: e.row)
 
 
-def _joined(runs: _Runs) -> _Runs:
+def _join_adjacent(runs: _Runs) -> _Runs:
     """Return the runs with adjacent runs of one block joined. Events without a block that lie within a block,
     or between two blocks whose numbers differ by 1, join the run before them."""
     result: _Runs = []

@@ -34,8 +34,8 @@ def patch_value_reads(guesses: Guesses) -> Iterator[None]:
             (torch, "ctc_loss", _with_lengths_as_tensors(torch.ctc_loss)),
             (torch, "tensor_split", _with_parts_as_numbers(torch.tensor_split)),
             (torch.Tensor, "tensor_split", _with_parts_as_numbers(torch.Tensor.tensor_split)),
-            (torch.Tensor, "numpy", _of_values(guesses, torch.Tensor.numpy)),
-            (FakeTensor, "tolist", _of_values(guesses, torch.Tensor.tolist)),
+            (torch.Tensor, "numpy", _read_known(guesses, torch.Tensor.numpy)),
+            (FakeTensor, "tolist", _read_known(guesses, torch.Tensor.tolist)),
         ):
             stack.enter_context(mock.patch.object(home, name, replacement, create=home is torch._VF))
         yield
@@ -54,7 +54,7 @@ def _numbers_of_map(inner: Callable[..., torch.Tensor], args: Any, options: Any)
     return numbers
 
 
-def _of_values(guesses: Guesses, inner: Callable[..., Any]) -> Callable[..., Any]:
+def _read_known(guesses: Guesses, inner: Callable[..., Any]) -> Callable[..., Any]:
     """Return a version of ``inner``, which is ``Tensor.numpy`` or ``Tensor.tolist``, for fake tensors: it
     works on their known or assumed values, or else on a bound or ones (`Guesses.read`). Other libraries call
     it. Real tensors are passed to ``inner``."""

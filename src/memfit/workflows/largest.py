@@ -152,7 +152,7 @@ def largest(  # noqa: PLR0913
         _must_be_measurable(request, sizes)
     other = sizes.resolve(along) if along else None
     if other is not None and other.name == asked.name:
-        raise UserError(f"{asked.name} is asked for along itself", allowed="two different sizes")
+        raise UserError(f"both sizes of --largest are {asked.name}", allowed="two different sizes")
     cap_bytes, cap_reason = _cap(request)
     request = dataclasses.replace(request, cap_bytes=cap_bytes)
     predictor, chosen_plans = _plans(request, sizes, asked, plans, progress)

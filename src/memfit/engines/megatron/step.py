@@ -105,18 +105,18 @@ class Step(TrainingStep):
             raise NotConforming(Conformance(differences=(difference,), checked=(), unseen=()))
 
     def update(self) -> torch.Tensor:
-        self._reduced()
+        self._finish_reduction()
         norm = super().update()
         self.wrapped.zero_grad_buffer()
         return norm
 
     def _skip_update(self) -> torch.Tensor:
-        self._reduced()
+        self._finish_reduction()
         norm = super()._skip_update()
         self.wrapped.zero_grad_buffer()
         return norm
 
-    def _reduced(self) -> None:
+    def _finish_reduction(self) -> None:
         """Let Megatron finish the reduction of gradients over ranks. Then make ``grad`` of each parameter a
         view of Megatron's gradient buffer, because torch's optimizers look for the gradients there."""
         from megatron.core.distributed import finalize_model_grads

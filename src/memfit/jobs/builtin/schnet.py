@@ -112,8 +112,8 @@ class SchnetInteraction(nn.Module):
     def forward(
         self, x: torch.Tensor, radial: torch.Tensor, weight: torch.Tensor, near: torch.Tensor
     ) -> torch.Tensor:
-        """Input ``x`` and output have the shape (batch, atoms, width). ``radial`` and ``weight``: as
-        `Geometry` returns them for the neighbours ``near``."""
+        """Return ``x``, the channels of the atoms (batch, atoms, width), with the messages of the neighbours
+        ``near`` added. ``radial`` and ``weight``: as `Geometry` returns them for these neighbours."""
         filters = self.filter_two(shifted_softplus(self.filter_one(radial))) * weight
         message = (gather_neighbours(self.heard(x), near) * filters).sum(2)
         return x + self.two(shifted_softplus(self.one(message)))  # type: ignore[no-any-return]

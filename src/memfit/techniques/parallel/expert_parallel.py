@@ -137,8 +137,8 @@ def _keep_own_experts(module: Any, name: str, rank: int, ranks: int) -> _LocalEx
         return _LocalExperts(
             own=own,
             total=total,
-            run=lambda tokens: _gated(module, tokens),
-            run_each=lambda parts: _gated_each(module, parts),
+            run=lambda tokens: _run_gated(module, tokens),
+            run_each=lambda parts: _run_gated_each(module, parts),
         )
     path, experts = next(module.named_children())
     own_experts = torch.nn.ModuleList(list(experts)[own_slice])
@@ -152,7 +152,7 @@ def _keep_own_experts(module: Any, name: str, rank: int, ranks: int) -> _LocalEx
     )
 
 
-def _gated(module: Any, tokens: torch.Tensor) -> torch.Tensor:
+def _run_gated(module: Any, tokens: torch.Tensor) -> torch.Tensor:
     """Return down(act(gate) * up) of each expert of the module for its own tokens. Tokens and results have
     shape (experts, n, width)."""
     import torch
@@ -161,8 +161,8 @@ def _gated(module: Any, tokens: torch.Tensor) -> torch.Tensor:
     return torch.bmm(module.act_fn(gate) * up, module.down_proj.to(tokens.dtype).mT)
 
 
-def _gated_each(module: Any, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Return the results of `_gated` for experts that get different numbers of tokens. ``parts`` and the
+def _run_gated_each(module: Any, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the results of `_run_gated` for experts that get different numbers of tokens. ``parts`` and the
     results are one tensor of shape (n, width) for each expert."""
     from torch.nn.functional import linear
 

@@ -81,7 +81,7 @@ class GatheredAttention(TorchFunctionMode):
             return _attention(self.across, *args, **kwargs)
         out = func(*args, **kwargs)
         length = self.across.length
-        if _counted(func, args) == length and length not in self.across.fixed.get(_site(), ()):
+        if _arange_length(func, args) == length and length not in self.across.fixed.get(_site(), ()):
             return self.across.positions(self.across.rank).to(out)
         return out
 
@@ -96,12 +96,12 @@ class GatheredCounts(TorchFunctionMode):
         self.counts: dict[Site, set[int]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if (count := _counted(func, args)) is not None:
+        if (count := _arange_length(func, args)) is not None:
             self.counts.setdefault(_site(), set()).add(count)
         return func(*args, **(kwargs or {}))
 
 
-def _counted(func: Any, args: Any) -> int | None:
+def _arange_length(func: Any, args: Any) -> int | None:
     """Return n if the call is torch.arange(n) or torch.arange(0, n) with positional integers, else None.
     Keyword arguments are not looked at."""
     if func is not torch.arange or len(args) not in {1, 2} or not all(isinstance(a, int) for a in args):

@@ -366,13 +366,13 @@ class Shards:
         is not known, even persistent parameters are freed (release_sub_module in
         partitioned_param_coordinator.py)."""
         params = self._of(module)
-        kept_params = self._kept(params) if self.order else set()
+        kept_params = self._parameters_to_keep(params) if self.order else set()
         for param in params:
             self.active[param].discard(module)
             if param not in kept_params:
                 self._free_unused(param)
 
-    def _kept(self, module_params: list[torch.nn.Parameter]) -> set[torch.nn.Parameter]:
+    def _parameters_to_keep(self, module_params: list[torch.nn.Parameter]) -> set[torch.nn.Parameter]:
         """Return the parameters that `release` must not free: persistent ones; those in ``module_params``,
         which are the parameters of the released module, that were gathered ahead for a later module; and
         those of the next modules in the known order, until these have ``live_elements`` elements."""
