@@ -107,14 +107,23 @@ def test_each_thread_allocates_one_blas_workspace(name: str, size_mib: float) ->
 @pytest.mark.parametrize(("name", "size_mib"), [("A100-80GB-SXM", 8.125), ("H100-SXM", 32)])
 def test_from_torch_2_15_on_each_product_frees_its_blas_workspace(name: str, size_mib: float) -> None:
     """What torch 2.15's own CUDA code allocates; benchmarks/cuda_memory.py."""
-    vector, matrix = (
-        f'["aten.addmm.default",[{{"t":[{shape},[1],"float32"]}}],{{}}]' for shape in ("[4]", "[4,4]")
+    row, matrix, column, other_row = (
+        f'["aten.addmm.default",[{{"t":[{bias},"float32"]}},{{"t":[[4,8],[8,1],"float32"]}},'
+        f'{{"t":[{columns},"float32"]}}],{{}}]'
+        for bias, columns in (
+            ("[4],[1]", "[8,4],[1,8]"),
+            ("[4,4],[4,1]", "[8,4],[1,8]"),
+            ("[1],[1]", "[8,1],[1,8]"),
+            ("[1],[1]", "[8,4],[1,8]"),
+        )
     )
     ops = [
-        op(2, "aten.addmm.default", Phase.FORWARD, signature=vector),
+        op(2, "aten.addmm.default", Phase.FORWARD, signature=row),
         op(4, "aten.addmm.default", Phase.FORWARD, signature=matrix),
         op(6, "aten.addmm.default", Phase.FORWARD, signature=matrix, dtype="bfloat16"),
-        op(8, "aten.mm.default", Phase.BACKWARD, dtype="bfloat16"),
+        op(8, "aten.addmm.default", Phase.FORWARD, signature=column),
+        op(10, "aten.addmm.default", Phase.FORWARD, signature=other_row, dtype="bfloat16"),
+        op(12, "aten.mm.default", Phase.BACKWARD, dtype="bfloat16"),
     ]
     made = with_workspaces(traced([], ops), catalog.device(name), keeps=False).allocations
     assert [(a.start, a.end, a.size_bytes / MIB) for a in made] == [
@@ -122,6 +131,8 @@ def test_from_torch_2_15_on_each_product_frees_its_blas_workspace(name: str, siz
         (5, 5, size_mib),
         (7, 7, 1),
         (9, 9, size_mib),
+        (11, 11, size_mib),
+        (13, 13, size_mib),
     ]
 
 

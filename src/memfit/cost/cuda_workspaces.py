@@ -17,20 +17,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from memfit.types.device_kind import device_kind
+from memfit.types.machine import Device
 from memfit.types.trace import Allocation, Category, Trace, base_name, rounded
 
 _SMALL_SORT: Final = 4096  # longest row that is sorted in place, in shared memory
 _FEW_ROWS: Final = 128  # fewer rows are sorted as one array
 _SMALL_EMBEDDING: Final = 3072  # most indices whose gradients are added without a sort
 _NEGLIGIBLE_BYTES: Final = 4096
-_REDUCTIONS: Final = ("sum", "mean")
 # operators of which `cuda_bound_bytes` has a bound
 CUDA_BOUNDS: Final = frozenset(
-    {*_REDUCTIONS, "_cdist_backward", "_pdist_backward", "index", "masked_select"}
-    | {"_fft_c2c", "_fft_c2r", "_fft_r2c"}
+    {"_cdist_backward", "_pdist_backward", "index", "masked_select", "_fft_c2c", "_fft_c2r", "_fft_r2c"}
 )
-# Of the largest cards in the catalog with CUDA's kernels: multiprocessors, and threads of each
-_MULTIPROCESSORS, _THREADS = 148, 2048
+# Threads of a multiprocessor by architecture: "Technical specifications per compute capability" in the CUDA
+# programming guide; 2,048 of all others.
+_THREADS: Final = {"sm_75": 1024, "sm_86": 1536, "sm_87": 1536, "sm_89": 1536, "sm_120": 1536, "sm_121": 1536}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,13 +74,30 @@ class _Tensor:
         return 0
 
 
-def with_temporaries(trace: Trace) -> Trace:
-    """Return the trace with what CUDA's kernels allocate inside operators, as allocations of one tick of the
-    clock that begin with the operator's last output. The trace is unchanged if its device has other
-    kernels."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Multiprocessors:
+    """The multiprocessors of a card, and the most threads of each. The defaults are those of the largest
+    cards in the catalog."""
+
+    count: int = 148
+    threads: int = 2048
+
+    @classmethod
+    def of(cls, device: Device) -> Multiprocessors:
+        """Return those of the device; the default number if its own is unknown."""
+        largest = cls()
+        count = int(device.multiprocessor_count.value) if device.multiprocessor_count else largest.count
+        return cls(count, _THREADS.get(device.gpu_target, largest.threads))
+
+
+def with_temporaries(trace: Trace, device: Device) -> Trace:
+    """Return the trace with what CUDA's kernels allocate inside operators on ``device``, as allocations that
+    begin with the operator's last output and end before the next operator. The trace is unchanged if its
+    device has other kernels."""
     if device_kind(trace.device).kernels != "cuda":
         return trace
-    calls = [(op, inside) for op in trace.ops if (inside := inside_cuda(op.signature))]
+    processors = Multiprocessors.of(device)
+    calls = [(op, inside) for op in trace.ops if (inside := inside_cuda(op.signature, processors))]
     if not calls:
         return trace
     starts = sorted({op.clock for op in trace.ops})
@@ -100,7 +117,7 @@ def with_temporaries(trace: Trace) -> Trace:
         temporaries.append(
             Allocation(
                 start=start,
-                end=start + 1,
+                end=start,
                 size_bytes=rounded(size_bytes, trace.device),
                 category=Category.WORKSPACE,
                 phase=op.phase,
@@ -113,15 +130,17 @@ def with_temporaries(trace: Trace) -> Trace:
 
 
 @functools.lru_cache(maxsize=100_000)
-def inside_cuda(signature: str) -> Inside | None:
-    """Return what CUDA's kernel of the operator with this signature allocates inside; None if that is nothing
-    or not known."""
+def inside_cuda(signature: str, processors: Multiprocessors) -> Inside | None:
+    """Return what CUDA's kernel of the operator with this signature allocates inside on a card with these
+    multiprocessors; None if that is nothing or not known."""
     name = signature[2 : signature.index('"', 2)] if signature.startswith('["') else ""
-    formula = _FORMULAS.get(base_name(name)) if name.startswith("aten.") else None
-    if formula is None:
+    base = base_name(name) if name.startswith("aten.") else ""
+    formula, sums = _FORMULAS.get(base), _SUMS.get(base)
+    if formula is None and sums is None:
         return None
     _, args, kwargs = json.loads(signature)
-    inside = formula([_parsed(a) for a in args], {k: _parsed(v) for k, v in kwargs.items()})
+    parsed = [_parsed(a) for a in args], {k: _parsed(v) for k, v in kwargs.items()}
+    inside = formula(*parsed) if formula else sums(*parsed, processors)  # type: ignore[misc]
     return inside if isinstance(inside, Inside) else Inside(beside_bytes=inside)
 
 
@@ -132,12 +151,11 @@ def cuda_bound_bytes(base: str, args: Sequence[Any]) -> int:
 
     An index or selection by a mask lists the positions of the mask's elements, at most all
     (aten/src/ATen/native/cuda/IndexKernel.cpp). A Fourier transform may need a work area of cuFFT, counted as
-    one copy of the operand. That has not been checked. Of sums, the number of blocks depends on the card.
+    one copy of the operand. That has not been checked. Of distances, the sum in backward takes partial
+    results, whose number depends on the card.
     """
     parsed = [_parsed(a) for a in args]
     tensors = [t for t in _flat(parsed) if isinstance(t, _Tensor)]
-    if base in _REDUCTIONS:
-        return _reduction_bytes(tensors[0], parsed[1] if len(parsed) > 1 else None)
     if base in ("_cdist_backward", "_pdist_backward"):
         return _distances_bytes(base, parsed)
     if base in ("index", "masked_select"):
@@ -145,9 +163,25 @@ def cuda_bound_bytes(base: str, args: Sequence[Any]) -> int:
     return tensors[0].bytes if base.startswith("_fft_") else 0
 
 
-def _reduction_bytes(tensor: _Tensor, dims: Any) -> int:
-    """Return an upper bound on the partial results of a sum over ``dims`` that several blocks share, if the
-    dimension with contiguous elements stays, as in the gradient of a bias (``setReduceConfig`` and
+def _sum(args: Sequence[Any], kwargs: Mapping[str, Any], processors: Multiprocessors) -> int:
+    """ReduceOps.cpp: a sum of integers or of bool is one of a copy in the dtype of the result."""
+    tensor = args[0]
+    is_float = tensor.dtype.startswith(("float", "bfloat", "complex"))
+    computed = dataclasses.replace(tensor, dtype=kwargs.get("dtype") or "int64")
+    copy_bytes = 0 if is_float or tensor.dtype == computed.dtype else computed.bytes
+    return int(copy_bytes + _reduction_bytes(tensor, args[1] if len(args) > 1 else None, processors))
+
+
+def _bias_gradient(args: Sequence[Any], kwargs: Mapping[str, Any], processors: Multiprocessors) -> int:
+    """Convolution.cpp: the gradient of the bias is a sum over the samples and positions."""
+    grad, mask = args[0], args[-1]
+    dims = [d for d in range(len(grad.shape)) if d != 1]
+    return _reduction_bytes(grad, dims, processors) if isinstance(mask, list) and mask[-1] is True else 0
+
+
+def _reduction_bytes(tensor: _Tensor, dims: Any, processors: Multiprocessors) -> int:
+    """Return the bytes of the partial results of a sum over ``dims`` that several blocks of threads share, if
+    the dimension with the closest elements stays, as in the gradient of a bias (``setReduceConfig`` and
     ``global_memory_size`` in aten/src/ATen/native/cuda/Reduce.cuh). Sums over that dimension need little."""
     if not isinstance(dims, list) or not dims or not tensor.elements:
         return 0
@@ -155,23 +189,25 @@ def _reduction_bytes(tensor: _Tensor, dims: Any) -> int:
     by_stride = sorted(
         (s, n, d) for d, (n, s) in enumerate(zip(tensor.shape, tensor.strides, strict=True)) if n > 1
     )
+    if not by_stride or by_stride[0][2] in reduced:
+        return 0
     row = 1  # length of the contiguous run of dimensions that stay
-    for stride, size, dim in by_stride:
-        if dim in reduced or stride != row:
-            break
-        row *= size
+    others = list(by_stride)
+    while others and others[0][2] not in reduced and others[0][0] == row:
+        row *= others.pop(0)[1]
     inputs = math.prod(tensor.shape[d] for d in reduced)
-    vector = next(v for v in (4, 2, 1) if row % v == 0)
+    outputs = tensor.elements // inputs
+    vector = next(v for v in (4, 2, 1) if row % v == 0 and all(s % v == 0 for s, *_ in others))
     most_threads = 512 // vector
     width_limit, height_limit = (
-        min(most_threads, 1 << max(0, n.bit_length() - 1)) for n in (row // vector, inputs)
+        min(most_threads, 1 << max(0, n.bit_length() - 1)) for n in (outputs // vector, inputs)
     )
     height = min(height_limit, most_threads // min(width_limit, 32))
     width = min(width_limit, most_threads // height)
     values = -(-inputs // height)  # of one thread
-    outputs = tensor.elements // inputs
-    grid, target = -(-outputs // vector // width), _MULTIPROCESSORS * (_THREADS // (width * height))
-    if row == 1 or values < 256 or grid > target:
+    grid = -(-outputs // vector // width)
+    target = processors.count * (processors.threads // (width * height))
+    if values < 256 or grid > target:
         return 0
     blocks = max(min(-(-target // grid), -(-values // 16)), -(-values // 256))
     item_bytes = 8 if "int" in tensor.dtype or tensor.dtype == "bool" else max(4, tensor.item_bytes)
@@ -185,13 +221,16 @@ def _distances_bytes(base: str, args: Sequence[Any]) -> int:
     size, count = points.shape[-1], points.shape[-2]
     first, second = grad.shape[-2:] if base == "_cdist_backward" else (count, count - 1)
     strides = [first * size, size, 1]
-    return _reduction_bytes(dataclasses.replace(points, shape=[second, first, size], strides=strides), [0])
+    pairs = dataclasses.replace(points, shape=[second, first, size], strides=strides)
+    return _reduction_bytes(pairs, [0], Multiprocessors())
 
 
 def _parsed(value: Any) -> Any:
     if isinstance(value, dict) and "t" in value:
         shape, strides, dtype = value["t"][:3]
         return _Tensor(shape=shape, strides=strides, dtype=dtype)
+    if isinstance(value, dict) and "torch" in value:
+        return value["torch"]
     return [_parsed(v) for v in value] if isinstance(value, list) else value
 
 
@@ -312,9 +351,11 @@ def _embedding_bag(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inside:
     return _embedding_bytes(args[1], weights, args[0]) if mode != 2 else Inside()
 
 
-def _softmax_backward(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """SoftMax.cu: the product of gradient and output, and a copy of it."""
-    return int(args[0].bytes + args[0].copy_bytes)
+def _softmax_backward(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inside:
+    """SoftMax.cu: the product of gradient and output, and a copy of it. Traces show the product."""
+    grad = args[0]
+    output_bytes = grad.elements * dataclasses.replace(grad, dtype=args[3]).item_bytes
+    return Inside(alone_bytes=output_bytes + grad.bytes + grad.copy_bytes)
 
 
 def _ctc_backward(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inside:
@@ -370,3 +411,4 @@ _FORMULAS: Final[Mapping[str, Callable[[Sequence[Any], Mapping[str, Any]], Any]]
     "cumsum": _copies,
     "cumprod": _copies,
 }
+_SUMS: Final = {"sum": _sum, "mean": _sum, "convolution_backward": _bias_gradient}  # by multiprocessors, too

@@ -33,7 +33,7 @@ _NODE_RANKS: Final = 8
 _BLAS_OPS: Final = frozenset(
     ("mm", "addmm", "bmm", "baddbmm", "addmv", "mv", "dot", "_grouped_mm", "_scaled_mm", "linear")
 )
-_BLASLT_OPS: Final = frozenset(("linear", "_scaled_mm"))  # and addmm, unless it adds a float32 matrix
+_BLASLT_OPS: Final = frozenset(("linear", "_scaled_mm"))  # and addmm, often
 _BLASLT_WORKSPACE_BYTES: Final = 1 * MIB  # default of CUBLASLT_WORKSPACE_SIZE
 _FREES_WORKSPACES: Final = (2, 15)  # first version of torch that frees a workspace after its product
 BLAS_WORKSPACE: Final = "BLAS workspace"
@@ -77,7 +77,13 @@ def with_workspaces(trace: Trace, device: Device, *, keeps: bool | None = None) 
         added = [_workspace(op, size_bytes, keeps=True) for op in first_products.values()]
     else:
         added = [
-            _workspace(op, _BLASLT_WORKSPACE_BYTES if _is_blaslt(op) else size_bytes, keeps=False)
+            _workspace(
+                op,
+                _BLASLT_WORKSPACE_BYTES
+                if _is_blaslt(base_name(op.op), op.dtype, op.signature)
+                else size_bytes,
+                keeps=False,
+            )
             for op in products
         ]
     return dataclasses.replace(trace, allocations=(*trace.allocations, *added))
@@ -90,19 +96,19 @@ def _frees_workspaces() -> bool:
     return (int(major), int(minor)) >= _FREES_WORKSPACES
 
 
-def _is_blaslt(op: OpCall) -> bool:
-    """Return whether cuBLASLt computes the product: of linear layers, and with a vector added, or a matrix in
-    less than float32 (addmm_out_cuda_impl in aten/src/ATen/native/cuda/Blas.cpp)."""
-    name = base_name(op.op)
-    if name != "addmm":
-        return name in _BLASLT_OPS
-    return op.dtype not in ("float32", "float64") or _adds_vector(op.signature)
-
-
-@functools.cache
-def _adds_vector(signature: str) -> bool:
-    """Return whether the first tensor of an operator's signature has one dimension."""
-    return len(json.loads(signature)[1][0]["t"][0]) == 1
+@functools.lru_cache(maxsize=100_000)
+def _is_blaslt(base: str, dtype: str, signature: str) -> bool:
+    """Return whether cuBLASLt computes the product ``base``: of linear layers, and of matrices of several
+    rows and columns to which a contiguous row is added, or a matrix in less than float32
+    (isInputCompliesAddmmCudaLt in aten/src/ATen/native/cuda/Blas.cpp)."""
+    if base != "addmm":
+        return base in _BLASLT_OPS
+    _, args, kwargs = json.loads(signature)
+    (shape, strides, *_), (columns_shape, *_) = args[0]["t"], args[2]["t"]
+    rows = math.prod(shape[:-1])
+    fits = min(columns_shape) > 1 and shape[-1:] == columns_shape[1:] and strides[-1] == 1
+    is_narrow = dtype not in ("float32", "float64")
+    return fits and kwargs.get("beta", 1) == 1 and (rows == 1 or is_narrow)
 
 
 def _workspace(op: OpCall, size_bytes: int, *, keeps: bool) -> Allocation:

@@ -66,7 +66,7 @@ def estimate(
     tensors = HostTensors.of(trace)
     if step is None and model is not None:
         step = simulate_step([trace], plan, machine, model)
-    trace = with_temporaries(with_workspaces(trace, machine.device))
+    trace = with_temporaries(with_workspaces(trace, machine.device), machine.device)
     profile = memory_profile(trace, calibration)
     allocated, unprobed_workspaces = allocated_interval(trace, profile, calibration)
     memory = footprint(trace, allocated, machine)
