@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import pytest
 from child_ranks import run_script
 
@@ -32,6 +33,7 @@ def device_environment(tmp_path_factory: pytest.TempPathFactory) -> Callable[...
     def of(*, devices: int = 1, capacity_bytes: int = 2**30) -> dict[str, str]:
         folder = tmp_path_factory.mktemp("device")
         own = {"XDG_CACHE_HOME": str(tmp_path_factory.getbasetemp() / "cache"), "OMP_NUM_THREADS": "1"}
+        own |= forked.variables("memfit.worker ", by=_ON_DEVICE)
         return own | simulated_accelerator.environment(folder, devices=devices, capacity_bytes=capacity_bytes)
 
     return of

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
+import forked
 import pytest
 
 from memfit.cost.memory import memory_profile
@@ -21,6 +23,7 @@ from memfit.types.result import Measurement, OutcomeKind
 
 KIND = "sim"
 JOB = JobRef(spec="protein-lm", batch=4)
+_ON_DEVICE = Path(__file__).with_name("on_the_device.py")
 WORST_RATIO = 0.005
 PLANS = {
     "one rank": Plan(),
@@ -70,6 +73,8 @@ def measured(
             with pytest.MonkeyPatch.context() as patch:
                 for variable, value in device_environment(devices=plan.ranks).items():
                     patch.setenv(variable, value)
+                workers = forked.processes("memfit.worker ", by=_ON_DEVICE)
+                patch.setattr("memfit.runtime.child_process.subprocess", workers)
                 results[name] = run_ranks(render(spec))
         failed = [m.reason for m in results[name] if m.outcome is not OutcomeKind.OK]
         assert not failed, failed

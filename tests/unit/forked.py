@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
-import functools
 import gc
 import importlib
 import json
@@ -19,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -43,6 +43,11 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # of Linux's prctl
 _MALLOPT = {"MALLOC_MMAP_THRESHOLD_": -3, "MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_ARENA_MAX": -8}  # of glibc
 _MOST_BYTES = 1 << 18
 _LOCK = threading.Lock()
+_SERVERS: list[socket.socket] = []  # at most one
+_FIRST_VARIABLES = dict(os.environ)  # without those that a test sets
+# In the variables of a forked process: the programs that memfit's processes there fork, too, and the script
+# by which they start.
+_PROGRAMS, _BY = "FORKED_PROGRAMS", "FORKED_BY"
 
 
 class Popen:
@@ -95,17 +100,40 @@ class Popen:
             os.kill(self.pid, signal.SIGKILL)
 
 
-def processes(*programs: str) -> SimpleNamespace:
-    """Return a stand-in for the module `subprocess` in a module of memfit. Its `Popen` forks the programs of
-    ``python -m PROGRAM`` that begin with one of these words, and starts others anew."""
+def variables(*programs: str, by: str | Path = "") -> dict[str, str]:
+    """Return the variables by which memfit in a forked process forks these programs, as in `processes`."""
+    return {_PROGRAMS: "\n".join(programs), _BY: str(by)}
+
+
+def processes(*programs: str, by: str | Path = "") -> SimpleNamespace:
+    """Return a stand-in for the module `subprocess` in a module of memfit. Its `Popen` and `run` fork the
+    programs of ``python -m PROGRAM`` that begin with one of these words, and start others anew. ``by``: a
+    script that is run in place of such a program, with its words as arguments."""
+
+    def forked_argv(argv: Sequence[str]) -> list[str | Path]:
+        program = argv[argv.index("-m") + 1 :] if "-m" in argv else []
+        known = sys.platform == "linux" and any(" ".join(program).startswith(words) for words in programs)
+        return [*([by] if by else []), "-m", *program] if known else []
 
     def popen(argv: Sequence[str], **options: Any) -> Popen | subprocess.Popen[bytes]:
-        program = argv[argv.index("-m") + 1 :] if "-m" in argv else []
-        if sys.platform == "linux" and any(" ".join(program).startswith(words) for words in programs):
-            return Popen(["-m", *program], **options)
-        return subprocess.Popen(argv, **options)
+        forked = forked_argv(argv)
+        return Popen(forked, **options) if forked else subprocess.Popen(argv, **options)
 
-    return SimpleNamespace(**vars(subprocess) | {"Popen": popen})
+    def run(argv: Sequence[str], **options: Any) -> subprocess.CompletedProcess[Any]:
+        """What it prints is captured, as text."""
+        if not (forked := forked_argv(argv)):
+            return subprocess.run(argv, **options)  # noqa: PLW1510
+        with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+            child = Popen(forked, env=options.get("env"), stdout=output, stderr=errors)
+            try:
+                code = child.wait(options.get("timeout"))
+            finally:
+                child.kill()
+            for file in (output, errors):
+                file.seek(0)
+            return subprocess.CompletedProcess(argv, code, output.read(), errors.read())
+
+    return SimpleNamespace(**vars(subprocess) | {"Popen": popen, "run": run})
 
 
 def _forked(asked: bytes, files: Sequence[int]) -> int:
@@ -122,25 +150,29 @@ def _forked(asked: bytes, files: Sequence[int]) -> int:
             libc.prctl(_PR_SET_CHILD_SUBREAPER, 0)
 
 
-@functools.cache
-def _server() -> socket.socket:
-    """Start the process that others are forked from. It ends when this one does."""
+def _pair() -> tuple[socket.socket, socket.socket]:
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    here.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * _MOST_BYTES)
+    return here, there
+
+
+def _server() -> socket.socket:
+    """Return the connection to the process that others are forked from, which ends when this one does."""
+    if _SERVERS:
+        return _SERVERS[0]
+    here, there = _pair()
     with there:
-        here.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * _MOST_BYTES)
         command = [sys.executable, "-P", __file__, str(there.fileno())]
-        server = subprocess.Popen(command, pass_fds=[there.fileno()], stdin=subprocess.DEVNULL)
+        server = subprocess.Popen(
+            command, env=_FIRST_VARIABLES, pass_fds=[there.fileno()], stdin=subprocess.DEVNULL
+        )
     atexit.register(server.wait)
     atexit.register(here.close)  # which ends it
+    _SERVERS.append(here)
     return here
 
 
 def _serve(connection: socket.socket) -> NoReturn:
-    for name in _IMPORTED:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
-    gc.collect()
-    gc.freeze()
     while True:
         asked, files, _, _ = socket.recv_fds(connection, _MOST_BYTES, 2)
         if not asked:
@@ -161,9 +193,26 @@ def _serve(connection: socket.socket) -> NoReturn:
             os.close(descriptor)
 
 
+def _fork_server(files: Sequence[int]) -> None:
+    """Fork the process that this one's own are forked from, before anything has run here."""
+    here, there = _pair()
+    if os.fork() == 0:
+        here.close()
+        for descriptor in files:
+            os.close(descriptor)
+        _serve(there)
+    there.close()
+    _SERVERS.append(here)
+
+
 def _run(files: Sequence[int], argv: list[str], env: dict[str, str], folder: str, parent: int) -> NoReturn:
     code = 1
     try:
+        if programs := env.get(_PROGRAMS):
+            _fork_server(files)
+            from memfit.runtime import child_process, devices
+
+            child_process.subprocess = devices.subprocess = processes(*programs.splitlines(), by=env[_BY])  # type: ignore[assignment]
         libc = ctypes.CDLL(None)
         while os.getppid() != parent:  # the process between them has not ended yet
             time.sleep(0.001)
@@ -221,4 +270,9 @@ def _of_program(frames: TracebackType | None) -> TracebackType | None:
 
 
 if __name__ == "__main__":
+    for name in _IMPORTED:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
     _serve(socket.socket(fileno=int(sys.argv[1])))

@@ -65,6 +65,8 @@ def _forked_scripts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Scripts run in forked processes, but those of commands, here and in test_scripts.py; and in a folder in
     which no other test writes files meanwhile."""
     monkeypatch.setattr("memfit.capture.estimate.subprocess", forked.processes("memfit.capture "))
+    for name, value in forked.variables("memfit.worker ").items():
+        monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
 
 
@@ -1184,6 +1186,11 @@ for batch in loader:
 """
 
 
+def _all_but(*names: str) -> tuple[str, ...]:
+    """Return all other techniques: a search without them is short and ends by itself."""
+    return tuple(name for name in TECHNIQUES if name not in names)
+
+
 def test_larger_batches_later_in_the_epoch_are_in_the_interval_and_said(tmp_path: Path) -> None:
     path = tmp_path / "lengths.py"
     path.write_text(_LENGTHS)
@@ -1200,7 +1207,7 @@ def test_plans_for_a_script_whose_loop_makes_its_batches_hold_a_larger_one(tmp_p
     path.write_text(
         _LENGTHS.replace("in loader:", "in (torch.zeros(8, 64 * (i + 1), 32) for i in range(3)):")
     )
-    search = PlanSearch(cap_bytes=2**30, within_s=20)
+    search = PlanSearch(cap_bytes=2**30, without=_all_but("gradient-accumulation"))
     answer = estimate_script([sys.executable, str(path)], machine="this:cpu", probe=False, search=search)
     assert answer.plans is not None, answer.no_plans
     split = [c.estimate for c in answer.plans.frontier if "gradient-accumulation" in c.estimate.plan.label]
@@ -1210,7 +1217,7 @@ def test_plans_for_a_script_whose_loop_makes_its_batches_hold_a_larger_one(tmp_p
 
 def test_plans_for_a_script_hold_its_largest_batch(tmp_path: Path) -> None:
     path = tmp_path / "lengths.py"
-    search = PlanSearch(cap_bytes=2**30, without=("activation-offload", "bf16-parameters"), within_s=20)
+    search = PlanSearch(cap_bytes=2**30, without=_all_but("gradient-accumulation"))
 
     def peaks(text: str) -> dict[str, Interval]:
         path.write_text(text)
@@ -1342,7 +1349,7 @@ def test_no_plan_is_searched_for_a_step_that_cannot_be_repeated(tmp_path: Path) 
 
 
 def test_the_recommended_plan_is_an_edit_of_the_script_whose_peak_is_the_predicted_one(
-    tmp_path: Path,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "train.py"
     path.write_text(
@@ -1363,10 +1370,10 @@ def test_the_recommended_plan_is_an_edit_of_the_script_whose_peak_is_the_predict
             optimizer.zero_grad()
         """)
     )
-    command = [sys.executable, "-m", "memfit", "estimate", "--on", "this:cpu", "--memory", "45MiB", "--plans"]
-    command += ["--accuracy", "exact", "--save", "plan.yaml", "--diff", "--", "python", "train.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    patch = done.stdout[done.stdout.index("--- train.py") :]
+    command = ["estimate", "--on", "this:cpu", "--memory", "45MiB", "--plans", "--accuracy", "exact"]
+    main([*command, "--save", "plan.yaml", "--diff", "--", "python", "train.py"])
+    shown = capsys.readouterr().out
+    patch = shown[shown.index("--- train.py") :]
     subprocess.run(["patch", "-p0"], cwd=tmp_path, input=patch, text=True, check=True, capture_output=True)
     edited = estimate_script([sys.executable, str(path)], machine="this:cpu")
     planned = memfit.estimate(
@@ -1435,10 +1442,11 @@ def test_a_script_that_accumulates_and_recomputes_is_itself_among_its_plans(
                 optimizer.step()
                 optimizer.zero_grad()
         """
-    search = PlanSearch(within_s=5, without=("activation-offload", "bf16-parameters"))
+    names = ("gradient-accumulation", "activation-checkpointing", "bf16-autocast")
+    search = PlanSearch(without=_all_but(*names))
     alone = _estimated(tmp_path / "train.py", text)
-    cap_bytes = int(_peak_bytes(alone) * 1.2)
-    answer = _estimated(tmp_path / "train.py", text, search=dataclasses.replace(search, cap_bytes=cap_bytes))
+    search = dataclasses.replace(search, cap_bytes=int(_peak_bytes(alone) * 1.2))
+    answer = _estimated(tmp_path / "train.py", text, search=search)
     assert answer.plans is not None, answer.no_plans
     baseline = answer.plans.baseline
     assert baseline.estimate.plan.label == "gradient-accumulation(micro_batches=5)"
@@ -1473,7 +1481,8 @@ def test_plans_count_what_a_script_keeps_beside_its_model(tmp_path: Path) -> Non
     peaks, plans = list[float](), list[dict[str, float]]()
     for kept, inputs in ((others, "data[512 * step :][:512]"), ("", "torch.randn(512, 256)")):
         (path := tmp_path / "train.py").write_text(script.format(others=kept, inputs=inputs))
-        search = PlanSearch(cap_bytes=80 * 2**20, accuracy=Accuracy.EXACT, within_s=20)
+        without = _all_but("gradient-accumulation", "activation-checkpointing", "optimizer-in-backward")
+        search = PlanSearch(cap_bytes=80 * 2**20, accuracy=Accuracy.EXACT, without=without)
         answer = estimate_script([sys.executable, str(path)], machine="this:cpu", search=search)
         assert answer.plans is not None, answer.no_plans
         assert answer.plans.baseline.estimate.allocated_bytes == answer.estimate.allocated_bytes  # type: ignore[union-attr]
@@ -1525,8 +1534,7 @@ _OUTPUTS = """
 def test_plans_count_outputs_that_a_loop_keeps_in_backward_and_until_the_next_ones(
     loop: str, kept_bytes: int, tmp_path: Path
 ) -> None:
-    without = tuple(name for name in TECHNIQUES if name != "bf16-autocast")
-    search = PlanSearch(cap_bytes=2**30, within_s=5, without=without)
+    search = PlanSearch(cap_bytes=2**30, without=_all_but("bf16-autocast"))
     edited = _peak_bytes(_estimated(tmp_path / "edited.py", _OUTPUTS.format(loop=loop, enabled=True)))
     script = _OUTPUTS.format(loop=loop, enabled=False)
     answer = _estimated(tmp_path / "train.py", script, search=search)
@@ -1595,8 +1603,8 @@ def test_plans_are_searched_for_steps_that_use_what_a_module_holds(
     model: str, loss: str, tmp_path: Path
 ) -> None:
     text = {e: _MODULES.format(model=model, loss=loss, enabled=e) for e in (True, False)}
-    without = tuple(n for n in TECHNIQUES if n not in ("bf16-autocast", "gradient-accumulation"))
-    search = PlanSearch(cap_bytes=2**30, within_s=5, without=without)
+    without = _all_but("bf16-autocast", "gradient-accumulation")
+    search = PlanSearch(cap_bytes=2**30, without=without)
     answer = _estimated(tmp_path / "train.py", text[False], search=search)
     assert answer.plans is not None, answer.no_plans
     edited = _peak_bytes(_estimated(tmp_path / "edited.py", text[True]))
@@ -1619,7 +1627,7 @@ def test_a_step_without_plans_names_the_line_of_the_tensor_that_prevents_them(tm
             loss.backward()
             optimizer.step()
         """
-    answer = _estimated(tmp_path / "train.py", text, search=PlanSearch(within_s=5))
+    answer = _estimated(tmp_path / "train.py", text, search=PlanSearch())
     assert "train.py:10" in answer.no_plans
 
 
