@@ -38,6 +38,7 @@ from memfit.workflows.proof_of_concept import (
     stored_poc,
 )
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
 # Activations of 2 MiB each weigh far more than the weights; four blocks keep two of them each.
 JOB = """
 import torch
@@ -103,7 +104,7 @@ def few_techniques() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def whole(
-    request_: Request, few_techniques: None, tmp_path_factory: pytest.TempPathFactory
+    request_: Request, few_techniques: None, forked_workers: None, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Poc, Store, list[str]]:
     """One PoC for all tests of this file, with real child processes."""
     stages: list[str] = []
