@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import forked
 import pytest
 from child_ranks import run_script
 
@@ -33,17 +33,19 @@ def test_a_killed_run_continues_where_it_was_and_marks_what_is_simulated(
     device_environment: Callable[..., dict[str, str]], tmp_path: Path
 ) -> None:
     records = tmp_path / "records.jsonl"
-    command = [sys.executable, "-W", "ignore", str(SCRIPT), "--only", "steps", "--records", str(records)]
+    command = [_ON_DEVICE, SCRIPT, "--only", "steps", "--records", records]
     environment = device_environment(capacity_bytes=2**31)
-    with subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdout is not None
+    child = forked.Popen(["-W", "ignore", *command], env=os.environ | environment, stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    with child.stdout:
         first = child.stdout.readline()  # the first measurement has been recorded
-        child.send_signal(signal.SIGKILL)
+        child.kill()
+        child.wait()
     before = lines(records)
-    assert first.startswith("steps: ")
+    assert first.startswith(b"steps: ")
     assert before
     # none of those that are left is begun
-    again = run_script(_ON_DEVICE, *command[3:], "--minutes", "1e-9", env=environment, limit_s=_LIMIT_S)
+    again = run_script(*command, "--minutes", "1e-9", env=environment, limit_s=_LIMIT_S)
     assert again.returncode == 0, again.stderr[-2000:]
     after = lines(records)
     assert after[: len(before)] == before
