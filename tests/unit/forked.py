@@ -111,9 +111,12 @@ def processes(*programs: str, by: str | Path = "") -> SimpleNamespace:
     script that is run in place of such a program, with its words as arguments."""
 
     def forked_argv(argv: Sequence[str]) -> list[str | Path]:
-        program = argv[argv.index("-m") + 1 :] if "-m" in argv else []
-        known = sys.platform == "linux" and any(" ".join(program).startswith(words) for words in programs)
-        return [*([by] if by else []), "-m", *program] if known else []
+        if sys.platform != "linux" or "-m" not in argv:
+            return []
+        options, program = argv[: argv.index("-m")], argv[argv.index("-m") + 1 :]
+        python = [word for word in options if not word.startswith("-")][-1:]  # others have another torch
+        known = any(" ".join(program).startswith(words) for words in programs)
+        return [*([by] if by else []), "-m", *program] if known and python == [sys.executable] else []
 
     def popen(argv: Sequence[str], **options: Any) -> Popen | subprocess.Popen[bytes]:
         forked = forked_argv(argv)
