@@ -213,9 +213,9 @@ def _run(files: Sequence[int], argv: list[str], env: dict[str, str], folder: str
     try:
         if programs := env.get(_PROGRAMS):
             _fork_server(files)
-            from memfit.runtime import child_process, devices
-
-            child_process.subprocess = devices.subprocess = processes(*programs.splitlines(), by=env[_BY])  # type: ignore[assignment]
+            for name in ("child_process", "devices"):
+                module = importlib.import_module(f"memfit.runtime.{name}")
+                setattr(module, "subprocess", processes(*programs.splitlines(), by=env[_BY]))  # noqa: B010
         libc = ctypes.CDLL(None)
         while os.getppid() != parent:  # the process between them has not ended yet
             time.sleep(0.001)

@@ -39,4 +39,4 @@ def measured_bytes(path: Path, *, steps: int = 2, ranks: int = 1) -> int:
         run_children(_COUNTED, [[path]] * ranks, env=environment)
         records = [json.loads(file.read_text()) for file in Path(folder).glob("rank-*.json")]
     assert len(records) == ranks
-    return max(step["peak_bytes"] for record in records for step in record["steps"])
+    return max(int(step["peak_bytes"]) for record in records for step in record["steps"])

@@ -27,6 +27,7 @@ from memfit.worker.train import _oom_text
 from memfit.workflows import single_run
 from memfit.workflows.single_run import measure_spec
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
 MIB = 2**20
 LINUX = pytest.mark.skipif(data_bytes() is None, reason="the cap needs /proc")
 
