@@ -451,7 +451,7 @@ def no_timings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(single_run, "calibrate", lambda *args, **options: None)
 
 
-@pytest.mark.usefixtures("no_timings")
+@pytest.mark.usefixtures("no_timings", "forked_workers")
 def test_a_run_killed_while_saving_can_be_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, to = tmp_path / "own.py", tmp_path / "to"
     path.write_text(f"KILL = True\n{JOB}")
@@ -469,7 +469,7 @@ def test_a_run_killed_while_saving_can_be_resumed(tmp_path: Path, capsys: pytest
     assert (to / "latest").read_text() == "step-00000004\n"
 
 
-@pytest.mark.usefixtures("no_timings")
+@pytest.mark.usefixtures("no_timings", "forked_workers")
 def test_resuming_a_checkpoint_of_another_model_is_a_user_error(
     saved: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
