@@ -343,7 +343,8 @@ def _outside(failure: AllocationFailure, outside_bytes: int) -> _Judgement:
 
 
 def _by_phase(phase: PhaseOfDeath, log: TrainingLog) -> _Judgement | None:
-    """Return what the calls of the traceback say."""
+    """Return what the calls of the traceback say: a checkpoint, an evaluation or the optimizer's step was the
+    cause. None if the death was in none of these, or in a late optimizer's step, which has another cause."""
     if phase.name in ("save", "load"):
         action = "saving" if phase.name == "save" else "loading"
         return DeathCause.CHECKPOINT, Certainty.CERTAIN, [f"it died while {action} a checkpoint"], []

@@ -103,7 +103,7 @@ def _memory_key(plain: Sentence, plan: Sentence, *, is_plain: bool) -> str:
 
 
 def _accuracy(science: Sentence) -> Sentence:
-    """Return what the test of the results says, as the end of a sentence."""
+    """Return ``science``, the sentence on the test of the results, in the form that ends another sentence."""
     key = science.key.rpartition(".")[2]
     metric = science.values.get("metric", "")
     return Sentence(key=f"summary.accuracy.{key}", values={"metric": metric})

@@ -108,8 +108,8 @@ class FixedRandom(TorchDispatchMode):
 
     def uniform(self, like: torch.Tensor, same: float = _SAME) -> torch.Tensor:
         """Return float64 numbers in [0, 1) in the shape of ``like`` that depend on the index in the last
-        dimension only, and on the sample for a call in ``batch_dims``. All of a sample are ``same`` (default
-        0.6) if the last dimension has one element or a length in ``counts``."""
+        dimension only; all are ``same`` (default 0.6) if that has one element or a length in ``counts``. For
+        a call in ``batch_dims`` they depend on the sample and that index, whatever the length."""
         length = like.shape[-1] if like.dim() else 1
         dim = self.batch_dims.get(len(self._shapes))
         self._shapes.append(tuple(like.shape))

@@ -543,7 +543,7 @@ class _Trial:
         defined."""
         terms = [self._terms(p) for p in parts]
         if not any(terms):
-            raise UserError("the job's loss_terms counts no terms in the batch")
+            raise UserError("the job's loss_terms counts no terms in the batch", allowed="1 or more")
         pairs = [(g, n / sum(terms)) for g, n in zip(gradients, terms, strict=True) if n]
         return _sum(*zip(*pairs, strict=True))
 
