@@ -31,6 +31,9 @@ PATCHED: dict[str, dict[str, str | None]] = {
         "torch.Tensor.to": BUILTIN,
         "torch.Tensor.cuda": BUILTIN,
         "torch.Tensor.cpu": BUILTIN,
+        "torch.Tensor.type_as": BUILTIN,
+        "torch.autograd.graph.saved_tensors_hooks.__init__": "self pack_hook unpack_hook",
+        "torch._subclasses.fake_tensor.FakeTensor.device": BUILTIN,
     },
     "capture/foreign_memory.py": {
         "torch.from_numpy": BUILTIN,

@@ -35,6 +35,7 @@ from memfit.types.errors import UserError
 from memfit.types.job import Job
 from memfit.types.plan import Accuracy
 from memfit.types.result import Interval
+from memfit.types.trace import Category
 
 _counts = pytest.mark.skipif(available() is not None, reason=f"no counting allocator: {available()}")
 _LOOP = """
@@ -370,6 +371,150 @@ def test_the_peak_of_a_distributed_script_is_that_of_its_two_processes(wrap: str
     at_peak = answer.estimate.at_peak_bytes
     assert at_peak["optimizer_state"] >= 1.9 * at_peak["parameter"]
     assert technique == "fsdp2" or peak.value >= measured * 0.999
+
+
+@pytest.mark.parametrize("place", ["next(net.parameters()).device", "net(images.cuda()).device", '"cuda"'])
+def test_a_device_that_a_loop_reads_from_a_tensor_is_that_of_the_tensor(place: str, tmp_path: Path) -> None:
+    path = tmp_path / "loop.py"
+    path.write_text(
+        textwrap.dedent(f"""
+        import torch
+        from torch import nn
+        net = nn.Sequential(nn.Linear(64, 4), nn.Linear(4, 64)).cuda()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        for _ in range(3):
+            images = torch.randn(4096, 64)
+            out = net(images.to({place}))
+            target = images.to({place}).to({place})
+            weights = torch.ones(4096, 64, device={place})
+            ((out - target).square() * weights).mean().backward()
+            optimizer.step(); optimizer.zero_grad()
+        """)
+    )
+    answer = estimate_script([sys.executable, str(path)], machine="H100-SXM", whole_trace=True)
+    assert answer.trace is not None
+    large = [a for a in answer.trace.live_at(answer.peak_clock) if a.size_bytes == 2**20]
+    assert len(large) >= 5  # images, target, weights, their difference, and what backward makes
+
+
+_OFFLOADED = """
+import torch
+from torch import nn
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+blocks = [nn.Sequential(nn.Linear(96, 384), nn.GELU(), nn.Linear(384, 96)) for _ in range(4)]
+net = nn.Sequential(*blocks).cuda()
+optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+
+class Streamed(saved_tensors_hooks):
+    def __init__(self):
+        self.stream = torch.cuda.Stream()
+        super().__init__(self.pack, self.unpack)
+    def pack(self, tensor):
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            kept = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            kept.copy_(tensor, non_blocking=True)
+        return kept, tensor.device, tensor.is_cuda
+    def unpack(self, packed):
+        kept, device, was_there = packed
+        return kept.to(device, non_blocking=True) if was_there else kept
+
+for _ in range(3):
+    inputs = torch.randn(4096, 96, device="cuda")
+    with {hooks}:
+        loss = net(inputs).square().mean()
+    loss.backward(); optimizer.step(); optimizer.zero_grad()
+"""
+
+
+@pytest.mark.parametrize(
+    "hooks",
+    [
+        "save_on_cpu()",
+        "save_on_cpu(pin_memory=True)",
+        "saved_tensors_hooks(lambda t: t.cpu(), lambda t: t.cuda())",
+        "Streamed()",
+    ],
+)
+def test_tensors_that_hooks_of_a_script_save_on_the_host_are_there(hooks: str, tmp_path: Path) -> None:
+    path = tmp_path / "offloaded.py"
+    path.write_text(_OFFLOADED.format(hooks="torch.enable_grad()"))
+    plain = estimate_script([sys.executable, str(path)], machine="H100-SXM", whole_trace=True)
+    path.write_text(_OFFLOADED.format(hooks=hooks))
+    search = PlanSearch(within_s=1.0)
+    answer = estimate_script([sys.executable, str(path)], machine="H100-SXM", whole_trace=True, search=search)
+    assert answer.estimate is not None
+    assert answer.trace is not None
+    # of each block the inputs of both layers and of GELU; all weights but the first; the last output
+    kept_bytes = 4 * (4 * 4096 * (96 + 2 * 384) + 7 * 96 * 384 + 4096 * 96)
+    assert answer.trace.host_step_bytes == kept_bytes == answer.trace.offloaded_bytes
+    assert _peak_bytes(plain) - _peak_bytes(answer) > 0.55 * kept_bytes
+    offload_bytes = answer.estimate.host_parts_bytes["offload"]
+    assert offload_bytes >= kept_bytes * (1.2 if "pin" in hooks or hooks == "Streamed()" else 1.0)
+    assert "saved for backward" in answer.no_plans
+
+
+def test_an_optimizer_and_master_weights_on_the_host_are_no_memory_of_the_device(tmp_path: Path) -> None:
+    path = tmp_path / "masters.py"
+    path.write_text(
+        textwrap.dedent("""
+        import torch
+        from torch import nn
+        net = nn.Sequential(nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 512)).to("cuda", torch.bfloat16)
+        masters = [p.detach().to("cpu", torch.float32).requires_grad_() for p in net.parameters()]
+        optimizer = torch.optim.AdamW(masters, lr=1e-4)
+        for _ in range(3):
+            net(torch.randn(64, 512, device="cuda", dtype=torch.bfloat16)).float().square().mean().backward()
+            for p, master in zip(net.parameters(), masters):
+                master.grad, p.grad = p.grad.to("cpu", torch.float32), None
+            nn.utils.clip_grad_norm_(masters, 1.0)
+            optimizer.step()
+            with torch.no_grad():
+                for p, master in zip(net.parameters(), masters): p.copy_(master)
+        """)
+    )
+    answer = estimate_script([sys.executable, str(path)], machine="H100-SXM", whole_trace=True)
+    assert answer.trace is not None
+    weights_bytes = 2 * (512 * 512 + 512) * 4
+    states = [a for a in answer.trace.allocations if a.category is Category.OPTIMIZER_STATE]
+    assert sum(a.size_bytes for a in states) < 0.01 * weights_bytes
+    assert answer.trace.host_step_bytes >= 4 * weights_bytes  # masters, gradients and two averages
+
+
+_ON_HOST = """
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+dist.init_process_group("nccl")
+with torch.device("{place}"):
+    net = nn.Sequential(*[nn.Sequential(nn.Linear(512, 512), nn.GELU()) for _ in range(6)])
+half = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+for part in (*net, net): fully_shard(part, offload_policy=CPUOffloadPolicy(), mp_policy=half)
+{after}
+optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4)
+for _ in range(3):
+    net(torch.randn(64, 512, device="cuda")).float().square().mean().backward()
+    nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+    optimizer.step(); optimizer.zero_grad()
+"""
+
+
+@pytest.mark.parametrize(("place", "after"), [("cpu", ""), ("meta", 'net.to_empty(device="cpu")')])
+def test_what_fsdp_keeps_on_the_host_is_no_memory_of_the_device(
+    place: str, after: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "sharded.py"
+    path.write_text(_ON_HOST.format(place=place, after=after))
+    command = ["torchrun", "--nproc-per-node", "2", str(path)]
+    answer = estimate_script(command, machine="2xRTX-4090", whole_trace=True)
+    assert answer.estimate is not None
+    assert answer.trace is not None
+    shard_bytes = 6 * (512 * 512 + 512) * 4 / 2
+    kept = (Category.PARAMETER, Category.GRADIENT, Category.OPTIMIZER_STATE)
+    assert sum(a.size_bytes for a in answer.trace.allocations if a.category in kept) < 0.01 * shard_bytes
+    assert answer.trace.host_step_bytes == pytest.approx(4 * shard_bytes, rel=0.5)
+    assert answer.estimate.host_parts_bytes["offload"] >= 2 * 4 * shard_bytes  # of both ranks
 
 
 # -- side effects -------------------------------------------------------------------------------------

@@ -222,7 +222,9 @@ class _Session:
             if isinstance(optimizer, torch.optim.LBFGS) and (growth := _history_growth(optimizer)):
                 self.notes.append(f"LBFGS keeps more directions in later steps: {format_bytes(growth)} more")
         assert self.ranks is not None
-        plan = Plan(uses=self.ranks.uses, ranks=self.ranks.count)
+        assert self.redirect is not None
+        pinned = (make_use("activation-offload", {"to": "host"}),) if self.redirect.pins else ()
+        plan = Plan(uses=(*self.ranks.uses, *pinned), ranks=self.ranks.count)
         predictor = Predictor(
             job=job,
             machine=self.machine,

@@ -16,11 +16,11 @@ from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils import _pytree
 from torch.utils._device import DeviceContext
 
-from memfit.capture.kept_memory import NOWHERE
+from memfit.capture.kept_memory import NOT_ON_DEVICE, ON_HOST
 from memfit.capture.script_trace import ScriptTrace
 from memfit.capture.tensors import is_real
 from memfit.trace.device_kernels import autocast_on_host
@@ -90,6 +90,8 @@ class DeviceRedirect(TorchFunctionMode):
         super().__init__()
         self.trace = trace
         self.redirected: dict[str, None] = {}
+        self.in_hook = False  # whether a hook of a saved tensor runs
+        self.pins = False  # whether such hooks keep tensors in pinned memory
         self.target = torch.device(HOST if trace.is_host else trace.recorder.kind.name)
         self._handlers: dict[Any, Callable[..., Any]] = {
             torch.Tensor.to: self._to,
@@ -103,6 +105,7 @@ class DeviceRedirect(TorchFunctionMode):
         }
         if not trace.is_host:
             self._handlers |= {
+                torch.Tensor.type_as: self._to,
                 torch.Tensor.device.__get__: self._device,
                 _IS_CUDA.__get__: lambda tensor: self._device(tensor).type == CUDA,
                 torch.Tensor.get_device: lambda tensor: 0 if self.is_on_target(tensor) else -1,
@@ -120,7 +123,29 @@ class DeviceRedirect(TorchFunctionMode):
                 return func(*args, **kwargs)
             with self.trace.region():  # a new tensor on the target device
                 return self._born_on_target(func(*args, **kwargs))
+        is_pinned = kwargs.get("pin_memory") is True and not self.trace.is_host
+        if is_pinned:
+            kwargs = {**kwargs, "pin_memory": False}  # this machine may be unable to
+        self.pins |= self.in_hook and is_pinned
+        if self.in_hook and (is_pinned or device is not None):
+            with self.trace.region(), self.trace.recorder.in_memory_pool(ON_HOST):
+                return func(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def follow_hook(self, hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """Return the hook of a saved tensor so that it runs as the script's loop does, although it is called
+        in a forward or backward pass: its copies to the host and back are followed."""
+
+        def followed(value: Any) -> Any:
+            active = _get_current_function_mode_stack()
+            with self.trace.as_loop(), contextlib.nullcontext() if self in active else self:
+                outer, self.in_hook = self.in_hook, True
+                try:
+                    return hook(value)
+                finally:
+                    self.in_hook = outer
+
+        return followed
 
     def _named_device(self, name: Any, *args: Any, **kwargs: Any) -> torch.device:
         """Return ``torch.device(name)``; an index alone is one of the target's."""
@@ -145,7 +170,19 @@ class DeviceRedirect(TorchFunctionMode):
         """Return whether a tensor lies on the target device."""
         if self.trace.is_host or not isinstance(tensor, FakeTensor):
             return self.trace.is_host
-        return self.trace.recorder.note_real(tensor, "").memory_pool != NOWHERE
+        return self.trace.recorder.note_real(tensor, "").memory_pool not in NOT_ON_DEVICE
+
+    def device_of(self, tensor: FakeTensor) -> torch.device:
+        """Return the device that a fake tensor's ``device`` names: in the script's loop the one on which it
+        lies, inside the model and for torch's own code the host."""
+        plain = tensor.fake_device
+        if tensor.fake_mode.in_kernel_invocation:
+            return torch.device("meta")
+        if plain.type != HOST or self.trace.inside or tensor.layout is not torch.strided:
+            return plain
+        life = self.trace.recorder.life_of(tensor)
+        is_there = life is not None and life.memory_pool not in NOT_ON_DEVICE
+        return torch.device(self.target.type, 0) if is_there else plain
 
     def _born_on_target(self, out: Any) -> Any:
         for leaf in _pytree.tree_leaves(out):
@@ -191,9 +228,9 @@ class DeviceRedirect(TorchFunctionMode):
         if torch.device(device).type == "meta":
             return torch.Tensor.to(tensor, "meta", **options)
         if not to_accelerator:
-            with trace.region(), trace.recorder.in_memory_pool(NOWHERE):
+            with trace.region(), trace.recorder.in_memory_pool(ON_HOST):
                 out = torch.Tensor.to(tensor, copy=True, **options)
-                trace.recorder.move(out, NOWHERE)
+                trace.recorder.move(out, ON_HOST)
                 return out
         if layout is not None and is_real(tensor):  # a batch of the script's job has it, too
             tensor = torch.Tensor.to(tensor, memory_format=layout)
@@ -226,6 +263,9 @@ def device_patches(trace: ScriptTrace, machine: Machine) -> Iterator[DeviceRedir
         for owner, name, replacement in _device_arguments(redirect):
             stack.enter_context(mock.patch.object(owner, name, replacement))
         if not trace.is_host:
+            stack.enter_context(mock.patch.object(FakeTensor, "device", property(redirect.device_of)))
+            hooks = torch.autograd.graph.saved_tensors_hooks
+            stack.enter_context(mock.patch.object(hooks, "__init__", _saved_tensors_hooks(redirect)))
             stack.enter_context(
                 mock.patch.object(
                     torch.optim.Optimizer, "_accelerator_graph_capture_health_check", _answer(None)
@@ -241,6 +281,23 @@ def device_patches(trace: ScriptTrace, machine: Machine) -> Iterator[DeviceRedir
                         )
         stack.enter_context(redirect)
         yield redirect
+
+
+def _saved_tensors_hooks(redirect: DeviceRedirect) -> Callable[..., None]:
+    """Return a stand-in for ``saved_tensors_hooks.__init__`` whose hooks' copies between the device and the
+    host are followed. Recomputation, which runs the model in a hook, is left as it is."""
+    inner = torch.autograd.graph.saved_tensors_hooks.__init__
+
+    @functools.wraps(inner)
+    def init(self: Any, pack_hook: Callable[[Any], Any], unpack_hook: Callable[[Any], Any]) -> None:
+        if type(self).__module__ != torch.utils.checkpoint.__name__:
+            redirect.trace.calls.problem = redirect.trace.calls.problem or (
+                "the step changes how tensors are saved for backward (saved_tensors_hooks)"
+            )
+            pack_hook, unpack_hook = redirect.follow_hook(pack_hook), redirect.follow_hook(unpack_hook)
+        inner(self, pack_hook, unpack_hook)
+
+    return init
 
 
 def _device_arguments(redirect: DeviceRedirect) -> list[tuple[Any, str, Any]]:

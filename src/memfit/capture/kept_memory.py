@@ -18,6 +18,8 @@ from memfit.trace.source_location import newest_node
 from memfit.types.trace import Category, Phase, Trace, rounded
 
 NOWHERE = "nowhere"  # the memory pool of tensors that are not counted
+ON_HOST = "host"  # the memory pool of tensors that are copied from the device to its host
+NOT_ON_DEVICE = frozenset({NOWHERE, ON_HOST})
 _Kind = TypeVar("_Kind")
 _LEAST_BYTES = 4096  # of growth per step; numbers that are collected take less
 _ENDS, _MOST_ENDS = 4, 12  # ends of steps that are compared, after the first, and that are looked at
@@ -42,7 +44,7 @@ class KeptMemory:
             return
         kept, sizes, recent = list[Life](), Counter[str](), set[str | int]()
         for life in self._recorder.lives:
-            if life.end is not None or life.category in _MODEL or life.memory_pool == NOWHERE:
+            if life.end is not None or life.category in _MODEL or life.memory_pool in NOT_ON_DEVICE:
                 continue
             if life.step == self._recorder.step:
                 recent |= {life.line, life.size_bytes}

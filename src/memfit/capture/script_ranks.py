@@ -72,7 +72,8 @@ class ScriptRanks:
                 options["mesh"] = device_mesh.init_device_mesh(HOST, (self.count,))
             with self.trace.region():
                 out = inner(module, **options)
-            self._uses["fsdp2"] = use("fsdp2")
+            offload = isinstance(options.get("offload_policy"), fsdp.CPUOffloadPolicy)
+            self._uses["fsdp2"] = use("fsdp2", offload=offload)
             return out
 
         return fully_shard

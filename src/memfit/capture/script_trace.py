@@ -8,11 +8,12 @@ outermost module's forward, a backward or an optimizer's step runs, all new tens
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree
@@ -26,21 +27,22 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from memfit.capture.batch_sizes import BatchSizes
 from memfit.capture.foreign_memory import ForeignMemory
-from memfit.capture.kept_memory import NOWHERE, KeptMemory, existing
+from memfit.capture.kept_memory import NOT_ON_DEVICE, NOWHERE, ON_HOST, KeptMemory, existing
 from memfit.capture.step_calls import StepCalls
 from memfit.capture.tensors import KEPT_BUFFERS, holds_real, is_fake, is_real
 from memfit.capture.update_cycle import UpdateCycle, params_of
+from memfit.conformance.sharding import fsdp_groups
 from memfit.model.batch_objects import map_batch
 from memfit.model.tensors import tensor_leaves
 from memfit.techniques.optimizers import counts_steps_on_host
 from memfit.trace import operators
 from memfit.trace.allocation_recorder import AllocationRecorder, Life
 from memfit.trace.data_dependent import Guesses
-from memfit.trace.fake_process_group import process_groups
+from memfit.trace.fake_process_group import process_groups, split_host_memory
 from memfit.trace.tracer import not_tracing
 from memfit.types.errors import UserError
 from memfit.types.job import Bound
-from memfit.types.trace import Category, Phase, Trace, rounded
+from memfit.types.trace import Allocation, Category, Phase, Trace, rounded
 
 _MOST_DRAWN = 2_000_000_000  # random numbers that are drawn for parameters: some ten seconds
 _PASSES = 2  # of a script without an optimizer of torch
@@ -58,6 +60,7 @@ class ScriptTrace:
     def __init__(self, device: str, *, bound: Bound | None, on_traced: Callable[[], None]) -> None:
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.recorder = AllocationRecorder(device, lines=True, guesses=Guesses(bound))
+        self.recorder.follows_host = not self.is_host
         self.on_traced = on_traced
         self.begun = False
         self.forwards = 0  # of outermost modules, since the last optimizer step
@@ -175,6 +178,16 @@ class ScriptTrace:
             self._depth -= 1
             self.recorder.modes_above = above
 
+    @contextlib.contextmanager
+    def as_loop(self) -> Iterator[None]:
+        """Inside this context, code runs as that of the script's loop, although a region calls it."""
+        depth, self._depth = self._depth, 0
+        try:
+            with _disable_current_modes(), LoopMode(self):
+                yield
+        finally:
+            self._depth = depth
+
     @property
     def inside(self) -> bool:
         return self._depth > 0
@@ -223,6 +236,7 @@ class ScriptTrace:
         self.recorder.modules.watch_all(self._roots)
         for name, root in self._roots.items():
             self.adopt(root, name)
+            self.recorder.move(list(_shards_on_host(root)), ON_HOST)
         for owner, param in self._trained_tensors():
             if not owner and not is_lazy(param):
                 self.recorder.label(param, Category.PARAMETER)
@@ -398,6 +412,8 @@ class ScriptTrace:
         for owner, param in self._trained_tensors():
             if param.grad is not None:
                 self.recorder.label(param.grad, Category.GRADIENT, module=owner)
+                if self.recorder.is_on_host(param):
+                    self.recorder.move(param.grad, ON_HOST)
 
     def updated(self, optimizer: Any) -> None:
         """Note that an optimizer has made a step; call ``on_traced`` if it was the last to trace."""
@@ -449,7 +465,7 @@ class ScriptTrace:
                 model.add(id(self.recorder.life_of(tensor)))
         total_bytes = 0
         for life in self.recorder.lives:
-            if life.end is not None or life.step == self.recorder.step or life.memory_pool == NOWHERE:
+            if life.end is not None or life.step == self.recorder.step or life.memory_pool in NOT_ON_DEVICE:
                 continue
             if life.category in (Category.GRADIENT, Category.OPTIMIZER_STATE) or id(life) in model:
                 continue
@@ -464,6 +480,7 @@ class ScriptTrace:
         self._patches.close()
         groups = process_groups()
         allocations, ops, spans = self.recorder.finish()
+        on_device, on_host = split_host_memory(allocations, spans)
         params = [p for _, p in self._trained_tensors()]
         steps = max(s.step for s in spans) + 1
         return Trace(
@@ -472,11 +489,13 @@ class ScriptTrace:
             communicators=tuple((name, len(of_group)) for name, of_group in groups.items()),
             members=groups,
             steps=steps,
-            allocations=tuple(a for a in allocations if a.stream != NOWHERE),
+            allocations=on_device,
             ops=ops,
             spans=spans,
             parameter_count=sum(p.numel() for p in params),
             trainable_count=sum(p.numel() for p in params if p.requires_grad),
+            **on_host,
+            **_offloaded(allocations, steps - 1),
             assumptions=tuple(self.recorder.guesses.assumptions),
             guessed=tuple(filter(None, self.recorder.guesses.open)),
             assumed=tuple(self.recorder.guesses.assumed),
@@ -485,6 +504,28 @@ class ScriptTrace:
                 for t in (*params, *(b for r in self._roots.values() for b in r.buffers()))
             ),
         )
+
+
+def _shards_on_host(root: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """Yield this rank's shards of the parameters that FSDP2 keeps on the host."""
+    for group in fsdp_groups(root):
+        if isinstance(group.offload_policy, CPUOffloadPolicy):
+            yield from (param.sharded_param for param in group.fsdp_params)
+
+
+def _offloaded(allocations: Iterable[Allocation], step: int) -> dict[str, Any]:
+    """Return the fields of `Trace` about what the forward pass of a step copies to the host."""
+    sizes_bytes = [
+        a.requested_bytes
+        for a in allocations
+        if a.stream == ON_HOST and a.step == step and a.phase is Phase.FORWARD
+    ]
+    copied_bytes = sum(sizes_bytes)
+    return {
+        "offloaded_bytes": copied_bytes,
+        "restored_bytes": copied_bytes,
+        "offloaded_tensors": len(sizes_bytes),
+    }
 
 
 class LoopMode(TorchDispatchMode):

@@ -118,6 +118,8 @@ class AllocationRecorder(TorchDispatchMode):
         # The memory pool of new tensors: "" (the model's device), "host", "nowhere" (not counted), or the
         # name of another stream's pool.
         self.memory_pool = ""
+        # Whether what optimizers and loops compute from tensors in host memory alone lies there too.
+        self.follows_host = False
         # Dispatch modes entered after this one; each holds a reference to the arguments during a call.
         self.modes_above = 0
         self._span_start = 0
@@ -321,14 +323,28 @@ class AllocationRecorder(TorchDispatchMode):
             count_from_late_step(followed, args)
         if func is operators.ITEM:
             return self._item(args[0], values)
-        out = (
-            self._silent(func, fact, args, kwargs)
-            if fact.silent
-            else self._run_recorded(func, fact, args, kwargs, values)
-        )
+        is_updating = self.current in (Phase.SETUP, Phase.OPTIMIZER)
+        is_hosted = self.follows_host and is_updating and self._all_on_host((args, kwargs))
+        with self.in_memory_pool("host") if is_hosted else contextlib.nullcontext():
+            out = (
+                self._silent(func, fact, args, kwargs)
+                if fact.silent
+                else self._run_recorded(func, fact, args, kwargs, values)
+            )
         if values is not None and (func not in operators.MAKERS or self.concrete_values.follows_all):
             followed.attach(out, values)
         return out
+
+    def is_on_host(self, tensor: torch.Tensor) -> bool:
+        """Return whether a tensor, or each tensor in a wrapper such as DTensor, lies in the pool "host"."""
+        lives = [self.life_of(inner) for inner in plain_tensors(tensor)]
+        return all(life is not None and life.memory_pool == "host" for life in lives)
+
+    def _all_on_host(self, arguments: Any) -> bool:
+        """Return whether there are tensors with dimensions among the arguments, all of them in the pool
+        "host"."""
+        tensors = [t for t in tensors_in(arguments) if t.dim()]
+        return bool(tensors) and all(map(self.is_on_host, tensors))
 
     def _item(self, tensor: Any, value: Any) -> bool | int | float:
         """Return the answer to ``tensor.item()``. ``value``: the known or assumed value, or None.
