@@ -90,15 +90,9 @@ def test_the_gradient_of_a_convolutions_bias_is_such_a_sum(has_bias: bool, besid
 
 
 def test_cards_differ_in_the_partial_results_of_sums() -> None:
-    sizes = {
-        name: Multiprocessors.of(catalog.device(name)) for name in ("H100-SXM", "T4", "RTX-4090", "MI300X")
-    }
-    assert sizes == {
-        "H100-SXM": (132, 2048),
-        "T4": (40, 1024),
-        "RTX-4090": (128, 1536),
-        "MI300X": (304, 2048),
-    }
+    numbers = {"H100-SXM": (132, 2048), "T4": (40, 1024), "RTX-4090": (128, 1536), "MI300X": (304, 2048)}
+    sizes = {name: Multiprocessors.of(catalog.device(name)) for name in numbers}
+    assert sizes == {name: Multiprocessors(*both) for name, both in numbers.items()}
     signature = describe("aten.sum.dim_IntList", [torch.empty(100000, 768, device="meta"), [0]], {})
     found = {name: inside_cuda(signature, size) for name, size in sizes.items()}
     assert len({inside.beside_bytes for inside in found.values() if inside is not None}) == 4
