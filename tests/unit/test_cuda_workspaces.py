@@ -78,6 +78,62 @@ def test_a_sum_of_bool_takes_a_copy_in_the_dtype_of_its_result() -> None:
         assert inside.beside_bytes == size_bytes * hits.numel()
 
 
+# Bytes of a state of float32 and of float16 in reductions over rows: measured like the sums, at 1,080 shapes.
+STATES = {
+    "var.correction": (16, 16, [0]),
+    "std.correction": (16, 16, [0]),
+    "max.dim": (16, 16, 0),
+    "argmax": (16, 16, 0),
+    "amax": (4, 2, [0]),
+    "prod.dim_int": (4, 4, 0),
+    "any.dim": (1, 1, 0),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_other_reductions_take_states_of_their_own_size(name: str) -> None:
+    *state_bytes, dims = STATES[name]
+    sums = inside_cuda(
+        describe("aten.sum.dim_IntList", [torch.empty(8192, 768, device="meta"), [0]], {}), H100
+    )
+    assert sums is not None
+    for dtype, bytes_ in zip((torch.float32, torch.float16), state_bytes, strict=True):
+        rows = torch.empty(8192, 768, dtype=dtype, device="meta")
+        inside = inside_cuda(describe(f"aten.{name}", [rows, dims], {}), H100)
+        assert inside is not None
+        assert inside.beside_bytes == sums.beside_bytes // 4 * bytes_ > 0
+
+
+def test_a_loss_of_logits_takes_two_tensors_of_their_size() -> None:
+    x = torch.empty(1024, 1024, device="meta")
+    arguments = [x, x, None, None, 1]
+    inside = inside_cuda(describe("aten.binary_cross_entropy_with_logits.default", arguments, {}), H100)
+    assert inside is not None
+    assert inside.alone_bytes == 2 * 4 * x.numel()
+
+
+def test_the_backward_of_a_norm_copies_what_does_not_lie_as_it_needs() -> None:
+    x = torch.empty(16, 64, 32, 32, device="meta")
+    last, one = (
+        x.contiguous(memory_format=torch.channels_last),
+        torch.empty((), device="meta").expand(x.shape),
+    )
+    copies = {}
+    for name, grad, value in (
+        ("dense", x, x),
+        ("channels last", last, last),
+        ("gradient", last, x),
+        ("input", x, last),
+        ("expanded", one, x),
+    ):
+        rest = [x, x, None, 16, 64, 1024, 8, [True, True, True]]
+        signature = describe("aten.native_group_norm_backward.default", [grad, value, *rest], {})
+        inside = inside_cuda(signature, H100)
+        assert inside is not None
+        copies[name] = inside.beside_bytes // (4 * x.numel())
+    assert copies == {"dense": 0, "channels last": 0, "gradient": 1, "input": 1, "expanded": 1}
+
+
 @pytest.mark.parametrize(("has_bias", "beside_bytes"), [(True, 134217728), (False, 0)])
 def test_the_gradient_of_a_convolutions_bias_is_such_a_sum(has_bias: bool, beside_bytes: int) -> None:
     grad = torch.empty(32, 128, 64, 64, device="meta").to(memory_format=torch.channels_last)

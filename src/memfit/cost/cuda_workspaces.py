@@ -66,12 +66,22 @@ class _Tensor:
     @property
     def copy_bytes(self) -> int:
         """Bytes of a contiguous copy; 0 if the tensor is contiguous."""
+        return 0 if self._lies_in(range(len(self.shape))) else self.bytes
+
+    @property
+    def is_channels_last(self) -> bool:
+        """Whether it has four or five dimensions, of which the second is the innermost in memory."""
+        dims = len(self.shape)
+        return dims in (4, 5) and bool(self.copy_bytes) and self._lies_in((0, *range(2, dims), 1))
+
+    def _lies_in(self, order: Sequence[int]) -> bool:
+        """Return whether its memory is dense with its dimensions in this order, from outside in."""
         expected = 1
-        for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
-            if size != 1 and stride != expected:
-                return self.bytes
-            expected *= size
-        return 0
+        for dim in reversed(order):
+            if self.shape[dim] != 1 and self.strides[dim] != expected:
+                return False
+            expected *= self.shape[dim]
+        return True
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -135,12 +145,14 @@ def inside_cuda(signature: str, processors: Multiprocessors) -> Inside | None:
     multiprocessors; None if that is nothing or not known."""
     name = signature[2 : signature.index('"', 2)] if signature.startswith('["') else ""
     base = base_name(name) if name.startswith("aten.") else ""
-    formula, sums = _FORMULAS.get(base), _SUMS.get(base)
-    if formula is None and sums is None:
+    if base not in _FORMULAS and base not in _REDUCTIONS:
         return None
     _, args, kwargs = json.loads(signature)
-    parsed = [_parsed(a) for a in args], {k: _parsed(v) for k, v in kwargs.items()}
-    inside = formula(*parsed) if formula else sums(*parsed, processors)  # type: ignore[misc]
+    args, kwargs = [_parsed(a) for a in args], {k: _parsed(v) for k, v in kwargs.items()}
+    if base in _FORMULAS:
+        inside = _FORMULAS[base](args, kwargs)
+    else:
+        inside = _REDUCTIONS[base](args, kwargs, processors)
     return inside if isinstance(inside, Inside) else Inside(beside_bytes=inside)
 
 
@@ -170,6 +182,24 @@ def _sum(args: Sequence[Any], kwargs: Mapping[str, Any], processors: Multiproces
     computed = dataclasses.replace(tensor, dtype=kwargs.get("dtype") or "int64")
     copy_bytes = 0 if is_float or tensor.dtype == computed.dtype else computed.bytes
     return int(copy_bytes + _reduction_bytes(tensor, args[1] if len(args) > 1 else None, processors))
+
+
+def _reduced(
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    processors: Multiprocessors,
+    *,
+    item_bytes: int = 0,
+    dims_at: int = 1,
+    least_bytes: int = 0,
+) -> int:
+    """Return the bytes of the partial results of any reduction: as of a sum, with ``item_bytes`` of state for
+    each, or at least ``least_bytes`` and those of an element if ``item_bytes`` is 0. ``dims_at``: which
+    argument has its dimensions."""
+    tensor, dims = args[0], args[dims_at] if len(args) > dims_at else None
+    state_bytes = item_bytes or max(least_bytes, tensor.item_bytes)
+    partial_bytes = _reduction_bytes(tensor, [dims] if type(dims) is int else dims, processors)
+    return partial_bytes // _state_bytes(tensor) * state_bytes
 
 
 def _bias_gradient(args: Sequence[Any], kwargs: Mapping[str, Any], processors: Multiprocessors) -> int:
@@ -210,8 +240,11 @@ def _reduction_bytes(tensor: _Tensor, dims: Any, processors: Multiprocessors) ->
     if values < 256 or grid > target:
         return 0
     blocks = max(min(-(-target // grid), -(-values // 16)), -(-values // 256))
-    item_bytes = 8 if "int" in tensor.dtype or tensor.dtype == "bool" else max(4, tensor.item_bytes)
-    return int(item_bytes * outputs * blocks * width * vector) if blocks > 1 else 0
+    return int(_state_bytes(tensor) * outputs * blocks * width * vector) if blocks > 1 else 0
+
+
+def _state_bytes(tensor: _Tensor) -> int:
+    return 8 if "int" in tensor.dtype or tensor.dtype == "bool" else max(4, tensor.item_bytes)
 
 
 def _distances_bytes(base: str, args: Sequence[Any]) -> int:
@@ -373,6 +406,14 @@ def _multinomial(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     return int(args[0].bytes * (2 if _option(args, kwargs, 2, "replacement", False) else 1))
 
 
+def _group_norm_backward(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """group_norm.cpp: gradient and input are brought into the layout of the input."""
+    tensors = args[:2]
+    if tensors[1].is_channels_last:
+        return sum(t.bytes for t in tensors if not t.is_channels_last)
+    return _copies(tensors, kwargs)
+
+
 def _copies(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     return sum(t.copy_bytes for t in args if isinstance(t, _Tensor))
 
@@ -403,12 +444,30 @@ _FORMULAS: Final[Mapping[str, Callable[[Sequence[Any], Mapping[str, Any]], Any]]
     "repeat_interleave": lambda args, _: args[0].bytes if args and isinstance(args[0], _Tensor) else 0,
     # SpectralOps.cpp: cuFFT overwrites its input, so that this is copied
     "_fft_c2r": lambda args, _: args[0].bytes,
-    # SoftMax.cu, layer_norm_kernel.cu, ScanKernels.cpp: inputs are made contiguous
+    # Loss.cpp: the logarithm of the sigmoid and the unreduced loss
+    "binary_cross_entropy_with_logits": lambda args, _: Inside(alone_bytes=2 * args[0].bytes),
+    # SoftMax.cu, layer_norm_kernel.cu, group_norm.cpp, ScanKernels.cpp: inputs are made contiguous
     "_softmax": _copies,
     "_log_softmax": _copies,
     "_log_softmax_backward_data": _copies,
     "native_layer_norm": _copies,
+    "native_layer_norm_backward": _copies,
+    "native_group_norm_backward": _group_norm_backward,
+    "_fused_rms_norm": _copies,
+    "_fused_rms_norm_backward": _copies,
     "cumsum": _copies,
     "cumprod": _copies,
 }
-_SUMS: Final = {"sum": _sum, "mean": _sum, "convolution_backward": _bias_gradient}  # by multiprocessors, too
+_REDUCTIONS: Final[Mapping[str, Callable[..., int]]] = {  # by multiprocessors, too
+    "sum": _sum,
+    "mean": _sum,
+    "convolution_backward": _bias_gradient,
+    # ReduceMomentKernel.cu: a mean, a sum of squares and two counts. ReduceArgMaxKernel.cu,
+    # ReduceMaxValuesKernel.cu: a value and its index.
+    **dict.fromkeys(("var", "std", "var_mean", "std_mean"), functools.partial(_reduced, item_bytes=16)),
+    **dict.fromkeys(("max", "min", "argmax", "argmin"), functools.partial(_reduced, item_bytes=16)),
+    **dict.fromkeys(("amax", "amin"), _reduced),
+    **dict.fromkeys(("any", "all"), functools.partial(_reduced, item_bytes=1)),
+    **dict.fromkeys(("norm", "linalg_vector_norm"), functools.partial(_reduced, dims_at=2, least_bytes=4)),
+    "prod": functools.partial(_reduced, least_bytes=4),
+}
