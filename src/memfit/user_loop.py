@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,10 +22,11 @@ from memfit.conformance.sharding import world_size
 from memfit.inputs import batch_of, loss_of, on_ranks, plan_of
 from memfit.jobs.optimizer_groups import PlanOptimizer, UserGroups
 from memfit.jobs.training_step import MicroBatch, TrainingStep, move_batch, weigh_loss
-from memfit.model.batch_objects import batch_length, repeat
+from memfit.model.batch_objects import batch_length, batch_tensors, repeat
 from memfit.techniques.imported_optimizer import parse_arguments
 from memfit.techniques.optimizers import default_optimizer
 from memfit.techniques.rank_mesh import layout, make_world
+from memfit.trace.sample_dependence import takes_batch_statistics
 from memfit.types.conformance import Conformance
 from memfit.types.device_kind import HOST, device_kind
 from memfit.types.errors import UserError, suggest
@@ -32,6 +34,7 @@ from memfit.types.job import STRUCTURE, Job, OptimizerChoice
 from memfit.types.plan import Plan
 
 _APPLIED: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()  # models to which a plan was applied
+_IGNORED_LABEL = -100  # ignore_index of torch's losses
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "OptimizedModule")
 
 
@@ -87,6 +90,8 @@ class Fit:
         else:
             part = move_batch(batch, self._step.bench.torch_device)
         micro_batches = self._step.split(part, terms, allow_fewer=True)
+        if not self._updates_count:
+            self._warn([m.batch for m in micro_batches])
         self._is_open, self._is_complete = True, False
         self._watch()
         for micro_batch in micro_batches:
@@ -99,6 +104,26 @@ class Fit:
                     hint="call fit.backward(loss) for each, in place of loss.backward()",
                 )
         self._is_complete = True
+
+    def _warn(self, parts: list[Any]) -> None:
+        """Warn of what is known to make a step in these micro-batches another one than with their batch:
+        layers that take statistics of a micro-batch, and labels that the loss ignores."""
+        norms = [n for n, m in self._step.model.named_modules() if takes_batch_statistics(m)]
+        if len(parts) > 1 and norms:
+            more = f" and {len(norms) - 1} other layers take" if len(norms) > 1 else " takes"
+            text = f"{norms[0]}{more} statistics of each micro-batch, not of the batch"
+            warnings.warn(f"{text}: {self.plan.label} changes what is trained", stacklevel=3)
+        if self._is_traced or self._step.job.loss_terms is not None:
+            return
+        labels = [[t for t in batch_tensors(p) if t.dtype == torch.long and t.numel()] for p in parts]
+        shares = {tuple(float((t == _IGNORED_LABEL).float().mean()) for t in ts) for ts in labels}
+        if len(shares) > 1:
+            warnings.warn(
+                f"micro-batches have different shares of labels {_IGNORED_LABEL}, which losses of torch "
+                "ignore: give loss_terms=, the number of labels that the loss of a batch averages, or the "
+                "others get other weights than in the batch",
+                stacklevel=3,
+            )
 
     def _begin(self, micro_batch: MicroBatch) -> None:
         if isinstance(self.optimizer, PlanOptimizer):

@@ -16,9 +16,11 @@ from memfit.cli.estimate_script import _edit
 from memfit.cli.plan_diff import edit_of
 from memfit.export.script_diff import ScriptDiff, inexpressible, read_script, script_diff
 from memfit.export.source_edits import Source
+from memfit.jobs.registry import load
 from memfit.techniques.plan_file import parse_plan
 from memfit.techniques.registry import TECHNIQUES
 from memfit.types.errors import UserError
+from memfit.types.job import JobRef
 from memfit.types.plan import EffectClass
 from memfit.types.result import Choice, Estimate, Interval, SearchResult
 
@@ -759,6 +761,59 @@ def test_the_command_prints_the_diff_and_writes_nothing(tmp_path: Path) -> None:
     assert run.stdout.startswith("--- train.py\n+++ train.py\n")
     assert "bf16-autocast" in run.stderr
     assert (tmp_path / "train.py").read_text() == PLAIN
+
+
+_JOBS = """import torch
+from torch import nn
+from torch.nn import functional
+from memfit import Job
+
+def labels(step, seed):
+    generator = torch.Generator().manual_seed(step)
+    y = torch.randint(0, 4, (16, 8), generator=generator)
+    y[:8, 2:] = -100
+    return {"x": torch.randn(16, 8, 16, generator=generator), "y": y}
+
+def images(step, seed):
+    return {"x": labels(step, seed)["x"], "y": torch.randint(0, 4, (16,))}
+
+padded = Job(name="padded", build_model=lambda: nn.Linear(16, 4), make_batch=labels, batch_size=16,
+    loss=lambda model, batch: functional.cross_entropy(model(batch["x"]).flatten(0, 1), batch["y"].flatten()))
+weighted = Job(name="weighted", build_model=padded.build_model, make_batch=labels, batch_size=16,
+    loss=padded.loss, loss_terms=lambda batch: int((batch["y"] != -100).sum()))
+normalized = Job(name="normalized", make_batch=images, batch_size=16,
+    build_model=lambda: nn.Sequential(nn.BatchNorm1d(8), nn.Flatten(), nn.Linear(128, 4)),
+    loss=lambda model, batch: functional.cross_entropy(model(batch["x"]), batch["y"]))
+"""
+
+
+def test_a_job_whose_parts_have_unequal_terms_needs_them_in_the_edited_script(tmp_path: Path) -> None:
+    (tmp_path / "jobs.py").write_text(_JOBS)
+    job = load(JobRef(spec=f"{tmp_path / 'jobs.py'}:weighted"))
+    plan = parse_plan({"techniques": {"gradient-accumulation": {"micro_batches": 2}}}, what="the plan")
+    edit = script_diff(Source("train.py", PLAIN), plan, batch_size=16, job=job)
+    assert "loss_terms=loss_terms" in edit.diff  # which the script does not define: it ends in an error
+    assert edit.remarks[0].startswith("define loss_terms(batch)")
+    (remark,) = script_diff(Source("train.py", TRAINER), plan, batch_size=16, job=job).remarks[-1:]
+    assert "multiply the mean loss of each micro-batch by terms / step_terms" in remark
+    with pytest.raises(UserError, match="Accelerate weights the parts of a batch alike"):
+        script_diff(Source("train.py", ACCELERATE), plan, batch_size=16, job=job)
+
+
+def test_the_diff_says_what_splitting_the_batch_changes_and_is_refused_with_wrong_weights(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "jobs.py").write_text(_JOBS)
+    (tmp_path / "train.py").write_text(PLAIN)
+    (tmp_path / "plan.yaml").write_text("techniques:\n  gradient-accumulation: {micro_batches: 2}\n")
+    rest = ("--diff", "train.py", "--plan", "plan.yaml")
+    run = run_script("-m", "memfit", "plan", "jobs.py:normalized", *rest, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "note: E3: splitting the batch changes BatchNorm's statistics" in run.stderr
+    run = run_script("-m", "memfit", "plan", "jobs.py:padded", *rest, cwd=tmp_path)
+    assert run.returncode == 2
+    assert "weight its loss terms wrongly" in run.stderr
+    assert not run.stdout
 
 
 def _found(recommended: dict[str, Any], *others: dict[str, Any]) -> SearchResult:

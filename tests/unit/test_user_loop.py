@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +254,22 @@ def test_micro_batches_are_weighted_by_their_loss_terms() -> None:
     for part in fit.split(batch):
         fit.backward(loss_of(fit.model, part))
     assert float(fit.step()) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_ignored_labels_of_unequal_number_and_batch_norm_are_warned_of_in_micro_batches() -> None:
+    batch = make_batch(0)
+    batch["y"][:2, 4:] = -100
+    fit = memfit.apply(PLANS["gradient-accumulation"], make_model(), "adamw")
+    with pytest.warns(UserWarning, match="give loss_terms="):
+        next(fit.split(batch))
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.BatchNorm1d(8))
+    fit = memfit.apply(PLANS["gradient-accumulation"], model, "adamw")
+    with pytest.warns(UserWarning, match="1 and 1 other layers take statistics of each micro-batch"):
+        next(fit.split(torch.randn(8, 8)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit = memfit.apply({}, nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)), "adamw")
+        next(fit.split(torch.randn(8, 8)))
 
 
 def test_the_last_batch_of_a_loader_may_be_smaller_than_the_micro_batches() -> None:

@@ -356,7 +356,7 @@ def _launch(
     supporting_engine(engine, plan)
     ref = job.ref
     loaded = load(ref)
-    dependence = _dependence(loaded, plan)
+    dependence = dependence_of_split(loaded, plan)
     clip, batch_size = loaded.clip, loaded.batch_size
     if user_files is not None:
         batch_size = (
@@ -386,7 +386,9 @@ def _launch(
     return render(spec), job_files, user_files, dependence, loaded
 
 
-def _dependence(job: memfit.types.job.Job, plan: Plan) -> memfit.types.dependence.SampleDependence | None:
+def dependence_of_split(
+    job: memfit.types.job.Job, plan: Plan
+) -> memfit.types.dependence.SampleDependence | None:
     """Return how the samples of the job's batch depend on each other, or None if the plan does not split the
     batch into micro-batches or over ranks. Raises UserError if that split would weight the terms of the loss
     wrongly."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import memfit.export.source_edits
     import memfit.planner.request
     from memfit.export.script_diff import ScriptDiff
+    from memfit.types.job import Job
     from memfit.types.plan import Plan
     from memfit.types.result import SearchResult
 
@@ -70,8 +71,10 @@ def print_diff(
     best that can be printed as an edit. The diff is on standard output; the plan and what the user should
     know of the edit are on standard error. If the script cannot be edited, standard output has the reason and
     the lines to insert. With ``as_json``, all is on standard output. Raises UserError as `script_diff` does,
-    and `NothingFits` if no plan of the search fits."""
+    `NothingFits` if no plan of the search fits, and if the plan of the file would weight the loss wrongly."""
+    from memfit.cli.export import dependence_of_split
     from memfit.export.script_diff import script_diff
+    from memfit.export.script_steps import dependence_caution
     from memfit.jobs.registry import load
     from memfit.techniques.plan_file import read_plan
     from memfit.workflows.plan import find_plan
@@ -83,12 +86,14 @@ def print_diff(
     with Bars("en") as progress:
         if plans:
             plan = resolve_plan(job_request, read_plan(plans[0]), progress)
-            edit = script_diff(source, plan, batch_size=job.batch_size, structure=structure)
+            edit = script_diff(source, plan, batch_size=job.batch_size, structure=structure, job=job)
         else:
             without = (*job_request.bounds.without, *excluded_from(source))
             bounds = dataclasses.replace(job_request.bounds, without=tuple(dict.fromkeys(without)))
             result = find_plan(dataclasses.replace(job_request, bounds=bounds), progress).result
-            plan, edit = edit_of(source, result, job.batch_size, structure)
+            plan, edit = edit_of(source, result, job.batch_size, structure, job=job)
+        if (caution := dependence_caution(plan, dependence_of_split(job, plan))) is not None:
+            edit = dataclasses.replace(edit, remarks=(caution, *edit.remarks))
     print_edit(source, plan, edit, as_json=as_json)
     return plan
 
@@ -112,11 +117,12 @@ def edit_of(
     batch_size: int,
     structure: Mapping[str, Any],
     *,
+    job: Job | None = None,
     keeps_enabled: bool = False,
 ) -> tuple[Plan, ScriptDiff]:
     """Return (the best plan of the search that can be printed as an edit; the edit): the recommended plan, or
     the fastest other that fits, with a remark on why. Raises the UserError of the recommended plan if there
-    is none. ``batch_size``, ``structure`` and ``keeps_enabled`` are as in `export.script_diff`."""
+    is none. The other arguments are as in `export.script_diff`."""
     from memfit.export.script_diff import script_diff
     from memfit.techniques.registry import short_label
 
@@ -128,7 +134,12 @@ def edit_of(
         plan = choice.estimate.plan
         try:
             edit = script_diff(
-                source, plan, batch_size=batch_size, structure=structure, keeps_enabled=keeps_enabled
+                source,
+                plan,
+                batch_size=batch_size,
+                structure=structure,
+                job=job,
+                keeps_enabled=keeps_enabled,
             )
         except UserError as error:
             first_error = first_error or error

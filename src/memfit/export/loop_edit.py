@@ -19,19 +19,28 @@ from memfit.types.errors import UserError
 from memfit.types.plan import Plan, Use
 
 _NEED_EXAMPLE = frozenset({"chunking", "tensor-parallel", "context-parallel"})
+_MEAN = "the loss must be a mean over the samples; for a mean over other terms, give loss_terms="
 _FEW = 2  # settings of a technique that are all written
 Edits = dict[tuple[int, int], list[str]]  # (first line, last line) -> the lines that replace them
 
 
 def apply_lines(
-    plan: Plan, model: str, optimizer: str, structure: Mapping[str, Any], *, clip: str = "", batch: str = ""
+    plan: Plan,
+    model: str,
+    optimizer: str,
+    structure: Mapping[str, Any],
+    *,
+    clip: str = "",
+    batch: str = "",
+    loss_terms: str = "",
 ) -> list[str]:
     """Return the lines that apply ``plan`` to the variables ``model`` and ``optimizer``. ``structure``: the
-    fields of the job that say where things are in the model. ``clip``, ``batch``: sources of these
-    arguments, "" for none."""
+    fields of the job that say where things are in the model. ``clip``, ``batch``, ``loss_terms``:
+    sources of these arguments, "" for none."""
     arguments = [_plan_source(plan), model, optimizer]
     arguments += [f"{name}={source_of(value)}" for name, value in structure.items()]
-    arguments += [f"{name}={value}" for name, value in (("clip", clip), ("batch", batch)) if value]
+    sources = {"clip": clip, "batch": batch, "loss_terms": loss_terms}
+    arguments += [f"{name}={value}" for name, value in sources.items() if value]
     one_line = f"fit = memfit.apply({', '.join(arguments)})"
     lines = [one_line]
     if len(one_line) > 96:
@@ -51,19 +60,28 @@ def loop_lines(batch: str, samples: int) -> list[str]:
 
 
 def edit_loop(
-    source: Source, plan: Plan, structure: Mapping[str, Any], samples: int
+    source: Source, plan: Plan, structure: Mapping[str, Any], samples: int, *, loss_terms: str = ""
 ) -> tuple[str, tuple[str, ...]]:
-    """Return (the text of the edited script; remarks for the user). ``structure`` is as in `apply_lines`,
-    ``samples`` as in `loop_lines`.
+    """Return (the text of the edited script; remarks for the user). ``structure`` and ``loss_terms`` are as
+    in `apply_lines`, ``samples`` as in `loop_lines`.
     Raises UserError, whose ``given`` is the reason, if the script has no loop that can be edited safely."""
     loop = find_loop(source, plan)
     if "gradient-accumulation" in plan:
         _must_split_alike(source, loop)
+    remarks = list(_remarks(source, loop, plan, samples))
+    if "gradient-accumulation" in plan and not loss_terms:
+        remarks.append(_MEAN)
     lines = list(source.lines)
     edits = _loop_edits(source, loop)
     example = f"next(iter({source.of(_iterable(loop))}))" if _needs_example(plan) else ""
     setup = apply_lines(
-        plan, loop.setup.model, loop.setup.optimizer, structure, clip=loop.setup.clip, batch=example
+        plan,
+        loop.setup.model,
+        loop.setup.optimizer,
+        structure,
+        clip=loop.setup.clip,
+        batch=example,
+        loss_terms=loss_terms,
     )
     if loop.setup.is_global:
         setup.insert(0, "global fit")
@@ -80,7 +98,7 @@ def edit_loop(
         edits.setdefault((import_line, import_line - 1), []).insert(0, "import memfit\n")
     for (start, last), new_lines in sorted(edits.items(), reverse=True):
         lines[start - 1 : last] = new_lines
-    return "".join(lines), tuple(_remarks(source, loop, plan, samples))
+    return "".join(lines), tuple(remarks)
 
 
 def _loop_edits(source: Source, loop: Loop) -> Edits:
@@ -171,7 +189,6 @@ def _remarks(source: Source, loop: Loop, plan: Plan, samples: int) -> Iterator[s
         used = {n.id for s in loop.body[index + 1 :] for n in ast.walk(s) if isinstance(n, ast.Name)}
         if shown := sorted(used & {loop.update.loss, *loop.batch}):
             yield f"after fit.split, {', '.join(shown)} is that of the last micro-batch: check what you log"
-        yield "the loss must be a mean over the samples; for a mean over other terms, give loss_terms="
     if plan.ranks > 1:
         yield f"start it with torchrun --nproc-per-node {plan.ranks}"
     if _needs_example(plan):

@@ -8,9 +8,8 @@ from pathlib import Path
 from memfit.engines import deepspeed
 from memfit.export import openfold, torchtitan
 from memfit.export.base import RUN, Files, Handover
-from memfit.export.script_steps import LOSS_TERMS
+from memfit.export.script_steps import LOSS_TERMS, dependence_caution
 from memfit.export.torchtitan import newer_cannot
-from memfit.techniques.registry import effect_of
 
 NAME = "README.md"
 
@@ -75,14 +74,8 @@ def _lines(target: str, handover: Handover, files: Files) -> Iterator[str]:
 
 
 def dependence_line(handover: Handover) -> str | None:
-    """Return a line "EFFECT: SENTENCE." if the plan splits a batch whose samples depend on each other, or if
-    this was not tested. SENTENCE says so, and EFFECT is how the plan changes results. None if samples are
-    independent, or if the plan does not split the batch."""
-    dependence = handover.dependence
-    if dependence is None or not dependence.sentence:
-        return None
-    effect = effect_of(handover.plan, dependence).label
-    return f"{effect}: {dependence.sentence}."
+    """Return the line of `dependence_caution` for the plan of the folder, None if there is none."""
+    return dependence_caution(handover.plan, handover.dependence)
 
 
 def _script_lines(handover: Handover) -> Iterator[str]:

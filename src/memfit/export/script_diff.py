@@ -15,7 +15,7 @@ from typing import Any
 from memfit.export import trainer
 from memfit.export.batch_counts import BatchCounts
 from memfit.export.loop_edit import apply_lines, edit_loop, loop_lines
-from memfit.export.script_steps import step_text
+from memfit.export.script_steps import loss_terms_step, step_text
 from memfit.export.source_edits import Replacement, Source, literal, name_of, source_of
 from memfit.export.training_loop import with_conditions
 from memfit.files.read import MOST_SOURCE_BYTES, read_text
@@ -24,6 +24,7 @@ from memfit.techniques.rank_mesh import layout, split_batch
 from memfit.techniques.registry import TECHNIQUES, technique
 from memfit.types.device_kind import HOST
 from memfit.types.errors import UserError
+from memfit.types.job import Job
 from memfit.types.plan import Plan
 
 _ARGUMENTS = frozenset({"TrainingArguments", "Seq2SeqTrainingArguments"})
@@ -66,6 +67,7 @@ def script_diff(
     *,
     batch_size: int,
     structure: Mapping[str, Any] = {},
+    job: Job | None = None,
     keeps_enabled: bool = False,
 ) -> ScriptDiff:
     """Return the edit of the script that makes it train with ``plan``. ``batch_size``: samples of a whole
@@ -76,17 +78,33 @@ def script_diff(
 
     A script whose form cannot be edited gets a reason and lines to insert by hand. Techniques that Accelerate
     or Lightning does not apply are in the remarks. Raises UserError if TrainingArguments cannot express the
-    plan, if a plain loop clips gradients although a technique forbids it, and if the script's batch cannot be
-    split into equal micro-batches."""
-    if calls := source.calls(_ARGUMENTS | _DERIVED):
-        return _trainer_diff(source, calls, plan, batch_size, keeps_enabled=keeps_enabled)
-    if _mentions(source, "TrainingArguments") or _mentions(source, "HfArgumentParser"):
+    plan, if a plain loop clips gradients although a technique forbids it, if the script's batch cannot be
+    split into equal micro-batches, and if Accelerate or Lightning would weight the parts of the batch of
+    ``job`` alike although they have different numbers of loss terms. An edited loop passes ``loss_terms`` to
+    memfit.apply then, which the user must define; for the Trainer it is a remark."""
+    calls = source.calls(_ARGUMENTS | _DERIVED)
+    is_trainer = (
+        bool(calls) or _mentions(source, "TrainingArguments") or _mentions(source, "HfArgumentParser")
+    )
+    weights = loss_terms_step(job, plan, trainer=is_trainer) if job is not None else None
+    by_hand = (weights.text,) if weights is not None else ()
+    if calls:
+        edit = _trainer_diff(source, calls, plan, batch_size, keeps_enabled=keeps_enabled)
+        return dataclasses.replace(edit, remarks=(*edit.remarks, *by_hand))
+    if is_trainer:
         values = _trainer_arguments(plan, batch_size, keeps_enabled=keeps_enabled)
         lines = tuple(f"{k}={source_of(v)}" for k, v in values.items())
         reason = "the script takes its TrainingArguments from elsewhere, such as the command line"
-        return ScriptDiff(diff="", reason=reason, lines=lines)
+        return ScriptDiff(diff="", reason=reason, lines=lines, remarks=by_hand)
     for library, is_used in ((_ACCELERATE, True), (_LIGHTNING, _imports_lightning(source))):
         if is_used and (calls := source.calls(frozenset({library.call}))):
+            if weights is not None:
+                raise UserError(
+                    f"{library.name} weights the parts of a batch alike, but those of the job have different "
+                    f"numbers of loss terms; the script would have to {weights.text}",
+                    hint="use a plan that does not split the batch (--without gradient-accumulation), or "
+                    "memfit export with --script",
+                )
             return _library_diff(source, calls, plan, library, batch_size)
     clashing = [use.technique for use in plan.uses if _needs_no_clipping(use.technique)]
     if clashing and _always_clips(source):
@@ -94,17 +112,19 @@ def script_diff(
             f"{source.path} clips gradients, which cannot be combined with {', '.join(clashing)}",
             hint=f"plan with --without {','.join(clashing)}",
         )
+    terms = "loss_terms" if weights is not None else ""
+    define = ("define loss_terms(batch), which returns how many terms the loss of a batch averages",)
     try:
         samples = batch_size // layout(plan).data
-        text, remarks = edit_loop(source, plan, structure, samples)
+        text, remarks = edit_loop(source, plan, structure, samples, loss_terms=terms)
     except UserError as error:
         lines = (
             "import memfit",
-            *apply_lines(plan, "model", "optimizer", structure),
+            *apply_lines(plan, "model", "optimizer", structure, loss_terms=terms),
             *loop_lines("batch", samples),
         )
-        return ScriptDiff(diff="", reason=error.given, lines=lines)
-    return ScriptDiff(diff=_diff_to(source, text), remarks=remarks)
+        return ScriptDiff(diff="", reason=error.given, lines=lines, remarks=define if terms else ())
+    return ScriptDiff(diff=_diff_to(source, text), remarks=(*(define if terms else ()), *remarks))
 
 
 def inexpressible(source: Source) -> tuple[tuple[str, ...], str]:

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from memfit.engines import accelerate
 from memfit.engines.registry import ENGINES
 from memfit.techniques.rank_mesh import layout
-from memfit.techniques.registry import splits_batch, technique
+from memfit.techniques.registry import effect_of, splits_batch, technique
+from memfit.types.dependence import SampleDependence
 from memfit.types.errors import UserError, suggest
 from memfit.types.job import Job
 from memfit.types.launch import LaunchConfig, RunSpec
@@ -69,6 +70,15 @@ def loss_terms_step(job: Job, plan: Plan, *, trainer: bool = False) -> ScriptSte
             "are the labels other than -100"
         )
     return ScriptStep(name=LOSS_TERMS, text=text)
+
+
+def dependence_caution(plan: Plan, dependence: SampleDependence | None) -> str | None:
+    """Return a line "EFFECT: SENTENCE." if the plan splits a batch whose samples depend on each other, or if
+    this was not tested. SENTENCE says so, and EFFECT is how the plan changes results. None if samples are
+    independent, or if the plan does not split the batch (``dependence`` is None)."""
+    if dependence is None or not dependence.sentence:
+        return None
+    return f"{effect_of(plan, dependence).label}: {dependence.sentence}."
 
 
 def _terms_differ(job: Job, step: int, parts: int) -> bool:

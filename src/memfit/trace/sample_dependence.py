@@ -174,11 +174,12 @@ def _by_batch_norms(job: Job, untested: SampleDependence) -> SampleDependence:
         model = fake_model(job).train()
     except Exception:  # noqa: BLE001  whoever traces the job reports why it cannot be built
         return untested
-    norms = {name: m for name, m in model.named_modules() if _takes_statistics(m)}
+    norms = {name: m for name, m in model.named_modules() if takes_batch_statistics(m)}
     return _of_norms(norms, f"judged by the model's layers; {untested.reason}") if norms else untested
 
 
-def _takes_statistics(module: nn.Module) -> bool:
+def takes_batch_statistics(module: nn.Module) -> bool:
+    """Return whether the module is a BatchNorm layer that computes statistics of its batch as it is now."""
     return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
 
 
@@ -738,7 +739,7 @@ def _watched(model: nn.Module, norms: dict[str, nn.Module]) -> Iterator[None]:
 
     def note(name: str) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
-            if _takes_statistics(module):
+            if takes_batch_statistics(module):
                 norms[name] = module
 
         return hook
