@@ -29,14 +29,24 @@ from typing import IO, Any, NoReturn
 
 _IMPORTED = (
     "memfit.api",
+    "memfit.capture.child",
+    "memfit.cli.app",
+    "memfit.runtime.gloo",
     "memfit.worker.calibrate",
     "memfit.worker.checkpoint",
+    "memfit.worker.degraded_training",
     "memfit.worker.train",
     "torch._dynamo",  # by every optimizer of torch
+    "torch._inductor.compile_fx",  # by DeepSpeed
     "torch.distributed.fsdp",
     "torch.distributed.pipelining",
     *(f"transformers.models.{name}.modeling_{name}" for name in ("esm", "llama", "mixtral")),
     "hypothesis",
+    "annotated_types",
+    "pydantic.dataclasses",
+    "pydantic.fields",
+    "pydantic.json_schema",
+    "pydantic.type_adapter",
     "pytest",
 )
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # of Linux's prctl
@@ -213,8 +223,8 @@ def _run(files: Sequence[int], argv: list[str], env: dict[str, str], folder: str
     try:
         if programs := env.get(_PROGRAMS):
             _fork_server(files)
-            for name in ("child_process", "devices"):
-                module = importlib.import_module(f"memfit.runtime.{name}")
+            for name in ("capture.estimate", "runtime.child_process", "runtime.devices"):
+                module = importlib.import_module(f"memfit.{name}")
                 setattr(module, "subprocess", processes(*programs.splitlines(), by=env[_BY]))  # noqa: B010
         libc = ctypes.CDLL(None)
         while os.getppid() != parent:  # the process between them has not ended yet

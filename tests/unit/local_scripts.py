@@ -9,7 +9,7 @@ from pathlib import Path
 from child_ranks import run_children
 from scripts.corpus import PublicScript
 
-_COUNTED = Path(__file__).with_name("counted_script.py")
+COUNTED = Path(__file__).with_name("counted_script.py")
 
 
 def local_script(name: str, command: str, ranks: int = 1) -> PublicScript:
@@ -36,7 +36,7 @@ def measured_bytes(path: Path, *, steps: int = 2, ranks: int = 1) -> int:
     `scripts.measure` measures the same, in processes that start anew and import torch."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {"MEMFIT_TRUTH": folder, "MEMFIT_TRUTH_STEPS": str(steps)}
-        run_children(_COUNTED, [[path]] * ranks, env=environment)
+        run_children(COUNTED, [[path]] * ranks, env=environment)
         records = [json.loads(file.read_text()) for file in Path(folder).glob("rank-*.json")]
     assert len(records) == ranks
     return max(int(step["peak_bytes"]) for record in records for step in record["steps"])

@@ -5,11 +5,16 @@ from __future__ import annotations
 import dataclasses
 import re
 import string
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import forked
 import pytest
-from local_scripts import local_script
+from child_ranks import run_script
+from local_scripts import COUNTED, local_script
 from scripts.corpus import PublicScript, ScriptError, check_unmodified, load_scripts
 from scripts.measure import measure, predict, prepare
 from scripts.page import error_ratio, page, runs_inside, summarize
@@ -89,10 +94,12 @@ def test_a_script_that_takes_no_second_step_is_an_error(tmp_path: Path) -> None:
     ],
 )
 def test_the_peak_of_an_unmodified_script_is_predicted(
-    name: str, package: str, argument: str, tmp_path: Path
+    name: str, package: str, argument: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip(package, reason=f"{package} is not installed")
     script = _local(name, argument)
+    if name != "plain_loop":
+        monkeypatch.setattr("scripts.measure.subprocess", SimpleNamespace(run=_run_forked))
     record = _compared(script, _SCRIPTS, tmp_path)
     error = error_ratio(record)
     assert error is not None, record["predicted"]
@@ -121,6 +128,14 @@ def _compared(script: PublicScript, sources: Path, work: Path) -> dict[str, Any]
     steps = predicted["steps"]
     truth = measure(script, sources, work, repeats=1, steps=steps, peak_steps=steps)
     return {"predicted": predicted, "truth": truth}
+
+
+def _run_forked(
+    argv: Sequence[str], *, cwd: str, env: dict[str, str], **_: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run a script, given as ``python -W ignore SCRIPT ...``, or a command of memfit in a forked process."""
+    words = argv[1:] if argv[1] == "-m" else (COUNTED, *argv[3:])
+    return run_script(*words, cwd=cwd, env=env | forked.variables("memfit.capture ", "memfit.worker "))
 
 
 def _record(name: str, predicted: dict[str, Any]) -> dict[str, Any]:
