@@ -117,11 +117,16 @@ def variables(*programs: str, by: str | Path = "") -> dict[str, str]:
 
 def processes(*programs: str, by: str | Path = "") -> SimpleNamespace:
     """Return a stand-in for the module `subprocess` in a module of memfit. Its `Popen` and `run` fork the
-    programs of ``python -m PROGRAM`` that begin with one of these words, and start others anew. ``by``: a
-    script that is run in place of such a program, with its words as arguments."""
+    programs of ``python -m PROGRAM`` that begin with one of these words, with the word ``.py`` also
+    ``python SCRIPT.py``, and start others anew. ``by``: a script that is run in place of such a program, with
+    its words as arguments."""
 
     def forked_argv(argv: Sequence[str]) -> list[str | Path]:
-        if sys.platform != "linux" or "-m" not in argv:
+        if sys.platform != "linux":
+            return []
+        if ".py" in programs and argv[0] == sys.executable and argv[1].endswith(".py"):
+            return [*([by] if by else []), *argv[1:]]
+        if "-m" not in argv:
             return []
         options, program = argv[: argv.index("-m")], argv[argv.index("-m") + 1 :]
         python = [word for word in options if not word.startswith("-")][-1:]  # others have another torch
@@ -269,15 +274,17 @@ def _exit_code(argv: list[str]) -> int:
         print(ending.code, file=sys.stderr)
         return 1
     except BaseException as error:  # noqa: BLE001  as Python does
-        error.__traceback__ = _of_program(error.__traceback__)
+        started_by = argv[0] if sys.argv[0] != argv[0] else ""  # a script that runs the program
+        error.__traceback__ = _of_program(error.__traceback__, started_by)
         sys.excepthook(type(error), error, error.__traceback__)
         return 1
     return 0
 
 
-def _of_program(frames: TracebackType | None) -> TracebackType | None:
+def _of_program(frames: TracebackType | None, started_by: str) -> TracebackType | None:
     """Return the frames of a traceback from the program's own code on."""
-    while frames and frames.tb_frame.f_code.co_filename in (__file__, "<frozen runpy>", runpy.__file__):
+    others = (__file__, "<frozen runpy>", runpy.__file__, started_by)
+    while frames and frames.tb_frame.f_code.co_filename in others:
         frames = frames.tb_next
     return frames
 

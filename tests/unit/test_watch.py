@@ -13,6 +13,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from hypothesis import given, settings
@@ -398,6 +399,13 @@ def run(*words: str) -> int:
     return run_watched(words, Path("run.jsonl"), prediction={}, limits={}).code
 
 
+@pytest.fixture
+def forked_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How the watch begins where a script's process starts, and where ranks start, is tested in others."""
+    by = Path(__file__).with_name("watched_script.py")
+    monkeypatch.setattr("memfit.monitoring.command.subprocess", forked.processes(".py", by=by))
+
+
 def script(text: str, name: str = "train.py") -> str:
     Path(name).write_text(text)
     return name
@@ -411,6 +419,7 @@ def test_a_command_is_recorded_and_its_exit_code_kept() -> None:
     assert record.exit.code == 7
 
 
+@pytest.mark.usefixtures("forked_scripts")
 def test_a_command_that_is_killed_ends_as_in_a_shell() -> None:
     text = TRAINING + f"import os; os.kill(os.getpid(), {int(signal.SIGKILL)})\n"
     assert main(["watch", "--", sys.executable, script(text)]) == 128 + 9
@@ -434,6 +443,7 @@ DEATHS = {
 }
 
 
+@pytest.mark.usefixtures("forked_scripts")
 @pytest.mark.parametrize("where", DEATHS)
 def test_the_record_of_a_death_names_the_cause_that_its_traceback_names(
     where: str, capfd: pytest.CaptureFixture[str]
@@ -452,6 +462,7 @@ def test_the_record_of_a_death_names_the_cause_that_its_traceback_names(
     assert str(Path.cwd()) not in Path("run.jsonl").read_text()
 
 
+@pytest.mark.usefixtures("forked_scripts")
 def test_a_kill_with_free_memory_is_not_called_one_for_lack_of_memory(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
@@ -480,6 +491,7 @@ if "RANK" not in os.environ:
     assert "certain" not in line
 
 
+@pytest.mark.usefixtures("forked_scripts")
 def test_an_uncaught_error_and_running_out_of_memory_before_training_are_recorded() -> None:
     assert run(sys.executable, script(TRAINING + "raise LookupError('lost')\n")) == 1
     end = recorded().end
@@ -503,6 +515,7 @@ def test_an_uncaught_error_is_recorded_if_the_program_replaces_the_hook() -> Non
     assert (end.error, end.message) == ("LookupError", "lost")
 
 
+@pytest.mark.usefixtures("forked_scripts")
 def test_processes_that_do_not_train_write_nothing() -> None:
     assert run(sys.executable, script("import torch\nraise ValueError\n")) == 1
     (rank,) = read_records("run.jsonl").ranks

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from torch import nn
 
 import memfit
+from memfit.cli import main
 from memfit.monitoring.record import OutOfMemory, read_records
 from memfit.techniques.plan_file import read_plan
 from memfit.types.errors import UserError
@@ -70,26 +73,37 @@ print("weights", sum(p.double().abs().sum().item() for p in model.parameters()).
 """
 
 
-def _run(folder: Path, *arguments: str, restarts: int) -> subprocess.CompletedProcess[str]:
-    (folder / "train.py").write_text(_SCRIPT)
-    command = [sys.executable, "-m", "memfit", "watch", "--restarts", str(restarts), "--"]
-    return subprocess.run(
-        [*command, sys.executable, "train.py", *arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-def test_a_training_that_runs_out_of_memory_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
+@pytest.fixture
+def run_script(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Runs a script that `memfit watch` starts, in a folder. Its process and its workers are forked."""
+    by = Path(__file__).with_name("watched_script.py")
+    monkeypatch.setattr("memfit.monitoring.command.subprocess", forked.processes(".py", by=by))
+    for name, value in forked.variables("memfit.worker ").items():
+        monkeypatch.setenv(name, value)
+
+    def run(folder: Path, *arguments: str, restarts: int) -> subprocess.CompletedProcess[str]:
+        monkeypatch.chdir(folder)
+        (folder / "train.py").write_text(_SCRIPT)
+        command = ["watch", "--restarts", str(restarts), "--", sys.executable, "train.py", *arguments]
+        capfd.readouterr()
+        return subprocess.CompletedProcess(command, main(command), *capfd.readouterr())
+
+    return run
+
+
+def test_a_training_that_runs_out_of_memory_ends_as_an_undisturbed_one(
+    tmp_path: Path, run_script: Run
+) -> None:
     capped, undisturbed = tmp_path / "capped", tmp_path / "undisturbed"
     for folder in (capped, undisturbed):
         folder.mkdir()
         (folder / "plan.yaml").write_text("techniques: {}\n")
-    whole = _run(undisturbed, "8000000", "free", restarts=0)
+    whole = run_script(undisturbed, "8000000", "free", restarts=0)
     assert whole.returncode == 0, whole.stderr
-    recovered = _run(capped, "8000000", "capped", restarts=2)
+    recovered = run_script(capped, "8000000", "capped", restarts=2)
     assert recovered.returncode == 0, recovered.stderr
     assert recovered.stderr.count("memfit: out of memory; start 1 of 2 with") == 1
     plan = read_plan(capped / "plan.yaml")
@@ -102,9 +116,11 @@ def test_a_training_that_runs_out_of_memory_ends_as_an_undisturbed_one(tmp_path:
         assert weights[0] == pytest.approx(weights[1], rel=1e-5)
 
 
-def test_without_restarts_the_command_ends_with_its_own_error_and_the_plan_is_there(tmp_path: Path) -> None:
+def test_without_restarts_the_command_ends_with_its_own_error_and_the_plan_is_there(
+    tmp_path: Path, run_script: Run
+) -> None:
     (tmp_path / "plan.yaml").write_text("techniques: {}\n")
-    done = _run(tmp_path, "8000000", "capped", restarts=0)
+    done = run_script(tmp_path, "8000000", "capped", restarts=0)
     assert done.returncode == 1
     assert "OutOfMemoryError" in done.stderr
     (rank,) = read_records(tmp_path / "run.jsonl").ranks
