@@ -147,7 +147,7 @@ class _Session:
             self.stack.close()
         torch.set_grad_enabled(True)
 
-    def _with_plans(self, answer: ScriptAnswer, wanted: PlanSearch) -> ScriptAnswer:
+    def _with_plans(self, answer: ScriptAnswer, plan_search: PlanSearch) -> ScriptAnswer:
         """Return the answer with plans for the script's step, or with the reason why there are none."""
         name, trace = self.program.name, self.trace
         try:
@@ -157,7 +157,7 @@ class _Session:
                 raise UserError(
                     f"no plan can be searched for {name}: its optimizer trains tensors that are in no module"
                 )
-            cap_bytes = wanted.cap_bytes or int(self.machine.device.memory_bytes.value)
+            cap_bytes = plan_search.cap_bytes or int(self.machine.device.memory_bytes.value)
             if answer.before_training_bytes > cap_bytes:
                 before = format_bytes(answer.before_training_bytes)
                 raise UserError(
@@ -184,14 +184,14 @@ class _Session:
                 job_ref=JobRef(spec=name),
                 machine=self.machine,
                 threads=torch.get_num_threads(),  # as in the estimate, since workspaces depend on them
-                bounds=Bounds(without=(*_NOT_FOR_SCRIPTS, *wanted.without)),
-                within_s=wanted.within_s,
-                cap_bytes=cap_bytes if answer.shared_bytes else wanted.cap_bytes,
+                bounds=Bounds(without=(*_NOT_FOR_SCRIPTS, *plan_search.without)),
+                within_s=plan_search.within_s,
+                cap_bytes=cap_bytes if answer.shared_bytes else plan_search.cap_bytes,
                 own=dataclasses.replace(answer.estimate, plan=own)
                 if answer.estimate is not None and answer.ranks == 1
                 else None,
-                goal=wanted.goal,
-                accuracy=wanted.accuracy,
+                goal=plan_search.goal,
+                accuracy=plan_search.accuracy,
             )
             planning = search(request, lambda *progress: None)
         except MemfitError as error:
@@ -214,7 +214,7 @@ class _Session:
             batch_size=1,
             workers=trace.workers,
         )
-        if not trace.cycle.made:
+        if not trace.cycle.created:
             self.notes.append(
                 "the script makes no optimizer of torch: two forward and backward passes are predicted"
             )

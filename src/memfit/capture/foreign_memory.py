@@ -66,7 +66,7 @@ class ForeignMemory:
 
     def _noticing(self, inner: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(inner)
-        def made(*args: Any, **kwargs: Any) -> Any:
+        def noticing(*args: Any, **kwargs: Any) -> Any:
             out = inner(*args, **kwargs)
             if type(out) is torch.Tensor and out.device.type == "cpu":
                 storage = out.untyped_storage()
@@ -74,4 +74,4 @@ class ForeignMemory:
                     self._shared[storage._cdata] = weakref.ref(storage)
             return out
 
-        return made
+        return noticing

@@ -132,4 +132,4 @@ def _rise(values: Sequence[int]) -> int:
 def existing(kind: type[_Kind]) -> list[_Kind]:
     """Return all objects of this class that exist in the process."""
     # type() does not run code of the object, which isinstance may do for proxies
-    return [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]
+    return [value for value in gc.get_objects() if issubclass(type(value), kind)]

@@ -264,7 +264,10 @@ class Sandbox:
         return None if not is_plain or self._is_free(name) or self._is_created(name) else name
 
     def _is_created(self, name: str) -> bool:
-        return any(name == made or name.startswith(f"{made}{os.sep}") for made in self.created)
+        return any(
+            name == created_path or name.startswith(f"{created_path}{os.sep}")
+            for created_path in self.created
+        )
 
     def _is_free(self, name: str) -> bool:
         """Return whether the innermost of the free and the protected folders around a path is a free one."""

@@ -255,7 +255,7 @@ def _optimizer_init(trace: ScriptTrace) -> Callable[..., None]:
     @functools.wraps(inner)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         inner(self, *args, **kwargs)
-        trace.cycle.made.add(self)
+        trace.cycle.created.add(self)
         if isinstance(self, torch.optim.LBFGS):  # it does all its iterations
             for group in self.param_groups:
                 group["tolerance_grad"] = group["tolerance_change"] = -math.inf

@@ -307,7 +307,7 @@ class ScriptTrace:
             for path, param in root.named_parameters():
                 seen.add(id(param))
                 yield ".".join(filter(None, (name, path.rpartition(".")[0]))), param
-        for optimizer in self.cycle.made:
+        for optimizer in self.cycle.created:
             for tensor in params_of(optimizer):
                 if id(tensor) not in seen and is_fake(tensor):
                     seen.add(id(tensor))
@@ -380,7 +380,7 @@ class ScriptTrace:
 
     def _close_step_without_optimizer(self) -> None:
         """If the script has no optimizer of torch, take each backward pass for a step."""
-        if self.cycle.made or self.recorder.current is Phase.FORWARD or not self.micro_batches:
+        if self.cycle.created or self.recorder.current is Phase.FORWARD or not self.micro_batches:
             return
         self._close_backward()
         self._close_step(is_over=self.micro_batches >= _PASSES)

@@ -178,8 +178,8 @@ class StepCalls:
 
     def _stand_in(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            if (made := self._stand_in_of(value)) is not None:
-                return made
+            if (stand_in := self._stand_in_of(value)) is not None:
+                return stand_in
             if (shaping := self._reshaped.get(value)) is not None:
                 function, *arguments = shaping
                 call = _Call(function, _pytree.tree_map(self._stand_in, tuple(arguments)), None, True)
@@ -230,10 +230,10 @@ class StepCalls:
         if self.model is None or (isinstance(value, torch.nn.Parameter) and not self._enclose(value)):
             return None
         for module in self.model.modules():
-            for name, held in (*module._parameters.items(), *module._buffers.items(), *vars(module).items()):
+            for name, kept in (*module._parameters.items(), *module._buffers.items(), *vars(module).items()):
                 if name in _OF_MODULES:
                     continue
-                leaves = [held] if isinstance(held, torch.Tensor) else _leaves(held)
+                leaves = [kept] if isinstance(kept, torch.Tensor) else _leaves(kept)
                 for index, leaf in enumerate(leaves):
                     if leaf is value:
                         return _Attribute(module, name, index - len(leaves))
@@ -334,8 +334,8 @@ class StepCalls:
         return loss if loss.numel() == 1 else loss.sum()
 
 
-def _leaves(held: Any) -> list[Any]:
-    return _pytree.tree_leaves(held) if isinstance(held, list | tuple | dict) else []
+def _leaves(value: Any) -> list[Any]:
+    return _pytree.tree_leaves(value) if isinstance(value, list | tuple | dict) else []
 
 
 def _is_packed(value: Any) -> bool:

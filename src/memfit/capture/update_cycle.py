@@ -21,7 +21,7 @@ class UpdateCycle:
     optimizer that steps least often, so that the last one spans a whole cycle, such as five updates of a
     critic and one of its generator.
 
-    ``made``: the optimizers that the script has made. ``optimizers``: those that have made updates, by id.
+    ``created``: the optimizers that the script has made. ``optimizers``: those that have made updates, by id.
     ``is_over``: the last traced step was a whole cycle, and every optimizer has made two updates; or those
     that have not were awaited long enough. ``later``: where the script may train again (`later_training`).
     Updates before that training are those of another one, such as a range test of the learning rate, and do
@@ -29,7 +29,7 @@ class UpdateCycle:
     """
 
     def __init__(self) -> None:
-        self.made: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.created: weakref.WeakSet[Any] = weakref.WeakSet()
         self.optimizers: dict[int, Any] = {}
         self.is_over = False
         self.later = ""
@@ -93,12 +93,12 @@ class UpdateCycle:
         """Return the optimizers that have made no update, but those that wrap another, or are wrapped. If
         updates are made in backward, one of all parameters may have nothing left to do."""
         active = [*self.optimizers.values(), *self._inner, *self._earlier]
-        seen = {id(thing) for o in active for thing in (o, *o.param_groups)}
+        seen = {id(part) for o in active for part in (o, *o.param_groups)}
         done = {id(p) for o in active for p in params_of(o)} if _IN_BACKWARD in self._updates else set()
         return [
             o
-            for o in self.made
-            if not any(id(thing) in seen for thing in (o, *o.param_groups, *vars(o).values()))
+            for o in self.created
+            if not any(id(part) in seen for part in (o, *o.param_groups, *vars(o).values()))
             and any(is_fake(p) and id(p) not in done for p in params_of(o))
         ]
 

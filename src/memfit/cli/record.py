@@ -167,8 +167,8 @@ def _compare(names: tuple[str, str], store: Path | None, *, as_json: bool) -> No
     from memfit.store import exchange
 
     records = [find_record(name, store) for name in names]
-    rows = exchange.compare(*(found.record for found in records))
-    sources = {side: found.taken_from for side, found in zip("AB", records, strict=True)}
+    rows = exchange.compare(*(sourced.record for sourced in records))
+    sources = {side: sourced.taken_from for side, sourced in zip("AB", records, strict=True)}
     if as_json:
         header = {"a": names[0], "b": names[1], "taken_from": sources}
         emit(header | {"compared": [r.model_dump() for r in rows]})

@@ -111,14 +111,14 @@ def with_temporaries(trace: Trace, device: Device) -> Trace:
     if not calls:
         return trace
     starts = sorted({op.clock for op in trace.ops})
-    made: dict[int, list[Allocation]] = {}  # clock of the operator -> its outputs
+    outputs_by_clock: dict[int, list[Allocation]] = {}  # clock of the operator -> its outputs
     for allocation in trace.allocations:
         index = bisect_right(starts, allocation.start - 1) - 1
         if index >= 0:
-            made.setdefault(starts[index], []).append(allocation)
+            outputs_by_clock.setdefault(starts[index], []).append(allocation)
     temporaries = []
     for op, inside in calls:
-        outputs = [a for a in made.get(op.clock, ()) if a.op == op.op]
+        outputs = [a for a in outputs_by_clock.get(op.clock, ()) if a.op == op.op]
         before_bytes = inside.alone_bytes - sum(a.size_bytes for a in outputs)
         size_bytes = max(inside.beside_bytes, before_bytes)
         if size_bytes <= _NEGLIGIBLE_BYTES:

@@ -203,14 +203,14 @@ def _trainer_diff(
     remarks += _batch_remarks(source, plan, call)
     present = {k.arg for k in call.keywords}
     keeps_defaults = name_of(call.func) in _ARGUMENTS
-    wanted = {
+    changed_arguments = {
         name: text
         for name, text in sources.items()
         if name in present or not keeps_defaults or _DEFAULTS.get(name, ...) != values[name]
     }
     if _BATCH not in present and sources[_BATCH] == "8" and keeps_defaults:
-        del wanted[_BATCH]
-    text = source.replaced(source.with_keywords(call, wanted))
+        del changed_arguments[_BATCH]
+    text = source.replaced(source.with_keywords(call, changed_arguments))
     return ScriptDiff(diff=_diff_to(source, text), remarks=tuple(remarks))
 
 

@@ -305,8 +305,8 @@ def _setup(source: Source, place: LoopPlace, update: Update, model: str) -> Loop
     if model not in arguments and statements is not place.scope:
         names[model] = _model(statements, [], optimizer)
     statements, at = _innermost(statements, user, optimizer)
-    made = [s for s in statements[:at] if optimizer in stored_names(s)]
-    after = made[-1] if made else None
+    assignments = [s for s in statements[:at] if optimizer in stored_names(s)]
+    after = assignments[-1] if assignments else None
     remarks = []
     between = statements[statements.index(after) + 1 : at] if after is not None else []
     for statement in between:
@@ -354,11 +354,11 @@ def _caller(
     if len(makers) == 1:
         return makers[0]
     visible = [s for s in scopes if any(optimizer in stored_names(statement) for statement in s)]
-    made = [s for s in visible if "parameters()" in ast.unparse(ast.Module(body=s, type_ignores=[]))]
-    if len(made) != 1:
+    making = [s for s in visible if "parameters()" in ast.unparse(ast.Module(body=s, type_ignores=[]))]
+    if len(making) != 1:
         raise UserError(f"the script does not show where {optimizer} is made")
-    node = next((n for scope, n, _ in calls_of_loop if scope is made[0]), None)
-    return made[0], node or ast.Pass(), {}
+    node = next((n for scope, n, _ in calls_of_loop if scope is making[0]), None)
+    return making[0], node or ast.Pass(), {}
 
 
 def _arguments(function: Any, call: ast.Call) -> dict[str, ast.expr]:

@@ -116,16 +116,16 @@ class LinearFlow(PlaceholderValues):
         """Enter what was observed of the block at the path ``block`` also for the equal block at the path
         ``twin``, which was not run. Views are not copied."""
 
-        def there(name: str) -> str:
+        def relocate(name: str) -> str:
             return twin + name[len(block) :] if is_within(name, block) else name
 
         for name in [n for n in self.linears if is_within(n, block)]:
             linear = self.linears[name]
-            within = tuple(_Call(there(c.name), c.arguments) for c in linear.within)
-            self.linears[there(name)] = dataclasses.replace(linear, within=within)
-        self.inside |= {there(n): dims for n, dims in self.inside.items() if is_within(n, block)}
+            within = tuple(_Call(relocate(c.name), c.arguments) for c in linear.within)
+            self.linears[relocate(name)] = dataclasses.replace(linear, within=within)
+        self.inside |= {relocate(n): dims for n, dims in self.inside.items() if is_within(n, block)}
         for _, users in self._used.values():
-            users += [there(user) for user in users if is_within(user, block)]
+            users += [relocate(user) for user in users if is_within(user, block)]
 
     def _entering(self, name: str, is_block: bool) -> Any:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:

@@ -471,8 +471,8 @@ def _by_snapshot(snapshot: MemorySnapshot) -> _Judgement:
         if not is_certain:
             text += ": a block that is large enough belongs to another stream or pool"
         return DeathCause.FRAGMENTATION, Certainty.CERTAIN if is_certain else Certainty.LIKELY, [text], []
-    asked = f"{format_bytes(request)} was asked for" if request is not None else "no request failed"
-    evidence = [f"{asked}; {format_bytes(snapshot.allocated_bytes)} is in tensors"]
+    request_text = f"{format_bytes(request)} was asked for" if request is not None else "no request failed"
+    evidence = [f"{request_text}; {format_bytes(snapshot.allocated_bytes)} is in tensors"]
     if snapshot.leak_bytes:
         lines = "; ".join(_stack_text(s) for s in snapshot.survivors[:3])
         text = f"memory between the steps grew by {format_bytes(snapshot.leak_bytes)}"

@@ -322,7 +322,7 @@ def _looser_bounds(bounds: Bounds, fitting: Sequence[Estimate]) -> Iterator[str]
         dataclasses.replace(bounds, budget_usd=None),
         dataclasses.replace(bounds, deadline_s=None),
     )
-    wanted = (
+    limits = (
         (bounds.deadline_s, Objective.FASTEST, budget),
         (bounds.budget_usd, Objective.CHEAPEST, deadline),
     )
@@ -331,7 +331,7 @@ def _looser_bounds(bounds: Bounds, fitting: Sequence[Estimate]) -> Iterator[str]
         for e in fitting
         if (bounds.deadline_s is None or e.step_s) and (bounds.budget_usd is None or e.usd is not None)
     ]
-    for limit, objective, other_limit in wanted:
+    for limit, objective, other_limit in limits:
         if limit is None or not limited:
             continue
         preferred = min(limited, key=lambda e: (not within_bounds(other_limit, e), score(e, objective)))

@@ -301,8 +301,8 @@ def _estimates_in_time(
     excluded = {plain_plan, *(e.plan for e in sketches)}
     chosen = [e.plan for e in (*fitting[:1], *smallest[:1])]
     requested: list[set[str]] = [set()] if request.bounds.micro_batch else []
-    for wanted in (*requested, *_SAVING_MOST):
-        with_these = [p for p in all_plans if p not in excluded and wanted <= p.techniques]
+    for techniques in (*requested, *_SAVING_MOST):
+        with_these = [p for p in all_plans if p not in excluded and techniques <= p.techniques]
         chosen += sorted(with_these, key=effect_then_size_key)[:1]
     for plan in chosen:
         if not any(map(meets_limits, estimates.values())):

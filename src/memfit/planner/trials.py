@@ -255,16 +255,16 @@ def comparable_times(
     logs = {
         plan: [(r, math.log(t)) for r, t in zip(rounds[plan], times[plan], strict=True)] for plan in times
     }
-    levels = dict.fromkeys((r for taken in rounds.values() for r in taken), 0.0)
+    levels = dict.fromkeys((r for plan_rounds in rounds.values() for r in plan_rounds), 0.0)
     for _ in range(_POLISHING_ROUNDS):
         residuals: dict[int, list[float]] = {r: [] for r in levels}
-        for taken in logs.values():
-            plan_level = statistics.median(value - levels[r] for r, value in taken)
-            for r, value in taken:
+        for measured in logs.values():
+            plan_level = statistics.median(value - levels[r] for r, value in measured)
+            for r, value in measured:
                 residuals[r].append(value - plan_level)
         levels = {r: statistics.median(values) for r, values in residuals.items()}
     fastest = min(levels.values(), default=0.0)
-    return {plan: [math.exp(v - levels[r] + fastest) for r, v in taken] for plan, taken in logs.items()}
+    return {plan: [math.exp(v - levels[r] + fastest) for r, v in measured] for plan, measured in logs.items()}
 
 
 def measured_band(rounds: Sequence[Sequence[float]]) -> EqualityBand:

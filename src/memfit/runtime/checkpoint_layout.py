@@ -234,7 +234,7 @@ def places(step: TrainingStep) -> dict[str, TensorPlace]:
 
 
 def _stage12(optimizer: Any) -> Iterator[tuple[nn.Parameter, TensorPlace]]:
-    for param, (a, b) in optimizer.mine.items():
+    for param, (a, b) in optimizer.own_ranges.items():
         index = optimizer.span[param][0] + a - optimizer.rank * optimizer.size
         yield param, TensorPlace(owner=optimizer.master, shape=tuple(param.shape), start=a, end=b, at=index)
 

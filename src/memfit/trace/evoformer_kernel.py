@@ -71,8 +71,8 @@ def _backward(  # noqa: PLR0913 - DeepSpeed's own arguments
     grads = [torch.empty_like(t) for t in (query, key, value)]
     delta = torch.empty_like(log_sums)
     bias_grads = [
-        torch.zeros_like(bias, dtype=torch.float32) if wanted else bias.new_empty(0, dtype=torch.float32)
-        for bias, wanted in ((bias1, bias1_grad), (bias2, bias2_grad))
+        torch.zeros_like(bias, dtype=torch.float32) if needs_grad else bias.new_empty(0, dtype=torch.float32)
+        for bias, needs_grad in ((bias1, bias1_grad), (bias2, bias2_grad))
     ]
     reads = [grad, query, key, value, out, log_sums, bias1, bias2]
     _report([*grads, delta, *bias_grads], reads, query, backward=True)

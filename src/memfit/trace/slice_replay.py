@@ -228,8 +228,8 @@ class _LeftOut:
         return outputs
 
     def _new(self, size: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> FakeTensor:
-        made: FakeTensor = NewTensors(((size, stride, dtype, self._device),), None).make(self._mode)
-        return made
+        fake: FakeTensor = NewTensors(((size, stride, dtype, self._device),), None).make(self._mode)
+        return fake
 
     def _stacked(self, layout: NewTensors, life: Life) -> list[FakeTensor]:
         """Return a fake tensor of this layout for each slice, all in one storage with the record ``life``."""

@@ -58,7 +58,7 @@ def streams(recorder: AllocationRecorder) -> Iterator[None]:
     collectives."""
     numbers = itertools.count(1)
 
-    def made(priority: int = -1) -> _Stream:
+    def make_stream(priority: int = -1) -> _Stream:
         return _Stream(recorder, f"stream {next(numbers)}")
 
     def enter(stream: Any) -> Any:
@@ -77,7 +77,7 @@ def streams(recorder: AllocationRecorder) -> Iterator[None]:
     event = functools.partial(_Event, recorder)
     work = torch._C._distributed_c10d.Work
     with (
-        mock.patch.multiple(torch.cpu, Stream=made, Event=event, stream=enter, current_stream=current),
+        mock.patch.multiple(torch.cpu, Stream=make_stream, Event=event, stream=enter, current_stream=current),
         # Called if a gathered parameter was not used.
         mock.patch.object(torch.accelerator, "current_stream", current),
         mock.patch.object(work, "wait", waited),

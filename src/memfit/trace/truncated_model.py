@@ -97,13 +97,13 @@ def _hollow_beyond(built: _Built, count: int) -> Iterator[None]:
     empty. The caller drops these, and building them takes longer than tracing those that stay. Subclasses of
     the blocks' class, and other modules of it, build theirs."""
     kind: Any = built.kind
-    inner, made = kind.__init__, 0
+    inner, built_count = kind.__init__, 0
     hollow = range(built.first + count, built.first + built.count)
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        nonlocal made
-        index = made if type(self) is kind else -1
-        made += type(self) is kind
+        nonlocal built_count
+        index = built_count if type(self) is kind else -1
+        built_count += type(self) is kind
         if index in hollow:
             torch.nn.Module.__init__(self)
         else:

@@ -354,14 +354,17 @@ def normalize_clocks(trace: Trace) -> Trace:
             tables[event.kind][event.row] = clock
             clock += 1
         spans.append(dataclasses.replace(span, start=start, end=clock))
-    made, called = range(len(starts)), range(len(clocks))
+    allocation_indices, op_indices = range(len(starts)), range(len(clocks))
     return dataclasses.replace(
         trace,
         spans=tuple(spans),
         allocations=copied_rows(
-            trace.allocations, made, start=map(starts.get, made), end=map(ends.get, made)
+            trace.allocations,
+            allocation_indices,
+            start=map(starts.get, allocation_indices),
+            end=map(ends.get, allocation_indices),
         ),
-        ops=copied_rows(trace.ops, called, clock=map(clocks.get, called)),
+        ops=copied_rows(trace.ops, op_indices, clock=map(clocks.get, op_indices)),
     )
 
 
@@ -543,8 +546,8 @@ class _Script:
         self.passed: dict[tuple[_RunKey, int | None], list[int]] = defaultdict(list)
         self.alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
         for index, birth in self.births.items():
-            death, made = self.deaths.get(index), trace.allocations[index]
-            self.alike[birth[:3], made.op, made.module, made.requested_bytes].append(index)
+            death, allocation = self.deaths.get(index), trace.allocations[index]
+            self.alike[birth[:3], allocation.op, allocation.module, allocation.requested_bytes].append(index)
             if birth.block is not None and death is not None and death.block not in (None, birth.block):
                 self.passed[birth[:3], death.block].append(index)
 
@@ -581,8 +584,8 @@ class _Script:
     def counterpart(self, index: int, other: _Script) -> int | None:
         """Return the index in ``other`` of the allocation ``index``, which is made in the same run; None if
         there is none. Raises Mismatch if that is not clear."""
-        made = self.trace.allocations[index]
-        key = self.births[index][:3], made.op, made.module, made.requested_bytes
+        allocation = self.trace.allocations[index]
+        key = self.births[index][:3], allocation.op, allocation.module, allocation.requested_bytes
         own, others = self.alike[key], other.alike.get(key, [])
         if others and len(own) != len(others):
             raise Mismatch("a block makes another number of allocations if it is recomputed")

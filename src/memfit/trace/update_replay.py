@@ -85,14 +85,14 @@ class UpdateReplay:
     def _run(self, call: Any, module: str, func: Callable[..., None], args: Any, kwargs: Any) -> None:
         recorder = self._recorder
         start, first_life, first_call = recorder.clock, len(recorder.lives), recorder.call_count
-        said, counts = recorder.guesses.statements, recorder.counts()
+        statements, counts = recorder.guesses.statements, recorder.counts()
         func(*args, **kwargs)
         lives = recorder.lives[first_life:]
         is_closed = all(life.end is not None and life.category is None for life in lives) and not any(
             life.end is not None and life.end >= start for life in recorder.lives[:first_life]
         )
         calls = recorder.calls_between(first_call)
-        if not is_closed or any(c.is_collective for c in calls) or recorder.guesses.statements != said:
+        if not is_closed or any(c.is_collective for c in calls) or recorder.guesses.statements != statements:
             self._kept[call] = None
             return
         self._kept[call] = _Update(

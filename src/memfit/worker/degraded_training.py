@@ -72,10 +72,10 @@ def scores_by_endpoint(job: Job, scores: Any) -> Mapping[str, float]:
         return {}
     name = job.metric.name if job.metric is not None else ""
     values = dict(scores) if isinstance(scores, Mapping) else {name: float(scores)}
-    wanted = [endpoint.name for endpoint in job.endpoints] or [name]
-    if missing := [n for n in wanted if n not in values]:
+    names = [endpoint.name for endpoint in job.endpoints] or [name]
+    if missing := [n for n in names if n not in values]:
         raise UserError(
             f"the job's evaluate returned {', '.join(values) or 'nothing'}, but not {', '.join(missing)}",
             allowed="a mapping with the name of the metric and of each surrogate",
         )
-    return {n: float(values[n]) for n in wanted}
+    return {n: float(values[n]) for n in names}

@@ -63,7 +63,7 @@ def compare_with_prediction(
     progress("trace", 0, 0, plan.label)
     predicted = predictor.whole(check(plan, request.machine))
     figures = diagnosis.figures
-    allocated, asked = figures.get("allocated_bytes"), figures.get("request_bytes")
+    allocated, requested = figures.get("allocated_bytes"), figures.get("request_bytes")
     limit_bytes = (
         request.cap_bytes or _limit_bytes(diagnosis) or int(request.machine.device.memory_bytes.value)
     )
@@ -75,7 +75,7 @@ def compare_with_prediction(
     return DeathComparison(
         predicted=predicted,
         needed_bytes=needed_bytes(predicted, request.machine),
-        measured_bytes=None if allocated is None else allocated + (asked or 0),
+        measured_bytes=None if allocated is None else allocated + (requested or 0),
         limit_bytes=limit_bytes,
         nearest=nearest,
         nearest_bytes=needed_bytes(nearest, request.machine) if nearest is not None else None,

@@ -147,15 +147,15 @@ def largest(  # noqa: PLR0913
     sizes; NothingFits if no plan of a search fits even with the smallest value.
     """
     sizes = _sizes(request.job_ref)
-    asked = sizes.resolve(dimension)
+    target = sizes.resolve(dimension)
     if measure:
         _must_be_measurable(request, sizes)
     other = sizes.resolve(along) if along else None
-    if other is not None and other.name == asked.name:
-        raise UserError(f"both sizes of --largest are {asked.name}", allowed="two different sizes")
+    if other is not None and other.name == target.name:
+        raise UserError(f"both sizes of --largest are {target.name}", allowed="two different sizes")
     cap_bytes, cap_reason = _cap(request)
     request = dataclasses.replace(request, cap_bytes=cap_bytes)
-    predictor, chosen_plans = _plans(request, sizes, asked, plans, progress)
+    predictor, chosen_plans = _plans(request, sizes, target, plans, progress)
     chosen_plans = chosen_plans if plans else chosen_plans[: most_plans or _MOST_PLANS]
     if other is None:
         other_values: Sequence[int | None] = [None]
@@ -163,15 +163,15 @@ def largest(  # noqa: PLR0913
         other_values = _other_values(other, values)
     rows = []
     for plan in chosen_plans:
-        start = asked.value
+        start = target.value
         for value in other_values:
             fixed = {} if other is None or value is None else {other.name: value}
-            row = _row(request, predictor, sizes, asked, plan, fixed, start, step, progress, measure=measure)
+            row = _row(request, predictor, sizes, target, plan, fixed, start, step, progress, measure=measure)
             rows.append(dataclasses.replace(row, value=value))
             if row.result is not None and row.result.value is not None:
                 start = row.result.value
     return LargestReport(
-        dimension=asked.name,
+        dimension=target.name,
         along=other.name if other else "",
         cap_bytes=cap_bytes,
         cap_reason=cap_reason,
@@ -184,7 +184,7 @@ def _row(  # noqa: PLR0913
     request: Request,
     predictor: Predictor,
     sizes: _Sizes,
-    asked: Dimension,
+    target: Dimension,
     plan: Plan,
     fixed: Mapping[str, int],
     start: int,
@@ -194,15 +194,15 @@ def _row(  # noqa: PLR0913
     measure: bool,
 ) -> LargestRow:
     multiples = {"batch": batch_multiple, "length": length_multiple}
-    multiple = next((multiples[names[0]] for names in _SYNONYMS[:2] if asked.name in names), lambda plan: 1)
+    multiple = next((multiples[names[0]] for names in _SYNONYMS[:2] if target.name in names), lambda plan: 1)
     count = 0
 
     def job_of(value: int) -> Job:
         nonlocal count
         count += 1
         at = "".join(f", {name} {n}" for name, n in fixed.items())
-        progress("trace", count, 0, f"{asked.name} {value}{at}: {plan.label}")
-        return sizes.build({**fixed, asked.name: value})
+        progress("trace", count, 0, f"{target.name} {value}{at}: {plan.label}")
+        return sizes.build({**fixed, target.name: value})
 
     try:
         result = find_largest(
@@ -213,15 +213,15 @@ def _row(  # noqa: PLR0913
                 cap_bytes=request.cap_bytes or 0,
                 prepare=_workspaces(request, predictor),
             ),
-            dimension=asked.name,
+            dimension=target.name,
             plan=plan,
             cap_bytes=request.cap_bytes or 0,
             start=start,
-            step=math.lcm(asked.multiple, multiple(plan), step or 1),
+            step=math.lcm(target.multiple, multiple(plan), step or 1),
         )
         if measure:
             result = with_boundary(
-                lambda value: _train(request, sizes, plan, {**fixed, asked.name: value}, value, progress),
+                lambda value: _train(request, sizes, plan, {**fixed, target.name: value}, value, progress),
                 result,
             )
     except UserError as error:
@@ -311,7 +311,7 @@ def _cap(request: Request) -> tuple[int, str]:
 
 
 def _plans(
-    request: Request, sizes: _Sizes, asked: Dimension, plans: Sequence[Plan], progress: Progress
+    request: Request, sizes: _Sizes, target: Dimension, plans: Sequence[Plan], progress: Progress
 ) -> tuple[Predictor, Sequence[Plan]]:
     """Return (the predictor of the job with its own sizes, the plans to answer for)."""
     if plans:
@@ -329,8 +329,8 @@ def _plans(
     except NothingFits:
         if sizes.fixed:
             raise
-        smallest = max(asked.multiple, request.ranks if asked.name == "batch" else 1)
-        smaller_request = dataclasses.replace(request, job_ref=sizes.ref.with_sizes({asked.name: smallest}))
+        smallest = max(target.multiple, request.ranks if target.name == "batch" else 1)
+        smaller_request = dataclasses.replace(request, job_ref=sizes.ref.with_sizes({target.name: smallest}))
         planning = search(smaller_request, progress)
     result = planning.result
     recommended = [result.recommended] if result.recommended else []

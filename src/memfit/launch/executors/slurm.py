@@ -86,8 +86,8 @@ class SlurmExecutor(SubmititExecutor):
         return self._state(job_id) in _RUNS
 
     def reason(self, task: Task, job_id: str) -> str:
-        said = _ENDS.get(self._seen.get(job_id, ""), "")
-        return said or super().reason(task, job_id)
+        end_text = _ENDS.get(self._seen.get(job_id, ""), "")
+        return end_text or super().reason(task, job_id)
 
     def _state(self, job_id: str) -> str:
         """Return Slurm's word for the state of a job; "" if it does not know the job, "UNKNOWN" if Slurm has

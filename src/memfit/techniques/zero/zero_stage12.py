@@ -104,7 +104,7 @@ class ZeroTwo(ZeroOptimizer):
         ends = list(itertools.accumulate(p.numel() for p in params))
         self.span = {p: (end - p.numel(), end) for p, end in zip(params, ends, strict=True)}
         low, high = self.rank * self.size, (self.rank + 1) * self.size
-        self.mine = {
+        self.own_ranges = {
             p: (max(a, low) - a, min(b, high) - a) for p, (a, b) in self.span.items() if a < high and b > low
         }
         on_host = bool(self.state_on) and not bench.device.is_host
@@ -206,13 +206,13 @@ class ZeroTwo(ZeroOptimizer):
         """Move the reduced gradient of ``param`` out of the bucket, which is reused. If this rank's part has
         elements of the parameter, move it to the host if state is offloaded, else to a buffer of such
         gradients. Otherwise stage 2 frees the gradient, and stage 1 keeps it until the end of backward."""
-        if param not in self.mine:
+        if param not in self.own_ranges:
             param.grad = None if self.shards_gradients else param.grad
         elif self.state_on:
             self._to_host(param)
         else:
             if self.own is None:
-                elements = sum(p.numel() for p in self.mine)
+                elements = sum(p.numel() for p in self.own_ranges)
                 self.own = torch.empty(elements, dtype=self.flat.dtype, device=self.flat.device)
                 self.own_at = 0
             self._into(self.own, self.own_at, param)
@@ -224,7 +224,7 @@ class ZeroTwo(ZeroOptimizer):
         micro-batches before the last, write the new sum to the host. In the last one, write this rank's part
         of it to the gradient of the master copy, which is on the host, store the norm of that part for
         `grad_norm`, and free the gradient on the device."""
-        (a, b), grad = self.mine[param], param.grad
+        (a, b), grad = self.own_ranges[param], param.grad
         assert self.master.grad is not None and grad is not None
         has_sum = self.shards_gradients and self.micro_batch > 0
         if has_sum or not self.last:
@@ -255,12 +255,12 @@ class ZeroTwo(ZeroOptimizer):
                     self._add(param)
             self._reduce()
             if self.state_on:
-                for param in self.mine:
+                for param in self.own_ranges:
                     if param not in self.added:
                         param.grad = torch.zeros_like(param)
                         self._to_host(param)
             else:
-                new_grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.mine]
+                new_grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.own_ranges]
                 for total, grad in zip(self.sums, new_grads, strict=False):
                     total.add_(grad)
                 self.sums = self.sums or new_grads
@@ -271,14 +271,14 @@ class ZeroTwo(ZeroOptimizer):
         if self.state_on:
             assert self.master.grad is not None
             part_start = self.rank * self.size
-            for param, (a, b) in self.mine.items():
+            for param, (a, b) in self.own_ranges.items():
                 yield param, a, self.master.grad.narrow(0, self.span[param][0] + a - part_start, b - a)
         elif self.sums:
-            starts = (a for a, _ in self.mine.values())
-            yield from zip(self.mine, starts, self._parts(), strict=True)
+            starts = (a for a, _ in self.own_ranges.values())
+            yield from zip(self.own_ranges, starts, self._parts(), strict=True)
 
     def _parts(self) -> list[torch.Tensor]:
-        return [g.view(-1)[a:b] for g, (a, b) in zip(self.sums, self.mine.values(), strict=True)]
+        return [g.view(-1)[a:b] for g, (a, b) in zip(self.sums, self.own_ranges.values(), strict=True)]
 
     def grad_norm(self) -> torch.Tensor:
         return self._norm(self.norms.values() if self.state_on else map(norm64, self._parts()))
