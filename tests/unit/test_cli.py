@@ -207,6 +207,7 @@ def test_options_that_the_help_of_estimate_names_for_no_command_are_refused_with
         ("decide --memory 3GiB --threads 2", "--memory, --threads cannot be used without a stage"),
         ("decide --template --lang ja", "in English only"),
         ("decide --template --attended-minutes 3", "--attended-minutes cannot be used with --template"),
+        ("decide --template --store s.sqlite3", "--store cannot be used with --template"),
         ("estimate protein-ss --dim crop=1 --dim crop=2", "--dim crop is given twice"),
         ("estimate protein-ss --dim batch=8 --batch 4", "--dim batch=8 is what --batch is for"),
         (f"estimate protein-ss --dim crop={'9' * 5000}", "allowed: NAME=N"),

@@ -82,7 +82,12 @@ def decide(
         return
     if options.template:
         refuse_options(
-            {"--case": options.case, "ID": options.poc, "--attended-minutes": effort.attended_minutes},
+            {
+                "--case": options.case,
+                "ID": options.poc,
+                "--attended-minutes": effort.attended_minutes,
+                "--store": store.store,
+            },
             "cannot be used with --template",
             allowed="--template alone or with --json",
         )
