@@ -31,10 +31,11 @@ from memfit.inputs import machine_of
 from memfit.planner.request import Request
 from memfit.runtime.counting_allocator import available
 from memfit.techniques.registry import TECHNIQUES
+from memfit.types.dependence import DependenceKind
 from memfit.types.errors import UserError
 from memfit.types.job import Job
 from memfit.types.plan import Accuracy
-from memfit.types.result import Interval
+from memfit.types.result import Interval, ReasonKind
 from memfit.types.trace import Category
 
 _counts = pytest.mark.skipif(available() is not None, reason=f"no counting allocator: {available()}")
@@ -976,6 +977,50 @@ for step in range(4):
 }
 
 
+_WITH_CLOSURES = {
+    "a function behind the loop": """
+lbfgs = torch.optim.LBFGS(model.parameters(), max_iter=4)
+x = torch.randn(512, 64)
+def closure():
+    lbfgs.zero_grad()
+    loss = model(x).square().mean()
+    loss.backward()
+    return loss
+for _ in range(2):
+    print(lbfgs.step(closure).item())
+""",
+    "a method of a class": """
+class Refined:
+    def __init__(self):
+        self.x = torch.randn(512, 64)
+        self.optimizer = torch.optim.LBFGS(model.parameters(), max_iter=4)
+    def loss(self):
+        self.optimizer.zero_grad()
+        loss = model(self.x).square().mean()
+        loss.backward()
+        return loss
+    def run(self):
+        for _ in range(2):
+            self.optimizer.step(self.loss)
+Refined().run()
+""",
+}
+
+
+@_counts
+@pytest.mark.parametrize("after", _WITH_CLOSURES)
+def test_a_later_training_whose_optimizer_calls_a_closure_is_predicted(after: str, tmp_path: Path) -> None:
+    adam = "train(torch.optim.AdamW(model.parameters()), 8, 10)\n"
+    answer = _estimated(tmp_path / "refined.py", _RANGE_TEST + adam + _WITH_CLOSURES[after])
+    measured = measure(
+        local_script("refined", f"python {tmp_path}/refined.py"), tmp_path, tmp_path, repeats=1, steps=12
+    )
+    assert answer.optimizers == ("LBFGS",)
+    assert _peak_bytes(answer) == pytest.approx(
+        max(step["peak_bytes"] for rank in measured["ranks"] for step in rank["steps"]), rel=0.01
+    )
+
+
 _FINDER_STEPS = dict(zip(_FINDERS, (24, 24, 104, 9, 14), strict=True))
 
 
@@ -1374,6 +1419,39 @@ def test_plans_for_a_script_hold_its_largest_batch(tmp_path: Path) -> None:
     for label in ("plain", "gradient-accumulation(micro_batches=8)"):
         assert short[label].value < 0.5 * long[label].value
         assert short[label].high == pytest.approx(long[label].value, rel=0.02)
+
+
+_LOSSES = {
+    "nn.CrossEntropyLoss(weight=torch.tensor([0.1, 1.0, 5.0, 2.0, 1.0]))": True,
+    "nn.NLLLoss(weight=torch.tensor([3.0, 1.0, 1.0, 1.0, 1.0]))": True,
+    "nn.CrossEntropyLoss(weight=torch.ones(5))": False,
+    "nn.MultiMarginLoss(weight=torch.tensor([3.0, 1.0, 1.0, 1.0, 1.0]))": False,
+}  # loss -> whether micro-batches weight its terms incorrectly
+
+
+@pytest.mark.parametrize("loss", _LOSSES)
+def test_samples_of_a_script_whose_loss_has_weights_of_classes_are_tried(
+    loss: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "train.py"
+    path.write_text(f"""
+import torch
+from torch import nn
+model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 5), nn.LogSoftmax(dim=1))
+loss_of, optimizer = {loss}, torch.optim.SGD(model.parameters(), lr=0.1)
+for step in range(3):
+    optimizer.zero_grad()
+    loss_of(model(torch.randn(4096, 32)), torch.randint(0, 5, (4096,))).backward()
+    optimizer.step()
+""")
+    without = ("activation-offload", "bf16-parameters", "bf16-autocast", "optimizer-in-backward")
+    search = PlanSearch(cap_bytes=2**30, without=without, within_s=20)
+    answer = estimate_script([sys.executable, str(path)], machine="this:cpu", probe=False, search=search)
+    assert answer.plans is not None, answer.no_plans
+    tried = [c.estimate.dependence for c in answer.plans.frontier if c.estimate.dependence is not None]
+    assert {d.kind for d in tried} == (set() if _LOSSES[loss] else {DependenceKind.INDEPENDENT})
+    changes = [r.detail for r in answer.plans.recommended.reasons if r.kind is ReasonKind.LEFT_OUT_CHANGES]  # type: ignore[union-attr]
+    assert changes == (["weights the terms of the loss incorrectly"] if _LOSSES[loss] else [])
 
 
 @pytest.mark.long

@@ -40,8 +40,9 @@ def later_training() -> str:
             return ""
         following, is_in_loop = _following(frame)
         scope = _variables(frame)
+        definitions = {s.name: s for s in following if isinstance(s, ast.FunctionDef | ast.ClassDef)}
         for statement in () if is_installed else following:
-            if _trains(statement, scope):
+            if _trains(statement, scope, definitions):
                 return f"{Path(path).name}:{statement.lineno}"
         if is_in_loop:
             return ""
@@ -96,26 +97,51 @@ def _parsed(path: str) -> ast.Module | None:
     return None
 
 
-def _trains(statement: ast.stmt, scope: Mapping[str, Any]) -> bool:
-    """Return whether the code of a statement, and of the functions of the script that it calls, makes
-    backward passes and updates. ``scope``: name -> object."""
+def _trains(
+    statement: ast.stmt, scope: Mapping[str, Any], later: Mapping[str, ast.FunctionDef | ast.ClassDef]
+) -> bool:
+    """Return whether the code of a statement, and of the functions of the script that it calls or passes on,
+    such as the closure of an optimizer, makes backward passes and updates. ``scope``: name -> object.
+    ``later``: the functions and classes that the script defines behind the loop, by name."""
     if isinstance(statement, _SCOPES):
         return False
-    names = set[str]()
-    for call in (node for node in ast.walk(statement) if isinstance(node, ast.Call)):
-        if isinstance(call.func, ast.Attribute):
-            names.add(call.func.attr)
-            owner = scope.get(call.func.value.id) if isinstance(call.func.value, ast.Name) else None
-            if call.func.attr in ("fit", "train") and _is_trainer(owner):
-                return True
-            holder = owner if isinstance(owner, types.ModuleType | type) else type(owner)
-            names |= _names_in(getattr(holder, call.func.attr, None), holder, set())
-        elif isinstance(call.func, ast.Name):
-            called, seen = scope.get(call.func.id), set[Any]()
-            is_class = isinstance(called, type) and not issubclass(called, torch.nn.Module)
-            for function in vars(called).values() if is_class else (called,):
-                names |= _names_in(function, called, seen)
+    names, seen, statements = set[str](), set[Any](), [statement]
+    while statements:
+        for call in (node for node in ast.walk(statements.pop()) if isinstance(node, ast.Call)):
+            owner = _owner(call.func, scope)
+            if isinstance(call.func, ast.Attribute):
+                names.add(call.func.attr)
+                if call.func.attr in ("fit", "train") and _is_trainer(owner):
+                    return True
+            for used in (call.func, *call.args, *(k.value for k in call.keywords)):
+                names |= _names_of(used, scope, seen, is_called=used is call.func)
+                definition = later.get(used.id) if isinstance(used, ast.Name) else None
+                if definition is not None and definition not in seen:
+                    seen.add(definition)
+                    statements += definition.body
     return {"backward", "step"} <= names
+
+
+def _owner(node: ast.expr, scope: Mapping[str, Any]) -> Any:
+    """Return the object whose attribute ``node`` is, if it is that of a variable, else None."""
+    is_of_name = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+    return scope.get(node.value.id) if is_of_name else None  # type: ignore[attr-defined]
+
+
+def _names_of(node: ast.expr, scope: Mapping[str, Any], seen: set[Any], *, is_called: bool) -> set[str]:
+    """Return the names that a function of the script uses which is called, or passed to a call."""
+    if isinstance(node, ast.Attribute):
+        owner = _owner(node, scope)
+        if not is_called and isinstance(owner, types.ModuleType):
+            return set()  # it may be imported only when it is needed
+        holder = owner if isinstance(owner, types.ModuleType | type) else type(owner)
+        return _names_in(getattr(holder, node.attr, None), holder, set())
+    value = scope.get(node.id) if isinstance(node, ast.Name) else None
+    is_class = is_called and isinstance(value, type) and not issubclass(value, torch.nn.Module)
+    names = set[str]()
+    for part in vars(value).values() if is_class else (value,):
+        names |= _names_in(part, value, seen)
+    return names
 
 
 def _is_trainer(owner: Any) -> bool:

@@ -26,6 +26,7 @@ from memfit.inputs import optimizer_of
 from memfit.jobs.user_job import guard_job
 from memfit.model.batch_objects import batch_length, batch_tensors, map_batch, repeat
 from memfit.techniques.deferred_logits import LazyLogits
+from memfit.trace.concrete_values import attached_value
 from memfit.trace.fake_copy import FakeCopies
 from memfit.trace.source_location import user_line
 from memfit.types.errors import UserError
@@ -106,6 +107,7 @@ class StepCalls:
         self._kept: WeakIdKeyDictionary = (
             WeakIdKeyDictionary()
         )  # copy of the model -> what its last step keeps
+        self._on_real: dict[int, torch.nn.Module] = {}  # id of a module outside the model -> its real copy
 
     def note_copy(self, copied: torch.Tensor, real: torch.Tensor) -> None:
         """Note that ``copied``, on the target device, has the values of the script's tensor ``real``."""
@@ -321,7 +323,7 @@ class StepCalls:
 
         def function_of(call: _Call, args: Any) -> Any:
             if call.function is not self.model and id(call.function) not in self._paths:
-                return _on_plain_logits(call.function, args)
+                return _on_plain_logits(self._outside(call.function), args)
             return module_of(call.function) if self._paths.get(id(call.function)) else model
 
         for call in self._calls:
@@ -332,6 +334,15 @@ class StepCalls:
             kept |= {o: outputs[o] for o in outputs.keys() & (self._kept_in_backward or set())}
         loss: torch.Tensor = results[self._loss.call][self._loss.index]
         return loss if loss.numel() == 1 else loss.sum()
+
+    def _outside(self, function: Any) -> Any:
+        """Return a function of the loop. Of a module outside the model, such as a loss with weights of
+        classes, return a copy on real tensors where no fake ones are computed with."""
+        if not isinstance(function, torch.nn.Module) or torch._guards.active_fake_mode() is not None:
+            return function
+        if id(function) not in self._on_real:
+            self._on_real[id(function)] = _copy(function)
+        return self._on_real[id(function)]
 
 
 def _leaves(value: Any) -> list[Any]:
@@ -383,12 +394,15 @@ def _unwrap(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def _copy(model: torch.nn.Module) -> torch.nn.Module:
-    """Return a copy of a model on fake tensors: of the active fake mode, or without one with random weights.
-    Tied parameters stay tied."""
+    """Return a copy of a model on fake tensors of the active fake mode, or without one on real tensors, with
+    random weights and the buffers' own values, where these are known. Tied parameters stay tied."""
     fake = torch._guards.active_fake_mode()
 
     def make(tensor: torch.Tensor) -> torch.Tensor:
         fresh = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
+        value = None if isinstance(tensor, torch.nn.Parameter) else attached_value(tensor)
+        if fake is None and value is not None:
+            return value.clone()
         if fake is None:
             _fill(fresh)
         if isinstance(tensor, torch.nn.Parameter):

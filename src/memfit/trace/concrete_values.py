@@ -267,6 +267,12 @@ class ConcreteValues:
                 self._stale[storage._cdata] = storage
 
 
+def attached_value(tensor: torch.Tensor) -> torch.Tensor | None:
+    """Return the values attached to a tensor, which may be older than what was written into it since."""
+    value: torch.Tensor | None = getattr(tensor, _NAME, None)
+    return value
+
+
 def keep_value(fake: torch.Tensor, real: torch.Tensor) -> None:
     """Attach a copy of ``real`` to ``fake``, as its known values."""
     with unset_fake_temporarily():
