@@ -184,6 +184,8 @@ def test_a_kind_that_nobody_added_counts_as_unchecked_with_cudas_kernels() -> No
     add_device_kind(DeviceKind(name="hpu", block_bytes=128))
     try:
         assert device_kind("hpu").block_bytes == 128
+        assert device_kind("hpu:v3").block_bytes == 128
+        assert device_kind("hpu:v3") is device_kind("hpu:v3"), "asked for every allocation of a trace"
     finally:
         add_device_kind(DeviceKind(name="hpu"))
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tiny import words
+from tiny import regression, words
+from torch.nn import functional
 
 from memfit.trace import operators, tracer, update_replay
+from memfit.trace.data_dependent import Guesses
 from memfit.trace.tracer import trace
+from memfit.types.job import Job
 from memfit.types.plan import Plan, use
 
 STOCHASTIC = use("bf16-parameters", rounding="stochastic")
@@ -95,3 +99,47 @@ def test_counters_converted_the_short_way_are_those_that_torch_converts(
     short_way = trace(words(), plan, device=device)
     monkeypatch.setattr(operators.Results, "lifted", lambda self, real: None)
     assert short_way == trace(words(), plan, device=device)
+
+
+class Attending(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for part in self.maps:
+            heads = part(x).view(1, -1, 2, 4).transpose(1, 2)
+            x = functional.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).reshape(x.shape)
+        return x[:, :4]
+
+
+def _computed(job: Job, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> Counter[Any]:
+    """How often torch computes the result of each call in a trace of the plan: by its `call_key`."""
+    counts, run = Counter[Any](), Guesses.call
+
+    def noted(self: Guesses, func: Any, args: Any, kwargs: Any, values: Any = None) -> Any:
+        counts[operators.call_key(func, args, kwargs)] += 1
+        return run(self, func, args, kwargs, values)
+
+    monkeypatch.setattr(Guesses, "call", noted)
+    monkeypatch.setattr(operators, "_RESULTS", {})
+    trace(job, plan, device="cuda:sm_80")
+    return counts
+
+
+def test_equal_updates_of_8_bit_optimizers_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes")
+    plan = Plan(uses=(use("adamw-8bit"), use("optimizer-in-backward")))
+    counts = _computed(words(), plan, monkeypatch)
+    updates = [count for call, count in counts.items() if call[0].namespace == "bitsandbytes"]
+    assert updates
+    assert set(updates) == {1}
+
+
+def test_equal_calls_that_return_none_beside_tensors_are_computed_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counts = _computed(regression(Attending), Plan(), monkeypatch)
+    name = "aten._scaled_dot_product_efficient_attention_backward.default"
+    backward = [count for call, count in counts.items() if str(call[0]) == name]
+    assert backward == [1], "of two layers"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
@@ -50,16 +51,13 @@ def to_bytes(trace: Trace) -> bytes:
     for name, (_, numbers, repeated) in _ROWS.items():
         rows = getattr(trace, name)
         for number in numbers:
-            add(
-                f"{name}.{number}",
-                (_NONE if value is None else value for value in (getattr(row, number) for row in rows)),
-            )
+            values = map(operator.attrgetter(number), rows)
+            has_none = number == "end"
+            add(f"{name}.{number}", (_NONE if v is None else v for v in values) if has_none else values)
         for label, fields in (("place", _PLACE), ("work", repeated)):
             table: dict[tuple[Any, ...], int] = {}
-            add(
-                f"{name}.{label}",
-                [table.setdefault(tuple(getattr(row, f) for f in fields), len(table)) for row in rows],
-            )
+            entries = map(operator.attrgetter(*fields), rows)
+            add(f"{name}.{label}", [table.setdefault(entry, len(table)) for entry in entries])
             header[f"{name}.{label}"] = [to_plain(entry) for entry in table]
     header["fields"] = {
         f.name: to_plain(getattr(trace, f.name)) for f in dataclasses.fields(trace) if f.name not in _ROWS

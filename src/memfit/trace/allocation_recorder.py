@@ -298,9 +298,10 @@ class AllocationRecorder(TorchDispatchMode):
             return self._dispatch(func, types, args, kwargs or {})
 
     def _dispatch(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        if any(kind is not FakeTensor and is_traceable_wrapper_subclass_type(kind) for kind in types):
-            self._outer = func
-            return NotImplemented  # its inner operators arrive here one by one
+        for kind in types:
+            if kind is not FakeTensor and is_traceable_wrapper_subclass_type(kind):
+                self._outer = func
+                return NotImplemented  # its inner operators arrive here one by one
         if self.paused:
             return self._unrecorded(func, args, kwargs)
         if (

@@ -115,11 +115,13 @@ class NewTensors:
     ``make(mode)`` makes them as fake tensors of a mode.
 
     ``layouts`` holds (size, stride, dtype, device) of each. ``container``: tuple or list, which the operator
-    returns; None if it returns a tensor.
+    returns; None if it returns a tensor. ``left_out``: places in the container that hold None, as for
+    gradients that were not asked for.
     """
 
     layouts: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device], ...]
     container: type | None
+    left_out: tuple[int, ...] = ()
 
     def make(self, mode: FakeTensorMode) -> Any:
         with torch._C._DisableTorchDispatch():
@@ -127,7 +129,9 @@ class NewTensors:
                 (torch.empty_strided(size, stride, dtype=dtype, device="meta"), device)
                 for size, stride, dtype, device in self.layouts
             ]
-        out = [make_fake(mode, meta, device) for meta, device in metas]
+        out: list[Any] = [make_fake(mode, meta, device) for meta, device in metas]
+        for place in self.left_out:
+            out.insert(place, None)
         return self.container(out) if self.container else out[0]
 
 
@@ -164,9 +168,12 @@ def only_writes(func: Any) -> bool:
 
 @functools.cache
 def only_writes_list(func: Any) -> bool:
-    """Return whether an ATen operator only writes element by element into the tensors of its first argument,
-    a list, and returns nothing, such as ``aten._foreach_add_.List`` in an optimizer step."""
+    """Return whether an operator only writes element by element into tensors and returns nothing: one of ATen
+    that writes into its first argument, a list, such as ``aten._foreach_add_.List`` in an optimizer step, or
+    the update of an optimizer of bitsandbytes."""
     arguments, returns = func._schema.arguments, func._schema.returns
+    if func.namespace == "bitsandbytes":
+        return not returns and func._schema.is_mutable
     writes = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
     is_foreach = func.namespace == "aten" and func._schema.name.startswith("aten::_foreach_")
     return is_foreach and not returns and writes[0] and writes.count(True) == 1
@@ -176,7 +183,8 @@ def new_tensors(func: Any, inputs: list[torch.Tensor], out: Any) -> NewTensors |
     """Return how to make the outputs ``out`` again for equal arguments, of which ``inputs`` are the tensors.
     Return None if the operator is not of ATen or writes to an argument, if a tensor has known values
     (``constant``), or if an output is not a new fake tensor that fills a storage of its own."""
-    outputs = list(out) if isinstance(out, list | tuple) else [out]
+    places = list(out) if isinstance(out, list | tuple) else [out]
+    outputs = [t for t in places if t is not None]
     if func.namespace != "aten" or func._schema.is_mutable:
         return None
     input_storages = {t.untyped_storage()._cdata for t in inputs}
@@ -191,7 +199,9 @@ def new_tensors(func: Any, inputs: list[torch.Tensor], out: Any) -> NewTensors |
         or any(getattr(t, "constant", None) is not None for t in inputs)
     ):
         return None
-    return _layouts(outputs, type(out) if isinstance(out, list | tuple) else None)
+    layouts = _layouts(outputs, type(out) if isinstance(out, list | tuple) else None)
+    left_out = tuple(place for place, t in enumerate(places) if t is None)
+    return dataclasses.replace(layouts, left_out=left_out)
 
 
 def storage_layout(tensor: torch.Tensor) -> NewTensors | None:
@@ -234,7 +244,7 @@ class Results:
         entry = _RESULTS.get(call)
         if entry is True:
             if only_writes_list(func):
-                if not any(getattr(t, "constant", None) is not None for t in args[0]):
+                if not _has_constant(args[0] if func.namespace == "aten" else args):
                     return None
             elif args[0].constant is None:
                 return args[0]

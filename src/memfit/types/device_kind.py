@@ -8,6 +8,7 @@ from the fields of its `DeviceKind`. Other modules ask for these fields and do n
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Final
 
 HOST: Final = "cpu"  # torch's name of the host's processor and its memory
@@ -98,6 +99,7 @@ def add_device_kind(kind: DeviceKind) -> None:
     """Make ``kind`` known under its name. It replaces an earlier one of that name. A package that brings a
     device to torch can call this when torch loads it (entry point group ``torch.backends``)."""
     _KINDS[kind.name] = kind
+    device_kind.cache_clear()
 
 
 def device_kinds() -> tuple[DeviceKind, ...]:
@@ -105,6 +107,7 @@ def device_kinds() -> tuple[DeviceKind, ...]:
     return tuple(_KINDS.values())
 
 
+@functools.cache  # asked for every allocation of a trace
 def device_kind(name: str) -> DeviceKind:
     """Return the kind with torch's name ``name``, such as "cuda", or that for devices of one architecture
     (`Device.trace_kind`), such as "cuda:sm_75". A kind that nobody has added counts as one with CUDA's
