@@ -7,8 +7,11 @@ import importlib.util
 import itertools
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 import memfit
 from memfit import catalog
@@ -110,6 +113,23 @@ def test_activations_offloaded_to_disk_take_no_host_memory() -> None:
     assert parts["host"].estimate.host_parts_bytes["offload"] > 0
     assert parts["host"].host_bytes is not None
     assert parts["host"].host_bytes.high > parts["host"].host_bytes.value  # pinned blocks are rounded up
+
+
+@pytest.mark.parametrize("more", [{}, {"activation-checkpointing": {}}])
+def test_frozen_weights_under_lora_are_cast_before_they_are_on_the_device(more: dict[str, Any]) -> None:
+    blocks = [nn.Sequential(nn.Linear(1024, 1024), nn.GELU()) for _ in range(6)]
+    plan = {"lora": {"outside": "frozen"}, "bf16-parameters": {}} | more
+    found = memfit.estimate(
+        nn.Sequential(*blocks),
+        torch.randn(2, 1024),
+        loss=lambda model, batch: model(batch).square().mean(),
+        plan={"techniques": plan},
+        machine="RTX-4090",
+    ).estimate
+    weights_bytes = 6 * 1024 * 1025 * 4
+    assert found.phase_peak_bytes["setup"] < 0.75 * weights_bytes
+    assert found.host_bytes is not None
+    assert found.host_parts_bytes["loading"] >= weights_bytes
 
 
 def test_loader_workers_add_to_host_memory() -> None:

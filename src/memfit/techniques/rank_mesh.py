@@ -254,19 +254,22 @@ def join_alone(device: str) -> bool:
 def builds_on_host(plan: Plan, device: str) -> bool:
     """Return whether the whole model is built in host memory and the accelerator then gets a part or copy of
     it. True under ZeRO 1, 2 and 3, fsdp2 that shards over several ranks, pipeline, tensor or expert
-    parallelism, and qlora, which quantizes there. False for other plans, and if ``device`` is "cpu"."""
+    parallelism, qlora, which quantizes there, and LoRA with bf16-parameters, which casts there. False for
+    other plans, and if ``device`` is "cpu"."""
     if device_kind(device).is_host:
         return False
     if _shards(plan) or "qlora" in plan or "expert-parallel" in plan:
         return True
+    if "lora" in plan and "bf16-parameters" in plan and "chunking" not in plan:
+        return True  # what is frozen is never on the device in float32
     place = layout(plan)
     return place.pipeline > 1 or place.tensor > 1
 
 
 def moves_parameters(plan: Plan, device: str) -> bool:
     """Return whether the model is built in host memory and its parameters then move to the accelerator: under
-    pipeline, tensor or expert parallelism and qlora (`builds_on_host`). False if shards or a flat copy of the
-    parameters are made there instead (ZeRO, fsdp2)."""
+    pipeline, tensor or expert parallelism, qlora and LoRA with bf16-parameters (`builds_on_host`). False if
+    shards or a flat copy of the parameters are made there instead (ZeRO, fsdp2)."""
     return builds_on_host(plan, device) and not _shards(plan)
 
 
