@@ -70,8 +70,9 @@ def estimate(
     profile = memory_profile(trace, calibration)
     allocated, unprobed_workspaces = allocated_interval(trace, profile, calibration)
     memory = footprint(trace, allocated, machine)
-    counted_high = memory.counted_bytes * (1 + MEMORY_RATIO)
-    allocated = dataclasses.replace(allocated, high=max(allocated.high, counted_high))
+    # as torch's counter has it: with the rests of cached blocks, which belong to no module
+    counted = interval_around(max(allocated.value, memory.counted_bytes), MEMORY_RATIO)
+    allocated = Interval(value=counted.value, low=allocated.low, high=max(allocated.high, counted.high))
     host = host_memory(tensors, plan, machine, allocated=allocated, workers=workers)
     ops, local_ranks = step_ops(trace), ranks_of_host(plan, machine)
     step_s = step.step_s * factor(calibration, plan) if step is not None else None
@@ -80,7 +81,7 @@ def estimate(
     return Estimate(
         plan=plan,
         allocated_bytes=allocated,
-        phase_peak_bytes=profile.phase_peak_bytes,
+        phase_peak_bytes={**profile.phase_peak_bytes, profile.peak_phase: int(allocated.value)},
         at_peak_bytes=profile.at_peak_bytes,
         by_module_bytes=profile.by_module_bytes,
         step_s=_step_interval(step_s, calibration, machine) if step_s is not None else None,

@@ -70,8 +70,10 @@ class Estimate:
     """The prediction for one plan on one machine. A field is None if facts that it needs are unknown, unless
     its comment states otherwise.
 
-    Memory is that of one device. ``allocated_bytes``: the peak of live tensor bytes. ``phase_peak_bytes``:
-    phase of a step -> its peak. ``at_peak_bytes``: category of allocations -> bytes at the peak.
+    Memory is that of one device. ``allocated_bytes``: the peak of live tensor bytes; on devices whose caching
+    allocator is CUDA's as that counts it, with what it cannot cut off from a cached block.
+    ``phase_peak_bytes``: phase of a step -> its peak, with such rests only where the highest is.
+    ``at_peak_bytes``: category of allocations -> bytes at the peak, without such rests.
     ``peak_phase`` and ``peak_op``: phase and operator in which the peak occurs.
     """
 
