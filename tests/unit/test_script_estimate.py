@@ -1358,6 +1358,89 @@ def test_another_command_is_refused_in_one_line(command: str, message: str) -> N
         load_program(command.split())
 
 
+# -- an evaluation after the traced steps -------------------------------------------------------------
+
+_EPOCHS = """
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+torch.manual_seed(0)
+data = TensorDataset(torch.randn(4096, 64), torch.randint(0, 10, (4096,)))
+model = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
+optimizer = torch.optim.AdamW(model.parameters())
+loader = DataLoader(data, 256, shuffle=True)
+
+def train():
+    model.train()
+    total = 0.0
+    for x, y in loader:
+        loss = nn.functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total += loss.item()
+    return total / len(loader)
+
+def evaluate(count):
+    model.eval()
+    torch.save(model.state_dict(), "epoch.pt")
+    outputs = [model(x) for x, _ in DataLoader(TensorDataset(*data[:]), count)]
+    return torch.cat(outputs).argmax(1).eq(data.tensors[1]).float().mean().item()
+"""
+_EVALUATIONS = {
+    "after an epoch": """
+for epoch in range(2):
+    print(train())
+    with torch.no_grad():
+        print(evaluate(4096))
+""",
+    "with gradients": """
+for epoch in range(2):
+    print(train(), evaluate(1024))
+""",
+    "after all epochs": """
+for epoch in range(2):
+    train()
+with torch.no_grad():
+    evaluate(4096)
+optimizer.step()
+""",
+}
+
+
+@_counts
+@pytest.mark.parametrize("kind", _EVALUATIONS)
+def test_an_evaluation_that_needs_more_than_a_step_is_in_the_answer(kind: str, tmp_path: Path) -> None:
+    answer = _estimated(tmp_path / "epochs.py", _EPOCHS + _EVALUATIONS[kind])
+    script = local_script("epochs", f"python {tmp_path}/epochs.py")
+    steps = 33 if kind == "after all epochs" else 17  # the one after the evaluation
+    measured = measure(script, tmp_path, tmp_path, repeats=1, steps=steps, peak_steps=steps)
+    assert answer.steps == 2
+    assert answer.evaluation_bytes == pytest.approx(measured["peak_bytes"], rel=0.01)
+    assert answer.evaluation_bytes > 1.05 * _peak_bytes(answer)
+    assert any(note.startswith("the evaluation at epochs.py:25 needs about") for note in answer.notes)
+    (tmp_path / "epoch.pt").unlink()  # made by the measured run
+
+
+def test_an_evaluation_that_needs_less_than_a_step_is_not_mentioned(tmp_path: Path) -> None:
+    answer = _estimated(tmp_path / "epochs.py", _EPOCHS + "train()\nwith torch.no_grad(): evaluate(16)")
+    assert answer.evaluation_bytes == 0
+    assert not any("evaluation" in note for note in answer.notes)
+    assert not (tmp_path / "epoch.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "after",
+    ["while True: train()", "train()\nraise SystemExit(3)", "train()\nimport time\ntime.sleep(60)"],
+    ids=["without end", "exit", "waiting"],
+)
+def test_a_script_without_a_reachable_evaluation_is_answered(after: str, tmp_path: Path) -> None:
+    begin_s = time.monotonic()
+    answer = _estimated(tmp_path / "epochs.py", _EPOCHS + after)
+    assert (answer.steps, answer.evaluation_bytes, answer.notes) == (2, 0, ())
+    assert time.monotonic() < begin_s + 50
+
+
 # -- batches and plans --------------------------------------------------------------------------------
 
 _LENGTHS = """

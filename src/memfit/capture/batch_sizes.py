@@ -30,6 +30,11 @@ class BatchSizes:
         self._is_closed = False
         self.problem = ""  # what ended the look at further batches, if the script's data set failed
 
+    @property
+    def loader(self) -> Any:
+        """The loader that counts, or None."""
+        return self._loader
+
     def note(self, batch: Any, loader: Any) -> None:
         """Note a batch that ``loader`` has given to the script."""
         if self._is_closed:

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from memfit.capture.batch_sizes import ALIKE_RATIO
 from memfit.capture.device_redirect import DeviceRedirect, device_patches
 from memfit.capture.estimate import COLOURS, traced_file
+from memfit.capture.evaluation import Evaluation, EvaluationSearch, fork_search
 from memfit.capture.kept_memory import peak_growth_bytes
 from memfit.capture.program import load_program
 from memfit.capture.result import PlanSearch, ScriptAnswer, ScriptSpec
@@ -118,16 +119,42 @@ class _Session:
         # As for python itself, the folder of a script, or for a module the current one, comes first.
         sys.path.insert(0, str(Path(program.script).resolve().parent if program.script else Path.cwd()))
 
-    def end(self) -> NoReturn:
-        """Predict the traced steps, write the answer and end the process."""
+    def end(self, *, goes_on: bool = True) -> None:
+        """Predict the traced steps, write the answer and end the process. ``goes_on``: a fork of the process
+        goes on with the script, to look for an evaluation (`evaluation`); only there this returns."""
         with _disable_current_modes():
             self._leave()
             traced_file(self.spec).touch()
+            forked = self._fork() if goes_on and self.spec.case == "usual" else None
+            if isinstance(forked, EvaluationSearch):
+                self.trace.evaluation = forked
+                return
             answer = self._answer()
+            if forked is not None:
+                answer = self._with_evaluation(answer, *forked.result())
             if self.spec.search is not None:
                 self._unpatch()
                 answer = self._with_plans(answer, self.spec.search)
             self._write(answer)
+
+    def _fork(self) -> Evaluation | EvaluationSearch:
+        trace = self.trace
+        forked = fork_search(
+            trace.recorder, trace.region, trace.batches.loader, trace.parameters_with_gradients()
+        )
+        if isinstance(forked, EvaluationSearch) and self.sandbox is not None:
+            self.sandbox.active = True
+        return forked
+
+    def _with_evaluation(self, answer: ScriptAnswer, peak_bytes: int, place: str) -> ScriptAnswer:
+        """Return the answer with an evaluation that begins at ``place``, if it needs more than a step."""
+        if answer.estimate is None or peak_bytes <= answer.estimate.allocated_bytes.high:
+            return answer
+        note = (
+            f"the evaluation at {place} needs about {format_bytes(peak_bytes)}, more than a training "
+            "step; a smaller batch there needs less"
+        )
+        return dataclasses.replace(answer, evaluation_bytes=peak_bytes, notes=(*answer.notes, note))
 
     def _patch(self) -> None:
         enter = self.stack.enter_context
@@ -372,6 +399,8 @@ class _Session:
         return widened(estimate, low=max(0.0, typical_bytes), high=most_bytes)
 
     def fail(self, problem: str, hint: str = "") -> NoReturn:
+        if self.trace.evaluation is not None:
+            self.trace.evaluation.end()
         self._leave()
         steps = self.trace.cycle.count
         has_ended = problem.startswith("the script ended")
@@ -380,7 +409,7 @@ class _Session:
                 self.notes.append("the script made 1 optimizer step only: a later one may need more memory")
             elif not has_ended:
                 self.notes.append(f"{problem}, after {steps} optimizer steps; these are predicted")
-            self.end()
+            self.end(goes_on=False)
         if problem.startswith("the script raised EOFError"):
             hint = "the script reads its standard input, which is empty here: give what it asks as arguments"
         if not self.trace.begun and has_ended:

@@ -50,7 +50,8 @@ class ScriptAnswer:
     says why. ``batch_size``: samples of a step, known with ``plans``.
     ``steps``: the most updates that an optimizer made in the traced steps.
     ``micro_batches``: into how many parts the script splits them. ``before_training_bytes``: peak of live
-    tensors while the model was built and evaluated, before its first training step. ``shared_bytes``: of
+    tensors while the model was built and evaluated, before its first training step. ``evaluation_bytes``: the
+    same of an evaluation after the traced steps, if that needs more than a step; else 0. ``shared_bytes``: of
     batches of worker processes, which are not in the estimate's peak. ``growth_bytes``: by how much memory of
     the device grows with each step, as the script collects what it should not.
     """
@@ -71,5 +72,6 @@ class ScriptAnswer:
     no_plans: str = ""
     batch_size: int = 0
     before_training_bytes: int = 0
+    evaluation_bytes: int = 0
     shared_bytes: int = 0
     growth_bytes: int = 0

@@ -351,6 +351,8 @@ def _single_process_iterator(trace: ScriptTrace) -> Any:
         inner = iterator._next_data
 
         def next_data() -> Any:
+            if trace.evaluation is not None and trace.evaluation.skips(loader):
+                raise StopIteration
             with trace.uncounted() if workers else contextlib.nullcontext():
                 batch = inner()
             trace.batches.note(batch, loader)

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import (
 from torch.utils.weak import WeakIdKeyDictionary
 
 from memfit.capture.batch_sizes import BatchSizes
+from memfit.capture.evaluation import EvaluationSearch
 from memfit.capture.foreign_memory import ForeignMemory
 from memfit.capture.kept_memory import NOT_ON_DEVICE, NOWHERE, ON_HOST, KeptMemory, existing
 from memfit.capture.step_calls import StepCalls
@@ -87,6 +88,7 @@ class ScriptTrace:
         self._adopted: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._patches = contextlib.ExitStack()
         self._from_workers: WeakIdKeyDictionary = WeakIdKeyDictionary()  # real tensors that are not counted
+        self.evaluation: EvaluationSearch | None = None  # in the fork that looks for one
         self.is_uncounted = False  # batches of worker processes come in memory that torch does not allocate
 
     @property
@@ -313,6 +315,12 @@ class ScriptTrace:
                     seen.add(id(tensor))
                     yield "", tensor
 
+    def parameters_with_gradients(self) -> list[torch.Tensor]:
+        """Return the trained parameters that have taken part in a backward pass."""
+        states = [o.state for o in self.cycle.optimizers.values()]
+        trained = (p for _, p in self._trained_tensors())
+        return [p for p in trained if p.grad is not None or any(p in state for state in states)]
+
     @property
     def trains_loose(self) -> bool:
         """Whether optimizers train tensors that are in no module."""
@@ -353,6 +361,7 @@ class ScriptTrace:
     def forward(self, module: torch.nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Return the result of ``call``, the forward of the outermost module ``module``, and record it. The
         first one of a training begins the recording."""
+        skips_gradients = self.evaluation is not None and self.evaluation.note_forward(module)
         if not self.begun and torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()):
             self.begin(module)
         if self.begun:
@@ -364,7 +373,7 @@ class ScriptTrace:
             self.forwards += 1
             if torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()):
                 self.batches.note_call((args, kwargs))
-        with self.region():
+        with self.region(), torch.no_grad() if skips_gradients else contextlib.nullcontext():
             out = call(*self.as_fake(args), **self.as_fake(kwargs))
         if self.begun:
             is_trained = any(p.requires_grad for p in module.parameters())
@@ -388,6 +397,8 @@ class ScriptTrace:
     def backward(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run a backward pass. The first one of a training without a forward pass of a module that it trains
         begins the recording; its second step is recorded whole."""
+        if self.evaluation is not None:
+            return self.evaluation.make_gradients()
         if not self.begun and any(t.requires_grad for _, t in self._trained_tensors()):
             self.begin(None)
         if self.begun:
@@ -445,7 +456,7 @@ class ScriptTrace:
         self.kept.close_step()
         self.other_bytes = self._other_bytes()
         self.batches.close_step(has_begun_anew=self.cycle.has_begun_anew)
-        if is_over and not (self.kept.needs_steps or self.batches.needs_steps):
+        if is_over and self.evaluation is None and not (self.kept.needs_steps or self.batches.needs_steps):
             self.on_traced()
         self.recorder.next_step()
 

@@ -217,8 +217,9 @@ def _show(
 
 def _facts(answer: ScriptAnswer, machine: Machine, cap_bytes: int | None) -> ScriptFacts:
     """Return what is printed of the script beside its estimate: what it trains, and whether it fits
-    ``cap_bytes`` of one device, None for all its memory. If the script needs more before its first step than
-    in a step, the needed memory is larger in the same proportion. Batches in shared memory are added."""
+    ``cap_bytes`` of one device, None for all its memory. If the script needs more before its first step, or
+    in an evaluation, than in a step, the needed memory is larger in the same proportion. Batches in shared
+    memory are added."""
     from memfit.planner.capacity import fits_under, needed_bytes
     from memfit.report.explain_terminal import ScriptFacts
 
@@ -226,8 +227,8 @@ def _facts(answer: ScriptAnswer, machine: Machine, cap_bytes: int | None) -> Scr
     cap_bytes = cap_bytes or int(machine.device.memory_bytes.value)
     needed = needed_bytes(answer.estimate, machine)
     step_bytes = answer.estimate.allocated_bytes.value
-    if answer.before_training_bytes > step_bytes:
-        needed = max(needed, int(needed / step_bytes * answer.before_training_bytes))
+    if (other_bytes := max(answer.before_training_bytes, answer.evaluation_bytes)) > step_bytes:
+        needed = max(needed, int(needed / step_bytes * other_bytes))
     needed += answer.shared_bytes
     return ScriptFacts(
         program=answer.program,
