@@ -162,6 +162,18 @@ def forked_workers(_forked_probes: None) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def independent_samples() -> Iterator[None]:
+    """The samples of this file's jobs count as independent. The trial that finds this takes longer than a
+    prediction for several devices, and is tested elsewhere."""
+    from memfit.types.dependence import DependenceKind, SampleDependence
+
+    with pytest.MonkeyPatch.context() as patch:
+        independent = SampleDependence(kind=DependenceKind.INDEPENDENT)
+        patch.setattr("memfit.planner.evaluate.sample_dependence", lambda job: independent)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _own_calibration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No test reads timings that another one, or the user of this machine, has stored."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,16 @@ from memfit.techniques.registry import TECHNIQUES
 from memfit.types.conformance import NotConforming
 from memfit.types.errors import UserError
 
-lightning = pytest.importorskip("lightning.pytorch", reason="it is an extra of development")
-pytestmark = pytest.mark.filterwarnings("default")  # Lightning's own advice
+pytestmark = [
+    pytest.mark.skipif(not find_spec("lightning"), reason="lightning is an extra of development"),
+    pytest.mark.filterwarnings("default"),  # Lightning's own advice
+]
 
 
 def fit(folder: Path, callback: Any, *, collate: Any = None, **arguments: Any) -> None:
-    class Module(lightning.LightningModule):  # type: ignore[name-defined,misc]
+    from lightning import pytorch as lightning  # not in each worker that collects the tests
+
+    class Module(lightning.LightningModule):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.net = Words()

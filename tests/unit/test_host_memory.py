@@ -22,6 +22,7 @@ from memfit.types.machine import Fact
 from memfit.types.plan import Plan
 from memfit.types.result import Interval
 
+pytestmark = pytest.mark.usefixtures("independent_samples")
 GIB = 2**30
 PROCESS_BYTES = 5 * GIB // 2
 _PATH = Path(__file__).parents[2] / "benchmarks" / "host_memory.py"
