@@ -23,8 +23,6 @@ from memfit.types.job import JobRef
 from memfit.types.plan import Bounds, Plan
 from memfit.types.result import Estimate, Interval
 
-pytestmark = pytest.mark.usefixtures("independent_samples")
-
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> str:

@@ -30,7 +30,6 @@ from memfit.types.job import Job
 from memfit.types.machine import Calibration
 from memfit.types.plan import Accuracy, Bounds, Plan, Use
 
-pytestmark = pytest.mark.usefixtures("independent_samples")
 ROWS, LENGTH, BLOCKS, VOCAB = 8, 256, 6, 2048
 WIDTH, LARGE = 1536, 4096
 ON = machine("2xRTX-4090")

@@ -13,7 +13,6 @@ from memfit.techniques.registry import TECHNIQUES
 from memfit.types.job import JobRef
 from memfit.types.plan import Bounds
 
-pytestmark = pytest.mark.usefixtures("independent_samples")
 _JOBS = """
 import torch
 from torch import nn
