@@ -4,9 +4,11 @@
     python scripts/memory_pages.py build [FOLDER]         # writes the pages, by default to build/site/
 
 The sequence of allocations and frees of a step stays the same when only the batch of a device and the length
-change; the bytes that are asked for are a polynomial of both. So a few traces give the step at all batches
-and lengths between them. The pages replay it, and the caching allocator with it, as `memfit estimate JOB`
-does. Traces that took no part in the fit test it; a combination whose step differs there is left out.
+change; the bytes that are asked for are a polynomial of both, or of the batch and the length rounded up. The
+memory inside some kernels is neither (`KERNELS`), but the shapes of their arguments are, and the pages have
+the formulas. So a few traces give the step at all batches and lengths between them. The pages replay it, and
+the caching allocator with it, as `memfit estimate JOB` does. Traces that took no part in the fit test it: a
+combination whose step is not the same there, in all its bytes, is left out.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ HERE: Final = Path(__file__).parent / "pages"
 ROOT: Final = Path(__file__).parents[1]
 DATA: Final = HERE / "traces.json"
 COMMAND: Final = "python scripts/memory_pages.py trace"
+_DIFFERS: Final = "which operators a step runs depends on the batch or the length"
 RANKS: Final = 8
 PRECISIONS: Final[Mapping[str, Mapping[str, Any]]] = {
     "float32": {},
@@ -57,6 +60,12 @@ DEVICES: Final = (
 LATE_EVENTS: Final = (1, 4, 16)  # as cost/memory_estimate.py delays frees; a test compares the answers
 _INDEX: Final = re.compile(r"(^|(?<=[.]))[0-9]+(?=[.]|$)")
 _BLAS: Final = -1  # in place of a size: the device's workspace for matrix products
+# Operators whose memory inside depends on their shapes by thresholds and divisions, as answer.js computes it
+KERNELS: Final = frozenset(
+    {"sum", "mean", "sort", "index_put", "embedding_dense_backward", "_scaled_dot_product_flash_attention"}
+    | {f"_scaled_dot_product_{kind}_attention_backward" for kind in ("flash", "efficient")}
+)
+_MULTIPLES: Final = (1, 8, 16, 32, 64, 128)  # to which a kernel may pad the length
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +99,7 @@ MODELS: Final[Mapping[str, Model]] = {
         **_TOKENS,
         seconds=(128, 2048, 16384),  # attention that is written out is quadratic
         batches=(2, 32),
-        checks=((1, 4097), (5, 1001)),
+        checks=((1, 4097), (5, 1001), (27, 9999)),
         start=(1, 2048),
     ),
     "mixtral-8x7b": Model(
@@ -99,7 +108,7 @@ MODELS: Final[Mapping[str, Model]] = {
         **_TOKENS,
         seconds=(128, 2048, 16384),  # attention that is written out is quadratic
         batches=(2, 32),
-        checks=((1, 4097), (5, 1001)),
+        checks=((1, 4097), (5, 1001), (27, 9999)),
         start=(1, 2048),
     ),
     "gpt-2": Model(
@@ -108,7 +117,7 @@ MODELS: Final[Mapping[str, Model]] = {
         **_TOKENS,
         seconds=(64, 384, 1024),
         batches=(2, 64),
-        checks=((1, 333), (5, 777)),
+        checks=((1, 333), (5, 777), (41, 130)),
         start=(8, 1024),
     ),
     "esm-2-650m": Model(
@@ -118,7 +127,7 @@ MODELS: Final[Mapping[str, Model]] = {
         unit="residues",
         seconds=(64, 1024),
         batches=(2, 64),
-        checks=((1, 333), (5, 777)),
+        checks=((1, 333), (5, 777), (41, 130)),
         start=(8, 512),
     ),
     "alphafold-2": Model(
@@ -129,7 +138,7 @@ MODELS: Final[Mapping[str, Model]] = {
         unit="residues",
         seconds=(64, 128, 256, 512),
         batches=(2, 4),
-        checks=((1, 256), (3, 200)),
+        checks=((1, 300), (3, 200)),
         start=(1, 256),
         **_ONE_DEVICE,
     ),
@@ -141,7 +150,7 @@ MODELS: Final[Mapping[str, Model]] = {
         unit="atoms",
         seconds=(64, 128, 256),
         batches=(2, 64),
-        checks=((1, 128), (5, 99)),
+        checks=((1, 77), (5, 99), (37, 201)),
         start=(8, 128),
         **_ONE_DEVICE,
     ),
@@ -149,7 +158,7 @@ MODELS: Final[Mapping[str, Model]] = {
         spec="hf:google/vit-large-patch16-224",
         title="ViT-L/16",
         batches=(2, 256),
-        checks=((1, 1), (33, 1)),
+        checks=((33, 1), (150, 1)),
         start=(64, 1),
     ),
     "u-net-3d": Model(
@@ -160,7 +169,7 @@ MODELS: Final[Mapping[str, Model]] = {
         unit="voxels",
         seconds=(64, 96, 128, 160),
         batches=(2, 8),
-        checks=((1, 128), (3, 96)),
+        checks=((3, 96), (7, 128)),
         multiple=32,
         start=(2, 128),
         **_ONE_DEVICE,
@@ -173,7 +182,7 @@ MODELS: Final[Mapping[str, Model]] = {
         unit="bases",
         seconds=(1024, 65536, 262144),
         batches=(2, 8),
-        checks=((1, 32768), (3, 100001)),
+        checks=((1, 32768), (3, 100001), (7, 5003)),
         start=(1, 65536),
         **_ONE_DEVICE,
     ),
@@ -182,7 +191,7 @@ MODELS: Final[Mapping[str, Model]] = {
         size="paper",
         title="FourCastNet",
         batches=(2, 16),
-        checks=((1, 1), (5, 1)),
+        checks=((5, 1), (11, 1)),
         start=(2, 1),
         **_ONE_DEVICE,
     ),
@@ -229,14 +238,26 @@ def traced(model: Model, plan: Mapping[str, Any], batch: int, second: int) -> An
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """Memory inside a call of one of `KERNELS`, or of another operator (``name`` is "" then) that takes
+    ``beside`` bytes. ``arguments``: those of its signature. ``outputs``: bytes of its outputs; what a kernel
+    allocates before they exist counts as far as it is more. ``least``: so many bytes count as none."""
+
+    name: str = ""
+    arguments: Any = ()
+    outputs: int = 0
+    beside: int = 0
+    least: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
     """The structure of a trace, which must be the same in all of them, and its sizes, which may differ.
 
     ``events``: index of an allocation, or -1 minus that index for its free, in the order of the clock.
     ``kinds``: (category, stream, contributor) of each allocation. ``spans``: (phase, step, first event, end).
     ``bounded``: (first event, end) of each operator whose workspace has a bound. ``requested``: bytes of each
-    allocation, and ``bounds`` of each of these workspaces. ``largest``: (first event, end, bytes) of
-    operators whose bound is no polynomial, such as of the partial results of a sum; not in the structure.
+    allocation, and ``bounds`` of each of these workspaces.
     """
 
     events: tuple[int, ...]
@@ -245,56 +266,56 @@ class Step:
     bounded: tuple[tuple[int, int], ...]
     groups: tuple[int, ...]
     ratio: tuple[float, float]
-    requested: tuple[int, ...]
-    bounds: tuple[int, ...]
-    largest: tuple[tuple[int, int, int], ...]
+    requested: tuple[int | Kernel, ...]
+    bounds: tuple[Kernel, ...]
 
     @property
     def structure(self) -> tuple[Any, ...]:
         return self.events, self.kinds, self.spans, self.bounded, self.groups, self.ratio
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FittedStep(Step):
-    """A step at any size: ``requested`` and ``bounds`` are coefficients (`coefficients`)."""
-
-    requested: Sequence[tuple[float, ...]]  # type: ignore[assignment]
-    bounds: Sequence[tuple[float, ...]]  # type: ignore[assignment]
-
-
 def step_of(trace: Any) -> Step:
-    from memfit.cost.cuda_workspaces import CUDA_BOUNDS
+    from memfit.cost.cuda_workspaces import NEGLIGIBLE_BYTES, inside_cuda, temporaries
     from memfit.cost.device_overhead import BLAS_WORKSPACE
     from memfit.cost.workspaces import bound_bytes
     from memfit.report.explain import op_name
-    from memfit.types.trace import Phase, base_name
+    from memfit.types.trace import Phase
 
-    made = trace.allocations
+    blas = max((a.size_bytes for a in trace.allocations if a.op == BLAS_WORKSPACE), default=0)
+    made = list(trace.allocations)
+    requested: list[int | Kernel] = [
+        _BLAS if a.op == BLAS_WORKSPACE and a.size_bytes == blas else a.requested_bytes or a.size_bytes
+        for a in made
+    ]
+    for temporary in temporaries(trace):
+        inside: Any = inside_cuda(temporary.call.signature)
+        needed = max(inside.beside_bytes, inside.alone_bytes - temporary.outputs_bytes)
+        kernel = _kernel(temporary.call, needed, temporary.outputs_bytes, NEGLIGIBLE_BYTES)
+        if kernel.name or needed > 0:
+            made.append(temporary.allocation)
+            requested.append(kernel)
     assert all(a.pieces == 1 for a in made), "no chunked plan"
     freed = [i for i, a in enumerate(made) if a.end is not None]
     clock = numpy.array([a.start for a in made] + [made[i].end for i in freed], dtype=numpy.int64)
     order = numpy.argsort(clock, kind="stable")
     clock = clock[order]
     calls = [
-        (op, bound)
+        (op, _kernel(op, bound))
         for op in trace.ops
         if (op.phase is not Phase.SETUP or op.step == 0)
-        and (bound := bound_bytes(op.signature, trace.device, 1))
+        and ((bound := bound_bytes(op.signature, trace.device, 1)) or _base(op) in KERNELS)
     ]
-    polynomial = [base_name(op.op) not in CUDA_BOUNDS for op, _ in calls]
     starts = sorted({op.clock for op in trace.ops})
     following = dict(zip(starts, [*starts[1:], int(clock[-1]) + 1], strict=True))
     first = numpy.searchsorted(clock, [op.clock for op, _ in calls], side="right") - 1
     end = numpy.searchsorted(clock, [following[op.clock] for op, _ in calls], side="right")
-    places = [(max(0, int(i)), max(1, int(j))) for i, j in zip(first, end, strict=True)]
-    bounds = [bound for _, bound in calls]
     return Step(
         events=tuple(int(i) if i < len(made) else -1 - freed[i - len(made)] for i in order),
         kinds=tuple(
             (
                 str(a.category),
                 a.stream,
-                f"{re.sub(r'(^|(?<=[.]))[0-9]+(?=[.]|$)', '*', a.module)}\t{op_name(a.op)}",
+                f"{_INDEX.sub('*', a.module)}\t{op_name(a.op)}",
             )
             for a in made
         ),
@@ -302,17 +323,27 @@ def step_of(trace: Any) -> Step:
             (str(s.phase), s.step, *(int(n) for n in numpy.searchsorted(clock, (s.start, s.end))))
             for s in trace.spans
         ),
-        bounded=tuple(itertools.compress(places, polynomial)),
+        bounded=tuple((max(0, int(i)), max(1, int(j))) for i, j in zip(first, end, strict=True)),
         groups=tuple(ranks for _, ranks in trace.communicators if ranks > 1),
         ratio=(trace.assumed_low_ratio, trace.assumed_high_ratio),
-        requested=tuple(_BLAS if a.op == BLAS_WORKSPACE else a.requested_bytes or a.size_bytes for a in made),
-        bounds=tuple(itertools.compress(bounds, polynomial)),
-        largest=tuple(
-            (*place, bound)
-            for place, bound, is_polynomial in zip(places, bounds, polynomial, strict=True)
-            if not is_polynomial
-        ),
+        requested=tuple(requested),
+        bounds=tuple(kernel for _, kernel in calls),
     )
+
+
+def _base(op: Any) -> str:
+    from memfit.types.trace import base_name
+
+    return base_name(op.op)
+
+
+def _kernel(op: Any, beside: int, outputs: int = 0, least: int = 0) -> Kernel:
+    name, (_, arguments, options) = _base(op), json.loads(op.signature)
+    is_masked = name == "index_put" and '"bool"' in op.signature
+    if name not in KERNELS or is_masked or options.keys() - {"dtype", "scale"}:
+        return Kernel(beside=max(0, beside), least=least)
+    outputs *= name == "embedding_dense_backward"  # the others allocate nothing before their outputs
+    return Kernel(name=name, arguments=arguments, outputs=outputs, least=least)
 
 
 @functools.cache
@@ -336,9 +367,7 @@ def _inverse(values: tuple[int, ...]) -> list[list[Fraction]]:
 
 def coefficients(batches: Sequence[int], seconds: Sequence[int], values: Sequence[int]) -> tuple[float, ...]:
     """Return the coefficients of the polynomial with these values at ``batches`` x ``seconds``: of 1, s, s^2,
-    ..., then, if there are two batches, of b, b s, b s^2, .... () for a workspace for matrix products."""
-    if values[0] == _BLAS:
-        return ()
+    ..., then, if there are two batches, of b, b s, b s^2, ...."""
     count = len(seconds)
     by_second = [
         [
@@ -354,87 +383,117 @@ def coefficients(batches: Sequence[int], seconds: Sequence[int], values: Sequenc
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fit:
+    """Finds what has given values at the sizes ``batches`` x ``seconds``, and after them at ``checks``."""
+
+    batches: tuple[int, ...]
+    seconds: tuple[int, ...]
+    checks: tuple[tuple[int, int], ...]
+    known: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+    def polynomial(self, values: tuple[int, ...]) -> Any:
+        """Return the coefficients, (multiple, coefficients) if they are of the length rounded up to a
+        multiple, or the value itself if it is always the same. Raises UserError if there are none."""
+        if values not in self.known:
+            self.known[values] = self._polynomial(values)
+        return self.known[values]
+
+    def _polynomial(self, values: tuple[int, ...]) -> Any:
+        if len(set(values)) == 1:
+            return values[0]
+        count = len(self.batches) * len(self.seconds)
+        for multiple in _MULTIPLES if len(self.seconds) > 1 else (1,):
+            seconds = [-(-s // multiple) * multiple for s in self.seconds]
+            found = coefficients(self.batches, seconds, values[:count])
+            if all(
+                round(value_at(found, b, -(-s // multiple) * multiple, len(seconds))) == value
+                for (b, s), value in zip(self.checks, values[count:], strict=True)
+            ):
+                return {"of": found, **({"multiple": multiple} if multiple > 1 else {})}
+        raise UserError("the memory of an operator is no polynomial of the batch and the length")
+
+    def quantity(self, values: tuple[int | Kernel, ...]) -> Any:
+        """Return what the pages compute a size from. Raises UserError if it cannot be computed."""
+        first = values[0]
+        if not isinstance(first, Kernel):
+            return self.polynomial(values)  # type: ignore[arg-type]
+        kernels: tuple[Kernel, ...] = values  # type: ignore[assignment]
+        least = {"least": first.least} if first.least else {}
+        if not first.name:
+            return {"beside": self.polynomial(tuple(k.beside for k in kernels)), **least}
+        arguments = [k.arguments for k in kernels]
+        outputs = self.polynomial(tuple(k.outputs for k in kernels))
+        return {"kernel": first.name, "arguments": self._tree(arguments), "outputs": outputs, **least}
+
+    def _tree(self, values: Sequence[Any]) -> Any:
+        first = values[0]
+        if type(first) is int:
+            return self.polynomial(tuple(values))
+        if isinstance(first, list) and len({len(v) for v in values}) == 1:
+            return [self._tree(v) for v in zip(*values, strict=True)]
+        if isinstance(first, dict) and "t" in first:
+            return {"t": self._tree([v["t"][:3] for v in values])}
+        if any(v != first for v in values):
+            raise UserError(_DIFFERS)
+        return first
+
+
+def value_at(found: Sequence[float], batch: int, second: int, degrees: int) -> float:
+    """Return the value of the polynomial with the coefficients ``found``."""
+    return sum(c * second ** (i % degrees) * (batch if i >= degrees else 1) for i, c in enumerate(found))
+
+
 def entry_of(model: Model, plan: Mapping[str, Any]) -> dict[str, Any]:
     """Trace one plan of a model and return what the pages need of it; {"problem": why not} if it cannot be
     traced. A batch of one is a step of its own, because many operators then need no copies."""
     parts: dict[str, int] = {}
-    steps, checks, groups = [], [], ""
+    steps, groups = [], ""
     for batches in ((1,), model.batches):
         own_checks = [c for c in model.checks if (c[0] == 1) == (batches == (1,))]
         try:
-            step, found = fitted_step(model, plan, batches, own_checks)
+            step, sizes, bounds = fitted_step(model, plan, batches, own_checks)
         except MemfitError as error:
             return {"problem": first_line(error)}
-        steps.append({"batches": (batches[0], batches[-1]), **_encoded(step, parts)})
-        checks += found
+        steps.append({"batches": (batches[0], batches[-1]), **_encoded(step, sizes, bounds, parts)})
         groups = ",".join(map(str, step.groups))
     text = json.dumps({"steps": steps, "parts": list(parts)}, separators=(",", ":"))
     text = re.sub(r"\.0(?=[,\]])", "", text)
     data = base64.b64encode(zlib.compress(text.encode(), 9)).decode()
-    return {"groups": groups, "checks": checks, "data": data}
+    return {"groups": groups, "data": data}
 
 
 def fitted_step(
-    model: Model, plan: Mapping[str, Any], batches: Sequence[int], checks: Sequence[tuple[int, int]]
-) -> tuple[FittedStep, list[tuple[int, int, float]]]:
-    """Return the step at all sizes between the fitted ones, and (batch, second, relative error of its peak)
-    of each check. Raises UserError if the step is not the same at all these sizes."""
+    model: Model, plan: Mapping[str, Any], batches: tuple[int, ...], checks: Sequence[tuple[int, int]]
+) -> tuple[Step, list[str], list[str]]:
+    """Return the step, and as JSON what the sizes of its allocations and its bounds are computed from. Raises
+    UserError if the step is not the same at the sizes in between, which ``checks`` tests."""
     points = list(itertools.product(batches, model.seconds))
     steps = [step_of(traced(model, plan, b, s)) for b, s in (*points, *checks)]
     first = steps[0]
     if any(step.structure != first.structure for step in steps):
-        raise UserError("which operators a step runs depends on the batch or the length")
-    fit = functools.cache(functools.partial(coefficients, batches, model.seconds))
-    requested, bounds = (
-        [fit(values) for values in zip(*(getattr(s, name) for s in steps[: len(points)]), strict=True)]
+        raise UserError(_DIFFERS)
+    fit = Fit(batches=batches, seconds=model.seconds, checks=tuple(checks))
+    sizes, bounds = (
+        [json.dumps(fit.quantity(values)) for values in zip(*(getattr(s, name) for s in steps), strict=True)]
         for name in ("requested", "bounds")
     )
-    most: dict[tuple[int, int], int] = {}
-    for begin, end, bound in itertools.chain.from_iterable(step.largest for step in steps):
-        most[begin, end] = max(bound, most.get((begin, end), 0))
-    levels = [_levels(first.events, step.requested) for step in steps]
-    largest = tuple(
-        (*place, bound) for place, bound in sorted(most.items()) if _matters(levels, *place, bound)
-    )
-    fitted = FittedStep(
-        **{f.name: getattr(first, f.name) for f in dataclasses.fields(Step)}
-        | {"requested": requested, "bounds": bounds, "largest": largest}
-    )
-    found = []
-    for (b, s), held_out in zip(checks, steps[len(points) :], strict=True):
-        terms = [x * s**p for x in ((1, b) if len(batches) > 1 else (1,)) for p in range(len(model.seconds))]
-        values = {c: sum(x * t for x, t in zip(c, terms, strict=True)) if c else 0 for c in set(requested)}
-        peak = _peak(held_out.events, [max(0, n) for n in held_out.requested])
-        found.append((b, s, _peak(first.events, [values[c] for c in requested]) / peak - 1))
-    return fitted, found
+    return first, sizes, bounds
 
 
-def _matters(levels: Sequence[Sequence[float]], begin: int, end: int, bound: int) -> bool:
-    """Return whether ``bound`` bytes between the events exceed the peak at one of the sizes."""
-    return any(max(live[begin:end], default=0) + bound > max(live) for live in levels)
-
-
-def _levels(events: Sequence[int], sizes: Sequence[float]) -> list[float]:
-    """Return the live bytes after each event."""
-    known = [max(0, size) for size in sizes]
-    return list(itertools.accumulate(known[e] if e >= 0 else -known[-1 - e] for e in events))
-
-
-def _peak(events: Sequence[int], sizes: Sequence[float]) -> float:
-    return max(_levels(events, sizes))
-
-
-def _encoded(step: FittedStep, parts: dict[str, int]) -> dict[str, Any]:
+def _encoded(
+    step: Step, quantities: Sequence[str], bounds: Sequence[str], parts: dict[str, int]
+) -> dict[str, Any]:
     """Return the step as plain data. ``parts``: contributors -> number, to which its own are added. In the
     tokens, an allocation is the number of its kind, and a free is -1 minus (category + 8 x the number of
     younger allocations of that category that are alive), so that equal blocks have equal tokens."""
-    sizes = list(dict.fromkeys(step.requested))
+    sizes = list(dict.fromkeys((*quantities, *bounds)))
     categories = list(dict.fromkeys(category for category, _, _ in step.kinds))
     streams = list(dict.fromkeys(stream for _, stream, _ in step.kinds))
     numbers = {size: n for n, size in enumerate(sizes)}
     kinds = [
         (numbers[size], categories.index(c), streams.index(s), parts.setdefault(part, len(parts)))
-        for size, (c, s, part) in zip(step.requested, step.kinds, strict=True)
+        for size, (c, s, part) in zip(quantities, step.kinds, strict=True)
     ]
     table = {kind: n for n, kind in enumerate(dict.fromkeys(kinds))}
     alive: list[list[int]] = [[] for _ in categories]
@@ -452,14 +511,13 @@ def _encoded(step: FittedStep, parts: dict[str, int]) -> dict[str, Any]:
             tokens.append(-1 - kinds[index][1] - 8 * (len(own) - 1 - place))
             del own[place]
     return {
-        "sizes": sizes,
+        "sizes": [json.loads(size) for size in sizes],
         "categories": categories,
         "streams": streams,
         "kinds": list(table),
         "tokens": tokens,
         "spans": step.spans,
-        "bounds": [(*place, fitted) for place, fitted in zip(step.bounded, step.bounds, strict=True)],
-        "largest": step.largest,
+        "bounds": [(*place, numbers[bound]) for place, bound in zip(step.bounded, bounds, strict=True)],
         "ratio": step.ratio,
     }
 
@@ -510,7 +568,7 @@ def write(only: str) -> None:
             if not re.search(only, "/".join((name, *key))):
                 continue
             entry = entry_of(model, plan_of(*key))
-            print(name, *key, entry.get("problem", ""), entry.get("checks", ""), flush=True)
+            print(name, *key, entry.get("problem", len(entry.get("data", ""))), flush=True)
             file: dict[str, Any] = json.loads(DATA.read_text()) if DATA.is_file() else {"models": {}}
             known = file["models"].get(name, {})
             if "parameters" not in known:

@@ -90,6 +90,89 @@ function delayed(events, by, random) {
   return out;
 }
 
+// -- memory inside CUDA's kernels (memfit/cost/cuda_workspaces.py, workspaces.py) ------------------------------
+const MULTIPROCESSORS = 148, THREADS = 2048; // of the largest card
+const product = (numbers) => numbers.reduce((a, b) => a * b, 1);
+const upTo = (n, step) => Math.ceil(n / step) * step;
+const powerBelow = (n) => 2 ** Math.floor(Math.log2(Math.max(1, n)));
+function copyBytes({ shape, strides, elements, item }) {
+  let expected = 1;
+  for (let d = shape.length - 1; d >= 0; expected *= shape[d--]) if (shape[d] !== 1 && strides[d] !== expected) return elements * item;
+  return 0;
+}
+function partialSums([tensor, dims]) {
+  if (!Array.isArray(dims) || !dims.length || !tensor.elements) return 0;
+  const { shape, strides, elements } = tensor, reduced = new Set(dims.map((d) => (d + shape.length) % shape.length));
+  const order = shape.map((_, d) => d).filter((d) => shape[d] > 1).sort((a, b) => strides[a] - strides[b] || shape[a] - shape[b]);
+  let row = 1;
+  for (const d of order) {
+    if (reduced.has(d) || strides[d] !== row) break;
+    row *= shape[d];
+  }
+  const inputs = product([...reduced].map((d) => shape[d])), vector = [4, 2, 1].find((v) => row % v === 0), most = 512 / vector;
+  const widest = Math.min(most, powerBelow(Math.floor(row / vector))), highest = Math.min(most, powerBelow(inputs));
+  const height = Math.min(highest, Math.floor(most / Math.min(widest, 32))), width = Math.min(widest, Math.floor(most / height));
+  const values = Math.ceil(inputs / height), outputs = elements / inputs;
+  const grid = Math.ceil(Math.ceil(outputs / vector) / width), target = MULTIPROCESSORS * Math.floor(THREADS / (width * height));
+  if (row === 1 || values < 256 || grid > target) return 0;
+  const blocks = Math.max(Math.min(Math.ceil(target / grid), Math.ceil(values / 16)), Math.ceil(values / 256));
+  const item = tensor.dtype.includes("int") || tensor.dtype === "bool" ? 8 : Math.max(4, tensor.item);
+  return blocks > 1 ? item * outputs * blocks * width * vector : 0;
+}
+function sorted([tensor, dim = -1]) {
+  const at = dim < 0 ? dim + tensor.shape.length : dim, length = tensor.shape[at], { elements, item } = tensor;
+  if (length <= 4096) return 8 * length;
+  const rows = elements / length, each = rows > 1 && rows < 128 ? 24 + 2 * item : 16 + item;
+  return elements * (each + (tensor.strides[at] === 1 ? 0 : 8 + 2 * item)) + Math.floor(elements / 5);
+}
+function added([target, indices, values, accumulates]) {
+  if (!accumulates) return 0;
+  const tensors = indices.filter((index) => index), first = indices.findIndex((index) => index), dims = Math.max(...tensors.map((i) => i.shape.length));
+  const padded = tensors.map(({ shape }) => [...Array(dims - shape.length).fill(1), ...shape]);
+  const count = product(Array.from({ length: dims }, (_, d) => Math.max(...padded.map((shape) => shape[d]))));
+  const written = count * product([...target.shape.slice(0, first), ...target.shape.slice(first + tensors.length)]);
+  return 48 * count + Math.floor(count / 4) + (values.elements < written || copyBytes(values) ? written * target.item : 0);
+}
+function embedding([grad, indices, weights, , isScaled]) {
+  const count = indices.elements, { item } = indices, copy = copyBytes(grad), segments = Math.min(count, weights);
+  if (count <= 3072 && !isScaled) return 0;
+  const partial = Math.floor(count / 10) + segments, row = grad.shape.at(-1) * Math.max(4, grad.item);
+  return { beside: (3 * count + 2 * segments + partial) * item + partial * row + copy, alone: 5 * count * item + Math.floor(count / 4) + copy };
+}
+// Into how many parts the flash kernel splits the keys on a card that runs so many blocks together.
+function keyParts(blocks, keyBlocks, together) {
+  if (!blocks || blocks >= 0.8 * together) return 1;
+  const busy = [];
+  for (let n = 1; n <= Math.min(128, together, keyBlocks); n++) {
+    if (n > 1 && Math.ceil(keyBlocks / n) === Math.ceil(keyBlocks / (n - 1))) continue;
+    const wave = blocks * n / together;
+    busy.push([n, wave / Math.ceil(wave)]);
+  }
+  const best = Math.max(...busy.map(([, share]) => share));
+  return busy.find(([, share]) => share >= 0.85 * best)?.[0] ?? 1;
+}
+function splitAttention([q, k, , dropout = 0]) {
+  if (dropout > 0) return 0;
+  const [batch, heads, queries, width] = q.shape, keys = Math.ceil(k.shape[2] / (width <= 64 ? 256 : width <= 128 ? 128 : 64));
+  const blocks = batch * heads * Math.ceil(queries / 64);
+  let parts = 1;
+  for (let n = 16; n < 193; n += 4) parts = Math.max(parts, keyParts(blocks, keys, 2 * n));
+  return parts > 1 ? 4 * parts * batch * heads * queries * (upTo(width, width <= 128 ? 32 : 64) + 1) : 0;
+}
+function flashBackward([, q]) {
+  const [batch, heads, queries, width] = q.shape;
+  return 4 * batch * heads * upTo(queries, 128) * (upTo(width, width <= 128 ? 32 : 64) + 1);
+}
+function efficientBackward([, q, k, v]) {
+  const [batch, heads, queries, width] = q.shape, columns = Math.max(upTo(width, 128), upTo(v.shape[3], 128));
+  return 4 * batch * heads * ((upTo(queries, 128) + 2 * upTo(k.shape[2], 128)) * columns + queries);
+}
+const KERNELS = {
+  sum: partialSums, mean: partialSums, sort: sorted, index_put: added, embedding_dense_backward: embedding,
+  _scaled_dot_product_flash_attention: splitAttention, _scaled_dot_product_flash_attention_backward: flashBackward,
+  _scaled_dot_product_efficient_attention_backward: efficientBackward,
+};
+
 // -- a step ------------------------------------------------------------------------------------------------
 const unpacked = new WeakMap();
 async function unpack(entry) {
@@ -114,11 +197,34 @@ function readTokens(step) {
   });
   step.kindOf = kinds;
 }
-function value(coefficients, batch, second, degrees) {
-  return coefficients.reduce((sum, c, i) => sum + c * second ** (i % degrees) * (i < degrees ? 1 : batch), 0);
+// What a number of the file is at a batch and a length: itself, or a polynomial of them.
+function value(found, at) {
+  if (typeof found === "number") return found;
+  const { of, multiple = 1 } = found, degrees = at.degrees, second = Math.ceil(at.second / multiple) * multiple;
+  return Math.round(of.reduce((sum, c, i) => sum + c * second ** (i % degrees) * (i < degrees ? 1 : at.batch), 0));
 }
-function sizesAt(step, batch, second, degrees, blas) {
-  const rounded = step.sizes.map((c) => Math.ceil((c.length ? Math.round(value(c, batch, second, degrees)) : blas) / 512) * 512);
+// The arguments of an operator at a batch and a length.
+function filled(tree, at) {
+  if (Array.isArray(tree)) return tree.map((part) => filled(part, at));
+  if (tree?.of) return value(tree, at);
+  if (!tree?.t) return tree;
+  const [shape, strides, dtype] = filled(tree.t, at);
+  return { shape, strides, dtype, elements: product(shape), item: Number(/\d+/.exec(dtype)?.[0] ?? 8) / 8 };
+}
+// Bytes of each number of the step's table: of an allocation, inside a kernel, or a bound of that.
+function bytesAt(step, at, blas) {
+  return step.sizes.map((found) => {
+    let bytes;
+    if (found === -1) bytes = blas;
+    else if (found.kernel) {
+      const inside = KERNELS[found.kernel](filled(found.arguments, at));
+      bytes = Math.max(inside.beside ?? inside, (inside.alone ?? 0) - value(found.outputs, at));
+    } else bytes = value(found.beside ?? found, at);
+    return found.least && bytes <= found.least ? 0 : Math.max(0, bytes);
+  });
+}
+function sizesAt(step, table) {
+  const rounded = table.map((bytes) => Math.ceil(bytes / 512) * 512);
   return Float64Array.from(step.kindOf, (kind) => rounded[kind[0]]);
 }
 function levels(step, sizes) {
@@ -139,22 +245,15 @@ function peakOf(step, live) {
   return { ...best, phases };
 }
 // Highest level with the upper bound of a kernel's workspace, if one matters (memfit/cost/workspaces.py).
-function withBounds(step, live, batch, second, degrees, peak) {
+function withBounds(step, live, table, peak) {
   let high = 0;
-  for (const [from, to, coefficients] of step.bounds) {
-    const bound = Math.round(value(coefficients, batch, second, degrees));
+  for (const [from, to, number] of step.bounds) {
+    const bound = table[number];
     let level = 0;
     for (let i = from; i < to; i++) level = Math.max(level, live[i]);
     if (bound > 0) high = Math.max(high, level + bound);
   }
   return high > peak * 1.003 ? high : 0;
-}
-
-// Highest level with the largest bound, over all sizes, of operators whose bound is no polynomial.
-function withLargest(step, live) {
-  let high = 0;
-  for (const [from, to, bytes] of step.largest ?? []) for (let i = from; i < to; i++) high = Math.max(high, live[i] + bytes);
-  return high;
 }
 
 // -- the answer ----------------------------------------------------------------------------------------------
@@ -172,7 +271,6 @@ function refusal(file, setting) {
     if (!Number.isInteger(second) || second < model.seconds[0] || second > model.seconds.at(-1)) return "second";
     if (second % model.multiple) return "multiple";
   }
-  if (entry.checks.some(([, , error]) => Math.abs(error) > 0.005)) return "combination";
   return file.devices[setting.device]?.beside[entry.groups] ? "" : "device";
 }
 async function answer(file, setting, whole = true) {
@@ -181,10 +279,10 @@ async function answer(file, setting, whole = true) {
   const model = file.models[setting.model], entry = entryOf(file, setting), device = file.devices[setting.device];
   const found = await unpack(entry), { batch } = setting, second = model.second ? setting.second : 1;
   const step = found.steps.find((s) => batch >= s.batches[0] && batch <= s.batches[1]);
-  const degrees = step.sizes.find((c) => c.length).length / (step.batches[1] > 1 ? 2 : 1);
-  const sizes = sizesAt(step, batch, second, degrees, device.blas), live = levels(step, sizes);
+  const table = bytesAt(step, { batch, second, degrees: model.seconds.length }, device.blas);
+  const sizes = sizesAt(step, table), live = levels(step, sizes);
   const peak = peakOf(step, live), bytes = peak.bytes;
-  const bounded = withBounds(step, live, batch, second, degrees, bytes);
+  const bounded = withBounds(step, live, table, bytes);
   const allocated = [bytes, bytes * (1 - 0.01) * step.ratio[0], Math.max(bytes * (1 + 0.01) * step.ratio[1], bounded)];
   const events = step.events.filter((event) => sizes[event >= 0 ? event : -1 - event] > 0);
   const streams = step.kindOf.map((kind) => kind[STREAM]);
@@ -192,7 +290,6 @@ async function answer(file, setting, whole = true) {
   const peaks = [plain, ...file.late.map((by) => allocatorPeaks(delayed(events, by, file.random), sizes, streams).reserved)];
   const reserved = [plain, Math.min(plain, allocated[1]), Math.max(...peaks) * (allocated[2] / bytes)];
   allocated[2] = Math.max(allocated[2], counted * (1 + 0.01));
-  if (withLargest(step, live) > 1.005 * allocated[2]) return { run: "combination" };
   const needed = reserved.map((n, i) => n + device.beside[entry.groups][i]);
   const figures = { allocated, reserved, device: needed, memory: device.memory, fits: Math.floor(needed[2]) <= device.memory };
   return whole ? { ...figures, peak, bounded: bounded > 0, ...holders(step, sizes, found.parts, peak.at), line: timeline(step, sizes, live) } : figures;
@@ -264,4 +361,4 @@ function command(file, setting, kind = "estimate") {
   return plan + words.join(" ");
 }
 
-if (typeof module !== "undefined") module.exports = { answer, largest, command, refusal, shifts, delayed };
+if (typeof module !== "undefined") module.exports = { answer, largest, command, refusal, shifts, filled, KERNELS };

@@ -201,8 +201,7 @@ async function show() {
   el("bounded").hidden = !result.bounded;
   for (const section of document.querySelectorAll(".known")) section.hidden = Boolean(result.run);
   if (!result.run) { showTimeline(result); showHolders(result); }
-  const errors = Object.values(model.plans).flatMap((p) => p.checks ?? []).map((c) => Math.abs(c[2]));
-  el("made").textContent = t("made", { ...model.made, error: `${(100 * Math.max(...errors)).toPrecision(1)} %` });
+  el("made").textContent = t("made", model.made);
   const found = await largest(FILE, setting);
   if (mine !== turn) return;
   el("largest").textContent = largestText(found);

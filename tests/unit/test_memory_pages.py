@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import shutil
 import subprocess
@@ -14,6 +15,11 @@ import calculator
 import memory_pages
 import numpy
 import pytest
+
+from memfit.cost.cuda_workspaces import inside_cuda
+from memfit.cost.workspaces import bound_bytes
+from memfit.types.errors import UserError
+from memfit.types.trace import base_name
 
 FILE = memory_pages.page_data()
 needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="no Node on this machine")
@@ -106,6 +112,71 @@ def test_the_commands_of_the_page_name_the_batch_of_all_devices_and_the_plan() -
     plain = in_node("page.command(given.file, given.asked, 'largest')", asked=setting())
     assert yaml.safe_load(plain.split("\n", 1)[1].split("EOF")[0]) == {"techniques": {}}
     assert plain.endswith("--largest batch --on RTX-4090 --plan plan.yaml"), "without a plan it would search"
+
+
+def calls_of_kernels() -> list[tuple[str, str, list[Any]]]:
+    """(operator, signature, its arguments) of calls of the kernels whose memory the page computes."""
+    rng, calls = random.Random(5), []
+
+    def tensor(shape: list[int], dtype: str = "float32", order: list[int] | None = None) -> dict[str, Any]:
+        strides, step = [0] * len(shape), 1
+        for dim in reversed(order or range(len(shape))):
+            strides[dim], step = step, step * shape[dim]
+        return {"t": [shape, strides, dtype]}
+
+    def between(low: int, high: int) -> int:
+        return round(low * (high / low) ** rng.random())
+
+    for _ in range(60):
+        dtype, batch, length = rng.choice(["float32", "bfloat16"]), between(1, 64), between(16, 16384)
+        width = rng.choice([1, 3, 33, 768, 1000, 4096])
+        rows = tensor([batch, length, width], dtype, rng.choice([[0, 1, 2], [0, 2, 1], [1, 0, 2]]))
+        calls.append(("sum.dim_IntList", [rows, rng.choice([[0, 1], [0], [-1], [0, 2], [1]]), True]))
+        calls.append(("mean.dim", [tensor([batch * length, width], dtype), [0], True]))
+        count = tensor([between(1, 20000)], "int64")
+        calls.append(("sort.default", [count]))
+        calls.append(("sort.default", [tensor([between(1, 300), between(1, 9000)]), rng.choice([0, 1])]))
+        indices = tensor([between(1, 5000)], "int64")
+        values = tensor([*indices["t"][0], rng.choice([1, width])], dtype)
+        accumulates = rng.choice([True, False])
+        calls.append(("index_put_.default", [tensor([batch, width], dtype), [indices], values, accumulates]))
+        grad = tensor([batch, length, width], dtype, rng.choice([[0, 1, 2], [0, 2, 1]]))
+        tokens = tensor([batch, length], "int64")
+        rest = [rng.choice([33, 50257]), -1, rng.choice([True, False])]
+        calls.append(("embedding_dense_backward.default", [grad, tokens, *rest]))
+        q, k = (tensor([between(1, 8), 8, n, rng.choice([64, 80, 128, 256])], dtype) for n in (length, 77))
+        dropout = rng.choice([0.0, 0.0, 0.1])
+        calls.append(("_scaled_dot_product_flash_attention.default", [q, rng.choice([q, k]), q, dropout]))
+        calls.append(("_scaled_dot_product_flash_attention_backward.default", [q, q, k, k]))
+        calls.append(("_scaled_dot_product_efficient_attention_backward.default", [q, q, k, k]))
+    return [(name.split(".")[0], json.dumps([f"aten.{name}", a, {}]), a) for name, a in calls]
+
+
+@needs_node
+def test_the_page_computes_the_memory_inside_kernels_as_the_predictions_do() -> None:
+    calls = calls_of_kernels()
+    names = [base_name(f"aten.{name}") for name, _, _ in calls]
+    assert set(names) == memory_pages.KERNELS
+    found = in_node(
+        "given.calls.map(([name, args]) => page.KERNELS[name](page.filled(args, {})))",
+        calls=[(name, args) for name, (_, _, args) in zip(names, calls, strict=True)],
+    )
+    for name, page, (_, signature, _) in zip(names, found, calls, strict=True):
+        inside = inside_cuda(signature)
+        if inside is None:
+            assert page == bound_bytes(signature, "cuda", 1), signature
+        else:
+            both = page if isinstance(page, dict) else {"beside": page, "alone": 0}
+            assert both == {"beside": inside.beside_bytes, "alone": inside.alone_bytes}, (name, signature)
+
+
+def test_a_size_that_is_no_polynomial_leaves_a_plan_out() -> None:
+    fit = memory_pages.Fit(batches=(2, 32), seconds=(64, 384), checks=((5, 333),))
+    points = [(2, 64), (2, 384), (32, 64), (32, 384), (5, 333)]
+    padded = fit.polynomial(tuple(4 * b * -(-s // 32) * 32 for b, s in points))
+    assert padded["multiple"] == 32
+    with pytest.raises(UserError, match="no polynomial"):
+        fit.polynomial(tuple(min(b * s, 3000) for b, s in points))
 
 
 def test_a_polynomial_through_fitted_sizes_gives_sizes_between_them() -> None:

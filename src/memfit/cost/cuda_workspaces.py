@@ -23,7 +23,7 @@ from memfit.types.trace import Allocation, Category, Trace, base_name, rounded
 _SMALL_SORT: Final = 4096  # longest row that is sorted in place, in shared memory
 _FEW_ROWS: Final = 128  # fewer rows are sorted as one array
 _SMALL_EMBEDDING: Final = 3072  # most indices whose gradients are added without a sort
-_NEGLIGIBLE_BYTES: Final = 4096
+NEGLIGIBLE_BYTES: Final = 4096  # a kernel that allocates no more inside counts as one that does not
 # operators of which `cuda_bound_bytes` has a bound
 CUDA_BOUNDS: Final = frozenset(
     {"_cdist_backward", "_pdist_backward", "index", "masked_select", "_fft_c2c", "_fft_c2r", "_fft_r2c"}
@@ -100,43 +100,57 @@ class Multiprocessors:
         return cls(count, _THREADS.get(device.gpu_target, largest.threads))
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Temporary:
+    """What the kernel of the operator ``call`` may allocate inside, ``inside``, with those ``outputs`` of it
+    that are in the trace. ``allocation``: begins with the last output and ends before the next operator."""
+
+    call: OpCall
+    inside: Inside
+    outputs: Sequence[Allocation]
+    allocation: Allocation
+
+
 def with_temporaries(trace: Trace, device: Device) -> Trace:
-    """Return the trace with what CUDA's kernels allocate inside operators on ``device``, as allocations that
-    begin with the operator's last output and end before the next operator. The trace is unchanged if its
-    device has other kernels."""
+    """Return the trace with what CUDA's kernels allocate inside operators on ``device`` (`temporaries`), but
+    for what is negligible."""
+    added = [t.allocation for t in temporaries(trace, device) if t.allocation.size_bytes]
+    return dataclasses.replace(trace, allocations=(*trace.allocations, *added)) if added else trace
+
+
+def temporaries(trace: Trace, device: Device) -> list[Temporary]:
+    """Return what CUDA's kernels allocate inside operators on ``device``, in the order of the calls; of 0
+    bytes where that is negligible. Empty if the trace's device has other kernels."""
     if device_kind(trace.device).kernels != "cuda":
-        return trace
+        return []
     processors = Multiprocessors.of(device)
     calls = [(op, inside) for op in trace.ops if (inside := inside_cuda(op.signature, processors))]
     if not calls:
-        return trace
+        return []
     starts = sorted({op.clock for op in trace.ops})
     outputs_by_clock: dict[int, list[Allocation]] = {}  # clock of the operator -> its outputs
     for allocation in trace.allocations:
         index = bisect_right(starts, allocation.start - 1) - 1
         if index >= 0:
             outputs_by_clock.setdefault(starts[index], []).append(allocation)
-    temporaries = []
+    found = []
     for op, inside in calls:
         outputs = [a for a in outputs_by_clock.get(op.clock, ()) if a.op == op.op]
         before_bytes = inside.alone_bytes - sum(a.size_bytes for a in outputs)
         size_bytes = max(inside.beside_bytes, before_bytes)
-        if size_bytes <= _NEGLIGIBLE_BYTES:
-            continue
         start = max((a.start for a in outputs), default=op.clock)
-        temporaries.append(
-            Allocation(
-                start=start,
-                end=start,
-                size_bytes=rounded(size_bytes, trace.device),
-                category=Category.WORKSPACE,
-                phase=op.phase,
-                step=op.step,
-                module=op.module,
-                op=op.op,
-            )
+        allocation = Allocation(
+            start=start,
+            end=start,
+            size_bytes=rounded(size_bytes, trace.device) if size_bytes > NEGLIGIBLE_BYTES else 0,
+            category=Category.WORKSPACE,
+            phase=op.phase,
+            step=op.step,
+            module=op.module,
+            op=op.op,
         )
-    return dataclasses.replace(trace, allocations=(*trace.allocations, *temporaries))
+        found.append(Temporary(call=op, inside=inside, outputs=outputs, allocation=allocation))
+    return found
 
 
 @functools.lru_cache(maxsize=100_000)
