@@ -135,9 +135,9 @@ function added([target, indices, values, accumulates]) {
 }
 function embedding([grad, indices, weights, , isScaled]) {
   const count = indices.elements, { item } = indices, copy = copyBytes(grad), segments = Math.min(count, weights);
-  if (count <= 3072 && !isScaled) return 0;
+  if (count <= 3072 && !isScaled) return 0; // "alone" is taken before the gradient is made
   const partial = Math.floor(count / 10) + segments, row = grad.shape.at(-1) * Math.max(4, grad.item);
-  return { beside: (3 * count + 2 * segments + partial) * item + partial * row + copy, alone: 5 * count * item + Math.floor(count / 4) + copy };
+  return { beside: (3 * count + 2 * segments + partial) * item + partial * row + copy, alone: 5 * count * item + Math.floor(count / 4) + copy, made: upTo(weights * grad.shape.at(-1) * grad.item, 512) };
 }
 // Into how many parts the flash kernel splits the keys on a card that runs so many blocks together.
 function keyParts(blocks, keyBlocks, together) {
@@ -218,7 +218,7 @@ function bytesAt(step, at, blas) {
     if (found === -1) bytes = blas;
     else if (found.kernel) {
       const inside = KERNELS[found.kernel](filled(found.arguments, at));
-      bytes = Math.max(inside.beside ?? inside, (inside.alone ?? 0) - value(found.outputs, at));
+      bytes = Math.max(inside.beside ?? inside, (inside.alone ?? 0) - (inside.made ?? 0));
     } else bytes = value(found.beside ?? found, at);
     return found.least && bytes <= found.least ? 0 : Math.max(0, bytes);
   });
