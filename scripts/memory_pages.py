@@ -240,7 +240,7 @@ def traced(model: Model, plan: Mapping[str, Any], batch: int, second: int) -> An
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kernel:
     """Memory inside a call of one of `KERNELS`, or of another operator (``name`` is "" then) that takes
-    ``beside`` bytes. ``arguments``: those of its signature, as JSON. ``least``: so many bytes count as none."""
+    ``beside`` bytes. ``arguments``: of its signature, as JSON. ``least``: so many bytes count as none."""
 
     name: str = ""
     arguments: str = ""
