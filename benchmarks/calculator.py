@@ -25,6 +25,7 @@ import argparse
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -129,15 +130,14 @@ def records() -> list[dict[str, Any]]:
     return [json.loads(line) for line in RECORD.read_text().splitlines()] if RECORD.is_file() else []
 
 
-def compare(seed: int, most: int | None) -> None:
+def compare(seed: int, only: str) -> None:
     done = {row["number"] for row in records() if row["seed"] == seed}
     settings = draw(seed)
-    later = memory_pages.untraced_plans()
-    missing = [n for n, s in enumerate(settings) if n not in done and plan_key(s) not in later]
+    missing = [n for n, s in enumerate(settings) if n not in done and re.search(only, plan_key(s))]
     pages = page_answers([settings[n] for n in missing])
     # what the page refuses needs no trace
     pairs = sorted(zip(missing, pages, strict=True), key=lambda pair: "run" not in pair[1])
-    for number, page in pairs[:most]:
+    for number, page in pairs:
         truth = {} if "run" in page else predicted(settings[number])
         verdict, error = judge(page, truth)
         kept = {k: v for k, v in page.items() if k in (*FIGURES, "fits", "run")}
@@ -213,13 +213,13 @@ def main() -> None:
     parser.add_argument("--draw", action="store_true")
     parser.add_argument("--page", action="store_true")
     parser.add_argument("--seed", type=int, choices=COUNTS, default=next(iter(COUNTS)), help="default 32")
-    parser.add_argument("--most", type=int, metavar="N", help="compare at most N settings now")
+    parser.add_argument("--only", default="", metavar="REGEX", help="MODEL/PRECISION/RECOMPUTATION/SHARDING")
     options = parser.parse_args()
     if options.draw:
         print("\n".join(map(json.dumps, draw(options.seed))))
         return
     if not options.page:
-        compare(options.seed, options.most)
+        compare(options.seed, options.only)
     write_page()
 
 

@@ -595,13 +595,6 @@ def plans_of(name: str) -> list[tuple[str, str, str]]:
     return list(itertools.product(MODELS[name].precisions, RECOMPUTATION, MODELS[name].shardings))
 
 
-def untraced_plans() -> set[str]:
-    """Return MODEL/PRECISION/RECOMPUTATION/SHARDING of the plans that are not in the file yet."""
-    known = json.loads(DATA.read_text())["models"]
-    every = {"/".join((name, *key)) for name in MODELS for key in plans_of(name)}
-    return every - {f"{name}/{key}" for name, model in known.items() for key in model["plans"]}
-
-
 def page_data() -> dict[str, Any]:
     """Return what the script of the pages needs: the file, and what of `MODELS` and the choices it shows."""
     file = json.loads(DATA.read_text())
