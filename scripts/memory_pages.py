@@ -5,10 +5,10 @@
 
 The sequence of allocations and frees of a step stays the same when only the batch of a device and the length
 change; the bytes that are asked for are a polynomial of both, or of the batch and the length rounded up. The
-memory inside some kernels is neither (`KERNELS`), but the shapes of their arguments are, and the pages have
-the formulas. So a few traces give the step at all batches and lengths between them. The pages replay it, and
-the caching allocator with it, as `memfit estimate JOB` does. Traces that took no part in the fit test it: a
-combination whose step is not the same there, in all its bytes, is left out.
+memory inside some kernels is neither (`TAKEN`, `BOUNDED`), but the shapes of their arguments are, and the
+pages have the formulas. So a few traces give the step at all batches and lengths between them. The pages
+replay it, and the caching allocator with it, as `memfit estimate JOB` does. Traces that took no part in the
+fit test it: a combination whose step is not the same there, in all its bytes, is left out.
 """
 
 from __future__ import annotations
@@ -60,9 +60,13 @@ DEVICES: Final = (
 LATE_EVENTS: Final = (1, 4, 16)  # as cost/memory_estimate.py delays frees; a test compares the answers
 _INDEX: Final = re.compile(r"(^|(?<=[.]))[0-9]+(?=[.]|$)")
 _BLAS: Final = -1  # in place of a size: the device's workspace for matrix products
-# Operators whose memory inside depends on their shapes by thresholds and divisions, as answer.js computes it
-KERNELS: Final = frozenset(
-    {"sum", "mean", "sort", "index_put", "embedding_dense_backward", "_scaled_dot_product_flash_attention"}
+# Operators whose memory inside depends on their shapes by thresholds and divisions, as answer.js computes it:
+# what they take, and what has an upper bound only
+TAKEN: Final = frozenset(
+    {"sum", "mean", "convolution_backward", "sort", "index_put", "embedding_dense_backward"}
+)
+BOUNDED: Final = frozenset(
+    {"_scaled_dot_product_flash_attention"}
     | {f"_scaled_dot_product_{kind}_attention_backward" for kind in ("flash", "efficient")}
 )
 _MULTIPLES: Final = (1, 8, 16, 32, 64, 128)  # to which a kernel may pad the length
@@ -239,12 +243,16 @@ def traced(model: Model, plan: Mapping[str, Any], batch: int, second: int) -> An
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """Memory inside a call of one of `KERNELS`, or of another operator (``name`` is "" then) that takes
-    ``beside`` bytes. ``arguments``: of its signature, as JSON. ``least``: so many bytes count as none."""
+    """Memory inside a call of an operator. ``name``: the operator if it is one of `TAKEN` or `BOUNDED`, which
+    the page computes from ``arguments``, those of its signature as JSON; else "". Then it takes ``beside``
+    bytes beside its outputs, and ``alone`` bytes before they exist. ``outputs``: bytes of these. ``least``:
+    so many bytes count as none."""
 
     name: str = ""
     arguments: str = ""
     beside: int = 0
+    alone: int = 0
+    outputs: tuple[int, ...] = ()
     least: int = 0
 
 
@@ -272,8 +280,8 @@ class Step:
         return self.events, self.kinds, self.spans, self.bounded, self.groups, self.ratio
 
 
-def step_of(trace: Any) -> Step:
-    from memfit.cost.cuda_workspaces import NEGLIGIBLE_BYTES, inside_cuda, temporaries
+def step_of(trace: Any, device: Any) -> Step:
+    from memfit.cost.cuda_workspaces import NEGLIGIBLE_BYTES, temporaries
     from memfit.cost.device_overhead import BLAS_WORKSPACE
     from memfit.cost.workspaces import bound_bytes
     from memfit.report.explain import op_name
@@ -285,12 +293,17 @@ def step_of(trace: Any) -> Step:
         _BLAS if a.op == BLAS_WORKSPACE and a.size_bytes == blas else a.requested_bytes or a.size_bytes
         for a in made
     ]
-    for temporary in temporaries(trace):
-        inside: Any = inside_cuda(temporary.call.signature)
-        needed = max(inside.beside_bytes, inside.alone_bytes - temporary.outputs_bytes)
-        kernel = _kernel(temporary.call, needed, NEGLIGIBLE_BYTES)
-        assert kernel.name != "embedding_dense_backward" or temporary.outputs_bytes, "answer.js counts them"
-        if kernel.name or needed > 0:
+    for temporary in temporaries(trace, device):
+        inside, outputs = temporary.inside, [a.requested_bytes or a.size_bytes for a in temporary.outputs]
+        kernel = Kernel(
+            **_computed(temporary.call, TAKEN)
+            or {"beside": inside.beside_bytes, "alone": inside.alone_bytes},
+            outputs=tuple(outputs)
+            if inside.alone_bytes or _base(temporary.call) == "embedding_dense_backward"
+            else (),
+            least=NEGLIGIBLE_BYTES,
+        )
+        if kernel.name or kernel.beside or kernel.alone:
             made.append(temporary.allocation)
             requested.append(kernel)
     assert all(a.pieces == 1 for a in made), "no chunked plan"
@@ -299,10 +312,10 @@ def step_of(trace: Any) -> Step:
     order = numpy.argsort(clock, kind="stable")
     clock = clock[order]
     calls = [
-        (op, _kernel(op, bound))
+        (op, Kernel(**_computed(op, BOUNDED) or {"beside": bound}))
         for op in trace.ops
         if (op.phase is not Phase.SETUP or op.step == 0)
-        and ((bound := bound_bytes(op.signature, trace.device, 1)) or _base(op) in KERNELS)
+        and ((bound := bound_bytes(op.signature, trace.device, 1)) or _base(op) in BOUNDED)
     ]
     starts = sorted({op.clock for op in trace.ops})
     following = dict(zip(starts, [*starts[1:], int(clock[-1]) + 1], strict=True))
@@ -336,12 +349,15 @@ def _base(op: Any) -> str:
     return base_name(op.op)
 
 
-def _kernel(op: Any, beside: int, least: int = 0) -> Kernel:
+def _computed(op: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Return the name and the arguments of an operator that the page computes; {} if it does not."""
     name, (_, arguments, options) = _base(op), json.loads(op.signature)
-    is_masked = name == "index_put" and '"bool"' in op.signature
-    if name not in KERNELS or is_masked or options.keys() - {"dtype", "scale"}:
-        return Kernel(beside=max(0, beside), least=least)
-    return Kernel(name=name, arguments=json.dumps(arguments), least=least)
+    if name not in names or (name == "index_put" and '"bool"' in op.signature):
+        return {}
+    if options.keys() - {"dtype", "scale"}:
+        raise UserError(f"the page has no formula for {name} with {', '.join(options)}")
+    dtype = [options["dtype"]["torch"]] if name in ("sum", "mean") and options.get("dtype") else []
+    return {"name": name, "arguments": json.dumps([arguments, *dtype])}
 
 
 @functools.cache
@@ -425,8 +441,15 @@ class Fit:
             return self.polynomial(values)  # type: ignore[arg-type]
         kernels: tuple[Kernel, ...] = values  # type: ignore[assignment]
         least = {"least": first.least} if first.least else {}
+        if len({len(k.outputs) for k in kernels}) > 1:
+            raise UserError(_DIFFERS)
+        outputs = [self.polynomial(sizes) for sizes in zip(*(k.outputs for k in kernels), strict=True)]
+        least |= {"outputs": outputs} if outputs else {}
         if not first.name:
-            return {"beside": self.polynomial(tuple(k.beside for k in kernels)), **least}
+            beside, alone = (
+                self.polynomial(tuple(getattr(k, n) for k in kernels)) for n in ("beside", "alone")
+            )
+            return {"beside": beside, **({"alone": alone} if alone else {}), **least}
         return {
             "kernel": first.name,
             "arguments": self._tree([json.loads(k.arguments) for k in kernels]),
@@ -476,7 +499,8 @@ def fitted_step(
     """Return the step, and as JSON what the sizes of its allocations and its bounds are computed from. Raises
     UserError if the step is not the same at the sizes in between, which ``checks`` tests."""
     points = list(itertools.product(batches, model.seconds))
-    steps = [step_of(traced(model, plan, b, s)) for b, s in (*points, *checks)]
+    device = request_of(model, plan, *model.start, "H100-SXM").machine.device
+    steps = [step_of(traced(model, plan, b, s), device) for b, s in (*points, *checks)]
     first = steps[0]
     if any(step.structure != first.structure for step in steps):
         raise UserError(_DIFFERS)
@@ -536,6 +560,7 @@ def devices(groups: Iterable[str]) -> dict[str, Any]:
     """Return name of a device -> its memory, its workspace for matrix products, and (value, low, high) of
     what a process uses beside PyTorch's allocator, for each of the communicators of ``groups``."""
     from memfit.catalog.load import device
+    from memfit.cost.cuda_workspaces import Multiprocessors
     from memfit.cost.device_overhead import device_overhead
 
     table = {}
@@ -549,6 +574,7 @@ def devices(groups: Iterable[str]) -> dict[str, Any]:
         table[name] = {
             "memory": int(found.memory_bytes.value),
             "blas": int(found.blas_workspace_bytes.value) if found.blas_workspace_bytes else 0,
+            "multiprocessors": dataclasses.asdict(Multiprocessors.of(found)),
             "beside": beside,
         }
     return table

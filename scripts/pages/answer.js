@@ -91,8 +91,8 @@ function delayed(events, by, random) {
 }
 
 // -- memory inside CUDA's kernels (memfit/cost/cuda_workspaces.py, workspaces.py) ------------------------------
-const MULTIPROCESSORS = 148, THREADS = 2048; // of the largest card
 const product = (numbers) => numbers.reduce((a, b) => a * b, 1);
+const itemBytes = (dtype) => Number(/\d+/.exec(dtype)?.[0] ?? 8) / 8;
 const upTo = (n, step) => Math.ceil(n / step) * step;
 const powerBelow = (n) => 2 ** Math.floor(Math.log2(Math.max(1, n)));
 function copyBytes({ shape, strides, elements, item }) {
@@ -100,24 +100,32 @@ function copyBytes({ shape, strides, elements, item }) {
   for (let d = shape.length - 1; d >= 0; expected *= shape[d--]) if (shape[d] !== 1 && strides[d] !== expected) return elements * item;
   return 0;
 }
-function partialSums([tensor, dims]) {
+// Partial results of a sum that several blocks of threads share; on a card with so many multiprocessors and threads of each.
+function partialSums([tensor, dims], card) {
   if (!Array.isArray(dims) || !dims.length || !tensor.elements) return 0;
   const { shape, strides, elements } = tensor, reduced = new Set(dims.map((d) => (d + shape.length) % shape.length));
   const order = shape.map((_, d) => d).filter((d) => shape[d] > 1).sort((a, b) => strides[a] - strides[b] || shape[a] - shape[b]);
+  if (!order.length || reduced.has(order[0])) return 0;
   let row = 1;
-  for (const d of order) {
-    if (reduced.has(d) || strides[d] !== row) break;
-    row *= shape[d];
-  }
-  const inputs = product([...reduced].map((d) => shape[d])), vector = [4, 2, 1].find((v) => row % v === 0), most = 512 / vector;
-  const widest = Math.min(most, powerBelow(Math.floor(row / vector))), highest = Math.min(most, powerBelow(inputs));
+  while (order.length && !reduced.has(order[0]) && strides[order[0]] === row) row *= shape[order.shift()];
+  const inputs = product([...reduced].map((d) => shape[d])), outputs = elements / inputs;
+  const vector = [4, 2, 1].find((v) => row % v === 0 && order.every((d) => strides[d] % v === 0)), most = 512 / vector;
+  const widest = Math.min(most, powerBelow(Math.floor(outputs / vector))), highest = Math.min(most, powerBelow(inputs));
   const height = Math.min(highest, Math.floor(most / Math.min(widest, 32))), width = Math.min(widest, Math.floor(most / height));
-  const values = Math.ceil(inputs / height), outputs = elements / inputs;
-  const grid = Math.ceil(Math.ceil(outputs / vector) / width), target = MULTIPROCESSORS * Math.floor(THREADS / (width * height));
-  if (row === 1 || values < 256 || grid > target) return 0;
+  const values = Math.ceil(inputs / height), grid = Math.ceil(Math.ceil(outputs / vector) / width);
+  const target = card.count * Math.floor(card.threads / (width * height));
+  if (values < 256 || grid > target) return 0;
   const blocks = Math.max(Math.min(Math.ceil(target / grid), Math.ceil(values / 16)), Math.ceil(values / 256));
   const item = tensor.dtype.includes("int") || tensor.dtype === "bool" ? 8 : Math.max(4, tensor.item);
   return blocks > 1 ? item * outputs * blocks * width * vector : 0;
+}
+function sum([tensor, dims], card, dtype = "int64") {
+  const isCopied = !/^(float|bfloat|complex)/.test(tensor.dtype) && tensor.dtype !== dtype;
+  return (isCopied ? tensor.elements * itemBytes(dtype) : 0) + partialSums([tensor, dims], card);
+}
+function biasGradient(args, card) {
+  const grad = args[0], mask = args.at(-1);
+  return Array.isArray(mask) && mask.at(-1) === true ? partialSums([grad, grad.shape.map((_, d) => d).filter((d) => d !== 1)], card) : 0;
 }
 function sorted([tensor, dim = -1]) {
   const at = dim < 0 ? dim + tensor.shape.length : dim, length = tensor.shape[at], { elements, item } = tensor;
@@ -135,9 +143,9 @@ function added([target, indices, values, accumulates]) {
 }
 function embedding([grad, indices, weights, , isScaled]) {
   const count = indices.elements, { item } = indices, copy = copyBytes(grad), segments = Math.min(count, weights);
-  if (count <= 3072 && !isScaled) return 0; // "alone" is taken before the gradient is made
+  if (count <= 3072 && !isScaled) return 0;
   const partial = Math.floor(count / 10) + segments, row = grad.shape.at(-1) * Math.max(4, grad.item);
-  return { beside: (3 * count + 2 * segments + partial) * item + partial * row + copy, alone: 5 * count * item + Math.floor(count / 4) + copy, made: upTo(weights * grad.shape.at(-1) * grad.item, 512) };
+  return { beside: (3 * count + 2 * segments + partial) * item + partial * row + copy, alone: 5 * count * item + Math.floor(count / 4) + copy };
 }
 // Into how many parts the flash kernel splits the keys on a card that runs so many blocks together.
 function keyParts(blocks, keyBlocks, together) {
@@ -168,7 +176,7 @@ function efficientBackward([, q, k, v]) {
   return 4 * batch * heads * ((upTo(queries, 128) + 2 * upTo(k.shape[2], 128)) * columns + queries);
 }
 const KERNELS = {
-  sum: partialSums, mean: partialSums, sort: sorted, index_put: added, embedding_dense_backward: embedding,
+  sum, mean: sum, convolution_backward: biasGradient, sort: sorted, index_put: added, embedding_dense_backward: embedding,
   _scaled_dot_product_flash_attention: splitAttention, _scaled_dot_product_flash_attention_backward: flashBackward,
   _scaled_dot_product_efficient_attention_backward: efficientBackward,
 };
@@ -209,18 +217,21 @@ function filled(tree, at) {
   if (tree?.of) return value(tree, at);
   if (!tree?.t) return tree;
   const [shape, strides, dtype] = filled(tree.t, at);
-  return { shape, strides, dtype, elements: product(shape), item: Number(/\d+/.exec(dtype)?.[0] ?? 8) / 8 };
+  return { shape, strides, dtype, elements: product(shape), item: itemBytes(dtype) };
 }
 // Bytes of each number of the step's table: of an allocation, inside a kernel, or a bound of that.
-function bytesAt(step, at, blas) {
+function bytesAt(step, at, device) {
   return step.sizes.map((found) => {
-    let bytes;
-    if (found === -1) bytes = blas;
-    else if (found.kernel) {
-      const inside = KERNELS[found.kernel](filled(found.arguments, at));
-      bytes = Math.max(inside.beside ?? inside, (inside.alone ?? 0) - (inside.made ?? 0));
-    } else bytes = value(found.beside ?? found, at);
-    return found.least && bytes <= found.least ? 0 : Math.max(0, bytes);
+    if (found === -1) return device.blas;
+    if (!found.kernel && found.beside === undefined) return value(found, at);
+    let { beside, alone = 0, least = 0, outputs = [] } = found;
+    if (found.kernel) {
+      const [args, dtype] = filled(found.arguments, at), inside = KERNELS[found.kernel](args, device.multiprocessors, dtype);
+      ({ beside = inside, alone = 0 } = inside);
+    }
+    const made = outputs.reduce((sum, size) => sum + Math.ceil(value(size, at) / 512) * 512, 0);
+    const bytes = Math.max(value(beside, at), value(alone, at) - made);
+    return bytes <= least ? 0 : bytes;
   });
 }
 function sizesAt(step, table) {
@@ -279,7 +290,7 @@ async function answer(file, setting, whole = true) {
   const model = file.models[setting.model], entry = entryOf(file, setting), device = file.devices[setting.device];
   const found = await unpack(entry), { batch } = setting, second = model.second ? setting.second : 1;
   const step = found.steps.find((s) => batch >= s.batches[0] && batch <= s.batches[1]);
-  const table = bytesAt(step, { batch, second, degrees: model.seconds.length }, device.blas);
+  const table = bytesAt(step, { batch, second, degrees: model.seconds.length }, device);
   const sizes = sizesAt(step, table), live = levels(step, sizes);
   const peak = peakOf(step, live), bytes = peak.bytes;
   const bounded = withBounds(step, live, table, bytes);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import re
@@ -16,7 +17,7 @@ import memory_pages
 import numpy
 import pytest
 
-from memfit.cost.cuda_workspaces import inside_cuda
+from memfit.cost.cuda_workspaces import Multiprocessors, inside_cuda
 from memfit.cost.workspaces import bound_bytes
 from memfit.types.errors import UserError
 from memfit.types.trace import base_name
@@ -132,6 +133,12 @@ def calls_of_kernels() -> list[tuple[str, str, list[Any]]]:
         width = rng.choice([1, 3, 33, 768, 1000, 4096])
         rows = tensor([batch, length, width], dtype, rng.choice([[0, 1, 2], [0, 2, 1], [1, 0, 2]]))
         calls.append(("sum.dim_IntList", [rows, rng.choice([[0, 1], [0], [-1], [0, 2], [1]]), True]))
+        counted = tensor([batch, length], rng.choice(["bool", "int32", "int64"]))
+        calls.append(("sum.dim_IntList", [counted, [rng.choice([0, 1])]]))
+        volume = tensor([batch, width, length, 7], dtype, rng.choice([[0, 1, 2, 3], [0, 2, 3, 1]]))
+        calls.append(
+            ("convolution_backward.default", [volume, rng.choice([[True, True, True], [True, True, False]])])
+        )
         calls.append(("mean.dim", [tensor([batch * length, width], dtype), [0], True]))
         count = tensor([between(1, 20000)], "int64")
         calls.append(("sort.default", [count]))
@@ -156,13 +163,15 @@ def calls_of_kernels() -> list[tuple[str, str, list[Any]]]:
 def test_the_page_computes_the_memory_inside_kernels_as_the_predictions_do() -> None:
     calls = calls_of_kernels()
     names = [base_name(f"aten.{name}") for name, _, _ in calls]
-    assert set(names) == memory_pages.KERNELS
+    assert set(names) == memory_pages.TAKEN | memory_pages.BOUNDED
+    card = Multiprocessors(58, 1536)
     found = in_node(
-        "given.calls.map(([name, args]) => page.KERNELS[name](page.filled(args, {})))",
+        "given.calls.map(([name, args]) => page.KERNELS[name](page.filled(args, {}), given.card))",
+        card=dataclasses.asdict(card),
         calls=[(name, args) for name, (_, _, args) in zip(names, calls, strict=True)],
     )
     for page, (_, signature, _) in zip(found, calls, strict=True):
-        inside = inside_cuda(signature)
+        inside = inside_cuda(signature, card)
         if inside is None:
             assert page == bound_bytes(signature, "cuda", 1), signature
         else:

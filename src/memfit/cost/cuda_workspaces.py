@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from memfit.types.device_kind import device_kind
 from memfit.types.machine import Device
-from memfit.types.trace import Allocation, Category, Trace, base_name, rounded
+from memfit.types.trace import Allocation, Category, OpCall, Trace, base_name, rounded
 
 _SMALL_SORT: Final = 4096  # longest row that is sorted in place, in shared memory
 _FEW_ROWS: Final = 128  # fewer rows are sorted as one array
