@@ -587,8 +587,11 @@ def write(only: str) -> None:
     import transformers
 
     from memfit.jobs.registry import load
+    from memfit.trace import trace_extrapolation
     from memfit.trace.tracer import fake_model
 
+    trace_extrapolation._LARGE = sys.maxsize  # torch keeps what it learned of a model in one process only
+    trace_extrapolation._MANY_TENSORS = sys.maxsize
     made = {
         "revision": revision(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
