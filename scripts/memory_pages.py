@@ -33,6 +33,7 @@ from typing import Any, Final
 
 import numpy
 
+from memfit.cost.cuda_workspaces import REDUCTIONS
 from memfit.files.replace import write_whole
 from memfit.types.errors import MemfitError, UserError, first_line
 
@@ -62,9 +63,7 @@ _INDEX: Final = re.compile(r"(^|(?<=[.]))[0-9]+(?=[.]|$)")
 _BLAS: Final = -1  # in place of a size: the device's workspace for matrix products
 # Operators whose memory inside depends on their shapes by thresholds and divisions, as answer.js computes it:
 # what they take, and what has an upper bound only
-TAKEN: Final = frozenset(
-    {"sum", "mean", "convolution_backward", "sort", "index_put", "embedding_dense_backward"}
-)
+TAKEN: Final = frozenset({*REDUCTIONS, "sort", "index_put", "embedding_dense_backward"})
 BOUNDED: Final = frozenset(
     {"_scaled_dot_product_flash_attention"}
     | {f"_scaled_dot_product_{kind}_attention_backward" for kind in ("flash", "efficient")}

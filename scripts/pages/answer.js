@@ -116,9 +116,14 @@ function partialSums([tensor, dims], card) {
   const target = card.count * Math.floor(card.threads / (width * height));
   if (values < 256 || grid > target) return 0;
   const blocks = Math.max(Math.min(Math.ceil(target / grid), Math.ceil(values / 16)), Math.ceil(values / 256));
-  const item = tensor.dtype.includes("int") || tensor.dtype === "bool" ? 8 : Math.max(4, tensor.item);
-  return blocks > 1 ? item * outputs * blocks * width * vector : 0;
+  return blocks > 1 ? stateBytes(tensor) * outputs * blocks * width * vector : 0;
 }
+const stateBytes = ({ dtype, item }) => dtype.includes("int") || dtype === "bool" ? 8 : Math.max(4, item);
+// Another reduction: `item` bytes of state for each result, or those of an element, at least `least`; `at`: where its dimensions are.
+const reduction = ({ item = 0, at = 1, least = 0 }) => (args, card) => {
+  const dims = typeof args[at] === "number" ? [args[at]] : args[at];
+  return Math.floor(partialSums([args[0], dims], card) / stateBytes(args[0])) * (item || Math.max(least, args[0].item));
+};
 function sum([tensor, dims], card, dtype = "int64") {
   const isCopied = !/^(float|bfloat|complex)/.test(tensor.dtype) && tensor.dtype !== dtype;
   return (isCopied ? tensor.elements * itemBytes(dtype) : 0) + partialSums([tensor, dims], card);
@@ -175,7 +180,10 @@ function efficientBackward([, q, k, v]) {
   const [batch, heads, queries, width] = q.shape, columns = Math.max(upTo(width, 128), upTo(v.shape[3], 128));
   return 4 * batch * heads * ((upTo(queries, 128) + 2 * upTo(k.shape[2], 128)) * columns + queries);
 }
+const same = (names, kernel) => Object.fromEntries(names.split(" ").map((name) => [name, kernel]));
 const KERNELS = {
+  ...same("var std var_mean std_mean max min argmax argmin", reduction({ item: 16 })), ...same("amax amin", reduction({})),
+  ...same("any all", reduction({ item: 1 })), ...same("norm linalg_vector_norm", reduction({ at: 2, least: 4 })), prod: reduction({ least: 4 }),
   sum, mean: sum, convolution_backward: biasGradient, sort: sorted, index_put: added, embedding_dense_backward: embedding,
   _scaled_dot_product_flash_attention: splitAttention, _scaled_dot_product_flash_attention_backward: flashBackward,
   _scaled_dot_product_efficient_attention_backward: efficientBackward,

@@ -139,6 +139,9 @@ def calls_of_kernels() -> list[tuple[str, str, list[Any]]]:
         calls.append(
             ("convolution_backward.default", [volume, rng.choice([[True, True, True], [True, True, False]])])
         )
+        for name in sorted(memory_pages.REDUCTIONS.keys() - {"sum", "mean", "convolution_backward"}):
+            norm = [2] if "norm" in name else []
+            calls.append((f"{name}.dim", [rows, *norm, rng.choice([[0, 1], [0], [-1], 0])]))
         calls.append(("mean.dim", [tensor([batch * length, width], dtype), [0], True]))
         count = tensor([between(1, 20000)], "int64")
         calls.append(("sort.default", [count]))

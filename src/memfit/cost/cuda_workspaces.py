@@ -159,14 +159,14 @@ def inside_cuda(signature: str, processors: Multiprocessors) -> Inside | None:
     multiprocessors; None if that is nothing or not known."""
     name = signature[2 : signature.index('"', 2)] if signature.startswith('["') else ""
     base = base_name(name) if name.startswith("aten.") else ""
-    if base not in _FORMULAS and base not in _REDUCTIONS:
+    if base not in _FORMULAS and base not in REDUCTIONS:
         return None
     _, args, kwargs = json.loads(signature)
     args, kwargs = [_parsed(a) for a in args], {k: _parsed(v) for k, v in kwargs.items()}
     if base in _FORMULAS:
         inside = _FORMULAS[base](args, kwargs)
     else:
-        inside = _REDUCTIONS[base](args, kwargs, processors)
+        inside = REDUCTIONS[base](args, kwargs, processors)
     return inside if isinstance(inside, Inside) else Inside(beside_bytes=inside)
 
 
@@ -472,7 +472,7 @@ _FORMULAS: Final[Mapping[str, Callable[[Sequence[Any], Mapping[str, Any]], Any]]
     "cumsum": _copies,
     "cumprod": _copies,
 }
-_REDUCTIONS: Final[Mapping[str, Callable[..., int]]] = {  # by multiprocessors, too
+REDUCTIONS: Final[Mapping[str, Callable[..., int]]] = {  # by multiprocessors, too
     "sum": _sum,
     "mean": _sum,
     "convolution_backward": _bias_gradient,
