@@ -308,7 +308,8 @@ async function answer(file, setting, whole = true) {
   const { reserved: plain, counted } = allocatorPeaks(events, sizes, streams);
   const peaks = [plain, ...file.late.map((by) => allocatorPeaks(delayed(events, by, file.random), sizes, streams).reserved)];
   const reserved = [plain, Math.min(plain, allocated[1]), Math.max(...peaks) * (allocated[2] / bytes)];
-  allocated[2] = Math.max(allocated[2], counted * (1 + 0.01));
+  allocated[0] = Math.max(bytes, counted); // as torch's counter has it: with the rests of cached blocks
+  allocated[2] = Math.max(allocated[2], allocated[0] * (1 + 0.01));
   const needed = reserved.map((n, i) => n + device.beside[entry.groups][i]);
   const figures = { allocated, reserved, device: needed, memory: device.memory, fits: Math.floor(needed[2]) <= device.memory };
   return whole ? { ...figures, peak, bounded: bounded > 0, ...holders(step, sizes, found.parts, peak.at), line: timeline(step, sizes, live) } : figures;
