@@ -104,6 +104,15 @@ def test_other_reductions_take_states_of_their_own_size(name: str) -> None:
         assert inside.beside_bytes == sums.beside_bytes // 4 * bytes_ > 0
 
 
+def test_a_fourier_transform_copies_an_input_whose_transformed_dimension_is_not_innermost() -> None:
+    """Measured like the sums."""
+    x = torch.empty(8, 128, 2048, device="meta")
+    for tensor, dim, copies in ((x, 2, 0), (x, 1, 1), (x.mT, 2, 1), (x.mT, 1, 0)):
+        inside = inside_cuda(describe("aten._fft_r2c.default", [tensor, [dim], 0, True], {}), H100)
+        assert inside is not None
+        assert inside.beside_bytes == copies * 4 * x.numel()
+
+
 def test_a_loss_of_logits_takes_two_tensors_of_their_size() -> None:
     x = torch.empty(1024, 1024, device="meta")
     arguments = [x, x, None, None, 1]

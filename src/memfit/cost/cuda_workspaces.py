@@ -66,15 +66,15 @@ class _Tensor:
     @property
     def copy_bytes(self) -> int:
         """Bytes of a contiguous copy; 0 if the tensor is contiguous."""
-        return 0 if self._lies_in(range(len(self.shape))) else self.bytes
+        return 0 if self.lies_in(range(len(self.shape))) else self.bytes
 
     @property
     def is_channels_last(self) -> bool:
         """Whether it has four or five dimensions, of which the second is the innermost in memory."""
         dims = len(self.shape)
-        return dims in (4, 5) and bool(self.copy_bytes) and self._lies_in((0, *range(2, dims), 1))
+        return dims in (4, 5) and bool(self.copy_bytes) and self.lies_in((0, *range(2, dims), 1))
 
-    def _lies_in(self, order: Sequence[int]) -> bool:
+    def lies_in(self, order: Sequence[int]) -> bool:
         """Return whether its memory is dense with its dimensions in this order, from outside in."""
         expected = 1
         for dim in reversed(order):
@@ -420,6 +420,14 @@ def _multinomial(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     return int(args[0].bytes * (2 if _option(args, kwargs, 2, "replacement", False) else 1))
 
 
+def _fourier(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """SpectralOps.cpp: the input is copied unless the transformed dimensions are the innermost in memory."""
+    tensor, dims = args[:2]
+    inner = [d % len(tensor.shape) for d in dims]
+    outer = sorted(set(range(len(tensor.shape))) - set(inner), key=lambda d: -tensor.strides[d])
+    return 0 if tensor.lies_in((*outer, *inner)) else int(tensor.bytes)
+
+
 def _group_norm_backward(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     """group_norm.cpp: gradient and input are brought into the layout of the input."""
     tensors = args[:2]
@@ -458,6 +466,8 @@ _FORMULAS: Final[Mapping[str, Callable[[Sequence[Any], Mapping[str, Any]], Any]]
     "repeat_interleave": lambda args, _: args[0].bytes if args and isinstance(args[0], _Tensor) else 0,
     # SpectralOps.cpp: cuFFT overwrites its input, so that this is copied
     "_fft_c2r": lambda args, _: args[0].bytes,
+    "_fft_r2c": _fourier,
+    "_fft_c2c": _fourier,
     # Loss.cpp: the logarithm of the sigmoid and the unreduced loss
     "binary_cross_entropy_with_logits": lambda args, _: Inside(alone_bytes=2 * args[0].bytes),
     # SoftMax.cu, layer_norm_kernel.cu, group_norm.cpp, ScanKernels.cpp: inputs are made contiguous
