@@ -1012,13 +1012,9 @@ Refined().run()
 def test_a_later_training_whose_optimizer_calls_a_closure_is_predicted(after: str, tmp_path: Path) -> None:
     adam = "train(torch.optim.AdamW(model.parameters()), 8, 10)\n"
     answer = _estimated(tmp_path / "refined.py", _RANGE_TEST + adam + _WITH_CLOSURES[after])
-    measured = measure(
-        local_script("refined", f"python {tmp_path}/refined.py"), tmp_path, tmp_path, repeats=1, steps=12
-    )
+    measured = measured_bytes(tmp_path / "refined.py", steps=12)
     assert answer.optimizers == ("LBFGS",)
-    assert _peak_bytes(answer) == pytest.approx(
-        max(step["peak_bytes"] for rank in measured["ranks"] for step in rank["steps"]), rel=0.01
-    )
+    assert _peak_bytes(answer) == pytest.approx(measured, rel=0.01)
 
 
 _FINDER_STEPS = dict(zip(_FINDERS, (24, 24, 104, 9, 14), strict=True))
@@ -1412,11 +1408,10 @@ optimizer.step()
 @pytest.mark.parametrize("kind", _EVALUATIONS)
 def test_an_evaluation_that_needs_more_than_a_step_is_in_the_answer(kind: str, tmp_path: Path) -> None:
     answer = _estimated(tmp_path / "epochs.py", _EPOCHS + _EVALUATIONS[kind])
-    script = local_script("epochs", f"python {tmp_path}/epochs.py")
     steps = 33 if kind == "after all epochs" else 17  # the one after the evaluation
-    measured = measure(script, tmp_path, tmp_path, repeats=1, steps=steps, peak_steps=steps)
+    measured = measured_bytes(tmp_path / "epochs.py", steps=steps)
     assert answer.steps == 2
-    assert answer.evaluation_bytes == pytest.approx(measured["peak_bytes"], rel=0.01)
+    assert answer.evaluation_bytes == pytest.approx(measured, rel=0.01)
     assert answer.evaluation_bytes > 1.05 * _peak_bytes(answer)
     assert any(note.startswith("the evaluation at epochs.py:25 needs about") for note in answer.notes)
     (tmp_path / "epoch.pt").unlink()  # made by the measured run
