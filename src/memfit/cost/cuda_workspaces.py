@@ -158,7 +158,8 @@ def inside_cuda(signature: str, processors: Multiprocessors) -> Inside | None:
     """Return what CUDA's kernel of the operator with this signature allocates inside on a card with these
     multiprocessors; None if that is nothing or not known."""
     name = signature[2 : signature.index('"', 2)] if signature.startswith('["') else ""
-    base = base_name(name) if name.startswith("aten.") else ""
+    is_single = name.startswith("aten.") and "._foreach_" not in name  # these have kernels of their own
+    base = base_name(name) if is_single else ""
     if base not in _FORMULAS and base not in REDUCTIONS:
         return None
     _, args, kwargs = json.loads(signature)
