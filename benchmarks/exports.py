@@ -250,7 +250,7 @@ def _of_rank(told: Mapping[str, Any]) -> dict[str, Any]:
             "careless": told["careless"],
             "unseen": told["unseen"],
         }
-    text = told["told"]
+    text = told["result"]
     checked, _, unseen = text.partition("; not checked: ")
     return {
         "conforms": text.startswith("as planned"),
