@@ -325,7 +325,7 @@ def _by_figures(failure: AllocationFailure) -> _Judgement | None:
 
 
 def _outside(failure: AllocationFailure, outside_bytes: int) -> _Judgement:
-    text = f"{format_bytes(outside_bytes)} of the device is used outside torch's allocator in this process"
+    text = f"{format_bytes(outside_bytes)} in use on the device is not held by this process's torch allocator"
     if failure.other_processes:
         text += f"; the message names {failure.other_processes} other process(es)"
         return DeathCause.OUTSIDE_TORCH, Certainty.CERTAIN, [text], []
@@ -334,11 +334,11 @@ def _outside(failure: AllocationFailure, outside_bytes: int) -> _Judgement:
     if failure.process_bytes is not None:
         own = failure.process_bytes - (failure.allocated_bytes or 0) - (failure.unallocated_bytes or 0)
         if own >= 0.8 * outside_bytes:
-            text += ", by libraries in this process (communication, kernels, CUDA graphs)"
+            text += " but by libraries in this process (communication, kernels, CUDA graphs)"
             return DeathCause.OUTSIDE_TORCH, Certainty.CERTAIN, [text], []
-        text += ", by other processes or containers"
+        text += " but by other processes or containers"
         return DeathCause.OUTSIDE_TORCH, Certainty.CERTAIN, [text], []
-    text += ", by other processes or by libraries in this one"
+    text += " but by other processes or by libraries in this one"
     return DeathCause.OUTSIDE_TORCH, Certainty.CERTAIN, [text], []
 
 
