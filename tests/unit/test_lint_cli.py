@@ -25,8 +25,9 @@ CLEAN = '{"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 2,
 JOB = """
 import sys
 sys.path.insert(0, {folder!r})
-from tiny import regression
+from tiny import regression, words
 job = regression()
+language = words()
 """
 TWO = ("--on", "2xH100-SXM")
 
@@ -155,6 +156,28 @@ def test_plan_from_a_one_rank_configuration_also_shows_the_recommended_plan(
     assert recommended.estimate.plan.label in out
     assert asked[0].cap_bytes > 0  # on a CPU: as much as the given plan asks for
     assert "反映されないもの：バッチ 4（" in out
+
+
+def test_plan_from_a_configuration_that_trains_adapters_shows_only_plans_that_train_them(
+    ask: Ask, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def search(request: Any, progress: Any) -> Any:
+        raise AssertionError("by default a search has no adapters")
+
+    monkeypatch.setattr(memfit.workflows.config_review, "search", search)
+    options = (
+        "stage: sft",
+        "finetuning_type: lora",
+        "lora_target: all",
+        "disable_gradient_checkpointing: true",
+    )
+    (tmp_path / "adapters.yaml").write_text("\n".join(options))
+    code, out, _ = ask(
+        "plan", "own.py:language", "--from", "adapters.yaml", "--on", "H100-SXM", "--memory", "8GiB", "--json"
+    )
+    answer = json.loads(out)
+    assert (code, answer["fits"], answer["nothing_fits"], answer["recommended"]) == (0, True, None, None)
+    assert all("lora" in e["label"] for e in (answer["given"], *answer["better"]))
 
 
 @pytest.mark.parametrize(

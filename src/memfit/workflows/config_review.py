@@ -1,7 +1,8 @@
 """Predict an existing plan, and plans that would be better.
 
-For a plan of one rank, the better plan is the search's recommendation. A plan of several ranks is varied in
-one change at a time instead, and the variants that need less memory are reported.
+For a plan of one rank, the better plan is the search's recommendation. A plan of several ranks, or one that
+trains something else than plain training, such as LoRA, is varied in one change at a time instead, and the
+variants that need less memory are reported.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class ConfigReview:
 
     For a plan of one rank, ``recommended`` is the plan that a search recommends, and ``extent`` says how far
     the search got; if no plan fits, both are None and ``nothing`` is the text of the error. For a plan of
-    several ranks, ``better`` has its variants with a lower peak, lowest first; empty if there are none.
+    several ranks, or with an effect that no plan of the search may have, ``better`` has its variants with a
+    lower peak, lowest first; empty if there are none.
     ``better_fits``: for each of them, as ``fits``.
     """
 
@@ -93,10 +95,11 @@ def find_alternatives(request: Request, plan: Plan, progress: Progress, *, param
     """Predict the existing ``plan``, and find better ones.
 
     For a plan of one rank, a search under the request's cap finds the better plan; on a CPU without a cap,
-    the cap is what ``plan`` needs. If no plan fits, the result says so. For a plan of several ranks, the
-    better ones are variants with one change (see `neighbours`) that need less memory. They change the results
-    by no more than ``plan`` does, or by no more than lower precision does (E2), whichever is more; variants
-    that the job or the request's engine does not support are skipped.
+    the cap is what ``plan`` needs. If no plan fits, the result says so. For a plan of several ranks, and for
+    one with a technique that changes the training (E3) and that the request's accuracy keeps out of the
+    search, the better ones are variants with one change (see `neighbours`) that need less memory. They change
+    the results by no more than ``plan`` does, or by no more than lower precision does (E2), whichever is
+    more; variants that the job or the request's engine does not support are skipped.
 
     ``parameters``: number of the model's parameters; larger ZeRO buckets are reduced to it. Raises UserError
     if the job does not support ``plan``, or if its batch cannot be split equally.
@@ -123,7 +126,7 @@ def find_alternatives(request: Request, plan: Plan, progress: Progress, *, param
         cap_bytes=cap_bytes,
         fits=fits(existing_estimate),
     )
-    if plan.ranks == 1:
+    if plan.ranks == 1 and effect_of(plan) <= max(request.accuracy.highest, EffectClass.E2):
         if cap_bytes is None:  # on a CPU, the cap is what the existing plan needs
             request = dataclasses.replace(request, cap_bytes=need_bytes)
         try:
