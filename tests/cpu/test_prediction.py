@@ -95,6 +95,29 @@ WORDS = Job(
 )
 
 
+class _Windows(nn.Module):
+    """Results of unfold and fold that are smaller than their input lie in storages as large as the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.head = nn.Conv2d(3, 8, 1), nn.Linear(32, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.into(x)
+        for _ in range(3):
+            x = functional.fold(functional.unfold(x.tanh(), 3, padding=1), 64, 3, padding=1).sin()
+        return self.head(functional.unfold(x, 2, stride=4).sin().mean(2))
+
+
+WINDOWS = Job(
+    name="windows",
+    build_model=_Windows,
+    make_batch=lambda step, seed: torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(step)),
+    loss=lambda model, x: functional.cross_entropy(model(x), torch.arange(8)),
+    batch_size=8,
+)
+
+
 def _built_in(spec: str, batch: int) -> Job:
     return dataclasses.replace(load(JobRef(spec=spec, batch=batch)), steps=2)
 
@@ -107,6 +130,7 @@ def _molecules() -> Job:
 JOBS = {
     "wide": lambda: WIDE,
     "words": lambda: WORDS,
+    "windows": lambda: WINDOWS,
     "protein-ss": lambda: _built_in("protein-ss", 8),
     "protein-lm": lambda: _built_in("protein-lm", 4),
     "char-lm": lambda: _built_in("char-lm", 8),

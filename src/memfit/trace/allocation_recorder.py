@@ -406,6 +406,8 @@ class AllocationRecorder(TorchDispatchMode):
             out = self.results.of(key, func, args, kwargs, values)
             if func in operators.WIDE_LOSSES:
                 self._widen(args[0], args[1], out)
+            elif func in operators.SLIDING_WINDOWS:
+                self._keep_first_block(args[0], out)
             elif func is operators.SOFTMAX_BACKWARD and self.kind.kernels == "cuda":
                 # The product with the gradient: SoftMax.cu.
                 self.guesses.scratch.append(torch.empty_like(args[1]))
@@ -559,6 +561,16 @@ class AllocationRecorder(TorchDispatchMode):
         if loss.dim() == 0 and elements > 1:
             loss.untyped_storage().resize_(elements * loss.element_size())
             self.guesses.scratch.append(loss.new_empty(elements))
+
+    def _keep_first_block(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Let ``out`` have the storage that torch gives the result of `operators.SLIDING_WINDOWS` on ``x``.
+        The kernels resize an empty tensor like ``x`` (aten/src/ATen/native: Im2Col.cpp, Col2Im.cpp, also
+        under cuda): a smaller result stays in the larger storage; for a larger one, the first block lives
+        until the second is there."""
+        if out.numel() < x.numel():
+            out.untyped_storage().resize_(x.numel() * x.element_size())
+        else:
+            self.guesses.scratch.append(torch.empty_like(x, memory_format=torch.contiguous_format))
 
     def _fly(self, func: Any, args: Any, out: Any) -> None:
         """If ``func`` is a functional all-gather, reduce-scatter or all-to-all, keep its input alive until

@@ -616,6 +616,7 @@ OF_LOGITS = frozenset({_ATEN.sub.Tensor, _ATEN.mul.Tensor})  # run in place in a
 WIDE_LOSSES = frozenset(
     {_ATEN.mse_loss.default, _ATEN.smooth_l1_loss.default, _ATEN.binary_cross_entropy.default}
 )
+SLIDING_WINDOWS = frozenset({_ATEN.im2col.default, _ATEN.col2im.default})  # F.unfold and F.fold
 GROUP_NORM = _ATEN.native_group_norm.default
 LAYER_NORMS = frozenset({_ATEN.native_layer_norm.default, _ATEN.native_layer_norm_backward.default})
 BATCH_NORMS = frozenset({_ATEN.native_batch_norm.default, _ATEN.native_batch_norm_backward.default})
