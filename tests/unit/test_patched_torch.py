@@ -32,6 +32,8 @@ PATCHED: dict[str, dict[str, str | None]] = {
         "torch.Tensor.cuda": BUILTIN,
         "torch.Tensor.cpu": BUILTIN,
         "torch.Tensor.type_as": BUILTIN,
+        "torch.Tensor.type": BUILTIN,
+        "torch.set_default_tensor_type": "t",
         "torch.autograd.graph.saved_tensors_hooks.__init__": "self pack_hook unpack_hook",
         "torch._subclasses.fake_tensor.FakeTensor.device": BUILTIN,
     },

@@ -157,7 +157,9 @@ def test_a_script_that_asks_for_a_gpu_gets_the_target_and_runs_on_a_cpu_otherwis
         'device = "cuda" if torch.cuda.is_available() else "cpu"\n'
         'assert (device == "cuda") == (sys.argv[1] == "gpu")\n'
         'if device == "cuda":\n'
-        "    assert torch.cuda.get_device_properties(0).total_memory > 70e9\n"
+        "    properties = torch.cuda.get_device_properties(0)\n"
+        "    assert properties.total_memory > 70e9 and properties.multi_processor_count == 132\n"
+        "    assert torch.cuda.get_device_capability() == (properties.major, properties.minor) == (9, 0)\n"
     )
     script = _script(tmp_path, before=before, to=".to(device)")
     estimate_script([sys.executable, script, "gpu"], machine="H100-SXM")
@@ -650,6 +652,55 @@ def test_lazy_meta_and_own_parameters_and_a_default_device_are_predicted_as_plai
     path.write_text(text)
     other = estimate_script([sys.executable, str(path)], machine="H100-SXM")
     assert _peak_bytes(other) == pytest.approx(_peak_bytes(plain), rel=1e-3)
+
+
+_TYPED = """
+import numpy as np
+import torch
+from torch import nn
+{default}
+net = nn.Linear(64, 4096).cuda()
+optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+for _ in range(3):
+    inputs = {inputs}
+    weights = {weights}
+    kinds = inputs.type(), weights.type(), isinstance(inputs, torch.cuda.FloatTensor)
+    assert kinds == ("torch.cuda.FloatTensor", "torch.cuda.FloatTensor", True), kinds
+    (net(inputs) * weights).square().mean().backward()
+    optimizer.step(); optimizer.zero_grad()
+"""
+
+
+@pytest.mark.parametrize(
+    ("default", "inputs", "weights"),
+    [
+        (
+            "",
+            "torch.cuda.FloatTensor(np.random.normal(0, 1, (512, 64)))",
+            "torch.cuda.FloatTensor(512, 4096).fill_(1)",
+        ),
+        (
+            "",
+            "torch.randn(512, 64).type(torch.cuda.FloatTensor)",
+            "torch.cuda.FloatTensor(torch.Size([512, 4096]))",
+        ),
+        (
+            "torch.set_default_tensor_type(torch.cuda.FloatTensor)",
+            "torch.randn(512, 64)",
+            "torch.zeros(512, 4096)",
+        ),
+    ],
+)
+def test_types_of_tensors_name_the_gpu(default: str, inputs: str, weights: str, tmp_path: Path) -> None:
+    plain, typed = tmp_path / "plain.py", tmp_path / "typed.py"
+    devices = ('torch.randn(512, 64, device="cuda")', 'torch.zeros(512, 4096, device="cuda")')
+    plain.write_text(_TYPED.format(default="", inputs=devices[0], weights=devices[1]))
+    typed.write_text(_TYPED.format(default=default, inputs=inputs, weights=weights))
+    peaks = [
+        _peak_bytes(estimate_script([sys.executable, str(path)], machine="H100-SXM"))
+        for path in (plain, typed)
+    ]
+    assert peaks[1] == pytest.approx(peaks[0], rel=1e-3)
 
 
 def test_sparse_gradients_of_embedding_bags_and_anomaly_detection_are_followed(tmp_path: Path) -> None:

@@ -76,6 +76,19 @@ _SILENT = (
     "cudart",
 )
 _IS_CUDA: Any = torch.Tensor.is_cuda
+_DEFAULT_TYPE: Any = torch.set_default_tensor_type
+_TYPE_NAMES = {
+    torch.float32: "FloatTensor",
+    torch.float64: "DoubleTensor",
+    torch.float16: "HalfTensor",
+    torch.bfloat16: "BFloat16Tensor",
+    torch.int64: "LongTensor",
+    torch.int32: "IntTensor",
+    torch.int16: "ShortTensor",
+    torch.int8: "CharTensor",
+    torch.uint8: "ByteTensor",
+    torch.bool: "BoolTensor",
+}
 _HERE = (HOST, "meta")  # devices that are not redirected
 
 
@@ -101,6 +114,7 @@ class DeviceRedirect(TorchFunctionMode):
             torch.Tensor.cpu: lambda tensor, memory_format=None: self._move(
                 tensor, torch.device(HOST), None, layout=memory_format
             ),
+            torch.Tensor.type: self._type,
             torch.device: self._named_device,
         }
         if not trace.is_host:
@@ -201,6 +215,19 @@ class DeviceRedirect(TorchFunctionMode):
             device, dtype, _, layout = torch._C._nn._parse_to(*map(self._without_index, args[:3]), **named)
             copy = kwargs.get("copy", args[3] if len(args) > 3 else False)
         return self._move(tensor, device, dtype, copy=copy, layout=layout)
+
+    def _type(self, tensor: torch.Tensor, dtype: Any = None, non_blocking: bool = False, **_: Any) -> Any:
+        """Stands for ``Tensor.type``: return the name of the tensor's type, such as "torch.cuda.FloatTensor",
+        or the tensor converted to a dtype or a type of tensors."""
+        if dtype is None:
+            name = f"torch.{_TYPE_NAMES[tensor.dtype]}"
+            return name.replace("torch.", "torch.cuda.") if self._device(tensor).type == CUDA else name
+        if isinstance(dtype, torch.dtype):
+            return self._move(tensor, None, dtype)
+        target = _tensor_type(dtype)
+        if target is None:
+            return torch.Tensor.type(tensor, dtype)
+        return self._move(tensor, torch.device(target[0]), target[1])
 
     def _without_index(self, argument: Any) -> Any:
         """Return a device for the index of one, and any other argument as it is."""
@@ -326,9 +353,58 @@ def _device_arguments(redirect: DeviceRedirect) -> list[tuple[Any, str, Any]]:
         *autocast_on_host(functools.partial(redirect.names_accelerator, places=False)),
         (torch, "load", load_here),
         (torch, "set_default_device", functools.partial(_set_default_device, torch.set_default_device)),
+        (torch, "set_default_tensor_type", functools.partial(_set_default_tensor_type, _DEFAULT_TYPE)),
+        *((torch.cuda, name, CudaTensorType(dtype, redirect)) for dtype, name in _TYPE_NAMES.items()),
         (torch, "Generator", Generator),
         (torch.amp.GradScaler, "__init__", scaler),
     ]
+
+
+class CudaTensorType:
+    """Stands for ``torch.cuda.FloatTensor`` and the like, which make tensors on the device and name their
+    type."""
+
+    def __init__(self, dtype: torch.dtype, redirect: DeviceRedirect) -> None:
+        self.dtype, self.redirect = dtype, redirect
+
+    def __call__(self, *arguments: Any) -> torch.Tensor:
+        """Return an uninitialized tensor of these sizes, or a tensor with the data that is the only argument;
+        an empty one without arguments."""
+        data = arguments[0] if len(arguments) == 1 else arguments or (0,)
+        if isinstance(data, int):
+            data = torch.Size([data])
+        if isinstance(data, torch.Size) or (len(arguments) != 1 and all(isinstance(n, int) for n in data)):
+            return torch.empty(data, dtype=self.dtype, device=CUDA)
+        return torch.as_tensor(data, dtype=self.dtype).to(CUDA)
+
+    def __instancecheck__(self, value: Any) -> bool:
+        is_tensor = isinstance(value, torch.Tensor)
+        return is_tensor and value.dtype == self.dtype and self.redirect.is_on_target(value)
+
+
+def _tensor_type(name: Any) -> tuple[str, torch.dtype] | None:
+    """Return (device, dtype) of a type of tensors, such as ``torch.cuda.FloatTensor`` or
+    "torch.FloatTensor", or None for another value."""
+    if isinstance(name, CudaTensorType):
+        return CUDA, name.dtype
+    if not isinstance(name, str):
+        name = f"{getattr(name, '__module__', '')}.{getattr(name, '__name__', '')}"
+    place, _, last = name.rpartition(".")
+    dtype = next((dtype for dtype, known in _TYPE_NAMES.items() if known == last), None)
+    if dtype is None or place not in ("torch", "torch.cuda"):
+        return None
+    return (CUDA if place == "torch.cuda" else HOST), dtype
+
+
+def _set_default_tensor_type(inner: Callable[..., None], kind: Any) -> None:
+    """Stands for ``torch.set_default_tensor_type``: types of tensors on the device set the default device and
+    dtype."""
+    target = _tensor_type(kind)
+    if target is None or target[0] == HOST:
+        inner(kind)
+        return
+    torch.set_default_dtype(target[1])
+    torch.set_default_device(target[0])
 
 
 def _set_default_device(inner: Callable[..., None], device: Any) -> None:
@@ -377,12 +453,14 @@ def _present(trace: ScriptTrace, machine: Machine) -> list[tuple[Any, str, Any]]
     device = machine.device
     total_bytes, count = int(device.memory_bytes.value), machine.device_count
     kind = trace.recorder.kind.name
+    capability = trace.recorder.kind.compute_capability or (8, 0)
+    multiprocessors = device.multiprocessor_count
     properties = python_types.SimpleNamespace(
         name=device.name,
         total_memory=total_bytes,
-        major=8,
-        minor=0,
-        multi_processor_count=100,
+        major=capability[0],
+        minor=capability[1],
+        multi_processor_count=100 if multiprocessors is None else int(multiprocessors.value),
         warp_size=32,
         is_integrated=False,
         gcnArchName="",
@@ -396,7 +474,7 @@ def _present(trace: ScriptTrace, machine: Machine) -> list[tuple[Any, str, Any]]
         "current_device_index": 0,
         "current_device_idx": 0,
         "get_device_name": device.name,
-        "get_device_capability": (8, 0),
+        "get_device_capability": capability,
         "get_device_properties": properties,
         "mem_get_info": (total_bytes, total_bytes),
         "memory_stats": {},
