@@ -170,10 +170,10 @@ def _all_gather(tensors: list[Any], tensor: Any, group: Any = None, async_op: bo
     return _ALL_GATHER(tensors, tensor, group, async_op)
 
 
-def _all_gather_object(objects: list[Any], value: Any, group: Any = None) -> None:
+def _all_gather_object(objects: list[Any], value: Any, group: Any = None, **options: Any) -> None:
     objects[:] = [value] * len(objects)
 
 
-def _gather_object(value: Any, objects: list[Any] | None = None, dst: int = 0, group: Any = None) -> None:
+def _gather_object(value: Any, objects: list[Any] | None = None, *place: Any, **options: Any) -> None:
     if objects is not None:
         objects[:] = [value] * len(objects)
