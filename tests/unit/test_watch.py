@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -617,11 +618,14 @@ def test_a_record_is_shown_live_until_its_training_ends(monkeypatch: pytest.Monk
     path = Path("run.jsonl")
     path.write_bytes(b"".join(lines(3)))
 
-    def go_on() -> None:
+    def go_on_once_shown() -> None:
+        end_s = time.monotonic() + 60
+        while "step 3" not in screen.getvalue() and time.monotonic() < end_s:
+            time.sleep(0.05)
         with path.open("ab") as file:
             file.write(b'{"kind": "step", "step": 77, "time_s": 1.0}\n{"kind": "end", "time_s": 2.0}\n')
 
-    threading.Timer(0.2, go_on).start()
+    threading.Thread(target=go_on_once_shown).start()
     assert main(["watch", "run.jsonl"]) == 0
     assert "step 3" in screen.getvalue()
     assert "step 77" in screen.getvalue()
