@@ -76,7 +76,6 @@ _SILENT = (
     "cudart",
 )
 _IS_CUDA: Any = torch.Tensor.is_cuda
-_DEFAULT_TYPE: Any = torch.set_default_tensor_type
 _TYPE_NAMES = {
     torch.float32: "FloatTensor",
     torch.float64: "DoubleTensor",
@@ -353,7 +352,11 @@ def _device_arguments(redirect: DeviceRedirect) -> list[tuple[Any, str, Any]]:
         *autocast_on_host(functools.partial(redirect.names_accelerator, places=False)),
         (torch, "load", load_here),
         (torch, "set_default_device", functools.partial(_set_default_device, torch.set_default_device)),
-        (torch, "set_default_tensor_type", functools.partial(_set_default_tensor_type, _DEFAULT_TYPE)),
+        (
+            torch,
+            "set_default_tensor_type",
+            functools.partial(_set_default_tensor_type, torch.set_default_tensor_type),
+        ),
         *((torch.cuda, name, CudaTensorType(dtype, redirect)) for dtype, name in _TYPE_NAMES.items()),
         (torch, "Generator", Generator),
         (torch.amp.GradScaler, "__init__", scaler),

@@ -133,7 +133,7 @@ def temporaries(trace: Trace, device: Device) -> list[Temporary]:
         index = bisect_right(starts, allocation.start - 1) - 1
         if index >= 0:
             outputs_by_clock.setdefault(starts[index], []).append(allocation)
-    found = []
+    results = []
     for op, inside in calls:
         outputs = [a for a in outputs_by_clock.get(op.clock, ()) if a.op == op.op]
         before_bytes = inside.alone_bytes - sum(a.size_bytes for a in outputs)
@@ -149,8 +149,8 @@ def temporaries(trace: Trace, device: Device) -> list[Temporary]:
             module=op.module,
             op=op.op,
         )
-        found.append(Temporary(call=op, inside=inside, outputs=outputs, allocation=allocation))
-    return found
+        results.append(Temporary(call=op, inside=inside, outputs=outputs, allocation=allocation))
+    return results
 
 
 @functools.lru_cache(maxsize=100_000)
