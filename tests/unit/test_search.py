@@ -93,6 +93,14 @@ def test_techniques_that_do_not_apply_to_the_job_are_not_tried() -> None:
     assert not names(Accuracy.ANY, bare) & {"gradient-accumulation", "activation-checkpointing", "lora"}
 
 
+@pytest.mark.parametrize("name", ["sgd", "adafactor"])
+def test_the_jobs_own_optimizer_is_neither_tried_nor_said_to_change_the_accuracy(name: str) -> None:
+    allowed, reasons = usable(dataclasses.replace(FACTS, optimizer=name), Accuracy.ROUNDING)
+    assert name not in {t.name for t in allowed} | {r.technique for r in reasons}
+    _, reasons = usable(FACTS, Accuracy.ROUNDING)
+    assert name in {r.technique for r in reasons}
+
+
 def test_plans_are_unique_conflict_free_combinations_with_plain_first() -> None:
     found = list(plans(FACTS, usable(FACTS, Accuracy.ROUNDING)[0]))
     assert found[0] == Plan()

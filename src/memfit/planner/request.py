@@ -162,6 +162,7 @@ def job_facts(job: Job, device_kind: str, ranks: int = 1, half_precision: str = 
         has_scalar_parameters=bool(scalar_names(model)),
         has_slices=ranks == 1 and worth_cutting(job, model),
         clips_gradients=job.clip is not None,
+        optimizer=job.optimizer.name.rpartition(":")[2].lower(),
         is_adamw=is_adamw(job.optimizer),
         needs_parameter_names=needs_names(job.optimizer),
     )

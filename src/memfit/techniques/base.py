@@ -107,6 +107,7 @@ class JobFacts:
     has_slices: bool = False  # some module allocates much inside and can be cut into independent slices
     smallest_micro_batch: int = 1  # its number of samples
     clips_gradients: bool = False  # by their total norm
+    optimizer: str = "adamw"  # name of the job's optimizer in lower case; of a class, its own name
     is_adamw: bool = True  # the job's optimizer is AdamW with the job's hyperparameters
     needs_parameter_names: bool = False  # the job's optimizer needs the names of the model's parameters
 

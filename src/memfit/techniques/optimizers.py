@@ -399,6 +399,7 @@ ADAFACTOR = _technique(
     EffectClass.E3,
     _adafactor,
     script_call="Adafactor, such as torch.optim.Adafactor",
+    excluded=lambda facts: facts.optimizer == "adafactor",
     before_engine=True,
     settings=_once,
 )
@@ -408,6 +409,7 @@ SGD = _technique(
     EffectClass.E3,
     _sgd,
     script_call="torch.optim.SGD with momentum",
+    excluded=lambda facts: facts.optimizer == "sgd",
     before_engine=True,
     settings=_once,
 )
