@@ -86,7 +86,7 @@ def test_a_probe_reports_an_untested_version_and_a_missing_package_with_its_inst
     inside = dataclasses.replace(probed, tested=("1", "99"))
     assert not inside.probe().problem
     monkeypatch.setitem(ENGINES, "x", missing)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="engine x cannot be used here: not installed; pip install x"):
+    with pytest.raises(UserError, match="not installed; install a tested version: pip install x"):
         ready_engine("x", Plan())
 
 

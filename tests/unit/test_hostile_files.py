@@ -160,8 +160,8 @@ def test_the_limit_of_an_archive_is_the_one_that_the_error_names(tmp_path: Path)
     [
         (("--batch", "1000000000"), "less than or equal to 16777216"),
         (("--steps", "9" * 20), "less than or equal to 2147483647"),
-        (("--memory", "9" * 30 + "GiB"), "no memory size of a machine; allowed: at most"),
-        (("--memory", "9" * 5000), "no memory size of a machine; allowed: at most"),
+        (("--memory", "9" * 30 + "GiB"), "too large for the memory size of a machine; allowed: at most"),
+        (("--memory", "9" * 5000), "too large for the memory size of a machine; allowed: at most"),
         (("--threads", "99999999"), "less than or equal to 4096"),
         (("--deadline", "9" * 5000 + "h", "--steps", "5", "--on", "H100-SXM"), "not a time"),
     ],

@@ -15,7 +15,7 @@ from child_ranks import run_script
 from memfit.cli.estimate_script import _edit
 from memfit.cli.plan_diff import edit_of
 from memfit.export.script_diff import ScriptDiff, inexpressible, read_script, script_diff
-from memfit.export.source_edits import Source
+from memfit.export.source_edits import Replacement, Source
 from memfit.jobs.registry import load
 from memfit.techniques.plan_file import parse_plan
 from memfit.techniques.registry import TECHNIQUES
@@ -352,6 +352,12 @@ def test_fields_of_the_job_are_arguments_of_apply() -> None:
     assert 'blocks="1"' in diff(PLAIN, {"activation-checkpointing": {}}, blocks="1").diff
 
 
+def test_texts_inserted_at_one_place_keep_their_order_also_before_a_replacement() -> None:
+    changes = [Replacement(start=0, end=0, text="# a\n"), Replacement(start=0, end=0, text="# b\n")]
+    changes += [Replacement(start=0, end=1, text="y")]
+    assert Source("train.py", "x = 1\n").replaced(changes) == "# a\n# b\ny = 1\n"
+
+
 REFUSED = {
     "several statements on one line": (
         PLAIN.replace("out = model(x)\n", "out = model(x); z = 1\n"),
@@ -361,11 +367,11 @@ REFUSED = {
         PLAIN.replace("        optimizer.step()\n", "        if index % 2:\n            optimizer.step()\n"),
         "no OPTIMIZER.step",
     ),
-    "a scaled loss": (PLAIN.replace("loss.backward()", "(loss / 2).backward()"), "on a variable"),
+    "a scaled loss": (PLAIN.replace("loss.backward()", "(loss / 2).backward()"), "LOSS.backward()"),
     "two losses": (PLAIN.replace("loss.backward()", "out.sum().backward(); loss.backward()"), "2 times"),
     "a scaler elsewhere": (
         PLAIN.replace("loss.backward()", "loss = scaler.scale(loss)\n        loss.backward()"),
-        "uses its GradScaler elsewhere",
+        "uses a GradScaler outside the statements from backward",
     ),
     "autocast elsewhere": (
         PLAIN.replace("out = model(x)", "out = cast(x)")
@@ -383,7 +389,7 @@ REFUSED = {
     ),
     "another model later": (
         PLAIN.replace("scheduler = torch", "model = wrapped(model)\nscheduler = torch"),
-        "changes model after",
+        "assigns model or moves it with .to() after the script has made optimizer",
     ),
     "a model that is compiled": (
         PLAIN.replace("optimizer = torch", "model = torch.compile(model)\noptimizer = torch", 1),
@@ -414,7 +420,7 @@ REFUSED = {
     ),
     "a norm that is not constant": (
         PLAIN.replace("parameters(), 1.0)", "parameters(), epoch)"),
-        "clips them to epoch, which may change",
+        "clips gradients depending on epoch, which changes in the loop",
     ),
     "a loss that begins before the model is called": (
         PLAIN.replace("# forward\n", "loss = 0.0\n").replace("loss = F", "loss += F"),
@@ -462,7 +468,7 @@ REFUSED = {
     "no loop": ("import torch\n", "backward 0 times"),
     "text of several lines": (
         PLAIN.replace("out = model(x)\n", 'out = model(x)\n        print("""\n""")\n'),
-        "text of several lines",
+        "string literal of several lines",
     ),
 }
 
@@ -491,7 +497,7 @@ def test_a_jump_that_stays_in_a_step_or_comes_before_or_after_it_is_no_reason() 
 
 def test_a_plan_of_several_ranks_needs_a_script_of_several_ranks() -> None:
     edit = diff(PLAIN, {"ddp": {}}, ranks=2)
-    assert "no init_process_group" in edit.reason
+    assert "both init_process_group and DistributedSampler" in edit.reason
 
 
 def test_training_arguments_are_changed_and_added(tmp_path: Path) -> None:
@@ -796,7 +802,7 @@ def test_a_job_whose_parts_have_unequal_terms_needs_them_in_the_edited_script(tm
     assert edit.remarks[0].startswith("define loss_terms(batch)")
     (remark,) = script_diff(Source("train.py", TRAINER), plan, batch_size=16, job=job).remarks[-1:]
     assert "multiply the mean loss of each micro-batch by terms / step_terms" in remark
-    with pytest.raises(UserError, match="Accelerate weights the parts of a batch alike"):
+    with pytest.raises(UserError, match="Accelerate weights all parts of a batch"):
         script_diff(Source("train.py", ACCELERATE), plan, batch_size=16, job=job)
 
 

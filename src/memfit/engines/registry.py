@@ -58,7 +58,7 @@ def ready_engine(name: str, plan: Plan, device: str = HOST) -> Engine:
     candidate, kind = supporting_engine(name, plan), device_kind(device)
     if candidate.cuda_only and not (kind.is_host or kind.runs_cuda):
         raise UserError(
-            f"engine {name} cannot train on devices of the kind {device!r}: its library knows those of CUDA "
+            f"engine {name} cannot train on devices of the kind {device!r}: its library supports only CUDA's "
             "and the processor",
             hint="`--engine native` can, and `--on this:cpu` trains on the processor",
         )
@@ -66,11 +66,12 @@ def ready_engine(name: str, plan: Plan, device: str = HOST) -> Engine:
         where = "the CPU ranks of memfit's runs" if device == HOST else f"devices of the kind {device!r}"
         raise UserError(
             f"engine {name} cannot train this plan on {where}: {', '.join(cuda_only_parts)} requires CUDA",
-            hint="`memfit estimate JOB` predicts the plan, and `memfit export` writes the engine's "
-            "configuration",
+            hint="run it on a CUDA device; without one, `memfit estimate JOB` predicts the plan's memory, "
+            "and `memfit export` writes the engine's configuration",
         )
     if (probe := candidate.probe()).problem:
-        raise UserError(f"engine {name} cannot be used here: {probe.problem}", hint=probe.fix)
+        install = f"install a tested version: {probe.fix}" if probe.fix else ""
+        raise UserError(f"engine {name} cannot be used here: {probe.problem}", hint=install)
     return candidate
 
 

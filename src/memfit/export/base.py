@@ -117,7 +117,7 @@ class Handover:
             raise UserError(
                 f"the plan's {ranks} ranks cannot be divided evenly among --nodes {self.nodes}",
                 allowed=f"numbers of nodes that divide {ranks}: {', '.join(map(str, divisors(ranks)))}",
-                hint="the number of ranks is set by ranks: N in the plan file",
+                hint="to change the number of ranks, set `ranks: N` in the plan file",
             )
 
     @property

@@ -53,6 +53,7 @@ def files(handover: Handover) -> Files:
             f"--to k8s puts all files of the export into a ConfigMap, but they have {total_bytes} bytes "
             "together, too many for a ConfigMap",
             allowed=f"at most {_MOST_BYTES} bytes",
+            hint="--to torchrun, slurm and skypilot have no such limit",
         )
     return {**carried, JOB: text(objects(handover, carried))}
 

@@ -223,7 +223,7 @@ def _must_split_alike(source: Source, loop: Loop) -> None:
             if computed_names:
                 raise UserError(
                     f"the loop computes {computed_names} from {', '.join(sources)} before the model runs, "
-                    "and the model uses both, so they cannot be split into micro-batches alike"
+                    "and the model uses both, so the batch cannot simply be split into micro-batches"
                 )
 
 
@@ -239,5 +239,8 @@ def _iterable(loop: Loop) -> ast.expr:
     if isinstance(node, ast.Call) and name_of(node.func) in {"enumerate", "tqdm"} and node.args:
         node = node.args[0]
     if not isinstance(node, ast.Name):
-        raise UserError("the plan needs an example batch, but the script does not show its DataLoader")
+        raise UserError(
+            "the plan needs an example batch, but the loop does not iterate over a variable that holds the "
+            "DataLoader, as `for batch in loader` does, with or without enumerate(...) or tqdm(...)"
+        )
     return node

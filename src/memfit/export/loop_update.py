@@ -57,8 +57,10 @@ def find_place(source: Source) -> LoopPlace:
         if count == 2 and _branches(place.body[place.index]) is not None:
             return place
     if count != 1:
-        raise UserError(f"the script calls backward {count} times, not once")
-    raise UserError("backward is not a statement of its own in a loop")
+        raise UserError(
+            f"the script calls backward {count} times, not once (or once in each branch of one if)"
+        )
+    raise UserError("backward is not called in a statement of its own inside a loop")
 
 
 def places(statements: Statements, function: Any, scope: Statements, loop: Any) -> Iterator[LoopPlace]:
@@ -104,7 +106,7 @@ def find_update(source: Source, place: LoopPlace) -> Update:
         first, last = (_sequence(place, branch, is_whole=True) for branch in branches)
         keys = [(u.loss, u.optimizer, *map(_text, (u.clip, u.condition))) for u in (first, last)]
         if keys[0] != keys[1]:
-            raise UserError("the two branches that run backward differ in more than a GradScaler")
+            raise UserError("the two branches of an if that run backward differ in more than a GradScaler")
         zeroed = [s for s in place.body if _method(s, "zero_grad") is not None]
         update = dataclasses.replace(
             first, backward=statement, step=statement, step_body=place.body, removed=tuple(zeroed)
@@ -116,7 +118,10 @@ def find_update(source: Source, place: LoopPlace) -> Update:
         if isinstance(node, ast.Call) and name_of(node.func) in {"unscale_", "scale"}:
             is_own = isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name)
             if is_own and not any(a <= node.lineno <= b for a, b in spans):
-                raise UserError(f"the script uses its GradScaler elsewhere, in line {node.lineno}")
+                raise UserError(
+                    f"line {node.lineno} uses a GradScaler outside the statements from backward to the "
+                    "optimizer's step"
+                )
     return update
 
 
@@ -144,7 +149,8 @@ def _sequence(place: LoopPlace, statements: Statements, *, is_whole: bool) -> Up
     removed += [s for s in rest[step + 1 :] if scaler and _method(s, "update") == scaler]
     if is_whole and len(removed) + 2 != len(statements):
         raise UserError(
-            "a branch that runs backward has other statements than backward, clipping and the step"
+            "a branch of an if that runs backward has statements other than backward, clipping of gradients, "
+            "the optimizer's step and calls of the GradScaler"
         )
     if not is_whole:
         bodies = [place.body] if step_body is place.body else [place.body, step_body]
@@ -179,7 +185,10 @@ def _loss(statement: ast.stmt) -> tuple[str, str]:
             is_scaled = target.func.attr == "scale" and isinstance(owner, ast.Name) and len(arguments) == 1
             if is_scaled and isinstance(arguments[0], ast.Name):
                 return arguments[0].id, owner.id  # type: ignore[attr-defined]
-    raise UserError("backward is not called as LOSS.backward() on a variable")
+    raise UserError(
+        "backward is called neither as LOSS.backward() nor as SCALER.scale(LOSS).backward() on variables "
+        "without further arguments"
+    )
 
 
 def _parent(place: LoopPlace) -> tuple[Statements, int] | None:
@@ -237,9 +246,7 @@ def _gradient_changes(
     for statement in statements:
         if (clipping := _clipping(statement, scaler)) is not None:
             if clip is not None:
-                raise UserError(
-                    "between backward and step, the script changes gradients: it clips them twice"
-                )
+                raise UserError("between backward and step, the script clips gradients twice")
             clip, condition = clipping
             removed.append(statement)
         elif scaler and _method(statement, "unscale_", arguments=1) == scaler:
@@ -296,7 +303,9 @@ def must_be_on_lines(body: Statements) -> None:
     """Raise UserError if statements share a line."""
     shared = next((b.lineno for a, b in itertools.pairwise(body) if end(a) >= b.lineno), None)
     if shared is not None:
-        raise UserError(f"line {shared} has several statements of the loop")
+        raise UserError(
+            f"line {shared} has several statements of the loop, which must be on lines of their own"
+        )
 
 
 # -- names and lines ------------------------------------------------------------------------------

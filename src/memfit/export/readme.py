@@ -105,7 +105,7 @@ def _settings_lines(handover: Handover, files: Files) -> Iterator[str]:
     yield from (f"- Not in the export: {omission}." for omission in settings.not_carried)
     if torchtitan.ARGUMENTS in files and settings.sources:
         yield f"- `{torchtitan.ARGUMENTS}` has only the plan: v0.3 does not read TOML with your settings."
-    for unused in set(user_files.setup.files) - set(settings.sources.values()):
+    for unused in sorted(set(user_files.setup.files) - set(settings.sources.values())):
         yield f"- Not in the export: settings of `{Path(unused).name}`; this target has no file for them."
     for omission in user_files.carried.left_out:
         yield f"- Not in the plan: {omission.option}: {omission.reason}."

@@ -100,10 +100,11 @@ def script_diff(
         if is_used and (calls := source.calls(frozenset({library.call}))):
             if weights is not None:
                 raise UserError(
-                    f"{library.name} weights the parts of a batch alike, but those of the job have different "
-                    f"numbers of loss terms; the script would have to {weights.text}",
-                    hint="use a plan that does not split the batch (--without gradient-accumulation), or "
-                    "memfit export with --script",
+                    f"{library.name} weights all parts of a batch (micro-batches, ranks) alike, but those of "
+                    f"the job have different numbers of loss terms; the script would have to {weights.text}",
+                    hint="use a plan that does not split the batch, such as one --without "
+                    "gradient-accumulation on one rank; or let the script weight its losses, and use "
+                    f"`memfit export --script` with --script-applies {weights.name}",
                 )
             return _library_diff(source, calls, plan, library, batch_size)
     clashing = [use.technique for use in plan.uses if _needs_no_clipping(use.technique)]
@@ -185,7 +186,7 @@ def _trainer_diff(
     if reasons := tuple(trainer.why_not(plan)):
         raise UserError(
             f"TrainingArguments cannot express this plan: {'; '.join(reasons)}",
-            hint="leave these techniques out with --without, or give another --plan",
+            hint="leave these techniques out with --without, or give a --plan with other settings",
         )
     values = _trainer_arguments(plan, batch_size, keeps_enabled=keeps_enabled)
     call = calls[0]
@@ -256,7 +257,7 @@ def _micro_batch(
         if whole % steps:
             raise UserError(
                 f"the script's batch of {whole} samples cannot be split into {steps} equal micro-batches",
-                hint=f"change it to a multiple of {steps}",
+                hint=f"change the script's batch to a multiple of {steps} samples",
             )
         return str(whole // steps), whole
     parts = [

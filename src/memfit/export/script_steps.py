@@ -141,7 +141,8 @@ def check_acknowledged(steps: Sequence[ScriptStep], acknowledged: Sequence[str],
     for name in acknowledged:
         if name not in (*names, "all"):
             raise UserError(
-                f"--script-applies {name} is not a part of the plan that the script must apply itself",
+                f"--script-applies {name}: {name} is not among the parts of the plan that the script must "
+                "apply itself",
                 allowed=", ".join(("all", *names)),
                 hint=suggest(name, names),
             )

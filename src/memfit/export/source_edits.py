@@ -64,9 +64,10 @@ class Source:
 
     def replaced(self, replacements: Iterable[Replacement]) -> str:
         """Return the text with all ``replacements``, which must not overlap. Of those that insert at one
-        place, the first comes first."""
+        place, the text of the first comes first."""
         data = self.text.encode()
-        for change in sorted(replacements, key=lambda r: r.start, reverse=True):
+        changes = sorted(replacements, key=lambda r: (r.start, r.end))
+        for change in reversed(changes):
             data = data[: change.start] + change.text.encode() + data[change.end :]
         return data.decode()
 

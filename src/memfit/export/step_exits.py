@@ -12,7 +12,7 @@ from memfit.export.loop_update import FUNCTIONS, LOOPS, LoopPlace, Statements, U
 from memfit.export.source_edits import Source
 from memfit.types.errors import UserError
 
-_GIVE_UP = "a plan's step must end, or be given up with fit.discard()"
+_GIVE_UP = "each step must end with fit.step(), or be given up with fit.discard()"
 
 
 def must_end_each_step(source: Source, place: LoopPlace, update: Update, forward: int) -> None:
@@ -32,8 +32,8 @@ def must_end_each_step(source: Source, place: LoopPlace, update: Update, forward
             catches = any(not isinstance(h.body[-1], ast.Raise) for h in statement.handlers)
             if catches and any(n is update.backward for s in statement.body for n in ast.walk(s)):
                 raise UserError(
-                    f"line {statement.lineno} catches errors of a step inside a loop, after which the "
-                    f"training may go on: {_GIVE_UP}"
+                    f"the try in line {statement.lineno} catches errors of a step inside a loop, after which "
+                    f"the training may go on: {_GIVE_UP}"
                 )
 
 

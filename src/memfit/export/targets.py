@@ -90,10 +90,10 @@ def _copies_for_script(handover: Handover, files: Files) -> Files:
     if missing := [Path(f).name for f in user_paths if Path(f).name in words and f not in sources.values()]:
         raise UserError(
             f"{handover.script[0]} is started with {missing[0]}, which engine {handover.config.engine} does "
-            "not read: the export has no file in its place with the plan's settings, so the run would not "
-            "have them",
-            allowed=f"in --script, of the files of --from, only names of those that configure "
-            f"{handover.config.engine}; or another --to",
+            "not read: the export has no version of this file with the plan's settings, so the run would "
+            "train without them",
+            allowed="in the command line of --script, of the files given with --from, only those that "
+            f"configure engine {handover.config.engine}; or a --to that exports this file",
         )
     return {
         word: files[name]

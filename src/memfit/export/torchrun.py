@@ -123,5 +123,5 @@ def _configuration_arguments(handover: Handover) -> str:
     raise UserError(
         f"memfit does not know the argument by which your script gets the configuration of engine {engine}, "
         f"{' and '.join(config_names)}",
-        hint="name this file in the command line of --script, as your script expects it",
+        hint="add it to the command line of --script, with the argument that your script expects",
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from memfit.export.loop_update import (
     FUNCTIONS,
@@ -87,9 +87,11 @@ def find_loop(source: Source, plan: Plan) -> Loop:
     model = _model(place.scope, place.body[: place.index], update.optimizer)
     forward = next((i for i, s in enumerate(place.body[: place.index]) if calls(s, model)), None)
     if forward is None:
-        raise UserError(f"no statement before backward calls the model {model}")
+        raise UserError(f"in the loop, no statement before backward calls the model {model}")
     if any(_spans_text(s) for s in place.body[forward : place.index]):
-        raise UserError("the forward pass contains a text of several lines, which cannot be indented")
+        raise UserError(
+            "the forward pass contains a string literal of several lines, which an indentation would change"
+        )
     must_end_each_step(source, place, update, forward)
     autocast = _autocast(source, place, forward)
     batch, prefetch = _batch(place, forward, model)
@@ -124,11 +126,14 @@ def _must_not_be_in_the_way(source: Source, plan: Plan) -> None:
         )
     if plan.ranks > 1 and not {"init_process_group", "DistributedSampler"} <= names:
         raise UserError(
-            f"the plan has {plan.ranks} ranks, but the script has no init_process_group with a "
+            f"the plan has {plan.ranks} ranks, but the script does not use both init_process_group and "
             "DistributedSampler"
         )
     if plan.ranks > 1 and (names & {"DistributedDataParallel", "DDP"}):
-        raise UserError("the script wraps the model in DistributedDataParallel, which a plan applies itself")
+        raise UserError(
+            "the script uses DistributedDataParallel; leave it out, because a plan of several ranks applies "
+            "or replaces it"
+        )
 
 
 def wrappers(source: Source) -> Iterator[tuple[str, bool, int]]:
@@ -180,7 +185,10 @@ def _model(scope: Statements, before: Statements, optimizer: str) -> str:
         }
         owners = {name for name in uses if any(calls(s, name) for s in before)}
     if len(owners) != 1:
-        raise UserError("the script does not show which variable is the model")
+        raise UserError(
+            "the script does not show which variable is the model: the optimizer must be assigned with the "
+            "parameters() of one variable"
+        )
     return owners.pop()
 
 
@@ -216,7 +224,7 @@ def _autocast(source: Source, place: LoopPlace, forward: int) -> ast.With | None
     withs = [s for s in place.body[forward : place.index] if isinstance(s, ast.With)]
     matches = [s for s in withs if len(s.items) == 1 and _casts(source, s.items[0].context_expr)]
     if len(matches) > 1:
-        raise UserError(f"the forward pass has {len(matches)} autocast contexts")
+        raise UserError(f"the forward pass has {len(matches)} autocast contexts; at most one can be replaced")
     known: set[int] = set()
     if matches:
         context = matches[0].items[0].context_expr
@@ -233,7 +241,10 @@ def _autocast(source: Source, place: LoopPlace, forward: int) -> ast.With | None
     for node in ast.walk(source.tree):
         is_name = isinstance(node, ast.Name | ast.Attribute) and name_of(node) == "autocast"
         if is_name and id(node) not in known:
-            raise UserError(f"the script uses autocast in line {node.lineno}, outside `with` in its loop")  # type: ignore[attr-defined]
+            line = cast(ast.expr, node).lineno
+            raise UserError(
+                f"the script uses autocast in line {line}, not as a `with` block of the loop's forward pass"
+            )
     return matches[0] if matches else None
 
 
@@ -269,7 +280,10 @@ def _batch(place: LoopPlace, forward: int, model: str) -> tuple[tuple[str, ...],
     read = {n for s in between if s not in prefetch for n in loaded_names(s)}
     names = tuple(n for n in dict.fromkeys(bound) if n in read)
     if not names:
-        raise UserError("the script does not show which variables hold the batch")
+        raise UserError(
+            "the script does not show which variables hold the batch: the forward pass reads none that each "
+            "step of the loop sets"
+        )
     return names, tuple(prefetch)
 
 
@@ -312,7 +326,10 @@ def _setup(source: Source, place: LoopPlace, update: Update, model: str) -> Loop
     for statement in between:
         changes = names[model] in stored_names(statement) or f"{names[model]}.to(" in ast.unparse(statement)
         if changes and not isinstance(statement, (ast.If, *FUNCTIONS)):
-            raise UserError(f"the script changes {names[model]} after it makes {optimizer}")
+            raise UserError(
+                f"line {statement.lineno} assigns {names[model]} or moves it with .to() after the script has "
+                f"made {optimizer}"
+            )
         if changes and isinstance(statement, ast.If):
             remarks.append(
                 f"if {ast.unparse(statement.test)[:60]}, the script changes {names[model]} after the plan is "
@@ -356,7 +373,10 @@ def _caller(
     visible = [s for s in scopes if any(optimizer in stored_names(statement) for statement in s)]
     making = [s for s in visible if "parameters()" in ast.unparse(ast.Module(body=s, type_ignores=[]))]
     if len(making) != 1:
-        raise UserError(f"the script does not show where {optimizer} is made")
+        raise UserError(
+            f"the script does not show where {optimizer} is made: exactly one function, or the module, must "
+            "assign it and call parameters()"
+        )
     node = next((n for scope, n, _ in calls_of_loop if scope is making[0]), None)
     return making[0], node or ast.Pass(), {}
 
@@ -413,15 +433,15 @@ def _clip(place: LoopPlace, update: Update, arguments: dict[str, ast.expr] | Non
             continue
         if any(isinstance(n, ast.Call) or ast.unparse(n) in stored for n in ast.walk(node)):
             raise UserError(
-                f"between backward and step, the script changes gradients: it clips them where "
-                f"{ast.unparse(node)}, which may change"
+                f"between backward and step, the script clips gradients depending on {ast.unparse(node)}, "
+                "which may change in the loop"
             )
         for name in loaded_names(node):
             argument = None if arguments is None else arguments.get(name)
             if name in own or (name in parameters and not isinstance(argument, ast.Name)):
                 raise UserError(
-                    f"between backward and step, the script changes gradients: it clips them to "
-                    f"{ast.unparse(update.clip)}, which may change"
+                    f"between backward and step, the script clips gradients depending on {name}, which "
+                    "changes in the loop or is not known where the plan is applied"
                 )
         text.append(_rename_variables(node, arguments or {}))
     return text[0] if len(text) == 1 else f"{text[0]} if {text[1]} else None"

@@ -266,13 +266,14 @@ def use_device(kind: str, local_rank: int = 0) -> torch.device:
     if accelerator_kind() != kind:
         raise UserError(
             f"torch finds no device of the kind {kind!r} here",
-            allowed=f"{accelerator_kind() or 'no accelerator'}, or cpu",
+            allowed=f"{accelerator_kind()} or cpu" if accelerator_kind() else "cpu",
             hint="`memfit doctor` says what torch finds",
         )
     if local_rank >= accelerator_count():
         raise UserError(
-            f"rank {local_rank} of this machine has no {kind} device: there are {accelerator_count()}",
-            allowed=f"at most {accelerator_count()} ranks, one for each device",
+            f"rank {local_rank} on this machine, counted from 0, has no {kind} device: there are "
+            f"{accelerator_count()}",
+            allowed=f"at most {accelerator_count()} ranks on this machine, one for each device",
         )
     torch.accelerator.set_device_index(local_rank)
     return torch.device(kind, local_rank)

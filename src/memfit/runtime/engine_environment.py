@@ -27,7 +27,7 @@ def install(engine: Engine, into: Path | None, on_line: OnLine) -> Environment:
     if not engine.requirements:
         raise UserError(
             f"engine {engine.name} needs no environment of its own: it runs in that of memfit",
-            hint=engine.install or "it comes with torch, so there is nothing to install",
+            hint=f"install it with: {engine.install}" if engine.install else "there is nothing to install",
         )
     folder = (into or environments_folder() / engine.name).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -70,7 +70,7 @@ def _run(command: list[str], on_line: OnLine) -> None:
         first_words = " ".join(command[:4])
         raise RunError(
             f"the environment was not installed: {first_words} ... failed with exit code "
-            f"{child.returncode}; its last line is: {last_line}"
+            f"{child.returncode}; the last line of its output is: {last_line}"
         )
 
 

@@ -70,7 +70,11 @@ class OptimizerChoice:
 
     def __post_init__(self) -> None:
         if self.others not in ("same", "adamw"):
-            raise UserError(f"OptimizerChoice(others={self.others!r})", allowed="same, adamw")
+            raise UserError(
+                f"OptimizerChoice(others=...), the optimizer of parameters besides the blocks' matrices, is "
+                f"{self.others!r}",
+                allowed="'same' (this optimizer) or 'adamw'",
+            )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,7 +201,8 @@ class Job:
             )
         if self.negative_control not in NEGATIVE_CONTROLS:
             raise UserError(
-                f"Job(negative_control=...) is {self.negative_control!r}",
+                f"Job(negative_control=...), the degraded training that the test must judge different, is "
+                f"{self.negative_control!r}",
                 allowed=", ".join(NEGATIVE_CONTROLS),
                 hint=suggest(str(self.negative_control), NEGATIVE_CONTROLS),
             )
@@ -206,7 +211,7 @@ class Job:
             raise UserError(
                 f"Job(surrogates=...) has the endpoints {', '.join(s.name for s in self.surrogates)}, and "
                 f"the metric is {self.metric.name if self.metric else None}",
-                allowed="surrogates together with a metric, each with another name",
+                allowed="surrogates only together with a metric, and each with another name",
             )
 
     @property

@@ -54,7 +54,10 @@ def parse_bytes(text: str) -> int:
         )
     size = float(match.group(1)) * _UNIT_BYTES[unit]
     if size > _MOST_BYTES:
-        raise UserError(f"{text[:40]} is no memory size of a machine", allowed=f"at most {_MOST_BYTES} bytes")
+        raise UserError(
+            f"{text[:40]} is too large for the memory size of a machine",
+            allowed=f"at most {_MOST_BYTES} bytes (1 EiB)",
+        )
     return int(size)
 
 

@@ -81,5 +81,5 @@ def _check(model: torch.nn.Module, device: DeviceKind) -> None:
         raise UserError(
             f"engine colossalai turns the module {batch_norm_names[0]} into a SyncBatchNorm, which requires "
             "CUDA, but the ranks train on CPUs",
-            allowed="models without batch normalisation",
+            allowed="on CPUs a model without batch normalization, or a plan without ddp",
         )

@@ -31,9 +31,10 @@ class Step(TrainingStep):
         zero = self.plan.get("zero")
         if self.job.ema is not None and zero is not None and zero.settings["stage"] == 3:
             raise UserError(
-                "the job's ema is not supported on engine deepspeed with ZeRO stage 3, "
-                "which frees parameters between steps",
-                allowed="ZeRO stages 0 to 2, or the engine native, which averages the shards of each rank",
+                "the job's ema (moving average of the weights) is not supported with DeepSpeed's ZeRO stage "
+                "3, which keeps no whole parameters between steps",
+                allowed="ZeRO stages 0 to 2; --engine native, on which each rank averages its own shards; or "
+                "a job without ema",
             )
         import_deepspeed(torch.device(bench.torch_device).type)
         assert self.folder is not None

@@ -117,6 +117,7 @@ def _must_be_flat(block: torch.nn.Module, args: Any, output: Any) -> None:
         raise UserError(
             f"FairScale's checkpoint_wrapper would lose gradients of what the block {type(block).__name__} "
             "returns",
-            allowed="blocks that return a tensor, or a tuple or list with tensors, none nested deeper",
+            allowed="blocks that return a tensor, or a tuple or list with at least one tensor and none "
+            "nested deeper",
             hint="leave activation-checkpointing out, or train on another engine",
         )

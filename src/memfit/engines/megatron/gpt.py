@@ -148,7 +148,8 @@ def must_divide(what: str, count: int, degree: int) -> None:
     if count % degree:
         raise UserError(
             f"engine megatron cannot split a {what} of {count} evenly over {degree} tensor-parallel ranks",
-            allowed=f"a {what} that is a multiple of {degree}",
+            allowed=f"a {what} that is a multiple of {degree}, or a number of tensor-parallel ranks that "
+            f"divides {count}",
         )
 
 

@@ -108,7 +108,10 @@ class Executor(abc.ABC):
             )
         price = settings.get("usd_per_hour", "0")
         if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", price):
-            raise UserError(f"usd_per_hour={price} is no price", allowed="a number such as 1.5, in USD")
+            raise UserError(
+                f"usd_per_hour={price} is no price of one device for one hour",
+                allowed="USD as a number such as 1.5, with at most six digits before and after the point",
+            )
 
     @classmethod
     def name(cls) -> str:

@@ -54,7 +54,10 @@ class LocalExecutor(SubmititExecutor):
         super().check(settings)
         parallel = settings.get("parallel", "1")
         if not (parallel.isdecimal() and 1 <= int(parallel) <= 1024):
-            raise UserError(f"--executor local:parallel={parallel}", allowed="a whole number from 1 to 1024")
+            raise UserError(
+                f"--executor local:parallel={parallel} is no number of trials at a time",
+                allowed="a whole number from 1 to 1024",
+            )
 
     def parameters(self) -> dict[str, Any]:
         return {"timeout_min": _WEEK_MIN, "stderr_to_stdout": True}

@@ -65,7 +65,11 @@ class SlurmExecutor(SubmititExecutor):
         super().check(settings)
         for key in _NUMBERS:
             if not settings.get(key, "1").isdecimal():
-                raise UserError(f"--executor slurm:{key}={settings[key]}", allowed="a whole number")
+                unit = " of minutes" if key == "time" else ""
+                raise UserError(
+                    f"--executor slurm:{key}={settings[key]} is no whole number{unit}",
+                    allowed=f"a whole number{unit}, in digits only",
+                )
 
     def parameters(self) -> dict[str, Any]:
         values = {f"slurm_{k}": int(v) if k in _NUMBERS else v for k, v in self.settings.items()}

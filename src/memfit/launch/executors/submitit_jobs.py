@@ -34,7 +34,7 @@ class SubmititExecutor(Executor):
         except ImportError as error:
             raise UserError(
                 f"the executor {self.name()} needs submitit, which is not installed",
-                hint="pip install 'memfit[cluster]'",
+                hint="install it: pip install 'memfit[cluster]'",
             ) from error
         logging.getLogger("submitit").setLevel(logging.ERROR)
         try:
@@ -55,9 +55,8 @@ class SubmititExecutor(Executor):
             jobs = self.start(tasks)
         except (FailedJobError, FailedSubmissionError, OSError) as error:
             lines = [line for line in str(error).splitlines() if line.strip()]
-            raise UserError(
-                f"the executor {self.name()} refused the tasks: {(lines or ['no reason'])[-1]}"
-            ) from error
+            last_line = lines[-1] if lines else "no reason is known"
+            raise UserError(f"the executor {self.name()} could not submit the tasks: {last_line}") from error
         self._jobs |= {job.job_id: job for job in jobs}
         return [job.job_id for job in jobs]
 
