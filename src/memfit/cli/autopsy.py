@@ -34,57 +34,72 @@ class EvidenceOptions:
         list[str],
         typer.Argument(
             metavar="FILE...",
-            help="Evidence of one death, each a file or - for standard input: the log of the training or its "
-            "error message; a memory snapshot of torch (torch.cuda.memory._dump_snapshot), of which no code "
-            "is run, or its content as JSON; the file of `memfit watch` (not as -); the kernel's log, as "
-            "`dmesg -T` prints it; the output of a scheduler. Of a log, the last 8 MiB are read.",
+            help="Evidence of why one training ended: files, or - (once) for standard input. Each may be: "
+            "the log of the training or its error message; a memory snapshot of torch "
+            "(torch.cuda.memory._dump_snapshot) of at most 512 MiB, of which no code is run, or its content "
+            "as JSON; the file of `memfit watch` (not as -); the kernel's log, as `dmesg -T` prints it; the "
+            "output of a scheduler. Of a text, the last 8 MiB are read.",
         ),
     ]
     job: Annotated[
         str | None,
         typer.Option(
             metavar="JOB",
-            help="Predict this job, compare the prediction with the evidence, and find the nearest plan that "
-            "would have fitted, with its price in step time: a built-in job, FILE.py:NAME or "
-            "hf:PATH_OR_NAME, as in `memfit plan`. Default: no comparison.",
+            help="Predict this job under --plan, compare the prediction with the evidence, and find a plan "
+            "that would have fitted and its step time: --plan with other micro-batches, recomputation, "
+            "offload or chunking or, if none of these fits, the one that a search recommends. A built-in "
+            "job, FILE.py:NAME or hf:PATH_OR_NAME, as in `memfit plan`. Default: no comparison.",
         ),
     ] = None
     size: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Size of the job, as in `memfit plan`. Needs --job.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Size of the job, as in `memfit plan`. Default: the job's default size. Refused without "
+            "--job.",
+        ),
     ] = None
     batch: Annotated[
         int | None,
         typer.Option(
             metavar="N",
             min=1,
-            help="Samples per optimizer step of all processes together. Default: the job's. Needs --job.",
+            help="Samples per optimizer step of all processes together, as in `memfit plan`. Default: the "
+            "job's number. Refused without --job.",
         ),
     ] = None
     length: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Length of a sample. Default: the job's. Needs --job."),
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Length of a sample, as in `memfit plan`. Default: the length of the job's size. Refused "
+            "without --job.",
+        ),
     ] = None
     plan: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE.yaml",
-            help="Plan under which it trained, as written by `memfit plan --save`. Default: plain training. "
-            "Needs --job.",
+            help="File with the plan under which the job trained, as written by `memfit plan --save`. "
+            "Default: plain training, without any technique. Refused without --job.",
         ),
     ] = None
     on: Annotated[
         str | None,
         typer.Option(
             metavar="MACHINE",
-            help="Machine on which it trained, as in `memfit plan`. Default: this machine. Needs --job.",
+            help="Machine on which the job trained, as in `memfit plan`. Default: this, the machine that "
+            "memfit runs on. Refused without --job.",
         ),
     ] = None
     memory: Annotated[
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Memory that the training could use on each device. Default: what the evidence says, or "
-            "else the memory of the device. Needs --job.",
+            help="Memory that the training could use on each device, such as 24GiB; at most what a GPU has. "
+            "Default: the limit that the evidence states, less what was used outside torch if that is why "
+            "memory ran out; if it states none, all memory of the device. Refused without --job.",
         ),
     ] = None
 

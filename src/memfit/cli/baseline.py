@@ -36,17 +36,18 @@ class BaselineOptions:
         str,
         typer.Argument(
             metavar="write|check",
-            help="write: predict the jobs and store their peaks in --file, beside those of other jobs; "
-            "check: predict all jobs of --file again, and exit with code 1 if memory grew by more than "
-            "--tolerance.",
+            help="write: predict the jobs and store their peaks of memory in --file, in place of those of "
+            "the same jobs with the same options; other entries stay. check: predict all jobs of --file "
+            "again, and exit with code 1 if memory grew by more than --tolerance.",
         ),
     ]
     jobs: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="[JOB...]",
-            help="For write: built-in jobs (`memfit list jobs` lists them), FILE.py:NAME or hf:PATH_OR_NAME. "
-            "Default: the jobs of --file, each with its own options. Refused with check.",
+            help="For write: built-in jobs (`memfit list jobs` lists them), FILE.py:NAME or "
+            "hf:PATH_OR_NAME. Default: predict the jobs of --file again, each with its own options; refused "
+            "if it has none. Refused with check.",
         ),
     ] = None
     plan: Annotated[
@@ -97,18 +98,17 @@ class BaselineOptions:
         Path,
         typer.Option(
             metavar="FILE",
-            help="The baseline, a TOML file to commit. Paths in it are relative to its folder. Default: "
-            "memfit-baseline.toml.",
+            help="The baseline: a TOML file to commit. Paths in it are relative to its folder. write "
+            "creates it if it does not exist; check then fails. Default: memfit-baseline.toml.",
         ),
     ] = Path("memfit-baseline.toml")
     tolerance: Annotated[
         str | None,
         typer.Option(
             metavar="PERCENT",
-            help="For check, otherwise refused: growth that passes, of the peak of each phase, of each "
-            "module that holds at least 1 % of the peak, and of reserved memory (which may also grow by 20 "
-            "MiB). Default: "
-            f"{_TOLERANCE}.",
+            help="For check, otherwise refused: growth in percent, such as 5%, that is not an error. It "
+            "applies to the peak of each phase, to each module that holds at least 1 % of the peak, and to "
+            f"reserved memory, of which growth by at most 20 MiB is never an error. Default: {_TOLERANCE}.",
         ),
     ] = None
     sarif: Annotated[

@@ -25,7 +25,8 @@ class DecideOptions:
             metavar="ID|FILE",
             help="ID of the proof of concept in the store from whose measurements the costs are computed; "
             "one that was run here, not a record from others. With --gates, --pilot or --full also a record "
-            "from others: its file, or its ID in the store. Default: the proof of concept begun last.",
+            "from others: its file, or its ID in the store. Default: the proof of concept begun last. "
+            "Refused with --template.",
         ),
     ] = None
     case: Annotated[
@@ -43,7 +44,7 @@ class DecideOptions:
         typer.Option(
             "--template",
             help="Only print a case file to fill in, to standard output. It names every figure that can be "
-            "given. Of the other options, only --json can be given with it.",
+            "given. Of the other options, only --json can be given with it, and --lang ja only with --json.",
         ),
     ] = False
 

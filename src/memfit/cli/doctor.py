@@ -65,16 +65,16 @@ class InstallOptions:
         str | None,
         typer.Option(
             metavar="ENGINE",
-            help="Instead of checks: create a virtual environment with this engine, whose dependencies "
-            "conflict with memfit's. `memfit list engines` shows the names; engines that run in memfit's own "
-            "environment need no other and are refused.",
+            help="Instead of checks: create a virtual environment and install this engine there, for "
+            "engines whose dependencies conflict with memfit's. `memfit list engines` shows the names. "
+            "Engines that run in memfit's own environment are refused.",
         ),
     ] = None
     into: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="With --install: folder for the virtual environment, which must be new or empty. Default: "
+            help="With --install: folder for the virtual environment; it must be new or empty. Default: "
             "memfit/engines/ENGINE in your data folder (on Linux ~/.local/share). Refused without --install.",
         ),
     ] = None

@@ -38,22 +38,25 @@ class EstimateOptions:
         list[str] | None,
         typer.Argument(
             metavar="JOB [A.yaml [B.yaml]] | -- COMMAND",
-            help="JOB: a job as for `memfit plan`, such as protein-lm or FILE.py:NAME; only with plan files "
-            "it can be left out, for protein-ss. A.yaml: the plan to predict, in place of --plan. A.yaml "
-            "B.yaml: show why the memory of these two plans differs. COMMAND: the command that starts your "
-            "own training, as you would type it: python train.py ARGS, python -m MODULE ARGS, torchrun, "
-            "accelerate launch, deepspeed or srun with their options, or the name of a program written in "
-            "Python.",
+            help="JOB: a job as for `memfit plan`, such as protein-lm or FILE.py:NAME. It can be left out "
+            "with plan files (default: protein-ss) and with --lengths (default: protein-lm). A.yaml: the "
+            "plan to predict, in place of --plan and --recommended. A.yaml B.yaml: show why the memory of "
+            "these two plans differs. COMMAND: the command that starts your own training, as you would type "
+            "it: python train.py ARGS, python -m MODULE ARGS, torchrun, accelerate launch, deepspeed, srun, "
+            "mpirun or uv run with their options, or the name of a program written in Python. The -- before "
+            "it can be left out.",
         ),
     ] = None
     engines: Annotated[
         bool,
         typer.Option(
             "--engines",
-            help="For a JOB: compare the engines that can train it with the plan: whether each supports the "
-            "plan, its predicted peak memory and step time, whether it is installed, the number of lines of "
-            "its configuration files, and facts about its installation and maintenance. Not with plan files "
-            "as arguments, --html, --snapshot, --perfetto, --no-lines, --lengths or --precision.",
+            help="For a JOB: compare the engines that can train it with the plan of --plan or --recommended "
+            "(default: plain training): whether each supports the plan, its predicted peak memory and step "
+            "time, whether it is installed, the number of lines of its configuration files, and facts about "
+            "its installation and maintenance. Not with plan files as arguments, a COMMAND, --html, "
+            "--snapshot, --perfetto, --no-lines, --lengths or --precision, and with --lang ja only as "
+            "--json.",
         ),
     ] = False
 
@@ -148,27 +151,28 @@ def estimate(  # noqa: PLR0913
         return
     refuse_options(set_options(precision), "cannot be used without --precision")
     if lengths.lengths is not None:
-        other = set_options(files, runtime) | {"plan files": plan_paths, "--engines": options.engines}
-        other |= {"--recommended": plan_options.recommended, "--engine": search_options.engine}
-        other["--host-memory"] = search_options.host_memory
+        other: dict[str, object] = {"plan files": plan_paths, "--engines": options.engines}
+        other |= set_options(files, runtime, search_options) | {"--recommended": plan_options.recommended}
+        other.pop("--memory")
         other |= {f"--{name}": job_sizes[name] for name in ("data", "weights", "steps", "length", "dim")}
         refuse_options(other, "cannot be used with --lengths")
         english_only(output, "--lengths")
         print_lengths(lengths, job, plan_options.plan, search_options.memory, on.on, as_json=output.json)
-    elif options.engines:
+        return
+    refuse_options(set_options(lengths), "cannot be used without --lengths")
+    if options.engines:
         refuse_options(set_options(files) | {"plan files": plan_paths}, "cannot be used with --engines")
         english_only(output, "--engines")
         compare_engines(job, plan_options, search_options, on, runtime, as_json=output.json)
-    else:
-        refuse_options(set_options(lengths), "cannot be used without --lengths")
-        estimate_job(
-            job,
-            plan_paths,
-            files,
-            plan_options,
-            search_options,
-            on,
-            runtime,
-            lang=language_code,
-            as_json=output.json,
-        )
+        return
+    estimate_job(
+        job,
+        plan_paths,
+        files,
+        plan_options,
+        search_options,
+        on,
+        runtime,
+        lang=language_code,
+        as_json=output.json,
+    )

@@ -37,50 +37,55 @@ class ScriptOptions:
         list[str] | None,
         typer.Option(
             metavar="FILE.py:LINE=N",
-            help="The number that this line of your code reads from a tensor whose values depend on data. "
-            "The answer names the lines for which memfit assumed a number. Repeat the option for further "
-            "lines. Default: memfit's assumptions.",
+            help="For a COMMAND, otherwise refused: the number that this line of your code reads from a "
+            "tensor whose values depend on data. The answer names the lines for which memfit assumed a "
+            "number. Repeat the option for further lines. Default: memfit's assumptions.",
         ),
     ] = None
     plans: Annotated[
         bool,
         typer.Option(
             "--plans",
-            help="Also search for plans, as `memfit plan` does: techniques with which the script's step fits "
-            "the memory, and what each costs in time. Default: only the estimate of the script as it is.",
+            help="For a COMMAND, otherwise refused: also search for plans, as `memfit plan` does: "
+            "techniques with which the script's step fits the memory, and what each costs in time. Default: "
+            "only the estimate of the script as it is.",
         ),
     ] = False
     save: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE.yaml",
-            help="With --plans: write the recommended plan to this file, for memfit.apply in the script. An "
-            "existing file is refused. Without a plan to recommend, the exit code is 3. Default: the plan is "
-            "only printed.",
+            help="With --plans, otherwise refused: write the recommended plan to this file, for "
+            "memfit.apply in the script. An existing file is refused. Without a plan to recommend, the exit "
+            "code is 3. Default: the plan is only printed.",
         ),
     ] = None
     diff: Annotated[
         bool,
         typer.Option(
             "--diff",
-            help="With --plans: print, after the rest, the edit of the script that applies the recommended "
-            "plan or, if the script cannot express that, the fastest other that fits, as a diff for "
-            "`patch -p0`. The script itself is not changed. Refused for a command that runs a module. "
-            "Default: no edit.",
+            help="With --plans, otherwise refused: print, after the rest, the edit of the script that "
+            "applies the recommended plan or, if the script cannot express that, the fastest other that "
+            "fits, as a diff for `patch -p0`. The script itself is not changed. Refused for a command that "
+            "runs a module. Default: no edit.",
         ),
     ] = False
     show_output: Annotated[
         bool,
-        typer.Option("--show-output", help="Show on standard error what the script prints. Default: hidden."),
+        typer.Option(
+            "--show-output",
+            help="For a COMMAND, otherwise refused: show on standard error what the script prints. Default: "
+            "hidden.",
+        ),
     ] = False
     time_limit: Annotated[
         float,
         typer.Option(
             metavar="SECONDS",
             min=1,
-            help="End the script, and fail, if it has not reached its second optimizer step after so many "
-            "seconds. The prediction after it, and a search for plans, are not limited by this. Default: "
-            "1800 (half an hour).",
+            help="For a COMMAND, otherwise refused: end the script, and fail, if it has not reached its "
+            "second optimizer step after so many seconds, at least 1. The prediction after it, and a search "
+            "for plans, are not limited by this. Default: 1800 (half an hour).",
         ),
     ] = 1800.0
 

@@ -39,9 +39,9 @@ class ExportOptions:
         str,
         typer.Option(
             metavar="TARGET",
-            help="What the files are for. Launchers and clusters, which start the training: torchrun, slurm, "
-            "k8s (Kubernetes), skypilot. Libraries, whose own program trains: trainer (Hugging Face), "
-            "torchtitan, openfold.",
+            help="What the files are for: torchrun, slurm, k8s (Kubernetes) or skypilot, which start the "
+            "training; or the library trainer (Hugging Face), torchtitan or openfold, whose own program "
+            "trains.",
         ),
     ]
     out: Annotated[
@@ -66,10 +66,10 @@ class ExportOptions:
         typer.Option(
             metavar="'FILE.py ARGS'",
             help="Command line of your own training script, in quotes: the Python file and its arguments. "
-            "The file and the modules beside it (not packages) that it imports are copied, and the "
-            "written files start it instead of memfit's worker, the program that trains the job by default. "
-            "With --to trainer, torchtitan or openfold it is copied but not started: the library's own "
-            "program trains. Default: memfit's worker or, with these three, the library's program alone.",
+            "The file and the modules beside it (not packages) that it imports are copied. The written "
+            "files start it instead of memfit's worker, the program that trains the job by default. With "
+            "--to trainer, torchtitan or openfold it is copied but not started: the library's own program "
+            "trains. Default: memfit's worker or, with these three, the library's program alone.",
         ),
     ] = None
     max_restarts: Annotated[
@@ -104,8 +104,8 @@ class ExportOptions:
         typer.Option(
             metavar="COMMAND",
             help="For --to skypilot: the shell command that sets up a new machine. Default: a check that "
-            "these can be imported: torch; memfit, without --script; and the package of the engine. Ignored "
-            "with any other --to.",
+            "these can be imported: torch; memfit, unless --script is given; and the package of the engine. "
+            "Ignored with any other --to.",
         ),
     ] = ""
     save: Annotated[
@@ -141,8 +141,9 @@ class ExportOptions:
         bool,
         typer.Option(
             "--force",
-            help="Write into --out even if it is not empty: replace files of the same names, and remove "
-            "the other files of an earlier export. Any other file stays.",
+            help="Write into --out even if it is a folder that is not empty: replace files of the same "
+            "names, and remove the other files of an earlier export. Any other file stays. Default: such a "
+            "folder is refused.",
         ),
     ] = False
     from_files: Annotated[
@@ -170,14 +171,13 @@ class ExportOptions:
         str,
         typer.Option(
             metavar="NAME,...",
-            help="With --script, or --to trainer, torchtitan or openfold: the parts of the plan that your "
-            "training code applies itself, because no written file does. Their names, separated by commas: "
+            help="With --script, or --to trainer, torchtitan or openfold: names, separated by commas, of "
+            "the parts of the plan that your training code applies itself, because no written file does: "
             "techniques, such as activation-checkpointing; clipping for gradient clipping; loss-terms for "
-            "losses weighted by the job's loss_terms, which libraries do not know; all: every such part. "
-            "Default: none. The export is refused until every such part is named; the error lists the names. "
-            "Any other name is refused. With --to trainer, torchtitan or openfold, loss-terms is the only "
-            "such part, if there is one. Where there is none, as with the other targets without --script, "
-            "only all is accepted, without effect.",
+            "losses weighted by the job's loss_terms, which libraries do not know; all for every such part. "
+            "With --to trainer, torchtitan or openfold, only loss-terms can be such a part. The export is "
+            "refused until every such part is named; the error lists the names. Any other name is refused, "
+            "but all never is. Default: none.",
         ),
     ] = ""
 

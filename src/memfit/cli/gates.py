@@ -44,30 +44,30 @@ class GateOptions:
         str | None,
         typer.Option(
             metavar="default|FILE.toml",
-            help="Instead of costs: check the figures of the record against limits, called gates, and exit "
-            "with code 1 if one is not kept. default: memfit's own limits; FILE.toml: a TOML file with your "
-            "limits, such as step_ratio = 1.5 under [time]; false disables a limit; limits that the file "
-            "does not name keep their defaults. With --json all limits are printed. Default: memfit's own "
-            "limits if --pilot or --full is given, otherwise no check. Not with --case or --template.",
+            help="Instead of costs: check the figures of the proof of concept, or of the record from "
+            "others, against limits, called gates, and exit with code 1 if one is not kept. default: "
+            "memfit's own limits; FILE.toml: a TOML file with your limits, such as step_ratio = 1.5 under "
+            "[time]; false disables a limit; limits that the file does not name keep their defaults. With "
+            "--json all limits are printed. Default: memfit's own limits if --pilot or --full is given, "
+            "otherwise no check. Not with --case or --template.",
         ),
     ] = None
     pilot: Annotated[
         str | None,
         typer.Option(
             metavar="MACHINE",
-            help="Check --gates, and name the machine for which the pilot is predicted, the stage between "
-            "the proof of concept and the full-size training; given as in --on of `memfit plan`. Nothing is "
-            "predicted if a figure of the record does not keep its limit. Default: the pilot is not "
-            "predicted.",
+            help="Check --gates and, if all limits are kept, predict the pilot, the stage between the proof "
+            "of concept and the full-size training, on this machine, given as in --on of `memfit plan`. "
+            "Default: the pilot is not predicted. Not with --case or --template.",
         ),
     ] = None
     full: Annotated[
         str | None,
         typer.Option(
             metavar="MACHINE",
-            help="Check --gates, and name the machine for which the full-size training is predicted, given "
-            "as in --on of `memfit plan`. Nothing is predicted if a figure of the record does not keep its "
-            "limit. Default: the full-size training is not predicted.",
+            help="Check --gates and, if all limits are kept, predict the full-size training on this "
+            "machine, given as in --on of `memfit plan`. Default: the full-size training is not predicted. "
+            "Not with --case or --template.",
         ),
     ] = None
     size: Annotated[

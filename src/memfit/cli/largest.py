@@ -32,16 +32,18 @@ class LargestOptions:
         str | None,
         typer.Option(
             metavar="SIZE[,SIZE]",
-            help="Instead of recommending a plan: the largest batch, length (seq_len), crop, atoms, rollout, "
-            "hidden, layers or other size of the job (see --dim) that fits, for each plan of the frontier. "
-            "With two sizes, such as length,batch, the largest of the second for several values of the "
-            "first. Every answer is traced, and so is the next larger value, which does not fit. Without "
-            "--memory: all memory of the device. With --measure, values are also trained on this machine for "
-            "three steps each under a hard cap of that size, in at most 12 runs, until the largest has run "
-            "three times and the next, a step or 0.1 % larger, has run out of memory. If nothing fits, the "
-            "exit code is 3. Not with --from, --diff, --save, --corrected-by, --deadline, --budget, "
-            "--micro-batch or --explain-infeasible. Example: memfit plan protein-lm --largest batch --on "
-            "H100-SXM.",
+            help="Instead of recommending a plan: the largest batch, length (seq_len), crop, atoms, "
+            "rollout, hidden, layers or other size of the job (see --dim) that fits --memory, for each of "
+            "several plans (see --plan). With two sizes, such as length,batch: the largest of the second "
+            "for several values of the first. Every answer is traced, and so is the next larger value, "
+            "which does not fit; a remark says if there is none, as when the job refuses it. Without "
+            "--memory: what is free now of the memory of this machine's GPU; otherwise all memory of the "
+            "device. With --measure, values are also trained on this machine for three steps each under a "
+            "hard cap of that size, in at most 12 runs for each answer, until the largest has run three "
+            "times and the next, a step or 0.1 % larger, has run out of memory. If nothing fits, the exit "
+            "code is 3. Not with --from, --diff, --save, --corrected-by, --deadline, --budget, "
+            "--micro-batch or --explain-infeasible, and with --lang ja only as --json. Example: memfit plan "
+            "protein-lm --largest batch --on H100-SXM.",
         ),
     ] = None
     plans: Annotated[
@@ -50,25 +52,28 @@ class LargestOptions:
             "--plan",
             metavar="FILE.yaml",
             help="With --largest: answer for the plan in this file, as written by --save. Can be given "
-            "several times. Default: the plans of the frontier of a search, at most four; with --buckets, "
-            "the recommended one. With --diff: print the edit for this plan. Not without one of the two.",
+            "several times. Default: at most four plans of a search: the recommended one, plain training, "
+            "and others of the frontier; with --buckets, the recommended one. With --diff: print the edit "
+            "for this plan, which can be given once. Refused without --largest or --diff.",
         ),
     ] = None
     values: Annotated[
         str | None,
         typer.Option(
             metavar="N,N,...",
-            help="With --largest and two sizes, otherwise refused: the values of the first. Default: a "
-            "quarter, half, once, twice and four times the job's own value.",
+            help="With --largest and two sizes, otherwise refused: the values of the first, whole numbers "
+            "of at least 1. Default: a quarter, half, once, twice and four times the job's own value. Not "
+            "with --buckets.",
         ),
     ] = None
     buckets: Annotated[
         str | None,
         typer.Option(
             metavar="N,N,...|FILE",
-            help="With --largest batch, otherwise refused: the largest batch for sequences padded to each "
-            "of these lengths, or to those of at most 8 buckets with equally many sequences of FILE, a file "
-            "as for `memfit estimate --lengths`.",
+            help="With --largest batch, otherwise refused: the largest batch for each of several lengths to "
+            "which sequences are padded. N,N,...: these lengths. FILE, as for `memfit estimate --lengths`: "
+            "the lengths, multiples of 8, of at most 8 buckets that hold about equally many sequences of "
+            "FILE each. Not with --values.",
         ),
     ] = None
     step: Annotated[
@@ -76,8 +81,9 @@ class LargestOptions:
         typer.Option(
             metavar="N",
             min=1,
-            help="With --largest, otherwise refused: try only multiples of N. Default: what the job and the "
-            "plan need, such as a multiple of the number of ranks and micro-batches for the batch.",
+            help="With --largest, otherwise refused: try only multiples of N that the job and the plan can "
+            "have. Default: all values that they can have, such as a batch that the ranks and micro-batches "
+            "divide.",
         ),
     ] = None
     out: Annotated[

@@ -35,15 +35,16 @@ class LengthOptions:
             metavar="FILE",
             help="For a JOB (default here: protein-lm): show how the lengths of your sequences affect the "
             "memory of training: the predicted peak of a batch by padded length and of random batches, the "
-            "longest length that fits, the probability of running out of memory, the batch to try first, and "
-            "six ways to make batches, such as sorted by length or packed. FILE has the sequences or their "
-            "lengths. .fasta, .fa or .faa (also with .gz): the sequences, of which each letter counts as a "
-            "token; .csv with a header line, or .npz: the lengths (see --column); any other file: the "
-            "lengths, one whole number per line. Without --size NAME@N a built-in job gets as many positions "
-            "as the longest sequence has, at least 64. A step trains --batch sequences (default: the job's "
-            "number), or all if FILE has fewer. --memory: by default all memory of one device of --on. Jobs "
-            "whose samples have no length are refused. Of the options of a JOB, only --size, --batch, "
-            "--plan, --memory and --on can be used with it.",
+            "longest length that fits, the probability of running out of memory, the batch to try first, "
+            "and six ways to make batches, such as sorted by length or packed. FILE has the sequences or "
+            "their lengths. .fasta, .fa or .faa (also with .gz): the sequences, of which each letter counts "
+            "as a token; .csv with a header line, or .npz: the lengths (see --column); any other file: the "
+            "lengths, one whole number per line. For two sizes of each sample, see --columns. Without "
+            "--size NAME@N a built-in job gets as many positions as the longest sequence has, at least 64. "
+            "A step trains --batch sequences (default: the job's number), or all if FILE has fewer. "
+            "--memory: by default all memory of one device of --on. Jobs whose samples have no length are "
+            "refused. Of the options of a JOB, only --size, --batch, --plan, --memory and --on can be used "
+            "with it, and --lang ja only with --json.",
         ),
     ] = None
     column: Annotated[
@@ -52,26 +53,29 @@ class LengthOptions:
             metavar="NAME",
             help="With --lengths: name of the column of the .csv file, or of the one-dimensional array of "
             "the .npz file, that holds the lengths. Default: the first column whose first value is a whole "
-            "number, or the first such array of whole numbers. Ignored for other files. Not with --columns.",
+            "number, or the first such array of whole numbers. Ignored for other files. Not with --columns. "
+            "Refused without --lengths.",
         ),
     ] = None
     columns: Annotated[
         str | None,
         typer.Option(
             metavar="NAME,NAME",
-            help="With --lengths: two sizes of each sample instead of one length, such as nodes,edges or "
-            "crop,rows: columns of a .csv file or keys of the lines of a .jsonl file. The job must have "
-            "sizes of these names (see `memfit plan --largest`). A step trains --batch samples (default: "
-            "one), whose sizes --combine combines. Not with --column, --max-length and --extra-tokens.",
+            help="With --lengths, otherwise refused: two sizes of each sample instead of one length, such "
+            "as nodes,edges or crop,rows: columns of a .csv file or keys of the lines of a .jsonl file; "
+            "other files are refused. The job must have sizes of these names (see `memfit plan --largest`). "
+            "A step trains --batch samples (default: one), whose sizes --combine combines. Not with "
+            "--column, --max-length and --extra-tokens.",
         ),
     ] = None
     combine: Annotated[
         str,
         typer.Option(
             metavar="sum|largest",
-            help="With --columns: the sizes of a step of several samples. sum (the default): of all its "
-            "samples, as of graphs in one batch; largest: the largest of each, as of padded samples. "
-            "Ignored without --columns.",
+            help="With --columns: how the two sizes of a step follow from those of its samples. sum (the "
+            "default): each size is the sum over the samples, as of graphs in one batch; largest: each is "
+            "that of the largest sample, as of padded samples. Ignored without --columns; largest is "
+            "refused without --lengths.",
         ),
     ] = "sum"
     max_length: Annotated[
@@ -79,8 +83,8 @@ class LengthOptions:
         typer.Option(
             metavar="N",
             min=1,
-            help="With --lengths: cut each sequence, its --extra-tokens included, to at most N tokens. "
-            "Default: not cut. Not with --columns.",
+            help="With --lengths, otherwise refused: cut each sequence, its --extra-tokens included, to at "
+            "most N tokens. Default: not cut. Not with --columns.",
         ),
     ] = None
     extra_tokens: Annotated[
@@ -89,7 +93,8 @@ class LengthOptions:
             metavar="N",
             min=0,
             help="With --lengths: number of special tokens to add to the length of each sequence, before it "
-            "is cut to --max-length. Default: 0. Not with --columns.",
+            "is cut to --max-length. Default: 0. Another number is refused with --columns and without "
+            "--lengths.",
         ),
     ] = 0
 

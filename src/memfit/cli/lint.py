@@ -29,9 +29,10 @@ class LintOptions:
         list[Path] | None,
         typer.Argument(
             metavar="FILE...",
-            help="Configuration files that belong to one set-up, at most one of each kind: DeepSpeed, "
-            "Accelerate, Trainer, Megatron-LM, torchtitan, OpenFold, Axolotl, LLaMA-Factory, Lightning, "
-            "MACE. Configuration files that they name are read as well.",
+            help="Configuration files and launch scripts that belong to one set-up, at most one of each "
+            "kind (but see --each): DeepSpeed, Accelerate, Trainer, Megatron-LM, torchtitan, OpenFold, "
+            "Axolotl, LLaMA-Factory, Lightning, MACE. Configuration files that they name are read as well. "
+            "At least one is needed, except with --explain.",
         ),
     ] = None
     ranks: Annotated[
@@ -40,7 +41,7 @@ class LintOptions:
             metavar="N",
             min=1,
             help="Number of processes that train. It replaces the number in the files, if they have one. "
-            "Default: the number in the files; unknown if they have none.",
+            "Default: the number in the files; unknown if they have none. Not with --explain.",
         ),
     ] = None
     each: Annotated[
@@ -48,7 +49,7 @@ class LintOptions:
         typer.Option(
             "--each",
             help="Check each file as a set-up of its own, so that there may be several of a kind. Default: "
-            "all files together are one set-up.",
+            "all files together are one set-up. Not with --explain.",
         ),
     ] = False
     sarif: Annotated[
@@ -56,7 +57,8 @@ class LintOptions:
         typer.Option(
             metavar="FILE",
             help="Also write the findings to this file as SARIF 2.1.0, for code hosts and editors, with the "
-            "line of the setting where it is known. It is overwritten if it exists.",
+            "line of the setting where it is known. It is overwritten if it exists. Default: no file. Not "
+            "with --explain.",
         ),
     ] = None
     explain: Annotated[

@@ -18,6 +18,10 @@ from memfit.types.job import DEFAULT_JOB, JobRef
 MOST, MOST_SAMPLES = 2**31 - 1, 2**24
 # Time limit of a search for plans. With start and end, a command answers within a minute.
 DEFAULT_WITHIN = "55s"
+_REFUSED = (
+    "Refused by `memfit estimate` with a COMMAND, --lengths or --precision, and by `memfit decide` without "
+    "--pilot and --full."
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,8 +35,8 @@ class SizeOptions:
             metavar="NAME",
             help="Size of the job: for a built-in job, a name that `memfit list jobs` lists (default: the "
             "first); for hf:, tiny (default) or paper; for FILE.py:NAME, what its function accepts, or none "
-            "if NAME is a memfit.Job. SIZE@N also sets --length N; a job FILE.py:NAME refuses it, use "
-            "--length.",
+            "if NAME is a memfit.Job. For built-in and hf: jobs, SIZE@N also sets --length N; another "
+            "--length is then refused.",
         ),
     ] = None
     data: Annotated[
@@ -62,7 +66,8 @@ class SizeOptions:
             metavar="N",
             min=1,
             max=MOST,
-            help="Number of optimizer steps of the training. Default: the job's number.",
+            help="Number of optimizer steps of the training; with `memfit run --resume`, the steps before "
+            "the checkpoint count. Default: the job's number.",
         ),
     ] = None
     batch: Annotated[
@@ -96,7 +101,7 @@ class SizeOptions:
             help="Another size of the job, such as crop=96, atoms=2000, rollout=8, layers=6 or hidden=512; "
             "repeat the option for further sizes. A built-in job and hf: list theirs if you name one that "
             "they lack; for a function FILE.py:NAME it is any argument that takes a whole number. Default: "
-            "the job's own sizes.",
+            "the job's own sizes. Refused by a memfit.Job in FILE.py:NAME.",
         ),
     ] = None
 
@@ -113,9 +118,9 @@ class JobOptions(SizeOptions):
             help="What to train: a built-in job (`memfit list jobs` lists them), FILE.py:NAME for a job of "
             "your own, or hf:PATH_OR_NAME for a Hugging Face configuration: a folder with config.json, or a "
             "name such as hf:meta-llama/Llama-3.1-8B (`memfit list models`). The NAME of FILE.py:NAME is a "
-            "memfit.Job, which refuses --size, --data, --weights, --batch and --length, or a function that "
-            "returns one and takes these as arguments. Default: protein-ss; for `memfit plan --from`, the "
-            "job of the model that the files describe, if there is one.",
+            "memfit.Job, which refuses --size, --data, --weights, --batch, --length and --dim, or a "
+            "function that returns one and takes these as arguments. Default: protein-ss; but if the files of "
+            "`memfit plan --from` describe a model, the job that builds it, and an error if none does.",
         ),
     ] = None
 
@@ -168,17 +173,16 @@ class SearchOptions:
         typer.Option(
             metavar="SIZE",
             help="Memory that the training must fit in on each device, for example 24GiB; at most what a "
-            "GPU has. Without a search for a plan it is ignored, except by `memfit plan --from`, "
-            "which checks whether the plan of the files fits it, by `memfit estimate -- COMMAND`, "
-            "which checks the script in the same way (by default against all memory of the device), "
-            "by `memfit estimate --lengths`, and by `memfit run`, which limits the training to it "
-            "(see --capped). Default: on another machine's GPU, its memory; on this machine's GPU, "
-            "what is free of its memory now; on a CPU, where each process counts as a device, and "
-            "always in `memfit poc`, only a demonstration: a quarter of the peak memory of plain "
-            "training (the job may set another share) or, if no plan fits that, 10 % more than the "
-            "smallest plan needs. `memfit plan --from` checks the plan of the files against all "
-            "memory of a GPU; on a CPU, the limit is what that plan needs, if it is for one process, "
-            "otherwise there is none.",
+            "GPU has. On a CPU, each process counts as a device. It limits a search for a plan; `memfit "
+            "plan --from` and `memfit estimate -- COMMAND` also check whether the training as it is fits "
+            "it, `memfit estimate --lengths` uses it, and `memfit run` limits the training to it (see "
+            "--capped). Otherwise it is ignored. Default of a search: on another machine's GPU, its memory; "
+            "on this machine's GPU, what is free of its memory now; on a CPU, and always in `memfit poc`, "
+            "only a demonstration: a quarter of the peak memory of plain training (the job may set another "
+            "share) or, if no plan fits that, 10 % more than the smallest plan needs. Default of a check: "
+            "all memory of the device; but of `memfit plan --from` on a CPU, what the plan of the files "
+            "needs if it is for one process, otherwise no limit. Refused by `memfit estimate --precision` "
+            "and by `memfit decide` without --pilot and --full.",
         ),
     ] = None
     host_memory: Annotated[
@@ -188,8 +192,8 @@ class SearchOptions:
             help="Memory of each host of the machine, apart from that of its devices, for example 512GiB. A "
             "recommended plan must fit in it too. Default: on this machine, all that memfit may use; on "
             "another, the value in the catalog or the machine file; without one, no plan that keeps tensors "
-            "in host memory is recommended. Refused if the device is a CPU, as with --on this:cpu or on this "
-            "machine without a GPU, and by `memfit estimate` with a COMMAND, --lengths or --precision.",
+            "in host memory is recommended. Refused if the device is a CPU, as with --on this:cpu or on "
+            f"this machine without a GPU. {_REFUSED}",
         ),
     ] = None
     goal: Annotated[
@@ -198,8 +202,10 @@ class SearchOptions:
             metavar="fastest|smallest|cheapest|greenest|fewest",
             help="What the recommended plan minimizes. fastest (the default): the time of a step; smallest: "
             "the peak memory of the tensors of one device; cheapest: the cost of a step; greenest: the CO2 "
-            "of a step; fewest: the number of devices and, if that is equal, the time of a step. Plans that "
-            "differ little in it count as equal: of these, the simplest is recommended.",
+            "of a step; fewest: the number of devices and, if that is equal, the time of a step. Of plans "
+            "whose times, costs or CO2 differ little, the simplest is recommended. Without a search for a "
+            "plan it has no effect. Refused by `memfit estimate` with --lengths or --precision and by "
+            "`memfit decide` without --pilot and --full.",
         ),
     ] = "fastest"
     accuracy: Annotated[
@@ -209,17 +215,18 @@ class SearchOptions:
             help="How a recommended plan may change the numbers that training computes. exact: not at all, "
             "they stay equal bit for bit; rounding (the default): by sums in another order or other "
             "rounding, as in lower precision; any: also by another algorithm, such as another optimizer or "
-            "LoRA.",
+            "LoRA. Without a search for a plan it has no effect. Refused by `memfit estimate` with "
+            "--lengths or --precision and by `memfit decide` without --pilot and --full.",
         ),
     ] = "rounding"
     engine: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Engine that runs the training; `memfit list engines` lists them. Default: native, which is "
-            "memfit itself; with --from, the engine of those files. `memfit plan --from` predicts with "
-            "native if their engine, as memfit runs it, does not support the plan or the model. Refused by "
-            "`memfit estimate` with a COMMAND, --lengths or --precision.",
+            help="Engine that runs the training; `memfit list engines` lists them. Default: native, which "
+            "is memfit itself; with --from, the engine of those files, but `memfit plan --from` predicts "
+            "with native if their engine, as memfit runs it, does not support the plan or the model. An "
+            f"engine given here that does not support a given plan or the model is refused. {_REFUSED}",
         ),
     ] = None
 
@@ -297,7 +304,7 @@ class RuntimeOptions:
             metavar="PLACE",
             help="Place of the electricity, for its price and CO2: world (the average of the world; the "
             "default) or another name that `memfit list machines` lists. Ignored with --on FILE.toml: the "
-            "machine file says the place.",
+            f"machine file says the place. {_REFUSED}",
         ),
     ] = "world"
     threads: Annotated[
@@ -308,7 +315,7 @@ class RuntimeOptions:
             max=4096,
             help="Number of CPU threads of each training process, and number with which operators are timed "
             "on this machine. Default: all that memfit may use, which several training processes on this "
-            "machine share; the files of `memfit export` then set no number.",
+            f"machine share; the files of `memfit export` then set no number. {_REFUSED}",
         ),
     ] = None
     recalibrate: Annotated[
@@ -318,9 +325,9 @@ class RuntimeOptions:
             help="Delete all stored timings of operators on the device of this machine that is planned for, "
             "made with the same number of threads and version of torch, and time operators again. This "
             "happens when a search for plans for this machine begins: in `memfit poc`; without --on or with "
-            "--on this or this:cpu, in `memfit plan` (with --from only for files of one process) and in "
+            "--on this or this:KIND, in `memfit plan` (with --from only for files of one process) and in "
             "other commands with --recommended; in `memfit decide` with --pilot or --full of this or "
-            "this:cpu. Ignored without such a search.",
+            f"this:KIND. Ignored without such a search. {_REFUSED}",
         ),
     ] = False
     within: Annotated[
@@ -329,13 +336,13 @@ class RuntimeOptions:
             metavar="TIME",
             help="Time limit of a search for plans, for example 30 or 30s (seconds) or 2min, counted from "
             "when the libraries are loaded. The answer then rests on what was estimated and traced until "
-            "then, and says how much better a plan could still be. What no answer can do without is finished "
-            "all the same: the trace of plain training and of one plan that fits. A search that ends earlier "
-            "gives the same answer with any limit. Default: 55s, for an answer within a minute. If a limit "
-            "has cut an earlier search for the same plans of the job on such a device, and that one has kept "
-            "a plan that fits, the default is to answer from it at once; any TIME continues it. Ignored "
-            "without a search for a plan, but refused by `memfit estimate` with --lengths, with --precision, "
-            "and with a COMMAND without --plans.",
+            "then, and says how much better a plan could still be. The trace of plain training and that of "
+            "one plan that fits are finished even after the limit. A search that ends earlier gives the "
+            "same answer with any limit. Default: 55s, for an answer within a minute; but if a limit has "
+            "cut an earlier search for the same plans of the job on such a device, and it has kept a plan "
+            "that fits, the answer is that of the earlier search, at once. Any TIME continues the earlier "
+            "search. Ignored without a search for a plan, but refused by `memfit estimate` with --lengths, "
+            "--precision, or a COMMAND without --plans, and by `memfit decide` without --pilot and --full.",
         ),
     ] = None
 
@@ -348,11 +355,12 @@ class MachineOptions:
         str,
         typer.Option(
             metavar="MACHINE",
-            help="Machine to plan for: this (the GPU of this machine or, without one, its CPU; the default), "
-            "this:cpu (its CPU) or this:KIND (its device of that kind), H100-SXM (one device), 8xH100-SXM "
-            "(devices of one host), 64x8xH100-SXM@IB-NDR (hosts x devices of each @ network between the "
-            "hosts) or FILE.toml (a file that describes your machine). `memfit list machines` lists the "
-            "names of devices and networks.",
+            help="Machine to plan for: this (the GPU of this machine or, without one, its CPU; the "
+            "default), this:cpu (its CPU) or this:KIND (its device of that kind, such as cuda; refused if "
+            "it has none), H100-SXM (one device), 8xH100-SXM (devices of one host), 64x8xH100-SXM@IB-NDR "
+            "(hosts x devices of each @ network between the hosts) or FILE.toml (a file that describes your "
+            "machine). `memfit list machines` lists the names of devices and networks. Refused by `memfit "
+            "estimate --precision`.",
         ),
     ] = "this"
 
@@ -365,9 +373,9 @@ class DeviceOptions:
         str,
         typer.Option(
             metavar="DEVICE",
-            help="Where to train: this (the GPU of this machine or, without one, its CPU; the default), "
-            "this:cpu (its CPU, even if there is a GPU) or this:KIND with torch's name of another kind of "
-            "device, such as this:cuda.",
+            help="Where to train, on this machine only: this (its GPU or, without one, its CPU; the "
+            "default), this:cpu (its CPU, even if there is a GPU) or this:KIND with torch's name of another "
+            "kind of device that it has, such as this:cuda.",
         ),
     ] = "this"
 
@@ -381,9 +389,10 @@ class PlanOptions:
         Path | None,
         typer.Option(
             metavar="FILE.yaml",
-            help="Use the plan in this file, as written by `memfit plan --save`. Not with --recommended. "
-            "Default, without --recommended: plain training; in `memfit export` with --from, the plan of "
-            "those files.",
+            help="Use the plan in this file, as written by `memfit plan --save`. Default, without "
+            "--recommended: plain training; in `memfit export` with --from, the plan of those files. Not "
+            "with --recommended; in `memfit estimate` also not with plan files as arguments, a COMMAND or "
+            "--precision.",
         ),
     ] = None
     recommended: Annotated[
@@ -391,7 +400,9 @@ class PlanOptions:
         typer.Option(
             "--recommended",
             help="Search for a plan as `memfit plan` does with the same options, and use the one that it "
-            "recommends. Commands without --on search for this machine. Not with --plan.",
+            "recommends. Commands without --on search for this machine. If no plan fits, the exit code is "
+            "3. Not with --plan; in `memfit estimate` also not with plan files as arguments, a COMMAND, "
+            "--lengths or --precision.",
         ),
     ] = False
 
@@ -406,8 +417,9 @@ class StoreOptions:
         typer.Option(
             metavar="FILE",
             help="Store: the file in which memfit keeps proofs of concept, runs and records of others; "
-            "created if it does not exist. Default: memfit/memfit.sqlite3 in your data folder (on "
-            "Linux ~/.local/share); `memfit doctor` prints the path.",
+            "created if it does not exist. Default: memfit/memfit.sqlite3 in your data folder (on Linux "
+            "~/.local/share); `memfit doctor` prints the path. Refused by `memfit run --record` and `memfit "
+            "decide --template`.",
         ),
     ] = None
 
@@ -422,8 +434,8 @@ class EffortOptions:
         typer.Option(
             metavar="MIN",
             help="Minutes, 0 or more, during which people attended to the proof of concept. They are stored "
-            "with it, in place of minutes given earlier. Refused for a record from others. Default: minutes "
-            "given earlier are kept.",
+            "with it, in place of minutes given earlier. Refused for a record from others and with "
+            "--template. Default: minutes given earlier are kept.",
         ),
     ] = None
 
@@ -437,7 +449,8 @@ class JsonOptions:
         typer.Option(
             "--json",
             help="Print the result or the error as one JSON object on standard output. Default: the result "
-            "as text; an error is printed as text on standard error in any case.",
+            "as text. An error is printed as text on standard error in any case. Refused by `memfit watch` "
+            "with a COMMAND.",
         ),
     ] = False
 
@@ -450,7 +463,10 @@ class OutputOptions(JsonOptions):
         str,
         typer.Option(
             metavar="en|ja",
-            help="Language of the result: en (English, the default) or ja (Japanese). Errors are in English.",
+            help="Language of the result: en (English, the default) or ja (Japanese). Errors are in "
+            "English. Without --json, ja is refused by `memfit plan` with --largest or --diff, `memfit "
+            "estimate` with --lengths or --engines, and `memfit decide --template`, whose answers are in "
+            "English only.",
         ),
     ] = "en"
 

@@ -62,9 +62,10 @@ class PlanRunOptions:
         typer.Option(
             "--measure",
             help="Before recommending, train the best plans by prediction and similar ones for a few steps "
-            "each on this machine: the measured step times then decide. Needs --goal fastest, cheapest "
-            "or greenest. Not with --from, --diff or --on another machine. With --largest: run the values "
-            "that are found, and the next ones, under the cap of --memory.",
+            "each on this machine: the measured step times then decide. Needs --goal fastest, cheapest or "
+            "greenest. With --largest: run the values that are found, and the next ones, under a cap of "
+            "--memory, with any --goal; the job must take sizes, and on a CPU --memory must be below the "
+            "machine's memory. Not with --from, --diff or --on another machine.",
         ),
     ] = False
     measure_time: Annotated[
@@ -73,7 +74,7 @@ class PlanRunOptions:
             metavar="TIME",
             help="With --measure: start no further run after this time, for example 90s, counted from the "
             "first run, unless fewer than two plans have run successfully. Default: 5m. Ignored without "
-            "--measure, and with --largest, which makes at most 12 runs.",
+            "--measure, and with --largest, which makes at most 12 runs for each answer.",
         ),
     ] = "5m"
 
@@ -87,9 +88,9 @@ class SaveOptions:
         typer.Option(
             metavar="FILE.yaml",
             help="Write the recommended plan to this YAML file, which you can read and edit and which other "
-            "commands take as --plan. With --from: write the plan of your set-up instead of the "
-            "recommended one; with --diff: that of the edit. Refused with --largest. An existing file is "
-            "refused without --force.",
+            "commands take as --plan. With --from: write the plan of your set-up instead of the recommended "
+            "one; with --diff: that of the edit. An existing file is refused without --force. Default: the "
+            "plan is only printed. Not with --largest.",
         ),
     ] = None
     force: Annotated[
@@ -115,8 +116,9 @@ class FromOptions:
             help="Configuration file of your own for DeepSpeed, Accelerate, Trainer, Megatron-LM, "
             "torchtitan, OpenFold, Axolotl, LLaMA-Factory, Lightning or MACE. Can be given several times: "
             "all files together are one set-up, with at most one file of each kind. The set-up is predicted "
-            "and linted, and compared with better plans. Not with --nproc, --measure, --corrected-by, "
-            "--deadline, --budget, --micro-batch, --without, --explain-infeasible, --largest or --diff.",
+            "and linted, and compared with better plans. If neither it nor another plan fits, the exit code "
+            "is 3. Not with --nproc, --measure, --corrected-by, --deadline, --budget, --micro-batch, "
+            "--without, --explain-infeasible, --largest or --diff.",
         ),
     ] = None
     corrected_by: Annotated[

@@ -36,12 +36,13 @@ class DiffOptions:
         typer.Option(
             metavar="FILE.py",
             help="Instead of the comparison: print the edit of this training script that applies the plan, "
-            "as a diff for `patch -p0` or `git apply -p0`. The script of the Trainer gets TrainingArguments, "
-            "that of Accelerate arguments of Accelerator, that of Lightning arguments of Trainer, and a loop "
-            "of plain PyTorch the lines of memfit.apply. The file is only read. Uses the plan of --plan, or "
-            "the recommended one or, if the script cannot express that, the fastest other that fits. Not "
-            "with --from, --largest, --corrected-by, --measure or --explain-infeasible. Example: memfit plan "
-            "protein-ss --diff train.py | patch -p0.",
+            "as a diff for `patch -p0` or `git apply -p0`. A script with the Trainer of transformers gets "
+            "TrainingArguments, one with Accelerate arguments of Accelerator, one with Lightning arguments "
+            "of Trainer, and a loop of plain PyTorch the lines of memfit.apply. The file is only read. Uses "
+            "the plan of --plan or else the recommended one; if the script cannot express that, the fastest "
+            "other that fits. Not with --from, --largest, --corrected-by, --measure or "
+            "--explain-infeasible, and with --lang ja only as --json. Example: memfit plan protein-ss "
+            "--diff train.py | patch -p0.",
         ),
     ] = None
 

@@ -55,7 +55,7 @@ class PocOptions:
             min=1,
             max=MOST,
             help="Train on N processes of this machine, which share the batch; it must have at least N "
-            "samples. Default: 1.",
+            "samples. On GPUs, each process has one: N is at most their number. Default: 1.",
         ),
     ] = 1
     without: ExcludedTechniques = None
@@ -63,19 +63,18 @@ class PocOptions:
         str | None,
         typer.Option(
             metavar="NAME[:KEY=VALUE,...]",
-            help="Make the runs side by side by an executor of `memfit sweep`, within --budget: "
-            "local:parallel=2, or slurm:partition=a100 with nodes like this machine, for which the "
-            "plan is searched. Runs that the store has from the same proof of concept, interrupted, "
-            "are not made again. Default: one run after the other.",
+            help="Make the runs side by side, within --budget, with an executor of `memfit sweep`: "
+            "local:parallel=2, or slurm:partition=a100, whose nodes must be like this machine, for which "
+            "the plan is searched. If the same proof of concept was interrupted before, its runs in the "
+            "store are not made again. Default: one run after the other.",
         ),
     ] = None
     budget: Annotated[
         list[str] | None,
         typer.Option(
             metavar="TIME|NUSD",
-            help="With --executor: the most that the runs may use, as of `memfit sweep --budget`. Default: "
-            "asked for on a terminal; elsewhere and with --json it must be given. Refused without "
-            "--executor.",
+            help="With --executor, otherwise refused: the most that the runs may use, as in `memfit sweep "
+            "--budget`. Default: asked for on a terminal; elsewhere and with --json it must be given.",
         ),
     ] = None
     out: Annotated[

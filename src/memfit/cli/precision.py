@@ -28,9 +28,10 @@ class PrecisionOptions:
             metavar="bf16|fp16|both",
             help="For a JOB: instead of its memory, show which modules must stay in float32, and the error "
             "that they would cause in half precision: bf16 (bfloat16), fp16 (float16) or both, each by "
-            "itself. The code of each module runs in half precision and in float64 on real "
-            "activations and gradients. Of the other options, only those that change the job, --lang and "
-            "--json can be given with it.",
+            "itself. The code of each module runs in half precision and in float64 on real activations and "
+            "gradients. Of the other options, only --batches, --after, --device, those that change the job "
+            "(--size, --data, --weights, --steps, --batch, --length, --dim), --lang and --json can be given "
+            "with it.",
         ),
     ] = None
     batches: Annotated[
@@ -57,8 +58,8 @@ class PrecisionOptions:
         typer.Option(
             metavar="cuda|cpu",
             help="With --precision: kind of device for which to advise, cuda (GPUs; the default) or cpu: "
-            "torch.autocast keeps other operators in float32 on GPUs than on CPUs. The measurement "
-            "itself runs on the CPU.",
+            "torch.autocast keeps other operators in float32 on GPUs than on CPUs. The measurement itself "
+            "runs on the CPU. cpu is refused without --precision.",
         ),
     ] = CUDA
 

@@ -34,8 +34,9 @@ class RecordOptions:
         typer.Option(
             metavar="ID",
             help="ID of the proof of concept in the store whose record is written, or ID of a record from "
-            "others that was added to the store. Default: the proof of concept begun last with this store, "
-            "never a record from others. Not with --add, --compare or --schema.",
+            "others that was added to the store. Refused for a proof of concept that is unfinished or "
+            "recommends no plan. Default: the proof of concept begun last with this store, never a record "
+            "from others. Not with --add, --compare or --schema.",
         ),
     ] = None
     out: Annotated[
@@ -50,11 +51,11 @@ class RecordOptions:
         Path | None,
         typer.Option(
             metavar="FILE.json|DIR",
-            help="Instead of writing a record, add the one in this file to the store: the record of a proof "
-            "of concept from another group, refused if the store has a different one with this ID; or the "
-            "run that `memfit run --record` wrote, for example on a machine of a cluster. Or a folder of "
-            "`memfit export` whose training a launcher or scheduler has started: the run that its ranks have "
-            "recorded there is merged, added, and printed as by `memfit run`. Not with --poc, --out, "
+            help="Instead of writing a record, add one to the store. FILE.json: the record of a proof of "
+            "concept from another group, refused if the store has a different one with this ID; or the run "
+            "that `memfit run --record` wrote, for example on a machine of a cluster. DIR: a folder of "
+            "`memfit export` whose training a launcher or scheduler has started: the run that its ranks "
+            "have recorded there is merged, added, and printed as by `memfit run`. Not with --poc, --out, "
             "--compare or --schema.",
         ),
     ] = None
@@ -64,7 +65,7 @@ class RecordOptions:
             "--from",
             metavar="NAME",
             help="With --add: name of the group that reports the record. Default: the name of the file. "
-            "Refused without --add, and for the record of a run.",
+            "Refused without --add, and for the record of a run or a folder.",
         ),
     ] = None
     schema: Annotated[
@@ -80,8 +81,9 @@ class RecordOptions:
         typer.Option(
             metavar="A B",
             help="Instead of writing a record, compare two, and say which quantities are not comparable and "
-            "why. A and B: a file, or the ID of a proof of concept in the store or of a record that was "
-            "added to it from others. Not with --poc, --out, --add or --schema.",
+            "why. A and B: a file with the record of a proof of concept, or the ID of a proof of concept in "
+            "the store or of a record that was added to it from others. Not with --poc, --out, --add or "
+            "--schema.",
         ),
     ] = None
 

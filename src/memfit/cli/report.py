@@ -34,7 +34,7 @@ class ReportOptions:
         typer.Option(
             metavar="ID",
             help="ID of the proof of concept in the store to report on; one that was run here, not a record "
-            "from others. Default: the one begun last.",
+            "from others. Default: the one begun last; with --watch, none.",
         ),
     ] = None
     case: Annotated[
@@ -53,8 +53,8 @@ class ReportOptions:
             metavar="FILE.jsonl",
             help="Record of a training that `memfit watch` or memfit.watch wrote: memory against its "
             "prediction, free memory, step time, loss and alarms, per step and rank. With --poc: a chapter "
-            "of the report of that proof of concept. Without: a page of its own, FILE.LANG.html in the "
-            "current folder. Example: memfit report --watch run.jsonl.",
+            "of the report of that proof of concept. Without: a page of its own, by default FILE.LANG.html "
+            "in the current folder. Example: memfit report --watch run.jsonl.",
         ),
     ] = None
 

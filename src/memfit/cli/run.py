@@ -56,12 +56,13 @@ class RunOptions:
         bool | None,
         typer.Option(
             "--capped/--no-capped",
-            help="--capped: while it trains, no training process can use more memory than --memory or, "
-            "without it, than the plan is predicted to need, beside what Python and the libraries hold "
-            "after a step for warm-up; a run that needs more fails. With --memory, the cap also holds during "
-            "the evaluation after training. Without it, on a CPU, what evaluation and saves take in the "
-            "warm-up raises the cap; on a GPU, and on a CPU whose warm-up did neither, the evaluation has no "
-            "cap. --no-capped: no limit. Default: --capped if --memory is given, otherwise --no-capped.",
+            help="--capped: limit the memory of each training process while it trains to --memory or, "
+            "without it, to what the plan is predicted to need. What Python and the libraries hold after a "
+            "warm-up step is not counted. A run that needs more fails. With --memory, the limit also holds "
+            "during the evaluation after training. Without it, on a CPU, the limit is raised to what "
+            "evaluation and saves took in the warm-up; on a GPU, and on a CPU whose warm-up did neither, "
+            "the evaluation has no limit. --no-capped: no limit. Default: --capped if --memory is given, "
+            "otherwise --no-capped.",
         ),
     ] = None
     seed: Annotated[
@@ -88,11 +89,11 @@ class RunOptions:
         typer.Option(
             metavar="DIR",
             help="Folder for checkpoints: one at the end and, with --save-every, earlier ones. It is "
-            "created if it does not exist. It must not hold a checkpoint of a later step than that at "
-            "which the run begins. With it, if a process dies or hangs in training, all restart from the "
-            "newest checkpoint, or if there is none, from where the run began (--restarts). Refused for a "
-            "job with Job(ema=...), a plan with expert-parallel, and engines that cannot save. Default: no "
-            "checkpoints.",
+            "created if it does not exist. It must not hold a checkpoint of a later step than that at which "
+            "the run begins. With it, if a process dies or hangs in training, all restart from the newest "
+            "checkpoint, or if there is none, from where the run began (--restarts). Refused for a job with "
+            "Job(ema=...), for engines that cannot save, and for plans whose state cannot be saved, such as "
+            "those with expert-parallel or with optimizer state on NVMe. Default: no checkpoints.",
         ),
     ] = None
     save_every: Annotated[
@@ -109,9 +110,9 @@ class RunOptions:
         bool,
         typer.Option(
             "--save-async",
-            help="With --save: training goes on while a checkpoint is written. This takes memory for a copy "
-            "of parameters and optimizer state, of the host and on a processor within --capped; its size is "
-            "predicted and measured. Refused without --save. Default: training waits.",
+            help="With --save: training goes on while a checkpoint is written. This needs host memory for a "
+            "copy of parameters and optimizer state, whose size is predicted and measured; on a CPU the "
+            "copy counts towards --capped. Refused without --save. Default: training waits.",
         ),
     ] = False
     keep_last: Annotated[
@@ -120,9 +121,9 @@ class RunOptions:
             metavar="N",
             min=0,
             max=MOST,
-            help="With --save: after each save, delete all complete checkpoints in the folder but the N "
-            "newest ones. 2 or more leave an older one if the newest is damaged. 0 (default): delete none. "
-            "Another number is refused without --save.",
+            help="With --save: after each save, delete all complete checkpoints in the folder except the N "
+            "newest. With 2 or more, an older one is left if the newest is damaged. 0 (default): delete "
+            "none. Another number is refused without --save.",
         ),
     ] = 0
     restarts: Annotated[
@@ -130,8 +131,10 @@ class RunOptions:
         typer.Option(
             metavar="N",
             min=0,
-            help="With --save: number of restarts after a process died or hung that are made without a new "
-            "checkpoint. Default: 3. Ignored without --save.",
+            help="With --save: how often in a row the run restarts after a process died or hung without a "
+            "new checkpoint in between. An error that comes again in the same step is not tried a third "
+            "time. Running out of memory, --timeout and a loss that is not finite cause no restart. "
+            "Default: 3. Ignored without --save.",
         ),
     ] = 3
     grace: Annotated[
@@ -139,19 +142,20 @@ class RunOptions:
         typer.Option(
             metavar="TIME",
             help="With --save: on SIGTERM, the run saves at the end of the step, or with several processes "
-            "of the step after it, and ends with exit code 75. What has not ended this long after the "
-            "signal, or at a second SIGTERM, is killed; before the first step, all is killed at once. Give a "
-            "little less than your scheduler allows before it kills. On SIGUSR1, the run saves and goes on. "
-            "Default: 25s. Ignored without --save.",
+            "of the step after it, and ends with exit code 75, or with 143 if there is no checkpoint. "
+            "Processes that have not ended this long after the signal, or at a second SIGTERM, are killed; "
+            "before the first step, all are killed at once. Give a little less than your scheduler allows "
+            "before it kills. On SIGUSR1, the run saves and goes on. Default: 25s. Ignored without --save.",
         ),
     ] = "25s"
     stall_limit: Annotated[
         str | None,
         typer.Option(
             metavar="TIME",
-            help="If no process makes progress in a training step for this time, end all, and with --save "
-            "restart them. The process that hangs is named earlier, after two steps' time. Default: 20 "
-            "times the longest of the last 20 steps, at least 5 minutes.",
+            help="If no process makes progress in a training step for this time, end all and, with --save, "
+            "restart them (--restarts). The process that hangs is named earlier, after two steps' time. "
+            "Outside steps, as while saving, the limit is at least 30 minutes. Default: 20 times the "
+            "longest of the last 20 steps, at least 5 minutes.",
         ),
     ] = None
     resume: Annotated[
@@ -159,9 +163,9 @@ class RunOptions:
         typer.Option(
             metavar="DIR",
             help="Checkpoint from which to continue, or a folder of checkpoints, of which the newest "
-            "complete one is taken; it may have been saved under another plan. --steps includes the "
-            "steps before the checkpoint and must be above their number. Default: start at the first "
-            "step.",
+            "complete one is taken; it may have been saved under another plan. --steps includes the steps "
+            "before the checkpoint and must be above their number. Refused for jobs, plans and engines that "
+            "--save refuses. Default: start at the first step.",
         ),
     ] = None
     on_oom: Annotated[
@@ -170,10 +174,11 @@ class RunOptions:
             metavar="ACTION",
             help="What to do if memory runs out in training. stop (default): end with exit code 1. "
             "next-plan: continue from the newest checkpoint of --save, or without one from where the run "
-            "began, under a plan that is predicted to need less memory for the batch that failed, and that "
-            "changes the results no more (its effect class is not higher): more micro-batches if the class "
-            "is E1 or above, then recomputation, then activation offload. Example: memfit run "
-            "my.py:job --memory 2GiB --save run/ --save-every 50 --on-oom next-plan",
+            "began, under a plan that is predicted to need less memory for the batch that failed and whose "
+            "effect class (how far it may change results, E0 to E3) is not higher: with --recommended one "
+            "of the search's frontier; else with more micro-batches if the class is E1 or above, then with "
+            "recomputation, then with activation offload. Example: memfit run my.py:job --memory 2GiB "
+            "--save run/ --save-every 50 --on-oom next-plan",
         ),
     ] = "stop"
     most_recoveries: Annotated[
@@ -181,8 +186,8 @@ class RunOptions:
         typer.Option(
             metavar="N",
             min=1,
-            help="With --on-oom next-plan: how often the run continues after memory ran out; the next time "
-            "it ends. Default: 2. Refused without --on-oom next-plan.",
+            help="With --on-oom next-plan, otherwise refused: how often the run continues after memory ran "
+            "out. When it runs out once more, the run ends with exit code 1. Default: 2.",
         ),
     ] = None
     record: Annotated[
@@ -198,16 +203,17 @@ class RunOptions:
         Path | None,
         typer.Option(
             metavar="FILE.json",
-            help="With --record: make exactly the run in this file, which `memfit poc --executor` has "
-            "written. Of the other options, only --label and --json can be given with it.",
+            help="With --record, otherwise refused: make exactly the run in this file, which `memfit poc "
+            "--executor` has written. Of the other options, only --label and --json can be given with it.",
         ),
     ] = None
     label: Annotated[
         str,
         typer.Option(
             metavar="NAME",
-            help="With --record: name under which a store keeps the run. Default: run. Another name is "
-            "refused without --record.",
+            help="With --record: name under which a store keeps the run: up to 80 letters, digits, dots, "
+            "hyphens and underscores, the first a letter or a digit. Default: run. Another name is refused "
+            "without --record.",
         ),
     ] = "run"
 

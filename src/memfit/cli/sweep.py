@@ -43,7 +43,8 @@ class SweepOptions:
         typer.Argument(
             metavar="PLANS",
             help="The plans to train with: files as written by `memfit plan --save`, or the word plain for "
-            "plain training, which is the default.",
+            "plain training, which is the default. A plan is called by its file's name without the ending; "
+            "two of one name are refused.",
         ),
     ] = None
     seeds: Annotated[
@@ -62,28 +63,30 @@ class SweepOptions:
         list[str] | None,
         typer.Option(
             metavar="NAME[:KEY=VALUE,...]",
-            help="Where trials run: local (processes of this machine; the default) or slurm (jobs of a Slurm "
-            "cluster; the folder of the store must be shared by its nodes), with settings: local:parallel=4, "
+            help="Where trials run: local (processes of this machine; the default) or slurm (jobs of a "
+            "Slurm cluster; its nodes must share the folder of the store), with settings: local:parallel=4, "
             "slurm:partition=a100,time=60. An unknown setting is refused with the list of those that exist. "
-            "Repeat the option to run each trial once with each executor; two on the same kind of device are "
-            "refused.",
+            "Repeat the option to run each trial once with each executor; two on the same kind of device "
+            "are refused.",
         ),
     ] = None
     budget: Annotated[
         list[str] | None,
         typer.Option(
             metavar="TIME|NUSD",
-            help="The most that this call may use: device hours as a time, such as 90m or 24h, or US dollars "
-            "such as 20USD. Both can be given. A device hour is one device, or one process on a processor, "
-            "for one hour from the start of a trial to its end. When the budget is used up, running trials "
-            "are ended. Default: asked for on a terminal; elsewhere and with --json it must be given.",
+            help="The most that this call may use: device hours as a time, such as 90m or 24h, or US "
+            "dollars such as 20USD, which are refused if the price of a device is unknown. Both can be "
+            "given. A device hour is one device, or one process on a CPU, for one hour from the start of a "
+            "trial to its end. When the budget is used up, running trials are ended. Default: asked for on "
+            "a terminal; elsewhere and with --json it must be given.",
         ),
     ] = None
     memory: Annotated[
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Memory cap of each trial, such as 24GiB, as of `memfit run --memory`. Default: no cap.",
+            help="Memory cap of each training process of a trial, such as 24GiB, as in `memfit run "
+            "--memory`. Default: no cap.",
         ),
     ] = None
     engine: Annotated[
@@ -115,9 +118,10 @@ class SweepOptions:
         str,
         typer.Option(
             metavar="DEVICE",
-            help="Device on which a trial trains, of the machine where its executor starts it: this (its GPU "
-            "or, without one, its CPU; the default), this:cpu (its CPU) or this:KIND with torch's name of "
-            "another kind of device, such as this:cuda.",
+            help="Device on which a trial trains, of the machine where its executor starts it: this (its "
+            "GPU or, without one, its CPU; the default), this:cpu (its CPU) or this:KIND with torch's name "
+            "of another kind of device, such as this:cuda. Other machines are refused: --executor says "
+            "which machine trains.",
         ),
     ] = "this"
 

@@ -29,7 +29,7 @@ class WatchOptions:
         list[str] | None,
         typer.Argument(
             metavar="FILE | -- COMMAND...",
-            help="FILE.jsonl: show this record, while its training runs or afterwards; also a file with "
+            help="FILE.jsonl: show this record of a training, while it runs or afterwards; also a file with "
             "another name that cannot be executed. -- COMMAND: run this command, as you would type it, and "
             "record the steps of each Python process in it that trains with torch, for example: -- torchrun "
             "--nproc-per-node 8 train.py",
@@ -39,8 +39,9 @@ class WatchOptions:
         Path | None,
         typer.Option(
             metavar="FILE.jsonl",
-            help="Record to which the steps of COMMAND are appended. Ranks other than 0 write to files "
-            "beside it, such as run.1.jsonl. Default: run.jsonl.",
+            help="Record to which the steps of COMMAND are appended; its name must have a suffix. Ranks "
+            "other than 0 write to files beside it, such as run.1.jsonl. Default: run.jsonl. Refused if a "
+            "record is shown.",
         ),
     ] = None
     prediction: Annotated[
@@ -48,7 +49,8 @@ class WatchOptions:
         typer.Option(
             metavar="FILE.json",
             help="Predicted memory with which COMMAND is compared: the output of `memfit estimate --json -- "
-            'COMMAND` in a file, or an object such as {"allocated_bytes": 8000000000}. Default: none.',
+            'COMMAND` in a file, or an object such as {"allocated_bytes": 8000000000}. Default: none. '
+            "Refused if a record is shown.",
         ),
     ] = None
     restarts: Annotated[
@@ -57,15 +59,17 @@ class WatchOptions:
             metavar="N",
             min=0,
             help="Start COMMAND again, at most N times, when it ran out of memory and its "
-            "memfit.watch(on_oom=memfit.next_plan(...)) has written a safer plan. Default: 0, never.",
+            "memfit.watch(on_oom=memfit.next_plan(...)) has written a safer plan. Default: 0, never. "
+            "Another number is refused if a record is shown.",
         ),
     ] = 0
     limits: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Thresholds of the alarms of COMMAND: a TOML file such as `headroom_ratio = 0.1`, or a plan "
-            "file (.yaml) with them under the key watch. Default: those of docs/watch.md.",
+            help="Thresholds of the alarms of COMMAND: a TOML file such as `headroom_ratio = 0.1`, or a "
+            "plan file (.yaml, .yml) with them under the key watch. Default: those of docs/watch.md. "
+            "Refused if a record is shown.",
         ),
     ] = None
 
