@@ -119,8 +119,8 @@ class JobOptions(SizeOptions):
             "your own, or hf:PATH_OR_NAME for a Hugging Face configuration: a folder with config.json, or a "
             "name such as hf:meta-llama/Llama-3.1-8B (`memfit list models`). The NAME of FILE.py:NAME is a "
             "memfit.Job, which refuses --size, --data, --weights, --batch, --length and --dim, or a "
-            "function that returns one and takes these as arguments. Default: protein-ss; but if the files of "
-            "`memfit plan --from` describe a model, the job that builds it, and an error if none does.",
+            "function that returns one and takes these as arguments. Default: protein-ss; but if the files "
+            "of `memfit plan --from` describe a model, the job that builds it, and an error if none does.",
         ),
     ] = None
 
