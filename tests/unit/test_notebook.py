@@ -91,6 +91,7 @@ def test_of_loops_the_first_batch_is_predicted_on_the_device_with_autocast(
         ("loss = 1", "calls backward 0 times"),
         (STEP + STEP, "calls backward 2 times"),
         ("while True:\n    model(x).sum().backward()", "backward inside while"),
+        ("seen = model(x).sum().backward()", "backward inside assign"),
         ("model(x).sum().backward()", "step of 0 optimizers"),
         ("x.sum().backward(); optimizer.step()", "uses no model"),
         ("loss.backward(", "not Python"),

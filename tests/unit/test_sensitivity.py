@@ -259,6 +259,8 @@ def test_evaluate_returns_a_number_or_every_endpoint() -> None:
     assert list(scores_by_endpoint(both, scores).items()) == [("Q3", 70.0), ("held-out loss", 0.5)]
     with pytest.raises(UserError, match="but not held-out loss"):
         scores_by_endpoint(both, 70.0)
+    with pytest.raises(UserError, match="returned acc, but the job has no metric"):
+        scores_by_endpoint(dataclasses.replace(stub_job(), metric=None), {"acc": 70.0})
 
 
 # -- degraded trainings ---------------------------------------------------------------------------------

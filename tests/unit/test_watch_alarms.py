@@ -254,7 +254,7 @@ def test_thresholds_come_from_a_file_or_a_plan(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
-        ({"creep": 1}, "limits: unknown limit 'creep'.*creep_bytes"),
+        ({"creep": 1}, "limits: unknown threshold of alarms 'creep'.*creep_bytes"),
         ({"creep_bytes": -1}, "limits: creep_bytes is -1; allowed: a whole number of at least 0, or a size"),
         ({"warmup_steps": 1.5}, "limits: warmup_steps is 1.5; allowed: a whole number"),
         ({"headroom_ratio": True}, "limits: headroom_ratio is True; allowed: a number of at least 0"),
@@ -271,7 +271,8 @@ def test_a_plan_without_thresholds_is_refused_as_a_file_of_them(tmp_path: Path) 
     path = tmp_path / "plan.yaml"
     path.write_text("techniques: {}\n")
     with pytest.raises(
-        UserError, match="has no thresholds for alarms; allowed: a mapping under the key 'watch'"
+        UserError,
+        match="has no thresholds for alarms; allowed: a mapping of names to numbers under",
     ):
         limits_of(path)
 

@@ -43,20 +43,23 @@ _MIXED = {"bf16-autocast": "bf16-mixed", "fp16-autocast": "16-mixed"}
 
 
 def trainer_arguments(plan: Any) -> dict[str, Any]:
-    """Return the Trainer's arguments ``strategy``, ``precision``, ``accumulate_grad_batches`` and ``devices``
-    for ``plan``, which is anything that `memfit.estimate` accepts as a plan. ``devices`` is the plan's number
-    of ranks, ``precision`` "bf16-mixed", "16-mixed" or "32-true".
+    """Return the arguments of Lightning's Trainer for ``plan``, which is anything that `memfit.estimate`
+    accepts as a plan: ``devices`` (its number of ranks), ``accumulate_grad_batches`` (its number of
+    micro-batches), ``precision`` ("bf16-mixed", "16-mixed" or "32-true") and ``strategy`` (a DDPStrategy for
+    ddp, a ModelParallelStrategy for fsdp2, otherwise "auto").
 
-    The strategy is a DDPStrategy with ddp, a ModelParallelStrategy with fsdp2, else "auto". With fsdp2, the
-    module's ``configure_model`` must call ``fully_shard`` with the plan's precision. Recomputation, adapters,
-    compilation, the loss and optimizers are also left to the module. Raises UserError for a plan that cannot
-    be read, for techniques that neither the Trainer nor the module can apply, and for fsdp2 with replicas.
+    For fsdp2, the module's ``configure_model`` must call ``fully_shard`` with the plan's precision. The
+    module must also apply the plan's recomputation, adapters, compilation, loss and optimizer. Raises
+    UserError for a plan that cannot be read, for techniques that are none of these, and for fsdp2 with more
+    than one replica.
     """
     plan = plan_of(plan)
-    unsupported = [u.technique for u in plan.uses if u.technique not in _OF_THE_MODULE | _OF_THE_TRAINER]
+    supported = _OF_THE_MODULE | _OF_THE_TRAINER
+    unsupported = [u.technique for u in plan.uses if u.technique not in supported]
     if unsupported:
         raise UserError(
-            f"neither Lightning's Trainer nor its module can apply {', '.join(unsupported)}",
+            f"Lightning's Trainer has no arguments for a plan with {', '.join(unsupported)}",
+            allowed=f"plans of these techniques: {', '.join(sorted(supported))}",
             hint="for zero, DeepSpeedStrategy(config='deepspeed.json') reads the file of "
             "`memfit export --engine deepspeed`"
             if "zero" in unsupported
@@ -81,7 +84,7 @@ def _strategy(plan: Plan) -> Any:
     if "fsdp2" in plan:
         if layout(plan).replicate > 1:
             raise UserError(
-                "Lightning's ModelParallelStrategy cannot apply fsdp2 with several replicas (HSDP)",
+                "Lightning's ModelParallelStrategy cannot apply fsdp2 with more than one replica (HSDP)",
                 allowed="fsdp2 with the setting replicas: 1",
             )
         return ModelParallelStrategy(data_parallel_size=plan.ranks, tensor_parallel_size=1)
@@ -90,17 +93,18 @@ def _strategy(plan: Plan) -> Any:
 
 class _Hooks:
     """Callback that predicts the peak memory of a training step from the loader's first batch when training
-    starts, checks after the first update whether the plan was applied, and at the end of training writes
-    predicted and measured peak to a file and prints them on rank 0. If the step cannot be predicted, the file
-    says why.
+    starts, checks after the first update whether the plan was applied, and at the end of training writes the
+    predicted and the measured peak to a file and prints them on rank 0. If the step cannot be predicted, the
+    file says why.
 
-    ``plan``: anything that `memfit.estimate` accepts as a plan; by default it is derived from the Trainer's
-    arguments. ``prediction``: an earlier prediction to use; without it, training on several ranks is not
-    predicted, because the callback predicts one process only. ``path``: the file; by default memfit.json in
-    the Trainer's ``default_root_dir``. For ranks other than 0 its name has the rank before the suffix, as in
-    memfit.1.json. ``strict``: if the plan was not applied, training stops with NotConforming; otherwise only
-    the file says so. ``blocks``: module path of the repeated blocks; by default they are searched. Raises
-    UserError for a plan that cannot be read, and at the start of training if none can be derived.
+    ``plan``: anything that `memfit.estimate` accepts as a plan; by default what `plan_of_trainer` returns.
+    ``prediction``: an earlier prediction to use; without it, training on several ranks is not predicted,
+    because the callback predicts one process only. ``path``: the file; by default memfit.json in the
+    Trainer's ``default_root_dir``. For ranks other than 0 its name has the rank before the suffix, as in
+    memfit.1.json. ``strict``: if the plan was not applied, training stops with NotConforming, and no file is
+    written; otherwise the file says so. ``blocks``: module path of the repeated blocks; by default memfit
+    finds them. Raises UserError for a plan that cannot be read, and when training starts if no plan is given
+    and `plan_of_trainer` raises it.
     """
 
     def __init__(
@@ -178,8 +182,8 @@ def __getattr__(name: str) -> Any:
 
 def plan_of_trainer(trainer: Any) -> Plan:
     """Return the plan that a Lightning Trainer's arguments express: mixed precision (bf16 or fp16), gradient
-    accumulation, DDP with memfit's default settings on several ranks, and the number of ranks. Other
-    arguments are ignored. Raises UserError for several ranks with another strategy than DDP."""
+    accumulation, the number of ranks and, on several ranks, DDP with memfit's default settings. Other
+    arguments are ignored. Raises UserError for several ranks with another strategy than DDPStrategy."""
     uses = [use(name) for name, precision in _MIXED.items() if str(trainer.precision) == precision]
     if trainer.accumulate_grad_batches > 1:
         uses.append(use("gradient-accumulation", micro_batches=trainer.accumulate_grad_batches))
@@ -187,8 +191,9 @@ def plan_of_trainer(trainer: Any) -> Plan:
         kind = type(trainer.strategy).__name__
         if kind != "DDPStrategy":
             raise UserError(
-                f"a plan cannot be derived from the Trainer's strategy {kind} on several ranks",
-                hint="pass the plan: MemfitCallback(plan)",
+                f"on several ranks, no plan can be derived from a Trainer with the strategy {kind}",
+                allowed="DDPStrategy",
+                hint="for another strategy, pass the plan: MemfitCallback(plan)",
             )
         uses.append(use("ddp"))
     return plan_of(Plan(uses=tuple(uses), ranks=trainer.world_size))
@@ -201,8 +206,8 @@ def predict_first_batch(trainer: Any, module: Any, plan: Plan) -> Prediction:
     ranks, or if the step cannot be predicted."""
     if plan.ranks > 1:
         raise UserError(
-            "MemfitCallback cannot predict training on several ranks itself",
-            hint="pass a prediction: MemfitCallback(prediction=...)",
+            "MemfitCallback itself predicts training on one rank only",
+            hint="pass a prediction of memfit.estimate: MemfitCallback(plan, prediction=prediction)",
         )
     with torch.random.fork_rng(devices=[]):
         first_batch = next(iter(trainer.train_dataloader))

@@ -32,7 +32,7 @@ from memfit.types.errors import UserError
 _OPTIONS: Final = {"--on": "machine", "--plan": "plan"}
 _USAGE: Final = "%%memfit [--on MACHINE] [--plan NAME or FILE.yaml]"
 _HINT: Final = (
-    "the cell has a forward pass, loss.backward() and optimizer.step(), as a training loop has them"
+    "write the forward pass, loss.backward() and optimizer.step() in the cell, as in a training loop"
 )
 _CELL: Final = "<cell>"
 
@@ -56,7 +56,7 @@ def _options(line: str) -> dict[str, str]:
     except ValueError:  # a quotation mark is not closed
         words = [line]
     if len(words) % 2 or not set(words[::2]) <= set(_OPTIONS):
-        raise UserError(f"%%memfit {line}", allowed=_USAGE)
+        raise UserError(f"%%memfit cannot read its options {line!r}", allowed=_USAGE)
     return {_OPTIONS[name]: value for name, value in zip(words[::2], words[1::2], strict=True)}
 
 
@@ -66,10 +66,10 @@ def predict_cell(
     """Return the prediction of the training step that the Python text ``cell`` defines in the notebook's
     ``namespace``. ``machine`` and ``plan`` are as in `memfit.estimate`.
 
-    The cell calls ``backward`` and an optimizer's ``step`` once each. Of loops around them, the first turn is
-    predicted, with the first batch of a loader, which is read. Nothing else of the cell is run on real
-    tensors; optimizers, schedulers and gradient scalers are left alone. Raises UserError for a cell that
-    defines no such step, and as `memfit.estimate` does.
+    The cell must call ``backward`` once, and ``step`` of one optimizer. Of a loop around ``backward``, the
+    first iteration is predicted; its batch is read from the loader. Nothing else of the cell is run on real
+    tensors; optimizers, schedulers and gradient scalers are not changed. Raises UserError for a cell that
+    does not define such a step with a model of the notebook, and as `memfit.estimate` does.
     """
     try:
         tree = ast.parse(cell)
@@ -77,14 +77,18 @@ def predict_cell(
         raise UserError(f"the cell is not Python: {error.msg} in line {error.lineno}") from error
     values = dict(namespace)
     step = _ToHost(values).visit(tree)
-    body, loss = _until_backward(step.body, values)
+    body = _until_backward(step.body, values)
     names = _names_read(body, values)
     models = {name: values[name] for name in names if _has_parameters(values[name])}
     if not models:
-        raise UserError("the cell uses no model of the notebook", hint=_HINT)
+        raise UserError(
+            "before backward, the cell uses no model of the notebook",
+            allowed="a variable that is a torch.nn.Module with parameters, made in an earlier cell",
+            hint=_HINT,
+        )
     model = next(iter(models.values())) if len(models) == 1 else torch.nn.ModuleDict(models)
     batch = {name: values[name] for name in names if name not in models and _is_batch(values[name])}
-    run = _compile(body, loss, names, values)
+    run = _compile(body, names, values)
 
     def loss_of(model: torch.nn.Module, batch: Mapping[str, Any]) -> Any:
         own = {name: model[name] for name in models} if len(models) > 1 else dict.fromkeys(models, model)  # type: ignore[index]
@@ -102,8 +106,9 @@ def predict_cell(
 
 
 class _ToHost(ast.NodeTransformer):
-    """Replaces names of devices by the host's in a cell, and devices among the values that it uses: the
-    trace runs on fake tensors of the host, whatever device is predicted."""
+    """Replaces accelerators by the host: the trace runs on fake tensors of the host, whatever device is
+    predicted. In the syntax tree of a cell, it replaces texts such as "cuda:1" and calls such as
+    ``x.cuda()``; in ``values``, which it changes when it is created, texts and ``torch.device`` objects."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         self._values = values
@@ -123,7 +128,7 @@ class _ToHost(ast.NodeTransformer):
 
 
 def _is_device(text: str) -> bool:
-    """Return whether ``text`` names a device that is not the host, such as that of ``cuda:1``."""
+    """Return whether ``text`` is the name of a device, such as "cuda:1", other than "cpu" and "meta"."""
     try:
         kind = torch.device(text).type
     except RuntimeError:
@@ -131,19 +136,24 @@ def _is_device(text: str) -> bool:
     return kind not in (HOST, "meta")
 
 
-def _until_backward(body: list[ast.stmt], values: dict[str, Any]) -> tuple[list[ast.stmt], ast.expr]:
-    """Return the statements of ``body`` up to the call of ``backward``, and the loss on which it is called.
-    The call, in whatever ``with`` or ``if``, becomes a ``return`` of the loss. Of loops around it the first
-    turn remains, and ``values`` gets the loop variables of that turn."""
+def _until_backward(body: list[ast.stmt], values: dict[str, Any]) -> list[ast.stmt]:
+    """Return the statements of ``body`` up to the call of ``backward``, which becomes a ``return`` of the
+    loss. A ``for`` around the call is replaced by its body, and ``values`` gets its loop variables of the
+    first iteration; a ``with`` or ``if`` around the call stays. Raises UserError if the number of calls of
+    ``backward`` is not one, and for any other statement around the call."""
     calls = [node for part in body for node in ast.walk(part) if _calls(node, "backward")]
     if len(calls) != 1:
-        raise UserError(f"the cell of %%memfit calls backward {len(calls)} times", allowed="once", hint=_HINT)
+        raise UserError(
+            f"the cell of %%memfit calls backward {len(calls)} times",
+            allowed="one call in the text of the cell, which may be in a loop",
+            hint=_HINT,
+        )
     call = calls[0]
     assert isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)
     owner = values.get(call.func.value.id) if isinstance(call.func.value, ast.Name) else None
     # the loss is the argument of an accelerator's backward
     loss = call.args[0] if call.args and owner is not None else call.func.value
-    return list(_first_turns(body, call, loss, values)), loss
+    return list(_first_turns(body, call, loss, values))
 
 
 def _first_turns(
@@ -160,30 +170,32 @@ def _first_turns(
             yield ast.copy_location(ast.Return(loss), part)
         elif isinstance(part, ast.With | ast.If):
             part.body = list(_first_turns(part.body, call, loss, values))
+            if isinstance(part, ast.If):
+                part.orelse = list(_first_turns(part.orelse, call, loss, values))
             yield part
         else:
             raise UserError(
                 f"line {part.lineno} of the cell calls backward inside {type(part).__name__.lower()}",
-                allowed="loops with for, with and if around it",
+                allowed="backward as a statement of its own, inside nothing but `for`, `with` and `if`",
             )
         return
 
 
 def _take_first(loop: ast.For, values: dict[str, Any]) -> None:
-    """Set the targets of ``loop`` in ``values`` to what its first turn would give them. Random numbers of
-    torch are as before, afterwards."""
+    """Begin ``loop`` with ``values`` as its variables, and set its targets among them to what its first
+    iteration gives them. The state of torch's random number generator is restored. Raises UserError for an
+    error in the loop's iterator."""
     turn = ast.For(loop.target, loop.iter, [ast.Break()], [])
     code = compile(ast.fix_missing_locations(ast.Module([turn], [])), _CELL, "exec")
     with torch.random.fork_rng(devices=[]):
         run_user_code(
-            lambda: exec(code, values), f"the first turn of the loop in line {loop.lineno} of the cell"
+            lambda: exec(code, values), f"the first iteration of the loop in line {loop.lineno} of the cell"
         )
 
 
-def _compile(
-    body: list[ast.stmt], loss: ast.expr, names: list[str], values: dict[str, Any]
-) -> Callable[..., Any]:
-    """Return the function of ``names`` that does what ``body`` does and returns the loss."""
+def _compile(body: list[ast.stmt], names: list[str], values: dict[str, Any]) -> Callable[..., Any]:
+    """Return a function with the body ``body``, which returns the loss, or None if it does not reach its
+    ``return``. Its parameters are ``names``, its global variables ``values``."""
     parameters = ast.arguments([], [], None, [ast.arg(name) for name in names], [None] * len(names), None, [])
     function = ast.FunctionDef("_step", parameters, body, [], None, None)
     function.body.append(ast.Return(ast.Constant(None)))
@@ -210,15 +222,16 @@ def _is_batch(value: Any) -> bool:
 
 
 class _Nothing:
-    """Stands for an optimizer, scheduler or scaler before ``backward``: every method does nothing and returns
-    its argument, as ``scaler.scale(loss)`` does."""
+    """Stand-in for an optimizer, scheduler or gradient scaler: every method does nothing and returns its
+    first argument, such as the loss of ``scaler.scale(loss)``, or None without arguments."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         return lambda *values, **_: values[0] if values else None
 
 
 def _protect(value: Any) -> Any:
-    """Return ``value``, or if the step could change it, a stand-in (`_Nothing`) or a shallow copy."""
+    """Return a stand-in (`_Nothing`) for an optimizer, scheduler or gradient scaler, a shallow copy of a
+    list, dict or set, and any other value as it is."""
     changed = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, torch.amp.GradScaler)
     if isinstance(value, changed):
         return _Nothing()
@@ -230,7 +243,9 @@ def _calls(node: ast.AST, method: str) -> bool:
 
 
 def _optimizer(tree: ast.AST, values: Mapping[str, Any]) -> torch.optim.Optimizer:
-    """Return the only optimizer whose ``step`` the cell calls, also as ``scaler.step(optimizer)``."""
+    """Return the only optimizer of which the cell calls ``step``: as ``optimizer.step()``, as
+    ``scaler.step(optimizer)``, or of a wrapper or scheduler with an attribute ``optimizer``. Raises UserError
+    for none and for several."""
     optimizers: dict[int, torch.optim.Optimizer] = {}
     for node in ast.walk(tree):
         if not _calls(node, "step"):
@@ -244,14 +259,16 @@ def _optimizer(tree: ast.AST, values: Mapping[str, Any]) -> torch.optim.Optimize
     if len(optimizers) != 1:
         raise UserError(
             f"the cell calls step of {len(optimizers)} optimizers that are variables of the notebook",
-            allowed="one, as NAME.step() or SCALER.step(NAME)",
+            allowed="one optimizer, made in an earlier cell: NAME.step() or SCALER.step(NAME)",
             hint=_HINT,
         )
     return next(iter(optimizers.values()))
 
 
 def _clip(tree: ast.AST, values: Mapping[str, Any]) -> float | None:
-    """Return the largest gradient norm of ``clip_grad_norm_`` in the cell, or None without it."""
+    """Return the largest gradient norm (``max_norm``) of the cell's first call of ``clip_grad_norm_``; None
+    if there is none. Raises UserError if it is neither a number nor a variable of the notebook that holds
+    one."""
     for node in ast.walk(tree):
         if _calls(node, "clip_grad_norm_") or (
             isinstance(node, ast.Call) and getattr(node.func, "id", "") == "clip_grad_norm_"
@@ -263,7 +280,7 @@ def _clip(tree: ast.AST, values: Mapping[str, Any]) -> float | None:
                 if isinstance(norm, int | float):
                     return float(norm)
             raise UserError(
-                f"line {node.lineno} of the cell: the largest norm is no number that can be read",
-                allowed="a number, or a name of the notebook that holds one",
+                f"line {node.lineno} of the cell: the largest norm of clip_grad_norm_ cannot be read",
+                allowed="a number, or a variable of an earlier cell that holds one",
             )
     return None

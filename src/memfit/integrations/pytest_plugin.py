@@ -36,16 +36,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def memfit_memory(request: pytest.FixtureRequest) -> Callable[..., MemoryBaseline]:
-    """Predict the memory of a training step, and fail if it grew since it was stored in memfit-baseline.toml
-    beside the test file, with the module and the line. Nothing is trained, and no GPU is needed.
+    """Return the function ``memfit_memory``. It predicts the memory of a training step, and fails the test if
+    that grew since it was stored in memfit-baseline.toml beside the test file; the failure names the modules
+    and lines that grew. Nothing is trained, and no GPU is needed.
 
     ``memfit_memory(model, batch, loss=..., optimizer=..., plan=..., machine="H100-SXM", name=None,
     tolerance=0.02)``: the first six are as in `memfit.estimate`, but "this" is refused as machine.
-    ``name``: under which it is stored; by default the test's own. ``tolerance``: relative growth that passes
-    (0.02 is 2 %), of each phase and of each module that holds at least 1 % of the peak. Returns the
-    prediction. Fails the test also if nothing is stored for it, if what is stored is for another plan or
-    machine, and if two calls use the same name. With ``pytest --memfit-update`` it stores the prediction and
-    compares nothing; that fails under ``pytest -n``.
+    ``name``: under which the prediction is stored; by default the test's own. ``tolerance``: relative growth
+    that passes (0.02 is 2 %), of each phase and of each module that holds at least 1 % of the peak. Returns
+    the prediction. Raises UserError if the step cannot be predicted. Fails the test also if nothing is stored
+    for it, if what is stored is for another plan or machine, and if two calls use the same name. With
+    ``pytest --memfit-update`` it stores the prediction and compares nothing; that fails under ``pytest -n``.
     """
     names = set[str]()
 
@@ -101,8 +102,8 @@ def _prediction(
 
 
 def _compare(prediction: MemoryBaseline, request: pytest.FixtureRequest, tolerance: float) -> None:
-    """Fail the test if the prediction is above the stored one, or if there is none for this test, plan and
-    machine."""
+    """Fail the test if the prediction is above the stored one by more than ``tolerance``, a ratio, or if none
+    is stored for this test, plan and machine. Otherwise print the notes of the comparison."""
     __tracebackhide__ = True
     from memfit.report.baseline_drift import compare_baseline, drift_text
     from memfit.report.baseline_file import read_baseline

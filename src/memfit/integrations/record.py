@@ -25,7 +25,7 @@ class Recorder:
 
     ``prediction``: None if there is none; ``why_not`` then says why. ``strict``: whether `updated` raises
     NotConforming if the plan was not applied; otherwise the difference is only kept for the file. ``blocks``:
-    module path of the repeated blocks; None: they are searched. ``clip``: the largest gradient norm to which
+    module path of the repeated blocks; None: memfit finds them. ``clip``: the largest gradient norm to which
     gradients are clipped, 0 if they are not clipped, None if it is unknown, so that clipping is not checked.
     """
 
@@ -84,8 +84,8 @@ class Recorder:
         """Return the content of the file, key -> value: "plan"; "predicted_peak_bytes", or None with the
         reason in "not_predicted"; "measured_peak_bytes", the most bytes of live tensors on this rank between
         the beginning and the end of any step, or None if there was no step, and "measured_by", its source;
-        "predicted_over_measured_ratio"; the number of "steps"; and "conformance", the result of the check, or
-        None before it."""
+        "predicted_over_measured_ratio", None without one of the two; "steps", the number of steps; and
+        "conformance", the text of the check's result, or None before the check."""
         predicted = self.prediction.allocated_bytes if self.prediction is not None else None
         return {
             "plan": {"techniques": self.plan.to_dict(), "ranks": self.plan.ranks},

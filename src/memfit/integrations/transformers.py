@@ -25,17 +25,18 @@ from memfit.types.plan import Plan
 
 class MemfitCallback(TrainerCallback):  # type: ignore[misc]
     """Callback that predicts the peak memory of the trainer's step when it is created, checks after the first
-    update whether the plan was applied, and at the end of training writes predicted and measured peak to a
-    file and prints them on rank 0. If the step cannot be predicted, the file says why.
+    update whether the plan was applied, and at the end of training writes the predicted and the measured peak
+    to a file and prints them on rank 0. If the step cannot be predicted, the file says why.
 
-    ``trainer``: the Trainer to which it is added. ``plan``: anything that `memfit.estimate` accepts as a
-    plan; by default what `plan_of_arguments` returns. ``prediction``: an earlier prediction to use; without
-    it, training on several ranks or with DeepSpeed is not predicted, because that takes time on every rank:
-    pass what `memfit.from_trainer` returns. ``path``: the file; by default memfit.json in the output folder.
-    For ranks other than 0 its name has the rank before the suffix, as in memfit.1.json. ``strict``: if the
-    plan was not applied, training stops with NotConforming; otherwise only the file says so. ``blocks``:
-    module path of the repeated blocks; by default they are searched. Raises UserError for a plan that cannot
-    be read.
+    ``trainer``: the Trainer to which it is added. ``plan``: the plan that is checked, anything that
+    `memfit.estimate` accepts as a plan; by default what `plan_of_arguments` returns. ``prediction``: an
+    earlier prediction to use. Without it, the prediction is what `memfit.from_trainer` returns, whatever
+    ``plan`` is; training on several ranks or with DeepSpeed is not predicted then, because that would take
+    time on every rank. ``path``: the file; by default memfit.json in the output folder. For ranks other than
+    0 its name has the rank before the suffix, as in memfit.1.json. ``strict``: if the plan was not applied,
+    training stops with NotConforming, and no file is written; otherwise the file says so. ``blocks``: module
+    path of the repeated blocks; by default memfit finds them. Raises UserError for a plan that cannot be
+    read.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class MemfitCallback(TrainerCallback):  # type: ignore[misc]
             try:
                 if args.world_size > 1 or args.deepspeed_plugin is not None:
                     raise UserError(
-                        "MemfitCallback cannot itself predict a Trainer on several ranks or with DeepSpeed",
+                        "MemfitCallback itself predicts a Trainer on one rank without DeepSpeed only",
                         hint="pass a prediction: MemfitCallback(trainer, "
                         "prediction=memfit.from_trainer(trainer))",
                     )
@@ -93,6 +94,6 @@ class MemfitCallback(TrainerCallback):  # type: ignore[misc]
 
 def plan_of_arguments(args: Any) -> Plan:
     """Return the plan that the TrainingArguments ``args`` express, with DeepSpeed's configuration if they use
-    one, on the current number of ranks (``args.world_size``). Settings that no plan can express are left
-    out."""
+    one, on the current number of ranks (``args.world_size``). Settings that no plan can express are ignored.
+    """
     return to_plan.convert(setup_of_arguments(args, ranks=args.world_size)).plan

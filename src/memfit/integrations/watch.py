@@ -19,8 +19,9 @@ from memfit.monitoring.watch import TrainingWatch
 
 
 class _TrainerHooks:
-    """Callback that watches each step of a Hugging Face Trainer on this rank. The loss of a step is that on
-    which ``backward`` is called: of the last micro-batch, divided by the number of micro-batches.
+    """Callback that watches each step of a Hugging Face Trainer on this rank, as `memfit.watch` does. The
+    loss of a step is that on which ``backward`` is called: of the last micro-batch, divided by the number of
+    micro-batches.
 
     ``trainer``: the Trainer to which it is added. ``file``: by default run.jsonl in its output folder.
     ``logger``: by default the writer of the Trainer's TensorBoard callback; without one, the active runs of
@@ -68,7 +69,8 @@ class _TrainerHooks:
 
 
 class _LightningHooks:
-    """Callback that watches each optimizer step of Lightning's Trainer on this rank.
+    """Callback that watches each optimizer step of Lightning's Trainer on this rank, as `memfit.watch` does.
+    The loss of a step is that of the last micro-batch.
 
     ``file``: by default run.jsonl in the Trainer's ``default_root_dir``. ``logger``: by default the Trainer's
     logger. Other arguments are those of `memfit.watch`. Raises UserError for wrong arguments at the start of

@@ -60,22 +60,22 @@ def mann_kendall_z(values: Sequence[float]) -> float:
 
 
 def theil_sen_slope(points: Sequence[tuple[float, float]]) -> float:
-    """Return the median slope of all pairs of points (x, y) with different x, of which there is at least
-    one."""
+    """Return the median slope of all pairs of points (x, y) with different x. There must be at least one such
+    pair."""
     return statistics.median(
         (y2 - y1) / (x2 - x1) for (x1, y1), (x2, y2) in itertools.combinations(points, 2) if x1 != x2
     )
 
 
 def steady_growth(points: Sequence[tuple[float, float]], least_growth: float) -> float | None:
-    """Return the growth per step of 40 points (step, value), or None if they do not grow steadily, or if
-    their steps do not.
+    """Return the growth per step of 40 ``points`` (step, value) if their values grow steadily, else None.
+    None also if the last step is not above the first.
 
-    They do if the medians of their 8 blocks of 5 increase from each block to the next, with at most one
-    exception and not at the end, by a quarter of the mean increase at least; if the later half grows by at
-    least 0.6 times what the earlier half does; if Mann and Kendall's score is at least 5; and if the slope of
-    Theil and Sen means a growth of ``least_growth`` at least over all points. A single jump, jumps now and
-    then, and growth that levels off are therefore none."""
+    Steady growth means four things. The medians of the 8 blocks of 5 points rise from each block to the next
+    by at least a quarter of the mean rise, with at most one exception, which must not be the last. The later
+    half grows by at least 0.6 times the growth of the earlier half. Mann and Kendall's score is at least 5.
+    The slope of Theil and Sen times the number of steps is at least ``least_growth``. Single or occasional
+    jumps, and growth that levels off, therefore give None."""
     values = [value for _, value in points]
     medians = [statistics.median(values[i : i + _BLOCK]) for i in range(0, len(values), _BLOCK)]
     total = medians[-1] - medians[0]
@@ -164,7 +164,7 @@ class AlarmDetector:
         self._quiet_until: dict[tuple[str, str], float] = {}
 
     def add(self, step: WatchStep) -> list[Alarm]:
-        """Return the alarms of the next step."""
+        """Return the alarms that ``step``, the next step, raises. The list is empty if there are none."""
         self._count += 1
         alarms = [*self.add_values(step.step, step.loss, step.grad_norm), *self._check_prediction(step)]
         if self._count > self._limits.warmup_steps:
@@ -178,8 +178,7 @@ class AlarmDetector:
         return alarms
 
     def add_values(self, step: int, loss: float | None, grad_norm: float | None) -> list[Alarm]:
-        """Return the alarms about the loss and the norm of the gradients of a step, of which None was not
-        measured."""
+        """Return the alarms about the loss and the norm of the gradients of a step. None: not measured."""
         alarms = []
         for name, value in (("loss", loss), ("grad_norm", grad_norm)):
             if value is not None and not math.isfinite(value):
@@ -282,7 +281,8 @@ class AlarmDetector:
     def _alarm(
         self, kind: str, step: int, quantity: str, value: float, limit: float, text: str
     ) -> list[Alarm]:
-        """Return an alarm, or none if the last one like it is too recent."""
+        """Return a list with the alarm, or an empty one if the last alarm of this kind and quantity is too
+        recent."""
         if step < self._quiet_until.get((kind, quantity), -math.inf):
             return []
         self._quiet_until[kind, quantity] = max(step + _QUIET_STEPS, step * _QUIET_RATIO)
@@ -303,7 +303,7 @@ class AlarmDetector:
 
 
 def alarms_of(record: WatchRecord) -> tuple[Alarm, ...]:
-    """Return the alarms of all ranks, with those about slow ranks, by step."""
+    """Return the alarms of all ranks and those about slow ranks, sorted by step and rank."""
     alarms = [*(a for r in record.ranks for a in r.alarms), *slow_ranks(record)]
     return tuple(sorted(alarms, key=lambda a: (a.step, a.rank)))
 
@@ -314,7 +314,8 @@ def slow_ranks(record: WatchRecord) -> tuple[Alarm, ...]:
     Ranks that synchronize their gradients end each step together, so the part of a step before its backward
     pass is compared; if a rank does not know it, the whole step. A rank is slow if the median of this time
     over its last 50 steps exceeds the median of the other ranks by the limits ``slow_rank_ratio`` and
-    ``slow_rank_s`` of rank 0. There are no alarms if a rank has recorded fewer than 10 steps."""
+    ``slow_rank_s`` of rank 0. There are no alarms for a single rank, or if a rank has measured fewer than 10
+    of these steps."""
     for quantity in ("before_backward_s", "step_s"):
         medians = {r.rank: m for r in record.ranks if (m := _median(r, quantity)) is not None}
         if len(medians) == len(record.ranks) > 1:

@@ -517,11 +517,11 @@ def is_record(head: bytes) -> bool:
 
 
 def diagnose_record(record: WatchRecord) -> Diagnosis:
-    """Return why a watched training ended, judged by the ranks that ended with an error of memory and, if
-    memfit ran the command, by how that was killed. Without either, the cause is not memory if a rank ended
-    with another error. One that says that the connection to another rank ended does not count if a rank has
-    no record of its end, and that rank is judged as killed. Else the cause is unknown, and the least free
-    memory is the evidence."""
+    """Return why a watched training ended. It is judged by the ranks that ended with an error of memory and,
+    if memfit ran the command, by how the command was killed. If there is neither and a rank ended with
+    another error, the cause is not memory. An error that says that the connection to another rank ended does
+    not count if a rank has no record of its end; that rank is judged as killed. Otherwise the cause is
+    unknown, and the evidence is the least free memory."""
     diagnoses = [d for r in record.ranks if (d := _diagnose_rank(r)) is not None]
     if record.exit is not None and (killed := _diagnose_exit(record.exit)) is not None:
         diagnoses.append(killed)

@@ -28,12 +28,12 @@ _STARTUP: Final = Path(__file__).parent / "startup"
 def run_watched(
     command: Sequence[str], file: Path, *, prediction: Mapping[str, Any], limits: Mapping[str, float]
 ) -> CommandExit:
-    """Run a command and wait for its end. Each Python process of it that trains with torch appends what it
-    measures to ``file`` or, for ranks other than 0, to a file beside it (`rank_path`); the end of the command
-    is appended to ``file``. Standard input and output are those of this process. Ctrl-C reaches the command
-    alone; the signals SIGTERM and SIGHUP are passed on to it. ``prediction`` and ``limits``: as for
-    `memfit.watch`, as plain data. Raises UserError if the command cannot be started or the file cannot be
-    written."""
+    """Run a command, wait for its end, and return how it ended. Each of its Python processes that trains with
+    torch appends what it measures to ``file`` or, for ranks other than 0, to a file beside it (`rank_path`);
+    the end of the command is appended to ``file``. Standard input and output are those of this process.
+    Ctrl-C reaches the command alone; the signals SIGTERM and SIGHUP are passed on to it. ``prediction`` and
+    ``limits``: as for `memfit.watch`, as plain data. Raises UserError if the command cannot be started or the
+    file cannot be written."""
     settings = {
         "file": str(file.absolute()),
         "prediction": to_plain(prediction) or None,

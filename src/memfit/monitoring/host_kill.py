@@ -38,9 +38,10 @@ _TRAINER: Final = re.compile(r"python|^pt_|train|torchrun|accelerate|deepspeed|r
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class HostKill:
     """A sign that a process was killed. ``kind``: "kernel", "stated" (a scheduler or container runtime says
-    that memory ran out), "shared-memory" or "sigkill" (the log does not say why). ``process``: its name, ""
-    if unknown. ``resident_bytes``: resident memory of the process when the kernel killed it. ``limit_bytes``:
-    limit of its control group.
+    that memory ran out), "shared-memory" or "sigkill" (the log does not say why). ``row`` and ``text``: index
+    and text of the line in the log. ``process``: its name, "" if unknown. ``resident_bytes``: resident memory
+    of the process when the kernel killed it. ``in_group``: whether the kernel killed it because its control
+    group was full. ``limit_bytes``: limit of that group.
     """
 
     kind: str

@@ -20,17 +20,18 @@ SECTION: Final = "watch"  # of a plan file
 class AlarmLimits:
     """The thresholds of the alarms. A file can change each of them by its name.
 
-    - ``warmup_steps``: recorded steps at the beginning that no alarm about memory looks at.
-    - ``creep_bytes``: least growth of memory over the steps that are compared, 40 at least.
+    - ``warmup_steps``: recorded steps at the beginning without alarms of the kinds "creep", "fragmentation",
+      "retries" and "headroom".
+    - ``creep_bytes``: least growth of memory, over 40 or more steps, that counts as creep.
     - ``maximum_after_steps``: recorded steps whose peak is the reference for later ones; a later peak that is
       above it by ``maximum_ratio`` of it, and by ``maximum_bytes`` at least, is a new maximum.
-    - ``fragmentation_ratio``, ``fragmentation_bytes``: peak of reserved over peak of allocated memory, and
-      least difference of the two.
+    - ``fragmentation_ratio``, ``fragmentation_bytes``: there is an alarm if the peak of reserved memory is
+      above the peak of allocated memory by more than this factor and by more than this difference.
     - ``loss_spike_factor``: how many standard deviations (estimated from the median absolute deviation) a
       loss lies above the median of up to 50 losses before it.
     - ``headroom_ratio``: least free share of the device's memory.
-    - ``slow_rank_ratio``, ``slow_rank_s``: by which factor and by how many seconds a rank takes longer than
-      the median of the others.
+    - ``slow_rank_ratio``, ``slow_rank_s``: a rank is slow if its time is above the median of the other ranks
+      by more than this factor and by more than this number of seconds.
     """
 
     warmup_steps: int = 10
@@ -50,8 +51,9 @@ def limits_of(limits: AlarmLimits | Mapping[str, Any] | str | Path | None) -> Al
     """Return the thresholds that ``limits`` gives: an `AlarmLimits`, which is returned as it is; a mapping of
     names to numbers; a TOML file of them; or a plan file (.yaml, .yml) with them under the key ``watch``.
     Thresholds that are not given have their default, and so have all for None. Names that end in ``_bytes``
-    also take a size such as "64MiB". Raises UserError if the file cannot be read, for unknown names, for
-    values that are not numbers of at least 0, and for a number with a fraction where the default has none."""
+    also take a size such as "64MiB". Raises UserError if the file cannot be read, for a plan file without the
+    key, for unknown names, for values that are not finite numbers of at least 0, and for a number with a
+    fraction where the default is a whole number."""
     if limits is None:
         return AlarmLimits()
     if isinstance(limits, AlarmLimits):
@@ -67,7 +69,8 @@ def _section(path: Path) -> Mapping[str, Any]:
     section = data.get(SECTION) if isinstance(data, dict) else None
     if not isinstance(section, dict):
         raise UserError(
-            f"{path} has no thresholds for alarms", allowed=f"a mapping under the key {SECTION!r}"
+            f"the plan file {path} has no thresholds for alarms",
+            allowed=f"a mapping of names to numbers under the key {SECTION!r}",
         )
     return section
 
@@ -77,7 +80,7 @@ def _parse_limits(values: Mapping[str, Any], what: str) -> AlarmLimits:
     for name in values:
         if name not in defaults:
             raise UserError(
-                f"{what}: unknown limit {name!r}",
+                f"{what}: unknown threshold of alarms {name!r}",
                 allowed=", ".join(defaults),
                 hint=suggest(str(name), defaults),
             )

@@ -24,6 +24,8 @@ _LIVE: Final = ("active_allocated", "active_awaiting_free", "active_pending_free
 _MOST_ITEMS: Final = 5_000_000  # blocks, events and frames that are looked at
 _SWING: Final = 0.1  # of the peak: what counts as a rise or a fall of memory from step to step
 _STACKS: Final = 5
+_FEWER: Final = "record fewer events: torch.cuda.memory._record_memory_history(max_entries=100000)"
+_SNAPSHOT: Final = "a file that torch.cuda.memory._dump_snapshot wrote, or its content as JSON"
 
 Stack = tuple[StackFrame, ...]  # outermost first
 
@@ -74,9 +76,9 @@ class MemorySnapshot:
 
     @property
     def leak_bytes(self) -> int:
-        """How much the low points grew from the second on, if they grew nearly steadily by at least 5 % of
-        the highest point; else 0. The first low point is left out, because the first step adds the state of
-        the optimizer."""
+        """Growth of the low points from the second to the last in bytes, if there are at least four low
+        points, most of them rise, and they grew by at least 5 % of the highest point; else 0. The first is
+        left out, because the first step adds the state of the optimizer."""
         troughs = self.trough_bytes[1:]
         if len(troughs) < 3:
             return 0
@@ -93,31 +95,39 @@ def is_snapshot(head: bytes) -> bool:
 def read_snapshot(path: Path) -> list[MemorySnapshot]:
     """Return what the snapshot in ``path``, a pickle or JSON, says about each device that it has memory or
     events of. No code of the file is run. Raises UserError if it is no snapshot, too large or damaged."""
-    hint = "record fewer events: torch.cuda.memory._record_memory_history(max_entries=100000)"
-    return parse_snapshot(read_bytes(path, most_bytes=LARGEST_BYTES, hint=hint), what=str(path))
+    return parse_snapshot(read_bytes(path, most_bytes=LARGEST_BYTES, hint=_FEWER), what=str(path))
 
 
 def parse_snapshot(data: bytes, *, what: str) -> list[MemorySnapshot]:
-    """Return what `read_snapshot` returns for the content of a file. ``what``: its name in messages."""
+    """Return for ``data``, the content of a file, what `read_snapshot` returns, and raise as it does.
+    ``what``: name of the file in messages."""
     if len(data) > LARGEST_BYTES:
-        raise UserError(f"{what} has {len(data)} bytes", allowed=f"at most {LARGEST_BYTES}")
+        raise UserError(
+            f"the memory snapshot {what} has {len(data)} bytes",
+            allowed=f"at most {LARGEST_BYTES} bytes",
+            hint=_FEWER,
+        )
     if data[:1] == b"\x80":
         value = load_plain(data, what=what)
     else:
         try:
             value = json.loads(data)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{what} is neither a pickle nor JSON: {first_line(error)[:200]}") from None
+            raise UserError(
+                f"{what} is neither a pickle nor JSON: {first_line(error)[:200]}", allowed=_SNAPSHOT
+            ) from None
     if isinstance(value, list):  # torch.cuda.memory_snapshot() returns the segments alone
         value = {"segments": value}
     try:
         return list(_devices(value))
     except _TooMany:
-        raise UserError(f"{what} has more than {_MOST_ITEMS} blocks, events and frames") from None
+        raise UserError(
+            f"the memory snapshot {what} has more than {_MOST_ITEMS} blocks, events and frames", hint=_FEWER
+        ) from None
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(
             f"{what} is not a memory snapshot: {type(error).__name__}: {error}"[:300],
-            allowed="a file that torch.cuda.memory._dump_snapshot wrote, or its content as JSON",
+            allowed=_SNAPSHOT,
         ) from None
 
 

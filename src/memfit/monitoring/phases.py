@@ -82,7 +82,7 @@ def _path(frame: StackFrame) -> str:
 
 
 def _is_evaluation(frame: StackFrame) -> bool:
-    """Whether the frame belongs to an evaluation. ``torch.autograd`` and the like have no such names."""
+    """Return whether the name or the code of the frame is that of an evaluation."""
     return bool(_EVALUATION.match(_function(frame)) or _EVALUATION_CALL.search(frame.code))
 
 
@@ -92,7 +92,7 @@ def _is_backward(frame: StackFrame) -> bool:
 
 
 def _activity(frame: StackFrame) -> str:
-    """Return what the frame does, "" if that cannot be seen from it."""
+    """Return what the frame does, one of the names of `PhaseOfDeath`; "" if it does not show that."""
     function, path, code = _function(frame), _path(frame), frame.code
     if "/torch/utils/data/" in path:
         return "data"
@@ -116,7 +116,7 @@ def _activity(frame: StackFrame) -> str:
 
 
 def _adds_state(frames: Sequence[StackFrame]) -> bool:
-    """Whether the optimizer's state is made, not the temporary tensors of its update."""
+    """Return whether the optimizer was making its state, not the temporary tensors of its update."""
     return any(_STATE_FUNCTION.match(_function(f)) for f in frames) or any(
         _STATE.search(f.code) and "zeros" in f.code for f in frames[-3:]
     )

@@ -105,8 +105,10 @@ class Alarm:
 
     ``kind``: "creep", "maximum", "above-prediction", "fragmentation", "retries", "loss-spike", "non-finite",
     "headroom" or "slow-rank". ``quantity``: the field of WatchStep in which it was seen. ``value``: its
-    value; for "creep" its growth in bytes per step, for "slow-rank" its ratio to that of the other ranks.
-    ``limit``: the threshold that ``value`` crossed. ``text``: one sentence.
+    value; but for "creep" its growth in bytes per step, for "fragmentation" the peak of reserved over that of
+    allocated memory, for "loss-spike" by how many standard deviations the loss is above the median, and for
+    "slow-rank" its ratio to that of the other ranks. ``limit``: the threshold that ``value`` crossed; for
+    "retries" the value in the step before, for "non-finite" 0. ``text``: one sentence.
     """
 
     kind: str
@@ -205,8 +207,9 @@ class WatchRecord:
 
     @property
     def lost_ranks(self) -> tuple[int, ...]:
-        """The ranks without a record of their end, if another one's error, or the end of the command, shows
-        that the training is over: a signal may have ended them."""
+        """The ranks without a record of their end, which a signal may have ended. Empty for one rank, and
+        unless the training is over: another rank ended with an error, or the command with a positive exit
+        status."""
         if len(self.ranks) == 1:
             return ()
         is_over = any(r.end is not None and r.end.error for r in self.ranks)
@@ -365,7 +368,7 @@ class _RankFile:
 
     def _complete(self, values: dict[str, Any]) -> None:
         """Add values that were read from the device after the line of their step had been written. They are
-        dropped if that is none of the last 1,000 steps."""
+        dropped if their step is none of the last 1,000."""
         values = _known_fields(WatchStep, values)
         for i in range(len(self._steps) - 1, max(-1, len(self._steps) - 1000), -1):
             if self._steps[i].step == values["step"]:

@@ -45,7 +45,7 @@ class RunAlarms:
         self.texts: list[str] = []
 
     def add(self, event: Mapping[str, Any]) -> None:
-        """Look at a step that the worker has reported."""
+        """Collect the alarms of a step. ``event``: the event "step" with which the worker reported it."""
         step = int(event["step"])
         values = {name: event[key] for key, name in _REPORTED.items() if event.get(key) is not None}
         for alarm in self._detector.add(WatchStep(step=step, time_s=time.time(), **values)):
@@ -56,8 +56,9 @@ class RunAlarms:
                 recent.append(int(value))
 
     def conclude(self) -> tuple[str, ...]:
-        """Return one sentence for each alarm, after the last step. A run that is too short for the test of
-        creep has one if memory grew in each of its last 10 steps, by the limit of creep at least."""
+        """Return one sentence for each alarm. To be called after the last step. Without an alarm of creep,
+        there is one more sentence if memory grew in each of the last 10 steps, and in all by at least the
+        limit ``creep_bytes``."""
         rising = [] if self._creeping else [text for n in _RISING if (text := self._rise(n))]
         return (*self.texts, *rising[:1])
 

@@ -93,8 +93,8 @@ def frames_of(error: BaseException) -> tuple[StackFrame, ...]:
 
 
 def _short_path(path: str) -> str:
-    """Return the path of an installed module from its package's folder on; of others that from the current
-    folder on, or else the name of the file."""
+    """Return the path of an installed module from the folder site-packages (or Python's lib) on, that of a
+    file below the current folder relative to it, and of any other file the name."""
     path = path.replace("\\", "/")
     if match := _INSTALLED.search(path):
         return path[match.start() :]

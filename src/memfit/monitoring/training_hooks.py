@@ -67,7 +67,8 @@ def observe_clipping(after: Observer) -> Callable[[], None]:
 def _observe(
     owner: Any, name: str, *, before: Observer | None = None, after: Observer | None = None
 ) -> Callable[[], None]:
-    """Wrap a function of a module, once for all observers. Compiled code calls the function itself."""
+    """Call the observers before and after each call of the function ``name`` of the module ``owner``. Return
+    a function that ends this. Code that torch compiles calls the function without observers."""
     observed = getattr(owner, name)
     if not hasattr(observed, "memfit_observers"):
         observed = _wrap(observed)

@@ -81,10 +81,11 @@ class NumberSeries:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingLog:
-    """What the lines before a death tell. ``last_step``: the highest number of a training step, None if
-    none is printed. ``epochs``: number of different epochs. ``in_evaluation``: the last progress is that of
-    an evaluation. ``progress_rows``: lines that show progress of the training. ``memory``: the series of
-    memory with most values. ``samples``: series of the sizes of samples.
+    """What the lines of a log before the training ended tell. ``last_step``: the highest number of a training
+    step, None if none is printed. ``epochs``: number of different epochs. ``in_evaluation``: the last
+    progress is that of an evaluation. ``progress_rows``: indices of lines that show progress of the training.
+    ``memory``: the series of memory with most values, None if none is printed. ``samples``: series of the
+    sizes of samples.
     """
 
     last_step: int | None
@@ -143,8 +144,9 @@ def read_training_log(lines: Sequence[str]) -> TrainingLog:
 
 
 def outlier_factor(series: NumberSeries, row_count: int) -> float | None:
-    """Return by what factor the last value, in one of the last lines of ``row_count``, exceeds the highest of
-    at least four before it; None if by less than 1.3."""
+    """Return the last value of ``series`` divided by the highest value before it. None if the ratio is below
+    1.3, if there are fewer than four values before it, or if it is in none of the last three of ``row_count``
+    lines."""
     *earlier, last = series.values
     if len(earlier) < 4 or series.rows[-1] < row_count - _NEAR or last < 1.3 * max(earlier):
         return None

@@ -93,7 +93,7 @@ class TrainingWatch:
         self._path = Path(file)
         if not self._path.suffix or self._path.is_dir():
             raise UserError(
-                f"the file of a watch is {str(self._path)!r}",
+                f"the file of a watch has no suffix or is a folder: {str(self._path)!r}",
                 allowed="a file name with a suffix, such as run.jsonl",
             )
         self._model, self._optimizer = model, optimizer
@@ -158,8 +158,9 @@ class TrainingWatch:
         self._notify(alarms)
 
     def _recovery(self, error: BaseException | None) -> str:
-        """If memory ran out, return what ``on_oom`` says about how to go on. The tensors of the frames in
-        which the error was raised are freed before. If ``on_oom`` raises a UserError, it is printed."""
+        """If memory ran out, free the tensors of the frames in which the error was raised, and return the
+        text that ``on_oom`` returns. Return "" without ``on_oom``, for another error, and if the watch is
+        over. If ``on_oom`` raises a UserError, print it and return ""."""
         if error is None or self._on_oom is None or self._is_over or not is_oom_error(error):
             return ""
         clear_frames(error.__traceback__)
@@ -172,7 +173,8 @@ class TrainingWatch:
     # -- memfit's own work, of which an error ends the watch
 
     def _guard(self, function: Callable[..., list[Alarm]], *arguments: Any) -> list[Alarm]:
-        """Call a function unless the watch is over. Its error ends the watch, not the training."""
+        """Return what ``function(*arguments)`` returns; [] if the watch is over or the function fails. Its
+        error ends the watch, not the training."""
         if self._is_over:
             return []
         try:

@@ -70,8 +70,8 @@ class Store:
 
     def append(self, poc_id: str, kind: str, body: Any) -> Record:
         """Add one row with `body` as JSON (``serialization.dumps``), the current time and the environment of
-        this process, and return it once it is on disk. `kind` says what the body is, for example "run" or
-        "poc"."""
+        this process. Return it once it is on disk. ``poc_id``: the PoC to which the row belongs, or the label
+        of a single run. ``kind``: what the body is, for example "run" or "poc"."""
         created = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         name, environment = self._environment
         text = serialization.dumps(body)
@@ -131,7 +131,8 @@ class Store:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Inside this context, no other thread or process adds rows or is inside ``locked`` of the same file.
-        Rows can be read, but not added."""
+        Rows can be read, but not added, not even by this thread: an attempt, also to enter ``locked``, waits
+        30 s and then raises UserError, unless the context is left before."""
         with self._connection() as connection, _transaction(connection):
             yield
 
@@ -195,8 +196,8 @@ def reporter_of(row: Record) -> str:
 def _insert(
     connection: sqlite3.Connection, row: tuple[str, str, str, str, str], environment: Mapping[str, str]
 ) -> int:
-    """Add ``row`` (poc_id, kind, created, digest of the environment, body) and its environment, and return
-    its record_id."""
+    """Add ``row`` (poc_id, kind, created, digest of the environment, body), and ``environment`` unless it is
+    stored already. Return the record_id of the new row."""
     connection.execute(
         "INSERT INTO environment SELECT ?1, ?2 WHERE ?1 NOT IN (SELECT digest FROM environment)",
         (row[3], json.dumps(dict(environment))),

@@ -21,15 +21,16 @@ def resolve_poc_id(store: Store, poc_id: str | None) -> str:
     resolved_id = poc_id or store.latest_poc_id()
     if resolved_id is None:
         raise UserError(
-            f"there is no proof of concept in the store {store.path}", hint="run `memfit poc` first"
+            f"there is no proof of concept in the store {store.path}",
+            hint="run `memfit poc` first, or name another store with --store",
         )
     return resolved_id
 
 
 def store_attended_minutes(store: Store, poc_id: str | None, minutes: float) -> None:
     """Store for how many minutes people attended to the PoC ``poc_id``; None: the one begun last. Minutes
-    stored before no longer count. Raises UserError if ``minutes`` is negative or not finite, if the store
-    does not have the PoC, or if it has only its record from others."""
+    stored before no longer count. Raises UserError if ``minutes`` is negative or not finite, and as
+    `stored_poc` does."""
     resolved_id = resolve_poc_id(store, poc_id)
     if not 0 <= minutes < math.inf:
         raise UserError(f"--attended-minutes is {minutes:g}", allowed="a finite number of at least 0")
@@ -40,13 +41,13 @@ def store_attended_minutes(store: Store, poc_id: str | None, minutes: float) -> 
 def stored_poc(store: Store, poc_id: str) -> Poc:
     """Return the PoC as it was stored when it finished; or an unfinished one as it was stored when it began,
     with the runs that have ended since. The attended minutes that were stored last are included. Raises
-    UserError if the store does not have the PoC, or only its record from others, and if what is stored cannot
-    be read."""
+    UserError if the store does not have the PoC, or only a record of it from others, if the PoC's ID could
+    not be part of a file name, and if what is stored cannot be read."""
     poc, minutes = _stored_poc(store, poc_id), store.records(poc_id, ATTENDED)
     if not _POC_ID.fullmatch(poc.poc_id):  # it becomes a part of file names
         raise UserError(
-            f"the store {store.path} has a PoC with the ID {poc.poc_id[:80]!r}",
-            allowed="an ID of up to 80 letters, digits, dots, hyphens and underscores",
+            f"the PoC {poc.poc_id[:80]!r} in the store {store.path} has an invalid ID",
+            allowed="1 to 80 letters, digits, dots, hyphens and underscores, with no dot at the beginning",
         )
     if not minutes:
         return poc

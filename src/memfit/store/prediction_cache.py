@@ -47,7 +47,7 @@ def default_folder() -> Path | None:
 
 def limit_bytes() -> int:
     """Return how many bytes the cache may take: the environment variable ``MEMFIT_CACHE_LIMIT``, such as
-    "500MiB", or if that is not set 2 GiB. Raises UserError if the variable is not a number of bytes."""
+    "500MiB", or if that is not set 2 GiB. Raises UserError if the variable is not such a size."""
     from memfit.types.parsing import parse_bytes
 
     setting = os.environ.get(LIMIT_VARIABLE, "")
@@ -64,8 +64,8 @@ def limit_bytes() -> int:
 
 
 def digest_of(*facts: Any) -> str:
-    """Return 40 hexadecimal digits that are the same for equal ``facts``, which must be what ``json``
-    accepts."""
+    """Return a digest of ``facts``, 40 hexadecimal digits. The facts must be values that ``json.dumps``
+    accepts. The order of keys in mappings does not matter."""
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=20).hexdigest()
 
 
@@ -89,7 +89,8 @@ class PredictionCache:
     """Entries in the folder ``folder``: bytes by name.
 
     If the folder or a file cannot be read or written, nothing is raised: nothing is in the cache then, or
-    nothing is added to it. ``limit_bytes``: when the entries take more, the least recently used are deleted.
+    nothing is added to it. ``limit_bytes``: if the entries take more, the least recently used are deleted
+    until they take at most 80 % of it. This is checked at the first write and after every 64 MiB written.
     """
 
     def __init__(self, folder: Path, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
@@ -97,8 +98,9 @@ class PredictionCache:
         self._unchecked_bytes = _CHECKED_EVERY_BYTES  # the first write of a process checks
 
     def read(self, name: str) -> bytes | None:
-        """Return the payload of the entry, and mark it as used now. None if there is no such entry. A file
-        that is damaged, or not memfit's, is deleted."""
+        """Return the payload of the entry, and mark it as used now. None if there is no such entry, or if it
+        is larger than the cache's limit. What is in its place and is damaged, not from `pack` or no regular
+        file is deleted, and None returned."""
         path = self._path(name)
         try:
             data = read_bytes(path, most_bytes=self.limit_bytes)
@@ -130,7 +132,8 @@ class PredictionCache:
             self._shrink()
 
     def usage(self) -> tuple[int, int]:
-        """Return (number of entries, bytes of their files). Drafts that killed processes left count, too."""
+        """Return (number of entries, bytes of their files). Temporary files that killed processes have left
+        count, too."""
         sizes = [size for _, size, _ in self._files()]
         return len(sizes), sum(sizes)
 
@@ -138,8 +141,8 @@ class PredictionCache:
         return self.folder / name[:2] / f"{name}{_SUFFIX}"
 
     def _files(self) -> Iterator[tuple[float, int, Path]]:
-        """Yield (time of the last use, bytes, path) of each entry, and of each draft that a process which was
-        killed has left."""
+        """Yield (time of the last use, size in bytes, path) of each entry, and of each temporary file (suffix
+        `DRAFT`), such as killed processes have left."""
         for path in self.folder.glob("[0-9a-f][0-9a-f]/*"):
             if path.suffix in (_SUFFIX, DRAFT):
                 with contextlib.suppress(OSError):

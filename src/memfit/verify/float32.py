@@ -42,7 +42,7 @@ def difference_beyond_rounding(
     a: Sequence[float], b: Sequence[float], *, seed: int, first_step: int = 0
 ) -> Cause | None:
     """Return the Cause "beyond_rounding" with the first step at which the losses ``a`` and ``b`` differ by
-    more than `tolerance`, and the relative difference there; None if there is no such step.
+    more than `tolerance`, the relative difference there and the tolerance; None if there is no such step.
 
     Only the first `STEPS` (5) losses are compared; of these, ``a`` and ``b`` must have the same number.
     ``first_step``: number of the step of the first loss. ``seed``: of both runs, for the Cause.

@@ -87,12 +87,13 @@ def scores(run: Run, endpoints: Sequence[Metric]) -> Mapping[str, float] | None:
 
 
 def judge_pair(baseline: Run, control: Run, endpoints: Sequence[Metric], verdict: Verdict) -> ControlResult:
-    """Return whether the test that gave ``verdict`` would have judged a difference as large as that of one
-    pair of runs, plain training and the negative control, to be different.
+    """Return how the test that gave ``verdict`` would have judged one pair of runs: plain training
+    (``baseline``) and the negative control (``control``).
 
-    In each endpoint, the difference gets an interval as wide as that in ``verdict``, which must be based on
-    the endpoints. If `scores` returns None for one of the two runs, the result is "not noticed", with the
-    reason in ``problem``.
+    In each endpoint, the difference of the two runs gets an interval as wide as that in ``verdict``, which
+    must be based on the endpoints. The control counts as noticed if one of these intervals is outside the
+    endpoint's margin. If `scores` returns None for one of the runs, the control counts as not noticed, and
+    ``problem`` has the reason.
     """
     name = control.spec.degraded
     plain_scores, control_scores = scores(baseline, endpoints), scores(control, endpoints)
@@ -146,7 +147,8 @@ def judge_study(study: PowerStudy) -> ControlResult:
 
 def with_control(verdict: Verdict, control: ControlResult | None) -> Verdict:
     """Return the verdict with the result of the negative control. "equivalent" becomes "not_sensitive" if the
-    control was not judged different. A verdict that is not based on the metric is returned unchanged."""
+    control was not judged different. Without a result (``control`` is None), and if it is not based on the
+    metric, the verdict is returned unchanged."""
     if control is None or not verdict.metric:
         return verdict
     if verdict.kind is not VerdictKind.EQUIVALENT or control.noticed:

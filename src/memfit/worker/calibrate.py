@@ -11,10 +11,11 @@ from memfit.types.result import Measurement, OutcomeKind
 
 
 def main(path: Path) -> None:
-    """Run the operators in the JSON file ``path`` and report results as events on standard output. With
-    ``memory_only`` in the file, an event "workspace" reports the memory that each operator takes inside.
-    Otherwise one event "calibration" reports the operators' times and peaks and, with ``rates``, those of the
-    machine. The last event is "result", with the outcome OK."""
+    """Run the operators in the JSON file ``path`` and report results as events on standard output. If
+    ``memory_only`` is true in the file, one event "workspace" per operator reports the memory that it takes
+    inside. Otherwise one event "calibration" reports the times and peaks of all operators and, if ``rates``
+    is true, the machine's rates, such as the speed of copies. The last event is "result", with the outcome
+    OK."""
     import torch
 
     from memfit.runtime.devices import use_device

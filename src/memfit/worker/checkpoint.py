@@ -64,8 +64,8 @@ class Checkpointer:
     the copy. There is at most one copy: the next `save` waits. ``copy_bytes``: the largest copy so far."""
 
     def __init__(self, spec: RunSpec, step: TrainingStep) -> None:
-        """Create it before ``step`` runs. Raises UserError if the state of the run cannot be saved by name
-        because of its engine or plan, or if no torch optimizer is inside the step's optimizer."""
+        """Must be called before ``step`` runs. Raises UserError if the state of the run cannot be saved by
+        name because of its engine or plan, or if no torch optimizer is inside the step's optimizer."""
         self.spec, self.step, self.rank = spec, step, step.bench.world.rank
         engine = ENGINES[spec.engine]
         if not engine.saves:
@@ -77,13 +77,13 @@ class Checkpointer:
         if unsaved := engine.unsaved & spec.plan.techniques:
             raise UserError(
                 f"checkpoints are not supported for plans with {', '.join(unsaved)} on engine {spec.engine}",
-                allowed="engine native",
+                allowed="engine native, or a run without --save and --resume",
             )
         if step.bench.own_parameters:
             raise UserError(
                 "checkpoints are not supported for plans with expert-parallel",
-                hint="remove expert-parallel from the plan: the experts of each rank have no names of their "
-                "own to save by",
+                hint="remove expert-parallel from the plan, or run without --save and --resume: the experts "
+                "of each rank have no names of their own to save by",
             )
         zero = spec.plan.get("zero")
         if zero is not None and zero.settings["nvme"] != "none":
@@ -104,10 +104,11 @@ class Checkpointer:
 
     def restore(self) -> int:
         """Load the checkpoint that the run resumes from, random state included, and return the number of
-        steps that it has done. All ranks must call it. Raises UserError if its description cannot be parsed,
-        if it belongs to another model or optimizer, or if its parameters differ in a number, such as the
-        optimizer's step, that this plan keeps once for all of them. Raises MemfitError if files are missing
-        or damaged, and UserError if their metadata name anything but the format's classes."""
+        steps after which it was saved. All ranks must call it. Raises UserError if the checkpoint's
+        description or metadata cannot be read, if the metadata name anything but the format's classes, if it
+        belongs to another model or optimizer, and if its parameters differ in a number, such as the
+        optimizer's step, that this plan keeps once for all of them. Raises MemfitError if its files are
+        missing or damaged."""
         path = Path(self.spec.keep.resume)
         metadata = checkpoints.about(path)
         _must_be_alike(path, metadata.shapes, self._shapes())
@@ -137,8 +138,9 @@ class Checkpointer:
         return bool(keep.save) and is_due
 
     def save(self, done: int) -> None:
-        """Save a checkpoint of the state after ``done`` steps in the run's folder, or begin to. All ranks
-        must call it. Raises MemfitError if the checkpoint, or an earlier one, cannot be written."""
+        """Save a checkpoint of the state after ``done`` steps in the run's folder; if the run saves
+        asynchronously, begin to. All ranks must call it. Raises MemfitError if the checkpoint, or an earlier
+        one that was still being written, cannot be written, and MemoryError if memory ran out."""
         self.finish()
         self._begin(Path(self.spec.keep.save), done)
         if not self.spec.keep.asynchronous:
@@ -150,14 +152,14 @@ class Checkpointer:
         return self._writing is not None and not self._writing.is_alive()
 
     def finish(self) -> None:
-        """Wait until the checkpoint that is being written is complete, and report it. Raises as `save` does;
-        MemoryError if memory ran out."""
+        """Wait until the checkpoint that is being written, if any, is complete, and report it as an event
+        "saved". Raises as `save` does."""
         writing, self._writing = self._writing, None
         if writing is not None:
             tell("saved", step=writing.done, path=str(writing.result()))
 
     def wait(self) -> None:
-        """Wait until no checkpoint is being written, whatever comes of it."""
+        """Wait until no checkpoint is being written. An error of the writing is not raised."""
         if self._writing is not None and self._writing.ident is not None:
             self._writing.join()
 
@@ -173,8 +175,9 @@ class Checkpointer:
             self._writing.run()
 
     def rehearse(self) -> None:
-        """Save once into a temporary folder inside that of the run, and remove it: what saving loads and
-        creates for the first time then exists. All ranks must call it. Raises as `save` does."""
+        """Save once into a temporary folder inside the folder of the run, and remove it. Libraries and
+        buffers that the first save loads or creates then exist. All ranks must call it. Raises as `save`
+        does."""
         with contextlib.ExitStack() as stack:
             folder: Path | None = None
             if self.rank == 0:
@@ -370,13 +373,13 @@ class Entry:
             f"{self.key} of a flat optimizer state has {value.numel()} elements, but the flat tensor of its "
             f"parameters has {owner.numel()}, so it cannot be saved by parameter name",
             allowed="with zero, an optimizer whose state tensors have one element or the shape of their "
-            "parameter",
+            "parameter; or a run without --save and --resume",
         )
 
     @property
     def into(self) -> Any:
-        """What a checkpoint's value is read into: `stored`, which is in the memory of this value, or a copy
-        of it if it is a tensor of one element that several parameters share."""
+        """What a checkpoint's value is read into: `stored`, whose tensors have the memory of this value; but
+        a copy if the value is a tensor of one element that several parameters share."""
         value = self.stored
         return value.clone() if self.shared and isinstance(value, torch.Tensor) else value
 

@@ -26,8 +26,9 @@ def degrade(step: TrainingStep, degraded: str) -> Callable[[], None]:
         groups = [g for inner in innermost(step.optimizer) for g in getattr(inner, "param_groups", [])]
         if not groups or any("lr" not in group for group in groups):
             raise UserError(
-                f"the job's optimizer, {type(step.optimizer).__name__}, has no learning rate to be divided",
-                allowed="Job(negative_control=...) other than 'tenth-learning-rate' for this optimizer",
+                "the negative control 'tenth-learning-rate' needs an optimizer with a learning rate, and the "
+                f"job's {type(step.optimizer).__name__} has none",
+                allowed="Job(negative_control=...) of 'half-steps' or 'eight-bit-weights'",
             )
         for group in groups:
             group["lr"] = group["lr"] / 10
@@ -67,13 +68,20 @@ def round_weights(model: torch.nn.Module) -> None:
 def scores_by_endpoint(job: Job, scores: Any) -> Mapping[str, float]:
     """Return name -> value of the job's endpoints (its metric and its surrogates) from ``scores``, which its
     ``evaluate`` returned: a number, which is the metric, or a mapping. Without a metric, the number's name is
-    "". Return an empty mapping for None. Raises UserError if an endpoint is missing."""
+    "". Return an empty mapping for None. Raises UserError if an endpoint is missing, and for a mapping if the
+    job has no metric."""
     if scores is None:
         return {}
     name = job.metric.name if job.metric is not None else ""
     values = dict(scores) if isinstance(scores, Mapping) else {name: float(scores)}
     names = [endpoint.name for endpoint in job.endpoints] or [name]
-    if missing := [n for n in names if n not in values]:
+    missing = [n for n in names if n not in values]
+    if missing and job.metric is None:
+        raise UserError(
+            f"the job's evaluate returned {', '.join(values) or 'nothing'}, but the job has no metric",
+            allowed="a number; or a mapping, for a job with Job(metric=...)",
+        )
+    if missing:
         raise UserError(
             f"the job's evaluate returned {', '.join(values) or 'nothing'}, but not {', '.join(missing)}",
             allowed="a mapping with the name of the metric and of each surrogate",

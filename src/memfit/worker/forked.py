@@ -27,14 +27,13 @@ _MALLOC_OPTIONS = ((-3, 65536), (-1, 0), (-8, 1))
 
 
 def train_forked(spec: RunSpec, job: Job) -> Measurement:
-    """Train ``job`` as ``spec`` says, on one thread of a forked copy of this process, and return what it
-    measured. ``spec.job`` is only a name. What goes wrong there is the outcome of the measurement. Raises
-    UserError if this process cannot be forked: not on Linux, for a device other than the processor, and if
-    the plan has several ranks."""
+    """Train ``job`` as ``spec`` says in a forked copy of this process, and return what was measured.
+    ``spec.job`` is only a name. An error in the copy becomes the outcome of the measurement. Raises UserError
+    if this system cannot fork, for a device other than the processor, and if the plan has several ranks."""
     if not hasattr(os, "fork") or spec.device != HOST or spec.plan.ranks > 1:
         raise UserError(
-            "a model that only this process has can be run under a cap only on Linux, on the processor and "
-            "with one rank",
+            "memfit.largest(measure=True) can train an object of this process only on Linux, on the "
+            "processor (CPU) and with one rank",
             allowed="a function FILE.py:NAME that returns a memfit.Job, with "
             "`memfit plan FILE.py:NAME --largest SIZE --measure`",
         )

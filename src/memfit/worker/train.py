@@ -278,9 +278,9 @@ def _warm_up(
     (`_conform`), run it again with one micro-batch, and throw it away. Kernels, their caches and thread
     stacks then exist before the memory that the process itself takes is read
     (docs/decisions/002-memory-cap.md gives the difference). If there is a cap, save and evaluate once, too.
-    Return the number of elements of the parameters of the model without a plan, and the highest data segment
-    of the process while it saved and evaluated (0: it did not). Raises NotConforming if the step does not do
-    what the plan says."""
+    Return (number of elements of the parameters of the model without a plan, largest data segment of the
+    process in bytes while it saved and evaluated; 0 if it did not). Raises NotConforming if the step does not
+    do what the plan says."""
     import torch
 
     batch = job.make_batch(0, spec.seed)
@@ -307,9 +307,10 @@ def _warm_up(
 def _rehearse(
     job: Job, spec: RunSpec, step: TrainingStep, keeper: Checkpointer | None, counter: PeakCounter
 ) -> int:
-    """Save and evaluate once, as far as the cap of the run holds for it, and return the highest data segment
-    of the process meanwhile; 0 if it did neither, or without the counting allocator. What both load for the
-    first time is then part of the footprint. The random state is as before."""
+    """Save once, if ``keeper`` is given, and evaluate once, if the run evaluates under its cap. Return the
+    largest data segment of the process meanwhile in bytes; 0 if it did neither, or without the counting
+    allocator. What both load for the first time is then part of the footprint. The random state is as
+    before."""
     import torch
 
     from memfit.runtime.counting_allocator import CountingAllocator
@@ -418,8 +419,8 @@ def _elements_and_dtypes(model: Any) -> tuple[int, frozenset[Any]]:
 @contextlib.contextmanager
 def _cap(spec: RunSpec, counter: PeakCounter, device: torch.device, data_peak_bytes: int) -> Any:
     """Set the cap of the run, lifted at the end, and yield it, or None if there is none. ``data_peak_bytes``:
-    the highest data segment while the warm-up saved and evaluated, which raises a cap that is memfit's own
-    bound; 0: it did not."""
+    the largest data segment of the process while the warm-up saved and evaluated, 0 if it did not; it raises
+    a cap that is memfit's own bound (``cap_scope`` "bound")."""
     if spec.cap_bytes is None:
         yield None
         return
@@ -501,9 +502,9 @@ def _oom_text(phase: str, done: int) -> str:
 
 
 def _describe_excess(spec: RunSpec, gauge: _Gauge, limit: MemoryLimit) -> str:
-    """Return, in words, how the run used more than its cap although nothing stopped it: by memory that the
-    cap does not count, by data that was loaded before it was set, or because the job raised the limit.
-    Return "" if it did not, and on an accelerator."""
+    """Return a text that says how the run used more than its cap although nothing stopped it: by memory that
+    the cap does not count, by data that was loaded before the cap was set, or because the job raised the
+    limit. Return "" if it did not use more, and on an accelerator."""
     if gauge.device.type != HOST:
         return ""
     cap_bytes, resident = limit.cap_bytes, gauge.resident.observed()

@@ -18,8 +18,9 @@ _SHORTEST_HOST: Final = 4  # characters; a shorter name may be a word
 
 
 def anonymous_command(command: str) -> str:
-    """Return a command line with each path replaced by its last component, and with `anonymous_text` applied.
-    Names of models such as ``hf:OWNER/NAME`` stay."""
+    """Return a command line with each path in its arguments, also after ``--option=``, replaced by its last
+    component, and with `anonymous_text` applied. Names of models such as ``hf:OWNER/NAME`` stay. If a
+    quotation mark is not closed, only `anonymous_text` is applied."""
     try:
         words = shlex.split(command)
     except ValueError:  # a quote without an end
@@ -28,8 +29,9 @@ def anonymous_command(command: str) -> str:
 
 
 def anonymous_text(text: str) -> str:
-    """Return a text with each absolute path replaced by its last component, each USER@HOST by "USER@HOST",
-    and the name of this machine by "HOST". A name of fewer than 4 characters, and "localhost", stays."""
+    """Return a text with each absolute path, also one that begins with ~ or a Windows drive, replaced by its
+    last component, each USER@HOST by "USER@HOST", and the name of this machine by "HOST". A machine's name of
+    fewer than 4 characters, and "localhost", stays."""
     text = _LOGIN.sub("USER@HOST", _PATH.sub(lambda match: _last(match.group()), text))
     host = platform.node().partition(".")[0]
     if len(host) >= _SHORTEST_HOST and host != "localhost":
@@ -66,7 +68,8 @@ def _anonymous_word(word: str) -> str:
 
 
 def _last(path: str) -> str:
-    """Return the last component of a path. Text without a separator is returned as it is."""
+    """Return the last component of a path; "FOLDER" if it has none, as "/". Text without a slash or backslash
+    is returned as it is."""
     if not re.search(r"[/\\]", path):
         return path
     pure_path = PureWindowsPath(path) if "\\" in path else PurePosixPath(path)

@@ -101,9 +101,9 @@ def _row(quantity: str, a: Any, b: Any, reasons: Sequence[str]) -> Compared:
 
 
 def _unlike(what: str, a: Any, b: Any) -> Iterator[str]:
-    """Yield one text for each difference between ``a`` and ``b``: one per key of mappings and per field of
-    models, otherwise one in all; nothing if they are equal. ``what`` names the two in the texts, for example
-    "hardware: cores differs: 4 and 8" for "hardware"."""
+    """Yield one text for each difference between ``a`` and ``b``: one for each differing key of two mappings
+    or field of two pydantic models, otherwise one in all; nothing if they are equal. ``what`` says in the
+    texts what is compared: "hardware" gives, for example, "hardware: cores differs: 4 and 8"."""
     if isinstance(a, pydantic.BaseModel):
         a, b = a.model_dump(), b.model_dump()
     if isinstance(a, Mapping) and isinstance(b, Mapping):

@@ -116,7 +116,7 @@ class Side(Part):
 
 class Endpoint(Part):
     """The difference in an endpoint of the job, in ``unit``: the mean over pairs of runs, and its interval.
-    Results within ``margin`` count as equivalent."""
+    If the interval is inside -``margin`` to ``margin``, the results count as equivalent."""
 
     name: NotBlank
     unit: str
@@ -398,8 +398,8 @@ def _verdict_faults(record: Shared, verdict: Judgement, *, same: bool) -> Iterat
 
 
 def _control_faults(verdict: Judgement) -> Iterator[str]:
-    """Yield the inconsistencies of the negative control: "not_sensitive" needs one that was not noticed, and
-    one that was noticed differs in an endpoint by more than its margin."""
+    """Yield the inconsistencies of the negative control: the verdict "not_sensitive" needs a control that was
+    not noticed, and a control counts as noticed exactly if one of its endpoints is judged different."""
     control = verdict.control
     if verdict.kind == "not_sensitive" and (control is None or control.noticed):
         yield "the verdict is not_sensitive, but verdict.control does not say that the control was missed"
