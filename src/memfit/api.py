@@ -183,12 +183,16 @@ class Prediction:
         if batch is not None:
             predictor = predictor_of_batch(predictor, batch)
         try:
-            choice = safer_plan(predictor, self.plan, limit_bytes=self.cap_bytes)
+            safer = safer_plan(predictor, self.plan, limit_bytes=self.cap_bytes)
         except FAILURES as error:
-            raise UserError(f"{self.plan.label} cannot be predicted for this batch: {error}") from error
-        if isinstance(choice, str):
-            raise UserError(f"no safer plan: {choice}")
-        return dataclasses.replace(self, estimate=choice.estimate, job=predictor.job, predictor=predictor)
+            raise UserError(
+                f"the plan {self.plan.label} cannot be predicted for this batch, so no safer plan can be "
+                f"chosen: {error}"
+            ) from error
+        if isinstance(safer, str):
+            why_none = safer
+            raise UserError(f"there is no safer plan than {self.plan.label}: {why_none}")
+        return dataclasses.replace(self, estimate=safer.estimate, job=predictor.job, predictor=predictor)
 
     @property
     def not_included(self) -> tuple[str, ...]:
@@ -809,8 +813,9 @@ def largest(  # noqa: PLR0913
     is_cpu_here = target.is_here and target.device.is_host
     if measure and (memory is None or not is_cpu_here):
         raise UserError(
-            "measure=True needs a cap and the processor of this machine",
-            allowed="memory='4GiB' or less than the machine has, without machine= or with machine='this'",
+            "measure=True needs the argument memory, and this machine's CPU as the machine",
+            allowed="memory=SIZE, such as '4GiB', with machine='this:cpu'; on a machine without an "
+            "accelerator also machine='this' or None",
             hint="for an accelerator: `memfit plan FILE.py:NAME --largest SIZE --measure`",
         )
     answer = find_largest(

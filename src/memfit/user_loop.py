@@ -76,7 +76,7 @@ class Fit:
         """
         if self._is_open:
             raise UserError(
-                "fit.split was called before the step before it ended",
+                "fit.split was called before the previous step ended",
                 hint="call fit.step() once after all micro-batches, or fit.discard() to give a step up",
             )
         if self._step.bench.slices is not None and not whole:
@@ -178,7 +178,8 @@ class Fit:
         updates parameters during backward, or keeps gradients in buffers (zero, sharded-ddp)."""
         if self.plan.get("optimizer-in-backward") or self._step.bench.grad_norm is not None:
             raise UserError(
-                f"a step under {self.plan.label} cannot be given up: backward has used its gradients already",
+                f"fit.discard cannot give up a step under {self.plan.label}: backward has already updated "
+                "parameters or put gradients into buffers of the optimizer",
                 allowed="plans without optimizer-in-backward, zero and sharded-ddp",
             )
         self._step.optimizer.zero_grad(set_to_none=True)
@@ -351,7 +352,10 @@ def _check_model(model: Any) -> None:
             hint="model.to_empty(device=...) and initialise it, or build it on a device",
         )
     if not any(p.requires_grad for p in model.parameters()):
-        raise UserError(f"the model {type(model).__name__} has no trainable parameter")
+        raise UserError(
+            f"the model {type(model).__name__} has no trainable parameter",
+            hint="call requires_grad_(True) on the parameters that are to be trained",
+        )
 
 
 def _optimizer(optimizer: Any, model: torch.nn.Module, device: torch.device) -> torch.optim.Optimizer:
@@ -373,7 +377,7 @@ def _optimizer(optimizer: Any, model: torch.nn.Module, device: torch.device) -> 
         raise UserError(
             f"the argument optimizer is or makes a {type(instance).__name__}",
             allowed="a torch.optim.Optimizer of the model, a function or class that makes one from a list of "
-            "parameters, adamw, adam, sgd, adafactor or an import path such as torch.optim:Muon as text, or "
-            "None: AdamW",
+            "parameters, adamw, adam, sgd, adafactor or an import path such as torch.optim:Muon as text, an "
+            "OptimizerChoice, or None: AdamW",
         )
     return instance

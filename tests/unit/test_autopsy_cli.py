@@ -130,7 +130,7 @@ def test_controls_in_a_log_do_not_reach_the_terminal(
     [
         (["missing.txt"], "cannot read missing.txt"),
         (["-", "-"], "standard input is read once"),
-        (["a.txt", "--plan", "p.yaml"], "--plan without --job"),
+        (["a.txt", "--plan", "p.yaml"], "--plan cannot be used without --job"),
         (["."], ". is a folder"),
     ],
 )

@@ -192,7 +192,7 @@ def test_objects_of_this_process_are_run_under_the_cap() -> None:
 def test_measuring_needs_a_cap_and_this_machine() -> None:
     model = nn.Linear(4, 4)
     for machine, memory in ((None, None), ("H100-SXM", "1GiB")):
-        with pytest.raises(UserError, match="measure=True needs a cap"):
+        with pytest.raises(UserError, match="measure=True needs the argument memory"):
             memfit.largest(
                 model, torch.randn(2, 4), loss=mean_square, measure=True, memory=memory, machine=machine
             )

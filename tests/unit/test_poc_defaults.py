@@ -161,6 +161,8 @@ def test_on_a_machine_with_gpus_one_line_says_which_is_used(capsys: pytest.Captu
     request_of(JobOptions(), SearchOptions(), RuntimeOptions(), ranks=2)
     assert capsys.readouterr().err == "memfit: device: Acme Z9 (cuda)\n"
     with pytest.raises(UserError, match="--nproc 3 is more than the 2 devices of this machine"):
+        request_of(JobOptions(), SearchOptions(), RuntimeOptions(), ranks=3, has_nproc=True)
+    with pytest.raises(UserError, match="a plan of 3 ranks is more than the 2 devices of this machine"):
         request_of(JobOptions(), SearchOptions(), RuntimeOptions(), ranks=3)
     request_of(JobOptions(), SearchOptions(), RuntimeOptions(), "H100-SXM")
     assert capsys.readouterr().err == ""

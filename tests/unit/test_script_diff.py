@@ -316,7 +316,7 @@ def test_a_loop_with_micro_batches_of_its_own_trains_the_same_if_there_is_one(tm
     assert output(edited, tmp_path) == output(OWN_STEPS, tmp_path)
     (tmp_path / "run.py").write_text(edited.replace("steps, norm = 1", "steps, norm = 2"))
     run = run_script("run.py", cwd=tmp_path)
-    assert "fit.split was called before the step before it ended" in run.stderr
+    assert "fit.split was called before the previous step ended" in run.stderr
 
 
 def test_an_edited_script_is_predicted_although_its_traced_step_cannot_be_compared_with_the_plan(

@@ -142,12 +142,12 @@ def test_without_a_safer_plan_the_plan_file_stays_and_the_reason_is_said(
     file = tmp_path / "plan.yaml"
     file.write_text("techniques: {}\n")
     write = memfit.next_plan(_prediction(cap_bytes=1), file)
-    with pytest.raises(UserError, match="no safer plan"):
+    with pytest.raises(UserError, match="there is no safer plan"):
         write(OutOfMemory(step=1, error=MemoryError()))
     with pytest.raises(MemoryError), memfit.watch(file=tmp_path / "run.jsonl", on_oom=write):
         raise MemoryError
     assert file.read_text() == "techniques: {}\n"
-    assert "memfit: no recovery: no safer plan" in capsys.readouterr().err
+    assert "memfit: no recovery: there is no safer plan" in capsys.readouterr().err
 
 
 def test_another_error_asks_for_no_plan(tmp_path: Path) -> None:

@@ -154,10 +154,14 @@ def _check(options: EvidenceOptions) -> None:
     """Raise UserError if options for the comparison are given without --job, or - several times."""
     names = ("size", "batch", "length", "plan", "on", "memory")
     if options.job is None and (unused := [f"--{n}" for n in names if getattr(options, n) is not None]):
-        raise UserError(f"{', '.join(unused)} without --job", hint="--job JOB names what trained")
+        raise UserError(
+            f"{', '.join(unused)} cannot be used without --job",
+            hint="name with --job JOB the job that trained",
+        )
     if options.files.count("-") > 1:
         raise UserError(
-            "- is given several times, but standard input is read once", allowed="- once, and files"
+            "- is given several times, but standard input is read once",
+            allowed="- once, and any number of files",
         )
 
 

@@ -146,7 +146,9 @@ def _check_options(options: BaselineOptions, action: str) -> None:
             what = "JOB" if name == "jobs" else f"--{name}"
             raise UserError(
                 f"{what} is not an argument of `memfit baseline {action}`",
-                hint="the jobs and their options are in the file" if action == "check" else "",
+                hint="leave it out: check predicts the jobs of the file with their own options"
+                if action == "check"
+                else "leave it out: it is for `memfit baseline check`",
             )
     if action == "write":
         writable(options.file)
@@ -154,7 +156,8 @@ def _check_options(options: BaselineOptions, action: str) -> None:
             if getattr(options, name) and not options.jobs:
                 raise UserError(
                     f"--{name} is given without a JOB",
-                    hint="without JOB, the jobs of the file are predicted again as they are there",
+                    hint=f"name a JOB, or leave out --{name}: without a JOB, the jobs of the file are "
+                    "predicted again, each with its own options",
                 )
     elif options.sarif is not None:
         writable(options.sarif)

@@ -108,9 +108,14 @@ def estimate_command(
     parse_cap(search_options.memory)
     within_s = parse_time_limit(DEFAULT_WITHIN if within is None else within)
     if within is not None and not options.plans:
-        raise UserError("--within is the time limit of a search for plans", hint="add --plans")
+        raise UserError(
+            "--within is the time limit of a search for plans, which needs --plans",
+            hint="add --plans, or leave out --within",
+        )
     if (options.save is not None or options.diff) and not options.plans:
-        raise UserError("--save and --diff are for a recommended plan", hint="add --plans")
+        raise UserError(
+            "--save and --diff write a recommended plan, for which --plans searches", hint="add --plans"
+        )
     source = _script_source(command) if options.diff else None
     without = excluded_from(source) if source is not None else ()
     if options.save is not None:
@@ -157,7 +162,8 @@ def _bounds(texts: list[str]) -> dict[str, int | float] | None:
             separator = ""
         if not (line and separator):
             raise UserError(
-                f"--bound {text}", allowed="FILE.py:LINE=N with a number N, such as train.py:12=4096"
+                f"--bound {text} is not FILE.py:LINE=N",
+                allowed="FILE.py:LINE=N with a number N, such as train.py:12=4096",
             )
     return bounds or None
 
@@ -275,6 +281,7 @@ def _script_source(command: list[str]) -> Source:
     script = load_program(command).script
     if not script:
         raise UserError(
-            "--diff edits a script, but the command runs a module", hint="give the path of its file"
+            "--diff edits a script, but the command runs a module with -m",
+            hint="name the path of the module's file in place of -m MODULE",
         )
     return read_script(Path(script))

@@ -448,7 +448,9 @@ def _read(path: Path) -> dict[str, str]:
     try:
         return {path.name: read_text(path, most_bytes=_MOST_BYTES)}
     except UserError as error:
-        purpose = (
-            "the Python file of --script or of the job, or one that it imports, to be copied into the export"
-        )
-        raise UserError(f"{error.given} ({purpose})", allowed=error.allowed) from error
+        reason = error.given
+        raise UserError(
+            "the Python file of --script or of the job, or one that it imports, cannot be copied into the "
+            f"export: {reason}",
+            allowed=error.allowed,
+        ) from error

@@ -156,7 +156,8 @@ def _store_attended(sourced_record: SourcedRecord, minutes: float, store: StoreO
     if sourced_record.taken_from:
         raise UserError(
             f"--attended-minutes cannot be set for the proof of concept {poc_id}, which was not run here: "
-            f"its record was taken from {sourced_record.taken_from}"
+            f"its record was taken from {sourced_record.taken_from}",
+            hint="leave out --attended-minutes",
         )
     proof_of_concept.store_attended_minutes(Store(store.store), poc_id, minutes)
     return find_record(poc_id, store.store)

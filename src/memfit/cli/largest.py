@@ -126,7 +126,11 @@ def print_largest(
     along, dimension, values = _question(options)
     if options.out is not None:
         if not along:
-            raise UserError("--out needs --buckets or two sizes in --largest")
+            raise UserError(
+                "--out needs --buckets or two sizes in --largest",
+                allowed="--largest length,batch --out FILE.json, or --largest batch --buckets LENGTHS --out "
+                "FILE.json",
+            )
         writable(options.out, overwrite=force)
     from memfit.files.replace import write_whole
     from memfit.techniques.plan_file import read_plan
@@ -166,19 +170,22 @@ def _question(options: LargestOptions) -> tuple[str, str, list[int]]:
     names = [name.strip() for name in (options.largest or "").split(",")]
     if not all(names) or len(names) > 2:
         raise UserError(
-            f"--largest {options.largest}",
+            f"--largest {options.largest} is neither one size nor two with a comma",
             allowed="the name of one size, such as batch, or of two with a comma, such as length,batch",
         )
     if options.buckets is not None:
         if names not in (["batch"], ["batch_size"]) or options.values:
             raise UserError(
-                "--buckets gives lengths for which the largest batch is asked",
-                allowed="--largest batch, without --values",
+                "--buckets gives the lengths for which --largest finds the largest batch",
+                allowed="--largest batch --buckets LENGTHS, without --values",
             )
         return "length", names[0], _bucket_lengths(options.buckets)
     if len(names) == 1:
         if options.values:
-            raise UserError("--values needs two sizes in --largest, such as --largest length,batch")
+            raise UserError(
+                "--values needs two sizes in --largest",
+                allowed="two sizes, such as --largest length,batch --values 128,256",
+            )
         return "", names[0], []
     return names[0], names[1], _numbers("--values", options.values) if options.values else []
 
@@ -196,7 +203,8 @@ def _numbers(option: str, text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) for part in parts):
         raise UserError(
-            f"{option} {text}",
+            f"{option} {text} is not a list of whole numbers"
+            + (", and there is no such file" if option == "--buckets" else ""),
             allowed="whole numbers of at least 1 with commas, such as 128,256,512"
             + (", or the path of a file" if option == "--buckets" else ""),
         )

@@ -167,9 +167,15 @@ def _print_two_sizes(
     files."""
     names = tuple(name.strip() for name in (options.columns or "").split(","))
     if len(names) != 2 or not all(names) or names[0] == names[1]:
-        raise UserError(f"--columns {options.columns}", allowed="two names with a comma, such as nodes,edges")
+        raise UserError(
+            f"--columns {options.columns} does not name two different sizes",
+            allowed="two different names with a comma, such as nodes,edges",
+        )
     if options.column or options.max_length or options.extra_tokens:
-        raise UserError("--columns cannot be used with --column, --max-length or --extra-tokens")
+        raise UserError(
+            "--columns cannot be used with --column, --max-length or --extra-tokens",
+            hint="leave out --columns, or these three options",
+        )
     quiet_libraries()
     from memfit.techniques.plan_file import read_plan
     from memfit.types.serialization import to_plain

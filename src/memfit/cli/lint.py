@@ -189,10 +189,10 @@ def _of_libraries(files: Sequence[Path]) -> Sequence[Path]:
     library_files = [f for f in files if f.name not in _NOT_LINTED or not (f.parent / MANIFEST).is_file()]
     if not library_files:
         raise UserError(
-            "memfit lint has no rules for the given files, which an export contains for memfit, a cluster or "
-            f"an engine without rules: {', '.join(map(str, files))}",
-            allowed="at least one configuration file of a library that `memfit lint --help` names; files "
-            "like the given ones are then skipped",
+            f"memfit lint has no rules for any of the given files: {', '.join(map(str, files))}; `memfit "
+            "export` wrote them for memfit, a cluster or an engine without rules",
+            allowed="at least one configuration file of a library that `memfit lint --help` names; such "
+            "files of an export are then skipped",
         )
     return library_files
 

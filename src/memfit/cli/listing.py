@@ -58,7 +58,10 @@ def list_known(options: ListOptions, output: JsonOptions) -> None:
         of_catalog[what](options.name, as_json=output.json)
         return
     if options.name is not None:
-        raise UserError(f"`memfit list {what}` takes no name, but {options.name!r} is given")
+        raise UserError(
+            f"`memfit list {what}` takes no name, but {options.name!r} is given",
+            hint=f"`memfit list {what}` lists all",
+        )
     quiet_libraries()
     listings[what](as_json=output.json)
 
@@ -96,8 +99,10 @@ def _models(name: str | None, *, as_json: bool) -> None:
         models = (match[1],)
     else:
         similar = similar_names(name)
-        hint = f"did you mean {' or '.join(similar)}?" if similar else "`memfit list models` lists all"
-        raise UserError(f"memfit's table of models has no {name!r}", hint=hint)
+        raise UserError(
+            f"memfit's table of models has no {name!r}",
+            hint=f"did you mean {' or '.join(similar)}?" if similar else "`memfit list models` lists all",
+        )
     if as_json:
         emit({"models": [_model_view(model) for model in models]})
         return

@@ -137,7 +137,9 @@ class JobOptions(SizeOptions):
         for name in dimensions.keys() & options.keys():
             if options[name] is not None or name in ("size", "data", "weights"):
                 raise UserError(
-                    f"--dim {name}={dimensions[name]} is what --{name} is for", allowed=f"--{name} alone"
+                    f"--dim {name}={dimensions[name]} is what --{name} is for",
+                    allowed=f"--{name} alone",
+                    hint=f"leave out --dim {name}=...",
                 )
         return JobRef(spec=self.spec, **options, dimensions=dimensions)
 
@@ -154,8 +156,9 @@ def _dimensions(texts: list[str]) -> dict[str, int]:
         name = name.strip()
         if not (name and number.isdecimal() and len(number) <= _MOST_DIGITS):
             raise UserError(
-                f"--dim {text[:80]}",
-                allowed="NAME=N with the name of a size and a whole number, such as crop=96",
+                f"--dim {text[:80]} is not NAME=N",
+                allowed=f"the name of a size and a whole number of at most {_MOST_DIGITS} digits, such as "
+                "crop=96",
             )
         if name in dimensions:
             raise UserError(f"--dim {name} is given twice", allowed="each size once")

@@ -101,7 +101,7 @@ def english_only(output: OutputOptions, option: str) -> None:
     if output.lang != "en" and not output.json:
         raise UserError(
             f"--lang {output.lang} cannot be used with {option}, whose answer is in English only",
-            hint="leave out --lang, or take --json",
+            hint="leave out --lang, or add --json",
         )
 
 

@@ -325,7 +325,7 @@ def bounds_of(job: JobOptions, options: BoundsOptions, on: str) -> Bounds:
     if is_here(on) and (limits_training or options.micro_batch):
         raise UserError(
             "none of --deadline, --budget and --micro-batch can be used if the plan is for this machine, as "
-            "it is without --on and with --on this",
+            "it is without --on and with --on this or this:KIND",
             hint="name another machine with --on, such as --on 8xH100-SXM",
         )
     return Bounds(

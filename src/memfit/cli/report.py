@@ -73,7 +73,9 @@ def report(options: ReportOptions, store: StoreOptions, output: OutputOptions) -
     if options.watch is not None and watch is not None and options.poc is None:
         if options.case is not None:
             raise UserError(
-                "--case is for the report of a proof of concept", allowed="--poc ID with --watch and --case"
+                "--case is for the report of a proof of concept, but --watch without --poc reports on a "
+                "watched training alone",
+                allowed="--poc ID with --watch and --case",
             )
         from memfit.report.html import write_watch_html
 

@@ -64,18 +64,27 @@ def request(
     if search_options.host_memory is not None:
         machine = with_host_memory(machine, parse_bytes(search_options.host_memory))
     count = machine.device_count
+    processes = f"--nproc {ranks}" if has_nproc else f"a plan of {ranks} ranks"
     if machine.is_here and not machine.device.is_host:
         use_all = "--nproc {0} uses all {0}" if has_nproc else "`memfit plan --nproc {0}` plans for all {0}"
+        if ranks > count:
+            raise UserError(
+                f"{processes} is more than the {count} device{'s' * (count > 1)} of this machine "
+                f"({machine.device.name})",
+                allowed=f"1 to {count}, one process for each device",
+                hint="`--on this:cpu` uses the processor, with any number of processes",
+            )
         _say_device(machine, ranks, "" if any(plan.ranks > 1 for plan in plans) else use_all)
     elif ranks > 1 and not machine.device.is_host and ranks != count:
         from memfit import catalog
 
         device = machine.device.name
-        suggestion = f"or set the number of devices with --on, such as --on {ranks}x{device}"
         raise UserError(
-            f"--nproc {ranks} does not suit {machine.name}, which has {count} device{'s' * (count > 1)}",
-            allowed=f"--nproc {count}, one process per device, or --nproc 1",
-            hint=suggestion if device in catalog.device_names() else "",
+            f"{processes} does not suit {machine.name}, which has {count} device{'s' * (count > 1)}",
+            allowed=f"{count}, one process per device, or 1",
+            hint=f"or set the number of devices with --on, such as --on {ranks}x{device}"
+            if device in catalog.device_names()
+            else "",
         )
     within_s = parse_time_limit(DEFAULT_WITHIN if runtime.within is None else runtime.within)
     warn_of_shadowed_modules(job.spec)
@@ -150,15 +159,8 @@ def parse_cap(memory: str | None, machine: Machine | None = None) -> int | None:
 
 def _say_device(machine: Machine, ranks: int, use_all: str) -> None:
     """Print to standard error which accelerator of this machine trains. If there are more than ``ranks``,
-    also print ``use_all``, how to use all of them, with their number in place of {0} ("": nothing). Raises
-    UserError if there are more ranks than accelerators."""
+    also print ``use_all``, how to use all of them, with their number in place of {0} ("": nothing)."""
     count, name = machine.device_count, machine.device.name
-    if ranks > count:
-        raise UserError(
-            f"--nproc {ranks} is more than the {count} device{'s' * (count > 1)} of this machine ({name})",
-            allowed=f"1 to {count}, one process for each device",
-            hint="`--on this:cpu` uses the processor, with any number of processes",
-        )
     unused = f"; {use_all.format(count)}" if use_all and ranks < count else ""
     print(f"memfit: device: {name} ({machine.device.kind}){unused}", file=sys.stderr)
 

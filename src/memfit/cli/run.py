@@ -339,7 +339,7 @@ def check_label(options: RunOptions) -> None:
         raise UserError("--label needs --record", allowed="--record FILE.json --label NAME")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", options.label):
         raise UserError(
-            f"--label {options.label[:90]!r}",
+            f"--label {options.label[:90]!r} is not a name under which a store can keep a run",
             allowed="up to 80 letters, digits, dots, hyphens and underscores, the first a letter or a digit",
         )
 

@@ -172,8 +172,9 @@ def parse_budget(texts: Sequence[str]) -> Budget:
             amount = 0.0
         if not 0 < amount < float("inf"):
             raise UserError(
-                f"--budget {text}",
-                allowed="device hours as a time with s, m, h or d, such as 90m, or US dollars such as 20USD",
+                f"--budget {text} is neither a time nor an amount in US dollars",
+                allowed="above 0: device hours as a time with s, m, h, d or w, such as 90m, or US dollars, "
+                "such as 20USD",
             )
         if name in amounts:
             raise UserError(
@@ -193,7 +194,10 @@ def _plans(words: Sequence[str]) -> dict[str, Plan]:
     for word in words:
         name = word if word == _PLAIN else Path(word).stem
         if name in plans:
-            raise UserError(f"two plans are called {name}", hint="rename one of the files")
+            raise UserError(
+                f"two plans are called {name}: a plan has the name of its file without the ending",
+                hint="give each plan once, or rename one of the files",
+            )
         plans[name] = Plan() if word == _PLAIN else read_plan(Path(word))
     return plans
 
@@ -210,7 +214,7 @@ def _trials(
         raise UserError("--size and --sizes exclude each other", allowed="one of them")
     if not is_here(options.on):
         raise UserError(
-            f"--on {options.on}",
+            f"--on {options.on} is not a device of the machine that an executor starts a trial on",
             allowed="this, this:cpu or this:KIND",
             hint="--executor says which machine trains",
         )
@@ -247,13 +251,16 @@ def agreed_budget(
             raise UserError(
                 f"--budget in USD cannot be kept: the price of {', '.join(sorted(unknown))} is unknown",
                 allowed="a budget as a time, such as 24h",
-                hint="give the price with the executor: NAME:usd_per_hour=1.5 or NAME:device=H100-SXM",
+                hint="give the price with --executor NAME:usd_per_hour=1.5 or NAME:device=H100-SXM",
             )
     if (budget.hours, budget.usd) != (None, None):
         return budget
     need = _need_text(trials, settings)
     if not (may_ask and sys.stdin.isatty() and sys.stderr.isatty()):
-        raise UserError(f"--budget is missing: {need}", allowed="--budget TIME, or --budget NUSD, or both")
+        raise UserError(
+            f"--budget is missing: {need}",
+            allowed="--budget TIME, such as 2h, or --budget NUSD, such as 20USD, or both",
+        )
     print(f"memfit: {need}", file=sys.stderr)
     return parse_budget([typer.prompt("Budget (such as 2h of device hours, or 20USD)", err=True)])
 

@@ -92,12 +92,16 @@ def watch(options: WatchOptions, output: JsonOptions) -> None:
     if _is_record(words):
         unused = [n for n in ("file", "prediction", "limits", "restarts") if getattr(options, n)]
         if unused:
-            raise UserError(f"--{unused[0]} is for a command; {words[0]} is a record", allowed="--json")
+            raise UserError(
+                f"--{unused[0]} is for a command, but {words[0]} is a record",
+                allowed="with a record, only --json",
+            )
         _show(words[0], as_json=output.json)
     else:
         if output.json:
             raise UserError(
-                "--json is for a record", hint="run the command, then `memfit watch --json run.jsonl`"
+                "--json is for a record, but a command is given",
+                hint="run the command, then `memfit watch --json run.jsonl`",
             )
         _run(words, options)
 
@@ -142,7 +146,8 @@ def _run(command: list[str], options: WatchOptions) -> None:
     file = options.file or Path("run.jsonl")
     if not file.suffix or file.is_dir():
         raise UserError(
-            f"--file {file} is not a file name", allowed="a name with a suffix, such as run.jsonl"
+            f"--file {file} is not a file name with a suffix, or is a folder",
+            allowed="a name with a suffix, such as run.jsonl",
         )
     prediction, limits = predicted_intervals(options.prediction), limits_of(options.limits)
     for restart in range(options.restarts + 1):
