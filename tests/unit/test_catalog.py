@@ -236,7 +236,7 @@ def test_a_misspelt_or_ambiguous_device_name_is_refused_with_similar_names(
 def test_a_device_that_the_catalog_lacks_is_referred_to_a_machine_file(name: str) -> None:
     with pytest.raises(UserError) as caught:
         catalog.device(name)
-    assert caught.value.hint.startswith("--on FILE.toml describes a device that it lacks")
+    assert caught.value.hint.startswith("a machine file (--on FILE.toml) describes a device")
     assert len(str(caught.value)) < 200
 
 

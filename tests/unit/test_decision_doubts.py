@@ -319,6 +319,8 @@ def test_every_library_that_a_technique_needs_has_facts_with_source_and_date() -
         ("currency = 'USD'\n[money]\nper_usd = 2", "the catalog's rate is 1"),
         ("place = 'japan'\ntariff = 'germany-business'", "not of one place"),
         ("place = 'us'\nsupplier = 'tepco-ep'", "not of one place"),
+        ("[purchase]\nmachine = 'own'", "unknown device: 'own'"),
+        ("[existing]\nmachine = '2x8xT4'", "names no network"),
     ],
 )
 def test_an_impossible_figure_is_refused_with_the_reason(text: str, said: str) -> None:

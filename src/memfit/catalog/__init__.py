@@ -1,6 +1,6 @@
 """Facts as TOML, each with a source and a date: devices, links, hosts, networks, places, engines.
 
-A fact that the tables do not have is None, or absent from a mapping; it is never estimated.
+A fact that the tables do not have is None, or absent from a mapping.
 """
 
 from memfit.catalog.load import (

@@ -1,4 +1,4 @@
-"""The CO2 equivalent of making an accelerator, estimated by its die area and memory."""
+"""The CO2 equivalent of making an accelerator, estimated from its die area and memory."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from memfit.types.machine import Fact
 
 
 def estimated_kg(device: str) -> Fact | None:
-    """Return an estimate of the CO2 equivalent of making the device, in kg, by the method of embodied.toml,
-    with its range. None if the table has no die area of it.
+    """Return an estimate of the CO2 equivalent of making the device, in kg, with its range: a constant for
+    the board plus terms for die area and memory (embodied.toml). None if embodied.toml does not have the
+    device.
 
     ``device``: its exact name in the catalog. The estimate is marked as assumed; its source names the method.
     """

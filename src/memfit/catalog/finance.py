@@ -144,9 +144,9 @@ def labour_cost(place: str) -> tuple[Fact, str]:
 
 
 def host_usd(name: str) -> Fact | None:
-    """Return the price in US dollars of a whole server of the catalog without its accelerators, with its
-    memory at the price of that time (`prices.server_usd` has today's). None if the catalog has no such server
-    or no price of it.
+    """Return the price in US dollars of a whole server of the catalog without its accelerators, as of the
+    date of its source (`prices.server_usd` has it with memory at today's price). None if the catalog has no
+    such server or no price of it.
 
     ``name`` may also be that of a part of the server, such as ``"1/8 of HGX-H100"``; the price is still that
     of the whole server.

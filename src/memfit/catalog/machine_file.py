@@ -48,9 +48,9 @@ _OWN_KEYS: Final = {Machine: ("hosts",), Device: ("architecture", "base")}
 def from_toml(path: str | Path) -> Machine:
     """Return the machine that a TOML file describes.
 
-    Raises UserError if the file cannot be read or is not TOML. Otherwise raises one UserError with all
-    problems: unknown or missing keys, names that the catalog does not have, contradictory counts, and
-    impossible values.
+    Raises UserError if the file cannot be read or is not TOML. Otherwise raises one UserError that lists the
+    problems: unknown or missing keys, values of a wrong type, names that the catalog does not have,
+    contradictory counts, and impossible values. The last are looked for only if the others leave a machine.
     """
     data = read_toml(Path(path))
     problems = [*_resolve_counts(data), *_resolve_names(data)]
@@ -67,15 +67,16 @@ def from_toml(path: str | Path) -> Machine:
     if problems or machine is None:
         raise UserError(
             f"machine file {path} has keys that are missing, unknown or have a wrong value: "
-            f"{'; '.join(problems)}"
+            f"{'; '.join(problems)}",
+            hint="docs/several-gpus.md has an example of a machine file",
         )
     return machine
 
 
 def _resolve_counts(data: dict[str, Any]) -> Iterator[str]:
-    """Replace ``hosts``, ``devices_per_host`` and ``device_count`` in ``data`` by ``device_count`` and
-    ``devices_per_host``, which becomes 0 if all devices are in one host. Yield a text for each problem with
-    them; then the two may stay as they were.
+    """Complete the counts in ``data``: remove ``hosts``, and set ``device_count`` and ``devices_per_host``,
+    the latter to 0 if all devices are in one host. Yield a text for each problem with the counts; some
+    problems leave ``device_count`` and ``devices_per_host`` as they were.
 
     Any two of the three give the third. ``device_count`` or ``devices_per_host`` alone means that many
     devices in one host; ``hosts`` = 1 alone, or none of the three, means one device. Problems are a count
@@ -121,11 +122,11 @@ def _is_invalid_count(count: Any) -> bool:
 
 
 def _resolve_names(data: dict[str, Any]) -> Iterator[str]:
-    """Replace the names of a device, host, network, place, link and architecture in ``data`` by what the
-    catalog has for them. Yield a text for each name that it does not have.
+    """Replace the names of a device, its base, a host, network, place, link and architecture in ``data`` by
+    what the catalog has for them. Yield a text for each name that the catalog does not have.
 
-    A device of the catalog adds its host if ``data`` has none. The architecture of a [device] table is
-    replaced by its efficiency ratios, for those that the table does not give.
+    A device of the catalog adds its host if ``data`` has none. The architecture of a [device] table gives the
+    table those efficiency ratios and the ``gpu_target`` that it lacks, and is removed.
     """
     devices_per_host = data.get("devices_per_host") or data.get("device_count") or 1
     devices_per_host = 1 if _is_invalid_count(devices_per_host) else devices_per_host
@@ -191,8 +192,8 @@ def _build(data: dict[str, Any]) -> tuple[Machine | None, list[str]]:
 
 
 def _problem_text(error: Any) -> str:
-    """Return the text of one of pydantic's errors, in lower case. For a bare number where a Fact is needed,
-    return instead that the figure needs a source.
+    """Return the first line of the text of one of pydantic's errors, in lower case. For a bare number where
+    a Fact is needed, return a text that says that the figure needs a source.
     """
     value = error["input"]
     if error["type"] == "dataclass_type" and isinstance(value, (int, float)):

@@ -33,7 +33,7 @@ def machine(spec: str, place: str = "world") -> Machine:
     counts = [int(count) for count in match.groups()[:2] if count] if match else [0]
     if match is None or 0 in counts:
         raise UserError(
-            f"not in the form of a machine, or with a count of 0: {spec!r}",
+            f"{spec!r} does not name a machine in an allowed form, or has a count of 0",
             allowed="DEVICE, COUNTxDEVICE or HOSTSxCOUNTxDEVICE, each with @NETWORK or without",
             hint=f"for example {EXAMPLES}",
         )
@@ -61,10 +61,12 @@ def machine(spec: str, place: str = "world") -> Machine:
 
 
 def format_spec(device: str, hosts: int, devices: int, network: str = "") -> str:
-    """Return the shortest text from which `machine` reads these counts, such as "8xH100-SXM" or
-    "2x1xT4@IB-HDR".
+    """Return the text from which `machine` reads this machine: "H100-SXM" for one device, "8xH100-SXM" for
+    several in one host, "2x1xT4@IB-HDR" for several hosts. ``devices``: number in each host. ``network``: ""
+    for none.
 
-    ``devices``: number of devices in each host. ``network``: "" for none.
+    One host has its own count ("1x16xH100-SXM@IB-NDR") if there is a network and the catalog's host for the
+    device has fewer devices.
     """
     host_name = load.host_of(device)
     exceeds_host = bool(network and host_name) and devices > load.devices_of(

@@ -63,16 +63,19 @@ def typical_price(device: str, deal: str, *, without: SellerPrice | None = None)
     """Return the price of a device that decisions use, in US dollars: the median of its sellers' prices of
     the used kind, with the lowest and highest as its range. None if no seller has a price of that kind.
 
-    A price that one seller names without a range has the catalog's assumed one. ``without``: a price that is
-    left out. The date is that of the oldest price.
+    If there is only one such price and it has no range, its range is the catalog's assumed one. ``without``:
+    a price that is left out. The date is that of the oldest price.
     """
     used = [price for price in seller_prices(device, deal) if price.is_used and price != without]
     return median_price(used, _SPREAD[deal]) if used else None
 
 
 def median_price(prices: Sequence[SellerPrice], spread: str = "hardware_spread") -> Fact:
-    """Return the median of the ``prices``, of which there is at least one, with the lowest and highest as its
-    range. ``spread``: name of the catalog's default whose ratios are the range of a single price without one.
+    """Return the median of the ``prices``, of which there must be at least one, with the lowest and highest
+    as its range. It is marked as assumed if one of them is.
+
+    A single price without a range gets an assumed one: the price times the low and the high ratio of the
+    catalog's default called ``spread``.
     """
     value = statistics.median(price.usd.value for price in prices)
     low = min(price.usd.bounds[0] for price in prices)
@@ -97,8 +100,8 @@ def median_price(prices: Sequence[SellerPrice], spread: str = "hardware_spread")
 
 
 def memory_usd_per_gb(year: str = "now") -> Fact:
-    """Return the price of one GB of DDR5 in US dollars. ``year``: "now", or "then" for the year of the
-    catalog's prices of servers, before the shortage of 2026.
+    """Return the price of one GB of DDR5 in US dollars, the median of its sellers. ``year``: "now", or "then"
+    for the year of the catalog's prices of servers, before the shortage of 2026; any other raises KeyError.
     """
     return median_price([_price("DDR5", "buy", row) for row in table("prices.toml")["memory"][year]])
 
@@ -107,9 +110,9 @@ def server_usd(host: str) -> Fact | None:
     """Return the price in US dollars of a whole server of the catalog without its accelerators, with its
     memory at today's price. None if the catalog has no price of it. ``host``: its exact name in the catalog.
 
-    The catalog's prices of servers are older than the shortage of memory in 2026. To them is added, for each
-    GB of the server's memory, by how much DDR5 costs more now than then. Desktop memory stands in for that of
-    servers.
+    The catalog's prices of servers are older than the shortage of memory in 2026. For each GB of the server's
+    memory, the rise of the price of desktop DDR5 since then is added. If the size of the memory is unknown,
+    nothing is added.
     """
     old, row = host_usd(host), table("hosts.toml")["hosts"].get(host, {})
     if old is None or "memory_bytes" not in row:

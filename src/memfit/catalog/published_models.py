@@ -17,8 +17,8 @@ _EXACT: Final = 1e-6  # repositories may store small buffers, such as the freque
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PublishedModel:
-    """A model of the table. ``name``: a repository on the Hub, with its owner. ``same``: other names with the
-    same shapes, with or without an owner. ``model_type``: the type in transformers. ``settings``: the
+    """A model of models.toml. ``name``: a repository on the Hub, with its owner. ``same``: other names with
+    the same shapes, with or without an owner. ``model_type``: the type in transformers. ``settings``: the
     settings of its published config.json that determine shapes and masks, name -> value. ``parameters``: the
     published number of parameters. ``tolerance``: the largest difference, relative to ``parameters``, of the
     model that is built, because the published number is rounded or counts another head. ``note``: how the
@@ -38,7 +38,7 @@ class PublishedModel:
 
 @functools.cache
 def published_models() -> tuple[PublishedModel, ...]:
-    """Return all models of the table, in the order of its file."""
+    """Return all models of models.toml, in the order of the file."""
     content = table("models.toml")
     return tuple(_model(name, row, content["sources"]) for name, row in content["models"].items())
 
@@ -59,8 +59,9 @@ def _model(name: str, row: Mapping[str, Any], sources: Mapping[str, Any]) -> Pub
 
 
 def find_published(name: str) -> tuple[str, PublishedModel] | None:
-    """Return the repository that ``name`` means and its model, or None if the table has none. Case does not
-    matter, and the owner may be left out if all repositories of that name in the table have the same shapes.
+    """Return the repository that ``name`` means and its model in models.toml, or None if it is not there.
+    Case does not matter. The owner may be left out, unless repositories of that name have different shapes;
+    then the result is None, too.
     """
     key = name.lower()
     if key in _by_name():
@@ -74,8 +75,8 @@ def find_published(name: str) -> tuple[str, PublishedModel] | None:
 
 
 def similar_names(name: str) -> list[str]:
-    """Return at most three names of the table that are most similar to ``name``, with their owners. Names are
-    compared without their owners."""
+    """Return at most three names of models.toml that are most similar to ``name``, with their owners; empty
+    if none is similar. Names are compared without their owners."""
     short_names: dict[str, str] = {}
     for full_name, (repository, _) in _by_name().items():
         short_names.setdefault(full_name.rpartition("/")[2], repository)
@@ -85,13 +86,15 @@ def similar_names(name: str) -> list[str]:
 
 @functools.cache
 def _by_name() -> dict[str, tuple[str, PublishedModel]]:
-    """Return repository in lower case -> (the repository, its model), of all names in the table."""
+    """Return name in lower case -> (name, its model) of all models of models.toml and of the names that have
+    the same shapes."""
     return {name.lower(): (name, model) for model in published_models() for name in (model.name, *model.same)}
 
 
 def cached_folder(name: str) -> Path | None:
     """Return the folder with config.json of the repository ``name`` in this machine's cache of the Hugging
-    Face Hub, or None if it is not there or huggingface_hub is not installed."""
+    Face Hub. None if config.json is not there, if ``name`` cannot be that of a repository, or if
+    huggingface_hub is not installed."""
     try:
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError

@@ -48,8 +48,9 @@ def find(name: str, *, what: str, rows: Mapping[str, Row]) -> str:
     compared after `normalized_name`.
 
     If there is none, raises UserError: "unknown" ``what``, the closest names if there are any, and all keys.
-    Of more than 12 keys that `memfit list machines` lists, the error names that command instead of all keys;
-    if no name of a device is close, it says first that a machine file may describe the device.
+    If there are more than 12 keys, and `memfit list machines` lists them, the error names that command
+    instead of all keys, provided that a name is close or ``what`` is "device". For a device to which no name
+    is close, it also names machine files.
     """
     names_by_key = {
         normalized_name(a): name for name, row in rows.items() for a in (name, *row.get("aliases", ()))
@@ -64,10 +65,14 @@ def find(name: str, *, what: str, rows: Mapping[str, Row]) -> str:
         else ""
     )
     if (matches or what == "device") and len(rows) > _FEW_ROWS and what in _LISTED:
-        hint = did_you_mean or "--on FILE.toml describes a device that it lacks, see docs/several-gpus.md"
+        did_you_mean_or_machine_file = (
+            did_you_mean
+            or "a machine file (--on FILE.toml) describes a device that the catalog lacks, "
+            "see docs/several-gpus.md"
+        )
         raise UserError(
             f"unknown {what}: {name!r} is not in memfit's catalog",
-            hint=f"{hint} (`memfit list machines` lists all)",
+            hint=f"{did_you_mean_or_machine_file} (`memfit list machines` lists all)",
         )
     raise UserError(
         f"unknown {what}: {name!r} is not in memfit's catalog",

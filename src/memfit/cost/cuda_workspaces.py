@@ -35,8 +35,8 @@ _THREADS: Final = {"sm_75": 1024, "sm_86": 1536, "sm_87": 1536, "sm_89": 1536, "
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Inside:
-    """Bytes inside an operator: ``beside_bytes`` beside its outputs, and ``alone_bytes`` before its outputs
-    exist."""
+    """Bytes that an operator's kernel allocates and frees itself: ``beside_bytes`` while its outputs exist,
+    and ``alone_bytes`` before they exist."""
 
     beside_bytes: int = 0
     alone_bytes: int = 0
@@ -44,7 +44,7 @@ class Inside:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Tensor:
-    """A tensor of a signature."""
+    """A tensor in an operator's signature. ``strides``: in elements. ``dtype``: such as "float32"."""
 
     shape: Sequence[int]
     strides: Sequence[int]
@@ -102,8 +102,9 @@ class Multiprocessors:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Temporary:
-    """What the kernel of the operator ``call`` may allocate inside, ``inside``, with those ``outputs`` of it
-    that are in the trace. ``allocation``: begins with the last output and ends before the next operator."""
+    """What the kernel of the operator ``call`` may allocate inside (``inside``), and those of its ``outputs``
+    that are in the trace. ``allocation``: the same as an allocation, made and freed at the clock of the last
+    output; of 0 bytes if it is at most 4,096 bytes."""
 
     call: OpCall
     inside: Inside
@@ -112,15 +113,16 @@ class Temporary:
 
 
 def with_temporaries(trace: Trace, device: Device) -> Trace:
-    """Return the trace with what CUDA's kernels allocate inside operators on ``device`` (`temporaries`), but
-    for what is negligible."""
+    """Return the trace with what CUDA's kernels allocate inside operators on ``device`` added as allocations
+    (`temporaries`), except those of at most 4,096 bytes."""
     added = [t.allocation for t in temporaries(trace, device) if t.allocation.size_bytes]
     return dataclasses.replace(trace, allocations=(*trace.allocations, *added)) if added else trace
 
 
 def temporaries(trace: Trace, device: Device) -> list[Temporary]:
-    """Return what CUDA's kernels allocate inside operators on ``device``, in the order of the calls; of 0
-    bytes where that is negligible. Empty if the trace's device has other kernels."""
+    """Return what CUDA's kernels allocate inside operators on ``device``, in the order of the calls.
+    Operators without a formula (`inside_cuda`) are left out. Empty if the trace's device does not run CUDA's
+    kernels."""
     if device_kind(trace.device).kernels != "cuda":
         return []
     processors = Multiprocessors.of(device)
@@ -191,7 +193,8 @@ def cuda_bound_bytes(base: str, args: Sequence[Any]) -> int:
 
 
 def _sum(args: Sequence[Any], kwargs: Mapping[str, Any], processors: Multiprocessors) -> int:
-    """ReduceOps.cpp: a sum of integers or of bool is one of a copy in the dtype of the result."""
+    """Return the bytes inside a sum or mean: those of partial results and, for integers and bool, of a copy
+    of the input in the dtype of the result (ReduceOps.cpp)."""
     tensor = args[0]
     is_float = tensor.dtype.startswith(("float", "bfloat", "complex"))
     computed = dataclasses.replace(tensor, dtype=kwargs.get("dtype") or "int64")
@@ -208,9 +211,9 @@ def _reduced(
     dims_at: int = 1,
     least_bytes: int = 0,
 ) -> int:
-    """Return the bytes of the partial results of any reduction: as of a sum, with ``item_bytes`` of state for
-    each, or at least ``least_bytes`` and those of an element if ``item_bytes`` is 0. ``dims_at``: which
-    argument has its dimensions."""
+    """Return the bytes of the partial results of any reduction: as many as a sum has, of ``item_bytes``
+    each; if ``item_bytes`` is 0, each has the bytes of an element, but at least ``least_bytes``.
+    ``dims_at``: index of the argument with the dimensions."""
     tensor, dims = args[0], args[dims_at] if len(args) > dims_at else None
     state_bytes = item_bytes or max(least_bytes, tensor.item_bytes)
     partial_bytes = _reduction_bytes(tensor, [dims] if type(dims) is int else dims, processors)
@@ -218,16 +221,18 @@ def _reduced(
 
 
 def _bias_gradient(args: Sequence[Any], kwargs: Mapping[str, Any], processors: Multiprocessors) -> int:
-    """Convolution.cpp: the gradient of the bias is a sum over the samples and positions."""
+    """Return the bytes inside the backward of a convolution: those of the bias gradient, which is a sum over
+    samples and positions (Convolution.cpp); 0 if it is not asked for."""
     grad, mask = args[0], args[-1]
     dims = [d for d in range(len(grad.shape)) if d != 1]
     return _reduction_bytes(grad, dims, processors) if isinstance(mask, list) and mask[-1] is True else 0
 
 
 def _reduction_bytes(tensor: _Tensor, dims: Any, processors: Multiprocessors) -> int:
-    """Return the bytes of the partial results of a sum over ``dims`` that several blocks of threads share, if
-    the dimension with the closest elements stays, as in the gradient of a bias (``setReduceConfig`` and
-    ``global_memory_size`` in aten/src/ATen/native/cuda/Reduce.cuh). Sums over that dimension need little."""
+    """Return the bytes of the partial results of a sum over ``dims``, which exist if several blocks of
+    threads share a result (``setReduceConfig`` and ``global_memory_size`` in
+    aten/src/ATen/native/cuda/Reduce.cuh). 0 if ``dims`` include the innermost dimension in memory, as such a
+    sum needs little, and if ``dims`` is not a list of dimensions."""
     if not isinstance(dims, list) or not dims or not tensor.elements:
         return 0
     reduced = {d % len(tensor.shape) for d in dims}
@@ -263,8 +268,9 @@ def _state_bytes(tensor: _Tensor) -> int:
 
 
 def _distances_bytes(base: str, args: Sequence[Any]) -> int:
-    """Return an upper bound on the partial results of the sum in the backward of distances, over the second
-    points of the gradients of all pairs' coordinates (DistanceKernel.cu)."""
+    """Return an upper bound on the bytes of partial results in the backward of distances, which sums the
+    gradients of all pairs' coordinates over the second point of the pair (DistanceKernel.cu). ``base``:
+    "_cdist_backward" or "_pdist_backward"."""
     grad, points = args[:2]
     size, count = points.shape[-1], points.shape[-2]
     first, second = grad.shape[-2:] if base == "_cdist_backward" else (count, count - 1)
@@ -312,7 +318,8 @@ def _sort(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
 
 
 def _topk(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """TensorTopK.cpp and TensorTopK.cu: counts of digits, or a sort of the values that were chosen."""
+    """Return the bytes inside topk: of the counts of digits, or of the sort of the chosen values, whichever
+    is more (TensorTopK.cpp, TensorTopK.cu)."""
     tensor, k, dim = args[0], args[1], _option(args, kwargs, 2, "dim", -1)
     if not tensor.shape:
         return 0
@@ -328,7 +335,8 @@ def _topk(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
 
 
 def _median(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """Sorting.cpp: that of all elements sorts them; that of rows needs nothing."""
+    """Return the bytes inside a median: those of a sort for the median of all elements, 0 for medians along a
+    dimension (Sorting.cpp)."""
     tensor: _Tensor = args[0]
     if len(args) > 1 or kwargs:
         return 0
@@ -336,8 +344,8 @@ def _median(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
 
 
 def _unique(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inside:
-    """Unique.cu: keys, and their positions for the inverse or the counts, are sorted before the results are
-    made."""
+    """Return the bytes inside unique, before its results exist: those of the sorted keys and, if the inverse
+    or the counts are asked for, of their positions (Unique.cu)."""
     tensor: _Tensor = args[0]
     has_positions = any(args[2:4]) or any(kwargs.get(n) for n in ("return_inverse", "return_counts"))
     per_element = (24 if has_positions else 0) + 2 * tensor.item_bytes
@@ -345,8 +353,9 @@ def _unique(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inside:
 
 
 def _index_put(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """Indexing.cu: with ``accumulate``, the linear indices and their positions are sorted, in int64, and
-    values that were broadcast or are not contiguous are copied."""
+    """Return the bytes inside index_put with ``accumulate``: those of the sort of the linear indices and
+    their positions, in int64, and of a copy of values that are broadcast or not contiguous (Indexing.cu). 0
+    without ``accumulate``."""
     target: _Tensor = args[0]
     indices, values = args[1], args[2]
     if not _option(args, kwargs, 3, "accumulate", False):
@@ -372,8 +381,9 @@ def _broadcast(shapes: Sequence[Sequence[int]]) -> list[int]:
 
 
 def _embedding_bytes(indices: _Tensor, weights: int, grad: _Tensor) -> Inside:
-    """Embedding.cu, EmbeddingBackwardKernel.cu: indices and their positions are sorted; then partial sums of
-    at most ten rows are made in at least float32."""
+    """Return the bytes inside the backward of an embedding of ``weights`` rows: first of the sort of
+    ``indices`` and their positions, then of partial sums of at most ten rows in at least float32
+    (Embedding.cu, EmbeddingBackwardKernel.cu). ``grad``: the gradient of the output."""
     count, item_bytes, width = indices.elements, indices.item_bytes, grad.shape[-1]
     segments = min(count, weights)
     partial_segments = count // 10 + segments
@@ -392,23 +402,27 @@ def _embedding(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inside:
 
 
 def _embedding_bag(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inside:
-    """EmbeddingBag.cu: sums and means are sorted as for an embedding; the largest need nothing. Arguments are
-    those of _embedding_bag_backward or, without the offsets, of _embedding_bag_dense_backward."""
+    """Return the bytes inside the backward of an embedding bag: as of an embedding for sums and means, none
+    for the mode "max" (EmbeddingBag.cu). ``args``: those of _embedding_bag_backward or, without the offsets,
+    of _embedding_bag_dense_backward."""
     numbers = [a for a in args[4:] if type(a) is int]  # number of weights, mode, perhaps a padding index
     weights, mode = numbers[:2]
     return _embedding_bytes(args[1], weights, args[0]) if mode != 2 else Inside()
 
 
 def _softmax_backward(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inside:
-    """SoftMax.cu: the product of gradient and output, and a copy of it. Traces show the product."""
+    """Return the bytes inside the backward of softmax: of the product of gradient and output, of a copy of
+    it, and of a contiguous copy of a gradient that is not contiguous (SoftMax.cu). Traces show the
+    product."""
     grad = args[0]
     output_bytes = grad.elements * dataclasses.replace(grad, dtype=args[3]).item_bytes
     return Inside(alone_bytes=output_bytes + grad.bytes + grad.copy_bytes)
 
 
 def _ctc_backward(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inside:
-    """LossCTC.cu: backward's log probabilities, as large as forward's, and for long inputs two tensors of
-    those of the labels. Fake tensors show a part of it."""
+    """Return the bytes inside the backward of the CTC loss: of log probabilities as large as forward's and,
+    for long inputs, of two more tensors by step, sample and label (LossCTC.cu). Traces show a part of
+    these."""
     log_probs, log_alpha = args[1], args[6]
     (steps, batch, labels), states = log_probs.shape, log_alpha.shape[2]
     is_long = 2 * steps + 24 * batch / 10 + 2 * labels / 10 > 450
@@ -417,12 +431,14 @@ def _ctc_backward(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inside:
 
 
 def _multinomial(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """MultinomialKernel.cu: with replacement, normalized and cumulated probabilities; else one of these."""
+    """Return the bytes inside multinomial: with replacement those of normalized and of cumulated
+    probabilities, else of one of these (MultinomialKernel.cu)."""
     return int(args[0].bytes * (2 if _option(args, kwargs, 2, "replacement", False) else 1))
 
 
 def _fourier(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """SpectralOps.cpp: the input is copied unless the transformed dimensions are the innermost in memory."""
+    """Return the bytes inside a Fourier transform: those of a copy of the input, 0 if the transformed
+    dimensions are the innermost in memory (SpectralOps.cpp)."""
     tensor, dims = args[:2]
     inner = [d % len(tensor.shape) for d in dims]
     outer = sorted(set(range(len(tensor.shape))) - set(inner), key=lambda d: -tensor.strides[d])
@@ -430,7 +446,8 @@ def _fourier(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
 
 
 def _group_norm_backward(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """group_norm.cpp: gradient and input are brought into the layout of the input."""
+    """Return the bytes inside the backward of group norm: those of copies of gradient and input, each only
+    if it is not in the layout that the input has, channels last or contiguous (group_norm.cpp)."""
     tensors = args[:2]
     if tensors[1].is_channels_last:
         return sum(t.bytes for t in tensors if not t.is_channels_last)

@@ -56,10 +56,11 @@ def with_workspaces(trace: Trace, device: Device, *, keeps: bool | None = None) 
     """Return the trace with PyTorch's BLAS workspaces added as allocations. It is unchanged if it has no
     matrix product or if ``device.blas_workspace_bytes`` is None.
 
-    Until torch 2.14, and for AMD's devices, a workspace is allocated at the first matrix product of each
-    thread and kept. Forward and optimizer run in the caller's thread, backward in autograd's; each has one
-    BLAS handle. From 2.15 on, each product has a workspace, which is freed after it; products by cuBLASLt
-    have one of 1 MiB (aten/src/ATen/cuda/CublasHandlePool.cpp). All go through the caching allocator.
+    Up to torch 2.14, and for devices that are not NVIDIA's, a workspace is allocated at the first matrix
+    product of each thread and kept. Forward and optimizer run in the caller's thread, backward in
+    autograd's; each has one BLAS handle. From 2.15 on, each product has a workspace, which is freed after
+    it; products by cuBLASLt have one of 1 MiB (aten/src/ATen/cuda/CublasHandlePool.cpp). All go through the
+    caching allocator.
 
     ``keeps``: whether workspaces are kept; None: as the installed torch does.
     """
@@ -98,9 +99,10 @@ def _frees_workspaces() -> bool:
 
 @functools.lru_cache(maxsize=100_000)
 def _is_blaslt(base: str, dtype: str, signature: str) -> bool:
-    """Return whether cuBLASLt computes the product ``base``: of linear layers, and of matrices of several
-    rows and columns to which a contiguous row is added, or a matrix in less than float32
-    (isInputCompliesAddmmCudaLt in aten/src/ATen/native/cuda/Blas.cpp)."""
+    """Return whether cuBLASLt computes the product ``base`` and not cuBLAS: always for "linear" and
+    "_scaled_mm"; for "addmm" with beta = 1 if the second matrix has several rows and columns and what is
+    added is a contiguous row, or contiguous rows in a dtype below float32 (isInputCompliesAddmmCudaLt in
+    aten/src/ATen/native/cuda/Blas.cpp). False for all others."""
     if base != "addmm":
         return base in _BLASLT_OPS
     _, args, kwargs = json.loads(signature)

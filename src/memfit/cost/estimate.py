@@ -177,8 +177,8 @@ def allocated_interval(
 
 
 def widened(estimate: Estimate, *, high: float, low: float = math.inf) -> Estimate:
-    """Return the estimate with an interval of the peak that reaches to ``low`` and ``high``, in bytes. What
-    the device reserves, and needs in all, then reaches as much farther up."""
+    """Return the estimate with the interval of its peak widened, if needed, to contain ``low`` and ``high``,
+    in bytes. The high ends of reserved and of device memory rise by as much as that of the peak."""
     peak = estimate.allocated_bytes
     more_bytes = max(0.0, high - peak.high)
     above = {

@@ -46,12 +46,12 @@ class HostTensors:
     """What one rank's tensors need of host memory, in bytes, beside its device.
 
     ``kept_bytes``: the most at once from the first forward pass on, such as offloaded optimizer state.
-    ``optimizer_bytes``: the most of it at once that the optimizer's step makes, which is never pinned; 0 if
-    unknown. ``pinned_bytes``: what a pool of pinned memory takes for all other tensors of it; None if
-    unknown. ``is_sketch``: the plan was not traced, and ``kept_bytes`` is an upper bound.
-    ``building_bytes``: the most at once at any time, also before that, while the model is built.
-    ``model_bytes``: parameters and buffers as the job builds them. ``batch_bytes``: the rank's inputs of one
-    step, of which each DataLoader worker holds several.
+    ``optimizer_bytes``: the most at once of those tensors that the optimizer's step makes, which are never
+    pinned; 0 if unknown. ``pinned_bytes``: what a pool of pinned memory takes for all other kept tensors;
+    None if unknown. ``is_sketch``: the plan was not traced, and ``kept_bytes`` is an upper bound.
+    ``building_bytes``: the most at once at any time, also while the model is built. ``model_bytes``:
+    parameters and buffers as the job builds them. ``batch_bytes``: the rank's inputs of one step, of which
+    each DataLoader worker holds several.
     """
 
     kept_bytes: float
@@ -97,8 +97,9 @@ class HostMemory:
 
 
 def host_process_bytes(ranks: int, machine: Machine, *, workers: int) -> float:
-    """Return the upper end of what one host needs for its ranks, of ``ranks`` in all, beside the tensors of
-    the plan and of the batches that its ``workers`` DataLoader workers of each rank hold."""
+    """Return the upper end of the bytes that the processes of one host need beside tensors and batches:
+    those of its ranks and of the ``workers`` DataLoader workers of each. ``ranks``: number of ranks on all
+    hosts."""
     tensors = HostTensors(kept_bytes=0.0, building_bytes=0.0, model_bytes=0.0, batch_bytes=0.0)
     nothing = Interval.exactly(0.0)
     return host_memory(tensors, Plan(ranks=ranks), machine, allocated=nothing, workers=workers).bytes.high
@@ -116,10 +117,10 @@ def host_memory(
 ) -> HostMemory:
     """Return the memory that one host needs for all its ranks.
 
-    ``tensors``: of one rank. ``allocated``: the peak of one rank's tensors on its device; it counts only on a
-    CPU, whose memory is the host's. ``workers``: number of DataLoader workers of each rank. Building the
-    model in host memory counts on accelerators only, and not for plans that load it in pieces, such as with
-    qlora.
+    ``tensors``: of one rank. ``allocated``: the peak of one rank's tensors on its device; it counts only on
+    a CPU, whose memory is the host's. ``workers``: number of DataLoader workers of each rank. Building the
+    model in host memory counts on accelerators only, as one copy of the model per host, and not for plans
+    that load it in pieces, such as with qlora.
 
     If the plan's techniques may pin what they keep in host memory, the value and the upper end count it as
     pinned. If it is not known how large its blocks are, only the upper end does, with the largest rounding.
@@ -155,7 +156,8 @@ def host_memory(
 
 
 def _offload(tensors: HostTensors, plan: Plan) -> Interval:
-    """Return what a rank's tensors take of host memory beside an accelerator, if they are pinned or not."""
+    """Return the bytes of host memory that the tensors which a rank keeps there take beside an accelerator.
+    Pinned blocks count as rounded up to a power of two (see `host_memory`)."""
     kept_bytes, optimizer_bytes = tensors.kept_bytes, tensors.optimizer_bytes
     pinning = [(technique(u.technique), u.settings) for u in plan.uses]
     pinning = [(t, settings) for t, settings in pinning if t.pins_host_memory]
@@ -211,10 +213,10 @@ def host_holds(estimate: Estimate, machine: Machine) -> bool:
 def oom_probability(on_device: float | None, host: HostMemory, machine: Machine) -> float | None:
     """Return the probability, from 0 to 1, that a plan does not fit the device or the host.
 
-    ``on_device``: that it does not fit the device. The two are taken as independent, and on a CPU the result
-    is ``on_device``, because its memory is the host's. If the host's memory is unknown, the result is None
-    for a plan that keeps tensors there, and ``on_device`` for any other, for which it is not checked. The
-    result is None if ``on_device`` is.
+    ``on_device``: the probability that it does not fit the device. Device and host are taken as independent.
+    On a CPU the result is ``on_device``, because its memory is the host's. If the host's memory is unknown,
+    the result is None for a plan that keeps tensors there, and ``on_device`` for any other. The result is
+    None if ``on_device`` is None.
     """
     available_bytes = memory_bytes(machine)
     if on_device is None or machine.device.is_host:

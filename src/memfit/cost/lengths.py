@@ -25,8 +25,8 @@ _POOL_BATCHES = 50  # length buckets are sorted within pools of this many batche
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """What of a batch decides its memory: ``rows``, the number of rows, and ``length``, the tokens of each
-    row with its padding.
+    """The shape of a batch, which decides its memory: ``rows``, the number of rows, and ``length``, the
+    tokens of each row with its padding. ``terms``: the six terms of the peak, see `PeakModel`.
 
     ``attended``: number of pairs of a query and a key in attention, summed over the rows. A row in which
     several sequences are packed and attend only to themselves has the sum of the squares of their lengths.
@@ -75,13 +75,21 @@ class PeakModel:
 
 def fit(shapes: Sequence[Shape] | Sequence[SizePair], traces: Sequence[Trace]) -> PeakModel:
     """Fit the peak model by least squares to ``traces`` of a step. ``shapes``: the shape of the batch of each
-    trace, in the same order.
+    trace, in the same order; all of one kind.
 
     Raises UserError if the traces differ in their sequence of allocations and frees, because no formula fits
     then.
     """
     free_positions = [_allocations_before_free(t) for t in traces]
     if any(not np.array_equal(c, free_positions[0]) for c in free_positions):
+        if isinstance(shapes[0], SizePair):
+            raise UserError(
+                "memfit estimate --lengths --columns cannot predict this job: which operators a step runs "
+                "depends on the two sizes of its samples, so no formula gives the peak memory of a step by "
+                "these sizes",
+                hint="run `memfit estimate JOB` for each pair of sizes that you need, with each size as "
+                "--dim NAME=NUMBER",
+            )
         raise UserError(
             "memfit estimate --lengths cannot predict this job: which operators a step runs depends on the "
             "length of the sequences, so no formula gives the peak memory of a step by that length",

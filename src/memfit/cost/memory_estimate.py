@@ -41,12 +41,12 @@ class Footprint:
     """Reserved memory and device memory of one rank of a plan. All is None or empty on the host, and on a
     device whose kind does not reserve memory as CUDA does (`DeviceKind.reserves_as_cuda`): it is unknown.
 
-    ``counted_bytes``: peak of the allocated bytes as the caching allocator counts them: with the rest of a
-    cached block that is too small to be cut off, less than 1 MiB each; 0 if unknown. ``reserved_bytes``: what
-    the allocator reserves. ``device_bytes``: that plus what the process uses
-    outside the allocator; None if the catalog lacks a part of it. ``device_parts_bytes``: "reserved" and the
-    known parts outside: "context", "kernels" and "nccl". ``oom_probability``: probability, from 0 to 1, that
-    the device's memory is not enough; None if ``device_bytes`` is.
+    ``counted_bytes``: peak of the allocated bytes as the caching allocator counts them, with the rests of
+    cached blocks that are too small to be cut off, at most 1 MiB each; 0 if unknown. ``reserved_bytes``:
+    what the allocator reserves. ``device_bytes``: ``reserved_bytes`` plus what the process uses outside the
+    allocator; None if the catalog lacks a part of that. ``device_parts_bytes``: "reserved" and the known
+    parts outside: "context", "kernels" and "nccl". ``oom_probability``: probability, from 0 to 1, that the
+    device's memory is not enough; None if ``device_bytes`` is None.
     """
 
     counted_bytes: int = 0
@@ -61,8 +61,9 @@ def footprint(trace: Trace, allocated: Interval, machine: Machine) -> Footprint:
     reserve memory as CUDA does.
 
     The allocations of ``trace`` must include the BLAS workspaces. ``allocated``: the predicted peak of the
-    live bytes, with its range. Cached segments that the allocator could give back do not count for
-    ``oom_probability``, nor does that the allocator may reserve less than in any replay.
+    live bytes, with its range. If it is doubtful whether the plan fits, ``oom_probability`` is that of the
+    smallest memory with which a replay succeeds (`_least_memory`), as the allocator gives cached segments
+    back before it fails.
     """
     if not device_kind(machine.device.kind).reserves_as_cuda:
         return Footprint()
@@ -96,10 +97,10 @@ def sketch_footprint(
     """Return the footprint of a plan that was not traced; an empty one, ``Footprint()``, if the device's kind
     does not reserve memory as CUDA does.
 
-    ``allocated``: the predicted peak of its tensors. ``communicators``: as `Layout.communicators`, for the
-    buffers of NCCL. ``reserved_ratio``: reserved over allocated memory of a
-    traced plan of the same job. The reserved memory is ``allocated`` times that ratio; its low end is that of
-    ``allocated``, and its high end is computed with a ratio of at least 1.06.
+    ``allocated``: the predicted peak of its tensors. ``communicators``: number of ranks of each NCCL
+    communicator. ``reserved_ratio``: reserved over allocated memory of a traced plan of the same job. The
+    reserved memory is ``allocated`` times that ratio; its low end is that of ``allocated``, and its high end
+    is computed with a ratio of at least 1.06.
     """
     if not device_kind(machine.device.kind).reserves_as_cuda:
         return Footprint()

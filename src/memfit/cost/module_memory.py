@@ -32,8 +32,12 @@ _Line = tuple[str, str]
 
 def module_memory(trace: Trace, fold: Callable[[str], str], place: Place) -> tuple[ModuleMemory, ...]:
     """Return one entry for each module and line of code that holds memory at the peak of forward, backward or
-    optimizer, sorted by module, file and text of the line. ``fold`` names the module of a path; modules of
-    one name are added up. The trace must have lines.
+    optimizer, sorted by module, file and text of the line. All states of a module (parameters, gradients,
+    optimizer state, inputs) are in the entry of one line, that of most parameter bytes.
+
+    ``fold``: returns the name of the module with this path; modules of one name are added up. ``place``:
+    returns the path with the line, and the text of the line, of a file and line of the trace. The trace must
+    have lines.
     """
     states, kept = defaultdict[str, Counter[Phase]](Counter), Counter[tuple[str, _Line, Phase]]()
     state_lines = defaultdict[str, Counter[_Line]](Counter)

@@ -41,8 +41,8 @@ class RecomputeChoice:
 
 def solve(replay: Replay, budget_bytes: int, *, gap_ratio: float = GAP_RATIO) -> RecomputeChoice | None:
     """Choose tensors to drop so that the peak by ``replay`` is at most ``budget_bytes`` and recomputation
-    takes least time. Return the best choice that an integer program finds in up to six rounds, corrected by a
-    replay after each; None if no choice that it finds is within the budget.
+    takes least time. Return the fastest choice within the budget that an integer program finds in up to six
+    rounds, corrected by a replay after each; None if it finds none.
 
     ``gap_ratio``: the solver may stop when its solution takes at most this much more time than the proven
     lower bound, relative to the bound.

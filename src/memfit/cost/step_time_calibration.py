@@ -80,7 +80,8 @@ def merge_calibrations(old: Calibration, new: Calibration) -> Calibration:
     """Return two calibrations of this machine as one. At least one of them must have ``flops_s``.
 
     Figures of an operator that both have are those of ``new``. Rates are the higher and overheads the lower
-    of both, because noise only slows. The corrections from real runs are those of ``old``.
+    of both, because noise only slows. The load is the higher of both, and ``took_s`` the sum. The corrections
+    from real runs are those of ``old``.
     """
     rates = {k: max(c.flops_s.get(k, 0.0) for c in (old, new)) for k in {**old.flops_s, **new.flops_s}}
     overheads = [c.overhead_s for c in (old, new) if c.flops_s]

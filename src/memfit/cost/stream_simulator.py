@@ -237,7 +237,9 @@ class _Streams:
         return [self.issued, self.free[""], self.exposed, self.idle, *self.busy.values()]
 
     def _equal_passes(self, issued_s: float, busy_s: float, at_most: int) -> int:
-        """Return after how many more passes of these seconds, at most, host and stream change order."""
+        """Return how many more passes can be added before the host, which is ahead of the compute stream, is
+        overtaken by it; at most ``at_most``. ``issued_s``, ``busy_s``: seconds of host and stream per
+        pass."""
         ahead_s = self.free[""] - self.issued  # how far the host is ahead
         if busy_s >= issued_s or _close([busy_s], [issued_s]):
             return at_most

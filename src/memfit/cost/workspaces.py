@@ -215,9 +215,9 @@ def _kept_bytes(trace: Trace, calibration: Calibration) -> int:
 def bound_bytes(signature: str, device: str, threads: int) -> int:
     """Return an upper bound on the bytes that the operator uses beside its inputs and outputs while it runs.
 
-    0 if it uses none or is not a torch operator, and on an accelerator for all operators but convolutions,
-    nn.Bilinear's and, if its kind has CUDA's kernels, the backward of attention and `CUDA_BOUNDS`. What
-    other kernels of CUDA's allocate inside is exact, and in the trace (`with_temporaries`).
+    0 if it uses none or is not a torch operator. On an accelerator, only convolutions and nn.Bilinear's
+    operator have a bound and, if it runs CUDA's kernels, attention and the operators of `CUDA_BOUNDS`; what
+    CUDA's other kernels allocate inside is known exactly and added to the trace (`with_temporaries`).
     ``device``: its kind. ``threads``: number of the CPU's threads that run the operator.
     """
     name = signature[2 : signature.index('"', 2)] if signature.startswith('["') else ""

@@ -77,7 +77,8 @@ class AlternativeInputs:
         if keys:
             raise UserError(
                 f"section [{kind}] of the case sets {', '.join(keys)} but names no machine",
-                hint='add to it the machine that they describe, such as machine = "8xH100-SXM"',
+                hint="add to the section the machine that these keys describe, such as "
+                'machine = "8xH100-SXM", or remove the keys',
             )
 
     def _of_user(self, kind: str, section: ExistingMachine) -> list[Alternative]:
@@ -93,16 +94,18 @@ class AlternativeInputs:
             candidates.append(dataclasses.replace(way, parallel_count=at_once if hours is None else 1))
         if not candidates and machine is None:
             raise UserError(
-                f"the machine {name!r} in section [{kind}] of the case is not in the catalog, and neither "
-                "hours_plain nor hours_recommended is set",
+                f"section [{kind}] of the case names the machine {name!r}, which the catalog does not have "
+                f"({_why_not_in_catalog(name)}), and sets neither hours_plain nor hours_recommended",
                 hint=f"{_did_you_mean_or(name)}set for your own machine hours_plain or hours_recommended, "
-                "the hours of one run with the plain or recommended plan, and power_w, its watts under load",
+                "the hours of one run with the plain or recommended plan; power_w, its watts under load; and "
+                "in [purchase] its price, in [cloud] its rent per_hour",
             )
         if not candidates:
             raise UserError(
-                f"for the machine {name!r} in section [{kind}] of the case, the record has no prediction of "
-                "a plan, plain or recommended, that fits its memory and has a step time",
-                hint=f"`memfit decide --pilot {name}` predicts it; or set hours_plain or hours_recommended",
+                f"for the machine {name!r} in section [{kind}] of the case, the proof of concept has no "
+                "predicted step time of a plan, plain or recommended, that fits the machine's memory",
+                hint=f"`memfit decide --pilot {name}` predicts it if all gates hold; or set hours_plain or "
+                "hours_recommended, the hours of one run with the plain or recommended plan, in that section",
             )
         return candidates
 
@@ -195,10 +198,12 @@ class AlternativeInputs:
             )
 
     def _site(self, kind: str, machine: CatalogMachine | None) -> str:
-        """Return where a machine stands, for its PUE: "cloud" if it is rented, "desk" if it is a desktop,
-        else "" for a server room. If the case has a PUE, it counts for every owned machine, which is then "".
+        """Return where a machine stands, for its PUE: "cloud" if it is rented; "desk"; or "" for a server
+        room.
 
-        The section of the case may say "desk" or "server-room".
+        An owned machine stands where ``site`` in its section of the case says. Without ``site``, a machine
+        whose host in the catalog is a workstation stands at a desk, and any other in a server room. If the
+        case has a PUE, that counts for every owned machine, and the result is "".
         """
         if kind == "cloud":
             return "cloud"
@@ -291,8 +296,8 @@ def _with_memory(way: Alternative, offer: Offer | None) -> Alternative:
 
 
 def usable_bytes(machine: str) -> float | None:
-    """Return the memory of one device of the machine in bytes; None if the catalog has no machine of this
-    name.
+    """Return the memory of one device of the machine in bytes; None if ``machine`` is not a name that
+    `catalog.machine` reads.
     """
     catalog_machine = _catalog_machine(machine)
     return catalog_machine.device.memory_bytes.value if catalog_machine is not None else None
@@ -321,8 +326,18 @@ def _did_you_mean_or(name: str) -> str:
     return f"{hint} or " if hint else ""
 
 
+def _why_not_in_catalog(name: str) -> str:
+    """Return why the catalog has no machine ``name``: an unknown device or network, or a wrong form; "" if it
+    has the machine."""
+    try:
+        catalog.machine(name)
+    except UserError as error:
+        return error.given
+    return ""
+
+
 def _catalog_machine(name: str) -> CatalogMachine | None:
-    """Return the catalog's machine of that name, or None if it has none."""
+    """Return the machine that `catalog.machine` reads from the name, or None if that raises UserError."""
     try:
         return catalog.machine(name)
     except UserError:
@@ -370,8 +385,9 @@ def _amount(fact: Fact | None) -> Amount | None:
 
 
 def _price_fields(machine: CatalogMachine | None, fact: Fact | None) -> dict[str, Any]:
-    """Return the fields of an option that say whose price of the catalog it has, and the spread between
-    sellers; none for a price that is the user's.
+    """Return the fields of an option that name the device whose price of the catalog it has, and give the
+    spread between sellers. Empty if ``machine`` or ``fact`` is None, as for a price of the user's, or if the
+    price is 0.
     """
     if machine is None or fact is None or not fact.value:
         return {}

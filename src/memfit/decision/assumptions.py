@@ -121,6 +121,7 @@ def _where(case: DecisionCase, place: str) -> str:
         raise UserError(
             f"the keys place, tariff and supplier of the case are not of one place: {places_text}",
             allowed="a place, an electricity tariff and an electricity supplier of the same place",
+            hint="correct one of these keys or leave it out",
         )
     return next(iter(stated_places.values()), place)
 
@@ -137,10 +138,11 @@ def _rate(case: DecisionCase, currency: finance.Currency) -> Term:
         factor = 1.0 if currency.code == "USD" else _MOST_RATE_FACTOR
         if low < catalog_rate / factor or high > catalog_rate * factor:
             raise UserError(
-                f"money.per_usd, or the low or high of its range, is implausible: {figure.value:g} "
-                f"{currency.code} per US dollar",
-                allowed=f"{catalog_rate / factor:g} to {catalog_rate * factor:g}; "
-                f"the catalog's rate is {catalog_rate:g}",
+                f"money.per_usd is implausible: one US dollar costs {figure.value:g} {currency.code} "
+                f"(range {low:g} to {high:g})",
+                allowed=f"{catalog_rate / factor:g} to {catalog_rate * factor:g}, also for the low and high "
+                f"of a range; the catalog's rate is {catalog_rate:g}",
+                hint=f"give the number of {currency.code} that one US dollar costs, not the inverse",
             )
     return _number("per_usd", figure, currency.per_usd, "")
 

@@ -48,8 +48,8 @@ class CaseFigure(_Strict):
         low, high = self.bounds
         if not low <= self.value <= high:
             raise ValueError(
-                f"low {low:g}, value {self.value:g} and high {high:g} of this figure are out of order: it "
-                "must be low <= value <= high"
+                f"low {low:g}, value {self.value:g} and high {high:g} of this figure are out of order: low "
+                "must be at most the value, and high at least the value"
             )
         if self.date:
             datetime.date.fromisoformat(self.date)
@@ -112,9 +112,10 @@ Share = Annotated[CaseValue, pydantic.AfterValidator(_above), pydantic.AfterVali
 class TrainingWork(_Strict):
     """The section [work]: how much is trained, how long a run may take, and what a finished run is worth.
 
-    ``years``: how many years the training goes on, 1 to 20. ``utilisation_ratio``: share of a year in which a
-    machine can be busy. What is unset is the catalog's default; without ``longest_run_hours`` a run may take
-    any time, and without ``value_per_run`` its worth is unknown.
+    ``steps_per_run``: optimizer steps. ``years``: how many years the training goes on, 1 to 20.
+    ``utilisation_ratio``: share of a year in which a machine can be busy, above 0 and at most 1. What is
+    unset is the catalog's default; without ``longest_run_hours`` a run may take any time, and without
+    ``value_per_run`` its worth is unknown.
     """
 
     steps_per_run: Whole | None = None
@@ -127,11 +128,13 @@ class TrainingWork(_Strict):
 
 
 class Money(_Strict):
-    """The section [money]: prices in the currency of the case, and other figures that all options share. What
-    is unset is the catalog's; ``labour_per_hour`` is then unknown.
+    """The section [money]: prices in the currency of the case, and other figures that all options share.
 
-    ``life_years``: years after which a machine is replaced, 1 to 20. ``support_ratio``: cost of support per
-    year, as a share of the purchase price.
+    ``labour_per_hour``: price of a working hour of people; unknown if unset. ``energy_per_kwh``,
+    ``levy_per_kwh`` and ``basic_per_kw_month``: prices of electricity; if unset, those of the case's tariff;
+    without a tariff, the energy has the average price of the place, and the other two are 0. All other
+    figures are the catalog's if unset. ``life_years``: years after which a machine is replaced, 1 to 20.
+    ``support_ratio``: cost of support per year, as a share of the purchase price.
     """
 
     labour_per_hour: CaseValue | None = None
@@ -158,12 +161,13 @@ class AdoptionEffort(_Strict):
 
 
 class ExistingMachine(_Strict):
-    """Figures of the machine of one option, which exists or is to be bought or rented; the sections add what
-    is special.
+    """Figures that the sections [existing], [purchase] and [cloud] have in common: those of the machine of
+    one option.
 
     ``machine`` is written as in --on, such as ``8xH100-SXM``. ``hours_plain``, ``hours_recommended``: hours
-    of one run, and ``power_w``: watts under load; set them if memfit cannot predict them or the user knows
-    better. ``setup_hours`` and ``operating_hours_per_year`` are people's working hours.
+    of one run with plain training and with the recommended plan. ``power_w``: watts of one machine under
+    load. If unset, hours and watts are predicted. ``setup_hours`` and ``operating_hours_per_year``: people's
+    working hours; unknown if unset.
     """
 
     machine: Name | None = None
@@ -216,9 +220,9 @@ class DecisionCase(_Strict):
     """The user's figures for a decision. All are optional. Missing ones come from the catalog; those that the
     catalog does not have are unknown, and the decision lists them.
 
-    ``currency``: code of the currency of all prices, by default "USD". ``place``, ``tariff``, ``supplier``:
-    names in the catalog of the place, which determines electricity, taxes and a machine's life, of the
-    electricity tariff, and of the electricity supplier.
+    ``currency``: code of the currency of all prices, by default "USD". ``place``: where the machines run,
+    which determines the price of electricity, taxes and a machine's life. ``tariff``: the electricity tariff.
+    ``supplier``: the electricity supplier, which determines the CO2. These three are names of the catalog.
     """
 
     currency: Name = "USD"
@@ -236,8 +240,8 @@ class DecisionCase(_Strict):
 def read(path: Path) -> DecisionCase:
     """Read a case file.
 
-    Raises UserError if the file cannot be read or is not TOML. If a figure or key is wrong, the error has the
-    location of the first fault and what is allowed there.
+    Raises UserError if the file cannot be read or is not TOML, and if a figure or key is wrong; the error
+    then has the location of the first fault and what is allowed there.
     """
     return parse_case(read_text(path, most_bytes=MOST_TOML_BYTES), str(path))
 
@@ -245,8 +249,8 @@ def read(path: Path) -> DecisionCase:
 def parse_case(text: str, what: str) -> DecisionCase:
     """Parse the text of a case file; `what` names it in errors.
 
-    Raises UserError if the text is not TOML. If a figure or key is wrong, the error has the location of the
-    first fault and what is allowed there.
+    Raises UserError if the text is not TOML, and if a figure or key is wrong; the error then has the location
+    of the first fault and what is allowed there.
     """
     try:
         return DecisionCase.model_validate(parse_toml(text, what=what))

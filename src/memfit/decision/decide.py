@@ -33,13 +33,15 @@ def decide(
 ) -> Decision:
     """Return the decision: the options, their costs, the saving and how certain it is, stages and risks.
 
-    `more`: predictions made after the proof of concept (PoC); they replace the PoC's predictions for the same
-    machine and kind of plan (plain or recommended). Only predictions of one job size are used: that of the
-    last in `more`, else of the PoC's first. `name`: path of the case file; "" without one. `named`: stage
-    ("pilot" or "full") -> machine that the user chose for it. `limits`: of the gate before the pilot; None:
-    the default limits. `by_default`: whether `case` holds defaults and not the user's figures; the money is
-    then for a typical project of the job, if the catalog has one. Raises UserError for a case that names an
-    unknown currency, place, tariff or supplier, contradicts itself, or lacks the hours or price of a machine.
+    `more`: predictions made after the proof of concept (PoC); they replace the PoC's predictions for the
+    same machine, kind of plan (plain or recommended) and size of the job. The size of the decision is that
+    of the last in `more`, else of the PoC's first. Predictions of other sizes are used only if they are
+    phases of a typical project. `name`: path of the case file; "" without one. `named`: stage ("pilot" or
+    "full") -> machine that the user chose for it. `limits`: of the gate before the pilot; None: the default
+    limits. `by_default`: whether `case` holds defaults and not the user's figures; the money is then for a
+    typical project of the job, if the catalog has one. Raises UserError for a case that names an unknown
+    currency, place, tariff or supplier, contradicts itself, has an implausible exchange rate, or lacks the
+    hours or price of a machine.
     """
     size = more[-1].size if more else poc.offers[0].size if poc.offers else ""
     offers_by_machine = {(o.machine, o.plain, o.size): o for o in (*poc.offers, *more)}
@@ -134,6 +136,8 @@ def _cheapest_or_unknown(
 
 
 def _why_none(sheets: Sequence[CostSheet]) -> str:
+    """Return why there is no best option: "no_offers" if there is only the option to do nothing,
+    "none_priced" if an option that does all the work has an unknown cost, else "none_does_it"."""
     if len(sheets) == 1:
         return "no_offers"
     return "none_priced" if any(s.enough and s.present_cost is None for s in sheets) else "none_does_it"

@@ -92,14 +92,15 @@ def run_hours(way: Alternative, terms: Terms) -> float:
 
 def hours_per_run(way: Alternative, terms: Terms) -> float:
     """Return the hours that a machine is busy for one run: the run's duration over the number of runs that
-    the machine does at once. A machine with fewer runs in a year than that is as busy as with one alone.
+    the machine does at once, which is at most the number of runs per year.
     """
     at_once = min(way.parallel_count, max(1.0, terms.runs_per_year))
     return run_hours(way, terms) / at_once
 
 
 def pue_of(way: Alternative, terms: Terms) -> float:
-    """Return the PUE of the option's site: a desk, a cloud, or the server room."""
+    """Return the PUE (electricity of the whole site over that of its computers) of the option's site: a desk,
+    a cloud, or the server room. The server room's also stands in for an unknown one."""
     by_site = {"desk": terms.desk_pue_ratio, "cloud": terms.cloud_pue_ratio}
     ratio = by_site.get(way.site)
     return terms.pue_ratio if ratio is None else ratio

@@ -164,7 +164,8 @@ def price_factors(best: Alternative, reference: Alternative) -> tuple[Term, ...]
 
 
 def has_same_price(one: Alternative, other: Alternative) -> bool:
-    """Return whether both options have the same price of the catalog: the same device, rented or bought."""
+    """Return whether both options have the same price of the catalog: that of the same device, rented in both
+    or bought in both."""
     return bool(one.priced_device) and (one.kind, one.priced_device) == (other.kind, other.priced_device)
 
 

@@ -37,7 +37,9 @@ class Project:
 
     def whole_runs(self, offers: Sequence[Offer]) -> list[Offer]:
         """Return one prediction for each of ``offers`` of the project's size: of the mean step of a whole run
-        on that machine with that kind of plan. Its memory is that of the phase that needs most.
+        on that machine with that kind of plan. Its memory is that of the phase that needs most; for plain
+        training, that of the project's size. If the step time of a phase is unknown, the prediction is as in
+        ``offers``.
 
         Recommended plans are left out on machines that a phase does not fit. Plain training is kept even so,
         since it is only what plans are compared with. A phase that was not predicted on any machine does not
@@ -61,8 +63,9 @@ class Project:
     def _runs(self, offers: Sequence[Offer], offer: Offer) -> list[Offer]:
         """Return the predictions of all phases on the machine of ``offer``, with its kind of plan.
 
-        A phase that was not predicted there counts by the median ratio of its time to that of the project's
-        size on other machines, and fits if the device has the least memory that it needs on one of them.
+        A phase that was not predicted there gets the step time of ``offer`` times the median ratio of the
+        two on other machines. It fits if ``offer`` does and the device has at least the lowest peak that the
+        phase has on one of these machines. It is left out if no other machine has both step times.
         """
         kind = {(o.machine, o.size): o for o in offers if o.plain is offer.plain}
         runs = [offer]
@@ -83,8 +86,10 @@ class Project:
         return runs
 
     def _mean(self, offer: Offer, runs: Sequence[Offer]) -> Offer:
-        """Return the offer with the mean of the steps of ``runs``, weighted by their numbers, their mean
-        power, and the memory of the largest, or of the project's size for plain training."""
+        """Return ``offer`` with the mean step time of ``runs``, weighted by their numbers of steps; their
+        mean power in watts, None if one is unknown; and the memory of the run that needs most, or of
+        ``offer`` for plain training. Return ``offer`` unchanged if it is the only run or a step time is
+        unknown."""
         if len(runs) == 1 or any(run.step_s is None for run in runs):
             return offer
         steps = [self.phases[run.size] for run in runs]
@@ -107,7 +112,8 @@ class Project:
 
 
 def project_of(job: str, size: str) -> Project | None:
-    """Return the typical project of a built-in job at a size; None if the catalog has none for both."""
+    """Return the catalog's typical project of the built-in job ``job`` at the size ``size``; None if there is
+    none."""
     data = table("projects.toml")
     row: Mapping[str, Any] | None = data["projects"].get(job)
     if row is None or row["size"] != size:

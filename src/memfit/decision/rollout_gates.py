@@ -58,8 +58,9 @@ class TimeLimits(_Strict):
 
 
 class AccuracyLimits(_Strict):
-    """Verdicts on the recommended plan that are accepted, by default only "equivalent"; None disables the
-    gate.
+    """Limit on the verdict on the recommended plan's results. ``verdicts``: those that are accepted, of
+    "equivalent", "undecided", "different" and "not_sensitive"; by default only "equivalent". None disables
+    the gate.
     """
 
     verdicts: Annotated[Kinds | None, pydantic.BeforeValidator(_none_if_false)] = ("equivalent",)
@@ -128,8 +129,8 @@ class Gate(_Strict):
 
 
 def read(path: Path) -> Gates:
-    """Read a TOML file of limits. Raises UserError if it cannot be read or is not TOML. If a limit or key is
-    wrong, the error has the location of the first fault.
+    """Read a TOML file of limits. Raises UserError if it cannot be read or is not TOML, and if a limit or key
+    is wrong; the error then has the location of the first fault.
     """
     return parse_gates(read_text(path, most_bytes=MOST_TOML_BYTES), str(path))
 
@@ -137,8 +138,8 @@ def read(path: Path) -> Gates:
 def parse_gates(text: str, path: str) -> Gates:
     """Parse the text of a TOML file of limits; `path` names it in errors.
 
-    Raises UserError if it is not TOML. If a limit or key is wrong, the error has the location of the first
-    fault.
+    Raises UserError if it is not TOML, and if a limit or key is wrong; the error then has the location of the
+    first fault.
     """
     data = parse_toml(text, what=path)
     try:
@@ -211,8 +212,9 @@ def _prediction_error(plain: Side, recommended: Side) -> float | None:
 
 
 def _step_ratio(record: Shared) -> float | None:
-    """Return the recommended plan's step time divided by plain training's: the record's ratio, or the ratio
-    of both median step times if the record has none; None if one of these is unknown.
+    """Return the recommended plan's step time divided by plain training's: the record's ratio or, if the
+    record has none, the ratio of both median step times. None if one of these times is unknown or plain
+    training's is 0.
     """
     if record.step_time_ratio is not None:
         return record.step_time_ratio

@@ -25,7 +25,8 @@ _MOST_MODULES: Final = 5  # named for the drift of one phase
 def compare_baseline(
     stored: MemoryBaseline, predicted: MemoryBaseline, tolerance_ratio: float
 ) -> BaselineComparison:
-    """Compare a prediction, with the rows of all its modules, with the stored one.
+    """Return how the prediction ``predicted``, which has the rows of all its modules, differs from the stored
+    one: what grew by more than the tolerance (drifts), and notes, such as on phases whose peak fell.
 
     A phase has drifted if its peak grew by more than ``tolerance_ratio`` of it. So has a module whose bytes
     in a phase grew by more than that share of them, or of 1 % of the stored peak if they were less. New
@@ -84,7 +85,8 @@ class _Modules:
         return tuple(sorted(growing, key=lambda g: (g.from_bytes - g.to_bytes, g.module)))
 
     def drifted(self, column: str) -> list[ModuleGrowth]:
-        """Return the modules whose growth in this column is above the tolerance, the largest first."""
+        """Return the modules whose growth in this column is above the tolerance, the largest first. New
+        modules are judged by their sum: all that grew, or none."""
         gone_bytes = sum(self._before[m][column] for m in self.gone)
         new_bytes = sum(self._now[m][column] for m in self.new)
         has_new = self._is_drift(gone_bytes, new_bytes)
@@ -98,8 +100,9 @@ class _Modules:
         return to_bytes - from_bytes > self._tolerance_ratio * max(from_bytes, self._least_bytes)
 
     def _grown_line(self, module: str, columns: Collection[str]) -> str:
-        """Return the line of ``module`` that grew most in these columns: lines are the same if their file and
-        text are. Return "" if no line is known."""
+        """Return the line of ``module``, such as "src/model.py:12", whose bytes in these columns grew most;
+        "" if no line is known. A line before and a line now are the same if their file and text are
+        equal."""
 
         def by_code(rows: Iterable[ModuleMemory]) -> Counter[tuple[str, str]]:
             sizes = Counter[tuple[str, str]]()

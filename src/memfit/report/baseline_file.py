@@ -56,7 +56,9 @@ def read_baseline(path: Path) -> BaselineFile:
     import pydantic
 
     if not path.exists():
-        raise UserError(f"there is no baseline {path}", hint="`memfit baseline write JOB` writes one")
+        raise UserError(
+            f"there is no baseline {path}", hint=f"`memfit baseline write JOB --file {path}` writes one"
+        )
     data = read_toml(path)
     if data.get("format") != _FORMAT:
         raise UserError(
@@ -72,5 +74,7 @@ def read_baseline(path: Path) -> BaselineFile:
         counts = Counter(entry.key for entry in entries)
         for entry in entries:
             if counts[entry.key] > 1:
-                raise UserError(f"{path} has two entries for {entry.title}", hint="delete one of them")
+                raise UserError(
+                    f"the baseline {path} has two entries for {entry.title}", hint="delete one of them"
+                )
     return baseline

@@ -94,9 +94,9 @@ def case_view(job: str) -> CaseView | None:
 
 
 def case_offers(job: str) -> tuple[Offer, ...]:
-    """Return the offers for the job named ``job`` that are stored in this package (``cases/JOB.json``):
-    predictions for single devices with a price, for each of plain training and of the stored plan. Empty if
-    none are stored."""
+    """Return the predictions for single devices with a price that are stored in this package
+    (``cases/JOB.json``) for the job named ``job``: for each device, one of plain training and one of the
+    recommended plan. Empty if none are stored."""
     case = _stored_case(job) or {}
     return tuple(
         serialization.loads(Offer, json.dumps(offer), what="a stored case")

@@ -29,8 +29,9 @@ class Axis:
     text: Callable[[float], str] = "{:g}".format
 
     def ticks(self, count: int = 7) -> list[float]:
-        """Return the round values from ``low`` to ``high``, both included, at distances of 1, 2, 2.5 or 5
-        times a power of ten of ``scale``. There are at most about ``count`` of them."""
+        """Return the values of the ticks from ``low`` to ``high``: multiples of a step, which is 1, 2, 2.5
+        or 5 times a power of ten times ``scale``. There are at most about ``count`` of them. ``high`` must
+        be greater than ``low``."""
         low, high = self.low / self.scale, self.high / self.scale
         step = _round_step((high - low) / count)
         first = math.ceil(low / step - 1e-9)

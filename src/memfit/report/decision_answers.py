@@ -216,8 +216,8 @@ def gains(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
 
 def _unknown(view: DecisionView, best: AlternativeRow) -> Sentence:
     """Return the sentence that the best option's cost is a lower bound, because working hours are missing in
-    it. If it is cheaper than the reference, the sentence also says how much more these hours may cost than
-    those of the reference before it is not."""
+    it. If the best option is cheaper than the reference, the sentence also says by how much: so much may its
+    missing hours cost, beyond those of the reference, until both cost the same."""
     decision, reference = view.decision, view.reference
     sheets = (decision.sheets[reference.index if reference else best.index], decision.sheets[best.index])
     allowance = (sheets[0].present_cost or 0.0) - (sheets[1].present_cost or 0.0)

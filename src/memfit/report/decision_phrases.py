@@ -53,8 +53,9 @@ def _more(ratio: float, source: str) -> Sentence:
 
 
 def cost_phrase(poc: Poc, view: DecisionView, stopped: Filled | None) -> Sentence:
-    """Return one sentence on what the best option costs compared with the reference, followed by its caveats.
-    Without a best option, it says only that the cost is not known.
+    """Return one sentence on what the best option costs compared with the reference, followed by its
+    caveats. Without a reference or a known saving, it says that the cost is not known, with the caveats;
+    without a best option, it says only that.
 
     ``stopped``: the first failed gate as placeholders (see `stages_phrase`), or None.
     """

@@ -76,12 +76,14 @@ def series(explained: TracedEstimate, points: int) -> dict[str, Any]:
     are in bytes.
 
     "clock": the instants, sorted: that with the most live bytes in each of ``points`` equal stretches of the
-    clock, the peak, and the start of each phase. The lists "first", "length", "group", "bytes" and "count"
-    have one entry for each row. A row stands for "count" equal allocations of "bytes" each, alive from one
-    instant on for "length" instants; "first" is the index of that instant minus the one of the row before.
-    Allocations that are alive at none of the instants, or have 0 bytes, are left out. "group" is an index
-    into "groups", whose entries are (category, module, operator, line) as indices into the page's order of
-    categories and into "modules" (where 0 is the root and i the entry i - 1), "ops" and "lines".
+    clock, the peak, and the start of each phase. "peak": index of the peak among them. "end": clock at which
+    the trace ends. "spans": (phase, step, start, end) of each phase. The lists "first", "length", "group",
+    "bytes" and "count" have one entry for each row. A row stands for "count" equal allocations of "bytes"
+    each, alive from one instant on for "length" instants; "first" is the index of that instant minus the one
+    of the row before. Allocations that are alive at none of the instants, or have 0 bytes, are left out.
+    "group" is an index into "groups", whose entries are (category, module, operator, line) as indices into
+    the page's order of categories and into "modules" (where 0 is the root and i the entry i - 1), "ops" and
+    "lines".
     """
     trace = explained.trace
     clocks = _instants(explained, points)

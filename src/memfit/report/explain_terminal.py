@@ -20,10 +20,10 @@ Row = tuple[list[str], list[Figure]]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ScriptFacts:
-    """What is said of a training script beside its estimate. ``needed_bytes``, ``fits``: the memory of one
-    device that it needs, and whether that is at most ``cap_bytes``. ``notes``: sentences for the user.
-    ``growth_bytes``: by how much that grows with each step. ``steps``: number of the script's first
-    optimizer steps that were traced."""
+    """What is said of a training script beside its estimate. ``needed_bytes``: memory of one device that the
+    script needs; ``fits``: whether it fits ``cap_bytes`` and the host. ``notes``: sentences for the user.
+    ``growth_bytes``: by how many bytes the memory in use grows with each step. ``steps``: number of the
+    script's first optimizer steps that were traced."""
 
     program: str
     model: str

@@ -241,8 +241,8 @@ def _figure_renderer(words: Words, labels: Mapping[str, str] | None) -> Callable
             ).format(css, text, mark)
         if figure.source not in labels:
             raise ValueError(
-                f"this page shows the number {text}, marked as {mark}, with the source {figure.source!r}, "
-                "but has no record with this anchor to which the number could link"
+                f"the report shows the number {text} ({mark}) with the source {figure.source!r}, but none of "
+                "its records has this anchor, so the number has nothing to link to"
             )
         live_attribute = Markup(' data-stage="{}"').format(figure.live) if figure.live else ""
         tooltip = words.get("mark_of", mark=mark, record=labels[figure.source])

@@ -78,8 +78,8 @@ def estimate_html(
 
 
 def _timeline(live_bytes: Sequence[int], cap_bytes: int) -> str:
-    """Return the plot of the report for one line; the memory of the device is in it if it is at most three
-    times the peak."""
+    """Return the plot of the live bytes over one step as SVG text, "" if there are none. ``cap_bytes`` is
+    drawn as a level line if it is at most three times the peak."""
     if not live_bytes:
         return ""
     peak = max(live_bytes)

@@ -71,7 +71,8 @@ def in_words(text: str, words: Words) -> str:
 
 
 def technique_names(names: str, words: Words) -> str:
-    """Return identifiers of techniques, separated by commas, as their names."""
+    """Return identifiers of techniques, separated by ", ", as their names in the language of ``words``. An
+    identifier without a name stays."""
     return words.get("plan.detail_separator").join(
         words.texts.get(f"technique.{name}.name", name) for name in names.split(", ")
     )

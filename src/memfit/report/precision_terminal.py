@@ -17,13 +17,13 @@ _COLUMNS: Final = ("module", "why", "alone", "gradient", "autocast", "loss")
 
 
 def print_advice(advice: PrecisionAdvice, *, console: Console, lang: str) -> None:
-    """Print advice on which modules to compute in float32.
+    """Print advice on which modules to compute in float32 (islands).
 
-    First a table of the modules that must be, and the worst `MOST` (12) of the others. Then, each if it
-    applies: how many others there are; that the loss function or the root's own code must be; that no module
-    must be, or the ``islands=`` lines for the Job, without and under autocast; the modules that rely on
-    torch's summing in float32. Last, how far the loss moves without and with the islands. Raises UserError
-    for an unknown ``lang``.
+    First a table of the modules that need float32, and the worst `MOST` (12) of the others. Then, each if it
+    applies: how many others are not in the table; that the loss function or the root's own code needs
+    float32; that no module does, or the ``islands=`` lines for the Job, without and under autocast; the
+    modules that rely on torch's summing in float32. Last, how far the loss moves without and with the
+    islands. Raises UserError for an unknown ``lang``.
     """
     words = load_words(lang)
     title = words.get(

@@ -41,8 +41,8 @@ def _timeline(timeline: Timeline) -> charts.Line:
 
 
 def bytes_axis(title: str, values: Sequence[float]) -> charts.Axis:
-    """Return an axis from 0 whose labels are in GiB, MiB, KiB or B, the largest of which the largest value is
-    at least two (else B), with ticks that are round in this unit."""
+    """Return an axis from 0 that covers ``values``, in bytes. Ticks and labels are in the largest of GiB, MiB
+    and KiB of which the largest value is at least two, else in bytes."""
     scale = next((s for s in (GIB, MIB, KIB) if max(values) >= 2 * s), 1)
     name = {GIB: "GiB", MIB: "MiB", KIB: "KiB"}.get(scale, "B")
     return charts.axis(title, values=values, scale=scale, text=lambda v: f"{v / scale:,g} {name}")

@@ -16,8 +16,9 @@ class RunRow:
     ``predicted_peak``, ``peak`` and ``peak_error``: predicted and measured peak of live tensors, and
     predicted minus measured in % of measured; the same for ``step``, the median step time. Measured peak,
     step and metric are unknown if the run did not complete. ``capped``: whether it ran under the memory cap.
-    ``outcome``: ok, oom, timeout or failed; ``reason``: what happened if it is not ok. ``process_peak``: how
-    much memory the process took more than at its start; ``overhead``: ``process_peak`` / ``peak``.
+    ``outcome``: ok, oom, timeout, interrupted or failed; ``reason``: what happened if it is not ok.
+    ``process_peak``: how much memory the process took more than at its start; ``overhead``: ``process_peak``
+    / ``peak``.
     """
 
     name: str

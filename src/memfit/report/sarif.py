@@ -30,9 +30,9 @@ class SarifResult:
 
 
 def sarif_text(results: Sequence[SarifResult], *, version: str) -> str:
-    """Return the results of one run of memfit, of this ``version``, as a SARIF log. Its rules are those of
-    the results. Files in the current folder, or below, are named from there, others by their whole
-    address."""
+    """Return the results of one run of memfit, of this ``version``, as the text of a SARIF log, which is
+    JSON. Its rules are those of the results. Files in or below the current folder are named by their path
+    from there, others by a file: URI."""
     rules = dict[str, SarifResult]()
     for result in results:
         rules.setdefault(result.rule, result)

@@ -18,9 +18,11 @@ def surrogate_sentences(verdict: Verdict) -> tuple[Sentence, ...]:
 
 
 def control_sentence(verdict: Verdict) -> Sentence | None:
-    """Return whether the test would have noticed the job's negative control; None if this is not known to the
-    verdict. Of several endpoints, the sentence names one in which the control was judged different, or that
-    in which its difference is largest by the margin."""
+    """Return the sentence on whether the test would have noticed the job's negative control, or why that is
+    not known. None if the verdict has no control.
+
+    Of several endpoints, the sentence names the one with the largest difference relative to its margin, among
+    those in which the control was judged different, if there are any."""
     control = verdict.control
     if control is None:
         return None

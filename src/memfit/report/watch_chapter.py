@@ -57,7 +57,8 @@ class RankRow:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PredictionRow:
-    """The highest measured value of all ranks beside what was predicted. ``quantity``: key of its name."""
+    """The highest measured value of all ranks beside what was predicted. ``quantity``: key of its name.
+    ``error``: predicted minus measured, in % of measured."""
 
     quantity: str
     measured: Figure
@@ -304,9 +305,9 @@ def _plot(
 
 
 def _series(record: WatchRecord, field: str, *, lowest: bool = False) -> list[tuple[int, Points]]:
-    """Return (rank, points) of the ranks that measured the field: all up to 16, else some of them, the one
-    with the least free memory among these. Of many steps, the highest value of each stretch; with ``lowest``,
-    the lowest."""
+    """Return (rank, points) for each rank that measured the field, where a point is (step, value). Of more
+    than 16 ranks, only some at equal distances and the one with the least free memory are taken. More than
+    400 points become 400: the highest of each stretch, or the lowest with ``lowest``."""
     fullest = record.fullest
     ranks = list(record.ranks)
     if len(ranks) > _MOST_LINES:
