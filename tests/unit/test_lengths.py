@@ -18,6 +18,7 @@ from torch.nn import functional
 from memfit.cost.lengths import (
     PeakModel,
     Shape,
+    SizePair,
     batchings,
     chance_all_good,
     fit,
@@ -92,8 +93,11 @@ def test_a_step_whose_operators_depend_on_length_is_refused() -> None:
         return Job(name="x", build_model=_Attention, make_batch=made.make_batch, loss=loss, batch_size=2)
 
     shapes = [Shape(rows=2, length=n) for n in (16, 32)]
+    traces = [trace(job(s.length), Plan()) for s in shapes]
     with pytest.raises(UserError, match="depends on the length"):
-        fit(shapes, [trace(job(s.length), Plan()) for s in shapes])
+        fit(shapes, traces)
+    with pytest.raises(UserError, match=r"depends on the two sizes .*--dim NAME=NUMBER"):
+        fit([SizePair(first=s.length, second=1) for s in shapes], traces)
 
 
 def test_at_shape_resizes_only_the_batch_and_length_dimensions() -> None:

@@ -152,8 +152,9 @@ def _resolve_names(data: dict[str, Any]) -> Iterator[str]:
 
 def _resolve_base(data: dict[str, Any]) -> Iterator[str]:
     """Complete a [device] table that has a ``base``, the name of a device of the catalog, with that device's
-    figures, for those that the table does not give. Add that device's host if ``data`` has none. If the
-    catalog does not have the base, yield that as a text and set the device to None.
+    figures, for those that the table does not give; of ``peak_flops`` and ``efficiency_ratio``, also for the
+    entries that the table does not give. Add that device's host if ``data`` has none. If the catalog does not
+    have the base, yield that as a text and set the device to None.
     """
     table = data.get("device")
     if not isinstance(table, dict) or "base" not in table:

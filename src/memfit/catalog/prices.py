@@ -24,7 +24,7 @@ _SPREAD: Final = {"rent": "rental_spread", "buy": "hardware_spread"}  # range of
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SellerPrice:
     """One seller's price in US dollars without tax. ``deal``: "rent" (one device for an hour) or "buy" (one
-    device). ``kind``: one of KINDS. ``region``: a country code, or "world".
+    device). ``kind``: one of `KINDS`, such as "on_demand" or "list". ``region``: a country code, or "world".
     """
 
     device: str

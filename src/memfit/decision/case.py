@@ -33,8 +33,9 @@ class _Strict(pydantic.BaseModel):
 class CaseFigure(_Strict):
     """A figure, such as ``12.5`` or ``{value = 12.5, low = 10, high = 15, source = "an offer"}``.
 
-    It is not negative. If an end of the range is not set, it is the value. The figure may have a date in ISO
-    form: ``date = "2026-03-03"``. Validation fails unless low <= value <= high and the date is valid.
+    Value, low and high are from 0 to 1e15. If an end of the range is not set, it is the value. The figure
+    may have a date in ISO form: ``date = "2026-03-03"``. Validation fails unless low <= value <= high and
+    the date is valid.
     """
 
     value: Annotated[float, pydantic.Field(ge=0, le=_MOST, allow_inf_nan=False)]

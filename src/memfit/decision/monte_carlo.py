@@ -30,11 +30,11 @@ def interval(
     """Return (interval of what ``best`` saves over ``reference`` in percent; percentage of random draws in
     which it saves anything). Return None if the saving is unknown.
 
-    ``numbers``: the numbers of the decision with their ranges. For each of ``draws`` draws, every number with
-    a range is drawn from it. The interval goes from the 5th to the 95th percentile of the saving in them, and
-    is widened to contain the saving with all numbers at their values; a draw in which the saving is unknown
-    counts as that one. If no number has a range, or if both options are the same, the interval is only this
-    saving, and the percentage is 100 or 0.
+    ``numbers``: the numbers of the decision with their ranges. For each of ``draws`` draws, every number
+    with a range is drawn from it. The interval's value is the saving with all numbers at their values. Its
+    ends are the 5th and the 95th percentile of the savings of all draws, moved outwards if needed to contain
+    the value. A draw in which the saving is unknown counts with the value. If no number has a range, or if
+    both options are the same, both ends are the value, and the percentage is 100 or 0.
     """
     import numpy
 

@@ -48,6 +48,7 @@ def risks(poc: Poc, decision: Decision) -> tuple[Risk, ...]:
 
 
 _Values = dict[str, str | float | None]
+# (kind, level, key of the evidence, values of its placeholders, source)
 _Entry = tuple[str, str, str, Mapping[str, str | float | None], str]
 
 
@@ -114,8 +115,8 @@ def _load(poc: Poc) -> _Entry:
 
 
 def _maturity(poc: Poc, decision: Decision) -> _Entry:
-    """Judge the upkeep of the engine that ran the recommended plan, and of the packages that the recommended
-    plan and the plan of the best option need.
+    """Return the entry of the risk "maturity": how well the engine that ran the recommended plan is
+    maintained, and the packages that this plan and the plan of the best option need.
 
     The risk is "low" if the catalog says of all of them that they are released regularly, "unknown" if it
     does not know the status of one of them, else "high".

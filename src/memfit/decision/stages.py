@@ -171,8 +171,8 @@ def pilot(decision: Decision) -> Alternative | None:
     None if there is none.
 
     It is the best option if that is not a purchase. Otherwise it is a rental with the same kind of plan
-    (plain or recommended): on the same machine if it is rented, too, else the rental that costs least for one
-    run.
+    (plain or recommended) as the best option: on the best option's machine if the decision has such a rental,
+    else on any machine. Of several, it is the one with the lowest rent for one run.
     """
     if decision.best is None:
         return None

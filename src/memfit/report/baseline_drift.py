@@ -30,8 +30,9 @@ def compare_baseline(
 
     A phase has drifted if its peak grew by more than ``tolerance_ratio`` of it. So has a module whose bytes
     in a phase grew by more than that share of them, or of 1 % of the stored peak if they were less. New
-    modules count together, against those that are gone: a renamed module is no drift. Reserved memory has
-    drifted if it also grew by more than 20 MiB, as it is reserved in steps of up to that size.
+    modules count together, against those that are gone: a renamed module is no drift. Modules are not
+    reported for a phase that has drifted as a whole. Reserved memory has drifted if it grew by more than the
+    tolerance and by more than 20 MiB, as it is reserved in steps of up to that size.
     """
     modules = _Modules(stored, predicted, tolerance_ratio)
     drifts = [*_of_phases(stored, predicted, modules, tolerance_ratio)]
@@ -134,7 +135,8 @@ def _of_phases(
 
 
 def _of_modules(modules: _Modules, drifted_phases: Collection[str]) -> Iterator[MemoryDrift]:
-    """Yield the drifts of modules in phases that have not drifted as a whole. States are in all phases."""
+    """Yield the drifts of modules in phases that have not drifted as a whole. Drifts of states (parameters,
+    gradients, optimizer state, inputs), which are in all phases, are yielded only if no phase has drifted."""
     for column in COLUMNS:
         phase = {"state_bytes": "states"}.get(column, column.removesuffix("_bytes"))
         if phase in drifted_phases or (phase == "states" and drifted_phases):

@@ -24,8 +24,8 @@ _HEAD: Final = (
 
 
 def baseline_text(baseline: BaselineFile) -> str:
-    """Return the baseline as TOML: equal content gives equal text. Entries are sorted by what they
-    predict."""
+    """Return the baseline as TOML: equal content gives equal text. Entries are sorted by job, size, batch,
+    length, plan and machine."""
     parts = [f'{_HEAD}format = "{baseline.format}"\n']
     for name in ("jobs", "tests"):
         entries = sorted(getattr(baseline, name), key=lambda entry: entry.key)

@@ -17,7 +17,8 @@ _NOTABLE_RATIO: Final = 0.0005  # by which the recommended plan is above the bes
 
 
 def search_view(result: SearchResult) -> SearchView:
-    """Convert a search result to the rows that the report shows, with predicted figures and their sources."""
+    """Return a search result as the rows that the report shows: predicted figures with their sources, and
+    sentences."""
     best = result.recommended
 
     def row(choice: Choice) -> ChoiceRow:
@@ -118,8 +119,8 @@ def _choice(choice: Choice, *, recommended: bool) -> ChoiceRow:
 
 
 def _reason(reason: Reason) -> Sentence:
-    """Convert the reason why a technique is in a plan or was left out to a sentence. A technique that raises
-    the peak instead of lowering it gets the sentence that says how many more bytes it takes."""
+    """Return the reason why a technique is in a plan or was left out as a sentence. For a technique in the
+    plan that raises the peak instead of lowering it, the sentence says how many more bytes it takes."""
     saved = reason.saved_bytes
     costs = reason.kind is ReasonKind.SAVES and saved is not None and saved < 0
     change = Figure(

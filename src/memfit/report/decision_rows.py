@@ -99,8 +99,8 @@ class PriceRow:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TermRow:
-    """One number that the decision is based on. ``ranged``: whether it has a range from ``low`` to ``high``;
-    without one, these two may be unknown."""
+    """One number that the decision is based on. ``ranged``: whether it has a range, so that ``low`` is below
+    ``high``; otherwise these two equal the value or are unknown."""
 
     name: str
     value: Figure

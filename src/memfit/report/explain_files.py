@@ -166,7 +166,7 @@ def chrome_trace(explained: TracedEstimate) -> bytes:
 
     It has counters of the live bytes of each category and of all together, a slice for each phase of each
     step, slices for the operators inside those of their modules, and an instant at the peak. One tick of the
-    trace's clock is one microsecond, so the lengths show an order, not times.
+    trace's clock is shown as one microsecond, so the lengths show an order, not times.
     """
     trace, estimate = explained.trace, explained.estimate
     name = f"memfit: {estimate.plan.label}"

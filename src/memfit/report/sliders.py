@@ -15,8 +15,9 @@ _MOVED: Final = ("energy", "hardware", "labour", "setup", "runs", "utilisation")
 
 def sliders(decision: Decision) -> Mapping[str, Mapping[str, float]]:
     """Return the sliders of the page, each with its "start", "low" end, "high" end and "step": energy (price
-    of a kWh), hardware (factor on prices), labour (price of an hour), setup (hours), runs (per year) and
-    utilisation (0.05 to 1)."""
+    of a kWh with its levy), hardware (factor on purchase prices), labour (price of a working hour), setup
+    (working hours to adopt the plan), runs (per year) and utilisation (0.05 to 1). Prices are in the
+    currency of the decision."""
     t = decision.terms
     energy = t.energy_per_kwh.at(t.per_usd) + t.levy_per_kwh.at(t.per_usd)
     usual_energy = energy or 0.2 * t.per_usd

@@ -15,8 +15,8 @@ from memfit.types.result import Poc
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SummaryNumber:
-    """One of the three numbers. ``name``: what it is. ``note``: what it is compared with. ``live``: name by
-    which the page's script finds it when a slider moves, or ""."""
+    """One of the numbers of the first screen, at most three. ``name``: what it is. ``note``: what it is
+    compared with. ``live``: name by which the page's script finds it when a slider moves, or ""."""
 
     name: Sentence
     figure: Figure
@@ -49,7 +49,9 @@ class Summary:
 def summary(poc: Poc, decision: DecisionView | None) -> Summary:
     """Return the first screen of the report on ``poc``. Measurements are preferred to predictions.
 
-    The third number is money if there is a decision with a best option, else the difference of the metric.
+    Its numbers, each only if it is known: the recommended plan's peak in % of plain training's; its step time
+    over plain training's; and money if there is a decision with a best option, else the difference of the
+    metric.
     """
     plain, plan, science = answer(poc)[:3]
     best = poc.search.recommended

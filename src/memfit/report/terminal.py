@@ -221,8 +221,8 @@ def print_estimate(
     `MOST_ASSUMPTIONS` (5) assumptions; tables of memory by category, phase, module and part of the device;
     what is not included, by its key among the words.
 
-    All but the first and the last are printed only if they are known or apply. Raises UserError for an
-    unknown ``lang``.
+    The first two and the last are always printed, all others only if they are known or apply. Raises
+    UserError for an unknown ``lang``.
     """
     words, view = load_words(lang), estimate_view(estimate)
     peak, low, high, step = (figure_text(f, words) for f in (view.peak, view.low, view.high, view.step))
@@ -273,7 +273,8 @@ def print_verdict(
     estimate: Estimate, *, needed_bytes: int, cap_bytes: int, fits: bool, console: Console, words: Words
 ) -> None:
     """Print whether the plan fits. If it does not, print whose memory is too small: the device's, which has
-    ``cap_bytes`` and would need ``needed_bytes``, or only the host's."""
+    ``cap_bytes`` and would need ``needed_bytes``, or only the host's; or that the host's memory is
+    unknown."""
     values = {"needed": needed_bytes, "cap": cap_bytes, "host": estimate.needed_host_bytes}
     texts = {name: figure_text(predicted(value, "bytes"), words) for name, value in values.items()}
     key = "fits" if fits else "does_not_fit"

@@ -70,9 +70,10 @@ class PredictionRow:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class WatchChapter:
-    """What the chapter shows. ``plots``: name -> SVG text, those that have data. ``hidden_ranks`` and
-    ``hidden_alarms``: how many are not in the table and the list. ``ending``: how the command ended, None if
-    memfit did not run it."""
+    """What the chapter on a watched training shows. ``plots``: name ("memory", "free", "time", "loss") -> SVG
+    text; those without data are absent. ``hidden_ranks`` and ``hidden_alarms``: how many are not in the table
+    and the list, None if all are. ``several``: whether there are several ranks. ``ending``: how the command
+    ended, None if memfit did not run it."""
 
     head: Sentence
     ending: Sentence | None

@@ -24,7 +24,8 @@ _TITLES: Final = {
 
 
 def print_watch(summary: WatchSummary, *, console: Console) -> None:
-    """Print the ranks, the prediction beside what was measured, and the alarms."""
+    """Print the number of ranks and their devices, how failed ranks and the command ended, a table of the
+    ranks, the prediction beside what was measured, and the alarms (see `watch_text`)."""
     console.print(watch_text(summary))
 
 
