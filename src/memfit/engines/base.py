@@ -42,8 +42,9 @@ class Engine:
       ``applied_by_memfit``, such as a setting that its library lacks; empty if it does support it.
     - ``asks_cuda(plan)``: the parts of the plan, in words, that the engine runs only on NVIDIA GPUs; may be
       empty.
-    - ``cuda_only``: whether its library trains on the accelerators of CUDA only, besides the processor.
-    - ``no_scalars(plan)``: whether the engine refuses parameters without dimensions.
+    - ``cuda_only``: whether CUDA's are the only accelerators on which its library trains. The processor is
+      always allowed.
+    - ``no_scalars(plan)``: whether the engine refuses, for this plan, models with parameters of shape ().
     - ``saves``: whether memfit's worker can save and resume training on this engine. ``unsaved``: names of
       the techniques with which it cannot nevertheless.
     - ``own_trace``: whether the engine's step runs on fake tensors. If so, predictions are traces of it.
@@ -81,8 +82,8 @@ class Engine:
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def variables(self, device: str) -> dict[str, str]:
-        """Return the environment variables ``env`` for training on devices of the kind ``device``, with that
-        in place of ``{device}``."""
+        """Return ``env`` for training on devices of the kind ``device``, name -> value, with ``{device}``
+        replaced by that kind."""
         return {name: value.replace("{device}", device) for name, value in self.env.items()}
 
     @property
@@ -99,11 +100,12 @@ class Engine:
         return reasons or tuple(self.reasons(plan))
 
     def probe(self) -> Probe:
-        """Return the installed version of the engine's package, and what keeps the engine from running: the
-        package is not installed, or its version is not one of ``tested``. Nothing is imported. For an engine
-        without a package of its own, the package is torch, of which every version will do. An engine with
-        ``requirements`` is looked up only in its environment on record (`load_environment`), and counts as
-        not installed if there is none."""
+        """Return the installed version of the engine's package, without importing it. The probe's ``problem``
+        says that the package is not installed, or that its version is not one of ``tested``.
+
+        An engine without a package of its own needs torch, in any version. An engine with ``requirements``
+        is looked up only in the separate environment that `load_environment` returns; if that is None, the
+        engine counts as not installed."""
         if not self.distribution:
             return Probe(
                 version=_version("torch") or "", problem="" if _version("torch") else "torch is not installed"
@@ -143,9 +145,9 @@ class Probe:
 def sync_last(
     no_sync: Callable[[], contextlib.AbstractContextManager[Any]],
 ) -> Callable[[bool], None]:
-    """Return a function for `Workbench.before_micro_batch` that lets backward reduce gradients over ranks
-    only in the last micro-batch of a step: a second reduction would average averages. ``no_sync()`` returns a
-    context in which backward does not reduce them."""
+    """Return a function to be called before each micro-batch, with whether it is the last of its step. It
+    lets backward reduce gradients over ranks only in the last one: a second reduction would average averages.
+    ``no_sync()`` returns a context in which backward does not reduce gradients."""
     stack = contextlib.ExitStack()
 
     def choose(last: bool) -> None:

@@ -38,8 +38,9 @@ class UserFiles:
 
     @property
     def unused_norms(self) -> tuple[str, ...]:
-        """One sentence for each gradient norm that is set somewhere and has no effect: the Trainer's if
-        DeepSpeed's file sets none, and the job's if the files set another."""
+        """One sentence for each limit of the gradient norm that is set and has no effect: the Trainer's
+        max_grad_norm if DeepSpeed clips to another norm or not at all, and the job's if `clip`, which the
+        files decide, is another."""
         sentences, config, arguments = [], self.setup.deepspeed, self.setup.trainer
         norm, used = arguments.number(NORMS["trainer"]) if arguments is not None else None, self.clip or 0.0
         if config is not None and arguments is not None and norm is not None and norm != used:
@@ -55,9 +56,9 @@ class UserFiles:
 
     @property
     def clip(self) -> float | None:
-        """The largest gradient norm, to which gradients are clipped, or None if they are not clipped or the
-        norm is unknown. It is the norm that the files set; if they set none, that of the job; if that sets
-        none either, the default of the library whose files these are."""
+        """The norm to which gradients are clipped, or None if they are not clipped or the norm is unknown. It
+        is the norm that the files set (0 there: None); if they set none, that of the job; if the job does
+        not clip either, the default of the library whose files these are."""
         files_decide = self.clipping.explicit or self.job_clip is None
         return (self.clipping.limit if files_decide else self.job_clip) or None
 
@@ -150,7 +151,7 @@ class Handover:
     @property
     def carried(self) -> Files:
         """The files that every node needs besides torchrun.sh, name -> text: the engine's configuration,
-        run.json if memfit's worker trains, and ``own_files``."""
+        run.json if memfit's worker trains and not a script of the user, and ``own_files``."""
         engine = self.engine_files if self.script else self.config.files
         return {**engine, **self.own_files}
 

@@ -14,10 +14,12 @@ _OF_TRAINER: Final = frozenset({"limit_train_batches", "val_check_interval"})  #
 
 
 class BatchCounts:
-    """What counts the batches of the DataLoader that ``loader`` makes in ``source``.
+    """What in ``source`` depends on the number of batches of the DataLoader that the call ``loader`` makes.
 
-    The batches become ``steps`` micro-batches of an update. ``stated``: how many they were before, None for
-    one. `changes`: the edits that keep the schedules. `remarks`: what the user should check.
+    An edit makes each of its batches one of ``steps`` micro-batches of an update. ``stated``: the expression
+    for the script's own number of micro-batches so far, None for 1. `changes`: replacements that keep the
+    length of learning-rate schedules. `remarks`: one text for each thing that the user should check, with
+    line numbers. Both are empty if the number of micro-batches does not change.
     """
 
     def __init__(self, source: Source, loader: ast.Call, steps: int, stated: ast.expr | None) -> None:
@@ -56,7 +58,8 @@ class BatchCounts:
     # -- what counts ------------------------------------------------------------------------------
 
     def _counts(self) -> Iterator[ast.Call]:
-        """Yield each ``len(LOADER)`` that is not only shown."""
+        """Yield each ``len(LOADER)`` outside calls that only show it, such as print and tqdm. LOADER: the
+        variable of the DataLoader, or one whose name contains "train" and "loader"."""
         for call in self.source.calls(frozenset({"len"})):
             argument: Any = call.args[0] if call.args else None
             name = name_of(argument.func if isinstance(argument, ast.Call) else argument) if argument else ""
@@ -65,8 +68,9 @@ class BatchCounts:
                 yield call
 
     def _iterations(self) -> Iterator[Any]:
-        """Yield each use of the number of an iteration, and each count of iterations, in the loop of
-        Accelerate and in Lightning's training step; and Lightning's settings in batches."""
+        """Yield the nodes that count iterations: in Accelerate's loop and Lightning's ``training_step``, each
+        use of the iteration's index and each ``X += CONSTANT``; and the whole numbers given as Lightning's
+        limit_train_batches and val_check_interval."""
         for node in ast.walk(self.source.tree):
             if isinstance(node, ast.For) and _accumulates(node):
                 yield from self._uses_of_index(node, _index(node))
@@ -76,6 +80,8 @@ class BatchCounts:
                 yield from [node.value] if isinstance(literal(node.value), int) else []
 
     def _uses_of_index(self, node: ast.For | ast.FunctionDef, index: str) -> Iterator[Any]:
+        """Yield each use of the variable ``index``, and each ``X += CONSTANT``, in the body of ``node``,
+        except under a condition on Accelerate's ``sync_gradients``."""
         for use in (n for s in node.body for n in ast.walk(s)):
             is_index = isinstance(use, ast.Name) and use.id == index and isinstance(use.ctx, ast.Load)
             is_count = isinstance(use, ast.AugAssign) and isinstance(use.value, ast.Constant)
@@ -85,8 +91,9 @@ class BatchCounts:
     # -- schedules --------------------------------------------------------------------------------
 
     def _schedules_of(self, node: ast.AST, seen: frozenset[str] = frozenset()) -> list[ast.Call] | None:
-        """Return the calls that make schedules from the value ``node``, also through variables; None if
-        something else uses it, too, or nothing does."""
+        """Return the calls that make learning-rate schedules from the value of ``node``, directly or through
+        variables. Return None if anything else uses the value, or nothing does. ``seen``: the variables
+        through which it has come."""
         if inside := next((c for c in self._above(node, ast.Call) if _is_schedule(c)), None):
             return [inside]
         statement = self._statement(node)
@@ -102,8 +109,9 @@ class BatchCounts:
         return schedules if uses and None not in uses else None
 
     def _steps_with_updates(self, schedule: ast.Call) -> bool:
-        """Return whether the schedule steps once for each update: Lightning's do, and those of Accelerate
-        that it prepares, or that step only if gradients are synchronized."""
+        """Return whether the schedule steps once for each update. It does in a script without a loop of
+        Accelerate, as with Lightning; if Accelerate's ``prepare`` gets it; or if all its calls of step() are
+        under a condition on ``sync_gradients``."""
         if not any(map(_accumulates, ast.walk(self.source.tree))):
             return True
         name = next(iter(_targets(self._statement(schedule))), "")
@@ -114,8 +122,8 @@ class BatchCounts:
         return bool(steps) and all(map(self._is_synchronized, steps))
 
     def _early_steps(self, schedule: ast.Call) -> Iterator[int]:
-        """Yield the line of each step of a schedule, without ``len(LOADER)``, that now runs once for each
-        micro-batch."""
+        """Yield the lines in which ``schedule`` would step once for each micro-batch. Yield none if its
+        length is computed from ``len(LOADER)``."""
         is_by_batches = any(schedule in (self._schedules_of(c) or ()) for c in self._counts())
         if not is_by_batches and not self._steps_with_updates(schedule):
             for step in self._step_calls(next(iter(_targets(self._statement(schedule))), "")):
@@ -128,8 +136,9 @@ class BatchCounts:
                 yield call
 
     def _adapt(self, count: ast.Call, stated: ast.expr | None) -> list[Replacement]:
-        """Return the edits that make ``count`` a number of updates: it is divided by the number of
-        micro-batches, or the old number of them in its statement is replaced."""
+        """Return the edits that make ``count``, a number of batches, a number of updates. If ``stated`` is
+        None, it is divided by the number of micro-batches and rounded up. Otherwise each ``stated`` in its
+        statement, the old number of micro-batches, is replaced by the new one; no edits if there is none."""
         if stated is None:
             text = f"-(-{self.source.of(count)} // {self.steps})"
             return [Replacement(start=self.source.start(count), end=self.source.end(count), text=text)]
@@ -166,20 +175,22 @@ def _is_schedule(call: ast.Call) -> bool:
 
 
 def _accumulates(node: ast.AST) -> bool:
-    """Return whether ``node`` is a loop of Accelerate that accumulates gradients, and holds no other."""
+    """Return whether ``node`` is a ``for`` loop that calls Accelerate's accumulate() and contains no other
+    such loop."""
     calls = [n for n in ast.walk(node) if isinstance(n, ast.Call)] if isinstance(node, ast.For) else []
     inner = [n for n in ast.walk(node) if isinstance(n, ast.For) and n is not node]
     return any(name_of(c.func) == "accumulate" for c in calls) and not any(map(_accumulates, inner))
 
 
 def _index(loop: ast.For) -> str:
-    """Return INDEX of a loop ``for INDEX, BATCH in enumerate(...)``, "" for others."""
+    """Return the variable INDEX of a loop ``for INDEX, BATCH in enumerate(...)``; "" for any other loop."""
     is_counted = isinstance(loop.iter, ast.Call) and name_of(loop.iter.func) == "enumerate"
     first = loop.target.elts[0] if isinstance(loop.target, ast.Tuple) else None
     return first.id if is_counted and isinstance(first, ast.Name) else ""
 
 
 def _targets(statement: ast.AST) -> set[str]:
-    """Return the last names of the targets of an assignment; none for other statements."""
+    """Return the names to which an assignment assigns, of ``self.x`` the name "x"; empty for any other
+    statement."""
     targets = statement.targets if isinstance(statement, ast.Assign) else []
     return {name_of(t) for t in targets} - {""}

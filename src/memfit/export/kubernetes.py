@@ -23,11 +23,11 @@ Object = dict[str, Any]
 
 def files(handover: Handover) -> Files:
     """Return the files of the export, name -> text: those of ``torchrun.files`` (torchrun.sh and what every
-    node needs beside it), and job.yaml, which also contains their texts. Raises UserError if no container
-    image is given; if the run saves checkpoints and no volume claim is given or the folder is not an absolute
-    path; if a volume claim is given and the run saves no checkpoints; if the files have more than 1,000,000
-    bytes together, too many for a ConfigMap; or if the engine's configuration cannot be passed to the user's
-    script."""
+    node needs beside it), and job.yaml, which also contains their texts. Raises UserError if the container
+    image is not one word; if the run saves checkpoints and no volume claim is given or the folder is not an
+    absolute path; if a volume claim is given and the run saves no checkpoints; if the files have more than
+    1,000,000 bytes together, too many for a ConfigMap; or if the engine's configuration cannot be passed to
+    the user's script."""
     if len(handover.image.split()) != 1:
         raise UserError(
             f"--image {handover.image!r} is no image"
@@ -59,8 +59,8 @@ def files(handover: Handover) -> Files:
 
 
 def text(documents: list[Object]) -> str:
-    """Return ``documents`` as one YAML text, in their order. Strings of several lines are written as blocks,
-    line by line, so that they stay readable."""
+    """Return ``documents`` as one YAML text, in their order and without aliases. Strings of several lines are
+    written as literal blocks (``|``)."""
     import yaml
 
     class Dumper(yaml.SafeDumper):

@@ -34,9 +34,10 @@ def apply_lines(
     batch: str = "",
     loss_terms: str = "",
 ) -> list[str]:
-    """Return the lines that apply ``plan`` to the variables ``model`` and ``optimizer``. ``structure``: the
-    fields of the job that say where things are in the model. ``clip``, ``batch``, ``loss_terms``:
-    sources of these arguments, "" for none."""
+    """Return the lines of Python that apply ``plan``, with ``memfit.apply``, to the variables ``model`` and
+    ``optimizer``. ``structure``: further arguments of it, name -> value, which say where things are in the
+    model, such as its blocks. ``clip``, ``batch``, ``loss_terms``: the source of these arguments; "": not
+    passed."""
     arguments = [_plan_source(plan), model, optimizer]
     arguments += [f"{name}={source_of(value)}" for name, value in structure.items()]
     sources = {"clip": clip, "batch": batch, "loss_terms": loss_terms}
@@ -49,7 +50,8 @@ def apply_lines(
 
 
 def loop_lines(batch: str, samples: int) -> list[str]:
-    """Return the lines of a step in a loop, for a person to insert. ``samples``: in a step of one rank."""
+    """Return the lines of a training step that uses a plan, for a person to insert into a loop. ``batch``:
+    the variable of the batch. ``samples``: samples of a step on one rank, which a comment names."""
     return [
         f"for {batch} in fit.split({batch}):  # of all {samples} samples of a step",
         "    with fit.forward():",
@@ -62,9 +64,9 @@ def loop_lines(batch: str, samples: int) -> list[str]:
 def edit_loop(
     source: Source, plan: Plan, structure: Mapping[str, Any], samples: int, *, loss_terms: str = ""
 ) -> tuple[str, tuple[str, ...]]:
-    """Return (the text of the edited script; remarks for the user). ``structure`` and ``loss_terms`` are as
-    in `apply_lines`, ``samples`` as in `loop_lines`.
-    Raises UserError, whose ``given`` is the reason, if the script has no loop that can be edited safely."""
+    """Return (the text of the script with its loop edited to train with ``plan``; remarks for the user).
+    ``structure`` and ``loss_terms`` are as in `apply_lines`, ``samples`` as in `loop_lines`. Raises
+    UserError, whose ``given`` is the reason, if the script has no loop that can be edited safely."""
     loop = find_loop(source, plan)
     if "gradient-accumulation" in plan:
         _must_split_alike(source, loop)
@@ -102,7 +104,8 @@ def edit_loop(
 
 
 def _loop_edits(source: Source, loop: Loop) -> Edits:
-    """Return the edits from the forward pass to the optimizer's step."""
+    """Return the edits of the loop from its forward pass to the optimizer's step: (first line, last line) ->
+    the lines that replace these."""
     update, body = loop.update, loop.body
     first, last = body[loop.forward].lineno, update.backward.lineno
     indent = source.indent(last)
@@ -153,7 +156,8 @@ def _plan_source(plan: Plan) -> str:
 
 
 def _settings(use: Use) -> Mapping[str, Any]:
-    """Return the settings, without the default ones of a technique that has many."""
+    """Return the settings of a technique to write, name -> value: all of at most two, else those that differ
+    from their default."""
     defaults = make_use(use.technique, {}).settings
     keeps_all = len(defaults) <= _FEW
     return {name: value for name, value in use.settings.items() if keeps_all or defaults[name] != value}
@@ -196,10 +200,10 @@ def _remarks(source: Source, loop: Loop, plan: Plan, samples: int) -> Iterator[s
 
 
 def _must_split_alike(source: Source, loop: Loop) -> None:
-    """Raise UserError if the step is not the mean of its micro-batches: if the loop, or a function that it
-    calls, has a loss with reduction="sum"; if the loss has a value before the model is called, to which
-    micro-batches would be added; or if one variable of the batch is computed from another, such as the number
-    of samples, and forward reads both."""
+    """Raise UserError if the step's loss would not be the mean of those of its micro-batches: if the loop, or
+    a function that it calls, has a loss with reduction="sum"; if the loss variable has a value before the
+    model is called, to which each micro-batch would add; or if the loop computes one variable of the batch
+    from another before forward, such as the number of samples."""
     names, loss = list(loop.batch), loop.update.loss
     statements: list[ast.AST] = [*loop.body[: loop.backward]]
     calls = {name_of(n.func) for s in statements for n in ast.walk(s) if isinstance(n, ast.Call)}
@@ -228,7 +232,8 @@ def _must_split_alike(source: Source, loop: Loop) -> None:
 
 
 def _leaves(statements: Statements) -> Iterator[ast.stmt]:
-    """Yield the statements, and those inside of compound ones in place of these, in their order."""
+    """Yield the simple statements in ``statements`` and inside their compound statements, in order. Compound
+    statements themselves are not yielded."""
     for statement in statements:
         inner = lists_of(statement)
         yield from (leaf for part in inner for leaf in _leaves(part)) if inner else [statement]

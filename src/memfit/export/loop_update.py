@@ -18,10 +18,11 @@ Statements = list[ast.stmt]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Update:
-    """From backward to the optimizer's step. ``loss``, ``optimizer``: names of variables. ``backward``,
-    ``step``: the statements that run them, which may be one ``if``. ``step_body``: the statement list of
-    ``step``. ``clip``, ``condition``: the norm to which gradients are clipped and when, None if they are not,
-    or always. ``removed``: statements that the plan's step replaces."""
+    """What a training loop does from backward to the optimizer's step. ``loss``, ``optimizer``: names of
+    variables. ``backward``, ``step``: the statements that run them; both are the same ``if`` if its branches
+    do. ``step_body``: the statement list that contains ``step``. ``clip``: the norm to which gradients are
+    clipped, None if they are not; ``condition``: the condition under which they are, None: always.
+    ``removed``: further statements that the plan's own step replaces."""
 
     loss: str
     optimizer: str
@@ -48,8 +49,8 @@ class LoopPlace:
 
 
 def find_place(source: Source) -> LoopPlace:
-    """Return where the script runs backward: in one statement of a loop, or in both branches of an ``if``.
-    Raises UserError if there is no such place."""
+    """Return where the script runs backward: its only call, as a statement in a loop, or its only two, in the
+    two branches of one ``if`` in a loop. Raises UserError if there is no such place."""
     count = sum(isinstance(n, ast.Call) and name_of(n.func) == "backward" for n in ast.walk(source.tree))
     for place in places(source.tree.body, None, source.tree.body, None):
         if count == 1 and _is_backward(place.body[place.index]):
@@ -64,8 +65,9 @@ def find_place(source: Source) -> LoopPlace:
 
 
 def places(statements: Statements, function: Any, scope: Statements, loop: Any) -> Iterator[LoopPlace]:
-    """Yield a place for each statement in a loop, inner ones too. ``function``, ``scope`` and ``loop`` are
-    those that hold ``statements``, as in `LoopPlace`."""
+    """Yield the place of each statement that is in a loop, also of those inside compound statements.
+    ``function``, ``scope`` and ``loop`` are those around ``statements``, as in `LoopPlace`; ``loop`` is None
+    outside loops."""
     for index, statement in enumerate(statements):
         if loop is not None:
             yield LoopPlace(function=function, scope=scope, loop=loop, body=statements, index=index)
@@ -78,7 +80,8 @@ def places(statements: Statements, function: Any, scope: Statements, loop: Any) 
 
 
 def lists_of(statement: ast.AST) -> list[Statements]:
-    """Return the statement lists of a compound statement."""
+    """Return the statement lists of a compound statement that are not empty: its body, else, finally, and
+    those of its handlers and cases. Return [] for a simple statement."""
     fields = [getattr(statement, name, None) for name in ("body", "orelse", "finalbody")]
     fields += [h.body for name in ("handlers", "cases") for h in getattr(statement, name, [])]
     return [f for f in fields if isinstance(f, list) and f]
@@ -90,7 +93,7 @@ def _is_backward(statement: ast.stmt) -> bool:
 
 
 def _branches(statement: ast.stmt) -> tuple[Statements, Statements] | None:
-    """Return the two branches of an ``if`` that both run backward, else None."""
+    """Return the two branches of the statement if it is an ``if`` and both run backward, else None."""
     if isinstance(statement, ast.If) and all(
         any(_is_backward(s) for s in branch) for branch in (statement.body, statement.orelse)
     ):
@@ -99,8 +102,10 @@ def _branches(statement: ast.stmt) -> tuple[Statements, Statements] | None:
 
 
 def find_update(source: Source, place: LoopPlace) -> Update:
-    """Return what the loop does from the backward at ``place`` to the step. Raises UserError if the step does
-    not follow, if gradients change between, or if a GradScaler is also used elsewhere."""
+    """Return what the loop does from the backward at ``place`` to the step. Raises UserError if no step
+    follows, if the loop steps another optimizer, too, if gradients change between in another way than by one
+    clipping of the whole model, if two branches differ in more than a GradScaler, or if a GradScaler is also
+    used elsewhere."""
     statement = place.body[place.index]
     if (branches := _branches(statement)) is not None:
         first, last = (_sequence(place, branch, is_whole=True) for branch in branches)
@@ -133,8 +138,9 @@ _NO_STEP = "no OPTIMIZER.step() follows backward in its block, nor an inner for 
 
 
 def _sequence(place: LoopPlace, statements: Statements, *, is_whole: bool) -> Update:
-    """Return what ``statements`` do from their first backward on. ``is_whole``: they must do nothing else;
-    else the step may follow the loop. Their `zero_grad` is removed, too."""
+    """Return the update that begins with the first backward of ``statements``. ``is_whole``: the statements
+    are a branch, which must contain nothing else. Otherwise the step may also follow the loop of
+    micro-batches, and calls of zero_grad are among ``removed``. Raises UserError as `find_update` does."""
     index = next(i for i, s in enumerate(statements) if _is_backward(s))
     loss, scaler = _loss(statements[index])
     rest, step_body = statements[index + 1 :], place.body
@@ -174,7 +180,8 @@ def _changes_gradients(statement: ast.stmt) -> bool:
 
 
 def _loss(statement: ast.stmt) -> tuple[str, str]:
-    """Return (the loss, the GradScaler or "") of ``LOSS.backward()`` or ``SCALER.scale(LOSS).backward()``."""
+    """Return the variables (loss, GradScaler or "") of the statement ``LOSS.backward()`` or
+    ``SCALER.scale(LOSS).backward()``. Raises UserError for any other form."""
     call: Any = statement.value  # type: ignore[attr-defined]
     target = call.func.value if isinstance(call.func, ast.Attribute) else None
     if not (call.args or call.keywords):
@@ -192,8 +199,8 @@ def _loss(statement: ast.stmt) -> tuple[str, str]:
 
 
 def _parent(place: LoopPlace) -> tuple[Statements, int] | None:
-    """Return (the statement list that holds the loop of micro-batches, its index there), None unless that
-    list is in a loop, too."""
+    """Return (the statement list that contains the loop of ``place``; its index there). Return None if that
+    loop is not a ``for``, or is not inside another loop of the same function."""
     for outer in places(place.scope, place.function, place.scope, None):
         if outer.body[outer.index] is place.loop and isinstance(place.loop, ast.For):
             return outer.body, outer.index
@@ -208,7 +215,8 @@ def _step_index(place: LoopPlace, statements: Statements, scaler: str) -> int | 
 
 
 def _stepped_optimizer(statement: ast.stmt, scaler: str) -> str | None:
-    """Return the optimizer that the statement steps: X of ``X.step()``, or of ``SCALER.step(X)``."""
+    """Return the variable X if the statement is ``X.step()``, or with a ``scaler``, ``SCALER.step(X)``; else
+    None."""
     if not scaler:
         return _method(statement, "step")
     if _method(statement, "step", arguments=1) != scaler:
@@ -218,7 +226,8 @@ def _stepped_optimizer(statement: ast.stmt, scaler: str) -> str | None:
 
 
 def _method(statement: ast.stmt, name: str, *, arguments: int = 0) -> str | None:
-    """Return X if the statement is ``X.name()`` of a variable X with so many arguments; any for zero_grad."""
+    """Return the variable X if the statement calls the method, as ``X.name(...)``, with exactly ``arguments``
+    positional arguments and no others; zero_grad may have any. Return None for any other statement."""
     call = statement.value if isinstance(statement, ast.Expr) else None
     if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == name):
         return None
@@ -227,8 +236,8 @@ def _method(statement: ast.stmt, name: str, *, arguments: int = 0) -> str | None
 
 
 def _is_optimizer(place: LoopPlace, name: str) -> bool:
-    """Return whether the variable is an optimizer: it is one by its name, it is made with parameters(), or
-    the loop calls its zero_grad."""
+    """Return whether the variable ``name`` is an optimizer: it is called opt or optim or contains
+    "optimizer", its assignment calls parameters(), or the loop calls its zero_grad."""
     assigned = assignment(place.scope, name)
     has_parameters = assigned is not None and "parameters()" in ast.unparse(assigned)
     zeroes = any(_method(s, "zero_grad") == name for s in place.body)
@@ -239,8 +248,8 @@ def _gradient_changes(
     statements: Statements, scaler: str
 ) -> tuple[ast.expr | None, ast.expr | None, list[ast.stmt]]:
     """Return (the norm to which the ``statements`` between backward and step clip, the condition under which
-    they do, the statements that the plan's step replaces). Raises UserError for other changes of
-    gradients."""
+    they do, the statements that the plan's step replaces); the first two are None if there is no clipping or
+    no condition. Raises UserError for a second clipping and for other changes of gradients."""
     clip = condition = None
     removed: list[ast.stmt] = []
     for statement in statements:
@@ -258,7 +267,8 @@ def _gradient_changes(
 
 
 def _must_be_only(optimizer: str, bodies: list[Statements], scaler: str) -> None:
-    """Raise UserError if the loop zeroes the gradients of another optimizer and steps it, too."""
+    """Raise UserError if ``bodies``, the loop's statement lists, both step an optimizer other than
+    ``optimizer`` and call its zero_grad."""
     statements = [s for body in bodies for s in body]
     stepped = {_stepped_optimizer(s, scaler) for s in statements} - {None, optimizer}
     if others := sorted(map(str, stepped & {_method(s, "zero_grad") for s in statements})):
@@ -266,8 +276,9 @@ def _must_be_only(optimizer: str, bodies: list[Statements], scaler: str) -> None
 
 
 def _clipping(statement: ast.stmt, scaler: str) -> tuple[ast.expr, ast.expr | None] | None:
-    """Return (the norm, the condition) of ``clip_grad_norm_(model.parameters(), NORM)``, alone or in an
-    ``if``, else None."""
+    """Return (the norm; the condition, None without) if the statement is
+    ``clip_grad_norm_(model.parameters(), NORM)``, or an ``if`` without else around it. Return None for any
+    other statement."""
     if isinstance(statement, ast.If) and not statement.orelse:
         inner = [s for s in statement.body if not (scaler and _method(s, "unscale_", arguments=1) == scaler)]
         norm = _norm(inner[0]) if len(inner) == 1 else None
@@ -277,6 +288,8 @@ def _clipping(statement: ast.stmt, scaler: str) -> tuple[ast.expr, ast.expr | No
 
 
 def _norm(statement: ast.stmt) -> ast.expr | None:
+    """Return NORM, a constant, variable or attribute, if the statement is
+    ``clip_grad_norm_(model.parameters(), NORM)`` without further arguments; else None."""
     call = statement.value if isinstance(statement, ast.Expr) else None
     if not isinstance(call, ast.Call) or name_of(call.func) != "clip_grad_norm_":
         return None
@@ -288,8 +301,8 @@ def _norm(statement: ast.stmt) -> ast.expr | None:
 
 
 def _is_whole_model(node: ast.expr) -> bool:
-    """Return whether ``node`` is ``model.parameters()``, also of ``self.model`` or ``model.module``; not of a
-    part of a model."""
+    """Return whether ``node`` is ``X.parameters()`` of a variable, ``self.X.parameters()`` or
+    ``X.module.parameters()``. Other attributes are taken for parts of a model."""
     if not (isinstance(node, ast.Call) and not node.args and isinstance(node.func, ast.Attribute)):
         return False
     model = node.func.value
@@ -300,7 +313,7 @@ def _is_whole_model(node: ast.expr) -> bool:
 
 
 def must_be_on_lines(body: Statements) -> None:
-    """Raise UserError if statements share a line."""
+    """Raise UserError, which names the line, if two statements of ``body`` share one."""
     shared = next((b.lineno for a, b in itertools.pairwise(body) if end(a) >= b.lineno), None)
     if shared is not None:
         raise UserError(
@@ -312,7 +325,8 @@ def must_be_on_lines(body: Statements) -> None:
 
 
 def assignment(scope: Statements, name: str) -> Any:
-    """Return the only assignment to the variable among the statements, else None."""
+    """Return the assignment ``NAME = ...`` among the statements ``scope``, not inside compound ones. Return
+    None if there is none or more than one."""
     assignments = [
         s
         for s in scope
@@ -322,7 +336,8 @@ def assignment(scope: Statements, name: str) -> Any:
 
 
 def stored_names(node: ast.AST) -> list[str]:
-    """Return the names to which the node assigns, not counting those inside functions that it defines."""
+    """Return the variables to which the node assigns, in order, a variable as often as it is assigned. Those
+    inside functions that the node defines do not count."""
     if isinstance(node, (*FUNCTIONS, ast.Lambda)):
         return []
     own = [node.id] if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else []

@@ -74,7 +74,8 @@ def _lines(target: str, handover: Handover, files: Files) -> Iterator[str]:
 
 
 def dependence_line(handover: Handover) -> str | None:
-    """Return the line of `dependence_caution` for the plan of the folder, None if there is none."""
+    """Return the README's caution that the plan splits a batch whose samples depend on each other, or were
+    not tested for it (`dependence_caution`); None if there is nothing to say."""
     return dependence_caution(handover.plan, handover.dependence)
 
 

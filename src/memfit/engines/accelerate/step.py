@@ -147,16 +147,16 @@ def _block_classes(bench: Any) -> Iterator[str]:
 def _accelerator(content: Mapping[str, Any], plan: Plan, kind: str, *, folder: Path | None = None) -> Any:
     """Return a new Accelerator for devices of this kind, after a reset of Accelerate's state. ``content`` is
     the content of the configuration file: it is passed on through the environment variables that
-    `accelerate launch` would set from it. The sizes of DDP's buckets, which the file does not hold, are taken
-    from ``plan`` and passed as arguments. ``folder`` is the folder with DeepSpeed's own file; if it is None,
-    DeepSpeed is not set up. Raises UserError for a kind that Accelerate does not know: it takes the CPU
-    instead and would move the model there."""
+    `accelerate launch` would set from it. The settings of DDP's buckets, which the file does not hold, are
+    taken from ``plan`` and passed as arguments. ``folder``: the folder with DeepSpeed's own file, needed only
+    if ``content`` names that file. Raises UserError if the Accelerator has chosen another kind of device, as
+    for one that Accelerate does not know: it would move the model there."""
     from accelerate import Accelerator
     from accelerate.utils import patch_environment
 
     _reset()
     on_host = kind == HOST
-    with patch_environment(**_variables(content)):
+    with patch_environment(**_variables(content, folder)):
         accelerator = Accelerator(cpu=on_host, kwargs_handlers=list(_handlers(plan)))
         if accelerator.device.type != kind:
             raise UserError(
@@ -181,16 +181,21 @@ def _handlers(plan: Plan) -> Iterator[Any]:
         )
 
 
-def _variables(content: Mapping[str, Any]) -> dict[str, str]:
+def _variables(content: Mapping[str, Any], folder: Path | None = None) -> dict[str, str]:
     """Return, name -> value, the environment variables for mixed precision, FSDP and DeepSpeed that
-    accelerate/utils/launch.py sets from ``content``, the content of the configuration file."""
+    accelerate/utils/launch.py sets from ``content``, the content of the configuration file. ``folder``: the
+    folder with DeepSpeed's own file, if ``content`` names one; None: the variable for its path is left
+    out."""
     variables = {"ACCELERATE_MIXED_PRECISION": str(content.get("mixed_precision", "no"))}
     if fsdp_settings := content.get("fsdp_config"):
         variables["ACCELERATE_USE_FSDP"] = "true"
         settings = {k.upper(): v for k, v in fsdp_settings.items()}
         variables |= {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in settings.items()}
-    if content.get("deepspeed_config"):  # an Accelerator reads it when it is created, also on a CPU
+    if deepspeed_settings := content.get("deepspeed_config"):  # read when an Accelerator is created
         variables["ACCELERATE_USE_DEEPSPEED"] = "true"
+        if folder is not None:
+            path = folder / deepspeed_settings["deepspeed_config_file"]
+            variables["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(path)
     return variables
 
 

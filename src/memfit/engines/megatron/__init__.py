@@ -67,7 +67,8 @@ def _asks_cuda(plan: Plan) -> tuple[str, ...]:
 def arguments(spec: RunSpec) -> dict[str, str]:
     """Return the options of Megatron-LM's trainer for the run, name without dashes -> value; the value of a
     switch is "". The options for the sizes of the model are left out if ``spec.sizes`` is empty, and those
-    for the sizes of batches if ``spec.batch_size`` is 0."""
+    for the sizes of batches if ``spec.batch_size`` is 0. The seed is ``spec.seed`` + 1, because Megatron-LM
+    requires one above 0."""
     mesh = layout(spec.plan)
     return {
         **spec.sizes,
@@ -144,13 +145,14 @@ def _batches(spec: RunSpec, mesh: Layout) -> dict[str, str]:
 
 def options_text(options: Mapping[str, object]) -> str:
     """Return the text of megatron.args: one line for each option, such as "--num-layers 12", for
-    ``pretrain_gpt.py $(cat megatron.args) --data-path ...``. ``options``: as `parse` returns them."""
+    ``pretrain_gpt.py $(cat megatron.args) --data-path ...``. ``options``: name without dashes -> value, ""
+    for a switch, as `parse` returns them."""
     return "".join(f"--{name} {value}".rstrip() + "\n" for name, value in options.items())
 
 
 def parse(text: str) -> dict[str, str]:
-    """Parse the text of megatron.args, as `options_text` makes it. Return option without dashes -> value, ""
-    for a switch."""
+    """Return the options in the text of megatron.args, as `options_text` makes it: name without dashes ->
+    value as text, "" for a switch."""
     pairs = (line.removeprefix("--").partition(" ") for line in text.splitlines())
     return {name: value for name, _, value in pairs}
 

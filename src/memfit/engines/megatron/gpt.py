@@ -144,7 +144,8 @@ def check_cut(shape: GptShape, degree: int) -> None:
 
 
 def must_divide(what: str, count: int, degree: int) -> None:
-    """Raise UserError if ``degree`` does not divide ``count``. ``what`` names the count in the message."""
+    """Raise UserError if ``degree``, a number of tensor-parallel ranks, does not divide ``count``. ``what``
+    names the count in the message, such as "number of heads"."""
     if count % degree:
         raise UserError(
             f"engine megatron cannot split a {what} of {count} evenly over {degree} tensor-parallel ranks",
@@ -176,8 +177,9 @@ class CoreAttention(nn.Module):
 
 class Norm(nn.LayerNorm):
     """torch's LayerNorm with an attribute ``sequence_parallel`` on each parameter, which says whether the
-    configuration has sequence parallelism. Megatron then sums the gradients of these parameters over ranks.
-    It refuses torch's own LayerNorm with sequence parallelism, because that does not mark them."""
+    configuration has sequence parallelism. If it has, Megatron sums the gradients of these parameters over
+    the tensor-parallel ranks. Megatron refuses torch's own LayerNorm then, whose parameters lack the
+    attribute."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float, **ignored: Any) -> None:
         super().__init__(hidden_size, eps=eps)
