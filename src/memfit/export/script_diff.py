@@ -47,8 +47,8 @@ _LOADER_ARGUMENTS = ("dataset", "batch_size", "shuffle")  # in the order of Data
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ScriptDiff:
     """An edit of a script. ``diff``: the unified diff, for ``patch -p0``; "" if nothing changes or the script
-    cannot be edited. ``reason``: why it cannot be edited, "" if it can. ``lines``: what to insert by hand
-    then. ``remarks``: what the user should know of the edit."""
+    cannot be edited. ``reason``: why it cannot be edited, "" if it can. ``lines``: if it cannot, the lines to
+    insert by hand. ``remarks``: what the user should know of the edit, one text each."""
 
     diff: str
     reason: str = ""
@@ -57,7 +57,8 @@ class ScriptDiff:
 
 
 def read_script(path: Path) -> Source:
-    """Return the source of the script ``path``. Raises UserError if it cannot be read or is not Python."""
+    """Return the source of the script ``path``. Raises UserError if it cannot be read, is too large or is not
+    Python."""
     return Source(path.as_posix(), read_text(path, most_bytes=MOST_SOURCE_BYTES))
 
 
@@ -130,7 +131,8 @@ def script_diff(
 
 def inexpressible(source: Source) -> tuple[tuple[str, ...], str]:
     """Return (the names of the techniques that cannot be applied to the script, whatever their settings; why
-    not). A search leaves them out, so that what it recommends can be printed as an edit."""
+    not, in words); ((), "") if there are none. A search leaves them out, so that what it recommends can be
+    printed as an edit."""
     if (
         _mentions(source, "TrainingArguments")
         or source.calls(_DERIVED)
@@ -161,14 +163,14 @@ def _always_clips(source: Source) -> bool:
 
 
 def _needs_no_clipping(name: str) -> bool:
-    """Return whether a technique is not for trainings that clip gradients."""
+    """Return whether the technique ``name`` is excluded for jobs that clip gradients, and only for these."""
     facts = JobFacts(batch_size=1, block_count=0, vocabulary=0, device_kind=HOST)
     excluded = technique(name).excluded
     return excluded(dataclasses.replace(facts, clips_gradients=True)) and not excluded(facts)
 
 
 def _diff_to(source: Source, text: str) -> str:
-    """Return the diff to ``text``, after a check that it is Python."""
+    """Return the unified diff from ``source`` to ``text``. Raises SyntaxError if ``text`` is not Python."""
     ast.parse(text)
     return source.diff(text)
 
@@ -216,8 +218,8 @@ def _trainer_diff(
 
 
 def _trainer_arguments(plan: Plan, batch_size: int, *, keeps_enabled: bool) -> dict[str, Any]:
-    """Return the TrainingArguments for the plan that do not stay as the script has them. ``keeps_enabled`` is
-    as in `script_diff`."""
+    """Return the TrainingArguments that the plan decides, name -> value. Those that stay as the script has
+    them, such as output_dir and max_grad_norm, are left out. ``keeps_enabled`` is as in `script_diff`."""
     values = trainer.training_arguments(plan, batch_size=batch_size, deepspeed="zero" in plan)
     own = () if any(use.technique in trainer.OPTIMIZERS for use in plan.uses) else ("optim",)
     kept = {
@@ -230,8 +232,9 @@ def _trainer_arguments(plan: Plan, batch_size: int, *, keeps_enabled: bool) -> d
 
 
 def _batch_source(source: Source, call: ast.Call, plan: Plan, batch_size: int) -> tuple[str, str]:
-    """Return (the source of the batch of one device and micro-batch; a remark, "" if there is none). With one
-    rank, the batch of a whole step stays as the script has it."""
+    """Return (the source of the batch size of one device and micro-batch; a remark, "" if there is none).
+    With one rank, the batch of a whole step stays as the script has it, if ``call`` states it; otherwise
+    ``batch_size`` is divided. Raises UserError if the script's batch cannot be split equally."""
     steps = plan.micro_batches
     share = layout(plan).data * steps
     arguments = {k.arg: k.value for k in call.keywords}
@@ -248,9 +251,9 @@ def _batch_source(source: Source, call: ast.Call, plan: Plan, batch_size: int) -
 def _micro_batch(
     source: Source, batch: ast.expr, old_steps: ast.expr | None, steps: int
 ) -> tuple[str, int | None]:
-    """Return (the source of the batch of one of ``steps`` micro-batches; the batch of a whole step, None if
-    the script does not state it). The script now trains with ``old_steps`` (None: one) micro-batches of
-    ``batch`` samples. Raises UserError if the whole cannot be split into equal parts."""
+    """Return (the source of the number of samples of one of ``steps`` micro-batches; the samples of a whole
+    step, None if the script has no number for them). So far, the script trains with ``old_steps`` (None: 1)
+    micro-batches of ``batch`` samples. Raises UserError if the whole cannot be split into equal parts."""
     size, count = literal(batch), 1 if old_steps is None else literal(old_steps)
     if isinstance(size, int) and isinstance(count, int):
         whole = size * count
@@ -272,7 +275,8 @@ def _micro_batch(
 
 
 def _batch_remarks(source: Source, plan: Plan, call: ast.Call) -> Iterator[str]:
-    """Yield a remark if the script reads the batch size of its TrainingArguments, and the plan changes it."""
+    """Yield one remark if the script reads the batch size of its TrainingArguments and ``call`` states
+    another number of micro-batches than the plan has; else nothing."""
     old_steps = next((literal(k.value) for k in call.keywords if k.arg == _STEPS), 1)
     lines = [
         n.lineno
@@ -291,10 +295,10 @@ def _batch_remarks(source: Source, plan: Plan, call: ast.Call) -> Iterator[str]:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Library:
-    """How a library that runs the training step takes a plan: as keyword arguments of the calls of ``call``.
+    """How a library that runs the training step takes a plan: as keyword arguments of the class ``call``.
     ``precision``: technique -> (keyword, value). ``steps``: keyword for the number of micro-batches.
-    ``accumulates``: name that a loop which accumulates contains, "" if every loop does. ``launch``: where
-    techniques of several ranks are given."""
+    ``accumulates``: the name that a script must contain for the library to accumulate gradients; "": none.
+    ``launch``: a sentence that says where techniques of several ranks are given."""
 
     name: str
     call: str
@@ -368,15 +372,15 @@ def _library_diff(
 
 
 def _parts_text(plan: Plan, batch_size: int) -> str:
-    """Return in words which samples a DataLoader gives at once: of all of a step, those of one rank and
-    micro-batch."""
+    """Return in words which part of the samples of a step a DataLoader gives at once, such as "one of 2 ranks
+    x 4 micro-batches of 64 samples"; "all samples of a step" with one rank and micro-batch."""
     counts = ((layout(plan).data, "ranks"), (plan.micro_batches, "micro-batches"))
     parts = [f"{count} {name}" for count, name in counts if count > 1]
     return f"one of {' x '.join(parts)} of {batch_size} samples" if parts else "all samples of a step"
 
 
 def _is_manual(source: Source) -> bool:
-    """Return whether a module of Lightning sets ``automatic_optimization`` to False."""
+    """Return whether the script sets Lightning's ``automatic_optimization`` to False."""
     assigned = [n for n in ast.walk(source.tree) if isinstance(n, ast.Assign) and literal(n.value) is False]
     return any(name_of(target) == "automatic_optimization" for n in assigned for target in n.targets)
 
@@ -384,9 +388,10 @@ def _is_manual(source: Source) -> bool:
 def _smaller_batches(
     source: Source, calls: list[ast.Call], steps: int, library: _Library
 ) -> tuple[list[Replacement], list[str], str]:
-    """Return (the changes that make the batch of the training DataLoader one of ``steps`` micro-batches; what
-    the user should check of what counts them; why there are no changes, "" if there are). ``calls``: those of
-    the library, which may accumulate already."""
+    """Return (the edits that make the batch of the training DataLoader one of ``steps`` micro-batches, and
+    adapt schedules to it; remarks on what else the user should check; why the script cannot be edited so, ""
+    if it can). ``calls``: those of the library's class, which may state a number of micro-batches already.
+    Raises UserError if the script's batch cannot be split into ``steps`` equal parts."""
     if library.accumulates and not _mentions(source, library.accumulates):
         reason = "the loop has no `with accelerator.accumulate(model):`, which gradient accumulation needs"
         return [], [], reason
@@ -407,7 +412,8 @@ def _smaller_batches(
 
 
 def _loader_argument(call: ast.Call, name: str) -> ast.expr | None:
-    """Return the argument ``name`` of a call of DataLoader, given by keyword or by position."""
+    """Return the argument ``name`` of a call of DataLoader, given by keyword or by position; None if it is
+    not given, or if ``*`` hides the positions."""
     place = _LOADER_ARGUMENTS.index(name)
     by_position = call.args[place] if place < len(call.args) else None
     if any(isinstance(a, ast.Starred) for a in call.args[: place + 1]):

@@ -47,8 +47,8 @@ def script_steps(spec: RunSpec) -> tuple[ScriptStep, ...]:
 def loss_terms_step(job: Job, plan: Plan, *, trainer: bool = False) -> ScriptStep | None:
     """Return the step "loss-terms": the user's own training code must weight the loss of each part of a batch
     by its number of loss terms, as memfit does, because libraries weight all parts alike. None if ``plan``
-    does not split the batch, if the job has no ``loss_terms``, or if all parts of each of its first batches
-    have equally many. ``trainer``: whether the Trainer of transformers trains."""
+    does not split the batch, if the job has no ``loss_terms``, or if in each of its first four batches, all
+    parts have equally many. ``trainer``: whether the Trainer of transformers trains."""
     if job.loss_terms is None or not splits_batch(plan):
         return None
     ranks = layout(plan).data if plan.ranks > 1 else 1
@@ -74,8 +74,8 @@ def loss_terms_step(job: Job, plan: Plan, *, trainer: bool = False) -> ScriptSte
 
 def dependence_caution(plan: Plan, dependence: SampleDependence | None) -> str | None:
     """Return a line "EFFECT: SENTENCE." if the plan splits a batch whose samples depend on each other, or if
-    this was not tested. SENTENCE says so, and EFFECT is how the plan changes results. None if samples are
-    independent, or if the plan does not split the batch (``dependence`` is None)."""
+    this was not tested. SENTENCE says so, and EFFECT is the plan's effect class, such as "E3". None if
+    samples are independent, or if the plan does not split the batch (``dependence`` is None)."""
     if dependence is None or not dependence.sentence:
         return None
     return f"{effect_of(plan, dependence).label}: {dependence.sentence}."

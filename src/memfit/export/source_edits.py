@@ -15,7 +15,8 @@ from memfit.types.errors import UserError
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Replacement:
-    """``text`` replaces the bytes from ``start`` to ``end`` (exclusive) of a source; they may be equal."""
+    """``text`` replaces the bytes from ``start`` to ``end`` (exclusive) of a source in UTF-8. If both are
+    equal, it is inserted there."""
 
     start: int
     end: int
@@ -23,8 +24,9 @@ class Replacement:
 
 
 class Source:
-    """The source of a Python file: ``text``, its syntax ``tree``, and ``lines`` with their ends. ``path``:
-    the file's path as the user wrote it, for messages and diffs. Raises UserError if it is not Python."""
+    """The source of a Python file: ``text``, its syntax ``tree``, and ``lines`` with their line ends.
+    ``path``: the file's path as the user wrote it, for messages and diffs. Raises UserError if ``text`` is
+    not Python."""
 
     def __init__(self, path: str, text: str) -> None:
         self.path, self.text = path, text
@@ -85,8 +87,8 @@ class Source:
         return [call for call in calls if name_of(call.func) in names]
 
     def with_keywords(self, call: ast.Call, values: Mapping[str, str]) -> list[Replacement]:
-        """Return the replacements that give ``call`` the keyword arguments ``values``, name -> source. Those
-        that it has already get the new value, unless their source is the same."""
+        """Return the replacements that give ``call`` the keyword arguments ``values``, name -> source of the
+        value. One that the call has already gets the new value, unless it has the same source."""
         present = {k.arg: k.value for k in call.keywords}
         changes = [
             Replacement(start=self.start(present[name]), end=self.end(present[name]), text=value)
@@ -124,23 +126,25 @@ class Source:
 
 
 def _lines(text: str) -> list[str]:
-    """Return the lines with their ends as ``ast`` counts them: str.splitlines also splits at form feeds."""
+    """Return the lines of ``text``, with their line ends, as ``ast`` counts them. (str.splitlines also splits
+    at form feeds.)"""
     return io.StringIO(text).readlines()
 
 
 def number_lines(lines: Iterable[int]) -> str:
-    """Return the numbers of lines in words, such as "line 3" or "lines 3, 5"."""
+    """Return the line numbers as text, in ascending order, such as "line 3" or "lines 3, 5"."""
     numbers = sorted(lines)
     return f"line{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 
 
 def name_of(node: ast.expr) -> str:
-    """Return the last name of a dotted name, such as "AdamW" for ``torch.optim.AdamW``; "" for others."""
+    """Return the last part of a dotted name, such as "AdamW" for ``torch.optim.AdamW``; "" for any other
+    expression."""
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
 
 
 def literal(node: ast.expr | None) -> Any:
-    """Return the value of a literal, else None."""
+    """Return the value of a literal, such as 8 or "sum"; None for any other expression."""
     try:
         return None if node is None else ast.literal_eval(node)
     except (ValueError, TypeError):

@@ -13,10 +13,10 @@ _HARMLESS = frozenset({"train", "eval", "zero_grad", "backward"})  # methods tha
 
 
 def step_counters(between: Statements, kept: Sequence[str]) -> tuple[ast.stmt, ...]:
-    """Return the statements of ``between``, those from the forward pass to backward, that count steps and can
-    run after it instead: ``N += 1``, ``N = N + 1`` or ``SCHEDULER.step()``. They neither read nor set what
-    the others set, nor the variables ``kept``, those of the batch and the loss; and none of the later ones
-    reads what they set."""
+    """Return those statements of ``between``, which are those from the forward pass to backward, that count
+    steps and can run after backward instead: ``N += 1``, ``N = N + 1`` or ``SCHEDULER.step()``. They use no
+    variable that another of the statements sets or that is in ``kept`` (the batch and the loss), and no later
+    statement uses what they set."""
     counters = []
     for index, statement in enumerate(between):
         names = _counted_variables(statement)
@@ -29,7 +29,8 @@ def step_counters(between: Statements, kept: Sequence[str]) -> tuple[ast.stmt, .
 
 
 def _counted_variables(statement: ast.stmt) -> set[str]:
-    """Return the variables that the statement counts up, none if it counts nothing."""
+    """Return the variables to which the statement adds: N of ``N += 1`` or ``N = N + 1``, and for
+    ``X.step()`` all variables in it. Return an empty set for any other statement."""
     if isinstance(statement, ast.AugAssign):
         return set(stored_names(statement.target))
     if isinstance(statement, ast.Assign):
@@ -41,18 +42,18 @@ def _counted_variables(statement: ast.stmt) -> set[str]:
 
 
 def repeated_lines(between: Statements, omitted: Sequence[ast.stmt], batch: Sequence[str]) -> list[int]:
-    """Return the lines of the statements of ``between``, also of inner ones, whose effect adds up if they run
-    once for each micro-batch: calls whose result is not used (except those of `_HARMLESS`, such as
-    zero_grad), and sums that go on from step to step. Those in ``omitted``, bodies of functions, and
-    statements that read a variable named in ``batch`` (sums over its samples) are left out."""
+    """Return the lines of the statements in ``between``, also inside compound ones, whose effect adds up if
+    they run once for each micro-batch: calls whose result is not used (except `_HARMLESS` ones, such as
+    zero_grad), and sums that go on from step to step. Statements in ``omitted`` or inside functions, and
+    those that read a variable in ``batch`` (sums over its samples), are left out."""
     return [s.lineno for s in _repeated_statements(between, omitted, set(batch), set())]
 
 
 def _repeated_statements(
     statements: Statements, omitted: Sequence[ast.stmt], batch: set[str], known: set[str]
 ) -> Iterator[ast.stmt]:
-    """Yield the statements that `repeated_lines` names. ``known``: the variables that the step has set before
-    ``statements``; those that they set are added."""
+    """Yield the statements whose lines `repeated_lines` returns. ``known``: the variables that the step has
+    set before ``statements``; the variables that these set are added to it."""
     for statement in statements:
         if statement in omitted or isinstance(statement, FUNCTIONS):
             continue

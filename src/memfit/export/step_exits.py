@@ -38,8 +38,8 @@ def must_end_each_step(source: Source, place: LoopPlace, update: Update, forward
 
 
 def _exits(statements: Statements, *, in_loop: bool) -> Iterator[ast.stmt]:
-    """Yield each ``return`` among the statements, and each ``continue`` and ``break`` of the loop that holds
-    them. ``in_loop``: the statements are in a loop inside that one."""
+    """Yield each ``return`` in ``statements``, also inside compound ones, and each ``continue`` and ``break``
+    that leaves them: not those of loops inside. ``in_loop``: the statements are in such an inner loop."""
     for statement in statements:
         is_jump = isinstance(statement, ast.Continue | ast.Break) and not in_loop
         if is_jump or isinstance(statement, ast.Return):

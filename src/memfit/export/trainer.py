@@ -55,7 +55,8 @@ def files(handover: Handover) -> Files:
 
 
 def why_not(plan: Plan) -> Iterator[str]:
-    """Yield the reasons why TrainingArguments cannot express the plan, DeepSpeed's file aside."""
+    """Yield the reasons why TrainingArguments cannot express the plan. Settings of ZeRO are not checked:
+    deepspeed.json has them."""
     for use in plan.uses:
         name, knobs = use.technique, use.settings
         if name not in TECHNIQUES:
@@ -86,8 +87,9 @@ def training_arguments(
     plan: Plan, *, batch_size: int, clip: float | None = None, deepspeed: bool = False
 ) -> dict[str, Any]:
     """Return the TrainingArguments that determine memory for ``plan``, name -> value. ``batch_size``: samples
-    of a whole step. ``clip``: the largest gradient norm. ``deepspeed``: whether deepspeed.json is used.
-    Raises UserError if the batch cannot be split into equal parts for the data-parallel ranks and
+    of a whole step over all ranks. ``clip``: the largest gradient norm; None or 0: max_grad_norm is left to
+    the Trainer's default of 1.0, or with deepspeed.json set to 0. ``deepspeed``: whether deepspeed.json is
+    used. Raises UserError if the batch cannot be split into equal parts for the data-parallel ranks and
     micro-batches."""
     micro_batch_size = split_batch(plan, batch_size)
     optimizer = next((OPTIMIZERS[u.technique] for u in plan.uses if u.technique in OPTIMIZERS), "adamw_torch")

@@ -41,9 +41,10 @@ _NO_FORWARD = frozenset({"train", "eval", "to", "zero_grad", "parameters", "name
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LoopSetup:
     """Where the plan is applied: after the statement ``after`` or, if that is None, before ``before``.
-    ``model``, ``optimizer``: the variables there. ``clip``: source of the norm to which gradients are
-    clipped, valid there; "" if they are not. ``is_global``: the loop is in another function. ``remarks``:
-    what the user should know."""
+    ``model``, ``optimizer``: the names of these variables there. ``clip``: source of the norm to which
+    gradients are clipped, in the variables there; "" if they are not clipped. ``is_global``: the place is in
+    a function and the loop in another one, so that ``fit`` must be a global variable. ``remarks``: what the
+    user should know, one text each."""
 
     model: str
     optimizer: str
@@ -56,12 +57,12 @@ class LoopSetup:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Loop:
-    """A training loop. ``body``: the statements with backward; ``forward``, ``backward``: indices in it of
-    the first statement that calls the model and of the one that runs backward. ``loop``: the innermost loop.
-    ``autocast``: the statement ``with autocast(...)`` around the forward pass, None without. ``prefetch``:
-    statements between forward and backward that load the next batch. ``counters``: statements there that
-    count steps, if the plan has micro-batches. ``batch``: the variables that hold the batch.
-    ``own_accumulation``: the script accumulates gradients itself."""
+    """A training loop. ``body``: the statement list that contains backward; ``forward``, ``backward``:
+    indices in it of the first statement that calls the model and of the one that runs backward. ``loop``: the
+    innermost loop around it. ``autocast``: the statement ``with autocast(...)`` of the forward pass, None
+    without. ``prefetch``: statements between forward and backward that load the next batch. ``counters``:
+    statements there that count steps, if the plan has micro-batches and the script none. ``batch``: the
+    variables that hold the batch. ``own_accumulation``: the script accumulates gradients itself."""
 
     body: Statements
     forward: int
@@ -137,8 +138,8 @@ def _must_not_be_in_the_way(source: Source, plan: Plan) -> None:
 
 
 def wrappers(source: Source) -> Iterator[tuple[str, bool, int]]:
-    """Yield (name, whether it runs only under a condition, line) for each call that wraps or compiles a
-    model."""
+    """Yield (name, whether it runs only under a condition, line) for each call of DataParallel,
+    DistributedDataParallel or torch.compile, also under another name of an import."""
     aliases = {
         a.asname: a.name for n in ast.walk(source.tree) if isinstance(n, ast.ImportFrom) for a in n.names
     }
@@ -151,8 +152,9 @@ def wrappers(source: Source) -> Iterator[tuple[str, bool, int]]:
 
 
 def with_conditions(node: ast.AST, *, is_conditional: bool) -> Iterator[tuple[ast.AST, bool]]:
-    """Yield (node, whether it runs only under a condition) for ``node`` and all nodes below it. The test of
-    ``__name__`` is no condition. ``is_conditional``: whether ``node`` itself runs only under one."""
+    """Yield (node, whether it runs only under a condition of an ``if``) for ``node`` and all nodes below it.
+    A test of ``__name__`` does not count. ``is_conditional``: whether ``node`` itself is under a
+    condition."""
     yield node, is_conditional
     branches = isinstance(node, ast.If | ast.IfExp) and "__name__" not in ast.unparse(node.test)
     for child in ast.iter_child_nodes(node):
@@ -163,8 +165,9 @@ def with_conditions(node: ast.AST, *, is_conditional: bool) -> Iterator[tuple[as
 
 
 def _model(scope: Statements, before: Statements, optimizer: str) -> str:
-    """Return the name of the model: X of ``X.parameters()`` in the assignment to the optimizer, or else the
-    only variable called in the loop that is also moved, trained or evaluated in the scope."""
+    """Return the variable of the model: X of ``X.parameters()`` in the assignment to the optimizer, or else
+    the only variable that ``before``, the loop's statements before backward, call and whose train, eval,
+    parameters or state_dict ``scope`` uses. Raises UserError if there is not exactly one."""
     assigned = assignment(scope, optimizer)
     owners = {
         n.func.value.id
@@ -193,8 +196,9 @@ def _model(scope: Statements, before: Statements, optimizer: str) -> str:
 
 
 def calls(statement: ast.stmt, model: str) -> bool:
-    """Return whether the statement calls the model or a method of it, or passes it to a function. Methods
-    that set its mode, device or gradients do not count."""
+    """Return whether the statement calls the variable ``model`` or a method of it, or passes it to a call as
+    a positional argument. The methods train, eval, to, zero_grad, parameters and named_parameters do not
+    count."""
     for node in ast.walk(statement):
         if isinstance(node, ast.Call):
             target = node.func
@@ -209,7 +213,7 @@ def calls(statement: ast.stmt, model: str) -> bool:
 
 
 def _spans_text(statement: ast.stmt) -> bool:
-    """Return whether the statement contains a text that goes over several lines."""
+    """Return whether the statement contains a string literal of several lines."""
     return any(
         isinstance(n, ast.Constant | ast.JoinedStr)
         and n.end_lineno != n.lineno
@@ -219,8 +223,9 @@ def _spans_text(statement: ast.stmt) -> bool:
 
 
 def _autocast(source: Source, place: LoopPlace, forward: int) -> ast.With | None:
-    """Return the statement ``with autocast(...):`` from forward to backward, None if the script has none.
-    Raises UserError if it uses autocast in another place that the loop may reach."""
+    """Return the statement ``with autocast(...):`` between forward and backward, None if there is none.
+    Raises UserError if there are several, or if the script uses autocast in another place that the loop may
+    reach."""
     withs = [s for s in place.body[forward : place.index] if isinstance(s, ast.With)]
     matches = [s for s in withs if len(s.items) == 1 and _casts(source, s.items[0].context_expr)]
     if len(matches) > 1:
@@ -269,7 +274,7 @@ def _assignments(source: Source, name: str) -> list[ast.Assign]:
 
 def _batch(place: LoopPlace, forward: int, model: str) -> tuple[tuple[str, ...], tuple[ast.stmt, ...]]:
     """Return (the variables that each step of the loop sets and forward reads; the statements between forward
-    and backward that only load the next batch into them)."""
+    and backward that only load the next batch into them). Raises UserError if there is no such variable."""
     bound: list[str] = stored_names(place.loop.target) if isinstance(place.loop, ast.For) else []
     for statement in place.body[:forward]:
         bound += [n for n in stored_names(statement) if n not in bound]
@@ -288,8 +293,9 @@ def _batch(place: LoopPlace, forward: int, model: str) -> tuple[tuple[str, ...],
 
 
 def _loads_next(statement: ast.stmt, between: Statements, computed: set[str], model: str) -> bool:
-    """Return whether the assignment sets only variables that an earlier statement has read, reads nothing
-    that forward computed, and is read by no later statement before backward."""
+    """Return whether ``statement``, one of ``between``, only loads the next batch: an assignment to variables
+    that earlier statements of ``between`` read and do not set, and that later ones do not read, from
+    variables that are not in ``computed``, which calls of the model set."""
     if not isinstance(statement, ast.Assign) or calls(statement, model):
         return False
     index, names = between.index(statement), set(stored_names(statement))
@@ -304,9 +310,9 @@ def _loads_next(statement: ast.stmt, between: Statements, computed: set[str], mo
 
 
 def _setup(source: Source, place: LoopPlace, update: Update, model: str) -> LoopSetup:
-    """Return where and with what names the plan is applied: after the optimizer is made, or before the loop
-    if that is made elsewhere. Raises UserError if the script does not show where, or if the model changes
-    between."""
+    """Return where and with what variables the plan is applied: after the last assignment to the optimizer,
+    or if there is none in the statement list around the loop, before the loop. Raises UserError if the script
+    does not show where the optimizer is made, or if it changes the model between that and the loop."""
     names = {update.optimizer: update.optimizer, model: model}
     user: ast.AST = place.loop
     statements, arguments = place.scope, dict[str, ast.expr]()
@@ -349,8 +355,9 @@ def _setup(source: Source, place: LoopPlace, update: Update, model: str) -> Loop
 def _caller(
     source: Source, place: LoopPlace, optimizer: str
 ) -> tuple[Statements, ast.AST, dict[str, ast.expr]]:
-    """Return (the statements of the function or module that makes the optimizer; the node that runs the loop
-    from there; the arguments of the loop's function by parameter)."""
+    """Return (the statements of the function or module that makes the optimizer; the call there of the
+    function with the loop, an empty ``pass`` if there is none; the arguments of that call, by parameter).
+    Raises UserError if not exactly one function or module makes the optimizer."""
     functions = [n for n in ast.walk(source.tree) if isinstance(n, FUNCTIONS)]
     scopes = [source.tree.body, *(f.body for f in functions)]
     calls_of_loop = [
@@ -388,7 +395,7 @@ def _arguments(function: Any, call: ast.Call) -> dict[str, ast.expr]:
 
 
 def _outside_functions(statements: Statements) -> Iterator[ast.AST]:
-    """Yield all nodes of the statements that are not inside a function that they define."""
+    """Yield the nodes of ``statements``, without the functions that these define and all that is inside."""
     waiting: list[ast.AST] = [*statements]
     while waiting:
         node = waiting.pop()
@@ -411,10 +418,11 @@ def _innermost(statements: Statements, user: ast.AST, optimizer: str) -> tuple[S
 
 
 def _clip(place: LoopPlace, update: Update, arguments: dict[str, ast.expr] | None, later: Statements) -> str:
-    """Return the source of the argument ``clip``: what the loop clips to, in the names of the place where the
-    plan is applied. ``arguments``: those of the loop's function there, None if it is the same scope;
-    ``later``: the statements that follow there. Raises UserError if it uses a variable that changes in the
-    loop or is not known there."""
+    """Return the source of the argument ``clip`` of memfit.apply: the norm to which the loop clips, "NORM if
+    CONDITION else None" under a condition, in the variables of the place where the plan is applied; "" if the
+    loop does not clip. ``arguments``: those with which that place calls the loop's function, by parameter;
+    None if the loop is in the same scope. ``later``: the statements that follow there. Raises UserError if
+    norm or condition contains a call, or a variable that changes in the loop or is not known there."""
     if update.clip is None:
         return ""
     own = {n for s in (later if arguments is None else place.scope) for n in stored_names(s)}
