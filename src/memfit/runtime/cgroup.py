@@ -55,11 +55,11 @@ class Group:
 
     def enter(self) -> None:
         """Move the process into the group. Pages that it touched before stay charged to the group that it
-        leaves, so the limit does not count them."""
+        leaves, so the limit does not count them. Raises OSError if the system does not allow it."""
         (self.path / "cgroup.procs").write_text(str(self.pid))
 
     def leave(self) -> None:
-        """Move the process back to its home group."""
+        """Move the process back to its home group. Raises OSError if the system does not allow it."""
         (self.home / "cgroup.procs").write_text(str(self.pid))
 
     def peak_bytes(self) -> int | None:
@@ -97,10 +97,10 @@ def oom_kills_here(*, root: Path = _ROOT, own: Path = _OWN) -> int | None:
 
 
 def limit_here(*, root: Path = _ROOT, own: Path = _OWN) -> tuple[int, int] | None:
-    """Return (limit, free bytes) of this process's control group or of that group above it which has the
-    least free, in version 2 or in the memory hierarchy of version 1. Cached files that the kernel can drop
-    count as free. Return None without a control group that limits memory, which is the limit of a container,
-    too. ``root`` and ``own``: as in `Group.of`."""
+    """Return (limit, free bytes) of the control group with the least free memory, of this process's group and
+    those above it, in version 2 or in the memory hierarchy of version 1. A container's limit is such a group.
+    Cached files that the kernel can drop count as free. Return None if none of these groups limits memory.
+    ``root`` and ``own``: as in `Group.of`."""
     limits = [limit for g in _memory_groups(root, own) if (limit := _limit(g)) is not None]
     return min(limits, key=lambda limit: limit[1], default=None)
 

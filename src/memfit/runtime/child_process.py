@@ -70,7 +70,8 @@ class Child:
         return self._pid
 
     def stop(self, reason: str = STOPPED) -> None:
-        """Have the child killed soon. ``reason``: why, in words; of several calls the first counts."""
+        """Have the child killed by the thread that follows it, soon after this call. ``reason``: why, in
+        words; of several calls the first counts."""
         with self._lock:
             self.stop_reason = self.stop_reason or reason
         self._stopped.set()
@@ -86,7 +87,8 @@ class Child:
             self.folder, self._pid = folder, pid
 
     def end(self) -> None:
-        """To be called before the process is reaped: its number may be reused afterwards."""
+        """Forget the process and its folder. To be called before the process is reaped: its number may be
+        reused afterwards."""
         with self._lock:
             self.folder = self._pid = None
 

@@ -75,8 +75,7 @@ def available() -> str | None:
 
 
 def active_allocator() -> CountingAllocator | None:
-    """Return the counting allocator if this process counts with it already, else None. Nothing is built or
-    installed."""
+    """Return the counting allocator if it is installed in this process, else None. Nothing is installed."""
     return CountingAllocator() if _count_copied_storages.cache_info().currsize else None
 
 

@@ -94,9 +94,9 @@ def accelerator_count() -> int:
 
 
 def visible_accelerators(first: int, count: int) -> dict[str, str]:
-    """Return the environment variable, name -> value, under which a process sees only ``count`` of the
-    accelerators that this one sees, from number ``first`` on. Empty if there are none, and for a kind whose
-    drivers have no such variable."""
+    """Return the environment variable, name -> value, such as CUDA_VISIBLE_DEVICES, under which a process
+    sees only ``count`` of the accelerators that this one sees, from number ``first`` (counted from 0) on.
+    Empty without accelerators, and for a kind of which memfit knows no such variable."""
     name = device_kind(accelerator_kind()).visible_variable
     if not name:
         return {}
@@ -107,9 +107,9 @@ def visible_accelerators(first: int, count: int) -> dict[str, str]:
 
 @functools.cache
 def accelerators() -> tuple[Accelerator, ...]:
-    """Return the accelerators of this machine. A child process looks at them, once in the life of this
-    process, so that this process creates no context. Raises MemfitError if the child fails, with the last
-    line of its error."""
+    """Return the accelerators of this machine that torch can use; () if there are none. A child process looks
+    at them, once in the life of this process, so that this process creates no context. Raises MemfitError if
+    the child fails, with the last line of its error, or does not answer within 120 s."""
     if not accelerator_kind():
         return ()
     command = dying_with_parent([sys.executable, "-m", "memfit.worker", "devices"])
@@ -188,8 +188,8 @@ def _driver(device: torch.device) -> str:
 
 
 def _board(device: torch.device) -> Board | None:
-    """Return a device as its driver's management library knows it, which needs no context on it, or None
-    without that library."""
+    """Return a handle of the device in NVIDIA's management library, which needs no context on it. Return None
+    for another kind of device, and without that library."""
     if not device_kind(device.type).nvml:
         return None
     from memfit.runtime.energy import board
@@ -205,13 +205,14 @@ def driver_used_bytes(device: torch.device) -> int | None:
 
 
 def loaded_drivers() -> dict[str, str]:
-    """Return the version of each accelerator driver that this system has loaded, by vendor, as far as memfit
-    knows where to look; "" where the version is unknown."""
+    """Return the version of each accelerator driver that this system has loaded: vendor ("NVIDIA" or "AMD")
+    -> version, "" where it is unknown. Drivers of other vendors are not looked for."""
     return {vendor: _version(file) for vendor, (path, file) in _DRIVERS.items() if path.exists()}
 
 
 def _version(file: Path) -> str:
-    """Return the first number with points in a file, "" without one."""
+    """Return the first version number in a file, such as "570.86.15"; "" if there is none or the file cannot
+    be read."""
     match = re.search(r"\b\d+(\.\d+)+", _text(file))
     return match[0] if match else ""
 
@@ -300,19 +301,20 @@ def collective_backend(kind: str) -> str:
 
 
 def local_rank() -> int:
-    """Return the number of this process among those of the launch on this machine: torchrun's LOCAL_RANK, or
-    0."""
+    """Return the number of this process, from 0, among those of the launch on this machine, as torchrun's
+    LOCAL_RANK says, or 0 if that is not set."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def launch_rank() -> tuple[int, int]:
-    """Return the rank of this process and the number of processes, as torchrun's RANK and WORLD_SIZE say, or
-    (0, 1)."""
+    """Return (the rank of this process, the number of processes), as torchrun's RANK and WORLD_SIZE say; 0
+    and 1 where these are not set."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def launch_node() -> int:
-    """Return the number of this machine among those of the launch, as torchrun's GROUP_RANK says, or 0."""
+    """Return the number of this machine, from 0, among those of the launch, as torchrun's GROUP_RANK says, or
+    0 if that is not set."""
     return int(os.environ.get("GROUP_RANK", "0"))
 
 
@@ -324,8 +326,8 @@ def launch_attempt() -> str:
 
 
 def collective_library(kind: str) -> str:
-    """Return the library that carries collectives on devices of this kind, such as "gloo", and the version of
-    NCCL, such as "nccl 2.27.5"."""
+    """Return the name of the library that carries collectives on devices of this kind, such as "gloo"; for
+    NCCL with its version, such as "nccl 2.27.5"."""
     import torch
 
     name = collective_backend(kind).rpartition(":")[2]
@@ -369,8 +371,9 @@ def _slurm_bytes(text: str) -> int:
 
 
 def memory_info(device: torch.device) -> tuple[int, int]:
-    """Return (free, total) bytes of the accelerator's memory. Where torch keeps no peak, as for MPS, the
-    total is what the system recommends to use at most."""
+    """Return (free, total) bytes of the accelerator's memory. For a kind of which torch keeps no peak, such
+    as MPS, the total is the most that the system recommends to use, and free is that less what this process
+    has taken."""
     import torch
 
     if not device_kind(device.type).keeps_peak:
@@ -400,9 +403,9 @@ def reserved_bytes(device: torch.device) -> int:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class AllocatorFigures:
-    """Statistics of torch's allocator of an accelerator: bytes of tensors, bytes taken from the device, the
-    peaks of both since the process began or they were reset, and how often it freed its cache to find a
-    block. None: it does not count this."""
+    """Statistics of torch's allocator of an accelerator: bytes of tensors (allocated), bytes taken from the
+    device (reserved), the peaks of both since the process began or they were reset, and how often the
+    allocator freed its cache to find a block (``retries``). None: the allocator does not count this."""
 
     allocated_bytes: int
     reserved_bytes: int
@@ -441,14 +444,14 @@ def free_cache(device: torch.device) -> None:
 
 
 def lift_memory_fraction(device: torch.device) -> None:
-    """Undo `set_memory_fraction`: torch's allocator may take again what it may if no fraction was ever set.
-    Raises MemfitError if this kind of device has no such limit."""
+    """Undo `set_memory_fraction`: set the limit of torch's allocator to its default for this kind of device.
+    Raises MemfitError if the kind has no such limit."""
     set_memory_fraction(device, device_kind(device.type).default_memory_ratio)
 
 
 def set_memory_fraction(device: torch.device, fraction: float) -> None:
-    """Let torch's allocator take at most this share of the accelerator's memory for this process. Raises
-    MemfitError if this kind of device has no such limit."""
+    """Let torch's allocator take at most this share (``fraction``, 1.0: all) of the accelerator's memory for
+    this process. Raises MemfitError if the kind of device has no such limit."""
     limit = getattr(_module(device), "set_per_process_memory_fraction", None)
     if limit is None:
         raise MemfitError(f"torch has no memory limit for devices of the kind {device.type!r}")

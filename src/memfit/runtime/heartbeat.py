@@ -48,7 +48,8 @@ class Heartbeat:
 
 
 def read_beat(path: Path) -> Beat:
-    """Return the last beat in the file ``path``, or one with the count 0 if there is none."""
+    """Return the last beat in the file ``path``; one with the count 0 if there is none yet, or if the file
+    cannot be read."""
     with contextlib.suppress(OSError, struct.error, UnicodeDecodeError):
         count, step, phase = _LAYOUT.unpack(path.read_bytes())
         return Beat(count=count, step=step, phase=phase.rstrip(b"\0").decode() or "start")

@@ -43,7 +43,7 @@ class Interruption:
         self._pending.append(number)
 
     def take(self) -> Sequence[int]:
-        """Return the signals that have arrived since the last call, in order."""
+        """Return the numbers of the signals that have arrived since the last call, in order."""
         return [self._pending.popleft() for _ in range(len(self._pending))]
 
     @property
@@ -53,17 +53,18 @@ class Interruption:
 
     @property
     def is_over(self) -> bool:
-        """Whether the grace after SIGTERM is over."""
+        """Whether the time within which a run must end after SIGTERM is over (``grace_s``)."""
         return self._over_s is not None and time.monotonic() >= self._over_s
 
     @property
     def too_early(self) -> str:
-        """Why ranks are killed that SIGTERM finds before their first step."""
+        """The reason, in words, why ranks are killed if SIGTERM arrives before their first step."""
         return "stopped by SIGTERM before the first step"
 
     @property
     def too_late(self) -> str:
-        """Why ranks are killed once the grace is over."""
+        """The reason, in words, why ranks are killed that have not ended ``grace_s`` seconds after
+        SIGTERM."""
         return f"stopped by SIGTERM; it did not save within {self.grace_s:g} s"
 
 

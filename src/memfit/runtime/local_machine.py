@@ -24,8 +24,8 @@ def this_machine(place: str, kind: str = "") -> Machine:
     Their memory is what the driver reports in all. The processor is called "this machine", or "this machine's
     processor" if there is an accelerator as well. Its memory is what this process may use of it
     (`host_memory_limit`), its power an assumed number of watts for each CPU thread that this process may use.
-    Raises UserError if torch finds no device of this kind, and MemfitError if it finds one that does not
-    work.
+    Raises UserError if torch finds no device of this kind or the catalog has no such place, and MemfitError
+    if torch finds an accelerator that does not work.
     """
     accelerator_kind = devices.accelerator_kind()
     if kind not in ("", HOST, accelerator_kind):
@@ -80,9 +80,10 @@ class HostMemoryLimit:
 
 
 def host_memory_limit() -> HostMemoryLimit:
-    """Return the memory that this process may use: the least of what the operating system has, what its
-    control group allows (of version 1 or 2, also that of a container or a Kubernetes pod), and what Slurm has
-    allotted to the job on this node."""
+    """Return the memory that this process may use. The total is the least of the machine's memory, the limit
+    of the process's control groups (of version 1 or 2, such as those of containers and Kubernetes pods), and
+    what Slurm has allotted to the job on this node. What is free is the least of the total, what the machine
+    has available and what these groups have left."""
     import psutil
 
     system = psutil.virtual_memory()

@@ -202,7 +202,8 @@ def data_bytes() -> int | None:
 
 
 def status_bytes(field: str) -> int | None:
-    """Return a field of this process's status in bytes, such as "RssShmem", or None where there is none."""
+    """Return a field of /proc/self/status in bytes, such as "RssShmem"; None if there is no such field or
+    file."""
     with contextlib.suppress(OSError):
         for line in _STATUS.read_text().splitlines():
             if line.startswith(field + ":"):

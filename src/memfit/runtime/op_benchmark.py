@@ -347,8 +347,8 @@ def _copy_bytes_s(device: torch.device) -> float:
 
 
 def _host_bytes_s(device: torch.device) -> float:
-    """Return the bytes per second between ``device`` and the host as activation offload copies them: to
-    pinned memory and back."""
+    """Return the bytes per second of copies between ``device`` and pinned memory of the host, as activation
+    offload makes them: there and back, one after the other."""
     source = torch.ones(_COPY_BYTES // 4, device=device)
     pinned = torch.empty(_COPY_BYTES // 4, pin_memory=True)
 

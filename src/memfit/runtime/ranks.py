@@ -107,7 +107,7 @@ class _Team:
             self._failed_s = self._failed_s or time.monotonic()
 
     def stop(self, reason: str, ranks: Sequence[int] | None = None) -> None:
-        """Have ranks killed, by default all."""
+        """Have ``ranks`` killed, None: all. ``reason``: why, in words."""
         for rank in range(len(self.children)) if ranks is None else ranks:
             self.children[rank].stop(reason)
 

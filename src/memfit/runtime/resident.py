@@ -37,7 +37,8 @@ class ResidentMeter:
         self._footprint_bytes = self._peak_bytes = rss_bytes()
 
     def sample(self, peak_bytes: int = 0, *, whole: bool = False) -> None:
-        """Read what is resident now. ``peak_bytes``: a peak that was read elsewhere."""
+        """Read what is resident now. ``peak_bytes``: a peak of resident bytes that was read elsewhere, which
+        counts as well. ``whole``: read mapped files, too, even within a second of the last such reading."""
         self._peak_bytes = max(self._peak_bytes, peak_bytes, rss_bytes())
         self._shared_peak = max(self._shared_peak, shared_bytes() - self._shared_before)
         if whole or time.monotonic() >= self._next_s:

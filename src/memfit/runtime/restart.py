@@ -27,7 +27,7 @@ class StepLosses(Mapping[int, float]):
         self._values, self._has = array("d"), bytearray()
 
     def add(self, step: int, loss: float) -> None:
-        """Set the loss of a step, also if it has one."""
+        """Set the loss of a step, in place of any earlier one."""
         if (missing := step + 1 - len(self._has)) > 0:
             self._values.frombytes(bytes(8 * missing))
             self._has.extend(bytes(missing))

@@ -177,7 +177,8 @@ def _is_stopped(child: Child) -> bool:
 
 
 def _stacks(children: Mapping[int, Child]) -> dict[int, str]:
-    """Ask the children for stack traces and return those that arrive within a second."""
+    """Send SIGUSR2 to the children, which then write stack traces of their threads, and return those that
+    arrive within about a second: rank -> text, "" or missing for a child that did not answer."""
     files = {r: folder / STACKS for r, c in children.items() if (folder := c.folder) is not None}
     sizes = {r: size for r, file in files.items() if (size := _size(file)) is not None}
     files = {r: files[r] for r in sizes}  # without the file, the signal would end the process

@@ -34,7 +34,8 @@ _ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class TaskState(enum.StrEnum):
-    """State of a task. WAITING: submitted, and not started, or preempted and to be started again."""
+    """State of a task. WAITING: submitted and not started yet, or preempted and to be started again. RUNNING:
+    its command runs. ENDED: for good, whether it succeeded or not."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -44,8 +45,9 @@ class TaskState(enum.StrEnum):
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """One command. ``argv``: the program and its arguments. It is run in ``working_folder`` and writes its
-    result, one text, to RECORD in ``folder``, which is its own and which the machine that runs it can read
-    and write under the same path. ``device_count``: number of devices on which it trains."""
+    result, one text, to record.json in ``folder``. This folder is the task's own, and the machine that runs
+    the task can read and write it under the same path. ``device_count``: number of devices on which the task
+    trains."""
 
     name: str
     argv: tuple[str, ...]
@@ -56,9 +58,9 @@ class Task:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TaskStatus:
-    """``run_s``: seconds for which the task has run, over all its starts. ``reason``: of a task that has
-    ended without a record: why, as far as it is known; else "". ``starts``: how often it was started; more
-    than 1 after a scheduler has preempted and requeued it."""
+    """The state of a task. ``run_s``: seconds for which it has run, over all its starts. ``reason``: why it
+    has ended without a record, as far as this is known; "" for any other task. ``starts``: how often it was
+    started; more than 1 after a scheduler has preempted and requeued it."""
 
     state: TaskState
     run_s: float = 0.0
@@ -68,9 +70,9 @@ class TaskStatus:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """When a task has run, on the clock of the machine that ran it. ``spans``: [start, last sign of life] in
-    seconds of each start. ``exit_code``: of its command; negative: the signal that ended it; None: not
-    known."""
+    """When a task has run. ``spans``: (start, last sign of life) of each start, in seconds since 1970 on the
+    clock of the machine that ran it. ``exit_code``: of its command; negative: minus the signal that ended it;
+    None: unknown, as while it runs."""
 
     spans: tuple[tuple[float, float], ...] = ()
     exit_code: int | None = None
@@ -98,8 +100,8 @@ class Executor(abc.ABC):
 
     @classmethod
     def check(cls, settings: Mapping[str, str]) -> None:
-        """Raise UserError for a setting that the executor does not have, and for a value that is not
-        allowed."""
+        """Raise UserError if ``settings`` (KEY -> VALUE) contain one that the executor does not have, or a
+        value that it does not allow."""
         known = {**cls.keys, **SETTINGS}
         if unknown := sorted(settings.keys() - known.keys()):
             raise UserError(
@@ -119,15 +121,15 @@ class Executor(abc.ABC):
 
     @classmethod
     def kind_of(cls, settings: Mapping[str, str]) -> str:
-        """Return the executor's name and the settings that decide on the kind of device, such as
-        "slurm:partition=a100". Trials of different kinds are different trials."""
+        """Return the executor's name and those settings that decide on the kind of device (``device_keys``),
+        such as "slurm:partition=a100". The same trial on another kind counts as another trial."""
         chosen = ",".join(f"{key}={settings[key]}" for key in cls.device_keys if key in settings)
         return f"{cls.name()}:{chosen}" if chosen else cls.name()
 
     @property
     def slots(self) -> int | None:
-        """How many tasks may be submitted and not ended at a time; None: any number, the scheduler queues
-        them."""
+        """How many tasks may be submitted and not ended at a time; None: any number, because the scheduler
+        queues them."""
         return None
 
     @abc.abstractmethod
@@ -141,11 +143,11 @@ class Executor(abc.ABC):
 
     @abc.abstractmethod
     def cancel(self, jobs: Mapping[str, Task]) -> None:
-        """End the tasks, job ID -> task, and return when none of their processes and no job of theirs is
-        left."""
+        """End the tasks in ``jobs`` (job ID -> task). Return when none of their jobs and processes is left,
+        or after an executor's time limit."""
 
     def fetch(self, task: Task) -> str | None:
-        """Return what the task wrote as its record; None if it wrote none."""
+        """Return the text that the task wrote to record.json; None if it has written none."""
         try:
             return (task.folder / RECORD).read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -156,8 +158,8 @@ class Executor(abc.ABC):
 
 
 def read_usage(folder: Path) -> Usage:
-    """Return what the machine that runs a task has noted in the task's folder; an empty Usage if the task has
-    not started, or the note cannot be read."""
+    """Return when a task has run, from usage.json, which the machine that runs it writes into the task's
+    folder; an empty Usage if the task has not started, or the file cannot be read."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         usage = json.loads((folder / USAGE).read_text(encoding="utf-8"))
         return Usage(
@@ -168,8 +170,9 @@ def read_usage(folder: Path) -> Usage:
 
 
 def last_output_line(task: Task) -> str:
-    """Return the last line that the task's command printed, of at most 300 characters, without "memfit: "
-    before it. Lines with nothing but a brace are passed over. Return "" if there is no line."""
+    """Return the last line that the task's command printed, cut to 300 characters, without a leading
+    "memfit: ". Empty lines and lines with nothing but a brace are passed over. Return "" if there is no other
+    line."""
     try:
         text = (task.folder / OUTPUT).read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -38,8 +38,9 @@ class LocalExecutor(SubmititExecutor):
         return int(self.settings.get("parallel", self._shares))
 
     def variables(self, task: Task) -> Mapping[str, str]:
-        """Return the variables under which the task sees only its own accelerators. Tasks share accelerators
-        if there are not enough for all that run."""
+        """Return the environment variables, name -> value, under which the task sees only its own
+        accelerators; empty without accelerators. Tasks share accelerators if there are not enough for all
+        that run."""
         users = list(self._share_of.values())
         share = min(range(self._shares), key=users.count)
         self._share_of[task.name] = share

@@ -31,13 +31,13 @@ def run_task(
     owner: str = "",
     variables: Mapping[str, str] | None = None,
 ) -> int:
-    """Run ``argv`` in ``working_folder`` and return its exit code; negative: the signal that ended it. What
-    it prints goes to OUTPUT in ``folder``. When it runs is noted in USAGE there. ``variables``: further
-    environment variables, name -> value.
+    """Run ``argv`` in ``working_folder`` and return its exit code; negative: minus the signal that ended it.
+    What it prints is added to output.txt in ``folder``; usage.json there says when it runs (`Usage`).
+    ``variables``: further environment variables, name -> value.
 
-    The command receives SIGTERM, and SIGKILL 10 s later, if this process receives SIGTERM, if a file CANCEL
-    appears in ``folder``, or, with ``owner``, if no process keeps that file locked any more. It is killed if
-    this process dies."""
+    The command receives SIGTERM, and SIGKILL 10 s later, if this process receives SIGTERM, if a file called
+    cancel appears in ``folder``, or if no process keeps the file ``owner`` locked any more ("": not checked).
+    It is killed if this process dies."""
     task = _RunningTask(Path(folder), owner)
     with (Path(folder) / OUTPUT).open("ab") as output:
         process = subprocess.Popen(
@@ -74,7 +74,7 @@ class _RunningTask:
         self._must_end = True
 
     def follow(self, process: subprocess.Popen[bytes]) -> None:
-        """Wait until the process ends. End it when a condition of `run_task` says so."""
+        """Wait until the process ends, and end it if one of the conditions of `run_task` is met."""
         noted_s = kill_s = 0.0
         while process.poll() is None:
             now_s = time.monotonic()
@@ -91,14 +91,15 @@ class _RunningTask:
                 process.wait(_TICK_S)
 
     def note(self, exit_code: int | None) -> None:
-        """Write USAGE: all starts until now."""
+        """Write usage.json: the spans of all starts, the last one until now, and the exit code."""
         self._spans[-1][1] = time.time()
         text = json.dumps({"spans": self._spans, "exit_code": exit_code})
         with contextlib.suppress(UserError):  # the folder is gone: nobody asks any more
             write_whole(self._folder / USAGE, text.encode(), durable=False)
 
     def _is_orphan(self) -> bool:
-        """Return whether the process that submitted the task has died."""
+        """Return whether the process that submitted the task has died: the file ``owner`` is gone or no
+        longer locked. Return False without ``owner``."""
         if not self._owner:
             return False
         try:

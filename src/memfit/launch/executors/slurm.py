@@ -33,8 +33,8 @@ _RUNS: Final = ("RUNNING", "COMPLETING", "STOPPED", "SUSPENDED")
 
 
 class SlurmExecutor(SubmititExecutor):
-    """Jobs of Slurm. They go on if the process that submitted them dies. The folder of the store must be on a
-    file system that the nodes share."""
+    """Tasks as jobs of Slurm. They go on if the process that submitted them dies. The folders of the tasks
+    must be on a file system that the nodes share."""
 
     cluster = "slurm"
     keys: ClassVar[Mapping[str, str]] = {
@@ -81,8 +81,8 @@ class SlurmExecutor(SubmititExecutor):
         return job_ids
 
     def has_ended(self, task: Task, job_id: str) -> bool:
-        """Return whether Slurm says that the job has ended, or does not know it any more, as is so some
-        minutes later. submitit is not asked: it takes a job for ended that is preempted and will start again,
+        """Return whether squeue says that the job has ended, or does not list it any more, as some minutes
+        after its end. submitit is not asked: it takes a job for ended that is preempted and will start again,
         and needs Slurm's accounting database."""
         return self._state(job_id) in ("", *_ENDS)
 
@@ -94,8 +94,8 @@ class SlurmExecutor(SubmititExecutor):
         return end_text or super().reason(task, job_id)
 
     def _state(self, job_id: str) -> str:
-        """Return Slurm's word for the state of a job; "" if it does not know the job, "UNKNOWN" if Slurm has
-        not answered yet."""
+        """Return squeue's word for the state of a job, such as "RUNNING"; "" if squeue does not list the job;
+        "UNKNOWN" if squeue has failed so far. If it fails later, its last answer counts."""
         if time.monotonic() - self._read_s >= _READ_EVERY_S:
             command = ["squeue", "--me", "--array", "--states=all", "--noheader", "--format=%i %T"]
             answer = subprocess.run(command, check=False, capture_output=True, text=True)

@@ -45,7 +45,7 @@ class SubmititExecutor(Executor):
         self._jobs: dict[str, Any] = {}
 
     def parameters(self) -> dict[str, Any]:
-        """Return submitit's parameters for the settings."""
+        """Return the parameters of submitit's executor that follow from the settings, name -> value."""
         return {}
 
     def submit(self, tasks: Sequence[Task]) -> Sequence[str]:
@@ -76,7 +76,7 @@ class SubmititExecutor(Executor):
         return {}
 
     def job(self, job_id: str) -> Any:
-        """Return submitit's job. A job that another process has submitted is looked up."""
+        """Return submitit's object for the job, also if another process has submitted it."""
         if job_id not in self._jobs:
             self._jobs[job_id] = self._executor._executor.job_class(self.folder / "jobs" / "%j", job_id)
         return self._jobs[job_id]
@@ -95,11 +95,12 @@ class SubmititExecutor(Executor):
         return bool(self.job(job_id).done())
 
     def is_running(self, task: Task, job_id: str) -> bool:
-        """Return whether the job's command runs now."""
+        """Return whether the command of a job that has not ended has been started."""
         return bool(read_usage(task.folder).spans)
 
     def reason(self, task: Task, job_id: str) -> str:
-        """Return why the task has ended without a record."""
+        """Return in words why the task has ended without a record: the last line that it printed, else its
+        exit code or signal."""
         code = read_usage(task.folder).exit_code
         if code is None:
             return "the process that ran it was killed, or never started"
