@@ -60,7 +60,7 @@ class BaselineTarget:
 
     @property
     def key(self) -> tuple[str, str, int, int, str, str]:
-        """Equal for equal targets, and sortable."""
+        """All fields as a tuple that can be sorted; equal for equal targets. None is "" or 0 there."""
         return self.job, self.size or "", self.batch or 0, self.length or 0, self.plan, self.machine
 
     @property

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 
 class TimeUp(BaseException):
-    """The time of a search is up, and what was asked for was not begun or not finished.
+    """Raised if the time of a search is up before the work that was asked for is finished or begun.
 
-    It is no Exception, as KeyboardInterrupt is none, so that nothing takes it for an error of the user's
-    model.
+    It derives from BaseException, as KeyboardInterrupt does, so that nothing takes it for an error of the
+    user's model.
     """
 
 
@@ -34,7 +34,7 @@ class Deadline:
 
     @property
     def left_s(self) -> float:
-        """The seconds until it, at least 0."""
+        """The seconds until the deadline; 0 after it, infinite if there is none."""
         return max(0.0, self.end_s - time.monotonic())
 
     @property
@@ -58,13 +58,12 @@ class Deadline:
         return self.left_s > 0
 
     def overtime(self) -> contextlib.AbstractContextManager[None]:
-        """Let the work within the ``with`` block be finished, however late it is. It is for work without
-        which there is no answer."""
+        """Return a context within which there is no deadline, for work without which there is no answer."""
         return self._ending(math.inf)
 
     def earlier_by(self, seconds: float) -> contextlib.AbstractContextManager[None]:
-        """Let the time for the work within the ``with`` block end so many seconds earlier, so that they are
-        left for what follows."""
+        """Return a context within which the deadline is ``seconds`` earlier, so that they are left for what
+        follows."""
         return self._ending(self.end_s - seconds)
 
     @contextlib.contextmanager

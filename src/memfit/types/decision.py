@@ -192,9 +192,7 @@ class CostSheet:
 
     def saved_percent(self, reference: CostSheet) -> float | None:
         """Return by how many percent the present cost is below that of ``reference``; negative if it is
-        above.
-
-        None if one of the two costs is unknown, or if that of ``reference`` is not positive.
+        above. Return None if one of the two is unknown, or if that of ``reference`` is not positive.
         """
         cost, reference_cost = self.present_cost, reference.present_cost
         return (

@@ -80,7 +80,7 @@ class SampleDependence:
 
     @property
     def way_out(self) -> str:
-        """What to use instead of a plan that splits the batch, as text that depends on the cause."""
+        """What to use instead of a plan that splits the batch, in words; it depends on the cause."""
         if self.cause is DependenceCause.BATCH_NORM:
             return "SyncBatchNorm for data-parallel ranks, no micro-batches"
         if self.cause is DependenceCause.WEIGHTS:

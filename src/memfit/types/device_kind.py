@@ -80,15 +80,16 @@ class DeviceKind:
 
     @property
     def attention_since(self) -> tuple[int, int]:
-        """The lowest compute capability whose devices have the same kernels of attention: 5.0, 7.0, 8.0, or
-        8.6 for GPUs with less shared memory (8.6 to 8.9, 12.x). An unknown one counts as 8.0."""
+        """The lowest compute capability (major, minor) whose devices have the same attention kernels: (5, 0),
+        (7, 0), (8, 0), or (8, 6) for GPUs with less shared memory (8.6 to 8.9, and 12.0 or above). A device
+        of unknown capability counts as 8.0."""
         capability = self.compute_capability or (8, 0)
         if (8, 6) <= capability <= (8, 9) or capability >= (12, 0):
             return 8, 6
         return max((since for since in ((7, 0), (8, 0)) if since <= capability), default=(5, 0))
 
     def with_target(self, gpu_target: str) -> DeviceKind:
-        """Return the kind for devices of this architecture."""
+        """Return this kind for devices of the architecture ``gpu_target``, such as "sm_90"."""
         return dataclasses.replace(self, gpu_target=gpu_target)
 
 

@@ -56,9 +56,9 @@ class UserError(MemfitError):
 
 
 def look_up(what: str, name: str, table: Mapping[str, _Entry]) -> _Entry:
-    """Return the entry of ``table`` called ``name``. If there is none, raises UserError that lists all names
-    and suggests a similar one, if any (`suggest`). ``what``: what the names are of, such as "engine", for the
-    message.
+    """Return the entry of ``table`` called ``name``. Raises UserError if there is none: the message lists all
+    names and suggests a similar one, if any (`suggest`). ``what``: what the names are of, such as "engine",
+    for the message.
     """
     if name in table:
         return table[name]
@@ -139,7 +139,8 @@ class RunError(MemfitError):
 
 
 class Interrupted(MemfitError):
-    """The user interrupted a search (Ctrl-C) and was shown the best plan so far. Exit code 130."""
+    """Raised after the user interrupted a search (Ctrl-C) and was shown the best plan so far. Exit code
+    130."""
 
     exit_code = 130  # 128 + SIGINT, as shells count
 

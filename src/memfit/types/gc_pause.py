@@ -29,16 +29,16 @@ def pause_gc() -> Iterator[None]:
 
 
 def collect_rarely() -> None:
-    """Let the collector run after 20,000 new objects, until `collect_as_usual`. To be called where a process
-    begins: a sixth of the time that torch takes to be imported is otherwise the collector's."""
+    """Let Python's garbage collector run only after every 20,000 new objects, until `collect_as_usual`. To be
+    called where a process begins: the collector otherwise takes a sixth of the time of importing torch."""
     _USUAL.append(gc.get_threshold())
     gc.set_threshold(20_000, 20, 20)
 
 
 def collect_as_usual() -> None:
-    """Let the collector run as before `collect_rarely`, as it decides when cycles of the user's objects are
-    freed. It no longer looks through what exists now, such as imported modules. Do nothing in a process that
-    has not called `collect_rarely`."""
+    """Let the garbage collector run as often as before `collect_rarely`, because that decides when reference
+    cycles of the user's objects are freed. Objects that exist now, such as imported modules, are excluded
+    from it for good. Do nothing in a process that has not called `collect_rarely`."""
     if _USUAL:
         gc.freeze()
         gc.set_threshold(*_USUAL.pop())

@@ -107,8 +107,9 @@ class Job:
     the optimizer steps. "tenth-learning-rate": a tenth of the learning rate. "eight-bit-weights": after each
     step, the weights are rounded to 8 bits, without a copy of higher precision.
 
-    ``blocks`` and ``head`` are module paths: the repeated blocks (None: the longest ``nn.ModuleList`` or
-    ``nn.Sequential`` that is found), and the output projection whose logits the loss reads. Activation
+    ``blocks`` is the path of a module whose children are the repeated blocks. None: of the ``nn.ModuleList``
+    and ``nn.Sequential`` modules with at least two members, all of one class, the one with the most
+    parameters. ``head`` is the path of the output projection whose logits the loss reads. Activation
     checkpointing also recomputes other stacks of blocks of the same class, and the stacks at the paths
     ``more_blocks``.
 
@@ -139,8 +140,9 @@ class Job:
     makes the same job with a small model, for the test of samples' dependence if this model is too large for
     it. ``dimensions``: the sizes that can be set when the job is loaded; memfit fills it in.
 
-    Raises UserError unless 0 < ``ema`` < 1, ``clip`` > 0, ``workers`` is a whole number of at least 0,
-    ``negative_control`` is one of the above, and ``surrogates`` come with a ``metric`` and have other names.
+    Raises UserError unless 0 < ``ema`` < 1, ``clip`` is finite and above 0, ``workers`` is a whole number of
+    at least 0, ``negative_control`` is one of the above, and ``surrogates`` come with a ``metric`` and all
+    have different names.
     """
 
     name: str
@@ -247,8 +249,8 @@ class JobRef:
     dimensions: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def with_sizes(self, sizes: Mapping[str, int]) -> JobRef:
-        """Return the reference to the job with these sizes: name -> number, of which "batch" and "length" are
-        fields of their own."""
+        """Return this reference with ``sizes``, name -> number: "batch" and "length" in the fields of these
+        names, all others in ``dimensions``. What ``sizes`` lacks stays as it is."""
         others = {name: size for name, size in sizes.items() if name not in ("batch", "length")}
         return dataclasses.replace(
             self,

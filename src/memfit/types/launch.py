@@ -49,10 +49,11 @@ class RunSpec:
     """One training run of one plan.
 
     ``cap_bytes``: memory that the process may use above what it has when the cap is set; None: no cap.
-    ``cap_scope``: what it holds for. "training": not for the evaluation, for which it is lifted; "run": for
-    all; "bound": for all, and it is memfit's own bound, which what evaluation and saves take in the warm-up
-    raises. ``save_copy_bytes``: predicted bytes of the copy in host memory while an asynchronous save is
-    written, on a processor in ``cap_bytes`` of the scope "bound"; 0: saves are not asynchronous.
+    ``cap_scope``: what the cap holds for. "training": for training; it is lifted for the evaluation. "run":
+    for training and evaluation. "bound": for both, as memfit's own bound and not the user's; it is raised to
+    what evaluation and saves took in the warm-up, if that is more. ``save_copy_bytes``: predicted bytes of
+    the copy in host memory that an asynchronous save writes; on a processor, ``cap_bytes`` of the scope
+    "bound" includes them; 0: saves are not asynchronous.
     ``timeout_s``: seconds after which it is stopped; None: never. ``steps``: number of steps from the very
     first one, including those done before a checkpoint that is resumed. ``stall_s``: seconds without progress
     in a step after which all ranks are ended; None: many steps' time (`StallWatch`). ``predicted_step_s``:

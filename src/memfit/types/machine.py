@@ -139,14 +139,16 @@ class Calibration:
     """What was measured on this machine. In a calibration without measurements (``Calibration()``), the
     catalog's figures are used instead.
 
-    ``op_s``: operator signature -> seconds of the operator run alone. ``op_peak_bytes``: operator signature
-    -> bytes at its peak, including outputs. ``overhead_s``: time of one operator call of negligible size.
-    ``flops_s``: dtype -> best rate of a dense matrix product. ``bandwidth_bytes_s``: rate of a large copy.
-    ``disk_bytes_s``: rate of writing a file and reading it back; ``disk_file_s``: the additional time per
-    file. ``op_spread_ratio``: operator signature -> (median over shortest time of its repeated calls) - 1;
-    the shortest is the one in ``op_s``. ``not_timed``: signatures of operators that cannot run alone.
-    ``load_count``: the system's load average during the timings. ``waited_ratio``: share of that time during
-    which the timed operators waited for a processor used by others. ``idle_w``: power without load.
+    ``op_s``: operator signature -> median seconds of the operator's calls, run alone. ``op_peak_bytes``:
+    operator signature -> bytes at its peak, including outputs. ``op_spread_ratio``: operator signature ->
+    (median over shortest time of its calls) - 1. ``not_timed``: signatures of operators that cannot run
+    alone. ``overhead_s``: time of one operator call of negligible size. ``flops_s``: dtype -> FLOPs per
+    second of a dense matrix product. ``bandwidth_bytes_s``: bytes read plus written per second by a large
+    copy. ``disk_bytes_s`` and ``disk_file_s``, for activation offload: on a processor the bytes per second of
+    writing tensors to a file and reading them back, and the additional seconds per tensor; on an accelerator
+    the bytes per second of copies to the host's memory and back, and 0. ``load_count``: the system's load
+    average over one minute, at the end of the timings. ``waited_ratio``: share of their time during which
+    they waited for a processor that others used. ``idle_w``: power in watts without load.
 
     Short runs of whole steps correct predicted step times (cost/step_time_calibration.py): ``step_ratio`` is
     a factor for every plan; ``technique_ratio``: technique -> factor for each plan that has it;

@@ -56,10 +56,10 @@ PIECES = ("before", "block", "after")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateCosts:
-    """Costs of the optimizer's step. All but ``tensor_top_bytes`` are divided by the number of parameter
-    elements that it updates: seconds, bytes of optimizer state, highest bytes of temporary tensors, and bytes
-    read plus written. ``tensor_top_bytes``: the part of the temporary tensors that does not grow with the
-    number of blocks, such as those for one parameter at a time.
+    """Costs of the optimizer's step. All but ``tensor_top_bytes`` are per parameter element that the step
+    updates: seconds, bytes of optimizer state, highest bytes of temporary tensors, and bytes read plus
+    written. ``tensor_top_bytes``: the bytes of those temporary tensors that do not grow with the number of
+    blocks, such as those for one parameter at a time.
     """
 
     update_s: float

@@ -102,11 +102,12 @@ class Plan:
         return dataclasses.replace(self, uses=tuple(u for u in self.uses if u.technique != technique))
 
     def with_use(self, added: Use) -> Plan:
-        """Return the plan with ``added``, in place of its technique's use so far, if any."""
+        """Return the plan with ``added``, which replaces an earlier use of the same technique."""
         return dataclasses.replace(self, uses=(*self.without(added.technique).uses, added))
 
     def to_dict(self) -> dict[str, dict[str, KnobValue]]:
-        """Return technique -> its settings, without the number of ranks."""
+        """Return the name of each technique -> its settings (name -> value). The number of ranks is left
+        out."""
         return {u.technique: u.settings for u in self.uses}
 
     @property

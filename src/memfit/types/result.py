@@ -70,11 +70,11 @@ class Estimate:
     """The prediction for one plan on one machine. A field is None if facts that it needs are unknown, unless
     its comment states otherwise.
 
-    Memory is that of one device. ``allocated_bytes``: the peak of live tensor bytes; on devices whose caching
-    allocator is CUDA's as that counts it, with what it cannot cut off from a cached block.
-    ``phase_peak_bytes``: phase of a step -> its peak, with such rests only where the highest is.
-    ``at_peak_bytes``: category of allocations -> bytes at the peak, without such rests.
-    ``peak_phase`` and ``peak_op``: phase and operator in which the peak occurs.
+    Memory is that of one device. ``allocated_bytes``: the peak of live tensor bytes. On devices whose caching
+    allocator works as CUDA's, it includes, as torch's own count does, the unused ends of cached blocks that
+    are too small to be split off. ``phase_peak_bytes``: phase of a step -> its peak, with such unused ends
+    only in the phase of the highest. ``at_peak_bytes``: category of allocations -> bytes at the peak, without
+    unused ends. ``peak_phase`` and ``peak_op``: phase and operator in which the peak occurs.
     """
 
     plan: Plan
@@ -129,16 +129,15 @@ class Estimate:
 
     @property
     def split_warning(self) -> str:
-        """The objection to splitting the batch as the plan does: that it changes the training, or that this
-        was not tested. "" if the samples are known to be independent, or if the plan does not split the
-        batch.
+        """The objection to splitting the batch as the plan does, in words: that it changes the training, or
+        that this was not tested. "" if the samples are independent, or if the plan does not split the batch.
         """
         return self.dependence.sentence if self.dependence is not None else ""
 
     @property
     def guesses(self) -> list[str]:
-        """Those of ``assumptions`` that do not contain "as in the batch": values that were guessed, not taken
-        from the job's batch.
+        """Those of ``assumptions``, sentences, whose values were guessed and not taken from the job's batch:
+        all that do not contain "as in the batch".
         """
         return [a for a in self.assumptions if "as in the batch" not in a]
 
@@ -202,9 +201,9 @@ class RankComparison:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """One run as measured by its child process. ``step_s``, ``batch_s``, ``losses``, ``grad_norms`` and
-    ``headroom_bytes`` have one entry per optimizer step, in order. A field that is None or empty was
-    not measured.
+    """One run as measured by its child process. ``step_s``, ``batch_s`` (seconds), ``losses``,
+    ``grad_norms`` and ``headroom_bytes`` have one entry per optimizer step, in order. A field that is None or
+    empty was not measured.
     """
 
     outcome: OutcomeKind
@@ -484,7 +483,7 @@ class ReasonKind(enum.StrEnum):
 
     @property
     def is_comparison(self) -> bool:
-        """Whether it compares the plan with the best one that differs in this technique."""
+        """Whether the reason compares the plan with the best plan that differs in having the technique."""
         return self in (
             ReasonKind.SAVES,
             ReasonKind.WITHOUT_WORSE,
@@ -496,7 +495,7 @@ class ReasonKind(enum.StrEnum):
 
     @property
     def speaks_for(self) -> bool:
-        """Whether it is a reason to have the technique in the plan."""
+        """Whether the reason is one to have the technique in the plan."""
         return self in (
             ReasonKind.SAVES,
             ReasonKind.NEEDED,

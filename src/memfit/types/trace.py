@@ -60,8 +60,9 @@ def rounded(size_bytes: int, device: str) -> int:
 
 
 def peak_of_lives(lives: Iterable[tuple[int, int | None, int]]) -> int:
-    """Return the highest number of bytes alive at once. ``lives``: (clock of the begin, clock of the end or
-    None if there is none, bytes) of each. At the same clock, ends come before begins."""
+    """Return the highest number of bytes alive at once, 0 without lives. ``lives``: of each allocation (clock
+    of its begin, clock of its end or None if it does not end, bytes). At the same clock, ends come before
+    begins."""
     lives = list(lives)
     changes = [(start, size_bytes) for start, _, size_bytes in lives]
     changes += [(end, -size_bytes) for _, end, size_bytes in lives if end is not None]

@@ -10,8 +10,9 @@ class Workload:
     """The model, the data of a step, and the machine; every answer begins with it.
 
     ``batch_size``: samples per step over all ranks. ``length``: of a sample, in ``length_unit``; None if
-    samples have no length. ``sample_shape``: then the shape of the batch's largest tensor without its first
-    dimension; else (). ``assumed``: which of "batch" and "length" were set by a default instead of the user.
+    samples have no length. ``sample_shape``: () if samples have a length, else the shape of the batch's
+    largest tensor without its first dimension. ``assumed``: which of "batch" and "length" were set by a
+    default instead of the user.
     ``machine``: "" if no machine is meant.
     """
 
