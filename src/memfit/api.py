@@ -161,7 +161,8 @@ class Prediction:
         """The bytes that `fits` compares with ``cap_bytes``. On a CPU, these are the tensors plus 5 % and
         2 MiB, and at least the upper end of ``allocated_bytes`` plus 2 MiB. On an accelerator of this
         machine, it is the upper end of ``reserved_bytes``. On another accelerator, it is the upper end of
-        ``device_bytes`` or, if that is None, ``reserved_bytes`` plus 1 GiB."""
+        ``device_bytes`` or, if that is None, the value of ``reserved_bytes`` plus 1 GiB. Where
+        ``reserved_bytes`` is None, 1.06 times the value of ``allocated_bytes`` stands for it."""
         return needed_bytes(self.estimate, self.machine)
 
     @property
@@ -173,11 +174,13 @@ class Prediction:
 
     def safer(self, batch: Any = None) -> Prediction:
         """Return the prediction of the plan with which to continue after a training ran out of memory under
-        this one, as `memfit run --on-oom next-plan` does: it fits ``cap_bytes``, its effect class is not
-        higher, and it differs only in micro-batches, recomputation, offload of activations and chunking.
+        this one, as `memfit run --on-oom next-plan` does. That plan fits ``cap_bytes``, its effect class is
+        not higher, and it differs only in micro-batches, recomputation, offload of activations and chunking.
+        If this plan was itself predicted to fit, that one needs at least 10 % less.
 
         ``batch``: the batch that failed, for example a longer one; None: that of this prediction. Nothing is
-        trained and no plan applied. Raises UserError, which says why, if there is no such plan."""
+        trained and no plan applied. Raises UserError, which says why, if there is no such plan, or if this
+        plan cannot be predicted for the batch."""
         facts = job_facts(self.job, self.machine.device.kind, self.plan.ranks)
         predictor = dataclasses.replace(self.predictor, job_facts=facts)
         if batch is not None:
@@ -338,9 +341,9 @@ def estimate(  # noqa: PLR0913
     none. With a Job, these four replace its own values if they are not None. ``host_memory``: the memory of
     each host ("128GiB" or bytes), if it differs from the catalog's; not for a CPU.
 
-    ``probe``: on this machine, run each operator whose kernel may use workspace at the peak once, alone and
-    on made-up tensors, in a child process (a few seconds; results are stored on disk). Without it, and for
-    another machine, the interval's upper end includes the most that they can use. If sizes in the step depend
+    ``probe``: on this machine's CPU, run each operator whose kernel may use workspace at the peak once, alone
+    and on made-up tensors, in a child process (a few seconds; results are stored on disk). Without it, and on
+    other devices, the interval's upper end includes the most that they can use. If sizes in the step depend
     on computed values, as in a detector, and the step takes at most 4e12 operations and half of this
     machine's free memory, ``probe`` also computes the step on a copy of the model. Raises UserError if an
     argument is none of these, if the model does not support the plan, or if the step cannot be traced.
@@ -378,7 +381,7 @@ def _of_several(plan: Plan) -> list[str]:
 
 def _predict(predictor: Predictor, plan: Plan, probe: bool) -> Estimate:
     """Return the plan's estimate. With ``probe``, sizes that depend on computed values are computed with the
-    model's weights if the step is small enough (`real_weights`), and on this machine the workspaces of
+    model's weights if the step is small enough (`real_weights`), and on this machine's CPU the workspaces of
     kernels that could move the peak are measured first. Raises UserError if the step cannot be traced."""
     try:
         if not probe:
@@ -401,13 +404,14 @@ def _predict(predictor: Predictor, plan: Plan, probe: bool) -> Estimate:
 def next_plan(
     prediction: Prediction, file: str | Path, *, batch: Callable[[], Any] | None = None
 ) -> Callable[[OutOfMemory], str]:
-    """Return an ``on_oom`` for `watch`, which writes to the plan file ``file`` the plan with which to
-    continue after memory ran out under ``prediction.plan`` (`Prediction.safer`).
+    """Return a function for the argument ``on_oom`` of `watch`. After memory ran out under
+    ``prediction.plan``, it writes the plan with which to continue (`Prediction.safer`) to the plan file
+    ``file``, and returns a line that says which plan it wrote and why. It raises UserError if there is no
+    safer plan or the file cannot be written; the file is then as it was.
 
-    ``batch``: returns the batch that failed, which may be longer than that of the prediction. The script
-    loads the plan from the file when it starts, and its own last checkpoint; `memfit watch --restarts N --
-    COMMAND` starts it again. The file is replaced whole. The function that is returned raises UserError if
-    there is no safer plan, and then the file is as it was.
+    ``batch``: returns the batch that failed, which may be longer than that of the prediction; None: the batch
+    of the prediction. When the script starts, it must load the plan from the file, and its own last
+    checkpoint; `memfit watch --restarts N -- COMMAND` starts it again.
     """
 
     def write(event: OutOfMemory) -> str:
@@ -618,7 +622,8 @@ def apply(  # noqa: PLR0913
     The plan is applied by the code that memfit's worker runs. After the first step, what that step did is
     compared with the plan, as by `memfit.conform`, unless ``conform`` is False.
 
-    ``plan``: as in `estimate`; its number of ranks must be the world size of torch.distributed, 1 without.
+    ``plan``: as in `estimate`; its number of ranks must be the world size of torch.distributed, or 1 if that
+    is not initialized.
     ``optimizer``: as in `estimate`. ``fit.optimizer`` has its groups and learning rates; it is another object
     if the plan replaces parameters or the optimizer. ``device``: where to train, such as "cuda:0"; by default
     where the model's parameters are. ``clip``: the largest gradient norm; by default gradients are not
@@ -630,9 +635,9 @@ def apply(  # noqa: PLR0913
     ``structure``: the fields of `Job` that say where things are in the model: blocks, more_blocks, head,
     tensor_parallel, sequence_dim, experts, islands.
 
-    Raises UserError if an argument is none of these, if the plan does not suit the model or the optimizer,
-    and for a pipeline, which a loop cannot run. After an error in a technique, the model may be changed in
-    part.
+    Raises UserError if an argument is none of these, if a plan was applied to the model before, if the model
+    is already wrapped or sharded, if the plan does not suit the model or the optimizer, and for a pipeline,
+    which a loop cannot run. After an error in a technique, the model may be changed in part.
     """
     return apply_plan(
         plan,
@@ -662,10 +667,10 @@ def conform(
     it on every rank of the job.
 
     ``plan``: as in `estimate`. If it is a mapping, text or name without ``ranks``, its number of ranks is the
-    argument ``ranks``, by default the world size. If neither gives it and the world size is 1, a plan with
-    techniques of several ranks (other than ``zero``) is not conformed to. ``blocks``: module path of the
-    repeated blocks, as in ``Job(blocks=...)``; found by default. ``clip``: the largest gradient norm that the
-    update should receive, 0 if gradients must not be clipped; checked only if given, and with ``step``.
+    argument ``ranks``, by default the world size. If neither gives it and the world size is 1, NotConforming
+    is raised for a plan with techniques of several ranks (other than ``zero``). ``blocks``: module path of
+    the repeated blocks, as in ``Job(blocks=...)``; found by default. ``clip``: the largest gradient norm that
+    the update should receive, 0 if gradients must not be clipped; checked only if given, and with ``step``.
 
     ``optimizer`` may be a list of the optimizers that the training uses.
 
@@ -780,12 +785,13 @@ def largest(  # noqa: PLR0913
     ``plan``, ``loss``, ``optimizer``, ``bound`` and ``clip`` are as in `estimate`.
 
     The result's ``value`` is the largest that is safe, or None if none fits; ``safe_next`` is the next
-    multiple, which was traced and does not fit; ``expected`` is the largest that fits without memfit's
-    margin. With ``measure``, numbers are also trained for three steps each in forked copies of this process,
-    under a hard cap of ``memory``, at most twelve times: ``value`` is then the largest that ran each of three
-    times, and ``measured`` also has the next one, a step or 0.1 % larger, which ran out of memory.
-    ``measure`` needs Linux, this machine's processor, a plan with one rank, and ``memory``. Raises UserError
-    as `estimate` does, if the first number cannot be predicted, and if ``measure`` is not possible.
+    multiple, which was traced and does not fit, or None if no larger one was tried (see ``limit``);
+    ``expected`` is the largest that fits without memfit's margin. With ``measure``, numbers are also trained
+    for three steps each in forked copies of this process, under a hard cap of ``memory``, at most twelve
+    times: ``value`` is then the largest that ran each of three times, and ``measured`` also has the next one,
+    a step or 0.1 % larger, which ran out of memory. ``measure`` needs Linux, this machine's CPU as
+    ``machine``, a plan with one rank, and ``memory``. Raises UserError as `estimate` does, if the first
+    number cannot be predicted, and if ``measure`` is not possible.
     """
     target, samples = machine_of(machine), batch is not None or isinstance(model, Job)
     settings: dict[str, Any] = {"loss": loss, "optimizer": optimizer, "bound": bound, "clip": clip}

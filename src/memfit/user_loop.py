@@ -49,8 +49,9 @@ class Fit:
     def __init__(
         self, step: TrainingStep, optimizer: torch.optim.Optimizer, *, elements: int, conform: bool
     ) -> None:
-        """``elements``: number of elements of the model's parameters before the plan was applied.
-        ``conform``: whether the first step is compared with the plan."""
+        """``step``: the plan applied to the model. ``optimizer``: what the loop calls its optimizer.
+        ``elements``: number of elements of the model's parameters before the plan was applied. ``conform``:
+        whether the first step is compared with the plan."""
         self.model: Any = step.bench.call or step.model
         self.optimizer, self.plan = optimizer, step.plan
         self.conformance: Conformance | None = None
@@ -256,7 +257,8 @@ def apply_plan(  # noqa: PLR0913
     conform: bool,
     fields: dict[str, Any],
 ) -> Fit:
-    """Apply ``plan`` to ``model`` in place and return a `Fit`. The arguments are those of `memfit.apply`."""
+    """Apply ``plan`` to ``model`` in place and return a `Fit`. The arguments and errors are those of
+    `memfit.apply`; ``fields`` are its keywords ``structure``."""
     job_plan = _plan(plan)
     _check_optimizer_arguments(job_plan)
     _check_model(model)
@@ -360,7 +362,7 @@ def _check_model(model: Any) -> None:
 
 def _optimizer(optimizer: Any, model: torch.nn.Module, device: torch.device) -> torch.optim.Optimizer:
     """Return the optimizer that the argument ``optimizer`` of `memfit.apply` is or makes, for the trainable
-    parameters of ``model``. Raises UserError if it is and makes none."""
+    parameters of ``model``. Raises UserError if it neither is nor makes a torch.optim.Optimizer."""
     if isinstance(optimizer, torch.optim.Optimizer):
         return optimizer
     params = [p for p in model.parameters() if p.requires_grad]

@@ -28,7 +28,8 @@ _MOST_TEXT_BYTES = 8 * 2**20  # of the end of a log
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EvidenceOptions:
-    """The files with evidence, and the job, plan and machine with which it is compared."""
+    """The files with evidence; and the job, size, batch, length, plan, machine and memory of the prediction
+    with which it is compared. None: not given."""
 
     files: Annotated[
         list[str],
@@ -108,8 +109,9 @@ def autopsy(options: EvidenceOptions, output: OutputOptions) -> None:
     """Say why a training ran out of memory, with the evidence for it and what to do.
 
     Names one of: tensors too large, fragmentation, a leak, a longer sample, evaluation, the optimizer's step,
-    a checkpoint, memory outside torch, a killed process, shared memory; or that memory was not the reason.
-    If the evidence allows several causes, it names them all, and what to record next time.
+    a checkpoint, late growth without a known reason, memory outside torch, a killed process, shared memory;
+    or says that memory was not the reason, or that the evidence shows none. If the evidence allows several
+    causes, names them all, and what to record next time.
 
     Example: memfit autopsy train.log oom.pickle"""
     from memfit.monitoring.autopsy import combine
@@ -128,7 +130,8 @@ def autopsy(options: EvidenceOptions, output: OutputOptions) -> None:
 
 
 def translate(diagnosis: Diagnosis, words: Words) -> Diagnosis:
-    """Return the diagnosis with its sentences in the language of ``words``. Text of a log stays as it is."""
+    """Return the diagnosis with its evidence, its advice and what to record next time in the language of
+    ``words``. Text of a log stays as it is."""
     return dataclasses.replace(
         diagnosis,
         evidence=tuple(map(words.of, diagnosis.evidence)),
@@ -282,7 +285,8 @@ def _comparison_lines(
 
 
 def _label_lines(label: str, texts: Sequence[str], words: Words) -> Iterator[str]:
-    """Yield a line for each text; the first begins with the label."""
+    """Yield an indented line for each text. The first begins with the label in the language of ``words``, the
+    others with as many spaces."""
     from rich.cells import cell_len, set_cell_size
 
     width = max(map(cell_len, words.all("autopsy.label"))) + 1

@@ -29,8 +29,8 @@ _TOLERANCE = "2%"
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class BaselineOptions:
-    """Whether to write or to check, the jobs to write with their size, plan and machine, the file, the
-    tolerance of the check, and the file for its findings."""
+    """Whether to write or to check; the jobs to write with their plans, machine, size, batch and length; the
+    baseline file; the tolerance of the check, and the file for its findings. None: not given."""
 
     action: Annotated[
         str,
@@ -125,9 +125,10 @@ def baseline(options: BaselineOptions, output: JsonOptions) -> None:
     """Store the predicted peaks of memory of your jobs in a file to commit (write), and compare new
     predictions with it (check).
 
-    Needs no GPU and measures nothing, so the result is the same on every computer. Exits with code 1 if the
-    peak of a phase, or a module's memory in it, grew by more than the tolerance; says the module and the
-    line. Example: memfit baseline write train.py:job; then in CI: memfit baseline check"""
+    Needs no GPU and measures nothing, so with the same versions of memfit and torch the result is the same on
+    every computer. check exits with code 1 if the peak of a phase, a module's memory in it, or reserved
+    memory grew by more than the tolerance, and names the modules and lines that grew. Example: memfit
+    baseline write train.py:job; then in CI: memfit baseline check"""
     action = check_choice("action", options.action, ("write", "check"))
     _check_options(options, action)
     if action == "write":

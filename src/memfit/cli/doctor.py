@@ -122,8 +122,8 @@ def _install(name: str, into: Path | None, *, as_json: bool) -> None:
 
 
 def machine() -> Iterator[Check]:
-    """Yield, in this order, information on the processor, the cores, the memory and the system, then the
-    check of torch and one check for each accelerator."""
+    """Yield, in this order, information on the processor, the cores, the memory and the system, the check of
+    torch and, if torch can be imported, the checks of `accelerator_checks`."""
     from memfit.runtime.local_machine import host_memory_limit, threads
     from memfit.store import fingerprint
 

@@ -101,7 +101,9 @@ def check_gates(
 ) -> None:
     """Print whether the figures of a record keep the limits, and predict the stages whose machines are given.
     ``record_name``: a file, or the ID of a proof of concept or of a record from others; None for the proof of
-    concept begun last. If a figure does not keep its limit, no stage is predicted and the exit code is 1."""
+    concept begun last. If a figure does not keep its limit, no stage is predicted and the exit code is 1.
+    Raises UserError for an unknown machine, a wrong file of limits and a record that is not found, and
+    NothingFits if no plan fits a stage."""
     lang = check_language(output.lang)
     machines = {n: m for n, m in (("pilot", options.pilot), ("full", options.full)) if m is not None}
     for name in machines.values():

@@ -99,7 +99,8 @@ class LargestOptions:
 
 
 def refuse_without_largest(options: LargestOptions) -> None:
-    """Raise UserError if an option is given that is only for --largest."""
+    """Raise UserError if --plan, --values, --buckets, --step or --out is given. Call it if neither --largest
+    nor --diff is."""
     names = {
         "--plan": options.plans,
         "--values": options.values,

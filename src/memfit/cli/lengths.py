@@ -110,7 +110,8 @@ def print_lengths(
 ) -> None:
     """Print the answer to --lengths. ``job_options``: only its job, size and batch are used; ``plan``: the
     plan file, None for plain training; ``memory``: that of one device, None for all of it; ``on``: the
-    machine, as in --on."""
+    machine, as in --on. Raises UserError for wrong options and files, and for a job whose samples have no
+    length."""
     assert options.lengths is not None
     spec = job_options.job or _DEFAULT_JOB
     parse_cap(memory)

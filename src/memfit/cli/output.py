@@ -78,8 +78,8 @@ def refuse_options(options: Mapping[str, object], reason: str, *, allowed: str =
 
 
 def set_options(*groups: Any) -> dict[str, bool]:
-    """Return for each option of the dataclasses ``groups``, such as "--size", whether it is not its
-    default."""
+    """Return option -> whether its value differs from the default, for each field of the dataclasses
+    ``groups``. The option of the field ``save_every`` is "--save-every"."""
     return {
         f"--{field.name.replace('_', '-')}": getattr(group, field.name) != field.default
         for group in groups

@@ -338,8 +338,8 @@ def bounds_of(job: JobOptions, options: BoundsOptions, on: str) -> Bounds:
 
 
 def write_plan(path: Path, plan: Plan, *, note: str) -> None:
-    """Write ``plan`` to ``path`` as YAML, with ``note`` as its first entry. An existing file is
-    overwritten."""
+    """Write ``plan`` to ``path`` as YAML, with ``note`` as its first entry. An existing file is overwritten.
+    Raises UserError if it cannot be written."""
     from memfit.files.replace import write_whole
     from memfit.techniques.plan_file import plan_text
 

@@ -100,8 +100,8 @@ def print_diff(
 
 
 def excluded_from(source: memfit.export.source_edits.Source) -> tuple[str, ...]:
-    """Return the techniques that cannot be applied to the script, so that a search must leave them out; say
-    so on standard error."""
+    """Return the names of the techniques that no edit of the script can apply, so that a search must leave
+    them out. If there are any, name up to five of them on standard error, with the reason."""
     from memfit.export.script_diff import inexpressible
 
     names, reason = inexpressible(source)
@@ -156,7 +156,10 @@ def edit_of(
 def print_edit(
     source: memfit.export.source_edits.Source, plan: Plan, edit: ScriptDiff, *, as_json: bool
 ) -> None:
-    """Print the edit of a script for a plan, as `print_diff` does."""
+    """Print the edit of a script: the plan and the remarks on standard error, the diff on standard output. If
+    the script cannot be edited, the reason and the lines to insert are on standard output instead of the
+    diff. ``as_json``: print one JSON object on standard output, with the plan's label and the fields of
+    ``edit``."""
     from memfit.techniques.registry import short_label
 
     if as_json:

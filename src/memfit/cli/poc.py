@@ -98,9 +98,9 @@ def poc(
 ) -> None:
     """Predict, search, train, verify and report on this machine.
 
-    Searches a plan, trains plain training and this plan with each of --seeds seeds, tests whether their
-    results are equivalent, and writes an HTML report. Exits with code 1 if no run of the recommended plan
-    completes."""
+    Searches for a plan, trains without any technique and with this plan for each of --seeds seeds, tests
+    whether the results are equivalent, and writes an HTML report. Exits with code 1 if no run of the
+    recommended plan completes, and with 3 if no plan fits."""
     language_code = check_language(output.lang)
     path = writable(options.out) if options.out is not None else None
     if options.executor is None:
@@ -140,7 +140,9 @@ def poc(
 def _side_by_side(
     options: PocOptions, *, may_ask: bool
 ) -> memfit.workflows.proof_of_concept.SideBySide | None:
-    """Return where runs are made side by side, and how the budget is agreed on; None without --executor."""
+    """Return where runs are made side by side, and the function that agrees on their budget; None without
+    --executor. ``may_ask``: whether that function may ask on the terminal. Raises UserError for a wrong
+    --executor or --budget."""
     if options.executor is None:
         return None
     from memfit.launch.executors import parse_executor

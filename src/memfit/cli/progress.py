@@ -68,9 +68,9 @@ class _Stage:
 
     def gives_way_to(self, name: str, done: int, total: int, detail: str) -> bool:
         """Return whether an update with these values belongs to a new stage. It does if ``name`` differs.
-        With the same name, it does only if ``done`` is 0, ``total`` is known, ``detail`` contains no ": ",
-        and in addition the stage is "run" or has already counted units: then the same stage begins again.
-        ``baseline: evaluate`` is a detail within the run ``baseline``."""
+        With the same name, it does only if ``done`` is 0, ``total`` is known, ``detail`` contains no ": "
+        (with which it is a part of a run, such as ``baseline: evaluate``), and the stage is "run" or has
+        already counted units."""
         from_start = total > 0 and done == 0 and ": " not in detail
         return name != self.name or (from_start and (name == "run" or self.done > 0))
 

@@ -150,7 +150,7 @@ def _print_added(name: str, *, added: bool, as_json: bool) -> None:
 
 def _add_exported(folder: Path, store: memfit.store.Store, *, as_json: bool) -> None:
     """Add to the store the run that an exported folder has trained, and print it. The exit code is that of
-    `memfit run`."""
+    `memfit run`. Raises UserError as `read_exported_run` does."""
     from memfit.cli.run import exit_code, lines
     from memfit.cli.views import run_view
     from memfit.store.exchange.run_record import add_run

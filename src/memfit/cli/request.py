@@ -48,11 +48,11 @@ def request(
 ) -> memfit.planner.request.Request:
     """Return the options as a request to the planner. The job itself is not built yet.
 
-    ``on``: the machine, as in --on; ``ranks``: the number of processes, as in --nproc; ``bounds``: further
-    limits on the plan, None for none; ``has_nproc``: whether the command has the option --nproc; ``plans``:
-    those that the user gave. Prints to standard error which accelerator of this machine is used, and a
-    warning for each module beside the job's file that the job imports but for which Python finds another of
-    that name.
+    ``on``: the machine, as in --on; ``ranks``: the number of processes, of --nproc or a plan; ``bounds``:
+    further limits on the plan, None for none; ``has_nproc``: whether the command has the option --nproc;
+    ``plans``: those that the user gave. Prints to standard error which accelerator of this machine is used,
+    and a warning for each module beside the job's file that the job imports but for which Python finds
+    another of that name.
 
     Raises UserError for an invalid option; for more ranks than this machine has accelerators, if it has any;
     and on another machine with accelerators, if ``ranks`` is neither 1 nor their number.
@@ -184,10 +184,11 @@ def device_here(options: DeviceOptions) -> str:
 
 def machine_of(on: str, place: str) -> Machine:
     """Return the machine that ``on`` names as in --on: "this" for the accelerators of this machine or,
-    without one, its processor; "this:cpu" for the processor; devices of the catalog such as "8xH100-SXM"; or
-    the path of a machine file, which ends in .toml. ``place``: name of the place of the electricity, such as
-    "world"; not used for a machine file, which has its own. Raises UserError for an unknown machine or place
-    and for an invalid file."""
+    without one, its processor; "this:KIND" for its devices of that kind, such as "this:cpu"; devices of the
+    catalog such as "8xH100-SXM"; or the path of a machine file, which ends in .toml. ``place``: name of the
+    place of the electricity, such as "world"; not used for a machine file, which has its own. Raises
+    UserError for an unknown machine or place, a kind of device that this machine does not have, and an
+    invalid file."""
     from memfit import catalog
     from memfit.runtime.local_machine import this_machine
 

@@ -155,8 +155,8 @@ def sweep(job: JobOptions, options: SweepOptions, store: StoreOptions, output: J
 
 
 def parse_budget(texts: Sequence[str]) -> Budget:
-    """Return the budget of --budget. Raises UserError for a text that is neither a time nor an amount in US
-    dollars, and for two of one kind."""
+    """Return the budget of --budget, without limits if there are no ``texts``. Raises UserError for a text
+    that is neither a time nor an amount in US dollars above 0, and for two of one kind."""
     from memfit.workflows.sweep import Budget
 
     amounts: dict[str, float] = {}
@@ -241,9 +241,9 @@ def _trials(
 def agreed_budget(
     budget: Budget, trials: Sequence[SweepTrial], settings: RunSettings, *, may_ask: bool
 ) -> Budget:
-    """Return ``budget``, or if it is empty the one that the user answers on the terminal. Raises UserError if
-    it is empty and there is no terminal to ask on or not ``may_ask``, for an answer that is no budget, and
-    for a budget in US dollars if the price of some device of ``trials`` is unknown."""
+    """Return ``budget`` or, if it is empty, the one that the user enters on the terminal. Raises UserError if
+    it is empty and there is no terminal or ``may_ask`` is False; for input that is no budget; and for a given
+    ``budget`` in US dollars if the price of a device of ``trials`` is unknown."""
     if budget.usd is not None:
         placements = {trial.placement.kind: trial.placement for trial in trials}
         unknown = [kind for kind, placement in placements.items() if placement.usd_per_hour() is None]

@@ -28,7 +28,7 @@ class Termination:
         self.number = 0
 
     def exit_code(self, otherwise: int) -> int:
-        """Return 128 and the signal's number, as shells count, or ``otherwise`` if there was none."""
+        """Return 128 plus the signal's number, as shells do, or ``otherwise`` if there was no signal."""
         return 128 + self.number if self.number else otherwise
 
     def _end(self, number: int, frame: FrameType | None) -> None:
@@ -38,9 +38,9 @@ class Termination:
         raise Terminated(signal.Signals(number).name)
 
     def resend(self, swallowed: sys.UnraisableHookArgs) -> bool:
-        """Send the signal again in a moment if ``swallowed`` is the exception of one: Python swallows those
-        that are raised in the callbacks of weak references and in finalizers, of which a trace has many.
-        Return whether it is."""
+        """Return whether ``swallowed`` is a KeyboardInterrupt, which a signal or Ctrl-C raised. If so, send
+        that signal again after 50 ms. Python swallows exceptions that are raised in callbacks of weak
+        references and in finalizers, of which a trace has many."""
         if not issubclass(swallowed.exc_type, KeyboardInterrupt):
             return False
         number, thread = self.number or signal.SIGINT, threading.main_thread().ident
@@ -53,9 +53,9 @@ class Termination:
 
 @contextlib.contextmanager
 def interrupted_by_signals() -> Iterator[Termination]:
-    """Inside this context, SIGTERM and SIGHUP raise `Terminated`, and again, as Ctrl-C does, if that is
-    swallowed (`Termination.resend`). A signal that is ignored, as under nohup, or that has a handler of its
-    own keeps that. Outside the main thread, nothing is changed."""
+    """Inside this context, SIGTERM and SIGHUP raise `Terminated`. If Python swallows that, or the
+    KeyboardInterrupt of Ctrl-C, it is raised again (`Termination.resend`). A signal that is ignored, as under
+    nohup, or that has a handler of its own keeps that. Outside the main thread, nothing is changed."""
     termination = Termination()
     if threading.current_thread() is not threading.main_thread():
         yield termination

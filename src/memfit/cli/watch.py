@@ -78,7 +78,7 @@ def watch(options: WatchOptions, output: JsonOptions) -> None:
     """Watch a training: memory, time, loss and alarms of each step and rank.
 
     With a command, runs it unchanged and records the training in it. With a file, shows a record, live in a
-    terminal. The exit code is that of the command.
+    terminal. The exit code is that of the command, or 128 plus the number of the signal that ended it.
 
     Example: memfit watch -- python train.py --epochs 3
     """

@@ -122,20 +122,23 @@ def read_json(path: Path) -> Any:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Return the content of a TOML file. Raises UserError as `read_text` and `parse_toml` do."""
+    """Return the content of a TOML file of at most 256 KiB. Raises UserError as `read_text` and `parse_toml`
+    do."""
     return parse_toml(read_text(path, most_bytes=MOST_TOML_BYTES), what=str(path))
 
 
 def read_yaml(path: Path) -> Any:
-    """Return the content of a YAML file. Raises UserError as `read_text` and `parse_yaml` do."""
+    """Return the content of a YAML file of at most 256 KiB. Raises UserError as `read_text` and `parse_yaml`
+    do."""
     return parse_yaml(read_text(path, most_bytes=MOST_YAML_BYTES), what=str(path))
 
 
 def parse_json(
     text: str, *, what: str, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None
 ) -> Any:
-    """Return the value of JSON text. Raises UserError if it is none, or is beyond the limits of this module.
-    ``what`` names the text in messages. ``pairs_hook``: as in `json.loads`; it may raise ValueError."""
+    """Return the value of JSON text. ``what`` names the text in messages. ``pairs_hook``: the argument
+    object_pairs_hook of `json.loads`. Raises UserError if the text is not JSON, if ``pairs_hook`` raises
+    ValueError, and as `bounded` does."""
     try:
         return bounded(json.loads(text, object_pairs_hook=pairs_hook), what=what)
     except json.JSONDecodeError as error:
@@ -145,7 +148,8 @@ def parse_json(
 
 
 def parse_toml(text: str, *, what: str) -> dict[str, Any]:
-    """Return the content of TOML text. Raises UserError as `parse_json` does."""
+    """Return the content of TOML text. ``what`` names the text in messages. Raises UserError if it has more
+    than 262,144 characters, has a line with more than 200 dots, or is not TOML, and as `bounded` does."""
     if len(text) > MOST_TOML_BYTES:
         raise UserError(f"{what} is too large to be read", allowed=f"at most {MOST_TOML_BYTES} characters")
     if any(line.count(".") > _MOST_DOTS for line in text.splitlines()):
@@ -159,8 +163,9 @@ def parse_toml(text: str, *, what: str) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, *, what: str) -> Any:
-    """Return the value of YAML text. Aliases are followed as far as the whole stays within the limits of this
-    module. Raises UserError as `parse_json` does."""
+    """Return the value of YAML text. ``what`` names the text in messages. Raises UserError if the text has
+    more than 262,144 characters, is not YAML, or has more than 100,000 values, of which each alias counts as
+    many as what it stands for; and as `bounded` does."""
     import yaml
 
     from memfit.files.yaml_loader import BoundedLoader
@@ -183,8 +188,9 @@ def parse_yaml(text: str, *, what: str) -> Any:
 
 
 def bounded(value: Any, *, what: str) -> Any:
-    """Return ``value``, parsed from a file, if it is within the limits of this module: at most a million
-    values, 64 levels, and whole numbers of about 120 digits. Raises UserError otherwise."""
+    """Return ``value``, parsed from a file, if it has at most a million values, at most 64 levels, and only
+    whole numbers of at most 400 bits (about 120 digits). Raises UserError otherwise. ``what`` names the file
+    in messages."""
     count, level = 0, [value]
     for _ in range(_DEEPEST):
         count += len(level)
