@@ -314,6 +314,7 @@ def test_a_uniform_model_scores_the_logarithm_of_its_vocabulary() -> None:
         (">a\nMKﬆ\n", "line 2, column 3: 'ﬆ' is not an amino acid"),
         (">a\nMKV\nM-V\n", "line 3, column 2: '-'"),
         (">a\nMKV\n>empty\n\n>c\nMK\n", "line 3: no sequence follows the header of 'empty'"),
+        (">a\nMKV\n>stop\n*\n>c\nMK\n", "line 3: no sequence follows the header of 'stop'"),
         ("MKV\n", "line 1: the first line with text must start with '>'"),
         ("\n \n", "is empty"),
         (">only\nMKV\n", "contains only 1 sequence"),
@@ -347,7 +348,7 @@ def test_a_compressed_fasta_is_read_and_an_unreadable_one_is_refused(tmp_path: P
     [
         (">a\nMKV\nHEC\n>b\nMKV\nHE\n", "line 6: 2 states in this line for 3 residues of 'b'"),
         (">a\nMKV\nHEX\n>b\nMK\nHE\n", "line 3, column 3: 'X' is not a state"),
-        (">a\nMKV\n", "line 1: 'a' is followed by 1 lines"),
+        (">a\nMKV\n", "line 1: the header 'a' is followed by 1 lines of text"),
         (">a\nMKV\nHEC\n", "contains only 1 chain"),
     ],
 )

@@ -189,6 +189,9 @@ def test_the_users_molecules_make_batches_and_bad_files_are_refused(listed: str,
         broken.write_text(text)
         with pytest.raises(UserError, match=rf"line {line}: broken SMILES string: a ring or branch"):
             load("molecules", data=str(broken))
+    broken.write_text("C,1\nCC,nan\n")
+    with pytest.raises(UserError, match="line 2: no finite number follows the SMILES string: nan"):
+        load("molecules", data=str(broken))
     broken.write_text("C,1\nCC,2\n")
     with pytest.raises(UserError, match="allowed: at least 10"):
         load("molecules", data=str(broken))
@@ -276,7 +279,7 @@ def test_the_users_dna_is_read_and_refused_if_too_short(tmp_path: Path) -> None:
     file = tmp_path / "dna.fasta"
     file.write_text(">a\nACGTNNacgt\n>b\n" + "ACGGT" * 80)
     assert len(genome._fasta(str(file))) == 408
-    with pytest.raises(UserError, match=r"408 bases of DNA are too few for .*; allowed: at least 2364 bases"):
+    with pytest.raises(UserError, match=r"408 bases of DNA are too few for .*; allowed: at least 2364 "):
         load("genome", data=str(file))
 
 
@@ -450,6 +453,12 @@ def test_potential_refuses_a_length_and_wrong_data_files(tmp_path: Path) -> None
         load("potential", data=str(tmp_path / "frames.npz"))
     with pytest.raises(UserError, match="No such file"):
         load("potential", data=str(tmp_path / "absent.npz"))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "frames.npz").read_bytes()[:60])
+    with (tmp_path / "one.npz").open("wb") as file:
+        np.save(file, np.zeros(3))
+    for name in ("cut.npz", "one.npz"):
+        with pytest.raises(UserError, match="cannot be read, or lacks an array"):
+            load("potential", data=str(tmp_path / name))
 
 
 # -- published sizes ------------------------------------------------------------------------------------

@@ -172,11 +172,11 @@ def test_a_size_changes_the_model_and_the_batch() -> None:
 @pytest.mark.parametrize(
     ("spec", "dimensions", "message"),
     [
-        ("weather", {"rolout": 6}, "no dimension 'rolout'; allowed: batch, rollout.*did you mean 'rollout'"),
+        ("weather", {"rolout": 6}, "no dimension 'rolout'; allowed: --batch, --dim rollout.*'rollout'"),
         ("char-lm", {"hidden": 130}, "multiples of 4"),
         ("char-lm", {"layers": 0}, "--dim layers is 0"),
         ("hf:llama", {"hidden": 130}, "multiples of 32, its number of heads"),
-        ("hf:llama", {"depth": 3}, "no dimension 'depth'; allowed: batch, length, layers, hidden"),
+        ("hf:llama", {"depth": 3}, "no dimension 'depth'; allowed: --batch, --length, --dim layers"),
     ],
 )
 def test_a_size_that_the_job_does_not_have_is_refused(

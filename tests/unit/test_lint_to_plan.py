@@ -315,7 +315,7 @@ def test_torchtitan_degrees_in_the_tables_of_older_releases_are_in_the_plan(
     ],
 )
 def test_an_impossible_number_of_processes_is_refused(file: File, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"the files ask for -?\d+ processes; allowed: 1 to 1,048,576"):
+    with pytest.raises(UserError, match=r"the set-up has -?\d+ processes; allowed: 1 to 1,048,576"):
         carried(tmp_path, file)
 
 
@@ -486,5 +486,5 @@ def test_of_unexpected_option_values_only_impossible_numbers_of_processes_are_re
             try:
                 ranks = convert(odd).plan.ranks
             except UserError as error:
-                ranks = 1 if str(error).startswith("the files ask for ") else 0
+                ranks = 1 if str(error).startswith("the set-up has ") else 0
             assert ranks >= 1

@@ -215,7 +215,7 @@ def test_the_target_of_an_encoder_decoder_is_as_long_as_its_source_by_default() 
 def test_what_the_data_of_a_model_do_not_have_is_refused() -> None:
     with pytest.raises(UserError, match=r"trains on images, which have no --length; .*\?image_size=224"):
         load(JobRef(spec=SMALL_VIT, length=64))
-    with pytest.raises(UserError, match="no dimension 'target'; allowed: batch, length, layers, hidden"):
+    with pytest.raises(UserError, match="no dimension 'target'; allowed: --batch, --length, --dim layers"):
         load(JobRef(spec="hf:llama", dimensions={"target": 4}))
     assert [d.name for d in load(JobRef(spec="hf:swin")).dimensions] == ["batch"]
     with pytest.raises(UserError, match="allowed: 1 to 448 tokens"):

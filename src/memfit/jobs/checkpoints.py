@@ -42,7 +42,7 @@ def find(folder: Path) -> tuple[Path, Checkpoint, tuple[str, ...]]:
         if what_is_missing := why_incomplete(folder):
             raise UserError(
                 f"{folder} is not a complete checkpoint: {what_is_missing}",
-                hint=f"name {folder.parent} to use the newest complete checkpoint in it",
+                hint=f"give {folder.parent} to use the newest complete checkpoint in it",
             )
         return folder, about(folder), ()
     skipped_reasons: list[str] = []
@@ -78,7 +78,7 @@ def resolve_settings(
         if seed not in {None, checkpoint.seed}:
             raise UserError(
                 f"seed {seed} differs from the seed of the run to resume, {checkpoint.seed}",
-                allowed=f"seed {checkpoint.seed}, or none: then the run to resume gives it",
+                allowed=f"--seed {checkpoint.seed}, or no --seed: the checkpoint's is then used",
             )
         if completed_steps >= steps:
             raise UserError(
@@ -122,9 +122,10 @@ def must_be_free(folder: Path, after: int, damaged: Collection[str] = ()) -> Non
     ]
     if later_checkpoints:
         raise UserError(
-            f"{folder} already contains {later_checkpoints[0].name} of another run",
-            allowed=f"a folder without checkpoints of more than {after} steps, after which this run starts",
-            hint=f"to continue that other run, give --resume {folder}",
+            f"{folder}, where this run is to save, already contains {later_checkpoints[0].name} of another "
+            f"run; this run starts after {after} steps",
+            allowed=f"a folder without checkpoints of more than {after} steps",
+            hint=f"to continue the run that saved {later_checkpoints[0].name}, give --resume {folder}",
         )
 
 
@@ -166,7 +167,8 @@ def reserve(folder: str) -> Iterator[None]:
     except BlockingIOError:
         os.close(descriptor)
         raise UserError(
-            f"another run of memfit saves in {folder}", allowed="a folder of its own for each run"
+            f"another run of memfit saves in {folder} and has not ended",
+            allowed="a folder (--save) of its own for each run",
         ) from None
     except OSError:
         pass

@@ -66,7 +66,10 @@ def make(
     and unusable ``weights``, when the model is built.
     """
     if data is not None:
-        raise UserError(f"{PREFIX}{name} trains on random data and does not accept --data")
+        raise UserError(
+            f"{PREFIX}{name} trains on random data and does not accept --data",
+            hint="leave out --data; to train on your data, make a job in a file of your own (FILE.py:NAME)",
+        )
     config = read_config(name)
     task, batch_size = task_of(config, PREFIX + name), batch or _BATCH_SIZE
     if task == SEQ2SEQ and getattr(config, "decoder_start_token_id", None) is None:
@@ -124,18 +127,20 @@ def _dimensions(config: Any) -> list[Dimension]:
 
 def _set_dimensions(config: Any, dimensions: Mapping[str, int], task: str, name: str) -> None:
     allowed = {dimension.name: dimension.multiple for dimension in _dimensions(config)}
-    of_data = {IMAGES: ("batch",), SEQ2SEQ: ("batch", "length", "target")}.get(task, ("batch", "length"))
+    of_data = {IMAGES: ("--batch",), SEQ2SEQ: ("--batch", "--length", "--dim target")}.get(
+        task, ("--batch", "--length")
+    )
     for dimension, value in dimensions.items():
         if dimension not in allowed:
             raise UserError(
                 f"{PREFIX}{name} has no dimension {dimension!r}",
-                allowed=", ".join((*of_data, *allowed)),
+                allowed=", ".join((*of_data, *(f"--dim {a}" for a in allowed))),
                 hint=suggest(dimension, allowed),
             )
         if value % allowed[dimension]:
             raise UserError(
-                f"the dimension {dimension} of {PREFIX}{name} is set to {value}",
-                allowed=f"multiples of {allowed[dimension]}, its number of heads",
+                f"the dimension {dimension} of {PREFIX}{name} (--dim {dimension}) is set to {value}",
+                allowed=f"multiples of {allowed[dimension]}, the model's number of attention heads",
             )
         _set(config, _DIMENSIONS[dimension], value)
 
@@ -175,7 +180,7 @@ def _length(config: Any, task: str, requested_length: int | None, size: str, nam
     if length > MOST_TOKENS:
         raise UserError(
             f"length {length} of {PREFIX}{name} is out of range",
-            allowed=f"1 to {MOST_TOKENS} tokens in a sequence (--length)",
+            allowed=f"1 to {MOST_TOKENS} tokens in a sequence (--length, --dim target)",
         )
     allowed_length = length
     if config_length is not None and length > config_length - _RESERVED_POSITIONS:
@@ -183,7 +188,8 @@ def _length(config: Any, task: str, requested_length: int | None, size: str, nam
     if requested_length is not None and allowed_length < requested_length:
         raise UserError(
             f"length {requested_length} of {PREFIX}{name} is out of range",
-            allowed=f"1 to {allowed_length} tokens, as many as the model has positions for",
+            allowed=f"1 to {allowed_length} tokens, as many as the model has positions for (--length, or "
+            "--dim target for the target of an encoder-decoder model)",
         )
     return allowed_length
 
@@ -288,8 +294,8 @@ def _change(config: Any, changes: str, name: str) -> None:
     for key, text in urllib.parse.parse_qsl(changes, keep_blank_values=True):
         if not hasattr(config, key):
             raise UserError(
-                f"the job {PREFIX}{name}?{key}=... changes a setting, but the configuration of {name} has no "
-                f"setting {key!r}",
+                f"the job {PREFIX}{name}?{key}=... changes the setting {key!r}, which the configuration of "
+                f"{name} does not have",
                 hint=suggest(key, config.to_dict()),
             )
         try:
@@ -320,7 +326,10 @@ def _from_folder(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}/config.json cannot be loaded: {first_line(error)}") from error
+        raise UserError(
+            f"{folder}/config.json cannot be loaded: {first_line(error)}",
+            allowed="the configuration of a model type that the installed transformers has",
+        ) from error
 
 
 def _build(config: Any, task: str, weights: str | None) -> torch.nn.Module:

@@ -115,9 +115,10 @@ class UserGroups:
     def _must_be_replaceable(self, optimizer: Any) -> None:
         kind, scheduled = type(self.optimizer).__name__, any("initial_lr" in s for s in self.settings)
         if self.optimizer.state or scheduled:
-            what = "has a learning-rate scheduler" if scheduled else "has state: it has trained already"
+            what = "has a learning-rate scheduler" if scheduled else "has state, because it has made steps"
             raise UserError(
-                f"the plan replaces the optimizer {kind}, but this {what}",
+                f"the plan replaces the optimizer {kind}, which {what}: the new one would not have it",
+                allowed="a new optimizer without scheduler",
                 hint="call memfit.apply first, then create the scheduler for fit.optimizer and train",
             )
         if self._left_out or self._foreign_count:
@@ -127,16 +128,18 @@ class UserGroups:
                 else f"holds {self._foreign_count} parameters that are not the model's"
             )
             raise UserError(
-                f"the plan replaces the optimizer {kind}, but this {what}",
+                f"the plan replaces the optimizer {kind}, which {what}",
                 allowed="an optimizer of exactly the model's trainable parameters",
-                hint="set requires_grad_(False) on parameters that are not to be trained",
+                hint="set requires_grad_(False) on parameters that are not to be trained"
+                if self._left_out
+                else "make the optimizer of parameters of this model alone",
             )
         needs_betas = any("betas" in g for o in innermost(optimizer) for g in o.param_groups)
         if needs_betas and "betas" not in self.settings[0]:
             raise UserError(
-                f"the plan replaces {kind} by {type(innermost(optimizer)[0]).__name__}, whose betas "
-                f"{kind} does not have",
-                allowed="Adam or AdamW, or a plan without such an optimizer",
+                f"the plan replaces {kind} by {type(innermost(optimizer)[0]).__name__}, which needs betas, "
+                f"but {kind} has none",
+                allowed="an optimizer with betas, such as AdamW; or a plan that does not replace it",
             )
 
     def rate_factor(self, group: Group, kind: type) -> float:
@@ -194,9 +197,9 @@ class PlanOptimizer(torch.optim.Optimizer):
             members = {groups[p] for p in params}
             if len(members) > 1:
                 raise UserError(
-                    f"the plan updates the parameters of {len(members)} groups of the optimizer as one "
-                    "tensor",
-                    allowed="one parameter group under zero; or fsdp2, which keeps groups",
+                    f"the optimizer has {len(members)} parameter groups, but the plan's zero updates all "
+                    "parameters as one tensor, with one group's settings",
+                    allowed="one parameter group under zero; or a plan with fsdp2, which keeps groups",
                 )
             if members:
                 shown = self.param_groups[indices.index(members.pop())]
@@ -247,8 +250,9 @@ class PlanOptimizer(torch.optim.Optimizer):
     def _must_be_whole(self) -> None:
         if isinstance(self.inner, ZeroOptimizer | ShardedDdp):
             raise UserError(
-                "the optimizer's state cannot be returned as one mapping: the plan divides it among ranks",
-                allowed="a plan without zero and sharded-ddp, such as fsdp2 in their place",
+                "the optimizer's state_dict cannot be made or loaded: the plan's zero or sharded-ddp divides "
+                "the state among ranks",
+                allowed="a plan without zero and sharded-ddp, such as one with fsdp2",
             )
 
 

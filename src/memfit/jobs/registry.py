@@ -84,12 +84,11 @@ def of_this_process() -> tuple[str, ...]:
 def load(ref: JobRef) -> Job:
     """Return the job that ``ref`` names: one of `add_job`, a built-in job, ``hf:NAME``, or the user's
     ``path.py:attribute``. What ``ref`` states of size, data, weights, batch, length, dimensions, steps, clip
-    and ema applies; None keeps the job's own.
+    and ema applies; None keeps the job's own. For a job of `add_job`, only steps, clip and ema apply.
 
-    A clip of 0 turns clipping off. Raises UserError for an unknown job or size; for steps, batch or length
-    below 1; for a length of a built-in job outside 16 to 262,144; for an option that the job does not accept;
-    for a negative clip; for a dimension that the job does not have or that is below 1; and for faults in the
-    files.
+    A clip of 0 turns clipping off. Raises UserError for an unknown job or size; for steps, batch, length or
+    a dimension below 1; for a length of a built-in job outside 16 to 262,144; for an option or a dimension
+    that the job does not accept; for a clip or ema that `Job` refuses; and for faults in the files.
     """
     numbers = {"--steps": ref.steps, "--batch": ref.batch, "--length": ref.length}
     for name, value in (numbers | {f"--dim {name}": n for name, n in ref.dimensions.items()}).items():
@@ -120,7 +119,7 @@ def _make(ref: JobRef) -> Job:
         if ref.length is not None and not SHORTEST <= ref.length <= MOST_TOKENS:
             raise UserError(
                 f"length {ref.length} of {ref.spec} is out of range",
-                allowed=f"{SHORTEST} to {MOST_TOKENS} tokens (residues, bases)",
+                allowed=f"{SHORTEST} to {MOST_TOKENS} tokens (residues, bases or bytes) of a sample",
             )
         job = built_in.make(**options, **dimensions)
         is_smallest = ref.size is None or ref.size == built_in.sizes[0]
@@ -144,8 +143,8 @@ def _split_length(ref: JobRef) -> JobRef:
         return ref
     if not size or not length.isdigit() or ":" in ref.spec.removeprefix(huggingface.PREFIX):
         raise UserError(
-            f"--size {ref.size} has an @, so it must be SIZE@LENGTH with a whole number LENGTH, and the job, "
-            f"{ref.spec}, must not be in a file of yours (FILE.py:NAME)",
+            f"--size {ref.size} has an @, but is not SIZE@LENGTH with a whole number LENGTH, or the job "
+            f"{ref.spec} is in a file of yours (FILE.py:NAME)",
             allowed="SIZE@LENGTH for a built-in or hf: job; for any job, --size SIZE --length LENGTH",
         )
     if ref.length not in (None, int(length)):

@@ -114,14 +114,14 @@ class TrainingStep:
             raise UserError(
                 "the job's clip cannot be combined with optimizer-in-backward, which updates each parameter "
                 "before the norm of all gradients is known",
-                allowed="clip=None, or a plan without optimizer-in-backward",
+                allowed="clip=None (--clip 0), or a plan without optimizer-in-backward",
             )
         closure = inspect.signature(self.optimizer.step).parameters.get("closure")
         if closure is not None and closure.default is closure.empty:
             raise UserError(
-                f"{type(self.optimizer).__name__}, the job's optimizer, "
-                "needs a closure in its step, to compute the loss several times",
-                allowed="an optimizer whose step needs no closure",
+                f"{type(self.optimizer).__name__}, the job's optimizer, needs a closure in its step, to "
+                "compute the loss several times",
+                allowed="an optimizer whose step needs no closure, such as AdamW",
             )
 
     def run(
@@ -218,7 +218,11 @@ class TrainingStep:
         parts, terms = self._with_terms(parts)
         total = terms_per_rank or sum(terms)
         if not total:
-            raise UserError("the job's loss_terms counts no terms in the batch", allowed="1 or more")
+            raise UserError(
+                "the batch has no loss terms: the job's loss_terms counts no terms in the batch, or no label "
+                "differs from -100",
+                allowed="at least 1 loss term in each batch",
+            )
         return [
             MicroBatch(batch=part, share=n / total, last=index == len(parts) - 1)
             for index, (part, n) in enumerate(zip(parts, terms, strict=True))
@@ -263,7 +267,10 @@ class TrainingStep:
         if bench.step_in_backward:
             return StepInBackward(bench)
         if not (parameters := bench.trainable()):
-            raise UserError("the model has no trainable parameters", hint="unfreeze some of them")
+            raise UserError(
+                "the model has no trainable parameters",
+                hint="set requires_grad_(True) on some of them in build_model",
+            )
         optimizer = bench.make_optimizer(parameters)
         if bench.loss_scale is not None:
             bench.loss_scale.keep_in(innermost(optimizer)[0])
@@ -405,7 +412,7 @@ def weigh_loss(loss: Any, share: float) -> torch.Tensor:
             description = "a scalar tensor that does not depend on any trainable parameter"
         raise UserError(
             f"the loss of the training step is {description[:120]}",
-            allowed="a tensor with one element that depends on the model's trainable parameters",
+            allowed="a real tensor with one element that depends on the model's trainable parameters",
         )
     return loss * share if share != 1.0 else loss
 

@@ -21,6 +21,8 @@ from memfit.types.errors import OUT_OF_MEMORY_TEXTS, UserError, suggest
 from memfit.types.job import Dimension, Job
 from memfit.types.peer_errors import is_peer_error
 
+_OPTIONS: Final = ("size", "data", "weights", "batch", "length")
+
 
 def load_user_job(spec: str, options: dict[str, Any]) -> Job:
     """Return the user's job ``spec``, which is ``path.py:attribute``: a Job, or a function that returns one.
@@ -39,7 +41,8 @@ def load_user_job(spec: str, options: dict[str, Any]) -> Job:
         return guard_job(value, spec)
     if isinstance(value, Job):
         raise UserError(
-            f"{spec} is a Job, not a function, and does not accept {', '.join(f'--{o}' for o in options)}",
+            f"{spec} is a Job, not a function, and does not accept "
+            f"{', '.join(f'--{o}' if o in _OPTIONS else f'--dim {o}' for o in options)}",
             hint=f"make {name} a function with the arguments {', '.join(options)} that returns the Job",
         )
     if not callable(value):
@@ -67,8 +70,8 @@ def _call(function: Any, options: dict[str, Any], spec: str) -> Job:
     except (TypeError, ValueError) as error:
         raise UserError(
             f"{spec} cannot be called with {', '.join(options) or 'no arguments'}: {error}",
-            allowed="a function that accepts each given one of size, data, weights, batch, length and of "
-            "--dim by keyword, and has defaults for all other arguments",
+            allowed="a function that accepts by keyword each option that is given (of --size, --data, "
+            "--weights, --batch, --length and --dim), and has defaults for all other arguments",
         ) from error
     job = run_user_code(lambda: function(**options), spec)
     if not isinstance(job, Job):

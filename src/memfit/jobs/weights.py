@@ -71,7 +71,7 @@ def _files_by_tensor(folder: Path) -> dict[str, Path]:
     if not files:
         raise UserError(
             f"no safetensors files in {folder}",
-            allowed=f"files *.safetensors, such as model.safetensors, or {_INDEX} with its shards",
+            allowed=f"files *.safetensors, such as model.safetensors, with or without {_INDEX}",
         )
     return {name: file for file in files for name in _open(file).keys()}  # noqa: SIM118 - not a mapping
 
@@ -83,7 +83,7 @@ def _index(path: Path) -> dict[str, str]:
         not isinstance(f, str) or Path(f).name != f for f in names.values()
     ):
         raise UserError(
-            f"{path} is no index of safetensors files",
+            f"{path} is no index of safetensors files in its folder",
             allowed='JSON such as {"weight_map": {"TENSOR NAME": "FILE.safetensors"}}, with files beside it',
         )
     return names
@@ -95,18 +95,27 @@ def _open(file: Path) -> Any:
     try:
         return safetensors.safe_open(str(file), framework="pt")
     except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"cannot read {file} as a safetensors file: {error}") from error
+        raise UserError(
+            f"cannot read {file} as a safetensors file: {error}", allowed="a complete *.safetensors file"
+        ) from error
 
 
 def _copy(tensor: torch.Tensor, file: Path, name: str) -> None:
+    import safetensors
     import torch
 
-    value = _open(file).get_tensor(name)
+    try:
+        value = _open(file).get_tensor(name)
+    except safetensors.SafetensorError as error:
+        raise UserError(
+            f"cannot read the tensor {name} from {file}: {error}",
+            allowed="an index that names for each tensor the file that contains it",
+        ) from error
     if value.shape != tensor.shape:
         raise UserError(
             f"the tensor {name} in {file} has shape {tuple(value.shape)}",
             allowed=f"{tuple(tensor.shape)}, its shape in the model",
-            hint="choose the --size that the weights were saved from",
+            hint="give the job the size that the weights were saved from (--size, --dim, or the hf: model)",
         )
     with torch.no_grad():
         tensor.copy_(value)

@@ -156,7 +156,8 @@ def _count(name: str, value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(
             f"OpenFold's setting {name} is {json.dumps(value)}",
-            allowed="a whole number above 0; for blocks_per_ckpt also null (no recomputation)",
+            allowed="a whole number above 0"
+            + (", or null (no recomputation)" if name.endswith("blocks_per_ckpt") else ""),
         )
     return value
 

@@ -320,7 +320,8 @@ def _changes(path: Path, data: Mapping[Any, Any]) -> dict[str, Any] | None:
             node = node.setdefault(part, {})
             if not isinstance(node, dict):
                 raise UserError(
-                    f'{path} sets {key} and a plain value for a key above it ("a" is above "a.b")',
+                    f"{path} sets {key}, but also gives a key above it a plain value, not a mapping "
+                    '("a" is above "a.b")',
                     allowed='either a plain value for a key such as "a", or keys below it such as "a.b"',
                 )
         node[last] = value

@@ -80,7 +80,7 @@ def convert(setup: Setup, *, of_objects: bool = False) -> Conversion:
 
 def _check_ranks(ranks: int) -> None:
     if not 1 <= ranks <= _MOST_RANKS:
-        raise UserError(f"the files ask for {ranks} processes", allowed=f"1 to {_MOST_RANKS:,}")
+        raise UserError(f"the set-up has {ranks} processes", allowed=f"1 to {_MOST_RANKS:,}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

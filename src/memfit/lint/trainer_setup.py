@@ -68,6 +68,6 @@ def _check(trainer: Any, state: Any) -> None:
     if unsupported:
         raise UserError(
             f"memfit.from_trainer cannot predict this Trainer, which uses {', '.join(unsupported)}",
-            allowed="one process, DDP, FSDP or DeepSpeed",
-            hint="give the plan itself: memfit.estimate(model, batch, plan=...)",
+            allowed="one process, DDP, FSDP or DeepSpeed, without these",
+            hint="to predict a plan without a Trainer: memfit.estimate(model, batch, plan=...)",
         )

@@ -83,8 +83,9 @@ def batch_length(batch: Any) -> int:
         raise UserError(NESTED_GIVEN, allowed=NESTED_ALLOWED)
     if not tensors:
         raise UserError(
-            "the job's batch contains no tensor with at least one dimension",
-            allowed="a tensor, a mapping, tuple or list of tensors, or an object with .to() and tensors",
+            "the batch contains no tensor with at least one dimension",
+            allowed="a tensor, a mapping, tuple or list of tensors, or an object with .to() and tensors; at "
+            "least one of them with the samples along dimension 0",
         )
     if (count := sample_count(batch)) is not None:
         return count
@@ -106,16 +107,18 @@ def split(batch: Any, parts: int) -> Sequence[Any]:
 
     Tensors are cut along the first dimension, as views, and lists with an element for each sample are cut,
     too. A tensor whose first dimension is not the number of samples is whole in every micro-batch. A batch
-    that is an object is split by its own methods. With ``parts`` 1, the result is ``[batch]``. Raises
-    UserError if there are more parts than samples, or if an object cannot be split.
+    that is an object is split by its own methods. With ``parts`` 1, the result is ``[batch]``. Otherwise
+    raises UserError if there are more parts than samples, if an object cannot be split (`split_object`), and
+    as `batch_length` does.
     """
     if parts == 1:
         return [batch]
     length = batch_length(batch)
     if parts > length:
         raise UserError(
-            f"{parts} micro-batches cannot be cut from a batch of {length} samples",
-            allowed=f"at most {length} micro-batches",
+            f"{parts} micro-batches cannot be cut from a batch of {length} samples (data-parallel ranks are "
+            "counted, too, if the batch is divided among them)",
+            allowed=f"at least {parts} samples, or at most {length} micro-batches or ranks",
         )
     sizes = [length // parts + (i < length % parts) for i in range(parts)]
     if (objects := split_object(batch, sizes)) is not None:
@@ -139,8 +142,8 @@ def repeat(batch: Any, times: int) -> Any:
     cuts it into ``times`` micro-batches equal to ``batch``.
 
     A tensor whose first dimension is not the number of samples, and a list of another length, are kept as
-    they are, and so is a batch that is an object. With ``times`` 1, ``batch`` itself is returned. Raises
-    UserError if the batch contains no tensor with dimensions and ``times`` is not 1.
+    they are, and so is a batch that is an object. With ``times`` 1, ``batch`` itself is returned. Otherwise
+    raises UserError as `batch_length` does.
     """
     if times == 1:
         return batch
@@ -157,7 +160,7 @@ def repeat(batch: Any, times: int) -> Any:
 def select(batch: Any, indices: Sequence[int]) -> Any:
     """Return a batch of the samples at ``indices``, in this order. Tensors whose first dimension is not the
     number of samples, and lists of another length, stay as they are. Raises UserError if the batch holds an
-    object that cannot be split (`split_object`).
+    object that cannot be split (`split_object`), and as `batch_length` does.
     """
     length = batch_length(batch)
     if split_object(batch, [length]) is not None:
@@ -179,7 +182,7 @@ def join(*batches: Any) -> Any | None:
     """Return a batch with the samples of all batches, in this order. Return None if they cannot be joined:
     because their structures, dtypes or shapes apart from the number of samples differ, or because they hold
     objects without ``to_data_list()`` and ``from_data_list()``. What is not per sample is that of the first
-    batch. Raises UserError if a batch contains no tensor with dimensions.
+    batch. Raises UserError as `batch_length` does.
     """
     first, lengths = batches[0], [batch_length(batch) for batch in batches]
     flattened = [

@@ -297,7 +297,7 @@ def find_head(model: torch.nn.Module, path: str | None = None) -> tuple[str, tor
         head = modules.get(path)
         if not isinstance(head, torch.nn.Linear):
             raise UserError(
-                f"the model has no nn.Linear at {path!r}",
+                f"the model has no nn.Linear at {path!r}, the path of Job(head=...)",
                 hint="set Job(head=...) to the path of the nn.Linear that projects to the vocabulary or "
                 "classes",
             )
@@ -311,7 +311,7 @@ def find_head(model: torch.nn.Module, path: str | None = None) -> tuple[str, tor
     raise UserError(
         "no output projection to the vocabulary or classes found in the model, but chunked-cross-entropy, "
         "and tensor-parallel with a split vocabulary, need one",
-        allowed="an nn.Linear that the model's get_output_embeddings() returns, or one with one of the names "
-        f"{', '.join(_HEAD_NAMES)} that is a child of the model or of one of its children",
+        allowed="an nn.Linear that the model's get_output_embeddings() returns, or one that is called "
+        f"{', '.join(_HEAD_NAMES[:-1])} or {_HEAD_NAMES[-1]} and is a child of the model or of a child of it",
         hint="set Job(head=...) to the path of the nn.Linear that projects to the vocabulary or classes",
     )

@@ -29,5 +29,6 @@ def refuse_scalars(
             f"{technique_or_engine} does not support parameters without dimensions, but {names[0]!r} is "
             f"one{count_of_them}",
             allowed="parameters of at least one dimension",
-            hint="give it the shape (1,), which computes the same: for example nn.Parameter(torch.ones(1))",
+            hint=f"give {names[0]!r} the shape (1,), which computes the same: for example "
+            "nn.Parameter(torch.ones(1))",
         )

@@ -36,7 +36,7 @@ def make(options: BuiltInOptions) -> Job:
     ``data``: a UTF-8 text file, which may be gzipped (``.gz``). ``batch``: windows of a step. ``length``:
     bytes of a window. Sizes other than ``tiny`` have GPT-2's vocabulary of 50,257 tokens for the sake of its
     memory, although only the 256 byte values occur. Raises UserError for a file that cannot be read or is too
-    short.
+    short, and for an impossible dimension as `BuiltInOptions.dimensions_of` does.
     """
     shape = options.resize(_shape(options.size), _DIMENSIONS)
     text = read(options.data, shape.length)
@@ -84,8 +84,7 @@ def read(path: str | None, length: int) -> Corpus:
     """Return the bytes of the user's text file ``path``, or of the built-in text if None, split into training
     and held-out part.
 
-    Raises UserError for a file that cannot be read, and if the held-out tenth has fewer than ``length`` + 1
-    bytes.
+    Raises UserError as `read_text` does, and if the held-out tenth has fewer than ``length`` + 1 bytes.
     """
     text_bytes = np.frombuffer((read_text(path) if path else _documentation()).encode(), np.uint8)
     text = split(text_bytes, path or DATA_SOURCE)
@@ -95,6 +94,7 @@ def read(path: str | None, length: int) -> Corpus:
             f"{source} has {len(text_bytes)} bytes, too few: the last tenth, held out for testing, must hold "
             f"a window of {length} bytes and the byte after it",
             allowed=f"at least {10 * (length + 1)} bytes",
+            hint="give a longer file, or a smaller --length",
         )
     return text
 

@@ -48,12 +48,12 @@ def read_fasta(path: str) -> list[Protein]:
     """
     proteins = []
     for line_number, name, lines in _records(path):
-        if not lines:
+        if not (sequence := _sequence(path, lines)):
             raise UserError(
                 f"{path} line {line_number}: no sequence follows the header of {name!r}",
                 allowed="FASTA: after each header (a line that starts with '>'), lines of sequence",
             )
-        proteins.append(Protein(name=name, sequence=_sequence(path, lines)))
+        proteins.append(Protein(name=name, sequence=sequence))
     return proteins
 
 
@@ -66,20 +66,22 @@ def read_labelled(path: str) -> list[Protein]:
 
     Blank lines, lower case in both, and a final ``*`` of the sequence are allowed. Raises UserError as
     `read_text` does, and with file and line if a name is not followed by exactly two lines of the same
-    length, for a letter that is no amino acid or state, and for text before the first name.
+    length, for any letter but those that `read_fasta` allows or H, E, C, and for text before the first name.
     """
     proteins = []
     for line_number, name, lines in _records(path):
         if len(lines) != 2:
             raise UserError(
-                f"{path} line {line_number}: {name!r} is followed by {len(lines)} lines",
-                allowed="two lines of the same length: the sequence, and its states as letters H, E, C",
+                f"{path} line {line_number}: the header {name!r} is followed by {len(lines)} lines of text",
+                allowed="two lines of the same length after each header: the sequence, and the state of each "
+                "residue as H, E or C",
             )
         sequence, states = _sequence(path, lines[:1]), _check_letters(path, *lines[1], STATES, "a state")
         if len(sequence) != len(states):
             raise UserError(
                 f"{path} line {lines[1][0]}: {len(states)} states in this line for {len(sequence)} residues "
-                f"of {name!r}"
+                f"of {name!r}",
+                allowed="one state (H, E or C) for each residue, without a state for a final *",
             )
         proteins.append(Protein(name=name, sequence=sequence, states=states))
     return proteins
@@ -123,6 +125,6 @@ def _check_letters(path: str, number: int, line: str, alphabet: str, what: str) 
         if not letter.isascii() or letter.upper() not in alphabet:
             raise UserError(
                 f"{path} line {number}, column {column}: {letter!r} is not {what}",
-                allowed=f"the letters {alphabet}",
+                allowed=f"the letters {alphabet}, in upper or lower case",
             )
     return line.upper()

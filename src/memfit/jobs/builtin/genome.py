@@ -102,8 +102,9 @@ def read(path: str | None, needed: int) -> Corpus:
     genome = split(bases, source)
     if len(genome.train) < max(2 * needed, 400):
         raise UserError(
-            f"{len(bases)} bases of DNA are too few for training on windows of {needed} bases",
-            allowed=f"at least {max(int(2.3 * needed), 450)} bases",
+            f"{source}: {len(bases)} bases of DNA are too few for training on windows of {needed} bases",
+            allowed=f"at least {max(int(2.3 * needed), 450)} letters A, C, G or T",
+            hint="give a longer file, or a smaller --length",
         )
     return genome
 

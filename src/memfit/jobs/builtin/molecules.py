@@ -11,6 +11,7 @@ import csv
 import dataclasses
 import gzip
 import importlib.util
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -168,25 +169,27 @@ def _read_user_file(path: str) -> Pairs:
     """Return (SMILES, value) of each line of the user's file. Both are separated by the line's first comma,
     or if it has none, its first tab, else its first space. Empty lines, and a first line without a number,
     are skipped. Raises UserError for a file that cannot be read, and with the number of the line for any
-    other line without a number or with a broken SMILES string."""
+    other line without a finite number or with a broken SMILES string."""
     pairs = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
         smiles, _, value = line.strip().partition("," if "," in line else "\t" if "\t" in line else " ")
         try:
             pair = smiles.strip(), float(value)
+            if not math.isfinite(pair[1]):
+                raise ValueError(f"{value.strip()} is not finite")
         except ValueError as error:
             if number == 1 or not line.strip():
                 continue
             raise UserError(
-                f"{path} line {number}: no number follows the SMILES string: {error}",
-                allowed="SMILES,value: valid SMILES and a number, separated by a comma, tab or space",
+                f"{path} line {number}: no finite number follows the SMILES string: {error}",
+                allowed="SMILES,value: a SMILES string and a number, separated by a comma, tab or space",
             ) from error
         try:
             graph(pair[0])
         except ValueError as broken_smiles:
             raise UserError(
                 f"{path} line {number}: broken SMILES string: {broken_smiles}",
-                allowed="SMILES,value: valid SMILES and a number, separated by a comma, tab or space",
+                allowed="a SMILES string in which every ring and branch is closed",
             ) from broken_smiles
         pairs.append(pair)
     return pairs
@@ -205,8 +208,9 @@ def split_by_skeleton(pairs: Pairs, length: int, source: str) -> Molecules:
     short_pairs = [(smiles, value) for smiles, value in pairs if len(tokens(smiles)) <= length]
     if len(short_pairs) < 10:
         raise UserError(
-            f"only {len(short_pairs)} molecules have at most {length} tokens (--length), which is too few",
+            f"only {len(short_pairs)} of {len(pairs)} molecules have at most {length} tokens (--length)",
             allowed="at least 10 such molecules",
+            hint="give a larger --length, or a file with more molecules",
         )
     skeletons = [ring_skeleton(smiles) for smiles, _ in short_pairs]
     count = Counter(skeletons)

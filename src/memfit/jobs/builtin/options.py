@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 class BuiltInOptions:
     """What the user sets of a built-in job. ``size``: one of the job's sizes. ``data``: path of a file; None:
     the job's own data. ``weights``: path of a folder of safetensors; None: random weights. ``batch``: samples
-    of a step; ``length``: tokens (residues, bases) of a sample; None, for these two: as many as the size has.
-    ``dimensions``: further sizes that replace those of the size, such as {"layers": 6}.
+    of a step; ``length``: tokens (residues, bases, bytes) of a sample; None, for these two: as many as the
+    size has. ``dimensions``: further numbers, such as {"layers": 6}, that replace those of the size.
     """
 
     size: str = "tiny"
@@ -52,16 +52,17 @@ class BuiltInOptions:
 
     @property
     def label(self) -> str:
-        """The size alone, such as ``650M``, or, if the user sets the length or further dimensions, all of
-        them, such as ``650M@4096`` or ``tiny@layers=6``."""
+        """The size, such as ``650M``, followed by the length and the dimensions that the user sets, such as
+        ``650M@4096``, ``tiny@layers=6`` or ``tiny@64,layers=6``. The batch is not in it."""
         sizes = [] if self.length is None else [str(self.length)]
         sizes += [f"{name}={value}" for name, value in self.dimensions.items()]
         return "@".join((self.size, *([",".join(sizes)] if sizes else [])))
 
     def resize(self, shape: Shape, fields: Mapping[str, str]) -> Shape:
         """Return ``shape``, a size with the fields ``batch_size`` and ``length``, changed to the batch, the
-        length and the dimensions that the user sets. What the user does not set stays as it is. ``fields``
-        and the errors are as in `set_dimensions`."""
+        length and the dimensions that the user sets. What the user does not set stays as it is. ``fields``:
+        name of a dimension -> field of ``shape`` that it sets. Raises UserError for a dimension without a
+        field, and TypeError for a length if ``shape`` has no such field."""
         changes = {"batch_size": self.batch, "length": self.length}
         shape = dataclasses.replace(shape, **{name: n for name, n in changes.items() if n is not None})
         return self.set_dimensions(shape, fields)
@@ -73,7 +74,10 @@ class BuiltInOptions:
             if name not in fields:
                 raise UserError(
                     f"this job has no dimension {name!r}",
-                    allowed=", ".join(("batch", *(["length"] if hasattr(shape, "length") else []), *fields)),
+                    allowed=", ".join(
+                        ["--batch", *(["--length"] if hasattr(shape, "length") else [])]
+                        + [f"--dim {field}" for field in fields]
+                    ),
                     hint=suggest(name, fields),
                 )
         return dataclasses.replace(shape, **{fields[name]: n for name, n in self.dimensions.items()})
@@ -82,8 +86,8 @@ class BuiltInOptions:
         self, shape: Any, fields: Mapping[str, str], multiples: Mapping[str, int] | None = None
     ) -> tuple[Dimension, ...]:
         """Return the dimensions of a job with this ``shape``: batch, length if it has that field, and
-        those of ``fields``, as in `set_dimensions`. ``multiples``: name -> the number of which only multiples
-        are possible. Raises UserError if the user sets another number."""
+        those of ``fields`` (name of a dimension -> field of ``shape``). ``multiples``: name -> the number of
+        which only multiples are possible. Raises UserError if the user sets a number that is no multiple."""
         own_fields = {"batch": "batch_size", "length": "length"} | dict(fields)
         dimensions = [
             Dimension(name=name, value=getattr(shape, field), multiple=(multiples or {}).get(name, 1))
@@ -93,14 +97,15 @@ class BuiltInOptions:
         for dimension in dimensions:
             if dimension.name in self.dimensions and dimension.value % dimension.multiple:
                 raise UserError(
-                    f"the dimension {dimension.name} of this job is set to {dimension.value}",
+                    f"the dimension {dimension.name} of this job (--dim {dimension.name}) is set to "
+                    f"{dimension.value}",
                     allowed=f"multiples of {dimension.multiple}",
                 )
         return tuple(dimensions)
 
     def load_into(self, model: torch.nn.Module, *, may_miss: tuple[str, ...] = ()) -> torch.nn.Module:
-        """Load the user's weights, if any, into ``model``, and return this model. ``may_miss``: starts of
-        names of parameters that the weights may lack. Raises UserError as `load_weights` does."""
+        """Load the user's weights, if any, into ``model``, and return this model. ``may_miss``: the weights
+        may lack parameters whose names start with one of these. Raises UserError as `load_weights` does."""
         from memfit.jobs.weights import load_weights
 
         if self.weights:

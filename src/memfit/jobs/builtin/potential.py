@@ -12,6 +12,8 @@ meV/angstrom, which is inside the margin.
 from __future__ import annotations
 
 import dataclasses
+import zipfile
+import zlib
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -67,9 +69,12 @@ class MoleculeFrames:
 def make(options: BuiltInOptions) -> Job:
     """Return the job at one of SIZES ("tiny", "paper"), by default on the built-in frames.
 
-    ``data``: an ``.npz`` file with the arrays numbers, molecule, energy, positions, forces and
-    train_molecules, as the built-in one. ``batch``: samples of a step. Raises UserError for any ``length``,
-    and for ``data`` that cannot be read or lack an array.
+    ``data``: an ``.npz`` file with the arrays ``numbers`` (molecules, atoms of the largest one), atomic
+    numbers, 0 at padding; ``molecule`` (frames,), the index of each frame's molecule; ``energy`` (frames,) in
+    eV; ``positions`` in angstrom and ``forces`` in eV/angstrom, both (frames, atoms, 3); and
+    ``train_molecules``, a number: frames of the molecules below it are for training and must come first.
+    ``batch``: samples of a step. Raises UserError for any ``length``, for ``data`` that cannot be read or
+    lack an array, and for an unknown or impossible dimension.
     """
     options.refuse("length", job=NAME, allowed="no length: the molecules determine the number of atoms")
     frames = read(options.data)
@@ -130,7 +135,7 @@ def read(path: str | None) -> MoleculeFrames:
     try:
         with resources.as_file(file) as local_path, np.load(local_path) as archive:
             arrays = {key: archive[key] for key in _KEYS}
-    except (OSError, ValueError, KeyError) as reason:
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as reason:
         raise UserError(
             f"the data file {path} cannot be read, or lacks an array: {reason}",
             allowed=f"a NumPy file .npz with the arrays {', '.join(_KEYS)}",

@@ -64,15 +64,16 @@ class Head:
 def make(options: BuiltInOptions) -> Job:
     """Return the job at one of SIZES ("tiny", "paper") on the volume that comes with the package nilearn.
 
-    ``batch``: patches of a step. Raises UserError for any ``data`` or ``length``, for a crop larger than the
-    volume or so small that the deepest stage has a single voxel, and if nilearn is not installed.
+    ``batch``: patches of a step. The dimension "crop" is the edge of a patch in voxels. Raises UserError for
+    any ``data`` or ``length``; for a crop larger than the volume, so small that the deepest stage has a
+    single voxel, or no multiple of 4 ("tiny") or 32 ("paper"); and if nilearn is not installed.
     """
     options.refuse("data", "length", job=NAME, allowed="the volume of the package nilearn")
     shape, head = options.resize(_shape(options.size), _DIMENSIONS), read()
     multiple, largest = 2 ** (len(shape.features) - 1), min(head.tissue.shape)
     if not 2 * multiple <= shape.patch <= largest:
         raise UserError(
-            f"{NAME} cannot be trained on crops of {shape.patch} voxels",
+            f"{NAME} cannot be trained on crops with an edge of {shape.patch} voxels (--dim crop)",
             allowed=f"multiples of {multiple} from {2 * multiple} to {largest // multiple * multiple}",
         )
     return Job(
