@@ -64,8 +64,8 @@ def units(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
 
 def resharding(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
     """Check, with fsdp2, whether the gathered parameters of the blocks are freed after forward, or kept if
-    the setting ``reshard`` is False. They count as freed if at most half of the blocks are still gathered
-    when the first backward begins. The last block, which backward needs first, is left out.
+    the setting ``reshard`` is False. They count as freed if at most half of the blocks but the last, which
+    backward needs first, are still gathered when the first backward begins.
 
     Yields `NotChecked` if it was not observed which blocks are gathered, or with fewer than two blocks.
     Yields nothing without fsdp2, with a pipeline, or if parameters are not sharded."""
@@ -124,7 +124,8 @@ def offloaded_states(plan: Plan, observed: Observations) -> Iterator[CheckFindin
 
     If the loss is on an accelerator, this is read from the devices of the tensors, else from the settings of
     FSDP2 or of the ZeRO optimizer. If neither is found in the second case, yields `NotChecked` if an offload
-    is planned, else nothing. Yields nothing without fsdp2 and zero."""
+    is planned, else nothing. Also yields `NotChecked` if zero's setting ``nvme`` is not "none". Yields
+    nothing without fsdp2 and zero."""
     use = plan.get("fsdp2") or plan.get("zero")
     if use is None:
         return

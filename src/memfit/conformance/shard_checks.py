@@ -19,8 +19,8 @@ _IGNORED_RATIO = 0.05  # fraction of elements that FSDP2 may leave whole
 def parameters(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
     """Check how many elements of parameters this rank holds: at most its shard if the plan shards parameters,
     else at least 99 % of its part of the model (before data-parallel sharding). Yields `NotChecked` if they
-    should be sharded and this rank holds none. Yields nothing with expert-parallel, or if the model has no
-    parameters."""
+    should be sharded and this rank holds none. Yields nothing with expert-parallel, or if they should not be
+    sharded and the model has no parameters."""
     if "expert-parallel" in plan:
         return
     params = observed.parameters
@@ -49,8 +49,9 @@ def parameters(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
 
 def gradients(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
     """Check, if the plan shards gradients, how many elements of them this rank holds. Before the update, at
-    most its shard, and with fsdp2 not none (then gradients were not reduced). In backward, with ZeRO stage 2,
-    at most its shard (rounded up to whole parameters), one reduce bucket and the largest parameter.
+    most its shard (with sharded-ddp, its reduce buckets in addition), and with fsdp2 not none (then gradients
+    were not reduced). In backward, with ZeRO stage 2, at most its shard (rounded up to whole parameters), one
+    reduce bucket and the largest parameter.
 
     Yields `NotChecked` for the second if this limit is not below the size of all gradients. Yields nothing
     with expert-parallel, if the plan does not shard gradients, or if no update was observed."""

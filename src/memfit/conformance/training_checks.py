@@ -27,13 +27,15 @@ _NAMED = 3  # names in a text
 
 
 def optimizer_parameters(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
-    """Check whether the optimizers of all ranks together hold every trained parameter.
+    """Check whether the optimizers of all ranks together hold every trained parameter; one that the step
+    changed counts as held.
 
-    A parameter that no optimizer holds is a difference if the optimizer has no tensors beside the model's, if
-    the step changed none of these, or if they are whole tensors in place of sharded parameters, as in an
-    optimizer that was made before `fully_shard`. Else they may be copies that are written back, which
-    `weights` and `master_weights` judge by a step; without a step this is `NotChecked`. Yields nothing if the
-    optimizer has no parameter groups or the model no trained parameters."""
+    A parameter that is not held is a difference in three cases: the optimizers have no tensors beside the
+    model's parameters; they have some, and a step that changed weights changed none of these; or some of
+    these are whole tensors in place of sharded parameters, as in an optimizer that was made before
+    `fully_shard`. Else these tensors may be copies that are written back. `weights` and `master_weights`
+    judge this by a step; without a step, yields `NotChecked`. Yields nothing if the optimizer has no
+    parameter groups or the model no trained parameters."""
     figures, trained = _figures(observed), observed.trained
     optimizers = _optimizers(figures)
     if not optimizers or not trained:
@@ -58,12 +60,13 @@ def optimizer_parameters(plan: Plan, observed: Observations) -> Iterator[CheckFi
 
 
 def update(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
-    """Check whether the step finished an update: some trained parameter has changed, and none contains a
-    value that is not finite.
+    """Check whether the step finished an update. It is a difference if a loss of some rank is not a number,
+    if a trained parameter has a value that is not finite after the step, or if no trained parameter has
+    changed.
 
-    If none has changed, this is a difference unless the learning rates are those of a warm-up, or gradients
-    are not finite and the optimizer did not step, as with a loss scale that is too high: then it is
-    `NotChecked`. Yields nothing if weights were not compared."""
+    Yields `NotChecked` instead of the last if the learning rates are those of a warm-up, or if gradients are
+    not finite and the optimizer did not step, as with a loss scale that is too high. Yields nothing if
+    weights were not compared."""
     figures = _figures(observed)
     trained = _compared_parameters(observed, figures)
     if not trained:
@@ -100,8 +103,8 @@ def _reason_to_wait(figures: Sequence[WeightFigures]) -> str:
 
 def _is_warming_up(group: OptimizerGroup, groups: Sequence[OptimizerGroup]) -> bool:
     """Return whether the learning rate of a group can be that of a warm-up, in which updates may be 0 or
-    below the precision of weights: a scheduler multiplies a higher one, or all groups are below the one that
-    their optimizer was made with, as if the loop sets them."""
+    below the precision of weights. With a scheduler of torch, this is so if the rate is below the group's
+    initial one; without, if the rates of all groups are below those with which their optimizers were made."""
     if group.rate is not None and group.initial_rate is not None:
         return group.rate < group.initial_rate
     return all(g.rate is not None and g.rate < (g.default_rate or 0) for g in groups)
@@ -179,10 +182,10 @@ def block_gradients(plan: Plan, observed: Observations) -> Iterator[CheckFinding
 
     It is a difference if no parameter of a block gets a gradient other than 0, or if parameters whose modules
     ran, and that get no gradient at all, are a quarter of a block's elements. Fewer are `NotChecked`, and so
-    are such parameters of the last block alone, of which the loss may not read all outputs; and gradients of
-    0 in whole blocks if a weight that gets another gradient was 0 before the step, as a last layer may be
-    at first: none passes through it. Yields nothing if it was not observed which modules ran or no gradient
-    was seen."""
+    are such parameters of the last block alone, of which the loss may not read all outputs. Gradients of 0 in
+    whole blocks are `NotChecked` if some weight matrix that gets a gradient other than 0 held only zeros
+    before the step, as an output layer may at first: no gradient passes through it. Yields nothing if it was
+    not observed which modules ran or no gradient was seen."""
     figures = _figures(observed)
     gradients, ran = _gradients(figures), _union(f.ran for f in figures if f.ran is not None)
     blocks = [
@@ -312,8 +315,8 @@ def _were_zero(figures: Sequence[WeightFigures], gradients: Mapping[str, float])
 
 
 def _parameters_without_gradient(figures: Sequence[WeightFigures]) -> frozenset[str]:
-    """Return the parameters whose gradients were not 0 and that the optimizer holds, but without a gradient
-    when it stepped."""
+    """Return the parameters that the optimizer holds and whose gradients were not 0 in backward, but gone or
+    0 when it stepped."""
     return _union(
         frozenset(n for n, v in f.gradients_at_update.items() if v == 0 and (f.gradients.get(n) or 0) != 0)
         for f in figures

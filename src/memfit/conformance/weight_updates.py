@@ -110,7 +110,8 @@ class WeightUpdates:
         self._updates_count = (self._updates_count or 0) + 1
 
     def before_update(self) -> None:
-        """Record the gradients that parameters have now. Called before an update that no hook observes."""
+        """Record the largest gradient of each parameter that has one now and of which no hook recorded one
+        when it arrived. To be called before an update."""
         for name, param in self._params.items():
             if param.grad is not None and name not in self._arrived:
                 _keep_larger(self._arrived, name, _largest(param.grad))
@@ -270,8 +271,8 @@ def _observed_optimizer(optimizer: Any, params: Mapping[str, nn.Parameter]) -> O
 def _split_tensors(
     tensors: Mapping[int, torch.Tensor], params: Mapping[str, nn.Parameter]
 ) -> tuple[frozenset[str], list[torch.Tensor]]:
-    """Return the names of the parameters that are among ``tensors`` or share memory with one of them, and the
-    tensors that are no parameters of the model."""
+    """Return (names of the parameters that are among ``tensors`` or share memory with one of them; those of
+    ``tensors`` that require gradients, are no parameters and share no memory with one)."""
     storages = {s for t in tensors.values() if (s := _storage(t)) is not None}
     own = {n: _storage(own_shard(p)) for n, p in params.items()}
     own_names = frozenset(n for n, p in params.items() if id(p) in tensors or own[n] in storages)
@@ -285,8 +286,8 @@ def _split_tensors(
 
 
 def _masters(optimizer: Any, params: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """Return the optimizer's copies of parameters, by the parameters' names: tensors of the same shape and,
-    rounded to the parameter's dtype, the same values."""
+    """Return the optimizer's copies of the parameters that it does not hold itself, by the parameters' names:
+    tensors of the same shape and, rounded to the parameter's dtype, the same values."""
     tensors = _tensors(optimizer)
     if tensors is None:
         return {}

@@ -35,8 +35,8 @@ def find(folder: Path) -> tuple[Path, Checkpoint, tuple[str, ...]]:
     """Return (the folder of the newest complete checkpoint in ``folder``; its description; for each newer
     checkpoint that is not complete, newest first, one text such as "step-00000020: no memfit.json").
 
-    ``folder`` may itself be a checkpoint, which is then returned if it is complete. Raises UserError if there
-    is no complete checkpoint.
+    ``folder`` may itself be a checkpoint: then it is returned, without texts. Raises UserError if it is not
+    complete, or if there is no complete checkpoint in ``folder``.
     """
     if (folder / ABOUT).is_file() or _NAME.fullmatch(folder.name.removesuffix(PARTIAL)):
         if what_is_missing := why_incomplete(folder):
@@ -155,9 +155,10 @@ def _sha256_of_description(description: Checkpoint) -> str:
 
 @contextlib.contextmanager
 def reserve(folder: str) -> Iterator[None]:
-    """In this context, no other process that calls this may save in ``folder``; "" is none. Two runs would
-    delete each other's unfinished checkpoints. Raises UserError if another process has reserved it. The
-    system ends a reservation with its process; on a file system without locks, there is none."""
+    """Inside this context, ``folder`` is reserved for this process, because two runs would delete each
+    other's unfinished checkpoints. Raises UserError if another process has reserved it, and OSError if there
+    is no such folder. For "", and on a file system without locks, nothing is reserved. The system ends a
+    reservation with its process."""
     if not folder:
         yield
         return
@@ -229,10 +230,10 @@ def begin(folder: Path, step: int) -> Path:
 
 
 def publish(partial: Path, description: Checkpoint) -> Path:
-    """Finish a save: write ``description`` into the folder ``partial``, whose other files must already be
-    durable, rename the folder to its name without ``.partial``, and write this name into the file ``latest``
-    beside it. Return the folder's final path. An existing folder of this name is replaced: it must be
-    damaged, since otherwise the run would have resumed from it."""
+    """Finish a save: write ``description``, with its own SHA-256, into the folder ``partial``, whose other
+    files must already be durable, rename the folder to its name without ``.partial``, and write this name
+    into the file ``latest`` beside it. Return the folder's final path. An existing folder of this name is
+    replaced: it must be damaged, since otherwise the run would have resumed from it."""
     description = dataclasses.replace(description, sha256=_sha256_of_description(description))
     write_whole(partial / ABOUT, f"{serialization.dumps(description, indent=2)}\n".encode())
     _sync(partial)

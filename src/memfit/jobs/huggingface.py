@@ -60,10 +60,12 @@ def make(
     job lists which of the two were not given in its ``assumed``. ``dimensions``: "layers" and "hidden"
     replace the settings num_hidden_layers and hidden_size, and nothing that depends on them; "target" is the
     number of tokens of the target of a model with encoder and decoder, by default ``length``. ``weights``: a
-    folder of safetensors; by default random weights. Raises UserError for any ``data``, an unknown name,
-    setting or dimension, a broken ``config.json``, an architecture without a head that `task_of` knows, a
-    length for which the model has no positions or that is above MOST_TOKENS (16,777,216), a length of images,
-    and unusable ``weights``, when the model is built.
+    folder of safetensors; by default random weights.
+
+    Raises UserError as `read_config` and `task_of` do, and for any ``data``, an unknown dimension, a
+    dimension "hidden" that is no multiple of the number of attention heads, a length or target for which the
+    model has no positions or that is above MOST_TOKENS (16,777,216), and a length of images. Unusable
+    ``weights`` raise it when the model is built.
     """
     if data is not None:
         raise UserError(

@@ -46,10 +46,12 @@ def task_of(config: Any, name: str) -> str:
     """Return the task of the job: "causal-lm", "masked-lm", "classification" (of sequences),
     "image-classification", "seq2seq" (encoder and decoder of text) or "speech-to-text".
 
-    It is that of the first architecture in the configuration whose name shows such a head. Without one, it is
-    the first task for which transformers has a model of this type. Models with encoder and decoder are tried
-    in the order speech-to-text, seq2seq; all others in the order masked-lm, causal-lm, classification,
-    image-classification. Raises UserError if there is no task. ``name``: of the model, for the message.
+    It is that of the first architecture in the configuration whose name ends in ForCausalLM, LMHeadModel,
+    ForMaskedLM, ForSequenceClassification or ForImageClassification. Without one, it is the first task for
+    which transformers has a model of this type. Models with encoder and decoder are tried in the order
+    speech-to-text, seq2seq; all others in the order masked-lm, causal-lm, classification,
+    image-classification. A task is skipped if the configuration lacks a setting that its batches need, such
+    as vocab_size. Raises UserError if there is no task. ``name``: of the model, for the message.
     """
     for architecture in getattr(config, "architectures", None) or ():
         for ending, task in _ENDINGS.items():
@@ -63,8 +65,8 @@ def task_of(config: Any, name: str) -> str:
             return task
     raise UserError(
         f"{name} ({type(config).__name__}) has no head for which memfit has a loss",
-        allowed="architectures with a masked-LM, causal-LM, sequence-classification, image-classification or "
-        "sequence-to-sequence head; not several encoders side by side, such as CLIP",
+        allowed="architectures with a masked-LM, causal-LM, sequence-classification, image-classification, "
+        "sequence-to-sequence or speech-to-text head; not several encoders side by side, such as CLIP",
         hint="a file of your own can train any model: FILE.py:NAME, see docs/estimate.md",
     )
 

@@ -31,8 +31,8 @@ Group = dict[str, Any]
 
 
 class UserGroups:
-    """The groups of ``optimizer``, which was made for parameters of ``model``. Create it before a plan is
-    applied to the model."""
+    """The parameter groups of ``optimizer``, the user's, which was made for parameters of ``model``. Create
+    it before a plan is applied to the model. Raises UserError if the optimizer holds no parameter of it."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
         self.optimizer = optimizer
@@ -53,7 +53,8 @@ class UserGroups:
     def choice(self) -> OptimizerChoice:
         """Return the optimizer of a job that trains as the user does. Its maker returns the user's own
         optimizer when it is called with the trainable parameters that the model had at first, else a new one
-        of the same class. Learning rates are not in it; `adopt` sets them."""
+        of the same class; it raises UserError if that class cannot be called with them. The learning rate is
+        1; `adopt` sets the user's."""
         first = self.settings[0]
         betas, eps, decay = first.get("betas"), first.get("eps"), first.get("weight_decay")
         own: dict[str, Any] = {}
@@ -72,9 +73,9 @@ class UserGroups:
         groups divided like the user's, if it is a torch optimizer; else a `PlanOptimizer`.
 
         A new parameter (an adapter) belongs to the group of the weight that it adapts. If the plan does not
-        keep the user's optimizer, that one loses its parameters, so that it holds no memory. Raises UserError
-        if it must be replaced but has state or a learning-rate scheduler, or holds not just the trainable
-        parameters of the model.
+        keep the user's optimizer, that one loses its parameters, so that it holds no memory. Then raises
+        UserError if it has state or a learning-rate scheduler, if it does not hold exactly the trainable
+        parameters of the model, if it has no betas but the plan's optimizer has, and as `PlanOptimizer` does.
         """
         is_kept = optimizer is self.optimizer
         if is_kept:
@@ -174,12 +175,12 @@ def divide_groups(optimizer: torch.optim.Optimizer, groups: Mapping[torch.nn.Par
 
 
 class PlanOptimizer(torch.optim.Optimizer):
-    """Shows a plan's optimizer, which is no torch optimizer or consists of several, as one with the user's
-    groups, so that learning-rate schedulers work. ``inner`` is the plan's optimizer, and ``groups`` maps the
-    trained parameters of the model to the indices of their groups.
+    """Shows a plan's optimizer ``inner``, which is no torch optimizer or consists of several, as one torch
+    optimizer with the groups of ``user``, so that learning-rate schedulers work. ``groups``: trained
+    parameter of the model -> index of its group.
 
-    Learning rate, weight decay and other settings of its groups are passed on by `push`. Raises UserError if
-    ``inner`` updates parameters of several groups as one flat tensor, as ZeRO does.
+    `push` passes the learning rate, weight decay and other settings of these groups on to ``inner``. Raises
+    UserError if ``inner`` updates parameters of several groups as one flat tensor, as ZeRO does.
     """
 
     def __init__(self, inner: Any, groups: Mapping[torch.nn.Parameter, int], user: UserGroups) -> None:
@@ -207,7 +208,8 @@ class PlanOptimizer(torch.optim.Optimizer):
         self.push()
 
     def push(self) -> None:
-        """Pass the settings of the groups on. To be called before backward if the plan updates there."""
+        """Copy the settings of the shown groups to those of ``inner``. `step` does so, too; it must be called
+        before backward if the plan updates there."""
         for group, shown, kind, rate_factor in self.links:
             self.user.set(group, shown, kind, rate_factor)
 
@@ -219,8 +221,9 @@ class PlanOptimizer(torch.optim.Optimizer):
         self.inner.zero_grad(set_to_none=set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the settings of the groups, the state of the inner optimizers, and fp32 copies of
-        parameters. Raises UserError under zero and sharded-ddp, which divide these among ranks."""
+        """Return {"groups": settings of the shown groups, "inner": state of the plan's innermost optimizers,
+        "masters": their fp32 copies of parameters}, each a list. Raises UserError under zero and sharded-ddp,
+        which divide these among ranks."""
         self._must_be_whole()
         return {
             "groups": [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups],
@@ -229,7 +232,8 @@ class PlanOptimizer(torch.optim.Optimizer):
         }
 
     def load_state_dict(self, state_dict: Any) -> None:
-        """Load what `state_dict` returned under the same plan. Raises UserError as that does."""
+        """Load what `state_dict` returned under the same plan. Raises UserError under zero and sharded-ddp,
+        and ValueError if the number of groups, optimizers or copies differs."""
         self._must_be_whole()
         for group, settings in zip(self.param_groups, state_dict["groups"], strict=True):
             group.update(settings)

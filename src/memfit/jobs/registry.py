@@ -20,9 +20,10 @@ MOST_TOKENS: Final = 262_144
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltIn:
-    """A built-in job. ``sizes``: the sizes that it accepts, the default one first. ``make``: returns the Job;
-    it takes the keywords size, data, weights, batch, length and dimensions, all optional. ``title`` and
-    ``data_source``: texts for the user."""
+    """A built-in job. ``sizes``: the sizes that it accepts, the default one first. ``title`` and
+    ``data_source``: texts for the user. ``make``: returns the Job; it takes the keywords size, data, weights,
+    batch, length and dimensions, all optional, and raises UserError for those that the job does not
+    accept."""
 
     name: str
     title: str
@@ -72,7 +73,8 @@ _OF_THIS_PROCESS: dict[str, Job] = {}
 
 
 def add_job(spec: str, job: Job) -> None:
-    """Let `load` return ``job`` for ``spec`` in this process. Other processes cannot load it."""
+    """Let `load` return ``job`` for a reference with this ``spec`` in this process, in place of any other job
+    of that name. Other processes cannot load it."""
     _OF_THIS_PROCESS[spec] = job
 
 
@@ -135,9 +137,9 @@ def _make(ref: JobRef) -> Job:
 
 def _split_length(ref: JobRef) -> JobRef:
     """Return ``ref`` with a size such as ``650M@4096`` split into the size ``650M`` and the length 4096. A
-    ``ref`` whose size has no @ is returned unchanged. Raises UserError if there is no size before the @ or no
-    whole number after it, if the job is in a file of the user (``path.py:attribute``), and if ``ref`` also
-    states another length."""
+    ``ref`` whose size has no @ is returned unchanged. For one with an @, raises UserError if there is no size
+    before it or no whole number after it, if the job is in a file of the user (``path.py:attribute``), and if
+    ``ref`` also states another length."""
     size, separator, length = (ref.size or "").partition("@")
     if not separator:
         return ref

@@ -40,8 +40,8 @@ def _ignore(phase: Phase) -> None:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """A part of a batch that is trained at once. ``share``: the factor of its mean loss in the loss of the
-    step. ``last``: whether the optimizer's step comes after it."""
+    """A part of a batch that runs in one forward and backward pass. ``share``: the factor of its mean loss in
+    the loss of the step. ``last``: whether the optimizer's step comes after it."""
 
     batch: Any
     share: float
@@ -55,9 +55,10 @@ class TrainingStep:
     """A model with a plan applied, its optimizer, and the training step.
 
     Creating it raises UserError if the plan's techniques conflict, lack a package, or do not suit the job; if
-    the job clips gradients and the plan has optimizer-in-backward; and if the job's optimizer needs a
-    closure, that is, the loss several times per step. Engines other than memfit's own have subclasses
-    (engines/*/step.py): ``carried`` names the techniques that the subclass applies itself, in `_prepare`.
+    the model has no trainable parameters; if the job clips gradients and the plan has optimizer-in-backward;
+    and if the job's optimizer needs a closure, that is, the loss several times per step. Engines other than
+    memfit's own have subclasses (engines/*/step.py): ``carried`` names the techniques that the subclass
+    applies itself, in `_prepare`.
     """
 
     carried: frozenset[str] = frozenset()
@@ -146,8 +147,8 @@ class TrainingStep:
         ``on_phase`` is called with each phase when it begins. ``micro_batch_limit``: run only this many
         micro-batches, the first ones and the last, for a trace that knows that the others are alike; by
         default all run. ``update=False``: free the gradients without the optimizer's step and the average's
-        update. Raises UserError if ``batch`` cannot be split as the plan requires, or if the job's loss is
-        not a scalar tensor that depends on a trainable parameter.
+        update. Raises UserError if ``batch`` cannot be split as the plan requires or has no loss terms, or
+        if the job's loss is not a real tensor with one element that depends on a trainable parameter.
         """
         micro_batches = self.split(batch, terms_per_rank)
         loss_sum: torch.Tensor | None = None

@@ -25,14 +25,15 @@ _OPTIONS: Final = ("size", "data", "weights", "batch", "length")
 
 
 def load_user_job(spec: str, options: dict[str, Any]) -> Job:
-    """Return the user's job ``spec``, which is ``path.py:attribute``: a Job, or a function that returns one.
+    """Return the Job of the user's job ``spec``, ``path.py:attribute``, which names a Job or a function that
+    returns one.
 
     ``options``: those of size, data, weights, batch and length that the user gave, and further dimensions;
-    they are passed to the function by keyword. A Job accepts none. The dimensions of the returned Job are the
-    function's parameters that take whole numbers. Raises UserError for a missing file or attribute, for a
-    file that is not Python, for an object that is not a Job, for an option that is not accepted, and for any
-    error in the user's own code, with its location. The functions of the returned Job convert errors in the
-    same way.
+    they are passed to the function by keyword. A Job accepts none. If ``spec`` names a function, the
+    dimensions of the returned Job are its parameters that take whole numbers. Raises UserError for a missing
+    file or attribute, for a file that is not Python, for an object that is not a Job, for an option that is
+    not accepted, and for any error in the user's own code, with its location. The functions of the returned
+    Job convert errors in the same way.
     """
     path, _, name = spec.rpartition(":")
     module = _run_file(Path(path), spec)

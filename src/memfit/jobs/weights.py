@@ -25,8 +25,8 @@ def load_weights(model: torch.nn.Module, folder: str, *, may_miss: tuple[str, ..
     start with one of ``may_miss`` (the head of a new task). A buffer that is missing keeps its initial value.
     Tensors that the model does not use are ignored. Under fake tensors, which hold no values, nothing is
     loaded, because weights do not change sizes; only the folder is checked. Raises UserError for a folder
-    that is missing, has no safetensors or cannot be read, for a missing parameter, for files with none of the
-    model's tensors, and for a tensor of another shape than the model's.
+    that is missing or has no safetensors, for a file or an index that cannot be read, for a missing
+    parameter, for files with none of the model's tensors, and for a tensor of another shape than the model's.
     """
     from torch._guards import detect_fake_mode
 
@@ -59,8 +59,9 @@ def _aliases(name: str) -> Iterator[str]:
 
 
 def _files_by_tensor(folder: Path) -> dict[str, Path]:
-    """Return tensor name -> the file in ``folder`` that contains it. Raises UserError if there is no such
-    folder or it has no safetensors."""
+    """Return tensor name -> the file in ``folder`` that contains it, by the folder's index if it has one.
+    Raises UserError if there is no such folder or it has no safetensors, and if the index, or without one any
+    file, cannot be read."""
     if not folder.is_dir():
         raise UserError(
             f"no such folder of weights: {folder}", allowed="a folder that contains *.safetensors files"

@@ -83,7 +83,9 @@ class RuleText:
 
 
 def explain(name: str, *, lang: str = "en") -> RuleText:
-    """Return the text of the rule ``name``. Raises UserError for an unknown rule."""
+    """Return the text of the rule ``name``, such as "deepspeed-bucket", in the language ``lang``, "en" or
+    "ja"; the condition is always in English. Raises UserError for an unknown rule, and KeyError for another
+    language."""
     if name not in CHECKS:
         raise UserError(
             f"unknown rule {name!r}",
@@ -99,9 +101,22 @@ def explain(name: str, *, lang: str = "en") -> RuleText:
         kinds=kinds,
         says=says,
         do=do,
-        when=re.sub(r" \(see `_\w+`\)", "", " ".join((find_values.__doc__ or "").split())),
+        when=_condition(find_values),
         links=tuple(rule["links"]),
     )
+
+
+def _condition(find_values: Callable[..., Found]) -> str:
+    """Return the docstring of a rule's function as the user's text: on one line, without references to code,
+    and with rules under their names, such as deepspeed-bucket for deepspeed_bucket."""
+    text = " ".join((find_values.__doc__ or "").split())
+    text = re.sub(r" \((?:see `_\w+`|``m\.defaults`` is False)\)", "", text)
+
+    def shown(word: re.Match[str]) -> str:
+        name = word[0].replace("_", "-")
+        return name if name in CHECKS else word[0]
+
+    return re.sub(r"\w+_\w+", shown, text)
 
 
 def texts() -> Mapping[str, Mapping[str, Any]]:

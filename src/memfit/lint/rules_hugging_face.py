@@ -9,7 +9,9 @@ from memfit.lint.phrases import Series, phrase
 
 
 def _kind(a: Options) -> str:
-    return str(a.raw("distributed_type")).upper()
+    """Return distributed_type in upper case, "NONE" if it is not given. Unquoted, YAML reads NO as False."""
+    value = a.raw("distributed_type")
+    return "NO" if value is False else str(value).upper()
 
 
 # -- Accelerate --------------------------------------------------------------------------------------------
@@ -132,10 +134,8 @@ def accelerate_one_process(a: Options, s: Setup) -> Found:
     default) are checked."""
     processes = a.count("num_processes")
     is_local = str(a.raw("compute_environment") or "LOCAL_MACHINE").upper() == "LOCAL_MACHINE"
-    # YAML reads no as False.
-    is_undistributed = a.raw("distributed_type") is not None and _kind(a) in ("NO", "FALSE")
     if (
-        is_undistributed
+        _kind(a) == "NO"
         and is_local
         and not a.on("use_cpu")
         and processes is not None
