@@ -69,7 +69,7 @@ def resolve_settings(
     one. ``steps``: steps of the whole run, those done before the checkpoint included. Raises UserError if
     there is no complete checkpoint to resume from, if it has another seed than ``seed`` or has done at least
     ``steps`` steps, if the folder to save in is a file or cannot be written, and if it contains checkpoints
-    of later steps than the run starts from (see `must_be_free`).
+    of later steps than the run starts from, other than the ``passed_over`` ones (see `must_be_free`).
     """
     completed_steps, resume_seed = 0, seed or 0
     if keep.resume:
@@ -131,8 +131,8 @@ def must_be_free(folder: Path, after: int, damaged: Collection[str] = ()) -> Non
 
 def about(path: Path) -> Checkpoint:
     """Return the description stored in the checkpoint folder ``path``, in memfit.json. Raises UserError if it
-    cannot be read or parsed, if its SHA-256 is not that of its other fields, if it names files outside the
-    folder, and if step, ranks or seed are not possible."""
+    cannot be read or parsed, if it has a SHA-256 that is not that of its other fields, if it names files
+    outside the folder, and if its step or seed is below 0, its seed 2**63 or above, or its ranks below 1."""
     description = serialization.loads(Checkpoint, read_text(path / ABOUT), what=f"{path / ABOUT}")
     has_checksums = bool(description.files_sha256 or description.sha256)
     if has_checksums and description.sha256 != _sha256_of_description(description):
@@ -181,9 +181,10 @@ def reserve(folder: str) -> Iterator[None]:
 
 def why_incomplete(path: Path, *, contents: bool = True) -> str:
     """Return why the folder ``path`` is not a complete checkpoint, such as "no memfit.json"; "" if it is
-    complete. It is complete if its name does not end in ``.partial``, and if every file in its description
-    exists with the size and the SHA-256 that are stated there. All files are read for this. Without
-    ``contents``, and of checkpoints whose description has no SHA-256, only the sizes are compared."""
+    complete. It is complete if its name does not end in ``.partial``, if its description can be read
+    (`about`), and if every file that this names exists with the size and the SHA-256 that are stated there.
+    All files are read for this. Without ``contents``, and of checkpoints whose description has no SHA-256 of
+    files, only the sizes are compared."""
     if path.suffix == PARTIAL:
         return "its save was interrupted"
     if not (path / ABOUT).is_file():

@@ -243,7 +243,8 @@ def read_config(name: str) -> Any:
 
 
 def _model_types() -> Any:
-    """Return model type -> class of its configuration, of the installed transformers."""
+    """Return model type -> class of its configuration, of the installed transformers. Raises UserError if
+    transformers cannot be imported."""
     try:
         from transformers import CONFIG_MAPPING
     except ImportError as error:
@@ -308,8 +309,8 @@ def _change(config: Any, changes: str, name: str) -> None:
 
 
 def _set(config: Any, setting: str, value: Any) -> None:
-    """Set the setting. If it changes the number of layers, lists with an entry for each layer, such as
-    layer_types, are made as long, by repeating their shortest period."""
+    """Set ``setting`` of the configuration to ``value``. If this changes num_hidden_layers, lists with an
+    entry for each layer, such as layer_types, get as many entries, by repeating their shortest period."""
     layers = getattr(config, "num_hidden_layers", None)
     setattr(config, setting, value)
     changed = getattr(config, "num_hidden_layers", None)

@@ -26,10 +26,11 @@ _NOT_LOADED_AT: weakref.WeakKeyDictionary[ModuleType, float] = weakref.WeakKeyDi
 
 @contextlib.contextmanager
 def note_opened_files(times: dict[str, float]) -> Iterator[None]:
-    """Inside this context, add to ``times`` the absolute path of each file that Python code opens for
-    reading, with the time before it was first opened. That is done with ``open``, and so with ``pathlib``,
-    ``numpy.load``, ``gzip`` or ``torch.load``. Files that libraries open in native code, such as HDF5's, are
-    not noticed. `not_loaded_at` knows from it when modules were loaded.
+    """Inside this context, add to ``times`` the absolute path of each file that Python code opens for reading
+    with ``open``, as ``pathlib``, ``numpy.load``, ``gzip`` and ``torch.load`` do. The value is a time, in
+    seconds since the epoch, shortly before the file was first opened. Files that libraries open in native
+    code, such as HDF5's, are not noticed. At its beginning and end, the context also notes which modules are
+    loaded, for `not_loaded_at`.
     """
     python_open = builtins.open
 
@@ -50,14 +51,15 @@ def note_opened_files(times: dict[str, float]) -> Iterator[None]:
 
 
 def not_loaded_at(module: ModuleType) -> float:
-    """Return a time at which the module was not loaded yet: the start of the process, or a later one if it is
-    known. A file that has changed since may contain other code than was loaded."""
+    """Return a time, in seconds since the epoch, at which the module was not loaded yet: the beginning of the
+    `note_opened_files` in which it was loaded, or the start of the process if it was not loaded in one. A
+    file that has changed since may contain other code than was loaded."""
     return _NOT_LOADED_AT.get(module, process_start())
 
 
 @functools.cache
 def process_start() -> float:
-    """Return a time shortly before this process began."""
+    """Return a time, in seconds since the epoch, 2 s before this process began by the system's clock."""
     import psutil
 
     return float(psutil.Process().create_time()) - _CLOCK_ERROR_S

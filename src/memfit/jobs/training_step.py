@@ -179,9 +179,9 @@ class TrainingStep:
         self.update()
 
     def local(self, batch: Any) -> tuple[Any, float]:
-        """Return (this rank's part of ``batch``; the mean number of loss terms of a part, or infinity if this
-        rank's loss must not count, see `_with_terms`). ``batch``: the whole batch of a step, the same on all
-        ranks.
+        """Return (this rank's part of ``batch``; the mean number of loss terms of a part). If this rank's
+        part has no terms, return (another rank's part that has; infinity), so that its loss does not count.
+        ``batch``: the whole batch of a step, the same on all ranks.
 
         Data-parallel ranks get consecutive samples, as `split` cuts them, copied into new tensors; without
         data parallelism the part is ``batch`` itself. If the plan cuts samples along their sequence, the part

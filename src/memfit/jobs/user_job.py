@@ -152,8 +152,8 @@ def _run_file(path: Path, spec: str) -> ModuleType:
 
 
 class _FromSource(importlib.machinery.SourceFileLoader):
-    """Compiles a file each time it is loaded. Python's compiled copy beside it also serves a file of the same
-    length that was written within the same second."""
+    """Loader that compiles a file anew each time. Python's own uses the compiled copy in __pycache__, also if
+    the file was replaced within the same second by another of the same length."""
 
     def get_code(self, fullname: str) -> CodeType | None:
         path = self.get_filename(fullname)
@@ -161,10 +161,10 @@ class _FromSource(importlib.machinery.SourceFileLoader):
 
 
 def shadowed_modules(spec: str) -> Iterator[str]:
-    """Yield a warning of one line for each module beside the user's file that is not the one that Python
-    would load under its name, but for example one of the standard library. ``spec``: the user's job,
-    ``path.py:attribute``. Modules are those that the file imports, directly or through other modules beside
-    it.
+    """Yield a warning of one line for each module beside the user's file that Python would not load under its
+    name, but another in its place, for example one of the standard library. ``spec``: the user's job,
+    ``path.py:attribute``. Only modules that the file imports, directly or through other modules beside it,
+    are looked at.
 
     Nothing is imported. Nothing is yielded for other jobs, and files that cannot be read are skipped.
     """
@@ -249,8 +249,8 @@ def run_user_code(action: Any, spec: str) -> Any:
     with the file and line of the innermost call that is in the folder of the user's file.
 
     UserError, MemoryError, errors whose text says that memory ran out, and errors of a collective whose other
-    ranks are gone are raised unchanged. ``spec``: the user's job, ``path.py:attribute``, or a name for what
-    else runs; the message begins with it.
+    ranks are gone are raised unchanged. For DDP's error about unused parameters, the message says what to do.
+    ``spec``: the user's job, ``path.py:attribute``, or a name for what else runs; the message begins with it.
 
     The action runs in the folder that earlier ones of ``spec`` have changed to. Afterwards memfit is again in
     its own, so that relative paths of the command line keep their meaning.

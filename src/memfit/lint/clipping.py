@@ -41,7 +41,8 @@ def clipping_setting(setup: Setup) -> ClippingSetting:
     Axolotl, the Trainer, Lightning and MACE of which ``setup`` has settings. If none is there, as with files
     of Accelerate or OpenFold alone, ``limit`` is None. It is None, too, for a norm that is known only when a
     script runs, and if Lightning clips by value. A norm that is not given or is no number is the library's
-    default: 1.0, 10.0 for MACE, and none for Lightning. A negative norm counts as 0."""
+    default: 1.0, 10.0 for MACE, and none for Lightning. A negative norm and the word none count as 0, no
+    clipping."""
     if setup.deepspeed is not None:
         return _deepspeed(setup, setup.deepspeed)
     if setup.lightning is not None and setup.lightning.get("trainer.gradient_clip_algorithm") == "value":

@@ -33,7 +33,8 @@ def convert(setup: Setup, *, of_objects: bool = False) -> Conversion:
     and torchtitan, as the smallest number that their degrees of parallelism allow. ``left_out`` of the result
     lists the settings that no plan can express, settings that the plan depends on but that are known only
     when a script runs, and the files in ``setup.missing``. ``of_objects``: the settings are those of objects,
-    such as a Trainer, with all their defaults: options that `account_for` would list are not.
+    such as a Trainer, which have a value for every option. Options of DeepSpeed, Accelerate and the Trainer
+    that memfit does not carry over are then not listed; those of files are (`account_for`).
 
     Raises UserError for a crop, batch or blocks_per_ckpt of OpenFold that is not a whole number above 0;
     blocks_per_ckpt may also be null. Raises UserError, too, for a number of processes that is not from 1 to

@@ -136,9 +136,9 @@ def equal_blocks(blocks: Sequence[torch.nn.Module]) -> list[int]:
 
 def attribute_period(blocks: Sequence[torch.nn.Module], *, first: int = 0) -> int:
     """Return after how many blocks the numbers, bools and strings in the attributes of the blocks' modules
-    repeat: 1 if all blocks have the same, 2 if every other block has the same, and the number of blocks if
-    they do not repeat. Blocks before the index ``first`` do not count. Integers that only number the blocks
-    count as the same (`_compared_attributes`)."""
+    repeat: 1 if all blocks have the same, 2 if every other block has the same, and the number of compared
+    blocks if they do not repeat. Compared are the blocks from the index ``first`` on, at least one. Integers
+    that only number the blocks count as the same (`_compared_attributes`)."""
     attributes = _compared_attributes(blocks)[first:]
     plain = [{p: v for p, v in a.items() if isinstance(v, _PLAIN)} for a in attributes]
     return next(n for n in range(1, len(plain) + 1) if all(map(operator.eq, plain, plain[n:])))

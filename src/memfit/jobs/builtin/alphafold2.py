@@ -86,7 +86,7 @@ def make(options: BuiltInOptions) -> Job:
     ``tiny`` is a small network on 64 residues, 16 rows of an MSA and 112 extra rows. ``initial`` training
     (the same as ``paper``) has 256 residues and 128 rows, ``finetune`` 384 residues and 512 rows. ``batch``:
     chains of a step, by default 4 for ``tiny`` and else 1. ``length``: residues to which chains are padded or
-    cropped. Raises UserError for any ``data`` or ``weights``.
+    cropped. Raises UserError for any ``data`` or ``weights``, and for an unknown dimension.
     """
     options.refuse(
         "data",
@@ -422,9 +422,9 @@ def metric(folds: Folds, shape: FoldSize) -> Metric:
     """Return the metric: contact precision at L/2 in percent, as `contact_precision` computes it. Higher is
     better.
 
-    Its naive result ranks pairs without a network, by how often pairs with this separation along the chain
-    are in contact in every fourth training chain, times how often pairs of amino acids are, averaged over the
-    two columns' profiles (only the former if the potential is not known).
+    Its naive result ranks pairs without a network, by the sum of two terms: the logarithm of how often pairs
+    with this separation along the chain are in contact in every fourth training chain; and the potential of
+    `Folds`, averaged over the profiles of the two residues (0 if it is not known).
     """
     length = shape.residues
     contacts, totals = np.zeros(length), np.zeros(length)

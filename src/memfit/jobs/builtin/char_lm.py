@@ -36,7 +36,7 @@ def make(options: BuiltInOptions) -> Job:
     ``data``: a UTF-8 text file, which may be gzipped (``.gz``). ``batch``: windows of a step. ``length``:
     bytes of a window. Sizes other than ``tiny`` have GPT-2's vocabulary of 50,257 tokens for the sake of its
     memory, although only the 256 byte values occur. Raises UserError for a file that cannot be read or is too
-    short, and for an impossible dimension as `BuiltInOptions.dimensions_of` does.
+    short, and for a dimension that is unknown or no multiple of the number of heads ("hidden").
     """
     shape = options.resize(_shape(options.size), _DIMENSIONS)
     text = read(options.data, shape.length)
@@ -129,8 +129,8 @@ def _test_starts(text: Array, length: int) -> Array:
 
 def bits_per_byte(model: torch.nn.Module, text: Array, length: int, batch_size: int) -> float:
     """Return the mean cross-entropy of the next byte in bits over consecutive windows of ``length`` bytes at
-    the beginning of the held-out ``text``, at most 64 of them. At most ``batch_size`` are evaluated at once.
-    """
+    the beginning of the held-out ``text``, at most 64 of them. At most ``batch_size``, and at most 8, are
+    evaluated at once."""
     starts = _test_starts(text, length)
     return mean_bits(model, starts, lambda part: _windows(text, part, length), batch_size)
 

@@ -45,7 +45,7 @@ def make(options: BuiltInOptions) -> Job:
 
     ``data``: a FASTA file of DNA, which may be gzipped (``.gz``). ``batch``: windows of a step. ``length``:
     tokens of a window, one per base; evaluation uses shorter windows if the held-out part is shorter. Raises
-    UserError for a file that cannot be read or has too few bases.
+    UserError for a file that cannot be read or has too few bases, and for an unknown dimension.
     """
     shape = options.resize(_shape(options.size), _DIMENSIONS)
     genome = read(options.data, shape.length + shape.kmer)
@@ -95,8 +95,8 @@ def read(path: str | None, needed: int) -> Corpus:
     """Return the DNA of the user's file ``path``, or the built-in chromosome if None, as 0 to 3 for A, C, G,
     T, split into training and held-out part.
 
-    Raises UserError for a file that cannot be read, and if the training part has fewer than 400 bases or
-    fewer than 2 x ``needed`` bases. ``needed``: bases of a training window.
+    ``needed``: bases of a training window. Raises UserError as `read_text` does, and if the training part has
+    fewer than 400 or fewer than 2 x ``needed`` bases.
     """
     bases, source = (_fasta(path), path) if path else (_chromosome(), DATA_SOURCE)
     genome = split(bases, source)
@@ -163,7 +163,8 @@ def _test_starts(bases: Array, shape: HyenaSize) -> Array:
 
 def bits_per_base(model: torch.nn.Module, bases: Array, shape: HyenaSize, batch_size: int) -> float:
     """Return the mean cross-entropy of the next base, in bits, over windows spread evenly over ``bases``, the
-    held-out part, with about 65,536 bases in all. At most ``batch_size`` windows are evaluated at once."""
+    held-out part, with at most about 65,536 bases in all (`_test_starts`). At most ``batch_size`` windows,
+    and at most 8, are evaluated at once."""
     starts = _test_starts(bases, shape)
     return mean_bits(model, starts, lambda part: _windows(bases, part, shape), batch_size)
 

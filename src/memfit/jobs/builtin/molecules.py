@@ -90,8 +90,8 @@ def make(options: BuiltInOptions) -> Job:
 
     ``data``: a file of ``SMILES,value`` lines, which is used instead. ``batch``: molecules of a step.
     ``length``: molecules with more tokens are left out, and others are padded to it. Raises UserError if
-    ``data`` is None and chemicals is not installed, for faults in ``data``, and if fewer than ten molecules
-    remain.
+    ``data`` is None and chemicals is not installed, for faults in ``data``, if fewer than ten molecules
+    remain, and for a dimension that is unknown or no multiple of twice the number of heads ("hidden").
     """
     shape = options.resize(_shape(options.size), _DIMENSIONS)
     pairs = _read_user_file(options.data) if options.data else _read_installed()
@@ -168,7 +168,7 @@ def _read_installed() -> Pairs:
 def _read_user_file(path: str) -> Pairs:
     """Return (SMILES, value) of each line of the user's file. Both are separated by the line's first comma,
     or if it has none, its first tab, else its first space. Empty lines, and a first line without a number,
-    are skipped. Raises UserError for a file that cannot be read, and with the number of the line for any
+    are skipped. Raises UserError as `read_text` does, and with the number of the line for any
     other line without a finite number or with a broken SMILES string."""
     pairs = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
@@ -286,9 +286,10 @@ def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
 
 
 def scores(model: torch.nn.Module, molecules: Molecules, batch_size: int) -> dict[str, float]:
-    """Return the metric, the root mean square error over the held-out molecules in the unit of the values,
-    and its surrogate, the squared correlation of predicted and true values over every fourth training
-    molecule; 0 if either is constant."""
+    """Return "RMSE of logP", the root mean square error over the held-out molecules in the unit of the
+    values, and "r2 of logP, training molecules", the squared correlation of predicted and true values over
+    every fourth training molecule; 0 if either is constant. At most ``batch_size`` molecules, and at most 8,
+    are evaluated at once."""
     held_out = np.arange(molecules.train_count, len(molecules.smiles))
     fitted = np.arange(0, molecules.train_count, 4)
     errors = predict(model, molecules, held_out, batch_size) - molecules.values[held_out]

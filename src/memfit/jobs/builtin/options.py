@@ -126,7 +126,7 @@ class BuiltInOptions:
 
 def accept_keywords(make: Callable[[BuiltInOptions], Job]) -> Callable[..., Job]:
     """Return ``make``, which takes a `BuiltInOptions`, as a function that takes each field of it by keyword.
-    Those that are not given have their defaults: size "tiny" and None for all others."""
+    Those that are not given have their defaults: size "tiny", no dimensions, and None for all others."""
 
     @functools.wraps(make)
     def make_by_keyword(**options: Any) -> Job:

@@ -60,7 +60,8 @@ def make(options: BuiltInOptions) -> Job:
     on the built-in sequences.
 
     ``data``: a FASTA file. ``batch``: sequences of a step. ``length``: tokens to which sequences are padded
-    or cropped, the start and the end token included. Raises UserError for a faulty file.
+    or cropped, the start and the end token included. Raises UserError as `read_sequences` does, and for a
+    dimension that is unknown or no multiple of twice the number of heads ("hidden").
     """
     shape = options.resize(_shape(options.size), _DIMENSIONS)
     sequences = read_sequences(options.data)
@@ -187,7 +188,7 @@ def _test_batches(sequences: Sequences, length: int, batch_size: int) -> list[di
 
 def held_out_nats(model: torch.nn.Module, sequences: Sequences, length: int, batch_size: int) -> float:
     """Return the mean cross-entropy, in nats, of the masked residues of all test sequences. At most
-    ``batch_size`` sequences are evaluated at once."""
+    ``batch_size`` sequences, and at most 8, are evaluated at once."""
     total, terms = 0.0, 0
     with evaluating(model) as device:
         for arrays in _test_batches(sequences, length, batch_size):

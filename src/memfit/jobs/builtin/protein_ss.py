@@ -59,7 +59,8 @@ def make(options: BuiltInOptions) -> Job:
 
     ``data``: a file of records of three lines: ``>name``, sequence, and states H, E, C. ``weights``: those of
     an ESM-2, which may lack parameters of the input projection and of the head. ``batch``: chains of a step.
-    ``length``: residues to which chains are padded or cropped. Raises UserError for a faulty file.
+    ``length``: residues to which chains are padded or cropped. Raises UserError as `user_chains` does, and
+    for a dimension that is unknown or no multiple of twice the number of heads ("hidden").
     """
     shape = options.resize(_shape(options.size), _DIMENSIONS)
     chains = user_chains(options.data) if options.data else built_in_chains()
@@ -176,7 +177,7 @@ def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
 def scores(model: torch.nn.Module, chains: Chains, length: int, batch_size: int) -> dict[str, float]:
     """Return "Q3", the percentage of residues of the test chains whose state is predicted correctly, and
     "expected Q3", the mean probability of the correct state in percent. Only the first ``length`` residues of
-    a chain count. At most ``batch_size`` chains are evaluated at once."""
+    a chain count. At most ``batch_size`` chains, and at most 8, are evaluated at once."""
     correct = probability = total = 0.0
     test = np.arange(chains.train_count, chains.count)
     with evaluating(model) as device:

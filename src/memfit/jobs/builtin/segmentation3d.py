@@ -66,7 +66,8 @@ def make(options: BuiltInOptions) -> Job:
 
     ``batch``: patches of a step. The dimension "crop" is the edge of a patch in voxels. Raises UserError for
     any ``data`` or ``length``; for a crop larger than the volume, so small that the deepest stage has a
-    single voxel, or no multiple of 4 ("tiny") or 32 ("paper"); and if nilearn is not installed.
+    single voxel, or no multiple of 4 ("tiny") or 32 ("paper"); for an unknown dimension; and if nilearn is
+    not installed.
     """
     options.refuse("data", "length", job=NAME, allowed="the volume of the package nilearn")
     shape, head = options.resize(_shape(options.size), _DIMENSIONS), read()

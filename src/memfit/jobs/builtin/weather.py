@@ -65,7 +65,8 @@ class Fields:
 def make(options: BuiltInOptions) -> Job:
     """Return the job at one of SIZES ("tiny", "paper") on the built-in fields.
 
-    ``batch``: windows of a step. Raises UserError for any ``data`` or ``length``.
+    ``batch``: windows of a step. Raises UserError for any ``data`` or ``length``, and for a dimension that is
+    unknown or, at "paper", no multiple of 8 ("hidden").
     """
     options.refuse("data", "length", job=NAME, allowed="the fields that come with memfit")
     shape, fields = options.resize(_shape(options.size), _DIMENSIONS), read()

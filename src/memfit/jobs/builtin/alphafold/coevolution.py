@@ -34,7 +34,8 @@ def contact_map(atoms: Array) -> Array:
 def contact_potential(chains: Iterable[tuple[Array, Array]]) -> Array:
     """Return the logarithm, float (20, 20), of how much more often two amino acids are in contact than by
     chance. ``chains``: pairs of (residue numbers (n,), atoms (n, 3, 3) in Angstrom). Pairs at least 6
-    residues apart are counted, from a count of one each; residues with a number of 20 or more are not."""
+    residues apart along the chain are counted, except those with a residue number of 20 or more. All counts
+    start at one."""
     touching, all_pairs = np.ones((20, 20)), np.ones((20, 20))
     for residue, atoms in chains:
         first, second = np.triu_indices(len(residue), _COUNTED_APART)
