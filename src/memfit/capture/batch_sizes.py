@@ -65,22 +65,24 @@ class BatchSizes:
 
     @property
     def needs_steps(self) -> bool:
-        """Whether further steps must show how large the batches of the script's loop become: they differ."""
+        """Whether further steps must show how large the batches of the script's loop become: those so far
+        differ by at least 2 %. False after 32 steps or 5 s."""
         is_long = len(self.step_bytes) > _MOST_BATCHES or time.monotonic() > self._begin_s + _LIMIT_S
         return not is_long and self.loop_ratio > ALIKE_RATIO
 
     def shared(self) -> tuple[int, int]:
         """Return (number, bytes of one) of the batches that lie in shared memory at once, if the loader has
-        worker processes; (0, 0) otherwise. Each of them prepares some, and the script has the present one
-        while it still holds the one before."""
+        worker processes; (0, 0) otherwise. Each worker prepares ``prefetch_factor`` batches, and the script
+        holds two: the present one and the one before."""
         workers = self._loader.num_workers if self._loader is not None else 0
         if not workers:
             return 0, 0
         return workers * (self._loader.prefetch_factor or _PREFETCHED) + 2, self.largest_bytes
 
     def ratios(self) -> tuple[float, float, int]:
-        """Return (median, largest, number) of the batches of a new epoch, at most 32, as ratios to the
-        largest traced one; (1, 1, 0) without a loader."""
+        """Take up to 32 batches of a new epoch from the loader, for at most 5 s. Return (their median size,
+        their largest size, their number), the sizes as ratios to the largest traced batch; (1, 1, 0) without
+        a loader or batches."""
         self._is_closed = True
         sizes: list[int] = []
         begin_s = time.monotonic()

@@ -167,7 +167,7 @@ class _Session:
         self.ranks = enter(script_ranks(self.trace, self.redirect, self.program.ranks))
 
     def _unpatch(self) -> None:
-        """Let torch be as it was, although the script has not returned."""
+        """Undo the patches of torch, although the script has not returned."""
         while torch._C._len_torch_function_stack():
             torch._C._pop_torch_function_stack()
         with contextlib.suppress(Exception):  # a mode is left that was popped just now
@@ -179,10 +179,13 @@ class _Session:
         name, trace = self.program.name, self.trace
         try:
             if len(trace.cycle.optimizers) > 1:
-                raise UserError(f"no plan can be searched for {name}: its step has several optimizers")
+                raise UserError(
+                    f"no plan can be searched for {name}: more than one optimizer makes updates in its step"
+                )
             if trace.trains_loose:
                 raise UserError(
-                    f"no plan can be searched for {name}: its optimizer trains tensors that are in no module"
+                    f"no plan can be searched for {name}: its optimizer trains tensors that are in no module",
+                    hint="make them parameters (torch.nn.Parameter) of a torch.nn.Module",
                 )
             cap_bytes = plan_search.cap_bytes or int(self.machine.device.memory_bytes.value)
             if answer.before_training_bytes > cap_bytes:

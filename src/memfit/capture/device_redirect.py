@@ -428,7 +428,8 @@ def _use_foreach(params: Any, differentiable: bool, use_fused: bool = False) -> 
 
 
 class _Inert:
-    """Stands for a stream, an event or a device context: every method does nothing and returns it."""
+    """Stands for a stream, an event or a device context. Its methods do nothing and return it, except
+    ``query`` (True) and ``elapsed_time`` (1.0)."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self.cuda_stream = 0

@@ -82,7 +82,8 @@ def _with_other_cases(answer: ScriptAnswer, spec: ScriptSpec, limit_s: float) ->
 
 
 def _answer(spec: ScriptSpec, limit_s: float, *, show_output: bool) -> ScriptAnswer:
-    """Return the answer of a child process that runs the script of ``spec``."""
+    """Return the answer of a child process that runs the script of ``spec``. Raises UserError if it ends
+    without an answer, or if the answer has a problem."""
     program = load_program(spec.command)
     with temporary_folder("memfit-script-") as folder:
         spec = dataclasses.replace(spec, answer=str(folder / "answer.json"), scratch=str(folder / "files"))
@@ -94,7 +95,10 @@ def _answer(spec: ScriptSpec, limit_s: float, *, show_output: bool) -> ScriptAns
             remove_created(Path(spec.scratch))
         answer_file = Path(spec.answer)
         if not answer_file.exists():
-            raise UserError(f"{program.name} {reason} before its second optimizer step{_end_of(output)}")
+            raise UserError(
+                f"{program.name} {reason} before its second optimizer step{_end_of(output)}",
+                hint="--time-limit gives it more time" if reason.startswith("was ended") else "",
+            )
         answer = loads(ScriptAnswer, answer_file.read_text(), what="the answer of the script's process")
         if answer.problem:
             raise UserError(f"{program.name}: {answer.problem}{_end_of(output)}", hint=answer.hint)
@@ -135,7 +139,8 @@ def _run(spec: ScriptSpec, folder: Path, output: Path, limit_s: float, *, show_o
 
 
 def _end_of(output: Path) -> str:
-    """Return the last lines of the script's output, for an error; "" if there are none or they were shown."""
+    """Return the last six lines of the script's output (at most 600 characters) as the end of an error's
+    text; "" if there are none, or if the output was shown."""
     with contextlib.suppress(OSError):
         text = COLOURS.sub("", output.read_text(errors="replace"))
         lines = [" ".join(line.split()) for line in text.splitlines()]

@@ -67,7 +67,8 @@ class EvaluationSearch:
         self._place = ""  # where the evaluation began that runs
 
     def skips(self, loader: Any) -> bool:
-        """Return whether ``loader`` gives no further batches: it is that of the training."""
+        """Return whether ``loader`` is the training's, which gives no further batches. If it is, the
+        evaluation that ran is over, and after 256 such calls the process ends."""
         if loader is None or loader is not self._loader:
             return False
         self.write()
@@ -78,7 +79,8 @@ class EvaluationSearch:
 
     def note_forward(self, module: torch.nn.Module) -> bool:
         """Note that the outermost module ``module`` is about to run. Return whether that is a training step,
-        which is to compute no gradients."""
+        which must then compute no gradients; after 64 of these the process ends. Anything else begins an
+        evaluation, unless one runs already."""
         is_trained = any(p.requires_grad for p in module.parameters())
         if torch.is_grad_enabled() and module.training and is_trained:
             self.write()

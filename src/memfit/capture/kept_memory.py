@@ -60,14 +60,15 @@ class KeptMemory:
         self._first_node = newest_node() + 1
 
     def rates(self) -> Counter[str]:
-        """Return line -> bytes by which what it made grows with each step, so far."""
+        """Return line -> bytes per step by which the live tensors that this line made have grown so far.
+        Lines with less than 4 KiB per step are left out."""
         ends = self._sizes[1:][-_ENDS:]
         rates = {line: _rise([sizes[line] for sizes in ends]) for line in ends[-1]} if ends else {}
         return Counter({line: rate for line, rate in rates.items() if rate >= _LEAST_BYTES})
 
     @property
     def nodes(self) -> int:
-        """By how many nodes the graphs of earlier steps grow with each step, so far."""
+        """By how many nodes per step the live autograd graphs of earlier steps have grown so far."""
         return _rise(self._nodes[1:][-_ENDS:])
 
     @property
@@ -111,8 +112,8 @@ class KeptMemory:
 
 
 def peak_growth_bytes(trace: Trace) -> int:
-    """Return by how many bytes the peak of the last traced steps, after the first, grows with each step; 0
-    unless it rises alike. What a script collects and computes with makes it grow by more than is kept."""
+    """Return by how many bytes the peak of the last traced steps, after the first, grows with each step
+    (`_rise`). If the script computes with what it collects, this is more than what it keeps per step."""
     clock, live_bytes = levels(trace)
     peaks = []
     for step in range(1, trace.steps):
@@ -123,8 +124,9 @@ def peak_growth_bytes(trace: Trace) -> int:
 
 
 def _rise(values: Sequence[int]) -> int:
-    """Return the median difference of values that follow each other; 0 unless they rise alike: what is kept
-    until the next step only may be larger by chance. A single value counts as a rise from 0."""
+    """Return the median difference of successive values, rounded down. Return 0 unless the smallest
+    difference is above 0 and at least a quarter of the largest: otherwise they may have risen by chance. A
+    single value counts as a rise from 0."""
     rises = [b - a for a, b in itertools.pairwise(values)] or list(values)
     return int(statistics.median(rises)) if rises and min(rises) >= max(rises) * _ALIKE_RATIO > 0 else 0
 

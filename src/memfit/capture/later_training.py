@@ -23,9 +23,9 @@ _SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 def later_training() -> str:
-    """Return the place, such as "train.py:12", of the first statement of the script after the outermost loop
-    that runs whose code calls ``backward`` and ``step``, or the training of a trainer. Return "" if there is
-    none. Whether the script gets there is not known."""
+    """Return the place, such as "train.py:12", of the first statement that trains again after the script's
+    outermost running loop: its code calls ``backward`` and ``step``, or ``fit`` or ``train`` of a trainer.
+    Return "" if there is none. Whether the script gets there is not known."""
     frames = []
     frame: Any = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename != _RUN:
@@ -123,13 +123,15 @@ def _trains(
 
 
 def _owner(node: ast.expr, scope: Mapping[str, Any]) -> Any:
-    """Return the object whose attribute ``node`` is, if it is that of a variable, else None."""
+    """Return the value of the variable X if ``node`` is X.NAME, else None."""
     is_of_name = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
     return scope.get(node.value.id) if is_of_name else None  # type: ignore[attr-defined]
 
 
 def _names_of(node: ast.expr, scope: Mapping[str, Any], seen: set[Any], *, is_called: bool) -> set[str]:
-    """Return the names that a function of the script uses which is called, or passed to a call."""
+    """Return the names that the code of ``node`` uses, a function or class that is called or passed to a
+    call. Of a class that is no module, all methods count, but only if it is called. Empty for code of Python
+    and of installed packages, and for anything else."""
     if isinstance(node, ast.Attribute):
         owner = _owner(node, scope)
         if not is_called and isinstance(owner, types.ModuleType):

@@ -38,9 +38,10 @@ def load_program(command: Sequence[str]) -> Program:
     """Return the Python program that ``command`` would run.
 
     The command may start with python, torchrun, ``accelerate launch``, ``deepspeed``, ``srun``, ``mpirun``,
-    or ``uv run`` and the like; or be the name or the path of a Python script. ``env`` and ``NAME=VALUE`` may
-    come before it. Raises UserError for other commands, for options of a launcher that it does not accept,
-    and if the script does not exist.
+    ``mpiexec``, or ``run`` of uv, poetry, pdm, hatch, pipenv or rye; or be the name or the path of a Python
+    script. ``env`` and ``NAME=VALUE`` may come before it. Raises UserError for other commands, for options of
+    a launcher that it does not accept, if accelerate is needed and not installed, and if the script does not
+    exist.
     """
     if not command:
         raise UserError("no command is given after --", hint="memfit estimate -- python train.py ARGS")
@@ -75,7 +76,8 @@ def _of_python(arguments: list[str]) -> Program:
             return _of_module([option[2:], *arguments[index + 1 :]])
         if option == "-c":
             raise UserError(
-                "the program is given as text with -c", allowed="a script file, or a module with -m"
+                "memfit cannot trace a program that is given as text with -c",
+                allowed="a script file, or a module with -m",
             )
         index += 2 if option in _PYTHON_WITH_VALUE else 1
     if index == len(arguments):
@@ -99,7 +101,7 @@ def _of_module(arguments: list[str]) -> Program:
 def _of_script(path: str, arguments: list[str]) -> Program:
     if not Path(path).is_file():
         raise UserError(
-            f"the script {path} does not exist",
+            f"the script {path} does not exist or is not a file",
             hint="give its path from the current folder, or an absolute one",
         )
     return Program(script=path, arguments=tuple(arguments))
@@ -138,11 +140,14 @@ def _of_torchrun(arguments: list[str]) -> Program:
     if not _is_count(per_node):
         raise UserError(
             f"--nproc-per-node={per_node} is no number of processes",
-            allowed="a whole number of at least 1; gpu and auto depend on the machine",
+            allowed="a whole number of at least 1 (not gpu or auto, which depend on the machine)",
         )
     nodes = str(args.nnodes).rpartition(":")[2]
     if not _is_count(nodes):
-        raise UserError(f"--nnodes={args.nnodes} is no number of nodes", allowed="N, or MIN:MAX")
+        raise UserError(
+            f"--nnodes={args.nnodes} is no number of nodes",
+            allowed="a whole number of at least 1, or MIN:MAX, of which MAX counts",
+        )
     return dataclasses.replace(_of_training_script(args), ranks=int(per_node) * int(nodes))
 
 
@@ -199,18 +204,25 @@ def _parse_arguments(
     try:
         return parser.parse_args(arguments)
     except SystemExit as error:
-        raise UserError(f"{launcher} does not accept the arguments {' '.join(arguments)}") from error
+        raise UserError(
+            f"{launcher} does not accept the arguments {' '.join(arguments)}",
+            hint=f"`{launcher} --help` lists its options",
+        ) from error
 
 
 def _without_options(arguments: list[str]) -> list[str]:
-    """Return the command after the options of a starter such as srun: from the first word that is a program
-    which `load_program` reads."""
+    """Return the words of the command from the first that is python, torchrun, accelerate, deepspeed or a
+    file name ending in .py, without the options of a starter such as srun before it. Raises UserError if
+    there is no such word."""
     for index, word in enumerate(arguments):
         name = Path(word).name
         is_program = _PYTHON.fullmatch(name) or name in ("torchrun", "accelerate", "deepspeed")
         if is_program or word.endswith(".py"):
             return arguments[index:]
-    raise UserError(f"no Python program is found in the command: {' '.join(arguments)}", allowed=_ALLOWED)
+    raise UserError(
+        f"no Python program is found in the command: {' '.join(arguments)}",
+        allowed="after the options: python, torchrun, accelerate launch, deepspeed, or a file .py",
+    )
 
 
 def _ranks_option(arguments: list[str]) -> int | None:

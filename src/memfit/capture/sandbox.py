@@ -223,8 +223,8 @@ class Sandbox:
     # -- paths ----------------------------------------------------------------------------------------
 
     def place(self, path: Any, *, writes: bool) -> Any:
-        """Return the path to open instead of ``path``: a copy of an existing file that the script writes or
-        has written. A new file is listed as created."""
+        """Return the path to open instead of ``path``: that of the copy if the script writes to an existing
+        file or has written to it, otherwise ``path``. A new file is listed as created."""
         if not self.active or isinstance(path, int):
             return path
         name = os.path.realpath(os.fsdecode(path))
@@ -251,8 +251,9 @@ class Sandbox:
         return str(self.scratch / f"{len(self._copies)}-{Path(name).name[-80:]}")
 
     def _existing(self, path: Any) -> str | None:
-        """Return the absolute path of a file or folder that the script did not make, or None if it does not
-        exist, was made by the script, is no plain file or folder, or lies in a free folder."""
+        """Return the absolute path of a file or folder that the script did not make. Return None if it does
+        not exist, was made by the script, is no plain file or folder, or lies in a folder for temporary files
+        or caches, which the script may change."""
         if not self.active or isinstance(path, int):
             return None
         name = os.path.realpath(os.fsdecode(path))
@@ -305,8 +306,9 @@ class Sandbox:
 
 @contextlib.contextmanager
 def sandboxed(scratch: Path) -> Iterator[Sandbox]:
-    """Inside this context, keep the script from changing files (see above), and experiment trackers from
-    sending. Call `remove_created` with the same folder afterwards, in any process."""
+    """Inside this context, keep the script from changing existing files (it changes copies in ``scratch``),
+    and experiment trackers from sending. Its new files are listed in ``scratch``; `remove_created` with the
+    same folder, to be called afterwards in any process, removes them."""
     sandbox = Sandbox(scratch)
     os.environ.update(_QUIET_TRACKERS)
     os.environ["MLFLOW_TRACKING_URI"] = f"file://{scratch}/mlflow"
@@ -350,7 +352,8 @@ def remove_created(scratch: Path) -> None:
 
 
 def _states(folders: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """Return the size and time of change of all files in ``folders`` and below; {} if they are many."""
+    """Return path -> (size in bytes, time of change in ns) of all files in ``folders`` and below; {} if there
+    are more than 20,000."""
     states: dict[str, tuple[int, int]] = {}
     for folder in folders:
         for parent, _, names in os.walk(folder):

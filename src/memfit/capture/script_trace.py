@@ -216,8 +216,9 @@ class ScriptTrace:
             self.recorder.modes_above = above
 
     def _draw(self, func: Any, args: Any, kwargs: Any) -> None:
-        """Draw the random numbers of an operator on a real tensor that is dropped, so that later ones, such
-        as the order of the samples, are those of the script's own run. Stop after `_MOST_DRAWN`."""
+        """Draw the random numbers of an operator into a real tensor that is dropped, so that later random
+        numbers, such as the order of the samples, are those of the script's own run. Stop after
+        `_MOST_DRAWN` (2 billion) numbers."""
         tensor = args[0]
         if not func._schema.is_mutable or not isinstance(tensor, FakeTensor):
             return
@@ -252,7 +253,8 @@ class ScriptTrace:
         self.kept = KeptMemory(self.recorder)
 
     def adopt(self, root: torch.nn.Module, name: str = "") -> None:
-        """Replace the real parameters and buffers of a module by fake ones, and label them."""
+        """Replace the real parameters and buffers of the module ``root`` by fake ones, and label them with
+        their modules' paths, which begin with ``name``. Do nothing if this was done before."""
         if root in self._adopted:
             return
         self._adopted[root] = True
@@ -427,7 +429,8 @@ class ScriptTrace:
                     self.recorder.move(param.grad, ON_HOST)
 
     def updated(self, optimizer: Any) -> None:
-        """Note that an optimizer has made a step; call ``on_traced`` if it was the last to trace."""
+        """Note that an optimizer has made a step, and label its state. Call ``on_traced`` if enough steps are
+        traced."""
         if not self.begun:
             return
         steps_on_host = not self.is_host and counts_steps_on_host(optimizer)

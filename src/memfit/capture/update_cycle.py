@@ -90,8 +90,8 @@ class UpdateCycle:
             self._updates = dict.fromkeys(recent, 1)
 
     def awaited(self) -> list[Any]:
-        """Return the optimizers that have made no update, but those that wrap another, or are wrapped. If
-        updates are made in backward, one of all parameters may have nothing left to do."""
+        """Return the optimizers that have made no update. Those that wrap another one or are wrapped are left
+        out and, if updates are made in backward, those whose parameters other optimizers have all updated."""
         active = [*self.optimizers.values(), *self._inner, *self._earlier]
         seen = {id(part) for o in active for part in (o, *o.param_groups)}
         done = {id(p) for o in active for p in params_of(o)} if _IN_BACKWARD in self._updates else set()
@@ -103,7 +103,7 @@ class UpdateCycle:
         ]
 
     def once(self) -> list[Any]:
-        """Return the optimizers that have made one update only."""
+        """Return the optimizers that have made exactly one update."""
         return [o for key, o in self.optimizers.items() if self._updates.get(key) == 1]
 
 

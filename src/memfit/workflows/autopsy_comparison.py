@@ -22,8 +22,8 @@ class DeathComparison:
     ``needed_bytes``: what the plan is predicted to need of the device. ``measured_bytes``: the least that its
     tensors needed: those that were allocated and the request that failed; None if the evidence does not say.
     ``limit_bytes``: the memory that it could use. ``nearest``: the plan that fits and differs least, as an
-    estimate; None if there is none, of which ``why_not`` says why. ``nearest_bytes``: what it is predicted to
-    need.
+    estimate; None if there is none, and ``why_not`` then says why. ``nearest_bytes``: what the nearest plan
+    is predicted to need.
     """
 
     predicted: Estimate
@@ -36,8 +36,8 @@ class DeathComparison:
 
     @property
     def excess_ratio(self) -> float | None:
-        """By what share the tensors needed at least more than the predicted peak; negative: less, so that
-        the prediction was not exceeded when it died. None if that was not measured."""
+        """``measured_bytes`` divided by the predicted peak of tensors, minus 1: the least share by which the
+        tensors exceeded it. Negative if they did not. None if ``measured_bytes`` is."""
         if self.measured_bytes is None:
             return None
         return self.measured_bytes / self.predicted.allocated_bytes.value - 1
@@ -96,7 +96,7 @@ def _limit_bytes(diagnosis: Diagnosis) -> int | None:
 
 
 def _by_search(request: Request, limit_bytes: int, progress: Progress) -> tuple[Estimate | None, str]:
-    """Return what a search recommends, and "", or None and why nothing fits."""
+    """Return (the plan that a search recommends, ""), or (None, why nothing fits)."""
     try:
         recommended = search(dataclasses.replace(request, cap_bytes=limit_bytes), progress).result.recommended
     except NothingFits as error:

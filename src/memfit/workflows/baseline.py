@@ -65,7 +65,9 @@ def write_baseline(
     stored = read_baseline(path) if path.exists() or not targets else BaselineFile()
     targets = targets or stored.jobs
     if not targets:
-        raise UserError(f"{path} has no jobs to predict again", hint="name them: `memfit baseline write JOB`")
+        raise UserError(
+            f"{path} has no jobs to predict again", hint="name the jobs: `memfit baseline write JOB`"
+        )
     new = {p.key: shorten(p) for p in _predictions(targets, path.parent, on_target)}
     with only_writer(path):
         stored = read_baseline(path) if path.exists() else BaselineFile()  # as others have left it meanwhile
@@ -172,7 +174,7 @@ def machine_named(name: str) -> Machine:
     "this", because a baseline must be the same wherever it is predicted, and for an unknown name."""
     if name.partition(":")[0] == "this":
         raise UserError(
-            f"a baseline cannot be for the machine {name}: on another computer that is another machine",
+            f"a baseline cannot be for the machine {name}, which is another machine on each computer",
             allowed=f"a name of the catalog, such as {MACHINE} or 8xH100-SXM, or a machine file (.toml)",
             hint="`memfit list machines` lists the names",
         )
@@ -180,8 +182,9 @@ def machine_named(name: str) -> Machine:
 
 
 def plan_on(plan: Any, machine: Machine) -> Plan:
-    """Return the plan that ``plan`` means, as in `memfit.estimate`. Raises UserError if the machine or memfit
-    does not support it."""
+    """Return the plan that ``plan`` means, as in `memfit.estimate`. If it has a technique for several ranks
+    and no number of ranks, it gets one rank for each device of the machine. Raises UserError if it cannot be
+    read, or if the machine or memfit does not support it."""
     resolved = plan_of(plan)
     if any(use.technique in SEVERAL for use in resolved.uses):
         resolved = plan_of(on_ranks(plan, machine.device_count))
@@ -225,7 +228,7 @@ def _version() -> str:
 
 
 def shorten(prediction: MemoryBaseline) -> MemoryBaseline:
-    """Return the prediction with rows of its large modules alone, as it is stored."""
+    """Return the prediction as it is stored: of the rows of modules, only those of the large ones stay."""
     rows = largest_modules(prediction.modules, prediction.allocated_bytes)
     return dataclasses.replace(prediction, modules=rows)
 

@@ -64,7 +64,7 @@ def read_exported_run(folder: Path) -> RunRecord:
     rank is missing, as on machines that do not share the folder."""
     if not (folder / RUN).is_file():
         raise UserError(
-            f"{folder} has no {RUN}, so it is no folder whose training memfit's worker has recorded",
+            f"{folder} has no {RUN}, so memfit has recorded no training in this folder",
             allowed="a folder that `memfit export` wrote without --script for torchrun, slurm or skypilot",
         )
     spec = serialization.loads(RunSpec, read_text(folder / RUN), what=str(folder / RUN))
@@ -78,7 +78,7 @@ def read_exported_run(folder: Path) -> RunRecord:
     if missing := sorted(set(range(ranks)) - {rank for attempt in attempts for rank in attempt}):
         raise UserError(
             f"{folder} has no output of rank {', '.join(map(str, missing))}, of {ranks} ranks",
-            hint=f"if the machines do not share the folder, copy the folder logs of each into {folder}",
+            hint=f"if the machines do not share the folder, copy each machine's folder logs into {folder}",
         )
     losses: dict[int, dict[int, float]] = {rank: {} for rank in range(ranks)}
     restarts: list[Restart] = []
@@ -135,7 +135,7 @@ def _is_complete(attempt: Attempt, ranks: int) -> bool:
 
 
 def _read_start(log: Path) -> RankStart | None:
-    """Return what the process with this output did; None if it had not begun."""
+    """Return what the process with the output ``log`` did; None if it wrote no event "started"."""
     with log.open("rb") as file:
         events = [event for line in file if (event := parse_event(line)) is not None]
     begun = next((e for e in events if e["event"] == "started"), None)
@@ -189,7 +189,8 @@ class _Kills:
 
 
 def _measurements(attempt: Attempt, ranks: int, kills: _Kills) -> tuple[Measurement, ...]:
-    """Return the measurement of each rank; of those that failed, the others name the first."""
+    """Return the measurement of each rank. Of the ranks that failed, all but the first to fail name it
+    (``failed_after_rank``)."""
     measurements = tuple(_measurement(attempt.get(rank), kills) for rank in range(ranks))
     failures = [
         r for r, m in enumerate(measurements) if m.outcome not in (OutcomeKind.OK, OutcomeKind.INTERRUPTED)

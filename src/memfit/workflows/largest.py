@@ -57,9 +57,9 @@ class LargestRow:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LargestReport:
-    """The largest values of ``dimension`` that fit ``cap_bytes`` of one device, for which ``cap_reason``
-    says where it is from; for each of several values of the dimension ``along``, unless that is "".
-    ``notes``: what the reader must know to judge the answer."""
+    """The largest values of ``dimension`` that fit ``cap_bytes`` of one device. ``cap_reason``: where that
+    figure is from. ``along``: a second dimension, for several values of which the question was answered; "":
+    none. ``notes``: what the reader must know to judge the answer."""
 
     dimension: str
     along: str
@@ -91,7 +91,8 @@ class _Sizes:
     fixed: bool
 
     def resolve(self, name: str) -> Dimension:
-        """Return the dimension called ``name``, or by a synonym of it. Raises UserError if there is none."""
+        """Return the dimension called ``name`` or, if there is none, called by a synonym of it, such as
+        batch_size for batch. Raises UserError if there is neither."""
         for synonyms in _SYNONYMS:
             if name not in self.dimensions and name in synonyms:
                 name = next((n for n in synonyms if n in self.dimensions), name)
@@ -143,8 +144,9 @@ def largest(  # noqa: PLR0913
     memory runs out (`planner.largest_runs.find_boundary`).
 
     Raises UserError for a dimension that the job does not have, for a plan that the engine does not support,
-    and if ``measure`` is asked for another machine, without a cap on a processor, or of a job that takes no
-    sizes; NothingFits if no plan of a search fits even with the smallest value.
+    if ``along`` is the same dimension, and if ``measure`` is asked for another machine, without a cap on a
+    processor, or of a job that takes no sizes. Raises NothingFits if no plan of a search fits: with the job's
+    own sizes and, if the job takes sizes, with the smallest value of the dimension.
     """
     sizes = _sizes(request.job_ref)
     target = sizes.resolve(dimension)
@@ -234,20 +236,21 @@ def _must_be_measurable(request: Request, sizes: _Sizes) -> None:
     programs need what remains of the memory, or for a job that other processes cannot load with a size."""
     if not request.is_here:
         raise UserError(
-            "--measure runs values on this machine, but the question is about another one",
+            "--measure trains on this machine, but --on names another one",
             allowed="--measure without --on, or with --on this",
         )
     device = request.machine.device
     is_below = request.cap_bytes is not None and request.cap_bytes < device.memory_bytes.value
     if device.is_host and not is_below:
         raise UserError(
-            "--measure on a processor needs a cap below the machine's memory",
+            "--measure on a processor (CPU) needs a memory cap below the machine's memory",
             allowed="--memory SIZE, such as --memory 4GiB",
         )
     if sizes.fixed:
         raise UserError(
-            f"{sizes.ref.spec} takes no sizes, so other sizes of it cannot be run",
-            allowed="a job that is a function with a size as argument, such as job(batch=8)",
+            f"the job {sizes.ref.spec} takes no sizes, so --measure cannot train it with other sizes",
+            allowed="a function FILE.py:NAME with a size as argument and a whole number as its default, such "
+            "as job(batch=8)",
         )
 
 
@@ -339,8 +342,8 @@ def _plans(
 
 
 def _spread(frontier: Sequence[Choice]) -> list[Choice]:
-    """Return the plans of the frontier in an order of which every beginning is spread over it: the one with
-    the lowest peak, that with the highest, the middle one, then the others."""
+    """Return the plans of the frontier in another order, so that the first few are spread over it: the first,
+    the last, the middle one, then the others."""
     if len(frontier) < 3:
         return list(frontier)
     middle = len(frontier) // 2

@@ -266,7 +266,7 @@ def correct_step_times(request: Request, store: Store, poc_id: str | None) -> Re
         raise UserError(
             f"PoC {resolved_id} ran {job} on this machine, so it cannot correct predictions for another job "
             "or machine",
-            allowed="a plan for that job on this machine",
+            allowed="the same job, on this machine",
         )
     changed_facts = [name for name in _SAME if proof.environment.get(name) != environment.get(name)]
     if changed_facts:
@@ -505,7 +505,7 @@ class _PocRunner:
         if any(result.state is TrialState.NOT_RUN for result in sweep.results):
             raise RunError(
                 f"the budget sufficed for {len(stored)} of {len(trials)} runs; the same command makes the "
-                "others, with a budget of its own"
+                "others, with a new budget"
             )
         runs = tuple(_run_of(result, each) for result, each in zip(sweep.results, prepared, strict=True))
         return runs, tuple(_notes_on_places(sweep, self.planning.request.machine.device))

@@ -134,9 +134,9 @@ def _recovery(run: Run, step: int, choice: SaferPlan, keep: CheckpointSettings) 
 
 
 def _with_verdict(recovery: Recovery, before: Losses, after: Losses, seed: int) -> Recovery:
-    """Return the recovery with the verdict on the steps that both plans trained, without one if there are
-    none, as from a checkpoint of the failed step. ``before``: losses of the steps up to the failed one;
-    ``after``: of those after the recovery."""
+    """Return the recovery with the verdict on the steps that both plans trained; unchanged if there are none,
+    as when the checkpoint was saved just before the failed step. ``before``: losses of the steps up to the
+    failed one; ``after``: losses of those after the recovery."""
     losses_before, losses_after = _mean_losses(before), _mean_losses(after)
     repeated = [
         s for s in range(recovery.first_step, recovery.step) if s in losses_before and s in losses_after

@@ -119,7 +119,7 @@ def _whole(text: str, path_and_line: str) -> int:
     if not text.isdecimal() or len(text) > len(str(_LIMIT)):
         raise UserError(
             f"{path_and_line}: {text[:40]!r} is not a length",
-            allowed="a whole number of tokens, at least 1 and below 2**63",
+            allowed="a whole number, at least 1 and below 2**63: how many tokens or residues a sequence has",
         )
     return int(text)
 

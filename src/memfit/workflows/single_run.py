@@ -116,7 +116,10 @@ def run_plan(
     ready_engine(request.engine, plan, request.device_kind)
     is_replay = request.engine == "replay"
     if is_replay and recovery.most:
-        raise UserError("engine replay trains nothing, so it cannot recover from running out of memory")
+        raise UserError(
+            "engine replay trains nothing, so it cannot recover from running out of memory",
+            allowed="--engine replay without --on-oom, or another engine",
+        )
     device = request.machine.device
     if request.is_here and not device.is_host:
         max_ranks, reason = request.machine.device_count, f"each of which needs a {device.name}"
@@ -126,7 +129,7 @@ def run_plan(
         raise UserError(
             f"a plan with {plan.ranks} ranks cannot run on this machine",
             allowed=f"at most {max_ranks} ranks, {reason}",
-            hint="`memfit estimate JOB` predicts it without running it",
+            hint="`memfit estimate JOB --plan PLAN` predicts it without running it",
         )
     job = make_predictor(request)[0]
     keep, seed = checkpoints.resolve_settings(recovery.keep, seed, steps or job.steps)
@@ -192,7 +195,7 @@ def _find_runs(store: Store, request: Request, seed: int) -> list[Run]:
         return matches
     raise UserError(
         f"{store.path} has no stored run to replay of this job with this seed, --size, --data, --weights, "
-        "--batch and --length (--steps may differ)",
+        "--batch, --length and --dim (--steps may differ)",
         hint="record one with `memfit run` without --engine replay",
     )
 
@@ -206,7 +209,7 @@ def _replay(stored_runs: Sequence[Run], request: Request, estimate: Estimate) ->
     matches = [r for r in stored_runs if with_defaults(r.spec.plan) == estimate.plan]
     if not matches:
         raise UserError(
-            f"no stored run of this job with this seed has the plan {estimate.plan.label}",
+            f"no stored run of this job with this seed and these sizes has the plan {estimate.plan.label}",
             hint="record one with `memfit run` without --engine replay",
         )
     if matches[-1].spec.source_digest not in {"", source_digest(request.job_ref.spec)}:
@@ -315,8 +318,8 @@ def measure_spec(
 
 
 def merge_ranks(measurements: Sequence[Measurement]) -> Measurement:
-    """Return one measurement for those of all ranks, given in the order of the ranks; `measure_spec` says
-    which. If none failed, it has the `RankComparison` of all."""
+    """Return one measurement for ``measurements``, those of all ranks in the order of the ranks;
+    `measure_spec` says which. If there are several and no rank failed, it has the `RankComparison` of all."""
     if len(measurements) == 1:
         return measurements[0]
     failures = [(r, m) for r, m in enumerate(measurements) if m.outcome is not OutcomeKind.OK]

@@ -43,9 +43,10 @@ class PairReport:
     """What the sizes of data mean for the memory of a step that combines ``batch`` random samples.
 
     ``quantile_bytes``: "p50", "p90", "p99" and "max" -> peak of tensors that this share of the drawn steps
-    does not exceed; ``quantile_sizes``: the sizes of the step at that place. ``oom_per_step``: share of the
-    drawn steps that do not fit ``cap_bytes``, to which ``margin_bytes`` are added that the largest step needs
-    beside its tensors. ``held_out``: traced steps that the fit did not use. ``draws``: number of steps drawn.
+    does not exceed; ``quantile_sizes``: the two sizes of the step that has this peak. ``oom_per_step``: share
+    of the drawn steps whose peak plus ``margin_bytes`` is above ``cap_bytes``. ``margin_bytes``: what the
+    largest step needs beside its tensors. ``held_out``: traced steps that the fit did not use. ``draws``:
+    number of steps drawn.
     """
 
     names: tuple[str, str]
@@ -63,8 +64,9 @@ class PairReport:
 
 def read_pairs(path: str, names: tuple[str, str]) -> Ints:
     """Return the two sizes of each sample, of the shape (samples, 2): the columns ``names`` of a .csv file
-    with a header line, or these keys of each line of a .jsonl file. Raises UserError if the file cannot be
-    read, lacks one of them, has no samples, or has a value that is not a whole number of at least 1."""
+    with a header line, or these keys of each line of a .jsonl file. Raises UserError for a file with another
+    suffix, and if the file cannot be read, lacks one of them, has no samples, or has a value that is not a
+    whole number from 1 to 2,147,483,647."""
     rows = list(_rows(path))
     pairs = [tuple(_size(row, name, f"{path} sample {n}") for name in names) for n, row in enumerate(rows, 1)]
     if not pairs:
@@ -77,20 +79,25 @@ def _rows(path: str) -> Iterator[Mapping[str, object]]:
         yield from csv.DictReader(io.StringIO(read_text(path)))
         return
     if not path.endswith(".jsonl"):
-        raise UserError(f"--columns cannot read {path}", allowed="a file .csv or .jsonl")
+        raise UserError(f"--columns cannot read {path}", allowed="a file whose name ends in .csv or .jsonl")
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         try:
             row = parse_json(line, what=path)
         except UserError:
             row = None
         if not isinstance(row, dict):
-            raise UserError(f"{path} line {number} is not a JSON object", allowed='such as {"nodes": 12}')
+            raise UserError(
+                f"{path} line {number} is not a JSON object",
+                allowed='one JSON object per line, such as {"nodes": 12, "edges": 30}',
+            )
         yield row
 
 
 def _size(row: Mapping[str, object], name: str, where: str) -> int:
     if name not in row:
-        raise UserError(f"{where} has no {name!r}", allowed=", ".join(map(str, row)))
+        raise UserError(
+            f"{where} has no column or key {name!r}", allowed=", ".join(map(str, row)) or "none: it is empty"
+        )
     text = str(row[name]).strip()
     if not text.isdecimal() or not 1 <= int(text) < 2**31:
         raise UserError(f"{where}: {name} is {text[:40]!r}", allowed="a whole number from 1 to 2,147,483,647")
@@ -98,9 +105,10 @@ def _size(row: Mapping[str, object], name: str, where: str) -> int:
 
 
 def draw_steps(pairs: Ints, batch: int, combination: str) -> Ints:
-    """Return the sizes of 2,000 random steps, (steps, 2). Each step has ``batch`` samples, drawn without
-    replacement; each of its two sizes is the sum ("sum", as of graphs in one batch) or the largest
-    ("largest", as of padded samples) of its samples. The same arguments give the same steps."""
+    """Return the sizes of 2,000 random steps as an array of the shape (2000, 2). Each step has ``batch``
+    samples (all, if there are fewer), drawn without replacement; each of its two sizes is the sum ("sum", as
+    of graphs in one batch) or the largest ("largest", as of padded samples) of its samples. The same
+    arguments give the same steps."""
     rng = np.random.default_rng(0)
     batch = min(batch, len(pairs))
     chosen = np.stack([rng.choice(len(pairs), batch, replace=False) for _ in range(_DRAWS)])

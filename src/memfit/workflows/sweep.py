@@ -123,9 +123,9 @@ class SweepTrial:
 
 
 class TrialState(enum.StrEnum):
-    """The state of a trial. WAITING: it has not begun yet. DONE: it has a result, which is also that it ran
-    out of memory under its own cap. FAILED: it ended otherwise, and is run again by the next sweep. NOT_RUN:
-    the sweep ended before it began, or ended it without a record, for the budget or by Ctrl-C."""
+    """The state of a trial. WAITING: it has not begun yet. DONE: it completed, or it ran out of memory under
+    the cap that the user gave. FAILED: it ended otherwise, and the next sweep runs it again. NOT_RUN: because
+    of the budget or Ctrl-C, it did not begin, or was ended without a record."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -137,7 +137,8 @@ class TrialState(enum.StrEnum):
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TrialResult:
     """The state of a trial and what is known of it. ``reason``: why it is not DONE, or the reason of its run;
-    "" if there is none. ``run``: None until it has reported one. ``before``: whether another sweep ran it.
+    "" if there is none. ``run``: None until it has reported one. ``before``: whether its result is from
+    another sweep.
     ``device``: the name of the GPU or processor. ``run_s``: seconds in this sweep over all ``starts``; a
     scheduler may start a trial again."""
 
@@ -191,7 +192,8 @@ def make_trials(
     kinds = [placement.kind for placement in placements]
     if len(set(kinds)) < len(kinds):
         raise UserError(
-            f"two executors are {next(kind for kind in kinds if kinds.count(kind) > 1)}",
+            f"two executors are {next(kind for kind in kinds if kinds.count(kind) > 1)}, so their trials are "
+            "the same",
             allowed="executors that differ in name or device",
         )
     refs = [dataclasses.replace(job, size=size) for size in sizes] or [job]
@@ -216,7 +218,7 @@ def make_trials(
     for trial in trials:
         if (same := by_id.setdefault(trial.trial_id, trial)) is not trial:
             raise UserError(
-                f"{same.plan_name} and {trial.plan_name} are the same plan of the same job",
+                f"{same.plan_name} and {trial.plan_name} are the same plan of the same job and size",
                 allowed="each plan and each size once",
             )
     return trials
@@ -367,7 +369,7 @@ class Sweep:
 
     @property
     def usd(self) -> float | None:
-        """What these cost; None: a price is unknown."""
+        """US dollars that `hours` cost; None: a price is unknown."""
         if None in self._prices.values():
             return None
         return sum(
@@ -437,8 +439,8 @@ class Sweep:
         return runs_elsewhere
 
     def _claim(self, trial: SweepTrial) -> bool:
-        """Make the folder of the trial and return True, unless another sweep runs the trial, or has run it:
-        it then is marked as done."""
+        """Make the folder of the trial and return True. Return False if another sweep runs the trial, or has
+        run it; in the latter case, mark the trial as done."""
         with self._store.locked():
             folders = [f.parent for f in self._folder.parent.glob(f"*/{trial.trial_id}")]
             if any(_lives(folder) for folder in folders):
@@ -555,8 +557,8 @@ class Sweep:
         )
 
     def _expected_use(self) -> tuple[float, float]:
-        """Return the device hours and US dollars that are used, with what running trials are expected to use
-        yet."""
+        """Return (device hours, US dollars) that this sweep has used and that its running trials are expected
+        to use yet."""
         hours, usd = self.hours, self.usd or 0.0
         for each in self._running.values():
             left = max(
@@ -592,9 +594,9 @@ class Sweep:
             shutil.rmtree(ended, ignore_errors=True)
 
     def _goes_on(self, note: Path) -> bool:
-        """Return whether a trial of a killed sweep still runs and is none of this sweep's. If it has ended,
-        its record is stored; if it is also a trial of this sweep, this sweep goes on with it. ``note``: its
-        file JOB."""
+        """Return whether a trial of a killed sweep still runs and is no trial of this sweep. If it has ended,
+        store its record, if there is one. If it still runs and is a trial of this sweep, go on with it.
+        ``note``: file JOB in the trial's folder."""
         trial_id = note.parent.name
         task = Task(name=trial_id, argv=(), folder=note.parent, working_folder=Path.cwd())
         try:
@@ -652,13 +654,15 @@ def _parse_record(trial: SweepTrial, text: str) -> RunRecord:
     if record.label != trial.trial_id or record.run.spec.seed != trial.seed:
         raise UserError("the trial's record is that of another trial")
     if record.run.spec.source_digest != source_digest(trial.job.spec):
-        raise UserError(f"the file of {trial.job.spec} has changed since the sweep began")
+        raise UserError(
+            f"the file of {trial.job.spec} has changed since the sweep began", hint="run the sweep again"
+        )
     return record
 
 
 def device_of(run: Run, environment: Mapping[str, str]) -> str:
-    """Return the name of the device that trained the run, made in this environment: an accelerator's, or the
-    processor's."""
+    """Return the name of the device that trained ``run``: the accelerator's, or without one the processor's
+    in ``environment``; "unknown" if that has none."""
     return run.measurement.device or environment.get("processor", "unknown")
 
 
