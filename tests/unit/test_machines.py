@@ -342,7 +342,7 @@ def test_a_machine_file_may_define_device_host_and_network_as_tables(tmp_path: P
     ("old", "new", "told"),
     [
         ('"ada"', '"adda"', "device.architecture: unknown architecture"),
-        ('"ada"', "3", "device.architecture: unknown key"),
+        ('"ada"', "3", "device.architecture: 3, but a name"),
         ('"PCIe4"', '"PCI"', "device.link: unknown link"),
         ("= 200", "= 0", "host.power_w: 0, but a positive number"),
         ("1e9", "-1", "network.bytes_s: -1"),

@@ -125,8 +125,9 @@ def _resolve_names(data: dict[str, Any]) -> Iterator[str]:
     """Replace the names of a device, its base, a host, network, place, link and architecture in ``data`` by
     what the catalog has for them. Yield a text for each name that the catalog does not have.
 
-    A device of the catalog adds its host if ``data`` has none. The architecture of a [device] table gives the
-    table those efficiency ratios and the ``gpu_target`` that it lacks, and is removed.
+    A device of the catalog adds its host if ``data`` has none. The architecture of a [device] table gives
+    the table those efficiency ratios and the ``gpu_target`` that it lacks, and is removed. Yield a text also
+    for an architecture that is not a name.
     """
     devices_per_host = data.get("devices_per_host") or data.get("device_count") or 1
     devices_per_host = 1 if _is_invalid_count(devices_per_host) else devices_per_host
@@ -143,10 +144,13 @@ def _resolve_names(data: dict[str, Any]) -> Iterator[str]:
         if isinstance(device.get("architecture"), str):
             device.setdefault("gpu_target", load.gpu_target(device["architecture"]))
         yield from _resolve_name(device, "architecture", load.efficiency, "device.")
-        architecture_ratios, device_ratios = device.get("architecture"), device.get("efficiency_ratio", {})
-        if isinstance(architecture_ratios, (str, dict)):
-            del device["architecture"]
-        if isinstance(architecture_ratios, dict) and isinstance(device_ratios, dict):
+        architecture_ratios, device_ratios = (
+            device.pop("architecture", {}),
+            device.get("efficiency_ratio", {}),
+        )
+        if not isinstance(architecture_ratios, (str, dict)):
+            yield f"device.architecture: {architecture_ratios!r}, but a name such as 'ampere' is needed"
+        elif isinstance(architecture_ratios, dict) and isinstance(device_ratios, dict):
             device["efficiency_ratio"] = architecture_ratios | device_ratios
 
 

@@ -86,15 +86,16 @@ class _Tensor:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Multiprocessors:
-    """The multiprocessors of a card, and the most threads of each. The defaults are those of the largest
-    cards in the catalog."""
+    """The multiprocessors of a card: their number, and the most threads that one of them runs at once. The
+    defaults are those of the largest cards in the catalog."""
 
     count: int = 148
     threads: int = 2048
 
     @classmethod
     def of(cls, device: Device) -> Multiprocessors:
-        """Return those of the device; the default number if its own is unknown."""
+        """Return those of the device: the number that the catalog has, else the default; threads by the
+        device's architecture, the default for one that is not in `_THREADS`."""
         largest = cls()
         count = int(device.multiprocessor_count.value) if device.multiprocessor_count else largest.count
         return cls(count, _THREADS.get(device.gpu_target, largest.threads))

@@ -119,8 +119,9 @@ def host_memory(
 
     ``tensors``: of one rank. ``allocated``: the peak of one rank's tensors on its device; it counts only on
     a CPU, whose memory is the host's. ``workers``: number of DataLoader workers of each rank. Building the
-    model in host memory counts on accelerators only, as one copy of the model per host, and not for plans
-    that load it in pieces, such as with qlora.
+    model in host memory counts on accelerators only: with one rank in the host the most at once while it is
+    built, with several one copy of the model. It does not count for plans that load the model in pieces,
+    such as with qlora.
 
     If the plan's techniques may pin what they keep in host memory, the value and the upper end count it as
     pinned. If it is not known how large its blocks are, only the upper end does, with the largest rounding.
@@ -203,8 +204,9 @@ def memory_bytes(machine: Machine) -> float | None:
 
 
 def host_holds(estimate: Estimate, machine: Machine) -> bool:
-    """Return whether the memory of a host of this machine is at least what the plan needs there
-    (`Estimate.lacks_host_memory`)."""
+    """Return whether the memory of a host of this machine is enough for what the plan needs there, as
+    `Estimate.lacks_host_memory` judges it. If the host's memory is unknown, it is False for a plan that keeps
+    tensors there and True for any other; True also if the need is unknown."""
     available_bytes = memory_bytes(machine)
     known_bytes = None if available_bytes is None else int(available_bytes)
     return not dataclasses.replace(estimate, host_memory_bytes=known_bytes).lacks_host_memory

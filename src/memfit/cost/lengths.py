@@ -74,8 +74,8 @@ class PeakModel:
 
 
 def fit(shapes: Sequence[Shape] | Sequence[SizePair], traces: Sequence[Trace]) -> PeakModel:
-    """Fit the peak model by least squares to ``traces`` of a step. ``shapes``: the shape of the batch of each
-    trace, in the same order; all of one kind.
+    """Return the peak model that fits ``traces`` of a step best, by least squares. ``shapes``: the shape of
+    the batch of each trace, in the same order; all of one kind.
 
     Raises UserError if the traces differ in their sequence of allocations and frees, because no formula fits
     then.

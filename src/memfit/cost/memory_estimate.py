@@ -61,9 +61,10 @@ def footprint(trace: Trace, allocated: Interval, machine: Machine) -> Footprint:
     reserve memory as CUDA does.
 
     The allocations of ``trace`` must include the BLAS workspaces. ``allocated``: the predicted peak of the
-    live bytes, with its range. If it is doubtful whether the plan fits, ``oom_probability`` is that of the
-    smallest memory with which a replay succeeds (`_least_memory`), as the allocator gives cached segments
-    back before it fails.
+    live bytes, with its range. ``oom_probability``: the need is what the allocator reserves or, if it is
+    doubtful whether the plan fits, the smallest memory with which a replay succeeds (`_least_memory`),
+    because the allocator gives cached segments back before it fails; in both cases plus the memory outside
+    it.
     """
     if not device_kind(machine.device.kind).reserves_as_cuda:
         return Footprint()

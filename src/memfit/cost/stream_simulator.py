@@ -48,9 +48,9 @@ class SimulatedStep:
     """Result of a simulated step, in seconds. With a pipeline, ``step_s`` is that of all ranks.
 
     ``busy_s``: seconds of work by resource: "matmul", "attention", "memory", "link" (inside a host),
-    "network", "host" (launching operators), "host memory" (work of the host's processor) and "host link"
-    (offloading). Resources without work may be absent. ``exposed_s``: seconds in which compute waits for
-    communication. ``idle_s``: other gaps in compute.
+    "network", "host" (launching operators), "host memory" (work of the host's processor), "host link"
+    (offloading of tensors) and "storage" (state on local storage). Resources without work may be absent.
+    ``exposed_s``: seconds in which compute waits for communication. ``idle_s``: other gaps in compute.
     """
 
     step_s: float
@@ -214,8 +214,8 @@ class _Streams:
 
     def _repeat(self, items: Sequence[TimedCall], times: int) -> None:
         """Run these calls ``times`` times, one after the other. Once two passes on the compute stream alone
-        take equally long, the others are added linearly, as long as the host does not overtake the stream or
-        fall behind it.
+        take equally long, further ones are added without simulating them, as long as the host stays ahead of
+        the stream.
         """
         is_simple = not any(x.op.stream or x.op.waits is not None for x in items)
         change: list[float] = []

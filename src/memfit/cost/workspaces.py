@@ -497,10 +497,11 @@ def _attention_bytes(tensors: Sequence[Sequence[Any]], threads: int) -> int:
 
 
 def _split_attention_bytes(args: Sequence[Any]) -> int:
-    """Return an upper bound on the bytes that CUDA's flash kernel needs in forward while it runs. Without
-    dropout, few queries do not fill the device, so that it splits the keys and keeps a float32 result of each
-    part (set_params_splitkv in csrc/flash_attn/flash_api.cpp). ``args``: those of its signature: queries and
-    keys of the shape (batch, heads, length, head dim), values, probability of dropout.
+    """Return an upper bound on the bytes that CUDA's flash kernel needs in forward while it runs. If few
+    queries would not fill the device, the kernel splits the keys into parts and keeps a float32 result of
+    each (set_params_splitkv in csrc/flash_attn/flash_api.cpp). 0 if the keys are not split, as always with
+    dropout. ``args``: those of its signature: queries and keys of the shape (batch, heads, length, head
+    dim), values, probability of dropout.
     """
     (batch, heads, queries, width), keys = args[0]["t"][0], args[1]["t"][0][2]
     if len(args) > 3 and args[3] > 0.0:
