@@ -207,11 +207,12 @@ class CrossRankReads:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerGroup:
-    """A parameter group of a torch optimizer, as it was at the update.
+    """A parameter group of a torch optimizer, as it was at the update, or as it is now if no update was
+    observed.
 
     ``names``: those of the model's trained parameters in it. ``rate``: its learning rate; ``initial_rate``:
     the one that a scheduler of torch multiplies; ``default_rate``: the one with which the optimizer was made.
-    None: there is none."""
+    A rate is None if there is none."""
 
     names: frozenset[str]
     rate: float | None
@@ -224,10 +225,10 @@ class ObservedOptimizer:
     """What an optimizer holds on this rank.
 
     ``parameters``: names of the trained parameters that are in its groups, or that share memory with a tensor
-    in them. ``foreign``: number of its tensors that are no parameters of the model, such as copies in
-    float32; ``foreign_changed``: how many of these the step changed; None without a step. ``unsharded``: how
-    many are plain tensors with the whole shape of a sharded parameter that is not among them. ``groups``:
-    those of torch's optimizers."""
+    in them. ``foreign``: number of its tensors that require gradients and are no parameters of the model,
+    such as copies in float32. ``foreign_changed``: how many of these the step changed; None without a step.
+    ``unsharded``: how many of these are plain tensors with the whole shape of a sharded parameter that is not
+    in ``parameters``. ``groups``: the parameter groups of torch's optimizers."""
 
     parameters: frozenset[str] = frozenset()
     foreign: int = 0
@@ -373,7 +374,7 @@ class Observations:
 
     ``ranks``: what each rank observed, in the order of ranks; ``rank``: the index of this one.
 
-    The caller of the monitor says these. None means unknown unless it is said otherwise.
+    Given by the caller of the monitor (None means unknown unless it is said otherwise):
 
     - ``model_elements``: elements of the model's parameters before any sharding.
     - ``micro_batches``: micro-batches of the observed step; None if they are the plan's.
@@ -383,7 +384,7 @@ class Observations:
     - ``plain_runs``: autocast dtype (None: no autocast) -> what the blocks of the model without a plan did in
       a step under it, for the runs that checks asked for and that did not fail.
 
-    These are of the model and the optimizer.
+    Of the model and the optimizer:
 
     - ``parameters``: in the model's order; ``block_count``: number of repeated blocks, 0 if none were found.
     - ``head``: the output layer, None if it was not found or the plan does not need it.
@@ -395,12 +396,12 @@ class Observations:
       parameters outside the blocks.
     - ``states``: one for each key of the optimizer's state.
     - ``update_kernels``: how torch's AdamW updates: "fused", "foreach" or "single". Empty without a torch
-      optimizer, or if the plan names none of these.
+      optimizer, or if the plan has neither adamw-fused nor adamw-single.
     - ``optimizer_classes``: the classes of the innermost optimizers, as MODULE:CLASS.
     - ``offload_policy``: which of "parameters" and "optimizer" the settings of FSDP2 or of the ZeRO optimizer
-      move to the host; None if there is no such object.
+      move to the host; None if there is no such object, or if the plan has neither fsdp2 nor zero.
 
-    These are of the step.
+    Of the step:
 
     - ``activity``: what the blocks did; ``saved``: what autograd kept; ``reads``: whether blocks read other
       ranks' parts of a sample.

@@ -171,8 +171,9 @@ def _local(tensor: torch.Tensor) -> torch.Tensor | None:
 
 
 def _largest(tensor: torch.Tensor) -> Any:
-    """Return the largest absolute value of a tensor's part on this rank, not a number if it contains one; 0
-    if there is no such part."""
+    """Return the largest absolute value of a tensor's part on this rank, as a float for tensors on the host,
+    else as a scalar tensor. It is not a number if the part contains a value that is none, and 0 if there is
+    no such part or it is not floating-point."""
     local = _local(tensor)
     if local is None or not local.is_floating_point():
         return 0.0
@@ -227,7 +228,7 @@ def _optimizers(optimizer: Any) -> Iterator[Any]:
 
 
 def _torch_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """Return the innermost optimizers of torch."""
+    """Return those of the innermost wrapped optimizers that are torch optimizers; [] for None."""
     return [o for o in innermost(optimizer) if isinstance(o, torch.optim.Optimizer)] if optimizer else []
 
 

@@ -136,7 +136,10 @@ def about(path: Path) -> Checkpoint:
     description = serialization.loads(Checkpoint, read_text(path / ABOUT), what=f"{path / ABOUT}")
     has_checksums = bool(description.files_sha256 or description.sha256)
     if has_checksums and description.sha256 != _sha256_of_description(description):
-        raise UserError(f"{path / ABOUT} is damaged: its content is not what was saved")
+        raise UserError(
+            f"{path / ABOUT} is damaged: its content is not what was saved",
+            hint=f"give {path.parent} to use the newest complete checkpoint in it",
+        )
     if any(Path(name).name != name for name in (*description.files_bytes, *description.files_sha256)):
         raise UserError(f"{path / ABOUT} names files outside its folder", allowed="names of files beside it")
     if description.step < 0 or description.ranks < 1 or not 0 <= description.seed < 2**63:

@@ -167,8 +167,8 @@ def _read_installed() -> Pairs:
 
 def _read_user_file(path: str) -> Pairs:
     """Return (SMILES, value) of each line of the user's file. Both are separated by the line's first comma,
-    or if it has none, its first tab, else its first space. Empty lines, and a first line without a number,
-    are skipped. Raises UserError as `read_text` does, and with the number of the line for any
+    or if it has none, its first tab, else its first space. Empty lines, and a first line without a finite
+    number, are skipped. Raises UserError as `read_text` does, and with the number of the line for any
     other line without a finite number or with a broken SMILES string."""
     pairs = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
@@ -176,7 +176,7 @@ def _read_user_file(path: str) -> Pairs:
         try:
             pair = smiles.strip(), float(value)
             if not math.isfinite(pair[1]):
-                raise ValueError(f"{value.strip()} is not finite")
+                raise ValueError(value.strip())
         except ValueError as error:
             if number == 1 or not line.strip():
                 continue
@@ -189,7 +189,7 @@ def _read_user_file(path: str) -> Pairs:
         except ValueError as broken_smiles:
             raise UserError(
                 f"{path} line {number}: broken SMILES string: {broken_smiles}",
-                allowed="a SMILES string in which every ring and branch is closed",
+                allowed="a SMILES string in which every ring and branch that is opened is closed, and no other",
             ) from broken_smiles
         pairs.append(pair)
     return pairs
