@@ -178,7 +178,7 @@ def test_an_invalid_loss_is_refused_with_its_value(wrong: Any, said: str) -> Non
 
 def test_more_micro_batches_than_rows_are_refused() -> None:
     step = TrainingStep(words(), Plan(uses=(use("gradient-accumulation", micro_batches=9),)))
-    with pytest.raises(UserError, match="9 micro-batches, or .* cannot be cut from a batch of 8 samples"):
+    with pytest.raises(UserError, match=r"9 micro-batches, or .* cannot be cut from a batch of 8 samples"):
         step.run(step.job.make_batch(0, 0))
 
 

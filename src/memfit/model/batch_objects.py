@@ -116,8 +116,8 @@ def split(batch: Any, parts: int) -> Sequence[Any]:
     length = batch_length(batch)
     if parts > length:
         raise UserError(
-            f"{parts} micro-batches, or parts for data-parallel ranks, cannot be cut from a batch of {length} "
-            "samples",
+            f"{parts} micro-batches, or parts for data-parallel ranks, cannot be cut from a batch of "
+            f"{length} samples",
             allowed=f"at least {parts} samples, or at most {length} micro-batches or ranks",
         )
     sizes = [length // parts + (i < length % parts) for i in range(parts)]

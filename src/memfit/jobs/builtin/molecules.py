@@ -189,7 +189,7 @@ def _read_user_file(path: str) -> Pairs:
         except ValueError as broken_smiles:
             raise UserError(
                 f"{path} line {number}: broken SMILES string: {broken_smiles}",
-                allowed="a SMILES string in which every ring and branch that is opened is closed, and no other",
+                allowed="a SMILES string in which exactly the rings and branches that are opened are closed",
             ) from broken_smiles
         pairs.append(pair)
     return pairs
