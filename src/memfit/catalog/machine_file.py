@@ -144,10 +144,8 @@ def _resolve_names(data: dict[str, Any]) -> Iterator[str]:
         if isinstance(device.get("architecture"), str):
             device.setdefault("gpu_target", load.gpu_target(device["architecture"]))
         yield from _resolve_name(device, "architecture", load.efficiency, "device.")
-        architecture_ratios, device_ratios = (
-            device.pop("architecture", {}),
-            device.get("efficiency_ratio", {}),
-        )
+        architecture_ratios = device.pop("architecture", {})
+        device_ratios = device.get("efficiency_ratio", {})
         if not isinstance(architecture_ratios, (str, dict)):
             yield f"device.architecture: {architecture_ratios!r}, but a name such as 'ampere' is needed"
         elif isinstance(architecture_ratios, dict) and isinstance(device_ratios, dict):

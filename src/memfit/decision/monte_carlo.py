@@ -176,13 +176,14 @@ def with_draw(
     terms: Terms,
     price_factor: float = 1.0,
 ) -> Alternative:
-    """Return the option with its setup hours and its user-given price changed from the values in ``own`` to
-    those in ``values``, both {name: value}, and a price of the catalog multiplied by ``price_factor``. Setup
-    hours change only if the plan is not plain training.
+    """Return the option with the setup hours and prices of one draw. ``values``: {name: drawn value}, perhaps
+    not of all numbers; ``own``: {name: value that the user gave}.
 
-    A price that the user gave has a range of its own. The price is therefore multiplied by the factor on the
-    catalog's prices in ``terms`` and divided by that in ``values``, so that a draw of this factor has no
-    effect on it when the costs are computed.
+    - Setup hours change by the drawn less the given ones, unless the plan is plain training.
+    - A price of the catalog is multiplied by ``price_factor``.
+    - A price that the user gave becomes the drawn one. It is also multiplied by the factor on the catalog's
+      prices in ``terms`` over that in ``values``, so that a draw of this factor has no effect on it when the
+      costs are computed.
     """
     changes: dict[str, Any] = {}
     if "setup_hours" in values and not way.plain:
