@@ -40,13 +40,13 @@ class Engine:
       exported configuration; with "clipping" among them, it clips gradients as well.
     - ``reasons(plan)``: why the engine does not support a plan whose techniques are all in ``carries`` or
       ``applied_by_memfit``, such as a setting that its library lacks; empty if it does support it.
-    - ``asks_cuda(plan)``: the parts of the plan, in words, that the engine runs only on NVIDIA GPUs; may be
-      empty.
+    - ``asks_cuda(plan)``: the parts of the plan, in words, that the engine runs only on CUDA devices; empty
+      if there are none.
     - ``cuda_only``: whether CUDA's are the only accelerators on which its library trains. The processor is
       always allowed.
     - ``no_scalars(plan)``: whether the engine refuses, for this plan, models with parameters of shape ().
     - ``saves``: whether memfit's worker can save and resume training on this engine. ``unsaved``: names of
-      the techniques with which it cannot nevertheless.
+      the techniques with which it cannot, although ``saves`` is True.
     - ``own_trace``: whether the engine's step runs on fake tensors. If so, predictions are traces of it.
       Otherwise they are traces of the native step for the plan ``predicted(plan)``, which needs the same
       memory as the engine's step for ``plan``.

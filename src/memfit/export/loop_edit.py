@@ -156,8 +156,8 @@ def _plan_source(plan: Plan) -> str:
 
 
 def _settings(use: Use) -> Mapping[str, Any]:
-    """Return the settings of a technique to write, name -> value: all of at most two, else those that differ
-    from their default."""
+    """Return the settings of a technique that an edit writes, name -> value: all if it has at most two, else
+    those that differ from their default."""
     defaults = make_use(use.technique, {}).settings
     keeps_all = len(defaults) <= _FEW
     return {name: value for name, value in use.settings.items() if keeps_all or defaults[name] != value}
@@ -211,7 +211,7 @@ def _must_split_alike(source: Source, loop: Loop) -> None:
     keywords = [n for s in statements for n in ast.walk(s) if isinstance(n, ast.keyword)]
     if any(k.arg == "reduction" and literal(k.value) == "sum" for k in keywords):
         raise UserError(
-            'the script has a loss with reduction="sum", but micro-batches are parts of a mean over the batch'
+            'the script has a loss with reduction="sum"; with micro-batches, it must be a mean over the batch'
         )
     setters = (s for s in _leaves(loop.body[loop.forward : loop.backward]) if loss in stored_names(s))
     first = next(setters, None)

@@ -102,10 +102,10 @@ def _branches(statement: ast.stmt) -> tuple[Statements, Statements] | None:
 
 
 def find_update(source: Source, place: LoopPlace) -> Update:
-    """Return what the loop does from the backward at ``place`` to the step. Raises UserError if no step
-    follows, if the loop steps another optimizer, too, if gradients change between in another way than by one
-    clipping of the whole model, if two branches differ in more than a GradScaler, or if a GradScaler is also
-    used elsewhere."""
+    """Return what the loop does from the backward at ``place`` to the step. Raises UserError if backward is
+    not called as `_loss` reads it, if no step follows, if the loop steps another optimizer, too, if gradients
+    change between in another way than by one clipping of the whole model, if two branches contain further
+    statements or differ in more than a GradScaler, or if a GradScaler is also used elsewhere."""
     statement = place.body[place.index]
     if (branches := _branches(statement)) is not None:
         first, last = (_sequence(place, branch, is_whole=True) for branch in branches)
@@ -349,5 +349,5 @@ def loaded_names(node: ast.AST) -> set[str]:
 
 
 def end(statement: ast.stmt) -> int:
-    """Return the last line of a statement."""
+    """Return the number of a statement's last line."""
     return statement.end_lineno or statement.lineno

@@ -55,7 +55,10 @@ def files(handover: Handover) -> Files:
     the plan needs DeepSpeed, and ``handover.own_files``. Raises UserError, which lists all reasons, if
     OpenFold cannot train the plan or the job."""
     if reasons := tuple(_why_not(handover)):
-        raise UserError(f"OpenFold cannot train this plan or this job: {'; '.join(reasons)}")
+        raise UserError(
+            f"OpenFold cannot train this plan or this job: {'; '.join(reasons)}",
+            hint="leave techniques out with --without, or give a --plan with other settings",
+        )
     rendered = {
         **handover.own_files,
         CHANGES: json.dumps(changes(handover), indent=2) + "\n",

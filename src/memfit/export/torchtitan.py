@@ -72,7 +72,10 @@ def files(handover: Handover) -> Files:
     batch cannot be split into equal parts for the data-parallel ranks and micro-batches."""
     plan = handover.plan
     if reasons := tuple(_why_not(plan)):
-        raise UserError(f"torchtitan cannot train this plan: {'; '.join(reasons)}")
+        raise UserError(
+            f"torchtitan cannot train this plan: {'; '.join(reasons)}",
+            hint="leave these techniques out with --without, or give a --plan with other settings",
+        )
     rendered = {**handover.own_files, TOML: toml(sections(handover))}
     if not newer_cannot(plan):
         rendered[ARGUMENTS] = "".join(f"{line}\n" for line in arguments(sections(handover)))

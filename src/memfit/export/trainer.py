@@ -47,7 +47,10 @@ def files(handover: Handover) -> Files:
     if "zero" in handover.plan and "deepspeed.json" not in handover.engine_files:
         reasons += ("zero needs DeepSpeed: --engine deepspeed",)
     if reasons:
-        raise UserError(f"TrainingArguments cannot express this plan: {'; '.join(reasons)}")
+        raise UserError(
+            f"TrainingArguments cannot express this plan: {'; '.join(reasons)}",
+            hint="leave these techniques out with --without, or give a --plan with other settings",
+        )
     extra_files = {
         n: t for n, t in handover.carried.items() if n in handover.own_files or n == "deepspeed.json"
     }

@@ -149,10 +149,11 @@ def read_user_files(
     paths: Sequence[Path], *, ranks: int | None = None, for_worker: bool = False
 ) -> UserFiles:
     """Read the user's configuration files ``paths`` and convert them to a plan. ``ranks``: the number of
-    processes that train; None if the files say it. ``for_worker``: see UserFiles. Raises UserError as
-    `memfit.lint.parse.read` does, if neither the files nor ``ranks`` say how many processes train, if the
-    files say another number than ``ranks``, or if the Trainer's arguments and DeepSpeed's settings clip
-    gradients to different norms."""
+    processes that train; None if the files say it. ``for_worker``: whether memfit's worker will read the
+    exported files, as in UserFiles. Raises UserError if a file cannot be read or converted
+    (`memfit.lint.parse.read`, `to_plan.convert`), if neither the files nor ``ranks`` say how many processes
+    train, if the files say another number than ``ranks``, or if the Trainer's arguments and DeepSpeed's
+    settings clip gradients to different norms."""
     setup = read(paths)
     if ranks is not None and setup.ranks not in (None, ranks):
         raise UserError(
@@ -267,7 +268,8 @@ def keep_settings(
     -> text). ``before``: the same files for the plan that the user's files describe; empty if they cannot be
     rendered, and then the plan decides all settings that ``files`` have. ``setup``: the user's files.
     ``data_ranks``: number of ranks that see different samples. ``for_worker``: True if memfit's worker reads
-    the files; then all settings of the plan are written, and "auto" is replaced by a value."""
+    the files; then all settings of the plan are written, and "auto" is replaced by a value. Raises UserError
+    if the user's file names another file of settings that cannot be used."""
     merged_files, sources = dict(files), {}
     changed: list[str] = []
     not_carried: list[str] = []

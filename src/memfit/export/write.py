@@ -17,7 +17,8 @@ MANIFEST: Final = "export.json"  # what was written, with digests; written last
 
 
 def check_folder(folder: Path, *, force: bool = False) -> None:
-    """Raise UserError if `write` would refuse the folder. To be called before any long work begins."""
+    """Raise UserError if `write` would refuse the folder: it is a file, it contains anything and ``force`` is
+    not set, or its parent folder does not exist. To be called before any long work begins."""
     occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if occupied and (not force or not folder.is_dir()):
         raise UserError(

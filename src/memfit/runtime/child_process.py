@@ -312,13 +312,13 @@ class _Watch:
         return OutcomeKind.FAILED, f"{ending}: {lines[-1]}"
 
     def _oom_kill(self) -> str:
-        """Return a text that says how the kernel killed the child because memory ran out; "" if it did not.
-        The child has died of SIGKILL.
+        """Return a text that says that the kernel killed the child, which has died of SIGKILL, because memory
+        ran out; "" if the kernel did not.
 
-        The kernel did if it has counted such a kill in the child's own control group. Otherwise, if it counts
-        such kills in this process's group, where the child was then, that count decides. Otherwise the count
-        of the whole machine decides, and the text says "probably". Kills that it counted seconds before the
-        child's death were of others."""
+        What decides is the kernel's count of such kills: that of the child's own control group if it is above
+        0; else that of this process's group, where the child was then, if the kernel keeps one; else that of
+        the whole machine, for which the text says "probably". A count that rose seconds before the child's
+        death is that of other processes."""
         if self._group_kills:
             return f"killed by the kernel at its cap of {format_bytes(self._spec.cap_bytes or 0)}"
         before, now = self._oom_kills[0], _OomKills.now()

@@ -87,7 +87,7 @@ def accelerator_kind() -> str:
 
 
 def accelerator_count() -> int:
-    """Return the number of accelerators that torch can use here."""
+    """Return the number of accelerators that torch can use here; 0 if there are none."""
     import torch
 
     return torch.accelerator.device_count() if accelerator_kind() else 0
@@ -550,7 +550,7 @@ class SampledCounter:
         return reserved_bytes(self._device)
 
     def reset_peak(self) -> None:
-        """Forget earlier samples."""
+        """Forget earlier samples, and take one now."""
         with self._lock:
             self._peak = self.live_bytes()
 

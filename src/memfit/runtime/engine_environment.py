@@ -22,8 +22,8 @@ def install(engine: Engine, into: Path | None, on_line: OnLine) -> Environment:
     environment, and return the record. ``on_line`` is called with every line that venv and pip print, except
     empty ones.
 
-    Raises UserError if the engine has no requirements, or if the folder exists and is not empty. Raises
-    RunError, with the last line printed, if venv or pip fails."""
+    Raises UserError if the engine has no requirements, if the folder exists and is not empty, or if the
+    record cannot be written. Raises RunError, with the last line printed, if venv or pip fails."""
     if not engine.requirements:
         raise UserError(
             f"engine {engine.name} needs no environment of its own: it runs in that of memfit",

@@ -196,7 +196,8 @@ class _Cgroup:
 
 class _MemoryFraction:
     """A cap by torch's caching allocator of an accelerator, which limits the memory that it takes from the
-    device for this process. What it has taken at `apply` is the footprint. `lift` allows the whole device."""
+    device for this process. What it has taken at `apply` is the footprint. `lift` sets torch's default limit
+    again."""
 
     kind = "memory fraction"
 

@@ -279,8 +279,8 @@ def _typical_of_device_s(call: Callable[[], Any], device: torch.device) -> tuple
 
 
 def _between_bytes(device: torch.device) -> int:
-    """Return the size of a tensor that displaces others from the caches of the device, at most a 32th of its
-    free memory."""
+    """Return the bytes of a tensor that displaces others from the device's caches: 8 MiB on a processor, else
+    256 MiB, but at most 1/32 of the free memory."""
     return _BETWEEN_BYTES if device == _HOST else min(_DEVICE_CACHE_BYTES, memory_info(device)[0] // 32)
 
 

@@ -79,8 +79,8 @@ class StallWatch:
         self._last_step[rank] = now_s
 
     def poll(self, passed_s: float) -> Stall | None:
-        """Return the stall if there is one to report, ``passed_s`` seconds after the last call: once when the
-        rank is named, and once more when the run is to be ended."""
+        """Return the stall if there is one to report, else None: once when the rank is named, and at every
+        call from when the run is to be ended. ``passed_s``: seconds since the last call."""
         running = {r: c for r, c in enumerate(self._children) if c.pid is not None}
         for rank, child in running.items():
             beat = read_beat(child.folder / HEARTBEAT) if child.folder is not None else Beat()
@@ -103,8 +103,9 @@ class StallWatch:
         return self._stall(running, stopped, idle_s, is_final=is_final)
 
     def _limits(self, running: Mapping[int, Child], *, is_known: bool) -> tuple[float, float]:
-        """Return the times without progress, in seconds, after which the rank is named and the run ended.
-        Outside steps they are longer, unless the reason of the stall ``is_known``: a rank is stopped."""
+        """Return (seconds without progress after which the rank is named; those after which the run is to be
+        ended). Outside steps they are longer, unless the reason of the stall ``is_known``: a rank is
+        stopped."""
         is_outside = any(self._beats[r].phase not in _IN_STEPS for r in running)
         if is_outside and not is_known:
             return _OUTSIDE_NAMED_S, max(_OUTSIDE_ENDED_S, self._limit_s or 0.0)
@@ -150,8 +151,9 @@ class StallWatch:
 
 
 def user_frame(stack: str) -> str:
-    """Return file, line and function of the innermost call of the main thread that is neither in an installed
-    package nor in memfit, such as "train.py:31 in forward"; "" if there is none."""
+    """Return file, line and function of the main thread's innermost call that is neither in an installed
+    package nor in memfit, such as "train.py:31 in forward"; "" if there is none. ``stack``: stack traces as
+    faulthandler writes them."""
     own_folder = str(Path(__file__).parents[1])
     for frame in _FRAME.finditer(_main(stack)):
         file = frame["file"]

@@ -39,7 +39,7 @@ class Deadline:
 
     @property
     def is_stopped(self) -> bool:
-        """Whether `stop` was called."""
+        """Whether `stop` was called and still holds."""
         return self.end_s == 0.0
 
     def stop(self) -> None:

@@ -17,7 +17,8 @@ CUDA: Final = "cuda"  # and of devices that run CUDA or, with torch's build for 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceKind:
-    """A type of device, by torch's name for it, and what torch chooses by that type.
+    """A type of device, by torch's name for it, and what torch chooses by that type. Of a boolean field, the
+    text says what True means.
 
     - ``block_bytes``: its allocator rounds sizes up to multiples of this.
     - ``kernels``: "cpu" or "cuda": whose attention, normalisation and softmax kernels it runs, with their

@@ -128,17 +128,17 @@ class Job:
     also what ``.item()`` returns there; if that is a bool, such as a loop's condition, it is how often in a
     row it is True before it is False.
 
-    ``islands``: patterns (as in ``fnmatch``) of module paths that compute in float32 under any plan;
-    ``memfit estimate --precision`` finds them. ``clip``: the largest gradient norm, over all parameters and
-    ranks, as in ``torch.nn.utils.clip_grad_norm_``; None: gradients are not clipped. ``ema``: the decay of an
+    ``islands``: patterns (as in ``fnmatch``) of module paths that compute in float32 under any plan; ``memfit
+    estimate --precision`` finds them. ``clip``: the largest gradient norm, over all parameters and ranks, as
+    in ``torch.nn.utils.clip_grad_norm_``; None: gradients are not clipped. ``ema``: the decay of an
     exponential moving average of the weights, a copy besides the model; True means 0.999; None or False:
     none. ``workers``: number of DataLoader worker processes per rank, which take host memory.
     ``other_bytes``: of tensors on the device that the training keeps beside all this, such as a data set in
     memory. They are counted in predictions; no run makes them. ``largest_batch_ratio``: bytes of the largest
     batch of the training over those of the batches that ``make_batch`` returns, at least 1. The upper ends of
-    predicted memory are those with the largest batch (`peak_with_batch`). ``reduced``
-    makes the same job with a small model, for the test of samples' dependence if this model is too large for
-    it. ``dimensions``: the sizes that can be set when the job is loaded; memfit fills it in.
+    predicted memory are those with the largest batch (`peak_with_batch`). ``reduced`` makes the same job with
+    a small model, for the test of samples' dependence if this model is too large for it. ``dimensions``: the
+    sizes that can be set when the job is loaded; memfit fills it in.
 
     Raises UserError unless 0 < ``ema`` < 1, ``clip`` is finite and above 0, ``workers`` is a whole number of
     at least 0, ``negative_control`` is one of the above, and ``surrogates`` come with a ``metric`` and all

@@ -53,13 +53,12 @@ class RunSpec:
     for training and evaluation. "bound": for both, as memfit's own bound and not the user's; it is raised to
     what evaluation and saves took in the warm-up, if that is more. ``save_copy_bytes``: predicted bytes of
     the copy in host memory that an asynchronous save writes; on a processor, ``cap_bytes`` of the scope
-    "bound" includes them; 0: saves are not asynchronous.
-    ``timeout_s``: seconds after which it is stopped; None: never. ``steps``: number of steps from the very
-    first one, including those done before a checkpoint that is resumed. ``stall_s``: seconds without progress
-    in a step after which all ranks are ended; None: many steps' time (`StallWatch`). ``predicted_step_s``:
-    None: unknown. ``degraded``: a negative control of the job ("half-steps": ``steps`` is already half of
-    them); "last-bit": each initial weight is changed by at most one unit in its last place, which stands for
-    a repetition of plain training; "": neither.
+    "bound" includes them; 0: saves are not asynchronous. ``timeout_s``: seconds after which it is stopped;
+    None: never. ``steps``: number of steps from the very first one, including those done before a checkpoint
+    that is resumed. ``stall_s``: seconds without progress in a step after which all ranks are ended; None:
+    many steps' time (`StallWatch`). ``predicted_step_s``: None: unknown. ``degraded``: a negative control of
+    the job ("half-steps": ``steps`` is already half of them); "last-bit": each initial weight is changed by
+    at most one unit in its last place, which stands for a repetition of plain training; "": neither.
     """
 
     name: str  # "baseline", "recommended", "ablation: ..."

@@ -14,8 +14,8 @@ class PartCosts:
     """Costs of one micro-batch in a piece of the model (a block, or what lies before or after all blocks).
 
     They are for one rank, with nothing sharded over data-parallel ranks. ``forward_s`` and ``backward_s`` are
-    without collectives, until these are added. ``forward_travel``, ``backward_travel``: collectives that the
-    piece's forward and backward wait for.
+    the seconds of its operators; the time of collectives is added to them later. ``forward_travel``,
+    ``backward_travel``: the collectives that the piece's forward and backward wait for.
     """
 
     forward_s: float

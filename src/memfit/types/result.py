@@ -166,7 +166,8 @@ class ResidentMemory:
     ``loaded_bytes``: what the process then held in large blocks (64 KiB or more) more than before the job was
     loaded: data that the job reads at import or for its first batch. ``shared_bytes``, ``mapped_bytes``: the
     most that was seen of shared memory, and of mapped files that are not libraries, both without what there
-    was before the job was loaded. A memory cap by RLIMIT_DATA counts none of these three.
+    was before the job was loaded. A memory cap by RLIMIT_DATA, set when training begins, does not count
+    ``loaded_bytes``, ``shared_bytes`` and ``mapped_bytes``.
     """
 
     peak_bytes: int
@@ -589,8 +590,9 @@ class Trial:
     """Measured runs of a few steps of one plan on this machine. There are several rounds; in each, every plan
     that is compared is run once.
 
-    ``step_s``: for each round of the plan, the median of its step times; empty if no run succeeded.
-    ``reason``: then why it failed, else "". ``predicted_s``: the predicted time of a step, None if unknown.
+    ``step_s``: for each round of the plan, the median of its step times in seconds; empty if no run
+    succeeded. ``reason``: why none did, "" if one did. ``predicted_s``: the predicted seconds of a step, None
+    if unknown.
     """
 
     plan: Plan

@@ -12,8 +12,7 @@ class Workload:
     ``batch_size``: samples per step over all ranks. ``length``: of a sample, in ``length_unit``; None if
     samples have no length. ``sample_shape``: () if samples have a length, else the shape of the batch's
     largest tensor without its first dimension. ``assumed``: which of "batch" and "length" were set by a
-    default instead of the user.
-    ``machine``: "" if no machine is meant.
+    default instead of the user. ``machine``: "" if no machine is meant.
     """
 
     model: str

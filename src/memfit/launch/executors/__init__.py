@@ -16,14 +16,15 @@ _SHARED = ("base", "on_node", "submitit_jobs")
 
 
 def names() -> tuple[str, ...]:
-    """Return the names of all executors."""
+    """Return the names of all executors, such as "local" and "slurm"."""
     return tuple(info.name for info in pkgutil.iter_modules(__path__) if info.name not in _SHARED)
 
 
 def parse_executor(text: str) -> tuple[str, Mapping[str, str]]:
     """Return (name, settings) of an executor as users write it: ``NAME`` or ``NAME:KEY=VALUE,KEY=VALUE``, for
-    example ``slurm:partition=a100,time=60``. Raises UserError for an unknown name, and for a setting that is
-    not KEY=VALUE, that occurs twice, or that the executor does not have."""
+    example ``slurm:partition=a100,time=60``. Raises UserError for an unknown name, for a setting that is not
+    KEY=VALUE, that occurs twice or that the executor does not have, and for a value that it does not
+    allow."""
     name, _, rest = text.partition(":")
     look_up("executor", name, dict.fromkeys(names(), True))
     settings: dict[str, str] = {}

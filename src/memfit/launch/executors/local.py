@@ -20,7 +20,8 @@ _STARTING: Final = threading.Lock()
 
 
 class LocalExecutor(SubmititExecutor):
-    """Processes of this machine, which end when the process that submitted them ends, however it ends."""
+    """Tasks as processes of this machine. They are ended when the process that submitted them ends, however
+    it ends."""
 
     cluster = "local"
     keys: ClassVar[Mapping[str, str]] = {

@@ -23,7 +23,7 @@ from memfit.types.errors import UserError
 
 
 class SubmititExecutor(Executor):
-    """Tasks as jobs of one of submitit's clusters."""
+    """Tasks as jobs of one of submitit's clusters, ``cluster``: "local" or "slurm"."""
 
     cluster: ClassVar[str]
 
@@ -72,7 +72,7 @@ class SubmititExecutor(Executor):
         return list(task.argv), *places, owner, self.variables(task)
 
     def variables(self, task: Task) -> Mapping[str, str]:
-        """Return environment variables for the task's command, name -> value."""
+        """Return further environment variables for the task's command, name -> value; none by default."""
         return {}
 
     def job(self, job_id: str) -> Any:
