@@ -219,8 +219,8 @@ _DEBUG_TOKENS = 2048
 
 def of_torchtitan(options: Options) -> DescribedModel | None:
     """Return the model that torchtitan's file names, or None if it gives neither model.name nor model.flavor.
-    If it gives only one of them, the name is llama3 and the flavor debugmodel, as in torchtitan. A model
-    other than llama3 and qwen3, or of a flavor that memfit does not know, has no ``job`` and unknown
+    If it gives only one of them, the other is torchtitan's default, the name llama3 or the flavor debugmodel.
+    A model other than llama3 and qwen3, or of a flavor that memfit does not know, has no ``job`` and unknown
     sizes."""
     if not (options.raw("model.name") or options.raw("model.flavor")):
         return None

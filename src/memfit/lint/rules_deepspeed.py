@@ -69,7 +69,8 @@ def deepspeed_bf16_loss_scale(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_offload_parameters(d: Options, s: Setup) -> Found:
-    """Report offload_param below ZeRO stage 3, where it has no effect."""
+    """Report offload_param below ZeRO stage 3, where it has no effect. Nothing is reported if the stage is
+    unknown."""
     if _device(d, "offload_param") != "none" and (stage := _stage(d)) in (0, 1, 2):
         yield {"device": _device(d, "offload_param"), "stage": stage}
 
@@ -82,7 +83,8 @@ def deepspeed_offload_optimizer(d: Options, s: Setup) -> Found:
 
 def deepspeed_stage3_keys(d: Options, s: Setup) -> Found:
     """Report stage3_* settings below ZeRO stage 3, where they are not read, unless they are null or "auto".
-    Those for saving a model (stage3_*_on_model_save) are not reported: they do no harm there."""
+    Those for saving a model (stage3_*_on_model_save) are not reported: they do no harm there. Nothing is
+    reported if the stage is unknown."""
     if (stage := _stage(d)) not in {0, 1, 2}:
         return
     stage3_keys = [
@@ -301,7 +303,7 @@ def deepspeed_removed(d: Options, s: Setup) -> Found:
 def deepspeed_zeropp(d: Options, s: Setup) -> Found:
     """Report, below ZeRO stage 3, the settings of ZeRO++ that are on: zero_quantized_weights,
     zero_quantized_gradients, zero_quantized_nontrainable_weights, and zero_hpz_partition_size above 1. Only
-    stage 3 supports them."""
+    stage 3 supports them. Nothing is reported if the stage is unknown."""
     if _stage(d) not in {0, 1, 2}:
         return
     switches = ("weights", "gradients", "nontrainable_weights")

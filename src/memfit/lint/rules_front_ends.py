@@ -52,14 +52,16 @@ def llamafactory_pure_bf16_zero3(f: Options, s: Setup) -> Found:
 
 
 def lightning_fsdp_norm(t: Options, s: Setup) -> Found:
-    """Report gradient_clip_val with FSDP, unless gradient_clip_algorithm is "value"."""
+    """Report a gradient_clip_val other than 0 with the strategy FSDP, unless gradient_clip_algorithm is
+    "value"."""
     norm, algorithm = t.number("trainer.gradient_clip_val"), t.get("trainer.gradient_clip_algorithm")
     if strategy(t) == "fsdp" and norm and algorithm != "value":
         yield {"norm": f"{norm:g}"}
 
 
 def lightning_deepspeed_value(t: Options, s: Setup) -> Found:
-    """Report clipping by value with DeepSpeed."""
+    """Report clipping by value (a gradient_clip_val other than 0, gradient_clip_algorithm "value") with the
+    strategy DeepSpeed."""
     value = t.number("trainer.gradient_clip_val")
     if strategy(t) == "deepspeed" and value and t.get("trainer.gradient_clip_algorithm") == "value":
         yield {"value": f"{value:g}"}

@@ -30,11 +30,13 @@ def convert(setup: Setup, *, of_objects: bool = False) -> Conversion:
     """Convert ``setup`` to a plan. If several libraries are configured, only one decides how the model is
     distributed, the first of OpenFold, Axolotl, LLaMA-Factory, Lightning, MACE, Megatron-LM, torchtitan,
     DeepSpeed, and Accelerate with the Trainer. An unknown number of processes counts as 1; with Megatron-LM
-    and torchtitan, as the smallest number that their degrees of parallelism allow. ``left_out`` of the result
-    lists the settings that no plan can express, settings that the plan depends on but that are known only
-    when a script runs, and the files in ``setup.missing``. ``of_objects``: the settings are those of objects,
-    such as a Trainer, which have a value for every option. Options of DeepSpeed, Accelerate and the Trainer
-    that memfit does not carry over are then not listed; those of files are (`account_for`).
+    and torchtitan, as the smallest number that their degrees of parallelism allow; with parallel sizes of
+    Axolotl, as their product with dp_shard_size, if that is given. ``left_out`` of the result lists the
+    settings that no plan can express, settings that the plan depends on but that are known only when a script
+    runs, sizes that are no whole numbers of at least 1, and the files in ``setup.missing``. ``of_objects``:
+    the settings are those of objects, such as a Trainer, which have a value for every option. Options of
+    DeepSpeed, Accelerate and the Trainer that memfit does not carry over are then not listed; those of files
+    are (`account_for`).
 
     Raises UserError for a crop, batch or blocks_per_ckpt of OpenFold that is not a whole number above 0;
     blocks_per_ckpt may also be null. Raises UserError, too, for a number of processes that is not from 1 to

@@ -20,9 +20,9 @@ _BATCH_SIZES = ("data.batch_size", "data.init_args.batch_size", "data.train_batc
 
 
 def from_lightning(setup: Setup, draft: Draft) -> None:
-    """Add the settings of Lightning's Trainer to ``draft``: its strategy, precision, accumulation and number
-    of processes. The model and the data are classes that only the user's program knows. The options that are
-    not in the plan are listed as left out, with the reasons."""
+    """Add the settings of Lightning's Trainer to ``draft``: its strategy, precision and accumulation, and the
+    batch size of the data module as the micro-batch. The model and the data are classes that only the user's
+    program knows. The options that are not in the plan are listed as left out, with the reasons."""
     options = setup.lightning
     assert options is not None
     draft.micro_batch = next(filter(None, map(options.size, _BATCH_SIZES)), None)
@@ -76,8 +76,9 @@ def _init(options: Options, name: str) -> Any:
 
 
 def _precision(options: Options, draft: Draft) -> str:
-    """Return "bf16", "bf16-true", "fp16" or "no" for the precision of Lightning's Trainer. Others are listed
-    as left out."""
+    """Return "bf16", "bf16-true", "fp16" or "no" (float32) for the precision of Lightning's Trainer. For
+    16-true, return "bf16-true", for float64 "no", and for any other precision "bf16"; these are listed in
+    ``draft`` as left out."""
     value = str(options.get("trainer.precision") or "32").lower()
     if value in ("32", "32-true", "highest"):
         return "no"

@@ -15,9 +15,9 @@ _BATCH, _EMA_DECAY = 10, 0.99
 
 
 def from_mace(setup: Setup, draft: Draft) -> None:
-    """Add the flags of mace_run_train to ``draft``: data parallelism of --distributed, the batch, and the
-    average of weights. The model itself and float64, its default precision, cannot be in a plan. The flags
-    that are not in it are listed as left out, with the reasons."""
+    """Add the flags of mace_run_train to ``draft``: data parallelism of --distributed (without it, one
+    process is predicted), the batch, and the average of weights. The model itself and float64, its default
+    precision, cannot be in a plan. The flags that are not in it are listed as left out, with the reasons."""
     options = setup.mace
     assert options is not None
     if options.on("distributed") and draft.ranks > 1:
