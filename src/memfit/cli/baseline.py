@@ -98,8 +98,8 @@ class BaselineOptions:
         Path,
         typer.Option(
             metavar="FILE",
-            help="The baseline: a TOML file to commit. Paths in it are relative to its folder. write "
-            "creates it if it does not exist; check then fails. Default: memfit-baseline.toml.",
+            help="The baseline: a TOML file to commit. Paths in it are relative to its folder. If it does "
+            "not exist, write creates it, and check fails with exit code 2. Default: memfit-baseline.toml.",
         ),
     ] = Path("memfit-baseline.toml")
     tolerance: Annotated[
@@ -116,7 +116,7 @@ class BaselineOptions:
         typer.Option(
             metavar="FILE",
             help="For check, otherwise refused: also write what grew to this file as SARIF 2.1.0, for code "
-            "hosts and editors. It is overwritten if it exists.",
+            "hosts and editors. It is overwritten if it exists. Default: no file.",
         ),
     ] = None
 
@@ -262,8 +262,8 @@ def _write_sarif(path: Path, file: Path, comparisons: Sequence[BaselineCompariso
 
 
 def _sarif_result(title: str, drift: MemoryDrift, file: Path) -> memfit.report.sarif.SarifResult:
-    """Return the drift as a result at the line of the first of its modules that has one in a file that
-    exists, else at the baseline file."""
+    """Return the drift as a SARIF result. Its place is the line of the first module of the drift whose line
+    is in a file that exists; if there is none, the baseline file, without a line."""
     from memfit.report.baseline_drift import drift_text
     from memfit.report.sarif import SarifResult
 

@@ -135,7 +135,7 @@ def write_trace_files(
     explanation: memfit.report.explain.TracedEstimate, files: TraceFileOptions, *, lang: str, job: str
 ) -> None:
     """Write the memory of the traced step to ``files``. ``job``: what the page calls the training. All files
-    are rendered before the first is written."""
+    are rendered before the first is written. Raises UserError if one cannot be written."""
     from memfit.files.replace import write_whole
     from memfit.report import explain_files, explain_html
 

@@ -113,10 +113,10 @@ class ExportOptions:
         typer.Option(
             metavar="DIR",
             help="Folder for the checkpoints of memfit's worker, which the written files start unless "
-            "--script is given: one at the end and, with --save-every, earlier ones. All nodes must "
-            "share it; a restart continues from the newest checkpoint. --to k8s needs an absolute path "
-            "and --claim. Not with --script, and not with --to trainer, torchtitan or openfold. Default: "
-            "no checkpoints.",
+            "--script is given: one at the end and, with --save-every, earlier ones. All nodes must share "
+            "the folder. A restart continues from the newest checkpoint. --to k8s needs an absolute path "
+            "and --claim. Not with --script, and not with --to trainer, torchtitan or openfold. Default: no "
+            "checkpoints.",
         ),
     ] = ""
     save_every: Annotated[

@@ -57,17 +57,17 @@ class GateOptions:
         typer.Option(
             metavar="MACHINE",
             help="Check --gates and, if all limits are kept, predict the pilot, the stage between the proof "
-            "of concept and the full-size training, on this machine, given as in --on of `memfit plan`. "
-            "Default: the pilot is not predicted. Not with --case or --template.",
+            "of concept and the full-size training, on MACHINE, given as in --on of `memfit plan`. Default: "
+            "the pilot is not predicted. Not with --case or --template.",
         ),
     ] = None
     full: Annotated[
         str | None,
         typer.Option(
             metavar="MACHINE",
-            help="Check --gates and, if all limits are kept, predict the full-size training on this "
-            "machine, given as in --on of `memfit plan`. Default: the full-size training is not predicted. "
-            "Not with --case or --template.",
+            help="Check --gates and, if all limits are kept, predict the full-size training on MACHINE, "
+            "given as in --on of `memfit plan`. Default: the full-size training is not predicted. Not with "
+            "--case or --template.",
         ),
     ] = None
     size: Annotated[

@@ -272,7 +272,10 @@ def _print(report: memfit.workflows.largest.LargestReport) -> None:
 
 
 def _cells(row: memfit.workflows.largest.LargestRow, *, has_runs: bool) -> tuple[str, ...]:
-    """Return the cells of a row after its plan. ``has_runs``: whether any value was run."""
+    """Return the cells of a row of the table after its plan and value: the largest value that fits and what
+    it needs, the next value and what it needs, the largest that is expected to fit; if ``has_runs``, the
+    largest that ran and the smallest above it that ran out of memory; and the speed. ``has_runs``: whether
+    any value of the table was run."""
     result = row.result
     if result is None:
         return ("none", "", "", "", "", *(("", "") if has_runs else ()), "")

@@ -88,9 +88,9 @@ class SizeOptions:
             min=1,
             max=MOST,
             help="Length of a sample: tokens, residues or bases. Default: the length of the job's size; for "
-            "`memfit plan --from`, that of the files if they state one that the job accepts. Built-in "
-            "jobs take 16 to 262144; jobs whose samples have no length, and a memfit.Job in FILE.py:NAME, "
-            "refuse this option.",
+            "`memfit plan --from`, that of the files if they state one that the job accepts. Built-in jobs "
+            "take 16 to 262144, and hf: what the model has positions for. Jobs whose samples have no "
+            "length, and a memfit.Job in FILE.py:NAME, refuse this option.",
         ),
     ] = None
 
@@ -179,13 +179,14 @@ class SearchOptions:
             "GPU has. On a CPU, each process counts as a device. It limits a search for a plan; `memfit "
             "plan --from` and `memfit estimate -- COMMAND` also check whether the training as it is fits "
             "it, `memfit estimate --lengths` uses it, and `memfit run` limits the training to it (see "
-            "--capped). Otherwise it is ignored. Default of a search: on another machine's GPU, its memory; "
-            "on this machine's GPU, what is free of its memory now; on a CPU, and always in `memfit poc`, "
-            "only a demonstration: a quarter of the peak memory of plain training (the job may set another "
-            "share) or, if no plan fits that, 10 % more than the smallest plan needs. Default of a check: "
-            "all memory of the device; but of `memfit plan --from` on a CPU, what the plan of the files "
-            "needs if it is for one process, otherwise no limit. Refused by `memfit estimate --precision` "
-            "and by `memfit decide` without --pilot and --full.",
+            "--capped). Otherwise it is ignored. Default: on another machine's GPU, its memory; on this "
+            "machine's GPU, what is free of its memory now; on a CPU, and always in `memfit poc`, only a "
+            "demonstration: a quarter of the peak memory of plain training (the job may set another share) "
+            "or, if no plan fits that, 10 % more than the smallest plan needs. Two defaults differ: the "
+            "script of a COMMAND is checked against all memory of the device; on a CPU, `memfit plan "
+            "--from` does not check, and better plans must fit what the plan of the files needs if it is "
+            "for one process. Refused by `memfit estimate --precision` and by `memfit decide` without "
+            "--pilot and --full.",
         ),
     ] = None
     host_memory: Annotated[

@@ -203,7 +203,8 @@ def _print_diff_or_largest(
     output: OutputOptions,
 ) -> None:
     """Print the edit of ``script`` and, with --save, write its plan; if ``script`` is None, print the answer
-    to --largest."""
+    to --largest. Raises UserError if the file of --save exists and --force is not given, and as `print_diff`
+    and `print_largest` do."""
     if script is None:
         print_largest(job_request, largest, as_json=output.json, force=save.force, measure=run.measure)
         return
@@ -296,7 +297,7 @@ def _read_request(
     run: PlanRunOptions,
     limits: BoundsOptions,
 ) -> memfit.planner.request.Request:
-    """Return the options as a request to the planner, as `request` does."""
+    """Return the options as a request to the planner. Raises UserError as `bounds_of` and `request` do."""
     bounds = bounds_of(job, limits, on.on)
     return request(job, search_options, runtime, on.on, ranks=run.nproc, bounds=bounds, has_nproc=True)
 

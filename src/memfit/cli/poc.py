@@ -42,10 +42,10 @@ class PocOptions:
             metavar="N",
             min=1,
             max=1000,
-            help="Number of seeds: 0, 1 and so on; by default 3. With each of them, plain training and the "
-            "recommended plan are trained; the verdict, whether their results are equivalent, is based on "
-            "these pairs of runs. With fewer than 3 pairs, results can only be shown to be equivalent if "
-            "the plan must not change them at all, as with --accuracy exact.",
+            help="Number of seeds: 0, 1 and so on. Default: 3. With each of them, one run trains without "
+            "any technique and one with the recommended plan; the verdict, whether their results are "
+            "equivalent, is based on these pairs of runs. With fewer than 3 pairs, results can only be "
+            "shown to be equivalent if the plan must not change them at all, as with --accuracy exact.",
         ),
     ] = 3
     nproc: Annotated[

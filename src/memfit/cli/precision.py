@@ -66,7 +66,8 @@ class PrecisionOptions:
 
 def print_precision(job: JobOptions, options: PrecisionOptions, *, lang: str, as_json: bool) -> None:
     """Print which modules must stay in float32, and the error they would cause in half precision. Raises
-    UserError for an unknown --precision or --device, and for a job that cannot be loaded.
+    UserError for an unknown --precision or --device, for a job that cannot be loaded, and if the loss is not
+    finite in float32.
 
     The code of each module runs in half precision and in float64 on real activations and gradients. The
     recorded results of its child modules are used instead of running these, so that an error is attributed to

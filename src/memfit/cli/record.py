@@ -53,10 +53,10 @@ class RecordOptions:
             metavar="FILE.json|DIR",
             help="Instead of writing a record, add one to the store. FILE.json: the record of a proof of "
             "concept from another group, refused if the store has a different one with this ID; or the run "
-            "that `memfit run --record` wrote, for example on a machine of a cluster. DIR: a folder of "
-            "`memfit export` whose training a launcher or scheduler has started: the run that its ranks "
-            "have recorded there is merged, added, and printed as by `memfit run`. Not with --poc, --out, "
-            "--compare or --schema.",
+            "that `memfit run --record` wrote, for example on a machine of a cluster. DIR: a folder that "
+            "`memfit export` wrote without --script for torchrun, slurm or skypilot, after its training was "
+            "started: the run that its ranks have recorded there is merged, added, and printed as by "
+            "`memfit run`. Not with --poc, --out, --compare or --schema.",
         ),
     ] = None
     reporter: Annotated[

@@ -141,11 +141,12 @@ class RunOptions:
         str,
         typer.Option(
             metavar="TIME",
-            help="With --save: on SIGTERM, the run saves at the end of the step, or with several processes "
-            "of the step after it, and ends with exit code 75, or with 143 if there is no checkpoint. "
-            "Processes that have not ended this long after the signal, or at a second SIGTERM, are killed; "
-            "before the first step, all are killed at once. Give a little less than your scheduler allows "
-            "before it kills. On SIGUSR1, the run saves and goes on. Default: 25s. Ignored without --save.",
+            help="With --save: time for SIGTERM. On SIGTERM, the run saves at the end of the step, or with "
+            "several processes of the step after it, and ends with exit code 75, or with 143 if there is no "
+            "checkpoint. Processes that have not ended this long after the signal, or at a second SIGTERM, "
+            "are killed; before the first step, all are killed at once. Give a little less than your "
+            "scheduler allows before it kills. On SIGUSR1, the run saves and goes on. Default: 25s. Ignored "
+            "without --save.",
         ),
     ] = "25s"
     stall_limit: Annotated[
@@ -431,7 +432,8 @@ def print_recovery(recovery: Recovery, count: int, *, most: int) -> None:
 
 
 def _continuation_text(recovery: Recovery) -> str:
-    """Describe from which step and under which plan a run continued after it ran out of memory."""
+    """Return a text that says from which checkpoint and step, and under which plan, a run continued after it
+    ran out of memory; and what this plan and the failed one are predicted to need, of which limit."""
     steps = f"{recovery.first_step} step{'s' * (recovery.first_step != 1)}"
     checkpoint = recovery.checkpoint
     start = f"from {checkpoint}, after {steps}" if checkpoint else "from step 0, as there is no checkpoint"
@@ -578,7 +580,8 @@ _SLOW_DATA_RATIO = 0.1
 
 
 def _data_line(measurement: Measurement) -> Iterator[str]:
-    """Yield a line if making a batch takes at least a tenth of the time of a step."""
+    """Yield a line with the median time to make a batch if it is at least a tenth of the median time of a
+    step; otherwise nothing."""
     if not measurement.batch_s or not measurement.step_s:
         return
     batch_s, step_s = statistics.median(measurement.batch_s), statistics.median(measurement.step_s)

@@ -266,7 +266,8 @@ def agreed_budget(
 
 
 def _need_text(trials: Sequence[SweepTrial], settings: RunSettings) -> str:
-    """Describe how many trials there are to run and what their training steps are predicted to take."""
+    """Return a text that says how many trials there are to run, and the device time that their training steps
+    are predicted to take, or that it is not predicted because the device is unknown."""
     from memfit.workflows.sweep import predicted_hours
 
     with Bars("en") as progress:
@@ -341,7 +342,7 @@ class _Row:
     results: tuple[TrialResult, ...]
 
     def values(self, value: Callable[[Any], float | None]) -> list[float]:
-        """Return the value of each run that completed, where it is known."""
+        """Return ``value(run)`` of each run that completed, without those for which it is None."""
         runs = [r.run for r in self.results if r.run is not None and r.run.measurement.outcome.value == "ok"]
         return [v for run in runs if (v := value(run)) is not None]
 
@@ -407,7 +408,7 @@ def _cells(row: _Row) -> list[str]:
 
 
 def _states_text(results: Sequence[TrialResult]) -> str:
-    """Return such as "3 ok, 1 out of memory, 2 running"."""
+    """Return how many trials are in each state, such as "3 ok, 1 out of memory, 2 running"."""
     counts: dict[str, int] = {}
     for result in results:
         counts[_state_text(result)] = counts.get(_state_text(result), 0) + 1
