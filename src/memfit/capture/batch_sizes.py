@@ -16,10 +16,11 @@ _PREFETCHED = 2  # DataLoader's prefetch_factor by default
 
 
 class BatchSizes:
-    """The sizes of a script's batches. If a data loader gives them, those of the loader that the script used
-    last before its second optimizer step: ``traced_bytes``, the largest batch that the script took;
-    ``largest_bytes``, the largest of these and of those that `ratios` takes from the loader. If the script's
-    loop makes them: ``step_bytes``, for each step the bytes of each tensor that its models got."""
+    """The sizes of a script's batches, from a data loader or made by the script's loop.
+
+    From loaders, the one that the script used last counts. ``traced_bytes``: its largest batch that the
+    script took. ``largest_bytes``: the largest of these and of those that `ratios` takes. ``step_bytes``:
+    without a loader, for each step the bytes of each tensor that the trained models got."""
 
     def __init__(self) -> None:
         self.traced_bytes = self.largest_bytes = 0
@@ -32,11 +33,12 @@ class BatchSizes:
 
     @property
     def loader(self) -> Any:
-        """The loader that counts, or None."""
+        """The loader that the script used last; None if it used none."""
         return self._loader
 
     def note(self, batch: Any, loader: Any) -> None:
-        """Note a batch that ``loader`` has given to the script."""
+        """Note the bytes of a batch that ``loader`` has given to the script. After a call of `ratios`, do
+        nothing."""
         if self._is_closed:
             return
         size_bytes = bytes_of(batch)
@@ -45,7 +47,8 @@ class BatchSizes:
         self._loader = loader
 
     def note_call(self, arguments: Any) -> None:
-        """Note what the script's loop gives to a model that it trains."""
+        """Note the bytes of the tensors that the script's loop gives to a model that it trains. Do nothing if
+        the script uses a loader."""
         if self._loader is None:
             tensors = enumerate(batch_tensors(arguments))
             self.step_bytes[-1] |= Counter({i: t.numel() * t.element_size() for i, t in tensors})

@@ -147,7 +147,8 @@ class _Session:
         return forked
 
     def _with_evaluation(self, answer: ScriptAnswer, peak_bytes: int, place: str) -> ScriptAnswer:
-        """Return the answer with an evaluation that begins at ``place``, if it needs more than a step."""
+        """Return the answer with ``peak_bytes``, the peak of an evaluation that begins at ``place``, and with
+        a note on it, if that is more than a step needs; otherwise unchanged."""
         if answer.estimate is None or peak_bytes <= answer.estimate.allocated_bytes.high:
             return answer
         note = (
@@ -300,8 +301,9 @@ class _Session:
         )
 
     def _note_growth(self, trace: ScriptTrace, peak_bytes: int) -> int:
-        """Say what the script collects from step to step, and return by how many bytes of the device its need
-        grows with each step, at least. ``peak_bytes``: by how many the peak of the traced steps grows."""
+        """Add a note on what the script collects from step to step, and return the bytes of the device by
+        which its need grows with each step, at least; 0 if it collects nothing. ``peak_bytes``: bytes by
+        which the peak of the traced steps grows with each step."""
         kept = trace.kept
         if kept is None or not kept.grows:
             return 0
@@ -323,8 +325,8 @@ class _Session:
         return max(rates.total(), peak_bytes)
 
     def _note_shared_batches(self, trace: ScriptTrace) -> int:
-        """Say what the batches of worker processes take of shared memory, and return it in bytes. Torch's
-        allocator does not make it, and none of it is in the trace."""
+        """Return the bytes of shared memory that the batches of worker processes take, and add a note on it;
+        0 without workers. Torch's allocator does not make this memory, and none of it is in the trace."""
         count, batch_bytes = trace.batches.shared()
         if count * batch_bytes:
             self.notes.append(
@@ -335,8 +337,9 @@ class _Session:
         return count * batch_bytes
 
     def _with_untraced_updates(self, estimate: Estimate, cycle: UpdateCycle) -> Estimate:
-        """Return the estimate with the upper end that the updates of further optimizers may need: those that
-        have made none in the traced steps, or one, which had no state before it."""
+        """Return the estimate with its upper end raised by what later updates may need: of optimizers that
+        made no update or only one in the traced steps, and of a training that may follow. Add a note on
+        each."""
         states = [(o, _state_bytes(o)) for o in cycle.optimizers.values()]
         params_bytes = sum(_bytes(params_of(o)) for o, _ in states)
         ratio = sum(size for _, size in states) / params_bytes if params_bytes else 0.0
@@ -362,8 +365,8 @@ class _Session:
         return widened(estimate, high=estimate.allocated_bytes.high + more_bytes)
 
     def _with_sparse_rows(self, estimate: Estimate) -> Estimate:
-        """Return the estimate with its interval widened if the step makes sparse gradients: how many rows
-        they have at once after sums is estimated only."""
+        """Return the estimate; if the step makes sparse gradients, with its interval widened by 15 % to both
+        sides and with a note: their number of rows is only estimated."""
         if not self.trace.recorder.sparse_seen:
             return estimate
         self.notes.append(
@@ -374,8 +377,9 @@ class _Session:
         return widened(estimate, low=peak_bytes * (1 - _SPARSE_ERROR), high=peak_bytes * (1 + _SPARSE_ERROR))
 
     def _with_other_batches(self, estimate: Estimate) -> Estimate:
-        """Return the estimate with its interval widened to other batches of the script's loader: down to one
-        of median size, up to the largest, which a note names (`peak_with_batch`)."""
+        """Return the estimate with its interval widened to other batches: from a loader, down to one of
+        median size and up to the largest; made by the script's loop, up to the largest. A note says so. If
+        the batches differ by less than 2 %, the estimate is unchanged."""
         batches = self.trace.batches
         typical, most, count = batches.ratios()
         if batches.problem:
@@ -464,7 +468,8 @@ class _Session:
 
 
 def _history_growth(optimizer: torch.optim.LBFGS) -> int:
-    """Return the bytes by which the history of LBFGS grows until it is full: of each pair of vectors."""
+    """Return the bytes by which the history of LBFGS still grows until it is full. Each entry has two vectors
+    of the size of the parameters."""
     params = optimizer.param_groups[0]["params"]
     vector_bytes = sum(p.numel() * p.element_size() for p in params)
     pairs = len(optimizer.state[params[0]].get("old_dirs") or [])
@@ -512,8 +517,8 @@ def _print_traceback(error: BaseException) -> None:
 
 
 def _await_threads() -> None:
-    """Wait for the threads that the script started, as Python does at its end, but not for long: those of a
-    pool wait for work."""
+    """Wait for the threads that the script started, as Python does at its end, but at most 10 s for each:
+    those of a pool wait for work."""
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join(_THREAD_LIMIT_S)

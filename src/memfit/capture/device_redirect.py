@@ -167,9 +167,10 @@ class DeviceRedirect(TorchFunctionMode):
         return torch.device(name, *args, **kwargs)
 
     def names_accelerator(self, device: Any, *, places: bool = True) -> bool:
-        """Return whether ``device``, as the script gave it, is not the host. An index names an accelerator.
-        ``places``: whether something is put there. Autocast puts nothing there, and torch asks for that of
-        "cuda" where none is named, as in attention and checkpoints."""
+        """Return whether ``device``, as the script gave it, is an accelerator: an index, or neither the host
+        nor "meta". False for None. ``places``: whether something is put there; its kind is then added to
+        ``redirected``. Autocast puts nothing there, and torch asks for that of "cuda" where the script names
+        none, as in attention and checkpoints."""
         if isinstance(device, bool) or device is None:
             return False
         kind = CUDA if isinstance(device, int) else torch.device(device).type
@@ -180,7 +181,8 @@ class DeviceRedirect(TorchFunctionMode):
         return True
 
     def is_on_target(self, tensor: torch.Tensor) -> bool:
-        """Return whether a tensor lies on the target device."""
+        """Return whether a tensor lies on the target device. If that is the host, all do; otherwise real
+        tensors do not."""
         if self.trace.is_host or not isinstance(tensor, FakeTensor):
             return self.trace.is_host
         return self.trace.recorder.note_real(tensor, "").memory_pool not in NOT_ON_DEVICE

@@ -118,9 +118,9 @@ def fork_search(
     loader: Any,
     params: Sequence[torch.Tensor],
 ) -> Evaluation | EvaluationSearch:
-    """Fork this process. Return an `EvaluationSearch` in the fork, which is to go on with the script.
-    ``region``: makes the context in which tensors are fake and recorded. ``loader``: that of the training, or
-    None. ``params``: those that have gradients after a backward pass."""
+    """Fork this process. Return an `Evaluation` in this process, and in the fork, which is to go on with the
+    script, an `EvaluationSearch`. ``region``: makes the context in which tensors are fake and recorded.
+    ``loader``: that of the training, or None. ``params``: those that have gradients after a backward pass."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid:

@@ -28,8 +28,9 @@ _MODEL = frozenset({Category.PARAMETER, Category.GRADIENT, Category.OPTIMIZER_ST
 
 
 class KeptMemory:
-    """What a script has, at the end of a step, of the steps before. A tensor may rightly live until the next
-    step. What grows from each end of a step to the next, four in a row after the first, is collected."""
+    """What of earlier steps is still alive at the end of each step. A tensor may rightly live until the next
+    step. The script collects what has grown from step to step at four ends of steps in a row, after the
+    first."""
 
     def __init__(self, recorder: AllocationRecorder) -> None:
         self._recorder, self._begin_clock = recorder, recorder.clock
@@ -39,7 +40,7 @@ class KeptMemory:
         self.holders: list[str] = []  # lines that made the tensors which hold these graphs
 
     def close_step(self) -> None:
-        """Look at what is alive at the end of a step, one of the first 12."""
+        """Note what is alive at the end of a step. After 12 steps, do nothing."""
         if len(self._sizes) == _MOST_ENDS:
             return
         kept, sizes, recent = list[Life](), Counter[str](), set[str | int]()
@@ -73,12 +74,12 @@ class KeptMemory:
 
     @property
     def needs_steps(self) -> bool:
-        """Whether further steps must show whether something is collected."""
+        """Whether something grows, but too few steps were made to know that the script collects it."""
         return 1 < len(self._sizes) <= _ENDS and bool(self.rates() or self.nodes)
 
     @property
     def grows(self) -> bool:
-        """Whether something is collected."""
+        """Whether the script collects something, as far as the steps show."""
         return len(self._sizes) > _ENDS and bool(self.rates() or self.nodes)
 
     def _old_nodes(self) -> int:

@@ -43,7 +43,8 @@ _QUIET_TRACKERS = {
 
 class Sandbox:
     """What a script has written. ``scratch``: an empty folder. ``hosts``: machines it connected to.
-    ``kept``: existing files that it would have changed. ``programs``: programs that it started."""
+    ``created``: files and folders that it made. ``kept``: existing files that it would have changed.
+    ``programs``: programs that it started."""
 
     def __init__(self, scratch: Path) -> None:
         self.scratch = scratch
@@ -85,7 +86,8 @@ class Sandbox:
         return notes
 
     def _unseen(self) -> list[str]:
-        """Return the files of the project that are new or were changed, but not by the patches below."""
+        """Return the files below the current folder and the script's that are new or were changed although
+        the patched functions of this class did not see it; [] if there are more than 20,000 files."""
         after = _states(self._protected) if self._before else {}
         changed = (name for name, state in after.items() if self._before.get(name) != state)
         outputs = _output_files()
@@ -271,7 +273,8 @@ class Sandbox:
         )
 
     def _is_free(self, name: str) -> bool:
-        """Return whether the innermost of the free and the protected folders around a path is a free one."""
+        """Return whether the script may write to this path: it is in a folder for temporary files or caches,
+        and no project folder (the current one or the script's) is nearer around it."""
         free, protected = (_innermost(name, folders) for folders in (self._free, self._protected))
         return len(free) > len(protected)
 

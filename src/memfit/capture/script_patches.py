@@ -128,12 +128,13 @@ def _save(values: Any, file: Any = None, *args: Any, **options: Any) -> None:
 
 
 def _without_nan_check(inner: Callable[..., None]) -> Callable[..., None]:
-    """Return a function that enables anomaly detection, for gradients that have no values."""
+    """Return a stand-in for ``torch.set_anomaly_enabled`` that never checks for NaN, as fake gradients have
+    no values."""
     return lambda mode, check_nan=True: inner(mode, False)
 
 
 def _data_pointer(inner: Callable[..., int]) -> Callable[..., int]:
-    """Return a ``data_ptr`` by which storages without data differ, as those with data do."""
+    """Return a stand-in for ``data_ptr`` that gives each storage without data a number of its own."""
     return lambda storage: storage._cdata if storage.device.type == "meta" else inner(storage)
 
 

@@ -35,8 +35,9 @@ class ScriptRanks:
 
     @property
     def uses(self) -> tuple[Use, ...]:
-        """The techniques for several ranks that the script applies: ddp and fsdp2. Ranks that share the work
-        in another way, such as tensor parallelism, stand as ddp: their memory is in the trace."""
+        """The techniques for several ranks that the script applies: ddp, fsdp2 or both. For ranks that share
+        the work in another way, such as tensor parallelism, ddp: their memory is in the trace. Empty for one
+        rank without either."""
         return tuple(self._uses.values()) or ((use("ddp"),) if self.count > 1 else ())
 
     def join(self, backend: Any = None, *args: Any, world_size: int = -1, **options: Any) -> None:

@@ -91,7 +91,8 @@ def diagnose_log(text: str) -> Diagnosis:
 
 
 def _shorten(line: str) -> str:
-    """Return a line without the middle of one that is too long for a log, such as of printed data."""
+    """Return a line; of one with more than 4,000 characters, such as printed data, the first and last 2,000
+    with " ... " between them."""
     half = _LONGEST_LINE // 2
     return line if len(line) <= _LONGEST_LINE else f"{line[:half]} ... {line[-half:]}"
 
@@ -271,8 +272,8 @@ _TIMES: Final = (
 
 
 def _with_free_blocks(failure: AllocationFailure, time: _Judgement) -> _Judgement:
-    """Return ``time`` with fragmentation as a possible cause if the allocator holds more free memory than was
-    asked for, though little of the whole."""
+    """Return ``time`` with fragmentation as a possible cause if the allocator holds at least twice the memory
+    that was asked for, and 2 % of the limit, in no tensor; otherwise ``time`` unchanged."""
     request, unallocated, limit = failure.request_bytes, failure.unallocated_bytes, failure.limit_bytes
     if (
         request is None

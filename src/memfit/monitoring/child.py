@@ -13,8 +13,9 @@ from memfit.runtime.oom import is_oom_error
 
 @functools.cache
 def begin(settings: str) -> TrainingWatch:
-    """Begin the watch of this process, once. It ends with the process. ``settings``: JSON with the arguments
-    ``file``, ``prediction`` and ``limits`` of `TrainingWatch`."""
+    """Begin the watch of this process, which ends with the process, and return it. Later calls return the
+    same watch. ``settings``: JSON with the arguments ``file``, ``prediction`` and ``limits`` of
+    `TrainingWatch`."""
     watch = TrainingWatch(**json.loads(settings))
     watch.__enter__()
     TrainingWatch.of_process = watch

@@ -77,8 +77,8 @@ class MemorySnapshot:
     @property
     def leak_bytes(self) -> int:
         """Growth of the low points from the second to the last in bytes, if there are at least four low
-        points, most of them rise, and they grew by at least 5 % of the highest point; else 0. The first is
-        left out, because the first step adds the state of the optimizer."""
+        points, at least 70 % of them are above the one before, and they grew by at least 5 % of the highest
+        point; else 0. The first is left out, because the first step adds the state of the optimizer."""
         troughs = self.trough_bytes[1:]
         if len(troughs) < 3:
             return 0
@@ -241,7 +241,7 @@ class _Reader:
                     yield event, event.get("frames")
 
     def _largest(self, blocks: Iterable[tuple[Mapping[str, Any], Any]]) -> tuple[LiveStack, ...]:
-        """Return the lines of the user's code with most bytes, the largest first."""
+        """Return the five lines of the user's code with most bytes, the largest first."""
         sizes: dict[tuple[str, int], list[Any]] = {}
         for block, frames in blocks:
             stack = self._stack(frames)

@@ -164,7 +164,7 @@ class CommandExit:
 
     @property
     def is_killed(self) -> bool:
-        """Whether the command died of SIGKILL, by what a shell reports as well."""
+        """Whether the command died of SIGKILL: the code -9, or 137, with which a shell reports it."""
         return self.code in (-9, 137)
 
 

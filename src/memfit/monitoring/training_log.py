@@ -97,12 +97,12 @@ class TrainingLog:
 
     @property
     def is_late(self) -> bool:
-        """Whether at least two steps were finished."""
+        """Whether the log shows at least step 2 or two epochs."""
         return (self.last_step or 0) >= 2 or self.epochs >= 2
 
     @property
     def is_first_step(self) -> bool:
-        """Whether the log shows that at most one step was finished."""
+        """Whether the log shows steps, but none after step 1, and at most one epoch."""
         return self.last_step is not None and self.last_step <= 1 and self.epochs <= 1
 
 

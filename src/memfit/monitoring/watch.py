@@ -221,7 +221,8 @@ class TrainingWatch:
         self._notify(self._guard(self._end_step, None, None, None, device_of_optimizer(optimizer)))
 
     def _device(self) -> torch.device:
-        """Return the device of the model, of the optimizer, or the current accelerator, or the processor."""
+        """Return the device of the model's first parameter; without one, that of the optimizer's; without
+        either, the current accelerator or, if there is none, the processor."""
         parameter = next(iter(self._model.parameters()), None) if self._model is not None else None
         if parameter is not None:
             return parameter.device  # type: ignore[no-any-return]

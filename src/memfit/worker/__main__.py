@@ -11,7 +11,8 @@ from memfit.worker import calibrate, devices, train
 
 
 def main() -> int:
-    """Do what the command line says, and return the exit status, with which the process must end."""
+    """Do what the command line says: ``run`` (or any other word) trains, ``calibrate`` measures, ``devices``
+    prints. Return the status with which the process must exit: that of `train.main`, else 0."""
     collect_rarely()
     code = 0
     if sys.argv[1] == "devices":

@@ -198,7 +198,9 @@ class Checkpointer:
         return state | self._random_states(f"random.{self.rank}"), metadata
 
     def _write(self, folder: Path | None, state: dict[str, Any], metadata: Checkpoint) -> Path:
-        """Write a checkpoint of ``state`` in ``folder``, that of rank 0, and return its path."""
+        """Write a checkpoint of ``state`` in ``folder`` (None on ranks other than 0), delete older ones if
+        the run keeps only the last few, and return the checkpoint's path. All ranks must call it. Raises
+        MemfitError if it cannot be written, and MemoryError if memory ran out."""
         done, group, begun = metadata.step, self._group, None
         try:
             begun = checkpoints.begin(folder, done) if self.rank == 0 and folder is not None else None

@@ -437,7 +437,8 @@ def _cap(spec: RunSpec, counter: PeakCounter, device: torch.device, data_peak_by
 def _train_and_measure(job: Job, spec: RunSpec, gauge: _Gauge, limit: MemoryLimit | None) -> Measurement:
     """Train, evaluate, compare the trained step with the plan, and return the measurement. Running out of
     memory becomes its outcome oom, a non-finite loss or gradient norm its outcome failed; other errors are
-    raised. ``limit``: the memory cap, lifted before the evaluation; None: no cap."""
+    raised. ``limit``: the memory cap, lifted before the evaluation if it is for training alone (``cap_scope``
+    "training"); None: no cap."""
     from memfit.runtime.energy import EnergyMeter
     from memfit.runtime.oom import is_oom_error
     from memfit.worker.degraded_training import scores_by_endpoint

@@ -35,8 +35,8 @@ class RankStart:
     """What one process wrote. ``attempt``: the same for all processes that were started together. ``time_s``:
     when it started, in seconds since 1970. ``first_step``: number of steps that its checkpoint had done.
     ``checkpoint``: path of that; "": none. ``losses``: step, counted from 0 -> loss. ``result``: None if it
-    ended without one. ``error``: the last line of its error output if that has a traceback. ``log``: the
-    file of its output."""
+    ended without one. ``error``: the last line of its error output that names an exception, if there is a
+    traceback; else "". ``log``: the file of its output."""
 
     rank: int
     attempt: str
@@ -161,7 +161,8 @@ _MOST_ERROR_BYTES: Final = 64 * 2**10
 
 
 def _error(log: Path) -> str:
-    """Return the last line of ``log``, a process's error output, if it ends with a traceback; else ""."""
+    """Return the last line of ``log``, a process's error output, that names an exception. Return "" if there
+    is no traceback in its last 64 KiB, and if the file cannot be read."""
     try:
         text = log.read_bytes()[-_MOST_ERROR_BYTES:].decode("utf-8", "replace")
     except OSError:

@@ -46,8 +46,8 @@ _SYNONYMS = (("batch", "batch_size"), ("length", "seq_len"), ("hidden", "width")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LargestRow:
-    """The answer for one plan and, if two dimensions were asked for, one ``value`` of the first of them.
-    ``problem``: why there is no answer; ``result`` is then None."""
+    """The answer for one plan and, with a second dimension ``along``, for one ``value`` of it; else ``value``
+    is None. ``problem``: why there is no answer, and ``result`` is then None; "": there is one."""
 
     plan: Plan
     value: int | None

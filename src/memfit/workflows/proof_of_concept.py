@@ -143,8 +143,8 @@ def poc(  # noqa: PLR0913
     records. ``side_by_side``: an executor makes the runs, several at a time, and those that the store has
     from a PoC that was interrupted are not made again; None: they are made here, one after the other. Raises
     NothingFits if no plan fits; SearchInterrupted on Ctrl-C while plans are searched; UserError for a
-    language without a catalog or if the request or the job is wrong; RunError if operators cannot be timed,
-    or if the budget of ``side_by_side`` does not suffice.
+    language without a catalog, if the report's folder cannot be written, or if the request or the job is
+    wrong; RunError if operators cannot be timed, or if the budget of ``side_by_side`` does not suffice.
     """
     load_words(lang)  # a wrong language is an error before anything is trained
     must_be_writable(report_path.parent if report_path else store.path.parent / REPORTS, "the report")
@@ -511,8 +511,9 @@ class _PocRunner:
         return runs, tuple(_notes_on_places(sweep, self.planning.request.machine.device))
 
     def add_control(self, poc: Poc, side_by_side: SideBySide | None = None) -> Poc:
-        """Train the job's negative control with seed 0, if the metric judges the recommended plan equivalent
-        and there is no stored power study."""
+        """Return the PoC with a run of the job's negative control, trained with seed 0 and stored, if the
+        metric judges the recommended plan equivalent and there is no stored power study; otherwise
+        unchanged."""
         baseline_runs, recommended_runs = _judged_runs(poc.runs)
         outcome = self._verdict(baseline_runs, recommended_runs)
         if outcome.kind is not VerdictKind.EQUIVALENT or not outcome.metric:

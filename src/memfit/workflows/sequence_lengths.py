@@ -181,7 +181,7 @@ def _from_csv(path: str, column: str | None) -> list[int]:
 
 def peak_model(job: Job, plan: Plan, longest: int, device: str) -> PeakModel:
     """Return a model of the peak of live tensors under ``plan``, by rows and length of a batch. ``device``:
-    "cpu" or "cuda".
+    kind of device that is traced, such as "cpu" or "cuda".
 
     It is fitted to six traces: three lengths (a quarter, a half and all of ``longest``, rounded up to
     multiples of 16 but not above ``longest``, for which alone a model may have positions; 16, 32 and 64 if

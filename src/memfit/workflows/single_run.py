@@ -292,9 +292,10 @@ def measure_spec(
     """Run all ranks of ``spec`` and return the measurement of one of them. ``listen`` is called with each
     event of rank 0, and with those of other ranks that refuse the job or stall.
 
-    If ranks failed, it is that which failed first; its reason begins with the number of the rank. If none
-    failed, also if all ended early after a save, it is the rank with the highest peak, as in predictions,
-    with the losses averaged over all ranks.
+    Of one rank, it is that rank's. If several ranks are run and some failed, it is that of the first to fail;
+    if its outcome is failed, its reason begins with the number of the rank. If none failed, also if all ended
+    early after a save, it is that of the rank with the highest peak, as in predictions, with the losses
+    averaged over all ranks.
 
     A run that saves checkpoints receives SIGTERM and SIGUSR1 of this process while it runs, if this is the
     main thread: it saves, and after SIGTERM it ends.
