@@ -77,8 +77,8 @@ class SizeOptions:
             min=1,
             max=MOST_SAMPLES,
             help="Samples per optimizer step, of all processes together. Default: the job's number; with "
-            "--from, that of the files if they state one that the job accepts. Refused by a memfit.Job in "
-            "FILE.py:NAME.",
+            "--from, that of the files if they state one that the job accepts. `memfit poc` halves it until "
+            "plain training fits the free memory of this machine. Refused by a memfit.Job in FILE.py:NAME.",
         ),
     ] = None
     length: Annotated[
@@ -120,7 +120,7 @@ class JobOptions(SizeOptions):
             "name such as hf:meta-llama/Llama-3.1-8B (`memfit list models`). The NAME of FILE.py:NAME is a "
             "memfit.Job, which refuses --size, --data, --weights, --batch, --length and --dim, or a "
             "function that returns one and takes these as arguments. Default: protein-ss; but if the files "
-            "of `memfit plan --from` describe a model, the job that builds it, and an error if none does.",
+            "of `memfit plan --from` describe a model, the job that builds it, or an error if none does.",
         ),
     ] = None
 
