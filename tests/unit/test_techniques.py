@@ -102,6 +102,16 @@ def test_conflicting_techniques_are_refused_in_either_order(one: str, other: str
             check(plan)
 
 
+@pytest.mark.parametrize(
+    ("vocabulary", "clashes"), [("whole", False), ("gathered", True), ("parallel-loss", True)]
+)
+def test_a_chunked_cross_entropy_needs_a_whole_head(vocabulary: str, clashes: bool) -> None:
+    uses = make_use("tensor-parallel", {"vocabulary": vocabulary}), make_use("chunked-cross-entropy", {})
+    for plan in (Plan(uses=uses, ranks=2), Plan(uses=uses[::-1], ranks=2)):
+        reason = conflict(plan)
+        assert ("splits it unless its vocabulary is whole" in (reason or "")) is clashes
+
+
 def test_a_technique_conflicts_with_every_technique_it_forbids() -> None:
     for found in TECHNIQUES.values():
         for name in found.forbids:

@@ -16,16 +16,17 @@ _RESHAPES = ("view", "reshape", "flatten", "contiguous", "float", "to", "type_as
 
 
 class LazyLogits:
-    """Stands for ``linear(hidden, head)``, of shape ``(..., vocabulary)`` and cast to ``cast`` if that is
-    set, until its values are needed, in the autocast under which the head was called: ``autocast`` is its
-    dtype, or None. ``like``: logits of the same call; the autocast is theirs. By default it is the current
-    one.
+    """Stands for the logits ``linear(hidden, head)``, of shape ``(..., vocabulary)``, until their values are
+    needed. They are computed under the autocast of the head's call and then cast to ``cast`` if that is set.
+    ``autocast`` is the dtype of that autocast, or None. It is the one of ``like``, other deferred logits of
+    the same call of the head, or by default the current one.
 
     It is not a tensor subclass. Its shape, dtype and device are known without computing. Reshapes, indexing
     and casts that leave the last dimension, the vocabulary, whole return deferred logits again. A
-    cross-entropy with class indices, a mean or sum without other options than ``ignore_index``, is computed
-    for at most ``chunks`` parts of the rows, one after the other. Every other use computes the real logits.
-    Once computed they are kept, so that changes in place persist, and every later use is of them.
+    cross-entropy of two-dimensional logits with class indices, a mean or sum without other options than
+    ``ignore_index``, is computed for at most ``chunks`` parts of the rows, one after the other. Every other
+    use computes the real logits. Once computed they are kept, so that changes in place persist, and every
+    later use is of them.
     """
 
     def __init__(
@@ -46,11 +47,12 @@ class LazyLogits:
         self.real_logits: torch.Tensor | None = None
 
     def with_hidden(self, hidden: torch.Tensor) -> LazyLogits:
-        """Return deferred logits of the hidden states ``hidden`` with the same head, chunks and cast."""
+        """Return deferred logits of other hidden states with the same head, chunks, cast and autocast."""
         return LazyLogits(hidden, self.head, self.chunks, cast=self.cast, like=self)
 
     def make(self) -> torch.Tensor:
-        """Return the real logits. The first call computes them, and later calls return the same tensor."""
+        """Return the real logits. The first call computes them, and later calls return the same tensor.
+        Raises UserError as `weight` does."""
         if self.real_logits is None:
             kind = self.hidden.device.type
             with torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None):
@@ -65,13 +67,12 @@ class LazyLogits:
         if hasattr(self.head.weight, "device_mesh"):
             raise UserError(
                 "chunked-cross-entropy: fsdp2 has freed the head's weight before the loss uses it",
-                hint='use fsdp2 with reshard=False or reshard="not-last"',
+                hint='use fsdp2 with reshard=False or reshard="not-last", or leave out chunked-cross-entropy',
             )
         if not self.head.weight.numel():
             raise UserError(
                 "chunked-cross-entropy: zero of stage 3 has freed the head's weight before the loss uses it",
-                hint="use zero with stage=2, or with persist_elements of at least the number of elements of "
-                "the head's weight",
+                hint="use zero with stage=0, 1 or 2, or leave out chunked-cross-entropy",
             )
         return self.head.weight
 
@@ -134,7 +135,8 @@ def _plain(lazy: LazyLogits, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     """Return whether a call of cross_entropy with these arguments can be computed in chunks, provided that
     its reduction, which is not looked at, is not "none". The logits must have two dimensions and not be
     computed yet; with more dimensions, the classes would be along the second one. The target must hold class
-    indices. Options other than ignore_index and reduction must have values of no effect."""
+    indices. All options must be keyword arguments, and those other than ignore_index and reduction must have
+    values of no effect, such as weight=None."""
     target = args[1] if len(args) > 1 else kwargs.get("target")
     has_rows = (
         lazy.real_logits is None and lazy.dim() == 2 and target is not None and not target.is_floating_point()
@@ -159,7 +161,7 @@ def _materialize(value: Any) -> Any:
 
 def _reshape(lazy: LazyLogits, name: str, args: tuple[Any, ...], kwargs: Any) -> LazyLogits | None:
     """Return the deferred logits that the method ``name`` (a reshape, a cast, "contiguous" or "__getitem__")
-    makes with these arguments, or None if it would change the last dimension, the vocabulary."""
+    makes with these arguments, or None if it would or might change the last dimension, the vocabulary."""
     hidden, vocabulary = lazy.hidden, lazy.head.out_features
     if name in ("float", "to", "type_as", "contiguous"):
         return _cast(lazy, name, args, kwargs)
@@ -224,8 +226,9 @@ def _cross_entropy(
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Cross-entropy of the logits ``hidden @ weight.T + bias``, computed for at most ``chunks`` parts of the
     rows. Shapes are (rows, width) of hidden, (vocabulary, width) of weight, (vocabulary,) of bias, which may
-    be None, and (rows,) of target. The result is a mean or a sum over the rows whose target is not
-    ``ignore``. Forward also computes the gradients, which backward only scales."""
+    be None, and (rows,) of target. The result is a float32 scalar: the mean, if ``reduction`` is "mean", or
+    the sum over the rows whose target is not ``ignore``; 0 if there are no such rows. Forward also computes
+    the gradients, which backward only scales."""
 
     @staticmethod
     def forward(

@@ -149,7 +149,8 @@ def freezes_parameters(plan: Plan) -> bool:
 def conflict(plan: Plan) -> str | None:
     """Return the reason, as text, why techniques of the plan or their settings cannot be combined; None if
     they can. If there are several reasons, return the first: pairs of techniques are checked in the plan's
-    order, then settings. Raises UserError for an unknown technique."""
+    order, then settings. Only combinations of techniques are looked at: what a technique refuses when it is
+    applied to a model is not. Raises UserError for an unknown technique."""
     techniques = [technique(u.technique) for u in plan.uses]
     for i, left in enumerate(techniques):
         for right in techniques[i + 1 :]:
@@ -175,6 +176,13 @@ def _conflict_of_settings(plan: Plan, techniques: list[Technique]) -> str | None
             f"{recompute_name} compares weights between forward and recomputation, but zero of stage 3 has "
             f"freed the frozen weights of {adapter_name} by then (with DeepSpeed itself, use_reentrant=True "
             "avoids that)"
+        )
+    tensor_use = plan.get("tensor-parallel")
+    splits_head = tensor_use is not None and tensor_use.settings.get("vocabulary", "whole") != "whole"
+    if splits_head and plan.get("chunked-cross-entropy") is not None:
+        return (
+            "chunked-cross-entropy needs the whole head on every rank, but tensor-parallel splits it unless "
+            "its vocabulary is whole"
         )
     pipeline_use = plan.get("pipeline")
     is_zero_bubble = pipeline_use is not None and str(pipeline_use.settings.get("schedule")).startswith(
@@ -254,7 +262,8 @@ def effect_of(plan: Plan, dependence: SampleDependence | None = None) -> EffectC
 def changes_training(plan: Plan, dependence: SampleDependence) -> bool:
     """Return whether the samples of a batch are known to depend on each other (``dependence.kind``) and the
     plan splits a batch in a way that matters: into several micro-batches, or over several data-parallel
-    ranks. The latter counts only if ``dependence.across_ranks`` is true."""
+    ranks. The latter counts only if ``dependence.across_ranks`` is true. Raises UserError if the plan's
+    degrees do not fit its ranks."""
     if dependence.kind is not DependenceKind.DEPENDENT:
         return False
     return in_micro_batches(plan) or (dependence.across_ranks and plan.ranks > 1 and layout(plan).data > 1)
@@ -294,7 +303,8 @@ def _effect(technique_use: Use) -> EffectClass:
 
 
 def short_label(plan: Plan) -> str:
-    """Return the plan's label, in which settings that have their default value are left out."""
+    """Return the plan's label, in which settings that have their default value are left out. Raises UserError
+    for an unknown technique."""
 
     def short(used: Use) -> Use:
         defaults = {k.name: k.default for k in technique(used.technique).knobs}
@@ -305,5 +315,6 @@ def short_label(plan: Plan) -> str:
 
 def ordered_uses(plan: Plan) -> list[tuple[Technique, Use]]:
     """Return (technique, its use in the plan) for each technique of the plan, in the order in which they are
-    applied: by ``Technique.order``, and in the plan's order where that is equal."""
+    applied: by ``Technique.order``, and in the plan's order where that is equal. Raises UserError for an
+    unknown technique."""
     return sorted(((technique(u.technique), u) for u in plan.uses), key=lambda pair: pair[0].order)

@@ -59,10 +59,10 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 
 def _roles(bench: Workbench, blocks: list[str]) -> tuple[LinearFlow, dict[str, str]]:
-    """Return two things about the Linears in the blocks, which are at the paths ``blocks``: how features flow
-    between them in a run on tensors without values, and the roles ("colwise" or "rowwise") of those to split,
-    by name. Roles are those in ``Job(tensor_parallel=...)`` or, without these, in the model's own plan. If
-    neither gives any, they follow from the flow.
+    """Return (flow, roles) for the Linears in the blocks, whose paths are ``blocks``. The flow says how
+    features pass from one to another, as a run on tensors without values shows. The roles are "colwise" or
+    "rowwise" by the names of the Linears to split: those in ``Job(tensor_parallel=...)`` or, without these,
+    in the model's own plan (Hugging Face's ``_tp_plan``). If neither gives any, they follow from the flow.
 
     Raises UserError if no Linear can be split, if the job splits one by columns that no Linear split by rows
     follows, or if the blocks do not run on tensors without values.
@@ -90,9 +90,9 @@ def _roles(bench: Workbench, blocks: list[str]) -> tuple[LinearFlow, dict[str, s
 
 
 def _named_roles(model: torch.nn.Module, patterns: Mapping[str, str]) -> dict[str, str]:
-    """Return the role of each module by name. ``patterns`` maps patterns of names to roles, and the first
-    that matches a name decides. Names that match none, or whose role is neither "colwise" nor "rowwise", are
-    left out."""
+    """Return the name -> role of modules. ``patterns`` maps patterns of names, as in ``fnmatch``, to roles,
+    and the first that matches a name decides. Modules that match none, or whose role is neither "colwise" nor
+    "rowwise", are left out."""
     roles = {}
     for name, _ in model.named_modules():
         role = next((r for p, r in patterns.items() if fnmatch.fnmatchcase(name, p)), "")
@@ -134,9 +134,9 @@ def _observed(
 
 
 def _structure(model: torch.nn.Module) -> tuple[Any, ...]:
-    """Return a key that is equal for models of equal structure. It consists of the modules with the numbers
-    and texts that they hold, such as numbers of heads, of the parameters' names, shapes and dtypes, and of
-    the model's config as text."""
+    """Return a key that is equal for models of equal structure. It consists of the names and classes of the
+    modules with their attributes that are numbers, bools or texts, such as numbers of heads; of the
+    parameters' names, shapes and dtypes; and of the model's config as text."""
     modules = (
         (name, type(m), *((k, v) for k, v in vars(m).items() if type(v) in (int, float, bool, str)))
         for name, m in model.named_modules()
@@ -193,9 +193,9 @@ def _must_divide(quantity: str, count: int, degree: int) -> None:
 
 
 def _split_heads(model: torch.nn.Module, roles: Mapping[str, str], degree: int) -> None:
-    """Divide by ``degree`` the integer attributes that count heads, whose names end in "head" or "heads".
-    This is done in all modules that contain a Linear split by columns, except the model itself. Raises
-    UserError if such a number is not divisible."""
+    """Divide by ``degree``, in place, the integer attributes that count heads, whose names end in "head" or
+    "heads". This is done in all modules that contain a Linear split by columns, at any depth, except the
+    model itself. Raises UserError if such a number is not divisible."""
     holders = {name.rpartition(".")[0] for name, role in roles.items() if role == _COLWISE}
     for name, module in model.named_modules():
         if name and any(is_within(holder, name) for holder in holders):
@@ -270,7 +270,8 @@ def _styles(
 
 def _gather(module: torch.nn.Module, mesh: DeviceMesh, argument: int | str) -> None:
     """Make the module gather one ``argument`` (position or keyword) before it runs: a tensor sharded along
-    the sequence becomes a whole DTensor, once for all Linears inside. Other arguments are unchanged."""
+    the sequence (dimension 1) becomes a replicated DTensor. The Linears inside then need not gather it each.
+    Other arguments are unchanged."""
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     def enter(module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -320,8 +321,9 @@ def _split_vocabulary(bench: Workbench, mesh: DeviceMesh, *, parallel_loss: bool
     whether they share the head's weight or not.
 
     With ``parallel_loss``, the logits stay split, and torch's loss_parallel is active until the step is
-    closed. Otherwise the logits are gathered. Raises UserError if there is no head, if chunked-cross-entropy
-    has changed it, or if its number of outputs is no multiple of the number of ranks.
+    closed. Otherwise the logits are gathered. Raises UserError if there is no head, if the forward method of
+    the head is replaced, as that of an island is, or if its number of outputs is no multiple of the number of
+    ranks.
     """
     import torch
     from torch.distributed.tensor import Replicate, Shard
@@ -332,8 +334,9 @@ def _split_vocabulary(bench: Workbench, mesh: DeviceMesh, *, parallel_loss: bool
     name, head = find_head(model, bench.job.head)
     if "forward" in vars(head):
         raise UserError(
-            "tensor-parallel with a split vocabulary cannot be combined with chunked-cross-entropy",
-            hint='leave out chunked-cross-entropy, or set vocabulary="whole" of tensor-parallel',
+            f"tensor-parallel cannot split the vocabulary of {name}, because the forward method of this "
+            "module is replaced, as Job(islands=...) does",
+            hint='leave the module out of Job(islands=...), or set vocabulary="whole" of tensor-parallel',
         )
     _must_divide(f"the vocabulary of {name}", head.out_features, mesh.size())
     tables = [
