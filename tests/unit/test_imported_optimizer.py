@@ -40,15 +40,18 @@ def losses(step: TrainingStep, steps: int = 3) -> list[float]:
 @pytest.mark.parametrize(
     ("path", "said"),
     [
-        ("torch.optim.Muon", "is no import path; allowed: PACKAGE.MODULE:CLASS"),
+        ("torch.optim.Muon", "is not an import path; allowed: PACKAGE.MODULE:CLASS"),
         (
             "no_such_package_at_all:Lion",
             "install the package that provides the module no_such_package_at_all",
         ),
         ("torch.optim.nowhere:Lion", "cannot be imported: No module named 'torch.optim.nowhere'"),
-        ("torch.optim:Muonn", "does not exist; allowed: of torch.optim: ASGD.*did you mean 'Muon'"),
+        (
+            "torch.optim:Muonn",
+            "does not exist; allowed: the optimizers in torch.optim: ASGD.*did you mean 'Muon'",
+        ),
         ("torch.optim:Optimizer", "is not a subclass of torch.optim.Optimizer"),
-        ("torch.nn:Linear", "is not a subclass.*of torch.nn: no class"),
+        ("torch.nn:Linear", "is not a subclass.*the optimizers in torch.nn: none"),
     ],
 )
 def test_a_path_that_names_no_optimizer_is_refused_with_what_there_is(path: str, said: str) -> None:

@@ -49,7 +49,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def _silent(stage: str, done: int, total: int) -> None:
-    """Ignore progress."""
+    """Do nothing with the progress: the default of `advise`."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -81,14 +81,14 @@ def advise(
     device: str = CUDA,
     progress: Progress = _silent,
 ) -> tuple[PrecisionAdvice, ...]:
-    """Return the advice which modules must stay in float32, one for each of ``dtypes``, "bf16" or "fp16", in
-    their order.
+    """Return advice on which modules must stay in float32: one `PrecisionAdvice` for each of ``dtypes``,
+    which are "bf16" or "fp16", in their order.
 
-    The model is trained without a plan for ``trained`` steps, and then examined on ``batches`` further
-    batches, always with only a few samples of a batch. ``device``: the kind of device whose list of
-    operators that torch.autocast keeps in float32 is used; everything runs on the CPU. ``progress(stage,
-    done, total)`` is called before each part of the work; the stages are "train", "record", "module" and
-    "effect". Raises UserError if the loss is not finite in float32."""
+    The model is trained without a plan and without ``Job.islands`` for ``trained`` steps, and then examined
+    on ``batches`` further batches, always with only a few samples of a batch. Everything runs on the CPU.
+    ``device`` is the kind of device whose list of operators that torch.autocast keeps in float32 is assumed,
+    such as "cuda". ``progress(stage, done, total)`` is called before each part of the work; the stages are
+    "train", "record", "module" and "effect". Raises UserError if the loss is not finite in float32."""
     model = _train_model(job, trained, progress)
     modes_by_dtype = {d: modes(model, DTYPES[d], cuda=device_kind(device).autocast == "cuda") for d in dtypes}
     for other_modes in list(modes_by_dtype.values())[1:]:
@@ -128,9 +128,10 @@ def _train_model(job: Job, steps: int, progress: Progress) -> nn.Module:
 
 
 def _first_samples(job: Job, index: int) -> Any:
-    """Return the first samples of the batch of step ``index``: the first of as many micro-batches as can be
-    cut with at least n samples each, or all samples if there are fewer than 2 n. n is the number of samples
-    that fit into 2**15 elements of the batch's largest tensor, but at least 2."""
+    """Return the first samples of the batch of step ``index``. The batch is cut into as many micro-batches of
+    at least n samples as possible, and the first one is returned; the whole batch if it has fewer than 2 n
+    samples. n is the number of samples that have 2**15 elements in the batch's largest tensor, rounded down,
+    but at least 2."""
     batch = job.make_batch(index, 0)
     length = batch_length(batch)
     elements = max(t.numel() for t in leaves(batch)) // length
@@ -255,18 +256,20 @@ def _merge(results: Iterable[dict[str, ReplayErrors]]) -> dict[str, ReplayErrors
 
 def _fault(errors: dict[str, ReplayErrors], mode: str, effect: float | None = None) -> str:
     """Return why a module's own code must run in float32 instead of ``mode``, or "" if it may run in ``mode``
-    or float32 would not help. The reasons, of which the first that applies is returned:
+    or float32 would not help. Errors below, relative to float64, count only if those in float32 are less than
+    a quarter of them. The reasons, of which the first that applies is returned:
 
-    - "fails": it raises an error.
-    - "overflow": it makes values that are not finite.
-    - "inputs": the error of an output is too large, and mostly comes from rounding inputs and parameters.
-    - "computation": that error comes from computing.
-    - "gradient": the error of a gradient is too large.
-    - "spread": the error is too large relative to the standard deviation of an output. Only if ``effect`` is
-      known and above 2**-6.
+    - "fails": the code raises an exception, which it does not in float32.
+    - "overflow": it makes values that are not finite, but in float32 all its outputs and gradients are.
+    - "inputs": the error of an output is above 2**-6, and mostly comes from rounding inputs and parameters.
+    - "computation": that error mostly comes from computing; or it is above 2**-8, and more than twice that
+      from rounding inputs and parameters.
+    - "gradient": the error of a gradient is above 2**-4.
+    - "spread": the error of an output relative to its standard deviation is above 2**-6. Only if ``effect``
+      is known and above 2**-6.
 
-    ``errors``: by name of the mode. ``effect``: how far the gradients of other modules move if only this
-    module is narrow, None if unknown.
+    ``errors``: by name of the mode, among them "float32" and "rounded". ``effect``: how far the gradients of
+    other modules move, relative to their size, if only this module is narrow; None if unknown.
     """
     mode_errors, float32_errors, rounded_errors = errors[mode], errors["float32"], errors["rounded"]
     if mode_errors.failed and not float32_errors.failed:
@@ -313,11 +316,11 @@ class _Effects:
         self.loss, self.grads = casting.run_step(model, batch, job.loss, backward=True)
 
     def effect(self, paths: set[str], *, backward: bool = True) -> tuple[float, float]:
-        """Return how far (the loss, the gradients of all other modules) move if the own code of the modules
-        at ``paths`` runs in the narrow dtype. Both are relative to the size in float32.
+        """Return (change of the loss, change of the gradients of all other modules) if the own code of the
+        modules at ``paths`` runs in the narrow dtype. Both are relative to the size in float32.
 
-        Both are infinite if the run fails or its loss is not finite, the second also if a gradient is not
-        finite. Without ``backward`` the second is 0, unless the run fails or its loss is not finite."""
+        Both are infinite if the run fails or its loss is not finite. The second is also infinite if a
+        gradient is not finite. Without ``backward``, the second is otherwise 0."""
         try:
             with casting.cast_modules(self.model, self.narrow, paths, self.low):
                 loss, grads = casting.run_step(self.model, self.batch, self.job.loss, backward=backward)
@@ -361,9 +364,10 @@ def _advise_dtype(
 
 
 def _sums(place: ExaminedModules) -> bool:
-    """Return whether modules that need not be float32 rely on kernels that sum in float32: if sums are
-    rounded to the narrow dtype after every addition, their error is above 2**-8 and more than twice that with
-    narrow tensors alone. False for the root and the loss function."""
+    """Return whether modules that need not stay in float32 rely on kernels that sum in float32: whether the
+    error of their outputs, if sums are rounded to the narrow dtype after every addition, is above 2**-8 and
+    more than twice the error with torch's own kernels. Return False for modules that must stay in float32,
+    for the model itself and for the loss function."""
     return (
         not place.reason
         and place.pattern not in ("", LOSS)
@@ -407,8 +411,8 @@ def _examined_module(place: _Place) -> ExaminedModules:
 
 def _island_patterns(places: Iterable[_Place], mode: str, model: nn.Module) -> tuple[str, ...]:
     """Return patterns, as for ``fnmatch``, that match the paths of exactly those modules of ``model`` whose
-    own code must not run in ``mode``. The root and the loss function are left out. Where no pattern matches
-    exactly, the paths themselves are returned."""
+    own code must not run in ``mode`` (`_fault`). The model itself and the loss function are left out. Where
+    no pattern matches exactly, the paths themselves are returned."""
     names = [n for n, _ in model.named_modules()]
     paths_by_pattern = [(p.pattern, _paths(p, mode)) for p in places if p.pattern not in ("", LOSS)]
     return tuple(p for pattern, paths in paths_by_pattern for p in _patterns(pattern, paths, names))

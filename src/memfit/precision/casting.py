@@ -17,12 +17,12 @@ from memfit.precision.tensors import is_float, rebuild
 def cast_modules(
     model: nn.Module, narrow: nn.Module, paths: Collection[str], low: torch.dtype
 ) -> Iterator[None]:
-    """Make ``model``, within the context, run the own code of the modules at ``paths`` in the dtype ``low``.
-    Their inputs are cast to it and their outputs back to float32.
+    """Within the context, make ``model`` run the own code of the modules at ``paths`` in the dtype ``low``.
+    Floating-point inputs of these modules are cast to ``low``, and their outputs back to float32.
 
-    Their children run in float32 unless they are in ``paths`` too. ``narrow`` is a copy of the model with its
-    parameters in ``low``. Its modules run in place of those at ``paths``, and its parameters get the
-    gradients."""
+    Children of these modules run in float32 unless they are in ``paths`` too. ``narrow`` is a copy of the
+    model with its parameters in ``low``. Its modules run in place of those at ``paths``, and its parameters
+    get their gradients."""
 
     def cast(dtype: torch.dtype) -> Callable[[Any], Any]:
         return lambda value: rebuild(value, lambda t: t.to(dtype) if is_float(t) else t)
@@ -59,9 +59,9 @@ def cast_modules(
 def run_step(
     model: nn.Module, batch: Any, loss: Callable[[Any, Any], torch.Tensor], *, backward: bool
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """Run one forward and, if ``backward``, one backward pass, without dropout. Return (loss, gradients by
-    name of the parameter, {} without backward). The gradients are removed from the model. Always starts from
-    the same random numbers."""
+    """Run one forward and, if ``backward``, one backward pass, without dropout and from the same random state
+    each time. Return (loss, gradients by name of the parameter). Without ``backward``, the latter are {}. The
+    gradients are removed from the model."""
     with deterministic(), contextlib.nullcontext() if backward else torch.no_grad():
         loss_value = loss(model, batch)
     if backward:

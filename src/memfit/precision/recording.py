@@ -62,8 +62,9 @@ class RecordedCall:
 def record(
     model: nn.Module, batch: Any, loss: Callable[[Any, Any], torch.Tensor], *, backward: bool = True
 ) -> RecordedCall:
-    """Run the loss and, with ``backward``, its backward without dropout, and return the tree of the calls of
-    modules. Its root is the call of the loss function. Without ``backward`` no gradients are recorded."""
+    """Run the loss and, with ``backward``, its backward, without dropout. Return the root of the tree of
+    recorded calls: the call of the loss function, whose inner calls are those of modules. Without
+    ``backward`` no gradients are recorded."""
     root = RecordedCall(LOSS, inputs=((batch,), {}))
     recorder = _Watch(model, root)
     with recorder, _Computing(recorder.stack), deterministic():
@@ -109,7 +110,8 @@ class _Watch:
 
 
 def _copy_value(value: Any) -> Any:
-    """Return a copy of the value in which its tensors are detached copies that require gradients as before.
+    """Return a copy of the value with detached copies of its tensors, which require gradients if the
+    originals do.
 
     A tensor that occurs twice gets one copy, because code may test whether query and key are identical."""
     memo: dict[int, torch.Tensor] = {}
@@ -167,9 +169,9 @@ class _Computing(TorchDispatchMode):
 
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
-    """Within the context, disable dropout (functions named so, and that of attention), and start from the
-    same random numbers each time. The state of the host's generator is restored afterwards; modules are
-    measured there."""
+    """Within the context, disable dropout: functions with "dropout" in their names return their input, and
+    attention gets dropout_p=0. The host's random generator starts from seed 0, and its state is restored
+    afterwards. Generators of accelerators are left alone, because modules are examined on the host."""
     with torch.random.fork_rng(devices=[]), _WithoutDropout():
         torch.manual_seed(0)
         yield
@@ -188,8 +190,9 @@ class _WithoutDropout(TorchFunctionMode):
 
 
 def learn_dtypes(root: RecordedCall, mode: str, run: Callable[[], RecordedCall]) -> None:
-    """Set ``dtypes[mode]`` of every recorded call below and at ``root`` from the calls of ``run()``, which
-    records the same step in another precision. Set nothing if it fails or does not make the same calls."""
+    """Set ``dtypes[mode]`` of ``root`` and every call within it from the calls of ``run()``, which records
+    the same step in another precision. Set nothing if ``run`` raises one of `FAILURES` or does not make the
+    same calls."""
     try:
         narrow_root = run()
     except FAILURES:

@@ -48,11 +48,11 @@ class CudaLists(TorchFunctionMode):
 class Mode:
     """A precision in which modules are replayed.
 
-    ``model``: the model whose parameters are used. ``input_dtype``: dtype of inputs whose dtype was not
-    learned from a real run. ``rounded``: dtype to which inputs and outputs are rounded, while the computation
-    is in ``input_dtype``; None: no rounding. ``make_context()`` returns a context in which modules run.
-    ``narrow``: whether `replay_call` without ``listening`` records the operators that make non-finite
-    values."""
+    ``name``: the key of the mode in ``RecordedCall.dtypes``. ``model``: the model whose parameters are used.
+    ``input_dtype``: dtype of inputs whose dtype was not learned from a real run. ``rounded``: dtype to which
+    inputs and outputs are rounded, while the computation is in ``input_dtype``; None: no rounding.
+    ``make_context()`` returns a context in which modules run. ``narrow``: whether `replay_call` without
+    ``listening`` records the operators that make non-finite values."""
 
     name: str
     model: nn.Module
@@ -127,10 +127,11 @@ def replay_call(
 ) -> ReplayedModule:
     """Run the forward of the call's module again in ``mode``, with its children's recorded outputs in place
     of the children, and, with ``backward``, its backward. For the call of the loss function, run ``loss``.
+    Return what the module's own code received and gave, with gradients.
 
     ``listening``: a context manager around the forward; None: `NonFiniteOperators` if the mode is narrow,
-    else none. Errors that a precision may cause (`FAILURES`) are not raised but described in ``failed`` of
-    the result."""
+    else none. Errors that a precision may cause (`FAILURES`), and calls of other children than in the
+    recorded run, are not raised but described in ``failed`` of the result."""
     run = _Replay(call, mode)
     listener = listening or (NonFiniteOperators() if mode.narrow else contextlib.nullcontext())
     nonfinite_operators = listener.names if isinstance(listener, NonFiniteOperators) else set()
@@ -151,8 +152,8 @@ def replay_call(
 
 
 class ReplayMismatch(RuntimeError):
-    """Raised if a replayed module does not call the same children in the same order as in the recorded
-    run."""
+    """Raised inside `replay_call`, which catches it, if a replayed module does not call the same children in
+    the same order as in the recorded run."""
 
 
 class _Replay:
@@ -254,9 +255,9 @@ class _Replay:
 
 
 def _within(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return the tensor in ``dtype``. Finite values beyond the range of ``dtype`` become its largest or
-    smallest value, so that their overflow is attributed to the module that made them, not to those that read
-    them. Infinities and NaN stay."""
+    """Return the tensor in ``dtype``. Finite values beyond the range of ``dtype`` become its largest finite
+    value, with their sign, so that their overflow is attributed to the module that made them, not to those
+    that read them. Infinities and NaN stay."""
     limit = torch.finfo(dtype).max
     if limit >= torch.finfo(tensor.dtype).max:
         return tensor.to(dtype)
@@ -321,8 +322,8 @@ def compare(exact: ReplayedModule, replay: ReplayedModule) -> ReplayErrors:
     """Return the errors of the replay ``replay`` relative to the replay ``exact``, of the same call. Outputs
     that were not computed but passed through (``passed``) are not compared. The error of a gradient is
     relative to its own root mean square, or to a quarter of that of the largest gradient if that is more; the
-    worst 1 % of its elements is left out. If ``replay`` failed, the result has its error, an output that is
-    lost, and errors of 0."""
+    worst 1 % of its elements is left out. If ``replay`` failed, the result has its ``failed``, an output that
+    is lost, errors of 0 and no operators."""
     output, gradient = Gap(), 0.0
     if replay.failed:
         return ReplayErrors(Gap(lost=True), 0.0, failed=replay.failed)

@@ -75,8 +75,8 @@ def is_float(tensor: torch.Tensor) -> bool:
 def all_finite(tensor: torch.Tensor) -> bool:
     """Return whether all elements are finite.
 
-    Their sum is tested first, because that is much faster; each element is tested only if it is not finite,
-    since the sum may itself overflow.
+    Their sum is tested first, because that is much faster. If the sum is not finite, each element is tested,
+    because the sum may overflow although all elements are finite.
     """
     total = tensor.detach().sum(dtype=torch.float32 if tensor.itemsize < 4 else None)
     return math.isfinite(float(total)) or bool(tensor.isfinite().all())
@@ -87,15 +87,17 @@ class Gap:
     """Difference of a tensor from a reference.
 
     ``error``: root mean square of the difference over that of the reference. ``spread``: root mean square of
-    the difference over the reference's standard deviation. ``lost``: whether the tensor is not finite
-    somewhere where the reference is, or has another number of elements."""
+    the difference over the reference's standard deviation, or ``error`` if all its elements are equal.
+    ``lost``: whether the tensor is not finite somewhere where the reference is, or has another number of
+    elements."""
 
     error: float = 0.0
     spread: float = 0.0
     lost: bool = False
 
     def worst(self, other: Gap) -> Gap:
-        """Return the larger errors of the two; lost if one of them is."""
+        """Return a `Gap` with the larger ``error`` and the larger ``spread`` of the two, which is lost if one
+        of them is."""
         return Gap(max(self.error, other.error), max(self.spread, other.spread), self.lost or other.lost)
 
 
@@ -104,10 +106,11 @@ def gap(reference: torch.Tensor, tensor: torch.Tensor, floor: float = 0.0, *, tr
     sample of the elements, of between 2**13 and 2**15 if there are more.
 
     Elements that are not finite in one of the two are left out. So are those whose absolute value in the
-    reference is above 10**4 times the median there (without zeros), as in an additive mask. ``floor``: lower
-    bound of the reference's root mean square, because nothing is accurate relative to zero. ``trim`` leaves
-    out the worst 1 % if there are at least 100 elements: values near a kink, as of a ReLU, may fall on its
-    other side. If the numbers of elements differ, both errors are 1, and ``lost`` is True."""
+    reference is above 10**4 times its median there (without zeros), as in an additive mask. ``floor``: lower
+    bound of the reference's root mean square in ``error``, because nothing is accurate relative to zero.
+    ``trim`` leaves out the worst 1 % if there are at least 100 elements: values near a kink, as of a ReLU,
+    may fall on its other side. Without a ``floor``, both errors are 0 if the reference is. If the numbers of
+    elements differ, both errors are 1, and ``lost`` is True."""
     reference_values, values = reference.detach().flatten(), tensor.detach().flatten()
     if reference_values.shape != values.shape:
         return Gap(1.0, 1.0, lost=True)

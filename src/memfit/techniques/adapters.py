@@ -33,11 +33,11 @@ def _apply_qlora(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 
 def _adapt(bench: Workbench, rank: int, *, trains_outside: bool, dora: bool = False) -> None:
-    """Add two trained matrices of the inner width ``rank`` to every Linear of the repeated blocks, and with
-    ``dora`` the trained norms of its weight's rows. Freeze all other parameters of the blocks. With
-    ``trains_outside``, all floating-point parameters outside the blocks (input projection, head) become
-    trainable, as the head of a new task must be; otherwise they are frozen. Raises UserError if no repeated
-    blocks, or no Linears in them, are found."""
+    """Add two trained matrices of the inner width ``rank`` to every Linear inside the module that contains
+    the repeated blocks, and with ``dora`` the trained norms of the rows of its weight. Freeze all other
+    parameters inside that module. Parameters outside it, such as those of the head, are all trained if
+    ``trains_outside`` is set and they are floating-point, and frozen otherwise. Raises UserError if no
+    repeated blocks, or no Linears there, are found."""
     from peft import LoraConfig, inject_adapter_in_model
 
     path, _ = find_blocks(bench.model, bench.job.blocks)
@@ -51,6 +51,7 @@ def _adapt(bench: Workbench, rank: int, *, trains_outside: bool, dora: bool = Fa
             "low-rank adapters (lora, qlora) find no linear layers in the repeated blocks of "
             f"{type(bench.model).__name__}",
             allowed="repeated blocks that contain nn.Linear",
+            hint="set Job(blocks=...) to the path of the module that contains such blocks",
         )
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, use_dora=dora)
     inject_adapter_in_model(config, bench.model)

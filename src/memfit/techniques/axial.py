@@ -22,9 +22,9 @@ from memfit.techniques.parallel.sample_parallel_collectives import GroupCollecti
 
 
 class Whole:
-    """Operations for a single rank, which holds everything: `product` is a plain einsum, `size` returns
-    ``length``, and all others return ``x``. The methods' texts say what `Cut`, the version for several ranks,
-    does.
+    """Operations for a single rank, which holds every tensor whole: `product` is a plain einsum, `size`
+    returns ``length``, and all others return ``x``. The docstrings of the methods say what those of `Cut`,
+    the version for several ranks, do.
 
     ``dim`` is the dimension along which ``x`` is cut or will be cut, ``length`` its length when whole. All
     ranks' parts have the same length, `size`; parts at the end are padded with zeros if ``length`` does not
@@ -68,9 +68,10 @@ class Whole:
     def product(
         self, sums: str, left: torch.Tensor, right: torch.Tensor, dim: int, length: int
     ) -> torch.Tensor:
-        """Return the einsum ``sums`` of ``left``, of which every rank has its own, with the parts ``right``
-        of all ranks joined along ``dim``, of whole length ``length``. That dimension of ``right`` must be in
-        the result and not in ``left``."""
+        """Return the einsum ``sums`` of this rank's ``left`` and the parts ``right`` of all ranks, joined
+        along dimension ``dim`` of ``right``, which then has ``length`` elements. The index of that dimension
+        must be in the result and not in ``left``. In backward, the gradient of the joined ``right`` is summed
+        over ranks, and a rank gets its part of the sum."""
         return torch.einsum(sums, left, right)
 
 
@@ -82,8 +83,8 @@ class Axial(nn.Module):
 
 
 class Cut(Whole):
-    """The operations of `Whole` for a rank that holds a part: ``together`` has the collectives of all ranks
-    that share ``x``."""
+    """The operations of `Whole` for several ranks, each of which holds a part of ``x``. ``together`` has the
+    collectives of these ranks."""
 
     cuts = True
 
@@ -143,15 +144,16 @@ class Cut(Whole):
 
 
 def _pad(x: torch.Tensor, dim: int, size: int) -> torch.Tensor:
-    """Pad ``x`` with zeros at the end of ``dim``, so that this dimension has length ``size``."""
+    """Return ``x`` padded with zeros at the end of ``dim`` to the length ``size``, or ``x`` itself if it has
+    this length."""
     missing = size - x.shape[dim]
     return functional.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, missing)) if missing else x
 
 
 def _join(parts: torch.Tensor, dim: int, length: int) -> torch.Tensor:
-    """Join the parts, stacked to shape (ranks, ...), along ``dim``, which counts the dimensions of one part.
-    The result has ``length`` elements there: padding at the end of the parts is left out. The result is not a
-    view, because a module that FSDP2 wraps must not return a view."""
+    """Return the parts, which are stacked to shape (ranks, ...), joined along dimension ``dim`` of one part.
+    The result has ``length`` elements there: padding at the end of the parts is left out. It is not a view,
+    because a module that FSDP2 wraps must not return a view."""
     ranks, shape = parts.shape[0], list(parts.shape[1:])
     size = shape[dim]
     if size * ranks == length and math.prod(shape[:dim]) == 1:
@@ -224,7 +226,7 @@ class _Turned(torch.autograd.Function):
 
 class _Product(torch.autograd.Function):
     """The autograd function of `Cut.product`. It multiplies with the part of one rank after the other, so
-    that einsum's temporaries are no longer than one part."""
+    that einsum's temporaries are only as large as for one part. Backward gathers the parts again."""
 
     @staticmethod
     def forward(
@@ -258,8 +260,8 @@ class _Product(torch.autograd.Function):
 
 
 def _place(sums: str, dim: int) -> int:
-    """Return the position, in the einsum's result, of dimension ``dim`` of its second operand: 1 for
-    ("ab,cb->ac", 0)."""
+    """Return which dimension of the result of the einsum ``sums`` is dimension ``dim`` of its second operand:
+    1 for ("ab,cb->ac", 0). Raises ValueError if the result does not have it."""
     operands, result = sums.split("->")
     return result.index(operands.split(",")[1][dim])
 

@@ -47,12 +47,13 @@ class RunsPipeline(Protocol):
         *,
         last: bool,
     ) -> torch.Tensor:
-        """Run forward and backward of all pieces. Return the sum of their weighted losses, which is the same
-        on every stage.
+        """Run forward and backward of all pieces. Return the sum of their weighted losses, a float32 scalar
+        that is the same on every rank of the pipeline.
 
-        ``weighted`` returns the loss of a piece times its share. ``mark`` is called with the phase, forward
-        or backward, whenever one begins. ``last`` says whether the optimizer's step comes after this call; if
-        so, gradients are reduced over ranks.
+        ``weighted(model, micro-batch, share)`` returns the loss of a piece times its share. ``mark`` is
+        called with the phase, forward or backward, whenever one begins. ``last`` says whether the optimizer's
+        step comes after this call; if so, gradients of parameters that several ranks use are reduced over
+        them.
         """
 
 
@@ -120,8 +121,9 @@ class JobFacts:
 
 
 class StepPart(enum.Flag):
-    """The parts of a training step that a sketch traces separately, each under the techniques that change it
-    (planner/evaluate.py). What a technique with ``NONE`` does, the sketch must compute from these traces.
+    """The parts of a training step. A sketch, the search's estimate of a plan, is composed from a trace of
+    each part under only those techniques that change it (planner/evaluate.py). It must compute the effect of
+    a technique with ``NONE`` from these traces.
     """
 
     NONE = 0
@@ -184,7 +186,7 @@ class Technique:
     observe_plain_model: Callable[[Workbench], None] = lambda bench: None
 
     def runs_on(self, kind: str) -> bool:
-        """Return whether it can run on devices of this kind, such as "cuda"."""
+        """Return whether the technique supports devices of this kind, such as "cuda" (``supports``)."""
         return self.supports(device_kind(kind))
 
     @property
@@ -193,8 +195,8 @@ class Technique:
         return tuple(p for p in self.needs if importlib.util.find_spec(p) is None)
 
     def lacks(self, settings: Mapping[str, KnobValue]) -> tuple[str, ...]:
-        """Return the import names of the packages that the technique itself, or one of these values of its
-        knobs, requires and that are not installed."""
+        """Return the import names of the packages that are not installed and that the technique itself or one
+        of ``settings``, the values of its knobs, requires."""
         packages = (k.needs[settings[k.name]] for k in self.knobs if settings.get(k.name) in k.needs)
         return (*self.missing, *(p for p in packages if importlib.util.find_spec(p) is None))
 
@@ -219,9 +221,9 @@ def run_slices(run: Callable[..., Any], slices: Sequence[tuple[torch.Tensor, ...
 
 @dataclasses.dataclass(kw_only=True)
 class Workbench:
-    """The training step under construction. Techniques change it, those of smaller ``Technique.order`` first.
-    `TrainingStep` creates it, and runs what they have made of it. In a trace, the tracer also sets functions
-    to observe the step. Comments at the fields say what each is.
+    """The training step under construction. `TrainingStep` creates it for a job, applies the plan's
+    techniques, which change it, in the order of ``Technique.order``, and then runs steps as its fields say.
+    In a trace, the tracer also sets functions to observe the step. Comments at the fields say what each is.
     """
 
     job: Job
@@ -296,5 +298,5 @@ class Workbench:
         return HOST if pool == "host" else self.torch_device
 
     def trainable(self) -> list[torch.nn.Parameter]:
-        """Return the model's parameters that require gradients, in its order."""
+        """Return the model's parameters that require gradients, in the order of ``model.parameters()``."""
         return [p for p in self.model.parameters() if p.requires_grad]

@@ -46,6 +46,7 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
             f"chunking finds nothing to cut in {type(bench.model).__name__}",
             allowed="a module that can run on independent slices of its input one after the other, and that "
             "allocates more memory inside than the budget of one slice, which the settings mib and parts set",
+            hint="set a smaller budget, such as mib=1, or leave chunking out",
         )
     for name, cut in cuts.items():
         _wrap(bench.model.get_submodule(name), cut, budget, bench.run_slices)

@@ -53,8 +53,8 @@ _REDUCTIONS = frozenset(
 
 
 class Region:
-    """Calls a module through a `GraphPair`, its forward and backward. Where gradients are disabled, it calls
-    the module's own forward.
+    """Calls a module through a `GraphPair`, its forward and backward, in which fused operators compute no
+    values. It is used in traces only. Where gradients are disabled, it calls the module's own forward.
 
     ``graphs`` is a dict that all regions of one model share: it holds the pairs made so far. ``kind`` is the
     same number for modules that do the same. Two calls of modules of one kind share a pair if they are alike:
@@ -121,8 +121,9 @@ _PLAIN = bool | int | float | str | None | torch.dtype | torch.device | torch.Si
 
 
 def _traits(value: Any) -> tuple[Any, ...]:
-    """Return what a graph depends on: of a tensor (shape, strides, dtype, requires_grad); of a number, text,
-    None, dtype, device or size (type, value); of any other object (type, id)."""
+    """Return those properties of an argument on which its graph depends: of a tensor (shape, strides, dtype,
+    requires_grad); of a number, text, None, dtype, device or size (type, value); of any other object (type,
+    id)."""
     if isinstance(value, torch.Tensor):
         return (tuple(value.shape), value.stride(), value.dtype, value.requires_grad)
     return (type(value), value if isinstance(value, _PLAIN) else id(value))
@@ -289,9 +290,10 @@ class _Kernel:
 
 
 class Schedule:
-    """A graph's kernels in the order in which they run. Kernels that are not fused keep the graph's order.
-    Before each of them, and at the end for the graph's results, run the fused kernels and views on which it
-    depends. Kernels on which nothing of these depends are left out."""
+    """A graph's kernels in the order in which they run. Operators that a compiler does not fuse (`_extern`)
+    keep the graph's order. Just before each of them run the fused kernels and views on which it depends and
+    that have not run yet. Those on which only the graph's results depend run at the end. Kernels on which
+    neither depends are left out."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.placeholders = [n for n in graph.nodes if n.op == "placeholder"]
@@ -332,8 +334,8 @@ def _call(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
 
 def _fused(group: _Kernel, reads_left: Counter[fx.Node], values: dict[fx.Node, Any]) -> None:
     """Allocate the outputs of a fused group and report the group as one kernel; nothing is computed. Before
-    that, free an input of the same size for each output, if there is one that no later kernel reads and that
-    is no placeholder of the graph, because a compiler would write the output over it."""
+    that, free for each output an input of the same size, if there is one, over which a compiler would write
+    the output: one that is not needed later and is not a placeholder of the graph."""
     output_counts = Counter(_meta_bytes(n) for n in group.outputs)
     inputs = dict.fromkeys(group.inputs)  # in a fixed order, so that equal graphs run alike
     reads = read_bytes(values.get(n) for n in inputs)

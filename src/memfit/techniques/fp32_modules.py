@@ -43,8 +43,9 @@ def find(model: torch.nn.Module, patterns: tuple[str, ...]) -> dict[str, torch.n
 
 
 def keep_in_float32(bench: Workbench, plan: Plan, carried: frozenset[str]) -> None:
-    """Make the job's islands, the modules that match ``Job(islands=...)``, compute in float32, and enter them
-    in ``bench.islands``. ``carried`` holds the names of techniques that an engine applies itself.
+    """Make the job's islands, the modules that match ``Job(islands=...)``, compute in float32, and set
+    ``bench.islands`` to them, by path. ``carried`` holds the names of techniques that an engine applies
+    itself.
 
     Raises UserError if a pattern of the job matches no module (see `find`). Raises UserError, too, if an
     island has parameters and the plan has the setting precision=bf16 in zero or in a technique in
@@ -58,7 +59,8 @@ def keep_in_float32(bench: Workbench, plan: Plan, carried: frozenset[str]) -> No
             raise UserError(
                 f"{technique_with_precision_bf16} has one dtype for all parameters, but the module "
                 f"{name!r} of Job(islands=...) must stay float32",
-                hint="use bf16-autocast, bf16-parameters or memfit's own fsdp2, which keep islands float32",
+                hint="set another precision of that technique, or use bf16-autocast, bf16-parameters or "
+                "memfit's own fsdp2 in its place, which keep such modules in float32",
             )
         _wrap(module, outer_dtype if name else None)  # the whole model has no surroundings
 
@@ -75,8 +77,9 @@ def dtype_between_modules(plan: Plan) -> torch.dtype | None:
 
 
 def _casts_all_parameters(plan: Plan, carried: frozenset[str]) -> str:
-    """Return the technique of the plan that has one dtype, bfloat16, for all parameters, as text; "" if there
-    is none."""
+    """Return the first technique of the plan that casts all parameters to bfloat16, as text such as "zero
+    with precision bf16"; "" if there is none. Such a technique has the setting precision=bf16 and is zero or
+    in ``carried``, the techniques that an engine applies itself."""
     for technique_use in plan.uses:
         is_shared = technique_use.technique == "zero" or technique_use.technique in carried
         if is_shared and technique_use.settings.get("precision") == "bf16":
@@ -87,9 +90,10 @@ def _casts_all_parameters(plan: Plan, carried: frozenset[str]) -> str:
 def _wrap(module: torch.nn.Module, outer_dtype: torch.dtype | None) -> None:
     """Make the module run in float32, without autocast: its 16-bit inputs are cast to float32.
 
-    Under autocast, its outputs stay as they are. Without, its float32 outputs are cast to the dtype of its
-    first 16-bit input. They stay float32 if it has floating-point inputs but none of 16 bits. If it has no
-    floating-point input, they are cast to ``outer_dtype``, the dtype of the surroundings (None: not cast).
+    If it is called under autocast, its outputs stay as they are. Otherwise its float32 outputs are cast to
+    the dtype of its first 16-bit input. They stay float32 if it has floating-point inputs but none of 16
+    bits. If it has no floating-point input, they are cast to ``outer_dtype``, the dtype of tensors outside
+    the module, or stay float32 if that is None.
     """
     import torch
     from torch.utils import _pytree

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 ALLOWED_PATH = "PACKAGE.MODULE:CLASS of an installed torch.optim.Optimizer, such as torch.optim:Muon"
-_OTHERS = "others=adamw gives it only the matrices of the repeated blocks, and AdamW the other parameters"
 _ABOUT_SHAPES = re.compile(r"\b2-?D\b|ndim|dimension|matri", re.IGNORECASE)
 _MOST_NAMES = 20
 _FROM_THE_JOB = {"lr": "learning_rate", "weight_decay": "weight_decay"}
@@ -40,12 +39,13 @@ _FROM_THE_JOB = {"lr": "learning_rate", "weight_decay": "weight_decay"}
 
 def optimizer_class(path: str) -> type[torch.optim.Optimizer]:
     """Return the class at ``path``, which is PACKAGE.MODULE:CLASS. Importing the module runs it. Raises
-    UserError if the path has another form, the module cannot be imported, it has no such attribute, or this
-    is not a subclass of `torch.optim.Optimizer`."""
+    UserError if the path has another form, if the import raises ImportError, or if the module has no such
+    attribute or it is not a subclass of torch.optim.Optimizer, which itself is refused, too. Other errors of
+    the import are raised unchanged."""
     import torch
 
     if not PATH.fullmatch(path):
-        raise UserError(f"the optimizer {path!r} is no import path", allowed=ALLOWED_PATH)
+        raise UserError(f"the optimizer {path!r} is not an import path", allowed=ALLOWED_PATH)
     module_name, _, name = path.partition(":")
     try:
         module = importlib.import_module(module_name)
@@ -65,19 +65,21 @@ def optimizer_class(path: str) -> type[torch.optim.Optimizer]:
     if name in kinds:
         return kinds[name]
     attribute = getattr(module, name, None)
-    problem = "does not exist" if attribute is None else "is not a subclass of torch.optim.Optimizer"
+    does_not_exist_or_is_no_optimizer = (
+        "does not exist" if attribute is None else "is not a subclass of torch.optim.Optimizer"
+    )
+    optimizers_there = first_names(sorted(kinds), _MOST_NAMES) or "none"
     raise UserError(
-        f"the optimizer {path} {problem}",
-        allowed=f"of {module_name}: {first_names(sorted(kinds), _MOST_NAMES) or 'no class'}",
+        f"the optimizer {path} {does_not_exist_or_is_no_optimizer}",
+        allowed=f"the optimizers in {module_name}: {optimizers_there}",
         hint=suggest(name, kinds),
     )
 
 
 def parse_arguments(text: str, what: str) -> dict[str, Any]:
     """Return the keyword arguments in ``text``, such as ``lr=0.02, betas=(0.9, 0.95)``, whose values are
-    Python literals; none for empty text. Raises UserError, which names ``what``, for any other text, also if
-    a name is given twice."""
-    allowed = "NAME=VALUE, NAME=VALUE with Python literals, such as lr=0.02, betas=(0.9, 0.95)"
+    Python literals; {} for empty text. Raises UserError for any other text, also if a name is given twice.
+    The error begins with ``what``, the name of the setting."""
     try:
         call = ast.parse(f"f({text})", mode="eval").body
         if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)) or call.args:
@@ -87,7 +89,11 @@ def parse_arguments(text: str, what: str) -> dict[str, Any]:
             raise ValueError(text)
         return arguments
     except (ValueError, SyntaxError, TypeError) as error:
-        raise UserError(f"{what} is {text!r}", allowed=allowed) from error
+        raise UserError(
+            f"{what} is {text!r}, which cannot be read as keyword arguments",
+            allowed="NAME=VALUE, NAME=VALUE with Python literals and each name once, such as lr=0.02, "
+            "betas=(0.9, 0.95)",
+        ) from error
 
 
 def needs_names(choice: OptimizerChoice) -> bool:
@@ -106,19 +112,19 @@ def imported_optimizer(
     model: torch.nn.Module | None = None,
     blocks: str | None = None,
 ) -> MakeOptimizer:
-    """Return a maker of the optimizer at the import path ``choice.name``.
+    """Return a function that makes the optimizer at the import path ``choice.name`` of a list of parameters.
 
-    It gets ``choice.arguments``, and the learning rate and weight decay of ``choice`` if its class has
-    parameters ``lr`` and ``weight_decay`` that the arguments do not set. A class whose first parameter begins
-    with "named" gets pairs of name and parameter, else it gets a list of parameters. With
+    The optimizer gets ``choice.arguments``, and the learning rate and weight decay of ``choice`` if its class
+    has parameters ``lr`` and ``weight_decay`` that the arguments do not set. A class whose first parameter
+    begins with "named" gets pairs of name and parameter, any other class gets parameters. With
     ``choice.matrices``, the matrices of the repeated blocks of ``model`` are a parameter group of their own
     with these settings. With ``choice.others`` = "adamw", the optimizer gets only these matrices, and
-    ``make_adamw`` is called with all other parameters. ``blocks`` is the path of the blocks.
+    ``make_adamw`` is called with all other parameters. ``blocks`` is ``Job.blocks``, the path of the blocks.
 
     Raises UserError at once if there is no such class, if it has no parameter of the name of an argument, or
-    if the blocks are needed and not found. The maker raises UserError if the class refuses the parameters or
-    arguments, and if it needs names or blocks but gets other parameters than those of ``model``, such as
-    copies of them. So does the optimizer's step for errors other than those of memory.
+    if the blocks are needed and not found. The returned function raises UserError if names or blocks are
+    needed but it gets other parameters than those of ``model``, such as copies of them. Errors of the class
+    and of the optimizer's step become UserErrors, except those of a lack of memory.
     """
     kind = optimizer_class(choice.name)
     arguments, takes_names = _arguments(kind, choice)
@@ -142,7 +148,8 @@ def imported_optimizer(
             raise UserError(
                 f"the optimizer {choice.name} needs the names of the model's parameters, but the plan "
                 "updates copies of them",
-                allowed="a plan without bf16-parameters, zero and sharded-ddp",
+                allowed="a plan without bf16-parameters and zero",
+                hint="or another optimizer",
             )
         matrices = [p for p in params if selects and p.dim() == 2 and names[id(p)].startswith(prefix)]
         ids = set(map(id, matrices))
@@ -163,7 +170,8 @@ def imported_optimizer(
 
 
 def _arguments(kind: type[Any], choice: OptimizerChoice) -> tuple[dict[str, Any], bool]:
-    """Return (the keyword arguments of the class, whether its first parameter takes named parameters)."""
+    """Return (the keyword arguments for the optimizer class ``kind``, whether its first parameter takes pairs
+    of name and parameter). Raises UserError if the class has no parameter of the name of an argument."""
     parameters = list(inspect.signature(kind).parameters.values())
     first, accepted = parameters[0].name if parameters else "", {p.name for p in parameters[1:]}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -179,8 +187,8 @@ def _arguments(kind: type[Any], choice: OptimizerChoice) -> tuple[dict[str, Any]
 
 
 def _in_one_line(function: Callable[..., Any], choice: OptimizerChoice) -> Callable[..., Any]:
-    """Return ``function`` with its errors as UserErrors of one line. memfit's own errors, and those of a lack
-    of memory, are raised unchanged."""
+    """Return ``function`` with its errors turned into UserErrors that name the optimizer and the first line
+    of the error. memfit's own errors, and those of a lack of memory, are raised unchanged."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -192,17 +200,21 @@ def _in_one_line(function: Callable[..., Any], choice: OptimizerChoice) -> Calla
             if is_own or no_memory:
                 raise
             message = first_line(error)[:200]
-            may_help = choice.others != "adamw" and _ABOUT_SHAPES.search(message)
+            is_about_shapes = choice.others != "adamw" and _ABOUT_SHAPES.search(message)
             raise UserError(
                 f"the optimizer {choice.name} raised {type(error).__name__}: {message}",
-                hint=_OTHERS if may_help else "",
+                hint="set others=adamw, with which it gets only the matrices of the repeated blocks, and "
+                "AdamW updates the other parameters"
+                if is_about_shapes
+                else "",
             ) from error
 
     return call
 
 
 class SeparateOptimizers:
-    """Runs several optimizers, each with parameters of its own, as one. ``optimizers`` maps names to them."""
+    """Several optimizers, each with parameters of its own, used as one. ``optimizers``: them by name, such as
+    "matrices" and "others". ``state`` is the union of their states."""
 
     def __init__(self, optimizers: Mapping[str, OptimizerLike]) -> None:
         self.optimizers = optimizers

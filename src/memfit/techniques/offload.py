@@ -27,12 +27,12 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 
 class _SavedTensorOffload:
-    """Base class of `HostCopies` and `DiskSpool`, which keep what autograd saves for backward elsewhere in
-    the meantime. Inside `hooks`, a saved tensor whose storage has at least ``minimum_bytes`` is replaced by a
-    copy elsewhere, which is read back when backward needs the tensor. Parameters stay, because they are in
-    memory anyway, and so do tensors for which `_can` returns False. If several operators save the same
-    elements of a storage, these are copied once, unless they have been changed in between, and read back for
-    each operator."""
+    """Base class of `HostCopies` and `DiskSpool`, which keep tensors that autograd saves for backward in host
+    memory or in a file. Inside the context `hooks`, a saved tensor whose storage has at least
+    ``minimum_bytes`` is replaced by such a copy, which is read back when backward needs the tensor.
+    Parameters stay, because they are in memory anyway, and so do tensors for which `_can` returns False. If
+    several operators save the same elements of a storage, these are copied once, unless they have been
+    changed in between, and read back for each operator."""
 
     def __init__(self, bench: Workbench, minimum_bytes: int) -> None:
         self.bench, self.minimum_bytes = bench, minimum_bytes
@@ -53,7 +53,7 @@ class _SavedTensorOffload:
         self.gone.clear()
 
     def _finish(self) -> None:
-        """Finish copies that are underway when forward ends."""
+        """Called when forward ends. Wait for copies that are under way; by default there are none."""
 
     def _pack(self, tensor: Any) -> Any:
         from torch.multiprocessing.reductions import StorageWeakRef
@@ -88,8 +88,8 @@ class _SavedTensorOffload:
         return True
 
     def _put(self, tensor: Any) -> Any:
-        """Copy the tensor elsewhere. Return an object whose ``back()`` returns the copied elements in a new
-        tensor."""
+        """Copy the tensor to host memory or the file. Return an object whose ``back()`` returns the copied
+        elements in a new tensor, which may be one-dimensional."""
         raise NotImplementedError
 
 
@@ -150,14 +150,15 @@ class HostCopy:
             self.event = stream.record_event()
 
     def wait(self) -> None:
-        """Let what is computed from now on wait for the copy. Do nothing if it was made at once."""
+        """Make operators that run on the device from now on wait for the copy. Do nothing if it was made at
+        once."""
         import torch
 
         if self.event is not None:
             torch.accelerator.current_stream(self.device).wait_event(self.event)
 
     def back(self) -> Any:
-        """Return the tensor's elements as a new tensor on its device."""
+        """Return a new tensor like the original, on the original's device."""
         self.wait()
         return self.copy.to(self.device, non_blocking=True, copy=True)
 
@@ -188,7 +189,7 @@ class DiskFile:
         self._lock = threading.Lock()  # backward may run on its own threads
 
     def write(self, data: memoryview, place: int) -> None:
-        """Write ``data`` from ``place`` on, an offset in bytes. Raises OSError if the disk is full."""
+        """Write ``data`` to the file at ``place``, an offset in bytes. Raises OSError if the disk is full."""
         with self._lock:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(prefix="memfit-offload-", buffering=0)  # noqa: SIM115
@@ -197,8 +198,8 @@ class DiskFile:
                 data = data[self._file.write(data) :]
 
     def read(self, data: memoryview, place: int) -> None:
-        """Fill ``data`` from ``place`` on, an offset in bytes. Raises OSError if the file ends before
-        ``data`` is full."""
+        """Fill ``data`` with what the file holds at ``place``, an offset in bytes. Raises OSError if the file
+        ends before ``data`` is full."""
         with self._lock:
             self._file.seek(place)
             while data.nbytes:
@@ -213,9 +214,9 @@ class DiskFile:
 
 
 class Spool:
-    """A temporary file that holds pieces of data, each at its place, an offset in the file. A place that has
+    """A temporary file that holds pieces of data, each at its place, an offset in bytes. A place that has
     been freed is reused for data of the same size before the file grows, because overwriting pages that the
-    kernel holds is several times faster than writing new ones."""
+    operating system has cached is several times faster than writing new ones."""
 
     def __init__(self) -> None:
         self._file = DiskFile()
@@ -232,13 +233,13 @@ class Spool:
         return place
 
     def free(self, place: int, size_bytes: int) -> None:
-        """Free a place, to which `write` wrote ``size_bytes`` bytes, for reuse."""
+        """Mark a place, to which `write` wrote ``size_bytes`` bytes, as free for data of that size."""
         self._free.setdefault(size_bytes, []).append(place)
 
 
 class SpooledTensor:
-    """The elements of a tensor, written to a spool. Their place there is freed when this object is deleted.
-    The elements of a fake tensor are not written."""
+    """The elements of a contiguous tensor, written to a spool. Their place there is freed when this object is
+    deleted. The elements of a fake tensor are not written."""
 
     def __init__(self, tensor: Any, spool: Spool) -> None:
         from torch._subclasses.fake_tensor import FakeTensor
@@ -267,7 +268,8 @@ class SpooledTensor:
 
 
 def raw_bytes(tensor: Any) -> memoryview:
-    """Return the bytes of ``tensor``, which must be contiguous and in host memory, without a copy."""
+    """Return the bytes of ``tensor``, which must be contiguous and in host memory, as a one-dimensional view
+    of its memory. Writing to the view changes the tensor."""
     import torch
 
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())

@@ -40,15 +40,15 @@ def default_optimizer(
     model: torch.nn.Module | None = None,
     blocks: str | None = None,
 ) -> MakeOptimizer:
-    """Return the maker of plain training's optimizer, which is called with a list of parameters. It calls
+    """Return a function that makes plain training's optimizer of a list of parameters. It calls
     ``choice.make`` if that is set. Otherwise it makes the optimizer at the import path ``choice.name`` if
     that has a colon (`imported_optimizer`, which ``model`` and ``blocks`` are for), and else torch's
     optimizer of this name: "adamw", "adam", "sgd" or "adafactor".
 
     ``foreach`` is set explicitly to what torch chooses for ``device`` (on for CUDA, off for CPU; always off
     for Adafactor), because a prediction for a device is traced on CPU tensors; in an optimizer of the user or
-    of an import path, only where it is left open. Raises UserError at once if ``choice.make`` is None and
-    there is no optimizer of this name or import path.
+    of an import path, only where it is left open. Unless ``choice.make`` is set, raises UserError at once for
+    any other name, and as `imported_optimizer` does.
     """
     makers = {"adamw": _adamw, "adam": _adamw, "sgd": _sgd, "adafactor": _adafactor}
     if choice.make is not None:
@@ -70,9 +70,9 @@ def default_optimizer(
 def _make_user_optimizer(
     make: MakeOptimizer, device: DeviceKind, params: list[torch.nn.Parameter]
 ) -> OptimizerLike:
-    """Return the optimizer that ``make``, the user's function, makes. If torch chooses ``foreach`` for
-    ``device``, set it to True in parameter groups in which it is None and ``fused`` is off, also in those of
-    optimizers that it wraps."""
+    """Return the optimizer that ``make`` makes of ``params``. If torch chooses ``foreach`` for ``device``,
+    set it to True in those parameter groups in which it is None and ``fused`` is off, also in those of
+    optimizers that the optimizer wraps."""
     optimizer = make(params)
     for group in [g for inner in innermost(optimizer) for g in getattr(inner, "param_groups", [])]:
         if device.foreach and group.get("foreach", False) is None and not group.get("fused"):
@@ -94,16 +94,17 @@ def innermost(optimizer: Any) -> list[Any]:
 
 
 def counts_steps_on_host(optimizer: Any) -> bool:
-    """Return whether all torch optimizers inside ``optimizer`` keep their step counters, tensors without
-    dimensions, in host memory whatever the device: False if a parameter group of one of them is fused or
-    capturable (torch/optim/adamw.py, ``_init_group``), else True."""
+    """Return whether all torch optimizers inside ``optimizer`` (`innermost`) keep their step counters,
+    tensors without dimensions, in host memory whatever the device. That is False if a parameter group of one
+    of them is fused or capturable (torch/optim/adamw.py, ``_init_group``), else True."""
     groups = [group for inner in innermost(optimizer) for group in getattr(inner, "param_groups", [])]
     return not any(group.get("fused") or group.get("capturable") for group in groups)
 
 
 def _alike(params: list[torch.nn.Parameter]) -> list[dict[str, Any]]:
-    """Return parameter groups that one ``foreach`` kernel can process: one group for each device mesh over
-    which parameters are sharded, and one for all parameters that are not sharded."""
+    """Return the parameters as parameter groups, each of which a ``foreach`` kernel can process: one group
+    for each device mesh over which parameters are sharded, and one for those that are not sharded. Groups
+    without parameters are left out."""
     groups: dict[Any, list[torch.nn.Parameter]] = {}
     for param in params:
         groups.setdefault(getattr(param, "device_mesh", None), []).append(param)
@@ -119,9 +120,9 @@ def _adamw(choice: OptimizerChoice, device: DeviceKind, params: list[torch.nn.Pa
 
 
 def _adamw_in(kernel: str) -> Callable[..., OptimizerLike]:
-    """Return a maker of torch's AdamW with the learning rate, betas, eps and weight decay of the job's
-    optimizer, even if that is not AdamW. ``kernel`` is "fused" (the update is one kernel) or "single" (one
-    parameter after the other, as in torch before 2.0)."""
+    """Return a function of (choice, device, parameters) that makes torch's AdamW with the learning rate,
+    betas, eps and weight decay of ``choice``, even if that is another optimizer. ``kernel`` is "fused" (the
+    update is one kernel) or "single" (one parameter after the other, as in torch before 2.0)."""
 
     def make(choice: OptimizerChoice, device: DeviceKind, params: list[torch.nn.Parameter]) -> OptimizerLike:
         import torch
@@ -193,8 +194,9 @@ def step_on_host(bench: Workbench, optimizer: OptimizerLike) -> OptimizerLike:
 
 
 def stochastic_adamw(choice: OptimizerChoice) -> MakeOptimizer:
-    """Return a maker of torchao's AdamW, which rounds the updates of bf16 parameters stochastically. It has
-    the learning rate, betas, eps and weight decay of ``choice``, whatever optimizer that names or makes."""
+    """Return a function that makes torchao's AdamW of a list of parameters. It rounds the updates of bf16
+    parameters stochastically, and has the learning rate, betas, eps and weight decay of ``choice``, even if
+    that is another optimizer."""
 
     def make(params: list[torch.nn.Parameter]) -> OptimizerLike:
         from torchao.optim import _AdamW
@@ -214,8 +216,8 @@ def _numbers(choice: OptimizerChoice) -> dict[str, Any]:
 
 
 class EagerStep:
-    """Runs the steps of a torchao optimizer without compiling them. Its compiler takes tens of seconds and
-    needs a C++ tool chain on the first step, and the arithmetic is the same."""
+    """Runs the steps of a torchao optimizer without torch.compile, which torchao would call. Compiling takes
+    tens of seconds and needs a C++ tool chain on the first step; the arithmetic is the same without it."""
 
     def __init__(self, inner: OptimizerLike) -> None:
         self.inner = inner
@@ -241,8 +243,8 @@ def _apply_in_backward(bench: Workbench, settings: Mapping[str, KnobValue]) -> N
 
 
 class StepInBackward:
-    """Holds one optimizer for each trainable parameter. It steps during backward, as soon as the parameter's
-    gradient is complete, and the gradient is then freed, so that only a few gradients exist at once.
+    """Holds one optimizer for each trainable parameter. Each optimizer steps during backward, as soon as the
+    gradient of its parameter is complete. The gradient is then freed, so that only a few exist at once.
 
     ``square_norms`` holds the squared norms of the gradients since the last call of `zero_grad`, which
     empties it.
@@ -289,9 +291,9 @@ class StepInBackward:
 
 
 def is_adamw(choice: OptimizerChoice) -> bool:
-    """Return whether the job's optimizer is AdamW with the hyperparameters of ``choice``, so that other
-    implementations of AdamW train the same: if its name is "adamw", or "adam" with a weight decay of 0.
-    Return False for a user-defined optimizer (``make``), because it is not known what that does."""
+    """Return whether ``choice`` is AdamW, so that other implementations of AdamW with its hyperparameters
+    train the same: whether its name is "adamw", or "adam" with a weight decay of 0. Return False for a
+    user-defined optimizer (``make``), because it is not known what that does."""
     return choice.make is None and (
         choice.name == "adamw" or (choice.name == "adam" and choice.weight_decay == 0)
     )
@@ -325,8 +327,9 @@ def _once(facts: JobFacts) -> Iterable[Mapping[str, KnobValue]]:
 
 
 def _technique(name: str, summary: str, effect: EffectClass, maker: Any, **options: Any) -> Technique:
-    """Return a technique that replaces the job's optimizer by what ``maker`` makes. Without ``settings`` in
-    ``options`` it is not searched, and only for predictions of runs that use it."""
+    """Return a technique that replaces the job's optimizer by what ``maker(choice, device, parameters)``
+    returns. ``options``: further fields of `Technique`. Without ``settings`` among them, the search for one
+    device does not propose the technique, but users' plans may have it."""
     return Technique(
         name=name,
         summary=summary,
@@ -433,14 +436,15 @@ IMPORTED = Technique(
         Knob(
             name="arguments",
             default="",
-            doc="keyword arguments of the class; lr and weight_decay are the job's unless they are set here",
+            doc="keyword arguments of the class, such as lr=0.02, betas=(0.9, 0.95); lr and weight_decay are "
+            "the job's unless they are set here",
             pattern=_TEXT,
         ),
         Knob(
             name="matrices",
             default="",
-            doc="settings of a parameter group of the matrices of the repeated blocks, such as GaLore's "
-            "rank; if left out, there is no such group",
+            doc="settings of a parameter group of the matrices of the repeated blocks, such as rank=128 for "
+            "GaLore; if left out, there is no such group",
             pattern=_TEXT,
         ),
         Knob(

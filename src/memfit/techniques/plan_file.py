@@ -30,13 +30,14 @@ def parse_plan(data: object, *, what: str) -> Plan:
     """Return the plan that parsed YAML ``data`` describes. The keys ``note`` and ``watch`` (thresholds of
     alarms, `memfit.monitoring.limits`) are ignored.
 
-    Raises UserError if ``data`` is not a mapping. Raises UserError if there are unknown keys, a wrong value
-    of ``techniques`` or ``ranks``, unknown techniques or settings, or values that are not allowed: one
-    message lists them all, but of each technique only the first problem. These messages begin with ``what``,
-    the name of the source.
+    Raises UserError if ``data`` is not a mapping. Raises UserError, too, if there are unknown keys, a wrong
+    value of ``techniques`` or ``ranks``, unknown techniques or settings, or values that are not allowed: one
+    message lists all these problems, but of each technique only the first. These messages begin with
+    ``what``, the name of the source.
 
-    If there are none, raises UserError for the first conflict between techniques or, without conflicts, for
-    the first technique of which packages are missing. These messages do not name the source.
+    If there are no such problems, raises UserError for the first conflict between techniques or, without
+    conflicts, for the first technique whose packages are not installed. These messages do not name the
+    source.
     """
     if not isinstance(data, dict):
         raise UserError(
@@ -67,8 +68,9 @@ def _settings(name: str, value: object) -> dict[str, object]:
         return {}
     if not isinstance(value, dict):
         raise UserError(
-            f"the settings of the technique {name} are {value!r}",
-            allowed="a mapping such as {micro_batches: 2}; {} or nothing for the default settings",
+            f"the settings of the technique {name} are {value!r}, which is not a mapping",
+            allowed="a mapping of names to values such as {micro_batches: 2}; {} or nothing for the default "
+            "settings",
         )
     return {str(k): v for k, v in value.items()}
 

@@ -126,8 +126,8 @@ _Settings = Iterable[Mapping[str, KnobValue]]
 
 
 def _in(half: str, *settings: Mapping[str, KnobValue]) -> Callable[[JobFacts], _Settings]:
-    """Return a function of a `JobFacts` that returns ``settings`` if the device multiplies in the half
-    precision ``half`` ("bfloat16" or "float16"), else nothing."""
+    """Return a function for ``Technique.settings``. It returns ``settings`` if the 16-bit dtype in which the
+    device multiplies (``JobFacts.half_precision``) is ``half``, "bfloat16" or "float16"; else ()."""
     return lambda facts: settings if facts.half_precision == half else ()
 
 

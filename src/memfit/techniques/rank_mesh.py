@@ -63,9 +63,10 @@ class Layout:
 
     @property
     def communicators(self) -> tuple[int, ...]:
-        """Numbers of ranks of the process groups that a rank is expected to communicate in: one along each
-        dimension with several ranks, a pair of neighbours along the pipeline, and one of all ranks; in a
-        pipeline without other parallelism, two pairs."""
+        """Sizes, in ranks, of the process groups in which a rank is expected to communicate. These are one
+        group along each dimension but the pipeline that has several ranks and, if there is such a dimension,
+        one of all ranks. With a pipeline, there is also a pair of neighbouring stages, or two pairs if there
+        is no other group. Empty for one rank."""
         groups = [degree for degree in self.shape[1:] if degree > 1]
         groups = [*groups, self.ranks] if groups else []
         return (*groups, *((2,) if groups else (2, 2))) if self.pipeline > 1 else tuple(groups)
@@ -124,9 +125,10 @@ def layout(plan: Plan) -> Layout:
 
 
 def split_batch(plan: Plan, batch_size: int) -> int:
-    """Return the samples of each micro-batch of each data-parallel rank, in a pipeline of each of its
-    micro-batches, for ``batch_size`` samples of one step of all ranks. Raises UserError if the micro-batches
-    would not be equal, and as `layout` does."""
+    """Return the number of samples in one micro-batch of one data-parallel rank. A pipeline cuts each
+    micro-batch of gradient-accumulation into smaller ones, and the result is for those. ``batch_size``:
+    samples of one step of all ranks. Raises UserError if the micro-batches would not be equal, and as
+    `layout` does."""
     ranks, stages = layout(plan).data, plan.get("pipeline")
     micro_batches = plan.micro_batches * (int(stages.settings["micro_batches"]) if stages is not None else 1)
     parts = ranks * micro_batches
@@ -150,7 +152,8 @@ def _data_degrees(plan: Plan, data: int) -> tuple[int, int]:
         raise UserError(
             f"the plan has {plan.ranks} ranks and no data-parallel technique, so {data} groups of these "
             "ranks would all train on the same samples",
-            allowed=f"one data-parallel technique of {', '.join((*_REPLICATED, *_SHARDED))}",
+            allowed=f"one data-parallel technique of {', '.join((*_REPLICATED, *_SHARDED))}; or "
+            f"{plan.ranks // data} ranks",
         )
     return (data, 1) if data_uses[0].technique in _REPLICATED else _replicas(data_uses[0], data)
 
@@ -234,9 +237,9 @@ def _mesh_of_own_groups(
 
 
 def join_alone(device: str) -> bool:
-    """If this process has no process group yet, create one of this process alone, for libraries that need one
-    even with one rank, and return True; else return False. ``device``: where tensors are, such as "cuda:0";
-    the group has the backend that torch prefers for it."""
+    """Return False if torch's default process group is initialised in this process. Otherwise create one of
+    this process alone, for libraries that need a group even with one rank, and return True. ``device``: where
+    tensors are, such as "cuda:0"; the group has the backend that torch prefers for it."""
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import get_default_backend_for_device
 
@@ -254,8 +257,9 @@ def join_alone(device: str) -> bool:
 def builds_on_host(plan: Plan, device: str) -> bool:
     """Return whether the whole model is built in host memory and the accelerator then gets a part or copy of
     it. True under ZeRO 1, 2 and 3, fsdp2 that shards over several ranks, pipeline, tensor or expert
-    parallelism, qlora, which quantizes there, and LoRA with bf16-parameters, which casts there. False for
-    other plans, and if ``device`` is "cpu"."""
+    parallelism, qlora, which quantizes there, and lora with bf16-parameters and without chunking, which casts
+    there. False for other plans, and if ``device`` is "cpu". Raises UserError if the plan's degrees do not
+    fit its ranks (see `layout`)."""
     if device_kind(device).is_host:
         return False
     if _shards(plan) or "qlora" in plan or "expert-parallel" in plan:
@@ -267,9 +271,9 @@ def builds_on_host(plan: Plan, device: str) -> bool:
 
 
 def moves_parameters(plan: Plan, device: str) -> bool:
-    """Return whether the model is built in host memory and its parameters then move to the accelerator: under
-    pipeline, tensor or expert parallelism, qlora and LoRA with bf16-parameters (`builds_on_host`). False if
-    shards or a flat copy of the parameters are made there instead (ZeRO, fsdp2)."""
+    """Return whether the model is built in host memory (`builds_on_host`) and its parameters then move to the
+    accelerator. False if ZeRO 1, 2 or 3 or fsdp2 makes shards or a flat copy of the parameters there instead,
+    also together with other techniques for which the model is built in host memory."""
     return builds_on_host(plan, device) and not _shards(plan)
 
 

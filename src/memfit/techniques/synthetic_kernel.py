@@ -27,8 +27,8 @@ def _library() -> Any:
 
 
 def read_bytes(tensors: Iterable[Any]) -> int:
-    """Return the total bytes of the tensors. Of a distributed tensor, only this rank's part counts. Values
-    that are not tensors count as zero."""
+    """Return the total bytes of the elements of the tensors. Of a distributed tensor, only this rank's part
+    counts. Values that are not tensors count as zero."""
     return sum(t.numel() * t.element_size() for t in map(_here, tensors) if hasattr(t, "element_size"))
 
 

@@ -102,7 +102,7 @@ def record_chain(bench: Workbench, parts: int) -> Chain:
         raise UserError(
             "pipeline cannot cut the model, because the job's loss does not call every block of "
             f"{path or 'the model'}",
-            hint="set Job(blocks=...) to the path of a module whose children the loss all calls, in order",
+            hint="set Job(blocks=...) to the path of a module of which the loss calls every child, in order",
         )
     for name, _ in bench.model.named_parameters():
         block_indices = [i for i in range(len(blocks)) if name.startswith(f"{child_prefix(path)}{i}.")]
@@ -233,9 +233,9 @@ class _Recorder(TorchDispatchMode):
         return call
 
     def _output(self, index: int, block: torch.nn.Module, args: Any, kwargs: Any) -> Any:
-        """Return the output of block ``index``. The block is not run if an equal earlier block had the same
-        inputs (tensors of the same shapes and dtypes) and had no other effect than its output: then return
-        new tensors like those of that block's output."""
+        """Return the output of block ``index``. If an equal earlier block has run with the same inputs
+        (tensors of the same shapes and dtypes) and had no other effect than its output, the block is not run:
+        return new tensors of the shapes and dtypes of that output."""
         inputs = (with_placeholders((args, kwargs)), self.carried[-1])
         if self._twins[index] in self._ran and _same(self._ran[self._twins[index]][0], inputs):
             out = _pytree.tree_map_only(torch.Tensor, torch.empty_like, self._ran[self._twins[index]][1])
@@ -259,9 +259,9 @@ class _Recorder(TorchDispatchMode):
         return out
 
     def called_once(self) -> dict[str, Any]:
-        """Return what modules returned, by the module's name and with `TensorPlaceholder`s in place of
-        tensors. These are the modules that were called once, entirely before the blocks, and that have a
-        parameter that is used only before the blocks. Modules inside another such module are left out."""
+        """Return module name -> what the module returned, with `TensorPlaceholder`s in place of tensors, for
+        the modules that were called once, entirely before the blocks, and that have a parameter that is used
+        only before the blocks. Modules inside another such module are left out."""
         early_names = {n for n, positions in self.uses.items() if positions == {-1.0}}
         results: dict[str, Any] = {}
         for name, outs in sorted(self._called.items(), key=lambda pair: pair[0].count(".")):
@@ -321,8 +321,8 @@ def _fake_tensors_of(model: torch.nn.Module, fake: FakeTensorMode) -> Iterator[N
 
 
 def _attribute_ids(block: torch.nn.Module) -> list[int]:
-    """Return the ids of the values of all attributes of a block's modules. They differ before and after a
-    call in which the block stores something."""
+    """Return the ids of the values of all attributes of a block's modules. If the list differs before and
+    after a call, the block has stored something in an attribute."""
     return [id(value) for m in block.modules() for value in vars(m).values()]
 
 

@@ -78,9 +78,9 @@ def _observe_plain_model(bench: Workbench) -> None:
 
 
 def _blocks(bench: Workbench) -> list[torch.nn.Module]:
-    """Return the model's blocks; an empty list if no repeated blocks are found. Each block's forward enters
-    the attention mode itself, because recomputation in backward calls blocks when the model's forward has
-    ended."""
+    """Return the model's blocks, each of which must enter the attention mode itself, because recomputation
+    calls blocks in backward, when the model's forward has ended. Return [] if no repeated blocks are found,
+    or none at ``Job.blocks``."""
     try:
         return find_blocks(bench.model, bench.job.blocks)[1]
     except UserError:
@@ -146,9 +146,9 @@ def _shifted(batch: Any) -> Any:
 
 
 def _terms(part: Any) -> int | None:
-    """Return the number of labels that count in a part of a batch: those other than -100 in its
-    ``shift_labels`` or, without these, its ``labels``. The parts of a sequence may have different numbers.
-    Return None if the part is no mapping with labels that are integers of at least two dimensions."""
+    """Return the number of labels that count in the loss of ``part``, one rank's part of a batch: those other
+    than -100 in its ``shift_labels`` or, without these, its ``labels``. Return None if the part is not a
+    mapping with such labels, or these are floating-point or have fewer than two dimensions."""
     labels = part.get("shift_labels", part.get("labels")) if isinstance(part, Mapping) else None
     if labels is None or labels.dim() < 2 or labels.is_floating_point():
         return None

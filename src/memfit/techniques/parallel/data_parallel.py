@@ -59,8 +59,8 @@ def _apply_ddp(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 
 class WrappedModel:
-    """What a job's loss gets as its model if that is wrapped, as by DDP. Calls go to ``wrapper``, and reading
-    of attributes to ``model``, the one inside it, so that the loss works unchanged."""
+    """What a job's loss gets as its model if that is wrapped, as by DDP. A call calls ``wrapper``. An
+    attribute is read from ``model``, the module inside the wrapper, so that the loss works unchanged."""
 
     def __init__(self, wrapper: torch.nn.Module, model: torch.nn.Module) -> None:
         self._wrapper, self._model = wrapper, model
@@ -113,12 +113,12 @@ def _apply_fsdp2(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 
 def _once_a_step(bench: Workbench, root: Any, *, stay: bool) -> Callable[[bool], None]:
-    """Return a function to call before each backward, with whether it is the last of the step. It makes
-    FSDP2's modules reduce gradients only in the last backward of the step. With a pipeline, each module
+    """Return a function to call before each backward, with whether that is the last of the step. The function
+    makes FSDP2's modules reduce gradients only in the last backward of the step. With a pipeline, each module
     reduces them in the last backward of its own stage.
 
-    With ``stay``, gathered parameters are freed only then, too, as when torch's schedules are given FSDP2's
-    modules (torch.distributed.pipelining.stage).
+    With ``stay``, gathered parameters, too, are freed only after that backward, as when torch's schedules are
+    given FSDP2's modules (torch.distributed.pipelining.stage).
     """
     from torch.distributed.fsdp import FSDPModule
 
@@ -173,8 +173,8 @@ def _sharded(bench: Workbench, settings: Mapping[str, KnobValue], options: dict[
 
 
 def optimize_on_host(bench: Workbench) -> None:
-    """Let the optimizer that ``bench`` makes step on the host, where its parameters and gradients are, and
-    enter this memory pool in ``gradients_on`` and ``parameters_on``."""
+    """Make a trace count what the steps of the bench's optimizer allocate as host memory, where its
+    parameters and gradients are. Set ``bench.gradients_on`` and ``bench.parameters_on`` to "host"."""
     make = bench.make_optimizer
 
     bench.make_optimizer = lambda params: step_on_host(bench, make(params))
@@ -182,9 +182,9 @@ def optimize_on_host(bench: Workbench) -> None:
 
 
 def _with_context(bench: Workbench) -> Any:
-    """Return the mesh over which parameters are sharded if each sample is divided among ranks: one dimension
-    of all data-parallel ranks and the ranks that share a sample. Raises UserError if there are several
-    replicas."""
+    """Return the mesh over which parameters are sharded if each sample is divided among ranks. Its single
+    dimension has the data-parallel ranks times the ranks that share a sample. Raises UserError if fsdp2 has
+    several replicas."""
     flat = bench.world.flat("shard", "context")
     if bench.world.layout.replicate > 1:
         raise UserError(
@@ -195,7 +195,8 @@ def _with_context(bench: Workbench) -> Any:
 
 
 def _blocks(bench: Workbench) -> list[Any]:
-    """Return the blocks of all stacks, such as those of an encoder and of a decoder, in the model's order."""
+    """Return the blocks of all stacks, such as those of an encoder and of a decoder, in the model's order.
+    Return [] if no repeated blocks are found. Raises UserError if there are none at ``Job.blocks``."""
     try:
         stacks = find_stacks(bench.model, bench.job.blocks)
         return [b for path, _ in bench.model.named_modules() for b in stacks.get(path, ())]
@@ -206,9 +207,9 @@ def _blocks(bench: Workbench) -> list[Any]:
 
 
 def _groups(bench: Workbench, units: str, reshard: KnobValue) -> list[tuple[Any, bool]]:
-    """Return (group, whether its gathered parameters are freed after forward) for each group of modules that
-    is gathered together, as the knobs ``units`` and ``reshard`` say. A group is a module or a list of
-    modules. The last one is the model, for all parameters that are in no other group."""
+    """Return (group, whether its gathered parameters are freed after forward) for each group of modules whose
+    parameters FSDP2 gathers together, as the settings ``units`` and ``reshard`` say. A group is a module or a
+    list of modules. The last one is the model, for all parameters that are in no other group."""
     blocks = _blocks(bench)
     modules_before, modules_after = _modules_around_blocks(bench, blocks)
     modules: list[Any] = list(blocks)
@@ -223,9 +224,10 @@ def _groups(bench: Workbench, units: str, reshard: KnobValue) -> list[tuple[Any,
 
 
 def _modules_around_blocks(bench: Workbench, blocks: list[Any]) -> tuple[list[Any], list[Any]]:
-    """Return two lists of the modules that `_callable` yields, have parameters and contain no blocks: those
-    before the blocks (embedding) and those after them (last norm, head). The order is that of the model's
-    attributes. Without blocks, all modules are in the first list."""
+    """Return (modules before the blocks, such as the embedding; modules after them, such as the head). They
+    are those that `_callable` yields of the model, that have parameters and contain no blocks, in the order
+    of the model's attributes. Those between blocks count as after them. Without blocks, all are in the first
+    list."""
     block_modules = {m for block in blocks for m in block.modules()}
     modules_before: list[Any] = []
     modules_after: list[Any] = []
@@ -240,7 +242,7 @@ def _modules_around_blocks(bench: Workbench, blocks: list[Any]) -> tuple[list[An
 
 def _callable(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """Yield the module's children. In place of a ModuleList or ModuleDict, which cannot be called, yield its
-    members, also if one of these contains another."""
+    members, and in place of one among these in turn its members."""
     import torch
 
     for child in module.children():
@@ -260,9 +262,10 @@ def _precision(name: str) -> Any:
 
 
 def _prefetch(groups: list[Any], depth: int) -> None:
-    """Let each group gather ahead the parameters of the next ``depth`` groups in forward, and of the previous
-    ``depth`` groups, which come next there, in backward. With a ``depth`` of 1, change nothing: torch gathers
-    one group ahead by itself, and only in backward."""
+    """Make each FSDP2 module of ``groups`` gather the parameters of other groups ahead: those of the next
+    ``depth`` groups in forward, and those of the previous ``depth`` groups, which come next there, in
+    backward. With a ``depth`` of 1, change nothing: torch gathers one group ahead by itself, and only in
+    backward."""
     if depth <= 1:
         return
     for i, group in enumerate(groups):
@@ -271,8 +274,8 @@ def _prefetch(groups: list[Any], depth: int) -> None:
 
 
 def _on_ranks(*settings: Mapping[str, KnobValue]) -> Callable[[JobFacts], Iterable[Mapping[str, KnobValue]]]:
-    """Return a function of a `JobFacts` that returns ``settings`` if the plan has several ranks, and nothing
-    for one rank, where the technique is useless."""
+    """Return a function for ``Technique.settings``. It returns ``settings`` if the plan has several ranks,
+    and () for one rank, where the technique is useless."""
     return lambda facts: settings if facts.ranks > 1 else ()
 
 

@@ -37,8 +37,9 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     ranks, mesh = bench.world.layout.data, bench.world.sub("replicate", "shard")
     if mesh is None or mesh.ndim > 1 or int(settings["degree"]) != ranks:
         raise UserError(
-            f"expert-parallel of degree {settings['degree']} does not fit {ranks} data-parallel ranks",
-            allowed=f"degree={ranks}; and fsdp2, if used, with replicas=1"
+            f"expert-parallel of degree {settings['degree']} does not fit {bench.world.layout.replicate} x "
+            f"{bench.world.layout.shard} data-parallel ranks (replicas x shards)",
+            allowed=f"degree={ranks}, all of these ranks; and fsdp2, if used, with replicas=1"
             if ranks > 1
             else "at least 2 data-parallel ranks, as many as the degree",
         )
@@ -60,10 +61,10 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 
 def find_mixtures(model: torch.nn.Module, pattern: str | None) -> list[str]:
-    """Return the names of the modules that hold experts: those that match ``pattern``, which is that of
-    ``Job(experts=...)``. If it is None, return those that are built like Hugging Face's: their parameters are
-    gate_up_proj and down_proj, of three dimensions each, and they have act_fn. Raises UserError if there are
-    none."""
+    """Return the names of the modules that hold experts: those that match ``pattern`` (as in ``fnmatch``),
+    that of ``Job(experts=...)``. If it is None, return those that are built like Hugging Face's: their own
+    parameters are gate_up_proj and down_proj, of three dimensions each, and they have an attribute act_fn.
+    Raises UserError if there are no such modules."""
     names = [name for name, _ in model.named_modules()]
     if pattern is not None:
         matches = [n for n in names if fnmatch.fnmatchcase(n, pattern)]
@@ -78,9 +79,9 @@ def find_mixtures(model: torch.nn.Module, pattern: str | None) -> list[str]:
 
 
 def count_experts(module: Any, name: str) -> int:
-    """Return the number of experts of the module, whose name is ``name``. Raises UserError if the module
-    neither has a ModuleList of experts as its only child nor is built like Hugging Face's
-    (`find_mixtures`)."""
+    """Return the number of experts of the module, whose name is ``name``. Raises UserError if the module is
+    not built like Hugging Face's (`find_mixtures`) and does not have a ModuleList with members, the experts,
+    as its only child."""
     import torch
 
     if _is_grouped(module):
@@ -191,9 +192,9 @@ class _TokenExchange:
     def send_capacity(
         self, tokens: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        """Each expert takes, from each rank, at most its capacity of choices (``capacity_percent`` of an even
-        share of them). Others add zero. N must be the same on every rank, because the capacity depends on
-        it."""
+        """Run the experts with a capacity. Each expert takes at most that many choices from each rank:
+        ``capacity_percent`` of an even share of the rank's N x k choices, rounded up. Further choices add
+        zero to their token's result. N must be the same on every rank."""
         import torch
 
         total, choices, width = self.experts.total, chosen.shape[-1], tokens.shape[-1]
@@ -210,7 +211,8 @@ class _TokenExchange:
         return _weighted_sum(tokens, results, weights, order)
 
     def send_all(self, tokens: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Each expert takes all choices of it. Ranks first tell each other how many they will send."""
+        """Run the experts without a capacity: every choice is sent. Ranks first tell each other how many
+        tokens they will send. N may differ between ranks."""
         import torch
 
         own, ranks = self.experts.own, self.ranks
@@ -235,12 +237,12 @@ class _TokenExchange:
     def _sizes(
         self, counts: torch.Tensor, incoming_counts: torch.Tensor, choices: int
     ) -> tuple[list[list[int]], list[list[int]]]:
-        """Return (tokens that this rank sends, tokens that it receives): for each rank, a list with the
-        number for each of the receiver's experts.
+        """Return (numbers of tokens that this rank sends, numbers that it receives). Both have one list for
+        each rank, with the number for each expert of the receiver.
 
         Numbers are read from the device. On torch's fake process group they are unknown, and it is assumed
         that this rank's experts get ``capacity_percent`` of an even share of every rank's ``choices``. The
-        rest of its own choices is spread evenly over the others."""
+        rest of this rank's choices is spread evenly over the experts of other ranks."""
         import torch.distributed as dist
 
         own, ranks = self.experts.own, self.ranks
@@ -261,9 +263,9 @@ class _TokenExchange:
         return counts.scatter_add(0, by_expert, torch.ones_like(by_expert))
 
     def _slots(self, by_expert: torch.Tensor, capacity: int) -> torch.Tensor:
-        """Return, for each of the choices, which are sorted by expert, the row in which its token is sent.
-        Each expert has ``capacity`` rows, which its first choices get. Later choices get the row after the
-        last one, which is not sent."""
+        """Return, for each choice, the index of the row in which its token is sent. ``by_expert`` holds the
+        experts chosen, sorted. Each expert has ``capacity`` rows, which its first choices get. Later choices
+        get the row after those of all experts, which is not sent."""
         import torch
 
         numbers = torch.arange(by_expert.numel(), device=by_expert.device)
@@ -284,8 +286,9 @@ class _TokenExchange:
 def _weighted_sum(
     tokens: torch.Tensor, results: torch.Tensor, weights: torch.Tensor, order: torch.Tensor
 ) -> torch.Tensor:
-    """Return, for each token, the sum of its results times their weights. ``results`` has one row for each
-    entry of ``order``, the indices of all choices in the order in which they were sent."""
+    """Return, for each token, the sum of its results times their weights, of the shape (N, width) of
+    ``tokens``. ``weights`` has shape (N, k). ``results`` has one row for each entry of ``order``, which holds
+    the indices of the N x k choices in the order in which they were sent."""
     import torch
 
     weighted_results = results * weights.reshape(-1)[order].unsqueeze(-1).to(results.dtype)

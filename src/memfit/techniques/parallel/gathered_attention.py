@@ -110,9 +110,9 @@ def _arange_length(func: Any, args: Any) -> int | None:
 
 
 def _site() -> Site:
-    """Return (code, index of the instruction) of the two innermost calls in code that is neither torch's nor
-    in the folder of this file. There is only one, or none, if the stack has no more. The instruction is
-    included because one line may hold several calls."""
+    """Return the place in the code from which a function was called: (code object, index of the instruction)
+    of the two innermost stack frames whose file is neither torch's nor in the folder of this file, or of
+    fewer if the stack has no more. The instruction is included because one line may hold several calls."""
     calls = list[tuple[Any, int]]()
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and len(calls) < _DEEP:
@@ -133,10 +133,10 @@ def _attention(
     scale: float | None = None,
     **grouped: bool,
 ) -> torch.Tensor:
-    """Return scaled dot-product attention of this rank's queries to the keys of all ranks. Tensors have shape
-    (batch, heads, length of a part, head dim). Raises UserError if the number of queries or of keys is not
-    the length of a part, for dropout, and for a mask that is not of shape (batch, 1, 1, length), which masks
-    keys."""
+    """Return scaled dot-product attention of this rank's queries to the keys of all ranks, with the arguments
+    of torch's function. Tensors have shape (batch, heads, length of a part, head dim); keys and values may
+    have fewer heads. Raises UserError if the number of queries or of keys is not the length of a part, for
+    dropout, and for a mask that is not of shape (batch or 1, 1, 1, length), which masks keys."""
     if query.shape[2] != across.length or key.shape[2] != across.length:
         raise UserError(
             f"context-parallel does not support attention of {query.shape[2]} queries to {key.shape[2]} keys",
@@ -234,9 +234,9 @@ def _columns(
 
 
 def _merge(out: torch.Tensor, total: torch.Tensor, part: torch.Tensor, weight: torch.Tensor) -> None:
-    """Merge the attention outputs ``out`` and ``part`` of the same queries over two sets of keys into
-    ``out``, in place. ``total`` and ``weight`` are their log-sum-exps. ``total`` becomes that of both
-    sets."""
+    """Merge the attention outputs ``out`` and ``part`` of the same queries over two sets of keys: ``out``
+    becomes, in place, the output over both sets. ``total`` and ``weight`` are the log-sum-exps of the scores
+    of each set, and ``total`` becomes that of both (Liu et al. 2023, arXiv 2310.01889)."""
     log_sum = torch.logaddexp(total, weight)
     out.mul_((total - log_sum).exp_().unsqueeze(-1)).add_(part.mul((weight - log_sum).exp_().unsqueeze(-1)))
     total.copy_(log_sum)

@@ -50,8 +50,8 @@ class Pipeline:
     """The ``virtual`` pipeline stages of one rank. Creating it replaces parameters that only other ranks use,
     and buffers of blocks that only other ranks run, by zeros that take no memory.
 
-    Raises UserError if the model is not a chain of blocks, if it has fewer blocks than the plan has stages,
-    or if the schedule does not support the numbers of stages and micro-batches.
+    Raises UserError if the model is not a chain of blocks (`record_chain`), if a stage would get no block
+    (`stage_sizes`), or if the schedule does not support the numbers of stages and micro-batches.
     """
 
     def __init__(
@@ -114,9 +114,9 @@ class Pipeline:
         )
 
     def _find_shared(self) -> dict[str, Any]:
-        """Return, by name, for each trained parameter that this rank and other pipeline ranks use, the
-        process group of all these ranks. The gradient norm must count such a parameter once: all of these
-        ranks but the first enter the name in the workbench's ``counted_elsewhere``."""
+        """Return parameter name -> process group of the ranks that use it, for each trained parameter that
+        this rank and other pipeline ranks use. The gradient norm must count such a parameter once, so all of
+        these ranks but the first add its name to the workbench's ``counted_elsewhere``."""
         groups_by_name, groups = dict[str, Any](), dict[tuple[int, ...], Any]()
         global_ranks = dist.get_process_group_ranks(self.group)
         for name, param in self.bench.model.named_parameters():
@@ -184,9 +184,9 @@ class Pipeline:
         return call
 
     def _until_end(self, inner: Callable[..., Any]) -> Any:
-        """Return a forward of the model that runs ``inner``. If a stage ends inside ``inner``, it sets
-        ``ended`` and returns what the stage passes to the next one, so that wrappers around it get an
-        output."""
+        """Return a forward method of the model that calls ``inner``. If a stage ends inside ``inner``
+        (`StageEnd`), it sets ``ended`` and returns what the stage passes to the next one, so that wrappers
+        around the model, such as DDP, get an output."""
 
         @functools.wraps(inner)
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -220,8 +220,9 @@ class Pipeline:
     def _make_stage(self, stage: int, needs_input_grad: list[bool]) -> _Stage:
         def like(at: int) -> tuple[torch.Tensor, ...]:
             """Return tensors on the meta device, which have no values, with the shapes and dtypes of those
-            that enter stage ``at``. They are none for the first stage, what its first block receives for a
-            later one, and the loss if ``at`` is the number of stages."""
+            that enter stage ``at``: none for the first stage, and for a later one those that its first block
+            gets from the block before. If ``at`` is the number of stages, return the loss, a float32
+            scalar."""
             if at == 0:
                 return ()
             loss = at == len(self.bounds)
@@ -256,12 +257,13 @@ class Pipeline:
         *,
         last: bool,
     ) -> torch.Tensor:
-        """Run forward and backward of all pieces. Return the sum of their weighted losses, which is the same
-        on every stage.
+        """Run forward and backward of all pieces. Return the sum of their weighted losses, a float32 scalar
+        that is the same on every rank of the pipeline.
 
-        ``weighted`` returns the loss of a piece times its share. ``mark`` is called with the phase, forward
-        or backward, whenever one begins. ``last`` says whether the optimizer's step comes after this call; if
-        so, the gradients of parameters that several pipeline ranks use are summed over these ranks.
+        ``weighted(model, micro-batch, share)`` returns the loss of a piece times its share. ``mark`` is
+        called with the phase, forward or backward, whenever one begins. ``last`` says whether the optimizer's
+        step comes after this call; if so, the gradients of parameters that several pipeline ranks use are
+        summed over these ranks.
         """
         self._pieces, self._weighted, self._mark, self._last = pieces, weighted, mark, last
         self._backwards_left = dict.fromkeys(self.stages, len(pieces))
@@ -348,8 +350,9 @@ class _Whole:
 
 
 class _Part(torch.nn.Module):
-    """The module that torch's stage calls to run one micro-batch. The rank's model is its submodule, so that
-    the stage has the model's parameters."""
+    """The module that torch's stage calls to run one micro-batch: ``index`` is its number, and ``received``
+    holds the tensors from the stage before. The rank's model is its submodule, so that the stage has the
+    model's parameters."""
 
     def __init__(self, pipeline: Pipeline, stage: int) -> None:
         super().__init__()
@@ -361,8 +364,9 @@ class _Part(torch.nn.Module):
 
 
 class _Stage(PipelineStage):
-    """Torch's stage. In addition, it tells the `Pipeline` before forward and backward of each micro-batch
-    begin. It does not ask other ranks for shapes, because these are known."""
+    """Torch's stage, which in addition calls `Pipeline.before_forward` and `Pipeline.before_backward` before
+    it runs forward and backward of a micro-batch. It does not ask other ranks for shapes, because these are
+    known."""
 
     def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
         self._pipeline.before_forward()

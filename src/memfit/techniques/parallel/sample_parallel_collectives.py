@@ -23,14 +23,14 @@ class GroupCollectives:
     ranks: int
 
     def stack(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return every rank's tensor, stacked in the order of ranks to shape (ranks, ...). All have one
-        shape."""
+        """Return every rank's tensor, stacked in the order of ranks to shape (ranks, ...). The tensors must
+        have the same shape."""
         whole = _COMM.all_gather_into_tensor(tensor.contiguous(), self.ranks, self.group)
         parts: torch.Tensor = _COMM.wait_tensor(whole).unflatten(0, (self.ranks, -1))
         return parts
 
     def gather(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return every rank's tensor, in the order of ranks. All have one shape."""
+        """Return every rank's tensor, in the order of ranks. The tensors must have the same shape."""
         return self.stack(tensor).unbind()
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -39,8 +39,8 @@ class GroupCollectives:
         return total
 
     def scatter_sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return this rank's part of the sum over ranks of ``tensor``, which has the parts for all ranks one
-        after the other along dimension 0."""
+        """Return this rank's part of the sum over ranks of ``tensor``. The parts of all ranks, which have the
+        same size, lie one after the other along dimension 0."""
         part = _COMM.reduce_scatter_tensor(tensor, "sum", self.ranks, self.group)
         total: torch.Tensor = _COMM.wait_tensor(part)
         return total
@@ -55,11 +55,11 @@ class GroupCollectives:
 
 
 def average_gradients(bench: Workbench, together: GroupCollectives) -> Callable[[bool], None]:
-    """Return a function for ``Workbench.before_micro_batch``. Its argument is ignored.
+    """Return a function for ``Workbench.before_micro_batch``, which ignores its argument.
 
-    Its first call makes every later backward average each gradient over the ranks of ``together`` as soon as
-    it is ready. It does nothing if the model is under DDP or FSDP2, which average over these ranks
-    themselves.
+    Its first call makes every backward from then on average each gradient over the ranks of ``together`` as
+    soon as the gradient is ready. Later calls do nothing. If the model is under DDP or FSDP2, which average
+    over these ranks themselves, the first does nothing either.
     """
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor

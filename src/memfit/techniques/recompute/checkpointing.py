@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 
 def recompute(block: torch.nn.Module, **options: Any) -> None:
-    """Make the block, in training, keep only its inputs and run again in backward. In evaluation it runs as
-    before. ``options`` are passed to torch.utils.checkpoint.checkpoint."""
+    """Make the block keep only its inputs in training mode, and run again in backward. In evaluation mode it
+    runs as before. ``options`` are passed to torch.utils.checkpoint.checkpoint, besides use_reentrant=False.
+    """
     from torch.utils.checkpoint import checkpoint
 
     inner: Callable[..., Any] = block.forward
@@ -72,9 +73,10 @@ def _apply_selective(bench: Workbench, settings: Mapping[str, KnobValue]) -> Non
 
 
 def _hook_options() -> dict[str, bool]:
-    """Return the option of torch.utils.checkpoint.checkpoint that keeps what the policy saves on the device
-    where hooks of saved tensors are active, as with activation-offload. It is empty for versions of torch
-    without the option, which always do so; those with it warn unless it is given."""
+    """Return the keyword arguments for torch.utils.checkpoint.checkpoint with which what the policy keeps
+    stays on the device although hooks of saved tensors, such as those of activation-offload, are active:
+    ``{"respect_saved_tensors_hooks": False}``. Return {} for versions of torch without this option, which
+    always keep it there. Versions with the option warn unless it is given."""
     from torch.utils.checkpoint import checkpoint
 
     name = "respect_saved_tensors_hooks"
@@ -82,9 +84,9 @@ def _hook_options() -> dict[str, bool]:
 
 
 def _without_cast_cache(inner: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the forward ``inner`` of a block with autocast's cache of cast weights disabled while it runs.
-    With the cache, a block that is called several times would find cached copies in forward from the second
-    call on, but not in the recomputation, so that the operators of the two would differ."""
+    """Return ``inner``, the forward method of a block, with autocast's cache of cast weights disabled while
+    it runs. With the cache, a block that is called several times would find cached copies from the second
+    call on, but not in the recomputation, so that the two would run different operators."""
     import torch
 
     @functools.wraps(inner)
@@ -138,9 +140,10 @@ def _all_of(kept_operators: frozenset[Any]) -> Callable[[Any], bool]:
 
 
 def _every_second(kept_operators: frozenset[Any]) -> Callable[[Any], bool]:
-    """Return a new predicate, for one call of a block, that says whether the output of an operator is kept.
-    It follows torchtitan: of the plain matrix products (mm, also of torchao's 8-bit tensors), the first, the
-    third and so on are kept. All other ``kept_operators`` are always kept."""
+    """Return a new predicate for one call of a block. It is called with the block's operators in their order
+    and says of each whether its output is kept. It follows torchtitan: of the plain matrix products (mm, also
+    of torchao's 8-bit tensors), the first, the third and so on are kept. Of the other operators, those in
+    ``kept_operators`` are kept."""
     import torch
 
     # In eager mode, policies see a product of torchao's 8-bit tensors as a plain one; a compiler's graph has
@@ -157,9 +160,9 @@ def _every_second(kept_operators: frozenset[Any]) -> Callable[[Any], bool]:
 
 
 def _kept_operators(policy: str) -> Iterable[Any]:
-    """Yield the operators whose outputs are kept under the policy ``policy``. With "attention", these are the
-    fused attention kernels, whose recomputation costs most per byte. With any other policy, matrix products
-    and convolutions are added."""
+    """Yield the operators whose outputs ``policy``, a value of the setting ``keep``, keeps. With "attention",
+    these are the fused attention kernels, whose recomputation costs most per byte. With "matmul" and
+    "every-second-matmul", matrix products and convolutions are added."""
     import torch
 
     aten: Any = torch.ops.aten

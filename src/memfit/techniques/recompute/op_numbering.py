@@ -47,8 +47,7 @@ class RecomputeFacts:
 
 @functools.cache
 def recompute_facts(func: Any) -> RecomputeFacts:
-    """Return the `RecomputeFacts` of the operator ``func``: whether it makes views, whether it draws random
-    numbers, and what it writes to."""
+    """Return the `RecomputeFacts` of the operator ``func``, an overload such as torch.ops.aten.add.Tensor."""
     arguments = enumerate(func._schema.arguments)
     written = tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
     random = torch.Tag.nondeterministic_seeded in func.tags
@@ -77,11 +76,13 @@ def storage_key(tensor: torch.Tensor) -> int:
 
 
 def call_operator(func: Any, args: Any, kwargs: Any) -> Any:
-    """Call an operator and return its result. Torch does some additions in place, such as that of a linear
-    layer's bias (aten/src/ATen/native/Linear.cpp), but out of place under a dispatch mode, such as the
-    caller. A trace takes such an addition to be in place if nothing else holds its first argument. So while
-    an addition runs whose first argument is not a plain tensor (in a trace it is a fake one), an alias of
-    that argument is kept, which tells the trace that the addition is out of place."""
+    """Call an operator and return its result.
+
+    Torch does some additions in place, such as that of a linear layer's bias
+    (aten/src/ATen/native/Linear.cpp), but out of place under a dispatch mode, such as the caller. A trace
+    assumes that such an addition is in place if nothing else refers to its first argument. So while an
+    addition runs whose first argument is not a plain tensor (in a trace it is a fake one), an alias of that
+    argument exists, and the trace sees that the addition is out of place."""
     if func is not _ATEN.add.Tensor or type(args[0]) in _PLAIN:
         return func(*args, **kwargs)
     alias = args[0].detach()
@@ -104,13 +105,14 @@ class StorageNumbering(TorchDispatchMode):
         self.count, self.key, self.busy = 0, 0, False
 
     def before(self, facts: RecomputeFacts, func: Any, args: Any, kwargs: Any) -> Any:
-        """Called before an operator with its ``facts``. The return value, here None, is passed to `after` as
-        ``state``. Operators that only make views are left out unless ``sees_views`` is set."""
+        """Called before each operator, with its ``facts``. What it returns is passed to `after` as ``state``;
+        this one returns None. It is not called for operators that only make views unless ``sees_views`` is
+        set."""
 
     def after(self, func: Any, args: Any, kwargs: Any, new_storages: NewStorages, state: Any) -> None:
-        """Called after an operator. ``new_storages`` holds the storages that it made, as (index among the
-        tensors that the operator returned, tensor). They are numbered from ``count`` on. Operators that only
-        make views are left out unless ``sees_views`` is set."""
+        """Called after each operator. Subclasses define it. ``new_storages`` holds the storages that the
+        operator made, as (index among the tensors that it returned, tensor). They are numbered from ``count``
+        on. It is not called for operators that only make views unless ``sees_views`` is set."""
         raise NotImplementedError
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -156,6 +158,6 @@ def written_tensors(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
 
 
 def is_repeatable(kwargs: Any, written_elsewhere: int) -> bool:
-    """Return whether a call with these keyword arguments can be repeated: no random generator is passed to
-    it, and ``written_elsewhere``, the number of tensors it writes to that are not dropped, is 0."""
+    """Return whether a call with these keyword arguments can be repeated: whether no random generator is
+    passed to it, and it writes to no kept tensor (``written_elsewhere``, their number, is 0)."""
     return kwargs.get("generator") is None and not written_elsewhere

@@ -47,8 +47,8 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     text = str(settings["dropped"])
     if not text:
         raise UserError(
-            f"optimal-checkpointing with a budget of {settings['budget_mib']} MiB has no choice of tensors "
-            "to drop yet: its setting dropped is empty",
+            "optimal-checkpointing: no tensors to drop have been chosen for its budget of "
+            f"{settings['budget_mib']} MiB, because its setting dropped is empty",
             allowed="a plan for which memfit has chosen the tensors",
             hint="memfit.planner.recompute_budget.choose_tensors(job, plan) returns such a plan",
         )
@@ -70,7 +70,8 @@ def _without(key: int, numbers: frozenset[int]) -> Iterator[None]:
         raise UserError(
             "optimal-checkpointing: the forward pass runs other operators than those the plan was made for",
             allowed="the same job, device and versions of torch and of the model's library",
-            hint="remove its setting dropped from the plan, and memfit chooses the tensors again",
+            hint="remove the setting dropped of optimal-checkpointing from the plan, and memfit chooses the "
+            "tensors again",
         )
 
 

@@ -52,16 +52,16 @@ class Ref(NamedTuple):
 
 
 class WrittenStorage(NamedTuple):
-    """A tensor as an argument of a recorded call that writes to its storage, which is a dropped one. It does
-    not refer to the storage: the storage refers to the call."""
+    """An argument of a recorded call: a tensor in the dropped storage to which the call writes. It does not
+    refer to the storage, because the storage refers to the call."""
 
     geometry: StorageGeometry
 
 
 class KeptTensor(NamedTuple):
-    """A kept tensor as an argument of a recorded call. ``version`` is the tensor's version at that time if it
-    is a parameter, because an optimizer may update it during backward. For other tensors it is None: these
-    are written to in forward only, where `SelectiveRecompute` sees it."""
+    """A kept tensor as an argument of a recorded call. For a parameter, which an optimizer may update during
+    backward, ``version`` is torch's counter of writes to it at the time of the call. For other tensors it is
+    None: these are written to in forward only, where `SelectiveRecompute` sees it."""
 
     tensor: torch.Tensor
     version: int | None
@@ -91,8 +91,8 @@ class Handle(NamedTuple):
 class RecomputedCall:
     """A recorded call of an operator, which can be repeated once. ``arguments`` is (positional arguments,
     keyword arguments). ``state`` is (device, random state before the call), or None if the operator draws no
-    random numbers. ``outputs`` holds (index among the call's outputs, dropped storage that it makes) and (-1,
-    dropped storage that it writes to)."""
+    random numbers. ``outputs`` holds (index among the call's outputs, weak reference to the dropped storage
+    that the call makes) and (-1, weak reference to the dropped storage that it writes to)."""
 
     __slots__ = ("__weakref__", "args", "func", "kwargs", "outputs", "sources", "state")
 
@@ -116,9 +116,10 @@ class RecomputedCall:
         )
 
     def run(self, target: DroppedStorage) -> None:
-        """Repeat the call for ``target``, a dropped storage that it makes or writes to. It makes all the
-        dropped storages that it made before. It gives up its arguments, so that it can be repeated only once.
-        Raises MemfitError if a parameter among them has been changed since the call was recorded."""
+        """Repeat the call for ``target``, a dropped storage that it makes or writes to. All dropped storages
+        that the call makes, and that are still referred to, get their tensors. The dropped storages that it
+        reads must have been recomputed. The call can be repeated only once, because its arguments are given
+        up. Raises MemfitError if a parameter among them has been changed since the call was recorded."""
         args = [_argument(target, a) for a in self.args]
         kwargs = {k: _argument(target, a) for k, a in self.kwargs.items()}
         # Tensors that are kept for this call alone are freed with the arguments.
@@ -201,10 +202,10 @@ def device_of(args: Any, kwargs: Any) -> torch.device:
 
 
 class SelectiveRecompute(StorageNumbering):
-    """Mode for one forward pass. Autograd does not keep the storages whose numbers are in ``dropped``, except
-    those that a call makes or writes to that cannot be repeated. Enter the mode together with saved-tensor
-    hooks of its `pack` and `unpack`. ``packed`` counts the tensors that autograd has asked to save, including
-    those that are kept."""
+    """Mode for one forward pass, in which autograd does not keep the storages whose numbers are in
+    ``dropped``. They are recomputed in backward. A storage is kept all the same if a call that makes it or
+    writes to it cannot be repeated. Enter the mode together with saved-tensor hooks of its `pack` and
+    `unpack`. ``packed`` counts the tensors that autograd has asked to save, including those that are kept."""
 
     def __init__(self, dropped: frozenset[int]) -> None:
         super().__init__()
@@ -265,8 +266,7 @@ class SelectiveRecompute(StorageNumbering):
 
     def _keep(self, tensor: torch.Tensor) -> None:
         """Treat the storage of ``tensor`` as kept from now on, if it is a dropped one. If autograd or a
-        recorded call still refers to it as dropped, recompute it for them with the contents that it has
-        now."""
+        recorded call still refers to it as dropped, recompute it now, before it changes, for their use."""
         entry = self.values.pop(storage_key(tensor), None)
         if entry is not None:
             value_reference = weakref.ref(entry[1])

@@ -68,8 +68,8 @@ def norm64(grad: torch.Tensor) -> torch.Tensor:
 
 
 def stack_norms(norms: Iterable[torch.Tensor], device: str) -> torch.Tensor:
-    """Return the scalars ``norms``, those of a rank's gradients, as one tensor of one dimension. It is empty
-    and on ``device`` if there are none."""
+    """Return the scalar tensors ``norms``, those of a rank's gradients, as one tensor of one dimension. If
+    there are none, return an empty tensor on ``device``."""
     scalars = list(norms)
     return torch.stack(scalars) if scalars else torch.zeros(0, device=device)
 
@@ -83,10 +83,11 @@ def make_inner(make: MakeOptimizer, params: list[torch.nn.Parameter]) -> Optimiz
 class ZeroOptimizer(abc.ABC):
     """Base class of the optimizers of ZeRO's stages, 0 to 3.
 
-    In each micro-batch, it calls `_on_gradient` with each parameter as soon as backward has completed its
+    In each micro-batch, `_on_gradient` is called with each parameter as soon as backward has completed its
     gradient, and `_after_backward` at the end of backward. ``params`` are the trained parameters. ``inner``,
     the optimizer that ``make`` returns, updates what `_prepare` returns: the parameters in stage 0, and in
-    stages 1 to 3 ``master``, an fp32 copy of this rank's part of the parameters.
+    stages 1 to 3 ``master``, an fp32 copy of this rank's part of the parameters, which on NVMe is cut into
+    several (`StoredState`).
 
     Stages 1 to 3 collect gradients in the first of ``buffers``, each of which holds ``limit`` elements.
     ``pending`` are the parameters whose gradients have been collected and not reduced yet, with ``elements``

@@ -31,8 +31,9 @@ class ShardedDdp:
     none. Gradients are reduced to their owner, which updates the parameter and sends it to all ranks.
 
     Gradients of small parameters are reduced in buckets, one for each owner. An owner's bucket takes the
-    gradients of its smallest parameters, as long as it then has fewer than ``most`` elements; the gradients
-    of other parameters are reduced alone. With a ``most`` of 0, or on one rank, there are no buckets.
+    gradients of its smallest parameters, as long as it then has fewer elements than ``most`` and than the
+    whole model; the gradients of other parameters are reduced alone. With a ``most`` of 0, or on one rank,
+    there are no buckets.
     """
 
     def __init__(
@@ -185,9 +186,9 @@ class ShardedDdp:
         return total.sqrt()
 
     def own_gradients(self) -> Iterator[tuple[torch.nn.Parameter, int, torch.Tensor]]:
-        """Return (parameter, 0, gradient) for each parameter that this rank owns and that has a gradient. The
-        gradient is whole: it begins at element 0. Gradients of parameters that other ranks own are left out,
-        because on this rank they are not averaged, or are freed."""
+        """Return an iterator over (parameter, 0, gradient) of each parameter that this rank owns and that has
+        a gradient. The gradient is whole: it begins at element 0. Gradients of parameters that other ranks
+        own are left out, because on this rank they are not averaged, or are freed."""
         owned_params = (p for p in self.params if self.owner[p] == self.rank)
         return ((p, 0, p.grad) for p in owned_params if p.grad is not None)
 
@@ -210,8 +211,8 @@ class ShardedDdp:
 
 
 class Bucket:
-    """The gradients of small parameters that one rank owns. They are views of one buffer, which is reduced at
-    once."""
+    """The gradients of small parameters that one rank owns. They are views of one buffer, so that they are
+    reduced in one operation."""
 
     def __init__(self, owner: int, buffer: torch.Tensor) -> None:
         self.owner, self.buffer, self.elements = owner, buffer, 0

@@ -27,7 +27,8 @@ class StoredState:
     where the optimizer updates it. ``masters`` are the parameters of the optimizer, one per sub-group;
     outside `load_sub_groups` they are empty and have no gradient. Host memory for one sub-group,
     ``BUFFER_COUNT`` buffers of the size of the largest, is kept from step to step. States that have another
-    shape than their parameter, such as step counters, stay in memory.
+    shape than their parameter, such as step counters, more bytes per element, or a tensor subclass stay in
+    memory.
 
     With fake tensors nothing is written, but storages are allocated and freed in the same order.
     """
@@ -66,9 +67,10 @@ class StoredState:
     def load_sub_groups(
         self, states: Mapping[torch.nn.Parameter, dict[str, Any]]
     ) -> Iterator[tuple[int, torch.nn.Parameter]]:
-        """Yield (first element, master) of each sub-group. Until the next one is asked for, the master has
-        its values and its gradient, and ``states[master]``, which the optimizer makes in its first step, its
-        values; they are then written and freed, the gradient without being written."""
+        """Yield (first element in the shard, master) of each sub-group. While the caller works with it, the
+        master and its gradient have their values, and so have its states in ``states``, those of the
+        optimizer, which do not exist before the first step. Afterwards, master and states are written to the
+        file, and all three are freed."""
         for start, size, master in zip(self.starts, self.sizes, self.masters, strict=True):
             with self.bench.memory_pool("host"):
                 master.data = self._read(_MASTER, start, self._buffer(0, size, torch.float32))
@@ -90,15 +92,17 @@ class StoredState:
             master.data = torch.empty(0, dtype=master.dtype, device=self.host)
 
     def state(self, states: Mapping[Any, dict[str, Any]]) -> dict[Any, Any]:
-        """Return ``states``, those of the optimizer, with what this object keeps in memory added: the master
-        copy of each sub-group ("master"), and with the first also the host's buffers ("buffers")."""
+        """Return a copy of ``states``, those of the optimizer, to which is added what this object keeps in
+        memory: for each sub-group's parameter that parameter itself as "master", and for the first one also
+        the host's buffers as "buffers"."""
         merged: dict[Any, Any] = {m: {_MASTER: m, **states.get(m, {})} for m in self.masters}
         merged[self.masters[0]]["buffers"] = self.buffers
         return merged
 
     def _buffer(self, index: int, size: int, dtype: torch.dtype) -> torch.Tensor:
-        """Return the first ``size`` elements of a buffer in host memory. Buffers up to ``index`` are made if
-        they do not exist; in a real run on an accelerator, they are pinned."""
+        """Return the first ``size`` elements of buffer ``index`` in host memory, as elements of ``dtype``.
+        Buffers up to this one are made if they do not exist; in a real run on an accelerator, they are
+        pinned."""
         pins = self.bench.torch_device != self.host
         while len(self.buffers) <= index:
             size_bytes = 4 * max(self.sizes)
@@ -114,7 +118,8 @@ class StoredState:
             self.file.write(raw_bytes(values.detach()), self._place(name, start, values))
 
     def _read(self, name: str, start: int, values: torch.Tensor) -> torch.Tensor:
-        """Fill ``values`` from the file, and return it."""
+        """Fill ``values`` from the file with elements ``start`` and following of the array ``name``, and
+        return it. With fake tensors nothing is read."""
         if self.bench.on_storage is not None:
             self.bench.on_storage(0, values.numel() * values.element_size(), self.end)
         if not isinstance(values, FakeTensor):
@@ -126,8 +131,9 @@ class StoredState:
 
 
 def sub_group_sizes(piece_sizes: Sequence[int], most: int) -> list[int]:
-    """Return the numbers of elements of the sub-groups into which pieces of these sizes are cut, in order. A
-    sub-group takes whole pieces until it has at least ``most`` elements."""
+    """Return the numbers of elements of the sub-groups into which pieces of these sizes are grouped, in
+    order. A sub-group takes whole pieces until it has at least ``most`` elements; the last one may have
+    fewer. Return [0] if there are no elements."""
     sizes, size = list[int](), 0
     for piece_size in piece_sizes:
         size += piece_size

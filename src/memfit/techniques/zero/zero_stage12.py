@@ -122,9 +122,9 @@ class ZeroTwo(ZeroOptimizer):
         return [self.master]
 
     def _keep_on_host(self, largest: int) -> None:
-        """Make the host's buffers, which are kept from step to step. Also make one of ``largest`` elements,
-        the largest number of elements of a parameter, on the device: through it, sums of gradients come back
-        from the host."""
+        """Make the host's buffers and the gradient of the master copy, which are kept from step to step. Also
+        make a buffer of ``largest`` elements, the largest number of elements of a parameter, on the device.
+        Through it, sums of gradients come back from the host."""
         host, dtype = self.bench.device_of("host"), self.flat.dtype
         self.low = torch.zeros(self.size, dtype=dtype, device=host)
         self.spare_host = torch.zeros(largest, dtype=dtype, device=host)
@@ -135,8 +135,9 @@ class ZeroTwo(ZeroOptimizer):
         self.norms: dict[torch.nn.Parameter, torch.Tensor] = {}
 
     def _flatten(self, alignment: int) -> torch.Tensor:
-        """Return a flat copy of the parameters, of which they become views. ``alignment``: its number of
-        elements is a multiple of this. On an accelerator, the parameters leave it before the copy comes."""
+        """Return a flat copy of the trained parameters, of which they become views. It is padded with zeros
+        to a multiple of ``alignment`` elements. On an accelerator, the parameters are freed there before the
+        copy, which is made on the host, comes."""
         bench, count = self.bench, sum(p.numel() for p in self.params)
         with bench.memory_pool("host"):
             tensors = [p.detach().to(bench.device_of("host")) for p in self.params]
@@ -184,9 +185,10 @@ class ZeroTwo(ZeroOptimizer):
                 target.copy_(mean)
 
     def _slices(self) -> Iterator[tuple[int, int, int]]:
-        """Yield (owner, start, number of elements) for slices of the pending gradients, which lie one after
-        the other. The owner is the rank to whose part of the parameters the slice belongs. A gradient that
-        crosses the border of two parts is cut; adjacent slices of one owner are merged."""
+        """Yield (owner, start, number of elements) for slices of the pending gradients, which are numbered as
+        if they lay one after the other. The owner is the rank to whose part of the parameters the slice
+        belongs. A gradient that crosses the border of two parts is cut; adjacent slices of one owner are
+        merged."""
         offset, run = 0, (-1, 0, 0)
         for param in self.pending:
             start, end = self.span[param]
@@ -203,9 +205,10 @@ class ZeroTwo(ZeroOptimizer):
         yield run
 
     def _keep(self, param: torch.nn.Parameter) -> None:
-        """Move the reduced gradient of ``param`` out of the bucket, which is reused. If this rank's part has
-        elements of the parameter, move it to the host if state is offloaded, else to a buffer of such
-        gradients. Otherwise stage 2 frees the gradient, and stage 1 keeps it until the end of backward."""
+        """Handle the reduced gradient of ``param``, whose bucket will be reused. If this rank's part has
+        elements of the parameter, move the gradient to the host if state is offloaded (`_to_host`), else to a
+        buffer of such gradients. If the part has none, stage 2 frees the gradient, and stage 1 keeps it until
+        the end of backward."""
         if param not in self.own_ranges:
             param.grad = None if self.shards_gradients else param.grad
         elif self.state_on:
@@ -220,10 +223,10 @@ class ZeroTwo(ZeroOptimizer):
 
     def _to_host(self, param: torch.nn.Parameter) -> None:
         """Handle the reduced gradient of ``param``, of which this rank's part has elements, if state is
-        offloaded. In stage 2, first add to it the sum over earlier micro-batches, which is on the host. In
-        micro-batches before the last, write the new sum to the host. In the last one, write this rank's part
-        of it to the gradient of the master copy, which is on the host, store the norm of that part for
-        `grad_norm`, and free the gradient on the device."""
+        offloaded. In stage 2, first add to the gradient the sum over earlier micro-batches, which is on the
+        host. In micro-batches before the last, write the new sum to the host. In the last one, write this
+        rank's part of it to the gradient of the master copy, which is on the host, store the norm of that
+        part for `grad_norm`, and free the gradient on the device."""
         (a, b), grad = self.own_ranges[param], param.grad
         assert self.master.grad is not None and grad is not None
         has_sum = self.shards_gradients and self.micro_batch > 0
@@ -245,8 +248,9 @@ class ZeroTwo(ZeroOptimizer):
 
     def _after_backward(self) -> None:
         """Reduce the gradients that are not reduced yet; in stage 1, only after the last backward of a step.
-        A parameter without a gradient gets one of zeros. If state is offloaded, these replace what the host
-        kept from the step before."""
+        Parameters in this rank's part without a gradient get one of zeros. If state is offloaded, the zeros
+        replace what the host kept from the step before. Finally free the buckets and the gradients of the
+        parameters."""
         if not self.shards_gradients and not self.last:
             return  # stage 1 reduces once per step
         with torch.no_grad():

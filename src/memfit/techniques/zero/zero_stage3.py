@@ -257,9 +257,9 @@ class Shards:
     def _flatten(self, trained: list[torch.nn.Parameter]) -> torch.Tensor:
         """Copy this rank's pieces of the trained parameters, one by one, into a flat buffer on the host. Move
         the buffer to the device unless parameters are offloaded, and return it. The pieces become views of
-        the returned buffer. DeepSpeed's pieces are on the device before (``defragment`` of
-        runtime/zero/utils.py), but leave it, with the allocator's cache emptied, before the buffer comes, so
-        that they never take memory at the same time."""
+        the returned buffer. DeepSpeed's pieces are on the device at first (``defragment`` of
+        runtime/zero/utils.py). They are freed, and the allocator's cache is emptied, before the buffer comes,
+        so that pieces and buffer never take memory there at the same time."""
         with self.bench.memory_pool("host"):
             flat = torch.empty(
                 sum(self.size[p] for p in trained),
@@ -312,9 +312,10 @@ class Shards:
         return sorted(params, key=self.number.__getitem__)
 
     def read(self, param: torch.nn.Parameter) -> None:
-        """Called when code reads ``param``. Gather it if a module is running and the parameter is neither
-        whole nor being gathered, as when the module uses a parameter of another one. From then on, it is
-        fetched together with the running module's own parameters."""
+        """Called when code reads ``param``. If a module is running and ``param`` is neither whole nor being
+        gathered, as when the module uses a parameter of another one, gather it. From then on, ``param`` is
+        fetched together with the running module's own parameters. If no module is running, do nothing: the
+        code then reads an empty tensor unless ``param`` is whole."""
         if self.running and param in self.number and param not in self.whole and param not in self.gathers:
             self.others[self.running[-1]].append(param)
             with torch.no_grad():
@@ -342,9 +343,9 @@ class Shards:
 
     def _prefetch(self, module_params: list[torch.nn.Parameter]) -> None:
         """Start gathering the parameters that come next in the known order of modules. Stop when the number
-        of all gathered elements reaches ``live_elements`` or that of those gathered here reaches
-        ``prefetch_elements`` (knobs of zero); the last parameter may exceed these. ``module_params`` are the
-        parameters of the current module."""
+        of elements gathered and not freed in this pass reaches ``live_elements`` or that of those gathered by
+        this call reaches ``prefetch_elements`` (settings of zero); the last parameter may exceed these.
+        ``module_params`` are the parameters of the current module."""
         new_params = {p for p in module_params if self.latest[p] < self.at}
         used_params: set[torch.nn.Parameter] = set()
         while self.queue and len(used_params) < len(new_params):
@@ -392,7 +393,7 @@ class Shards:
             self.live -= math.prod(self.shape[param])
 
     def free(self, params: Iterable[torch.nn.Parameter]) -> None:
-        """Make the parameters empty tensors, even those that modules are using. This rank's pieces stay."""
+        """Make ``params`` empty tensors, even those that modules are using. This rank's pieces stay."""
         for param in list(params):
             param.data = torch.empty(0, dtype=param.dtype, device=self.bench.torch_device)
             self.whole.pop(param, None)
@@ -400,7 +401,8 @@ class Shards:
 
     def gather(self, params: list[torch.nn.Parameter]) -> None:
         """Gather each parameter into a tensor of its own, and wait until all are whole. On one rank, several
-        parameters use their pieces instead (`_make_whole`), and a single parameter a copy of its piece."""
+        parameters are made whole from their pieces without a gather (`_make_whole`), and a single parameter
+        gets a copy of its piece."""
         if self.ranks == 1 and len(params) > 1:
             self._make_whole(params)
             return
@@ -446,9 +448,9 @@ class Shards:
             )
 
     def _finish_gather(self, param: torch.nn.Parameter) -> None:
-        """Wait for the gather that contains ``param``, and make all parameters of that gather whole. If that
-        has been done for another of them, only remove ``param`` from ``gathers``. The flat tensor of the
-        gather is kept until all of its parameters have been removed."""
+        """Remove ``param`` from ``gathers``, wait for the gather that contains it, and make all parameters of
+        that gather whole. If this has been done for another of them, only remove ``param``. The flat tensor
+        of the gather is kept until all of its parameters have been removed."""
         gather = self.gathers.pop(param)
         if gather.is_done:
             return
@@ -487,8 +489,8 @@ class Gather:
 
 
 def piece(flat: torch.Tensor, size: int, rank: int) -> list[torch.Tensor]:
-    """Return the piece of ``rank`` of a flat tensor that is cut into pieces of ``size`` elements: a list of
-    the elements and, if there are fewer than ``size``, of as many zeros as are missing."""
+    """Return the piece of ``rank`` of a flat tensor that is cut into pieces of ``size`` elements, as a list
+    of tensors to concatenate: the elements and, if there are fewer than ``size``, the missing zeros."""
     start = min(rank * size, flat.numel())
     elements = flat[start : start + size]
     return [elements] if elements.numel() == size else [elements, flat.new_zeros(size - elements.numel())]

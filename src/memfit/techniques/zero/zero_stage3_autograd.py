@@ -13,7 +13,7 @@ from torch.utils import _pytree
 
 def watch_reads(module: torch.nn.Module, read: Callable[[Any], None]) -> Callable[[], None]:
     """From now on, call ``read`` with a parameter whenever code reads it as an attribute of ``module``.
-    Parameters of submodules are not watched. Return a function that ends this."""
+    Parameters of submodules are not watched. Return a function that stops the calls."""
     original = module._parameters
     module._parameters = _Parameters(original, read)
 
@@ -40,7 +40,8 @@ _PLAIN = functional.linear
 
 class LinearPatch:
     """Replaces torch.nn.functional.linear while a module given to `during` runs, also when backward
-    recomputes it. The replacement, `_linear`, saves the weight itself for backward and not a view of it."""
+    recomputes the module. The replacement, `_linear`, saves the weight itself for backward and not a view of
+    it, which would keep the whole gathered weight in memory."""
 
     def __init__(self) -> None:
         self.depth = 0
@@ -91,10 +92,10 @@ class _Linear(torch.autograd.Function):
 
 
 def call_on_gradient(values: Any, call: Callable[[], None], *, once: bool = False) -> Any:
-    """Return the same structure of values, in which each tensor that needs a gradient is replaced by an
-    alias. In backward, ``call`` runs for each alias, when its gradient is ready. With ``once``, it runs once,
-    when the gradients of all aliases are ready. If no tensor needs a gradient or gradients are disabled,
-    return ``values`` itself, and ``call`` never runs."""
+    """Return the same structure of values, in which each tensor that requires a gradient is replaced by an
+    alias. In backward, ``call`` is called for each alias, when its gradient is ready. With ``once``, it is
+    called once, when the gradients of all aliases are ready. If no tensor requires a gradient or gradients
+    are disabled, return ``values`` itself, and ``call`` is never called."""
     leaves, shape = _pytree.tree_flatten(values)
     places = [i for i, v in enumerate(leaves) if isinstance(v, torch.Tensor) and v.requires_grad]
     if not places or not torch.is_grad_enabled():
