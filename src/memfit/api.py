@@ -194,7 +194,10 @@ class Prediction:
             ) from error
         if isinstance(safer, str):
             why_none = safer
-            raise UserError(f"there is no safer plan than {self.plan.label}: {why_none}")
+            raise UserError(
+                f"there is no safer plan than {self.plan.label}, one that needs less memory and changes "
+                f"results no further: {why_none}"
+            )
         return dataclasses.replace(self, estimate=safer.estimate, job=predictor.job, predictor=predictor)
 
     @property

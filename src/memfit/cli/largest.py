@@ -203,9 +203,9 @@ def _bucket_lengths(text: str) -> list[int]:
 def _numbers(option: str, text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) for part in parts):
+        no_file = ", and there is no such file" if option == "--buckets" else ""
         raise UserError(
-            f"{option} {text} is not a list of whole numbers"
-            + (", and there is no such file" if option == "--buckets" else ""),
+            f"{option} {text} is not a list of whole numbers{no_file}",
             allowed="whole numbers of at least 1 with commas, such as 128,256,512"
             + (", or the path of a file" if option == "--buckets" else ""),
         )

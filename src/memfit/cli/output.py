@@ -70,11 +70,13 @@ def check_choice(option_or_argument: str, value: str, allowed: Iterable[str]) ->
     )
 
 
-def refuse_options(options: Mapping[str, object], reason: str, *, allowed: str = "", hint: str = "") -> None:
+def refuse_options(
+    options: Mapping[str, object], why_refused: str, *, allowed: str = "", hint: str = ""
+) -> None:
     """Raise UserError if a value of ``options``, option -> value, is set: not None, False, 0 or empty. The
-    error names all of these options, and then says ``reason``, such as "cannot be used with --from"."""
-    if names := [name for name, value in options.items() if value]:
-        raise UserError(f"{', '.join(names)} {reason}", allowed=allowed, hint=hint)
+    error names all of these options, and then says ``why_refused``, such as "cannot be used with --from"."""
+    if options_given := [name for name, value in options.items() if value]:
+        raise UserError(f"{', '.join(options_given)} {why_refused}", allowed=allowed, hint=hint)
 
 
 def set_options(*groups: Any) -> dict[str, bool]:

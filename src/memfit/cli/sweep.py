@@ -219,7 +219,9 @@ def _trials(
             hint="--executor says which machine trains",
         )
     if engine(options.engine).name == "replay":
-        raise UserError("the engine replay trains nothing", allowed="an engine that trains")
+        raise UserError(
+            "the engine replay trains nothing", allowed="another engine that `memfit list engines` lists"
+        )
     if options.timeout is not None:
         parse_duration(options.timeout)
     placements = [
