@@ -102,10 +102,11 @@ def _branches(statement: ast.stmt) -> tuple[Statements, Statements] | None:
 
 
 def find_update(source: Source, place: LoopPlace) -> Update:
-    """Return what the loop does from the backward at ``place`` to the step. Raises UserError if backward is
-    not called as `_loss` reads it, if no step follows, if the loop steps another optimizer, too, if gradients
-    change between in another way than by one clipping of the whole model, if two branches contain further
-    statements or differ in more than a GradScaler, or if a GradScaler is also used elsewhere."""
+    """Return what the loop does from the backward at ``place`` to the step. Raises UserError if backward has
+    another form than LOSS.backward() or SCALER.scale(LOSS).backward(), if no step follows, if the loop steps
+    another optimizer, too, if gradients change between in another way than by one clipping of the whole
+    model, if two branches contain further statements or differ in more than a GradScaler, or if a GradScaler
+    is also used elsewhere."""
     statement = place.body[place.index]
     if (branches := _branches(statement)) is not None:
         first, last = (_sequence(place, branch, is_whole=True) for branch in branches)
@@ -134,7 +135,10 @@ def _text(node: ast.expr | None) -> str:
     return "" if node is None else ast.unparse(node)
 
 
-_NO_STEP = "no OPTIMIZER.step() follows backward in its block, nor an inner for loop that ends with backward"
+_NO_STEP = (
+    "no OPTIMIZER.step() follows backward in its block, or follows an inner for loop whose last statement is "
+    "backward"
+)
 
 
 def _sequence(place: LoopPlace, statements: Statements, *, is_whole: bool) -> Update:

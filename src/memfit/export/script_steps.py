@@ -158,8 +158,8 @@ def check_acknowledged(steps: Sequence[ScriptStep], acknowledged: Sequence[str],
 
 def script_files(config: LaunchConfig) -> Mapping[str, str]:
     """Return the files of the launch for a script of the user, name -> text. They are ``config.files``, with
-    one exception: if Accelerate recomputes blocks for the script (see `_by_accelerate`), accelerate.yaml
-    switches that on, which memfit's worker does itself."""
+    one exception: for a plan with fsdp2 and activation-checkpointing of every block on the engine accelerate,
+    accelerate.yaml switches the recomputation on, which memfit's worker does itself."""
     import yaml
 
     checkpointing = config.spec.plan.get("activation-checkpointing")

@@ -43,9 +43,9 @@ def _counted_variables(statement: ast.stmt) -> set[str]:
 
 def repeated_lines(between: Statements, omitted: Sequence[ast.stmt], batch: Sequence[str]) -> list[int]:
     """Return the lines of the statements in ``between``, also inside compound ones, whose effect adds up if
-    they run once for each micro-batch: calls whose result is not used (except `_HARMLESS` ones, such as
-    zero_grad), and sums that go on from step to step. Statements in ``omitted`` or inside functions, and
-    those that read a variable in ``batch`` (sums over its samples), are left out."""
+    they run once for each micro-batch: calls whose result is not used (except train, eval, zero_grad and
+    backward), and sums that go on from step to step. Statements in ``omitted`` or inside functions, and those
+    that read a variable in ``batch`` (sums over its samples), are left out."""
     return [s.lineno for s in _repeated_statements(between, omitted, set(batch), set())]
 
 

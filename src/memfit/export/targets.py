@@ -81,9 +81,9 @@ def _is_path_of(word: str, path: str) -> bool:
 def _copies_for_script(handover: Handover, files: Files) -> Files:
     """Return the exported configurations that the script's arguments name as the user calls them: file name
     of the user's file -> text of the one among ``files`` that replaces it. A file is named by an argument, or
-    by a part of one between "=", that equals its name; `_without_folders` has removed folders. Empty if the
-    user gave no files. Raises UserError if an argument names a file of the user that the export does not
-    replace."""
+    by a part of one between "=", that equals its name, without folders. Empty if the user gave no files or
+    the arguments name none. Raises UserError if an argument names a file of the user that the export does
+    not replace."""
     sources = handover.kept.sources if handover.kept is not None else {}
     words = [part for word in handover.script[1:] for part in word.split("=")]
     user_paths = handover.user_files.setup.files if handover.user_files is not None else ()

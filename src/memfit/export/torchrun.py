@@ -97,7 +97,8 @@ def _accelerate(handover: Handover) -> Iterator[str]:
 def program(handover: Handover) -> str:
     """Return, as shell words, what every rank starts: memfit's worker, or the user's script with its
     arguments, followed by those that pass it the engine's configuration. Raises UserError if memfit does not
-    know by which argument the script takes it (`_configuration_arguments`)."""
+    know by which argument the script takes the configuration: with an engine other than native, accelerate,
+    deepspeed and megatron, unless the script's own arguments name the file."""
     if not handover.script:
         return quote(part.replace("{dir}/", "") for part in handover.config.argv[1:])
     return " ".join(filter(None, (quote(handover.script), _configuration_arguments(handover))))

@@ -338,7 +338,8 @@ def _user_data(
     copied as it is, else None; for each setting that is left out because its value is known only when the
     user's script runs, one text). Options of launchers, such as nnodes, which the exported script sets
     itself, are left out without a text. Arguments of the Trainer that name a file of settings, which is not
-    in the export, hold these settings instead. Raises UserError as `_sections_of_text` does."""
+    in the export, hold these settings instead. Raises UserError if such a file does not exist or does not end
+    in .json."""
     path = Path(options.file)
     other_kinds = (
         getattr(setup, kind) for kind in ("accelerate", "trainer", "openfold") if kind != file_format.kind

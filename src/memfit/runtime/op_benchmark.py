@@ -170,8 +170,8 @@ def measure_call(
     signature: str, counter: PeakCounter, device: torch.device = _HOST
 ) -> tuple[Callable[[], Any], CallMemory]:
     """Run the signature's operator once on ``device``. Return a function that repeats the call with the same
-    made-up arguments, and the bytes that the call took. Raises one of `CANNOT_RUN` if the operator cannot run
-    alone."""
+    made-up arguments, and the bytes that the call took. Raises one of the errors `CANNOT_RUN`, such as
+    RuntimeError, if the operator cannot run alone."""
     if device != _HOST:  # the first product takes a workspace that stays
         torch.mm(*(torch.ones(2, 2, device=device) for _ in range(2)))
     call, args, kwargs = prepare_call(signature, device)
@@ -187,8 +187,8 @@ def prepare_call(
     signature: str, device: torch.device = _HOST
 ) -> tuple[Callable[..., Any], list[Any], dict[str, Any]]:
     """Return (operator, arguments with real tensors of made-up values on ``device``, keyword arguments) for a
-    ``signature``, the JSON text that `memfit.trace.signature.describe` makes. Raises one of `CANNOT_RUN` if
-    an argument cannot be made."""
+    ``signature``, the JSON text that `memfit.trace.signature.describe` makes. Raises one of the errors
+    `CANNOT_RUN`, such as ValueError, if an argument cannot be made or there is no such operator."""
     name, args, kwargs = json.loads(signature)
     inputs = [_real(a, device) for a in args]
     if name == _RNN_BACKWARD:

@@ -17,7 +17,8 @@ class ModuleMemory:
     """Bytes of the tensors that one line of the user's code makes in one module. Lines of one file with the
     same text count as one.
 
-    ``module``: dotted path, with a star for the number of one of several alike blocks; `ROOT`; or `OTHERS`.
+    ``module``: dotted path, with a star for the number of one of several alike blocks; "(model)", the model
+    itself; or "(others)", all modules that hold less than 1 % of the peak.
     ``line``: one of these lines, such as "src/model.py:12", relative to the baseline's folder; ``code``: its
     text; both "" if no line is known. ``state_bytes``: parameters, gradients, optimizer state, weight
     averages and inputs, which count under one line of the module: their highest sum at the peaks of the three
@@ -46,7 +47,7 @@ class BaselineTarget:
     """What is predicted for a baseline: one job, or the model of one test, under one plan on one machine.
 
     ``job``: as on the command line, with the path relative to the baseline's folder; of a test its name.
-    ``size``, ``batch``, ``length``: as on the command line, None if not given. ``plan``: `PLAIN`, the path of
+    ``size``, ``batch``, ``length``: as on the command line, None if not given. ``plan``: "plain", the path of
     a plan file relative to the baseline's folder, or the name of a technique. ``machine``: name of the
     catalog, or the path of a machine file relative to the baseline's folder.
     """
@@ -121,11 +122,12 @@ class ModuleGrowth:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryDrift:
-    """A peak that is higher than in the baseline by more than the tolerance.
+    """Memory that is higher than in the baseline by more than the tolerance: the peak of a phase, reserved
+    memory, or what one module holds at the peak of a phase.
 
-    ``phase``: phase of the step, "states" (parameters, gradients, optimizer state) or "reserved" (by the
-    caching allocator). ``whole``: whether the bytes are those of the whole phase, not of ``modules`` alone.
-    ``modules``: those that grew, the largest growth first.
+    ``phase``: phase of the step, "states" (parameters, gradients, optimizer state, inputs) or "reserved" (by
+    the caching allocator). ``whole``: whether the bytes are those of the whole model, not of the one module
+    in ``modules``. ``modules``: those that grew, the largest growth first, at most five.
     """
 
     phase: str
@@ -137,9 +139,9 @@ class MemoryDrift:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class BaselineComparison:
-    """The comparison of a prediction with the baseline. ``drifts`` is empty if no peak grew. ``notes``: what
-    else differs, one sentence each. ``fell``: whether a phase takes less memory than in the baseline by more
-    than the tolerance."""
+    """The comparison of a prediction with the baseline. ``drifts``: what grew by more than the tolerance;
+    empty if nothing did. ``notes``: what else differs, one sentence each. ``fell``: whether the peak of a
+    phase is lower than in the baseline by more than the tolerance."""
 
     title: str
     drifts: tuple[MemoryDrift, ...]
