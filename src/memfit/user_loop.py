@@ -72,8 +72,8 @@ class Fit:
 
         ``batch``: this rank's batch of a whole step, as a DistributedSampler gives it. ``whole``: it is the
         batch of all ranks, the same on each, of which this rank takes its part. Raises UserError if the batch
-        cannot be split as the plan says, if the plan cuts samples along their sequence and ``whole`` is
-        False, and if a step or a micro-batch before was not finished.
+        cannot be split as the plan says or has no loss terms, if the plan cuts samples along their sequence
+        and ``whole`` is False, and if the previous step or micro-batch was not finished.
         """
         if self._is_open:
             raise UserError(
@@ -140,7 +140,8 @@ class Fit:
     def backward(self, loss: torch.Tensor) -> None:
         """Run backward from ``loss``, the mean loss of the current micro-batch. It is multiplied by the
         micro-batch's share of the batch and by the loss scale of the plan, if any. Raises UserError if no
-        micro-batch waits for it, or if ``loss`` is not a scalar tensor that requires gradients."""
+        micro-batch waits for it, or if ``loss`` is not a real tensor with one element that depends on a
+        trainable parameter."""
         if self._micro_batch is None:
             raise UserError(
                 "fit.backward was called outside fit.split, or twice for one micro-batch",

@@ -37,14 +37,15 @@ def review_files(
     as_json: bool,
 ) -> tuple[Plan, bool]:
     """Predict and lint the set-up in ``files``, find better plans, and print all of this. Return (the plan of
-    the set-up, whether it or a better plan fits). ``on``: the machine to predict for, as in --on;
-    ``as_json``: print one JSON object instead of text in ``lang``. If the files do not say how many processes
-    train, and the machine has several devices, it is one process per device. The engine that predicts is that
-    of --engine or, without it, that of the files, or native if that one does not support the plan or the
-    model. Raises UserError for files that `memfit.lint.parse.read` refuses, for OpenFold's settings with
-    another job than alphafold2, for a plan that the job or the engine of --engine does not support, for a job
-    that cannot be built, for a model of the files that no job builds if none is named, for a batch that
-    cannot be split over the plan's ranks and micro-batches, and for invalid options."""
+    the set-up; False if neither it nor a better plan fits, otherwise True, also if nothing was checked, as on
+    a CPU without --memory). ``on``: the machine to predict for, as in --on; ``as_json``: print one JSON
+    object instead of text in ``lang``. If the files do not say how many processes train, and the machine has
+    several devices, it is one process per device. The engine that predicts is that of --engine or, without
+    it, that of the files, or native if that one does not support the plan or the model. Raises UserError for
+    files that `memfit.lint.parse.read` refuses, for OpenFold's settings with another job than alphafold2, for
+    a plan that the job or the engine of --engine does not support, for a job that cannot be built, for a
+    model of the files that no job builds if none is named, for a batch that cannot be split over the plan's
+    ranks and micro-batches, and for invalid options."""
     from memfit.lint import check, draft, parse, to_plan
     from memfit.lint.clipping import clipping_setting
 
