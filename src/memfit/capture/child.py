@@ -190,10 +190,10 @@ class _Session:
                 )
             cap_bytes = plan_search.cap_bytes or int(self.machine.device.memory_bytes.value)
             if answer.before_training_bytes > cap_bytes:
-                before = format_bytes(answer.before_training_bytes)
+                needed_before = format_bytes(answer.before_training_bytes)
                 raise UserError(
                     f"no plan lets {name} fit {format_bytes(cap_bytes)}: before its first training step, "
-                    f"where plans change nothing, it needs {before}"
+                    f"where plans change nothing, it needs {needed_before}"
                 )
             if answer.shared_bytes:
                 cap_bytes = max(1, cap_bytes - answer.shared_bytes)

@@ -90,18 +90,18 @@ def _answer(spec: ScriptSpec, limit_s: float, *, show_output: bool) -> ScriptAns
         Path(spec.scratch).mkdir()
         output = folder / "output.txt"
         try:
-            reason = _run(spec, folder, output, limit_s, show_output=show_output)
+            how_it_ended = _run(spec, folder, output, limit_s, show_output=show_output)
         finally:
             remove_created(Path(spec.scratch))
         answer_file = Path(spec.answer)
         if not answer_file.exists():
             raise UserError(
-                f"{program.name} {reason} before its second optimizer step{_end_of(output)}",
-                hint="--time-limit gives it more time" if reason.startswith("was ended") else "",
+                f"{program.name} {how_it_ended} before its second optimizer step{_last_lines(output)}",
+                hint="--time-limit gives it more time" if how_it_ended.startswith("was ended") else "",
             )
         answer = loads(ScriptAnswer, answer_file.read_text(), what="the answer of the script's process")
         if answer.problem:
-            raise UserError(f"{program.name}: {answer.problem}{_end_of(output)}", hint=answer.hint)
+            raise UserError(f"{program.name}: {answer.problem}{_last_lines(output)}", hint=answer.hint)
         return answer
 
 
@@ -138,7 +138,7 @@ def _run(spec: ScriptSpec, folder: Path, output: Path, limit_s: float, *, show_o
     return f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
 
 
-def _end_of(output: Path) -> str:
+def _last_lines(output: Path) -> str:
     """Return the last six lines of the script's output (at most 600 characters) as the end of an error's
     text; "" if there are none, or if the output was shown."""
     with contextlib.suppress(OSError):

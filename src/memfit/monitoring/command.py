@@ -46,7 +46,10 @@ def run_watched(
             record = stack.enter_context(contextlib.closing(LineFile(file)))
             record.write("command", {"time_s": time.time()})
         except OSError as error:
-            raise UserError(f"cannot write the record {file}: {error.strerror or error}") from error
+            raise UserError(
+                f"cannot write the record {file}: {error.strerror or error}",
+                hint="choose another file with --file",
+            ) from error
         return _run(command, env, record)
 
 

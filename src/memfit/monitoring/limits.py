@@ -75,25 +75,25 @@ def _section(path: Path) -> Mapping[str, Any]:
     return section
 
 
-def _parse_limits(values: Mapping[str, Any], what: str) -> AlarmLimits:
+def _parse_limits(values: Mapping[str, Any], source: str) -> AlarmLimits:
     defaults = {f.name: f.default for f in dataclasses.fields(AlarmLimits)}
     for name in values:
         if name not in defaults:
             raise UserError(
-                f"{what}: unknown threshold of alarms {name!r}",
+                f"{source}: unknown threshold of alarms {name!r}",
                 allowed=", ".join(defaults),
                 hint=suggest(str(name), defaults),
             )
-    numbers: dict[str, Any] = {n: _number(v, f"{what}: {n}", type(defaults[n])) for n, v in values.items()}
+    numbers: dict[str, Any] = {n: _number(v, f"{source}: {n}", type(defaults[n])) for n, v in values.items()}
     return AlarmLimits(**numbers)
 
 
-def _number(value: Any, what: str, kind: type) -> int | float:
-    if isinstance(value, str) and what.endswith("_bytes"):
+def _number(value: Any, source_and_name: str, kind: type) -> int | float:
+    if isinstance(value, str) and source_and_name.endswith("_bytes"):
         return parse_bytes(value)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or value < 0 or (kind is int and value != int(value)):
-        sizes = ', or a size such as "64MiB"' if what.endswith("_bytes") else ""
-        kinds = "a whole number" if kind is int else "a number"
-        raise UserError(f"{what} is {value!r}", allowed=f"{kinds} of at least 0{sizes}")
+        or_size = ', or a size such as "64MiB"' if source_and_name.endswith("_bytes") else ""
+        number = "a whole number" if kind is int else "a number"
+        raise UserError(f"{source_and_name} is {value!r}", allowed=f"{number} of at least 0{or_size}")
     return kind(value)  # type: ignore[no-any-return]

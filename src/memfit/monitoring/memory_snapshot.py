@@ -114,7 +114,8 @@ def parse_snapshot(data: bytes, *, what: str) -> list[MemorySnapshot]:
             value = json.loads(data)
         except (ValueError, RecursionError) as error:
             raise UserError(
-                f"{what} is neither a pickle nor JSON: {first_line(error)[:200]}", allowed=_SNAPSHOT
+                f"the memory snapshot {what} is neither a pickle nor JSON: {first_line(error)[:200]}",
+                allowed=_SNAPSHOT,
             ) from None
     if isinstance(value, list):  # torch.cuda.memory_snapshot() returns the segments alone
         value = {"segments": value}

@@ -50,7 +50,7 @@ def _of_file(path: Path) -> dict[str, Interval]:
     return _of_mapping(data, str(path))
 
 
-def _of_mapping(values: Mapping[str, Any], what: str) -> dict[str, Interval]:
+def _of_mapping(values: Mapping[str, Any], source: str) -> dict[str, Interval]:
     intervals = {}
     for name in QUANTITIES:
         value = values.get(name)
@@ -64,7 +64,7 @@ def _of_mapping(values: Mapping[str, Any], what: str) -> dict[str, Interval]:
             elif value is not None:
                 intervals[name] = Interval(value=float(value), low=float(value), high=float(value))
         except (TypeError, ValueError, KeyError, AssertionError) as error:
-            raise UserError(f"{what}: {name} is {value!r}", allowed=_ALLOWED) from error
+            raise UserError(f"{source}: {name} is {value!r}", allowed=_ALLOWED) from error
     if not intervals:
-        raise UserError(f"{what} has no predicted memory", allowed=_ALLOWED)
+        raise UserError(f"{source} has no predicted memory", allowed=_ALLOWED)
     return intervals

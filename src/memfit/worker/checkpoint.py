@@ -404,7 +404,8 @@ def _numbers(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _must_be_alike(path: Path, saved_shapes: Shapes, run_shapes: Shapes) -> None:
-    differences = [n for n in {**saved_shapes, **run_shapes} if saved_shapes.get(n) != run_shapes.get(n)]
+    names = {**saved_shapes, **run_shapes}
+    differences = [n for n in names if saved_shapes.get(n) != run_shapes.get(n)]
     if differences:
         first_differences = "; ".join(
             f"{n} {_shape(saved_shapes, n)} in the checkpoint and {_shape(run_shapes, n)} in this run"
@@ -412,8 +413,8 @@ def _must_be_alike(path: Path, saved_shapes: Shapes, run_shapes: Shapes) -> None
         )
         and_how_many_more = f"; and {len(differences) - _NAMED} more" if len(differences) > _NAMED else ""
         raise UserError(
-            f"{path} belongs to a different model: {len(differences)} of "
-            f"{len({**saved_shapes, **run_shapes})} tensors differ: {first_differences}{and_how_many_more}",
+            f"{path} belongs to a different model: {len(differences)} of {len(names)} tensors differ: "
+            f"{first_differences}{and_how_many_more}",
             allowed="the job, size and adapters that the checkpoint was saved with",
         )
 

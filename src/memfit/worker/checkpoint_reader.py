@@ -54,10 +54,14 @@ class CheckpointReader(FileSystemReader):
             self._check(metadata)
         except _Refused as error:
             raise UserError(
-                f"{path} is not the metadata of a checkpoint: {error}; nothing in it was run"
+                f"{path} is not the metadata of a checkpoint: {error}; nothing in it was run",
+                allowed="a checkpoint that memfit wrote",
             ) from error
         except _UNREADABLE as error:
-            raise UserError(f"{path} is damaged: {str(error)[:200] or type(error).__name__}") from error
+            raise UserError(
+                f"{path} is damaged: {str(error)[:200] or type(error).__name__}",
+                hint="resume from another checkpoint",
+            ) from error
         if metadata.storage_meta is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from memfit.export.base import RUN
+from memfit.export.base import RUN as RUN_FILE
 from memfit.files.read import read_text
 from memfit.monitoring.host_kill import host_kills
 from memfit.runtime.child_process import Event, parse_event
@@ -62,12 +62,12 @@ def read_exported_run(folder: Path) -> RunRecord:
 
     Raises UserError if ``folder`` is no such folder, if nothing was started from it, and if the output of a
     rank is missing, as on machines that do not share the folder."""
-    if not (folder / RUN).is_file():
+    if not (folder / RUN_FILE).is_file():
         raise UserError(
-            f"{folder} has no {RUN}, so memfit has recorded no training in this folder",
+            f"{folder} has no {RUN_FILE}, so memfit has recorded no training in this folder",
             allowed="a folder that `memfit export` wrote without --script for torchrun, slurm or skypilot",
         )
-    spec = serialization.loads(RunSpec, read_text(folder / RUN), what=str(folder / RUN))
+    spec = serialization.loads(RunSpec, read_text(folder / RUN_FILE), what=str(folder / RUN_FILE))
     attempts = _last_training(_attempts(folder), spec)
     ranks = spec.plan.ranks
     if not attempts:

@@ -150,7 +150,10 @@ def _from_npz(path: str, column: str | None) -> list[int]:
         zipfile.BadZipFile,
         zlib.error,
     ) as error:
-        raise UserError(f"cannot read {path} as an .npz file of NumPy: {first_line(error)[:200]}") from error
+        raise UserError(
+            f"cannot read {path} as an .npz file of NumPy: {first_line(error)[:200]}",
+            allowed="a file that numpy.savez wrote, without Python objects",
+        ) from error
     length_arrays = [a for a in arrays.values() if a.ndim == 1 and np.issubdtype(a.dtype, np.integer)]
     if not length_arrays:
         with_the_name = f" with the name {column!r}" if column else ""

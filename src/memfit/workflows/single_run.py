@@ -122,13 +122,13 @@ def run_plan(
         )
     device = request.machine.device
     if request.is_here and not device.is_host:
-        max_ranks, reason = request.machine.device_count, f"each of which needs a {device.name}"
+        max_ranks, needs = request.machine.device_count, f"a {device.name}"
     else:
-        max_ranks, reason = max(8, 2 * local_machine.threads()), "each of which is one process"
+        max_ranks, needs = max(8, 2 * local_machine.threads()), "a process"
     if plan.ranks > max_ranks:
         raise UserError(
             f"a plan with {plan.ranks} ranks cannot run on this machine",
-            allowed=f"at most {max_ranks} ranks, {reason}",
+            allowed=f"at most {max_ranks} ranks; each needs {needs} of its own",
             hint="`memfit estimate JOB --plan PLAN` predicts it without running it",
         )
     job = make_predictor(request)[0]

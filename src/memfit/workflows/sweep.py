@@ -190,10 +190,9 @@ def make_trials(
     for plan in plans.values():
         supporting_engine(settings.engine, plan)
     kinds = [placement.kind for placement in placements]
-    if len(set(kinds)) < len(kinds):
+    if (same_kind := next((kind for kind in kinds if kinds.count(kind) > 1), None)) is not None:
         raise UserError(
-            f"two executors are {next(kind for kind in kinds if kinds.count(kind) > 1)}, so their trials are "
-            "the same",
+            f"two executors are {same_kind}, so their trials are the same",
             allowed="executors that differ in name or device",
         )
     refs = [dataclasses.replace(job, size=size) for size in sizes] or [job]

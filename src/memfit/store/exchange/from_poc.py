@@ -35,8 +35,9 @@ def of_poc(poc: Poc) -> Shared:
     recommended = poc.search.recommended
     if not poc.finished or recommended is None:
         raise UserError(
-            f"PoC {poc.poc_id} {'recommends no plan' if poc.finished else 'was not finished'}",
-            allowed="only a finished PoC that recommends a plan can be made a record",
+            f"no record can be made of PoC {poc.poc_id}: it "
+            f"{'recommends no plan' if poc.finished else 'was not finished'}",
+            allowed="a finished PoC that recommends a plan",
         )
     verdict = next((v.verdict for v in poc.verdicts if v.name == "recommended"), None)
     poc = anonymous_poc(poc)
