@@ -155,7 +155,7 @@ def test_an_executor_and_its_settings_are_one_text() -> None:
         ("local:parallel=1,parallel=2", "'parallel=2' is not KEY=VALUE"),
         ("local:parallel=0", "a whole number from 1 to 1024"),
         ("local:partition=a", "has no setting partition"),
-        ("slurm:time=1h", "slurm:time=1h is no whole number of minutes; allowed: a whole number"),
+        ("slurm:time=1h", "slurm:time=1h is no whole number; allowed: a whole number, in digits only"),
     ],
 )
 def test_a_wrong_executor_is_refused_in_one_line(text: str, message: str) -> None:

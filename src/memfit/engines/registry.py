@@ -70,8 +70,10 @@ def ready_engine(name: str, plan: Plan, device: str = HOST) -> Engine:
             "and `memfit export` writes the engine's configuration",
         )
     if (probe := candidate.probe()).problem:
-        install = f"install a tested version: {probe.fix}" if probe.fix else ""
-        raise UserError(f"engine {name} cannot be used here: {probe.problem}", hint=install)
+        raise UserError(
+            f"engine {name} cannot be used here: {probe.problem}",
+            hint=f"install a tested version: {probe.fix}" if probe.fix else "",
+        )
     return candidate
 
 

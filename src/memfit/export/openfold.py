@@ -57,7 +57,8 @@ def files(handover: Handover) -> Files:
     if reasons := tuple(_why_not(handover)):
         raise UserError(
             f"OpenFold cannot train this plan or this job: {'; '.join(reasons)}",
-            hint="leave techniques out with --without, or give a --plan with other settings",
+            hint="`memfit plan --without TECHNIQUE --save FILE.yaml` writes a plan without a technique for "
+            "--plan; or change its settings in the plan file",
         )
     rendered = {
         **handover.own_files,

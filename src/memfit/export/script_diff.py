@@ -103,16 +103,17 @@ def script_diff(
                 raise UserError(
                     f"{library.name} weights all parts of a batch (micro-batches, ranks) alike, but those of "
                     f"the job have different numbers of loss terms; the script would have to {weights.text}",
-                    hint="use a plan that does not split the batch, such as one --without "
-                    "gradient-accumulation on one rank; or let the script weight its losses, and use "
+                    hint="use a plan that does not split the batch, such as that of `memfit plan --without "
+                    "gradient-accumulation` on one rank; or let the script weight its losses, and use "
                     f"`memfit export --script` with --script-applies {weights.name}",
                 )
             return _library_diff(source, calls, plan, library, batch_size)
     clashing = [use.technique for use in plan.uses if _needs_no_clipping(use.technique)]
     if clashing and _always_clips(source):
+        without = " ".join(f"--without {name}" for name in clashing)
         raise UserError(
             f"{source.path} clips gradients, which cannot be combined with {', '.join(clashing)}",
-            hint=f"plan with --without {','.join(clashing)}",
+            hint=f"`memfit plan {without}` finds a plan without them",
         )
     terms = "loss_terms" if weights is not None else ""
     define = ("define loss_terms(batch), which returns how many terms the loss of a batch averages",)
@@ -188,7 +189,8 @@ def _trainer_diff(
     if reasons := tuple(trainer.why_not(plan)):
         raise UserError(
             f"TrainingArguments cannot express this plan: {'; '.join(reasons)}",
-            hint="leave these techniques out with --without, or give a --plan with other settings",
+            hint="`memfit plan --without TECHNIQUE` finds a plan without one of these techniques; or change "
+            "their settings in the plan file",
         )
     values = _trainer_arguments(plan, batch_size, keeps_enabled=keeps_enabled)
     call = calls[0]

@@ -74,7 +74,8 @@ def files(handover: Handover) -> Files:
     if reasons := tuple(_why_not(plan)):
         raise UserError(
             f"torchtitan cannot train this plan: {'; '.join(reasons)}",
-            hint="leave these techniques out with --without, or give a --plan with other settings",
+            hint="`memfit plan --without TECHNIQUE --save FILE.yaml` writes a plan without one of these "
+            "techniques for --plan; or change their settings in the plan file",
         )
     rendered = {**handover.own_files, TOML: toml(sections(handover))}
     if not newer_cannot(plan):

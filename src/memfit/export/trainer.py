@@ -49,7 +49,8 @@ def files(handover: Handover) -> Files:
     if reasons:
         raise UserError(
             f"TrainingArguments cannot express this plan: {'; '.join(reasons)}",
-            hint="leave these techniques out with --without, or give a --plan with other settings",
+            hint="`memfit plan --without TECHNIQUE --save FILE.yaml` writes a plan without one of these "
+            "techniques for --plan; or change their settings in the plan file",
         )
     extra_files = {
         n: t for n, t in handover.carried.items() if n in handover.own_files or n == "deepspeed.json"

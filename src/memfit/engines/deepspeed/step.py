@@ -76,10 +76,10 @@ def import_deepspeed(kind: str) -> Any:
     try:
         import deepspeed
     except ValueError as error:  # of DS_ACCELERATOR
-        kinds = ", ".join(re.findall(r"'(\w+)'", str(error)))
+        known_kinds = ", ".join(re.findall(r"'(\w+)'", str(error))) or str(error)
         raise UserError(
             f"engine deepspeed cannot train on devices of the kind {kind!r}: DeepSpeed does not know it",
-            allowed=kinds or str(error),
+            allowed=f"the kinds that DeepSpeed knows: {known_kinds}",
             hint="`--engine native` can, and `--on this:cpu` trains on the processor",
         ) from error
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

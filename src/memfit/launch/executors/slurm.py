@@ -65,10 +65,9 @@ class SlurmExecutor(SubmititExecutor):
         super().check(settings)
         for key in _NUMBERS:
             if not settings.get(key, "1").isdecimal():
-                unit = " of minutes" if key == "time" else ""
                 raise UserError(
-                    f"--executor slurm:{key}={settings[key]} is no whole number{unit}",
-                    allowed=f"a whole number{unit}, in digits only",
+                    f"--executor slurm:{key}={settings[key]} is no whole number",
+                    allowed="a whole number, in digits only; slurm:time is in minutes",
                 )
 
     def parameters(self) -> dict[str, Any]:
