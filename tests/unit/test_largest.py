@@ -175,7 +175,7 @@ def test_a_size_changes_the_model_and_the_batch() -> None:
         ("weather", {"rolout": 6}, "no dimension 'rolout'; allowed: --batch, --dim rollout.*'rollout'"),
         ("char-lm", {"hidden": 130}, "multiples of 4"),
         ("char-lm", {"layers": 0}, "--dim layers is 0"),
-        ("hf:llama", {"hidden": 130}, "multiples of 32, its number of heads"),
+        ("hf:llama", {"hidden": 130}, "multiples of 32, the model.s number of attention heads"),
         ("hf:llama", {"depth": 3}, "no dimension 'depth'; allowed: --batch, --length, --dim layers"),
     ],
 )

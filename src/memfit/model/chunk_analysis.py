@@ -259,7 +259,8 @@ def budget_bytes(model: nn.Module, calls: Mapping[str, ModuleCall], parts: int, 
 def worth_cutting(job: Any, model: nn.Module) -> bool:
     """Return whether some module allocates inside more than 4 times its output and is cut along an axis other
     than the first (that of the batch) when `find_cuts` runs with `budget_bytes` of 0 parts. False if sizes in
-    the model depend on values, as where tokens are routed to experts."""
+    the model depend on values, as where tokens are routed to experts. Raises UserError if the job's loss
+    cannot be computed on a copy of the model without values for another reason."""
     try:
         calls, trials = first_calls(job, model), ChunkTrials()
     except (UserError, *_OF_VALUES) as error:

@@ -99,8 +99,8 @@ def find_cut(module: nn.Module, call: ModuleCall, shapes: dict[int, tuple[int, .
 
     def reaches(axes: Mapping[int, int], out_axis: int) -> bool:
         """Return whether a slice of the output along ``out_axis`` may depend on inputs outside the same slice
-        along ``axes``. This is tested on inputs with a longer cut axis than ``sizes``. Return True if it
-        cannot be tested."""
+        along ``axes``. This is tested on inputs with a longer cut axis than ``sizes``; if ``sizes`` has the
+        real lengths already, the answer is False. Return True if it cannot be tested."""
         long_sizes = _lengthen(shapes, sizes, axes, runs)
         tested_length = min((long_sizes or sizes)[i][axis] for i, axis in axes.items())
         if tested_length <= call.reach or (
