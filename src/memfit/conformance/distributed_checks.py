@@ -67,9 +67,9 @@ def resharding(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
     the setting ``reshard`` is False. They count as freed if at most half of the blocks but the last, which
     backward needs first, are still gathered when the first backward begins.
 
-    Yields `NotChecked` if it was not observed which blocks are gathered, if FSDP2 has no parameter groups,
-    or with fewer than two blocks.
-    Yields nothing without fsdp2, with a pipeline, or if parameters are not sharded."""
+    Yields `NotChecked` if it was not observed which blocks are gathered, if FSDP2 has no parameter groups, or
+    with fewer than two blocks. Yields nothing without fsdp2, with a pipeline, or if parameters are not
+    sharded."""
     use, mesh = plan.get("fsdp2"), layout(plan)
     if use is None or mesh.pipeline > 1 or mesh.shard * mesh.context == 1:
         return

@@ -53,8 +53,9 @@ class UserGroups:
     def choice(self) -> OptimizerChoice:
         """Return the optimizer of a job that trains as the user does. Its maker returns the user's own
         optimizer when it is called with the trainable parameters that the model had at first, else a new one
-        of the same class; it raises UserError if that class cannot be called with them. The learning rate is
-        1; `adopt` sets the user's."""
+        of the same class; it raises UserError if that class cannot be called with them. Betas, eps and weight
+        decay are those of the user's first group, where it has them; the learning rate is 1, and `adopt` sets
+        the user's."""
         first = self.settings[0]
         betas, eps, decay = first.get("betas"), first.get("eps"), first.get("weight_decay")
         own: dict[str, Any] = {}

@@ -108,7 +108,8 @@ def _machines(a: Options) -> int | None:
 def accelerate_rendezvous(a: Options, s: Setup) -> Found:
     """Report a set-up of several machines without main_process_ip. With use_cpu, or distributed_type NO or
     MULTI_CPU, report also a missing main_process_port: the launcher for these has no default port, whereas
-    the others, based on torchrun, use 29500."""
+    the others, based on torchrun, use 29500. Nothing is reported for other launchers than Accelerate's own
+    (see `_machines`)."""
     is_plain_launcher = a.on("use_cpu") or _kind(a) in ("NO", "MULTI_CPU")
     required = ("main_process_ip", "main_process_port") if is_plain_launcher else ("main_process_ip",)
     missing = [n for n in required if a.raw(n) in (None, "")]
@@ -119,7 +120,7 @@ def accelerate_rendezvous(a: Options, s: Setup) -> Found:
 def accelerate_local_address(a: Options, s: Setup) -> Found:
     """Report, with several machines, a main_process_ip that names the local machine: localhost, or an address
     that begins with "127.". Files with an mpirun_config are skipped: in their hostfile of mpirun, this
-    machine may be the only one."""
+    machine may be the only one. So are files for other launchers than Accelerate's own (see `_machines`)."""
     address, machines = str(a.raw("main_process_ip")), _machines(a)
     if a.section("mpirun_config"):
         return
@@ -145,7 +146,8 @@ def accelerate_one_process(a: Options, s: Setup) -> Found:
 
 
 def accelerate_machine_rank(a: Options, s: Setup) -> Found:
-    """Report a machine_rank outside 0 to num_machines - 1."""
+    """Report a machine_rank outside 0 to num_machines - 1. Nothing is reported for other launchers than
+    Accelerate's own (see `_machines`)."""
     rank, machines = a.count("machine_rank"), _machines(a)
     if rank is not None and machines is not None and not 0 <= rank < machines:
         yield {"rank": rank, "machines": machines, "last": machines - 1}
@@ -169,14 +171,16 @@ def _devices(a: Options) -> tuple[int, int] | None:
 
 
 def accelerate_few_devices(a: Options, s: Setup) -> Found:
-    """Report a gpu_ids that names fewer devices than there are processes per machine."""
+    """Report a gpu_ids that names fewer devices than there are processes per machine. Nothing is reported on
+    CPUs, or if one of these numbers is unknown (see `_devices`)."""
     counts = _devices(a)
     if counts is not None and counts[0] < counts[1]:
         yield {"ids": a.raw("gpu_ids"), "devices": counts[0], "processes": counts[1]}
 
 
 def accelerate_idle_devices(a: Options, s: Setup) -> Found:
-    """Report a gpu_ids that names more devices than there are processes per machine."""
+    """Report a gpu_ids that names more devices than there are processes per machine. Nothing is reported on
+    CPUs, or if one of these numbers is unknown (see `_devices`)."""
     counts = _devices(a)
     if counts is not None and counts[0] > counts[1]:
         yield {"ids": a.raw("gpu_ids"), "devices": counts[0], "processes": counts[1]}
