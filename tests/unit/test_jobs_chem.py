@@ -453,6 +453,12 @@ def test_potential_refuses_a_length_and_wrong_data_files(tmp_path: Path) -> None
         load("potential", data=str(tmp_path / "frames.npz"))
     with pytest.raises(UserError, match="No such file"):
         load("potential", data=str(tmp_path / "absent.npz"))
+    for sizes, message in (
+        ({"atoms": 5, "neighbours": 4}, "5 atoms .* cannot hold the largest molecule; allowed: at least "),
+        ({"neighbours": 50}, "cannot have 50 neighbours .*; allowed: 1 to "),
+    ):
+        with pytest.raises(UserError, match=message):
+            load("potential", dimensions=sizes)
     (tmp_path / "cut.npz").write_bytes((tmp_path / "frames.npz").read_bytes()[:60])
     with (tmp_path / "one.npz").open("wb") as file:
         np.save(file, np.zeros(3))

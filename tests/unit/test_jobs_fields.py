@@ -371,6 +371,12 @@ def test_a_model_of_unequal_blocks_has_no_repeated_block_and_still_gets_a_sketch
     assert predictor.sketch(Plan()).allocated_bytes.value > 0
 
 
+def test_a_rollout_as_long_as_the_trajectories_is_refused() -> None:
+    assert registry.load(JobRef(spec="weather", dimensions={"rollout": 13})).metric is not None
+    with pytest.raises(UserError, match=r"14 forecasts in a row \(--dim rollout\); allowed: 1 to 13, "):
+        registry.load(JobRef(spec="weather", dimensions={"rollout": 14}))
+
+
 @pytest.mark.parametrize("crop", [4, 192])
 def test_crops_that_the_volume_or_the_network_cannot_have_are_refused_in_one_line(crop: int) -> None:
     pytest.importorskip("nilearn", reason="not installed: nilearn")

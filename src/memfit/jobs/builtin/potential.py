@@ -74,11 +74,13 @@ def make(options: BuiltInOptions) -> Job:
     eV; ``positions`` in angstrom and ``forces`` in eV/angstrom, both (frames, atoms, 3); and
     ``train_molecules``, a number: frames of the molecules below it are for training and must come first.
     ``batch``: samples of a step. Raises UserError for any ``length``, for ``data`` that cannot be read or
-    lack an array, and for an unknown or impossible dimension.
+    lack an array, for fewer atoms than the largest molecule has or not more than neighbours, and for a
+    dimension that is unknown or no possible multiple.
     """
     options.refuse("length", job=NAME, allowed="no length: the molecules determine the number of atoms")
     frames = read(options.data)
     shape = options.resize(_shape(options.size, frames), _DIMENSIONS)
+    _must_hold(shape, frames.species.shape[1])
     # The tiny size has whole molecules only; every atom of the paper's size may be padding.
     multiples = {"atoms": frames.species.shape[1] if options.size == "tiny" else 1, "hidden": 2}
     return Job(
@@ -98,6 +100,22 @@ def make(options: BuiltInOptions) -> Job:
         data_source=frames.source,
         islands=("geometry", "energy"),
     )
+
+
+def _must_hold(shape: SchnetSize, largest_molecule: int) -> None:
+    """Raise UserError if a sample of ``shape`` has fewer atoms than the largest molecule, or not more atoms
+    than each has neighbours."""
+    if shape.atoms < largest_molecule:
+        raise UserError(
+            f"a sample of {shape.atoms} atoms (--dim atoms) cannot hold the largest molecule",
+            allowed=f"at least {largest_molecule} atoms",
+        )
+    if shape.neighbours >= shape.atoms:
+        raise UserError(
+            f"an atom cannot have {shape.neighbours} neighbours (--dim neighbours) in a sample of "
+            f"{shape.atoms} atoms (--dim atoms)",
+            allowed=f"1 to {shape.atoms - 1} neighbours",
+        )
 
 
 def _shape(size: str, frames: MoleculeFrames) -> SchnetSize:

@@ -27,6 +27,7 @@ from memfit.jobs.builtin.batches import (
     open_arrays,
 )
 from memfit.jobs.builtin.options import BuiltInOptions, accept_keywords
+from memfit.types.errors import UserError
 from memfit.types.job import Job, Metric, OptimizerChoice
 
 if TYPE_CHECKING:
@@ -65,11 +66,17 @@ class Fields:
 def make(options: BuiltInOptions) -> Job:
     """Return the job at one of SIZES ("tiny", "paper") on the built-in fields.
 
-    ``batch``: windows of a step. Raises UserError for any ``data`` or ``length``, and for a dimension that is
-    unknown or, at "paper", no multiple of 8 ("hidden").
+    ``batch``: windows of a step. Raises UserError for any ``data`` or ``length``, for a rollout that is as
+    long as a trajectory, and for a dimension that is unknown or, at "paper", no multiple of 8 ("hidden").
     """
     options.refuse("data", "length", job=NAME, allowed="the fields that come with memfit")
     shape, fields = options.resize(_shape(options.size), _DIMENSIONS), read()
+    frame_count = fields.train.shape[1]
+    if shape.rollout >= frame_count:
+        raise UserError(
+            f"{NAME} cannot be trained on {shape.rollout} forecasts in a row (--dim rollout)",
+            allowed=f"1 to {frame_count - 1}, as the trajectories have {frame_count} frames",
+        )
     return Job(
         name=NAME,
         title=TITLE,
