@@ -27,7 +27,8 @@ from memfit.types import serialization
 from memfit.types.errors import UserError
 from memfit.types.launch import Checkpoint, CheckpointSettings
 
-ABOUT, LATEST, PARTIAL = "memfit.json", "latest", ".partial"
+ABOUT = "memfit.json"
+LATEST, PARTIAL = "latest", ".partial"
 _NAME = re.compile(r"step-\d{8,}")
 
 
@@ -137,14 +138,14 @@ def about(path: Path) -> Checkpoint:
     has_checksums = bool(description.files_sha256 or description.sha256)
     if has_checksums and description.sha256 != _sha256_of_description(description):
         raise UserError(
-            f"{path / ABOUT} is damaged: its content is not what was saved",
+            f"{path}/{ABOUT} is damaged: its content is not what was saved",
             hint=f"give {path.parent} to use the newest complete checkpoint in it",
         )
     if any(Path(name).name != name for name in (*description.files_bytes, *description.files_sha256)):
-        raise UserError(f"{path / ABOUT} names files outside its folder", allowed="names of files beside it")
+        raise UserError(f"{path}/{ABOUT} names files outside its folder", allowed="names of files beside it")
     if description.step < 0 or description.ranks < 1 or not 0 <= description.seed < 2**63:
         raise UserError(
-            f"{path / ABOUT} has step {description.step}, ranks {description.ranks} and seed "
+            f"{path}/{ABOUT} has step {description.step}, ranks {description.ranks} and seed "
             f"{description.seed}"[:300],
             allowed="step and seed of at least 0, and at least 1 rank",
         )

@@ -41,9 +41,9 @@ def load_user_job(spec: str, options: dict[str, Any]) -> Job:
     if isinstance(value, Job) and not options:
         return guard_job(value, spec)
     if isinstance(value, Job):
+        given_options = ", ".join(f"--{o}" if o in _OPTIONS else f"--dim {o}" for o in options)
         raise UserError(
-            f"{spec} is a Job, not a function, and does not accept "
-            f"{', '.join(f'--{o}' if o in _OPTIONS else f'--dim {o}' for o in options)}",
+            f"{spec} is a Job, not a function, and does not accept {given_options}",
             hint=f"make {name} a function with the arguments {', '.join(options)} that returns the Job",
         )
     if not callable(value):

@@ -90,10 +90,11 @@ def read(path: str | None, length: int) -> Corpus:
     text = split(text_bytes, path or DATA_SOURCE)
     if len(text.test) < length + 1:
         source = path or "the built-in text"
+        least_bytes = 10 * (length + 1)
         raise UserError(
             f"{source} has {len(text_bytes)} bytes, too few: the last tenth, held out for testing, must hold "
             f"a window of {length} bytes and the byte after it",
-            allowed=f"at least {10 * (length + 1)} bytes",
+            allowed=f"at least {least_bytes} bytes",
             hint="give a longer file, or a smaller --length",
         )
     return text

@@ -74,8 +74,8 @@ def make(options: BuiltInOptions) -> Job:
     eV; ``positions`` in angstrom and ``forces`` in eV/angstrom, both (frames, atoms, 3); and
     ``train_molecules``, a number: frames of the molecules below it are for training and must come first.
     ``batch``: samples of a step. Raises UserError for any ``length``, for ``data`` that cannot be read or
-    lack an array, for fewer atoms than the largest molecule has or not more than neighbours, and for a
-    dimension that is unknown or no possible multiple.
+    lack an array, and for a dimension that is unknown or impossible: "atoms" must be at least those of the
+    largest molecule, at "tiny" a multiple of these, "neighbours" below "atoms", and "hidden" even.
     """
     options.refuse("length", job=NAME, allowed="no length: the molecules determine the number of atoms")
     frames = read(options.data)
