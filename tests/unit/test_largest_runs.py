@@ -201,7 +201,7 @@ def test_measuring_needs_a_cap_and_this_machine() -> None:
 def test_the_question_to_measure_another_machine_or_a_fixed_job_is_refused(tmp_path: Path) -> None:
     here = local_machine.this_machine("world", "cpu")
     without_cap = Request(job_ref=JobRef(spec="char-lm"), machine=here)
-    with pytest.raises(UserError, match="needs a cap below"):
+    with pytest.raises(UserError, match="needs a memory cap below"):
         largest(without_cap, "batch", measure=True)
     (tmp_path / "my.py").write_text(
         "import torch\nfrom memfit import Job\n"

@@ -85,6 +85,14 @@ def test_of_loops_the_first_batch_is_predicted_on_the_device_with_autocast(
     assert kept_by_gelu > 512 * 2048 * 2, "float32 without autocast, two bytes with it"
 
 
+def test_a_cell_may_call_backward_in_an_else_branch(predict: Callable[..., Any]) -> None:
+    branches = (
+        "loss = F.cross_entropy(model(x), y)\nif calls:\n    loss = 2 * loss\nelse:\n    loss.backward()\n"
+        "optimizer.step()\n"
+    )
+    assert predict(branches).allocated_bytes == predict(STEP).allocated_bytes
+
+
 @pytest.mark.parametrize(
     ("cell", "said"),
     [

@@ -280,7 +280,9 @@ def test_replay_refuses_a_job_that_has_changed(own: str, tmp_path: Path, told: A
     before_dora = dataclasses.replace(asked, plan=Plan(uses=(use("lora", rank=8, outside="trained"),)))
     store.append("run", "run", dataclasses.replace(done, spec=before_dora))
     assert replayed(make_use("lora", {})).spec.plan == before_dora.plan
-    with pytest.raises(UserError, match="no stored run of this job with this seed has the plan"):
+    with pytest.raises(
+        UserError, match="no stored run of this job with this seed and these sizes has the plan"
+    ):
         replayed(make_use("bf16-autocast", {}))
     Path(own).write_text(JOB.replace("width=256", "width=128"))
     with pytest.raises(UserError, match=r"own\.py:job has changed since the stored run"):
