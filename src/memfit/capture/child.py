@@ -176,7 +176,8 @@ class _Session:
         torch.set_grad_enabled(True)
 
     def _with_plans(self, answer: ScriptAnswer, plan_search: PlanSearch) -> ScriptAnswer:
-        """Return the answer with plans for the script's step, or with the reason why there are none."""
+        """Return the answer with plans for the script's step, or, in ``no_plans``, with the reason why there
+        are none."""
         name, trace = self.program.name, self.trace
         try:
             if len(trace.cycle.optimizers) > 1:

@@ -157,14 +157,16 @@ def _new_group(
 
 
 def _all_reduce(tensor: Any, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
-    """Reduce as if all ranks had the values of this one."""
+    """Stand for ``torch.distributed.all_reduce``: return what it returns, and sum a real ``tensor`` as if all
+    ranks had the values of this one."""
     if is_real(tensor) and op == dist.ReduceOp.SUM:
         tensor.mul_(dist.get_world_size(group))
     return _ALL_REDUCE(tensor, op, group, async_op)
 
 
 def _all_gather(tensors: list[Any], tensor: Any, group: Any = None, async_op: bool = False) -> Any:
-    """Gather as if all ranks had the values of this one."""
+    """Stand for ``torch.distributed.all_gather``: return what it returns, and gather a real ``tensor`` as if
+    all ranks had the values of this one."""
     if is_real(tensor):
         for target in tensors:
             target.copy_(tensor)

@@ -195,7 +195,9 @@ class ScriptTrace:
         return self._depth > 0
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run an operator of the script's loop on fake tensors and record it."""
+        """Run the operator ``func`` of the script's loop with its arguments, in which real tensors are
+        replaced by fake ones, record it, and return its result. Of ``item()``, return the value of the tensor
+        or, if it is not known, a guess."""
         if func is operators.ITEM:
             values = self.recorder.concrete_values.of(args[0])
             if values is not None:
@@ -397,8 +399,9 @@ class ScriptTrace:
         self._close_step(is_over=self.micro_batches >= _PASSES)
 
     def backward(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Run a backward pass. The first one of a training without a forward pass of a module that it trains
-        begins the recording; its second step is recorded whole."""
+        """Run ``call``, a backward pass, with its arguments, record it, and return its result. In a training
+        without a forward pass of a module that it trains, the first one begins the recording, and the second
+        step is recorded whole. In the search for an evaluation, only make gradients."""
         if self.evaluation is not None:
             return self.evaluation.make_gradients()
         if not self.begun and any(t.requires_grad for _, t in self._trained_tensors()):

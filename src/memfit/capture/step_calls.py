@@ -270,9 +270,9 @@ class StepCalls:
         workers: int,
         other_bytes: int = 0,
     ) -> Job:
-        """Return the job whose step is that of the script: ``micro_batches`` micro-batches, and one update of
-        ``optimizer``. ``other_bytes`` is as of `Job`. Raises UserError if the calls cannot be repeated on a
-        copy of the model."""
+        """Return the job called ``name`` whose step is that of the script: ``micro_batches`` micro-batches,
+        and one update of ``optimizer``. ``clip``, ``workers`` and ``other_bytes`` are as of `Job`. Raises
+        UserError if the calls cannot be repeated on a copy of the model, or if no step was seen."""
         if self.problem or self.model is None or not self.done:
             reason = self.problem or "no training step was seen"
             raise UserError(f"no plan can be searched for {name}: {reason}", hint=_HINT)
@@ -377,7 +377,8 @@ _HINT = "write the step as a job (docs/guides/scientist.md), or use memfit.apply
 
 @contextlib.contextmanager
 def call_context(autocast: torch.dtype | None, *, has_grad: bool) -> Iterator[None]:
-    """Enter autocast with this dtype, unless it is None, and let gradients be recorded or not."""
+    """Inside this context, autocast to the dtype ``autocast`` is on, unless that is None, and without
+    ``has_grad`` no gradients are recorded."""
     with contextlib.ExitStack() as stack:
         if autocast is not None:
             stack.enter_context(torch.autocast("cpu", dtype=autocast))

@@ -38,7 +38,8 @@ _CELL: Final = "<cell>"
 
 
 def register(shell: Any) -> None:
-    """Add the cell magic ``%%memfit`` to the IPython shell ``shell``."""
+    """Add the cell magic ``%%memfit`` to the IPython shell ``shell``. It returns the prediction of the cell's
+    step (`predict_cell`), and raises IPython's UsageError where that raises UserError."""
     from IPython.core.error import UsageError
 
     def memfit(line: str, cell: str) -> Prediction:

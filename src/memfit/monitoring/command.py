@@ -88,7 +88,8 @@ def _wait(child: subprocess.Popen[bytes]) -> int | None:
 
 @contextlib.contextmanager
 def _signals_to(child: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Leave Ctrl-C to the child, which the terminal sends it too, and pass SIGTERM and SIGHUP on."""
+    """Inside this context, ignore Ctrl-C, which the terminal sends to the child, too, and pass SIGTERM and
+    SIGHUP on to the child. Do nothing in a thread other than the main one."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -99,7 +99,7 @@ def read_snapshot(path: Path) -> list[MemorySnapshot]:
 
 
 def parse_snapshot(data: bytes, *, what: str) -> list[MemorySnapshot]:
-    """Return for ``data``, the content of a file, what `read_snapshot` returns, and raise as it does.
+    """Return for ``data``, the content of a file, what `read_snapshot` returns. Raises UserError as it does.
     ``what``: name of the file in messages."""
     if len(data) > LARGEST_BYTES:
         raise UserError(
@@ -268,7 +268,8 @@ class _Reader:
 
 
 def user_frame(stack: Stack) -> StackFrame | None:
-    """Return the innermost frame of a stack outside installed packages, or else its innermost frame."""
+    """Return the innermost frame of a stack outside installed packages; without one, the innermost frame;
+    None for an empty stack."""
     return next((f for f in reversed(stack) if not f.is_library), stack[-1] if stack else None)
 
 

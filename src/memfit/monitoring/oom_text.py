@@ -80,7 +80,8 @@ class AllocationFailure:
 
     @property
     def limit_bytes(self) -> int | None:
-        """What this process may use at most: its own limit if it has one, else the device's capacity."""
+        """What this process may use at most: its own limit if it has one, else the device's capacity; None if
+        the message states neither."""
         return self.allowed_bytes or self.capacity_bytes
 
     @property

@@ -414,7 +414,8 @@ class LineFile:
         self._is_torn = False
 
     def write(self, kind: str, values: Mapping[str, Any]) -> None:
-        """Append a line. Values that are None are left out. Numbers that are not finite become text."""
+        """Append a line with ``kind``, such as "step", and ``values``. Values that are None are left out.
+        Numbers that are not finite become text."""
         known = {name: v for name, v in values.items() if v is not None}
         texts = {n: str(v) for n, v in known.items() if isinstance(v, float) and not math.isfinite(v)}
         line = f"{json.dumps({'kind': kind, **known, **texts})}\n".encode()

@@ -166,7 +166,8 @@ class _Reader:
 
 
 def _error(line: str) -> re.Match[str] | None:
-    """Return the match of a line that names an exception. Lines of code are indented."""
+    """Return the match of a line that names an exception, None for another. A line with four spaces before it
+    is code."""
     return None if line.startswith("    ") else _ERROR.match(_LOGGED.sub("", line).strip())
 
 

@@ -120,7 +120,8 @@ class PredictionCache:
         return payload
 
     def write(self, name: str, payload: bytes) -> None:
-        """Add the entry, or replace it."""
+        """Store ``payload`` as the entry ``name``, in place of one that exists. If the limit is exceeded,
+        delete the least recently used entries. If the file cannot be written, do nothing."""
         data = pack(payload)
         try:
             write_whole(self._path(name), data, durable=False, make_folder=True)

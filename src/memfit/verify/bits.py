@@ -17,8 +17,8 @@ def first_difference(a: Sequence[float], b: Sequence[float]) -> int | None:
 
 
 def reproducibility(run_a: Run, run_b: Run) -> Reproducibility:
-    """Compare two runs with the same plan and seed: losses, gradient norms and trained weights must be
-    bitwise equal.
+    """Return whether two runs with the same plan and seed are bitwise equal in losses, gradient norms and
+    trained weights.
 
     The result names the first step that differs. If only the weights differ, that is the last step, because
     only its update has no later loss that would show it. ``reproducible`` is None if a run did not complete

@@ -42,8 +42,8 @@ class Tost:
 
 
 def interval_kind(low: float, high: float, *, margin: float) -> VerdictKind:
-    """Return "equivalent" if the interval lies inside (-margin, margin), "different" if entirely outside,
-    else "undecided"."""
+    """Return "equivalent" if the interval from ``low`` to ``high`` lies inside (-margin, margin), "different"
+    if it lies entirely outside, else "undecided". A bound at the margin is outside."""
     if -margin < low and high < margin:
         return VerdictKind.EQUIVALENT
     if low >= margin or high <= -margin:

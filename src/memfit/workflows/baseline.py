@@ -77,9 +77,10 @@ def write_baseline(
 
 
 def check_baseline(path: Path, tolerance_ratio: float, on_target: OnTarget) -> tuple[BaselineComparison, ...]:
-    """Predict all jobs of the baseline file ``path`` and compare the predictions with it (see
-    `compare_baseline`), in the file's order. Raises UserError if the file is not a baseline or has no jobs,
-    and if a job, plan or machine is wrong."""
+    """Predict all jobs of the baseline file ``path`` and return the comparisons with it, in the file's order
+    (see `compare_baseline`). ``tolerance_ratio``: relative growth that is no drift. ``on_target``: called
+    before each prediction. Raises UserError if the file is not a baseline or has no jobs, and if a job, plan
+    or machine is wrong."""
     stored = read_baseline(path)
     if not stored.jobs:
         raise UserError(

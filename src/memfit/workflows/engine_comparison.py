@@ -52,8 +52,8 @@ class EngineChoice:
 
 
 def choices(request: Request, plan: Plan, progress: Progress) -> list[EngineChoice]:
-    """Return all engines but "replay": first those that support the plan, by predicted peak memory, lowest
-    first; then the others.
+    """Return what each engine but "replay" can do with ``plan`` for the request's job and machine: first the
+    engines that support it, by predicted peak memory, lowest first; then the others.
 
     For each of the first, a training step is predicted: the engine's own if that can be traced here, else
     that of native, memfit's own engine. Raises UserError if the job cannot be loaded or the plan's number of

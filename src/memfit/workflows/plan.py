@@ -13,7 +13,7 @@ from memfit.types.errors import UserError
 def find_plan(
     request: Request, progress: Progress, *, must_run: bool = False, measure_s: float | None = None
 ) -> Planning:
-    """Search the best plan for the request, as `planner.search.search` does.
+    """Search the best plan for the request, as `planner.search.search` does, and return what it found.
 
     If ``measure_s`` is given, the best plans are then run for about that many seconds, and the recommendation
     is chosen by the measured step times. This is only possible for the goals "fastest", "cheapest" and

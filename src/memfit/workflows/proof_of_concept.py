@@ -473,15 +473,17 @@ class _PocRunner:
         return dataclasses.replace(poc, runs=(*poc.runs, run))
 
     def add_runs(self, poc: Poc, specs: Sequence[RunSpec], side_by_side: SideBySide) -> Poc:
-        """Make the runs by an executor, and store each as soon as it ends. A run that reported nothing has
-        failed. Raises RunError if the budget did not suffice for all."""
+        """Return the PoC with the runs of ``specs``, made by an executor (``side_by_side``). Each is stored
+        as soon as it ends. A run that reported nothing has failed. Raises RunError if the budget did not
+        suffice for all."""
         runs, notes = self._by_executor(poc.poc_id, "run", specs, side_by_side)
         return dataclasses.replace(poc, runs=runs, notes=(*poc.notes, *notes))
 
     def _by_executor(
         self, poc_id: str, kind: str, specs: Sequence[RunSpec], side_by_side: SideBySide
     ) -> tuple[tuple[Run, ...], tuple[str, ...]]:
-        """Return the runs, which are stored as rows of ``kind``, and sentences on where they were made."""
+        """Return (the runs of ``specs``, which are stored as rows of ``kind``; sentences on where they were
+        made). Raises RunError if the budget did not suffice for all."""
         prepared = [
             PreparedRun(spec=spec, estimate=self.planning.predictor.whole(spec.plan)) for spec in specs
         ]

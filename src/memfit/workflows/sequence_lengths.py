@@ -273,8 +273,8 @@ def _compare_with_traces(
 
 
 def traced_peak(job: Job, plan: Plan, machine: Machine) -> tuple[int, int]:
-    """Return (the peak of live tensors in the trace of a step, the bytes that the step needs on a device
-    beside them; at least 0)."""
+    """Return (the peak of live tensors in the trace of a step of ``job`` under ``plan``, the bytes that the
+    step needs on a device of ``machine`` beside them; at least 0)."""
     predictor = Predictor(job=job, machine=machine, job_facts=job_facts(job, machine.device.kind))
     traced_bytes = int(levels(predictor.trace(plan))[1].max())
     return traced_bytes, max(0, needed_bytes(predictor.whole(plan), machine) - traced_bytes)

@@ -105,10 +105,11 @@ def _size(row: Mapping[str, object], name: str, where: str) -> int:
 
 
 def draw_steps(pairs: Ints, batch: int, combination: str) -> Ints:
-    """Return the sizes of 2,000 random steps as an array of the shape (2000, 2). Each step has ``batch``
-    samples (all, if there are fewer), drawn without replacement; each of its two sizes is the sum ("sum", as
-    of graphs in one batch) or the largest ("largest", as of padded samples) of its samples. The same
-    arguments give the same steps."""
+    """Return the sizes of 2,000 random steps as an array of the shape (2000, 2). ``pairs``: the sizes of all
+    samples, (samples, 2). Each step has ``batch`` samples (all, if there are fewer), drawn without
+    replacement. Its two sizes are combined from those of its samples: with
+    "sum" they are added, as for graphs in one batch; with "largest" the largest counts, as for padded
+    samples. The same arguments give the same steps."""
     rng = np.random.default_rng(0)
     batch = min(batch, len(pairs))
     chosen = np.stack([rng.choice(len(pairs), batch, replace=False) for _ in range(_DRAWS)])
@@ -128,7 +129,9 @@ def report_pairs(
     machine: Machine,
     cap_bytes: int,
 ) -> PairReport:
-    """Return what ``pairs`` mean for the memory of the job, whose sizes ``names`` are set for each step.
+    """Return what ``pairs``, the two sizes of each sample, mean for the memory of the job under ``plan`` on
+    ``machine``: its sizes ``names`` are set for each step. ``batch`` and ``combination`` are as in
+    `draw_steps`. ``cap_bytes``: memory of one device.
 
     The peak is fitted, allocation by allocation, to 16 traces that span the drawn steps, and tested on three
     more. Raises UserError if the job has no such sizes, or if which operators a step runs depends on them.

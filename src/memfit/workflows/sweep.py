@@ -224,8 +224,8 @@ def make_trials(
 
 
 def prepared_trial(prepared: PreparedRun, placement: Placement) -> SweepTrial:
-    """Return the trial that makes exactly this run and has its name. Its run gets the digest of the job's
-    file as it is now."""
+    """Return the trial that makes exactly the run ``prepared``, with its name, where ``placement`` says. The
+    run gets the digest of the job's file as it is now."""
     source = source_digest(prepared.spec.job.spec)
     prepared = dataclasses.replace(prepared, spec=dataclasses.replace(prepared.spec, source_digest=source))
     spec = prepared.spec
@@ -282,8 +282,8 @@ def _group(trial: SweepTrial) -> _Group:
 
 
 def predicted_hours(trials: Sequence[SweepTrial], settings: RunSettings, progress: Progress) -> float | None:
-    """Return the predicted device hours of the training steps of the trials. What a trial does before its
-    first step is not included. None: a device is not known, or a step time cannot be predicted."""
+    """Return the predicted device hours of the training steps of all trials together. What a trial does
+    before its first step is not included. None: a device is not known, or a step time cannot be predicted."""
     estimates: dict[_Group, Estimate] = {}
     hours = 0.0
     for trial in trials:

@@ -24,7 +24,8 @@ class Compared(Part):
 
 
 def compare(a: Shared, b: Shared) -> tuple[Compared, ...]:
-    """Return the quantities of two records, each with the reasons why its values are not comparable.
+    """Return the quantities of two records ``a`` and ``b``, each with the reasons why its values are not
+    comparable.
 
     They are, in this order: peak memory, step time, energy and mean score over the seeds, all of plain
     training ("baseline"); the label of the recommended plan; the same four quantities of that plan; the kind

@@ -217,8 +217,8 @@ class Shared(Part):
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> Shared:
-        """Raise ValueError with the first of `faults`, if any: a record whose claims do not follow from its
-        numbers is rejected."""
+        """Return the record itself. Raises ValueError with the first of `faults`, if any: a record whose
+        claims do not follow from its numbers is rejected."""
         for fault in faults(self):
             raise ValueError(fault)
         return self
