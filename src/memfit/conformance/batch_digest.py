@@ -24,9 +24,9 @@ class InputDigester:
 
     def record(self, args: Any, kwargs: Any) -> None:
         """Record one digest of the dtypes, shapes and values of all tensors in ``args`` and ``kwargs``, the
-        inputs of a forward pass, and whether they contain different samples (along dimension 0). Tensors that
-        are scalars, empty or on the meta device are left out. Does nothing if there are no others, or if 16
-        passes have been recorded."""
+        inputs of a forward pass, and whether they contain different samples (along dimension 0) or differ
+        from those of an earlier pass. Tensors that are scalars, empty or on the meta device are left out.
+        Does nothing if there are no others, or if 16 passes have been recorded."""
         leaves = tensor_leaves((args, kwargs))
         tensors = [getattr(t, "_local_tensor", t).detach() for t in leaves]
         tensors = [t for t in tensors if t.numel() and t.dim() and not t.is_meta]
