@@ -284,10 +284,10 @@ def _missing(observed: Observations) -> list[ObservedParameter]:
 
 
 def _is_certain(figures: Sequence[WeightFigures]) -> bool:
-    """Return whether it is certain that parameters that no optimizer holds are not updated: the optimizers
-    have no tensors beside the model's parameters; or some of these are whole tensors in place of sharded
-    parameters; or a step that changed weights changed none of these. False if the optimizers have no tensors
-    at all, because they may have them only while they step, as DeepSpeed's."""
+    """Return whether it is certain that parameters that no optimizer holds are not updated: beside the
+    model's parameters, the optimizers have no tensors; or they have some, and a step that changed weights
+    changed none of these; or some of these are whole tensors in place of sharded parameters. False if the
+    optimizers have no tensors at all, because they may have them only while they step, as DeepSpeed's."""
     optimizers = _optimizers(figures)
     has_step = bool(_changed_parameters(figures))
     return any(o.parameters or o.foreign for o in optimizers) and (
