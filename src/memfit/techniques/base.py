@@ -140,7 +140,8 @@ class Technique:
     - ``script_call``: what a user's script must call or do to apply it without memfit, for a person to read.
       ``{knob}`` stands for the value of a setting.
     - ``changes``: the parts of a step in which it changes what is computed or kept.
-    - ``apply(bench, settings)`` changes the workbench. Techniques of smaller ``order`` are applied first.
+    - ``apply(bench, settings)`` changes the workbench. Techniques of smaller ``order`` are applied first. It
+      raises UserError if the model, the job or the ranks do not suit the technique.
     - ``settings(facts)`` gives the knob settings worth searching for one device, in addition to leaving the
       technique out. Knobs that they omit have their default values. By default there are none.
     - ``slot``: a kind of technique, such as "optimizer". A plan has at most one technique of each slot; "" is

@@ -132,8 +132,8 @@ def _narrowed(value: Any, *, dtype: torch.dtype) -> Any:
 
 
 def island_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Yield each island of the model and all modules inside it. Islands are known only after
-    `keep_in_float32`, which marks them; before, yield nothing."""
+    """Yield each island of the model, a module that is kept in float32, and all modules inside it. Islands
+    are known only after `keep_in_float32`, which marks them; before, yield nothing."""
     for module in model.modules():
         if getattr(module.forward, "island", False):
             yield from module.modules()

@@ -98,8 +98,9 @@ def parse_arguments(text: str, what: str) -> dict[str, Any]:
 
 def needs_names(choice: OptimizerChoice) -> bool:
     """Return whether the optimizer can only be made from the model's parameters with their names: its class
-    takes named parameters, or matrices of the blocks are chosen. False for memfit's own names and for a
-    user-defined optimizer (``make``). Raises UserError for an import path or an argument that is wrong."""
+    takes named parameters, or matrices of the blocks are treated apart from other parameters. False for
+    memfit's own names of optimizers, such as "adamw", and for a user-defined optimizer (``make``). Raises
+    UserError for an import path or an argument that is wrong."""
     if choice.make is not None or ":" not in choice.name:
         return False
     takes_names = _arguments(optimizer_class(choice.name), choice)[1]

@@ -22,8 +22,8 @@ class LossScale:
     first, patience = 65536.0, 2000  # the values of torch.amp.GradScaler
 
     def keep_in(self, optimizer: Any) -> None:
-        """Keep the scale and the number of finite steps in ``optimizer.param_groups`` from now on. Values
-        that are there already, as from a checkpoint, stay."""
+        """Keep the scale and the number of finite steps in ``optimizer.param_groups`` from now on, as
+        "loss_scale" and "good_steps". Values that are there already, as from a checkpoint, are used."""
         self.groups = optimizer.param_groups
         for group in self.groups:
             group.setdefault("loss_scale", self.first)
@@ -31,13 +31,14 @@ class LossScale:
 
     @property
     def value(self) -> float:
-        """The present scale. Only after `keep_in`."""
+        """The present scale. It can be read after `keep_in` has been called."""
         return float(self.groups[0]["loss_scale"])
 
     def unscale(self, norm: torch.Tensor, params: list[torch.nn.Parameter]) -> bool:
-        """If ``norm``, the norm of the gradients, the same on all ranks, is finite, divide it and the
-        gradients of ``params`` by the scale, in place. In any case adjust the scale afterwards. Return
-        whether the step may be taken: False if the norm is not finite and the scale was more than 1."""
+        """If ``norm`` is finite, divide it and the gradients of ``params`` by the scale, in place. In any
+        case adjust the scale afterwards. Return whether the step may be taken: False if the norm is not
+        finite and the scale was more than 1. ``norm`` is that of the scaled gradients, the same on all ranks.
+        """
         import torch
 
         finite = math.isfinite(float(norm))

@@ -13,8 +13,8 @@ class Nf4Linear(torch.nn.Module):
 
     The weight is dequantised for each product, in forward and again in backward. The bias is kept as it is.
     With ``double``, the scales are stored in 8 bits, with one float32 per 256 of them (Dettmers et al. 2023).
-    This uses the kernels of bitsandbytes but not its layer, because its parameter class does not work on fake
-    tensors.
+    This uses the kernels of bitsandbytes but not its Linear4bit, whose class of parameters does not work on
+    fake tensors.
     """
 
     absmax: torch.Tensor | None
@@ -37,7 +37,8 @@ class Nf4Linear(torch.nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
     def _apply(self, fn: Any, recurse: bool = True) -> Nf4Linear:
-        """Move the scales with the weights; they keep their dtype."""
+        """Apply ``fn`` to the parameters and buffers, as ``Module.to`` does. The scales and the table of the
+        4-bit format are only moved to the device of the weight, and keep their dtype."""
         absmax: torch.Tensor | None = self.absmax
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = self.packed.device

@@ -85,10 +85,10 @@ class MasterWeights:
     """An optimizer of bf16 parameters that updates fp32 master copies of them (Micikevicius et al. 2018,
     section 3.1).
 
-    ``make`` is called once for each master copy and returns its optimizer. `step` handles one parameter after
-    the other: the gradient is converted to fp32, the master copy is updated and copied into the parameter,
-    and the fp32 gradient is freed. The temporary memory is therefore that of one parameter and not of the
-    model. Parameters without a gradient are skipped.
+    ``make`` is called with a list of one master copy, for each of them, and returns its optimizer. `step`
+    handles one parameter after the other: the gradient is converted to fp32, the master copy is updated and
+    copied into the parameter, and the fp32 gradient is freed. The temporary memory is therefore that of one
+    parameter and not of the model. Parameters without a gradient are skipped.
     """
 
     def __init__(self, params: list[torch.nn.Parameter], make: MakeOptimizer) -> None:

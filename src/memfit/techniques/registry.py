@@ -122,10 +122,10 @@ def make_plain_plan(ranks: int = 1) -> Plan:
 def without(plan: Plan, name: str) -> Plan:
     """Return the plan without the technique ``name``. A plan that does not have it is returned unchanged.
 
-    If ``name`` is a data-parallel technique and the plan has several ranks, ddp with default settings takes
-    its place, because the ranks must still divide each batch and average gradients. If optimal-checkpointing
-    remains, its list of tensors to recompute (``dropped``) is emptied, because it was made for the operators
-    of the old plan. Raises UserError if no technique is called ``name``.
+    If ``name`` is a data-parallel technique, even ddp itself, and the plan has several ranks, ddp with
+    default settings takes its place, because the ranks must still divide each batch and average gradients. If
+    optimal-checkpointing remains, its list of tensors to recompute (``dropped``) is emptied, because it was
+    made for the operators of the old plan. Raises UserError if no technique is called ``name``.
     """
     slot = technique(name).slot
     if plan.get(name) is None:
@@ -250,10 +250,11 @@ def check(plan: Plan, machine: Machine | None = None) -> Plan:
 
 
 def effect_of(plan: Plan, dependence: SampleDependence | None = None) -> EffectClass:
-    """Return how far the plan may change the numbers of training: the strongest effect of its techniques,
-    where a technique with the setting precision=bf16 counts as E2 at least, and one with dropless=true, which
-    only reorders sums, as E1. Return E0 for a plan without techniques. If ``dependence``, which describes the
-    job's samples, is given and `changes_training` is true for it, return E3."""
+    """Return how far the plan may change the numbers of training: E0 not at all, E1 by the order of sums, E2
+    by precision, E3 by another algorithm. It is the strongest effect of the plan's techniques, where one with
+    the setting precision=bf16 counts as E2 at least, and one with dropless=true as E1. Return E0 for a plan
+    without techniques. If ``dependence``, which describes the job's samples, is given and `changes_training`
+    is true for it, return E3. Raises UserError for an unknown technique."""
     if dependence is not None and changes_training(plan, dependence):
         return EffectClass.E3
     return max(map(_effect, plan.uses), default=EffectClass.E0)

@@ -195,8 +195,8 @@ class ZeroOptimizer(abc.ABC):
 
     @abc.abstractmethod
     def _prepare(self, settings: Mapping[str, KnobValue]) -> list[torch.nn.Parameter]:
-        """Make the tensors that the stage keeps from step to step. Return what the inner optimizer
-        updates."""
+        """Make the tensors that the stage keeps from step to step. Return the parameters that the inner
+        optimizer updates."""
 
     @abc.abstractmethod
     def _on_gradient(self, param: torch.nn.Parameter) -> None: ...
@@ -210,8 +210,8 @@ class ZeroOptimizer(abc.ABC):
         raise NotImplementedError
 
     def grad_norm(self) -> torch.Tensor:
-        """Return the norm of all gradients, over all ranks. Stages 1 to 3 define it; in stage 0 the norm is
-        that of the parameters' own gradients."""
+        """Return the norm of all gradients, over all ranks, a float32 scalar. Stages 1 to 3 define it. In
+        stage 0 the training step computes the norm from the parameters' gradients instead."""
         raise NotImplementedError
 
     @abc.abstractmethod

@@ -244,8 +244,8 @@ class Bucket:
 
 
 def assign_owners(params: list[torch.nn.Parameter], ranks: int) -> dict[torch.nn.Parameter, int]:
-    """Return the rank that owns each parameter. Parameters are assigned in the order of ``params``, each to
-    the rank that has the fewest elements so far, and among several such ranks to the lowest."""
+    """Return parameter -> rank that owns it. Parameters are assigned in the order of ``params``, each to the
+    rank that has the fewest elements so far, and among several such ranks to the lowest."""
     sizes, owner_of = [0] * ranks, {}
     for param in params:
         owner_of[param] = rank = sizes.index(min(sizes))
