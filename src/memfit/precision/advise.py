@@ -48,7 +48,7 @@ _NUMBER: Final = re.compile(r"(?<![^.])\d+(?![^.])")
 Progress = Callable[[str, int, int], None]
 
 
-def _silent(stage: str, done: int, total: int) -> None:
+def _ignore_progress(stage: str, done: int, total: int) -> None:
     """Do nothing with the progress: the default of `advise`."""
 
 
@@ -79,7 +79,7 @@ def advise(
     batches: int,
     trained: int,
     device: str = CUDA,
-    progress: Progress = _silent,
+    progress: Progress = _ignore_progress,
 ) -> tuple[PrecisionAdvice, ...]:
     """Return advice on which modules must stay in float32: one `PrecisionAdvice` for each of ``dtypes``,
     which are "bf16" or "fp16", in their order.
@@ -104,7 +104,7 @@ def advise(
                 hint="fix the job first: its loss must be finite",
             )
         for dtype, dtype_modes in modes_by_dtype.items():
-            _learn(root, dtype_modes, batch, job, dtype)
+            _record_real_dtypes(root, dtype_modes, batch, job, dtype)
         _examine(root, places, model, modes_by_dtype, job, progress)
     advice = []
     for dtype in dtypes:
@@ -157,7 +157,9 @@ def add_padding(batch: Any) -> Any:
     return rebuild(batch, pad)
 
 
-def _learn(root: RecordedCall, modes_by_name: dict[str, Mode], batch: Any, job: Job, dtype: str) -> None:
+def _record_real_dtypes(
+    root: RecordedCall, modes_by_name: dict[str, Mode], batch: Any, job: Job, dtype: str
+) -> None:
     """Record in ``root``, in the ``dtypes`` of its calls, which dtypes inputs and outputs have in real runs
     in the modes pure and autocast."""
 
@@ -254,7 +256,7 @@ def _merge(results: Iterable[dict[str, ReplayErrors]]) -> dict[str, ReplayErrors
     return worst
 
 
-def _fault(errors: dict[str, ReplayErrors], mode: str, effect: float | None = None) -> str:
+def _why_float32(errors: dict[str, ReplayErrors], mode: str, effect: float | None = None) -> str:
     """Return why a module's own code must run in float32 instead of ``mode``, or "" if it may run in ``mode``
     or float32 would not help. Errors below, relative to float64, count only if those in float32 are less than
     a quarter of them. The reasons, of which the first that applies is returned:
@@ -294,14 +296,14 @@ def _fault(errors: dict[str, ReplayErrors], mode: str, effect: float | None = No
 
 
 def _paths(place: _Place, mode: str) -> set[str]:
-    return {p for p, errors in place.errors.items() if _fault(errors, mode, place.effect_ratio)}
+    return {p for p, errors in place.errors.items() if _why_float32(errors, mode, place.effect_ratio)}
 
 
 def _rank(place: _Place) -> tuple[bool, float]:
     if not place.errors:
         return False, 0.0
     errors = place.worst["pure"]
-    return bool(_fault(place.worst, "pure")), max(
+    return bool(_why_float32(place.worst, "pure")), max(
         errors.output.spread, errors.output.error, errors.gradient / 2
     )
 
@@ -355,7 +357,7 @@ def _advise_dtype(
         trained_steps=counts[1],
         examined=tuple(e for e in examined if e.pattern not in ("", LOSS)),
         outside=tuple(e for e in examined if e.pattern in ("", LOSS)),
-        sums=tuple(e.pattern for e in examined if _sums(e)),
+        sums=tuple(e.pattern for e in examined if _relies_on_wide_sums(e)),
         islands=pure_islands,
         islands_autocast=islands["autocast"],
         loss_ratio=effects.effect(set(all_paths), backward=False)[0],
@@ -363,7 +365,7 @@ def _advise_dtype(
     )
 
 
-def _sums(place: ExaminedModules) -> bool:
+def _relies_on_wide_sums(place: ExaminedModules) -> bool:
     """Return whether modules that need not stay in float32 rely on kernels that sum in float32: whether the
     error of their outputs, if sums are rounded to the narrow dtype after every addition, is above 2**-8 and
     more than twice the error with torch's own kernels. Return False for modules that must stay in float32,
@@ -393,7 +395,7 @@ def _examined_module(place: _Place) -> ExaminedModules:
         if name != "sums"
     }
     reasons = {
-        mode: next((r for f in place.errors.values() if (r := _fault(f, mode, place.effect_ratio))), "")
+        mode: next((r for f in place.errors.values() if (r := _why_float32(f, mode, place.effect_ratio))), "")
         for mode in ("pure", "autocast")
     }
     return ExaminedModules(
@@ -411,8 +413,8 @@ def _examined_module(place: _Place) -> ExaminedModules:
 
 def _island_patterns(places: Iterable[_Place], mode: str, model: nn.Module) -> tuple[str, ...]:
     """Return patterns, as for ``fnmatch``, that match the paths of exactly those modules of ``model`` whose
-    own code must not run in ``mode`` (`_fault`). The model itself and the loss function are left out. Where
-    no pattern matches exactly, the paths themselves are returned."""
+    own code must not run in ``mode`` (`_why_float32`). The model itself and the loss function are left out.
+    Where no pattern matches exactly, the paths themselves are returned."""
     names = [n for n, _ in model.named_modules()]
     paths_by_pattern = [(p.pattern, _paths(p, mode)) for p in places if p.pattern not in ("", LOSS)]
     return tuple(p for pattern, paths in paths_by_pattern for p in _patterns(pattern, paths, names))

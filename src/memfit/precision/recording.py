@@ -97,7 +97,7 @@ class _Watch:
             call = RecordedCall(path, inputs=_copy_value((args, kwargs)))
             self.stack[-1].inner.append(call)
             self.stack.append(call)
-            return _listening((args, kwargs), call.input_grads)
+            return _with_gradient_hooks((args, kwargs), call.input_grads)
 
         return enter
 
@@ -124,7 +124,7 @@ def _copy_value(value: Any) -> Any:
     return rebuild(value, keep)
 
 
-def _listening(value: Any, grads: dict[int, torch.Tensor]) -> Any:
+def _with_gradient_hooks(value: Any, grads: dict[int, torch.Tensor]) -> Any:
     """Return a copy of the value with an alias in place of each floating-point tensor that requires
     gradients. In backward, ``grads`` gets the gradient of each alias, by the index of the tensor's first
     occurrence in the order of `leaves`. It is the gradient that comes from this call alone."""

@@ -139,8 +139,8 @@ def imported_optimizer(
         plain = len(groups) == 1 and len(groups[0]) == 1
         call = functools.partial(kind, groups[0]["params"] if plain else groups, **arguments)
         with contextlib.redirect_stdout(sys.stderr):  # some print what they do with each parameter
-            optimizer: Any = _in_one_line(call, choice)()
-        optimizer.step = _in_one_line(optimizer.step, choice)
+            optimizer: Any = _with_user_errors(call, choice)()
+        optimizer.step = _with_user_errors(optimizer.step, choice)
         return optimizer  # type: ignore[no-any-return]
 
     def make(params: list[torch.nn.Parameter]) -> OptimizerLike:
@@ -187,7 +187,7 @@ def _arguments(kind: type[Any], choice: OptimizerChoice) -> tuple[dict[str, Any]
     return {**own, **choice.arguments}, first.startswith("named")
 
 
-def _in_one_line(function: Callable[..., Any], choice: OptimizerChoice) -> Callable[..., Any]:
+def _with_user_errors(function: Callable[..., Any], choice: OptimizerChoice) -> Callable[..., Any]:
     """Return ``function`` with its errors turned into UserErrors that name the optimizer and the first line
     of the error. memfit's own errors, and those of a lack of memory, are raised unchanged."""
 

@@ -101,7 +101,7 @@ def counts_steps_on_host(optimizer: Any) -> bool:
     return not any(group.get("fused") or group.get("capturable") for group in groups)
 
 
-def _alike(params: list[torch.nn.Parameter]) -> list[dict[str, Any]]:
+def _groups_by_mesh(params: list[torch.nn.Parameter]) -> list[dict[str, Any]]:
     """Return the parameters as parameter groups, each of which a ``foreach`` kernel can process: one group
     for each device mesh over which parameters are sharded, and one for those that are not sharded. Groups
     without parameters are left out."""
@@ -115,11 +115,11 @@ def _adamw(choice: OptimizerChoice, device: DeviceKind, params: list[torch.nn.Pa
     import torch
 
     kind = torch.optim.Adam if choice.name == "adam" else torch.optim.AdamW
-    optimizer = kind(_alike(params), **_numbers(choice), foreach=device.foreach)
+    optimizer = kind(_groups_by_mesh(params), **_numbers(choice), foreach=device.foreach)
     return cast(OptimizerLike, optimizer)
 
 
-def _adamw_in(kernel: str) -> Callable[..., OptimizerLike]:
+def _adamw_maker(kernel: str) -> Callable[..., OptimizerLike]:
     """Return a function of (choice, device, parameters) that makes torch's AdamW with the learning rate,
     betas, eps and weight decay of ``choice``, even if that is another optimizer. ``kernel`` is "fused" (the
     update is one kernel) or "single" (one parameter after the other, as in torch before 2.0)."""
@@ -128,7 +128,7 @@ def _adamw_in(kernel: str) -> Callable[..., OptimizerLike]:
         import torch
 
         fused = True if kernel == "fused" else None
-        optimizer = torch.optim.AdamW(_alike(params), **_numbers(choice), fused=fused, foreach=False)
+        optimizer = torch.optim.AdamW(_groups_by_mesh(params), **_numbers(choice), fused=fused, foreach=False)
         return cast(OptimizerLike, optimizer)
 
     return make
@@ -141,7 +141,11 @@ def _sgd(choice: OptimizerChoice, device: DeviceKind, params: list[torch.nn.Para
     # convention; as an E3 technique, SGD is judged by the metric.
     rate = choice.learning_rate * (100.0 if choice.name != "sgd" else 1.0)
     optimizer = torch.optim.SGD(
-        _alike(params), lr=rate, momentum=0.9, weight_decay=choice.weight_decay, foreach=device.foreach
+        _groups_by_mesh(params),
+        lr=rate,
+        momentum=0.9,
+        weight_decay=choice.weight_decay,
+        foreach=device.foreach,
     )
     return cast(OptimizerLike, optimizer)
 
@@ -382,7 +386,7 @@ ADAMW_FUSED = _technique(
     "adamw-fused",
     "AdamW's update in one kernel: no temporaries",
     EffectClass.E1,
-    _adamw_in("fused"),
+    _adamw_maker("fused"),
     script_call="torch.optim.AdamW(..., fused=True)",
     excluded=lambda facts: not facts.is_adamw,
     before_engine=True,
@@ -391,7 +395,7 @@ ADAMW_SINGLE = _technique(
     "adamw-single",
     "AdamW one parameter at a time: temporaries of the largest parameter only",
     EffectClass.E0,
-    _adamw_in("single"),
+    _adamw_maker("single"),
     script_call="torch.optim.AdamW(..., foreach=False)",
     excluded=lambda facts: not facts.is_adamw,
     before_engine=True,

@@ -125,13 +125,13 @@ class MasterWeights:
 _Settings = Iterable[Mapping[str, KnobValue]]
 
 
-def _in(half: str, *settings: Mapping[str, KnobValue]) -> Callable[[JobFacts], _Settings]:
+def _if_half_precision(half: str, *settings: Mapping[str, KnobValue]) -> Callable[[JobFacts], _Settings]:
     """Return a function for ``Technique.settings``. It returns ``settings`` if the 16-bit dtype in which the
     device multiplies (``JobFacts.half_precision``) is ``half``, "bfloat16" or "float16"; else ()."""
     return lambda facts: settings if facts.half_precision == half else ()
 
 
-_ROUNDINGS = _in("bfloat16", {"rounding": "master"}, {"rounding": "stochastic"})
+_ROUNDINGS = _if_half_precision("bfloat16", {"rounding": "master"}, {"rounding": "stochastic"})
 
 AUTOCAST = Technique(
     name="bf16-autocast",
@@ -140,7 +140,7 @@ AUTOCAST = Technique(
     changes=StepPart.PASSES,
     effect=EffectClass.E2,
     apply=lambda bench, settings: _autocast(bench, "bfloat16"),
-    settings=_in("bfloat16", {}),
+    settings=_if_half_precision("bfloat16", {}),
     order=70,
     slot="precision",
 )
@@ -152,7 +152,7 @@ FP16 = Technique(
     changes=StepPart.PASSES,
     effect=EffectClass.E2,
     apply=_apply_fp16,
-    settings=_in("float16", {}),
+    settings=_if_half_precision("float16", {}),
     order=70,
     slot="precision",
     # These keep gradients, or step the optimizer, at points where the step's loss scale is not applied.

@@ -29,10 +29,10 @@ def _library() -> Any:
 def read_bytes(tensors: Iterable[Any]) -> int:
     """Return the total bytes of the elements of the tensors. Of a distributed tensor, only this rank's part
     counts. Values that are not tensors count as zero."""
-    return sum(t.numel() * t.element_size() for t in map(_here, tensors) if hasattr(t, "element_size"))
+    return sum(t.numel() * t.element_size() for t in map(_local_part, tensors) if hasattr(t, "element_size"))
 
 
-def _here(tensor: Any) -> Any:
+def _local_part(tensor: Any) -> Any:
     """Return this rank's part if the value is a distributed tensor, else the value itself."""
     return getattr(tensor, "_local_tensor", tensor)
 
@@ -57,4 +57,4 @@ def kernel(
     import torch
 
     _library()
-    torch.ops.memfit.kernel([_here(t) for t in writes], reads, flops, kind, list(shape), dtype)
+    torch.ops.memfit.kernel([_local_part(t) for t in writes], reads, flops, kind, list(shape), dtype)

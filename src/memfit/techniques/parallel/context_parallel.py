@@ -59,7 +59,7 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
         return [_slice(whole, dim, length, across.positions(rank)) for rank in range(across.ranks)]
 
     bench.slices = slices
-    bench.loss_terms = _terms
+    bench.loss_terms = _count_labels
     bench.before_micro_batch.append(average_gradients(bench, across))
 
 
@@ -94,14 +94,14 @@ def _under(module: torch.nn.Module, mode: Any) -> None:
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not module.training:
             return inner(*args, **kwargs)
-        with mode(), _packing_unseen():
+        with mode(), _without_packing_detection():
             return inner(*args, **kwargs)
 
     module.forward = forward
 
 
 @contextlib.contextmanager
-def _packing_unseen() -> Iterator[None]:
+def _without_packing_detection() -> Iterator[None]:
     """Disable, inside this context, Hugging Face's detection of packed sequences, which takes a jump in
     positions for the start of another sequence."""
     if "transformers.masking_utils" not in sys.modules:
@@ -145,7 +145,7 @@ def _shifted(batch: Any) -> Any:
     return {**batch, "shift_labels": functional.pad(batch["labels"], (0, 1), value=_IGNORED)[..., 1:]}
 
 
-def _terms(part: Any) -> int | None:
+def _count_labels(part: Any) -> int | None:
     """Return the number of labels that count in the loss of ``part``, one rank's part of a batch: those other
     than -100 in its ``shift_labels`` or, without these, its ``labels``. Return None if the part is not a
     mapping with such labels, or these are floating-point or have fewer than two dimensions."""
