@@ -51,7 +51,7 @@ class Evaluation:
 
 class EvaluationSearch:
     """The state of the fork: what `ScriptTrace` asks and tells while the script goes on. Each peak is written
-    to ``pipe`` when its evaluation is over. The other arguments are as of `fork_search`."""
+    to ``pipe`` when its evaluation is over. The other arguments are as in `fork_search`."""
 
     def __init__(
         self,

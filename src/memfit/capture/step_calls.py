@@ -271,7 +271,7 @@ class StepCalls:
         other_bytes: int = 0,
     ) -> Job:
         """Return the job called ``name`` whose step is that of the script: ``micro_batches`` micro-batches,
-        and one update of ``optimizer``. ``clip``, ``workers`` and ``other_bytes`` are as of `Job`. Raises
+        and one update of ``optimizer``. ``clip``, ``workers`` and ``other_bytes`` are as in `Job`. Raises
         UserError if the calls cannot be repeated on a copy of the model, or if no step was seen."""
         if self.problem or self.model is None or not self.done:
             reason = self.problem or "no training step was seen"

@@ -345,7 +345,7 @@ def _outside(failure: AllocationFailure, outside_bytes: int) -> _Judgement:
 
 def _by_phase(phase: PhaseOfDeath, log: TrainingLog) -> _Judgement | None:
     """Return what the calls of the traceback say: a checkpoint, an evaluation or the optimizer's step was the
-    cause. None if the death was in none of these, or in a late optimizer's step, which has another cause."""
+    cause. None if memory ran out in none of these, or in a late optimizer's step, which has another cause."""
     if phase.name in ("save", "load"):
         action = "saving" if phase.name == "save" else "loading"
         return DeathCause.CHECKPOINT, Certainty.CERTAIN, [f"it died while {action} a checkpoint"], []
@@ -368,7 +368,7 @@ def _by_phase(phase: PhaseOfDeath, log: TrainingLog) -> _Judgement | None:
 
 
 def _by_progress(log: TrainingLog) -> _Judgement | None:
-    """Return what the log before the death says if steps had fitted before, None if they had not."""
+    """Return what the log says if steps had fitted before memory ran out, None if none had."""
     memory = log.memory
     growing_sample = next((s for s in log.samples if s.is_growing), None)
     row_count = max((s.rows[-1] for s in log.samples), default=0) + 1
@@ -689,7 +689,7 @@ _ORDER: Final = (Certainty.CERTAIN, Certainty.LIKELY, Certainty.UNKNOWN)
 
 
 def combine(diagnoses: Sequence[Diagnosis]) -> Diagnosis:
-    """Return one diagnosis from ``diagnoses``, at least one, of the same death: the most certain and most
+    """Return one diagnosis from ``diagnoses``, at least one, of the same training: the most certain and most
     specific, with the evidence of all. If two that are certain differ, the result is only likely, and its
     ``alternatives`` have the other cause unless that is a general one (`_GENERAL`)."""
     assert diagnoses

@@ -40,7 +40,7 @@ class Certainty(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Diagnosis:
-    """The cause of a death with its evidence.
+    """Why a training ended, with the evidence.
 
     ``alternatives``: other causes that the evidence allows. ``memory``: "device", "host" or "" if unknown.
     ``phase``: what ran: "forward", "backward", "optimizer", "evaluation", "save", "load", "build", "data" or

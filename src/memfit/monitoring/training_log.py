@@ -107,7 +107,7 @@ class TrainingLog:
 
 
 def read_training_log(lines: Sequence[str]) -> TrainingLog:
-    """Return what ``lines``, a log up to the death, tell about the training."""
+    """Return what ``lines``, a log up to the end of the training, tell about it."""
     steps: list[int] = []
     epochs: set[int] = set()
     rows: list[int] = []

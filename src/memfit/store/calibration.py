@@ -74,7 +74,7 @@ class CalibrationCache:
     def add(self, fresh: Calibration) -> Calibration:
         """Store the rates of `fresh`, unless rates are stored already, and its timings of those operators
         that are not stored already. Return everything that is stored then. Return `fresh` itself if no rates
-        are stored then, for example because the file cannot be written."""
+        are stored then, for example because the file cannot be written. Raises UserError as `read` does."""
         rates = dataclasses.replace(
             fresh, op_s={}, op_peak_bytes={}, op_kept_bytes={}, op_spread_ratio={}, not_timed=()
         )

@@ -17,7 +17,7 @@ from memfit.types.result import Estimate
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DeathComparison:
-    """The prediction of the plan that died, and a plan that would have fitted.
+    """The prediction of the plan under which memory ran out, and a plan that would have fitted.
 
     ``needed_bytes``: what the plan is predicted to need of the device. ``measured_bytes``: the least that its
     tensors needed: those that were allocated and the request that failed; None if the evidence does not say.
@@ -44,7 +44,8 @@ class DeathComparison:
 
     @property
     def step_ratio(self) -> float | None:
-        """The step time of the nearest plan relative to that of the plan that died; None if unknown."""
+        """The step time of the nearest plan divided by that of the plan under which memory ran out; None if
+        unknown."""
         before, after = self.predicted.step_s, self.nearest.step_s if self.nearest else None
         return after.value / before.value if before is not None and after is not None else None
 
@@ -54,10 +55,10 @@ def compare_with_prediction(
 ) -> DeathComparison:
     """Predict ``plan`` for the request's job and machine, and compare it with the figures of the diagnosis.
 
-    The memory that it could use is the request's cap; without one what the evidence says, less what others
-    used; or else the memory of the machine's device. The nearest plan differs in recomputation,
-    micro-batches, offload and chunking only; if none of these fits, it is the one that a search recommends.
-    Raises UserError if the job does not support the plan.
+    The memory that it could use is the request's cap; without one, what the evidence says (`_limit_bytes`);
+    or else the memory of the machine's device. The nearest plan differs in recomputation, micro-batches,
+    offload and chunking only; if none of these fits, it is the one that a search recommends. Raises UserError
+    if the machine or the job does not support the plan.
     """
     _, predictor = make_predictor(request)
     progress("trace", 0, 0, plan.label)

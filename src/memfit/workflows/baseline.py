@@ -59,8 +59,8 @@ def write_baseline(
     """Predict ``targets`` and store the predictions in the baseline file ``path``; other entries of the file
     stay. Without targets, predict all jobs of the file again. Return the predictions as stored.
 
-    Raises UserError if the file is not a baseline, if there is nothing to predict, and if a job, plan or
-    machine is wrong; then the file is not changed.
+    Raises UserError if the file is not a baseline, if there is nothing to predict, if a job, plan or machine
+    cannot be loaded, and if the machine or job does not support the plan; then the file is not changed.
     """
     stored = read_baseline(path) if path.exists() or not targets else BaselineFile()
     targets = targets or stored.jobs
@@ -79,8 +79,8 @@ def write_baseline(
 def check_baseline(path: Path, tolerance_ratio: float, on_target: OnTarget) -> tuple[BaselineComparison, ...]:
     """Predict all jobs of the baseline file ``path`` and return the comparisons with it, in the file's order
     (see `compare_baseline`). ``tolerance_ratio``: relative growth that is no drift. ``on_target``: called
-    before each prediction. Raises UserError if the file is not a baseline or has no jobs, and if a job, plan
-    or machine is wrong."""
+    before each prediction. Raises UserError if the file is not a baseline or has no jobs, if a job, plan or
+    machine cannot be loaded, and if the machine or job does not support the plan."""
     stored = read_baseline(path)
     if not stored.jobs:
         raise UserError(

@@ -133,8 +133,9 @@ def report_pairs(
     ``machine``: its sizes ``names`` are set for each step. ``batch`` and ``combination`` are as in
     `draw_steps`. ``cap_bytes``: memory of one device.
 
-    The peak is fitted, allocation by allocation, to 16 traces that span the drawn steps, and tested on three
-    more. Raises UserError if the job has no such sizes, or if which operators a step runs depends on them.
+    The peak is fitted, allocation by allocation, to 16 traces that span the drawn steps, and tested on up to
+    three more. Raises UserError if the job has no such sizes, or if which operators a step runs depends on
+    them.
     """
     steps = draw_steps(pairs, batch, combination)
 

@@ -185,8 +185,8 @@ def make_trials(
     sizes: Sequence[str] = (),
 ) -> tuple[SweepTrial, ...]:
     """Return all trials: sizes (none: the job's own) x placements x seeds 0, 1, ... x plans (name -> plan).
-    Raises UserError if the job cannot be loaded at a size, if the engine does not support a plan, and if two
-    placements are of the same kind."""
+    Raises UserError if the job cannot be loaded at a size, if the engine does not support a plan, if two
+    placements are of the same kind, and if two trials are the same."""
     for plan in plans.values():
         supporting_engine(settings.engine, plan)
     kinds = [placement.kind for placement in placements]
