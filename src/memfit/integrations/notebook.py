@@ -154,10 +154,10 @@ def _until_backward(body: list[ast.stmt], values: dict[str, Any]) -> list[ast.st
     owner = values.get(call.func.value.id) if isinstance(call.func.value, ast.Name) else None
     # the loss is the argument of an accelerator's backward
     loss = call.args[0] if call.args and owner is not None else call.func.value
-    return list(_first_turns(body, call, loss, values))
+    return list(_first_iterations(body, call, loss, values))
 
 
-def _first_turns(
+def _first_iterations(
     body: list[ast.stmt], call: ast.Call, loss: ast.expr, values: dict[str, Any]
 ) -> Iterator[ast.stmt]:
     for part in body:
@@ -166,13 +166,13 @@ def _first_turns(
             continue
         if isinstance(part, ast.For):
             _take_first(part, values)
-            yield from _first_turns(part.body, call, loss, values)
+            yield from _first_iterations(part.body, call, loss, values)
         elif isinstance(part, ast.Expr) and part.value is call:
             yield ast.copy_location(ast.Return(loss), part)
         elif isinstance(part, ast.With | ast.If):
-            part.body = list(_first_turns(part.body, call, loss, values))
+            part.body = list(_first_iterations(part.body, call, loss, values))
             if isinstance(part, ast.If):
-                part.orelse = list(_first_turns(part.orelse, call, loss, values))
+                part.orelse = list(_first_iterations(part.orelse, call, loss, values))
             yield part
         else:
             raise UserError(
@@ -186,8 +186,8 @@ def _take_first(loop: ast.For, values: dict[str, Any]) -> None:
     """Begin ``loop`` with ``values`` as its variables, and set its targets among them to what its first
     iteration gives them. The state of torch's random number generator is restored. Raises UserError for an
     error in the loop's iterator."""
-    turn = ast.For(loop.target, loop.iter, [ast.Break()], [])
-    code = compile(ast.fix_missing_locations(ast.Module([turn], [])), _CELL, "exec")
+    first_iteration = ast.For(loop.target, loop.iter, [ast.Break()], [])
+    code = compile(ast.fix_missing_locations(ast.Module([first_iteration], [])), _CELL, "exec")
     with torch.random.fork_rng(devices=[]):
         run_user_code(
             lambda: exec(code, values), f"the first iteration of the loop in line {loop.lineno} of the cell"

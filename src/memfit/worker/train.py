@@ -102,7 +102,7 @@ class _Gauge:
     save_copy_bytes: int = 0
     of_accelerator: dict[str, Any] = dataclasses.field(default_factory=dict)  # by training alone
 
-    def turn(self, phase: str) -> None:
+    def start_phase(self, phase: str) -> None:
         """End the running phase and start the one called ``phase``. The phase that ends gets the peaks of
         tensor memory and of resident memory since it started, if they exceed those of earlier phases of the
         same name. The peaks of the step and of the run are raised likewise, the latter not by the
@@ -458,12 +458,12 @@ def _train_and_measure(job: Job, spec: RunSpec, gauge: _Gauge, limit: MemoryLimi
         elif spec.evaluate and job.evaluate is not None:
             if limit is not None and spec.cap_scope == "training":
                 limit.lift()  # a batch of held-out data may be larger
-            gauge.turn("evaluation")
+            gauge.start_phase("evaluation")
             tell("stage", stage="evaluate")
             gauge.heartbeat.beat(spec.steps, "evaluate")
             with step.contexts():
                 scores = scores_by_endpoint(job, job.evaluate(step.model))
-            gauge.turn("end")
+            gauge.start_phase("end")
             gauge.used_bytes = limit.used_bytes() if limit is not None else None
         _check_trained_step(step, job, gauge.elements)
         digest = _digest(step.model)
@@ -473,7 +473,7 @@ def _train_and_measure(job: Job, spec: RunSpec, gauge: _Gauge, limit: MemoryLimi
     except (RuntimeError, MemoryError, OSError) as error:
         if not is_oom_error(error):
             raise
-        gauge.turn(gauge.phase)
+        gauge.start_phase(gauge.phase)
         outcome, reason, oom_message = (
             OutcomeKind.OOM,
             _oom_text(gauge.phase, gauge.first + len(gauge.losses)),
@@ -544,7 +544,7 @@ def _train(job: Job, spec: RunSpec, gauge: _Gauge, meter: EnergyMeter) -> Traini
             allowed="a run without --save and --resume",
         )
     if keeper is not None and spec.keep.resume:
-        gauge.turn("resume")
+        gauge.start_phase("resume")
         gauge.first = keeper.restore()
     meter.start()
     try:
@@ -567,20 +567,20 @@ def _run_steps(
     after_step: Callable[[], None],
 ) -> None:
     for index in range(gauge.first, spec.steps):
-        gauge.turn("data")
+        gauge.start_phase("data")
         start = time.perf_counter()
         inputs = step.local(job.make_batch(index, spec.seed))
         gauge.batch_s.append(time.perf_counter() - start)
-        gauge.turn("between")
+        gauge.start_phase("between")
         _one_step(step, inputs, index, spec, gauge)
         after_step()
         del inputs
         if keeper is not None and index == gauge.first:
             keeper.check()
         if keeper is not None and _is_save_due(keeper, gauge, index + 1):
-            gauge.turn("save")
+            gauge.start_phase("save")
             keeper.save(index + 1)
-            gauge.turn("between")
+            gauge.start_phase("between")
         elif keeper is not None and keeper.has_written:
             _finish_save(keeper, gauge)
         if gauge.requests is not None and gauge.requests.ends(index + 1) and index + 1 < spec.steps:
@@ -590,10 +590,10 @@ def _run_steps(
 
 
 def _finish_save(keeper: Checkpointer, gauge: _Gauge) -> None:
-    gauge.turn("save")
+    gauge.start_phase("save")
     keeper.finish()
     gauge.save_copy_bytes = keeper.copy_bytes
-    gauge.turn("between")
+    gauge.start_phase("between")
 
 
 def _is_save_due(keeper: Checkpointer, gauge: _Gauge, done: int) -> bool:
@@ -634,7 +634,7 @@ def _one_step(
     def mark(phase: Phase) -> None:
         if phase is Phase.BACKWARD and len(gauge.before_backward_s) < len(gauge.batch_s):
             gauge.before_backward_s.append(gauge.batch_s[-1] + time.perf_counter() - start)
-        gauge.turn(str(phase))
+        gauge.start_phase(str(phase))
         if log is not None:
             phase_starts.append(_event_count(gauge.counter))
 
@@ -642,7 +642,7 @@ def _one_step(
     values = float(loss), float(norm)
     synchronize(gauge.device)
     gauge.step_s.append(time.perf_counter() - start)
-    gauge.turn("between")
+    gauge.start_phase("between")
     if log is not None:
         event_log = gauge.counter.stop_log()  # type: ignore[attr-defined]
         gauge.timeline = _timeline(event_log, [t - start_count for t in phase_starts], gauge.base_bytes)
