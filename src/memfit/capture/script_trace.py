@@ -433,7 +433,7 @@ class ScriptTrace:
 
     def updated(self, optimizer: Any) -> None:
         """Note that an optimizer has made a step, and label its state. Call ``on_traced`` if enough steps are
-        traced."""
+        traced. Do nothing before `begin`."""
         if not self.begun:
             return
         steps_on_host = not self.is_host and counts_steps_on_host(optimizer)

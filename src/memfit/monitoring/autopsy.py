@@ -115,7 +115,8 @@ def _fatal_failure(lines: Sequence[str], last: TracebackText | None) -> Allocati
 
 
 def _with_place(diagnosis: Diagnosis, frames: Sequence[StackFrame]) -> Diagnosis:
-    """Add the line of the user's code and the module that the frames of a traceback show."""
+    """Return the diagnosis with the line of the user's code and the module that the frames of a traceback
+    show and, if it has no phase, the phase. Unchanged without frames."""
     if not frames:
         return diagnosis
     frame, phase = innermost_user_frame(frames), phase_of(frames)
@@ -272,8 +273,9 @@ _TIMES: Final = (
 
 
 def _with_free_blocks(failure: AllocationFailure, time: _Judgement) -> _Judgement:
-    """Return ``time`` with fragmentation as a possible cause if the allocator holds at least twice the memory
-    that was asked for, and 2 % of the limit, in no tensor; otherwise ``time`` unchanged."""
+    """Return ``time`` with fragmentation as an alternative, or in place of late growth as the likely cause,
+    if the allocator holds at least twice the memory that was asked for, and 2 % of the limit, in no tensor.
+    Otherwise, and if another cause is certain, return ``time`` unchanged."""
     request, unallocated, limit = failure.request_bytes, failure.unallocated_bytes, failure.limit_bytes
     if (
         request is None

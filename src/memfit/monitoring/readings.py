@@ -88,7 +88,8 @@ class EnergyReadings:
         self._next_s = time.monotonic() + _ENERGY_PERIOD_S
 
     def read(self) -> float | None:
-        """Return the joules so far, or None without a meter or less than a second after the last reading."""
+        """Return the joules so far. None without a meter, or less than a second after the construction or the
+        last reading."""
         if not self.boundary or time.monotonic() < self._next_s:
             return None
         self._next_s = time.monotonic() + _ENERGY_PERIOD_S

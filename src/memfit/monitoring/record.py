@@ -275,8 +275,8 @@ class RecordReader:
         self._files: dict[int, _RankFile] = {}
 
     def update(self) -> WatchRecord:
-        """Return the whole record so far, without ranks that wrote no valid line. Raises UserError if a file
-        cannot be read."""
+        """Return the whole record so far, without ranks that wrote no valid line and without files of an
+        earlier training. Raises UserError if a file cannot be read."""
         for rank, path in rank_paths(self._path).items():
             self._files.setdefault(rank, _RankFile(path, rank)).update()
         first = self._files.get(0)
@@ -370,7 +370,7 @@ class _RankFile:
         """Add values that were read from the device after the line of their step had been written. They are
         dropped if their step is none of the last 1,000."""
         values = _known_fields(WatchStep, values)
-        for i in range(len(self._steps) - 1, max(-1, len(self._steps) - 1000), -1):
+        for i in range(len(self._steps) - 1, max(-1, len(self._steps) - 1001), -1):
             if self._steps[i].step == values["step"]:
                 self._steps[i] = dataclasses.replace(self._steps[i], **values)
                 return

@@ -151,7 +151,8 @@ class TrainingWatch:
         self._notify(self._guard(self._end_step, loss, grad_norm, step))
 
     def close(self, error: BaseException | None = None) -> None:
-        """End the watch. ``error``: what ended the training, if it failed. Later calls do nothing."""
+        """End the watch, and write its end to the file if anything was recorded. ``error``: what ended the
+        training, if it failed. Later calls do nothing. Exceptions of ``on_alarm`` are raised."""
         alarms = self._guard(self._end, error, self._recovery(error))
         self._is_over = True
         self._hooks.close()

@@ -482,8 +482,8 @@ class Sweep:
         )
 
     def _threads(self, trial: SweepTrial) -> int:
-        """Return the number of threads of each process of the trial; 0: all that the machine has. Trials side
-        by side on this machine share its threads."""
+        """Return the number of threads of each process of the trial; 0: the default of ``memfit run``.
+        Without a number in the settings, trials that run side by side share the threads of this machine."""
         slots = self._executors[trial.placement.kind].slots or 1
         if self._settings.threads or slots == 1:
             return self._settings.threads
