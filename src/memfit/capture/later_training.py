@@ -101,7 +101,8 @@ def _trains(
     statement: ast.stmt, scope: Mapping[str, Any], later: Mapping[str, ast.FunctionDef | ast.ClassDef]
 ) -> bool:
     """Return whether the code of a statement, and of the functions of the script that it calls or passes on,
-    such as the closure of an optimizer, makes backward passes and updates. ``scope``: name -> object.
+    such as the closure of an optimizer, makes backward passes and updates, or calls ``fit`` or ``train`` of a
+    trainer. ``scope``: name -> object.
     ``later``: the functions and classes that the script defines behind the loop, by name."""
     if isinstance(statement, _SCOPES):
         return False

@@ -131,8 +131,9 @@ class ScriptTrace:
         return twin
 
     def note_real(self, tensor: torch.Tensor, category: Category | None = None) -> None:
-        """Record the memory of a real tensor, if torch's allocator made it, on the device on which the script
-        runs: real tensors lie in host memory, which is not counted if the target is an accelerator."""
+        """Record the memory of a real tensor, which lies in host memory. It is not counted if torch's
+        allocator did not make it or if it is from a worker process. Do nothing before `begin`, and if the
+        target is an accelerator."""
         if self.is_uncounted and isinstance(tensor, torch.Tensor):
             self._from_workers[tensor] = True
         if not (self.begun and self.is_host) or type(tensor) not in (torch.Tensor, torch.nn.Parameter):

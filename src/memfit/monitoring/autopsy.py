@@ -522,9 +522,9 @@ def is_record(head: bytes) -> bool:
 def diagnose_record(record: WatchRecord) -> Diagnosis:
     """Return why a watched training ended. It is judged by the ranks that ended with an error of memory and,
     if memfit ran the command, by how the command was killed. If there is neither and a rank ended with
-    another error, the cause is not memory. An error that says that the connection to another rank ended does
-    not count if a rank has no record of its end; that rank is judged as killed. Otherwise the cause is
-    unknown, and the evidence is the least free memory."""
+    another error, the cause is not memory. If a rank is lost (`WatchRecord.lost_ranks`), errors of other
+    ranks that say that a connection ended do not count, and without another error the lost rank is judged as
+    killed. Otherwise the cause is unknown, and the evidence is the least free memory."""
     diagnoses = [d for r in record.ranks if (d := _diagnose_rank(r)) is not None]
     if record.exit is not None and (killed := _diagnose_exit(record.exit)) is not None:
         diagnoses.append(killed)

@@ -148,8 +148,9 @@ def main(path: Path) -> int:
 
 @contextlib.contextmanager
 def _stack_traces(folder: Path) -> Iterator[None]:
-    """In this context, SIGUSR2 appends the stack traces of all threads to a file in ``folder``, even while
-    this process waits in native code. The parent, which has made the folder, asks for them."""
+    """In this context, SIGUSR2 writes the stack traces of all threads to a file in ``folder``, even while
+    this process waits in native code. The parent, which has made the folder, asks for them. Do nothing if
+    another launcher than memfit started this process."""
     if not (folder / HEARTBEAT).exists():  # started by another launcher
         yield
         return

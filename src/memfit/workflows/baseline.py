@@ -129,8 +129,8 @@ def _predictions(
 
 def target_in(folder: Path, target: BaselineTarget) -> BaselineTarget:
     """Return ``target``, whose paths are relative to the current folder, with paths relative to ``folder``,
-    and with the machine's name as the catalog spells it. Raises UserError for an unknown machine and for
-    "this"."""
+    and with the machine's name as the catalog spells it. Raises UserError for a name that is not in the
+    catalog and for "this". A machine file (.toml) is not read."""
     machine = target.machine
     if not machine.endswith(".toml"):
         machine = machine_named(machine).name
