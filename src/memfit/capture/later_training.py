@@ -102,8 +102,8 @@ def _trains(
 ) -> bool:
     """Return whether the code of a statement, and of the functions of the script that it calls or passes on,
     such as the closure of an optimizer, makes backward passes and updates, or calls ``fit`` or ``train`` of a
-    trainer. ``scope``: name -> object.
-    ``later``: the functions and classes that the script defines behind the loop, by name."""
+    trainer. ``scope``: name -> object. ``later``: the functions and classes that the script defines after the
+    loop, by name."""
     if isinstance(statement, _SCOPES):
         return False
     names, seen, statements = set[str](), set[Any](), [statement]

@@ -333,7 +333,8 @@ class ScriptTrace:
         return any(id(t) not in in_modules for _, t in self._trained_tensors())
 
     def adopt_states(self, optimizer: torch.optim.Optimizer) -> None:
-        """Turn the real tensors of an optimizer's state, which the script has loaded, into fake ones."""
+        """Turn the real tensors of an optimizer's state, which the script has loaded, into fake ones. Those
+        without dimensions, such as a step count, stay."""
         for param, state in optimizer.state.items():
             for tensor in state.values() if isinstance(state, dict) else ():
                 if is_real(tensor) and tensor.dim() and is_fake(param):

@@ -74,7 +74,7 @@ class NumberSeries:
 
     @property
     def is_flat(self) -> bool:
-        """Whether the second half of at least four values lies within 3 %."""
+        """Whether the values of the second half differ by at most 3 %; False for fewer than four values."""
         tail = self.values[len(self.values) // 2 :]
         return len(self.values) >= 4 and max(tail) <= 1.03 * min(tail)
 
