@@ -266,6 +266,8 @@ def test_a_length_beyond_the_models_positions_is_the_models_limit() -> None:
         memfit.estimate(*build(65), machine="H100-SXM")
     with pytest.raises(UserError, match="embedding of 50 rows is looked up at row 50"):
         memfit.estimate(Positions(), torch.full((2, 8), 50), machine="H100-SXM")
+    with pytest.raises(UserError, match="embedding of 50 rows is looked up at row -100"):
+        memfit.estimate(Positions(), torch.full((2, 8), -100), machine="H100-SXM")
     found = memfit.largest(build, machine="H100-SXM")
     assert found.value == 64
     assert found.limit == "job"

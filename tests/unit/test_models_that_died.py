@@ -476,8 +476,8 @@ class Graph(nn.Module):
         (lambda: nn.Linear(64, 64), torch.randn(8, 64), _makes_jagged, "nested tensor"),
         (nn.Sequential(nn.LazyLinear(8)), torch.randn(8, 64), None, "lazy module"),
         (lambda: nn.Sequential(nn.LazyBatchNorm1d(affine=False)), torch.randn(8, 64), None, "lazy module"),
-        (Graph(), torch.randn(50, 64), None, "sparse_coo tensor that it did not make"),
-        (Graph, torch.randn(50, 64), None, "sparse_coo tensor that it did not make"),
+        (Graph(), torch.randn(50, 64), None, "sparse_coo tensor that it did not make by"),
+        (Graph, torch.randn(50, 64), None, "sparse_coo tensor that it did not make by"),
     ],
     ids=[
         "jagged batch",

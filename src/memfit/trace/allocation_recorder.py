@@ -40,7 +40,9 @@ _PRODUCT = ("aten.bmm.default", "aten.mm.default")  # makes attention scores; co
 
 @dataclasses.dataclass(slots=True)
 class Life:
-    """A storage that was recorded: the clocks of its allocation and release, and what it is for."""
+    """The record of one storage, or of ``pieces`` equal ones: its size before rounding, the clocks at which
+    it is allocated (``start``) and released (``end``; None while it is alive), and what made it. ``category``
+    None: `AllocationRecorder.finish` decides it."""
 
     start: int
     size_bytes: int
@@ -60,9 +62,9 @@ _ROWS = "_memfit_rows"
 
 
 class _Rows:
-    """Rows of a sparse tensor, shared by all its views. ``size_bytes`` counts its indices and values.
-    ``distinct_ratio`` is the number of distinct indices divided by that of rows (1.0 if not known).
-    ``joined``: the tensor is coalesced, so rows of equal index have been added up."""
+    """The rows of a sparse COO tensor, shared by all its views. ``size_bytes``: of their indices and values.
+    ``distinct_ratio``: the number of distinct indices divided by that of rows (1.0 if not known).
+    ``joined``: whether the tensor is coalesced, so that rows of equal index have been added up."""
 
     def __init__(self, size_bytes: int, distinct_ratio: float) -> None:
         self.size_bytes, self.distinct_ratio, self.joined = size_bytes, distinct_ratio, False
@@ -137,20 +139,21 @@ class AllocationRecorder(TorchDispatchMode):
     # -- called by the training step ----------------------------------------------------------------
 
     def phase(self, phase: Phase) -> None:
-        """Start a phase of the present step."""
+        """End the present phase and start ``phase`` in the present step. Real values are followed in all
+        phases but the optimizer's, from the first batch on."""
         self._close_span()
         self.current = phase
         self.concrete_values.on = self.concrete_values.seeded and phase is not Phase.OPTIMIZER
         self.optimizer_scalars.on = self.follows_optimizer_scalars and phase is Phase.OPTIMIZER
 
     def next_step(self) -> None:
-        """Count what is recorded from now on to the next step."""
+        """Let what is recorded from now on belong to the next step."""
         self.step += 1
 
     def label(self, value: Any, category: Category, *, module: str | None = None) -> None:
         """Assign ``category`` and, unless it is None, ``module`` to the storages of every tensor in
-        ``value``, in place of what they had before. Storages that have not been recorded yet are recorded as
-        made now."""
+        ``value``, in place of what they had before. ``value``: a tensor or a batch. Storages that have not
+        been recorded yet are recorded as made now. Raises what `note_real` raises."""
         with torch._C.DisableTorchFunction():  # as in `__torch_dispatch__`
             for tensor in [value] if isinstance(value, torch.Tensor) else batch_tensors(value):
                 for inner in plain_tensors(tensor):
@@ -159,31 +162,33 @@ class AllocationRecorder(TorchDispatchMode):
                     life.module = life.module if module is None else module
 
     def note_real(self, tensor: torch.Tensor, op: str) -> Life:
-        """Record the storage of a tensor that this mode did not see being made, as if the operator ``op``
-        made it now. Do nothing if it is recorded already. Return the record of the storage's lifetime. Raises
-        UserError for a tensor that is neither dense nor sparse COO."""
+        """Return the record of a tensor's storage. If the storage is not recorded yet, because this mode did
+        not see it being made, record it as if the operator ``op`` made it now. Raises UserError for a tensor
+        that is neither dense nor sparse COO."""
         return self._note(tensor, op, self.modules.name(self.current))
 
     def note_offload(self, out_bytes: int, back_bytes: int) -> None:
-        """Count one tensor more that is offloaded: ``out_bytes`` are copied out, ``back_bytes`` back."""
+        """Count one more offloaded tensor: ``out_bytes`` are copied to the host, ``back_bytes`` back."""
         self.offloaded_bytes += out_bytes
         self.restored_bytes += back_bytes
         self.offloaded_tensors += 1
 
     def note_storage(self, written_bytes: int, read_bytes: int, size_bytes: int) -> None:
-        """Count bytes written to local storage and read from it. ``size_bytes``: what it then holds."""
+        """Add to the bytes written to local storage and read from it. ``size_bytes``: what the storage then
+        holds; the largest of all calls is kept."""
         self.storage_written_bytes += written_bytes
         self.storage_read_bytes += read_bytes
         self.storage_bytes = max(self.storage_bytes, size_bytes)
 
     def start_counts(self) -> None:
-        """Count from now on what a step offloads, writes to local storage and reads from it."""
+        """Set to 0 the counts of `note_offload`, and the bytes written and read of `note_storage`."""
         self.offloaded = (0, 0, 0)
         self.storage_written_bytes = self.storage_read_bytes = 0
 
     @property
     def offloaded(self) -> tuple[int, ...]:
-        """Bytes copied out and back, and the number of tensors, that `note_offload` counted in this step."""
+        """(Bytes copied to the host, bytes copied back, number of tensors) that `note_offload` has counted
+        since `start_counts`."""
         return self.offloaded_bytes, self.restored_bytes, self.offloaded_tensors
 
     @offloaded.setter
@@ -196,12 +201,13 @@ class AllocationRecorder(TorchDispatchMode):
         return len(self._calls)
 
     def counts(self) -> Counter[str]:
-        """Return the numbers of values asked for, of values drawn, and of the calls of each stream."""
+        """Return the numbers so far of values asked for ("questions"), of values drawn ("draws"), and of the
+        operator calls of each stream ("stream NAME")."""
         streams = {f"stream {name}": calls for name, calls in self.stream_tracker.calls.items()}
         return Counter(questions=self.guesses.questions, draws=self.concrete_values.draws, **streams)
 
     def add_counts(self, counts: Mapping[str, int]) -> None:
-        """Add the numbers of calls that were not run: differences of what `counts` returns."""
+        """Add ``counts``, a difference of two results of `counts`, for operators that were not run."""
         for name, count in counts.items():
             if name == "questions":
                 self.guesses.questions += count
@@ -212,20 +218,21 @@ class AllocationRecorder(TorchDispatchMode):
 
     def surroundings(self) -> tuple[Any, ...]:
         """Return what decides, besides an operator's arguments, how its call is recorded now: (phase, memory
-        pool, module, line of the user's code, whether gradients are enabled)."""
+        pool, module, line of the user's code or "" if lines are not recorded, whether gradients are enabled).
+        """
         line = self._line() if self.lines else ""
         module = self.modules.name(self.current)
         return self.current, self.memory_pool, module, line, torch.is_grad_enabled()
 
     def calls_between(self, first: int, last: int | None = None) -> list[operators.OperatorCall]:
-        """Return the recorded calls from number ``first`` to before ``last``, None: to the newest."""
+        """Return the recorded calls from index ``first`` to before ``last`` (None: to the newest)."""
         return self._calls[first:last]
 
     def repeat_calls(
         self, calls: Iterable[operators.OperatorCall], shift: int, modules: Mapping[str, str]
     ) -> None:
-        """Record the calls again in the present step, ``shift`` later, with ``modules`` in place of those of
-        the same names."""
+        """Record the calls again in the present step, at clocks that are ``shift`` higher. ``modules``:
+        module path -> path to record in its place; other paths stay."""
         self._calls += [
             dataclasses.replace(
                 call,
@@ -237,7 +244,7 @@ class AllocationRecorder(TorchDispatchMode):
         ]
 
     def multiply_calls(self, indices: range, times: int) -> None:
-        """Let each of the recorded calls stand for ``times`` equal ones."""
+        """Multiply by ``times`` the number of calls for which each recorded call at ``indices`` stands."""
         self._calls[indices.start : indices.stop] = [
             dataclasses.replace(call, times=times * call.times)
             for call in self._calls[indices.start : indices.stop]
@@ -245,7 +252,7 @@ class AllocationRecorder(TorchDispatchMode):
 
     def repeat_life(self, life: Life, count: int) -> Life:
         """Record ``count`` more storages like that of ``life`` as made now, and return their common record.
-        `adopt` gives it a storage, with which it ends."""
+        It has no end until `adopt` gives it a tensor's storage, with which it ends."""
         repeated = dataclasses.replace(
             life, start=self.clock, end=None, step=self.step, pieces=count * life.pieces
         )
@@ -259,7 +266,8 @@ class AllocationRecorder(TorchDispatchMode):
         return entry[1] if entry is not None and entry[0]() is not None else None
 
     def adopt(self, tensor: torch.Tensor, life: Life) -> None:
-        """Let ``life`` be the record of the tensor's storage, which is not recorded yet."""
+        """Make ``life`` the record of the tensor's storage, which must not be recorded yet. It ends when the
+        storage is freed."""
         storage = tensor.untyped_storage()
         self._known[storage._cdata] = (weakref.ref(storage, self._death(storage._cdata)), life)
 
@@ -277,8 +285,9 @@ class AllocationRecorder(TorchDispatchMode):
         self._known[storage._cdata] = (reference, new_life)
 
     def restart(self) -> int:
-        """Forget all operator calls and ended storages, and count the clock anew, as if the storages that are
-        alive were made now. Return the peak of live bytes at the model's device until now."""
+        """Forget all operator calls, phase spans and ended storages, and start the clock again at 0, as if
+        the storages that are alive were made now. Return the peak so far of live bytes on the model's device,
+        not rounded."""
         on_device = [x for x in self.lives if not x.memory_pool]
         peak_bytes = peak_of_lives((x.start, x.end, x.size_bytes) for x in on_device)
         self.lives = [life for life in self.lives if life.end is None]
@@ -337,7 +346,8 @@ class AllocationRecorder(TorchDispatchMode):
         return out
 
     def is_on_host(self, tensor: torch.Tensor) -> bool:
-        """Return whether a tensor, or each tensor in a wrapper such as DTensor, lies in the pool "host"."""
+        """Return whether a tensor, or each tensor in a wrapper such as DTensor, lies in the pool "host".
+        False if its storage is not recorded."""
         lives = [self.life_of(inner) for inner in plain_tensors(tensor)]
         return all(life is not None and life.memory_pool == "host" for life in lives)
 
@@ -348,9 +358,13 @@ class AllocationRecorder(TorchDispatchMode):
         return bool(tensors) and all(map(self.is_on_host, tensors))
 
     def _item(self, tensor: Any, value: Any) -> bool | int | float:
-        """Return the answer to ``tensor.item()``. ``value``: the known or assumed value, or None.
-        Answers to an optimizer are not listed as assumptions: those in its phase, and known ones in backward
-        that no line of the user asks for."""
+        """Return the answer to ``tensor.item()`` (`Guesses.item`). ``value``: the known or assumed value, or
+        None; an unknown floating-point number in the optimizer's phase is answered with 0.5.
+
+        Answers in the phases setup and optimizer are not listed as assumptions, nor are known ones in
+        backward that no line of the user or of a library asks for, because an optimizer that steps in
+        backward does.
+        """
         is_listed = self.current not in (Phase.OPTIMIZER, Phase.SETUP)
         if self.current is Phase.OPTIMIZER and value is None and tensor.dtype.is_floating_point:
             value = _SCALAR
@@ -385,7 +399,7 @@ class AllocationRecorder(TorchDispatchMode):
     ) -> Any:
         """Run an operator that does work (all but `OperatorFact.silent` ones), in place if torch would do so
         on plain tensors (`_writes`), and return its result. ``values`` is its result on real values, or None
-        if they are not known.
+        if they are not known. An operator that takes or makes sparse tensors is left to `_sparse`.
 
         Record the storages of its outputs and temporary tensors, and the call with its cost. While the model
         is built on the host, the call is not recorded.
@@ -434,8 +448,9 @@ class AllocationRecorder(TorchDispatchMode):
         return out
 
     def _sparse(self, func: Any, fact: operators.OperatorFact, args: Any, kwargs: Any) -> Any:
-        """Run an operator that takes or makes sparse tensors, and return its result. Record the bytes of the
-        rows of each sparse result, but not the call.
+        """Run an operator that takes or makes sparse tensors, and return its result (for ``is_coalesced``,
+        whether rows of equal index have been added up). Record the bytes of the rows of each sparse result,
+        but not the call.
 
         Fake sparse tensors hold no rows, so `_Rows` holds their size. A call that makes one from dense
         tensors gives it the size of these. The results of other calls have the size of their largest sparse
@@ -492,16 +507,16 @@ class AllocationRecorder(TorchDispatchMode):
         return [self.owner(t) for t in tensors if isinstance(t, torch.Tensor)]
 
     def owner(self, tensor: torch.Tensor) -> str:
-        """Return the path of the module that the tensor's storage is recorded for (of a wrapper subclass: its
-        first inner tensor's storage), or "" if it has none, as a sparse tensor, or the storage is not
-        recorded or has no module."""
+        """Return the path of the module that the tensor's storage is recorded for. A wrapper subclass such as
+        DTensor counts as its first dense inner tensor. Return "" for a sparse tensor, and if the storage is
+        not recorded or has no module."""
         dense = [t for t in plain_tensors(tensor) if not t.is_sparse]
         entries = [self._known.get(t.untyped_storage()._cdata) for t in dense]
         return entries[0][1].module if entries and entries[0] is not None else ""
 
     def unseen(self, build: Callable[[], torch.nn.Module]) -> Callable[[], torch.nn.Module]:
         """Return a function that calls ``build`` without recording its operators and storages (`pause`). The
-        storages of the model's tensors are recorded when `label` gets them."""
+        storages of the model's tensors are recorded when they are passed to `label`."""
         return self.pause()(build)
 
     def pause(self) -> contextlib._GeneratorContextManager[None]:
@@ -511,8 +526,8 @@ class AllocationRecorder(TorchDispatchMode):
 
     def in_memory_pool(self, pool: str) -> contextlib._GeneratorContextManager[None]:
         """Inside this context, record new storages as lying in ``pool``: "" (the model's device), "host"
-        (host memory), or the name of a stream, whose memory pool they come from. Operators are recorded as
-        running there."""
+        (host memory), "nowhere" (not counted), or the name of a stream, whose memory pool they come from.
+        Operators are recorded as running there."""
         return self._set("memory_pool", pool)
 
     @contextlib.contextmanager
@@ -525,9 +540,9 @@ class AllocationRecorder(TorchDispatchMode):
             setattr(self, name, previous)
 
     def wait(self, stream: str, awaited: str, calls: int) -> None:
-        """Record that ``stream`` waits until the first ``calls`` operator calls of the stream ``awaited``
-        have ended, counted from the start of the trace. Do nothing if they are the same stream. While
-        recording is paused, nothing is recorded."""
+        """Record that ``stream`` waits until the first ``calls`` operator calls of the stream ``awaited``,
+        counted from the start of the trace, have ended. Do nothing if both are the same stream or while
+        recording is paused."""
         stream_use = self.stream_tracker.wait(stream, awaited, calls)
         if stream_use is not None and not self.paused:
             self._record(self.clock, "stream.wait", _NOTHING, self.modules.name(self.current), stream_use)
@@ -565,8 +580,8 @@ class AllocationRecorder(TorchDispatchMode):
     def _keep_first_block(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """Let ``out`` have the storage that torch gives the result of `operators.SLIDING_WINDOWS` on ``x``.
         The kernels resize an empty tensor like ``x`` (aten/src/ATen/native: Im2Col.cpp, Col2Im.cpp, also
-        under cuda): a smaller result stays in the larger storage; for a larger one, the first block lives
-        until the second is there."""
+        under cuda): a result with fewer elements stays in the larger storage; for any other, the first
+        block lives until the second is allocated."""
         if out.numel() < x.numel():
             out.untyped_storage().resize_(x.numel() * x.element_size())
         else:
@@ -582,8 +597,8 @@ class AllocationRecorder(TorchDispatchMode):
             self._flying.pop(out.untyped_storage()._cdata, None)
 
     def _writes(self, func: Any, args: Any, kwargs: Any) -> bool:
-        """Return whether torch would run ``func`` in place on plain tensors. False if it was called on a
-        wrapper subclass such as DTensor, whatever tensors that contains."""
+        """Return whether torch would run ``func`` in place on plain tensors (`_solely_held`, `_in_place`).
+        False if it was called on a wrapper subclass such as DTensor, whatever tensors that contains."""
         is_plain = self._outer is not func
         self._outer = self._outer if is_plain else None
         return (
@@ -679,7 +694,7 @@ class AllocationRecorder(TorchDispatchMode):
         return life
 
     def end(self, life: Life) -> None:
-        """Record that a storage ends now."""
+        """Record that the storage (or storages) of ``life`` is freed now."""
         life.end = self.clock
         self.clock += 1
 
@@ -701,7 +716,9 @@ class AllocationRecorder(TorchDispatchMode):
         self._span_start = self.clock
 
     def finish(self) -> tuple[tuple[Allocation, ...], tuple[OpCall, ...], tuple[PhaseSpan, ...]]:
-        """End the present phase and return (allocations, operator calls, phase spans) of the whole record."""
+        """End the present phase and return (allocations, operator calls, phase spans) of the whole record. An
+        allocation without a category is an activation if it is made in forward and outlives that phase, else
+        temporary."""
         self._close_span()
         bounds = sorted({s.end for s in self.spans})
         ops = tuple(call.finish() for call in self._calls)

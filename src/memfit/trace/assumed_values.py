@@ -31,7 +31,7 @@ class AssumedCase(enum.StrEnum):
 
     ``LOW`` and ``HIGH``: numbers fall from 0.9 to 0.1 (LOW) or rise from 0.1 to 0.9 (HIGH) along the last
     dimension, so that all rows make the same choice; a scalar is random as in the usual case. All numbers of
-    a random operator are the lowest (LOW) or the highest (HIGH) number in 17 draws. The first element of a
+    a random operator are the lowest (LOW) or the highest (HIGH) number in 17 calls. The first element of a
     mask is True; the others are False (LOW), or True at random for about half of them (HIGH).
     """
 
@@ -170,8 +170,8 @@ def draw_values(func: Any, args: Any, kwargs: Any, case: AssumedCase, seed: int)
 
     In the cases LOW and HIGH, all its numbers are replaced by the lowest or the highest number in 17 such
     calls. In the usual case this is done only for a single number, which may be compared with a threshold: it
-    becomes the median of 17 draws. Permutations (``randperm``), complex numbers and results that are not one
-    tensor are never replaced.
+    becomes the median of 17 draws. Permutations (``randperm``), complex numbers, empty tensors and results
+    that are not one tensor are never replaced.
     """
     with _own_random_numbers(seed):
         numbers = func(*args, **kwargs)

@@ -34,8 +34,8 @@ MATH_FOR_CUDNN: Final = (
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionCall:
-    """The arguments of ``scaled_dot_product_attention`` that decide its kernel. Tensors have the shape
-    (batch, heads, length, head dim)."""
+    """The arguments of ``scaled_dot_product_attention`` that decide its kernel. ``query``, ``key`` and
+    ``value`` have the shape (batch, heads, length, head dim). ``mask`` None: there is none."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -47,7 +47,7 @@ class AttentionCall:
 
     @property
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values."""
+        """(``query``, ``key``, ``value``)."""
         return self.query, self.key, self.value
 
     @property
@@ -57,11 +57,12 @@ class AttentionCall:
 
     @property
     def has_unit_strides(self) -> bool:
-        """Whether the elements of each head are consecutive."""
+        """Whether queries, keys and values have a stride of 1 in their last dimension."""
         return all(tensor.stride(-1) == 1 for tensor in self.tensors)
 
     def with_batch(self) -> AttentionCall:
-        """Return the call with a batch of one in front of its tensors, and a mask of four dimensions."""
+        """Return the call with a batch dimension of 1 in front of queries, keys and values, and with a mask
+        that has as many leading dimensions of 1 as four dimensions need."""
         mask = self.mask
         while mask is not None and mask.dim() < 4:
             mask = mask.unsqueeze(0)
@@ -70,8 +71,9 @@ class AttentionCall:
 
 
 def attention_kernel_of(kind: DeviceKind, note: Callable[[str], None]) -> Callable[..., torch.Tensor]:
-    """Return the implementation of ``scaled_dot_product_attention`` on devices of ``kind``. ``note`` is
-    called with what is not known of the choice of its kernel."""
+    """Return a function with the arguments of ``scaled_dot_product_attention`` that runs the kernel of
+    devices of ``kind`` (`choose_kernel`). It calls ``note`` with a sentence if this choice may be wrong
+    (`_unknown`)."""
 
     def attention(
         query: torch.Tensor,
@@ -105,10 +107,10 @@ def attention_kernel_of(kind: DeviceKind, note: Callable[[str], None]) -> Callab
 
 
 def choose_kernel(kind: DeviceKind, call: AttentionCall) -> str:
-    """Return "flash", "efficient", "math" or "cudnn": the kernel that torch chooses on devices of ``kind``.
-    A kernel that the caller has disabled (``torch.nn.attention.sdpa_kernel``) is not chosen. cuDNN's comes
-    last, as on most devices. An unknown compute capability counts as 8.0. With a known one, raises
-    RuntimeError, as torch does, if no enabled kernel takes the call."""
+    """Return "flash", "efficient", "math" or "cudnn": the kernel that torch chooses on devices of ``kind``. A
+    kernel that the caller has disabled (``torch.nn.attention.sdpa_kernel``) is not chosen. cuDNN's comes
+    last, as on most devices. An unknown compute capability counts as 8.0. If no enabled kernel takes the
+    call, return "math" with an unknown capability, and with a known one raise RuntimeError, as torch does."""
     capability = kind.attention_since
     if fused := _fused_kernel(capability, call):
         return fused
@@ -144,9 +146,10 @@ def _shapes_fit(call: AttentionCall) -> bool:
 
 
 def _heads_fit(call: AttentionCall, takes_groups: bool, takes_unequal: bool = False) -> bool:
-    """Return whether a fused kernel takes these numbers of heads: equal ones; if it ``takes_groups``, which
-    the caller must enable, a multiple of the keys' and values' for the queries. These two may differ if it
-    ``takes_unequal``."""
+    """Return whether a fused kernel takes the call's numbers of heads. It takes equal numbers and, from torch
+    2.15 on, one head of keys and values for all queries. If it ``takes_groups`` and the call has
+    ``enable_gqa``, the number for the queries may be a multiple of that of the keys and that of the values.
+    These two must be equal unless it ``takes_unequal``."""
     queries, keys, values = (tensor.shape[1] for tensor in call.tensors)
     if call.enable_gqa and takes_groups:
         is_multiple = 0 not in (keys, values) and queries % keys == queries % values == 0
@@ -155,8 +158,8 @@ def _heads_fit(call: AttentionCall, takes_groups: bool, takes_unequal: bool = Fa
 
 
 def _flash_takes(capability: tuple[int, int], call: AttentionCall) -> bool:
-    """Return whether the flash kernel of devices of this compute capability takes the call. That
-    of 8.6 has no backward for some large heads."""
+    """Return whether the flash kernel of devices of this compute capability takes the call. That of 8.6 is
+    not trained with head dims above 192, except for those above 224 without dropout."""
     size = call.query.shape[-1]
     if capability < (8, 0) or not call.is_half or call.mask is not None or not _shapes_fit(call):
         return False
@@ -195,7 +198,7 @@ def _efficient_takes(capability: tuple[int, int], call: AttentionCall) -> bool:
 
 
 def _cudnn_takes(capability: tuple[int, int], call: AttentionCall) -> bool:
-    """Return whether cuDNN's kernel takes the call, as far as that is so in all versions of cuDNN."""
+    """Return whether cuDNN's kernel takes the call in all versions of cuDNN."""
     sizes = call.query.shape[-1], call.value.shape[-1]
     return (
         capability >= (8, 0)
@@ -211,9 +214,10 @@ def _cudnn_takes(capability: tuple[int, int], call: AttentionCall) -> bool:
 
 
 def _unknown(kind: DeviceKind, call: AttentionCall, chosen: str) -> str:
-    """Return what is not known of the kernel ``chosen`` for devices of ``kind``, "" if nothing. AMD's rules
-    were not tested. Without a compute capability, the device may be one of below 8.0, with another kernel. On
-    devices of 9.x and 10.x torch prefers cuDNN's kernel, for which matrix products do not stand."""
+    """Return a sentence for the user if devices of ``kind`` may run another kernel than ``chosen``, else "".
+    Return `UNTESTED_ON_ROCM` for AMD's devices; `UNKNOWN_CAPABILITY` if the compute capability is not known
+    and a device of below 8.0 would run another kernel than this fused one; `MATH_FOR_CUDNN` if ``chosen`` is
+    "math" and a device of capability 9.x or 10.x may run cuDNN's kernel."""
     capability = kind.compute_capability
     if kind.gpu_target.startswith("gfx"):
         return UNTESTED_ON_ROCM
@@ -229,7 +233,7 @@ def _unknown(kind: DeviceKind, call: AttentionCall, chosen: str) -> str:
 
 
 def _flash(call: AttentionCall, scale: float | None) -> torch.Tensor:
-    """Return the result of the flash kernel. Head dims are padded to multiples of 8."""
+    """Return the result of the flash kernel, for which head dims are padded to multiples of 8."""
     size, tensors = call.query.shape[-1], call.tensors
     if padding := -size % 8:
         tensors = tuple(functional.pad(tensor, (0, padding)) for tensor in tensors)  # type: ignore[assignment]
@@ -240,7 +244,7 @@ def _flash(call: AttentionCall, scale: float | None) -> torch.Tensor:
 
 
 def _efficient(call: AttentionCall, scale: float | None) -> torch.Tensor:
-    """Return the result of the memory-efficient kernel. A bias with strides that are not multiples of 8 is
+    """Return the result of the memory-efficient kernel. A mask with strides that are not multiples of 8 is
     copied into longer rows."""
     bias = _bias(call)
     if bias is not None:

@@ -63,7 +63,7 @@ def _forward_calls(trace: Trace) -> list[Any]:
 
 
 def _ordered_size(call: Any) -> int:
-    """Return the size of the dimension along which the call of one of `_ORDERING` runs."""
+    """Return the size of the dimension along which the call of one of `_ORDERING` runs; 1 for a scalar."""
     name, args, kwargs = call
     shape = args[0]["t"][0]
     at = 2 if name.startswith(("aten.topk", "aten.kthvalue")) or ".stable" in name else 1
@@ -72,8 +72,8 @@ def _ordered_size(call: Any) -> int:
 
 
 def _numbers(value: Any, *, shapes: bool) -> list[float]:
-    """Return the numbers in the arguments of a call, in order. ``shapes``: whether those of the shapes of
-    tensors count."""
+    """Return the numbers in ``value``, the arguments of a call, in order. ``shapes``: whether the shapes of
+    tensors are among them."""
     if isinstance(value, bool | int | float):
         return [float(value)]
     if isinstance(value, dict):
@@ -84,7 +84,8 @@ def _numbers(value: Any, *, shapes: bool) -> list[float]:
 
 
 def _is_linear(sizes: Sequence[int], values: Sequence[float]) -> bool:
-    """Return whether the values are constant, or linear in the sizes or their inverses."""
+    """Return whether the three values are constant, or linear in the three sizes or in their inverses. True
+    also if a value is NaN."""
     if all(v == values[0] for v in values) or any(map(math.isnan, values)):
         return True
     return any(_on_a_line([f(n) for n in sizes], values) for f in (float, lambda n: 1 / n))

@@ -97,15 +97,15 @@ class ConcreteValues:
         return real
 
     def values(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-        """Return the operator's result on its arguments' known or assumed values. Return None if values are
-        missing or the operator is not followed (`may_follow`, `compute`).
+        """Return the operator's result on its arguments' known or assumed values; for ``.item()``, the
+        number. Return None if values are missing or the operator is not followed (`may_follow`, `compute`).
 
         If the first argument has no values: for an operator that gives indices or counts they are assumed
         (`_choose`), and for one such as ``zeros_like`` they are not needed (`_constant`). A random operator
         that fills a whole tensor of at most 64 elements in place has its numbers attached to the tensor, and
         None is returned. If the whole step is computed, such an operator draws into the real values of its
         tensor, whatever their size, and None is returned. Raises UserError if an embedding is looked up at a
-        row that it does not have.
+        row that it does not have, and what `compute` raises.
         """
         if func is _ITEM:
             return self._item(args[0])
@@ -136,25 +136,29 @@ class ConcreteValues:
             return real.item()
 
     def _check_rows(self, table: torch.Tensor, indices: torch.Tensor) -> None:
-        """Raise UserError if a known index, such as that of a position, is not a row of the table. A fake
-        table is looked up at any index, so the step would be predicted although it cannot run."""
+        """Raise UserError if a known index, such as that of a position, is not a row of the table: less than
+        0, or at least the number of rows. Fake tensors accept any index, and a step would be predicted that
+        cannot run."""
         rows, known = table.shape[0], self.of(indices)
         if known is None or is_assumed(known) or not known.numel():
             return
         with unset_fake_temporarily():
-            largest = int(known.max())
-        if largest >= rows:
+            smallest, largest = int(known.min()), int(known.max())
+        if smallest < 0 or largest >= rows:
+            index = smallest if smallest < 0 else largest
             raise UserError(
-                f"an embedding of {rows} rows is looked up at row {largest}, which it does not have",
+                f"an embedding of {rows} rows is looked up at row {index}, which it does not have",
                 allowed=f"rows 0 to {rows - 1}",
-                hint="if these are positions, the samples are longer than the model was built for; if they "
-                "are tokens, its vocabulary is too small",
+                hint="if the row is a position, shorten the samples or build the model for longer ones; if "
+                "it is a token, build the model with a larger vocabulary; a negative one, such as -100, "
+                "marks labels to ignore and is no input",
             )
 
     def _choose(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         """Return the operator's indices and counts for assumed values of its first argument, with None for
-        the floating-point numbers among its results. Return None if no values can be assumed or if `compute`
-        returns None. Afterwards the values of the first argument are forgotten, except those of a mask."""
+        the floating-point numbers among its results. Return None if no values can be assumed (`assume`), or
+        if the operator is not followed (`may_follow`, `compute`). Afterwards the values of the first argument
+        are forgotten, except those of a mask."""
         has_values = self.assume(args[0]) is not None
         result = self.compute(func, args, kwargs) if has_values and self.may_follow(args) else None
         if has_values and args[0].dtype is not torch.bool:

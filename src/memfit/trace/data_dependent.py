@@ -47,7 +47,9 @@ class Guesses:
     recorded them. ``doubtful`` is the place in the code (`reading_line`) that last got an answer True that is
     not known to be true, or "". ``open`` lists the lines that got a number without any knowledge, ``assumed``
     those whose answer follows from assumed values (or the operator, where the line is not known), and
-    ``assumptions`` the answers as sentences for the user. The keys of these dicts are the list.
+    ``assumptions`` the answers, and other assumptions of the trace, as sentences for the user. The keys of
+    these dicts are the list. ``last_guess`` is the sentence of the last answer that does not follow from
+    known values, or "".
     """
 
     def __init__(self, bound: Bound | None = None) -> None:
@@ -57,6 +59,7 @@ class Guesses:
         self.assumed: dict[str, None] = {}
         self.concrete_values = ConcreteValues()
         self.assumptions: dict[str, None] = {}
+        self.last_guess = ""
         self.scratch: list[torch.Tensor] = []
         self.questions = 0  # values that were asked for, known or not
         self._asked: Counter[str] = Counter()
@@ -65,7 +68,8 @@ class Guesses:
 
     @property
     def statements(self) -> tuple[Any, ...]:
-        """A value that differs between two times if something was noted of an answer between them."""
+        """(``doubtful``, the numbers of ``open``, ``assumed`` and ``assumptions``). Equal at two times if no
+        answer between them was noted in one of these."""
         return self.doubtful, len(self.open), len(self.assumed), len(self.assumptions)
 
     def item(self, tensor: torch.Tensor, *, is_listed: bool, value: Any = None) -> bool | int | float:
@@ -73,16 +77,16 @@ class Guesses:
 
         The answer is the bound of the calling line (or of the key "item"), else ``value``, else True, 1 or
         1.0, with which ordinary code continues. For a bool, the bound n is a number of loops: the line gets
-        True n times, then False, and so on. A condition that is not known gets False if its place in the code
-        (`reading_line`) is a key of the bounds. A bound that is a single number, not a mapping, does not
-        count.
+        True n times, then False, and so on. A bool that is unknown, or assumed to be True, is False if its
+        place in the code (`reading_line`) is a key of the bounds. A bound that is a single number, not a
+        mapping, is not used.
 
         With ``is_listed=False``, as for questions of the optimizer and of the model's construction, bounds of
         lines and of "item" are not used, and the answer is not listed as an assumption. If one line of one
         call keeps asking for an unknown bool, every 16th answer is False.
 
-        Raises UserError if a line without a bound asks more than 1000 times with ``is_listed=True`` (a
-        million times if the line is not known).
+        Raises UserError if a line without a bound asks more than 1000 times in this trace with
+        ``is_listed=True`` (a million times if the line is not known), whether the values are known or not.
         """
         self.questions += 1
         is_bool, is_float = tensor.dtype == torch.bool, tensor.dtype.is_floating_point
@@ -102,12 +106,12 @@ class Guesses:
         # "" is an optimizer's own line, stepping in backward
         limit = _LOOP_LIMIT if line else 1000 * _LOOP_LIMIT
         if bound is None and self._asked[line] > limit:
+            what = "how often in a row the condition is True" if is_bool else "what .item() returns"
             raise UserError(
-                f"a loop on .item() at {line or 'an unknown line'} does not end on fake tensors, "
-                "which have no values",
-                allowed="bound={"
-                + repr(line or "item")
-                + ": number of iterations} in Job(...) or estimate(...)",
+                f".item() at {line or 'an unknown line'} is called more than {limit} times, as in a loop "
+                "that does not end because fake tensors have no values",
+                allowed=f"bound={{{line or 'item'!r}: N}} in Job(...) or estimate(...), or for a script "
+                f"--bound {line or 'item'}=N, where N is {what}",
             )
         source = ""
         if is_bool and (bound is not None or value is None):
@@ -120,7 +124,8 @@ class Guesses:
             self.open[line] = None
             answer = 1.0 if is_float else 1
         if not (is_bool and bound):
-            self.assume(f".item() on {tensor.dtype} answered {answer}{source}", line)
+            text = f".item() on {tensor.dtype} answered {answer}{source}"
+            self.assume(text, line, is_guess=not source)
         return answer
 
     def _rejects(self) -> bool:
@@ -144,8 +149,8 @@ class Guesses:
 
         ``values`` is its real result on known or assumed values, or None if some are missing. If torch has no
         fake result because it depends on values, the result is a fake one with the shapes of ``values``. If
-        these are None, it has the shapes of the real result on values that are assumed here.
-        Raises UserError if that is None, too, or as `size` does.
+        these are None, it has the shapes of the real result on values that are assumed here; raises UserError
+        if that is impossible (`_call_on_assumed`). Also raises what `size` raises.
         """
         if func in _SHAPED:
             return _SHAPED[func](self, *args, **kwargs)
@@ -167,7 +172,7 @@ class Guesses:
                     hint="remove the operator from the training step",
                 ) from None
             origin = "assumed values" if is_guess else "known values, as in the batch"
-            self.assume(f"{op} gave its result for {origin}", line)
+            self.assume(f"{op} gave its result for {origin}", line, is_guess=is_guess)
             if is_guess:
                 self.assumed[line or op] = None
             return _pytree.tree_map_only(
@@ -206,7 +211,7 @@ class Guesses:
             else:
                 raise _unbounded(op, line)
         size = math.ceil(bound * most) if isinstance(bound, float) else bound
-        self.assume(f"{op} gave {size} of {most} elements{source}", line)
+        self.assume(f"{op} gave {size} of {most} elements{source}", line, is_guess=not source)
         return size
 
     def _bound_at(self, op: str, line: str) -> int | float | None:
@@ -233,12 +238,11 @@ class Guesses:
             self.open |= {line: None} if bound is None else {}
             with unset_fake_temporarily():
                 constants = torch.full(tensor.shape, 1 if bound is None else bound).to(tensor.dtype)
-            self.assume(f"{what} gave {1 if bound is None else bound} everywhere", line)
+            self.assume(f"{what} gave {1 if bound is None else bound} everywhere", line, is_guess=True)
             return constants
         is_guess = is_assumed(values)
-        self.assume(
-            f"{what} gave {'assumed ' if is_guess else ''}values" + self._source(is_guess, line), line
-        )
+        text = f"{what} gave {'assumed ' if is_guess else ''}values{self._source(is_guess, line)}"
+        self.assume(text, line, is_guess=is_guess)
         return values
 
     def _call_on_assumed(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
@@ -262,9 +266,12 @@ class Guesses:
             return func(*real_arguments[0], **real_arguments[1])
         return None
 
-    def assume(self, text: str, line: str = "") -> None:
-        """List a sentence for the user, with the line that it is about."""
-        self.assumptions[text + (f" at {line}" if line else "")] = None
+    def assume(self, text: str, line: str = "", *, is_guess: bool = False) -> None:
+        """Add the sentence ``text`` to ``assumptions``, followed by "at LINE" unless ``line`` is "". With
+        ``is_guess``, it is also the ``last_guess``."""
+        sentence = text + (f" at {line}" if line else "")
+        self.assumptions[sentence] = None
+        self.last_guess = sentence if is_guess else self.last_guess
 
     def positions(self, func: Any, args: Any) -> Any:
         """Return the arguments of an indexing operator with each mask among its indices (bool or uint8)
@@ -295,8 +302,9 @@ def _is_mask(index: Any) -> bool:
 def _unbounded(op: str, line: str) -> UserError:
     return UserError(
         op + (f" at {line}" if line else "") + " gives a result whose size depends on the data",
-        allowed=f"bound={{{line or op!r}: N}} in Job(...) or estimate(...), where N is a number of elements, "
-        "or a fraction of the most that are possible such as 0.5",
+        allowed=f"bound={{{line or op!r}: N}} in Job(...) or estimate(...), or for a script --bound "
+        f"{line or op}=N, where N is a number of elements, or a fraction of the most that are possible such "
+        "as 0.5",
     )
 
 
@@ -390,7 +398,7 @@ def _pack_padded_sequence(
 def _split_lengths(size: int, longest: int, rows: int) -> torch.Tensor:
     """Return lengths of ``rows`` sequences with ``size`` elements in total: the first as long as possible,
     the others about equal. Each is between 1 and ``longest``; a ``size`` that does not allow this is replaced
-    by the nearest that does. With 10, 5 and 3, the lengths are 5, 3 and 2."""
+    by the nearest that does. For a ``size`` of 10, a ``longest`` of 5 and 3 rows, they are 5, 3 and 2."""
     size = min(max(size, rows), longest * rows)
     max_length = min(longest, size - rows + 1)
     rest_length, remainder = divmod(size - max_length, max(1, rows - 1))
@@ -440,7 +448,7 @@ def _equal(self: Guesses, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> bo
     Torch compares such a scalar to test a condition (is_scalar_tensor_true in TensorUtils, for istft's
     windows), and a true condition is an error there."""
     answer = tensor.dim() > 0 or tensor.dtype is not torch.bool
-    self.assume(f"equal answered {answer}", library_line())
+    self.assume(f"equal answered {answer}", library_line(), is_guess=True)
     return answer
 
 

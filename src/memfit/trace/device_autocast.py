@@ -84,8 +84,8 @@ def cuda_autocast_on_host() -> Iterator[None]:
 
 
 def _registered(key: str) -> set[str]:
-    """Return torch's own operators with a kernel for a dispatch key. Libraries, such as torchvision, add
-    others."""
+    """Return the names, such as "aten::mm", of torch's own operators that have a kernel for the dispatch key
+    ``key``. Operators that libraries such as torchvision add are left out."""
     names = torch._C._dispatch_get_registrations_for_dispatch_key(key)
     return {name for name in names if name.startswith("aten::")}
 
@@ -119,8 +119,9 @@ def _run(
     kwargs: Any,
     casts: dict[WeakIdRef, torch.Tensor] | None = None,
 ) -> Any:
-    """Return the operator's result for its arguments in ``dtype``. ``casts``: those of weights, which are
-    reused and added to; None if casts are not kept. The last argument is cast first, as by torch's builds."""
+    """Return the operator's result, without autocast, for its arguments in ``dtype``. Tensors of float16,
+    bfloat16 and float32 are cast, the last argument first, as in torch's builds. ``casts``: the kept casts of
+    weights (float32 leaves that require gradients), which are reused and added to; None: none are kept."""
 
     def cast(value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or value.dtype not in (*_HALF, torch.float32):
@@ -150,7 +151,8 @@ def _in_float32(operator: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _to_float32_result(operator: Any, *args: Any, **kwargs: Any) -> Any:
-    """Give the operator the dtype float32 if it was given none, without a cast of its argument."""
+    """Return the operator's result, computed with ``dtype=float32`` if no dtype is given and the first
+    argument is float16, bfloat16 or float32. The argument itself is not cast."""
     names = [argument.name for argument in operator._schema.arguments]
     values = dict(zip(names, args, strict=False)) | kwargs
     with _without_autocast():
@@ -171,7 +173,7 @@ def _with_dtype(operator: Any, typed: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _in_widest(operator: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run the operator in float32 if one of its tensors is float32, else in the dtype of autocast."""
+    """Return the operator's result in float32 if one of its tensors is float32, else in autocast's dtype."""
     dtypes = {t.dtype for t in _pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
     dtype = torch.float32 if torch.float32 in dtypes else torch.get_autocast_dtype("cpu")
     return _run(operator, dtype, args, kwargs)

@@ -42,11 +42,14 @@ _HALF = (torch.float16, torch.bfloat16)
 
 @contextlib.contextmanager
 def use_device_kernels(device: str, note: Callable[[str], None] = lambda text: None) -> Iterator[None]:
-    """Inside this context, patch the derivatives that differ for fake tensors (`patch_formulas`) and, unless
-    ``device``, a name as for `device_kind`, is "cpu", run the kernels that a device of this kind would run
-    for tensors on the CPU, and let autocast that the model enters for the device (`autocast_on_host`) be that
-    of the host, with the device's lists. For "cuda", also replace the kernels of DeepSpeed's attention for
-    Evoformers (`trace_evoformer_attention`). ``note`` is called with what is not known of a kernel that runs.
+    """Inside this context, run for fake tensors on the CPU the kernels that ``device`` would run. ``device``
+    is a name such as "cuda" (`device_kind`).
+
+    Derivatives that differ for fake tensors are patched for every device (`patch_formulas`), and nothing else
+    is for "cpu". For another device, autocast for it acts on the host (`autocast_on_host`), by CUDA's lists
+    if the device uses these. For "cuda", DeepSpeed's attention for Evoformers is replaced, too
+    (`trace_evoformer_attention`). ``note`` is called with a sentence about each kernel that runs and whose
+    choice or memory is not known.
     """
     if (kind := device_kind(device)).is_host:
         with patch_formulas():
@@ -130,8 +133,9 @@ def _rms_norm(
 
 
 class _RmsNorm(torch.autograd.Function):
-    """Autograd function: rms_norm over the last ``dims`` dimensions in one kernel (``_fused_rms_norm``),
-    which keeps the input and one number for each norm. Like `_HalfToFloat` it computes no values."""
+    """Autograd function: rms_norm over the last ``dims`` dimensions in one kernel (``_fused_rms_norm``). It
+    saves the input, the weight and one number for each norm. It computes no values: it only allocates what
+    the kernels allocate and notes the bytes that they read."""
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, weight: torch.Tensor | None, dims: int) -> torch.Tensor:
@@ -165,9 +169,9 @@ def _log_softmax(tensor: torch.Tensor, dim: int, dtype: torch.dtype | None = Non
 
 
 class _HalfToFloat(torch.autograd.Function):
-    """Autograd function: log_softmax of a half-precision tensor in float32. It saves its output, and the
-    input's gradient is in half precision. It computes no values: it only allocates what the kernels allocate
-    and notes the bytes that they read."""
+    """Autograd function: log_softmax in float32 of a float16 tensor. It saves its output, and the gradient of
+    the input is float16. It computes no values: it only allocates what the kernels allocate and notes the
+    bytes that they read."""
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:

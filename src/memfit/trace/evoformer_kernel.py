@@ -28,7 +28,8 @@ _ROUNDING = 32  # the log-sum-exp has a multiple of this many queries
 
 @contextlib.contextmanager
 def trace_evoformer_attention() -> Iterator[None]:
-    """Inside this context, replace the kernels if DeepSpeed's module of them has been imported before."""
+    """Inside this context, replace the CUDA kernels of DS4Sci_EvoformerAttention by functions that allocate
+    the same tensors. Do nothing if DeepSpeed's module of them has not been imported before."""
     module = sys.modules.get(MODULE)
     if module is None:
         yield
@@ -41,12 +42,15 @@ def _forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias1: torch.Tensor, bias2: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (the output, the log-sum-exp of the scores) of attention over tensors of the shape (*, length,
-    heads, head dim). Raises UserError for what the kernel refuses."""
+    heads, head dim). Raises UserError for what the kernel refuses: a dtype other than float16 and bfloat16, a
+    length below 17, or a head dim above 64."""
     *leading, length, heads, width = query.shape
     if query.dtype not in _HALF or length < _SHORTEST or max(width, value.shape[-1]) > _WIDEST:
         raise UserError(
-            f"DS4Sci_EvoformerAttention got {query.dtype} tensors of length {length} and head dim {width}",
-            allowed=f"float16 or bfloat16, a length of at least {_SHORTEST}, a head dim of at most {_WIDEST}",
+            f"DeepSpeed's DS4Sci_EvoformerAttention does not take {query.dtype} tensors with a sequence "
+            f"length of {length} and a head dim of {max(width, value.shape[-1])}",
+            allowed=f"float16 or bfloat16, with a sequence length of at least {_SHORTEST} and a head dim of "
+            f"at most {_WIDEST}",
         )
     out = torch.empty_like(query)
     queries = math.ceil(length / _ROUNDING) * _ROUNDING
@@ -67,7 +71,8 @@ def _backward(  # noqa: PLR0913 - DeepSpeed's own arguments
     bias1_grad: bool,
     bias2_grad: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """Return the gradients of query, key, value and the two biases; that of a bias without one is empty."""
+    """Return the gradients of query, key, value and the two biases, in the dtype of their arguments (those of
+    the biases in that of ``grad``). A bias whose gradient is not asked for gets an empty tensor."""
     grads = [torch.empty_like(t) for t in (query, key, value)]
     delta = torch.empty_like(log_sums)
     bias_grads = [

@@ -79,7 +79,8 @@ def unsupported_tensors_refused() -> Iterator[None]:
         raise UserError(
             "the model has a lazy module, such as nn.LazyLinear, whose parameters have no shape before its "
             "first forward pass",
-            allowed="modules with all their sizes, such as nn.Linear(in_features, out_features)",
+            allowed="modules that are given all their sizes, such as nn.Linear(in_features, out_features) in "
+            "place of nn.LazyLinear(out_features)",
         )
 
     def refuse_jagged(*args: Any, **kwargs: Any) -> Any:

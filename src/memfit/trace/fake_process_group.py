@@ -59,8 +59,9 @@ def fake_ranks(plan: Plan, rank: int) -> Iterator[World]:
 
 @contextlib.contextmanager
 def _own_groups_set_aside() -> Iterator[None]:
-    """Let torch.distributed have no process groups inside this context, and this process's own ones again
-    afterwards. The groups themselves are not touched. Without own groups, do nothing."""
+    """Inside this context, hide this process's own process groups from torch.distributed, which then has
+    none; afterwards it has them again. The groups themselves are not touched. Without own groups, do nothing.
+    """
     from torch._C._distributed_c10d import _register_process_group, _unregister_all_process_groups
     from torch.distributed import distributed_c10d as c10d
 
@@ -104,9 +105,9 @@ def _blame_tensor_parallel(plan: Plan) -> Iterator[None]:
             raise
         raise UserError(
             f"the model fails under tensor-parallel: {error.given}",
-            hint="a rank holds only a part of the output of a Linear layer that is split by columns; name "
-            'the layers to split in Job(tensor_parallel={"blocks.*.up": "colwise", "blocks.*.down": '
-            '"rowwise"})',
+            hint="the output of a Linear layer that is split by columns is only a rank's part of the full "
+            "width, and code that uses the full width fails; choose which layers are split, and how, as in "
+            'Job(tensor_parallel={"blocks.*.up": "colwise", "blocks.*.down": "rowwise"})',
         ) from error
 
 
@@ -246,9 +247,9 @@ class GlooScratch(TorchDispatchMode):
 
 
 def _gloo_rules() -> dict[Any, Callable[[Any, Any], tuple[Any, ...]]]:
-    """Return, for each collective operator for which gloo allocates temporary memory, a function from its
-    arguments and output to groups of tensors. One buffer of the bytes of each group is allocated, and freed
-    before that of the next group."""
+    """Return collective operator -> function of (its arguments, its output) that returns groups of tensors,
+    for each operator for which gloo allocates temporary memory. gloo allocates a buffer of the bytes of each
+    group, one after the other, and frees it before the next."""
     c10d, functional = torch.ops.c10d, torch.ops._c10d_functional
     return {
         c10d._allgather_base_.default: lambda args, out: (args[0], args[0]),
@@ -264,9 +265,9 @@ _GLOO_SCRATCH = _gloo_rules()
 
 
 class _RealIntegers(TorchDispatchMode):
-    """Mode that makes the int32 tensors real in which DDP lists its buckets, because DDP reads them in C++.
-    Operators on real tensors alone run for real, and each tensor that they return is reported to ``note``,
-    with the operator's name."""
+    """Mode in which int32 tensors made by ``torch.empty`` are real: DDP lists its buckets in them and reads
+    them in C++. Operators on real tensors alone run for real. Each real tensor that is made is reported as
+    ``note(tensor, operator's name)``."""
 
     def __init__(self, note: Callable[[torch.Tensor, str], Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -305,9 +306,10 @@ def split_host_memory(
 
 
 def _host_blocks(allocations: Sequence[Allocation]) -> tuple[tuple[int, int], ...]:
-    """Return (size, number) of the blocks that a pool of pinned memory holds for these allocations, by size.
-    The pool reuses a freed block for the same power of two only, so that for each power these are the
-    tensors alive when most of that power are."""
+    """Return (size in bytes, number) of the tensors that decide how large a pool of pinned memory becomes, in
+    order of size. The pool reuses a freed block only for a size that rounds up to the same power of two. For
+    each power, these are the tensors that are alive when most tensors of that power are. Allocations of 0
+    bytes are left out."""
     by_power = defaultdict[int, list[Allocation]](list)
     for a in allocations:
         if a.requested_bytes:

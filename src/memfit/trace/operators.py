@@ -401,10 +401,11 @@ def key(value: Any) -> Any:
     texts are equal. Raises UserError for a tensor that is not dense."""
     kind = type(value)
     if isinstance(value, torch.Tensor) and value.layout is not torch.strided:
+        layout = str(value.layout).removeprefix("torch.")
         raise UserError(
-            f"the step reads a {str(value.layout)[6:]} tensor that it did not make, such as a buffer of the "
-            "model or a part of the batch",
-            allowed="dense tensors, of which the step may make a sparse one by torch.sparse_coo_tensor",
+            f"the step computes with a {layout} tensor that it did not make by torch.sparse_coo_tensor, such "
+            "as a buffer of the model or a part of the batch",
+            allowed="dense tensors, and sparse ones that the step makes by torch.sparse_coo_tensor",
         )
     if kind is FakeTensor:  # whose ``device`` would be another call of the dispatcher
         return (

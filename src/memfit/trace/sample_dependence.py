@@ -114,9 +114,9 @@ def _needs_whole_batch(job: Job, error: Exception) -> bool:
     out of bounds there, or the step can be traced for the batch and not for half of it."""
     if isinstance(error.__cause__ or error, IndexError):
         return True
-    batch = job.make_batch(0, 0)
-    half = split(batch, 2)[0]
     try:
+        batch = job.make_batch(0, 0)
+        half = split(batch, 2)[0]
         _trace_without_terms(_with_batch(job, batch))
     except Exception:  # noqa: BLE001  user code; the search traces the job, too, and raises it
         return False
@@ -544,7 +544,10 @@ class _Trial:
         defined."""
         terms = [self._terms(p) for p in parts]
         if not any(terms):
-            raise UserError("the job's loss_terms counts no terms in the batch", allowed="1 or more")
+            raise UserError(
+                "the job's loss_terms counts no terms in any part of the batch",
+                allowed="at least 1 term in the whole batch",
+            )
         pairs = [(g, n / sum(terms)) for g, n in zip(gradients, terms, strict=True) if n]
         return _sum(*zip(*pairs, strict=True))
 

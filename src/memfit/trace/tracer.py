@@ -545,9 +545,9 @@ def _propagation_unseen(recorder: AllocationRecorder) -> Iterator[None]:
 def blame_guesses(recorder: AllocationRecorder) -> Iterator[None]:
     """Attribute an error inside this context to a guessed value, if there was one: another value may work, or
     the user can give it. Raises GuessFailed if a condition was assumed to be true, unless the error is a
-    UserError without a cause, which memfit itself found. Otherwise raises UserError if any value was assumed
-    or guessed and the error is a RuntimeError, ValueError, IndexError or TypeError. Other errors are raised
-    as they are."""
+    UserError without a cause, which memfit itself found. Otherwise raises UserError if the answer to a value
+    did not follow from known values (`Guesses.last_guess`) and the error is a RuntimeError, ValueError,
+    IndexError or TypeError. Other errors are raised as they are."""
     guesses = recorder.guesses
     try:
         yield
@@ -555,7 +555,7 @@ def blame_guesses(recorder: AllocationRecorder) -> Iterator[None]:
         raise
     except Exception as error:
         is_own_error = isinstance(error, UserError) and error.__cause__ is None
-        guess_error = _blamed(error, list(guesses.assumptions))
+        guess_error = _blamed(error, guesses.last_guess)
         if guesses.doubtful and not is_own_error:
             raise GuessFailed(guesses.doubtful, guess_error or error) from error
         if guess_error is not None:
@@ -563,14 +563,14 @@ def blame_guesses(recorder: AllocationRecorder) -> Iterator[None]:
         raise
 
 
-def _blamed(error: Exception, guesses: list[str]) -> UserError | None:
-    if not guesses or not isinstance(error, RuntimeError | ValueError | IndexError | TypeError):
+def _blamed(error: Exception, last_guess: str) -> UserError | None:
+    if not last_guess or not isinstance(error, RuntimeError | ValueError | IndexError | TypeError):
         return None
-    last_guess = guesses[-1]
     user_error = UserError(
         f"the step does not run on fake tensors: {first_line(error)[:200]}",
-        hint=f"before, memfit had to guess a value ({last_guess}); give the true one as bound= of Job(...) "
-        "or estimate(...)",
+        hint=f"memfit could not know a value that the step read before, and guessed it ({last_guess}); if it "
+        "is a number or a size, give the true one as in bound={'model.py:12': 4096}, an argument of Job(...) "
+        "and estimate(...)",
     )
     user_error.__cause__ = error
     return user_error

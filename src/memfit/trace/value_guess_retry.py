@@ -80,10 +80,10 @@ def check_guessed_numbers(run: Callable[Concatenate[Job, P], Trace]) -> Callable
         if trace.guessed and matters(trace.guessed):
             lines = [line for line in trace.guessed if matters([line])] or trace.guessed
             raise UserError(
-                f"the number from a tensor that is read at {' and '.join(lines)} determines how much memory "
-                "the step takes, but its value does not follow from the batch alone",
+                f"the number that is read from a tensor at {' and '.join(lines)} determines how much memory "
+                "the step takes, and memfit cannot compute it from the batch alone",
                 allowed=f"bound={{{', '.join(f'{line!r}: N' for line in lines)}}} in Job(...) or "
-                "estimate(...), where N is the number",
+                "estimate(...), where N is the number that the line reads",
             )
         return trace
 

@@ -107,8 +107,8 @@ def _padding(concrete_values: ConcreteValues) -> Callable[..., Any]:
         longest = len(batch_sizes)
         if 0 < total_length < longest:
             raise ValueError(
-                f"total_length of pad_packed_sequence is {total_length}, but the longest sequence has "
-                f"length {longest}"
+                f"total_length of pad_packed_sequence is {total_length}, but must be at least {longest}, the "
+                "length of the longest sequence"
             )
         out = data.new_full((max(longest, total_length), rows, *data.shape[1:]), value)
         lengths = torch.empty(rows, dtype=torch.int64)
