@@ -26,8 +26,9 @@ def correct_norm_outputs(func: Any, args: Any, out: Any, device: str) -> Any:
     corrected to what the real kernels return.
 
     The fake implementations return all outputs, in one dtype. Forward: for half-precision inputs, the
-    statistics (means and deviations) become float32 on CUDA, except for group norm, and if a weight, bias or
-    running statistic is float32 (is_mixed_type in aten/src/ATen/native/cpu/mixed_data_type.h). Backward: the
+    statistics (means and deviations) become float32 on CUDA, except those of group norm. On every device they
+    do if a weight, bias or running statistic is float32 (is_mixed_type in
+    aten/src/ATen/native/cpu/mixed_data_type.h). Backward: the
     input's gradient gets the input's dtype, or becomes None if it is not requested. On the CPU, the first
     output gets the strides that the kernel gives it (`_kernel_strides`).
     """
@@ -66,8 +67,8 @@ def _kernel_strides(func: Any, grad: torch.Tensor, x: torch.Tensor) -> tuple[int
 
 
 def strided_storage(tensor: torch.Tensor) -> torch.UntypedStorage:
-    """Return the storage of a dense tensor. Raises UserError for every other layout, whose bytes are not in
-    one storage. Callers handle sparse COO tensors, which are allowed, before."""
+    """Return the storage of a dense (strided) tensor. Raises UserError for every other layout, whose bytes
+    are not in one storage, also for sparse COO: callers must handle such tensors before."""
     if tensor.layout is torch.strided:
         return tensor.untyped_storage()
     line = user_line()

@@ -66,8 +66,9 @@ class FixedRandom(TorchDispatchMode):
         self._shapes_by_length[length] = self._shapes
 
     def draw_for_each_sample(self) -> bool:
-        """Set ``batch_dims`` by comparing the shapes of random numbers of the passes so far with the most
-        samples and with half as many. Return whether there are any."""
+        """Set ``batch_dims`` from the shapes of the random numbers in two passes so far: the one with the
+        most samples, and the one with half as many (rounded up). The dimension of the samples is the only one
+        that differs, by these numbers. Return whether ``batch_dims`` has an entry."""
         whole = max(self._shapes_by_length)
         half = whole - whole // 2
         shapes, others = (self._shapes_by_length.get(n, []) for n in (whole, half))
@@ -109,7 +110,8 @@ class FixedRandom(TorchDispatchMode):
     def uniform(self, like: torch.Tensor, same: float = _SAME) -> torch.Tensor:
         """Return float64 numbers in [0, 1) in the shape of ``like`` that depend on the index in the last
         dimension only; all are ``same`` (default 0.6) if that has one element or a length in ``counts``. For
-        a call in ``batch_dims`` they depend on the sample and that index, whatever the length."""
+        a call in ``batch_dims`` they depend on the sample and that index, whatever the length. Counts as the
+        next call of a random operator in this pass."""
         length = like.shape[-1] if like.dim() else 1
         dim = self.batch_dims.get(len(self._shapes))
         self._shapes.append(tuple(like.shape))
@@ -127,7 +129,7 @@ class FixedRandom(TorchDispatchMode):
 
 
 def _scrambled(integers: torch.Tensor) -> torch.Tensor:
-    """Return a number in [0, 1) for each integer that looks random, the same in every call."""
+    """Return a pseudo-random float64 number in [0, 1) for each integer; equal integers give equal numbers."""
     mixed = integers * 2_862_933_555_777_941_757 + 3_037_000_493
     mixed = (mixed ^ (mixed >> 29)) * 6_364_136_223_846_793_005
     return ((mixed >> 20) & (2**40 - 1)).double() / 2**40

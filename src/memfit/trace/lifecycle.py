@@ -63,7 +63,7 @@ class Lifecycle:
     checkpoint_bytes: Mapping[str, int]
 
     def peak(self, event: str) -> LifecyclePeak:
-        """Return the peak of ``event``, which must be one of ``peaks`` (else StopIteration is raised)."""
+        """Return the peak of ``event``. Raises StopIteration if ``peaks`` has none of this event."""
         return next(p for p in self.peaks if p.event == event)
 
 
@@ -80,12 +80,14 @@ def lifecycle(job: Job, plan: Plan, *, device: str = "cpu") -> Lifecycle:
     - ``build``: model, plan and optimizer.
     - ``first-step`` creates the optimizer's state; ``steady-step`` finds it in place.
     - ``evaluate``: forward and loss of the first micro-batch without gradients.
-    - ``save``, and ``save-async``, which first makes a copy so that training can continue.
+    - ``save``: ``torch.save``, which copies one storage after the other to the host (none from a CPU).
+    - ``save-async``: first copies all storages to the host, so that training can continue; also from a CPU.
     - ``resume``: build a fresh step, then load model and optimizer from one file.
     - ``resume-via-host``: like ``resume``, with ``map_location="cpu"``; only if ``device`` is not "cpu".
 
     ``build`` and each ``load...`` and ``resume...`` event start with empty memory; the others go on from the
-    one before. Raises UserError as `trace` does if the step fails after a value was guessed.
+    one before. Raises UserError if the plan does not suit the job, if a size depends on values that are
+    neither known nor bounded (`Job.bound`), or if the step fails after a value was guessed.
     """
     batch = job.make_batch(0, 0)
     peaks, sizes = _training_peaks(job, plan, batch, device)
@@ -142,7 +144,8 @@ def _watched(job: Job, device: str) -> Iterator[tuple[_Watch, Any]]:
 
 
 def _load_peaks(job: Job, device: str) -> list[LifecyclePeak]:
-    """Return the peaks of the events of `lifecycle` that load a checkpoint of the plain model."""
+    """Return the peaks of the events of `lifecycle` that load a checkpoint of the plain model (``load...``),
+    in the order of the list there."""
     peaks = []
     places = {"load": "", "load-mmap": "nowhere", "load-via-host": "host", "load-assign": ""}
     if device_kind(device).is_host:
@@ -244,8 +247,8 @@ def _fake(batch: Any, fake: Any, recorder: AllocationRecorder) -> Any:
 
 
 def _optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """Return ``[optimizer]`` if it is a torch optimizer, else a list of those that it wraps (`innermost`),
-    such as one per parameter."""
+    """Return ``[optimizer]`` if it is a torch optimizer, else the torch optimizers that it wraps
+    (`innermost`), such as one per parameter."""
     if isinstance(optimizer, torch.optim.Optimizer):
         return [optimizer]
     return [inner for inner in innermost(optimizer) if isinstance(inner, torch.optim.Optimizer)]
@@ -280,8 +283,8 @@ def _copy_as_loaded(state: Any) -> Any:
 
 
 def _lives_of(recorder: AllocationRecorder, state: Any) -> dict[int, str]:
-    """Return {id of the lifetime record: "nowhere"} for the storages in ``state`` that ``recorder`` has
-    recorded. With these entries in ``aside``, `_Watch` does not count them."""
+    """Return {id of the storage's `Life`: "nowhere"} for the storages in ``state`` that ``recorder`` has
+    recorded. With these entries in ``aside``, `_Watch` does not count these storages."""
     tensors = tensor_leaves(state)
     keys = {plain.untyped_storage()._cdata for t in tensors for plain in plain_tensors(t)}
     return {id(recorder._known[k][1]): "nowhere" for k in keys if k in recorder._known}

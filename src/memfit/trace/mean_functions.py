@@ -20,10 +20,10 @@ _LINEAR = _PICKS | frozenset(
 def function_of_a_mean(whole: Any, half: Any) -> str:
     """Return the name of a function that is not linear and is applied to a sum, mean or other reduction over
     samples, such as "abs"; "" if there is none. ``whole``, ``half``: the autograd nodes of the losses of a
-    batch and of its half.
+    batch and of half of it.
 
-    A tensor with the same shape in both has no dimension of samples. Of graphs that differ, the parts that
-    are the same are looked at.
+    A tensor with the same shape in both graphs counts as one without a dimension of samples. Where the graphs
+    differ in their operators, they are not followed further.
     """
     for nodes in _walk((whole, half), into_samples=True):
         name = _name(nodes[0])
@@ -33,8 +33,9 @@ def function_of_a_mean(whole: Any, half: Any) -> str:
 
 
 def _is_of_reduction(nodes: tuple[Any, Any]) -> bool:
-    """Return whether an argument of the node, which has no dimension of samples, was made by reducing one, or
-    from several samples of one tensor, as by a sum in Python."""
+    """Return whether an argument of a node without a dimension of samples was made by reducing such a
+    dimension, or from several samples of one tensor, as by a sum in Python. ``nodes``: the node in the graph
+    of the whole batch and that in the graph of the half."""
     picked: dict[Any, set[Any]] = {}  # node with samples -> what of its result was picked
     for below in _walk(nodes, into_samples=False):
         sources = [child[0] for child in _arguments(below) if _has_samples(child)]
@@ -53,8 +54,9 @@ def _is_of_reduction(nodes: tuple[Any, Any]) -> bool:
 
 
 def _walk(nodes: tuple[Any, Any], *, into_samples: bool) -> Iterator[tuple[Any, Any]]:
-    """Yield the node and those before it that are of the same kind in both graphs. ``into_samples``: whether
-    to go on at nodes with a dimension of samples, which are left out otherwise."""
+    """Yield the pair ``nodes`` (a node in the graph of the whole batch and in that of the half) and the pairs
+    of the nodes whose results they use, directly or not, as long as both of a pair are of the same kind.
+    ``into_samples``: whether to go on at nodes with a dimension of samples, which are left out otherwise."""
     waiting, known = [nodes], set()
     while waiting:
         whole, half = waiting.pop()

@@ -32,8 +32,7 @@ from memfit.types.trace import rounded
 
 def record(job: Job, plan: Plan, *, device: str = "cpu") -> Recording:
     """Trace the job and return a `Recording`: the trace, and the storages and operator calls of its last
-    forward pass (of the last micro-batch of the last step). Raises what `trace` raises, such as UserError if
-    the plan does not suit the job."""
+    forward pass (of the last micro-batch of the last step). Raises what `trace` raises."""
     last: list[_Recorder] = []
 
     @contextlib.contextmanager

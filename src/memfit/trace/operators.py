@@ -111,8 +111,8 @@ def make_fake(mode: FakeTensorMode, meta: torch.Tensor, device: torch.device) ->
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class NewTensors:
-    """New tensors of known layout that an operator makes whenever its arguments have certain shapes;
-    ``make(mode)`` makes them as fake tensors of a mode.
+    """The layouts of the new tensors that an operator makes whenever it is called with equal arguments.
+    ``make(mode)`` makes such tensors as fake tensors of a mode.
 
     ``layouts`` holds (size, stride, dtype, device) of each. ``container``: tuple or list, which the operator
     returns; None if it returns a tensor. ``left_out``: places in the container that hold None, as for
@@ -205,8 +205,8 @@ def new_tensors(func: Any, inputs: list[torch.Tensor], out: Any) -> NewTensors |
 
 
 def storage_layout(tensor: torch.Tensor) -> NewTensors | None:
-    """Return how to make a new tensor of the same layout, whose storage has no more elements than that needs.
-    Return None unless it is a fake tensor that begins where its storage does."""
+    """Return how to make a new tensor of the same layout in a storage that is just large enough for it.
+    Return None unless ``tensor`` is a dense fake tensor that begins where its storage does."""
     return _layouts([tensor], None) if type(tensor) is FakeTensor and _at_start(tensor) else None
 
 
@@ -239,8 +239,9 @@ class Results:
                 kept.clear()
 
     def of(self, call: Any, func: Any, args: Any, kwargs: Any, values: Any = None) -> Any:
-        """Return the operator's result on fake tensors: new tensors, or the first argument for an operator
-        that `only_writes`. ``call`` is the `call_key`, and ``values`` is as in `Guesses.call`."""
+        """Return the operator's result on fake tensors: usually new tensors; the first argument for an
+        operator that `only_writes`; None for one that `only_writes_list`. ``call`` is the `call_key`, and
+        ``values`` is as in `Guesses.call`. Raises what `Guesses.call` raises."""
         entry = _RESULTS.get(call)
         if entry is True:
             if only_writes_list(func):
@@ -269,7 +270,8 @@ class Results:
         return _lift(self._mode, real)
 
     def work(self, call: Any, func: Any, of: OperatorFact, args: Any, kwargs: Any, out: Any) -> OperatorWork:
-        """Return the `work` of a call. ``call`` is its `call_key`."""
+        """Return what `work` returns for the call, computed once per process for equal calls on a device.
+        ``call`` is the `call_key`."""
         entry = _WORKS.get((self._device, call))
         if entry is None:
             entry = _WORKS[self._device, call] = work(func, of, args, kwargs, out)
@@ -288,7 +290,8 @@ class Results:
 
 
 def _has_constant(args: Any) -> bool:
-    """Return whether torch knows the value of one of the arguments. It may then know that of the result."""
+    """Return whether torch knows the value of one of the arguments (``constant``), and so perhaps that of the
+    result. Tensors in lists are not looked at."""
     return any(getattr(a, "constant", None) is not None for a in args)
 
 
@@ -323,7 +326,8 @@ def _at_start(tensor: torch.Tensor) -> bool:
 
 
 def fills_storage(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor is dense, and begins and ends where its storage does."""
+    """Return whether a tensor is dense and begins and ends where its storage does. False for a view that is
+    conjugated or negated when it is read."""
     if not _at_start(tensor):
         return False
     last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
@@ -432,7 +436,8 @@ def is_sparse(value: Any) -> bool:
 
 
 def decomposition(func: Any, fact: OperatorFact, args: Any) -> Callable[..., Any] | None:
-    """Return a function that makes the calls of which an operator consists, or None if it is one call."""
+    """Return a function with the operator's arguments that makes the calls of which the operator consists,
+    and returns its result. Return None if the operator is to be recorded as one call."""
     if fact.composite:
         return func.decompose  # type: ignore[no-any-return]
     if func is _ATEN._transformer_encoder_layer_fwd.default:
@@ -492,9 +497,10 @@ def _encoder_layer(
 
 
 def _attend(x: Any, heads: int, qkv_weight: Any, mask: Any) -> Any:
-    """Return what self-attention of ``x`` (batch, length, width) sends to its last product, (batch, length,
-    width): the calls of ``native_multi_head_attention`` (attention.cpp in the same folder). Queries, keys and
-    values share a storage, and softmax without a mask and the second product overwrite their inputs."""
+    """Return the input of the output projection in self-attention of ``x``. Both have the shape (batch,
+    length, width). The calls are those of ``native_multi_head_attention`` (aten/src/ATen/native/transformers/
+    attention.cpp): queries, keys and values share a storage, and softmax without a mask and the second
+    product overwrite their inputs."""
     batch, length, width = x.shape
     qkv = _ATEN.mm(x.reshape(-1, width), qkv_weight.t())
     parts = qkv.new_empty(3, batch * heads, length, width // heads)

@@ -31,8 +31,8 @@ _PLAIN = (bool, int, float, str, type(None))
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Result:
-    """A tensor that a pass leaves behind, on fake tensors of ``mode``. ``index``: of its storage among those
-    made in the pass. ``param``: whose gradient it is; None for the loss."""
+    """A fake tensor of ``mode`` that a pass leaves behind: the loss (``param`` None) or the gradient of
+    ``param``. ``index``: of its storage among those made in the pass. ``size_bytes``: of its storage."""
 
     param: torch.nn.Parameter | None
     mode: FakeTensorMode
@@ -43,8 +43,9 @@ class _Result:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Pass:
-    """The events of a pass between two clocks. ``clocks``: of the phases' beginnings. ``share``: of the
-    micro-batch's loss. ``shares``: indices of the calls that multiply by it; empty if they are not known."""
+    """The record of a pass, the forward and backward of a micro-batch, between the clocks ``start`` and
+    ``end``. ``clocks``: phase -> clock of its beginning. ``share``: the factor by which the loss of the
+    micro-batch is multiplied. ``shares``: the indices of the calls that multiply by it; empty if unknown."""
 
     start: int
     end: int
@@ -75,11 +76,19 @@ class PassReplay:
         """Run the micro-batch, or repeat an earlier pass, and return the loss. ``mark`` is called with each
         phase in either case.
 
-        A pass is repeated if it was of a micro-batch of the same layout, when the same parameters had
-        gradients, and it left nothing behind but the loss and gradients, each in a storage of its own; ran
-        without collectives and read no values; and changed no number, text, switch or length of a container
-        of a module, nor the state of Python's or numpy's random numbers. It is not repeated while gradients
-        that it made are alive: something keeps them, such as a hook, that only another run would show."""
+        The first pass of a micro-batch of the same layout, with gradients of the same parameters in place, is
+        repeated if it
+
+        - left nothing behind but the loss and gradients, each in a storage of its own, and freed nothing that
+          was there before;
+        - ran without collectives and read no values;
+        - changed no number, text, switch or length of a container of a module, nor the state of Python's or
+          numpy's random numbers.
+
+        It is not repeated while gradients that it made are alive: something keeps them, such as a hook, that
+        only another run would show. Nor is it for another factor of the loss (`_Pass.share`), unless the
+        calls that multiply by it are known.
+        """
         layout = _layouts(micro_batch.batch)
         if layout is None:
             return run(micro_batch, mark)
@@ -132,8 +141,9 @@ class PassReplay:
     def _results(
         self, lives: list[Life], loss: torch.Tensor, with_gradients: set[int]
     ) -> list[_Result] | None:
-        """Return the loss and the new gradients. None if a storage made in the pass outlives it that is of
-        none of them, or if one has no storage of its own."""
+        """Return what a pass has left behind: ``loss``, and the gradients of parameters whose ids are not in
+        ``with_gradients``. Return None if one of them does not begin at the start of a storage that was made
+        in the pass (``lives``), if two share one, or if another storage made in the pass is alive."""
         open_lives = {id(life): i for i, life in enumerate(lives) if life.end is None}
         tensors: list[tuple[torch.nn.Parameter | None, Any]] = [(None, loss)]
         tensors += [
@@ -154,8 +164,9 @@ class PassReplay:
         return None if open_lives else results
 
     def _repeat(self, kept: _Pass, share: float, mark: OnPhase) -> torch.Tensor:
-        """Record the pass again, at the recorder's present clock and step, for a micro-batch whose loss has
-        this share. Give the parameters their gradients and return the loss."""
+        """Record the pass again, at the recorder's present clock and step, for a micro-batch whose loss is
+        multiplied by ``share``. Call ``mark`` with each phase, give the parameters their gradients and return
+        the loss."""
         recorder = self._recorder
         shift = recorder.clock - kept.start
         copies = [
@@ -203,8 +214,9 @@ class PassReplay:
 
 
 def _multiplying(calls: list[OperatorCall], share: float) -> tuple[int, ...]:
-    """Return the indices of the calls that multiply a scalar by ``share``, if they are those that weight the
-    loss: one, the last call in forward, and one in backward. Empty if there are others."""
+    """Return the indices of the two calls that multiply a scalar by ``share``, if they weight the loss: the
+    last call in forward, and one in backward. Return () if there is another number of such calls, or others.
+    """
     indices = [i for i, call in enumerate(calls) if _with_share(call, share, share) is not None]
     forward = [i for i, call in enumerate(calls) if call.phase is Phase.FORWARD]
     is_clear = len(indices) == 2 and indices[0] == forward[-1] and calls[indices[1]].phase is Phase.BACKWARD
@@ -215,8 +227,8 @@ _SCALAR_TIMES = '["aten.mul.Tensor",[{"t":[[],[],'  # the beginning of such a ca
 
 
 def _with_share(call: OperatorCall, share: float, other: float) -> OperatorCall | None:
-    """Return a call that multiplies a scalar by ``share`` as one that multiplies it by ``other``; None if it
-    is another call."""
+    """Return a copy of the call, which multiplies a scalar by ``share``, that multiplies by ``other``. Return
+    None if the call does something else."""
     text, end = call.work.signature, f"]}},{json.dumps(share)}],{{}}]"
     if not (text.startswith(_SCALAR_TIMES) and text.endswith(end)):
         return None
@@ -225,13 +237,15 @@ def _with_share(call: OperatorCall, share: float, other: float) -> OperatorCall 
 
 
 def _shows(value: Any) -> bool:
-    """Return whether a module's attribute is a plain value, or a container whose length is compared."""
+    """Return whether ``value``, an attribute of a module, is compared: a number, bool, text or None (by its
+    value), or a list, dict, set or tuple (by its length)."""
     return isinstance(value, (*_PLAIN, list, dict, set, tuple))
 
 
 def _layouts(batch: Any) -> Any:
-    """Return a value that is equal for batches of equal layout: dicts, lists and tuples of tensors, numbers
-    and texts. Return None for a batch that has other objects in it."""
+    """Return a value that is equal for batches of equal layout: dicts, lists and tuples of dense tensors
+    (equal in shape, stride and dtype), numbers, bools, texts and None (equal in value). Return None for a
+    batch that has other objects in it."""
     if isinstance(batch, torch.Tensor):
         is_dense = batch.layout is torch.strided
         return (tuple(batch.shape), batch.stride(), batch.dtype) if is_dense else None

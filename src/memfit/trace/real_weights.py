@@ -45,8 +45,8 @@ _FOLLOWED: contextvars.ContextVar[Weights | None] = contextvars.ContextVar("foll
 
 @contextlib.contextmanager
 def offer_weights(source: WeightsSource) -> Iterator[None]:
-    """Let traces made inside this context also compute the step with the weights of ``source`` if values had
-    to be assumed (`cover_assumed_cases`)."""
+    """Let traces made inside this context also compute the step with the weights of ``source``, if values had
+    to be assumed and the step is within its limits (`cover_assumed_cases`)."""
     token = _OFFERED.set(source)
     try:
         yield

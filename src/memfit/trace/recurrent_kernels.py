@@ -29,9 +29,9 @@ _DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def recurrent_kernels(kind: DeviceKind, note: Callable[[str], None]) -> Mapping[str, Callable[..., Any]]:
-    """Return the implementations of torch's recurrent operators on devices of ``kind``, by their names in the
-    namespace ``aten``. ``note`` is called with `UNKNOWN_BUFFER` when a network in training mode runs as one
-    kernel."""
+    """Return name in the namespace ``aten``, such as "lstm.input" -> implementation on devices of ``kind``,
+    for the recurrent operators that run there as one kernel or with cells of one kernel; {} if none does.
+    ``note`` is called with `UNKNOWN_BUFFER` when a network in training mode runs as one kernel."""
     kernels: dict[str, Callable[..., Any]] = {}
     if kind.fused_cells:
         kernels |= {"lstm_cell": _lstm_cell, "gru_cell": _gru_cell}
@@ -61,7 +61,8 @@ CELLS_ON_FAKES: Final[Mapping[str, Callable[..., Any]]] = {
 
 
 def _padded_operator(name: str, is_one_kernel: bool, note: Callable[[str], None]) -> Callable[..., Any]:
-    """Return the operator of a padded batch, with the arguments of ``torch.lstm`` or ``torch.gru``."""
+    """Return the operator of a padded batch, with the arguments of ``torch.lstm`` or ``torch.gru``. ``name``,
+    ``is_one_kernel`` and ``note`` are as in `_packed_operator`."""
 
     def network(input: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:  # noqa: A002
         hidden, weights, has_biases, layers, dropout, train, bidirectional, batch_first = arguments
@@ -157,7 +158,9 @@ def _run_packed(
     weights: Sequence[torch.Tensor],
     is_reversed: bool,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """Return the same of packed sequences: ``data`` has, step after step, the samples that are as long."""
+    """Return the outputs (samples of all steps, hidden size) and the last states of one direction of a layer
+    on packed sequences. ``data`` (samples of all steps, features) has, step after step, the samples that are
+    at least as long. ``batch_sizes``: their number in each step. ``first``: the initial states."""
     sizes = batch_sizes.tolist()
     starts = [0, *itertools.accumulate(sizes[:-1])]
     order = list(zip(starts, sizes, strict=True))[:: -1 if is_reversed else 1]
@@ -187,8 +190,9 @@ def _cell(
     weights: Sequence[torch.Tensor],
     has_biases: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """Return the next states. ``name``: a key of `_KEPT`. ``weights``: of the input, of the hidden state,
-    with ``has_biases`` their two biases and, of an LSTM with projections, one more."""
+    """Return the states after ``step`` (batch, features): (hidden state, cell state) of an LSTM, else (hidden
+    state,). ``name``: a key of `_KEPT`. ``weights``: of the input, of the hidden state, with ``has_biases``
+    their two biases and, of an LSTM with projections, that of the projection."""
     w_ih, w_hh, *rest = weights
     b_ih, b_hh = rest[:2] if has_biases else (None, None)
     if name.startswith("rnn"):
@@ -239,8 +243,9 @@ def _one_kernel(
     weights: Sequence[torch.Tensor],
     note: Callable[[str], None],
 ) -> tuple[torch.Tensor, ...]:
-    """Return the output and the last states of a network. ``steps``: (steps, batch, features), or (samples of
-    all steps, features). Autocast casts all arguments."""
+    """Return (the output, *the last states) of a network that runs as one kernel. ``steps``: (steps, batch,
+    features), or (samples of all steps, features). Autocast casts all tensors but float64 ones. If ``train``,
+    `_kept_bytes` are kept for backward, and ``note`` is called with `UNKNOWN_BUFFER`."""
     tensors = [steps, *states, *weights]
     if torch.is_autocast_enabled(HOST):
         dtype = torch.get_autocast_dtype(HOST)
