@@ -67,9 +67,10 @@ def sample_dependence(job: Job) -> SampleDependence:
     tested", with the reason), by a trial with a few of its samples. Jobs with the same functions for model,
     batches, loss and its terms and the same batch size are tried once per process.
 
-    An error of the job's own functions is not raised; only that autograd refuses to run in a forked process
-    is (`is_fork_refused`). If no trial is possible, or if it decides nothing, the result is "dependent" if
-    the model has BatchNorm layers that take batch statistics, else "not tested".
+    If no trial is possible, or if it decides nothing, the result is "dependent" if the model has BatchNorm
+    layers that take batch statistics, else "not tested". It is also "dependent" if the step fails on parts of
+    the batch only. Errors of the job's functions are not raised. The only error that is raised is autograd's
+    refusal to run in a forked process (`is_fork_refused`).
     """
     with contextlib.suppress(TypeError):  # the function cannot be a weak key
         if (known := _KNOWN.setdefault(job.build_model, {}).get(_key(job))) is not None:
@@ -80,7 +81,8 @@ def sample_dependence(job: Job) -> SampleDependence:
 
 
 def remember_dependence(job: Job, result: SampleDependence) -> None:
-    """Let `sample_dependence` return the result of a trial of this job in another process."""
+    """Let `sample_dependence` return ``result`` for this job without a trial, such as one that another
+    process has made. Do nothing if ``build_model`` cannot be a weak key."""
     with contextlib.suppress(TypeError):
         functions = (job.loss, job.make_batch, job.loss_terms)
         _KNOWN.setdefault(job.build_model, {})[_key(job)] = functions, result
@@ -110,8 +112,9 @@ def _try_job(job: Job) -> SampleDependence:
 
 def _needs_whole_batch(job: Job, error: Exception) -> bool:
     """Return whether the job's step fails on parts of its batch only, as one does that holds numbers for all
-    samples, after a trial of few real samples has raised ``error``: a label that is the number of a sample is
-    out of bounds there, or the step can be traced for the batch and not for half of it."""
+    samples. A trial of few real samples has raised ``error``. True if this is, or was raised from, an
+    IndexError: a label that is the number of a sample is out of bounds. True also if the step can be traced
+    for the batch, but not for half of it. Raises only autograd's refusal to run in a forked process."""
     if isinstance(error.__cause__ or error, IndexError):
         return True
     try:
@@ -206,7 +209,8 @@ def _affordable(job: Job) -> tuple[Job, Job]:
     """Return the job with a few samples of its first batches (`varied_samples`), so few that a trial keeps
     within the limits of memory and time (8, else 4, else 2), and the same job with its whole batch. If this
     is too much with the whole model, try the job's reduced form (`Job.reduced`), if it has one, then the
-    model with 2 blocks and with 1. Raises UserError if no such job keeps within the limits."""
+    model with 2 blocks and with 1. Raises UserError, which says why, if no such job keeps within the
+    limits."""
     reasons: list[str] = []
     few = _with_samples(job, _SAMPLES[0])
     for variant in _smaller_jobs(job):
@@ -283,7 +287,8 @@ class _Cost:
         return cls(2 * live_peak_bytes(job_trace), flops / _FLOPS_PER_S, calls * _CALL_S)
 
     def at_least(self, ratio: float) -> _Cost:
-        """Return the least that the trial costs with this share of its samples: calls stay as many."""
+        """Return a lower bound of the cost with the fraction ``ratio`` of the samples. Bytes and arithmetic
+        are taken to shrink in proportion; the time of calls stays."""
         return _Cost(int(self.needed_bytes * ratio), self.flops_s * ratio, self.call_s)
 
     def reason(self, samples: int) -> str:
@@ -330,8 +335,8 @@ class _Gradients:
         """Return the largest of the relative differences between the two losses and between the two gradients
         of each parameter. That of the losses is relative to the larger ``size``. Those of gradients are
         relative to the larger of the two norms, which counts as at least 1/1000 of the norm of all
-        parameters' gradients, because rounding may dominate small ones. Infinite if any of these is not
-        finite."""
+        parameters' gradients, because rounding may dominate small ones. Return infinity if a loss or a
+        gradient is not finite."""
         scale = max(self.norm(), other.norm())
         if not self.is_finite() or not other.is_finite():
             return math.inf
@@ -410,8 +415,9 @@ class _Trial:
         return None
 
     def _on_random(self, batch: Any, real_result: SampleDependence) -> SampleDependence:
-        """Return the result "dependent" if it is so on random samples, and "not tested" if the loss has a
-        function of a mean (`function_of_a_mean`), else ``real_result``."""
+        """Return the result on random samples, with noise added to the model's parameters, if it is
+        "dependent". Else return "not tested" if the loss has a function of a mean (`function_of_a_mean`),
+        else ``real_result``, whose reason says so if random samples could not be tried."""
         _add_noise(self.model)
         try:
             random_result = self._compare_halves(_redrawn(batch), "on random samples", real=False)
@@ -541,7 +547,7 @@ class _Trial:
     def _total(self, parts: Sequence[Any], gradients: Sequence[_Gradients]) -> _Gradients:
         """Return the sum of the gradients of ``parts``, each weighted by its share of the loss terms
         (`Job.loss_terms`, or the number of samples). Parts without terms are left out: their mean is not
-        defined."""
+        defined. Raises UserError if no part has terms."""
         terms = [self._terms(p) for p in parts]
         if not any(terms):
             raise UserError(
@@ -552,7 +558,7 @@ class _Trial:
         return _sum(*zip(*pairs, strict=True))
 
     def _small_parts(self, half: Any) -> Sequence[Any]:
-        """Return the parts of half of the batch, of about ``part_size`` samples each."""
+        """Return the parts of ``half``, the half of a batch, of about ``part_size`` samples each."""
         return split(half, max(1, batch_length(half) // self.part_size))
 
     def _of_parts(self, parts: Sequence[Any]) -> tuple[list[_Gradients], list[dict[Any, torch.Tensor]]]:
@@ -810,7 +816,8 @@ def _redrawn(batch: Any) -> Any:
 
 
 def _between_runs(rows: torch.Tensor) -> torch.Tensor:
-    """Return which elements of each row come after the equal values at its start."""
+    """Return a bool tensor of the shape of ``rows``: False for the equal values at the start of each row,
+    True for the elements after them."""
     return (rows != rows[:, :1]).cumsum(dim=1) > 0
 
 

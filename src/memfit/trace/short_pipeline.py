@@ -58,8 +58,8 @@ class PipelineRank:
 
     def depth(self, count: int) -> int:
         """Return how many blocks per stage the short pipeline must have so that this rank holds as many
-        blocks in it as in the whole pipeline, for a model of ``count`` blocks: the number of chunks times
-        that of blocks in the largest."""
+        blocks in it as in the whole pipeline, for a model of ``count`` blocks: the number of chunks per rank
+        times the number of blocks in this rank's largest chunk."""
         sizes = _of_rank(count, self.stages, self.stage, self.virtual)
         return max(sizes) * self.virtual
 
@@ -68,7 +68,8 @@ class PipelineRank:
 
     def trace(self, depth: int, **options: Any) -> Trace:
         """Return the trace of this rank in the short pipeline, in a model cut to ``depth`` blocks per stage,
-        minus ``fewer`` blocks in all. ``options`` are those of `tracer.trace` except ``rank``."""
+        minus ``fewer`` blocks in all. ``options`` are those of `tracer.trace` except ``rank``. Raises what
+        `tracer.trace` raises."""
         job = with_blocks(self.short_job, self._short_count(depth))
         return tracer.trace(job, self.short_plan, rank=self.short_rank, **options)
 

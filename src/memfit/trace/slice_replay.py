@@ -37,7 +37,7 @@ _RUNS_ALL: contextvars.ContextVar[bool] = contextvars.ContextVar("runs_all", def
 
 
 class SlicesDiffer(Exception):
-    """Slices differ of which some were left out, so that the trace is wrong."""
+    """Slices of which some were left out turned out to differ, so that the trace is wrong."""
 
 
 def run_all_if_different(run: Callable[P, T]) -> Callable[P, T]:
@@ -59,7 +59,8 @@ def run_all_if_different(run: Callable[P, T]) -> Callable[P, T]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Mark:
-    """A moment of the recording: how much there is of each."""
+    """A moment of the recording: the clock, and the numbers so far of storages (``lives``), operator calls
+    and values."""
 
     clock: int
     lives: int
@@ -68,8 +69,9 @@ class _Mark:
 
 
 class _Window:
-    """What was recorded from the mark ``start`` to ``end``, while one slice ran: the ``lives`` that began,
-    the calls, and the ends of lives of this window or of the ``earlier`` ones."""
+    """What was recorded from the mark ``start`` to ``end``, while one slice ran forward or backward: the
+    storages that were made (``lives``), the operator calls, and the frees of storages that this window or an
+    ``earlier`` one made."""
 
     def __init__(
         self, recorder: AllocationRecorder, start: _Mark, end: _Mark, earlier: Sequence[_Window] = ()
@@ -96,7 +98,8 @@ class _Window:
         self._work = [(c.clock - start.clock, c.name, c.work, c.module, c.times) for c in calls]
 
     def equals(self, other: _Window) -> bool:
-        """Return whether both windows have equal events, and nothing else happened in them."""
+        """Return whether both windows have equal events. False if something else happened in one of them: a
+        value was read or drawn, another storage was freed, or a call ran on another stream."""
         return (
             self._is_whole
             and other._is_whole
@@ -106,18 +109,19 @@ class _Window:
         )
 
     def ended(self, of: int) -> set[int]:
-        """Return the indices of the lives that ended here, of those of this window (0) or of an earlier one
-        (1, 2, ...)."""
+        """Return the indices of the storages that were freed here, among the ``lives`` of this window (``of``
+        0) or of an earlier one (1, 2, ..., in the order of ``earlier``)."""
         return {j for _, i, j in self._ends if i == of}
 
     def remaining(self) -> list[int]:
-        """Return the indices of the lives that this window began and did not end."""
+        """Return the indices of ``lives``, the storages made in this window, that were not freed in it."""
         return [i for i in range(len(self.lives)) if i not in self.ended(0)]
 
 
 class SliceReplay:
-    """Takes the place of `Workbench.run_slices` while a trace is recorded: of many equal slices it runs the
-    first three and the last four, and counts those between."""
+    """Takes the place of `Workbench.run_slices` while a trace is recorded: of at least eight equal slices it
+    runs the first three and the last four, and counts those between. A call returns the outputs of all
+    slices, and raises SlicesDiffer if slices that ran are not equal."""
 
     def __init__(self, recorder: AllocationRecorder) -> None:
         self._recorder = recorder
@@ -154,9 +158,9 @@ class SliceReplay:
         return outputs, windows
 
     def _are_alike(self, slices: Slices) -> bool:
-        """Return whether all slices but the last are fake tensors of equal shapes, and no sparse tensor was
-        recorded, whose size depends on values. The values of the slices may differ: whether the step reads
-        any is checked when slices have run (`_mark`)."""
+        """Return whether all slices but the last are fake tensors of equal shapes. False if a sparse tensor,
+        whose size depends on values, was recorded before. The values of the slices may differ: whether the
+        step reads any is checked when slices have run (`_Window.equals`)."""
         return not self._recorder.sparse_seen and all(
             type(t) is FakeTensor and t.shape == tensors[0].shape
             for tensors in zip(*slices[:-1], strict=True)
@@ -170,8 +174,8 @@ def _mark(recorder: AllocationRecorder) -> _Mark:
 
 
 class _LeftOut:
-    """``count`` slices that do not run. ``forward``: the window of a slice like them. ``output``: its output,
-    whose life is ``forward.lives[index]``; ``layout``: that of the output."""
+    """``count`` slices that do not run. ``forward``: the window of an equal slice that ran. ``output``: the
+    output of that slice, whose storage has the record ``forward.lives[index]``; ``layout``: the output's."""
 
     def __init__(
         self,
@@ -198,8 +202,9 @@ class _LeftOut:
         cls, recorder: AllocationRecorder, windows: Sequence[_Window], output: Any, count: int
     ) -> _LeftOut | None:
         """Return what stands for ``count`` slices after those of ``windows``, of which the last has this
-        output. Return None if they must run: if the last two windows differ; if the output is not a tensor
-        of unknown values in a storage of its own; or if a slice without gradients leaves more behind."""
+        output. Return None if they must run: if the last two windows differ; if the output is not a fake
+        tensor of unknown values in a storage that the slice made; or if the output does not require gradients
+        and the slice leaves other storages behind."""
         if not windows[-1].equals(windows[-2]) or type(output) is not FakeTensor:
             return None
         layout, life, remaining = storage_layout(output), recorder.life_of(output), windows[-1].remaining()
@@ -211,7 +216,8 @@ class _LeftOut:
         return cls(recorder, windows[-1], count, output, layout, index)
 
     def leaf(self) -> torch.Tensor:
-        """Return a tensor that requires gradients, so that the outputs do, even if no input does."""
+        """Return an empty tensor that requires gradients. As an input of `_Slices`, it lets the outputs
+        require gradients even if no input of the slices does."""
         return self._new(torch.Size([0]), (1,), torch.float32).requires_grad_()
 
     def outputs(self) -> list[FakeTensor]:
@@ -266,8 +272,9 @@ class _LeftOut:
             self._gradients[index].append((storage_layout(gradient), self._recorder.life_of(gradient)))
 
     def _begin(self, _: Any) -> None:
-        """The backward of the next slice that runs begins. If it is the first slice, the last to run
-        backward, compare those before it with those before the omitted ones."""
+        """Note that the backward of the next slice begins. When that of the first slice begins, which is the
+        last to run backward, compare the backward of the second and third with that of the slice that ran
+        backward just before the omitted ones. Raises SlicesDiffer if they are not equal."""
         self._marks.append(_mark(self._recorder))
         if len(self._marks) == _LAST + _FIRST:
             marks, previous = self._marks[_LAST:], self._after
@@ -281,8 +288,9 @@ class _LeftOut:
             self._marks.clear()  # for another backward through the same graph
 
     def backward(self) -> list[FakeTensor | None]:
-        """Record the backward of the slices and return the gradients of their inputs, slice by slice. Raises
-        SlicesDiffer if the slices that have run do not tell what it does."""
+        """Record the backward of the omitted slices and return the gradients of their inputs, slice by slice;
+        None for an input without one. Raises SlicesDiffer unless the last four slices have run backward, the
+        last two of these equally, and as `_match_gradients` does."""
         if len(self._marks) != _LAST:
             raise SlicesDiffer
         marks = [*self._marks, _mark(self._recorder)]
@@ -301,9 +309,10 @@ class _LeftOut:
         return list(itertools.chain.from_iterable(zip(*stacks, strict=True)))
 
     def _match_gradients(self) -> list[tuple[Life, int, NewTensors]]:
-        """Return (life of the gradient, index of the input, layout) for each input that has a gradient, in
-        the order of their lives. A life that a slice leaves behind and the next one does not end must be such
-        a gradient."""
+        """Return (record of the gradient's storage, index of the input, layout) for each input of a slice
+        that has a gradient, in the order in which the storages are made. Raises SlicesDiffer if a storage
+        that a slice leaves behind, and that the next slice does not free, is no such gradient, or if the
+        storage of a gradient is not known."""
         passed_on = self._after.ended(1)
         lives = [self._after.lives[i] for i in self._after.remaining() if i not in passed_on]
         matches: list[tuple[Life, int, NewTensors]] = []
@@ -332,7 +341,8 @@ class _LeftOut:
 
 
 class _Slices(torch.autograd.Function):
-    """The omitted slices in autograd's graph, between the first and the last."""
+    """Autograd function that stands for the omitted slices (`_LeftOut`) in the graph: it takes a leaf and all
+    inputs of these slices, and returns their outputs."""
 
     @staticmethod
     def forward(
@@ -358,7 +368,8 @@ def _size_bytes(layout: NewTensors) -> int:
 
 
 def _nodes(root: Any, first_node: int) -> Iterator[Any]:
-    """Yield the autograd nodes from ``root`` on that are numbered from ``first_node``."""
+    """Yield ``root`` and the autograd nodes whose results it uses, directly or not, that have a sequence
+    number of at least ``first_node``, each once."""
     seen, stack = set(), [root]
     while stack:
         node = stack.pop()

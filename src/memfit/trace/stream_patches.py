@@ -16,7 +16,7 @@ from memfit.trace.allocation_recorder import AllocationRecorder
 
 class _Event(torch.cpu.Event):
     """Event of a patched CPU stream. ``record`` sets ``at`` to (stream, number of its operator calls so far).
-    If a stream waits for the event, the recorder records that it waits for these calls."""
+    ``wait`` lets the recorder record that a stream (None: the current one) waits for these calls."""
 
     def __init__(self, recorder: AllocationRecorder) -> None:
         self.recorder, self.at = recorder, ("", 0)

@@ -33,7 +33,7 @@ _LARGE, _MANY_TENSORS = 500_000_000, 1_000
 
 def deep_trace(job: Job, plan: Plan, *, rank: int = 0, **options: Any) -> Trace:
     """Return the trace of one rank of a plan, made as `traces_of` describes. ``options`` are those of
-    `trace`."""
+    `deep_traces`. Raises what `traces_of` raises."""
     return deep_traces(job, plan, [rank], **options)[0]
 
 
@@ -111,9 +111,9 @@ def _or_none(run: Callable[..., Trace], *args: Any, **options: Any) -> Trace | N
 
 
 def _repeats(plan: Plan, *, cpu: bool) -> bool:
-    """Return whether traces under ``plan`` may be built from traces with fewer blocks. Not under
-    optimal-checkpointing, which recomputes different operators in each block, nor for a pipeline on a CPU,
-    where each rank builds the whole model, and the peak may be there."""
+    """Return whether traces under ``plan`` may be built from traces with fewer blocks. False under
+    optimal-checkpointing, which recomputes different operators in each block, and for a pipeline on a CPU
+    (``cpu``), where each rank builds the whole model, and the peak may be there."""
     return "optimal-checkpointing" not in plan and not (cpu and plan.get("pipeline"))
 
 

@@ -57,7 +57,7 @@ class ForkedWorkers:
     def add(self) -> Connection:
         """Fork a worker and return its connection. The worker takes messages (see `message`) and answers each
         by (True, the result of the call) or (False, its exception). If an exception cannot be sent
-        faithfully, the worker ends without an answer."""
+        faithfully (`_has_faithful_copy`), the worker ends without an answer."""
         context = multiprocessing.get_context("fork")
         parent_end, child_end = context.Pipe()
         inherited = [parent_end, *self.processes]
@@ -69,17 +69,18 @@ class ForkedWorkers:
         return parent_end
 
     def remove(self, channel: Connection) -> None:
-        """End one worker."""
+        """End the worker with the connection ``channel``."""
         _end({channel: self.processes.pop(channel)})
 
     def message(self, calls: Sequence[Callable[[], Any]], index: int) -> Any:
-        """Return what is sent to a worker so that it makes the call ``calls[index]``."""
+        """Return what is sent to a worker so that it makes the call ``calls[index]``: the pickled call, in
+        which the owner is left out. Raises what pickle raises for a call that cannot be pickled."""
         buffer = io.BytesIO()
         _OwnerPickler(buffer, self.owner).dump(calls[index])
         return buffer.getvalue()
 
     def _call(self, message: Any) -> Callable[[], Any]:
-        """Return the call of a message, in a worker."""
+        """Return the call that ``message`` (see `message`) stands for. Runs in a worker."""
         call: Callable[[], Any] = _OwnerUnpickler(io.BytesIO(message), self.owner).load()
         return call
 
@@ -228,7 +229,8 @@ def _cores() -> int:
 
 
 def _is_worth(calls: int, workers: ForkedWorkers | None, deadline: Deadline) -> bool:
-    """Return whether forked processes make so many calls faster, or can be ended in time."""
+    """Return whether forked processes are of use for this number of calls: for several on several cores, and
+    for a single one if there is a deadline, or if workers are forked already and there are several cores."""
     has_workers = workers is not None and bool(workers.processes)
     if calls == 1:
         return deadline.left_s < math.inf or (has_workers and _cores() > 1)
@@ -236,9 +238,8 @@ def _is_worth(calls: int, workers: ForkedWorkers | None, deadline: Deadline) -> 
 
 
 def _ready(channels: list[Connection], deadline: Deadline) -> list[Connection]:
-    """Wait until a forked process has sent something or ended, and return the channels of those that have.
-    Raises TimeUp if the deadline passes before.
-    """
+    """Wait until a forked process has sent something or ended, and return the connections of those that have.
+    Raises TimeUp if the deadline passes before."""
     ready = wait(channels, None if deadline.left_s == math.inf else deadline.left_s)
     if not ready:
         deadline.check()

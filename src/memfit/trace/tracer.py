@@ -194,11 +194,12 @@ def trace(
 
 
 def _import_needed(plan: Plan) -> None:
-    """Import what the plan's techniques need, so that it can be patched (`recording_patches`). What is not
-    installed is refused later.
+    """Import the packages that the plan's techniques need, so that they can be patched (`recording_patches`).
+    Packages that are not installed are skipped; the technique refuses later.
 
-    In a forked process (`trace_pool`), which only traces, what bitsandbytes compiles when it is imported is
-    left as it is: torch's compiler takes a second to import."""
+    In a forked process (`trace_pool`), which only traces, ``torch.compile`` returns functions as they are
+    meanwhile: bitsandbytes compiles some when it is imported, and torch's compiler takes a second to import.
+    """
     only_traces = multiprocessing.current_process().daemon
     eager = mock.patch.object(torch, "compile", lambda function=None, **options: function or (lambda f: f))
     with eager if only_traces else contextlib.nullcontext():
@@ -211,7 +212,7 @@ def _import_needed(plan: Plan) -> None:
 def fake_model(job: Job) -> torch.nn.Module:
     """Return the job's model on fake tensors, without any plan, to inspect its structure. Do not change it:
     later calls for jobs with the same ``build_model`` return the same model. Raises what ``build_model``
-    raises, and UserError if a pattern of ``job.islands`` matches no module."""
+    raises, and UserError for a lazy module or if a pattern of ``job.islands`` matches no module."""
     with contextlib.suppress(TypeError, KeyError):  # build_model cannot be a weak key, or is not yet known
         model = _FAKES[job.build_model]
         fp32_modules.find(model, job.islands)
@@ -234,8 +235,10 @@ def _local_batch(step: TrainingStep, index: int) -> tuple[Any, float]:
     """Return (this rank's batch, mean number of loss terms per rank) for the step ``index``. Each step has a
     batch of its own, because lengths and graphs differ between batches.
 
-    Those of one rank are kept for later traces, with memory that is never touched in place of tensors whose
-    values are not followed."""
+    For a plan of one rank, batches are kept for later traces of the same ``make_batch``, with memory that is
+    never touched in place of tensors whose values are not followed because they have more than
+    `MOST_ELEMENTS` elements. They are not kept if weights are followed (`follow_weights`).
+    """
 
     def make() -> tuple[Any, float]:
         with _disable_current_modes():
@@ -278,9 +281,10 @@ def _fake_batch(recorder: AllocationRecorder, fake: FakeTensorMode, step: Traini
 
 
 def _as_copied(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor that takes what a copy of ``tensor`` on another device takes: all elements of an
-    expanded tensor, but not the rest of the storage of a slice. The first samples of a batch keep its
-    storage: a trace of fewer micro-batches than the plan has counts the whole batch so."""
+    """Return a tensor that takes the bytes of a copy of ``tensor`` on another device: all elements of an
+    expanded tensor, but not the rest of the storage of a slice. Contiguous first samples of a storage, and
+    tensors that are not strided, are returned as they are: in a trace of fewer micro-batches than the plan
+    has, the first samples of a batch so count as the whole batch."""
     if tensor.layout is not torch.strided:
         return tensor
     storage_bytes, own_bytes = tensor.untyped_storage().nbytes(), tensor.numel() * tensor.element_size()
@@ -361,7 +365,8 @@ def _run_recorded(
 
 
 def _run_update(step: TrainingStep, mark: Callable[[Phase], None]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the end of a training step, as `TrainingStep.run` does, after gradients of zero."""
+    """Set all gradients to zeros and run the end of a training step (`TrainingStep.finish`). Call ``mark``
+    with each phase. Return (a scalar that stands for the loss, the norm of the gradients)."""
     mark(Phase.FORWARD)
     loss = torch.zeros(())
     mark(Phase.BACKWARD)
@@ -372,7 +377,8 @@ def _run_update(step: TrainingStep, mark: Callable[[Phase], None]) -> tuple[torc
 
 
 def _is_plain(step: TrainingStep) -> bool:
-    """Return whether the step is memfit's own. One of another kind may observe each of its passes."""
+    """Return whether the step is memfit's own `TrainingStep`, made outside `use_step`. Another one may
+    observe each of its passes."""
     return type(step) is TrainingStep and _STEP.get() is TrainingStep
 
 
@@ -420,7 +426,8 @@ def _marker(recorder: AllocationRecorder, step: TrainingStep) -> Any:
 
 def label_state(recorder: AllocationRecorder, step: TrainingStep) -> None:
     """Label the optimizer's state, and then the model's parameters and buffers, whose label therefore holds
-    for a storage that belongs to both."""
+    for a storage that belongs to both. Step counters that the optimizer keeps on the host of an accelerator
+    are moved to the place "nowhere", where they do not count."""
     parameters = list(step.model.named_parameters())
     owner = {id(p): name.rpartition(".")[0] for name, p in parameters}
     on_host = not recorder.kind.is_host and counts_steps_on_host(step.optimizer)
@@ -433,7 +440,8 @@ def label_state(recorder: AllocationRecorder, step: TrainingStep) -> None:
 
 
 def label_tensors(recorder: AllocationRecorder, named: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Label the tensors, pairs of name and tensor, as parameters of the module that their name says."""
+    """Label the tensors, given as (name, tensor), as parameters of the module whose path is the name up to
+    the last dot."""
     for name, tensor in named:
         recorder.label(tensor, Category.PARAMETER, module=name.rpartition(".")[0])
 

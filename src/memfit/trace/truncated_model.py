@@ -22,8 +22,8 @@ CONTAINERS = (torch.nn.ModuleList, torch.nn.Sequential)
 @dataclasses.dataclass(frozen=True, slots=True)
 class FirstBlocks:
     """A ``build_model`` for a job: called without arguments, it builds the model of ``job`` with its first
-    ``count`` blocks only, also in the modules at the paths ``others``. A trace does not record the
-    construction of such a model."""
+    ``count`` blocks only, and with the first ``count`` ones of the containers at the paths ``others``. Raises
+    what `keep_blocks` raises. A trace does not record the construction of such a model."""
 
     job: Job
     count: int
@@ -50,8 +50,8 @@ class FirstBlocks:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Built:
-    """How a model's blocks are built: ``count`` modules of the class ``kind``, one after another, after
-    ``first`` others of that class. ``path``: of the module that contains them."""
+    """How a model's blocks are built: ``count`` modules of the class ``kind``, with no other of that class
+    between them, after ``first`` others of that class. ``path``: of the module that contains the blocks."""
 
     kind: type
     path: str
@@ -78,7 +78,8 @@ def note_modules(order: list[torch.nn.Module]) -> Iterator[None]:
 def remember_blocks(job: Job, model: object, order: Sequence[torch.nn.Module]) -> None:
     """Remember how the job's ``build_model``, which has returned ``model``, builds the blocks, so that
     `FirstBlocks` need not build those that it drops. ``order``: the modules in the order of their
-    construction. Do nothing if the model has no blocks or if it does not build them one after another."""
+    construction. Do nothing if the model has no blocks, if it does not build them one after another, or if
+    ``build_model`` cannot be a weak key."""
     if not isinstance(model, torch.nn.Module):
         return  # the caller reports the error
     with contextlib.suppress(UserError, TypeError):  # no blocks, or a function that cannot be remembered

@@ -62,9 +62,9 @@ class _EventPosition(NamedTuple):
 
 
 class _Work(NamedTuple):
-    """By how much the work of an operator call grows with each additional period of blocks (`Blocks`):
-    floating-point operations, bytes moved and, if it waits for a stream, ``waited_calls``: the number of that
-    stream's last calls for which it does not wait."""
+    """By how much the work of an operator call grows with each additional period of blocks (`Blocks`): the
+    floating-point operations, the bytes moved, and ``waited_calls``, the number of last calls of another
+    stream for which a call that waits for that stream does not wait (0 for other calls)."""
 
     flops: int
     moved_bytes: int
@@ -82,8 +82,9 @@ class _Work(NamedTuple):
 
 
 class Mismatch(Exception):
-    """A trace cannot be built from shorter ones: two shallow traces do not differ by exactly one repeated
-    period of blocks, or the micro-batches of a pipeline receive different sizes. The message says where."""
+    """A trace cannot be built from other ones: two shallow traces do not differ by exactly one repeated
+    period of blocks, the micro-batches of a pipeline receive different sizes, or traces with and without
+    recomputation do not match. The message says where."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,7 +185,7 @@ def _blocks_on_a_line(
 
 
 def add_periods(trace: Trace, blocks: Blocks, periods: int = 1) -> Trace:
-    """Return the trace with so many more periods of blocks than ``blocks``, those of ``trace``: its middle
+    """Return ``trace``, whose blocks are ``blocks``, with ``periods`` more periods of blocks: its middle
     period is repeated. Unlike `unroll`, nothing shows that a model of this depth has this trace, and what
     grows with the depth outside the blocks does not grow here. Raises Mismatch if the blocks are fewer than
     three periods or do not repeat."""
@@ -266,8 +267,8 @@ def _growth(candidate: _Unrolled, expected: Trace) -> dict[int, int]:
     """Compare a shallow trace unrolled by one period (``candidate``) with the deeper trace ``expected``.
     Return the bytes by which allocations outside the blocks grow per period, by their index in the shallow
     trace; those that do not grow are left out. Raises Mismatch if the number of allocations differs, or a
-    size inside the blocks, a lifetime, the operator that made an allocation, or the clock or name of an
-    operator call."""
+    size inside the blocks, a lifetime, the operator that made an allocation, or the clock, name or ``times``
+    of an operator call."""
     actual = candidate.trace
     if len(actual.allocations) != len(expected.allocations):
         raise Mismatch(
@@ -571,7 +572,8 @@ class _Script:
                 self.births[event.row] = position
 
     def facts(self, event: _Event) -> tuple[object, ...]:
-        """Return what must be equal for an event outside the blocks."""
+        """Return what must be equal in two traces for an event outside the blocks: operator, bytes, module,
+        stream and pieces of an allocation; signature, module, stream and times of an operator call."""
         if event.kind == _ALLOCATE:
             a = self.trace.allocations[event.row]
             return a.op, a.requested_bytes, a.module, a.stream, a.pieces
@@ -582,8 +584,9 @@ class _Script:
         return [self.trace.allocations[index].requested_bytes for index in self.passed.get(passed, ())]
 
     def counterpart(self, index: int, other: _Script) -> int | None:
-        """Return the index in ``other`` of the allocation ``index``, which is made in the same run; None if
-        there is none. Raises Mismatch if that is not clear."""
+        """Return the index in ``other`` of the allocation that corresponds to the allocation ``index`` here:
+        of the same run, operator, module and size, and in the same order among these. Return None if
+        ``other`` has none of these, and raise Mismatch if it has another number of them."""
         allocation = self.trace.allocations[index]
         key = self.births[index][:3], allocation.op, allocation.module, allocation.requested_bytes
         own, others = self.alike[key], other.alike.get(key, [])
@@ -626,7 +629,8 @@ class _Script:
         ]
 
     def _work(self, block: int, phase: Phase) -> list[tuple[object, ...]]:
-        """Return what a block does in its only run of a phase. Raises Mismatch if it has none or several."""
+        """Return what a block does in its only run of a phase, in order: (operator, bytes) of each allocation
+        and (signature,) of each operator call. Raises Mismatch if it has no run or several."""
         runs = [run for c in self.chapters if c.span.phase is phase for b, run in c.runs if b == block]
         if len(runs) != 1:
             raise Mismatch(f"a block runs {len(runs)} times in {phase}")

@@ -33,7 +33,8 @@ _UPDATES = (
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Update:
-    """The events of an update: of the parameter's module ``module``, between two clocks."""
+    """The record of an update between the clocks ``start`` and ``end``. ``module``: the path of the module of
+    the updated parameters; "" if there are several."""
 
     module: str
     start: int
@@ -52,7 +53,8 @@ class UpdateReplay:
 
     @contextlib.contextmanager
     def patches(self) -> Iterator[None]:
-        """Inside this context, updates are replayed, of those optimizers that are imported already."""
+        """Inside this context, replay the updates of torch's Adam and SGD and of torchao's Adam, as far as
+        their modules are imported already."""
         with contextlib.ExitStack() as stack:
             for path, name in _UPDATES:
                 if (module := sys.modules.get(path)) is not None:
@@ -74,8 +76,9 @@ class UpdateReplay:
         return self._run(call, module, func, args, kwargs)
 
     def _owners(self, tensors: list[torch.Tensor]) -> tuple[str, Any]:
-        """Return the path of the module that all tensors belong to ("" for several), and what must be equal
-        for the modules of events to be equal, but for that path."""
+        """Return (path, key). ``path``: of the module that all tensors with a module belong to; "" if these
+        are several or none. ``key``: equal for updates whose records differ in nothing but this path, as far
+        as modules decide."""
         paths = [self._recorder.owner(tensor) for tensor in tensors]
         distinct = set(paths) - {""}
         if len(distinct) > 1:
