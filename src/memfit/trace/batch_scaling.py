@@ -23,8 +23,8 @@ _RATIO = 1e-6
 
 
 def size_dependent_operator(traces: Mapping[int, Trace]) -> str:
-    """Return the name of the first forward operator that a larger batch uses in another way, "" if there is
-    none. ``traces``: the trace of a step for each of three numbers of samples.
+    """Return the name, such as "topk", of the first forward operator that a larger batch uses in another way;
+    "" if there is none. ``traces``: number of samples -> trace of a step with them, for three numbers.
 
     In the same way means: the operators are the same, in the same order, and sizes of tensors and other
     numeric arguments are constant, or linear in the number of samples or its inverse. After an operator whose

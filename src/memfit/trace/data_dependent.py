@@ -106,12 +106,12 @@ class Guesses:
         # "" is an optimizer's own line, stepping in backward
         limit = _LOOP_LIMIT if line else 1000 * _LOOP_LIMIT
         if bound is None and self._asked[line] > limit:
-            what = "how often in a row the condition is True" if is_bool else "what .item() returns"
             raise UserError(
                 f".item() at {line or 'an unknown line'} is called more than {limit} times, as in a loop "
                 "that does not end because fake tensors have no values",
                 allowed=f"bound={{{line or 'item'!r}: N}} in Job(...) or estimate(...), or for a script "
-                f"--bound {line or 'item'}=N, where N is {what}",
+                f"--bound {line or 'item'}=N, where N is what .item() returns or, if that is a bool, how often "
+                "in a row it is True",
             )
         source = ""
         if is_bool and (bound is not None or value is None):

@@ -22,7 +22,8 @@ from memfit.types.errors import UserError
 class FakeCopies(TorchFunctionMode):
     """Mode in which ``copy.deepcopy`` turns real tensors (on any device) into fake CPU tensors of the mode
     ``fake``, and clones fake tensors. Torch's own deepcopy would ask fake tensors for a data pointer. If
-    ``fake`` is None, all tensors are cloned."""
+    ``fake`` is None, all tensors are cloned. A real CPU tensor of one element that requires no gradient keeps
+    its value, which the model may read (`keep_value`)."""
 
     def __init__(self, fake: FakeTensorMode | None = None) -> None:
         self.fake = fake

@@ -49,7 +49,7 @@ class ForkedWorkers:
         _end(self.processes)
 
     def grow(self, count: int) -> list[Connection]:
-        """Fork workers until there are ``count``. Return the connections of all."""
+        """Fork workers until there are at least ``count``. Return the connections of all."""
         while len(self.processes) < count:
             self.add()
         return list(self.processes)
@@ -183,8 +183,9 @@ def run_parallel(
 
 
 def from_both_ends(items: Sequence[_T]) -> list[_T]:
-    """Return the items in an order in which `run_parallel`, if it makes its calls in two processes, begins
-    with the first of them."""
+    """Return the items in another order: those at even indices, then those at odd indices backwards. Two
+    processes of `run_parallel`, of which one takes calls from the start and one from the end, so begin with
+    the first items."""
     return [*items[::2], *items[1::2][::-1]]
 
 

@@ -506,7 +506,8 @@ def not_tracing() -> Iterator[None]:
 
 def _random_states(recorder: AllocationRecorder) -> Any:
     """Return a context manager that lets ``recorder`` record the result of torch.get_rng_state, a real tensor
-    in host memory, made below the dispatcher. Each checkpointed block keeps one."""
+    in host memory, made below the dispatcher. Each checkpointed block keeps one. On accelerators it is not
+    counted."""
     inner = torch.get_rng_state
 
     def noted() -> torch.Tensor:

@@ -175,7 +175,8 @@ def _blocks_on_a_line(
 ) -> tuple[tuple[int, int], ...]:
     """Return `Trace.host_blocks_bytes` after ``extra_periods`` more periods of blocks, of which the first
     gives ``deeper``. The sizes of both, which are sorted, correspond to each other in this order: the model's
-    blocks have more tensors of the same sizes, and flat buffers grow. () if their numbers differ."""
+    blocks have more tensors of the same sizes, and flat buffers grow. Return () if there are not as many
+    sizes in both."""
     if len(shallow) != len(deeper):
         return ()
     return tuple(
@@ -595,11 +596,11 @@ class _Script:
         return others[own.index(index)] if others else None
 
     def release(self, block: int, size_bytes: int) -> _EventPosition:
-        """Return the position after which a block frees an input of this size, in backward, if it frees it
-        before the block that made it. It is where the first block of the stack frees an input of that size,
-        but not where ``block`` frees another one. Places are counted from the end of the blocks' work, which
-        must be equal; what begins it depends on which outputs are used. Raises Mismatch if the position is
-        not clear."""
+        """Return the position in backward after which ``block`` frees an input of this size, if it frees the
+        input before the block that made it does. The first block of the stack shows where that is: the one
+        position at which it frees an input of this size and ``block`` frees none. Positions are counted from
+        the end of the blocks' work, because its beginning depends on which outputs are used. Raises Mismatch
+        if there is no such position or several, or if the work of the two blocks from there on differs."""
         first = block - block % _APART
         work = {b: self._work(b, Phase.BACKWARD) for b in (first, block)}
         positions = {b: self._releases(b, size_bytes) for b in (first, block)}
@@ -616,8 +617,8 @@ class _Script:
         raise Mismatch("where a block frees its inputs is not known")
 
     def _releases(self, block: int, size_bytes: int) -> list[_EventPosition]:
-        """Return the positions after which a block frees, in backward, what others have made of this size in
-        forward."""
+        """Return the positions after which ``block`` frees, in backward, allocations of this size that other
+        blocks, or none, have made in forward."""
         return [
             death
             for index, death in self.deaths.items()
@@ -726,8 +727,8 @@ class _Mixed:
         )
 
     def _death(self, script: _Script, index: int, birth: _EventPosition) -> _EventPosition | None:
-        """Return the position after which the allocation ``index`` of ``script``, made at ``birth``, is
-        freed; None if it never is."""
+        """Return the position after which the allocation ``index`` of ``script``, made at ``birth``, is freed
+        in the mixed trace; None if it never is. Raises Mismatch if that is not clear."""
         death = script.deaths.get(index)
         if birth.block is None:
             return self._last(death, self._recomputed.deaths.get(self._recomputed.made[birth]))
@@ -754,9 +755,11 @@ class _Mixed:
         return max(one, other or one, key=lambda position: (self._kept.order[position[:3]], position.offset))
 
     def _last(self, kept: _EventPosition | None, recomputed: _EventPosition | None) -> _EventPosition | None:
-        """Return where an allocation from outside the blocks is freed, given where it is if no block and if
-        all blocks are recomputed. All blocks release it, so that the last release decides: if it is by a
-        block that is as in the trace where it is the last, no block of the other kind releases it later."""
+        """Return where an allocation from outside the blocks is freed, given where it is if no block is
+        recomputed (``kept``) and if all are (``recomputed``); None if it never is. All blocks release it, so
+        that the last release decides: if it is by a block that is as in the trace where it is the last, no
+        block of the other kind releases it later. Raises Mismatch if the last block is not so, or if only one
+        of the two traces frees the allocation."""
         if kept is None or recomputed is None:
             if kept is not recomputed:
                 raise Mismatch("an allocation outside the blocks is freed only with or without recomputation")
@@ -771,8 +774,8 @@ class _Mixed:
 
 
 def _categorized(allocation: Allocation, spans: Sequence[PhaseSpan]) -> Allocation:
-    """Return the allocation with the category that its end gives it, if it was made in forward: activation
-    if it outlives that phase, else temporary."""
+    """Return the allocation; an activation or temporary one that was made in forward gets the category that
+    its end gives it: activation if it outlives its phase span, else temporary."""
     free_categories = (Category.ACTIVATION, Category.TEMPORARY)
     if allocation.phase is not Phase.FORWARD or allocation.category not in free_categories:
         return allocation

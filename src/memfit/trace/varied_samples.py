@@ -75,7 +75,7 @@ def _pool(job: Job, first: Any) -> Any:
 
 
 def _properties(pool: Any) -> list[dict[Any, float]]:
-    """Return, for each sample of ``pool``, the properties that it shows and how much each counts."""
+    """Return, for each sample of ``pool``, {property that it shows: how much this counts}."""
     length = batch_length(pool)
     rows = [batch_tensors(part) for part in split(pool, length)]
     properties: list[dict[Any, float]] = [{} for _ in range(length)]
@@ -89,7 +89,9 @@ def _properties(pool: Any) -> list[dict[Any, float]]:
 
 
 def _of_tensors(tensors: list[torch.Tensor]) -> list[dict[Any, float]]:
-    """Return the properties that the samples' tensors show, one tensor per sample."""
+    """Return, for each of ``tensors`` (one per sample, of equal meaning), {property that it shows: how much
+    this counts}: its classes, and whether it has the lowest or the highest mean, padding or share of values
+    below 0."""
     properties: list[dict[Any, float]] = [{} for _ in tensors]
     values = torch.cat(tensors)
     distinct, counts = values[:: 1 + len(values) // _MOST_VALUES].unique(return_counts=True)
