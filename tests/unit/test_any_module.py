@@ -491,6 +491,23 @@ def test_a_loop_on_tensor_values_is_refused_unless_a_bound_gives_its_rounds() ->
     assert sum(o.op == "aten.tanh.default" for o in found.ops) == 5
 
 
+def test_a_line_may_read_many_values_of_the_batch() -> None:
+    def walked(m: Any, x: torch.Tensor) -> torch.Tensor:
+        large = sum((x.flatten()[i] > 0.5).item() for i in range(700))
+        return m.first(x)[: 1 + int(large > 0)]
+
+    found = trace(job(walked), Plan())
+    assert any("as in the batch" in a for a in found.assumptions)
+
+
+def test_an_error_after_a_note_about_kernels_is_not_blamed_on_a_value() -> None:
+    def fails(m: Any, x: torch.Tensor) -> torch.Tensor:
+        raise ValueError("the user's own")
+
+    with pytest.raises(ValueError, match=r"^the user's own$"):
+        trace(job(fails), Plan(), device="mps")
+
+
 def test_an_error_caused_by_a_guessed_value_names_the_guess() -> None:
     def split(m: Any, x: torch.Tensor) -> torch.Tensor:
         h = m.first(x)

@@ -86,7 +86,7 @@ class Guesses:
         call keeps asking for an unknown bool, every 16th answer is False.
 
         Raises UserError if a line without a bound asks more than 1000 times in this trace with
-        ``is_listed=True`` (a million times if the line is not known), whether the values are known or not.
+        ``is_listed=True`` (a million times if the line is not known or the value follows from the batch).
         """
         self.questions += 1
         is_bool, is_float = tensor.dtype == torch.bool, tensor.dtype.is_floating_point
@@ -103,15 +103,16 @@ class Guesses:
         line = library_line()
         bound = 0 if is_denied else self._bound_at("item", line)
         self._asked[line] += 1
-        # "" is an optimizer's own line, stepping in backward
-        limit = _LOOP_LIMIT if line else 1000 * _LOOP_LIMIT
+        # Known values end a loop as they do without memfit; "" is an optimizer's own line in backward.
+        may_loop = bool(line) and (value is None or is_guess)
+        limit = _LOOP_LIMIT if may_loop else 1000 * _LOOP_LIMIT
         if bound is None and self._asked[line] > limit:
             raise UserError(
                 f".item() at {line or 'an unknown line'} is called more than {limit} times, as in a loop "
                 "that does not end because fake tensors have no values",
                 allowed=f"bound={{{line or 'item'!r}: N}} in Job(...) or estimate(...), or for a script "
-                f"--bound {line or 'item'}=N, where N is what .item() returns or, if that is a bool, how often "
-                "in a row it is True",
+                f"--bound {line or 'item'}=N, where N is what .item() returns or, if that is a bool, how "
+                "often in a row it is True",
             )
         source = ""
         if is_bool and (bound is not None or value is None):

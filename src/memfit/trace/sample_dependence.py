@@ -551,8 +551,8 @@ class _Trial:
         terms = [self._terms(p) for p in parts]
         if not any(terms):
             raise UserError(
-                "the job's loss_terms, which counts the terms of a batch's loss, gives 0 for each part of the "
-                "batch",
+                "the job's loss_terms, which counts the terms of a batch's loss, gives 0 for each part of "
+                "the batch",
                 allowed="at least 1 for the whole batch",
             )
         pairs = [(g, n / sum(terms)) for g, n in zip(gradients, terms, strict=True) if n]
