@@ -124,7 +124,7 @@ def choose_kernel(kind: DeviceKind, call: AttentionCall) -> str:
 
 
 def _fused_kernel(capability: tuple[int, int], call: AttentionCall) -> str:
-    """Return "flash" or "efficient" if that kernel is enabled and takes the call, else ""."""
+    """Return "flash" or else "efficient" if that kernel is enabled and takes the call; "" if neither does."""
     if torch.backends.cuda.flash_sdp_enabled() and _flash_takes(capability, call):
         return "flash"
     if torch.backends.cuda.mem_efficient_sdp_enabled() and _efficient_takes(capability, call):
@@ -158,8 +158,8 @@ def _heads_fit(call: AttentionCall, takes_groups: bool, takes_unequal: bool = Fa
 
 
 def _flash_takes(capability: tuple[int, int], call: AttentionCall) -> bool:
-    """Return whether the flash kernel of devices of this compute capability takes the call. That of 8.6 is
-    not trained with head dims above 192, except for those above 224 without dropout."""
+    """Return whether the flash kernel of devices of this compute capability takes the call. That of 8.6
+    takes no call with gradients and a head dim of 193 to 224, nor of 225 to 256 with dropout."""
     size = call.query.shape[-1]
     if capability < (8, 0) or not call.is_half or call.mask is not None or not _shapes_fit(call):
         return False

@@ -28,9 +28,9 @@ def correct_norm_outputs(func: Any, args: Any, out: Any, device: str) -> Any:
     The fake implementations return all outputs, in one dtype. Forward: for half-precision inputs, the
     statistics (means and deviations) become float32 on CUDA, except those of group norm. On every device they
     do if a weight, bias or running statistic is float32 (is_mixed_type in
-    aten/src/ATen/native/cpu/mixed_data_type.h). Backward: the
-    input's gradient gets the input's dtype, or becomes None if it is not requested. On the CPU, the first
-    output gets the strides that the kernel gives it (`_kernel_strides`).
+    aten/src/ATen/native/cpu/mixed_data_type.h). Backward: the input's gradient gets the input's dtype, or
+    becomes None if it is not requested. On the CPU, the first output gets the strides that the kernel gives
+    it (`_kernel_strides`).
     """
     is_backward = func in operators.NORM_GRADIENTS
     x, first, statistics = args[int(is_backward)], out[0], out[1:]

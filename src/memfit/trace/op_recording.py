@@ -64,9 +64,10 @@ class _Recorder(StorageNumbering):
     backward reads. All clocks are those of the AllocationRecorder, which is ``recorder``.
 
     A result is a storage that an operator makes. All results stay as they are: none is dropped to be
-    recomputed. ``of``, ``lives``, ``dtypes`` and ``last_read`` are indexed by a result's number
-    (`StorageNumbering`). ``needs`` maps the number to the clocks at which backward reads the result;
-    ``pinned`` holds the numbers of results that cannot be recomputed.
+    recomputed. ``of`` (the calls that make or write the result), ``lives`` (the records of its storage),
+    ``dtypes`` and ``last_read`` (a clock) are indexed by a result's number (`StorageNumbering`). ``needs``
+    maps the number to the clocks at which backward reads the result; ``pinned`` holds the numbers of results
+    that cannot be recomputed.
     """
 
     def __init__(self) -> None:

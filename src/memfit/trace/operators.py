@@ -540,9 +540,8 @@ def _dtype(tensors: list[torch.Tensor]) -> str:
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> int:
-    """Return the floating-point operations of attention: two products per head, (queries x keys x head dim of
-    the keys) and (queries x keys x head dim of the values), with 2 operations each. Shapes are (batch, heads,
-    length, head dim)."""
+    """Return the floating-point operations of the two products of attention: 2 x batch x heads x queries x
+    keys x (head dim of the keys + head dim of the values). Shapes are (batch, heads, length, head dim)."""
     batch, heads, queries, dim = query.shape
     return int(2 * batch * heads * queries * key.shape[2] * (dim + value.shape[3]))
 

@@ -23,8 +23,8 @@ COUNTING: Final = frozenset(
 
 def count_from_late_step(concrete_values: ConcreteValues, args: Any) -> None:
     """Set each known tensor without dimensions that an operator of `COUNTING`, called with ``args``, has made
-    1 to `LATE_STEP`: a count that begins. The optimizer's update then takes the branches of a late step of
-    the training, and not those of the first."""
+    1, as a count that begins, to `LATE_STEP` (100,000). The optimizer's update then takes the branches of a
+    late step of the training, and not those of the first."""
     for tensor in args[0] if isinstance(args[0], list | tuple) else args[:1]:
         real = concrete_values.of(tensor)
         if real is not None and not real.dim():

@@ -111,7 +111,7 @@ def _step_by_step(
     states: Sequence[torch.Tensor],
     weights: Sequence[torch.Tensor],
 ) -> tuple[torch.Tensor, ...]:
-    """Return the output and the last states of a network, cell by cell. ``run``: `_run_steps` or
+    """Return (the output, *the last states) of a network, cell by cell. ``run``: `_run_steps` or
     `_run_packed`, which runs one direction of a layer. ``layer_input``: (steps, batch, features), or (samples
     of all steps, features). ``states``: one or two tensors (layers x directions, batch, hidden size)."""
     directions = 2 if bidirectional else 1

@@ -134,9 +134,9 @@ def _needs_whole_batch(job: Job, error: Exception) -> bool:
 
 def _try_few_samples(trial_job: Job, whole_job: Job) -> SampleDependence:
     """Return the result of a trial of ``trial_job``, which has a few samples of ``whole_job``. If that is
-    "independent", but the whole batch does not use its operators as the few samples do at another size
-    (`size_dependent_operator`), return the result of a trial of the whole batch, or "not tested" if it
-    exceeds the limits of memory and time."""
+    "independent", but the whole batch uses an operator in another way than the few samples
+    (`size_dependent_operator`), return the result of a trial of the whole batch, or "not tested" if that
+    would exceed the limits of memory and time."""
     result, batch = _Trial(trial_job).run(), whole_job.make_batch(0, 0)
     length = batch_length(batch)
     if result.kind is not DependenceKind.INDEPENDENT or length <= trial_job.batch_size:

@@ -75,9 +75,9 @@ class PipelineRank:
 
     def fill_in(self, trace: Trace) -> Trace:
         """Return ``trace``, one of the short pipeline, as that of this rank in the whole plan: with this
-        rank's number, with the memory of the micro-batches that were not traced, and with their number.
-        Without a pipeline, only the rank and the number of ranks are set. Raises Mismatch if micro-batches
-        receive tensors of different sizes."""
+        rank's number, the number of ranks, and the memory and number of the micro-batches that were not
+        traced. Without a pipeline, only the rank and the number of ranks are set. Raises Mismatch if
+        micro-batches receive tensors of different sizes."""
         result, extra_micros = dataclasses.replace(trace, rank=self.rank, ranks=self.plan.ranks), 0
         if self.stages > 1:
             extra_micros = self.micros - self.short_micros

@@ -101,9 +101,9 @@ def traces_of(
 
 
 def _or_none(run: Callable[..., Trace], *args: Any, **options: Any) -> Trace | None:
-    """Return ``run(*args, **options)``, a trace, or None if it raises, as where a model uses the outputs of
-    certain blocks by number and has fewer blocks here. The whole trace then shows errors that are not due to
-    that."""
+    """Return ``run(*args, **options)``, a trace, or None if it raises an Exception, as where a model uses the
+    outputs of certain blocks by number and has fewer blocks here. The whole trace, which the caller then
+    makes, raises errors that have another cause."""
     try:
         return run(*args, **options)
     except Exception:  # noqa: BLE001  any error of the user's model; the whole trace then shows it

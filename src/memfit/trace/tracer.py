@@ -268,7 +268,8 @@ def _without_memory(tensor: torch.Tensor) -> torch.Tensor:
 
 def _fake_batch(recorder: AllocationRecorder, fake: FakeTensorMode, step: TrainingStep, part: Any) -> Any:
     """Return the batch ``part`` on fake tensors, as it is after it was moved to the device. It is recorded as
-    input, and its real values are attached to it."""
+    input, and its real values are attached to it. Known values of the model's tensors are attached, too
+    (`attach_weights`, `ConcreteValues.seed_constants`)."""
     inputs = map_batch(fake.from_tensor, part)
     if not recorder.kind.is_host:
         with _disable_current_modes(), fake:

@@ -50,10 +50,10 @@ class _Chapter:
 
 
 class _EventPosition(NamedTuple):
-    """Where an allocation was made, which identifies the allocation that another block made at the same
-    point. ``chapter`` is the index of the phase span, ``block`` the period of blocks that ran (None outside),
-    ``occurrence`` the index among the runs of that block in the chapter, and ``offset`` the index of the
-    allocation within the run."""
+    """Where an event, such as an allocation, is in a trace, which identifies the event of another block at
+    the same point. ``chapter`` is the index of the phase span, ``block`` the period of blocks that ran (None
+    outside), ``occurrence`` the index of the run among those of that block in the chapter, and ``offset`` the
+    index of the event within the run."""
 
     chapter: int
     block: int | None
@@ -527,7 +527,8 @@ class _Script:
     ``births``, ``deaths``: position of each allocation, and of the event before its free, by its index.
     ``made``: the index of the allocation at a position. ``passed``: for a run of a block and another block,
     the allocations made in the run that are freed while the other block runs, in the order in which they are
-    made. ``alike``: for a run of a block, operator, module and size, the allocations made so."""
+    made. ``alike``: for a run, an operator, a module and a size, the allocations of this size that the
+    operator makes in the run for the module, in order."""
 
     def __init__(self, trace: Trace, block_of: Callable[[str], int | None]) -> None:
         self.trace = trace
@@ -648,7 +649,7 @@ def _begin(chapter: int) -> _EventPosition:
 
 
 class _Mixed:
-    """The trace that `mix_recomputed` returns."""
+    """Makes ``trace``, the trace that `mix_recomputed` returns. Raises Mismatch as it does."""
 
     def __init__(self, kept: _Script, recomputed: _Script, every: int) -> None:
         self._kept, self._recomputed, self._every = kept, recomputed, every

@@ -32,7 +32,7 @@ def varied_samples(job: Job, count: int) -> Any:
     up to 256 samples, 32 batches, 256 MiB or 3 s.
 
     The samples are chosen one by one, so that each shows most of what those before it do not: a class (a
-    value of a tensor with at most 64 distinct ones), the most and the fewest negative values, the most and
+    value of a tensor with at most 64 distinct ones), the most and the fewest negative integers, the most and
     the least padding (the most frequent value), the largest and the smallest mean. What few samples show
     counts more. Chosen samples keep their order.
     """
@@ -90,8 +90,8 @@ def _properties(pool: Any) -> list[dict[Any, float]]:
 
 def _of_tensors(tensors: list[torch.Tensor]) -> list[dict[Any, float]]:
     """Return, for each of ``tensors`` (one per sample, of equal meaning), {property that it shows: how much
-    this counts}: its classes, and whether it has the lowest or the highest mean, padding or share of values
-    below 0."""
+    this counts}: its classes, and whether it has the lowest or the highest mean, padding or (of integers)
+    share of values below 0."""
     properties: list[dict[Any, float]] = [{} for _ in tensors]
     values = torch.cat(tensors)
     distinct, counts = values[:: 1 + len(values) // _MOST_VALUES].unique(return_counts=True)
