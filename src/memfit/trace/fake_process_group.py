@@ -33,10 +33,11 @@ def fake_ranks(plan: Plan, rank: int) -> Iterator[World]:
     Process groups that this process already has, as in a training script under torchrun, are set aside
     meanwhile: inside the context they are unknown to torch.distributed, and afterwards they are as before.
 
-    Raises UserError if the degrees of parallelism do not match the number of ranks. For a plan of several
-    ranks, raises MemfitError inside another such context. If the plan has tensor parallelism, a UserError
-    inside the context that reports an error of the user's code is replaced by one that names tensor
-    parallelism as the cause."""
+    Raises UserError if the plan's degrees of parallelism do not fit its ranks (`layout`). For a plan of
+    several ranks, raises MemfitError inside another such context. If the plan has tensor parallelism, a
+    UserError inside the context that reports an error of the user's code is replaced by one that names tensor
+    parallelism as the cause.
+    """
     if plan.ranks == 1:
         yield make_world(plan, rank=0, device="cpu")
         return
