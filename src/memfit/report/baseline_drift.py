@@ -28,8 +28,9 @@ def compare_baseline(
     """Return how the prediction ``predicted``, which has the rows of all its modules, differs from the stored
     one: what grew by more than the tolerance (drifts), and notes, such as on phases whose peak fell.
 
-    A phase has drifted if its peak grew by more than ``tolerance_ratio`` of it. So has a module whose bytes
-    in a phase grew by more than that share of them, or of 1 % of the stored peak if they were less. New
+    A phase has drifted if its peak grew by more than ``tolerance_ratio`` of the stored one. A module has
+    drifted if its bytes in a phase grew by more than that share of the stored ones, or of 1 % of the stored
+    peak if the module had less. New
     modules count together, against those that are gone: a renamed module is no drift. Modules are not
     reported for a phase that has drifted as a whole. Reserved memory has drifted if it grew by more than the
     tolerance and by more than 20 MiB, as it is reserved in steps of up to that size.

@@ -93,7 +93,8 @@ def axis(
 
     It begins at 0 if ``zero``, and values below 0 are then outside it; otherwise it begins below the smallest
     value, with a margin. It ends above the largest value, with the same margin: 8 % of the range from the
-    beginning (0 or the smallest value) to the largest, or if that range is 0, the absolute value, or 1.
+    beginning (0 or the smallest value) to the largest; if that range is 0, the absolute largest value, or 1
+    if that is 0, too.
     ``title``, ``scale`` and ``text`` are as in `Axis`.
     """
     finite = [v for v in values if math.isfinite(v)] or [0.0, 1.0]

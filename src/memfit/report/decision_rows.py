@@ -15,7 +15,9 @@ class AlternativeRow:
 
     ``slot`` names the column, for example "purchase"; when a slider of the page is moved, another option may
     take it. ``index``: of the option in ``ways`` of the decision. ``money``: name of a cost in CostSheet ->
-    figure. ``saved``: saving over the reference, in percent.
+    figure. ``saved``: saving over the reference, in percent. ``kwh``: energy of one run, in joules.
+    ``operation``, ``embodied`` and ``sci``: grams of CO2 per run from electricity, from the manufacture of
+    the devices, and their sum.
     """
 
     slot: str

@@ -142,7 +142,8 @@ class VerdictRow:
     """A verdict: whether a plan's results are equivalent to those of plain training.
 
     ``kind``: equivalent, different, undecided or not_sensitive. ``difference``: of the metric, in its unit,
-    with the interval ``low`` to ``high``; results within the ``margin`` count as equivalent. ``in_margins``:
+    with the interval ``low`` to ``high``; results within the ``margin`` count as equivalent. ``power``:
+    probability in % of showing equivalence if there is no difference. ``in_margins``:
     low, difference and high divided by the margin, for drawing; None if one of them is unknown or the margin
     is unknown or 0. ``notes``: on the endpoints beside the metric, and whether the test would have noticed
     the negative control.

@@ -37,8 +37,10 @@ Points = list[tuple[float, float]]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RankRow:
-    """One rank in the table. ``name``: its number and machine. ``state``: "ended", "failed", "killed" or
-    "running". ``error``: the error that ended it, "" without."""
+    """One rank in the table. ``name``: its number and machine. ``is_fullest``: whether it has the least free
+    memory of several. ``state``: "ended", "failed", "killed" or "running". ``error``: the error that ended
+    it, "" without. ``tensors``, ``reserved``, ``device`` and ``host``: highest measured memory. ``energy``:
+    joules per step."""
 
     name: str
     is_fullest: bool
