@@ -15,7 +15,7 @@ from memfit import catalog
 from memfit.cli import main
 from memfit.jobs.registry import add_job, load
 from memfit.jobs.training_step import TrainingStep
-from memfit.planner.parallelism_grid import Limits, grids
+from memfit.planner.parallelism_grid import Limits, grids, no_grid_error
 from memfit.planner.plan_space import dependence_reasons, usable
 from memfit.planner.request import Request, make_predictor
 from memfit.planner.search import search
@@ -390,6 +390,21 @@ def test_grids_respect_limits_on_splitting_and_sharing_a_batch() -> None:
     synced = list(grids(dataclasses.replace(limits, splits=False)))
     assert any(g.layout.data == 8 for g in synced)
     assert all({count for _, count in g.micro} == {1} for g in synced)
+
+
+def test_an_error_without_plans_for_several_devices_names_why_the_batch_may_not_be_split() -> None:
+    limits = Limits(ranks=8, per_host=8, batch=16, blocks=8, device="cuda", splits=False)
+
+    def message(**changed: object) -> str:
+        return str(no_grid_error(dataclasses.replace(limits, **changed)))  # type: ignore[arg-type]
+
+    size = dataclasses.replace(OF_NORMS, cause=DependenceCause.SIZE)
+    assert "changes BatchNorm's statistics" in message(shares=False, dependence=OF_NORMS)
+    assert "computed for the whole batch only" in message(shares=False, dependence=size)
+    assert "allowed: one device, or a loss that is a mean" in message(shares=False, dependence=OF_WEIGHTS)
+    # With SyncBatchNorm, ranks may divide the batch: something else leaves no plan.
+    assert "supports none of the plans" in message(refuses=lambda plan: "not supported")
+    assert "leave no plan for 8 devices" in message(micro_batch=1)
 
 
 FILE = """

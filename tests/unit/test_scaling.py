@@ -452,7 +452,7 @@ def test_a_device_count_without_plans_is_skipped_if_others_have_plans() -> None:
     whole = Bounds(without=("tensor-parallel", "pipeline"))
     many = MultiDevicePredictor(predictor_of(8, "4xL4"), request_for(on, goal="cheapest", bounds=whole))
     assert {e.plan.ranks for e in many.over((3, 2))} == {2}
-    with pytest.raises(UserError, match="a batch of 8 cannot be shared evenly by 3 devices"):
+    with pytest.raises(UserError, match="a batch of 8 samples cannot be shared evenly by 3 devices"):
         many.over((3,))
 
 

@@ -40,9 +40,11 @@ def with_batch_shape(job: Job, rows: int | None = None, length: int | None = Non
     resized_batch = _pytree.tree_map_only(torch.Tensor, resized, batch)
     if batch_length(resized_batch) != rows:
         raise UserError(
-            f"the batch of {job.name}, a {type(batch).__name__}, cannot be repeated or cut to {rows} samples",
-            allowed="a tensor, mapping, tuple or list of tensors whose first dimension is the samples",
-            hint="make the batch in a function that takes the number of samples",
+            f"the batch of {job.name}, a {type(batch).__name__}, cannot be repeated or cut to {rows} samples "
+            "because it is or contains an object, or a list with an element for each sample",
+            allowed="tensors whose first dimension is the samples, also in mappings, tuples and lists",
+            hint="to find the largest batch, let a function make the job: FILE.py:NAME with the argument "
+            "batch, or memfit.largest(lambda n: (model, a batch of n samples))",
         )
     return dataclasses.replace(
         job, make_batch=lambda step, seed: resized_batch, batch_size=rows, loss_terms=None, tokens_per_batch=0
@@ -56,7 +58,9 @@ def length_of(job: Job) -> int:
     sizes = Counter(size for t in tensors for size in t.shape[1:])
     if not sizes:
         raise UserError(
-            f"the batches of {job.name} have no length dimension: no tensor has more than one dimension",
-            allowed="tensors of shape (samples, length, ...)",
+            f"the batches of {job.name} have no length dimension: none of their tensors has more than one "
+            "dimension",
+            allowed="tensors of shape (samples, length, ...), also in mappings, tuples and lists, but not in "
+            "attributes of objects",
         )
     return max(sizes, key=lambda size: (sizes[size], size))

@@ -46,7 +46,7 @@ def parts_of(trace: Trace, chains: Mapping[str, int], seconds: Seconds) -> Parts
         if len(forward) != BLOCKS or len(backward) != BLOCKS or not is_ordered:
             raise UserError(
                 "a search of plans for several devices needs a chain of blocks, but those at "
-                f"{path!r} do not run one after the other in forward and in reverse order in backward",
+                f"{path!r} do not all run, one after the other in forward and in reverse order in backward",
                 allowed="a chain of blocks, of which each works on the output of the one before it",
             )
     paths = sorted(views, key=lambda path: views[path].first_clocks(Phase.FORWARD)[0])
@@ -84,6 +84,7 @@ def _between(chain: _StepView, following: _StepView) -> PartCosts:
         raise UserError(
             "a search of plans for several devices needs chains of blocks that run one after the other, but "
             f"those at {chain.path!r} and {following.path!r} do not",
+            allowed="chains of blocks, of which each works on the output of the one before it",
         )
     return chain.piece(forward, backward, None)
 

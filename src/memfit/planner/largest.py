@@ -195,7 +195,8 @@ def find_largest(
 
     first = max(1, -(-start // step))
     if problem := cached(first).problem:
-        raise UserError(f"{dimension} {first * step} cannot be predicted: {problem}")
+        first_value = first * step
+        raise UserError(f"{dimension} {first_value}, the first value tried, cannot be predicted: {problem}")
     safe, safe_next = _bisect(cached, sizes, first, cap_bytes, safe=True)
     expected, expected_next = _bisect(cached, sizes, first, cap_bytes, safe=False)
     limit = "memory"

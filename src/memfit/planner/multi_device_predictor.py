@@ -77,9 +77,9 @@ class MultiDevicePredictor:
         self.pairs: list[tuple[Estimate, Estimate]] = []  # (sketch, whole trace) of each finalist
         if plan_predictor.model is None:
             raise UserError(
-                f"step times on {self.machine.device.name} are unknown, because its machine file does not "
-                "say how fast it computes",
-                hint="add the device's peak FLOP/s and memory bandwidth to its machine file",
+                f"step times on {self.machine.device.name} are unknown, because its machine file lacks the "
+                "peak FLOP/s (peak_flops) or the memory bandwidth (bandwidth_bytes_s)",
+                hint="a search of plans for several devices needs both: add them to its [device] table",
             )
         self.model = plan_predictor.model
         self.traced = BlockTracer(plan_predictor.job, plan_predictor.trace_kind)
@@ -167,6 +167,7 @@ class MultiDevicePredictor:
             splits=may_split(self.plan_predictor.dependence, self.request.accuracy),
             storage=storage_rates(self.machine, self.model, 1) is not None,
             shares=may_share(self.plan_predictor.dependence, self.request.accuracy),
+            dependence=self.plan_predictor.dependence,
             refuses=None if self.engine.name == native.ENGINE.name else self.engine.refusals,
             without=frozenset(self.bounds.without)
             | (frozenset() if self.traced.is_single_chain else NEEDS_SINGLE_CHAIN)

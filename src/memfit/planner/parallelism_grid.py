@@ -16,12 +16,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from memfit.planner.selection import TIE_RATIO
 from memfit.techniques.parallel.stage_sizes import stage_sizes
 from memfit.techniques.registry import conflict, effect_of, make_use, proposable, technique
+from memfit.types.dependence import DependenceCause, DependenceKind, SampleDependence
 from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue, Plan, Use
 
 Uses = tuple[Use, ...]
 _MOST_FEWER = 8  # blocks that the first or the last stage may have fewer
 QUICK_BLOCKS = 12  # of a model whose whole traces are quick, at most
+_INDEPENDENT = SampleDependence(kind=DependenceKind.INDEPENDENT)
 DIVIDING_TECHNIQUES = ("tensor-parallel", "context-parallel", "axial-parallel", "pipeline", "expert-parallel")
 
 
@@ -63,6 +65,7 @@ class Limits:
     splits: bool = True  # whether a rank's samples may be trained in micro-batches
     storage: bool = False  # whether hosts have local storage of a known rate
     shares: bool = True  # whether ranks may train on different samples of the batch
+    dependence: SampleDependence = _INDEPENDENT  # of samples on each other, for the message of an error
 
     @property
     def expert_degree(self) -> int:
@@ -538,41 +541,57 @@ def _use(name: str, **settings: KnobValue) -> Use:
 def no_grid_error(limits: Limits) -> UserError:
     """Return the error to raise if there is no grid for these limits. It names the first cause that applies:
 
-    - Samples depend on each other, or a split batch would weight the loss terms wrongly. The batch may
-      therefore not be split into micro-batches or over ranks.
+    - The batch may not be divided over data-parallel ranks (``limits.shares``).
     - The batch is a multiple of the ranks, and native would have plans: the engine supports none of them.
     - The batch is a multiple of the ranks: exclusions, accuracy and micro-batch leave no plan.
     - The batch cannot be divided evenly.
     """
-    if not (limits.splits and limits.shares):
-        return UserError(
-            "splitting the batch would change the training, because its samples depend on each other or its "
-            f"loss terms would be weighted wrongly, and every plan for {limits.ranks} devices splits it",
-            allowed="--accuracy any if samples depend on each other; nothing if a split batch would weight "
-            "the loss terms wrongly",
-            hint="`memfit plan` for one device names the reason; if it is BatchNorm, replace it by "
-            "SyncBatchNorm, which allows data-parallel ranks",
-        )
+    devices = "one device" if limits.ranks == 1 else f"{limits.ranks} devices"
+    if not limits.shares:
+        return _undivided_batch_error(limits.dependence, devices)
     of_any_engine = dataclasses.replace(limits, refuses=None, without=limits.excluded)
     engine_refuses = limits.refuses is not None and any(True for _ in grids(of_any_engine))
     if limits.batch % limits.ranks == 0 and engine_refuses:
         return UserError(
-            f"the engine (--engine) supports none of the plans for {limits.ranks} devices that a search "
-            "considers",
+            f"the engine (--engine) supports none of the plans for {devices} that a search considers",
             allowed="an engine with DDP, FSDP2 or ZeRO on several ranks",
             hint="`memfit estimate JOB --plan FILE --engines` predicts a plan of yours and shows which "
             "engines support it",
         )
     if limits.batch % limits.ranks == 0:
         return UserError(
-            f"the excluded techniques, the accuracy and the micro-batch leave no plan for {limits.ranks} "
-            f"device{'s' * (limits.ranks > 1)}",
+            f"the excluded techniques, the accuracy and the micro-batch leave no plan for {devices}",
             hint="relax --without (exclude fewer techniques), --accuracy (allow larger changes of the "
             "training) or --micro-batch (another size, or none)",
         )
     return UserError(
-        f"a batch of {limits.batch} cannot be shared evenly by {limits.ranks} devices",
+        f"a batch of {limits.batch} samples cannot be shared evenly by {devices}",
         allowed=f"a multiple of {limits.ranks}; or a multiple of the data-parallel ranks, if tensor, context "
         "or pipeline parallelism can divide the model among the other devices",
         hint="--batch sets the samples of one step over all devices",
+    )
+
+
+def _undivided_batch_error(dependence: SampleDependence, devices: str) -> UserError:
+    """Return the error to raise if the batch may not be divided over data-parallel ranks, and no plan without
+    them is left. ``dependence``: why it may not. ``devices``: text such as "8 devices"."""
+    effect_on_training = dependence.changes  # such as "changes BatchNorm's statistics"
+    how_this_is_known, mean_over_counted_terms = dependence.reason, dependence.way_out
+    if dependence.cause is DependenceCause.SIZE:
+        return UserError(
+            f"every plan that is possible for {devices} splits the batch, over ranks or into micro-batches, "
+            f"but the step can be computed for the whole batch only ({how_this_is_known})",
+            allowed="one device",
+        )
+    if dependence.cause is DependenceCause.WEIGHTS:
+        return UserError(
+            f"every plan that is possible for {devices} splits the batch, over ranks or into micro-batches, "
+            f"which weights the terms of the loss wrongly ({how_this_is_known})",
+            allowed=f"one device, or a loss that is {mean_over_counted_terms}",
+        )
+    return UserError(
+        f"every plan that is possible for {devices} splits the batch, over ranks or into micro-batches, "
+        f"which {effect_on_training} ({how_this_is_known})",
+        allowed="--accuracy any, or one device",
+        hint="if the cause is BatchNorm, replace it by SyncBatchNorm, which allows data-parallel ranks",
     )

@@ -192,8 +192,10 @@ def make_predictor(request: Request, *, replicas: bool = True) -> tuple[Job, Pre
     job, ranks = load(request.job_ref), request.ranks
     if replicas and job.batch_size < ranks:
         raise UserError(
-            f"a batch of {job.batch_size} has fewer samples than the {ranks} ranks",
+            f"a batch of {job.batch_size} samples cannot be divided over {ranks} ranks, each of which needs "
+            "at least one",
             allowed=f"--batch {ranks} or more",
+            hint="or fewer ranks: a smaller --nproc, or --on a machine with fewer devices",
         )
     stored = stored_predictions(request.job_ref, job)
     how = request.machine.device.kind, request.ranks, half_precision_of(request.machine)

@@ -482,9 +482,15 @@ def _refuse_ranks(request: Request, predictor: Predictor) -> None:
     effect_on_training = dependence.changes  # such as "changes BatchNorm's statistics"
     how_this_is_known, plan_or_norm_to_use = dependence.reason, dependence.way_out
     refuse_wrong_weights(make_plain_plan(request.ranks), dependence)
+    if dependence.cause is DependenceCause.SIZE:
+        raise UserError(
+            f"the batch cannot be divided over {request.ranks} ranks, because the step can be computed for "
+            f"the whole batch only ({how_this_is_known})",
+            allowed="one rank",
+        )
     raise UserError(
-        f"dividing the batch over {request.ranks} ranks would change the training: it {effect_on_training} "
-        f"({how_this_is_known})",
+        f"dividing the batch over {request.ranks} ranks {effect_on_training} ({how_this_is_known}), which "
+        "would change the training",
         allowed="--accuracy any",
         hint=f"to keep the training as it is, use {plan_or_norm_to_use}",
     )
@@ -558,9 +564,10 @@ def _cap(
     if request.machine.device.is_host or (request.is_here and demonstrates):
         if not 0 < ratio <= 1:
             raise UserError(
-                "Job(demonstration_ratio=...), the memory cap as a share of plain training's peak, "
-                f"is {ratio}",
+                "Job(demonstration_ratio=...), the memory cap of a demonstration as a share of plain "
+                f"training's peak, is {ratio}",
                 allowed="above 0, at most 1",
+                hint="or set the cap with --memory",
             )
         ratio_text = {0.25: "a quarter", 0.5: "half"}.get(ratio, f"{ratio:.0%}")
         reason = f"{_DEMONSTRATION} {ratio_text} of the baseline's predicted peak"

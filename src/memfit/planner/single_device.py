@@ -57,10 +57,12 @@ _COMPARING_ROUNDS, _FITTING_ROUNDS, _LONG_COUNTERFACTUALS = 2, 4, 4
 
 
 def _no_micro_batches(request: Request, dependence: SampleDependence | None) -> UserError:
-    """Return the error to raise if no plan of the search has the requested micro-batch. If splitting the
-    batch is not allowed because its samples depend on each other, the error says so; else that exclusions,
-    accuracy and engine leave no such plan. ``dependence``: whether samples depend on each other; None for a
-    batch of one.
+    """Return the error to raise if no plan of the search has the requested micro-batch.
+
+    Its message says why the batch may not be split: the step cannot be computed for a part of it, the terms
+    of the loss would get wrong weights, or its samples depend on each other. If it may be split, the message
+    says that exclusions, accuracy and engine leave no such plan. ``dependence``: whether samples depend on
+    each other; None for a batch of one.
     """
     size = request.bounds.micro_batch
     if dependence is None or may_split(dependence, request.accuracy):
@@ -71,16 +73,22 @@ def _no_micro_batches(request: Request, dependence: SampleDependence | None) -> 
         )
     effect_on_training = dependence.changes  # such as "changes BatchNorm's statistics"
     how_this_is_known, mean_over_counted_terms = dependence.reason, dependence.way_out
-    is_weighted_wrongly = dependence.cause is DependenceCause.WEIGHTS
-    is_impossible = dependence.cause is DependenceCause.SIZE
+    if dependence.cause is DependenceCause.SIZE:
+        return UserError(
+            f"a micro-batch of {size} is not possible, because the step can be computed for the whole batch "
+            f"only ({how_this_is_known})",
+            hint="leave out --micro-batch",
+        )
+    if dependence.cause is DependenceCause.WEIGHTS:
+        return UserError(
+            f"a micro-batch of {size} weights the terms of the loss wrongly ({how_this_is_known})",
+            allowed=f"a loss that is {mean_over_counted_terms}",
+            hint="or leave out --micro-batch",
+        )
     return UserError(
         f"a micro-batch of {size} would change the training: splitting the batch {effect_on_training} "
         f"({how_this_is_known})",
-        allowed=f"a loss that is {mean_over_counted_terms}"
-        if is_weighted_wrongly
-        else "the whole batch"
-        if is_impossible
-        else "--accuracy any",
+        allowed="--accuracy any",
         hint="or leave out --micro-batch",
     )
 

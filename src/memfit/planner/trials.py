@@ -58,11 +58,11 @@ def choose_by_trials(planning: Planning, progress: Progress, *, measure_s: float
     ("smallest", "fewest").
     """
     if planning.request.goal not in BY_TIME:
+        goal = planning.request.goal.value
         raise UserError(
-            "plans can be chosen by measured step times only for a goal that is calculated from step time, "
-            f"not for {planning.request.goal.value}",
+            f"the goal {goal} is not calculated from step time, so that measured step times cannot decide",
             allowed=f"the goals {', '.join(BY_TIME)}",
-            hint="for other goals, search without measuring: plans are then chosen by their predictions",
+            hint="for other goals, search without measuring: predictions then decide",
         )
     trials = _Trials(planning, progress, measure_s)
     trials.run_round(_shortlist(planning), _SCREENING)
