@@ -15,14 +15,15 @@ from memfit.types.job import Job
 
 
 def with_batch_shape(job: Job, rows: int | None = None, length: int | None = None) -> Job:
-    """Return the job with a batch of ``rows`` samples of the length ``length``, made from its own batch by
-    repeating or leaving out samples and positions. Every step gets the same batch. None keeps the number. The
-    result has neither ``loss_terms`` nor ``tokens_per_batch``, which belong to the job's own batches.
+    """Return the job with a batch of ``rows`` samples of the length ``length``, made from the job's first
+    batch by repeating or leaving out samples and positions. None keeps the number of samples or the length.
+    Every step gets this batch. The result has neither ``loss_terms`` nor ``tokens_per_batch``, which belong
+    to the job's own batches.
 
-    Which dimensions are lengths: of the sizes of all dimensions but the first, the most frequent is the old
-    length, and of several equally frequent the largest; all dimensions but the first with this size are
-    lengths. Raises UserError if a length is given and no tensor of the batch has a second dimension, and if
-    the samples of the batch cannot be repeated because it is an object.
+    The old length is that of `length_of`; all dimensions of this size but the first of a tensor are lengths.
+    Raises UserError if a length is given and no tensor has a second dimension; if the samples cannot be
+    repeated, because the batch has an object or a list with an element for each sample; and if it has no
+    tensor with dimensions, or a nested one.
     """
     batch = job.make_batch(0, 0)
     old_rows = batch_length(batch)
@@ -52,8 +53,9 @@ def with_batch_shape(job: Job, rows: int | None = None, length: int | None = Non
 
 
 def length_of(job: Job) -> int:
-    """Return the length of the samples of the job's first batch, as `with_batch_shape` finds it. Raises
-    UserError if no tensor of the batch has a second dimension."""
+    """Return the length of the samples of the job's first batch: of the sizes of all dimensions but the
+    first, over all tensors, the most frequent one; of equally frequent sizes, the largest. Raises UserError
+    if no tensor has a second dimension. Tensors in attributes of objects do not count."""
     tensors = tensor_leaves(job.make_batch(0, 0))
     sizes = Counter(size for t in tensors for size in t.shape[1:])
     if not sizes:

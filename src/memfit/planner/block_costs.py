@@ -29,15 +29,17 @@ Seconds = Callable[[Sequence[OpCall]], float]
 def parts_of(trace: Trace, chains: Mapping[str, int], seconds: Seconds) -> Parts:
     """Return the costs of three pieces of the model on one rank, seen in the last step of ``trace``: of what
     runs before the blocks ("before"), of the middle one of the three blocks ("block"), and of what runs after
-    the blocks ("after").
+    the blocks ("after"). They are seconds, bytes, FLOPs and collectives (`PartCosts`).
 
     ``trace``: of one rank and one micro-batch, of a model cut to `BLOCKS` (3) blocks, without data
     parallelism. ``chains``: the module path of the blocks, such as "layers" -> the number of blocks of the
     whole model there. With several chains, such as an encoder and a decoder, "block" is the mean over the
     blocks of all, and "before" has what runs between them, too. ``seconds`` returns the total time of a
-    sequence of operators. The model may run the blocks several times before the forward pass that gradients
-    flow through, as with recycling. Raises UserError unless the last runs of the three blocks of each chain
-    come one after the other in forward, and in reverse order in backward, and chains do so, too.
+    sequence of operators.
+
+    The model may run the blocks several times (recycling); the last run of each counts. Raises UserError
+    unless the three blocks of each chain all run, one after the other in forward and in reverse order in
+    backward, and so do the chains.
     """
     views = {path: _StepView(trace, path, seconds) for path in chains}
     for path, view in views.items():
@@ -76,8 +78,8 @@ def _middle(view: _StepView) -> PartCosts:
 
 
 def _between(chain: _StepView, following: _StepView) -> PartCosts:
-    """Return the costs of what runs between two chains. Raises UserError if they do not run one after the
-    other in forward and in reverse order in backward."""
+    """Return the costs of what runs between two chains. Raises UserError if ``following`` does not begin
+    after the end of ``chain`` in forward, or ``chain`` not after the end of ``following`` in backward."""
     forward = chain.end(Phase.FORWARD, BLOCKS - 1), following.first_clocks(Phase.FORWARD)[0]
     backward = following.end(Phase.BACKWARD, 0), chain.first_clocks(Phase.BACKWARD)[-1]
     if forward[0] > forward[1] or backward[0] > backward[1]:
@@ -90,7 +92,8 @@ def _between(chain: _StepView, following: _StepView) -> PartCosts:
 
 
 def _sum(pieces: Sequence[PartCosts]) -> PartCosts:
-    """Return the costs of pieces that run one after the other as those of one piece."""
+    """Return the costs of pieces that run one after the other as those of one piece: sums, and of the memory
+    peaks (``forward_top_bytes``, ``backward_top_bytes``) the highest."""
     total = pieces[0]
     for piece in pieces[1:]:
         values = {name: getattr(total, name) + getattr(piece, name) for name in (*NUMBERS, *_TRAVELS)}
@@ -100,8 +103,9 @@ def _sum(pieces: Sequence[PartCosts]) -> PartCosts:
 
 
 def _mean(pieces: Sequence[PartCosts], weights: Sequence[float]) -> PartCosts:
-    """Return the mean costs of pieces with these weights, whose sum is 1; of their highest memory, the
-    highest. Collectives of all are kept, with their bytes times the weight."""
+    """Return the mean of the pieces' costs with these weights, whose sum is 1. Of the memory peaks
+    (``forward_top_bytes``, ``backward_top_bytes``), it has the highest instead of the mean. It has the
+    collectives of all pieces, each with its bytes times the weight."""
     if len(pieces) == 1:
         return pieces[0]
     weighted = list(zip(pieces, weights, strict=True))
@@ -114,9 +118,8 @@ def _mean(pieces: Sequence[PartCosts], weights: Sequence[float]) -> PartCosts:
 
 @dataclasses.dataclass
 class _StepView:
-    """Access to the last step of ``trace``: its operators, its live bytes, and the runs of its blocks, whose
-    module path is ``path``.
-    """
+    """Access to the last step of ``trace``: its operators, its live bytes, and the runs of the blocks whose
+    module path is ``path``. ``seconds`` returns the total time of a sequence of operators."""
 
     trace: Trace
     path: str
@@ -132,16 +135,15 @@ class _StepView:
         return [s for s in self.trace.spans if s.phase is phase and s.step == self.last][-1]
 
     def _block_of(self, op: OpCall) -> str:
-        """Return the index of the block in which the operator runs as text, such as "0"; "" if it runs
-        outside the blocks.
-        """
+        """Return the index of the block in which the operator runs, as text such as "0". Return "" if it runs
+        outside the blocks."""
         prefix = child_prefix(self.path)
         return op.module.removeprefix(prefix).partition(".")[0] if op.module.startswith(prefix) else ""
 
     def _runs(self, phase: Phase) -> list[tuple[str, list[OpCall]]]:
-        """Return (index of the block as text, such as "0"; operators of this run) for each time that a block
-        runs in ``phase`` of the last step, in order of time.
-        """
+        """Return (index of the block as text, such as "0"; operators of this run) for each run of a block in
+        ``phase`` of the last step, in order of time. A run is a series of operators of one block without
+        operators of another block between them."""
         span = self.span(phase)
         block_ops = (o for o in self.ops if span.start <= o.clock < span.end and self._block_of(o))
         groups = itertools.groupby(block_ops, self._block_of)
@@ -192,11 +194,11 @@ class _StepView:
         """Return the costs of one piece of the model, which runs in the clock ranges ``forward`` and
         ``backward`` of the last step. A range is (start, end), without the end.
 
-        ``module``: the module path of the block, if the piece is a block. None: the piece lies before or
-        after the blocks, and operators inside blocks do not count towards its forward time, FLOPs and
-        collectives. If the model runs the blocks several times (recycling), a block's forward time, FLOPs and
-        collectives are multiplied by the number of passes. The memory of the earlier passes counts in the
-        piece before the blocks, in whose range they run.
+        ``module``: the module path of the block, if the piece is a block. None: the piece lies outside the
+        blocks, and operators inside blocks do not count towards its forward time, forward FLOPs and forward
+        collectives. If the model runs the blocks several times (recycling), these three of a block are
+        multiplied by the number of passes. The memory of the earlier passes counts in the piece before the
+        blocks, in whose range they run.
         """
         kept_bytes = self.level(forward[1]) - self.level(forward[0])
         step_gradients = (
@@ -226,12 +228,14 @@ def _travel(ops: Sequence[OpCall]) -> Travel:
 
 
 def update_costs_of(trace: Trace, larger: Trace, seconds: Seconds) -> UpdateCosts:
-    """Return the costs of the optimizer's step.
+    """Return the costs of the optimizer's step per trainable element of a parameter: seconds, bytes read and
+    written, bytes of optimizer state, and bytes of temporary tensors. ``tensor_top_bytes`` of the result is
+    not per element: bytes of temporary tensors that do not grow with the number of blocks.
 
-    ``trace``: two steps on one rank. Time, bytes moved and the peak of temporary tensors are those of the
-    second step's optimizer phase; the optimizer state is what is alive at the end. ``larger``: the same for a
-    model of more blocks. The peak of temporary tensors lies on the line through both. ``seconds`` returns the
-    total time of a sequence of operators.
+    ``trace``: two steps on one rank. Time, bytes read and written and the peak of temporary tensors are those
+    of the second step's optimizer phase; the optimizer state is what is alive at the end. ``larger``: the
+    same for a model of more blocks. The peak of temporary tensors lies on the line through both. ``seconds``
+    returns the total time of a sequence of operators.
     """
     view = _StepView(trace, "", seconds)
     span = view.span(Phase.OPTIMIZER)

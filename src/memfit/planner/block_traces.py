@@ -70,15 +70,14 @@ class BlockTracer:
 
     The traces are cached. ``outcomes``: each trace of three blocks by its `Key`, or the text of the error
     that tracing raised. ``updates``: the traces of the optimizer's step with one block and with two, by the
-    set of techniques under which they were made. ``experts``: number of experts of a mixture, the greatest
-    common divisor if mixtures differ; 0 if the model has none, or some outside the blocks.
-    ``expert_elements``: number of their trained elements in an average block.
+    set of techniques under which they were made.
 
     ``chains``: path of each stack of blocks that is predicted block by block -> number of its blocks; first
     the one of `find_blocks`. Where there are several, such as an encoder's and a decoder's, "block" is the
     mean over all their blocks. ``blocks``: number of blocks in all chains. ``is_single_chain``: whether there
-    is one chain, of blocks that are all alike, so that pipeline stages and parts of a sequence can be
-    modelled.
+    is one chain, of blocks that are all alike, as pipeline and context parallelism need. ``experts``: number
+    of experts of a mixture, the greatest common divisor if mixtures differ; 0 if the model has none, or some
+    outside the blocks. ``expert_elements``: number of their trained elements in an average block.
 
     Creating a BlockTracer raises UserError if the model has no repeated blocks.
     """
@@ -102,10 +101,8 @@ class BlockTracer:
 
     def host_tensors(self, kept_bytes: float) -> HostTensors:
         """Return what a rank needs of host memory for tensors if it keeps ``kept_bytes`` there during a step,
-        for example of offloaded activations.
-
-        Its inputs count as the job's whole batch, although data-parallel ranks divide it.
-        """
+        for example of offloaded activations. The job's whole batch counts as its inputs, although
+        data-parallel ranks divide it."""
         batch_bytes = sum(t.numel() * t.element_size() for t in tensor_leaves(self._batch))
         return HostTensors(
             is_sketch=True,
@@ -119,7 +116,8 @@ class BlockTracer:
         """Return the costs of the model's pieces in the trace ``key``, which is made if it is not cached.
 
         ``seconds`` returns the total time of a sequence of operators. Raises UserError if the trace could not
-        be made, for example because the model cannot be divided by the degree, or if `parts_of` raises it.
+        be made, for example because the model cannot be divided by the degree, or if the blocks do not run as
+        `parts_of` needs.
         """
         self.trace([key])
         result = self.outcomes[key]
@@ -130,9 +128,8 @@ class BlockTracer:
     @functools.cache  # noqa: B019  lives as long as one search
     def hidden_bytes(self, compute: str) -> float:
         """Return the bytes of one sample's hidden state between two blocks, in the precision ``compute``
-        ("fp32", "autocast" or "bf16"). It is what a block that is recomputed in backward keeps from forward
-        to backward.
-        """
+        ("fp32", "autocast" or "bf16"): what a block that is recomputed in backward keeps from forward to
+        backward. Raises UserError as `parts` does."""
         key = Key(
             tensor=1,
             sequence=False,
@@ -145,21 +142,22 @@ class BlockTracer:
         return self.parts(key, lambda ops: 0.0).block.kept_bytes
 
     def update_costs(self, uses: Uses, seconds: Seconds) -> UpdateCosts:
-        """Return what `update_costs_of` does under these techniques; the traces are made if not cached."""
+        """Return the costs of the optimizer's step under these techniques, per trainable element
+        (`update_costs_of`). The traces are made if they are not cached."""
         if uses not in self.updates:
             self.trace((), [uses])
         return update_costs_of(*self.updates[uses], seconds)
 
     def trace(self, keys: Iterable[Key], updates: Sequence[Uses] = ()) -> None:
-        """Make, in parallel, the trace of each of ``keys``, and a trace of the optimizer's step under each
-        set of techniques in ``updates``. Those that are cached are not made again.
+        """Make, in parallel, the trace of each of ``keys``, and two traces of the optimizer's step (with one
+        block and with two) under each set of techniques in ``updates``. Cached ones are not made again.
 
         If a trace of ``keys`` fails, the error's text is cached in its place. If one of ``updates`` fails,
-        its error is raised. Those with torch.compile and those of ``updates`` are made first, and those with
-        distributed tensors last, because each of these loads parts of torch that the others do not need.
+        its error is raised. Traces with torch.compile and those of ``updates`` are made first, and those of
+        several ranks last, because they load parts of torch that the others do not need.
         """
         tasks: list[tuple[int, dict[Any, Any], Any, Callable[[Any], Any]]] = [
-            (_loads(key), self.outcomes, key, self._trace_blocks)
+            (_trace_order(key), self.outcomes, key, self._trace_blocks)
             for key in dict.fromkeys(keys)
             if key not in self.outcomes
         ]
@@ -209,16 +207,16 @@ class BlockTracer:
         return dataclasses.replace(
             self.job,
             batch_size=samples,
-            make_batch=_Few(self._batch, self.job.batch_size, samples),
+            make_batch=_FirstSamples(self._batch, self.job.batch_size, samples),
             build_model=FirstBlocks(self.job, blocks, tuple(self.chains)[1:]),
         )
 
 
 def find_chains(model: torch.nn.Module, job: Job) -> dict[str, int]:
     """Return the module path of each stack of blocks that can be predicted block by block -> the number of
-    its blocks. The first is that of `find_blocks`. Others follow if they have at least as many blocks as a
-    small trace, alike but for the first, with a quarter of its parameters or more; smaller ones are predicted
-    with what runs before or after the blocks. Raises UserError as `find_blocks` does."""
+    its blocks. The first is that of `find_blocks`. Other stacks follow if they have at least 3 blocks, alike
+    but for the first (`is_chain`), and at least a quarter of the first stack's parameters; smaller ones are
+    predicted with what runs before or after the blocks. Raises UserError as `find_blocks` does."""
     main_path, main_blocks = find_blocks(model, job.blocks)
     chains = {main_path: len(main_blocks)}
     for path, blocks in find_stacks(model, job.blocks).items():
@@ -229,9 +227,10 @@ def find_chains(model: torch.nn.Module, job: Job) -> dict[str, int]:
 
 
 def is_chain(model: torch.nn.Module, path: str, blocks: Sequence[torch.nn.Module], job: Job) -> bool:
-    """Return whether a trace of the first blocks at ``path`` may stand for all of them: there are at least
-    `BLOCKS`, in a ModuleList or Sequential, and all but the first have parameters of the same names and
-    shapes and the same attributes. The first may have more, as T5's has a table of relative positions."""
+    """Return whether a trace of the first blocks at ``path`` may stand for all of them: there are at least 3
+    (`BLOCKS`), in a ModuleList or Sequential, and all but the first have parameters of the same names and
+    shapes, and the same numbers, bools and strings as attributes. The first may have more, as T5's has a
+    table of relative positions."""
     is_cuttable = len(blocks) >= BLOCKS and isinstance(model.get_submodule(path), CONTAINERS)
     return (
         is_cuttable
@@ -255,13 +254,16 @@ def _elements(blocks: Sequence[torch.nn.Module]) -> int:
 
 
 class _WithoutAveraging(TrainingStep):
-    """Applies all techniques but ddp, which is in the plan only because its ranks see different samples."""
+    """A training step that does not apply ddp. Small traces of expert-parallel plans have ddp only because
+    its ranks see different samples; averaging gradients is no part of the costs of a piece."""
 
     carried = frozenset({"ddp"})
 
 
 def _experts(model: torch.nn.Module, job: Job, path: str, blocks: int) -> tuple[int, float]:
-    """Return `BlockTracer.experts` and `BlockTracer.expert_elements`."""
+    """Return (number of experts of a mixture, the greatest common divisor if mixtures differ; number of the
+    mixtures' trained elements over ``blocks``, the number of blocks). Return (0, 0.0) if the model has no
+    mixtures or some outside the blocks at ``path``."""
     try:
         names = find_mixtures(model, job.experts)
         counts = [count_experts(model.get_submodule(name), name) for name in names]
@@ -273,7 +275,7 @@ def _experts(model: torch.nn.Module, job: Job, path: str, blocks: int) -> tuple[
     return math.gcd(*counts), sum(p.numel() for p in params) / blocks
 
 
-def _loads(key: Key) -> int:
+def _trace_order(key: Key) -> int:
     """Return the place of the trace ``key`` in the order in which traces are made: -1 (first) if it uses
     torch.compile, 1 (last) if it is of several ranks and therefore uses distributed tensors, else 0.
 
@@ -285,18 +287,17 @@ def _loads(key: Key) -> int:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Few:
+class _FirstSamples:
     """A `make_batch` that always returns the first ``samples`` samples of the batch ``whole``. Tensors whose
-    first dimension is ``of``, the batch size of ``whole``, are cut; all else is returned as it is.
-    """
+    first dimension is ``batch_size``, that of ``whole``, are cut; all else is returned as it is."""
 
     whole: Any
-    of: int
+    batch_size: int
     samples: int
 
     def __call__(self, step: int, seed: int) -> Any:
         def first(value: Any) -> Any:
-            has_samples = hasattr(value, "dim") and value.dim() > 0 and value.shape[0] == self.of
+            has_samples = hasattr(value, "dim") and value.dim() > 0 and value.shape[0] == self.batch_size
             return value[: self.samples].clone() if has_samples else value
 
         return _pytree.tree_map(first, self.whole)

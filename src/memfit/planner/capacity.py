@@ -57,9 +57,9 @@ class Cap:
     def room_bytes(self, traced: Sequence[Estimate]) -> int:
         """Return the peak of tensors, in bytes, at which a plan would need 99 % of the cap; at least 0.
 
-        The need is taken to be linear in the peak: on the line through the estimates of ``traced`` with the
-        lowest and the highest peak. If that line does not rise, a change of the need by one byte counts as a
-        change of the peak by the lowest estimate's ratio of peak to need.
+        The need is taken to be linear in the peak: on the line through the estimates of ``traced`` (at least
+        one) with the lowest and the highest peak. If that line does not rise, the need is taken to be
+        proportional to the peak, as in the estimate with the lowest peak.
         """
         lowest, highest = (f(traced, key=lambda e: e.allocated_bytes.value) for f in (min, max))
         tensor_bytes, lowest_need = lowest.allocated_bytes.value, self.needs(lowest)
@@ -120,9 +120,9 @@ def needed_bytes(estimate: Estimate, machine: Machine, *, use_upper_end: bool | 
 
 
 def saved_bytes(estimate: Estimate) -> int:
-    """Return how many bytes a save of the plan's largest rank writes, at most: the random state, and
-    parameters, buffers and optimizer state at the peak. Of these, gathered parameters and those with a master
-    copy are not saved."""
+    """Return how many bytes a save of the plan's largest rank writes, at most: those of the random state, and
+    of parameters, buffers and optimizer state at the peak. A save writes less if some of these are gathered
+    parameters or parameters with a master copy, which are not saved."""
     saved = (Category.PARAMETER, Category.OPTIMIZER_STATE)
     return sum(estimate.at_peak_bytes.get(str(c), 0) for c in saved) + _RANDOM_STATE_BYTES
 
@@ -147,8 +147,8 @@ def fits_under(cap_bytes: int, machine: Machine) -> Fits:
 
 
 def host_holds_under(cap_bytes: int, machine: Machine) -> Fits:
-    """Return a function that tells whether the host has the memory that an estimate's plan needs there, as
-    `host_holds` does.
+    """Return a function that tells whether the host has the memory that an estimate's plan needs there
+    (`host_holds`).
 
     On a CPU with a cap above the machine's memory, the function always returns True: such a cap stands for
     the memory of another machine.

@@ -113,10 +113,9 @@ class PartKey(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PartDigest:
-    """What was seen in the last step of a trace (`_digest`): ``entries``, the numbers from `_RESIDENT` to
-    `_HOST`; the operators of all micro-batches and of the optimizer, with the number of their calls; and the
-    number of micro-batches.
-    """
+    """What was seen in the last step of a trace (`_digest`): ``entries``, numbers such as bytes and FLOPs in
+    the order that `_digest` lists; (operator, number of its calls) of all micro-batches and of the optimizer;
+    and the number of micro-batches."""
 
     entries: list[float]
     micro_ops: Weighted
@@ -134,8 +133,8 @@ class Predictor:
     ``own_memory``: an estimate whose memory stands for that of its plan; None: memory is that of the traces.
     ``choices``: for plans with a memory budget for recomputation, the plan with the tensors to recompute
     chosen. ``stored``: what was predicted of the job before, on disk; None: nothing is read from disk or kept
-    there, nor is it if the predictor's job is replaced by another. ``deadline``: what would be traced after
-    it raises TimeUp instead.
+    there, nor is it if the predictor's job is replaced by another. ``deadline``: once it has passed, a method
+    that would have to make a trace raises TimeUp.
     """
 
     job: Job
@@ -215,9 +214,8 @@ class Predictor:
     ) -> None:
         """Test whether samples depend on each other (`dependence`) in one process, while others trace the
         parts of the sketches of ``plans``, none of which splits the batch: a search needs these whatever the
-        answer is. Do nothing if it is known. After the deadline it may still be unknown. ``progress`` is
-        called as in `prepare`.
-        """
+        answer is. Do nothing if the answer is known, or if no part is left to trace. After the deadline the
+        answer may still be unknown. ``progress`` is called as in `prepare`."""
         stored, is_known = self._stored(), "dependence" in self.__dict__
         if is_known or (stored is not None and stored.has("dependence", trial_limit_bytes())):
             return
@@ -253,7 +251,8 @@ class Predictor:
         return self.stored if self.stored is not None and self.stored.job is self.job else None
 
     def _run(self, call: Callable[[], Any]) -> CallOutcome:
-        """Call the function; without predictions on disk, what it returns is not kept there."""
+        """Return what the function returns, and whether it may be kept on disk; it may not if no predictions
+        are kept there."""
         stored = self._stored()
         return stored.run(call) if stored is not None else CallOutcome(call(), may_be_kept=False)
 
@@ -301,8 +300,8 @@ class Predictor:
 
     def trace(self, plan: Plan, rank: int = 0) -> Trace:
         """Return the trace of the plan on this rank: the cached one, that on disk, or a new one. Raises
-        UserError as `whole` does, and TimeUp if it would have to be made after the deadline.
-        """
+        UserError if the plan's memory budget for recomputation cannot be met, or if the model does not
+        support the plan; TimeUp if the trace would have to be made after the deadline."""
         plan = self.resolve(plan)
         self._trace(plan, [rank])
         return self.traces[plan, rank]
@@ -327,11 +326,13 @@ class Predictor:
         return [rank for rank in ranks if (plan, rank) not in self.traces]
 
     def _facts(self, plan: Plan, rank: int) -> tuple[Any, ...]:
-        """Return what decides the plan's trace beside the job."""
+        """Return what decides the plan's trace beside the job: engine, kind of device, whether source lines
+        are recorded, the plan's fingerprint, and the rank."""
         return self.engine, self.trace_kind, self.lines, plan.fingerprint, rank
 
     def _traced_outcome(self, plan: Plan, ranks: list[int]) -> CallOutcome:
-        """Trace the plan on these ranks. The value is a list of the traces."""
+        """Trace the plan on these ranks. The value of the result is a list of the traces. They may not be
+        kept on disk if the engine traces a training step of its own."""
         if engine(self.engine).own_trace:  # it depends on more than the job's content
             return CallOutcome(self._trace_ranks(plan, ranks), may_be_kept=False)
         return self._run(lambda: self._trace_ranks(plan, ranks))
@@ -395,10 +396,11 @@ class Predictor:
 
     def whole(self, plan: Plan) -> Estimate:
         """Return the plan's estimate, made from traces of the whole plan on its distinct ranks: that of the
-        rank with the highest peak, with the host memory of the rank that needs most of it.
+        rank with the highest peak, with the host memory of the rank that needs most of it, and the highest
+        probability of running out of memory.
 
         Raises UserError if the plan's memory budget for recomputation cannot be met, or if the model does not
-        support the plan.
+        support the plan; TimeUp if a trace would have to be made after the deadline.
         """
         rank_estimates = self.each_rank(plan)
         largest = max(rank_estimates, key=lambda e: e.allocated_bytes.value)
@@ -422,12 +424,14 @@ class Predictor:
 
     def had_hit_time_limit(self, *question: Any) -> bool:
         """Return whether the last search of the job for which `note_time_limit` was called with this
-        question, in this process or another one, hit its time limit."""
+        question, in this process or another one, hit its time limit; False if none is on disk. ``question``:
+        what was searched, as values that ``json`` accepts."""
         stored = self._stored()
         return stored is not None and bool(stored.read(bool, "hit time limit", *self._question(question)))
 
     def note_time_limit(self, is_hit: bool, *question: Any) -> None:
-        """Store on disk, for `had_hit_time_limit`, whether a search for this question hit its time limit."""
+        """Store on disk, for `had_hit_time_limit`, whether a search for this question hit its time limit.
+        Does nothing if no predictions are kept on disk."""
         if (stored := self._stored()) is not None and (is_hit or self.had_hit_time_limit(*question)):
             stored.write(is_hit, "hit time limit", *self._question(question))
 
@@ -442,8 +446,7 @@ class Predictor:
 
     def each_rank(self, plan: Plan) -> list[Estimate]:
         """Return one estimate for every distinct rank of the plan (`Layout.distinct_ranks`), such as those of
-        the first, second and last stage of a pipeline. Raises UserError as `whole` does.
-        """
+        the first, second and last stage of a pipeline. Raises UserError and TimeUp as `whole` does."""
         plan = self.resolve(plan)
         estimates = self._rank_estimates.get((plan, self.lines))
         if estimates is None:
@@ -506,9 +509,10 @@ class Predictor:
 
         ``progress(done, count, label)`` is called whenever a trace begins or ends, with the number of
         finished traces, the number of all to make, and the label of a plan that is being traced (if none is,
-        of the one just finished). Plans whose memory budget for recomputation cannot be met are skipped here;
-        `whole` raises the error. An error of a trace is raised. The traces that finished before an error or
-        an interrupt are kept. Plans of one rank are also estimated there, unless the calibration changes.
+        of the one just finished). Plans whose memory budget for recomputation cannot be met are skipped;
+        `whole` raises their error. Any other error of a trace is raised, and TimeUp if the deadline passes
+        before all are made; the traces that are finished then, or at an interrupt, are kept. A plan whose
+        only distinct rank is 0 is also estimated.
         """
         missing_plans = [
             p
@@ -533,15 +537,15 @@ class Predictor:
 
     def _trace_and_estimate(self, plan: Plan) -> tuple[CallOutcome, str, list[Estimate] | None]:
         """Trace rank 0 of the plan. Return (the trace as bytes; `_prediction_digest`; the plan's estimates,
-        or None if other ranks differ)."""
+        or None if it has other distinct ranks)."""
         result = self._traced_outcome(plan, [0])
         is_all = list(layout(plan).distinct_ranks()) == [0]
         estimates = self._estimates(plan, result.value) if is_all else None
         return _as_bytes(result), self._prediction_digest(), estimates
 
     def _forked_workers(self) -> ForkedWorkers:
-        """Return the forked processes that trace for this predictor. They end if what they were forked with
-        no longer holds."""
+        """Return the forked processes that trace for this predictor. If the job, its facts or other things
+        that they were forked with have changed, they are ended and new ones are returned."""
         state = (self.job, self.lines, self.job_facts, self.__dict__.get("repeats", True))
         if self._workers is not None and self._workers[1].owner is not self:
             self._workers = None  # those of the predictor of which this is a copy
@@ -563,10 +567,13 @@ class Predictor:
         self, plans: Iterable[Plan], progress: Callable[[int, int, str], None] = lambda *state: None
     ) -> None:
         """Trace, in parallel, the parts that the sketches of ``plans`` are composed from and that are not
-        cached: those with chunking last, those with the first setting of each technique first, and of these,
-        the parts of the most plans, so that a deadline leaves out what matters least. Parts in which some
-        blocks are recomputed are put together from others (`compose`), after a deadline by the caller.
-        ``progress`` is called as in `trace_all`, with the label of the part's plan.
+        cached.
+
+        The order is such that a deadline leaves out what matters least: parts with chunking come last, those
+        with the first setting of each technique first, and of these, the parts of the most plans. Parts in
+        which some blocks are recomputed are put together from others (`compose`). ``progress`` is called as
+        in `trace_all`, with the label of the part's plan. Raises TimeUp if the deadline passes before all
+        parts are traced; the caller then calls `compose`.
         """
         plans = list(plans)
         counts = Counter(part for composed_plan in plans for part in self._composed_of(composed_plan)[1])
@@ -615,8 +622,9 @@ class Predictor:
         deadline: Deadline,
         *first_calls: Callable[[], CallOutcome],
     ) -> None:
-        """Make the calls, and trace the parts in this order. ``source_plans``: plans from whose traces other
-        parts are put together. ``deadline`` is as in `run_parallel`."""
+        """Make ``first_calls``, and trace the parts in this order, in parallel. ``source_plans``: plans from
+        whose traces other parts are put together, and whose traces are therefore kept. Raises TimeUp if
+        ``deadline`` passes before all is done."""
         if parts:
             deadline.check()
             fake_model(self.job)  # before processes are forked, each of which would build it
@@ -668,9 +676,9 @@ class Predictor:
                 self._add_part(results[index])
 
     def _mix_sources(self, plan: Plan, steps: int) -> tuple[Plan, Plan] | None:
-        """Return the plans from whose traces the part's can be put together: without recomputation, and with
-        all blocks recomputed. None for other parts than those in which some blocks are recomputed, and if the
-        blocks are not all alike."""
+        """Return (the plan without recomputation, the plan with all blocks recomputed), from whose traces the
+        part can be put together. None if not just some of the blocks are recomputed, for more than one step
+        or rank, and if the blocks are not all alike."""
         recompute = plan.get(_CHECKPOINTING)
         if steps > 1 or plan.ranks > 1 or recompute is None or recompute.settings["every"] == 1:
             return None
@@ -679,8 +687,9 @@ class Predictor:
         return plan.without(_CHECKPOINTING), plan.with_use(use(_CHECKPOINTING, every=1))
 
     def _part_from_two_traces(self, plan: Plan, kept: CallOutcome, recomputed: CallOutcome) -> CallOutcome:
-        """Return what `_digest_part_outcome` returns, from the traces of the two plans of `_mix_sources`;
-        without a part if they do not tell the plan's trace (`mix_recomputed`)."""
+        """Return the digests of the part of ``plan``, made from the traces of the two plans of
+        `_mix_sources`: ``kept``, without recomputation, and ``recomputed``. No digests are returned if these
+        traces do not determine it (`mix_recomputed`)."""
         recompute = plan.get(_CHECKPOINTING)
         assert recompute is not None
         assert self._blocks is not None
@@ -716,7 +725,8 @@ class Predictor:
         return self._part_keys(plan, steps) <= self.part_digests.keys()
 
     def _part_facts(self, key: PartKey) -> tuple[Any, ...]:
-        """Return what decides the part beside the job."""
+        """Return what decides the part beside the job: kind of device, fingerprint of its plan, numbers of
+        blocks and of steps."""
         return self.trace_kind, key.plan.fingerprint, key.blocks, key.steps
 
     def _add_part(self, result: CallOutcome) -> None:
@@ -762,11 +772,12 @@ class Predictor:
 
     def sketch(self, plan: Plan) -> Estimate:
         """Return the plan's estimate, composed from traces of parts without tracing the plan itself. Parts
-        that are not cached are traced, and so is plain training.
+        that are not cached are traced, and so is plain training. Raises TimeUp if that would have to be after
+        the deadline.
 
-        For a micro-batch between the smallest one and the whole batch, numbers are interpolated linearly
-        between the traces of these two. A peak so found is an upper bound, because a maximum of linear
-        functions is convex and lies below its chord.
+        For a micro-batch between the smallest one and the whole batch, numbers are interpolated linearly in
+        the size of the micro-batch between the traces of these two. A peak so found is an upper bound,
+        because a maximum of linear functions is convex and lies below its chord.
         """
         max_micro_batches, micros = self.job_facts.micro_batch_counts[-1], plan.micro_batches
         passes, whole_batch_share = _forward_backward_plan(plan), self._composed_of(plan)[0]
@@ -851,7 +862,8 @@ class Predictor:
         return (3 * period, 4 * period) if is_deep and self.repeats else None
 
     def _is_whole(self, plan: Plan, steps: int) -> bool:
-        """Return whether the whole trace of plain training is this part."""
+        """Return whether the part is the same as the whole trace of plain training: of more than one step,
+        with memfit's own engine."""
         return steps > 1 and self.engine == "native" and plan == make_plain_plan(plan.ranks)
 
     def _part_keys(self, plan: Plan, steps: int) -> set[PartKey]:
@@ -886,7 +898,7 @@ class Predictor:
         return self._vectors[key]
 
     def _digest_part_outcome(self, plan: Plan, steps: int, keeps_trace: bool = False) -> CallOutcome:
-        """Return what `_digest_part` returns."""
+        """Return what `_digest_part` returns, and whether it may be kept on disk."""
         return self._run(lambda: self._digest_part(plan, steps, keeps_trace))
 
     def _digest_part(
@@ -938,7 +950,7 @@ class Predictor:
 
     def _updates_need_no_pass(self, plan: Plan) -> bool:
         """Return whether the plan's optimizer finds the same memory after gradients of zero as after forward
-        and backward."""
+        and backward, so that these need not be traced before it."""
         is_own = self.engine == "native" and plan.ranks == 1
         return is_own and not freezes_parameters(plan) and self._leaves_only_gradients
 
@@ -954,7 +966,7 @@ class Predictor:
 
 
 def _with_memory_of(memory: Estimate, estimate: Estimate) -> Estimate:
-    """Return the second estimate with all that the first says of memory."""
+    """Return ``estimate`` with the memory of the estimate ``memory`` in place of its own."""
     return dataclasses.replace(
         memory,
         plan=estimate.plan,
@@ -963,7 +975,8 @@ def _with_memory_of(memory: Estimate, estimate: Estimate) -> Estimate:
 
 
 def _as_bytes(result: CallOutcome) -> CallOutcome:
-    """Return the result with its traces as bytes, which take less time to send and less memory."""
+    """Return the result with its traces as bytes (`trace_columns.to_bytes`), which take less memory and less
+    time to send."""
     return dataclasses.replace(result, value=[trace_columns.to_bytes(t) for t in result.value])
 
 

@@ -38,10 +38,11 @@ class GridPredictions:
 class Rates:
     """Speeds of the machine.
 
-    ``communicate`` returns the seconds of a collective or of a point-to-point send. ``per_host``: number of
-    devices in one host. Rates in bytes per second: ``host_bytes_s``, of copies between one device and its
-    host's memory; ``host_update_bytes_s``, at which the optimizer of one rank reads and writes host memory.
-    ``storage``: those of local storage for one rank, None if unknown.
+    ``communicate`` returns the seconds of a collective or of a point-to-point send, from its kind, bytes,
+    number of ranks, and how many of these are in one host. ``per_host``: number of devices in one host. Rates
+    in bytes per second: ``host_bytes_s``, of copies between one device and its host's memory;
+    ``host_update_bytes_s``, at which the optimizer of one rank reads and writes host memory. ``storage``:
+    those of local storage for one rank, None if unknown.
     """
 
     communicate: Communicate
@@ -61,8 +62,8 @@ class Rates:
 class GridInputs:
     """Inputs from which time and memory of the plans of a grid, all of one compute precision, are computed.
 
-    ``inside[i]`` holds the parts for one sample in a micro-batch and, if it is known, for two, under the i-th
-    value of the grid's axis ``inside``. ``ends[i]`` is the same for the axis ``ends``.
+    ``inside[i]`` holds [parts for one sample in a micro-batch, parts for two], the second if it is known,
+    under the i-th value of the grid's axis ``inside``. ``ends[i]`` is the same for the axis ``ends``.
     """
 
     blocks: int

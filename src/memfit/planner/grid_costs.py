@@ -193,9 +193,8 @@ def _overlapped_s(work: Array, communication: Array, rates: Rates) -> Array:
 
 
 def _spread(layout: GridLayout, rates: Rates) -> int:
-    """Return how many of two ranks that send to each other, in neighbouring pipeline stages, are in the same
-    host: 2 if one stage has fewer ranks than a host has devices, else 1.
-    """
+    """Return how many of the two ranks of a send between neighbouring pipeline stages are in the same host: 2
+    if one stage has fewer ranks than a host has devices, else 1."""
     stage_ranks = layout.ranks // layout.stages
     return 2 if stage_ranks < rates.per_host else 1
 
@@ -231,10 +230,9 @@ def _pipeline_s(layout: GridLayout, counts: Array, stage_times: _MicroBatchTimes
 
 
 def _travel(layout: GridLayout, axes: Axes, elements: float, rates: Rates) -> tuple[Array, Array]:
-    """Return (seconds to gather ``elements`` parameters, seconds to reduce their gradients), each along the
-    axis ``states``. The first is 0 for states whose parameters are not sharded, the second for states whose
-    gradients need no reduction.
-    """
+    """Return (seconds to gather ``elements`` parameters, seconds to reduce their gradients), each as an array
+    along the axis ``states``. The first is 0 for states whose parameters are not sharded, the second for
+    states whose gradients need no reduction."""
     local_ranks = max(1, rates.per_host // layout.tensor)
     gather_s, reduce_s = [], []
     for state in axes.inputs.states:
@@ -317,8 +315,8 @@ def _highest(arrays: Sequence[Array]) -> Array:
 
 def _waiting(layout: GridLayout, counts: Array, *, rank: int) -> Array:
     """Return the largest number of micro-batches whose activations a pipeline rank keeps at once, for each of
-    ``counts``, the numbers of micro-batches. A micro-batch in one of the rank's ``virtual`` stages counts as
-    1 / ``virtual``. ``rank``: the rank's index along the pipeline.
+    ``counts``, the numbers of micro-batches. Each stage of the rank counts as 1 / ``virtual`` of a
+    micro-batch. ``rank``: the rank's index along the pipeline.
 
     Sources: Narayanan et al. 2021; torch.distributed.pipelining.schedules.
     """
@@ -470,9 +468,9 @@ def _host_bytes(state: State, rank_elements: float) -> float:
     Under FSDP2, these are the parameter, its gradient and the optimizer's state. Under ZeRO, they are the
     fp32 master copy and its gradient, the rest of the optimizer's state, and a buffer through which
     parameters or gradients pass, plus the parameter if parameters are offloaded too. In both cases the
-    temporary tensors of the update are added. All is divided by the number of ranks over which the
-    optimizer's state is sharded. What is on local storage is counted for the elements that pass through host
-    memory at a time, with the state as the optimizer makes it in its first step beside the buffers.
+    temporary tensors of the update that grow with the number of parameters are added. All is divided by the
+    number of ranks over which the optimizer's state is sharded. Optimizer state on local storage counts only
+    for the elements that pass through host memory at a time.
     """
     if not state.offload:
         return 0.0

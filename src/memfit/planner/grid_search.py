@@ -125,7 +125,7 @@ def find(traced: BlockTracer, machine: Machine, model: TimeModel, limits: Limits
 
     ``model`` predicts the seconds of operators. ``caps``: the highest (bytes on the device, bytes in host
     memory) with which a rank fits; from the first, the buffers of each layout's communicators are subtracted
-    (`buffers_bytes`). Raises UserError if there is no grid.
+    (`buffers_bytes`). Raises UserError if no plan is possible (`no_grid_error`).
     """
     predictor, grid_precisions, refusals = grids_to_predict(traced, machine, model, limits)
     shares = [grid_precisions[offset::_SHARES] for offset in range(_SHARES)]
@@ -160,10 +160,11 @@ def find(traced: BlockTracer, machine: Machine, model: TimeModel, limits: Limits
 def grids_to_predict(
     traced: BlockTracer, machine: Machine, model: TimeModel, limits: Limits
 ) -> tuple[_GridPredictor, list[tuple[Grid, str]], list[str]]:
-    """Return (what predicts the plans of a grid, (grid, compute precision) of all plans that ``limits`` and
-    the model allow, texts that say why the model cannot be divided or traced in other ways).
+    """Return (what predicts the plans of a grid; [(grid, compute precision)] of all plans that ``limits`` and
+    the model allow; texts that say by which degrees and techniques the model cannot be divided or traced, and
+    why).
 
-    ``model`` predicts the seconds of operators. Raises UserError if there is no grid.
+    ``model`` predicts the seconds of operators. Raises UserError if ``limits`` allow no grid.
     """
     optimistic_limits = dataclasses.replace(limits, sharing=traced.sharing, vocabulary=max(limits.tensor) > 1)
     tasks = _make_tasks(machine, optimistic_limits)
@@ -189,9 +190,8 @@ def grids_to_predict(
 
 
 def _with_ends(traced: BlockTracer, model: TimeModel, limits: Limits, compute: str) -> Limits:
-    """Return the limits with the time of what lies before and after all blocks, in blocks, as they are
-    without any technique; unchanged if that cannot be traced.
-    """
+    """Return the limits with ``ends``: the times of what lies before and after all blocks, each divided by
+    that of one block, without any technique. Return them unchanged if that cannot be traced."""
     key = Key(tensor=1, sequence=False, vocabulary="whole", context=1, compute=compute, uses=(), samples=1)
     try:
         parts = traced.parts(key, lambda ops: model.total_s((o, o.times) for o in ops))
@@ -231,7 +231,8 @@ def _computes(machine: Machine, limits: Limits) -> tuple[str, ...]:
 
 def _divisible_limits(traced: BlockTracer, machine: Machine, limits: Limits) -> tuple[Limits, list[str]]:
     """Return (the limits with only those tensor and context degrees by which the model can be divided, and
-    without experts if they cannot be distributed; texts that say why it cannot be divided in other ways).
+    without experts if they cannot be distributed; texts that say which other divisions are impossible, and
+    why).
 
     A trace with each degree is tried, largest first. The first one that works and the degrees of the limits
     that divide it are kept; (1,) if none works. ``sharing`` of the result is the technique that fits the
@@ -357,10 +358,9 @@ class _GridPredictor:
     def best(
         self, parts: Sequence[tuple[Grid, str]], caps: Caps, keeps_all: bool
     ) -> list[tuple[int, list[_SketchFields], _Extremes]]:
-        """Return (number of plans, the plans that `_select_in_grid` selects, or all if ``keeps_all``,
-        `_extremes`) for each pair of a grid and its compute precision; (0, [], {}) if the model cannot run
-        with the grid's layout.
-        """
+        """Return, for each (grid, compute precision) of ``parts``: (number of its plans, the plans that
+        `_select_in_grid` selects, or all if ``keeps_all``, and its `_extremes`); (0, [], {}) if the model
+        cannot run with the grid's layout."""
         results = list[tuple[int, list[_SketchFields], _Extremes]]()
         for grid, compute in parts:
             predictions = self.predict(grid, compute)
@@ -399,7 +399,8 @@ class _GridPredictor:
         return [Sketch(grid, *sketch_fields(grid, predictions, position)) for position in flat_indices]
 
     def runnable_predictions(self, grid: Grid) -> GridPredictions:
-        """Return what `predict` does, for a grid whose model can run with the grid's layout."""
+        """Return the predictions for the grid (`predict`). The model must be able to run with the grid's
+        layout; else an assertion fails."""
         predictions = self.predict(grid, compute_of(grid.states[0]))
         assert predictions is not None, "the model runs with this layout"
         return predictions
@@ -551,7 +552,9 @@ def _extremes(grid: Grid, predictions: GridPredictions, caps: Caps) -> _Extremes
     lowest = [[order.min(axis=tuple(a for a in axes if a != axis)) for axis in axes] for order in orders]
 
     def picks(axis: int, positions: Sequence[int]) -> list[_SketchFields]:
-        """Return the first plan by either order of those at these positions of an axis."""
+        """Return, of the plans at these positions of an axis, the fastest that fits, if one does, and the one
+        that needs the least device memory, of those that fit host memory if there are any; only one if they
+        are the same."""
         indices = dict[tuple[int, ...], None]()
         for order, by_axis in zip(orders, lowest, strict=True):
             position = min(positions, key=lambda i: float(by_axis[axis][i]))
@@ -574,8 +577,7 @@ def _extremes(grid: Grid, predictions: GridPredictions, caps: Caps) -> _Extremes
 
 def _axis_positions(grid: Grid) -> Iterator[tuple[str, int, set[int]]]:
     """Yield (technique, axis of the grid, indices along it whose plans have the technique) for each technique
-    that the plans of the grid differ in or share, except those of its layout.
-    """
+    that some or all plans of the grid have, except those of its layout."""
     if grid.layout.stages == 1:
         split = {i for i, (_, count) in enumerate(grid.micro) if count > 1}
         if split:
@@ -622,9 +624,8 @@ def _ends_of(
 
 
 def _burden(grid: Grid) -> numpy.ndarray:
-    """Return how far each plan is from plain training, as an array of the grid's shape. For each axis, 100
-    times the effect class (0 to 3) and the number of the techniques on it are added up.
-    """
+    """Return how far each plan is from plain training, as an array of the grid's shape: the sum, over all
+    axes but ``micro``, of the number of techniques and 100 times their effect class (0 to 3)."""
     total = numpy.zeros(grid.shape)
     for axis, values in enumerate((grid.inside, grid.ends, grid.away, grid.states), start=1):
         weight = [_weight(u) for u in values]
@@ -640,12 +641,12 @@ def _weight(uses: Uses) -> float:
 
 
 def _select(sketches: Sequence[Sketch], fits: Callable[[Sketch], bool]) -> list[Sketch]:
-    """Return a selection of the sketches:
+    """Return a selection of the sketches, each once:
 
     - The frontier of device memory and time, also of plans that do not fit. A plan that needs more memory
       must be faster by more than 0.5 %.
-    - For each combination of tensor, context and pipeline degree and schedule, the three fastest fitting
-      plans and the one that needs the least memory.
+    - Of the fitting plans with each combination of tensor, context and pipeline degree and schedule, the
+      three fastest and the one that needs the least device memory.
     - Of the fitting plans that are at most 3 % slower than the fastest of these, the first 60.
     """
     by_memory = sorted(sketches, key=lambda s: (s.allocated_bytes, s.step_s))
@@ -671,9 +672,8 @@ def _select(sketches: Sequence[Sketch], fits: Callable[[Sketch], bool]) -> list[
 
 
 def sketch_fields(grid: Grid, predictions: GridPredictions, flat_index: int) -> _SketchFields:
-    """Return the plan of the grid with this index in its flattened arrays: what a `Sketch` has after its
-    grid.
-    """
+    """Return (index along each axis, seconds of a step, peak bytes on the device, bytes in host memory) of
+    the plan with this index in the grid's flattened arrays: the fields of a `Sketch` after its grid."""
     index = tuple(int(i) for i in numpy.unravel_index(flat_index, grid.shape))
     return (
         index,

@@ -66,16 +66,17 @@ _DATABASES: Final = frozenset({"sqlite3", "_sqlite3", "mmap", "dbm", "_dbm", "_g
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class JobContent:
-    """``digest``: that of everything that decides the job's traces. ``files``: absolute path of each file
-    outside the installed packages whose content is part of it -> its `_status`; None for a job of memfit,
-    which has none."""
+    """``digest``: a digest of everything that decides the job's traces. ``files``: absolute path of each file
+    outside the installed packages whose content is part of it -> (path, bytes, time of the last change); None
+    for a job of memfit, which has none."""
 
     digest: str
     files: Mapping[str, Any] | None
 
     def covers(self, opened: Iterable[str]) -> bool:
-        """Return whether the files ``opened`` since, and the modules loaded since, are in the digest, and all
-        files in it are unchanged."""
+        """Return whether the digest covers what was read since: all files ``opened`` and all modules that are
+        loaded now are in it, if they are not Python's or a package's, and no file in it has changed. True for
+        a job of memfit."""
         if self.files is None:
             return True
         try:
@@ -163,7 +164,8 @@ def _refuse_changed(statuses: Mapping[str, Any], opened: Mapping[str, float]) ->
 
 @functools.cache
 def _software() -> list[Any]:
-    """Return what of this machine and its software may decide a trace."""
+    """Return what of this machine and its software may decide a trace: processor and packages, versions of
+    Python, torch and memfit, default dtype, number of threads, and instruction set."""
     return [
         {name: fact for name, fact in fingerprint().items() if name != "accelerators"},
         _memfit_digest(),
@@ -244,8 +246,9 @@ def _own_modules() -> Iterator[str]:
 
 
 def _modules_of(ref: JobRef, files: set[str]) -> list[types.ModuleType]:
-    """Return the module of the user's file, which the job ``ref`` names, and those that it has imported, at
-    its top or through other modules, and whose file is in ``files``."""
+    """Return the modules, sorted by file, of the user's file, which the job ``ref`` names, and of what it has
+    imported at its top, directly or through other modules. Only modules whose file is in ``files`` are
+    returned."""
     own_modules = {file: m for m in list(sys.modules.values()) if (file := _module_file(m)) in files}
     path = os.path.realpath(ref.spec.rpartition(":")[0])
     pending, modules = [path], dict[str, types.ModuleType]()
@@ -281,7 +284,8 @@ def _owner(value: object) -> str:
 
 
 def _status(path: str | None) -> Any:
-    """Return (path, bytes, time of the last change) of a file, or of each file in a folder."""
+    """Return (path, bytes, time of the last change) of a file, or a list of these of the files directly in a
+    folder. None for no path. Raises OSError if there is no such file."""
     if path is None:
         return None
     if Path(path).is_dir():
@@ -343,7 +347,8 @@ def _digest_values(value: Any) -> str:
 
 @functools.singledispatch
 def _head(value: Any) -> tuple[str, Iterable[Any]]:
-    """Return (text for the value itself, other values that it consists of)."""
+    """Return (text for the value itself, other values that it consists of). Raises _UnknownContentError if
+    its content cannot be read."""
     name = _class_name(type(value))
     attributes = _attributes(value)
     contents = [*value.items()] if isinstance(value, Mapping) else []

@@ -34,14 +34,16 @@ _FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, A
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TracedSize:
-    """One value that was tried. ``needed_bytes``: memory of one device that is safe for it; ``fits``: whether
-    this, and what the host needs, is there. ``expected_bytes`` and ``expected_to_fit``: the same for the
-    value that is expected, without margin. ``step_s``, ``samples_per_s`` and ``tokens_per_s`` are None if
-    they cannot be predicted.
+    """One value that was tried.
 
-    ``host``: what the host has and the value needs there, "" if the host has enough or is not checked.
-    ``problem``: why the job refuses the value. The numbers are then 0 or None, and nothing fits. ``notes``:
-    what the prediction assumes, and what splitting the batch as the plan does would change.
+    ``needed_bytes``: memory of one device under which it is safe to run, with memfit's margin. ``fits``:
+    whether the cap and the host's memory are enough for that. ``expected_bytes``, ``expected_to_fit``: the
+    same without margin. ``step_s``, ``samples_per_s`` and ``tokens_per_s`` are None if they cannot be
+    predicted.
+
+    ``host``: a text with what the host has and the value needs there, "" if the host has enough or is not
+    checked. ``problem``: why the job refuses the value; the numbers are then 0 or None, and nothing fits.
+    ``notes``: what the prediction assumes, and what splitting the batch as the plan does would change.
     """
 
     value: int
@@ -84,7 +86,8 @@ class MeasuredLargest:
 
     @property
     def failed(self) -> MeasuredSize | None:
-        """The run that ended the search because it failed for another reason than memory, None without."""
+        """The run that ended the search because it failed for another reason than memory; None if there is
+        none."""
         outcomes = (OutcomeKind.OK, OutcomeKind.OOM)
         return next((run for run in self.runs if run.outcome not in outcomes), None)
 
@@ -172,7 +175,7 @@ def batch_multiple(plan: Plan) -> int:
 
 def length_multiple(plan: Plan) -> int:
     """Return the number of which the length of a sample must be a multiple so that the plan's ranks can
-    divide it."""
+    divide it: of twice the context-parallel degree (1 without one) and of the tensor-parallel degree."""
     degrees = layout(plan)
     return math.lcm(2 * degrees.context if degrees.context > 1 else 1, degrees.tensor)
 
@@ -180,11 +183,12 @@ def length_multiple(plan: Plan) -> int:
 def find_largest(
     probe: Callable[[int], TracedSize], *, dimension: str, plan: Plan, cap_bytes: int, start: int, step: int
 ) -> LargestValue:
-    """Return the largest multiples of ``step`` that fit, safely and as expected.
+    """Return the largest multiples of ``step`` that fit ``cap_bytes``, safely and as expected
+    (`LargestValue`).
 
-    ``probe`` traces one value. The first is the smallest multiple that is at least ``start``; each value is
-    traced once. Once a value of at least 65,536 times the first one fits, or one of at least 1,024 times
-    needs hardly more memory, no larger one is tried. Raises UserError if the job refuses the first value.
+    ``probe`` traces one value; each is traced once. The first is the smallest multiple that is at least
+    ``start``. Once a value of at least 65,536 times the first one fits, or one of at least 1,024 times needs
+    hardly more memory (0.1 %), no larger one is tried. Raises UserError if the job refuses the first value.
     """
     sizes: dict[int, TracedSize] = {}
 
@@ -227,6 +231,7 @@ def _bisect(
     safe: bool,
 ) -> tuple[TracedSize | None, TracedSize | None]:
     """Return (the largest size that is accepted, the next one, which is not). Sizes are in units of the step.
+    With ``safe``, a size is accepted if it fits with memfit's margin, else if it is expected to fit.
 
     The first is None if none is accepted; the other is then the smallest that the job takes. The second is
     None if all sizes are accepted that may be tried. ``sizes``: those that were probed before.
@@ -322,10 +327,12 @@ def prober(
     prepare: Callable[[Predictor, Plan], None] = lambda predictor, plan: None,
 ) -> Callable[[int], TracedSize]:
     """Return a function that traces the plan at one value: on the job ``job_of(value)``, and the machine,
-    engine and calibration of ``base``.
+    engine and calibration of ``base``. If the job or the trace refuses the value, its result says so
+    (``problem``); nothing is raised.
 
-    ``prepare`` is called with the predictor of that job before its estimate counts, if it is near the cap and
-    does not fit. Whether samples depend on each other is tested once, with the job of ``base``.
+    ``prepare`` is called with the predictor of that job and the plan if the first estimate is near the cap
+    (at most 10 % above as expected) and does not fit; the value is then estimated again. Whether samples
+    depend on each other is tested once, with the job of ``base``.
     """
     machine = base.machine
     fits, host_fits = fits_under(cap_bytes, machine), host_holds_under(cap_bytes, machine)

@@ -110,7 +110,8 @@ def _next_value(runs: Mapping[int, MeasuredSize], prediction: LargestValue) -> i
 
 
 def _expected_bytes_at(points: Sequence[TracedSize], value: int) -> float:
-    """Return the expected bytes at ``value``, on the line through the two traced values next to it."""
+    """Return the expected bytes at ``value``, on the line through the two traced values next to it (the
+    nearest two if it lies outside all); those of the only traced value if there is one."""
     if len(points) == 1:
         return points[0].expected_bytes
     index = next((i for i, p in enumerate(points) if p.value >= value), len(points) - 1)
@@ -120,5 +121,5 @@ def _expected_bytes_at(points: Sequence[TracedSize], value: int) -> float:
 
 
 def with_boundary(run: Callable[[int], MeasuredSize], prediction: LargestValue) -> LargestValue:
-    """Return ``prediction`` with what `find_boundary` measured."""
+    """Return ``prediction`` with the largest value that ran as its ``measured`` (`find_boundary`)."""
     return dataclasses.replace(prediction, measured=find_boundary(run, prediction))

@@ -25,11 +25,10 @@ _FULL = make_use("activation-checkpointing", {"every": 1})
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LayoutCut:
     """Parts of a model under one layout, for one micro-batch size, as one rank runs them. Their times do not
-    include the collectives of tensor and context parallelism.
+    include the collectives of tensor, context and expert parallelism.
 
-    ``tensor_travel``, ``context_travel`` and ``expert_travel`` hold these collectives and those of expert
-    parallelism: name of the piece ("before", "block", "after") -> (those of its forward, those of its
-    backward).
+    ``tensor_travel``, ``context_travel`` and ``expert_travel`` hold these collectives as (kind, bytes): name
+    of the piece ("before", "block", "after") -> (those of its forward, those of its backward).
     """
 
     parts: Parts
@@ -87,7 +86,7 @@ class Composer:
 
     def block(self, layout: GridLayout, compute: str, uses: Uses) -> list[LayoutCut]:
         """Return [parts for one sample in a micro-batch, parts for two] under a layout. Only their piece
-        "block" is to be used; for the others see `ends`.
+        "block" is to be used; `ends` returns the pieces before and after it.
 
         ``uses``: techniques of the grid axis ``inside``, such as recomputation. Raises UserError if the model
         cannot be divided or traced that way.
@@ -101,7 +100,7 @@ class Composer:
 
     def ends(self, layout: GridLayout, compute: str, uses: Uses) -> list[LayoutCut]:
         """Return [parts for one sample in a micro-batch, parts for two] under a layout. Only their pieces
-        "before" and "after" are to be used; for the block see `block`.
+        "before" and "after" are to be used; `block` returns the block.
 
         ``uses``: techniques of the grid axis ``ends``, such as a loss in chunks. Raises UserError if the
         model cannot be divided or traced that way.

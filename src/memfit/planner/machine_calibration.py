@@ -60,8 +60,9 @@ def calibrate(
     time, and the kernel workspaces of at most 32 other operators that could move a plan's peak.
 
     What is stored for this machine is reused; the rest is measured in a child process on this machine and
-    stored. Without ``plans``, as in the first call of a search, the operators are those of plans that span
-    the search. The machine's rates of computing and copying are measured too if they are not known.
+    stored, and so are the machine's rates of computing and copying if they are not known. Nothing is done if
+    the operators of ``plans`` are known. Without ``plans``, as in the first call of a search, the operators
+    are those of plans that span the search.
 
     ``timing_s`` limits the number of operators: timing them would take about that many seconds on a machine
     of nominal speed (100 GFLOP/s, 10 GB/s). Without ``plans``, the limit is 5 seconds. The choice does not
@@ -111,8 +112,8 @@ def calibrate(
 
 def begin_calibration(predictor: Predictor, request: Request, progress: Progress) -> None:
     """Run the first calibration of a search (`calibrate` without plans). If the request says ``recalibrate``,
-    the timings stored for this machine and number of threads are discarded first.
-    """
+    the timings stored for its device and number of threads are discarded first. Raises RunError as
+    `calibrate` does."""
     if request.recalibrate:
         CalibrationCache(_threads(request), device=calibrated_device(request)).forget()
     calibrate(predictor, request, progress)
@@ -147,9 +148,9 @@ _LONGEST_RATIO = 20.0  # of the nominal budget: no machine should take longer
 
 
 def calibrated_device(request: Request) -> str:
-    """Return under which name the calibration of the request's device is stored: "" for the processor, else
-    the product name of the accelerator and the versions of its driver: of those that are loaded, and as torch
-    names it."""
+    """Return under which name the calibration of the request's device is stored: "" for a processor and for
+    another machine, else the product name of the accelerator and the versions of its driver: of those that
+    are loaded, and as torch names it."""
     device = request.machine.device
     if device.is_host or not request.is_here:
         return ""

@@ -137,9 +137,12 @@ def _finalists(
     plain_plan: Plan,
     meets_limits: Callable[[Estimate], bool],
 ) -> list[Estimate]:
-    """Return the estimates of the plans that are traced whole before one is recommended: those of
-    `FinalistTracer`, of a small model all that may be better than the best of these; if none of them fits,
-    others that may; and if one does, those of `trace_for_bound`.
+    """Return the estimates of the plans that are traced whole before one is recommended:
+
+    - those that `FinalistTracer` traces by its `run` and, for a model of at most 12 blocks, its `close`
+    - if none of these fits and there is time left, the plans of `trace_before_nothing_fits`, and then the
+      best by time and by cost if the deadline or the budget is set
+    - if one fits, those of `trace_for_bound`
     """
     tracer = FinalistTracer(predictor, meets_limits)
     finalists = tracer.run(estimates, plain_plan)
@@ -184,10 +187,10 @@ def _elect(
     sizes: Sequence[int],
     meets_limits: Callable[[Estimate], bool],
 ) -> tuple[Estimate, dict[Plan, Estimate]]:
-    """Return (the winner, what it is compared with as `_plans_compared_with` has it).
+    """Return (the winner, what it is compared with: {plan: estimate} as `_plans_compared_with` returns it).
 
-    The winner is the best of the ``candidates`` and of the plans that are traced for reasons: one of these
-    may be better than the ``winner`` so far.
+    The winner is the best of the ``candidates`` and of the plans that are traced for reasons. One of these
+    may be better than the ``winner`` so far; the comparison is then repeated with it, at most 3 times in all.
     """
     for _ in range(_ELECTIONS):
         known = _plans_compared_with(predictor, winner, candidates, sizes, meets_limits)

@@ -81,9 +81,9 @@ def trace_for_bound(
     meets_limits: Callable[[Estimate], bool],
 ) -> Iterator[Estimate]:
     """Trace the plans that could be better than the best traced one by most, until none could be by more than
-    1 %, and yield their estimates; at most 8, and none in the last 30 % of the time limit. Plans that cannot
-    be traced are skipped.
-    """
+    1 %, and yield their estimates: at most 8, and none in the last 30 % of the time limit. Plans that cannot
+    be traced are skipped. Nothing is traced if the search has no time limit or its goal is the fewest
+    devices. ``traced`` must have a plan for which ``meets_limits`` is true."""
     goal, traced = predictor.request.goal, list(traced)
     if goal is Objective.FEWEST or predictor.request.limit_s is None:
         return
@@ -108,25 +108,25 @@ def trace_for_bound(
 
 
 def family(uses: Sequence[Use]) -> Family:
-    """Return the family of a plan with these techniques."""
+    """Return the family of a plan with these techniques: the sorted names of those that divide the model,
+    then the name of the data-parallel one, if there is one."""
     data = [u.technique for u in uses if technique(u.technique).slot == "data-parallel"]
     return (*sorted({u.technique for u in uses if u.technique in DIVIDING_TECHNIQUES}), *data)
 
 
 def unseen_ratio(name: Family, *, deep: bool) -> float:
-    """Return the least ratio of trace to sketch that plans of a family are assumed to have of which none was
-    traced. ``deep``: whether the model has more than 12 blocks.
-    """
+    """Return the least ratio of trace to sketch that plans of the family ``name`` are assumed to have if none
+    of them was traced: 0.5 with context-parallel or axial-parallel, else 0.9 if the model is ``deep`` (more
+    than 12 blocks) and 0.75 if not. Measured; see docs/log.md."""
     if {"context-parallel", "axial-parallel"} & {*name}:
         return _UNSEEN_CONTEXT
     return _UNSEEN_DEEP if deep else _UNSEEN_SMALL
 
 
 def least_ratios(pairs: Sequence[tuple[Estimate, Estimate]], goal: Objective) -> Mapping[Family, float]:
-    """Return the least ratio of trace to sketch that other plans of each family are assumed to have of which
-    a plan was traced: that of `least_ratio`, but at least 0.5 % below the lowest one seen, and 3 % below the
-    only one. ``pairs``: (sketch, trace).
-    """
+    """Return, for each family of which a plan was traced, the least ratio of trace to sketch, by the goal's
+    score, that its other plans are assumed to have: that of `least_ratio`, but at least 0.005 below the
+    lowest ratio seen; 0.97 times the ratio if only one was seen. ``pairs``: (sketch, trace)."""
     by_family: dict[Family, list[tuple[Estimate, Estimate]]] = {}
     for pair in pairs:
         by_family.setdefault(family(pair[0].plan.uses), []).append(pair)
@@ -141,11 +141,12 @@ def least_ratios(pairs: Sequence[tuple[Estimate, Estimate]], goal: Objective) ->
 def untraced_in_grids(
     predictor: MultiDevicePredictor, searched: Sequence[int], best_score: float
 ) -> UntracedPlans:
-    """Return the plans of all grids that were not traced, nor failed to be, and may fit.
+    """Return what is known of the plans of all grids that may fit and were neither traced nor failed to be
+    (`UntracedPlans`).
 
     ``searched``: the numbers of devices that were searched. ``best_score``: that of the best traced plan.
-    Only plans that may be better are counted; without one, the lowest score is infinite. Only the grids that
-    may have a better plan are predicted again: the selection has the fastest plan of each grid in each
+    Only plans that may be better are counted; if there is none, the lowest score is infinite. Only the grids
+    that may have a better plan are predicted again: the selection has the fastest plan of each grid in each
     interval of memory, and the plan that needs the least.
     """
     pairs = unique_pairs(predictor)
@@ -186,9 +187,8 @@ def _by_memory(predictor: MultiDevicePredictor) -> bool:
 
 
 def _score_per_unit(predictor: MultiDevicePredictor, ranks: int) -> float:
-    """Return the goal's score of a plan for ``ranks`` devices per second of its step; for the goal of least
-    memory 1, because that score is the peak itself.
-    """
+    """Return the goal's score of a plan for ``ranks`` devices divided by the seconds of its step, to which it
+    is proportional. For the goal of least memory return 1: that score is the peak itself."""
     if _by_memory(predictor):
         return 1.0
     sketch = next(s for s in predictor.grid_sketches[ranks].picks if s.step_s > 0)
@@ -214,9 +214,8 @@ def _grids(
 
 
 def _without_known(grid: Grid, flat_indices: Any, known: Set[Plan]) -> Any:
-    """Return those of the flat indices whose plans are not ``known``. If there are very many, all of them,
-    which makes the bound no better than it is.
-    """
+    """Return those of the flat indices whose plans are not ``known``; if there are more than 20,000, all of
+    them, which makes the bound no better than it is."""
     if flat_indices.size > _MOST_BUILT:
         return flat_indices
     plans = (grid.plan([int(i) for i in numpy.unravel_index(f, grid.shape)]) for f in flat_indices)

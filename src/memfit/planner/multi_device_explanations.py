@@ -204,9 +204,9 @@ def unsupported_reasons(predictor: MultiDevicePredictor) -> list[Reason]:
 
 
 def load_reasons(plan: Plan) -> list[Reason]:
-    """Return one reason of kind EXPERT_LOAD if the predictions of the plan rest on an assumed load of
-    experts; its detail is that load over an even one.
-    """
+    """Return one reason of kind EXPERT_LOAD if the plan has dropless expert-parallel, whose predictions rest
+    on an assumed load of the busiest device's experts; its detail is that load divided by an even one. Else
+    return an empty list."""
     use = plan.get("expert-parallel")
     if use is None or not use.settings["dropless"]:
         return []

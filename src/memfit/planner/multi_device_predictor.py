@@ -119,9 +119,8 @@ class MultiDevicePredictor:
 
     def host_cap(self, ranks: int) -> float:
         """Return the bytes of host memory that each of ``ranks`` ranks may use for tensors of the plan: the
-        memory of one host, less what its processes and loader workers need, divided by the number of ranks
-        on it; 0 if the host's memory is unknown.
-        """
+        memory of one host, less what its processes and loader workers need, divided by the number of ranks on
+        it, and at least 0. Return 0 if the host's memory is unknown."""
         host_memory_bytes = memory_bytes(self.machine)
         if host_memory_bytes is None:
             return 0.0
@@ -202,9 +201,10 @@ class MultiDevicePredictor:
 
     def over(self, counts: Sequence[int]) -> list[Estimate]:
         """Return, as estimates, the sketches that `grid_search.find` selects for each of these numbers of
-        devices. A number for which no plan is possible is left out, and so are those after the first for
-        which any is if the deadline has passed. If no plan is possible for any of them, raise the UserError
-        of the first.
+        devices.
+
+        Numbers for which no plan is possible are left out. If the deadline passes once a number has a plan,
+        the numbers after it are left out, too. Raises the UserError of the first number if none has a plan.
         """
         estimates, reasons = list[Estimate](), list[UserError]()
         for ranks in counts:
@@ -263,8 +263,8 @@ class MultiDevicePredictor:
 
     def bottleneck(self, plan: Plan) -> list[tuple[str, float]]:
         """Return (resource of the machine, seconds by which the step would be shorter if the work of this
-        resource took a tenth less time) for each resource that the plan's rank 0 uses, largest saving first.
-        """
+        resource took a tenth less time) for each resource that the plan's first distinct rank uses, largest
+        saving first."""
         trace = self.plan_predictor.trace(plan, layout(plan).distinct_ranks()[0])
         simulator = StreamSimulator(model=self.model, machine=self.machine, members=trace.members)
         return list(simulator.bottleneck(trace).items())
@@ -287,7 +287,9 @@ class MultiDevicePredictor:
         return dataclasses.replace(self.machine, device_count=ranks)
 
     def trace_or_refuse(self, sketch: Estimate) -> Estimate | None:
-        """Return what `whole` does. If the plan cannot be traced, note why in ``refused`` and return None."""
+        """Return the plan's estimate by its whole trace, as `whole` does. If the plan cannot be traced, note
+        why in ``refused`` and return None. Raises TimeUp if the trace would have to be made after the
+        deadline."""
         try:
             return self.whole(sketch)
         except UserError as error:
@@ -298,7 +300,8 @@ class MultiDevicePredictor:
         return None
 
     def sketch_of_plain(self, plain_plan: Plan) -> Sketch | None:
-        """Return the sketch of plain training, that of its grid; None if no grid has it."""
+        """Return the sketch of plain training, the plan ``plain_plan``; None if no grid for its number of
+        ranks has it. That number must have been searched."""
         for grid in {id(s.grid): s.grid for s in self.grid_sketches[plain_plan.ranks].picks}.values():
             places = [(0, 0, 0, 0, i) for i in range(len(grid.states))]
             place = next((i for i in places if grid.plan(i) == plain_plan), None)

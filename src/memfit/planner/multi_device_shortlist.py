@@ -116,9 +116,9 @@ class FinalistTracer:
             sketch = rival if rival in candidates else self._next(candidates)
 
     def _trace(self, sketch: Estimate) -> Estimate | None:
-        """Return what `MultiDevicePredictor.trace_or_refuse` does. While no plan fits, the deadline ends no
-        trace, and two are begun after it.
-        """
+        """Return the plan's estimate by its whole trace, None if it cannot be traced. While no traced plan
+        fits, the deadline ends no trace, and two may begin after it; then, and once one fits, TimeUp is
+        raised after the deadline."""
         deadline = self.predictor.deadline
         if any(map(self.meets_limits, self.traced)):
             return self.predictor.trace_or_refuse(sketch)
@@ -130,10 +130,9 @@ class FinalistTracer:
             return self.predictor.trace_or_refuse(sketch)
 
     def close(self, estimates: Sequence[Estimate]) -> None:
-        """Trace plans of a small model until none of the ``estimates`` may fit and be better than the best
-        traced plan, or less than 3 % worse, by the errors of the sketches seen so far (`BestCaseEstimates`);
-        at most 24. Nothing is traced if no traced plan fits, if the model has at least 13 blocks, or after
-        the deadline.
+        """Trace more plans of a model of at most 12 blocks: those of ``estimates`` that may fit and be better
+        than the best traced plan, or less than 3 % worse, by the errors of the sketches seen so far
+        (`BestCaseEstimates`); at most 24. Nothing is traced if no traced plan fits or after the deadline.
 
         Sketches that do not fit count, too: they may be too high.
         """
@@ -215,10 +214,9 @@ class FinalistTracer:
         return float(score(e, self.goal) * nearest[1] * _NEAR ** nearest[0])
 
     def _first_two(self, candidates: Sequence[Estimate]) -> tuple[Estimate | None, Estimate | None]:
-        """Return (the best sketch by the goal, another sketch). The other one is that of another kind (see
-        `kind`) that would be traced next if the trace of the best one gave the score of its sketch. It is
-        None if none would be traced then. Both are None if there are no candidates.
-        """
+        """Return (the best sketch by the goal, the sketch of another kind (see `kind`) that would be traced
+        next if the trace of the best one gave the score of its sketch). The second is None if none would be
+        traced then. Both are None if there are no candidates."""
         best_sketch = best(candidates, self.goal)
         if best_sketch is None:
             return None, None

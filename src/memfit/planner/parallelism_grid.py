@@ -70,8 +70,7 @@ class Limits:
     @property
     def expert_degree(self) -> int:
         """Number of ranks that experts may be distributed over: all ranks, if each then has the same number
-        of experts; else 1.
-        """
+        of experts; else 1. It is also 1 if the model has no experts or expert-parallel is excluded."""
         divides = self.experts and self.experts % self.ranks == 0 and "expert-parallel" not in self.without
         return self.ranks if divides else 1
 
@@ -106,7 +105,7 @@ class GridLayout:
         return self.ranks // (self.tensor * self.context * self.stages)
 
     def pipeline(self, micro_batches: int) -> Use:
-        """Return the pipeline with these stages."""
+        """Return the use of the technique pipeline with this layout's settings and so many micro-batches."""
         return _use(
             "pipeline",
             stages=self.stages,
@@ -119,7 +118,8 @@ class GridLayout:
 
     @property
     def uses(self) -> Uses:
-        """The techniques of the layout, without the pipeline (`pipeline`) and data parallelism."""
+        """The uses of tensor, context and expert parallelism of the layout, of those that it has. The
+        pipeline (`pipeline`) and data parallelism are not among them."""
         uses = []
         if self.tensor > 1:
             uses.append(
@@ -246,9 +246,9 @@ def _layouts(limits: Limits) -> Iterator[GridLayout]:
 
 
 def _pipelines(limits: Limits, ranks: int) -> Iterator[tuple[int, str, int, tuple[int, int]]]:
-    """Yield (stages, schedule, virtual, fewer) of all pipelines over some of ``ranks`` ranks: with an even
-    division of the blocks, and then, if its busiest rank would be quicker, with `_best_fewer`.
-    """
+    """Yield (stages, schedule, virtual, fewer) of all pipelines over some of ``ranks`` ranks, first (1, "",
+    1, (0, 0)), no pipeline. Each is yielded with an even division of the blocks, (0, 0), and then with
+    `_best_fewer` if that makes its busiest rank quicker."""
     for stages, schedule, virtual in _even_pipelines(limits, ranks):
         yield stages, schedule, virtual, (0, 0)
         if stages > 1:
@@ -542,7 +542,8 @@ def no_grid_error(limits: Limits) -> UserError:
     """Return the error to raise if there is no grid for these limits. It names the first cause that applies:
 
     - The batch may not be divided over data-parallel ranks (``limits.shares``).
-    - The batch is a multiple of the ranks, and native would have plans: the engine supports none of them.
+    - The batch is a multiple of the ranks, and the engine supports none of the plans, though there are some
+      for native, memfit's own engine.
     - The batch is a multiple of the ranks: exclusions, accuracy and micro-batch leave no plan.
     - The batch cannot be divided evenly.
     """

@@ -32,11 +32,11 @@ def usable(
 ) -> tuple[list[Technique], tuple[Reason, ...]]:
     """Return (the techniques that a search may use, reasons why others are left out).
 
-    A technique is left out, with one reason, in the first of these cases that applies:
+    A technique is left out in the first of these cases that applies, with one reason in all but the third:
 
     - its packages are not installed
     - it is gradient-accumulation, and `may_split` is false for ``dependence``
-    - it does not support the device, is excluded or has no setting for the job; this alone gives no reason
+    - it does not support the device or the job, or proposes no setting for the job
     - it changes the numbers by more than ``accuracy`` allows, unless it is data parallelism, which is asked
       for explicitly
     - it is another optimizer, and ``negligible_state_bytes`` is given

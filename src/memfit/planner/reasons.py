@@ -104,12 +104,13 @@ def _left_out_reasons(
     cap_bytes: int,
 ) -> tuple[Reason, ...]:
     """Return one reason for each technique that the winner lacks and a plan of ``estimates`` (all traced) or
-    of the sketches has:
+    of the sketches has. It is the first of these that applies:
 
     - If a traced plan with the technique meets the limits, the winner is compared with the best of these by
-      the goal; but not if the time limit ended the search before the best sketch with it was traced.
-    - Else, if plans with it may fit that were not traced, their number is given (LEFT_OUT_NOT_LOOKED_AT).
-    - Else no plan with it fits (`none_fits`).
+      the goal (`_comparison_reason`). This is left out if the time limit ended the search and an untraced
+      plan with the technique that may fit has a better sketch than all of these.
+    - If plans with it may fit that were not traced, their number is given (LEFT_OUT_NOT_LOOKED_AT).
+    - No plan with it fits (`none_fits`).
     """
     may_fit = inputs.may_fit_by_traces(estimates) if inputs.may_fit_by_traces else meets_limits
     traced_plans = {e.plan for e in estimates}

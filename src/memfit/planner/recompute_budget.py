@@ -89,8 +89,8 @@ def try_optimal_checkpointing(
 
 
 def open_budget(plan: Plan) -> int | None:
-    """Return the memory budget in bytes of a plan whose tensors to recompute are not chosen yet. None if they
-    are chosen, or if the plan has no such budget."""
+    """Return the memory budget in bytes of a plan with optimal-checkpointing whose tensors to recompute are
+    not chosen yet. None if they are chosen, or if the plan does not have that technique."""
     recomputation = plan.get(OPTIMAL_CHECKPOINTING)
     return (
         int(recomputation.settings["budget_mib"]) * MIB
@@ -164,8 +164,8 @@ class ChosenPlans:
     outcomes: dict[Plan, Plan | UserError] = dataclasses.field(default_factory=dict)
 
     def of(self, job: Job, plan: Plan, **how: Any) -> Plan:
-        """Return what `choose_tensors` returns for this plan; it is computed only in the first call. ``how``:
-        keyword arguments of `choose_tensors`.
+        """Return the plan with its tensors to recompute chosen (`choose_tensors`); they are chosen only in
+        the first call for a plan. ``how``: keyword arguments of `choose_tensors`.
 
         If the first call raised UserError, later ones raise the same error. Results are kept by ``plan``
         alone, so all calls of one cache must have the same ``job`` and keywords.

@@ -127,9 +127,10 @@ def job_facts(job: Job, device_kind: str, ranks: int = 1, half_precision: str = 
     """Return the facts about the job from which techniques propose settings, counted on a model built without
     memory. ``batch_size`` of the result is that of one rank, at least 1.
 
-    ``half_precision``: what `half_precision_of` returns for the machine. If the job does not name its blocks
-    and none are found, ``block_count`` is 0; if it does not name its head and none is found, ``vocabulary``
-    is 0. Raises UserError if the job names blocks or a head that the model does not have.
+    ``device_kind``: torch's name, such as "cuda". ``half_precision``: "bfloat16" or "float16", as
+    `half_precision_of` returns it for the machine. If the job does not name its blocks and none are found,
+    ``block_count`` is 0; if it does not name its head and none is found, ``vocabulary`` is 0. Raises
+    UserError if the job names blocks or a head that the model does not have.
     """
     from memfit.model.chunk_analysis import worth_cutting
     from memfit.model.scalar_parameters import scalar_names
@@ -219,7 +220,7 @@ def model_sizes(name: str, job: Job) -> Mapping[str, str]:
     """Return the model's sizes as options of Megatron-LM's trainer, name of the option -> value, if ``name``
     is the engine "megatron". Empty for other engines, which build the job's own model.
 
-    Raises UserError if Megatron-LM cannot build the model.
+    Raises UserError if the engine is "megatron" and Megatron-LM cannot build the model.
     """
     if name != "megatron":
         return {}

@@ -83,12 +83,14 @@ def safer_plan(
     Plans that need at most 90 % of the limit go before others, as later batches may be larger still. Among
     them, it is the first of these:
 
-    - a plan of ``frontier``, with other micro-batches only if there is one, and the largest that fits
+    - the plan of ``frontier`` that needs the most memory; plans that differ from ``failed`` in micro-batches
+      only go before others
     - ``failed`` with the fewest additional micro-batches, if its effect class allows them, and if the samples
       of a batch are known to be independent, or are not tested and cut already
-    - the same with activation checkpointing of every block
+    - the same with activation checkpointing of every block, with as few additional micro-batches as are
+      needed
     - ``failed`` with optimal-checkpointing, which recomputes as many tensors as it takes
-    - the second again with activation checkpointing and activation offload
+    - the third with activation offload, too
 
     Raises one of `FAILURES` if ``failed`` cannot be predicted.
     """
@@ -124,8 +126,9 @@ class _Search:
     smallest: tuple[int, Plan] | None = None
 
     def of_frontier(self, frontier: Sequence[Plan]) -> Estimate | None:
-        """Return the estimate of a plan of ``frontier`` that can follow the failed one and fits; of several
-        one with other micro-batches only, and then the one that needs most. None if there is none."""
+        """Return the estimate of a plan of ``frontier`` that can follow the failed one and fits; None if
+        there is none. Of several, one that differs from the failed one in its micro-batches only, if there is
+        one, and of these (or else of all) the one that needs the most memory."""
         estimates = [e for plan in frontier if self._can_follow(plan) and (e := self._fitting(plan))]
         alone = self.failed.without(_ACCUMULATION)
         return max(
@@ -143,7 +146,8 @@ class _Search:
         return None
 
     def why_not(self) -> str:
-        """Return why there is no safer plan: a text."""
+        """Return a text that says why there is no safer plan: none is left to try, or what the smallest needs
+        and may use."""
         effect = self._effect(self.failed)
         hint = (
             "; a plan with gradient-accumulation (E1) could be cut into more micro-batches"
@@ -193,7 +197,8 @@ class _Search:
         ]
 
     def _with_splits(self, plan: Plan) -> list[Plan]:
-        """Return the plan, and it with each larger number of micro-batches, ascending, at least doubling."""
+        """Return the plan, and the plan with larger numbers of micro-batches, ascending: those that are at
+        least twice the one before, and the largest possible."""
         count = plan.micro_batches
         largest, plans = self.predictor.job_facts.micro_batch_counts[-1], [plan]
         for more in self.predictor.job_facts.micro_batch_counts:
@@ -203,8 +208,9 @@ class _Search:
         return plans
 
     def _can_follow(self, plan: Plan) -> bool:
-        """Return whether the plan was not tried, can continue from a checkpoint of the failed one, and has at
-        most its effect class."""
+        """Return whether the plan was not tried, can continue from a checkpoint of the failed one, has at
+        most its effect class, and is supported: by the engine, by the machine and by the installed packages.
+        """
         if plan in self.tried or plan.ranks != self.failed.ranks or _core(plan) != _core(self.failed):
             return False
         if proposable(self.failed) and not proposable(plan):
@@ -241,8 +247,8 @@ class _Search:
 
     def _estimate_of(self, plan: Plan) -> Estimate | None:
         """Return the plan's estimate; None if, once its tensors to recompute are chosen, it is a plan that
-        was tried. On the processor of this machine, workspaces of kernels are probed if they decide whether
-        it fits."""
+        was tried. On the processor of this machine, the workspaces of kernels are probed first if the plan
+        does not fit although the peak of its tensors is below the limit."""
         estimate = self.predictor.whole(plan)
         if estimate.plan in self.tried:
             return None

@@ -196,8 +196,8 @@ def _measure_if_out_of_time(
     predictor: Predictor, request: Request, estimates: list[Estimate], meets_limits: Fits, progress: Progress
 ) -> list[Estimate]:
     """Return the estimates. If the search is for this machine and hit its time limit, first measure the
-    operators of the baseline and of the best plan that fits, as a search does that does not. Memory and
-    time of these two are then what an estimate of each alone says."""
+    operators of the baseline and of the best plan that fits, as a search that ends in time does, and estimate
+    all plans anew with these measurements."""
     if not (request.is_here and predictor.deadline.hit_time_limit):
         return estimates
     winner = best(filter(meets_limits, estimates), request.goal, score_band(predictor, request))
@@ -237,8 +237,8 @@ def _negligible_state_bytes(
 ) -> int | None:
     """Return the bytes of parameters, gradients and optimizer state if another optimizer would not matter,
     else None: if they are less than 1/32 of the cap and the optimizer takes less than 3 % of plain training's
-    step. With the goal of least memory, it may always matter.
-    """
+    step. If the device's speed is unknown, only the bytes count. With the goal of least memory, it is always
+    None."""
     state_bytes = states_bytes(baseline)
     if request.goal is Objective.SMALLEST or state_bytes >= _SMALL_STATES_RATIO * cap_bytes:
         return None
@@ -333,8 +333,9 @@ def _with_baseline(result: SearchResult, own: Estimate, *, fits: bool) -> Search
 def _split_as_it_is(
     request: Request, predictor: Predictor, unsearched: tuple[Reason, ...]
 ) -> tuple[Request, tuple[Reason, ...]]:
-    """Return the arguments, changed if the training as it is splits its batch and the samples depend on each
-    other: plans then keep its micro-batches, which change nothing, and other numbers of them are left out."""
+    """Return the request and the reasons ``unsearched``. They are changed if the training as it is splits its
+    batch and the samples depend on each other: plans then keep its micro-batches, which change nothing, and a
+    reason says that other numbers of micro-batches were left out."""
     count, dependence = request.baseline.micro_batches, predictor.dependence
     if count == 1 or dependence.kind is not DependenceKind.DEPENDENT:
         return request, unsearched
@@ -365,7 +366,8 @@ def _extent(planning: Planning, reached: SearchProgress) -> SearchExtent:
 
 
 def _nothing_fits(planning: Planning, result: SearchResult) -> NothingFits:
-    """Return the error for a search in which no plan fits, with the least memory that would be enough."""
+    """Return the error for a search in which no plan fits and keeps to the limits, with the least memory that
+    would be enough for a plan with the requested micro-batch."""
     request, predictor, meets_limits = planning.request, planning.predictor, planning.meets_limits
     requested_estimates = [
         e
@@ -443,10 +445,10 @@ def _ways(
     """Return (text,) with the change of the request that would allow gradient accumulation, if that would be
     enough for a plan to fit; else ().
 
-    It is () if accumulation was searched, or was excluded by the user. It would be enough if ``meets_limits``
-    is true of plain training, or of the plan of ``estimates`` with the lowest peak that accumulation can be
-    added to, when trained in the smallest micro-batches of at least two samples (some layers need more than
-    one).
+    It is () if accumulation was searched, is impossible, or was excluded by the user. It would be enough if
+    ``meets_limits`` is true of plain training, or of the plan of ``estimates`` with the lowest peak that
+    accumulation can be added to, when trained in the smallest micro-batches of at least two samples (some
+    layers need more than one).
     """
     name, micro_batches = (
         "gradient-accumulation",
@@ -473,9 +475,10 @@ def _ways(
 
 
 def _refuse_ranks(request: Request, predictor: Predictor) -> None:
-    """Raise UserError if the request has several ranks, and dividing the batch over them would change the
-    training by more than its accuracy allows. With one rank, nothing is checked.
-    """
+    """Raise UserError if the request has several ranks and the batch may not be divided over them: that would
+    change the training by more than the request's accuracy allows, would weight the terms of the loss
+    wrongly, or is impossible because the step can be computed for the whole batch only. With one rank,
+    nothing is checked."""
     if request.ranks == 1 or may_share(predictor.dependence, request.accuracy):
         return
     dependence = predictor.dependence
@@ -555,10 +558,10 @@ def _reduce_batch(
 def _cap(
     request: Request, baseline: Estimate, ratio: float, *, demonstrates: bool = False
 ) -> tuple[int, str]:
-    """Return (the memory of one device that plans must fit; where that figure is from). ``demonstrates``: a
-    request for an accelerator of this machine without a cap is a demonstration, as it is on a CPU; otherwise
-    its cap is what is free now. ``ratio``: the cap of a demonstration, as a share of plain training's peak.
-    """
+    """Return (the memory of one device that plans must fit, in bytes; where that figure is from).
+    ``demonstrates``: a request for an accelerator of this machine without a cap is a demonstration, as it is
+    on a CPU; otherwise its cap is what is free now. ``ratio``: the cap of a demonstration, as a share of
+    plain training's peak. Raises UserError if that is needed and not above 0 and at most 1."""
     if request.cap_bytes is not None:
         return request.cap_bytes, "asked for"
     if request.machine.device.is_host or (request.is_here and demonstrates):

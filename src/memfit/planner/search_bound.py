@@ -22,9 +22,12 @@ _STEPS = 2  # below the lowest ratio seen that the ratio of another plan may lie
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SearchProgress:
-    """How far a search got. ``predicted``, ``unpredicted``: numbers of plans, as ``priced_count`` and
-    ``unpriced_count`` of `SearchExtent`. ``limit_s``: as there. ``unknown``: why there is no bound whatever
-    was traced, as in ``gain_unknown``; "" if there may be one.
+    """How far a search got.
+
+    ``predicted``, ``unpredicted``: numbers of plans that were sketched, and that there was no time to sketch.
+    ``limit_s``: the time limit in seconds; None: none; 0: the search answered from what an earlier one had
+    kept on disk. ``unknown``: why there is no bound, whatever was traced: "goal" or "not_searched"; "" if
+    there may be one.
     """
 
     predicted: int
@@ -101,9 +104,9 @@ def extent(
 def untraced_plans(
     sketches: Sequence[Estimate], goal: Objective, ratios: Sequence[float], best_score: float
 ) -> UntracedPlans:
-    """Return the `UntracedPlans` of these sketches of plans that were not traced. ``ratios``: of trace to
-    sketch, of all plans that were.
-    """
+    """Return what is known of the plans of these sketches, which were not traced. ``ratios``: score of trace
+    over score of sketch, of all plans that have both. The result has no lowest score if there are fewer than
+    four ratios ("few_pairs") or a sketch has no finite score ("no_score")."""
     scores = [score(s, goal) for s in sketches]
     if not scores:
         return UntracedPlans()

@@ -47,7 +47,8 @@ _WIDEST = 0.18  # largest addition: up to 25 %, the error of a predicted step, t
 
 
 def timed_band(spread_ratio: float) -> EqualityBand:
-    """Return `TIMED`, widened by how much more than usual repeated operator calls differ on this machine.
+    """Return `TIMED`, 0.07 to 0.14, widened by how much more than usual repeated operator calls differ on
+    this machine.
 
     ``spread_ratio``: by how much they differ, as in `Calibration`; up to 0.05 is usual. The widening is at
     most 0.18 at the low end, and twice that at the high end, so that noise never makes a plan count as equal
@@ -149,14 +150,15 @@ def lowest_score_first(estimates: Iterable[Estimate], goal: Objective) -> list[E
 
 
 def by_goal(e: Estimate, goal: Objective) -> tuple[float, tuple[int, int, int]]:
-    """Return the sort key of an estimate: its score by the goal, then the key of its plan."""
+    """Return the sort key of an estimate, lowest first: its score by the goal, then `effect_then_size_key` of
+    its plan."""
     return score(e, goal), effect_then_size_key(e.plan, e.dependence)
 
 
 def best(estimates: Iterable[Estimate], goal: Objective, band: EqualityBand = EXACT) -> Estimate | None:
-    """Return the estimate with the mildest and simplest plan (the lowest `preference_key`) among those whose
-    score by the goal counts as equal to the lowest score; None if there are no estimates. If all scores are
-    infinite, it is the mildest and simplest of all.
+    """Return the estimate with the mildest and simplest plan (the lowest `preference_key`: lowest effect
+    class, then fewest techniques) among those whose score by the goal counts as equal to the lowest score.
+    None if there are no estimates. If all scores are infinite, it is the mildest and simplest of all.
 
     ``band``: which scores count as equal; for memory and for the number of devices it is always `EXACT`, 3 %.
     """
@@ -169,8 +171,8 @@ def best(estimates: Iterable[Estimate], goal: Objective, band: EqualityBand = EX
 
 
 def simplest_first(estimates: Iterable[Estimate], goal: Objective) -> list[Estimate]:
-    """Return the estimates, with the mildest and simplest plan first (see `preference_key`), each with a
-    better score by the goal than all before it.
+    """Return the estimates with the mildest and simplest plan first (lowest effect class, then fewest
+    techniques; see `preference_key`), each with a better score by the goal than all before it.
 
     An estimate is left out if one with a milder or simpler plan has at least as good a score.
     """
@@ -182,9 +184,8 @@ def simplest_first(estimates: Iterable[Estimate], goal: Objective) -> list[Estim
 
 
 def _equal_up_to(scores: Sequence[float], band: EqualityBand) -> float:
-    """Return the highest of ``scores`` that counts as equal to the lowest, which is the last of them, as
-    `EqualityBand` says.
-    """
+    """Return the highest of ``scores`` that counts as equal to the lowest, which is the last of them, by the
+    rule of `EqualityBand`."""
     lowest = scores[-1]
     equal_low = max(s for s in scores if s <= lowest * (1 + band.low))
     candidates = sorted(s for s in scores if equal_low < s <= lowest * (1 + band.high))

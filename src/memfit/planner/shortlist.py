@@ -129,9 +129,10 @@ def trace_until_none_better(
     near_ratio: float,
     most: int,
 ) -> list[Estimate]:
-    """Trace plans, four in a round, until no other one may fit and be better than the best that fits, or less
-    than ``near_ratio`` worse, by the errors of the sketches seen so far (`BestCaseEstimates`); at most
-    ``most``. Return their estimates. Nothing is traced if none of the ``traced`` plans fits.
+    """Trace plans, at most four in a round, until no other one may fit and be better than the best that fits,
+    or less than ``near_ratio`` worse, by the errors of the sketches seen so far (`BestCaseEstimates`); at
+    most ``most`` in all. Return their estimates. Nothing is traced if none of the ``traced`` plans fits and
+    has a finite score.
 
     Plans so near are traced because the mildest and simplest of them is recommended. ``trace`` traces the
     plans of a round and returns their estimates.
@@ -155,8 +156,8 @@ def trace_until_none_better(
 def most_promising(
     sketches: Sequence[Estimate], best_cases: BestCaseEstimates, limit: float
 ) -> list[Estimate]:
-    """Return those of the sketches whose plans may fit device and host and have a score of at most ``limit``,
-    the one that may have the lowest score first."""
+    """Return those of the sketches whose plans may fit device and host and may have a score of at most
+    ``limit``, the one that may have the lowest score first."""
     promising = list[tuple[float, str, Estimate]]()
     for sketch in sketches:
         lowest_score, least_bytes = best_cases.of(sketch)

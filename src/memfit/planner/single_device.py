@@ -143,7 +143,8 @@ def estimate_plans(
     ``negligible_state_bytes``: bytes of parameters, gradients and optimizer state if they are too small for
     another optimizer to matter, else None. The sketches are appended to ``sketches``, so that the caller has
     them if the search is interrupted; after the predictor's deadline they lack those for which parts were not
-    traced in time. Raises UserError if no plan has the requested micro-batch.
+    traced in time. Raises UserError if the requested micro-batch does not divide the batch, or if no plan has
+    it.
     """
     dependence = predictor.dependence if predictor.job.batch_size > 1 else None
     usable_techniques, left_out = usable(
@@ -195,8 +196,9 @@ def estimate_plans(
 
 
 def plans_asked_for(request: Request) -> tuple[object, ...]:
-    """Return what decides which plans a search considers, as values that ``json`` accepts: number of ranks,
-    accuracy, requested micro-batch, and names of the excluded techniques."""
+    """Return what decides which plans a search considers, beside job, machine and engine, as values that
+    ``json`` accepts: number of ranks, accuracy, requested micro-batch, and names of the excluded techniques.
+    """
     bounds = request.bounds
     return request.ranks, request.accuracy.value, bounds.micro_batch, sorted(bounds.without)
 
@@ -210,9 +212,8 @@ def _trace_best(
     sketches: list[Estimate],
 ) -> list[Estimate]:
     """Trace the baseline, the plans with the best sketches, and those on which reasons rest, and return their
-    estimates.
-    Raises TimeUp if the predictor's deadline passes before that is done; what was traced is kept.
-    """
+    estimates. Raises TimeUp if the predictor's deadline passes before that is done; what was traced is kept
+    in the predictor."""
     finalist_count = _FEWER_FINALISTS if is_long(predictor) else FINALISTS
     chosen_plans = finalists(sketches, meets_limits, request.goal, finalist_count)
     finalist_plans = list(dict.fromkeys([request.baseline, *chosen_plans]))
@@ -401,16 +402,16 @@ def _with_counterfactuals(
 
 
 def _near_ratio(predictor: Predictor, request: Request) -> float:
-    """Return by how much a score may lie above the lowest and always counts as equal to it, as `best` has
-    it."""
+    """Return by how much a score may lie above the lowest and still always counts as equal to it in `best`,
+    as a ratio: 0.03 for the goals of least memory and fewest devices, else the low end of `score_band`."""
     if request.goal in (Objective.SMALLEST, Objective.FEWEST):
         return TIE_RATIO
     return score_band(predictor, request).low
 
 
 def _more_traces(predictor: Predictor, request: Request) -> int:
-    """Return how many plans may be traced after the finalists: the more, the fewer operators plain training
-    has. On this machine, where the operators of each are timed, at most four."""
+    """Return how many plans may be traced after the finalists: 40,000 over the number of operators of plain
+    training, but 4 to 48. On this machine, where the operators of each are timed, it is 4."""
     if request.is_here:
         return _FEWEST_MORE
     calls = len(predictor.trace(make_plain_plan(predictor.job_facts.ranks)).ops)

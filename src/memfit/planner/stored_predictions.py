@@ -56,8 +56,8 @@ class StoredPredictions:
         return None if data is None else restore(type_, json.loads(data))
 
     def write(self, value: Any, kind: str, *facts: Any) -> None:
-        """Add an entry with a value that `to_plain` can convert to what ``json`` accepts; values that it
-        cannot convert are not kept."""
+        """Add an entry with a value that `to_plain` can convert to what ``json`` accepts. A value that it
+        cannot convert is not kept, and nothing is raised."""
         with contextlib.suppress(TypeError):
             self.write_bytes(json.dumps(to_plain(value)).encode(), kind, *facts)
 
@@ -87,8 +87,8 @@ class StoredPredictions:
 
 def stored_predictions(ref: JobRef, job: Job) -> StoredPredictions | None:
     """Return the cache's entries for the job that ``ref`` names and `load` has returned. None if the cache is
-    switched off or if the job's content cannot be known (`job_content`). Raises UserError if the cache's
-    limit is not a size."""
+    switched off or if the job's content cannot be known (`job_content`). Raises UserError if the environment
+    variable ``MEMFIT_CACHE_LIMIT`` is set but is not a size."""
     folder = default_folder()
     if folder is None:
         return None

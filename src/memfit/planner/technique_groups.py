@@ -37,8 +37,8 @@ def best_of_groups(planning: Planning) -> Iterator[tuple[str, Plan]]:
     """Yield (group, the best plan by the goal that has one of its techniques and fits when it is traced
     whole). A group without such a plan is left out.
 
-    Best is the lowest predicted score of the plans that were traced or tried. If none of these fits, at most
-    6 others that may fit are traced, the best sketches first, until one does.
+    The best is that with the lowest predicted score of the plans that were traced, tried or recommended. If
+    none of these fits, at most 6 others that may fit are traced, the best sketches first, until one does.
     """
     for name, techniques in technique_groups(planning).items():
         plan = _best_with(planning, techniques)

@@ -50,8 +50,8 @@ _CLEAR = 0.045  # a band up to this decides; a wider one asks for more rounds
 
 def choose_by_trials(planning: Planning, progress: Progress, *, measure_s: float) -> Planning:
     """Train the recommended plan, and plans that may be faster, for a few steps each under the cap. Return
-    `planning` with the simplest of those that count as fast as the fastest one recommended, with predicted
-    times corrected by the measured ones, and with the trials.
+    ``planning`` with the trials in its result, with predicted times corrected by the measured ones, and with
+    another recommendation: the simplest of the plans that count as fast as the fastest.
 
     No run starts after ``measure_s`` seconds, unless fewer than two plans ran successfully. If every run
     failed, only the trials are added. Raises UserError for a goal that is not calculated from step time
@@ -271,8 +271,8 @@ def measured_band(rounds: Sequence[Sequence[float]]) -> EqualityBand:
     """Return how close the measured step times of two plans must be to count as equal.
 
     ``rounds``: for each plan, its comparable step times. The band is 1.5 % to 3.5 %, the spread between
-    rounds of one plan on an otherwise idle machine, widened by how much the two fastest rounds of a plan
-    differ here: by this ratio at the low end and by twice as much at the high end. The ratio is the median
+    rounds of one plan on an otherwise idle machine, widened at the low end by the ratio by which the two
+    fastest rounds of a plan differ here, and at the high end by twice this ratio. The ratio is the median
     over the plans with at least two rounds; 0 if there are none.
     """
     pairs = [sorted(times)[:2] for times in rounds if len(times) > 1]

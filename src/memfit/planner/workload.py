@@ -48,8 +48,8 @@ def _model(job: Job) -> str:
     """Return the name by which answers call the model: the job's name and its size, such as ``protein-lm
     650M``.
 
-    The size is omitted for Hugging Face jobs ("hf:..."), whose model it does not change, and if it is "tiny",
-    the default. What follows "@" in a size is omitted, too.
+    Only the name is returned for Hugging Face jobs ("hf:..."), whose model the size does not change, and if
+    the size is "tiny", the default. What follows "@" in a size is omitted.
     """
     size = job.size.partition("@")[0]
     return job.name if size in ("tiny", "") or job.name.startswith("hf:") else f"{job.name} {size}"

@@ -103,8 +103,8 @@ def _add_to_calibration(predictor: Predictor, workspaces: Mapping[str, Workspace
 
 
 def _probe(signatures: Sequence[str], threads: int) -> dict[str, Workspace]:
-    """Return the workspaces of operators by their signature, as a child process measured them before its time
-    limit of 60 seconds; empty if no process can be started.
+    """Return the workspaces of operators by their signature, as a child process measured them; empty if no
+    process can be started. It begins operators for 2 seconds and is stopped after 60.
 
     The value is None for an operator that cannot run alone and for the one at which the process was killed.
     Operators that were not reached are absent.
