@@ -374,8 +374,8 @@ class Predictor:
         """Trace every distinct rank (`Layout.distinct_ranks`) of all these plans in parallel, so that later
         calls find the traces cached. Does nothing if the engine is not native.
 
-        If one of the plans cannot be traced, none of these traces is kept, and nothing is raised; the later
-        call for that plan raises the error.
+        If one of the plans cannot be traced, none of these traces is kept, and no error is raised; the later
+        call for that plan raises it. Raises TimeUp if the deadline passes before all are made.
         """
         if self.engine != "native":
             return
@@ -746,11 +746,11 @@ class Predictor:
                 stored.write(digest, "part", *self._part_facts(key))
 
     def _composed_of(self, plan: Plan) -> tuple[float, list[SketchPart]]:
-        """Return (weight of the first part, parts), for the parts that the plan's sketch is composed of. In
-        order, they are:
+        """Return (weight, parts): the parts that the plan's sketch is composed of, and the weight, from 0 to
+        1, of the first kind of them. In order, they are:
 
-        - the plan's `_forward_backward_plan` with the whole batch in one micro-batch, whose weight is
-          returned; left out if that is 0
+        - the plan's `_forward_backward_plan` with the whole batch in one micro-batch, with this weight; left
+          out if that is 0
         - the `_forward_backward_plan` with the smallest micro-batches, whose weight is the rest up to 1; left
           out if that is 0
         - `_optimizer_plan` with the smallest micro-batches, for the optimizer's phase; two steps, and no

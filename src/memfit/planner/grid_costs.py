@@ -435,9 +435,9 @@ class _ModelState:
 
 
 def _model_state(axes: Axes, rank_elements: Array, expert_elements: Array) -> _ModelState:
-    """Return the bytes of ``rank_elements`` parameters, which data-parallel ranks may share, and of
-    ``expert_elements`` parameters of experts that only this rank has, which are never offloaded.
-    """
+    """Return the bytes of the model's state on the device of one rank that has ``rank_elements`` parameters,
+    which data-parallel ranks may share, and ``expert_elements`` parameters of experts that only this rank
+    has, which are never offloaded."""
     states = axes.states
     on_device, state_here = states(lambda s: s.offload != "all"), states(lambda s: not s.offload)
     parameters = rank_elements * states(lambda s: s.stored / s.parameter_shards) * on_device

@@ -94,10 +94,10 @@ _Extremes = dict[tuple[str, bool], list[_SketchFields]]  # by (technique, whethe
 class GridSketches:
     """Result of a search over grids for one number of devices.
 
-    ``sketches``: the plans that `find` selects, in no particular order. ``extremes``: for each technique of a
-    plan, and for the plans (with it, without it), of all that were predicted: the fastest one that fits, if
-    there is one, and those that need the least device memory in their grids (the least first, at most 4), of
-    the ones that fit host memory if there are any. ``considered``: number of plans whose time and memory were
+    ``sketches``: the plans that `find` selects, in no particular order. ``extremes``: (technique, whether
+    plans have it) -> of all predicted plans with it, or without it: the fastest one that fits, if there is
+    one, and those that need the least device memory in their grids (the least first, at most 4), of the ones
+    that fit host memory if there are any. ``considered``: number of plans whose time and memory were
     predicted. ``picks``: what `_select_in_grid` selects in each grid. ``refused``: a text for each degree by
     which the model cannot be divided and each technique that it cannot be traced with, which says why.
     """
@@ -378,7 +378,8 @@ class _GridPredictor:
         return results
 
     def caps_of(self, grid: Grid, caps: Caps) -> Caps:
-        """Return ``caps`` less the buffers of the communicators of the grid's layout."""
+        """Return (the bytes on the device, less the buffers of the communicators of the grid's layout; the
+        bytes in host memory) of ``caps``."""
         return caps[0] - self._buffers_bytes(grid.layout), caps[1]
 
     @functools.cache  # noqa: B019  lives as long as one search
@@ -538,10 +539,10 @@ def _select_in_grid(grid: Grid, predictions: GridPredictions, caps: Caps) -> lis
 
 
 def _extremes(grid: Grid, predictions: GridPredictions, caps: Caps) -> _Extremes:
-    """Return, for each technique of the grid's plans, and for the plans (with it, without it): the fastest
-    that fits, if there is one, and the one that needs the least device memory, of those that fit host memory
-    if there are any. The technique "" stands for all plans of the grid. ``caps``: as in `_select_in_grid`.
-    """
+    """Return {(technique, whether plans have it): plans} for each technique of the grid's plans: of the plans
+    with it, or without it, the fastest that fits, if there is one, and the one that needs the least device
+    memory, of those that fit host memory if there are any. The key ("", False) stands for all plans of the
+    grid. ``caps``: as in `_select_in_grid`."""
     host_fits = predictions.host_bytes <= caps[1]
     fitting = (predictions.allocated_bytes <= caps[0]) & host_fits
     orders = (
@@ -590,7 +591,8 @@ def _axis_positions(grid: Grid) -> Iterator[tuple[str, int, set[int]]]:
 def _merge_extremes(
     extremes: Sequence[tuple[Grid, _Extremes]], fits: Callable[[Sketch], bool], host_cap: float
 ) -> Mapping[tuple[str, bool], tuple[Sketch, ...]]:
-    """Return the extremes of all grids together, as `GridSketches` has them."""
+    """Return {(technique, whether plans have it): sketches} over all grids, from the ``extremes`` of each:
+    what `_ends_of` returns of those of all grids."""
     layouts = {
         id(grid): {u.technique for u in grid.plan((0,) * 5).uses if u.technique in DIVIDING_TECHNIQUES}
         for grid, _ in extremes

@@ -192,7 +192,7 @@ def _memfit_digest() -> str:
 
 
 def _memfit_changed_s() -> float:
-    """Return the time of the last change of a file of memfit."""
+    """Return the time of the last change of a Python file of memfit, in seconds since 1970."""
     return max(path.stat().st_mtime for path in _MEMFIT.rglob("*.py"))
 
 

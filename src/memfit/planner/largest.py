@@ -97,10 +97,10 @@ class LargestValue:
     """The largest values of ``dimension`` for which ``plan`` fits ``cap_bytes`` of one device, among the
     multiples of ``step``.
 
-    ``safe``: the largest that fits with the margin that memfit keeps; ``safe_next``: the next multiple.
-    ``expected``: the largest that is expected to fit, without margin; ``expected_next``: the next multiple.
-    The values between ``safe`` and ``expected`` may or may not run out of memory. ``safe`` and ``expected``
-    are None if no value fits; then ``safe_next`` and ``expected_next`` are the smallest that the job accepts.
+    ``safe``: the largest that fits with the margin that memfit keeps; ``safe_next``: the next multiple, which
+    does not. ``expected``, ``expected_next``: the same without margin, by the expected memory. The values
+    between ``safe`` and ``expected`` may or may not run out of memory. ``safe`` and ``expected`` are None if
+    no value fits; then ``safe_next`` and ``expected_next`` are the smallest that the job accepts.
 
     ``limit``: "memory"; "job" if the job refuses ``safe_next``, whose ``problem`` says why, although the
     memory would be enough; "none" if the needed memory hardly depends on the dimension; or "untried" if a
@@ -123,8 +123,8 @@ class LargestValue:
 
     @property
     def value(self) -> int | None:
-        """The largest value that ran, if that was measured, else the largest safe one; None if there is
-        none."""
+        """The largest value that ran, if values were run under the cap, else the largest safe one. None if
+        none ran or none is safe."""
         if self.measured is not None:
             return self.measured.ran.value if self.measured.ran else None
         return self.safe.value if self.safe else None
@@ -277,10 +277,10 @@ def _next_units(
     safe: bool,
     interpolates: bool,
 ) -> int:
-    """Return the next size to probe, between ``low`` and ``high``, neither included. It is where a polynomial
-    through the probed sizes reaches the cap, at most 8 times ``low``; or, without ``interpolates`` and if
-    there is no such place, the middle, or twice ``low`` if there is no upper end yet.
-    """
+    """Return the next size to probe, above ``low`` and below ``high``. It is where a polynomial through the
+    probed sizes reaches the cap, but at most 8 times ``low`` if there is no upper end yet (``high`` is
+    infinite). Without ``interpolates``, or if there is no such place, it is the middle, or twice ``low``
+    without an upper end."""
     plain = low * 2 if math.isinf(high) else (low + int(high)) // 2
     points = [
         (units, size.needed_bytes if safe else size.expected_bytes)

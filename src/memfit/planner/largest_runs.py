@@ -21,7 +21,7 @@ _RESOLUTION = 0.001  # of a value: what a process holds differs by up to 0.1 % o
 
 
 def measured_size(value: int, measurement: Measurement) -> MeasuredSize:
-    """Return the outcome of a run at ``value``."""
+    """Return the outcome and the memory of a run at ``value``, from its measurement."""
     return MeasuredSize(
         value=value,
         outcome=measurement.outcome,
@@ -39,10 +39,11 @@ def find_boundary(
     ``prediction.step``. The next one is at most 0.1 % larger, or one step.
 
     ``run`` trains one value under the cap. The first is the largest safe value of ``prediction``, or the
-    smallest that the job takes. If the values of ``prediction`` end for another reason than memory, only that
-    one is run, and there is none that runs out of memory. Near the cap it can be chance whether a value runs:
-    the largest is therefore run three times, and counts as one that runs out of memory if it does so once.
-    After ``most_runs``, or after a run that fails for another reason, the answer is as far as it got.
+    smallest that the job takes. If it runs and the values of ``prediction`` end for another reason than
+    memory, no other is run, and there is none that runs out of memory. Near the cap it can be chance whether
+    a value runs: the largest is therefore run three times, and counts as one that runs out of memory if it
+    does so once. After ``most_runs``, or after a run that fails for another reason, the answer is as far as
+    it got.
     """
     first = prediction.safe or prediction.safe_next
     assert first is not None
@@ -121,5 +122,6 @@ def _expected_bytes_at(points: Sequence[TracedSize], value: int) -> float:
 
 
 def with_boundary(run: Callable[[int], MeasuredSize], prediction: LargestValue) -> LargestValue:
-    """Return ``prediction`` with the largest value that ran as its ``measured`` (`find_boundary`)."""
+    """Return ``prediction`` with its ``measured``: the largest value that runs and the next one that runs out
+    of memory, as `find_boundary` finds them."""
     return dataclasses.replace(prediction, measured=find_boundary(run, prediction))

@@ -168,8 +168,7 @@ def _finalists(
 
 def _baseline(predictor: MultiDevicePredictor, plain_plan: Plan) -> Estimate:
     """Return the estimate of plain training: from its whole trace, or from its sketch if there is no time
-    left for the trace and it has one.
-    """
+    left for the trace. If it has no sketch, it is traced after the deadline."""
     try:
         return predictor.with_bill(predictor.plan_predictor.whole(plain_plan))
     except TimeUp:

@@ -194,9 +194,8 @@ def is_comparable(e: Estimate, winner: Estimate, goal: Objective) -> bool:
 
 
 def unsupported_reasons(predictor: MultiDevicePredictor) -> list[Reason]:
-    """Return one reason of kind CANNOT for each way in which the model cannot be divided or small parts of it
-    not be traced, and for each plan whose whole trace failed.
-    """
+    """Return one reason of kind CANNOT for each way in which the model cannot be divided, for each technique
+    with which its small parts cannot be traced, and for each plan whose whole trace failed."""
     refusals = [r for f in predictor.grid_sketches.values() for r in f.refused] + list(
         predictor.refused.values()
     )

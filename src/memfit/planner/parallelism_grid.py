@@ -118,8 +118,8 @@ class GridLayout:
 
     @property
     def uses(self) -> Uses:
-        """The uses of tensor, context and expert parallelism of the layout, of those that it has. The
-        pipeline (`pipeline`) and data parallelism are not among them."""
+        """The uses of tensor, context and expert parallelism that the layout has; not the pipeline
+        (`pipeline`) and data parallelism."""
         uses = []
         if self.tensor > 1:
             uses.append(

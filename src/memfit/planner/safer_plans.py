@@ -48,8 +48,8 @@ _SPARING_RATIO = 0.9
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SaferPlan:
-    """A safer plan, as ``estimate``; the memory that it and the failed plan are predicted to need; and the
-    limit that it fits."""
+    """A safer plan. ``estimate``: of this plan; ``needed_bytes``, ``failed_bytes``: the memory that it and
+    the failed plan are predicted to need; ``limit_bytes``: the limit that it fits."""
 
     estimate: Estimate
     needed_bytes: int
@@ -75,22 +75,22 @@ def safer_plan(
     """Return a plan to continue with after ``failed`` has run out of memory, or a text that says why there is
     none. ``predictor``: predicts plans for the batch that failed. ``limit_bytes``: the memory that is there.
 
-    The plan has the same effect class as ``failed`` or a lower one, and fits the limit with that batch. It
-    also needs at least 10 % less than ``failed`` if that was itself predicted to fit, and so needs more than
-    predicted. It is none of ``tried``, and differs from ``failed`` only in micro-batches, recomputation,
-    offload of activations and chunking.
+    The plan has the same effect class as ``failed`` or a lower one, and fits the limit with that batch. If
+    ``failed`` was itself predicted to fit, it needs more than predicted, so that the plan must need at least
+    10 % less than predicted for ``failed``. It is none of ``tried``, and differs from ``failed`` only in
+    micro-batches, recomputation, offload of activations and chunking.
 
     Plans that need at most 90 % of the limit go before others, as later batches may be larger still. Among
-    them, it is the first of these:
+    these, it is the first that fits:
 
-    - the plan of ``frontier`` that needs the most memory; plans that differ from ``failed`` in micro-batches
+    - the plan of ``frontier`` that needs the most memory; those that differ from ``failed`` in micro-batches
       only go before others
     - ``failed`` with the fewest additional micro-batches, if its effect class allows them, and if the samples
       of a batch are known to be independent, or are not tested and cut already
-    - the same with activation checkpointing of every block, with as few additional micro-batches as are
-      needed
+    - ``failed`` with activation checkpointing of every block, and with the fewest additional micro-batches
+      that it needs
     - ``failed`` with optimal-checkpointing, which recomputes as many tensors as it takes
-    - the third with activation offload, too
+    - the third of these with activation offload, too
 
     Raises one of `FAILURES` if ``failed`` cannot be predicted.
     """
@@ -146,8 +146,8 @@ class _Search:
         return None
 
     def why_not(self) -> str:
-        """Return a text that says why there is no safer plan: none is left to try, or what the smallest needs
-        and may use."""
+        """Return a text that says why there is no safer plan: that none is left to try, or how much memory
+        the smallest one needs and how much may be used."""
         effect = self._effect(self.failed)
         hint = (
             "; a plan with gradient-accumulation (E1) could be cut into more micro-batches"

@@ -502,8 +502,9 @@ def _refuse_ranks(request: Request, predictor: Predictor) -> None:
 def _search_many(request: Request, progress: Progress, deadline: Deadline) -> Planning | None:
     """Search plans with tensor, context, pipeline and data parallelism for up to the request's ranks.
 
-    Returns None, without a search, if the model has fewer than 3 blocks or they are not alike. Raises
-    NothingFits if no plan fits, and UserError if `search_many_devices` does or the job cannot be loaded.
+    Returns None, without a search, if the model has fewer than 3 blocks or they are not alike; the first may
+    have more parameters than the others. Raises NothingFits if no plan fits, and UserError if
+    `search_many_devices` does or the job cannot be loaded.
     """
     from memfit.planner.block_costs import BLOCKS
     from memfit.planner.block_traces import is_main_chain
@@ -539,10 +540,9 @@ def _search_many(request: Request, progress: Progress, deadline: Deadline) -> Pl
 def _reduce_batch(
     request: Request, job: Job, predictor: Predictor, baseline: Estimate
 ) -> tuple[Request, Job, Predictor, Estimate]:
-    """Return the four arguments, changed to a batch that was halved until plain training fits the memory of
-    this machine that is free now, divided by the ranks, or until there is one sample per rank. They are
-    returned unchanged if plain training fits already.
-    """
+    """Return the four arguments, changed to a batch that was halved until plain training fits the device's
+    memory that is free now (on a CPU, its share for one rank), or until there is one sample per rank. They
+    are returned unchanged if plain training fits already."""
     free_bytes = local_machine.free_device_bytes(request.device_kind)
     if request.machine.device.is_host:
         free_bytes //= request.ranks

@@ -97,9 +97,8 @@ def _no_micro_batches(request: Request, dependence: SampleDependence | None) -> 
 class EstimatedPlans:
     """What `estimate_plans` returns. ``traced``: estimates of the plans that were traced whole, with plain
     training, even if the request forbids its micro-batch. ``count``: number of plans of the search that were
-    estimated, by a sketch or by a trace. ``unsketched_count``: number of those that there was no time to
-    sketch. ``left_out``: reasons why techniques were left out.
-    """
+    estimated, by a sketch or by a trace. ``unsketched_count``: number of plans of the search that there was
+    no time to sketch. ``left_out``: reasons why techniques were left out."""
 
     traced: list[Estimate]
     count: int
@@ -419,9 +418,8 @@ def _more_traces(predictor: Predictor, request: Request) -> int:
 
 
 def _covering(candidates: list[Plan], winner: Plan) -> list[Plan]:
-    """Return the candidates such that each adds the most techniques that neither the ``winner`` nor an
-    earlier one has; those that add none are left out.
-    """
+    """Return candidates chosen one after the other: each time the one with the most techniques that neither
+    the ``winner`` nor an earlier one has, until none adds a technique."""
     covered, ordered = winner.techniques, list[Plan]()
     while candidates:
         chosen = max(candidates, key=lambda p: len(p.techniques - covered))
@@ -434,5 +432,5 @@ def _covering(candidates: list[Plan], winner: Plan) -> list[Plan]:
 
 
 def is_long(predictor: Predictor) -> bool:
-    """Return whether the plain plan's trace has more than 10,000 operators, so that traces take long."""
+    """Return whether the trace of plain training has more than 10,000 operators, so that traces take long."""
     return len(predictor.trace(make_plain_plan(predictor.job_facts.ranks)).ops) > _LONG_TRACE_CALLS

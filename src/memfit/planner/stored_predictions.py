@@ -24,8 +24,8 @@ _T = TypeVar("_T")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CallOutcome:
-    """What a call returned, and whether it may be kept: whether it depends on nothing that is not in the
-    job's content."""
+    """What a call returned (``value``), and whether it may be kept on disk: whether it depends on nothing but
+    the job's content."""
 
     value: Any
     may_be_kept: bool

@@ -119,9 +119,8 @@ class _Trials:
             self.failed[plan] = measurement.reason or measurement.outcome.value
 
     def step_s(self) -> dict[Plan, float]:
-        """Return the step time of each plan that ran successfully: the median of its times after
-        `comparable_times` (of an even number of times, the lower of the middle two).
-        """
+        """Return the step time, in seconds, of each plan that ran successfully: the median of its times after
+        `comparable_times` (of an even number of times, the lower of the middle two)."""
         comparable = comparable_times(self.times, self.rounds)
         return {plan: statistics.median_low(times) for plan, times in comparable.items()}
 

@@ -36,8 +36,8 @@ def workload_of(job: Job, machine: str = "") -> Workload:
 
 
 def stored_workload(ref: JobRef, job: Job, machine: str = "") -> Workload:
-    """Return `workload_of` the job that ``ref`` names and `load` has returned. That of a built-in job is read
-    from disk if it is there, because building its model takes seconds."""
+    """Return the workload (`workload_of`) of the job that ``ref`` names and `load` has returned. That of a
+    built-in job is read from disk if it is there, because building its model takes seconds."""
     stored = stored_predictions(ref, job) if ref.spec in names() else None
     if stored is None:
         return workload_of(job, machine)
