@@ -401,7 +401,7 @@ def test_an_error_without_plans_for_several_devices_names_why_the_batch_may_not_
     size = dataclasses.replace(OF_NORMS, cause=DependenceCause.SIZE)
     assert "changes BatchNorm's statistics" in message(shares=False, dependence=OF_NORMS)
     assert "computed for the whole batch only" in message(shares=False, dependence=size)
-    assert "allowed: one device, or a loss that is a mean" in message(shares=False, dependence=OF_WEIGHTS)
+    assert "with one device, or a loss that is a mean" in message(shares=False, dependence=OF_WEIGHTS)
     # With SyncBatchNorm, ranks may divide the batch: something else leaves no plan.
     assert "supports none of the plans" in message(refuses=lambda plan: "not supported")
     assert "leave no plan for 8 devices" in message(micro_batch=1)

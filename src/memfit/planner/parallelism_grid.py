@@ -582,17 +582,17 @@ def _undivided_batch_error(dependence: SampleDependence, devices: str) -> UserEr
         return UserError(
             f"every plan that is possible for {devices} splits the batch, over ranks or into micro-batches, "
             f"but the step can be computed for the whole batch only ({how_this_is_known})",
-            allowed="one device",
+            allowed="--on a machine with one device",
         )
     if dependence.cause is DependenceCause.WEIGHTS:
         return UserError(
             f"every plan that is possible for {devices} splits the batch, over ranks or into micro-batches, "
             f"which weights the terms of the loss wrongly ({how_this_is_known})",
-            allowed=f"one device, or a loss that is {mean_over_counted_terms}",
+            allowed=f"--on a machine with one device, or a loss that is {mean_over_counted_terms}",
         )
     return UserError(
         f"every plan that is possible for {devices} splits the batch, over ranks or into micro-batches, "
         f"which {effect_on_training} ({how_this_is_known})",
-        allowed="--accuracy any, or one device",
+        allowed="--accuracy any, or --on a machine with one device",
         hint="if the cause is BatchNorm, replace it by SyncBatchNorm, which allows data-parallel ranks",
     )

@@ -489,7 +489,7 @@ def _refuse_ranks(request: Request, predictor: Predictor) -> None:
         raise UserError(
             f"the batch cannot be divided over {request.ranks} ranks, because the step can be computed for "
             f"the whole batch only ({how_this_is_known})",
-            allowed="one rank",
+            allowed="one rank: --nproc 1, or --on a machine with one device",
         )
     raise UserError(
         f"dividing the batch over {request.ranks} ranks {effect_on_training} ({how_this_is_known}), which "

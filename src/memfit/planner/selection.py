@@ -90,10 +90,10 @@ def respects_micro_batch(plan: Plan, bounds: Bounds, batch: int) -> bool:
     if not size:
         return True
     if batch % size:
-        divisors = ", ".join(str(d) for d in range(1, batch + 1) if batch % d == 0)
+        divisors_of_these_samples = ", ".join(str(d) for d in range(1, batch + 1) if batch % d == 0)
         raise UserError(
             f"a micro-batch of {size} does not divide the {batch} samples of a rank",
-            allowed=divisors,
+            allowed=divisors_of_these_samples,
             hint="or leave out --micro-batch",
         )
     return size * plan.micro_batches == batch
