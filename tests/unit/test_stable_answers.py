@@ -522,7 +522,7 @@ def test_when_the_time_is_over_no_run_begins_but_the_first_two(
 
 def test_measuring_for_a_goal_that_is_not_about_time_is_refused(searched: Planning) -> None:
     smallest = dataclasses.replace(searched, request=question(goal=Objective.SMALLEST))
-    with pytest.raises(UserError, match="not for smallest"):
+    with pytest.raises(UserError, match="the goal smallest is not calculated from step time"):
         trials.choose_by_trials(smallest, quiet, measure_s=1.0)
 
 

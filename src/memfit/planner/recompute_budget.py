@@ -148,9 +148,9 @@ def choose_tensors(
         return refined_plan if peak_bytes <= _target_bytes(budget_bytes) else smallest_plan
     smallest_budget_mib = math.ceil(smallest_peak / (1 - _SPARE_RATIO) / MIB)
     raise UserError(
-        "optimal-checkpointing finds no tensors whose recomputation reduces the peak to the budget of "
+        "optimal-checkpointing finds no tensors whose recomputation reduces the peak to a budget of "
         f"{format_bytes(budget_bytes)}",
-        allowed=f"a budget_mib of at least {smallest_budget_mib}, the smallest found for this job and plan",
+        allowed=f"at least {smallest_budget_mib} MiB (budget_mib), the smallest found for this job and plan",
         hint="a smaller batch, gradient-accumulation or bf16-autocast reduces what must be kept in memory",
     )
 
