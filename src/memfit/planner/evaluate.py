@@ -677,8 +677,9 @@ class Predictor:
 
     def _mix_sources(self, plan: Plan, steps: int) -> tuple[Plan, Plan] | None:
         """Return (the plan without recomputation, the plan with all blocks recomputed), from whose traces the
-        part can be put together. None if not just some of the blocks are recomputed, for more than one step
-        or rank, and if the blocks are not all alike."""
+        part can be put together. None unless the part recomputes only some of the blocks
+        (activation-checkpointing with ``every`` above 1), in one step on one rank, and all blocks are alike.
+        """
         recompute = plan.get(_CHECKPOINTING)
         if steps > 1 or plan.ranks > 1 or recompute is None or recompute.settings["every"] == 1:
             return None

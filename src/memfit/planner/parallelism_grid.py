@@ -246,9 +246,9 @@ def _layouts(limits: Limits) -> Iterator[GridLayout]:
 
 
 def _pipelines(limits: Limits, ranks: int) -> Iterator[tuple[int, str, int, tuple[int, int]]]:
-    """Yield (stages, schedule, virtual, fewer) of all pipelines over some of ``ranks`` ranks, first (1, "",
-    1, (0, 0)), no pipeline. Each is yielded with an even division of the blocks, (0, 0), and then with
-    `_best_fewer` if that makes its busiest rank quicker."""
+    """Yield (stages, schedule, virtual, fewer): first (1, "", 1, (0, 0)), no pipeline, then all pipelines
+    that the limits allow and whose number of stages divides ``ranks``. Each is yielded with an even division
+    of the blocks, (0, 0), and then with `_best_fewer` if that makes its busiest rank quicker."""
     for stages, schedule, virtual in _even_pipelines(limits, ranks):
         yield stages, schedule, virtual, (0, 0)
         if stages > 1:
