@@ -97,8 +97,8 @@ def needed_bytes(estimate: Estimate, machine: Machine, *, use_upper_end: bool | 
     - On any other accelerator: the value of what the caching allocator reserves, plus 1 GiB.
 
     Where it is unknown what the allocator reserves, 1.06 times the value of the peak of tensors stands for
-    it. ``use_upper_end``: None stands for whether the plan was traced. The values of a sketch are upper
-    bounds already.
+    it. ``use_upper_end``: None stands for whether the plan was traced. The values of an untraced estimate (a
+    sketch, composed from traces of parts) are upper bounds already.
     """
     use_upper_end = estimate.traced if use_upper_end is None else use_upper_end
     allocated_bytes = estimate.allocated_bytes.value
@@ -159,7 +159,6 @@ def host_holds_under(cap_bytes: int, machine: Machine) -> Fits:
 
 
 def states_bytes(estimate: Estimate) -> int:
-    """Return the bytes of parameters, gradients and optimizer state at the peak; 0 for a sketch, which does
-    not know them.
-    """
+    """Return the bytes of parameters, gradients and optimizer state at the peak; 0 for an estimate that was
+    not traced whole, which does not know them."""
     return sum(estimate.at_peak_bytes.get(c, 0) for c in ("parameter", "gradient", "optimizer_state"))

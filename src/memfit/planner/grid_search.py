@@ -117,7 +117,7 @@ Caps = tuple[float, float]
 
 def find(traced: BlockTracer, machine: Machine, model: TimeModel, limits: Limits, caps: Caps) -> GridSketches:
     """Predict time and memory of every plan of the grids that ``limits`` allow, and return sketches of a
-    selection.
+    selection: plans with these predictions.
 
     Of at most 400 plans, all are kept. Of more, the selection is made in two steps: in each grid by
     `_select_in_grid`, then among all of them by `_select`. Plans that do not fit are among them. Degrees by

@@ -115,18 +115,20 @@ def family(uses: Sequence[Use]) -> Family:
 
 
 def unseen_ratio(name: Family, *, deep: bool) -> float:
-    """Return the least ratio of trace to sketch that plans of the family ``name`` are assumed to have if none
-    of them was traced: 0.5 with context-parallel or axial-parallel, else 0.9 if the model is ``deep`` (more
-    than 12 blocks) and 0.75 if not. Measured; see docs/log.md."""
+    """Return the least ratio of the score by a whole trace to that by the sketch (the estimate from traces of
+    parts) that plans of the family ``name`` are assumed to have if none of them was traced: 0.5 with
+    context-parallel or axial-parallel, else 0.9 if the model is ``deep`` (more than 12 blocks) and 0.75 if
+    not. Measured; see docs/log.md."""
     if {"context-parallel", "axial-parallel"} & {*name}:
         return _UNSEEN_CONTEXT
     return _UNSEEN_DEEP if deep else _UNSEEN_SMALL
 
 
 def least_ratios(pairs: Sequence[tuple[Estimate, Estimate]], goal: Objective) -> Mapping[Family, float]:
-    """Return, for each family of which a plan was traced, the least ratio of trace to sketch, by the goal's
-    score, that its other plans are assumed to have: that of `least_ratio`, but at least 0.005 below the
-    lowest ratio seen; 0.97 times the ratio if only one was seen. ``pairs``: (sketch, trace)."""
+    """Return, for each family of which a plan was traced, the least ratio of the goal's score by a whole
+    trace to that by the sketch (the estimate from traces of parts) that its other plans are assumed to have:
+    that of `least_ratio`, but at least 0.005 below the lowest ratio seen; 0.97 times the ratio if only one
+    was seen. ``pairs``: (sketch, trace)."""
     by_family: dict[Family, list[tuple[Estimate, Estimate]]] = {}
     for pair in pairs:
         by_family.setdefault(family(pair[0].plan.uses), []).append(pair)
@@ -178,7 +180,7 @@ def untraced_in_grids(
 
 
 def unique_pairs(predictor: MultiDevicePredictor) -> list[tuple[Estimate, Estimate]]:
-    """Return (sketch, trace) of each plan that was traced, once."""
+    """Return (estimate by the sketch, estimate by the whole trace) of each plan that has both, once."""
     return list({trace.plan: (sketch, trace) for sketch, trace in predictor.pairs}.values())
 
 

@@ -41,9 +41,9 @@ def explain_techniques(
 
     For a technique of the winner, the winner is compared with the best fitting plan of ``known`` without it;
     for another technique, with the best fitting plan that has it. Best is the lowest score by the goal. If
-    ``by_traces``, only traced plans are compared; else sketches, corrected by
-    `MultiDevicePredictor.expected`, are, too, but those that predict a better score than the winner's only if
-    no other plan fits (see `is_comparable`). The kind of the reason says whether the plan is worse by more
+    ``by_traces``, only traced plans are compared; else sketches (estimates from traces of parts), corrected
+    by `MultiDevicePredictor.expected`, are, too, but those that predict a better score than the winner's only
+    if no other plan fits (see `is_comparable`). The kind of the reason says whether the plan is worse by more
     than 3 % (WITHOUT_WORSE, LEFT_OUT_SLOWER) or not (WITHOUT_AS_GOOD, LEFT_OUT_NOT_NEEDED).
 
     If none of these plans fits, though some that were not traced may, their number is given
@@ -108,8 +108,8 @@ def trace_for_reasons(
     For a technique of the winner, they are plans of ``known`` without it; for any other technique of
     ``known``, plans with it; the techniques in the order of their names. Nothing is traced for a technique if
     such a plan was traced and fits. Else at most three are traced, until one fits: the best one by the goal
-    whose sketch fits, then those that need the least device memory. Plans that cannot fit (`_may_fit`) are
-    traced only if none was, and plans that cannot be traced are skipped.
+    whose sketch (its estimate before) fits, then those that need the least device memory. Plans that cannot
+    fit (`_may_fit`) are traced only if none was, and plans that cannot be traced are skipped.
 
     ``quick``: whether traces are quick. If not, nothing is traced for a technique if a sketch fits, and at
     most two plans are otherwise.
@@ -146,10 +146,10 @@ def trace_for_reasons(
 def trace_before_nothing_fits(
     predictor: MultiDevicePredictor, known: Sequence[Estimate], meets_limits: Callable[[Estimate], bool]
 ) -> Iterator[Estimate]:
-    """Trace plans of the sketches in ``known`` that may fit (`_may_fit`), those that need the least device
-    memory first, until one fits, and yield their estimates: at most three, or twelve of a model of at most 12
-    blocks. Plans that cannot be traced are skipped.
-    """
+    """Trace plans that are known only by their sketches in ``known`` (estimates from traces of parts) and may
+    fit (`_may_fit`), those that need the least device memory first, until one fits, and yield their
+    estimates: at most three, or twelve of a model of at most 12 blocks. Plans that cannot be traced are
+    skipped."""
     tried = {e.plan for e in known if e.traced} | predictor.refused.keys()
     for _ in range(_QUICK_TRIES if predictor.traced.blocks <= QUICK_BLOCKS else _TRIES):
         may_fit = _may_fit(predictor)
@@ -187,9 +187,8 @@ def _with_or_without(
 
 def is_comparable(e: Estimate, winner: Estimate, goal: Objective) -> bool:
     """Return whether an estimate may be compared with the ``winner``, the best traced plan: it was traced, or
-    it is a sketch whose score by the goal is not better than the winner's. A better score of a sketch is a
-    claim that no trace has verified.
-    """
+    it is a sketch (an estimate from traces of parts) whose score by the goal is not better than the winner's.
+    A better score of a sketch is a claim that no trace has verified."""
     return e.traced or score(e, goal) >= score(winner, goal)
 
 

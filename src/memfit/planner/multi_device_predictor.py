@@ -223,10 +223,11 @@ class MultiDevicePredictor:
     def expected(self, e: Estimate) -> Estimate:
         """Return the estimate that a whole trace of the plan is expected to give.
 
-        The step time, energy, cost, CO2 and device memory of a sketch are multiplied by the median ratios of
-        trace to sketch, in time and in memory, over the traced plans of the same kind and degrees (see
-        `kind`), or over all traced plans if there are none of these. Host memory is not scaled. A traced
-        estimate is returned unchanged, and so is a sketch if nothing was traced yet.
+        The step time, energy, cost, CO2 and device memory of a sketch (an estimate from traces of parts) are
+        multiplied by the median ratios of trace to sketch, in time and in memory, over the traced plans of
+        the same kind and degrees (see `kind`), or over all traced plans if there are none of these. Host
+        memory is not scaled. A traced estimate is returned unchanged, and so is a sketch if nothing was
+        traced yet.
         """
         if e.traced or not self.pairs:
             return e

@@ -45,8 +45,9 @@ def is_quick(predictor: MultiDevicePredictor) -> bool:
 
 
 class FinalistTracer:
-    """Traces finalists, the plans with the most promising sketches, one by one, until no other plan may be
-    better than the best traced one or enough traced plans fit: 3, or 4 to 12 of a model of at most 12 blocks.
+    """Traces finalists, the plans with the most promising sketches (estimates from traces of parts), one by
+    one, until no other plan may be better than the best traced one or enough traced plans fit: 3, or 4 to 12
+    of a model of at most 12 blocks.
 
     How good a plan may be follows from its sketch (see `hoped_score`). If a traced plan does not fit the
     device, the factor by which it needs more than its sketch is noted; other plans whose sketches would
@@ -200,7 +201,8 @@ class FinalistTracer:
         ]
 
     def hoped_score(self, e: Estimate) -> float:
-        """Return the best (lowest) score that a trace of the plan of the sketch ``e`` may be hoped to have.
+        """Return the best (lowest) score that a whole trace of the plan may be hoped to have. ``e``: its
+        sketch (estimate from traces of parts).
 
         It is the sketch's score, times the ratio of trace to sketch of the traced plan of the same kind with
         the nearest degrees, times 0.97 for each doubling between the degrees of the two plans. If no plan of
@@ -241,10 +243,9 @@ class FinalistTracer:
         return None if is_beaten else sketch
 
     def _closest(self, candidates: Sequence[Estimate]) -> Estimate | None:
-        """Return, of the sketches with the lowest `hoped_score`, the one with the mildest and simplest plan;
-        None if there are no candidates. For a model of at least 13 blocks, scores up to 3 % above the lowest
-        count as equal to it.
-        """
+        """Return, of the sketches with the lowest `hoped_score`, the one with the mildest and simplest plan
+        (lowest effect class, then fewest techniques); None if there are no candidates. For a model of at
+        least 13 blocks, scores up to 3 % above the lowest count as equal to it."""
         hoped_scores = [self.hoped_score(e) for e in candidates]
         contenders = [
             (e, h)

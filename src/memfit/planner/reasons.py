@@ -136,8 +136,8 @@ def _left_out_reasons(
 def _has_better(
     untraced: Sequence[Estimate], traced: Sequence[Estimate], sketches: Sequence[Estimate], goal: Objective
 ) -> bool:
-    """Return whether the sketch of an ``untraced`` plan is better by the goal than those of all ``traced``
-    plans. A traced plan without a sketch counts by its trace."""
+    """Return whether the sketch (the estimate from traces of parts) of an ``untraced`` plan is better by the
+    goal than those of all ``traced`` plans. A traced plan without a sketch counts by its trace."""
     scores = {e.plan: score(e, goal) for e in sketches}
     best_traced = min(scores.get(e.plan, score(e, goal)) for e in traced)
     return any(score(e, goal) < best_traced for e in untraced)

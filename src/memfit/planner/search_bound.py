@@ -53,15 +53,16 @@ class UntracedPlans:
 
 
 def least_ratio(ratios: Sequence[float]) -> float:
-    """Return the lowest ratio of trace to sketch that a plan which was not traced is assumed to have, at
-    least 0. ``ratios``: those of the traced plans, at least two.
-    """
+    """Return the lowest ratio of the score by a whole trace to that by the sketch (the estimate from traces
+    of parts) that a plan which was not traced is assumed to have, at least 0. ``ratios``: those of the traced
+    plans, at least two."""
     lowest, highest = min(ratios), max(ratios)
     return max(0.0, lowest - _STEPS * (highest - lowest) / (len(ratios) - 1))
 
 
 def score_ratios(pairs: Iterable[tuple[Estimate, Estimate]], goal: Objective) -> list[float]:
-    """Return score of the trace over score of the sketch for each pair (sketch, trace) that has both."""
+    """Return the score by the whole trace divided by the score by the sketch for each pair (sketch, trace) of
+    estimates. Pairs are left out if a score is infinite or the sketch's is 0."""
     scores = [(score(sketch, goal), score(trace, goal)) for sketch, trace in pairs]
     return [t / s for s, t in scores if 0 < s < math.inf and t < math.inf]
 
@@ -77,9 +78,10 @@ def extent(
 ) -> SearchExtent:
     """Return how far a search got, with the bound on what the plans could gain that it did not trace.
 
-    ``pairs``: (sketch, trace) of each plan that has both. ``best_score``: the lowest of a traced plan that
-    may be recommended; infinite if there is none. ``chosen``: the one that is recommended. ``untraced``
-    returns the other plans; it is called only if a bound is possible.
+    ``pairs``: (estimate by the sketch, estimate by the whole trace) of each plan that has both.
+    ``best_score``: the lowest of a traced plan that may be recommended; infinite if there is none.
+    ``chosen``: the one that is recommended. ``untraced`` returns the other plans; it is called only if a
+    bound is possible.
     """
     ratios, is_scored = score_ratios(pairs, goal), 0 < best_score < math.inf
     search_extent = SearchExtent(
@@ -104,9 +106,10 @@ def extent(
 def untraced_plans(
     sketches: Sequence[Estimate], goal: Objective, ratios: Sequence[float], best_score: float
 ) -> UntracedPlans:
-    """Return what is known of the plans of these sketches, which were not traced. ``ratios``: score of trace
-    over score of sketch, of all plans that have both. The result has no lowest score if there are fewer than
-    four ratios ("few_pairs") or a sketch has no finite score ("no_score")."""
+    """Return what is known of the plans of these sketches (estimates from traces of parts), which were not
+    traced whole. ``ratios``: score of trace over score of sketch, of all plans that have both. The result has
+    no lowest score if there are fewer than four ratios ("few_pairs") or a sketch has no finite score
+    ("no_score")."""
     scores = [score(s, goal) for s in sketches]
     if not scores:
         return UntracedPlans()

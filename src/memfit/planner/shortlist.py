@@ -31,11 +31,12 @@ _SPARE = 6  # finalists reserved for plans that are not the best by the goal
 def finalists(
     sketches: list[Estimate], meets_limits: Callable[[Estimate], bool], goal: Objective, most: int
 ) -> list[Plan]:
-    """Return the plans to trace whole: the first ``most`` + 4 of these, without repetitions, in this order:
+    """Return the plans to trace whole, by their ``sketches`` (estimates from traces of parts): the first
+    ``most`` + 4 of these, without repetitions, in this order:
 
     - plain training
-    - at most 4 of the mildest and simplest fitting plans (`simplest_first`) whose score is at most 30 % above
-      the best, which is the error of sketched times
+    - at most 4 of the fitting plans of lowest effect class and fewest techniques (`simplest_first`) whose
+      score is at most 30 % above the best, which is the error of sketched times
     - the ``most`` - 6 best fitting plans by the goal
     - the plan with the lowest peak
     - at most 7 plans, evenly spread over the `frontier` of peak, step time and effect class
@@ -134,8 +135,8 @@ def trace_until_none_better(
     most ``most`` in all. Return their estimates. Nothing is traced if none of the ``traced`` plans fits and
     has a finite score.
 
-    Plans so near are traced because the mildest and simplest of them is recommended. ``trace`` traces the
-    plans of a round and returns their estimates.
+    Plans so near are traced because that of the lowest effect class and with the fewest techniques is
+    recommended of them. ``trace`` traces the plans of a round and returns their estimates.
     """
     added: list[Estimate] = []
     while len(added) < most:
@@ -156,8 +157,9 @@ def trace_until_none_better(
 def most_promising(
     sketches: Sequence[Estimate], best_cases: BestCaseEstimates, limit: float
 ) -> list[Estimate]:
-    """Return those of the sketches whose plans may fit device and host and may have a score of at most
-    ``limit``, the one that may have the lowest score first."""
+    """Return those of the sketches (estimates from traces of parts) whose plans, when traced whole, may fit
+    device and host and may have a score of at most ``limit``, the one that may have the lowest score first.
+    """
     promising = list[tuple[float, str, Estimate]]()
     for sketch in sketches:
         lowest_score, least_bytes = best_cases.of(sketch)
@@ -176,8 +178,9 @@ def counterfactuals(
     bounds: Bounds | None = None,
     compares: bool = True,
 ) -> list[Plan]:
-    """Return plans to trace for each technique that a sketch has and the winner lacks, so that the reason for
-    leaving it out rests on a trace. Plans that were traced already are left out.
+    """Return plans to trace for each technique that a plan of ``sketches`` (estimates from traces of parts)
+    has and the winner lacks, so that the reason for leaving it out rests on a trace. Plans that were traced
+    already are left out.
 
     For each technique they are, of the plans with it: the best by the goal that may fit (`may_fit_under`), if
     ``compares`` or no traced plan with it fits; and, if none fits, the one that needs the least device memory

@@ -135,8 +135,8 @@ def estimate_plans(
     negligible_state_bytes: int | None,
     sketches: list[Estimate],
 ) -> EstimatedPlans:
-    """Sketch every plan, trace the best ones whole, and, if the request is for this machine, time the
-    operators that they need.
+    """Sketch every plan (estimate it from traces of parts), trace the best ones whole, and, if the request is
+    for this machine, time the operators that they need.
 
     ``meets_limits`` tells whether a plan fits the memory and keeps to the request's other limits.
     ``negligible_state_bytes``: bytes of parameters, gradients and optimizer state if they are too small for

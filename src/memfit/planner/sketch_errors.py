@@ -26,10 +26,9 @@ _TIME_OPTIMISM, _MEMORY_OPTIMISM = 0.90, 0.97  # factors on ratios for each tech
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SketchErrors:
-    """How far whole traces are from sketches: the bytes of a device that a traced plan needs are at least
-    about ``slope`` times those of its sketch, plus ``offset_bytes``; its step time is at least ``time_ratio``
-    times that of the sketch.
-    """
+    """How far whole traces are from sketches, the estimates from traces of parts: the bytes of a device that
+    a traced plan needs are at least about ``slope`` times those of its sketch, plus ``offset_bytes``; its
+    step time is at least ``time_ratio`` times that of the sketch."""
 
     slope: float
     offset_bytes: float
@@ -51,8 +50,8 @@ class SketchErrors:
 def sketch_errors(
     sketches: Sequence[Estimate], traced: Sequence[Estimate], needs: Callable[[Estimate], int]
 ) -> SketchErrors:
-    """Return how far the traces of plans are from their sketches (`SketchErrors`). ``needs`` returns the
-    bytes of a device that an estimate's plan needs.
+    """Return how far the whole traces of plans are from their sketches, the estimates from traces of parts
+    (`SketchErrors`). ``needs`` returns the bytes of a device that an estimate's plan needs.
 
     The line of needs has the slope of the least squares, within 0.7 and 1.3, and no traced plan is below it.
     If fewer than four plans were traced, it is 80 % of what sketches need. ``time_ratio`` is the lowest ratio
@@ -74,8 +73,8 @@ def sketch_errors(
 
 
 class BestCaseEstimates:
-    """The best that traces of plans may show, by the sketches and the trace of the traced plan that is most
-    like each of them.
+    """The best that whole traces of plans may show, by the sketches (estimates from traces of parts) and the
+    trace of the traced plan that is most like each of them.
 
     Errors of sketches depend on the techniques: a ratio of trace to sketch is taken to hold for a plan with
     the same techniques, and to be up to 10 % lower in time and 3 % lower in memory for each technique that
@@ -119,9 +118,9 @@ def _distance(plan: Plan, other: Plan) -> float:
 def may_fit_under(
     cap: Cap, bounds: Bounds, sketches: Sequence[Estimate], traced: Sequence[Estimate]
 ) -> Callable[[Estimate], bool]:
-    """Return a function that tells whether the plan of a sketch may fit device and host and keep to deadline
-    and budget when it is traced whole, by the errors of the sketches of the ``traced`` plans.
-    """
+    """Return a function that tells whether the plan of a sketch (an estimate from traces of parts) may fit
+    device and host and keep to deadline and budget when it is traced whole, by the errors of the sketches of
+    the ``traced`` plans."""
     errors = sketch_errors(sketches, traced, cap.needs)
 
     def may_fit(sketch: Estimate) -> bool:

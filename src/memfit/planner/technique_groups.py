@@ -38,7 +38,8 @@ def best_of_groups(planning: Planning) -> Iterator[tuple[str, Plan]]:
     whole). A group without such a plan is left out.
 
     The best is that with the lowest predicted score of the plans that were traced, tried or recommended. If
-    none of these fits, at most 6 others that may fit are traced, the best sketches first, until one does.
+    none of these fits, at most 6 others that may fit are traced, those with the best sketches (estimates from
+    traces of parts) first, until one does.
     """
     for name, techniques in technique_groups(planning).items():
         plan = _best_with(planning, techniques)

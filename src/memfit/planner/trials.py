@@ -51,7 +51,7 @@ _CLEAR = 0.045  # a band up to this decides; a wider one asks for more rounds
 def choose_by_trials(planning: Planning, progress: Progress, *, measure_s: float) -> Planning:
     """Train the recommended plan, and plans that may be faster, for a few steps each under the cap. Return
     ``planning`` with the trials in its result, with predicted times corrected by the measured ones, and with
-    another recommendation: the simplest of the plans that count as fast as the fastest.
+    the simplest of the plans that count as fast as the fastest as its recommendation.
 
     No run starts after ``measure_s`` seconds, unless fewer than two plans ran successfully. If every run
     failed, only the trials are added. Raises UserError for a goal that is not calculated from step time
@@ -333,7 +333,8 @@ def _shortlist(planning: Planning) -> list[Plan]:
 
     - the recommended plan
     - the best near plan of each of the three best groups
-    - the two mildest and simplest plans of `simplest_first`, however slow they are predicted to be
+    - the two plans of lowest effect class and fewest techniques (`simplest_first`), however slow they are
+      predicted to be
     - the near plan with the fewest micro-batches of each of 7 groups, those with the fewest techniques first
     - the best near plan of each other group
     - the near plan with the fewest micro-batches of each other group
