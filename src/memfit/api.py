@@ -607,6 +607,7 @@ def apply(  # noqa: PLR0913
     loss: Any = None,
     loss_terms: Callable[[Any], int] | None = None,
     clip: float | None = None,
+    scaler: Any = None,
     device: Any = None,
     conform: bool = True,
     **structure: Any,
@@ -630,8 +631,9 @@ def apply(  # noqa: PLR0913
     ``optimizer``: as in `estimate`. ``fit.optimizer`` has its groups and learning rates; it is another object
     if the plan replaces parameters or the optimizer. ``device``: where to train, such as "cuda:0"; by default
     where the model's parameters are. ``clip``: the largest gradient norm; by default gradients are not
-    clipped. ``loss_terms``: returns how many terms the loss of a batch averages, by default its number of
-    samples; micro-batches are weighted by it.
+    clipped. ``scaler``: the GradScaler of a loop that autocasts to float16 itself; ``fit`` scales the loss by
+    it and updates it. ``loss_terms``: returns how many terms the loss of a batch averages, by default its
+    number of samples; micro-batches are weighted by it.
 
     ``batch``, an example of what ``fit.split`` gets on this rank, and ``loss``, as in `estimate`, are needed
     only for plans that look at a run of the model first: chunking, tensor-parallel and context-parallel.
@@ -650,6 +652,7 @@ def apply(  # noqa: PLR0913
         loss=loss,
         loss_terms=loss_terms,
         clip=clip,
+        scaler=scaler,
         device=device,
         conform=conform,
         fields=structure,

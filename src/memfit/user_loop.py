@@ -24,7 +24,9 @@ from memfit.jobs.optimizer_groups import PlanOptimizer, UserGroups
 from memfit.jobs.training_step import MicroBatch, TrainingStep, move_batch, weigh_loss
 from memfit.model.batch_objects import batch_length, batch_tensors, repeat
 from memfit.techniques.imported_optimizer import parse_arguments
+from memfit.techniques.loss_scale import GradScalerScale
 from memfit.techniques.optimizers import default_optimizer
+from memfit.techniques.precision import clash_with_loss_scale
 from memfit.techniques.rank_mesh import layout, make_world
 from memfit.trace.sample_dependence import takes_batch_statistics
 from memfit.types.conformance import Conformance
@@ -254,6 +256,7 @@ def apply_plan(  # noqa: PLR0913
     loss: Any,
     loss_terms: Callable[[Any], int] | None,
     clip: float | None,
+    scaler: Any,
     device: Any,
     conform: bool,
     fields: dict[str, Any],
@@ -263,6 +266,7 @@ def apply_plan(  # noqa: PLR0913
     job_plan = _plan(plan)
     _check_optimizer_arguments(job_plan)
     _check_model(model)
+    _check_scaler(scaler, job_plan)
     for name in fields:
         if name not in STRUCTURE:
             raise UserError(
@@ -299,6 +303,8 @@ def apply_plan(  # noqa: PLR0913
     step = TrainingStep(
         job, job_plan, device=torch_device.type, torch_device=_device_name(torch_device), world=world
     )
+    if scaler is not None and scaler.is_enabled():
+        step.bench.loss_scale = GradScalerScale(scaler, torch_device)
     _APPLIED.add(model)
     return Fit(step, user_groups.adopt(step.optimizer, model), elements=elements, conform=conform)
 
@@ -358,6 +364,21 @@ def _check_model(model: Any) -> None:
         raise UserError(
             f"the model {type(model).__name__} has no trainable parameter",
             hint="call requires_grad_(True) on the parameters that are to be trained",
+        )
+
+
+def _check_scaler(scaler: Any, plan: Plan) -> None:
+    if scaler is None:
+        return
+    if not isinstance(scaler, torch.amp.GradScaler):
+        raise UserError(
+            f"the argument scaler is a {type(scaler).__name__}", allowed="a torch.amp.GradScaler, or None"
+        )
+    if scaler.is_enabled() and (names := clash_with_loss_scale(plan)):
+        raise UserError(
+            f"the plan's {', '.join(names)} cannot be combined with the argument scaler",
+            hint="without it, in a loop that does not autocast to float16; or plan with "
+            f"--without {','.join(names)}",
         )
 
 

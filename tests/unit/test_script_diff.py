@@ -168,6 +168,31 @@ if __name__ == "__main__":
         losses.append(loss.item())
     print(losses)
 """
+# float16 with a scale of the loss that overflows at first and then grows.
+SCALED = """import torch
+from torch import nn
+
+torch.manual_seed(0)
+layers = [nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3)]
+model = nn.Sequential(nn.Linear(4, 8), nn.Sequential(*layers), nn.Linear(8, 1))
+opt = torch.optim.AdamW(model.parameters(), lr=0.01)
+scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22, growth_interval=2)
+losses, scales = [], []
+for step in range(9):
+    x = torch.randn(8, 4)
+    with torch.autocast("cpu", dtype=torch.float16):
+        out = model(x)
+        loss = out.float().square().mean()
+    opt.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.unscale_(opt)
+    nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+    scaler.step(opt)
+    scaler.update()
+    losses.append(loss.item())
+    scales.append(scaler.get_scale())
+print([*losses, *scales])
+"""
 TRAINER = """from transformers import TrainingArguments
 args = TrainingArguments(
     output_dir="out",
@@ -292,8 +317,38 @@ def test_a_loop_with_a_scaler_in_one_branch_trains_the_same(tmp_path: Path) -> N
     assert "scaler.scale" not in edited
     assert edited.index("global fit") < edited.index("scheduler =")
     assert any("changes network after the plan is applied" in remark for remark in edit.remarks)
-    assert any("the plan decides the precision" in remark for remark in edit.remarks)
+    assert 'with torch.autocast("cpu", enabled=scaler is not None):' in edited
+    assert "scaler=" not in edited.split("memfit.apply")[1].split("\n")[0]  # main passes none
     assert output(edited, tmp_path) == output(text, tmp_path)
+
+
+def test_float16_and_the_grad_scaler_of_the_script_stay_under_a_plan_that_says_nothing_of_precision(
+    tmp_path: Path,
+) -> None:
+    edited = patched(SCALED, diff(SCALED, {"activation-checkpointing": {}}), tmp_path)
+    assert "scaler=scaler" in edited
+    assert edited.index("scaler = torch.amp") < edited.index("memfit.apply") < edited.index("for step")
+    values = output(SCALED, tmp_path)
+    assert len(set(values[9:])) > 2, "the scale must shrink and grow"
+    assert output(edited, tmp_path) == values
+
+
+def test_the_autocast_of_a_plan_replaces_that_of_the_script_and_its_grad_scaler(tmp_path: Path) -> None:
+    edit = diff(SCALED, {"bf16-autocast": {}})
+    edited = patched(SCALED, edit, tmp_path)
+    assert "with torch.autocast" not in edited
+    assert "scaler=" not in edited
+    assert edit.remarks == ("the plan's autocast replaces autocast and GradScaler of the script",)
+
+
+def test_a_loss_scale_excludes_techniques_that_use_gradients_before_it_is_undone() -> None:
+    names, reason = inexpressible(Source("train.py", SCALED))
+    assert "optimizer-in-backward" in names
+    assert reason == "the script clips gradients and scales its loss with a GradScaler"
+    free = SCALED.replace("    nn.utils.clip_grad_norm_(model.parameters(), 0.5)\n", "")
+    with pytest.raises(UserError, match="scales its loss with a GradScaler"):
+        diff(free, {"optimizer-in-backward": {}})
+    assert diff(free.replace("growth_interval=2", "enabled=False"), {"optimizer-in-backward": {}}).diff
 
 
 def test_a_loop_that_clips_under_a_condition_can_have_an_optimizer_in_backward(tmp_path: Path) -> None:
@@ -476,7 +531,8 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_script_that_cannot_be_edited_safely_gets_the_reason_and_the_lines(name: str) -> None:
     text, reason = REFUSED[name]
-    edit = diff(text, {"gradient-accumulation": {}}, batch=16)
+    precision: dict[str, Any] = {"bf16-autocast": {}} if name == "autocast elsewhere" else {}
+    edit = diff(text, {"gradient-accumulation": {}} | precision, batch=16)
     assert not edit.diff
     assert reason in edit.reason
     assert "\n" not in edit.reason

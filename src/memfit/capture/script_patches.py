@@ -19,6 +19,7 @@ from torch.nn.parameter import (  # type: ignore[attr-defined]
     is_lazy,
 )
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils import _pytree
 from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 from torch.utils.data import DataLoader, dataloader
 from torch.utils.weak import WeakIdKeyDictionary
@@ -100,8 +101,12 @@ class LoopFunctions(torch.overrides.TorchFunctionMode):
         if not self.trace.inside:
             self.trace.note_loop_result(out)
         is_noted = self.trace.begun and not self.trace.inside and not self.trace.calls.done
-        if is_noted and has_fakes((args, kwargs)) and batch_tensors(out):
+        has_results = not self.trace.inside and has_fakes((args, kwargs)) and bool(batch_tensors(out))
+        if is_noted and has_results:
             self.trace.calls.note_call(func, args, kwargs or {}, out)
+        elif not self.trace.begun and has_results:
+            is_weight = any(isinstance(t, torch.nn.Parameter) for t in _pytree.tree_leaves((args, kwargs)))
+            self.trace.calls.note_early_call((args, kwargs), out, has_weights=is_weight)
         elif is_noted and func in _SHAPING and is_real(out):
             self.trace.calls.note_reshape(func, args, kwargs or {}, out)
         return out

@@ -384,6 +384,9 @@ class ScriptTrace:
         if self.begun:
             is_trained = any(p.requires_grad for p in module.parameters())
             self.calls.note_call(module, args, kwargs, out, model=module if is_trained else None)
+        else:
+            has_weights = next(module.parameters(), None) is not None
+            self.calls.note_early_call((args, kwargs), out, has_weights=has_weights)
         return out
 
     def note_loop_result(self, out: Any) -> None:

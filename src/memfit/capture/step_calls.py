@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree
 from torch.utils._python_dispatch import _disable_current_modes
@@ -99,6 +100,7 @@ class StepCalls:
         self._items: WeakIdKeyDictionary = WeakIdKeyDictionary()  # real tensor or object -> _Item
         self._copies: WeakIdKeyDictionary = WeakIdKeyDictionary()  # copy on the device -> real tensor
         self._reshaped: WeakIdKeyDictionary = WeakIdKeyDictionary()  # real tensor -> (function, args, kwargs)
+        self._from_weights: WeakIdKeyDictionary = WeakIdKeyDictionary()  # fake tensor -> True
         self._loss: Any = None
         self._paths: dict[int, str] = {}  # id of each module of the model -> its path
         # What the loop keeps while backward runs, and of that until the next forward pass has returned.
@@ -125,6 +127,13 @@ class StepCalls:
         is_flattened = rows > 1 and out.numel() == whole.numel() and len(out) % rows == 0
         if len(out) == rows or is_flattened:
             self._reshaped[out] = function, args, kwargs
+
+    def note_early_call(self, args: Any, out: Any, *, has_weights: bool) -> None:
+        """Note a call of the loop before the first forward pass. What it returned was computed from weights
+        if ``has_weights`` or if an argument was. Such results cannot be part of the batch; others can."""
+        if has_weights or any(t in self._from_weights for t in batch_tensors(args)):
+            for tensor in batch_tensors(out):
+                self._from_weights[tensor] = True
 
     def note_call(self, function: Any, args: Any, kwargs: Any, out: Any, *, model: Any = None) -> None:
         """Record a call that returned ``out``. ``model``: the module, if it has trainable parameters."""
@@ -190,14 +199,7 @@ class StepCalls:
                 return self._outputs[value]
             if is_real(value):
                 return self._item(value)
-            if (attribute := self._attribute(value)) is not None:
-                return attribute
-            place = user_line()
-            self.problem = (
-                f"the step uses{f' in {place}' if place else ''} a tensor that no recorded call returned, "
-                "such as one that was computed before its forward pass"
-            )
-            return None
+            return self._attribute(value) or self._made_item(value)
         if batch_tensors(value):
             if _is_packed(value):  # its batch sizes must be a tensor, and no stand-in
                 self.problem = "the step passes on packed sequences"
@@ -217,15 +219,31 @@ class StepCalls:
                 return stand_in
         return None
 
-    def _item(self, value: Any) -> _Item:
+    def _item(self, value: Any, real: torch.Tensor | None = None) -> _Item:
+        """Return what stands for a part of the batch. ``real``: a real tensor in place of the fake one
+        ``value``, which was made on the device; None: ``value`` is real."""
         if value not in self._items:
             self._items[value] = _Item(len(self.micro_batch))
             for tensor in batch_tensors(value):
                 self.on_item(tensor)
             with _disable_current_modes():
-                self.micro_batch.append(map_batch(lambda t: t.detach().clone(), value))
+                if real is None:
+                    real = map_batch(lambda t: t.detach().clone(), value)
+                self.micro_batch.append(real)
         item: _Item = self._items[value]
         return item
+
+    def _made_item(self, value: torch.Tensor) -> _Item | None:
+        """Return what stands for a tensor that the loop made on the device before the forward pass: a part of
+        the batch. Of one that was computed from weights, note the problem and return None."""
+        if type(value) is FakeTensor and not value.requires_grad and value not in self._from_weights:
+            return self._item(value, _with_values(value))
+        place = user_line()
+        self.problem = (
+            f"the step uses{f' in {place}' if place else ''} a tensor that was computed from weights before "
+            "its forward pass"
+        )
+        return None
 
     def _attribute(self, value: torch.Tensor) -> _Attribute | None:
         """Return what stands for a tensor that a module of the model holds, else None."""
@@ -421,6 +439,18 @@ def _copy(model: torch.nn.Module) -> torch.nn.Module:
             memo[id(vars(module)[KEPT_BUFFERS])] = []
     with FakeCopies(fake):
         return copy.deepcopy(model, memo)
+
+
+def _with_values(fake: torch.Tensor) -> torch.Tensor:
+    """Return a real tensor like ``fake`` with its values or, where they are not known, with numbers that suit
+    a batch: random ones, zeros where they are integers (an index or a class), and True in masks."""
+    with _disable_current_modes():
+        if (value := attached_value(fake)) is not None:
+            return value.clone()
+        made = torch.empty_strided(fake.size(), fake.stride(), dtype=fake.dtype)
+        if made.is_floating_point() or made.is_complex():
+            return made.normal_(generator=torch.Generator().manual_seed(0))
+        return made.fill_(made.dtype is torch.bool)
 
 
 def _fill(tensor: torch.Tensor) -> None:

@@ -1,7 +1,7 @@
 """Edit a training loop of plain PyTorch so that ``memfit.apply`` applies a plan in it.
 
-`export.training_loop` says which loops are edited. A GradScaler, autocast and clipping of the loop's own are
-replaced by those of the plan.
+`export.training_loop` says which loops are edited. Clipping of the loop's own is passed to memfit.apply. So
+is a GradScaler, and autocast stays, unless the plan has an autocast, which replaces both.
 """
 
 from __future__ import annotations
@@ -31,16 +31,17 @@ def apply_lines(
     structure: Mapping[str, Any],
     *,
     clip: str = "",
+    scaler: str = "",
     batch: str = "",
     loss_terms: str = "",
 ) -> list[str]:
     """Return the lines of Python that apply ``plan``, with ``memfit.apply``, to the variables ``model`` and
     ``optimizer``. ``structure``: further arguments of it, name -> value, which say where things are in the
-    model, such as its blocks. ``clip``, ``batch``, ``loss_terms``: the source of these arguments; "": not
-    passed."""
+    model, such as its blocks. ``clip``, ``scaler``, ``batch``, ``loss_terms``: the source of these arguments;
+    "": not passed."""
     arguments = [_plan_source(plan), model, optimizer]
     arguments += [f"{name}={source_of(value)}" for name, value in structure.items()]
-    sources = {"clip": clip, "batch": batch, "loss_terms": loss_terms}
+    sources = {"clip": clip, "scaler": scaler, "batch": batch, "loss_terms": loss_terms}
     arguments += [f"{name}={value}" for name, value in sources.items() if value]
     one_line = f"fit = memfit.apply({', '.join(arguments)})"
     lines = [one_line]
@@ -82,6 +83,7 @@ def edit_loop(
         loop.setup.optimizer,
         structure,
         clip=loop.setup.clip,
+        scaler=loop.setup.scaler,
         batch=example,
         loss_terms=loss_terms,
     )
@@ -167,11 +169,8 @@ def _remarks(source: Source, loop: Loop, plan: Plan, samples: int) -> Iterator[s
     yield from loop.setup.remarks
     for name, _, line in wrappers(source):
         yield f"line {line} uses {name} under a condition: start the script so that it does not"
-    if loop.autocast is not None or source.calls(frozenset({"GradScaler"})):
-        yield (
-            "autocast and GradScaler of the script are out of the loop: the plan decides the precision, "
-            "float32 without bf16-autocast or fp16-autocast"
-        )
+    if loop.autocast is not None or (loop.update.scaler and not loop.setup.scaler):
+        yield "the plan's autocast replaces autocast and GradScaler of the script"
     if loop.own_accumulation:
         yield (
             f"the script's own micro-batches must be one for each step, of all its {samples} samples, which "

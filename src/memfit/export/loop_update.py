@@ -22,7 +22,8 @@ class Update:
     variables. ``backward``, ``step``: the statements that run them; both are the same ``if`` if its branches
     do. ``step_body``: the statement list that contains ``step``. ``clip``: the norm to which gradients are
     clipped, None if they are not; ``condition``: the condition under which they are, None: always.
-    ``removed``: further statements that the plan's own step replaces."""
+    ``removed``: further statements that the plan's own step replaces. ``scaler``: the variable of the
+    GradScaler, "" without."""
 
     loss: str
     optimizer: str
@@ -32,6 +33,7 @@ class Update:
     clip: ast.expr | None
     condition: ast.expr | None
     removed: tuple[ast.stmt, ...]
+    scaler: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +117,12 @@ def find_update(source: Source, place: LoopPlace) -> Update:
             raise UserError("the two branches of an if that run backward differ in more than a GradScaler")
         zeroed = [s for s in place.body if _method(s, "zero_grad") is not None]
         update = dataclasses.replace(
-            first, backward=statement, step=statement, step_body=place.body, removed=tuple(zeroed)
+            first,
+            backward=statement,
+            step=statement,
+            step_body=place.body,
+            removed=tuple(zeroed),
+            scaler=first.scaler or last.scaler,
         )
     else:
         update = _sequence(place, place.body[place.index :], is_whole=False)
@@ -175,6 +182,7 @@ def _sequence(place: LoopPlace, statements: Statements, *, is_whole: bool) -> Up
         clip=clip,
         condition=condition,
         removed=tuple(removed),
+        scaler=scaler,
     )
 
 

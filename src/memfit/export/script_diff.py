@@ -17,9 +17,10 @@ from memfit.export.batch_counts import BatchCounts
 from memfit.export.loop_edit import apply_lines, edit_loop, loop_lines
 from memfit.export.script_steps import loss_terms_step, step_text
 from memfit.export.source_edits import Replacement, Source, literal, name_of, source_of
-from memfit.export.training_loop import with_conditions
+from memfit.export.training_loop import sets_precision, with_conditions
 from memfit.files.read import MOST_SOURCE_BYTES, read_text
 from memfit.techniques.base import JobFacts
+from memfit.techniques.precision import WITHOUT_LOSS_SCALE, clash_with_loss_scale
 from memfit.techniques.rank_mesh import layout, split_batch
 from memfit.techniques.registry import TECHNIQUES, technique
 from memfit.types.device_kind import HOST
@@ -115,6 +116,13 @@ def script_diff(
             f"{source.path} clips gradients, which cannot be combined with {', '.join(clashing)}",
             hint=f"`memfit plan {without}` finds a plan without them",
         )
+    scaled = () if sets_precision(plan) else clash_with_loss_scale(plan)
+    if scaled and _scales_loss(source):
+        raise UserError(
+            f"{source.path} scales its loss with a GradScaler, which cannot be combined with "
+            f"{', '.join(scaled)}",
+            hint=f"plan with --without {','.join(scaled)}",
+        )
     terms = "loss_terms" if weights is not None else ""
     define = ("define loss_terms(batch), which returns how many terms the loss of a batch averages",)
     try:
@@ -144,9 +152,11 @@ def inexpressible(source: Source) -> tuple[tuple[str, ...], str]:
         if is_used and source.calls(frozenset({library.call})):
             own = {*library.precision, "gradient-accumulation"} | _BY_LAUNCH
             return _others(own), f"{library.name} does not apply them"
-    if _always_clips(source):
-        return tuple(n for n in TECHNIQUES if _needs_no_clipping(n)), "the script clips gradients"
-    return (), ""
+    clips, scales = _always_clips(source), _scales_loss(source)
+    names = [n for n in TECHNIQUES if clips and _needs_no_clipping(n)]
+    names += [n for n in WITHOUT_LOSS_SCALE if scales and n not in names]
+    reasons = ["clips gradients"] * clips + ["scales its loss with a GradScaler"] * scales
+    return tuple(names), f"the script {' and '.join(reasons)}" if reasons else ""
 
 
 def _others(names: Collection[str]) -> tuple[str, ...]:
@@ -161,6 +171,13 @@ def _always_clips(source: Source) -> bool:
         isinstance(node, ast.Call) and name_of(node.func) == "clip_grad_norm_" and not is_conditional
         for node, is_conditional in nodes
     )
+
+
+def _scales_loss(source: Source) -> bool:
+    """Return whether the script makes a GradScaler that may be enabled."""
+    calls = source.calls(frozenset({"GradScaler"}))
+    options = [{k.arg: k.value for k in call.keywords} for call in calls]
+    return any(literal(o.get("enabled", ast.Constant(True))) is not False for o in options)
 
 
 def _needs_no_clipping(name: str) -> bool:

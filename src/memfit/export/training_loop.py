@@ -41,13 +41,15 @@ _NO_FORWARD = frozenset({"train", "eval", "to", "zero_grad", "parameters", "name
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LoopSetup:
     """Where the plan is applied: after the statement ``after`` or, if that is None, before ``before``.
-    ``model``, ``optimizer``: the names of these variables there. ``clip``: source of the norm to which
+    ``model``, ``optimizer``, ``scaler``: the names of these variables there; ``scaler``, the loop's
+    GradScaler, is "" without one and if the plan's autocast replaces it. ``clip``: source of the norm to which
     gradients are clipped, in the variables there; "" if they are not clipped. ``is_global``: the place is in
     a function and the loop in another one, so that ``fit`` must be a global variable. ``remarks``: what the
     user should know, one text each."""
 
     model: str
     optimizer: str
+    scaler: str
     clip: str
     after: ast.stmt | None
     before: ast.stmt | None
@@ -59,8 +61,8 @@ class LoopSetup:
 class Loop:
     """A training loop. ``body``: the statement list that contains backward; ``forward``, ``backward``:
     indices in it of the first statement that calls the model and of the one that runs backward. ``loop``: the
-    innermost loop around it. ``autocast``: the statement ``with autocast(...)`` of the forward pass, None
-    without. ``prefetch``: statements between forward and backward that load the next batch. ``counters``:
+    innermost loop around it. ``autocast``: the statement ``with autocast(...)`` of the forward pass that
+    the plan's autocast replaces, None without. ``prefetch``: statements between forward and backward that load the next batch. ``counters``:
     statements there that count steps, if the plan has micro-batches and the script none. ``batch``: the
     variables that hold the batch. ``own_accumulation``: the script accumulates gradients itself."""
 
@@ -94,7 +96,7 @@ def find_loop(source: Source, plan: Plan) -> Loop:
             "the forward pass contains a string literal of several lines, which an indentation would change"
         )
     must_end_each_step(source, place, update, forward)
-    autocast = _autocast(source, place, forward)
+    autocast = _autocast(source, place, forward) if sets_precision(plan) else None
     batch, prefetch = _batch(place, forward, model)
     own_accumulation = update.step_body is not place.body
     counts = plan.micro_batches > 1 and not own_accumulation
@@ -109,8 +111,13 @@ def find_loop(source: Source, plan: Plan) -> Loop:
         counters=step_counters(place.body[forward : place.index], (*batch, update.loss)) if counts else (),
         batch=batch,
         own_accumulation=own_accumulation,
-        setup=_setup(source, place, update, model),
+        setup=_setup(source, place, update, model, scaler="" if sets_precision(plan) else update.scaler),
     )
+
+
+def sets_precision(plan: Plan) -> bool:
+    """Return whether the plan has an autocast, which replaces autocast and GradScaler of the script."""
+    return "bf16-autocast" in plan or "fp16-autocast" in plan
 
 
 # -- what cannot stay -----------------------------------------------------------------------------
@@ -309,10 +316,11 @@ def _loads_next(statement: ast.stmt, between: Statements, computed: set[str], mo
 # -- where the plan is applied --------------------------------------------------------------------
 
 
-def _setup(source: Source, place: LoopPlace, update: Update, model: str) -> LoopSetup:
-    """Return where and with what variables the plan is applied: after the last assignment to the optimizer,
-    or if there is none in the statement list around the loop, before the loop. Raises UserError if the script
-    does not show where the optimizer is made, or if it changes the model between that and the loop."""
+def _setup(source: Source, place: LoopPlace, update: Update, model: str, *, scaler: str) -> LoopSetup:
+    """Return where and with what variables the plan is applied: after the last assignment to the optimizer
+    or to the GradScaler ``scaler`` ("": none), or if there is none to the optimizer in the statement list
+    around the loop, before the loop. Raises UserError if the script does not show where the optimizer is
+    made, or if it changes the model between that and the loop."""
     names = {update.optimizer: update.optimizer, model: model}
     user: ast.AST = place.loop
     statements, arguments = place.scope, dict[str, ast.expr]()
@@ -325,8 +333,9 @@ def _setup(source: Source, place: LoopPlace, update: Update, model: str) -> Loop
     if model not in arguments and statements is not place.scope:
         names[model] = _model(statements, [], optimizer)
     statements, at = _innermost(statements, user, optimizer)
-    assignments = [s for s in statements[:at] if optimizer in stored_names(s)]
-    after = assignments[-1] if assignments else None
+    scaler = _scaler(source, place, scaler, None if user is place.loop else arguments, statements[:at])
+    made = {optimizer, scaler} if any(optimizer in stored_names(s) for s in statements[:at]) else set()
+    after = next((s for s in reversed(statements[:at]) if made & {*stored_names(s)}), None)
     remarks = []
     between = statements[statements.index(after) + 1 : at] if after is not None else []
     for statement in between:
@@ -344,12 +353,37 @@ def _setup(source: Source, place: LoopPlace, update: Update, model: str) -> Loop
     return LoopSetup(
         model=names[model],
         optimizer=optimizer,
+        scaler=scaler,
         clip=_clip(place, update, arguments if user is not place.loop else None, statements[at:]),
         after=after,
         before=None if after is not None else statements[at],
         is_global=user is not place.loop and statements is not source.tree.body,
         remarks=tuple(remarks),
     )
+
+
+def _scaler(
+    source: Source,
+    place: LoopPlace,
+    scaler: str,
+    arguments: dict[str, ast.expr] | None,
+    before: Statements,
+) -> str:
+    """Return the variable of the loop's GradScaler ``scaler`` at the place where the plan is applied, after
+    the statements ``before``; "" if there is none. ``arguments``: those of the loop's function there, None if
+    the loop is in the same scope. Raises UserError if the script does not show the variable."""
+    if not scaler or arguments is None:
+        return scaler
+    function = place.function
+    if function is not None and scaler in {a.arg for a in ast.walk(function.args) if isinstance(a, ast.arg)}:
+        argument = arguments.get(scaler, ast.Constant(None))
+        if isinstance(argument, ast.Constant):
+            return ""
+        if isinstance(argument, ast.Name):
+            return argument.id
+    elif any(scaler in stored_names(s) for s in (*before, *source.tree.body)):
+        return scaler
+    raise UserError(f"the script does not show the GradScaler {scaler} where it makes the optimizer")
 
 
 def _caller(

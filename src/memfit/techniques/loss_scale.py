@@ -20,6 +20,7 @@ class LossScale:
     """
 
     first, patience = 65536.0, 2000  # the values of torch.amp.GradScaler
+    growth, backoff, least = 2.0, 0.5, 1.0
 
     def keep_in(self, optimizer: Any) -> None:
         """Keep the scale and the number of finite steps in ``optimizer.param_groups`` from now on, as
@@ -34,22 +35,63 @@ class LossScale:
         """The present scale. It can be read after `keep_in` has been called."""
         return float(self.groups[0]["loss_scale"])
 
+    @property
+    def good_steps(self) -> int:
+        """The number of finite steps in a row. It can be read after `keep_in` has been called."""
+        return int(self.groups[0]["good_steps"])
+
+    def set(self, value: float, good_steps: int) -> None:
+        """Change the scale and the number of finite steps in a row, after `keep_in` has been called."""
+        for group in self.groups:
+            group["loss_scale"], group["good_steps"] = value, good_steps
+
     def unscale(self, norm: torch.Tensor, params: list[torch.nn.Parameter]) -> bool:
         """If ``norm`` is finite, divide it and the gradients of ``params`` by the scale, in place. In any
         case adjust the scale afterwards. Return whether the step may be taken: False if the norm is not
-        finite and the scale was more than 1. ``norm`` is that of the scaled gradients, the same on all ranks.
+        finite and the scale was above ``least``. ``norm`` is that of the scaled gradients, the same on all ranks.
         """
         import torch
 
         finite = math.isfinite(float(norm))
-        scale, good_steps = self.value, int(self.groups[0]["good_steps"])
+        scale, good_steps = self.value, self.good_steps
         if finite:
             norm.div_(scale)
             torch._foreach_mul_([p.grad for p in params if p.grad is not None], 1 / scale)
             good_steps = (good_steps + 1) % self.patience
-            new_scale = scale * (1 if good_steps else 2)
+            self.set(scale * (1 if good_steps else self.growth), good_steps)
         else:
-            new_scale, good_steps = max(1.0, scale / 2), 0
-        for group in self.groups:
-            group["loss_scale"], group["good_steps"] = new_scale, good_steps
-        return finite or scale <= 1  # the scale cannot be halved further: the loss itself is not finite
+            self.set(max(self.least, scale * self.backoff), 0)
+        return finite or scale <= self.least  # it cannot be smaller: the loss itself is not finite
+
+
+class GradScalerScale(LossScale):
+    """The loss scale of a user's ``torch.amp.GradScaler``, which keeps the scale and says how it changes.
+
+    A step with gradients that are not finite is always skipped, as ``GradScaler.step`` does. The number of
+    finite steps in a row is kept here, and is not in the scaler's ``state_dict``.
+    """
+
+    least = 0.0
+
+    def __init__(self, scaler: torch.amp.GradScaler, device: torch.device) -> None:
+        import torch
+
+        self.scaler, self._good_steps = scaler, 0
+        self.growth, self.backoff = scaler.get_growth_factor(), scaler.get_backoff_factor()
+        self.patience = scaler.get_growth_interval()
+        scaler.scale(torch.zeros((), device=device))  # lets it make its tensors, which `update` needs
+
+    def keep_in(self, optimizer: Any) -> None:
+        """Do nothing: the scaler keeps the scale."""
+
+    @property
+    def value(self) -> float:
+        return float(self.scaler.get_scale())
+
+    @property
+    def good_steps(self) -> int:
+        return self._good_steps
+
+    def set(self, value: float, good_steps: int) -> None:
+        self.scaler.update(value)
+        self._good_steps = good_steps

@@ -17,7 +17,7 @@ from memfit.techniques.base import (
     Workbench,
 )
 from memfit.techniques.loss_scale import LossScale
-from memfit.types.plan import EffectClass, KnobValue
+from memfit.types.plan import EffectClass, KnobValue, Plan
 
 if TYPE_CHECKING:
     import torch
@@ -133,6 +133,23 @@ def _if_half_precision(half: str, *settings: Mapping[str, KnobValue]) -> Callabl
 
 _ROUNDINGS = _if_half_precision("bfloat16", {"rounding": "master"}, {"rounding": "stochastic"})
 
+# These keep gradients, or step the optimizer, at points where the step's loss scale is not applied.
+WITHOUT_LOSS_SCALE = (
+    "optimizer-in-backward",
+    "pipeline",
+    "zero",
+    "sharded-ddp",
+    "expert-parallel",
+    "axial-parallel",
+)
+
+
+def clash_with_loss_scale(plan: Plan) -> tuple[str, ...]:
+    """Return the names of the plan's techniques that cannot be combined with a loss scale of the user's loop:
+    those that fp16-autocast forbids, and fp16-autocast, which has a loss scale of its own."""
+    return tuple(u.technique for u in plan.uses if u.technique in (*WITHOUT_LOSS_SCALE, "fp16-autocast"))
+
+
 AUTOCAST = Technique(
     name="bf16-autocast",
     summary="matrix products and activations in bfloat16, parameters and optimizer in float32",
@@ -155,8 +172,7 @@ FP16 = Technique(
     settings=_if_half_precision("float16", {}),
     order=70,
     slot="precision",
-    # These keep gradients, or step the optimizer, at points where the step's loss scale is not applied.
-    forbids=("optimizer-in-backward", "pipeline", "zero", "sharded-ddp", "expert-parallel", "axial-parallel"),
+    forbids=WITHOUT_LOSS_SCALE,
 )
 
 PARAMETERS = Technique(
