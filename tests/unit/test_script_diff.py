@@ -814,6 +814,14 @@ def test_columns_count_bytes(tmp_path: Path) -> None:
     )
 
 
+def test_the_edit_of_a_script_is_not_that_of_a_plan_for_the_default_job(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(PLAIN)
+    run = run_script("-m", "memfit", "plan", "--diff", "train.py", cwd=tmp_path)
+    assert run.returncode == 2
+    assert "without JOB" in run.stderr
+    assert "memfit estimate --plans --diff -- python train.py" in run.stderr
+
+
 def test_the_command_prints_the_diff_and_writes_nothing(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(PLAIN)
     (tmp_path / "plan.yaml").write_text("techniques:\n  bf16-autocast: {}\n")

@@ -479,21 +479,26 @@ class ScriptTrace:
     def _other_bytes(self) -> int:
         """Return the bytes that were alive before the step that ends and still are, without gradients,
         optimizer states, the trained model, and the part of each storage that is the job's batch: copies of
-        the model, teachers, data sets, caches, and what the script collects."""
+        the model, teachers, data sets, caches, and what the script collects. Included are tensors that each
+        step makes before its forward pass and keeps, beside the batch."""
         model = set[int]()
         for module in self.calls.model.modules() if self.calls.model is not None else ():
             own = (*module._parameters.values(), *module._buffers.values())
             for tensor in filter(None.__ne__, (*own, *vars(module).get(KEPT_BUFFERS, ()))):
                 model.add(id(self.recorder.life_of(tensor)))
-        total_bytes = 0
+        total_bytes, step = 0, self.recorder.step
+        made_bytes = -sum(size for life, size in self._items.values() if life.end is not None)
         for life in self.recorder.lives:
-            if life.end is not None or life.step == self.recorder.step or life.memory_pool in NOT_ON_DEVICE:
+            if life.end is not None or life.memory_pool in NOT_ON_DEVICE:
                 continue
             if life.category in (Category.GRADIENT, Category.OPTIMIZER_STATE) or id(life) in model:
                 continue
             size_bytes = life.pieces * rounded(life.size_bytes, self.recorder.device)
-            total_bytes += max(0, size_bytes - self._items.get(id(life), (life, 0))[1])
-        return total_bytes
+            if life.step != step:
+                total_bytes += max(0, size_bytes - self._items.get(id(life), (life, 0))[1])
+            elif step and life.phase is Phase.SETUP:
+                made_bytes += size_bytes
+        return total_bytes + max(0, made_bytes)
 
     def finish(self, ranks: int) -> Trace:
         """End the recording, and return the trace of the steps that were made. ``ranks``: the size of the

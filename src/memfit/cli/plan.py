@@ -241,13 +241,7 @@ def plan(  # noqa: PLR0913
         mode = "--diff" if diff.diff is not None else "--largest"
         _refuse_options_with(mode, limits, from_options, run, save, largest)
         english_only(output, mode)
-        script = script_of(diff, largest.plans)
-        if script is not None and job.job is None:
-            raise UserError(
-                f"--diff {script.path} without JOB: a plan for {job.spec} would be printed",
-                allowed=f"`memfit plan JOB --diff {script.path}`, whose JOB is the training of the script",
-                hint=f"`memfit estimate --plans --diff -- python {script.path}` plans for the script itself",
-            )
+        script = script_of(diff, largest.plans, has_job=job.job is not None)
         job_request = _read_request(job, search_options, runtime, on, run, limits)
         _print_diff_or_largest(script, job_request, largest, run, save, output)
         return

@@ -13,7 +13,7 @@ import typer
 from memfit.cli.output import emit
 from memfit.cli.progress import Bars
 from memfit.types.errors import UserError
-from memfit.types.job import STRUCTURE
+from memfit.types.job import DEFAULT_JOB, STRUCTURE
 from memfit.types.sanitize import escape_controls, one_line
 
 _MOST_NAMES = 5
@@ -41,20 +41,29 @@ class DiffOptions:
             "of Trainer, and a loop of plain PyTorch the lines of memfit.apply. The file is only read. Uses "
             "the plan of --plan or else the recommended one; if the script cannot express that, the fastest "
             "other that fits. Not with --from, --largest, --corrected-by, --measure or "
-            "--explain-infeasible, and with --lang ja only as --json. Example: memfit plan protein-ss "
-            "--diff train.py | patch -p0.",
+            "--explain-infeasible, not without JOB, and with --lang ja only as --json. Example: memfit plan "
+            "job.py:train --diff train.py | patch -p0. Without a job of the script, use `memfit estimate "
+            "--plans --diff`.",
         ),
     ] = None
 
 
-def script_of(options: DiffOptions, plans: list[Path] | None) -> memfit.export.source_edits.Source | None:
+def script_of(
+    options: DiffOptions, plans: list[Path] | None, *, has_job: bool
+) -> memfit.export.source_edits.Source | None:
     """Return the script of --diff, None without that option. ``plans``: the files of --plan. Raises UserError
-    if the script cannot be read or is not Python, and if there are several plans."""
+    if there are several plans, if the user named no job, or if the script cannot be read or is not Python."""
     if options.diff is None:
         return None
     if plans is not None and len(plans) > 1:
         raise UserError(
             f"--plan is given {len(plans)} times, but --diff prints one plan", allowed="one --plan"
+        )
+    if not has_job:
+        raise UserError(
+            f"--diff {options.diff} without JOB: the plan would be that of {DEFAULT_JOB}",
+            allowed=f"`memfit plan JOB --diff {options.diff}`, where JOB is the training of the script",
+            hint=f"`memfit estimate --plans --diff -- python {options.diff}` plans for the script itself",
         )
     from memfit.export.script_diff import read_script
 

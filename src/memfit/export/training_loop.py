@@ -41,8 +41,8 @@ _NO_FORWARD = frozenset({"train", "eval", "to", "zero_grad", "parameters", "name
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LoopSetup:
     """Where the plan is applied: after the statement ``after`` or, if that is None, before ``before``.
-    ``model``, ``optimizer``, ``scaler``: the names of these variables there; ``scaler``, the loop's
-    GradScaler, is "" without one and if the plan's autocast replaces it. ``clip``: source of the norm to which
+    ``model``, ``optimizer``, ``scaler``: the names of these variables there; ``scaler``, the GradScaler of
+    the loop, is "" without one and if the plan's autocast replaces it. ``clip``: source of the norm to which
     gradients are clipped, in the variables there; "" if they are not clipped. ``is_global``: the place is in
     a function and the loop in another one, so that ``fit`` must be a global variable. ``remarks``: what the
     user should know, one text each."""
@@ -61,10 +61,11 @@ class LoopSetup:
 class Loop:
     """A training loop. ``body``: the statement list that contains backward; ``forward``, ``backward``:
     indices in it of the first statement that calls the model and of the one that runs backward. ``loop``: the
-    innermost loop around it. ``autocast``: the statement ``with autocast(...)`` of the forward pass that
-    the plan's autocast replaces, None without. ``prefetch``: statements between forward and backward that load the next batch. ``counters``:
-    statements there that count steps, if the plan has micro-batches and the script none. ``batch``: the
-    variables that hold the batch. ``own_accumulation``: the script accumulates gradients itself."""
+    innermost loop around it. ``autocast``: the statement ``with autocast(...)`` of the forward pass that the
+    plan's autocast replaces, None without. ``prefetch``: statements between forward and backward that load
+    the next batch. ``counters``: statements there that count steps, if the plan has micro-batches and the
+    script none. ``batch``: the variables that hold the batch. ``own_accumulation``: the script accumulates
+    gradients itself."""
 
     body: Statements
     forward: int
