@@ -34,6 +34,7 @@ from memfit.types.errors import UserError
 from memfit.types.job import Job
 
 _OF_MODULES = frozenset({"_parameters", "_buffers", "_modules", KEPT_BUFFERS})  # not the user's attributes
+_FROM_WEIGHTS = "_memfit_from_weights"  # attribute of a tensor that was computed from weights
 _RESHAPES = frozenset({"reshape", "view"})
 _INIT_STD = 0.02  # of weights whose values are not known, where a trial computes with them
 
@@ -100,7 +101,6 @@ class StepCalls:
         self._items: WeakIdKeyDictionary = WeakIdKeyDictionary()  # real tensor or object -> _Item
         self._copies: WeakIdKeyDictionary = WeakIdKeyDictionary()  # copy on the device -> real tensor
         self._reshaped: WeakIdKeyDictionary = WeakIdKeyDictionary()  # real tensor -> (function, args, kwargs)
-        self._from_weights: WeakIdKeyDictionary = WeakIdKeyDictionary()  # fake tensor -> True
         self._loss: Any = None
         self._paths: dict[int, str] = {}  # id of each module of the model -> its path
         # What the loop keeps while backward runs, and of that until the next forward pass has returned.
@@ -131,9 +131,9 @@ class StepCalls:
     def note_early_call(self, args: Any, out: Any, *, has_weights: bool) -> None:
         """Note a call of the loop before the first forward pass. What it returned was computed from weights
         if ``has_weights`` or if an argument was. Such results cannot be part of the batch; others can."""
-        if has_weights or any(t in self._from_weights for t in batch_tensors(args)):
+        if has_weights or any(hasattr(t, _FROM_WEIGHTS) for t in batch_tensors(args)):
             for tensor in batch_tensors(out):
-                self._from_weights[tensor] = True
+                setattr(tensor, _FROM_WEIGHTS, True)
 
     def note_call(self, function: Any, args: Any, kwargs: Any, out: Any, *, model: Any = None) -> None:
         """Record a call that returned ``out``. ``model``: the module, if it has trainable parameters."""
@@ -236,7 +236,7 @@ class StepCalls:
     def _made_item(self, value: torch.Tensor) -> _Item | None:
         """Return what stands for a tensor that the loop made on the device before the forward pass: a part of
         the batch. Of one that was computed from weights, note the problem and return None."""
-        if type(value) is FakeTensor and not value.requires_grad and value not in self._from_weights:
+        if type(value) is FakeTensor and not (value.requires_grad or hasattr(value, _FROM_WEIGHTS)):
             return self._item(value, _with_values(value))
         place = user_line()
         self.problem = (
@@ -444,7 +444,7 @@ def _copy(model: torch.nn.Module) -> torch.nn.Module:
 def _with_values(fake: torch.Tensor) -> torch.Tensor:
     """Return a real tensor like ``fake`` with its values or, where they are not known, with numbers that suit
     a batch: random ones, zeros where they are integers (an index or a class), and True in masks."""
-    with _disable_current_modes():
+    with torch._C.DisableTorchFunction(), _disable_current_modes():
         if (value := attached_value(fake)) is not None:
             return value.clone()
         made = torch.empty_strided(fake.size(), fake.stride(), dtype=fake.dtype)
