@@ -24,6 +24,7 @@ from memfit.types.plan import Plan
 from memfit.types.workload import Workload
 
 if TYPE_CHECKING:
+    import memfit.planner.request
     import memfit.report.explain
 
 
@@ -99,7 +100,7 @@ def estimate_job(  # noqa: PLR0913
             job_request, plans or [recommended_plan(job_request, progress)], progress, lines=files.lines
         )
     if len(explanations) == 1:
-        _print_explanation(explanations[0], files, workload, lang=lang, job=job.spec, as_json=as_json)
+        _print_explanation(explanations[0], files, workload, job_request, lang=lang, as_json=as_json)
     else:
         _print_difference(explanations[0], explanations[1], workload, lang=lang, as_json=as_json)
 
@@ -152,14 +153,24 @@ def _print_explanation(
     explanation: memfit.report.explain.TracedEstimate,
     files: TraceFileOptions,
     workload: Workload,
+    job_request: memfit.planner.request.Request,
     *,
     lang: str,
-    job: str,
     as_json: bool,
 ) -> None:
-    from memfit.report.explain import contributors
+    from memfit.planner.capacity import fits_under, needed_bytes
+    from memfit.report.explain import contributors, without_chance
 
-    write_trace_files(explanation, files, lang=lang, job=job)
+    write_trace_files(explanation, files, lang=lang, job=job_request.job_ref.spec)
+    machine = job_request.machine
+    cap_bytes = job_request.cap_bytes or int(machine.device.memory_bytes.value)
+    verdict: dict[str, Any] = {
+        "needed_bytes": needed_bytes(explanation.estimate, machine),
+        "cap_bytes": cap_bytes,
+        "fits": fits_under(cap_bytes, machine)(explanation.estimate),
+    }
+    if job_request.cap_bytes is not None:
+        explanation = without_chance(explanation)
     if as_json:
         from memfit.cli.views import estimate_view
 
@@ -167,12 +178,16 @@ def _print_explanation(
             {
                 "workload": workload,
                 **estimate_view(explanation.estimate),
+                **verdict,
                 "contributors": contributors(explanation),
             }
         )
     else:
         from memfit.report.explain_terminal import print_explained
+        from memfit.report.terminal import print_verdict
+        from memfit.report.words import load_words
 
+        print_verdict(explanation.estimate, **verdict, console=console(), words=load_words(lang))
         print_explained(explanation, console=console(), lang=lang)
 
 

@@ -48,8 +48,8 @@ class LossScale:
     def unscale(self, norm: torch.Tensor, params: list[torch.nn.Parameter]) -> bool:
         """If ``norm`` is finite, divide it and the gradients of ``params`` by the scale, in place. In any
         case adjust the scale afterwards. Return whether the step may be taken: False if the norm is not
-        finite and the scale was above ``least``. ``norm`` is that of the scaled gradients, the same on all ranks.
-        """
+        finite and the scale was above ``least``. ``norm`` is that of the scaled gradients, the same on all
+        ranks."""
         import torch
 
         finite = math.isfinite(float(norm))
