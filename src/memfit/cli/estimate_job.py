@@ -159,7 +159,7 @@ def _print_explanation(
     as_json: bool,
 ) -> None:
     from memfit.planner.capacity import fits_under, needed_bytes
-    from memfit.report.explain import contributors, without_chance
+    from memfit.report.explain import contributors
 
     write_trace_files(explanation, files, lang=lang, job=job_request.job_ref.spec)
     machine = job_request.machine
@@ -169,8 +169,9 @@ def _print_explanation(
         "cap_bytes": cap_bytes,
         "fits": fits_under(cap_bytes, machine)(explanation.estimate),
     }
-    if job_request.cap_bytes is not None:
-        explanation = without_chance(explanation)
+    if job_request.cap_bytes is not None:  # its chance is for all memory of the device
+        estimate = dataclasses.replace(explanation.estimate, oom_probability=None)
+        explanation = dataclasses.replace(explanation, estimate=estimate)
     if as_json:
         from memfit.cli.views import estimate_view
 

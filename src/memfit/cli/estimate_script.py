@@ -147,8 +147,11 @@ def estimate_command(
             whole_trace=bool(files.paths),
         )
     facts = _facts(answer, machine, cap_bytes)
-    has_cap = cap_bytes is not None
-    _show(answer, facts, command, options, files, source, has_cap=has_cap, lang=lang, as_json=as_json)
+    if cap_bytes is not None and answer.estimate is not None:  # its chance is for all memory of the device
+        answer = dataclasses.replace(
+            answer, estimate=dataclasses.replace(answer.estimate, oom_probability=None)
+        )
+    _show(answer, facts, command, options, files, source, lang=lang, as_json=as_json)
     if options.save is not None and (answer.plans is None or answer.plans.recommended is None):
         raise typer.Exit(3)
 
@@ -177,14 +180,13 @@ def _show(
     files: TraceFileOptions,
     source: Source | None,
     *,
-    has_cap: bool,
     lang: str,
     as_json: bool,
 ) -> None:
     from rich.text import Text
 
     from memfit.files.replace import write_whole
-    from memfit.report.explain import TracedEstimate, contributors, without_chance
+    from memfit.report.explain import TracedEstimate, contributors
     from memfit.report.explain_terminal import print_script
     from memfit.report.terminal import print_search
     from memfit.report.words import load_words
@@ -192,8 +194,6 @@ def _show(
 
     assert answer.estimate is not None and answer.trace is not None and answer.peak_clock is not None
     explained = TracedEstimate(estimate=answer.estimate, trace=answer.trace, peak_clock=answer.peak_clock)
-    if has_cap:
-        explained = without_chance(explained)
     write_trace_files(explained, files, lang=lang, job=answer.program)
     recommended = answer.plans.recommended if answer.plans is not None else None
     if options.save is not None and recommended is not None:
@@ -202,7 +202,7 @@ def _show(
     if as_json:
         from memfit.cli.views import estimate_view, search_view
 
-        estimate = {**estimate_view(explained.estimate), "not_included": list(NOT_INCLUDED_OF_SCRIPTS)}
+        estimate = {**estimate_view(answer.estimate), "not_included": list(NOT_INCLUDED_OF_SCRIPTS)}
         view: dict[str, Any] = {"script": facts, "estimate": estimate}
         if options.plans:
             view["plans"] = search_view(answer.plans) if answer.plans else None

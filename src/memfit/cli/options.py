@@ -178,12 +178,13 @@ class SearchOptions:
             help="Memory that the training must fit in on each device, for example 24GiB; at most what a "
             "GPU has. On a CPU, each process counts as a device. It limits a search for a plan; `memfit "
             "plan --from` and `memfit estimate` also check whether the training as it is fits it, `memfit "
-            "estimate --lengths` uses it, and `memfit run` limits the training to it (see --capped). Otherwise it is ignored. Default: on another machine's GPU, its memory; on this "
+            "estimate --lengths` uses it, and `memfit run` limits the training to it (see --capped). "
+            "Otherwise it is ignored. Default: on another machine's GPU, its memory; on this "
             "machine's GPU, what is free of its memory now; on a CPU, and always in `memfit poc`, only a "
             "demonstration: a quarter of the peak memory of plain training (the job may set another share) "
             "or, if no plan fits that, 10 % more than the smallest plan needs. Two defaults differ: "
-            "`memfit estimate` checks against all memory of the device; on a CPU, `memfit plan "
-            "--from` does not check, and better plans must fit what the plan of the files needs if it is "
+            "`memfit estimate` checks against all memory of the device; on a CPU, `memfit plan --from` does "
+            "not check, and better plans must fit what the plan of the files needs if it is "
             "for one process. Refused by `memfit estimate --precision` and by `memfit decide` without "
             "--pilot and --full.",
         ),

@@ -29,14 +29,6 @@ class TracedEstimate:
     peak_clock: int
 
 
-def without_chance(explained: TracedEstimate) -> TracedEstimate:
-    """Return the same without the probability that the plan does not fit, which is for all the memory of the
-    device and no answer for a cap."""
-    return dataclasses.replace(
-        explained, estimate=dataclasses.replace(explained.estimate, oom_probability=None)
-    )
-
-
 def traced_estimate(estimate: Estimate, trace: Trace, calibration: Calibration) -> TracedEstimate:
     """Return the estimate with ``trace``, the trace of its rank, to which the workspace at the peak is
     added."""
