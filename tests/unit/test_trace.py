@@ -488,6 +488,12 @@ def test_cpu_attention_uses_the_cpu_kernel_and_its_flops_are_counted() -> None:
     assert sorted(work.values()) == [forward, forward * 5 // 2]
 
 
+def test_a_compiled_model_calls_the_cpu_kernel_of_attention_as_it_is() -> None:
+    """Inductor does not fuse the kernels of attention (torch/_inductor/lowering.py)."""
+    plan = Plan(uses=(use("compile", scope="model"),))
+    assert kernels(trace(attention(), plan)) == kernels(trace(attention(), Plan()))
+
+
 def test_the_test_block_has_a_hidden_layer_of_four_times_its_width() -> None:
     assert Block().inner[1].out_features == 4 * WIDTH
 

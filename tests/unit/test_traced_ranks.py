@@ -155,6 +155,19 @@ def test_chunked_cross_entropy_needs_fsdp2_without_resharding() -> None:
         trace(words(), on_two(chunked_cross_entropy={}, fsdp2={}))
 
 
+def test_chunked_cross_entropy_needs_a_zero_that_keeps_parameters_whole() -> None:
+    """Persistent parameters are no way out: in the first step they are freed, too."""
+    trace(words(), on_two(chunked_cross_entropy={}, zero={"stage": 2}))
+    with pytest.raises(UserError, match="use zero with stage=0, 1 or 2"):
+        trace(words(), on_two(chunked_cross_entropy={}, zero={"stage": 3, "persist_elements": 10**9}))
+
+
+def test_tensor_parallelism_does_not_split_the_vocabulary_of_an_island() -> None:
+    job = dataclasses.replace(words(), islands=("head",))
+    with pytest.raises(UserError, match=r"vocabulary of head.* leave the module out of Job\(islands"):
+        trace(job, on_two(tensor_parallel={"vocabulary": "gathered"}))
+
+
 def test_context_parallelism_replaces_only_ranges_that_count_the_positions_of_a_part() -> None:
     across = SequenceRanks(group="", rank=1, ranks=2, device="cpu", length=4)
     with GatheredAttention(across):

@@ -18,7 +18,7 @@ from memfit.techniques.synthetic_kernel import kernel, read_bytes
 from memfit.types.device_kind import HOST
 
 _ATEN: Any = torch.ops.aten
-_EXTERN = frozenset(
+_UNFUSED = frozenset(
     {
         _ATEN.mm,
         _ATEN.addmm,
@@ -30,6 +30,10 @@ _EXTERN = frozenset(
         _ATEN._scaled_dot_product_flash_attention_backward,
         _ATEN._scaled_dot_product_efficient_attention,
         _ATEN._scaled_dot_product_efficient_attention_backward,
+        _ATEN._scaled_dot_product_cudnn_attention,
+        _ATEN._scaled_dot_product_cudnn_attention_backward,
+        _ATEN._scaled_dot_product_flash_attention_for_cpu,
+        _ATEN._scaled_dot_product_flash_attention_for_cpu_backward,
         _ATEN._scaled_mm,
         _ATEN.sort,
         _ATEN.topk,
@@ -290,10 +294,10 @@ class _Kernel:
 
 
 class Schedule:
-    """A graph's kernels in the order in which they run. Operators that a compiler does not fuse (`_extern`)
-    keep the graph's order. Just before each of them run the fused kernels and views on which it depends and
-    that have not run yet. Those on which only the graph's results depend run at the end. Kernels on which
-    neither depends are left out."""
+    """A graph's kernels in the order in which they run. Operators that a compiler does not fuse
+    (`_is_unfused`) keep the graph's order. Just before each of them run the fused kernels and views on which
+    it depends and that have not run yet. Those on which only the graph's results depend run at the end.
+    Kernels on which neither depends are left out."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.placeholders = [n for n in graph.nodes if n.op == "placeholder"]
@@ -372,42 +376,42 @@ def _packet(node: fx.Node) -> Any:
     return getattr(node.target, "overloadpacket", node.target)
 
 
-def _extern(node: fx.Node) -> bool:
-    """Return whether the node calls an operator that a compiler does not fuse: a matrix product, convolution,
-    attention, sort, topk or collective."""
-    return _packet(node) in _EXTERN or getattr(node.target, "namespace", "") == "_c10d_functional"
+def _is_unfused(node: fx.Node) -> bool:
+    """Return whether the node calls an operator that a compiler runs as it is and does not fuse with others:
+    a matrix product, convolution, fused attention, sort, topk or collective."""
+    return _packet(node) in _UNFUSED or getattr(node.target, "namespace", "") == "_c10d_functional"
 
 
-def _alone(node: fx.Node) -> bool:
-    """Return whether the node belongs to no fused group: an operator of `_extern`, a view, an item of the
-    result of one of these, or a node that is no call of an operator."""
+def _is_ungrouped(node: fx.Node) -> bool:
+    """Return whether the node belongs to no fused group: whether it is an operator that is not fused
+    (`_is_unfused`), a view, an item of the result of one of these, or no call of an operator."""
     if node.target is operator.getitem:
-        return _alone(node.all_input_nodes[0])
-    if node.op != "call_function" or _extern(node):
+        return _is_ungrouped(node.all_input_nodes[0])
+    if node.op != "call_function" or _is_unfused(node):
         return True
     return bool(getattr(node.target, "is_view", False)) or _packet(node) in _VIEWS
 
 
 def _levels(calls: list[fx.Node]) -> dict[fx.Node, int]:
-    """Return the level of each node: the largest number of operators of `_extern` on a path that leads to it,
-    the node itself not counted. Only nodes of one level are fused with each other. A fused node that is no
-    reduction and is read only by fused nodes is raised to the lowest level of these readers, if that is
-    higher."""
+    """Return the level of each node: the largest number of operators that are not fused (`_is_unfused`) on a
+    path of the graph that leads to the node, itself not counted. Only nodes of one level are fused with each
+    other. A fused node that is not a reduction and is read only by fused nodes is raised to the lowest level
+    of these readers, if that is higher."""
     level: dict[fx.Node, int] = {}
     for node in calls:
-        earlier_levels = [level[i] + _extern(i) for i in node.all_input_nodes if i in level]
+        earlier_levels = [level[i] + _is_unfused(i) for i in node.all_input_nodes if i in level]
         level[node] = max(earlier_levels, default=0)
     for node in reversed(calls):
-        if _alone(node) or _packet(node) in _REDUCTIONS:
+        if _is_ungrouped(node) or _packet(node) in _REDUCTIONS:
             continue
         users = [u for u in node.users if u.op == "call_function"]
-        if users and len(users) == len(node.users) and not any(_alone(u) for u in users):
+        if users and len(users) == len(node.users) and not any(_is_ungrouped(u) for u in users):
             level[node] = max(level[node], min(level[u] for u in users))
     return level
 
 
-def _from_extern(node: fx.Node) -> bool:
-    return _extern(node) or (node.target is operator.getitem and _extern(node.all_input_nodes[0]))
+def _from_unfused(node: fx.Node) -> bool:
+    return _is_unfused(node) or (node.target is operator.getitem and _is_unfused(node.all_input_nodes[0]))
 
 
 def _groups(graph: fx.Graph) -> dict[fx.Node, int]:
@@ -415,7 +419,7 @@ def _groups(graph: fx.Graph) -> dict[fx.Node, int]:
     one level form a group if they are connected, directly or through views."""
     calls = [n for n in graph.nodes if n.op == "call_function"]
     level = _levels(calls)
-    parent: dict[fx.Node, fx.Node] = {n: n for n in calls if not _from_extern(n)}
+    parent: dict[fx.Node, fx.Node] = {n: n for n in calls if not _from_unfused(n)}
 
     def root(node: fx.Node) -> fx.Node:
         while parent[node] is not node:
@@ -427,7 +431,7 @@ def _groups(graph: fx.Graph) -> dict[fx.Node, int]:
             if source in parent and level[source] == level[node]:
                 parent[root(node)] = root(source)
     number = {n: i for i, n in enumerate(calls)}
-    return {n: number[root(n)] for n in parent if not _alone(n)}
+    return {n: number[root(n)] for n in parent if not _is_ungrouped(n)}
 
 
 def _ordered(graph: fx.Graph, groups: dict[fx.Node, int]) -> list[_Kernel]:
@@ -453,11 +457,11 @@ def _ordered(graph: fx.Graph, groups: dict[fx.Node, int]) -> list[_Kernel]:
         if node not in groups:
             kernels.append(_Kernel(node=node, inputs=inputs, outputs=[]))
             return
-        outputs = [n for n in members[key] if _leaves(n, key, groups)]
+        outputs = [n for n in members[key] if _is_needed_outside(n, key, groups)]
         kernels.append(_Kernel(node=None, inputs=inputs, outputs=outputs))
 
     for node in graph.nodes:
-        if node.op == "call_function" and _extern(node):
+        if node.op == "call_function" and _is_unfused(node):
             emit(node)
     output = next(n for n in graph.nodes if n.op == "output")
     for node in output.all_input_nodes:
@@ -471,14 +475,19 @@ def _sources(node: fx.Node, group_nodes: set[fx.Node], groups: dict[fx.Node, int
     sources = []
     for source in node.all_input_nodes:
         base = source
-        while base.op == "call_function" and base not in groups and _alone(base) and not _from_extern(base):
+        while (
+            base.op == "call_function"
+            and base not in groups
+            and _is_ungrouped(base)
+            and not _from_unfused(base)
+        ):
             base = base.all_input_nodes[0]
         if base not in group_nodes:
             sources.append(source)
     return sources
 
 
-def _leaves(node: fx.Node, group: int, groups: dict[fx.Node, int]) -> bool:
+def _is_needed_outside(node: fx.Node, group: int, groups: dict[fx.Node, int]) -> bool:
     """Return whether the value of a node of the group is needed outside the group: whether a node outside
     reads it, or the graph returns it, directly or through views. For a fused node with several results,
     return False: each result has a node of its own, for which this function is called, too."""
@@ -488,7 +497,9 @@ def _leaves(node: fx.Node, group: int, groups: dict[fx.Node, int]) -> bool:
         if user in groups:
             leaves_group = groups[user] != group
         else:
-            leaves_group = user.op == "output" or _from_extern(user) or _leaves(user, group, groups)
+            leaves_group = (
+                user.op == "output" or _from_unfused(user) or _is_needed_outside(user, group, groups)
+            )
         if leaves_group:
             return True
     return False
