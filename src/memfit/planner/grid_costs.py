@@ -504,7 +504,8 @@ def _gathered_bytes(axes: Axes, block: float, root: float, depth: int) -> tuple[
     number of blocks on the rank. Counted are the gathered parameters of the block at work and outside the
     blocks, those of the block gathered ahead with their flat buffer, and in backward the copy of the gradient
     in the buffer of its reduction (torch.distributed.fsdp, overlapping copies). Without resharding after
-    forward, the gathered parameters of all blocks are counted; under ZeRO 3, as many as it keeps for reuse.
+    forward, the gathered parameters of all blocks are counted; under ZeRO 3, at least as many parameters as
+    it keeps for reuse.
     """
     block_bytes, root_bytes = (
         axes.states(lambda s: block * s.gathered),

@@ -78,10 +78,11 @@ class FinalistTracer:
         """Trace finalists among the sketches ``estimates`` and return the estimates of all traced plans, in
         the order in which they were traced.
 
-        If the first two finalists can be named before any is traced, they and ``basis``, a plan that the
-        caller needs later, are traced in parallel; the trace of ``basis`` is only cached, not returned. If no
-        traced plan fits, the plans with the three lowest peaks are tried until one can be traced. If one fits
-        and the model has at most 12 blocks, plans near the best one are traced too.
+        If the first two finalists can be named before any is traced, and the search has no time limit, they
+        and ``basis``, a plan that the caller needs later, are traced in parallel; the trace of ``basis`` is
+        only cached, not returned. If no traced plan fits, the plans with the three lowest peaks are tried
+        until one can be traced. If one fits and the model has at most 12 blocks, plans near the best one are
+        traced too.
 
         If the search's time is up, it ends as soon as a traced plan fits, or after two more traces and that
         of the plan with the lowest peak.
