@@ -311,7 +311,7 @@ def test_the_smallest_choice_found_is_used_where_the_solver_returns_none(
 
 
 def test_training_refuses_a_plan_whose_tensors_are_not_chosen_yet() -> None:
-    with pytest.raises(UserError, match="no choice of tensors to drop yet"):
+    with pytest.raises(UserError, match="no tensors to drop have been chosen"):
         TrainingStep(words(), asked(100))
 
 
