@@ -48,7 +48,7 @@ def test_forward_saves_no_matrix_of_scores_and_backward_makes_every_gradient(att
 def test_what_the_kernel_refuses_is_one_line(attention: Any) -> None:
     with FakeTensorMode(), use_device_kernels("cuda"):
         query, key, value, *biases = inputs(width=72)
-        with pytest.raises(UserError, match="head dim 72; allowed: float16 or bfloat16"):
+        with pytest.raises(UserError, match="head dim of 72; allowed: float16 or bfloat16"):
             attention(query, key, value, list(biases))
         query, key, value, *biases = inputs(dtype=torch.float32)
         with pytest.raises(UserError, match="float32"):
