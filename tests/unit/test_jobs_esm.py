@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import memfit
 from memfit import Job
 from memfit.jobs.builtin import esm
 from memfit.jobs.registry import load
+from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 
 SIZE = esm.EsmSize(layers=3, width=48, heads=4, length=21, batch_size=3)
@@ -123,6 +125,19 @@ def test_a_hugging_face_checkpoint_loads_into_both_protein_jobs(tmp_path: Path) 
         wanted = checkpoint.esm.encoder.state_dict()
         got = model.esm.encoder.state_dict()  # type: ignore[union-attr]
         assert all(torch.equal(wanted[k], got[k]) for k in wanted)
+
+
+def test_an_index_that_names_the_wrong_file_is_refused(tmp_path: Path) -> None:
+    checkpoint = hugging_face(esm.EsmSize(layers=4, width=128, heads=4, length=128, batch_size=2))
+    checkpoint.save_pretrained(tmp_path, max_shard_size="1MB")
+    index = tmp_path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    files = sorted(set(content["weight_map"].values()))
+    next_file = dict(zip(files, [*files[1:], files[0]], strict=True))
+    content["weight_map"] = {name: next_file[file] for name, file in content["weight_map"].items()}
+    index.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="cannot read the tensor"):
+        load(JobRef(spec="protein-lm", weights=str(tmp_path))).build_model()
 
 
 def test_initial_weights_are_distributed_as_in_esm2() -> None:

@@ -380,5 +380,5 @@ def test_a_rollout_as_long_as_the_trajectories_is_refused() -> None:
 @pytest.mark.parametrize("crop", [4, 192])
 def test_crops_that_the_volume_or_the_network_cannot_have_are_refused_in_one_line(crop: int) -> None:
     pytest.importorskip("nilearn", reason="not installed: nilearn")
-    with pytest.raises(UserError, match=r"crops of .*; allowed: multiples of 4 from 8 to 188"):
+    with pytest.raises(UserError, match=r"crops with .*; allowed: multiples of 4 from 8 to 188"):
         registry.load(JobRef(spec="segmentation3d", dimensions={"crop": crop}))

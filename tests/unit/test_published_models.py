@@ -83,7 +83,7 @@ def test_settings_of_a_model_of_the_table_can_be_changed() -> None:
     assert job.name == "hf:meta-llama/Llama-3.1-8B (2 layers of width 64)"
     config = read_config("meta-llama/Llama-3.1-8B?num_hidden_layers=2")
     assert (config.num_hidden_layers, config.hidden_size, config.use_cache) == (2, 4096, False)
-    with pytest.raises(UserError, match=r"no setting 'hiden_size'; did you mean 'hidden_size'\?"):
+    with pytest.raises(UserError, match=r"the setting 'hiden_size', which .*; did you mean 'hidden_size'\?"):
         read_config("llama-3.1-8b?hiden_size=64")
 
 

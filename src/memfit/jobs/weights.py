@@ -25,8 +25,9 @@ def load_weights(model: torch.nn.Module, folder: str, *, may_miss: tuple[str, ..
     start with one of ``may_miss`` (the head of a new task). A buffer that is missing keeps its initial value.
     Tensors that the model does not use are ignored. Under fake tensors, which hold no values, nothing is
     loaded, because weights do not change sizes; only the folder is checked. Raises UserError for a folder
-    that is missing or has no safetensors, for a file or an index that cannot be read, for a missing
-    parameter, for files with none of the model's tensors, and for a tensor of another shape than the model's.
+    that is missing or has no safetensors, for a file or an index that cannot be read, for an index that names
+    a file without the tensor, for a missing parameter, for files with none of the model's tensors, and for a
+    tensor of another shape than the model's.
     """
     from torch._guards import detect_fake_mode
 

@@ -151,7 +151,11 @@ def read(path: str | None) -> MoleculeFrames:
     """
     file = Path(path) if path else resources.files("memfit.jobs.builtin") / "data" / "conformers.npz"
     try:
-        with resources.as_file(file) as local_path, np.load(local_path) as archive:
+        with (
+            resources.as_file(file) as local_path,
+            local_path.open("rb") as stream,
+            np.load(stream) as archive,
+        ):
             arrays = {key: archive[key] for key in _KEYS}
     except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as reason:
         raise UserError(
