@@ -3,6 +3,7 @@ slices."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -70,6 +71,19 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside this context, torch computes with one thread: several are far slower on small operators if other
+    processes use the cores. Afterwards, the number of threads is as before."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
 def find_cut(module: nn.Module, call: ModuleCall, shapes: dict[int, tuple[int, ...]]) -> Any:
     """Run a small copy of the module on whole inputs and on slices of them. Return ({leaf: axis to cut}, the
     output's axis) for the longest axis of the largest input tensor that can be cut, together with the axes of

@@ -25,6 +25,7 @@ from torch.utils import _pytree
 
 from memfit.cost.memory import live_peak_bytes
 from memfit.model.batch_objects import batch_length, select, split
+from memfit.model.chunking_probe import one_thread
 from memfit.runtime import local_machine
 from memfit.trace.batch_scaling import size_dependent_operator
 from memfit.trace.fixed_random import FixedRandom, TimeLimitExceeded
@@ -706,19 +707,22 @@ def _flat(gradients: _Gradients) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _on_its_own() -> Iterator[None]:
-    """Inside this context, use float64 by default, one thread (several are far slower than one on small
-    operators if other processes use the cores), enable gradients and hide warnings. Afterwards, restore the
-    default dtype, the number of threads and the random states of torch, numpy and Python."""
-    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    """Inside this context, use float64 by default and one thread, enable gradients and hide warnings.
+    Afterwards, restore the default dtype, the number of threads and the random states of torch, numpy and
+    Python."""
+    dtype = torch.get_default_dtype()
     states = random.getstate(), numpy.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), warnings.catch_warnings():
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.enable_grad(),
+        warnings.catch_warnings(),
+        one_thread(),
+    ):
         warnings.simplefilter("ignore")
         torch.set_default_dtype(torch.float64)
-        torch.set_num_threads(1)
         try:
             yield
         finally:
-            torch.set_num_threads(threads)
             torch.set_default_dtype(dtype)
             random.setstate(states[0])
             numpy.random.set_state(states[1])  # noqa: NPY002
