@@ -345,7 +345,7 @@ def test_different_plans_of_the_same_effect_class_are_compared() -> None:
 
 
 def test_an_unfinished_poc_has_no_record() -> None:
-    with pytest.raises(UserError, match="interrupted"):
+    with pytest.raises(UserError, match="was not finished"):
         exchange.of_poc(dataclasses.replace(full_poc(), finished=False))
 
 

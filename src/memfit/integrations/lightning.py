@@ -206,7 +206,7 @@ def predict_first_batch(trainer: Any, module: Any, plan: Plan) -> Prediction:
     ranks, or if the step cannot be predicted."""
     if plan.ranks > 1:
         raise UserError(
-            "MemfitCallback itself predicts training on one rank only",
+            "MemfitCallback itself does not predict training on several ranks",
             hint="pass a prediction of memfit.estimate: MemfitCallback(plan, prediction=prediction)",
         )
     with torch.random.fork_rng(devices=[]):

@@ -55,7 +55,7 @@ class MemfitCallback(TrainerCallback):  # type: ignore[misc]
             try:
                 if args.world_size > 1 or args.deepspeed_plugin is not None:
                     raise UserError(
-                        "MemfitCallback itself predicts a Trainer on one rank without DeepSpeed only",
+                        "MemfitCallback itself does not predict a Trainer on several ranks or with DeepSpeed",
                         hint="pass a prediction: MemfitCallback(trainer, "
                         "prediction=memfit.from_trainer(trainer))",
                     )
