@@ -108,6 +108,17 @@ def test_state_that_fsdp2_offloads_is_in_host_memory_under_accelerate_too() -> N
     assert found["accelerate"][1] == pytest.approx(found["native"][1], rel=0.01)
 
 
+def test_accelerate_gets_the_path_of_deepspeeds_file_as_from_its_launcher(tmp_path: Path) -> None:
+    """Without it, an Accelerator on a GPU trains with its own default settings of DeepSpeed."""
+    from memfit.engines import accelerate
+    from memfit.engines.accelerate import step
+
+    content = accelerate.config(Plan(uses=(make_use("zero", {"stage": 3}),)))
+    variables = step._variables(content, tmp_path)
+    assert variables["ACCELERATE_DEEPSPEED_CONFIG_FILE"] == str(tmp_path / "deepspeed.json")
+    assert "ACCELERATE_DEEPSPEED_CONFIG_FILE" not in step._variables(content)
+
+
 def test_the_engines_configuration_is_written_beside_the_run_file() -> None:
     plan = Plan(uses=(make_use("fsdp2", {}),), ranks=2)
     spec = RunSpec(
