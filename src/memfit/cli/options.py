@@ -156,9 +156,9 @@ def _dimensions(texts: list[str]) -> dict[str, int]:
         name = name.strip()
         if not (name and number.isdecimal() and len(number) <= _MOST_DIGITS):
             raise UserError(
-                f"--dim {text[:80]} is not NAME=N",
-                allowed=f"the name of a size and a whole number of at most {_MOST_DIGITS} digits, such as "
-                "crop=96",
+                f"--dim {text[:80]} is not a size",
+                allowed=f"NAME=N with the name of a size and a whole number of at most {_MOST_DIGITS} "
+                "digits, such as crop=96",
             )
         if name in dimensions:
             raise UserError(f"--dim {name} is given twice", allowed="each size once")
