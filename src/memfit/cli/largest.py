@@ -177,7 +177,7 @@ def _question(options: LargestOptions) -> tuple[str, str, list[int]]:
     if options.buckets is not None:
         if names not in (["batch"], ["batch_size"]) or options.values:
             raise UserError(
-                "--buckets gives the lengths for which --largest finds the largest batch",
+                "--buckets gives lengths for which --largest finds the largest batch",
                 allowed="--largest batch --buckets LENGTHS, without --values",
             )
         return "length", names[0], _bucket_lengths(options.buckets)
