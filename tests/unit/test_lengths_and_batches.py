@@ -113,7 +113,7 @@ def test_a_model_with_rotary_positions_takes_a_very_long_sequence() -> None:
 
 
 def test_an_unknown_setting_of_a_model_gets_a_suggestion() -> None:
-    with pytest.raises(UserError, match=r"no setting 'hiden_size'; did you mean 'hidden_size'\?"):
+    with pytest.raises(UserError, match=r"the setting 'hiden_size', which .*; did you mean 'hidden_size'\?"):
         load(JobRef(spec="hf:llama?hiden_size=64"))
 
 
