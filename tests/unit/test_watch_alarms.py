@@ -158,6 +158,14 @@ def test_a_loss_far_above_those_before_is_a_spike() -> None:
     assert spike_factor([1.0, 1.0, 1.0], 1.002) == pytest.approx(2)
 
 
+def test_a_peak_that_is_read_rarely_is_compared_with_as_many_readings_as_any_other() -> None:
+    peaks = [400 * MIB + 10 * MIB * min(step, 90) for step in range(1, 300)]
+    detector = AlarmDetector(AlarmLimits())
+    for step, peak in enumerate(peaks, 1):  # short steps: one reading in each second
+        values = {"peak_host_bytes": peak} if step % 30 == 0 else {}
+        assert not detector.add(WatchStep(step=step, time_s=step / 30, **values))
+
+
 def test_a_later_peak_far_above_those_of_the_first_steps_is_a_new_maximum() -> None:
     even = steps(100, peak_allocated_bytes=GIB)
     assert alarms(changed(even, 80, peak_allocated_bytes=GIB + 60 * MIB)) == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -158,7 +158,8 @@ class AlarmDetector:
         self._prediction = prediction or {}
         self._count = 0
         self._creep = {name: CreepTest(limits.creep_bytes) for name in _CREEPING}
-        self._peaks: dict[str, int] = {}  # of the first steps, or at the last alarm
+        self._peaks: dict[str, int] = {}  # of the first readings, or at the last alarm
+        self._peak_readings: Counter[str] = Counter()
         self._retries: int | None = None
         self._losses: deque[float] = deque(maxlen=_LOSSES)
         self._quiet_until: dict[tuple[str, str], float] = {}
@@ -241,9 +242,10 @@ class AlarmDetector:
                 continue
             reference = self._peaks.get(name, 0)
             limit = max(reference * (1 + limits.maximum_ratio), reference + limits.maximum_bytes)
-            if self._count <= limits.maximum_after_steps:
+            self._peak_readings[name] += 1
+            if self._peak_readings[name] <= limits.maximum_after_steps:
                 self._peaks[name] = max(reference, value)
-            elif name in self._peaks and value > limit:
+            elif value > limit:
                 self._peaks[name] = value
                 text = (
                     f"{_NAMES[name]} is {format_bytes(value)} in step {step.step}; it was "

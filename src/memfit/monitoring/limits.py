@@ -23,8 +23,9 @@ class AlarmLimits:
     - ``warmup_steps``: recorded steps at the beginning without alarms of the kinds "creep", "fragmentation",
       "retries" and "headroom".
     - ``creep_bytes``: least growth of memory, over 40 or more steps, that counts as creep.
-    - ``maximum_after_steps``: recorded steps whose peak is the reference for later ones; a later peak that is
-      above it by ``maximum_ratio`` of it, and by ``maximum_bytes`` at least, is a new maximum.
+    - ``maximum_after_steps``: the first steps in which a peak was read, whose highest is the reference; a
+      later peak that is above it by ``maximum_ratio`` of it, and by ``maximum_bytes`` at least, is a new
+      maximum. The peak of host memory is read once a second at most.
     - ``fragmentation_ratio``, ``fragmentation_bytes``: there is an alarm if the peak of reserved memory is
       above the peak of allocated memory by more than this factor and by more than this difference.
     - ``loss_spike_factor``: how many standard deviations (estimated from the median absolute deviation) a
