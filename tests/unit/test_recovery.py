@@ -161,7 +161,7 @@ def test_a_training_loop_of_the_user_gets_the_next_plan_for_the_batch_that_faile
     assert safer.plan == _plan(CHECKPOINTING)
     assert safer.fits
     assert not dataclasses.replace(safer, estimate=safer.predictor.whole(Plan())).fits
-    with pytest.raises(UserError, match="there is no safer plan than .*: of the plans of effect class E0"):
+    with pytest.raises(UserError, match=r"there is no safer plan than .*: of the plans of effect class E0"):
         dataclasses.replace(prediction, cap_bytes=20 * MIB).safer(long)
 
 
