@@ -58,8 +58,8 @@ SIZES: dict[str, tuple[tuple[int, ...], ...]] = {
     "gnn": ((64, 96, 128), (4, 6), (32, 64), (16, 32)),
 }
 CONDITIONS = {  # what else ran, where it was unusual, by seed
-    71: "Tests ran on the two cores during the sixth to the eighth job, which were measured once more without "
-    "them.",
+    71: "Tests ran on the two cores during the sixth to the eighth job, which were measured once more "
+    "without them.",
     67: "Ten to twenty-three other processes ran on the two cores. The first job shared them evenly; the "
     "others had real-time priority, while caches, memory and disk were still shared.",
 }
