@@ -86,8 +86,8 @@ def similar_names(name: str) -> list[str]:
 
 @functools.cache
 def _by_name() -> dict[str, tuple[str, PublishedModel]]:
-    """Return name in lower case -> (name, its model) of all models of models.toml and of the names that have
-    the same shapes."""
+    """Return for each repository that models.toml names, also as one of the same shapes as a model there:
+    its name in lower case -> (its name, the model)."""
     return {name.lower(): (name, model) for model in published_models() for name in (model.name, *model.same)}
 
 

@@ -25,8 +25,9 @@ class DecideOptions:
             metavar="ID|FILE",
             help="ID of the proof of concept in the store from whose measurements the costs are computed; "
             "one that was run here, not a record from others. With --gates, --pilot or --full also a record "
-            "from others: its file, or its ID in the store. Default: the proof of concept begun last. "
-            "Refused with --template.",
+            "from others: its file, or its ID in the store; these three refuse a proof of concept that is "
+            "unfinished or recommends no plan. Default: the proof of concept begun last. Refused with "
+            "--template.",
         ),
     ] = None
     case: Annotated[

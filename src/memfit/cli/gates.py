@@ -45,11 +45,12 @@ class GateOptions:
         typer.Option(
             metavar="default|FILE.toml",
             help="Instead of costs: check the figures of the proof of concept, or of the record from "
-            "others, against limits, called gates, and exit with code 1 if one is not kept. default: "
-            "memfit's own limits; FILE.toml: a TOML file with your limits, such as step_ratio = 1.5 under "
-            "[time]; false disables a limit; limits that the file does not name keep their defaults. With "
-            "--json all limits are printed. Default: memfit's own limits if --pilot or --full is given, "
-            "otherwise no check. Not with --case or --template.",
+            "others, against limits, called gates, and exit with code 1 if one is not kept. A figure that "
+            "was not measured does not keep its limit. default: memfit's own limits; FILE.toml: a TOML file "
+            "with your limits, such as step_ratio = 1.5 under [time]; false disables a limit; limits that "
+            "the file does not name keep their defaults. With --json all limits are printed. Default: "
+            "memfit's own limits if --pilot or --full is given, otherwise no check. Not with --case or "
+            "--template.",
         ),
     ] = None
     pilot: Annotated[

@@ -205,11 +205,11 @@ class SearchOptions:
         typer.Option(
             metavar="fastest|smallest|cheapest|greenest|fewest",
             help="What the recommended plan minimizes. fastest (the default): the time of a step; smallest: "
-            "the peak memory of the tensors of one device; cheapest: the cost of a step; greenest: the CO2 "
-            "of a step; fewest: the number of devices and, if that is equal, the time of a step. Of plans "
-            "whose times, costs or CO2 differ little, the simplest is recommended. Without a search for a "
-            "plan it has no effect. Refused by `memfit estimate` with --lengths or --precision and by "
-            "`memfit decide` without --pilot and --full.",
+            "the peak memory of the tensors of one device; cheapest: the cost of a step: rent, if its price "
+            "is known, and electricity; greenest: the CO2 of a step; fewest: the number of devices and, if "
+            "that is equal, the time of a step. Of plans whose times, costs or CO2 differ little, the "
+            "simplest is recommended. Without a search for a plan it has no effect. Refused by `memfit "
+            "estimate` with --lengths or --precision and by `memfit decide` without --pilot and --full.",
         ),
     ] = "fastest"
     accuracy: Annotated[
@@ -267,8 +267,10 @@ class BoundsOptions:
         typer.Option(
             metavar="USD",
             min=0.01,
-            help="Most that the whole training of --steps steps may cost, in USD. Needs --steps, and --on "
-            "with another machine than this one. Not with --from or --largest. Default: no limit.",
+            help="Most that the whole training of --steps steps may cost, in USD: the rent of the devices "
+            "and the electricity, or the electricity alone if memfit has no rental price of the device. A "
+            "plan whose cost is unknown is over the budget. Needs --steps, and --on with another machine "
+            "than this one. Not with --from or --largest. Default: no limit.",
         ),
     ] = None
     micro_batch: Annotated[

@@ -65,7 +65,8 @@ class RecordOptions:
             "--from",
             metavar="NAME",
             help="With --add: name of the group that reports the record. Default: the name of the file. "
-            "Refused without --add, and for the record of a run or a folder.",
+            "Without effect if the store already has the record. Refused without --add, and for the record "
+            "of a run or a folder.",
         ),
     ] = None
     schema: Annotated[

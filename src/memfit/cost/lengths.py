@@ -74,8 +74,8 @@ class PeakModel:
 
 
 def fit(shapes: Sequence[Shape] | Sequence[SizePair], traces: Sequence[Trace]) -> PeakModel:
-    """Return the peak model that fits ``traces`` of a step best, by least squares. ``shapes``: the shape of
-    the batch of each trace, in the same order; all of one kind.
+    """Return the peak model that fits ``traces`` of a step best, by least squares. ``shapes``: for each
+    trace, in the same order, rows and length of its batch (`Shape`), or two sizes of its step (`SizePair`).
 
     Raises UserError if the traces differ in their sequence of allocations and frees, because no formula fits
     then.

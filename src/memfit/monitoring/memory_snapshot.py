@@ -254,7 +254,8 @@ class _Reader:
         return tuple(LiveStack(stack=s, size_bytes=size, block_count=count) for s, size, count in entries)
 
     def _stack(self, frames: Any) -> Stack:
-        """Return the Python frames of an event or a block, outermost first."""
+        """Return the stack of an allocation, outermost first: of ``frames``, its frames in the snapshot,
+        innermost first, those of .py files and notebook cells. Empty if ``frames`` is None or empty."""
         if not frames:
             return ()
         if id(frames) not in self._stacks:

@@ -391,8 +391,9 @@ _FACTS: Final = (
 
 
 def engine_fact(text: str) -> Sentence | str:
-    """Return a statement of the catalog about an engine, such as "released regularly": as a sentence if the
-    word catalogs have a translation of it, else unchanged."""
+    """Return ``text``, a statement of memfit's catalog about an engine (a library that trains), such as
+    "released regularly", as a `Sentence`, which reports show in their language. One that has no translation
+    is returned unchanged."""
     return Sentence(key=f"engine_fact.{text}") if text in _FACTS else text
 
 

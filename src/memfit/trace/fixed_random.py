@@ -108,10 +108,11 @@ class FixedRandom(TorchDispatchMode):
         return x * mask / max(1 - p, 1e-9), mask
 
     def uniform(self, like: torch.Tensor, same: float = _SAME) -> torch.Tensor:
-        """Return float64 numbers in [0, 1) in the shape of ``like`` that depend on the index in the last
-        dimension only; all are ``same`` (default 0.6) if that has one element or a length in ``counts``. For
-        a call in ``batch_dims`` they depend on the sample and that index, whatever the length. Counts as the
-        next call of a random operator in this pass."""
+        """Return float64 numbers in [0, 1) in the shape of ``like`` for the next call of a random operator
+        since `start_pass`. They depend on the index in the last dimension only. All are ``same`` (default
+        0.6) if ``like`` has no dimension, or if its last one has at most one element or a length in
+        ``counts``, so that it may be the batch. If ``batch_dims`` has the dimension of the samples for this
+        call, they depend on the sample and the index in the last dimension, whatever its length."""
         length = like.shape[-1] if like.dim() else 1
         dim = self.batch_dims.get(len(self._shapes))
         self._shapes.append(tuple(like.shape))

@@ -59,9 +59,10 @@ class WrittenStorage(NamedTuple):
 
 
 class KeptTensor(NamedTuple):
-    """A kept tensor as an argument of a recorded call. For a parameter, which an optimizer may update during
-    backward, ``version`` is torch's counter of writes to it at the time of the call. For other tensors it is
-    None: these are written to in forward only, where `SelectiveRecompute` sees it."""
+    """An argument of a recorded call (an operator's call in forward that backward can repeat): a tensor that
+    stays in memory until then. For a parameter, which an optimizer may update during backward, ``version`` is
+    torch's counter of writes to it at the time of the call. For other tensors it is None: these are written
+    to in forward only, where `SelectiveRecompute` sees it."""
 
     tensor: torch.Tensor
     version: int | None
