@@ -105,8 +105,8 @@ class Prediction:
     ``cap_bytes``: the memory of one device that the step should fit. ``allocated_bytes`` (live tensors),
     ``reserved_bytes`` (what torch's caching allocator takes for them), ``device_bytes`` (these, and all that
     the device holds outside the allocator, such as the context) and ``host_bytes`` (main memory of one host)
-    are intervals. Each of the last three is None if the machine has no such memory, or if the catalog has too
-    few facts to predict it.
+    are intervals. Each of the last three is None if the machine has no such memory, or if memfit does
+    not know enough of the device to predict it.
     """
 
     estimate: Estimate
@@ -129,14 +129,14 @@ class Prediction:
 
     @property
     def reserved_bytes(self) -> Interval | None:
-        """What torch's caching allocator takes from one device for these tensors, or None if the device has
-        no caching allocator."""
+        """What torch's caching allocator takes from one device for these tensors. None on a CPU, which has no
+        such allocator, and on a device other than CUDA's and ROCm's, where memfit cannot predict it."""
         return self.estimate.reserved_bytes
 
     @property
     def device_bytes(self) -> Interval | None:
         """What one device needs in all: ``reserved_bytes`` and what lies outside the allocator, such as the
-        context. None on a CPU, or if the catalog has too few facts."""
+        context. None where ``reserved_bytes`` is, or if the catalog has too few facts."""
         return self.estimate.device_bytes
 
     @property

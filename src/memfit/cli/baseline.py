@@ -64,8 +64,9 @@ class BaselineOptions:
         typer.Option(
             metavar="MACHINE",
             help="For write with a JOB, otherwise refused: machine to predict for, such as H100-SXM, "
-            "8xH100-SXM or FILE.toml (`memfit list machines` lists the names). Not this: the prediction "
-            "must be the same on every computer. Default: H100-SXM.",
+            "8xH100-SXM or FILE.toml (`memfit list machines` lists the names). The word "
+            "this, in other commands the machine that memfit runs on, is refused: the prediction must be the "
+            "same on every computer. Default: H100-SXM.",
         ),
     ] = None
     size: Annotated[

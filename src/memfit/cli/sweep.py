@@ -103,8 +103,9 @@ class SweepOptions:
             metavar="N",
             min=1,
             max=4096,
-            help="CPU threads of each training process. Default: all that memfit may use on the machine; "
-            "with local:parallel=N they are divided by N.",
+            help="CPU threads of each training process. Default: all that memfit may use on the machine, "
+            "divided by the number of training processes of a trial and, with the executor local, by the "
+            "number of trials at a time.",
         ),
     ] = None
     timeout: Annotated[

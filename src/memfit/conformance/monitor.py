@@ -176,8 +176,11 @@ class Monitor(Prepared):
 
     def observe(self) -> Observations:
         """Return what was observed on this rank and what the others observed that is compared between ranks.
-        All ranks must call it. If ``plain_model`` is set, runs a step of it for each run that checks need to
-        judge blocks that differ from the plan; if none do, runs none."""
+        All ranks must call it.
+
+        If blocks differ from the plan, the checks compare them with the model without a plan. For this, one
+        step of ``plain_model`` is run without autocast, under the planned autocast dtype, or both, as they
+        need (`block_checks.plain_runs`). No step is run if ``plain_model`` is None or no block differs."""
         with meshes_of(self.plan, self.model):
             observed = self._observed()
         if self.plain_model is None:

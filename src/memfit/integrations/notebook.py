@@ -67,10 +67,14 @@ def predict_cell(
     """Return the prediction of the training step that the Python text ``cell`` defines in the notebook's
     ``namespace``. ``machine`` and ``plan`` are as in `memfit.estimate`.
 
-    The cell must call ``backward`` once, and ``step`` of one optimizer. Of a loop around ``backward``, the
-    first iteration is predicted; its batch is read from the loader. Nothing else of the cell is run on real
-    tensors; optimizers, schedulers and gradient scalers are not changed. Raises UserError for a cell that
-    does not define such a step with a model of the notebook, and as `memfit.estimate` does.
+    The cell must call ``backward`` once, inside nothing but ``for``, ``with`` and ``if``, and ``step`` of one
+    optimizer. The model, the optimizer and the loader must be variables of ``namespace``: the loader of a
+    loop is read before the rest of the cell, so one that the cell itself makes is not found, and if the
+    notebook has another of that name, that one is used.
+
+    Of a loop around ``backward``, the first iteration is predicted; its batch is read from the loader.
+    Nothing else of the cell is run on real tensors; optimizers, schedulers and gradient scalers are not
+    changed. Raises UserError for a cell that does not define such a step, and as `memfit.estimate` does.
     """
     try:
         tree = ast.parse(cell)

@@ -70,7 +70,8 @@ def _is_quoted_number(value: Any, spec: Spec) -> bool:
 
 def deepspeed_unknown_key(d: Options, s: Setup) -> Found:
     """Report settings that DeepSpeed does not have and silently ignores, if they are probably misspelled or
-    misplaced: DeepSpeed has a similar name, or the same name in another section."""
+    misplaced: DeepSpeed has a similar name, or the same name in exactly one other section, which the file
+    does not set."""
     yield from _unknown(d, s, "deepspeed", refused=False)
 
 
@@ -86,8 +87,8 @@ _COPIED = (
 
 def deepspeed_section_key(d: Options, s: Setup) -> Found:
     """Report settings that DeepSpeed does not have and refuses, if they are probably misspelled or misplaced:
-    DeepSpeed has a similar name, or the same name in another section. Loss-scale settings in the bf16 section
-    are left to deepspeed_bf16_loss_scale."""
+    DeepSpeed has a similar name, or the same name in exactly one other section, which the file does not set.
+    Loss-scale settings in the bf16 section are left to deepspeed_bf16_loss_scale."""
     yield from (f for f in _unknown(d, s, "deepspeed", refused=True) if f["key"] not in _COPIED)
 
 
@@ -188,8 +189,8 @@ def megatron_value(m: Options, s: Setup) -> Found:
 
 def torchtitan_unknown_key(t: Options, s: Setup) -> Found:
     """Report settings that torchtitan does not have, if they are probably misspelled or in the wrong table:
-    torchtitan has a similar name in the table, or the same name in another. Other unknown settings are not
-    reported: a custom module may add them."""
+    torchtitan has a similar name in the table, or the same name in exactly one other, which the file does not
+    set. Other unknown settings are not reported: a custom module may add them."""
     yield from _unknown(t, s, "torchtitan", refused=False)
 
 

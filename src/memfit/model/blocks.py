@@ -56,7 +56,8 @@ def find_blocks(model: torch.nn.Module, path: str | None = None) -> tuple[str, l
         raise UserError(
             "no repeated blocks found in the model",
             allowed="an nn.ModuleList or nn.Sequential of two or more modules of one class",
-            hint="set Job(blocks=...) to the path of a module whose children are the blocks",
+            hint="set Job(blocks=...) to the path of a module whose children are the blocks; memfit.apply "
+            "takes the same argument",
         )
     return max(
         candidates, key=lambda pair: (sum(p.numel() for b in pair[1] for p in b.parameters()), len(pair[1]))
@@ -278,7 +279,8 @@ def _children_at(model: torch.nn.Module, path: str) -> list[torch.nn.Module]:
         raise UserError(
             f"no blocks at {path!r}: the model has no module with this path, or that module has no children",
             allowed=f"the path of a module whose children are the blocks{such_as_these_paths}",
-            hint="correct the path in Job(blocks=...) or Job(more_blocks=...)",
+            hint="correct the path in Job(blocks=...) or Job(more_blocks=...), or in the same argument of "
+            "memfit.apply",
         )
     return children
 
@@ -299,7 +301,7 @@ def find_head(model: torch.nn.Module, path: str | None = None) -> tuple[str, tor
             raise UserError(
                 f"the model has no nn.Linear at {path!r}, the path of Job(head=...)",
                 hint="set Job(head=...) to the path of the nn.Linear that projects to the vocabulary or "
-                "classes",
+                "classes; memfit.apply takes the same argument",
             )
         return path, head
     output_embeddings = getattr(model, "get_output_embeddings", lambda: None)()
@@ -313,5 +315,6 @@ def find_head(model: torch.nn.Module, path: str | None = None) -> tuple[str, tor
         "and tensor-parallel with a split vocabulary, need one",
         allowed="an nn.Linear that the model's get_output_embeddings() returns, or one that is called "
         f"{', '.join(_HEAD_NAMES[:-1])} or {_HEAD_NAMES[-1]} and is a child of the model or of a child of it",
-        hint="set Job(head=...) to the path of the nn.Linear that projects to the vocabulary or classes",
+        hint="set Job(head=...) to the path of the nn.Linear that projects to the vocabulary or classes; "
+        "memfit.apply takes the same argument",
     )

@@ -62,8 +62,11 @@ class Rates:
 class GridInputs:
     """Inputs from which time and memory of the plans of a grid, all of one compute precision, are computed.
 
-    ``inside[i]`` holds [parts for one sample in a micro-batch, parts for two], the second if it is known,
-    under the i-th value of the grid's axis ``inside``. ``ends[i]`` is the same for the axis ``ends``.
+    The axes are those of `Grid`: ``inside``, what changes a block's forward and backward (recomputation,
+    compilation, float8 layers), and ``ends``, whether the loss is computed in chunks. ``inside[i]`` holds the
+    costs of the model's pieces (`Parts`) under the i-th value of its axis: those for a micro-batch of one
+    sample, and, if they are known, those for two samples. ``ends[i]`` is the same for its axis. ``states``:
+    one entry for each value of the axis of that name.
     """
 
     blocks: int

@@ -51,7 +51,8 @@ def _adapt(bench: Workbench, rank: int, *, trains_outside: bool, dora: bool = Fa
             "low-rank adapters (lora, qlora) find no linear layers in the repeated blocks of "
             f"{type(bench.model).__name__}",
             allowed="repeated blocks that contain nn.Linear",
-            hint="set Job(blocks=...) to the path of the module that contains such blocks",
+            hint="set Job(blocks=...) to the path of the module that contains such blocks; memfit.apply "
+            "takes the same argument",
         )
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, use_dora=dora)
     inject_adapter_in_model(config, bench.model)

@@ -31,8 +31,8 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
             "float8-linear finds no suitable linear layers in the repeated blocks of "
             f"{type(bench.model).__name__}",
             allowed=f"blocks with an nn.Linear whose input and output sizes are multiples of {_STEP}",
-            hint="set Job(blocks=...) to the path of the module that contains such blocks, or leave out "
-            "float8-linear",
+            hint="leave out float8-linear, or set Job(blocks=...) to the path of the module that contains "
+            "such blocks; memfit.apply takes the same argument",
         )
     config = Float8LinearConfig.from_recipe_name(str(settings["scaling"]))
     config = dataclasses.replace(config, emulate=bench.device.is_host)  # the CPU's own kernel takes minutes

@@ -93,7 +93,7 @@ class Estimate:
     peak_op: str = ""
     traced: bool = True  # False: composed from traces of parts
     workspace_probed: bool = False  # the peak lies inside a kernel whose own workspace was measured
-    reserved_bytes: Interval | None = None  # by the caching allocator; None: the device has none
+    reserved_bytes: Interval | None = None  # by the caching allocator; None: none, or unknown
     device_bytes: Interval | None = None  # reserved, plus everything outside the allocator
     # the parts of device_bytes that are known: reserved, and outside the allocator context, kernels, ...
     device_parts_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)

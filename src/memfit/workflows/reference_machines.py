@@ -86,8 +86,9 @@ def _offers(
 
     The best plan is sought by the request's goal among the plans of `_tested_plans`, whose effects on results
     were tested by training ``trained``. Only if none of these fits, it is sought among the combinations of
-    `_AT_PAPER`. ``trained`` None: the plan that the search recommends, or plain training if it recommends
-    none.
+    gradient accumulation, bf16 autocast, recomputation of every block and 8-bit AdamW, whose effects were not
+    tested. Plans that fit even at the upper end of their predicted memory are preferred to all others.
+    ``trained`` None: the plan that the search recommends, or plain training if it recommends none.
     """
     if trained is None:
         recommendation = planning.result.recommended

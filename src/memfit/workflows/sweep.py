@@ -593,9 +593,12 @@ class Sweep:
             shutil.rmtree(ended, ignore_errors=True)
 
     def _goes_on(self, note: Path) -> bool:
-        """Return whether a trial of a killed sweep still runs and is no trial of this sweep. If it has ended,
-        store its record, if there is one. If it still runs and is a trial of this sweep, go on with it.
-        ``note``: file JOB in the trial's folder."""
+        """Take over a trial of a killed sweep. Return True only if it still runs and is no trial of this
+        sweep: then its folder must stay.
+
+        If it has ended, its record is stored, if there is one. If it still runs and is a trial of this sweep,
+        it becomes one of this sweep's running trials. If its files cannot be read, or its executor cannot be
+        used here, nothing happens. ``note``: file JOB in the trial's folder."""
         trial_id = note.parent.name
         task = Task(name=trial_id, argv=(), folder=note.parent, working_folder=Path.cwd())
         try:

@@ -39,9 +39,10 @@ class LocalExecutor(SubmititExecutor):
         return int(self.settings.get("parallel", self._shares))
 
     def variables(self, task: Task) -> Mapping[str, str]:
-        """Return the environment variables, name -> value, under which the task sees only its own
-        accelerators; empty without accelerators. Tasks share accelerators if there are not enough for all
-        that run."""
+        """Give the task accelerators, those that the fewest other tasks have, and return the environment
+        variables, name -> value, under which it sees only these. It has them until `forget`. Tasks share
+        accelerators if there are not enough for all that run. Empty without accelerators, and for a kind of
+        accelerator of which memfit knows no such variable: then each task sees all."""
         users = list(self._share_of.values())
         share = min(range(self._shares), key=users.count)
         self._share_of[task.name] = share

@@ -121,7 +121,7 @@ def _length(batch: Any, dim: int) -> int:
             f"context-parallel cuts dimension {dim} (Job.sequence_dim, counted from 0) of the batch's "
             f"tensors, but none has more than {dim} dimensions",
             hint="set Job(sequence_dim=...) to the dimension along which the tokens lie: 1 for tensors of "
-            "shape (batch, tokens)",
+            "shape (batch, tokens); memfit.apply takes the same argument",
         )
     return int(tensors[0].shape[dim])
 

@@ -73,7 +73,7 @@ def find_mixtures(model: torch.nn.Module, pattern: str | None) -> list[str]:
     if not matches:
         raise UserError(
             "expert-parallel finds no experts in the model" + (f" at {pattern!r}" if pattern else ""),
-            hint='name them in Job(experts="blocks.*.experts")',
+            hint='name them in Job(experts="blocks.*.experts"); memfit.apply takes the same argument',
         )
     return matches
 
@@ -93,7 +93,8 @@ def count_experts(module: Any, name: str) -> int:
         f"{name} is not a module of experts",
         allowed="a module whose only child is an nn.ModuleList of experts; or one whose own parameters "
         "are only gate_up_proj and down_proj, of three dimensions each, and that has an attribute act_fn",
-        hint="correct Job(experts=...), the pattern of the paths of such modules",
+        hint="correct Job(experts=...), the pattern of the paths of such modules; memfit.apply takes the "
+        "same argument",
     )
 
 

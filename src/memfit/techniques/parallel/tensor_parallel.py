@@ -84,7 +84,8 @@ def _roles(bench: Workbench, blocks: list[str]) -> tuple[LinearFlow, dict[str, s
         raise UserError(
             "tensor-parallel finds no Linear layers to split in the blocks: none that "
             "Job(tensor_parallel=...) or the model names or, without these, none that feeds another",
-            hint='name pairs in Job(tensor_parallel={"blocks.*.up": "colwise", "blocks.*.down": "rowwise"})',
+            hint='name pairs in Job(tensor_parallel={"blocks.*.up": "colwise", "blocks.*.down": "rowwise"}); '
+            "memfit.apply takes the same argument",
         )
     return flow, roles
 
@@ -126,7 +127,8 @@ def _observed(
         raise UserError(
             f"tensor-parallel: in a test run {on_sliced_features_or_no_values}, the model raised: "
             f"{first_line_of_error}",
-            hint="name the Linear layers to split in Job(tensor_parallel=...)"
+            hint="name the Linear layers to split in Job(tensor_parallel=...); memfit.apply takes the same "
+            "argument"
             if shrink
             else "forward must run on tensors without values, such as those of torch's FakeTensorMode",
         ) from error
@@ -260,7 +262,8 @@ def _styles(
                     "ranks",
                     allowed="between split Linear layers, only modules without parameters, or ones that "
                     "work on tensors of four dimensions",
-                    hint="name other Linear layers to split in Job(tensor_parallel=...)",
+                    hint="name other Linear layers to split in Job(tensor_parallel=...); memfit.apply takes "
+                    "the same argument",
                 )
             styles.append((name, SequenceParallel(sequence_dim=2, use_local_output=True)))
         elif sequence:
