@@ -70,5 +70,5 @@ def test_an_id_from_a_store_cannot_name_another_folder(
     monkeypatch.chdir(folder)
     Store(tmp_path / "s.sqlite3").append("p1", "poc", dataclasses.replace(full_poc(), poc_id=poc_id))
     assert main(["report", "--poc", "p1", "--store", str(tmp_path / "s.sqlite3")]) == 2
-    assert "allowed: an ID of up to 80" in capsys.readouterr().err
+    assert "allowed: 1 to 80 letters" in capsys.readouterr().err
     assert [p.name for p in tmp_path.rglob("*.html")] == []

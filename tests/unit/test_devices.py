@@ -99,7 +99,7 @@ def test_a_device_that_torch_does_not_find_is_refused_in_one_line() -> None:
 
 
 def test_more_ranks_than_devices_are_refused(kind: str) -> None:
-    with pytest.raises(UserError, match="rank 2 of this machine has no"):
+    with pytest.raises(UserError, match="rank 2 on this machine, counted from 0, has no"):
         devices.use_device(kind, 2)
 
 

@@ -340,7 +340,7 @@ def test_two_sizes_give_a_table_and_a_file_for_a_sampler(tmp_path: Path) -> None
         (["--largest", "a,b,c"], "allowed: the name of one size"),
         (["--largest", "nodes", "--values", "3"], "--values needs two sizes"),
         (["--largest", "nodes", "--out", "x.json"], "--out needs --buckets or two sizes"),
-        (["--largest", "nodes", "--buckets", "8"], "--buckets gives the lengths"),
+        (["--largest", "nodes", "--buckets", "8"], "--buckets gives lengths"),
         (["--largest", "nodes,edges", "--values", "3,x"], "whole numbers"),
         (["--buckets", "8"], "cannot be used without --largest"),
         (["--largest", "nodes", "--save", "x.yaml"], "--save cannot be used with --largest"),

@@ -12,6 +12,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memfit.runtime import devices
-from memfit.store import Store, default_path, digest, fingerprint
+from memfit.store import Store, database, default_path, digest, fingerprint
 from memfit.store import environment as environment_module
 from memfit.types.errors import UserError
 from memfit.types.plan import Plan, use
@@ -115,6 +116,26 @@ def test_concurrent_writers_lose_no_records(tmp_path: Path) -> None:
         list(pool.map(write, "abcd"))
     for name in "abcd":
         assert [json.loads(r.body)["i"] for r in Store(path).records(name)] == list(range(10))
+
+
+def test_a_store_that_another_writer_creates_meanwhile_is_no_foreign_database(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "memfit.sqlite3"
+    original, writers = database._pragma, list[threading.Thread]()
+
+    def pragma(connection: sqlite3.Connection, name: str) -> int:
+        value = original(connection, name)
+        if not writers:  # between two looks at the empty file
+            writers.append(threading.Thread(target=lambda: Store(path).append("other", "row", {})))
+            writers[0].start()
+            writers[0].join(timeout=0.5)
+        return value
+
+    monkeypatch.setattr(database, "_pragma", pragma)
+    Store(path).append("poc", "row", {})
+    writers[0].join()
+    assert {r.poc_id for r in Store(path).records()} == {"other", "poc"}
 
 
 def test_initialising_an_existing_store_again_changes_nothing(store: Store) -> None:

@@ -65,7 +65,9 @@ class Store:
                 hint="choose another file with --store",
             ) from error
         with self._connection() as connection:
-            if self._is_new(connection):
+            with _snapshot(connection):
+                is_new = self._is_new(connection)
+            if is_new:
                 self._create_tables(connection)
 
     def append(self, poc_id: str, kind: str, body: Any) -> Record:
@@ -214,6 +216,16 @@ def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
     connection.execute("BEGIN IMMEDIATE")
     with connection:
         yield
+
+
+@contextlib.contextmanager
+def _snapshot(connection: sqlite3.Connection) -> Iterator[None]:
+    """Inside this context, all reads see one state of the file, whatever other processes write."""
+    connection.execute("BEGIN")
+    try:
+        yield
+    finally:
+        connection.execute("ROLLBACK")
 
 
 def _pragma(connection: sqlite3.Connection, name: str) -> int:
