@@ -65,6 +65,7 @@ from memfit.trace.truncated_model import with_blocks
 from memfit.trace.unroll import Blocks, Mismatch, add_periods, mix_recomputed
 from memfit.types.deadline import Deadline, TimeUp
 from memfit.types.dependence import SampleDependence
+from memfit.types.errors import UserError
 from memfit.types.gc_pause import pause_gc
 from memfit.types.job import Job
 from memfit.types.machine import Calibration, Machine
@@ -227,6 +228,17 @@ class Predictor:
             with contextlib.suppress(TimeUp):
                 ordered = self._in_order(parts, plans, counts)
                 self._trace_parts(ordered, source_plans, progress, deadline, self._dependence_outcome)
+
+    def trace_error(self, plan: Plan) -> str:
+        """Return why forward and backward under the plan cannot be traced with the job's model; "" if they
+        can. What is traced is kept as a part of sketches."""
+        part = SketchPart(_forward_backward_plan(plan), 1)
+        try:
+            if not self._load_part(*part):
+                self._trace_parts([part], (), lambda *state: None, Deadline())
+        except UserError as error:
+            return str(error)
+        return ""
 
     def _dependence_outcome(self) -> CallOutcome:
         """Test whether samples depend on each other. The value is what `dependence` returns."""

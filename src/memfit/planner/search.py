@@ -38,7 +38,7 @@ from memfit.planner.selection import (
     score,
     within_bounds,
 )
-from memfit.planner.single_device import estimate_plans, plans_asked_for, test_dependence
+from memfit.planner.single_device import estimate_plans, plans_asked_for, test_dependence, untraceable
 from memfit.planner.sketch_errors import may_fit_under
 from memfit.runtime import local_machine
 from memfit.techniques.recompute.optimal import OPTIMAL_CHECKPOINTING
@@ -111,11 +111,39 @@ def _search_dividing_batch(
     must_run: bool,
 ) -> Planning:
     """Search plans for the request's ranks that at most divide the batch over them. ``unsearched``: why other
-    plans were not searched."""
+    plans were not searched. Techniques that the job's model cannot be traced with are left out, as a model
+    that makes float32 inputs of its own cannot with bf16-parameters."""
     progress("trace", 0, 0, "plain training")
     job, predictor = make_predictor(request)
     _refuse_ranks(request, predictor)
     baseline = predictor.whole(request.baseline)
+    search_with = functools.partial(
+        _search_with, job, predictor, baseline, progress, deadline, must_run=must_run
+    )
+    try:
+        return search_with(request, unsearched)
+    except UserError:
+        if not (refusals := untraceable(predictor, request)):
+            raise
+    names = (*request.bounds.without, *refusals)
+    request = dataclasses.replace(request, bounds=dataclasses.replace(request.bounds, without=names))
+    left_out = [Reason(kind=ReasonKind.CANNOT, technique="", detail=text) for text in refusals.values()]
+    return search_with(request, (*unsearched, *left_out))
+
+
+def _search_with(
+    job: Job,
+    predictor: Predictor,
+    baseline: Estimate,
+    progress: Progress,
+    deadline: Deadline,
+    request: Request,
+    unsearched: tuple[Reason, ...],
+    *,
+    must_run: bool,
+) -> Planning:
+    """Search as `_search_dividing_batch` does, with its ``predictor`` and the estimate ``baseline``. Raises
+    UserError if a plan cannot be traced with the job's model."""
     test_dependence(predictor, request, deadline, progress)
     request, unsearched = _split_as_it_is(request, predictor, unsearched)
     if request.is_here and must_run:

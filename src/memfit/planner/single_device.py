@@ -125,6 +125,21 @@ def test_dependence(predictor: Predictor, request: Request, deadline: Deadline, 
     limit_micro_batches(predictor, request.accuracy)
 
 
+def untraceable(predictor: Predictor, request: Request) -> dict[str, str]:
+    """Return the techniques of the search that the job's model cannot be traced with, each with its first
+    setting and as few others as possible, -> a text that says why."""
+    techniques = usable(predictor.job_facts, request.accuracy)[0]
+    allowed = [t for t in techniques if t.name not in request.bounds.without]
+    refusals_of = engine(request.engine).refusals
+    searched = sorted(plans(predictor.job_facts, allowed), key=lambda plan: len(plan.uses))
+    refusals = {}
+    for name in (t.name for t in allowed if StepPart.PASSES in t.changes):
+        plan = next((p for p in searched if name in p and not refusals_of(p)), None)
+        if plan is not None and (error := predictor.trace_error(plan)):
+            refusals[name] = f"{name} cannot be traced with this model: {error}"
+    return refusals
+
+
 def estimate_plans(
     predictor: Predictor,
     request: Request,
