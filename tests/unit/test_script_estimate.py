@@ -2004,6 +2004,51 @@ for _ in range(5):
 """
 
 
+_DATA_ON_THE_DEVICE = """
+import torch
+from torch import nn
+from torch.nn import functional
+
+model = nn.Sequential(nn.Linear(64, 1024), nn.ReLU(), nn.Linear(1024, 10)).to("cuda")
+optimizer = torch.optim.AdamW(model.parameters())
+data, labels = torch.randn(65536, 64).to("cuda"), torch.randint(0, 10, (65536,)).to("cuda")
+for _ in range(5):
+    rows = torch.randint(0, 65536, (4096,), device="cuda")
+    inputs = data[rows]
+    with torch.autocast("cuda", torch.bfloat16, enabled={enabled}):
+        loss = functional.cross_entropy(model(inputs), labels[rows])
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+"""
+
+
+def test_a_data_set_that_was_copied_to_the_device_is_counted_once_and_is_no_batch(tmp_path: Path) -> None:
+    text = {e: _DATA_ON_THE_DEVICE.format(enabled=e) for e in (True, False)}
+    search = PlanSearch(cap_bytes=2 * 2**30, without=_all_but("bf16-autocast", "gradient-accumulation"))
+    answer = _estimated(tmp_path / "train.py", text[False], "A100-80GB-SXM", search=search)
+    assert answer.plans is not None, answer.no_plans
+    plans = {c.estimate.plan.label: c.estimate.allocated_bytes.value for c in answer.plans.frontier}
+    edited = _peak_bytes(_estimated(tmp_path / "edited.py", text[True], "A100-80GB-SXM"))
+    assert plans["bf16-autocast"] == pytest.approx(edited, rel=0.02)
+    assert answer.batch_size == 4096
+    assert any("gradient-accumulation" in label for label in plans)
+
+
+def test_plans_leave_out_a_technique_that_the_model_cannot_be_traced_with(tmp_path: Path) -> None:
+    """The model makes a float32 input of its own, as for the step of a diffusion; weights in bfloat16 cannot
+    be multiplied by it."""
+    text = _DIFFUSION.format(enabled=False).replace("nn.Embedding(100, 64)", "nn.Linear(1, 64)")
+    text = text.replace("self.time(steps)", "self.time(steps[:, None].float())")
+    search = PlanSearch(cap_bytes=2 * 2**30, without=_all_but("bf16-autocast", "bf16-parameters"))
+    answer = _estimated(tmp_path / "train.py", text, "A100-80GB-SXM", search=search)
+    assert answer.plans is not None, answer.no_plans
+    assert {c.estimate.plan.label for c in answer.plans.frontier} == {"plain", "bf16-autocast"}
+    assert answer.plans.recommended is not None
+    (reason,) = [r for r in answer.plans.recommended.reasons if r.kind is ReasonKind.CANNOT]
+    assert reason.detail.startswith("bf16-parameters cannot be traced with this model: ")
+
+
 def test_plans_are_searched_for_steps_that_make_their_batch_on_the_device(tmp_path: Path) -> None:
     text = {e: _DIFFUSION.format(enabled=e) for e in (True, False)}
     search = PlanSearch(cap_bytes=2 * 2**30, without=_all_but("bf16-autocast", "gradient-accumulation"))

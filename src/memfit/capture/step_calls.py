@@ -54,6 +54,15 @@ class _Item:
     index: int
 
 
+@dataclasses.dataclass(slots=True)
+class _Copied:
+    """The ``value`` of a real tensor when the script copied it to the device. ``item``: what stands for it in
+    recorded calls, None until one uses the copy."""
+
+    value: torch.Tensor
+    item: _Item | None = None
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Attribute:
     """Stands for a parameter or buffer of ``module``, or a result that its forward has left there, by the
@@ -99,7 +108,8 @@ class StepCalls:
         self._calls: list[_Call] = []
         self._outputs: WeakIdKeyDictionary = WeakIdKeyDictionary()  # fake tensor -> _Output
         self._items: WeakIdKeyDictionary = WeakIdKeyDictionary()  # real tensor or object -> _Item
-        self._copies: WeakIdKeyDictionary = WeakIdKeyDictionary()  # copy on the device -> real tensor
+        self._copied: WeakIdKeyDictionary = WeakIdKeyDictionary()  # real tensor -> _Copied
+        self._copies: WeakIdKeyDictionary = WeakIdKeyDictionary()  # copy on the device -> _Copied
         self._reshaped: WeakIdKeyDictionary = WeakIdKeyDictionary()  # real tensor -> (function, args, kwargs)
         self._loss: Any = None
         self._paths: dict[int, str] = {}  # id of each module of the model -> its path
@@ -112,9 +122,14 @@ class StepCalls:
         self._on_real: dict[int, torch.nn.Module] = {}  # id of a module outside the model -> its real copy
 
     def note_copy(self, copied: torch.Tensor, real: torch.Tensor) -> None:
-        """Note that ``copied``, on the target device, has the values of the script's tensor ``real``."""
-        if not self.done:
-            self._copies[copied] = self._item(real)
+        """Note that ``copied``, on the target device, has the values of the script's tensor ``real``. It is a
+        part of the batch only if a recorded call uses it: a data set on the device is none."""
+        if self.done:
+            return
+        if real not in self._copied:
+            with _disable_current_modes():
+                self._copied[real] = _Copied(real.detach().clone(), self._items.get(real))
+        self._copies[copied] = self._copied[real]
 
     def note_reshape(self, function: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Note that the loop made the real tensor ``out`` of ``args[0]``, so that it is made again of a part
@@ -212,16 +227,25 @@ class StepCalls:
 
     def _stand_in_of(self, tensor: torch.Tensor) -> Any:
         """Return what stands for a tensor that a call has returned or that is in the batch, else None."""
-        if tensor in self._copies:
+        if (copied := self._copies.get(tensor)) is not None:
             self.on_item(tensor)
-        for known in (self._outputs, self._copies, self._items):
+            return self._item_of(copied)
+        for known in (self._outputs, self._items):
             if (stand_in := known.get(tensor)) is not None:
                 return stand_in
         return None
 
+    def _item_of(self, copied: _Copied) -> _Item:
+        if copied.item is None:
+            copied.item = _Item(len(self.micro_batch))
+            self.micro_batch.append(copied.value)
+        return copied.item
+
     def _item(self, value: Any, real: torch.Tensor | None = None) -> _Item:
         """Return what stands for a part of the batch. ``real``: a real tensor in place of the fake one
         ``value``, which was made on the device; None: ``value`` is real."""
+        if value in self._copied:
+            return self._item_of(self._copied[value])
         if value not in self._items:
             self._items[value] = _Item(len(self.micro_batch))
             for tensor in batch_tensors(value):
