@@ -2004,6 +2004,26 @@ for _ in range(5):
 """
 
 
+def test_a_step_with_the_gradient_of_an_input_is_refused_for_that(tmp_path: Path) -> None:
+    text = textwrap.dedent("""
+        import torch
+        from torch import nn
+
+        model = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 1)).to("cuda")
+        optimizer = torch.optim.Adam(model.parameters())
+        for _ in range(3):
+            points = torch.rand(256, 2, device="cuda", requires_grad=True)
+            values = model(points)
+            (slopes,) = torch.autograd.grad(values.sum(), points, create_graph=True)
+            loss = (slopes - values).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        """)
+    answer = _estimated(tmp_path / "train.py", text, "A100-80GB-SXM", search=PlanSearch())
+    assert "train.py:9 a tensor that requires gradients and is no parameter" in answer.no_plans
+
+
 _DATA_ON_THE_DEVICE = """
 import torch
 from torch import nn

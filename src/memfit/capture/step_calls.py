@@ -259,14 +259,16 @@ class StepCalls:
 
     def _made_item(self, value: torch.Tensor) -> _Item | None:
         """Return what stands for a tensor that the loop made on the device before the forward pass: a part of
-        the batch. Of one that was computed from weights, note the problem and return None."""
+        the batch. Of one that was computed from weights, or that requires gradients, note the problem and
+        return None."""
         if type(value) is FakeTensor and not (value.requires_grad or hasattr(value, _FROM_WEIGHTS)):
             return self._item(value, _with_values(value))
         place = user_line()
-        self.problem = (
-            f"the step uses{f' in {place}' if place else ''} a tensor that was computed from weights before "
-            "its forward pass"
-        )
+        used = f"the step uses{f' in {place}' if place else ''}"
+        if value.requires_grad and value.is_leaf and not hasattr(value, _FROM_WEIGHTS):
+            self.problem = f"{used} a tensor that requires gradients and is no parameter of the model"
+        else:
+            self.problem = f"{used} a tensor that was computed from weights before its forward pass"
         return None
 
     def _attribute(self, value: torch.Tensor) -> _Attribute | None:
