@@ -607,6 +607,21 @@ def test_a_script_leaves_no_file_and_changes_none(tmp_path: Path) -> None:
 # -- kinds of scripts ---------------------------------------------------------------------------------
 
 
+def test_data_that_a_script_prepares_saves_and_loads_before_it_trains_are_there(tmp_path: Path) -> None:
+    before = """
+from pathlib import Path
+if not Path("data.pt").exists():
+    torch.save({"inputs": torch.ones(64, 64)}, "data.pt")
+assert torch.load("data.pt")["inputs"].sum() == 64 * 64
+torch.save(nn.Linear(4, 4), "model.pt")
+"""
+    answer = estimate_script(
+        [sys.executable, _script(tmp_path, before=before)], machine="this:cpu", probe=False
+    )
+    assert answer.estimate is not None
+    assert not (tmp_path / "data.pt").exists()
+
+
 def test_a_resumed_script_is_predicted_as_one_that_starts_anew(tmp_path: Path) -> None:
     model = _model()
     optimizer = torch.optim.AdamW(model.parameters())

@@ -61,7 +61,7 @@ def script_patches(trace: ScriptTrace) -> Iterator[None]:
             (torch.nn.utils, "clip_grad_norm_", _clipping(trace)),
             (torch.optim.Optimizer, "__init__", _optimizer_init(trace)),
             (torch.optim.Optimizer, "add_param_group", _add_param_group(trace)),
-            (torch, "save", _save),
+            (torch, "save", _saving(trace, torch.save)),
             (torch, "set_anomaly_enabled", _without_nan_check(torch.set_anomaly_enabled)),
             (FakeTensor, "__format__", _format),
             (FakeTensor, "data_ptr", lambda tensor: tensor.untyped_storage().data_ptr()),
@@ -130,6 +130,25 @@ def _save(values: Any, file: Any = None, *args: Any, **options: Any) -> None:
     """Stands for ``torch.save`` and the like: make an empty file."""
     if isinstance(file, str | os.PathLike):
         open(file, "wb").close()  # noqa: PTH123  the sandbox's open
+
+
+def _saving(trace: ScriptTrace, inner: Callable[..., None]) -> Callable[..., None]:
+    """Return a stand-in for ``torch.save``. Before the first training step it writes what holds no fake
+    tensor, such as a data set that the script prepares and loads again; else it makes an empty file."""
+
+    @functools.wraps(inner)
+    def save(obj: Any, f: Any, *args: Any, **options: Any) -> None:
+        is_path = isinstance(f, str | os.PathLike)
+        if trace.begun or has_fakes(obj):
+            _save(obj, f)
+            return
+        try:  # torch would open a path itself, and not in the sandbox
+            with open(f, "wb") if is_path else contextlib.nullcontext(f) as file:  # noqa: PTH123
+                inner(obj, file, *args, **options)
+        except Exception:  # noqa: BLE001  an object that hides fake tensors, which cannot be written
+            _save(obj, f)
+
+    return save
 
 
 def _without_nan_check(inner: Callable[..., None]) -> Callable[..., None]:
