@@ -6,6 +6,7 @@ import contextlib
 import functools
 import math
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -145,7 +146,8 @@ def _saving(trace: ScriptTrace, inner: Callable[..., None]) -> Callable[..., Non
         try:  # torch would open a path itself, and not in the sandbox
             with open(f, "wb") if is_path else contextlib.nullcontext(f) as file:  # noqa: PTH123
                 inner(obj, file, *args, **options)
-        except Exception:  # noqa: BLE001  an object that hides fake tensors, which cannot be written
+        except (RuntimeError, TypeError, AttributeError, pickle.PicklingError):
+            # an object that hides fake tensors, which cannot be written
             _save(obj, f)
 
     return save
