@@ -2058,13 +2058,19 @@ for _ in range(5):
 """
 
 
-def test_a_data_set_that_was_copied_to_the_device_is_counted_once_and_is_no_batch(tmp_path: Path) -> None:
-    text = {e: _DATA_ON_THE_DEVICE.format(enabled=e) for e in (True, False)}
+def _with_autocast_plan(folder: Path, template: str) -> tuple[ScriptAnswer, dict[str, float], float]:
+    """The answer for a script without autocast on an A100; label -> peak of its plans with autocast and
+    micro-batches; and the peak of the script with autocast."""
+    text = {e: template.format(enabled=e) for e in (True, False)}
     search = PlanSearch(cap_bytes=2 * 2**30, without=_all_but("bf16-autocast", "gradient-accumulation"))
-    answer = _estimated(tmp_path / "train.py", text[False], "A100-80GB-SXM", search=search)
+    answer = _estimated(folder / "train.py", text[False], "A100-80GB-SXM", search=search)
     assert answer.plans is not None, answer.no_plans
     plans = {c.estimate.plan.label: c.estimate.allocated_bytes.value for c in answer.plans.frontier}
-    edited = _peak_bytes(_estimated(tmp_path / "edited.py", text[True], "A100-80GB-SXM"))
+    return answer, plans, _peak_bytes(_estimated(folder / "edited.py", text[True], "A100-80GB-SXM"))
+
+
+def test_a_data_set_that_was_copied_to_the_device_is_counted_once_and_is_no_batch(tmp_path: Path) -> None:
+    answer, plans, edited = _with_autocast_plan(tmp_path, _DATA_ON_THE_DEVICE)
     assert plans["bf16-autocast"] == pytest.approx(edited, rel=0.02)
     assert answer.batch_size == 4096
     assert any("gradient-accumulation" in label for label in plans)
@@ -2085,12 +2091,7 @@ def test_plans_leave_out_a_technique_that_the_model_cannot_be_traced_with(tmp_pa
 
 
 def test_plans_are_searched_for_steps_that_make_their_batch_on_the_device(tmp_path: Path) -> None:
-    text = {e: _DIFFUSION.format(enabled=e) for e in (True, False)}
-    search = PlanSearch(cap_bytes=2 * 2**30, without=_all_but("bf16-autocast", "gradient-accumulation"))
-    answer = _estimated(tmp_path / "train.py", text[False], "A100-80GB-SXM", search=search)
-    assert answer.plans is not None, answer.no_plans
-    plans = {c.estimate.plan.label: c.estimate.allocated_bytes.value for c in answer.plans.frontier}
-    edited = _peak_bytes(_estimated(tmp_path / "edited.py", text[True], "A100-80GB-SXM"))
+    answer, plans, edited = _with_autocast_plan(tmp_path, _DIFFUSION)
     assert plans["bf16-autocast"] == pytest.approx(edited, rel=0.03)
     batch_bytes = 64 * 64 * 16 * 16 * 4
     assert min(plans.values()) < _peak_bytes(answer) - 4 * batch_bytes
