@@ -1908,9 +1908,9 @@ def test_plans_count_outputs_that_a_loop_keeps_in_backward_and_until_the_next_on
     answer = _estimated(tmp_path / "train.py", script, search=search)
     assert answer.plans is not None, answer.no_plans
     (plan,) = (c.estimate for c in answer.plans.frontier if c.estimate.plan.uses)
-    workspaces = 0.04  # of the processor's matrix products, which were not measured for the script itself
-    assert edited <= plan.allocated_bytes.high
-    assert plan.allocated_bytes.value <= edited * (1.01 + workspaces)
+    # matrix products of the processor may take workspaces, which were not measured for the script itself
+    workspace_bytes = plan.at_peak_bytes.get(Category.WORKSPACE, 0)
+    assert 0.99 * edited <= plan.allocated_bytes.value <= 1.01 * edited + workspace_bytes
     assert edited > 2 * kept_bytes
 
 
