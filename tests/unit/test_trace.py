@@ -488,12 +488,22 @@ def test_cpu_attention_uses_the_cpu_kernel_and_its_flops_are_counted() -> None:
     assert sorted(work.values()) == [forward, forward * 5 // 2]
 
 
-# Where kernels for a GPU were registered before in the process, torch may warn of the operator once.
-@pytest.mark.filterwarnings("ignore:aten..scaled_dot_product_attention. an autograd kernel")
 def test_a_compiled_model_calls_the_cpu_kernel_of_attention_as_it_is() -> None:
     """Inductor does not fuse the kernels of attention (torch/_inductor/lowering.py)."""
     plan = Plan(uses=(use("compile", scope="model"),))
     assert kernels(trace(attention(), plan)) == kernels(trace(attention(), Plan()))
+
+
+@pytest.mark.parametrize("devices", [("cpu", "cuda"), ("cuda", "cpu")], ids="-then-".join)
+def test_a_compiled_model_runs_the_kernels_of_its_device_whatever_was_traced_before(devices: Any) -> None:
+    kernel = {
+        "cpu": "_scaled_dot_product_flash_attention_for_cpu",
+        "cuda": "_scaled_dot_product_flash_attention",
+    }
+    plan = Plan(uses=(use("bf16-autocast"), use("compile", scope="model")))
+    for device in devices:
+        found = kernels(trace(attention(), plan, device=device))
+        assert found == {kernel[device], f"{kernel[device]}_backward"}
 
 
 def test_the_test_block_has_a_hidden_layer_of_four_times_its_width() -> None:

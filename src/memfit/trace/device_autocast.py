@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 from unittest import mock
@@ -18,6 +17,8 @@ from unittest import mock
 import torch
 from torch.utils import _pytree
 from torch.utils.weak import WeakIdRef
+
+from memfit.trace.kernel_registration import aten_operator, replace_kernels
 
 _HALF: Final = (torch.float16, torch.bfloat16)
 
@@ -71,15 +72,11 @@ def cuda_autocast_on_host() -> Iterator[None]:
         clear_of_torch()
 
     with contextlib.ExitStack() as stack:
-        library = stack.enter_context(torch.library._scoped_library("aten", "IMPL"))
         stack.enter_context(mock.patch.object(torch, "clear_autocast_cache", clear))
         stack.callback(casts.clear)
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")  # that kernels of torch are replaced
-        for name in host - cuda:
-            library.impl(name, torch.library.fallthrough_kernel, "AutocastCPU")
-        for name in cuda - _REFUSED:
-            library.impl(name, _kernel(name, casts), "AutocastCPU")
+        unlisted = [(name, "AutocastCPU", torch.library.fallthrough_kernel) for name in host - cuda]
+        listed = [(name, "AutocastCPU", _kernel(name, casts)) for name in cuda - _REFUSED]
+        stack.enter_context(replace_kernels([*unlisted, *listed]))
         yield
 
 
@@ -91,9 +88,9 @@ def _registered(key: str) -> set[str]:
 
 
 def _kernel(name: str, casts: dict[WeakIdRef, torch.Tensor]) -> Callable[..., Any]:
-    operator = _operator(name)
+    operator = aten_operator(name)
     if name in _FLOAT32_RESULT_OF:
-        return functools.partial(_with_dtype, operator, _operator(_FLOAT32_RESULT_OF[name]))
+        return functools.partial(_with_dtype, operator, aten_operator(_FLOAT32_RESULT_OF[name]))
     if name in _FLOAT32_RESULT:
         return functools.partial(_to_float32_result, operator)
     if name in _WIDEST:
@@ -101,11 +98,6 @@ def _kernel(name: str, casts: dict[WeakIdRef, torch.Tensor]) -> Callable[..., An
     if name in _LOWER_PRECISION:
         return functools.partial(_in_lower_precision, operator, casts)
     return functools.partial(_in_float32, operator)
-
-
-def _operator(name: str) -> Any:
-    packet, _, overload = name.removeprefix("aten::").partition(".")
-    return getattr(getattr(torch.ops.aten, packet), overload or "default")
 
 
 def _without_autocast() -> Any:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -33,6 +32,7 @@ from memfit.trace.attention_kernels import attention_kernel_of
 from memfit.trace.autograd_patches import patch_formulas
 from memfit.trace.device_autocast import cuda_autocast_on_host
 from memfit.trace.evoformer_kernel import trace_evoformer_attention
+from memfit.trace.kernel_registration import replace_kernels
 from memfit.trace.recurrent_kernels import CELLS_ON_FAKES, recurrent_kernels
 from memfit.types.device_kind import CUDA, HOST, DeviceKind, device_kind
 
@@ -80,13 +80,10 @@ def _kernels_of(kind: DeviceKind, note: Callable[[str], None]) -> Iterator[None]
         kernels["rms_norm"] = _rms_norm
     if kind.fused_dropout:
         kernels["dropout"] = _dropout
-    with torch.library._scoped_library("aten", "IMPL") as library, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that kernels of torch are replaced
-        for name, function in kernels.items():
-            for key in ("AutogradCPU", "CPU"):
-                library.impl(name, function, key)
-        for name, function in CELLS_ON_FAKES.items():
-            library.impl(name, function, "Meta")
+    keys = ("AutogradCPU", "CPU")
+    replaced = [(name, key, function) for name, function in kernels.items() for key in keys]
+    cells = [(name, "Meta", function) for name, function in CELLS_ON_FAKES.items()]
+    with replace_kernels([*replaced, *cells]):
         yield
 
 
