@@ -18,12 +18,13 @@ does not count as cost. Seeds are new.
 - honest: seeds 200 to 219, 300 steps, both kinds of counting: 40 runs. There must be no alarm of any kind.
   On a quicker processor (2026-12-01, steps of 20 ms) 19 runs had one: the peak of host memory, read once a
   second, was compared with one reading, that of the first 50 steps. Now it is compared with 50 readings.
-- cost: one run in which the watch is on and off in turn, step by step, for 1,000 pairs; the median of the
-  paired differences over the median step without it, with the 95 % interval of 2,000 bootstrap samples. It
-  must be below 1 %. The start of the watch is not in it. A first run (record "first cost") measured wall time
-  alone, which other work on the machine made too noisy to decide: now the processor time of the process, too.
-  A second (record "second cost") gave 1.3 and 1.6 %, with what takes longest, questions to the operating
-  system, asked four times a second: it is asked once a second since.
+- cost: one run in which the watch is on and off in turn, step by step, for 4,000 pairs (1,000 until
+  2026-12-01, too few: the interval was as wide as the cost); the median of the paired differences over the
+  median step without it, with the 95 % interval of 2,000 bootstrap samples. It must be below 1 %. The start
+  of the watch is not in it. A first run (record "first cost") measured wall time alone, which other work on
+  the machine made too noisy to decide: now the processor time of the process, too. A second (record "second
+  cost") gave 1.3 and 1.6 %, with what takes longest, questions to the operating system, asked four times a
+  second: it is asked once a second since.
 - ranks: `memfit watch -- torchrun` with two ranks, of which one reads its data 30 ms slower: both are merged,
   and this rank is named.
 - kills: 20 runs that are killed (SIGKILL) at a random instant of their first 3 s of training: each file is
@@ -194,7 +195,7 @@ def honest() -> Iterator[dict[str, Any]]:
 def cost() -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
-            command("cost", Path(folder) / "run.jsonl", 1000), check=True, capture_output=True, text=True
+            command("cost", Path(folder) / "run.jsonl", 4000), check=True, capture_output=True, text=True
         )
     answer = json.loads(done.stdout)
     for clock, name in enumerate(("wall", "processor")):

@@ -77,11 +77,11 @@ def steady_growth(points: Sequence[tuple[float, float]], least_growth: float) ->
     The slope of Theil and Sen times the number of steps is at least ``least_growth``. Single or occasional
     jumps, and growth that levels off, therefore give None."""
     values = [value for _, value in points]
-    medians = [statistics.median(values[i : i + _BLOCK]) for i in range(0, len(values), _BLOCK)]
-    total = medians[-1] - medians[0]
+    total = statistics.median(values[-_BLOCK:]) - statistics.median(values[:_BLOCK])
     span = points[-1][0] - points[0][0]
     if span <= 0 or total <= 0 or total < least_growth * (1 - 1.5 * _BLOCK / _WINDOW):
         return None
+    medians = [statistics.median(values[i : i + _BLOCK]) for i in range(0, len(values), _BLOCK)]
     increases = [b - a for a, b in itertools.pairwise(medians)]
     least_increase = _STEADY * total / len(increases)
     half = len(medians) // 2
@@ -223,7 +223,9 @@ class AlarmDetector:
         return f"; the free memory is used up in about {step.headroom_bytes / slope:.0f} steps"
 
     def _check_prediction(self, step: WatchStep) -> list[Alarm]:
-        alarms = []
+        alarms: list[Alarm] = []
+        if not self._prediction:
+            return alarms
         for predicted_name, name in MEASURED_AS.items():
             value, predicted = getattr(step, name), self._prediction.get(predicted_name)
             if value is not None and predicted is not None and value > predicted.high:

@@ -14,7 +14,7 @@ Log = Callable[[Mapping[str, float], int], object]  # takes values by name, and 
 
 
 class Loggers:
-    """Writes values to a logger, once a second at most.
+    """Writes values to a logger, if the caller asks `is_due` first, once a second at most.
 
     ``logger``: TensorBoard's SummaryWriter, a logger of Lightning, a run of W&B, an Accelerator, or a
     function of a mapping and the step. Without one, the active runs of W&B and MLflow in this process are
@@ -24,11 +24,13 @@ class Loggers:
         self._log = None if logger is None else _log_of(logger)
         self._next_s = 0.0
 
+    @property
+    def is_due(self) -> bool:
+        """Whether the last write was a second ago or more."""
+        return time.monotonic() >= self._next_s
+
     def write(self, values: Mapping[str, float | None], step: int) -> None:
-        """Write the values that are not None, with "memfit/" before their names. Do nothing less than a
-        second after the last write."""
-        if time.monotonic() < self._next_s:
-            return
+        """Write the values that are not None, with "memfit/" before their names."""
         self._next_s = time.monotonic() + _PERIOD_S
         named = {f"{_PREFIX}{name}": v for name, v in values.items() if v is not None}
         for log in [self._log] if self._log is not None else _active():

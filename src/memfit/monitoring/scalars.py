@@ -10,13 +10,15 @@ import torch
 from memfit.types.device_kind import HOST
 
 
-def scalar_tensor(value: Any) -> torch.Tensor | None:
-    """Return ``value`` without its graph if it is a plain tensor or parameter of one element. Return None for
-    anything else, also for a tensor on the meta device, a fake tensor and one that is distributed over
-    ranks."""
-    if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.numel() != 1:
+def scalar_of(value: Any) -> float | torch.Tensor | None:
+    """Return the number in a plain tensor or parameter of one element on the host; if it is on a device,
+    ``value`` without its graph. Return None for anything else, also for a complex tensor, a tensor on the
+    meta device, a fake tensor and one that is distributed over ranks."""
+    if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.numel() != 1 or value.is_complex():
         return None
-    return None if value.device.type == "meta" else value.detach()
+    if value.is_cpu:
+        return float(value.item())
+    return None if value.is_meta else value.detach()
 
 
 def split_scalars(values: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
@@ -25,13 +27,11 @@ def split_scalars(values: Mapping[str, Any]) -> tuple[dict[str, float], dict[str
     now: dict[str, float] = {}
     later: dict[str, torch.Tensor] = {}
     for name, value in values.items():
-        if isinstance(value, int | float):
-            now[name] = float(value)
-        elif (tensor := scalar_tensor(value)) is not None:
-            if tensor.device.type == HOST:
-                now[name] = float(tensor)
-            else:
-                later[name] = tensor
+        scalar = value if isinstance(value, int | float) else scalar_of(value)
+        if isinstance(scalar, torch.Tensor):
+            later[name] = scalar
+        elif scalar is not None:
+            now[name] = float(scalar)
     return now, later
 
 

@@ -26,7 +26,7 @@ from memfit.monitoring.loggers import Loggers
 from memfit.monitoring.prediction import predicted_intervals
 from memfit.monitoring.readings import EnergyReadings, MemoryReadings
 from memfit.monitoring.record import FORMAT, Alarm, LineFile, OutOfMemory, WatchStep, rank_path
-from memfit.monitoring.scalars import PendingScalars, scalar_tensor, split_scalars
+from memfit.monitoring.scalars import PendingScalars, scalar_of, split_scalars
 from memfit.monitoring.traceback_text import frames_of
 from memfit.monitoring.training_hooks import (
     StepHook,
@@ -207,14 +207,15 @@ class TrainingWatch:
     def _before_backward(self, tensors: Any) -> list[Alarm]:
         if self._backward_s is None:
             self._backward_s = time.perf_counter()
-        loss = scalar_tensor(tensors)
+        loss = scalar_of(tensors)
         if loss is not None:
             self._loss = loss
-            self._start_recording(loss.device)
+            if self._recording is None:
+                self._start_recording(tensors.device)
         return []
 
     def _after_clipping(self, norm: Any) -> list[Alarm]:
-        self._grad_norm = norm
+        self._grad_norm = scalar_of(norm)
         return []
 
     def _after_optimizer_step(self, optimizer: Any) -> None:
@@ -308,7 +309,8 @@ class TrainingWatch:
         if later:
             self._pending.append(PendingScalars(step.step, later))
         recording.file.write_alarms(alarms)
-        self._loggers.write({name: getattr(step, name) for name in _LOGGED}, step.step)
+        if self._loggers.is_due:
+            self._loggers.write({name: getattr(step, name) for name in _LOGGED}, step.step)
         return alarms
 
     def _add_values(self, loss: Any, grad_norm: Any, number: int | None) -> list[Alarm]:
