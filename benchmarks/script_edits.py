@@ -38,6 +38,7 @@ from scripts.measure import PREDICTED_STEPS, environment_of, measure, predict, p
 from memfit.export.script_diff import ScriptDiff, read_script, script_diff
 from memfit.techniques.plan_file import parse_plan
 from memfit.techniques.registry import effect_of
+from memfit.types.errors import UserError
 from memfit.types.plan import Plan
 
 HERE = Path(__file__).parent
@@ -117,7 +118,7 @@ def _record(edit: Edit, protocol: Protocol, sources: Path, originals: dict[str, 
     try:
         check_unmodified(script, sources)
         record = _run(edit, protocol, script, sources, originals)
-    except ScriptError as error:
+    except (ScriptError, UserError) as error:
         reason = [part.strip() for part in str(error).split(" | ") if part.strip()][-1]
         record = {"edit": edit.name, "plan": edit.parsed().label, "error": reason}
     record |= {
@@ -145,7 +146,7 @@ def _run(
     script = dataclasses.replace(script, command=command, torch_seed=protocol.torch_seed)
     work = prepare(script, sources)
     plan = edit.parsed()
-    diff = script_diff(read_script(script.file(sources)), plan, batch_size=edit.batch)
+    diff = script_diff(read_script(script.file(sources)), plan, batch_size=edit.batch, on_host=True)
     print(f"\n{edit.name}: {plan.label}\n{diff.diff}", *diff.remarks, sep="\n", flush=True)
     if not diff.diff:
         raise ScriptError(f"not edited: {diff.reason}")

@@ -916,7 +916,7 @@ def _found(recommended: dict[str, Any], *others: dict[str, Any]) -> SearchResult
 def test_a_script_for_which_plain_training_is_recommended_needs_no_edit(tmp_path: Path) -> None:
     path = tmp_path / "train.py"
     path.write_text("model(batch).sum().backward()\noptimizer.step()\n")
-    assert _edit(read_script(path), _found({}), 8) == ScriptDiff(diff="")
+    assert _edit(read_script(path), _found({}), 8, on_host=True) == ScriptDiff(diff="")
 
 
 def test_a_plan_that_the_library_cannot_express_gives_way_to_the_next(tmp_path: Path) -> None:
@@ -961,3 +961,18 @@ def test_a_search_leaves_out_what_the_script_cannot_have() -> None:
         for name in set(TECHNIQUES) - set(names) - {"fsdp2", "ddp", "zero", "compile"}:
             edit = diff(text, {name: {}})
             assert not any("does not apply" in remark for remark in edit.remarks)
+
+
+def test_a_grad_scaler_that_may_be_disabled_is_remarked_on_and_not_refused(tmp_path: Path) -> None:
+    text = "import sys\n" + SCALED.replace("    nn.utils.clip_grad_norm_(model.parameters(), 0.5)\n", "")
+    text = text.replace("growth_interval=2", "growth_interval=2, enabled=len(sys.argv) > 9")
+    assert "optimizer-in-backward" not in inexpressible(Source("train.py", text))[0]
+    edit = diff(text, {"optimizer-in-backward": {}})
+    assert any("cannot be combined with an enabled GradScaler" in remark for remark in edit.remarks)
+
+
+def test_training_arguments_for_a_processor_allow_16_bit_precision_there() -> None:
+    for techniques, is_set in (({"bf16-autocast": {}}, True), ({"adamw-fused": {}}, False)):
+        plan = parse_plan({"techniques": techniques}, what="the plan")
+        edit = script_diff(Source("train.py", TRAINER), plan, batch_size=8, on_host=True)
+        assert ("use_cpu=True" in edit.diff) == is_set

@@ -191,8 +191,10 @@ def _show(
     from memfit.report.terminal import print_search
     from memfit.report.words import load_words
     from memfit.techniques.plan_file import plan_text
+    from memfit.types.device_kind import device_kind
 
     assert answer.estimate is not None and answer.trace is not None and answer.peak_clock is not None
+    on_host = device_kind(answer.trace.device).is_host
     explained = TracedEstimate(estimate=answer.estimate, trace=answer.trace, peak_clock=answer.peak_clock)
     write_trace_files(explained, files, lang=lang, job=answer.program)
     recommended = answer.plans.recommended if answer.plans is not None else None
@@ -208,7 +210,7 @@ def _show(
             view["plans"] = search_view(answer.plans) if answer.plans else None
             view["no_plans"] = answer.no_plans
         if source is not None and answer.plans is not None and recommended is not None:
-            view["edit"] = _edit(source, answer.plans, answer.batch_size)
+            view["edit"] = _edit(source, answer.plans, answer.batch_size, on_host=on_host)
         emit({**view, "contributors": contributors(explained)})
         return
     print_script(explained, facts, console=console(), lang=lang)
@@ -223,7 +225,7 @@ def _show(
         if recommended.estimate.plan != answer.plans.baseline.estimate.plan:
             print_edit(
                 source,
-                *edit_of(source, answer.plans, answer.batch_size, {}, keeps_enabled=True),
+                *edit_of(source, answer.plans, answer.batch_size, {}, keeps_enabled=True, on_host=on_host),
                 as_json=False,
             )
         else:
@@ -262,7 +264,7 @@ def _facts(answer: ScriptAnswer, machine: Machine, cap_bytes: int | None) -> Scr
     )
 
 
-def _edit(source: Source, plans: SearchResult, batch_size: int) -> ScriptDiff:
+def _edit(source: Source, plans: SearchResult, batch_size: int, *, on_host: bool) -> ScriptDiff:
     """Return the edit of the script for the recommended plan or the next best: none for plain training, which
     is the script as it is. If the script cannot be edited, the reason says why."""
     from memfit.export.script_diff import ScriptDiff
@@ -271,7 +273,7 @@ def _edit(source: Source, plans: SearchResult, batch_size: int) -> ScriptDiff:
     if plans.recommended.estimate.plan == plans.baseline.estimate.plan:
         return ScriptDiff(diff="")
     try:
-        return edit_of(source, plans, batch_size, {}, keeps_enabled=True)[1]
+        return edit_of(source, plans, batch_size, {}, keeps_enabled=True, on_host=on_host)[1]
     except UserError as error:
         return ScriptDiff(diff="", reason=str(error))
 

@@ -87,21 +87,25 @@ def print_diff(
     from memfit.export.script_steps import dependence_caution
     from memfit.jobs.registry import load
     from memfit.techniques.plan_file import read_plan
+    from memfit.types.device_kind import device_kind
     from memfit.workflows.plan import find_plan
     from memfit.workflows.single_run import resolve_plan
 
     job = load(job_request.job_ref)
     defaults = {field.name: field.default for field in dataclasses.fields(job)}
+    on_host = device_kind(job_request.machine.device.kind).is_host
     structure = {n: v for n in STRUCTURE if (v := getattr(job, n)) != defaults[n]}
     with Bars("en") as progress:
         if plans:
             plan = resolve_plan(job_request, read_plan(plans[0]), progress)
-            edit = script_diff(source, plan, batch_size=job.batch_size, structure=structure, job=job)
+            edit = script_diff(
+                source, plan, batch_size=job.batch_size, structure=structure, job=job, on_host=on_host
+            )
         else:
             without = (*job_request.bounds.without, *excluded_from(source))
             bounds = dataclasses.replace(job_request.bounds, without=tuple(dict.fromkeys(without)))
             result = find_plan(dataclasses.replace(job_request, bounds=bounds), progress).result
-            plan, edit = edit_of(source, result, job.batch_size, structure, job=job)
+            plan, edit = edit_of(source, result, job.batch_size, structure, job=job, on_host=on_host)
         if (caution := dependence_caution(plan, dependence_of_split(job, plan))) is not None:
             edit = dataclasses.replace(edit, remarks=(caution, *edit.remarks))
     print_edit(source, plan, edit, as_json=as_json)
@@ -129,6 +133,7 @@ def edit_of(
     *,
     job: Job | None = None,
     keeps_enabled: bool = False,
+    on_host: bool = False,
 ) -> tuple[Plan, ScriptDiff]:
     """Return (the best plan of the search that can be printed as an edit; the edit): the recommended plan, or
     the fastest other that fits, with a remark on why. Raises the UserError of the recommended plan if there
@@ -150,6 +155,7 @@ def edit_of(
                 structure=structure,
                 job=job,
                 keeps_enabled=keeps_enabled,
+                on_host=on_host,
             )
         except UserError as error:
             first_error = first_error or error

@@ -14,6 +14,7 @@ from memfit.export.loop_update import Statements, end, lists_of, loaded_names, s
 from memfit.export.source_edits import Source, literal, name_of, number_lines, source_of
 from memfit.export.step_counters import repeated_lines
 from memfit.export.training_loop import Loop, find_loop, wrappers
+from memfit.techniques.precision import clash_with_loss_scale
 from memfit.techniques.registry import make_use
 from memfit.types.errors import UserError
 from memfit.types.plan import Plan, Use
@@ -171,6 +172,11 @@ def _remarks(source: Source, loop: Loop, plan: Plan, samples: int) -> Iterator[s
         yield f"line {line} uses {name} under a condition: start the script so that it does not"
     if loop.autocast is not None or (loop.update.scaler and not loop.setup.scaler):
         yield "the plan's autocast replaces autocast and GradScaler of the script"
+    if loop.setup.scaler and (names := clash_with_loss_scale(plan)):
+        yield (
+            f"{', '.join(names)} cannot be combined with an enabled GradScaler: start the script so that it "
+            "is not enabled"
+        )
     if loop.own_accumulation:
         yield (
             f"the script's own micro-batches must be one for each step, of all its {samples} samples, which "
@@ -178,24 +184,27 @@ def _remarks(source: Source, loop: Loop, plan: Plan, samples: int) -> Iterator[s
             "a learning-rate schedule, change"
         )
     if "gradient-accumulation" in plan:
-        index = loop.body.index(loop.update.backward)
-        between, moved = loop.body[loop.forward : index], (*loop.update.removed, *loop.prefetch)
-        if loop.counters:
-            lines = [s.lineno for s in loop.counters]
-            yield f"moved behind the micro-batches, to run once for each step: {number_lines(lines)}"
-        repeated = repeated_lines(between, (*moved, *loop.counters), loop.batch)
-        if repeated and not loop.own_accumulation:
-            yield (
-                "run once for each micro-batch now, so check what they count or log: "
-                f"{number_lines(repeated)}"
-            )
-        used = {n.id for s in loop.body[index + 1 :] for n in ast.walk(s) if isinstance(n, ast.Name)}
-        if shown := sorted(used & {loop.update.loss, *loop.batch}):
-            yield f"after fit.split, {', '.join(shown)} is that of the last micro-batch: check what you log"
+        yield from _accumulation_remarks(loop)
     if plan.ranks > 1:
         yield f"start it with torchrun --nproc-per-node {plan.ranks}"
     if _needs_example(plan):
         yield "the plan looks at a run of the model on an example batch; give loss= if the model has none"
+
+
+def _accumulation_remarks(loop: Loop) -> Iterator[str]:
+    index = loop.body.index(loop.update.backward)
+    between, moved = loop.body[loop.forward : index], (*loop.update.removed, *loop.prefetch)
+    if loop.counters:
+        lines = [s.lineno for s in loop.counters]
+        yield f"moved behind the micro-batches, to run once for each step: {number_lines(lines)}"
+    repeated = repeated_lines(between, (*moved, *loop.counters), loop.batch)
+    if repeated and not loop.own_accumulation:
+        yield (
+            f"run once for each micro-batch now, so check what they count or log: {number_lines(repeated)}"
+        )
+    used = {n.id for s in loop.body[index + 1 :] for n in ast.walk(s) if isinstance(n, ast.Name)}
+    if shown := sorted(used & {loop.update.loss, *loop.batch}):
+        yield f"after fit.split, {', '.join(shown)} is that of the last micro-batch: check what you log"
 
 
 def _must_split_alike(source: Source, loop: Loop) -> None:

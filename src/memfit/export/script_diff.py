@@ -71,12 +71,14 @@ def script_diff(
     structure: Mapping[str, Any] = {},
     job: Job | None = None,
     keeps_enabled: bool = False,
+    on_host: bool = False,
 ) -> ScriptDiff:
     """Return the edit of the script that makes it train with ``plan``. ``batch_size``: samples of a whole
     step, for which the plan was made. ``structure``: the job's fields that say where things are in the model,
     such as blocks, name -> value. ``keeps_enabled``: precision, checkpointing and compilation that the
     script's TrainingArguments enable stay on, as for a plan that was searched for the step of this script;
-    otherwise those that the plan lacks are switched off.
+    otherwise those that the plan lacks are switched off. ``on_host``: the plan is for a processor, on which
+    TrainingArguments refuse 16-bit precision without use_cpu.
 
     A script whose form cannot be edited gets a reason and lines to insert by hand. Techniques that Accelerate
     or Lightning does not apply are in the remarks. Raises UserError if TrainingArguments cannot express the
@@ -91,10 +93,11 @@ def script_diff(
     weights = loss_terms_step(job, plan, trainer=is_trainer) if job is not None else None
     by_hand = (weights.text,) if weights is not None else ()
     if calls:
-        edit = _trainer_diff(source, calls, plan, batch_size, keeps_enabled=keeps_enabled)
+        values = _trainer_arguments(plan, batch_size, keeps_enabled=keeps_enabled, on_host=on_host)
+        edit = _trainer_diff(source, calls, plan, batch_size, values)
         return dataclasses.replace(edit, remarks=(*edit.remarks, *by_hand))
     if is_trainer:
-        values = _trainer_arguments(plan, batch_size, keeps_enabled=keeps_enabled)
+        values = _trainer_arguments(plan, batch_size, keeps_enabled=keeps_enabled, on_host=on_host)
         lines = tuple(f"{k}={source_of(v)}" for k, v in values.items())
         reason = "the script takes its TrainingArguments from elsewhere, such as the command line"
         return ScriptDiff(diff="", reason=reason, lines=lines, remarks=by_hand)
@@ -117,7 +120,7 @@ def script_diff(
             hint=f"`memfit plan {without}` finds a plan without them",
         )
     scaled = () if sets_precision(plan) else clash_with_loss_scale(plan)
-    if scaled and _scales_loss(source):
+    if scaled and _always_scales_loss(source):
         raise UserError(
             f"{source.path} scales its loss with a GradScaler, which cannot be combined with "
             f"{', '.join(scaled)}",
@@ -152,7 +155,7 @@ def inexpressible(source: Source) -> tuple[tuple[str, ...], str]:
         if is_used and source.calls(frozenset({library.call})):
             own = {*library.precision, "gradient-accumulation"} | _BY_LAUNCH
             return _others(own), f"{library.name} does not apply them"
-    clips, scales = _always_clips(source), _scales_loss(source)
+    clips, scales = _always_clips(source), _always_scales_loss(source)
     names = [n for n in TECHNIQUES if clips and _needs_no_clipping(n)]
     names += [n for n in WITHOUT_LOSS_SCALE if scales and n not in names]
     reasons = ["clips gradients"] * clips + ["scales its loss with a GradScaler"] * scales
@@ -173,11 +176,16 @@ def _always_clips(source: Source) -> bool:
     )
 
 
-def _scales_loss(source: Source) -> bool:
-    """Return whether the script makes a GradScaler that may be enabled."""
-    calls = source.calls(frozenset({"GradScaler"}))
+def _always_scales_loss(source: Source) -> bool:
+    """Return whether the script makes an enabled GradScaler under no condition. Where one decides, such as
+    ``enabled=`` with an argument of the script, memfit.apply refuses an enabled one in the edited script."""
+    calls = [
+        node
+        for node, is_conditional in with_conditions(source.tree, is_conditional=False)
+        if isinstance(node, ast.Call) and name_of(node.func) == "GradScaler" and not is_conditional
+    ]
     options = [{k.arg: k.value for k in call.keywords} for call in calls]
-    return any(literal(o.get("enabled", ast.Constant(True))) is not False for o in options)
+    return any(literal(o.get("enabled", ast.Constant(True))) is True for o in options)
 
 
 def _needs_no_clipping(name: str) -> bool:
@@ -201,15 +209,9 @@ def _mentions(source: Source, name: str) -> bool:
 
 
 def _trainer_diff(
-    source: Source, calls: list[ast.Call], plan: Plan, batch_size: int, *, keeps_enabled: bool
+    source: Source, calls: list[ast.Call], plan: Plan, batch_size: int, values: Mapping[str, Any]
 ) -> ScriptDiff:
-    if reasons := tuple(trainer.why_not(plan)):
-        raise UserError(
-            f"TrainingArguments cannot express this plan: {'; '.join(reasons)}",
-            hint="`memfit plan --without TECHNIQUE` finds a plan without one of these techniques; or change "
-            "their settings in the plan file",
-        )
-    values = _trainer_arguments(plan, batch_size, keeps_enabled=keeps_enabled)
+    """Return the edit of ``calls`` of TrainingArguments. ``values``: the arguments that the plan decides."""
     call = calls[0]
     has_unpacked = any(k.arg is None for k in call.keywords)
     if len(calls) > 1 or has_unpacked:
@@ -236,9 +238,16 @@ def _trainer_diff(
     return ScriptDiff(diff=_diff_to(source, text), remarks=tuple(remarks))
 
 
-def _trainer_arguments(plan: Plan, batch_size: int, *, keeps_enabled: bool) -> dict[str, Any]:
+def _trainer_arguments(plan: Plan, batch_size: int, *, keeps_enabled: bool, on_host: bool) -> dict[str, Any]:
     """Return the TrainingArguments that the plan decides, name -> value. Those that stay as the script has
-    them, such as output_dir and max_grad_norm, are left out. ``keeps_enabled`` is as in `script_diff`."""
+    them, such as output_dir and max_grad_norm, are left out. ``keeps_enabled`` and ``on_host`` are as in
+    `script_diff`. Raises UserError if TrainingArguments cannot express the plan."""
+    if reasons := tuple(trainer.why_not(plan)):
+        raise UserError(
+            f"TrainingArguments cannot express this plan: {'; '.join(reasons)}",
+            hint="`memfit plan --without TECHNIQUE` finds a plan without one of these techniques; or change "
+            "their settings in the plan file",
+        )
     values = trainer.training_arguments(plan, batch_size=batch_size, deepspeed="zero" in plan)
     own = () if any(use.technique in trainer.OPTIMIZERS for use in plan.uses) else ("optim",)
     kept = {
@@ -247,7 +256,8 @@ def _trainer_arguments(plan: Plan, batch_size: int, *, keeps_enabled: bool) -> d
         *own,
         *(k for k, v in values.items() if keeps_enabled and v is False),
     }
-    return {k: v for k, v in values.items() if k not in kept}
+    cpu = {"use_cpu": True} if on_host and (values["bf16"] or values["fp16"]) else {}
+    return {**{k: v for k, v in values.items() if k not in kept}, **cpu}
 
 
 def _batch_source(source: Source, call: ast.Call, plan: Plan, batch_size: int) -> tuple[str, str]:
