@@ -13,6 +13,7 @@ import time
 import types
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import forked
 import pytest
@@ -629,3 +630,15 @@ def test_a_record_is_shown_live_until_its_training_ends(monkeypatch: pytest.Monk
     assert main(["watch", "run.jsonl"]) == 0
     assert "step 3" in screen.getvalue()
     assert "step 77" in screen.getvalue()
+
+
+def test_short_steps_are_written_together_and_none_is_lost_at_the_end(tmp_path: Path) -> None:
+    file, model = tmp_path / "run.jsonl", torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with mock.patch("memfit.monitoring.watch._WRITE_PERIOD_S", 3600.0), memfit.watch(file=file) as watch:
+        for _ in range(5):
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+        assert len(read_records(file).ranks[0].steps) == 1  # the first is written at once
+        assert watch.alarms == []
+    assert [s.step for s in read_records(file).ranks[0].steps] == [1, 2, 3, 4, 5]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import platform
 import sys
@@ -47,6 +48,7 @@ _BUDGET_RATIO: Final = 0.005  # of the time, for what memfit does
 _ALLOWANCE_S: Final = 0.25  # beside it, for the first steps
 _LONGEST_MESSAGE: Final = 4000
 _MOST_PENDING: Final = 16
+_WRITE_PERIOD_S: Final = 0.1  # steps that are shorter are written, and searched for alarms, together
 _LOGGED: Final = (
     "allocated_bytes",
     "peak_allocated_bytes",
@@ -112,6 +114,8 @@ class TrainingWatch:
         self._backward_s: float | None = None  # when the first backward pass of the step began
         self._loss: Any = None
         self._grad_norm: Any = None
+        self._unwritten: list[dict[str, Any]] = []  # the values of steps
+        self._written_s = -math.inf
         self._pending: deque[PendingScalars] = deque(maxlen=_MOST_PENDING)
 
     # -- what the training calls
@@ -293,21 +297,27 @@ class TrainingWatch:
                 values["step_s"] = round(now_s - last_s, 6)
                 if backward_s is not None:
                     values["before_backward_s"] = round(backward_s - last_s, 6)
-            return self._record(recording, values, {"loss": loss, "grad_norm": grad_norm})
+            now, later = split_scalars({"loss": loss, "grad_norm": grad_norm})
+            values |= {**recording.readings.read(), "energy_j": recording.energy.read(), **now}
+            self._unwritten.append(values)
+            if later:
+                self._pending.append(PendingScalars(self._number, later))
+            return self._write_steps() if now_s >= self._written_s + _WRITE_PERIOD_S else []
         finally:
             self._last_end_s = time.perf_counter()
             self._spent_s += self._last_end_s - recorded_s
 
-    def _record(
-        self, recording: _Recording, values: dict[str, Any], scalars: Mapping[str, Any]
-    ) -> list[Alarm]:
-        now, later = split_scalars(scalars)
-        values |= {**recording.readings.read(), "energy_j": recording.energy.read(), **now}
-        step = WatchStep(**values)
-        recording.file.write("step", values)
-        alarms = [*self._write_pending(), *recording.detector.add(step)]
-        if later:
-            self._pending.append(PendingScalars(step.step, later))
+    def _write_steps(self) -> list[Alarm]:
+        """Write the steps since the last call, with their alarms, and return these."""
+        if not self._unwritten:
+            return []
+        self._written_s, recording = time.perf_counter(), self._start_recording()
+        rows, self._unwritten = self._unwritten, []
+        recording.file.write("step", *rows)
+        alarms = self._write_pending()
+        for row in rows:
+            step = WatchStep(**row)
+            alarms += recording.detector.add(step)
         recording.file.write_alarms(alarms)
         if self._loggers.is_due:
             self._loggers.write({name: getattr(step, name) for name in _LOGGED}, step.step)
@@ -315,13 +325,14 @@ class TrainingWatch:
 
     def _add_values(self, loss: Any, grad_norm: Any, number: int | None) -> list[Alarm]:
         """Add the loss and the norm of the gradients of the step that was recorded last."""
+        alarms = self._write_steps()
         now, later = split_scalars({"loss": loss, "grad_norm": grad_norm})
-        alarms = self._with_values(self._number, now) if now else []
+        added = self._with_values(self._number, now) if now else []
         if later:
             self._pending.append(PendingScalars(self._number, later))
         self._number = self._number if number is None else number
-        self._start_recording().file.write_alarms(alarms)
-        return alarms
+        self._start_recording().file.write_alarms(added)
+        return alarms + added
 
     def _write_pending(self, *, wait: bool = False) -> list[Alarm]:
         """Write the values of earlier steps that have arrived from the device, and return their alarms.
@@ -341,8 +352,9 @@ class TrainingWatch:
         if self._recording is None and error is None:
             return []  # nothing was trained in this process
         recording = self._start_recording()
-        alarms = self._write_pending(wait=error is None)
-        recording.file.write_alarms(alarms)
+        alarms = self._write_steps()
+        late = self._write_pending(wait=error is None)
+        recording.file.write_alarms(late)
         end = {
             "time_s": time.time(),
             "error": type(error).__name__ if error is not None else "",
@@ -353,7 +365,7 @@ class TrainingWatch:
         }
         recording.file.write("end", end)
         recording.file.close()
-        return alarms
+        return alarms + late
 
 
 def watch(
@@ -370,8 +382,9 @@ def watch(
     """Watch a training on this rank: ``with memfit.watch(file="run.jsonl") as watch: ...``. Call it on every
     rank.
 
-    Each step's memory, time, loss and gradient norm are appended to ``file`` as a line of JSON; ranks other
-    than 0 write to files beside it, such as run.1.jsonl. `memfit watch run.jsonl` and
+    Each step's memory, time, loss and gradient norm are appended to ``file`` as a line of JSON. Steps that
+    take less than a tenth of a second are written, and searched for alarms, together. Ranks other than 0
+    write to files beside it, such as run.1.jsonl. `memfit watch run.jsonl` and
     `memfit.monitoring.record.read_records` read and merge them. A step ends when ``optimizer`` has stepped,
     by default the optimizer that steps first; False: only calls of ``watch.step(loss=..., grad_norm=...)``
     end steps. After the first such call only they do, in any case. ``model``: whose device is watched; by
