@@ -209,7 +209,10 @@ def test_options_that_the_help_of_estimate_names_for_no_command_are_refused_with
         ("decide --template --attended-minutes 3", "--attended-minutes cannot be used with --template"),
         ("decide --template --store s.sqlite3", "--store cannot be used with --template"),
         ("estimate protein-ss --dim crop=1 --dim crop=2", "--dim crop is given twice"),
-        ("estimate protein-ss --dim batch=8 --batch 4", "--dim batch=8 is what --batch is for"),
+        (
+            "estimate protein-ss --dim batch=8 --batch 4",
+            "--dim batch=8 cannot be used: --batch sets the batch",
+        ),
         (f"estimate protein-ss --dim crop={'9' * 5000}", "allowed: NAME=N"),
         ("plan --diff x.py --step 2", "--step cannot be used with --diff"),
         ("plan --largest batch --lang ja", "in English only"),

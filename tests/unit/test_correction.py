@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from report_fixture import BF16, BOTH, CHECKPOINTED, PLAIN, RECOMMENDED, full_poc
 from rich.console import Console
 
+from memfit import catalog
 from memfit.cli.app import main
 from memfit.cost.step_time_calibration import LEAST_SPREAD, correct_calibration, factor
 from memfit.planner.request import Request
@@ -77,7 +78,7 @@ def stored(folder: Path, **changes: str) -> Store:
 
 
 def asked(spec: str) -> Request:
-    return Request(job_ref=JobRef(spec=spec), machine=local_machine.this_machine("world"))
+    return Request(job_ref=JobRef(spec=spec), machine=local_machine.this_machine("world", "cpu"))
 
 
 def test_a_proof_of_concept_corrects_only_its_own_job_in_its_own_environment(tmp_path: Path) -> None:
@@ -91,6 +92,10 @@ def test_a_proof_of_concept_corrects_only_its_own_job_in_its_own_environment(tmp
     (tmp_path / "other").mkdir()
     with pytest.raises(UserError, match=r"different environment: torch 1\.0"):
         proof_of_concept.correct_step_times(asked(spec), stored(tmp_path / "other", torch="1.0"), None)
+    gpu = dataclasses.replace(catalog.machine("H100-SXM"), is_here=True)
+    on_gpu = dataclasses.replace(asked(spec), machine=gpu)
+    with pytest.raises(UserError, match=r"different environment: device cpu then, cuda now"):
+        proof_of_concept.correct_step_times(on_gpu, store, None)
 
 
 def test_a_proof_of_concept_corrects_by_as_much_as_its_trials_did(tmp_path: Path) -> None:
@@ -123,7 +128,7 @@ def test_a_corrected_plan_uses_the_measured_spread_and_is_refused_for_another_ma
     for kind in ("begin", "poc"):
         store.append(poc.poc_id, kind, poc)
     arguments = ["plan", f"{mine}:job", "--store", str(store.path), "--corrected-by", "last"]
-    arguments += ["--memory", "64MiB"]
+    arguments += ["--memory", "64MiB", "--on", "this:cpu"]
     # The plan that is looked at is the plain one: a short search will do.
     arguments += [a for t in TECHNIQUES if t != "activation-checkpointing" for a in ("--without", t)]
     assert main([*arguments, "--json"]) == 0

@@ -467,6 +467,45 @@ def test_potential_refuses_a_length_and_wrong_data_files(tmp_path: Path) -> None
             load("potential", data=str(tmp_path / name))
 
 
+def _frames(**changes: Any) -> dict[str, Any]:
+    """Arrays for `potential`: four frames of two molecules of three atoms, of which the first is for
+    training."""
+    rng = np.random.default_rng(0)
+    arrays = {
+        "numbers": np.array([[8, 1, 1], [6, 1, 0]]),
+        "molecule": np.array([0, 0, 1, 1]),
+        "energy": rng.normal(size=4),
+        "positions": rng.normal(size=(4, 3, 3)).astype(np.float32),
+        "forces": rng.normal(size=(4, 3, 3)).astype(np.float32),
+        "train_molecules": np.array(1),
+    }
+    return arrays | {name: np.asarray(value) for name, value in changes.items()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"molecule": [1, 0, 0, 1]}, "a molecule for testing comes before one of a molecule for training"),
+        ({"train_molecules": 2}, "4 of its 4 frames are of molecules below train_molecules"),
+        ({"train_molecules": 0}, "0 of its 4 frames"),
+        ({"molecule": [0, 0, 1, 2]}, "molecule has other indices than 0 to 1"),
+        ({"molecule": [0.0, 0.0, 1.0, 1.0]}, "not whole numbers"),
+        ({"numbers": [[8, 1, 1], [6, -1, 0]]}, "numbers are not atomic numbers"),
+        ({"energy": [1.0, 2.0]}, r"energy has the shape \(2,\), not \(4,\)"),
+        ({"forces": np.zeros((4, 2, 3))}, r"forces has the shape \(4, 2, 3\), not \(4, 3, 3\)"),
+    ],
+)
+def test_potential_refuses_arrays_of_other_shapes_values_and_order(
+    changes: dict[str, Any], fault: str, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "frames.npz", **_frames())
+    job = load("potential", data=str(tmp_path / "frames.npz"), batch=2)
+    assert job.make_batch(0, 0)["species"].tolist() == [[8, 1, 1], [8, 1, 1]]
+    np.savez(tmp_path / "frames.npz", **_frames(**changes))
+    with pytest.raises(UserError, match=fault):
+        load("potential", data=str(tmp_path / "frames.npz"))
+
+
 # -- published sizes ------------------------------------------------------------------------------------
 
 

@@ -44,7 +44,7 @@ def load_program(command: Sequence[str]) -> Program:
     exist.
     """
     if not command:
-        raise UserError("no command is given after --", hint="memfit estimate -- python train.py ARGS")
+        raise UserError("the command names no program", hint="memfit estimate -- python train.py ARGS")
     first, rest = command[0], list(command[1:])
     name = Path(first).name
     if "=" in first and not Path(first).exists():

@@ -41,10 +41,10 @@ class EstimateOptions:
             help="JOB: a job as for `memfit plan`, such as protein-lm or FILE.py:NAME. It can be left out "
             "with plan files (default: protein-ss) and with --lengths (default: protein-lm). A.yaml: the "
             "plan to predict, in place of --plan and --recommended. A.yaml B.yaml: show why the memory of "
-            "these two plans differs. COMMAND: the command that starts your own training, as you would type "
-            "it: python train.py ARGS, python -m MODULE ARGS, torchrun, accelerate launch, deepspeed, srun, "
-            "mpirun or uv run with their options, or the name of a program written in Python. The -- before "
-            "it can be left out.",
+            "these two plans differs. COMMAND: the command that starts your own training, as you would "
+            "type it: python train.py ARGS, python -m MODULE ARGS, torchrun, accelerate launch, deepspeed, "
+            "srun, mpirun or uv run with their options, or the name of a program written in Python. "
+            "memfit's options must come before it. The -- before it can be left out.",
         ),
     ] = None
     engines: Annotated[

@@ -38,8 +38,10 @@ class ScriptOptions:
         typer.Option(
             metavar="FILE.py:LINE=N",
             help="For a COMMAND, otherwise refused: the number that this line of your code reads from a "
-            "tensor whose values depend on data. The answer names the lines for which memfit assumed a "
-            "number. Repeat the option for further lines. Default: memfit's assumptions.",
+            "tensor whose values depend on data; if the line reads a truth value, how often in a row it is "
+            "true. The answer names the lines for which memfit assumed a number, as they are to be written "
+            "here; other lines are ignored. Repeat the option for further lines. Default: memfit's "
+            "assumptions.",
         ),
     ] = None
     plans: Annotated[
@@ -66,8 +68,8 @@ class ScriptOptions:
             "--diff",
             help="With --plans, otherwise refused: print, after the rest, the edit of the script that "
             "applies the recommended plan or, if the script cannot express that, the fastest other that "
-            "fits, as a diff for `patch -p0`. The script itself is not changed. Refused for a command that "
-            "runs a module. Default: no edit.",
+            "fits, as a diff for `patch -p0`; if the script cannot be edited, the lines to insert by hand. "
+            "The script itself is not changed. Refused for a command that runs a module. Default: no edit.",
         ),
     ] = False
     show_output: Annotated[
@@ -279,8 +281,8 @@ def _edit(source: Source, plans: SearchResult, batch_size: int, *, on_host: bool
 
 
 def _script_source(command: list[str]) -> Source:
-    """Return the source of the script that the command runs. Raises UserError if it cannot be read, is not
-    Python, or if the command runs a module."""
+    """Return the source of the script that the command runs. Raises UserError if the script cannot be read or
+    is not Python, if the command runs a module, and as `load_program` does."""
     from memfit.capture.program import load_program
     from memfit.export.script_diff import read_script
 
@@ -288,6 +290,6 @@ def _script_source(command: list[str]) -> Source:
     if not script:
         raise UserError(
             "--diff edits a script, but the command runs a module with -m",
-            hint="name the path of the module's file in place of -m MODULE",
+            hint="name the path of the module's file in place of -m MODULE, if it runs as a script, too",
         )
     return read_script(Path(script))

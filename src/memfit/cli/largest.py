@@ -166,8 +166,11 @@ def print_largest(
 
 def _question(options: LargestOptions) -> tuple[str, str, list[int]]:
     """Return (the first of two sizes, "" for one size; the size whose largest value is asked for; the values
-    of the first size, none for the default). With --buckets, the first size is "length". Raises UserError for
-    options that do not go together."""
+    of the first size, none for the default). With --buckets, the first size is "length", and its values are
+    the lengths in ascending order. That the job has these sizes is not checked. Raises UserError for a
+    --largest that is not one name or two; for --buckets with another --largest than batch or batch_size, or
+    with --values; for --values with one size; for --values and --buckets that are not whole numbers of at
+    least 1; and as `read_lengths` does for the file of --buckets."""
     names = [name.strip() for name in (options.largest or "").split(",")]
     if not all(names) or len(names) > 2:
         raise UserError(

@@ -22,6 +22,10 @@ _REFUSED = (
     "Refused by `memfit estimate` with a COMMAND, --lengths or --precision, and by `memfit decide` without "
     "--pilot and --full."
 )
+_NOT_FOR_COMMAND = "Refused by a memfit.Job in FILE.py:NAME, and by `memfit estimate` with a COMMAND."
+_NOT_FOR_LENGTHS = (
+    "Refused by a memfit.Job in FILE.py:NAME, and by `memfit estimate` with a COMMAND or --lengths."
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,21 +37,31 @@ class SizeOptions:
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Size of the job: for a built-in job, a name that `memfit list jobs` lists (default: the "
-            "first); for hf:, tiny (default) or paper; for FILE.py:NAME, what its function accepts, or none "
-            "if NAME is a memfit.Job. For built-in and hf: jobs, SIZE@N also sets --length N; another "
-            "--length is then refused.",
+            help="Size of the job. Built-in jobs: a name that `memfit list jobs` lists (default: the first "
+            "of the job). hf: jobs: tiny (default; samples of 128 tokens) or paper (2,048 tokens); fewer "
+            "if the model is made for fewer, and the model is the same. FILE.py:NAME: a text, which the "
+            "function gets as its argument size (default: its own). For built-in and hf: jobs, SIZE@N also "
+            "sets --length N; another --length is then refused. Default with `memfit plan --from` and "
+            f"OpenFold's settings: the size in these. Not with `memfit sweep --sizes`. {_NOT_FOR_COMMAND}",
         ),
     ] = None
     data: Annotated[
         str | None,
         typer.Option(
             metavar="FILE",
-            help="File with your own data, in place of the job's. char-lm: a text; protein-lm, genome: "
-            "FASTA; protein-ss: records of three lines (>name, sequence, states H, E, C); molecules: "
-            "lines SMILES,value; potential: .npz with the arrays numbers, molecule, energy, positions, "
-            "forces and train_molecules; a function FILE.py:NAME: as it reads it. Default: the data of the "
-            "job. Refused by alphafold2, weather, segmentation3d, hf: and a memfit.Job in FILE.py:NAME.",
+            help="File with your own data, in place of the job's. Text files are UTF-8, also with .gz. "
+            "char-lm: any text. protein-lm: FASTA of proteins; genome: of DNA. protein-ss: for each "
+            "protein three lines: >name, the sequence, and one letter H, E or C (helix, strand, coil) for "
+            "each residue. molecules: a line SMILES,number for each molecule. potential: a NumPy file .npz "
+            "with M molecules of at most A atoms and F frames: numbers (M, A), atomic numbers, 0 as "
+            "padding; molecule (F), the row of each frame's molecule in numbers, from 0; energy (F) in eV; "
+            "positions (F, A, 3) in angstrom and forces (F, A, 3) in eV/angstrom; train_molecules, one "
+            "number N: frames of the molecules below N are for training and come first, the others for "
+            "testing. The other jobs test on the last tenth of the data (protein-lm: at most 128 "
+            "sequences), protein-ss on the last fifth, molecules on those with the rarest ring skeletons, "
+            "at least a fifth. A function FILE.py:NAME gets the path as its argument data. Default: the "
+            "data of the job. Refused by alphafold2, weather, segmentation3d and hf: jobs. "
+            f"{_NOT_FOR_LENGTHS}",
         ),
     ] = None
     weights: Annotated[
@@ -55,9 +69,11 @@ class SizeOptions:
         typer.Option(
             metavar="DIR",
             help="Folder with safetensors files (*.safetensors) of a model of the same architecture and "
-            "size, from which to take the initial weights. Default: the weights as the job initializes "
-            "them, usually at random. Refused by jobs that can load none, and by a memfit.Job in "
-            "FILE.py:NAME.",
+            "size, from which to take the initial weights. They must have each parameter of the model, "
+            "except the input layer and head of protein-ss and the head of an hf: classifier. A function "
+            "FILE.py:NAME gets the folder as its argument weights. A prediction only checks that the "
+            "folder has such files. Default: the weights as the job initializes them, usually at random. "
+            f"Refused by alphafold2. {_NOT_FOR_LENGTHS}",
         ),
     ] = None
     steps: Annotated[
@@ -67,7 +83,8 @@ class SizeOptions:
             min=1,
             max=MOST,
             help="Number of optimizer steps of the training; with `memfit run --resume`, the steps before "
-            "the checkpoint count. Default: the job's number.",
+            "the checkpoint count. In `memfit plan` it only matters for --deadline and --budget. Default: "
+            "the job's number. Refused by `memfit estimate` with a COMMAND or --lengths.",
         ),
     ] = None
     batch: Annotated[
@@ -77,8 +94,9 @@ class SizeOptions:
             min=1,
             max=MOST_SAMPLES,
             help="Samples per optimizer step, of all processes together. Default: the job's number; with "
-            "--from, that of the files if they state one that the job accepts. `memfit poc` halves it until "
-            "plain training fits the free memory of this machine. Refused by a memfit.Job in FILE.py:NAME.",
+            "--from, that of the files if they state one that the job accepts. `memfit poc` halves it "
+            "until plain training fits the free memory of this machine or each process has one sample. "
+            f"{_NOT_FOR_COMMAND}",
         ),
     ] = None
     length: Annotated[
@@ -87,10 +105,12 @@ class SizeOptions:
             metavar="N",
             min=1,
             max=MOST,
-            help="Length of a sample: tokens, residues or bases. Default: the length of the job's size; for "
-            "`memfit plan --from`, that of the files if they state one that the job accepts. Built-in jobs "
-            "take 16 to 262144, and hf: what the model has positions for. Jobs whose samples have no "
-            "length, and a memfit.Job in FILE.py:NAME, refuse this option.",
+            help="Length of a sample: tokens, residues, bases or, for char-lm, bytes. Built-in jobs take "
+            "16 to 262144; they crop longer proteins, and leave out longer molecules. hf: jobs take what "
+            "the model has positions for. A function FILE.py:NAME gets it as its argument length. Default: "
+            "the length of the job's size; for `memfit plan --from`, that of the files if they state one "
+            "that the job accepts. Refused by weather, potential, segmentation3d and hf: models of images, "
+            f"whose samples have no length. {_NOT_FOR_LENGTHS}",
         ),
     ] = None
 
@@ -99,9 +119,9 @@ class SizeOptions:
         typer.Option(
             metavar="NAME=N",
             help="Another size of the job, such as crop=96, atoms=2000, rollout=8, layers=6 or hidden=512; "
-            "repeat the option for further sizes. A built-in job and hf: list theirs if you name one that "
-            "they lack; for a function FILE.py:NAME it is any argument that takes a whole number. Default: "
-            "the job's own sizes. Refused by a memfit.Job in FILE.py:NAME.",
+            "repeat the option for further sizes. A built-in or hf: job lists its sizes in the error if "
+            "you name one that it lacks; a function FILE.py:NAME gets the number as its argument NAME. "
+            f"Default: the job's own sizes. {_NOT_FOR_LENGTHS}",
         ),
     ] = None
 
@@ -116,11 +136,12 @@ class JobOptions(SizeOptions):
         typer.Argument(
             metavar="JOB",
             help="What to train: a built-in job (`memfit list jobs` lists them), FILE.py:NAME for a job of "
-            "your own, or hf:PATH_OR_NAME for a Hugging Face configuration: a folder with config.json, or a "
-            "name such as hf:meta-llama/Llama-3.1-8B (`memfit list models`). The NAME of FILE.py:NAME is a "
-            "memfit.Job, which refuses --size, --data, --weights, --batch, --length and --dim, or a "
-            "function that returns one and takes these as arguments. Default: protein-ss; but if the files "
-            "of `memfit plan --from` describe a model, the job that builds it, or an error if none does.",
+            "your own, or hf:PATH_OR_NAME for a Hugging Face configuration: a folder with config.json, or "
+            "a name such as hf:meta-llama/Llama-3.1-8B (`memfit list models`). The NAME of FILE.py:NAME is "
+            "a memfit.Job, which refuses --size, --data, --weights, --batch, --length and --dim, or a "
+            "function that returns one and gets those of these options that are given as keyword "
+            "arguments. Default: protein-ss; but if the files of `memfit plan --from` describe a model, "
+            "the job that builds it, or an error if none does.",
         ),
     ] = None
 
@@ -137,9 +158,8 @@ class JobOptions(SizeOptions):
         for name in dimensions.keys() & options.keys():
             if options[name] is not None or name in ("size", "data", "weights"):
                 raise UserError(
-                    f"--dim {name}={dimensions[name]} is what --{name} is for",
-                    allowed=f"--{name} alone",
-                    hint=f"leave out --dim {name}=...",
+                    f"--dim {name}={dimensions[name]} cannot be used: --{name} sets the {name} of the job",
+                    allowed=f"--{name} without --dim {name}",
                 )
         return JobRef(spec=self.spec, **options, dimensions=dimensions)
 
@@ -175,41 +195,43 @@ class SearchOptions:
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Memory that the training must fit in on each device, for example 24GiB; at most what a "
-            "GPU has. On a CPU, each process counts as a device. It limits a search for a plan; `memfit "
-            "plan --from` and `memfit estimate` also check whether the training as it is fits it, `memfit "
-            "estimate --lengths` uses it, and `memfit run` limits the training to it (see --capped). "
-            "Otherwise it is ignored. Default: on another machine's GPU, its memory; on this "
-            "machine's GPU, what is free of its memory now; on a CPU, and always in `memfit poc`, only a "
-            "demonstration: a quarter of the peak memory of plain training (the job may set another share) "
-            "or, if no plan fits that, 10 % more than the smallest plan needs. Two defaults differ: "
-            "`memfit estimate` checks against all memory of the device; on a CPU, `memfit plan --from` does "
-            "not check, and better plans must fit what the plan of the files needs if it is "
-            "for one process. Refused by `memfit estimate --precision` and by `memfit decide` without "
-            "--pilot and --full.",
+            help="Memory of one device that the training may use, for example 24GiB. More than a GPU has "
+            "is reduced to what it has, with a warning. On a CPU, each process counts as a device. "
+            "Searches for a plan, `memfit plan --largest` and `memfit estimate --lengths` keep to it; "
+            "`memfit plan --from` and, except with two plan files or --engines, `memfit estimate` say "
+            "whether the training fits it; `memfit run` limits the training to it (see --capped). Default "
+            "on a GPU: all its memory, but on this machine's GPU what is free now; there, `memfit "
+            "estimate` nevertheless checks against all, and `memfit poc` searches under the limit of a "
+            "demonstration. Default on a CPU: for a search, the limit of a demonstration; for `memfit plan "
+            "--largest` and the checks of `memfit estimate`, all memory of the machine; `memfit plan "
+            "--from` then checks nothing, and better plans must need no more than the plan of the files. "
+            "The limit of a demonstration is a quarter of the peak memory of plain training (the job may "
+            "set another share) or, if no plan fits that, 10 % more than the smallest plan needs. Refused "
+            "by `memfit estimate --precision` and by `memfit decide` without --pilot and --full.",
         ),
     ] = None
     host_memory: Annotated[
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Memory of each host of the machine, apart from that of its devices, for example 512GiB. A "
-            "recommended plan must fit in it too. Default: on this machine, all that memfit may use; on "
-            "another, the value in the catalog or the machine file; without one, no plan that keeps tensors "
-            "in host memory is recommended. Refused if the device is a CPU, as with --on this:cpu or on "
-            f"this machine without a GPU. {_REFUSED}",
+            help="Memory of each host of the machine, apart from that of its devices, for example 512GiB. "
+            "A plan fits only if what it needs there fits, too. Default: on this machine, all that memfit "
+            "may use; on another, the value in the catalog or the machine file; without one, only plans "
+            "that keep tensors in host memory do not fit. Refused if the device is a CPU, as with --on "
+            f"this:cpu or on this machine without a GPU. {_REFUSED}",
         ),
     ] = None
     goal: Annotated[
         str,
         typer.Option(
             metavar="fastest|smallest|cheapest|greenest|fewest",
-            help="What the recommended plan minimizes. fastest (the default): the time of a step; smallest: "
-            "the peak memory of the tensors of one device; cheapest: the cost of a step: rent, if its price "
-            "is known, and electricity; greenest: the CO2 of a step; fewest: the number of devices and, if "
-            "that is equal, the time of a step. Of plans whose times, costs or CO2 differ little, the "
-            "simplest is recommended. Without a search for a plan it has no effect. Refused by `memfit "
-            "estimate` with --lengths or --precision and by `memfit decide` without --pilot and --full.",
+            help="What the recommended plan minimizes. fastest (the default): the time of a step; "
+            "smallest: the peak memory of the tensors of one device; cheapest: the cost of a step: rent, "
+            "if its price is known, and electricity; greenest: the CO2 of a step; fewest: the number of "
+            "devices. Of plans that differ little in this, that is recommended which changes the training "
+            "least and has the fewest techniques. Without a search for a plan it has no effect. Refused by "
+            "`memfit estimate` with --lengths or --precision and by `memfit decide` without --pilot and "
+            "--full.",
         ),
     ] = "fastest"
     accuracy: Annotated[
@@ -258,8 +280,8 @@ class BoundsOptions:
         typer.Option(
             metavar="TIME",
             help="Longest time that the whole training of --steps steps may take, for example 90m, 72h or "
-            "3d. Needs --steps, and --on with another machine than this one. Not with --from or --largest. "
-            "Default: no limit.",
+            "3d. A plan whose step time is unknown misses it. Needs --steps, and --on with another machine "
+            "than this one. Not with --from or --largest. Default: no limit.",
         ),
     ] = None
     budget: Annotated[
@@ -279,8 +301,9 @@ class BoundsOptions:
             metavar="N",
             min=1,
             max=MOST_SAMPLES,
-            help="Samples in one micro-batch of one device. It must divide the number of samples of a "
-            "device in a step. Needs --on with another machine than this one. Not with --from or "
+            help="Samples in one micro-batch of one device; with tensor, context or pipeline parallelism, "
+            "of the devices that hold one copy of the model. It must divide the number of samples that "
+            "these train in a step. Needs --on with another machine than this one. Not with --from or "
             "--largest. Default: memfit chooses the number.",
         ),
     ] = None
@@ -395,10 +418,10 @@ class PlanOptions:
         Path | None,
         typer.Option(
             metavar="FILE.yaml",
-            help="Use the plan in this file, as written by `memfit plan --save`. Default, without "
-            "--recommended: plain training; in `memfit export` with --from, the plan of those files. Not "
-            "with --recommended; in `memfit estimate` also not with plan files as arguments, a COMMAND or "
-            "--precision.",
+            help="Use the plan in this file, as written by `memfit plan --save`; it also says the number "
+            "of processes. Default, without --recommended: plain training; in `memfit export` with --from, "
+            "the plan of those files. Not with --recommended; in `memfit estimate` also not with plan "
+            "files as arguments, a COMMAND or --precision.",
         ),
     ] = None
     recommended: Annotated[
@@ -423,9 +446,9 @@ class StoreOptions:
         typer.Option(
             metavar="FILE",
             help="Store: the file in which memfit keeps proofs of concept, runs and records of others; "
-            "created if it does not exist. Default: memfit/memfit.sqlite3 in your data folder (on Linux "
-            "~/.local/share); `memfit doctor` prints the path. Refused by `memfit run --record` and `memfit "
-            "decide --template`.",
+            "created, with its folder, if it does not exist. Default: memfit/memfit.sqlite3 in your data "
+            "folder (on Linux ~/.local/share); `memfit doctor` prints the path. Refused by `memfit run "
+            "--record` and `memfit decide --template`.",
         ),
     ] = None
 
@@ -439,9 +462,10 @@ class EffortOptions:
         float | None,
         typer.Option(
             metavar="MIN",
-            help="Minutes, 0 or more, during which people attended to the proof of concept. They are stored "
-            "with it, in place of minutes given earlier. Refused for a record from others and with "
-            "--template. Default: minutes given earlier are kept.",
+            help="Minutes, 0 or more, during which people attended to the proof of concept. They count as "
+            "work in its costs and in the gates of --gates. They are stored with it, in place of minutes "
+            "given earlier. Refused for a record from others and with --template. Default: minutes given "
+            "earlier are kept.",
         ),
     ] = None
 

@@ -53,19 +53,20 @@ class PlanRunOptions:
             max=MOST,
             help="Plan for N processes of this machine that share the batch, which must have at least N "
             "samples. Default: 1. On GPUs, each process has one: N is at most the number of this machine's "
-            "GPUs. With --on another machine of GPUs, N must be 1 or the number of its GPUs; both mean that "
-            "all of them can be used. Not with --from.",
+            "GPUs. With --on another machine of GPUs, N must be 1 or the number of its GPUs; both mean "
+            "that all of them can be used. Not with --from.",
         ),
     ] = 1
     measure: Annotated[
         bool,
         typer.Option(
             "--measure",
-            help="Before recommending, train the best plans by prediction and similar ones for a few steps "
-            "each on this machine: the measured step times then decide. Needs --goal fastest, cheapest or "
-            "greenest. With --largest: run the values that are found, and the next ones, under a cap of "
-            "--memory, with any --goal; the job must take sizes, and on a CPU --memory must be below the "
-            "machine's memory. Not with --from, --diff or --on another machine.",
+            help="Before recommending, train the best plans by prediction and similar ones on this machine "
+            "for a few steps each, under the memory limit of the search (--memory): the measured step "
+            "times then decide. Needs --goal fastest, cheapest or greenest. With --largest: run the values "
+            "that are found, and the next ones, under a cap of --memory, with any --goal; the job must not "
+            "be a memfit.Job, and on a CPU --memory must be given, below the machine's memory. Not with "
+            "--from, --diff or --on another machine.",
         ),
     ] = False
     measure_time: Annotated[
@@ -127,9 +128,9 @@ class FromOptions:
             metavar="ID|last",
             help="Correct the predicted step times by the measured ones of the proof of concept with this "
             "ID; last: of the one begun last. It must have run the same job, of any size, on this machine, "
-            "with the same processor, number of cores, torch version and OMP_NUM_THREADS, and one of its "
-            "runs must have completed. Default: no correction. Not with --from, --largest, --diff or --on "
-            "another machine.",
+            "with the same kind of device, processor, number of cores, torch version and OMP_NUM_THREADS, "
+            "and one of its runs must have completed. Default: no correction. Not with --from, --largest, "
+            "--diff or --on another machine.",
         ),
     ] = None
     store: Annotated[
@@ -321,7 +322,7 @@ def bounds_of(job: JobOptions, options: BoundsOptions, on: str) -> Bounds:
     if limits_training and job.steps is None:
         raise UserError(
             "--deadline and --budget limit the whole training and need its number of steps",
-            hint="give --steps N",
+            hint="give --steps N" + (" and, with --on, another machine than this one" if is_here(on) else ""),
         )
     if is_here(on) and (limits_training or options.micro_batch):
         raise UserError(

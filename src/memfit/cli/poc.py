@@ -45,7 +45,8 @@ class PocOptions:
             help="Number of seeds: 0, 1 and so on. Default: 3. With each of them, one run trains without "
             "any technique and one with the recommended plan; the verdict, whether their results are "
             "equivalent, is based on these pairs of runs. With fewer than 3 pairs, results can only be "
-            "shown to be equivalent if the plan must not change them at all, as with --accuracy exact.",
+            "shown to be equivalent if the plan must not change them at all, as with --accuracy exact. All "
+            "further runs of a proof of concept have seed 0.",
         ),
     ] = 3
     nproc: Annotated[
@@ -65,16 +66,21 @@ class PocOptions:
             metavar="NAME[:KEY=VALUE,...]",
             help="Make the runs side by side, within --budget, with an executor of `memfit sweep`: "
             "local:parallel=2, or slurm:partition=a100, whose nodes must be like this machine, for which "
-            "the plan is searched. If the same proof of concept was interrupted before, its runs in the "
-            "store are not made again. Default: one run after the other.",
+            "the plan is searched. A run that an earlier proof of concept with --executor made, finished "
+            "or not, is not made again if it is the same, is in --store, and completed or ran out of "
+            "memory under the cap. Default: one run after the other, all of them made anew.",
         ),
     ] = None
     budget: Annotated[
         list[str] | None,
         typer.Option(
             metavar="TIME|NUSD",
-            help="With --executor, otherwise refused: the most that the runs may use, as in `memfit sweep "
-            "--budget`. Default: asked for on a terminal; elsewhere and with --json it must be given.",
+            help="With --executor, otherwise refused: the most that the runs may use: device hours as a "
+            "time, such as 90m or 24h, or US dollars such as 20USD, which are refused if the price of a "
+            "device is unknown. Both can be given. A device hour is one device, or one process on a CPU, "
+            "for one hour. When the budget is used up, running runs are ended and the command fails; the "
+            "same command then makes those that are left. Default: asked for on a terminal; elsewhere and "
+            "with --json it must be given.",
         ),
     ] = None
     out: Annotated[

@@ -36,6 +36,7 @@ from memfit.types.job import Dimension, Job, JobRef
 from memfit.types.launch import RunSpec
 from memfit.types.plan import Plan
 from memfit.types.result import Choice
+from memfit.types.units import format_bytes
 from memfit.workflows.single_run import measure_spec
 
 _MOST_PLANS = 4
@@ -97,11 +98,16 @@ class _Sizes:
             if name not in self.dimensions and name in synonyms:
                 name = next((n for n in synonyms if n in self.dimensions), name)
         if name not in self.dimensions:
+            is_function = not self.fixed and ".py:" in self.ref.spec
             raise UserError(
                 f"--largest {name}: the job {self.ref.spec} has no such size",
                 allowed=", ".join(self.dimensions) or "none: the job takes no sizes",
                 hint=suggest(name, self.dimensions)
-                or "a function FILE.py:NAME offers every argument whose default is a whole number",
+                or (
+                    "every argument of the function whose default is a whole number is a size"
+                    if is_function
+                    else ""
+                ),
             )
         return self.dimensions[name]
 
@@ -237,14 +243,14 @@ def _must_be_measurable(request: Request, sizes: _Sizes) -> None:
     if not request.is_here:
         raise UserError(
             "--measure trains on this machine, but --on names another one",
-            allowed="--measure without --on, or with --on this",
+            allowed="--measure without --on, or with --on this, this:cpu or this:KIND",
         )
     device = request.machine.device
     is_below = request.cap_bytes is not None and request.cap_bytes < device.memory_bytes.value
     if device.is_host and not is_below:
         raise UserError(
             "--measure on a processor (CPU) needs a memory cap below the machine's memory",
-            allowed="--memory SIZE, such as --memory 4GiB",
+            allowed=f"--memory SIZE below {format_bytes(device.memory_bytes.value)}",
         )
     if sizes.fixed:
         raise UserError(

@@ -102,7 +102,7 @@ CONTROL = "negative control"
 _TIMELINE_POINTS = 400
 _TRIALS_S = 60.0  # seconds of a proof of concept for rivals of its recommendation
 # facts that must agree for machines whose times correct each other
-_SAME = ("processor", "cores", "torch", "env OMP_NUM_THREADS")
+_SAME = ("device", "processor", "cores", "torch", "env OMP_NUM_THREADS")
 _CHECKPOINTING = use("activation-checkpointing", every=1)
 
 
@@ -140,11 +140,12 @@ def poc(  # noqa: PLR0913
     ``seeds``: number of pairs of runs of baseline and recommended plan; their seeds count from 0. ``steps``:
     optimizer steps of each run; None: the job's own number. ``report_path`` None: a file in the folder
     "reports" beside the store. ``lang``: language of the report. ``command``: command line that the PoC
-    records. ``side_by_side``: an executor makes the runs, several at a time, and those that the store has
-    from a PoC that was interrupted are not made again; None: they are made here, one after the other. Raises
-    NothingFits if no plan fits; SearchInterrupted on Ctrl-C while plans are searched; UserError for a
-    language without a catalog, if the report's folder cannot be written, or if the request or the job is
-    wrong; RunError if operators cannot be timed, or if the budget of ``side_by_side`` does not suffice.
+    records. ``side_by_side``: an executor makes the runs, several at a time; those that one has made for an
+    earlier PoC, finished or not, are taken from ``store`` if they completed or memory ran out under the cap.
+    None: all are made here, one after the other. Raises NothingFits if no plan fits; SearchInterrupted on
+    Ctrl-C while plans are searched; UserError for a language without a catalog, if the report's folder cannot
+    be written, or if the request or the job is wrong; RunError if operators cannot be timed, or if the budget
+    of ``side_by_side`` does not suffice.
     """
     load_words(lang)  # a wrong language is an error before anything is trained
     must_be_writable(report_path.parent if report_path else store.path.parent / REPORTS, "the report")
@@ -256,8 +257,9 @@ def correct_step_times(request: Request, store: Store, poc_id: str | None) -> Re
     ratio counts.
 
     Raises UserError if there is no such PoC; if it ran another job than the request's; if the request is not
-    for this machine; if the processor, its number of cores, torch's version or OMP_NUM_THREADS are not as in
-    the PoC; or if no run of the PoC completed with a measured and a predicted step time.
+    for this machine; if the kind of device, the processor, its number of cores, torch's version or
+    OMP_NUM_THREADS are not as in the PoC; or if no run of the PoC completed with a measured and a predicted
+    step time.
     """
     resolved_id = resolve_poc_id(store, poc_id)
     proof, environment = stored_poc(store, resolved_id), fingerprint()
@@ -268,11 +270,12 @@ def correct_step_times(request: Request, store: Store, poc_id: str | None) -> Re
             "or machine",
             allowed="the same job, on this machine",
         )
-    changed_facts = [name for name in _SAME if proof.environment.get(name) != environment.get(name)]
+    ran_on = proof.runs[0].spec.device if proof.runs else request.device_kind
+    then = {**proof.environment, "device": ran_on}
+    now = {**environment, "device": request.device_kind}
+    changed_facts = [name for name in _SAME if then.get(name) != now.get(name)]
     if changed_facts:
-        changed_facts_text = "; ".join(
-            f"{n} {proof.environment.get(n)} then, {environment.get(n)} now" for n in changed_facts
-        )
+        changed_facts_text = "; ".join(f"{n} {then.get(n)} then, {now.get(n)} now" for n in changed_facts)
         raise UserError(
             f"PoC {resolved_id} cannot correct predictions, because it ran in a different environment: "
             f"{changed_facts_text}",

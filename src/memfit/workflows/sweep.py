@@ -193,7 +193,7 @@ def make_trials(
     if (same_kind := next((kind for kind in kinds if kinds.count(kind) > 1), None)) is not None:
         raise UserError(
             f"two executors are {same_kind}, so their trials are the same",
-            allowed="executors that differ in name or device",
+            allowed="executors that differ in name, or in a setting that chooses the kind of device",
         )
     refs = [dataclasses.replace(job, size=size) for size in sizes] or [job]
     for ref in refs:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import zipfile
 import zlib
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -38,6 +39,12 @@ DATA_SOURCE: Final = (
     "the test molecules are not among those for training"
 )
 _KEYS: Final = ("numbers", "molecule", "energy", "positions", "forces", "train_molecules")
+_MOST_PROTONS: Final = 118
+_ALLOWED: Final = (
+    "whole numbers: numbers (molecules, atoms), 0 as padding, molecule (frames,), train_molecules; energy "
+    "(frames,), positions and forces (frames, atoms, 3); frames of the molecules below train_molecules, for "
+    "training, first, then at least one of another molecule, for testing"
+)
 _DIMENSIONS: Final = {
     "atoms": "atoms",
     "neighbours": "neighbours",
@@ -73,9 +80,9 @@ def make(options: BuiltInOptions) -> Job:
     numbers, 0 at padding; ``molecule`` (frames,), the index of each frame's molecule; ``energy`` (frames,) in
     eV; ``positions`` in angstrom and ``forces`` in eV/angstrom, both (frames, atoms, 3); and
     ``train_molecules``, a number: frames of the molecules below it are for training and must come first.
-    ``batch``: samples of a step. Raises UserError for any ``length``, for ``data`` that cannot be read or
-    lack an array, and for a dimension that is unknown or impossible: "atoms" must be at least those of the
-    largest molecule, at "tiny" a multiple of these, "neighbours" below "atoms", and "hidden" even.
+    ``batch``: samples of a step. Raises UserError for any ``length``, for ``data`` as `read` does, and for a
+    dimension that is unknown or impossible: "atoms" must be at least those of the largest molecule, at "tiny"
+    a multiple of these, "neighbours" below "atoms", and "hidden" even.
     """
     options.refuse("length", job=NAME, allowed="no length: the molecules determine the number of atoms")
     frames = read(options.data)
@@ -147,7 +154,8 @@ def read(path: str | None) -> MoleculeFrames:
     """Return the frames of the user's file ``path``, or the built-in ones if None.
 
     The energy of each element, which is found by a least-squares fit over the training frames, is subtracted.
-    Raises UserError for a file that cannot be read or lacks one of the arrays that `make` names.
+    Raises UserError for a file that cannot be read or lacks one of the arrays that `make` names, and for
+    arrays that do not have the shapes, values and order that it describes.
     """
     file = Path(path) if path else resources.files("memfit.jobs.builtin") / "data" / "conformers.npz"
     try:
@@ -162,6 +170,8 @@ def read(path: str | None) -> MoleculeFrames:
             f"the data file {path} cannot be read, or lacks an array: {reason}",
             allowed=f"a NumPy file .npz with the arrays {', '.join(_KEYS)}",
         ) from reason
+    if fault := _fault(arrays):
+        raise UserError(f"the data file {path} cannot be trained on: {fault}", allowed=_ALLOWED)
     train_count = int((arrays["molecule"] < arrays["train_molecules"]).sum())
     species = arrays["numbers"][arrays["molecule"]]
     counts = (species[:, :, None] == np.unique(species[species > 0])).sum(1).astype(np.float64)
@@ -174,6 +184,31 @@ def read(path: str | None) -> MoleculeFrames:
         train_count=train_count,
         source=path or DATA_SOURCE,
     )
+
+
+def _fault(arrays: Mapping[str, Array]) -> str:
+    """Return what the shapes, the values or the order of the arrays of a file lack that `make` describes; ""
+    for nothing."""
+    numbers, molecule, train_molecules = (arrays[key] for key in ("numbers", "molecule", "train_molecules"))
+    whole = all(np.issubdtype(array.dtype, np.integer) for array in (numbers, molecule, train_molecules))
+    if not whole or numbers.ndim != 2 or molecule.ndim != 1 or train_molecules.size != 1:
+        return "numbers, molecule and train_molecules are not whole numbers of two, one and no dimensions"
+    count, atoms = len(molecule), numbers.shape[1]
+    shapes = {"energy": (count,), "positions": (count, atoms, 3), "forces": (count, atoms, 3)}
+    for key, shape in shapes.items():
+        if arrays[key].shape != shape:
+            return f"{key} has the shape {arrays[key].shape}, not {shape}"
+    if not numbers.size or numbers.min() < 0 or numbers.max() > _MOST_PROTONS:
+        return "numbers are not atomic numbers"
+    if not count or molecule.min() < 0 or molecule.max() >= len(numbers):
+        return f"molecule has other indices than 0 to {len(numbers) - 1}, the rows of numbers"
+    for_training = molecule < train_molecules
+    train_count = int(for_training.sum())
+    if not 0 < train_count < count:
+        return f"{train_count} of its {count} frames are of molecules below train_molecules"
+    if not for_training[:train_count].all():
+        return "a frame of a molecule for testing comes before one of a molecule for training"
+    return ""
 
 
 def train_batch(
