@@ -297,3 +297,13 @@ def test_the_estimate_of_lengths_prints_text_and_json(
     text = capsys.readouterr().out
     assert "at no length of the data" in text
     assert "saves most" in text
+
+
+def test_lengths_of_a_job_without_lengths_are_refused_without_naming_another_option(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from memfit.cli import main
+
+    (tmp_path / "n.txt").write_text("20\n")
+    assert main(["estimate", "potential", "--lengths", str(tmp_path / "n.txt")]) == 2
+    assert "the job potential, whose samples have no length; allowed: " in capsys.readouterr().err

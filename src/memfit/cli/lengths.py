@@ -132,7 +132,16 @@ def print_lengths(
     size = job_options.size
     if spec in names() and "@" not in (size or ""):
         size = f"{size or 'tiny'}@{max(64, int(values.max()))}"  # enough positions for all that is traced
-    job = load(JobRef(spec=spec, size=size, batch=job_options.batch))
+    try:
+        job = load(JobRef(spec=spec, size=size, batch=job_options.batch))
+    except UserError:
+        if size != job_options.size and not load(JobRef(spec=spec, size=job_options.size)).tokens_per_batch:
+            raise UserError(
+                f"--lengths cannot be used with the job {spec}, whose samples have no length",
+                allowed="a job whose samples are sequences, such as protein-lm",
+                hint="--columns takes two other sizes of each sample",
+            ) from None
+        raise
     length_report = sequence_lengths.report(
         job,
         values,

@@ -555,7 +555,7 @@ def no_grid_error(limits: Limits) -> UserError:
     if limits.batch % limits.ranks == 0 and engine_refuses:
         return UserError(
             f"the engine (--engine) supports none of the plans for {devices} that a search considers",
-            allowed="an engine with DDP, FSDP2 or ZeRO on several ranks",
+            allowed="an engine with data-parallel ranks, such as native, accelerate or deepspeed",
             hint="`memfit estimate JOB --plan FILE --engines` predicts a plan of yours and shows which "
             "engines support it",
         )
