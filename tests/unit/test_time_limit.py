@@ -38,6 +38,7 @@ from memfit.planner.selection import Objective, score
 from memfit.planner.single_device import _best_first
 from memfit.report.terminal import print_search
 from memfit.runtime.local_machine import this_machine
+from memfit.techniques.registry import make_plain_plan
 from memfit.trace import trace_pool
 from memfit.trace.trace_pool import run_parallel
 from memfit.types.deadline import Deadline, TimeUp
@@ -459,6 +460,14 @@ def test_a_search_for_many_devices_without_time_recommends_a_traced_plan(
     assert found.extent.time_up
     assert found.extent.priced_count == found.considered > 100
     assert found.extent.gain_ratio is None or found.extent.gain_ratio > 0.01
+
+
+def test_plain_training_of_fewer_ranks_than_devices_has_no_sketch_and_is_traced(
+    many_of: Callable[..., MultiDevicePredictor],
+) -> None:
+    many = many_of()
+    assert many.sketches(2).picks
+    assert many.sketch_of_plain(make_plain_plan(1)) is None  # as for a batch of one sample
 
 
 @pytest.mark.long

@@ -366,12 +366,14 @@ class RuntimeOptions:
             help="Time limit of a search for plans, for example 30 or 30s (seconds) or 2min, counted from "
             "when the libraries are loaded. The answer then rests on what was estimated and traced until "
             "then, and says how much better a plan could still be. The trace of plain training and that of "
-            "one plan that fits are finished even after the limit. A search that ends earlier gives the "
-            "same answer with any limit. Default: 55s, for an answer within a minute; but if a limit has "
-            "cut an earlier search for the same plans of the job on such a device, and it has kept a plan "
-            "that fits, the answer is that of the earlier search, at once. Any TIME continues the earlier "
-            "search. Ignored without a search for a plan, but refused by `memfit estimate` with --lengths, "
-            "--precision, or a COMMAND without --plans, and by `memfit decide` without --pilot and --full.",
+            "one plan that fits are finished even after the limit; `memfit poc` then also trains the best "
+            "plans for about a minute (not with --goal smallest or fewest). A search that ends earlier "
+            "gives the same answer with any limit. Default: 55s, for an answer within a minute; but if a "
+            "limit has cut an earlier search for the same plans of the job on such a device, and it has "
+            "kept a plan that fits, the answer is that of the earlier search, at once. Any TIME continues "
+            "the earlier search. Ignored without a search for a plan, but refused by `memfit estimate` "
+            "with --lengths, --precision, or a COMMAND without --plans, and by `memfit decide` without "
+            "--pilot and --full.",
         ),
     ] = None
 

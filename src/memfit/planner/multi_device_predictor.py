@@ -302,7 +302,9 @@ class MultiDevicePredictor:
 
     def sketch_of_plain(self, plain_plan: Plan) -> Sketch | None:
         """Return the sketch of plain training, the plan ``plain_plan``; None if no grid for its number of
-        ranks has it. That number must have been searched."""
+        ranks has it, or if that number was not searched."""
+        if plain_plan.ranks not in self.grid_sketches:
+            return None
         for grid in {id(s.grid): s.grid for s in self.grid_sketches[plain_plan.ranks].picks}.values():
             places = [(0, 0, 0, 0, i) for i in range(len(grid.states))]
             place = next((i for i in places if grid.plan(i) == plain_plan), None)

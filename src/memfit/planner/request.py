@@ -195,7 +195,7 @@ def make_predictor(request: Request, *, replicas: bool = True) -> tuple[Job, Pre
         raise UserError(
             f"a batch of {job.batch_size} samples cannot be divided over {ranks} ranks, each of which needs "
             "at least one",
-            allowed=f"--batch {ranks} or more",
+            allowed=f"a batch of at least {ranks} samples (--batch, or the job's own)",
             hint="or fewer ranks: a smaller --nproc, or --on a machine with fewer devices",
         )
     stored = stored_predictions(request.job_ref, job)

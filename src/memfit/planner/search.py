@@ -510,20 +510,21 @@ def _refuse_ranks(request: Request, predictor: Predictor) -> None:
     if request.ranks == 1 or may_share(predictor.dependence, request.accuracy):
         return
     dependence = predictor.dependence
-    effect_on_training = dependence.changes  # such as "changes BatchNorm's statistics"
-    how_this_is_known, plan_or_norm_to_use = dependence.reason, dependence.way_out
+    effect_on_training, how_this_is_known = dependence.changes, dependence.reason
+    one_rank = "one rank: --nproc 1, or --on a machine with one device"
     refuse_wrong_weights(make_plain_plan(request.ranks), dependence)
     if dependence.cause is DependenceCause.SIZE:
         raise UserError(
             f"the batch cannot be divided over {request.ranks} ranks, because the step can be computed for "
             f"the whole batch only ({how_this_is_known})",
-            allowed="one rank: --nproc 1, or --on a machine with one device",
+            allowed=one_rank,
         )
+    norm = f"{dependence.way_out}, or " if dependence.cause is DependenceCause.BATCH_NORM else ""
     raise UserError(
         f"dividing the batch over {request.ranks} ranks {effect_on_training} ({how_this_is_known}), which "
         "would change the training",
         allowed="--accuracy any",
-        hint=f"to keep the training as it is, use {plan_or_norm_to_use}",
+        hint=f"to keep the training as it is, use {norm}{one_rank}",
     )
 
 
