@@ -6,6 +6,7 @@ import json
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from memfit.integrations import lightning as ours
 from memfit.techniques.registry import TECHNIQUES
 from memfit.types.conformance import NotConforming
 from memfit.types.errors import UserError
+from memfit.types.plan import Plan
 
 pytestmark = [
     pytest.mark.skipif(not find_spec("lightning"), reason="lightning is an extra of development"),
@@ -114,3 +116,9 @@ def test_a_technique_of_the_module_needs_no_trainer_argument() -> None:
     found = ours.trainer_arguments({"techniques": {"chunked-cross-entropy": {"chunks": 4}}})
     assert (found["strategy"], found["precision"], found["accumulate_grad_batches"]) == ("auto", "32-true", 1)
     assert TECHNIQUES.keys() >= ours._OF_THE_MODULE | ours._OF_THE_TRAINER
+
+
+def test_a_step_of_a_loader_without_batches_is_not_predicted() -> None:
+    trainer = SimpleNamespace(train_dataloader=[], accumulate_grad_batches=1)
+    with pytest.raises(UserError, match="has no batch"):
+        ours.predict_first_batch(trainer, torch.nn.Linear(1, 1), Plan())

@@ -12,8 +12,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
+from memfit.integrations.record import Recorder
 from memfit.integrations.transformers import MemfitCallback, plan_of_arguments
 from memfit.types.conformance import NotConforming
+from memfit.types.plan import Plan
 
 
 class Tokens(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
@@ -122,3 +124,12 @@ def test_deepspeeds_configuration_is_in_the_derived_plan_and_not_predicted(
     assert accumulation is not None
     assert (plan.ranks, zero.settings["stage"], accumulation.settings["micro_batches"]) == (2, 3, 2)
     assert plan.get("ddp") is None
+
+
+def test_the_file_of_another_rank_has_the_rank_before_its_suffix(tmp_path: Path) -> None:
+    recorder = Recorder(
+        plan=Plan(), prediction=None, model=torch.nn.Linear(1, 1), strict=False, blocks=None
+    )
+    for name, own in (("memfit.json", "memfit.2.json"), ("run.txt", "run.2.txt"), ("run", "run.2")):
+        recorder.write(tmp_path / name, 2)
+        assert (tmp_path / own).is_file()

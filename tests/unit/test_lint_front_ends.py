@@ -427,6 +427,8 @@ def test_a_mace_configuration_that_does_not_exist_is_said(tmp_path: Path) -> Non
         ("meta-llama/Llama-3.1-405B", "hf:meta-llama/Llama-3.1-405B"),
         ("mine/Qwen3-30B-A3B-AWQ", ""),
         ("mine/llama-2-700b", ""),
+        ("~nobody-has-this-name/model", ""),
+        ("m" * 300, ""),
     ],
 )
 def test_the_sizes_of_well_known_models_are_those_of_their_name(name: str, job: str, tmp_path: Path) -> None:

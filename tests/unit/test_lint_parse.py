@@ -144,6 +144,12 @@ def test_numbers_in_sums_are_octal_if_they_begin_with_0() -> None:
     assert "$" in flags["c"]  # an error of the shell
 
 
+def test_sums_of_numbers_that_no_shell_can_hold_are_left_unresolved() -> None:
+    flags = read_script(f"x --a $(({'9' * 5000} + 1)) --b $((999999999 * 9999999999))").flags
+    assert "$" in flags["a"]
+    assert "$" in flags["b"]
+
+
 def test_script_values_known_only_at_run_time_are_unknown(tmp_path: Path) -> None:
     (tmp_path / "a.sh").write_text(
         "x --num-layers $LAYERS --micro-batch-size 1 --micro-batch-size 2 --seq-length $((8 / 0))"

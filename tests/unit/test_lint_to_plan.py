@@ -326,6 +326,7 @@ def test_an_impossible_number_of_processes_is_refused(file: File, tmp_path: Path
         (tt(training={"local_batch_size": -4}), "training.local_batch_size -4"),
         (("a.yaml", "base_model: x\nmicro_batch_size: -4\nsequence_len: 64\n"), "micro_batch_size -4"),
         (("a.yaml", "base_model: x\nmicro_batch_size: 4\nsequence_len: .nan\n"), "sequence_len nan"),
+        (("train.sh", "x --num-layers 2 --seq-length 8 --micro-batch-size 0\n"), "micro_batch_size 0"),
     ],
 )
 def test_a_size_below_1_is_left_out_and_not_carried_over(file: File, said: str, tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ class _Hooks:
             return
         folder, rank = trainer.default_root_dir, trainer.global_rank
         path = Path(self._path) if self._path is not None else Path(folder) / "memfit.json"
-        self._recorder.write(path.with_suffix(f".{rank}.json") if rank else path)
+        self._recorder.write(path, rank)
         if rank == 0:
             print(self._recorder.line)
 
@@ -203,14 +203,16 @@ def predict_first_batch(trainer: Any, module: Any, plan: Plan) -> Prediction:
     """Return the prediction for ``plan`` of the module's ``training_step`` on the first batch of the
     Trainer's loader, on this machine, with the Trainer's first optimizer. The batch of the whole step is this
     first batch, repeated once for each accumulated micro-batch. Raises UserError if the plan has several
-    ranks, or if the step cannot be predicted."""
+    ranks, if the loader has no batch, or if the step cannot be predicted."""
     if plan.ranks > 1:
         raise UserError(
             "MemfitCallback itself does not predict training on several ranks",
             hint="pass a prediction of memfit.estimate: MemfitCallback(plan, prediction=prediction)",
         )
     with torch.random.fork_rng(devices=[]):
-        first_batch = next(iter(trainer.train_dataloader))
+        first_batch = next(iter(trainer.train_dataloader), None)
+    if first_batch is None:
+        raise UserError("the Trainer's loader has no batch, so its training step cannot be predicted")
     batch = repeat(first_batch, trainer.accumulate_grad_batches)
     batch = tuple(batch) if isinstance(batch, list) else batch
 

@@ -100,8 +100,12 @@ class Recorder:
             "conformance": self.conformance,
         }
 
-    def write(self, path: Path) -> None:
-        write_whole(path, f"{json.dumps(self.content(), indent=2)}\n".encode(), make_folder=True)
+    def write(self, path: Path, rank: int) -> None:
+        """Write `content` as JSON: on rank 0 to ``path``, on another ``rank`` to a file whose name has the
+        rank before the suffix, such as memfit.1.json. Missing folders are made. Raises UserError if the file
+        cannot be written."""
+        own_path = path.with_suffix(f".{rank}{path.suffix}") if rank else path
+        write_whole(own_path, f"{json.dumps(self.content(), indent=2)}\n".encode(), make_folder=True)
 
     @property
     def line(self) -> str:

@@ -86,9 +86,8 @@ class MemfitCallback(TrainerCallback):  # type: ignore[misc]
         self._recorder.step_ends()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        rank = args.process_index
-        self._recorder.write(self._path.with_suffix(f".{rank}.json") if rank else self._path)
-        if rank == 0:
+        self._recorder.write(self._path, args.process_index)
+        if args.process_index == 0:
             print(self._recorder.line)
 
 

@@ -26,7 +26,8 @@ _OPENS, _CLOSES = re.compile(r"\b(?:if|case|for|while|until)\b"), re.compile(r"\
 _OPERATORS = frozenset({"\\", "|", "||", "&", "&&", ">"})
 _NUMBER = re.compile(r"-[\d.][\d.e-]*")
 _QUOTED_VALUE = re.compile(r"=([\"'])([^\s\"'(){}\[\];]*)\1")  # of a flag, as in --dtype="float32"
-_INTEGER = re.compile(r"0[0-7]*|[1-9][0-9]*")  # in shell arithmetic; octal after a leading 0
+# In shell arithmetic, octal after a leading 0. Longer numbers do not fit the shell's 64 bits.
+_INTEGER = re.compile(r"0[0-7]{0,17}|[1-9][0-9]{0,17}")
 _MOST_ROUNDS = 6  # of substitution, for variables whose values refer to other variables
 _WORK: Mapping[str, Callable[[int, int], int]] = {
     "*": operator.mul,
@@ -171,7 +172,8 @@ def _evaluate(text: str, variables: Mapping[str, str]) -> str | None:
     """Evaluate ``text``, an expression of whole numbers and variables: * and / first, then + and -, from left
     to right; quotients are rounded down. A number that begins with 0 is octal, and double quotes are ignored,
     as in the shell. Return the result as text, or None if a variable is unknown, an intermediate or the final
-    result is negative, a divisor is 0, or the expression has anything else, such as the invalid number 08."""
+    result is negative, a number or a result has more than 18 digits, a divisor is 0, or the expression has
+    anything else, such as the invalid number 08."""
     words = [variables.get(w, w) for w in re.findall(r'\w+|[^\s\w"]', text)]
     parts = [str(int(w, 8 if w.startswith("0") else 10)) if _INTEGER.fullmatch(w) else w for w in words]
     for operators in ("*/", "+-"):

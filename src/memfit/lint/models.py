@@ -306,16 +306,15 @@ _OTHER_KINDS = re.compile(r"[-_.](vl|vision|awq|gptq|moe|a\d+b|fp8|audio|omni|em
 
 def of_hub(name: str | None, file: str, length: int | None) -> DescribedModel | None:
     """Return the model called ``name`` on the Hugging Face Hub, or in a local folder; None without a name.
-    Its configuration is that of the folder ``name``, also relative to the configuration ``file``; or that in
-    this machine's cache of the Hub; or that of the model's family and size, if memfit knows these; or that of
-    memfit's table of published models. Nothing is downloaded. Without any of these, the model has no ``job``.
-    ``layers`` and ``width`` are None if the job is a folder, which is not read here. ``length``: tokens per
-    sample, for which the model must have positions; None if unknown."""
+    Its configuration is that of the folder that `_local_folder` finds; or that of the model's family and
+    size, if memfit knows these; or that of memfit's table of published models. Nothing is downloaded. Without
+    any of these, the model has no ``job``. ``layers`` and ``width`` are None if the job is a folder, which is
+    not read here, or if there is none. ``length``: tokens per sample, for which a model of a known family
+    gets positions; None if unknown."""
     if not name:
         return None
-    for folder in (Path(file).parent / name, Path(name).expanduser(), cached_folder(name)):
-        if folder is not None and (folder / "config.json").is_file():
-            return DescribedModel(layers=None, width=None, job=f"hf:{folder}")
+    if (folder := _local_folder(name, file)) is not None:
+        return DescribedModel(layers=None, width=None, job=f"hf:{folder}")
     short_name = name.rstrip("/").rpartition("/")[2].lower()
     for pattern, (kind, sizes, further_settings) in _HUB.items():
         is_other = _OTHER_KINDS.search(short_name) and kind != "mixtral"
@@ -342,3 +341,14 @@ def of_hub(name: str | None, file: str, length: int | None) -> DescribedModel | 
         "know its sizes"
     )
     return DescribedModel(layers=None, width=None, missing=missing)
+
+
+def _local_folder(name: str, file: str) -> Path | None:
+    """Return the first of these folders that has a config.json: ``name`` relative to the folder of ``file``,
+    ``name`` from the current folder, and the model ``name`` in this machine's cache of the Hub. Return None
+    if none has one."""
+    try:
+        folders = (Path(file).parent / name, Path(name).expanduser(), cached_folder(name))
+        return next((f for f in folders if f is not None and (f / "config.json").is_file()), None)
+    except (OSError, RuntimeError):  # a name of more than 255 bytes, or "~" of a user who does not exist
+        return None

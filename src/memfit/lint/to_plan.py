@@ -118,13 +118,13 @@ _SIZES: Final = ("micro_batch_size", "gradient_accumulation_steps")  # also read
 
 
 def _unusable(tracked_options: Mapping[str, _TrackedOptions]) -> Iterator[tuple[str, Any]]:
-    """Yield (path, value) of each size that was read and is a number, but no whole number of at least 1. The
-    number -1, which stands for a default in many files, is not counted."""
+    """Yield (path, value) of each size that was read and is a number, also one written as text, but no whole
+    number of at least 1. The number -1, which stands for a default in many files, is not counted."""
     for options in tracked_options.values():
         for path in sorted({*options.size_paths, *_SIZES}):
             value = options.get(path)
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if is_number and value != -1 and Options.size(options, path) is None:
+            is_number = isinstance(value, float) or options.number(path) is not None
+            if is_number and options.number(path) != -1 and Options.size(options, path) is None:
                 yield path, value
 
 
