@@ -166,9 +166,9 @@ class ExistingMachine(_Strict):
     one option.
 
     ``machine`` is written as in --on, such as ``8xH100-SXM``. ``hours_plain``, ``hours_recommended``: hours
-    of one run with plain training and with the recommended plan. ``power_w``: watts of one machine under
-    load. If unset, hours and watts are predicted. ``setup_hours`` and ``operating_hours_per_year``: people's
-    working hours; unknown if unset.
+    of one run with plain training and with the recommended plan; predicted if unset. ``power_w``: watts of
+    one machine under load; if unset, they are predicted or, without a prediction, the catalog's at full load,
+    if known. ``setup_hours`` and ``operating_hours_per_year``: people's working hours; unknown if unset.
     """
 
     machine: Name | None = None

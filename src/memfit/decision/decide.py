@@ -40,8 +40,8 @@ def decide(
     "full") -> machine that the user chose for it. `limits`: of the gate before the pilot; None: the default
     limits. `by_default`: whether `case` holds defaults and not the user's figures; the money is then for a
     typical project of the job, if the catalog has one. Raises UserError for a case that names an unknown
-    currency, place, tariff or supplier, contradicts itself, has an implausible exchange rate, or lacks the
-    hours or price of a machine.
+    currency, place, tariff or supplier, contradicts itself, has an implausible exchange rate, lacks the hours
+    or price of a machine, or gives figures of a machine that it does not name.
     """
     size = more[-1].size if more else poc.offers[0].size if poc.offers else ""
     offers_by_machine = {(o.machine, o.plain, o.size): o for o in (*poc.offers, *more)}

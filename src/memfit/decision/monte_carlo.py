@@ -146,7 +146,8 @@ def _saving_function(
 
 def price_factors(best: Alternative, reference: Alternative) -> tuple[Term, ...]:
     """Return the factors on the catalog's prices of the two options, each of value 1 with the spread between
-    sellers as its range. One factor if both have the same price; none for a price that is the user's.
+    sellers as its range. One factor if both have the same price; none for an option without a price of the
+    catalog, such as an existing machine or one whose price is the user's.
     """
     ways = (best,) if has_same_price(best, reference) else (best, reference)
     return tuple(

@@ -23,9 +23,9 @@ def saving_without_a_price(
 ) -> Interval | None:
     """Return the lowest and the highest saving of the best option over the reference, in percent, if any one
     of the catalog's prices that a decision uses is left out; its value is the saving with all of them. None
-    if that is unknown, or if no option has a price of the catalog.
+    if that is unknown, or if no price counts.
 
-    A price without which there is no best option or no reference is not counted.
+    A price without which there is no best option or no reference, or the saving is unknown, does not count.
     """
     point = _saving(ways, sheets)
     used_prices = (

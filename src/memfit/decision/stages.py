@@ -27,10 +27,10 @@ def stages(
     pilot, are part of the first.
 
     `named`: "pilot" or "full" -> machine chosen by the user; the stage has the option on it that
-    `_cheapest_on` returns. Without one, the pilot has the option that `pilot` returns, and "full" the
-    decision's best one. `offers`: predictions for machines; a stage has memory, step time and engine of the
-    one for its machine. `limits`: those of the gates. Returns no stages for a PoC that makes no valid
-    record, for example because it did not finish: without a record no gate holds.
+    `_cheapest_on` returns, or none. If no machine was chosen, the pilot has the option that `pilot` returns,
+    and "full" the decision's best one. `offers`: predictions for machines; a stage has memory, step time and
+    engine of the one for its machine. `limits`: those of the gates. Returns no stages for a PoC that makes no
+    valid record, for example because it did not finish: without a record no gate holds.
     """
     try:
         record = exchange.of_poc(poc)

@@ -188,8 +188,8 @@ def _first_iterations(
 
 def _take_first(loop: ast.For, values: dict[str, Any]) -> None:
     """Begin ``loop`` with ``values`` as its variables, and set its targets among them to what its first
-    iteration gives them. The state of torch's random number generator is restored. Raises UserError for an
-    error in the loop's iterator."""
+    iteration gives them; an iterator without items leaves them as they are. The state of torch's random
+    number generator is restored. Raises UserError for an error in the loop's iterator."""
     first_iteration = ast.For(loop.target, loop.iter, [ast.Break()], [])
     code = compile(ast.fix_missing_locations(ast.Module([first_iteration], [])), _CELL, "exec")
     with torch.random.fork_rng(devices=[]):

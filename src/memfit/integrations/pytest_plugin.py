@@ -45,9 +45,9 @@ def memfit_memory(request: pytest.FixtureRequest) -> Callable[..., MemoryBaselin
     under which the prediction is stored; by default the test's own. ``tolerance``: relative growth that
     passes (0.02 is 2 %), of each phase, of each module that holds at least 1 % of the peak, and of reserved
     memory, of which 20 MiB pass in any case. Returns the prediction. Raises UserError if the step cannot be
-    predicted. Fails the test also if nothing is stored for it, if what is stored is for another plan or
-    machine, and if two calls use the same name. With ``pytest --memfit-update`` it stores the prediction and
-    compares nothing; that fails under ``pytest -n``.
+    predicted or memfit-baseline.toml cannot be read. Fails the test also if nothing is stored for it, if what
+    is stored is for another plan or machine, and if two calls use the same name. With
+    ``pytest --memfit-update`` it stores the prediction and compares nothing; that fails under ``pytest -n``.
     """
     names = set[str]()
 
@@ -103,8 +103,9 @@ def _prediction(
 
 
 def _compare(prediction: MemoryBaseline, request: pytest.FixtureRequest, tolerance: float) -> None:
-    """Fail the test if the prediction is above the stored one by more than ``tolerance``, a ratio, or if none
-    is stored for this test, plan and machine. Otherwise print the notes of the comparison."""
+    """Fail the test if the prediction grew by more than ``tolerance``, a ratio (see `compare_baseline`), or
+    if none is stored for this test, plan and machine. Otherwise print the notes of the comparison. Raises
+    UserError as `read_baseline` does."""
     __tracebackhide__ = True
     from memfit.report.baseline_drift import compare_baseline, drift_text
     from memfit.report.baseline_file import read_baseline

@@ -24,7 +24,8 @@ def trainer_arguments(options: Options) -> Options:
     """Return the arguments of the Trainer that decide its plan, for Axolotl's ``options``, with Axolotl's
     defaults for those that are not given: micro_batch_size 1, bf16 "auto" (`uses_bf16`), and the optimizer
     adamw_torch_fused. If FSDP is used, fsdp is true, and fsdp_config has its names without the prefix
-    ``fsdp_`` and its version, 1 unless the file says 2."""
+    ``fsdp_``, its version (1 unless the file gives one), and offload_params and reshard_after_forward as the
+    list fsdp and FSDP1's strategies say."""
     data: dict[str, Any] = {theirs: options.raw(ours) for ours, theirs in _SAME.items()}
     data["per_device_train_batch_size"] = options.size("micro_batch_size") or 1
     data["gradient_accumulation_steps"] = accumulation_steps(options)

@@ -67,9 +67,9 @@ def _of(options: Options, path: str, default: float = _DEFAULT_NORM) -> Clipping
 
 def _deepspeed(setup: Setup, config: Options) -> ClippingSetting:
     """Return the clipping that DeepSpeed's settings ``config`` determine; the default norm is 1.0. "auto"
-    stands for the Trainer's setting or, without a Trainer, for 1.0, with which Accelerate replaces it
-    (accelerator.py, 1.15). ``explicit`` is then True, unless the Trainer's setting is known only when a
-    script runs."""
+    stands for the setting of the Trainer or of Axolotl or, without both, for 1.0, with which Accelerate
+    replaces it (accelerator.py, 1.15). ``explicit`` is then True, unless the Trainer's setting is known only
+    when a script runs."""
     if config.raw(NORMS["deepspeed"]) != "auto":
         return _of(config, NORMS["deepspeed"])
     trainer = setup.trainer or setup.axolotl  # both have the norm under the same name

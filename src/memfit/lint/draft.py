@@ -28,9 +28,9 @@ class Conversion:
     tokens per sample. Each of the three is None if the files do not determine it. ``left_out``: the settings
     that the plan leaves out; ``size``: the size of the built-in job alphafold2 that OpenFold's settings
     describe, "" for other files or if no size does; ``model``: the model that the settings describe or name,
-    None if they describe none; ``carried``: names of the options of a front end's file, such as Axolotl's,
-    that are in the plan or the job; ``ema``: the decay of the average of weights that the files ask for, None
-    if they ask for none."""
+    None if they describe none; ``carried``: dotted names of the options that are in the plan or the job,
+    empty for files of OpenFold, Megatron-LM and torchtitan; ``ema``: the decay of the average of weights that
+    the files ask for, None if they ask for none."""
 
     plan: Plan
     engine: str

@@ -21,9 +21,10 @@ def locate(text: str, suffix: str, sentence: str) -> Position | None:
     suffix ``suffix``, such as ".json"; files of other suffixes than .json, .yaml, .yml and .toml are shell
     scripts.
 
-    It is that of the first word that is the name or dotted path of exactly one key, or of one flag, of the
-    file. Words without a digit, underscore, dot or hyphen are skipped. None if there is no such word, if JSON
-    or YAML cannot be parsed, or if it is too large (`MOST_YAML_BYTES`).
+    It is that of the first word that is the name, the dotted path or the end of the dotted path of exactly
+    one key, or the name of exactly one flag. Words without a digit, underscore, dot or hyphen are skipped.
+    None if there is no such word, and for JSON or YAML that cannot be parsed or is too large
+    (`MOST_YAML_BYTES`).
     """
     keys = list(_keys(text, suffix))
     for word in _WORD.findall(sentence):

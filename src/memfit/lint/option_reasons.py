@@ -57,10 +57,10 @@ def option_reasons(library: str) -> OptionReasons:
 
 def account_for(options: Options, library: str, draft: Draft) -> None:
     """Say in ``draft`` what became of each option of the file ``options``, after the options were read. An
-    option that is carried over, and of which nothing is listed as left out yet, is added to
-    ``draft.carried``; so is an option that is off and is listed only if it is on (``if_on``). Options that
-    are not carried over are listed as left out, those of one reason together; so are unknown ones. Options
-    without a value, and those of which nothing is said (``silent``), are skipped."""
+    option that is carried over is added to ``draft.carried``; so is an option that is off and is listed only
+    if it is on (``if_on``). Options that are not carried over are listed as left out, those of one reason
+    together; so are unknown ones. Skipped are options without a value, those of which nothing is said
+    (``silent``), and those that ``draft.left_out`` names already."""
     table = option_reasons(library)
     noted = {name for note in draft.left_out for name in re.split(r"[ ,]+", note.option)}
     names_by_reason: dict[str, list[str]] = {}

@@ -17,7 +17,7 @@ from memfit.lint.parse import Options
 from memfit.lint.phrases import Phrase, Series, phrase
 from memfit.lint.tables import read_table
 
-_LIKE = 0.85  # difflib's similarity cutoff: one letter is left out, doubled or swapped
+_LIKE = 0.85  # difflib's similarity cutoff
 _MOST_SHOWN = 9  # allowed values that are shown in full
 _MOST_FOREIGN = 0.5  # at most this share of the top-level keys of a library's own file is unknown to it
 _SWITCHES = {True: ("true", "yes", "on", "1", "y", "t"), False: ("false", "no", "off", "0", "n", "f")}
@@ -160,9 +160,9 @@ class LibrarySettings:
 
 
 def find_similar(name: str, names: Iterable[str]) -> str | None:
-    """Return the one of ``names`` that is most similar to ``name``, or None if none is so similar that
-    ``name`` may be a misspelling of it (one letter left out, doubled or swapped). Capitals in ``name`` count
-    as small letters, hyphens as underscores."""
+    """Return the one of ``names`` that is most similar to ``name``, or None if the similarity of each, as
+    difflib measures it, is below 0.85: in a name of seven letters or more, one letter may be left out,
+    doubled or swapped with the next. Capitals in ``name`` count as small letters, hyphens as underscores."""
     matches = difflib.get_close_matches(name.lower().replace("-", "_"), names, n=1, cutoff=_LIKE)
     return matches[0] if matches else None
 

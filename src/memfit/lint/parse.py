@@ -59,10 +59,10 @@ _TITAN = {"job", "model", "training", "parallelism", "activation_checkpoint", "o
 class Options:
     """The settings of one file. ``data``: these settings, with sections as nested mappings; the methods take
     a dotted path, such as "fp16.enabled". ``file``: path of the file; ``env``: environment variables that a
-    script exports; ``unsure``: settings that a script gives within a branch or a loop, or twice with
-    different values. ``defaults``: True if options that are not given have Megatron-LM's own defaults; False
-    if Megatron-LM's options are written with underscores, as front ends write them, which may have other
-    defaults."""
+    script exports or that ENV_VARS of Megatron-LM's test cases sets; ``unsure``: settings that a script gives
+    within a branch or a loop, or twice with different values. ``defaults``: True if options that are not
+    given have Megatron-LM's own defaults; False if Megatron-LM's options are written with underscores, as
+    front ends write them, which may have other defaults."""
 
     file: str
     data: Mapping[str, Any]
@@ -141,8 +141,9 @@ class Setup:
     processes, None if unknown; ``parameters``: the number of parameters of the job's model, None if unknown;
     ``missing``: names of files that a file names and that do not exist or do not end in .json. The files of
     OpenFold's --experiment_config_json and of MACE's --config may end otherwise; the latter is missing, too,
-    if it holds no keys. DeepSpeed's files that Axolotl and LLaMA-Factory ship are not missing. ``missing``
-    also has text of the Trainer's accelerator_config or fsdp_config that is not valid JSON."""
+    if it is not .yaml, .yml, .json or .toml. DeepSpeed's files that Axolotl and LLaMA-Factory ship are not
+    missing. ``missing`` also has text of the Trainer's accelerator_config or fsdp_config that is no mapping
+    in JSON."""
 
     deepspeed: Options | None = None
     accelerate: Options | None = None
@@ -163,7 +164,8 @@ class Setup:
     def fsdp(self) -> Options | None:
         """The settings of the file that switches FSDP on; None if none does. These are Accelerate's if its
         distributed_type is FSDP, otherwise the Trainer's if its argument fsdp is neither empty nor off, or
-        Axolotl's if it has an fsdp_config; its version is then 1 unless the file says otherwise."""
+        Axolotl's if its fsdp_config is not empty. The result then has only Axolotl's fsdp_config, its names
+        without the prefix ``fsdp_`` and with a version, 1 unless the file says otherwise."""
         if self.accelerate is not None and str(self.accelerate.raw("distributed_type")).upper() == "FSDP":
             return self.accelerate
         trainer_uses_fsdp = (
@@ -200,10 +202,12 @@ class Setup:
 def read(paths: Sequence[Path], *, ranks: int | None = None, parameters: int | None = None) -> Setup:
     """Read ``paths``, and the files of settings that they name, as one set-up. ``ranks``: the number of
     processes; None: the number that the files give, if they do. ``parameters``: see Setup. A named file that
-    cannot be used is listed in ``missing``, as Setup says. Raises UserError if a file cannot be read, is
-    above 1 MiB, is no text in UTF-8, is not valid JSON, YAML or TOML, or is of no known kind; if two of
-    ``paths`` are of the same kind; if OpenFold's settings are nested keys, or a key lies below one that has a
-    plain value; and if the file of OpenFold's --experiment_config_json is of another kind."""
+    does not exist is listed in ``missing``, as Setup says. Raises UserError if a file, also a named one,
+    cannot be read, is above 1 MiB (YAML and TOML: 262,144 characters), is no text in UTF-8, is not valid
+    JSON, YAML or TOML or exceeds the other limits of `memfit.files.read`; if a file holds no keys or is of no
+    known kind; if two of ``paths`` are of the same kind; if OpenFold's settings are nested keys, or a key
+    lies below one that has a plain value; and if the file of OpenFold's --experiment_config_json is of
+    another kind."""
     options_by_kind: dict[str, Options] = {}
     missing: list[str] = []
     for path in paths:
@@ -286,7 +290,8 @@ def _section_of_fit(data: Mapping[Any, Any]) -> dict[str, Any]:
 
 def _with_config(flags: Options, missing: list[str]) -> Options:
     """Return the flags of mace_run_train together with the settings of the YAML file that its flag --config
-    names; flags take precedence. If the file does not exist or holds no keys, add its name to ``missing``."""
+    names; flags take precedence. If the file does not exist or its suffix is not .yaml, .yml, .json or .toml,
+    add its name to ``missing``. Raises UserError if it cannot be read or parsed, or holds no keys."""
     name = flags.get("config")
     if name is None:
         return flags
@@ -331,8 +336,9 @@ def _changes(path: Path, data: Mapping[Any, Any]) -> dict[str, Any] | None:
 def read_data(path: Path) -> tuple[str, dict[str, Any] | None]:
     """Return the text of the file ``path`` and its data, with keys as written. The data is None for a file
     whose suffix is not .toml, .json, .yaml or .yml: it counts as a shell script. Raises UserError for a file
-    that cannot be read, is above 1 MiB or is no UTF-8 text, and for one whose suffix says TOML, JSON or YAML
-    but which is not valid or holds a list or a single value instead of keys."""
+    that cannot be read, is above 1 MiB (YAML and TOML: 262,144 characters) or is no UTF-8 text, and for one
+    whose suffix says TOML, JSON or YAML but which is not valid or holds a list or a single value instead of
+    keys."""
     text = _text(path)
     data = _data(path, text)
     return text, None if isinstance(data, Script) else data
@@ -408,7 +414,9 @@ def _follow(kind: str, options: Options, options_by_kind: dict[str, Options], mi
     """Add to ``options_by_kind`` the DeepSpeed or Megatron-LM settings that belong to the file ``options``,
     of kind ``kind``, unless ``options_by_kind`` has settings of that library already. Settings of Megatron-LM
     may stand in Accelerate's file; those of DeepSpeed may stand in the file itself or in a JSON file that it
-    names. If the named file does not exist or its name does not end in .json, add the name to ``missing``."""
+    names. If the named file does not exist or its name does not end in .json, take the DeepSpeed file of this
+    name that Axolotl or LLaMA-Factory ships, in a set-up of these; if there is none, add the name to
+    ``missing``. Raises UserError as `_read_named_json` does."""
     reference: Any = None
     if kind in ("trainer", "axolotl"):
         reference = options.raw("deepspeed")
@@ -435,7 +443,7 @@ def _follow(kind: str, options: Options, options_by_kind: dict[str, Options], mi
 def _follow_changes(options_by_kind: dict[str, Options], missing: list[str]) -> None:
     """Add to ``options_by_kind`` the settings in the file that OpenFold's --experiment_config_json names,
     unless it has such settings already. Add the name to ``missing`` if the file does not exist. Raises
-    UserError if the file is not OpenFold's JSON of changed settings."""
+    UserError if the file cannot be read or is not OpenFold's JSON of changed settings."""
     options = options_by_kind.get("openfold")
     name = options.get("experiment_config_json") if options is not None else None
     if options is None or not name or "openfold_config" in options_by_kind:
@@ -469,7 +477,8 @@ def _with_mappings(options: Options, missing: list[str]) -> Options:
     """Return the Trainer's arguments with mappings in place of those given as JSON text. accelerator_config
     and fsdp_config may instead name a JSON file: its content then takes the place of the name. If the file
     does not exist or its name does not end in .json, the name stays and is added to ``missing``. The same
-    happens to text in these two that is not valid JSON; such text in other arguments just stays."""
+    happens to text in these two that is no mapping in JSON; such text in other arguments just stays. Raises
+    UserError as `_read_named_json` does."""
     data = dict(options.data)
     for name in _MAPPINGS:
         value = options.get(name)
@@ -571,7 +580,8 @@ def _ranks(options_by_kind: Mapping[str, Options]) -> int | None:
 
 def _devices_of_lightning(options: Options) -> int | None:
     """Return devices x nodes of Lightning's Trainer; None if the file leaves the devices of a node open, as
-    "auto" and -1 do."""
+    "auto" and -1 do. The devices are a number or a list, in trainer.devices or, as in older releases,
+    trainer.gpus; without num_nodes there is one node."""
     value, nodes = options.get("trainer.devices"), options.get("trainer.num_nodes")
     value = options.get("trainer.gpus") if value is None else value
     if isinstance(value, str) and "," in value:

@@ -78,11 +78,11 @@ def megatron_optimizer_alone(m: Options, s: Setup) -> Found:
 
 def megatron_layers(m: Options, s: Setup) -> Found:
     """Report a number of layers that is no multiple of the number of pipeline stages. Nothing is reported if
-    an option, such as --decoder-first-pipeline-num-layers, asks for an uneven split or may do so.
-    Megatron-DeepSpeed's arguments are skipped: it splits layers by its own rules."""
+    an option, such as --decoder-first-pipeline-num-layers, asks for an uneven split or may do so. Arguments
+    of Megatron-DeepSpeed and of other front ends (``m.defaults`` is False) are skipped: they may split layers
+    by their own rules."""
     stages = _size(m, "pipeline_model")
     layers = m.count("num_layers")
-    # Megatron-DeepSpeed splits the layers by rules of its own.
     if layers and stages and layers % stages and _splits_evenly(m) and _without(m, "deepspeed"):
         yield {"layers": layers, "stages": stages}
 
@@ -91,7 +91,8 @@ def megatron_virtual_layers(m: Options, s: Setup) -> Found:
     """Report a pipeline stage whose number of layers is no multiple of
     --num-layers-per-virtual-pipeline-stage or of --num-virtual-stages-per-pipeline-rank. Nothing is reported
     if an option, such as --decoder-first-pipeline-num-layers, asks for an uneven split or may do so, or if
-    the stages themselves are uneven, which megatron_layers reports."""
+    the stages themselves are uneven, which megatron_layers reports. Arguments of other front ends
+    (``m.defaults`` is False) are skipped."""
     if not _splits_evenly(m):
         return
     layers, stages = m.count("num_layers"), _size(m, "pipeline_model")
@@ -200,7 +201,8 @@ def megatron_overlap_gather(m: Options, s: Setup) -> Found:
     """Report --overlap-param-gather without --overlap-grad-reduce, or without any option that shards the
     optimizer. These are --use-distributed-optimizer, --use-megatron-fsdp, --use-custom-fsdp,
     --use-layer-wise-distributed-optimizer, and an --optimizer whose name contains muon. An option that may be
-    on, as its value is known only when the script runs, is not reported as missing."""
+    on is not reported as missing: one whose value is known only when the script runs, and one that arguments
+    of other front ends (``m.defaults`` is False) do not give."""
     if not m.on("overlap_param_gather"):
         return
     alternatives = ("use_megatron_fsdp", "use_custom_fsdp", "use_layer_wise_distributed_optimizer")
@@ -279,7 +281,8 @@ def megatron_few_query_groups(m: Options, s: Setup) -> Found:
 def megatron_query_groups_off(m: Options, s: Setup) -> Found:
     """Report a --num-query-groups other than the number of heads without --group-query-attention: it then has
     no effect. Files with multi-latent attention, or whose arguments are read from a checkpoint
-    (--use-checkpoint-args), are skipped."""
+    (--use-checkpoint-args), are skipped, and so are arguments of other front ends (``m.defaults`` is
+    False)."""
     groups, heads = m.size("num_query_groups"), m.size("num_attention_heads")
     is_plain_attention = _without(m, "group_query_attention") and _without(m, "multi_latent_attention")
     if groups and heads and groups != heads and is_plain_attention and _without(m, "use_checkpoint_args"):
@@ -287,7 +290,8 @@ def megatron_query_groups_off(m: Options, s: Setup) -> Found:
 
 
 def megatron_two_lengths(m: Options, s: Setup) -> Found:
-    """Report --train-samples together with --train-iters, unless --skip-train is on or may be."""
+    """Report --train-samples together with --train-iters, unless --skip-train is on or may be. Arguments of
+    other front ends (``m.defaults`` is False) are skipped."""
     samples, iterations = m.size("train_samples"), m.size("train_iters")
     if samples and iterations and _without(m, "skip_train"):
         yield {"samples": samples, "iterations": iterations}
@@ -340,8 +344,8 @@ def megatron_grouped_gemm(m: Options, s: Setup) -> Found:
 def megatron_moe_sequence(m: Options, s: Setup) -> Found:
     """Report more than one expert with tensor parallelism but without --sequence-parallel, which Megatron
     refuses to train. Files are skipped as only part of the arguments if they give neither --train-iters nor
-    --train-samples and not both --global-batch-size and, in the set-up, the number of processes.
-    Megatron-DeepSpeed's arguments are skipped, too."""
+    --train-samples and not both --global-batch-size and, in the set-up, the number of processes. Arguments of
+    Megatron-DeepSpeed and of other front ends (``m.defaults`` is False) are skipped, too."""
     tensor = _size(m, "tensor_model")
     trains = any(m.raw(n) is not None for n in ("train_iters", "train_samples"))
     # Files with only part of the arguments are skipped. A known number of processes together with a global
@@ -372,7 +376,8 @@ def megatron_positions(m: Options, s: Setup) -> Found:
 def megatron_torch_fsdp2(m: Options, s: Setup) -> Found:
     """Report --use-torch-fsdp2 together with --use-distributed-optimizer, --fp16, or pipeline or expert
     parallelism, with which it cannot be used, or without --no-gradient-accumulation-fusion or
-    --untie-embeddings-and-output-weights, both of which it needs."""
+    --untie-embeddings-and-output-weights, both of which it needs. In arguments of other front ends
+    (``m.defaults`` is False), these two are reported only if they are switched off."""
     if not m.on("use_torch_fsdp2"):
         return
     conflicts: list[str | Phrase] = [
@@ -396,7 +401,8 @@ def megatron_batch_schedule(m: Options, s: Setup) -> Found:
 
 
 def megatron_tensor_overlap(m: Options, s: Setup) -> Found:
-    """Report --tp-comm-overlap without --sequence-parallel, which it needs."""
+    """Report --tp-comm-overlap without --sequence-parallel, which it needs. In arguments of other front ends
+    (``m.defaults`` is False), it is reported only if --sequence-parallel is switched off."""
     if m.on("tp_comm_overlap") and _without(m, "sequence_parallel"):
         yield {}
 

@@ -19,7 +19,8 @@ def _unknown(o: Options, s: Setup, library: str, *, refused: bool) -> Found:
     """Yield a finding for each setting that the library does not have, but for which it has a similar name,
     or the same name in exactly one other section, that the file does not set: the setting is probably
     misspelled or misplaced. ``refused``: True for those in sections in which the library stops at an unknown
-    key, False for those in other sections."""
+    key, False for those in other sections. Yield nothing for a file that is not the library's own (see
+    `find_unknown`) and for settings derived from Accelerate's file (see `_read_as_written`)."""
     table = library_settings(library)
     for section, key, intended_path in find_unknown(o, library) if _read_as_written(o, s) else ():
         if intended_path is not None and (section in table.refuses) == refused:
@@ -29,7 +30,8 @@ def _unknown(o: Options, s: Setup, library: str, *, refused: bool) -> Found:
 def _newer(o: Options, s: Setup, library: str) -> Found:
     """Yield a finding for each setting that the library does not have, in a section in which it stops at an
     unknown key, if the setting is probably not misspelled or misplaced: `_unknown` finds no other name for
-    it, or the file sets that one as well. It may be a setting of a newer release."""
+    it, or the file sets that one as well. It may be a setting of a newer release. The same files are skipped
+    as by `_unknown`."""
     table = library_settings(library)
     for section, key, intended_path in find_unknown(o, library) if _read_as_written(o, s) else ():
         if intended_path is None and section in table.refuses:
@@ -117,7 +119,8 @@ def deepspeed_value(d: Options, s: Setup) -> Found:
 
 def accelerate_unknown_key(a: Options, s: Setup) -> Found:
     """Report top-level settings that Accelerate does not have, if they are probably misspelled or misplaced:
-    Accelerate has a similar name, or the same name in a section. It refuses the file."""
+    Accelerate has a similar name, or the same name in exactly one section, which the file does not set.
+    Accelerate refuses the file."""
     yield from _unknown(a, s, "accelerate", refused=True)
 
 
@@ -130,7 +133,7 @@ def accelerate_newer_key(a: Options, s: Setup) -> Found:
 def accelerate_section_key(a: Options, s: Setup) -> Found:
     """Report settings in sections, such as fsdp_config, that Accelerate does not have and silently ignores,
     if they are probably misspelled or misplaced: Accelerate has a similar name in the section, or the same
-    name elsewhere."""
+    name in exactly one other place, which the file does not set."""
     yield from _unknown(a, s, "accelerate", refused=False)
 
 
@@ -141,14 +144,14 @@ def accelerate_value(a: Options, s: Setup) -> Found:
 
 def trainer_unknown_key(t: Options, s: Setup) -> Found:
     """Report arguments that the Trainer does not have and refuses, if they are probably misspelled: an
-    argument of the Trainer has a similar name."""
+    argument of the Trainer, which the file does not set, has a similar name."""
     yield from _unknown(t, s, "trainer", refused=True)
 
 
 def trainer_section_key(t: Options, s: Setup) -> Found:
     """Report settings in sections, such as fsdp_config, that the Trainer does not have and silently ignores,
     if they are probably misspelled or misplaced: the Trainer has a similar name in the section, or the same
-    name elsewhere."""
+    name in exactly one other place, which the file does not set."""
     yield from _unknown(t, s, "trainer", refused=False)
 
 
@@ -173,8 +176,8 @@ def _option(finding: dict[str, str]) -> dict[str, str]:
 
 def megatron_unknown_option(m: Options, s: Setup) -> Found:
     """Report options that Megatron-LM does not have and refuses, if they are probably misspelled: it has a
-    similar one. The beginning of an option's name is not reported, because Megatron-LM accepts abbreviations.
-    Options of another front end (``m.defaults`` is False) are skipped."""
+    similar one, which the file does not set. The beginning of an option's name is not reported, because
+    Megatron-LM accepts abbreviations. Options of another front end (``m.defaults`` is False) are skipped."""
     names = library_settings("megatron").names("")
     for finding in _unknown(m, s, "megatron", refused=True) if m.defaults else ():
         if not any(name.startswith(finding["key"]) for name in names):

@@ -25,9 +25,10 @@ _OWN_OPTIMIZERS = ("adamw-fused", "adamw-single")  # replaced by the AdamW of bf
 
 
 def from_axolotl(setup: Setup, draft: Draft) -> None:
-    """Add Axolotl's options to ``draft``, as the Trainer that Axolotl starts would run them. Axolotl loads
-    the model in the precision of bf16; without FSDP and DeepSpeed, all parameters stay in it. The options
-    that are not in the plan are listed as left out, with the reasons."""
+    """Add Axolotl's options to ``draft``, as the Trainer that Axolotl starts would run them. If Axolotl
+    computes in bfloat16 (`axolotl.uses_bf16`), it loads the model in bfloat16; without an adapter, FSDP and
+    DeepSpeed, all parameters stay in it. The options that are not in the plan are listed as left out, with
+    the reasons."""
     options = setup.axolotl
     assert options is not None
     translated = dataclasses.replace(
@@ -60,8 +61,9 @@ def from_axolotl(setup: Setup, draft: Draft) -> None:
 
 def _parallelism(options: Options, setup: Setup, draft: Draft) -> Options | None:
     """Return Accelerate's settings for the sizes of Axolotl's parallelism, as `to_plan_hugging_face` reads
-    them together with FSDP, or the set-up's own settings of Accelerate if there are none. Sizes without FSDP
-    are listed as left out."""
+    them together with FSDP. If no size is above 1, or without FSDP, return the set-up's own settings of
+    Accelerate; without FSDP, sizes above 1 are listed as left out. If the number of processes is unknown and
+    dp_shard_size is given, ``draft.ranks`` becomes the product of all sizes."""
     given_sizes = {
         "tp_size": options.size("tensor_parallel_size"),
         "cp_size": options.size("context_parallel_size") or options.size("sequence_parallel_degree"),
@@ -139,10 +141,12 @@ def _as_trainer(setup: Setup, draft: Draft, renamed: dict[str, str] | None = Non
 
 def _add_lora(draft: Draft, *, rank: int, bits: int, option: str) -> None:
     """Add LoRA of ``rank`` to the draft, or QLoRA if the frozen weights have 4 ``bits``; everything outside
-    the blocks is frozen. Frozen weights of 16 bits are predicted as parameters in bfloat16, with masters in
-    float32 for the trained ones, if the plan computes in bfloat16 without sharding; frozen weights of 8 bits
-    are predicted as of 16. An optimizer for which memfit has no such parameters is replaced by AdamW and
-    listed as left out."""
+    the blocks is frozen. If memfit cannot add it, list ``option``, the setting that asks for it, as left out.
+    Remove the recomputation of blocks under ZeRO stage 3. Frozen weights of 16 bits are predicted as
+    parameters in bfloat16, with masters in float32 for the trained ones, if the plan has an autocast to
+    bfloat16 or float16; frozen weights of 8 bits are predicted as of 16. An optimizer for which memfit has no
+    such parameters is replaced by AdamW. What is removed, replaced or predicted otherwise is listed as left
+    out."""
     name = "qlora" if bits == 4 else "lora"
     zero = draft.plan.get("zero")
     if zero is not None and zero.settings["stage"] == 3 and _RECOMPUTATION in draft.plan:

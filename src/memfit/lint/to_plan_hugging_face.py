@@ -153,9 +153,9 @@ def _offload(config: Options, stage: int, draft: Draft) -> dict[str, KnobValue]:
 def _precision(setup: Setup, config: Options, draft: Draft) -> str:
     """Return the precision in which memfit predicts DeepSpeed's computation, "bf16" or "fp32". fp8 is
     predicted as bf16; so is fp16, which is also listed in ``draft`` as left out. "auto" stands for the
-    setting of the Trainer's arguments or, without these, of Accelerate's file; if neither is there, it counts
-    as off, and is listed too. If the section bf16 or fp16 is missing, Accelerate adds it for the set-up's
-    mixed precision, and so does this function (DeepSpeedPlugin.set_mixed_precision)."""
+    setting of the Trainer's arguments or, without these, of Accelerate's file; if no file gives one, it
+    counts as off, and is listed too. If the section bf16 or fp16 is missing, Accelerate adds it for the
+    set-up's mixed precision, and so does this function (DeepSpeedPlugin.set_mixed_precision)."""
     mixed_precision = auto_precision = setup.mixed_precision
     if setup.trainer is not None:
         auto_precision = dataclasses.replace(setup, accelerate=None).mixed_precision

@@ -103,7 +103,9 @@ def _precision(options: Options, draft: Draft) -> str:
 
 def _deepspeed(options: Options, steps: int, precision: str) -> dict[str, Any]:
     """Return the configuration that Lightning's DeepSpeedStrategy builds: that of its argument config or,
-    without it, that of its other arguments and of its name, such as deepspeed_stage_3_offload."""
+    without it, that of its other arguments and of its name, such as deepspeed_stage_3_offload; each with
+    ``steps`` accumulation steps and, unless it is "no", the ``precision``. A config that is the name of a
+    file is not read: the result is then as without it."""
     name = str(options.get("trainer.strategy"))
     own_stage, stage = _init(options, "stage"), re.search(r"stage_(\d)", name)
     zero: dict[str, Any] = {

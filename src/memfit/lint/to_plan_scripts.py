@@ -184,8 +184,8 @@ _SCHEDULES = {
 
 def from_torchtitan(setup: Setup, draft: Draft) -> None:
     """Add torchtitan's settings to ``draft``. If the number of processes is unknown, assume the smallest that
-    the degrees of parallelism allow: the product of the degrees, with 1 for a shard degree of -1. Settings
-    that no plan can express are listed in the draft as left out."""
+    the degrees of parallelism allow: the product of all but the expert-parallel degree, with 1 for a shard
+    degree of -1. Settings that no plan can express are listed in the draft as left out."""
     options = setup.torchtitan
     assert options is not None
     draft.length, draft.model = (

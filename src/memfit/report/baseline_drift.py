@@ -30,10 +30,10 @@ def compare_baseline(
 
     A phase has drifted if its peak grew by more than ``tolerance_ratio`` of the stored one. A module has
     drifted if its bytes in a phase grew by more than that share of the stored ones, or of 1 % of the stored
-    peak if the module had less. New
-    modules count together, against those that are gone: a renamed module is no drift. Modules are not
-    reported for a phase that has drifted as a whole. Reserved memory has drifted if it grew by more than the
-    tolerance and by more than 20 MiB, as it is reserved in steps of up to that size.
+    peak if the module had less. New modules count together, against those that are gone: a renamed module is
+    no drift. A phase that has drifted as a whole has no drifts of single modules; its drift names up to five
+    modules that grew. Reserved memory has drifted if it grew by more than the tolerance and by more than
+    20 MiB, as it is reserved in steps of up to that size.
     """
     modules = _Modules(stored, predicted, tolerance_ratio)
     drifts = [*_of_phases(stored, predicted, modules, tolerance_ratio)]
@@ -51,7 +51,8 @@ def compare_baseline(
 class _Modules:
     """The modules of a stored and a new prediction. ``known``: those that the stored one names and that still
     exist; ``gone``: those that it names and that hold nothing any more; ``new``: those that it does not name
-    and that hold more than 1 % of its peak, plus the tolerance. All others are small and counted together."""
+    and that hold, in one column, more than 1 % of its peak x (1 + tolerance). All others are small and
+    counted together."""
 
     def __init__(self, stored: MemoryBaseline, predicted: MemoryBaseline, tolerance_ratio: float) -> None:
         self._tolerance_ratio, self._least_bytes = tolerance_ratio, MODULE_RATIO * stored.allocated_bytes

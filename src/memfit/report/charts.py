@@ -61,8 +61,8 @@ class Line:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Dot:
-    """One marker of a plot. ``css``: CSS classes that determine its colour; ``label``: text below it, "" for
-    none."""
+    """One marker of a plot. ``css``: CSS classes that determine its colour; ``label``: text below it, or
+    above it if another marker is in the way; "" for none."""
 
     css: str
     x: float
@@ -94,8 +94,7 @@ def axis(
     It begins at 0 if ``zero``, and values below 0 are then outside it; otherwise it begins below the smallest
     value, with a margin. It ends above the largest value, with the same margin: 8 % of the range from the
     beginning (0 or the smallest value) to the largest; if that range is 0, the absolute largest value, or 1
-    if that is 0, too.
-    ``title``, ``scale`` and ``text`` are as in `Axis`.
+    if that is 0, too. ``title``, ``scale`` and ``text`` are as in `Axis`.
     """
     finite = [v for v in values if math.isfinite(v)] or [0.0, 1.0]
     top, bottom = max(finite), 0.0 if zero else min(finite)
@@ -143,7 +142,7 @@ def bar(
     whole: bool = True,
 ) -> str:
     """Return a bar of the length ``value`` / ``full`` as the text of an SVG element. None counts as 0;
-    ``full`` is the whole width.
+    ``full``, above 0, is the whole width.
 
     ``css``: CSS class of the bar. ``marker``: value at which a tick is drawn (the prediction); ``rule``:
     value at which a line is drawn (a limit); None draws none. ``whole``: whether the bar is filled; False for
@@ -159,8 +158,8 @@ def bar(
 
 
 def stacked(parts: Sequence[tuple[str, float]], *, full: float, rule: float | None = None) -> str:
-    """Return a bar whose ``parts`` are drawn one after the other as the text of an SVG element; ``full`` is
-    the whole width.
+    """Return a bar whose ``parts`` are drawn one after the other as the text of an SVG element; ``full``,
+    above 0, is the whole width.
 
     ``parts``: (name of the kind, value); the CSS class of a part is "c-" and this name. ``rule``: value at
     which a line is drawn (a limit), unless it is None or above ``full``. Screen readers skip the bar, because

@@ -134,8 +134,8 @@ def _money(view: DecisionView) -> tuple[Sentence, ...]:
 
 
 def _basis(view: DecisionView) -> list[Sentence]:
-    """Return what the money is for, its currency and place, and what the project leaves out, if there is no
-    case file; empty with one."""
+    """Return what the money is for, its currency and place, and, for a typical project, what each of its
+    phases costs and what it leaves out. Empty if there is a case file."""
     decision = view.decision
     if not decision.by_default:
         return []

@@ -46,8 +46,8 @@ class AlternativeRow:
 class RiskRow:
     """One risk. ``level``: low, some, high or unknown; ``evidence``: what it is judged by; ``source``: the
     section of the page with the evidence ("#runs"), a citation, or "" if there is none; ``loss``: the highest
-    cost of the pilot, the one run before anything is bought, without a value if it is unknown or the risk is
-    not a matter of money."""
+    cost of the pilot, which is one run or a part of one before anything is bought; without a value if it is
+    unknown or the risk is not a matter of money."""
 
     kind: str
     level: str
@@ -117,6 +117,7 @@ class TermRow:
 class DecisionView:
     """Everything that the decision's page shows.
 
+    ``questions``, ``gains`` and ``phrases``: what the functions of these names in decision_answers return.
     ``best`` is the cheapest option, ``reference`` what it is compared with. ``saved``, ``saved_low`` and
     ``saved_high``: saving of the best over the reference in percent, and its interval; ``chance``:
     probability of any saving in percent. ``swings``: (name of a number, saving if that number is at the low

@@ -20,9 +20,9 @@ _COLUMNS = ("initial", "running_per_year", "present_cost", "cost_per_run")
 
 
 def print_decision(poc: Poc, decision: Decision, *, console: Console, lang: str) -> None:
-    """Print, in this order: the answers to the four questions; the table of options, how certain the saving
-    is, and what the best option brings, all only if there is a best option; and which inputs are missing, if
-    any. Raises UserError for an unknown ``lang``."""
+    """Print, in this order: the answers to the four questions; for which work the options are priced, the
+    table of options, how certain the saving is, and what the best option brings, all only if there is a best
+    option; and which inputs are missing, if any. Raises UserError for an unknown ``lang``."""
     words, view = load_words(lang), decision_view(poc, decision)
     for name, sentences in view.questions.items():
         console.print(Text(words.get(f"decide.{name}_q"), style="bold"))
@@ -91,7 +91,8 @@ def _gate(gate: tuple[str, str, str, bool], words: Words) -> list[str]:
 def print_stages(poc: Poc, decision: Decision, *, console: Console, lang: str) -> None:
     """Print each stage with its machine and plan, its engine, memory and step time if these are known, and
     its money; for the stages after the PoC also when to stop, what to go back to and what to watch. Of a
-    stage without a machine, print only that it is not known. Raises UserError for an unknown ``lang``."""
+    stage without a machine, print only that it is not known. Print nothing if the decision has no stages.
+    Raises UserError for an unknown ``lang``."""
     words = load_words(lang)
     for row in decision_view(poc, decision).stages:
         stage = row.stage

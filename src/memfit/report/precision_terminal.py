@@ -21,9 +21,9 @@ def print_advice(advice: PrecisionAdvice, *, console: Console, lang: str) -> Non
 
     First a table of the modules that need float32, and the worst `MOST` (12) of the others. Then, each if it
     applies: how many others are not in the table; that the loss function or the root's own code needs
-    float32; that no module does, or the ``islands=`` lines for the Job, without and under autocast; the
-    modules that rely on torch's summing in float32. Last, how far the loss moves without and with the
-    islands. Raises UserError for an unknown ``lang``.
+    float32; that no module does, or the ``islands=`` line for the Job without autocast and, if it differs,
+    that under autocast; the modules that rely on torch's summing in float32. Last, how far the loss moves
+    without and with the islands. Raises UserError for an unknown ``lang``.
     """
     words = load_words(lang)
     title = words.get(

@@ -83,8 +83,8 @@ def print_search(
     result: SearchResult, *, console: Console, lang: str, correction: Calibration | None = None
 ) -> None:
     """Print the result of a search: goal, memory cap and number of plans; memory and step time of plain
-    training; why the cap is a part of that, for a demonstration; cautions; and a table of the frontier, of
-    more than twelve plans only twelve and the recommended one.
+    training; that the host has too little memory for it, if so; for a demonstration, how the cap was chosen;
+    cautions; and a table of the frontier, of more than twelve plans only twelve and the recommended one.
 
     If a plan is recommended, then the plans that were tried for a few steps, the recommended plan, the time,
     cost and CO2 of 1,000 steps with it, its reasons, how far the search got, and what changes of the machine
@@ -219,7 +219,7 @@ def print_estimate(
     memory; the probability that the plan does not fit; phase and operator of the peak; what the plan keeps in
     local storage; a warning if splitting the batch may change the training or this was not tested; the first
     `MOST_ASSUMPTIONS` (5) assumptions; tables of memory by category, phase, module and part of the device;
-    what is not included, by its key among the words.
+    what is not included. ``not_included``: key of the text for the last, in the word catalogs.
 
     The first two and the last are always printed, all others only if they are known or apply. Raises
     UserError for an unknown ``lang``.

@@ -38,8 +38,8 @@ Points = list[tuple[float, float]]
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RankRow:
     """One rank in the table. ``name``: its number and machine. ``is_fullest``: whether it has the least free
-    memory of several. ``state``: "ended", "failed", "killed" or "running". ``error``: the error that ended
-    it, "" without. ``tensors``, ``reserved``, ``device`` and ``host``: highest measured memory. ``energy``:
+    memory of several. ``state``: as in `RankSummary`. ``error``: the error that ended it, "" without.
+    ``tensors``, ``reserved``, ``device`` and ``host``: highest measured memory. ``energy``:
     joules per step."""
 
     name: str
@@ -113,7 +113,7 @@ def watch_chapter(record: WatchRecord, words: Words) -> WatchChapter:
 
 
 def watch_record(record: WatchRecord) -> ProvenanceRecord:
-    """Return the record to which the chapter's figures link."""
+    """Return the record to which the chapter's figures link. ``record`` has at least one rank."""
     start = next((r.start for r in record.ranks if r.start is not None), None)
     return ProvenanceRecord(
         anchor=WATCH,

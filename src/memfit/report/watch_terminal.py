@@ -30,8 +30,8 @@ def print_watch(summary: WatchSummary, *, console: Console) -> None:
 
 
 def watch_text(summary: WatchSummary) -> Group:
-    """Return what `print_watch` prints, for a display that is renewed. At most the first 32 ranks and the
-    last 12 alarms are shown, and how many are not."""
+    """Return what `print_watch` prints, for a display that is renewed. The table has at most the first 32
+    ranks, the list the last 12 alarms, and both say how many are left out. All failed ranks are named."""
     return Group(
         *map(Text, _head(summary)), _table(summary), *map(Text, _predictions(summary)), *_alarms(summary)
     )
