@@ -162,6 +162,14 @@ def test_unexpected_values_of_a_front_end_never_raise_an_error(name: str) -> Non
         assert convert(odd).plan.ranks >= 1
 
 
+def test_a_deepspeed_setting_in_yaml_whose_name_is_a_number_raises_no_error(tmp_path: Path) -> None:
+    settings = {"zero_optimization": {"stage": 2, 1: 2}}
+    options = {"stage": "sft", "finetuning_type": "lora", "model_name_or_path": "m", "deepspeed": settings}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(options))
+    setup = read([tmp_path / "a.yaml"])
+    assert [f for f in check(setup) if f.rule == "deepspeed-stage3-keys"] == []
+
+
 # -- Axolotl -----------------------------------------------------------------------------------------------
 
 

@@ -166,6 +166,7 @@ def test_an_unknown_language_is_a_user_error_that_leaves_no_file(tmp_path: Path)
     [
         (328 * MIB, "bytes", "328 MiB"),
         (0.6, "s", "600 ms"),
+        (-3.2, "s", "\u22123.2 s"),
         (7_400_000, "parameters", "7.40 M"),
         (0.000288, "usd", "$0.000288"),
         (4.2e-8, "usd", "$4.2e\u221208"),

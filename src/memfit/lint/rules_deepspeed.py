@@ -88,7 +88,9 @@ def deepspeed_stage3_keys(d: Options, s: Setup) -> Found:
     if (stage := _stage(d)) not in {0, 1, 2}:
         return
     stage3_keys = [
-        k for k in d.section("zero_optimization") if k.startswith("stage3_") and "on_model_save" not in k
+        k
+        for k in map(str, d.section("zero_optimization"))  # in YAML, a key may be a number
+        if k.startswith("stage3_") and "on_model_save" not in k
     ]
     keys = [k for k in stage3_keys if d.get(f"zero_optimization.{k}") is not None]
     if keys:

@@ -118,13 +118,14 @@ def number_text(value: float, unit: str) -> str:
     Bytes are shown by `format_bytes` and seconds by `format_seconds`. Money is exact to its smallest coin. A
     "rate" has five significant digits. A whole number of the units "count", "years", "hours", "steps" and
     "runs" has all its digits. "usd", "j", "g" and "parameters" have three significant digits; the last three
-    are scaled, as in "1.5 kWh". All others have three, or two if they are below 1. Units that are words of a
-    language ("ratio", "points", "years", "hours", "steps", "runs", "factor") are not added.
+    are scaled, as in "1.50 kWh", and "usd" below 1e-6 has two digits and an exponent. All others have three
+    digits, or two if they are below 1. Units that are words of a language ("ratio", "points", "years",
+    "hours", "steps", "runs", "factor") are not added.
     """
     if unit == "bytes":
         return format_bytes(value)
     if unit == "s":
-        return format_seconds(value)
+        return f"{'-' if value < 0 else ''}{format_seconds(abs(value))}"
     if unit.startswith("money "):
         return _cash(value, unit)
     if unit == "usd":
