@@ -12,9 +12,9 @@ from memfit.types.plan import KnobValue, Plan
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LeftOut:
-    """A setting that the plan leaves out. ``option``: the setting with its value, such as "optim lomo", or
-    words for it, such as "selective recomputation"; ``reason``: why it is left out, or what is predicted in
-    its place."""
+    """A setting that the plan leaves out. ``option``: the setting with its value, such as "optim lomo"; the
+    names of several settings, separated by ", "; or words for it, such as "selective recomputation".
+    ``reason``: why it is left out, or what is predicted in its place."""
 
     option: str
     reason: str

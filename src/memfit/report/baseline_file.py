@@ -24,8 +24,8 @@ _HEAD: Final = (
 
 
 def baseline_text(baseline: BaselineFile) -> str:
-    """Return the baseline as TOML: equal content gives equal text. Entries are sorted by job, size, batch,
-    length, plan and machine."""
+    """Return the baseline as TOML. Entries are sorted by job, size, batch, length, plan and machine, so that
+    a new entry leaves the lines of the others as they are."""
     parts = [f'{_HEAD}format = "{baseline.format}"\n']
     for name in ("jobs", "tests"):
         entries = sorted(getattr(baseline, name), key=lambda entry: entry.key)
