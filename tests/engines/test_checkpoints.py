@@ -299,6 +299,8 @@ def test_a_folder_that_cannot_be_made_is_reported_as_a_failed_save(tmp_path: Pat
     training = alone(CheckpointSettings(save=str(tmp_path / "file" / "to")), tmp_path)
     with pytest.raises(MemfitError, match=r"step 1 was not saved in .*/file/to: .*Not a directory"):
         training.keeper.save(1)
+    with pytest.raises(MemfitError, match=r"checkpoints cannot be saved in .*/file/to: Not a directory"):
+        training.keeper.rehearse()
 
 
 def _raising(error: Exception) -> Callable[..., None]:

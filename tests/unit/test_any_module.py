@@ -21,6 +21,7 @@ from memfit.cost.memory import memory_profile, with_kept
 from memfit.jobs.training_step import TrainingStep
 from memfit.runtime.counting_allocator import CountingAllocator, available
 from memfit.runtime.op_benchmark import prepare_call, probe
+from memfit.trace.assumed_values import AssumedCase, draw_values, fill_values
 from memfit.trace.lifecycle import lifecycle
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
@@ -463,6 +464,23 @@ def test_without_a_bound_all_elements_are_assumed_and_the_interval_includes_one_
     assert any(a.startswith(f"{op} gave") for a in found.estimate.guesses)
     few = memfit.estimate(job(forward, bound={op: 1})).allocated_bytes
     assert found.allocated_bytes.low <= few.value <= found.allocated_bytes.high
+
+
+@pytest.mark.parametrize("rows", [0, 40])
+def test_bincount_of_the_batch_has_the_bins_that_it_has(rows: int) -> None:
+    def counted(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return m.first(x) * (1 + len((x[:rows, 0] * 10).long().bincount()))
+
+    case = job(counted)
+    bins = len((case.make_batch(0, 0)[:rows, 0] * 10).long().bincount())
+    assert any(f"bincount gave {bins} of {rows}" in a for a in trace(case, Plan(), steps=1).assumptions)
+
+
+@pytest.mark.parametrize("case", list(AssumedCase))
+def test_numbers_drawn_in_place_are_those_drawn_into_a_new_tensor(case: AssumedCase) -> None:
+    fill, target = torch.ops.aten.uniform_.default, torch.zeros(1)
+    draw_values(fill, (target,), {}, case, seed=3)
+    assert torch.equal(target, fill_values(fill, torch.zeros(1), (), {}, case, seed=3))
 
 
 def test_a_size_without_an_upper_limit_is_refused_with_a_request_for_a_bound() -> None:

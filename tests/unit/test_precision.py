@@ -16,6 +16,8 @@ from memfit.cli import main
 from memfit.jobs.builtin import alphafold2
 from memfit.jobs.builtin.alphafold.model import AlphaFold, small_size
 from memfit.precision.advise import add_padding, advise
+from memfit.precision.recording import deterministic
+from memfit.precision.sums import add_narrow
 from memfit.types.job import Job
 from memfit.types.precision import ExaminedModules, PrecisionAdvice
 
@@ -393,6 +395,30 @@ def test_modules_that_torch_sums_in_float32_are_listed_separately() -> None:
     assert advice.islands == ()
     assert set(advice.sums) == {"norm", "soft"}
     assert found(advice)["norm"].sums_ratio > 4 * found(advice)["norm"].pure.error_ratio
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.TransformerEncoderLayer(16, 4, 32, dropout=0.9, batch_first=True),
+        nn.LSTM(16, 16, num_layers=2, dropout=0.9),
+        nn.GRU(16, 16, num_layers=2, dropout=0.9),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_dropout_inside_functions_of_torch_is_disabled_too(module: nn.Module) -> None:
+    def output() -> torch.Tensor:
+        result = module(torch.ones(2, 8, 16))
+        return result[0] if isinstance(result, tuple) else result
+
+    with deterministic():
+        trained = output()
+    module.eval()
+    torch.testing.assert_close(trained, output())
+
+
+def test_a_narrow_sum_over_no_elements_is_zero() -> None:
+    assert torch.equal(add_narrow(torch.ones(3, 0, dtype=torch.bfloat16)), torch.zeros(3).bfloat16())
 
 
 def test_all_ones_masks_get_padding_and_other_tensors_do_not_change() -> None:

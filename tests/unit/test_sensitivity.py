@@ -263,6 +263,12 @@ def test_evaluate_returns_a_number_or_every_endpoint() -> None:
         scores_by_endpoint(dataclasses.replace(stub_job(), metric=None), {"acc": 70.0})
 
 
+@pytest.mark.parametrize("scores", ["high", torch.ones(2), {"Q3": None}])
+def test_a_score_that_is_not_a_number_is_refused(scores: Any) -> None:
+    with pytest.raises(UserError, match="as Q3, which is not a number"):
+        scores_by_endpoint(stub_job(), scores)
+
+
 # -- degraded trainings ---------------------------------------------------------------------------------
 
 

@@ -85,10 +85,12 @@ def advise(
     which are "bf16" or "fp16", in their order.
 
     The model is trained without a plan and without ``Job.islands`` for ``trained`` steps, and then examined
-    on ``batches`` further batches, always with only a few samples of a batch. Everything runs on the CPU.
-    ``device`` is the kind of device whose list of operators that torch.autocast keeps in float32 is assumed,
-    such as "cuda". ``progress(stage, done, total)`` is called before each part of the work; the stages are
-    "train", "record", "module" and "effect". Raises UserError if the loss is not finite in float32."""
+    on ``batches`` further batches (at least one), always with only a few samples of a batch. Everything runs
+    on the CPU. ``device`` is the kind of device whose list of operators that torch.autocast keeps in float32
+    is assumed, such as "cuda". ``progress(stage, done, total)`` is called before each part of the work; the
+    stages are "train", "record", "module" and "effect". Of "effect", ``total`` is an upper limit. Raises
+    UserError if the loss is not finite in float32 after training. Errors of the job's functions are raised,
+    too."""
     model = _train_model(job, trained, progress)
     modes_by_dtype = {d: modes(model, DTYPES[d], cuda=device_kind(device).autocast == "cuda") for d in dtypes}
     for other_modes in list(modes_by_dtype.values())[1:]:
@@ -321,8 +323,8 @@ class _Effects:
         """Return (change of the loss, change of the gradients of all other modules) if the own code of the
         modules at ``paths`` runs in the narrow dtype. Both are relative to the size in float32.
 
-        Both are infinite if the run fails or its loss is not finite. The second is also infinite if a
-        gradient is not finite. Without ``backward``, the second is otherwise 0."""
+        Both are infinite if the run fails with one of `FAILURES`, or if its loss is not finite. The second is
+        also infinite if a gradient is not finite. Without ``backward``, the second is otherwise 0."""
         try:
             with casting.cast_modules(self.model, self.narrow, paths, self.low):
                 loss, grads = casting.run_step(self.model, self.batch, self.job.loss, backward=backward)

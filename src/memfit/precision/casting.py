@@ -21,8 +21,9 @@ def cast_modules(
     Floating-point inputs of these modules are cast to ``low``, and their outputs back to float32.
 
     Children of these modules run in float32 unless they are in ``paths`` too. ``narrow`` is a copy of the
-    model with its parameters in ``low``. Its modules run in place of those at ``paths``, and its parameters
-    get their gradients."""
+    model with its parameters in ``low``. Its modules run in place of those at ``paths``, so that in backward
+    its parameters get the gradients, and those of the modules that they replace get none. Raises
+    AttributeError if ``model`` has no module at one of the paths."""
 
     def cast(dtype: torch.dtype) -> Callable[[Any], Any]:
         return lambda value: rebuild(value, lambda t: t.to(dtype) if is_float(t) else t)

@@ -170,11 +170,18 @@ class _Computing(TorchDispatchMode):
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
     """Within the context, disable dropout: functions with "dropout" in their names return their input, and
-    attention gets dropout_p=0. The host's random generator starts from seed 0, and its state is restored
-    afterwards. Generators of accelerators are left alone, because modules are examined on the host."""
+    attention and recurrent networks get a dropout of 0. The host's random generator starts from seed 0, and
+    its state is restored afterwards. Generators of accelerators are left alone, because modules are examined
+    on the host."""
     with torch.random.fork_rng(devices=[]), _WithoutDropout():
         torch.manual_seed(0)
         yield
+
+
+# Functions that drop elements inside, where no mode sees it.
+_WITH_DROPOUT: Final = frozenset(
+    {"scaled_dot_product_attention", "multi_head_attention_forward", "lstm", "gru", "rnn_tanh", "rnn_relu"}
+)
 
 
 class _WithoutDropout(TorchFunctionMode):
@@ -182,10 +189,9 @@ class _WithoutDropout(TorchFunctionMode):
         kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
         if "dropout" in name and args and isinstance(args[0], torch.Tensor):
             return args[0]
-        if name == "scaled_dot_product_attention":
-            args, kwargs["dropout_p"] = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args, 0.0
-            if len(args) > 4:
-                del kwargs["dropout_p"]
+        if name in _WITH_DROPOUT:  # the only float among their positional arguments
+            args = tuple(0.0 if isinstance(a, float) else a for a in args)
+            kwargs |= {k: 0.0 for k in ("dropout_p", "dropout") if k in kwargs}
         return func(*args, **kwargs)
 
 

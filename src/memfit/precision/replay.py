@@ -33,7 +33,9 @@ _WIDE_ON_CUDA: Final = frozenset(_CUDA_LIST.split())
 
 class CudaLists(TorchFunctionMode):
     """Makes torch.autocast on the CPU compute in float32 what it computes in float32 on CUDA, such as norms
-    and softmax, which autocast on the CPU keeps narrow. Without autocast, nothing changes."""
+    and softmax, which autocast on the CPU keeps narrow. Calls inside torch's own functions, such as the
+    softmax of ``multi_head_attention_forward``, are not seen and stay narrow. Without autocast, nothing
+    changes."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -296,9 +298,9 @@ def _broken(value: Any) -> bool:
 @dataclasses.dataclass(slots=True)
 class ReplayErrors:
     """Errors of a replay relative to the one in float64. ``output``: the worst of the outputs, lost also if a
-    gradient is lost. ``gradient``: the worst error of the gradients of inputs and parameters, relative to
-    their root mean square. ``nonfinite_operators``: names of operators that made non-finite values from
-    finite ones, joined by ", ". ``failed``: the error if the replay failed, else ""."""
+    gradient is lost. ``gradient``: the worst error of the gradients of inputs and parameters (`compare` says
+    relative to what). ``nonfinite_operators``: names of operators that made non-finite values from finite
+    ones, joined by ", ". ``failed``: the error if the replay failed, else ""."""
 
     output: Gap
     gradient: float
@@ -319,11 +321,11 @@ class ReplayErrors:
 
 
 def compare(exact: ReplayedModule, replay: ReplayedModule) -> ReplayErrors:
-    """Return the errors of the replay ``replay`` relative to the replay ``exact``, of the same call. Outputs
-    that were not computed but passed through (``passed``) are not compared. The error of a gradient is
-    relative to its own root mean square, or to a quarter of that of the largest gradient if that is more; the
-    worst 1 % of its elements is left out. If ``replay`` failed, the result has its ``failed``, an output that
-    is lost, errors of 0 and no operators."""
+    """Return the errors of the replay ``replay`` relative to the replay ``exact``, of the same call, which
+    must not have failed. Outputs that ``exact`` did not compute but passed through (``passed``) are not
+    compared. The error of a gradient is relative to its own root mean square, or to a quarter of that of the
+    largest gradient if that is more; the worst 1 % of its elements is left out. If ``replay`` failed, the
+    result has its ``failed``, an output that is lost, errors of 0 and no operators."""
     output, gradient = Gap(), 0.0
     if replay.failed:
         return ReplayErrors(Gap(lost=True), 0.0, failed=replay.failed)

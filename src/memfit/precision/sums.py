@@ -40,6 +40,8 @@ def add_narrow(x: torch.Tensor) -> torch.Tensor:
     """Return the sum over the last dimension, (..., n) to (...), rounded to the dtype of ``x`` after every
     addition. If n is above 512, groups of n / 512 elements, rounded up (the last may be smaller), are first
     summed in float32 and rounded, so that at most 512 values are added."""
+    if not x.shape[-1]:
+        return x.new_zeros(x.shape[:-1])
     groups = -(-x.shape[-1] // _MOST)
     parts = [p.float().sum(-1).to(x.dtype) if groups > 1 else p.squeeze(-1) for p in x.split(groups, -1)]
     total = torch.zeros_like(parts[0])

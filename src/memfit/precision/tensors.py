@@ -102,15 +102,16 @@ class Gap:
 
 
 def gap(reference: torch.Tensor, tensor: torch.Tensor, floor: float = 0.0, *, trim: bool = False) -> Gap:
-    """Return the difference of ``tensor`` from ``reference``. ``error`` and ``spread`` are those of a regular
-    sample of the elements, of between 2**13 and 2**15 if there are more.
+    """Return the difference of ``tensor`` from ``reference``. ``error`` and ``spread`` are those of all
+    elements or, if there are 2**15 or more, of a regular sample of at least 2**13 of them. ``lost`` is that
+    of all elements.
 
     Elements that are not finite in one of the two are left out. So are those whose absolute value in the
-    reference is above 10**4 times its median there (without zeros), as in an additive mask. ``floor``: lower
-    bound of the reference's root mean square in ``error``, because nothing is accurate relative to zero.
-    ``trim`` leaves out the worst 1 % if there are at least 100 elements: values near a kink, as of a ReLU,
-    may fall on its other side. Without a ``floor``, both errors are 0 if the reference is. If the numbers of
-    elements differ, both errors are 1, and ``lost`` is True."""
+    reference is above 10**4 times the median there of those that are not zero, as in an additive mask.
+    ``floor``: lower bound of the reference's root mean square in ``error``, because nothing is accurate
+    relative to zero. ``trim`` leaves out the worst 1 % if there are at least 100 elements: values near a
+    kink, as of a ReLU, may fall on its other side. Without a ``floor``, both errors are 0 if the reference is
+    zero everywhere. If the numbers of elements differ, both errors are 1, and ``lost`` is True."""
     reference_values, values = reference.detach().flatten(), tensor.detach().flatten()
     if reference_values.shape != values.shape:
         return Gap(1.0, 1.0, lost=True)

@@ -40,9 +40,9 @@ _PRODUCT = ("aten.bmm.default", "aten.mm.default")  # makes attention scores; co
 
 @dataclasses.dataclass(slots=True)
 class Life:
-    """The record of one storage, or of ``pieces`` equal ones: its size before rounding, the clocks at which
-    it is allocated (``start``) and released (``end``; None while it is alive), and what made it. ``category``
-    None: `AllocationRecorder.finish` decides it."""
+    """The record of one storage, or of ``pieces`` equal ones: the size of each before rounding, the clocks at
+    which they are allocated (``start``) and released (``end``; None while they are alive), and what made
+    them. A clock counts recorded events. ``category`` None: `AllocationRecorder.finish` decides it."""
 
     start: int
     size_bytes: int
@@ -92,9 +92,9 @@ class AllocationRecorder(TorchDispatchMode):
     returns the record: (allocations, operator calls, phase spans). ``device``, a kind such as "cuda", decides
     how sizes are rounded and what some kernels allocate. With ``lines``, each allocation records the line of
     the user's code that made it. ``guesses`` gives the answers where the step reads values of fake tensors
-    (None: a new `Guesses` without bounds). ``follows_optimizer_scalars``: whether the optimizer's own counts
-    and factors of one element are computed, from a late step on (`count_from_late_step`), because its update
-    may branch on them; off by default.
+    (None: a new `Guesses` without bounds). The attribute ``follows_optimizer_scalars``, False at first:
+    whether the optimizer's own counts and factors of one element are computed, from a late step on
+    (`count_from_late_step`), because its update may branch on them.
     """
 
     def __init__(self, device: str, *, lines: bool = False, guesses: Guesses | None = None) -> None:
@@ -139,21 +139,23 @@ class AllocationRecorder(TorchDispatchMode):
     # -- called by the training step ----------------------------------------------------------------
 
     def phase(self, phase: Phase) -> None:
-        """End the present phase and start ``phase`` in the present step. Real values are followed in all
-        phases but the optimizer's, from the first batch on."""
+        """End the present phase and start ``phase`` in the present step. From the first batch on, real values
+        are followed in all phases but the optimizer's; in that one, only those of one element, and only with
+        ``follows_optimizer_scalars``."""
         self._close_span()
         self.current = phase
         self.concrete_values.on = self.concrete_values.seeded and phase is not Phase.OPTIMIZER
         self.optimizer_scalars.on = self.follows_optimizer_scalars and phase is Phase.OPTIMIZER
 
     def next_step(self) -> None:
-        """Let what is recorded from now on belong to the next step."""
+        """Let what is recorded from now on belong to the next step, and also the phase that is running."""
         self.step += 1
 
     def label(self, value: Any, category: Category, *, module: str | None = None) -> None:
         """Assign ``category`` and, unless it is None, ``module`` to the storages of every tensor in
-        ``value``, in place of what they had before. ``value``: a tensor or a batch. Storages that have not
-        been recorded yet are recorded as made now. Raises what `note_real` raises."""
+        ``value``, in place of what they had before. ``value``: a tensor, or a batch or other container of
+        tensors. Storages that have not been recorded yet are recorded as made now. Raises what `note_real`
+        raises."""
         with torch._C.DisableTorchFunction():  # as in `__torch_dispatch__`
             for tensor in [value] if isinstance(value, torch.Tensor) else batch_tensors(value):
                 for inner in plain_tensors(tensor):
@@ -201,8 +203,8 @@ class AllocationRecorder(TorchDispatchMode):
         return len(self._calls)
 
     def counts(self) -> Counter[str]:
-        """Return the numbers so far of values asked for ("questions"), of values drawn ("draws"), and of the
-        operator calls of each stream ("stream NAME")."""
+        """Return how often so far a value was asked for ("questions"), how often values were drawn or assumed
+        ("draws"), and the number of operator calls of each stream ("stream NAME")."""
         streams = {f"stream {name}": calls for name, calls in self.stream_tracker.calls.items()}
         return Counter(questions=self.guesses.questions, draws=self.concrete_values.draws, **streams)
 
@@ -231,8 +233,8 @@ class AllocationRecorder(TorchDispatchMode):
     def repeat_calls(
         self, calls: Iterable[operators.OperatorCall], shift: int, modules: Mapping[str, str]
     ) -> None:
-        """Record the calls again in the present step, at clocks that are ``shift`` higher. ``modules``:
-        module path -> path to record in its place; other paths stay."""
+        """Record the calls again in the present step, at clocks that are ``shift`` higher than their own. The
+        recorder's clock stays. ``modules``: module path -> path to record in its place; other paths stay."""
         self._calls += [
             dataclasses.replace(
                 call,
@@ -251,8 +253,8 @@ class AllocationRecorder(TorchDispatchMode):
         ]
 
     def repeat_life(self, life: Life, count: int) -> Life:
-        """Record ``count`` more storages like that of ``life`` as made now, and return their common record.
-        It has no end until `adopt` gives it a tensor's storage, with which it ends."""
+        """Record what ``life`` records ``count`` more times, as made now in the present step, and return the
+        common record. It has no end until `adopt` gives it a tensor's storage, with which it ends."""
         repeated = dataclasses.replace(
             life, start=self.clock, end=None, step=self.step, pieces=count * life.pieces
         )
@@ -285,9 +287,9 @@ class AllocationRecorder(TorchDispatchMode):
         self._known[storage._cdata] = (reference, new_life)
 
     def restart(self) -> int:
-        """Forget all operator calls, phase spans and ended storages, and start the clock again at 0, as if
-        the storages that are alive were made now. Return the peak so far of live bytes on the model's device,
-        not rounded."""
+        """Forget all operator calls, phase spans and ended storages. Start the clock and the step again at 0,
+        as if the storages that are alive were then made in set-up, one after the other. Return the peak so
+        far of live bytes on the model's device, not rounded."""
         on_device = [x for x in self.lives if not x.memory_pool]
         peak_bytes = peak_of_lives((x.start, x.end, x.size_bytes) for x in on_device)
         self.lives = [life for life in self.lives if life.end is None]
@@ -557,7 +559,8 @@ class AllocationRecorder(TorchDispatchMode):
 
     def move(self, value: Any, pool: str) -> None:
         """Record that the storages of every tensor in ``value`` have been in ``pool`` (see `in_memory_pool`)
-        since they were made. Storages that have not been recorded yet are recorded as made now."""
+        since they were made. Storages that have not been recorded yet are recorded as made now. Raises what
+        `note_real` raises."""
         with torch._C.DisableTorchFunction():
             for tensor in tensors_in(value):
                 for inner in plain_tensors(tensor):
@@ -578,10 +581,11 @@ class AllocationRecorder(TorchDispatchMode):
             self.guesses.scratch.append(loss.new_empty(elements))
 
     def _keep_first_block(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """Let ``out`` have the storage that torch gives the result of `operators.SLIDING_WINDOWS` on ``x``.
-        The kernels resize an empty tensor like ``x`` (aten/src/ATen/native: Im2Col.cpp, Col2Im.cpp, also
-        under cuda): a result with fewer elements stays in the larger storage; for any other, the first
-        block lives until the second is allocated."""
+        """Record for ``out``, the result of ``F.unfold`` or ``F.fold`` on ``x``, what torch allocates. The
+        kernels resize an empty tensor like ``x`` (aten/src/ATen/native: Im2Col.cpp, Col2Im.cpp, also under
+        cuda). A result with fewer elements stays in this larger storage, so the storage of ``out`` is
+        enlarged. For any other, the first block lives until the second is allocated: a temporary tensor like
+        ``x`` is added to `Guesses.scratch`."""
         if out.numel() < x.numel():
             out.untyped_storage().resize_(x.numel() * x.element_size())
         else:

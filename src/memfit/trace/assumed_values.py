@@ -179,8 +179,10 @@ def draw_values(func: Any, args: Any, kwargs: Any, case: AssumedCase, seed: int)
         if not is_plain or func is _ATEN.randperm.default:
             return mark_assumed(numbers)
         if case is not AssumedCase.USUAL or numbers.numel() == 1:
-            draws = torch.cat([numbers.reshape(-1), *(func(*args, **kwargs).reshape(-1) for _ in range(16))])
-            numbers.fill_(_OF_DRAWS[case](draws.double()))
+            # Copies, because an operator in place returns the same tensor each time.
+            draws = [numbers.flatten().clone()]
+            draws += [func(*args, **kwargs).flatten().clone() for _ in range(16)]
+            numbers.fill_(_OF_DRAWS[case](torch.cat(draws).double()))
     return mark_assumed(numbers)
 
 

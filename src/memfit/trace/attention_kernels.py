@@ -61,8 +61,8 @@ class AttentionCall:
         return all(tensor.stride(-1) == 1 for tensor in self.tensors)
 
     def with_batch(self) -> AttentionCall:
-        """Return the call with a batch dimension of 1 in front of queries, keys and values, and with a mask
-        that has as many leading dimensions of 1 as four dimensions need."""
+        """Return the call with a batch dimension of 1 in front of queries, keys and values. A mask of fewer
+        than four dimensions gets leading dimensions of 1 up to four."""
         mask = self.mask
         while mask is not None and mask.dim() < 4:
             mask = mask.unsqueeze(0)
@@ -72,8 +72,8 @@ class AttentionCall:
 
 def attention_kernel_of(kind: DeviceKind, note: Callable[[str], None]) -> Callable[..., torch.Tensor]:
     """Return a function with the arguments of ``scaled_dot_product_attention`` that runs the kernel of
-    devices of ``kind`` (`choose_kernel`). It calls ``note`` with a sentence if this choice may be wrong
-    (`_unknown`)."""
+    devices of ``kind``. It calls ``note`` with a sentence if this choice may be wrong (`_unknown`), and
+    raises what `choose_kernel` raises."""
 
     def attention(
         query: torch.Tensor,

@@ -19,10 +19,11 @@ from memfit.model.grouped_mm import grouped_products
 
 @contextlib.contextmanager
 def patch_formulas() -> Iterator[None]:
-    """Inside this context, replace ``prod`` and ``cumprod`` by versions whose derivatives assume no zeros.
-    These act on fake tensors with dimensions that require a gradient, outside autocast. Fake grouped matrix
-    products may have any dtype. When the context ends, ``torch.nn.functional.linear`` is again the function
-    that it was at the beginning, even if code in the context replaced it."""
+    """Inside this context, replace ``prod`` and ``cumprod`` by versions whose derivatives are computed as for
+    tensors without zeros. These act on fake tensors with dimensions that require a gradient, outside autocast
+    and without a result dtype; other calls run torch's own. Fake grouped matrix products may have any dtype.
+    When the context ends, ``torch.nn.functional.linear`` is again the function that it was at the beginning,
+    even if code in the context replaced it."""
     with contextlib.ExitStack() as stack:
         for home in (torch, torch.Tensor):
             for name, function in (("prod", _Product), ("cumprod", _Cumulated)):

@@ -47,10 +47,11 @@ class ConcreteValues:
 
     The real tensor is stored as an attribute of the fake one. To follow an operator is to compute its result
     from real values, too. ``on``: operators are followed now. ``seeded``: the values of a batch have been
-    attached. ``draws``: how many values were drawn. ``max_elements``: tensors with more elements are not
-    followed. It is infinite if the whole step is computed on real tensors (`real_weights`); then the result
-    of an operator that fails has unknown values, while otherwise the error is raised. ``_stale`` holds the
-    real storages that are no longer valid, because unknown values have been written into their fake tensors.
+    attached. ``draws``: how often values were drawn or assumed. ``max_elements``: tensors with more elements
+    are not followed. It is infinite if the whole step is computed on real tensors (`real_weights`); then the
+    result of an operator that fails has unknown values, while otherwise the error is raised. ``_stale`` holds
+    the real storages that are no longer valid, because unknown values have been written into their fake
+    tensors.
     """
 
     def __init__(self) -> None:
@@ -222,8 +223,8 @@ class ConcreteValues:
         operator is random.
 
         Return None if an argument has no values, if the arguments ask for more than ``max_elements``
-        (`_large`), if the operator writes random numbers into an argument, or if it fails while the whole
-        step is computed; otherwise the RuntimeError of an operator that fails is raised. Where None is
+        (`_large`), if the operator writes random numbers into an argument, or if it raises RuntimeError while
+        the whole step is computed (`follows_all`). Other errors of the operator are raised. Where None is
         returned, the values of a tensor that the operator writes into are no longer known. A tensor made from
         Python numbers counts as known, wherever the numbers come from.
         """
@@ -272,7 +273,7 @@ class ConcreteValues:
 
 
 def attached_value(tensor: torch.Tensor) -> torch.Tensor | None:
-    """Return the values attached to a tensor, which may be older than what was written into it since."""
+    """Return the values attached to a tensor, or None. They may be older than what was written into it."""
     value: torch.Tensor | None = getattr(tensor, _NAME, None)
     return value
 

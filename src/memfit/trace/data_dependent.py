@@ -358,8 +358,12 @@ def _unique_dim(
 
 
 def _bincount(self: Guesses, x: torch.Tensor, weights: Any = None, minlength: int = 0) -> torch.Tensor:
-    size = max(minlength, self.size("bincount", x.numel(), x, lambda values: values.max() + 1))
+    size = max(minlength, self.size("bincount", x.numel(), x, _bins))
     return torch.empty(size, dtype=torch.int64 if weights is None else torch.float64)
+
+
+def _bins(values: torch.Tensor) -> int:
+    return int(values.max()) + 1 if values.numel() else 0
 
 
 def _repeat_interleave(self: Guesses, repeats: torch.Tensor, *, output_size: Any = None) -> torch.Tensor:

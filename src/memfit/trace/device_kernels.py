@@ -131,8 +131,8 @@ def _rms_norm(
 
 class _RmsNorm(torch.autograd.Function):
     """Autograd function: rms_norm over the last ``dims`` dimensions in one kernel (``_fused_rms_norm``). It
-    saves the input, the weight and one number for each norm. It computes no values: it only allocates what
-    the kernels allocate and notes the bytes that they read."""
+    saves the input, the weight and one scale for each normalised slice. It computes no values: it only
+    allocates what the kernels allocate and notes the bytes that they read."""
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, weight: torch.Tensor | None, dims: int) -> torch.Tensor:

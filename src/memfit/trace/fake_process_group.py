@@ -162,8 +162,9 @@ def rank_patches() -> Iterator[None]:
 
 
 class _Chunks:
-    """Sequence of ``count`` chunks of a tensor along ``dim``, as `torch.chunk` cuts it. Where torch.chunk
-    would make fewer, the others are empty. A chunk is made when it is indexed, as a view of the tensor."""
+    """Stands for the list of ``count`` chunks of a tensor along ``dim``, as `torch.chunk` cuts it. It
+    supports only indexing by a number of at least 0, which makes that chunk, a view of the tensor. Where
+    torch.chunk would make fewer chunks, the others are empty tensors of one dimension."""
 
     def __init__(self, tensor: torch.Tensor, count: int, dim: int) -> None:
         self._tensor, self._dim = tensor, dim

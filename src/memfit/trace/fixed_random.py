@@ -66,9 +66,10 @@ class FixedRandom(TorchDispatchMode):
         self._shapes_by_length[length] = self._shapes
 
     def draw_for_each_sample(self) -> bool:
-        """Set ``batch_dims`` from the shapes of the random numbers in two passes so far: the one with the
-        most samples, and the one with half as many (rounded up). The dimension of the samples is the only one
-        that differs, by these numbers. Return whether ``batch_dims`` has an entry."""
+        """Set ``batch_dims`` from the shapes of the random numbers in two passes so far: the last one of the
+        most samples, and the last one of half as many (rounded up). The dimension of the samples is the only
+        one that differs, by these numbers. Return whether ``batch_dims`` has an entry. Call it after at least
+        one `start_pass`."""
         whole = max(self._shapes_by_length)
         half = whole - whole // 2
         shapes, others = (self._shapes_by_length.get(n, []) for n in (whole, half))

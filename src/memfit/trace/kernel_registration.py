@@ -12,13 +12,13 @@ import torch
 
 @contextlib.contextmanager
 def replace_kernels(kernels: Iterable[tuple[str, str, Callable[..., Any]]]) -> Iterator[None]:
-    """Inside this context, torch's dispatcher runs other kernels. ``kernels`` has for each the name of an
-    operator of the namespace "aten", such as "softmax.int", the dispatch key, such as "AutogradCPU", and the
-    function.
+    """Inside this context, torch's dispatcher runs other kernels. ``kernels`` has for each (operator of the
+    namespace "aten" as for `aten_operator`, such as "softmax.int"; dispatch key, such as "AutogradCPU";
+    function to run).
 
-    Graph captures dispatch in Python (torch/_ops.py) and keep what they found for an operator. It is
-    forgotten when the context begins and when it ends: else a compiled model ran the kernels of an earlier
-    device, or had no gradients.
+    Graph captures dispatch in Python (torch/_ops.py), in a cache of each operator. The caches of these
+    operators are cleared when the context begins and when it ends: else a compiled model would run the
+    kernels of an earlier device, or have no gradients.
     """
     kernels = list(kernels)
     operators = {aten_operator(name) for name, _, _ in kernels}
@@ -34,7 +34,8 @@ def replace_kernels(kernels: Iterable[tuple[str, str, Callable[..., Any]]]) -> I
 
 
 def aten_operator(name: str) -> Any:
-    """Return torch's operator of the namespace "aten" with the name ``name``, such as "softmax.int"."""
+    """Return torch's operator of the namespace "aten" with the name ``name``, such as "softmax.int" or
+    "aten::softmax.int". Raises AttributeError if there is none."""
     packet, _, overload = name.removeprefix("aten::").partition(".")
     return getattr(getattr(torch.ops.aten, packet), overload or "default")
 

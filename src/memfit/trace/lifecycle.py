@@ -87,7 +87,8 @@ def lifecycle(job: Job, plan: Plan, *, device: str = "cpu") -> Lifecycle:
 
     ``build`` and each ``load...`` and ``resume...`` event start with empty memory; the others go on from the
     one before. Raises UserError if the plan does not suit the job, if a size depends on values that are
-    neither known nor bounded (`Job.bound`), or if the step fails after a value was guessed.
+    neither known nor bounded (`Job.bound`), or if the step fails after a value was guessed. Other errors of
+    the user's code are raised as they are.
     """
     batch = job.make_batch(0, 0)
     peaks, sizes = _training_peaks(job, plan, batch, device)

@@ -223,7 +223,7 @@ _WORKS: dict[Any, OperatorWork] = {}
 
 def call_key(func: Any, args: Any, kwargs: Any) -> Any:
     """Return a hashable key that is equal for calls of an operator with equal arguments (`key`) under equal
-    default dtypes."""
+    default dtypes. Raises what `key` raises."""
     return func, torch.get_default_dtype(), key(args), key(kwargs) if kwargs else ()
 
 
@@ -448,8 +448,8 @@ def decomposition(func: Any, fact: OperatorFact, args: Any) -> Callable[..., Any
 def _sparse_bag_backward(
     grad: Any, indices: Any, offsets: Any, bag_of: Any, sizes: Any, most: Any, rows: int, *rest: Any
 ) -> Any:
-    """Return the sparse gradient of an embedding bag's weights: the calls that
-    ``_embedding_bag_sparse_backward`` makes (aten/src/ATen/native/EmbeddingBag.cpp)."""
+    """Return the sparse gradient of an embedding bag's weights, made by the same calls as in torch's
+    ``_embedding_bag_sparse_backward`` (aten/src/ATen/native/EmbeddingBag.cpp)."""
     scales_by_count, mode, _, sample_weights, padding = (*rest, -1)[:5]
     if bag_of.numel() != indices.numel():
         bag_of = torch.zeros_like(indices).cumsum(0)
@@ -471,8 +471,8 @@ def _encoder_layer(
     out_bias: Any,
     *rest: Any,
 ) -> Any:
-    """Return the output of a transformer's encoder layer in evaluation: the calls that the CPU's
-    ``transformer_encoder_layer_forward`` makes (aten/src/ATen/native/transformers/transformer.cpp)."""
+    """Return the output of a transformer's encoder layer in evaluation, made by the same calls as in torch's
+    ``transformer_encoder_layer_forward`` on the CPU (aten/src/ATen/native/transformers/transformer.cpp)."""
     use_gelu, norm_first, eps = rest[:3]
     norms, weights, masks = (rest[3:5], rest[5:7]), (rest[7:9], rest[9:11]), (*rest[11:], None)
 

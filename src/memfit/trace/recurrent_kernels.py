@@ -159,8 +159,8 @@ def _run_packed(
     is_reversed: bool,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Return the outputs (samples of all steps, hidden size) and the last states of one direction of a layer
-    on packed sequences. ``data`` (samples of all steps, features) has, step after step, the samples that are
-    at least as long. ``batch_sizes``: their number in each step. ``first``: the initial states."""
+    on packed sequences. ``data`` (samples of all steps, features) has, step after step, one row for each
+    sequence that has this step. ``batch_sizes``: their number in each step. ``first``: the initial states."""
     sizes = batch_sizes.tolist()
     starts = [0, *itertools.accumulate(sizes[:-1])]
     order = list(zip(starts, sizes, strict=True))[:: -1 if is_reversed else 1]

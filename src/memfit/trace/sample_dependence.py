@@ -211,7 +211,7 @@ def _affordable(job: Job) -> tuple[Job, Job]:
     within the limits of memory and time (8, else 4, else 2), and the same job with its whole batch. If this
     is too much with the whole model, try the job's reduced form (`Job.reduced`), if it has one, then the
     model with 2 blocks and with 1. Raises UserError, which says why, if no such job keeps within the
-    limits."""
+    limits. Errors of the job's functions are raised as they are."""
     reasons: list[str] = []
     few = _with_samples(job, _SAMPLES[0])
     for variant in _smaller_jobs(job):
@@ -603,7 +603,7 @@ class _Trial:
         """Return None if the loss and gradients of the whole batch equal, up to rounding, the sum of those of
         its ``parts``, each weighted by its share of the loss terms (`Job.loss_terms`, or the number of
         samples). Otherwise return the result: "dependent" with the cause, or "not tested" if rounding or
-        random numbers may explain the difference."""
+        random numbers may explain the difference. Raises what `_total` raises."""
         terms = [self._terms(p) for p in parts]
         distance = batch_gradients.distance(self._total(parts, part_gradients))
         if distance <= _ROUNDING_RATIO:

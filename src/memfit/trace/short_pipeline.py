@@ -162,7 +162,8 @@ _ROUND = 3  # stages of a shortened interleaved pipeline: a first, a last and on
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Short:
-    """Shape of the shorter pipeline. Fields are as in `PipelineRank`."""
+    """Shape of the shorter pipeline. ``stages``, ``stage`` and ``micros`` are the ``short_`` fields of
+    `PipelineRank`; ``missing`` and ``fewer`` are its fields of these names."""
 
     stages: int
     stage: int
@@ -176,7 +177,7 @@ def shorten_pipeline(job: Job, plan: Plan, rank: int, blocks: int) -> PipelineRa
     ``blocks`` blocks. If the plan has no pipeline, the result's short plan is the plan itself. Return None if
     no shorter pipeline can stand for the schedule (it is none of GPipe, 1F1B and some interleaved ones), if
     the first or the last stage has fewer blocks by choice, or if the batch does not divide into equal
-    micro-batches."""
+    micro-batches. Raises what `layout` raises."""
     pipeline, place = plan.get("pipeline"), layout(plan)
     if pipeline is None:
         return PipelineRank(job=job, plan=plan, rank=rank, short_job=job, short_plan=plan, short_rank=rank)

@@ -119,9 +119,11 @@ class _Window:
 
 
 class SliceReplay:
-    """Takes the place of `Workbench.run_slices` while a trace is recorded: of at least eight equal slices it
-    runs the first three and the last four, and counts those between. A call returns the outputs of all
-    slices, and raises SlicesDiffer if slices that ran are not equal."""
+    """Takes the place of `Workbench.run_slices` while a trace is recorded: of at least eight slices of equal
+    shapes it runs the first three and the last four, and counts those between; if the second and third
+    differ, it runs all. A call returns the outputs of all slices. It raises SlicesDiffer if one of the last
+    four but the very last differs from the third. So does backward through the outputs if slices differ
+    there."""
 
     def __init__(self, recorder: AllocationRecorder) -> None:
         self._recorder = recorder

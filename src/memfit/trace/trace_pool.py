@@ -27,12 +27,12 @@ Progress = Callable[[int, int], None]
 
 
 class ForkedWorkers:
-    """Forked workers of this process that stay for later calls of `run_parallel`, so that what one call
-    imports and torch caches also serves the calls of another time.
+    """Forked workers of this process that stay for later calls of `run_parallel`, so that later calls find
+    what earlier ones have imported and what torch has cached.
 
-    ``owner``: the object whose methods are called. The workers have it as it is when they are forked, and it
-    is not sent to them; all else in a call must be picklable. They end with `end`, with the owner, or with
-    this process.
+    ``owner``: the object whose methods are called. It is not sent to a worker, which has a copy of it from
+    the moment at which it was forked. All else in a call must be picklable. The workers end with `end`, when
+    the owner is freed, or with this process.
     """
 
     def __init__(self, owner: Any) -> None:
@@ -143,7 +143,8 @@ def run_parallel(
     index of its call as soon as it is known, for callers that may be interrupted. ``workers``: the calls are
     made by these forked processes, which stay; None: by new ones, which end. ``deadline``: when it has
     passed, forked processes are ended, and TimeUp is raised unless all calls are finished. A call that runs
-    in this process is finished first. In a forked process it has no effect; the original process ends it.
+    in this process is finished first. Where this process is itself a forked one, ``deadline`` has no effect;
+    the original process ends it.
 
     A forked process needs no imports, and without ``workers`` no picklable job, but forking is safe only on
     Linux, without other threads and without initialised CUDA. Where it is not safe, inside a daemon process

@@ -98,9 +98,10 @@ def trace(
     last step has the optimizer state that the first one made.
 
     At most ``max_micro_batches`` (default 3) micro-batches of a step are run: the first ``max_micro_batches``
-    - 1 and the last. The trace says how many are left out of the last step. Earlier steps than the last run
-    only one micro-batch if the plan has one rank (see also `optimizer_steps_only`). With 0 none is run: all
-    gradients are zeros, and a scalar stands for the loss. ``update=False`` leaves out the optimizer step.
+    - 1 and the last. ``Trace.repeated_micro_steps`` is the number of those left out of the last step. Earlier
+    steps than the last run only one micro-batch if the plan has one rank (see also `optimizer_steps_only`).
+    If ``max_micro_batches`` is 0, none is run: all gradients are zeros, a scalar stands for the loss, and
+    ``repeated_micro_steps`` is 0. ``update=False`` leaves out the optimizer step.
     ``device``: the kind of device, such as "cuda", whose kernels and rounding are traced. ``lines``: whether
     each allocation records the line of the user's code that made it. ``rank``: the traced rank, on a fake
     process group of ``plan.ranks`` ranks if there are several.

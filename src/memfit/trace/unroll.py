@@ -50,10 +50,10 @@ class _Chapter:
 
 
 class _EventPosition(NamedTuple):
-    """Where an event, such as an allocation, is in a trace, which identifies the event of another block at
-    the same point. ``chapter`` is the index of the phase span, ``block`` the period of blocks that ran (None
-    outside), ``occurrence`` the index of the run among those of that block in the chapter, and ``offset`` the
-    index of the event within the run."""
+    """Where an event, such as an allocation, is in a trace. The positions of corresponding events of two
+    blocks differ only in ``block``. ``chapter`` is the index of the phase span, ``block`` the period of
+    blocks that ran (None outside the blocks), ``occurrence`` the index of the run among those of that block
+    in the chapter, and ``offset`` the index of the event within the run."""
 
     chapter: int
     block: int | None

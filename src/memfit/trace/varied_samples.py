@@ -34,7 +34,7 @@ def varied_samples(job: Job, count: int) -> Any:
     The samples are chosen one by one, so that each shows most of what those before it do not: a class (a
     value of a tensor with at most 64 distinct ones), the most and the fewest negative integers, the most and
     the least padding (the most frequent value), the largest and the smallest mean. What few samples show
-    counts more. Chosen samples keep their order.
+    counts more. Chosen samples keep their order. Raises what `batch_length` raises.
     """
     first = job.make_batch(0, 0)
     length = batch_length(first)

@@ -64,8 +64,10 @@ class Checkpointer:
     the copy. There is at most one copy: the next `save` waits. ``copy_bytes``: the largest copy so far."""
 
     def __init__(self, spec: RunSpec, step: TrainingStep) -> None:
-        """Must be called before ``step`` runs. Raises UserError if the state of the run cannot be saved by
-        name because of its engine or plan, or if no torch optimizer is inside the step's optimizer."""
+        """Must be called before ``step`` runs, and by all ranks, because asynchronous saves make a process
+        group of their own. Raises UserError if the state of the run cannot be saved by name because of its
+        engine or plan, or if the step's optimizer is or contains something other than torch optimizers
+        (`optimizers`)."""
         self.spec, self.step, self.rank = spec, step, step.bench.world.rank
         engine = ENGINES[spec.engine]
         if not engine.saves:
@@ -140,7 +142,8 @@ class Checkpointer:
     def save(self, done: int) -> None:
         """Save a checkpoint of the state after ``done`` steps in the run's folder; if the run saves
         asynchronously, begin to. All ranks must call it. Raises MemfitError if the checkpoint, or an earlier
-        one that was still being written, cannot be written, and MemoryError if memory ran out."""
+        one that was still being written, cannot be written. If memory ran out, raises MemoryError or, while
+        the state is copied, torch's RuntimeError. Raises what `check` raises."""
         self.finish()
         self._begin(Path(self.spec.keep.save), done)
         if not self.spec.keep.asynchronous:
@@ -182,8 +185,13 @@ class Checkpointer:
             folder: Path | None = None
             if self.rank == 0:
                 parent = Path(self.spec.keep.save)
-                parent.mkdir(parents=True, exist_ok=True)
-                folder = stack.enter_context(temporary_folder(_REHEARSAL, parent))
+                try:
+                    parent.mkdir(parents=True, exist_ok=True)
+                    folder = stack.enter_context(temporary_folder(_REHEARSAL, parent))
+                except OSError as error:
+                    raise MemfitError(
+                        f"checkpoints cannot be saved in {parent}: {error.strerror or error}"
+                    ) from error
             self._begin(folder, 0)
             assert self._writing is not None
             self._writing.result()
@@ -512,8 +520,9 @@ def _size_bytes(value: Any) -> int:
 
 
 def _full_disk(folder: Path, needed_bytes: int) -> str:
-    """Return a text if the disk of ``folder`` has less free than ``needed_bytes``, else "". torch's writer
-    says of a full disk only that a position in its file is not the expected one."""
+    """Return a text if the disk of ``folder`` has less free than ``needed_bytes``; "" if it has as much, or
+    if that cannot be read. torch's writer says of a full disk only that a position in its file is not the
+    expected one."""
     try:
         free_bytes = shutil.disk_usage(folder).free
     except OSError:

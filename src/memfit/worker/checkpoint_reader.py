@@ -37,10 +37,11 @@ _UNREADABLE: Final = (
 
 
 class CheckpointReader(FileSystemReader):
-    """Reader of the checkpoint folder ``path``, of which only ``files``, names in that folder, are opened.
+    """Reader of the checkpoint folder ``path``. Of the files in it, only ``.metadata`` and those named in
+    ``files`` are opened.
 
-    `read_metadata` raises UserError if the metadata name anything but the format's classes, if they cannot be
-    parsed, or if they refer to other files or to compressed ones.
+    `read_metadata` raises UserError if ``.metadata`` cannot be read or parsed, if it names anything but the
+    format's classes, or if it refers to other files than ``files`` or to compressed ones.
     """
 
     def __init__(self, path: Path, files: Collection[str]) -> None:

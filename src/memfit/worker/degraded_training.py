@@ -21,7 +21,7 @@ def degrade(step: TrainingStep, degraded: str) -> Callable[[], None]:
     """Change ``step`` before its first run as ``degraded`` says, and return a function to be called after
     each step. "tenth-learning-rate" divides all learning rates by 10; "last-bit" is `change_last_bits`;
     "eight-bit-weights" is `round_weights` after each step; anything else changes nothing. Raises UserError
-    for "tenth-learning-rate" if the optimizer has no learning rates in its ``param_groups``."""
+    for "tenth-learning-rate" if the optimizer has no ``param_groups``, or one without "lr"."""
     if degraded == "tenth-learning-rate":
         groups = [g for inner in innermost(step.optimizer) for g in getattr(inner, "param_groups", [])]
         if not groups or any("lr" not in group for group in groups):
@@ -66,14 +66,15 @@ def round_weights(model: torch.nn.Module) -> None:
 
 
 def scores_by_endpoint(job: Job, scores: Any) -> Mapping[str, float]:
-    """Return name -> value of the job's endpoints (its metric and its surrogates) from ``scores``, which its
-    ``evaluate`` returned: a number, which is the metric, or a mapping. Without a metric, the number's name is
-    "". Return an empty mapping for None. Raises UserError if an endpoint is missing, and for a mapping if the
-    job has no metric."""
+    """Return name -> value of the job's endpoints, the metric before its surrogates, from ``scores``, which
+    its ``evaluate`` returned: a number (or tensor of one element), which is the metric, or a mapping, whose
+    other entries are left out. Without a metric, the number's name is "". Return an empty mapping for None.
+    Raises UserError if an endpoint is missing or is not a number, and for a mapping if the job has no
+    metric."""
     if scores is None:
         return {}
     name = job.metric.name if job.metric is not None else ""
-    values = dict(scores) if isinstance(scores, Mapping) else {name: float(scores)}
+    values = dict(scores) if isinstance(scores, Mapping) else {name: scores}
     names = [endpoint.name for endpoint in job.endpoints] or [name]
     missing = [n for n in names if n not in values]
     if missing and job.metric is None:
@@ -86,4 +87,17 @@ def scores_by_endpoint(job: Job, scores: Any) -> Mapping[str, float]:
             f"the job's evaluate returned {', '.join(values) or 'nothing'}, but not {', '.join(missing)}",
             allowed="a mapping with the name of the metric and of each surrogate",
         )
-    return {n: float(values[n]) for n in names}
+    return {n: _number(n, values[n]) for n in names}
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        if getattr(value, "numel", lambda: 1)() == 1:  # of a tensor
+            return float(value)
+    except (TypeError, ValueError):
+        pass
+    text, as_name = str(value)[:100], f" as {name}" if name else ""
+    raise UserError(
+        f"the job's evaluate returned {text!r}{as_name}, which is not a number",
+        allowed="a number; or a mapping of names to numbers, for a job with Job(metric=...)",
+    )

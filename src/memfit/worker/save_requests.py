@@ -18,7 +18,9 @@ _SAVE, _END = b"save", b"end"
 
 
 class SaveRequests:
-    """Receives the signals of this process from its creation on, and says after which steps to save."""
+    """Receives SIGUSR1 (save) and SIGTERM (save and end) in this process from its creation on, and says after
+    which steps to save and to end. Must be created in the main thread. Forked children get the default
+    actions of these signals."""
 
     def __init__(self) -> None:
         self._is_save_asked = self._is_end_asked = False  # of this process, not yet passed on
@@ -36,11 +38,13 @@ class SaveRequests:
             self._is_save_asked = True
 
     def due(self, done: int) -> bool:
-        """Return whether to save now, after ``done`` steps, because a signal asked for it."""
+        """Return whether to save now, after ``done`` steps (at least 1), because a signal asked for it. Call
+        `exchange` before."""
         return self._after == done
 
     def ends(self, done: int) -> bool:
-        """Return whether the run is to end after ``done`` steps."""
+        """Return whether the run is to end now, after ``done`` steps, because SIGTERM asked for it. Call
+        `exchange` before."""
         return self._after == done and self._kind == _END
 
     def exchange(self, done: int, rank: int, store: Any) -> None:

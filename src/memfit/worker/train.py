@@ -55,8 +55,8 @@ _COLLECTIVE_LIMIT = datetime.timedelta(days=7)
 
 
 def _numbers() -> array[float]:
-    """Return an empty series with a number per step. A list would take four times the memory, within the
-    cap of the run (`RECORD_BYTES_PER_STEP`)."""
+    """Return an empty array, to which one number is added per step. A list would take four times the memory,
+    which counts in the cap of the run (`RECORD_BYTES_PER_STEP`)."""
     return array("d")
 
 
@@ -237,7 +237,8 @@ def join_world(plan: Plan, device: str = HOST, rendezvous: Path | None = None) -
     process group.
 
     If the file ``rendezvous`` exists, the ranks find each other through the file that it names, so that no
-    port is open for it. Otherwise they use the address that torchrun sets."""
+    port is open for it. Otherwise they use the address that torchrun sets. Raises what `make_world` raises,
+    and torch's error if the process group cannot be joined."""
     import torch.distributed as dist
     from torch.distributed import distributed_c10d
 
@@ -262,7 +263,8 @@ def join_world(plan: Plan, device: str = HOST, rendezvous: Path | None = None) -
 def step_maker(engine: str, folder: Path | None) -> MakeStep:
     """Return the class of the training step of the engine called ``engine``. Its instances are configured by
     the engine's files in ``folder``, or by the plan alone if ``folder`` is None, as when a step is only
-    traced. The native step reads no files."""
+    traced. The native step reads no files. The folder is stored in the class, so that it holds for all
+    instances until the next call. Raises ImportError if there is no such engine."""
     if engine == "native":
         from memfit.jobs.training_step import TrainingStep
 
@@ -278,10 +280,10 @@ def _warm_up(
     """Build the step of the run, run it with up to two micro-batches while comparing it with the plan
     (`_conform`), run it again with one micro-batch, and throw it away. Kernels, their caches and thread
     stacks then exist before the memory that the process itself takes is read
-    (docs/decisions/002-memory-cap.md gives the difference). If there is a cap, save and evaluate once, too.
-    Return (number of elements of the parameters of the model without a plan, largest data segment of the
-    process in bytes while it saved and evaluated; 0 if it did not). Raises NotConforming if the step does not
-    do what the plan says."""
+    (docs/decisions/002-memory-cap.md gives the difference). If there is a cap, save and evaluate once, too,
+    as far as the run does that under the cap (`_rehearse`). Return (number of elements of the parameters of
+    the model without a plan, what `_rehearse` returns). Raises NotConforming if the step does not do what the
+    plan says, and what `Checkpointer` and its `rehearse` raise."""
     import torch
 
     batch = job.make_batch(0, spec.seed)
@@ -310,8 +312,8 @@ def _rehearse(
 ) -> int:
     """Save once, if ``keeper`` is given, and evaluate once, if the run evaluates under its cap. Return the
     largest data segment of the process meanwhile in bytes; 0 if it did neither, or without the counting
-    allocator. What both load for the first time is then part of the footprint. The random state is as
-    before."""
+    allocator. What both load for the first time is then part of the footprint. The state of torch's random
+    numbers on the host is as before."""
     import torch
 
     from memfit.runtime.counting_allocator import CountingAllocator
@@ -436,10 +438,11 @@ def _cap(spec: RunSpec, counter: PeakCounter, device: torch.device, data_peak_by
 
 
 def _train_and_measure(job: Job, spec: RunSpec, gauge: _Gauge, limit: MemoryLimit | None) -> Measurement:
-    """Train, evaluate, compare the trained step with the plan, and return the measurement. Running out of
-    memory becomes its outcome oom, a non-finite loss or gradient norm its outcome failed; other errors are
-    raised. ``limit``: the memory cap, lifted before the evaluation if it is for training alone (``cap_scope``
-    "training"); None: no cap."""
+    """Train, evaluate, compare the trained step with the plan, and return the measurement. Its outcome is oom
+    if memory ran out, interrupted if SIGTERM ended the training (the model is then not evaluated), and failed
+    if a loss or gradient norm was not finite or the run used more than its cap (`_describe_excess`). Other
+    errors are raised. ``limit``: the memory cap, lifted before the evaluation if it is for training alone
+    (``cap_scope`` "training"); None: no cap."""
     from memfit.runtime.energy import EnergyMeter
     from memfit.runtime.oom import is_oom_error
     from memfit.worker.degraded_training import scores_by_endpoint
@@ -489,8 +492,8 @@ def _train_and_measure(job: Job, spec: RunSpec, gauge: _Gauge, limit: MemoryLimi
 
 
 def _message(error: Exception) -> str:
-    """Return the class and text of an error in one line, "" for one whose text may have the path of a
-    file."""
+    """Return the class and text of an error in one line of at most 1,000 characters; "" for an OSError, whose
+    text may have the path of a file."""
     if isinstance(error, OSError):
         return ""
     return " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_MESSAGE]
@@ -598,7 +601,8 @@ def _finish_save(keeper: Checkpointer, gauge: _Gauge) -> None:
 
 
 def _is_save_due(keeper: Checkpointer, gauge: _Gauge, done: int) -> bool:
-    """Return whether to save after ``done`` steps: by the settings of the run, or because a signal asked."""
+    """Return whether to save after ``done`` steps: by the settings of the run, or because a signal asked. All
+    ranks must call it, once after each step, because it exchanges the signals (`SaveRequests.exchange`)."""
     if gauge.requests is None:
         return keeper.due(done)
     from torch.distributed import distributed_c10d

@@ -94,8 +94,9 @@ class _Linear(torch.autograd.Function):
 def call_on_gradient(values: Any, call: Callable[[], None], *, once: bool = False) -> Any:
     """Return the same structure of values, in which each tensor that requires a gradient is replaced by an
     alias. In backward, ``call`` is called for each alias, when its gradient is ready. With ``once``, it is
-    called once, when the gradients of all aliases are ready. If no tensor requires a gradient or gradients
-    are disabled, return ``values`` itself, and ``call`` is never called."""
+    called once, when the gradients of all aliases are ready, and so never if one of them gets none. If no
+    tensor requires a gradient or gradients are disabled, return ``values`` itself, and ``call`` is never
+    called."""
     leaves, shape = _pytree.tree_flatten(values)
     places = [i for i, v in enumerate(leaves) if isinstance(v, torch.Tensor) and v.requires_grad]
     if not places or not torch.is_grad_enabled():
