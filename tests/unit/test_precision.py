@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memfit.cli import main
 from memfit.jobs.builtin import alphafold2
 from memfit.jobs.builtin.alphafold.model import AlphaFold, small_size
 from memfit.precision.advise import add_padding, advise
 from memfit.precision.recording import deterministic
+from memfit.precision.replay import modes
 from memfit.precision.sums import add_narrow
 from memfit.types.job import Job
 from memfit.types.precision import ExaminedModules, PrecisionAdvice
@@ -415,6 +417,24 @@ def test_dropout_inside_functions_of_torch_is_disabled_too(module: nn.Module) ->
         trained = output()
     module.eval()
     torch.testing.assert_close(trained, output())
+
+
+@pytest.mark.parametrize(("cuda", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
+def test_under_autocast_the_softmax_of_attention_is_that_of_the_device(
+    cuda: bool, dtype: torch.dtype
+) -> None:
+    dtypes: list[torch.dtype] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            dtypes.extend([args[0].dtype] if func is torch.ops.aten._softmax.default else [])
+            return func(*args, **(kwargs or {}))
+
+    mode = modes(nn.MultiheadAttention(16, 4), torch.bfloat16, cuda=cuda)["autocast"]
+    x = torch.ones(8, 2, 16)
+    with mode.make_context(), Watch():
+        mode.model(x, x, x)
+    assert dtypes == [dtype]
 
 
 def test_a_narrow_sum_over_no_elements_is_zero() -> None:

@@ -10,40 +10,15 @@ import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memfit.precision.recording import FAILURES, LOSS, RecordedCall, deterministic
 from memfit.precision.tensors import Gap, all_finite, gap, is_float, leaves, rebuild
-
-# What torch.autocast computes in float32 on CUDA (torch's documentation of automatic mixed precision).
-_CUDA_LIST = """
-__pow__ __rdiv__ __rpow__ acos asin cosh cosine_embedding_loss cdist cosine_similarity cross_entropy
-cumprod cumsum dist erfinv exp expm1 group_norm hinge_embedding_loss kl_div l1_loss layer_norm log log10
-log_softmax log1p log2 margin_ranking_loss mse_loss multilabel_margin_loss multi_margin_loss nll_loss
-norm normalize pdist poisson_nll_loss pow prod reciprocal rsqrt sinh smooth_l1_loss soft_margin_loss
-softmax softmin softplus sum renorm tan triplet_margin_loss
-"""
-_WIDE_ON_CUDA: Final = frozenset(_CUDA_LIST.split())
-
-
-class CudaLists(TorchFunctionMode):
-    """Makes torch.autocast on the CPU compute in float32 what it computes in float32 on CUDA, such as norms
-    and softmax, which autocast on the CPU keeps narrow. Calls inside torch's own functions, such as the
-    softmax of ``multi_head_attention_forward``, are not seen and stay narrow. Without autocast, nothing
-    changes."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", "") not in _WIDE_ON_CUDA or not torch.is_autocast_enabled("cpu"):
-            return func(*args, **kwargs)
-        args, kwargs = rebuild((args, kwargs), lambda t: t.float() if is_float(t) and t.itemsize < 4 else t)
-        with torch.autocast("cpu", enabled=False):
-            return func(*args, **kwargs)
+from memfit.trace.device_autocast import cuda_autocast_on_host
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -85,7 +60,7 @@ def modes(model: nn.Module, low: torch.dtype, *, cuda: bool) -> dict[str, Mode]:
         stack = contextlib.ExitStack()
         stack.enter_context(torch.autocast("cpu", dtype=low, cache_enabled=False))
         if cuda:
-            stack.enter_context(CudaLists())
+            stack.enter_context(cuda_autocast_on_host())
         return stack
 
     wide = torch.float64

@@ -215,9 +215,10 @@ def _cudnn_takes(capability: tuple[int, int], call: AttentionCall) -> bool:
 
 def _unknown(kind: DeviceKind, call: AttentionCall, chosen: str) -> str:
     """Return a sentence for the user if devices of ``kind`` may run another kernel than ``chosen``, else "".
-    Return `UNTESTED_ON_ROCM` for AMD's devices; `UNKNOWN_CAPABILITY` if the compute capability is not known
-    and a device of below 8.0 would run another kernel than this fused one; `MATH_FOR_CUDNN` if ``chosen`` is
-    "math" and a device of capability 9.x or 10.x may run cuDNN's kernel."""
+    Return `UNTESTED_ON_ROCM` for AMD's devices; `UNKNOWN_CAPABILITY` if the compute capability of a `checked`
+    kind is not known and a device of below 8.0 would run another kernel than this fused one; `MATH_FOR_CUDNN`
+    if ``chosen`` is "math" and a device of capability 9.x or 10.x may run cuDNN's kernel. A kind that is not
+    `checked` gets another remark for all its kernels."""
     capability = kind.compute_capability
     if kind.gpu_target.startswith("gfx"):
         return UNTESTED_ON_ROCM
