@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from memfit.trace import device_autocast
 from memfit.trace.device_kernels import use_device_kernels
+from memfit.types.errors import UserError
 
 RECORD: dict[str, Any] = json.loads(cuda_operators.RECORD.read_text(encoding="utf-8"))
 
@@ -42,6 +43,18 @@ def test_the_lists_of_autocast_name_operators_that_torch_casts_on_cuda() -> None
         device_autocast._REFUSED,
     )
     assert [name for group in groups for name in group if name not in registered] == []
+
+
+def test_binary_cross_entropy_under_autocast_is_refused_as_on_a_gpu() -> None:
+    with FakeTensorMode(), use_device_kernels("cuda"), torch.autocast("cpu", dtype=torch.bfloat16):
+        shares = torch.zeros(4)
+        with pytest.raises(UserError, match="under autocast, where torch refuses it on a GPU"):
+            functional.binary_cross_entropy(shares, shares)
+        functional.binary_cross_entropy_with_logits(shares, shares)
+        with torch.autocast("cpu", enabled=False):
+            functional.binary_cross_entropy(shares, shares)
+    with FakeTensorMode(), use_device_kernels("mps"), torch.autocast("cpu", dtype=torch.bfloat16):
+        functional.binary_cross_entropy(torch.zeros(4), torch.zeros(4))
 
 
 def test_autocast_of_the_host_is_as_before_after_a_trace_for_cuda() -> None:

@@ -19,7 +19,7 @@ from memfit.jobs.builtin.alphafold.model import AlphaFold, small_size
 from memfit.precision.advise import add_padding, advise
 from memfit.precision.recording import deterministic
 from memfit.precision.replay import modes
-from memfit.precision.sums import add_narrow
+from memfit.precision.sums import NarrowSums, add_narrow
 from memfit.types.job import Job
 from memfit.types.precision import ExaminedModules, PrecisionAdvice
 
@@ -435,6 +435,35 @@ def test_under_autocast_the_softmax_of_attention_is_that_of_the_device(
     with mode.make_context(), Watch():
         mode.model(x, x, x)
     assert dtypes == [dtype]
+
+
+class Asserting(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.dtype is torch.float32
+        return 2 * x
+
+
+class LookingUp(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * {torch.float32: 2}[x.dtype]
+
+
+@pytest.mark.parametrize("module", [Asserting, LookingUp])
+def test_a_module_that_checks_its_dtype_by_an_assertion_or_a_table_is_an_island(module: Any) -> None:
+    given = job(
+        lambda: nn.ModuleDict({"up": nn.Linear(8, 8), "own": module()}),
+        lambda step, seed: {"x": torch.randn(4, 8)},
+        lambda m, b: m["own"](m["up"](b["x"])).square().mean(),
+    )
+    (advice,) = advise(given, ("bf16",), batches=1, trained=0)
+    assert advice.islands == ("own",)
+    assert found(advice)["own"].reason == "fails"
+
+
+def test_narrow_sums_leave_scalars_alone() -> None:
+    with NarrowSums() as sums:
+        assert float(torch.ones((), dtype=torch.bfloat16).sum(0)) == 1.0
+    assert not sums.used
 
 
 def test_a_narrow_sum_over_no_elements_is_zero() -> None:

@@ -19,7 +19,7 @@ from memfit.precision.tensors import is_float, leaves, rebuild
 from memfit.types.errors import UserError
 
 # Errors that a precision may cause. Errors of a user's job file are raised as UserError.
-FAILURES: Final = (RuntimeError, TypeError, ValueError, UserError)
+FAILURES: Final = (RuntimeError, TypeError, ValueError, LookupError, AssertionError, UserError)
 LOSS: Final = "<loss>"  # the job's own loss function, around the model
 # Operators that compute nothing: they move, copy or create tensors.
 _MOVING = """

@@ -17,8 +17,8 @@ class NarrowSums(TorchDispatchMode):
     """Mode that replaces sums, means, softmax and layer norms of bfloat16 and float16 tensors by ones whose
     sums are rounded to that dtype after every addition (`add_narrow`).
 
-    Sums and means over a list of several dimensions, or with a given result dtype, are not replaced.
-    ``used``: whether anything was replaced."""
+    Sums and means over a list of several dimensions or with a given result dtype, and calls on scalars, are
+    not replaced. ``used``: whether anything was replaced."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -26,7 +26,8 @@ class NarrowSums(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         replacement = _OWN.get(func.overloadpacket.__name__)
-        if replacement is None or not isinstance(args[0], torch.Tensor) or args[0].dtype not in _NARROW:
+        x = args[0] if args else None
+        if replacement is None or not isinstance(x, torch.Tensor) or x.dtype not in _NARROW or not x.dim():
             return func(*args, **(kwargs or {}))
         result = replacement(*args, **(kwargs or {}))
         self.used = self.used or result is not NotImplemented

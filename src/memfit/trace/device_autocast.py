@@ -19,6 +19,7 @@ from torch.utils import _pytree
 from torch.utils.weak import WeakIdRef
 
 from memfit.trace.kernel_registration import aten_operator, replace_kernels
+from memfit.types.errors import UserError
 
 _HALF: Final = (torch.float16, torch.bfloat16)
 
@@ -59,11 +60,16 @@ _REFUSED: Final = frozenset({"aten::binary_cross_entropy"})
 
 
 @contextlib.contextmanager
-def cuda_autocast_on_host() -> Iterator[None]:
-    """Inside this context, autocast casts tensors of the host as CUDA's autocast casts those of a GPU.
-    As torch does, it casts a weight to the lower precision once for all operators, until the outermost
-    autocast ends (``cached_cast`` in autocast_mode.cpp)."""
+def cuda_autocast_on_host(device: str = "") -> Iterator[None]:
+    """Inside this context, autocast casts tensors of the host as CUDA's autocast casts those of a GPU. As
+    torch does, it casts a weight to the lower precision once for all operators, until the outermost autocast
+    ends (``cached_cast`` in autocast_mode.cpp). If torch's autocast for the kind ``device`` refuses
+    binary_cross_entropy, as that for "cuda" does, a call of it under autocast raises UserError; with "" none
+    is refused."""
     cuda, host = (_registered(key) for key in ("AutocastCUDA", "AutocastCPU"))
+    refused = frozenset[str]()
+    with contextlib.suppress(RuntimeError):  # torch knows no lists for this kind
+        refused = _REFUSED & _registered(f"Autocast{device.upper()}")
     casts: dict[WeakIdRef, torch.Tensor] = {}
     clear_of_torch = torch.clear_autocast_cache
 
@@ -76,7 +82,8 @@ def cuda_autocast_on_host() -> Iterator[None]:
         stack.callback(casts.clear)
         unlisted = [(name, "AutocastCPU", torch.library.fallthrough_kernel) for name in host - cuda]
         listed = [(name, "AutocastCPU", _kernel(name, casts)) for name in cuda - _REFUSED]
-        stack.enter_context(replace_kernels([*unlisted, *listed]))
+        refusing = [(name, "AutocastCPU", _refuse) for name in refused]
+        stack.enter_context(replace_kernels([*unlisted, *listed, *refusing]))
         yield
 
 
@@ -162,6 +169,15 @@ def _with_dtype(operator: Any, typed: Any, *args: Any, **kwargs: Any) -> Any:
             return operator(*args, **kwargs)
         defaults = [a.default_value for a in operator._schema.arguments]
         return typed(*args, *defaults[len(args) :], **kwargs, dtype=torch.float32)
+
+
+def _refuse(*_: Any, **__: Any) -> Any:
+    raise UserError(
+        "binary_cross_entropy is called under autocast, where torch refuses it on a GPU, because rounded "
+        "inputs may be 0 or 1",
+        allowed="binary_cross_entropy_with_logits of the values before the sigmoid; or "
+        "binary_cross_entropy of float32 values with autocast disabled around it",
+    )
 
 
 def _in_widest(operator: Any, *args: Any, **kwargs: Any) -> Any:

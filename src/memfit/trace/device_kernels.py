@@ -61,7 +61,7 @@ def use_device_kernels(device: str, note: Callable[[str], None] = lambda text: N
         for context in (patch_formulas(), _kernels_of(kind, note)):
             stack.enter_context(context)
         if kind.autocast == "cuda":
-            stack.enter_context(cuda_autocast_on_host())
+            stack.enter_context(cuda_autocast_on_host(kind.name))
         if kind.name == CUDA:
             stack.enter_context(trace_evoformer_attention())
         yield

@@ -27,9 +27,9 @@ _IGNORED_WEIGHT, _CLASS_WEIGHT, _MEAN_WEIGHT = 2.0, 1.0, 0.1
 
 
 def varied_samples(job: Job, count: int) -> Any:
-    """Return a batch of ``count`` samples from the job's first batches (seed 0), or of as many as its first
-    batch has if these are fewer. Further batches are read only as far as they can be joined to the first one,
-    up to 256 samples, 32 batches, 256 MiB or 3 s.
+    """Return a batch of ``count`` samples (at least 1) from the job's first batches (seed 0), or of as many
+    as its first batch has if these are fewer. Further batches are read only as far as they can be joined to
+    the first one, up to 256 samples, 32 batches, 256 MiB or 3 s.
 
     The samples are chosen one by one, so that each shows most of what those before it do not: a class (a
     value of a tensor with at most 64 distinct ones), the most and the fewest negative integers, the most and
