@@ -456,6 +456,10 @@ def _makes_jagged(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
     return model(rows).values().square().mean()
 
 
+def _of_sparse_inputs(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    return torch.sparse.mm(batch.to_sparse(), model.weight).square().mean()
+
+
 LINKS = torch.eye(50).to_sparse()
 
 
@@ -478,6 +482,12 @@ class Graph(nn.Module):
         (lambda: nn.Sequential(nn.LazyBatchNorm1d(affine=False)), torch.randn(8, 64), None, "lazy module"),
         (Graph(), torch.randn(50, 64), None, "sparse_coo tensor that it did not make by"),
         (Graph, torch.randn(50, 64), None, "sparse_coo tensor that it did not make by"),
+        (
+            nn.Linear(64, 64),
+            torch.randn(8, 64),
+            _of_sparse_inputs,
+            "makes a sparse tensor by aten._to_sparse",
+        ),
     ],
     ids=[
         "jagged batch",
@@ -486,6 +496,7 @@ class Graph(nn.Module):
         "lazy buffers",
         "sparse buffer",
         "built sparse buffer",
+        "converted",
     ],
 )
 def test_tensors_that_cannot_be_traced_are_refused_in_one_line(

@@ -271,7 +271,7 @@ class Results:
 
     def work(self, call: Any, func: Any, of: OperatorFact, args: Any, kwargs: Any, out: Any) -> OperatorWork:
         """Return what `work` returns for the call, computed once per process for equal calls on a device.
-        ``call`` is the `call_key`."""
+        ``call`` is the `call_key`. Raises what `work` raises."""
         entry = _WORKS.get((self._device, call))
         if entry is None:
             entry = _WORKS[self._device, call] = work(func, of, args, kwargs, out)
@@ -341,9 +341,15 @@ def work(func: Any, of: OperatorFact, args: Any, kwargs: Any, out: Any) -> Opera
 
     Of a table that the operator indexes, only as many bytes as its output has count as read. Targets that it
     overwrites, and the inputs of nll_loss, do not count as read. An operator of memfit's own
-    (techniques/synthetic_kernel.py) says its operations, its bytes read and its dtype by arguments.
+    (techniques/synthetic_kernel.py) says its operations, its bytes read and its dtype by arguments. Raises
+    UserError for a sparse output.
     """
     inputs, outputs = tensors_in(args, kwargs), tensors_in(out)
+    if any(map(is_sparse, outputs)):
+        raise UserError(
+            f"the step makes a sparse tensor by {of.name}, whose size depends on the data",
+            allowed="dense tensors, and sparse ones that the step makes by torch.sparse_coo_tensor",
+        )
     dtype, flops, total_bytes = _dtype(inputs + outputs), 0, 0
     if func.namespace == "memfit":  # techniques/synthetic_kernel.py
         total_bytes, flops, dtype = args[1], args[2], args[5] or dtype
