@@ -466,6 +466,14 @@ def test_without_a_bound_all_elements_are_assumed_and_the_interval_includes_one_
     assert found.allocated_bytes.low <= few.value <= found.allocated_bytes.high
 
 
+def test_attention_of_the_batch_alone_has_the_kernel_of_a_gpu() -> None:
+    def attending(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return m.first(functional.scaled_dot_product_attention(x[None, None], x[None, None], x[None, None]))
+
+    names = {op.op for op in trace(job(attending), Plan(), device="cuda").ops}
+    assert "aten._scaled_dot_product_efficient_attention.default" in names
+
+
 @pytest.mark.parametrize("rows", [0, 40])
 def test_bincount_of_the_batch_has_the_bins_that_it_has(rows: int) -> None:
     def counted(m: Any, x: torch.Tensor) -> torch.Tensor:

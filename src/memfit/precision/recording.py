@@ -187,8 +187,9 @@ _WITH_DROPOUT: Final = frozenset(
 class _WithoutDropout(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
-        if "dropout" in name and args and isinstance(args[0], torch.Tensor):
-            return args[0]
+        tensor = args[0] if args else kwargs.get("input")
+        if "dropout" in name and isinstance(tensor, torch.Tensor):
+            return tensor
         if name in _WITH_DROPOUT:  # the only float among their positional arguments
             args = tuple(0.0 if isinstance(a, float) else a for a in args)
             kwargs |= {k: 0.0 for k in ("dropout_p", "dropout") if k in kwargs}

@@ -223,10 +223,11 @@ class ConcreteValues:
         operator is random.
 
         Return None if an argument has no values, if the arguments ask for more than ``max_elements``
-        (`_large`), if the operator writes random numbers into an argument, or if it raises RuntimeError while
-        the whole step is computed (`follows_all`). Other errors of the operator are raised. Where None is
-        returned, the values of a tensor that the operator writes into are no longer known. A tensor made from
-        Python numbers counts as known, wherever the numbers come from.
+        (`_large`), if the operator writes random numbers into an argument, if the host lacks its kernel
+        (NotImplementedError), or if it raises another RuntimeError while the whole step is computed
+        (`follows_all`). Other errors of the operator are raised. Where None is returned, the values of a
+        tensor that the operator writes into are no longer known. A tensor made from Python numbers counts as
+        known, wherever the numbers come from.
         """
         if func is _LIFT:  # a tensor made from Python numbers
             with unset_fake_temporarily():
@@ -240,14 +241,14 @@ class ConcreteValues:
             return None
         real_arguments = _pytree.tree_map_only(torch.Tensor, lambda x: values[id(x)], (args, dict(kwargs)))
         with torch.no_grad(), unset_fake_temporarily():
-            if is_random:
-                return draw_values(func, real_arguments[0], real_arguments[1], self.case, self._seed())
             try:
+                if is_random:
+                    return draw_values(func, real_arguments[0], real_arguments[1], self.case, self._seed())
                 out = func(*real_arguments[0], **real_arguments[1])
-            except RuntimeError:
-                if not self.follows_all:
+            except RuntimeError as error:
+                if not self.follows_all and not isinstance(error, NotImplementedError):
                     raise
-                self._forget(func, args, kwargs)  # a kernel of another device, for example
+                self._forget(func, args, kwargs)  # a kernel that the host lacks, for example
                 return None
         if any(map(is_assumed, values.values())):
             mark_assumed((out, written_tensors(func, *real_arguments)))
