@@ -23,6 +23,7 @@ from memfit.monitoring.memory_snapshot import is_snapshot, parse_snapshot, read_
 from memfit.monitoring.oom_text import AllocationFailure, allocation_failures
 from memfit.monitoring.record import read_records
 from memfit.monitoring.traceback_text import innermost_user_frame, read_tracebacks
+from memfit.monitoring.training_log import NumberSeries, outlier_factor
 from memfit.types.errors import UserError
 from memfit.types.units import GIB
 
@@ -686,3 +687,21 @@ def test_an_error_after_one_of_memory_is_not_surely_the_reason() -> None:
     )
     diagnosis = diagnose_log(text)
     assert diagnosis.is_out_of_memory or diagnosis.certainty is not Certainty.CERTAIN
+
+
+@pytest.mark.parametrize(
+    ("values", "factor"),
+    [
+        ((2.0, 2.0, 2.0, 2.0, 3.0), 1.5),
+        ((2.0, 2.0, 2.0, 2.0, 2.5), None),
+        ((2.0, 2.0, 2.0, 3.0), None),
+        ((0.0, 0.0, 0.0, 0.0, 0.0), None),
+        ((0.0, 0.0, 0.0, 0.0, 7.0), None),
+        ((1.0,), None),
+    ],
+)
+def test_the_last_sample_is_an_outlier_above_what_was_logged_before(
+    values: tuple[float, ...], factor: float | None
+) -> None:
+    series = NumberSeries(key="tokens", values=values, rows=tuple(range(len(values))))
+    assert outlier_factor(series, len(values)) == factor

@@ -153,6 +153,21 @@ def test_decide_exits_with_1_and_names_the_failed_gate(
     assert "Stopped before the next stage: step time relative to plain training:" in capsys.readouterr().out
 
 
+def test_stored_limits_are_checked_again_before_a_stage_and_default_resets_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, limits = stored(tmp_path), tmp_path / "gates.toml"
+    limits.write_text("[time]\nstep_ratio = 0.5\n")
+    assert main(["decide", "--store", store, "--gates", str(limits)]) == 1
+    capsys.readouterr()
+    later = ["decide", "--store", store, "--pilot", "H100-SXM", "--json"]
+    for _ in range(2):  # the first call leaves the limits as they are
+        assert main(later) == 1
+        assert json.loads(capsys.readouterr().out)["limits"]["time"]["step_ratio"] == 0.5
+    assert main(["decide", "--store", store, "--gates", "default", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["limits"]["time"]["step_ratio"] == 2.0
+
+
 def test_attended_minutes_given_on_the_command_line_are_stored_with_the_poc(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -46,29 +46,33 @@ class GateOptions:
             metavar="default|FILE.toml",
             help="Instead of costs: check the figures of the proof of concept, or of the record from "
             "others, against limits, called gates, and exit with code 1 if one is not kept. A figure that "
-            "was not measured does not keep its limit. default: memfit's own limits; FILE.toml: a TOML file "
-            "with your limits, such as step_ratio = 1.5 under [time]; false disables a limit; limits that "
-            "the file does not name keep their defaults. With --json all limits are printed. Default: "
-            "memfit's own limits if --pilot or --full is given, otherwise no check. Not with --case or "
-            "--template.",
+            "was not measured does not keep its limit. default: memfit's own limits. FILE.toml: your "
+            "limits, such as step_ratio = 1.5 under [time]; false disables a limit, and a limit that the "
+            "file does not name is memfit's own. The limits are stored with a proof of concept that was run "
+            "here, and its later reports and decisions use them. With --json all limits are printed. "
+            "Default: with --pilot or --full, the limits stored last with the proof of concept, or memfit's "
+            "own if there are none; otherwise no check. Not with --case or --template.",
         ),
     ] = None
     pilot: Annotated[
         str | None,
         typer.Option(
             metavar="MACHINE",
-            help="Check --gates and, if all limits are kept, predict the pilot, the stage between the proof "
-            "of concept and the full-size training, on MACHINE, given as in --on of `memfit plan`. Default: "
-            "the pilot is not predicted. Not with --case or --template.",
+            help="Check the limits (--gates) and, if all are kept, search for a plan of the pilot, the "
+            "stage between the proof of concept and the full-size training, on MACHINE, given as in --on of "
+            "`memfit plan`, and print its predicted memory and step time. The plan of the proof of concept "
+            "is not used. The exit code is 3 if no plan fits. The prediction is stored with a proof of "
+            "concept that was run here. Default: the pilot is not predicted. Not with --case or --template.",
         ),
     ] = None
     full: Annotated[
         str | None,
         typer.Option(
             metavar="MACHINE",
-            help="Check --gates and, if all limits are kept, predict the full-size training on MACHINE, "
-            "given as in --on of `memfit plan`. Default: the full-size training is not predicted. Not with "
-            "--case or --template.",
+            help="As --pilot, for the full-size training: check the limits (--gates) and, if all are kept, "
+            "search for its plan on MACHINE, given as in --on of `memfit plan`, and print its predicted "
+            "memory and step time. The exit code is 3 if no plan fits. Default: the full-size training is "
+            "not predicted. Not with --case or --template.",
         ),
     ] = None
     size: Annotated[
@@ -76,8 +80,8 @@ class GateOptions:
         typer.Option(
             metavar="NAME",
             help="Size of the job in both predicted stages, the pilot and the full-size training, whatever "
-            "size the record has. Default: paper for a built-in job, otherwise the job's default size. "
-            "Refused without --pilot and --full.",
+            "size the record has. Batch, length and data are the defaults of the job at this size. Default: "
+            "paper for a built-in job, otherwise the job's default size. Refused without --pilot and --full.",
         ),
     ] = None
     job: Annotated[
@@ -111,13 +115,17 @@ def check_gates(
         machine_of(name, runtime.place)  # raises for an unknown machine before any long work begins
     quiet_libraries()
     from memfit.decision import rollout_gates
+    from memfit.store import Store
+    from memfit.workflows import proof_of_concept
 
-    gates_path = None if options.gates in (None, "default") else Path(options.gates)
+    gates_path = Path(options.gates) if options.gates not in (None, "default") else None
     limits = rollout_gates.read(gates_path) if gates_path is not None else rollout_gates.Gates()
     sourced_record = find_record(record_name, store.store)
     if effort.attended_minutes is not None:
         sourced_record = _store_attended(sourced_record, effort.attended_minutes, store)
     record = sourced_record.record
+    if options.gates is None and not sourced_record.taken_from:
+        limits = proof_of_concept.stored_gates(Store(store.store), record.poc_id)
     gate_results = rollout_gates.evaluate(record, limits)
     failed = [gate for gate in gate_results if not gate.holds]
     stages: dict[str, Any] = {}
@@ -131,7 +139,9 @@ def check_gates(
             plannings.append(planning)
         if not sourced_record.taken_from:
             _store_predictions(record.poc_id, plannings, store)
-    decision = None if sourced_record.taken_from else _decide(record.poc_id, stages, gates_path, store, lang)
+    decision = (
+        None if sourced_record.taken_from else _decide(record.poc_id, stages, options.gates, store, lang)
+    )
     if output.json:
         stages = stages if decision is None or failed else _with_costs(stages, decision[1])
         details = {
@@ -254,21 +264,22 @@ def _store_predictions(
 
 
 def _decide(
-    poc_id: str, stages: dict[str, Any], gates: Path | None, store: StoreOptions, lang: str
+    poc_id: str, stages: dict[str, Any], gates: str | None, store: StoreOptions, lang: str
 ) -> tuple[memfit.types.result.Poc, memfit.types.decision.Decision]:
     """Return the proof of concept and its decision: the costs of each stage and option, with the figures of
-    the user that were stored last. Before that, store the machines of ``stages``, and the text of ``gates``,
-    the file with limits, so that the report shows these gates. If ``gates`` is None, an empty text is stored,
-    which stands for the default limits. ``lang``: the reader's language, for the currency and the place if
-    the user gave no figures."""
+    the user that were stored last. Before that, store the machines of ``stages`` and the limits that
+    ``gates``, the value of --gates, names, so that the report shows these gates; None: the stored limits
+    stay. An empty text stands for memfit's own limits. ``lang``: the reader's language, for the currency and
+    the place if the user gave no figures."""
     from memfit.store import Store
     from memfit.workflows import proof_of_concept
 
     records = Store(store.store)
     for name, stage in stages.items():
         records.append(poc_id, proof_of_concept.STAGE, {"name": name, "machine": stage["machine"]})
-    text = read_text(gates) if gates is not None else ""
-    records.append(poc_id, proof_of_concept.GATES, {"text": text})  # the report shows the gate checked last
+    if gates is not None:
+        text = "" if gates == "default" else read_text(Path(gates))
+        records.append(poc_id, proof_of_concept.GATES, {"text": text})
     return proof_of_concept.decide(records, poc_id=poc_id, case=None, lang=lang)
 
 

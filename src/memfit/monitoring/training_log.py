@@ -145,12 +145,13 @@ def read_training_log(lines: Sequence[str]) -> TrainingLog:
 
 def outlier_factor(series: NumberSeries, row_count: int) -> float | None:
     """Return the last value of ``series`` divided by the highest value before it. None if the ratio is below
-    1.3, if there are fewer than four values before it, or if it is in none of the last three of ``row_count``
-    lines."""
+    1.3, if there are fewer than four values before it, if all of these are 0, or if the last value is in none
+    of the last three of ``row_count`` lines."""
     *earlier, last = series.values
-    if len(earlier) < 4 or series.rows[-1] < row_count - _NEAR or last < 1.3 * max(earlier):
+    highest = max(earlier, default=0.0)
+    if len(earlier) < 4 or series.rows[-1] < row_count - _NEAR or not highest or last < 1.3 * highest:
         return None
-    return last / max(earlier)
+    return last / highest
 
 
 def _steps(lines: Sequence[str]) -> dict[int, list[int]]:

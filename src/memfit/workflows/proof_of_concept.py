@@ -227,20 +227,26 @@ def decide(store: Store, *, poc_id: str | None, case: Path | None, lang: str = "
     stage_machines = {
         s["name"]: s["machine"] for s in map(json.loads, (r.body for r in store.records(resolved_id, STAGE)))
     }
-    gate_records = store.records(resolved_id, GATES)[-1:]  # earlier ones may be of an older version
-    stored_gates = [rollout_gates.parse_gates(json.loads(r.body)["text"], _KEPT_GATES) for r in gate_records]
     decision = decide_on(
         proof,
         user_case,
         more=later_offers,
         name=name,
         named=stage_machines,
-        limits=stored_gates[-1] if stored_gates else rollout_gates.Gates(),
+        limits=stored_gates(store, resolved_id),
         by_default=case is None and not case_records,
     )
     if case is not None:
         store.append(resolved_id, CASE, {"name": name, "text": read_text(case)})
     return proof, decision
+
+
+def stored_gates(store: Store, poc_id: str) -> rollout_gates.Gates:
+    """Return the limits of the gates that were stored last with this PoC, or memfit's own if there are none.
+    Raises UserError if the stored limits are wrong."""
+    records = store.records(poc_id, GATES)[-1:]  # earlier ones may be of an older version
+    limits = [rollout_gates.parse_gates(json.loads(r.body)["text"], _KEPT_GATES) for r in records]
+    return limits[0] if limits else rollout_gates.Gates()
 
 
 def offers_of(store: Store, poc_id: str) -> list[Offer]:
