@@ -42,12 +42,14 @@ def helps(path: Path, tree: ast.Module) -> Iterator[Text]:
     constants = _constants(tree)
     for node in ast.walk(tree):
         if isinstance(node, ast.AnnAssign) and (name := getattr(node.target, "id", "")):
-            for call in ast.walk(node.annotation):
-                strings = [a.value for a in getattr(call, "args", ()) if isinstance(a, ast.Constant)]
+            for call in (n for n in ast.walk(node.annotation) if isinstance(n, ast.Call)):
+                texts = {k.arg: _words(k.value, constants) for k in call.keywords}
+                strings = [a.value for a in call.args if isinstance(a, ast.Constant)]
                 option = next((s for s in strings if str(s).startswith("--")), f"--{name.replace('_', '-')}")
-                for keyword in getattr(call, "keywords", ()):
-                    if keyword.arg == "help":
-                        yield f"{path}:{node.lineno}", f"{option}\n{_words(keyword.value, constants)}"
+                if ast.unparse(call.func) == "typer.Argument":
+                    option = texts.get("metavar", name)
+                if "help" in texts:
+                    yield f"{path}:{node.lineno}", f"{option}\n{texts['help']}"
 
 
 def _constants(tree: ast.Module) -> dict[str, str]:
