@@ -420,7 +420,8 @@ def machine_of(machine: Any) -> Machine:
         raise UserError(
             f"the argument machine is a {type(machine).__name__}",
             allowed="a Machine, a name of the catalog such as 8xH100-SXM, the path of a machine file "
-            "(.toml), None or 'this' for this machine, or 'this:cpu' for its CPU",
+            "(.toml), None or 'this' for this machine, or 'this:KIND' for its device of a kind, such as "
+            "'this:cpu'",
         )
     name = str(machine)
     return catalog.from_toml(name) if name.endswith(".toml") else catalog.machine(name)

@@ -377,8 +377,8 @@ def _check_scaler(scaler: Any, plan: Plan) -> None:
     if scaler.is_enabled() and (names := clash_with_loss_scale(plan)):
         raise UserError(
             f"the plan's {', '.join(names)} cannot be combined with the argument scaler",
-            hint="without it, in a loop that does not autocast to float16; or plan with "
-            f"--without {','.join(names)}",
+            hint="leave scaler out, in a loop that does not autocast to float16; or "
+            f"`memfit plan {' '.join(f'--without {name}' for name in names)}` finds another plan",
         )
 
 

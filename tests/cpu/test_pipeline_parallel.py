@@ -336,7 +336,9 @@ class _Sums(_Skip):
         (None, _uneven(_plan(2), last=4), "with first_fewer=0 and last_fewer=4"),
         (None, _plan(2, "interleaved"), "virtual=2 or more"),
         (None, _plan(4, "zero-bubble", ddp={}, stages=2), "data-parallel"),
+        (None, _plan(4, "zero-bubble", 2, ddp={}, stages=2), "allowed: the schedules gpipe, 1f1b and"),
         (None, _plan(4, "interleaved", 2, ddp={}), "allowed: fsdp2"),
+        (None, _plan(4, "interleaved", 2, fsdp2={"replicas": 2}), "nor with fsdp2 of 2 replicas over 2 data"),
     ],
     ids=[
         "skip",
@@ -346,7 +348,9 @@ class _Sums(_Skip):
         "empty-stage",
         "virtual",
         "zero-bubble-ddp",
+        "zero-bubble-ddp-two-stages",
         "interleaved-ddp",
+        "interleaved-replicas",
     ],
 )
 def test_a_pipeline_that_cannot_be_cut_is_refused_with_the_reason(model: Any, plan: Plan, word: str) -> None:

@@ -192,7 +192,7 @@ def test_names_of_copies_of_parameters_are_not_made_up() -> None:
 
 
 def test_an_optimizer_that_needs_a_closure_is_refused() -> None:
-    with pytest.raises(UserError, match="LBFGS, the job's optimizer, needs a closure"):
+    with pytest.raises(UserError, match="the optimizer LBFGS needs a closure"):
         step_with(path="torch.optim:LBFGS")
 
 

@@ -279,7 +279,7 @@ def test_the_users_dna_is_read_and_refused_if_too_short(tmp_path: Path) -> None:
     file = tmp_path / "dna.fasta"
     file.write_text(">a\nACGTNNacgt\n>b\n" + "ACGGT" * 80)
     assert len(genome._fasta(str(file))) == 408
-    with pytest.raises(UserError, match=r"408 bases of DNA are too few for .*; allowed: at least 2364 "):
+    with pytest.raises(UserError, match=r"408 bases of DNA are too few for .*; allowed: at least 2284 "):
         load("genome", data=str(file))
 
 

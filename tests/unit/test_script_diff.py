@@ -426,7 +426,7 @@ REFUSED = {
     "two losses": (PLAIN.replace("loss.backward()", "out.sum().backward(); loss.backward()"), "2 times"),
     "a scaler elsewhere": (
         PLAIN.replace("loss.backward()", "loss = scaler.scale(loss)\n        loss.backward()"),
-        "uses a GradScaler outside the statements from backward",
+        ", as of a GradScaler, outside the statements from backward",
     ),
     "autocast elsewhere": (
         PLAIN.replace("out = model(x)", "out = cast(x)")

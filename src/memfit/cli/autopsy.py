@@ -98,9 +98,10 @@ class EvidenceOptions:
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Memory that the training could use on each device, such as 24GiB; at most what a GPU has. "
-            "Default: the limit that the evidence states, less what was used outside torch if that is why "
-            "memory ran out; if it states none, all memory of the device. Refused without --job.",
+            help="Memory that the training could use on each device, such as 24GiB; more than a GPU has "
+            "counts as what it has. Default: the limit, or else the capacity of the device, that the "
+            "evidence states, less what was used outside torch if that is why memory ran out; if it states "
+            "neither, all memory of the device of --on. Refused without --job.",
         ),
     ] = None
 

@@ -55,7 +55,8 @@ class BaselineOptions:
         typer.Option(
             metavar="PLAN",
             help="For write with a JOB, otherwise refused: plan of the jobs: a file as written by `memfit "
-            "plan --save`, the name of a technique, or plain (the default), which is training without any "
+            "plan --save`; the name of a technique, with its default settings and, if it is for several "
+            "processes, one for each device of --on; or plain (the default), which is training without any "
             "technique. Repeat the option to predict each job under several plans.",
         ),
     ] = None
@@ -82,8 +83,8 @@ class BaselineOptions:
         typer.Option(
             metavar="N",
             min=1,
-            help="For write with a JOB, otherwise refused: samples per step of the jobs. Default: each "
-            "job's own.",
+            help="For write with a JOB, otherwise refused: samples per optimizer step of the jobs, of all "
+            "processes together. Default: each job's own number.",
         ),
     ] = None
     length: Annotated[

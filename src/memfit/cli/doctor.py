@@ -66,8 +66,9 @@ class InstallOptions:
         typer.Option(
             metavar="ENGINE",
             help="Instead of checks: create a virtual environment and install this engine there, for "
-            "engines whose dependencies conflict with memfit's. `memfit list engines` shows the names. "
-            "Engines that run in memfit's own environment are refused.",
+            "engines whose dependencies conflict with memfit's, such as colossalai; memfit then runs the "
+            "engine with it. `memfit list engines` shows the names. Engines that run in memfit's own "
+            "environment are refused.",
         ),
     ] = None
     into: Annotated[

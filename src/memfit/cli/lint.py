@@ -32,7 +32,8 @@ class LintOptions:
             help="Configuration files and launch scripts that belong to one set-up, at most one of each "
             "kind (but see --each): DeepSpeed, Accelerate, Trainer, Megatron-LM, torchtitan, OpenFold, "
             "Axolotl, LLaMA-Factory, Lightning, MACE. Configuration files that they name are read as well. "
-            "At least one is needed, except with --explain.",
+            "At least one is needed, except with --explain. In a folder of `memfit export`, files for which "
+            "there are no rules are skipped.",
         ),
     ] = None
     ranks: Annotated[

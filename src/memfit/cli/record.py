@@ -83,8 +83,8 @@ class RecordOptions:
             metavar="A B",
             help="Instead of writing a record, compare two, and say which quantities are not comparable and "
             "why. A and B: a file with the record of a proof of concept, or the ID of a proof of concept in "
-            "the store or of a record that was added to it from others. Not with --poc, --out, --add or "
-            "--schema.",
+            "the store, refused if it is unfinished or recommends no plan, or of a record that was added to "
+            "the store from others. Not with --poc, --out, --add or --schema.",
         ),
     ] = None
 

@@ -90,10 +90,11 @@ class RunOptions:
             metavar="DIR",
             help="Folder for checkpoints: one at the end and, with --save-every, earlier ones. It is "
             "created if it does not exist. It must not hold a checkpoint of a later step than that at which "
-            "the run begins. With it, if a process dies or hangs in training, all restart from the newest "
-            "checkpoint, or if there is none, from where the run began (--restarts). Refused for a job with "
-            "Job(ema=...), for engines that cannot save, and for plans whose state cannot be saved, such as "
-            "those with expert-parallel or with optimizer state on NVMe. Default: no checkpoints.",
+            "the run begins. With it, if a process dies or hangs after the first step, all restart from the "
+            "newest checkpoint, or if there is none, from where the run began (--restarts). Refused for a "
+            "job with Job(ema=...), for engines that cannot save, and for plans whose state cannot be "
+            "saved, such as those with expert-parallel or with optimizer state on NVMe. Default: no "
+            "checkpoints.",
         ),
     ] = None
     save_every: Annotated[
@@ -131,10 +132,10 @@ class RunOptions:
         typer.Option(
             metavar="N",
             min=0,
-            help="With --save: how often in a row the run restarts after a process died or hung without a "
-            "new checkpoint in between. An error that comes again in the same step is not tried a third "
-            "time. Running out of memory, --timeout and a loss that is not finite cause no restart. "
-            "Default: 3. Ignored without --save.",
+            help="With --save: number of restarts in a row, without a new checkpoint between them, after a "
+            "process died or hung. An error that comes again in the same step is not tried a third time. An "
+            "end before the first step, running out of memory, --timeout and a loss that is not finite "
+            "cause no restart. Default: 3. Ignored without --save.",
         ),
     ] = 3
     grace: Annotated[
@@ -154,9 +155,10 @@ class RunOptions:
         typer.Option(
             metavar="TIME",
             help="If no process makes progress in a training step for this time, end all and, with --save, "
-            "restart them (--restarts). The process that hangs is named earlier, after two steps' time. "
-            "Outside steps, as while saving, the limit is at least 30 minutes. Default: 20 times the "
-            "longest of the last 20 steps, at least 5 minutes.",
+            "restart them (--restarts). The process that hangs is named on standard error earlier, after "
+            "about two steps' time. Default: 20 times the longest of the last 20 steps, or before the "
+            "second step ends 100 times the predicted step; at least 5 minutes. Outside steps, as while "
+            "loading, saving or evaluating, the limit is this time or 30 minutes, whichever is longer.",
         ),
     ] = None
     resume: Annotated[
@@ -178,8 +180,8 @@ class RunOptions:
             "began, under a plan that is predicted to need less memory for the batch that failed and whose "
             "effect class (how far it may change results, E0 to E3) is not higher: with --recommended one "
             "of the search's frontier; else with more micro-batches if the class is E1 or above, then with "
-            "recomputation, then with activation offload. Example: memfit run my.py:job --memory 2GiB "
-            "--save run/ --save-every 50 --on-oom next-plan",
+            "recomputation, then with activation offload; if there is none, end with exit code 1. Example: "
+            "memfit run my.py:job --memory 2GiB --save run/ --save-every 50 --on-oom next-plan",
         ),
     ] = "stop"
     most_recoveries: Annotated[
@@ -205,7 +207,8 @@ class RunOptions:
         typer.Option(
             metavar="FILE.json",
             help="With --record, otherwise refused: make exactly the run in this file, which `memfit poc "
-            "--executor` has written. Of the other options, only --label and --json can be given with it.",
+            "--executor` writes for each of its runs. Of the other options, only --label and --json can be "
+            "given with it.",
         ),
     ] = None
     label: Annotated[

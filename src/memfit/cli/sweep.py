@@ -49,7 +49,12 @@ class SweepOptions:
     ] = None
     seeds: Annotated[
         int,
-        typer.Option(metavar="N", min=1, max=10_000, help="Seeds 0 to N-1, each with each plan. Default: 1."),
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=10_000,
+            help="Number of seeds: 0 to N-1, each with each plan and size. Default: 1, which is seed 0.",
+        ),
     ] = 1
     sizes: Annotated[
         str | None,
@@ -64,10 +69,11 @@ class SweepOptions:
         typer.Option(
             metavar="NAME[:KEY=VALUE,...]",
             help="Where trials run: local (processes of this machine; the default) or slurm (jobs of a "
-            "Slurm cluster; its nodes must share the folder of the store), with settings: local:parallel=4, "
-            "slurm:partition=a100,time=60. An unknown setting is refused with the list of those that exist. "
-            "Repeat the option to run each trial once with each executor; two on the same kind of device "
-            "are refused.",
+            "Slurm cluster; its nodes must share the folder of the store, the current folder and the "
+            "installed Python), with settings: local:parallel=4, slurm:partition=a100,time=60. An unknown "
+            "setting is refused with the list of those that exist. Repeat the option to run each trial once "
+            "with each executor; two are refused if they differ neither in name nor in a setting that "
+            "chooses the device, such as partition.",
         ),
     ] = None
     budget: Annotated[
@@ -77,8 +83,9 @@ class SweepOptions:
             help="The most that this call may use: device hours as a time, such as 90m or 24h, or US "
             "dollars such as 20USD, which are refused if the price of a device is unknown. Both can be "
             "given. A device hour is one device, or one process on a CPU, for one hour from the start of a "
-            "trial to its end. When the budget is used up, running trials are ended. Default: asked for on "
-            "a terminal; elsewhere and with --json it must be given.",
+            "trial to its end. A trial begins only if the rest should suffice, judged by the trials that "
+            "have ended; when the budget is used up, running trials are ended. Default: asked for on a "
+            "terminal; elsewhere and with --json it must be given, unless all trials have a result.",
         ),
     ] = None
     memory: Annotated[
@@ -86,7 +93,8 @@ class SweepOptions:
         typer.Option(
             metavar="SIZE",
             help="Memory cap of each training process of a trial, such as 24GiB, as in `memfit run "
-            "--memory`. Default: no cap.",
+            "--memory`. A trial that runs out of memory under it has a result and is not run again. "
+            "Default: no cap.",
         ),
     ] = None
     engine: Annotated[
@@ -112,7 +120,8 @@ class SweepOptions:
         str | None,
         typer.Option(
             metavar="TIME",
-            help="Stop a trial whose training runs for longer than this, such as 10m. Default: no limit.",
+            help="Stop a trial whose training runs for longer than this, such as 10m; it then has no "
+            "result, and the same command runs it again. Default: no limit.",
         ),
     ] = None
     on: Annotated[

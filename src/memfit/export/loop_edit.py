@@ -225,8 +225,8 @@ def _must_split_alike(source: Source, loop: Loop) -> None:
     first = next(setters, None)
     if first is not None and (isinstance(first, ast.AugAssign) or loss in loaded_names(first)):
         raise UserError(
-            f"line {first.lineno} adds to {loss}, which has a value before the model is called: every "
-            "micro-batch would add its loss to it"
+            f"line {first.lineno} adds to {loss}, which has a value before the model is called, so that each "
+            "micro-batch would add its loss to those of the others: give it its first value after that call"
         )
     for statement in loop.body[: loop.forward]:
         changed = stored_names(statement)
@@ -234,8 +234,9 @@ def _must_split_alike(source: Source, loop: Loop) -> None:
             computed_names = ", ".join(n for n in changed if n in names)
             if computed_names:
                 raise UserError(
-                    f"the loop computes {computed_names} from {', '.join(sources)} before the model runs, "
-                    "and the model uses both, so the batch cannot simply be split into micro-batches"
+                    f"the loop computes {computed_names} from {', '.join(sources)} before the model is "
+                    "called, and the forward pass uses both, so the batch cannot simply be split into "
+                    "micro-batches"
                 )
 
 

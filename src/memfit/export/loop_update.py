@@ -132,8 +132,8 @@ def find_update(source: Source, place: LoopPlace) -> Update:
             is_own = isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name)
             if is_own and not any(a <= node.lineno <= b for a, b in spans):
                 raise UserError(
-                    f"line {node.lineno} uses a GradScaler outside the statements from backward to the "
-                    "optimizer's step"
+                    f"line {node.lineno} calls {name_of(node.func)}, as of a GradScaler, outside the "
+                    "statements from backward to the optimizer's step"
                 )
     return update
 
@@ -274,7 +274,10 @@ def _gradient_changes(
             removed.append(statement)
         elif _changes_gradients(statement):
             text = ast.unparse(statement)
-            raise UserError(f"between backward and step, the script changes gradients: {text[:60]}")
+            raise UserError(
+                "between backward and step, the script changes gradients other than by "
+                f"clip_grad_norm_(MODEL.parameters(), NORM): {text[:60]}"
+            )
     return clip, condition, removed
 
 

@@ -121,10 +121,11 @@ def script_diff(
         )
     scaled = () if sets_precision(plan) else clash_with_loss_scale(plan)
     if scaled and _always_scales_loss(source):
+        without = " ".join(f"--without {name}" for name in scaled)
         raise UserError(
             f"{source.path} scales its loss with a GradScaler, which cannot be combined with "
             f"{', '.join(scaled)}",
-            hint=f"plan with --without {','.join(scaled)}",
+            hint=f"`memfit plan {without}` finds a plan without them",
         )
     terms = "loss_terms" if weights is not None else ""
     define = ("define loss_terms(batch), which returns how many terms the loss of a batch averages",)

@@ -94,7 +94,8 @@ def find_loop(source: Source, plan: Plan) -> Loop:
         raise UserError(f"in the loop, no statement before backward calls the model {model}")
     if any(_spans_text(s) for s in place.body[forward : place.index]):
         raise UserError(
-            "the forward pass contains a string literal of several lines, which an indentation would change"
+            "the forward pass, which the edit indents, contains a string literal of several lines, which "
+            "that would change"
         )
     must_end_each_step(source, place, update, forward)
     autocast = _autocast(source, place, forward) if sets_precision(plan) else None
@@ -344,7 +345,7 @@ def _setup(source: Source, place: LoopPlace, update: Update, model: str, *, scal
         if changes and not isinstance(statement, (ast.If, *FUNCTIONS)):
             raise UserError(
                 f"line {statement.lineno} assigns {names[model]} or moves it with .to() after the script has "
-                f"made {optimizer}"
+                f"made {optimizer}: it must do so before"
             )
         if changes and isinstance(statement, ast.If):
             remarks.append(
@@ -384,7 +385,10 @@ def _scaler(
             return argument.id
     elif any(scaler in stored_names(s) for s in (*before, *source.tree.body)):
         return scaler
-    raise UserError(f"the script does not show the GradScaler {scaler} where it makes the optimizer")
+    raise UserError(
+        f"the script does not show the GradScaler {scaler} where it makes the optimizer: it must be a "
+        "variable there, or of the module"
+    )
 
 
 def _caller(

@@ -119,6 +119,7 @@ def _make(ref: JobRef) -> Job:
         built_in = _built_in(ref.spec)
         _check_size(ref, built_in.sizes)
         if ref.length is not None and not SHORTEST <= ref.length <= MOST_TOKENS:
+            built_in.make(**options | {"length": SHORTEST}, **dimensions)  # raises for jobs without lengths
             raise UserError(
                 f"length {ref.length} of {ref.spec} is out of range",
                 allowed=f"{SHORTEST} to {MOST_TOKENS} tokens (residues, bases or bytes) of a sample",

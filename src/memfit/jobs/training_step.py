@@ -113,15 +113,15 @@ class TrainingStep:
         self.average = self._weight_average()
         if job.clip is not None and bench.step_in_backward:
             raise UserError(
-                "the job's clip cannot be combined with optimizer-in-backward, which updates each parameter "
-                "before the norm of all gradients is known",
-                allowed="clip=None (--clip 0), or a plan without optimizer-in-backward",
+                "the argument clip cannot be combined with optimizer-in-backward, which updates each "
+                "parameter before the norm of all gradients is known",
+                allowed="clip=None, in the Job or in memfit.apply; or a plan without optimizer-in-backward",
             )
         closure = inspect.signature(self.optimizer.step).parameters.get("closure")
         if closure is not None and closure.default is closure.empty:
             raise UserError(
-                f"{type(self.optimizer).__name__}, the job's optimizer, needs a closure in its step, to "
-                "compute the loss several times",
+                f"the optimizer {type(self.optimizer).__name__} needs a closure in its step, to compute the "
+                "loss several times",
                 allowed="an optimizer whose step needs no closure, such as AdamW",
             )
 
@@ -220,8 +220,8 @@ class TrainingStep:
         total = terms_per_rank or sum(terms)
         if not total:
             raise UserError(
-                "the batch has no loss terms: the job's loss_terms counts no terms in the batch, or no label "
-                "differs from -100",
+                "the batch has no loss terms: loss_terms, an argument of Job and of memfit.apply, counts "
+                "none, or all labels are -100, which the loss ignores",
                 allowed="at least 1 loss term in each batch",
             )
         return [
@@ -270,7 +270,7 @@ class TrainingStep:
         if not (parameters := bench.trainable()):
             raise UserError(
                 "the model has no trainable parameters",
-                hint="set requires_grad_(True) on some of them in build_model",
+                hint="set requires_grad_(True) on some of them, for a Job in build_model",
             )
         optimizer = bench.make_optimizer(parameters)
         if bench.loss_scale is not None:

@@ -64,7 +64,8 @@ def read_baseline(path: Path) -> BaselineFile:
         raise UserError(
             f"{path} is not a baseline that this memfit reads: its format is {data.get('format')!r}",
             allowed=f'format = "{_FORMAT}"',
-            hint="write the baseline again with this version, or use the memfit that wrote it",
+            hint="delete the file and write the baseline again with this version, or use the memfit that "
+            "wrote it",
         )
     try:
         baseline = pydantic.TypeAdapter(BaselineFile).validate_python(data)

@@ -63,7 +63,7 @@ def _stored_poc(store: Store, poc_id: str) -> Poc:
         reporter = reporter_of(taken_rows[-1])
         raise UserError(
             f"{poc_id} is a record from {reporter}, not measured here, so the store has no PoC with its runs",
-            hint="`memfit decide --gates` and `memfit record --compare` can read it",
+            hint="`memfit decide ID --gates default` and `memfit record --compare` can read it",
         )
     if not begin_rows:
         raise UserError(f"no PoC {poc_id!r} in {store.path}", allowed=", ".join(store.poc_ids()) or "none")

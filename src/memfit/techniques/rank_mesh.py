@@ -153,7 +153,7 @@ def _data_degrees(plan: Plan, data: int) -> tuple[int, int]:
             f"the plan has {plan.ranks} ranks and no data-parallel technique, so {data} groups of these "
             "ranks would all train on the same samples",
             allowed=f"one data-parallel technique of {', '.join((*_REPLICATED, *_SHARDED))}; or "
-            f"{plan.ranks // data} ranks",
+            f"ranks: {plan.ranks // data}",
         )
     return (data, 1) if data_uses[0].technique in _REPLICATED else _replicas(data_uses[0], data)
 

@@ -92,7 +92,7 @@ def make(options: BuiltInOptions) -> Job:
         "data",
         "weights",
         job=NAME,
-        allowed="neither: it trains from scratch on the chains that come with memfit",
+        why="it trains from scratch on the chains that come with memfit",
     )
     shape = options.set_dimensions(_shape(options.size, options.length, options.batch), _DIMENSIONS)
     folds = built_in_folds()

@@ -95,7 +95,7 @@ def read(path: str | None, length: int) -> Corpus:
             f"{source} has {len(text_bytes)} bytes, too few: the last tenth, held out for testing, must hold "
             f"a window of {length} bytes and the byte after it",
             allowed=f"at least {least_bytes} bytes",
-            hint="give a longer file, or a smaller --length",
+            hint="give a longer file with --data, or a smaller --length",
         )
     return text
 

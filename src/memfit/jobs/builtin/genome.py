@@ -100,12 +100,12 @@ def read(path: str | None, needed: int) -> Corpus:
     """
     bases, source = (_fasta(path), path) if path else (_chromosome(), DATA_SOURCE)
     genome = split(bases, source)
-    if len(genome.train) < max(2 * needed, 400):
-        least_bases = max(int(2.3 * needed), 450)
+    if len(genome.train) < (least_train := max(2 * needed, 400)):
+        least_bases = least_train + (least_train - 1) // 9  # a tenth, rounded down, is held out
         raise UserError(
             f"{source}: {len(bases)} bases of DNA are too few for training on windows of {needed} bases",
             allowed=f"at least {least_bases} letters A, C, G or T",
-            hint="give a longer file, or a smaller --length",
+            hint="give a longer file with --data, or a smaller --length",
         )
     return genome
 

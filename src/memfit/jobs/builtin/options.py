@@ -112,16 +112,12 @@ class BuiltInOptions:
             load_weights(model, self.weights, may_miss=may_miss)
         return model
 
-    def refuse(self, *names: str, job: str, allowed: str) -> None:
+    def refuse(self, *names: str, job: str, why: str) -> None:
         """Raise UserError if the user sets (to anything but None) one of the options ``names``, such as
-        "data", which ``job`` does not support. ``allowed``: what the message says is allowed instead."""
+        "data", which ``job`` does not support. ``why``: the reason, such as "it trains on random data"."""
         for name in names:
-            if (value := getattr(self, name)) is not None:
-                raise UserError(
-                    f"the job {job} does not accept --{name}, which is given as {value}",
-                    allowed=allowed,
-                    hint=f"leave out --{name}",
-                )
+            if getattr(self, name) is not None:
+                raise UserError(f"the job {job} does not accept --{name}: {why}", hint=f"leave out --{name}")
 
 
 def accept_keywords(make: Callable[[BuiltInOptions], Job]) -> Callable[..., Job]:

@@ -84,7 +84,7 @@ def make(options: BuiltInOptions) -> Job:
     dimension that is unknown or impossible: "atoms" must be at least those of the largest molecule, at "tiny"
     a multiple of these, "neighbours" below "atoms", and "hidden" even.
     """
-    options.refuse("length", job=NAME, allowed="no length: the molecules determine the number of atoms")
+    options.refuse("length", job=NAME, why="its samples are molecules, whose number of atoms is --dim atoms")
     frames = read(options.data)
     shape = options.resize(_shape(options.size, frames), _DIMENSIONS)
     _must_hold(shape, frames.species.shape[1])

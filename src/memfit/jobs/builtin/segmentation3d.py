@@ -69,7 +69,7 @@ def make(options: BuiltInOptions) -> Job:
     single voxel, or no multiple of 4 ("tiny") or 32 ("paper"); for an unknown dimension; and if nilearn is
     not installed.
     """
-    options.refuse("data", "length", job=NAME, allowed="the volume of the package nilearn")
+    options.refuse("data", "length", job=NAME, why="it trains on crops of the volume of the package nilearn")
     shape, head = options.resize(_shape(options.size), _DIMENSIONS), read()
     multiple, largest = 2 ** (len(shape.features) - 1), min(head.tissue.shape)
     if not 2 * multiple <= shape.patch <= largest:

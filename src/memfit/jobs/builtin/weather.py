@@ -69,7 +69,7 @@ def make(options: BuiltInOptions) -> Job:
     ``batch``: windows of a step. Raises UserError for any ``data`` or ``length``, for a rollout that is as
     long as a trajectory, and for a dimension that is unknown or, at "paper", no multiple of 8 ("hidden").
     """
-    options.refuse("data", "length", job=NAME, allowed="the fields that come with memfit")
+    options.refuse("data", "length", job=NAME, why="it trains on the fields that come with memfit")
     shape, fields = options.resize(_shape(options.size), _DIMENSIONS), read()
     frame_count = fields.train.shape[1]
     if shape.rollout >= frame_count:

@@ -50,17 +50,20 @@ def _check(schedule: str, virtual: int, layout: Layout) -> None:
             f"pipeline schedule {schedule!r} does not support virtual={virtual} (stages on each rank)",
             allowed=f"virtual={low}{'' if high == low else ' or more'}",
         )
-    if virtual > 1 and layout.replicate > 1 and layout.shard == 1:
-        raise UserError(
-            f"ddp does not support {virtual} pipeline stages on a rank",
-            allowed="fsdp2 instead of ddp, or virtual=1 with a schedule that supports it",
-            hint="DDP waits for every parameter's gradient, but each backward computes those of one stage",
-        )
     if schedule.startswith("zero-bubble") and layout.data > 1:
         raise UserError(
             f"pipeline schedule {schedule!r} does not support {layout.data} data-parallel ranks",
             allowed="the schedules gpipe, 1f1b and interleaved, or one data-parallel rank",
             hint="the reason: torch's split backward bypasses the hooks with which ranks average gradients",
+        )
+    if virtual > 1 and layout.replicate > 1 and layout.shard == 1:
+        raise UserError(
+            f"{virtual} pipeline stages on a rank (virtual) cannot be combined with ddp, nor with fsdp2 of "
+            f"{layout.replicate} replicas over {layout.data} data-parallel ranks",
+            allowed=f"fsdp2 with fewer than {layout.replicate} replicas; or one stage on a rank: the "
+            "schedule gpipe or 1f1b with virtual=1",
+            hint="the reason: DDP waits for every parameter's gradient, but each backward computes those of "
+            "one stage",
         )
 
 

@@ -70,8 +70,8 @@ def _without(key: int, numbers: frozenset[int]) -> Iterator[None]:
         raise UserError(
             "optimal-checkpointing: the forward pass runs other operators than those the plan was made for",
             allowed="the same job, device and versions of torch and of the model's library",
-            hint="remove the setting dropped of optimal-checkpointing from the plan, and memfit chooses the "
-            "tensors again",
+            hint="remove the setting dropped of optimal-checkpointing from the plan: memfit then chooses the "
+            "tensors again, but not in memfit.apply",
         )
 
 

@@ -33,7 +33,7 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     if stage == 0 and (offload != "none" or settings["precision"] != "fp32"):
         raise UserError(
             'zero with stage=0 supports neither offload nor precision="bf16"',
-            allowed='stage=1, 2 or 3; or offload="none" and precision="fp32"',
+            allowed='stage=1, 2 or 3 (3 for offload="parameters"); or offload="none" and precision="fp32"',
         )
     if offload == "parameters" and stage < 3:
         raise UserError(
