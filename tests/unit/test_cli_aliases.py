@@ -77,3 +77,8 @@ def test_a_mistyped_name_is_answered_with_the_nearest_one_and_an_old_one_with_it
     err = capsys.readouterr().err
     assert err.startswith(f"memfit: unknown command: '{typed}'; allowed: ")
     assert err.endswith(f"; {hint}\n") if hint else "did you mean" not in err
+
+
+def test_an_unknown_entry_of_the_catalog_gets_one_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "machines", "H900"]) == 2
+    assert capsys.readouterr().err.endswith("did you mean H800-SXM, H200-SXM or GH200-96GB?\n")

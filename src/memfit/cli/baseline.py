@@ -74,8 +74,8 @@ class BaselineOptions:
         str | None,
         typer.Option(
             metavar="NAME",
-            help="For write with a JOB, otherwise refused: size of the jobs. Default: the default of each "
-            "job.",
+            help="For write with a JOB, otherwise refused: size of the jobs, as in `memfit plan`. Default: "
+            "the default of each job.",
         ),
     ] = None
     batch: Annotated[
@@ -92,8 +92,8 @@ class BaselineOptions:
         typer.Option(
             metavar="N",
             min=1,
-            help="For write with a JOB, otherwise refused: length of a sample of the jobs. Default: each "
-            "job's own.",
+            help="For write with a JOB, otherwise refused: length of a sample of the jobs, as in `memfit "
+            "plan`. Default: the length of each job's size.",
         ),
     ] = None
     file: Annotated[

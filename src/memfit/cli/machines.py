@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -103,9 +104,8 @@ def _find_entry(name: str) -> tuple[str, Any]:
             if kind == "machine" and not error.given.startswith("unknown device"):
                 raise
             hints.append(error.hint)
-    prefix = "did you mean "
-    names = (hint.removeprefix(prefix).rstrip("?") for hint in hints if hint.startswith(prefix))
-    candidates = " or ".join(names)
+    matches = (re.match(r"did you mean ([^?]+)\?", hint) for hint in hints)
+    candidates = " or ".join(match[1] for match in matches if match is not None)
     did_you_mean_or_list = (
         f"did you mean {candidates}?"
         if candidates
