@@ -153,10 +153,11 @@ class ExportOptions:
             "--from",
             metavar="FILE",
             help="Configuration file of your own for DeepSpeed, Accelerate, Trainer, Megatron-LM, "
-            "torchtitan or OpenFold. Can be given several times: all files together are one set-up, "
-            "with at most one file of each kind. The plan of the set-up is exported unless --plan or "
-            "--recommended is given. Settings that the plan does not decide are kept in the written files of "
-            "the same kinds; the README.md there lists your settings that are changed or not in the export.",
+            "torchtitan, OpenFold, Axolotl, LLaMA-Factory, Lightning or MACE. Can be given several times: "
+            "all files together are one set-up, with at most one file of each kind. The plan of the set-up "
+            "is exported unless --plan or --recommended is given. Settings that the plan does not decide "
+            "are kept in the written files of the same kinds; the README.md there lists your settings that "
+            "are changed or not in the export.",
         ),
     ] = None
     ranks: Annotated[
