@@ -51,10 +51,10 @@ def ask(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
 
 
 def test_lint_skips_memfits_own_files_of_an_export(ask: Ask, tmp_path: Path) -> None:
-    """Every file of an export may be named; files that memfit wrote for itself are skipped."""
+    """Every file of an export may be named; those of memfit itself and Python files are skipped."""
     folder = tmp_path / "job"
     folder.mkdir()
-    for name in ("export.json", "run.json", "plan.yaml", "README.md"):
+    for name in ("export.json", "run.json", "plan.yaml", "README.md", "train.py"):
         (folder / name).write_text("{}")
     (folder / "deepspeed.json").write_text(CLEAN)
     code, out, _ = ask("lint", *map(str, sorted(folder.iterdir())), "--json")

@@ -32,8 +32,8 @@ class LintOptions:
             help="Configuration files and launch scripts that belong to one set-up, at most one of each "
             "kind (but see --each): DeepSpeed, Accelerate, Trainer, Megatron-LM, torchtitan, OpenFold, "
             "Axolotl, LLaMA-Factory, Lightning, MACE. Configuration files that they name are read as well. "
-            "At least one is needed, except with --explain. In a folder of `memfit export`, files for which "
-            "there are no rules are skipped.",
+            "At least one is needed, except with --explain. Of a folder of `memfit export`, all files can "
+            "be given: those for which there are no rules are skipped.",
         ),
     ] = None
     ranks: Annotated[
@@ -182,16 +182,20 @@ _NOT_LINTED = frozenset(
 
 
 def _of_libraries(files: Sequence[Path]) -> Sequence[Path]:
-    """Return ``files`` without those for which lint has no rules, such as run.json, README.md or job.sbatch
-    in a folder that `memfit export` wrote: memfit, a cluster or an engine without rules reads them. Files in
-    other folders are never left out. Raises UserError if no file is left."""
+    """Return ``files`` without those in a folder that `memfit export` wrote for which lint has no rules:
+    files that memfit, a cluster or an engine without rules reads, such as run.json, and Python files. Files
+    in other folders are never left out. Raises UserError if no file is left."""
     from memfit.export.write import MANIFEST
 
-    library_files = [f for f in files if f.name not in _NOT_LINTED or not (f.parent / MANIFEST).is_file()]
+    def is_left_out(file: Path) -> bool:
+        has_no_rules = file.name in _NOT_LINTED or file.suffix == ".py"
+        return has_no_rules and (file.parent / MANIFEST).is_file()
+
+    library_files = [f for f in files if not is_left_out(f)]
     if not library_files:
         raise UserError(
             f"memfit lint has no rules for any of the given files: {', '.join(map(str, files))}; `memfit "
-            "export` wrote them for memfit, a cluster or an engine without rules",
+            "export` wrote them for memfit, a cluster or an engine without rules, or copied Python files",
             allowed="at least one configuration file of a library that `memfit lint --help` names; such "
             "files of an export are then skipped",
         )

@@ -180,8 +180,9 @@ class RunOptions:
             "began, under a plan that is predicted to need less memory for the batch that failed and whose "
             "effect class (how far it may change results, E0 to E3) is not higher: with --recommended one "
             "of the search's frontier; else with more micro-batches if the class is E1 or above, then with "
-            "recomputation, then with activation offload; if there is none, end with exit code 1. Example: "
-            "memfit run my.py:job --memory 2GiB --save run/ --save-every 50 --on-oom next-plan",
+            "recomputation, then with activation offload; if there is none, end with exit code 1. Not with "
+            "--engine replay. Example: memfit run my.py:job --memory 2GiB --save run/ --save-every 50 "
+            "--on-oom next-plan",
         ),
     ] = "stop"
     most_recoveries: Annotated[
