@@ -828,7 +828,7 @@ def largest(  # noqa: PLR0913
             "measure=True needs the argument memory, and this machine's CPU as the machine",
             allowed="memory=SIZE, such as '4GiB', with machine='this:cpu'; on a machine without an "
             "accelerator also machine='this' or None",
-            hint="for an accelerator: `memfit plan FILE.py:NAME --largest SIZE --measure`",
+            hint="for an accelerator: `memfit plan FILE.py:NAME --largest batch --measure`",
         )
     answer = find_largest(
         prober(

@@ -446,7 +446,7 @@ def test_checkpointing_a_twice_differentiated_model_changes_no_bit(technique: Us
 
 
 def test_potential_refuses_a_length_and_wrong_data_files(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no length"):
+    with pytest.raises(UserError, match="does not accept --length: its samples are molecules"):
         load("potential", size="tiny@64")
     np.savez(tmp_path / "frames.npz", numbers=np.zeros((1, 3)))
     with pytest.raises(UserError, match=r"allowed: a NumPy file .npz with the arrays numbers, molecule"):

@@ -220,8 +220,8 @@ class TrainingStep:
         total = terms_per_rank or sum(terms)
         if not total:
             raise UserError(
-                "the batch has no loss terms: loss_terms, an argument of Job and of memfit.apply, counts "
-                "none, or all labels are -100, which the loss ignores",
+                "the batch has no loss terms: it has no samples, all its labels are -100, which the loss "
+                "ignores, or loss_terms, an argument of Job and of memfit.apply, counts none",
                 allowed="at least 1 loss term in each batch",
             )
         return [
