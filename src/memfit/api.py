@@ -720,7 +720,7 @@ def conform(
             found="a world size of 1",
         )
         raise NotConforming(Conformance(differences=(difference,), checked=("ranks",), unseen=()))
-    if clip is not None and not 0 <= clip < math.inf:
+    if clip is not None and not (isinstance(clip, int | float) and 0 <= clip < math.inf):
         raise UserError(
             f"the argument clip is not a gradient norm: {clip!r}",
             allowed="a finite positive number such as 1.0, the largest norm of all gradients; 0 if gradients "

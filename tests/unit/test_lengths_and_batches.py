@@ -117,6 +117,13 @@ def test_an_unknown_setting_of_a_model_gets_a_suggestion() -> None:
         load(JobRef(spec="hf:llama?hiden_size=64"))
 
 
+def test_a_value_that_a_model_refuses_is_an_error_of_one_line() -> None:
+    with pytest.raises(UserError, match=r"hf:gpt2\?n_layer=x is refused by the configuration of gpt2: .*int"):
+        load(JobRef(spec="hf:gpt2?n_layer=x"))
+    with pytest.raises(UserError, match=r"cannot build a model with .* GPT2Config: ZeroDivisionError: .*"):
+        load(JobRef(spec="hf:gpt2?n_head=0")).build_model()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

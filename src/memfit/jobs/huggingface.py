@@ -293,7 +293,10 @@ def _unknown_name(name: str) -> UserError:
 
 def _change(config: Any, changes: str, name: str) -> None:
     """Set the settings ``changes``, such as ``a=1&b=2``, in the configuration. Values are read as JSON, else
-    taken as text. Raises UserError for a setting that the configuration does not have."""
+    taken as text. Raises UserError for a setting that the configuration does not have, and for a value that
+    it refuses."""
+    from huggingface_hub import errors
+
     for key, text in urllib.parse.parse_qsl(changes, keep_blank_values=True):
         if not hasattr(config, key):
             raise UserError(
@@ -305,7 +308,13 @@ def _change(config: Any, changes: str, name: str) -> None:
             value = parse_json(text, what=key)
         except UserError:
             value = text
-        _set(config, key, value)
+        try:
+            _set(config, key, value)
+        except (errors.StrictDataclassError, TypeError, ValueError) as error:
+            raise UserError(
+                f"the job {PREFIX}{name}?{key}={text[:40]} is refused by the configuration of {name}: "
+                f"{' '.join(str(error).split())[:200]}"
+            ) from error
 
 
 def _set(config: Any, setting: str, value: Any) -> None:
@@ -338,7 +347,14 @@ def _from_folder(folder: Path) -> Any:
 def _build(config: Any, task: str, weights: str | None) -> torch.nn.Module:
     from memfit.jobs.weights import load_weights
 
-    model: torch.nn.Module = auto_model(task).from_config(config)
+    try:
+        model: torch.nn.Module = auto_model(task).from_config(config)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"transformers cannot build a model with these settings of {type(config).__name__}: "
+            f"{type(error).__name__}: {first_line(error)[:200]}",
+            hint="correct config.json, or the settings after the ? of hf:NAME?SETTING=VALUE",
+        ) from error
     if weights:
         load_weights(model, weights, may_miss=("classifier", "score") if task == "classification" else ())
     return model
