@@ -297,6 +297,7 @@ def _change(config: Any, changes: str, name: str) -> None:
     it refuses."""
     from huggingface_hub import errors
 
+    refusal = getattr(errors, "StrictDataclassError", ValueError)  # of newer versions
     for key, text in urllib.parse.parse_qsl(changes, keep_blank_values=True):
         if not hasattr(config, key):
             raise UserError(
@@ -310,7 +311,7 @@ def _change(config: Any, changes: str, name: str) -> None:
             value = text
         try:
             _set(config, key, value)
-        except (errors.StrictDataclassError, TypeError, ValueError) as error:
+        except (refusal, TypeError, ValueError) as error:
             raise UserError(
                 f"the job {PREFIX}{name}?{key}={text[:40]} is refused by the configuration of {name}: "
                 f"{' '.join(str(error).split())[:200]}"
