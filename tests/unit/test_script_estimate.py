@@ -1369,6 +1369,8 @@ def test_one_step_alone_is_predicted_and_said(tmp_path: Path) -> None:
         ("torchrun --standalone --nproc_per_node 2 -m pkg.train a", ("pkg.train", ("a",), 2)),
         ("python -m torch.distributed.run --nproc-per-node 2 train.py", ("", (), 2)),
         ("srun -n 4 --gpus-per-task=1 python train.py --n 2", ("", ("--n", "2"), 4)),
+        ("srun python train.py -n 8", ("", ("-n", "8"), 1)),
+        ("mpirun -np 2 python train.py -n 8", ("", ("-n", "8"), 2)),
         ("deepspeed --num_gpus 4 train.py --deepspeed ds.json", ("", ("--deepspeed", "ds.json"), 4)),
         ("deepspeed --num_nodes=2 --num_gpus=2 --module pkg.train a", ("pkg.train", ("a",), 4)),
     ],
@@ -1393,6 +1395,8 @@ def test_accelerate_launch_is_read_with_its_settings(tmp_path: Path, monkeypatch
     )
     assert program.arguments == ("a",)
     assert program.environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
+    with pytest.raises(UserError, match=r"^accelerate launch cannot start train\.py: .*--multi_gpu"):
+        load_program(["accelerate", "launch", "--multi_gpu", "--num_processes", "1", "train.py"])
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,10 @@ _PREFETCHED = 2  # DataLoader's prefetch_factor by default
 class BatchSizes:
     """The sizes of a script's batches, from a data loader or made by the script's loop.
 
-    From loaders, the one that the script used last counts. ``traced_bytes``: its largest batch that the
-    script took. ``largest_bytes``: the largest of these and of those that `ratios` takes. ``step_bytes``:
-    without a loader, for each step the bytes of each tensor that the trained models got."""
+    From loaders, the one that the script used last counts. ``traced_bytes``: its largest batch since the
+    script changed to it. ``largest_bytes``: the largest of these and of those that `ratios` takes.
+    ``step_bytes``: without a loader, for each step position -> bytes of the tensors that the trained models
+    got, the most of several calls. ``problem``: what ended `ratios` early, "" if nothing did."""
 
     def __init__(self) -> None:
         self.traced_bytes = self.largest_bytes = 0
@@ -29,7 +30,7 @@ class BatchSizes:
         self._begin_s = 0.0  # when the first of these steps ended
         self._loader: Any = None
         self._is_closed = False
-        self.problem = ""  # what ended the look at further batches, if the script's data set failed
+        self.problem = ""
 
     @property
     def loader(self) -> Any:
@@ -60,8 +61,8 @@ class BatchSizes:
 
     @property
     def loop_ratio(self) -> float:
-        """The size of the largest batch as a ratio to the smallest, by the tensor that differs most, if the
-        script's loop makes the batches; 1 otherwise."""
+        """If the script's loop makes the batches: the largest size of a tensor that each step has, divided by
+        its smallest, for the tensor where this is most. Otherwise, and before the first batch, 1."""
         steps = list(filter(None, self.step_bytes)) if self._loader is None else []
         sizes = [[step[i] for step in steps] for i in (set.intersection(*map(set, steps)) if steps else ())]
         return max((max(s) / min(s) for s in sizes), default=1.0)
@@ -69,23 +70,24 @@ class BatchSizes:
     @property
     def needs_steps(self) -> bool:
         """Whether further steps must show how large the batches of the script's loop become: those so far
-        differ by at least 2 %. False after 32 steps or 5 s."""
+        differ by more than 2 %. False after 32 steps, and 5 s after the end of the first."""
         is_long = len(self.step_bytes) > _MOST_BATCHES or time.monotonic() > self._begin_s + _LIMIT_S
         return not is_long and self.loop_ratio > ALIKE_RATIO
 
     def shared(self) -> tuple[int, int]:
-        """Return (number, bytes of one) of the batches that lie in shared memory at once, if the loader has
-        worker processes; (0, 0) otherwise. Each worker prepares ``prefetch_factor`` batches, and the script
-        holds two: the present one and the one before."""
+        """Return (number, bytes of the largest) of the batches that lie in shared memory at once, if the
+        loader has worker processes; (0, 0) otherwise. Each worker prepares ``prefetch_factor`` batches, and
+        the script holds two: the present one and the one before."""
         workers = self._loader.num_workers if self._loader is not None else 0
         if not workers:
             return 0, 0
         return workers * (self._loader.prefetch_factor or _PREFETCHED) + 2, self.largest_bytes
 
     def ratios(self) -> tuple[float, float, int]:
-        """Take up to 32 batches of a new epoch from the loader, for at most 5 s. Return (their median size,
-        their largest size, their number), the sizes as ratios to the largest traced batch; (1, 1, 0) without
-        a loader or batches."""
+        """Take up to 32 batches of a new epoch from the loader; after 5 s, take no further one. Return (their
+        median size, their largest size, their number), the sizes as ratios to the largest traced batch;
+        (1, 1, 0) without a loader, batches or tensors in the traced ones. An error of the script's data set
+        ends the batches and is kept as ``problem``."""
         self._is_closed = True
         sizes: list[int] = []
         begin_s = time.monotonic()

@@ -120,8 +120,9 @@ class _Session:
         sys.path.insert(0, str(Path(program.script).resolve().parent if program.script else Path.cwd()))
 
     def end(self, *, goes_on: bool = True) -> None:
-        """Predict the traced steps, write the answer and end the process. ``goes_on``: a fork of the process
-        goes on with the script, to look for an evaluation (`evaluation`); only there this returns."""
+        """Predict the traced steps, search plans if they are asked for, write the answer and end the process.
+        ``goes_on``: whether a fork of the process goes on with the script, to look for an evaluation
+        (`evaluation`). Only in that fork, this returns. With values assumed low or high, there is none."""
         with _disable_current_modes():
             self._leave()
             traced_file(self.spec).touch()
@@ -148,7 +149,7 @@ class _Session:
 
     def _with_evaluation(self, answer: ScriptAnswer, peak_bytes: int, place: str) -> ScriptAnswer:
         """Return the answer with ``peak_bytes``, the peak of an evaluation that begins at ``place``, and with
-        a note on it, if that is more than a step needs; otherwise unchanged."""
+        a note on it, if that is more than the upper end of a step's peak; otherwise unchanged."""
         if answer.estimate is None or peak_bytes <= answer.estimate.allocated_bytes.high:
             return answer
         note = (
@@ -302,9 +303,9 @@ class _Session:
         )
 
     def _note_growth(self, trace: ScriptTrace, peak_bytes: int) -> int:
-        """Add a note on what the script collects from step to step, and return the bytes of the device by
-        which its need grows with each step, at least; 0 if it collects nothing. ``peak_bytes``: bytes by
-        which the peak of the traced steps grows with each step."""
+        """Add a note on what the script collects from step to step. Return the bytes by which its need of
+        device memory grows with each step, at least; 0 if it collects nothing there. ``peak_bytes``: bytes
+        by which the peak of the traced steps grows with each step."""
         kept = trace.kept
         if kept is None or not kept.grows:
             return 0
@@ -379,8 +380,10 @@ class _Session:
 
     def _with_other_batches(self, estimate: Estimate) -> Estimate:
         """Return the estimate with its interval widened to other batches: from a loader, down to one of
-        median size and up to the largest; made by the script's loop, up to the largest. A note says so. If
-        the batches differ by less than 2 %, the estimate is unchanged."""
+        median size and up to the largest; made by the script's loop, up to the largest. If the batches differ
+        by less than 2 %, the estimate is unchanged. If the largest is not in the prediction, or a later one
+        may be larger, add a note and set ``largest_batch_ratio``. Note, too, if not all could be compared.
+        """
         batches = self.trace.batches
         typical, most, count = batches.ratios()
         if batches.problem:
@@ -393,7 +396,7 @@ class _Session:
             self.largest_batch_ratio = batches.loop_ratio
             largest_bytes = max(step.total() for step in batches.step_bytes)
             return widened(estimate, high=peak_with_batch(estimate, batches.loop_ratio, largest_bytes))
-        if max(most, 1 / typical) < ALIKE_RATIO:
+        if most < ALIKE_RATIO and typical * ALIKE_RATIO > 1:
             return estimate
         typical_bytes = peak_with_batch(estimate, typical, batches.traced_bytes)
         most_bytes = peak_with_batch(estimate, most, batches.traced_bytes)
@@ -478,7 +481,8 @@ def _history_growth(optimizer: torch.optim.LBFGS) -> int:
 
 
 def _with_shared_batches(estimate: Estimate, shared_bytes: int) -> Estimate:
-    """Return the estimate with batches in shared memory as a part of the host's."""
+    """Return the estimate with batches in shared memory added to its host memory, as a part of "workers";
+    unchanged if host memory is not predicted."""
     need, parts = estimate.host_bytes, estimate.host_parts_bytes
     if need is None or not shared_bytes:
         return estimate

@@ -188,8 +188,9 @@ class DeviceRedirect(TorchFunctionMode):
         return self.trace.recorder.note_real(tensor, "").memory_pool not in NOT_ON_DEVICE
 
     def device_of(self, tensor: FakeTensor) -> torch.device:
-        """Return the device that a fake tensor's ``device`` names: in the script's loop the one on which it
-        lies, inside the model and for torch's own code the host."""
+        """Return what a fake tensor's ``device`` is: in the script's loop the device on which it lies, inside
+        a region that is recorded (`ScriptTrace.region`) and for sparse tensors the host, and in torch's own
+        kernels "meta"."""
         plain = tensor.fake_device
         if tensor.fake_mode.in_kernel_invocation:
             return torch.device("meta")
@@ -313,7 +314,8 @@ def device_patches(trace: ScriptTrace, machine: Machine) -> Iterator[DeviceRedir
 
 def _saved_tensors_hooks(redirect: DeviceRedirect) -> Callable[..., None]:
     """Return a stand-in for ``saved_tensors_hooks.__init__`` whose hooks' copies between the device and the
-    host are followed. Recomputation, which runs the model in a hook, is left as it is."""
+    host are followed. No plans can be searched for a step with such hooks. Recomputation, which runs the
+    model in a hook, is left as it is."""
     inner = torch.autograd.graph.saved_tensors_hooks.__init__
 
     @functools.wraps(inner)
@@ -329,7 +331,8 @@ def _saved_tensors_hooks(redirect: DeviceRedirect) -> Callable[..., None]:
 
 
 def _device_arguments(redirect: DeviceRedirect) -> list[tuple[Any, str, Any]]:
-    """Return patches (owner, name, replacement) of functions that take a device and no tensors."""
+    """Return patches (owner, name, replacement) of functions and classes of torch that take a device and no
+    tensors."""
     load = torch.load
 
     @functools.wraps(load)

@@ -36,16 +36,16 @@ def estimate_script(
     show_output: bool = False,
     whole_trace: bool = False,
 ) -> ScriptAnswer:
-    """Run the script of ``command`` in a child process until its second optimizer step, on fake parameters,
-    and return the prediction for that step on ``machine``. Nothing is trained. If the script ends after its
-    first optimizer step, the prediction is for that one, and a note says so.
+    """Run the script of ``command`` in a child process, on fake parameters, until every optimizer has made
+    two updates (`UpdateCycle`), and return the prediction for these steps on ``machine``. Nothing is trained.
+    If the script ends after its first optimizer step, the prediction is for that one, and a note says so.
 
-    If the step depends on values that are assumed, the script is run twice more, with other values, and the
-    interval covers these cases. ``limit_s``: seconds after which the script is ended if its steps are not
-    traced by then.
-    ``show_output``: whether the script's output is shown, on standard error. The other arguments are as in
-    `ScriptSpec`. Raises UserError if the command is none that `load_program` reads, if the script ends before
-    its first optimizer step, and if it raises an error, dies or reaches ``limit_s`` before its second.
+    If a step depends on values that are assumed, the script is run twice more, with lower and with higher
+    values, and the interval covers those of these cases that run through. ``limit_s``: seconds after which a
+    run is ended if its steps are not traced by then. ``show_output``: whether the output of the first run is
+    shown, on standard error. The other arguments are as in `ScriptSpec`. Raises UserError as `load_program`
+    does, if the script ends before its first optimizer step, and if it raises an error, dies or reaches
+    ``limit_s`` before its second.
     """
     spec = ScriptSpec(
         command=tuple(command),
@@ -63,13 +63,14 @@ def estimate_script(
 
 def _with_other_cases(answer: ScriptAnswer, spec: ScriptSpec, limit_s: float) -> ScriptAnswer:
     """Return the answer with its interval widened to the peaks under other assumed values, in two more runs
-    of the script, as for a job (`value_guess_retry.cover_assumed_cases`)."""
+    of the script, and with a note on them, as for a job (`value_guess_retry.cover_assumed_cases`). A run that
+    fails is left out: some values are impossible."""
     from memfit.cost.estimate import widened  # imports torch
 
     assert answer.estimate is not None and answer.trace is not None
     peak, peaks = answer.estimate.allocated_bytes, list[float]()
     for case in ("low", "high"):
-        with contextlib.suppress(UserError):  # some values are impossible
+        with contextlib.suppress(UserError):
             other = _answer(dataclasses.replace(spec, case=case), limit_s, show_output=False)
             peaks += [other.estimate.allocated_bytes.value] if other.estimate is not None else []
     low, high = (limit(peak.value, *peaks) / peak.value for limit in (min, max))
@@ -82,8 +83,9 @@ def _with_other_cases(answer: ScriptAnswer, spec: ScriptSpec, limit_s: float) ->
 
 
 def _answer(spec: ScriptSpec, limit_s: float, *, show_output: bool) -> ScriptAnswer:
-    """Return the answer of a child process that runs the script of ``spec``. Raises UserError if it ends
-    without an answer, or if the answer has a problem."""
+    """Return the answer of a child process that runs the script of ``spec``, and remove what the script has
+    made. Raises UserError as `load_program` does, if the process ends without an answer or after
+    ``limit_s``, and if the answer has a problem."""
     program = load_program(spec.command)
     with temporary_folder("memfit-script-") as folder:
         spec = dataclasses.replace(spec, answer=str(folder / "answer.json"), scratch=str(folder / "files"))
@@ -106,12 +108,13 @@ def _answer(spec: ScriptSpec, limit_s: float, *, show_output: bool) -> ScriptAns
 
 
 def traced_file(spec: ScriptSpec) -> Path:
-    """Return the file that the script's process makes when the steps are traced."""
+    """Return the path of the empty file that the script's process makes when the steps are traced."""
     return Path(f"{spec.answer}.traced")
 
 
 def _run(spec: ScriptSpec, folder: Path, output: Path, limit_s: float, *, show_output: bool) -> str:
-    """Run the child process, and return how it ended, such as "was killed by signal 9"."""
+    """Run the child process, and return how it ended, such as "was killed by signal 9". After ``limit_s``,
+    kill it, unless its steps are traced; then wait for its prediction."""
     spec_file = folder / "spec.json"
     spec_file.write_text(dumps(spec))
     paths = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), _ROOT)))
@@ -130,7 +133,7 @@ def _run(spec: ScriptSpec, folder: Path, output: Path, limit_s: float, *, show_o
         except subprocess.TimeoutExpired:
             if not traced_file(spec).exists():
                 return f"was ended after {limit_s:g} s,"
-            code = process.wait()  # for the prediction
+            code = process.wait()
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, 9)

@@ -33,8 +33,9 @@ class Evaluation:
         self._end_s = time.monotonic() + _LIMIT_S
 
     def result(self) -> tuple[int, str]:
-        """Return the peak of live bytes in the script's evaluations, at most 10 s after the fork, and the
-        place where the evaluation with this peak begins; (0, "") if none was reached."""
+        """Wait for the end of the fork, until at most 10 s after its begin, and end it. Return the peak of
+        live bytes in the script's evaluations and the place where the evaluation with this peak begins, such
+        as "train.py:12"; (0, "") if none was over by then."""
         text = b""
         while select.select([self._pipe], [], [], max(0.0, self._end_s - time.monotonic()))[0]:
             part = os.read(self._pipe, 4096)
@@ -119,8 +120,9 @@ def fork_search(
     params: Sequence[torch.Tensor],
 ) -> Evaluation | EvaluationSearch:
     """Fork this process. Return an `Evaluation` in this process, and in the fork, which is to go on with the
-    script, an `EvaluationSearch`. ``region``: makes the context in which tensors are fake and recorded.
-    ``loader``: that of the training, or None. ``params``: those that have gradients after a backward pass."""
+    script, an `EvaluationSearch`. The fork prints nothing, and ends itself after 8 s. ``region``: makes the
+    context in which tensors are fake and recorded. ``loader``: that of the training, or None. ``params``:
+    those that have gradients after a backward pass."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid:

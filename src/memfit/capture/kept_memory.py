@@ -114,7 +114,8 @@ class KeptMemory:
 
 def peak_growth_bytes(trace: Trace) -> int:
     """Return by how many bytes the peak of the last traced steps, after the first, grows with each step
-    (`_rise`). If the script computes with what it collects, this is more than what it keeps per step."""
+    (`_rise`); 0 for fewer than three steps. If the script computes with what it collects, this is more than
+    what it keeps per step."""
     clock, live_bytes = levels(trace)
     peaks = []
     for step in range(1, trace.steps):
@@ -133,6 +134,6 @@ def _rise(values: Sequence[int]) -> int:
 
 
 def existing(kind: type[_Kind]) -> list[_Kind]:
-    """Return all objects of this class that exist in the process."""
+    """Return all objects of this class and of its subclasses that exist in the process."""
     # type() does not run code of the object, which isinstance may do for proxies
     return [value for value in gc.get_objects() if issubclass(type(value), kind)]

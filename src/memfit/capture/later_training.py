@@ -60,7 +60,8 @@ def _variables(frame: types.FrameType) -> dict[str, Any]:
 
 def _following(frame: types.FrameType) -> tuple[list[ast.stmt], bool]:
     """Return the statements that the function of ``frame`` runs after its present one, or after the outermost
-    loop around that, and whether there is such a loop. Without source code, return ([], True)."""
+    loop around that, and whether there is such a loop. Without source code, and for a comprehension, return
+    ([], True)."""
     tree = _parsed(frame.f_code.co_filename)
     if tree is None or frame.f_code.co_name in ("<listcomp>", "<genexpr>", "<setcomp>", "<dictcomp>"):
         return [], True
@@ -80,7 +81,7 @@ def _following(frame: types.FrameType) -> tuple[list[ast.stmt], bool]:
 
 
 def _blocks(node: ast.AST) -> list[list[ast.stmt]]:
-    """Return the lists of statements of a statement, such as the body and the ``else`` branch."""
+    """Return the lists of statements that ``node`` holds itself, such as the body and the ``else`` branch."""
     values = (getattr(node, name, None) for name in ("body", "orelse", "finalbody"))
     return [value for value in values if isinstance(value, list)]
 
@@ -102,8 +103,8 @@ def _trains(
 ) -> bool:
     """Return whether the code of a statement, and of the functions of the script that it calls or passes on,
     such as the closure of an optimizer, makes backward passes and updates, or calls ``fit`` or ``train`` of a
-    trainer. ``scope``: name -> object. ``later``: the functions and classes that the script defines after the
-    loop, by name."""
+    trainer. False for a definition, which is only run when it is called. ``scope``: name -> object.
+    ``later``: the functions and classes that the script defines after the loop, by name."""
     if isinstance(statement, _SCOPES):
         return False
     names, seen, statements = set[str](), set[Any](), [statement]
@@ -130,9 +131,9 @@ def _owner(node: ast.expr, scope: Mapping[str, Any]) -> Any:
 
 
 def _names_of(node: ast.expr, scope: Mapping[str, Any], seen: set[Any], *, is_called: bool) -> set[str]:
-    """Return the names that the code of ``node`` uses, a function or class that is called or passed to a
-    call. Of a class that is no module, all methods count, but only if it is called. Empty for code of Python
-    and of installed packages, and for anything else."""
+    """Return the names that the code of a function or class uses. ``node`` names it, where it is called
+    (``is_called``) or passed to a call. A class counts only if it is called and no torch module, with all its
+    methods. Empty for anything else, for code of Python and installed packages, and for code in ``seen``."""
     if isinstance(node, ast.Attribute):
         owner = _owner(node, scope)
         if not is_called and isinstance(owner, types.ModuleType):
@@ -153,8 +154,8 @@ def _is_trainer(owner: Any) -> bool:
 
 
 def _names_in(function: Any, holder: Any, seen: set[Any]) -> set[str]:
-    """Return the names that a function of the script uses, and the functions that it calls. ``holder``: the
-    class whose method it is."""
+    """Return the names that a function of the script and the functions that it calls use. Empty for anything
+    else and for code in ``seen``, to which the code is added. ``holder``: the class whose method it is."""
     with contextlib.suppress(ValueError):
         function = inspect.unwrap(function) if callable(function) else None
     code = getattr(function, "__code__", None)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from memfit.types.errors import UserError, suggest
+from memfit.types.errors import UserError, first_line, suggest
 
 _PYTHON = re.compile(r"python(\d(\.\d+)?)?(\.exe)?")
 _PYTHON_WITH_VALUE = frozenset({"-W", "-X", "--check-hash-based-pycs"})
@@ -21,7 +21,8 @@ _RANKS_OPTIONS = ("-n", "--ntasks", "-np", "--np")
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
     """A Python program: the path of a script or the name of a module, and its arguments. ``ranks``: how many
-    processes the launcher would start. ``environment``: variables that the launcher would set."""
+    processes the launcher would start, 1 if its options do not say. ``environment``: variables that the
+    launcher would set."""
 
     script: str = ""
     module: str = ""
@@ -39,9 +40,10 @@ def load_program(command: Sequence[str]) -> Program:
 
     The command may start with python, torchrun, ``accelerate launch``, ``deepspeed``, ``srun``, ``mpirun``,
     ``mpiexec``, or ``run`` of uv, poetry, pdm, hatch, pipenv or rye; or be the name or the path of a Python
-    script. ``env`` and ``NAME=VALUE`` may come before it. Raises UserError for other commands, for options of
-    a launcher that it does not accept, if accelerate is needed and not installed, and if the script does not
-    exist.
+    script. ``NAME=VALUE`` and ``env`` without options may come before it. Of srun, mpirun and mpiexec, only
+    the number of processes is read (-n, --ntasks, -np, --np). Raises UserError for other commands, for
+    options that a launcher does not accept, if accelerate is needed and not installed, and if the script does
+    not exist.
     """
     if not command:
         raise UserError("the command names no program", hint="memfit estimate -- python train.py ARGS")
@@ -52,8 +54,11 @@ def load_program(command: Sequence[str]) -> Program:
         program = load_program(rest)
         return dataclasses.replace(program, environment={key: value, **program.environment})
     if name in ("srun", "mpirun", "mpiexec"):
-        program = load_program(_without_options(rest))
-        return dataclasses.replace(program, ranks=_ranks_option(rest) or program.ranks)
+        words = _without_options(rest)
+        program = load_program(words)
+        return dataclasses.replace(
+            program, ranks=_ranks_option(rest[: len(rest) - len(words)]) or program.ranks
+        )
     if name == "env":
         return load_program(rest)
     if name in _RUNNERS and rest[:1] == ["run"]:
@@ -172,9 +177,12 @@ def _of_accelerate(arguments: list[str]) -> Program:
     except ImportError as error:
         raise UserError("accelerate is not installed here", hint="pip install accelerate") from error
     args = _parse_arguments(launch_command_parser(), arguments, "accelerate launch")
-    args, _, _ = _validate_launch_command(args)
     program = _of_training_script(args)
-    _, environment = prepare_simple_launcher_cmd_env(args)
+    try:
+        args, _, _ = _validate_launch_command(args)
+        _, environment = prepare_simple_launcher_cmd_env(args)
+    except (ValueError, ImportError, OSError) as error:  # options that do not fit together, or this machine
+        raise UserError(f"accelerate launch cannot start {program.name}: {first_line(error)}") from error
     names = ("ACCELERATE_", "FSDP_", "DEEPSPEED_")
     kept = {k: v for k, v in environment.items() if k.startswith(names) and k != "ACCELERATE_USE_CPU"}
     return dataclasses.replace(program, ranks=int(args.num_processes or 1), environment=kept)
@@ -226,7 +234,7 @@ def _without_options(arguments: list[str]) -> list[str]:
 
 
 def _ranks_option(arguments: list[str]) -> int | None:
-    for option, value in zip(arguments, [*arguments[1:], ""], strict=True):
+    for option, value in zip(arguments, [*arguments[1:], ""], strict=False):
         name, equals, inline = option.partition("=")
         text = inline if equals else value
         if name in _RANKS_OPTIONS and _is_count(text):

@@ -26,8 +26,9 @@ class PlanSearch:
 class ScriptSpec:
     """A script to trace. ``command``: the command that starts it. ``machine``: the machine for which its
     memory is predicted, as in `memfit.inputs.machine_of`. ``answer``: the file for the `ScriptAnswer`.
-    ``scratch``: an empty folder for what the script would write. ``bound``: as in `Job`. ``search``: what
-    plans to search, or None. ``probe``: whether workspaces of kernels may be measured. ``whole_trace``:
+    ``scratch``: an empty folder for copies of files that the script changes (`sandboxed`). ``bound``: as in
+    `Job`. ``search``: what plans to search, or None. ``probe``: whether workspaces of kernels may be
+    measured, which is done if ``machine`` is this machine's CPU. ``whole_trace``:
     whether the answer holds all allocations, not only those that are alive at the peak. ``case``: which
     values are assumed where a run would have them (`memfit.trace.assumed_values.AssumedCase`)."""
 
@@ -46,14 +47,15 @@ class ScriptSpec:
 class ScriptAnswer:
     """What is known of a script's training steps. ``estimate``, ``trace`` and ``peak_clock`` are None if no
     step could be traced; ``problem`` then says why. ``notes``: what the script was kept from, and what is
-    assumed. ``plans``: the searched plans, None if none were asked for or can be searched; ``no_plans`` then
-    says why. ``batch_size``: samples of a step, known with ``plans``.
-    ``steps``: the most updates that an optimizer made in the traced steps.
-    ``micro_batches``: into how many parts the script splits them. ``before_training_bytes``: peak of live
-    tensors while the model was built and evaluated, before its first training step. ``evaluation_bytes``: the
-    same of an evaluation after the traced steps, if that needs more than a step; else 0. ``shared_bytes``: of
-    batches of worker processes, which are not in the estimate's peak. ``growth_bytes``: by how much memory of
-    the device grows with each step, as the script collects what it should not.
+    assumed. ``plans``: the searched plans. They are None if none were asked for, and if none can be searched,
+    for the reason in ``no_plans``. ``batch_size``: samples of a step, 0 without ``plans``.
+    ``steps``: the most updates that an optimizer made in the traced steps. ``micro_batches``: backward passes
+    of the last update. ``before_training_bytes``: peak of live tensors while the model was built and
+    evaluated, before its first training step. ``evaluation_bytes``: the same of an evaluation after the
+    traced steps, if that needs more than a step; else 0. ``shared_bytes``: of batches of worker processes in
+    shared memory, which are not in the estimate's peak; 0 if the machine's device is an accelerator.
+    ``growth_bytes``: by how much memory of the device grows with each step, because the script keeps tensors
+    of earlier steps; 0 if it does not.
     """
 
     program: str

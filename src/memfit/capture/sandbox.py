@@ -226,7 +226,8 @@ class Sandbox:
 
     def place(self, path: Any, *, writes: bool) -> Any:
         """Return the path to open instead of ``path``: that of the copy if the script writes to an existing
-        file or has written to it, otherwise ``path``. A new file is listed as created."""
+        file or has written to it, otherwise ``path``. A new file is listed as created. The copy of a file
+        above 1 GiB is empty. Files in folders for temporary files and caches have no copies."""
         if not self.active or isinstance(path, int):
             return path
         name = os.path.realpath(os.fsdecode(path))
@@ -255,7 +256,7 @@ class Sandbox:
     def _existing(self, path: Any) -> str | None:
         """Return the absolute path of a file or folder that the script did not make. Return None if it does
         not exist, was made by the script, is no plain file or folder, or lies in a folder for temporary files
-        or caches, which the script may change."""
+        or caches, which the script may change; also for a file descriptor, and when ``active`` is False."""
         if not self.active or isinstance(path, int):
             return None
         name = os.path.realpath(os.fsdecode(path))
@@ -309,9 +310,10 @@ class Sandbox:
 
 @contextlib.contextmanager
 def sandboxed(scratch: Path) -> Iterator[Sandbox]:
-    """Inside this context, keep the script from changing existing files (it changes copies in ``scratch``),
-    and experiment trackers from sending. Its new files are listed in ``scratch``; `remove_created` with the
-    same folder, to be called afterwards in any process, removes them."""
+    """Inside this context, keep the script from changing existing files outside folders for temporary files
+    and caches (it changes copies in ``scratch``), and experiment trackers from sending. Its new files are
+    listed in ``scratch``; `remove_created` with the same folder, to be called afterwards in any process,
+    removes them."""
     sandbox = Sandbox(scratch)
     os.environ.update(_QUIET_TRACKERS)
     os.environ["MLFLOW_TRACKING_URI"] = f"file://{scratch}/mlflow"

@@ -49,7 +49,7 @@ _COMPARISONS = frozenset(
 def script_patches(trace: ScriptTrace) -> Iterator[None]:
     """Inside this context, new parameters are fake, and ``trace`` sees calls of modules, backward passes and
     steps of optimizers. Data loaders work in this process. Losses and gradients count as finite. Files that
-    ``torch.save`` writes stay empty."""
+    ``torch.save`` writes stay empty, except those without fake tensors before the first training step."""
     with contextlib.ExitStack() as stack:
         for owner, name, replacement in (
             (torch.nn.Parameter, "__new__", _parameter_new(trace)),
@@ -128,14 +128,15 @@ def _safetensors() -> Any:
 
 
 def _save(values: Any, file: Any = None, *args: Any, **options: Any) -> None:
-    """Stands for ``torch.save`` and the like: make an empty file."""
+    """Stands for ``torch.save`` and the like: make an empty file if ``file`` is a path; else do nothing."""
     if isinstance(file, str | os.PathLike):
         open(file, "wb").close()  # noqa: PTH123  the sandbox's open
 
 
 def _saving(trace: ScriptTrace, inner: Callable[..., None]) -> Callable[..., None]:
     """Return a stand-in for ``torch.save``. Before the first training step it writes what holds no fake
-    tensor, such as a data set that the script prepares and loads again; else it makes an empty file."""
+    tensor, such as a data set that the script prepares and loads again. Otherwise, and if that cannot be
+    written, it does what `_save` does."""
 
     @functools.wraps(inner)
     def save(obj: Any, f: Any, *args: Any, **options: Any) -> None:

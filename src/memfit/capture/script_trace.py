@@ -147,8 +147,8 @@ class ScriptTrace:
             life.memory_pool = NOWHERE
 
     def as_fake(self, value: Any) -> Any:
-        """Return ``value`` with the real tensors in it replaced by their fake copies, but the batch sizes of
-        packed sequences: recurrent layers read them where no mode sees it."""
+        """Return ``value`` with the real tensors in it replaced by their fake copies, except the batch sizes
+        of packed sequences: recurrent layers read them where no mode sees it."""
         leaves = _pytree.tree_leaves(value, is_leaf=lambda v: isinstance(v, PackedSequence))
         kept = {id(leaf.batch_sizes) for leaf in leaves if isinstance(leaf, PackedSequence)}
         return map_batch(lambda t: self.twin(t) if is_real(t) and id(t) not in kept else t, value)
@@ -282,8 +282,9 @@ class ScriptTrace:
             self.recorder.note_real(real, "buffer").category = Category.PARAMETER
 
     def make_fake(self, tensor: torch.Tensor) -> None:
-        """Turn a real parameter or buffer into a fake one without changing the object, which optimizers
-        hold."""
+        """Turn a real parameter or buffer into a fake one. The object stays the same, as optimizers hold it.
+        Raises RuntimeError if it cannot be swapped (`torch.utils.swap_tensors`), such as one that a graph of
+        autograd refers to."""
         fake = self.fake_parameter(tensor.data)
         if isinstance(tensor, torch.nn.Parameter):
             fake = torch.nn.Parameter(fake, tensor.requires_grad)

@@ -65,8 +65,9 @@ class _Copied:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Attribute:
-    """Stands for a parameter or buffer of ``module``, or a result that its forward has left there, by the
-    attribute's ``name`` and, of the tensors in it, the ``index`` from the last one."""
+    """Stands for a parameter or buffer of ``module``, or a result that its forward has left there, in the
+    attribute ``name``. ``index``: its place among the leaves of that attribute, counted from the last (-1),
+    if it is a list, tuple or dict."""
 
     module: torch.nn.Module
     name: str
@@ -151,7 +152,8 @@ class StepCalls:
                 setattr(tensor, _FROM_WEIGHTS, True)
 
     def note_call(self, function: Any, args: Any, kwargs: Any, out: Any, *, model: Any = None) -> None:
-        """Record a call that returned ``out``. ``model``: the module, if it has trainable parameters."""
+        """Record a call that returned ``out``, up to the loss or a ``problem``. ``model``: the called module,
+        if it has trainable parameters. If no module holds it and the model so far, that is a ``problem``."""
         if self.done and self._kept_until_next is None and model is not None:
             self._kept_until_next = set(self._outputs.values())
         if self.done or self.problem:
@@ -316,7 +318,8 @@ class StepCalls:
     ) -> Job:
         """Return the job called ``name`` whose step is that of the script: ``micro_batches`` micro-batches,
         and one update of ``optimizer``. ``clip``, ``workers`` and ``other_bytes`` are as in `Job`. Raises
-        UserError if the calls cannot be repeated on a copy of the model, or if no step was seen."""
+        UserError if there is a ``problem``, if no step was seen, if the batch has no tensor with dimensions,
+        and if ``optimizer`` holds no trainable parameter of the model."""
         if self.problem or self.model is None or not self.done:
             reason = self.problem or "no training step was seen"
             raise UserError(f"no plan can be searched for {name}: {reason}", hint=_HINT)
