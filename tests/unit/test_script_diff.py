@@ -15,7 +15,7 @@ from child_ranks import run_script
 from memfit.cli.estimate_script import _edit
 from memfit.cli.plan_diff import edit_of
 from memfit.export.script_diff import ScriptDiff, inexpressible, read_script, script_diff
-from memfit.export.source_edits import Replacement, Source
+from memfit.export.source_edits import Replacement, Source, source_of
 from memfit.jobs.registry import load
 from memfit.techniques.plan_file import parse_plan
 from memfit.techniques.registry import TECHNIQUES
@@ -951,6 +951,7 @@ def test_a_search_leaves_out_what_the_script_cannot_have() -> None:
     assert (names, reason) == (("optimizer-in-backward",), "the script clips gradients")
     for text, library in (
         (TRAINER, "TrainingArguments"),
+        (TRAINER.replace("TrainingArguments", "Seq2SeqTrainingArguments"), "TrainingArguments"),
         (ACCELERATE, "Accelerate"),
         (LIGHTNING, "Lightning"),
     ):
@@ -976,3 +977,9 @@ def test_training_arguments_for_a_processor_allow_16_bit_precision_there() -> No
         plan = parse_plan({"techniques": techniques}, what="the plan")
         edit = script_diff(Source("train.py", TRAINER), plan, batch_size=8, on_host=True)
         assert ("use_cpu=True" in edit.diff) == is_set
+
+
+def test_a_text_is_written_as_a_literal_of_one_line() -> None:
+    text = 'a "b"\n\\c\tä'
+    assert source_of({text: [1]}) == '{"a \\"b\\"\\n\\\\c\\tä": [1]}'
+    assert ast.literal_eval(source_of(text)) == text

@@ -190,7 +190,7 @@ def _index(loop: ast.For) -> str:
 
 
 def _targets(statement: ast.AST) -> set[str]:
-    """Return the names to which an assignment assigns, of ``self.x`` the name "x"; empty for any other
-    statement."""
+    """Return the names to which an assignment assigns, of ``self.x`` the name "x"; names in a tuple are left
+    out. Empty for any other statement."""
     targets = statement.targets if isinstance(statement, ast.Assign) else []
     return {name_of(t) for t in targets} - {""}

@@ -68,7 +68,9 @@ def edit_loop(
 ) -> tuple[str, tuple[str, ...]]:
     """Return (the text of the script with its loop edited to train with ``plan``; remarks for the user).
     ``structure`` and ``loss_terms`` are as in `apply_lines`, ``samples`` as in `loop_lines`. Raises
-    UserError, whose ``given`` is the reason, if the script has no loop that can be edited safely."""
+    UserError, whose ``given`` is the reason, if the script has no loop that can be edited safely, if its
+    batch cannot be split into micro-batches (`_must_split_alike`), or if the plan needs an example batch and
+    the loop shows none."""
     loop = find_loop(source, plan)
     if "gradient-accumulation" in plan:
         _must_split_alike(source, loop)

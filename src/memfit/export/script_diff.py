@@ -81,15 +81,16 @@ def script_diff(
     TrainingArguments refuse 16-bit precision without use_cpu.
 
     A script whose form cannot be edited gets a reason and lines to insert by hand. Techniques that Accelerate
-    or Lightning does not apply are in the remarks. Raises UserError if TrainingArguments cannot express the
-    plan, if a plain loop clips gradients although a technique forbids it, if the script's batch cannot be
-    split into equal micro-batches, and if Accelerate or Lightning would weight the parts of the batch of
-    ``job`` alike although they have different numbers of loss terms. An edited loop passes ``loss_terms`` to
-    memfit.apply then, which the user must define; for the Trainer it is a remark."""
+    or Lightning does not apply are in the remarks. If the parts of the batch of ``job`` have different
+    numbers of loss terms, an edited loop passes ``loss_terms`` to memfit.apply, which the user must define;
+    for the Trainer this is a remark.
+
+    Raises UserError if TrainingArguments cannot express the plan, if a plain loop clips gradients or scales
+    its loss with a GradScaler although a technique forbids it, if the script's batch cannot be split into
+    equal micro-batches, and if Accelerate or Lightning would weight parts with different numbers of loss
+    terms alike."""
     calls = source.calls(_ARGUMENTS | _DERIVED)
-    is_trainer = (
-        bool(calls) or _mentions(source, "TrainingArguments") or _mentions(source, "HfArgumentParser")
-    )
+    is_trainer = _uses_trainer(source)
     weights = loss_terms_step(job, plan, trainer=is_trainer) if job is not None else None
     by_hand = (weights.text,) if weights is not None else ()
     if calls:
@@ -146,11 +147,7 @@ def inexpressible(source: Source) -> tuple[tuple[str, ...], str]:
     """Return (the names of the techniques that cannot be applied to the script, whatever their settings; why
     not, in words); ((), "") if there are none. A search leaves them out, so that what it recommends can be
     printed as an edit."""
-    if (
-        _mentions(source, "TrainingArguments")
-        or source.calls(_DERIVED)
-        or _mentions(source, "HfArgumentParser")
-    ):
+    if _uses_trainer(source):
         return _others(trainer.TECHNIQUES), "TrainingArguments cannot express them"
     for library, is_used in ((_ACCELERATE, True), (_LIGHTNING, _imports_lightning(source))):
         if is_used and source.calls(frozenset({library.call})):
@@ -161,6 +158,12 @@ def inexpressible(source: Source) -> tuple[tuple[str, ...], str]:
     names += [n for n in WITHOUT_LOSS_SCALE if scales and n not in names]
     reasons = ["clips gradients"] * clips + ["scales its loss with a GradScaler"] * scales
     return tuple(names), f"the script {' and '.join(reasons)}" if reasons else ""
+
+
+def _uses_trainer(source: Source) -> bool:
+    return bool(source.calls(_ARGUMENTS | _DERIVED)) or any(
+        _mentions(source, name) for name in ("TrainingArguments", "HfArgumentParser")
+    )
 
 
 def _others(names: Collection[str]) -> tuple[str, ...]:
@@ -212,7 +215,8 @@ def _mentions(source: Source, name: str) -> bool:
 def _trainer_diff(
     source: Source, calls: list[ast.Call], plan: Plan, batch_size: int, values: Mapping[str, Any]
 ) -> ScriptDiff:
-    """Return the edit of ``calls`` of TrainingArguments. ``values``: the arguments that the plan decides."""
+    """Return the edit of ``calls`` of TrainingArguments. ``values``: the arguments that the plan decides.
+    Raises UserError as `_batch_source` does."""
     call = calls[0]
     has_unpacked = any(k.arg is None for k in call.keywords)
     if len(calls) > 1 or has_unpacked:

@@ -48,7 +48,8 @@ def loss_terms_step(job: Job, plan: Plan, *, trainer: bool = False) -> ScriptSte
     """Return the step "loss-terms": the user's own training code must weight the loss of each part of a batch
     by its number of loss terms, as memfit does, because libraries weight all parts alike. None if ``plan``
     does not split the batch, if the job has no ``loss_terms``, or if in each of its first four batches, all
-    parts have equally many. ``trainer``: whether the Trainer of transformers trains."""
+    parts have equally many. ``trainer``: whether the Trainer of transformers trains. Errors of the job's
+    make_batch and loss_terms are not caught."""
     if job.loss_terms is None or not splits_batch(plan):
         return None
     ranks = layout(plan).data if plan.ranks > 1 else 1

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import difflib
 import io
+import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -155,7 +156,7 @@ def source_of(value: Any) -> str:
     """Return ``value`` as a Python literal, with texts in double quotes, also in mappings. Texts in other
     containers have the quotes that repr gives them."""
     if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        return json.dumps(value, ensure_ascii=False)
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{source_of(k)}: {source_of(v)}" for k, v in value.items()) + "}"
     return repr(value)

@@ -35,8 +35,9 @@ def bundle(target: str, handover: Handover) -> Files:
 
     Raises UserError if the target cannot express the plan or lacks an option that it needs, such as a
     container image; if the batch cannot be split equally over ranks and micro-batches; if the script is
-    started with a configuration file of the user that the export does not replace; and if one of
-    ``handover.own_files`` has the name of a file that memfit writes with another content.
+    started with a configuration file of the user that the export does not replace; if a file of the user
+    names another file of settings that does not exist; and if one of ``handover.own_files`` has the name of a
+    file that memfit writes with another content.
     """
     if handover.config.spec.batch_size:
         split_batch(handover.plan, handover.config.spec.batch_size)
