@@ -268,6 +268,7 @@ def test_thresholds_come_from_a_file_or_a_plan(tmp_path: Path) -> None:
         ({"headroom_ratio": True}, "limits: headroom_ratio is True; allowed: a number of at least 0"),
         ("none.toml", "cannot read none.toml"),
         ("none.yaml", "cannot read none.yaml"),
+        (5, "limits is of type int; allowed: a mapping of names to numbers, a TOML file"),
     ],
 )
 def test_wrong_thresholds_are_refused(limits: object, message: str) -> None:

@@ -47,7 +47,8 @@ _NAMES: Final = {
 
 def mann_kendall_z(values: Sequence[float]) -> float:
     """Return the standard score of Mann and Kendall's test for a trend, corrected for ties: positive if later
-    values are rather higher. Values in random order have a score of about 0 with standard deviation 1."""
+    values are rather higher. Values in random order have a score of about 0 with standard deviation 1. Fewer
+    than two values, and values that are all equal, have a score of 0."""
     n = len(values)
     signs = sum((b > a) - (b < a) for a, b in itertools.combinations(values, 2))
     ties: dict[float, int] = {}
@@ -108,7 +109,8 @@ class CreepTest:
 
     def add(self, step: int, value: float) -> tuple[float, int] | None:
         """Add a value. Return (growth per step, number of steps over which it was seen) if the series now
-        grows steadily, over the shortest period that shows it, else None."""
+        grows steadily, over the shortest period that shows it, else None. A period is tested at every fifth
+        of its values."""
         growth, level, point = None, 0, (float(step), float(value))
         while True:
             if level == len(self._levels):

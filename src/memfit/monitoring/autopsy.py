@@ -294,7 +294,8 @@ def _with_free_blocks(failure: AllocationFailure, time: _Judgement) -> _Judgemen
 
 
 def _by_figures(failure: AllocationFailure) -> _Judgement | None:
-    """Return what the figures of the message alone say, None if only that the memory is full."""
+    """Return what the figures of the message alone say. None if they say only that memory is full, if they
+    are missing, and for memory of the host."""
     request, limit = failure.request_bytes, failure.limit_bytes
     if request is None or limit is None or failure.on_host:
         return None
@@ -549,8 +550,8 @@ _SHORT_SHARE: Final = 0.1  # of the host's memory: with less free, or less than 
 
 
 def _diagnose_exit(end: CommandExit) -> Diagnosis | None:
-    """Return the diagnosis of a command that was killed, None of another. The kernel counts its own kills.
-    Others, such as a daemon that watches the memory or a person, leave no trace."""
+    """Return the diagnosis of a command that was killed, None for any other end. The kernel counts its own
+    kills. Others, such as a daemon that watches the memory or a person, leave no trace."""
     if end.oom_kills:
         evidence = [f"the kernel killed {end.oom_kills} process(es) of the command because memory ran out"]
         return _diagnosis(DeathCause.HOST_KILLED, Certainty.CERTAIN, evidence, memory="host")

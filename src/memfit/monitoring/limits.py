@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -23,13 +24,15 @@ class AlarmLimits:
     - ``warmup_steps``: recorded steps at the beginning without alarms of the kinds "creep", "fragmentation",
       "retries" and "headroom".
     - ``creep_bytes``: least growth of memory, over 40 or more steps, that counts as creep.
-    - ``maximum_after_steps``: the first steps in which a peak was read, whose highest is the reference; a
-      later peak that is above it by ``maximum_ratio`` of it, and by ``maximum_bytes`` at least, is a new
-      maximum. The peak of host memory is read once a second at most.
+    - ``maximum_after_steps``: number of steps with a peak, from the first on, whose highest peak is the
+      reference. There is an alarm about a later peak that is above it by more than ``maximum_ratio`` of it
+      and by more than ``maximum_bytes``; this peak is the next reference. The peak of host memory is read
+      once a second at most.
     - ``fragmentation_ratio``, ``fragmentation_bytes``: there is an alarm if the peak of reserved memory is
       above the peak of allocated memory by more than this factor and by more than this difference.
-    - ``loss_spike_factor``: how many standard deviations (estimated from the median absolute deviation) a
-      loss lies above the median of up to 50 losses before it.
+    - ``loss_spike_factor``: there is an alarm if a loss is the highest of the last 50 and lies above the
+      median of those before it, at least 20, by more than this number of standard deviations (estimated from
+      the median absolute deviation).
     - ``headroom_ratio``: least free share of the device's memory.
     - ``slow_rank_ratio``, ``slow_rank_s``: a rank is slow if its time is above the median of the other ranks
       by more than this factor and by more than this number of seconds.
@@ -53,14 +56,19 @@ def limits_of(limits: AlarmLimits | Mapping[str, Any] | str | Path | None) -> Al
     names to numbers; a TOML file of them; or a plan file (.yaml, .yml) with them under the key ``watch``.
     Thresholds that are not given have their default, and so have all for None. Names that end in ``_bytes``
     also take a size such as "64MiB". Raises UserError if the file cannot be read, for a plan file without the
-    key, for unknown names, for values that are not finite numbers of at least 0, and for a number with a
-    fraction where the default is a whole number."""
+    key, for unknown names, for values that are not finite numbers of at least 0, for a number with a fraction
+    where the default is a whole number, and for ``limits`` of another type."""
     if limits is None:
         return AlarmLimits()
     if isinstance(limits, AlarmLimits):
         return limits
     if isinstance(limits, Mapping):
         return _parse_limits(limits, "limits")
+    if not isinstance(limits, str | os.PathLike):
+        raise UserError(
+            f"limits is of type {type(limits).__name__}",
+            allowed="a mapping of names to numbers, a TOML file or plan file with them, AlarmLimits, or None",
+        )
     path = Path(limits)
     return _parse_limits(_section(path) if path.suffix in (".yaml", ".yml") else read_toml(path), str(path))
 

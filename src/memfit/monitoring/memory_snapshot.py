@@ -94,7 +94,8 @@ def is_snapshot(head: bytes) -> bool:
 
 def read_snapshot(path: Path) -> list[MemorySnapshot]:
     """Return what the snapshot in ``path``, a pickle or JSON, says about each device that it has memory or
-    events of. No code of the file is run. Raises UserError if it is no snapshot, too large or damaged."""
+    events of. No code of the file is run. Raises UserError if it cannot be read, is no snapshot, too large or
+    damaged."""
     return parse_snapshot(read_bytes(path, most_bytes=LARGEST_BYTES, hint=_FEWER), what=str(path))
 
 

@@ -27,7 +27,8 @@ _ALLOWED: Final = (
 def predicted_intervals(prediction: Any) -> dict[str, Interval]:
     """Return the predicted memory by name, of those of `QUANTITIES` that were predicted. ``prediction``: what
     `memfit.estimate` returns, an Estimate, a file with the JSON output of a command, a mapping of names to
-    numbers or intervals, or None. Raises UserError for anything else."""
+    numbers or intervals, or None, for which the result is empty. Raises UserError for anything else, if the
+    file cannot be read, and if nothing of `QUANTITIES` is in it or was predicted."""
     if prediction is None:
         return {}
     if isinstance(prediction, str | Path):

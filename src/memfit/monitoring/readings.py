@@ -37,8 +37,8 @@ class MemoryReadings:
             self.total_bytes = devices.memory_info(device)[1]
 
     def read(self) -> dict[str, int | None]:
-        """Return what can be measured now, by the names of `WatchStep`. What needs a question to the driver
-        is left out if it was asked less than a second ago."""
+        """Return what can be measured now, by the names of `WatchStep`. Values that take longer to read, such
+        as those of the driver, are left out if they were read less than a second ago."""
         asks_driver = time.monotonic() >= self._next_driver_s
         if asks_driver:
             self._next_driver_s = time.monotonic() + _DRIVER_PERIOD_S

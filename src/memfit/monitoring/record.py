@@ -256,8 +256,8 @@ def rank_paths(path: Path) -> dict[int, Path]:
 
 def read_records(path: str | Path) -> WatchRecord:
     """Read and merge what the ranks of a training wrote. ``path``: the file of rank 0. Files of other ranks
-    are read from the same folder. Raises UserError if there is no such file, or if none of its lines is one
-    of a watched training."""
+    are read from the same folder. Raises UserError if none of these files exists, if one cannot be read, or
+    if no line in them is one of a watched training."""
     reader = RecordReader(path)
     record = reader.update()
     if not record.ranks:
@@ -394,7 +394,8 @@ _NUMBERS: Final = {"loss", "grad_norm", "value", "limit"}  # that may be "nan", 
 
 
 def _known_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of ``values`` that are fields of ``kind``. Others may come from a newer version."""
+    """Return those of ``values`` that are fields of ``kind`` and need no further reading, those in `_NUMBERS`
+    as floats. Others may come from a newer version."""
     names = {f.name for f in dataclasses.fields(kind)} - {"prediction", "frames"}
     return {
         name: float(v) if name in _NUMBERS and v is not None else v
@@ -408,7 +409,8 @@ def _known_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 class LineFile:
     """A file to which lines are appended, by one call of the operating system for each write, so that a
-    process can be killed at any time. Raises OSError if that fails."""
+    process can be killed at any time. The file and the folders above it are created. Raises OSError if that
+    or writing fails."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

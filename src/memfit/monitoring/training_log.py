@@ -60,12 +60,13 @@ class NumberSeries:
     def is_growing(self) -> bool:
         """Whether the values grow by at least a tenth, nearly steadily, and still do so in the second half;
         False for fewer than four."""
+        if len(self.values) < 4:
+            return False
         first, middle, last = self.values[0], self.values[len(self.values) // 2], self.values[-1]
         falls = sum(b < 0.98 * a for a, b in itertools.pairwise(self.values))
         rises = sum(b > a for a, b in itertools.pairwise(self.values))
         return (
-            len(self.values) >= 4
-            and first > 0
+            first > 0
             and last >= 1.1 * first
             and last - middle >= 0.25 * (last - first)
             and falls <= 0.1 * len(self.values)

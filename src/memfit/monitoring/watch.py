@@ -142,10 +142,10 @@ class TrainingWatch:
         return self._recording is not None
 
     def step(self, *, loss: Any = None, grad_norm: Any = None, step: int | None = None) -> None:
-        """End a step. ``loss`` and ``grad_norm``: numbers or tensors of one element; without them, what
-        ``backward`` was called on and what ``torch.nn.utils.clip_grad_norm_`` returned. ``step``: number of
-        the step, by default one more than before. From the first call on, only these calls end steps.
-        Exceptions of ``on_alarm`` are raised."""
+        """End a step. ``loss`` and ``grad_norm``: a Python number or a tensor of one element; anything else
+        is not recorded. Without them, what ``backward`` was called on and what
+        ``torch.nn.utils.clip_grad_norm_`` returned. ``step``: number of the step, by default one more than
+        before. From the first call on, only these calls end steps. Exceptions of ``on_alarm`` are raised."""
         if self._step_hook is not None:
             self._step_hook.remove()
             self._step_hook = None
@@ -155,8 +155,9 @@ class TrainingWatch:
         self._notify(self._guard(self._end_step, loss, grad_norm, step))
 
     def close(self, error: BaseException | None = None) -> None:
-        """End the watch, and write its end to the file if anything was recorded. ``error``: what ended the
-        training, if it failed. Later calls do nothing. Exceptions of ``on_alarm`` are raised."""
+        """End the watch. Write its end to the file if anything was recorded, or if ``error`` is given: what
+        ended the training, if it failed. Later calls do nothing. Exceptions of ``on_alarm`` are raised, and
+        those of ``on_oom`` that are no UserErrors."""
         alarms = self._guard(self._end, error, self._recovery(error))
         self._is_over = True
         self._hooks.close()
@@ -165,7 +166,7 @@ class TrainingWatch:
     def _recovery(self, error: BaseException | None) -> str:
         """If memory ran out, free the tensors of the frames in which the error was raised, and return the
         text that ``on_oom`` returns. Return "" without ``on_oom``, for another error, and if the watch is
-        over. If ``on_oom`` raises a UserError, print it and return ""."""
+        over. If ``on_oom`` raises a UserError, print it and return ""; its other exceptions are raised."""
         if error is None or self._on_oom is None or self._is_over or not is_oom_error(error):
             return ""
         clear_frames(error.__traceback__)
@@ -387,8 +388,9 @@ def watch(
     write to files beside it, such as run.1.jsonl. `memfit watch run.jsonl` and
     `memfit.monitoring.record.read_records` read and merge them. A step ends when ``optimizer`` has stepped,
     by default the optimizer that steps first; False: only calls of ``watch.step(loss=..., grad_norm=...)``
-    end steps. After the first such call only they do, in any case. ``model``: whose device is watched; by
-    default that of the loss.
+    end steps. After the first such call only they do, in any case. The watched device is that of the first
+    loss or, if no loss of one element is seen, of the optimizer that steps; only without both, of ``model``.
+    Not every step is recorded if steps are so short that this would take more than 0.5 % of the time.
 
     ``prediction``: what the memory is compared with: what `memfit.estimate` returned, a file with the JSON of
     a command, or bytes by name. ``limits``: thresholds of the alarms, by name, or a TOML file or plan file
@@ -406,7 +408,8 @@ def watch(
 
     On a processor, tensors are counted only if memfit's counting allocator is active in this process; else
     the resident memory of the process is recorded. No counter is reset. An error in memfit ends the watch,
-    not the training. Raises UserError for wrong arguments.
+    not the training. Raises UserError if ``file`` has no suffix or is a folder, and for a ``prediction`` or
+    ``limits`` that cannot be used.
     """
     return TrainingWatch(
         model,
