@@ -18,8 +18,8 @@ NESTED_ALLOWED = "padded tensors, with a mask or the lengths"
 
 
 def batch_tensors(batch: Any) -> list[torch.Tensor]:
-    """Return every tensor of the batch: in nested mappings, tuples and lists, and in attributes of objects
-    with ``.to()``. Batches of the same structure give their tensors in the same order."""
+    """Return every tensor of the batch: in nested dicts, tuples and lists, and in attributes of objects with
+    ``.to()``. Batches of the same structure give their tensors in the same order."""
     return [tensor for leaf in _pytree.tree_leaves(batch) for tensor in _tensors_inside(leaf)]
 
 

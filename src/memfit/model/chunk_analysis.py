@@ -136,17 +136,19 @@ def _reach(func: Any, args: Any) -> int:
 
 @dataclasses.dataclass(slots=True)
 class ChunkTrials:
-    """``known``: what `find_cut` returned and the bytes that it took, by a key of everything that decides
-    them. ``peak_bytes``: the largest memory that a trial takes. Trials that were made before in this process
-    are not made again, but count."""
+    """Runs trials of modules (`find_cut`), each of which has a key of everything that decides its result, and
+    keeps the results, so that no trial is run twice. ``known``: key -> (result, peak bytes of the trial), for
+    keys that are only valid while their model exists; all objects of this class in the process share the
+    results of the other keys. ``peak_bytes``: the highest peak among the trials whose results this object
+    has returned, including those that it did not have to run."""
 
     known: dict[object, tuple[Any, int]] = dataclasses.field(default_factory=dict)
     peak_bytes: int = 0
 
     def result(self, key: object, run: Callable[[], Any], *, is_lasting: bool) -> Any:
-        """Return the result of the trial ``key``: that of an earlier one if there was one, else that of
-        ``run()``. ``is_lasting``: the key stays valid when its model is gone, so that later objects of this
-        class use the result, too."""
+        """Return the result of the trial ``key``: the one that is kept if there is one, else that of
+        ``run()``, which is kept. ``is_lasting``: whether the key stays valid when its model is gone, so that
+        all objects of this class share the result."""
         known = _LASTING if is_lasting else self.known
         if key not in known:
             if len(_LASTING) >= _MOST_LASTING:
@@ -167,8 +169,8 @@ def first_calls(job: Any, model: nn.Module, parts: int = 1) -> dict[str, ModuleC
     """Return module path -> the first call of that module, for all modules that are called when the job's
     loss is computed on the first of ``parts`` equal parts of its first batch. The model itself is left out. A
     copy of the model without values runs. Of blocks that are equal (`equal_blocks`), two run, and the others'
-    calls are taken to be those of the second; all run if the model does not run without them. Results for the
-    last 4 models are cached."""
+    calls are taken to be those of the second; all run if the model does not run without them. The last 4
+    results are cached. Errors of the job's functions are raised."""
     try:
         path, blocks = find_blocks(model, job.blocks)
         same = {i: j for i, j in enumerate(equal_blocks(blocks)) if i != j}
@@ -225,7 +227,7 @@ def find_cuts(
 
     If a module's submodules that can be cut hold more than three quarters of its inner bytes, they are cut
     and the module is left whole, as also if it cannot be cut itself. ``calls`` is the result of
-    `first_calls`. ``trials`` is used and extended; without it, results of trials are forgotten."""
+    `first_calls`. ``trials`` keeps the results of trials; None: a new one."""
     trials = trials or ChunkTrials()
 
     def choose(name: str, module: nn.Module) -> dict[str, ChunkCut]:

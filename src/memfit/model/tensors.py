@@ -13,7 +13,8 @@ from memfit.types.errors import UserError
 
 
 def check_on_host(batch: Any) -> Any:
-    """Return a job's batch unchanged. Raises UserError if it has tensors outside the host's memory."""
+    """Return a job's batch unchanged. Raises UserError if it has tensors outside the host's memory. Those
+    inside objects, such as a batch of graphs, are not checked."""
     devices = sorted({str(t.device) for t in tensor_leaves(batch) if t.device.type != HOST})
     if devices:
         raise UserError(

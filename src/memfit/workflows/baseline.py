@@ -59,8 +59,9 @@ def write_baseline(
     """Predict ``targets`` and store the predictions in the baseline file ``path``; other entries of the file
     stay. Without targets, predict all jobs of the file again. Return the predictions as stored.
 
-    Raises UserError if the file is not a baseline, if there is nothing to predict, if a job, plan or machine
-    cannot be loaded, and if the machine or job does not support the plan; then the file is not changed.
+    Raises UserError if the file is not a baseline or cannot be written, if there is nothing to predict, if a
+    job, plan or machine cannot be loaded, and if the machine or job does not support the plan; then the file
+    is not changed.
     """
     stored = read_baseline(path) if path.exists() or not targets else BaselineFile()
     targets = targets or stored.jobs
@@ -79,8 +80,8 @@ def write_baseline(
 def check_baseline(path: Path, tolerance_ratio: float, on_target: OnTarget) -> tuple[BaselineComparison, ...]:
     """Predict all jobs of the baseline file ``path`` and return the comparisons with it, in the file's order
     (see `compare_baseline`). ``tolerance_ratio``: relative growth that is no drift. ``on_target``: called
-    before each prediction. Raises UserError if the file is not a baseline or has no jobs, if a job, plan or
-    machine cannot be loaded, and if the machine or job does not support the plan."""
+    before each prediction. Raises UserError if the file does not exist, is not a baseline or has no jobs, if
+    a job, plan or machine cannot be loaded, and if the machine or job does not support the plan."""
     stored = read_baseline(path)
     if not stored.jobs:
         raise UserError(
@@ -95,7 +96,8 @@ def check_baseline(path: Path, tolerance_ratio: float, on_target: OnTarget) -> t
 
 def write_test(path: Path, prediction: MemoryBaseline) -> None:
     """Store the prediction of a test, whose name is its ``job``, in the baseline file ``path``. It replaces
-    the one of this name; other entries stay. Raises UserError if the file is not a baseline."""
+    the one of this name; other entries stay. Raises UserError if the file is not a baseline or cannot be
+    written."""
     with only_writer(path):
         stored = read_baseline(path) if path.exists() else BaselineFile()
         others = tuple(entry for entry in stored.tests if entry.job != prediction.job)
@@ -172,7 +174,8 @@ def _with_path(spec: str, folder: Path, move: Callable[[str], str]) -> str:
 
 def machine_named(name: str) -> Machine:
     """Return the machine of the catalog or of a machine file (.toml) that has this name. Raises UserError for
-    "this", because a baseline must be the same wherever it is predicted, and for an unknown name."""
+    "this", because a baseline must be the same wherever it is predicted, for an unknown name, and for a
+    machine file that cannot be used."""
     if name.partition(":")[0] == "this":
         raise UserError(
             f"a baseline cannot be for the machine {name}, which is another machine on each computer",

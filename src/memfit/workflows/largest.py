@@ -72,8 +72,8 @@ class LargestReport:
     @property
     def buckets(self) -> Mapping[str, int]:
         """Value of ``along`` -> largest safe value of ``dimension`` with the first plan, for a sampler.
-        Values for which nothing fits are left out."""
-        plan = self.rows[0].plan if self.rows else None
+        Values for which nothing fits are left out. Empty without ``along``."""
+        plan = self.rows[0].plan if self.rows and self.along else None
         return {
             str(row.value): row.result.value
             for row in self.rows

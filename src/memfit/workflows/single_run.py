@@ -65,8 +65,9 @@ def anatomy(
     peak. If the request is for this machine, the plans' operators are timed here first.
 
     ``lines``: whether the trace has the line of the user's code that made each allocation. Raises UserError
-    if the request's engine or machine does not support a plan, if a plan cannot split the batch equally, or
-    if it splits it in a way that gives the terms of the loss wrong weights.
+    if the job cannot be loaded, if the request's engine or machine or the job does not support a plan, if a
+    plan cannot split the batch equally, or if it splits it in a way that gives the terms of the loss wrong
+    weights.
     """
     _, predictor = make_predictor(request)
     predictor.lines = lines

@@ -172,6 +172,7 @@ def report_pairs(
 
 
 def _grid(values: Ints) -> list[int]:
-    """Return four sizes that span the values: at least four in a row if the values span fewer."""
+    """Return four sizes, equally spaced from the smallest value to the largest. If these are less than three
+    apart, return the four consecutive sizes from the smallest value on."""
     low, high = int(values.min()), int(values.max())
     return [int(v) for v in np.linspace(low, max(high, low + _GRID - 1), _GRID)]

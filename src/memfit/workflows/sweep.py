@@ -283,7 +283,8 @@ def _group(trial: SweepTrial) -> _Group:
 
 def predicted_hours(trials: Sequence[SweepTrial], settings: RunSettings, progress: Progress) -> float | None:
     """Return the predicted device hours of the training steps of all trials together. What a trial does
-    before its first step is not included. None: a device is not known, or a step time cannot be predicted."""
+    before its first step is not included. None: a device is not known, or a step time cannot be predicted.
+    Raises UserError if a plan cannot be predicted (`single_run.explain`)."""
     estimates: dict[_Group, Estimate] = {}
     hours = 0.0
     for trial in trials:
