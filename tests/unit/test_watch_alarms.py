@@ -268,7 +268,7 @@ def test_thresholds_come_from_a_file_or_a_plan(tmp_path: Path) -> None:
         ({"headroom_ratio": True}, "limits: headroom_ratio is True; allowed: a number of at least 0"),
         ("none.toml", "cannot read none.toml"),
         ("none.yaml", "cannot read none.yaml"),
-        (5, "limits is of type int; allowed: a mapping of names to numbers, a TOML file"),
+        (5, "limits is a int; allowed: a mapping of names to numbers, a TOML file"),
     ],
 )
 def test_wrong_thresholds_are_refused(limits: object, message: str) -> None:
@@ -295,7 +295,17 @@ def test_a_prediction_is_read_from_numbers_intervals_and_the_output_of_commands(
 
 
 @pytest.mark.parametrize(
-    "wrong", [{}, {"allocated_bytes": "much"}, {"allocated_bytes": {"value": 2, "low": 3}}, 7, "none.json"]
+    "wrong",
+    [
+        {},
+        {"allocated_bytes": "much"},
+        {"allocated_bytes": {"value": 2, "low": 3}},
+        {"allocated_bytes": -1},
+        {"host_bytes": float("inf")},
+        {"host_bytes": 10**400},
+        7,
+        "none.json",
+    ],
 )
 def test_a_wrong_prediction_is_refused(wrong: object) -> None:
     with pytest.raises(UserError):

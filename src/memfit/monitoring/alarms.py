@@ -130,8 +130,9 @@ class CreepTest:
 
 
 def spike_factor(values: Sequence[float], value: float) -> float:
-    """Return how many standard deviations ``value`` lies above the median of ``values``. The standard
-    deviation is 1.4826 times their median absolute deviation, and at least a thousandth of their median."""
+    """Return how many standard deviations ``value`` lies above the median of ``values``, at least one. The
+    standard deviation is 1.4826 times their median absolute deviation, but at least a thousandth of their
+    median and at least 1e-12."""
     median = statistics.median(values)
     deviation = 1.4826 * statistics.median(abs(v - median) for v in values)
     return (value - median) / max(deviation, 1e-3 * abs(median), 1e-12)

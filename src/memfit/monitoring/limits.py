@@ -66,7 +66,7 @@ def limits_of(limits: AlarmLimits | Mapping[str, Any] | str | Path | None) -> Al
         return _parse_limits(limits, "limits")
     if not isinstance(limits, str | os.PathLike):
         raise UserError(
-            f"limits is of type {type(limits).__name__}",
+            f"limits is a {type(limits).__name__}",
             allowed="a mapping of names to numbers, a TOML file or plan file with them, AlarmLimits, or None",
         )
     path = Path(limits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -28,7 +29,8 @@ def predicted_intervals(prediction: Any) -> dict[str, Interval]:
     """Return the predicted memory by name, of those of `QUANTITIES` that were predicted. ``prediction``: what
     `memfit.estimate` returns, an Estimate, a file with the JSON output of a command, a mapping of names to
     numbers or intervals, or None, for which the result is empty. Raises UserError for anything else, if the
-    file cannot be read, and if nothing of `QUANTITIES` is in it or was predicted."""
+    file cannot be read, if a number is negative or not finite, and if nothing of `QUANTITIES` is in it or was
+    predicted."""
     if prediction is None:
         return {}
     if isinstance(prediction, str | Path):
@@ -63,8 +65,10 @@ def _of_mapping(values: Mapping[str, Any], source: str) -> dict[str, Interval]:
                 low, high = float(value.get("low", number)), float(value.get("high", number))
                 intervals[name] = Interval(value=number, low=low, high=high)
             elif value is not None:
-                intervals[name] = Interval(value=float(value), low=float(value), high=float(value))
-        except (TypeError, ValueError, KeyError, AssertionError) as error:
+                intervals[name] = Interval.exactly(float(value))
+            if name in intervals and not 0 <= intervals[name].low <= intervals[name].high < math.inf:
+                raise ValueError
+        except (TypeError, ValueError, OverflowError, KeyError, AssertionError) as error:
             raise UserError(f"{source}: {name} is {value!r}", allowed=_ALLOWED) from error
     if not intervals:
         raise UserError(f"{source} has no predicted memory", allowed=_ALLOWED)

@@ -378,7 +378,7 @@ def _notes(sizes: _Sizes, rows: Sequence[LargestRow]) -> tuple[str, ...]:
 def bucket_edges(lengths: Ints, count: int = _BUCKETS) -> list[int]:
     """Return at most ``count`` ascending lengths of buckets that each hold about the same number of the
     sequences: a sequence belongs to the first bucket that is at least as long. The edges are multiples of 8,
-    and the last is at least the longest sequence."""
+    and the last is at least the longest sequence. ``lengths``: those of the sequences, at least one."""
     shares = np.arange(1, count + 1) / count
     edges = np.quantile(lengths, shares, method="inverted_cdf")
     return sorted({int(-(-edge // 8) * 8) for edge in edges})

@@ -106,10 +106,10 @@ def _size(row: Mapping[str, object], name: str, where: str) -> int:
 
 def draw_steps(pairs: Ints, batch: int, combination: str) -> Ints:
     """Return the sizes of 2,000 random steps as an array of the shape (2000, 2). ``pairs``: the sizes of all
-    samples, (samples, 2). Each step has ``batch`` samples (all, if there are fewer), drawn without
-    replacement. Its two sizes are combined from those of its samples: with "sum" they are added, as for
-    graphs in one batch; with "largest" the largest counts, as for padded samples. The same arguments give the
-    same steps."""
+    samples, at least one, (samples, 2). Each step has ``batch`` samples (all, if there are fewer), drawn
+    without replacement. Its two sizes are combined from those of its samples: with "sum" they are added, as
+    for graphs in one batch; with "largest" the largest counts, as for padded samples. The same arguments give
+    the same steps."""
     rng = np.random.default_rng(0)
     batch = min(batch, len(pairs))
     chosen = np.stack([rng.choice(len(pairs), batch, replace=False) for _ in range(_DRAWS)])
