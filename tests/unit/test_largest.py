@@ -22,7 +22,7 @@ from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 from memfit.types.plan import Plan, use
 from memfit.workflows.largest import bucket_edges
-from memfit.workflows.size_pairs import draw_steps
+from memfit.workflows.size_pairs import draw_steps, read_pairs
 
 CAP = 1_000_000
 
@@ -424,10 +424,20 @@ def test_steps_sum_graphs_and_pad_samples(combination: str) -> None:
     assert (steps == ([6, 60] if combination == "sum" else [3, 30])).all()
 
 
+def test_empty_lines_between_samples_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("a,b\n3,4\n\n5,6\n\n")
+    (tmp_path / "a.jsonl").write_text('{"a": 3, "b": 4}\n\n{"a": 5, "b": 6}\n\n')
+    for name in ("a.csv", "a.jsonl"):
+        assert read_pairs(str(tmp_path / name), ("a", "b")).tolist() == [[3, 4], [5, 6]]
+
+
 @pytest.mark.parametrize(
     ("text", "words", "message"),
     [
         ("nodes,edges\n3,0\n", [], "sample 1: edges is '0'"),
+        ("nodes,edges\n3\n", [], "sample 1: edges is ''"),
+        (f"nodes,edges\n3,{'9' * 5000}\n", [], "sample 1: edges is '9999"),
+        (f"nodes,edges\n3,{'9' * 200_000}\n", [], "sizes.csv as CSV: field larger"),
         ("nodes,edges\n", [], "has no samples"),
         ("nodes,arcs\n3,4\n", [], "sample 1 has no column or key 'edges'"),
         ("nodes,edges\n3,4\n", ["--combine", "mean"], "unknown --combine: 'mean'"),

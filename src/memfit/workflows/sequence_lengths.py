@@ -88,14 +88,14 @@ def read_lengths(path: str, *, column: str | None = None) -> Ints:
     """Return the lengths of sequences from the file ``path``, in its order.
 
     By the file's name, they are: the lengths of the sequences of a FASTA file (.fasta, .fa, .faa, also with
-    .gz); a one-dimensional array of whole numbers in an .npz file; a column of a .csv file; in any other
-    file, the whole number on each line, without empty lines. ``column``: name of the array or of the column,
-    ignored for other files; None: the first array of whole numbers, or the first column whose first value is
-    one.
+    .gz); a one-dimensional array of whole numbers in an .npz file; a column of a .csv file, whose first line
+    has the names; in any other file, the whole number on each line, without empty lines. ``column``: name of
+    the array or of the column, ignored for other files; None: the first array of whole numbers, or the first
+    column whose first value is one.
 
     Raises UserError if the file cannot be read, has no such array or column, has no lengths, or has a length
-    that is not a whole number of at least 1 and below 2**63. If a text is not a whole number, the error names
-    its line.
+    that is not a whole number of at least 1 and below 2**63, and for a .csv file without names. If a text is
+    not a whole number, the error names its line.
     """
     if path.endswith(_FASTA):
         values = [len(p.sequence) for p in read_fasta(path)]
@@ -167,8 +167,12 @@ def _from_npz(path: str, column: str | None) -> list[int]:
 
 def _from_csv(path: str, column: str | None) -> list[int]:
     reader = csv.DictReader(io.StringIO(read_text(path)))
-    rows, column_names = list(reader), reader.fieldnames or []
-    first = rows[0] if rows else {}
+    try:
+        rows = [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        raise UserError(f"cannot read {path} as CSV: {error}") from error
+    column_names = reader.fieldnames or []
+    first = rows[0][1] if rows else {}
     column_name = column or next((n for n in column_names if (first.get(n) or "").strip().isdecimal()), None)
     if column_name is None or column_name not in column_names:
         named_or_of_whole_numbers = column or "whose first value is a whole number"
@@ -179,7 +183,12 @@ def _from_csv(path: str, column: str | None) -> list[int]:
             allowed=f"a column with the lengths; those of this file are {names_text}",
             hint="--column names the column",
         )
-    return [_whole((r[column_name] or "").strip(), f"{path} line {n}") for n, r in enumerate(rows, start=2)]
+    if column is None and column_name.strip().isdecimal():
+        raise UserError(
+            f"the first line of the CSV file {path} has a number in the column of lengths",
+            allowed="names of the columns in the first line",
+        )
+    return [_whole((row[column_name] or "").strip(), f"{path} line {number}") for number, row in rows]
 
 
 def peak_model(job: Job, plan: Plan, longest: int, device: str) -> PeakModel:

@@ -22,6 +22,7 @@ from memfit.workflows.sequence_lengths import QUANTILES, traced_peak
 
 COMBINATIONS = ("sum", "largest")
 _DRAWS = 2000
+_MOST_DIGITS = 4000  # of a number that Python converts
 _GRID = 4  # values of each size that are traced: 16 traces for ten terms
 
 
@@ -64,9 +65,9 @@ class PairReport:
 
 def read_pairs(path: str, names: tuple[str, str]) -> Ints:
     """Return the two sizes of each sample, of the shape (samples, 2): the columns ``names`` of a .csv file
-    with a header line, or these keys of each line of a .jsonl file. Raises UserError for a file with another
-    suffix, and if the file cannot be read, lacks one of them, has no samples, or has a value that is not a
-    whole number from 1 to 2,147,483,647."""
+    with a header line, or these keys of each line of a .jsonl file, empty lines left out. Raises UserError
+    for a file with another suffix, and if the file cannot be read, lacks one of them, has no samples, or has
+    a value that is not a whole number from 1 to 2,147,483,647."""
     rows = list(_rows(path))
     pairs = [tuple(_size(row, name, f"{path} sample {n}") for name in names) for n, row in enumerate(rows, 1)]
     if not pairs:
@@ -76,11 +77,16 @@ def read_pairs(path: str, names: tuple[str, str]) -> Ints:
 
 def _rows(path: str) -> Iterator[Mapping[str, object]]:
     if path.endswith(".csv"):
-        yield from csv.DictReader(io.StringIO(read_text(path)))
+        try:
+            yield from csv.DictReader(io.StringIO(read_text(path)))
+        except csv.Error as error:
+            raise UserError(f"cannot read {path} as CSV: {error}") from error
         return
     if not path.endswith(".jsonl"):
         raise UserError(f"--columns cannot read {path}", allowed="a file whose name ends in .csv or .jsonl")
     for number, line in enumerate(read_text(path).splitlines(), start=1):
+        if not line.strip():
+            continue
         try:
             row = parse_json(line, what=path)
         except UserError:
@@ -98,8 +104,8 @@ def _size(row: Mapping[str, object], name: str, where: str) -> int:
         raise UserError(
             f"{where} has no column or key {name!r}", allowed=", ".join(map(str, row)) or "none: it is empty"
         )
-    text = str(row[name]).strip()
-    if not text.isdecimal() or not 1 <= int(text) < 2**31:
+    text = "" if row[name] is None else str(row[name]).strip()
+    if not text.isdecimal() or len(text) > _MOST_DIGITS or not 1 <= int(text) < 2**31:
         raise UserError(f"{where}: {name} is {text[:40]!r}", allowed="a whole number from 1 to 2,147,483,647")
     return int(text)
 
