@@ -1540,6 +1540,16 @@ def test_larger_batches_later_in_the_epoch_are_in_the_interval_and_said(tmp_path
     assert any("batches of the script differ in size" in note for note in short.notes)
 
 
+def test_a_loader_whose_median_batch_is_empty_is_predicted(tmp_path: Path) -> None:
+    path = tmp_path / "empty.py"
+    path.write_text(
+        _LENGTHS.replace("64 if i < 16 else 256", "64 if i < 8 else 0").replace("mean()", "sum()")
+    )
+    answer = estimate_script([sys.executable, str(path)], machine="this:cpu", probe=False)
+    assert answer.estimate is not None
+    assert answer.estimate.allocated_bytes.low < answer.estimate.allocated_bytes.value
+
+
 def test_plans_for_a_script_whose_loop_makes_its_batches_hold_a_larger_one(tmp_path: Path) -> None:
     path = tmp_path / "lengths.py"
     path.write_text(
