@@ -62,6 +62,7 @@ KEPT: dict[str, Loss] = {
     ),
     "causal": shifted,
     "mask": lambda logits, target: functional.cross_entropy(logits[target != -100], target[target != -100]),
+    "whole": lambda logits, target: functional.cross_entropy(logits[()].flatten(0, 1), target.flatten()),
     "one row": lambda logits, target: functional.cross_entropy(logits[1], target[1]),
     "last place": lambda logits, target: functional.cross_entropy(logits[:, 0, :], target[:, 0]),
 }

@@ -477,6 +477,20 @@ REFUSED = {
         PLAIN.replace("parameters(), 1.0)", "parameters(), epoch)"),
         "clips gradients depending on epoch, which changes in the loop",
     ),
+    "a norm that is a keyword with a default": (
+        (
+            "def train(model, optimizer, loader, *, norm=1.0):\n"
+            "    for x, y in loader:\n"
+            "        loss = F.cross_entropy(model(x), y)\n"
+            "        optimizer.zero_grad()\n"
+            "        loss.backward()\n"
+            "        torch.nn.utils.clip_grad_norm_(model.parameters(), norm)\n"
+            "        optimizer.step()\n"
+            "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n"
+            "train(model, optimizer, loader)\n"
+        ),
+        "depending on norm, which changes in the loop or is not known where the plan is applied",
+    ),
     "a loss that begins before the model is called": (
         PLAIN.replace("# forward\n", "loss = 0.0\n").replace("loss = F", "loss += F"),
         "line 20 adds to loss, which has a value before the model is called",

@@ -473,7 +473,7 @@ def _clip(place: LoopPlace, update: Update, arguments: dict[str, ast.expr] | Non
     }
     parameters = set[str]()
     if arguments is not None and place.function is not None:
-        parameters = {a.arg for a in place.function.args.posonlyargs + place.function.args.args}
+        parameters = {n.arg for n in ast.walk(place.function.args) if isinstance(n, ast.arg)}
     text = []
     for node in (update.clip, update.condition):
         if node is None:

@@ -137,10 +137,11 @@ def _reach(func: Any, args: Any) -> int:
 @dataclasses.dataclass(slots=True)
 class ChunkTrials:
     """Runs trials of modules (`find_cut`), each of which has a key of everything that decides its result, and
-    keeps the results, so that no trial is run twice. ``known``: key -> (result, peak bytes of the trial), for
-    keys that are only valid while their model exists; all objects of this class in the process share the
-    results of the other keys. ``peak_bytes``: the highest peak among the trials whose results this object
-    has returned, including those that it did not have to run."""
+    keeps the results. A trial is run again only when its result is gone. ``known``: key -> (result, peak
+    bytes of the trial), for keys that are only valid while their model exists. All objects of this class in
+    the process share the results of the other keys; before there are more than 4,096, all are dropped.
+    ``peak_bytes``: the highest peak among the trials whose results this object has returned, including those
+    that it did not have to run."""
 
     known: dict[object, tuple[Any, int]] = dataclasses.field(default_factory=dict)
     peak_bytes: int = 0

@@ -550,8 +550,9 @@ _SHORT_SHARE: Final = 0.1  # of the host's memory: with less free, or less than 
 
 
 def _diagnose_exit(end: CommandExit) -> Diagnosis | None:
-    """Return the diagnosis of a command that was killed, None for any other end. The kernel counts its own
-    kills. Others, such as a daemon that watches the memory or a person, leave no trace."""
+    """Return the diagnosis of a command if it, or a process of it, was killed; None for any other end. The
+    kernel counts its own kills. Those by others, such as a person or a daemon that watches the memory, leave
+    no trace."""
     if end.oom_kills:
         evidence = [f"the kernel killed {end.oom_kills} process(es) of the command because memory ran out"]
         return _diagnosis(DeathCause.HOST_KILLED, Certainty.CERTAIN, evidence, memory="host")

@@ -199,6 +199,8 @@ def _cast(lazy: LazyLogits, name: str, args: tuple[Any, ...], kwargs: Mapping[st
 def _keeps_last(index: tuple[Any, ...], dims: int) -> bool:
     """Return whether this index of logits with ``dims`` dimensions surely leaves the vocabulary dimension
     whole and last. Return False for every index that contains None."""
+    if not index:
+        return True
     if any(i is None for i in index):
         return False
     keeps_vocabulary = isinstance(index[-1], slice) and index[-1] == slice(None)
