@@ -100,11 +100,11 @@ def tost_power(*, margin: float, sd: float, pairs: int, alpha: float) -> float:
     """Return the probability that a paired TOST (two one-sided tests) shows equivalence within ``margin`` if
     the true difference is zero.
 
-    `sd` is the true standard deviation of a pair's difference; with 0 the power is 1. `pairs` is n below.
-    `alpha` is the level of each one-sided test. The mean of the n pairs is normal and the observed sd is `c *
-    sd` with c chi-distributed and independent of the mean (Schuirmann 1987). Hence, with z = sqrt(n) margin /
-    sd, t the critical value at `alpha`, f the density of c and Phi the normal distribution, power = integral
-    of f(c) (2 Phi(z - t c) - 1) over 0 <= c <= z / t.
+    `sd` is the true standard deviation of a pair's difference; with 0 the power is 1. `pairs` is n below, at
+    least 2. `alpha` is the level of each one-sided test. The mean of the n pairs is normal and the observed
+    sd is `c * sd` with c chi-distributed and independent of the mean (Schuirmann 1987). Hence, with z =
+    sqrt(n) margin / sd, t the critical value at `alpha`, f the density of c and Phi the normal distribution,
+    power = integral of f(c) (2 Phi(z - t c) - 1) over 0 <= c <= z / t.
     """
     if sd == 0:
         return 1.0

@@ -108,7 +108,7 @@ def run_plan(
 
     The engine "replay" trains nothing. It returns the last run of the same job, seed and plan in ``store``
     (None: the default store), with its prediction replaced by a new one, and stores nothing. Raises UserError
-    if there is no such run or the user's job file has changed since.
+    if there is no such run, if the user's job file has changed since, or if ``recovery`` allows recoveries.
 
     Also raises UserError if the plan has too many ranks for this machine, if the engine does not support the
     plan or cannot train it here, if the checkpoint to resume from is missing or does not suit, or if the
