@@ -246,7 +246,8 @@ def _trainer_diff(
 def _trainer_arguments(plan: Plan, batch_size: int, *, keeps_enabled: bool, on_host: bool) -> dict[str, Any]:
     """Return the TrainingArguments that the plan decides, name -> value. Those that stay as the script has
     them, such as output_dir and max_grad_norm, are left out. ``keeps_enabled`` and ``on_host`` are as in
-    `script_diff`. Raises UserError if TrainingArguments cannot express the plan."""
+    `script_diff`. Raises UserError if TrainingArguments cannot express the plan, and as
+    `trainer.training_arguments` does."""
     if reasons := tuple(trainer.why_not(plan)):
         raise UserError(
             f"TrainingArguments cannot express this plan: {'; '.join(reasons)}",

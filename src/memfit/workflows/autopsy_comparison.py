@@ -58,7 +58,8 @@ def compare_with_prediction(
     The memory that it could use is the request's cap; without one, what the evidence says (`_limit_bytes`);
     or else the memory of the machine's device. The nearest plan differs in recomputation, micro-batches,
     offload and chunking only; if none of these fits, it is the one that a search recommends. Raises UserError
-    if the job cannot be loaded, and if the machine or the job does not support the plan.
+    if the job cannot be loaded, and if the machine or the job does not support the plan; and the errors of
+    `planner.search.search`, except NothingFits.
     """
     _, predictor = make_predictor(request)
     progress("trace", 0, 0, plan.label)

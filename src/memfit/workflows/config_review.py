@@ -102,7 +102,8 @@ def find_alternatives(request: Request, plan: Plan, progress: Progress, *, param
     more; variants that the job or the request's engine does not support are skipped.
 
     ``parameters``: number of the model's parameters; larger ZeRO buckets are reduced to it. Raises UserError
-    if the job does not support ``plan``, or if its batch cannot be split equally.
+    if the job does not support ``plan``, or if its batch cannot be split equally; and the errors of
+    `planner.search.search`, except NothingFits.
     """
     job, predictor = make_predictor(request)
     split_batch(plan, job.batch_size)

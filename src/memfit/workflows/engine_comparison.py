@@ -57,7 +57,7 @@ def choices(request: Request, plan: Plan, progress: Progress) -> list[EngineChoi
 
     For each of the first, a training step is predicted: the engine's own if that can be traced here, else
     that of native, memfit's own engine. Raises UserError if the job cannot be loaded or the plan's number of
-    ranks does not suit its techniques.
+    ranks does not suit its techniques, and RunError if operators cannot be timed here.
     """
     # shared calibration of this machine, so that engines differ by what they run and not by timing noise
     calibrations = [Calibration()]

@@ -142,17 +142,18 @@ def largest(  # noqa: PLR0913
     """Return the largest value of the job's ``dimension`` that fits the request's machine, for each plan.
 
     ``plans``: those to answer for; none: at most ``most_plans`` (None: four) of a search with the job's own
-    sizes or, if nothing fits these, with the smallest value of the dimension: the recommended one, then
-    those of its frontier. With ``along`` the question is asked for each of ``values`` of this dimension, by
-    default a quarter of the job's own, half, the same, twice and four times as much; without it, ``values``
-    are ignored. ``step``: only multiples of it are tried; None: what the job and the plan need. ``measure``:
-    whether values are also run, each for a few steps in a process of its own under the cap, to find where
-    memory runs out (`planner.largest_runs.find_boundary`).
+    sizes or, if nothing fits these, with the smallest value of the dimension: the recommended one, plain
+    training, then those of its frontier that fit. With ``along`` the question is asked for each of ``values``
+    of this dimension, by default a quarter of the job's own, half, the same, twice and four times as much;
+    without it, ``values`` are ignored. ``step``: only multiples of it are tried; None: what the job and the
+    plan need. ``measure``: whether values are also run, each for a few steps in a process of its own under
+    the cap, to find where memory runs out (`planner.largest_runs.find_boundary`).
 
     Raises UserError for a dimension that the job does not have, for a plan that the engine does not support,
     if ``along`` is the same dimension, and if ``measure`` is asked for another machine, without a cap on a
     processor, or of a job that takes no sizes. Raises NothingFits if no plan of a search fits: with the job's
-    own sizes and, if the job takes sizes, with the smallest value of the dimension.
+    own sizes and, if the job takes sizes, with the smallest value of the dimension. Without ``plans``, also
+    raises the other errors of `planner.search.search`. Raises RunError if operators cannot be timed here.
     """
     sizes = _sizes(request.job_ref)
     target = sizes.resolve(dimension)

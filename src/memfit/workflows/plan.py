@@ -21,8 +21,10 @@ def find_plan(
     UserError is raised.
 
     ``must_run``: whether plain training must be able to run; if the request is for this machine, the batch is
-    then halved until plain training fits its free memory or has one sample per rank. Raises NothingFits if no
-    plan fits, and SearchInterrupted with the result so far on Ctrl-C.
+    then halved until plain training fits its free memory or has one sample per rank.
+
+    Also raises what `planner.search.search` raises, such as NothingFits if no plan fits. Ctrl-C while plans
+    are run raises SearchInterrupted with the result so far.
     """
     if measure_s is not None and not must_run and request.goal not in trials.BY_TIME:
         raise UserError(

@@ -524,7 +524,7 @@ class _PocRunner:
     def add_control(self, poc: Poc, side_by_side: SideBySide | None = None) -> Poc:
         """Return the PoC with a run of the job's negative control, trained with seed 0 and stored, if the
         metric judges the recommended plan equivalent and there is no stored power study; otherwise
-        unchanged."""
+        unchanged. Raises RunError as `add_runs` does."""
         baseline_runs, recommended_runs = _judged_runs(poc.runs)
         outcome = self._verdict(baseline_runs, recommended_runs)
         if outcome.kind is not VerdictKind.EQUIVALENT or not outcome.metric:

@@ -44,7 +44,7 @@ OnNotice = Callable[[Event], None]
 
 def explain(request: Request, plan: Plan, progress: Progress) -> Estimate:
     """Return the prediction for ``plan`` with the request's job, machine and engine. The plan is not trained;
-    if the request is for this machine, its operators are timed here. Raises UserError as `anatomy` does."""
+    if the request is for this machine, its operators are timed here. Raises what `anatomy` raises."""
     return anatomy(request, [plan], progress)[0].estimate
 
 
@@ -53,7 +53,7 @@ def resolve_plan(request: Request, plan: Plan, progress: Progress) -> Plan:
 
     Only a plan that recomputes tensors so as to stay within a memory budget can have some left: the tensors
     to recompute are then chosen for the request's machine. Any other plan is returned unchanged. Raises
-    UserError if the budget cannot be met, and as `anatomy` does.
+    UserError if the budget cannot be met, and what `anatomy` raises.
     """
     return plan if open_budget(plan) is None else explain(request, plan, progress).plan
 
@@ -67,7 +67,7 @@ def anatomy(
     ``lines``: whether the trace has the line of the user's code that made each allocation. Raises UserError
     if the job cannot be loaded, if the request's engine or machine or the job does not support a plan, if a
     plan cannot split the batch equally, or if it splits it in a way that gives the terms of the loss wrong
-    weights.
+    weights. Raises RunError if operators cannot be timed here.
     """
     _, predictor = make_predictor(request)
     predictor.lines = lines
@@ -112,7 +112,7 @@ def run_plan(
 
     Also raises UserError if the plan has too many ranks for this machine, if the engine does not support the
     plan or cannot train it here, if the checkpoint to resume from is missing or does not suit, or if the
-    process that trains refuses the plan or the job.
+    process that trains refuses the plan or the job; and what `anatomy` raises.
     """
     ready_engine(request.engine, plan, request.device_kind)
     is_replay = request.engine == "replay"
