@@ -19,6 +19,8 @@ from memfit.launch.executors import make_executor, names, parse_executor
 from memfit.launch.executors.base import CANCEL, OWNER, RECORD, USAGE, Executor, Task, TaskState, read_usage
 from memfit.launch.executors.local import LocalExecutor
 from memfit.launch.executors.on_node import run_task
+from memfit.launch.executors.slurm import SlurmExecutor
+from memfit.launch.executors.submitit_jobs import SubmititExecutor
 from memfit.runtime import devices
 from memfit.types.errors import UserError
 
@@ -164,6 +166,28 @@ def test_a_wrong_executor_is_refused_in_one_line(text: str, message: str) -> Non
     assert message in str(error.value)
 
 
+def test_settings_of_every_executor_are_not_passed_to_slurm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "srun").write_text("#!/bin/sh\n")
+    (tmp_path / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    text = "slurm:partition=a100,time=90,mem=16G,gres=gpu:1,nodelist=n1,device=H100-SXM,usd_per_hour=1.5"
+    name, settings = parse_executor(text)
+    executor = make_executor(name, settings, tmp_path / "own", device_count=1)
+    assert isinstance(executor, SlurmExecutor)
+    assert executor.parameters() == {
+        "name": "memfit",
+        "stderr_to_stdout": True,
+        "timeout_min": 60,
+        "slurm_partition": "a100",
+        "slurm_time": 90,
+        "slurm_mem": "16G",
+        "slurm_gres": "gpu:1",
+        "slurm_nodelist": "n1",
+    }
+
+
 def test_slurm_itself_says_whether_a_trial_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A job that is preempted and requeued leaves submitit's result, but will start again."""
     answer = tmp_path / "squeue.txt"
@@ -192,8 +216,6 @@ def test_slurm_itself_says_whether_a_trial_has_ended(tmp_path: Path, monkeypatch
 
 
 def test_settings_that_choose_a_device_are_part_of_what_a_trial_is() -> None:
-    from memfit.launch.executors.slurm import SlurmExecutor
-
     assert SlurmExecutor.kind_of({"time": "60", "partition": "a100"}) == "slurm:partition=a100"
     assert SlurmExecutor.kind_of({"time": "60"}) == "slurm"
 
@@ -213,3 +235,17 @@ def test_one_more_executor_is_one_file(tmp_path: Path, monkeypatch: pytest.Monke
     assert parse_executor("mine:queue=long") == ("mine", {"queue": "long"})
     each = task(tmp_path, "t", WRITES)
     assert make_executor("mine", {}, tmp_path, device_count=1).submit([each]) == ["t"]
+
+
+def test_tasks_are_asked_to_end_if_a_later_one_cannot_be_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(self: object, tasks: object) -> None:
+        raise OSError("no process is left")
+
+    monkeypatch.setattr(SubmititExecutor, "start", start)
+    executor = LocalExecutor({}, tmp_path / "own", device_count=1)
+    tasks = [task(tmp_path, name, SLEEPS) for name in "ab"]
+    with pytest.raises(UserError, match="could not submit the tasks: no process is left"):
+        executor.submit(tasks)
+    assert all((each.folder / CANCEL).exists() for each in tasks)

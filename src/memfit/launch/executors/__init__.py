@@ -41,15 +41,16 @@ def parse_executor(text: str) -> tuple[str, Mapping[str, str]]:
 
 
 def make_executor(name: str, settings: Mapping[str, str], folder: Path, *, device_count: int) -> Executor:
-    """Return the executor called ``name`` with the user's ``settings`` (KEY -> VALUE), whose own files are in
-    ``folder``. ``device_count``: number of devices of each task. Raises UserError if submitit is not
-    installed or refuses, as for Slurm on a machine without it."""
+    """Return the executor called ``name`` with the user's ``settings`` (KEY -> VALUE), both as
+    `parse_executor` returns them. The executor's own files are in ``folder``, which is created.
+    ``device_count``: number of devices of each task. Raises UserError if submitit is not installed or
+    refuses, as for Slurm on a machine without it."""
     return _class_of(name)(settings, folder, device_count=device_count)
 
 
 def executor_kind(name: str, settings: Mapping[str, str]) -> str:
-    """Return the name of the executor and those of its ``settings`` that decide on the kind of device, such
-    as "slurm:partition=a100" (`Executor.kind_of`)."""
+    """Return the name of the executor, followed by those of its ``settings`` that decide on the kind of
+    device, if there are any: "slurm:partition=a100" (`Executor.kind_of`)."""
     return _class_of(name).kind_of(settings)
 
 

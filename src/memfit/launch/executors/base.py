@@ -44,10 +44,10 @@ class TaskState(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One command. ``argv``: the program and its arguments. It is run in ``working_folder`` and writes its
-    result, one text, to record.json in ``folder``. This folder is the task's own, and the machine that runs
-    the task can read and write it under the same path. ``device_count``: number of devices on which the task
-    trains."""
+    """One command. ``name``: no other task of the executor has it. ``argv``: the program and its arguments.
+    It is run in ``working_folder`` and writes its result, one text, to record.json in ``folder``. This folder
+    is the task's own, and the machine that runs the task can read and write it under the same path.
+    ``device_count``: number of devices on which the task trains."""
 
     name: str
     argv: tuple[str, ...]
@@ -58,9 +58,9 @@ class Task:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TaskStatus:
-    """The state of a task. ``run_s``: seconds for which it has run, over all its starts. ``reason``: why it
-    has ended without a record, as far as this is known; "" for any other task. ``starts``: how often it was
-    started; more than 1 after a scheduler has preempted and requeued it."""
+    """The state of a task. ``run_s``: seconds for which it has run, over all its starts, noted once a second.
+    ``reason``: why it has ended without a record, as far as this is known; "" for any other task. ``starts``:
+    how often it was started; more than 1 after a scheduler has preempted and requeued it."""
 
     state: TaskState
     run_s: float = 0.0
@@ -83,8 +83,9 @@ class Usage:
 
 
 class Executor(abc.ABC):
-    """Runs tasks. ``settings``: the user's, KEY -> VALUE. ``folder``: where it may keep files; it is removed
-    when no task is left. ``device_count``: number of devices of each task."""
+    """Runs tasks. ``settings``: the user's, KEY -> VALUE, as `check` allows them. ``folder``: where it may
+    keep files; the caller removes it when no task is left. ``device_count``: number of devices of each
+    task."""
 
     keys: ClassVar[Mapping[str, str]] = {}
     """The settings that it has beside `SETTINGS`, KEY -> what it means, in one line."""
@@ -101,7 +102,7 @@ class Executor(abc.ABC):
     @classmethod
     def check(cls, settings: Mapping[str, str]) -> None:
         """Raise UserError if ``settings`` (KEY -> VALUE) contain one that the executor does not have, or a
-        value that it does not allow."""
+        value that it does not allow. Whether the catalog has the ``device`` is not checked here."""
         known = {**cls.keys, **SETTINGS}
         if unknown := sorted(settings.keys() - known.keys()):
             raise UserError(
@@ -135,7 +136,7 @@ class Executor(abc.ABC):
     @abc.abstractmethod
     def submit(self, tasks: Sequence[Task]) -> Sequence[str]:
         """Submit the tasks and return a job ID for each, in their order. Raises UserError if the scheduler
-        refuses them; then none is submitted."""
+        refuses them, or their processes cannot be started; then none runs."""
 
     @abc.abstractmethod
     def status(self, task: Task, job_id: str) -> TaskStatus:
@@ -147,14 +148,15 @@ class Executor(abc.ABC):
         or after an executor's time limit."""
 
     def fetch(self, task: Task) -> str | None:
-        """Return the text that the task wrote to record.json; None if it has written none."""
+        """Return the text that the task wrote to record.json; None if there is no such file. Raises OSError
+        if it cannot be read."""
         try:
-            return (task.folder / RECORD).read_text(encoding="utf-8")
+            return (task.folder / RECORD).read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return None
 
     def forget(self, task: Task, job_id: str) -> None:  # noqa: B027
-        """Remove what the executor keeps of a task that has ended, beside the task's folder."""
+        """Remove what the executor keeps of a task that has ended. The task's own folder stays."""
 
 
 def read_usage(folder: Path) -> Usage:
@@ -170,9 +172,9 @@ def read_usage(folder: Path) -> Usage:
 
 
 def last_output_line(task: Task) -> str:
-    """Return the last line that the task's command printed, cut to 300 characters, without a leading
-    "memfit: ". Empty lines and lines with nothing but a brace are passed over. Return "" if there is no other
-    line."""
+    """Return the last line that the task's command printed (output.txt in its folder), cut to 300 characters,
+    without a leading "memfit: ". Empty lines and lines with nothing but a brace are passed over. Return "" if
+    there is no other line, or the file cannot be read."""
     try:
         text = (task.folder / OUTPUT).read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -39,10 +39,10 @@ class LocalExecutor(SubmititExecutor):
         return int(self.settings.get("parallel", self._shares))
 
     def variables(self, task: Task) -> Mapping[str, str]:
-        """Give the task accelerators, those that the fewest other tasks have, and return the environment
-        variables, name -> value, under which it sees only these. It has them until `forget`. Tasks share
-        accelerators if there are not enough for all that run. Empty without accelerators, and for a kind of
-        accelerator of which memfit knows no such variable: then each task sees all."""
+        """Give the task ``device_count`` accelerators, those that the fewest other tasks have, and return the
+        environment variable, name -> value, under which it sees only these. It has them until `forget`. Tasks
+        share accelerators if there are not enough for all that run. Empty without accelerators, and for a
+        kind of accelerator of which memfit knows no such variable: then each task sees all."""
         users = list(self._share_of.values())
         share = min(range(self._shares), key=users.count)
         self._share_of[task.name] = share
@@ -70,12 +70,19 @@ class LocalExecutor(SubmititExecutor):
 
         # The processes do not import from the user's folder, and leave Ctrl-C to this one. Both change this
         # whole process while they start, so two threads must not do it at once.
-        with _STARTING, ignoring_ctrl_c(), environment_variables(PYTHONSAFEPATH="1"):
-            return super().start(tasks)
+        try:
+            with _STARTING, ignoring_ctrl_c(), environment_variables(PYTHONSAFEPATH="1"):
+                return super().start(tasks)
+        except OSError:
+            self._request_end(tasks)  # of those that were started before one could not be
+            raise
+
+    def _request_end(self, tasks: Iterable[Task]) -> None:
+        for task in tasks:
+            (task.folder / CANCEL).touch()
 
     def cancel(self, jobs: Mapping[str, Task]) -> None:
-        for task in jobs.values():
-            (task.folder / CANCEL).touch()
+        self._request_end(jobs.values())
         until_s = time.monotonic() + _CANCEL_S
         while time.monotonic() < until_s and not all(self.has_ended(t, j) for j, t in jobs.items()):
             time.sleep(_TICK_S)

@@ -31,13 +31,14 @@ def run_task(
     owner: str = "",
     variables: Mapping[str, str] | None = None,
 ) -> int:
-    """Run ``argv`` in ``working_folder`` and return its exit code; negative: minus the signal that ended it.
-    What it prints is added to output.txt in ``folder``; usage.json there says when it runs (`Usage`).
-    ``variables``: further environment variables, name -> value.
+    """Run ``argv`` in ``working_folder`` and return its exit code; negative: minus the signal that ended it;
+    1 if there is no such program. What it prints is added to output.txt in ``folder``, which must exist;
+    usage.json there says when it runs (`Usage`). ``variables``: further environment variables, name -> value.
+    To be called in the main thread.
 
-    The command receives SIGTERM, and SIGKILL 10 s later, if this process receives SIGTERM, if a file called
-    cancel appears in ``folder``, or if no process keeps the file ``owner`` locked any more ("": not checked).
-    It is killed if this process dies."""
+    The command receives SIGTERM, and SIGKILL 10 s later, if this process receives SIGTERM, if there is a file
+    called cancel in ``folder``, or if no process keeps the file ``owner`` locked any more ("": not checked).
+    It is killed if this process dies. The processes that it leaves in its process group are killed."""
     task = _RunningTask(Path(folder), owner)
     with (Path(folder) / OUTPUT).open("ab") as output:
         process = subprocess.Popen(
@@ -91,7 +92,8 @@ class _RunningTask:
                 process.wait(_TICK_S)
 
     def note(self, exit_code: int | None) -> None:
-        """Write usage.json: the spans of all starts, the last one until now, and the exit code."""
+        """Write usage.json: the spans of all starts, the last one until now, and the exit code (None: it
+        runs). Do nothing if it cannot be written."""
         self._spans[-1][1] = time.time()
         text = json.dumps({"spans": self._spans, "exit_code": exit_code})
         with contextlib.suppress(UserError):  # the folder is gone: nobody asks any more

@@ -33,8 +33,8 @@ _RUNS: Final = ("RUNNING", "COMPLETING", "STOPPED", "SUSPENDED")
 
 
 class SlurmExecutor(SubmititExecutor):
-    """Tasks as jobs of Slurm. They go on if the process that submitted them dies. The folders of the tasks
-    must be on a file system that the nodes share."""
+    """Tasks as jobs of Slurm. They go on if the process that submitted them dies. The folders of the tasks,
+    and this executor's, must be on a file system that the nodes share."""
 
     cluster = "slurm"
     keys: ClassVar[Mapping[str, str]] = {
@@ -71,7 +71,9 @@ class SlurmExecutor(SubmititExecutor):
                 )
 
     def parameters(self) -> dict[str, Any]:
-        values = {f"slurm_{k}": int(v) if k in _NUMBERS else v for k, v in self.settings.items()}
+        # Not those of every executor (`SETTINGS`), which are memfit's own.
+        settings = {k: v for k, v in self.settings.items() if k in self.keys}
+        values = {f"slurm_{k}": int(v) if k in _NUMBERS else v for k, v in settings.items()}
         return {"name": "memfit", "stderr_to_stdout": True, "timeout_min": _TIME_MIN, **values}
 
     def submit(self, tasks: Sequence[Task]) -> Sequence[str]:
@@ -93,8 +95,9 @@ class SlurmExecutor(SubmititExecutor):
         return end_text or super().reason(task, job_id)
 
     def _state(self, job_id: str) -> str:
-        """Return squeue's word for the state of a job, such as "RUNNING"; "" if squeue does not list the job;
-        "UNKNOWN" if squeue has failed so far. If it fails later, its last answer counts."""
+        """Return squeue's word for the state of a job, such as "RUNNING"; "" if squeue does not list the job.
+        squeue is asked at most once a second. If it fails, its last answer counts; "UNKNOWN" if it has given
+        none since the last `submit`."""
         if time.monotonic() - self._read_s >= _READ_EVERY_S:
             command = ["squeue", "--me", "--array", "--states=all", "--noheader", "--format=%i %T"]
             answer = subprocess.run(command, check=False, capture_output=True, text=True)

@@ -23,7 +23,8 @@ from memfit.types.errors import UserError
 
 
 class SubmititExecutor(Executor):
-    """Tasks as jobs of one of submitit's clusters, ``cluster``: "local" or "slurm"."""
+    """Tasks as jobs of one of submitit's clusters, ``cluster``: "local" or "slurm". Constructing it raises
+    UserError if submitit is not installed or cannot use the cluster here."""
 
     cluster: ClassVar[str]
 
@@ -66,7 +67,8 @@ class SubmititExecutor(Executor):
             return [self._executor.submit(run_task, *self.arguments(task)) for task in tasks]
 
     def arguments(self, task: Task) -> tuple[Any, ...]:
-        """Return the arguments of `run_task` for the task."""
+        """Return the arguments of `run_task` for the task. It ends with the process that submits it, which
+        keeps the file ``owner`` beside the tasks' folders locked, unless the executor ``survives``."""
         owner = "" if self.survives else str(task.folder.parent / OWNER)
         places = (str(task.folder), str(task.working_folder))
         return list(task.argv), *places, owner, self.variables(task)
@@ -76,7 +78,8 @@ class SubmititExecutor(Executor):
         return {}
 
     def job(self, job_id: str) -> Any:
-        """Return submitit's object for the job, also if another process has submitted it."""
+        """Return submitit's object for the job; a new one, from the job's files, if another process has
+        submitted it."""
         if job_id not in self._jobs:
             self._jobs[job_id] = self._executor._executor.job_class(self.folder / "jobs" / "%j", job_id)
         return self._jobs[job_id]
@@ -99,8 +102,9 @@ class SubmititExecutor(Executor):
         return bool(read_usage(task.folder).spans)
 
     def reason(self, task: Task, job_id: str) -> str:
-        """Return in words why the task has ended without a record: the last line that it printed, else its
-        exit code or signal."""
+        """Return in words why the task has ended without a record: the signal that ended it, else the last
+        line that it printed, else its exit code. If none is noted, the process that ran it was killed or
+        never started."""
         code = read_usage(task.folder).exit_code
         if code is None:
             return "the process that ran it was killed, or never started"
