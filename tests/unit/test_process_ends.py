@@ -270,6 +270,32 @@ def test_writing_to_a_named_pipe_goes_to_its_reader(tmp_path: Path) -> None:
     assert received == [b"new"]
 
 
+def test_an_open_file_of_this_process_is_written_to_where_it_stands(tmp_path: Path) -> None:
+    path = tmp_path / "redirected.txt"
+    with path.open("wb", buffering=0) as file:
+        file.write(b"before, ")
+        opened = Path(f"/dev/fd/{file.fileno()}")
+        assert replace.is_stream(opened)
+        assert write_whole(opened, b"new, ") == opened
+        file.write(b"after")
+    assert path.read_bytes() == b"before, new, after"
+    assert not replace.is_stream(path)
+
+
+@pytest.mark.parametrize("name", [".", "/", "", "nul\0"])
+def test_what_is_no_file_name_is_one_line(name: str) -> None:
+    with pytest.raises(UserError, match="cannot write"):
+        write_whole(Path(name), b"new")
+
+
+def test_only_drafts_are_removed_as_drafts(tmp_path: Path) -> None:
+    mine = tmp_path / ".a.json.mine.part"
+    mine.touch()
+    os.utime(mine, (0, 0))
+    write_whole(tmp_path / "a.json", b"{}")
+    assert mine.exists()
+
+
 @LINUX
 @pytest.mark.parametrize(
     "arguments",

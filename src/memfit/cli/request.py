@@ -21,7 +21,7 @@ from memfit.cli.options import (
 from memfit.cli.output import check_choice, console, emit
 from memfit.cli.progress import Bars
 from memfit.cost.host import with_host_memory
-from memfit.files.replace import must_be_writable
+from memfit.files.replace import is_stream, must_be_writable
 from memfit.types.errors import Interrupted, UserError
 from memfit.types.machine import Calibration, Machine
 from memfit.types.parsing import parse_bytes, parse_time_limit
@@ -285,6 +285,6 @@ def writable(path: Path, *, overwrite: bool = True, hint: str = "--force overwri
         raise UserError(f"{path} already exists", hint=hint)
     if path.exists() and not os.access(path, os.W_OK):
         raise UserError(f"no permission to write {path}", hint="choose another file")
-    if path.is_file() or not path.exists():  # other things, such as /dev/stdout, are written to directly
+    if not is_stream(path) and (path.is_file() or not path.exists()):
         must_be_writable(path.parent, path.name)
     return path

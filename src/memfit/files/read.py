@@ -43,8 +43,8 @@ _SHOWN: Final = 200  # characters of a parser's message
 
 def read_bytes(path: Path, *, most_bytes: int = MOST_BYTES, hint: str = "") -> bytes:
     """Return the content of a regular file; a symbolic link to one is followed. Raises UserError if it cannot
-    be read, if it is no regular file, and if it has more than ``most_bytes``; ``hint`` says what to do then.
-    It never waits for a writer."""
+    be read, if it is no regular file (a named pipe is refused at once, not waited for), and if it has more
+    than ``most_bytes``. ``hint``: the hint of the error for a file that is too large."""
     with open_regular(path) as file:
         data, expected_bytes = b"", max(os.fstat(file.fileno()).st_size, _CHUNK_BYTES) + 1
         try:
@@ -60,7 +60,7 @@ def read_bytes(path: Path, *, most_bytes: int = MOST_BYTES, hint: str = "") -> b
 
 def open_regular(path: Path) -> BinaryIO:
     """Open a regular file to read its bytes; a symbolic link to one is followed. Raises UserError if it
-    cannot be opened or is no regular file. It never waits for a writer."""
+    cannot be opened or is no regular file. A named pipe is refused at once, not waited for."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -86,9 +86,9 @@ def read_text(path: Path, *, most_bytes: int = MOST_BYTES, encoding: str = "utf-
 
 
 def read_data_text(path: Path, *, most_bytes: int) -> str:
-    """Return the text, in UTF-8, of a data file of at most ``most_bytes``, decompressed if its name ends in
-    ``.gz``. Raises UserError as `read_text` does, and if it cannot be decompressed or unpacks to more than
-    `unpacked_limit`."""
+    """Return the text of a UTF-8 file of at most ``most_bytes``, decompressed by gzip if its name ends in
+    ``.gz``, with its line ends as "\\n". Raises UserError as `read_text` does, and if it cannot be
+    decompressed or unpacks to more than `unpacked_limit`."""
     if path.suffix != ".gz":
         return read_text(path, most_bytes=most_bytes)
     data = read_bytes(path, most_bytes=most_bytes)
@@ -136,9 +136,9 @@ def read_yaml(path: Path) -> Any:
 def parse_json(
     text: str, *, what: str, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None
 ) -> Any:
-    """Return the value of JSON text. ``what`` names the text in messages. ``pairs_hook``: the argument
-    object_pairs_hook of `json.loads`. Raises UserError if the text is not JSON, if ``pairs_hook`` raises
-    ValueError, and as `bounded` does."""
+    """Return the value of JSON text; NaN and Infinity are allowed. ``what`` names the text in messages.
+    ``pairs_hook``: the argument object_pairs_hook of `json.loads`. Raises UserError if the text is not JSON,
+    if ``pairs_hook`` raises ValueError, and as `bounded` does."""
     try:
         return bounded(json.loads(text, object_pairs_hook=pairs_hook), what=what)
     except json.JSONDecodeError as error:
@@ -163,9 +163,10 @@ def parse_toml(text: str, *, what: str) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, *, what: str) -> Any:
-    """Return the value of YAML text. ``what`` names the text in messages. Raises UserError if the text has
-    more than 262,144 characters, is not YAML, or has more than 100,000 values, of which each alias counts as
-    many as what it stands for; and as `bounded` does."""
+    """Return the value of YAML text; None if it is empty. ``what`` names the text in messages. Raises
+    UserError if the text has more than 262,144 characters, is not one YAML document of plain values, or has
+    more than 100,000 values and keys, of which each alias counts as many as what it stands for; and as
+    `bounded` does."""
     import yaml
 
     from memfit.files.yaml_loader import BoundedLoader
@@ -188,9 +189,9 @@ def parse_yaml(text: str, *, what: str) -> Any:
 
 
 def bounded(value: Any, *, what: str) -> Any:
-    """Return ``value``, parsed from a file, if it has at most a million values, at most 64 levels, and only
-    whole numbers of at most 400 bits (about 120 digits). Raises UserError otherwise. ``what`` names the file
-    in messages."""
+    """Return ``value``, parsed from a file, if it has at most a million values and keys, at most 64 levels,
+    and only whole numbers of at most 400 bits (about 120 digits). Raises UserError otherwise. ``what`` names
+    the file in messages."""
     count, level = 0, [value]
     for _ in range(_DEEPEST):
         count += len(level)
@@ -205,7 +206,8 @@ def bounded(value: Any, *, what: str) -> Any:
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (keys joined by dots, value) for each value in nested dictionaries that is no dictionary."""
+    """Yield (``prefix`` and the keys joined by dots, value) for each value in nested dictionaries that is no
+    dictionary: ("a.b", 1) for {"a": {"b": 1}}."""
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from leaves(value, f"{prefix}{key}.")

@@ -26,9 +26,10 @@ _YOUNG_S: Final = 1.0  # a folder of this age may not be locked yet
 
 @contextlib.contextmanager
 def temporary_folder(prefix: str = PREFIX, parent: Path | None = None) -> Iterator[Path]:
-    """Yield a new folder that only this user can read, and remove it at the end. ``parent``: the folder in
-    which it is created; None: the system's folder for temporary files. Folders of processes that have died
-    are removed first (`remove_abandoned`). Raises OSError if the folder cannot be created."""
+    """Yield a new folder that only this user can read, and remove it at the end. ``prefix``: how its name
+    begins. ``parent``: the folder in which it is created, which must exist; None: the system's folder for
+    temporary files. Folders there with this prefix whose processes have died are removed first
+    (`remove_abandoned`). Raises OSError if the folder cannot be created."""
     remove_abandoned(prefix, parent)
     path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
     descriptor = -1
@@ -44,9 +45,10 @@ def temporary_folder(prefix: str = PREFIX, parent: Path | None = None) -> Iterat
 
 
 def remove_abandoned(prefix: str = PREFIX, parent: Path | None = None) -> list[Path]:
-    """Remove the folders of `temporary_folder` with ``prefix`` in ``parent`` that belong to this user and
-    whose process has died, and return their paths. Other folders stay, whatever their names, and links are
-    not followed. Nothing is raised: what cannot be removed stays."""
+    """Remove the folders that `temporary_folder` made in ``parent`` (None: the system's folder for temporary
+    files), whose names begin with ``prefix``, which belong to this user and whose process has died, and
+    return their paths. Other folders stay, whatever their names, and links are not followed. Nothing is
+    raised: what cannot be removed stays."""
     folder = Path(tempfile.gettempdir()) if parent is None else parent
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         paths = [Path(entry.path) for entry in entries if entry.name.startswith(prefix)]

@@ -11,8 +11,9 @@ _MOST_NODES: Final = 100_000
 
 
 class BoundedLoader(yaml.SafeLoader):
-    """Raises yaml.YAMLError for more than 64 levels, for an alias inside what it stands for, and for more
-    than 100,000 values, of which each alias counts as many as what it stands for."""
+    """yaml.SafeLoader that also raises yaml.YAMLError for more than 64 levels, for an alias inside what it
+    stands for, and for more than 100,000 values and keys, of which each alias counts as many as what it
+    stands for. Tags with a wrong value, such as ``!!int ''``, raise ValueError and other errors."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
