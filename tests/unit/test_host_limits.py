@@ -36,6 +36,14 @@ def test_a_limit_above_the_own_group_of_version_2_counts(tmp_path: Path) -> None
     assert cgroup.limit_here(root=tmp_path, own=own) == (2 * GIB, GIB)
 
 
+def test_the_least_limit_counts_though_a_group_above_has_less_left(tmp_path: Path) -> None:
+    _group(tmp_path / "job", V2, 8 * GIB, 7 * GIB, 0)
+    _group(tmp_path / "job" / "task", V2, 4 * GIB, GIB, 0)
+    own = tmp_path / "own"
+    own.write_text("0::/job/task\n")
+    assert cgroup.limit_here(root=tmp_path, own=own) == (4 * GIB, GIB)
+
+
 def test_the_memory_hierarchy_of_version_1_counts(tmp_path: Path) -> None:
     _group(tmp_path / "memory" / "slurm" / "job_7", V1, GIB, GIB // 2, GIB // 4)
     _group(tmp_path / "memory", V1, 9223372036854771712, 8 * GIB, 0)  # no limit

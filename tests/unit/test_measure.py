@@ -548,6 +548,16 @@ def test_a_control_group_cap_moves_the_process_in_reads_the_peak_and_moves_it_ou
     assert (group.home / "cgroup.procs").read_text() == str(os.getpid())
 
 
+def test_a_raised_cap_is_that_of_the_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    group = Group(path=tmp_path / "memfit-1", home=tmp_path, pid=1)
+    monkeypatch.setattr(Group, "of", lambda _: group)
+    monkeypatch.setattr("memfit.runtime.memory_cap._data_limit_holds", lambda: False)
+    limit = MemoryLimit(3 * MIB)
+    limit.apply(at_least_data_bytes=2**50)
+    assert limit.cap_bytes > 2**49
+    assert (group.path / "memory.max").read_text() == str(limit.cap_bytes)
+
+
 @LINUX
 def test_rlimit_data_is_preferred_and_checked_before_use(monkeypatch: pytest.MonkeyPatch) -> None:
     before = resource.getrlimit(resource.RLIMIT_DATA)

@@ -36,22 +36,27 @@ class Group:
     @classmethod
     def of(cls, pid: int, *, root: Path = _ROOT, own: Path = _OWN) -> Group | None:
         """Return the group for process `pid`, which is this process or its child. Nothing is created. Return
-        None if the user is root, or may not make a sibling of this process's group that limits memory.
-        ``root`` is the folder of all control groups, ``own`` the file that names this process's group."""
+        None without control groups of version 2, if the user is root, and if he may not make a sibling of
+        this process's group that limits memory. ``root`` is the folder of all control groups, ``own`` the
+        file that names this process's group."""
         home = _delegated_home(root, own)
         return cls(path=home.parent / f"memfit-{pid}", home=home, pid=pid) if home else None
 
     def make(self, cap_bytes: int) -> None:
-        """Create the group with a limit of ``cap_bytes`` on its memory, and without swap where the kernel
-        counts swap. Raises OSError if the group exists or the system does not allow it."""
+        """Create the group, without processes, with a limit of ``cap_bytes`` on its memory, and without swap
+        where the kernel counts swap. Raises OSError if the group exists or the system does not allow it."""
         self.path.mkdir()
         try:
-            (self.path / "memory.max").write_text(str(cap_bytes))
+            self.limit(cap_bytes)
             with contextlib.suppress(FileNotFoundError):  # a kernel without swap accounting
                 (self.path / "memory.swap.max").write_text("0")
         except OSError:
             self.remove()
             raise
+
+    def limit(self, cap_bytes: int) -> None:
+        """Set the limit on the group's memory. Raises OSError if the system does not allow it."""
+        (self.path / "memory.max").write_text(str(cap_bytes))
 
     def enter(self) -> None:
         """Move the process into the group. Pages that it touched before stay charged to the group that it
@@ -63,8 +68,8 @@ class Group:
         (self.home / "cgroup.procs").write_text(str(self.pid))
 
     def peak_bytes(self) -> int | None:
-        """Return the highest number of bytes that the group has held since it was created. Return None before
-        Linux 5.19, and if the group does not exist."""
+        """Return the highest number of bytes that the group has held since it was created. Return None if the
+        kernel does not record it (before Linux 5.19), and if the group does not exist."""
         with contextlib.suppress(OSError):
             return int((self.path / "memory.peak").read_text())
         return None
@@ -97,12 +102,14 @@ def oom_kills_here(*, root: Path = _ROOT, own: Path = _OWN) -> int | None:
 
 
 def limit_here(*, root: Path = _ROOT, own: Path = _OWN) -> tuple[int, int] | None:
-    """Return (limit, free bytes) of the control group with the least free memory, of this process's group and
-    those above it, in version 2 or in the memory hierarchy of version 1. A container's limit is such a group.
-    Cached files that the kernel can drop count as free. Return None if none of these groups limits memory.
-    ``root`` and ``own``: as in `Group.of`."""
+    """Return (least limit, least free bytes) of this process's control group and those above it that limit
+    memory, in version 2 or in the memory hierarchy of version 1. A container's limit is such a group. Cached
+    files that the kernel can drop count as free. Return None if none of these groups limits memory. ``root``
+    and ``own``: as in `Group.of`."""
     limits = [limit for g in _memory_groups(root, own) if (limit := _limit(g)) is not None]
-    return min(limits, key=lambda limit: limit[1], default=None)
+    if not limits:
+        return None
+    return min(limit for limit, _ in limits), min(free for _, free in limits)
 
 
 def _memory_groups(root: Path, membership_file: Path) -> list[Path]:

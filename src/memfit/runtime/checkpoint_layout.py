@@ -40,7 +40,7 @@ Box = tuple[Shape, Shape]  # (offsets, sizes)
 def boxes(shape: Shape, start: int, end: int) -> Iterator[Box]:
     """Yield boxes, each as (offsets, sizes), that together are the elements ``start`` to ``end`` (exclusive)
     of the flattened contiguous tensor of ``shape``, in the order of the elements. For d dimensions, these are
-    at most 2 d - 1 boxes. Yield none if ``start`` is not below ``end``."""
+    at most 2 d - 1 boxes; for a scalar, one. Yield none if ``start`` is not below ``end``."""
     if start >= end:
         return
     if not shape:
@@ -133,7 +133,8 @@ class PiecesLoadPlanner(DefaultLoadPlanner):
         self.metadata, self.is_coordinator = metadata, is_coordinator
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Set a value that is no tensor. torch's planner would also run code that the value names."""
+        """Set a value that is no tensor. Unlike torch's planner, this runs no code that the value names: it
+        raises pickle.UnpicklingError for any but plain types."""
         self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
 
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
@@ -209,7 +210,7 @@ class TensorPlace:
 
 
 def places(step: TrainingStep) -> dict[str, TensorPlace]:
-    """Return the place of every parameter of which this rank holds a part, by its name without wrappers
+    """Return name -> place of every parameter of which this rank holds a part. Names are without wrappers
     (`unwrapped_name`). The owner is the parameter's fp32 master if the optimizer has one."""
     names = {p: unwrapped_name(n) for n, p in step.model.named_parameters()}
     optimizer: Any = step.optimizer
@@ -306,7 +307,7 @@ def spread(step: TrainingStep) -> None:
 
 
 def buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the buffers that are in the model's state dict, by their names without wrappers
+    """Return name -> buffer of the buffers that are in the model's state dict. Names are without wrappers
     (`unwrapped_name`)."""
     return {
         unwrapped_name(f"{prefix}.{name}" if prefix else name): buffer
@@ -325,8 +326,8 @@ def unwrapped_name(name: str) -> str:
 
 
 def optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """Return the torch optimizers inside ``optimizer`` (`innermost`). Raises UserError if an innermost object
-    is not a torch optimizer."""
+    """Return the torch optimizers that ``optimizer`` wraps (`innermost`), or [optimizer] if it is one itself.
+    Raises UserError if an innermost object is not a torch optimizer."""
     inner_optimizers = innermost(optimizer)
     for inner in inner_optimizers:
         if not isinstance(inner, torch.optim.Optimizer):
@@ -339,9 +340,9 @@ def optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
 
 
 def make_states(optimizer: torch.optim.Optimizer, flats: Iterable[torch.Tensor]) -> None:
-    """Create the state that the optimizer makes in its first step, by steps with zero gradients, one trained
-    parameter at a time. These steps may change parameters and state, so the caller overwrites both afterwards
-    with those of a checkpoint. Existing gradients are kept but become zero.
+    """Create the state that the optimizer makes in its first step, by a step with a zero gradient for each
+    trained parameter in turn, while the others have none. These steps may change parameters and state, so the
+    caller overwrites both afterwards with those of a checkpoint. Existing gradients are kept but become zero.
 
     ``flats``: the flat tensors that the optimizer gets for each step under DeepSpeed's ZeRO 3, where it has
     no parameters between steps. Steps are made for these if the optimizer has no trained parameters, else

@@ -70,7 +70,7 @@ class Child:
         return self._pid
 
     def stop(self, reason: str = STOPPED) -> None:
-        """Have the child killed by the thread that follows it, soon after this call. ``reason``: why, in
+        """Have the child killed by the thread that runs it (`run`), soon after this call. ``reason``: why, in
         words; of several calls the first counts."""
         with self._lock:
             self.stop_reason = self.stop_reason or reason
@@ -87,8 +87,8 @@ class Child:
             self.folder, self._pid = folder, pid
 
     def end(self) -> None:
-        """Forget the process and its folder. To be called before the process is reaped: its number may be
-        reused afterwards."""
+        """Forget the process and its folder, so that nothing is sent to it any more. To be called before the
+        process is reaped: its number may be reused afterwards."""
         with self._lock:
             self.folder = self._pid = None
 
@@ -149,8 +149,9 @@ def run(
 
     The child is killed at the time limit of the spec, and soon after another thread stops it through
     ``child``. What goes wrong in the child is not raised: it is the outcome of the measurement (failed,
-    timeout or oom). Only an interruption of this process (Ctrl-C, an error in `on_event`) is raised, after
-    the child and its process group have been killed."""
+    timeout or oom). An interruption of this process (Ctrl-C, an error in `on_event`) is raised after the
+    child and its process group have been killed. Raises OSError if the files cannot be written or no process
+    can be started."""
     with temporary_folder() as folder, tempfile.TemporaryFile() as errors:
         for name, text in config.files.items():
             (folder / name).write_text(text, encoding="utf-8")
@@ -294,8 +295,8 @@ class _Watch:
         """Return (outcome, reason) of an end without a result, by the first of these that applies: FAILED if
         another thread stopped it; TIMEOUT after the time limit; OOM if memory ran out; else FAILED.
 
-        SIGKILL alone does not prove an out-of-memory kill: the kernel must have counted one since the start
-        (`_oom_kill`). Any exit code but 0 counts as out of memory if the end of standard error says so."""
+        SIGKILL alone does not prove an out-of-memory kill: the kernel must have counted one (`_oom_kill`).
+        Any exit code but 0 counts as out of memory if the end of standard error says so."""
         code, lines = self._process.returncode, self._error_lines()
         if self._timed_out and self._child.stopped:
             return OutcomeKind.FAILED, self._child.stop_reason
@@ -316,9 +317,9 @@ class _Watch:
         ran out; "" if the kernel did not.
 
         What decides is the kernel's count of such kills: that of the child's own control group if it is above
-        0; else that of this process's group, where the child was then, if the kernel keeps one; else that of
-        the whole machine, for which the text says "probably". A count that rose seconds before the child's
-        death is that of other processes."""
+        0; else whether that of this process's group, where the child was then, rose in the last 2 to 5
+        seconds, if the kernel keeps one; else whether that of the whole machine did, for which the text says
+        "probably". A kill before that was of another process."""
         if self._group_kills:
             return f"killed by the kernel at its cap of {format_bytes(self._spec.cap_bytes or 0)}"
         before, now = self._oom_kills[0], _OomKills.now()
@@ -330,7 +331,8 @@ class _Watch:
         return ""
 
     def _error_lines(self) -> list[str]:
-        """Return the last lines that the child wrote to standard error, without empty ones."""
+        """Return the lines of the last 4 KiB that the child wrote to standard error, without empty ones. The
+        first may be cut off."""
         size = self._errors.seek(0, os.SEEK_END)
         self._errors.seek(max(0, size - _STDERR_KEPT_BYTES))
         text = self._errors.read().decode("utf-8", "replace")
@@ -386,9 +388,9 @@ def machine_oom_kills() -> int:
 
 
 def child_environment(variables: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment variables of this process and ``variables``. Empty entries of PYTHONPATH, as a
-    colon at its end makes them, are left out: they stand for the current folder, from which a child must not
-    import unless the user names it."""
+    """Return the environment variables of this process, replaced and completed by ``variables``. Empty
+    entries of PYTHONPATH, as a colon at its end makes them, are left out: they stand for the current folder,
+    from which a child must not import unless the user names it."""
     environment = {**os.environ, **variables}
     if folders := [p for p in environment.pop("PYTHONPATH", "").split(os.pathsep) if p]:
         environment["PYTHONPATH"] = os.pathsep.join(folders)
@@ -396,8 +398,9 @@ def child_environment(variables: Mapping[str, str]) -> dict[str, str]:
 
 
 def die_with_parent(parent: int) -> None:
-    """On Linux, let the kernel kill this process, a forked copy of the process ``parent``, as soon as the
-    thread that forked it ends. End it at once if ``parent`` has died already."""
+    """To be called in a forked copy of the process with the number ``parent``. On Linux, let the kernel kill
+    this copy as soon as the thread that forked it ends. On every system, end it at once, with exit code 1, if
+    ``parent`` has died already."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
     if os.getppid() != parent:
@@ -406,7 +409,9 @@ def die_with_parent(parent: int) -> None:
 
 def dying_with_parent(argv: Sequence[str]) -> list[str]:
     """Return a command that runs `argv` in such a way that it is killed when this process dies, however it
-    dies. If this process has died before it starts, `argv` is not run.
+    dies. On Linux it is killed already when the thread that has started it ends. If this process has died
+    before it starts, `argv` is not run. If there is no such program, the command ends with exit code 1 and a
+    line on standard error.
 
     The command is a small Python program, because running Python code between fork and exec is unsafe with
     threads. On Linux it asks the kernel for this and replaces itself with `argv`. Elsewhere it starts `argv`,

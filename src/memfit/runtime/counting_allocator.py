@@ -44,7 +44,7 @@ class Counts(NamedTuple):
 
 class Event(NamedTuple):
     """One allocation (``delta_bytes`` above 0) or free (below 0), with its time on the monotonic clock in ns
-    and the operating system's id of its thread."""
+    and the operating system's ID of its thread (0 outside Linux)."""
 
     delta_bytes: int
     time_ns: int
@@ -65,8 +65,9 @@ class Log(NamedTuple):
 
 
 def available() -> str | None:
-    """Build the allocator's library, unless it is in the cache. Return None if it is there then, else the
-    reason why it cannot be built, in one line. Nothing is loaded or installed, which may still fail."""
+    """Build the counting allocator's library, unless it is in the cache. Return None if it can then be used
+    as far as known, else the reason why it cannot be built, in one line. Nothing is loaded or installed,
+    which may still fail."""
     try:
         _build()
     except AllocatorUnavailable as error:

@@ -57,8 +57,9 @@ class Accelerator:
 
     ``device``: torch's name, such as "cuda:0". ``name``: its product name. ``total_bytes`` and
     ``free_bytes``: its memory, and what of it nobody uses. ``context_bytes``: what a process takes of it
-    before it makes a tensor. ``driver``: version of its driver if torch names it, as for Intel's, else "".
-    ``gpu_target``: the architecture for which torch compiles its kernels (`DeviceKind.gpu_target`).
+    before it makes a tensor; 0 where that is unknown, as without NVML. ``driver``: version of its driver if
+    torch names it, as for Intel's, else "". ``gpu_target``: the architecture for which torch compiles its
+    kernels, such as "sm_90" or "gfx942"; "" of another kind than CUDA and ROCm.
     """
 
     device: str
@@ -95,8 +96,9 @@ def accelerator_count() -> int:
 
 def visible_accelerators(first: int, count: int) -> dict[str, str]:
     """Return the environment variable, name -> value, such as CUDA_VISIBLE_DEVICES, under which a process
-    sees only ``count`` of the accelerators that this one sees, from number ``first`` (counted from 0) on.
-    Empty without accelerators, and for a kind of which memfit knows no such variable."""
+    sees only ``count`` of the accelerators that this one sees, from number ``first`` (counted from 0) on;
+    fewer if there are not so many. Empty without accelerators, and for a kind of which memfit knows no such
+    variable."""
     name = device_kind(accelerator_kind()).visible_variable
     if not name:
         return {}
@@ -108,8 +110,9 @@ def visible_accelerators(first: int, count: int) -> dict[str, str]:
 @functools.cache
 def accelerators() -> tuple[Accelerator, ...]:
     """Return the accelerators of this machine that torch can use; () if there are none. A child process looks
-    at them, once in the life of this process, so that this process creates no context. Raises MemfitError if
-    the child fails, with the last line of its error, or does not answer within 120 s."""
+    at them, so that this process creates no context. Its answer is kept for the life of this process, so
+    ``free_bytes`` are those of the first call. Raises MemfitError if the child fails, with the last line of
+    its error, or does not answer within 120 s."""
     if not accelerator_kind():
         return ()
     command = dying_with_parent([sys.executable, "-m", "memfit.worker", "devices"])
@@ -131,7 +134,8 @@ def accelerators() -> tuple[Accelerator, ...]:
 
 def accelerator_names() -> tuple[str, ...]:
     """Return the product names of this machine's accelerators: those that `accelerators` has found, if this
-    process has called it, else those in the files of NVIDIA's and AMD's drivers. Torch is not loaded."""
+    process has called it, else those in the files of NVIDIA's and AMD's drivers; () if there are none. Torch
+    is not loaded."""
     if accelerators.cache_info().currsize:
         return tuple(accelerator.name for accelerator in accelerators())
     names = []
@@ -143,7 +147,7 @@ def accelerator_names() -> tuple[str, ...]:
 
 def describe_accelerators() -> list[Accelerator]:
     """Return the accelerators that torch sees, with a context created on each. `accelerators` calls this in a
-    child process."""
+    child process. Raises torch's error, such as RuntimeError, for one that does not work."""
     import torch
 
     return [_describe(torch.device(accelerator_kind(), i)) for i in range(accelerator_count())]
@@ -241,8 +245,8 @@ def has_memory_fraction(kind: str) -> bool:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the product name of an accelerator, such as "NVIDIA H100 80GB HBM3", or its kind in capitals if
-    torch does not tell it."""
+    """Return the product name of an accelerator, such as "NVIDIA H100 80GB HBM3", or its kind in capitals,
+    such as "MPS", if torch does not tell it."""
     name = getattr(_module(device), "get_device_name", None)
     return str(name(device)) if name is not None else device.type.upper()
 
@@ -258,8 +262,9 @@ def _module(device: torch.device) -> Any:
 
 
 def use_device(kind: str, local_rank: int = 0) -> torch.device:
-    """Make the device number ``local_rank`` of this kind the current one of the process and return it. For
-    the kind "cpu" that is the processor. Raises UserError if torch finds no such device here."""
+    """Make the device number ``local_rank`` (from 0) of this kind the current one of the process and return
+    it. For the kind "cpu" that is the processor, whatever the number. Raises UserError if torch finds no such
+    device here."""
     import torch
 
     if kind == HOST:
@@ -301,20 +306,20 @@ def collective_backend(kind: str) -> str:
 
 
 def local_rank() -> int:
-    """Return the number of this process, from 0, among those of the launch on this machine, as torchrun's
-    LOCAL_RANK says, or 0 if that is not set."""
+    """Return the number of this process, from 0, among those of the launch on this machine, as the
+    environment variable LOCAL_RANK of torchrun says, or 0 if that is not set."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def launch_rank() -> tuple[int, int]:
-    """Return (the rank of this process, the number of processes), as torchrun's RANK and WORLD_SIZE say; 0
-    and 1 where these are not set."""
+    """Return (the rank of this process, the number of processes), as the environment variables RANK and
+    WORLD_SIZE of torchrun say; 0 and 1 where these are not set."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def launch_node() -> int:
-    """Return the number of this machine, from 0, among those of the launch, as torchrun's GROUP_RANK says, or
-    0 if that is not set."""
+    """Return the number of this machine, from 0, among those of the launch, as the environment variable
+    GROUP_RANK of torchrun says, or 0 if that is not set."""
     return int(os.environ.get("GROUP_RANK", "0"))
 
 
@@ -340,8 +345,8 @@ _SLURM_UNITS: Final = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def slurm_memory() -> tuple[int, str] | None:
-    """Return (bytes, variable) of the memory that Slurm has allotted to this job on this node, by the
-    variable that says so: SLURM_MEM_PER_NODE; SLURM_MEM_PER_CPU times SLURM_CPUS_ON_NODE; or
+    """Return (bytes, variable) of the memory that Slurm has allotted to this job on this node, by the first
+    environment variable that says so: SLURM_MEM_PER_NODE; SLURM_MEM_PER_CPU times SLURM_CPUS_ON_NODE; or
     SLURM_MEM_PER_GPU times SLURM_GPUS_ON_NODE. Return None outside a job, if the job has the whole node (0),
     and if the values cannot be read. Whether Slurm also enforces it, by a control group, depends on its
     configuration."""
@@ -371,9 +376,9 @@ def _slurm_bytes(text: str) -> int:
 
 
 def memory_info(device: torch.device) -> tuple[int, int]:
-    """Return (free, total) bytes of the accelerator's memory. For a kind of which torch keeps no peak, such
-    as MPS, the total is the most that the system recommends to use, and free is that less what this process
-    has taken."""
+    """Return (free, total) bytes of the accelerator's memory, as its driver counts them over all processes.
+    For a kind of which torch keeps no peak, such as MPS, the total is the most that the system recommends to
+    use, and free is that less what this process has taken."""
     import torch
 
     if not device_kind(device.type).keeps_peak:
@@ -434,7 +439,7 @@ def allocator_figures(device: torch.device) -> AllocatorFigures:
 
 
 def free_cache(device: torch.device) -> None:
-    """Give back to the accelerator what torch's allocator keeps without using it."""
+    """Give back to the accelerator the memory that torch's allocator keeps for reuse and no tensor uses."""
     import torch
 
     if not device_kind(device.type).keeps_peak:

@@ -19,9 +19,9 @@ class EnergyMeter:
     "package (RAPL)" or "board (NVML)".
 
     For a CPU the boundary is the package (cores and caches of every socket, without DRAM, disks and power
-    supply), for a GPU of NVIDIA (``device`` "cuda" or "cuda:1") the board. Other accelerators have no meter.
-    The counters include everything that runs there, not only this process. ``powercap`` is the folder of the
-    CPU's counters, unused for other devices."""
+    supply), for a GPU of NVIDIA (``device`` "cuda" or "cuda:1") the board. Other accelerators have no meter,
+    nor has a CPU whose counters this user may not read. The counters include everything that runs there, not
+    only this process. ``powercap`` is the folder of the CPU's counters, unused for other devices."""
 
     def __init__(self, device: str = HOST, *, powercap: Path = _POWERCAP) -> None:
         self._board = board(device) if device_kind(device.partition(":")[0]).nvml else None
@@ -100,7 +100,8 @@ def _int(path: Path) -> int | None:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Board:
-    """A GPU of NVIDIA, as its management library NVML knows it. What NVML does not tell is None."""
+    """A GPU of NVIDIA, as its management library NVML (``nvml``, with its ``handle`` of the GPU) knows it.
+    What NVML does not tell is None."""
 
     nvml: Any
     handle: Any
@@ -128,7 +129,7 @@ class Board:
 
 
 def board(device: str) -> Board | None:
-    """Return NVML and its handle of torch's `device`, found by UUID because NVML ignores
+    """Return the board of torch's CUDA `device`, such as "cuda:0", found by UUID because NVML ignores
     CUDA_VISIBLE_DEVICES. Return None if pynvml is not installed or NVML does not find the device."""
     try:
         nvml = importlib.import_module("pynvml")

@@ -23,7 +23,8 @@ def install(engine: Engine, into: Path | None, on_line: OnLine) -> Environment:
     empty ones.
 
     Raises UserError if the engine has no requirements, if the folder exists and is not empty, or if the
-    record cannot be written. Raises RunError, with the last line printed, if venv or pip fails."""
+    record cannot be written. Raises RunError, with the last line printed, if venv or pip fails; what they
+    have created stays, and must be removed before another try."""
     if not engine.requirements:
         raise UserError(
             f"engine {engine.name} needs no environment of its own: it runs in that of memfit",

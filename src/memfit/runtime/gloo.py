@@ -20,8 +20,8 @@ _PATIENCE_S = 5e-4
 
 
 def gloo_threads(*names: str) -> list[int]:
-    """Return the ids of this process's threads that have one of these names. The list is empty if the system
-    does not list threads in /proc."""
+    """Return the operating system's IDs of this process's threads that have one of ``names``; [] if there are
+    none, or if the system does not list threads in /proc."""
     tasks, ids = Path("/proc/self/task"), list[int]()
     for task in tasks.iterdir() if tasks.exists() else ():
         with contextlib.suppress(OSError):  # the thread has ended in the meantime

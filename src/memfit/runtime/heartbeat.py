@@ -22,7 +22,8 @@ _LAYOUT: Final = struct.Struct("<qq24s")  # beats so far, step, phase
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Beat:
     """What a rank was doing at its last beat. ``count``: beats so far; 0: none yet. ``step``: counted from 0;
-    that which it works on, or between steps that which comes next."""
+    that which it works on, or between steps that which comes next. ``phase``: what it then began,
+    such as "data", "forward", "backward", "optimizer", "between" (steps) or "save"; "start" at first."""
 
     count: int = 0
     step: int = 0
@@ -30,8 +31,8 @@ class Beat:
 
 
 class Heartbeat:
-    """Writes the beats of this process to the file ``path``. Without such a file, as in a folder that another
-    launcher started, nothing is written."""
+    """Writes the beats of this process to the file ``path``, which its parent creates. If there is no such
+    file, as under another launcher than memfit, nothing is written."""
 
     def __init__(self, path: Path) -> None:
         self._count, self._map = 0, None

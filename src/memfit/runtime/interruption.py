@@ -14,8 +14,8 @@ _NUMBERS: Final = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interruption:
-    """In its ``with`` block, SIGTERM and SIGUSR1 do not end this process but are kept for `take`. Outside
-    the main thread, which alone receives signals, it does nothing.
+    """In its ``with`` block, SIGTERM and SIGUSR1 do not end this process but are kept for `take`. Entered
+    outside the main thread, which alone receives signals, it does nothing.
 
     ``grace_s``: seconds after the first SIGTERM at which the run must have ended (`is_over`). A second
     SIGTERM ends this time at once."""

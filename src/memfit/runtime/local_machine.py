@@ -21,11 +21,11 @@ def this_machine(place: str, kind: str = "") -> Machine:
     means its accelerators if torch finds some, else its processor. ``place``: name of a place in the catalog.
 
     Accelerators are called by their product name and have the catalog's figures if it knows the product.
-    Their memory is what the driver reports in all. The processor is called "this machine", or "this machine's
-    processor" if there is an accelerator as well. Its memory is what this process may use of it
-    (`host_memory_limit`), its power an assumed number of watts for each CPU thread that this process may use.
-    Raises UserError if torch finds no device of this kind or the catalog has no such place, and MemfitError
-    if torch finds an accelerator that does not work.
+    Their memory is what the driver reports in all. If they differ, all count as devices like the first. The
+    processor is called "this machine", or "this machine's processor" if there is an accelerator as well. Its
+    memory is what this process may use of it (`host_memory_limit`), its power an assumed number of watts for
+    each CPU thread that this process may use. Raises UserError if torch finds no device of this kind or the
+    catalog has no such place, and MemfitError if torch finds an accelerator that does not work.
     """
     accelerator_kind = devices.accelerator_kind()
     if kind not in ("", HOST, accelerator_kind):
@@ -71,7 +71,8 @@ def _find_device(name: str) -> Device | None:
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class HostMemoryLimit:
     """The memory of this machine that this process may use. ``total_bytes``: in all; ``free_bytes``: what can
-    be allocated now without swapping; ``source``: what sets the total, such as "operating system".
+    be allocated now without swapping; ``source``: what sets the total: "operating system", "control group" or
+    "Slurm (SLURM_MEM_PER_NODE)".
     """
 
     total_bytes: int
@@ -109,7 +110,8 @@ def _memory_fact(size_bytes: int, source: str) -> Fact:
 
 
 def threads() -> int:
-    """Return the number of logical CPUs that this process may use."""
+    """Return the number of logical CPUs on which this process may run (its CPU affinity; on systems without,
+    those of the machine). A limit on CPU time, as of a container, does not count."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -121,7 +123,8 @@ def free_bytes() -> int:
 
 def free_device_bytes(kind: str) -> int:
     """Return the bytes that training on a device of this kind could take now: `free_bytes` on the processor;
-    of an accelerator its free memory, less what the process's context takes there."""
+    on an accelerator the free memory of the first one, less what a process's context takes there, as when
+    this process first asked (`accelerators`). Raises MemfitError if an accelerator does not work."""
     if kind == HOST:
         return free_bytes()
     first = devices.accelerators()[0]

@@ -44,9 +44,10 @@ class PeakCounter(Protocol):
 
 
 def peak_counter(device: str | torch.device = HOST) -> PeakCounter:
-    """Return a counter for `device` ("cpu", "cuda:1") that is already counting: torch's statistics for an
-    accelerator, else the counting allocator, or `TorchEvents` if that is not available. Call it before the
-    model is built, because the counters for a CPU do not see earlier tensors."""
+    """Return a counter for `device` ("cpu", "cuda:1") that is already counting: for an accelerator, torch's
+    statistics, whose peaks are reset; for the CPU, the counting allocator, or `TorchEvents` if that is not
+    available. Call it before the model is built, because the counters for a CPU do not see earlier
+    tensors."""
     if (counted_device := torch.device(device)).type != HOST:
         return accelerator_counter(counted_device)
     try:
@@ -139,8 +140,8 @@ def rss_bytes() -> int:
 
 
 def rss_peak_bytes() -> int:
-    """Return the highest resident bytes since the last reset_rss_peak, or since the process started. Return
-    the resident bytes now if the system records no peak, as on macOS."""
+    """Return the highest resident bytes of this process since the last reset_rss_peak, or since the process
+    started. Return the resident bytes now if the system records no peak, as on macOS."""
     recorded_bytes = status_bytes("VmHWM")
     if recorded_bytes is not None:
         return recorded_bytes
@@ -180,8 +181,9 @@ def heap_bytes() -> int | None:
 
 def large_block_bytes() -> int | None:
     """Return the bytes of the blocks that the C library's allocator has mapped one by one, or None where it
-    does not tell. In a child process with `child_process.CHILD_ENV` these are all blocks of 64 KiB or more:
-    tensors, arrays of NumPy, tables of libraries."""
+    does not tell (it needs glibc 2.33). In a child process with `child_process.CHILD_ENV` these are all
+    blocks of 64 KiB or more: tensors, arrays of NumPy, tables of libraries. Pages of the counting allocator
+    do not count."""
     function = _mallinfo()
     return None if function is None else int(function().hblkhd)
 

@@ -31,11 +31,12 @@ _SPARE_RATIO, _SPARE_BYTES = 1.05, 2 * 1024**2  # as in planner.capacity
 
 class MemoryLimit:
     """A cap on the memory of this process: `cap_bytes` above the footprint, which is what the process holds
-    when `apply` sets the cap. `kind` says what enforces it: "RLIMIT_DATA", "cgroup" or "memory fraction".
+    when `apply` sets the cap. `kind` says what enforces it: "RLIMIT_DATA", "cgroup" or, for an accelerator,
+    "memory fraction", a limit on what torch's allocator takes from it.
 
-    Under RLIMIT_DATA, `used_bytes` is known only if `counter` is the counting allocator. Constructing a limit
-    sets no cap. ``device`` None is the CPU. Raises MemfitError for a CPU if neither RLIMIT_DATA nor a control
-    group can be used here."""
+    Constructing a limit sets no cap. ``device`` None is the CPU. ``counter``: the one that counts the tensors
+    of this device; without the counting allocator, `used_bytes` is unknown under RLIMIT_DATA. Raises
+    MemfitError for a CPU if neither RLIMIT_DATA nor a control group can be used here."""
 
     def __init__(
         self, cap_bytes: int, *, device: torch.device | None = None, counter: PeakCounter | None = None
@@ -58,7 +59,8 @@ class MemoryLimit:
         """Return free memory to the system and set the cap. From now on an allocation beyond it fails
         (RLIMIT_DATA, memory fraction) or the process is killed (cgroup). ``at_least_data_bytes``: `cap_bytes`
         is raised, if necessary, so that the data segment of the process can grow to this size and a little
-        more (5 % of the growth and 2 MiB). It has no effect on an accelerator."""
+        more (5 % of the growth and 2 MiB); 0: it is not raised. It has no effect on an accelerator. Raises
+        MemfitError if this kind of accelerator has no such limit."""
         if self._allocator is not None:
             self._allocator.release(self.cap_bytes)
         _trim()
@@ -68,7 +70,7 @@ class MemoryLimit:
         self.footprint_bytes = self._cap.apply(self.cap_bytes)
 
     def lift(self) -> None:
-        """Remove the cap that `apply` has set. Calling this again does nothing."""
+        """Remove the cap that `apply` has set, so call it after that. Calling this again does nothing."""
         if not self._lifted:
             self._lifted = True
             self._used_bytes, self._was_raised = self._cap.used_bytes(), self._cap.is_raised()
@@ -78,7 +80,8 @@ class MemoryLimit:
 
     def was_raised(self) -> bool:
         """Return whether somebody else, such as the job's code, had set a higher limit at lift() (or has now,
-        before lift())."""
+        before lift()). This is seen under RLIMIT_DATA only: False under another cap. To be called after
+        apply()."""
         return self._was_raised if self._lifted else self._cap.is_raised()
 
     def used_bytes(self) -> int | None:
@@ -100,7 +103,8 @@ class _Cap(Protocol):
     def used_bytes(self) -> int | None: ...
 
     def is_raised(self) -> bool:
-        """Return whether another limit than the one that `apply` has set is in force, and it is higher."""
+        """Return whether another limit than the one that `apply` has set is in force, and it is higher; False
+        if that cannot be seen."""
         ...
 
 
@@ -123,7 +127,10 @@ def _data_limit_holds() -> bool:
     if current_bytes is None:
         return False
     limits = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (current_bytes + _PROBE_BYTES, limits[1]))
+    probe_bytes = current_bytes + _PROBE_BYTES
+    if limits[1] != resource.RLIM_INFINITY:
+        probe_bytes = min(probe_bytes, limits[1])
+    resource.setrlimit(resource.RLIMIT_DATA, (probe_bytes, limits[1]))
     try:
         mmap.mmap(-1, 2 * _PROBE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
     except OSError:
@@ -180,6 +187,7 @@ class _Cgroup:
 
     def apply(self, cap_bytes: int) -> int:
         footprint = rss_bytes()
+        self._group.limit(cap_bytes)  # which may be above that with which the group was made
         self._group.enter()
         return footprint
 
@@ -225,7 +233,8 @@ class _MemoryFraction:
 
 
 def _trim() -> None:
-    """Return free blocks of the C library's heap to the system, so that the footprint contains none."""
+    """Return free blocks of the C library's heap to the system, so that the footprint contains none. Do
+    nothing if the library is not glibc."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
     if trim is not None:
         trim(0)

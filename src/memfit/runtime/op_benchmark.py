@@ -53,9 +53,10 @@ def calibrate(
     their times (medians, in seconds) and peak bytes.
 
     They are run in order; none is begun after ``timing_s`` seconds. With ``rates``, the machine itself is
-    measured first: matrix products, copies, offloading and the overhead of a call. This takes from the same
-    ``timing_s``, but is never cut short. Operators that cannot run alone are listed in ``not_timed``; those
-    for which no time was left are in no list. ``counter`` measures the peaks."""
+    measured first: matrix products, copies, offloading and the overhead of a call; without, these fields keep
+    their defaults. This takes from the same ``timing_s``, but is never cut short. Operators that cannot run
+    alone are listed in ``not_timed``; those for which no time was left are in no field. ``counter``, of this
+    device, measures the peaks."""
     start, waited_s = time.perf_counter(), _waited_s()
     machine = _rates(device) if rates else Calibration()
     probes: dict[str, ProbeResult] = {}
@@ -95,8 +96,8 @@ def _rates(device: torch.device) -> Calibration:
 
 
 def _waited_s() -> float:
-    """Return the seconds that this thread has been ready and waited for a CPU since it started, as the kernel
-    counts them, or 0 if it does not count them."""
+    """Return the seconds for which this thread, though ready to run, has waited for a CPU since it started,
+    as the kernel counts them, or 0 if it does not count them."""
     try:
         return int(_SCHEDULED.read_text().split()[1]) / 1e9
     except (OSError, IndexError, ValueError):
@@ -106,9 +107,9 @@ def _waited_s() -> float:
 def workspaces(
     signatures: Iterable[str], *, timing_s: float, counter: PeakCounter
 ) -> Iterator[tuple[str, CallMemory | None]]:
-    """Run each signature's operator once, in order, as the results are asked for. End when ``timing_s``
-    seconds have passed, without the remaining operators. Yield (signature, bytes that its operator takes),
-    with None instead of the bytes if the operator cannot run alone."""
+    """Run each signature's operator once on the processor, in order, as the results are asked for. End when
+    ``timing_s`` seconds have passed, without the remaining operators. Yield (signature, bytes that its
+    operator takes), with None instead of the bytes if the operator cannot run alone."""
     start = time.perf_counter()
     for signature in signatures:
         if time.perf_counter() - start > timing_s:
@@ -142,8 +143,8 @@ class ProbeResult(NamedTuple):
 
 
 def probe(signature: str, counter: PeakCounter, device: torch.device = _HOST) -> ProbeResult | None:
-    """Measure one operator: run it once for the memory, then several times for the time. Return None if it
-    cannot run alone."""
+    """Measure one operator on ``device``: run it once for the memory, which ``counter`` counts, then several
+    times for the time. Return None if it cannot run alone (`CANNOT_RUN`)."""
     try:
         call, usage = measure_call(signature, counter, device)
         seconds, spread_ratio = _typical_s(call, device)
@@ -237,7 +238,8 @@ def _best_s(call: Callable[[], Any], device: torch.device) -> float:
 
 def _typical_s(call: Callable[[], Any], device: torch.device) -> tuple[float, float]:
     """Return (median time of 2 to 9 calls in seconds; by which fraction it lies above the shortest). After
-    the second call, no further one is begun once they have taken 0.1 s together.
+    the second call, no further one is begun once they have taken 0.1 s together. On an accelerator, as
+    `_typical_of_device_s` says.
 
     As in a step, the calls do not find their operands in the innermost caches: the shortest of consecutive
     calls is about a quarter below the time in a step. The time that a call waited for a CPU is subtracted,
@@ -257,8 +259,9 @@ def _typical_s(call: Callable[[], Any], device: torch.device) -> tuple[float, fl
 
 def _typical_of_device_s(call: Callable[[], Any], device: torch.device) -> tuple[float, float]:
     """Return (median time of a call in seconds; by which fraction it lies above the shortest) on an
-    accelerator. Calls run back to back for about a millisecond before the host waits for them, because a
-    step does not wait for each of its operators either."""
+    accelerator. It is the median of 2 to 9 series, each of calls that run back to back for about a
+    millisecond (at most 100) before the host waits for them, because a step does not wait for each of its
+    operators either."""
     filler = torch.ones(_between_bytes(device) // 4, device=device)
 
     def seconds(count: int) -> float:

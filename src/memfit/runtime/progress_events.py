@@ -12,6 +12,6 @@ SENDER: Final = "memfit"
 
 def tell(event: str, **fields: object) -> None:
     """Write the event with its fields to standard output, as one line ``{"event": ..., "by": "memfit", ...}``
-    that is flushed at once. By its sender it is told from JSON lines that the job itself logs."""
+    that is flushed at once. The sender, "by", distinguishes it from JSON lines that the job itself logs."""
     sys.stdout.write(serialization.dumps({"event": event, "by": SENDER, **fields}) + "\n")
     sys.stdout.flush()

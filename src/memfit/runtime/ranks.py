@@ -35,16 +35,16 @@ def run_ranks(
     ranks. ``on_event(rank, event)`` is called with every event of a rank, from one thread per rank, and with
     ``(rank, {"event": "stalled", ...})`` if no rank makes progress (`StallWatch`).
 
-    If a rank ends with another outcome than OK, the other ranks wait in a collective. They end if the backend
-    notices the closed connection, as gloo does. Those that have not ended `GRACE_S` (10) seconds later are
-    killed, and their measurements have the outcome failed. Of ranks that failed, those that failed because
-    another did have that rank in ``failed_after_rank``.
+    If a rank ends with another outcome than OK or interrupted, the other ranks wait in a collective. They end
+    if the backend notices the closed connection, as gloo does. Those that have not ended `GRACE_S` (10)
+    seconds later are killed, and their measurements have the outcome failed. The measurements of all failed
+    ranks but the first have that rank in ``failed_after_rank`` (`name_first_failure`).
 
     Ranks that make no progress for too long are killed; the rank for which the others waited then counts as
     the first that failed. SIGTERM and SIGUSR1 that ``interruption`` has received go to rank 0, with which the
     others agree on a step to save at. After SIGTERM, ranks are killed that have not ended within its grace,
-    and all at once if none has done a step. An interruption of this process by Ctrl-C, or an error in
-    ``on_event``, kills all ranks and is raised.
+    and all at once if none has done a step. An interruption of this process by Ctrl-C, an error in
+    ``on_event``, or an OSError of a rank that cannot be started kills all ranks and is raised.
 
     The ranks find each other through a file in a folder that only this user can read, so that no port is open
     for it, to this machine or others."""
@@ -148,8 +148,9 @@ class _Team:
 def name_first_failure(
     measurements: tuple[Measurement, ...], failures: Sequence[int]
 ) -> tuple[Measurement, ...]:
-    """Return the ranks' measurements, with the rank that failed first in ``failed_after_rank`` of all others
-    that failed. ``failures``: the ranks that failed, in the order in which this was seen.
+    """Return the ranks' ``measurements``, which are in the order of the ranks, with the rank that failed
+    first in ``failed_after_rank`` of all others that failed. ``failures``: the ranks that failed, in the
+    order in which this was seen.
 
     Processes that die at nearly the same time may be seen in another order. So the first is one that ran out
     of memory, if any did; else one that was not stopped and whose error does not say that it lost another

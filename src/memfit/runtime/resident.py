@@ -17,11 +17,10 @@ _FILES_PERIOD_S: Final = 1.0  # between readings of all mappings, which take mil
 
 
 class ResidentMeter:
-    """Measures the resident memory of this process, from its construction on: before the job is loaded.
-
-    `begin` is to be called when training begins. Each call of `sample` adds a reading of shared memory, and
-    at most once per second, or with ``whole``, one of mapped files. Shared memory and files that were mapped
-    at construction, and libraries, do not count."""
+    """Measures the resident memory of this process. Construct it before the job is loaded, and call `begin`
+    when training begins. Each call of `sample` reads the resident and the shared memory, and at most once per
+    second, or with ``whole``, the mapped files. Of shared memory and mapped files, what there was at
+    construction does not count, nor do libraries."""
 
     def __init__(self) -> None:
         self._known = frozenset(_data_files())
@@ -32,13 +31,15 @@ class ResidentMeter:
         self._next_s = 0.0
 
     def begin(self) -> None:
-        """Record what the process holds when training begins, after what the warm-up used has been freed."""
+        """Record what the process holds when training begins, after what the warm-up used has been freed. The
+        peak of resident bytes begins anew; those of shared memory and mapped files do not."""
         self._loaded_bytes = max(0, (large_block_bytes() or 0) - self._blocks_before)
         self._footprint_bytes = self._peak_bytes = rss_bytes()
 
     def sample(self, peak_bytes: int = 0, *, whole: bool = False) -> None:
-        """Read what is resident now. ``peak_bytes``: a peak of resident bytes that was read elsewhere, which
-        counts as well. ``whole``: read mapped files, too, even within a second of the last such reading."""
+        """Read what is resident now and raise the peaks. ``peak_bytes``: a peak of resident bytes that was
+        read elsewhere, such as the kernel's, which counts as well. ``whole``: read mapped files, too, even
+        within a second of the last such reading."""
         self._peak_bytes = max(self._peak_bytes, peak_bytes, rss_bytes())
         self._shared_peak = max(self._shared_peak, shared_bytes() - self._shared_before)
         if whole or time.monotonic() >= self._next_s:
@@ -47,7 +48,7 @@ class ResidentMeter:
             self._next_s = time.monotonic() + _FILES_PERIOD_S
 
     def observed(self) -> ResidentMemory:
-        """Return the peaks so far, and what was held at construction and at `begin`."""
+        """Return the peaks so far, and what was held at construction and at `begin` (0 before `begin`)."""
         return ResidentMemory(
             peak_bytes=self._peak_bytes,
             start_bytes=self._start_bytes,

@@ -59,11 +59,13 @@ def run_with_restarts(
 ) -> Sequence[Measurement]:
     """Call ``start(spec, on_event)``, which runs all ranks, and return its measurements, one per rank.
 
-    If ``spec`` saves checkpoints and a rank died or hung after the run's first step, ``start`` is called
-    again to resume from the newest complete checkpoint; if there is none, from where the run began. As many
-    restarts as the spec allows are made without a new checkpoint. An error that comes again in the same step
-    is not tried a third time. The measurements are those of the last call, with all restarts. If the last
-    call ends well or is interrupted, its losses and number of steps are those of all calls together.
+    If ``spec`` saves checkpoints and a rank died, raised an error or hung after the run's first step,
+    ``start`` is called again to resume from the newest complete checkpoint; if there is none, from where the
+    run began. Ranks that ran out of memory or time are not restarted, nor those with a loss that is not
+    finite. At most ``spec.keep.restarts`` restarts are made without a new checkpoint in between. An error
+    that comes again in the same step is not tried a third time. The measurements are those of the last call,
+    with all restarts. If the last call ends well or is interrupted, its losses and number of steps are those
+    of all calls together.
 
     ``on_event`` gets every event of a rank, and ``(0, {"event": "restarted", "why": ...})`` before each
     restart. ``losses``: an empty mapping that gets the loss of each step that a rank reports, also if the run
@@ -136,7 +138,8 @@ def _steps_of(keep: CheckpointSettings) -> int:
 
 
 def _is_repeated(before: Restart, now: Restart) -> bool:
-    """Return whether the same error came again in the same step. Signals come from outside."""
+    """Return whether the same error came again in the same step. A signal, which comes from outside, never
+    counts."""
     is_signal = now.reason.startswith("killed by")
     return not is_signal and (before.step, before.reason) == (now.step, now.reason)
 
@@ -157,7 +160,7 @@ def _interrupted(m: Measurement, spec: RunSpec, interruption: Interruption) -> M
 def resume_newest(keep: CheckpointSettings) -> CheckpointSettings:
     """Return ``keep`` with ``resume`` set to the newest complete checkpoint in the folder where the run
     saves, and ``passed_over`` to the reasons why newer ones were not taken. Return it unchanged if the run
-    saves nowhere, if there is no complete checkpoint, or if it is of an earlier step than ``resume``."""
+    saves nowhere, if there is no complete checkpoint, or if ``resume`` is a complete one of a later step."""
     if not keep.save:
         return keep
     try:

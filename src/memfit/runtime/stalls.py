@@ -36,9 +36,10 @@ _FRAME: Final = re.compile(r'  File "(?P<file>.+)", line (?P<line>\d+) in (?P<na
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Stall:
-    """No rank has moved for ``idle_s`` seconds. ``ranks``: those that the others wait for, as far as known;
-    all running ones if none of them is behind. ``text``: a description in words. ``stacks``: rank -> stack
-    traces of its threads; "" for a rank that did not answer. ``final``: whether the run is to be ended."""
+    """No rank has begun another phase of a step for ``idle_s`` seconds. ``ranks``: those that the others wait
+    for, as far as known; all running ones if none of them is behind. ``text``: a description in words.
+    ``stacks``: rank -> stack traces of its threads, for all running ranks; "" for one that did not answer.
+    ``final``: whether the run is to be ended."""
 
     idle_s: float
     ranks: tuple[int, ...]
@@ -51,9 +52,11 @@ class StallWatch:
     """Watches the ``children`` of a run, one per rank. Call `step_done` for each step that a rank reports,
     and `poll` several times a second.
 
-    ``predicted_step_s``: predicted time of a step, used until two steps are done; None: unknown.
-    ``limit_s``: time without progress in a step after which the run is ended; None: 20 times the longest of
-    the last 20 steps, at least 5 minutes. ``is_pipeline``: whether ranks run different phases."""
+    ``limit_s``: seconds without progress in a step after which the run is ended; None: 20 times the longest
+    of the last 20 steps of each rank, at least 5 minutes. Until a rank has done two steps, 5 times
+    ``predicted_step_s`` counts as the longest; 10 minutes if that is None (unknown). Outside steps (start,
+    resume, save, evaluate) it is at least half an hour, unless a rank is stopped by a signal.
+    ``is_pipeline``: whether the ranks are stages of a pipeline."""
 
     def __init__(
         self,
@@ -79,8 +82,10 @@ class StallWatch:
         self._last_step[rank] = now_s
 
     def poll(self, passed_s: float) -> Stall | None:
-        """Return the stall if there is one to report, else None: once when the rank is named, and at every
-        call from when the run is to be ended. ``passed_s``: seconds since the last call."""
+        """Return the stall if there is one to report, else None. A stall is reported once when it has lasted
+        for two of the longest steps (10 minutes outside steps; 1 s if a rank is stopped by a signal), and at
+        every call from when the run is to be ended. ``passed_s``: seconds since the last call. A call that
+        reports takes a second, in which the ranks write their stack traces."""
         running = {r: c for r, c in enumerate(self._children) if c.pid is not None}
         for rank, child in running.items():
             beat = read_beat(child.folder / HEARTBEAT) if child.folder is not None else Beat()
@@ -134,8 +139,9 @@ class StallWatch:
         )
 
     def _behind(self, running: tuple[int, ...], stacks: Mapping[int, str]) -> tuple[int, ...]:
-        """Return the ranks that have made the fewest beats, or in a pipeline, are in the earliest step. Of
-        several, return those whose main thread is not inside a collective, if the others' are."""
+        """Return the ranks that have made the fewest beats (`Heartbeat`), or in a pipeline, are in the
+        earliest step. Of several, return those whose main thread is known not to be inside a collective, if
+        there are any."""
         progress = {r: self._beats[r].step if self._is_pipeline else self._beats[r].count for r in running}
         last = tuple(r for r in running if progress[r] == min(progress.values()))
         outside = tuple(r for r in last if stacks.get(r) and "torch/distributed/" not in _main(stacks[r]))
@@ -151,9 +157,9 @@ class StallWatch:
 
 
 def user_frame(stack: str) -> str:
-    """Return file, line and function of the main thread's innermost call that is neither in an installed
-    package nor in memfit, such as "train.py:31 in forward"; "" if there is none. ``stack``: stack traces as
-    faulthandler writes them."""
+    """Return file, line and function of the main thread's innermost call that is neither in the standard
+    library nor in an installed package nor in memfit, such as "train.py:31 in forward"; "" if there is none.
+    ``stack``: stack traces of all threads as faulthandler writes them."""
     own_folder = str(Path(__file__).parents[1])
     for frame in _FRAME.finditer(_main(stack)):
         file = frame["file"]
