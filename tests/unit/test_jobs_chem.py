@@ -189,6 +189,9 @@ def test_the_users_molecules_make_batches_and_bad_files_are_refused(listed: str,
         broken.write_text(text)
         with pytest.raises(UserError, match=rf"line {line}: broken SMILES string: a ring or branch"):
             load("molecules", data=str(broken))
+    broken.write_text("1CC1,2\nC,1\n")
+    with pytest.raises(UserError, match="broken SMILES string: the ring number 1 follows no atom"):
+        load("molecules", data=str(broken))
     broken.write_text("C,1\nCC,nan\n")
     with pytest.raises(UserError, match="line 2: no finite number follows the SMILES string: nan"):
         load("molecules", data=str(broken))

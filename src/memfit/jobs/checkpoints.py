@@ -62,9 +62,9 @@ def find(folder: Path) -> tuple[Path, Checkpoint, tuple[str, ...]]:
 def resolve_settings(
     keep: CheckpointSettings, seed: int | None, steps: int
 ) -> tuple[CheckpointSettings, int]:
-    """Return ``keep`` and the seed, ready for a run. Paths in the returned ``keep`` are absolute. If ``keep``
-    resumes, its ``resume`` becomes the newest complete checkpoint found there, and ``passed_over`` names the
-    newer incomplete ones.
+    """Return ``keep`` and the seed, ready for a run. Paths in the returned ``keep`` are absolute, and the
+    folder to save in is created. If ``keep`` resumes, its ``resume`` becomes the newest complete checkpoint
+    found there, and ``passed_over`` names the newer incomplete ones.
 
     The returned seed is ``seed``, or if that is None, that of the checkpoint to resume from, or 0 without
     one. ``steps``: steps of the whole run, those done before the checkpoint included. Raises UserError if
@@ -222,7 +222,8 @@ def sha256_of(file: Path) -> str:
 def begin(folder: Path, step: int) -> Path:
     """Create an empty folder in ``folder``, which is created too if necessary, for the checkpoint after
     ``step`` steps, and return it. Its name, such as step-00000010.partial, is that of an unfinished save.
-    What is left of earlier unfinished saves is deleted; links are not followed."""
+    What is left of earlier unfinished saves is deleted; links are not followed. Raises OSError if the folder
+    cannot be written."""
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(f"step-*{PARTIAL}"):
         if leftover.is_symlink() or not leftover.is_dir():
@@ -236,9 +237,10 @@ def begin(folder: Path, step: int) -> Path:
 
 def publish(partial: Path, description: Checkpoint) -> Path:
     """Finish a save: write ``description``, with its own SHA-256, into the folder ``partial``, whose other
-    files must already be durable, rename the folder to its name without ``.partial``, and write this name
-    into the file ``latest`` beside it. Return the folder's final path. An existing folder of this name is
-    replaced: it must be damaged, since otherwise the run would have resumed from it."""
+    files must already be on the disk (fsync), rename the folder to its name without ``.partial``, and write
+    this name into the file ``latest`` beside it. Return the folder's final path. An existing folder of this
+    name is replaced: it must be damaged, since otherwise the run would have resumed from it. Raises UserError
+    or OSError if the disk cannot be written."""
     description = dataclasses.replace(description, sha256=_sha256_of_description(description))
     write_whole(partial / ABOUT, f"{serialization.dumps(description, indent=2)}\n".encode())
     _sync(partial)
@@ -258,7 +260,7 @@ def prune(folder: Path, keep_last: int) -> tuple[Path, ...]:
     """Delete the complete checkpoints in ``folder`` but the ``keep_last`` newest ones, at least one, and
     return the paths of those deleted. Incomplete ones do not count and stay; contents are not read for this.
     A deletion that is interrupted leaves a folder that is named ``.partial`` and never taken for a
-    checkpoint."""
+    checkpoint. Raises OSError if one cannot be deleted."""
     complete_ones = [path for path in _newest_first(folder) if not why_incomplete(path, contents=False)]
     old_ones = complete_ones[max(1, keep_last) :]
     for path in old_ones:
@@ -279,7 +281,7 @@ def _step(path: Path) -> int:
 
 
 def _sync(folder: Path) -> None:
-    """Make the list of the files in ``folder`` durable, but not their contents."""
+    """Write the list of the files in ``folder`` to the disk (fsync), but not their contents."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

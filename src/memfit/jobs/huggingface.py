@@ -198,8 +198,9 @@ def _length(config: Any, task: str, requested_length: int | None, size: str, nam
 
 def _positions(config: Any, task: str, longest: int) -> int | None:
     """Return how many positions the smallest of the model's tables of positions has for tokens; None if it
-    has no table. Rows before the first position, which some models reserve, do not count. ``longest``: the
-    number of tokens that the configuration states; a table has 0 to 4 rows more than this."""
+    has no table. To see this, the model is built on the meta device. Rows before the first position, which
+    some models reserve, do not count. ``longest``: the number of tokens that the configuration states; a
+    table has 0 to 4 rows more than this."""
     import torch
 
     with torch.device("meta"):
@@ -219,8 +220,8 @@ def _positions(config: Any, task: str, longest: int) -> int | None:
 
 def read_config(name: str) -> Any:
     """Return the configuration of ``name``: a folder with config.json; else a model type of transformers;
-    else a model of the table of published configurations, whose owner and case may be left out; else a
-    repository in this machine's cache of the Hugging Face Hub. Settings after a ``?``, as in
+    else a model of the table of published configurations, without regard to case and with or without its
+    owner; else a repository in this machine's cache of the Hugging Face Hub. Settings after a ``?``, as in
     ``llama?num_hidden_layers=2``, are changed, and the cache of keys and values for generation is turned off.
     Raises UserError if there is no such configuration or setting, if the folder's configuration cannot be
     loaded, and if transformers cannot be imported or does not know the model type."""

@@ -76,7 +76,8 @@ def _states_needs(config: Any, task: str) -> bool:
 
 
 def auto_model(task: str) -> Any:
-    """Return the class of transformers whose ``from_config`` builds a model with the head for ``task``."""
+    """Return the class of transformers whose ``from_config`` builds a model with the head for ``task``, such
+    as AutoModelForCausalLM for "causal-lm"."""
     import transformers
 
     return getattr(transformers, _AUTO_MODELS[task])
@@ -85,8 +86,9 @@ def auto_model(task: str) -> Any:
 def random_batch(
     config: Any, task: str, shape: tuple[int, ...], at: tuple[int, int]
 ) -> dict[str, torch.Tensor]:
-    """Return a random batch for ``task``. ``shape``: (batch, length of the sequences, and of the targets for
-    "seq2seq"); (batch,) for images. ``at``: (step, seed), on which alone the batch depends.
+    """Return a random batch for ``task``. ``shape``: (batch, length of the sequences), for "speech-to-text"
+    of the targets; (batch, length of the sequences, length of the targets) for "seq2seq"; (batch,) for
+    images. ``at``: (step, seed); equal ones give equal batches.
 
     The inputs are ``input_ids`` (batch, length) without the padding token; ``pixel_values`` (batch, channels,
     height, width); or ``input_features`` (batch, mel bins, frames), twice as many frames as the encoder has

@@ -171,8 +171,9 @@ class TrainingStep:
         return norm
 
     def prime(self, on_phase: OnPhase = _ignore) -> None:
-        """Create the optimizer's state as a first step does, by an optimizer step with gradients of zero.
-        Used for traces. ``on_phase`` is called once, with ``Phase.OPTIMIZER``."""
+        """Create the optimizer's state as a first step does, by an optimizer step with gradients of zero,
+        which may change the parameters, as by weight decay. Used for traces. ``on_phase`` is called once,
+        with ``Phase.OPTIMIZER``."""
         on_phase(Phase.OPTIMIZER)
         for param in self.bench.trainable():
             param.grad = torch.zeros_like(param)
@@ -235,8 +236,8 @@ class TrainingStep:
             callback(micro_batch.last)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Run backward from ``loss``, a weighted loss (`weigh_loss`), multiplied by the loss scale if the
-        plan has one."""
+        """Run backward from ``loss``, a weighted loss (`weigh_loss`), which is first multiplied by the loss
+        scale if the plan has one."""
         scale = self.bench.loss_scale
         self._backward(loss if scale is None else loss * scale.value)
 
@@ -244,8 +245,8 @@ class TrainingStep:
         """Undo the loss scale, clip the gradients to the job's ``clip``, run the optimizer's step and free
         the gradients. Return the gradient norm before clipping.
 
-        If there is a loss scale above 1 and the norm is not finite, the scale is halved, the optimizer's step
-        is skipped, and the norm returned is 0.
+        If there is a loss scale above its least (1; 0 for that of a user's GradScaler) and the norm is not
+        finite, the scale is lowered, the optimizer's step is skipped, and the norm returned is 0.
         """
         norm, scale = self._grad_norm(), self.bench.loss_scale
         if scale is None or scale.unscale(norm, self.bench.trainable()):

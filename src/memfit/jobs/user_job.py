@@ -54,15 +54,16 @@ def load_user_job(spec: str, options: dict[str, Any]) -> Job:
 
 
 def source_digest(spec: str) -> str:
-    """Return a digest of the file that contains the user's job ``spec``: the first 16 hex digits of its
-    SHA-256. Return "" for other jobs, and if there is no such file.
+    """Return a digest of the file that contains the user's job ``spec``, ``path.py:attribute``: the first 16
+    hex digits of its SHA-256. Return "" for other jobs, and if there is no such file or it cannot be read.
 
     Files that it imports are not included.
     """
     path = Path(spec.rpartition(":")[0])
-    return (
-        hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.suffix == ".py" and path.is_file() else ""
-    )
+    with contextlib.suppress(OSError):
+        if path.suffix == ".py" and path.is_file():
+            return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return ""
 
 
 def _call(function: Any, options: dict[str, Any], spec: str) -> Job:
@@ -82,7 +83,7 @@ def _call(function: Any, options: dict[str, Any], spec: str) -> Job:
 
 def _dimensions(function: Any, options: Mapping[str, Any], job: Job) -> tuple[Dimension, ...]:
     """Return the parameters of the function whose value in this call, or default, is a whole number of at
-    least 1. A parameter ``batch`` or ``batch_size`` without such a default has the batch size of the job."""
+    least 1. A parameter ``batch`` or ``batch_size`` whose value is None has the batch size of the job."""
     dimensions = []
     for name, parameter in inspect.signature(function).parameters.items():
         value = options.get(name, parameter.default)
@@ -232,7 +233,8 @@ def imported_names(source: str | bytes) -> Iterator[str]:
 
 def _origin(name: str) -> str | None:
     """Return the file from which Python would import a top-level module, or a word such as "built-in" or
-    "frozen" for a module without a file; None if there is no such module.
+    "frozen" for a module without a file; None if there is no such module, or if it is a folder without
+    __init__.py.
     """
     try:
         module_spec = importlib.util.find_spec(name)
@@ -252,8 +254,8 @@ def run_user_code(action: Any, spec: str) -> Any:
     ranks are gone are raised unchanged. For DDP's error about unused parameters, the message says what to do.
     ``spec``: the user's job, ``path.py:attribute``, or a name for what else runs; the message begins with it.
 
-    The action runs in the folder that earlier ones of ``spec`` have changed to. Afterwards memfit is again in
-    its own, so that relative paths of the command line keep their meaning.
+    The action runs in the folder that earlier ones of ``spec`` have changed to (os.chdir). Afterwards the
+    current folder is that of before, so that relative paths of the command line keep their meaning.
     """
     try:
         with _own_folder(spec):

@@ -18,7 +18,7 @@ _INDEX: Final = "model.safetensors.index.json"
 
 def load_weights(model: torch.nn.Module, folder: str, *, may_miss: tuple[str, ...] = ()) -> None:
     """Copy the safetensors in ``folder`` (the shards named by its index if it has one, else all files) into
-    the model's parameters and persistent buffers, one tensor at a time.
+    the model's parameters and persistent buffers, one tensor at a time, converted to the model's dtype.
 
     Tied parameters may be stored under any of their names, and a leading ``esm.`` of the model's names may be
     missing in the files (see `_aliases`). Every parameter must be present in them, except those whose names

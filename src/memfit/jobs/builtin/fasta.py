@@ -30,8 +30,8 @@ class Protein:
 def read_text(path: str) -> str:
     """Return the text of a UTF-8 file, decompressed with gzip if its name ends in ``.gz``.
 
-    Raises UserError if it cannot be read or decompressed, has more than 8 GiB, is not UTF-8, or has nothing
-    but white space.
+    Raises UserError if it cannot be read or decompressed, has more than 8 GiB, unpacks to more than
+    `unpacked_limit`, is not UTF-8, or has nothing but white space.
     """
     text = read_data_text(Path(path), most_bytes=_MOST_BYTES)
     if not text.strip():

@@ -189,7 +189,8 @@ def _read_user_file(path: str) -> Pairs:
         except ValueError as broken_smiles:
             raise UserError(
                 f"{path} line {number}: broken SMILES string: {broken_smiles}",
-                allowed="a SMILES string in which exactly the rings and branches that are opened are closed",
+                allowed="a SMILES string in which exactly the rings and branches that are opened are closed, "
+                "and each ring number follows an atom",
             ) from broken_smiles
         pairs.append(pair)
     return pairs

@@ -66,8 +66,9 @@ class Fields:
 def make(options: BuiltInOptions) -> Job:
     """Return the job at one of SIZES ("tiny", "paper") on the built-in fields.
 
-    ``batch``: windows of a step. Raises UserError for any ``data`` or ``length``, for a rollout that is as
-    long as a trajectory, and for a dimension that is unknown or, at "paper", no multiple of 8 ("hidden").
+    ``batch``: windows of a step. Raises UserError for any ``data`` or ``length``, for a rollout of as many
+    steps as a trajectory has frames, or more, and for a dimension that is unknown or, at "paper", no multiple
+    of 8 ("hidden").
     """
     options.refuse("data", "length", job=NAME, why="it trains on the fields that come with memfit")
     shape, fields = options.resize(_shape(options.size), _DIMENSIONS), read()
