@@ -507,6 +507,14 @@ def test_hugging_face_configurations_that_cannot_be_used_are_refused(tmp_path: P
     assert "a file of your own can train any model" in refusal("hf:clip")
     assert "does not accept --data" in refusal("hf:gpt2", data="x")
     assert "unknown size" in refusal("hf:gpt2", size="8M")
+    assert "vocab_size=1e3 is refused by" in refusal("hf:gpt2?vocab_size=1e3")
+    assert "use_return_dict=1 is refused by" in refusal("hf:gpt2?use_return_dict=1")
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "vocab_size": "many"}')
+    assert "config.json cannot be loaded" in refusal(f"hf:{tmp_path}")
+
+
+def test_the_name_of_a_changed_configuration_without_layers_has_the_changes() -> None:
+    assert load("hf:convnext?num_channels=4").name == "hf:convnext?num_channels=4"
 
 
 OWN = """

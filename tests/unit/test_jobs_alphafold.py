@@ -377,6 +377,12 @@ def test_data_and_weights_of_the_user_are_refused() -> None:
             alphafold2.make(**given)  # type: ignore[arg-type]
 
 
+def test_crops_without_a_pair_that_the_metric_counts_are_refused() -> None:
+    with pytest.raises(UserError, match="at least 13 residues"):
+        alphafold2.make(dimensions={"crop": 12})
+    assert alphafold2.make(dimensions={"crop": 13}).metric is not None
+
+
 def test_every_loss_term_has_a_gradient_and_initial_size_batches_have_published_shapes() -> None:
     job = alphafold2.make(batch=1, length=20)
     built = job.build_model()

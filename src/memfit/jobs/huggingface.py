@@ -150,10 +150,13 @@ def _set_dimensions(config: Any, dimensions: Mapping[str, int], task: str, name:
 def _shown_name(name: str, config: Any) -> str:
     """Return the job's name, such as ``hf:llama`` or ``hf:meta-llama/Llama-3.1-8B``; if settings were
     changed, with the number of layers and the width in place of the changes, such as ``hf:llama (2 layers of
-    width 64)``. How the model that is built differs from the repository's is added in parentheses."""
-    base, changes, _ = name.partition("?")
+    width 64)``, or with the changes themselves if the configuration does not state both. How the model that
+    is built differs from the repository's is added in parentheses."""
+    base, _, changes = name.partition("?")
     layers, width = (getattr(config, n, None) for n in ("num_hidden_layers", "hidden_size"))
     changed = f" ({layers} layers of width {width})" if changes else ""
+    if changes and not (isinstance(layers, int) and isinstance(width, int)):
+        changed = f"?{changes}"
     published = _find_published(base)
     if published is None:
         return f"{PREFIX}{base}{changed}"
@@ -223,8 +226,9 @@ def read_config(name: str) -> Any:
     else a model of the table of published configurations, without regard to case and with or without its
     owner; else a repository in this machine's cache of the Hugging Face Hub. Settings after a ``?``, as in
     ``llama?num_hidden_layers=2``, are changed, and the cache of keys and values for generation is turned off.
-    Raises UserError if there is no such configuration or setting, if the folder's configuration cannot be
-    loaded, and if transformers cannot be imported or does not know the model type."""
+    Raises UserError if there is no such configuration or setting, if a setting does not accept its value, if
+    the folder's configuration cannot be loaded, and if transformers cannot be imported or does not know the
+    model type."""
     types = _model_types()
     name, _, changes = name.partition("?")
     if (Path(name).expanduser() / "config.json").is_file():
@@ -295,10 +299,7 @@ def _unknown_name(name: str) -> UserError:
 def _change(config: Any, changes: str, name: str) -> None:
     """Set the settings ``changes``, such as ``a=1&b=2``, in the configuration. Values are read as JSON, else
     taken as text. Raises UserError for a setting that the configuration does not have, and for a value that
-    it refuses."""
-    from huggingface_hub import errors
-
-    refusal = getattr(errors, "StrictDataclassError", ValueError)  # of newer versions
+    it refuses, such as text for a number."""
     for key, text in urllib.parse.parse_qsl(changes, keep_blank_values=True):
         if not hasattr(config, key):
             raise UserError(
@@ -312,11 +313,19 @@ def _change(config: Any, changes: str, name: str) -> None:
             value = text
         try:
             _set(config, key, value)
-        except (refusal, TypeError, ValueError) as error:
+        except _refusals() as error:
             raise UserError(
                 f"the job {PREFIX}{name}?{key}={text[:40]} is refused by the configuration of {name}: "
                 f"{' '.join(str(error).split())[:200]}"
             ) from error
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """Return the errors by which configurations of transformers refuse a value."""
+    from huggingface_hub import errors
+
+    strict: type[Exception] = getattr(errors, "StrictDataclassError", ValueError)  # of newer versions
+    return OSError, ValueError, KeyError, TypeError, AttributeError, strict
 
 
 def _set(config: Any, setting: str, value: Any) -> None:
@@ -339,7 +348,7 @@ def _from_folder(folder: Path) -> Any:
     read_json(folder / "config.json")  # transformers would wait for a pipe, or read without an end
     try:
         return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except _refusals() as error:
         raise UserError(
             f"{folder}/config.json cannot be loaded: {first_line(error)}",
             allowed="the configuration of a model type that the installed transformers has",

@@ -86,7 +86,8 @@ def make(options: BuiltInOptions) -> Job:
     ``tiny`` is a small network on 64 residues, 16 rows of an MSA and 112 extra rows. ``initial`` training
     (the same as ``paper``) has 256 residues and 128 rows, ``finetune`` 384 residues and 512 rows. ``batch``:
     chains of a step, by default 4 for ``tiny`` and else 1. ``length``: residues to which chains are padded or
-    cropped. Raises UserError for any ``data`` or ``weights``, and for an unknown dimension.
+    cropped. Raises UserError for any ``data`` or ``weights``, for an unknown dimension, and for fewer than 13
+    residues, which have no pair that the metric counts.
     """
     options.refuse(
         "data",
@@ -95,6 +96,11 @@ def make(options: BuiltInOptions) -> Job:
         why="it trains from scratch on the chains that come with memfit",
     )
     shape = options.set_dimensions(_shape(options.size, options.length, options.batch), _DIMENSIONS)
+    if shape.residues <= APART:
+        raise UserError(
+            f"{NAME} cannot be trained on crops of {shape.residues} residues (--dim crop)",
+            allowed=f"at least {APART + 1} residues: contacts count from {APART} residues apart on",
+        )
     folds = built_in_folds()
     return Job(
         name=NAME,
