@@ -204,8 +204,8 @@ def data_bytes() -> int | None:
 
 
 def status_bytes(field: str) -> int | None:
-    """Return a field of /proc/self/status in bytes, such as "RssShmem"; None if there is no such field or
-    file."""
+    """Return one of the sizes in /proc/self/status, such as "RssShmem", in bytes; None if there is no such
+    field or file."""
     with contextlib.suppress(OSError):
         for line in _STATUS.read_text().splitlines():
             if line.startswith(field + ":"):
