@@ -127,9 +127,7 @@ def test_deepspeeds_configuration_is_in_the_derived_plan_and_not_predicted(
 
 
 def test_the_file_of_another_rank_has_the_rank_before_its_suffix(tmp_path: Path) -> None:
-    recorder = Recorder(
-        plan=Plan(), prediction=None, model=torch.nn.Linear(1, 1), strict=False, blocks=None
-    )
+    recorder = Recorder(plan=Plan(), prediction=None, model=torch.nn.Linear(1, 1), strict=False, blocks=None)
     for name, own in (("memfit.json", "memfit.2.json"), ("run.txt", "run.2.txt"), ("run", "run.2")):
         recorder.write(tmp_path / name, 2)
         assert (tmp_path / own).is_file()

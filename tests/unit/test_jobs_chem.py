@@ -189,9 +189,13 @@ def test_the_users_molecules_make_batches_and_bad_files_are_refused(listed: str,
         broken.write_text(text)
         with pytest.raises(UserError, match=rf"line {line}: broken SMILES string: a ring or branch"):
             load("molecules", data=str(broken))
-    broken.write_text("1CC1,2\nC,1\n")
-    with pytest.raises(UserError, match="broken SMILES string: the ring number 1 follows no atom"):
+    broken.write_text("C,1\n,2\n")
+    with pytest.raises(UserError, match="line 2: broken SMILES string: it has no atom"):
         load("molecules", data=str(broken))
+    for text, place in (("1CC1,2\nC,1\n", "no atom"), ("C11,2\nC,1\n", "the same atom twice")):
+        broken.write_text(text)
+        with pytest.raises(UserError, match=f"broken SMILES string: the ring number 1 follows {place}"):
+            load("molecules", data=str(broken))
     broken.write_text("C,1\nCC,nan\n")
     with pytest.raises(UserError, match="line 2: no finite number follows the SMILES string: nan"):
         load("molecules", data=str(broken))
@@ -504,6 +508,8 @@ def test_potential_refuses_arrays_of_other_shapes_values_and_order(
     np.savez(tmp_path / "frames.npz", **_frames())
     job = load("potential", data=str(tmp_path / "frames.npz"), batch=2)
     assert job.make_batch(0, 0)["species"].tolist() == [[8, 1, 1], [8, 1, 1]]
+    np.savez(tmp_path / "frames.npz", **_frames(forces=np.zeros((4, 3, 3))))
+    assert potential.read(str(tmp_path / "frames.npz")).forces.dtype == np.float32
     np.savez(tmp_path / "frames.npz", **_frames(**changes))
     with pytest.raises(UserError, match=fault):
         load("potential", data=str(tmp_path / "frames.npz"))

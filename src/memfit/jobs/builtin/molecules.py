@@ -169,7 +169,7 @@ def _read_user_file(path: str) -> Pairs:
     """Return (SMILES, value) of each line of the user's file. Both are separated by the line's first comma,
     or if it has none, its first tab, else its first space. Empty lines, and a first line without a finite
     number, are skipped. Raises UserError as `read_text` does, and with the number of the line for any
-    other line without a finite number or with a broken SMILES string."""
+    other line without a finite number, or with a SMILES string that is broken or has no atom."""
     pairs = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
         smiles, _, value = line.strip().partition("," if "," in line else "\t" if "\t" in line else " ")
@@ -185,7 +185,8 @@ def _read_user_file(path: str) -> Pairs:
                 allowed="SMILES,value: a SMILES string and a number, separated by a comma, tab or space",
             ) from error
         try:
-            graph(pair[0])
+            if not graph(pair[0])[0]:
+                raise ValueError("it has no atom")
         except ValueError as broken_smiles:
             raise UserError(
                 f"{path} line {number}: broken SMILES string: {broken_smiles}",

@@ -38,9 +38,10 @@ if TYPE_CHECKING:
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltInOptions:
     """What the user sets of a built-in job. ``size``: one of the job's sizes. ``data``: path of a file; None:
-    the job's own data. ``weights``: path of a folder of safetensors; None: random weights. ``batch``: samples
-    of a step; ``length``: tokens (residues, bases, bytes) of a sample; None, for these two: as many as the
-    size has. ``dimensions``: further numbers, such as {"layers": 6}, that replace those of the size.
+    the job's own data. ``weights``: path of a folder of safetensors, read when the model is built; None:
+    random weights. ``batch``: samples of a step; ``length``: tokens (residues, bases, bytes) of a sample;
+    None, for these two: as many as the size has. ``dimensions``: further numbers, such as {"layers": 6}, that
+    replace those of the size.
     """
 
     size: str = "tiny"

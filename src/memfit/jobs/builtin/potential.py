@@ -177,9 +177,9 @@ def read(path: str | None) -> MoleculeFrames:
     counts = (species[:, :, None] == np.unique(species[species > 0])).sum(1).astype(np.float64)
     element_energy = np.linalg.lstsq(counts[:train_count], arrays["energy"][:train_count], rcond=None)[0]
     return MoleculeFrames(
-        species=species,
-        positions=arrays["positions"],
-        forces=arrays["forces"],
+        species=species.astype(np.uint8),
+        positions=arrays["positions"].astype(np.float32),
+        forces=arrays["forces"].astype(np.float32),
         energy=(arrays["energy"] - counts @ element_energy).astype(np.float32),
         train_count=train_count,
         source=path or DATA_SOURCE,

@@ -26,8 +26,8 @@ def graph(smiles: str) -> Graph:
     """Return (elements, bonds): for each atom that the string names, in order, its element in capitals, such
     as "CL"; and for each bond the pair of the indices of its atoms.
 
-    Raises ValueError if a ring or branch is not closed, if a branch is closed that was not opened, or if a
-    ring number follows no atom.
+    Raises ValueError if a ring or branch is not closed, if a branch is closed that was not opened, if a ring
+    number follows no atom, or if it closes a ring at the atom that opened it.
     """
     atoms: list[str] = []
     bonds: list[tuple[int, int]] = []
@@ -40,8 +40,9 @@ def graph(smiles: str) -> Graph:
         elif token in ").":
             last_atom = _close_branch(branches, smiles) if token == ")" else -1
         elif token[0] == "%" or token.isdigit():
-            if last_atom < 0:
-                raise ValueError(f"the ring number {token} follows no atom in {smiles!r}")
+            if last_atom < 0 or rings.get(token) == last_atom:
+                place = "no atom" if last_atom < 0 else "the same atom twice"
+                raise ValueError(f"the ring number {token} follows {place} in {smiles!r}")
             if token in rings:
                 bonds.append((rings.pop(token), last_atom))
             else:

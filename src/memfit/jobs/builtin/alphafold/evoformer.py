@@ -178,9 +178,10 @@ class OuterProduct(Axial):
 
 class OuterProductMean(Axial):
     """Algorithm 10 of AlphaFold 2: returns the update of the pair representation from the MSA ``m`` (batch,
-    rows, residues, c_m): for each two residues, the outer product of their left and right channels, averaged
-    over the rows that have both, and mapped to c_z channels. The mask ``rows`` (batch, rows, residues) is 0
-    at padding. If ranks share a sample, ``m`` holds this rank's residues; the mask always has all residues.
+    rows, residues, c_m): for each two residues, the outer products of their left and right channels are
+    summed over the rows, mapped to c_z channels, and divided by the number of rows that have both residues.
+    The mask ``rows`` (batch, rows, residues) is 0 at padding. If ranks share a sample, ``m`` holds this
+    rank's residues; the mask always has all residues.
     """
 
     def __init__(self, widths: Widths) -> None:
