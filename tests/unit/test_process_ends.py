@@ -22,6 +22,7 @@ import pytest
 from child_ranks import start
 
 from memfit.cli.app import main
+from memfit.cli.request import writable
 from memfit.cli.termination import interrupted_by_signals
 from memfit.files import replace
 from memfit.files.replace import write_whole
@@ -276,6 +277,7 @@ def test_an_open_file_of_this_process_is_written_to_where_it_stands(tmp_path: Pa
         file.write(b"before, ")
         opened = Path(f"/dev/fd/{file.fileno()}")
         assert replace.is_stream(opened)
+        assert writable(opened, overwrite=False) == opened
         assert write_whole(opened, b"new, ") == opened
         file.write(b"after")
     assert path.read_bytes() == b"before, new, after"

@@ -275,16 +275,17 @@ def show_search(
 
 def writable(path: Path, *, overwrite: bool = True, hint: str = "--force overwrites it") -> Path:
     """Return ``path``, the path of a file that will be written later. Raises UserError if it is a folder, if
-    its folder does not exist, if it exists and ``overwrite`` is False (with ``hint``), and if the file or a
-    new one in its folder cannot be written. Call it before any long work begins."""
+    its folder does not exist, if it is a regular file and ``overwrite`` is False (with ``hint``), and if the
+    file or a new one in its folder cannot be written. Call it before any long work begins."""
     if path.is_dir():
         raise UserError(f"{path} is a folder, not a file that can be written", hint="give a file name")
     if not path.parent.is_dir():
         raise UserError(f"{path} cannot be written: there is no folder {path.parent}", hint="create it first")
-    if path.exists() and not overwrite:
+    is_written_to = is_stream(path)  # as /dev/stdout and named pipes are, in place of being replaced
+    if path.exists() and not overwrite and not is_written_to:
         raise UserError(f"{path} already exists", hint=hint)
     if path.exists() and not os.access(path, os.W_OK):
         raise UserError(f"no permission to write {path}", hint="choose another file")
-    if not is_stream(path) and (path.is_file() or not path.exists()):
+    if not is_written_to:
         must_be_writable(path.parent, path.name)
     return path
