@@ -137,7 +137,8 @@ class LibrarySettings:
         return frozenset(self.now.keys() | self.older.keys())
 
     def names(self, section: str) -> frozenset[str]:
-        """Return the names of all settings that ``section`` has in ``now`` or ``older``."""
+        """Return the names of all settings that ``section`` has in the described release (``now``) or in
+        others (``older``); empty for an unknown section."""
         return frozenset(self.now.get(section, {})) | self.older.get(section, frozenset())
 
     def near(self, section: str, key: str) -> str | None:

@@ -66,8 +66,9 @@ class _Modules:
         self._small = unlisted - set(self.new)
 
     def growth(self, columns: Collection[str]) -> tuple[ModuleGrowth, ...]:
-        """Return the modules that hold more bytes in these columns together than before, the largest growth
-        first."""
+        """Return the modules that hold more bytes than before in these ``columns`` together, such as
+        "forward_bytes", the largest growth first; small modules count as one. Modules that are gone are left
+        out."""
 
         def total(sums: dict[str, dict[str, int]], modules: Iterable[str]) -> int:
             return sum(sums[m][c] for m in modules if m in sums for c in columns)
@@ -88,8 +89,9 @@ class _Modules:
         return tuple(sorted(growing, key=lambda g: (g.from_bytes - g.to_bytes, g.module)))
 
     def drifted(self, column: str) -> list[ModuleGrowth]:
-        """Return the modules whose growth in this column is above the tolerance, the largest first. New
-        modules are judged by their sum: all that grew, or none."""
+        """Return the modules whose growth in this ``column``, such as "forward_bytes", is above the
+        tolerance, the largest first. New modules are judged by the growth of their sum over that of the
+        modules that are gone: all with bytes in this column are returned, or none."""
         gone_bytes = sum(self._before[m][column] for m in self.gone)
         new_bytes = sum(self._now[m][column] for m in self.new)
         has_new = self._is_drift(gone_bytes, new_bytes)
@@ -103,9 +105,9 @@ class _Modules:
         return to_bytes - from_bytes > self._tolerance_ratio * max(from_bytes, self._least_bytes)
 
     def _grown_line(self, module: str, columns: Collection[str]) -> str:
-        """Return the line of ``module``, such as "src/model.py:12", whose bytes in these columns grew most;
-        "" if no line is known. A line before and a line now are the same if their file and text are
-        equal."""
+        """Return the line of ``module``, such as "src/model.py:12", whose bytes in these ``columns``, such as
+        "forward_bytes", grew most; "" if no line is known. A line before and a line now are the same if their
+        file and text are equal."""
 
         def by_code(rows: Iterable[ModuleMemory]) -> Counter[tuple[str, str]]:
             sizes = Counter[tuple[str, str]]()

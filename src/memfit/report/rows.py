@@ -133,7 +133,8 @@ class ChoiceRow:
 
     @property
     def verdict(self) -> str:
-        """Key of the text that says whether the plan fits, in the section "text"."""
+        """Key, in the section "text" of the word catalogs, of the text that says whether the plan fits:
+        "fits", "host_too_small" or "does_not_fit"."""
         return "fits" if self.fits else "host_too_small" if self.host_short else "does_not_fit"
 
 
