@@ -1,7 +1,7 @@
 """memfit fits the training of large models into the memory you have.
 
-This module has the classes with which a job is described, and the functions of `memfit.api`. torch is loaded
-when the first of these functions is accessed.
+This module has the classes with which a job and a plan are described, memfit's errors, and the functions and
+classes of `memfit.api`. torch is loaded when the first of the latter is accessed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``python -m memfit`` is ``memfit``."""
+"""``python -m memfit`` does what the command ``memfit`` does."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from memfit.types.gc_pause import collect_rarely, skip_gc_at_exit
 
 
 def run() -> int:
-    """Run the command line and return its exit status, after which the process must end."""
+    """Run the command line of this process and return its exit status, as `memfit.cli.main` does. The process
+    must then end, because garbage is no longer collected."""
     collect_rarely()
     code = main()
     skip_gc_at_exit()

@@ -219,8 +219,8 @@ class Prediction:
 
     @property
     def by_phase(self) -> Mapping[str, int]:
-        """Peak bytes of live tensors in each phase, phase -> bytes: "setup" (the model is built), "forward",
-        "backward" and "optimizer"."""
+        """Peak bytes of live tensors in each phase, phase -> bytes: "setup" (model and optimizer are built),
+        "forward", "backward" and "optimizer"."""
         return self.estimate.phase_peak_bytes
 
     @functools.cached_property
@@ -233,7 +233,7 @@ class Prediction:
     def lifecycle(self) -> Lifecycle:
         """Peaks of live tensors during loading, the first step, evaluation, saving and resuming, and sizes of
         checkpoints. They are traced when this is first accessed. Raises UserError if the plan has several
-        ranks."""
+        ranks, and if a size depends on values that are neither known nor bounded (`Job.bound`)."""
         if self.plan.ranks > 1:
             raise UserError(
                 "lifecycle (peaks of loading, first step, evaluation, saving and resuming) and "
@@ -369,8 +369,16 @@ def estimate(  # noqa: PLR0913
     )
 
 
-def _bytes(memory: str | int) -> int:
-    return parse_bytes(memory) if isinstance(memory, str) else memory
+def _bytes(memory: object) -> int:
+    """Return the bytes of ``memory``: text as `parse_bytes` reads it, or a number of at least 1. Raises
+    UserError for anything else."""
+    if isinstance(memory, str):
+        return parse_bytes(memory)
+    if not isinstance(memory, int | float) or not 1 <= memory < math.inf:
+        raise UserError(
+            f"not a memory size: {memory!r}", allowed='text such as "24GiB", or at least 1, in bytes'
+        )
+    return int(memory)
 
 
 def _plan_on(plan: Any, machine: Machine) -> Plan:
@@ -409,8 +417,8 @@ def next_plan(
 ) -> Callable[[OutOfMemory], str]:
     """Return a function for the argument ``on_oom`` of `watch`. After memory ran out under
     ``prediction.plan``, it writes the plan with which to continue (`Prediction.safer`) to the plan file
-    ``file``, and returns a line that says which plan it wrote and why. It raises UserError if there is no
-    safer plan or the file cannot be written; the file is then as it was.
+    ``file``, and returns a line that says which plan it wrote and why. It raises UserError as
+    `Prediction.safer` does, and if the file cannot be written; the file is then as it was.
 
     ``batch``: returns the batch that failed, which may be longer than that of the prediction; None: the batch
     of the prediction. When the script starts, it must load the plan from the file, and its own last
@@ -440,9 +448,9 @@ def from_trainer(
     ``machine`` and ``probe`` are as in `estimate`. Call it before ``trainer.train()``, and in a launch of
     several processes on each of them.
 
-    Raises UserError as `estimate` does; for Megatron-LM, XLA and tensor, context or sequence parallelism; and
-    for one process with several devices, which would use ``torch.nn.DataParallel``, unless ``ranks`` is
-    given.
+    Raises UserError as `estimate` does; if the trainer's loader gives no batch; for Megatron-LM, XLA and
+    tensor, context or sequence parallelism; and for one process with several devices, which would use
+    ``torch.nn.DataParallel``, unless ``ranks`` is given.
     """
     import torch
 
@@ -465,7 +473,9 @@ def from_trainer(
             return optimizer_class(params, **settings)
 
     with torch.random.fork_rng(devices=[]):
-        micro_batch = dict(next(iter(trainer.get_train_dataloader())))
+        micro_batch = run_user_code(
+            lambda: dict(next(iter(trainer.get_train_dataloader()))), "the training loader of the trainer"
+        )
     prediction = estimate(
         trainer.model,
         repeat(micro_batch, plan.micro_batches * layout(plan).data),
@@ -511,8 +521,8 @@ def assert_fits(  # noqa: PLR0913
     probe: bool = True,
     host_memory: str | int | None = None,
 ) -> Prediction:
-    """Return the prediction if the step fits ``memory`` of one device ("24GiB" or bytes) and the host's
-    memory; else raise AssertionError. For use in tests.
+    """Return the prediction, with ``memory`` as its ``cap_bytes``, if the step fits ``memory`` of one device
+    ("24GiB" or bytes) and the host's memory; else raise AssertionError. For use in tests.
 
     ``model`` may also be a Prediction; of the other arguments, only ``memory`` is then used. Else all
     arguments are as in `estimate`. The text of the AssertionError has the needed bytes, the peak with its
@@ -626,8 +636,8 @@ def apply(  # noqa: PLR0913
     The plan is applied by the code that memfit's worker runs. After the first step, what that step did is
     compared with the plan, as by `memfit.conform`, unless ``conform`` is False.
 
-    ``plan``: as in `estimate`; its number of ranks must be the world size of torch.distributed, or 1 if that
-    is not initialized.
+    ``plan``: as in `estimate`, but one that does not give ``ranks`` gets the world size of torch.distributed,
+    which is 1 if that is not initialized. A plan for another number of ranks is refused.
     ``optimizer``: as in `estimate`. ``fit.optimizer`` has its groups and learning rates; it is another object
     if the plan replaces parameters or the optimizer. ``device``: where to train, such as "cuda:0"; by default
     where the model's parameters are. ``clip``: the largest gradient norm; by default gradients are not
@@ -641,8 +651,9 @@ def apply(  # noqa: PLR0913
     tensor_parallel, sequence_dim, experts, islands.
 
     Raises UserError if an argument is none of these, if a plan was applied to the model before, if the model
-    is already wrapped or sharded, if the plan does not suit the model or the optimizer, and for a pipeline,
-    which a loop cannot run. After an error in a technique, the model may be changed in part.
+    is already wrapped or sharded, has parameters on the meta device or none that is trained, if the plan does
+    not suit the model or the optimizer, and for a pipeline, which a loop cannot run. After an error in a
+    technique, the model may be changed in part.
     """
     return apply_plan(
         plan,
@@ -675,8 +686,9 @@ def conform(
     ``plan``: as in `estimate`. If it is a mapping, text or name without ``ranks``, its number of ranks is the
     argument ``ranks``, by default the world size. If neither gives it and the world size is 1, NotConforming
     is raised for a plan with techniques of several ranks (other than ``zero``). ``blocks``: module path of
-    the repeated blocks, as in ``Job(blocks=...)``; found by default. ``clip``: the largest gradient norm that
-    the update should receive, 0 if gradients must not be clipped; checked only if given, and with ``step``.
+    the repeated blocks, as in ``Job(blocks=...)``; found by default. Without blocks at this path, nothing
+    about blocks is checked. ``clip``: the largest gradient norm that the update should receive, 0 if
+    gradients must not be clipped; checked only if given, and with ``step``.
 
     ``optimizer`` may be a list of the optimizers that the training uses.
 
@@ -700,7 +712,7 @@ def conform(
 
     Of the result, ``checked`` says what was compared. What the plan states but could not be checked is in
     ``unseen``, with the reason; it is not reported as conforming. Raises NotConforming with each difference,
-    on all ranks alike; UserError if the arguments are wrong.
+    on all ranks alike; UserError if the arguments are wrong. An error that ``step`` raises is passed on.
     """
     if not callable(getattr(model, "named_parameters", None)):
         raise UserError(
@@ -785,22 +797,28 @@ def largest(  # noqa: PLR0913
         memfit.largest(model, batch, machine="H100-SXM").value
         memfit.largest(lambda n: (Net(layers=n), batch), memory="24GiB", start=4)
 
-    ``memory``: "24GiB" or bytes; by default that of the device. ``start``: the number that is tried first; by
-    default the samples of ``batch``, or 1. ``step``: only multiples of it are tried, and for samples of those
-    that the plan needs, which are multiples of its micro-batches and data-parallel ranks. ``machine``,
-    ``plan``, ``loss``, ``optimizer``, ``bound`` and ``clip`` are as in `estimate`.
+    ``memory``: "24GiB" or bytes; by default that of the device. ``start``: the number that is tried first, at
+    least 1; by default the samples of the batch, or 1. ``step``: only multiples of it are tried, and for
+    samples of those that the plan needs, which are multiples of its micro-batches and data-parallel ranks.
+    ``start`` is rounded up to one of them. ``machine``, ``plan``, ``loss``, ``optimizer``, ``bound`` and
+    ``clip`` are as in `estimate`.
 
-    The result's ``value`` is the largest that is safe, or None if none fits; ``safe_next`` is the next
-    multiple, which was traced and does not fit, or None if no larger one was tried (see ``limit``);
-    ``expected`` is the largest that fits without memfit's margin. With ``measure``, numbers are also trained
-    for three steps each in forked copies of this process, under a hard cap of ``memory``, at most twelve
-    times: ``value`` is then the largest that ran each of three times, and ``measured`` also has the next one,
-    a step or 0.1 % larger, which ran out of memory. ``measure`` needs Linux, this machine's CPU as
-    ``machine``, a plan with one rank, and ``memory``. Raises UserError as `estimate` does, if the first
-    number cannot be predicted, and if ``measure`` is not possible.
+    The result's ``value`` is the largest number that is safe, or None if none fits. Its ``safe_next`` has the
+    next multiple, which does not fit or is refused by the job or the trace (``problem`` says why); it is None
+    if no larger one was tried (see ``limit``). ``expected`` has the largest that fits without memfit's
+    margin.
+
+    With ``measure``, numbers are also trained for three steps each in forked copies of this process, under a
+    hard cap of ``memory``, in at most twelve runs: ``value`` is then the largest that ran, three times if the
+    runs suffice, and ``measured`` also has the next one, a step or 0.1 % larger, which ran out of memory.
+    ``measure`` needs Linux, this machine's CPU as ``machine``, a plan with one rank, and ``memory``. Raises
+    UserError as `estimate` does, if the first number cannot be predicted, and if ``measure`` is not possible.
     """
     target, samples = machine_of(machine), batch is not None or isinstance(model, Job)
     settings: dict[str, Any] = {"loss": loss, "optimizer": optimizer, "bound": bound, "clip": clip}
+    for name, number in (("start", start), ("step", step)):
+        if number is not None and number < 1:
+            raise UserError(f"the argument {name} is {number}", allowed="a whole number of at least 1")
     if not samples and (not callable(model) or hasattr(model, "named_parameters")):
         raise UserError(
             f"the argument model is a {type(model).__name__}, and there is no batch",
@@ -815,13 +833,18 @@ def largest(  # noqa: PLR0913
         if samples:
             return with_batch_shape(own_job, value)
         built = run_user_code(lambda: model(value), "the function given as model")
+        if isinstance(built, tuple) and len(built) != 2:
+            raise UserError(
+                f"the function given as model returned a tuple of {len(built)}",
+                allowed="a memfit.Job, or a pair (model, batch)",
+            )
         return job_of(*(built if isinstance(built, tuple) else (built,)), **settings)
 
     target_plan = _plan_on(plan, target)
     first_job, kind = job_at(start or 1), target.device.kind
     facts = JobFacts(batch_size=first_job.batch_size, block_count=0, vocabulary=0, device_kind=kind)
     predictor = Predictor(job=first_job, machine=target, job_facts=facts)
-    cap_bytes = (None if memory is None else _bytes(memory)) or int(target.device.memory_bytes.value)
+    cap_bytes = int(target.device.memory_bytes.value) if memory is None else _bytes(memory)
     is_cpu_here = target.is_here and target.device.is_host
     if measure and (memory is None or not is_cpu_here):
         raise UserError(
@@ -851,7 +874,8 @@ def largest(  # noqa: PLR0913
 
 def _train(job: Job, plan: Plan, cap_bytes: int, value: int) -> MeasuredSize:
     """Train ``job``, which has the number ``value``, for three steps under the cap in a forked copy of this
-    process, and return how that ended."""
+    process, and return how that ended. Raises UserError if this system cannot fork, or if the plan has
+    several ranks."""
     spec = RunSpec(
         name=plan.label,
         role="run",

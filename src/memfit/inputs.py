@@ -7,6 +7,7 @@ The user's objects are only read. A module is copied without its data each time 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -49,6 +50,7 @@ _OUTPUTS = (
 _BATCHES = ("batch", "inputs", "data", "b")
 _TARGETS = ("labels", "label", "targets", "target", "y")
 _MINE = "your training step"
+_PLAN_KEYS = {"techniques", "ranks", "note", "watch"}  # no technique has one of these names
 
 
 def job_of(
@@ -64,12 +66,15 @@ def job_of(
 ) -> Job:
     """Return a Job from a module (or a function that builds one) and a batch (or a function that makes one).
 
-    ``model`` may also be a Job, without ``batch``, ``loss`` and ``optimizer``. ``loss`` is as in `loss_of`.
-    ``optimizer``: "adamw", "adam", "sgd" or "adafactor", an import path such as "torch.optim:Muon", an
-    optimizer of this model, a function of parameters, or an OptimizerChoice; None: AdamW. ``bound``, ``ema``,
-    ``clip`` and ``workers`` are as in `Job`, and replace those of a given Job if they are not None. Raises
-    UserError for other arguments. The functions of a new Job raise errors in the user's own code as
-    UserErrors; those of a given Job are kept as they are.
+    ``model`` may also be a Job, without ``batch``, ``loss`` and ``optimizer``. A compiled module counts as
+    the module inside it. ``batch`` is as in `batch_of`, and ``loss`` as in `loss_of`. ``optimizer``: "adamw",
+    "adam", "sgd" or "adafactor", an import path such as "torch.optim:Muon", an optimizer of this model, a
+    function of parameters, or an OptimizerChoice; None: AdamW. ``bound``, ``ema``, ``clip`` and ``workers``
+    are as in `Job`, and replace those of a given Job if they are not None.
+
+    Functions that build the model or make the batch are called at once. Raises UserError if they fail, and
+    for other arguments. The functions of the new Job raise errors in the user's own code as UserErrors; those
+    of a given Job are kept as they are.
     """
     if isinstance(model, Job):
         if batch is not None or loss is not None or optimizer is not None:
@@ -134,8 +139,8 @@ def batch_of(batch: Any) -> Any:
     """Return the batch, or what ``batch`` makes if it is a function, with its tensors detached and on the
     CPU. Tensors on the meta device become zeros. A mapping becomes a dict. The given batch is not changed.
 
-    Raises UserError for a DataLoader, for a batch without a tensor that has dimensions, and for an error in
-    the function.
+    Raises UserError for a DataLoader, for a batch without a tensor that has dimensions, for a nested tensor,
+    and for an error in the function.
     """
     if callable(batch) and not isinstance(batch, Mapping | torch.Tensor) and not batch_tensors(batch):
         batch = run_user_code(batch, "the function that makes the batch")
@@ -159,17 +164,17 @@ def batch_of(batch: Any) -> Any:
 def loss_of(loss: Any, forward: inspect.Signature) -> Loss:
     """Return a function ``loss(model, batch)`` for the argument ``loss``.
 
-    ``loss`` may be one of these, told apart by the names of its parameters: ``loss(output, target)`` or
-    ``loss(output, batch)``, if the first parameter is named output, outputs, out, o, logits, pred, preds,
-    prediction, predictions, y_hat or y_pred (the second is the batch if it is named batch, inputs, data or b,
-    else the target); ``loss(model, batch)``, if it has any other name. A module or a function of
-    torch.nn.functional is called with (output, target). With None, the loss that the model returns is used
-    (see `model_loss`).
+    ``loss`` may be one of these, told apart by the names of its parameters, whose case does not matter:
+    ``loss(output, target)`` or ``loss(output, batch)``, if the first parameter is named output, outputs, out,
+    o, logits, pred, preds, prediction, predictions, y_hat or y_pred (the second is the batch if it is named
+    batch, inputs, data or b, else the target); ``loss(model, batch)``, if it has any other name. A module or
+    a function of torch.nn.functional, also as a functools.partial, is called with (output, target). With
+    None, the loss that the model returns is used (see `model_loss`).
 
-    The target is the last item of a tuple or list; of other batches, what is under the key or attribute
-    labels, label, targets, target or y, whichever is there first, else the batch. ``forward``: the signature
-    of the model's forward, which decides what of the batch the model gets. Raises UserError if ``loss`` is
-    neither None nor callable.
+    The target is the last item of a tuple or list. Of another batch, it is the first of these keys or
+    attributes that is there: labels, label, targets, target, y; without any, the whole batch. ``forward``:
+    the signature of the model's forward, which decides what of the batch the model gets (see `_call`). Raises
+    UserError if ``loss`` is neither None nor callable.
     """
     if loss is None:
         return lambda model, batch: model_loss(_call(model, batch, forward))
@@ -180,8 +185,9 @@ def loss_of(loss: Any, forward: inspect.Signature) -> Loss:
             "in the model's output",
         )
     names = _parameters(loss)
+    function = loss.func if isinstance(loss, functools.partial) else loss
     is_torch_loss = (
-        isinstance(loss, torch.nn.Module) or getattr(loss, "__module__", "") == "torch.nn.functional"
+        isinstance(function, torch.nn.Module) or getattr(function, "__module__", "") == "torch.nn.functional"
     )
     if not is_torch_loss and (not names or names[0].lower() not in _OUTPUTS):
         return loss  # type: ignore[no-any-return]
@@ -202,7 +208,8 @@ def _parameters(function: Any) -> list[str]:
 
 
 def _signature(forward: Any) -> inspect.Signature:
-    """Return the signature of a model's forward. That of a traced TorchScript module is in its schema."""
+    """Return the signature of a model's forward. That of a traced TorchScript module is in its schema. Raises
+    ValueError if ``forward`` has neither."""
     try:
         return inspect.signature(forward)
     except ValueError:
@@ -347,8 +354,8 @@ def _made_like(optimizer: torch.optim.Optimizer, model: Any) -> Callable[[list[t
 
 def plan_of(plan: Any) -> Plan:
     """Return a Plan, with the defaults of all settings filled in, from any of these forms: a Plan; a mapping
-    of techniques to settings; a mapping with the keys of a plan file (techniques, ranks, note); the path of a
-    plan file (a Path, or text that ends in .yaml or .yml); YAML text of such a mapping; the name of one
+    of techniques to settings; a mapping with keys of a plan file (techniques, ranks, note, watch); the path
+    of a plan file (a Path, or text that ends in .yaml or .yml); YAML text of such a mapping; the name of one
     technique; None for plain training.
 
     Raises UserError if the plan cannot be read, has unknown keys, settings or values, combines techniques
@@ -361,7 +368,7 @@ def plan_of(plan: Any) -> Plan:
     data = _read(plan)
     if isinstance(data, Path):
         return read_plan(data)
-    if isinstance(data, Mapping) and not {"techniques", "ranks", "note"} & set(data):
+    if isinstance(data, Mapping) and not _PLAN_KEYS & set(data):
         data = {"techniques": dict(data)}
     return parse_plan(data, what="the plan")
 
@@ -390,26 +397,28 @@ def _read(plan: Any) -> Any:
 def says_ranks(plan: Any) -> bool:
     """Return whether the number of ranks is settled by ``plan``, an argument for `plan_of`. False for a
     mapping, a YAML text or a technique's name that does not give it; True for all else: also for None, a Plan
-    and the path of a file."""
+    and the path of a file. Raises UserError for text that is not valid YAML."""
     data = _read(plan)
     return not isinstance(data, Mapping) or "ranks" in data
 
 
 def on_ranks(plan: Any, ranks: int) -> Any:
     """Return ``plan`` as an argument for `plan_of`: with ``ranks`` ranks if it is a mapping, a YAML text or a
-    technique's name that does not give their number, else unchanged.
+    technique's name that does not give their number, else unchanged. Raises UserError for text that is not
+    valid YAML.
     """
     if says_ranks(plan):
         return plan
     data = _read(plan)
-    return {"ranks": ranks, **(data if {"techniques", "note"} & set(data) else {"techniques": dict(data)})}
+    return {"ranks": ranks, **(data if _PLAN_KEYS & set(data) else {"techniques": dict(data)})}
 
 
 def machine_of(machine: Any) -> Machine:
     """Return a Machine for: a Machine, which is returned; a name of the catalog such as ``8xH100-SXM``; the
-    path of a machine file (.toml); None or "this", which is the accelerator of this machine or, without one,
-    its CPU; or "this:KIND", its device of this kind, such as "this:cpu". Raises UserError for anything else,
-    for an unknown name, a faulty file, and a kind of device that this machine does not have."""
+    path of a machine file (.toml); None or "this", which is this machine with its accelerators or, without
+    one, its CPU; or "this:KIND", its devices of this kind, such as "this:cpu". Raises UserError for anything
+    else, for an unknown name, a faulty file, and a kind of device that this machine does not have;
+    MemfitError for an accelerator of this machine that does not work."""
     if isinstance(machine, Machine):
         return machine
     if machine is None:

@@ -41,11 +41,12 @@ _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParalle
 
 
 class Fit:
-    """A plan in a loop of the user. `apply_plan` makes it.
+    """A plan applied to the model of the user's own loop; `memfit.apply` returns it.
 
-    ``model`` is what the loop calls in place of its model, and ``optimizer`` the optimizer for learning-rate
-    schedulers and checkpoints. ``plan`` is the plan. ``conformance`` is what was compared with the plan after
-    the first step, and what could not be; None before.
+    ``model`` is what the loop calls in place of its model. ``optimizer`` is for learning-rate schedulers and
+    checkpoints; the loop calls `step` in place of its ``step``. ``plan`` is the plan, with the values of all
+    settings. ``conformance`` is what was compared with the plan after the first update, and what could not
+    be; None before, and if nothing is compared.
     """
 
     def __init__(
@@ -73,9 +74,12 @@ class Fit:
         each, run forward inside `forward`, then `backward`; after the last, `step`.
 
         ``batch``: this rank's batch of a whole step, as a DistributedSampler gives it. ``whole``: it is the
-        batch of all ranks, the same on each, of which this rank takes its part. Raises UserError if the batch
-        cannot be split as the plan says or has no loss terms, if the plan cuts samples along their sequence
-        and ``whole`` is False, and if the previous step or micro-batch was not finished.
+        batch of all ranks, the same on each, of which this rank takes its part. Until the first update, warns
+        (UserWarning) if the micro-batches are known to train otherwise than the batch.
+
+        Raises UserError, when it is iterated, if the batch cannot be split as the plan says or has no loss
+        terms, if the plan cuts samples along their sequence and ``whole`` is False, and if the previous step
+        or micro-batch was not finished.
         """
         if self._is_open:
             raise UserError(
@@ -109,8 +113,9 @@ class Fit:
         self._is_complete = True
 
     def _warn(self, parts: list[Any]) -> None:
-        """Warn of what is known to make a step in these micro-batches another one than with their batch:
-        layers that take statistics of a micro-batch, and labels that the loss ignores."""
+        """Warn (UserWarning) if the micro-batches ``parts`` are known to train otherwise than their batch: if
+        there are several and the model has layers that take statistics of a batch, or if their shares of
+        labels -100, which torch's losses ignore, differ and no ``loss_terms`` is given."""
         norms = [n for n, m in self._step.model.named_modules() if takes_batch_statistics(m)]
         if len(parts) > 1 and norms:
             more = f" and {len(norms) - 1} other layers take" if len(norms) > 1 else " takes"
@@ -141,9 +146,9 @@ class Fit:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Run backward from ``loss``, the mean loss of the current micro-batch. It is multiplied by the
-        micro-batch's share of the batch and by the loss scale of the plan, if any. Raises UserError if no
-        micro-batch waits for it, or if ``loss`` is not a real tensor with one element that depends on a
-        trainable parameter."""
+        micro-batch's share of the batch, and by the loss scale if the plan or the argument ``scaler`` of
+        `memfit.apply` has one. Raises UserError if no micro-batch waits for it, or if ``loss`` is not a real
+        tensor with one element that depends on a trainable parameter."""
         if self._micro_batch is None:
             raise UserError(
                 "fit.backward was called outside fit.split, or twice for one micro-batch",
@@ -153,13 +158,13 @@ class Fit:
         self._step.backward(weigh_loss(loss, share))
 
     def step(self) -> torch.Tensor:
-        """Undo the loss scale, clip the gradients, update the parameters and free the gradients. Return the
-        gradient norm before clipping, over all ranks; 0 if float16 gradients overflowed, with which nothing
-        is updated.
+        """Undo the loss scale, clip the gradients if `memfit.apply` got ``clip``, update the parameters and
+        free the gradients. Return the gradient norm before clipping, over all ranks; 0 if float16 gradients
+        overflowed, with which nothing is updated.
 
-        After the first update, what the step did is compared with the plan, and the result is in
-        ``conformance``; not while `memfit estimate` traces the loop. Raises NotConforming if it differs;
-        UserError if not all micro-batches of `split` have run.
+        The first update is compared with the plan when it is done, unless the argument ``conform`` of
+        `memfit.apply` was False or `memfit estimate` traces the loop. The result is in ``conformance``.
+        Raises NotConforming if it differs; UserError if not all micro-batches of `split` have run.
         """
         if not (self._is_open and self._is_complete):
             raise UserError(
@@ -178,8 +183,9 @@ class Fit:
         return norm
 
     def discard(self) -> None:
-        """Give up the current step: free its gradients, without an update. Raises UserError if the plan
-        updates parameters during backward, or keeps gradients in buffers (zero, sharded-ddp)."""
+        """Give up the current step, if there is one: free its gradients, without an update. Raises UserError
+        if the plan updates parameters during backward, or keeps gradients in buffers (sharded-ddp, and zero
+        of stage 1 or above)."""
         if self.plan.get("optimizer-in-backward") or self._step.bench.grad_norm is not None:
             raise UserError(
                 f"fit.discard cannot give up a step under {self.plan.label}: backward has already updated "
@@ -205,7 +211,7 @@ class Fit:
 
     def close(self) -> None:
         """Remove the hooks and close the files of techniques that shard or store states, such as zero. The
-        model keeps what else the plan changed in it. Nothing of this object can be used afterwards."""
+        model keeps what else the plan changed in it. This object must not be used afterwards."""
         self._close_step()
         self._step.close()
 
@@ -237,7 +243,8 @@ class Fit:
 
 def _check_optimizer_arguments(plan: Plan) -> None:
     """Raise UserError if the plan's technique ``optimizer`` sets lr, betas, eps or weight_decay: the user's
-    optimizer has these four, and a schedule may change them."""
+    optimizer has these four, and a schedule may change them. Also raises it if the technique's setting
+    ``arguments`` cannot be parsed."""
     use = plan.get("optimizer")
     arguments = parse_arguments(str(use.settings["arguments"]), "arguments") if use is not None else {}
     if fixed := sorted(arguments.keys() & {"lr", "betas", "eps", "weight_decay"}):
@@ -383,8 +390,9 @@ def _check_scaler(scaler: Any, plan: Plan) -> None:
 
 
 def _optimizer(optimizer: Any, model: torch.nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    """Return the optimizer that the argument ``optimizer`` of `memfit.apply` is or makes, for the trainable
-    parameters of ``model``. Raises UserError if it neither is nor makes a torch.optim.Optimizer."""
+    """Return the optimizer that the argument ``optimizer`` of `memfit.apply` is, or makes for the trainable
+    parameters of ``model``. Raises UserError if it neither is nor makes a torch.optim.Optimizer, and for an
+    unknown name or import path. Errors of a function of the user are passed on."""
     if isinstance(optimizer, torch.optim.Optimizer):
         return optimizer
     params = [p for p in model.parameters() if p.requires_grad]

@@ -20,6 +20,7 @@ from memfit.conformance.autograd_graph import GraphProbe
 from memfit.conformance.distributed_checks import offloaded_states
 from memfit.conformance.monitor import Monitor
 from memfit.conformance.registry import COVERED
+from memfit.conformance.snapshot import update_kernels
 from memfit.jobs.builtin.gpt import Gpt, GptSize
 from memfit.jobs.training_step import TrainingStep
 from memfit.planner.recompute_budget import choose_tensors
@@ -418,3 +419,10 @@ def test_offload_of_only_half_of_the_parameters_is_reported(share: float) -> Non
     watch.graph.device = "meta"
     findings = list(offloaded_states(plan, watch.observe()))
     assert [f.wrong for f in findings] == [share < 1]
+
+
+def test_the_kernels_of_several_optimizers_are_read_from_a_list_or_a_mapping() -> None:
+    param = nn.Parameter(torch.ones(2, 2))
+    optimizers = [torch.optim.AdamW([param], fused=True), torch.optim.AdamW([param], foreach=True)]
+    for several in (optimizers, dict(enumerate(optimizers))):
+        assert update_kernels(SimpleNamespace(optimizers=several)) == {"fused", "foreach"}

@@ -44,6 +44,7 @@ LOSSES: dict[str, Any] = {
     "of output and batch": lambda output, batch: functional.cross_entropy(output, batch[1]),
     "of output and target": lambda logits, target: functional.cross_entropy(logits, target=target),
     "torch's function": functional.cross_entropy,
+    "torch's function with arguments": functools.partial(functional.cross_entropy, reduction="mean"),
     "torch's module": nn.CrossEntropyLoss(),
 }
 
@@ -224,6 +225,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "names": ({"batch": {"a": X}}, "has no parameter named like one of the batch's keys: a"),
     "closure": ({"model": _replaced()}, "cannot be copied"),
     "job and batch": ({"model": job()}, "were given although the argument model is a Job"),
+    "no memory": ({"machine": "H100-SXM", "host_memory": 0}, "not a memory size: 0"),
 }
 
 
@@ -330,6 +332,16 @@ def test_predicted_peak_of_a_trainer_is_within_one_percent_of_the_measured_peak(
     trainer.train()
     measured = counter.peak_bytes() - before
     assert found.allocated_bytes.value == pytest.approx(measured, rel=0.01)
+
+
+def test_a_trainer_without_data_is_refused_in_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    from hf_trainer import make_trainer
+
+    trainer = make_trainer(str(tmp_path))
+    trainer.train_dataset = None
+    with pytest.raises(memfit.UserError, match="the training loader of the trainer raised ValueError"):
+        memfit.from_trainer(trainer)
 
 
 def test_a_job_from_a_module_trains_on_real_tensors_too() -> None:

@@ -17,6 +17,7 @@ from memfit.conformance.block_checks import plain_runs, recomputation
 from memfit.conformance.clipping_check import gradient_clipping
 from memfit.conformance.distributed_checks import replicas, stages
 from memfit.conformance.findings import Checked, NotChecked
+from memfit.conformance.fingerprints import fingerprint
 from memfit.conformance.observation import (
     BlockActivity,
     InputDigests,
@@ -112,6 +113,12 @@ def test_replicas_are_compared_by_the_norms_of_all_ranks() -> None:
         (finding,) = replicas(plan, _observed(plan, {"norms": {"w": 1.0}}, {"norms": {"w": norm}}))
         assert isinstance(finding, Checked)
         assert (finding.feature, finding.wrong) == ("ddp: replicas", wrong)
+
+
+def test_a_model_without_trained_parameters_has_no_replicas_to_compare() -> None:
+    plan = _plan("ddp", ranks=2)
+    assert list(replicas(plan, _observed(plan))) == []
+    assert fingerprint(torch.zeros(3, 0)).tolist() == [0.0] * 4
 
 
 def test_ranks_with_the_same_samples_are_reported_only_if_several_samples_and_losses_are_equal() -> None:

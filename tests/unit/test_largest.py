@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -241,6 +242,21 @@ def test_largest_of_a_function_of_the_number() -> None:
 def test_a_model_without_a_batch_is_refused() -> None:
     with pytest.raises(UserError, match="there is no batch"):
         memfit.largest(nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"step": 0}, "the argument step is 0"),
+        ({"start": -3}, "the argument start is -3"),
+        ({"memory": 0}, "not a memory size: 0"),
+        ({"model": lambda n: (nn.Linear(n, n), torch.ones(2, n), 3), "batch": None}, "a tuple of 3"),
+    ],
+)
+def test_wrong_numbers_are_refused_in_one_line(arguments: dict[str, object], message: str) -> None:
+    given: dict[str, Any] = {"model": nn.Linear(4, 4), "batch": torch.ones(2, 4), "machine": "this:cpu"}
+    with pytest.raises(UserError, match=message):
+        memfit.largest(**given | arguments)
 
 
 class Positions(nn.Module):

@@ -414,6 +414,19 @@ def test_a_sweep_of_real_runs_on_the_command_line(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["store.sqlite3"]
 
 
+def test_a_budget_in_dollars_that_is_entered_needs_prices_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    import typer
+
+    from memfit.cli import sweep as command
+
+    monkeypatch.setattr(command, "_need_text", lambda trials, settings: "4 trials to run")
+    monkeypatch.setattr(sys, "stdin", Mock(isatty=lambda: True))
+    monkeypatch.setattr(sys, "stderr", Mock(isatty=lambda: True))
+    monkeypatch.setattr(typer, "prompt", lambda text, err: "20USD")
+    with pytest.raises(UserError, match="the price of local is unknown"):
+        command.agreed_budget(Budget(), trials(), RunSettings(), may_ask=True)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -390,7 +390,8 @@ def engines() -> Iterator[Check]:
 def files(store: StoreOptions) -> Iterator[Check]:
     """Yield checks with plain information: the path of the store, with its size if it exists; the path of the
     cache's folder; and where predictions are kept, how many and how large they are, and how to clear them,
-    or that they are not kept on disk."""
+    or that they are not kept on disk. Raises UserError if the environment variable MEMFIT_CACHE_LIMIT is not
+    a size."""
     import platformdirs
 
     from memfit.store import default_path

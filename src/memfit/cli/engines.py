@@ -30,7 +30,9 @@ def compare_engines(
     as_json: bool,
 ) -> None:
     """Print for each engine whether it supports the plan of --plan or --recommended, else plain training; its
-    predicted peak memory and step time; and facts about its installation and maintenance."""
+    predicted peak memory and step time; and facts about its installation and maintenance. Raises UserError as
+    `plan_file` and `request` do and for a job that cannot be loaded; with --recommended as `recommended_plan`
+    does."""
     plan = plan_file(plan_options)
     job_request = request(job, search_options, runtime, on.on, plans=[plan] if plan else [])
     workload = print_workload_of(job_request, lang="en", quiet=as_json)

@@ -88,8 +88,8 @@ def estimate_job(  # noqa: PLR0913
     as_json: bool,
 ) -> None:
     """Print what uses the predicted memory of one plan, or why the memory of two plans differs, and write
-    ``files``. ``plan_paths``: the plan files of the command line. Raises UserError for options that do not go
-    together."""
+    ``files``. ``plan_paths``: the plan files of the command line. Raises UserError as `_plans` and `request`
+    do and for a job or a plan that cannot be predicted; with --recommended as `recommended_plan` does."""
     plans = _plans(plan_paths, files, plan_options)
     job_request = request(job, search_options, runtime, on.on, plans=plans)
     workload = print_workload_of(job_request, lang=lang, quiet=as_json)

@@ -104,9 +104,10 @@ def estimate_command(
     as_json: bool,
 ) -> None:
     """Run ``command`` until its second optimizer step, print the predicted memory, and with --plans the plans
-    that a search finds; write ``files``. ``on``, ``within``: the machine and the time limit of the search, as
-    in --on and --within. The exit code is 3 if there is no plan for --save. Raises UserError for options that
-    do not go together."""
+    that a search finds; write ``files`` and the file of --save. ``on``, ``within``: the machine and the time
+    limit of the search, as in --on and --within. The exit code is 3 if there is no plan for --save. Raises
+    UserError for wrong options and options that do not go together, for a file that cannot be written, and as
+    `estimate_script` does; with --diff also as `_script_source` does, and if no edit expresses a plan."""
     parse_cap(search_options.memory)
     within_s = parse_time_limit(DEFAULT_WITHIN if within is None else within)
     if within is not None and not options.plans:
@@ -267,8 +268,9 @@ def _facts(answer: ScriptAnswer, machine: Machine, cap_bytes: int | None) -> Scr
 
 
 def _edit(source: Source, plans: SearchResult, batch_size: int, *, on_host: bool) -> ScriptDiff:
-    """Return the edit of the script for the recommended plan or the next best: none for plain training, which
-    is the script as it is. If the script cannot be edited, the reason says why."""
+    """Return the edit of the script for the recommended plan or, if the script cannot express that, the
+    fastest other that fits. It is empty if plain training is recommended, which is the script as it is. If no
+    plan can be expressed, it has no diff, and its ``reason`` says why."""
     from memfit.export.script_diff import ScriptDiff
 
     assert plans.recommended is not None

@@ -285,7 +285,7 @@ def _with_batch_and_engine(
     """Return ``job`` with the batch of the user's files, unless --batch is given or the files state none, and
     ``search_options`` with their engine, unless --engine is given. If the job refuses their batch, it keeps
     its own number; if that is another number, this is printed on standard error. If ``user_files`` is None,
-    return both unchanged."""
+    return both unchanged. Raises UserError if the job cannot be loaded with its own batch either."""
     from memfit.jobs.registry import load
 
     if user_files is None:
@@ -343,9 +343,9 @@ def _launch(
     """Return (the launch to export; name -> text of the user's job file and of the modules beside it that it
     imports, empty for a built-in or hf: job; ``user_files`` with ``job_clip`` filled in, or None; how the
     samples of a batch depend on each other, None if the plan does not split the batch; the job). Raises
-    UserError for the engine replay, which does not train, for a plan that the engine does not support, for a
-    plan that splits the batch and would thereby weight the terms of the loss wrongly, for a job that cannot
-    be loaded, and for job files that cannot be copied (see `_file_texts`)."""
+    UserError for the engine replay, which does not train, for a plan or a model that the engine does not
+    support, for a plan that splits the batch and would thereby weight the terms of the loss wrongly, for a
+    job that cannot be loaded, and for job files that cannot be copied (see `_file_texts`)."""
     from memfit.engines.registry import render, supporting_engine
     from memfit.jobs.registry import load
     from memfit.planner.request import model_sizes

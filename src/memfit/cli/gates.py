@@ -107,8 +107,9 @@ def check_gates(
     """Print whether the figures of a record keep the limits, and predict the stages whose machines are given.
     ``record_name``: a file, or the ID of a proof of concept or of a record from others; None for the proof of
     concept begun last. If a figure does not keep its limit, no stage is predicted and the exit code is 1.
-    Raises UserError for an unknown machine, a wrong file of limits and a record that is not found, and
-    NothingFits if no plan fits a stage."""
+    With a proof of concept that was run here, the limits, --attended-minutes and the predictions are stored.
+    Raises UserError for an unknown machine and a wrong file of limits, as `find_record`, `_store_attended`
+    and `_job_spec` do, and for a job that cannot be predicted; NothingFits if no plan fits a stage."""
     lang = check_language(output.lang)
     machines = {n: m for n, m in (("pilot", options.pilot), ("full", options.full)) if m is not None}
     for name in machines.values():
@@ -242,7 +243,8 @@ def _store_predictions(
     ``poc_id``, for its decision on costs. Also predict and store the same size of the job on every device of
     the catalog that has a price, except in three cases: these predictions are already stored; the first stage
     has one process and plain training of the model has more than 10,000 operators, so that its traces take
-    long; or the proof of concept recommended no plan. Everything is predicted before anything is stored."""
+    long; or the proof of concept recommended no plan. Everything is predicted before anything is stored.
+    Raises UserError if the store does not have the proof of concept, or what is stored cannot be read."""
     from memfit.planner.single_device import is_long
     from memfit.store import Store
     from memfit.workflows import proof_of_concept, reference_machines
@@ -270,7 +272,8 @@ def _decide(
     the user that were stored last. Before that, store the machines of ``stages`` and the limits that
     ``gates``, the value of --gates, names, so that the report shows these gates; None: the stored limits
     stay. An empty text stands for memfit's own limits. ``lang``: the reader's language, for the currency and
-    the place if the user gave no figures."""
+    the place if the user gave no figures. Raises UserError if the file ``gates`` cannot be read, and if what
+    is stored with the proof of concept is wrong."""
     from memfit.store import Store
     from memfit.workflows import proof_of_concept
 

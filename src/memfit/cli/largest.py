@@ -122,8 +122,9 @@ def print_largest(
 ) -> None:
     """Find the largest values that ``options`` ask for, print them, and write them to the file of --out, if
     it is given. The exit code is 3 if nothing fits under any plan. ``force``: whether an existing file is
-    replaced; ``measure``: whether values are run under the cap, too. Raises UserError for sizes that the job
-    does not have and for options that do not go together."""
+    replaced; ``measure``: whether values are run under the cap, too. Raises UserError as `_question` does,
+    for sizes that the job does not have, for a file of a plan that cannot be read, for a file of --out that
+    cannot be written, and if ``measure`` is not possible."""
     along, dimension, values = _question(options)
     if options.out is not None:
         if not along:

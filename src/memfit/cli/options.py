@@ -128,8 +128,8 @@ class SizeOptions:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class JobOptions(SizeOptions):
-    """The job to train, None for the default job, and what replaces its default sizes, data, initial weights
-    and steps."""
+    """The job to train, None if the user named none, and what replaces its default sizes, data, initial
+    weights and steps."""
 
     job: Annotated[
         str | None,

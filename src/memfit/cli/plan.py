@@ -204,8 +204,8 @@ def _print_diff_or_largest(
     output: OutputOptions,
 ) -> None:
     """Print the edit of ``script`` and, with --save, write its plan; if ``script`` is None, print the answer
-    to --largest. Raises UserError if the file of --save exists and --force is not given, and as `print_diff`
-    and `print_largest` do."""
+    to --largest. Raises UserError if the file of --save exists and --force is not given, or if it cannot be
+    written; otherwise as `print_diff` and `print_largest` do."""
     if script is None:
         print_largest(job_request, largest, as_json=output.json, force=save.force, measure=run.measure)
         return

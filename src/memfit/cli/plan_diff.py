@@ -80,8 +80,9 @@ def print_diff(
     """Print the edit of the script ``source`` and return the plan: that of the file in ``plans``, or else the
     best that can be printed as an edit. The diff is on standard output; the plan and what the user should
     know of the edit are on standard error. If the script cannot be edited, standard output has the reason and
-    the lines to insert. With ``as_json``, all is on standard output. Raises UserError as `script_diff` does,
-    `NothingFits` if no plan of the search fits, and if the plan of the file would weight the loss wrongly."""
+    the lines to insert. With ``as_json``, all is on standard output. Raises UserError if the job cannot be
+    loaded, if the plan cannot be read, as `script_diff` does, and if the plan would weight the loss wrongly;
+    NothingFits if no plan of the search fits."""
     from memfit.cli.export import dependence_of_split
     from memfit.export.script_diff import script_diff
     from memfit.export.script_steps import dependence_caution

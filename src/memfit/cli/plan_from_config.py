@@ -203,7 +203,7 @@ def _with_values_of_job(
 
     If the user named another job than the one that builds the files' model, it lists the model as left out if
     that job has another number of blocks or another width, or if the files do not state the model's number of
-    blocks."""
+    blocks. The files' options of the model are then listed as left out, too."""
     from memfit.techniques.rank_mesh import split_batch
 
     micro_batch, samples = converted.micro_batch, split_batch(converted.plan, size.batch_size)

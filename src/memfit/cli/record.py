@@ -166,7 +166,8 @@ def _add_exported(folder: Path, store: memfit.store.Store, *, as_json: bool) -> 
 
 
 def _compare(names: tuple[str, str], store: Path | None, *, as_json: bool) -> None:
-    """Print the quantities of the two records ``names``, and which are not comparable and why."""
+    """Print the quantities of the two records ``names``, and which are not comparable and why. Raises
+    UserError as `find_record` does."""
     from memfit.store import exchange
 
     records = [find_record(name, store) for name in names]

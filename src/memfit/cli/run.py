@@ -236,8 +236,8 @@ def run(
     """Train one plan, and compare its measured memory and time with the prediction.
 
     Exits with code 1 if the run does not complete, for example because it reaches the memory cap or the time
-    limit; with 75 if SIGTERM ended it and --resume can continue it; with 143 if SIGTERM ended it without a
-    checkpoint."""
+    limit; with 3 if --recommended finds no plan that fits; with 75 if SIGTERM ended it and --resume can
+    continue it; with 143 if SIGTERM ended it without a checkpoint."""
     timeout_s = parse_duration(options.timeout) if options.timeout is not None else None
     most = most_recoveries(options)
     check_label(options)
@@ -323,7 +323,8 @@ def _run_prepared(
 
 
 def _finish(run: Run, workload: Workload | None, options: RunOptions, output: JsonOptions) -> None:
-    """Write the record and print the result. Ends the command with the exit code of the run."""
+    """Write the record, with --record, and print the result. Ends the command with the exit code of the run.
+    Raises UserError if the record cannot be written."""
     if options.record is not None:
         from memfit.store.exchange.run_record import record_of, run_record_text
 
@@ -409,8 +410,9 @@ def print_notice(event: Mapping[str, object], *, folder: Path | None) -> None:
 
 
 def most_recoveries(options: RunOptions) -> int:
-    """Return how often the run may continue after memory ran out, as --on-oom and --most-recoveries say; 0:
-    never. Raises UserError for an unknown --on-oom, and for --most-recoveries without --on-oom next-plan."""
+    """Return how often the run may continue after memory ran out: 0, never, for --on-oom stop; for next-plan
+    the number of --most-recoveries, by default 2. Raises UserError for an unknown --on-oom, and for
+    --most-recoveries without --on-oom next-plan."""
     action = check_choice("--on-oom", options.on_oom, ("stop", "next-plan"))
     if action == "next-plan":
         return options.most_recoveries or _MOST_RECOVERIES
@@ -450,8 +452,8 @@ def _continuation_text(recovery: Recovery) -> str:
 
 def _recovery_lines(run: Run) -> Iterator[str]:
     """Yield two lines for each recovery, what failed and how the run went on, and a third with the verdict on
-    the repeated steps, or that there were none to repeat. If memory ran out and the run ended without a
-    further recovery, a last line says why."""
+    the repeated steps, or that there were none to repeat; no third if the run did not reach these steps
+    again. If memory ran out and the run ended without a further recovery, a last line says why."""
     for recovery in run.recoveries:
         yield f"  failed  {recovery.reason}, under {recovery.failed_plan.label}"
         yield f"  went on {_continuation_text(recovery)}"

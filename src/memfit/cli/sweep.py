@@ -254,8 +254,17 @@ def agreed_budget(
     budget: Budget, trials: Sequence[SweepTrial], settings: RunSettings, *, may_ask: bool
 ) -> Budget:
     """Return ``budget`` or, if it is empty, the one that the user enters on the terminal. Raises UserError if
-    it is empty and there is no terminal or ``may_ask`` is False; for input that is no budget; and for a given
-    ``budget`` in US dollars if the price of a device of ``trials`` is unknown."""
+    it is empty and there is no terminal or ``may_ask`` is False; for input that is no budget; and for a
+    budget in US dollars, given or entered, if the price of a device of ``trials`` is unknown."""
+    if (budget.hours, budget.usd) == (None, None):
+        need = _need_text(trials, settings)
+        if not (may_ask and sys.stdin.isatty() and sys.stderr.isatty()):
+            raise UserError(
+                f"--budget is missing: {need}",
+                allowed="--budget TIME, such as 2h, or --budget NUSD, such as 20USD, or both",
+            )
+        print(f"memfit: {need}", file=sys.stderr)
+        budget = parse_budget([typer.prompt("Budget (such as 2h of device hours, or 20USD)", err=True)])
     if budget.usd is not None:
         placements = {trial.placement.kind: trial.placement for trial in trials}
         unknown = [kind for kind, placement in placements.items() if placement.usd_per_hour() is None]
@@ -265,16 +274,7 @@ def agreed_budget(
                 allowed="a budget as a time, such as 24h",
                 hint="give the price with --executor NAME:usd_per_hour=1.5 or NAME:device=H100-SXM",
             )
-    if (budget.hours, budget.usd) != (None, None):
-        return budget
-    need = _need_text(trials, settings)
-    if not (may_ask and sys.stdin.isatty() and sys.stderr.isatty()):
-        raise UserError(
-            f"--budget is missing: {need}",
-            allowed="--budget TIME, such as 2h, or --budget NUSD, such as 20USD, or both",
-        )
-    print(f"memfit: {need}", file=sys.stderr)
-    return parse_budget([typer.prompt("Budget (such as 2h of device hours, or 20USD)", err=True)])
+    return budget
 
 
 def _need_text(trials: Sequence[SweepTrial], settings: RunSettings) -> str:

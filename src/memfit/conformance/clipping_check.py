@@ -22,7 +22,7 @@ def gradient_clipping(plan: Plan, observed: Observations) -> Iterator[CheckFindi
     is None (unknown).
 
     If it is a limit (above 0), the norm must be at most this, within 1 %. Yields `NotChecked` if no update
-    was observed, or if the norm is below the limit and torch's clipping was not called with it.
+    was observed, or if the norm is more than 1 % below the limit and torch's clipping was not called with it.
 
     If it is 0, gradients must not be clipped: torch's clipping was not called with a finite norm, and the
     norm at the update is at least 99 % of that before clipping. Yields `NotChecked` if torch's clipping was
@@ -30,8 +30,9 @@ def gradient_clipping(plan: Plan, observed: Observations) -> Iterator[CheckFindi
     observed.
 
     With tensor-, context-, axial- or expert-parallel or a pipeline (`_SEVERAL`), the norm of all ranks'
-    gradients is unknown. The largest norm on a single rank, a lower bound, replaces it at the update, and the
-    norm before clipping counts as unknown."""
+    gradients is unknown. The largest norm on a single rank, a lower bound, replaces it at the update: one
+    that is not above the limit counts as more than 1 % below it. The norm before clipping counts as
+    unknown."""
     if observed.clip is None:
         return
     updates = [r.update for r in observed.ranks]

@@ -89,19 +89,21 @@ def resharding(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
 
 def replicas(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
     """Check whether each trained parameter has the same norm on every rank after a step, within a relative
-    1e-7. If not, gradients were not averaged. Yields nothing with one rank, with expert-parallel, or if the
-    plan does not let all ranks hold the same whole parameters."""
+    1e-7. If not, gradients were not averaged. Yields nothing with one rank, with expert-parallel, if the plan
+    does not let all ranks hold the same whole parameters, or if the model has no trained parameters."""
     mesh = layout(plan)
     replica_count = mesh.data * mesh.context
     if replica_count == 1 or mesh.ranks != replica_count or shard_degree(plan, "parameters")[0] > 1:
         return
     if "expert-parallel" in plan:
         return
-    norms = observed.this_rank.norms.values()
+    norms = observed.this_rank.norms
+    if not norms:
+        return
     deviation = max(
         abs(a - b) / max(abs(a), abs(b), 1e-300)
         for rank in observed.ranks
-        for a, b in zip(norms, rank.norms.values(), strict=True)
+        for a, b in zip(norms.values(), rank.norms.values(), strict=True)
     )
     yield Checked(
         f"{averaging_technique(plan)}: replicas",

@@ -31,7 +31,7 @@ def fingerprint(values: torch.Tensor, start: int = 0, columns: int | None = None
     sparse ``values`` is taken for a whole tensor whose other elements are zero; ``start`` and ``columns`` are
     ignored then."""
     values = as_real(values.detach())
-    columns = columns or math.prod(values.shape[1:])
+    columns = columns or math.prod(values.shape[1:]) or 1  # a tensor without elements
     if values.is_sparse:
         return _of_rows(values.coalesce())
     flat = values.reshape(-1)

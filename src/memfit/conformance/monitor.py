@@ -269,8 +269,9 @@ class Monitor(Prepared):
 
     def conclude(self) -> Conformance:
         """Run all checks and return the result, which has no differences. Raises NotConforming with the
-        differences of all ranks if there are any on any rank. If the number of ranks is not the planned one,
-        this is the difference, and nothing else is checked. All ranks must call it."""
+        differences of all ranks if there are any on any rank, and UserError if the class of the technique
+        optimizer cannot be imported. If the number of ranks is not the planned one, this is the difference,
+        and nothing else is checked. All ranks must call it."""
         ranks = world_size()
         findings: list[CheckFinding] = [
             Checked("ranks", str(self.plan.ranks), str(ranks), wrong=ranks != self.plan.ranks)

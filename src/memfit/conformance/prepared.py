@@ -18,11 +18,11 @@ class Prepared:
     """A model to which a plan should have been applied, its optimizer and the plan.
 
     The arguments ``blocks`` and ``head`` are the module paths of the repeated blocks and of the output layer,
-    or None to search for them. The attribute ``blocks`` is the list of the blocks, which is empty if none are
-    found. ``islands`` are the modules that are to stay in float32. ``whole_elements`` is the number of
-    elements of the model's parameters before sharding; None: unknown. The attribute ``clip``, which the
-    caller may set, is the largest gradient norm that the update should receive; 0 means no clipping, and
-    None, as at first, unknown."""
+    or None to search for them. The attribute ``blocks`` is the list of the blocks. It is empty if none are
+    found, also if a given path has none. ``islands`` are the modules that are to stay in float32.
+    ``whole_elements`` is the number of elements of the model's parameters before sharding; None: unknown. The
+    attribute ``clip``, which the caller may set, is the largest gradient norm that the update should receive;
+    0 means no clipping, and None, as at first, unknown."""
 
     def __init__(
         self,

@@ -130,9 +130,9 @@ def findings(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
 
 def _unchecked(plan: Plan, *, has_step: bool) -> Iterator[str]:
     """Yield a text for each part of the plan that no check covers: a technique, a part of a technique, or a
-    setting of ddp, fsdp2 or zero in `_UNCHECKED_KNOBS` that is not the default. ``has_step``: whether a
-    training step was observed. If not, techniques whose effect shows only in a step are named, too, but for
-    tensor-parallel and those of data parallelism."""
+    setting in `_UNCHECKED_KNOBS` that is not the default. ``has_step``: whether a training step was observed.
+    If not, techniques with a check that needs a step are named, too, but for tensor-parallel and those of
+    data parallelism."""
     for name in (u.technique for u in plan.uses):
         if name not in COVERED:
             yield f"{name}: not checked"

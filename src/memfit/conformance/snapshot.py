@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -213,9 +213,10 @@ def _address(tensor: torch.Tensor) -> tuple[int, ...]:
 def update_kernels(optimizer: Any) -> frozenset[str]:
     """Return which updates torch's AdamW runs, "fused", "foreach" or "single", as the set over the parameter
     groups. It is read from their flags: torch obeys them or raises an error. Without flags, it is "foreach",
-    or "single" if all parameters are on the CPU. The set is empty if there is no torch optimizer."""
+    or "single" if all parameters are on the CPU. The set is empty if no optimizer has parameter groups."""
     inner_optimizers = [o for o in layers(optimizer) if hasattr(o, "param_groups")][-1:]
-    inner_optimizers = list(getattr(optimizer, "optimizers", {}).values()) or inner_optimizers
+    several = getattr(optimizer, "optimizers", ())
+    inner_optimizers = list(several.values() if isinstance(several, Mapping) else several) or inner_optimizers
     return frozenset(_kernel(group) for o in inner_optimizers for group in getattr(o, "param_groups", ()))
 
 

@@ -120,8 +120,8 @@ def _tensor_partners(observed: Observations) -> list[RankObservation]:
 def _whole_alike(observed: Observations) -> CheckFinding:
     """Check whether trained parameters that are not sharded have equal norms on all ranks of the
     tensor-parallel group after a step, within a relative 1e-5. If not, sums in backward are missing. Return
-    `NotChecked` if on some rank it is unknown which parameters are sharded or all are, or if norms differ and
-    dropout may explain it."""
+    `NotChecked` if on some rank it is unknown which parameters are sharded, all are, or no norm was measured,
+    and if norms differ and dropout may explain it."""
     feature = "tensor-parallel: parameters that are not cut"
     if not all(map(_whole_norms, observed.ranks)):
         return NotChecked(f"{feature}: it is unknown which parameters are sharded")
@@ -143,8 +143,8 @@ def _whole_alike(observed: Observations) -> CheckFinding:
 
 
 def _whole_norms(rank: RankObservation) -> dict[str, float]:
-    """Return name -> norm of the trained parameters that tensor parallelism does not shard. It is empty if it
-    is unknown which these are."""
+    """Return name -> norm of the trained parameters that tensor parallelism does not shard, as far as it was
+    measured. It is empty if it is unknown which parameters these are."""
     if rank.tensor_sharded is None:
         return {}
     return {n: norm for n, norm in rank.norms.items() if n not in rank.tensor_sharded}

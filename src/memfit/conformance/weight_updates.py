@@ -28,8 +28,8 @@ _PRIME = 1_000_003
 
 
 class WeightUpdates:
-    """Records between `__enter__` and `__exit__` which trained parameters change, and their gradients. The
-    largest gradients of a parameter stay on its device until `observed`."""
+    """Records between `__enter__` and `__exit__` which trained parameters change, and the largest absolute
+    value of each one's gradients, which stays on the parameter's device until `observed`."""
 
     def __init__(self, prepared: Prepared) -> None:
         self._prepared = prepared
@@ -119,8 +119,8 @@ class WeightUpdates:
     # -- what was observed ----------------------------------------------------------------------------
 
     def observed(self) -> WeightFigures:
-        """Return what was recorded on this rank. Without `__enter__` and `__exit__`, only which trained
-        parameters the optimizer holds."""
+        """Return what was recorded on this rank. Without `__enter__` and `__exit__`, only what the optimizer
+        holds."""
         prepared = self._prepared
         params = self._params or {n: p for n, p in prepared.model.named_parameters() if p.requires_grad}
         optimizer = _observed_optimizer(prepared.optimizer, params)
@@ -161,7 +161,8 @@ class WeightUpdates:
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor | None:
-    """Return the part of a tensor on this rank, or None if it is freed, empty or made of other tensors."""
+    """Return the part of a tensor on this rank: of a sparse tensor its stored values, of a complex one a view
+    as real numbers. Return None if it is freed, empty, on the meta device or made of other tensors."""
     local: torch.Tensor = getattr(tensor, "_local_tensor", tensor).detach()
     if hasattr(local, "__tensor_flatten__") or local.is_meta:
         return None
@@ -172,8 +173,8 @@ def _local(tensor: torch.Tensor) -> torch.Tensor | None:
 
 def _largest(tensor: torch.Tensor) -> Any:
     """Return the largest absolute value of a tensor's part on this rank, as a float for tensors on the host,
-    else as a scalar tensor. It is not a number if the part contains a value that is none, and 0 if there is
-    no such part or it is not floating-point."""
+    else as a scalar tensor. It is NaN if the part contains a NaN, and 0 if there is no such part (`_local`)
+    or it is not floating-point."""
     local = _local(tensor)
     if local is None or not local.is_floating_point():
         return 0.0

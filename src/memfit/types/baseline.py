@@ -77,7 +77,8 @@ class MemoryBaseline(BaselineTarget):
     """The predicted peaks of a target.
 
     ``plan_label``: techniques and settings of the plan. ``memfit`` and ``torch``: the versions that
-    predicted. ``reserved_bytes``: None if the device has no caching allocator. ``phase_bytes``: peak of live
+    predicted. ``reserved_bytes``: by the caching allocator; None if the device has none, or if memfit
+    cannot predict it. ``phase_bytes``: peak of live
     tensors in each phase. ``category_bytes``: what is alive at the highest of them.
     """
 
@@ -125,8 +126,8 @@ class MemoryDrift:
     """Memory that is higher than in the baseline by more than the tolerance: the peak of a phase, reserved
     memory, or what one module holds at the peak of a phase.
 
-    ``phase``: phase of the step, "states" (parameters, gradients, optimizer state, inputs) or "reserved" (by
-    the caching allocator). ``whole``: whether the bytes are those of the whole model, not of the one module
+    ``phase``: phase of the step, "states" (what `ModuleMemory.state_bytes` counts) or "reserved" (by the
+    caching allocator). ``whole``: whether the bytes are those of the whole model, not of the one module
     in ``modules``. ``modules``: those that grew, the largest growth first, at most five.
     """
 

@@ -187,7 +187,8 @@ class CostSheet:
     operation_g: float | None
     embodied_g: float | None
     sci_g: float | None
-    # whether the available machines can do all runs of a year, and a run is not longer than allowed
+    # whether the available machines can do all runs of a year, and a run is not longer than allowed; True for
+    # doing nothing
     enough: bool
 
     def saved_percent(self, reference: CostSheet) -> float | None:
@@ -273,9 +274,11 @@ class Decision:
     ``ways[i]`` is an option and ``sheets[i]`` its costs. The fields ``shown``, ``slots``, ``best``,
     ``reference`` and ``recommended`` hold indices i; None: there is no such option. An option does all the
     work if its machines can do all runs of a year and no run takes longer than allowed (`CostSheet.enough`).
-    ``best``: the option with the lowest present cost of those that do all the work. ``reference``, with which
-    it is compared: the cheapest purchase or rental with plain training that does all the work. ``currency``:
-    the currency's code; ``symbol``, ``decimals``: how amounts are written.
+    ``best``: the option with the lowest present cost of those that do all the work, of which doing nothing is
+    never one. ``reference``, with which it is compared: the cheapest purchase or rental with plain training
+    that does all the work. ``recommended``: the cheapest option with the recommended plan that does it.
+    ``currency``: the currency's code; ``symbol``, ``decimals``: how amounts are written. ``payback_years``
+    and ``payback``: the years and the kind that `money.payback` returns.
     """
 
     currency: str
@@ -293,12 +296,12 @@ class Decision:
     slots: tuple[tuple[str, int], ...]  # (column on the page, index); an option may be in several columns
     best: int | None
     reference: int | None
-    recommended: int | None  # the cheapest option with the recommended plan
+    recommended: int | None
     saved_percent: float | None  # saving of best over reference
     saved_interval_percent: Interval | None
     chance_percent: float | None  # probability of a saving
     payback_years: float | None
-    payback: str  # the kind of payback, as money.payback returns it; "" if unknown
+    payback: str
     swings: tuple[Swing, ...] = ()  # largest first
     asked: tuple[str, ...] = ()  # keys of the user's case that a complete answer needs
     risks: tuple[Risk, ...] = ()

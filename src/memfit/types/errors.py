@@ -93,8 +93,8 @@ class NothingFits(MemfitError):
     needs, and that plan's label. ``ways``: texts of changes that would help; they are not in the message
     before `add_ways` is called.
 
-    Three more arguments only form the message and are not attributes. ``missed``: the whole message if a plan
-    fits the memory but the deadline or the limit on cost is missed, else "". ``host``: a text that says that
+    Three more arguments only form the message and are not attributes. ``missed``: the message if a plan fits
+    the memory but the deadline or the limit on cost is missed, else "". ``host``: a text that says that
     the host's memory is too small for the smallest plan, else ""; it is left out if ``missed`` is given.
     ``unfinished``: a text that says that the time limit ended the search, so that a plan may fit that was not
     looked at; else "".

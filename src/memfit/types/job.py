@@ -233,7 +233,7 @@ class JobRef:
     ``spec`` is the name of a built-in job, ``path.py:attribute`` or ``hf:PATH_OR_NAME`` (Hugging Face).
     ``data`` and ``weights`` are paths. ``batch``: samples per step over all ranks. ``length``: tokens
     (residues, bases) of a sample. ``clip``: the largest gradient norm; 0: gradients are not clipped. ``ema``:
-    the decay of an average of the weights. None of any field keeps the job's own setting. ``dimensions``:
+    the decay of an average of the weights. A field that is None keeps the job's own setting. ``dimensions``:
     further sizes, name -> number, such as {"crop": 96}; those that it lacks keep the job's own number.
     """
 

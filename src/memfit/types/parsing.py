@@ -34,12 +34,12 @@ def parse_bytes(text: str) -> int:
 
     ``GB`` is 1e9 and ``GiB`` is 2**30; a bare ``g`` is read as ``GiB``, as in Docker and Slurm, and so are
     ``k``, ``m`` and ``t``. Case does not matter; fractions of a byte are cut off. Raises UserError if the
-    text is not a positive size, if it is a number below 2**20 without a unit, which is too small to be meant
-    in bytes, or if the size is above 2**60 bytes.
+    text is not a size of at least 1 byte, if it is a number below 2**20 without a unit, which is too small to
+    be meant in bytes, or if the size is above 2**60 bytes.
     """
     match = _SIZE.fullmatch(text)
     unit = match.group(2).lower() if match else None
-    if match is None or unit not in _UNIT_BYTES or float(match.group(1)) <= 0:
+    if match is None or unit not in _UNIT_BYTES or float(match.group(1)) * _UNIT_BYTES[unit] < 1:
         raise UserError(
             f"not a memory size: {text!r}",
             allowed="a positive number with B, with KiB, MiB, GiB, TiB (or K, M, G, T, which mean the same) "

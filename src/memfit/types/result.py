@@ -423,10 +423,10 @@ class Effort:
     """The work of adopting the plan with memfit.
 
     ``commands``: number of commands typed. ``changed_lines``: number of lines of the user's job file that are
-    not blank. ``packages`` and ``installed_mib``: number and size of the packages that memfit and the plan
-    need besides torch and numpy. ``failed_attempts``: number of runs that failed or timed out, and of proofs
-    of concept that were begun and not finished. ``attended_minutes``: minutes during which a person attended;
-    None if nobody counted them. They are never estimated.
+    not blank. ``packages`` and ``installed_mib``: number and size of the packages that the plan needs, with
+    memfit and what it needs, without torch and numpy. ``failed_attempts``: number of runs that failed or
+    timed out, and of proofs of concept that were begun and not finished. ``attended_minutes``: minutes during
+    which a person attended; None if nobody counted them. They are never estimated.
     """
 
     commands: int
@@ -484,7 +484,8 @@ class ReasonKind(enum.StrEnum):
 
     @property
     def is_comparison(self) -> bool:
-        """Whether the reason compares the plan with the best plan that differs in having the technique."""
+        """Whether the reason compares the plan with another that differs in having the technique: with the
+        same plan without it (SAVES), otherwise with the best one."""
         return self in (
             ReasonKind.SAVES,
             ReasonKind.WITHOUT_WORSE,
@@ -588,7 +589,7 @@ class Timings:
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
     """Measured runs of a few steps of one plan on this machine. There are several rounds; in each, every plan
-    that is compared is run once.
+    that may still be the fastest is run once.
 
     ``step_s``: for each round of the plan, the median of its step times in seconds; empty if no run
     succeeded. ``reason``: why none did, "" if one did. ``predicted_s``: the predicted seconds of a step, None
@@ -652,9 +653,10 @@ class SearchResult:
     """The result of a search for the best plan.
 
     ``cap_bytes``: the memory that a plan may use. ``considered``: number of distinct plans whose memory and
-    time were predicted. ``baseline``: plain training. ``frontier``, by increasing peak: the plans that fit
-    and that no other plan beats in peak, time and effect class at once; and, even if they do not fit or are
-    beaten, plain training, the smallest and the recommended plan (in an interrupted search only these three).
+    time were predicted. ``baseline``: plain training, or the training as it is if the search was for better
+    plans of an existing set-up. ``frontier``, by increasing peak: the plans that fit and that no other plan
+    beats in peak, time and effect class at once; and, even if they do not fit or are beaten, the baseline,
+    the smallest and the recommended plan (in an interrupted search only these three).
     ``recommended`` is None if nothing fits. ``smallest``: the plan with the lowest peak. ``trials``: plans
     run for a few steps before one of them was recommended. ``unfinished``: whether the search was
     interrupted. ``cap_reason``: where the cap is from, such as "asked for" or "the device's memory".
@@ -733,8 +735,9 @@ class Offer:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LargestSize:
-    """The largest size of a job that fits one machine: with plain training (``plain``), and with that allowed
-    plan that needs the least memory (``recommended``).
+    """The largest size of a job that fits one machine: with plain training (``plain``), and with a plan of as
+    many as are allowed of bf16 autocast, recomputation of every block, 8-bit optimizer state and the smallest
+    micro-batches (``recommended``).
 
     ``quantity``: what these two numbers count: "parameters", or "length" (tokens or residues of a sample).
     They are None if not even the smallest size tried fits. ``plain_label``, ``recommended_label``: names of
