@@ -388,9 +388,10 @@ def checkpoint_settings(options: RunOptions) -> CheckpointSettings:
 
 def print_notice(event: Mapping[str, object], *, folder: Path | None) -> None:
     """Print to standard error that ranks stall or have been restarted. ``event``: "event", which is
-    "restarted" or "stalled"; of a restart "why" and its number "restart"; otherwise "text", and "final",
-    true if the run ends because it stalls. "stacks", rank -> stack trace, is then written to a file in
-    ``folder``, where the run saves, or printed if there is no such folder or it cannot be written."""
+    "restarted" or "stalled"; of a restart "why" and its number "restart"; otherwise "text", "stacks" (rank ->
+    stack trace), and "final", true if the run ends because it stalls. The stacks of a final event are written
+    to a file in ``folder``, where the run saves, or printed if there is no such folder or it cannot be
+    written."""
     if event["event"] == "restarted":
         print(
             f"memfit: {one_line(str(event['why']))}; restart {event['restart']}", file=sys.stderr, flush=True
@@ -543,8 +544,8 @@ def _saved_line(run: Run) -> Iterator[str]:
 
 
 def _rank_lines(measurement: Measurement) -> Iterator[str]:
-    """Yield a line with the nodes, the ranks and their collectives, one that names the fullest rank, and one
-    that names the slowest if one is slow; nothing for a run of one process."""
+    """Yield a line with the nodes, the ranks and their collectives, one that names the fullest rank, and, if
+    all ranks were timed, one that names the slowest; nothing for a run of one process."""
     if (ranks := measurement.ranks) is None:
         return
     nodes = f"{ranks.nodes} node{'s' * (ranks.nodes > 1)}"

@@ -35,7 +35,7 @@ class ObservedParameter:
     - ``has_mesh``: whether it is a DTensor.
     - ``is_tensor_sharded``: whether tensor parallelism shards it; None if that is unknown, as of tensors that
       are neither DTensors nor marked by Megatron.
-    - ``is_freed_between_uses``: whether ZeRO 3 frees it between uses.
+    - ``is_freed_between_uses``: whether ZeRO 3 frees it between uses, unless it is small.
     - ``has_gradient``: whether it got a gradient in the step.
     - ``in_graph``, ``in_compiled_graph``: whether its gradient comes from any autograd graph, or from a
       compiled one.

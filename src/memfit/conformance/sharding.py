@@ -66,7 +66,8 @@ def shape(param: torch.Tensor) -> tuple[int, ...]:
 
 
 def is_freed_between_uses(param: torch.Tensor) -> bool:
-    """Return whether DeepSpeed's or memfit's ZeRO 3 frees this parameter between uses."""
+    """Return whether this is a parameter of DeepSpeed's or memfit's ZeRO 3, which free it between uses unless
+    it is small enough to stay whole."""
     return hasattr(param, "ds_shape") or hasattr(param, "whole_shape")
 
 

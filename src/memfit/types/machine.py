@@ -153,7 +153,8 @@ class Calibration:
     Short runs of whole steps correct predicted step times (cost/step_time_calibration.py): ``step_ratio`` is
     a factor for every plan; ``technique_ratio``: technique -> factor for each plan that has it;
     ``step_spread_ratio``: the relative error that remains, None if too few plans were run. ``corrected_by``:
-    name of these runs; ``corrected_count``: number of plans in them.
+    ID of the proof of concept that made them; "" if trials of the search did, or without a correction.
+    ``corrected_count``: number of plans in them.
     """
 
     machine: str = ""
