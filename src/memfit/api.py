@@ -690,7 +690,8 @@ def conform(
     about blocks is checked. ``clip``: the largest gradient norm that the update should receive, 0 if
     gradients must not be clipped; checked only if given, and with ``step``.
 
-    ``optimizer`` may be a list of the optimizers that the training uses.
+    ``optimizer``: the one that the training uses, as it is wrapped, or a list of several. With None, nothing
+    about it is checked.
 
     Without ``step``, these are checked: ranks; whether the optimizer holds all trained parameters; number of
     parameter elements on this rank and their dtypes; how they are sharded (FSDP2's blocks, tensor
@@ -738,6 +739,12 @@ def conform(
             allowed="a finite positive number such as 1.0, the largest norm of all gradients; 0 if gradients "
             "must not be clipped; or None, with which clipping is not checked",
         )
+    for each in optimizer if isinstance(optimizer, list | tuple) else (optimizer,):
+        if each is not None and not hasattr(each, "step"):
+            raise UserError(
+                f"the argument optimizer is or contains a {type(each).__name__}",
+                allowed="the optimizer that the training uses, a list of several, or None",
+            )
     if isinstance(optimizer, list | tuple):
         optimizer = SeparateOptimizers({str(i): each for i, each in enumerate(optimizer)})
     monitor = Monitor(model, optimizer, target_plan, blocks=blocks)

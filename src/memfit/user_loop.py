@@ -31,7 +31,7 @@ from memfit.techniques.rank_mesh import layout, make_world
 from memfit.trace.sample_dependence import takes_batch_statistics
 from memfit.types.conformance import Conformance
 from memfit.types.device_kind import HOST, device_kind
-from memfit.types.errors import UserError, suggest
+from memfit.types.errors import UserError, first_line, suggest
 from memfit.types.job import STRUCTURE, Job, OptimizerChoice
 from memfit.types.plan import Plan
 
@@ -281,7 +281,12 @@ def apply_plan(  # noqa: PLR0913
                 allowed=", ".join(STRUCTURE),
                 hint=suggest(name, STRUCTURE),
             )
-    torch_device = torch.device(device) if device is not None else next(model.parameters()).device
+    if loss_terms is not None and not callable(loss_terms):
+        raise UserError(
+            f"the argument loss_terms is a {type(loss_terms).__name__}",
+            allowed="a function that returns the number of loss terms of a batch, or None: its samples",
+        )
+    torch_device = _device(device, model)
     user_groups = UserGroups(_optimizer(optimizer, model, torch_device), model)
     # A job's batch is that of all ranks, an example that of this one.
     example = None if batch is None else repeat(batch_of(batch), layout(job_plan).data)
@@ -314,6 +319,24 @@ def apply_plan(  # noqa: PLR0913
         step.bench.loss_scale = GradScalerScale(scaler, torch_device)
     _APPLIED.add(model)
     return Fit(step, user_groups.adopt(step.optimizer, model), elements=elements, conform=conform)
+
+
+def _device(device: Any, model: torch.nn.Module) -> torch.device:
+    """Return the device that the argument ``device`` of `memfit.apply` names; for None, that of the model's
+    parameters. Raises UserError if torch does not know it or cannot use it here."""
+    first_parameter = next(model.parameters())
+    if device is None:
+        return first_parameter.device
+    try:
+        torch_device = torch.device(device)
+        if not isinstance(first_parameter, FakeTensor):  # `memfit estimate` stands in for the device
+            torch.empty(0, device=torch_device)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        raise UserError(
+            f"the argument device is {device!r}, which torch cannot use here: {first_line(error)[:200]}",
+            allowed='a device of this machine such as "cpu" or "cuda:0", or None: where the parameters are',
+        ) from error
+    return torch_device
 
 
 def _device_name(device: torch.device) -> str:

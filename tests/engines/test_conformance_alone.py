@@ -385,6 +385,8 @@ def test_a_plan_for_several_ranks_in_one_process_is_reported(plan: Any) -> None:
         ({"step": 5}, "the argument step is not a function: 5; allowed: a function without arguments"),
         ({"step": lambda batch: batch}, "step cannot be called without arguments: missing .*'batch'"),
         ({"model": [1]}, "the argument model is a list; allowed: a torch.nn.Module"),
+        ({"optimizer": "adamw"}, "the argument optimizer is or contains a str"),
+        ({"clip": "1"}, "the argument clip is not a gradient norm: '1'"),
     ],
 )
 def test_invalid_arguments_of_conform_are_user_errors(changed: dict[str, Any], told: str) -> None:

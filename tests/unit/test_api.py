@@ -226,6 +226,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "closure": ({"model": _replaced()}, "cannot be copied"),
     "job and batch": ({"model": job()}, "were given although the argument model is a Job"),
     "no memory": ({"machine": "H100-SXM", "host_memory": 0}, "not a memory size: 0"),
+    "no bound": ({"bound": {"model.py:12": "many"}}, "Job(bound=...), the numbers of elements"),
 }
 
 

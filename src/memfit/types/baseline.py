@@ -77,9 +77,9 @@ class MemoryBaseline(BaselineTarget):
     """The predicted peaks of a target.
 
     ``plan_label``: techniques and settings of the plan. ``memfit`` and ``torch``: the versions that
-    predicted. ``reserved_bytes``: by the caching allocator; None if the device has none, or if memfit
-    cannot predict it. ``phase_bytes``: peak of live
-    tensors in each phase. ``category_bytes``: what is alive at the highest of them.
+    predicted. ``reserved_bytes``: by the caching allocator; None if the device has none, or if memfit cannot
+    predict it. ``phase_bytes``: peak of live tensors in each phase. ``category_bytes``: what is alive at the
+    highest of them.
     """
 
     __pydantic_config__: ClassVar[Mapping[str, str]] = _STRICT

@@ -94,8 +94,9 @@ class Job:
     """A training job.
 
     ``build_model()`` returns the module. It is called inside a fake mode for prediction, so it must not read
-    parameter values. ``make_batch(step, seed)`` returns the batch of that step: a mapping, tuple or tensor
-    whose tensors have the batch as first dimension. The same arguments must give the same batch.
+    parameter values. ``make_batch(step, seed)`` returns the batch of that step: a tensor, a mapping, tuple or
+    list of tensors, or an object with ``.to()`` that holds tensors, whose first dimension is the samples. The
+    same arguments must give the same batch.
     ``loss(model, batch)`` returns the mean loss over the batch's terms. ``loss_terms(batch)`` returns how
     many terms were averaged (default: the batch size), so that accumulated micro-batches are weighted
     correctly. ``evaluate(model)`` returns the metric on held-out data, in the metric's unit.
@@ -124,9 +125,9 @@ class Job:
     ``bound`` answers what depends on data and cannot be predicted. It gives the number of elements (an
     integer) or the share of the possible ones (a float) that ``nonzero``, ``masked_select``, a boolean index,
     ``unique`` and similar operators return. It is one number for all of them, or a mapping whose keys are
-    operator names or lines of code (``{"model.py:12": 4096}``). Under a line, or under the key "item", it is
-    also what ``.item()`` returns there; if that is a bool, such as a loop's condition, it is how often in a
-    row it is True before it is False.
+    operator names or lines of code (``{"model.py:12": 4096}``), or "" for all others. Under a line, or under
+    the key "item", it is also what ``.item()`` returns there; if that is a bool, such as a loop's condition,
+    it is how often in a row it is True before it is False.
 
     ``islands``: patterns (as in ``fnmatch``) of module paths that compute in float32 under any plan; ``memfit
     estimate --precision`` finds them. ``clip``: the largest gradient norm, over all parameters and ranks, as
@@ -141,8 +142,8 @@ class Job:
     sizes that can be set when the job is loaded; memfit fills it in.
 
     Raises UserError unless 0 < ``ema`` < 1, ``clip`` is finite and above 0, ``workers`` is a whole number of
-    at least 0, ``negative_control`` is one of the above, and ``surrogates`` come with a ``metric`` and all
-    have different names.
+    at least 0, ``bound`` is or maps to numbers, ``negative_control`` is one of the above, and ``surrogates``
+    come with a ``metric`` and all have different names.
     """
 
     name: str
@@ -200,6 +201,12 @@ class Job:
             raise UserError(
                 f"Job(workers=...), the number of worker processes of the DataLoader, is {self.workers!r}",
                 allowed="a whole number, 0 or more",
+            )
+        bounds = self.bound.values() if isinstance(self.bound, Mapping) else (self.bound,)
+        if self.bound is not None and not all(map(_is_number, bounds)):
+            raise UserError(
+                f"Job(bound=...), the numbers of elements that depend on data, is {self.bound!r:.200}",
+                allowed='a number, or a mapping of operators or lines to numbers: {"model.py:12": 4096}',
             )
         if self.negative_control not in NEGATIVE_CONTROLS:
             raise UserError(

@@ -29,9 +29,9 @@ class CheckpointSettings:
     folder of checkpoints, of which the newest complete one is taken; "": none. ``passed_over``: texts that
     name newer checkpoints that were not used, with the reasons. ``keep_last``: number of newest complete
     checkpoints in ``save`` that are kept when another is saved; 0: all. ``grace_s``: seconds after SIGTERM
-    within which a run that saves must have saved and ended. ``restarts``: number of restarts after deaths or
-    hangs of ranks that are made without a new checkpoint. ``asynchronous``: whether training goes on while a
-    copy of what is saved, in host memory, is written.
+    within which a run that saves must have saved and ended. ``restarts``: most restarts in a row, after
+    deaths or hangs of ranks, without a new checkpoint in between. ``asynchronous``: whether training goes on
+    while a copy of what is saved, in host memory, is written.
     """
 
     save: str = ""

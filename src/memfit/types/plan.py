@@ -42,7 +42,7 @@ class Accuracy(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class Use:
-    """One technique in use. ``knobs``: its settings as (name, value) pairs, sorted by name."""
+    """One technique in use. ``knobs``: its settings as (name, value) pairs, which must be sorted by name."""
 
     technique: str
     knobs: tuple[tuple[str, KnobValue], ...] = ()
@@ -146,9 +146,9 @@ def _short(value: KnobValue) -> str:
 class Bounds:
     """Limits of a plan besides memory.
 
-    ``deadline_s`` and ``budget_usd``: longest time and highest cost of the whole training of ``steps`` steps;
-    None: no limit. ``micro_batch``: samples per micro-batch of one rank (0: any number). ``without``: names
-    of techniques not to use.
+    ``deadline_s`` and ``budget_usd``: longest time and highest cost of the whole training of ``steps`` steps,
+    which only these two need; None: no limit. ``micro_batch``: samples per micro-batch of one rank (0: any
+    number). ``without``: names of techniques not to use.
     """
 
     steps: int = 0

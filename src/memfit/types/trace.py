@@ -226,7 +226,8 @@ class Trace:
         return tuple(op for op in self.ops if op.step == self.steps - 1 and op.phase is not Phase.SETUP)
 
     def live_at(self, clock: int) -> tuple[Allocation, ...]:
-        """Return the allocations that are alive at ``clock``."""
+        """Return the allocations that are alive at ``clock``: one that begins then is, one that ends is
+        not."""
         return tuple(a for a in self.allocations if a.start <= clock and (a.end is None or a.end > clock))
 
     def untraced_passes(self, phase: Phase) -> int:
