@@ -733,12 +733,7 @@ def conform(
             found="a world size of 1",
         )
         raise NotConforming(Conformance(differences=(difference,), checked=("ranks",), unseen=()))
-    if clip is not None and not (isinstance(clip, int | float) and 0 <= clip < math.inf):
-        raise UserError(
-            f"the argument clip is not a gradient norm: {clip!r}",
-            allowed="a finite positive number such as 1.0, the largest norm of all gradients; 0 if gradients "
-            "must not be clipped; or None, with which clipping is not checked",
-        )
+    _check_clip(clip)
     for each in optimizer if isinstance(optimizer, list | tuple) else (optimizer,):
         if each is not None and not hasattr(each, "step"):
             raise UserError(
@@ -753,6 +748,15 @@ def conform(
         if step is not None:
             step()
     return monitor.conclude()
+
+
+def _check_clip(clip: object) -> None:
+    if clip is not None and not (isinstance(clip, int | float) and 0 <= clip < math.inf):
+        raise UserError(
+            f"the argument clip is not a gradient norm: {clip!r}",
+            allowed="a finite positive number such as 1.0, the largest norm of all gradients; 0 if gradients "
+            "must not be clipped; or None, with which clipping is not checked",
+        )
 
 
 def _check_step(step: object) -> None:
